@@ -1,0 +1,77 @@
+"""The exceptions of ckpt-convert: one tree, so that a caller can catch as much or as little as it wants.
+
+Every message names the file and key, what was expected, what was found, and the way out. ``exit_code`` is what
+the command line returns: 1 the check or the conversion failed, 2 the request does not fit, 3 the input is bad.
+"""
+
+from __future__ import annotations
+
+
+class CkptConvertError(Exception):
+    """The base of every error that ckpt-convert raises on purpose."""
+
+    exit_code = 1
+
+
+class UsageError(CkptConvertError):
+    """The request does not fit: options that exclude each other, or that the target has no use for."""
+
+    exit_code = 2
+
+
+class OutputExistsError(UsageError):
+    """The destination is there already, or lies where writing it would touch the input."""
+
+
+class InputError(CkptConvertError):
+    """The input cannot be used as it is."""
+
+    exit_code = 3
+
+
+class CheckpointNotFoundError(InputError):
+    """No checkpoint lies at the given place."""
+
+
+class AmbiguousFormatError(InputError):
+    """The input fits no format, or more than one; the caller has to say which."""
+
+
+class UnsupportedFamilyError(InputError):
+    """No table describes this architecture, or the table has no column for the format asked for."""
+
+
+class ConfigError(InputError):
+    """A config.json or params.json is unreadable, incomplete, or says what the target format cannot express."""
+
+
+class CorruptFileError(InputError):
+    """A file's header and its bytes do not agree: truncated, overlapping, out of range."""
+
+
+class UnsafeFileError(InputError):
+    """A file asks for something that reading a checkpoint never needs: code, or a path outside its directory."""
+
+
+class KeyMismatchError(InputError):
+    """Keys are missing, unexpected, or given twice; the message lists all of them."""
+
+
+class ShapeMismatchError(InputError):
+    """A tensor's shape or dtype disagrees with the config; the message lists all of them."""
+
+
+class TiedWeightsError(InputError):
+    """Two tensors that have to be equal (tied, aliased, or replicated over ranks) differ."""
+
+
+class NotEnoughSpaceError(CkptConvertError):
+    """The file system of the destination has too little room; nothing was written, or it can be resumed."""
+
+
+class LockedError(CkptConvertError):
+    """Another process is writing the same destination."""
+
+
+class VerificationError(CkptConvertError):
+    """The output, read again, is not what the source says."""

@@ -1,0 +1,39 @@
+"""Names that come from files (an index, a manifest): they stay inside the checkpoint's directory."""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePosixPath
+
+from ckpt_convert.errors import CheckpointNotFoundError, UnsafeFileError
+
+
+def check_name(name: str, said_by: str) -> str:
+    """Return a relative file name that cannot leave its directory; raises UnsafeFileError for any other."""
+    path = PurePosixPath(name)
+    bad = not name or path.is_absolute() or ".." in path.parts or "\\" in name or ":" in path.parts[0]
+    if bad or any(ord(char) < 32 or ord(char) == 127 for char in name):
+        raise UnsafeFileError(
+            f"{said_by}: names the file {name!r}, which is no plain name inside the directory; "
+            "the checkpoint is damaged or hostile, do not use it"
+        )
+    return name
+
+
+def resolve(directory: Path, name: str, said_by: str) -> Path:
+    """The path of a file in a checkpoint's directory.
+
+    Links may stay in the directory or, in a Hub cache's snapshot, lead into its ``blobs``; anything else raises
+    UnsafeFileError. Raises CheckpointNotFoundError when the file is not there.
+    """
+    path = directory / check_name(name, said_by)
+    if not path.exists():
+        raise CheckpointNotFoundError(f"{path}: named by {said_by}, but not there; download or copy it again")
+    real = path.resolve()
+    roots = [directory.resolve()]
+    if directory.resolve().parent.name == "snapshots":
+        roots.append(directory.resolve().parent.parent / "blobs")
+    if not any(real.is_relative_to(root) for root in roots):
+        raise UnsafeFileError(
+            f"{path}: is a link that leaves the directory, to {real}; copy the file in, or give the place it lies in"
+        )
+    return path
