@@ -1,0 +1,264 @@
+"""Tensors that are described, not held: strided windows into stored tensors, moved about without touching a byte.
+
+Every step between two layouts (a RoPE row order, a cut over ranks, a transpose) only says where elements come from.
+A ``LazyTensor`` keeps that as tiles with strides, so a step followed by its inverse cancels by itself: the strides are
+those of a plain copy again. Sizes, offsets and strides are in elements throughout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import TypeVar
+
+T = TypeVar("T")
+
+Run = tuple[int, int]
+"""(count, stride): ``count`` elements, ``stride`` apart in the source."""
+
+Axis = tuple[Run, ...]
+"""One axis as nested runs, outermost first; its size is the product of the counts, () has size 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """A box of a lazy tensor that comes from one source: at ``origin``, starting at element ``offset`` there."""
+
+    origin: tuple[int, ...]
+    source: int
+    offset: int
+    axes: tuple[Axis, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(_size(axis) for axis in self.axes)
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """Elements to move: ``dims`` are (count, source stride, target stride), outermost first in the target."""
+
+    source: int
+    source_offset: int
+    target_offset: int
+    dims: tuple[tuple[int, int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LazyTensor:
+    """A tensor of ``shape`` whose elements come from the tiles; the tiles cover it once, without overlap."""
+
+    shape: tuple[int, ...]
+    tiles: tuple[Tile, ...]
+
+    @property
+    def size(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def whole(self) -> tuple[int, int] | None:
+        """(source, offset) when this is one contiguous run of one source's elements, else None."""
+        if len(self.tiles) != 1:
+            return None
+        (copy,) = self.copies()
+        if copy.dims in ((), ((self.size, 1, 1),)):
+            return copy.source, copy.source_offset
+        return None
+
+    def narrow(self, axis: int, start: int, size: int) -> LazyTensor:
+        """Elements ``start`` to ``start + size`` along ``axis``."""
+        if start == 0 and size == self.shape[axis]:
+            return self
+        tiles: list[Tile] = []
+        for tile in self.tiles:
+            first = tile.origin[axis]
+            low = max(first, start)
+            high = min(first + _size(tile.axes[axis]), start + size)
+            if low >= high:
+                continue
+            for at, shift, runs in _cut(tile.axes[axis], low - first, high - low):
+                origin = _replaced(tile.origin, axis, low - start + at)
+                tiles.append(Tile(origin, tile.source, tile.offset + shift, _replaced(tile.axes, axis, runs)))
+        return LazyTensor(_replaced(self.shape, axis, size), tuple(tiles))
+
+    def permute(self, order: Sequence[int]) -> LazyTensor:
+        """The axes in another order, as numpy's and torch's ``transpose``/``permute``."""
+        tiles = tuple(
+            Tile(tuple(t.origin[a] for a in order), t.source, t.offset, tuple(t.axes[a] for a in order))
+            for t in self.tiles
+        )
+        return LazyTensor(tuple(self.shape[a] for a in order), tiles)
+
+    def reorder(self, axis: int, sizes: Sequence[int], order: Sequence[int]) -> LazyTensor:
+        """Split ``axis`` into ``sizes``, put those in ``order``, and flatten them into one axis again.
+
+        ``sizes[0]`` stands for however many groups there are. Raises ValueError when the axis, or a tile of it, does
+        not hold whole groups.
+        """
+        group = prod(sizes[1:])
+        if order[0] != 0:
+            raise ValueError("the outermost part, the groups, has to stay in place")
+        tiles = []
+        for tile in self.tiles:
+            count = _size(tile.axes[axis])
+            if count % group or tile.origin[axis] % group:
+                raise ValueError(f"{count} rows from row {tile.origin[axis]} are no whole groups of {group}")
+            parts = _split(tile.axes[axis], (count // group, *sizes[1:]))
+            runs = _joined([run for part in order for run in parts[part]])
+            tiles.append(Tile(tile.origin, tile.source, tile.offset, _replaced(tile.axes, axis, runs)))
+        return LazyTensor(self.shape, tuple(tiles))
+
+    def copies(self) -> tuple[Copy, ...]:
+        """What to move to make this tensor, dense and row-major; dimensions that can be joined are."""
+        strides = row_major(self.shape)
+        return tuple(_copy(tile, strides) for tile in self.tiles)
+
+    def blocks(self, most: int) -> Iterator[tuple[int, LazyTensor]]:
+        """Cut into (target offset, block) of at most ``most`` elements, each contiguous in the target, in order."""
+        yield from _blocks(self, 0, 0, max(1, most))
+
+
+def stored(source: int, shape: Sequence[int], strides: Sequence[int] | None = None) -> LazyTensor:
+    """The tensor that ``source`` stores, dense and row-major unless ``strides`` says otherwise."""
+    steps = row_major(shape) if strides is None else strides
+    axes = tuple(_joined([(count, step)]) for count, step in zip(shape, steps, strict=True))
+    return LazyTensor(tuple(shape), (Tile((0,) * len(shape), source, 0, axes),))
+
+
+def concat(parts: Sequence[LazyTensor], axis: int) -> LazyTensor:
+    """The parts one after another along ``axis``; their other sizes agree."""
+    tiles: list[Tile] = []
+    start = 0
+    for part in parts:
+        for tile in part.tiles:
+            origin = _replaced(tile.origin, axis, tile.origin[axis] + start)
+            tiles.append(Tile(origin, tile.source, tile.offset, tile.axes))
+        start += part.shape[axis]
+    return LazyTensor(_replaced(parts[0].shape, axis, start), tuple(tiles))
+
+
+def row_major(shape: Sequence[int]) -> tuple[int, ...]:
+    """The strides of a dense tensor, last axis fastest."""
+    strides = [1] * len(shape)
+    for axis in range(len(shape) - 2, -1, -1):
+        strides[axis] = strides[axis + 1] * shape[axis + 1]
+    return tuple(strides)
+
+
+def _size(axis: Axis) -> int:
+    size = 1
+    for count, _ in axis:
+        size *= count
+    return size
+
+
+def _replaced(values: tuple[T, ...], at: int, value: T) -> tuple[T, ...]:
+    return (*values[:at], value, *values[at + 1 :])
+
+
+def _joined(runs: Sequence[Run]) -> Axis:
+    """The same elements in as few runs as possible."""
+    out: list[Run] = []
+    for count, stride in runs:
+        if count == 1:
+            continue
+        if out and out[-1][1] == count * stride:
+            out[-1] = (out[-1][0] * count, stride)
+        else:
+            out.append((count, stride))
+    return tuple(out)
+
+
+def _split(axis: Axis, sizes: Sequence[int]) -> list[Axis]:
+    """The axis as one axis for each size; ValueError when a run would have to be cut unevenly."""
+    runs = list(axis)
+    parts: list[Axis] = []
+    for size in reversed(sizes):
+        taken: list[Run] = []
+        need = size
+        while need > 1:
+            if not runs:
+                raise ValueError(f"an axis of {_size(axis)} has no parts of {list(sizes)}")
+            count, stride = runs.pop()
+            if need % count == 0:
+                taken.insert(0, (count, stride))
+                need //= count
+            elif count % need == 0:
+                taken.insert(0, (need, stride))
+                runs.append((count // need, stride * need))
+                need = 1
+            else:
+                raise ValueError(f"an axis of {_size(axis)} has no parts of {list(sizes)}")
+        parts.insert(0, tuple(taken))
+    return parts
+
+
+def _cut(axis: Axis, start: int, size: int) -> Iterator[tuple[int, int, Axis]]:
+    """Elements ``start`` to ``start + size`` as (position in the cut, source offset, axis) pieces."""
+    if size == _size(axis):
+        yield 0, 0, axis
+        return
+    (count, stride), inner = axis[0], axis[1:]
+    if not inner:
+        yield 0, start * stride, _joined([(size, stride)])
+        return
+    step = _size(inner)
+    end = start + size
+    at = start
+    while at < end:
+        index, within = divmod(at, step)
+        if within == 0 and end - at >= step:
+            whole = (end - at) // step
+            yield at - start, index * stride, _joined([(whole, stride), *inner])
+            at += whole * step
+        else:
+            length = min(step - within, end - at)
+            for piece, shift, runs in _cut(inner, within, length):
+                yield at - start + piece, index * stride + shift, runs
+            at += length
+
+
+def _copy(tile: Tile, strides: Sequence[int]) -> Copy:
+    offset = 0
+    dims: list[tuple[int, int, int]] = []
+    for axis, start, target in zip(tile.axes, tile.origin, strides, strict=True):
+        offset += start * target
+        step = _size(axis)
+        for count, source in axis:
+            step //= count
+            if count == 1:
+                continue
+            dim = (count, source, step * target)
+            if dims and dims[-1][1] == count * dim[1] and dims[-1][2] == count * dim[2]:
+                dims[-1] = (dims[-1][0] * count, dim[1], dim[2])
+            else:
+                dims.append(dim)
+    return Copy(tile.source, tile.offset, offset, tuple(dims))
+
+
+def _blocks(tensor: LazyTensor, axis: int, base: int, most: int) -> Iterator[tuple[int, LazyTensor]]:
+    size = tensor.size
+    if size <= most or axis == len(tensor.shape):
+        if size:
+            yield base, tensor
+        return
+    inner = size // tensor.shape[axis]
+    step = _aligned(tensor, axis, max(1, most // inner))
+    for start in range(0, tensor.shape[axis], step):
+        count = min(step, tensor.shape[axis] - start)
+        block = tensor.narrow(axis, start, count)
+        if count * inner <= most:
+            yield base + start * inner, block
+        else:
+            yield from _blocks(block, axis + 1, base + start * inner, most)
+
+
+def _aligned(tensor: LazyTensor, axis: int, step: int) -> int:
+    """At most ``step``, and a multiple of the axis' inner runs where that is possible, so that no group is torn."""
+    runs = max((tile.axes[axis] for tile in tensor.tiles), key=len, default=())
+    for inner in range(1, len(runs)):
+        group = _size(runs[inner:])
+        if group <= step:
+            return step - step % group
+    return step

@@ -1,0 +1,22 @@
+"""Mistral: Llama's table with a free head_dim and without biases; its consolidated layout is never cut over ranks."""
+
+from __future__ import annotations
+
+from ckpt_convert.models import mistral_config
+from ckpt_convert.models.llama import LLAMA
+from ckpt_convert.models.table import Params
+
+MISTRAL = LLAMA.replace(
+    name="mistral",
+    title="Mistral 7B and what shares its architecture",
+    model_types=("mistral",),
+    dims=mistral_config.dims,
+    params=Params(
+        evidence=mistral_config.is_params,
+        from_hf=mistral_config.hf_to_params,
+        to_hf=mistral_config.params_to_hf,
+        sharded=False,
+        container="safetensors",
+    ),
+    rows=lambda rows: [row for row in rows if not row.name.endswith(".bias")],
+)
