@@ -199,7 +199,7 @@ def _cut(axis: Axis, start: int, size: int) -> Iterator[tuple[int, int, Axis]]:
     if size == _size(axis):
         yield 0, 0, axis
         return
-    (count, stride), inner = axis[0], axis[1:]
+    stride, inner = axis[0][1], axis[1:]
     if not inner:
         yield 0, start * stride, _joined([(size, stride)])
         return

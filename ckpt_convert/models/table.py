@@ -108,7 +108,7 @@ class Instance:
     def key(self, format: str) -> str | None:
         """The key of this instance in a format, or None if the format has no place for it."""
         column = self.row.column(format)
-        return column and column.template.format_map(dict(self.index))
+        return column.template.format_map(dict(self.index)) if column else None
 
     def heads(self, dims: Mapping[str, int]) -> int | None:
         return dims[self.row.heads] if self.row.heads else None
@@ -225,7 +225,7 @@ def check(family: Family) -> None:
             if isinstance(key.tp, int) and key.tp >= len(row.shape):
                 raise ValueError(f"{where} has no axis {key.tp} to cut, column {format}")
     for format in FORMATS:
-        keys = [(row.name, key.template) for row in family.rows if (key := row.column(format))]
+        keys = [(row.name, column.template) for row in family.rows if (column := row.column(format))]
         for at, (name, template) in enumerate(keys):
             for other, clash in keys[at + 1 :]:
                 if _overlap(template, clash):

@@ -1,0 +1,128 @@
+"""Makes the checkpoints that the benchmarks run on, without ckpt-convert: with safetensors, sparse ones by hand.
+
+python benchmarks/checkpoints.py DIR                 the 1.5 B Llama of docs/benchmarks.md (3.0 GB, 4 files)
+python benchmarks/checkpoints.py DIR --layers 48     one of three times the layers
+python benchmarks/checkpoints.py DIR --sparse-405b   Llama 3.1 405B's headers over sparse files (no bytes)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import struct
+from pathlib import Path
+
+
+def keys(config: dict[str, int]) -> dict[str, tuple[int, ...]]:
+    """Hugging Face keys and shapes of a Llama, in the order of the layers."""
+    dim, ffn, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    heads, kv = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
+    out: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config["vocab_size"], dim)}
+    for layer in range(config["num_hidden_layers"]):
+        at = f"model.layers.{layer}."
+        out |= {
+            f"{at}input_layernorm.weight": (dim,),
+            f"{at}self_attn.q_proj.weight": (heads, dim),
+            f"{at}self_attn.k_proj.weight": (kv, dim),
+            f"{at}self_attn.v_proj.weight": (kv, dim),
+            f"{at}self_attn.o_proj.weight": (dim, heads),
+            f"{at}post_attention_layernorm.weight": (dim,),
+            f"{at}mlp.gate_proj.weight": (ffn, dim),
+            f"{at}mlp.up_proj.weight": (ffn, dim),
+            f"{at}mlp.down_proj.weight": (dim, ffn),
+        }
+    out["model.norm.weight"] = (dim,)
+    out["lm_head.weight"] = (config["vocab_size"], dim)
+    return out
+
+
+def sharded(shapes: dict[str, tuple[int, ...]], files: int) -> list[dict[str, tuple[int, ...]]]:
+    """The keys in ``files`` runs of about the same size."""
+    sizes = {key: 2 * size(shape) for key, shape in shapes.items()}
+    total, done = sum(sizes.values()), 0
+    groups: list[dict[str, tuple[int, ...]]] = [{} for _ in range(files)]
+    for key, shape in shapes.items():
+        groups[min(files - 1, (done + sizes[key] // 2) * files // total)][key] = shape
+        done += sizes[key]
+    return groups
+
+
+def size(shape: tuple[int, ...]) -> int:
+    count = 1
+    for part in shape:
+        count *= part
+    return count
+
+
+def config(**sizes: int) -> dict[str, object]:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        **sizes,
+    }
+
+
+def write(directory: Path, content: dict[str, object], files: int, *, sparse: bool) -> None:
+    """config.json, the shards and their index."""
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps(content, indent=2) + "\n")
+    groups = sharded(keys(content), files)  # type: ignore[arg-type]
+    weight_map = {}
+    for number, group in enumerate(groups, 1):
+        name = f"model-{number:05d}-of-{files:05d}.safetensors"
+        weight_map |= dict.fromkeys(group, name)
+        (write_sparse if sparse else write_random)(directory / name, group, number)
+    total = sum(2 * size(shape) for group in groups for shape in group.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def write_random(path: Path, group: dict[str, tuple[int, ...]], seed: int) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    torch.manual_seed(seed)
+    save_file({key: torch.randn(shape, dtype=torch.bfloat16) for key, shape in group.items()}, path, {"format": "pt"})
+
+
+def write_sparse(path: Path, group: dict[str, tuple[int, ...]], seed: int) -> None:
+    header, at = {"__metadata__": {"format": "pt"}}, 0
+    for key, shape in group.items():
+        end = at + 2 * size(shape)
+        header[key] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [at, end]}  # type: ignore[dict-item]
+        at = end
+    data = json.dumps(header).encode()
+    data += b" " * (-len(data) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(data)) + data)
+        file.truncate(8 + len(data) + at)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--sparse-405b", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.sparse_405b:
+        content = config(
+            hidden_size=16384, intermediate_size=53248, num_hidden_layers=126, num_attention_heads=128,
+            num_key_value_heads=8, head_dim=128, vocab_size=128256,
+        )  # fmt: skip
+        write(arguments.directory, content, 191, sparse=True)
+    else:
+        content = config(
+            hidden_size=2048, intermediate_size=8192, num_hidden_layers=arguments.layers, num_attention_heads=32,
+            num_key_value_heads=8, head_dim=64, vocab_size=128256,
+        )  # fmt: skip
+        write(arguments.directory, content, 4, sparse=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""The command line: ``ckpt-convert``. All printing, colour and progress bars live in this package."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from ckpt_convert import __version__
+from ckpt_convert.errors import CkptConvertError
+
+GROUPS = (
+    (
+        "Convert",
+        ("convert", "hf-to-meta", "meta-to-hf", "hf-to-native", "native-to-hf", "meta-to-native", "native-to-meta"),
+    ),
+    ("Look", ("inspect", "formats")),
+)
+_MODULES = {"inspect": "inspect", "formats": "formats"}
+
+
+class _Commands(click.Group):
+    """Commands by group, each module imported only when its command is used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [name for _, names in GROUPS for name in names]
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in self.list_commands(ctx):
+            return None
+        module = importlib.import_module(f"ckpt_convert.cli.{_MODULES.get(name, 'convert')}")
+        command = getattr(module, name) if name in _MODULES else module.COMMANDS[name]
+        return command if isinstance(command, click.Command) else None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for title, names in GROUPS:
+            with formatter.section(title):
+                rows = [
+                    (name, command.get_short_help_str(90)) for name in names if (command := self.get_command(ctx, name))
+                ]
+                formatter.write_dl(rows)
+
+
+@click.group(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog="""\b
+Examples:
+  ckpt-convert hf-to-meta Llama-3.2-1B Llama-3.2-1B-meta --verify
+  ckpt-convert meta-to-hf Llama-3-70B/original Llama-3-70B-hf --dry-run
+  ckpt-convert inspect Llama-3.2-1B
+
+\b
+Shell completion: eval "$(_CKPT_CONVERT_COMPLETE=bash_source ckpt-convert)"
+Exit codes: 0 done, 1 failed, 2 usage, 3 bad input, 130 interrupted.""",
+)
+@click.version_option(__version__, prog_name="ckpt-convert")
+@click.option("--debug", is_flag=True, help="Show a traceback with an error.")
+def cli(debug: bool) -> None:
+    """Move the weights of large language models between the layouts that tools use, bit for bit."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit with its code; errors are one paragraph, a traceback only with --debug."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    # Wherever it stands in the line, --debug means the same.
+    words = [word for word in words if word != "--debug"]
+    sys.exit(_run(words, debug))
+
+
+def _run(words: list[str], debug: bool) -> int:
+    try:
+        result: Any = cli.main(words, prog_name="ckpt-convert", standalone_mode=False)
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except click.exceptions.Abort:
+        return _interrupted()
+    except KeyboardInterrupt:
+        return _interrupted()
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except BrokenPipeError:
+        # The reader (head, less) has enough; nothing more is to be said, also not at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except CkptConvertError as error:
+        return _failed(error, error.exit_code, debug)
+    except OSError as error:
+        return _failed(error, 1, debug)
+
+
+def _failed(error: Exception, code: int, debug: bool) -> int:
+    from ckpt_convert.cli.text import escape
+
+    if debug:
+        raise error
+    message = "\n".join(escape(line) for line in str(error).splitlines())
+    click.echo(f"{click.style('error:', fg='red', bold=True)} {message}", err=True)
+    return code
+
+
+def _interrupted() -> int:
+    click.echo("interrupted", err=True)
+    return 130

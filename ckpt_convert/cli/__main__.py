@@ -1,0 +1,3 @@
+from ckpt_convert.cli import main
+
+main()

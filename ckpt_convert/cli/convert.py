@@ -1,0 +1,207 @@
+"""The converting commands: ``convert`` and one for each pair of formats."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ckpt_convert.cli.progress import Bar
+from ckpt_convert.cli.text import escape, human_bytes, plural
+from ckpt_convert.errors import UsageError
+
+if TYPE_CHECKING:
+    from ckpt_convert.convert.api import Report
+
+FORMAT_TITLES = {"hf": "Hugging Face", "meta": "Meta", "native": "native (torchtune)"}
+_PAIRS = [(a, b) for a in FORMAT_TITLES for b in FORMAT_TITLES if a != b]
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "5GB" (decimal, as on the Hub), "512MiB" or "1000000"; raises UsageError."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise UsageError(f"--max-shard-size {text}: expected a size such as 5GB, 500MB or 2GiB")
+    base = 1024 if match[3] else 1000
+    return int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
+
+
+class _Stderr(logging.Handler):
+    """What the library has to say goes to standard error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(f"{click.style('notice:', fg='yellow')} {escape(record.getMessage())}", err=True)
+
+
+def _options(source: str | None, to: str | None) -> list[click.Option]:
+    """The options of a converting command; those that cannot fit its formats are accepted, refused, and not shown."""
+    meta, sharded, params = to in (None, "meta"), to in (None, "hf", "native"), source in (None, "meta")
+    containers = {"hf": ["safetensors", "bin"], "meta": ["pth", "safetensors"]}.get(
+        str(to), ["safetensors", "bin", "pth"]
+    )
+
+    def option(*names: str, shown: bool = True, **settings: Any) -> click.Option:
+        return click.Option(names, hidden=not shown, **settings)
+
+    def flag(name: str, text: str, *, shown: bool = True) -> click.Option:
+        return option(*name.split(), is_flag=True, help=text, shown=shown)
+
+    formats = click.Choice(list(FORMAT_TITLES))
+    dtypes = click.Choice(["float32", "float16", "bfloat16"])
+    styles = click.Choice(["llama2", "llama3"])
+    general = [
+        option("--to", type=formats, required=True, help="Format of DST."),
+        option("--from", "from_format", type=formats, help="Format of SRC (default: detected)."),
+    ]
+    return [
+        *(general if to is None else []),
+        flag("--dry-run", "Show the plan; read no tensor, write nothing."),
+        flag("--verify", "Read the output again and compare every tensor, bit for bit."),
+        flag("--resume", "Continue an interrupted conversion."),
+        flag("--overwrite", "Replace DST once the new output is complete."),
+        option("--dtype", type=dtypes, help="Cast floating-point tensors."),
+        option("--shards", type=int, metavar="N", help="Number of files, balanced.", shown=sharded),
+        option("--max-shard-size", metavar="SIZE", help="Most bytes in a file, such as 5GB.", shown=sharded),
+        option("--model-parallel", type=int, metavar="N", help="Number of ranks (files).", shown=meta),
+        option("--container", type=click.Choice(containers), help="What the files are."),
+        option("--like", metavar="DIR", help="Take file names, assignment, config and tokenizer from DIR."),
+        option("--family", metavar="NAME", help="The family, where it cannot be told."),
+        option("--config", metavar="PATH", help="The config.json or params.json of SRC."),
+        option("--rope-factor", type=float, help="RoPE scaling factor that params.json does not say.", shown=params),
+        option("--rope-theta", type=float, help="RoPE theta that params.json does not say.", shown=params),
+        option("--max-positions", type=int, help="Context length that params.json does not say.", shown=params),
+        option("--meta-style", type=styles, help="Whose params.json and embedding cut.", shown=meta),
+        flag("--drop-rope-scaling", "Leave out a RoPE scaling that the target cannot say.", shown=meta),
+        option("--revision", metavar="NAME", help="Branch, tag or commit, where SRC is a Hub id."),
+        option("--workers", type=int, metavar="N", help="Threads (default: one a core, 2 to 4)."),
+        flag("--json as_json", "Print the result as one JSON object."),
+        flag("--quiet -q", "Print nothing but errors."),
+    ]
+
+
+def _command(name: str, source: str | None, to: str | None) -> click.Command:
+    def run(**options: Any) -> None:
+        options.setdefault("to", to)
+        options.setdefault("from_format", source)
+        _convert(**options)
+
+    usage = "SRC is a path or a Hub id (org/name); DST is a directory."
+    examples = [f"ckpt-convert {name} SRC DST --dry-run", f"ckpt-convert {name} SRC DST --verify"]
+    if to is None:
+        title = "Convert SRC to any format, or lay it out anew in its own."
+        examples = [
+            "ckpt-convert convert Llama-3.2-1B out --to meta",
+            "ckpt-convert convert Llama-3-70B/original out --to meta --model-parallel 2",
+            "ckpt-convert convert Llama-3.2-1B out --to hf --max-shard-size 1GB",
+        ]
+    else:
+        title = f"Convert {FORMAT_TITLES[str(source)]} to {FORMAT_TITLES[to]}."
+        if to == "meta":
+            examples.append(f"ckpt-convert {name} SRC DST --model-parallel 2")
+    arguments = [click.Argument(["src"]), click.Argument(["dst"], type=click.Path(path_type=Path))]
+    return click.Command(
+        name,
+        callback=run,
+        params=[*arguments, *_options(source, to)],
+        help=f"{title}\n\n{usage}",
+        epilog="\b\nExamples:\n" + "\n".join(f"  {example}" for example in examples),
+    )
+
+
+def _convert(
+    *,
+    src: str,
+    dst: Path,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    max_shard_size: str | None,
+    verify: bool,
+    resume: bool,
+    overwrite: bool,
+    workers: int | None,
+    **options: Any,
+) -> None:
+    from ckpt_convert.convert import api
+
+    log = logging.getLogger("ckpt_convert")
+    handler = _Stderr()
+    if not quiet:
+        log.addHandler(handler)
+    log.propagate = False
+    try:
+        options["max_shard_size"] = parse_size(max_shard_size) if max_shard_size is not None else None
+        if dry_run:
+            plan = api.plan(src, **options)
+            from ckpt_convert.cli.plan import show_plan
+
+            show_plan(plan, dst, as_json=as_json, quiet=quiet, workers=workers or api.WORKERS)
+            return
+        with Bar(hidden=quiet) as bar:
+            try:
+                report = api.convert(
+                    src,
+                    dst,
+                    verify=verify,
+                    resume=resume,
+                    overwrite=overwrite,
+                    workers=workers,
+                    progress=bar,
+                    **options,
+                )
+            except KeyboardInterrupt:
+                bar.stop()
+                _say_what_is_left(dst)
+                raise
+        _show(report, as_json=as_json, quiet=quiet)
+    finally:
+        log.removeHandler(handler)
+
+
+def _say_what_is_left(dst: Path) -> None:
+    partial = dst.absolute().with_name(f".{dst.absolute().name}.partial")
+    if partial.exists():
+        click.echo(f"{partial} holds what is done; --resume continues it, a run without it starts anew", err=True)
+
+
+def _show(report: Report, *, as_json: bool, quiet: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(report.as_dict(), indent=2))
+    if quiet:
+        return
+    for notice in report.notices:
+        click.echo(f"{click.style('notice:', fg='yellow')} {escape(notice)}", err=True)
+    if as_json:
+        return
+    rate = report.bytes / max(report.seconds, 1e-3)
+    click.echo(
+        f"{report.family}: {report.source_format} → {report.target_format}, {plural(report.tensors, 'tensor')}, "
+        f"{human_bytes(report.bytes)} in {plural(len(report.files), 'file')}, "
+        f"{report.seconds:.1f} s ({human_bytes(int(rate))}/s)"
+    )
+    for tie in report.ties:
+        click.echo(f"  tied: {escape(tie)}")
+    if report.drops:
+        click.echo(
+            f"  carried in the record, for the target has no place for it: {', '.join(map(escape, report.drops))}"
+        )
+    for origin in ("copied", "generated", "restored"):
+        names = [escape(name) for name, how in report.side_files.items() if how == origin]
+        if names:
+            click.echo(f"  {origin}: {', '.join(names)}")
+    if report.resumed_bytes:
+        click.echo(f"  resumed: {human_bytes(report.resumed_bytes)} were done already")
+    if report.verified is not None:
+        click.echo(f"  verified: {plural(report.verified, 'tensor')} equal, bit for bit")
+    click.echo(escape(report.destination))
+
+
+COMMANDS = {
+    "convert": _command("convert", None, None),
+    **{f"{a}-to-{b}": _command(f"{a}-to-{b}", a, b) for a, b in _PAIRS},
+}

@@ -1,0 +1,101 @@
+"""Showing a plan: what a dry run prints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ckpt_convert.cli.text import escape, human_bytes, plural
+from ckpt_convert.convert.execute import BLOCK
+from ckpt_convert.convert.gather import SCRATCH
+from ckpt_convert.convert.plan import Plan
+from ckpt_convert.storage.staging import existing_parent
+
+BASE_MEMORY = 70_000_000
+"""Bytes of the interpreter with the modules that a conversion needs (no torch), as measured; a cast adds torch's."""
+
+TORCH_MEMORY = 220_000_000
+
+
+def memory(plan: Plan, workers: int) -> int:
+    """About how many bytes of memory the conversion takes at most."""
+    return BASE_MEMORY + workers * (BLOCK + SCRATCH) + (TORCH_MEMORY if plan.request.dtype else 0)
+
+
+def free_space(dst: Path) -> int:
+    """Bytes that are free where DST would lie."""
+    import shutil
+
+    return shutil.disk_usage(existing_parent(dst)).free
+
+
+def as_dict(plan: Plan, dst: Path, workers: int) -> dict[str, Any]:
+    """The plan as JSON-ready values."""
+    return {
+        "source": str(plan.source.path),
+        "destination": str(dst),
+        "source_format": plan.source.format,
+        "target_format": plan.target,
+        "family": plan.model.family.name,
+        "evidence": plan.model.evidence,
+        "release": plan.model.release,
+        "dims": dict(plan.dims),
+        "tensors": plan.tensors,
+        "bytes": plan.tensor_bytes,
+        "moves": dict(plan.moves),
+        "files": [{"name": f.name, "bytes": f.size, "tensors": len(f.tensors)} for f in plan.weights],
+        "side_files": {side.name: side.origin for side in plan.side if not side.name.startswith("ckpt_convert/")},
+        "drops": list(plan.carried),
+        "ties": list(plan.ties),
+        "notices": list(plan.notices),
+        "disk": plan.disk,
+        "disk_free": free_space(dst),
+        "memory": memory(plan, workers),
+    }
+
+
+def show_plan(plan: Plan, dst: Path, *, as_json: bool, quiet: bool, workers: int) -> None:
+    """Print the plan."""
+    if as_json:
+        click.echo(json.dumps(as_dict(plan, dst, workers), indent=2))
+        return
+    if quiet:
+        return
+    for name, value in _lines(plan, dst, workers):
+        click.echo(f"{click.style(f'{name:<10}', bold=True)} {value}")
+    click.echo("Nothing was written.", err=True)
+
+
+def _lines(plan: Plan, dst: Path, workers: int) -> Iterator[tuple[str, str]]:
+    source = plan.source
+    release = f", {plan.model.release}" if plan.model.release else ""
+    yield "source", f"{escape(str(source.path))}  ({source.format}: {source.why})"
+    yield "target", f"{escape(str(dst))}  ({plan.target})"
+    yield "family", f"{plan.model.family.name}  ({plan.model.evidence}{release})"
+    shown = ("n_layers", "dim", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "vocab_size")
+    yield "dims", "  ".join(f"{name} {plan.dims[name]}" for name in shown if name in plan.dims)
+    moves = ", ".join(f"{human_bytes(size)} {kind}" for kind, size in plan.moves.items() if size)
+    yield "tensors", f"{plan.tensors}, {human_bytes(plan.tensor_bytes)}: {moves}"
+    for at, file in enumerate(plan.weights[:16]):
+        label = "files" if at == 0 else ""
+        yield label, f"{escape(file.name)}  {plural(len(file.tensors), 'tensor')}  {human_bytes(file.size)}"
+    if len(plan.weights) > 16:
+        yield "", f"… and {len(plan.weights) - 16} more"
+    for origin in ("copied", "generated", "restored"):
+        names = [side.name for side in plan.side if side.origin == origin and not side.name.startswith("ckpt_convert/")]
+        if names:
+            yield origin, escape(", ".join(names))
+    for tie in plan.ties:
+        yield "tied", escape(tie)
+    yield (
+        "carried",
+        escape(", ".join(plan.carried)) if plan.carried else "nothing: the target has a place for everything",
+    )
+    yield "disk", f"{human_bytes(plan.disk)} needed, {human_bytes(free_space(dst))} free"
+    yield "memory", f"about {human_bytes(memory(plan, workers))} with {plural(workers, 'worker')}"
+    for notice in plan.notices:
+        yield "notice", escape(notice)

@@ -1,0 +1,251 @@
+"""``convert``: from a source to a directory that holds the same weights in another layout."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import xxhash
+
+from ckpt_convert.convert import checklist, record, sidefiles
+from ckpt_convert.convert import plan as planning
+from ckpt_convert.convert.checkpoint import Checkpoint, open_checkpoint
+from ckpt_convert.convert.execute import JOURNAL, Execution, Meter, ProgressCallback, is_tied, run_checks
+from ckpt_convert.convert.formats.base import RECORD_FOLDER, render_json
+from ckpt_convert.convert.plan import Plan
+from ckpt_convert.convert.request import Request
+from ckpt_convert.convert.sidefiles import CHECKLIST, SideFile
+from ckpt_convert.convert.verify import verify as verify_output
+from ckpt_convert.errors import CkptConvertError, CorruptFileError, UsageError
+from ckpt_convert.models.config import ConfigOptions
+from ckpt_convert.storage import hub
+from ckpt_convert.storage.staging import Staging, check_destination, check_space, explain_full_disk
+
+log = logging.getLogger("ckpt_convert")
+
+WORKERS = max(2, min(4, os.cpu_count() or 2))
+"""Threads by default: two keep a disk busy; more than four only help where many cores feed a very fast one."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did.
+
+    ``files`` are the weight files; ``bytes`` those of their tensors; ``drops`` the tensors that the target has no place
+    for (kept in the record); ``side_files`` name → copied, generated, restored or carried; ``moves`` bytes copied,
+    reordered and cast; ``verified`` the number of tensors compared, None without ``verify``.
+    """
+
+    source: str
+    destination: str
+    source_format: str
+    target_format: str
+    family: str
+    files: list[str]
+    tensors: int
+    bytes: int
+    drops: list[str]
+    ties: list[str]
+    notices: list[str]
+    side_files: dict[str, str]
+    moves: dict[str, int]
+    resumed_bytes: int
+    verified: int | None
+    seconds: float = field(compare=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as JSON-ready values."""
+        return asdict(self)
+
+
+def plan(
+    src: str | Path,
+    *,
+    to: str,
+    from_format: str | None = None,
+    family: str | None = None,
+    config: str | Path | None = None,
+    revision: str | None = None,
+    dtype: str | None = None,
+    shards: int | None = None,
+    max_shard_size: int | None = None,
+    model_parallel: int | None = None,
+    container: str | None = None,
+    like: str | Path | None = None,
+    rope_factor: float | None = None,
+    rope_theta: float | None = None,
+    max_positions: int | None = None,
+    meta_style: Literal["llama2", "llama3"] | None = None,
+    drop_rope_scaling: bool = False,
+) -> Plan:
+    """The plan of a conversion, from headers alone: nothing is written and no tensor is read.
+
+    Raises what ``convert`` raises for bad input or options that do not fit.
+    """
+    options = ConfigOptions(
+        rope_factor=rope_factor,
+        rope_theta=rope_theta,
+        max_positions=max_positions,
+        meta_style=meta_style,
+        drop_rope_scaling=drop_rope_scaling,
+    )
+    request = Request(
+        to=to,
+        dtype=dtype,
+        shards=shards,
+        max_shard_size=max_shard_size,
+        model_parallel=model_parallel,
+        container=container,
+        like=hub.locate(like, revision) if like is not None else None,
+        config=options,
+    )
+    source = open_checkpoint(
+        hub.locate(src, revision), format=from_format, family=family, config=config, options=options
+    )
+    return planning.make(source, request)
+
+
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    to: str,
+    overwrite: bool = False,
+    resume: bool = False,
+    verify: bool = False,
+    workers: int | None = None,
+    progress: ProgressCallback | None = None,
+    **options: Any,
+) -> Report:
+    """Convert the checkpoint ``src`` to the format ``to`` in the directory ``dst``, which appears whole or not at all.
+
+    ``src`` is a path or a Hub id; ``overwrite`` replaces ``dst``; ``resume`` continues an interrupted attempt;
+    ``verify`` reads the output again and compares every tensor before ``dst`` appears; ``workers`` is the number of
+    threads; ``progress`` is called with ``Progress`` values, from several threads. The other options are ``plan``'s:
+    from_format, family, config, revision, dtype ("bfloat16", …), shards, max_shard_size (bytes), model_parallel,
+    container, like, rope_factor, rope_theta, max_positions, meta_style, drop_rope_scaling.
+
+    Raises InputError (and what derives from it) for bad input, UsageError for options that do not fit, and
+    CkptConvertError for what goes wrong while writing; ``dst`` is then as it was.
+    """
+    started = time.monotonic()
+    if workers is not None and workers < 1:
+        raise UsageError(f"--workers {workers}: expected 1 or more")
+    count = workers or WORKERS
+    made = plan(src, to=to, **options)
+    source, destination = made.source, Path(dst)
+    try:
+        check_destination(destination, source.path, overwrite=overwrite)
+        if made.undecided is not None:
+            made = planning.make(source, made.request, tied=is_tied(made))
+        planning.refuse_unreadable(made)
+        run_checks(made, progress)
+        with Staging(destination, overwrite=overwrite, resume=resume) as staging:
+            try:
+                check_space(destination, made.disk - staging.allocated())
+                with explain_full_disk(staging):
+                    execution = Execution(made, staging, count, progress)
+                    pieces = execution.run()
+                    side = _write_side_files(made, staging, count, progress)
+                    manifest = made.manifest(pieces, side)
+                    staging.write(record.MANIFEST, render_json(manifest))
+                    verified = _verify(made, staging, count, progress) if verify else None
+                    (staging.path / JOURNAL).unlink(missing_ok=True)
+                    staging.commit()
+            except CkptConvertError as error:
+                if not staging.keeps(error):
+                    staging.discard()
+                raise
+    finally:
+        source.close()
+    return Report(
+        source=str(src),
+        destination=str(dst),
+        source_format=str(source.format),
+        target_format=made.target,
+        family=made.model.family.name,
+        files=[file.name for file in made.weights],
+        tensors=made.tensors,
+        bytes=sum(tensor.nbytes for file in made.weights for tensor in file.tensors),
+        drops=list(made.carried),
+        ties=list(made.ties),
+        notices=list(made.notices),
+        side_files={str(entry["name"]): str(entry["origin"]) for entry in side},
+        moves=dict(made.moves),
+        resumed_bytes=execution.resumed,
+        verified=verified,
+        seconds=round(time.monotonic() - started, 3),
+    )
+
+
+def _write_side_files(
+    made: Plan, staging: Staging, workers: int, progress: ProgressCallback | None
+) -> list[dict[str, Any]]:
+    written = []
+    for side in made.side:
+        digest = _write_side_file(side, staging)
+        if digest is not None and not side.name.startswith(f"{RECORD_FOLDER}/"):
+            written.append({"name": side.name, "origin": side.origin, "checksum": digest})
+    listed = sidefiles.checked(made.source)
+    if listed:
+        _check_source(made.source, listed, workers, progress)
+    template = sidefiles.checklist_for(made.source, made.target)
+    if template is not None:
+        data = _checklist(template, staging)
+        staging.write(CHECKLIST, data)
+        written.append({"name": CHECKLIST, "origin": "generated", "checksum": sidefiles.digest(data)})
+    return written
+
+
+def _write_side_file(side: SideFile, staging: Staging) -> str | None:
+    if side.path is None:
+        data = side.make() if side.make else None
+        if data is None:
+            return None
+        staging.write(side.name, data)
+        return sidefiles.digest(data)
+    digest = xxhash.xxh3_64()
+    with side.path.open("rb") as file, staging.file(side.name, 0) as out:
+        offset = 0
+        while block := file.read(1 << 20):
+            digest.update(block)
+            out.write(offset, memoryview(block))
+            offset += len(block)
+        out.sync()
+    return digest.hexdigest()
+
+
+def _check_source(source: Checkpoint, listed: dict[str, str], workers: int, progress: ProgressCallback | None) -> None:
+    """Compare the source's files with its checklist.chk; raises CorruptFileError naming those that differ."""
+    there = [name for name in listed if (source.root / name).is_file()]
+    meter = Meter("checking", sum((source.root / name).stat().st_size for name in there), progress)
+
+    def findings(name: str) -> list[checklist.Finding]:
+        return checklist.check(source.root, {name: listed[name]}, advance=meter.add)
+
+    with ThreadPoolExecutor(workers) as pool:
+        wrong = [finding for found in pool.map(findings, there) for finding in found]
+    if wrong:
+        listing = "; ".join(f"{finding.file}: expected {finding.expected}, found {finding.found}" for finding in wrong)
+        raise CorruptFileError(
+            f"{source.root / CHECKLIST}: the files are not those it lists: {listing}; "
+            "download them again, or remove the checklist if they were changed on purpose"
+        )
+
+
+def _checklist(template: Path, staging: Staging) -> bytes:
+    """The checklist of the files that were written, in the order and with the hash of the one that came along."""
+    listed = checklist.parse(template.read_text(encoding="utf-8", errors="replace"))
+    names = [name for name in listed if (staging.path / name).is_file()]
+    names += [path.name for path in sorted(staging.path.glob("consolidated.*")) if path.name not in listed]
+    return checklist.render(checklist.hash_files(staging.path, names, checklist.algorithm(listed)))
+
+
+def _verify(made: Plan, staging: Staging, workers: int, progress: ProgressCallback | None) -> int:
+    with open_checkpoint(staging.path, format=made.target, family=made.model.family.name) as output:
+        return verify_output(made, output, workers=workers, progress=progress)

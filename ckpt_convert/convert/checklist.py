@@ -1,0 +1,161 @@
+"""Meta's checklist.chk: the hashes of a checkpoint's files, one line `<hash>  <file>` each, as md5sum writes them.
+
+Meta's download scripts of Llama 1 to 3 have md5; `llama_models` (`cli/verify_download.py`) reads sha256.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import stat
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+from ckpt_convert.errors import CheckpointNotFoundError, CorruptFileError, UnsafeFileError
+
+CHECKLIST = "checklist.chk"
+Algorithm = Literal["md5", "sha256"]
+
+_BLOCK = 1 << 20
+_LINE = re.compile(r"([0-9a-fA-F]+) [ *](.+)")
+_ALGORITHMS: dict[int, Algorithm] = {32: "md5", 64: "sha256"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One listed file that is not what the list says; ``found`` says what is there instead."""
+
+    file: str
+    expected: str
+    found: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: expected {self.expected}, found {self.found}; download it again"
+
+
+def parse(text: str) -> dict[str, str]:
+    """Read a checklist into hashes (lower case) by file name, in the order of the lines.
+
+    Raises CorruptFileError for a line that is not `<hash>  <file>` with an md5 or sha256, for a file with two hashes,
+    and for two kinds of hash in one list; UnsafeFileError for a name that leaves the directory.
+    """
+    entries: dict[str, str] = {}
+    for number, line in enumerate(text.split("\n"), start=1):
+        line = line.strip("\r\t \ufeff")
+        if not line:
+            continue
+        found = _LINE.fullmatch(line)
+        if found is None or len(found[1]) not in _ALGORITHMS:
+            raise _corrupt(f"line {number}: expected `<md5 or sha256>  <file>`, found {line[:120]!r}")
+        digest, name = found[1].lower(), found[2].removeprefix("./")
+        _check_name(name)
+        if entries.setdefault(name, digest) != digest:
+            raise _corrupt(f"line {number}: expected one hash for {name!r}, found {entries[name]} and {digest}")
+    algorithm(entries)
+    return entries
+
+
+def algorithm(parsed: Mapping[str, str]) -> Algorithm:
+    """Tell which hash a checklist holds; md5, Meta's usual one, where it holds none.
+
+    Raises CorruptFileError when the hashes are of neither kind, or of both.
+    """
+    lengths = {len(digest) for digest in parsed.values()} or {32}
+    if len(lengths) > 1 or not lengths <= _ALGORITHMS.keys():
+        raise _corrupt(f"expected hashes of 32 (md5) or 64 (sha256) digits, found {sorted(lengths)}")
+    return _ALGORITHMS[lengths.pop()]
+
+
+def render(entries: Mapping[str, str]) -> bytes:
+    """Write a checklist, in the order of ``entries`` (file names to hashes); what it writes, ``parse`` reads.
+
+    Raises as ``parse`` does for names and hashes that a checklist cannot hold.
+    """
+    text = "".join(f"{digest}  {name}\n" for name, digest in entries.items())
+    if parse(text) != {name.removeprefix("./"): digest.lower() for name, digest in entries.items()}:
+        raise _corrupt(f"expected names that fit on a line, found {list(entries)[:4]!r}")
+    return text.encode()
+
+
+def hash_file(path: Path, kind: Algorithm, *, advance: Callable[[int], None] | None = None) -> str:
+    """Hash a file in blocks of 1 MiB; ``advance`` is told the bytes of each.
+
+    hashlib lets other threads run meanwhile. Raises OSError when the file cannot be read.
+    """
+    digest = hashlib.new(kind, usedforsecurity=False)
+    buffer = memoryview(bytearray(_BLOCK))
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(buffer):
+            digest.update(buffer[:size])
+            if advance is not None:
+                advance(size)
+    return digest.hexdigest()
+
+
+def hash_files(directory: Path, names: Iterable[str], kind: Algorithm = "md5") -> dict[str, str]:
+    """The entries of a checklist for files that are there, to be rendered.
+
+    Raises UnsafeFileError for a name that leaves the directory.
+    """
+    listed = list(names)
+    for name in listed:
+        _check_name(name)
+    return {name: hash_file(directory / name, kind) for name in listed}
+
+
+def check(
+    directory: Path, entries: Mapping[str, str] | None = None, *, advance: Callable[[int], None] | None = None
+) -> list[Finding]:
+    """Hash the files that a checklist names and return those that are missing or differ; none is as it should be.
+
+    ``entries`` are those of the directory's own checklist.chk unless given. Raises CheckpointNotFoundError when there
+    is no checklist, and as ``parse`` does.
+    """
+    listed = _read(directory / CHECKLIST) if entries is None else entries
+    for name in listed:
+        _check_name(name)
+    kind = algorithm(listed)
+    return [
+        Finding(name, f"{kind} {expected.lower()}", found)
+        for name, expected in listed.items()
+        if (found := _found(directory / name, kind, advance)) != f"{kind} {expected.lower()}"
+    ]
+
+
+def _found(path: Path, kind: Algorithm, advance: Callable[[int], None] | None) -> str:
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            return "something that is not a file"  # reading a pipe would wait for ever
+        return f"{kind} {hash_file(path, kind, advance=advance)}"
+    except (FileNotFoundError, NotADirectoryError):
+        return "no such file"
+    except OSError as error:
+        return f"a file that cannot be read ({error.strerror})"
+
+
+def _read(path: Path) -> dict[str, str]:
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise CheckpointNotFoundError(
+            f"{path}: expected a list of hashes, found no such file; without one there is nothing to check against"
+        ) from None
+    try:
+        return parse(data.decode())
+    except UnicodeDecodeError:
+        raise _corrupt(f"expected UTF-8 text, found {data[:40]!r}") from None
+
+
+def _check_name(name: str) -> None:
+    """A name is joined to the directory as it is: it must not lead out of it, on any system."""
+    parts = PurePosixPath(name.replace("\\", "/")).parts
+    if not parts or parts[0] == "/" or ".." in parts or ":" in parts[0] or not name.isprintable():
+        raise UnsafeFileError(
+            f"{CHECKLIST}: expected the name of a file in its directory, found {name!r}; remove that line"
+        )
+
+
+def _corrupt(what: str) -> CorruptFileError:
+    return CorruptFileError(f"{CHECKLIST}: {what}; download it again or remove it")

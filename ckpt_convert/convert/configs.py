@@ -1,0 +1,109 @@
+"""The config files of an output: config.json and params.json, taken over byte for byte or translated."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ckpt_convert.convert import record, sidefiles
+from ckpt_convert.convert.checkpoint import Checkpoint, usual_dtype
+from ckpt_convert.convert.formats.base import RECORD_FOLDER, load_json, render_json
+from ckpt_convert.convert.model import Model, naming
+from ckpt_convert.convert.request import Request
+from ckpt_convert.convert.sidefiles import SideFile
+from ckpt_convert.dtypes import DTYPES
+from ckpt_convert.errors import UnsupportedFamilyError
+
+log = logging.getLogger("ckpt_convert")
+
+
+@dataclass(frozen=True)
+class Configs:
+    """The config files to write, and what has to be said about them."""
+
+    files: tuple[SideFile, ...]
+    notices: tuple[str, ...] = ()
+
+
+def generated(source: Checkpoint, model: Model, request: Request, like: Checkpoint | None) -> Configs:
+    """The target's config, and config.json for the record; raises ConfigError for what the target cannot express."""
+    config = _config(source, model, request, like)
+    files = [_file(record.CONFIG, config)]
+    notices: tuple[str, ...] = ()
+    if request.to == "hf":
+        files.append(_file("config.json", config))
+    if request.to == "meta":
+        params, notices = _params(source, model, request, like)
+        files.append(_file("params.json", params))
+    elif source.format == "meta" and source.params is not None:
+        name = f"{RECORD_FOLDER}/side/params.json"
+        files.append(SideFile(name, "carried", source.params[0], size=source.params[0].stat().st_size))
+    return Configs(tuple(files), notices)
+
+
+def _config(source: Checkpoint, model: Model, request: Request, like: Checkpoint | None) -> bytes:
+    if like is not None and request.to == "hf":
+        return (like.config_path or like.root / "config.json").read_bytes()
+    verbatim = _verbatim_config(source, model)
+    if verbatim is not None and request.dtype is None:
+        return verbatim
+    content = dict(model.config)
+    dtype = request.dtype or DTYPES[usual_dtype(source)].torch
+    known = [key for key in ("dtype", "torch_dtype") if key in content]
+    for key in known or ("dtype", "torch_dtype"):
+        content[key] = dtype
+    return render_json(dict(sorted(content.items())) if verbatim is None else content)
+
+
+def _verbatim_config(source: Checkpoint, model: Model) -> bytes | None:
+    """The bytes of the config.json that the model was read from, None when it was translated from params.json."""
+    candidates = [source.config_path, source.root / "config.json", source.root / record.CONFIG]
+    if source.format == "native":
+        candidates = [source.config_path, source.root / record.CONFIG]
+    if source.format == "meta":
+        candidates = [source.config_path, source.root / record.CONFIG]
+    for path in candidates:
+        if path is not None and path.is_file() and load_json(path) == model.config:
+            return path.read_bytes()
+    return None
+
+
+def _params(
+    source: Checkpoint, model: Model, request: Request, like: Checkpoint | None
+) -> tuple[bytes, tuple[str, ...]]:
+    if like is not None and like.params is not None:
+        return like.params[0].read_bytes(), ()
+    asked = request.config.meta_style is not None or request.config.drop_rope_scaling
+    recorded = _recorded_params(source)
+    if recorded is not None and not asked:
+        return recorded, ()
+    if model.family.params is None:
+        raise UnsupportedFamilyError(f"{source.path}: family {model.family.name} has no params.json")
+    with naming(str(source.root / "config.json")):
+        translated = model.family.params.from_hf(model.config, request.config)
+    beside = " (not needed as long as the folder ckpt_convert lies beside it)"
+    notices = tuple(text + beside if "on the way back" in text else text for text in translated.notices)
+    return _render_params(translated.content), notices
+
+
+def _recorded_params(source: Checkpoint) -> bytes | None:
+    """params.json as it was, as long as the config that was made from it is unchanged."""
+    if source.format == "meta":
+        return source.params[0].read_bytes() if source.params and "model_type" not in source.params[1] else None
+    if source.record is None or source.config_path is not None:
+        return None
+    path = source.record.carried_side_files.get("params.json")
+    if path is None or (source.format == "hf" and not sidefiles.unchanged(source.record, "config.json")):
+        return None
+    return path.read_bytes()
+
+
+def _render_params(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content) + "\n").encode()
+
+
+def _file(name: str, data: bytes) -> SideFile:
+    return SideFile(name, "generated", make=lambda: data, size=len(data))

@@ -1,0 +1,361 @@
+"""Carrying out a plan: pieces of tensors are read, put in order, checksummed and written, by a few threads.
+
+A piece is a contiguous run of one output tensor, at most PIECE bytes. It is moved block by block through buffers that
+each worker keeps, so memory is the number of workers times the buffers, whatever the size of the model. numpy,
+hashing, reading and writing all let other threads run meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import threading
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from ckpt_convert import dtypes
+from ckpt_convert.convert.containers.crc import crc32_combine
+from ckpt_convert.convert.gather import Gatherer
+from ckpt_convert.convert.layout import OutputFile, Placed
+from ckpt_convert.convert.mapping import Equality
+from ckpt_convert.convert.plan import Plan
+from ckpt_convert.errors import TiedWeightsError
+from ckpt_convert.models.lazy import LazyTensor
+from ckpt_convert.storage.staging import StagedFile, Staging, clear
+
+PIECE = 64 << 20
+BLOCK = 1 << 20
+JOURNAL = ".ckpt-convert-journal"
+
+log = logging.getLogger("ckpt_convert")
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a conversion is: bytes of ``total`` done in this ``phase`` (checking, converting, verifying)."""
+
+    phase: str
+    done: int
+    total: int
+
+
+ProgressCallback = Callable[[Progress], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A run of ``nbytes`` at ``offset`` of an output file, made from ``tensor``."""
+
+    file: int
+    placed: Placed
+    offset: int
+    nbytes: int
+    tensor: LazyTensor
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A finished piece: its checksum and, where the container keeps one, its CRC-32."""
+
+    offset: int
+    nbytes: int
+    key: str
+    checksum: str
+    crc: int
+
+
+class Meter:
+    """Adds up bytes from several threads and passes them on."""
+
+    def __init__(self, phase: str, total: int, callback: ProgressCallback | None) -> None:
+        self.phase, self.total, self.done = phase, total, 0
+        self._callback = callback
+        self._lock = threading.Lock()
+        if callback is not None:
+            callback(Progress(phase, 0, total))
+
+    def add(self, nbytes: int) -> None:
+        with self._lock:
+            self.done += nbytes
+            if self._callback is not None:
+                self._callback(Progress(self.phase, self.done, self.total))
+
+
+class Mover:
+    """One worker's buffers: reads a lazy tensor block by block, in the dtype of the output."""
+
+    def __init__(self, plan_stored: Any) -> None:
+        self._gatherer = Gatherer(plan_stored)
+        self._buffer = np.empty(BLOCK, np.uint8)
+
+    def blocks(
+        self, tensor: LazyTensor, source: str, target: str, *, like: str | None = None
+    ) -> Iterator[tuple[int, memoryview]]:
+        """(byte offset, bytes) of the tensor, in order; the bytes are only good until the next block.
+
+        Blocks have as many elements as those of a tensor that is cast from or to ``like`` would have.
+        """
+        bits = dtypes.DTYPES[source].bits
+        most = BLOCK * 8 // max(bits, dtypes.DTYPES[target].bits, dtypes.DTYPES[like or source].bits)
+        for offset, block in tensor.blocks(most):
+            view = self._buffer[: block.size * bits // 8]
+            self._gatherer.into(block, source, view)
+            if source == target:
+                yield offset * bits // 8, view.data
+            else:
+                out = cast(view, source, target)
+                yield offset * dtypes.DTYPES[target].bits // 8, out.data
+
+
+def cast(data: np.ndarray[Any, Any], source: str, target: str) -> np.ndarray[Any, Any]:
+    """The elements in another floating-point dtype, rounded to nearest even, as torch does it."""
+    import torch
+
+    elements = torch.from_numpy(data).view(getattr(torch, dtypes.DTYPES[source].torch))
+    return elements.to(getattr(torch, dtypes.DTYPES[target].torch)).view(torch.uint8).numpy()
+
+
+def equal(movers: Mover, other: Mover, check: Equality, meter: Meter | None = None) -> bool:
+    """Whether both tensors of a check hold the same bytes; stops at the first difference."""
+    left = movers.blocks(check.left, check.dtype, check.dtype)
+    right = other.blocks(check.right, check.dtype, check.dtype)
+    for (_, mine), (_, theirs) in zip(left, right, strict=True):
+        if mine != theirs:
+            return False
+        if meter is not None:
+            meter.add(len(mine))
+    return True
+
+
+def run_checks(plan: Plan, progress: ProgressCallback | None = None) -> None:
+    """Compare what has to be equal before anything is written; raises TiedWeightsError listing what is not."""
+    if not plan.checks:
+        return
+    total = sum(check.left.size * dtypes.DTYPES[check.dtype].bits // 8 for check in plan.checks)
+    meter = Meter("checking", total, progress)
+    left, right = Mover(plan.stored), Mover(plan.stored)
+    failed = [check.message for check in plan.checks if not equal(left, right, check, meter)]
+    if failed:
+        more = f"\n  … and {len(failed) - 20} more" if len(failed) > 20 else ""
+        raise TiedWeightsError(f"{plan.source.path}: " + "\n  ".join(failed[:20]) + more)
+
+
+def is_tied(plan: Plan) -> bool:
+    """What the bytes say where no file says whether the weights are tied."""
+    if plan.undecided is None:
+        return bool(plan.dims["tied"])
+    return equal(Mover(plan.stored), Mover(plan.stored), plan.undecided)
+
+
+def pieces(files: tuple[OutputFile, ...]) -> Iterator[Piece]:
+    """Every piece, in the order in which the source is read best.
+
+    Files are written one after another, each in offset order; only where the files are ranks they are written side by
+    side, since every source row goes into all of them.
+    """
+    order: list[tuple[int, Placed]] = []
+    ranks = {file.rank for file in files}
+    if len(ranks) > 1:
+        longest = max(len(file.tensors) for file in files)
+        for at in range(longest):
+            order += [(number, file.tensors[at]) for number, file in enumerate(files) if at < len(file.tensors)]
+    else:
+        order = [(number, placed) for number, file in enumerate(files) for placed in file.tensors]
+    for number, placed in order:
+        bits = dtypes.DTYPES[placed.dtype].bits
+        for offset, block in placed.tensor.blocks(PIECE * 8 // bits):
+            start = placed.offset + offset * bits // 8
+            yield Piece(number, placed, start, block.size * bits // 8, block)
+
+
+class _File:
+    """An output file while it is written: what of it is done, and what is left."""
+
+    def __init__(self, output: OutputFile, staged: StagedFile, left: int) -> None:
+        self.output = output
+        self.staged = staged
+        self.left = left
+        self.done: list[Done] = []
+        self.has_crc = bool(output.layout.header.checksummed)
+
+
+class Execution:
+    """Writes the files of a plan into a staging directory."""
+
+    def __init__(self, plan: Plan, staging: Staging, workers: int, progress: ProgressCallback | None) -> None:
+        self._plan = plan
+        self._staging = staging
+        self._workers = workers
+        self._lock = threading.Lock()
+        self._queue: deque[Piece] = deque(pieces(plan.files))
+        self._meter = Meter("converting", plan.tensor_bytes, progress)
+        self._stop = threading.Event()
+        self._journal: Any = None
+        self._files: list[_File] = []
+        self.resumed = 0
+
+    def run(self) -> dict[str, dict[str, Any]]:
+        """Write everything; returns what the manifest says of each file.
+
+        Raises whatever a worker raised first; the others stop at their next block.
+        """
+        counts = [0] * len(self._plan.files)
+        for piece in self._queue:
+            counts[piece.file] += 1
+        earlier = self._open_journal()
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._journal.close)
+            for output, count in zip(self._plan.files, counts, strict=True):
+                staged = stack.enter_context(self._staging.file(output.name, output.size))
+                self._files.append(_File(output, staged, count))
+                for offset, data in output.layout.literals:
+                    staged.write(offset, memoryview(data))
+            for file in self._files:
+                if not file.left:
+                    self._finish(file)
+            self._run_workers(earlier)
+        return {file.output.name: _described(file) for file in self._files}
+
+    def _run_workers(self, earlier: dict[tuple[int, int], str]) -> None:
+        with ThreadPoolExecutor(self._workers, "convert") as pool:
+            futures = [pool.submit(self._work, earlier) for _ in range(self._workers)]
+            try:
+                wait(futures, return_when=FIRST_EXCEPTION)
+            finally:
+                self._stop.set()
+            for future in futures:
+                future.result()
+
+    def _work(self, earlier: dict[tuple[int, int], str]) -> None:
+        mover = Mover(self._plan.stored)
+        while not self._stop.is_set():
+            with self._lock:
+                if not self._queue:
+                    return
+                piece = self._queue.popleft()
+            file = self._files[piece.file]
+            done = self._verified(file, piece, earlier.get((piece.file, piece.offset)))
+            if done is None:
+                done = self._move(mover, file, piece)
+                if done is None:
+                    return
+                self._note(piece, done)
+            with self._lock:
+                file.done.append(done)
+                file.left -= 1
+                complete = not file.left
+            if complete:
+                self._finish(file)
+
+    def _move(self, mover: Mover, file: _File, piece: Piece) -> Done | None:
+        digest = xxhash.xxh3_64()
+        crc = 0
+        for offset, data in mover.blocks(piece.tensor, piece.placed.source_dtype, piece.placed.dtype):
+            if self._stop.is_set():
+                return None
+            digest.update(data)
+            if file.has_crc:
+                crc = zlib.crc32(data, crc)
+            file.staged.write(piece.offset + offset, data)
+            self._meter.add(len(data))
+        file.staged.start_writeback(piece.offset, piece.nbytes)
+        return Done(piece.offset, piece.nbytes, piece.placed.key, digest.hexdigest(), crc)
+
+    def _verified(self, file: _File, piece: Piece, checksum: str | None) -> Done | None:
+        """A piece that an earlier attempt wrote, if its bytes are really there."""
+        if checksum is None:
+            return None
+        digest = xxhash.xxh3_64()
+        crc = 0
+        buffer = np.empty(min(BLOCK, piece.nbytes), np.uint8)
+        for start in range(0, piece.nbytes, BLOCK):
+            view = buffer.data[: min(BLOCK, piece.nbytes - start)]
+            file.staged.readinto(piece.offset + start, view)
+            digest.update(view)
+            if file.has_crc:
+                crc = zlib.crc32(view, crc)
+        if digest.hexdigest() != checksum:
+            return None
+        self.resumed += piece.nbytes
+        self._meter.add(piece.nbytes)
+        return Done(piece.offset, piece.nbytes, piece.placed.key, checksum, crc)
+
+    def _finish(self, file: _File) -> None:
+        """Everything of a file is written: put the CRCs in and flush it to disk."""
+        for offset, crc in _crcs(file):
+            file.staged.write(offset, memoryview(crc.to_bytes(4, "little")))
+        file.staged.sync()
+
+    def _open_journal(self) -> dict[tuple[int, int], str]:
+        """Start or continue the journal of finished pieces; returns those of an earlier attempt at this same plan."""
+        from ckpt_convert.convert.plan import fingerprint
+
+        path = self._staging.path / JOURNAL
+        mine = fingerprint(self._plan)
+        earlier: dict[tuple[int, int], str] = {}
+        if self._staging.resumed and path.is_file():
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            if lines and lines[0] == mine:
+                earlier = dict(_journal_entry(line) for line in lines[1:] if _journal_entry(line)[1])
+            else:
+                log.warning("the partial output is of another source or other options; it is written anew")
+                clear(self._staging.path)
+        self._journal = path.open("a" if earlier else "w", encoding="utf-8", buffering=1)
+        if not earlier:
+            self._journal.write(mine + "\n")
+        return earlier
+
+    def _note(self, piece: Piece, done: Done) -> None:
+        with self._lock:
+            self._journal.write(json.dumps([piece.file, piece.offset, done.checksum]) + "\n")
+
+
+def _journal_entry(line: str) -> tuple[tuple[int, int], str]:
+    with contextlib.suppress(ValueError, TypeError):
+        number, offset, checksum = json.loads(line)
+        return (int(number), int(offset)), str(checksum)
+    return (-1, -1), ""  # the last line of an attempt that was killed may be cut
+
+
+def _crcs(file: _File) -> Iterator[tuple[int, int]]:
+    """(place, CRC-32) for every checksum that the container keeps of tensor bytes."""
+    header = file.output.layout.header
+    runs = sorted((done.offset, done.nbytes, done.crc) for done in file.done if done.nbytes)
+    runs += [(offset, len(data), zlib.crc32(data)) for offset, data in file.output.layout.literals]
+    runs.sort()
+    at = 0
+    for member in sorted(header.checksummed, key=lambda member: member.offset):
+        while at < len(runs) and runs[at][0] + runs[at][1] <= member.offset:
+            at += 1
+        crc, position, end = 0, member.offset, member.offset + member.nbytes
+        index = at
+        while position < end:
+            offset, nbytes, value = runs[index]
+            if offset < position or offset + nbytes > end:  # a literal that also reaches outside of the member
+                value, nbytes = _part_crc(file, offset, position, min(offset + nbytes, end))
+            crc = crc32_combine(crc, value, nbytes)
+            position += nbytes
+            index += 1
+        for place in member.places:
+            yield place, crc
+
+
+def _part_crc(file: _File, literal: int, start: int, end: int) -> tuple[int, int]:
+    data = next(data for offset, data in file.output.layout.literals if offset == literal)
+    return zlib.crc32(data[start - literal : end - literal]), end - start
+
+
+def _described(file: _File) -> dict[str, Any]:
+    done = sorted(file.done, key=lambda done: done.offset)
+    return {
+        "size": file.output.size,
+        "pieces": [[piece.key, piece.offset, piece.nbytes, piece.checksum] for piece in done],
+    }

@@ -1,0 +1,97 @@
+"""What a format says of its directories."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ckpt_convert.errors import ConfigError
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
+NEVER_SIDE_FILES = (".gguf", ".h5", ".msgpack", ".onnx", ".ot")
+NEVER_SIDE_FOLDERS = ("original", ".git", ".cache", "onnx", "ckpt_convert")
+RECORD_FOLDER = "ckpt_convert"
+JSON_LIMIT = 1 << 28
+
+
+@dataclass(frozen=True, slots=True)
+class WeightName:
+    """A weight file of a checkpoint and the tensor-parallel rank that it holds (0 where files are no ranks)."""
+
+    name: str
+    rank: int = 0
+
+
+@dataclass(frozen=True)
+class Directory:
+    """The weight files of a directory; ``index`` names the index file and ``weight_map`` is what it says."""
+
+    weights: tuple[WeightName, ...]
+    index: str | None = None
+    weight_map: Mapping[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Format:
+    """One format's habits.
+
+    ``find`` lists the weight files of a directory, None if there are none of this format. ``file_names`` gives the
+    names of n new files in a container; ``containers`` are those it may use, the usual one first; ``config`` is the
+    config file at the root. ``uses`` says whether a file that lies beside the weights is of use to readers of the
+    format; ``ranks`` whether files are tensor-parallel ranks.
+    """
+
+    name: str
+    find: Callable[[Path], Directory | None]
+    file_names: Callable[[int, str], list[str]]
+    containers: tuple[str, ...]
+    config: str | None
+    uses: Callable[[str], bool]
+    ranks: bool = False
+
+
+def load_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; raises ConfigError, naming the file, when there is none."""
+    try:
+        if path.stat().st_size > JSON_LIMIT:
+            raise ConfigError(f"{path}: {path.stat().st_size:,} bytes are no configuration; is this the right file?")
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: is no readable JSON: {error}; download or copy it again") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def render_json(content: Mapping[str, Any], *, sort_keys: bool = False) -> bytes:
+    """JSON as Hugging Face's tools write it: two spaces of indentation and a newline at the end."""
+    return (json.dumps(content, indent=2, sort_keys=sort_keys) + "\n").encode()
+
+
+def render_index(weight_map: Mapping[str, str], total_size: int, total_parameters: int) -> bytes:
+    """The index of a sharded checkpoint, as ``save_pretrained`` writes it."""
+    metadata = {"total_parameters": total_parameters, "total_size": total_size}
+    return render_json({"metadata": metadata, "weight_map": dict(weight_map)}, sort_keys=True)
+
+
+def numbered(count: int, stem: str, suffix: str) -> list[str]:
+    """``model.safetensors``, or ``model-00001-of-00004.safetensors`` and so on."""
+    if count == 1:
+        return [f"{stem}{suffix}"]
+    return [f"{stem}-{number:05d}-of-{count:05d}{suffix}" for number in range(1, count + 1)]
+
+
+def plain_weights(directory: Path, suffixes: Sequence[str]) -> list[str]:
+    """Weight files at the root that belong to no consolidated or adapter checkpoint, sorted by name."""
+    return sorted(
+        entry.name
+        for entry in directory.iterdir()
+        if entry.suffix in suffixes
+        and entry.is_file()
+        and not entry.name.startswith(("consolidated", "adapter_", "training_args", "optimizer", "scheduler", "."))
+    )

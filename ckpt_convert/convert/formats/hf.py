@@ -1,0 +1,69 @@
+"""Hugging Face directories: config.json, one weight file or shards with an index that maps keys to files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ckpt_convert.convert.formats.base import Directory, Format, WeightName, load_json, numbered, plain_weights
+from ckpt_convert.errors import CorruptFileError
+from ckpt_convert.storage.names import check_name
+
+INDEX_SUFFIX = ".index.json"
+_STEMS = {"safetensors": ("model", ".safetensors"), "bin": ("pytorch_model", ".bin")}
+
+
+def find(directory: Path) -> Directory | None:
+    """The weights that transformers would load: safetensors before .bin, an index before files named alike."""
+    for container, (stem, suffix) in _STEMS.items():
+        index = _index(directory, stem + suffix)
+        if index is not None:
+            return from_index(directory, index)
+        names = plain_weights(directory, (suffix,))
+        if stem + suffix in names:
+            return Directory((WeightName(stem + suffix),))
+        if names and container == "safetensors":
+            return Directory(tuple(WeightName(name) for name in names))
+        shards = [name for name in names if name.startswith(stem)]
+        if shards:
+            return Directory(tuple(WeightName(name) for name in shards))
+    return None
+
+
+def from_index(directory: Path, name: str) -> Directory:
+    """The files that an index names, each once, sorted; raises CorruptFileError when the index is no index."""
+    path = directory / name
+    weight_map = load_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CorruptFileError(f"{path}: has no weight_map, so it is no index; download or copy it again")
+    if not all(isinstance(file, str) for file in weight_map.values()):
+        raise CorruptFileError(f"{path}: its weight_map has values that are no file names; download or copy it again")
+    files = sorted({check_name(file, str(path)) for file in weight_map.values()})
+    return Directory(tuple(WeightName(file) for file in files), name, weight_map)
+
+
+def file_names(count: int, container: str) -> list[str]:
+    stem, suffix = _STEMS[container]
+    return numbered(count, stem, suffix)
+
+
+def index_name(container: str) -> str:
+    """The index beside shards of a container."""
+    stem, suffix = _STEMS[container]
+    return f"{stem}{suffix}{INDEX_SUFFIX}"
+
+
+def _index(directory: Path, weights: str) -> str | None:
+    usual = weights + INDEX_SUFFIX
+    if (directory / usual).is_file():
+        return usual
+    suffix = Path(weights).suffix
+    others = sorted(entry.name for entry in directory.glob(f"*{suffix}{INDEX_SUFFIX}"))
+    others = [name for name in others if not name.startswith(("consolidated", "adapter"))]
+    return others[0] if len(others) == 1 and not (directory / weights).is_file() else None
+
+
+def _uses(name: str) -> bool:
+    return name not in ("checklist.chk", "params.json")
+
+
+FORMAT = Format("hf", find, file_names, ("safetensors", "bin"), "config.json", _uses)

@@ -1,0 +1,216 @@
+"""Laying tensors out in files: as a recorded checkpoint has them, as the source has them, or afresh."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from ckpt_convert import dtypes
+from ckpt_convert.convert.containers import safetensors, torchzip
+from ckpt_convert.convert.containers.header import FileLayout, Header, StoredTensor
+from ckpt_convert.convert.mapping import Equality, Target
+from ckpt_convert.convert.record import Layout
+from ckpt_convert.errors import UsageError
+from ckpt_convert.models.lazy import LazyTensor
+
+Spec = tuple[str, str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A tensor at its place in an output file; ``dtype`` is that of the file, ``source_dtype`` that of the source.
+
+    ``tensor`` is in the order in which the file stores the elements.
+    """
+
+    key: str
+    dtype: str
+    source_dtype: str
+    offset: int
+    tensor: LazyTensor
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """A file to be written: ``layout`` is every byte that belongs to no tensor, ``tensors`` lie in offset order."""
+
+    name: str
+    rank: int
+    layout: FileLayout
+    tensors: tuple[Placed, ...]
+
+    @property
+    def size(self) -> int:
+        return self.layout.header.size
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Which targets go into which file, in which order."""
+
+    name: str
+    rank: int
+    container: str
+    targets: tuple[Target, ...]
+    metadata: Mapping[str, str]
+
+
+def like(layout: Layout, targets: Sequence[Target], dtype_of: Mapping[str, str]) -> list[OutputFile] | None:
+    """The files as ``layout`` has them, None when it names other keys than the targets.
+
+    Byte for byte where shapes and dtypes agree as well; else with the same names, assignment, order and metadata.
+    """
+    wanted = {(target.rank, target.key): target for target in targets}
+    if layout.places != wanted.keys():
+        return None
+    out = []
+    for file in layout.files:
+        chosen = [wanted[file.rank, tensor.key] for tensor in file.header.tensors]
+        exact = file.file_layout
+        same = all(
+            tensor.shape == target.tensor.shape and tensor.dtype == dtype_of[target.key]
+            for tensor, target in zip(file.header.tensors, chosen, strict=True)
+        )
+        if exact is None or not same:
+            container = "torch" if file.header.kind == "legacy" else file.header.kind
+            metadata = file.header.metadata
+            exact = build(Assignment(file.name, file.rank, container, tuple(chosen), metadata), dtype_of)
+        out.append(_placed(file.name, file.rank, exact, {target.key: target for target in chosen}))
+    return out
+
+
+def is_exact(layout: Layout, files: Sequence[OutputFile]) -> bool:
+    """Whether the files are the layout's own, byte for byte where no tensor lies."""
+    kept = {(file.name, id(file.header)) for file in layout.files}
+    return all((file.name, id(file.layout.header)) in kept for file in files)
+
+
+def afresh(assignments: Sequence[Assignment], dtype_of: Mapping[str, str]) -> list[OutputFile]:
+    """New files for an assignment."""
+    return [
+        _placed(a.name, a.rank, build(a, dtype_of), {target.key: target for target in a.targets}) for a in assignments
+    ]
+
+
+def build(assignment: Assignment, dtype_of: Mapping[str, str]) -> FileLayout:
+    """Everything of a new container file that is no tensor."""
+    specs: list[Spec] = [(target.key, dtype_of[target.key], target.tensor.shape) for target in assignment.targets]
+    if assignment.container == "safetensors":
+        # Wider elements first, so that every tensor is aligned to its element size.
+        specs.sort(key=lambda spec: -dtypes.DTYPES[spec[1]].bits)
+        return safetensors.build(specs, assignment.metadata)
+    return torchzip.build(specs, root=PurePosixPath(assignment.name).stem)
+
+
+def _placed(name: str, rank: int, layout: FileLayout, targets: Mapping[str, Target]) -> OutputFile:
+    placed = []
+    taken: set[tuple[int, int]] = set()
+    for tensor in sorted(layout.header.tensors, key=lambda tensor: tensor.offset):
+        place = (tensor.offset, tensor.nbytes)
+        if place in taken and tensor.nbytes:
+            continue  # one of two names of the same bytes; ``aliases`` has both compared
+        taken.add(place)
+        target = targets[tensor.key]
+        placed.append(
+            Placed(
+                tensor.key, tensor.dtype, target.dtype, tensor.offset, _as_stored(target.tensor, tensor), tensor.nbytes
+            )
+        )
+    return OutputFile(name, rank, layout, tuple(placed))
+
+
+def _as_stored(tensor: LazyTensor, place: StoredTensor) -> LazyTensor:
+    """The elements in the order of the file: a transposed tensor is stored transposed again."""
+    if place.strides is None:
+        return tensor
+    strides = place.strides
+    return tensor.permute(sorted(range(len(strides)), key=lambda axis: -strides[axis]))
+
+
+def aliases(header: Header, targets: Mapping[str, Target], file: str) -> list[Equality]:
+    """Pairs of keys that share their bytes in a file, and so have to be equal."""
+    first: dict[tuple[int, tuple[int, ...]], str] = {}
+    out = []
+    for tensor in header.tensors:
+        if not tensor.nbytes:
+            continue
+        other = first.setdefault((tensor.offset, tensor.shape), tensor.key)
+        if other != tensor.key and targets[other].tensor != targets[tensor.key].tensor:
+            message = (
+                f"{other} and {tensor.key} share their bytes in {file}, but their values differ now; "
+                "untie them by a new layout, with --shards or --max-shard-size"
+            )
+            out.append(Equality(targets[other].tensor, targets[tensor.key].tensor, targets[other].dtype, message))
+    return out
+
+
+def by_source(
+    targets: Sequence[Target], file_of: Mapping[int, tuple[int, str]], names: Sequence[str], container: str
+) -> list[Assignment]:
+    """One file for each of the source's, holding what came from it, in the order in which it lay there.
+
+    ``file_of`` gives the number and name of the file of each source tensor; ``names`` the new name of each file.
+    """
+    groups: dict[int, list[tuple[int, Target]]] = {}
+    for target in targets:
+        first = min(tile.source for tile in target.tensor.tiles) if target.tensor.tiles else 0
+        groups.setdefault(file_of[first][0], []).append((first, target))
+    return [
+        Assignment(names[number], 0, container, tuple(t for _, t in sorted(group, key=lambda i: i[0])), _FORMAT_PT)
+        for number, group in sorted(groups.items())
+    ]
+
+
+def balanced(targets: Sequence[Target], count: int, dtype_of: Mapping[str, str]) -> list[list[Target]]:
+    """``count`` runs of about the same number of bytes, in the order of the layers.
+
+    Raises UsageError when there are fewer tensors than files.
+    """
+    if count > len(targets):
+        raise UsageError(f"--shards {count}: there are only {len(targets)} tensors; choose fewer files")
+    sizes = [dtypes.nbytes(dtype_of[target.key], target.tensor.shape) for target in targets]
+    total = sum(sizes)
+    groups: list[list[Target]] = [[]]
+    done = 0
+    for at, (target, size) in enumerate(zip(targets, sizes, strict=True)):
+        left = len(targets) - at
+        behind = count - len(groups)
+        # Close a file when its middle would pass the border, and always while just enough tensors are left.
+        full = done + size / 2 > total * len(groups) / count and behind > 0
+        if groups[-1] and (full or left == behind):
+            groups.append([])
+        groups[-1].append(target)
+        done += size
+    return groups
+
+
+def limited(targets: Sequence[Target], limit: int, dtype_of: Mapping[str, str]) -> list[list[Target]]:
+    """Files of at most ``limit`` bytes of tensors, in order; a larger tensor has a file of its own."""
+    groups: list[list[Target]] = []
+    room = 0
+    for target in targets:
+        size = dtypes.nbytes(dtype_of[target.key], target.tensor.shape)
+        if not groups or size > room:
+            groups.append([])
+            room = limit
+        groups[-1].append(target)
+        room -= size
+    return groups
+
+
+def in_files(groups: Sequence[Sequence[Target]], names: Sequence[str], container: str) -> list[Assignment]:
+    """The groups under these names."""
+    return [Assignment(name, 0, container, tuple(group), _FORMAT_PT) for name, group in zip(names, groups, strict=True)]
+
+
+def by_rank(targets: Sequence[Target], names: Sequence[str], container: str) -> list[Assignment]:
+    """One file for each rank."""
+    return [
+        Assignment(name, rank, container, tuple(target for target in targets if target.rank == rank), _FORMAT_PT)
+        for rank, name in enumerate(names)
+    ]
+
+
+_FORMAT_PT = {"format": "pt"}

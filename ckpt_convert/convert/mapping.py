@@ -1,0 +1,302 @@
+"""Reading stored tensors through one column of a family's table, and writing them through another.
+
+Nothing here touches a byte: tensors are lazy (``models.lazy``), so the same code serves files and tensors in memory.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from ckpt_convert.errors import ConfigError, KeyMismatchError, ShapeMismatchError
+from ckpt_convert.models.lazy import LazyTensor, concat
+from ckpt_convert.models.table import Family, Instance, Key
+
+_LISTED = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A stored tensor as the mapping sees it: ``where`` is the file (or rank) that a message names."""
+
+    key: str
+    dtype: str
+    tensor: LazyTensor
+    where: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.tensor.shape
+
+
+@dataclass(frozen=True, slots=True)
+class Logical:
+    """A row of the table at an index, in the logical layout; ``key`` and ``where`` are those of its first part."""
+
+    dtype: str
+    tensor: LazyTensor
+    key: str
+    where: str
+
+
+@dataclass(frozen=True, slots=True)
+class Equality:
+    """Two tensors that have to hold the same bytes, and what to say if they do not."""
+
+    left: LazyTensor
+    right: LazyTensor
+    dtype: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Logicals:
+    """A checkpoint read through its column.
+
+    ``equal`` are the copies that every rank holds of a tensor that is not cut; ``omitted`` the tied rows that the
+    source does not store; ``used`` the source keys of each instance.
+    """
+
+    tensors: dict[Instance, Logical]
+    equal: list[Equality] = field(default_factory=list)
+    omitted: set[Instance] = field(default_factory=set)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One tensor to be written: under ``key`` into the file or dict of ``rank``."""
+
+    instance: Instance
+    key: str
+    rank: int
+    dtype: str
+    tensor: LazyTensor
+
+
+@dataclass
+class Problems:
+    """Everything wrong with an input, collected so that one error can list all of it."""
+
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    shapes: list[str] = field(default_factory=list)
+
+    def raise_if_any(self, what: str) -> None:
+        """Raise KeyMismatchError or ShapeMismatchError that lists every problem (at most a screenful of each)."""
+        parts = []
+        for title, lines in (
+            ("missing keys", self.missing),
+            ("unexpected keys", self.unexpected),
+            ("shapes that disagree with the config", self.shapes),
+        ):
+            if lines:
+                shown = [f"\n    {line}" for line in lines[:_LISTED]]
+                more = f"\n    … and {len(lines) - _LISTED} more" if len(lines) > _LISTED else ""
+                parts.append(f"\n  {len(lines)} {title}:{''.join(shown)}{more}")
+        if not parts:
+            return
+        error = KeyMismatchError if self.missing or self.unexpected else ShapeMismatchError
+        raise error(f"{what} does not fit:{''.join(parts)}")
+
+
+def read(
+    family: Family, format: str, dims: Mapping[str, int], ranks: Sequence[Mapping[str, Source]], what: str
+) -> Logicals:
+    """Claim every source key exactly once and return the logical tensors.
+
+    ``ranks`` has one mapping for each tensor-parallel rank (one in all for formats that are not cut).
+    Raises KeyMismatchError or ShapeMismatchError naming every missing, unexpected and misshapen tensor.
+    """
+    problems = Problems()
+    result = Logicals({})
+    known: set[str] = set()
+    for instance in family.instances(dims):
+        column = instance.row.column(format)
+        key = instance.key(format)
+        if column is None or key is None:
+            continue
+        known.add(key)
+        found = [rank.get(key) for rank in ranks]
+        if not any(found):
+            if instance.row.derived:
+                continue
+            if column.omitted_if_tied and dims["tied"]:
+                result.omitted.add(instance)
+                continue
+            problems.missing.append(_missing(instance, key, column, dims))
+            continue
+        parts = [source for source in found if source is not None]
+        absent = [str(rank) for rank, source in enumerate(found) if source is None]
+        if absent:
+            problems.missing.append(f"{key} (there on other ranks, not on rank {', '.join(absent)})")
+            continue
+        logical = _join(instance, column, dims, parts, problems, result.equal)
+        if logical is not None:
+            result.tensors[instance] = logical
+    problems.unexpected.extend(_unexpected(ranks, known, family, format))
+    problems.raise_if_any(what)
+    for instance in result.omitted:
+        tied = tied_to(instance, result.tensors)
+        result.tensors[instance] = tied
+    return result
+
+
+def write(
+    family: Family,
+    format: str,
+    dims: Mapping[str, int],
+    logicals: Logicals,
+    *,
+    ranks: int,
+    keep_tied: bool | None,
+    what: str,
+) -> tuple[list[Target], list[Instance], list[Equality]]:
+    """The target's tensors in the order of the table, what the target has no place for, and the ties to check.
+
+    ``keep_tied`` says whether rows that the column omits when tied are written all the same (None: as the source).
+    Raises KeyMismatchError for tensors that the target cannot hold, ConfigError for sizes that do not divide over
+    the ranks.
+    """
+    targets: list[Target] = []
+    carried: list[Instance] = []
+    ties: list[Equality] = []
+    no_place: list[str] = []
+    uneven: dict[str, None] = {}
+    for instance, logical in logicals.tensors.items():
+        column = instance.row.column(format)
+        key = instance.key(format)
+        if column is None or key is None:
+            if instance.row.derived:
+                carried.append(instance)
+            else:
+                no_place.append(logical.key)
+            continue
+        if column.omitted_if_tied and dims["tied"]:
+            keep = instance not in logicals.omitted if keep_tied is None else keep_tied
+            if not keep:
+                if instance not in logicals.omitted:
+                    ties.append(_tie(instance, logical, logicals))
+                continue
+        stored = column.to_stored(logical.tensor, instance.heads(dims))
+        try:
+            targets.extend(_cut(instance, key, column, dims, replace(logical, tensor=stored), ranks))
+        except ValueError as error:
+            uneven[str(error)] = None
+    if no_place:
+        listed = ", ".join(no_place[:_LISTED]) + (" …" if len(no_place) > _LISTED else "")
+        raise KeyMismatchError(
+            f"{what}: the {format} format of {family.name} has no place for {len(no_place)} tensors: {listed}. "
+            "Convert to a format that has one (hf), or remove them first if they are all zero."
+        )
+    if uneven:
+        raise ConfigError(f"{what}: cannot be cut over {ranks} ranks: {'; '.join(uneven)}. Choose --model-parallel.")
+    return targets, carried, ties
+
+
+def expected_shape(instance: Instance, column: Key, dims: Mapping[str, int], ranks: int) -> tuple[int, ...] | None:
+    """The shape of one rank's part, or None when the sizes do not divide over the ranks."""
+    shape = list(instance.row.sizes(dims))
+    axis = column.cut_axis(dims)
+    if axis is not None and ranks > 1:
+        if shape[axis] % ranks:
+            return None
+        shape[axis] //= ranks
+    return tuple(shape)
+
+
+def _join(
+    instance: Instance,
+    column: Key,
+    dims: Mapping[str, int],
+    parts: Sequence[Source],
+    problems: Problems,
+    equal: list[Equality],
+) -> Logical | None:
+    first = parts[0]
+    expected = expected_shape(instance, column, dims, len(parts))
+    for rank, part in enumerate(parts):
+        at = f" on rank {rank}" if len(parts) > 1 else ""
+        if expected is None:
+            sizes = list(instance.row.sizes(dims))
+            problems.shapes.append(f"{part.key}{at}: {sizes} does not divide over {len(parts)} ranks")
+            return None
+        if part.shape != expected:
+            problems.shapes.append(
+                f"{part.key}{at}: expected {list(expected)}, found {list(part.shape)} in {part.where}"
+            )
+            return None
+        if part.dtype != first.dtype:
+            problems.shapes.append(f"{part.key}{at}: expected {first.dtype} as on rank 0, found {part.dtype}")
+            return None
+    axis = column.cut_axis(dims)
+    if axis is None:
+        tensor = first.tensor
+        for rank, part in enumerate(parts[1:], 1):
+            message = (
+                f"{part.key}: rank {rank} ({part.where}) and rank 0 ({first.where}) differ, but every rank has to hold "
+                "the same values; the files are not of one checkpoint"
+            )
+            equal.append(Equality(first.tensor, part.tensor, first.dtype, message))
+    else:
+        tensor = concat([part.tensor for part in parts], axis)
+    try:
+        logical = column.to_logical(tensor, instance.heads(dims))
+    except ValueError as error:
+        problems.shapes.append(f"{first.key}: {error}; heads have to lie whole on a rank")
+        return None
+    return Logical(first.dtype, logical, first.key, first.where)
+
+
+def _cut(
+    instance: Instance, key: str, column: Key, dims: Mapping[str, int], logical: Logical, ranks: int
+) -> list[Target]:
+    axis = column.cut_axis(dims)
+    if axis is None or ranks == 1:
+        return [Target(instance, key, rank, logical.dtype, logical.tensor) for rank in range(ranks)]
+    size = logical.tensor.shape[axis]
+    heads = instance.heads(dims)
+    if heads is not None and heads % ranks:
+        raise ValueError(f"{instance.row.heads} = {heads} is not divisible by {ranks}")
+    if size % ranks:
+        raise ValueError(f"{instance.row.shape[axis]} = {size} is not divisible by {ranks}")
+    step = size // ranks
+    return [
+        Target(instance, key, rank, logical.dtype, logical.tensor.narrow(axis, rank * step, step))
+        for rank in range(ranks)
+    ]
+
+
+def tied_to(instance: Instance, tensors: Mapping[Instance, Logical]) -> Logical:
+    """The tensor that a tied row shares its values with."""
+    return next(logical for other, logical in tensors.items() if other.row.name == instance.row.tied_to)
+
+
+def _tie(instance: Instance, logical: Logical, logicals: Logicals) -> Equality:
+    other = tied_to(instance, logicals.tensors)
+    message = (
+        f"{logical.key} and {other.key} differ, but the config ties them (tie_word_embeddings: true), and "
+        "the target stores tied weights once. If they are not tied, set tie_word_embeddings to false in the config."
+    )
+    return Equality(other.tensor, logical.tensor, logical.dtype, message)
+
+
+def _missing(instance: Instance, key: str, column: Key, dims: Mapping[str, int]) -> str:
+    if column.omitted_if_tied and not dims["tied"]:
+        return f"{key} (may be absent only where the config has tie_word_embeddings: true)"
+    return f"{key} {list(instance.row.sizes(dims))}"
+
+
+def _unexpected(ranks: Sequence[Mapping[str, Source]], known: set[str], family: Family, format: str) -> list[str]:
+    lines: list[str] = []
+    for rank in ranks:
+        for key, source in rank.items():
+            if key in known:
+                continue
+            hint = ""
+            if family.knows(format, key):
+                hint = "; the config has no such layer, or says that the model has no such tensor"
+            elif len(lines) < _LISTED and (near := difflib.get_close_matches(key, known, 1, 0.8)):
+                hint = f"; the nearest known key is {near[0]}"
+            lines.append(f"{key} {list(source.shape)} in {source.where}{hint}")
+    return lines

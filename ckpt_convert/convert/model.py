@@ -1,0 +1,196 @@
+"""Telling what weights are weights of: the family, the config in Hugging Face's words, and the table's symbols."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ckpt_convert.convert.mapping import Source
+from ckpt_convert.errors import ConfigError, KeyMismatchError, UnsupportedFamilyError
+from ckpt_convert.models import FAMILIES, Family
+from ckpt_convert.models.config import ConfigOptions
+
+Ranks = Sequence[Mapping[str, Source]]
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the weights are weights of: the family, why it is that one, the config in Hugging Face's words, its symbols.
+
+    ``tied`` is None where only the bytes can tell whether output and embedding are tied.
+    """
+
+    family: Family
+    evidence: str
+    config: Mapping[str, Any]
+    dims: Mapping[str, int]
+    tied: bool | None
+    notices: tuple[str, ...] = ()
+
+    def with_tied(self, tied: bool) -> Model:
+        """The same model once it is known whether its output is tied."""
+        config = {**self.config, "tie_word_embeddings": tied}
+        return replace(self, config=config, dims={**self.dims, "tied": int(tied)}, tied=tied)
+
+    @property
+    def release(self) -> str | None:
+        """The name of the known release that has these sizes."""
+        return self.family.params.release(self.config) if self.family.params else None
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What an earlier conversion wrote down about a checkpoint, where it did."""
+
+    tied: bool | None = None
+    embedding_cut: int | None = None
+    config: Mapping[str, Any] | None = None
+
+
+def identify(
+    content: Mapping[str, Any],
+    where: str,
+    format: str,
+    ranks: Ranks,
+    options: ConfigOptions,
+    *,
+    family: str | None = None,
+    recorded: Recorded | None = None,
+) -> Model:
+    """The model that a config.json's or params.json's content describes; ``where`` is what messages call it.
+
+    ``ranks`` are the stored tensors, whose shapes give what params.json leaves open; ``family`` overrides detection.
+    Raises UnsupportedFamilyError, ConfigError, or KeyMismatchError for weights without an embedding.
+    """
+    with naming(where):
+        return _identify(content, where, format, ranks, options, family, recorded or Recorded())
+
+
+@contextlib.contextmanager
+def naming(path: str) -> Iterator[None]:
+    """Let a ConfigError of a family's translation, which knows no files, name the file by its path."""
+    try:
+        yield
+    except ConfigError as error:
+        name, colon, rest = str(error).partition(": ")
+        if not colon or not path.endswith(name) or path == name:
+            raise
+        raise ConfigError(f"{path}: {rest}") from error
+
+
+def _identify(
+    content: Mapping[str, Any],
+    where: str,
+    format: str,
+    ranks: Ranks,
+    options: ConfigOptions,
+    family: str | None,
+    recorded: Recorded,
+) -> Model:
+    if "model_type" in content:
+        found, evidence = _by_model_type(content, where, family)
+        return _described(found, evidence, content, format, ranks, options, recorded)
+    found, evidence = _by_params(content, where, family)
+    if recorded.config is not None:
+        return _described(found, evidence, recorded.config, format, ranks, options, recorded)
+    tied = recorded.tied
+    if tied is None and _first_part(found, "output", format, ranks) is None:
+        tied = True
+    if found.params is None:
+        raise UnsupportedFamilyError(f"{where}: family {found.name} has no params.json")
+    sizes = _sizes(found, where, format, ranks)
+    shapes = {key: source.shape for key, source in ranks[0].items()}
+    translated = found.params.to_hf(content, options, tied=tied is not False, shapes=shapes, **sizes)
+    model = _described(found, evidence, translated.content, format, ranks, options, recorded)
+    return replace(model, tied=tied, notices=translated.notices)
+
+
+def _described(
+    family: Family,
+    evidence: str,
+    config: Mapping[str, Any],
+    format: str,
+    ranks: Ranks,
+    options: ConfigOptions,
+    recorded: Recorded,
+) -> Model:
+    dims = family.dims(config)
+    dims["embedding_cut"] = _embedding_cut(family, config, format, ranks, options, recorded)
+    return Model(family, evidence, config, dims, bool(dims["tied"]))
+
+
+def _by_model_type(config: Mapping[str, Any], where: str, wanted: str | None) -> tuple[Family, str]:
+    if wanted is not None:
+        return FAMILIES[wanted], "as asked for"
+    model_type = config["model_type"]
+    for family in FAMILIES.values():
+        if model_type in family.model_types:
+            return family, f"model_type {model_type!r}"
+    known = ", ".join(sorted(name for family in FAMILIES.values() for name in family.model_types))
+    raise UnsupportedFamilyError(
+        f"{where}: model_type {model_type!r} is no family that is known (known: {known}); if it has the keys and row "
+        "orders of one of them, say so with --family"
+    )
+
+
+def _by_params(params: Mapping[str, Any], where: str, wanted: str | None) -> tuple[Family, str]:
+    if wanted is not None:
+        return FAMILIES[wanted], "as asked for"
+    fits = [
+        (family, evidence)
+        for family in FAMILIES.values()
+        if family.params is not None and (evidence := family.params.evidence(params))
+    ]
+    if len(fits) == 1:
+        return fits[0]
+    found = ", ".join(sorted(map(str, params))[:12])
+    names = ", ".join(name for name, family in FAMILIES.items() if family.params)
+    raise UnsupportedFamilyError(
+        f"{where}: fits {'more than one' if fits else 'no'} family (it has: {found}); say which with --family ({names})"
+    )
+
+
+def _first_part(family: Family, row: str, format: str, ranks: Ranks) -> tuple[int, ...] | None:
+    """The shape of a row's tensor on rank 0 (in layer 0), None where it is not there or no matrix."""
+    column = next((r.column(format) for r in family.rows if r.name == row), None)
+    source = ranks[0].get(column.template.replace("{layer}", "0")) if column else None
+    return source.shape if source is not None and len(source.shape) == 2 else None
+
+
+def _sizes(family: Family, where: str, format: str, ranks: Ranks) -> dict[str, int]:
+    """What params.json leaves to the shapes: the rows of the vocabulary and the width of the feed-forward layers."""
+    output = _first_part(family, "output", format, ranks)
+    embedding = _first_part(family, "tok_embeddings", format, ranks)
+    gate = _first_part(family, "ffn.gate", format, ranks)
+    sizes = {}
+    if output is not None:
+        sizes["vocab_size"] = output[0] * len(ranks)
+    elif embedding is not None:
+        sizes["vocab_size"] = embedding[0]
+    else:
+        raise KeyMismatchError(
+            f"{where}: the weights have neither an embedding nor an output in the {format} format, so they are no "
+            "whole checkpoint of that format; check the keys with `ckpt-convert inspect`"
+        )
+    if gate is not None:
+        sizes["ffn_dim"] = gate[0] * len(ranks)
+    return sizes
+
+
+def _embedding_cut(
+    family: Family,
+    config: Mapping[str, Any],
+    format: str,
+    ranks: Ranks,
+    options: ConfigOptions,
+    recorded: Recorded,
+) -> int:
+    """The axis over which ranks cut the embedding: as the shapes show, else as recorded, else as released."""
+    embedding = _first_part(family, "tok_embeddings", format, ranks)
+    if len(ranks) > 1 and embedding is not None:
+        return 0 if embedding[1] == config.get("hidden_size") else 1
+    if recorded.embedding_cut in (0, 1):
+        return int(recorded.embedding_cut)
+    return family.params.embedding_cut(config, options) if family.params else 0

@@ -1,0 +1,186 @@
+"""The folder ``ckpt_convert/`` in an output: what it is, and how it looked in the formats it came from.
+
+``manifest.json`` describes the directory it lies in; ``config.json`` is the model's config in Hugging Face's words;
+``layouts/FORMAT/`` keeps, for each format that the weights were in before, every byte of its files that belongs to no
+tensor, and the tensors that a later format had no place for; ``side/`` the side files that this format has no use for.
+With these A → B → A gives A back.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ckpt_convert.convert import containers
+from ckpt_convert.convert.containers.header import FileLayout, Header, StoredTensor
+from ckpt_convert.convert.formats.base import RECORD_FOLDER, load_json
+from ckpt_convert.errors import CkptConvertError, ConfigError, CorruptFileError
+from ckpt_convert.storage.names import check_name
+
+SCHEMA = 1
+MANIFEST = f"{RECORD_FOLDER}/manifest.json"
+CONFIG = f"{RECORD_FOLDER}/config.json"
+
+
+@dataclass(frozen=True)
+class LayoutFile:
+    """One weight file of a layout; ``literals`` is None when the file cannot be rebuilt byte for byte."""
+
+    name: str
+    rank: int
+    header: Header
+    literals: tuple[tuple[int, bytes], ...] | None
+
+    @property
+    def file_layout(self) -> FileLayout | None:
+        return None if self.literals is None else FileLayout(self.header, self.literals)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a checkpoint lies in its files: which key in which file, in which order, under which header."""
+
+    format: str
+    files: tuple[LayoutFile, ...]
+    index: tuple[str, bytes] | None = None
+
+    @property
+    def ranks(self) -> int:
+        return max((file.rank for file in self.files), default=0) + 1
+
+    @property
+    def places(self) -> set[tuple[int, str]]:
+        """Every key with its rank."""
+        return {(file.rank, tensor.key) for file in self.files for tensor in file.header.tensors}
+
+
+@dataclass(frozen=True)
+class Record:
+    """The ``ckpt_convert/`` folder of a checkpoint."""
+
+    directory: Path
+    manifest: Mapping[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        return self.directory / RECORD_FOLDER
+
+    @property
+    def format(self) -> str:
+        return str(self.manifest["format"])
+
+    @property
+    def tied(self) -> bool | None:
+        tied = self.manifest.get("tied")
+        return tied if isinstance(tied, bool) else None
+
+    @property
+    def layouts(self) -> tuple[str, ...]:
+        """The formats whose layout is recorded here."""
+        folder = self.folder / "layouts"
+        return tuple(sorted(entry.name for entry in folder.iterdir())) if folder.is_dir() else ()
+
+    @cached_property
+    def side_files(self) -> dict[str, dict[str, str]]:
+        """Name → origin and checksum of each side file that was written beside the weights."""
+        return {str(entry["name"]): entry for entry in self.manifest.get("side_files", [])}
+
+    def layout(self, format: str) -> Layout | None:
+        """The recorded layout of a format, if there is one; raises CorruptFileError when it is damaged."""
+        return read_layout(self.folder / "layouts" / format) if format in self.layouts else None
+
+    def carried(self, format: str) -> Path | None:
+        """The tensors that only this format has a place for."""
+        path = self.folder / "layouts" / format / "carried.safetensors"
+        return path if path.is_file() else None
+
+    @cached_property
+    def carried_side_files(self) -> dict[str, Path]:
+        """The side files that this format has no use for, kept for one that has."""
+        folder = self.folder / "side"
+        if not folder.is_dir():
+            return {}
+        paths = sorted(path for path in folder.rglob("*") if path.is_file())
+        return {path.relative_to(folder).as_posix(): path for path in paths}
+
+    def files_of_layout(self, format: str) -> Iterator[tuple[str, Path]]:
+        """Every file of a recorded layout with its name in an output, to take along."""
+        for path in sorted((self.folder / "layouts" / format).rglob("*")):
+            if path.is_file():
+                yield path.relative_to(self.directory).as_posix(), path
+
+
+def load(directory: Path) -> Record | None:
+    """The record of a directory, None if it has none; raises ConfigError when it is of no known schema."""
+    path = directory / MANIFEST
+    if not path.is_file():
+        return None
+    manifest = load_json(path)
+    if manifest.get("schema") != SCHEMA:
+        raise ConfigError(
+            f"{path}: expected schema {SCHEMA}, found {manifest.get('schema')!r}; it was written by another version of "
+            f"ckpt-convert: update, or remove the folder {RECORD_FOLDER} to do without the record"
+        )
+    if manifest.get("format") not in ("hf", "meta", "native"):
+        raise ConfigError(f"{path}: names no format; remove the folder {RECORD_FOLDER} to do without the record")
+    return Record(directory, manifest)
+
+
+def layout_files(layout: Layout) -> dict[str, bytes]:
+    """The files, by name below ``layouts/FORMAT/``, that keep a layout."""
+    out: dict[str, bytes] = {}
+    files = []
+    for number, file in enumerate(layout.files):
+        entry: dict[str, Any] = {"name": file.name, "rank": file.rank, "size": file.header.size}
+        if file.literals is None:
+            entry["kind"] = file.header.kind
+            entry["tensors"] = [[t.key, t.dtype, list(t.shape)] for t in file.header.tensors]
+        else:
+            entry["bytes"] = f"{number:05d}.bytes"
+            entry["literals"] = [[offset, len(data)] for offset, data in file.literals]
+            out[entry["bytes"]] = b"".join(data for _, data in file.literals)
+        files.append(entry)
+    content: dict[str, Any] = {"schema": SCHEMA, "format": layout.format, "files": files}
+    if layout.index is not None:
+        content["index"] = layout.index[0]
+        out["index.json"] = layout.index[1]
+    out["layout.json"] = (json.dumps(content, separators=(",", ":")) + "\n").encode()
+    return out
+
+
+def read_layout(folder: Path) -> Layout:
+    """The inverse of ``layout_files``; raises CorruptFileError when the record is damaged."""
+    path = folder / "layout.json"
+    try:
+        content = load_json(path)
+        files = tuple(_read_file(folder, entry) for entry in content["files"])
+        index = None
+        if "index" in content:
+            index = (check_name(content["index"], str(path)), (folder / "index.json").read_bytes())
+        return Layout(str(content["format"]), files, index)
+    except (CkptConvertError, OSError, KeyError, ValueError, TypeError) as error:
+        raise CorruptFileError(
+            f"{path}: the recorded layout is damaged ({type(error).__name__}: {error}); "
+            f"remove the folder {folder} to do without it"
+        ) from error
+
+
+def _read_file(folder: Path, entry: Mapping[str, Any]) -> LayoutFile:
+    name = check_name(entry["name"], str(folder))
+    if "tensors" in entry:
+        tensors = tuple(StoredTensor(key, dtype, tuple(shape), 0) for key, dtype, shape in entry["tensors"])
+        return LayoutFile(name, entry["rank"], Header(entry["kind"], entry["size"], tensors), None)
+    data = (folder / check_name(entry["bytes"], str(folder))).read_bytes()
+    literals = []
+    start = 0
+    for offset, size in entry["literals"]:
+        literals.append((offset, data[start : start + size]))
+        start += size
+    if start != len(data):
+        raise CorruptFileError(f"{entry['bytes']} has {len(data)} bytes, expected {start}")
+    layout = containers.parse_layout(name, entry["size"], tuple(literals))
+    return LayoutFile(name, entry["rank"], layout.header, layout.literals)

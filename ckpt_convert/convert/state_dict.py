@@ -1,0 +1,121 @@
+"""Converting state dicts in memory, through the same tables as files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ckpt_convert.convert import mapping
+from ckpt_convert.convert.formats.base import load_json
+from ckpt_convert.convert.mapping import Source
+from ckpt_convert.convert.model import identify
+from ckpt_convert.dtypes import FROM_TORCH
+from ckpt_convert.errors import CkptConvertError, KeyMismatchError, TiedWeightsError, UnsupportedFamilyError
+from ckpt_convert.models import FAMILIES, FORMATS, Family
+from ckpt_convert.models.config import ConfigOptions
+from ckpt_convert.models.lazy import LazyTensor, stored
+
+StateDict = Mapping[str, torch.Tensor]
+
+
+def convert_state_dict(
+    state_dict: StateDict | Sequence[StateDict],
+    config: Mapping[str, Any] | str | Path,
+    *,
+    source: str,
+    target: str,
+    model_parallel: int = 1,
+    family: str | None = None,
+    meta_style: str | None = None,
+) -> dict[str, torch.Tensor] | list[dict[str, torch.Tensor]]:
+    """Convert tensors in memory from one format to another; the input is untouched, no memory is shared.
+
+    ``config`` is the content, or the path, of HF's config.json or Meta's params.json. A ``source`` of "meta" that is
+    cut over ranks is a list of dicts in the order of the ranks; ``model_parallel`` above 1 returns such a list.
+    Tensors stay on their device and keep their dtype. Tables that the config determines (rope.freqs) are dropped
+    where the target has no place for them.
+
+    Raises KeyMismatchError, ShapeMismatchError or TiedWeightsError, listing everything that does not fit.
+    """
+    for format in (source, target):
+        if format not in FORMATS:
+            raise CkptConvertError(f"{format!r} is no format; known: {', '.join(FORMATS)}")
+    if model_parallel != 1 and target != "meta":
+        raise CkptConvertError(f"model_parallel={model_parallel} does not fit {target}: only meta is cut over ranks")
+    dicts = [state_dict] if isinstance(state_dict, Mapping) else list(state_dict)
+    if len(dicts) != 1 and source != "meta":
+        raise CkptConvertError(f"{len(dicts)} state dicts do not fit {source}: only meta is cut over ranks")
+    tensors: list[torch.Tensor] = []
+    ranks = [_sources(rank, number, tensors) for number, rank in enumerate(dicts)]
+    content = load_json(Path(config)) if isinstance(config, (str, Path)) else config
+    chosen, dims = _model(content, family, ranks, source, meta_style)
+    logicals = mapping.read(chosen, source, dims, ranks, "the state dict")
+    if meta_style is not None:
+        dims["embedding_cut"] = int(meta_style == "llama2")
+    targets, _, ties = mapping.write(
+        chosen,
+        target,
+        dims,
+        logicals,
+        ranks=model_parallel,
+        keep_tied=None if source == target else False,
+        what="the state dict",
+    )
+    for check in (*logicals.equal, *ties):
+        if not torch.equal(_bits(make(check.left, tensors)), _bits(make(check.right, tensors))):
+            raise TiedWeightsError(check.message)
+    out: list[dict[str, torch.Tensor]] = [{} for _ in range(model_parallel)]
+    for item in targets:
+        out[item.rank][item.key] = make(item.tensor, tensors)
+    return out if model_parallel > 1 else out[0]
+
+
+def make(tensor: LazyTensor, sources: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The tensor itself: new memory, dense, on the device of its first source."""
+    first = sources[tensor.tiles[0].source]
+    out = torch.empty(tensor.shape, dtype=first.dtype, device=first.device)
+    for copy in tensor.copies():
+        source = sources[copy.source].detach()
+        shape = [count for count, _, _ in copy.dims]
+        offset = source.storage_offset() + copy.source_offset
+        out.as_strided(shape, [step for _, _, step in copy.dims], copy.target_offset).copy_(
+            source.as_strided(shape, [step for _, step, _ in copy.dims], offset)
+        )
+    return out
+
+
+def _sources(state_dict: StateDict, rank: int, tensors: list[torch.Tensor]) -> dict[str, Source]:
+    out = {}
+    for key, tensor in state_dict.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise KeyMismatchError(f"{key}: expected a tensor, found {type(tensor).__name__}; leave it out")
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if dtype not in FROM_TORCH:
+            raise KeyMismatchError(f"{key}: dtype {dtype} is not known; known: {', '.join(sorted(FROM_TORCH))}")
+        lazy = stored(len(tensors), tuple(tensor.shape), tensor.stride())
+        tensors.append(tensor)
+        out[key] = Source(key, FROM_TORCH[dtype].name, lazy, f"rank {rank}")
+    return out
+
+
+def _model(
+    content: Mapping[str, Any],
+    family: str | None,
+    ranks: list[dict[str, Source]],
+    source: str,
+    meta_style: str | None,
+) -> tuple[Family, dict[str, int]]:
+    if family is not None and family not in FAMILIES:
+        raise UnsupportedFamilyError(f"{family!r} is no family; known: {', '.join(FAMILIES)}")
+    options = ConfigOptions(meta_style=meta_style)  # type: ignore[arg-type]
+    found = identify(content, "config", source, ranks, options, family=family)
+    if found.tied is None:
+        found = found.with_tied(False)
+    return found.family, dict(found.dims)
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.uint8) if tensor.dim() else tensor.reshape(1).view(torch.uint8)

@@ -1,0 +1,147 @@
+"""Every direction against tensors that other people's converters made (fixtures/golden), bit for bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import ckpt_convert
+from tests.helpers import CASES, GOLDEN, assert_same, read_meta, read_safetensors, sums
+
+SHARDED = ("llama", "llama2", "llama_tied")
+META = [(case, ranks) for case in SHARDED for ranks in (1, 2, 4)] + [("mistral", 1)]
+
+
+def meta(case: str, ranks: int = 1) -> Path:
+    return GOLDEN / case / f"meta-mp{ranks}"
+
+
+def hf(case: str) -> Path:
+    return GOLDEN / case / "hf"
+
+
+@pytest.fixture
+def native(tmp_path: Path) -> object:
+    """The golden native file with its config, as a directory of its own."""
+
+    def make(case: str) -> Path:
+        path = tmp_path / f"native-{case}"
+        path.mkdir()
+        shutil.copy(GOLDEN / case / "native.safetensors", path / "model.safetensors")
+        return path
+
+    return make
+
+
+def without_tables(tensors: dict[str, object]) -> dict[str, object]:
+    return {key: value for key, value in tensors.items() if not key.endswith("rope.freqs")}
+
+
+@pytest.mark.parametrize(("case", "ranks"), META)
+def test_hf_to_meta(case: str, ranks: int, tmp_path: Path) -> None:
+    style = "llama2" if case == "llama2" else None
+    ckpt_convert.convert(hf(case), tmp_path / "out", to="meta", model_parallel=ranks, meta_style=style, verify=True)
+    found = read_meta(tmp_path / "out")
+    expected = read_meta(meta(case, ranks))
+    assert len(found) == len(expected) == ranks
+    for mine, theirs in zip(found, expected, strict=True):
+        assert_same(mine, without_tables(theirs))
+
+
+@pytest.mark.parametrize(("case", "ranks"), META)
+def test_meta_to_hf(case: str, ranks: int, tmp_path: Path) -> None:
+    report = ckpt_convert.convert(meta(case, ranks), tmp_path / "out", to="hf", verify=True)
+    assert_same(read_safetensors(tmp_path / "out"), read_safetensors(hf(case)))
+    assert len(report.files) == ranks
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    theirs = json.loads((hf(case) / "config.json").read_text())
+    for key in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers"):
+        assert config[key] == theirs[key], key
+    for key in ("vocab_size", "rms_norm_eps", "head_dim", "tie_word_embeddings", "rope_parameters"):
+        assert config[key] == theirs[key], key
+
+
+@pytest.mark.parametrize(("case", "ranks"), META)
+def test_meta_to_native(case: str, ranks: int, tmp_path: Path) -> None:
+    ckpt_convert.convert(meta(case, ranks), tmp_path / "out", to="native", verify=True)
+    assert_same(read_safetensors(tmp_path / "out"), read_safetensors(GOLDEN / case / "native.safetensors"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_hf_to_native(case: str, tmp_path: Path) -> None:
+    ckpt_convert.convert(hf(case), tmp_path / "out", to="native", verify=True)
+    assert_same(read_safetensors(tmp_path / "out"), read_safetensors(GOLDEN / case / "native.safetensors"))
+    names = {file.name for file in (tmp_path / "out").glob("*.safetensors")}
+    assert names == {file.name for file in hf(case).glob("*.safetensors")}
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_native_to_hf(case: str, tmp_path: Path, native: object) -> None:
+    config = hf(case) / "config.json"
+    ckpt_convert.convert(native(case), tmp_path / "out", to="hf", config=config, verify=True)  # type: ignore[operator]
+    assert_same(read_safetensors(tmp_path / "out"), read_safetensors(hf(case)))
+    assert (tmp_path / "out" / "config.json").read_bytes() == config.read_bytes()
+
+
+@pytest.mark.parametrize(("case", "ranks"), META)
+def test_native_to_meta(case: str, ranks: int, tmp_path: Path, native: object) -> None:
+    source = native(case)  # type: ignore[operator]
+    ckpt_convert.convert(source, tmp_path / "out", to="meta", like=meta(case, ranks), config=meta(case) / "params.json")
+    for mine, theirs in zip(read_meta(tmp_path / "out"), read_meta(meta(case, ranks)), strict=True):
+        assert_same(mine, theirs)
+    assert (tmp_path / "out" / "params.json").read_bytes() == (meta(case, ranks) / "params.json").read_bytes()
+
+
+@pytest.mark.parametrize("case", SHARDED)
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (1, 4), (2, 4), (4, 2), (4, 1), (2, 1), (2, 2)])
+def test_reshard(case: str, before: int, after: int, tmp_path: Path) -> None:
+    style = "llama2" if case == "llama2" else None
+    ckpt_convert.convert(
+        meta(case, before), tmp_path / "out", to="meta", model_parallel=after, meta_style=style, verify=True
+    )
+    for mine, theirs in zip(read_meta(tmp_path / "out"), read_meta(meta(case, after)), strict=True):
+        assert_same(mine, theirs)
+
+
+def trip(start: Path, steps: tuple[str, ...], folder: Path) -> Path:
+    here = start
+    for number, step in enumerate(steps):
+        there = folder / f"{number}-{step}"
+        ckpt_convert.convert(here, there, to=step)
+        here = there
+    return here
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "steps", [("hf",), ("meta", "hf"), ("native", "hf"), ("meta", "native", "hf"), ("native", "meta", "hf")]
+)
+def test_hf_comes_back_file_for_file(case: str, steps: tuple[str, ...], tmp_path: Path) -> None:
+    assert sums(trip(hf(case), steps, tmp_path)) == sums(hf(case))
+
+
+@pytest.mark.parametrize(("case", "ranks"), META)
+@pytest.mark.parametrize("steps", [("meta",), ("hf", "meta"), ("native", "meta"), ("hf", "native", "meta")])
+def test_meta_comes_back_file_for_file(case: str, ranks: int, steps: tuple[str, ...], tmp_path: Path) -> None:
+    assert sums(trip(meta(case, ranks), steps, tmp_path)) == sums(meta(case, ranks))
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("steps", [("meta", "native"), ("hf", "native"), ("hf", "meta", "native"), ("native",)])
+def test_native_comes_back_file_for_file(case: str, steps: tuple[str, ...], tmp_path: Path) -> None:
+    start = tmp_path / "start"
+    ckpt_convert.convert(hf(case), start, to="native")
+    assert sums(trip(start, steps, tmp_path)) == sums(start)
+
+
+def test_the_same_conversion_gives_the_same_record(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        ckpt_convert.convert(hf("llama"), tmp_path / name, to="meta", workers=2 if name == "one" else 1)
+    first, second = (tmp_path / name / "ckpt_convert" for name in ("one", "two"))
+    files = sorted(file.relative_to(first) for file in first.rglob("*") if file.is_file())
+    assert files == sorted(file.relative_to(second) for file in second.rglob("*") if file.is_file())
+    assert all((first / file).read_bytes() == (second / file).read_bytes() for file in files)

@@ -1,0 +1,230 @@
+"""Config, tokenizer, checklist and whatever else lies beside the weights; sources in the Hub's cache."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+
+import ckpt_convert
+from ckpt_convert.convert.tokenizer import tiktoken_to_hf
+from ckpt_convert.errors import CheckpointNotFoundError, CorruptFileError
+from ckpt_convert.storage import hub
+from tests.helpers import GOLDEN, edit_json, sums
+
+HF = GOLDEN / "llama" / "hf"
+META = GOLDEN / "llama" / "meta-mp2"
+
+
+def ranks_file() -> bytes:
+    """A small tokenizer.model in Llama 3's form: every byte, then pairs of letters."""
+    tokens = [bytes([value]) for value in range(256)] + [a + b for a in (b"t", b" ", b"he") for b in (b"he", b"a")]
+    return b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(dict.fromkeys(tokens)))
+
+
+@pytest.fixture
+def hf(tmp_path: Path) -> Path:
+    """A Hugging Face directory with all that usually lies in one."""
+    path = tmp_path / "hf"
+    shutil.copytree(HF, path)
+    for name in ("README.md", "LICENSE.txt", "special_tokens_map.json", "modeling_llama.py", "chat_template.jinja"):
+        (path / name).write_text(f"this is {name}")
+    (path / "figures").mkdir()
+    (path / "figures" / "a.png").write_bytes(b"\x89PNG")
+    for name, data in tiktoken_to_hf(ranks_file()).items():
+        (path / name).write_bytes(data)
+    for skipped in ("original/consolidated.00.pth", ".git/config", ".cache/x", "onnx/m.onnx", "model.gguf", "m.h5"):
+        (path / skipped).parent.mkdir(exist_ok=True)
+        (path / skipped).write_bytes(b"large")
+    return path
+
+
+def names(directory: Path) -> set[str]:
+    return set(sums(directory))
+
+
+def kept(directory: Path) -> dict[str, str]:
+    """The sums of what counts as part of the checkpoint."""
+    skipped = ("original/", ".git/", ".cache/", "onnx/", "model.gguf", "m.h5")
+    return {name: value for name, value in sums(directory).items() if not name.startswith(skipped)}
+
+
+def test_what_is_copied_generated_and_carried(hf: Path, tmp_path: Path) -> None:
+    report = ckpt_convert.convert(hf, tmp_path / "meta", to="meta")
+    assert names(tmp_path / "meta") == {
+        "consolidated.00.pth", "params.json", "tokenizer.model", "README.md", "LICENSE.txt",
+    }  # fmt: skip
+    assert (tmp_path / "meta" / "tokenizer.model").read_bytes() == ranks_file()
+    assert report.side_files["tokenizer.model"] == "generated"
+    assert report.side_files["README.md"] == "copied"
+    ckpt_convert.convert(hf, tmp_path / "native", to="native")
+    assert "config.json" not in names(tmp_path / "native")
+    assert {"tokenizer.json", "figures/a.png", "modeling_llama.py"} <= names(tmp_path / "native")
+
+
+@pytest.mark.parametrize("steps", [("hf",), ("meta", "hf"), ("native", "meta", "hf"), ("meta", "native", "hf")])
+def test_everything_comes_back_byte_for_byte(hf: Path, steps: tuple[str, ...], tmp_path: Path) -> None:
+    here = hf
+    for number, step in enumerate(steps):
+        ckpt_convert.convert(here, tmp_path / str(number), to=step)
+        here = tmp_path / str(number)
+    assert sums(here) == kept(hf)
+
+
+def test_a_file_that_was_edited_on_the_way_wins(hf: Path, tmp_path: Path) -> None:
+    ckpt_convert.convert(hf, tmp_path / "meta", to="meta")
+    (tmp_path / "meta" / "README.md").write_text("better")
+    (tmp_path / "meta" / "notes.txt").write_text("new")
+    ckpt_convert.convert(tmp_path / "meta", tmp_path / "back", to="hf")
+    assert (tmp_path / "back" / "README.md").read_text() == "better"
+    assert (tmp_path / "back" / "notes.txt").read_text() == "new"
+
+
+def test_an_edited_params_json_is_not_overruled_by_the_record(tmp_path: Path) -> None:
+    ckpt_convert.convert(HF, tmp_path / "meta", to="meta")
+    edit_json(tmp_path / "meta" / "params.json", rope_theta=1e6)
+    ckpt_convert.convert(tmp_path / "meta", tmp_path / "back", to="hf")
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert config["rope_theta"] == 1e6
+
+
+def test_an_edited_config_json_is_not_overruled_by_the_record(tmp_path: Path) -> None:
+    ckpt_convert.convert(META, tmp_path / "hf", to="hf")
+    path = tmp_path / "hf" / "config.json"
+    content = json.loads(path.read_text())
+    content["rms_norm_eps"] = 1e-3
+    path.write_text(json.dumps(content))
+    ckpt_convert.convert(tmp_path / "hf", tmp_path / "back", to="meta")
+    assert json.loads((tmp_path / "back" / "params.json").read_text())["norm_eps"] == 1e-3
+
+
+def test_tokenizer_json_is_made_for_hf_and_gone_again_in_meta(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=24, intermediate_size=40, num_hidden_layers=1, num_attention_heads=4, vocab_size=600,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "made")
+    source = tmp_path / "meta"
+    ckpt_convert.convert(tmp_path / "made", source, to="meta")
+    shutil.rmtree(source / "ckpt_convert")
+    (source / "tokenizer.model").write_bytes(ranks_file())
+    ckpt_convert.convert(source, tmp_path / "hf", to="hf")
+    tokenizer = Tokenizer.from_file(str(tmp_path / "hf" / "tokenizer.json"))
+    assert tokenizer.encode("the", add_special_tokens=False).ids
+    assert (tmp_path / "hf" / "tokenizer.model").read_bytes() == ranks_file()
+    ckpt_convert.convert(tmp_path / "hf", tmp_path / "back", to="meta")
+    assert sums(tmp_path / "back") == sums(source)
+
+
+def test_a_tokenizer_that_cannot_be_translated_is_a_notice(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = tmp_path / "meta"
+    shutil.copytree(META, source)
+    (source / "tokenizer.model").write_bytes(b"\x00unknown")
+    report = ckpt_convert.convert(source, tmp_path / "hf", to="hf")
+    assert "no tokenizer.json was made" in caplog.text
+    assert "tokenizer.json" not in report.side_files
+
+
+def checklist(directory: Path, algorithm: str) -> None:
+    lines = []
+    for name in ("consolidated.01.pth", "consolidated.00.pth", "params.json"):
+        lines.append(f"{hashlib.new(algorithm, (directory / name).read_bytes()).hexdigest()}  {name}\n")
+    (directory / "checklist.chk").write_text("".join(lines))
+
+
+@pytest.mark.parametrize("algorithm", ["md5", "sha256"])
+def test_a_checklist_is_checked_carried_and_made_anew(algorithm: str, tmp_path: Path) -> None:
+    source = tmp_path / "meta"
+    shutil.copytree(META, source)
+    checklist(source, algorithm)
+    ckpt_convert.convert(source, tmp_path / "hf", to="hf")
+    assert "checklist.chk" not in names(tmp_path / "hf")
+    ckpt_convert.convert(tmp_path / "hf", tmp_path / "back", to="meta")
+    assert sums(tmp_path / "back") == sums(source)
+    ckpt_convert.convert(source, tmp_path / "one", to="meta", model_parallel=1)
+    listed = (tmp_path / "one" / "checklist.chk").read_text()
+    digest = hashlib.new(algorithm, (tmp_path / "one" / "consolidated.00.pth").read_bytes()).hexdigest()
+    assert f"{digest}  consolidated.00.pth" in listed
+    assert "consolidated.01.pth" not in listed
+
+
+def test_a_checklist_that_does_not_fit_is_an_error(tmp_path: Path) -> None:
+    source = tmp_path / "meta"
+    shutil.copytree(META, source)
+    checklist(source, "md5")
+    edit_json(source / "params.json", norm_eps=1e-6)
+    with pytest.raises(CorruptFileError, match=r"params.json: expected md5 [0-9a-f]{32}, found md5 [0-9a-f]{32}; "):
+        ckpt_convert.convert(source, tmp_path / "out", to="hf")
+    assert [path.name for path in tmp_path.iterdir()] == ["meta"]
+
+
+def cached(home: Path, source: Path) -> Path:
+    """A repository in the Hub's cache: snapshots of links into blobs."""
+    repo = home / "models--org--name"
+    snapshot = repo / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (repo / "blobs").mkdir()
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("a" * 40)
+    for file in source.iterdir():
+        blob = repo / "blobs" / hashlib.sha256(file.read_bytes()).hexdigest()
+        shutil.copy(file, blob)
+        (snapshot / file.name).symlink_to(Path("../../blobs") / blob.name)
+    return snapshot
+
+
+def test_a_snapshot_in_the_hubs_cache(tmp_path: Path) -> None:
+    snapshot = cached(tmp_path / "hub", HF)
+    ckpt_convert.convert(snapshot, tmp_path / "out", to="hf", verify=True)
+    assert sums(tmp_path / "out") == sums(HF)
+    assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
+
+
+@pytest.mark.parametrize("name", ["org/name", "hf://org/name"])
+def test_a_hub_id_is_looked_up_in_the_cache_first(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    snapshot = cached(tmp_path / "hub", HF)
+    asked = []
+
+    def download(repo: str, *, local_files_only: bool = False, **options: object) -> str:
+        asked.append((repo, local_files_only, options["revision"]))
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    ckpt_convert.convert(name, tmp_path / "out", to="meta", revision="main")
+    assert asked == [("org/name", True, "main")]
+
+
+def test_a_hub_id_in_a_real_cache_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    cached(tmp_path / "hub", HF)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert hub.locate("org/name") == tmp_path / "hub" / "models--org--name" / "snapshots" / ("a" * 40)
+
+
+def test_a_path_comes_before_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(HF, tmp_path / "org" / "name")
+    monkeypatch.chdir(tmp_path)
+    assert hub.locate("org/name") == Path("org/name")
+
+
+def test_neither_path_nor_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def unreachable(*arguments: object, **options: object) -> str:
+        raise OSError("no route to host\nmore")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    with pytest.raises(CheckpointNotFoundError, match=r"nobody/nothing: no such path.*no route to host;"):
+        hub.locate("nobody/nothing")
+    with pytest.raises(CheckpointNotFoundError, match="and no Hub id"):
+        hub.locate("a/b/c")

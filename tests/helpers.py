@@ -1,0 +1,66 @@
+"""What several tests need: reading checkpoints with torch and safetensors (never with our own code), and comparing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+GOLDEN = Path(__file__).parent.parent / "fixtures" / "golden"
+CASES = ("llama", "llama2", "llama_tied", "mistral")
+
+Tensors = dict[str, torch.Tensor]
+
+
+def read_safetensors(path: Path) -> Tensors:
+    """The tensors of a file, or of every safetensors file of a directory."""
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    out: Tensors = {}
+    for file in files:
+        out |= safetensors.torch.load_file(file)
+    return out
+
+
+def read_meta(path: Path) -> list[Tensors]:
+    """The tensors of each rank of a meta directory."""
+    single = path / "consolidated.safetensors"
+    if single.exists():
+        return [safetensors.torch.load_file(single)]
+    return [torch.load(file, weights_only=True) for file in sorted(path.glob("consolidated.*.pth"))]
+
+
+def assert_same(found: Tensors, expected: Tensors) -> None:
+    """The same keys, shapes, dtypes and bits."""
+    assert sorted(found) == sorted(expected)
+    for key, tensor in expected.items():
+        assert found[key].dtype == tensor.dtype, key
+        assert found[key].shape == tensor.shape, key
+        assert bits(found[key]) == bits(tensor), key
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    flat = tensor.detach().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+
+
+def sums(directory: Path) -> dict[str, str]:
+    """The sha256 of every file of a directory, but for the record that a conversion adds."""
+    return {
+        file.relative_to(directory).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(directory.rglob("*"))
+        if file.is_file() and file.relative_to(directory).parts[0] != "ckpt_convert"
+    }
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    """Change some keys of a JSON file; None removes a key."""
+    content = json.loads(path.read_text())
+    for key, value in changes.items():
+        if value is None:
+            content.pop(key, None)
+        else:
+            content[key] = value
+    path.write_text(json.dumps(content))
