@@ -111,6 +111,8 @@ class LazyTensor:
 
     def copies(self) -> tuple[Copy, ...]:
         """What to move to make this tensor, dense and row-major; dimensions that can be joined are."""
+        if not self.size:
+            return tuple(Copy(tile.source, tile.offset, 0, ((0, 1, 1),)) for tile in self.tiles)
         strides = row_major(self.shape)
         return tuple(_copy(tile, strides) for tile in self.tiles)
 

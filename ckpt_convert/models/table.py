@@ -38,6 +38,10 @@ class Key:
     tp: int | str | None = None
     omitted_if_tied: bool = False
 
+    def replace(self, **changes: Any) -> Key:
+        """A key that differs from this one."""
+        return dataclasses.replace(self, **changes)
+
     @property
     def placeholders(self) -> frozenset[str]:
         return frozenset(part[1:-1] for part in self.template.split(".") if _is_placeholder(part))
@@ -74,6 +78,10 @@ class Row:
     tied_to: str | None = None
     when: str | None = None
     derived: bool = False
+
+    def replace(self, **changes: Any) -> Row:
+        """A row that differs from this one."""
+        return dataclasses.replace(self, **changes)
 
     def column(self, format: str) -> Key | None:
         if format not in FORMATS:
