@@ -13,6 +13,7 @@ import click
 from ckpt_convert.cli.progress import Bar
 from ckpt_convert.cli.text import escape, human_bytes, plural
 from ckpt_convert.errors import UsageError
+from ckpt_convert.storage.names import partial_of
 
 if TYPE_CHECKING:
     from ckpt_convert.convert.api import Report
@@ -154,7 +155,7 @@ def _convert(
                     progress=bar,
                     **options,
                 )
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, OSError):
                 bar.stop()
                 _say_what_is_left(dst)
                 raise
@@ -164,7 +165,7 @@ def _convert(
 
 
 def _say_what_is_left(dst: Path) -> None:
-    partial = dst.absolute().with_name(f".{dst.absolute().name}.partial")
+    partial = partial_of(dst.absolute())
     if partial.exists():
         click.echo(f"{partial} holds what is done; --resume continues it, a run without it starts anew", err=True)
 

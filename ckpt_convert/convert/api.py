@@ -14,8 +14,8 @@ import xxhash
 
 from ckpt_convert.convert import checklist, record, sidefiles
 from ckpt_convert.convert import plan as planning
-from ckpt_convert.convert.checkpoint import Checkpoint, open_checkpoint
-from ckpt_convert.convert.execute import JOURNAL, Execution, Meter, ProgressCallback, is_tied, run_checks
+from ckpt_convert.convert.checkpoint import Checkpoint, open_checkpoint, read_checkpoint
+from ckpt_convert.convert.execute import Execution, Meter, ProgressCallback, is_tied, run_checks
 from ckpt_convert.convert.formats.base import RECORD_FOLDER, render_json
 from ckpt_convert.convert.plan import Plan
 from ckpt_convert.convert.request import Request
@@ -24,6 +24,7 @@ from ckpt_convert.convert.verify import verify as verify_output
 from ckpt_convert.errors import CkptConvertError, CorruptFileError, UsageError
 from ckpt_convert.models.config import ConfigOptions
 from ckpt_convert.storage import hub
+from ckpt_convert.storage.names import JOURNAL
 from ckpt_convert.storage.staging import Staging, check_destination, check_space, explain_full_disk
 
 log = logging.getLogger("ckpt_convert")
@@ -247,5 +248,5 @@ def _checklist(template: Path, staging: Staging) -> bytes:
 
 
 def _verify(made: Plan, staging: Staging, workers: int, progress: ProgressCallback | None) -> int:
-    with open_checkpoint(staging.path, format=made.target, family=made.model.family.name) as output:
+    with read_checkpoint(staging.path, format=made.target, family=made.model.family.name) as output:
         return verify_output(made, output, workers=workers, progress=progress)

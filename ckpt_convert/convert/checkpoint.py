@@ -20,13 +20,14 @@ from ckpt_convert.errors import (
     CheckpointNotFoundError,
     CkptConvertError,
     ConfigError,
+    CorruptFileError,
     KeyMismatchError,
     UnsupportedFamilyError,
 )
 from ckpt_convert.models import FAMILIES, Family
 from ckpt_convert.models.config import ConfigOptions
 from ckpt_convert.models.lazy import stored
-from ckpt_convert.storage.names import resolve
+from ckpt_convert.storage.names import JOURNAL, resolve
 from ckpt_convert.storage.reader import LocalFile, RangeReader
 
 if TYPE_CHECKING:
@@ -248,6 +249,22 @@ def open_checkpoint(
     Raises CheckpointNotFoundError, CorruptFileError or UnsafeFileError; an unknown family is not an error here.
     """
     path = Path(path)
+    if (path / JOURNAL).exists():
+        raise CorruptFileError(
+            f"{path}: is the unfinished output of a conversion; run that again with --resume, or without to start anew"
+        )
+    return read_checkpoint(path, format=format, family=family, config=config, options=options)
+
+
+def read_checkpoint(
+    path: Path,
+    *,
+    format: str | None = None,
+    family: str | None = None,
+    config: str | Path | None = None,
+    options: ConfigOptions | None = None,
+) -> Checkpoint:
+    """``open_checkpoint`` for any directory, also one that is still being written."""
     if family is not None and family not in FAMILIES:
         raise UnsupportedFamilyError(f"{family!r} is no family; known: {', '.join(FAMILIES)}")
     config_path = Path(config) if config is not None else None
@@ -301,7 +318,11 @@ def _instead(path: Path) -> str:
 
 def _open(path: Path, weight: WeightName) -> WeightFile:
     file = path if path.is_file() else resolve(path, weight.name, str(path))
-    reader, header = containers.parse(LocalFile(file, str(file)))
+    try:
+        opened = LocalFile(file, str(file))
+    except OSError as error:
+        raise CheckpointNotFoundError(f"{file}: cannot be read: {error.strerror}") from error
+    reader, header = containers.parse(opened)
     return WeightFile(weight.name, weight.rank, file, reader, header)
 
 

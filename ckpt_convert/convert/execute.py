@@ -29,11 +29,11 @@ from ckpt_convert.convert.mapping import Equality
 from ckpt_convert.convert.plan import Plan
 from ckpt_convert.errors import TiedWeightsError
 from ckpt_convert.models.lazy import LazyTensor
+from ckpt_convert.storage.names import JOURNAL
 from ckpt_convert.storage.staging import StagedFile, Staging, clear
 
 PIECE = 64 << 20
 BLOCK = 1 << 20
-JOURNAL = ".ckpt-convert-journal"
 
 log = logging.getLogger("ckpt_convert")
 

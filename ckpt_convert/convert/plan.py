@@ -62,7 +62,8 @@ class Plan:
 
     @property
     def tensors(self) -> int:
-        return sum(len(file.tensors) for file in self.weights)
+        """How many keys the output has (one that is cut over ranks counts once)."""
+        return len({tensor.key for file in self.weights for tensor in file.layout.header.tensors})
 
     @property
     def tensor_bytes(self) -> int:

@@ -1,10 +1,13 @@
-"""Names that come from files (an index, a manifest): they stay inside the checkpoint's directory."""
+"""Names that come from files stay inside their directory; and what the parts of an unfinished output are called."""
 
 from __future__ import annotations
 
 from pathlib import Path, PurePosixPath
 
 from ckpt_convert.errors import CheckpointNotFoundError, UnsafeFileError
+
+JOURNAL = ".ckpt-convert-journal"
+"""Lies in a directory as long as it is being written: which pieces are done, and their checksums."""
 
 
 def check_name(name: str, said_by: str) -> str:
@@ -17,6 +20,11 @@ def check_name(name: str, said_by: str) -> str:
             "the checkpoint is damaged or hostile, do not use it"
         )
     return name
+
+
+def partial_of(destination: Path) -> Path:
+    """The directory beside ``destination`` that its output is written into."""
+    return destination.with_name(f".{destination.name}.partial")
 
 
 def resolve(directory: Path, name: str, said_by: str) -> Path:

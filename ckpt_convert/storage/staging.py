@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 
 from ckpt_convert.errors import LockedError, NotEnoughSpaceError, OutputExistsError
+from ckpt_convert.storage.names import partial_of
 
 try:
     import fcntl
@@ -32,9 +33,8 @@ def check_destination(destination: Path, source: Path, *, overwrite: bool) -> No
     """
     target = destination.resolve()
     origin = source.resolve()
-    if origin.is_file():
-        origin = origin.parent
-    if target == origin or target.is_relative_to(origin):
+    beside = origin.is_file() and target == origin.parent
+    if beside or target == origin or (origin.is_dir() and target.is_relative_to(origin)):
         raise OutputExistsError(
             f"{destination}: lies inside the source {source}; the source is never written, choose another place"
         )
@@ -78,11 +78,15 @@ class Staging:
     """
 
     def __init__(self, destination: Path, *, overwrite: bool = False, resume: bool = False) -> None:
-        self.destination = destination.absolute()
+        # Of a link to a directory, the directory is replaced and the link stays.
+        self.destination = destination.resolve() if destination.is_dir() else destination.absolute()
         self.overwrite = overwrite
-        self.path = self.destination.with_name(f".{self.destination.name}.partial")
+        self.path = partial_of(self.destination)
+        self._aside = self.destination.with_name(f".{self.destination.name}.replaced")
         self.destination.parent.mkdir(parents=True, exist_ok=True)
         self._lock = self._acquire()
+        if self._aside.exists() and not self.destination.exists():
+            os.rename(self._aside, self.destination)  # an earlier run was killed between its two renames
         self.resumed = resume and any(self.path.iterdir())
         if not resume:
             clear(self.path)
@@ -130,23 +134,22 @@ class Staging:
         """Give the directory its name: flush directories, rename, flush the parent; what was there is replaced."""
         for folder, _, _ in os.walk(self.path):
             sync_directory(Path(folder))
-        aside = self.destination.with_name(f".{self.destination.name}.replaced")
         replaced = self.destination.exists() and any(self.destination.iterdir())
         if replaced:
             if not self.overwrite:
                 raise OutputExistsError(f"{self.destination}: appeared while it was being written; it was left alone")
-            if aside.exists():
-                shutil.rmtree(aside)
-            os.rename(self.destination, aside)
+            if self._aside.exists():
+                shutil.rmtree(self._aside)
+            os.rename(self.destination, self._aside)
         try:
             os.rename(self.path, self.destination)
         except BaseException:
             if replaced:
-                os.rename(aside, self.destination)
+                os.rename(self._aside, self.destination)
             raise
         sync_directory(self.destination.parent)
         if replaced:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(self._aside, ignore_errors=True)
         self.release()
 
     def discard(self) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import ckpt_convert
-from ckpt_convert.errors import LockedError, NotEnoughSpaceError, OutputExistsError, VerificationError
+from ckpt_convert.errors import CorruptFileError, LockedError, NotEnoughSpaceError, OutputExistsError, VerificationError
 from ckpt_convert.storage import staging
 from ckpt_convert.storage.staging import Staging
 from tests.helpers import GOLDEN, edit_json, sums
@@ -168,8 +168,39 @@ def test_a_second_writer_is_refused(tmp_path: Path) -> None:
 
 def test_what_a_killed_run_left_is_accepted_by_nothing(tmp_path: Path) -> None:
     run(KILLED, HF, tmp_path / "out", 300)
-    with pytest.raises(ckpt_convert.CkptConvertError):
+    with pytest.raises(CorruptFileError, match="unfinished output"):
         ckpt_convert.convert(tmp_path / ".out.partial", tmp_path / "other", to="hf")
+    with pytest.raises(CorruptFileError, match="unfinished output"):
+        ckpt_convert.open_checkpoint(tmp_path / ".out.partial")
+    assert not (tmp_path / ".out.partial" / "params.json").exists()  # so Meta's loaders do not take it either
+
+
+def test_a_run_killed_between_its_renames_loses_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    ckpt_convert.convert(HF, out, to="meta")
+    before = sums(out)
+    out.rename(tmp_path / ".out.replaced")
+    with pytest.raises(OutputExistsError):
+        ckpt_convert.convert(HF, out, to="native")
+    assert sums(out) == before
+
+
+def test_a_file_is_converted_into_a_folder_beside_it(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    shutil.copy(GOLDEN / "llama" / "native.safetensors", file)
+    ckpt_convert.convert(file, tmp_path / "out", to="hf", config=HF / "config.json", verify=True)
+    with pytest.raises(OutputExistsError):
+        ckpt_convert.convert(file, tmp_path, to="hf", config=HF / "config.json", overwrite=True)
+
+
+def test_a_link_to_the_destination_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    for _ in range(2):
+        ckpt_convert.convert(HF, tmp_path / "out", to="meta", overwrite=True)
+    assert (tmp_path / "out").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "out"]
+    assert (tmp_path / "disk" / "params.json").exists()
 
 
 def test_an_existing_output_is_only_replaced_when_asked(tmp_path: Path) -> None:
