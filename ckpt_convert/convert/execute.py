@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
@@ -28,7 +28,7 @@ from ckpt_convert.convert.layout import OutputFile, Placed
 from ckpt_convert.convert.mapping import Equality
 from ckpt_convert.convert.plan import Plan
 from ckpt_convert.errors import TiedWeightsError
-from ckpt_convert.models.lazy import LazyTensor
+from ckpt_convert.models.lazy import LazyTensor, together
 from ckpt_convert.storage.names import JOURNAL
 from ckpt_convert.storage.staging import StagedFile, Staging, clear
 
@@ -72,6 +72,13 @@ class Done:
     crc: int
 
 
+class Read(NamedTuple):
+    """A lazy tensor and the dtype of its elements."""
+
+    tensor: LazyTensor
+    dtype: str
+
+
 class Meter:
     """Adds up bytes from several threads and passes them on."""
 
@@ -96,23 +103,36 @@ class Mover:
         self._gatherer = Gatherer(plan_stored)
         self._buffer = np.empty(BLOCK, np.uint8)
 
-    def blocks(
-        self, tensor: LazyTensor, source: str, target: str, *, like: str | None = None
-    ) -> Iterator[tuple[int, memoryview]]:
-        """(byte offset, bytes) of the tensor, in order; the bytes are only good until the next block.
+    def read(self, block: LazyTensor, source: str, target: str) -> memoryview:
+        """The bytes of a block of at most ``most(source, target)`` elements, good until the next call."""
+        view = self._buffer[: block.size * dtypes.DTYPES[source].bits // 8]
+        self._gatherer.into(block, source, view)
+        return view.data if source == target else cast(view, source, target).data
 
-        Blocks have as many elements as those of a tensor that is cast from or to ``like`` would have.
-        """
-        bits = dtypes.DTYPES[source].bits
-        most = BLOCK * 8 // max(bits, dtypes.DTYPES[target].bits, dtypes.DTYPES[like or source].bits)
-        for offset, block in tensor.blocks(most):
-            view = self._buffer[: block.size * bits // 8]
-            self._gatherer.into(block, source, view)
-            if source == target:
-                yield offset * bits // 8, view.data
-            else:
-                out = cast(view, source, target)
-                yield offset * dtypes.DTYPES[target].bits // 8, out.data
+    def blocks(self, tensor: LazyTensor, source: str, target: str) -> Iterator[tuple[int, memoryview]]:
+        """(byte offset, bytes) of the tensor, in order; the bytes are only good until the next block."""
+        bits = dtypes.DTYPES[target].bits
+        for offset, block in tensor.blocks(most(source, target)):
+            yield offset * bits // 8, self.read(block, source, target)
+
+
+def most(source: str, target: str) -> int:
+    """How many elements fit a worker's buffer, in both dtypes."""
+    return BLOCK * 8 // max(dtypes.DTYPES[source].bits, dtypes.DTYPES[target].bits)
+
+
+def difference(left: Mover, right: Mover, one: Read, other: Read, meter: Meter | None = None) -> int | None:
+    """The first byte in which two tensors of one shape differ, the first cast to the other's dtype; None if none."""
+    bits = dtypes.DTYPES[other.dtype].bits
+    for offset, (mine, theirs) in together((one.tensor, other.tensor), most(one.dtype, other.dtype)):
+        expected = left.read(mine, one.dtype, other.dtype)
+        found = right.read(theirs, other.dtype, other.dtype)
+        if expected != found:
+            first = np.not_equal(np.frombuffer(expected, np.uint8), np.frombuffer(found, np.uint8)).argmax()
+            return offset * bits // 8 + int(first)
+        if meter is not None:
+            meter.add(len(found))
+    return None
 
 
 def cast(data: np.ndarray[Any, Any], source: str, target: str) -> np.ndarray[Any, Any]:
@@ -123,16 +143,9 @@ def cast(data: np.ndarray[Any, Any], source: str, target: str) -> np.ndarray[Any
     return elements.to(getattr(torch, dtypes.DTYPES[target].torch)).view(torch.uint8).numpy()
 
 
-def equal(movers: Mover, other: Mover, check: Equality, meter: Meter | None = None) -> bool:
+def equal(left: Mover, right: Mover, check: Equality, meter: Meter | None = None) -> bool:
     """Whether both tensors of a check hold the same bytes; stops at the first difference."""
-    left = movers.blocks(check.left, check.dtype, check.dtype)
-    right = other.blocks(check.right, check.dtype, check.dtype)
-    for (_, mine), (_, theirs) in zip(left, right, strict=True):
-        if mine != theirs:
-            return False
-        if meter is not None:
-            meter.add(len(mine))
-    return True
+    return difference(left, right, Read(check.left, check.dtype), Read(check.right, check.dtype), meter) is None
 
 
 def run_checks(plan: Plan, progress: ProgressCallback | None = None) -> None:

@@ -24,9 +24,9 @@ _WASTE = 4
 class Gatherer:
     """Reads lazy tensors whose sources are numbered as in ``stored``; not to be shared between threads."""
 
-    def __init__(self, stored: Sequence[tuple[Any, StoredTensor]], scratch: int = SCRATCH) -> None:
+    def __init__(self, stored: Sequence[tuple[Any, StoredTensor]], scratch: int | None = None) -> None:
         self._stored = stored
-        self._scratch = np.empty(scratch, np.uint8)
+        self._scratch = np.empty(scratch or SCRATCH, np.uint8)
         self._numpy: dict[str, np.dtype[Any]] = {}
 
     def into(self, tensor: LazyTensor, dtype: str, buffer: np.ndarray[Any, Any]) -> None:

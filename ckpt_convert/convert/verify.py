@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from ckpt_convert import dtypes
 from ckpt_convert.convert import mapping
 from ckpt_convert.convert.checkpoint import Checkpoint
-from ckpt_convert.convert.execute import Meter, Mover, ProgressCallback
+from ckpt_convert.convert.execute import Meter, Mover, ProgressCallback, Read, difference
 from ckpt_convert.convert.mapping import Logical
 from ckpt_convert.convert.plan import Plan
 from ckpt_convert.errors import VerificationError
@@ -65,12 +65,4 @@ def verify(plan: Plan, output: Checkpoint, *, workers: int, progress: ProgressCa
 def _difference(mine: Mover, theirs: Mover, source: Logical, other: Logical, meter: Meter) -> int | None:
     if source.tensor.shape != other.tensor.shape:
         return 0
-    # A cast is repeated on the source, so both sides come in blocks of the same number of elements.
-    wider = max(source.dtype, other.dtype, key=lambda name: dtypes.DTYPES[name].bits)
-    left = mine.blocks(source.tensor, source.dtype, other.dtype)
-    right = theirs.blocks(other.tensor, other.dtype, other.dtype, like=wider)
-    for (at, expected), (_, found) in zip(left, right, strict=True):
-        if expected != found:
-            return at + next(i for i, (a, b) in enumerate(zip(expected, found, strict=True)) if a != b)
-        meter.add(len(found))
-    return None
+    return difference(mine, theirs, Read(source.tensor, source.dtype), Read(other.tensor, other.dtype), meter)

@@ -118,7 +118,13 @@ class LazyTensor:
 
     def blocks(self, most: int) -> Iterator[tuple[int, LazyTensor]]:
         """Cut into (target offset, block) of at most ``most`` elements, each contiguous in the target, in order."""
-        yield from _blocks(self, 0, 0, max(1, most))
+        for offset, (block,) in together((self,), most):
+            yield offset, block
+
+
+def together(tensors: tuple[LazyTensor, ...], most: int) -> Iterator[tuple[int, tuple[LazyTensor, ...]]]:
+    """Cut tensors of one shape at the same places, as ``LazyTensor.blocks`` cuts one."""
+    yield from _blocks(tensors, 0, 0, max(1, most))
 
 
 def stored(source: int, shape: Sequence[int], strides: Sequence[int] | None = None) -> LazyTensor:
@@ -239,26 +245,28 @@ def _copy(tile: Tile, strides: Sequence[int]) -> Copy:
     return Copy(tile.source, tile.offset, offset, tuple(dims))
 
 
-def _blocks(tensor: LazyTensor, axis: int, base: int, most: int) -> Iterator[tuple[int, LazyTensor]]:
-    size = tensor.size
-    if size <= most or axis == len(tensor.shape):
+def _blocks(
+    tensors: tuple[LazyTensor, ...], axis: int, base: int, most: int
+) -> Iterator[tuple[int, tuple[LazyTensor, ...]]]:
+    size, shape = tensors[0].size, tensors[0].shape
+    if size <= most or axis == len(shape):
         if size:
-            yield base, tensor
+            yield base, tensors
         return
-    inner = size // tensor.shape[axis]
-    step = _aligned(tensor, axis, max(1, most // inner))
-    for start in range(0, tensor.shape[axis], step):
-        count = min(step, tensor.shape[axis] - start)
-        block = tensor.narrow(axis, start, count)
+    inner = size // shape[axis]
+    step = _aligned(tensors, axis, max(1, most // inner))
+    for start in range(0, shape[axis], step):
+        count = min(step, shape[axis] - start)
+        blocks = tuple(tensor.narrow(axis, start, count) for tensor in tensors)
         if count * inner <= most:
-            yield base + start * inner, block
+            yield base + start * inner, blocks
         else:
-            yield from _blocks(block, axis + 1, base + start * inner, most)
+            yield from _blocks(blocks, axis + 1, base + start * inner, most)
 
 
-def _aligned(tensor: LazyTensor, axis: int, step: int) -> int:
+def _aligned(tensors: tuple[LazyTensor, ...], axis: int, step: int) -> int:
     """At most ``step``, and a multiple of the axis' inner runs where that is possible, so that no group is torn."""
-    runs = max((tile.axes[axis] for tile in tensor.tiles), key=len, default=())
+    runs = max((tile.axes[axis] for tensor in tensors for tile in tensor.tiles), key=len, default=())
     for inner in range(1, len(runs)):
         group = _size(runs[inner:])
         if group <= step:

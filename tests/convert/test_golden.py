@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import ckpt_convert
+from ckpt_convert.convert import execute, gather
 from tests.helpers import CASES, GOLDEN, assert_same, read_meta, read_safetensors, sums
 
 SHARDED = ("llama", "llama2", "llama_tied")
@@ -105,6 +106,32 @@ def test_reshard(case: str, before: int, after: int, tmp_path: Path) -> None:
     )
     for mine, theirs in zip(read_meta(tmp_path / "out"), read_meta(meta(case, after)), strict=True):
         assert_same(mine, theirs)
+
+
+@pytest.fixture(params=[(1 << 20, 64 << 20), (640, 2048), (4096, 4096)], ids=["usual", "tiny", "small"])
+def buffers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Golden tensors are small: with small buffers, they are moved in many blocks and pieces as large ones are."""
+    monkeypatch.setattr(execute, "BLOCK", request.param[0])
+    monkeypatch.setattr(execute, "PIECE", request.param[1])
+
+
+@pytest.mark.usefixtures("buffers")
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("scratch", [300, 5000, 8 << 20])
+def test_any_size_of_buffers_gives_the_same(
+    case: str, scratch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gather, "SCRATCH", scratch)
+    ranks = 1 if case == "mistral" else 4
+    like = meta(case, ranks)
+    ckpt_convert.convert(hf(case), tmp_path / "meta", to="meta", like=like, verify=True)
+    for mine, theirs in zip(read_meta(tmp_path / "meta"), read_meta(like), strict=True):
+        assert_same(mine, theirs)
+    ckpt_convert.convert(tmp_path / "meta", tmp_path / "native", to="native", verify=True)
+    assert_same(read_safetensors(tmp_path / "native"), read_safetensors(GOLDEN / case / "native.safetensors"))
+    ckpt_convert.convert(tmp_path / "native", tmp_path / "back", to="hf", verify=True)
+    assert sums(tmp_path / "back") == sums(hf(case))
+    ckpt_convert.convert(hf(case), tmp_path / "cast", to="native", dtype="bfloat16", verify=True)
 
 
 def trip(start: Path, steps: tuple[str, ...], folder: Path) -> Path:

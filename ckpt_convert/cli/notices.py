@@ -1,0 +1,30 @@
+"""What the library logs, on standard error: escaped, one line each."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import click
+
+from ckpt_convert.cli.text import escape
+
+
+class _Stderr(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(f"{click.style('notice:', fg='yellow')} {escape(record.getMessage())}", err=True)
+
+
+@contextmanager
+def on_stderr() -> Iterator[None]:
+    """Show the library's notices while the block runs."""
+    log = logging.getLogger("ckpt_convert")
+    handler = _Stderr()
+    log.addHandler(handler)
+    was, log.propagate = log.propagate, False
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.propagate = was

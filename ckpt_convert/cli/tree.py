@@ -1,0 +1,234 @@
+"""Many keys on few lines: numbers in keys are collapsed, as in ``layers.{0..15}.attention.wq.weight``.
+
+Keys are collapsed only where shape and dtype agree; what differs gets a line of its own, and numbers that are missing
+between others are pointed out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import chain, pairwise, product
+from math import prod
+
+from ckpt_convert.cli.text import plural
+
+_MOST_RUNS = 24
+"""Runs of numbers that a pattern spells out; ``--full`` is for the rest."""
+
+_MOST_GAPS = 6
+_DIGITS = re.compile(r"(\d+)")
+
+Template = tuple[str | None, ...]
+"""The dot-separated parts of a key, None in place of every number."""
+
+Index = tuple[int, ...]
+_Run = tuple[int, int]
+_Kind = tuple[tuple[int, ...], str, int, str]  # what has to agree: shape, dtype, nbytes, note
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor as the tree sees it; ``note`` is what else has to agree for two to share a line."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line: ``count`` tensors of this shape and dtype, ``nbytes`` bytes together.
+
+    ``pattern`` is the key, numbers collapsed (not escaped); ``missing`` the numbers that no key of the kind has
+    although others around them do, in words, empty where there are none.
+    """
+
+    pattern: str
+    shape: tuple[int, ...]
+    dtype: str
+    count: int
+    nbytes: int
+    note: str = ""
+    missing: str = ""
+
+
+class Numbering:
+    """Which numbers exist at each place of each kind of key; what is not there between others is a gap."""
+
+    def __init__(self, keys: Collection[str]) -> None:
+        self._keys = keys
+        self._gaps: dict[Template, list[dict[Index, list[_Run]]]] = {}
+
+    @cached_property
+    def _indices(self) -> dict[Template, set[Index]]:
+        # Only asked for when some numbers are not next to each other: in most checkpoints all are.
+        out: dict[Template, set[Index]] = {}
+        for key in self._keys:
+            template, index = split(key)
+            if index:
+                out.setdefault(template, set()).add(index)
+        return out
+
+    def missing(self, template: Template, axes: Sequence[Index]) -> str:
+        """The gaps between the numbers of a line, in words: "4", "5..7, 9", or "experts.3" where it has several."""
+        names = _names(template)
+        out = []
+        for place, values in enumerate(axes):
+            if values[-1] - values[0] + 1 == len(values):
+                continue
+            gaps = self._of(template)[place]
+            runs = {run for before in product(*axes[:place]) for run in gaps.get(before, ())} if gaps else set()
+            prefix = f"{names[place]}." if len(axes) > 1 and names[place] else ""
+            out += [prefix + _run_text(run) for run in sorted(runs) if values[0] < run[0] < values[-1]]
+        more = f" and {plural(len(out) - _MOST_GAPS, 'more gap')}" if len(out) > _MOST_GAPS else ""
+        return ", ".join(out[:_MOST_GAPS]) + more
+
+    def _of(self, template: Template) -> list[dict[Index, list[_Run]]]:
+        if template not in self._gaps:
+            self._gaps[template] = _gaps(self._indices.get(template, set()), template.count(None))
+        return self._gaps[template]
+
+
+def collapse(entries: Iterable[Entry], numbering: Numbering | None = None) -> list[Row]:
+    """Collapse tensors (each key once) into rows, in the natural order of their first keys.
+
+    ``numbering`` is that of all keys, where ``entries`` are only some: what lies elsewhere is not missing.
+    """
+    entries = list(entries)
+    groups: dict[Template, dict[_Kind, list[Index]]] = {}
+    for entry in entries:
+        template, index = split(entry.key)
+        kind = (entry.shape, entry.dtype, entry.nbytes, entry.note)
+        groups.setdefault(template, {}).setdefault(kind, []).append(index)
+    numbering = numbering or Numbering([entry.key for entry in entries])
+    found = [
+        (template, axes, kind)
+        for template, kinds in groups.items()
+        for kind, indices in kinds.items()
+        for axes in _products(indices)
+    ]
+    found.sort(key=lambda row: natural(_key(row[0], [axis[0] for axis in row[1]])))
+    return [_row(template, axes, kind, numbering) for template, axes, kind in found]
+
+
+def split(key: str) -> tuple[Template, Index]:
+    """A key's template and the numbers in it; "007" is no number, for its zeros have to be kept."""
+    parts = key.split(".")
+    index = tuple([int(part) for part in parts if _is_number(part)])
+    return tuple([None if _is_number(part) else part for part in parts]) if index else tuple(parts), index
+
+
+def natural(key: str) -> tuple[tuple[int, int, str], ...]:
+    """A sort key that puts ``layers.2`` before ``layers.10`` and ``conv2`` before ``conv10``."""
+    return tuple(chain.from_iterable(map(_part_order, key.split("."))))
+
+
+def _row(template: Template, axes: Sequence[Index], kind: _Kind, numbering: Numbering) -> Row:
+    shape, dtype, nbytes, note = kind
+    count = prod(map(len, axes))
+    pattern = _key(template, map(_numbers, axes))
+    return Row(pattern, shape, dtype, count, count * nbytes, note, numbering.missing(template, axes))
+
+
+def _products(indices: list[Index]) -> list[tuple[Index, ...]]:
+    """Few products of sets of numbers that are the indices together: layers whose experts are the same share one."""
+    if not indices or not indices[0]:
+        return [()]
+    by_prefix: dict[Index, list[int]] = {}
+    for *prefix, last in indices:
+        by_prefix.setdefault(tuple(prefix), []).append(last)
+    prefixes: dict[Index, list[Index]] = {}
+    for head, lasts in by_prefix.items():
+        prefixes.setdefault(tuple(sorted(set(lasts))), []).append(head)
+    return [(*axes, lasts) for lasts, heads in prefixes.items() for axes in _products(heads)]
+
+
+def _gaps(indices: set[Index], places: int) -> list[dict[Index, list[_Run]]]:
+    """For each place, the numbers before it → the gaps between the numbers at it, where there are any."""
+    out = []
+    for place in range(places):
+        values: dict[Index, set[int]] = {}
+        for index in indices:
+            values.setdefault(index[:place], set()).add(index[place])
+        found = {before: _between(sorted(numbers)) for before, numbers in values.items()}
+        out.append({before: runs for before, runs in found.items() if runs})
+    return out
+
+
+def _between(values: list[int]) -> list[_Run]:
+    # Every other layer, or every fifth, is how hybrid models are built: nothing is missing there.
+    if _step(values) is not None:
+        return []
+    return [(a + 1, b - 1) for a, b in pairwise(values) if b - a > 1]
+
+
+def _step(values: Sequence[int]) -> int | None:
+    """The distance of numbers that are equally far from each other, None if they are not, are few, or have no gaps."""
+    steps = {b - a for a, b in pairwise(values)}
+    return steps.pop() if len(values) > 2 and len(steps) == 1 and 1 not in steps else None
+
+
+def _key(template: Template, values: Iterable[object]) -> str:
+    rest = iter(values)
+    return ".".join(part if part is not None else str(next(rest)) for part in template)
+
+
+def _numbers(values: Index) -> str:
+    """The numbers as a shell's braces would have them: "7", "{0..15}", "{0..3,5..15}", "{3..38..5}"."""
+    if len(values) == 1:
+        return str(values[0])
+    step = _step(values)
+    if step is not None and len(values) > 4:
+        return f"{{{values[0]}..{values[-1]}..{step}}}"
+    runs = [_run_text(run) for run in _runs(values)]
+    if len(runs) > _MOST_RUNS:
+        runs = [*runs[: _MOST_RUNS - 1], "…", runs[-1]]
+    return f"{{{','.join(runs)}}}"
+
+
+def _runs(values: Iterable[int]) -> Iterator[_Run]:
+    start = end = None
+    for value in values:
+        if start is None or end is None:
+            start = value
+        elif value != end + 1:
+            yield start, end
+            start = value
+        end = value
+    if start is not None and end is not None:
+        yield start, end
+
+
+def _run_text(run: _Run) -> str:
+    start, end = run
+    return str(start) if start == end else f"{start},{end}" if end == start + 1 else f"{start}..{end}"
+
+
+def _names(template: Template) -> list[str]:
+    """What each number counts: the part of the key before it."""
+    return [(template[at - 1] if at else None) or "" for at, part in enumerate(template) if part is None]
+
+
+@lru_cache(1 << 14)
+def _is_number(part: str) -> bool:
+    # Nine digits are more than any layer or expert has; longer ones are somebody's hash.
+    return part.isdecimal() and part.isascii() and len(part) < 10 and (part[0] != "0" or part == "0")
+
+
+@lru_cache(1 << 14)
+def _part_order(part: str) -> tuple[tuple[int, int, str], ...]:
+    if _is_number(part):
+        return ((0, int(part), ""),)
+    if part.isalpha():
+        return ((1, 0, part),)
+    return tuple(_piece_order(piece) for piece in _DIGITS.split(part))
+
+
+def _piece_order(piece: str) -> tuple[int, int, str]:
+    # The length goes first where there are too many digits to be turned into a number.
+    return (1, len(piece.lstrip("0")), piece.lstrip("0")) if piece[:1].isdecimal() else (1, 0, piece)
