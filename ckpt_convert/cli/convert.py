@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ckpt_convert.cli.notices import on_stderr
 from ckpt_convert.cli.progress import Bar
 from ckpt_convert.cli.text import escape, human_bytes, plural
 from ckpt_convert.errors import UsageError
@@ -30,13 +30,6 @@ def parse_size(text: str) -> int:
         raise UsageError(f"--max-shard-size {text}: expected a size such as 5GB, 500MB or 2GiB")
     base = 1024 if match[3] else 1000
     return int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
-
-
-class _Stderr(logging.Handler):
-    """What the library has to say goes to standard error."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        click.echo(f"{click.style('notice:', fg='yellow')} {escape(record.getMessage())}", err=True)
 
 
 def _options(source: str | None, to: str | None) -> list[click.Option]:
@@ -130,12 +123,7 @@ def _convert(
 ) -> None:
     from ckpt_convert.convert import api
 
-    log = logging.getLogger("ckpt_convert")
-    handler = _Stderr()
-    if not quiet:
-        log.addHandler(handler)
-    log.propagate = False
-    try:
+    with on_stderr(hidden=quiet):
         options["max_shard_size"] = parse_size(max_shard_size) if max_shard_size is not None else None
         if dry_run:
             plan = api.plan(src, **options)
@@ -160,8 +148,6 @@ def _convert(
                 _say_what_is_left(dst)
                 raise
         _show(report, as_json=as_json, quiet=quiet)
-    finally:
-        log.removeHandler(handler)
 
 
 def _say_what_is_left(dst: Path) -> None:

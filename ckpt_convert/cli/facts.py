@@ -75,7 +75,7 @@ def gather(checkpoint: Checkpoint) -> Facts:
     """Look at everything that can be known without reading a tensor."""
     model, problem = _model(checkpoint)
     ranks = max((file.rank for file in checkpoint.files), default=0) + 1 if checkpoint.format == "meta" else None
-    open_keys = _open_keys(checkpoint, model) if ranks is not None else frozenset()
+    open_keys = frozenset(key for key, info in checkpoint.tensors.items() if not info.settled)
     total = Count()
     dtypes: dict[str, Count] = {}
     for key, info in checkpoint.tensors.items():
@@ -184,11 +184,6 @@ def _model(checkpoint: Checkpoint) -> tuple[Model | None, str]:
         return checkpoint.model, ""
     except CkptConvertError as error:
         return None, str(error).removeprefix(f"{checkpoint.path}: ")
-
-
-def _open_keys(checkpoint: Checkpoint, model: Model | None) -> frozenset[str]:
-    known = {instance.key("meta") for instance in model.family.instances(model.dims)} if model else set()
-    return frozenset(key for key, info in checkpoint.tensors.items() if len(info.parts) > 1 and key not in known)
 
 
 def _nbytes(info: TensorInfo, is_open: bool) -> int:

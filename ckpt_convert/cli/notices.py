@@ -17,10 +17,10 @@ class _Stderr(logging.Handler):
 
 
 @contextmanager
-def on_stderr() -> Iterator[None]:
-    """Show the library's notices while the block runs."""
+def on_stderr(*, hidden: bool = False) -> Iterator[None]:
+    """Show the library's notices, or hide them, while the block runs."""
     log = logging.getLogger("ckpt_convert")
-    handler = _Stderr()
+    handler = logging.NullHandler() if hidden else _Stderr()
     log.addHandler(handler)
     was, log.propagate = log.propagate, False
     try:

@@ -15,10 +15,11 @@ from ckpt_convert.convert.gather import SCRATCH
 from ckpt_convert.convert.plan import Plan
 from ckpt_convert.storage.staging import existing_parent
 
-BASE_MEMORY = 70_000_000
-"""Bytes of the interpreter with the modules that a conversion needs (no torch), as measured; a cast adds torch's."""
+BASE_MEMORY = 40_000_000
+"""Bytes of the interpreter with the modules that a conversion and its progress bar need, as measured."""
 
 TORCH_MEMORY = 220_000_000
+"""Bytes that importing torch adds, which only casts need."""
 
 
 def memory(plan: Plan, workers: int) -> int:

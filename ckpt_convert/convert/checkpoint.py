@@ -22,7 +22,7 @@ from ckpt_convert.errors import (
     ConfigError,
     CorruptFileError,
     KeyMismatchError,
-    UnsupportedFamilyError,
+    UsageError,
 )
 from ckpt_convert.models import FAMILIES, Family
 from ckpt_convert.models.config import ConfigOptions
@@ -58,7 +58,11 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """A tensor of a checkpoint: its full shape, its dtype as safetensors spells it, and the parts it lies in."""
+    """A tensor of a checkpoint: its full shape, its dtype as safetensors spells it, and the parts it lies in.
+
+    ``axis`` is the one that ranks cut, None where each holds the whole. ``settled`` is False where nothing says which
+    of the two it is (no config, or a key of no table): ``shape`` and ``nbytes`` are then those of one rank's part.
+    """
 
     key: str
     shape: tuple[int, ...]
@@ -66,6 +70,7 @@ class TensorInfo:
     nbytes: int
     parts: tuple[Part, ...]
     axis: int | None = None
+    settled: bool = True
 
 
 @dataclass
@@ -167,7 +172,9 @@ class Checkpoint:
         for file, tensor in self.stored:
             parts.setdefault(tensor.key, []).append((file, tensor))
         axes = _cut_axes(self) if len(self.files) > 1 and self.format == "meta" else {}
-        return {key: _info(key, found, axes.get(key)) for key, found in parts.items()}
+        return {
+            key: _info(key, found, axes.get(key), key in axes or self.format != "meta") for key, found in parts.items()
+        }
 
     @property
     def notices(self) -> list[str]:
@@ -178,7 +185,10 @@ class Checkpoint:
                 out.append(f"{file.name}: an old torch file without zip, read whole into memory")
             if file.header.objects:
                 names = ", ".join(f"{key} ({kind})" for key, kind in list(file.header.objects.items())[:5])
-                out.append(f"{file.name}: {len(file.header.objects)} entries are no tensors: {names}")
+                count = len(file.header.objects)
+                out.append(
+                    f"{file.name}: {count} {'entry is no tensor' if count == 1 else 'entries are no tensors'}: {names}"
+                )
         used = {file.name for file in self.files}
         if self.path.is_dir():
             weights = (entry.name for entry in self.path.iterdir() if entry.suffix in WEIGHT_SUFFIXES)
@@ -266,7 +276,7 @@ def read_checkpoint(
 ) -> Checkpoint:
     """``open_checkpoint`` for any directory, also one that is still being written."""
     if family is not None and family not in FAMILIES:
-        raise UnsupportedFamilyError(f"{family!r} is no family; known: {', '.join(FAMILIES)}")
+        raise UsageError(f"--family {family}: is no family; known: {', '.join(FAMILIES)}")
     config_path = Path(config) if config is not None else None
     if config_path is not None and not config_path.is_file():
         raise ConfigError(f"{config_path}: no such file; --config takes a config.json or params.json")
@@ -283,6 +293,8 @@ def read_checkpoint(
 def _detect(path: Path, wanted: str | None, found_record: Record | None) -> tuple[str | None, str, Directory]:
     if path.is_file():
         return wanted, "as asked for" if wanted else "a single file", Directory((WeightName(path.name),))
+    if not path.is_dir():
+        raise CheckpointNotFoundError(f"{path}: is neither a file nor a directory")
     if wanted is not None:
         directory = formats.ALL[wanted].find(path)
         if directory is None:
@@ -393,14 +405,14 @@ def _cut_axes(checkpoint: Checkpoint) -> dict[str, int | None]:
     }
 
 
-def _info(key: str, found: list[tuple[WeightFile, StoredTensor]], axis: int | None) -> TensorInfo:
+def _info(key: str, found: list[tuple[WeightFile, StoredTensor]], axis: int | None, known: bool) -> TensorInfo:
     tensor = found[0][1]
     shape = list(tensor.shape)
     if axis is not None and axis < len(shape):
         shape[axis] = sum(part.shape[axis] for _, part in found)
     parts = tuple(Part(file.name, part.offset, part.nbytes, part.shape, file.rank) for file, part in found)
     nbytes = sum(part.nbytes for part in parts) if axis is not None else parts[0].nbytes
-    return TensorInfo(key, tuple(shape), tensor.dtype, nbytes, parts, axis)
+    return TensorInfo(key, tuple(shape), tensor.dtype, nbytes, parts, axis, known or len(found) == 1)
 
 
 def _whole(sources: list[Source], axis: int | None) -> Source:

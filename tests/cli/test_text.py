@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import pytest
+
+from ckpt_convert.cli.text import (
+    columns,
+    display_width,
+    escape,
+    fits,
+    human_bytes,
+    human_count,
+    number,
+    plural,
+    shorten,
+    wrap,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("model.layers.0.weight", "model.layers.0.weight"),
+        ("日本語 é ×", "日本語 é ×"),
+        ("a b", "a b"),
+        ("\x1b[31mred", "\\x1b[31mred"),
+        ("two\nlines\ttab\r", "two\\x0alines\\x09tab\\x0d"),
+        ("\x00\x7f", "\\x00\\x7f"),
+        ("\x9b31m", "\\x9b31m"),  # C1: a terminal may take it for ESC [
+        ("abc\u202egnp", "abc\\u202egnp"),  # writes backwards
+        ("\u2066\u2069\u200f\u061c", "\\u2066\\u2069\\u200f\\u061c"),
+        ("zero\u200bwidth\ufeff", "zero\\u200bwidth\\ufeff"),
+        ("line\u2028paragraph\u2029", "line\\u2028paragraph\\u2029"),
+        ("lone \ud800", "lone \\ud800"),
+        ("tag\U000e0041", "tag\\U000e0041"),
+    ],
+)
+def test_escape_shows_what_would_not_be_seen_as_itself(text: str, shown: str) -> None:
+    assert escape(text) == shown
+
+
+@pytest.mark.parametrize(
+    ("size", "shown"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.0 kB"),
+        (16128, "16.1 kB"),
+        (134_217_728, "134 MB"),
+        (999_499, "999 kB"),
+        (999_500, "1.0 MB"),
+        (999_999_999, "1.0 GB"),
+        (1_073_741_824, "1.07 GB"),
+        (2_996_965_376, "3.0 GB"),
+        (9_996_000_000, "10.0 GB"),
+        (99_960_000_000, "100 GB"),
+        (811_706_777_600, "812 GB"),
+        (5 * 10**21, "5000 EB"),
+    ],
+)
+def test_bytes_are_decimal_and_have_three_digits(size: int, shown: str) -> None:
+    assert human_bytes(size) == shown
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [(0, "0"), (56, "56"), (999, "999"), (34_500, "34.5 K"), (1_235_814_400, "1.24 B"), (405_853_388_800, "406 B")],
+)
+def test_counts(count: int, shown: str) -> None:
+    assert human_count(count) == shown
+
+
+def test_numbers_and_plurals() -> None:
+    assert number(1_235_814_400) == "1,235,814,400"
+    assert plural(1, "file") == "1 file"
+    assert plural(0, "file") == "0 files"
+    assert plural(1137, "tensor") == "1,137 tensors"
+    assert plural(2, "entry", "entries") == "2 entries"
+
+
+@pytest.mark.parametrize("width", range(1, 45))
+def test_shorten_fits_and_keeps_both_ends(width: int) -> None:
+    key = "model.layers.{0..15}.self_attn.q_proj.weight"
+    short = shorten(key, width)
+    assert display_width(short) <= width
+    head, mark, tail = short.partition("…")
+    assert key.startswith(head)
+    assert key.endswith(tail)
+    assert mark or short == key
+
+
+def test_shorten_counts_wide_characters_twice() -> None:
+    assert display_width("日本語") == 6
+    assert display_width(shorten("日本語" * 10, 9)) <= 9
+
+
+def test_columns_are_aligned_without_trailing_blanks() -> None:
+    rows = [("a", "[1]", "", "5 B", ""), ("longer", "[1, 2]", "", "100 kB", "note")]
+    assert columns(rows, right=frozenset({3})) == ["a       [1]        5 B", "longer  [1, 2]  100 kB  note"]
+
+
+def test_columns_count_the_width_of_characters_not_their_number() -> None:
+    assert columns([("日本", "x"), ("abcd", "x")]) == ["日本  x", "abcd  x"]
+
+
+def test_columns_shorten_the_first_column_only_as_far_as_needed() -> None:
+    rows = [("model.layers.0.self_attn.q_proj.weight", "[2048, 2048]")]
+    assert not fits(rows, 40)
+    (line,) = columns(rows, width=40)
+    assert len(line) == 40
+    assert line.endswith("q_proj.weight  [2048, 2048]")
+    assert fits(rows, 52)
+    assert columns(rows, width=52) == columns(rows)
+
+
+def test_columns_leave_a_key_readable_however_narrow_the_terminal_is() -> None:
+    (line,) = columns([("model.layers.0.self_attn.q_proj.weight", "[2048, 2048]")], width=10)
+    assert line == "model.…oj.weight  [2048, 2048]"
+
+
+def test_no_rows_are_no_lines() -> None:
+    assert columns([]) == []
+
+
+def test_wrap_breaks_between_words_only() -> None:
+    assert wrap(["n_layers 16,", "dim 2048,", "a-very-long-word-that-stays-whole"], 22) == [
+        "n_layers 16, dim 2048,",
+        "a-very-long-word-that-stays-whole",
+    ]

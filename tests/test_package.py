@@ -1,0 +1,113 @@
+"""What one gets by installing: names, a wheel without strays, and no torch where none is needed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import ckpt_convert
+
+ROOT = Path(__file__).parent.parent
+LLAMA = ROOT / "fixtures" / "golden" / "llama" / "hf"
+HEAVY = ("torch", "transformers", "safetensors")
+"""torch alone takes longer to import than a small checkpoint to convert; the others are for tests only."""
+
+
+def imports(code: str, *arguments: str) -> set[str]:
+    """The top-level modules that a fresh interpreter has imported after running ``code``."""
+    script = f"import sys\n{code}\nprint('\\n' + ' '.join({{name.partition('.')[0] for name in sys.modules}}))"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.splitlines()[-1].split())
+
+
+COMMAND_LINE = """
+from ckpt_convert.cli import main
+try:
+    main(sys.argv[1:])
+except SystemExit as end:
+    assert not end.code, end.code
+"""
+
+
+def test_importing_the_package_imports_no_torch() -> None:
+    found = imports("import ckpt_convert")
+    assert not found.intersection((*HEAVY, "numpy", "click"))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--help",),
+        ("hf-to-meta", "--help"),
+        ("formats",),
+        ("inspect", str(LLAMA)),
+        ("inspect", str(LLAMA), "--json"),
+        ("inspect", str(LLAMA.parent / "meta-mp2")),
+        ("hf-to-meta", str(LLAMA), "out", "--dry-run"),
+        ("hf-to-meta", str(LLAMA), "out", "--model-parallel", "2", "--verify"),
+        ("hf-to-native", str(LLAMA), "out"),
+        ("meta-to-hf", str(LLAMA.parent / "meta-mp2"), "out"),
+    ],
+    ids=lambda words: " ".join(word for word in words if "/" not in word),
+)
+def test_commands_that_do_no_arithmetic_import_no_torch(words: tuple[str, ...], tmp_path: Path) -> None:
+    placed = [str(tmp_path / word) if word == "out" else word for word in words]
+    found = imports(COMMAND_LINE, *placed)
+    assert not found.intersection(HEAVY)
+    if words[0] == "hf-to-meta" and "--verify" in words:  # it did run, here, to its end
+        assert (tmp_path / "out" / "consolidated.01.pth").exists()
+
+
+def test_a_cast_does_import_torch(tmp_path: Path) -> None:
+    """So the tests above can fail."""
+    assert "torch" in imports(COMMAND_LINE, "hf-to-meta", str(LLAMA), str(tmp_path / "out"), "--dtype", "float16")
+
+
+@pytest.mark.parametrize("name", ckpt_convert.__all__)
+def test_every_public_name_is_there(name: str) -> None:
+    assert callable(getattr(ckpt_convert, name))
+    assert name in dir(ckpt_convert)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = ckpt_convert.no_such_name
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The files of the wheel, built from this tree without asking the network."""
+    out = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (path,) = out.glob("*.whl")
+    with zipfile.ZipFile(path) as archive:
+        return archive.namelist()
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(wheel: list[str]) -> None:
+    """A `models` or `cli` at the top would shadow the module of that name in somebody's recipe."""
+    roots = {name.partition("/")[0] for name in wheel}
+    assert roots == {"ckpt_convert", f"ckpt_convert-{ckpt_convert.__version__}.dist-info"}
+    assert not [name for name in wheel if name.endswith((".pyc", ".pth", ".safetensors"))]
+
+
+def test_the_wheel_holds_every_module_and_the_mark_of_types(wheel: list[str]) -> None:
+    package = ROOT / "ckpt_convert"
+    modules = {path.relative_to(ROOT).as_posix() for path in package.rglob("*.py")}
+    assert modules | {"ckpt_convert/py.typed"} <= set(wheel)
+
+
+def test_the_wheel_has_the_command_and_the_license(wheel: list[str]) -> None:
+    suffixes = {name.partition(".dist-info/")[2] for name in wheel}
+    assert {"entry_points.txt", "licenses/LICENSE"} <= suffixes
