@@ -53,6 +53,8 @@ class LocalFile:
         self.size = os.fstat(self._fd).st_size
 
     def readinto(self, offset: int, buffer: memoryview) -> None:
+        if self._fd < 0:
+            raise ValueError(f"{self.name}: is closed")
         done = 0
         while done < len(buffer):
             got = _pread_into(self._fd, buffer[done:], offset + done)

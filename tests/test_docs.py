@@ -1,0 +1,98 @@
+"""What README and docs show is run here, on the demo's checkpoint in small."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ckpt_convert.models import FAMILIES, FORMATS
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with demo/hf in it, as ``make demo`` leaves one."""
+    spec = importlib.util.spec_from_file_location("demo", ROOT / "recipes" / "demo.py")
+    assert spec is not None
+    assert spec.loader is not None
+    demo = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(demo)
+    path = tmp_path_factory.mktemp("readme")
+    demo.make_checkpoint(path / "demo" / "hf", tiny=True)
+    return path
+
+
+def test_the_session_runs_and_says_what_it_shows(folder: Path) -> None:
+    (session,) = blocks("console")
+    steps = re.split(r"^\$ ", session, flags=re.MULTILINE)[1:]
+    assert len(steps) == 4
+    for step in steps:
+        command, _, shown = step.partition("\n")
+        program, *words = shlex.split(command)
+        assert program == "ckpt-convert"
+        done = subprocess.run(
+            [sys.executable, "-m", "ckpt_convert.cli", *words], cwd=folder, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        found = done.stdout + done.stderr
+        for line in filter(None, map(str.strip, shown.splitlines())):
+            # Sizes differ in the small checkpoint, and so does the number of its layers.
+            start = re.sub(r"\{0\.\.7\}", "{0..2}", line.split()[0])
+            assert start in found, (command, line)
+
+
+def test_the_python_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = blocks("python")
+    monkeypatch.chdir(folder)
+    space: dict[str, Any] = {}
+    exec(compile(code, "README.md", "exec"), space)
+    assert space["report"].verified == space["report"].tensors
+    assert "model.layers.0.self_attn.q_proj.weight" in space["state_dict"]
+
+
+def test_the_table_of_families_is_that_of_the_code() -> None:
+    table = README.split("<!-- formats -->\n")[1].split("<!-- end -->")[0].splitlines()
+    assert table[0] == f"| family | covers | {' | '.join(FORMATS)} |"
+    rows = [
+        f"| {family.name} | {family.title} | "
+        + " | ".join("yes" if format in family.formats else "no" for format in FORMATS)
+        + " |"
+        for family in FAMILIES.values()
+    ]
+    assert table[2:] == rows
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_modules_that_a_page_names_exist(page: Path) -> None:
+    for name in re.findall(r"`((?:models|convert|cli|storage|recipes|benchmarks|docs|tests)/[\w/.*]+)`", page.read_text()):
+        candidates = [ROOT / name, ROOT / "ckpt_convert" / name]
+        if "*" in name:
+            assert any(list(c.parent.glob(c.name)) for c in candidates), name
+        elif name != "models/qwen2.py":
+            assert any(c.exists() for c in candidates), name
+
+
+def test_the_two_commands_are_the_makefiles() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^    make (\w+)", README, re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE)
