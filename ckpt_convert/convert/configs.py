@@ -1,4 +1,4 @@
-"""The config files of an output: config.json and params.json, taken over byte for byte or translated."""
+"""Config and tokenizer files of an output, taken over byte for byte or translated."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from ckpt_convert.convert import record, sidefiles
@@ -42,6 +43,42 @@ def generated(source: Checkpoint, model: Model, request: Request, like: Checkpoi
         name = f"{RECORD_FOLDER}/side/params.json"
         files.append(SideFile(name, "carried", source.params[0], size=source.params[0].stat().st_size))
     return Configs(tuple(files), notices)
+
+
+def tokenizer(source: Checkpoint, request: Request, model: Model, like: Checkpoint | None) -> dict[str, SideFile]:
+    """Tokenizer files that the target's readers need and the source has in another form."""
+    here = sidefiles.beside(source)
+    restored = source.record.carried_side_files if source.record else {}
+    if like is not None or request.to == source.format or request.to == "native":
+        return {}
+    if request.to == "hf" and "tokenizer.model" in here:
+        names: tuple[str, ...] = ("tokenizer.json", "tokenizer_config.json")
+        names = tuple(name for name in names if name not in here and name not in restored)
+        if "tokenizer.json" not in names:
+            return {}
+        path = here["tokenizer.model"]
+    elif request.to == "meta" and "tokenizer.json" in here and "tokenizer.model" not in {**here, **restored}:
+        names = ("tokenizer.model",)
+        path = here["tokenizer.json"]
+    else:
+        return {}
+
+    @lru_cache(maxsize=1)
+    def translated() -> Mapping[str, bytes]:
+        from ckpt_convert.convert import tokenizer as translation
+
+        if request.to == "hf":
+            made = translation.generated_for_hf(path.read_bytes(), model.dims["vocab_size"])
+        else:
+            made = translation.generated_for_meta({path.name: path.read_bytes()})
+        for notice in made.notices:
+            log.warning(notice)
+        return made.files
+
+    def maker(name: str) -> SideFile:
+        return SideFile(name, "generated", make=lambda: translated().get(name))
+
+    return {name: maker(name) for name in names}
 
 
 def _config(source: Checkpoint, model: Model, request: Request, like: Checkpoint | None) -> tuple[bytes, str]:

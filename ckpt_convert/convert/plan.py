@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 from ckpt_convert import dtypes
-from ckpt_convert.convert import configs, containers, formats, layout, mapping, record, sidefiles
+from ckpt_convert.convert import configs, containers, layout, mapping, placement, record, sidefiles
 from ckpt_convert.convert.checkpoint import Checkpoint, WeightFile, open_checkpoint
 from ckpt_convert.convert.containers.header import StoredTensor
-from ckpt_convert.convert.formats import hf, native
-from ckpt_convert.convert.formats.base import RECORD_FOLDER, render_index
+from ckpt_convert.convert.formats.base import RECORD_FOLDER
 from ckpt_convert.convert.layout import OutputFile
 from ckpt_convert.convert.mapping import Equality, Logical, Logicals, Target
 from ckpt_convert.convert.model import Model
@@ -23,9 +21,6 @@ from ckpt_convert.convert.sidefiles import SideFile
 from ckpt_convert.errors import ConfigError, ShapeMismatchError, UnsupportedFamilyError, UsageError
 from ckpt_convert.models.lazy import stored
 from ckpt_convert.storage.reader import LocalFile
-
-BLOCK = 2 << 20
-"""Bytes that a worker reads, reorders and writes at a time."""
 
 
 @dataclass(frozen=True)
@@ -121,27 +116,26 @@ def make(source: Checkpoint, request: Request, *, tied: bool | None = None) -> P
     if like is not None:
         _check_like(source, model, like)
     logicals = mapping.read(family, source_format, model.dims, source.ranks, str(source.path))
-    recorded, recorded_notices = _recorded(source, request, like)
-    ranks = _ranks(source, request, like, recorded, model)
+    wanted = placement.recorded(source, request, like)
+    ranks = placement.ranks(source, request, like, wanted, model)
     dims = dict(model.dims)
     if request.to == "meta":
         dims["embedding_cut"] = _write_cut(request, like, model)
     everything = list(source.stored)
     _bring_back(source, request, like, model, logicals, everything)
-    keep_tied = _keep_tied(source_format, request, recorded, model)
+    keep_tied = _keep_tied(source_format, request, wanted, model)
     targets, carried, ties = mapping.write(
         family, request.to, dims, logicals, ranks=ranks, keep_tied=keep_tied, what=str(source.path)
     )
     dtype_of = {target.key: _dtype(target, request) for target in targets}
-    files, exact, layout_notices = _files(source, request, model, targets, dtype_of, recorded, ranks)
+    files, exact, layout_notices = placement.files(source, request, model, targets, dtype_of, wanted, ranks)
     by_rank = [{t.key: t for t in targets if t.rank == rank} for rank in range(ranks)]
     checks = [*logicals.equal, *ties]
     for file in files:
         checks += layout.aliases(file.layout.header, by_rank[file.rank], file.name)
-    carried_file = _carried_file(source_format, carried, logicals)
     made = configs.generated(source, model, request, like)
-    generated = {side.name: side for side in (*made.files, *_index(request, files, recorded, exact))}
-    generated |= _tokenizer(source, request, model, like)
+    generated = {side.name: side for side in (*made.files, *placement.index(request, files, wanted, exact))}
+    generated |= configs.tokenizer(source, request, model, like)
     side = sidefiles.plan(source, request.to, like=like, generated=generated)
     own = None if source_format == request.to else source.layout()
     side += sidefiles.recorded_layouts(source, request.to, own)
@@ -152,7 +146,7 @@ def make(source: Checkpoint, request: Request, *, tied: bool | None = None) -> P
         source=source,
         model=model,
         request=request,
-        files=(*files, *carried_file),
+        files=(*files, *placement.carried(source_format, carried, logicals)),
         side=tuple(side),
         stored=tuple(everything),
         logicals=logicals,
@@ -160,7 +154,7 @@ def make(source: Checkpoint, request: Request, *, tied: bool | None = None) -> P
         undecided=pair,
         carried=tuple(sorted({logicals.tensors[instance].key for instance in carried})),
         ties=_ties(logicals, model, pair, targets),
-        notices=(*source.notices, *model.notices, *made.notices, *recorded_notices, *layout_notices),
+        notices=(*source.notices, *model.notices, *made.notices, *layout_notices),
         dims=dims,
     )
 
@@ -187,52 +181,6 @@ def _check_like(source: Checkpoint, model: Model, like: Checkpoint) -> None:
             f"--like {like.path}: has other sizes than {source.path}: {'; '.join(differing)}; "
             "give a checkpoint of the same model"
         )
-
-
-def _recorded(source: Checkpoint, request: Request, like: Checkpoint | None) -> tuple[Layout | None, list[str]]:
-    """The layout that the target should have: of --like, of the source itself, or as recorded."""
-    if request.relays:
-        return None, []
-    if like is not None:
-        return like.layout(), []
-    found = source.layout() if request.to == source.format else None
-    if found is None and source.record is not None:
-        found = source.record.layout(request.to)
-    if found is None:
-        return None, []
-    if request.model_parallel is not None and request.to == "meta" and found.ranks != request.model_parallel:
-        return None, []
-    if request.container is not None and request.container != _container(found):
-        return None, []
-    return found, []
-
-
-def _container(found: Layout) -> str:
-    name = found.files[0].name
-    if name.endswith(".safetensors"):
-        return "safetensors"
-    return "bin" if name.endswith(".bin") else "pth"
-
-
-def _ranks(source: Checkpoint, request: Request, like: Checkpoint | None, recorded: Layout | None, model: Model) -> int:
-    if request.to != "meta":
-        return 1
-    params = model.family.params
-    if like is not None and request.model_parallel not in (None, len(like.ranks)):
-        raise UsageError(f"--like {like.path}: has {len(like.ranks)} ranks, which --model-parallel contradicts")
-    ranks = request.model_parallel or (recorded.ranks if recorded else 1)
-    if ranks > 1 and params is not None and not params.sharded:
-        raise UsageError(
-            f"--model-parallel {ranks}: {model.family.name}'s consolidated layout is one file, not cut over ranks"
-        )
-    if ranks > 1 and _meta_container(request, model) == "safetensors":
-        raise UsageError("--container safetensors holds one rank; use pth for several")
-    return ranks
-
-
-def _meta_container(request: Request, model: Model) -> str:
-    params = model.family.params
-    return request.container or (params.container if params else "pth")
 
 
 def _write_cut(request: Request, like: Checkpoint | None, model: Model) -> int:
@@ -270,138 +218,13 @@ def _bring_back(
         logicals.tensors[instance] = Logical(tensor.dtype, lazy, str(key), file.name)
 
 
-def _keep_tied(source_format: str, request: Request, recorded: Layout | None, model: Model) -> bool | None:
+def _keep_tied(source_format: str, request: Request, wanted: Layout | None, model: Model) -> bool | None:
     if source_format == request.to and request.like is None:
         return None
-    keys = {key for _, key in recorded.places} if recorded else set()
+    keys = {key for _, key in wanted.places} if wanted else set()
     return any(
         key.template in keys for row in model.family.rows if (key := row.column(request.to)) and key.omitted_if_tied
     )
-
-
-def _files(
-    source: Checkpoint,
-    request: Request,
-    model: Model,
-    targets: list[Target],
-    dtype_of: Mapping[str, str],
-    recorded: Layout | None,
-    ranks: int,
-) -> tuple[list[OutputFile], bool, list[str]]:
-    """The output files, whether they are the recorded layout's own, and what to say about that."""
-    notices = []
-    if recorded is not None:
-        files = layout.like(recorded, targets, dtype_of)
-        if files is not None:
-            return files, layout.is_exact(recorded, files), []
-        other = recorded.places ^ {(target.rank, target.key) for target in targets}
-        example = sorted(key for _, key in other)[0]
-        if request.like is not None:
-            raise ShapeMismatchError(f"--like {request.like}: has other keys than this model, such as {example}")
-        notices.append(f"the recorded {request.to} layout has other keys ({example}), so new files are laid out")
-    assignments = _assign(source, request, model, targets, dtype_of, ranks)
-    return layout.afresh(assignments, dtype_of), False, notices
-
-
-def _assign(
-    source: Checkpoint,
-    request: Request,
-    model: Model,
-    targets: list[Target],
-    dtype_of: Mapping[str, str],
-    ranks: int,
-) -> list[layout.Assignment]:
-    format = formats.ALL[request.to]
-    if request.to == "meta":
-        container = _meta_container(request, model)
-        return layout.by_rank(targets, format.file_names(ranks, container), container)
-    container = request.container or "safetensors"
-    if request.shards is not None:
-        groups = layout.balanced(targets, request.shards, dtype_of)
-    elif request.max_shard_size is not None:
-        groups = layout.limited(targets, request.max_shard_size, dtype_of)
-    elif source.format == "meta":
-        groups = layout.balanced(targets, min(len(source.files), len(targets)), dtype_of)
-    else:
-        numbers = {file.name: number for number, file in enumerate(source.files)}
-        file_of = {at: (numbers[file.name], file.name) for at, (file, _) in enumerate(source.stored)}
-        suffix = format.file_names(1, container)[0].rpartition(".")[2]
-        names = [file.name for file in source.files]
-        if not all(name.endswith(f".{suffix}") for name in names) or not source.path.is_dir():
-            names = format.file_names(len(names), container)
-        return layout.by_source(targets, file_of, names, container)
-    return layout.in_files(groups, format.file_names(len(groups), container), container)
-
-
-def _carried_file(source_format: str, carried: list[Any], logicals: Logicals) -> list[OutputFile]:
-    """The tensors that the target has no place for, in one file of the record."""
-    if not carried:
-        return []
-    targets = [
-        Target(instance, logicals.tensors[instance].key, 0, logicals.tensors[instance].dtype, logical.tensor)
-        for instance in carried
-        if (logical := logicals.tensors[instance])
-    ]
-    name = f"{RECORD_FOLDER}/layouts/{source_format}/carried.safetensors"
-    dtype_of = {target.key: target.dtype for target in targets}
-    return layout.afresh(layout.in_files([targets], [name], "safetensors"), dtype_of)
-
-
-def _index(request: Request, files: list[OutputFile], recorded: Layout | None, exact: bool) -> list[SideFile]:
-    if request.to == "meta":
-        return []
-    if exact and recorded is not None:
-        if recorded.index is None:
-            return []
-        name, data = recorded.index
-        return [SideFile(name, "restored", make=lambda: data, size=len(data))]
-    if len(files) == 1:
-        return []
-    container = "safetensors" if files[0].name.endswith(".safetensors") else files[0].name.rpartition(".")[2]
-    name = (hf if request.to == "hf" else native).index_name(container)
-    if recorded is not None and recorded.index is not None:
-        name = recorded.index[0]
-    weight_map = {tensor.key: file.name for file in files for tensor in file.layout.header.tensors}
-    tensors = [tensor for file in files for tensor in file.tensors]
-    total = sum(tensor.nbytes for tensor in tensors)
-    content = render_index(weight_map, total, sum(tensor.tensor.size for tensor in tensors))
-    return [SideFile(name, "generated", make=lambda: content, size=len(content))]
-
-
-def _tokenizer(source: Checkpoint, request: Request, model: Model, like: Checkpoint | None) -> dict[str, SideFile]:
-    """Tokenizer files that the target's readers need and the source has in another form."""
-    here = sidefiles.beside(source)
-    restored = source.record.carried_side_files if source.record else {}
-    if like is not None or request.to == source.format or request.to == "native":
-        return {}
-    if request.to == "hf" and "tokenizer.model" in here:
-        names: tuple[str, ...] = ("tokenizer.json", "tokenizer_config.json")
-        names = tuple(name for name in names if name not in here and name not in restored)
-        if "tokenizer.json" not in names:
-            return {}
-        path = here["tokenizer.model"]
-    elif request.to == "meta" and "tokenizer.json" in here and "tokenizer.model" not in {**here, **restored}:
-        names = ("tokenizer.model",)
-        path = here["tokenizer.json"]
-    else:
-        return {}
-
-    @lru_cache(maxsize=1)
-    def translated() -> Mapping[str, bytes]:
-        from ckpt_convert.convert import tokenizer
-
-        if request.to == "hf":
-            made = tokenizer.generated_for_hf(path.read_bytes(), model.dims["vocab_size"])
-        else:
-            made = tokenizer.generated_for_meta({path.name: path.read_bytes()})
-        for notice in made.notices:
-            configs.log.warning(notice)
-        return made.files
-
-    def maker(name: str) -> SideFile:
-        return SideFile(name, "generated", make=lambda: translated().get(name))
-
-    return {name: maker(name) for name in names}
 
 
 def _tied_pair(logicals: Logicals) -> Equality | None:

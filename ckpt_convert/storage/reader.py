@@ -70,6 +70,10 @@ class LocalFile:
             os.close(self._fd)
             self._fd = -1
 
+    def __del__(self) -> None:
+        if hasattr(self, "_fd"):
+            self.close()
+
     def __enter__(self) -> LocalFile:
         return self
 

@@ -1,0 +1,154 @@
+"""Which files come out: their number, names and containers, and which tensor lies in which."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ckpt_convert.convert import formats, layout
+from ckpt_convert.convert.checkpoint import Checkpoint
+from ckpt_convert.convert.formats import hf, native
+from ckpt_convert.convert.formats.base import RECORD_FOLDER, render_index
+from ckpt_convert.convert.layout import OutputFile
+from ckpt_convert.convert.mapping import Logicals, Target
+from ckpt_convert.convert.model import Model
+from ckpt_convert.convert.record import Layout
+from ckpt_convert.convert.request import Request
+from ckpt_convert.convert.sidefiles import SideFile
+from ckpt_convert.errors import ShapeMismatchError, UsageError
+from ckpt_convert.models.table import Instance
+
+
+def recorded(source: Checkpoint, request: Request, like: Checkpoint | None) -> Layout | None:
+    """The layout that the target should have: of --like, of the source itself, or as an earlier conversion recorded."""
+    if request.relays:
+        return None
+    if like is not None:
+        return like.layout()
+    found = source.layout() if request.to == source.format else None
+    if found is None and source.record is not None:
+        found = source.record.layout(request.to)
+    if found is None:
+        return None
+    if request.model_parallel is not None and request.to == "meta" and found.ranks != request.model_parallel:
+        return None
+    if request.container is not None and request.container != _container(found):
+        return None
+    return found
+
+
+def ranks(source: Checkpoint, request: Request, like: Checkpoint | None, wanted: Layout | None, model: Model) -> int:
+    """How many tensor-parallel ranks the output has; raises UsageError where that does not fit the family."""
+    if request.to != "meta":
+        return 1
+    params = model.family.params
+    if like is not None and request.model_parallel not in (None, len(like.ranks)):
+        raise UsageError(f"--like {like.path}: has {len(like.ranks)} ranks, which --model-parallel contradicts")
+    count = request.model_parallel or (wanted.ranks if wanted else 1)
+    if count > 1 and params is not None and not params.sharded:
+        raise UsageError(
+            f"--model-parallel {count}: {model.family.name}'s consolidated layout is one file, not cut over ranks"
+        )
+    if count > 1 and _meta_container(request, model) == "safetensors":
+        raise UsageError("--container safetensors holds one rank; use pth for several")
+    return count
+
+
+def files(
+    source: Checkpoint,
+    request: Request,
+    model: Model,
+    targets: list[Target],
+    dtype_of: Mapping[str, str],
+    wanted: Layout | None,
+    count: int,
+) -> tuple[list[OutputFile], bool, list[str]]:
+    """The output files, whether they are the recorded layout's own, and what to say about that."""
+    notices = []
+    if wanted is not None:
+        found = layout.like(wanted, targets, dtype_of)
+        if found is not None:
+            return found, layout.is_exact(wanted, found), []
+        other = wanted.places ^ {(target.rank, target.key) for target in targets}
+        example = sorted(key for _, key in other)[0]
+        if request.like is not None:
+            raise ShapeMismatchError(f"--like {request.like}: has other keys than this model, such as {example}")
+        notices.append(f"the recorded {request.to} layout has other keys ({example}), so new files are laid out")
+    assignments = _assign(source, request, model, targets, dtype_of, count)
+    return layout.afresh(assignments, dtype_of), False, notices
+
+
+def carried(source_format: str, instances: Sequence[Instance], logicals: Logicals) -> list[OutputFile]:
+    """The tensors that the target has no place for, in one file of the record."""
+    if not instances:
+        return []
+    targets = [
+        Target(instance, found.key, 0, found.dtype, found.tensor)
+        for instance, found in ((instance, logicals.tensors[instance]) for instance in instances)
+    ]
+    name = f"{RECORD_FOLDER}/layouts/{source_format}/carried.safetensors"
+    dtype_of = {target.key: target.dtype for target in targets}
+    return layout.afresh(layout.in_files([targets], [name], "safetensors"), dtype_of)
+
+
+def index(request: Request, outputs: Sequence[OutputFile], wanted: Layout | None, exact: bool) -> list[SideFile]:
+    """The index beside several files: the layout's own where nothing changed, else a new one."""
+    if request.to == "meta":
+        return []
+    if exact and wanted is not None:
+        if wanted.index is None:
+            return []
+        name, data = wanted.index
+        return [SideFile(name, "restored", make=lambda: data, size=len(data))]
+    if len(outputs) == 1:
+        return []
+    container = "safetensors" if outputs[0].name.endswith(".safetensors") else outputs[0].name.rpartition(".")[2]
+    name = (hf if request.to == "hf" else native).index_name(container)
+    if wanted is not None and wanted.index is not None:
+        name = wanted.index[0]
+    weight_map = {tensor.key: file.name for file in outputs for tensor in file.layout.header.tensors}
+    tensors = [tensor for file in outputs for tensor in file.tensors]
+    total = sum(tensor.nbytes for tensor in tensors)
+    content = render_index(weight_map, total, sum(tensor.tensor.size for tensor in tensors))
+    return [SideFile(name, "generated", make=lambda: content, size=len(content))]
+
+
+def _assign(
+    source: Checkpoint,
+    request: Request,
+    model: Model,
+    targets: list[Target],
+    dtype_of: Mapping[str, str],
+    count: int,
+) -> list[layout.Assignment]:
+    format = formats.ALL[request.to]
+    if request.to == "meta":
+        container = _meta_container(request, model)
+        return layout.by_rank(targets, format.file_names(count, container), container)
+    container = request.container or "safetensors"
+    if request.shards is not None:
+        groups = layout.balanced(targets, request.shards, dtype_of)
+    elif request.max_shard_size is not None:
+        groups = layout.limited(targets, request.max_shard_size, dtype_of)
+    elif source.format == "meta":
+        groups = layout.balanced(targets, min(len(source.files), len(targets)), dtype_of)
+    else:
+        numbers = {file.name: number for number, file in enumerate(source.files)}
+        file_of = {at: (numbers[file.name], file.name) for at, (file, _) in enumerate(source.stored)}
+        suffix = format.file_names(1, container)[0].rpartition(".")[2]
+        names = [file.name for file in source.files]
+        if not all(name.endswith(f".{suffix}") for name in names) or not source.path.is_dir():
+            names = format.file_names(len(names), container)
+        return layout.by_source(targets, file_of, names, container)
+    return layout.in_files(groups, format.file_names(len(groups), container), container)
+
+
+def _container(found: Layout) -> str:
+    name = found.files[0].name
+    if name.endswith(".safetensors"):
+        return "safetensors"
+    return "bin" if name.endswith(".bin") else "pth"
+
+
+def _meta_container(request: Request, model: Model) -> str:
+    params = model.family.params
+    return request.container or (params.container if params else "pth")
