@@ -34,6 +34,7 @@ from ckpt_convert.storage.staging import StagedFile, Staging, clear
 
 PIECE = 64 << 20
 BLOCK = 1 << 20
+WRITEBACK = 16 << 20
 
 log = logging.getLogger("ckpt_convert")
 
@@ -271,6 +272,7 @@ class Execution:
     def _move(self, mover: Mover, file: _File, piece: Piece) -> Done | None:
         digest = xxhash.xxh3_64()
         crc = 0
+        flushed = 0
         for offset, data in mover.blocks(piece.tensor, piece.placed.source_dtype, piece.placed.dtype):
             if self._stop.is_set():
                 return None
@@ -279,7 +281,9 @@ class Execution:
                 crc = zlib.crc32(data, crc)
             file.staged.write(piece.offset + offset, data)
             self._meter.add(len(data))
-        file.staged.start_writeback(piece.offset, piece.nbytes)
+            if offset + len(data) - flushed >= WRITEBACK or offset + len(data) == piece.nbytes:
+                file.staged.start_writeback(piece.offset + flushed, offset + len(data) - flushed)
+                flushed = offset + len(data)
         return Done(piece.offset, piece.nbytes, piece.placed.key, digest.hexdigest(), crc)
 
     def _verified(self, file: _File, piece: Piece, checksum: str | None) -> Done | None:
