@@ -100,15 +100,17 @@ def _run(words: list[str], debug: bool) -> int:
 
 
 def _failed(error: Exception, code: int, debug: bool) -> int:
-    from ckpt_convert.cli.text import escape
+    from ckpt_convert.cli.text import echo, escape
 
     if debug:
         raise error
     message = "\n".join(escape(line) for line in str(error).splitlines())
-    click.echo(f"{click.style('error:', fg='red', bold=True)} {message}", err=True)
+    echo(f"{click.style('error:', fg='red', bold=True)} {message}", err=True)
     return code
 
 
 def _interrupted() -> int:
-    click.echo("interrupted", err=True)
+    from ckpt_convert.cli.text import echo
+
+    echo("interrupted", err=True)
     return 130

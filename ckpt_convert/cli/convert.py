@@ -11,7 +11,7 @@ import click
 
 from ckpt_convert.cli.notices import on_stderr
 from ckpt_convert.cli.progress import Bar
-from ckpt_convert.cli.text import escape, human_bytes, plural
+from ckpt_convert.cli.text import echo, escape, human_bytes, plural
 from ckpt_convert.errors import UsageError
 from ckpt_convert.storage.names import partial_of
 
@@ -153,39 +153,37 @@ def _convert(
 def _say_what_is_left(dst: Path) -> None:
     partial = partial_of(dst.absolute())
     if partial.exists():
-        click.echo(f"{partial} holds what is done; --resume continues it, a run without it starts anew", err=True)
+        echo(f"{partial} holds what is done; --resume continues it, a run without it starts anew", err=True)
 
 
 def _show(report: Report, *, as_json: bool, quiet: bool) -> None:
     if as_json:
-        click.echo(json.dumps(report.as_dict(), indent=2))
+        echo(json.dumps(report.as_dict(), indent=2))
     if quiet:
         return
     for notice in report.notices:
-        click.echo(f"{click.style('notice:', fg='yellow')} {escape(notice)}", err=True)
+        echo(f"{click.style('notice:', fg='yellow')} {escape(notice)}", err=True)
     if as_json:
         return
     rate = report.bytes / max(report.seconds, 1e-3)
-    click.echo(
+    echo(
         f"{report.family}: {report.source_format} → {report.target_format}, {plural(report.tensors, 'tensor')}, "
         f"{human_bytes(report.bytes)} in {plural(len(report.files), 'file')}, "
         f"{report.seconds:.1f} s ({human_bytes(int(rate))}/s)"
     )
     for tie in report.ties:
-        click.echo(f"  tied: {escape(tie)}")
+        echo(f"  tied: {escape(tie)}")
     if report.drops:
-        click.echo(
-            f"  carried in the record, for the target has no place for it: {', '.join(map(escape, report.drops))}"
-        )
+        echo(f"  carried in the record, for the target has no place for it: {', '.join(map(escape, report.drops))}")
     for origin in ("copied", "generated", "restored"):
         names = [escape(name) for name, how in report.side_files.items() if how == origin]
         if names:
-            click.echo(f"  {origin}: {', '.join(names)}")
+            echo(f"  {origin}: {', '.join(names)}")
     if report.resumed_bytes:
-        click.echo(f"  resumed: {human_bytes(report.resumed_bytes)} were done already")
+        echo(f"  resumed: {human_bytes(report.resumed_bytes)} were done already")
     if report.verified is not None:
-        click.echo(f"  verified: {plural(report.verified, 'tensor')} equal, bit for bit")
-    click.echo(escape(report.destination))
+        echo(f"  verified: {plural(report.verified, 'tensor')} equal, bit for bit")
+    echo(escape(report.destination))
 
 
 COMMANDS = {

@@ -8,12 +8,12 @@ from contextlib import contextmanager
 
 import click
 
-from ckpt_convert.cli.text import escape
+from ckpt_convert.cli.text import echo, escape
 
 
 class _Stderr(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        click.echo(f"{click.style('notice:', fg='yellow')} {escape(record.getMessage())}", err=True)
+        echo(f"{click.style('notice:', fg='yellow')} {escape(record.getMessage())}", err=True)
 
 
 @contextmanager

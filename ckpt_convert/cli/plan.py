@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ckpt_convert.cli.text import escape, human_bytes, plural
+from ckpt_convert.cli.text import echo, escape, human_bytes, plural, wrap
 from ckpt_convert.convert.execute import BLOCK
 from ckpt_convert.convert.gather import SCRATCH
 from ckpt_convert.convert.plan import Plan
@@ -17,6 +19,9 @@ from ckpt_convert.storage.staging import existing_parent
 
 BASE_MEMORY = 40_000_000
 """Bytes of the interpreter with the modules that a conversion and its progress bar need, as measured."""
+
+LABEL = 11
+"""The width of the column of labels."""
 
 TORCH_MEMORY = 220_000_000
 """Bytes that importing torch adds, which only casts need."""
@@ -29,8 +34,6 @@ def memory(plan: Plan, workers: int) -> int:
 
 def free_space(dst: Path) -> int:
     """Bytes that are free where DST would lie."""
-    import shutil
-
     return shutil.disk_usage(existing_parent(dst)).free
 
 
@@ -62,23 +65,26 @@ def as_dict(plan: Plan, dst: Path, workers: int) -> dict[str, Any]:
 def show_plan(plan: Plan, dst: Path, *, as_json: bool, quiet: bool, workers: int) -> None:
     """Print the plan."""
     if as_json:
-        click.echo(json.dumps(as_dict(plan, dst, workers), indent=2))
+        echo(json.dumps(as_dict(plan, dst, workers), indent=2))
         return
     if quiet:
         return
+    width = shutil.get_terminal_size().columns - LABEL if sys.stdout.isatty() else 10**6
     for name, value in _lines(plan, dst, workers):
-        click.echo(f"{click.style(f'{name:<10}', bold=True)} {value}")
-    click.echo("Nothing was written.", err=True)
+        for at, line in enumerate(wrap(value.split(" "), width)):
+            label = name if at == 0 else ""
+            echo(f"{click.style(label.ljust(LABEL - 1), bold=True)} {line}")
+    echo("nothing was written", err=True)
 
 
 def _lines(plan: Plan, dst: Path, workers: int) -> Iterator[tuple[str, str]]:
     source = plan.source
-    release = f", {plan.model.release}" if plan.model.release else ""
+    release = f", sizes of {plan.model.release}" if plan.model.release else ""
     yield "source", f"{escape(str(source.path))}  ({source.format}: {source.why})"
     yield "target", f"{escape(str(dst))}  ({plan.target})"
-    yield "family", f"{plan.model.family.name}  ({plan.model.evidence}{release})"
+    yield "family", f"{plan.model.family.name}{release}  ({plan.model.evidence})"
     shown = ("n_layers", "dim", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "vocab_size")
-    yield "dims", "  ".join(f"{name} {plan.dims[name]}" for name in shown if name in plan.dims)
+    yield "dims", ", ".join(f"{name} {plan.dims[name]}" for name in shown if name in plan.dims)
     moves = ", ".join(f"{human_bytes(size)} {kind}" for kind, size in plan.moves.items() if size)
     yield "tensors", f"{plan.tensors}, {human_bytes(plan.tensor_bytes)}: {moves}"
     for at, file in enumerate(plan.weights[:16]):

@@ -6,9 +6,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-import click
-
-from ckpt_convert.cli.text import human_bytes
+from ckpt_convert.cli.text import echo, human_bytes
 
 if TYPE_CHECKING:
     from ckpt_convert.convert.execute import Progress
@@ -55,7 +53,7 @@ class Bar:
         if now - self._last >= _EVERY or progress.done == progress.total:
             self._last = now
             share = 100 * progress.done // max(progress.total, 1)
-            click.echo(
+            echo(
                 f"{progress.phase}: {human_bytes(progress.done)} of {human_bytes(progress.total)} ({share}%)", err=True
             )
 

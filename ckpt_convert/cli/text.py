@@ -68,15 +68,15 @@ def terminal_width() -> int | None:
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
-def echo(text: str) -> None:
-    """Print to standard output; colours only on a terminal, and not where NO_COLOR is set.
+def echo(text: str, *, err: bool = False) -> None:
+    """Print to standard output, or standard error; colours only on a terminal, and not where NO_COLOR is set.
 
     What the encoding of the output cannot say is escaped.
     """
-    encoding = sys.stdout.encoding or "utf-8"
+    encoding = (sys.stderr if err else sys.stdout).encoding or "utf-8"
     if encoding != "utf-8" and not text.isascii():
         text = text.encode(encoding, "backslashreplace").decode(encoding)
-    click.echo(text, color=False if _is_plain() else None)
+    click.echo(text, err=err, color=False if _is_plain() else None)
 
 
 def columns(

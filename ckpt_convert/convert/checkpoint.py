@@ -24,7 +24,7 @@ from ckpt_convert.errors import (
     KeyMismatchError,
     UsageError,
 )
-from ckpt_convert.models import FAMILIES, Family
+from ckpt_convert.models import FAMILIES
 from ckpt_convert.models.config import ConfigOptions
 from ckpt_convert.models.lazy import stored
 from ckpt_convert.storage.names import JOURNAL, resolve
@@ -134,10 +134,10 @@ class Checkpoint:
         return ranks
 
     @cached_property
-    def family(self) -> Family | None:
-        """The family, None when it is not known (``model`` says why)."""
+    def family(self) -> str | None:
+        """The name of the family, None when it is not known (``model`` says why, and has its table)."""
         try:
-            return self.model.family
+            return self.model.family.name
         except CkptConvertError:
             return None
 
