@@ -102,11 +102,11 @@ def plan(
         max_shard_size=max_shard_size,
         model_parallel=model_parallel,
         container=container,
-        like=hub.locate(like, revision) if like is not None else None,
+        like=hub.locate(like, format=to) if like is not None else None,
         config=options,
     )
     source = open_checkpoint(
-        hub.locate(src, revision), format=from_format, family=family, config=config, options=options
+        hub.locate(src, revision, format=from_format), format=from_format, family=family, config=config, options=options
     )
     return planning.make(source, request)
 

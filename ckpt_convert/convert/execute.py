@@ -318,10 +318,10 @@ class Execution:
         path = self._staging.path / JOURNAL
         mine = fingerprint(self._plan)
         earlier: dict[tuple[int, int], str] = {}
-        if self._staging.resumed and path.is_file():
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        if self._staging.resumed:
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
             if lines and lines[0] == mine:
-                earlier = dict(_journal_entry(line) for line in lines[1:] if _journal_entry(line)[1])
+                earlier = dict(entry for line in lines[1:] if (entry := _journal_entry(line))[1])
             else:
                 log.warning("the partial output is of another source or other options; it is written anew")
                 clear(self._staging.path)

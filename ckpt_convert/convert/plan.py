@@ -140,8 +140,8 @@ def make(source: Checkpoint, request: Request, *, tied: bool | None = None) -> P
     own = None if source_format == request.to else source.layout()
     side += sidefiles.recorded_layouts(source, request.to, own)
     pair = _tied_pair(logicals) if undecided else None
-    if pair is not None:
-        checks = [check for check in checks if check not in ties]
+    if pair is not None or tied is not None:
+        checks = [check for check in checks if check not in ties]  # the bytes decide, or have decided
     return Plan(
         source=source,
         model=model,

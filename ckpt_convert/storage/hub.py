@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from ckpt_convert.errors import CheckpointNotFoundError
 
 PREFIX = "hf://"
 _REPO = re.compile(r"[\w.-]+/[\w.-]+")
+_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt")
+_NEVER = ["original/*", "onnx/*", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot"]
 
-_IGNORED = ["original/*", "onnx/*", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot"]
 
-
-def locate(source: str | Path, revision: str | None = None) -> Path:
+def locate(source: str | Path, revision: str | None = None, *, format: str | None = None) -> Path:
     """The local path of a source: a path first, then a Hub id (``org/name``, ``hf://org/name``), cached or downloaded.
 
-    Raises CheckpointNotFoundError when it is neither, or cannot be had.
+    ``format`` is what is wanted of a repository that holds several: hf if not said. Raises CheckpointNotFoundError when
+    it is neither, or cannot be had.
     """
     text = str(source)
     if not text.startswith(PREFIX) and Path(source).exists():
@@ -24,19 +27,54 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
     repo = text.removeprefix(PREFIX)
     if not _REPO.fullmatch(repo) or isinstance(source, Path):
         raise CheckpointNotFoundError(f"{source}: no such file or directory, and no Hub id (org/name) either")
+    return _cached(repo, revision) or _downloaded(repo, revision, format)
+
+
+def _cached(repo: str, revision: str | None) -> Path | None:
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(repo, revision=revision, local_files_only=True, ignore_patterns=_IGNORED))
-    except Exception:  # not cached, or not all of it: the Hub is asked
-        pass
+        path = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError, OSError):
+        return None
+    return path if _complete(path) else None  # the cache also holds snapshots of which only the tokenizer was loaded
+
+
+def _downloaded(repo: str, revision: str | None, format: str | None) -> Path:
+    from huggingface_hub import HfApi, snapshot_download
+
     try:
-        return Path(snapshot_download(repo, revision=revision, ignore_patterns=_IGNORED))
-    except Exception as error:
+        names = HfApi().list_repo_files(repo, revision=revision)
+        ignored = [*_NEVER, *_other_weights(names, format)]
+        return Path(snapshot_download(repo, revision=revision, ignore_patterns=ignored))
+    except Exception as error:  # whatever the network and the Hub come up with
         raise CheckpointNotFoundError(
-            f"{source}: no such path, and the Hub does not give it: {_first_line(error)}; "
+            f"{repo}: no such path, and the Hub does not give it: {_first_line(error)}; "
             "check the name, your connection, and (for gated models) `hf auth login`"
         ) from error
+
+
+def _complete(snapshot: Path) -> bool:
+    """Whether a snapshot has weights, and all that an index in it names."""
+    indexes = list(snapshot.glob("*.index.json"))
+    for index in indexes:
+        try:
+            files = set(json.loads(index.read_text())["weight_map"].values())
+        except (OSError, ValueError, KeyError, AttributeError):
+            continue
+        if all((snapshot / str(file)).exists() for file in files):
+            return True
+    return not indexes and any(entry.suffix in _WEIGHTS for entry in snapshot.iterdir())
+
+
+def _other_weights(names: Iterable[str], format: str | None) -> list[str]:
+    """Patterns of the weights that a repository holds once more in another format or container."""
+    if format == "meta":
+        return ["model*.safetensors", "pytorch_model*"]
+    if any(name.endswith(".safetensors") and not name.startswith("consolidated") for name in names):
+        return ["*.bin", "*.pth", "*.pt", "consolidated*"]
+    return []
 
 
 def _first_line(error: Exception) -> str:

@@ -330,3 +330,37 @@ def test_progress_counts_every_byte(tmp_path: Path) -> None:
         steps = [p for p in seen if p.phase == phase]
         assert steps[-1].done == steps[-1].total == 469728
         assert steps[0].done == 0
+
+
+@pytest.mark.parametrize("steps", [("meta", "hf"), ("native", "hf"), ("meta", "native", "meta", "hf")])
+def test_tables_that_the_config_determines_are_carried(steps: tuple[str, ...], tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(HF, source)
+    (source / "model.safetensors.index.json").unlink()
+    file = source / "model-00002-of-00004.safetensors"
+    tables = {f"model.layers.{n}.self_attn.rotary_emb.inv_freq": torch.rand(3) for n in range(3)}
+    save_file({**load_file(file), **tables}, file, {"format": "pt"})
+    here = source
+    for number, step in enumerate(steps):
+        report = ckpt_convert.convert(here, tmp_path / str(number), to=step, verify=True)
+        here = tmp_path / str(number)
+        if number == 0:
+            assert report.drops == sorted(tables)
+            assert not any("freq" in key for key in read_safetensors(here))
+    assert sums(here) == sums(source)
+
+
+def test_llama_1s_tables_in_every_layer_are_carried(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(GOLDEN / "llama2" / "meta-mp2", source)
+    for file in source.glob("*.pth"):
+        tensors = torch.load(file, weights_only=True)
+        freqs = tensors.pop("rope.freqs")
+        tensors |= {f"layers.{n}.attention.inner_attention.rope.freqs": freqs for n in range(3)}
+        torch.save(tensors, file)
+    report = ckpt_convert.convert(source, tmp_path / "hf", to="hf")
+    assert len(report.drops) == 3
+    ckpt_convert.convert(tmp_path / "hf", tmp_path / "back", to="meta")
+    assert sums(tmp_path / "back") == sums(source)
+    ckpt_convert.convert(source, tmp_path / "four", to="meta", model_parallel=4)
+    assert all("layers.2.attention.inner_attention.rope.freqs" in rank for rank in read_meta(tmp_path / "four"))

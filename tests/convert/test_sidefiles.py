@@ -186,29 +186,50 @@ def test_a_snapshot_in_the_hubs_cache(tmp_path: Path) -> None:
     assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
 
 
-@pytest.mark.parametrize("name", ["org/name", "hf://org/name"])
-def test_a_hub_id_is_looked_up_in_the_cache_first(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
-
-    snapshot = cached(tmp_path / "hub", HF)
-    asked = []
-
-    def download(repo: str, *, local_files_only: bool = False, **options: object) -> str:
-        asked.append((repo, local_files_only, options["revision"]))
-        return str(snapshot)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    ckpt_convert.convert(name, tmp_path / "out", to="meta", revision="main")
-    assert asked == [("org/name", True, "main")]
-
-
-def test_a_hub_id_in_a_real_cache_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def hub_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of the Hub's of our own, and no network."""
     from huggingface_hub import constants
 
-    cached(tmp_path / "hub", HF)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert hub.locate("org/name") == tmp_path / "hub" / "models--org--name" / "snapshots" / ("a" * 40)
+    return tmp_path / "hub"
+
+
+@pytest.mark.parametrize("name", ["org/name", "hf://org/name"])
+@pytest.mark.parametrize("revision", [None, "main", "a" * 40])
+def test_a_hub_id_is_looked_up_in_the_cache_first(
+    name: str, revision: str | None, hub_home: Path, tmp_path: Path
+) -> None:
+    snapshot = cached(hub_home, HF)
+    assert hub.locate(name, revision) == snapshot
+    ckpt_convert.convert(name, tmp_path / "out", to="meta", revision=revision, verify=True)
+
+
+def test_an_incomplete_snapshot_is_downloaded(hub_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    snapshot = cached(hub_home, HF)
+    (snapshot / "model-00003-of-00004.safetensors").unlink()
+    real, asked = huggingface_hub.snapshot_download, []
+
+    def download(repo: str, *, local_files_only: bool = False, **options: object) -> str:
+        if local_files_only:
+            return real(repo, local_files_only=True, **options)  # type: ignore[arg-type,no-any-return]
+        asked.append((repo, options))
+        return str(snapshot)
+
+    names = ["config.json", "model-00001-of-00004.safetensors", "pytorch_model.bin", "consolidated.safetensors"]
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, repo, revision: names)
+    assert hub.locate("org/name", "main") == snapshot
+    ((repo, options),) = asked
+    assert (repo, options["revision"]) == ("org/name", "main")
+    assert {"original/*", "*.gguf", "*.bin", "consolidated*"} <= set(options["ignore_patterns"])  # type: ignore[call-overload]
+    hub.locate("org/name", "main", format="meta")
+    patterns = set(asked[1][1]["ignore_patterns"])  # type: ignore[call-overload]
+    assert "model*.safetensors" in patterns
+    assert "consolidated*" not in patterns
 
 
 def test_a_path_comes_before_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,14 +238,8 @@ def test_a_path_comes_before_a_hub_id(tmp_path: Path, monkeypatch: pytest.Monkey
     assert hub.locate("org/name") == Path("org/name")
 
 
-def test_neither_path_nor_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
-
-    def unreachable(*arguments: object, **options: object) -> str:
-        raise OSError("no route to host\nmore")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
-    with pytest.raises(CheckpointNotFoundError, match=r"nobody/nothing: no such path.*no route to host;"):
+def test_neither_path_nor_hub_id(hub_home: Path) -> None:
+    with pytest.raises(CheckpointNotFoundError, match=r"nobody/nothing: no such path.*the Hub does not give it"):
         hub.locate("nobody/nothing")
     with pytest.raises(CheckpointNotFoundError, match="and no Hub id"):
         hub.locate("a/b/c")
