@@ -192,7 +192,7 @@ def _write_side_files(
         digest = _write_side_file(side, staging)
         if digest is not None and not side.name.startswith(f"{RECORD_FOLDER}/"):
             written.append({"name": side.name, "origin": side.origin, "checksum": digest})
-    listed = sidefiles.checked(made.source)
+    listed = sidefiles.checklist_of(made.source)
     if listed:
         _check_source(made.source, listed, workers, progress)
     template = sidefiles.checklist_for(made.source, made.target)

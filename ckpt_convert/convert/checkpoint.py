@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import torch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class WeightFile:
     """An open weight file: its name in the checkpoint, its rank, and its header."""
 

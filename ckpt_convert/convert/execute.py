@@ -13,7 +13,7 @@ import logging
 import threading
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -22,11 +22,13 @@ import numpy as np
 import xxhash
 
 from ckpt_convert import dtypes
+from ckpt_convert.convert.checkpoint import WeightFile
 from ckpt_convert.convert.containers.crc import crc32_combine
+from ckpt_convert.convert.containers.header import StoredTensor
 from ckpt_convert.convert.gather import Gatherer
 from ckpt_convert.convert.layout import OutputFile, Placed
 from ckpt_convert.convert.mapping import Equality
-from ckpt_convert.convert.plan import Plan
+from ckpt_convert.convert.plan import Plan, fingerprint
 from ckpt_convert.errors import TiedWeightsError
 from ckpt_convert.models.lazy import LazyTensor, together
 from ckpt_convert.storage.names import JOURNAL
@@ -100,8 +102,8 @@ class Meter:
 class Mover:
     """One worker's buffers: reads a lazy tensor block by block, in the dtype of the output."""
 
-    def __init__(self, plan_stored: Any) -> None:
-        self._gatherer = Gatherer(plan_stored)
+    def __init__(self, stored: Sequence[tuple[WeightFile, StoredTensor]]) -> None:
+        self._gatherer = Gatherer(stored)
         self._buffer = np.empty(BLOCK, np.uint8)
 
     def read(self, block: LazyTensor, source: str, target: str) -> memoryview:
@@ -257,6 +259,7 @@ class Execution:
                 piece = self._queue.popleft()
             file = self._files[piece.file]
             done = self._verified(file, piece, earlier.get((piece.file, piece.offset)))
+            resumed = done is not None
             if done is None:
                 done = self._move(mover, file, piece)
                 if done is None:
@@ -265,6 +268,7 @@ class Execution:
             with self._lock:
                 file.done.append(done)
                 file.left -= 1
+                self.resumed += piece.nbytes if resumed else 0
                 complete = not file.left
             if complete:
                 self._finish(file)
@@ -301,7 +305,6 @@ class Execution:
                 crc = zlib.crc32(view, crc)
         if digest.hexdigest() != checksum:
             return None
-        self.resumed += piece.nbytes
         self._meter.add(piece.nbytes)
         return Done(piece.offset, piece.nbytes, piece.placed.key, checksum, crc)
 
@@ -313,8 +316,6 @@ class Execution:
 
     def _open_journal(self) -> dict[tuple[int, int], str]:
         """Start or continue the journal of finished pieces; returns those of an earlier attempt at this same plan."""
-        from ckpt_convert.convert.plan import fingerprint
-
         path = self._staging.path / JOURNAL
         mine = fingerprint(self._plan)
         earlier: dict[tuple[int, int], str] = {}

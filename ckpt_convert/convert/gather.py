@@ -27,7 +27,6 @@ class Gatherer:
     def __init__(self, stored: Sequence[tuple[Any, StoredTensor]], scratch: int | None = None) -> None:
         self._stored = stored
         self._scratch = np.empty(scratch or SCRATCH, np.uint8)
-        self._numpy: dict[str, np.dtype[Any]] = {}
 
     def into(self, tensor: LazyTensor, dtype: str, buffer: np.ndarray[Any, Any]) -> None:
         """Fill ``buffer`` (bytes, exactly as many as the tensor has) with the tensor, dense and row-major."""

@@ -147,16 +147,17 @@ def aliases(header: Header, targets: Mapping[str, Target], file: str) -> list[Eq
 
 
 def by_source(
-    targets: Sequence[Target], file_of: Mapping[int, tuple[int, str]], names: Sequence[str], container: str
+    targets: Sequence[Target], file_of: Mapping[int, int], names: Sequence[str], container: str
 ) -> list[Assignment]:
     """One file for each of the source's, holding what came from it, in the order in which it lay there.
 
-    ``file_of`` gives the number and name of the file of each source tensor; ``names`` the new name of each file.
+    ``file_of`` gives the number of the file of each source tensor (what came from elsewhere, the record, goes into the
+    first); ``names`` the new name of each file.
     """
     groups: dict[int, list[tuple[int, Target]]] = {}
     for target in targets:
-        first = min(tile.source for tile in target.tensor.tiles) if target.tensor.tiles else 0
-        groups.setdefault(file_of[first][0], []).append((first, target))
+        first = min(tile.source for tile in target.tensor.tiles)
+        groups.setdefault(file_of.get(first, 0), []).append((first, target))
     return [
         Assignment(names[number], 0, container, tuple(t for _, t in sorted(group, key=lambda i: i[0])), _FORMAT_PT)
         for number, group in sorted(groups.items())

@@ -276,7 +276,8 @@ def _tie(instance: Instance, logical: Logical, logicals: Logicals) -> Equality:
     other = tied_to(instance, logicals.tensors)
     message = (
         f"{logical.key} and {other.key} differ, but the config ties them (tie_word_embeddings: true), and "
-        "the target stores tied weights once. If they are not tied, set tie_word_embeddings to false in the config."
+        "the target stores tied weights once. If they are not tied, set tie_word_embeddings to false in the "
+        "source's config.json (ckpt_convert/config.json where that is the only one)."
     )
     return Equality(other.tensor, logical.tensor, logical.dtype, message)
 

@@ -133,7 +133,7 @@ def _assign(
         groups = layout.balanced(targets, min(len(source.files), len(targets)), dtype_of)
     else:
         numbers = {file.name: number for number, file in enumerate(source.files)}
-        file_of = {at: (numbers[file.name], file.name) for at, (file, _) in enumerate(source.stored)}
+        file_of = {at: numbers[file.name] for at, (file, _) in enumerate(source.stored)}
         suffix = format.file_names(1, container)[0].rpartition(".")[2]
         names = [file.name for file in source.files]
         if not all(name.endswith(f".{suffix}") for name in names) or not source.path.is_dir():

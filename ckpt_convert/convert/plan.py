@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ckpt_convert import dtypes
+from ckpt_convert import __version__, dtypes
 from ckpt_convert.convert import configs, containers, layout, mapping, placement, record, sidefiles
 from ckpt_convert.convert.checkpoint import Checkpoint, WeightFile, open_checkpoint
 from ckpt_convert.convert.containers.header import StoredTensor
@@ -251,8 +251,8 @@ def _ties(logicals: Logicals, model: Model, pair: Equality | None, targets: list
 
 def fingerprint(plan: Plan) -> str:
     """A checksum of everything that decides the output's bytes, to tell whether a partial output can be resumed."""
-    parts: list[Any] = [plan.target, plan.request.dtype, sorted(plan.dims.items())]
-    for file in plan.source.files:
+    parts: list[Any] = [__version__, plan.model.family.name, plan.target, plan.request.dtype, sorted(plan.dims.items())]
+    for file in dict.fromkeys(file for file, _ in plan.stored):
         stat = file.path.stat()
         parts.append([file.name, stat.st_size, stat.st_mtime_ns])
     for file_ in plan.files:

@@ -150,7 +150,7 @@ def _constant(data: bytes) -> Callable[[], bytes]:
     return lambda: data
 
 
-def checked(source: Checkpoint) -> dict[str, str]:
+def checklist_of(source: Checkpoint) -> dict[str, str]:
     """What the source's checklist.chk says of its files, {} if there is none."""
     path = source.root / CHECKLIST
     if source.format != "meta" or not path.is_file():

@@ -57,7 +57,7 @@ class LocalFile:
             raise ValueError(f"{self.name}: is closed")
         done = 0
         while done < len(buffer):
-            got = _pread_into(self._fd, buffer[done:], offset + done)
+            got = pread_into(self._fd, buffer[done:], offset + done)
             if got == 0:
                 raise CorruptFileError(
                     f"{self.name}: ends at byte {offset + done}, {len(buffer) - done} bytes too early; "
@@ -83,7 +83,8 @@ class LocalFile:
         self.close()
 
 
-def _pread_into(fd: int, buffer: memoryview, offset: int) -> int:
+def pread_into(fd: int, buffer: memoryview, offset: int) -> int:
+    """Read what the system gives at once into the buffer; returns the number of bytes, 0 at the end of the file."""
     if hasattr(os, "preadv"):
         return os.preadv(fd, [buffer], offset)
     data = os.pread(fd, len(buffer), offset)  # macOS before 11 has no preadv

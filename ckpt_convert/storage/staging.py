@@ -16,6 +16,7 @@ from types import TracebackType
 
 from ckpt_convert.errors import LockedError, NotEnoughSpaceError, OutputExistsError
 from ckpt_convert.storage.names import partial_of
+from ckpt_convert.storage.reader import pread_into
 
 try:
     import fcntl
@@ -187,7 +188,7 @@ class StagedFile:
             done += os.pwrite(self._fd, data[done:], offset + done)
 
     def readinto(self, offset: int, buffer: memoryview) -> int:
-        return os.preadv(self._fd, [buffer], offset)
+        return pread_into(self._fd, buffer, offset)
 
     def start_writeback(self, offset: int, nbytes: int) -> None:
         """Let the system begin to write these bytes to disk, so that the flush at the end has less to wait for."""

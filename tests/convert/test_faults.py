@@ -300,9 +300,11 @@ def test_everything_is_flushed_before_the_name_appears(tmp_path: Path, monkeypat
 
 def test_without_preadv_fadvise_and_flock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = tmp_path / "expected"
-    ckpt_convert.convert(HF, expected, to="meta")
+    ckpt_convert.convert(HF, expected, to="meta", model_parallel=2)
     monkeypatch.delattr(os, "preadv")
     monkeypatch.delattr(os, "posix_fadvise")
     monkeypatch.setattr(staging, "fcntl", None)
-    ckpt_convert.convert(HF, tmp_path / "out", to="meta", verify=True)
+    run(KILLED, HF, tmp_path / "out", 300)
+    report = ckpt_convert.convert(HF, tmp_path / "out", to="meta", model_parallel=2, verify=True, resume=True)
+    assert report.resumed_bytes > 0
     assert sums(tmp_path / "out") == sums(expected)

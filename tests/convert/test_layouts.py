@@ -350,6 +350,20 @@ def test_tables_that_the_config_determines_are_carried(steps: tuple[str, ...], t
     assert sums(here) == sums(source)
 
 
+def test_carried_tables_find_a_file_in_another_container(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(HF, source)
+    (source / "model.safetensors.index.json").unlink()
+    file = source / "model-00002-of-00004.safetensors"
+    key = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    save_file({**load_file(file), key: torch.rand(3)}, file, {"format": "pt"})
+    ckpt_convert.convert(source, tmp_path / "native", to="native")
+    ckpt_convert.convert(tmp_path / "native", tmp_path / "bin", to="hf", container="bin", verify=True)
+    loaded = [torch.load(path, weights_only=True) for path in (tmp_path / "bin").glob("*.bin")]
+    assert sum(key in tensors for tensors in loaded) == 1
+    assert sum(map(len, loaded)) == 31
+
+
 def test_llama_1s_tables_in_every_layer_are_carried(tmp_path: Path) -> None:
     source = tmp_path / "source"
     shutil.copytree(GOLDEN / "llama2" / "meta-mp2", source)
