@@ -16,13 +16,29 @@ if TYPE_CHECKING:
     from ckpt_convert.convert.checkpoint import Checkpoint, open_checkpoint
     from ckpt_convert.convert.execute import Progress
     from ckpt_convert.convert.state_dict import convert_state_dict
-    from ckpt_convert.errors import CkptConvertError
+    from ckpt_convert.errors import (
+        AmbiguousFormatError,
+        CheckpointNotFoundError,
+        CkptConvertError,
+        ConfigError,
+        CorruptFileError,
+        InputError,
+        KeyMismatchError,
+        LockedError,
+        NotEnoughSpaceError,
+        OutputExistsError,
+        ShapeMismatchError,
+        TiedWeightsError,
+        UnsafeFileError,
+        UnsupportedFamilyError,
+        UsageError,
+        VerificationError,
+    )
 
 __version__ = "0.1.0"
 
 _LAZY = {
     "Checkpoint": "ckpt_convert.convert.checkpoint",
-    "CkptConvertError": "ckpt_convert.errors",
     "Progress": "ckpt_convert.convert.execute",
     "Report": "ckpt_convert.convert.api",
     "convert": "ckpt_convert.convert",  # the package is the function, too
@@ -32,10 +48,25 @@ _LAZY = {
 }
 
 __all__ = [
+    "AmbiguousFormatError",
     "Checkpoint",
+    "CheckpointNotFoundError",
     "CkptConvertError",
+    "ConfigError",
+    "CorruptFileError",
+    "InputError",
+    "KeyMismatchError",
+    "LockedError",
+    "NotEnoughSpaceError",
+    "OutputExistsError",
     "Progress",
     "Report",
+    "ShapeMismatchError",
+    "TiedWeightsError",
+    "UnsafeFileError",
+    "UnsupportedFamilyError",
+    "UsageError",
+    "VerificationError",
     "convert",
     "convert_state_dict",
     "open_checkpoint",
@@ -44,6 +75,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in __all__ and name not in _LAZY:
+        return getattr(importlib.import_module("ckpt_convert.errors"), name)
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = importlib.import_module(_LAZY[name])
@@ -51,4 +84,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_LAZY])
+    return sorted({*globals(), *__all__})

@@ -69,6 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its code; errors are one paragraph, a traceback only with --debug."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
+    # Closed by the caller (>&-), a stream is None; what is said there is said to nobody.
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # where the terminal cannot say …, it is no error
@@ -97,6 +100,13 @@ def _run(words: list[str], debug: bool) -> int:
         return _failed(error, error.exit_code, debug)
     except OSError as error:
         return _failed(error, 1, debug)
+    except Exception as error:
+        if debug:
+            raise
+        described = RuntimeError(
+            f"{type(error).__name__}: {error}\nThis should not happen: run it again with --debug and report it."
+        )
+        return _failed(described, 1, debug)
 
 
 def _failed(error: Exception, code: int, debug: bool) -> int:

@@ -29,6 +29,8 @@ def parse_size(text: str) -> int:
     if match is None:
         raise UsageError(f"--max-shard-size {text}: expected a size such as 5GB, 500MB or 2GiB")
     base = 1024 if match[3] else 1000
+    if len(match[1]) > 15:
+        raise UsageError(f"--max-shard-size: {match[1][:15]}… is no size of a file")
     return int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
 
 
@@ -97,7 +99,7 @@ def _command(name: str, source: str | None, to: str | None) -> click.Command:
         title = f"Convert {FORMAT_TITLES[str(source)]} to {FORMAT_TITLES[to]}."
         if to == "meta":
             examples.append(f"ckpt-convert {name} SRC DST --model-parallel 2")
-    arguments = [click.Argument(["src"]), click.Argument(["dst"], type=click.Path(path_type=Path))]
+    arguments = [click.Argument(["src"]), click.Argument(["dst"])]
     return click.Command(
         name,
         callback=run,
@@ -110,7 +112,7 @@ def _command(name: str, source: str | None, to: str | None) -> click.Command:
 def _convert(
     *,
     src: str,
-    dst: Path,
+    dst: str,
     dry_run: bool,
     as_json: bool,
     quiet: bool,
@@ -129,7 +131,7 @@ def _convert(
             plan = api.plan(src, **options)
             from ckpt_convert.cli.plan import show_plan
 
-            show_plan(plan, dst, as_json=as_json, quiet=quiet, workers=workers or api.WORKERS)
+            show_plan(plan, Path(dst), as_json=as_json, quiet=quiet, workers=workers or api.WORKERS)
             return
         with Bar(hidden=quiet) as bar:
             try:
@@ -145,13 +147,13 @@ def _convert(
                 )
             except (KeyboardInterrupt, OSError):
                 bar.stop()
-                _say_what_is_left(dst)
+                _say_what_is_left(Path(dst))
                 raise
         _show(report, as_json=as_json, quiet=quiet)
 
 
 def _say_what_is_left(dst: Path) -> None:
-    partial = partial_of(dst.absolute())
+    partial = partial_of(dst.resolve() if dst.is_dir() else dst.absolute())
     if partial.exists():
         echo(f"{partial} holds what is done; --resume continues it, a run without it starts anew", err=True)
 

@@ -29,7 +29,12 @@ TORCH_MEMORY = 220_000_000
 
 def memory(plan: Plan, workers: int) -> int:
     """About how many bytes of memory the conversion takes at most."""
-    return BASE_MEMORY + workers * (BLOCK + SCRATCH) + (TORCH_MEMORY if plan.request.dtype else 0)
+    return (
+        BASE_MEMORY
+        + workers * (BLOCK + SCRATCH)
+        + (TORCH_MEMORY if plan.request.dtype or plan.in_memory else 0)
+        + plan.in_memory
+    )
 
 
 def free_space(dst: Path) -> int:

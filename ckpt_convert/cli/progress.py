@@ -29,10 +29,13 @@ class Bar:
     def __call__(self, progress: Progress) -> None:
         if self._hidden:
             return
-        if self._terminal:
-            self._draw(progress)
-        else:
-            self._line(progress)
+        try:
+            if self._terminal:
+                self._draw(progress)
+            else:
+                self._line(progress)
+        except OSError:
+            self._hidden = True  # nobody reads standard error: that is no reason to stop
 
     def _draw(self, progress: Progress) -> None:
         if self._bar is None:

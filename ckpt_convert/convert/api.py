@@ -6,9 +6,9 @@ import logging
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 import xxhash
 
@@ -21,7 +21,7 @@ from ckpt_convert.convert.plan import Plan
 from ckpt_convert.convert.request import Request
 from ckpt_convert.convert.sidefiles import CHECKLIST, SideFile
 from ckpt_convert.convert.verify import verify as verify_output
-from ckpt_convert.errors import CkptConvertError, CorruptFileError, UsageError
+from ckpt_convert.errors import CkptConvertError, CorruptFileError, InputError, UsageError, VerificationError
 from ckpt_convert.models.config import ConfigOptions
 from ckpt_convert.storage import hub
 from ckpt_convert.storage.names import JOURNAL
@@ -64,49 +64,71 @@ class Report:
         return asdict(self)
 
 
-def plan(
-    src: str | Path,
-    *,
-    to: str,
-    from_format: str | None = None,
-    family: str | None = None,
-    config: str | Path | None = None,
-    revision: str | None = None,
-    dtype: str | None = None,
-    shards: int | None = None,
-    max_shard_size: int | None = None,
-    model_parallel: int | None = None,
-    container: str | None = None,
-    like: str | Path | None = None,
-    rope_factor: float | None = None,
-    rope_theta: float | None = None,
-    max_positions: int | None = None,
-    meta_style: Literal["llama2", "llama3"] | None = None,
-    drop_rope_scaling: bool = False,
-) -> Plan:
+class Options(TypedDict, total=False):
+    """The options that ``plan`` and ``convert`` share; every one may be left out.
+
+    from_format: the format of the source, where it cannot be told. family: likewise. config: path of the config.json or
+    params.json of a source that has none. revision: of a source on the Hub. dtype: "float32", "float16" or "bfloat16".
+    shards: the number of files. max_shard_size: bytes. model_parallel: the number of ranks of a meta output. container:
+    "safetensors", "bin" or "pth". like: a checkpoint whose file names, assignment, config and tokenizer are taken.
+    rope_factor, rope_theta, max_positions: what params.json does not say. meta_style: "llama2" or "llama3".
+    drop_rope_scaling: leave out a RoPE scaling that the target cannot say.
+    """
+
+    from_format: str | None
+    family: str | None
+    config: str | Path | None
+    revision: str | None
+    dtype: str | None
+    shards: int | None
+    max_shard_size: int | None
+    model_parallel: int | None
+    container: str | None
+    like: str | Path | None
+    rope_factor: float | None
+    rope_theta: float | None
+    max_positions: int | None
+    meta_style: Literal["llama2", "llama3"] | None
+    drop_rope_scaling: bool
+
+
+def plan(src: str | Path, *, to: str, **options: Unpack[Options]) -> Plan:
     """The plan of a conversion, from headers alone: nothing is written and no tensor is read.
 
-    Raises what ``convert`` raises for bad input or options that do not fit.
+    ``src`` is a path or a Hub id, ``to`` a format; ``options`` are those of ``Options``. Close the plan, or use it as a
+    context manager. Raises what ``convert`` raises for bad input or options that do not fit.
     """
-    options = ConfigOptions(
-        rope_factor=rope_factor,
-        rope_theta=rope_theta,
-        max_positions=max_positions,
-        meta_style=meta_style,
-        drop_rope_scaling=drop_rope_scaling,
+    unknown = options.keys() - Options.__annotations__.keys()
+    if unknown:
+        raise UsageError(f"unknown option {sorted(unknown)[0]!r}; known: {', '.join(Options.__annotations__)}")
+    settings = ConfigOptions(
+        rope_factor=options.get("rope_factor"),
+        rope_theta=options.get("rope_theta"),
+        max_positions=options.get("max_positions"),
+        meta_style=options.get("meta_style"),
+        drop_rope_scaling=options.get("drop_rope_scaling", False),
     )
+    like = options.get("like")
     request = Request(
         to=to,
-        dtype=dtype,
-        shards=shards,
-        max_shard_size=max_shard_size,
-        model_parallel=model_parallel,
-        container=container,
-        like=hub.locate(like, format=to) if like is not None else None,
-        config=options,
+        dtype=options.get("dtype"),
+        shards=options.get("shards"),
+        max_shard_size=options.get("max_shard_size"),
+        model_parallel=options.get("model_parallel"),
+        container=options.get("container"),
+        like=Path(like) if like is not None else None,
+        config=settings,
     )
+    request.check()
+    if like is not None:
+        request = replace(request, like=hub.locate(like, format=to))
+    from_format = options.get("from_format")
     source = open_checkpoint(
-        hub.locate(src, revision, format=from_format), format=from_format, family=family, config=config, options=options
+        hub.locate(src, options.get("revision"), format=from_format),
+        format=from_format,
+        family=options.get("family"),
+        config=options.get("config"),
+        options=settings,
     )
     return planning.make(source, request)
 
@@ -121,15 +143,14 @@ def convert(
     verify: bool = False,
     workers: int | None = None,
     progress: ProgressCallback | None = None,
-    **options: Any,
+    **options: Unpack[Options],
 ) -> Report:
     """Convert the checkpoint ``src`` to the format ``to`` in the directory ``dst``, which appears whole or not at all.
 
     ``src`` is a path or a Hub id; ``overwrite`` replaces ``dst``; ``resume`` continues an interrupted attempt;
     ``verify`` reads the output again and compares every tensor before ``dst`` appears; ``workers`` is the number of
-    threads; ``progress`` is called with ``Progress`` values, from several threads. The other options are ``plan``'s:
-    from_format, family, config, revision, dtype ("bfloat16", …), shards, max_shard_size (bytes), model_parallel,
-    container, like, rope_factor, rope_theta, max_positions, meta_style, drop_rope_scaling.
+    threads; ``progress`` is called with ``Progress`` values, from several threads. The other options are those of
+    ``Options``.
 
     Raises InputError (and what derives from it) for bad input, UsageError for options that do not fit, and
     CkptConvertError for what goes wrong while writing; ``dst`` is then as it was.
@@ -137,6 +158,9 @@ def convert(
     started = time.monotonic()
     if workers is not None and workers < 1:
         raise UsageError(f"--workers {workers}: expected 1 or more")
+    for name, given in (("SRC", src), ("DST", dst)):
+        if not str(given):
+            raise UsageError(f"{name} is empty; give a path")
     count = workers or WORKERS
     made = plan(src, to=to, **options)
     source, destination = made.source, Path(dst)
@@ -152,8 +176,8 @@ def convert(
                 with explain_full_disk(staging):
                     execution = Execution(made, staging, count, progress)
                     pieces = execution.run()
-                    side = _write_side_files(made, staging, count, progress)
-                    manifest = made.manifest(pieces, side)
+                    side, kept = _write_side_files(made, staging, count, progress)
+                    manifest = made.manifest(pieces, side, kept)
                     staging.write(record.MANIFEST, render_json(manifest))
                     verified = _verify(made, staging, count, progress) if verify else None
                     (staging.path / JOURNAL).unlink(missing_ok=True)
@@ -163,7 +187,7 @@ def convert(
                     staging.discard()
                 raise
     finally:
-        source.close()
+        made.close()
     return Report(
         source=str(src),
         destination=str(dst),
@@ -175,7 +199,7 @@ def convert(
         bytes=sum(tensor.nbytes for file in made.weights for tensor in file.tensors),
         drops=list(made.carried),
         ties=list(made.ties),
-        notices=list(made.notices),
+        notices=[*made.notices, *made.said],
         side_files={str(entry["name"]): str(entry["origin"]) for entry in side},
         moves=dict(made.moves),
         resumed_bytes=execution.resumed,
@@ -186,11 +210,17 @@ def convert(
 
 def _write_side_files(
     made: Plan, staging: Staging, workers: int, progress: ProgressCallback | None
-) -> list[dict[str, Any]]:
+) -> tuple[list[dict[str, str]], dict[str, str]]:
+    """Write everything beside the weights; returns the manifest's entries of it, and the checksums of the record."""
     written = []
+    kept = {}
     for side in made.side:
         digest = _write_side_file(side, staging)
-        if digest is not None and not side.name.startswith(f"{RECORD_FOLDER}/"):
+        if digest is None:
+            continue
+        if side.name.startswith(f"{RECORD_FOLDER}/"):
+            kept[side.name] = digest
+        else:
             written.append({"name": side.name, "origin": side.origin, "checksum": digest})
     listed = sidefiles.checklist_of(made.source)
     if listed:
@@ -199,8 +229,8 @@ def _write_side_files(
     if template is not None:
         data = _checklist(template, staging)
         staging.write(CHECKLIST, data)
-        written.append({"name": CHECKLIST, "origin": "generated", "checksum": sidefiles.digest(data)})
-    return written
+        written.append({"name": CHECKLIST, "origin": "generated", "checksum": record.digest(data)})
+    return written, kept
 
 
 def _write_side_file(side: SideFile, staging: Staging) -> str | None:
@@ -209,7 +239,7 @@ def _write_side_file(side: SideFile, staging: Staging) -> str | None:
         if data is None:
             return None
         staging.write(side.name, data)
-        return sidefiles.digest(data)
+        return record.digest(data)
     digest = xxhash.xxh3_64()
     with side.path.open("rb") as file, staging.file(side.name, 0) as out:
         offset = 0
@@ -223,14 +253,13 @@ def _write_side_file(side: SideFile, staging: Staging) -> str | None:
 
 def _check_source(source: Checkpoint, listed: dict[str, str], workers: int, progress: ProgressCallback | None) -> None:
     """Compare the source's files with its checklist.chk; raises CorruptFileError naming those that differ."""
-    there = [name for name in listed if (source.root / name).is_file()]
-    meter = Meter("checking", sum((source.root / name).stat().st_size for name in there), progress)
+    meter = Meter("checking", sum((source.root / name).stat().st_size for name in listed), progress)
 
     def findings(name: str) -> list[checklist.Finding]:
         return checklist.check(source.root, {name: listed[name]}, advance=meter.add)
 
     with ThreadPoolExecutor(workers) as pool:
-        wrong = [finding for found in pool.map(findings, there) for finding in found]
+        wrong = [finding for found in pool.map(findings, listed) for finding in found]
     if wrong:
         listing = "; ".join(f"{finding.file}: expected {finding.expected}, found {finding.found}" for finding in wrong)
         raise CorruptFileError(
@@ -248,5 +277,8 @@ def _checklist(template: Path, staging: Staging) -> bytes:
 
 
 def _verify(made: Plan, staging: Staging, workers: int, progress: ProgressCallback | None) -> int:
-    with read_checkpoint(staging.path, format=made.target, family=made.model.family.name) as output:
-        return verify_output(made, output, workers=workers, progress=progress)
+    try:
+        with read_checkpoint(staging.path, format=made.target, family=made.model.family.name) as output:
+            return verify_output(made, output, workers=workers, progress=progress)
+    except InputError as error:
+        raise VerificationError(f"{staging.destination}: the output cannot be read again: {error}") from error

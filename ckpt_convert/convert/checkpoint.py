@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckpt_convert.convert import containers, formats, record
 from ckpt_convert.convert.containers.header import Header, StoredTensor
-from ckpt_convert.convert.formats.base import WEIGHT_SUFFIXES, Directory, WeightName, load_json
+from ckpt_convert.convert.formats.base import Directory, WeightName, load_json
 from ckpt_convert.convert.mapping import Source
 from ckpt_convert.convert.model import Model, Recorded, identify
 from ckpt_convert.convert.record import Layout, LayoutFile, Record
@@ -27,7 +28,7 @@ from ckpt_convert.errors import (
 from ckpt_convert.models import FAMILIES
 from ckpt_convert.models.config import ConfigOptions
 from ckpt_convert.models.lazy import stored
-from ckpt_convert.storage.names import JOURNAL, resolve
+from ckpt_convert.storage.names import JOURNAL, WEIGHT_SUFFIXES, resolve
 from ckpt_convert.storage.reader import LocalFile, RangeReader
 
 if TYPE_CHECKING:
@@ -212,6 +213,11 @@ class Checkpoint:
         from ckpt_convert.convert.gather import Gatherer
 
         info = self.tensors[key]
+        if not info.settled:
+            raise AmbiguousFormatError(
+                f"{self.path}: {key} lies on {len(info.parts)} ranks, and nothing says how to join them; "
+                "give the model's params.json (or config=)"
+            )
         sources = [rank[key] for rank in self.ranks if key in rank]
         return Gatherer(self.stored).read(_whole(sources, info.axis).tensor, info.dtype)
 
@@ -259,7 +265,7 @@ def open_checkpoint(
     Raises CheckpointNotFoundError, CorruptFileError or UnsafeFileError; an unknown family is not an error here.
     """
     path = Path(path)
-    if (path / JOURNAL).exists():
+    if os.path.exists(path / JOURNAL):  # False, not an error, where the directory cannot be read
         raise CorruptFileError(
             f"{path}: is the unfinished output of a conversion; run that again with --resume, or without to start anew"
         )
@@ -278,12 +284,17 @@ def read_checkpoint(
     if family is not None and family not in FAMILIES:
         raise UsageError(f"--family {family}: is no family; known: {', '.join(FAMILIES)}")
     config_path = Path(config) if config is not None else None
+    if format is not None and format not in formats.ALL:
+        raise UsageError(f"--from {format}: no such format; known: {', '.join(formats.ALL)}")
     if config_path is not None and not config_path.is_file():
         raise ConfigError(f"{config_path}: no such file; --config takes a config.json or params.json")
     if not path.exists():
         raise CheckpointNotFoundError(f"{path}: no such file or directory")
-    found_record = record.load(path) if path.is_dir() else None
-    name, why, directory = _detect(path, format, found_record)
+    try:
+        found_record = record.load(path) if path.is_dir() else None
+        name, why, directory = _detect(path, format, found_record)
+    except OSError as error:
+        raise CheckpointNotFoundError(f"{error.filename or path}: cannot be read: {error.strerror}") from error
     files = tuple(_open(path, weight) for weight in directory.weights)
     if name is None:
         name, why = _by_keys(files, why)
@@ -375,13 +386,11 @@ def _config(checkpoint: Checkpoint) -> tuple[Path, dict[str, Any]]:
             f"{checkpoint.path}: has no {name}, so the model's sizes are not known; "
             "pass --config with its config.json or params.json"
         )
-    return path, load_json(path)
+    return path, load_json(path if checkpoint.config_path else resolve(checkpoint.root, name, str(checkpoint.path)))
 
 
 def _recorded(checkpoint: Checkpoint, config: Path) -> Recorded:
     """What the record says; the config in it counts as long as nobody changed the params.json made from it."""
-    from ckpt_convert.convert.sidefiles import unchanged
-
     found = checkpoint.record
     if found is None:
         return Recorded()
@@ -389,7 +398,7 @@ def _recorded(checkpoint: Checkpoint, config: Path) -> Recorded:
     path = checkpoint.root / record.CONFIG
     options = checkpoint.options
     asked = options.rope_factor or options.rope_theta or options.max_positions or checkpoint.config_path
-    kept = path.is_file() and not asked and checkpoint.format == "meta" and unchanged(found, config.name)
+    kept = path.is_file() and not asked and checkpoint.format == "meta" and found.unchanged(config.name)
     return Recorded(found.tied, cut, load_json(path) if kept else None)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,8 +17,6 @@ from ckpt_convert.convert.sidefiles import SideFile
 from ckpt_convert.dtypes import DTYPES
 from ckpt_convert.errors import UnsupportedFamilyError
 
-log = logging.getLogger("ckpt_convert")
-
 
 @dataclass(frozen=True)
 class Configs:
@@ -33,20 +30,33 @@ def generated(source: Checkpoint, model: Model, request: Request, like: Checkpoi
     """The target's config, and config.json for the record; raises ConfigError for what the target cannot express."""
     config, origin = _config(source, model, request, like)
     files = [_file(record.CONFIG, config, origin)]
-    notices: tuple[str, ...] = ()
+    notices: tuple[str, ...] = _token_notice(model) if source.format == "meta" and origin == "generated" else ()
     if request.to == "hf":
         files.append(_file("config.json", config, origin))
     if request.to == "meta":
         params, origin, notices = _params(source, model, request, like)
         files.append(_file("params.json", params, origin))
-    elif source.format == "meta" and source.params is not None:
-        name = f"{RECORD_FOLDER}/side/params.json"
+    elif source.params is not None and _is_params(source.params[1]):
+        name = f"{RECORD_FOLDER}/layouts/meta/params.json"
         files.append(SideFile(name, "carried", source.params[0], size=source.params[0].stat().st_size))
     return Configs(tuple(files), notices)
 
 
-def tokenizer(source: Checkpoint, request: Request, model: Model, like: Checkpoint | None) -> dict[str, SideFile]:
-    """Tokenizer files that the target's readers need and the source has in another form."""
+def _token_notice(model: Model) -> tuple[str, ...]:
+    ids = {name: model.config.get(f"{name}_token_id") for name in ("bos", "eos")}
+    return (
+        f"params.json does not hold the ids of tokens: took {ids['bos']} as bos and {ids['eos']} as eos, as the base "
+        "models have them; for an instruct model, put its own eos_token_id into config.json and generation_config.json",
+    )
+
+
+def tokenizer(
+    source: Checkpoint, request: Request, model: Model, like: Checkpoint | None, said: list[str]
+) -> dict[str, SideFile]:
+    """Tokenizer files that the target's readers need and the source has in another form.
+
+    They are translated when they are written, which takes seconds; what there is to say is then added to ``said``.
+    """
     here = sidefiles.beside(source)
     restored = source.record.carried_side_files if source.record else {}
     if like is not None or request.to == source.format or request.to == "native":
@@ -71,8 +81,7 @@ def tokenizer(source: Checkpoint, request: Request, model: Model, like: Checkpoi
             made = translation.generated_for_hf(path.read_bytes(), model.dims["vocab_size"])
         else:
             made = translation.generated_for_meta({path.name: path.read_bytes()})
-        for notice in made.notices:
-            log.warning(notice)
+        said.extend(made.notices)
         return made.files
 
     def maker(name: str) -> SideFile:
@@ -84,16 +93,24 @@ def tokenizer(source: Checkpoint, request: Request, model: Model, like: Checkpoi
 def _config(source: Checkpoint, model: Model, request: Request, like: Checkpoint | None) -> tuple[bytes, str]:
     """The bytes of config.json, and whether they were copied, restored or generated."""
     if like is not None and request.to == "hf":
-        return (like.config_path or like.root / "config.json").read_bytes(), "copied"
+        path = like.root / "config.json"
+        if request.dtype is None:
+            return path.read_bytes(), "copied"
+        return _with_dtype(load_json(path), request.dtype), "generated"
     verbatim = _verbatim_config(source, model)
     if verbatim is not None and request.dtype is None:
         return verbatim, "copied" if source.format == "hf" else "restored"
-    content = dict(model.config)
     dtype = request.dtype or DTYPES[usual_dtype(source)].torch
+    content = model.config if verbatim is not None else dict(sorted(model.config.items()))
+    return _with_dtype(content, dtype), "generated"
+
+
+def _with_dtype(config: Mapping[str, Any], dtype: str) -> bytes:
+    """config.json with this dtype, under the keys that it has for it (transformers 4 and 5 differ), else under both."""
+    content = dict(config)
     known = [key for key in ("dtype", "torch_dtype") if key in content]
-    for key in known or ("dtype", "torch_dtype"):
-        content[key] = dtype
-    return render_json(dict(sorted(content.items())) if verbatim is None else content), "generated"
+    content |= dict.fromkeys(known or ("dtype", "torch_dtype"), dtype)
+    return render_json(content)
 
 
 def _verbatim_config(source: Checkpoint, model: Model) -> bytes | None:
@@ -130,13 +147,19 @@ def _params(
 def _recorded_params(source: Checkpoint) -> bytes | None:
     """params.json as it was, as long as the config that was made from it is unchanged."""
     if source.format == "meta":
-        return source.params[0].read_bytes() if source.params and "model_type" not in source.params[1] else None
+        return source.params[0].read_bytes() if source.params and _is_params(source.params[1]) else None
     if source.record is None or source.config_path is not None:
         return None
-    path = source.record.carried_side_files.get("params.json")
-    if path is None or (source.format == "hf" and not sidefiles.unchanged(source.record, "config.json")):
+    path = source.record.own("params.json")
+    config = "config.json" if source.format == "hf" else record.CONFIG
+    if path is None or not source.record.unchanged(config):
         return None
     return path.read_bytes()
+
+
+def _is_params(content: Mapping[str, Any]) -> bool:
+    """Whether this is a params.json, and no config.json that was given instead of one."""
+    return "model_type" not in content
 
 
 def _render_params(content: Mapping[str, Any]) -> bytes:

@@ -195,12 +195,28 @@ def pieces(files: tuple[OutputFile, ...]) -> Iterator[Piece]:
 class _File:
     """An output file while it is written: what of it is done, and what is left."""
 
-    def __init__(self, output: OutputFile, staged: StagedFile, left: int) -> None:
+    def __init__(self, output: OutputFile, staging: Staging, left: int) -> None:
         self.output = output
-        self.staged = staged
         self.left = left
         self.done: list[Done] = []
         self.has_crc = bool(output.layout.header.checksummed)
+        self._staging = staging
+        self._staged: StagedFile | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def staged(self) -> StagedFile:
+        """The file itself, opened when its first piece is due, so that only a few files are open at a time."""
+        with self._lock:
+            if self._staged is None:
+                self._staged = self._staging.file(self.output.name, self.output.size)
+                for offset, data in self.output.layout.literals:
+                    self._staged.write(offset, memoryview(data))
+            return self._staged
+
+    def close(self) -> None:
+        if self._staged is not None:
+            self._staged.close()
 
 
 class Execution:
@@ -230,10 +246,8 @@ class Execution:
         with contextlib.ExitStack() as stack:
             stack.callback(self._journal.close)
             for output, count in zip(self._plan.files, counts, strict=True):
-                staged = stack.enter_context(self._staging.file(output.name, output.size))
-                self._files.append(_File(output, staged, count))
-                for offset, data in output.layout.literals:
-                    staged.write(offset, memoryview(data))
+                self._files.append(_File(output, self._staging, count))
+                stack.callback(self._files[-1].close)
             for file in self._files:
                 if not file.left:
                     self._finish(file)
@@ -313,6 +327,7 @@ class Execution:
         for offset, crc in _crcs(file):
             file.staged.write(offset, memoryview(crc.to_bytes(4, "little")))
         file.staged.sync()
+        file.close()
 
     def _open_journal(self) -> dict[tuple[int, int], str]:
         """Start or continue the journal of finished pieces; returns those of an earlier attempt at this same plan."""
@@ -323,6 +338,7 @@ class Execution:
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
             if lines and lines[0] == mine:
                 earlier = dict(entry for line in lines[1:] if (entry := _journal_entry(line))[1])
+                self._staging.keep_only([JOURNAL, *(file.name for file in self._plan.files)])
             else:
                 log.warning("the partial output is of another source or other options; it is written anew")
                 clear(self._staging.path)

@@ -131,18 +131,19 @@ def _as_stored(tensor: LazyTensor, place: StoredTensor) -> LazyTensor:
 
 def aliases(header: Header, targets: Mapping[str, Target], file: str) -> list[Equality]:
     """Pairs of keys that share their bytes in a file, and so have to be equal."""
-    first: dict[tuple[int, tuple[int, ...]], str] = {}
+    first: dict[tuple[int, int], StoredTensor] = {}
     out = []
     for tensor in header.tensors:
         if not tensor.nbytes:
             continue
-        other = first.setdefault((tensor.offset, tensor.shape), tensor.key)
-        if other != tensor.key and targets[other].tensor != targets[tensor.key].tensor:
+        other = first.setdefault((tensor.offset, tensor.nbytes), tensor)
+        left, right = _as_stored(targets[other.key].tensor, other), _as_stored(targets[tensor.key].tensor, tensor)
+        if other is not tensor and left != right:
             message = (
-                f"{other} and {tensor.key} share their bytes in {file}, but their values differ now; "
+                f"{other.key} and {tensor.key} share their bytes in {file}, but their values differ now; "
                 "untie them by a new layout, with --shards or --max-shard-size"
             )
-            out.append(Equality(targets[other].tensor, targets[tensor.key].tensor, targets[other].dtype, message))
+            out.append(Equality(left, right, targets[other.key].dtype, message))
     return out
 
 

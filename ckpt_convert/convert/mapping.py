@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from ckpt_convert.errors import ConfigError, KeyMismatchError, ShapeMismatchError
+from ckpt_convert.errors import ConfigError, KeyMismatchError, ShapeMismatchError, UsageError
 from ckpt_convert.models.lazy import LazyTensor, concat
 from ckpt_convert.models.table import Family, Instance, Key
 
@@ -158,11 +158,11 @@ def write(
     Raises KeyMismatchError for tensors that the target cannot hold, ConfigError for sizes that do not divide over
     the ranks.
     """
+    _check_ranks(family, format, dims, ranks, what)
     targets: list[Target] = []
     carried: list[Instance] = []
     ties: list[Equality] = []
     no_place: list[str] = []
-    uneven: dict[str, None] = {}
     for instance, logical in logicals.tensors.items():
         column = instance.row.column(format)
         key = instance.key(format)
@@ -172,25 +172,20 @@ def write(
             else:
                 no_place.append(logical.key)
             continue
+        if instance.row.tied_to and dims["tied"] and keep_tied is not None and instance not in logicals.omitted:
+            ties.append(_tie(instance, logical, logicals))
         if column.omitted_if_tied and dims["tied"]:
             keep = instance not in logicals.omitted if keep_tied is None else keep_tied
             if not keep:
-                if instance not in logicals.omitted:
-                    ties.append(_tie(instance, logical, logicals))
                 continue
         stored = column.to_stored(logical.tensor, instance.heads(dims))
-        try:
-            targets.extend(_cut(instance, key, column, dims, replace(logical, tensor=stored), ranks))
-        except ValueError as error:
-            uneven[str(error)] = None
+        targets.extend(_cut(instance, key, column, dims, replace(logical, tensor=stored), ranks))
     if no_place:
         listed = ", ".join(no_place[:_LISTED]) + (" …" if len(no_place) > _LISTED else "")
         raise KeyMismatchError(
             f"{what}: the {format} format of {family.name} has no place for {len(no_place)} tensors: {listed}. "
             "Convert to a format that has one (hf), or remove them first if they are all zero."
         )
-    if uneven:
-        raise ConfigError(f"{what}: cannot be cut over {ranks} ranks: {'; '.join(uneven)}. Choose --model-parallel.")
     return targets, carried, ties
 
 
@@ -254,17 +249,47 @@ def _cut(
     axis = column.cut_axis(dims)
     if axis is None or ranks == 1:
         return [Target(instance, key, rank, logical.dtype, logical.tensor) for rank in range(ranks)]
-    size = logical.tensor.shape[axis]
-    heads = instance.heads(dims)
-    if heads is not None and heads % ranks:
-        raise ValueError(f"{instance.row.heads} = {heads} is not divisible by {ranks}")
-    if size % ranks:
-        raise ValueError(f"{instance.row.shape[axis]} = {size} is not divisible by {ranks}")
-    step = size // ranks
+    step = logical.tensor.shape[axis] // ranks
     return [
         Target(instance, key, rank, logical.dtype, logical.tensor.narrow(axis, rank * step, step))
         for rank in range(ranks)
     ]
+
+
+def _check_ranks(family: Family, format: str, dims: Mapping[str, int], ranks: int, what: str) -> None:
+    """Refuse a number of ranks that the family, or its sizes, cannot be cut over."""
+    if ranks == 1:
+        return
+    if ranks < 1:
+        raise UsageError(f"--model-parallel {ranks}: expected 1 or more")
+    if family.params is None or not family.params.sharded:
+        raise UsageError(
+            f"--model-parallel {ranks}: {family.name}'s consolidated layout is one file, not cut over ranks"
+        )
+    sizes: dict[str, int] = {}
+    for row in family.rows:
+        column = row.column(format)
+        axis = column.cut_axis(dims) if column else None
+        if axis is None or (row.when and not dims[row.when]):
+            continue
+        # Ranks hold whole heads, so where there are heads they are what has to divide.
+        name = row.heads or row.shape[axis]
+        sizes[name] = dims[name] if row.heads else row.sizes(dims)[axis]
+    uneven = [f"{name} = {size} is not divisible by {ranks}" for name, size in sizes.items() if size % ranks]
+    if uneven:
+        even = [str(n) for n in range(1, 129) if not any(size % n for size in sizes.values())]
+        raise ConfigError(
+            f"{what}: cannot be cut over {ranks} ranks: {'; '.join(uneven)}; --model-parallel may be {', '.join(even)}"
+        )
+
+
+def tied_pair(logicals: Logicals) -> Equality | None:
+    """The two stored tensors whose bytes decide whether the weights are tied, where no file says it."""
+    for instance, logical in logicals.tensors.items():
+        if instance.row.tied_to and instance not in logicals.omitted:
+            other = tied_to(instance, logicals.tensors)
+            return Equality(other.tensor, logical.tensor, logical.dtype, "")
+    return None
 
 
 def tied_to(instance: Instance, tensors: Mapping[Instance, Logical]) -> Logical:

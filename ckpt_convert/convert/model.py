@@ -117,6 +117,10 @@ def _described(
     recorded: Recorded,
 ) -> Model:
     dims = family.dims(config)
+    keys = max(map(len, ranks))
+    for symbol in family.indices.values():
+        if dims[symbol] > max(keys, 4096):
+            raise ConfigError(f"config.json: {symbol} is {dims[symbol]}, but the files hold only {keys} tensors")
     dims["embedding_cut"] = _embedding_cut(family, config, format, ranks, options, recorded)
     return Model(family, evidence, config, dims, bool(dims["tied"]))
 

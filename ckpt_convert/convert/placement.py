@@ -23,7 +23,10 @@ def recorded(source: Checkpoint, request: Request, like: Checkpoint | None) -> L
     if request.relays:
         return None
     if like is not None:
-        return like.layout()
+        theirs = like.layout()
+        if request.container not in (None, _container(theirs)):
+            raise UsageError(f"--like {like.path}: has {_container(theirs)} files, which --container contradicts")
+        return theirs
     found = source.layout() if request.to == source.format else None
     if found is None and source.record is not None:
         found = source.record.layout(request.to)
@@ -40,15 +43,11 @@ def ranks(source: Checkpoint, request: Request, like: Checkpoint | None, wanted:
     """How many tensor-parallel ranks the output has; raises UsageError where that does not fit the family."""
     if request.to != "meta":
         return 1
-    params = model.family.params
     if like is not None and request.model_parallel not in (None, len(like.ranks)):
         raise UsageError(f"--like {like.path}: has {len(like.ranks)} ranks, which --model-parallel contradicts")
     count = request.model_parallel or (wanted.ranks if wanted else 1)
-    if count > 1 and params is not None and not params.sharded:
-        raise UsageError(
-            f"--model-parallel {count}: {model.family.name}'s consolidated layout is one file, not cut over ranks"
-        )
-    if count > 1 and _meta_container(request, model) == "safetensors":
+    sharded = model.family.params is not None and model.family.params.sharded
+    if count > 1 and sharded and _meta_container(request, model) == "safetensors":
         raise UsageError("--container safetensors holds one rank; use pth for several")
     return count
 

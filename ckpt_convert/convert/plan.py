@@ -18,8 +18,11 @@ from ckpt_convert.convert.model import Model
 from ckpt_convert.convert.record import Layout
 from ckpt_convert.convert.request import CASTABLE, CASTS, Request
 from ckpt_convert.convert.sidefiles import SideFile
-from ckpt_convert.errors import ConfigError, ShapeMismatchError, UnsupportedFamilyError, UsageError
+from ckpt_convert.errors import ConfigError, CorruptFileError, ShapeMismatchError, UnsupportedFamilyError, UsageError
+from ckpt_convert.models.config import read_rope
 from ckpt_convert.models.lazy import stored
+from ckpt_convert.models.table import Instance
+from ckpt_convert.storage.names import JOURNAL
 from ckpt_convert.storage.reader import LocalFile
 
 
@@ -29,7 +32,8 @@ class Plan:
 
     ``stored`` numbers the sources of all lazy tensors; ``checks`` are pairs that have to be equal before anything is
     written; ``undecided`` is the pair that decides whether weights are tied, where no file says it.
-    ``carried`` names the tensors that the target has no place for and that go into the record.
+    ``carried`` names the tensors that the target has no place for and that go into the record. ``said`` takes the
+    notices of what is only translated while the output is written (tokenizers).
     """
 
     source: Checkpoint
@@ -45,6 +49,7 @@ class Plan:
     ties: tuple[str, ...]
     notices: tuple[str, ...]
     dims: Mapping[str, int]
+    said: list[str]
 
     @property
     def target(self) -> str:
@@ -70,6 +75,11 @@ class Plan:
         return sum(file.size for file in self.files) + sum(side.size for side in self.side)
 
     @property
+    def in_memory(self) -> int:
+        """Bytes of the source that had to be read whole: old torch files without zip."""
+        return sum(tensor.nbytes for file, tensor in self.stored if file.header.kind == "legacy")
+
+    @property
     def moves(self) -> Mapping[str, int]:
         """How many bytes are copied as they lie, put in another order, and cast."""
         out = {"copied": 0, "reordered": 0, "cast": 0}
@@ -79,7 +89,21 @@ class Plan:
                 out["cast" if tensor.dtype != tensor.source_dtype else kind] += tensor.nbytes
         return out
 
-    def manifest(self, pieces: Mapping[str, Any], side: list[dict[str, Any]]) -> dict[str, Any]:
+    def close(self) -> None:
+        """Close every file that the plan reads from."""
+        for file in dict.fromkeys(file for file, _ in self.stored):
+            if isinstance(file.reader, LocalFile):
+                file.reader.close()
+
+    def __enter__(self) -> Plan:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def manifest(
+        self, pieces: Mapping[str, Any], side: list[dict[str, str]], kept: Mapping[str, str]
+    ) -> dict[str, Any]:
         """What ``ckpt_convert/manifest.json`` says: no times and no absolute paths, so it is the same every time."""
         return {
             "schema": record.SCHEMA,
@@ -91,7 +115,8 @@ class Plan:
             "model_parallel": max(file.rank for file in self.weights) + 1,
             "checksum": "xxh3_64",
             "files": dict(sorted(pieces.items())),
-            "side_files": sorted(side, key=lambda entry: str(entry["name"])),
+            "side_files": sorted(side, key=lambda entry: entry["name"]),
+            "record": dict(sorted(kept.items())),
         }
 
 
@@ -102,8 +127,8 @@ def make(source: Checkpoint, request: Request, *, tied: bool | None = None) -> P
     """
     model = source.model
     source_format = str(source.format)
-    request.check(source_format)
     family = model.family
+    request.check_source(source_format, family)
     for format in (source_format, request.to):
         if format not in family.formats:
             raise UnsupportedFamilyError(
@@ -111,10 +136,10 @@ def make(source: Checkpoint, request: Request, *, tied: bool | None = None) -> P
             )
     undecided = model.tied is None and tied is None
     if model.tied is None:
-        model = model.with_tied(tied is not False)
+        model = model.with_tied(tied is True)  # undecided, both are planned for: that is never too little room
     like = open_checkpoint(request.like, format=request.to) if request.like is not None else None
-    if like is not None:
-        _check_like(source, model, like)
+    differing = _check_like(source, model, like) if like is not None else []
+    sidefiles.checklist_of(source)  # a checklist that is none is an error now, not after everything was written
     logicals = mapping.read(family, source_format, model.dims, source.ranks, str(source.path))
     wanted = placement.recorded(source, request, like)
     ranks = placement.ranks(source, request, like, wanted, model)
@@ -127,7 +152,7 @@ def make(source: Checkpoint, request: Request, *, tied: bool | None = None) -> P
     targets, carried, ties = mapping.write(
         family, request.to, dims, logicals, ranks=ranks, keep_tied=keep_tied, what=str(source.path)
     )
-    dtype_of = {target.key: _dtype(target, request) for target in targets}
+    dtype_of = {target.key: target_dtype(target.dtype, target.instance, request) for target in targets}
     files, exact, layout_notices = placement.files(source, request, model, targets, dtype_of, wanted, ranks)
     by_rank = [{t.key: t for t in targets if t.rank == rank} for rank in range(ranks)]
     checks = [*logicals.equal, *ties]
@@ -135,11 +160,13 @@ def make(source: Checkpoint, request: Request, *, tied: bool | None = None) -> P
         checks += layout.aliases(file.layout.header, by_rank[file.rank], file.name)
     made = configs.generated(source, model, request, like)
     generated = {side.name: side for side in (*made.files, *placement.index(request, files, wanted, exact))}
-    generated |= configs.tokenizer(source, request, model, like)
+    said: list[str] = []
+    generated |= configs.tokenizer(source, request, model, like, said)
     side = sidefiles.plan(source, request.to, like=like, generated=generated)
     own = None if source_format == request.to else source.layout()
     side += sidefiles.recorded_layouts(source, request.to, own)
-    pair = _tied_pair(logicals) if undecided else None
+    _check_names(source, files, side)
+    pair = mapping.tied_pair(logicals) if undecided else None
     if pair is not None or tied is not None:
         checks = [check for check in checks if check not in ties]  # the bytes decide, or have decided
     return Plan(
@@ -154,18 +181,45 @@ def make(source: Checkpoint, request: Request, *, tied: bool | None = None) -> P
         undecided=pair,
         carried=tuple(sorted({logicals.tensors[instance].key for instance in carried})),
         ties=_ties(logicals, model, pair, targets),
-        notices=(*source.notices, *model.notices, *made.notices, *layout_notices),
+        notices=(*source.notices, *_skipped(source), *model.notices, *made.notices, *layout_notices, *differing),
         dims=dims,
+        said=said,
     )
 
 
-def _dtype(target: Target, request: Request) -> str:
-    if request.dtype is None or target.dtype not in CASTABLE or target.instance.row.derived:
-        return target.dtype
+def _check_names(source: Checkpoint, files: list[OutputFile], side: list[SideFile]) -> None:
+    """Refuse an output in which two files would have one name, or one would have a name of ours."""
+    taken = {record.MANIFEST, JOURNAL}
+    for name in (*(file.name for file in files), *(one.name for one in side)):
+        if name in taken:
+            raise CorruptFileError(
+                f"{source.path}: two files of the output would be called {name}; the record is damaged, "
+                f"remove the folder {source.root / RECORD_FOLDER} to do without it"
+            )
+        taken.add(name)
+    hidden = [file.name for file in files if file.name.startswith(f"{RECORD_FOLDER}/")]
+    if hidden:
+        raise CorruptFileError(f"{source.path}: weights would be called {hidden[0]}, which is in the record's folder")
+
+
+def _skipped(source: Checkpoint) -> list[str]:
+    names = sidefiles.skipped(source)
+    return [f"not taken along: {', '.join(names[:8])}{' …' if len(names) > 8 else ''}"] if names else []
+
+
+def target_dtype(dtype: str, instance: Instance, request: Request) -> str:
+    """The dtype of a tensor in the output: as in the source, unless a cast is asked for and it is one to be cast."""
+    if request.dtype is None or dtype not in CASTABLE or instance.row.derived:
+        return dtype
     return CASTS[request.dtype]
 
 
-def _check_like(source: Checkpoint, model: Model, like: Checkpoint) -> None:
+def _check_like(source: Checkpoint, model: Model, like: Checkpoint) -> list[str]:
+    """Refuse a --like of another family or other sizes; returns what its config says otherwise."""
+    try:
+        _ = like.model
+    except ConfigError:
+        return []  # native files without a record: they give names and assignment, which the keys have to fit
     if like.model.family.name != model.family.name:
         raise UsageError(
             f"--like {like.path}: is a {like.model.family.name}, but {source.path} is a {model.family.name}"
@@ -181,6 +235,21 @@ def _check_like(source: Checkpoint, model: Model, like: Checkpoint) -> None:
             f"--like {like.path}: has other sizes than {source.path}: {'; '.join(differing)}; "
             "give a checkpoint of the same model"
         )
+    ours, theirs = read_rope(model.config), read_rope(like.model.config)
+    pairs = {
+        "rope theta": (ours.theta, theirs.theta),
+        "rope scaling": ((ours.kind, ours.parameters), (theirs.kind, theirs.parameters)),
+        **{name: (model.config.get(name), like.model.config.get(name)) for name in _COMPARED},
+    }
+    return [
+        f"--like {like.path}: its config is taken, which says {name} {other}, where {source.path} says {mine}"
+        for name, (mine, other) in pairs.items()
+        if mine != other
+    ]
+
+
+_COMPARED = ("rms_norm_eps", "hidden_act", "sliding_window", "max_position_embeddings")
+"""What of a config changes the model's results beside the sizes and RoPE."""
 
 
 def _write_cut(request: Request, like: Checkpoint | None, model: Model) -> int:
@@ -227,14 +296,6 @@ def _keep_tied(source_format: str, request: Request, wanted: Layout | None, mode
     )
 
 
-def _tied_pair(logicals: Logicals) -> Equality | None:
-    for instance, logical in logicals.tensors.items():
-        if instance.row.tied_to and instance not in logicals.omitted:
-            other = mapping.tied_to(instance, logicals.tensors)
-            return Equality(other.tensor, logical.tensor, logical.dtype, "")
-    return None
-
-
 def _ties(logicals: Logicals, model: Model, pair: Equality | None, targets: list[Target]) -> tuple[str, ...]:
     written = {target.instance for target in targets}
     out = []
@@ -254,11 +315,12 @@ def fingerprint(plan: Plan) -> str:
     parts: list[Any] = [__version__, plan.model.family.name, plan.target, plan.request.dtype, sorted(plan.dims.items())]
     for file in dict.fromkeys(file for file, _ in plan.stored):
         stat = file.path.stat()
-        parts.append([file.name, stat.st_size, stat.st_mtime_ns])
+        place = [str(file.path.resolve()), stat.st_dev, stat.st_ino, stat.st_ctime_ns]
+        parts.append([file.name, stat.st_size, stat.st_mtime_ns, *place])
     for file_ in plan.files:
-        digest = sidefiles.digest(b"".join(data for _, data in file_.layout.literals))
+        digest = record.digest(b"".join(data for _, data in file_.layout.literals))
         parts.append([file_.name, file_.size, digest, [[t.key, t.offset, t.nbytes, t.dtype] for t in file_.tensors]])
-    return sidefiles.digest(json.dumps(parts).encode())
+    return record.digest(json.dumps(parts).encode())
 
 
 def refuse_unreadable(plan: Plan) -> None:

@@ -2,8 +2,8 @@
 
 ``manifest.json`` describes the directory it lies in; ``config.json`` is the model's config in Hugging Face's words;
 ``layouts/FORMAT/`` keeps, for each format that the weights were in before, every byte of its files that belongs to no
-tensor, and the tensors that a later format had no place for; ``side/`` the side files that this format has no use for.
-With these A → B → A gives A back.
+tensor, the tensors that a later format had no place for, and Meta's params.json and checklist.chk; ``side/`` the side
+files that this format has no use for. With these A → B → A gives A back.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from ckpt_convert.convert import containers
 from ckpt_convert.convert.containers.header import FileLayout, Header, StoredTensor
 from ckpt_convert.convert.formats.base import RECORD_FOLDER, load_json
 from ckpt_convert.errors import CkptConvertError, ConfigError, CorruptFileError
-from ckpt_convert.storage.names import check_name
+from ckpt_convert.storage.names import check_name, resolve
 
 SCHEMA = 1
 MANIFEST = f"{RECORD_FOLDER}/manifest.json"
@@ -89,9 +91,36 @@ class Record:
         """Name → origin and checksum of each side file that was written beside the weights."""
         return {str(entry["name"]): entry for entry in self.manifest.get("side_files", [])}
 
+    def own(self, name: str) -> Path | None:
+        """A file of Meta's layout (params.json, checklist.chk) as it was when the weights were in it."""
+        path = self.folder / "layouts" / "meta" / name
+        if not path.is_file():
+            return None
+        return resolve(self.directory, path.relative_to(self.directory).as_posix(), MANIFEST)
+
+    def unchanged(self, name: str) -> bool:
+        """Whether a file beside the weights, or of the record, is still as it was written."""
+        entry = self.side_files.get(name)
+        checksum = entry["checksum"] if entry else self.checksums.get(name)
+        path = self.directory / name
+        return checksum is not None and path.is_file() and digest(path.read_bytes()) == checksum
+
+    @property
+    def checksums(self) -> Mapping[str, str]:
+        """The checksum of each file of the record."""
+        found = self.manifest.get("record", {})
+        return found if isinstance(found, dict) else {}
+
     def layout(self, format: str) -> Layout | None:
         """The recorded layout of a format, if there is one; raises CorruptFileError when it is damaged."""
-        return read_layout(self.folder / "layouts" / format) if format in self.layouts else None
+        if format not in self.layouts:
+            return None
+        for name, path in self.files_of_layout(format):
+            if name in self.checksums and path.suffix != ".safetensors" and not self.unchanged(name):
+                raise CorruptFileError(
+                    f"{path}: is not as it was written; remove the folder {path.parent} to do without this layout"
+                )
+        return read_layout(self.folder / "layouts" / format)
 
     def carried(self, format: str) -> Path | None:
         """The tensors that only this format has a place for."""
@@ -104,14 +133,22 @@ class Record:
         folder = self.folder / "side"
         if not folder.is_dir():
             return {}
+        return {path.relative_to(folder).as_posix(): path for path in self._files(folder)}
+
+    def _files(self, folder: Path) -> list[Path]:
+        """The files below a folder of the record; raises UnsafeFileError for a link that leaves the directory."""
         paths = sorted(path for path in folder.rglob("*") if path.is_file())
-        return {path.relative_to(folder).as_posix(): path for path in paths}
+        return [resolve(self.directory, path.relative_to(self.directory).as_posix(), MANIFEST) for path in paths]
 
     def files_of_layout(self, format: str) -> Iterator[tuple[str, Path]]:
         """Every file of a recorded layout with its name in an output, to take along."""
-        for path in sorted((self.folder / "layouts" / format).rglob("*")):
-            if path.is_file():
-                yield path.relative_to(self.directory).as_posix(), path
+        for path in self._files(self.folder / "layouts" / format):
+            yield path.relative_to(self.directory).as_posix(), path
+
+
+def digest(data: bytes) -> str:
+    """The checksum under which the manifest keeps side files and those of the record."""
+    return xxhash.xxh3_64_hexdigest(data)
 
 
 def load(directory: Path) -> Record | None:
@@ -127,6 +164,12 @@ def load(directory: Path) -> Record | None:
         )
     if manifest.get("format") not in ("hf", "meta", "native"):
         raise ConfigError(f"{path}: names no format; remove the folder {RECORD_FOLDER} to do without the record")
+    sides = manifest.get("side_files", [])
+    sound = isinstance(sides, list) and all(
+        isinstance(side, dict) and {"name", "origin", "checksum"} <= side.keys() for side in sides
+    )
+    if not sound or not isinstance(manifest.get("dims", {}), dict):
+        raise ConfigError(f"{path}: is damaged; remove the folder {RECORD_FOLDER} to do without the record")
     return Record(directory, manifest)
 
 
@@ -158,6 +201,8 @@ def read_layout(folder: Path) -> Layout:
     try:
         content = load_json(path)
         files = tuple(_read_file(folder, entry) for entry in content["files"])
+        if sorted({file.rank for file in files}) != list(range(max(file.rank for file in files) + 1)):
+            raise CorruptFileError("its ranks have gaps")
         index = None
         if "index" in content:
             index = (check_name(content["index"], str(path)), (folder / "index.json").read_bytes())

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ckpt_convert.convert import formats
 from ckpt_convert.errors import UsageError
+from ckpt_convert.models import Family
 from ckpt_convert.models.config import ConfigOptions
 
 CASTS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -34,8 +35,8 @@ class Request:
         """Whether the files are to be laid out afresh whatever was recorded."""
         return self.shards is not None or self.max_shard_size is not None
 
-    def check(self, source_format: str) -> None:
-        """Raise UsageError for options that exclude each other or that the source or the target has no use for."""
+    def check(self) -> None:
+        """Raise UsageError for options that exclude each other or that the target has no use for."""
         if self.to not in formats.ALL:
             raise UsageError(f"--to {self.to}: no such format; known: {', '.join(formats.ALL)}")
         target = formats.ALL[self.to]
@@ -49,24 +50,28 @@ class Request:
             )
         if self.relays and self.like is not None:
             raise UsageError("--like brings its own files, so --shards and --max-shard-size do not go with it")
-        if self.shards is not None and self.shards < 1:
-            raise UsageError(f"--shards {self.shards}: expected 1 or more")
-        if self.max_shard_size is not None and self.max_shard_size < 1:
-            raise UsageError(f"--max-shard-size {self.max_shard_size}: expected 1 byte or more")
+        if self.like is not None and self.config.meta_style is not None:
+            raise UsageError("--like brings its own params.json, so --meta-style does not go with it")
+        for name in ("shards", "max_shard_size", "model_parallel"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise UsageError(f"--{name.replace('_', '-')} {value}: expected a whole number, 1 or more")
         if self.model_parallel is not None and not target.ranks:
             raise UsageError(f"--model-parallel does not fit {self.to}: only meta is cut over ranks")
-        if self.model_parallel is not None and self.model_parallel < 1:
-            raise UsageError(f"--model-parallel {self.model_parallel}: expected 1 or more")
         if self.container is not None and self.container not in target.containers:
             raise UsageError(
                 f"--container {self.container} does not fit {self.to}; expected {' or '.join(target.containers)}"
             )
         if self.config.meta_style is not None and not target.ranks:
             raise UsageError(f"--meta-style does not fit {self.to}: it is about params.json and the embedding's cut")
-        for option, value in (
-            ("rope-factor", self.config.rope_factor),
-            ("rope-theta", self.config.rope_theta),
-            ("max-positions", self.config.max_positions),
-        ):
-            if value is not None and source_format != "meta":
-                raise UsageError(f"--{option} does not fit a {source_format} source: its config says it already")
+
+    def check_source(self, source_format: str, family: Family) -> None:
+        """Raise UsageError for options that this source or this family has no use for."""
+        for name in self.config.given:
+            option = f"--{name.replace('_', '-')}"
+            if name in ("rope_factor", "rope_theta", "max_positions") and source_format != "meta":
+                raise UsageError(f"{option} does not fit a {source_format} source: its config says it already")
+            if name == "drop_rope_scaling" and "meta" not in (source_format, self.to):
+                raise UsageError(f"{option} does not fit {source_format} to {self.to}: both can say any scaling")
+            if family.params is not None and name not in family.params.options:
+                raise UsageError(f"{option} does not fit {family.name}: its params.json has nothing of the kind")

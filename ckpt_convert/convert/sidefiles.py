@@ -7,18 +7,16 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import xxhash
-
 from ckpt_convert.convert import checklist, formats, record
 from ckpt_convert.convert.checkpoint import Checkpoint
 from ckpt_convert.convert.formats.base import (
     NEVER_SIDE_FILES,
     NEVER_SIDE_FOLDERS,
     RECORD_FOLDER,
-    WEIGHT_SUFFIXES,
 )
 from ckpt_convert.convert.record import Layout, Record
-from ckpt_convert.storage.names import resolve
+from ckpt_convert.errors import CorruptFileError, InputError, UnsafeFileError
+from ckpt_convert.storage.names import WEIGHT_SUFFIXES, check_name, resolve
 
 CHECKLIST = "checklist.chk"
 _TOKENIZERS = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "tekken", "chat_template")
@@ -51,18 +49,52 @@ def beside(checkpoint: Checkpoint) -> dict[str, Path]:
     out = {}
     for path in _walk(checkpoint.path):
         name = path.relative_to(checkpoint.path).as_posix()
+        if not _is_plain(path, checkpoint) or name == RECORD_FOLDER:
+            continue
         if name in used or name.endswith((*WEIGHT_SUFFIXES, *NEVER_SIDE_FILES, ".index.json")):
             continue
         out[name] = resolve(checkpoint.path, name, str(checkpoint.path))
     return out
 
 
+def skipped(checkpoint: Checkpoint) -> list[str]:
+    """What lies below the directory and is not taken along: links to folders or nowhere, and weights in folders."""
+    if not checkpoint.path.is_dir():
+        return []
+    out = []
+    for folder, folders, files in os.walk(checkpoint.path):
+        folders[:] = sorted(name for name in folders if _enters(name))
+        here = Path(folder)
+        out += [here / name for name in folders if (here / name).is_symlink()]
+        out += [
+            here / name
+            for name in sorted(files)
+            if not (here / name).is_file() or not _is_plain(here / name, checkpoint)
+        ]
+        if here != checkpoint.path:
+            out += [here / name for name in sorted(files) if name.endswith((*WEIGHT_SUFFIXES, *NEVER_SIDE_FILES))]
+    return [path.relative_to(checkpoint.path).as_posix() for path in out]
+
+
+def _is_plain(path: Path, checkpoint: Checkpoint) -> bool:
+    """Whether the name is one that every system reads as the same name in the directory."""
+    try:
+        check_name(path.relative_to(checkpoint.path).as_posix(), str(checkpoint.path))
+    except UnsafeFileError:
+        return False
+    return True
+
+
+def _enters(folder: str) -> bool:
+    return folder not in NEVER_SIDE_FOLDERS and not folder.startswith(".")
+
+
 def _walk(directory: Path) -> Iterator[Path]:
     for folder, folders, files in os.walk(directory):
-        folders[:] = sorted(name for name in folders if name not in NEVER_SIDE_FOLDERS and not name.startswith("."))
+        folders[:] = sorted(name for name in folders if _enters(name))
         for name in sorted(files):
             path = Path(folder, name)
-            if path.exists() and not name.startswith(".cache"):
+            if path.is_file():
                 yield path
 
 
@@ -82,15 +114,18 @@ def plan(
     out: dict[str, SideFile] = dict(generated)
 
     def keep(name: str, path: Path, origin: str) -> None:
-        if name in own:
-            return
-        if not format.uses(name):
+        if name == CHECKLIST and source.format == "meta" and origin == "copied":
+            if target == "meta":
+                return  # made anew for the files that are written
+            name, origin = f"{RECORD_FOLDER}/layouts/meta/{name}", "carried"
+        elif name in own or not format.uses(name):
             name, origin = f"{RECORD_FOLDER}/side/{name}", "carried"
         out.setdefault(name, SideFile(name, origin, path, size=path.stat().st_size))
 
     here = beside(source)
     for name, path in here.items():
-        if not _made_by_us(source.record, name):
+        # Within a format nothing is made anew, so what was made for it once is copied as everything else.
+        if target == source.format or not _made_by_us(source.record, name):
             keep(name, path, "copied")
     for name, path in (source.record.carried_side_files if source.record else {}).items():
         keep(name, path, "restored")
@@ -125,25 +160,13 @@ def checklist_for(source: Checkpoint, target: str) -> Path | None:
     if source.format == "meta":
         path = source.root / CHECKLIST
         return path if path.is_file() else None
-    return source.record.carried_side_files.get(CHECKLIST) if source.record else None
-
-
-def unchanged(found: Record, name: str) -> bool:
-    """Whether a side file is still as the record says that it was written."""
-    entry = found.side_files.get(name)
-    path = found.directory / name
-    return entry is not None and path.is_file() and digest(path.read_bytes()) == entry["checksum"]
-
-
-def digest(data: bytes) -> str:
-    """The checksum under which the manifest keeps side files."""
-    return xxhash.xxh3_64_hexdigest(data)
+    return source.record.own(CHECKLIST) if source.record else None
 
 
 def _made_by_us(found: Record | None, name: str) -> bool:
     """Whether a file was generated for this format by an earlier conversion, and nobody changed it since."""
     entry = found.side_files.get(name) if found else None
-    return entry is not None and entry["origin"] == "generated" and found is not None and unchanged(found, name)
+    return entry is not None and entry["origin"] == "generated" and found is not None and found.unchanged(name)
 
 
 def _constant(data: bytes) -> Callable[[], bytes]:
@@ -151,8 +174,21 @@ def _constant(data: bytes) -> Callable[[], bytes]:
 
 
 def checklist_of(source: Checkpoint) -> dict[str, str]:
-    """What the source's checklist.chk says of its files, {} if there is none."""
+    """What the source's checklist.chk says of the files that are there, {} if there is none.
+
+    Raises CorruptFileError when it is no checklist, or lists weight files that are not there.
+    """
     path = source.root / CHECKLIST
     if source.format != "meta" or not path.is_file():
         return {}
-    return checklist.parse(path.read_text(encoding="utf-8", errors="replace"))
+    try:
+        listed = checklist.parse(path.read_text(encoding="utf-8", errors="replace"))
+    except InputError as error:
+        raise type(error)(f"{source.root}: {error}") from error
+    absent = [name for name in listed if name.endswith(WEIGHT_SUFFIXES) and not (source.root / name).is_file()]
+    if absent:
+        raise CorruptFileError(
+            f"{path}: lists {', '.join(absent)}, which {'is' if len(absent) == 1 else 'are'} not there; "
+            "download again what is missing, or remove the checklist if this is all there should be"
+        )
+    return {name: value for name, value in listed.items() if (source.root / name).is_file()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,11 @@ import torch
 
 from ckpt_convert.convert import mapping
 from ckpt_convert.convert.formats.base import load_json
-from ckpt_convert.convert.mapping import Source
-from ckpt_convert.convert.model import identify
+from ckpt_convert.convert.mapping import Equality, Source
+from ckpt_convert.convert.model import Model, identify
 from ckpt_convert.dtypes import FROM_TORCH
-from ckpt_convert.errors import CkptConvertError, KeyMismatchError, TiedWeightsError, UnsupportedFamilyError
-from ckpt_convert.models import FAMILIES, FORMATS, Family
+from ckpt_convert.errors import KeyMismatchError, TiedWeightsError, UnsupportedFamilyError, UsageError
+from ckpt_convert.models import FAMILIES, FORMATS
 from ckpt_convert.models.config import ConfigOptions
 from ckpt_convert.models.lazy import LazyTensor, stored
 
@@ -40,19 +41,27 @@ def convert_state_dict(
 
     Raises KeyMismatchError, ShapeMismatchError or TiedWeightsError, listing everything that does not fit.
     """
+    dicts = [state_dict] if isinstance(state_dict, Mapping) else list(state_dict)
     for format in (source, target):
         if format not in FORMATS:
-            raise CkptConvertError(f"{format!r} is no format; known: {', '.join(FORMATS)}")
+            raise UsageError(f"{format!r} is no format; known: {', '.join(FORMATS)}")
+    if not dicts:
+        raise UsageError("the list of state dicts is empty; give one for each rank")
     if model_parallel != 1 and target != "meta":
-        raise CkptConvertError(f"model_parallel={model_parallel} does not fit {target}: only meta is cut over ranks")
-    dicts = [state_dict] if isinstance(state_dict, Mapping) else list(state_dict)
+        raise UsageError(f"model_parallel={model_parallel} does not fit {target}: only meta is cut over ranks")
     if len(dicts) != 1 and source != "meta":
-        raise CkptConvertError(f"{len(dicts)} state dicts do not fit {source}: only meta is cut over ranks")
+        raise UsageError(f"{len(dicts)} state dicts do not fit {source}: only meta is cut over ranks")
     tensors: list[torch.Tensor] = []
     ranks = [_sources(rank, number, tensors) for number, rank in enumerate(dicts)]
     content = load_json(Path(config)) if isinstance(config, (str, Path)) else config
-    chosen, dims = _model(content, family, ranks, source, meta_style)
+    if not isinstance(content, Mapping):
+        raise UsageError(f"config: expected a dict or a path, found {type(content).__name__}; try config.to_dict()")
+    model = _model(content, family, ranks, source, meta_style)
+    chosen, dims = model.family, dict(model.dims)
     logicals = mapping.read(chosen, source, dims, ranks, "the state dict")
+    pair = mapping.tied_pair(logicals)
+    if model.tied is None and pair is not None:
+        dims["tied"] = int(_same(pair, tensors))
     if meta_style is not None:
         dims["embedding_cut"] = int(meta_style == "llama2")
     targets, _, ties = mapping.write(
@@ -65,7 +74,7 @@ def convert_state_dict(
         what="the state dict",
     )
     for check in (*logicals.equal, *ties):
-        if not torch.equal(_bits(make(check.left, tensors)), _bits(make(check.right, tensors))):
+        if not _same(check, tensors):
             raise TiedWeightsError(check.message)
     out: list[dict[str, torch.Tensor]] = [{} for _ in range(model_parallel)]
     for item in targets:
@@ -107,14 +116,16 @@ def _model(
     ranks: list[dict[str, Source]],
     source: str,
     meta_style: str | None,
-) -> tuple[Family, dict[str, int]]:
+) -> Model:
     if family is not None and family not in FAMILIES:
         raise UnsupportedFamilyError(f"{family!r} is no family; known: {', '.join(FAMILIES)}")
     options = ConfigOptions(meta_style=meta_style)  # type: ignore[arg-type]
     found = identify(content, "config", source, ranks, options, family=family)
-    if found.tied is None:
-        found = found.with_tied(False)
-    return found.family, dict(found.dims)
+    return replace(found.with_tied(False), tied=None) if found.tied is None else found
+
+
+def _same(check: Equality, tensors: Sequence[torch.Tensor]) -> bool:
+    return torch.equal(_bits(make(check.left, tensors)), _bits(make(check.right, tensors)))
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

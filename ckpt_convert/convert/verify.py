@@ -11,7 +11,7 @@ from ckpt_convert.convert import mapping
 from ckpt_convert.convert.checkpoint import Checkpoint
 from ckpt_convert.convert.execute import Meter, Mover, ProgressCallback, Read, difference
 from ckpt_convert.convert.mapping import Logical
-from ckpt_convert.convert.plan import Plan
+from ckpt_convert.convert.plan import Plan, target_dtype
 from ckpt_convert.errors import VerificationError
 from ckpt_convert.models.table import Instance
 
@@ -28,8 +28,10 @@ def verify(plan: Plan, output: Checkpoint, *, workers: int, progress: ProgressCa
     problems = []
     for instance, logical in plan.logicals.tensors.items():
         other = found.tensors.get(instance)
-        if other is not None:
+        if other is not None and other.dtype == target_dtype(logical.dtype, instance, plan.request):
             pairs.append((instance, logical, other))
+        elif other is not None:
+            problems.append(f"{logical.key}: is {other.dtype} in the output")
         elif not instance.row.derived:
             problems.append(f"{logical.key}: not in the output")
     total = sum(p.tensor.size * dtypes.DTYPES[other.dtype].bits // 8 for _, p, other in pairs)

@@ -6,6 +6,7 @@ between it and the ``params.json`` of its own original format.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -57,6 +58,13 @@ class ConfigOptions:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise UsageError(f"--{name.replace('_', '-')} must be a positive number, found {value}")
+        if self.meta_style not in (None, "llama2", "llama3"):
+            raise UsageError(f"--meta-style must be llama2 or llama3, found {self.meta_style}")
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """The names of the options that say something."""
+        return tuple(field.name for field in dataclasses.fields(self) if getattr(self, field.name))
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ LLAMA = Family(
         to_hf=llama_config.params_to_hf,
         sharded=True,
         container="pth",
+        options=frozenset({"rope_factor", "rope_theta", "max_positions", "meta_style", "drop_rope_scaling"}),
         embedding_cut=llama_config.embedding_cut,
         release=llama_config.release,
     ),

@@ -56,7 +56,7 @@ OTHER_FAMILY = (
 KNOWN = frozenset((
     *L3_1.keys, *CODE.keys, *OTHER_FAMILY, "head_dim", "model_type",
     # How Meta's code is run, not what the model is.
-    "max_batch_size", "max_seq_len", "quantization_args", "lora_args",
+    "max_batch_size", "max_seq_len", "quantization_args", "lora_args", "rope_scaling_factor",
 ))  # fmt: skip
 
 
@@ -89,6 +89,9 @@ def hf_to_params(
     found = _matching(config)
     style = options.meta_style or (found[0].spelling.style if found else "llama3")
     scaled = rope.kind != "default"
+    if scaled and style == "llama2" and options.drop_rope_scaling:
+        rope, scaled = Rope(theta), False
+        notices = (*notices, f"{CONFIG}: the RoPE scaling was left out as asked; Llama 2's code has none")
     if scaled and style == "llama2":
         raise ConfigError(
             f"{CONFIG}: rope_scaling must be null for the params.json of Llama 1, 2 and Code, found {rope.kind!r}; "
@@ -376,10 +379,14 @@ def _width_of_params(params: Mapping[str, Any], dim: int, ffn_dim: int | None) -
 def _rope_of_params(params: Mapping[str, Any], options: ConfigOptions, vocab: int) -> tuple[Rope, tuple[str, ...]]:
     scaled = optional_bool(params, "use_scaled_rope", PARAMS, False)
     theta = optional_number(params, "rope_theta", PARAMS)
+    if theta is not None and options.rope_theta not in (None, theta):
+        raise UsageError(f"--rope-theta {options.rope_theta:g} contradicts {PARAMS}, whose rope_theta is {theta:g}")
+    theta = options.rope_theta if theta is None else theta
     # Llama 2's files leave theta and the vocabulary out; a file that says a Llama 3 vocabulary is not one of them.
     if theta is None and (scaled or (params.get("vocab_size") or -1) >= LLAMA_3_VOCAB):
         raise ConfigError(
-            f"{PARAMS}: rope_theta must be there in a Llama 3 params.json, found none; add the model's (500000.0)"
+            f"{PARAMS}: rope_theta must be there in a Llama 3 params.json, found none; add the model's (500000.0), "
+            "or pass --rope-theta"
         )
     theta = DEFAULT_THETA if theta is None else theta
     if not scaled:
@@ -398,6 +405,9 @@ def _rope_of_params(params: Mapping[str, Any], options: ConfigOptions, vocab: in
 def _factor(params: Mapping[str, Any], options: ConfigOptions, vocab: int) -> tuple[float, tuple[str, ...]]:
     if options.rope_factor is not None:
         return float(options.rope_factor), (f"RoPE factor {options.rope_factor:g}, as asked",)
+    said = optional_number(params, "rope_scaling_factor", PARAMS)
+    if said is not None:
+        return said, ()
     shape = tuple(params.get(key) for key in ("dim", "n_heads", "n_layers", "n_kv_heads"))
     rows = [row for row in RELEASES if row.scaled and (row.dim, row.heads, row.layers, row.kv) == shape]
     rows = [row for row in rows if row.vocab == vocab] or rows

@@ -17,6 +17,7 @@ MISTRAL = LLAMA.replace(
         to_hf=mistral_config.params_to_hf,
         sharded=False,
         container="safetensors",
+        options=frozenset({"rope_theta", "max_positions", "drop_rope_scaling"}),
     ),
     rows=lambda rows: [row for row in rows if not row.name.endswith(".bias")],
 )

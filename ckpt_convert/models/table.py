@@ -133,8 +133,9 @@ class Params:
     """What Meta's side of a family needs beyond the table: its params.json, its file names, its ranks.
 
     ``evidence`` says in words why a params.json is this family's, or None. ``sharded`` is whether the format is cut
-    over ranks at all; ``container`` the usual one. ``embedding_cut`` and ``model_parallel`` come from the known
-    releases (0 and None for any other shape), ``release`` is the name of the release with this shape.
+    over ranks at all; ``container`` the usual one; ``options`` are those of ConfigOptions that it has a use for.
+    ``embedding_cut`` comes from the known releases (0 for any other shape), ``release`` is the name of the one with
+    this shape.
     """
 
     evidence: Callable[[Mapping[str, Any]], str | None]
@@ -142,6 +143,7 @@ class Params:
     to_hf: Callable[..., Translated]
     sharded: bool
     container: Literal["pth", "safetensors"]
+    options: frozenset[str]
     embedding_cut: Callable[[Mapping[str, Any], ConfigOptions], int] = lambda config, options: 0
     release: Callable[[Mapping[str, Any]], str | None] = lambda config: None
 

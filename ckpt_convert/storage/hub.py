@@ -8,11 +8,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ckpt_convert.errors import CheckpointNotFoundError
+from ckpt_convert.storage.names import WEIGHT_SUFFIXES
 
 PREFIX = "hf://"
 _REPO = re.compile(r"[\w.-]+/[\w.-]+")
-_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt")
-_NEVER = ["original/*", "onnx/*", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot"]
+_NEVER = ["onnx/*", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot"]
 
 
 def locate(source: str | Path, revision: str | None = None, *, format: str | None = None) -> Path:
@@ -27,18 +27,20 @@ def locate(source: str | Path, revision: str | None = None, *, format: str | Non
     repo = text.removeprefix(PREFIX)
     if not _REPO.fullmatch(repo) or isinstance(source, Path):
         raise CheckpointNotFoundError(f"{source}: no such file or directory, and no Hub id (org/name) either")
-    return _cached(repo, revision) or _downloaded(repo, revision, format)
+    return _cached(repo, revision, format) or _downloaded(repo, revision, format)
 
 
-def _cached(repo: str, revision: str | None) -> Path | None:
+def _cached(repo: str, revision: str | None, format: str | None) -> Path | None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        path = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+        path = _place(Path(snapshot_download(repo, revision=revision, local_files_only=True)), format)
     except (LocalEntryNotFoundError, HFValidationError, OSError):
         return None
-    return path if _complete(path) else None  # the cache also holds snapshots of which only the tokenizer was loaded
+    return (
+        path if _complete(path, format) else None
+    )  # the cache also holds snapshots of which only the tokenizer was loaded
 
 
 def _downloaded(repo: str, revision: str | None, format: str | None) -> Path:
@@ -47,7 +49,7 @@ def _downloaded(repo: str, revision: str | None, format: str | None) -> Path:
     try:
         names = HfApi().list_repo_files(repo, revision=revision)
         ignored = [*_NEVER, *_other_weights(names, format)]
-        return Path(snapshot_download(repo, revision=revision, ignore_patterns=ignored))
+        return _place(Path(snapshot_download(repo, revision=revision, ignore_patterns=ignored)), format)
     except Exception as error:  # whatever the network and the Hub come up with
         raise CheckpointNotFoundError(
             f"{repo}: no such path, and the Hub does not give it: {_first_line(error)}; "
@@ -55,8 +57,12 @@ def _downloaded(repo: str, revision: str | None, format: str | None) -> Path:
         ) from error
 
 
-def _complete(snapshot: Path) -> bool:
-    """Whether a snapshot has weights, and all that an index in it names."""
+def _complete(snapshot: Path, format: str | None) -> bool:
+    """Whether a snapshot has the weights that are wanted: a single file, or all that an index names."""
+    if format == "meta":
+        return any(snapshot.glob("consolidated*"))
+    if any((snapshot / name).exists() for name in ("model.safetensors", "pytorch_model.bin")):
+        return True
     indexes = list(snapshot.glob("*.index.json"))
     for index in indexes:
         try:
@@ -65,7 +71,13 @@ def _complete(snapshot: Path) -> bool:
             continue
         if all((snapshot / str(file)).exists() for file in files):
             return True
-    return not indexes and any(entry.suffix in _WEIGHTS for entry in snapshot.iterdir())
+    return not indexes and any(entry.suffix in WEIGHT_SUFFIXES for entry in snapshot.iterdir())
+
+
+def _place(snapshot: Path, format: str | None) -> Path:
+    """Where in a snapshot the weights lie: Meta's own are in ``original/`` beside Hugging Face's."""
+    original = snapshot / "original"
+    return original if format == "meta" and any(original.glob("consolidated*")) else snapshot
 
 
 def _other_weights(names: Iterable[str], format: str | None) -> list[str]:
@@ -73,8 +85,8 @@ def _other_weights(names: Iterable[str], format: str | None) -> list[str]:
     if format == "meta":
         return ["model*.safetensors", "pytorch_model*"]
     if any(name.endswith(".safetensors") and not name.startswith("consolidated") for name in names):
-        return ["*.bin", "*.pth", "*.pt", "consolidated*"]
-    return []
+        return ["*.bin", "*.pth", "*.pt", "consolidated*", "original/*"]
+    return ["original/*"]
 
 
 def _first_line(error: Exception) -> str:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path, PurePosixPath
 
 from ckpt_convert.errors import CheckpointNotFoundError, UnsafeFileError
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
+"""How the names of weight files end."""
+
+_DRIVE = re.compile(r"[A-Za-z]:")
 
 JOURNAL = ".ckpt-convert-journal"
 """Lies in a directory as long as it is being written: which pieces are done, and their checksums."""
@@ -13,7 +19,15 @@ JOURNAL = ".ckpt-convert-journal"
 def check_name(name: str, said_by: str) -> str:
     """Return a relative file name that cannot leave its directory; raises UnsafeFileError for any other."""
     path = PurePosixPath(name)
-    bad = not name or path.is_absolute() or ".." in path.parts or "\\" in name or ":" in path.parts[0]
+    bad = (
+        not name
+        or str(path) != name
+        or name == "."
+        or path.is_absolute()
+        or ".." in path.parts
+        or "\\" in name
+        or _DRIVE.match(name)
+    )
     if bad or any(ord(char) < 32 or ord(char) == 127 for char in name):
         raise UnsafeFileError(
             f"{said_by}: names the file {name!r}, which is no plain name inside the directory; "
@@ -27,6 +41,11 @@ def partial_of(destination: Path) -> Path:
     return destination.with_name(f".{destination.name}.partial")
 
 
+def replaced_of(destination: Path) -> Path:
+    """The place beside ``destination`` that an old output is moved to while a new one takes its name."""
+    return destination.with_name(f".{destination.name}.replaced")
+
+
 def resolve(directory: Path, name: str, said_by: str) -> Path:
     """The path of a file in a checkpoint's directory.
 
@@ -36,10 +55,13 @@ def resolve(directory: Path, name: str, said_by: str) -> Path:
     path = directory / check_name(name, said_by)
     if not path.exists():
         raise CheckpointNotFoundError(f"{path}: named by {said_by}, but not there; download or copy it again")
+    if not path.is_file():
+        raise UnsafeFileError(f"{path}: is no regular file; remove it, or put the file itself there")
     real = path.resolve()
     roots = [directory.resolve()]
-    if directory.resolve().parent.name == "snapshots":
-        roots.append(directory.resolve().parent.parent / "blobs")
+    for folder in roots[0].parents:
+        if folder.name == "snapshots":
+            roots.append(folder.parent / "blobs")
     if not any(real.is_relative_to(root) for root in roots):
         raise UnsafeFileError(
             f"{path}: is a link that leaves the directory, to {real}; copy the file in, or give the place it lies in"

@@ -10,12 +10,12 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 
 from ckpt_convert.errors import LockedError, NotEnoughSpaceError, OutputExistsError
-from ckpt_convert.storage.names import partial_of
+from ckpt_convert.storage.names import WEIGHT_SUFFIXES, partial_of, replaced_of
 from ckpt_convert.storage.reader import pread_into
 
 try:
@@ -32,8 +32,14 @@ def check_destination(destination: Path, source: Path, *, overwrite: bool) -> No
 
     Raises OutputExistsError.
     """
+    if len(os.fsencode(partial_of(destination.absolute()).name)) > 253:
+        raise OutputExistsError(f"{destination}: the name is too long for the file system; choose a shorter one")
     target = destination.resolve()
     origin = source.resolve()
+    if origin.name in (partial_of(target).name, replaced_of(target).name) and origin.parent == target.parent:
+        raise OutputExistsError(
+            f"{source}: has the name that {destination} has while it is written; rename it, or choose another output"
+        )
     beside = origin.is_file() and target == origin.parent
     if beside or target == origin or (origin.is_dir() and target.is_relative_to(origin)):
         raise OutputExistsError(
@@ -48,9 +54,14 @@ def check_destination(destination: Path, source: Path, *, overwrite: bool) -> No
     if destination.exists():
         if not destination.is_dir():
             raise OutputExistsError(f"{destination}: is a file, but the output is a directory; choose another name")
-        if any(destination.iterdir()) and not overwrite:
+        names = [entry.name for entry in destination.iterdir()]
+        if names and not overwrite:
             raise OutputExistsError(
                 f"{destination}: exists already; pass --overwrite to replace it, or choose another name"
+            )
+        if names and not any(name == "ckpt_convert" or name.endswith(WEIGHT_SUFFIXES) for name in names):
+            raise OutputExistsError(
+                f"{destination}: holds no checkpoint, so --overwrite does not remove it; choose another name"
             )
 
 
@@ -83,17 +94,37 @@ class Staging:
         self.destination = destination.resolve() if destination.is_dir() else destination.absolute()
         self.overwrite = overwrite
         self.path = partial_of(self.destination)
-        self._aside = self.destination.with_name(f".{self.destination.name}.replaced")
+        self._aside = replaced_of(self.destination)
         self.destination.parent.mkdir(parents=True, exist_ok=True)
         self._lock = self._acquire()
-        if self._aside.exists() and not self.destination.exists():
-            os.rename(self._aside, self.destination)  # an earlier run was killed between its two renames
+        self._tidy()
+        self._refuse_existing()
         self.resumed = resume and any(self.path.iterdir())
         if not resume:
             clear(self.path)
 
+    def _tidy(self) -> None:
+        """Put back, or remove, the old output that an earlier run had moved aside when it was killed."""
+        if not self._aside.exists():
+            return
+        if self.destination.exists():
+            shutil.rmtree(self._aside)
+        else:
+            os.rename(self._aside, self.destination)
+
+    def _refuse_existing(self) -> None:
+        if not self.overwrite and self.destination.exists() and any(self.destination.iterdir()):
+            self.discard()
+            raise OutputExistsError(
+                f"{self.destination}: exists already; pass --overwrite to replace it, or choose another name"
+            )
+
     def _acquire(self) -> int:
         while True:
+            if self.path.is_symlink() or self.path.is_file():
+                raise OutputExistsError(
+                    f"{self.path}: is in the way of writing {self.destination}; remove it or choose another name"
+                )
             self.path.mkdir(exist_ok=True)
             fd = os.open(self.path, os.O_RDONLY)
             if fcntl is not None:
@@ -123,6 +154,13 @@ class Staging:
             file.write(0, memoryview(data))
             file.sync()
 
+    def keep_only(self, names: Iterable[str]) -> None:
+        """Remove every file but these: what lies beside the weights is written again."""
+        kept = {self.path / name for name in names}
+        for path in list(self.path.rglob("*")):
+            if path not in kept and (path.is_symlink() or not path.is_dir()):
+                path.unlink()
+
     def allocated(self) -> int:
         """Bytes that the partial directory takes on the disk already."""
         return sum(path.stat().st_blocks * 512 for path in self.path.rglob("*") if path.is_file())
@@ -139,8 +177,6 @@ class Staging:
         if replaced:
             if not self.overwrite:
                 raise OutputExistsError(f"{self.destination}: appeared while it was being written; it was left alone")
-            if self._aside.exists():
-                shutil.rmtree(self._aside)
             os.rename(self.destination, self._aside)
         try:
             os.rename(self.path, self.destination)

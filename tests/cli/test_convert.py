@@ -147,3 +147,45 @@ def test_help_shows_examples_and_only_what_fits(option: str) -> None:
     assert "Convert:" in top
     assert "Look:" in top
     assert run("--version").stdout.startswith("ckpt-convert")
+
+
+def test_notices_carried_tensors_and_ties_are_told(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(GOLDEN / "llama2" / "meta-mp1", source)
+    (source / "old.bin").write_bytes(b"stale")
+    done = run("meta-to-hf", source, tmp_path / "out")
+    assert "notice: not used: old.bin" in done.stderr
+    assert "carried in the record, for the target has no place for it: rope.freqs" in done.stdout
+    tied = run("hf-to-meta", GOLDEN / "llama_tied" / "hf", tmp_path / "tied")
+    assert "tied: output is tied to tok_embeddings" in tied.stdout
+    dry = run("meta-to-hf", source, tmp_path / "other", "--dry-run")
+    assert "not used: old.bin" in dry.stdout
+
+
+def test_what_the_system_refuses_is_exit_1_without_a_traceback(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    done = run("hf-to-meta", HF, tmp_path / "file" / "out")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in done.stderr
+
+
+def test_control_characters_that_are_no_colours_do_not_reach_the_terminal_either(tmp_path: Path) -> None:
+    done = run("hf-to-meta", "/nowhere/\x07bell", tmp_path / "out")  # colours are taken out by click anyway
+    assert "bell" in done.stderr
+    assert "\x07" not in done.stderr
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "2>/dev/full"])
+def test_streams_that_nobody_reads_do_not_stop_a_conversion(closed: str, tmp_path: Path) -> None:
+    command = f"{sys.executable} -m ckpt_convert.cli hf-to-meta {HF} {tmp_path / 'out'} {closed}"
+    subprocess.run(["bash", "-c", command], cwd=ROOT, check=False, capture_output=True)
+    assert (tmp_path / "out" / "params.json").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_empty_name_is_a_usage_error(tmp_path: Path) -> None:
+    for words in (("hf-to-meta", HF, ""), ("hf-to-meta", "", tmp_path / "out")):
+        done = run(*words, "--overwrite")
+        assert done.returncode in (2, 3)
+        assert "Traceback" not in done.stderr

@@ -312,7 +312,8 @@ def test_a_rope_scaling_that_meta_cannot_say(
         ("native", {"meta_style": "llama2"}, "--meta-style does not fit native"),
         ("hf", {"container": "pth"}, "expected safetensors or bin"),
         ("hf", {"shards": 2, "max_shard_size": 100}, "exclude each other"),
-        ("hf", {"shards": 0}, "expected 1 or more"),
+        ("hf", {"shards": 0}, "expected a whole number, 1 or more"),
+        ("hf", {"shards": 2.5}, "expected a whole number, 1 or more"),
         ("hf", {"shards": 31}, "there are only 30 tensors"),
         ("meta", {"rope_factor": 8.0}, "its config says it already"),
         ("native", {"dtype": "int8"}, "expected one of"),
@@ -340,3 +341,192 @@ def test_a_like_of_another_model(refused: Refused) -> None:
     assert "n_kv_heads: expected 4, found 12" in message
     message = refused(GOLDEN / "llama" / "hf", UsageError, like=GOLDEN / "mistral" / "meta-mp1")
     assert "is a mistral" in message
+
+
+def test_a_key_that_only_another_rank_has(meta: Path, refused: Refused) -> None:
+    tensors = torch.load(meta / "consolidated.01.pth", weights_only=True)
+    tensors["layers.1.extra.weight"] = torch.zeros(2)
+    torch.save(tensors, meta / "consolidated.01.pth")
+    assert "layers.1.extra.weight [2] in consolidated.01.pth" in refused(meta, KeyMismatchError, to="hf")
+
+
+def test_ranks_of_several_dtypes(meta: Path, refused: Refused) -> None:
+    tensors = torch.load(meta / "consolidated.01.pth", weights_only=True)
+    tensors["output.weight"] = tensors["output.weight"].view(torch.int32)
+    torch.save(tensors, meta / "consolidated.01.pth")
+    message = refused(meta, ShapeMismatchError, to="hf")
+    assert "output.weight on rank 1: expected F32 as on rank 0, found I32" in message
+
+
+def test_a_recorded_layout_whose_index_leaves_the_directory(hf: Path, tmp_path: Path, refused: Refused) -> None:
+    ckpt_convert.convert(hf, tmp_path / "meta", to="meta")
+    edit_json(tmp_path / "meta" / "ckpt_convert" / "layouts" / "hf" / "layout.json", index="../../evil.json")
+    assert "is not as it was written" in refused(tmp_path / "meta", CorruptFileError, to="hf")
+    edit_json(tmp_path / "meta" / "ckpt_convert" / "manifest.json", record=None)  # whoever means harm can do that, too
+    message = refused(tmp_path / "meta", CorruptFileError, to="hf")
+    assert "the recorded layout is damaged" in message
+    assert "'../../evil.json'" in message
+
+
+@pytest.mark.parametrize("name", ["a\\b.safetensors", "a\x7fb.safetensors"])
+def test_an_index_with_names_that_systems_read_differently(name: str, hf: Path, refused: Refused) -> None:
+    shutil.copy(hf / "model-00001-of-00004.safetensors", hf / name)
+    index = json.loads((hf / "model.safetensors.index.json").read_text())
+    index["weight_map"]["lm_head.weight"] = name
+    (hf / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "no plain name inside the directory" in refused(hf, UnsafeFileError)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"to": "hf", "like": GOLDEN / "llama" / "hf", "shards": 2}, "--like brings its own files"),
+        ({"rope_theta": 1e6}, "--rope-theta does not fit a hf source"),
+        ({"max_positions": 4096}, "--max-positions does not fit a hf source"),
+    ],
+)
+def test_more_options_that_do_not_fit(options: dict[str, Any], words: str, hf: Path, refused: Refused) -> None:
+    assert words in refused(hf, UsageError, **options)
+
+
+def test_a_record_of_no_format(hf: Path, tmp_path: Path, refused: Refused) -> None:
+    ckpt_convert.convert(hf, tmp_path / "meta", to="meta")
+    edit_json(tmp_path / "meta" / "ckpt_convert" / "manifest.json", format="../hf")
+    assert "names no format" in refused(tmp_path / "meta", ConfigError, to="hf")
+
+
+def test_a_record_of_another_version(hf: Path, tmp_path: Path, refused: Refused) -> None:
+    ckpt_convert.convert(hf, tmp_path / "meta", to="meta")
+    edit_json(tmp_path / "meta" / "ckpt_convert" / "manifest.json", schema=2)
+    assert "expected schema 1, found 2" in refused(tmp_path / "meta", ConfigError, to="hf")
+
+
+def test_a_recorded_layout_whose_bytes_lie_elsewhere(hf: Path, tmp_path: Path, refused: Refused) -> None:
+    ckpt_convert.convert(hf, tmp_path / "meta", to="meta")
+    folder = tmp_path / "meta" / "ckpt_convert" / "layouts" / "hf"
+    content = json.loads((folder / "layout.json").read_text())
+    shutil.move(folder / content["files"][0]["bytes"], tmp_path / "elsewhere.bytes")
+    content["files"][0]["bytes"] = "../../../../elsewhere.bytes"
+    (folder / "layout.json").write_text(json.dumps(content))
+    edit_json(tmp_path / "meta" / "ckpt_convert" / "manifest.json", record=None)
+    assert "no plain name inside the directory" in refused(tmp_path / "meta", CorruptFileError, to="hf")
+
+
+def test_a_like_with_other_keys(refused: Refused) -> None:
+    tied = GOLDEN / "llama_tied" / "hf"
+    message = refused(GOLDEN / "llama" / "meta-mp1", ShapeMismatchError, to="hf", like=tied)
+    assert "has other keys than this model, such as lm_head.weight" in message
+
+
+def test_a_link_to_a_folder_called_blobs_outside_of_a_cache(tmp_path: Path, refused: Refused) -> None:
+    source = tmp_path / "org" / "models" / "hf"
+    shutil.copytree(GOLDEN / "llama" / "hf", source)
+    (tmp_path / "org" / "blobs").mkdir()
+    shutil.move(source / "model-00001-of-00004.safetensors", tmp_path / "org" / "blobs" / "one")
+    (source / "model-00001-of-00004.safetensors").symlink_to("../../blobs/one")
+    assert "leaves the directory" in refused(source, UnsafeFileError)
+
+
+@pytest.mark.parametrize(
+    "name", ["model-00002-of-00004.safetensors", "config.json", ".ckpt-convert-journal", "a/", "."]
+)
+def test_a_record_that_gives_a_file_the_name_of_another(name: str, hf: Path, tmp_path: Path, refused: Refused) -> None:
+    ckpt_convert.convert(hf, tmp_path / "meta", to="meta")
+    folder = tmp_path / "meta" / "ckpt_convert"
+    content = json.loads((folder / "layouts" / "hf" / "layout.json").read_text())
+    content["files"][0]["name"] = name
+    (folder / "layouts" / "hf" / "layout.json").write_text(json.dumps(content))
+    edit_json(folder / "manifest.json", record=None)
+    refused(tmp_path / "meta", CorruptFileError, to="hf")
+
+
+def test_a_side_file_of_the_record_that_is_called_like_weights(hf: Path, tmp_path: Path, refused: Refused) -> None:
+    ckpt_convert.convert(hf, tmp_path / "meta", to="meta")
+    (tmp_path / "meta" / "ckpt_convert" / "side" / "model-00001-of-00004.safetensors").write_text("evil")
+    assert "two files of the output would be called" in refused(tmp_path / "meta", CorruptFileError, to="hf")
+
+
+@pytest.mark.parametrize("place", ["side/passwd.txt", "layouts/hf/extra", "config.json"])
+def test_links_in_the_record_do_not_leave_the_directory(place: str, hf: Path, tmp_path: Path, refused: Refused) -> None:
+    ckpt_convert.convert(hf, tmp_path / "meta", to="meta")
+    ckpt_convert.convert(tmp_path / "meta", tmp_path / "native", to="native")
+    (tmp_path / "secret").write_text("{}")
+    for source in ("meta", "native"):
+        link = tmp_path / source / "ckpt_convert" / place
+        link.unlink(missing_ok=True)
+        link.parent.mkdir(exist_ok=True)
+        link.symlink_to(tmp_path / "secret")
+    target = "native" if place == "layouts/hf/extra" else "hf"
+    source = tmp_path / ("native" if place == "config.json" else "meta")
+    assert "leaves the directory" in refused(source, UnsafeFileError, to=target)
+
+
+@pytest.mark.parametrize(
+    "change", [{"side_files": None}, {"side_files": ["x"]}, {"side_files": [{}]}, {"side_files": 3}, {"dims": [1]}]
+)
+def test_a_damaged_manifest(change: dict[str, Any], hf: Path, tmp_path: Path, refused: Refused) -> None:
+    ckpt_convert.convert(hf, tmp_path / "meta", to="meta")
+    path = tmp_path / "meta" / "ckpt_convert" / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    assert "remove the folder ckpt_convert" in refused(tmp_path / "meta", ConfigError, to="hf")
+
+
+def test_sizes_are_not_believed(hf: Path, meta: Path, refused: Refused) -> None:
+    edit_json(hf / "config.json", num_hidden_layers=2**30)
+    assert "n_layers is 1073741824, but the files hold only 30 tensors" in refused(hf, ConfigError)
+    edit_json(meta / "params.json", n_layers=10**6)
+    refused(meta, ConfigError, to="hf")
+    (meta / "consolidated.9999999999.pth").touch()
+    assert "missing: consolidated.02.pth" in refused(meta, CheckpointNotFoundError, to="hf")
+    assert "--model-parallel may be 1, 2, 4" in refused(GOLDEN / "llama" / "hf", ConfigError, model_parallel=10**9)
+
+
+def test_files_that_are_no_regular_files(hf: Path, refused: Refused, tmp_path: Path) -> None:
+    os.mkfifo(hf / "side.txt")
+    report = ckpt_convert.convert(hf, tmp_path / "fine", to="native")
+    assert "not taken along: side.txt" in report.notices
+    (hf / "model-00002-of-00004.safetensors").unlink()
+    os.mkfifo(hf / "model-00002-of-00004.safetensors")
+    assert "is no regular file" in refused(hf, UnsafeFileError)
+
+
+@pytest.mark.parametrize(
+    ("case", "to", "options", "words"),
+    [
+        ("llama/meta-mp1", "hf", {"rope_theta": 7.0}, "contradicts"),
+        ("mistral/meta-mp1", "hf", {"rope_factor": 8.0}, "--rope-factor does not fit mistral"),
+        ("mistral/hf", "meta", {"meta_style": "llama2"}, "--meta-style does not fit mistral"),
+        ("llama/hf", "native", {"drop_rope_scaling": True}, "--drop-rope-scaling does not fit hf to native"),
+        ("llama/hf", "meta", {"meta_style": "llama9"}, "must be llama2 or llama3"),
+        ("llama/hf", "meta", {"from_format": "x"}, "no such format"),
+        ("llama/hf", "meta", {"modelparallel": 2}, "unknown option 'modelparallel'"),
+        ("llama/hf", "meta", {"like": GOLDEN / "llama" / "meta-mp1", "container": "safetensors"}, "contradicts"),
+        ("llama/hf", "meta", {"like": GOLDEN / "llama" / "meta-mp1", "meta_style": "llama2"}, "does not go with it"),
+    ],
+)
+def test_no_option_is_ignored(case: str, to: str, options: dict[str, Any], words: str, refused: Refused) -> None:
+    assert words in refused(GOLDEN / case, UsageError, to=to, **options)
+
+
+def test_tied_weights_that_differ_are_refused_towards_meta_too(tmp_path: Path, refused: Refused) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(GOLDEN / "llama_tied" / "hf", source)
+    (source / "model.safetensors.index.json").unlink()
+    edit_file(source / "model-00004-of-00004.safetensors", lambda t: t.update({"lm_head.weight": torch.ones(56, 72)}))
+    for target in ("meta", "native"):
+        assert "the config ties them" in refused(source, TiedWeightsError, to=target)
+
+
+def test_a_checklist_that_is_none_or_lists_what_is_not_there(meta: Path, refused: Refused) -> None:
+    (meta / "checklist.chk").write_text("abc\n")
+    assert str(meta) in refused(meta, CorruptFileError, to="hf")
+    (meta / "checklist.chk").write_text("0" * 32 + "  consolidated.07.pth\n")
+    assert "lists consolidated.07.pth, which is not there" in refused(meta, CorruptFileError, to="hf")
+
+
+@pytest.mark.parametrize("name", ["", "x" * 250])
+def test_names_that_cannot_be(name: str, hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError):
+        ckpt_convert.convert(hf, name, to="meta", overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]

@@ -125,3 +125,12 @@ def test_scalars_and_empty_tensors_are_read(tmp_path: Path) -> None:
             for key, tensor in tensors.items():
                 assert torch.equal(checkpoint[key], tensor)
                 assert checkpoint[key].dtype == tensor.dtype
+
+
+def test_ranks_that_nothing_says_how_to_join_are_not_read_in_part(tmp_path: Path) -> None:
+    shutil.copytree(GOLDEN / "llama" / "meta-mp2", tmp_path / "meta")
+    (tmp_path / "meta" / "params.json").unlink()
+    with ckpt_convert.open_checkpoint(tmp_path / "meta") as checkpoint:
+        assert not checkpoint.tensors["norm.weight"].settled
+        with pytest.raises(AmbiguousFormatError, match="nothing says how to join them"):
+            checkpoint.read("layers.0.attention.wq.weight")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -12,8 +13,10 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import xxhash
 
 import ckpt_convert
+from ckpt_convert.convert import execute
 from ckpt_convert.errors import CorruptFileError, LockedError, NotEnoughSpaceError, OutputExistsError, VerificationError
 from ckpt_convert.storage import staging
 from ckpt_convert.storage.staging import Staging
@@ -308,3 +311,226 @@ def test_without_preadv_fadvise_and_flock(tmp_path: Path, monkeypatch: pytest.Mo
     report = ckpt_convert.convert(HF, tmp_path / "out", to="meta", model_parallel=2, verify=True, resume=True)
     assert report.resumed_bytes > 0
     assert sums(tmp_path / "out") == sums(expected)
+
+
+def test_resume_after_a_line_of_the_journal_was_cut(tmp_path: Path, expected: dict[str, str]) -> None:
+    run(KILLED, HF, tmp_path / "out", 400)
+    journal = tmp_path / ".out.partial" / ".ckpt-convert-journal"
+    journal.write_bytes(journal.read_bytes()[:-7])
+    resumed = run(KILLED, HF, tmp_path / "out", -1, "resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert int(resumed.stdout) > 0
+    assert sums(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_nothing_of_another_conversion_stays(resume: bool, tmp_path: Path, expected: dict[str, str]) -> None:
+    run(KILLED, GOLDEN / "llama_tied" / "hf", tmp_path / "out", 300)
+    (tmp_path / ".out.partial" / "model-00009-of-00009.safetensors").write_bytes(b"stale")
+    ckpt_convert.convert(HF, tmp_path / "out", to="meta", model_parallel=2, resume=resume)
+    assert sums(tmp_path / "out") == expected
+
+
+def test_a_partial_directory_that_goes_away_while_it_is_locked_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, first = staging.fcntl.flock, iter([True])
+
+    def flock(fd: int, operation: int) -> None:
+        if next(first, False):
+            (tmp_path / ".out.partial").rmdir()  # as the holder before us does when it is done
+        real(fd, operation)
+
+    monkeypatch.setattr(staging.fcntl, "flock", flock)
+    ckpt_convert.convert(HF, tmp_path / "out", to="meta")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_link_that_leads_nowhere_is_no_destination(tmp_path: Path) -> None:
+    (tmp_path / "out").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(OutputExistsError, match="leads nowhere"):
+        ckpt_convert.convert(HF, tmp_path / "out", to="meta")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_resume_after_the_source_changed_starts_anew(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(HF, source)
+    run(KILLED, source, tmp_path / "out", 560)
+    file = source / "model-00001-of-00004.safetensors"
+    stat = file.stat()
+    with file.open("r+b") as handle:  # other values, as many bytes
+        handle.seek(-8, os.SEEK_END)
+        handle.write(bytes(8))
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    resumed = run(KILLED, source, tmp_path / "out", -1, "resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert int(resumed.stdout) == 0
+    ckpt_convert.convert(source, tmp_path / "plain", to="meta", model_parallel=2)
+    assert sums(tmp_path / "out") == sums(tmp_path / "plain")
+
+
+def test_progress_of_a_resumed_conversion_reaches_the_total(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(execute, "PIECE", 4096)
+    run(KILLED, HF, tmp_path / "out", 400)
+    seen: list[ckpt_convert.Progress] = []
+    report = ckpt_convert.convert(HF, tmp_path / "out", to="meta", model_parallel=2, resume=True, progress=seen.append)
+    assert report.resumed_bytes > 0
+    assert seen[-1].done == seen[-1].total
+
+
+def test_what_an_earlier_overwrite_left_aside_is_no_hindrance(tmp_path: Path) -> None:
+    ckpt_convert.convert(HF, tmp_path / "out", to="meta")
+    shutil.copytree(tmp_path / "out", tmp_path / ".out.replaced")  # a run was killed while it removed the old output
+    ckpt_convert.convert(HF, tmp_path / "out", to="native", overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert not list((tmp_path / "out").glob("*.pth"))
+
+
+def test_short_reads_and_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ckpt_convert.convert(HF, tmp_path / "expected", to="meta", model_parallel=2)
+    read, write = os.preadv, os.pwrite
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: read(fd, [buffers[0][:1000]], offset))
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: write(fd, data[:1000], offset))
+    ckpt_convert.convert(HF, tmp_path / "out", to="meta", model_parallel=2)
+    assert sums(tmp_path / "out") == sums(tmp_path / "expected")
+
+
+def test_resume_on_the_command_line(tmp_path: Path, expected: dict[str, str]) -> None:
+    run(KILLED, HF, tmp_path / "out", 560)
+    code = """
+        import sys
+        from ckpt_convert.cli import main
+        from ckpt_convert.convert import execute
+        execute.PIECE = 4096
+        main(["hf-to-meta", sys.argv[1], sys.argv[2], "--model-parallel", "2", "--resume"])
+    """
+    done = run(code, HF, tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "resumed: " in done.stdout
+    assert sums(tmp_path / "out") == expected
+
+
+def test_resume_twice(tmp_path: Path, expected: dict[str, str]) -> None:
+    run(KILLED, HF, tmp_path / "out", 400)
+    assert run(KILLED, HF, tmp_path / "out", 60, "resume").returncode == -signal.SIGKILL
+    resumed = run(KILLED, HF, tmp_path / "out", -1, "resume")
+    assert int(resumed.stdout) > 0
+    assert sums(tmp_path / "out") == expected
+
+
+def test_a_longer_file_of_an_earlier_attempt_leaves_no_tail(tmp_path: Path, expected: dict[str, str]) -> None:
+    run(KILLED, HF, tmp_path / "out", 400)
+    (tmp_path / ".out.partial" / "params.json").write_bytes(b" " * 10_000)
+    resumed = run(KILLED, HF, tmp_path / "out", -1, "resume")
+    assert int(resumed.stdout) > 0
+    assert sums(tmp_path / "out") == expected
+
+
+def test_the_manifest_has_the_checksums_of_the_pieces(tmp_path: Path) -> None:
+    ckpt_convert.convert(HF, tmp_path / "out", to="meta", model_parallel=2)
+    manifest = json.loads((tmp_path / "out" / "ckpt_convert" / "manifest.json").read_text())
+    for name, file in manifest["files"].items():
+        data = (tmp_path / "out" / name).read_bytes()
+        assert (file["size"], len(file["pieces"])) == (len(data), 30)
+        for key, offset, nbytes, checksum in file["pieces"]:
+            assert xxhash.xxh3_64_hexdigest(data[offset : offset + nbytes]) == checksum, key
+    for entry in manifest["side_files"]:
+        assert xxhash.xxh3_64_hexdigest((tmp_path / "out" / entry["name"]).read_bytes()) == entry["checksum"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_every_way_of_being_full(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pwrite(fd: int, data: bytes, offset: int) -> int:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    with pytest.raises(NotEnoughSpaceError, match="--resume"):
+        ckpt_convert.convert(HF, tmp_path / "out", to="meta")
+
+
+def test_resume_only_needs_room_for_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(KILLED, HF, tmp_path / "out", 560)
+    needed = ckpt_convert.plan(HF, to="meta", model_parallel=2).disk
+    monkeypatch.setattr(staging.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, needed // 2))
+    with pytest.raises(NotEnoughSpaceError):
+        ckpt_convert.convert(HF, tmp_path / "other", to="meta", model_parallel=2)
+    ckpt_convert.convert(HF, tmp_path / "out", to="meta", model_parallel=2, resume=True, verify=True)
+
+
+def test_resume_does_not_mix_models_whose_files_are_of_one_size_and_time(tmp_path: Path) -> None:
+    for name in ("p", "q"):
+        shutil.copytree(HF, tmp_path / name)
+    file = tmp_path / "q" / "model-00001-of-00004.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-4000:] = bytes(4000)
+    file.write_bytes(data)
+    for path in tmp_path.rglob("*"):
+        os.utime(path, (1, 1))
+    run(KILLED, tmp_path / "p", tmp_path / "out", 560)
+    resumed = run(KILLED, tmp_path / "q", tmp_path / "out", -1, "resume")
+    assert resumed.returncode == 0, resumed.stderr
+    ckpt_convert.convert(tmp_path / "q", tmp_path / "plain", to="meta", model_parallel=2)
+    assert sums(tmp_path / "out") == sums(tmp_path / "plain")
+
+
+def test_resume_forgets_side_files_that_are_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(HF, source)
+    (source / "README.md").write_text("old")
+    monkeypatch.setattr(Staging, "commit", lambda self: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        ckpt_convert.convert(source, tmp_path / "out", to="native")
+    monkeypatch.undo()
+    assert (tmp_path / ".out.partial" / "README.md").exists()
+    (source / "README.md").unlink()
+    ckpt_convert.convert(source, tmp_path / "out", to="native", resume=True)
+    assert "README.md" not in sums(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", [".out.partial", ".out.replaced"])
+def test_a_source_with_the_name_of_a_place_of_ours(name: str, tmp_path: Path) -> None:
+    source = tmp_path / name
+    shutil.copytree(HF, source)
+    before = sums(source)
+    with pytest.raises(OutputExistsError, match="rename it"):
+        ckpt_convert.convert(source, tmp_path / "out", to="meta", overwrite=True)
+    assert sums(source) == before
+
+
+def test_overwrite_does_not_remove_what_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.txt").write_text("years")
+    with pytest.raises(OutputExistsError, match="holds no checkpoint"):
+        ckpt_convert.convert(HF, tmp_path / "thesis", to="meta", overwrite=True)
+    assert (tmp_path / "thesis" / "thesis.txt").read_text() == "years"
+
+
+def test_a_link_in_the_place_of_the_partial_directory_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "victim" / "precious").touch()
+    (tmp_path / ".out.partial").symlink_to(tmp_path / "victim")
+    with pytest.raises(OutputExistsError, match="is in the way"):
+        ckpt_convert.convert(HF, tmp_path / "out", to="meta")
+    assert (tmp_path / "victim" / "precious").exists()
+
+
+def test_what_is_left_aside_is_removed_by_the_next_run_whatever_becomes_of_it(tmp_path: Path) -> None:
+    ckpt_convert.convert(HF, tmp_path / "out", to="meta")
+    shutil.copytree(tmp_path / "out", tmp_path / ".out.replaced")
+    with Staging(tmp_path / "out", overwrite=True):
+        assert not (tmp_path / ".out.replaced").exists()
+
+
+def test_few_files_are_open_at_a_time(tmp_path: Path) -> None:
+    code = """
+        import resource, sys
+        import ckpt_convert
+        resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60))
+        ckpt_convert.convert(sys.argv[1], sys.argv[2], to="hf", shards=30, workers=2)
+        for _ in range(5):
+            ckpt_convert.plan(sys.argv[2], to="meta").close()
+        ckpt_convert.convert(sys.argv[2], sys.argv[2] + "2", to="native", workers=2)
+    """
+    done = run(code, HF, tmp_path / "out")
+    assert done.returncode == 0, done.stderr

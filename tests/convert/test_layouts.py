@@ -13,10 +13,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import ckpt_convert
+from ckpt_convert.convert import layout
+from ckpt_convert.convert.mapping import Target
+from ckpt_convert.errors import TiedWeightsError
+from ckpt_convert.models.lazy import stored
+from ckpt_convert.models.llama import LLAMA
 from tests.helpers import GOLDEN, assert_same, bits, edit_json, read_meta, read_safetensors, sums
 
 HF = GOLDEN / "llama" / "hf"
 TIED = GOLDEN / "llama_tied"
+DIMS = {"n_layers": 1, "attention_bias": 0, "mlp_bias": 0}
 
 
 def weight_map(directory: Path) -> dict[str, str]:
@@ -378,3 +384,137 @@ def test_llama_1s_tables_in_every_layer_are_carried(tmp_path: Path) -> None:
     assert sums(tmp_path / "back") == sums(source)
     ckpt_convert.convert(source, tmp_path / "four", to="meta", model_parallel=4)
     assert all("layers.2.attention.inner_attention.rope.freqs" in rank for rank in read_meta(tmp_path / "four"))
+
+
+def target(key: str, dtype: str, *shape: int) -> Target:
+    return Target(next(LLAMA.instances(DIMS)), key, 0, dtype, stored(0, shape))
+
+
+def test_a_file_is_closed_where_its_middle_would_pass_the_border() -> None:
+    targets = [target(str(size), "U8", size) for size in (4, 2, 10, 1)]
+    dtypes = {target.key: target.dtype for target in targets}
+    groups = layout.balanced(targets, 2, dtypes)
+    assert [[target.key for target in group] for group in groups] == [["4", "2"], ["10", "1"]]
+
+
+def test_a_file_may_be_exactly_as_large_as_the_limit() -> None:
+    targets = [target(str(size), "U8", size) for size in (4, 6, 11, 1, 9)]
+    groups = layout.limited(targets, 10, {target.key: target.dtype for target in targets})
+    assert [[target.key for target in group] for group in groups] == [["4", "6"], ["11"], ["1", "9"]]
+
+
+def test_tensors_of_several_dtypes_are_aligned() -> None:
+    targets = [target("a", "U8", 3), target("b", "F32", 2), target("c", "BF16", 1), target("d", "F64", 1)]
+    built = layout.build(
+        layout.Assignment("m.safetensors", 0, "safetensors", tuple(targets), {}), {t.key: t.dtype for t in targets}
+    )
+    sizes = {"a": 1, "b": 4, "c": 2, "d": 8}
+    assert all(tensor.offset % sizes[tensor.key] == 0 for tensor in built.header.tensors)
+
+
+def test_keys_that_shared_their_bytes_and_differ_now_are_refused(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(GOLDEN / "llama" / "meta-mp1", source)
+    file = source / "consolidated.00.pth"
+    tensors = torch.load(file, weights_only=True)
+    tensors["layers.1.ffn_norm.weight"] = tensors["norm.weight"]
+    torch.save(tensors, file)
+    ckpt_convert.convert(source, tmp_path / "native", to="native", shards=1)
+    edited = tmp_path / "native" / "model.safetensors"
+    native = load_file(edited)
+    native["norm.scale"] += 1
+    save_file(native, edited)
+    with pytest.raises(TiedWeightsError, match=r"norm.weight share their bytes in consolidated.00.pth, but"):
+        ckpt_convert.convert(tmp_path / "native", tmp_path / "back", to="meta")
+    assert not (tmp_path / "back").exists()
+
+
+def test_a_carried_table_of_another_size_is_left_out(tmp_path: Path) -> None:
+    source = GOLDEN / "llama2" / "meta-mp1"
+    ckpt_convert.convert(source, tmp_path / "hf", to="hf")
+    carried = tmp_path / "hf" / "ckpt_convert" / "layouts" / "meta" / "carried.safetensors"
+    save_file({"rope.freqs": torch.ones(5)}, carried)
+    ckpt_convert.convert(tmp_path / "hf", tmp_path / "back", to="meta")
+    (found,) = read_meta(tmp_path / "back")
+    assert "rope.freqs" not in found
+
+
+@pytest.mark.parametrize(("style", "cut"), [("llama2", (56, 36)), ("llama3", (28, 72))])
+def test_meta_style_overrules_the_record_and_how_the_source_is_cut(
+    style: str, cut: tuple[int, int], tmp_path: Path
+) -> None:
+    report = ckpt_convert.convert(
+        GOLDEN / "llama2" / "meta-mp2", tmp_path / "out", to="meta", model_parallel=2, meta_style=style, verify=True
+    )
+    assert {tuple(rank["tok_embeddings.weight"].shape) for rank in read_meta(tmp_path / "out")} == {cut}
+    assert report.side_files["params.json"] == "generated"
+
+
+def test_the_manifest_says_whether_weights_are_tied(tmp_path: Path) -> None:
+    for case, tied in (("llama", False), ("llama_tied", True)):
+        ckpt_convert.convert(GOLDEN / case / "hf", tmp_path / case, to="meta")
+        manifest = json.loads((tmp_path / case / "ckpt_convert" / "manifest.json").read_text())
+        assert manifest["tied"] is tied
+
+
+def test_other_keys_than_recorded_are_a_notice(tmp_path: Path) -> None:
+    ckpt_convert.convert(TIED / "hf", tmp_path / "native", to="native")
+    edit_json(tmp_path / "native" / "ckpt_convert" / "config.json", tie_word_embeddings=False)
+    file = tmp_path / "native" / "model-00004-of-00004.safetensors"
+    (tmp_path / "native" / "model.safetensors.index.json").unlink()
+    save_file({**load_file(file), "output.weight": torch.ones(56, 72)}, file)
+    report = ckpt_convert.convert(tmp_path / "native", tmp_path / "back", to="hf", verify=True)
+    assert any("the recorded hf layout has other keys (lm_head.weight)" in notice for notice in report.notices)
+    assert torch.equal(read_safetensors(tmp_path / "back")["lm_head.weight"], torch.ones(56, 72))
+
+
+def test_another_number_of_ranks_than_recorded_is_no_notice(tmp_path: Path) -> None:
+    ckpt_convert.convert(GOLDEN / "llama" / "meta-mp2", tmp_path / "hf", to="hf")
+    report = ckpt_convert.convert(tmp_path / "hf", tmp_path / "four", to="meta", model_parallel=4)
+    assert report.notices == []
+
+
+def test_untied_weights_that_happen_to_be_equal_stay_untied(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(HF, source)
+    file = source / "model-00004-of-00004.safetensors"
+    embedding = read_safetensors(source)["model.embed_tokens.weight"]
+    save_file({**load_file(file), "lm_head.weight": embedding}, file, {"format": "pt"})
+    ckpt_convert.convert(source, tmp_path / "meta", to="meta")
+    edit_json(tmp_path / "meta" / "params.json", norm_eps=1e-3)  # so the recorded config does not count
+    ckpt_convert.convert(tmp_path / "meta", tmp_path / "back", to="hf")
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert (config["tie_word_embeddings"], config["rms_norm_eps"]) == (False, 1e-3)
+    assert "lm_head.weight" in read_safetensors(tmp_path / "back")
+
+
+def test_a_transposed_view_of_a_storage_is_no_other_value(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(GOLDEN / "llama" / "meta-mp1", source)
+    file = source / "consolidated.00.pth"
+    tensors = torch.load(file, weights_only=True)
+    tensors["layers.1.attention.wo.weight"] = tensors["layers.0.attention.wo.weight"].t()
+    torch.save(tensors, file)
+    ckpt_convert.convert(source, tmp_path / "hf", to="hf")
+    ckpt_convert.convert(tmp_path / "hf", tmp_path / "back", to="meta", verify=True)
+    assert sums(tmp_path / "back") == sums(source)
+
+
+def test_a_plan_that_is_undecided_has_room_for_both(tmp_path: Path) -> None:
+    with ckpt_convert.plan(GOLDEN / "llama" / "meta-mp1", to="hf") as plan:
+        assert plan.tensors == 30
+        assert plan.tensor_bytes == 469728
+
+
+def test_torch_files_of_any_name_are_a_native_source(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    tensors = read_safetensors(GOLDEN / "llama" / "native.safetensors")
+    keys = sorted(tensors)
+    torch.save({key: tensors[key] for key in keys[:9]}, source / "model-1.pt")
+    torch.save({key: tensors[key] for key in keys[9:]}, source / "model-2.pt")
+    config = HF / "config.json"
+    ckpt_convert.convert(source, tmp_path / "out", to="native", config=config, dtype="bfloat16", verify=True)
+    assert weight_map(tmp_path / "out")["norm.scale"] == "model-2.pt"
+    ckpt_convert.convert(source, tmp_path / "hf", to="hf", config=config, verify=True)
+    assert_same(read_safetensors(tmp_path / "hf"), read_safetensors(HF))

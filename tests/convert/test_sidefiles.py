@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import Tokenizer
 
 import ckpt_convert
@@ -122,12 +123,12 @@ def test_tokenizer_json_is_made_for_hf_and_gone_again_in_meta(tmp_path: Path) ->
     assert sums(tmp_path / "back") == sums(source)
 
 
-def test_a_tokenizer_that_cannot_be_translated_is_a_notice(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_tokenizer_that_cannot_be_translated_is_a_notice(tmp_path: Path) -> None:
     source = tmp_path / "meta"
     shutil.copytree(META, source)
     (source / "tokenizer.model").write_bytes(b"\x00unknown")
     report = ckpt_convert.convert(source, tmp_path / "hf", to="hf")
-    assert "no tokenizer.json was made" in caplog.text
+    assert any("no tokenizer.json was made" in notice for notice in report.notices)
     assert "tokenizer.json" not in report.side_files
 
 
@@ -243,3 +244,143 @@ def test_neither_path_nor_hub_id(hub_home: Path) -> None:
         hub.locate("nobody/nothing")
     with pytest.raises(CheckpointNotFoundError, match="and no Hub id"):
         hub.locate("a/b/c")
+
+
+def test_a_generated_file_that_was_edited_is_kept(hf: Path, tmp_path: Path) -> None:
+    ckpt_convert.convert(hf, tmp_path / "meta", to="meta")
+    ckpt_convert.convert(tmp_path / "meta", tmp_path / "plain", to="native")
+    assert "tokenizer.model" not in names(tmp_path / "plain")  # made for Meta's readers, as it was
+    (tmp_path / "meta" / "tokenizer.model").write_bytes(ranks_file() + b"bmV3 999\n")
+    ckpt_convert.convert(tmp_path / "meta", tmp_path / "edited", to="native")
+    assert (tmp_path / "edited" / "tokenizer.model").read_bytes() == ranks_file() + b"bmV3 999\n"
+
+
+def test_a_checklist_lists_files_that_the_old_one_did_not(tmp_path: Path) -> None:
+    source = tmp_path / "meta"
+    shutil.copytree(GOLDEN / "llama" / "meta-mp1", source)
+    digest = hashlib.md5((source / "consolidated.00.pth").read_bytes()).hexdigest()
+    (source / "checklist.chk").write_text(f"{digest}  consolidated.00.pth\n")
+    ckpt_convert.convert(source, tmp_path / "two", to="meta", model_parallel=2)
+    listed = dict(line.split("  ")[::-1] for line in (tmp_path / "two" / "checklist.chk").read_text().splitlines())
+    for name in ("consolidated.00.pth", "consolidated.01.pth"):
+        assert listed[name] == hashlib.md5((tmp_path / "two" / name).read_bytes()).hexdigest()
+
+
+def test_a_file_that_was_added_wins_over_the_one_that_was_carried(hf: Path, tmp_path: Path) -> None:
+    (hf / "generation_config.json").write_text('{"top_k": 1}')
+    ckpt_convert.convert(hf, tmp_path / "meta", to="meta")
+    assert "generation_config.json" not in names(tmp_path / "meta")
+    (tmp_path / "meta" / "generation_config.json").write_text('{"top_k": 2}')
+    ckpt_convert.convert(tmp_path / "meta", tmp_path / "back", to="hf")
+    assert (tmp_path / "back" / "generation_config.json").read_text() == '{"top_k": 2}'
+
+
+def test_the_config_names_the_dtype_of_most_bytes(tmp_path: Path) -> None:
+    source = tmp_path / "meta"
+    shutil.copytree(GOLDEN / "llama" / "meta-mp1", source)
+    file = source / "consolidated.00.pth"
+    tensors = torch.load(file, weights_only=True)
+    torch.save({k: t if "feed_forward" in k else t.bfloat16() for k, t in tensors.items()}, file)
+    ckpt_convert.convert(source, tmp_path / "hf", to="hf")
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == "float32"
+
+
+@pytest.mark.parametrize("target", ["hf", "meta"])
+def test_a_tokenizer_that_was_made_stays_within_a_format(target: str, hf: Path, tmp_path: Path) -> None:
+    ckpt_convert.convert(hf, tmp_path / "meta", to="meta")
+    made = {"meta": {"tokenizer.model"}, "hf": {"tokenizer.json", "tokenizer_config.json"}}[target]
+    source = tmp_path / "meta"
+    if target == "hf":
+        shutil.rmtree(source / "ckpt_convert")
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        config = LlamaConfig(
+            hidden_size=24, intermediate_size=40, num_hidden_layers=1, num_attention_heads=4, vocab_size=600
+        )
+        LlamaForCausalLM(config).save_pretrained(tmp_path / "made")
+        ckpt_convert.convert(tmp_path / "made", tmp_path / "wide", to="meta")
+        shutil.rmtree(tmp_path / "wide" / "ckpt_convert")
+        shutil.copy(source / "tokenizer.model", tmp_path / "wide")
+        ckpt_convert.convert(tmp_path / "wide", tmp_path / "again", to="hf")
+        source = tmp_path / "again"
+    assert made <= names(source)
+    ckpt_convert.convert(source, tmp_path / "out", to=target)
+    assert made <= names(tmp_path / "out")
+
+
+def test_a_config_given_instead_of_params_json_does_not_become_params_json(tmp_path: Path) -> None:
+    source = tmp_path / "meta"
+    shutil.copytree(META, source)
+    (source / "params.json").unlink()
+    ckpt_convert.convert(source, tmp_path / "native", to="native", config=HF / "config.json")
+    ckpt_convert.convert(tmp_path / "native", tmp_path / "back", to="meta")
+    params = json.loads((tmp_path / "back" / "params.json").read_text())
+    assert params["dim"] == 72
+    assert "model_type" not in params
+
+
+def test_an_edited_config_of_a_native_checkpoint_counts(tmp_path: Path) -> None:
+    ckpt_convert.convert(META, tmp_path / "native", to="native")
+    path = tmp_path / "native" / "ckpt_convert" / "config.json"
+    content = json.loads(path.read_text())
+    content["rope_theta"] = content["rope_parameters"]["rope_theta"] = 12345.0
+    path.write_text(json.dumps(content))
+    ckpt_convert.convert(tmp_path / "native", tmp_path / "back", to="meta")
+    assert json.loads((tmp_path / "back" / "params.json").read_text())["rope_theta"] == 12345.0
+
+
+@pytest.mark.parametrize("steps", [("hf",), ("native", "hf"), ("meta", "hf"), ("native", "meta", "hf")])
+def test_a_params_json_beside_hugging_face_files_comes_back(steps: tuple[str, ...], tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(GOLDEN / "mistral" / "hf", source)
+    (source / "params.json").write_text('{"dim": 72}')
+    (source / "checklist.chk").write_text("abc")
+    here = source
+    for number, step in enumerate(steps):
+        ckpt_convert.convert(here, tmp_path / str(number), to=step)
+        here = tmp_path / str(number)
+    assert sums(here) == sums(source)
+
+
+def test_what_is_not_taken_along_is_named(hf: Path, tmp_path: Path) -> None:
+    (hf / "figures" / "extra.bin").write_bytes(b"weights of something else")
+    (hf / "gone").symlink_to("nowhere")
+    (hf / "a\\b").write_text("odd name")
+    (hf / "log 12:30.txt").write_text("fine")
+    report = ckpt_convert.convert(hf, tmp_path / "out", to="native")
+    assert "not taken along: a\\b, gone, figures/extra.bin" in report.notices
+    assert (tmp_path / "out" / "log 12:30.txt").exists()
+
+
+def test_like_says_what_its_config_changes(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(HF, other)
+    edit_json(other / "config.json", rms_norm_eps=1e-3, rope_parameters={"rope_type": "default", "rope_theta": 7.0})
+    report = ckpt_convert.convert(HF, tmp_path / "out", to="hf", like=other, dtype="bfloat16")
+    told = " ".join(report.notices)
+    assert "rope theta 7.0, where" in told
+    assert "rms_norm_eps 0.001, where" in told
+    assert "rope scaling" in told
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_a_native_directory_without_record_can_be_imitated(tmp_path: Path) -> None:
+    ckpt_convert.convert(HF, tmp_path / "like", to="native", shards=3)
+    shutil.rmtree(tmp_path / "like" / "ckpt_convert")
+    ckpt_convert.convert(HF, tmp_path / "out", to="native", like=tmp_path / "like", verify=True)
+    assert sums(tmp_path / "out") == sums(tmp_path / "like")
+
+
+def test_a_single_file_in_the_cache_is_complete_beside_an_index_of_another_container(hub_home: Path) -> None:
+    snapshot = cached(hub_home, GOLDEN / "llama" / "meta-mp1")
+    (snapshot / "model.safetensors").symlink_to("config.json")
+    (snapshot / "config.json").write_text("{}")
+    (snapshot / "pytorch_model.bin.index.json").write_text('{"weight_map": {"a": "pytorch_model-00001-of-00002.bin"}}')
+    assert hub.locate("org/name") == snapshot
+    (snapshot / "original").mkdir()
+    (snapshot / "original" / "consolidated.00.pth").symlink_to("../consolidated.00.pth")
+    (snapshot / "original" / "params.json").symlink_to("../params.json")
+    place = hub.locate("org/name", format="meta")
+    assert place == snapshot / "original"
+    with ckpt_convert.open_checkpoint(place, format="meta") as checkpoint:
+        assert checkpoint.family == "llama"

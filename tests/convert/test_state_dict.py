@@ -8,7 +8,14 @@ import pytest
 import torch
 
 import ckpt_convert
-from ckpt_convert.errors import CkptConvertError, KeyMismatchError, ShapeMismatchError, TiedWeightsError
+from ckpt_convert.errors import (
+    CkptConvertError,
+    ConfigError,
+    KeyMismatchError,
+    ShapeMismatchError,
+    TiedWeightsError,
+    UsageError,
+)
 from tests.helpers import CASES, GOLDEN, Tensors, assert_same, bits, read_meta, read_safetensors
 
 SHARDED = ("llama", "llama2", "llama_tied")
@@ -123,3 +130,45 @@ def test_options_that_do_not_fit() -> None:
         ckpt_convert.convert_state_dict(source, config("llama"), source="hf", target="gguf")
     with pytest.raises(CkptConvertError, match=r"not divisible by 8|does not divide|cannot be cut over 8 ranks"):
         ckpt_convert.convert_state_dict(source, config("llama"), source="hf", target="meta", model_parallel=8)
+
+
+def test_what_is_no_tensor_is_refused_by_name() -> None:
+    source = {**expected("llama", "hf"), "step": 3}  # type: ignore[dict-item]
+    with pytest.raises(KeyMismatchError, match="step: expected a tensor, found int"):
+        ckpt_convert.convert_state_dict(source, config("llama"), source="hf", target="meta")
+
+
+def test_a_vocabulary_that_does_not_divide_over_the_ranks() -> None:
+    source = dict(expected("llama", "hf"))  # type: ignore[arg-type]
+    for key in ("model.embed_tokens.weight", "lm_head.weight"):
+        source[key] = source[key][:55]
+    with pytest.raises(ConfigError, match="vocab_size = 55 is not divisible by 2"):
+        ckpt_convert.convert_state_dict(
+            source, {**config("llama"), "vocab_size": 55}, source="hf", target="meta", model_parallel=2
+        )
+
+
+@pytest.mark.parametrize("ranks", [0, -1])
+def test_numbers_of_ranks_that_cannot_be(ranks: int) -> None:
+    with pytest.raises(UsageError, match="expected 1 or more"):
+        ckpt_convert.convert_state_dict(
+            expected("llama", "hf"), config("llama"), source="hf", target="meta", model_parallel=ranks
+        )
+
+
+def test_more_misuse() -> None:
+    with pytest.raises(UsageError, match="is empty"):
+        ckpt_convert.convert_state_dict([], config("llama"), source="meta", target="hf")
+    with pytest.raises(UsageError, match="not cut over ranks"):
+        ckpt_convert.convert_state_dict(
+            expected("mistral", "hf"), config("mistral"), source="hf", target="meta", model_parallel=2
+        )
+    with pytest.raises(UsageError, match="expected a dict or a path"):
+        ckpt_convert.convert_state_dict(expected("llama", "hf"), 3, source="hf", target="meta")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("case", ["llama", "llama_tied"])
+def test_ties_are_decided_by_the_values_where_no_config_says_it(case: str) -> None:
+    params = GOLDEN / case / "meta-mp1" / "params.json"
+    found = ckpt_convert.convert_state_dict(expected(case, "meta"), params, source="meta", target="hf")
+    assert_same(found, expected(case, "hf"))  # type: ignore[arg-type]

@@ -10,7 +10,6 @@ from typing import Any
 
 from ckpt_convert.errors import ConfigError
 
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
 NEVER_SIDE_FILES = (".gguf", ".h5", ".msgpack", ".onnx", ".ot")
 NEVER_SIDE_FOLDERS = ("original", ".git", ".cache", "onnx", "ckpt_convert")
 RECORD_FOLDER = "ckpt_convert"

@@ -62,8 +62,4 @@ def _index(directory: Path, weights: str) -> str | None:
     return others[0] if len(others) == 1 and not (directory / weights).is_file() else None
 
 
-def _uses(name: str) -> bool:
-    return name not in ("checklist.chk", "params.json")
-
-
-FORMAT = Format("hf", find, file_names, ("safetensors", "bin"), "config.json", _uses)
+FORMAT = Format("hf", find, file_names, ("safetensors", "bin"), "config.json", lambda name: True)

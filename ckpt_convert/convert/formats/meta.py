@@ -31,12 +31,13 @@ def find(directory: Path) -> Directory | None:
     if single:
         return Directory((WeightName(single[0]),))
     ranks = [rank for rank, _ in numbered]
-    missing = sorted(set(range(max(ranks) + 1)) - set(ranks))
-    if missing or len(set(ranks)) < len(ranks):
-        names = ", ".join(f"consolidated.{rank:02d}.pth" for rank in missing) or "no rank may be there twice"
+    if ranks != list(range(len(ranks))):
+        first = next(at for at, rank in enumerate([*ranks, -1]) if at != rank)
+        twice = first > 0 and first < len(ranks) and ranks[first] == ranks[first - 1]
+        what = f"rank {ranks[first]} twice" if twice else f"missing: consolidated.{first:02d}.pth"
         raise CheckpointNotFoundError(
-            f"{directory}: found {', '.join(name for _, name in numbered)}; missing: {names}. "
-            "Every rank's file is needed; download or copy it again"
+            f"{directory}: found {', '.join(name for _, name in numbered[:16])}; {what}. "
+            "Every rank's file is needed, once; download or copy it again"
         )
     return Directory(tuple(WeightName(name, rank) for rank, name in numbered))
 

@@ -31,11 +31,11 @@ def file_names(count: int, container: str) -> list[str]:
 
 def index_name(container: str) -> str:
     """The index beside shards of a container."""
-    return f"model{_SUFFIXES[container]}{hf.INDEX_SUFFIX}"
+    return f"model.{container}{hf.INDEX_SUFFIX}"
 
 
 def _uses(name: str) -> bool:
-    return name not in ("checklist.chk", "params.json", "config.json")
+    return name != "config.json"
 
 
 FORMAT = Format("native", find, file_names, ("safetensors", "bin", "pth"), None, _uses)
