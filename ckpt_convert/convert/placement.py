@@ -52,6 +52,16 @@ def ranks(source: Checkpoint, request: Request, like: Checkpoint | None, wanted:
     return count
 
 
+def rank_notice(request: Request, model: Model, count: int, wanted: Layout | None) -> list[str]:
+    """What to say where nobody said how many ranks there are to be, and the release came in several."""
+    released = model.family.params.model_parallel(model.config) if model.family.params else None
+    if request.to != "meta" or request.model_parallel or wanted is not None or (released or 1) == count:
+        return []
+    return [
+        f"written as one rank; {model.release} was released in {released}: pass --model-parallel {released} for that"
+    ]
+
+
 def files(
     source: Checkpoint,
     request: Request,

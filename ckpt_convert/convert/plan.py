@@ -181,7 +181,15 @@ def make(source: Checkpoint, request: Request, *, tied: bool | None = None) -> P
         undecided=pair,
         carried=tuple(sorted({logicals.tensors[instance].key for instance in carried})),
         ties=_ties(logicals, model, pair, targets),
-        notices=(*source.notices, *_skipped(source), *model.notices, *made.notices, *layout_notices, *differing),
+        notices=(
+            *source.notices,
+            *_skipped(source),
+            *model.notices,
+            *made.notices,
+            *layout_notices,
+            *differing,
+            *placement.rank_notice(request, model, ranks, wanted),
+        ),
         dims=dims,
         said=said,
     )

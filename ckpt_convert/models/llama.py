@@ -23,6 +23,7 @@ LLAMA = Family(
         options=frozenset({"rope_factor", "rope_theta", "max_positions", "meta_style", "drop_rope_scaling"}),
         embedding_cut=llama_config.embedding_cut,
         release=llama_config.release,
+        model_parallel=llama_config.model_parallel,
     ),
     rows=(
         Row(

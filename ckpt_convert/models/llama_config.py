@@ -163,16 +163,6 @@ def params_to_hf(
     return Translated(dict(sorted(config.items())), (*rope_notices, *position_notices, *unused))
 
 
-def params_dims(
-    params: Mapping[str, Any], *, vocab_size: int | None = None, ffn_dim: int | None = None
-) -> dict[str, int]:
-    """The sizes in a Meta params.json under the tables' symbols, tied being 0: params.json does not say it.
-
-    ``vocab_size`` (the embedding's rows) is needed where params.json says -1 or nothing. Errors as ``params_to_hf``.
-    """
-    return dims(params_to_hf(params, vocab_size=vocab_size, ffn_dim=ffn_dim).content)
-
-
 def is_params(params: Mapping[str, Any]) -> str | None:
     """What in a params.json says that it is a Llama 1 to 3.3, in words, or None.
 

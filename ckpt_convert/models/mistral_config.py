@@ -153,18 +153,6 @@ def params_to_hf(
     return Translated(dict(sorted(config.items())), notices)
 
 
-def params_dims(
-    params: Mapping[str, Any], *, vocab_size: int | None = None, ffn_dim: int | None = None
-) -> dict[str, int]:
-    """The sizes in a Mistral params.json under the tables' symbols.
-
-    ``vocab_size`` (the embedding's rows) is needed where params.json does not say it. Errors as ``params_to_hf``.
-    """
-    # YaRN has no bearing on sizes, and the config that it cannot be said in is thrown away.
-    lenient = ConfigOptions(drop_rope_scaling=True)
-    return dims(params_to_hf(params, lenient, vocab_size=vocab_size, ffn_dim=ffn_dim).content)
-
-
 def is_params(params: Mapping[str, Any]) -> str | None:
     """What in a params.json says that it is a dense Mistral's, in words, or None.
 

@@ -135,7 +135,7 @@ class Params:
     ``evidence`` says in words why a params.json is this family's, or None. ``sharded`` is whether the format is cut
     over ranks at all; ``container`` the usual one; ``options`` are those of ConfigOptions that it has a use for.
     ``embedding_cut`` comes from the known releases (0 for any other shape), ``release`` is the name of the one with
-    this shape.
+    this shape, ``model_parallel`` the number of ranks that it came in.
     """
 
     evidence: Callable[[Mapping[str, Any]], str | None]
@@ -146,6 +146,7 @@ class Params:
     options: frozenset[str]
     embedding_cut: Callable[[Mapping[str, Any], ConfigOptions], int] = lambda config, options: 0
     release: Callable[[Mapping[str, Any]], str | None] = lambda config: None
+    model_parallel: Callable[[Mapping[str, Any]], int | None] = lambda config: None
 
 
 @dataclass(frozen=True)

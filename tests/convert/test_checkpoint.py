@@ -97,6 +97,18 @@ def test_safetensors_win_over_bin(tmp_path: Path) -> None:
         assert {file.name for file in checkpoint.files} == {file.name for file in HF.glob("*.safetensors")}
 
 
+def test_a_single_file_wins_over_an_index_of_others_as_in_transformers(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    both = tmp_path / "both"
+    shutil.copytree(HF, both)
+    save_file(read_safetensors(HF), both / "model.safetensors", {"format": "pt"})
+    with ckpt_convert.open_checkpoint(both) as checkpoint:
+        assert [file.name for file in checkpoint.files] == ["model.safetensors"]
+        assert any("model-00001-of-00004.safetensors" in notice for notice in checkpoint.notices)
+    ckpt_convert.convert(both, tmp_path / "out", to="native", verify=True)
+
+
 def test_keys_that_fit_nothing_are_still_listed(tmp_path: Path) -> None:
     import torch
 

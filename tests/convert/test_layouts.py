@@ -500,6 +500,20 @@ def test_a_transposed_view_of_a_storage_is_no_other_value(tmp_path: Path) -> Non
     assert sums(tmp_path / "back") == sums(source)
 
 
+def test_the_number_of_ranks_of_a_release_is_told(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8}
+    sizes |= {"intermediate_size": 28672, "vocab_size": 128256}
+    config = {"model_type": "llama", "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "max_position_embeddings": 8192}
+    from benchmarks import checkpoints
+
+    checkpoints.write(tmp_path / "70b", {**config, **sizes, "head_dim": 128}, 30, sparse=True)
+    with ckpt_convert.plan(tmp_path / "70b", to="meta") as plan:
+        assert any("Llama 3 70B was released in 8: pass --model-parallel 8" in notice for notice in plan.notices)
+    with ckpt_convert.plan(tmp_path / "70b", to="meta", model_parallel=8) as plan:
+        assert not any("released in" in notice for notice in plan.notices)
+        assert len(plan.files) == 8
+
+
 def test_a_plan_that_is_undecided_has_room_for_both(tmp_path: Path) -> None:
     with ckpt_convert.plan(GOLDEN / "llama" / "meta-mp1", to="hf") as plan:
         assert plan.tensors == 30

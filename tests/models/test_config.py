@@ -197,7 +197,6 @@ def test_whatever_a_file_says_only_our_errors_come_out(family: Any, data: st.Dat
         (family.hf_to_params, config),
         (llama_config.release, config),
         (family.is_params, params),
-        (family.params_dims, params),
         (lambda content: family.params_to_hf(content, vocab_size=56), params),
     ):
         try:

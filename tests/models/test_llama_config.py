@@ -23,7 +23,6 @@ from ckpt_convert.models.llama_config import (
     hf_to_params,
     is_params,
     model_parallel,
-    params_dims,
     params_to_hf,
     release,
 )
@@ -259,7 +258,7 @@ def test_golden_params_and_config_say_the_same(name: str) -> None:
     assert {k: v for k, v in back.items() if k not in generated} == {
         k: v for k, v in config.items() if k not in unknowable
     }
-    assert params_dims(golden, vocab_size=56) == {**dims(config), "tied": 0}
+    assert dims(params_to_hf(golden, vocab_size=56).content) == {**dims(config), "tied": 0}
 
 
 # dims
@@ -476,8 +475,8 @@ def test_unusable_params_are_refused(changes: dict[str, Any], message: str) -> N
 
 def test_an_unsaid_vocabulary_needs_the_embedding() -> None:
     with pytest.raises(ConfigError, match="vocab_size is -1; it has to come from the shape of the embedding"):
-        params_dims(tiny_params(vocab_size=-1))
-    assert params_dims(tiny_params(), ffn_dim=104)["vocab_size"] == 56
+        params_to_hf(tiny_params(vocab_size=-1), vocab_size=None)
+    assert params_to_hf(tiny_params(), vocab_size=None, ffn_dim=104).content["vocab_size"] == 56
 
 
 def test_the_rope_factor_is_always_noticed() -> None:

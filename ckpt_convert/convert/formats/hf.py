@@ -13,14 +13,16 @@ _STEMS = {"safetensors": ("model", ".safetensors"), "bin": ("pytorch_model", ".b
 
 
 def find(directory: Path) -> Directory | None:
-    """The weights that transformers would load: safetensors before .bin, an index before files named alike."""
+    """The weights that transformers would load: safetensors before .bin, a single file before an index without it."""
     for container, (stem, suffix) in _STEMS.items():
-        index = _index(directory, stem + suffix)
-        if index is not None:
-            return from_index(directory, index)
+        single = stem + suffix
+        index = _index(directory, single)
+        found = from_index(directory, index) if index is not None else None
         names = plain_weights(directory, (suffix,))
-        if stem + suffix in names:
-            return Directory((WeightName(stem + suffix),))
+        if single in names and (found is None or single not in {weight.name for weight in found.weights}):
+            return Directory((WeightName(single),))
+        if found is not None:
+            return found
         if names and container == "safetensors":
             return Directory(tuple(WeightName(name) for name in names))
         shards = [name for name in names if name.startswith(stem)]
