@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ckpt_convert.convert.api import Report, convert, plan
+    from ckpt_convert.convert.blocks import Progress
     from ckpt_convert.convert.checkpoint import Checkpoint, open_checkpoint
-    from ckpt_convert.convert.execute import Progress
     from ckpt_convert.convert.state_dict import convert_state_dict
     from ckpt_convert.errors import (
         AmbiguousFormatError,
@@ -39,7 +39,7 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "Checkpoint": "ckpt_convert.convert.checkpoint",
-    "Progress": "ckpt_convert.convert.execute",
+    "Progress": "ckpt_convert.convert.blocks",
     "Report": "ckpt_convert.convert.api",
     "convert": "ckpt_convert.convert",  # the package is the function, too
     "convert_state_dict": "ckpt_convert.convert.state_dict",

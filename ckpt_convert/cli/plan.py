@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from ckpt_convert.cli.text import echo, escape, human_bytes, plural, wrap
-from ckpt_convert.convert.execute import BLOCK
+from ckpt_convert.convert.blocks import BLOCK
 from ckpt_convert.convert.gather import SCRATCH
 from ckpt_convert.convert.plan import Plan
 from ckpt_convert.storage.staging import existing_parent

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ckpt_convert.cli.text import echo, human_bytes
 
 if TYPE_CHECKING:
-    from ckpt_convert.convert.execute import Progress
+    from ckpt_convert.convert.blocks import Progress
 
 _EVERY = 5.0
 """Seconds between two lines where there is no terminal."""

@@ -14,12 +14,14 @@ import xxhash
 
 from ckpt_convert.convert import checklist, record, sidefiles
 from ckpt_convert.convert import plan as planning
+from ckpt_convert.convert.blocks import Meter, ProgressCallback
+from ckpt_convert.convert.checklist import CHECKLIST
 from ckpt_convert.convert.checkpoint import Checkpoint, open_checkpoint, read_checkpoint
-from ckpt_convert.convert.execute import Execution, Meter, ProgressCallback, is_tied, run_checks
+from ckpt_convert.convert.execute import Execution, is_tied, run_checks
 from ckpt_convert.convert.formats.base import RECORD_FOLDER, render_json
 from ckpt_convert.convert.plan import Plan
 from ckpt_convert.convert.request import Request
-from ckpt_convert.convert.sidefiles import CHECKLIST, SideFile
+from ckpt_convert.convert.sidefiles import SideFile
 from ckpt_convert.convert.verify import verify as verify_output
 from ckpt_convert.errors import CkptConvertError, CorruptFileError, InputError, UsageError, VerificationError
 from ckpt_convert.models.config import ConfigOptions

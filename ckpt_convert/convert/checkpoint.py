@@ -24,6 +24,7 @@ from ckpt_convert.errors import (
     CorruptFileError,
     KeyMismatchError,
     UsageError,
+    listing,
 )
 from ckpt_convert.models import FAMILIES
 from ckpt_convert.models.config import ConfigOptions
@@ -129,9 +130,7 @@ class Checkpoint:
                 if key not in self.directory.weight_map
             ]
         if problems:
-            listed = "".join(f"\n    {problem}" for problem in problems[:20])
-            more = f"\n    … and {len(problems) - 20} more" if len(problems) > 20 else ""
-            raise KeyMismatchError(f"{self.path}: the files contradict each other:{listed}{more}")
+            raise KeyMismatchError(f"{self.path}: the files contradict each other:{listing(problems)}")
         return ranks
 
     @cached_property

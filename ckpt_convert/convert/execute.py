@@ -13,44 +13,30 @@ import logging
 import threading
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import xxhash
 
 from ckpt_convert import dtypes
-from ckpt_convert.convert.checkpoint import WeightFile
+from ckpt_convert.convert import blocks
+from ckpt_convert.convert.blocks import Meter, Mover, ProgressCallback, Read, difference
 from ckpt_convert.convert.containers.crc import crc32_combine
-from ckpt_convert.convert.containers.header import StoredTensor
-from ckpt_convert.convert.gather import Gatherer
 from ckpt_convert.convert.layout import OutputFile, Placed
 from ckpt_convert.convert.mapping import Equality
 from ckpt_convert.convert.plan import Plan, fingerprint
-from ckpt_convert.errors import TiedWeightsError
-from ckpt_convert.models.lazy import LazyTensor, together
+from ckpt_convert.errors import TiedWeightsError, listing
+from ckpt_convert.models.lazy import LazyTensor
 from ckpt_convert.storage.names import JOURNAL
 from ckpt_convert.storage.staging import StagedFile, Staging, clear
 
 PIECE = 64 << 20
-BLOCK = 1 << 20
 WRITEBACK = 16 << 20
 
 log = logging.getLogger("ckpt_convert")
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How far a conversion is: bytes of ``total`` done in this ``phase`` (checking, converting, verifying)."""
-
-    phase: str
-    done: int
-    total: int
-
-
-ProgressCallback = Callable[[Progress], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,77 +61,6 @@ class Done:
     crc: int
 
 
-class Read(NamedTuple):
-    """A lazy tensor and the dtype of its elements."""
-
-    tensor: LazyTensor
-    dtype: str
-
-
-class Meter:
-    """Adds up bytes from several threads and passes them on."""
-
-    def __init__(self, phase: str, total: int, callback: ProgressCallback | None) -> None:
-        self.phase, self.total, self.done = phase, total, 0
-        self._callback = callback
-        self._lock = threading.Lock()
-        if callback is not None:
-            callback(Progress(phase, 0, total))
-
-    def add(self, nbytes: int) -> None:
-        with self._lock:
-            self.done += nbytes
-            if self._callback is not None:
-                self._callback(Progress(self.phase, self.done, self.total))
-
-
-class Mover:
-    """One worker's buffers: reads a lazy tensor block by block, in the dtype of the output."""
-
-    def __init__(self, stored: Sequence[tuple[WeightFile, StoredTensor]]) -> None:
-        self._gatherer = Gatherer(stored)
-        self._buffer = np.empty(BLOCK, np.uint8)
-
-    def read(self, block: LazyTensor, source: str, target: str) -> memoryview:
-        """The bytes of a block of at most ``most(source, target)`` elements, good until the next call."""
-        view = self._buffer[: block.size * dtypes.DTYPES[source].bits // 8]
-        self._gatherer.into(block, source, view)
-        return view.data if source == target else cast(view, source, target).data
-
-    def blocks(self, tensor: LazyTensor, source: str, target: str) -> Iterator[tuple[int, memoryview]]:
-        """(byte offset, bytes) of the tensor, in order; the bytes are only good until the next block."""
-        bits = dtypes.DTYPES[target].bits
-        for offset, block in tensor.blocks(most(source, target)):
-            yield offset * bits // 8, self.read(block, source, target)
-
-
-def most(source: str, target: str) -> int:
-    """How many elements fit a worker's buffer, in both dtypes."""
-    return BLOCK * 8 // max(dtypes.DTYPES[source].bits, dtypes.DTYPES[target].bits)
-
-
-def difference(left: Mover, right: Mover, one: Read, other: Read, meter: Meter | None = None) -> int | None:
-    """The first byte in which two tensors of one shape differ, the first cast to the other's dtype; None if none."""
-    bits = dtypes.DTYPES[other.dtype].bits
-    for offset, (mine, theirs) in together((one.tensor, other.tensor), most(one.dtype, other.dtype)):
-        # As numpy arrays, which compare some twenty times faster than memoryviews.
-        expected = np.frombuffer(left.read(mine, one.dtype, other.dtype), np.uint8)
-        found = np.frombuffer(right.read(theirs, other.dtype, other.dtype), np.uint8)
-        if not np.array_equal(expected, found):
-            return offset * bits // 8 + int(np.not_equal(expected, found).argmax())
-        if meter is not None:
-            meter.add(len(found))
-    return None
-
-
-def cast(data: np.ndarray[Any, Any], source: str, target: str) -> np.ndarray[Any, Any]:
-    """The elements in another floating-point dtype, rounded to nearest even, as torch does it."""
-    import torch
-
-    elements = torch.from_numpy(data).view(getattr(torch, dtypes.DTYPES[source].torch))
-    return elements.to(getattr(torch, dtypes.DTYPES[target].torch)).view(torch.uint8).numpy()
-
-
 def equal(left: Mover, right: Mover, check: Equality, meter: Meter | None = None) -> bool:
     """Whether both tensors of a check hold the same bytes; stops at the first difference."""
     return difference(left, right, Read(check.left, check.dtype), Read(check.right, check.dtype), meter) is None
@@ -160,8 +75,7 @@ def run_checks(plan: Plan, progress: ProgressCallback | None = None) -> None:
     left, right = Mover(plan.stored), Mover(plan.stored)
     failed = [check.message for check in plan.checks if not equal(left, right, check, meter)]
     if failed:
-        more = f"\n  … and {len(failed) - 20} more" if len(failed) > 20 else ""
-        raise TiedWeightsError(f"{plan.source.path}: " + "\n  ".join(failed[:20]) + more)
+        raise TiedWeightsError(f"{plan.source.path}: tensors that have to be equal are not:{listing(failed)}")
 
 
 def is_tied(plan: Plan) -> bool:
@@ -310,9 +224,9 @@ class Execution:
             return None
         digest = xxhash.xxh3_64()
         crc = 0
-        buffer = np.empty(min(BLOCK, piece.nbytes), np.uint8)
-        for start in range(0, piece.nbytes, BLOCK):
-            view = buffer.data[: min(BLOCK, piece.nbytes - start)]
+        buffer = np.empty(min(blocks.BLOCK, piece.nbytes), np.uint8)
+        for start in range(0, piece.nbytes, blocks.BLOCK):
+            view = buffer.data[: min(blocks.BLOCK, piece.nbytes - start)]
             file.staged.readinto(piece.offset + start, view)
             digest.update(view)
             if file.has_crc:

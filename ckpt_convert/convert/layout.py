@@ -57,15 +57,18 @@ class Assignment:
     metadata: Mapping[str, str]
 
 
-def like(layout: Layout, targets: Sequence[Target], dtype_of: Mapping[str, str]) -> list[OutputFile] | None:
-    """The files as ``layout`` has them, None when it names other keys than the targets.
+def like(
+    layout: Layout, targets: Sequence[Target], dtype_of: Mapping[str, str]
+) -> tuple[list[OutputFile], bool] | None:
+    """The files as ``layout`` has them, and whether byte for byte; None when it names other keys than the targets.
 
-    Byte for byte where shapes and dtypes agree as well; else with the same names, assignment, order and metadata.
+    They are, where shapes and dtypes agree as well; else they have the same names, assignment, order and metadata.
     """
     wanted = {(target.rank, target.key): target for target in targets}
     if layout.places != wanted.keys():
         return None
     out = []
+    exactly = True
     for file in layout.files:
         chosen = [wanted[file.rank, tensor.key] for tensor in file.header.tensors]
         exact = file.file_layout
@@ -74,17 +77,12 @@ def like(layout: Layout, targets: Sequence[Target], dtype_of: Mapping[str, str])
             for tensor, target in zip(file.header.tensors, chosen, strict=True)
         )
         if exact is None or not same:
+            exactly = False
             container = "torch" if file.header.kind == "legacy" else file.header.kind
             metadata = file.header.metadata
             exact = build(Assignment(file.name, file.rank, container, tuple(chosen), metadata), dtype_of)
         out.append(_placed(file.name, file.rank, exact, {target.key: target for target in chosen}))
-    return out
-
-
-def is_exact(layout: Layout, files: Sequence[OutputFile]) -> bool:
-    """Whether the files are the layout's own, byte for byte where no tensor lies."""
-    kept = {(file.name, id(file.header)) for file in layout.files}
-    return all((file.name, id(file.layout.header)) in kept for file in files)
+    return out, exactly
 
 
 def afresh(assignments: Sequence[Assignment], dtype_of: Mapping[str, str]) -> list[OutputFile]:

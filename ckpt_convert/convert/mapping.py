@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from ckpt_convert.errors import ConfigError, KeyMismatchError, ShapeMismatchError, UsageError
+from ckpt_convert.errors import ConfigError, KeyMismatchError, ShapeMismatchError, UsageError, listing
 from ckpt_convert.models.lazy import LazyTensor, concat
 from ckpt_convert.models.table import Family, Instance, Key
 
@@ -91,9 +91,7 @@ class Problems:
             ("shapes that disagree with the config", self.shapes),
         ):
             if lines:
-                shown = [f"\n    {line}" for line in lines[:_LISTED]]
-                more = f"\n    … and {len(lines) - _LISTED} more" if len(lines) > _LISTED else ""
-                parts.append(f"\n  {len(lines)} {title}:{''.join(shown)}{more}")
+                parts.append(f"\n  {len(lines)} {title}:{listing(lines)}")
         if not parts:
             return
         error = KeyMismatchError if self.missing or self.unexpected else ShapeMismatchError

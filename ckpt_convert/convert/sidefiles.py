@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckpt_convert.convert import checklist, formats, record
+from ckpt_convert.convert.checklist import CHECKLIST
 from ckpt_convert.convert.checkpoint import Checkpoint
 from ckpt_convert.convert.formats.base import (
     NEVER_SIDE_FILES,
@@ -18,7 +19,6 @@ from ckpt_convert.convert.record import Layout, Record
 from ckpt_convert.errors import CorruptFileError, InputError, UnsafeFileError
 from ckpt_convert.storage.names import WEIGHT_SUFFIXES, check_name, resolve
 
-CHECKLIST = "checklist.chk"
 _TOKENIZERS = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "tekken", "chat_template")
 
 

@@ -8,11 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 from ckpt_convert import dtypes
 from ckpt_convert.convert import mapping
+from ckpt_convert.convert.blocks import Meter, Mover, ProgressCallback, Read, difference
 from ckpt_convert.convert.checkpoint import Checkpoint
-from ckpt_convert.convert.execute import Meter, Mover, ProgressCallback, Read, difference
 from ckpt_convert.convert.mapping import Logical
 from ckpt_convert.convert.plan import Plan, target_dtype
-from ckpt_convert.errors import VerificationError
+from ckpt_convert.errors import VerificationError, listing
 from ckpt_convert.models.table import Instance
 
 
@@ -55,11 +55,9 @@ def verify(plan: Plan, output: Checkpoint, *, workers: int, progress: ProgressCa
         for future in [pool.submit(work) for _ in range(workers)]:
             future.result()
     if problems:
-        listed = "".join(f"\n  {problem}" for problem in sorted(problems)[:20])
-        more = f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise VerificationError(
             f"{plan.source.path}: the output, read again, differs in {len(problems)} tensors; "
-            f"the disk or memory may be faulty, or the source changed meanwhile:{listed}{more}"
+            f"the disk or memory may be faulty, or the source changed meanwhile:{listing(sorted(problems))}"
         )
     return len(pairs)
 

@@ -29,10 +29,10 @@ ROOT = Path(__file__).parent.parent.parent
 KILLED = """
     import itertools, os, signal, sys
     import ckpt_convert
-    from ckpt_convert.convert import execute
+    from ckpt_convert.convert import blocks, execute
     from ckpt_convert.storage.staging import StagedFile
     execute.PIECE = 4096
-    execute.BLOCK = 1024
+    blocks.BLOCK = 1024
     calls, last, real = itertools.count(), int(sys.argv[3]), StagedFile.write
     def write(self, offset, data):
         if next(calls) == last:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import ckpt_convert
-from ckpt_convert.convert import execute, gather
+from ckpt_convert.convert import blocks, execute, gather
 from tests.helpers import CASES, GOLDEN, assert_same, read_meta, read_safetensors, sums
 
 SHARDED = ("llama", "llama2", "llama_tied")
@@ -111,7 +111,7 @@ def test_reshard(case: str, before: int, after: int, tmp_path: Path) -> None:
 @pytest.fixture(params=[(1 << 20, 64 << 20), (640, 2048), (4096, 4096)], ids=["usual", "tiny", "small"])
 def buffers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Golden tensors are small: with small buffers, they are moved in many blocks and pieces as large ones are."""
-    monkeypatch.setattr(execute, "BLOCK", request.param[0])
+    monkeypatch.setattr(blocks, "BLOCK", request.param[0])
     monkeypatch.setattr(execute, "PIECE", request.param[1])
 
 
