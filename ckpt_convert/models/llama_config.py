@@ -1,19 +1,17 @@
-"""Llama 1 to 3.3: between Hugging Face's config.json and Meta's params.json.
+"""Llama 1 to 3.3: the sizes in Hugging Face's config.json, and Meta's params.json for it.
 
-params.json says neither max_position_embeddings nor RoPE's factor nor tying, and it says the feed-forward width only
-by a rule. Where a known release answers, its answer is taken, with a notice; see ``llama_releases``.
+The other direction, params.json to config.json, is in ``llama_params``; the known releases in ``llama_releases``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
-from ckpt_convert.errors import ConfigError, UsageError
+from ckpt_convert.errors import ConfigError
 from ckpt_convert.models.config import (
     CONFIG,
     DEFAULT_THETA,
-    MAX_SIZE,
     PARAMS,
     SCALING_PARAMS_CANNOT_SAY,
     ConfigOptions,
@@ -21,43 +19,23 @@ from ckpt_convert.models.config import (
     Translated,
     agreed_vocab,
     base_dims,
-    check_groups,
     check_not_quantized,
     check_plain_rope_parts,
     check_silu,
-    divided_head_dim,
     optional_bool,
     optional_int,
-    optional_number,
     read_rope,
-    require_int,
     require_number,
-    rope_keys,
-    unused_keys,
 )
-from ckpt_convert.models.llama_releases import CODE, L1, L3_1, RELEASES, Release, ffn_width
+from ckpt_convert.models.llama_params import HARD_WIRED, is_params, params_to_hf
+from ckpt_convert.models.llama_releases import CODE, L1, L3_1, RELEASES, Release, ffn_width, matching
+
+__all__ = ["dims", "embedding_cut", "hf_to_params", "is_params", "model_parallel", "params_to_hf", "release"]
 
 TARGET = "a Llama params.json"
 
-HARD_WIRED = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-"""What ``use_scaled_rope`` means in Meta's code, besides the factor (``apply_scaling`` in llama-models)."""
 
 FACTORS = (8.0, 32.0)
-DEFAULT_FACTOR = 8.0
-LLAMA_3_VOCAB = 128256
-
-OTHER_FAMILY = (
-    "hidden_dim", "moe", "moe_args", "vision_args", "vision_chunk_size", "vision_max_num_chunks",
-    "vision_num_cross_attention_layers", "vision_encoder", "multimodal", "use_qk_norm", "nope_layer_interval",
-    "attention_chunk_size",
-)  # fmt: skip
-"""Keys that Llama 3.2 vision, Llama 4, Mistral and others have, and no release in ``llama_releases``."""
-
-KNOWN = frozenset((
-    *L3_1.keys, *CODE.keys, *OTHER_FAMILY, "head_dim", "model_type",
-    # How Meta's code is run, not what the model is.
-    "max_batch_size", "max_seq_len", "quantization_args", "lora_args", "rope_scaling_factor",
-))  # fmt: skip
 
 
 def dims(config: Mapping[str, Any]) -> dict[str, int]:
@@ -86,7 +64,7 @@ def hf_to_params(
     _check_expressible(config, sizes)
     rope, notices = _expressible_rope(config, options)
     theta = DEFAULT_THETA if rope.theta is None else rope.theta
-    found = _matching(config)
+    found = matching(config)
     style = options.meta_style or (found[0].spelling.style if found else "llama3")
     scaled = rope.kind != "default"
     if scaled and style == "llama2" and options.drop_rope_scaling:
@@ -114,76 +92,14 @@ def hf_to_params(
     return Translated(params, (*rope.notices, *notices, *_lost_on_the_way_back(config, params, rope, vocab)))
 
 
-def params_to_hf(
-    params: Mapping[str, Any],
-    options: ConfigOptions | None = None,
-    *,
-    vocab_size: int | None,
-    tied: bool = False,
-    ffn_dim: int | None = None,
-    shapes: Mapping[str, tuple[int, ...]] | None = None,
-) -> Translated:
-    """The config.json for a Meta params.json, with RoPE in both spellings; the dtype is the caller's to add.
-
-    ``vocab_size``: the number of the whole embedding's rows; ``ffn_dim``: the whole w1's, if known; ``shapes``: the
-    source's keys, which tell Llama 1 from 2 by their rope.freqs; ``tied``: whether output is the embedding.
-    max_position_embeddings and RoPE's factor are not in params.json: the options say them, else the matching release,
-    else a rule (``_ruled_positions``; factor 8), with a notice. bos and eos are those of the release's generation.
-
-    Raises ConfigError for a params.json of another family, unusable values, and sizes that disagree with the shapes;
-    UsageError for a rope_factor where RoPE is not scaled.
-    """
-    options = options or ConfigOptions()
-    params = _flat(params)
-    _check_ours(params)
-    vocab = agreed_vocab(params, vocab_size, PARAMS)
-    rope, rope_notices = _rope_of_params(params, options, vocab)
-    sizes = _sizes_of_params(params, ffn_dim)
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "bos_token_id": 128000 if vocab >= LLAMA_3_VOCAB else 1,
-        "eos_token_id": 128001 if vocab >= LLAMA_3_VOCAB else 2,
-        "hidden_act": "silu",
-        "initializer_range": 0.02,
-        "mlp_bias": False,
-        "model_type": "llama",
-        "pretraining_tp": 1,
-        "rms_norm_eps": require_number(params, "norm_eps", PARAMS),
-        "tie_word_embeddings": tied,
-        "use_cache": True,
-        "vocab_size": vocab,
-        **sizes,
-        **rope_keys(rope),
-    }
-    positions, position_notices = _positions(params, config, options, shapes or {})
-    config["max_position_embeddings"] = positions
-    unused = unused_keys(params, KNOWN, PARAMS, CONFIG)
-    return Translated(dict(sorted(config.items())), (*rope_notices, *position_notices, *unused))
-
-
-def is_params(params: Mapping[str, Any]) -> str | None:
-    """What in a params.json says that it is a Llama 1 to 3.3, in words, or None.
-
-    Claims nothing that Mistral, Llama 3.2 vision, Llama 4, a mixture of experts or Mamba wrote.
-    """
-    inner = params.get("model")
-    flat = inner if isinstance(inner, Mapping) and "dim" not in params else params
-    ours = all(key in flat for key in ("dim", "n_layers", "n_heads"))
-    if not ours or flat.get("multiple_of") is None or any(flat.get(key) is not None for key in OTHER_FAMILY):
-        return None
-    return None if flat.get("model_type") == "mamba" else f"{PARAMS} has multiple_of"
-
-
 def release(config: Mapping[str, Any]) -> str | None:
     """The name of the known release with the shape of this config.json ("Llama 3.2 1B"), several joined by " / "."""
-    return " / ".join(row.name for row in _matching(config)) or None
+    return " / ".join(row.name for row in matching(config)) or None
 
 
 def model_parallel(config: Mapping[str, Any]) -> int | None:
     """How many files the release with this shape came in (its model-parallel degree), None for an unknown shape."""
-    degrees = {row.mp for row in _matching(config)}
+    degrees = {row.mp for row in matching(config)}
     return degrees.pop() if len(degrees) == 1 else None
 
 
@@ -192,7 +108,7 @@ def embedding_cut(config: Mapping[str, Any], options: ConfigOptions | None = Non
 
     ``options.meta_style`` decides where it is given.
     """
-    found = _matching(config)
+    found = matching(config)
     style = (options.meta_style if options else None) or (found[0].spelling.style if found else "llama3")
     return 1 if style == "llama2" else 0
 
@@ -313,169 +229,4 @@ def _lost_on_the_way_back(
     return tuple(notices)
 
 
-# Meta to HF
-
-
-def _flat(params: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The parameters themselves, which some files nest under "model"."""
-    inner = params.get("model")
-    return inner if isinstance(inner, Mapping) and "dim" not in params else params
-
-
-def _check_ours(params: Mapping[str, Any]) -> None:
-    for key in OTHER_FAMILY:
-        if params.get(key) is not None:
-            raise ConfigError(f"{PARAMS}: {key} must be absent for a Llama 1 to 3.3, found it; name the right family")
-    check_not_quantized(params, ("quantization_args", "lora_args"), PARAMS, "a Llama conversion")
-
-
-def _sizes_of_params(params: Mapping[str, Any], ffn_dim: int | None) -> dict[str, int]:
-    dim = require_int(params, "dim", PARAMS)
-    n_heads = require_int(params, "n_heads", PARAMS)
-    n_kv_heads = optional_int(params, "n_kv_heads", PARAMS, n_heads)
-    check_groups(n_heads, n_kv_heads, PARAMS, ("n_heads", "n_kv_heads"))
-    head_dim = divided_head_dim(dim, n_heads, PARAMS, ("dim", "n_heads"))
-    if optional_int(params, "head_dim", PARAMS, head_dim) != head_dim:
-        raise ConfigError(
-            f"{PARAMS}: head_dim must be dim / n_heads ({head_dim}) for a Llama 1 to 3.3, found {params['head_dim']}"
-        )
-    return {
-        "hidden_size": dim,
-        "intermediate_size": _width_of_params(params, dim, ffn_dim),
-        "num_hidden_layers": require_int(params, "n_layers", PARAMS),
-        "num_attention_heads": n_heads,
-        "num_key_value_heads": n_kv_heads,
-        "head_dim": head_dim,
-    }
-
-
-def _width_of_params(params: Mapping[str, Any], dim: int, ffn_dim: int | None) -> int:
-    multiple_of = optional_int(params, "multiple_of", PARAMS, 256)
-    multiplier = optional_number(params, "ffn_dim_multiplier", PARAMS)
-    width = 0 if (multiplier or 0) > MAX_SIZE else ffn_width(dim, multiple_of, multiplier)
-    if not 0 < width <= MAX_SIZE:
-        raise ConfigError(
-            f"{PARAMS}: ffn_dim_multiplier must give a width from 1 to {MAX_SIZE}, found {multiplier} of dim {dim} "
-            f"with multiple_of {multiple_of}; correct {PARAMS}"
-        )
-    if ffn_dim is not None and width != ffn_dim:
-        raise ConfigError(
-            f"{PARAMS}: dim {dim}, multiple_of {multiple_of} and ffn_dim_multiplier {multiplier} give a feed-forward "
-            f"width of {width}, but w1 has {ffn_dim} rows; use the params.json that belongs to the weights"
-        )
-    return width
-
-
-def _rope_of_params(params: Mapping[str, Any], options: ConfigOptions, vocab: int) -> tuple[Rope, tuple[str, ...]]:
-    scaled = optional_bool(params, "use_scaled_rope", PARAMS, False)
-    theta = optional_number(params, "rope_theta", PARAMS)
-    if theta is not None and options.rope_theta not in (None, theta):
-        raise UsageError(f"--rope-theta {options.rope_theta:g} contradicts {PARAMS}, whose rope_theta is {theta:g}")
-    theta = options.rope_theta if theta is None else theta
-    # Llama 2's files leave theta and the vocabulary out; a file that says a Llama 3 vocabulary is not one of them.
-    if theta is None and (scaled or (params.get("vocab_size") or -1) >= LLAMA_3_VOCAB):
-        raise ConfigError(
-            f"{PARAMS}: rope_theta must be there in a Llama 3 params.json, found none; add the model's (500000.0), "
-            "or pass --rope-theta"
-        )
-    theta = DEFAULT_THETA if theta is None else theta
-    if not scaled:
-        if options.rope_factor is not None:
-            raise UsageError(
-                f"--rope-factor {options.rope_factor:g} has no use: {PARAMS} does not say use_scaled_rope, "
-                "so RoPE is not scaled"
-            )
-        return Rope(theta), ()
-    if options.drop_rope_scaling:
-        return Rope(theta), (f"{PARAMS}: use_scaled_rope is true; the scaling was left out as asked",)
-    factor, notices = _factor(params, options, vocab)
-    return Rope(theta, "llama3", {"factor": factor, **HARD_WIRED}), notices
-
-
-def _factor(params: Mapping[str, Any], options: ConfigOptions, vocab: int) -> tuple[float, tuple[str, ...]]:
-    if options.rope_factor is not None:
-        return float(options.rope_factor), (f"RoPE factor {options.rope_factor:g}, as asked",)
-    said = optional_number(params, "rope_scaling_factor", PARAMS)
-    if said is not None:
-        return said, ()
-    shape = tuple(params.get(key) for key in ("dim", "n_heads", "n_layers", "n_kv_heads"))
-    rows = [row for row in RELEASES if row.scaled and (row.dim, row.heads, row.layers, row.kv) == shape]
-    rows = [row for row in rows if row.vocab == vocab] or rows
-    factor = DEFAULT_FACTOR if not rows or rows[0].factor is None else float(rows[0].factor)
-    source = f"as in {rows[0].name}" if rows else "as in Llama 3.1"
-    return factor, (
-        f"{PARAMS} does not hold the RoPE factor: took {factor:g}, {source}; pass --rope-factor to say otherwise",
-    )
-
-
-def _positions(
-    params: Mapping[str, Any],
-    config: Mapping[str, Any],
-    options: ConfigOptions,
-    shapes: Mapping[str, tuple[int, ...]],
-) -> tuple[int, tuple[str, ...]]:
-    if options.max_positions is not None:
-        return options.max_positions, ()
-    rows = _generation(_matching(config), shapes)
-    if rows:
-        # Two releases may have one params.json (Llama 1 7B and 2 7B Chat): the smaller limit is safe for both.
-        row = min(rows, key=lambda each: each.max_positions)
-        positions, source = row.max_positions, f"as in {row.name}"
-    else:
-        positions, source = _ruled_positions(params, read_rope(config))
-    return positions, (
-        f"{PARAMS} does not hold max_position_embeddings: took {positions}, {source}; "
-        "pass --max-positions to say otherwise",
-    )
-
-
-def _ruled_positions(params: Mapping[str, Any], rope: Rope) -> tuple[int, str]:
-    """The limit for an unknown shape: that of the release whose RoPE it has.
-
-    A vocab_size in the file tells Llama 3 from Code Llama, which leaves it to the tokenizer; 1 and 2 look the same
-    here, so the smaller limit is taken.
-    """
-    if rope.kind != "default":
-        return 131072, "as in Llama 3.1, whose scaled RoPE it has"
-    if rope.theta == DEFAULT_THETA:
-        return 2048, "as in Llama 1, whose RoPE it has"
-    if params.get("vocab_size") in (None, -1):
-        return 16384, "as in Code Llama, whose style it has"
-    return 8192, "as in Llama 3, whose style it has"
-
-
-def _generation(rows: tuple[Release, ...], shapes: Mapping[str, tuple[int, ...]]) -> tuple[Release, ...]:
-    """The rows that the checkpoint's rope.freqs allow: Llama 1 had them in every layer, 2 and Code once."""
-    if any(key.endswith("inner_attention.rope.freqs") for key in shapes):
-        return tuple(row for row in rows if row.name.startswith("Llama 1")) or rows
-    if "rope.freqs" in shapes:
-        return tuple(row for row in rows if not row.name.startswith("Llama 1")) or rows
-    return rows
-
-
 # Releases
-
-
-def _matching(config: Mapping[str, Any]) -> tuple[Release, ...]:
-    """The releases with the shape and vocabulary of this config.json, the more of its other traits the better."""
-    sizes = base_dims(config)
-    shape = tuple(sizes[key] for key in ("dim", "n_heads", "n_layers", "n_kv_heads", "ffn_dim", "vocab_size"))
-    rows = [row for row in RELEASES if (row.dim, row.heads, row.layers, row.kv, row.ffn_dim, row.vocab) == shape]
-    if not rows or sizes["head_dim"] * sizes["n_heads"] != sizes["dim"]:
-        return ()
-    rope = read_rope(config)
-    theta = DEFAULT_THETA if rope.theta is None else rope.theta
-    traits: tuple[Callable[[Release], bool], ...] = (
-        lambda row: row.scaled == (rope.kind != "default"),
-        lambda row: row.theta == theta,
-        lambda row: row.eps == config.get("rms_norm_eps"),
-        lambda row: row.max_positions == config.get("max_position_embeddings"),
-    )
-    for trait in traits:
-        rows = _narrowed(rows, trait)
-    return tuple(rows)
-
-
-def _narrowed(rows: Iterable[Release], trait: Callable[[Release], bool]) -> list[Release]:
-    rows = list(rows)
-    return [row for row in rows if trait(row)] or rows

@@ -9,8 +9,11 @@ max_positions and the RoPE factor are those of the config.json that was released
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from ckpt_convert.models.config import DEFAULT_THETA, base_dims, read_rope
 
 
 @dataclass(frozen=True)
@@ -112,3 +115,29 @@ RELEASES: tuple[Release, ...] = (
     Release("Llama 3.2 3B",            1,  3072,  24,  28,  8,  256,  1.0, 1e-5, 128256,     5e5,   32, 131072, L3_1),
 )
 # fmt: on
+
+
+def matching(config: Mapping[str, Any]) -> tuple[Release, ...]:
+    """The releases with the shape and vocabulary of this config.json, the more of its other traits the better."""
+    sizes = base_dims(config)
+    shape = tuple(sizes[key] for key in ("dim", "n_heads", "n_layers", "n_kv_heads", "ffn_dim", "vocab_size"))
+    rows = [row for row in RELEASES if (row.dim, row.heads, row.layers, row.kv, row.ffn_dim, row.vocab) == shape]
+    if not rows or sizes["head_dim"] * sizes["n_heads"] != sizes["dim"]:
+        return ()
+    rope = read_rope(config)
+    theta = DEFAULT_THETA if rope.theta is None else rope.theta
+    traits: tuple[Callable[[Release], bool], ...] = (
+        lambda row: row.scaled == (rope.kind != "default"),
+        lambda row: row.theta == theta,
+        lambda row: row.eps == config.get("rms_norm_eps"),
+        lambda row: row.max_positions == config.get("max_position_embeddings"),
+    )
+    for trait in traits:
+        rows = narrowed(rows, trait)
+    return tuple(rows)
+
+
+def narrowed(rows: Iterable[Release], trait: Callable[[Release], bool]) -> list[Release]:
+    """The rows with a trait, or all of them where none has it."""
+    rows = list(rows)
+    return [row for row in rows if trait(row)] or rows
