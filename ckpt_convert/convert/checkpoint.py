@@ -29,6 +29,7 @@ from ckpt_convert.errors import (
 from ckpt_convert.models import FAMILIES
 from ckpt_convert.models.config import ConfigOptions
 from ckpt_convert.models.lazy import stored
+from ckpt_convert.storage import hub
 from ckpt_convert.storage.names import JOURNAL, WEIGHT_SUFFIXES, resolve
 from ckpt_convert.storage.reader import LocalFile, RangeReader
 
@@ -258,12 +259,12 @@ def open_checkpoint(
     config: str | Path | None = None,
     options: ConfigOptions | None = None,
 ) -> Checkpoint:
-    """Open a checkpoint directory, or one file of any container, from its headers alone.
+    """Open a checkpoint directory, one file of any container, or a Hub id, from its headers alone.
 
     ``format`` and ``family`` settle what detection cannot; ``config`` is a config.json or params.json to use.
     Raises CheckpointNotFoundError, CorruptFileError or UnsafeFileError; an unknown family is not an error here.
     """
-    path = Path(path)
+    path = Path(path) if Path(path).exists() else hub.locate(path, format=format)
     if os.path.exists(path / JOURNAL):  # False, not an error, where the directory cannot be read
         raise CorruptFileError(
             f"{path}: is the unfinished output of a conversion; run that again with --resume, or without to start anew"

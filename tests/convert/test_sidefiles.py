@@ -204,6 +204,8 @@ def test_a_hub_id_is_looked_up_in_the_cache_first(
 ) -> None:
     snapshot = cached(hub_home, HF)
     assert hub.locate(name, revision) == snapshot
+    with ckpt_convert.open_checkpoint(name) as checkpoint:
+        assert checkpoint.format == "hf"
     ckpt_convert.convert(name, tmp_path / "out", to="meta", revision=revision, verify=True)
 
 
