@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import click
 
@@ -13,7 +13,8 @@ from ckpt_convert.cli.text import echo, escape
 
 class _Stderr(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        echo(f"{click.style('notice:', fg='yellow')} {escape(record.getMessage())}", err=True)
+        with suppress(OSError):  # nobody reads standard error: that is no reason to stop
+            echo(f"{click.style('notice:', fg='yellow')} {escape(record.getMessage())}", err=True)
 
 
 @contextmanager
