@@ -433,6 +433,13 @@ def _whole(sources: list[Source], axis: int | None) -> Source:
     return Source(first.key, first.dtype, concat([source.tensor for source in sources], axis), first.where)
 
 
+def tensors_of(path: Path) -> list[tuple[WeightFile, StoredTensor]]:
+    """The tensors of a single file, such as those that the record carries."""
+    reader, header = containers.parse(LocalFile(path))
+    file = WeightFile(path.name, 0, path, reader, header)
+    return [(file, tensor) for tensor in header.tensors]
+
+
 def usual_dtype(checkpoint: Checkpoint) -> str:
     """The dtype that holds most bytes."""
     counts: Counter[str] = Counter()

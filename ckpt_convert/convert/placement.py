@@ -20,7 +20,7 @@ from ckpt_convert.models.table import Instance
 
 def recorded(source: Checkpoint, request: Request, like: Checkpoint | None) -> Layout | None:
     """The layout that the target should have: of --like, of the source itself, or as an earlier conversion recorded."""
-    if request.relays:
+    if request.new_layout:
         return None
     if like is not None:
         theirs = like.layout()

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckpt_convert import __version__, dtypes
-from ckpt_convert.convert import configs, containers, layout, mapping, placement, record, sidefiles
-from ckpt_convert.convert.checkpoint import Checkpoint, WeightFile, open_checkpoint
+from ckpt_convert.convert import configs, layout, mapping, placement, record, sidefiles
+from ckpt_convert.convert.checkpoint import Checkpoint, WeightFile, open_checkpoint, tensors_of
 from ckpt_convert.convert.containers.header import StoredTensor
 from ckpt_convert.convert.formats.base import RECORD_FOLDER
 from ckpt_convert.convert.layout import OutputFile
@@ -279,9 +279,7 @@ def _bring_back(
     if like is not None:
         found = [(file, tensor) for file, tensor in like.stored if file.rank == 0]
     elif source.record is not None and (path := source.record.carried(request.to)) is not None:
-        reader, header = containers.parse(LocalFile(path))
-        file = WeightFile(path.name, 0, path, reader, header)
-        found = [(file, tensor) for tensor in header.tensors]
+        found = tensors_of(path)
     by_key = {tensor.key: (file, tensor) for file, tensor in found}
     for instance in model.family.instances(model.dims):
         key = instance.key(request.to)

@@ -31,7 +31,7 @@ class Request:
     config: ConfigOptions = field(default_factory=ConfigOptions)
 
     @property
-    def relays(self) -> bool:
+    def new_layout(self) -> bool:
         """Whether the files are to be laid out afresh whatever was recorded."""
         return self.shards is not None or self.max_shard_size is not None
 
@@ -44,11 +44,11 @@ class Request:
             raise UsageError(f"--dtype {self.dtype}: expected one of {', '.join(CASTS)}")
         if self.shards is not None and self.max_shard_size is not None:
             raise UsageError("--shards and --max-shard-size exclude each other; give one")
-        if self.relays and target.ranks:
+        if self.new_layout and target.ranks:
             raise UsageError(
                 f"--shards and --max-shard-size do not fit {self.to}: its files are ranks; use --model-parallel"
             )
-        if self.relays and self.like is not None:
+        if self.new_layout and self.like is not None:
             raise UsageError("--like brings its own files, so --shards and --max-shard-size do not go with it")
         if self.like is not None and self.config.meta_style is not None:
             raise UsageError("--like brings its own params.json, so --meta-style does not go with it")

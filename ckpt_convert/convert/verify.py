@@ -9,10 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from ckpt_convert import dtypes
 from ckpt_convert.convert import mapping
 from ckpt_convert.convert.blocks import Meter, Mover, ProgressCallback, Read, difference
-from ckpt_convert.convert.checkpoint import Checkpoint
+from ckpt_convert.convert.checkpoint import Checkpoint, WeightFile, tensors_of
+from ckpt_convert.convert.containers.header import StoredTensor
 from ckpt_convert.convert.mapping import Logical
 from ckpt_convert.convert.plan import Plan, target_dtype
 from ckpt_convert.errors import VerificationError, listing
+from ckpt_convert.models import lazy
 from ckpt_convert.models.table import Instance
 
 
@@ -24,23 +26,24 @@ def verify(plan: Plan, output: Checkpoint, *, workers: int, progress: ProgressCa
     """
     model = output.model
     found = mapping.read(model.family, str(output.format), model.dims, output.ranks, str(output.path))
+    stored, carried = _carried(plan, output)
     pairs: list[tuple[Instance, Logical, Logical]] = []
     problems = []
     for instance, logical in plan.logicals.tensors.items():
-        other = found.tensors.get(instance)
+        other = found.tensors.get(instance) or carried.get(logical.key)
         if other is not None and other.dtype == target_dtype(logical.dtype, instance, plan.request):
             pairs.append((instance, logical, other))
         elif other is not None:
             problems.append(f"{logical.key}: is {other.dtype} in the output")
-        elif not instance.row.derived:
-            problems.append(f"{logical.key}: not in the output")
+        else:
+            problems.append(f"{logical.key}: neither in the output nor carried in its record")
     total = sum(p.tensor.size * dtypes.DTYPES[other.dtype].bits // 8 for _, p, other in pairs)
     meter = Meter("verifying", total, progress)
     queue = deque(pairs)
     lock = threading.Lock()
 
     def work() -> None:
-        mine, theirs = Mover(plan.stored), Mover(output.stored)
+        mine, theirs = Mover(plan.stored), Mover(stored)
         while True:
             with lock:
                 if not queue:
@@ -60,6 +63,17 @@ def verify(plan: Plan, output: Checkpoint, *, workers: int, progress: ProgressCa
             f"the disk or memory may be faulty, or the source changed meanwhile:{listing(sorted(problems))}"
         )
     return len(pairs)
+
+
+def _carried(plan: Plan, output: Checkpoint) -> tuple[list[tuple[WeightFile, StoredTensor]], dict[str, Logical]]:
+    """The output's stored tensors with those that its record carries for the source's format, and the latter by key."""
+    stored = list(output.stored)
+    out = {}
+    path = output.record.carried(str(plan.source.format)) if output.record else None
+    for file, tensor in tensors_of(path) if path is not None else []:
+        out[tensor.key] = Logical(tensor.dtype, lazy.stored(len(stored), tensor.shape), tensor.key, file.name)
+        stored.append((file, tensor))
+    return stored, out
 
 
 def _difference(mine: Mover, theirs: Mover, source: Logical, other: Logical, meter: Meter) -> int | None:

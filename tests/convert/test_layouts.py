@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import ckpt_convert
 from ckpt_convert.convert import layout
 from ckpt_convert.convert.mapping import Target
-from ckpt_convert.errors import TiedWeightsError
+from ckpt_convert.errors import TiedWeightsError, VerificationError
 from ckpt_convert.models.lazy import stored
 from ckpt_convert.models.llama import LLAMA
 from tests.helpers import GOLDEN, assert_same, bits, edit_json, read_meta, read_safetensors, sums
@@ -512,6 +513,20 @@ def test_the_number_of_ranks_of_a_release_is_told(tmp_path: Path) -> None:
     with ckpt_convert.plan(tmp_path / "70b", to="meta", model_parallel=8) as plan:
         assert not any("released in" in notice for notice in plan.notices)
         assert len(plan.files) == 8
+
+
+def test_verify_compares_what_is_carried_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = ckpt_convert.convert(GOLDEN / "llama2" / "meta-mp2", tmp_path / "good", to="hf", verify=True)
+    assert report.verified == 31
+    real = os.pwrite
+
+    def pwrite(fd: int, data: memoryview, offset: int) -> int:
+        return real(fd, bytes(12) if len(data) == 12 else data, offset)  # rope.freqs has three numbers
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    with pytest.raises(VerificationError, match=r"rope.freqs: differs from rope.freqs at byte"):
+        ckpt_convert.convert(GOLDEN / "llama2" / "meta-mp2", tmp_path / "bad", to="hf", verify=True)
+    assert not (tmp_path / "bad").exists()
 
 
 def test_a_plan_that_is_undecided_has_room_for_both(tmp_path: Path) -> None:
