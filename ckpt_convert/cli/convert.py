@@ -128,10 +128,10 @@ def _convert(
     with on_stderr(hidden=quiet):
         options["max_shard_size"] = parse_size(max_shard_size) if max_shard_size is not None else None
         if dry_run:
-            plan = api.plan(src, **options)
             from ckpt_convert.cli.plan import show_plan
 
-            show_plan(plan, Path(dst), as_json=as_json, quiet=quiet, workers=workers or api.WORKERS)
+            with api.plan(src, **options) as plan:
+                show_plan(plan, Path(dst), as_json=as_json, quiet=quiet, workers=workers or api.WORKERS)
             return
         with Bar(hidden=quiet) as bar:
             try:

@@ -14,6 +14,7 @@ from ckpt_convert.cli import facts as looking
 from ckpt_convert.cli import tree
 from ckpt_convert.cli.facts import Count, Facts
 from ckpt_convert.cli.text import (
+    DIMS,
     columns,
     echo,
     escape,
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 _SORTS = {"name": False, "size": True, "offset": False}
 """What can be sorted by, and whether the largest comes first unless asked otherwise."""
 
-_DIMS = ("n_layers", "dim", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "vocab_size")
 _KINDS = {"torch": "torch zip", "legacy": "legacy torch"}
 _LABEL = 12
 _WARNING = "yellow"
@@ -185,7 +185,7 @@ def _facts(facts: Facts) -> Iterator[tuple[str, list[str]]]:
     if model is not None:
         release = f", sizes of {model.release}" if model.release else ""
         yield "family", _words(f"{model.family.name}{release} ({model.evidence})")
-        yield "dims", _list(f"{name} {model.dims[name]}" for name in _DIMS if name in model.dims)
+        yield "dims", _list(f"{name} {model.dims[name]}" for name in DIMS if name in model.dims)
     else:
         yield "family", _words(f"unknown: {facts.problem}" if checkpoint.format else "unknown, as the format is")
     if facts.ranks is not None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from ckpt_convert.cli.text import echo, escape, human_bytes, plural, wrap
+from ckpt_convert.cli.text import DIMS, echo, escape, human_bytes, plural, wrap
 from ckpt_convert.convert.blocks import BLOCK
 from ckpt_convert.convert.gather import SCRATCH
 from ckpt_convert.convert.plan import Plan
@@ -88,8 +88,7 @@ def _lines(plan: Plan, dst: Path, workers: int) -> Iterator[tuple[str, str]]:
     yield "source", f"{escape(str(source.path))}  ({source.format}: {source.why})"
     yield "target", f"{escape(str(dst))}  ({plan.target})"
     yield "family", f"{plan.model.family.name}{release}  ({plan.model.evidence})"
-    shown = ("n_layers", "dim", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "vocab_size")
-    yield "dims", ", ".join(f"{name} {plan.dims[name]}" for name in shown if name in plan.dims)
+    yield "dims", ", ".join(f"{name} {plan.dims[name]}" for name in DIMS if name in plan.dims)
     moves = ", ".join(f"{human_bytes(size)} {kind}" for kind, size in plan.moves.items() if size)
     yield "tensors", f"{plan.tensors}, {human_bytes(plan.tensor_bytes)}: {moves}"
     for at, file in enumerate(plan.weights[:16]):
@@ -107,7 +106,9 @@ def _lines(plan: Plan, dst: Path, workers: int) -> Iterator[tuple[str, str]]:
         "carried",
         escape(", ".join(plan.carried)) if plan.carried else "nothing: the target has a place for everything",
     )
-    yield "disk", f"{human_bytes(plan.disk)} needed, {human_bytes(free_space(dst))} free"
+    free = free_space(dst)
+    lacking = click.style("  not enough", fg="red") if free < plan.disk else ""
+    yield "disk", f"{human_bytes(plan.disk)} needed, {human_bytes(free)} free{lacking}"
     yield "memory", f"about {human_bytes(memory(plan, workers))} with {plural(workers, 'worker')}"
     for notice in plan.notices:
         yield "notice", escape(notice)

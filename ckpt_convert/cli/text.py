@@ -68,6 +68,10 @@ def terminal_width() -> int | None:
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
+DIMS = ("n_layers", "dim", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "vocab_size")
+"""The symbols of a config that are shown, in this order."""
+
+
 def echo(text: str, *, err: bool = False) -> None:
     """Print to standard output, or standard error; colours only on a terminal, and not where NO_COLOR is set.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -28,8 +27,6 @@ from ckpt_convert.models.config import ConfigOptions
 from ckpt_convert.storage import hub
 from ckpt_convert.storage.names import JOURNAL
 from ckpt_convert.storage.staging import Staging, check_destination, check_space, explain_full_disk
-
-log = logging.getLogger("ckpt_convert")
 
 WORKERS = max(2, min(4, os.cpu_count() or 2))
 """Threads by default: two keep a disk busy; more than four only help where many cores feed a very fast one."""

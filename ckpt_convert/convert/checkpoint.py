@@ -395,11 +395,11 @@ def _recorded(checkpoint: Checkpoint, config: Path) -> Recorded:
     if found is None:
         return Recorded()
     cut = found.manifest.get("dims", {}).get("embedding_cut")
-    path = checkpoint.root / record.CONFIG
     options = checkpoint.options
     asked = options.rope_factor or options.rope_theta or options.max_positions or checkpoint.config_path
-    kept = path.is_file() and not asked and checkpoint.format == "meta" and found.unchanged(config.name)
-    return Recorded(found.tied, cut, load_json(path) if kept else None)
+    counts = checkpoint.format == "meta" and not asked and found.unchanged(config.name)
+    path = found.config if counts else None
+    return Recorded(found.tied, cut, load_json(path) if path is not None else None)
 
 
 def _cut_axes(checkpoint: Checkpoint) -> dict[str, int | None]:

@@ -115,12 +115,8 @@ def _with_dtype(config: Mapping[str, Any], dtype: str) -> bytes:
 
 def _verbatim_config(source: Checkpoint, model: Model) -> bytes | None:
     """The bytes of the config.json that the model was read from, None when it was translated from params.json."""
-    candidates = [source.config_path, source.root / "config.json", source.root / record.CONFIG]
-    if source.format == "native":
-        candidates = [source.config_path, source.root / record.CONFIG]
-    if source.format == "meta":
-        candidates = [source.config_path, source.root / record.CONFIG]
-    for path in candidates:
+    own = "config.json" if source.format == "hf" else record.CONFIG
+    for path in (source.config_path, source.root / own):
         if path is not None and path.is_file() and load_json(path) == model.config:
             return path.read_bytes()
     return None

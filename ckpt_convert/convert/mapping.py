@@ -55,7 +55,7 @@ class Logicals:
     """A checkpoint read through its column.
 
     ``equal`` are the copies that every rank holds of a tensor that is not cut; ``omitted`` the tied rows that the
-    source does not store; ``used`` the source keys of each instance.
+    source does not store.
     """
 
     tensors: dict[Instance, Logical]

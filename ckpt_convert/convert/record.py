@@ -21,6 +21,7 @@ from ckpt_convert.convert import containers
 from ckpt_convert.convert.containers.header import FileLayout, Header, StoredTensor
 from ckpt_convert.convert.formats.base import RECORD_FOLDER, load_json
 from ckpt_convert.errors import CkptConvertError, ConfigError, CorruptFileError
+from ckpt_convert.models import FORMATS
 from ckpt_convert.storage.names import check_name, resolve
 
 SCHEMA = 1
@@ -93,10 +94,18 @@ class Record:
 
     def own(self, name: str) -> Path | None:
         """A file of Meta's layout (params.json, checklist.chk) as it was when the weights were in it."""
-        path = self.folder / "layouts" / "meta" / name
-        if not path.is_file():
+        return self._kept(f"layouts/meta/{name}")
+
+    @property
+    def config(self) -> Path | None:
+        """The model's config in Hugging Face's words."""
+        return self._kept("config.json")
+
+    def _kept(self, name: str) -> Path | None:
+        """A file of the record, if it is there; raises UnsafeFileError for a link that leaves the directory."""
+        if not (self.folder / name).is_file():
             return None
-        return resolve(self.directory, path.relative_to(self.directory).as_posix(), MANIFEST)
+        return resolve(self.directory, f"{RECORD_FOLDER}/{name}", MANIFEST)
 
     def unchanged(self, name: str) -> bool:
         """Whether a file beside the weights, or of the record, is still as it was written."""
@@ -124,8 +133,7 @@ class Record:
 
     def carried(self, format: str) -> Path | None:
         """The tensors that only this format has a place for."""
-        path = self.folder / "layouts" / format / "carried.safetensors"
-        return path if path.is_file() else None
+        return self._kept(f"layouts/{format}/carried.safetensors")
 
     @cached_property
     def carried_side_files(self) -> dict[str, Path]:
@@ -162,7 +170,7 @@ def load(directory: Path) -> Record | None:
             f"{path}: expected schema {SCHEMA}, found {manifest.get('schema')!r}; it was written by another version of "
             f"ckpt-convert: update, or remove the folder {RECORD_FOLDER} to do without the record"
         )
-    if manifest.get("format") not in ("hf", "meta", "native"):
+    if manifest.get("format") not in FORMATS:
         raise ConfigError(f"{path}: names no format; remove the folder {RECORD_FOLDER} to do without the record")
     sides = manifest.get("side_files", [])
     sound = isinstance(sides, list) and all(

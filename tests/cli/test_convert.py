@@ -189,3 +189,18 @@ def test_an_empty_name_is_a_usage_error(tmp_path: Path) -> None:
         done = run(*words, "--overwrite")
         assert done.returncode in (2, 3)
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("free", "told"), [(1, True), (10**12, False)])
+def test_a_dry_run_says_when_the_disk_is_too_small(
+    free: int, told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from click.testing import CliRunner
+
+    from ckpt_convert.cli import plan
+    from ckpt_convert.cli.convert import COMMANDS
+
+    monkeypatch.setattr(plan, "free_space", lambda dst: free)
+    result = CliRunner().invoke(COMMANDS["hf-to-meta"], [str(HF), str(tmp_path / "out"), "--dry-run"])
+    assert result.exit_code == 0, result.output
+    assert ("not enough" in result.output) is told

@@ -457,8 +457,8 @@ def test_links_in_the_record_do_not_leave_the_directory(place: str, hf: Path, tm
         link.parent.mkdir(exist_ok=True)
         link.symlink_to(tmp_path / "secret")
     target = "native" if place == "layouts/hf/extra" else "hf"
-    source = tmp_path / ("native" if place == "config.json" else "meta")
-    assert "leaves the directory" in refused(source, UnsafeFileError, to=target)
+    for source in ("native", "meta") if place == "config.json" else ("meta",):
+        assert "leaves the directory" in refused(tmp_path / source, UnsafeFileError, to=target)
 
 
 @pytest.mark.parametrize(
