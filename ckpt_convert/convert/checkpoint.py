@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckpt_convert.convert import containers, formats, record
 from ckpt_convert.convert.containers.header import Header, StoredTensor
+from ckpt_convert.convert.findings import Finding
 from ckpt_convert.convert.formats.base import Directory, WeightName, load_json
 from ckpt_convert.convert.mapping import Source
 from ckpt_convert.convert.model import Model, Recorded, identify
@@ -107,32 +108,44 @@ class Checkpoint:
             for tensor in sorted(file.header.tensors, key=lambda tensor: tensor.offset)
         )
 
-    @cached_property
+    @property
     def ranks(self) -> list[dict[str, Source]]:
         """For each rank, its tensors by key; raises KeyMismatchError for keys given twice or not as the index says."""
+        if self.contradictions:
+            said = listing([finding.text for finding in self.contradictions])
+            raise KeyMismatchError(f"{self.path}: the files contradict each other:{said}")
+        return self._sources[0]
+
+    @property
+    def contradictions(self) -> list[Finding]:
+        """Where the files disagree with each other, or with the index."""
+        return self._sources[1]
+
+    @cached_property
+    def _sources(self) -> tuple[list[dict[str, Source]], list[Finding]]:
         ranks: list[dict[str, Source]] = [{} for _ in range(max((f.rank for f in self.files), default=0) + 1)]
-        problems = []
+        findings = []
         for number, (file, tensor) in enumerate(self.stored):
             found = ranks[file.rank].get(tensor.key)
             if found is not None:
-                problems.append(f"{tensor.key} is in {found.where} and in {file.name}")
+                text = f"{tensor.key} is in {found.where} and in {file.name}"
+                findings.append(Finding("error", "duplicate", text, file.name, tensor.key))
             lazy = stored(number, tensor.shape, tensor.strides)
             ranks[file.rank][tensor.key] = Source(tensor.key, tensor.dtype, lazy, file.name)
-        for key, name in (self.directory.weight_map or {}).items():
+        index, weight_map = self.directory.index, self.directory.weight_map or {}
+        for key, name in weight_map.items():
             found = ranks[0].get(key)
             if found is None:
-                problems.append(f"{key} is missing: {self.directory.index} says that it lies in {name}")
+                text = f"{key} is missing: {index} says that it lies in {name}"
+                findings.append(Finding("error", "index", text, name, key, name))
             elif found.where != name:
-                problems.append(f"{key} lies in {found.where}, but {self.directory.index} says {name}")
-        if self.directory.weight_map:
-            problems += [
-                f"{key} lies in {source.where}, but {self.directory.index} does not list it"
-                for key, source in ranks[0].items()
-                if key not in self.directory.weight_map
-            ]
-        if problems:
-            raise KeyMismatchError(f"{self.path}: the files contradict each other:{listing(problems)}")
-        return ranks
+                text = f"{key} lies in {found.where}, but {index} says {name}"
+                findings.append(Finding("error", "index", text, found.where, key, name, found.where))
+        for key, source in ranks[0].items() if weight_map else ():
+            if key not in weight_map:
+                text = f"{key} lies in {source.where}, but {index} does not list it"
+                findings.append(Finding("error", "index", text, source.where, key, None, source.where))
+        return ranks, findings
 
     @cached_property
     def family(self) -> str | None:

@@ -6,10 +6,11 @@ Nothing here touches a byte: tensors are lazy (``models.lazy``), so the same cod
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from ckpt_convert.errors import ConfigError, KeyMismatchError, ShapeMismatchError, UsageError, listing
+from ckpt_convert.convert.findings import Finding, raise_if_any
+from ckpt_convert.errors import ConfigError, KeyMismatchError, UsageError
 from ckpt_convert.models.lazy import LazyTensor, concat
 from ckpt_convert.models.table import Family, Instance, Key
 
@@ -74,30 +75,6 @@ class Target:
     tensor: LazyTensor
 
 
-@dataclass
-class Problems:
-    """Everything wrong with an input, collected so that one error can list all of it."""
-
-    missing: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
-    shapes: list[str] = field(default_factory=list)
-
-    def raise_if_any(self, what: str) -> None:
-        """Raise KeyMismatchError or ShapeMismatchError that lists every problem (at most a screenful of each)."""
-        parts = []
-        for title, lines in (
-            ("missing keys", self.missing),
-            ("unexpected keys", self.unexpected),
-            ("shapes that disagree with the config", self.shapes),
-        ):
-            if lines:
-                parts.append(f"\n  {len(lines)} {title}:{listing(lines)}")
-        if not parts:
-            return
-        error = KeyMismatchError if self.missing or self.unexpected else ShapeMismatchError
-        raise error(f"{what} does not fit:{''.join(parts)}")
-
-
 def read(
     family: Family, format: str, dims: Mapping[str, int], ranks: Sequence[Mapping[str, Source]], what: str
 ) -> Logicals:
@@ -106,7 +83,21 @@ def read(
     ``ranks`` has one mapping for each tensor-parallel rank (one in all for formats that are not cut).
     Raises KeyMismatchError or ShapeMismatchError naming every missing, unexpected and misshapen tensor.
     """
-    problems = Problems()
+    logicals, findings = examine(family, format, dims, ranks)
+    raise_if_any(findings, what)
+    return logicals
+
+
+def examine(
+    family: Family, format: str, dims: Mapping[str, int], ranks: Sequence[Mapping[str, Source]]
+) -> tuple[Logicals, list[Finding]]:
+    """What ``read`` returns, as far as the source has it, and everything that does not fit.
+
+    The findings are of the checks ``missing``, ``unexpected`` and ``shape``, all of them errors.
+
+    A tied row that is not stored is among the tensors only if the row it is tied to is.
+    """
+    findings: list[Finding] = []
     result = Logicals({})
     known: set[str] = set()
     for instance in family.instances(dims):
@@ -122,22 +113,23 @@ def read(
             if column.omitted_if_tied and dims["tied"]:
                 result.omitted.add(instance)
                 continue
-            problems.missing.append(_missing(instance, key, column, dims))
+            findings.append(_missing(instance, key, column, dims))
             continue
         parts = [source for source in found if source is not None]
         absent = [str(rank) for rank, source in enumerate(found) if source is None]
         if absent:
-            problems.missing.append(f"{key} (there on other ranks, not on rank {', '.join(absent)})")
+            text = f"{key} (there on other ranks, not on rank {', '.join(absent)})"
+            findings.append(Finding("error", "missing", text, key=key))
             continue
-        logical = _join(instance, column, dims, parts, problems, result.equal)
+        logical = _join(instance, column, dims, parts, findings, result.equal)
         if logical is not None:
             result.tensors[instance] = logical
-    problems.unexpected.extend(_unexpected(ranks, known, family, format))
-    problems.raise_if_any(what)
+    findings.extend(_unexpected(ranks, known, family, format))
     for instance in result.omitted:
         tied = tied_to(instance, result.tensors)
-        result.tensors[instance] = tied
-    return result
+        if tied is not None:
+            result.tensors[instance] = tied
+    return result, findings
 
 
 def write(
@@ -171,7 +163,7 @@ def write(
                 no_place.append(logical.key)
             continue
         if instance.row.tied_to and dims["tied"] and keep_tied is not None and instance not in logicals.omitted:
-            ties.append(_tie(instance, logical, logicals))
+            ties += [check] if (check := tie(instance, logical, logicals)) is not None else []
         if column.omitted_if_tied and dims["tied"]:
             keep = instance not in logicals.omitted if keep_tied is None else keep_tied
             if not keep:
@@ -203,24 +195,29 @@ def _join(
     column: Key,
     dims: Mapping[str, int],
     parts: Sequence[Source],
-    problems: Problems,
+    findings: list[Finding],
     equal: list[Equality],
 ) -> Logical | None:
     first = parts[0]
-    expected = expected_shape(instance, column, dims, len(parts))
+    wanted = expected_shape(instance, column, dims, len(parts))
+
+    def misfit(part: Source, text: str, expected: object = None, found: object = None) -> None:
+        said = [None if value is None else str(value) for value in (expected, found)]
+        findings.append(Finding("error", "shape", text, part.where, part.key, *said))
+
     for rank, part in enumerate(parts):
         at = f" on rank {rank}" if len(parts) > 1 else ""
-        if expected is None:
+        if wanted is None:
             sizes = list(instance.row.sizes(dims))
-            problems.shapes.append(f"{part.key}{at}: {sizes} does not divide over {len(parts)} ranks")
+            misfit(part, f"{part.key}{at}: {sizes} does not divide over {len(parts)} ranks", found=sizes)
             return None
-        if part.shape != expected:
-            problems.shapes.append(
-                f"{part.key}{at}: expected {list(expected)}, found {list(part.shape)} in {part.where}"
-            )
+        if part.shape != wanted:
+            expected, found = list(wanted), list(part.shape)
+            misfit(part, f"{part.key}{at}: expected {expected}, found {found} in {part.where}", expected, found)
             return None
         if part.dtype != first.dtype:
-            problems.shapes.append(f"{part.key}{at}: expected {first.dtype} as on rank 0, found {part.dtype}")
+            text = f"{part.key}{at}: expected {first.dtype} as on rank 0, found {part.dtype}"
+            misfit(part, text, first.dtype, part.dtype)
             return None
     axis = column.cut_axis(dims)
     if axis is None:
@@ -236,7 +233,7 @@ def _join(
     try:
         logical = column.to_logical(tensor, instance.heads(dims))
     except ValueError as error:
-        problems.shapes.append(f"{first.key}: {error}; heads have to lie whole on a rank")
+        misfit(first, f"{first.key}: {error}; heads have to lie whole on a rank")
         return None
     return Logical(first.dtype, logical, first.key, first.where)
 
@@ -286,17 +283,20 @@ def tied_pair(logicals: Logicals) -> Equality | None:
     for instance, logical in logicals.tensors.items():
         if instance.row.tied_to and instance not in logicals.omitted:
             other = tied_to(instance, logicals.tensors)
-            return Equality(other.tensor, logical.tensor, logical.dtype, "")
+            return Equality(other.tensor, logical.tensor, logical.dtype, "") if other is not None else None
     return None
 
 
-def tied_to(instance: Instance, tensors: Mapping[Instance, Logical]) -> Logical:
+def tied_to(instance: Instance, tensors: Mapping[Instance, Logical]) -> Logical | None:
     """The tensor that a tied row shares its values with."""
-    return next(logical for other, logical in tensors.items() if other.row.name == instance.row.tied_to)
+    return next((logical for other, logical in tensors.items() if other.row.name == instance.row.tied_to), None)
 
 
-def _tie(instance: Instance, logical: Logical, logicals: Logicals) -> Equality:
+def tie(instance: Instance, logical: Logical, logicals: Logicals) -> Equality | None:
+    """What has to hold of a tied row that is stored all the same; None where the row it is tied to is not there."""
     other = tied_to(instance, logicals.tensors)
+    if other is None:
+        return None
     message = (
         f"{logical.key} and {other.key} differ, but the config ties them (tie_word_embeddings: true), and "
         "the target stores tied weights once. If they are not tied, set tie_word_embeddings to false in the "
@@ -305,22 +305,28 @@ def _tie(instance: Instance, logical: Logical, logicals: Logicals) -> Equality:
     return Equality(other.tensor, logical.tensor, logical.dtype, message)
 
 
-def _missing(instance: Instance, key: str, column: Key, dims: Mapping[str, int]) -> str:
+def _missing(instance: Instance, key: str, column: Key, dims: Mapping[str, int]) -> Finding:
+    shape = str(list(instance.row.sizes(dims)))
+    said = shape
     if column.omitted_if_tied and not dims["tied"]:
-        return f"{key} (may be absent only where the config has tie_word_embeddings: true)"
-    return f"{key} {list(instance.row.sizes(dims))}"
+        said = "(may be absent only where the config has tie_word_embeddings: true)"
+    return Finding("error", "missing", f"{key} {said}", key=key, expected=shape)
 
 
-def _unexpected(ranks: Sequence[Mapping[str, Source]], known: set[str], family: Family, format: str) -> list[str]:
-    lines: list[str] = []
+def _unexpected(
+    ranks: Sequence[Mapping[str, Source]], known: set[str], family: Family, format: str
+) -> Iterator[Finding]:
+    hints = 0
     for rank in ranks:
         for key, source in rank.items():
             if key in known:
                 continue
             hint = ""
+            hints += 1
             if family.knows(format, key):
                 hint = "; the config has no such layer, or says that the model has no such tensor"
-            elif len(lines) < _LISTED and (near := difflib.get_close_matches(key, known, 1, 0.8)):
+            elif hints <= _LISTED and (near := difflib.get_close_matches(key, known, 1, 0.8)):
                 hint = f"; the nearest known key is {near[0]}"
-            lines.append(f"{key} {list(source.shape)} in {source.where}{hint}")
-    return lines
+            shape = str(list(source.shape))
+            text = f"{key} {shape} in {source.where}{hint}"
+            yield Finding("error", "unexpected", text, source.where, key, found=shape)
