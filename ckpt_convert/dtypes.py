@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 from ckpt_convert.errors import CorruptFileError
 
@@ -56,10 +57,7 @@ FROM_STORAGE = {dtype.storage: dtype for dtype in _TABLE if dtype.storage}
 
 def nbytes(dtype: str, shape: tuple[int, ...]) -> int:
     """Bytes of a dense tensor; elements smaller than a byte are packed and have to fill whole bytes."""
-    count = 1
-    for size in shape:
-        count *= size
-    total, rest = divmod(count * DTYPES[dtype].bits, 8)
+    total, rest = divmod(prod(shape) * DTYPES[dtype].bits, 8)
     if rest:
         raise CorruptFileError(f"a {dtype} tensor of shape {list(shape)} does not fill whole bytes")
     return total

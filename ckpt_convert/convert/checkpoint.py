@@ -7,81 +7,71 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ckpt_convert.convert import containers, formats, record
-from ckpt_convert.convert.containers.header import Header, StoredTensor
+from ckpt_convert.convert import containers, formats, opening, record
+from ckpt_convert.convert.bulk import without_collector
+from ckpt_convert.convert.containers import torchpickle
+from ckpt_convert.convert.containers.header import StoredTensor
 from ckpt_convert.convert.findings import Finding
-from ckpt_convert.convert.formats.base import Directory, WeightName, load_json
+from ckpt_convert.convert.formats.base import Directory, load_json
 from ckpt_convert.convert.mapping import Source
-from ckpt_convert.convert.model import Model, Recorded, identify
+from ckpt_convert.convert.model import Model, Recorded, by_model_type, identify
+from ckpt_convert.convert.opening import WeightFile, by_keys, detect
 from ckpt_convert.convert.record import Layout, LayoutFile, Record
+from ckpt_convert.convert.tensors import Part, TensorInfo, assembled, describe
+from ckpt_convert.dtypes import DTYPES
 from ckpt_convert.errors import (
     AmbiguousFormatError,
     CheckpointNotFoundError,
     CkptConvertError,
     ConfigError,
     CorruptFileError,
+    InputError,
     KeyMismatchError,
     UsageError,
     listing,
 )
 from ckpt_convert.models import FAMILIES
 from ckpt_convert.models.config import ConfigOptions
-from ckpt_convert.models.lazy import stored
+from ckpt_convert.models.lazy import LazyTensor, concat, stored
 from ckpt_convert.storage import hub
 from ckpt_convert.storage.names import JOURNAL, WEIGHT_SUFFIXES, resolve
-from ckpt_convert.storage.reader import LocalFile, RangeReader
+from ckpt_convert.storage.reader import LocalFile, read
 
 if TYPE_CHECKING:
     import torch
 
+__all__ = [
+    "Checkpoint",
+    "Part",
+    "TensorInfo",
+    "WeightFile",
+    "by_keys",
+    "detect",
+    "open_checkpoint",
+    "read_checkpoint",
+    "tensors_of",
+    "usual_dtype",
+]
 
-@dataclass(frozen=True, eq=False)
-class WeightFile:
-    """An open weight file: its name in the checkpoint, its rank, and its header."""
-
-    name: str
-    rank: int
-    path: Path
-    reader: RangeReader
-    header: Header
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """Where a tensor, or one rank's part of it, lies: ``offset`` and ``nbytes`` are bytes in the file."""
-
-    file: str
-    offset: int
-    nbytes: int
-    shape: tuple[int, ...]
-    rank: int
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """A tensor of a checkpoint: its full shape, its dtype as safetensors spells it, and the parts it lies in.
-
-    ``axis`` is the one that ranks cut, None where each holds the whole. ``settled`` is False where nothing says which
-    of the two it is (no config, or a key of no table): ``shape`` and ``nbytes`` are then those of one rank's part.
-    """
-
-    key: str
-    shape: tuple[int, ...]
-    dtype: str
-    nbytes: int
-    parts: tuple[Part, ...]
-    axis: int | None = None
-    settled: bool = True
+_ADVICE = {
+    "peft": "merge the adapter into its base model first (peft's merge_and_unload), then convert that",
+    "dcp": "it can be looked at, not converted: make one file of it first, with torch.distributed.checkpoint's "
+    "format_utils.dcp_to_torch_save",
+    "gguf": "it can be looked at, not converted; take the original checkpoint",
+}
+"""What to do about what is no format, by kind."""
 
 
 @dataclass
 class Checkpoint:
     """A checkpoint whose headers were read; no tensor was. Close it, or use it as a context manager.
 
-    ``format`` is None when the keys fit no format that is known; ``why`` says what the format was told by.
+    ``format`` is None when the files are of no format that is known; ``why`` says what the format was told by, or what
+    the files are. ``facts`` are (label, text): more that the files say of themselves, such as an adapter's base model.
     """
 
     path: Path
@@ -93,6 +83,7 @@ class Checkpoint:
     family_name: str | None = None
     config_path: Path | None = None
     options: ConfigOptions = field(default_factory=ConfigOptions)
+    facts: tuple[tuple[str, str], ...] = ()
 
     @property
     def root(self) -> Path:
@@ -102,11 +93,14 @@ class Checkpoint:
     @cached_property
     def stored(self) -> tuple[tuple[WeightFile, StoredTensor], ...]:
         """Every stored tensor with its file, in file and offset order; the position is its number as a source."""
-        return tuple(
-            (file, tensor)
-            for file in self.files
-            for tensor in sorted(file.header.tensors, key=lambda tensor: tensor.offset)
-        )
+        with without_collector():
+            return tuple(
+                [
+                    (file, tensor)
+                    for file in self.files
+                    for tensor in sorted(file.header.tensors, key=attrgetter("offset"))
+                ]
+            )
 
     @property
     def ranks(self) -> list[dict[str, Source]]:
@@ -123,15 +117,26 @@ class Checkpoint:
 
     @cached_property
     def _sources(self) -> tuple[list[dict[str, Source]], list[Finding]]:
+        with without_collector():
+            return self._make_sources()
+
+    def _make_sources(self) -> tuple[list[dict[str, Source]], list[Finding]]:
         ranks: list[dict[str, Source]] = [{} for _ in range(max((f.rank for f in self.files), default=0) + 1)]
         findings = []
+        boxes: dict[str, list[tuple[int, StoredTensor]]] = {}
         for number, (file, tensor) in enumerate(self.stored):
-            found = ranks[file.rank].get(tensor.key)
-            if found is not None:
-                text = f"{tensor.key} is in {found.where} and in {file.name}"
-                findings.append(Finding("error", "duplicate", text, file.name, tensor.key))
-            lazy = stored(number, tensor.shape, tensor.strides)
-            ranks[file.rank][tensor.key] = Source(tensor.key, tensor.dtype, lazy, file.name)
+            key = self._name(file, tensor)
+            rank = ranks[file.rank]
+            if tensor.box is not None:
+                boxes.setdefault(key, []).append((number, tensor))
+                if len(boxes[key]) > 1:
+                    continue
+            elif key in rank:
+                text = f"{key} is in {rank[key].where} and in {file.name}"
+                findings.append(Finding("error", "duplicate", text, file.name, key))
+            rank[key] = Source(key, tensor.dtype, stored(number, tensor.shape, tensor.strides), file.name)
+        for key, pieces in boxes.items():
+            ranks[0][key] = ranks[0][key]._replace(tensor=assembled(pieces))
         index, weight_map = self.directory.index, self.directory.weight_map or {}
         for key, name in weight_map.items():
             found = ranks[0].get(key)
@@ -146,6 +151,10 @@ class Checkpoint:
                 text = f"{key} lies in {source.where}, but {index} does not list it"
                 findings.append(Finding("error", "index", text, source.where, key, None, source.where))
         return ranks, findings
+
+    @cached_property
+    def _twice(self) -> dict[str, str]:
+        return {str(finding.key): finding.text for finding in self.contradictions if finding.check == "duplicate"}
 
     @cached_property
     def family(self) -> str | None:
@@ -168,8 +177,20 @@ class Checkpoint:
     def model(self) -> Model:
         """Family and config; raises ConfigError or UnsupportedFamilyError where they are not to be had."""
         if self.format is None:
-            raise AmbiguousFormatError(f"{self.path}: {self.why}; say which format it is with --from")
+            raise AmbiguousFormatError(f"{self.path}: {self.why}; {self.advice}")
         return _model(self)
+
+    @property
+    def advice(self) -> str:
+        """What to do about files that are of no format."""
+        kinds = {self.directory.kind, *(file.header.kind for file in self.files)}
+        return next((advice for kind, advice in _ADVICE.items() if kind in kinds), "say which format it is with --from")
+
+    def refuse_foreign(self) -> None:
+        """Raise UnsafeFileError where a pickle asks for more than tensors and plain data: that can only be shown."""
+        for file in self.files:
+            if file.header.foreign:
+                raise torchpickle.refusal(str(file.path), "data.pkl", file.header.foreign[0])
 
     @cached_property
     def params(self) -> tuple[Path, dict[str, Any]] | None:
@@ -181,14 +202,24 @@ class Checkpoint:
 
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
-        """Every tensor by key, ranks joined: full shape, dtype, bytes, and the parts it lies in."""
-        parts: dict[str, list[tuple[WeightFile, StoredTensor]]] = {}
-        for file, tensor in self.stored:
-            parts.setdefault(tensor.key, []).append((file, tensor))
+        """Every tensor by key, ranks and pieces joined: full shape, dtype, bytes, and the parts it lies in.
+
+        Where several files of no known format have a key, theirs are called ``file:key``.
+        """
         axes = _cut_axes(self) if len(self.files) > 1 and self.format == "meta" else {}
-        return {
-            key: _info(key, found, axes.get(key), key in axes or self.format != "meta") for key, found in parts.items()
-        }
+        with without_collector():
+            return describe(self.stored, self._name, axes, self.format == "meta")
+
+    def _name(self, file: WeightFile, tensor: StoredTensor) -> str:
+        return f"{file.name}:{tensor.key}" if tensor.key in self._shared else tensor.key
+
+    @cached_property
+    def _shared(self) -> frozenset[str]:
+        """Keys that several files have, each for itself: nothing says that the files are one checkpoint."""
+        if self.format is not None or self.directory.index is not None or len(self.files) == 1:
+            return frozenset()
+        keys = Counter(tensor.key for file in self.files for tensor in file.header.tensors if tensor.box is None)
+        return frozenset(key for key, count in keys.items() if count > 1)
 
     @property
     def notices(self) -> list[str]:
@@ -197,6 +228,12 @@ class Checkpoint:
         for file in self.files:
             if file.header.kind == "legacy":
                 out.append(f"{file.name}: an old torch file without zip, read whole into memory")
+            if file.header.foreign:
+                names = ", ".join(file.header.foreign[:5]) + (" …" if len(file.header.foreign) > 5 else "")
+                out.append(
+                    f"{file.name}: asks for objects of {names}, which tensors do not need; none was made, nothing was "
+                    "executed, and convert refuses the file"
+                )
             if file.header.objects:
                 names = ", ".join(f"{key} ({kind})" for key, kind in list(file.header.objects.items())[:5])
                 count = len(file.header.objects)
@@ -221,27 +258,50 @@ class Checkpoint:
         named = (index, (self.root / index).read_bytes()) if index else None
         return Layout(str(self.format), tuple(files), named)
 
-    def read_bytes(self, key: str) -> bytes:
-        """The bytes of one tensor, dense and row-major, ranks joined; raises KeyError for an unknown key."""
-        from ckpt_convert.convert.gather import Gatherer
+    def joined(self, key: str) -> tuple[LazyTensor, str]:
+        """A tensor, ranks and pieces joined, over the numbers of ``stored``, and its dtype.
 
+        Raises KeyError for an unknown key, AmbiguousFormatError where nothing says how ranks are joined,
+        KeyMismatchError where two files have the key, and InputError for a packing whose numbers cannot be told apart.
+        """
         info = self.tensors[key]
         if not info.settled:
             raise AmbiguousFormatError(
                 f"{self.path}: {key} lies on {len(info.parts)} ranks, and nothing says how to join them; "
                 "give the model's params.json (or config=)"
             )
-        sources = [rank[key] for rank in self.ranks if key in rank]
-        return Gatherer(self.stored).read(_whole(sources, info.axis).tensor, info.dtype)
+        if info.dtype not in DTYPES:
+            raise InputError(
+                f"{self.path}: {key} is {info.dtype}, which packs several numbers together; its values cannot be read"
+            )
+        if key in self._twice:
+            raise KeyMismatchError(f"{self.path}: {self._twice[key]}; give one of the files")
+        tensors = [rank[key].tensor for rank in self._sources[0] if key in rank]
+        whole = concat(tensors, info.axis) if info.axis is not None and len(tensors) > 1 else tensors[0]
+        return whole, info.dtype
+
+    def read_bytes(self, key: str) -> bytes:
+        """The bytes of one tensor, dense and row-major, ranks and pieces joined; as stored where numbers are packed.
+
+        Raises what ``joined`` does, but for packed numbers.
+        """
+        from ckpt_convert.convert.gather import Gatherer
+
+        info = self.tensors[key]
+        if info.dtype not in DTYPES and len(info.parts) == 1:
+            reader = next(file.reader for file in self.files if file.name == info.parts[0].file)
+            return read(reader, info.parts[0].offset, info.nbytes)
+        return Gatherer(self.stored).read(*self.joined(key))
 
     def read(self, key: str) -> torch.Tensor:
         """One tensor, read from the file now; raises KeyError for an unknown key."""
         import torch
 
-        from ckpt_convert.dtypes import DTYPES
+        from ckpt_convert.convert.gather import Gatherer
 
         info = self.tensors[key]
-        flat = torch.frombuffer(bytearray(self.read_bytes(key)) or bytearray(1), dtype=torch.uint8)[: info.nbytes]
+        data = Gatherer(self.stored).read(*self.joined(key))
+        flat = torch.frombuffer(bytearray(data) or bytearray(1), dtype=torch.uint8)[: info.nbytes]
         return flat.view(getattr(torch, DTYPES[info.dtype].torch)).reshape(info.shape)
 
     __getitem__ = read
@@ -253,9 +313,7 @@ class Checkpoint:
         return len(self.tensors)
 
     def close(self) -> None:
-        for file in self.files:
-            if isinstance(file.reader, LocalFile):
-                file.reader.close()
+        opening.close(self.files)
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -305,80 +363,29 @@ def read_checkpoint(
         raise CheckpointNotFoundError(f"{path}: no such file or directory")
     try:
         found_record = record.load(path) if path.is_dir() else None
-        name, why, directory = _detect(path, format, found_record)
+        with without_collector():
+            found = opening.find(path, format, found_record)
     except OSError as error:
         raise CheckpointNotFoundError(f"{error.filename or path}: cannot be read: {error.strerror}") from error
-    files = tuple(_open(path, weight) for weight in directory.weights)
-    if name is None:
-        name, why = _by_keys(files, why)
-    return Checkpoint(path, name, why, files, directory, found_record, family, config_path, options or ConfigOptions())
-
-
-def _detect(path: Path, wanted: str | None, found_record: Record | None) -> tuple[str | None, str, Directory]:
-    if path.is_file():
-        return wanted, "as asked for" if wanted else "a single file", Directory((WeightName(path.name),))
-    if not path.is_dir():
-        raise CheckpointNotFoundError(f"{path}: is neither a file nor a directory")
-    if wanted is not None:
-        directory = formats.ALL[wanted].find(path)
-        if directory is None:
-            raise CheckpointNotFoundError(f"{path}: has no weight files of the {wanted} format{_instead(path)}")
-        return wanted, "as asked for", directory
-    if found_record is not None:
-        directory = formats.ALL[found_record.format].find(path)
-        if directory is not None:
-            return found_record.format, f"{record.MANIFEST} says so", directory
-    directory = formats.ALL["hf"].find(path)
-    if directory is not None:
-        if (path / "config.json").is_file():
-            return "hf", f"config.json and {directory.index or directory.weights[0].name}", directory
-        return None, "weight files without config.json", directory
-    directory = formats.ALL["meta"].find(path)
-    if directory is not None:
-        return "meta", directory.weights[0].name, directory
-    directory = formats.ALL["native"].find(path)
-    if directory is not None:
-        return None, "weight files without config.json", directory
-    raise CheckpointNotFoundError(
-        f"{path}: has no weight files that are known ({', '.join('*' + suffix for suffix in WEIGHT_SUFFIXES)})"
-        f"{_instead(path)}"
+    return Checkpoint(
+        path,
+        found.format,
+        found.why,
+        found.files,
+        found.directory,
+        found_record,
+        family,
+        config_path,
+        options or ConfigOptions(),
+        found.facts,
     )
-
-
-def _instead(path: Path) -> str:
-    for folder in sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")):
-        if any(entry.suffix in WEIGHT_SUFFIXES for entry in folder.iterdir()):
-            return f"; there are some in {folder}"
-    return ""
-
-
-def _open(path: Path, weight: WeightName) -> WeightFile:
-    file = path if path.is_file() else resolve(path, weight.name, str(path))
-    try:
-        opened = LocalFile(file, str(file))
-    except OSError as error:
-        raise CheckpointNotFoundError(f"{file}: cannot be read: {error.strerror}") from error
-    reader, header = containers.parse(opened)
-    return WeightFile(weight.name, weight.rank, file, reader, header)
-
-
-def _by_keys(files: tuple[WeightFile, ...], why: str) -> tuple[str | None, str]:
-    keys = {tensor.key for file in files for tensor in file.header.tensors}
-    fits = {
-        format
-        for family in FAMILIES.values()
-        for format in family.formats
-        if keys and all(family.knows(format, key) for key in keys)
-    }
-    if len(fits) == 1:
-        return fits.pop(), "its keys"
-    if fits:
-        return None, f"its keys fit more than one format: {', '.join(sorted(fits))}"
-    return None, f"{why}, and its keys fit no format that is known"
 
 
 def _model(checkpoint: Checkpoint) -> Model:
     path, content = checkpoint.params or _config(checkpoint)
+    if "model_type" in content:
+        # Told first: the tensors of a large model take a while to describe, in vain where the family is not known.
+        by_model_type(content, str(path), checkpoint.family_name)
     recorded = _recorded(checkpoint, path)
     return identify(
         content,
@@ -425,25 +432,6 @@ def _cut_axes(checkpoint: Checkpoint) -> dict[str, int | None]:
         for instance in model.family.instances(model.dims)
         if (column := instance.row.column("meta")) is not None
     }
-
-
-def _info(key: str, found: list[tuple[WeightFile, StoredTensor]], axis: int | None, known: bool) -> TensorInfo:
-    tensor = found[0][1]
-    shape = list(tensor.shape)
-    if axis is not None and axis < len(shape):
-        shape[axis] = sum(part.shape[axis] for _, part in found)
-    parts = tuple(Part(file.name, part.offset, part.nbytes, part.shape, file.rank) for file, part in found)
-    nbytes = sum(part.nbytes for part in parts) if axis is not None else parts[0].nbytes
-    return TensorInfo(key, tuple(shape), tensor.dtype, nbytes, parts, axis, known or len(found) == 1)
-
-
-def _whole(sources: list[Source], axis: int | None) -> Source:
-    from ckpt_convert.models.lazy import concat
-
-    first = sources[0]
-    if axis is None or len(sources) == 1:
-        return first
-    return Source(first.key, first.dtype, concat([source.tensor for source in sources], axis), first.where)
 
 
 def tensors_of(path: Path) -> list[tuple[WeightFile, StoredTensor]]:

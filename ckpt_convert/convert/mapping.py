@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from ckpt_convert.convert.findings import Finding, raise_if_any
 from ckpt_convert.errors import ConfigError, KeyMismatchError, UsageError
@@ -17,8 +18,7 @@ from ckpt_convert.models.table import Family, Instance, Key
 _LISTED = 20
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
+class Source(NamedTuple):
     """A stored tensor as the mapping sees it: ``where`` is the file (or rank) that a message names."""
 
     key: str
@@ -43,12 +43,13 @@ class Logical:
 
 @dataclass(frozen=True, slots=True)
 class Equality:
-    """Two tensors that have to hold the same bytes, and what to say if they do not."""
+    """Two tensors that have to hold the same bytes, what to say if they do not, and the key that it is said of."""
 
     left: LazyTensor
     right: LazyTensor
     dtype: str
     message: str
+    key: str = ""
 
 
 @dataclass(frozen=True)
@@ -227,7 +228,7 @@ def _join(
                 f"{part.key}: rank {rank} ({part.where}) and rank 0 ({first.where}) differ, but every rank has to hold "
                 "the same values; the files are not of one checkpoint"
             )
-            equal.append(Equality(first.tensor, part.tensor, first.dtype, message))
+            equal.append(Equality(first.tensor, part.tensor, first.dtype, message, part.key))
     else:
         tensor = concat([part.tensor for part in parts], axis)
     try:
@@ -302,7 +303,7 @@ def tie(instance: Instance, logical: Logical, logicals: Logicals) -> Equality | 
         "the target stores tied weights once. If they are not tied, set tie_word_embeddings to false in the "
         "source's config.json (ckpt_convert/config.json where that is the only one)."
     )
-    return Equality(other.tensor, logical.tensor, logical.dtype, message)
+    return Equality(other.tensor, logical.tensor, logical.dtype, message, logical.key)
 
 
 def _missing(instance: Instance, key: str, column: Key, dims: Mapping[str, int]) -> Finding:

@@ -90,7 +90,7 @@ def _identify(
     recorded: Recorded,
 ) -> Model:
     if "model_type" in content:
-        found, evidence = _by_model_type(content, where, family)
+        found, evidence = by_model_type(content, where, family)
         return _described(found, evidence, content, format, ranks, options, recorded)
     found, evidence = _by_params(content, where, family)
     if recorded.config is not None:
@@ -125,7 +125,8 @@ def _described(
     return Model(family, evidence, config, dims, bool(dims["tied"]))
 
 
-def _by_model_type(config: Mapping[str, Any], where: str, wanted: str | None) -> tuple[Family, str]:
+def by_model_type(config: Mapping[str, Any], where: str, wanted: str | None) -> tuple[Family, str]:
+    """The family that a config.json names, and in what words; raises UnsupportedFamilyError where none is known."""
     if wanted is not None:
         return FAMILIES[wanted], "as asked for"
     model_type = config["model_type"]

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 T = TypeVar("T")
 
@@ -21,8 +22,7 @@ Axis = tuple[Run, ...]
 """One axis as nested runs, outermost first; its size is the product of the counts, () has size 1."""
 
 
-@dataclass(frozen=True, slots=True)
-class Tile:
+class Tile(NamedTuple):
     """A box of a lazy tensor that comes from one source: at ``origin``, starting at element ``offset`` there."""
 
     origin: tuple[int, ...]
@@ -45,8 +45,7 @@ class Copy:
     dims: tuple[tuple[int, int, int], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class LazyTensor:
+class LazyTensor(NamedTuple):
     """A tensor of ``shape`` whose elements come from the tiles; the tiles cover it once, without overlap."""
 
     shape: tuple[int, ...]
@@ -129,9 +128,9 @@ def together(tensors: tuple[LazyTensor, ...], most: int) -> Iterator[tuple[int, 
 
 def stored(source: int, shape: Sequence[int], strides: Sequence[int] | None = None) -> LazyTensor:
     """The tensor that ``source`` stores, dense and row-major unless ``strides`` says otherwise."""
-    steps = row_major(shape) if strides is None else strides
-    axes = tuple(_joined([(count, step)]) for count, step in zip(shape, steps, strict=True))
-    return LazyTensor(tuple(shape), (Tile((0,) * len(shape), source, 0, axes),))
+    shape = tuple(shape)
+    origin, axes = _dense(shape) if strides is None else _strided(shape, strides)
+    return LazyTensor(shape, (Tile(origin, source, 0, axes),))
 
 
 def concat(parts: Sequence[LazyTensor], axis: int) -> LazyTensor:
@@ -152,6 +151,17 @@ def row_major(shape: Sequence[int]) -> tuple[int, ...]:
     for axis in range(len(shape) - 2, -1, -1):
         strides[axis] = strides[axis + 1] * shape[axis + 1]
     return tuple(strides)
+
+
+@lru_cache(maxsize=1 << 10)
+def _dense(shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[Axis, ...]]:
+    """The origin and axes of dense tensors of this shape, of which a model has many."""
+    return _strided(shape, row_major(shape))
+
+
+def _strided(shape: tuple[int, ...], strides: Sequence[int]) -> tuple[tuple[int, ...], tuple[Axis, ...]]:
+    axes = tuple(((count, step),) if count != 1 else () for count, step in zip(shape, strides, strict=True))
+    return (0,) * len(shape), axes
 
 
 def _size(axis: Axis) -> int:

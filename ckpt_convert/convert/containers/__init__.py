@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ckpt_convert.convert.containers import safetensors, torchzip
+from ckpt_convert.convert.containers import gguf, safetensors, torchzip
 from ckpt_convert.convert.containers.header import Checksummed, FileLayout, Header, StoredTensor
 from ckpt_convert.convert.containers.layout import Recorded, capture, holes
 from ckpt_convert.errors import CorruptFileError, InputError
@@ -14,25 +14,27 @@ __all__ = ["Checksummed", "FileLayout", "Header", "StoredTensor", "capture", "pa
 
 _KNOWN = (
     (b"version https://git-lfs", "it is a git-lfs pointer, not the file itself; run git lfs pull in its repository"),
-    (b"GGUF", "it is a GGUF file, which is not supported; take the original checkpoint"),
     (b"<!doctype html", "it is a web page, so its download failed; download it again, logged in where it needs that"),
     (b"<html", "it is a web page, so its download failed; download it again, logged in where it needs that"),
 )
 
 
-def parse(reader: RangeReader) -> tuple[RangeReader, Header]:
+def parse(reader: RangeReader, *, foreign: bool = False) -> tuple[RangeReader, Header]:
     """Read the header of a container file of any kind, told by its content.
 
     Returns the reader that the header's offsets refer to: ``reader`` itself, but for a legacy torch file (which has to
-    be a LocalFile) the tensors' bytes in memory. Raises CorruptFileError when the file is of no known kind, and
-    whatever the parser of its kind raises.
+    be a LocalFile) the tensors' bytes in memory. A pickle that asks for objects of unknown classes is refused, or, with
+    ``foreign``, read around them. Raises CorruptFileError when the file is of no known kind, and whatever the parser of
+    its kind raises.
     """
     start = read(reader, 0, min(reader.size, 32))
     # The first bytes of a safetensors file are a number, and may be the magic of anything: look at the brace first.
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= safetensors.MAX_HEADER:
         return reader, safetensors.parse(reader)
+    if start.startswith(gguf.MAGIC):
+        return reader, gguf.parse(reader)
     if torchzip.is_zip(reader):
-        return reader, torchzip.parse(reader)
+        return reader, torchzip.parse(reader, foreign=foreign)
     if start[:1] == b"\x80" and start[1:2] in (b"\2", b"\3", b"\4", b"\5"):
         return _legacy(reader)
     raise CorruptFileError(f"{reader.name}: {_guess(start)}")
@@ -70,6 +72,6 @@ def _guess(start: bytes) -> str:
         if start.lower().startswith(magic.lower()):
             return meaning
     return (
-        f"expected a safetensors or torch file, but it starts with {start[:16]!r}; "
+        f"expected a safetensors, torch or GGUF file, but it starts with {start[:16]!r}; "
         "it is damaged or of another kind, so download it again or leave it out"
     )

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from ckpt_convert import dtypes
 
 
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """A tensor as a file stores it.
+class Box(NamedTuple):
+    """Where a piece lies in its tensor: ``shape`` is that of the whole tensor, ``origin`` the piece's first element."""
+
+    shape: tuple[int, ...]
+    origin: tuple[int, ...]
+
+
+class StoredTensor(NamedTuple):  # of all values the quickest to make, and there may be 100,000 of them
+    """A tensor as a file stores it, or a piece of one.
 
     ``offset`` is the absolute byte offset of element [0, …, 0]; ``strides`` are in elements, None when the tensor
-    is dense and row-major (the usual case).
+    is dense and row-major (the usual case). ``packed`` is the number of bytes where ``dtype`` is none of ``DTYPES``
+    but the name of a packing of quantised numbers (GGUF's). ``box`` says which part of a tensor this piece is, None
+    for a whole tensor.
     """
 
     key: str
@@ -21,10 +30,12 @@ class StoredTensor:
     shape: tuple[int, ...]
     offset: int
     strides: tuple[int, ...] | None = None
+    packed: int | None = None
+    box: Box | None = None
 
     @property
     def nbytes(self) -> int:
-        return dtypes.nbytes(self.dtype, self.shape)
+        return dtypes.nbytes(self.dtype, self.shape) if self.packed is None else self.packed
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +52,10 @@ class Checksummed:
 class Header:
     """The header of one container file.
 
-    ``tensors`` in the order in which the file names them; ``metadata`` safetensors' ``__metadata__``; ``objects``
-    the entries of a pickle that are no tensors (key → type name); ``checksummed`` the zip members that hold tensors.
+    ``tensors`` in the order in which the file names them; ``metadata`` safetensors' ``__metadata__``, or what a GGUF
+    file says of itself; ``objects`` the entries that are no tensors (key → type name); ``checksummed`` the zip
+    members that hold tensors; ``foreign`` the classes that a pickle names although rebuilding tensors needs none of
+    them: nothing of them was imported or made, and such a file may be looked at, but not converted.
     """
 
     kind: str
@@ -51,6 +64,7 @@ class Header:
     metadata: Mapping[str, str] = field(default_factory=dict)
     objects: Mapping[str, str] = field(default_factory=dict)
     checksummed: tuple[Checksummed, ...] = ()
+    foreign: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,12 @@ def is_zip(reader: RangeReader) -> bool:
     return reader.size >= 4 and read(reader, 0, 4) in (b"PK\3\4", b"PK\5\6")
 
 
-def parse(reader: RangeReader) -> Header:
+def parse(reader: RangeReader, *, foreign: bool = False) -> Header:
     """Read and check the header; the tensors come in the order of the pickle, nested keys joined with ".".
 
     Offsets are absolute, in bytes. ``checksummed`` has every member that the pickle refers to, in file order. Raises
     CorruptFileError when archive, pickle and sizes disagree, UnsafeFileError when the pickle asks for more than
-    tensors.
+    tensors and plain data; with ``foreign``, the header names what it asks for instead.
     """
     found = members(reader)
     root = _root(reader, found)
@@ -40,9 +40,9 @@ def parse(reader: RangeReader) -> Header:
             "needs; it holds more than tensors, so save a plain state dict"
         )
     data = read(reader, record.offset, record.size)
-    value = torchpickle.load(reader.name, data)
+    loaded = torchpickle.load(reader.name, data, foreign=foreign)
     # Every value takes a byte at least, so whatever unfolds to more than that was folded to do harm.
-    tensors, objects = flatten(reader.name, value, Tensor, len(data))
+    tensors, objects = flatten(reader.name, loaded.value, Tensor, len(data))
     used: dict[str, Member] = {}
     stored = []
     for key, tensor in tensors.items():
@@ -51,7 +51,12 @@ def parse(reader: RangeReader) -> Header:
         stored.append(_view(reader, key, tensor, member.offset))
     checksummed = sorted((m.offset, m.size, m.crc, m.places) for m in used.values())
     return Header(
-        KIND, reader.size, tuple(stored), objects=objects, checksummed=tuple(Checksummed(*m) for m in checksummed)
+        KIND,
+        reader.size,
+        tuple(stored),
+        objects=objects,
+        checksummed=tuple(Checksummed(*m) for m in checksummed),
+        foreign=loaded.foreign,
     )
 
 

@@ -26,11 +26,16 @@ class WeightName:
 
 @dataclass(frozen=True)
 class Directory:
-    """The weight files of a directory; ``index`` names the index file and ``weight_map`` is what it says."""
+    """The weight files of a directory; ``index`` names the index file and ``weight_map`` is what it says.
+
+    ``kind`` is what the directory is where that is no format: "dcp" for torch.distributed.checkpoint's, whose own
+    metadata names the files (``weights`` are then empty), "peft" for an adapter.
+    """
 
     weights: tuple[WeightName, ...]
     index: str | None = None
     weight_map: Mapping[str, str] | None = None
+    kind: str | None = None
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from ckpt_convert.convert.formats.base import Directory, Format, WeightName, load_json, numbered, plain_weights
@@ -24,7 +25,7 @@ def find(directory: Path) -> Directory | None:
         if found is not None:
             return found
         if names and container == "safetensors":
-            return Directory(tuple(WeightName(name) for name in names))
+            return Directory(tuple(WeightName(name) for name in names if not _is_variant(name, names)))
         shards = [name for name in names if name.startswith(stem)]
         if shards:
             return Directory(tuple(WeightName(name) for name in shards))
@@ -39,7 +40,7 @@ def from_index(directory: Path, name: str) -> Directory:
         raise CorruptFileError(f"{path}: has no weight_map, so it is no index; download or copy it again")
     if not all(isinstance(file, str) for file in weight_map.values()):
         raise CorruptFileError(f"{path}: its weight_map has values that are no file names; download or copy it again")
-    files = sorted({check_name(file, str(path)) for file in weight_map.values()})
+    files = sorted(check_name(file, str(path)) for file in set(weight_map.values()))
     return Directory(tuple(WeightName(file) for file in files), name, weight_map)
 
 
@@ -62,6 +63,12 @@ def _index(directory: Path, weights: str) -> str | None:
     others = sorted(entry.name for entry in directory.glob(f"*{suffix}{INDEX_SUFFIX}"))
     others = [name for name in others if not name.startswith(("consolidated", "adapter"))]
     return others[0] if len(others) == 1 and not (directory / weights).is_file() else None
+
+
+def _is_variant(name: str, names: Sequence[str]) -> bool:
+    """Whether a file holds once more what another one does, as ``x.fp16.safetensors`` beside ``x.safetensors``."""
+    stem, suffix = Path(name).stem, Path(name).suffix
+    return "." in stem and stem.rpartition(".")[0] + suffix in names
 
 
 FORMAT = Format("hf", find, file_names, ("safetensors", "bin"), "config.json", lambda name: True)

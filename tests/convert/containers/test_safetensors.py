@@ -306,7 +306,6 @@ def test_91000_tensors_read_back() -> None:
     [
         (b"", "empty"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "git lfs pull"),
-        (b"GGUF\3\0\0\0" + bytes(20), "GGUF"),
         (b"<!DOCTYPE html><html></html>", "web page"),
         (b"<html><body>", "web page"),
         (b"what is this?", "what is this"),

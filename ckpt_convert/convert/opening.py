@@ -1,0 +1,190 @@
+"""Finding a checkpoint's weight files, reading their headers, and telling the format from what is there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckpt_convert.convert import containers, formats, record
+from ckpt_convert.convert.containers import gguf
+from ckpt_convert.convert.containers.header import Header
+from ckpt_convert.convert.formats import peft
+from ckpt_convert.convert.formats.base import Directory, WeightName
+from ckpt_convert.convert.record import Record
+from ckpt_convert.errors import CheckpointNotFoundError
+from ckpt_convert.models import FAMILIES
+from ckpt_convert.storage.names import WEIGHT_SUFFIXES, resolve
+from ckpt_convert.storage.reader import LocalFile, RangeReader
+
+_ANY_SUFFIX = (*WEIGHT_SUFFIXES, ".ckpt")
+_GGUF = ".gguf"
+_INDEX = re.compile(r"(?<![^.])(?:0|[1-9][0-9]*)(?![^.])")
+"""A part of a key that is a number."""
+
+_LOOSE = "weight files without config.json"
+
+
+@dataclass(frozen=True, eq=False)
+class WeightFile:
+    """An open weight file: its name in the checkpoint, its rank, and its header."""
+
+    name: str
+    rank: int
+    path: Path
+    reader: RangeReader
+    header: Header
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint's files, open, and what they are: ``facts`` are (label, text), worth a line each."""
+
+    format: str | None
+    why: str
+    directory: Directory
+    files: tuple[WeightFile, ...]
+    facts: tuple[tuple[str, str], ...]
+
+
+def find(path: Path, wanted: str | None, found_record: Record | None) -> Found:
+    """Find and open what lies at a path; ``wanted`` is the format that was asked for.
+
+    Files that fit no format are opened all the same, with None as format. Raises CheckpointNotFoundError where there
+    are no weight files, and what reading a header raises.
+    """
+    name, why, directory = detect(path, wanted, found_record)
+    files, facts = open_files(path, directory)
+    if name is None and directory.kind is None:
+        name, why = by_keys(files, why)
+        names = everything(path) if name is None and path.is_dir() and directory.index is None else []
+        if names and names != [weight.name for weight in directory.weights]:
+            close(files)
+            directory = Directory(tuple(map(WeightName, names)))
+            files, facts = open_files(path, directory)
+    if any(file.header.kind == gguf.KIND for file in files):
+        name, why = None, "a GGUF file" if len(files) == 1 else "GGUF files"
+    return Found(name, why, directory, files, tuple(facts))
+
+
+def detect(path: Path, wanted: str | None, found_record: Record | None) -> tuple[str | None, str, Directory]:
+    """The format of a path, what it was told by, and the weight files; raises what ``open_checkpoint`` does."""
+    from ckpt_convert.convert.containers import dcp
+
+    if path.is_file():
+        if dcp.is_metadata(path.name):
+            return None, dcp.WHY, Directory((), kind=dcp.KIND)
+        adapter = peft.config(path.parent) if path.name in peft.WEIGHTS and wanted is None else None
+        if adapter is not None:
+            return None, peft.describe(adapter), Directory((WeightName(path.name),), kind=peft.KIND)
+        return wanted, "as asked for" if wanted else "a single file", Directory((WeightName(path.name),))
+    if not path.is_dir():
+        raise CheckpointNotFoundError(f"{path}: is neither a file nor a directory")
+    if wanted is not None:
+        directory = formats.ALL[wanted].find(path)
+        if directory is None:
+            raise CheckpointNotFoundError(f"{path}: has no weight files of the {wanted} format{_instead(path)}")
+        return wanted, "as asked for", directory
+    if found_record is not None:
+        directory = formats.ALL[found_record.format].find(path)
+        if directory is not None:
+            return found_record.format, f"{record.MANIFEST} says so", directory
+    hf = formats.ALL["hf"].find(path)
+    if hf is not None and (path / "config.json").is_file():
+        return "hf", f"config.json and {hf.index or hf.weights[0].name}", hf
+    meta = formats.ALL["meta"].find(path) if hf is None else None
+    if meta is not None:
+        return "meta", meta.weights[0].name, meta
+    if dcp.is_directory(path):
+        return None, dcp.WHY, Directory((), kind=dcp.KIND)
+    adapter = peft.config(path) if hf is None else None
+    weights = [WeightName(name) for name in peft.WEIGHTS if (path / name).is_file()]
+    if adapter is not None and weights:
+        return None, peft.describe(adapter), Directory((weights[0],), kind=peft.KIND)
+    loose = hf or formats.ALL["native"].find(path)
+    if loose is None:
+        names = everything(path)
+        if not names:
+            raise CheckpointNotFoundError(
+                f"{path}: has no weight files that are known ({', '.join('*' + suffix for suffix in WEIGHT_SUFFIXES)})"
+                f"{_instead(path)}"
+            )
+        loose = Directory(tuple(map(WeightName, names)))
+    return None, _LOOSE, loose
+
+
+def open_files(path: Path, directory: Directory) -> tuple[tuple[WeightFile, ...], list[tuple[str, str]]]:
+    """Open the weight files and read their headers; also what they say of themselves."""
+    from ckpt_convert.convert.containers import dcp
+
+    root = path if path.is_dir() else path.parent
+    if directory.kind == dcp.KIND:
+        found, facts = dcp.read_directory(root)
+        return tuple(WeightFile(file.name, 0, file.path, file.reader, file.header) for file in found), facts
+    files = tuple(_open(path, weight) for weight in directory.weights)
+    facts = peft.facts(root) if directory.kind == peft.KIND else []
+    if len(files) == 1 and files[0].header.kind == gguf.KIND:
+        facts += gguf.facts(files[0].header)
+    return files, facts
+
+
+def by_keys(files: tuple[WeightFile, ...], why: str) -> tuple[str | None, str]:
+    """The format that all keys fit, and what it was told by; None where that is not exactly one."""
+    # Layers differ in nothing but their number, so one of each kind will do.
+    keys = {_INDEX.sub("0", tensor.key) for file in files for tensor in file.header.tensors}
+    fits = {
+        format
+        for family in FAMILIES.values()
+        for format in family.formats
+        if keys and all(family.knows(format, key) for key in keys)
+    }
+    if len(fits) == 1:
+        return fits.pop(), "its keys"
+    if fits:
+        return None, f"its keys fit more than one format: {', '.join(sorted(fits))}"
+    return None, f"{why}, and its keys fit no format that is known"
+
+
+def close(files: Iterable[WeightFile]) -> None:
+    for file in files:
+        if isinstance(file.reader, LocalFile):
+            file.reader.close()
+
+
+def _open(path: Path, weight: WeightName) -> WeightFile:
+    file = path if path.is_file() else resolve(path, weight.name, str(path))
+    try:
+        opened = LocalFile(file, str(file))
+    except OSError as error:
+        raise CheckpointNotFoundError(f"{file}: cannot be read: {error.strerror}") from error
+    reader, header = containers.parse(opened, foreign=True)
+    return WeightFile(weight.name, weight.rank, file, reader, header)
+
+
+def everything(directory: Path) -> list[str]:
+    """All weight files, but for those that are there in safetensors as well; GGUF files where there are no others."""
+    names = _named(directory, _ANY_SUFFIX)
+    stems = {Path(name).stem for name in names if name.endswith(".safetensors")}
+    if any(stem.startswith("model") for stem in stems):
+        names = [name for name in names if not name.startswith("pytorch_model") or not name.endswith(".bin")]
+    return [name for name in names if name.endswith(".safetensors") or Path(name).stem not in stems] or _named(
+        directory, (_GGUF,)
+    )
+
+
+def _named(directory: Path, suffixes: tuple[str, ...]) -> list[str]:
+    return sorted(
+        entry.name
+        for entry in directory.iterdir()
+        if entry.suffix in suffixes and entry.is_file() and not entry.name.startswith(".")
+    )
+
+
+def _instead(path: Path) -> str:
+    from ckpt_convert.convert.containers import dcp
+
+    for folder in sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")):
+        if any(entry.suffix in _ANY_SUFFIX for entry in folder.iterdir()) or dcp.is_directory(folder):
+            return f"; there are some in {folder}"
+    return ""

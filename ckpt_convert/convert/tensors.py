@@ -1,0 +1,100 @@
+"""What a checkpoint says of each of its tensors, whatever number of files or pieces it lies in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+from ckpt_convert.convert.containers.header import StoredTensor
+from ckpt_convert.convert.opening import WeightFile
+from ckpt_convert.models.lazy import LazyTensor, Tile, stored
+
+
+class Part(NamedTuple):
+    """Where a tensor, or one rank's part of it, lies: ``offset`` and ``nbytes`` are bytes in the file.
+
+    ``origin`` is where the part starts in the whole tensor, where the files say it (torch.distributed.checkpoint);
+    ``offset`` is then that of the record that holds the part.
+    """
+
+    file: str
+    offset: int
+    nbytes: int
+    shape: tuple[int, ...]
+    rank: int
+    origin: tuple[int, ...] | None = None
+
+
+class TensorInfo(NamedTuple):
+    """A tensor of a checkpoint: its full shape, its dtype as safetensors spells it, and the parts it lies in.
+
+    A dtype that safetensors does not have is spelt as the file spells it (GGUF's Q4_K). ``axis`` is the one that ranks
+    cut, None where each holds the whole. ``settled`` is False where nothing says which of the two it is (no config, or
+    a key of no table): ``shape`` and ``nbytes`` are then those of one rank's part.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+    parts: tuple[Part, ...]
+    axis: int | None = None
+    settled: bool = True
+
+
+def describe(
+    pieces: Iterable[tuple[WeightFile, StoredTensor]],
+    name: Callable[[WeightFile, StoredTensor], str],
+    axes: Mapping[str, int | None],
+    is_cut: bool,
+) -> dict[str, TensorInfo]:
+    """Every tensor by key; ``axes`` are the cuts that are known, ``is_cut`` says that others may be cut as well."""
+    found: dict[str, TensorInfo] = {}
+    parts: dict[str, list[Part]] = {}
+    first: dict[str, StoredTensor] = {}
+    for file, tensor in pieces:
+        key = name(file, tensor)
+        _, dtype, shape, offset, _, _, box = tensor
+        nbytes = tensor.nbytes
+        part = Part(file.name, offset, nbytes, shape, file.rank, box.origin if box else None)
+        if key not in found:
+            first[key] = tensor
+            found[key] = TensorInfo(key, box.shape if box else shape, dtype, nbytes, (part,), axes.get(key))
+        elif key in parts:
+            parts[key].append(part)
+        else:
+            parts[key] = [*found[key].parts, part]
+    for key, several in parts.items():
+        found[key] = _info(key, first[key], several, axes, is_cut)
+    return found
+
+
+def _info(
+    key: str, tensor: StoredTensor, parts: list[Part], axes: Mapping[str, int | None], is_cut: bool
+) -> TensorInfo:
+    if tensor.box is not None:
+        parts.sort(key=lambda part: part.origin or ())
+        nbytes = sum(part.nbytes for part in parts)
+        return TensorInfo(key, tensor.box.shape, tensor.dtype, nbytes, tuple(parts))
+    axis = axes.get(key)
+    settled = not is_cut or key in axes
+    if axis is None or axis >= len(tensor.shape):
+        return TensorInfo(key, tensor.shape, tensor.dtype, parts[0].nbytes, tuple(parts), axis, settled)
+    size = sum(part.shape[axis] for part in parts)
+    shape = (*tensor.shape[:axis], size, *tensor.shape[axis + 1 :])
+    return TensorInfo(key, shape, tensor.dtype, sum(part.nbytes for part in parts), tuple(parts), axis, settled)
+
+
+def assembled(pieces: Iterable[tuple[int, StoredTensor]]) -> LazyTensor:
+    """The tensor that numbered pieces with boxes make up."""
+    tiles = []
+    shape: tuple[int, ...] = ()
+    for number, piece in pieces:
+        if piece.box is not None:
+            shape = piece.box.shape
+            if piece.nbytes:
+                tiles += [
+                    Tile(piece.box.origin, number, tile.offset, tile.axes)
+                    for tile in stored(number, piece.shape, piece.strides).tiles
+                ]
+    return LazyTensor(shape, tuple(tiles))
