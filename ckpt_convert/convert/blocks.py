@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -14,6 +16,8 @@ from ckpt_convert.convert.checkpoint import WeightFile
 from ckpt_convert.convert.containers.header import StoredTensor
 from ckpt_convert.convert.gather import Gatherer
 from ckpt_convert.models.lazy import LazyTensor, together
+
+T = TypeVar("T")
 
 BLOCK = 1 << 20
 """Bytes of the buffer of a block."""
@@ -38,27 +42,64 @@ class Read(NamedTuple):
     dtype: str
 
 
+class StoppedError(Exception):
+    """Ends a worker's work where another one failed, or the user has had enough; it never reaches a caller."""
+
+
 class Meter:
-    """Adds up bytes from several threads and passes them on."""
+    """Adds up bytes from several threads and passes them on; once stopped, it ends the work of those that add."""
 
     def __init__(self, phase: str, total: int, callback: ProgressCallback | None) -> None:
         self.phase, self.total, self.done = phase, total, 0
         self._callback = callback
         self._lock = threading.Lock()
+        self._stopped = False
         if callback is not None:
             callback(Progress(phase, 0, total))
 
+    def stop(self) -> None:
+        self._stopped = True
+
     def add(self, nbytes: int) -> None:
+        if self._stopped:
+            raise StoppedError
         with self._lock:
             self.done += nbytes
             if self._callback is not None:
                 self._callback(Progress(self.phase, self.done, self.total))
 
 
+def spread(items: Iterable[T], workers: int, meter: Meter, start: Callable[[], Callable[[T], None]]) -> None:
+    """Do ``start()(item)`` for every item in a few threads, each with a function (and buffers) of its own.
+
+    The first error ends the others at the next bytes they add to the meter, and is raised.
+    """
+    queue = deque(items)
+
+    def work() -> None:
+        do = start()
+        while True:
+            try:
+                item = queue.popleft()
+            except IndexError:
+                return
+            do(item)
+
+    with ThreadPoolExecutor(workers, meter.phase) as pool:
+        try:
+            for future in as_completed([pool.submit(work) for _ in range(workers)]):
+                future.result()
+        except BaseException:
+            queue.clear()
+            meter.stop()
+            raise
+
+
 class Mover:
     """One worker's buffers: reads a lazy tensor block by block, in the dtype of the output."""
 
     def __init__(self, stored: Sequence[tuple[WeightFile, StoredTensor]]) -> None:
+        self.stored = stored
         self._gatherer = Gatherer(stored)
         self._buffer = np.empty(BLOCK, np.uint8)
 

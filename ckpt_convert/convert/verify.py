@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import threading
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 
 from ckpt_convert import dtypes
 from ckpt_convert.convert import mapping
-from ckpt_convert.convert.blocks import Meter, Mover, ProgressCallback, Read, difference
+from ckpt_convert.convert.blocks import Meter, Mover, ProgressCallback, Read, difference, spread
 from ckpt_convert.convert.checkpoint import Checkpoint, WeightFile, tensors_of
 from ckpt_convert.convert.containers.header import StoredTensor
 from ckpt_convert.convert.mapping import Logical
 from ckpt_convert.convert.plan import Plan, target_dtype
 from ckpt_convert.errors import VerificationError, listing
 from ckpt_convert.models import lazy
-from ckpt_convert.models.table import Instance
 
 
 def verify(plan: Plan, output: Checkpoint, *, workers: int, progress: ProgressCallback | None = None) -> int:
@@ -27,36 +24,31 @@ def verify(plan: Plan, output: Checkpoint, *, workers: int, progress: ProgressCa
     model = output.model
     found = mapping.read(model.family, str(output.format), model.dims, output.ranks, str(output.path))
     stored, carried = _carried(plan, output)
-    pairs: list[tuple[Instance, Logical, Logical]] = []
+    pairs: list[tuple[Logical, Logical]] = []
     problems = []
     for instance, logical in plan.logicals.tensors.items():
         other = found.tensors.get(instance) or carried.get(logical.key)
         if other is not None and other.dtype == target_dtype(logical.dtype, instance, plan.request):
-            pairs.append((instance, logical, other))
+            pairs.append((logical, other))
         elif other is not None:
             problems.append(f"{logical.key}: is {other.dtype} in the output")
         else:
             problems.append(f"{logical.key}: neither in the output nor carried in its record")
-    total = sum(p.tensor.size * dtypes.DTYPES[other.dtype].bits // 8 for _, p, other in pairs)
+    total = sum(p.tensor.size * dtypes.DTYPES[other.dtype].bits // 8 for p, other in pairs)
     meter = Meter("verifying", total, progress)
-    queue = deque(pairs)
-    lock = threading.Lock()
 
-    def work() -> None:
+    def start() -> Callable[[tuple[Logical, Logical]], None]:
         mine, theirs = Mover(plan.stored), Mover(stored)
-        while True:
-            with lock:
-                if not queue:
-                    return
-                _, source, other = queue.popleft()
+
+        def compare(pair: tuple[Logical, Logical]) -> None:
+            source, other = pair
             where = _difference(mine, theirs, source, other, meter)
             if where is not None:
-                with lock:
-                    problems.append(f"{source.key}: differs from {other.key} at byte {where} of the tensor")
+                problems.append(f"{source.key}: differs from {other.key} at byte {where} of the tensor")
 
-    with ThreadPoolExecutor(workers, "verify") as pool:
-        for future in [pool.submit(work) for _ in range(workers)]:
-            future.result()
+        return compare
+
+    spread(pairs, workers, meter, start)
     if problems:
         raise VerificationError(
             f"{plan.source.path}: the output, read again, differs in {len(problems)} tensors; "
