@@ -1,0 +1,330 @@
+"""Everything that is wrong with a checkpoint, at once: one broken file does not keep the rest from being checked."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ckpt_convert.convert import check_config, check_directory, check_generic, check_record, check_side, mapping
+from ckpt_convert.convert.check_open import Opened, open_tolerantly, relative
+from ckpt_convert.convert.checkpoint import Checkpoint
+from ckpt_convert.convert.findings import Finding
+from ckpt_convert.convert.formats.base import load_json
+from ckpt_convert.convert.mapping import Equality, Logicals
+from ckpt_convert.convert.model import Model
+from ckpt_convert.convert.record import CONFIG, MANIFEST
+from ckpt_convert.errors import CkptConvertError, UnsupportedFamilyError
+
+if TYPE_CHECKING:
+    from ckpt_convert.convert.blocks import ProgressCallback
+    from ckpt_convert.convert.check_values import Expected
+
+SCHEMA = 1
+_ORDER = ("error", "warning", "note")
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A check that could not be done, or was not asked for."""
+
+    check: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a check found, errors first; ``checks`` are those that were done, ``nbytes`` the bytes of all tensors."""
+
+    path: str
+    format: str | None
+    family: str | None
+    files: int
+    tensors: int
+    nbytes: int
+    checks: tuple[str, ...]
+    skipped: tuple[Skipped, ...]
+    findings: tuple[Finding, ...]
+    bytes_read: int
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """How many findings there are of each severity."""
+        found = Counter(finding.severity for finding in self.findings)
+        return {"errors": found["error"], "warnings": found["warning"], "notes": found["note"]}
+
+    def with_findings(self, check: str, findings: Iterable[Finding]) -> Report:
+        """The report with those of one more check."""
+        return replace(self, checks=(*self.checks, check), findings=_sorted([*self.findings, *findings]))
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as JSON-ready values."""
+        return {
+            "schema": SCHEMA,
+            "path": self.path,
+            "format": self.format,
+            "family": self.family,
+            "files": self.files,
+            "tensors": self.tensors,
+            "bytes": self.nbytes,
+            "checks": list(self.checks),
+            "skipped": [asdict(skipped) for skipped in self.skipped],
+            "findings": [asdict(finding) for finding in self.findings],
+            **self.counts,
+            "bytes_read": self.bytes_read,
+        }
+
+
+@dataclass
+class _Work:
+    """What is done so far; ``values`` is whether tensors are to be read, ``expected`` which are to be compared."""
+
+    opened: Opened
+    values: bool
+    findings: list[Finding] = field(default_factory=list)
+    checks: list[str] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    expected: list[Expected] = field(default_factory=list)
+
+    def done(self, check: str, findings: Iterable[Finding] = ()) -> None:
+        self.findings.extend(findings)
+        if check not in self.checks:
+            self.checks.append(check)
+
+    def skip(self, why: str, *checks: str) -> None:
+        self.skipped.extend(Skipped(check, why) for check in checks)
+
+
+def check(
+    path: str | Path,
+    *,
+    format: str | None = None,
+    family: str | None = None,
+    config: str | Path | None = None,
+    values: bool = True,
+    workers: int = 2,
+    progress: ProgressCallback | None = None,
+) -> Report:
+    """Check a checkpoint: a directory, or one weight file.
+
+    ``values`` reads every byte; without it only headers and small files are read. What is wrong with the checkpoint
+    is in the report; raised is only CheckpointNotFoundError, UsageError or ConfigError where nothing can be checked.
+    """
+    opened = open_tolerantly(Path(path), format=format, family=family, config=config)
+    work = _Work(opened, values)
+    try:
+        return _report(work, workers, progress)
+    finally:
+        opened.checkpoint.close()
+
+
+def _report(work: _Work, workers: int, progress: ProgressCallback | None) -> Report:
+    opened, checkpoint = work.opened, work.opened.checkpoint
+    work.done("files", opened.findings)
+    work.done("container")
+    work.done("duplicate", check_directory.contradictions(opened))
+    if checkpoint.directory.index is not None:
+        work.done("index")
+        if opened.whole and not opened.damaged:
+            work.done("index", check_directory.totals(opened))
+    if checkpoint.path.is_dir():
+        work.done("leftover", check_directory.leftovers(opened))
+        work.done("shards", check_directory.numbering(opened))
+        work.done("side-files", check_side.side_files(checkpoint))
+    _against_config(work)
+    nbytes_read = _read(work, workers, progress)
+    return Report(
+        path=str(checkpoint.path),
+        format=checkpoint.format,
+        family=_quietly(lambda: opened.view.family),
+        files=len(checkpoint.files),
+        tensors=len(opened.view.tensors),
+        nbytes=sum(info.nbytes for info in opened.view.tensors.values()),
+        checks=tuple(work.checks),
+        skipped=tuple(work.skipped),
+        findings=_sorted(work.findings),
+        bytes_read=nbytes_read,
+    )
+
+
+def _against_config(work: _Work) -> None:
+    """Keys, shapes and ties against the config: through the family's table, or by what transformers have in common."""
+    view = work.opened.view
+    path = _config_path(view)
+    content = None
+    if path is not None and path.is_file():
+        try:
+            content = load_json(path)
+        except CkptConvertError as error:
+            work.done("config", [Finding("error", "config", relative(str(error), view.path), path.name)])
+    if not view.stored:
+        work.skip("there are no tensors to look at", "config", "keys", "tied")
+        return
+    model = _model(work, content)
+    if model is not None and path is not None and content is not None:
+        _through_table(work, model, content, path.name)
+    else:
+        _in_general(work, content)
+    if checked := model.config if model is not None else content:
+        work.done("tokenizer", check_side.tokenizer(view, checked))
+        if view.format == "hf":
+            work.done("config", check_side.dtype(view, content))
+
+
+def _config_path(view: Checkpoint) -> Path | None:
+    name = {"meta": "params.json", "native": CONFIG}.get(str(view.format), "config.json")
+    return view.config_path or view.root / name
+
+
+def _model(work: _Work, content: Mapping[str, Any] | None) -> Model | None:
+    """Family and sizes; a config that contradicts itself or the weights is a finding, an unknown family is not."""
+    opened, view = work.opened, work.opened.view
+    if opened.gone:
+        gone = ", ".join(map(str, opened.gone))
+        work.skip(f"rank {gone} has no file", "keys", "replicas", "tied")
+        return None
+    if content is None:
+        why = (
+            "has no config that can be read, so nothing says what the sizes should be; give one with --config"
+            if view.format is not None
+            else "is of no format that is known, so nothing says what the keys should be"
+        )
+        work.skip(f"the checkpoint {why}", "config", "keys", "tied")
+        return None
+    try:
+        return view.model
+    except UnsupportedFamilyError as error:
+        work.skip(_first_line(relative(str(error), view.path)), "keys")
+    except CkptConvertError as error:
+        if view.format is not None and not opened.lost:
+            file = (_config_path(view) or view.path).name
+            work.done("config", [Finding("error", "config", relative(str(error), view.path), file)])
+        work.skip(_first_line(relative(str(error), view.path)), "keys")
+    return None
+
+
+def _through_table(work: _Work, model: Model, content: Mapping[str, Any], where: str) -> None:
+    opened, view = work.opened, work.opened.view
+    lost = [k for k, file in (opened.checkpoint.directory.weight_map or {}).items() if file in opened.lost]
+    if opened.lost and not lost:
+        work.skip("files cannot be opened, and nothing says what is in them", "keys", "tied", "replicas")
+        return
+    shapes = {key: info.shape for key, info in view.tensors.items()}
+    stored = check_config.Stored(str(view.format), view.ranks, shapes, frozenset(lost))
+    logicals, findings = check_config.examine(model, stored, content, where)
+    work.done("config", findings)
+    work.done("keys")
+    _ties(work, model, logicals)
+    if len(view.ranks) > 1 and work.values:
+        work.done("replicas")
+        work.expected += [_replica(equality) for equality in logicals.equal]
+
+
+def _ties(work: _Work, model: Model, logicals: Logicals) -> None:
+    pair = mapping.tied_pair(logicals) if model.tied is True else None
+    if pair is None:
+        work.done("tied")
+        return
+    output = next(i for i in logicals.tensors if i.row.tied_to and i not in logicals.omitted)
+    column = output.row.column(str(work.opened.view.format))
+    key = logicals.tensors[output].key
+    if pair.left.shape == pair.right.shape:
+        _tie(work, pair, key, logicals.tensors[output].where, column is not None and column.omitted_if_tied)
+
+
+def _tie(work: _Work, pair: Equality, key: str, file: str, should_be_absent: bool) -> None:
+    if not work.values:
+        work.skip("the values of the output and the embedding are not read", "tied")
+        return
+    work.done("tied")
+    different = (
+        f"{key} and the embedding differ, but the config ties them (tie_word_embeddings: true), so loaders "
+        "use only one of them; set it to false if the output is a tensor of its own"
+    )
+    equal = f"{key} is stored although it is tied to the embedding and the same; loaders have no need of it"
+    work.expected.append(
+        _expected(
+            pair,
+            Finding("error", "tied", different, file, key),
+            Finding("note", "tied", equal, file, key) if should_be_absent else None,
+        )
+    )
+
+
+def _replica(equality: Equality) -> Expected:
+    text = equality.message
+    return _expected(equality, Finding("error", "replicas", text, None, equality.key or None), None)
+
+
+def _expected(equality: Equality, differ: Finding, equal: Finding | None) -> Expected:
+    from ckpt_convert.convert.check_values import Expected
+
+    return Expected(equality, differ, equal)
+
+
+def _in_general(work: _Work, content: Mapping[str, Any] | None) -> None:
+    """What nearly every transformer has in common, where there is no table."""
+    opened, view = work.opened, work.opened.view
+    weight_map = opened.checkpoint.directory.weight_map or {}
+    tensors = {
+        key: check_generic.Sized(info.shape if info.settled else None, info.dtype) for key, info in view.tensors.items()
+    }
+    tensors |= {key: check_generic.Sized(None, "") for key, file in weight_map.items() if file in opened.lost}
+    if view.path.is_dir() and (opened.whole or weight_map):
+        hf = content if view.format == "hf" else None
+        work.done("layers", check_generic.numbering(tensors, hf))
+    if content is None or view.format != "hf":
+        return
+    work.done("config", check_generic.shapes(tensors, content))
+    findings, pair = check_generic.tied(tensors, content)
+    if pair is None:
+        work.done("tied", findings)
+    else:
+        embedding, output = (view.ranks[0][key] for key in pair)
+        _tie(work, Equality(embedding.tensor, output.tensor, output.dtype, ""), pair[1], output.where, True)
+
+
+def _read(work: _Work, workers: int, progress: ProgressCallback | None) -> int:
+    """The checks that read what the tensors hold, and the files of the record."""
+    record = work.opened.checkpoint.record
+    manifest, pieces = check_record.pieces(work.opened)
+    listing, hashes = check_record.listed(work.opened)
+    if record is not None:
+        work.done("record", [*check_record.side_files(record), *manifest])
+    if listing or hashes:
+        work.done("checklist", listing)
+    if not work.values:
+        kinds = {file.header.kind for file in work.opened.checkpoint.files}
+        wanted = {"crc": "torch" in kinds, "checksum": record is not None, "replicas": len(work.opened.view.ranks) > 1}
+        work.skip("values are not read", "values", *(name for name, applies in wanted.items() if applies))
+        return 0
+    from ckpt_convert.convert import check_values
+
+    crcs = list(check_values.crcs(work.opened))
+    spans = [*check_values.finite(work.opened), *crcs, *pieces, *hashes]
+    found, nbytes = check_values.read(spans, work.expected, work.opened.view, workers=workers, progress=progress)
+    work.done("values", found)
+    if crcs:
+        work.done("crc")
+    if record is not None:
+        work.done("checksum")
+    elif not hashes:
+        work.skip(f"no checksums came with it ({MANIFEST}, checklist.chk)", "checksum")
+    return nbytes
+
+
+def _sorted(findings: Iterable[Finding]) -> tuple[Finding, ...]:
+    return tuple(sorted(findings, key=lambda finding: _ORDER.index(finding.severity)))
+
+
+def _first_line(text: str) -> str:
+    return text.partition("\n")[0]
+
+
+def _quietly(ask: Callable[[], str | None]) -> str | None:
+    try:
+        return ask()
+    except CkptConvertError:
+        return None

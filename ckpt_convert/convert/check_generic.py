@@ -1,0 +1,259 @@
+"""Config against headers for families without a table: what nearly every transformer has in common.
+
+Keys count layers and experts, ``vocab_size`` is the embedding's rows, ``hidden_size`` the width of the norms. What is
+not sure for every architecture is a warning, unless the family is one that is known to be built like Llama.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ckpt_convert.convert.check_directory import sizes
+from ckpt_convert.convert.findings import Finding, Severity
+
+_NUMBER = re.compile(r"(?:(?<=\.)|\A)(0|[1-9][0-9]{0,5})(?=\.)")
+_LISTS = ("layers", "layer", "h", "blocks", "block", "experts")
+_OTHER_PARTS = ("vis", "image", "audio", "speech", "mtp", "draft", "encoder", "projector", "code_predictor")
+_TEXT = ("text_config", "llm_config", "language_config", "decoder")
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
+_LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+_HIDDEN = ("hidden_size", "n_embd", "d_model")
+_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+_EMBEDDINGS = ("embed_tokens.weight", "tok_embeddings.weight", "wte.weight", "word_embeddings.weight")
+_NORMS = (
+    "input_layernorm.weight",
+    "post_attention_layernorm.weight",
+    "model.norm.weight",
+    "ln_1.weight",
+    "ln_f.weight",
+)
+_AS_LLAMA = frozenset(
+    ("llama", "mistral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "mixtral", "gemma", "gemma2", "olmo", "olmo2")
+)
+_FEW = 4
+"""A part that only one layer in so many lacks is missing there; with more of them it may be how the model is built."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sized:
+    """A stored tensor: shape and dtype, None where only its key is known (its file cannot be opened)."""
+
+    shape: tuple[int, ...] | None
+    dtype: str
+
+
+Lists = Mapping[str, Mapping[int, frozenset[str]]]
+"""What stands before a number in keys, dot included → number → what stands behind it (experts' numbers as *)."""
+
+
+def numbering(keys: Iterable[str], config: Mapping[str, Any] | None) -> Iterator[Finding]:
+    """Layers, experts, and parts of them that others of their kind have and they have not."""
+    found = _lists(keys)
+    experts = {prefix: numbers for prefix, numbers in found.items() if _name(prefix) == "experts"}
+    layers = {prefix: numbers for prefix, numbers in found.items() if prefix not in experts}
+    for prefix, numbers in layers.items():
+        yield from _gaps(prefix, numbers)
+        yield from _holes(prefix, numbers)
+    if config is not None:
+        yield from _layer_count(layers, _text(config))
+    yield from _experts(experts, _text(config or {}))
+
+
+def shapes(tensors: Mapping[str, Sized], config: Mapping[str, Any]) -> Iterator[Finding]:
+    """Sizes that the config states against the shapes; ``tensors`` by key."""
+    text = _text(config)
+    own = {
+        key: tensor.shape
+        for key, tensor in tensors.items()
+        if tensor.shape and tensor.dtype in _FLOATS and not _is_other(key)
+    }
+    model_type = str(config.get("model_type"))
+    likely: Severity = "error" if model_type in _AS_LLAMA else "warning"
+    hidden = sizes(text, *_HIDDEN)
+    vocab = sizes(text, "vocab_size")
+    embeddings = [key for key in own if key.endswith(_EMBEDDINGS) and len(own[key]) == 2]
+    rows = [*embeddings, *(key for key in own if key == "lm_head.weight" and len(own[key]) == 2)]
+    yield from _differ("error", "vocab_size", vocab, [(key, own[key], 0) for key in rows])
+    norms = [(key, own[key], 0) for key in own if key.endswith(_NORMS) and len(own[key]) == 1]
+    yield from _differ("error", _called(text, _HIDDEN), hidden, norms)
+    yield from _blocks(own, text, hidden, likely)
+    experts = sizes(text, *_EXPERTS)
+    fused = [(k, s, 0) for k, s in own.items() if re.search(r"\.experts\.[a-z_]+(\.weight)?\Z", k) and len(s) > 2]
+    yield from _differ("error", _called(text, _EXPERTS), experts, fused)
+
+
+def tied(tensors: Mapping[str, Sized], config: Mapping[str, Any]) -> tuple[list[Finding], tuple[str, str] | None]:
+    """An output that should be there, and the pair of tensors that the config says are the same."""
+    said = config.get("tie_word_embeddings", _text(config).get("tie_word_embeddings"))
+    embedding = min((key for key in tensors if key.endswith(_EMBEDDINGS) and not _is_other(key)), key=len, default=None)
+    output = next((key for key in tensors if key == "lm_head.weight" or key.endswith(".lm_head.weight")), None)
+    architectures = config.get("architectures")
+    predicts = isinstance(architectures, list) and any("CausalLM" in str(name) for name in architectures)
+    if said is False and output is None and embedding is not None and predicts:
+        text = (
+            "lm_head.weight is missing, but tie_word_embeddings is false in config.json; set it to true if the output "
+            "is the embedding, or find the shard that holds it"
+        )
+        return [Finding("error", "tied", text, None, "lm_head.weight")], None
+    if said is not True or output is None or embedding is None:
+        return [], None
+    ours, theirs = tensors[embedding], tensors[output]
+    return [], (embedding, output) if ours == theirs and ours.shape is not None else None
+
+
+def _blocks(
+    own: Mapping[str, tuple[int, ...]], text: Mapping[str, Any], hidden: int | None, likely: Severity
+) -> Iterator[Finding]:
+    heads = sizes(text, "num_attention_heads")
+    kv = sizes(text, "num_key_value_heads") or heads
+    head_dim = sizes(text, "head_dim") or (hidden // heads if hidden and heads and hidden % heads == 0 else None)
+
+    def of(*ends: str) -> list[tuple[str, tuple[int, ...], int]]:
+        return [(key, shape, 0) for key, shape in own.items() if key.endswith(ends) and len(shape) == 2]
+
+    if heads and kv and head_dim and likely == "error":
+        q, k = of(".self_attn.q_proj.weight"), of(".self_attn.k_proj.weight", ".self_attn.v_proj.weight")
+        yield from _differ(likely, "num_attention_heads", heads, q, head_dim)
+        yield from _differ(likely, "num_key_value_heads", kv, k, head_dim)
+    dense = of(".mlp.gate_proj.weight", ".mlp.up_proj.weight")
+    yield from _differ(likely, "intermediate_size", sizes(text, "intermediate_size"), dense)
+    experts = [entry for entry in of(".gate_proj.weight", ".up_proj.weight") if ".experts." in entry[0]]
+    yield from _differ(likely, "moe_intermediate_size", sizes(text, "moe_intermediate_size"), experts)
+
+
+def _differ(
+    severity: Severity,
+    name: str,
+    expected: int | None,
+    tensors: list[tuple[str, tuple[int, ...], int]],
+    each: int = 1,
+) -> Iterator[Finding]:
+    """One finding for all tensors whose size at an axis is not ``expected`` (heads, say) times ``each``."""
+    wrong = [(key, shape[axis]) for key, shape, axis in tensors if shape[axis] != (expected or 0) * each]
+    if expected is None or not wrong:
+        return
+    key, size = wrong[0]
+    unit = "values" if len(tensors[0][1]) == 1 else "rows" if len(tensors[0][1]) == 2 else "entries"
+    fits = f", which fits {size // each}" if each > 1 and size % each == 0 else ""
+    more = f" ({len(wrong)} of {len(tensors)} such tensors differ)" if len(tensors) > 1 else ""
+    text = (
+        f"{name} is {expected} in config.json, but {key} has {size} {unit}{fits}{more}; "
+        "correct config.json, or use the weights that belong to it"
+    )
+    yield Finding(severity, "config", text, "config.json", key, str(expected * each), str(size))
+
+
+def _layer_count(layers: Lists, text: Mapping[str, Any]) -> Iterator[Finding]:
+    own = {prefix: numbers for prefix, numbers in layers.items() if not _is_other(prefix)}
+    expected = sizes(text, *_LAYERS)
+    if expected is None or not own:
+        return
+    prefix = max(own, key=lambda prefix: sum(map(len, own[prefix].values())))
+    found = max(own[prefix]) + 1
+    further = found > expected and any("nextn" in name or "mtp" in name for name in text)
+    if found != expected and not further:
+        text_ = (
+            f"{_called(text, _LAYERS)} is {expected} in config.json, but the files have {found} layers, "
+            f"{prefix}0 to {prefix}{found - 1}; correct config.json, or find the files that are missing"
+        )
+        yield Finding("error", "config", text_, "config.json", None, str(expected), str(found))
+
+
+def _gaps(prefix: str, numbers: Mapping[int, frozenset[str]]) -> Iterator[Finding]:
+    lacking = sorted(set(range(min(max(numbers), 100_000))) - set(numbers))
+    if len(numbers) < _FEW or not lacking or len(lacking) * _FEW > len(numbers):
+        return
+    for number in lacking:
+        text = f"{prefix}{number} is missing, but the files have {prefix}{min(numbers)} to {prefix}{max(numbers)}"
+        yield Finding("error", "layers", f"{text}; find the file that holds it", None, f"{prefix}{number}")
+
+
+def _holes(prefix: str, numbers: Mapping[int, frozenset[str]]) -> Iterator[Finding]:
+    """Keys that a layer lacks although layers around it, of its kind in everything else, have them."""
+    kinds = Counter(numbers.values())
+    usual = [kind for kind, count in kinds.items() if count >= _FEW - 1]
+    for number, kind in sorted(numbers.items()):
+        whole = next((other for other in usual if kind < other and kinds[kind] * (_FEW - 1) <= kinds[other]), None)
+        if whole is None or (number in (0, max(numbers)) and len(whole - kind) > len(kind)):
+            continue
+        around = [at for at, other in numbers.items() if other == whole]
+        severity: Severity = "error" if min(around) < number < max(around) else "warning"
+        for rest in sorted(whole - kind):
+            text = (
+                f"{prefix}{number}.{rest} is missing, although {kinds[whole]} layers like it have it; "
+                "find the file that holds it"
+            )
+            yield Finding(severity, "layers", text, None, f"{prefix}{number}.{rest}")
+
+
+def _experts(found: Lists, text: Mapping[str, Any]) -> Iterator[Finding]:
+    if not found:
+        return
+    whole = frozenset().union(*(kind for numbers in found.values() for kind in numbers.values()))
+    stated = sizes(text, *_EXPERTS)
+    counts = Counter(max(numbers) + 1 for numbers in found.values() if len(numbers) == max(numbers) + 1)
+    usual = counts.most_common(1)[0][0] if counts else max(max(numbers) + 1 for numbers in found.values())
+    count = usual if stated is None else stated
+    if stated is not None and usual != stated and 2 * counts[usual] > len(found) and len(found) > 1:
+        said = (
+            f"{_called(text, _EXPERTS)} is {stated} in config.json, but {counts[usual]} of {len(found)} layers have "
+            f"{usual} experts; correct config.json, or find the files that are missing"
+        )
+        yield Finding("error", "config", said, "config.json", None, str(stated), str(usual))
+        count = usual
+    for prefix, numbers in found.items():
+        lacking = sorted(set(range(min(count, 100_000))) - set(numbers))
+        if lacking:
+            named = ", ".join(map(str, lacking[:8])) + (", …" if len(lacking) > 8 else "")
+            said = (
+                f"{prefix[:-1]} has {len(set(numbers) & set(range(count)))} of {count} experts: expert {named} "
+                f"{'is' if len(lacking) == 1 else 'are'} missing; find the file that holds "
+                f"{'it' if len(lacking) == 1 else 'them'}"
+            )
+            key = f"{prefix}{lacking[0]}"
+            yield Finding("error", "layers", said, None, key, str(count), str(count - len(lacking)))
+        for number, kind in sorted(numbers.items()):
+            for rest in sorted(whole - kind):
+                said = (
+                    f"{prefix}{number}.{rest} is missing, although other experts have it; find the file that holds it"
+                )
+                yield Finding("error", "layers", said, None, f"{prefix}{number}.{rest}")
+
+
+def _lists(keys: Iterable[str]) -> Lists:
+    out: dict[str, dict[int, set[str]]] = {}
+    for key in keys:
+        for match in _NUMBER.finditer(key):
+            prefix = key[: match.start()]
+            if _name(prefix) in _LISTS:
+                rest = re.sub(r"\bexperts\.\d+\.", "experts.*.", key[match.end() + 1 :])
+                out.setdefault(prefix, {}).setdefault(int(match[0]), set()).add(rest)
+    return {prefix: {n: frozenset(rests) for n, rests in numbers.items()} for prefix, numbers in out.items()}
+
+
+def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings of the language model: its own part of a multimodal config where the top has no layers."""
+    if sizes(config, *_LAYERS) is None:
+        for name in _TEXT:
+            inner = config.get(name)
+            if isinstance(inner, Mapping):
+                return inner
+    return config
+
+
+def _called(text: Mapping[str, Any], names: Iterable[str]) -> str:
+    names = list(names)
+    return next((name for name in names if sizes(text, name) is not None), names[0])
+
+
+def _name(prefix: str) -> str:
+    return prefix.removesuffix(".").rpartition(".")[2]
+
+
+def _is_other(key: str) -> bool:
+    """Whether a key is of a part that is not the language model: an image tower, say, or a head that looks ahead."""
+    return any(part in key for part in _OTHER_PARTS)

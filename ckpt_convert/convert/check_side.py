@@ -1,0 +1,127 @@
+"""The files beside the weights: readable, whole, and of the same model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ckpt_convert.convert.check_directory import sizes
+from ckpt_convert.convert.checkpoint import Checkpoint, usual_dtype
+from ckpt_convert.convert.findings import Finding
+from ckpt_convert.convert.formats.base import NEVER_SIDE_FILES, load_json
+from ckpt_convert.dtypes import DTYPES
+from ckpt_convert.errors import CkptConvertError
+from ckpt_convert.storage.names import WEIGHT_SUFFIXES
+
+_LOADED = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "params.json",
+    "preprocessor_config.json",
+)
+_POINTER = b"version https://git-lfs"
+_EMBEDDINGS = ("embed_tokens.weight", "tok_embeddings.weight", "wte.weight", "word_embeddings.weight")
+
+
+def side_files(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """Files beside the weights that no program can read, or that are not the files themselves."""
+    if not checkpoint.path.is_dir():
+        return
+    for path in sorted(checkpoint.path.iterdir()):
+        name = path.name
+        if name.startswith(".") or name.endswith((*WEIGHT_SUFFIXES, *NEVER_SIDE_FILES, ".index.json")):
+            continue
+        if path.is_symlink() and not path.exists():
+            target = os.readlink(path)
+            yield _error(name, f"is a link that leads nowhere (to {target}); download or copy the file again")
+        elif path.is_file():
+            yield from _file(path)
+
+
+def _file(path: Path) -> Iterator[Finding]:
+    name = path.name
+    try:
+        with path.open("rb") as file:
+            start = file.read(64)
+    except OSError as error:
+        yield _error(name, f"cannot be read: {error.strerror}; look at its permissions")
+        return
+    if not start and not name.startswith("__init__"):
+        text = f"{name}: the file is empty; download or copy it again"
+        yield Finding("error" if name in _LOADED else "warning", "side-files", text, name)
+    elif start.startswith(_POINTER):
+        yield _error(name, "it is a git-lfs pointer, not the file itself; run git lfs pull in its repository")
+    elif name.endswith(".json"):
+        try:
+            load_json(path)
+        except CkptConvertError as error:
+            text = str(error).replace(str(path), name)
+            lists = name not in _LOADED and "expected a JSON object" in text
+            if not lists:
+                yield Finding("error" if name in _LOADED else "warning", "side-files", text, name)
+
+
+def tokenizer(checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> Iterator[Finding]:
+    """Whether the tokenizer has more tokens than the embedding has rows."""
+    path = checkpoint.root / "tokenizer.json"
+    if not path.is_file():
+        return
+    rows = _rows(checkpoint) or sizes(config or {}, "vocab_size")
+    try:
+        count = _tokens(load_json(path))
+    except CkptConvertError:
+        return
+    if rows is not None and count is not None and count > rows:
+        text = (
+            f"tokenizer.json has tokens up to number {count - 1}, but the embedding has {rows} rows; the tokenizer "
+            "belongs to another model, or the embedding was not resized when tokens were added"
+        )
+        yield Finding("warning", "tokenizer", text, "tokenizer.json", None, str(rows), str(count))
+
+
+def dtype(checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> Iterator[Finding]:
+    """Whether the config names the dtype that most weights have."""
+    said = (config or {}).get("dtype", (config or {}).get("torch_dtype"))
+    found = usual_dtype(checkpoint)
+    if not isinstance(said, str) or found not in ("F64", "F32", "F16", "BF16") or not checkpoint.stored:
+        return
+    name = DTYPES[found].torch
+    if said.removeprefix("torch.") not in (name, "auto"):
+        text = (
+            f"dtype is {said[:60]} in config.json, but most weights are {name}; loaders that trust the config will "
+            "cast them"
+        )
+        yield Finding("note", "config", text, "config.json", None, said[:60], name)
+
+
+def _rows(checkpoint: Checkpoint) -> int | None:
+    for key, info in checkpoint.tensors.items():
+        if key.endswith(_EMBEDDINGS) and len(info.shape) == 2 and info.settled:
+            return info.shape[0]
+    return None
+
+
+def _tokens(content: Mapping[str, Any]) -> int | None:
+    """One more than the largest id, None where the file is not built as expected."""
+    model = content.get("model")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    ids: list[int] = []
+    if isinstance(vocab, dict):
+        ids += [value for value in vocab.values() if type(value) is int]
+    elif isinstance(vocab, list):
+        ids += [len(vocab) - 1]
+    added = content.get("added_tokens")
+    for token in added if isinstance(added, list) else ():
+        if isinstance(token, dict) and type(token.get("id")) is int:
+            ids.append(token["id"])
+    return max(ids) + 1 if ids else None
+
+
+def _error(name: str, what: str) -> Finding:
+    return Finding("error", "side-files", f"{name}: {what}", name)
