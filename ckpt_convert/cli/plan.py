@@ -2,39 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ckpt_convert.cli.text import DIMS, echo, escape, human_bytes, plural, wrap
-from ckpt_convert.convert.blocks import BLOCK
-from ckpt_convert.convert.gather import SCRATCH
+from ckpt_convert.cli import plan_tree
+from ckpt_convert.cli.text import DIMS, echo, escape, human_bytes, json_lines, plural, terminal_width, wrap
+from ckpt_convert.convert import steps
 from ckpt_convert.convert.plan import Plan
 from ckpt_convert.storage.staging import existing_parent
 
-BASE_MEMORY = 40_000_000
-"""Bytes of the interpreter with the modules that a conversion and its progress bar need, as measured."""
-
 LABEL = 11
 """The width of the column of labels."""
-
-TORCH_MEMORY = 220_000_000
-"""Bytes that importing torch adds, which only casts need."""
-
-
-def memory(plan: Plan, workers: int) -> int:
-    """About how many bytes of memory the conversion takes at most."""
-    return (
-        BASE_MEMORY
-        + workers * (BLOCK + SCRATCH)
-        + (TORCH_MEMORY if plan.request.dtype or plan.in_memory else 0)
-        + plan.in_memory
-    )
 
 
 def free_space(dst: Path) -> int:
@@ -56,6 +38,7 @@ def as_dict(plan: Plan, dst: Path, workers: int) -> dict[str, Any]:
         "tensors": plan.tensors,
         "bytes": plan.tensor_bytes,
         "moves": dict(plan.moves),
+        "groups": [group.as_dict() for group in plan_tree.groups(steps.moves(plan))],
         "files": [{"name": f.name, "bytes": f.size, "tensors": len(f.tensors)} for f in plan.weights],
         "side_files": {side.name: side.origin for side in plan.side if not side.name.startswith("ckpt_convert/")},
         "drops": list(plan.carried),
@@ -63,26 +46,34 @@ def as_dict(plan: Plan, dst: Path, workers: int) -> dict[str, Any]:
         "notices": list(plan.notices),
         "disk": plan.disk,
         "disk_free": free_space(dst),
-        "memory": memory(plan, workers),
+        "memory": plan.memory(workers),
     }
 
 
 def show_plan(plan: Plan, dst: Path, *, as_json: bool, quiet: bool, workers: int) -> None:
     """Print the plan."""
     if as_json:
-        echo(json.dumps(as_dict(plan, dst, workers), indent=2))
+        echo("\n".join(json_lines(as_dict(plan, dst, workers))))
         return
     if quiet:
         return
-    width = shutil.get_terminal_size().columns - LABEL if sys.stdout.isatty() else 10**6
-    for name, value in _lines(plan, dst, workers):
-        for at, line in enumerate(wrap(value.split(" "), width)):
-            label = name if at == 0 else ""
-            echo(f"{click.style(label.ljust(LABEL - 1), bold=True)} {line}")
+    width = terminal_width()
+    tree = plan_tree.lines(plan_tree.groups(steps.moves(plan)), width)
+    shown = [*_labelled(_facts(plan, dst), width), "", *tree, "", *_labelled(_output(plan, dst, workers), width)]
+    echo("\n".join(shown))
     echo("nothing was written", err=True)
 
 
-def _lines(plan: Plan, dst: Path, workers: int) -> Iterator[tuple[str, str]]:
+def _labelled(facts: Iterable[tuple[str, str]], width: int | None) -> Iterator[str]:
+    room = max(width - LABEL, LABEL) if width is not None else 10**6
+    for name, value in facts:
+        for at, line in enumerate(wrap(value.split(" "), room)):
+            label = name if at == 0 else ""
+            yield f"{click.style(label.ljust(LABEL - 1), bold=True)} {line}"
+
+
+def _facts(plan: Plan, dst: Path) -> Iterator[tuple[str, str]]:
+    """What goes in, and what is to come out."""
     source = plan.source
     release = f", sizes of {plan.model.release}" if plan.model.release else ""
     yield "source", f"{escape(str(source.path))}  ({source.format}: {source.why})"
@@ -91,6 +82,10 @@ def _lines(plan: Plan, dst: Path, workers: int) -> Iterator[tuple[str, str]]:
     yield "dims", ", ".join(f"{name} {plan.dims[name]}" for name in DIMS if name in plan.dims)
     moves = ", ".join(f"{human_bytes(size)} {kind}" for kind, size in plan.moves.items() if size)
     yield "tensors", f"{plan.tensors}, {human_bytes(plan.tensor_bytes)}: {moves}"
+
+
+def _output(plan: Plan, dst: Path, workers: int) -> Iterator[tuple[str, str]]:
+    """The files that come out, what becomes of the rest, and what it takes."""
     for at, file in enumerate(plan.weights[:16]):
         label = "files" if at == 0 else ""
         yield label, f"{escape(file.name)}  {plural(len(file.tensors), 'tensor')}  {human_bytes(file.size)}"
@@ -109,6 +104,6 @@ def _lines(plan: Plan, dst: Path, workers: int) -> Iterator[tuple[str, str]]:
     free = free_space(dst)
     lacking = click.style("  not enough", fg="red") if free < plan.disk else ""
     yield "disk", f"{human_bytes(plan.disk)} needed, {human_bytes(free)} free{lacking}"
-    yield "memory", f"about {human_bytes(memory(plan, workers))} with {plural(workers, 'worker')}"
+    yield "memory", f"about {human_bytes(plan.memory(workers))} with {plural(workers, 'worker')}"
     for notice in plan.notices:
         yield "notice", escape(notice)

@@ -9,9 +9,11 @@ from typing import Any
 
 from ckpt_convert import __version__, dtypes
 from ckpt_convert.convert import configs, layout, mapping, placement, record, sidefiles
+from ckpt_convert.convert.blocks import BLOCK
 from ckpt_convert.convert.checkpoint import Checkpoint, WeightFile, open_checkpoint, tensors_of
 from ckpt_convert.convert.containers.header import StoredTensor
 from ckpt_convert.convert.formats.base import RECORD_FOLDER
+from ckpt_convert.convert.gather import SCRATCH
 from ckpt_convert.convert.layout import OutputFile
 from ckpt_convert.convert.mapping import Equality, Logical, Logicals, Target
 from ckpt_convert.convert.model import Model
@@ -24,6 +26,12 @@ from ckpt_convert.models.lazy import stored
 from ckpt_convert.models.table import Instance
 from ckpt_convert.storage.names import JOURNAL
 from ckpt_convert.storage.reader import LocalFile
+
+_BASE_MEMORY = 40_000_000
+"""Bytes of the interpreter with the modules that a conversion and its progress bar need, as measured."""
+
+_TORCH_MEMORY = 220_000_000
+"""Bytes that importing torch adds, which only casts and old torch files need."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +87,11 @@ class Plan:
         """Bytes of the source that had to be read whole: old torch files without zip."""
         return sum(tensor.nbytes for file, tensor in self.stored if file.header.kind == "legacy")
 
+    def memory(self, workers: int) -> int:
+        """About how many bytes of memory the conversion takes at most."""
+        torch = _TORCH_MEMORY if self.request.dtype or self.in_memory else 0
+        return _BASE_MEMORY + workers * (BLOCK + SCRATCH) + torch + self.in_memory
+
     @property
     def moves(self) -> Mapping[str, int]:
         """How many bytes are copied as they lie, put in another order, and cast."""
@@ -125,6 +138,7 @@ def make(source: Checkpoint, request: Request, *, tied: bool | None = None) -> P
 
     Raises the error that says everything wrong with the input, or with the request, at once.
     """
+    source.refuse_foreign()
     model = source.model
     source_format = str(source.format)
     family = model.family

@@ -1,0 +1,89 @@
+"""What a plan does to each tensor, in words: the steps between the column that it is read through and the other's.
+
+The bytes know nothing of this: they go through lazy tensors, in which a step and its inverse cancel. The words are
+derived from the same table, so that both say the same (the tests compare them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ckpt_convert import dtypes
+from ckpt_convert.convert.mapping import Logical
+from ckpt_convert.convert.plan import Plan, target_dtype
+from ckpt_convert.models.table import Instance, Key
+
+COPY = "copy"
+"""The only step of a tensor whose elements stay as they are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """One logical tensor on its way from the key ``source`` to ``target`` (None: it has no place of its own there).
+
+    ``shape`` is the whole tensor's, ranks joined; ``nbytes`` what is written of it, copies on several ranks counted
+    each; ``steps`` are in the order in which they happen, and never none.
+    """
+
+    source: str
+    target: str | None
+    shape: tuple[int, ...]
+    dtype: str
+    target_dtype: str
+    nbytes: int
+    steps: tuple[str, ...]
+
+
+class _Ranks(NamedTuple):
+    before: int
+    after: int
+
+
+def moves(plan: Plan) -> Iterator[Move]:
+    """Every tensor that the plan reads or makes, in the order of the table."""
+    ranks = _Ranks(len(plan.source.ranks), max(file.rank for file in plan.weights) + 1)
+    placed = {tensor.key: tensor for file in plan.weights for tensor in file.tensors}
+    written = {tensor.key for file in plan.weights for tensor in file.layout.header.tensors}
+    for instance, logical in plan.logicals.tensors.items():
+        shape, dtype = logical.tensor.shape, logical.dtype
+        column, key = instance.row.column(plan.target), instance.key(plan.target)
+        if column is None:
+            yield Move(logical.key, None, shape, dtype, dtype, dtypes.nbytes(dtype, shape), ("carried in the record",))
+        elif key in written:
+            cast = target_dtype(dtype, instance, plan.request)
+            found = tuple(_steps(plan, instance, logical, column, cast, ranks))
+            if not found and key in placed and placed[key].tensor.whole is None and logical.tensor.size:
+                found = ("laid out row by row",)  # the source stores it transposed
+            copies = ranks.after if column.cut_axis(plan.dims) is None else 1
+            yield Move(logical.key, key, shape, dtype, cast, dtypes.nbytes(cast, shape) * copies, found or (COPY,))
+        elif instance not in plan.logicals.omitted:
+            yield Move(logical.key, None, shape, dtype, dtype, 0, ("tied: stored once",))
+
+
+def _steps(plan: Plan, instance: Instance, logical: Logical, column: Key, dtype: str, ranks: _Ranks) -> Iterator[str]:
+    source = instance.row.column(str(plan.source.format))
+    if instance in plan.logicals.omitted:
+        yield "tied: written as well"
+    elif plan.undecided is not None and instance.row.tied_to:
+        yield "tied if equal"
+    if source is None:
+        yield "brought back from the record" if plan.request.like is None else "as --like has it"
+    read = source.cut_axis(plan.model.dims) if source is not None else None
+    write = column.cut_axis(plan.dims)
+    before = ranks.before if source is not None else 1
+    recut = before > 1 and ranks.after > 1 and read == write
+    if before > 1 and not recut:
+        yield f"join {before} ranks on axis {read}" if read is not None else f"one of {before} copies"
+    if source is not None and source.rope != column.rope and instance.row.heads:
+        yield f"rope {source.rope}→{column.rope}"
+    if dtype != logical.dtype:
+        yield f"cast {logical.dtype}→{dtype}"
+    if ranks.after == 1 or (recut and before == ranks.after):
+        return
+    if write is None:
+        yield f"replicated on {ranks.after} ranks"
+    else:
+        how = f"{before}→{ranks.after} ranks" if recut else f"split over {ranks.after} ranks"
+        yield f"{how} on axis {write}"
