@@ -14,6 +14,7 @@ demo: $(INSTALLED) ## Convert a Hugging Face Llama to Meta's layout and back, an
 	@$(BIN)/python recipes/demo.py
 
 test: $(INSTALLED) ## Run the tests
+	@tests/browser.sh --install >/dev/null || true  # the tests that need it fail with the same words
 	$(BIN)/python -m pytest
 
 check: $(INSTALLED) ## Check style (ruff) and types (mypy)
