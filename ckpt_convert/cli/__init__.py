@@ -19,9 +19,9 @@ GROUPS = (
         "Convert",
         ("convert", "hf-to-meta", "meta-to-hf", "hf-to-native", "native-to-hf", "meta-to-native", "native-to-meta"),
     ),
-    ("Look", ("inspect", "formats")),
+    ("Look", ("inspect", "verify", "diff", "formats")),
 )
-_MODULES = {"inspect": "inspect", "formats": "formats"}
+_MODULES = {name: name for name in ("inspect", "verify", "diff", "formats")}
 
 
 class _Commands(click.Group):
@@ -92,8 +92,9 @@ def _run(words: list[str], debug: bool) -> int:
     except click.ClickException as error:
         error.show()
         return 2
-    except BrokenPipeError:
-        # The reader (head, less) has enough; nothing more is to be said, also not at exit.
+    except (BrokenPipeError, SystemExit):
+        # The reader (head, less) has enough; nothing more is to be said, also not at exit. Click exits at once where it
+        # notices that, and never otherwise when it is not in standalone mode.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except CkptConvertError as error:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +16,28 @@ from ckpt_convert.errors import CkptConvertError
 if TYPE_CHECKING:
     from ckpt_convert.convert.checkpoint import Checkpoint, Part, TensorInfo
     from ckpt_convert.convert.model import Model
+    from ckpt_convert.convert.stats import TensorStats
 
 SCHEMA = 1
 _CONFIGS = {"meta": "params.json", "native": record.CONFIG}
 
+_SIZES = {
+    "n_layers": ("num_hidden_layers", "n_layer", "num_layers"),
+    "dim": ("hidden_size", "n_embd", "d_model"),
+    "n_heads": ("num_attention_heads", "n_head", "num_heads"),
+    "n_kv_heads": ("num_key_value_heads",),
+    "head_dim": ("head_dim",),
+    "ffn_dim": ("intermediate_size", "n_inner", "d_ff"),
+    "n_experts": ("num_experts", "num_local_experts", "n_routed_experts"),
+    "vocab_size": ("vocab_size",),
+}
+"""What a config.json of a family that is not known may call the sizes."""
+
 Strides = Mapping[tuple[str, str], tuple[int, ...]]
 """The strides, in elements, of the tensors that are not dense: (file, key) → one for each dimension."""
+
+Statistics = Mapping[str, "TensorStats"]
+"""Statistics by key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +48,10 @@ class Count:
     parameters: int | None = 0
     bytes: int = 0
 
-    def plus(self, parameters: int | None, nbytes: int) -> Count:
-        """One tensor more."""
-        unknown = parameters is None or self.parameters is None
-        return Count(
-            self.tensors + 1, None if unknown else (self.parameters or 0) + (parameters or 0), self.bytes + nbytes
-        )
+    def plus(self, tensors: int, parameters: int | None, nbytes: int) -> Count:
+        """So many more."""
+        total = None if parameters is None or self.parameters is None else self.parameters + parameters
+        return Count(self.tensors + tensors, total, self.bytes + nbytes)
 
 
 @dataclass(frozen=True)
@@ -45,9 +59,10 @@ class Facts:
     """What is known of a checkpoint from its headers and its config.
 
     ``problem`` says why ``model`` is None. ``ranks`` is the tensor-parallel degree of a meta checkpoint, else None.
-    ``total`` and ``dtypes`` count each tensor once, whether it is cut over ranks, held by all of them, or neither.
-    ``open_keys`` are the tensors on several ranks of which nothing says whether they are cut, so their full shapes are
-    not known; ``in_memory`` the files whose tensors torch had to load.
+    ``dims`` are the sizes of the model, as far as its config says them. ``total`` and ``dtypes`` count each tensor
+    once, whether it is cut over ranks, held by all of them, or neither. ``open_keys`` are the tensors on several ranks
+    of which nothing says whether they are cut, so their full shapes are not known; ``in_memory`` the files whose
+    tensors torch had to load. ``said`` is what only this kind of checkpoint has to say: (label, text).
     """
 
     checkpoint: Checkpoint
@@ -55,16 +70,18 @@ class Facts:
     problem: str
     ranks: int | None
     config_source: str | None
+    dims: Mapping[str, int]
     total: Count
     dtypes: Mapping[str, Count]
     strides: Strides
     in_memory: frozenset[str]
     open_keys: frozenset[str]
+    said: tuple[tuple[str, str], ...]
     notices: tuple[str, ...]
 
     def nbytes(self, info: TensorInfo) -> int:
         """The bytes of the whole tensor; all that is stored of it where the shape is not known."""
-        return _nbytes(info, info.key in self.open_keys)
+        return info.nbytes if info.settled else sum(part.nbytes for part in info.parts)
 
     def file_bytes(self) -> dict[str, int]:
         """The size of each weight file."""
@@ -75,18 +92,21 @@ def gather(checkpoint: Checkpoint) -> Facts:
     """Look at everything that can be known without reading a tensor."""
     model, problem = _model(checkpoint)
     ranks = max((file.rank for file in checkpoint.files), default=0) + 1 if checkpoint.format == "meta" else None
-    open_keys = frozenset(key for key, info in checkpoint.tensors.items() if not info.settled)
+    unsettled = [info for info in checkpoint.tensors.values() if not info.settled]
+    # Of 100,000 tensors only a few kinds are different.
+    kinds = Counter((info.dtype, info.shape, info.nbytes) for info in checkpoint.tensors.values() if info.settled)
     total = Count()
     dtypes: dict[str, Count] = {}
-    for key, info in checkpoint.tensors.items():
-        parameters = None if key in open_keys else prod(info.shape)
-        nbytes = _nbytes(info, key in open_keys)
-        total = total.plus(parameters, nbytes)
-        dtypes[info.dtype] = dtypes.get(info.dtype, Count()).plus(parameters, nbytes)
+    for (dtype, shape, nbytes), count in kinds.items():
+        dtypes[dtype] = dtypes.get(dtype, Count()).plus(count, count * prod(shape), count * nbytes)
+    for info in unsettled:
+        dtypes[info.dtype] = dtypes.get(info.dtype, Count()).plus(1, None, sum(part.nbytes for part in info.parts))
+    for count_ in dtypes.values():
+        total = total.plus(count_.tensors, count_.parameters, count_.bytes)
     notices = list(checkpoint.notices)
-    if open_keys:
+    if unsettled:
         notices.append(
-            f"{plural(len(open_keys), 'tensor')} on several ranks may be cut or whole, which "
+            f"{plural(len(unsettled), 'tensor')} on several ranks may be cut or whole, which "
             f"{'no table' if model else 'only a config'} says: the shapes shown are those of single ranks"
         )
     return Facts(
@@ -95,11 +115,13 @@ def gather(checkpoint: Checkpoint) -> Facts:
         problem=problem,
         ranks=ranks,
         config_source=_config_source(checkpoint),
+        dims=model.dims if model else _config_dims(checkpoint),
         total=total,
         dtypes=dict(sorted(dtypes.items(), key=lambda item: (-item[1].bytes, item[0]))),
         strides={(f.name, t.key): t.strides for f, t in checkpoint.stored if t.strides is not None},
         in_memory=frozenset(file.name for file in checkpoint.files if file.header.kind == "legacy"),
-        open_keys=open_keys,
+        open_keys=frozenset(info.key for info in unsettled),
+        said=tuple(getattr(checkpoint, "facts", ())),
         notices=tuple(notices),
     )
 
@@ -112,15 +134,8 @@ def converted_from(checkpoint: Checkpoint) -> str | None:
     return str(source.get("format")) if isinstance(source, dict) else None
 
 
-def as_json(facts: Facts, tensors: Sequence[TensorInfo]) -> Iterator[str]:
-    """The lines of one JSON object: the facts, and these tensors in this order, a line each."""
-    fields = [f"  {json.dumps(name)}: {_field(value)}" for name, value in _document(facts, tensors).items()]
-    yield "{"
-    yield ",\n".join(fields)
-    yield "}"
-
-
-def _document(facts: Facts, tensors: Sequence[TensorInfo]) -> dict[str, Any]:
+def document(facts: Facts, tensors: Sequence[TensorInfo], statistics: Statistics | None = None) -> dict[str, Any]:
+    """The facts and these tensors, in this order, as values for JSON; docs/json.md explains every field."""
     checkpoint, model = facts.checkpoint, facts.model
     sizes = facts.file_bytes()
     return {
@@ -139,25 +154,28 @@ def _document(facts: Facts, tensors: Sequence[TensorInfo]) -> dict[str, Any]:
         "parameters": facts.total.parameters,
         "bytes": facts.total.bytes,
         "dtypes": {dtype: asdict(count) for dtype, count in facts.dtypes.items()},
-        "dims": dict(model.dims) if model else None,
+        "dims": dict(facts.dims) or None,
+        "facts": [{"label": label, "text": text} for label, text in facts.said],
         "notices": list(facts.notices),
         "files": [
             {"name": file.name, "bytes": sizes[file.name], "tensors": len(file.header.tensors), "rank": file.rank}
             for file in checkpoint.files
         ],
-        "tensors": [_tensor(facts, info) for info in tensors],
+        "tensors": [_tensor(facts, info, statistics) for info in tensors],
     }
 
 
-def _tensor(facts: Facts, info: TensorInfo) -> dict[str, Any]:
+def _tensor(facts: Facts, info: TensorInfo, statistics: Statistics | None) -> dict[str, Any]:
     out: dict[str, Any] = {
         "key": info.key,
-        "shape": None if info.key in facts.open_keys else list(info.shape),
+        "shape": list(info.shape) if info.settled else None,
         "dtype": info.dtype,
         "nbytes": facts.nbytes(info),
     }
+    if statistics is not None:
+        out["stats"] = _stats(statistics[info.key])
     first = info.parts[0]
-    if len(info.parts) > 1 or (first.file, info.key) in facts.strides:
+    if len(info.parts) > 1 or first.origin is not None or (first.file, info.key) in facts.strides:
         return {**out, "parts": [_part(facts, info.key, part) for part in info.parts]}
     out["file"] = first.file
     # What torch had to load has no place in the file that anybody could read it from.
@@ -169,14 +187,24 @@ def _part(facts: Facts, key: str, part: Part) -> dict[str, Any]:
     out: dict[str, Any] = {"file": part.file, "offset": offset, "nbytes": part.nbytes}
     strides = facts.strides.get((part.file, key))
     spread = {} if strides is None else {"strides": list(strides)}
-    return {**out, "shape": list(part.shape), "rank": part.rank, **spread}
+    placed = {} if part.origin is None else {"origin": list(part.origin)}
+    return {**out, "shape": list(part.shape), "rank": part.rank, **spread, **placed}
 
 
-def _field(value: object) -> str:
-    """JSON with a line for each entry of a list of objects: quick to write, and a tensor is easy to find in it."""
-    if isinstance(value, list) and value and isinstance(value[0], dict):
-        return "[\n    " + ",\n    ".join(map(json.dumps, value)) + "\n  ]"
-    return json.dumps(value)
+def _stats(stats: TensorStats) -> dict[str, Any]:
+    def real(value: float | None) -> float | None:
+        return value if value is not None and isfinite(value) else None  # JSON has no infinity
+
+    return {
+        "min": real(stats.min),
+        "max": real(stats.max),
+        "mean": real(stats.mean),
+        "std": real(stats.std),
+        "nan": stats.nan,
+        "inf": stats.inf,
+        "zero_fraction": stats.zeros / stats.count if stats.count else None,
+        "checksum": f"xxh3_64:{stats.checksum}",
+    }
 
 
 def _model(checkpoint: Checkpoint) -> tuple[Model | None, str]:
@@ -186,8 +214,16 @@ def _model(checkpoint: Checkpoint) -> tuple[Model | None, str]:
         return None, str(error).removeprefix(f"{checkpoint.path}: ")
 
 
-def _nbytes(info: TensorInfo, is_open: bool) -> int:
-    return sum(part.nbytes for part in info.parts) if is_open else info.nbytes
+def _config_dims(checkpoint: Checkpoint) -> dict[str, int]:
+    """The sizes that the config of a family that is not known says under one of the usual names."""
+    try:
+        config = checkpoint.config or {}
+    except CkptConvertError:
+        return {}
+    inner = config.get("text_config")
+    content = {**inner, **config} if isinstance(inner, dict) else config
+    found = {size: next((content[name] for name in names if name in content), None) for size, names in _SIZES.items()}
+    return {size: value for size, value in found.items() if type(value) is int and 0 < value < 1 << 53}
 
 
 def _config_source(checkpoint: Checkpoint) -> str | None:

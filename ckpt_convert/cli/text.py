@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import click
 
 _GAP = "  "
-_LEAST = 16
-"""A column is never shortened below this many characters, however narrow the terminal is."""
+_LEAST = 28
+"""The first column is not shortened below this, nor by more than a third: else it has lines of its own."""
+
+Paint = Callable[[str], str]
+"""Gives a text its colours."""
 
 
 def escape(text: str) -> str:
@@ -39,6 +43,14 @@ def number(value: int) -> str:
     return f"{value:,}"
 
 
+def percent(part: int, whole: int) -> str:
+    """A share that says neither 0 nor 100 where it is not: "82.5%", "<0.1%"."""
+    if not part or part == whole:
+        return "100%" if part else "0%"
+    share = 100 * part / whole
+    return "<0.1%" if share < 0.1 else f"{min(share, 99.9):.1f}%"
+
+
 def plural(count: int, noun: str, nouns: str | None = None) -> str:
     """A count with its noun: "1 file", "2 files"; ``nouns`` where an s does not make the plural."""
     return f"{number(count)} {noun if count == 1 else nouns or noun + 's'}"
@@ -55,12 +67,39 @@ def display_width(text: str) -> int:
 
 
 def shorten(text: str, width: int) -> str:
-    """At most ``width`` columns, with an ellipsis in the middle; more is kept of the end, which says more of a key."""
+    """At most ``width`` columns, with an ellipsis in the middle; more is kept of the end, which says more of a key.
+
+    Braces, as in ``layers.{0..15}``, are kept whole or left out.
+    """
     if display_width(text) <= width:
         return text
     head = _fitting(text, (width - 1) * 2 // 5)
+    start = head.rfind("{")
+    end = text.find("}", start) + 1
+    if start >= 0 and end > len(head):
+        head = text[:end] if display_width(text[:end]) <= width * 3 // 5 else head[:start]
     tail = _fitting(text[::-1], width - 1 - display_width(head))[::-1]
+    before, brace, after = tail.partition("}")
+    if brace and "{" not in before and "{" in text:
+        tail = after
     return f"{head}…{tail}"
+
+
+def bar(share: float, width: int) -> str:
+    """A bar that is ``width`` characters long where ``share`` is 1; of # where the output has no blocks."""
+    if not can_say("█▏"):
+        return "#" * round(share * width)
+    whole, eighths = divmod(round(share * width * 8), 8)
+    return "█" * whole + (chr(0x2590 - eighths) if eighths else "")
+
+
+def can_say(text: str) -> bool:
+    """Whether the encoding of standard output has these characters."""
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def terminal_width() -> int | None:
@@ -68,8 +107,23 @@ def terminal_width() -> int | None:
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
-DIMS = ("n_layers", "dim", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "vocab_size")
+DIMS = ("n_layers", "dim", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "n_experts", "vocab_size")
 """The symbols of a config that are shown, in this order."""
+
+
+def json_lines(document: Mapping[str, object]) -> Iterator[str]:
+    """The lines of one JSON object; a list of objects has a line for each: quick to write, and easy to search."""
+    yield "{"
+    last = len(document) - 1
+    for at, (name, value) in enumerate(document.items()):
+        comma = "," if at < last else ""
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            yield f"  {json.dumps(name)}: ["
+            yield ",\n".join(f"    {json.dumps(entry)}" for entry in value)
+            yield f"  ]{comma}"
+        else:
+            yield f"  {json.dumps(name)}: {json.dumps(value)}{comma}"
+    yield "}"
 
 
 def echo(text: str, *, err: bool = False) -> None:
@@ -87,22 +141,31 @@ def columns(
     rows: Sequence[Sequence[str]],
     *,
     right: frozenset[int] = frozenset(),
-    styles: Mapping[int, str] | None = None,
+    styles: Mapping[int, str | Paint] | None = None,
+    spare: Sequence[int] = (),
     width: int | None = None,
     indent: str = "",
 ) -> list[str]:
     """Rows of cells as aligned lines without tabs or trailing blanks; columns that are empty in every row are left out.
 
-    Columns in ``right`` are flush right; ``styles`` colours columns. Where a line has to fit into ``width``, the
-    first column is shortened, as far as that goes.
+    Columns in ``right`` are flush right; ``styles`` says the colour of a column, or who paints its cells. Where a line
+    has to fit into ``width``, the columns in ``spare`` are left out, one after the other; then the first column is
+    shortened; in the end its cells get lines of their own, the others below them.
     """
+    if not rows:
+        return []
     widths = [max(map(display_width, cells)) for cells in zip(*rows, strict=True)]
+    for column in spare:
+        if width is not None and _total(widths, indent) > width:
+            widths[column] = 0
     used = [at for at, cells in enumerate(widths) if cells]
+    paints = {at: _painter(style) for at, style in (styles or {}).items()}
     excess = _total(widths, indent) - width if width is not None else 0
-    if excess > 0:
-        widths[used[0]] = min(widths[used[0]], max(widths[used[0]] - excess, _LEAST))
-    colours = styles or {}
-    return [indent + _line(row, used, widths, right, colours) for row in rows]
+    if width is not None and excess > 0:
+        if widths[used[0]] - excess < max(_LEAST, widths[used[0]] * 2 // 3):
+            return [_stacked(row, used, widths, right, width, indent, paints) for row in rows]
+        widths[used[0]] -= excess
+    return [indent + _line(row, used, widths, right, paints) for row in rows]
 
 
 def fits(rows: Sequence[Sequence[str]], width: int | None, indent: str = "") -> bool:
@@ -112,14 +175,21 @@ def fits(rows: Sequence[Sequence[str]], width: int | None, indent: str = "") -> 
     )
 
 
-def wrap(words: Iterable[str], width: int) -> list[str]:
-    """Lines of words, none wider than ``width`` unless a word is; a word may have blanks, and is not broken there."""
+def wrap(words: Iterable[str], width: int, blank: str = " ") -> list[str]:
+    """Lines of words, none wider than ``width`` unless a word is; a word may have blanks, and is not broken there.
+
+    Words may have colours. ``blank`` is what stands between two on a line.
+    """
     lines: list[str] = []
+    taken = 0
     for word in words:
-        if lines and display_width(lines[-1]) + 1 + display_width(word) <= width:
-            lines[-1] += f" {word}"
+        room = display_width(click.unstyle(word))
+        if lines and taken + len(blank) + room <= width:
+            lines[-1] += blank + word
+            taken += len(blank) + room
         else:
             lines.append(word)
+            taken = room
     return lines
 
 
@@ -129,7 +199,7 @@ def _total(widths: Sequence[int], indent: str) -> int:
 
 
 def _line(
-    row: Sequence[str], used: Sequence[int], widths: Sequence[int], right: frozenset[int], colours: Mapping[int, str]
+    row: Sequence[str], used: Sequence[int], widths: Sequence[int], right: frozenset[int], styles: Mapping[int, Paint]
 ) -> str:
     last = max((at for at in used if row[at]), default=-1)
     cells = []
@@ -138,9 +208,35 @@ def _line(
             break
         cell = shorten(row[at], widths[at]) if at == used[0] else row[at]
         blank = " " * (widths[at] - display_width(cell))
-        shown = click.style(cell, fg=colours[at]) if cell and at in colours else cell
+        shown = styles[at](cell) if cell and at in styles else cell
         cells.append(blank + shown if at in right else shown if at == last else shown + blank)
     return _GAP.join(cells)
+
+
+def _painter(style: str | Paint) -> Paint:
+    return style if callable(style) else lambda cell: click.style(cell, fg=style)
+
+
+def _stacked(
+    row: Sequence[str],
+    used: Sequence[int],
+    widths: Sequence[int],
+    right: frozenset[int],
+    width: int,
+    indent: str,
+    styles: Mapping[int, Paint],
+) -> str:
+    """The first cell on a line of its own, the rest below it, aligned if that fits."""
+    room = max(width - len(indent), 8)
+    first, *rest = used
+    key = shorten(row[first], room).rstrip()
+    lines = [styles[first](key) if key and first in styles else key] if key else []
+    if _total([widths[at] for at in rest], indent + _GAP) <= width:
+        lines.append(_GAP + _line(row, rest, widths, right, styles))
+    else:
+        cells = (styles[at](row[at]) if at in styles else row[at] for at in rest if row[at])
+        lines += [_GAP + line for line in wrap(cells, room - len(_GAP), _GAP)]
+    return indent + f"\n{indent}".join(line for line in lines if line.strip())
 
 
 def _is_plain() -> bool:

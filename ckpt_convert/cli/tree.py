@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from itertools import chain, pairwise, product
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import chain, pairwise, product, zip_longest
 from math import prod
+from typing import NamedTuple
 
 from ckpt_convert.cli.text import plural
 
@@ -19,18 +20,20 @@ _MOST_RUNS = 24
 """Runs of numbers that a pattern spells out; ``--full`` is for the rest."""
 
 _MOST_GAPS = 6
-_DIGITS = re.compile(r"(\d+)")
+_DIGITS = re.compile(r"[0-9]+")
 
-Template = tuple[str | None, ...]
-"""The dot-separated parts of a key, None in place of every number."""
+# Nine digits are more than any layer or expert has; longer ones are somebody's hash.
+_NUMBER = re.compile(r"(?<![^.])(0|[1-9][0-9]{0,8})(?![^.])")
+
+Template = tuple[str, ...]
+"""What stands around the numbers of a key, dots included: one text more than there are numbers."""
 
 Index = tuple[int, ...]
 _Run = tuple[int, int]
 _Kind = tuple[tuple[int, ...], str, int, str]  # what has to agree: shape, dtype, nbytes, note
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """One tensor as the tree sees it; ``note`` is what else has to agree for two to share a line."""
 
     key: str
@@ -55,6 +58,12 @@ class Row:
     nbytes: int
     note: str = ""
     missing: str = ""
+    template: Template = field(default=(), compare=False)
+    axes: tuple[Index, ...] = field(default=(), compare=False)
+
+    def members(self) -> Iterator[str]:
+        """The keys that the line stands for."""
+        return (_key(self.template, map(str, values)) for values in product(*self.axes))
 
 
 class Numbering:
@@ -85,12 +94,11 @@ class Numbering:
             runs = {run for before in product(*axes[:place]) for run in gaps.get(before, ())} if gaps else set()
             prefix = f"{names[place]}." if len(axes) > 1 and names[place] else ""
             out += [prefix + _run_text(run) for run in sorted(runs) if values[0] < run[0] < values[-1]]
-        more = f" and {plural(len(out) - _MOST_GAPS, 'more gap')}" if len(out) > _MOST_GAPS else ""
-        return ", ".join(out[:_MOST_GAPS]) + more
+        return _listed(out)
 
     def _of(self, template: Template) -> list[dict[Index, list[_Run]]]:
         if template not in self._gaps:
-            self._gaps[template] = _gaps(self._indices.get(template, set()), template.count(None))
+            self._gaps[template] = _gaps(self._indices.get(template, set()), len(template) - 1)
         return self._gaps[template]
 
 
@@ -101,10 +109,9 @@ def collapse(entries: Iterable[Entry], numbering: Numbering | None = None) -> li
     """
     entries = list(entries)
     groups: dict[Template, dict[_Kind, list[Index]]] = {}
-    for entry in entries:
-        template, index = split(entry.key)
-        kind = (entry.shape, entry.dtype, entry.nbytes, entry.note)
-        groups.setdefault(template, {}).setdefault(kind, []).append(index)
+    for key, shape, dtype, nbytes, note in entries:
+        template, index = split(key)
+        groups.setdefault(template, {}).setdefault((shape, dtype, nbytes, note), []).append(index)
     numbering = numbering or Numbering([entry.key for entry in entries])
     found = [
         (template, axes, kind)
@@ -112,27 +119,37 @@ def collapse(entries: Iterable[Entry], numbering: Numbering | None = None) -> li
         for kind, indices in kinds.items()
         for axes in _products(indices)
     ]
-    found.sort(key=lambda row: natural(_key(row[0], [axis[0] for axis in row[1]])))
+    found.sort(key=lambda row: natural(_key(row[0], [str(axis[0]) for axis in row[1]])))
     return [_row(template, axes, kind, numbering) for template, axes, kind in found]
 
 
 def split(key: str) -> tuple[Template, Index]:
     """A key's template and the numbers in it; "007" is no number, for its zeros have to be kept."""
-    parts = key.split(".")
-    index = tuple([int(part) for part in parts if _is_number(part)])
-    return tuple([None if _is_number(part) else part for part in parts]) if index else tuple(parts), index
+    parts = _NUMBER.split(key)
+    return tuple(parts[::2]), tuple(map(int, parts[1::2]))
 
 
-def natural(key: str) -> tuple[tuple[int, int, str], ...]:
+def is_number(part: str) -> bool:
+    """Whether a part of a key counts something."""
+    return _NUMBER.fullmatch(part) is not None
+
+
+def pattern(template: Template, axes: Sequence[Index]) -> str:
+    """The key with these numbers at its places, collapsed: ``layers.{0..15}.wq.weight``."""
+    return _key(template, map(numbers_text, axes))
+
+
+def natural(key: str) -> str:
     """A sort key that puts ``layers.2`` before ``layers.10`` and ``conv2`` before ``conv10``."""
-    return tuple(chain.from_iterable(map(_part_order, key.split("."))))
+    # Longer numbers are larger, so the length goes first; nothing comes before a dot.
+    return _DIGITS.sub(_number_order, key.replace(".", "\0"))
 
 
 def _row(template: Template, axes: Sequence[Index], kind: _Kind, numbering: Numbering) -> Row:
     shape, dtype, nbytes, note = kind
     count = prod(map(len, axes))
-    pattern = _key(template, map(_numbers, axes))
-    return Row(pattern, shape, dtype, count, count * nbytes, note, numbering.missing(template, axes))
+    missing = numbering.missing(template, axes)
+    return Row(pattern(template, axes), shape, dtype, count, count * nbytes, note, missing, template, tuple(axes))
 
 
 def _products(indices: list[Index]) -> list[tuple[Index, ...]]:
@@ -160,7 +177,17 @@ def _gaps(indices: set[Index], places: int) -> list[dict[Index, list[_Run]]]:
     return out
 
 
-def _between(values: list[int]) -> list[_Run]:
+def missing_between(values: Sequence[int]) -> str:
+    """The gaps between these numbers, in words."""
+    return _listed([_run_text(run) for run in _between(values)])
+
+
+def _listed(gaps: list[str]) -> str:
+    more = f" and {plural(len(gaps) - _MOST_GAPS, 'more gap')}" if len(gaps) > _MOST_GAPS else ""
+    return ", ".join(gaps[:_MOST_GAPS]) + more
+
+
+def _between(values: Sequence[int]) -> list[_Run]:
     # Every other layer, or every fifth, is how hybrid models are built: nothing is missing there.
     if _step(values) is not None:
         return []
@@ -173,12 +200,11 @@ def _step(values: Sequence[int]) -> int | None:
     return steps.pop() if len(values) > 2 and len(steps) == 1 and 1 not in steps else None
 
 
-def _key(template: Template, values: Iterable[object]) -> str:
-    rest = iter(values)
-    return ".".join(part if part is not None else str(next(rest)) for part in template)
+def _key(template: Template, values: Iterable[str]) -> str:
+    return "".join(chain.from_iterable(zip_longest(template, values, fillvalue="")))
 
 
-def _numbers(values: Index) -> str:
+def numbers_text(values: Sequence[int]) -> str:
     """The numbers as a shell's braces would have them: "7", "{0..15}", "{0..3,5..15}", "{3..38..5}"."""
     if len(values) == 1:
         return str(values[0])
@@ -211,24 +237,9 @@ def _run_text(run: _Run) -> str:
 
 def _names(template: Template) -> list[str]:
     """What each number counts: the part of the key before it."""
-    return [(template[at - 1] if at else None) or "" for at, part in enumerate(template) if part is None]
+    return [before.removesuffix(".").rpartition(".")[2] for before in template[:-1]]
 
 
-@lru_cache(1 << 14)
-def _is_number(part: str) -> bool:
-    # Nine digits are more than any layer or expert has; longer ones are somebody's hash.
-    return part.isdecimal() and part.isascii() and len(part) < 10 and (part[0] != "0" or part == "0")
-
-
-@lru_cache(1 << 14)
-def _part_order(part: str) -> tuple[tuple[int, int, str], ...]:
-    if _is_number(part):
-        return ((0, int(part), ""),)
-    if part.isalpha():
-        return ((1, 0, part),)
-    return tuple(_piece_order(piece) for piece in _DIGITS.split(part))
-
-
-def _piece_order(piece: str) -> tuple[int, int, str]:
-    # The length goes first where there are too many digits to be turned into a number.
-    return (1, len(piece.lstrip("0")), piece.lstrip("0")) if piece[:1].isdecimal() else (1, 0, piece)
+def _number_order(match: re.Match[str]) -> str:
+    digits = match[0].lstrip("0")
+    return f"{len(digits)}{digits}" if len(digits) < 10 else f":{len(digits):09}{digits}"

@@ -11,39 +11,13 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from click.testing import CliRunner, Result
 
-from ckpt_convert.cli.inspect import inspect
 from ckpt_convert.errors import CkptConvertError
+from tests.cli.inspecting import body, document, facts, run, save, text, write_keys
 from tests.helpers import CASES, GOLDEN, bits, edit_json, read_meta, read_safetensors
 
 ROOT = Path(__file__).parent.parent.parent
 META = ("meta-mp1", "meta-mp2", "meta-mp4")
-
-
-def run(*arguments: object, code: int = 0) -> Result:
-    result = CliRunner().invoke(inspect, [str(argument) for argument in arguments])
-    assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
-    return result
-
-
-def text(*arguments: object) -> str:
-    return run(*arguments).stdout
-
-
-def document(*arguments: object) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(text(*arguments, "--json"))
-    return found
-
-
-def facts(output: str) -> dict[str, str]:
-    """The header: label → text."""
-    head, _, _ = output.partition("\n\n")
-    return {line[:12].strip(): line[12:] for line in head.splitlines()}
-
-
-def body(output: str) -> list[str]:
-    return output.partition("\n\n")[2].splitlines()
 
 
 def dtype_name(tensor: torch.Tensor) -> str:
@@ -54,16 +28,6 @@ def stored(directory: Path, part: Mapping[str, Any]) -> bytes:
     """The bytes where the JSON says that they are."""
     start, size = int(part["offset"]), int(part["nbytes"])
     return (directory / str(part["file"])).read_bytes()[start : start + size]
-
-
-def save(path: Path, **tensors: torch.Tensor) -> Path:
-    safetensors.torch.save_file({key.replace("__", "."): value for key, value in tensors.items()}, path)
-    return path
-
-
-def write_keys(path: Path, keys: list[str]) -> Path:
-    safetensors.torch.save_file({key: torch.zeros(2) for key in keys}, path)
-    return path
 
 
 class TestJson:
@@ -509,47 +473,6 @@ class TestRefusals:
         assert asked == [("some/model", "v2")]
 
 
-class TestTerminal:
-    """The width and the colours of a terminal, through a pretended one."""
-
-    @pytest.fixture
-    def pretend(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.delenv("NO_COLOR", raising=False)
-        monkeypatch.setenv("TERM", "xterm")
-
-    def show(self, monkeypatch: pytest.MonkeyPatch, width: int, *arguments: object) -> str:
-        monkeypatch.setattr("ckpt_convert.cli.inspect.terminal_width", lambda: width)
-        result = CliRunner().invoke(inspect, [str(argument) for argument in arguments], color=True)
-        assert result.exit_code == 0, result.output
-        return result.output
-
-    @pytest.mark.parametrize("width", [80, 100, 200])
-    def test_lines_fit(self, monkeypatch: pytest.MonkeyPatch, pretend: None, width: int, tmp_path: Path) -> None:
-        monkeypatch.setenv("NO_COLOR", "1")
-        write_keys(tmp_path / "a.safetensors", [f"{'long_name.' * 30}{layer}.w" for layer in (0, 1, 3)])
-        for path in (GOLDEN / "llama" / "hf", GOLDEN / "llama" / "meta-mp2", tmp_path / "a.safetensors"):
-            lines = self.show(monkeypatch, width, path).splitlines()
-            assert max(len(line) for line in lines if not line.startswith("path")) <= width
-
-    def test_a_warning_goes_below_a_line_that_has_no_room(
-        self, monkeypatch: pytest.MonkeyPatch, pretend: None, tmp_path: Path
-    ) -> None:
-        monkeypatch.setenv("NO_COLOR", "1")
-        write_keys(tmp_path / "a.safetensors", [f"{'long_name.' * 6}{layer}.w" for layer in (0, 1, 3)])
-        assert body(self.show(monkeypatch, 60, tmp_path / "a.safetensors")) == [
-            "long_name.long_…name.long_name.{0,1,3}.w  [2]  F32  ×3  24 B",
-            "    missing 2",
-        ]
-
-    def test_colours_and_no_color(self, monkeypatch: pytest.MonkeyPatch, pretend: None) -> None:
-        assert "\x1b[1m" in self.show(monkeypatch, 80, GOLDEN / "llama" / "hf")
-        monkeypatch.setenv("NO_COLOR", "1")
-        assert "\x1b" not in self.show(monkeypatch, 80, GOLDEN / "llama" / "hf")
-        monkeypatch.setenv("NO_COLOR", "")
-        monkeypatch.setenv("TERM", "dumb")
-        assert "\x1b" not in self.show(monkeypatch, 80, GOLDEN / "llama" / "hf")
-
-
 class TestProcess:
     @pytest.mark.parametrize("layout", ["hf", "meta-mp2", "native.safetensors"])
     def test_imports_nothing_large(self, layout: str) -> None:
@@ -564,9 +487,10 @@ class TestProcess:
         assert (done.returncode, done.stderr) == (0, "")
         assert "n_layers" in done.stdout or layout.startswith("native")
 
-    def test_a_reader_that_has_enough_ends_it_quietly(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("option", ["--full", "--json", "--tree", "--sort=offset", "--html=-"])
+    def test_a_reader_that_has_enough_ends_it_quietly(self, tmp_path: Path, option: str) -> None:
         write_keys(tmp_path / "a.safetensors", [f"layers.{number}.some_quite_long_name" for number in range(9000)])
-        command = [sys.executable, "-m", "ckpt_convert.cli", "inspect", str(tmp_path / "a.safetensors"), "--full"]
+        command = [sys.executable, "-m", "ckpt_convert.cli", "inspect", str(tmp_path / "a.safetensors"), option]
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         assert process.stdout is not None
         assert process.stderr is not None

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import io
+
+import click
 import pytest
 
 from ckpt_convert.cli.text import (
+    bar,
     columns,
     display_width,
     escape,
@@ -104,17 +108,53 @@ def test_columns_count_the_width_of_characters_not_their_number() -> None:
 
 def test_columns_shorten_the_first_column_only_as_far_as_needed() -> None:
     rows = [("model.layers.0.self_attn.q_proj.weight", "[2048, 2048]")]
-    assert not fits(rows, 40)
-    (line,) = columns(rows, width=40)
-    assert len(line) == 40
+    assert not fits(rows, 48)
+    (line,) = columns(rows, width=48)
+    assert len(line) == 48
     assert line.endswith("q_proj.weight  [2048, 2048]")
     assert fits(rows, 52)
     assert columns(rows, width=52) == columns(rows)
 
 
-def test_columns_leave_a_key_readable_however_narrow_the_terminal_is() -> None:
-    (line,) = columns([("model.layers.0.self_attn.q_proj.weight", "[2048, 2048]")], width=10)
-    assert line == "model.…oj.weight  [2048, 2048]"
+@pytest.mark.parametrize("width", [10, 20, 30, 40])
+def test_a_key_has_a_line_of_its_own_in_a_narrow_terminal(width: int) -> None:
+    (text,) = columns([("model.layers.0.self_attn.q_proj.weight", "[2048, 2048]", "BF16", "8 MB")], width=width)
+    key, *rest = text.splitlines()
+    assert key == shorten("model.layers.0.self_attn.q_proj.weight", width)
+    assert "  ".join(map(str.strip, rest)) == "[2048, 2048]  BF16  8 MB"
+    assert all(line.startswith("  ") for line in rest)
+    assert max(map(len, rest)) <= max(width, 14)
+
+
+def test_columns_that_can_be_spared_go_first() -> None:
+    rows = [("model.layers.0.self_attn.q_proj.weight", "[2048, 2048]", "17%", "====")]
+    for width, spared in ((63, set()), (62, {"===="}), (57, {"===="}), (56, {"====", "17%"}), (50, {"====", "17%"})):
+        (line,) = columns(rows, width=width, spare=(3, 2))
+        assert {cell for cell in rows[0] if cell not in line} - {rows[0][0]} == spared
+        assert len(line) <= width
+
+
+def test_columns_can_be_painted_without_losing_their_place() -> None:
+    rows = [("a", "1"), ("bcd", "22")]
+    plain = columns(rows, right=frozenset({1}))
+    painted = columns(rows, right=frozenset({1}), styles={0: "red", 1: lambda cell: f"\x1b[1m{cell}\x1b[0m"})
+    assert painted != plain
+    assert [click.unstyle(line) for line in painted] == plain
+
+
+@pytest.mark.parametrize("width", range(21, 75))
+def test_shorten_keeps_braces_whole_or_leaves_them_out(width: int) -> None:
+    short = shorten("model.layers.{0..60}.mlp.experts.{0..255}.down_proj.weight_scale_inv", width)
+    assert short.count("{") == short.count("}") == short.count("{0..60}") + short.count("{0..255}")
+    assert width - 8 < display_width(short) <= width or width > 68
+
+
+@pytest.mark.parametrize("share", [0, 0.01, 0.3, 0.5, 0.99, 1])
+def test_a_bar_is_as_long_as_the_share(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    eighths = {"█": 8, "▉": 7, "▊": 6, "▋": 5, "▌": 4, "▍": 3, "▎": 2, "▏": 1}
+    assert sum(eighths[char] for char in bar(share, 16)) == round(share * 128)
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    assert bar(share, 16) == "#" * round(share * 16)
 
 
 def test_no_rows_are_no_lines() -> None:

@@ -1,0 +1,61 @@
+"""Writing a page to look at in a browser: whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import click
+
+from ckpt_convert.cli.text import echo, escape, human_bytes
+from ckpt_convert.errors import UsageError
+
+
+def check_page(destination: str) -> None:
+    """Refuse a destination that is a directory or lies in none, before all the work; raises UsageError."""
+    path = Path(destination)
+    if destination == "-":
+        return
+    if path.is_dir():
+        raise UsageError(f"--html {path}: is a directory; give the name of a file in it, such as {path / 'page.html'}")
+    if not path.resolve().parent.is_dir():
+        raise UsageError(f"--html {path}: there is no directory {path.resolve().parent}; create it first")
+
+
+def write_page(destination: str, page: str) -> None:
+    """Write a page into a file, replacing what it was, or to standard output ("-"); says on standard error where.
+
+    Raises what ``check_page`` does.
+    """
+    check_page(destination)
+    data = page.encode("utf-8", "backslashreplace")
+    if destination == "-":
+        click.echo(data, nl=False)  # as bytes: a page is UTF-8, whatever the terminal speaks
+        return
+    path = Path(destination)
+    if path.exists() and not path.is_file():  # /dev/stdout, a pipe: there is nothing to rename onto
+        path.write_bytes(data)
+    else:
+        _replace(path.resolve(), data)  # a link is written through, not replaced
+    echo(f"wrote {escape(str(path))} ({human_bytes(len(data))}); open it in a browser", err=True)
+
+
+def _replace(path: Path, data: bytes) -> None:
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".partial", dir=path.parent)
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(descriptor)
+        os.chmod(name, path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

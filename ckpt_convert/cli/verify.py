@@ -1,0 +1,211 @@
+"""``verify``: everything that is wrong with a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ckpt_convert.cli.text import echo, escape, human_bytes, plural, terminal_width, wrap
+from ckpt_convert.models.table import FORMATS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ckpt_convert.convert.check import Report
+    from ckpt_convert.convert.findings import Finding
+    from ckpt_convert.convert.logits import LogitsReport
+
+_COLOURS = {"error": "red", "warning": "yellow", "note": "cyan"}
+_LABEL = 9
+_MOST = 12
+"""Findings of one check that are shown without --full."""
+
+
+@click.command(
+    short_help="Say everything that is wrong with a checkpoint.",
+    epilog="""\b
+Examples:
+  ckpt-convert verify Llama-3.2-1B
+  ckpt-convert verify Llama-3-70B/original --quick
+  ckpt-convert verify my-upload --json | jq '.findings[].text'
+  ckpt-convert verify Llama-3.2-1B-meta --against Llama-3.2-1B
+  ckpt-convert verify my-finetune --logits
+
+\b
+Exit codes: 0 no errors, 1 errors found, 2 usage, 3 there is nothing to check.""",
+)
+@click.argument("path")
+@click.option("--quick", is_flag=True, help="Read headers and small files only, no values.")
+@click.option("--against", "other", metavar="PATH", help="Compare every tensor with this checkpoint, in any format.")
+@click.option("--logits", "with_logits", is_flag=True, help="Also run it through transformers on random tokens.")
+@click.option("--full", is_flag=True, help="Show every finding, however many are of one kind.")
+@click.option("--json", "as_json", is_flag=True, help="Everything as one JSON object.")
+@click.option("--from", "from_format", type=click.Choice(FORMATS), help="Format of PATH (default: detected).")
+@click.option("--family", metavar="NAME", help="The family, where it cannot be told.")
+@click.option("--config", metavar="FILE", type=click.Path(), help="The config.json or params.json of PATH.")
+@click.option("--revision", metavar="NAME", help="Branch, tag or commit, where PATH is a Hub id.")
+@click.option("--workers", type=click.IntRange(1), metavar="N", help="Threads (default: one a core, 2 to 4).")
+@click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
+def verify(
+    path: str,
+    quick: bool,
+    other: str | None,
+    with_logits: bool,
+    full: bool,
+    as_json: bool,
+    from_format: str | None,
+    family: str | None,
+    config: str | None,
+    revision: str | None,
+    workers: int | None,
+    quiet: bool,
+) -> int:
+    """Say everything that is wrong with a checkpoint, at once: files, headers, index, config, checksums, values.
+
+    PATH is a directory, one weight file, or a Hub id (org/name). Every byte is read once, unless --quick. Nothing is
+    written.
+    """
+    from ckpt_convert.cli.notices import on_stderr
+    from ckpt_convert.cli.progress import Bar
+    from ckpt_convert.convert.api import WORKERS
+    from ckpt_convert.convert.check import check
+    from ckpt_convert.convert.check_against import Opening, against, computing
+    from ckpt_convert.storage import hub
+
+    a = Opening(hub.locate(path, revision), from_format, family, config)
+    b = Opening(hub.locate(other), None, family) if other is not None else None
+    compared: dict[str, Any] | None = None
+    computed: LogitsReport | None = None
+    with on_stderr(hidden=quiet), Bar(hidden=quiet) as bar:
+        report = check(
+            a.path,
+            format=from_format,
+            family=family,
+            config=config,
+            values=not quick,
+            workers=workers or WORKERS,
+            progress=bar,
+        )
+        if b is not None:
+            report, compared = against(report, a, b, values=not quick, workers=workers or WORKERS, progress=bar)
+        if with_logits:
+            report, computed = computing(report, a, b, progress=bar)
+    if as_json:
+        document = report.as_dict()
+        document |= {"against": compared} if other is not None else {}
+        document |= {"logits": computed.as_dict() if computed is not None else None} if with_logits else {}
+        echo(_json(document))
+    else:
+        width = terminal_width()
+        lines = [*(() if quiet else _header(report, width)), *_findings(report, width, full=full, quiet=quiet)]
+        lines += () if quiet else [*_logits(computed, width), _summary(report)]
+        if lines:
+            echo("\n".join(lines))
+    return 1 if report.counts["errors"] else 0
+
+
+def _header(report: Report, width: int | None) -> Iterator[str]:
+    what = ", ".join(filter(None, (report.format or "unknown format", report.family)))
+    yield from _labelled("path", escape(report.path).split(" "), width)
+    size = f"{plural(report.files, 'file')}, {plural(report.tensors, 'tensor')}, {human_bytes(report.nbytes)}"
+    yield from _labelled("what", f"{what}: {size}".split(), width)
+    by_reason: dict[str, list[str]] = {}
+    for skipped in report.skipped:
+        by_reason.setdefault(skipped.why, []).append(skipped.check)
+    for why, checks in by_reason.items():
+        yield from _labelled("skipped", escape(f"{', '.join(checks)}: {why.splitlines()[0]}").split(" "), width)
+
+
+def _labelled(label: str, words: Sequence[str], width: int | None) -> Iterator[str]:
+    lines = [" ".join(words)] if width is None else wrap(words, max(width - _LABEL, _LABEL))
+    for at, line in enumerate(lines):
+        yield click.style(f"{label if at == 0 else '':<{_LABEL}}", bold=True) + line
+
+
+def _findings(report: Report, width: int | None, *, full: bool, quiet: bool) -> Iterator[str]:
+    """A line for each finding, errors first; of many that one check found, the first few."""
+    groups: dict[tuple[str, str], list[Finding]] = {}
+    for finding in report.findings:
+        if finding.severity == "error" or not quiet:
+            groups.setdefault((finding.severity, finding.check), []).append(finding)
+    if groups and not quiet:
+        yield ""
+    column = max((len(check) for _, check in groups), default=0) + 2
+    for (severity, check), found in groups.items():
+        texts = _collapsed(found) if check == "against" and not full else [finding.text for finding in found]
+        shown = texts if full else texts[:_MOST]
+        for text in shown:
+            yield from _finding(severity, check, text, column, width)
+        if len(texts) > len(shown):
+            more = f"… and {len(texts) - len(shown)} more of this check; --full shows them"
+            yield from _finding("", "", more, column, width)
+
+
+def _finding(severity: str, check: str, text: str, column: int, width: int | None) -> Iterator[str]:
+    words = escape(" ".join(text.split("\n"))).split(" ")
+    indent = _LABEL + column
+    lines = [" ".join(words)] if width is None or width < indent + 20 else wrap(words, width - indent)
+    head = click.style(f"{severity:<{_LABEL}}", fg=_COLOURS.get(severity), bold=True) + f"{check:<{column}}"
+    yield head + lines[0]
+    yield from (" " * indent + line for line in lines[1:])
+
+
+def _collapsed(found: Sequence[Finding]) -> list[str]:
+    """Tensors that differ, those whose keys differ in numbers alone on one line."""
+    from ckpt_convert.cli.tree import Entry, collapse
+
+    kinds: dict[str, list[Finding]] = {}
+    for finding in found:
+        rest = finding.text.removeprefix(finding.key or "").split()
+        kinds.setdefault(" ".join(rest[:2]), []).append(finding)
+    out = []
+    for findings in kinds.values():
+        by_key = {finding.key or "": finding for finding in findings}
+        for row in collapse([Entry(key, (), "", 0) for key in by_key]):
+            one = by_key.get(row.pattern)
+            first = next(iter(by_key.values())).text.split()[1:]
+            what = "differ in values" if first[0] == "differs" else " ".join(first)
+            out.append(one.text if one is not None else f"{row.pattern} {what} (×{row.count})")
+    return out
+
+
+def _logits(found: LogitsReport | None, width: int | None) -> Iterator[str]:
+    if found is None:
+        return
+    yield ""
+    for outcome in (found.a, found.b):
+        if outcome is not None:
+            text = f"{escape(outcome.path)}: {found.prompts} prompts of {found.length} random tokens: "
+            text += "all logits finite" if outcome.finite else "logits that are no numbers"
+            if outcome.entropy is not None:
+                text += f", entropy {outcome.entropy:.3f} of at most {outcome.uniform_entropy:.3f} nats"
+            yield from _labelled("logits", text.split(" "), width)
+    if found.difference is not None:
+        gap = found.difference
+        text = (
+            f"max |Δ| {gap.max_abs:.3g}, mean |Δ| {gap.mean_abs:.3g}, KL {gap.kl_mean:.3g}, same likeliest token at "
+            f"{100 * gap.agreement:.4g}% of the positions"
+        )
+        yield from _labelled("", text.split(" "), width)
+
+
+def _summary(report: Report) -> str:
+    """The last line: how many problems there are, or what was found to be in order."""
+    counts = report.counts
+    words = [plural(counts[f"{name}s"], name) for name in _COLOURS if counts[f"{name}s"]]
+    if counts["errors"] or counts["warnings"]:
+        worst = "error" if counts["errors"] else "warning"
+        return "\n" + click.style(", ".join(words), fg=_COLOURS[worst], bold=True)
+    noted = f", {words[0]}" if words else ""
+    text = click.style(f"no problems{noted}", fg="green", bold=True)
+    read = f"{human_bytes(report.bytes_read)} read" if report.bytes_read else "no values read"
+    return f"\n{text}: {plural(report.tensors, 'tensor')}, {read}, checks: {', '.join(report.checks)}"
+
+
+def _json(document: dict[str, Any]) -> str:
+    """One JSON object; a list of objects has a line for each."""
+    from ckpt_convert.cli.diff import json_lines
+
+    return "\n".join(json_lines(document))

@@ -1,0 +1,176 @@
+"""How a checkpoint is shown: what was asked for, what it is sorted by, and the lines above its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+from ckpt_convert.cli import colours, tree
+from ckpt_convert.cli import facts as looking
+from ckpt_convert.cli.facts import Count, Facts
+from ckpt_convert.cli.text import DIMS, bar, escape, human_bytes, human_count, number, percent, plural, wrap
+from ckpt_convert.convert.formats.base import RECORD_FOLDER
+
+if TYPE_CHECKING:
+    from ckpt_convert.convert.checkpoint import TensorInfo
+
+SORTS = {"name": False, "size": True, "offset": False}
+"""What can be sorted by, and whether the largest comes first unless asked otherwise."""
+
+_KINDS = {"torch": "torch zip", "legacy": "legacy torch"}
+_LABEL = 12
+_BAR = 20
+
+
+@dataclass(frozen=True)
+class Order:
+    """What rows are sorted by."""
+
+    by: str
+    descending: bool
+
+
+@dataclass(frozen=True)
+class View:
+    """How much of a checkpoint to show: ``filters`` are globs over keys, ``width`` is that of the terminal, if any.
+
+    ``tree`` shows modules, ``depth`` levels of them (None: all).
+    """
+
+    filters: tuple[str, ...] = ()
+    order: Order = Order("name", False)
+    full: bool = False
+    by_shard: bool = False
+    tree: bool = False
+    depth: int | None = None
+    width: int | None = None
+
+    def matches(self, key: str) -> bool:
+        return not self.filters or any(fnmatchcase(key, glob) for glob in self.filters)
+
+    @property
+    def globs(self) -> str:
+        """The filters as a message says them."""
+        return " or ".join(map(escape, self.filters))
+
+
+def matching(facts: Facts, view: View) -> list[TensorInfo]:
+    """The tensors that match, as the files have them."""
+    tensors = facts.checkpoint.tensors
+    return [info for key, info in tensors.items() if view.matches(key)] if view.filters else list(tensors.values())
+
+
+def ordered(facts: Facts, view: View) -> list[TensorInfo]:
+    """The tensors that match, in the order asked for."""
+    found = matching(facts, view)
+    if view.order.by == "offset":
+        files = {file.name: at for at, file in enumerate(facts.checkpoint.files)}
+        found.sort(
+            key=lambda info: (files[info.parts[0].file], info.parts[0].offset, info.key), reverse=view.order.descending
+        )
+        return found
+    found.sort(key=lambda info: tree.natural(info.key), reverse=view.order == Order("name", True))
+    if view.order.by == "size":
+        found.sort(key=facts.nbytes, reverse=view.order.descending)
+    return found
+
+
+def header(facts: Facts, width: int | None) -> Iterator[str]:
+    """The facts, a line each, wrapped on a terminal."""
+    lines = [*_facts(facts)]
+    room = max(_LABEL, *(len(label) + 2 for label, _ in lines))
+    for label, words in lines:
+        said = [" ".join(words)] if width is None else wrap(words, max(width - room, room))
+        paint = colours.warning if label == "notice" else colours.label
+        yield paint(f"{label:<{room}}") + f"\n{' ' * room}".join(said)
+
+
+def shares(nbytes: int, total: int, width: int | None) -> tuple[str, str]:
+    """A share of the bytes, and a bar of it, for a terminal; other readers have the bytes."""
+    return (percent(nbytes, total), bar(nbytes / max(total, 1), _BAR)) if width is not None else ("", "")
+
+
+def missing(numbers: str) -> str:
+    """The warning of a hole in the numbering."""
+    return f"missing {escape(numbers)}" if numbers else ""
+
+
+def _facts(facts: Facts) -> Iterator[tuple[str, list[str]]]:
+    """Labels and the words behind them; a line is not broken within a word."""
+    checkpoint, model = facts.checkpoint, facts.model
+    yield "path", [escape(str(checkpoint.path))]
+    # What is of no format may well be known, and then says something of itself.
+    is_foreign = checkpoint.format is None and bool(facts.said)
+    if checkpoint.format is None:
+        text = f"{checkpoint.why}; {checkpoint.advice}"
+        yield "format", _words(text) if is_foreign else _unknown(text)
+    else:
+        yield "format", _words(f"{checkpoint.format} ({checkpoint.why})")
+    if model is not None:
+        release = f", sizes of {model.release}" if model.release else ""
+        yield "family", _words(f"{model.family.name}{release} ({model.evidence})")
+    elif not is_foreign:
+        yield "family", _unknown(facts.problem) if checkpoint.format else _words("unknown, as the format is")
+    if any(name in facts.dims for name in DIMS):
+        yield "dims", _list(f"{name} {facts.dims[name]}" for name in DIMS if name in facts.dims)
+    if facts.ranks is not None:
+        held = "; the last column says what each holds" if facts.ranks > 1 else ""
+        yield "ranks", _words(f"{facts.ranks} (tensor-parallel degree{held})")
+    for label, text in facts.said:
+        yield escape(label), _words(text)
+    yield "files", [_files(facts)]
+    yield "parameters", _words(_parameters(facts.total))
+    yield "bytes", [f"{human_bytes(facts.total.bytes)} ({number(facts.total.bytes)})"]
+    yield "dtypes", _list(_dtypes(facts.dtypes)) or ["none"]
+    if not is_foreign:
+        yield "tied", _words(_tied(facts))
+    source = looking.converted_from(checkpoint)
+    if source is not None:
+        yield "converted", _words(f"from {source}, recorded in {RECORD_FOLDER}/")
+    for notice in facts.notices:
+        yield "notice", _words(notice)
+
+
+def _words(text: str) -> list[str]:
+    # A message that lists problems has a line for each; here it has to do with one.
+    first, *rest = text.split("\n")
+    return [escape(word) for word in [*first.split(), *"; ".join(line.strip() for line in rest).split()]]
+
+
+def _unknown(why: str) -> list[str]:
+    return [colours.warning("unknown:"), *_words(why)]
+
+
+def _list(items: Iterable[str]) -> list[str]:
+    *first, last = [*items] or [""]
+    return [*(f"{item}," for item in first), last] if last else []
+
+
+def _files(facts: Facts) -> str:
+    files = facts.checkpoint.files
+    kinds = ", ".join(sorted({_KINDS.get(file.header.kind, file.header.kind) for file in files}))
+    return f"{plural(len(files), 'file')}, {escape(kinds)}, {human_bytes(sum(facts.file_bytes().values()))}"
+
+
+def _parameters(total: Count) -> str:
+    tensors = plural(total.tensors, "tensor")
+    if total.parameters is None:
+        return f"unknown, in {tensors}"
+    exact = f" ({number(total.parameters)})" if total.parameters > 999 else ""
+    return f"{human_count(total.parameters)}{exact} in {tensors}"
+
+
+def _dtypes(dtypes: Mapping[str, Count]) -> Iterator[str]:
+    for name, count in dtypes.items():
+        said = "" if len(dtypes) == 1 else f" {human_bytes(count.bytes)} in {plural(count.tensors, 'tensor')}"
+        yield colours.dtype(escape(name)) + said
+
+
+def _tied(facts: Facts) -> str:
+    if facts.model is None:
+        return "unknown"
+    if facts.model.tied is None:
+        return "unknown: the bytes of embedding and output decide"
+    return "yes: the output is the embedding" if facts.model.tied else "no"

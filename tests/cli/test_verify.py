@@ -1,0 +1,277 @@
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import safetensors.torch
+import torch
+from click.testing import CliRunner, Result
+
+import ckpt_convert
+from ckpt_convert.cli.verify import verify
+from ckpt_convert.errors import CkptConvertError
+from tests.helpers import CASES, GOLDEN, edit_json
+
+ROOT = Path(__file__).parent.parent.parent
+HF = GOLDEN / "llama" / "hf"
+META = GOLDEN / "llama" / "meta-mp2"
+VALIDATOR = jsonschema.Draft202012Validator(json.loads((ROOT / "docs" / "schemas" / "verify.schema.json").read_text()))
+
+
+def run(*arguments: object, code: int = 0) -> Result:
+    result = CliRunner().invoke(verify, [str(argument) for argument in arguments], standalone_mode=False)
+    assert result.exception is None, result.exception
+    assert result.return_value == code, result.output
+    return result
+
+
+def document(*arguments: object, code: int = 0) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(run(*arguments, "--json", code=code).stdout)
+    return found
+
+
+def program(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "ckpt_convert.cli", "verify", *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture
+def broken(tmp_path: Path) -> Path:
+    """A copy with a wrong size in the config, a truncated shard, and one that nothing uses."""
+    path = tmp_path / "broken"
+    shutil.copytree(HF, path)
+    edit_json(path / "config.json", vocab_size=57)
+    shutil.copy(path / "model-00002-of-00004.safetensors", path / "model-00003-of-00003.safetensors")
+    shard = path / "model-00004-of-00004.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-8])
+    return path
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_last_line_says_that_there_are_no_problems(case: str) -> None:
+    for form in (GOLDEN / case).iterdir():
+        last = run(form).stdout.splitlines()[-1]
+        assert last.startswith("no problems: ")
+        assert "checks: files, container" in last
+
+
+def test_a_line_for_each_finding_errors_first_and_a_count_at_the_end(broken: Path) -> None:
+    lines = run(broken, code=1).stdout.splitlines()
+    found = [line for line in lines if line.startswith(("error", "warning", "note"))]
+    assert [line.split()[:2] for line in found] == [
+        ["error", "container"],
+        ["error", "config"],
+        ["warning", "leftover"],
+    ]
+    assert "8 bytes are missing" in found[0]
+    assert lines[-1] == "2 errors, 1 warning"
+
+
+def test_the_exit_code_is_zero_as_long_as_there_is_no_error(tmp_path: Path) -> None:
+    shutil.copytree(HF, tmp_path / "a")
+    shutil.copy(
+        tmp_path / "a" / "model-00002-of-00004.safetensors", tmp_path / "a" / "model-00003-of-00003.safetensors"
+    )
+    assert run(tmp_path / "a").stdout.splitlines()[-1] == "1 warning"
+
+
+def test_nothing_to_check_is_an_error_of_its_own(tmp_path: Path) -> None:
+    done = program(tmp_path / "gone")
+    assert done.returncode == 3
+    assert "no such file or directory" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert program(HF, "--config", tmp_path / "gone").returncode == 3
+    assert program(HF, "--family", "gone").returncode == 2
+
+
+def test_quiet_prints_errors_alone(broken: Path) -> None:
+    result = run(broken, "--quiet", code=1)
+    assert [line.split()[0] for line in result.stdout.splitlines()] == ["error", "error"]
+    assert result.stderr == ""
+    assert run(HF, "--quiet").output == ""
+
+
+def test_quick_says_what_it_leaves_out() -> None:
+    output = run(META, "--quick").stdout
+    assert "no values read" in output
+    assert "skipped  values, crc, replicas: values are not read" in output
+
+
+def test_colours_are_for_terminals_and_names_are_escaped(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    shutil.copytree(HF, path)
+    (path / "evil\x1b[31m.json").write_text("{")
+    done = program(path)
+    assert "\x1b" not in done.stdout
+    assert "evil\\x1b[31m.json" in done.stdout
+
+
+def test_many_findings_of_one_check_are_cut_unless_full(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    shutil.copytree(HF, path)
+    index = json.loads((path / "model.safetensors.index.json").read_text())
+    index["weight_map"] = dict.fromkeys(index["weight_map"], "model-00001-of-00004.safetensors")
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    short, full = run(path, code=1).stdout, run(path, "--full", code=1).stdout
+    wrong = full.count("error    index")
+    assert short.count("error    index") == 12
+    assert f"… and {wrong - 12} more of this check; --full shows them" in short
+
+
+# JSON
+
+
+def test_the_document_says_all_of_it(broken: Path) -> None:
+    found = document(broken, code=1)
+    VALIDATOR.validate(found)
+    assert (found["schema"], found["path"]) == (1, str(broken))
+    assert (found["format"], found["family"]) == ("hf", "llama")
+    assert (found["errors"], found["warnings"], found["notes"]) == (2, 1, 0)
+    assert {finding["check"] for finding in found["findings"]} <= set(found["checks"])
+    by_check = {finding["check"]: finding for finding in found["findings"]}
+    assert by_check["config"]["expected"] == "57"
+    assert by_check["config"]["found"] == "56"
+    assert by_check["container"]["file"] == "model-00004-of-00004.safetensors"
+
+
+@pytest.mark.parametrize("form", sorted(GOLDEN.glob("*/*")), ids=lambda form: f"{form.parent.name}-{form.name}")
+def test_every_document_is_as_the_schema_says(form: Path) -> None:
+    found = document(form, "--quick")
+    VALIDATOR.validate(found)
+    assert found["bytes_read"] == 0
+
+
+# Against another one
+
+
+def test_two_forms_of_one_model_are_the_same() -> None:
+    found = document(HF, "--against", GOLDEN / "llama" / "meta-mp4")
+    VALIDATOR.validate(found)
+    assert found["errors"] == 0
+    assert "against" in found["checks"]
+    assert found["against"]["same"] is True
+
+
+def test_tensors_that_differ_are_named_and_share_lines(tmp_path: Path) -> None:
+    path = tmp_path / "other"
+    shutil.copytree(HF, path)
+    changed = set()
+    for file in sorted(path.glob("*.safetensors")):
+        tensors = safetensors.torch.load_file(file)
+        for key in tensors:
+            if key.endswith("mlp.up_proj.weight"):
+                tensors[key][1, 2] += 8
+                changed.add(key)
+        safetensors.torch.save_file(tensors, file, {"format": "pt"})
+    found = document(META, "--against", path, code=1)
+    assert len(changed) == found["errors"] == 3
+    output = run(path, "--against", META, code=1).stdout
+    assert "model.layers.{0..2}.mlp.up_proj.weight differ in values (×3)" in output
+    assert output.splitlines()[-1] == "3 errors"
+    full = run(path, "--against", META, "--full", code=1).stdout
+    assert all(f"{key} differs in 1 of 7,488 elements, by up to 8" in full for key in changed)
+
+
+def test_what_cannot_be_compared_is_an_error(broken: Path) -> None:
+    found = document(broken, "--against", HF, code=1)
+    assert found["against"] is None
+    assert "cannot be compared" in next(f["text"] for f in found["findings"] if f["check"] == "against")
+
+
+# Hostile input
+
+
+@pytest.mark.parametrize("name", ["model.safetensors.index.json", "config.json", "ckpt_convert/manifest.json"])
+def test_no_json_file_however_damaged_gives_a_traceback(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "out"
+    ckpt_convert.convert(META, path, to="hf", shards=2)
+    good = (path / name).read_text()
+    chance = random.Random(7)
+    for change in [*range(25)]:
+        content = json.loads(good)
+        mangle(content, chance)
+        (path / name).write_text(json.dumps(content))
+        looked_at(path, change)
+
+
+def test_no_config_of_an_unknown_family_gives_a_traceback(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    shutil.copytree(GOLDEN / "qwen2" / "hf", path)
+    good = (path / "config.json").read_text()
+    chance = random.Random(13)
+    for change in range(40):
+        content = json.loads(good)
+        for _ in range(3):
+            mangle(content, chance)
+        (path / "config.json").write_text(json.dumps(content))
+        looked_at(path, change)
+
+
+def mangle(content: Any, chance: random.Random) -> None:
+    """Put something else in one place of a JSON document."""
+    while isinstance(content, dict | list) and content:
+        place = chance.choice(list(content) if isinstance(content, dict) else range(len(content)))
+        if not isinstance(content[place], dict | list) or chance.random() < 0.3:
+            content[place] = chance.choice(
+                [None, True, -1, 10**400, 1e308, "\x1b[2J", "../..", [], {}, [[]], {"a": 1}, 0]
+            )
+            return
+        content = content[place]
+
+
+@pytest.mark.parametrize("form", ["hf", "meta-mp2"])
+def test_no_weight_file_however_damaged_gives_a_traceback(tmp_path: Path, form: str) -> None:
+    path = tmp_path / "a"
+    shutil.copytree(GOLDEN / "llama" / form, path)
+    file = sorted([*path.glob("*.safetensors"), *path.glob("*.pth")])[1]
+    good = file.read_bytes()
+    chance = random.Random(11)
+    for change in range(40):
+        data = bytearray(good)
+        for _ in range(chance.choice([1, 3, 30])):
+            data[chance.randrange(min(len(data), 4000) if change % 2 else len(data))] = chance.randrange(256)
+        file.write_bytes(data[: chance.randrange(len(data)) if change % 5 == 0 else len(data)])
+        looked_at(path, change)
+
+
+def looked_at(path: Path, change: int) -> None:
+    result = CliRunner().invoke(verify, [str(path)], standalone_mode=False)
+    assert result.exception is None or isinstance(result.exception, CkptConvertError), (change, result.exc_info)
+
+
+def test_a_quick_check_is_quick_to_start(tmp_path: Path) -> None:
+    code = (
+        "import sys; from ckpt_convert.convert.check import check; check(sys.argv[1], values=False); "
+        "print(sorted({'torch', 'numpy', 'rich', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(HF)], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert "torch" not in done.stdout
+    assert "transformers" not in done.stdout
+
+
+def test_logits_are_computed(tmp_path: Path) -> None:
+    found = document(HF, "--logits", "--against", META)
+    VALIDATOR.validate(found)
+    assert found["logits"]["difference"]["agreement"] == 1.0
+    path = tmp_path / "nan"
+    shutil.copytree(HF, path)
+    file = path / "model-00004-of-00004.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    tensors["model.norm.weight"] = torch.full_like(tensors["model.norm.weight"], float("nan"))
+    safetensors.torch.save_file(tensors, file, {"format": "pt"})
+    errors = [finding for finding in document(path, "--logits", code=1)["findings"] if finding["severity"] == "error"]
+    assert [finding["check"] for finding in errors] == ["logits"]
