@@ -47,7 +47,8 @@ def _downloaded(repo: str, revision: str | None, format: str | None) -> Path:
     from huggingface_hub import HfApi, snapshot_download
 
     try:
-        names = HfApi().list_repo_files(repo, revision=revision)
+        # Unlike list_repo_files, this asks once: a mistyped path is to be told at once, not after half a minute.
+        names = [file.rfilename for file in HfApi().model_info(repo, revision=revision, timeout=30).siblings or []]
         ignored = [*_NEVER, *_other_weights(names, format)]
         return _place(Path(snapshot_download(repo, revision=revision, ignore_patterns=ignored)), format)
     except Exception as error:  # whatever the network and the Hub come up with

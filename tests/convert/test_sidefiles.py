@@ -7,6 +7,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -224,7 +225,8 @@ def test_an_incomplete_snapshot_is_downloaded(hub_home: Path, monkeypatch: pytes
 
     names = ["config.json", "model-00001-of-00004.safetensors", "pytorch_model.bin", "consolidated.safetensors"]
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, repo, revision: names)
+    info = SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in names])
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, repo, revision, timeout: info)
     assert hub.locate("org/name", "main") == snapshot
     ((repo, options),) = asked
     assert (repo, options["revision"]) == ("org/name", "main")
