@@ -104,7 +104,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: list[str]) -> None:
 
 def test_the_wheel_holds_every_module_and_the_mark_of_types(wheel: list[str]) -> None:
     package = ROOT / "ckpt_convert"
-    modules = {path.relative_to(ROOT).as_posix() for path in package.rglob("*.py")}
+    kinds = (".py", ".html", ".css", ".js")
+    modules = {path.relative_to(ROOT).as_posix() for path in package.rglob("*") if path.suffix in kinds}
     assert modules | {"ckpt_convert/py.typed"} <= set(wheel)
 
 
