@@ -3,6 +3,8 @@
 python benchmarks/checkpoints.py DIR                 the 1.5 B Llama of docs/benchmarks.md (3.0 GB, 4 files)
 python benchmarks/checkpoints.py DIR --layers 48     one of three times the layers
 python benchmarks/checkpoints.py DIR --sparse-405b   Llama 3.1 405B's headers over sparse files (no bytes)
+python benchmarks/checkpoints.py DIR --sparse-moe    DeepSeek V3's 91,991 headers over 163 sparse files (no bytes)
+python benchmarks/checkpoints.py DIR --tuned SRC     SRC with every weight changed a little, as by fine-tuning
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ import argparse
 import json
 import struct
 from pathlib import Path
+
+BYTES = {"BF16": 2, "F32": 4, "F8_E4M3": 1}
 
 
 def keys(config: dict[str, int]) -> dict[str, tuple[int, ...]]:
@@ -92,16 +96,94 @@ def write_random(path: Path, group: dict[str, tuple[int, ...]], seed: int) -> No
 
 
 def write_sparse(path: Path, group: dict[str, tuple[int, ...]], seed: int) -> None:
+    write_headers(path, {key: ("BF16", shape) for key, shape in group.items()})
+
+
+def write_headers(path: Path, group: dict[str, tuple[str, tuple[int, ...]]]) -> int:
+    """A safetensors file of these dtypes and shapes that takes no room; returns the bytes that its tensors would."""
     header, at = {"__metadata__": {"format": "pt"}}, 0
-    for key, shape in group.items():
-        end = at + 2 * size(shape)
-        header[key] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [at, end]}  # type: ignore[dict-item]
+    for key, (dtype, shape) in group.items():
+        end = at + BYTES[dtype] * size(shape)
+        header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}  # type: ignore[dict-item]
         at = end
     data = json.dumps(header).encode()
     data += b" " * (-len(data) % 8)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(data)) + data)
         file.truncate(8 + len(data) + at)
+    return at
+
+
+def experts() -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Keys, dtypes and shapes of DeepSeek V3, whose linear layers are float8 with a scale for each 128 × 128 block."""
+    dim, vocabulary, heads = 7168, 129280, 128
+    out: dict[str, tuple[str, tuple[int, ...]]] = {"model.embed_tokens.weight": ("BF16", (vocabulary, dim))}
+
+    def linear(key: str, rows: int, columns: int) -> None:
+        out[f"{key}.weight"] = ("F8_E4M3", (rows, columns))
+        out[f"{key}.weight_scale_inv"] = ("F32", (-(-rows // 128), -(-columns // 128)))
+
+    def feed_forward(key: str, width: int) -> None:
+        linear(f"{key}.gate_proj", width, dim)
+        linear(f"{key}.up_proj", width, dim)
+        linear(f"{key}.down_proj", dim, width)
+
+    for layer in range(62):  # the last one predicts a second token
+        at = f"model.layers.{layer}"
+        if layer == 61:
+            out[f"{at}.embed_tokens.weight"] = out[f"{at}.shared_head.head.weight"] = ("BF16", (vocabulary, dim))
+            out[f"{at}.eh_proj.weight"] = ("BF16", (dim, 2 * dim))
+            out |= {f"{at}.{name}.weight": ("BF16", (dim,)) for name in ("enorm", "hnorm", "shared_head.norm")}
+        out |= {f"{at}.{name}_layernorm.weight": ("BF16", (dim,)) for name in ("input", "post_attention")}
+        linear(f"{at}.self_attn.q_a_proj", 1536, dim)
+        linear(f"{at}.self_attn.q_b_proj", heads * 192, 1536)
+        linear(f"{at}.self_attn.kv_a_proj_with_mqa", 576, dim)
+        linear(f"{at}.self_attn.kv_b_proj", heads * 256, 512)
+        linear(f"{at}.self_attn.o_proj", dim, heads * 128)
+        out[f"{at}.self_attn.q_a_layernorm.weight"] = ("BF16", (1536,))
+        out[f"{at}.self_attn.kv_a_layernorm.weight"] = ("BF16", (512,))
+        if layer < 3:
+            feed_forward(f"{at}.mlp", 18432)
+            continue
+        out[f"{at}.mlp.gate.weight"] = ("BF16", (256, dim))
+        out[f"{at}.mlp.gate.e_score_correction_bias"] = ("F32", (256,))
+        feed_forward(f"{at}.mlp.shared_experts", 2048)
+        for expert in range(256):
+            feed_forward(f"{at}.mlp.experts.{expert}", 2048)
+    out["model.norm.weight"] = ("BF16", (dim,))
+    out["lm_head.weight"] = ("BF16", (vocabulary, dim))
+    return out
+
+
+def write_experts(directory: Path, files: int = 163) -> None:
+    """DeepSeek V3 as it is published, but for the bytes."""
+    directory.mkdir(parents=True)
+    content = {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "num_hidden_layers": 61}
+    (directory / "config.json").write_text(json.dumps(content, indent=2) + "\n")
+    tensors = experts()
+    groups = sharded({key: shape for key, (_, shape) in tensors.items()}, files)
+    weight_map, total = {}, 0
+    for number, group in enumerate(groups, 1):
+        name = f"model-{number:05d}-of-{files:06d}.safetensors"
+        weight_map |= dict.fromkeys(group, name)
+        total += write_headers(directory / name, {key: tensors[key] for key in group})
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def write_tuned(directory: Path, source: Path) -> None:
+    """A copy whose weights differ from the source's by one part in a hundred or so."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    directory.mkdir(parents=True)
+    for number, path in enumerate(sorted(source.iterdir())):
+        if path.suffix != ".safetensors":
+            (directory / path.name).write_bytes(path.read_bytes())
+            continue
+        torch.manual_seed(1000 + number)
+        tensors = {key: tensor * (1 + 0.01 * torch.randn_like(tensor)) for key, tensor in load_file(path).items()}
+        save_file(tensors, directory / path.name, {"format": "pt"})
 
 
 def main() -> None:
@@ -109,8 +191,14 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--sparse-405b", action="store_true")
+    parser.add_argument("--sparse-moe", action="store_true")
+    parser.add_argument("--tuned", type=Path, metavar="SRC")
     arguments = parser.parse_args()
-    if arguments.sparse_405b:
+    if arguments.sparse_moe:
+        write_experts(arguments.directory)
+    elif arguments.tuned:
+        write_tuned(arguments.directory, arguments.tuned)
+    elif arguments.sparse_405b:
         content = config(
             hidden_size=16384, intermediate_size=53248, num_hidden_layers=126, num_attention_heads=128,
             num_key_value_heads=8, head_dim=128, vocab_size=128256,

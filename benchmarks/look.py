@@ -1,0 +1,185 @@
+"""Measures what only looks: `inspect`, `inspect --stats` and `diff`, and writes their table of docs/benchmarks.md.
+
+As in run.py, every job is a process of its own, the jobs take turns, and the medians over the rounds count. All that
+is read lies in the page cache. Beside the wall's seconds stand those of the processor: bytes by them say what a core
+does, however many threads there are.
+
+python benchmarks/look.py --repeat 5 --write
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import run
+
+BEGIN, END = "<!-- look -->", "<!-- end look -->"
+MAKE = (sys.executable, str(run.HERE / "checkpoints.py"))
+BY_NUMPY = (sys.executable, str(run.HERE / "by_numpy.py"))
+
+
+@dataclass(frozen=True)
+class Look:
+    """A command that reads and writes nothing: ``sources`` are the directories whose bytes it reads, if it does.
+
+    ``baseline`` names the job that does the same with numpy.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    sources: tuple[Path, ...] = ()
+    baseline: str = ""
+
+
+@dataclass
+class Result:
+    """What was measured, by round: seconds of the wall and of the processor, bytes of peak memory."""
+
+    wall: list[float] = field(default_factory=list)
+    processor: list[float] = field(default_factory=list)
+    peaks: list[int] = field(default_factory=list)
+
+
+def prepare(work: Path, layers: int) -> dict[str, Path]:
+    """The checkpoints that are looked at, made where they are missing."""
+    small = work / f"llama-{layers}-layers"
+    paths = {"hf": small / "hf", "copy": small / "copy", "tuned": small / "tuned", "moe": work / "deepseek-v3-sparse"}
+    makers: dict[str, Callable[[Path], object]] = {
+        "hf": lambda path: subprocess.run([*MAKE, str(path), "--layers", str(layers)], check=True),
+        "copy": lambda path: shutil.copytree(paths["hf"], path),
+        "tuned": lambda path: subprocess.run([*MAKE, str(path), "--tuned", str(paths["hf"])], check=True),
+        "moe": lambda path: subprocess.run([*MAKE, str(path), "--sparse-moe"], check=True),
+    }
+    for name, path in paths.items():
+        if not path.exists():
+            run.say(f"making {path}")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(f"{path.name}.making")  # the name is given last: what has it is whole
+            run.remove(partial)
+            makers[name](partial)
+            partial.rename(path)
+    return paths
+
+
+def jobs(paths: dict[str, Path]) -> list[Look]:
+    """What is measured."""
+    hf, copy, tuned, moe = (paths[name] for name in ("hf", "copy", "tuned", "moe"))
+
+    def inspect(path: Path, *options: str) -> tuple[str, ...]:
+        return (*run.CONVERT, "inspect", str(path), *options)
+
+    def diff(a: Path, b: Path, *options: str) -> tuple[str, ...]:
+        return (*run.CONVERT, "diff", str(a), str(b), "--json", *options)
+
+    one = ("--workers", "1")
+    by_numpy, equal, other = "numpy: statistics", "numpy: differences, equal", "numpy: differences, tuned"
+    return [
+        Look("inspect", inspect(hf)),
+        Look("inspect DeepSeek V3 (91,991 tensors, 163 files)", inspect(moe)),
+        Look(by_numpy, (*BY_NUMPY, str(hf)), (hf,)),
+        Look("inspect --stats --workers 1", inspect(hf, "--stats", *one), (hf,), by_numpy),
+        Look("inspect --stats", inspect(hf, "--stats"), (hf,), by_numpy),
+        Look(equal, (*BY_NUMPY, str(hf), str(copy)), (hf, copy)),
+        Look("diff --workers 1, equal", diff(hf, copy, *one), (hf, copy), equal),
+        Look("diff, equal", diff(hf, copy), (hf, copy), equal),
+        Look(other, (*BY_NUMPY, str(hf), str(tuned)), (hf, tuned)),
+        Look("diff --workers 1, tuned", diff(hf, tuned, *one), (hf, tuned), other),
+        Look("diff, tuned", diff(hf, tuned), (hf, tuned), other),
+    ]
+
+
+def measure(job: Look) -> tuple[float, float, int]:
+    """Seconds of the wall and of the processor, and peak bytes, of one run with its sources in the page cache."""
+    for source in job.sources:
+        run.read_through(source)
+    with tempfile.TemporaryFile() as said:
+        started = time.perf_counter()
+        process = subprocess.Popen(job.command, stdout=subprocess.DEVNULL, stderr=said)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - started
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode not in (0, 1):  # diff ends with 1 where it found a difference
+            said.seek(0)
+            run.say(said.read().decode("utf-8", "replace"))
+            sys.exit(f"ended with code {process.returncode}: {shlex.join(job.command)}")
+    scale = 1 if sys.platform == "darwin" else 1024
+    return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * scale
+
+
+def measure_all(todo: list[Look], repeat: int) -> dict[str, Result]:
+    """Every job in every round."""
+    results = {job.name: Result() for job in todo}
+    for number in range(repeat):
+        for job in todo:
+            wall, processor, peak = measure(job)
+            result = results[job.name]
+            result.wall.append(wall)
+            result.processor.append(processor)
+            result.peaks.append(peak)
+            run.say(
+                f"round {number + 1} of {repeat}: {wall:7.2f} s {processor:7.2f} s  {peak / 1e6:6.0f} MB  {job.name}"
+            )
+    return results
+
+
+def table(todo: list[Look], results: dict[str, Result]) -> str:
+    """The results as Markdown."""
+    rows = [
+        "| job | median seconds | GB/s | GB/s of a core | × numpy, median over rounds | peak memory |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for job in todo:
+        result = results[job.name]
+        wall, processor = statistics.median(result.wall), statistics.median(result.processor)
+        nbytes = sum(path.stat().st_size for source in job.sources for path in source.glob("*.safetensors")) / 1e9
+        speed, core = (f"{nbytes / wall:.2f}", f"{nbytes / processor:.2f}") if nbytes else ("–", "–")
+        ratio = "–"
+        if job.baseline:
+            base = results[job.baseline].wall
+            ratio = f"{statistics.median(mine / its for mine, its in zip(result.wall, base, strict=True)):.2f}"
+        rows.append(f"| {job.name} | {wall:.2f} | {speed} | {core} | {ratio} | {max(result.peaks) / 1e6:.0f} MB |")
+    return "\n".join(rows)
+
+
+def write(text: str) -> None:
+    """Put the text between the markers of docs/benchmarks.md."""
+    before, begin, rest = run.PAGE.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        sys.exit(f"{run.PAGE}: has no {BEGIN} … {END} to write between")
+    run.PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dir", type=Path, default=Path("/tmp/ckpt-convert-bench"), help="where checkpoints lie")
+    parser.add_argument("--repeat", type=int, default=5, metavar="N", help="rounds (default: 5)")
+    parser.add_argument("--layers", type=int, default=16, metavar="N", help="layers of the model (default: 16, 3.0 GB)")
+    parser.add_argument("--write", action="store_true", help=f"write the table into {run.PAGE.name}, too")
+    arguments = parser.parse_args()
+    if arguments.repeat < 1 or arguments.layers < 1:
+        parser.error("--repeat and --layers are 1 or more")
+
+    paths = prepare(arguments.dir, arguments.layers)
+    todo = jobs(paths)
+    results = measure_all(todo, arguments.repeat)
+    facts = run.facts(arguments.dir, paths["hf"], arguments.layers, arguments.repeat)
+    text = table(todo, results) + "\n\n" + facts.replace("benchmarks/run.py", "benchmarks/look.py")
+    print(text)
+    if arguments.write:
+        write(text)
+
+
+if __name__ == "__main__":
+    main()
