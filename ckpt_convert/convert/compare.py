@@ -11,8 +11,8 @@ from typing import Any, Literal
 import xxhash
 
 from ckpt_convert import dtypes
-from ckpt_convert.convert import numeric
-from ckpt_convert.convert.blocks import Meter, Mover, ProgressCallback, Read, difference, most, spread
+from ckpt_convert.convert import numeric, parallel
+from ckpt_convert.convert.blocks import Meter, Mover, ProgressCallback, Read, difference, most
 from ckpt_convert.convert.checkpoint import Checkpoint
 from ckpt_convert.convert.mapping import Equality
 from ckpt_convert.convert.model import Model
@@ -26,6 +26,7 @@ SCHEMA = 1
 Status = Literal["same", "differs", "shape", "dtype", "only_a", "only_b"]
 STATUSES: tuple[Status, ...] = ("same", "differs", "shape", "dtype", "only_a", "only_b")
 _ROW_ORDER = "the values are equal once the rows are put in the other RoPE order: a reorder was missed, or done twice"
+_Sums = tuple[str, str]
 _COMPARED = ("same", "dtype")
 _SETTINGS = ("hidden_act", "rms_norm_eps", "sliding_window", "tie_word_embeddings")
 
@@ -173,41 +174,48 @@ def _values(
     workers: int,
     progress: ProgressCallback | None,
 ) -> list[Change]:
-    out = list(structure)
-    comparable = [at for at, change in enumerate(structure) if change.status in _COMPARED and _is_comparable(change)]
-    checks = [at for at, pair in enumerate(pairs) if pair.copies]
-    total = sum(structure[at].nbytes for at in comparable)
-    total += sum(dtypes.nbytes(check.dtype, check.left.shape) for at in checks for _, check in pairs[at].copies)
-    meter = Meter("comparing", total, progress)
-
-    wanted = frozenset(comparable)
-    digests: dict[int, tuple[str, str]] = {}
-
-    def start() -> Callable[[int], None]:
+    def start(meter: Meter) -> Callable[[int], tuple[Delta | None, str, _Sums]]:
         movers = Mover(a.stored), Mover(b.stored)
 
-        def work(at: int) -> None:
+        def work(at: int) -> tuple[Delta | None, str, _Sums]:
             change, pair = structure[at], pairs[at]
-            if at in wanted and change.a is not None and change.b is not None:
-                delta, digests[at] = _delta(*movers, change.a, change.b, meter)
-                change = replace(change, status="differs" if delta.differing else change.status, delta=delta)
+            delta, note, sums = None, "", ("", "")
+            if change.a is not None and change.b is not None and _is_comparable(change):
+                delta, sums = _delta(*movers, change.a, change.b, meter)
                 if delta.differing and _is_reordered(*movers, pair):
-                    change = replace(change, note=_ROW_ORDER)
+                    note = _ROW_ORDER
             for side, check in pair.copies:
-                change = _copied(movers[side], change, check, meter)
-            out[at] = change
+                note = note if _is_copy(movers[side], check, meter) else check.message
+            return delta, note, sums
 
         return work
 
-    spread(sorted({*comparable, *checks}), workers, meter, start)
+    wanted = [at for at, pair in enumerate(pairs) if pair.copies or _is_comparable(structure[at])]
+    items = [(at, _cost(structure[at], pairs[at])) for at in wanted]
+    found = parallel.results(items, start, workers=workers, phase="comparing", progress=progress)
+    out, digests = list(structure), {}
+    for at, (delta, note, sums) in zip(wanted, found, strict=True):
+        change = structure[at]
+        is_other = bool(note or (delta is not None and delta.differing))
+        status: Status = "differs" if is_other and change.status in _COMPARED else change.status
+        out[at] = Change(status, change.a, change.b, delta, note)
+        digests[at] = sums
     return _exchanged(out, digests)
 
 
+def _cost(change: Change, pair: Pair) -> int:
+    """The bytes of a that are read, and those of the copies that are compared."""
+    copies = sum(dtypes.nbytes(check.dtype, check.left.shape) for _, check in pair.copies)
+    return copies + (change.nbytes if _is_comparable(change) else 0)
+
+
 def _is_comparable(change: Change) -> bool:
+    if change.status not in _COMPARED:
+        return False
     return change.a is not None and change.b is not None and numeric.comparable(change.a.dtype, change.b.dtype)
 
 
-def _delta(left: Mover, right: Mover, a: Half, b: Half, meter: Meter) -> tuple[Delta, tuple[str, str]]:
+def _delta(left: Mover, right: Mover, a: Half, b: Half, meter: Meter) -> tuple[Delta, _Sums]:
     """How far two tensors are apart; and a checksum of each, "" where they are equal."""
     counted = 0
     if a.dtype == b.dtype:
@@ -240,7 +248,7 @@ def _is_reordered(left: Mover, right: Mover, pair: Pair) -> bool:
     return any(difference(left, right, one, Read(tensor, pair.b.dtype)) is None for tensor in pair.reordered)
 
 
-def _exchanged(changes: list[Change], digests: Mapping[int, tuple[str, str]]) -> list[Change]:
+def _exchanged(changes: list[Change], digests: Mapping[int, _Sums]) -> list[Change]:
     """Say of a tensor that differs whether b has in its place what a has elsewhere."""
     places = {(changes[at].shape, ours): changes[at].key for at, (ours, _) in digests.items() if ours}
     out = list(changes)
@@ -252,14 +260,10 @@ def _exchanged(changes: list[Change], digests: Mapping[int, tuple[str, str]]) ->
     return out
 
 
-def _copied(mover: Mover, change: Change, check: Equality, meter: Meter) -> Change:
-    """The change once a copy on another rank was compared with the one that stands for the tensor."""
-    other = Mover(mover.stored)
-    sides = Read(check.left, check.dtype), Read(check.right, check.dtype)
-    if difference(mover, other, *sides, meter) is None:
-        return change
-    status: Status = "differs" if change.status in _COMPARED else change.status
-    return replace(change, status=status, note=check.message)
+def _is_copy(mover: Mover, check: Equality, meter: Meter) -> bool:
+    """Whether a copy on another rank is equal to the one that stands for the tensor."""
+    left, right = Read(check.left, check.dtype), Read(check.right, check.dtype)
+    return difference(mover, Mover(mover.stored), left, right, meter) is None
 
 
 def _config(left: Model | None, right: Model | None) -> list[tuple[str, Any, Any]]:

@@ -94,11 +94,16 @@ def codes(codec: Codec, raw: Array) -> Array:
     return out
 
 
+def is_plain(codec: Codec) -> bool:
+    """Whether the bytes are the numbers, as numpy has them."""
+    return codec.dtype in ("F64", "F32", "C128", "C64")
+
+
 def values(codec: Codec, raw: Array, scratch: Array) -> Array:
     """The numbers of these bytes (uint8) as ``codec.wide``: ``scratch``, cut to length, or the bytes themselves."""
     count = len(raw) // codec.nbytes * codec.each
     out = scratch[:count]
-    if codec.dtype in ("F64", "F32", "C128", "C64"):
+    if is_plain(codec):
         return raw.view(codec.wide)
     if codec.kind == "int":
         np.copyto(out, raw.view(codec.code), casting="unsafe")

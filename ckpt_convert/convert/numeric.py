@@ -105,14 +105,18 @@ class Comparison:
             self._equal(a, one, numbers)
             return
         self._differ(changed, count, a, first)
-        ulps = _ulps(a, one, other) if self._has_ulp else None
+        ulps = _ulps(a, one, other, self._scratch) if self._has_ulp else None
         # In float32 where both are of it: rounded, but not by a digit that anybody looks at.
-        delta = np.subtract(left, right, out=self._scratch.take(2, left.dtype.str, numbers))
+        # In place of the right side (but never of a file's own bytes): the fewer buffers, the more of them stay in the
+        # cache. What needs that side again, which is seldom, reads it again.
+        kept = self._scratch.take(2, left.dtype.str, numbers) if decode.is_plain(b) else right
+        delta = np.subtract(left, right, out=kept)
         np.abs(delta, out=delta)
         if a.is_long and b.is_long:
             delta = _distance(one.view(a.code), other.view(b.code))
         largest = float(np.maximum.reduce(delta))
         if not math.isfinite(largest):
+            left, right, _ = self._read(a, b, one, other)
             finite = np.isfinite(left) & np.isfinite(right)
             apart = ~finite & (left != right) & ~(np.isnan(left) & np.isnan(right))
             self._nan_mismatch += int(np.count_nonzero(_by_element(apart, a)))
@@ -122,24 +126,27 @@ class Comparison:
             # Two finite numbers may be farther apart than the largest of all.
             delta = np.minimum(np.abs(left - right), LARGEST)
             largest = float(delta.max())
-        if largest > self._max:
-            at = int(delta.argmax())
-            is_rounded = delta.dtype == np.float32
-            self._max = abs(float(left[at]) - float(right[at])) if is_rounded else largest
-            self._at = first + at // a.parts
         if ulps is not None:
             self._ulp = max(self._ulp, int(ulps.max()))
         self._finite += numbers
         self._sum = min(self._sum + total(delta), LARGEST)
         self._norm = math.hypot(self._norm, norm(delta))
         self._reference = math.hypot(self._reference, norm(left))
+        if largest > self._max:
+            at = int(delta.argmax())
+            if delta.dtype == np.float32:
+                left, right, _ = self._read(a, b, one, other)
+                largest = abs(float(left[at]) - float(right[at]))
+            self._max = largest
+            self._at = first + at // a.parts
 
     def _read(self, a: Codec, b: Codec, one: Array, other: Array) -> tuple[Array, Array, Array]:
         """The numbers of both sides in a common type, and which of them differ."""
         wide = "<f8" if "<f8" in (a.wide, b.wide) else "<f4"
         left, right = self._values(a, one, wide, 0), self._values(b, other, wide, 1)
         if self._is_same:
-            return left, right, decode.codes(a, one) != decode.codes(b, other)
+            codes, others = decode.codes(a, one), decode.codes(b, other)
+            return left, right, np.not_equal(codes, others, out=self._scratch.take(6, "?", len(codes)))
         if a.is_long or b.is_long:
             return left, right, _changed_long(a, b, one, other, left, right)
         unit = wide.replace("f", "u")
@@ -178,17 +185,29 @@ def _by_element(numbers: Array, codec: Codec) -> Array:
     return numbers if codec.parts == 1 else np.logical_or.reduce(numbers.reshape(-1, codec.parts), axis=1)
 
 
-def _ulps(codec: Codec, one: Array, other: Array) -> Array:
+def _ulps(codec: Codec, one: Array, other: Array, scratch: Scratch) -> Array:
     """How many values of the dtype lie between two, without sign; both zeros are one value."""
     a, b = decode.codes(codec, one), decode.codes(codec, other)
-    found = np.maximum(a, b)
-    np.subtract(found, np.minimum(a, b), out=found)  # the distance of two codes of one sign
     if codec.kind == "float":
-        top = np.array(1 << (8 * a.itemsize - 1), a.dtype)
-        (opposite,) = np.nonzero((a ^ b) >= top)
-        if len(opposite):
-            found[opposite] = (a[opposite] & ~top) + (b[opposite] & ~top)
+        a, b = _ordered(a, scratch, 3), _ordered(b, scratch, 4)
+    # Into memory that was used before: what is new costs more than what is done with it.
+    found, rest = (scratch.take(number, a.dtype.str, len(a)) for number in (5, 6))
+    np.maximum(a, b, out=found)
+    np.minimum(a, b, out=rest)
+    np.subtract(found, rest, out=found)
+    found = found.view(codec.code)
     return found >> 4 if codec.each == 2 else found
+
+
+def _ordered(codes: Array, scratch: Scratch, number: int) -> Array:
+    """Codes of sign and magnitude as signed integers in the order of their values; -0.0 is 0 as well."""
+    bits, signed = 8 * codes.itemsize - 1, codes.dtype.str.replace("u", "i")
+    values = codes.view(signed)
+    sign, out = scratch.take(5, signed, len(codes)), scratch.take(number, signed, len(codes))
+    np.right_shift(values, bits, out=sign)  # -1 for what has the sign bit, else 0
+    np.bitwise_and(sign, (1 << bits) - 1, out=out)
+    np.bitwise_xor(values, out, out=out)
+    return np.subtract(out, sign, out=out)
 
 
 def _distance(a: Array, b: Array) -> Array:

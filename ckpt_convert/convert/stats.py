@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import threading
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 
 import numpy as np
 import xxhash
 
 from ckpt_convert import dtypes
+from ckpt_convert.convert import parallel
 from ckpt_convert.convert.blocks import BLOCK, Meter, ProgressCallback
 from ckpt_convert.convert.checkpoint import Checkpoint, TensorInfo, WeightFile
 from ckpt_convert.convert.decode import Array
@@ -19,9 +17,6 @@ from ckpt_convert.convert.gather import Gatherer
 from ckpt_convert.convert.numeric import Stats, Summary
 from ckpt_convert.errors import CorruptFileError
 from ckpt_convert.models.lazy import LazyTensor, stored
-
-_AHEAD = 256
-"""Tensors that may be done before their turn: results are small, and one large tensor should not stop the others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,29 +38,13 @@ def statistics(
     cannot be taken apart has a checksum, and a ``count`` of 0.
     """
     infos = [checkpoint.tensors[key] for key in keys]
-    meter = Meter("reading", sum(_nbytes(info) for info in infos), progress)
-    own = threading.local()
 
-    def work(info: TensorInfo) -> TensorStats:
-        if not hasattr(own, "reader"):
-            own.reader = _Reader(checkpoint, meter)
-        reader: _Reader = own.reader
-        return reader.read(info)
+    def start(meter: Meter) -> Callable[[TensorInfo], TensorStats]:
+        return _Reader(checkpoint, meter).read
 
-    todo, ahead = iter(infos), deque[tuple[str, "Future[TensorStats]"]]()
-    with ThreadPoolExecutor(workers, meter.phase) as pool:
-        try:
-            while True:
-                while len(ahead) < _AHEAD and (info := next(todo, None)) is not None:
-                    ahead.append((info.key, pool.submit(work, info)))
-                if not ahead:
-                    return
-                key, future = ahead.popleft()
-                yield key, future.result()
-        finally:
-            # Also where the caller has had enough, or was interrupted.
-            meter.stop()
-            pool.shutdown(cancel_futures=True)
+    items = [(info, _nbytes(info)) for info in infos]
+    found = parallel.results(items, start, workers=workers, phase="reading", progress=progress)
+    yield from zip((info.key for info in infos), found, strict=True)
 
 
 class _Reader:
