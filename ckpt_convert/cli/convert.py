@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckpt_convert.cli.notices import on_stderr
+from ckpt_convert.cli import options as common
+from ckpt_convert.cli.notices import notice, on_stderr
 from ckpt_convert.cli.progress import Bar
 from ckpt_convert.cli.text import echo, escape, human_bytes, plural
 from ckpt_convert.errors import UsageError
 from ckpt_convert.storage.names import partial_of
+from ckpt_convert.storage.reader import WORKERS
 
 if TYPE_CHECKING:
     from ckpt_convert.convert.api import Report
@@ -52,7 +54,7 @@ def _options(source: str | None, to: str | None) -> list[click.Option]:
     styles = click.Choice(["llama2", "llama3"])
     general = [
         option("--to", type=formats, required=True, help="Format of DST."),
-        option("--from", "from_format", type=formats, help="Format of SRC (default: detected)."),
+        common.from_format("SRC").parameter,
     ]
     return [
         *(general if to is None else []),
@@ -66,17 +68,17 @@ def _options(source: str | None, to: str | None) -> list[click.Option]:
         option("--model-parallel", type=int, metavar="N", help="Number of ranks (files).", shown=meta),
         option("--container", type=click.Choice(containers), help="What the files are."),
         option("--like", metavar="DIR", help="Take file names, assignment, config and tokenizer from DIR."),
-        option("--family", metavar="NAME", help="The family, where it cannot be told."),
-        option("--config", metavar="PATH", help="The config.json or params.json of SRC."),
+        common.FAMILY.parameter,
+        common.config("SRC").parameter,
         option("--rope-factor", type=float, help="RoPE scaling factor that params.json does not say.", shown=params),
         option("--rope-theta", type=float, help="RoPE theta that params.json does not say.", shown=params),
         option("--max-positions", type=int, help="Context length that params.json does not say.", shown=params),
         option("--meta-style", type=styles, help="Whose params.json and embedding cut.", shown=meta),
         flag("--drop-rope-scaling", "Leave out a RoPE scaling that the target cannot say.", shown=meta),
-        option("--revision", metavar="NAME", help="Branch, tag or commit, where SRC is a Hub id."),
-        option("--workers", type=int, metavar="N", help="Threads (default: one a core, 2 to 4)."),
-        flag("--json as_json", "Print the result as one JSON object."),
-        flag("--quiet -q", "Print nothing but errors."),
+        common.revision("SRC").parameter,
+        common.WORKERS.parameter,
+        common.JSON.parameter,
+        common.QUIET.parameter,
     ]
 
 
@@ -131,7 +133,7 @@ def _convert(
             from ckpt_convert.cli.plan import show_plan
 
             with api.plan(src, **options) as plan:
-                show_plan(plan, Path(dst), as_json=as_json, quiet=quiet, workers=workers or api.WORKERS)
+                show_plan(plan, Path(dst), as_json=as_json, quiet=quiet, workers=workers or WORKERS)
             return
         with Bar(hidden=quiet) as bar:
             try:
@@ -163,8 +165,8 @@ def _show(report: Report, *, as_json: bool, quiet: bool) -> None:
         echo(json.dumps(report.as_dict(), indent=2))
     if quiet:
         return
-    for notice in report.notices:
-        echo(f"{click.style('notice:', fg='yellow')} {escape(notice)}", err=True)
+    for text in report.notices:
+        notice(text)
     if as_json:
         return
     rate = report.bytes / max(report.seconds, 1e-3)

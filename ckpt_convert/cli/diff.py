@@ -11,28 +11,29 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ckpt_convert.cli import tree
+from ckpt_convert.cli import colours, options, tree
 from ckpt_convert.cli.text import (
+    Labelled,
     columns,
     echo,
+    echo_json,
     escape,
     fits,
     human_bytes,
     human_count,
+    labelled,
     number,
+    percent,
     plural,
+    real,
     shape_text,
     terminal_width,
-    wrap,
 )
 from ckpt_convert.cli.tree import Entry, Numbering
-from ckpt_convert.models.table import FORMATS
+from ckpt_convert.storage.reader import WORKERS
 
 if TYPE_CHECKING:
     from ckpt_convert.convert.compare import Change, Diff, Status
-
-_BAD, _WARNING, _GOOD = "red", "yellow", "green"
-_LABEL = 10
 
 
 @dataclass(frozen=True)
@@ -56,14 +57,14 @@ class _Group:
         return max(self.changes, key=severity)
 
 
-def severity(change: Change) -> tuple[float, float, int]:
+def severity(change: Change) -> tuple[bool, float, float, int]:
     """What "worst first" sorts by: NaN where the other side has a number, then ‖Δ‖/‖a‖, then the largest |Δ|."""
     delta = change.delta
     if delta is None:
-        return (0.0, 0.0, 0)
+        return (False, 0.0, 0.0, 0)
     norm, largest = delta.relative_norm, delta.max_abs or 0.0
-    relative = float("inf") if delta.nan_mismatch or (norm is None and largest) else norm or 0.0
-    return (relative, largest, delta.differing)
+    relative = float("inf") if norm is None and largest else norm or 0.0
+    return (delta.nan_mismatch > 0, relative, largest, delta.differing)
 
 
 @click.command(
@@ -79,27 +80,28 @@ Examples:
 \b
 max |Δ| and mean |Δ| are over all elements, ‖Δ‖/‖a‖ is the norm of the change
 against that of the tensor, ULP the most representable numbers between two
-values. Exit codes: 0 the same, 1 different.""",
+values.
+
+\b
+Exit codes: 0 the same, 1 different, 2 usage, 3 no readable checkpoint.""",
 )
 @click.argument("a")
 @click.argument("b")
 @click.option("--values/--no-values", default=True, show_default=True, help="Compare values, not only keys and shapes.")
 @click.option("--full", is_flag=True, help="One line for each tensor that differs.")
-@click.option(
-    "--filter", "filters", multiple=True, metavar="GLOB", help="Only keys (of A or B) that match; repeatable."
-)
+@options.FILTERS
 @click.option("--ignore-dtype", is_flag=True, help="Equal values in another dtype are no difference.")
-@click.option("--json", "as_json", is_flag=True, help="Everything as one JSON object.")
-@click.option("--html", "html", metavar="FILE", type=click.Path(), help="Write a page that shows what changed.")
-@click.option("--from-a", type=click.Choice(FORMATS), help="Format of A (default: detected).")
-@click.option("--from-b", type=click.Choice(FORMATS), help="Format of B (default: detected).")
-@click.option("--family", metavar="NAME", help="The family, where it cannot be told.")
-@click.option("--config-a", metavar="PATH", type=click.Path(), help="The config.json or params.json of A.")
-@click.option("--config-b", metavar="PATH", type=click.Path(), help="The config.json or params.json of B.")
-@click.option("--revision-a", metavar="NAME", help="Branch, tag or commit, where A is a Hub id.")
-@click.option("--revision-b", metavar="NAME", help="Branch, tag or commit, where B is a Hub id.")
-@click.option("--workers", type=click.IntRange(1), metavar="N", help="Threads (default: one a core, 2 to 4).")
-@click.option("--quiet", "-q", is_flag=True, help="Print nothing; the exit code says it.")
+@options.JSON
+@options.HTML
+@options.from_format("A", "-a")
+@options.from_format("B", "-b")
+@options.FAMILY
+@options.config("A", "-a")
+@options.config("B", "-b")
+@options.revision("A", "-a")
+@options.revision("B", "-b")
+@options.WORKERS
+@options.QUIET
 def diff(
     a: str,
     b: str,
@@ -124,12 +126,16 @@ def diff(
     A and B are directories, weight files or Hub ids, in any formats and over any number of ranks: tensors are brought
     together through the family's table, with RoPE row orders and cuts undone. Nothing is written.
     """
+    from ckpt_convert.cli.html import diff_page
     from ckpt_convert.cli.notices import on_stderr
+    from ckpt_convert.cli.pages import check_page, write_page
     from ckpt_convert.cli.progress import Bar
-    from ckpt_convert.convert.api import WORKERS
     from ckpt_convert.convert.checkpoint import open_checkpoint
     from ckpt_convert.convert.compare import compare
     from ckpt_convert.storage import hub
+
+    if html is not None:
+        check_page(html, with_json=as_json)
 
     def keep(*keys: str) -> bool:
         return not filters or any(fnmatchcase(key, glob) for key in keys for glob in filters)
@@ -143,37 +149,16 @@ def diff(
         found = compare(left, right, values=values, keep=keep, workers=workers or WORKERS, progress=bar)
         bar.stop()
         if html is not None:
-            _write_page(found, html)
+            write_page(html, diff_page(found.document()))
         if as_json:
-            echo("\n".join(json_lines(found.document())))
-        elif not quiet:
+            echo_json(found.document())
+        elif not quiet and html != "-":
             echo("\n".join(_lines(found, full=full, width=terminal_width())))
         return int(not found.is_same(ignore_dtype=ignore_dtype))
 
 
-def json_lines(document: dict[str, object]) -> Iterator[str]:
-    """The lines of one JSON object; a list of objects has a line for each."""
-    fields = []
-    for name, value in document.items():
-        if isinstance(value, list) and value and isinstance(value[0], dict):
-            inner = ",\n    ".join(map(json.dumps, value))
-            fields.append(f"  {json.dumps(name)}: [\n    {inner}\n  ]")
-        else:
-            fields.append(f"  {json.dumps(name)}: {json.dumps(value)}")
-    yield "{"
-    yield ",\n".join(fields)
-    yield "}"
-
-
-def _write_page(found: Diff, path: str) -> None:
-    from ckpt_convert.cli.html import diff_page
-    from ckpt_convert.cli.pages import write_page
-
-    write_page(path, diff_page(found.document()))
-
-
 def _lines(found: Diff, *, full: bool, width: int | None) -> Iterator[str]:
-    yield from _header(found, width)
+    yield from labelled(_header(found), width)
     changed = [change for change in found.changes if change.status == "differs"]
     if changed:
         yield ""
@@ -187,16 +172,16 @@ def _lines(found: Diff, *, full: bool, width: int | None) -> Iterator[str]:
         rows = [change for change in found.changes if change.status == status]
         if rows:
             yield ""
-            yield click.style(f"{title}: {plural(len(rows), 'tensor')}", fg=_WARNING, bold=True)
+            yield click.style(f"{title}: {plural(len(rows), 'tensor')}", fg=colours.WARNING, bold=True)
             yield from _listed(rows, full=full, width=width)
     if found.config:
         yield ""
-        yield click.style("the configs differ", fg=_WARNING, bold=True)
+        yield click.style("the configs differ", fg=colours.WARNING, bold=True)
         rows_ = [(name, _said(ours), "→", _said(theirs)) for name, ours, theirs in found.config]
         yield from columns(rows_, width=width, indent="  ")
 
 
-def _header(found: Diff, width: int | None) -> Iterator[str]:
+def _header(found: Diff) -> Iterator[Labelled]:
     for name, side in zip("ab", found.sides(), strict=True):
         words = [side["format"] or "unknown format"]
         words += [side["family"]] if side["family"] else []
@@ -204,27 +189,27 @@ def _header(found: Diff, width: int | None) -> Iterator[str]:
         if side["parameters"] is not None:
             words.append(f"{human_count(side['parameters'])} parameters")
         words += [plural(side["tensors"], "tensor"), human_bytes(side["bytes"])]
-        yield from _labelled(name, [escape(side["path"]), *f"({', '.join(words)})".split()], width)
+        yield Labelled(name, [escape(side["path"]), *f"({', '.join(words)})".split()])
     how = "through the family's table: row orders and cuts are undone" if found.through == "mapping" else "key by key"
     if found.values:
-        yield from _labelled("compared", f"{human_bytes(found.compared)} of a with b, {how}".split(), width)
+        yield Labelled("compared", f"{human_bytes(found.compared)} of a with b, {how}".split())
     else:
-        yield from _labelled("compared", f"keys, shapes and dtypes only, {how}".split(), width)
+        yield Labelled("compared", f"keys, shapes and dtypes only, {how}".split())
     casts = Counter((c.a.dtype, c.b.dtype) for c in found.changes if c.a and c.b and c.delta)
     for (ours, theirs), count in casts.most_common():
         if ours != theirs:
             text = f"{ours} in a, {theirs} in b: {plural(count, 'tensor')} compared after an exact upcast"
-            yield from _labelled("dtypes", text.split(), width, fg=_WARNING)
+            yield Labelled("dtypes", text.split(), colours.WARNING)
     for notice in found.notices:
-        yield from _labelled("notice", escape(notice).split(" "), width, fg=_WARNING)
+        yield Labelled("notice", escape(notice).split(" "), colours.WARNING)
     counts = found.counts
     total = sum(counts.values())
     if not total:
-        yield from _labelled("same", ["no tensor was compared: no key matches"], width, fg=_WARNING)
+        yield Labelled("same", ["no tensor was compared: no key matches"], colours.WARNING)
         return
     if found.same:
         what = ", bit for bit" if found.values else " in key, shape and dtype; values were not compared"
-        yield from _labelled("same", f"all {plural(total, 'tensor')}{what}".split(), width, fg=_GOOD)
+        yield Labelled("same", f"all {plural(total, 'tensor')}{what}".split(), colours.GOOD)
         return
     said: dict[Status, str] = {
         "differs": "in values",
@@ -236,14 +221,7 @@ def _header(found: Diff, width: int | None) -> Iterator[str]:
     }
     words = [f"{number(counts[status])} {text}" for status, text in said.items() if counts[status]]
     text = f"{', '.join(words)}, of {plural(total, 'tensor')}"
-    yield from _labelled("differs", text.split(), width, fg=_BAD)
-
-
-def _labelled(label: str, words: Sequence[str], width: int | None, fg: str | None = None) -> Iterator[str]:
-    lines = [" ".join(words)] if width is None else wrap(words, max(width - _LABEL, _LABEL))
-    for at, line in enumerate(lines):
-        shown = label if at == 0 else ""
-        yield click.style(f"{shown:<{_LABEL}}", fg=fg, bold=True) + line
+    yield Labelled("differs", text.split(), colours.BAD)
 
 
 def _groups(changes: Sequence[Change], *, full: bool, all_keys: Numbering) -> list[_Group]:
@@ -279,12 +257,12 @@ def _changed(changes: Sequence[Change], found: Diff, *, full: bool, width: int |
     for group, line in zip(groups, lines[1:], strict=True):
         yield line
         for note in dict.fromkeys(change.note for change in group.changes if change.note):
-            yield click.style(f"    {escape(note)}", fg=_WARNING)
+            yield click.style(f"    {escape(note)}", fg=colours.WARNING)
         mismatches = sum(change.delta.nan_mismatch for change in group.changes if change.delta)
         if mismatches:
             where = "is" if mismatches == 1 else "are"
             text = f"    {plural(mismatches, 'element')} {where} NaN or infinite on one side only"
-            yield click.style(text, fg=_BAD)
+            yield click.style(text, fg=colours.BAD)
 
 
 def _numbers(group: _Group) -> tuple[str, ...]:
@@ -296,16 +274,17 @@ def _numbers(group: _Group) -> tuple[str, ...]:
     ulps = [delta.max_ulp for delta in deltas if delta.max_ulp is not None]
     largest = [delta.max_abs for delta in deltas if delta.max_abs is not None]
     mean = sum((delta.mean_abs or 0.0) * delta.count for delta in deltas) / max(group.count, 1)
-    place = list(worst.where if worst.where is not None else worst.first or ())
+    found = worst.where if worst.where is not None else worst.first
+    place = "" if found is None else str(list(found))
     at = worst.key if len(group.changes) > 1 else ""
     return (
         escape(group.pattern),
-        _real(max(largest)) if largest else "",
-        _real(mean) if largest else "",
-        _real(max(norms)) if norms else "",
+        real(max(largest)) if largest else "",
+        real(mean) if largest else "",
+        real(max(norms)) if norms else "",
         human_count(max(ulps)) if ulps else "",
         _share(group.differing, group.count),
-        f"{_number_in(at)}{place}",
+        f"{_number_in(at)}{place}" if place else "",
     )
 
 
@@ -328,18 +307,9 @@ def _listed(changes: Sequence[Change], *, full: bool, width: int | None) -> list
     return columns(rows, right=frozenset({3}), width=width, indent="  ")
 
 
-def _real(value: float) -> str:
-    return "0" if value == 0 else f"{value:.3g}"
-
-
 def _share(part: int, whole: int) -> str:
-    """A share in percent that says neither 0 nor 100 where it is not."""
-    if part == whole:
-        return "100%"
-    if part < 10:
-        return str(part)
-    percent = 100 * part / whole
-    return "<0.1%" if percent < 0.1 else f"{min(percent, 99.9):.1f}%"
+    """A few are counted, more are a share."""
+    return str(part) if part < min(10, whole) else percent(part, whole)
 
 
 def _said(value: object) -> str:

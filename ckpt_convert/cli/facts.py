@@ -6,11 +6,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import isfinite, prod
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckpt_convert.cli.text import plural
-from ckpt_convert.convert import record
+from ckpt_convert.convert.usual import SIZES, size_of, text_part
 from ckpt_convert.errors import CkptConvertError
 
 if TYPE_CHECKING:
@@ -19,19 +18,6 @@ if TYPE_CHECKING:
     from ckpt_convert.convert.stats import TensorStats
 
 SCHEMA = 1
-_CONFIGS = {"meta": "params.json", "native": record.CONFIG}
-
-_SIZES = {
-    "n_layers": ("num_hidden_layers", "n_layer", "num_layers"),
-    "dim": ("hidden_size", "n_embd", "d_model"),
-    "n_heads": ("num_attention_heads", "n_head", "num_heads"),
-    "n_kv_heads": ("num_key_value_heads",),
-    "head_dim": ("head_dim",),
-    "ffn_dim": ("intermediate_size", "n_inner", "d_ff"),
-    "n_experts": ("num_experts", "num_local_experts", "n_routed_experts"),
-    "vocab_size": ("vocab_size",),
-}
-"""What a config.json of a family that is not known may call the sizes."""
 
 Strides = Mapping[tuple[str, str], tuple[int, ...]]
 """The strides, in elements, of the tensors that are not dense: (file, key) → one for each dimension."""
@@ -94,7 +80,7 @@ def gather(checkpoint: Checkpoint) -> Facts:
     ranks = max((file.rank for file in checkpoint.files), default=0) + 1 if checkpoint.format == "meta" else None
     unsettled = [info for info in checkpoint.tensors.values() if not info.settled]
     # Of 100,000 tensors only a few kinds are different.
-    kinds = Counter((info.dtype, info.shape, info.nbytes) for info in checkpoint.tensors.values() if info.settled)
+    kinds = Counter([(info.dtype, info.shape, info.nbytes) for info in checkpoint.tensors.values() if info.settled])
     total = Count()
     dtypes: dict[str, Count] = {}
     for (dtype, shape, nbytes), count in kinds.items():
@@ -121,7 +107,7 @@ def gather(checkpoint: Checkpoint) -> Facts:
         strides={(f.name, t.key): t.strides for f, t in checkpoint.stored if t.strides is not None},
         in_memory=frozenset(file.name for file in checkpoint.files if file.header.kind == "legacy"),
         open_keys=frozenset(info.key for info in unsettled),
-        said=tuple(getattr(checkpoint, "facts", ())),
+        said=checkpoint.facts,
         notices=tuple(notices),
     )
 
@@ -220,12 +206,11 @@ def _config_dims(checkpoint: Checkpoint) -> dict[str, int]:
         config = checkpoint.config or {}
     except CkptConvertError:
         return {}
-    inner = config.get("text_config")
-    content = {**inner, **config} if isinstance(inner, dict) else config
-    found = {size: next((content[name] for name in names if name in content), None) for size, names in _SIZES.items()}
-    return {size: value for size, value in found.items() if type(value) is int and 0 < value < 1 << 53}
+    content = {**text_part(config), **config}
+    found = {symbol: size_of(content, *names) for symbol, names in SIZES.items()}
+    return {symbol: size for symbol, size in found.items() if size is not None}
 
 
 def _config_source(checkpoint: Checkpoint) -> str | None:
-    path: Path = checkpoint.config_path or checkpoint.root / _CONFIGS.get(str(checkpoint.format), "config.json")
+    path = checkpoint.config_file
     return str(path) if path.is_file() else None

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import click
 
 from ckpt_convert.cli import facts as looking
+from ckpt_convert.cli import options
 from ckpt_convert.cli.facts import Facts, Statistics
 from ckpt_convert.cli.listing import body
-from ckpt_convert.cli.text import echo, json_lines, terminal_width
+from ckpt_convert.cli.text import echo, echo_json, terminal_width
 from ckpt_convert.cli.view import SORTS, Order, View, header, matching, ordered
-from ckpt_convert.models.table import FORMATS
+from ckpt_convert.convert.bulk import without_collector
+from ckpt_convert.storage.reader import WORKERS
 
 
 def _order(context: click.Context, parameter: click.Parameter, value: str) -> Order:
@@ -50,7 +51,7 @@ rest, docs/json.md the JSON. Exit codes: 0 shown, 1 NaN or Inf found
 @click.option("--tree", is_flag=True, help="The tree of modules, with what each holds in all.")
 @click.option("--depth", type=click.IntRange(1), metavar="N", help="Levels of the tree (implies --tree).")
 @click.option("--by-shard", is_flag=True, help="Each file by itself.")
-@click.option("--filter", "filters", multiple=True, metavar="GLOB", help="Only keys that match; can be repeated.")
+@options.FILTERS
 @click.option(
     "--sort",
     "order",
@@ -62,13 +63,13 @@ rest, docs/json.md the JSON. Exit codes: 0 shown, 1 NaN or Inf found
 )
 @click.option("--stats", is_flag=True, help="Read the tensors: min, max, mean, std, zeros, NaN, Inf, checksum.")
 @click.option("--fail-on-nan", is_flag=True, help="Exit with 1 where there is NaN or Inf (implies --stats).")
-@click.option("--workers", type=click.IntRange(1), metavar="N", help="Threads that read (default: one a core, 2 to 4).")
-@click.option("--json", "as_json", is_flag=True, help="Everything as one JSON object.")
-@click.option("--html", metavar="FILE", type=click.Path(), help="Write a page to look at in a browser (- : stdout).")
-@click.option("--from", "from_format", type=click.Choice(FORMATS), help="Format of PATH (default: detected).")
-@click.option("--family", metavar="NAME", help="The family, where it cannot be told.")
-@click.option("--config", metavar="FILE", type=click.Path(), help="The config.json or params.json of PATH.")
-@click.option("--revision", metavar="NAME", help="Branch, tag or commit, where PATH is a Hub id.")
+@options.JSON
+@options.HTML
+@options.from_format()
+@options.FAMILY
+@options.config()
+@options.revision()
+@options.WORKERS
 def inspect(path: str, revision: str | None, from_format: str | None, **options: Any) -> None:
     """Show what a checkpoint is and what is in it: format, family, files, and every tensor's key, shape and dtype.
 
@@ -76,16 +77,19 @@ def inspect(path: str, revision: str | None, from_format: str | None, **options:
     --stats reads the tensors too, in little memory.
     """
     from ckpt_convert.cli import notices
-    from ckpt_convert.convert.checkpoint import open_checkpoint
 
     _check(**options)
-    family, config = options["family"], options["config"]
     reads = options["stats"] or options["fail_on_nan"]
-    with (
-        notices.on_stderr(),
-        nullcontext() if reads else _without_collector(),
-        open_checkpoint(_locate(path, revision), format=from_format, family=family, config=config) as checkpoint,
-    ):
+    with notices.on_stderr(), nullcontext() if reads else without_collector():
+        # All that is made there is gone before the collector is back, which would go through it at once.
+        _look(_locate(path, revision), from_format, **options)
+
+
+def _look(path: Path, from_format: str | None, **options: Any) -> None:
+    from ckpt_convert.convert.checkpoint import open_checkpoint
+
+    family, config = options["family"], options["config"]
+    with open_checkpoint(path, format=from_format, family=family, config=config) as checkpoint:
         _show(looking.gather(checkpoint), **options)
 
 
@@ -125,7 +129,7 @@ def _show(
 
             write_page(html, inspect_page(document))
         if as_json:
-            echo("\n".join(json_lines(document)))
+            echo_json(document)
     if statistics is not None and fail_on_nan:
         from ckpt_convert.cli.stats_view import refuse_nan
 
@@ -147,20 +151,17 @@ def _check(**options: Any) -> None:
         (tree and stats, "--stats are by tensor; leave out --tree"),
         (stats and by_piece, "--stats are by tensor, ranks joined; leave out --by-shard and --sort offset"),
         ("workers" in given and not stats, "--workers is for reading tensors; it needs --stats"),
-        (options["html"] == "-" and "as_json" in given, "--html - and --json both write to standard output"),
-        (options["html"] == "", "--html needs the name of a file"),
     ):  # fmt: skip
         if is_wrong:
             raise click.UsageError(text)
     if options["html"] is not None:
         from ckpt_convert.cli.pages import check_page
 
-        check_page(options["html"])
+        check_page(options["html"], with_json=options["as_json"])
 
 
 def _statistics(facts: Facts, view: View, workers: int | None) -> Statistics:
     from ckpt_convert.cli.progress import Bar
-    from ckpt_convert.convert.api import WORKERS
     from ckpt_convert.convert.stats import statistics
 
     keys = [info.key for info in matching(facts, view)]
@@ -182,15 +183,3 @@ def _locate(path: str, revision: str | None) -> Path:
     from ckpt_convert.storage import hub
 
     return hub.locate(path, revision)
-
-
-@contextmanager
-def _without_collector() -> Iterator[None]:
-    """Headers become 100,000s of values, with no cycle among them to be collected; looking for one takes long."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()

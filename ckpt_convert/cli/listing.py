@@ -49,8 +49,9 @@ def matched(facts: Facts, view: View) -> Iterator[str]:
 
 def entry(facts: Facts, info: TensorInfo) -> Entry:
     """A tensor as a line: its full shape where that is known, else that of one rank and a note that says so."""
-    note = _note(facts, info) if len(info.parts) > 1 or facts.strides else ""
-    return Entry(info.key, info.shape, info.dtype, facts.nbytes(info), note)
+    key, shape, dtype, nbytes, parts, _, settled = info
+    note = _note(facts, info) if len(parts) > 1 or facts.strides else ""
+    return Entry(key, shape, dtype, nbytes if settled else facts.nbytes(info), note)
 
 
 def sorted_rows(rows: list[Row], order: Order) -> list[Row]:

@@ -6,15 +6,19 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-import click
-
+from ckpt_convert.cli import colours
 from ckpt_convert.cli.text import echo, escape
 
 
 class _Stderr(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         with suppress(OSError):  # nobody reads standard error: that is no reason to stop
-            echo(f"{click.style('notice:', fg='yellow')} {escape(record.getMessage())}", err=True)
+            notice(record.getMessage())
+
+
+def notice(text: str) -> None:
+    """Say something on standard error that does not stop what is being done."""
+    echo(f"{colours.warning('notice:')} {escape(text)}", err=True)
 
 
 @contextmanager

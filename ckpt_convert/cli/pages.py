@@ -12,15 +12,24 @@ from ckpt_convert.cli.text import echo, escape, human_bytes
 from ckpt_convert.errors import UsageError
 
 
-def check_page(destination: str) -> None:
-    """Refuse a destination that is a directory or lies in none, before all the work; raises UsageError."""
+def check_page(destination: str, *, with_json: bool = False) -> None:
+    """Refuse a destination that is a directory or lies in none, before all the work.
+
+    Raises UsageError, and click's where the options do not go together.
+    """
     path = Path(destination)
+    if not destination:
+        raise click.UsageError("--html needs the name of a file")
     if destination == "-":
+        if with_json:
+            raise click.UsageError("--html - and --json both write to standard output; give a file to one of them")
         return
     if path.is_dir():
         raise UsageError(f"--html {path}: is a directory; give the name of a file in it, such as {path / 'page.html'}")
     if not path.resolve().parent.is_dir():
         raise UsageError(f"--html {path}: there is no directory {path.resolve().parent}; create it first")
+    if path.is_file() and not _is_page(path):
+        raise UsageError(f"--html {path}: is there and is no page; give another name, or remove it first")
 
 
 def write_page(destination: str, page: str) -> None:
@@ -39,6 +48,18 @@ def write_page(destination: str, page: str) -> None:
     else:
         _replace(path.resolve(), data)  # a link is written through, not replaced
     echo(f"wrote {escape(str(path))} ({human_bytes(len(data))}); open it in a browser", err=True)
+
+
+def _is_page(path: Path) -> bool:
+    """Whether a file may be replaced by a page: one mistyped word is not to cost a weight file or a config."""
+    if path.suffix.lower() in (".html", ".htm"):
+        return True
+    try:
+        with path.open("rb") as file:
+            start = file.read(64).lstrip().lower()
+    except OSError:
+        return True  # what is wrong with it is said when it is written
+    return not start or start.startswith((b"<!doctype html", b"<html"))
 
 
 def _replace(path: Path, data: bytes) -> None:

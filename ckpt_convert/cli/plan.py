@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ckpt_convert.cli import plan_tree
-from ckpt_convert.cli.text import DIMS, echo, escape, human_bytes, json_lines, plural, terminal_width, wrap
+from ckpt_convert.cli import colours, plan_tree
+from ckpt_convert.cli.text import Labelled, echo, echo_json, escape, human_bytes, labelled, plural, terminal_width
 from ckpt_convert.convert import steps
 from ckpt_convert.convert.plan import Plan
+from ckpt_convert.convert.usual import SIZES
 from ckpt_convert.storage.staging import existing_parent
 
-LABEL = 11
-"""The width of the column of labels."""
+_LABEL = len("generated") + 2
+"""The width of the column of labels, above the tree and below it."""
 
 
 def free_space(dst: Path) -> int:
@@ -53,57 +54,57 @@ def as_dict(plan: Plan, dst: Path, workers: int) -> dict[str, Any]:
 def show_plan(plan: Plan, dst: Path, *, as_json: bool, quiet: bool, workers: int) -> None:
     """Print the plan."""
     if as_json:
-        echo("\n".join(json_lines(as_dict(plan, dst, workers))))
+        echo_json(as_dict(plan, dst, workers))
         return
     if quiet:
         return
     width = terminal_width()
     tree = plan_tree.lines(plan_tree.groups(steps.moves(plan)), width)
-    shown = [*_labelled(_facts(plan, dst), width), "", *tree, "", *_labelled(_output(plan, dst, workers), width)]
+    shown = [
+        *labelled(_facts(plan, dst), width, least=_LABEL),
+        "",
+        *tree,
+        "",
+        *labelled(_output(plan, dst, workers), width, least=_LABEL),
+    ]
     echo("\n".join(shown))
     echo("nothing was written", err=True)
 
 
-def _labelled(facts: Iterable[tuple[str, str]], width: int | None) -> Iterator[str]:
-    room = max(width - LABEL, LABEL) if width is not None else 10**6
-    for name, value in facts:
-        for at, line in enumerate(wrap(value.split(" "), room)):
-            label = name if at == 0 else ""
-            yield f"{click.style(label.ljust(LABEL - 1), bold=True)} {line}"
+def _labelled(label: str, text: str, colour: str | None = None) -> Labelled:
+    return Labelled(label, text.split(" "), colour)
 
 
-def _facts(plan: Plan, dst: Path) -> Iterator[tuple[str, str]]:
+def _facts(plan: Plan, dst: Path) -> Iterator[Labelled]:
     """What goes in, and what is to come out."""
     source = plan.source
     release = f", sizes of {plan.model.release}" if plan.model.release else ""
-    yield "source", f"{escape(str(source.path))}  ({source.format}: {source.why})"
-    yield "target", f"{escape(str(dst))}  ({plan.target})"
-    yield "family", f"{plan.model.family.name}{release}  ({plan.model.evidence})"
-    yield "dims", ", ".join(f"{name} {plan.dims[name]}" for name in DIMS if name in plan.dims)
+    yield _labelled("source", f"{escape(str(source.path))}  ({source.format}: {source.why})")
+    yield _labelled("target", f"{escape(str(dst))}  ({plan.target})")
+    yield _labelled("family", f"{plan.model.family.name}{release}  ({plan.model.evidence})")
+    yield _labelled("dims", ", ".join(f"{name} {plan.dims[name]}" for name in SIZES if name in plan.dims))
     moves = ", ".join(f"{human_bytes(size)} {kind}" for kind, size in plan.moves.items() if size)
-    yield "tensors", f"{plan.tensors}, {human_bytes(plan.tensor_bytes)}: {moves}"
+    yield _labelled("tensors", f"{plan.tensors}, {human_bytes(plan.tensor_bytes)}: {moves}")
 
 
-def _output(plan: Plan, dst: Path, workers: int) -> Iterator[tuple[str, str]]:
+def _output(plan: Plan, dst: Path, workers: int) -> Iterator[Labelled]:
     """The files that come out, what becomes of the rest, and what it takes."""
     for at, file in enumerate(plan.weights[:16]):
         label = "files" if at == 0 else ""
-        yield label, f"{escape(file.name)}  {plural(len(file.tensors), 'tensor')}  {human_bytes(file.size)}"
+        yield _labelled(label, f"{escape(file.name)}  {plural(len(file.tensors), 'tensor')}  {human_bytes(file.size)}")
     if len(plan.weights) > 16:
-        yield "", f"… and {len(plan.weights) - 16} more"
+        yield _labelled("", f"… and {len(plan.weights) - 16} more")
     for origin in ("copied", "generated", "restored"):
         names = [side.name for side in plan.side if side.origin == origin and not side.name.startswith("ckpt_convert/")]
         if names:
-            yield origin, escape(", ".join(names))
+            yield _labelled(origin, escape(", ".join(names)))
     for tie in plan.ties:
-        yield "tied", escape(tie)
-    yield (
-        "carried",
-        escape(", ".join(plan.carried)) if plan.carried else "nothing: the target has a place for everything",
-    )
+        yield _labelled("tied", escape(tie))
+    carried = escape(", ".join(plan.carried)) if plan.carried else "nothing: the target has a place for everything"
+    yield _labelled("carried", carried)
     free = free_space(dst)
     lacking = click.style("  not enough", fg="red") if free < plan.disk else ""
-    yield "disk", f"{human_bytes(plan.disk)} needed, {human_bytes(free)} free{lacking}"
-    yield "memory", f"about {human_bytes(plan.memory(workers))} with {plural(workers, 'worker')}"
+    yield _labelled("disk", f"{human_bytes(plan.disk)} needed, {human_bytes(free)} free{lacking}")
+    yield _labelled("memory", f"about {human_bytes(plan.memory(workers))} with {plural(workers, 'worker')}")
     for notice in plan.notices:
-        yield "notice", escape(notice)
+        yield _labelled("notice", escape(notice), colours.WARNING)

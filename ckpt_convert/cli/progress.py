@@ -11,6 +11,9 @@ from ckpt_convert.cli.text import echo, human_bytes
 if TYPE_CHECKING:
     from ckpt_convert.convert.blocks import Progress
 
+_STEPS = "running"
+"""The phase that counts tokens of a model's run, not bytes; there are few."""
+
 _EVERY = 5.0
 """Seconds between two lines where there is no terminal."""
 
@@ -27,7 +30,7 @@ class Bar:
         self._last = time.monotonic()
 
     def __call__(self, progress: Progress) -> None:
-        if self._hidden:
+        if self._hidden or progress.phase == _STEPS:
             return
         try:
             if self._terminal:

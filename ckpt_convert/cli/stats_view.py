@@ -11,7 +11,7 @@ import click
 from ckpt_convert.cli import colours, tree
 from ckpt_convert.cli.facts import Facts, Statistics
 from ckpt_convert.cli.listing import entry, matched, sorted_rows
-from ckpt_convert.cli.text import columns, escape, number, percent, plural, shape_text
+from ckpt_convert.cli.text import columns, escape, number, percent, plural, real, shape_text
 from ckpt_convert.cli.tree import Numbering
 from ckpt_convert.cli.view import View, matching, ordered
 from ckpt_convert.errors import CkptConvertError, listing
@@ -104,16 +104,9 @@ def _cells(
         shape_text(shape),
         escape(dtype),
         f"×{number(count)}" if count > 1 else "",
-        *map(_real, (stats.min, stats.max, stats.mean, stats.std)),
+        *("-" if value is None else real(value) for value in (stats.min, stats.max, stats.mean, stats.std)),
         percent(stats.zeros, stats.count) if stats.zeros else "",
         number(stats.nan) if stats.nan else "",
         number(stats.inf) if stats.inf else "",
         checksum,
     )
-
-
-def _real(value: float | None) -> str:
-    """Three digits that matter, without an exponent where the number is no longer for that."""
-    if value is None:
-        return "-"
-    return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"

@@ -8,6 +8,7 @@ import shutil
 import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import click
 
@@ -17,6 +18,18 @@ _LEAST = 28
 
 Paint = Callable[[str], str]
 """Gives a text its colours."""
+
+
+_PLAIN = {"×": "x", "Δ": "d", "‖": "|", "→": ">", "…": "~"}
+"""What stands for our own words' signs where the output cannot say them: as wide, so columns stay in line."""
+
+
+class Labelled(NamedTuple):
+    """Something to say behind a label, in words that are not broken; ``colour`` is that of the label."""
+
+    label: str
+    words: Sequence[str]
+    colour: str | None = None
 
 
 def escape(text: str) -> str:
@@ -54,6 +67,11 @@ def percent(part: int, whole: int) -> str:
 def plural(count: int, noun: str, nouns: str | None = None) -> str:
     """A count with its noun: "1 file", "2 files"; ``nouns`` where an s does not make the plural."""
     return f"{number(count)} {noun if count == 1 else nouns or noun + 's'}"
+
+
+def real(value: float) -> str:
+    """A number in three digits that matter, without an exponent where it is no longer for that."""
+    return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
 def shape_text(shape: Sequence[int]) -> str:
@@ -107,10 +125,6 @@ def terminal_width() -> int | None:
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
-DIMS = ("n_layers", "dim", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "n_experts", "vocab_size")
-"""The symbols of a config that are shown, in this order."""
-
-
 def json_lines(document: Mapping[str, object]) -> Iterator[str]:
     """The lines of one JSON object; a list of objects has a line for each: quick to write, and easy to search."""
     yield "{"
@@ -126,6 +140,11 @@ def json_lines(document: Mapping[str, object]) -> Iterator[str]:
     yield "}"
 
 
+def echo_json(document: Mapping[str, object]) -> None:
+    """Print one JSON object."""
+    echo("\n".join(json_lines(document)))
+
+
 def echo(text: str, *, err: bool = False) -> None:
     """Print to standard output, or standard error; colours only on a terminal, and not where NO_COLOR is set.
 
@@ -133,6 +152,9 @@ def echo(text: str, *, err: bool = False) -> None:
     """
     encoding = (sys.stderr if err else sys.stdout).encoding or "utf-8"
     if encoding != "utf-8" and not text.isascii():
+        for sign, plain in _PLAIN.items():
+            if sign in text and sign.encode(encoding, "ignore") == b"":
+                text = text.replace(sign, plain)
         text = text.encode(encoding, "backslashreplace").decode(encoding)
     click.echo(text, err=err, color=False if _is_plain() else None)
 
@@ -166,6 +188,17 @@ def columns(
             return [_stacked(row, used, widths, right, width, indent, paints) for row in rows]
         widths[used[0]] -= excess
     return [indent + _line(row, used, widths, right, paints) for row in rows]
+
+
+def labelled(said: Iterable[Labelled], width: int | None, *, least: int = 0) -> Iterator[str]:
+    """Labels and what stands behind them, wrapped to ``width``; ``least`` is the width of the column of labels."""
+    said = [*said]
+    room = max([least, *(display_width(one.label) + len(_GAP) for one in said)])
+    for label, words, colour in said:
+        lines = [" ".join(words)] if width is None else wrap(words, max(width - room, room))
+        for at, line in enumerate(lines or [""]):
+            shown = label + " " * (room - display_width(label))
+            yield (click.style(shown, fg=colour, bold=True) if at == 0 and label else " " * room) + line
 
 
 def fits(rows: Sequence[Sequence[str]], width: int | None, indent: str = "") -> bool:

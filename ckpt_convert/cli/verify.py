@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckpt_convert.cli.text import echo, escape, human_bytes, plural, terminal_width, wrap
-from ckpt_convert.models.table import FORMATS
+from ckpt_convert.cli import colours, options
+from ckpt_convert.cli.text import Labelled, echo, echo_json, escape, human_bytes, labelled, plural, terminal_width, wrap
+from ckpt_convert.storage.reader import WORKERS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from ckpt_convert.convert.findings import Finding
     from ckpt_convert.convert.logits import LogitsReport
 
-_COLOURS = {"error": "red", "warning": "yellow", "note": "cyan"}
+_COLOURS = {"error": colours.BAD, "warning": colours.WARNING, "note": "cyan"}
 _LABEL = 9
 _MOST = 12
 """Findings of one check that are shown without --full."""
@@ -41,13 +42,13 @@ Exit codes: 0 no errors, 1 errors found, 2 usage, 3 there is nothing to check.""
 @click.option("--against", "other", metavar="PATH", help="Compare every tensor with this checkpoint, in any format.")
 @click.option("--logits", "with_logits", is_flag=True, help="Also run it through transformers on random tokens.")
 @click.option("--full", is_flag=True, help="Show every finding, however many are of one kind.")
-@click.option("--json", "as_json", is_flag=True, help="Everything as one JSON object.")
-@click.option("--from", "from_format", type=click.Choice(FORMATS), help="Format of PATH (default: detected).")
-@click.option("--family", metavar="NAME", help="The family, where it cannot be told.")
-@click.option("--config", metavar="FILE", type=click.Path(), help="The config.json or params.json of PATH.")
-@click.option("--revision", metavar="NAME", help="Branch, tag or commit, where PATH is a Hub id.")
-@click.option("--workers", type=click.IntRange(1), metavar="N", help="Threads (default: one a core, 2 to 4).")
-@click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
+@options.JSON
+@options.from_format()
+@options.FAMILY
+@options.config()
+@options.revision()
+@options.WORKERS
+@options.QUIET
 def verify(
     path: str,
     quick: bool,
@@ -69,9 +70,8 @@ def verify(
     """
     from ckpt_convert.cli.notices import on_stderr
     from ckpt_convert.cli.progress import Bar
-    from ckpt_convert.convert.api import WORKERS
     from ckpt_convert.convert.check import check
-    from ckpt_convert.convert.check_against import Opening, against, computing
+    from ckpt_convert.convert.check.against import Opening, against, computing
     from ckpt_convert.storage import hub
 
     a = Opening(hub.locate(path, revision), from_format, family, config)
@@ -96,32 +96,29 @@ def verify(
         document = report.as_dict()
         document |= {"against": compared} if other is not None else {}
         document |= {"logits": computed.as_dict() if computed is not None else None} if with_logits else {}
-        echo(_json(document))
+        echo_json(document)
     else:
         width = terminal_width()
-        lines = [*(() if quiet else _header(report, width)), *_findings(report, width, full=full, quiet=quiet)]
+        lines = [
+            *(() if quiet else labelled(_header(report), width, least=_LABEL)),
+            *_findings(report, width, full=full, quiet=quiet),
+        ]
         lines += () if quiet else [*_logits(computed, width), _summary(report)]
         if lines:
             echo("\n".join(lines))
     return 1 if report.counts["errors"] else 0
 
 
-def _header(report: Report, width: int | None) -> Iterator[str]:
+def _header(report: Report) -> Iterator[Labelled]:
     what = ", ".join(filter(None, (report.format or "unknown format", report.family)))
-    yield from _labelled("path", escape(report.path).split(" "), width)
+    yield Labelled("path", escape(report.path).split(" "))
     size = f"{plural(report.files, 'file')}, {plural(report.tensors, 'tensor')}, {human_bytes(report.nbytes)}"
-    yield from _labelled("what", f"{what}: {size}".split(), width)
+    yield Labelled("what", f"{what}: {size}".split())
     by_reason: dict[str, list[str]] = {}
     for skipped in report.skipped:
         by_reason.setdefault(skipped.why, []).append(skipped.check)
     for why, checks in by_reason.items():
-        yield from _labelled("skipped", escape(f"{', '.join(checks)}: {why.splitlines()[0]}").split(" "), width)
-
-
-def _labelled(label: str, words: Sequence[str], width: int | None) -> Iterator[str]:
-    lines = [" ".join(words)] if width is None else wrap(words, max(width - _LABEL, _LABEL))
-    for at, line in enumerate(lines):
-        yield click.style(f"{label if at == 0 else '':<{_LABEL}}", bold=True) + line
+        yield Labelled("skipped", escape(f"{', '.join(checks)}: {why.splitlines()[0]}").split(" "))
 
 
 def _findings(report: Report, width: int | None, *, full: bool, quiet: bool) -> Iterator[str]:
@@ -158,37 +155,41 @@ def _collapsed(found: Sequence[Finding]) -> list[str]:
 
     kinds: dict[str, list[Finding]] = {}
     for finding in found:
-        rest = finding.text.removeprefix(finding.key or "").split()
-        kinds.setdefault(" ".join(rest[:2]), []).append(finding)
+        what = finding.text.removeprefix(finding.key or "").strip()
+        if what.startswith("differs"):
+            _, bracket, note = what.partition(" (")
+            what = f"differ in values{bracket}{note}"
+        kinds.setdefault(what, []).append(finding)
     out = []
-    for findings in kinds.values():
+    for what, findings in kinds.items():
         by_key = {finding.key or "": finding for finding in findings}
         for row in collapse([Entry(key, (), "", 0) for key in by_key]):
             one = by_key.get(row.pattern)
-            first = next(iter(by_key.values())).text.split()[1:]
-            what = "differ in values" if first[0] == "differs" else " ".join(first)
             out.append(one.text if one is not None else f"{row.pattern} {what} (×{row.count})")
     return out
 
 
 def _logits(found: LogitsReport | None, width: int | None) -> Iterator[str]:
-    if found is None:
-        return
-    yield ""
+    if found is not None:
+        yield ""
+        yield from labelled(_computed(found), width, least=_LABEL)
+
+
+def _computed(found: LogitsReport) -> Iterator[Labelled]:
     for outcome in (found.a, found.b):
         if outcome is not None:
             text = f"{escape(outcome.path)}: {found.prompts} prompts of {found.length} random tokens: "
             text += "all logits finite" if outcome.finite else "logits that are no numbers"
             if outcome.entropy is not None:
                 text += f", entropy {outcome.entropy:.3f} of at most {outcome.uniform_entropy:.3f} nats"
-            yield from _labelled("logits", text.split(" "), width)
+            yield Labelled("logits", text.split(" "))
     if found.difference is not None:
         gap = found.difference
         text = (
             f"max |Δ| {gap.max_abs:.3g}, mean |Δ| {gap.mean_abs:.3g}, KL {gap.kl_mean:.3g}, same likeliest token at "
             f"{100 * gap.agreement:.4g}% of the positions"
         )
-        yield from _labelled("", text.split(" "), width)
+        yield Labelled("", text.split(" "))
 
 
 def _summary(report: Report) -> str:
@@ -199,13 +200,6 @@ def _summary(report: Report) -> str:
         worst = "error" if counts["errors"] else "warning"
         return "\n" + click.style(", ".join(words), fg=_COLOURS[worst], bold=True)
     noted = f", {words[0]}" if words else ""
-    text = click.style(f"no problems{noted}", fg="green", bold=True)
+    text = click.style(f"no problems{noted}", fg=colours.GOOD, bold=True)
     read = f"{human_bytes(report.bytes_read)} read" if report.bytes_read else "no values read"
     return f"\n{text}: {plural(report.tensors, 'tensor')}, {read}, checks: {', '.join(report.checks)}"
-
-
-def _json(document: dict[str, Any]) -> str:
-    """One JSON object; a list of objects has a line for each."""
-    from ckpt_convert.cli.diff import json_lines
-
-    return "\n".join(json_lines(document))

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 from ckpt_convert.cli import colours, tree
 from ckpt_convert.cli import facts as looking
 from ckpt_convert.cli.facts import Count, Facts
-from ckpt_convert.cli.text import DIMS, bar, escape, human_bytes, human_count, number, percent, plural, wrap
+from ckpt_convert.cli.text import Labelled, bar, escape, human_bytes, human_count, labelled, number, percent, plural
 from ckpt_convert.convert.formats.base import RECORD_FOLDER
+from ckpt_convert.convert.usual import SIZES
 
 if TYPE_CHECKING:
     from ckpt_convert.convert.checkpoint import TensorInfo
@@ -20,7 +21,6 @@ SORTS = {"name": False, "size": True, "offset": False}
 """What can be sorted by, and whether the largest comes first unless asked otherwise."""
 
 _KINDS = {"torch": "torch zip", "legacy": "legacy torch"}
-_LABEL = 12
 _BAR = 20
 
 
@@ -79,12 +79,7 @@ def ordered(facts: Facts, view: View) -> list[TensorInfo]:
 
 def header(facts: Facts, width: int | None) -> Iterator[str]:
     """The facts, a line each, wrapped on a terminal."""
-    lines = [*_facts(facts)]
-    room = max(_LABEL, *(len(label) + 2 for label, _ in lines))
-    for label, words in lines:
-        said = [" ".join(words)] if width is None else wrap(words, max(width - room, room))
-        paint = colours.warning if label == "notice" else colours.label
-        yield paint(f"{label:<{room}}") + f"\n{' ' * room}".join(said)
+    return labelled(_facts(facts), width)
 
 
 def shares(nbytes: int, total: int, width: int | None) -> tuple[str, str]:
@@ -97,40 +92,39 @@ def missing(numbers: str) -> str:
     return f"missing {escape(numbers)}" if numbers else ""
 
 
-def _facts(facts: Facts) -> Iterator[tuple[str, list[str]]]:
-    """Labels and the words behind them; a line is not broken within a word."""
+def _facts(facts: Facts) -> Iterator[Labelled]:
     checkpoint, model = facts.checkpoint, facts.model
-    yield "path", [escape(str(checkpoint.path))]
+    yield Labelled("path", [escape(str(checkpoint.path))])
     # What is of no format may well be known, and then says something of itself.
     is_foreign = checkpoint.format is None and bool(facts.said)
     if checkpoint.format is None:
         text = f"{checkpoint.why}; {checkpoint.advice}"
-        yield "format", _words(text) if is_foreign else _unknown(text)
+        yield Labelled("format", _words(text) if is_foreign else _unknown(text))
     else:
-        yield "format", _words(f"{checkpoint.format} ({checkpoint.why})")
+        yield Labelled("format", _words(f"{checkpoint.format} ({checkpoint.why})"))
     if model is not None:
         release = f", sizes of {model.release}" if model.release else ""
-        yield "family", _words(f"{model.family.name}{release} ({model.evidence})")
+        yield Labelled("family", _words(f"{model.family.name}{release} ({model.evidence})"))
     elif not is_foreign:
-        yield "family", _unknown(facts.problem) if checkpoint.format else _words("unknown, as the format is")
-    if any(name in facts.dims for name in DIMS):
-        yield "dims", _list(f"{name} {facts.dims[name]}" for name in DIMS if name in facts.dims)
+        yield Labelled("family", _unknown(facts.problem) if checkpoint.format else _words("unknown, as the format is"))
+    if any(name in facts.dims for name in SIZES):
+        yield Labelled("dims", _list(f"{name} {facts.dims[name]}" for name in SIZES if name in facts.dims))
     if facts.ranks is not None:
         held = "; the last column says what each holds" if facts.ranks > 1 else ""
-        yield "ranks", _words(f"{facts.ranks} (tensor-parallel degree{held})")
+        yield Labelled("ranks", _words(f"{facts.ranks} (tensor-parallel degree{held})"))
     for label, text in facts.said:
-        yield escape(label), _words(text)
-    yield "files", [_files(facts)]
-    yield "parameters", _words(_parameters(facts.total))
-    yield "bytes", [f"{human_bytes(facts.total.bytes)} ({number(facts.total.bytes)})"]
-    yield "dtypes", _list(_dtypes(facts.dtypes)) or ["none"]
+        yield Labelled(escape(label), _words(text))
+    yield Labelled("files", [_files(facts)])
+    yield Labelled("parameters", _words(_parameters(facts.total)))
+    yield Labelled("bytes", [f"{human_bytes(facts.total.bytes)} ({number(facts.total.bytes)})"])
+    yield Labelled("dtypes", _list(_dtypes(facts.dtypes)) or ["none"])
     if not is_foreign:
-        yield "tied", _words(_tied(facts))
+        yield Labelled("tied", _words(_tied(facts)))
     source = looking.converted_from(checkpoint)
     if source is not None:
-        yield "converted", _words(f"from {source}, recorded in {RECORD_FOLDER}/")
+        yield Labelled("converted", _words(f"from {source}, recorded in {RECORD_FOLDER}/"))
     for notice in facts.notices:
-        yield "notice", _words(notice)
+        yield Labelled("notice", _words(notice), colours.WARNING)
 
 
 def _words(text: str) -> list[str]:

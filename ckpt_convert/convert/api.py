@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -26,10 +25,8 @@ from ckpt_convert.errors import CkptConvertError, CorruptFileError, InputError, 
 from ckpt_convert.models.config import ConfigOptions
 from ckpt_convert.storage import hub
 from ckpt_convert.storage.names import JOURNAL
+from ckpt_convert.storage.reader import WORKERS
 from ckpt_convert.storage.staging import Staging, check_destination, check_space, explain_full_disk
-
-WORKERS = max(2, min(4, os.cpu_count() or 2))
-"""Threads by default: two keep a disk busy; more than four only help where many cores feed a very fast one."""
 
 
 @dataclass(frozen=True)

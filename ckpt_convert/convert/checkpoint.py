@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from ckpt_convert.convert import containers, formats, opening, record
 from ckpt_convert.convert.bulk import without_collector
-from ckpt_convert.convert.containers import torchpickle
 from ckpt_convert.convert.containers.header import StoredTensor
 from ckpt_convert.convert.findings import Finding
 from ckpt_convert.convert.formats.base import Directory, load_json
 from ckpt_convert.convert.mapping import Source
-from ckpt_convert.convert.model import Model, Recorded, by_model_type, identify
+from ckpt_convert.convert.model import Model, model_of
 from ckpt_convert.convert.opening import WeightFile, by_keys, detect
 from ckpt_convert.convert.record import Layout, LayoutFile, Record
 from ckpt_convert.convert.tensors import Part, TensorInfo, assembled, describe
@@ -38,7 +37,7 @@ from ckpt_convert.models import FAMILIES
 from ckpt_convert.models.config import ConfigOptions
 from ckpt_convert.models.lazy import LazyTensor, concat, stored
 from ckpt_convert.storage import hub
-from ckpt_convert.storage.names import JOURNAL, WEIGHT_SUFFIXES, resolve
+from ckpt_convert.storage.names import JOURNAL
 from ckpt_convert.storage.reader import LocalFile, read
 
 if TYPE_CHECKING:
@@ -173,12 +172,18 @@ class Checkpoint:
             path = self.config_path or self.root / "config.json"
             return load_json(path) if path.is_file() else None
 
+    @property
+    def config_file(self) -> Path:
+        """The config that was given, else the place of the format's own, where there may be none."""
+        own = (formats.ALL[self.format].config or record.CONFIG) if self.format else "config.json"
+        return self.config_path or self.root / own
+
     @cached_property
     def model(self) -> Model:
         """Family and config; raises ConfigError or UnsupportedFamilyError where they are not to be had."""
         if self.format is None:
             raise AmbiguousFormatError(f"{self.path}: {self.why}; {self.advice}")
-        return _model(self)
+        return model_of(self)
 
     @property
     def advice(self) -> str:
@@ -190,6 +195,8 @@ class Checkpoint:
         """Raise UnsafeFileError where a pickle asks for more than tensors and plain data: that can only be shown."""
         for file in self.files:
             if file.header.foreign:
+                from ckpt_convert.convert.containers import torchpickle
+
                 raise torchpickle.refusal(str(file.path), "data.pkl", file.header.foreign[0])
 
     @cached_property
@@ -197,7 +204,7 @@ class Checkpoint:
         """params.json of a meta checkpoint, or what was given instead of it."""
         if self.format != "meta":
             return None
-        path = self.config_path or self.root / "params.json"
+        path = self.config_file
         return (path, load_json(path)) if path.is_file() else None
 
     @cached_property
@@ -224,29 +231,7 @@ class Checkpoint:
     @property
     def notices(self) -> list[str]:
         """What a reader should know about the files: objects that are no tensors, files that are not used."""
-        out = []
-        for file in self.files:
-            if file.header.kind == "legacy":
-                out.append(f"{file.name}: an old torch file without zip, read whole into memory")
-            if file.header.foreign:
-                names = ", ".join(file.header.foreign[:5]) + (" …" if len(file.header.foreign) > 5 else "")
-                out.append(
-                    f"{file.name}: asks for objects of {names}, which tensors do not need; none was made, nothing was "
-                    "executed, and convert refuses the file"
-                )
-            if file.header.objects:
-                names = ", ".join(f"{key} ({kind})" for key, kind in list(file.header.objects.items())[:5])
-                count = len(file.header.objects)
-                out.append(
-                    f"{file.name}: {count} {'entry is no tensor' if count == 1 else 'entries are no tensors'}: {names}"
-                )
-        used = {file.name for file in self.files}
-        if self.path.is_dir():
-            weights = (entry.name for entry in self.path.iterdir() if entry.suffix in WEIGHT_SUFFIXES)
-            stale = sorted(name for name in weights if name not in used)
-            if stale:
-                out.append(f"not used: {', '.join(stale[:8])}{' …' if len(stale) > 8 else ''}")
-        return out
+        return opening.notices(self.path, self.files)
 
     def layout(self) -> Layout:
         """How this checkpoint lies in its files, to be recorded or imitated."""
@@ -379,47 +364,6 @@ def read_checkpoint(
         options or ConfigOptions(),
         found.facts,
     )
-
-
-def _model(checkpoint: Checkpoint) -> Model:
-    path, content = checkpoint.params or _config(checkpoint)
-    if "model_type" in content:
-        # Told first: the tensors of a large model take a while to describe, in vain where the family is not known.
-        by_model_type(content, str(path), checkpoint.family_name)
-    recorded = _recorded(checkpoint, path)
-    return identify(
-        content,
-        str(path),
-        str(checkpoint.format),
-        checkpoint.ranks,
-        checkpoint.options,
-        family=checkpoint.family_name,
-        recorded=recorded,
-    )
-
-
-def _config(checkpoint: Checkpoint) -> tuple[Path, dict[str, Any]]:
-    name = {"meta": "params.json", "native": record.CONFIG}.get(str(checkpoint.format), "config.json")
-    path = checkpoint.config_path or checkpoint.root / name
-    if not path.is_file():
-        raise ConfigError(
-            f"{checkpoint.path}: has no {name}, so the model's sizes are not known; "
-            "pass --config with its config.json or params.json"
-        )
-    return path, load_json(path if checkpoint.config_path else resolve(checkpoint.root, name, str(checkpoint.path)))
-
-
-def _recorded(checkpoint: Checkpoint, config: Path) -> Recorded:
-    """What the record says; the config in it counts as long as nobody changed the params.json made from it."""
-    found = checkpoint.record
-    if found is None:
-        return Recorded()
-    cut = found.manifest.get("dims", {}).get("embedding_cut")
-    options = checkpoint.options
-    asked = options.rope_factor or options.rope_theta or options.max_positions or checkpoint.config_path
-    counts = checkpoint.format == "meta" and not asked and found.unchanged(config.name)
-    path = found.config if counts else None
-    return Recorded(found.tied, cut, load_json(path) if path is not None else None)
 
 
 def _cut_axes(checkpoint: Checkpoint) -> dict[str, int | None]:

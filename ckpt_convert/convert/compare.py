@@ -17,6 +17,7 @@ from ckpt_convert.convert.checkpoint import Checkpoint
 from ckpt_convert.convert.mapping import Equality
 from ckpt_convert.convert.model import Model
 from ckpt_convert.convert.numeric import Delta
+from ckpt_convert.convert.opening import in_memory
 from ckpt_convert.convert.pairs import Half, Pair, bring_together
 from ckpt_convert.errors import ConfigError
 from ckpt_convert.models.config import read_rope
@@ -153,9 +154,8 @@ def compare(
     changes = [_structure(pair) for pair in pairs]
     if values:
         changes = _values(a, b, pairs, changes, workers, progress)
-    return Diff(
-        a, b, found.through, values, changes, found.models, _config(*found.models), [*_in_memory(a, b), *found.notices]
-    )
+    notices = [*in_memory(a.files), *in_memory(b.files), *found.notices]
+    return Diff(a, b, found.through, values, changes, found.models, _config(*found.models), notices)
 
 
 def _structure(pair: Pair) -> Change:
@@ -285,15 +285,6 @@ def _settings(model: Model) -> dict[str, Any]:
     if model.tied is None:
         found.pop("tie_word_embeddings", None)
     return {name: value for name, value in found.items() if value is not None}
-
-
-def _in_memory(a: Checkpoint, b: Checkpoint) -> list[str]:
-    return [
-        f"{file.name}: an old torch file without zip, read whole into memory"
-        for checkpoint in (a, b)
-        for file in checkpoint.files
-        if file.header.kind == "legacy"
-    ]
 
 
 def _side(checkpoint: Checkpoint, model: Model | None) -> dict[str, Any]:

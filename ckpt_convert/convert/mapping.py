@@ -5,7 +5,6 @@ Nothing here touches a byte: tensors are lazy (``models.lazy``), so the same cod
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -326,8 +325,11 @@ def _unexpected(
             hints += 1
             if family.knows(format, key):
                 hint = "; the config has no such layer, or says that the model has no such tensor"
-            elif hints <= _LISTED and (near := difflib.get_close_matches(key, known, 1, 0.8)):
-                hint = f"; the nearest known key is {near[0]}"
+            elif hints <= _LISTED:
+                import difflib
+
+                near = difflib.get_close_matches(key, known, 1, 0.8)
+                hint = f"; the nearest known key is {near[0]}" if near else ""
             shape = str(list(source.shape))
             text = f"{key} {shape} in {source.where}{hint}"
             yield Finding("error", "unexpected", text, source.where, key, found=shape)

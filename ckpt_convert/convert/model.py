@@ -5,12 +5,18 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from ckpt_convert.convert.formats.base import load_json
 from ckpt_convert.convert.mapping import Source
 from ckpt_convert.errors import ConfigError, KeyMismatchError, UnsupportedFamilyError
 from ckpt_convert.models import FAMILIES, Family
 from ckpt_convert.models.config import ConfigOptions
+from ckpt_convert.storage.names import resolve
+
+if TYPE_CHECKING:
+    from ckpt_convert.convert.checkpoint import Checkpoint
 
 Ranks = Sequence[Mapping[str, Source]]
 
@@ -47,6 +53,71 @@ class Recorded:
     tied: bool | None = None
     embedding_cut: int | None = None
     config: Mapping[str, Any] | None = None
+
+
+def model_of(checkpoint: Checkpoint) -> Model:
+    """The model that a checkpoint's config describes.
+
+    Raises what ``identify`` does, and ConfigError where there is no config or it cannot be read.
+    """
+    path, content = checkpoint.params or _config(checkpoint)
+    if "model_type" in content:
+        # Told first: the tensors of a large model take a while to describe, in vain where the family is not known.
+        family, _ = by_model_type(content, str(path), checkpoint.family_name)
+        if checkpoint.family_name is None:
+            _refuse_other_head(checkpoint, family, content, str(path))
+    return identify(
+        content,
+        str(path),
+        str(checkpoint.format),
+        checkpoint.ranks,
+        checkpoint.options,
+        family=checkpoint.family_name,
+        recorded=_recorded(checkpoint, path),
+    )
+
+
+def _refuse_other_head(checkpoint: Checkpoint, family: Family, config: Mapping[str, Any], where: str) -> None:
+    """Raise UnsupportedFamilyError for a classifier, say, of a family whose table is that of its language model.
+
+    Both the config's word for it and the keys have to say so: many a config names a class that its weights are not of.
+    """
+    stated = config.get("architectures")
+    names = [name for name in stated if isinstance(name, str)] if isinstance(stated, list) else []
+    if checkpoint.format != "hf" or not names or any("CausalLM" in name or "LMHead" in name for name in names):
+        return
+    other = next((key for key in checkpoint.tensors if not family.knows("hf", key)), None)
+    if other is not None and "lm_head.weight" not in checkpoint.tensors:
+        raise UnsupportedFamilyError(
+            f"{where}: architectures is {names[0]!r}, and {other!r} is no key of {family.name}'s language model, "
+            "which is what its table is of; if it should be one all the same, say so with --family"
+        )
+
+
+def _config(checkpoint: Checkpoint) -> tuple[Path, dict[str, Any]]:
+    path = checkpoint.config_file
+    if checkpoint.config_path is not None:
+        return path, load_json(path)
+    name = path.relative_to(checkpoint.root).as_posix()
+    if not path.is_file():
+        raise ConfigError(
+            f"{checkpoint.path}: has no {name}, so the model's sizes are not known; "
+            "pass --config with its config.json or params.json"
+        )
+    return path, load_json(resolve(checkpoint.root, name, str(checkpoint.path)))
+
+
+def _recorded(checkpoint: Checkpoint, config: Path) -> Recorded:
+    """What the record says; the config in it counts as long as nobody changed the params.json made from it."""
+    found = checkpoint.record
+    if found is None:
+        return Recorded()
+    cut = found.manifest.get("dims", {}).get("embedding_cut")
+    options = checkpoint.options
+    asked = options.rope_factor or options.rope_theta or options.max_positions or checkpoint.config_path
+    counts = checkpoint.format == "meta" and not asked and found.unchanged(config.name)
+    path = found.config if counts else None
+    return Recorded(found.tied, cut, load_json(path) if path is not None else None)
 
 
 def identify(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,9 +70,9 @@ def find(path: Path, wanted: str | None, found_record: Record | None) -> Found:
 
 def detect(path: Path, wanted: str | None, found_record: Record | None) -> tuple[str | None, str, Directory]:
     """The format of a path, what it was told by, and the weight files; raises what ``open_checkpoint`` does."""
-    from ckpt_convert.convert.containers import dcp
-
     if path.is_file():
+        from ckpt_convert.convert.containers import dcp
+
         if dcp.is_metadata(path.name):
             return None, dcp.WHY, Directory((), kind=dcp.KIND)
         adapter = peft.config(path.parent) if path.name in peft.WEIGHTS and wanted is None else None
@@ -96,6 +96,8 @@ def detect(path: Path, wanted: str | None, found_record: Record | None) -> tuple
     meta = formats.ALL["meta"].find(path) if hf is None else None
     if meta is not None:
         return "meta", meta.weights[0].name, meta
+    from ckpt_convert.convert.containers import dcp  # not before: the usual directories have no need of it
+
     if dcp.is_directory(path):
         return None, dcp.WHY, Directory((), kind=dcp.KIND)
     adapter = peft.config(path) if hf is None else None
@@ -116,10 +118,10 @@ def detect(path: Path, wanted: str | None, found_record: Record | None) -> tuple
 
 def open_files(path: Path, directory: Directory) -> tuple[tuple[WeightFile, ...], list[tuple[str, str]]]:
     """Open the weight files and read their headers; also what they say of themselves."""
-    from ckpt_convert.convert.containers import dcp
-
     root = path if path.is_dir() else path.parent
-    if directory.kind == dcp.KIND:
+    if directory.kind == "dcp":
+        from ckpt_convert.convert.containers import dcp
+
         found, facts = dcp.read_directory(root)
         return tuple(WeightFile(file.name, 0, file.path, file.reader, file.header) for file in found), facts
     files = tuple(_open(path, weight) for weight in directory.weights)
@@ -144,6 +146,40 @@ def by_keys(files: tuple[WeightFile, ...], why: str) -> tuple[str | None, str]:
     if fits:
         return None, f"its keys fit more than one format: {', '.join(sorted(fits))}"
     return None, f"{why}, and its keys fit no format that is known"
+
+
+def notices(path: Path, files: Sequence[WeightFile]) -> list[str]:
+    """What a reader should know about the files: objects that are no tensors, files that are not used."""
+    out = in_memory(files)
+    for file in files:
+        foreign, objects = file.header.foreign, file.header.objects
+        if foreign:
+            out.append(
+                f"{file.name}: asks for objects of {_some(foreign, 5)}, which tensors do not need; none was made, "
+                "nothing was executed, and convert refuses the file"
+            )
+        if objects:
+            names = _some([f"{key} ({kind})" for key, kind in objects.items()], 5)
+            said = "1 entry is no tensor" if len(objects) == 1 else f"{len(objects)} entries are no tensors"
+            out.append(f"{file.name}: {said}: {names}")
+    used = {file.name for file in files}
+    there = path.iterdir() if path.is_dir() else ()
+    if unused := sorted(entry.name for entry in there if entry.suffix in WEIGHT_SUFFIXES and entry.name not in used):
+        out.append(f"not used: {_some(unused, 8)}")
+    return out
+
+
+def in_memory(files: Iterable[WeightFile]) -> list[str]:
+    """A notice for each file that torch has to read whole."""
+    return [
+        f"{file.name}: an old torch file without zip, read whole into memory"
+        for file in files
+        if file.header.kind == "legacy"
+    ]
+
+
+def _some(names: Sequence[str], most: int) -> str:
+    return ", ".join(names[:most]) + (" …" if len(names) > most else "")
 
 
 def close(files: Iterable[WeightFile]) -> None:

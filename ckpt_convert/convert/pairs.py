@@ -10,7 +10,10 @@ from dataclasses import dataclass, field
 
 from ckpt_convert import dtypes
 from ckpt_convert.convert import mapping
+from ckpt_convert.convert.bulk import without_collector
 from ckpt_convert.convert.checkpoint import Checkpoint
+from ckpt_convert.convert.containers import gguf
+from ckpt_convert.convert.formats import peft
 from ckpt_convert.convert.mapping import Equality, Logical
 from ckpt_convert.convert.model import Model, identify
 from ckpt_convert.errors import AmbiguousFormatError, CkptConvertError, ConfigError, UnsupportedFamilyError
@@ -74,6 +77,7 @@ class _Side:
     misfits: int = 0
 
 
+@without_collector()
 def bring_together(a: Checkpoint, b: Checkpoint) -> Pairs:
     """Pair the tensors of two checkpoints.
 
@@ -86,13 +90,37 @@ def bring_together(a: Checkpoint, b: Checkpoint) -> Pairs:
     left, right = models
     if left is not None and right is not None and left.family.name == right.family.name:
         return _through_table(a, b, left, right, notices)
-    names_a, names_b = _by_key(a), _by_key(b)
+    names_a: Mapping[str, Half] = _by_key(a)
+    names_b: Mapping[str, Half] = _by_key(b)
+    if not names_a.keys() & names_b.keys():
+        names_a = _without_prefix(a, names_a, names_b, notices)
+        names_b = _without_prefix(b, names_b, names_a, notices)
     unknown = a.format is None or b.format is None
     if a.format != b.format and not (unknown and names_a.keys() & names_b.keys()):
         _refuse(a, b, models)
     pairs = [Pair(half, names_b.get(name)) for name, half in names_a.items()]
     pairs += [Pair(None, half) for name, half in names_b.items() if name not in names_a]
     return Pairs("keys", pairs, models, tuple(notices))
+
+
+def _without_prefix(
+    checkpoint: Checkpoint, names: Mapping[str, Half], others: Mapping[str, Half], notices: list[str]
+) -> Mapping[str, Half]:
+    """The names as the other side has them, where all that keeps them apart is what stands before them.
+
+    So it is with the state of a whole training run ("model.…"), and with a model without its head (no "model.").
+    """
+    longest = max(names, key=len, default="")
+    parts = longest.split(".")
+    prefixes = (".".join(parts[:count]) + "." for count in range(1, len(parts)))
+    prefix = next((prefix for prefix in prefixes if longest.removeprefix(prefix) in others), None)
+    if prefix is None:
+        return names
+    stripped = {name.removeprefix(prefix): half for name, half in names.items()}
+    if len(stripped) != len(names):
+        return names
+    notices.append(f"{checkpoint.path}: its keys are compared without {prefix!r} before them")
+    return stripped
 
 
 def _through_table(a: Checkpoint, b: Checkpoint, left: Model, right: Model, notices: list[str]) -> Pairs:
@@ -222,6 +250,18 @@ def _borrowed(checkpoint: Checkpoint, model: Model, owner: Checkpoint, notices: 
 def _refuse(a: Checkpoint, b: Checkpoint, models: tuple[Model | None, Model | None]) -> None:
     """Raise the error that says why two checkpoints of different layouts cannot be compared."""
     left, right = models
+    for checkpoint in (a, b):
+        if checkpoint.directory.kind == peft.KIND:
+            raise UnsupportedFamilyError(
+                f"{checkpoint.path}: is a PEFT adapter, which holds changes to a model, not its weights; merge it into "
+                "its base model first (peft's merge_and_unload), then compare that"
+            )
+        is_gguf = any(file.header.kind == gguf.KIND for file in checkpoint.files)
+        if checkpoint.format is None and (is_gguf or checkpoint.directory.kind is not None):
+            raise UnsupportedFamilyError(
+                f"{checkpoint.path}: {checkpoint.why}, and none of its keys is one of the other side; "
+                "`ckpt-convert inspect` shows the keys of each"
+            )
     if left is not None and right is not None:
         raise UnsupportedFamilyError(
             f"{a.path} is a {left.family.name} in the {a.format} format, {b.path} a {right.family.name} in the "

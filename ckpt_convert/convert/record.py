@@ -112,7 +112,7 @@ class Record:
         entry = self.side_files.get(name)
         checksum = entry["checksum"] if entry else self.checksums.get(name)
         path = self.directory / name
-        return checksum is not None and path.is_file() and digest(path.read_bytes()) == checksum
+        return checksum is not None and path.is_file() and digest_file(path) == checksum
 
     @property
     def checksums(self) -> Mapping[str, str]:
@@ -157,6 +157,15 @@ class Record:
 def digest(data: bytes) -> str:
     """The checksum under which the manifest keeps side files and those of the record."""
     return xxhash.xxh3_64_hexdigest(data)
+
+
+def digest_file(path: Path) -> str:
+    """``digest`` of a file, in little memory; raises OSError where it cannot be read."""
+    found = xxhash.xxh3_64()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
 
 
 def load(directory: Path) -> Record | None:

@@ -51,38 +51,37 @@ def describe(
     """Every tensor by key; ``axes`` are the cuts that are known, ``is_cut`` says that others may be cut as well."""
     found: dict[str, TensorInfo] = {}
     parts: dict[str, list[Part]] = {}
-    first: dict[str, StoredTensor] = {}
+    # Of 100,000 tensors only a few kinds are different.
+    sizes: dict[tuple[str, tuple[int, ...]], int] = {}
     for file, tensor in pieces:
         key = name(file, tensor)
-        _, dtype, shape, offset, _, _, box = tensor
-        nbytes = tensor.nbytes
+        _, dtype, shape, offset, _, packed, box = tensor
+        nbytes = packed if packed is not None else sizes.get((dtype, shape))
+        if nbytes is None:
+            nbytes = sizes[dtype, shape] = tensor.nbytes
         part = Part(file.name, offset, nbytes, shape, file.rank, box.origin if box else None)
         if key not in found:
-            first[key] = tensor
             found[key] = TensorInfo(key, box.shape if box else shape, dtype, nbytes, (part,), axes.get(key))
         elif key in parts:
             parts[key].append(part)
         else:
             parts[key] = [*found[key].parts, part]
     for key, several in parts.items():
-        found[key] = _info(key, first[key], several, axes, is_cut)
+        found[key] = _joined(found[key], several, not is_cut or key in axes)
     return found
 
 
-def _info(
-    key: str, tensor: StoredTensor, parts: list[Part], axes: Mapping[str, int | None], is_cut: bool
-) -> TensorInfo:
-    if tensor.box is not None:
+def _joined(first: TensorInfo, parts: list[Part], settled: bool) -> TensorInfo:
+    """``first``, which is that of the first part, with all parts."""
+    key, shape, dtype, nbytes, _, axis, _ = first
+    if parts[0].origin is not None:
         parts.sort(key=lambda part: part.origin or ())
-        nbytes = sum(part.nbytes for part in parts)
-        return TensorInfo(key, tensor.box.shape, tensor.dtype, nbytes, tuple(parts))
-    axis = axes.get(key)
-    settled = not is_cut or key in axes
-    if axis is None or axis >= len(tensor.shape):
-        return TensorInfo(key, tensor.shape, tensor.dtype, parts[0].nbytes, tuple(parts), axis, settled)
+        return TensorInfo(key, shape, dtype, sum(part.nbytes for part in parts), tuple(parts))
+    if axis is None or axis >= len(shape):
+        return TensorInfo(key, shape, dtype, nbytes, tuple(parts), axis, settled)
     size = sum(part.shape[axis] for part in parts)
-    shape = (*tensor.shape[:axis], size, *tensor.shape[axis + 1 :])
-    return TensorInfo(key, shape, tensor.dtype, sum(part.nbytes for part in parts), tuple(parts), axis, settled)
+    shape = (*shape[:axis], size, *shape[axis + 1 :])
+    return TensorInfo(key, shape, dtype, sum(part.nbytes for part in parts), tuple(parts), axis, settled)
 
 
 def assembled(pieces: Iterable[tuple[int, StoredTensor]]) -> LazyTensor:

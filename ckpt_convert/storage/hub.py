@@ -26,6 +26,8 @@ def locate(source: str | Path, revision: str | None = None, *, format: str | Non
         return Path(source)
     repo = text.removeprefix(PREFIX)
     if not _REPO.fullmatch(repo) or isinstance(source, Path):
+        if Path(text).is_symlink():
+            raise CheckpointNotFoundError(f"{source}: is a link that leads nowhere")
         raise CheckpointNotFoundError(f"{source}: no such file or directory, and no Hub id (org/name) either")
     return _cached(repo, revision, format) or _downloaded(repo, revision, format)
 

@@ -54,7 +54,9 @@ def resolve(directory: Path, name: str, said_by: str) -> Path:
     """
     path = directory / check_name(name, said_by)
     if not path.exists():
-        raise CheckpointNotFoundError(f"{path}: named by {said_by}, but not there; download or copy it again")
+        if path.is_symlink():
+            raise CheckpointNotFoundError(f"{path}: is a link that leads nowhere; download or copy the file again")
+        raise CheckpointNotFoundError(f"{path}: is not there, though {said_by} needs it; download or copy it again")
     if not path.is_file():
         raise UnsafeFileError(f"{path}: is no regular file; remove it, or put the file itself there")
     real = path.resolve()

@@ -9,6 +9,9 @@ from typing import Protocol
 
 from ckpt_convert.errors import CorruptFileError
 
+WORKERS = max(2, min(4, os.cpu_count() or 2))
+"""Workers by default: two keep a disk busy; more than four only help where many cores feed a very fast one."""
+
 
 class RangeReader(Protocol):
     """A file of known size that can be read anywhere, from several threads at once."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ckpt_convert.convert.containers import gguf, safetensors, torchzip
+from ckpt_convert.convert.containers import gguf, safetensors
 from ckpt_convert.convert.containers.header import Checksummed, FileLayout, Header, StoredTensor
 from ckpt_convert.convert.containers.layout import Recorded, capture, holes
 from ckpt_convert.errors import CorruptFileError, InputError
@@ -33,6 +33,8 @@ def parse(reader: RangeReader, *, foreign: bool = False) -> tuple[RangeReader, H
         return reader, safetensors.parse(reader)
     if start.startswith(gguf.MAGIC):
         return reader, gguf.parse(reader)
+    from ckpt_convert.convert.containers import torchzip  # pickle and zip take a while to import, often in vain
+
     if torchzip.is_zip(reader):
         return reader, torchzip.parse(reader, foreign=foreign)
     if start[:1] == b"\x80" and start[1:2] in (b"\2", b"\3", b"\4", b"\5"):

@@ -28,9 +28,6 @@ WHY = "written by torch.distributed.checkpoint"
 SUFFIX = ".distcp"
 _OF_RANK = re.compile(r"__(\d+)\.metadata")
 _FILE = re.compile(r"__(\d+)_\d+\.distcp")
-_MAX_BYTES = 1 << 63
-_PINWHEEL = 64
-"""Pieces that no straight cut tells apart are compared in pairs, up to this many."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import warnings
 from bisect import bisect_right
 from typing import TYPE_CHECKING
 
@@ -82,7 +83,9 @@ def _load(reader: LocalFile) -> object:
     import torch
 
     try:
-        return torch.load(reader.path, weights_only=True, map_location="cpu")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's words are for programmers
+            return torch.load(reader.path, weights_only=True, map_location="cpu")
     except pickle.UnpicklingError as error:
         raise UnsafeFileError(
             f"{reader.name}: torch.load(weights_only=True) refuses it, and nothing weaker is tried: {_reason(error)}. "

@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import chain
+from operator import itemgetter
 from typing import Any, NoReturn
 
 from ckpt_convert.convert.containers.header import FileLayout, Header, StoredTensor
@@ -34,7 +36,8 @@ _ORDER = {
 }
 _MAX_DIMS = 64  # torch's and numpy's limit
 _Entry = tuple[Any, tuple[Any, ...], tuple[Any, ...]]  # dtype, shape, data_offsets
-_FIELDS = {"dtype", "shape", "data_offsets"}
+_FIELDS = ("dtype", "shape", "data_offsets")
+_FIELDS_OF = itemgetter(*_FIELDS)
 _DAMAGED = (
     "the safetensors header is damaged or was written by a faulty program, so download the file again or save it again"
 )
@@ -192,7 +195,8 @@ def _decode(raw: bytes) -> tuple[dict[str, str], dict[str, Any]]:
     if not raw.startswith(b"{"):
         raise _OddError(f"the header should start with '{{', but starts with {raw[:16]!r}")
     try:
-        entries = json.loads(raw.decode("utf-8"), object_pairs_hook=_object, parse_constant=_no_constant)
+        text = raw.decode("utf-8")
+        entries = _usual(text) or json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
     except _OddError:
         raise
     except UnicodeDecodeError as error:
@@ -211,12 +215,32 @@ def _decode(raw: bytes) -> tuple[dict[str, str], dict[str, Any]]:
     return metadata, entries
 
 
+def _usual(text: str) -> dict[str, Any] | None:
+    """What ``_object`` makes of a header, in half the time; None of one that may be odd, or has colons in its names."""
+    try:
+        found = json.loads(text, parse_constant=_no_constant)
+        metadata = found.pop("__metadata__", None)
+        dtypes, shapes, spans = zip(*map(_FIELDS_OF, found.values()), strict=True)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    if set(map(type, chain(shapes, spans))) != {list} or not (metadata is None or isinstance(metadata, dict)):
+        return None
+    # A colon stands behind a key or within a string. Where there are no more of them than keys that came out, no key
+    # stood there twice, and no entry has a fourth field.
+    if text.count(":") != 4 * len(found) + (1 + len(metadata) if metadata is not None else 0):
+        return None
+    entries = zip(dtypes, map(tuple, shapes), map(tuple, spans), strict=True)
+    usual: dict[str, Any] = dict(zip(found, entries, strict=True))
+    usual["__metadata__"] = metadata or {}
+    return usual
+
+
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | _Entry:
     found = dict(pairs)
     if len(found) != len(pairs):
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         raise _OddError(f"the key {twice!r} should stand in the header once, but it stands there twice")
-    if found.keys() == _FIELDS and isinstance(found["shape"], list) and isinstance(found["data_offsets"], list):
+    if found.keys() == set(_FIELDS) and isinstance(found["shape"], list) and isinstance(found["data_offsets"], list):
         # Tuples of plain values cost the garbage collector nothing: with 100,000 tensors that halves the time.
         return found["dtype"], tuple(found["shape"]), tuple(found["data_offsets"])
     return found
@@ -235,9 +259,7 @@ def _check_unicode(strings: Iterable[str]) -> None:
 
 
 def _tensors(entries: dict[str, Any], start: int) -> list[StoredTensor]:
-    for key, entry in entries.items():
-        if not _is_sound(entry):
-            _check_entry(key, entry)
+    _check_entries(entries)
     position = 0
     tensors = []
     # The sort is stable: empty tensors stay in header order.
@@ -250,18 +272,30 @@ def _tensors(entries: dict[str, Any], start: int) -> list[StoredTensor]:
     return tensors
 
 
-def _is_sound(entry: Any) -> bool:
-    """What ``_check_entry`` finds nothing wrong with, told in one go: there may be 100,000 entries."""
-    if type(entry) is not tuple or type(entry[0]) is not str or entry[0] not in _ORDER or len(entry[2]) != 2:
+def _check_entries(entries: dict[str, Any]) -> None:
+    """``_check_entry`` of every entry; those of a dtype and shape that were seen before only have to span as much."""
+    if not _are_plain(entries.values()):
+        for key, entry in entries.items():
+            _check_entry(key, entry)
+        return
+    sizes: dict[tuple[str, tuple[int, ...]], int] = {}
+    for key, entry in entries.items():
+        dtype, shape, (begin, end) = entry
+        if sizes.get((dtype, shape)) != end - begin or begin < 0 or end >= 2**63:
+            _check_entry(key, entry)
+            sizes[dtype, shape] = end - begin
+
+
+def _are_plain(entries: Collection[Any]) -> bool:
+    """Whether these are entries of a string, integers, and two more: then equal ones are equal to every check.
+
+    JSON's true and 1.0 are an int's equals in Python.
+    """
+    if set(map(type, entries)) - {tuple}:
         return False
-    dtype, shape, offsets = entry
-    numbers = shape + offsets
-    return (
-        set(map(type, numbers)) == {int}
-        and 0 <= min(numbers) <= max(numbers) < 2**63
-        and len(shape) <= _MAX_DIMS
-        and DTYPES[dtype].bits * math.prod(shape) == 8 * (offsets[1] - offsets[0])
-    )
+    dtypes, shapes, spans = zip(*entries, strict=True) if entries else ((), (), ())
+    numbers = chain(chain.from_iterable(shapes), chain.from_iterable(spans))
+    return set(map(type, dtypes)) <= {str} and set(map(type, numbers)) <= {int} and set(map(len, spans)) <= {2}
 
 
 def _check_entry(key: str, entry: Any) -> None:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from ckpt_convert.convert import checklist
-from ckpt_convert.convert.check_open import Opened, relative
-from ckpt_convert.convert.check_values import Span, hashed
+from ckpt_convert.convert.check.spans import Span, hashed
+from ckpt_convert.convert.check.tolerant import Opened, relative
 from ckpt_convert.convert.checklist import CHECKLIST
 from ckpt_convert.convert.findings import Finding
-from ckpt_convert.convert.record import MANIFEST, Record
+from ckpt_convert.convert.record import MANIFEST, Record, digest_file
 from ckpt_convert.errors import CkptConvertError
 from ckpt_convert.storage.names import WEIGHT_SUFFIXES, resolve
 from ckpt_convert.storage.reader import LocalFile
@@ -109,7 +106,7 @@ def side_files(record: Record | None) -> Iterator[Finding]:
 
 def _changed(record: Record, name: str, checksum: str) -> Iterator[str]:
     try:
-        found = _digest(resolve(record.directory, name, MANIFEST))
+        found = digest_file(resolve(record.directory, name, MANIFEST))
     except CkptConvertError as error:
         yield relative(str(error), record.directory)
         return
@@ -155,11 +152,3 @@ def _wrong(name: str, kind: str, expected: str) -> Any:
         return [Finding("error", "checklist", text, name, None, expected, found)]
 
     return done
-
-
-def _digest(path: Path) -> str:
-    digest = xxhash.xxh3_64()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -2,79 +2,25 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ckpt_convert.convert import check_config, check_directory, check_generic, check_record, check_side, mapping
-from ckpt_convert.convert.check_open import Opened, open_tolerantly, relative
-from ckpt_convert.convert.checkpoint import Checkpoint
+from ckpt_convert.convert import mapping
+from ckpt_convert.convert.check import causes, checksums, directory, generic, sidefiles, table
+from ckpt_convert.convert.check.report import Report, Skipped, by_severity
+from ckpt_convert.convert.check.spans import Expected
+from ckpt_convert.convert.check.tolerant import Opened, open_tolerantly, relative
 from ckpt_convert.convert.findings import Finding
 from ckpt_convert.convert.formats.base import load_json
 from ckpt_convert.convert.mapping import Equality, Logicals
 from ckpt_convert.convert.model import Model
-from ckpt_convert.convert.record import CONFIG, MANIFEST
+from ckpt_convert.convert.record import MANIFEST
 from ckpt_convert.errors import CkptConvertError, UnsupportedFamilyError
 
 if TYPE_CHECKING:
     from ckpt_convert.convert.blocks import ProgressCallback
-    from ckpt_convert.convert.check_values import Expected
-
-SCHEMA = 1
-_ORDER = ("error", "warning", "note")
-
-
-@dataclass(frozen=True, slots=True)
-class Skipped:
-    """A check that could not be done, or was not asked for."""
-
-    check: str
-    why: str
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a check found, errors first; ``checks`` are those that were done, ``nbytes`` the bytes of all tensors."""
-
-    path: str
-    format: str | None
-    family: str | None
-    files: int
-    tensors: int
-    nbytes: int
-    checks: tuple[str, ...]
-    skipped: tuple[Skipped, ...]
-    findings: tuple[Finding, ...]
-    bytes_read: int
-
-    @property
-    def counts(self) -> Mapping[str, int]:
-        """How many findings there are of each severity."""
-        found = Counter(finding.severity for finding in self.findings)
-        return {"errors": found["error"], "warnings": found["warning"], "notes": found["note"]}
-
-    def with_findings(self, check: str, findings: Iterable[Finding]) -> Report:
-        """The report with those of one more check."""
-        return replace(self, checks=(*self.checks, check), findings=_sorted([*self.findings, *findings]))
-
-    def as_dict(self) -> dict[str, Any]:
-        """The report as JSON-ready values."""
-        return {
-            "schema": SCHEMA,
-            "path": self.path,
-            "format": self.format,
-            "family": self.family,
-            "files": self.files,
-            "tensors": self.tensors,
-            "bytes": self.nbytes,
-            "checks": list(self.checks),
-            "skipped": [asdict(skipped) for skipped in self.skipped],
-            "findings": [asdict(finding) for finding in self.findings],
-            **self.counts,
-            "bytes_read": self.bytes_read,
-        }
 
 
 @dataclass
@@ -124,27 +70,27 @@ def _report(work: _Work, workers: int, progress: ProgressCallback | None) -> Rep
     opened, checkpoint = work.opened, work.opened.checkpoint
     work.done("files", opened.findings)
     work.done("container")
-    work.done("duplicate", check_directory.contradictions(opened))
+    work.done("duplicate", causes.exchanged(directory.contradictions(opened), "index"))
     if checkpoint.directory.index is not None:
         work.done("index")
         if opened.whole and not opened.damaged:
-            work.done("index", check_directory.totals(opened))
+            work.done("index", directory.totals(opened))
     if checkpoint.path.is_dir():
-        work.done("leftover", check_directory.leftovers(opened))
-        work.done("shards", check_directory.numbering(opened))
-        work.done("side-files", check_side.side_files(checkpoint))
+        work.done("leftover", directory.leftovers(opened))
+        work.done("shards", directory.numbering(opened))
+        work.done("side-files", sidefiles.side_files(checkpoint))
     _against_config(work)
     nbytes_read = _read(work, workers, progress)
     return Report(
         path=str(checkpoint.path),
         format=checkpoint.format,
-        family=_quietly(lambda: opened.view.family),
+        family=opened.view.family,
         files=len(checkpoint.files),
         tensors=len(opened.view.tensors),
         nbytes=sum(info.nbytes for info in opened.view.tensors.values()),
         checks=tuple(work.checks),
         skipped=tuple(work.skipped),
-        findings=_sorted(work.findings),
+        findings=by_severity(work.findings),
         bytes_read=nbytes_read,
     )
 
@@ -152,9 +98,9 @@ def _report(work: _Work, workers: int, progress: ProgressCallback | None) -> Rep
 def _against_config(work: _Work) -> None:
     """Keys, shapes and ties against the config: through the family's table, or by what transformers have in common."""
     view = work.opened.view
-    path = _config_path(view)
+    path = view.config_file
     content = None
-    if path is not None and path.is_file():
+    if path.is_file():
         try:
             content = load_json(path)
         except CkptConvertError as error:
@@ -162,20 +108,20 @@ def _against_config(work: _Work) -> None:
     if not view.stored:
         work.skip("there are no tensors to look at", "config", "keys", "tied")
         return
+    mixed, why = causes.ranks(work.opened, content)
+    if why:
+        work.done("shards", mixed)
+        work.skip(f"the ranks are not those of one checkpoint: {why}", "config", "keys", "tied", "replicas")
+        return
     model = _model(work, content)
-    if model is not None and path is not None and content is not None:
+    if model is not None and content is not None:
         _through_table(work, model, content, path.name)
     else:
         _in_general(work, content)
     if checked := model.config if model is not None else content:
-        work.done("tokenizer", check_side.tokenizer(view, checked))
+        work.done("tokenizer", sidefiles.tokenizer(view, checked))
         if view.format == "hf":
-            work.done("config", check_side.dtype(view, content))
-
-
-def _config_path(view: Checkpoint) -> Path | None:
-    name = {"meta": "params.json", "native": CONFIG}.get(str(view.format), "config.json")
-    return view.config_path or view.root / name
+            work.done("config", sidefiles.dtype(view, content))
 
 
 def _model(work: _Work, content: Mapping[str, Any] | None) -> Model | None:
@@ -199,7 +145,7 @@ def _model(work: _Work, content: Mapping[str, Any] | None) -> Model | None:
         work.skip(_first_line(relative(str(error), view.path)), "keys")
     except CkptConvertError as error:
         if view.format is not None and not opened.lost:
-            file = (_config_path(view) or view.path).name
+            file = view.config_file.name
             work.done("config", [Finding("error", "config", relative(str(error), view.path), file)])
         work.skip(_first_line(relative(str(error), view.path)), "keys")
     return None
@@ -212,8 +158,8 @@ def _through_table(work: _Work, model: Model, content: Mapping[str, Any], where:
         work.skip("files cannot be opened, and nothing says what is in them", "keys", "tied", "replicas")
         return
     shapes = {key: info.shape for key, info in view.tensors.items()}
-    stored = check_config.Stored(str(view.format), view.ranks, shapes, frozenset(lost))
-    logicals, findings = check_config.examine(model, stored, content, where)
+    stored = table.Stored(str(view.format), view.ranks, shapes, frozenset(lost))
+    logicals, findings = table.examine(model, stored, content, where)
     work.done("config", findings)
     work.done("keys")
     _ties(work, model, logicals)
@@ -245,7 +191,7 @@ def _tie(work: _Work, pair: Equality, key: str, file: str, should_be_absent: boo
     )
     equal = f"{key} is stored although it is tied to the embedding and the same; loaders have no need of it"
     work.expected.append(
-        _expected(
+        Expected(
             pair,
             Finding("error", "tied", different, file, key),
             Finding("note", "tied", equal, file, key) if should_be_absent else None,
@@ -255,13 +201,7 @@ def _tie(work: _Work, pair: Equality, key: str, file: str, should_be_absent: boo
 
 def _replica(equality: Equality) -> Expected:
     text = equality.message
-    return _expected(equality, Finding("error", "replicas", text, None, equality.key or None), None)
-
-
-def _expected(equality: Equality, differ: Finding, equal: Finding | None) -> Expected:
-    from ckpt_convert.convert.check_values import Expected
-
-    return Expected(equality, differ, equal)
+    return Expected(equality, Finding("error", "replicas", text, None, equality.key or None))
 
 
 def _in_general(work: _Work, content: Mapping[str, Any] | None) -> None:
@@ -269,16 +209,16 @@ def _in_general(work: _Work, content: Mapping[str, Any] | None) -> None:
     opened, view = work.opened, work.opened.view
     weight_map = opened.checkpoint.directory.weight_map or {}
     tensors = {
-        key: check_generic.Sized(info.shape if info.settled else None, info.dtype) for key, info in view.tensors.items()
+        key: generic.Sized(info.shape if info.settled else None, info.dtype) for key, info in view.tensors.items()
     }
-    tensors |= {key: check_generic.Sized(None, "") for key, file in weight_map.items() if file in opened.lost}
+    tensors |= {key: generic.Sized(None, "") for key, file in weight_map.items() if file in opened.lost}
     if view.path.is_dir() and (opened.whole or weight_map):
         hf = content if view.format == "hf" else None
-        work.done("layers", check_generic.numbering(tensors, hf))
+        work.done("layers", generic.numbering(tensors, hf))
     if content is None or view.format != "hf":
         return
-    work.done("config", check_generic.shapes(tensors, content))
-    findings, pair = check_generic.tied(tensors, content)
+    work.done("config", generic.shapes(tensors, content))
+    findings, pair = generic.tied(tensors, content)
     if pair is None:
         work.done("tied", findings)
     else:
@@ -289,10 +229,10 @@ def _in_general(work: _Work, content: Mapping[str, Any] | None) -> None:
 def _read(work: _Work, workers: int, progress: ProgressCallback | None) -> int:
     """The checks that read what the tensors hold, and the files of the record."""
     record = work.opened.checkpoint.record
-    manifest, pieces = check_record.pieces(work.opened)
-    listing, hashes = check_record.listed(work.opened)
+    manifest, pieces = checksums.pieces(work.opened)
+    listing, hashes = checksums.listed(work.opened)
     if record is not None:
-        work.done("record", [*check_record.side_files(record), *manifest])
+        work.done("record", [*checksums.side_files(record), *manifest])
     if listing or hashes:
         work.done("checklist", listing)
     if not work.values:
@@ -300,12 +240,12 @@ def _read(work: _Work, workers: int, progress: ProgressCallback | None) -> int:
         wanted = {"crc": "torch" in kinds, "checksum": record is not None, "replicas": len(work.opened.view.ranks) > 1}
         work.skip("values are not read", "values", *(name for name, applies in wanted.items() if applies))
         return 0
-    from ckpt_convert.convert import check_values
+    from ckpt_convert.convert.check import values
 
-    crcs = list(check_values.crcs(work.opened))
-    spans = [*check_values.finite(work.opened), *crcs, *pieces, *hashes]
-    found, nbytes = check_values.read(spans, work.expected, work.opened.view, workers=workers, progress=progress)
-    work.done("values", found)
+    crcs = list(values.crcs(work.opened))
+    spans = [*values.finite(work.opened), *crcs, *pieces, *hashes]
+    found, nbytes = values.read(spans, work.expected, work.opened.view, workers=workers, progress=progress)
+    work.done("values", causes.zeros(found, work.opened))
     if crcs:
         work.done("crc")
     if record is not None:
@@ -315,16 +255,5 @@ def _read(work: _Work, workers: int, progress: ProgressCallback | None) -> int:
     return nbytes
 
 
-def _sorted(findings: Iterable[Finding]) -> tuple[Finding, ...]:
-    return tuple(sorted(findings, key=lambda finding: _ORDER.index(finding.severity)))
-
-
 def _first_line(text: str) -> str:
     return text.partition("\n")[0]
-
-
-def _quietly(ask: Callable[[], str | None]) -> str | None:
-    try:
-        return ask()
-    except CkptConvertError:
-        return None

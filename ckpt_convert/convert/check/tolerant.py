@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ckpt_convert.convert import record
-from ckpt_convert.convert.check_container import survey
+from ckpt_convert.convert.check.container import survey
 from ckpt_convert.convert.checkpoint import Checkpoint
 from ckpt_convert.convert.findings import Finding
 from ckpt_convert.convert.formats.base import RECORD_FOLDER, Directory, WeightName, load_json, plain_weights

@@ -12,18 +12,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ckpt_convert.convert.check_directory import sizes
 from ckpt_convert.convert.findings import Finding, Severity
+from ckpt_convert.convert.usual import EMBEDDINGS, SIZES, called, size_of, text_part
 
 _NUMBER = re.compile(r"(?:(?<=\.)|\A)(0|[1-9][0-9]{0,5})(?=\.)")
 _LISTS = ("layers", "layer", "h", "blocks", "block", "experts")
 _OTHER_PARTS = ("vis", "image", "audio", "speech", "mtp", "draft", "encoder", "projector", "code_predictor")
-_TEXT = ("text_config", "llm_config", "language_config", "decoder")
-_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
-_LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-_HIDDEN = ("hidden_size", "n_embd", "d_model")
+_DECODER = ("num_decoder_layers", "decoder_layers")
+"""What a model with an encoder, too, may call the number of its decoder's layers."""
+
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
-_EMBEDDINGS = ("embed_tokens.weight", "tok_embeddings.weight", "wte.weight", "word_embeddings.weight")
 _NORMS = (
     "input_layernorm.weight",
     "post_attention_layernorm.weight",
@@ -59,13 +57,13 @@ def numbering(keys: Iterable[str], config: Mapping[str, Any] | None) -> Iterator
         yield from _gaps(prefix, numbers)
         yield from _holes(prefix, numbers)
     if config is not None:
-        yield from _layer_count(layers, _text(config))
-    yield from _experts(experts, _text(config or {}))
+        yield from _layer_count(layers, text_part(config))
+    yield from _experts(experts, text_part(config or {}))
 
 
 def shapes(tensors: Mapping[str, Sized], config: Mapping[str, Any]) -> Iterator[Finding]:
     """Sizes that the config states against the shapes; ``tensors`` by key."""
-    text = _text(config)
+    text = text_part(config)
     own = {
         key: tensor.shape
         for key, tensor in tensors.items()
@@ -73,23 +71,23 @@ def shapes(tensors: Mapping[str, Sized], config: Mapping[str, Any]) -> Iterator[
     }
     model_type = str(config.get("model_type"))
     likely: Severity = "error" if model_type in _AS_LLAMA else "warning"
-    hidden = sizes(text, *_HIDDEN)
-    vocab = sizes(text, "vocab_size")
-    embeddings = [key for key in own if key.endswith(_EMBEDDINGS) and len(own[key]) == 2]
+    hidden = size_of(text, *SIZES["dim"])
+    vocab = size_of(text, "vocab_size")
+    embeddings = [key for key in own if key.endswith(EMBEDDINGS) and len(own[key]) == 2]
     rows = [*embeddings, *(key for key in own if key == "lm_head.weight" and len(own[key]) == 2)]
     yield from _differ("error", "vocab_size", vocab, [(key, own[key], 0) for key in rows])
     norms = [(key, own[key], 0) for key in own if key.endswith(_NORMS) and len(own[key]) == 1]
-    yield from _differ("error", _called(text, _HIDDEN), hidden, norms)
+    yield from _differ("error", called(text, "dim"), hidden, norms)
     yield from _blocks(own, text, hidden, likely)
-    experts = sizes(text, *_EXPERTS)
+    experts = size_of(text, *SIZES["n_experts"])
     fused = [(k, s, 0) for k, s in own.items() if re.search(r"\.experts\.[a-z_]+(\.weight)?\Z", k) and len(s) > 2]
-    yield from _differ("error", _called(text, _EXPERTS), experts, fused)
+    yield from _differ("error", called(text, "n_experts"), experts, fused)
 
 
 def tied(tensors: Mapping[str, Sized], config: Mapping[str, Any]) -> tuple[list[Finding], tuple[str, str] | None]:
     """An output that should be there, and the pair of tensors that the config says are the same."""
-    said = config.get("tie_word_embeddings", _text(config).get("tie_word_embeddings"))
-    embedding = min((key for key in tensors if key.endswith(_EMBEDDINGS) and not _is_other(key)), key=len, default=None)
+    said = config.get("tie_word_embeddings", text_part(config).get("tie_word_embeddings"))
+    embedding = min((key for key in tensors if key.endswith(EMBEDDINGS) and not _is_other(key)), key=len, default=None)
     output = next((key for key in tensors if key == "lm_head.weight" or key.endswith(".lm_head.weight")), None)
     architectures = config.get("architectures")
     predicts = isinstance(architectures, list) and any("CausalLM" in str(name) for name in architectures)
@@ -108,9 +106,9 @@ def tied(tensors: Mapping[str, Sized], config: Mapping[str, Any]) -> tuple[list[
 def _blocks(
     own: Mapping[str, tuple[int, ...]], text: Mapping[str, Any], hidden: int | None, likely: Severity
 ) -> Iterator[Finding]:
-    heads = sizes(text, "num_attention_heads")
-    kv = sizes(text, "num_key_value_heads") or heads
-    head_dim = sizes(text, "head_dim") or (hidden // heads if hidden and heads and hidden % heads == 0 else None)
+    heads = size_of(text, "num_attention_heads")
+    kv = size_of(text, "num_key_value_heads") or heads
+    head_dim = size_of(text, "head_dim") or (hidden // heads if hidden and heads and hidden % heads == 0 else None)
 
     def of(*ends: str) -> list[tuple[str, tuple[int, ...], int]]:
         return [(key, shape, 0) for key, shape in own.items() if key.endswith(ends) and len(shape) == 2]
@@ -120,9 +118,9 @@ def _blocks(
         yield from _differ(likely, "num_attention_heads", heads, q, head_dim)
         yield from _differ(likely, "num_key_value_heads", kv, k, head_dim)
     dense = of(".mlp.gate_proj.weight", ".mlp.up_proj.weight")
-    yield from _differ(likely, "intermediate_size", sizes(text, "intermediate_size"), dense)
+    yield from _differ(likely, "intermediate_size", size_of(text, "intermediate_size"), dense)
     experts = [entry for entry in of(".gate_proj.weight", ".up_proj.weight") if ".experts." in entry[0]]
-    yield from _differ(likely, "moe_intermediate_size", sizes(text, "moe_intermediate_size"), experts)
+    yield from _differ(likely, "moe_intermediate_size", size_of(text, "moe_intermediate_size"), experts)
 
 
 def _differ(
@@ -149,15 +147,21 @@ def _differ(
 
 def _layer_count(layers: Lists, text: Mapping[str, Any]) -> Iterator[Finding]:
     own = {prefix: numbers for prefix, numbers in layers.items() if not _is_other(prefix)}
-    expected = sizes(text, *_LAYERS)
-    if expected is None or not own:
+    if not own:
         return
     prefix = max(own, key=lambda prefix: sum(map(len, own[prefix].values())))
+    names = SIZES["n_layers"]
+    if "decoder." in prefix and size_of(text, *_DECODER) is not None:
+        names = _DECODER
+    expected = size_of(text, *names)
+    if expected is None:
+        return
     found = max(own[prefix]) + 1
     further = found > expected and any("nextn" in name or "mtp" in name for name in text)
     if found != expected and not further:
+        name = next(name for name in names if name in text)
         text_ = (
-            f"{_called(text, _LAYERS)} is {expected} in config.json, but the files have {found} layers, "
+            f"{name} is {expected} in config.json, but the files have {found} layers, "
             f"{prefix}0 to {prefix}{found - 1}; correct config.json, or find the files that are missing"
         )
         yield Finding("error", "config", text_, "config.json", None, str(expected), str(found))
@@ -194,13 +198,13 @@ def _experts(found: Lists, text: Mapping[str, Any]) -> Iterator[Finding]:
     if not found:
         return
     whole = frozenset().union(*(kind for numbers in found.values() for kind in numbers.values()))
-    stated = sizes(text, *_EXPERTS)
+    stated = size_of(text, *SIZES["n_experts"])
     counts = Counter(max(numbers) + 1 for numbers in found.values() if len(numbers) == max(numbers) + 1)
     usual = counts.most_common(1)[0][0] if counts else max(max(numbers) + 1 for numbers in found.values())
     count = usual if stated is None else stated
     if stated is not None and usual != stated and 2 * counts[usual] > len(found) and len(found) > 1:
         said = (
-            f"{_called(text, _EXPERTS)} is {stated} in config.json, but {counts[usual]} of {len(found)} layers have "
+            f"{called(text, 'n_experts')} is {stated} in config.json, but {counts[usual]} of {len(found)} layers have "
             f"{usual} experts; correct config.json, or find the files that are missing"
         )
         yield Finding("error", "config", said, "config.json", None, str(stated), str(usual))
@@ -233,21 +237,6 @@ def _lists(keys: Iterable[str]) -> Lists:
                 rest = re.sub(r"\bexperts\.\d+\.", "experts.*.", key[match.end() + 1 :])
                 out.setdefault(prefix, {}).setdefault(int(match[0]), set()).add(rest)
     return {prefix: {n: frozenset(rests) for n, rests in numbers.items()} for prefix, numbers in out.items()}
-
-
-def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The settings of the language model: its own part of a multimodal config where the top has no layers."""
-    if sizes(config, *_LAYERS) is None:
-        for name in _TEXT:
-            inner = config.get(name)
-            if isinstance(inner, Mapping):
-                return inner
-    return config
-
-
-def _called(text: Mapping[str, Any], names: Iterable[str]) -> str:
-    names = list(names)
-    return next((name for name in names if sizes(text, name) is not None), names[0])
 
 
 def _name(prefix: str) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ckpt_convert.convert.check import Report, Skipped
+from ckpt_convert.convert.check.report import Report, Skipped
 from ckpt_convert.convert.checkpoint import open_checkpoint
 from ckpt_convert.convert.findings import Finding
 from ckpt_convert.errors import CkptConvertError, UnsupportedFamilyError, UsageError
@@ -109,6 +109,8 @@ def _values(change: Change) -> str:
     delta = change.delta
     if delta is None:
         return "differs"
+    if delta.max_abs is None:
+        return f"differs in {delta.differing:,} of {delta.count:,} bytes"
     return f"differs in {delta.differing:,} of {delta.count:,} elements, by up to {delta.max_abs:.3g}"
 
 

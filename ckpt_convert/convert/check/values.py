@@ -5,26 +5,21 @@ What is to be read are spans of files. Spans that overlap are read together, blo
 
 from __future__ import annotations
 
-import hashlib
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 import numpy as np
-import xxhash
 
-from ckpt_convert.convert import check_container
 from ckpt_convert.convert.blocks import BLOCK, Meter, Mover, ProgressCallback, Read, difference, spread
-from ckpt_convert.convert.check_open import Opened
+from ckpt_convert.convert.check import causes, container
+from ckpt_convert.convert.check.spans import Expected, Span
+from ckpt_convert.convert.check.tolerant import Opened
 from ckpt_convert.convert.checkpoint import Checkpoint
 from ckpt_convert.convert.containers.header import StoredTensor
 from ckpt_convert.convert.findings import Finding
-from ckpt_convert.convert.mapping import Equality
 from ckpt_convert.dtypes import DTYPES
 from ckpt_convert.errors import CkptConvertError
-from ckpt_convert.storage.reader import RangeReader
 
 _EXPONENTS = {
     "F64": ("<u8", 0x7FF << 52, (1 << 63) - 1),
@@ -34,27 +29,6 @@ _EXPONENTS = {
     "F8_E5M2": ("|u1", 0x1F << 2, (1 << 7) - 1),
 }
 """The unsigned integer of an element's size, its exponent's bits, and all bits but the sign."""
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Bytes of a file that have to pass through ``add``, in order; ``finish`` gives what was found then."""
-
-    reader: RangeReader
-    file: str
-    start: int
-    end: int
-    add: Callable[[memoryview], None]
-    finish: Callable[[], Iterable[Finding]]
-
-
-@dataclass(frozen=True, slots=True)
-class Expected:
-    """Two tensors that should hold the same bytes: what to say where they do not, and where they do."""
-
-    equality: Equality
-    differ: Finding
-    equal: Finding | None = None
 
 
 class _Finite:
@@ -136,8 +110,7 @@ def finite(opened: Opened) -> Iterator[Span]:
                 text = f"{key} in {name} has {said} of {count:,} numbers; no model computes anything with these"
                 yield Finding("warning", "values", text, name, key, "0", str(it.nan + it.inf))
             elif it is not None and it.is_zero and count > 1 and key.endswith("weight"):
-                text = f"{key} in {name} holds nothing but zeros, as a file does that was not downloaded to its end"
-                yield Finding("warning", "values", text, name, key)
+                yield Finding("warning", "values", "", name, key, None, causes.ZEROS)  # put in words with all others
 
         add = counter.add if counter is not None else _ignore
         yield Span(file.reader, file.name, tensor.offset, tensor.offset + size, add, finish)
@@ -149,7 +122,7 @@ def crcs(opened: Opened) -> Iterator[Span]:
         if file.header.kind != "torch":
             continue
         try:
-            members = check_container.members(file.reader)
+            members = container.members(file.reader)
         except CkptConvertError:
             continue  # found when the file was opened
         for member in members:
@@ -169,14 +142,6 @@ def crcs(opened: Opened) -> Iterator[Span]:
                     yield Finding("error", "crc", text, name, None, f"{crc:08x}", f"{state[0]:08x}")
 
             yield Span(file.reader, file.name, member.offset, member.offset + member.size, add, finish)
-
-
-def hashed(
-    reader: RangeReader, name: str, start: int, end: int, kind: str, done: Callable[[str], Iterable[Finding]]
-) -> Span:
-    """A span whose hash (xxh3_64, md5 or sha256) is handed to ``done``."""
-    digest: Any = xxhash.xxh3_64() if kind == "xxh3_64" else hashlib.new(kind, usedforsecurity=False)
-    return Span(reader, name, start, end, digest.update, lambda: done(digest.hexdigest()))
 
 
 def _compared(item: Expected, left: Mover, right: Mover, meter: Meter) -> Iterator[Finding]:

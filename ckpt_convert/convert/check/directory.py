@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from ckpt_convert.convert.check_open import Opened
+from ckpt_convert.convert.check.tolerant import Opened
 from ckpt_convert.convert.checkpoint import Checkpoint
 from ckpt_convert.convert.findings import Finding
 from ckpt_convert.convert.formats.base import load_json
@@ -96,6 +96,14 @@ def numbering(opened: Opened) -> Iterator[Finding]:
             )
             yield Finding("warning" if indexed else "error", "shards", text)
             continue
+        index = f"{stem}{suffix}.index.json"
+        alone = not (opened.checkpoint.root / index).exists()  # one that is broken is found where it is read
+        if alone and opened.checkpoint.format == "hf" and len(opened.checkpoint.directory.weights) > 1:
+            text = (
+                f"{index} is missing: without it, transformers and others do not find the shards; download it, or "
+                "write the checkpoint anew with `ckpt-convert convert SRC DST --to hf`"
+            )
+            yield Finding("warning", "index", text, index)
         for total, numbers in sets.items():
             first = 0 if 0 in numbers else 1
             lacking = sorted(set(range(first, min(total, 100_000) + first)) - set(numbers))
@@ -173,12 +181,3 @@ def _short(value: object) -> str:
     except ValueError:  # Python refuses to print an integer of thousands of digits
         return "a very large number"
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def sizes(content: Mapping[str, Any], *names: str) -> int | None:
-    """The first of these settings that is a plain size."""
-    for name in names:
-        value = content.get(name)
-        if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 40:
-            return value
-    return None

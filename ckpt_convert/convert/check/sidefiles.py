@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ckpt_convert.convert.check_directory import sizes
 from ckpt_convert.convert.checkpoint import Checkpoint, usual_dtype
 from ckpt_convert.convert.findings import Finding
 from ckpt_convert.convert.formats.base import NEVER_SIDE_FILES, load_json
+from ckpt_convert.convert.usual import EMBEDDINGS, size_of, text_part
 from ckpt_convert.dtypes import DTYPES
 from ckpt_convert.errors import CkptConvertError
 from ckpt_convert.storage.names import WEIGHT_SUFFIXES
@@ -26,7 +26,6 @@ _LOADED = (
     "preprocessor_config.json",
 )
 _POINTER = b"version https://git-lfs"
-_EMBEDDINGS = ("embed_tokens.weight", "tok_embeddings.weight", "wte.weight", "word_embeddings.weight")
 
 
 def side_files(checkpoint: Checkpoint) -> Iterator[Finding]:
@@ -67,12 +66,12 @@ def _file(path: Path) -> Iterator[Finding]:
                 yield Finding("error" if name in _LOADED else "warning", "side-files", text, name)
 
 
-def tokenizer(checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> Iterator[Finding]:
+def tokenizer(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Iterator[Finding]:
     """Whether the tokenizer has more tokens than the embedding has rows."""
     path = checkpoint.root / "tokenizer.json"
     if not path.is_file():
         return
-    rows = _rows(checkpoint) or sizes(config or {}, "vocab_size")
+    rows = _rows(checkpoint) or size_of(text_part(config), "vocab_size")
     try:
         count = _tokens(load_json(path))
     except CkptConvertError:
@@ -102,7 +101,7 @@ def dtype(checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> Iterator[
 
 def _rows(checkpoint: Checkpoint) -> int | None:
     for key, info in checkpoint.tensors.items():
-        if key.endswith(_EMBEDDINGS) and len(info.shape) == 2 and info.settled:
+        if key.endswith(EMBEDDINGS) and len(info.shape) == 2 and info.settled:
             return info.shape[0]
     return None
 

@@ -1,0 +1,47 @@
+"""What the configs and keys of most transformers have in common, for models of which there is no table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+SIZES = {
+    "n_layers": ("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
+    "dim": ("hidden_size", "n_embd", "d_model"),
+    "n_heads": ("num_attention_heads", "n_head", "num_heads"),
+    "n_kv_heads": ("num_key_value_heads",),
+    "head_dim": ("head_dim",),
+    "ffn_dim": ("intermediate_size", "n_inner", "d_ff"),
+    "n_experts": ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts"),
+    "vocab_size": ("vocab_size",),
+}
+"""What a config.json may call the sizes, by the symbols of our tables; the first one that is there counts."""
+
+EMBEDDINGS = ("embed_tokens.weight", "tok_embeddings.weight", "wte.weight", "word_embeddings.weight")
+"""How the key of an input embedding ends."""
+
+_TEXT = ("text_config", "llm_config", "language_config", "decoder")
+
+
+def size_of(config: Mapping[str, Any], *names: str) -> int | None:
+    """The first of these settings that is a plain size."""
+    for name in names:
+        value = config.get(name)
+        if type(value) is int and 0 < value < 1 << 53:
+            return value
+    return None
+
+
+def called(config: Mapping[str, Any], symbol: str) -> str:
+    """The name under which the config has a size, the most usual one where it has none."""
+    return next((name for name in SIZES[symbol] if size_of(config, name) is not None), SIZES[symbol][0])
+
+
+def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings of the language model: its own part of a multimodal config where the top has no layers."""
+    if size_of(config, *SIZES["n_layers"]) is None:
+        for name in _TEXT:
+            inner = config.get(name)
+            if isinstance(inner, Mapping):
+                return inner
+    return config
