@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -52,6 +53,9 @@ def test_importing_the_package_imports_no_torch() -> None:
         ("inspect", str(LLAMA)),
         ("inspect", str(LLAMA), "--json"),
         ("inspect", str(LLAMA.parent / "meta-mp2")),
+        ("verify", str(LLAMA), "--quick"),
+        ("verify", str(LLAMA)),
+        ("diff", str(LLAMA), str(LLAMA.parent / "meta-mp2")),
         ("hf-to-meta", str(LLAMA), "out", "--dry-run"),
         ("hf-to-meta", str(LLAMA), "out", "--model-parallel", "2", "--verify"),
         ("hf-to-native", str(LLAMA), "out"),
@@ -65,6 +69,36 @@ def test_commands_that_do_no_arithmetic_import_no_torch(words: tuple[str, ...], 
     assert not found.intersection(HEAVY)
     if words[0] == "hf-to-meta" and "--verify" in words:  # it did run, here, to its end
         assert (tmp_path / "out" / "consolidated.01.pth").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("inspect", str(LLAMA)),
+        ("inspect", str(LLAMA.parent / "meta-mp2"), "--json"),
+        ("inspect", str(LLAMA), "--tree"),
+        ("verify", str(LLAMA), "--quick"),
+        ("verify", str(LLAMA.parent / "meta-mp2"), "--quick", "--json"),
+        *((name, "--help") for name in ("convert", "inspect", "verify", "diff")),
+    ],
+    ids=lambda words: " ".join(word for word in words if "/" not in word),
+)
+def test_what_reads_headers_alone_starts_at_once(words: tuple[str, ...]) -> None:
+    found = imports(COMMAND_LINE, *words)
+    assert not found.intersection((*HEAVY, "numpy", "rich", "huggingface_hub"))
+
+
+def test_imports_point_one_way() -> None:
+    """The command line uses the library, which uses families and files; nothing looks back."""
+    below = {"models": ("convert", "storage", "cli"), "storage": ("models", "convert", "cli"), "convert": ("cli",)}
+    wrong = [
+        f"{path.relative_to(ROOT)}: {line.strip()}"
+        for room, others in below.items()
+        for path in (ROOT / "ckpt_convert" / room).rglob("*.py")
+        for line in path.read_text().splitlines()
+        if (found := re.match(r"\s*(?:from|import) ckpt_convert\.(\w+)", line)) and found[1] in others
+    ]
+    assert wrong == []
 
 
 def test_a_cast_does_import_torch(tmp_path: Path) -> None:

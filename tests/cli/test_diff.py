@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import safetensors.torch
 import torch
@@ -16,6 +17,7 @@ from click.testing import CliRunner, Result
 
 from ckpt_convert.cli import diff as module
 from ckpt_convert.cli.diff import diff
+from ckpt_convert.errors import UsageError
 from tests.helpers import GOLDEN, edit_json, read_safetensors
 
 HF, META = GOLDEN / "llama" / "hf", GOLDEN / "llama" / "meta-mp2"
@@ -86,6 +88,29 @@ def test_full_has_a_line_for_each_the_worst_first(tuned: Path) -> None:
     assert sorted(keys) == [MLP.format(layer) for layer in range(3)]
 
 
+def test_what_is_worst(tmp_path: Path) -> None:
+    ours = {key: torch.ones(4000) for key in ("nan", "more", "less", "sign", "all")} | {"zero": torch.zeros(4000)}
+    ours["less"] *= 1e6
+    ours["sign"][7] = 0
+    theirs = {key: value.clone() for key, value in ours.items()}
+    theirs["nan"][3] = torch.nan
+    theirs["zero"][2:13] = 1e-9  # more than nothing by any factor
+    theirs["more"][0:2] += 1
+    theirs["less"] += 100  # the largest of all, and small beside what was there
+    theirs["sign"][7] = -0.0
+    theirs["all"][1:] += 1e-6
+    for name, tensors in (("a", ours), ("b", theirs)):
+        safetensors.torch.save_file(tensors, tmp_path / f"{name}.safetensors")
+    lines = text(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--full")
+    start = next(at for at, line in enumerate(lines) if line.startswith("worst first"))
+    assert "1 element is NaN or infinite on one side only" in lines[start + 2]
+    rows = {line.split()[0]: line.split() for line in lines[start + 1 :] if line[0] != " "}
+    assert [*rows] == ["nan", "zero", "more", "less", "all", "sign"]
+    changed = {key: row[-2] for key, row in rows.items()}
+    assert changed == {"nan": "1", "zero": "0.3%", "more": "2", "less": "100%", "all": "99.9%", "sign": "1"}
+    assert rows["sign"][-1] == "[7]"
+
+
 def test_structure_has_its_own_lists(tuned: Path) -> None:
     output = "\n".join(text(META, tuned))
     for title, line in (
@@ -134,6 +159,18 @@ def test_the_json_is_one_document(tuned: Path) -> None:
     assert found["counts"] == {"same": 24, "differs": 3, "shape": 1, "dtype": 1, "only_a": 1, "only_b": 0}
     assert {entry["status"] for entry in found["tensors"]} == {"same", "differs", "shape", "dtype", "only_a"}
     assert document(META, HF, code=0)["same"] is True
+
+
+def test_a_page_on_standard_output_has_it_to_itself(tuned: Path) -> None:
+    found = run(META, tuned, "--html", "-", code=1).stdout
+    assert found.lower().startswith("<!doctype html>")
+    assert found.rstrip().endswith("</html>")
+
+
+@pytest.mark.parametrize("words", [("--html", "-", "--json"), ("--html", "nowhere/page.html"), ("--html", "")])
+def test_a_page_that_could_not_be_written_is_refused_before_anything_is_read(words: tuple[str, ...]) -> None:
+    result = CliRunner().invoke(diff, ["/no/such/a", "/no/such/b", *words], standalone_mode=False)
+    assert isinstance(result.exception, UsageError | click.UsageError)
 
 
 def test_html_writes_a_page_that_holds_the_document(tuned: Path, tmp_path: Path) -> None:

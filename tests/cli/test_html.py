@@ -280,6 +280,30 @@ def test_the_table_is_sorted_by_any_column(show: Open) -> None:
     assert rows(page)[:5] == [tensor["key"] for tensor in worst[:5]]
     header.get_by_role("button", name="key").click()
     assert rows(page)[0] == "lm_head.weight"
+    header.get_by_role("button", name="dtype").click()
+    expect(header.locator("[aria-sort]")).to_have_attribute("aria-sort", "ascending")
+    sums: dict[str, int] = {}
+    for tensor in found["tensors"]:
+        module = re.sub(r"\d+", "*", tensor["key"])
+        sums[module] = sums.get(module, 0) + tensor["nbytes"]
+    assert [sums[module] for module in rows(page, "#modules")] == sorted(sums.values(), reverse=True)
+
+
+def test_what_has_no_value_comes_last_whichever_way_the_rest_is_sorted(show: Open) -> None:
+    found = document(keys_of_a_model(), stats=True)
+    found["tensors"][3]["stats"].update(min=None, max=None, mean=None, std=None, nan=8)
+    page = show(inspect_page(found))
+    for order in ("descending", "ascending"):
+        page.locator("#tensors thead").get_by_role("button", name="std").click()
+        expect(page.locator("#tensors thead [aria-sort]")).to_have_attribute("aria-sort", order)
+        assert rows(page)[-1] == found["tensors"][3]["key"]
+
+
+def test_the_files_of_a_tensor_that_is_cut_are_counted(show: Open) -> None:
+    page = show(inspect_page(run(inspect, GOLDEN / "llama" / "meta-mp4")))
+    texts = page.locator("#tensors tbody tr:not(.space)").all_inner_texts()
+    assert texts
+    assert all("4 pieces" in text for text in texts)
 
 
 def test_a_table_of_very_many_rows_is_short_and_reaches_its_end(show: Open) -> None:
@@ -343,6 +367,7 @@ def test_each_statistic_has_a_heatmap_of_its_own(show: Open) -> None:
 def test_a_cell_of_experts_has_the_statistics_of_all_of_them(show: Open) -> None:
     found = document({f"model.layers.0.mlp.experts.{at}.up_proj.weight": [16, 8] for at in range(5)})
     parts = [np.random.default_rng(at).normal(at, at + 1, (16, 8)) for at in range(5)]
+    parts[1][:2] = 0
     for tensor, part in zip(found["tensors"], parts, strict=True):
         tensor["stats"] = statistics(part)
     page = show(inspect_page(found))
@@ -353,6 +378,7 @@ def test_a_cell_of_experts_has_the_statistics_of_all_of_them(show: Open) -> None
     for name in ("std", "mean", "min", "max"):
         (shown,) = re.findall(rf"^{name}\s+(\S+)", tip, re.MULTILINE)
         assert float(shown) == pytest.approx(getattr(np, name)(everything), rel=1e-3)
+    assert re.search(r"^zeros\s+2\.5", tip, re.MULTILINE)  # 16 of 640
     page.keyboard.press("Enter")
     expect(page.locator("#tensors output")).to_contain_text("5 tensors")
 

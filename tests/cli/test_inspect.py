@@ -11,6 +11,16 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from ckpt_convert.errors import CkptConvertError
 from tests.cli.inspecting import body, document, facts, run, save, text, write_keys
@@ -224,6 +234,13 @@ class TestWithoutFamily:
         assert facts(output)["family"].startswith("unknown: ")
         assert body(output) == ["h.{0..2}.w  [2]  F32  ×3  24 B"]
 
+    def test_of_a_config_with_the_sizes_of_several_parts(self, checkpoint: Path) -> None:
+        inner = {"num_hidden_layers": 3, "hidden_size": 2, "vocab_size": 9}
+        odd = {"num_attention_heads": -1, "head_dim": True, "intermediate_size": "8"}
+        content = {"model_type": "of two parts", "vocab_size": 5, "text_config": inner, **odd}
+        (checkpoint / "config.json").write_text(json.dumps(content))
+        assert document(checkpoint)["dims"] == {"n_layers": 3, "dim": 2, "vocab_size": 5}
+
     def test_of_a_config_with_impossible_sizes(self, checkpoint: Path) -> None:
         for change in (
             {"num_attention_heads": 0},
@@ -301,6 +318,41 @@ class TestTree:
         assert lines[0].split()[0] == "model.layers.{0..2}.mlp.down_proj.weight"
         assert lines[-1].split()[0] == "model.norm.weight"
 
+    def test_last_name_first(self) -> None:
+        lines = body(text(GOLDEN / "llama" / "hf", "--sort", "name:desc"))
+        assert [line.split()[0] for line in (lines[0], lines[-1])] == ["model.norm.weight", "lm_head.weight"]
+
+    def test_pieces_of_tensors_that_are_spread_over_files(self, tmp_path: Path) -> None:
+        tensors = {"even": torch.ones(4, 6), "uneven": torch.ones(5, 6)}
+        items, chunks = [], {}
+        for key, tensor in tensors.items():
+            rows = [(at, min(2, len(tensor) - at)) for at in range(0, len(tensor), 2)]
+            chunks[key] = [ChunkStorageMetadata(torch.Size([at, 0]), torch.Size([some, 6])) for at, some in rows]
+            for number, chunk in enumerate(chunks[key]):
+                data = TensorWriteData(chunk, TensorProperties(tensor.dtype), tensor.size())
+                index = MetadataIndex(key, chunk.offsets, number)
+                items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
+
+        class Planner(DefaultSavePlanner):
+            def resolve_data(self, item: WriteItem) -> torch.Tensor:
+                assert item.tensor_data is not None
+                return torch.ones(item.tensor_data.chunk.sizes)
+
+        writer = FileSystemWriter(tmp_path / "dcp")
+        writer.set_up_storage_writer(True)
+        (plan,) = writer.prepare_global_plan([writer.prepare_local_plan(SavePlan(items))])
+        found = {
+            key: TensorStorageMetadata(TensorProperties(tensor.dtype), tensor.size(), chunks[key])
+            for key, tensor in tensors.items()
+        }
+        writer.finish(Metadata(found), [writer.write_data(plan, Planner()).wait()])
+        assert body(text(tmp_path / "dcp")) == [
+            "even    [4, 6]  F32   96 B  2 × [2, 6]",
+            "uneven  [5, 6]  F32  120 B  3 pieces",
+        ]
+        uneven = next(tensor for tensor in document(tmp_path / "dcp")["tensors"] if tensor["key"] == "uneven")
+        assert [part["origin"] for part in uneven["parts"]] == [[0, 0], [2, 0], [4, 0]]
+
     def test_exceptions_and_holes(self, tmp_path: Path) -> None:
         tensors = {f"layers.{layer}.w": torch.zeros(4, 4) for layer in range(16) if layer != 4}
         tensors["layers.7.w"] = torch.zeros(4, 5)
@@ -352,6 +404,29 @@ class TestShards:
             "model-00004-of-00004.safetensors  5 tensors  47.4 kB",
         ]
         assert "missing" not in "".join(sections)
+
+    def test_a_file_without_tensors_is_there_too(self, tmp_path: Path) -> None:
+        for number, tensors in ((1, {"a": torch.ones(2)}), (2, {})):
+            safetensors.torch.save_file(tensors, tmp_path / f"model-0000{number}-of-00002.safetensors")
+        assert "model-00002-of-00002.safetensors  0 tensors" in text(tmp_path, "--by-shard")
+
+    def test_layers_that_lie_in_another_file_are_not_missing(self, tmp_path: Path) -> None:
+        for number, layers in ((1, (0, 2)), (2, (1,))):
+            keys = [f"h.{layer}.w" for layer in layers]
+            write_keys(tmp_path / f"model-0000{number}-of-00002.safetensors", keys)
+        assert "h.{0,2}.w" in text(tmp_path, "--by-shard")
+        assert "missing" not in text(tmp_path, "--by-shard")
+
+    @pytest.mark.parametrize("by", ["name", "size"])
+    @pytest.mark.parametrize("direction", ["asc", "desc"])
+    def test_the_pieces_of_each_file_in_the_order_asked_for(self, by: str, direction: str) -> None:
+        sections = text(GOLDEN / "llama" / "hf", "--by-shard", "--full", "--sort", f"{by}:{direction}")
+        for section in sections.split("\n\n")[1:]:
+            keys = [line.split()[0] for line in section.splitlines()[1:]]
+            true = read_safetensors(GOLDEN / "llama" / "hf")
+            values = [key if by == "name" else true[key].nbytes for key in keys]
+            assert values == sorted(values, reverse=direction == "desc")  # type: ignore[type-var]
+            assert len(keys) > 4
 
     def test_ranks_are_named_and_shapes_are_theirs(self) -> None:
         sections = text(GOLDEN / "llama" / "meta-mp2", "--by-shard", "--filter", "*.wq.*").split("\n\n")[1:-1]

@@ -6,6 +6,7 @@ import click
 import pytest
 
 from ckpt_convert.cli.text import (
+    Labelled,
     bar,
     columns,
     display_width,
@@ -13,8 +14,10 @@ from ckpt_convert.cli.text import (
     fits,
     human_bytes,
     human_count,
+    labelled,
     number,
     plural,
+    real,
     shorten,
     wrap,
 )
@@ -155,6 +158,24 @@ def test_a_bar_is_as_long_as_the_share(share: float, monkeypatch: pytest.MonkeyP
     assert sum(eighths[char] for char in bar(share, 16)) == round(share * 128)
     monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
     assert bar(share, 16) == "#" * round(share * 16)
+
+
+def test_labels_stand_in_a_column_and_words_wrap_beside_it() -> None:
+    said = [Labelled("path", ["a/b"]), Labelled("notice", ["not used:", "old.safetensors,", "x.bin"], "yellow")]
+    assert [click.unstyle(line) for line in labelled(said, 26)] == [
+        "path    a/b",
+        "notice  not used:",
+        "        old.safetensors,",
+        "        x.bin",
+    ]
+    assert click.unstyle([*labelled(said, None, least=10)][1]) == "notice    not used: old.safetensors, x.bin"
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(0.0, "0"), (-0.02217, "-0.0222"), (1234.5, "1234"), (3.4e38, "3.4e+38"), (1e-9, "1e-09")]
+)
+def test_numbers_have_three_digits_that_matter(value: float, shown: str) -> None:
+    assert real(value) == shown
 
 
 def test_no_rows_are_no_lines() -> None:

@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gguf
 import jsonschema
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -18,7 +20,7 @@ from click.testing import CliRunner, Result
 import ckpt_convert
 from ckpt_convert.cli.verify import verify
 from ckpt_convert.errors import CkptConvertError
-from tests.helpers import CASES, GOLDEN, edit_json
+from tests.helpers import CASES, GOLDEN, edit_json, read_safetensors
 
 ROOT = Path(__file__).parent.parent.parent
 HF = GOLDEN / "llama" / "hf"
@@ -186,10 +188,47 @@ def test_tensors_that_differ_are_named_and_share_lines(tmp_path: Path) -> None:
     assert all(f"{key} differs in 1 of 7,488 elements, by up to 8" in full for key in changed)
 
 
+def test_what_else_differs_is_said_with_both_sides(tmp_path: Path) -> None:
+    tensors = {f"model.layers.{layer}.mlp.up_proj.weight": torch.ones(4, 6) for layer in range(3)}
+    tensors |= {f"model.layers.{layer}.mlp.gate_proj.weight": torch.ones(5, 6) for layer in range(3)}
+    ours = tensors | {"here": torch.ones(2), "cast": torch.ones(3)}
+    theirs = {key: value[1:].clone() for key, value in tensors.items()}
+    theirs |= {"there": torch.ones(2), "cast": torch.ones(3).double()}
+    for name, held in (("a", ours), ("b", theirs)):
+        safetensors.torch.save_file(held, tmp_path / f"{name}.safetensors")
+    lines = run(tmp_path / "a.safetensors", "--against", tmp_path / "b.safetensors", code=1).stdout.splitlines()
+    assert sorted(" ".join(line.split()[2:]) for line in lines if line.startswith("error")) == [
+        "cast is F32 here and F64 there",
+        "here is only here",
+        "model.layers.{0..2}.mlp.gate_proj.weight has the shape [5, 6] here and [4, 6] there (×3)",
+        "model.layers.{0..2}.mlp.up_proj.weight has the shape [4, 6] here and [3, 6] there (×3)",
+        "there is only there",
+    ]
+
+
+def test_packed_numbers_that_differ_are_counted_in_bytes(tmp_path: Path) -> None:
+    for name, value in (("a", 1), ("b", 2)):
+        writer = gguf.GGUFWriter(tmp_path / f"{name}.gguf", "llama")
+        data = np.full((3, gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType.Q4_K][1]), 1, np.uint8)
+        data[0, :value] = 7
+        writer.add_tensor("w", data, raw_dtype=gguf.GGMLQuantizationType.Q4_K)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    a, b = tmp_path / "a.gguf", tmp_path / "b.gguf"
+    (found,) = document(a, "--against", b, code=1)["findings"]
+    assert found["text"] == "w differs in 1 of 432 bytes"
+    (same,) = document(a, "--against", a)["against"]["tensors"]
+    assert (same["delta"]["differing"], same["delta"]["relative_norm"]) == (0, None)
+
+
 def test_what_cannot_be_compared_is_an_error(broken: Path) -> None:
     found = document(broken, "--against", HF, code=1)
     assert found["against"] is None
-    assert "cannot be compared" in next(f["text"] for f in found["findings"] if f["check"] == "against")
+    (finding,) = [finding for finding in found["findings"] if finding["check"] == "against"]
+    assert "cannot be compared" in finding["text"]
+    assert finding["file"] == str(HF)
 
 
 # Hostile input
@@ -274,4 +313,26 @@ def test_logits_are_computed(tmp_path: Path) -> None:
     tensors["model.norm.weight"] = torch.full_like(tensors["model.norm.weight"], float("nan"))
     safetensors.torch.save_file(tensors, file, {"format": "pt"})
     errors = [finding for finding in document(path, "--logits", code=1)["findings"] if finding["severity"] == "error"]
-    assert [finding["check"] for finding in errors] == ["logits"]
+    assert [(finding["check"], finding["file"]) for finding in errors] == [("logits", str(path))]
+    del tensors["model.norm.weight"]
+    safetensors.torch.save_file(tensors, file, {"format": "pt"})
+    said = [
+        finding["text"] for finding in document(path, "--logits", code=1)["findings"] if finding["check"] == "logits"
+    ]
+    assert [text.partition(":")[0] for text in said] == ["cannot be computed"]
+    (path / "config.json").write_text('{"model_type": "of nothing known"}')
+    assert "logits" in [skipped["check"] for skipped in document(path, "--logits", code=1)["skipped"]]
+
+
+def test_two_that_compute_something_else_are_told_apart(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    for name in "ab":
+        path = tmp_path / name
+        path.mkdir()
+        shutil.copy(HF / "config.json", path)
+        tensors = {key: torch.randn(value.shape) for key, value in read_safetensors(HF).items()}
+        safetensors.torch.save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    report = document(tmp_path / "a", "--logits", "--against", tmp_path / "b", code=1)
+    (warning,) = [finding for finding in report["findings"] if finding["check"] == "logits"]
+    share = f"{100 * report['logits']['difference']['agreement']:.1f}%"
+    assert (warning["severity"], warning["expected"], warning["found"]) == ("warning", "100%", share)

@@ -257,6 +257,29 @@ def test_the_way_to_files_that_lie_deeper(tmp_path: Path) -> None:
         ckpt_convert.open_checkpoint(tmp_path / "run")
 
 
+def test_keys_that_say_too_little(tmp_path: Path) -> None:
+    for name, tensors, said in (
+        ("both", some("tok_embeddings.weight"), "more than one format"),
+        ("none", {}, "no format"),
+    ):
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+        assert said in assert_unknown(tmp_path / f"{name}.safetensors", tensors).why
+
+
+def test_hidden_files_are_no_part_of_it(tmp_path: Path) -> None:
+    save_file(some("a", "b"), tmp_path / "x.ckpt.safetensors")
+    save_file(some("c"), tmp_path / ".x.safetensors")
+    assert_unknown(tmp_path, some("a", "b"))
+
+
+def test_an_adapter_that_is_said_to_be_something_else(tmp_path: Path) -> None:
+    shutil.copy(HF / "config.json", tmp_path)
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    save_file(some("a"), tmp_path / "adapter_model.safetensors")
+    with ckpt_convert.open_checkpoint(tmp_path / "adapter_model.safetensors", format="hf") as checkpoint:
+        assert checkpoint.format == "hf"
+
+
 def test_a_damaged_file_among_others_is_an_error_that_names_it(tmp_path: Path) -> None:
     save_file(some("a"), tmp_path / "a.safetensors")
     (tmp_path / "b.pt").write_bytes(b"PK\3\4 and then nothing")

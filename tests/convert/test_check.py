@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import shutil
 import struct
 import zipfile
@@ -18,7 +20,9 @@ import ckpt_convert
 from ckpt_convert.convert.check import Report, check
 from ckpt_convert.convert.findings import Finding
 from ckpt_convert.errors import CheckpointNotFoundError
-from tests.helpers import GOLDEN, edit_json, read_meta, read_safetensors
+from ckpt_convert.storage.names import replaced_of
+from ckpt_convert.storage.reader import LocalFile
+from tests.helpers import GOLDEN, bits, edit_json, read_meta, read_safetensors
 
 FORMS = sorted(path for path in GOLDEN.glob("*/*") if path.is_dir() or path.suffix == ".safetensors")
 INDEX = "model.safetensors.index.json"
@@ -95,8 +99,11 @@ def _keys(file: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("to", ["hf", "meta", "native"])
-def test_what_we_write_has_no_findings_and_its_checksums_are_checked(tmp_path: Path, to: str) -> None:
-    ckpt_convert.convert(GOLDEN / "llama" / "hf", tmp_path / "out", to=to)
+@pytest.mark.parametrize(("case", "dtype"), [("llama", None), ("llama", "bfloat16"), ("llama_tied", None)])
+def test_what_we_write_has_no_findings_and_its_checksums_are_checked(
+    tmp_path: Path, case: str, dtype: str | None, to: str
+) -> None:
+    ckpt_convert.convert(GOLDEN / case / "hf", tmp_path / "out", to=to, dtype=dtype)
     report = check(tmp_path / "out")
     assert report.findings == ()
     assert {"checksum", "record", "values", "keys", "config"} <= set(report.checks)
@@ -109,6 +116,10 @@ def test_the_quick_check_reads_no_values(tmp_path: Path) -> None:
     assert report.bytes_read == 0
     assert report.findings == ()
     assert {skipped.check for skipped in report.skipped} >= {"values", "crc", "checksum"}
+
+
+def test_only_checks_that_apply_are_said_to_be_skipped(hf: Path) -> None:
+    assert [skipped.check for skipped in check(hf, values=False).skipped] == ["values"]
 
 
 def test_every_byte_is_read_once(hf: Path) -> None:
@@ -233,6 +244,7 @@ def test_a_flipped_bit_in_a_torch_file_is_found_by_its_crc(meta: Path) -> None:
     finding = only(check(meta))
     assert (finding.check, finding.file) == ("crc", "consolidated.01.pth")
     assert member.filename in finding.text
+    assert finding.expected == f"{member.CRC:08x}" != finding.found
 
 
 def test_a_hostile_pickle_is_named_and_never_run(tmp_path: Path) -> None:
@@ -244,6 +256,27 @@ def test_a_hostile_pickle_is_named_and_never_run(tmp_path: Path) -> None:
     report = check(tmp_path)
     assert errors(report)[0].check == "container"
     assert not (tmp_path / "ran").exists()
+
+
+class Foreign:
+    """What a training script may leave in a checkpoint."""
+
+
+def test_objects_beside_the_tensors_are_named(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(2), "x": Foreign()}, tmp_path / "model.bin")
+    report = check(tmp_path / "model.bin")
+    assert only(report).check == "container"
+    assert f"asks for '{Foreign.__module__}.Foreign'" in only(report).text
+    assert report.tensors == 1
+
+
+def test_a_torch_file_whose_pickle_is_damaged_is_not_said_to_be_too_long(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(2)}, tmp_path / "model.bin")
+    data = (tmp_path / "model.bin").read_bytes()
+    (tmp_path / "model.bin").write_bytes(data.replace(b"\x80\x02}", b"\x80\x02N"))
+    finding = only(check(tmp_path / "model.bin"))
+    assert finding.check == "container"
+    assert "after the end" not in finding.text
 
 
 # Index
@@ -277,6 +310,10 @@ def test_a_wrong_total(hf: Path, name: str) -> None:
     finding = only(check(hf), "warning")
     assert (finding.check, finding.expected, finding.found) == ("index", str(right + 4), str(right))
     assert name in finding.text
+    index["metadata"][name] = right - 4
+    (hf / INDEX).write_text(json.dumps(index))
+    # Hugging Face counts no buffers among the parameters, so there may be more.
+    assert [finding.found for finding in check(hf).findings] == ([str(right)] if name == "total_size" else [])
 
 
 @pytest.mark.parametrize(
@@ -304,6 +341,8 @@ def test_keys_in_two_shards(hf: Path) -> None:
     assert SHARD in duplicate.text
     assert "model-00004-of-00004.safetensors" in duplicate.text
     assert [finding.check for finding in check(hf).findings] == ["duplicate"]
+    rewrite(hf / SHARD, **{"model.norm.weight": norm[:5]})  # not the one that the index means
+    assert [finding.check for finding in check(hf).findings] == ["duplicate"]
 
 
 # What lies beside
@@ -321,6 +360,41 @@ def test_another_set_of_files_is_a_note(hf: Path) -> None:
     torch.save({"a": torch.ones(2)}, hf / "pytorch_model.bin")
     finding = only(check(hf), "note")
     assert (finding.check, finding.file) == ("leftover", "pytorch_model.bin")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "severity", "said"),
+    [
+        ("model-00001-of-00004.safetensors.incomplete", b"x", "warning", "download"),
+        (".out.partial", b"x", "warning", "conversion that did not end"),
+        ("consolidated.safetensors", b"x", "note", "Meta's layout"),
+        ("other.safetensors", b"x", "warning", "is not used"),
+        ("pytorch_model.bin.index.json", b'{"weight_map": {"a": "gone.bin"}}', "warning", "names 1 files"),
+        ("consolidated.safetensors.index.json", b'{"weight_map": {}}', None, ""),
+        ("other.safetensors.index.json", b'{"weight_map": {}}', "warning", "is not used"),
+        ("optimizer.bin", b"x", None, ""),
+        ("training_args.bin", b"x", None, ""),
+        ("__init__.py", b"", None, ""),
+        ("chat_templates.json", b"[]", None, ""),
+    ],
+)
+def test_what_may_lie_beside_the_weights(hf: Path, name: str, content: bytes, severity: str | None, said: str) -> None:
+    (hf / name).write_bytes(content)
+    found = [(finding.check, finding.severity, finding.file) for finding in check(hf).findings]
+    assert found == ([("leftover", severity, name)] if severity else [])
+    assert all(said in finding.text for finding in check(hf).findings)
+
+
+def test_what_an_overwritten_conversion_left(hf: Path) -> None:
+    replaced_of(hf).mkdir()
+    assert only(check(hf), "warning").file == replaced_of(hf).name
+
+
+def test_a_side_file_that_is_a_link_to_nowhere(hf: Path) -> None:
+    (hf / "tokenizer.json").symlink_to("../blobs/gone")
+    finding = only(check(hf))
+    assert (finding.check, finding.file) == ("side-files", "tokenizer.json")
+    assert "../blobs/gone" in finding.text
 
 
 def test_an_index_beside_a_single_file(hf: Path) -> None:
@@ -343,6 +417,25 @@ def test_shards_without_an_index_of_which_one_is_missing(hf: Path) -> None:
     report = check(hf)
     (shards,) = [finding for finding in report.findings if finding.check == "shards"]
     assert SHARD in shards.text
+    assert (shards.severity, shards.expected, shards.found) == ("error", "4", "3")
+
+
+def test_shards_of_which_the_index_names_only_some(hf: Path) -> None:
+    index = json.loads((hf / INDEX).read_text())
+    lost = [key for key, file in index["weight_map"].items() if file == SHARD]
+    edit_map(hf / INDEX, **dict.fromkeys(lost))
+    (hf / SHARD).unlink()
+    warning = next(finding for finding in check(hf).findings if finding.check == "shards")
+    assert (warning.severity, warning.file) == ("warning", INDEX)
+    assert "names 3 of 4 shards, and not number 2" in warning.text
+
+
+def test_shards_may_be_counted_from_0(tmp_path: Path) -> None:
+    for number in range(2):
+        safetensors.torch.save_file(
+            {f"x.{number}": torch.ones(2)}, tmp_path / f"model-0000{number}-of-00002.safetensors"
+        )
+    assert check(tmp_path).findings == ()
 
 
 def test_shards_of_two_sets(hf: Path) -> None:
@@ -351,6 +444,8 @@ def test_shards_of_two_sets(hf: Path) -> None:
     index["weight_map"] = {k: v.replace("2-of-00004", "2-of-00003") for k, v in index["weight_map"].items()}
     (hf / INDEX).write_text(json.dumps(index))
     assert only(check(hf), "warning").check == "shards"
+    (hf / INDEX).unlink()
+    assert [finding.severity for finding in check(hf).findings if finding.check == "shards"] == ["error"]
 
 
 @pytest.mark.parametrize(
@@ -378,12 +473,20 @@ def test_a_tokenizer_that_is_larger_than_the_embedding(hf: Path) -> None:
     (hf / "tokenizer.json").write_text(json.dumps(tokenizer))
     finding = only(check(hf), "warning")
     assert (finding.check, finding.expected, finding.found) == ("tokenizer", "56", "57")
+    assert finding.file == "tokenizer.json"
+    for rows, findings in ((56, 0), (57, 1)):
+        unigram = {"model": {"type": "Unigram", "vocab": [["<unk>", 0.0]] * rows}}
+        (hf / "tokenizer.json").write_text(json.dumps(unigram))
+        assert len(check(hf).findings) == findings
 
 
 def test_a_dtype_that_the_weights_do_not_have_is_a_note(hf: Path) -> None:
     edit_json(hf / "config.json", dtype="bfloat16")
     finding = only(check(hf), "note")
-    assert (finding.expected, finding.found) == ("bfloat16", "float32")
+    assert (finding.file, finding.expected, finding.found) == ("config.json", "bfloat16", "float32")
+    for fine in ("float32", "torch.float32", "auto"):
+        edit_json(hf / "config.json", dtype=fine)
+        assert check(hf).findings == ()
 
 
 # Config against shapes: one cause, not hundreds of misfits
@@ -414,6 +517,8 @@ def test_a_wrong_head_dim_may_be_a_wrong_number_of_heads(hf: Path) -> None:
     edit_json(hf / "config.json", head_dim=12)
     finding = only(check(hf))
     assert finding.text.startswith("head_dim is 12 in config.json")
+    edit_json(hf / "config.json", head_dim=None, hidden_size=96)
+    assert "has 72 columns" in only(check(hf)).text
 
 
 def test_several_wrong_settings_are_all_named(hf: Path) -> None:
@@ -431,6 +536,9 @@ def test_the_words_of_params_json(meta: Path) -> None:
     assert "vocab_size is 60" in only(check(meta)).text
     edit_json(meta / "params.json", vocab_size=56, n_kv_heads=2)
     assert only(check(meta)).text.startswith("n_kv_heads is 2 in params.json")
+    edit_json(meta / "params.json", n_kv_heads=None)
+    heads = json.loads((meta / "params.json").read_text())["n_heads"]
+    assert only(check(meta)).text.startswith(f"n_kv_heads is not in params.json, which means {heads}")
 
 
 def test_a_missing_and_a_misshapen_tensor_are_not_blamed_on_the_config(hf: Path) -> None:
@@ -464,10 +572,12 @@ def test_tied_weights_that_differ_or_are_stored_twice(tmp_path: Path) -> None:
     path = copied("llama/hf", tmp_path)
     edit_json(path / "config.json", tie_word_embeddings=True)
     finding = only(check(path))
-    assert (finding.check, finding.key) == ("tied", "lm_head.weight")
+    place = ("tied", "lm_head.weight", "model-00004-of-00004.safetensors")
+    assert (finding.check, finding.key, finding.file) == place
     embedding = read_safetensors(path)["model.embed_tokens.weight"]
     rewrite(path / "model-00004-of-00004.safetensors", **{"lm_head.weight": embedding})
-    assert only(check(path), "note").check == "tied"
+    finding = only(check(path), "note")
+    assert (finding.check, finding.key, finding.file) == place
 
 
 def test_an_output_that_should_be_there(tmp_path: Path) -> None:
@@ -516,6 +626,37 @@ def test_one_flipped_bit_in_what_we_wrote(tmp_path: Path) -> None:
     finding = only(check(out))
     assert (finding.check, finding.file) == ("checksum", name)
     assert finding.key in safetensors.torch.load_file(out / name)
+    manifest = (out / "ckpt_convert" / "manifest.json").read_text()
+    assert str(finding.expected) in manifest
+    assert str(finding.found) not in manifest
+
+
+def test_files_that_are_not_those_that_were_written(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    ckpt_convert.convert(GOLDEN / "llama" / "hf", out, to="meta", model_parallel=2)
+    first, second = (out / f"consolidated.0{rank}.pth" for rank in range(2))
+    whole, size = second.read_bytes(), second.stat().st_size
+    second.write_bytes(whole + b"more")
+    found = {finding.check: finding for finding in errors(check(out))}
+    assert (found["checksum"].file, found["checksum"].expected) == (second.name, str(size))
+    assert found["checksum"].found == str(size + 4)
+    second.write_bytes(whole)
+    manifest = json.loads((out / "ckpt_convert" / "manifest.json").read_text())
+    for change, severity, said in (
+        ({second.name: None}, "warning", "was not there"),
+        ({"consolidated.02.pth": manifest["files"][first.name]}, "error", "consolidated.02.pth is missing"),
+    ):
+        files = {name: entry for name, entry in (manifest["files"] | change).items() if entry}
+        edit_json(out / "ckpt_convert" / "manifest.json", files=files)
+        (finding,) = [finding for finding in check(out).findings if finding.check == "checksum"]
+        assert finding.severity == severity
+        assert said in finding.text
+    manifest["files"][first.name]["pieces"][0][1] += 4
+    edit_json(out / "ckpt_convert" / "manifest.json", files=manifest["files"])
+    finding = only(check(out))
+    assert (finding.check, finding.file) == ("checksum", first.name)
+    assert finding.key == manifest["files"][first.name]["pieces"][0][0]
+    assert "does not lie where" in finding.text
 
 
 def test_the_record_and_the_files_beside_the_weights(tmp_path: Path) -> None:
@@ -559,9 +700,16 @@ def test_metas_checklist(meta: Path) -> None:
     report = check(meta)
     assert report.findings == ()
     assert "checklist" in report.checks
+    assert report.skipped == ()
     (meta / "params.json").write_text((meta / "params.json").read_text() + " ")
     finding = only(check(meta))
     assert (finding.check, finding.file, finding.expected) == ("checklist", "params.json", sums["params.json"])
+    assert finding.found == hashlib.md5((meta / "params.json").read_bytes()).hexdigest()
+    with (meta / "checklist.chk").open("a") as file:
+        file.write(f"{'0' * 32}  consolidated.02.pth\n{'0' * 32}  tokenizer.model\n")
+    (meta / "params.json").write_text((meta / "params.json").read_text()[:-1])
+    missing = {(finding.file, finding.severity) for finding in check(meta).findings}
+    assert missing == {("consolidated.02.pth", "error"), ("tokenizer.model", "warning")}
 
 
 def test_numbers_that_are_none(hf: Path) -> None:
@@ -587,6 +735,49 @@ def test_nothing_but_zeros(hf: Path) -> None:
     norm = torch.zeros(72)
     rewrite(hf / "model-00004-of-00004.safetensors", **{"model.norm.weight": norm})
     assert "zeros" in only(check(hf), "warning").text
+
+
+def test_zeros_where_they_are_usual_and_numbers_close_to_zero_are_fine(tmp_path: Path) -> None:
+    tensors = {"a.bias": torch.zeros(5), "scale.weight": torch.zeros(1), "b.weight": torch.full((5,), -1e-44)}
+    safetensors.torch.save_file(tensors, tmp_path / "x.safetensors")
+    assert check(tmp_path / "x.safetensors").findings == ()
+
+
+def test_numbers_between_those_of_a_tensor_are_none_of_its_own(tmp_path: Path) -> None:
+    numbers = torch.arange(10.0)
+    numbers[1] = torch.nan
+    torch.save({"w": numbers[::2]}, tmp_path / "x.pt")
+    assert check(tmp_path / "x.pt").findings == ()
+
+
+def test_numbers_that_lie_across_the_blocks_that_are_read(tmp_path: Path) -> None:
+    count = 3 << 20
+    tensors = {"a": torch.ones(3, dtype=torch.uint8), "w": torch.full((count,), torch.nan, dtype=torch.bfloat16)}
+    header = {
+        "a": {"dtype": "U8", "shape": [3], "data_offsets": [0, 3]},
+        "w": {"dtype": "BF16", "shape": [count], "data_offsets": [3, 3 + 2 * count]},
+    }
+    text = json.dumps(header).encode()
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(struct.pack("<Q", len(text)) + text + b"".join(map(bits, tensors.values())))
+    (tmp_path / "checklist.chk").write_text(f"{hashlib.md5(file.read_bytes()).hexdigest()}  {file.name}\n")
+    finding = only(check(tmp_path), "warning")
+    assert (finding.key, finding.found) == ("w", str(count))
+
+
+def test_a_disk_that_fails_is_an_error_that_names_the_file(hf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = (hf / SHARD).stat().st_size
+    whole = LocalFile.readinto
+
+    def readinto(self: LocalFile, offset: int, buffer: memoryview) -> None:
+        if self.name == SHARD and offset + len(buffer) > size - 8:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        whole(self, offset, buffer)
+
+    monkeypatch.setattr(LocalFile, "readinto", readinto)
+    finding = only(check(hf))
+    assert (finding.check, finding.file) == ("values", SHARD)
+    assert "Input/output error" in finding.text
 
 
 # Families that have no table
@@ -651,6 +842,7 @@ def test_a_missing_expert_is_named(moe: Path) -> None:
     finding = only(check(moe))
     assert (finding.check, finding.key) == ("layers", "model.layers.3.mlp.experts.2")
     assert "3 of 4 experts: expert 2 is missing" in finding.text
+    assert (finding.expected, finding.found) == ("4", "3")
 
 
 def test_a_part_of_an_expert_that_is_missing(moe: Path) -> None:
@@ -663,6 +855,64 @@ def test_a_hole_in_a_layer(moe: Path) -> None:
     drop(moe, 2, "q_proj")
     finding = only(check(moe))
     assert (finding.check, finding.key) == ("layers", "model.layers.2.self_attn.q_proj.weight")
+
+
+def test_a_hole_in_the_last_layer_may_be_how_the_model_is_built(moe: Path) -> None:
+    drop(moe, 4, "q_proj")
+    finding = only(check(moe), "warning")
+    assert (finding.check, finding.key) == ("layers", "model.layers.4.self_attn.q_proj.weight")
+
+
+def test_what_is_not_the_language_model_has_sizes_of_its_own(moe: Path) -> None:
+    rewrite(moe / "model-00001-of-00005.safetensors", **{"visual.model.norm.weight": torch.ones(24)})
+    edit_map(moe / INDEX, **{"visual.model.norm.weight": "model-00001-of-00005.safetensors"})
+    config = json.loads((moe / "config.json").read_text())
+    for layers, said in ((5, []), (6, ["num_hidden_layers is 6 in config.json"])):
+        text = config | {"num_hidden_layers": layers}
+        (moe / "config.json").write_text(json.dumps({"model_type": "qwen3_vl_moe", "text_config": text}))
+        assert [finding.text.partition(",")[0] for finding in check(moe).findings] == said
+
+
+def test_a_layer_that_looks_ahead_is_not_counted_by_the_config(moe: Path) -> None:
+    edit_json(moe / "config.json", num_hidden_layers=4, num_nextn_predict_layers=1)
+    assert check(moe).findings == ()
+
+
+def test_an_encoder_has_no_output(moe: Path) -> None:
+    drop(moe, 0, "lm_head")
+    edit_json(moe / "config.json", architectures=["Qwen3MoeModel"])
+    assert check(moe).findings == ()
+
+
+def test_tied_weights_of_two_shapes_are_not_compared(moe: Path) -> None:
+    rewrite(moe / "model-00001-of-00005.safetensors", **{"lm_head.weight": torch.ones(41, 16)})
+    edit_json(moe / "config.json", tie_word_embeddings=True)
+    finding = only(check(moe))
+    assert (finding.check, finding.found) == ("config", "41")
+
+
+def test_what_is_not_sure_of_a_strange_model_is_a_warning(moe: Path) -> None:
+    edit_json(moe / "config.json", model_type="strange", moe_intermediate_size=8)
+    assert only(check(moe), "warning").found == "6"
+
+
+def test_experts_in_one_tensor_are_counted(moe: Path) -> None:
+    for layer in range(5):
+        drop(moe, layer, ".experts.")
+        file = f"model-{layer + 1:05d}-of-00005.safetensors"
+        fused = f"model.layers.{layer}.mlp.experts.gate_up_proj"
+        rewrite(moe / file, **{fused: torch.randn(4, 16, 12)})
+        edit_map(moe / INDEX, **{fused: file})
+    assert check(moe).findings == ()
+    edit_json(moe / "config.json", num_experts=8)
+    finding = only(check(moe))
+    assert (finding.check, finding.expected, finding.found) == ("config", "8", "4")
+
+
+def test_heads_of_keys_are_those_of_queries_unless_said(moe: Path) -> None:
+    edit_json(moe / "config.json", num_key_value_heads=None, head_dim=None)
+    finding = only(check(moe))
+    assert finding.text.startswith("num_key_value_heads is 4")
 
 
 def test_a_missing_layer(moe: Path) -> None:
@@ -688,6 +938,14 @@ def test_a_wrong_setting_of_an_unknown_family(moe: Path, setting: str, wrong: in
     finding = only(check(moe))
     assert (finding.check, finding.file, finding.found) == ("config", "config.json", right)
     assert finding.text.startswith(f"{setting} is {wrong} in config.json")
+
+
+def test_a_file_by_itself_lacks_no_layers_that_may_lie_in_another(tmp_path: Path) -> None:
+    keys = [f"transformer.h.{layer}.mlp.weight" for layer in range(9) if layer != 3]
+    safetensors.torch.save_file({key: torch.ones(2) for key in keys}, tmp_path / "model.safetensors")
+    assert check(tmp_path / "model.safetensors").findings == ()
+    finding = only(check(tmp_path))
+    assert (finding.check, finding.key) == ("layers", "transformer.h.3")
 
 
 def test_tied_weights_of_an_unknown_family(moe: Path) -> None:

@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 
 from ckpt_convert import errors
+from ckpt_convert.convert.blocks import Progress
 from ckpt_convert.convert.checkpoint import open_checkpoint
 from ckpt_convert.convert.compare import Change, Diff, compare
 from tests.helpers import CASES, GOLDEN, Tensors, edit_json, read_safetensors
@@ -137,9 +138,10 @@ def test_a_row_order_that_was_not_converted_is_found(hf: Path, row: str) -> None
 
     rewrite(hf, keep_metas_order)
     for form in ("meta-mp4", "hf", "native.safetensors"):
-        ((found, change),) = changed(diff(hf, GOLDEN / "llama" / form)).items()
-        assert found == key
-        assert "equal once the rows are put in the other RoPE order" in change.note
+        for sides in ((hf, GOLDEN / "llama" / form), (GOLDEN / "llama" / form, hf)):
+            (change,) = changed(diff(*sides)).values()
+            assert key in [half.key for half in (change.a, change.b) if half]
+            assert "equal once the rows are put in the other RoPE order" in change.note
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -154,6 +156,15 @@ def test_a_copy_that_differs_on_one_rank_is_found(tmp_path: Path, rank: int) -> 
         assert change.status == "differs"
         assert "ffn_norm" in change.key or "post_attention_layernorm" in change.key
         assert "rank 1 (consolidated.01.pth) and rank 0 (consolidated.00.pth) differ" in change.note
+    less = tmp_path / "less"
+    less.mkdir()
+    tensors = read_safetensors(GOLDEN / "llama" / "hf")
+    del tensors["model.layers.1.post_attention_layernorm.weight"]
+    safetensors.torch.save_file(tensors, less / "model.safetensors")
+    shutil.copy(GOLDEN / "llama" / "hf" / "config.json", less)
+    (change,) = changed(diff(meta, less)).values()
+    assert change.status == "only_a"
+    assert "differ" in change.note
 
 
 def test_what_only_one_side_has(hf: Path) -> None:
@@ -207,10 +218,27 @@ def test_another_shape_is_said_with_both(hf: Path) -> None:
 
 def test_a_config_that_does_not_fit_does_not_hide_equal_tensors(hf: Path) -> None:
     edit_json(hf / "config.json", vocab_size=999)
-    found = diff(GOLDEN / "llama" / "hf", hf)
-    assert found.same
-    assert any("do not fit its config" in notice for notice in found.notices)
-    assert [name for name, _, _ in found.config] == ["vocab_size"]
+    for sides in ((GOLDEN / "llama" / "hf", hf), (hf, GOLDEN / "llama" / "meta-mp2")):
+        found = diff(*sides)
+        assert found.same
+        assert any("do not fit its config" in notice for notice in found.notices)
+        assert [name for name, _, _ in found.config] == ["vocab_size"]
+
+
+@pytest.mark.parametrize("form", ["hf", "meta-mp1"])
+def test_tensors_of_no_table_are_compared_too(hf: Path, form: str) -> None:
+    def grow(directory: Path, value: float) -> Path:
+        tensors = {**read_safetensors(hf), "model.extra.weight": torch.full((3,), value)}
+        directory.mkdir()
+        safetensors.torch.save_file(tensors, directory / "model.safetensors")
+        shutil.copy(hf / "config.json", directory)
+        return directory
+
+    one, other = grow(hf.parent / "one", 1.0), grow(hf.parent / "other", 2.0)
+    bare = GOLDEN / "llama" / form
+    assert diff(one, one).same
+    for a, b, status in ((one, other, "differs"), (one, bare, "only_a"), (bare, one, "only_b")):
+        assert {key: change.status for key, change in changed(diff(a, b)).items()} == {"model.extra.weight": status}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -233,6 +261,8 @@ def test_another_dtype_is_compared_after_an_exact_upcast(hf: Path, dtype: torch.
         assert change.delta.max_abs == gap.max().item()
         assert change.delta.differing == int((gap != 0).sum())
     assert found.is_same(ignore_dtype=True) == (dtype == torch.float64)
+    unread = diff(GOLDEN / "llama" / "hf", hf, values=False)
+    assert not unread.is_same(ignore_dtype=True)  # nobody knows whether the values are equal
 
 
 def test_nan_on_one_side_is_counted_and_poisons_nothing(hf: Path) -> None:
@@ -247,8 +277,36 @@ def test_nan_on_one_side_is_counted_and_poisons_nothing(hf: Path) -> None:
     assert change.delta is not None
     assert change.delta.nan_mismatch == 2
     assert change.delta.differing == 3
-    assert change.where == (2, 2)
+    assert (change.first, change.where) == ((0, 0), (2, 2))
     assert np.isfinite([change.delta.max_abs, change.delta.mean_abs, change.delta.relative_norm]).all()
+
+
+def test_the_place_in_a_tensor_of_many_blocks(tmp_path: Path) -> None:
+    tensor = torch.zeros(5, 1 << 20, dtype=torch.uint8)
+    safetensors.torch.save_file({"x": tensor}, tmp_path / "a.safetensors")
+    tensor[2, 7], tensor[3, 9] = 1, 3
+    safetensors.torch.save_file({"x": tensor}, tmp_path / "b.safetensors")
+    seen: list[Progress] = []
+    (change,) = diff(tmp_path / "a.safetensors", tmp_path / "b.safetensors", progress=seen.append).changes
+    assert (change.first, change.where) == ((2, 7), (3, 9))
+    assert change.delta is not None
+    assert (change.delta.count, change.delta.differing) == (tensor.numel(), 2)
+    assert seen[-1].done == seen[-1].total == tensor.nbytes
+
+
+def test_progress_counts_the_copies_of_ranks_too() -> None:
+    seen: list[Progress] = []
+    assert diff(GOLDEN / "llama" / "meta-mp4", GOLDEN / "llama" / "hf", progress=seen.append).same
+    copies = sum(value.nbytes for value in read_safetensors(GOLDEN / "llama" / "hf").values() if value.ndim == 1)
+    tensors = sum(value.nbytes for value in read_safetensors(GOLDEN / "llama" / "hf").values())
+    assert seen[-1].done == seen[-1].total == tensors + 3 * copies
+
+
+def test_complex_numbers_are_not_compared_with_real_ones(tmp_path: Path) -> None:
+    for name, dtype in (("a", torch.complex64), ("b", torch.float32)):
+        safetensors.torch.save_file({"x": torch.ones(3, dtype=dtype)}, tmp_path / f"{name}.safetensors")
+    (change,) = diff(tmp_path / "a.safetensors", tmp_path / "b.safetensors").changes
+    assert (change.status, change.delta) == ("dtype", None)
 
 
 def test_structure_alone_reads_no_tensor(hf: Path) -> None:
@@ -278,10 +336,36 @@ def test_tables_that_the_config_determines_are_no_difference() -> None:
 
 
 def test_settings_that_differ_are_said_and_do_not_count(hf: Path) -> None:
-    edit_json(hf / "config.json", rms_norm_eps=0.5)
-    found = diff(GOLDEN / "llama" / "hf", hf)
+    scaling = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaling["original_max_position_embeddings"] = 8192
+    for factor in (8.0, 32.0):
+        shutil.copytree(hf, hf.parent / str(factor))
+        edit_json(
+            hf.parent / str(factor) / "config.json", rms_norm_eps=factor, rope_scaling=scaling | {"factor": factor}
+        )
+    found = diff(hf.parent / "8.0", hf.parent / "32.0")
     assert found.same
-    assert [(name, theirs) for name, _, theirs in found.config] == [("rms_norm_eps", 0.5)]
+    assert [name for name, _, _ in found.config] == ["rope_scaling", "rms_norm_eps"]
+    assert [(ours["factor"], theirs["factor"]) for _, ours, theirs in found.config[:1]] == [(8.0, 32.0)]
+
+
+def test_a_setting_that_one_config_does_not_state_is_no_difference(hf: Path) -> None:
+    content = json.loads((hf / "config.json").read_text())
+    for value in (None, 8):
+        (hf / "config.json").write_text(json.dumps({**content, "sliding_window": value}))
+        assert diff(GOLDEN / "llama" / "hf", hf).config == []
+        assert diff(hf, GOLDEN / "llama" / "hf").config == []
+    other = Path(shutil.copytree(hf, hf.parent / "other"))
+    (other / "config.json").write_text(json.dumps({**content, "sliding_window": None}))
+    assert diff(hf, other).config == diff(other, hf).config == []
+
+
+def test_files_that_are_read_whole_are_said(tmp_path: Path) -> None:
+    for name in "ab":
+        torch.save({"x": torch.ones(3)}, tmp_path / f"{name}.pt", _use_new_zipfile_serialization=False)
+    found = diff(tmp_path / "a.pt", tmp_path / "b.pt")
+    assert found.same
+    assert [notice.split(":")[0] for notice in found.notices] == ["a.pt", "b.pt"]
 
 
 def test_a_tied_output_is_compared_with_the_embedding(tmp_path: Path) -> None:
@@ -300,6 +384,24 @@ def test_a_tied_output_is_compared_with_the_embedding(tmp_path: Path) -> None:
 def test_formats_that_no_table_connects_are_refused() -> None:
     with pytest.raises(errors.UnsupportedFamilyError, match="qwen2"):
         diff(GOLDEN / "qwen2" / "hf", GOLDEN / "llama" / "meta-mp2")
+
+
+def test_another_family_of_the_same_format_is_compared_by_key() -> None:
+    found = diff(GOLDEN / "llama" / "hf", GOLDEN / "mistral" / "hf")
+    assert (found.through, found.same) == ("keys", False)
+
+
+def test_a_file_of_no_known_format_is_compared_with_one_that_shares_its_keys(tmp_path: Path) -> None:
+    native = GOLDEN / "llama" / "native.safetensors"
+    tensors = read_safetensors(native) | {"extra.scale": torch.ones(2)}
+    safetensors.torch.save_file(tensors, tmp_path / "more.safetensors")
+    found = diff(native, tmp_path / "more.safetensors")
+    assert found.through == "keys"
+    assert {key: change.status for key, change in changed(found).items()} == {"extra.scale": "only_b"}
+    safetensors.torch.save_file({"extra.scale": torch.ones(2)}, tmp_path / "other.safetensors")
+    for sides in ((native, tmp_path / "other.safetensors"), (tmp_path / "other.safetensors", native)):
+        with pytest.raises(errors.AmbiguousFormatError, match="--from-a, --from-b"):
+            diff(*sides)
 
 
 def test_two_files_without_any_config(tmp_path: Path) -> None:
@@ -340,3 +442,32 @@ def test_the_document_says_all_of_it(hf: Path) -> None:
     (entry,) = [entry for entry in document["tensors"] if entry["status"] == "differs"]
     assert (entry["key_a"], entry["key_b"]) == ("layers.0.attention.wq.weight", Q)
     assert entry["delta"]["where"] == [2, 7]
+
+
+def test_the_document_says_what_each_side_has(hf: Path) -> None:
+    def change(tensors: Tensors) -> None:
+        if "model.norm.weight" in tensors:
+            tensors["model.norm.weight"] = tensors["model.norm.weight"].double()
+            tensors["lm_head.weight"] = tensors["lm_head.weight"][:-1].clone()
+
+    rewrite(hf, change)
+    document = diff(GOLDEN / "llama" / "hf", hf).document()
+    entries = {entry["key_a"]: entry for entry in document["tensors"]}
+    norm, output = entries["model.norm.weight"], entries["lm_head.weight"]
+    assert (norm["status"], norm["dtype_a"], norm["dtype_b"]) == ("dtype", "F32", "F64")
+    assert (output["status"], output["shape_a"], output["shape_b"]) == ("shape", [56, 72], [55, 72])
+
+
+def test_the_document_has_the_notes(hf: Path) -> None:
+    values = {key: value for key, value in read_safetensors(hf).items() if ".0.input_" in key or ".0.post_" in key}
+    one, other = values
+
+    def swap(tensors: Tensors) -> None:
+        tensors.update({key: values[{one: other, other: one}[key]].clone() for key in values if key in tensors})
+
+    rewrite(hf, swap)
+    notes = {entry["key_b"]: entry["note"] for entry in diff(GOLDEN / "llama" / "hf", hf).document()["tensors"]}
+    assert {key: note for key, note in notes.items() if note} == {
+        one: f"b has here what a has as {other}",
+        other: f"b has here what a has as {one}",
+    }

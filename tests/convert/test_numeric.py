@@ -193,6 +193,24 @@ def test_blocks_of_any_size_and_merged_summaries_say_the_same() -> None:
     assert_stats(halves[2].result(), numbers.astype(np.float64))
 
 
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16", "F8_E4M3", "I64", "U8"])
+def test_merged_summaries_count_all_of_both(dtype: str) -> None:
+    data = bytes(16) + noise(4000)
+    one, other = Summary(dtype), Summary(dtype)
+    one.add(data[:2000])
+    other.add(data[2000:] + bytes(24))
+    one.merge(other)
+    assert_stats(one.result(), doubles(dtype, data + bytes(24)))
+
+
+def test_blocks_as_far_apart_as_floats_can_be() -> None:
+    largest = np.finfo(np.float64).max
+    found = summarised("F64", np.array([-largest, largest, largest, -largest]).tobytes(), 8)
+    assert (found.min, found.max) == (-largest, largest)
+    assert found.mean == pytest.approx(0, abs=1e-9 * largest)
+    assert found.std == pytest.approx(largest)
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.floats(width=32), max_size=60), st.integers(1, 30))
 def test_any_floats_in_any_blocks(numbers: list[float], block: int) -> None:

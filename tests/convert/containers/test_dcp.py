@@ -318,6 +318,7 @@ LIES = {
     "a piece that lies nowhere": lambda m: m.storage_data.pop(MetadataIndex("w", [0, 0])),
     "a record before the file": lambda m: moved(m, 0, offset=-1),
     "a record past the end": lambda m: moved(m, 0, offset=1 << 60),
+    "two records in one place": lambda m: moved(m, 1, relative_path="__0_0.distcp"),
     "a record too short": lambda m: moved(m, 0, length=10),
     "an offset that is none": lambda m: moved(m, 0, offset="0"),
     "no tensors": lambda m: setattr(m, "state_dict_metadata", None),
