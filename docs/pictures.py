@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import io
+import json
 import os
 import pty
 import re
@@ -34,7 +35,7 @@ WINDOW = {"width": 1280, "height": 900}
 MOST = 300_000
 """Bytes that a picture may have, since they are kept in the repository."""
 
-BASE, TUNED, META = "tiny-llama", "tiny-llama-tuned", "tiny-llama-meta"
+BASE, TUNED, META, BROKEN = "tiny-llama", "tiny-llama-tuned", "tiny-llama-meta", "tiny-llama-broken"
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,12 @@ class Terminal:
 
 @dataclass(frozen=True)
 class Page:
-    """A page that a command writes, as a browser shows it in a light and in a dark room."""
+    """A page that a command writes, or a ``section`` of it, as a browser shows it in a light and in a dark room."""
 
     name: str
     command: str
     code: int = 0
+    section: str = ""
 
 
 TERMINALS = (
@@ -60,11 +62,13 @@ TERMINALS = (
     Terminal("inspect-tree", f"inspect {BASE} --tree --depth 3"),
     Terminal("inspect-stats", f"inspect {BASE} --stats"),
     Terminal("verify", f"verify {META}"),
+    Terminal("verify-findings", f"verify {BROKEN}", code=1),
     Terminal("diff", f"diff {BASE} {TUNED}", code=1),
     Terminal("dry-run", f"convert {BASE} {META}-4 --to meta --model-parallel 4 --dry-run"),
 )
 PAGES = (
     Page("page-inspect", f"inspect {TUNED} --stats --html"),
+    Page("page-inspect-statistics", f"inspect {TUNED} --stats --html", section="#heat-section"),
     Page("page-diff", f"diff {BASE} {TUNED} --html", code=1),
 )
 
@@ -101,6 +105,18 @@ def make_models(folder: Path) -> None:
     train(model, data, 4, {name: 5e-4 * 0.7 ** (15 - layer) for name, layer in layers.items() if layer >= 8})
     save(model, folder / TUNED)
     run(f"hf-to-meta {BASE} {META} --model-parallel 2 --quiet", folder)
+    break_one(folder / BASE, folder / BROKEN)
+
+
+def break_one(source: Path, path: Path) -> None:
+    """A copy as careless hands leave one: a shard cut short, one left from before, an edited config."""
+    shutil.copytree(source, path)
+    last = max(path.glob("*.safetensors"))
+    with last.open("rb+") as file:
+        file.truncate(last.stat().st_size - 100_000)
+    shutil.copy(source / "model-00001-of-00003.safetensors", path / "model-00001-of-00002.safetensors")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "vocab_size": 32000}))
 
 
 def train(model: Any, data: Any, steps: int, rates: dict[str, float]) -> None:
@@ -203,7 +219,8 @@ def draw_page(page: Page, folder: Path, browser: Any) -> None:
         tab = context.new_page()
         tab.goto((folder / f"{page.name}.html").as_uri())
         tab.wait_for_timeout(500)
-        write(f"{page.name}-{scheme}.png", tab.screenshot())
+        shown = tab.locator(page.section) if page.section else tab
+        write(f"{page.name}-{scheme}.png", shown.screenshot())
         context.close()
 
 
