@@ -27,7 +27,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parent / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- table -->", "<!-- end -->"
-CONVERT = (sys.executable, "-m", "ckpt_convert.cli")
+CONVERT = (sys.executable, "-m", "ckpt_convert")
 COPY = 'cp -r "$1" "$2" && find "$2" -type f -exec sync {} +'
 BASELINE = "cp -r, then sync of each file"
 

@@ -146,7 +146,7 @@ def save(model: Any, path: Path) -> None:
 
 
 def words(command: str) -> list[str]:
-    return [sys.executable, "-m", "ckpt_convert.cli", *shlex.split(command)]
+    return [sys.executable, "-m", "ckpt_convert", *shlex.split(command)]
 
 
 def environment() -> dict[str, str]:

@@ -140,7 +140,7 @@ def run(*words: str) -> None:
     """Run ckpt-convert as one would in a terminal; its output goes where ours goes."""
     click.secho(f"\n$ {shlex.join(['ckpt-convert', *words])}", bold=True)
     sys.stdout.flush()
-    code = subprocess.run([sys.executable, "-m", "ckpt_convert.cli", *words], check=False).returncode
+    code = subprocess.run([sys.executable, "-m", "ckpt_convert", *words], check=False).returncode
     if code:
         sys.exit(f"ckpt-convert ended with code {code}")
 

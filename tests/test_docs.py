@@ -50,7 +50,7 @@ def test_the_sessions_run_and_say_what_they_show(page: Path, folder: Path, tmp_p
         program, name, *words = shlex.split(command)
         assert program == "ckpt-convert"
         done = subprocess.run(
-            [sys.executable, "-m", "ckpt_convert.cli", name, *words],
+            [sys.executable, "-m", "ckpt_convert", name, *words],
             cwd=tmp_path,
             capture_output=True,
             text=True,

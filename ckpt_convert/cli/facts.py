@@ -197,7 +197,8 @@ def _model(checkpoint: Checkpoint) -> tuple[Model | None, str]:
     try:
         return checkpoint.model, ""
     except CkptConvertError as error:
-        return None, str(error).removeprefix(f"{checkpoint.path}: ")
+        # The line above says the path already.
+        return None, str(error).removeprefix(f"{checkpoint.path}: ").removeprefix(f"{checkpoint.config_file}: ")
 
 
 def _config_dims(checkpoint: Checkpoint) -> dict[str, int]:

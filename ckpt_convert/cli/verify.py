@@ -35,13 +35,14 @@ Examples:
   ckpt-convert verify my-finetune --logits
 
 \b
-Exit codes: 0 no errors, 1 errors found, 2 usage, 3 there is nothing to check.""",
+Exit codes: 0 no errors, 1 errors found (with --strict, warnings too), 2 usage, 3 there is nothing to check.""",
 )
 @click.argument("path")
 @click.option("--quick", is_flag=True, help="Read headers and small files only, no values.")
 @click.option("--against", "other", metavar="PATH", help="Compare every tensor with this checkpoint, in any format.")
 @click.option("--logits", "with_logits", is_flag=True, help="Also run it through transformers on random tokens.")
 @click.option("--full", is_flag=True, help="Show every finding, however many are of one kind.")
+@click.option("--strict", is_flag=True, help="Exit with 1 for warnings, too (NaN, leftover shards).")
 @options.JSON
 @options.from_format()
 @options.FAMILY
@@ -55,6 +56,7 @@ def verify(
     other: str | None,
     with_logits: bool,
     full: bool,
+    strict: bool,
     as_json: bool,
     from_format: str | None,
     family: str | None,
@@ -101,12 +103,12 @@ def verify(
         width = terminal_width()
         lines = [
             *(() if quiet else labelled(_header(report), width, least=_LABEL)),
-            *_findings(report, width, full=full, quiet=quiet),
+            *_findings(report, width, full=full, quiet=quiet, strict=strict),
         ]
         lines += () if quiet else [*_logits(computed, width), _summary(report)]
         if lines:
             echo("\n".join(lines))
-    return 1 if report.counts["errors"] else 0
+    return 1 if report.counts["errors"] or (strict and report.counts["warnings"]) else 0
 
 
 def _header(report: Report) -> Iterator[Labelled]:
@@ -121,11 +123,12 @@ def _header(report: Report) -> Iterator[Labelled]:
         yield Labelled("skipped", escape(f"{', '.join(checks)}: {why.splitlines()[0]}").split(" "))
 
 
-def _findings(report: Report, width: int | None, *, full: bool, quiet: bool) -> Iterator[str]:
+def _findings(report: Report, width: int | None, *, full: bool, quiet: bool, strict: bool) -> Iterator[str]:
     """A line for each finding, errors first; of many that one check found, the first few."""
+    counting = ("error", "warning") if strict else ("error",)
     groups: dict[tuple[str, str], list[Finding]] = {}
     for finding in report.findings:
-        if finding.severity == "error" or not quiet:
+        if finding.severity in counting or not quiet:
             groups.setdefault((finding.severity, finding.check), []).append(finding)
     if groups and not quiet:
         yield ""

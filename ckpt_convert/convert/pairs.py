@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 
 from ckpt_convert import dtypes
 from ckpt_convert.convert import mapping
-from ckpt_convert.convert.bulk import without_collector
 from ckpt_convert.convert.checkpoint import Checkpoint
 from ckpt_convert.convert.containers import gguf
 from ckpt_convert.convert.formats import peft
@@ -77,7 +76,6 @@ class _Side:
     misfits: int = 0
 
 
-@without_collector()
 def bring_together(a: Checkpoint, b: Checkpoint) -> Pairs:
     """Pair the tensors of two checkpoints.
 

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def run(*words: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "ckpt_convert.cli", *map(str, words)]
+    command = [sys.executable, "-m", "ckpt_convert", *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
 
 
@@ -178,7 +178,7 @@ def test_control_characters_that_are_no_colours_do_not_reach_the_terminal_either
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "2>/dev/full"])
 def test_streams_that_nobody_reads_do_not_stop_a_conversion(closed: str, tmp_path: Path) -> None:
-    command = f"{sys.executable} -m ckpt_convert.cli hf-to-meta {HF} {tmp_path / 'out'} {closed}"
+    command = f"{sys.executable} -m ckpt_convert hf-to-meta {HF} {tmp_path / 'out'} {closed}"
     subprocess.run(["bash", "-c", command], cwd=ROOT, check=False, capture_output=True)
     assert (tmp_path / "out" / "params.json").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

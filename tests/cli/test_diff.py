@@ -218,7 +218,7 @@ def test_hostile_keys_are_escaped(tmp_path: Path) -> None:
     ],
 )
 def test_exit_codes(arguments: tuple[Path, ...], code: int, message: str) -> None:
-    words = [sys.executable, "-m", "ckpt_convert.cli", "diff", *map(str, arguments)]
+    words = [sys.executable, "-m", "ckpt_convert", "diff", *map(str, arguments)]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == code, done.stderr
     assert message in done.stdout + done.stderr

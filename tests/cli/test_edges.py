@@ -13,7 +13,7 @@ from tests.helpers import GOLDEN
 
 def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "ckpt_convert.cli", *words],
+        [sys.executable, "-m", "ckpt_convert", *words],
         capture_output=True,
         text=True,
         env={**os.environ, **environment},

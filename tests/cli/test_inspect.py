@@ -565,7 +565,7 @@ class TestProcess:
     @pytest.mark.parametrize("option", ["--full", "--json", "--tree", "--sort=offset", "--html=-"])
     def test_a_reader_that_has_enough_ends_it_quietly(self, tmp_path: Path, option: str) -> None:
         write_keys(tmp_path / "a.safetensors", [f"layers.{number}.some_quite_long_name" for number in range(9000)])
-        command = [sys.executable, "-m", "ckpt_convert.cli", "inspect", str(tmp_path / "a.safetensors"), option]
+        command = [sys.executable, "-m", "ckpt_convert", "inspect", str(tmp_path / "a.safetensors"), option]
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         assert process.stdout is not None
         assert process.stderr is not None
@@ -578,14 +578,14 @@ class TestProcess:
     @pytest.mark.parametrize(("encoding", "key"), [("utf-8", "重み"), ("latin-1", "\\u91cd\\u307f")])
     def test_an_output_that_cannot_say_a_key_gets_it_escaped(self, tmp_path: Path, encoding: str, key: str) -> None:
         write_keys(tmp_path / "a.safetensors", ["重み.0", "重み.1"])
-        command = [sys.executable, "-m", "ckpt_convert.cli", "inspect", str(tmp_path / "a.safetensors")]
+        command = [sys.executable, "-m", "ckpt_convert", "inspect", str(tmp_path / "a.safetensors")]
         environment = {**os.environ, "PYTHONIOENCODING": encoding}
         done = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, env=environment)
         assert f"{key}.{{0,1}}  [2]  F32  ×2" in done.stdout.decode(encoding)
 
     @pytest.mark.parametrize(("arguments", "code"), [(["/nowhere"], 3), (["--sort", "colour", "."], 2)])
     def test_exit_codes(self, arguments: list[str], code: int) -> None:
-        command = [sys.executable, "-m", "ckpt_convert.cli", "inspect", *arguments]
+        command = [sys.executable, "-m", "ckpt_convert", "inspect", *arguments]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == code
         assert done.stdout == ""

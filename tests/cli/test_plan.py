@@ -31,7 +31,7 @@ def on_a_terminal(columns: int, *words: object, **environment: str) -> list[str]
     leader, follower = pty.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
     env = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES", "NO_COLOR")}
-    command = [sys.executable, "-m", "ckpt_convert.cli", *map(str, words)]
+    command = [sys.executable, "-m", "ckpt_convert", *map(str, words)]
     with subprocess.Popen(
         command, stdout=follower, stderr=subprocess.DEVNULL, cwd=ROOT, env={**env, "TERM": "xterm", **environment}
     ) as process:
@@ -55,7 +55,7 @@ def plain(line: str) -> str:
 
 
 def run(*words: object) -> str:
-    command = [sys.executable, "-m", "ckpt_convert.cli", *map(str, words), "--dry-run"]
+    command = [sys.executable, "-m", "ckpt_convert", *map(str, words), "--dry-run"]
     return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
 
 
@@ -101,7 +101,7 @@ def test_a_narrow_terminal_has_the_target_below_the_source() -> None:
 
 
 def test_where_the_output_has_no_arrows() -> None:
-    command = [sys.executable, "-m", "ckpt_convert.cli", "hf-to-native", str(HF), "out", "--dry-run"]
+    command = [sys.executable, "-m", "ckpt_convert", "hf-to-native", str(HF), "out", "--dry-run"]
     env = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=env)
     assert "-> layers.{0..2}.attn.q_proj.weight" in done.stdout

@@ -144,7 +144,7 @@ def test_nothing_to_read_is_no_error(tmp_path: Path) -> None:
 
 class TestFailOnNan:
     def test_names_the_keys_after_printing(self, sick: Path) -> None:
-        command = [sys.executable, "-m", "ckpt_convert.cli", "inspect", str(sick), "--fail-on-nan"]
+        command = [sys.executable, "-m", "ckpt_convert", "inspect", str(sick), "--fail-on-nan"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 1
         assert "in 2 tensors" in done.stdout
@@ -170,7 +170,7 @@ class TestFailOnNan:
         command = [
             sys.executable,
             "-m",
-            "ckpt_convert.cli",
+            "ckpt_convert",
             "inspect",
             str(tmp_path / "a.safetensors"),
             "--fail-on-nan",

@@ -42,7 +42,7 @@ def document(*arguments: object, code: int = 0) -> dict[str, Any]:
 
 def program(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "ckpt_convert.cli", "verify", *map(str, arguments)],
+        [sys.executable, "-m", "ckpt_convert", "verify", *map(str, arguments)],
         cwd=ROOT,
         env={**os.environ, **environment},
         capture_output=True,
@@ -89,6 +89,10 @@ def test_the_exit_code_is_zero_as_long_as_there_is_no_error(tmp_path: Path) -> N
         tmp_path / "a" / "model-00002-of-00004.safetensors", tmp_path / "a" / "model-00003-of-00003.safetensors"
     )
     assert run(tmp_path / "a").stdout.splitlines()[-1] == "1 warning"
+    assert run(tmp_path / "a", "--strict", code=1).stdout.splitlines()[-1] == "1 warning"
+    assert run(tmp_path / "a", "--strict", "--quiet", code=1).stdout.startswith("warning  leftover")
+    assert run(tmp_path / "a", "--quiet").output == ""
+    assert run(HF, "--strict").stdout
 
 
 def test_nothing_to_check_is_an_error_of_its_own(tmp_path: Path) -> None:

@@ -1,3 +1,0 @@
-from ckpt_convert.cli import main
-
-main()
