@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
-import xxhash
-
-from ckpt_convert.convert import checklist, record, sidefiles
 from ckpt_convert.convert import plan as planning
-from ckpt_convert.convert.blocks import Meter, ProgressCallback
-from ckpt_convert.convert.checklist import CHECKLIST
-from ckpt_convert.convert.checkpoint import Checkpoint, open_checkpoint, read_checkpoint
-from ckpt_convert.convert.execute import Execution, is_tied, run_checks
-from ckpt_convert.convert.formats.base import RECORD_FOLDER, render_json
+from ckpt_convert.convert import record
+from ckpt_convert.convert.blocks import ProgressCallback
+from ckpt_convert.convert.checkpoint import open_checkpoint, read_checkpoint
+from ckpt_convert.convert.execute import is_tied, run_checks
+from ckpt_convert.convert.formats.base import render_json
+from ckpt_convert.convert.output import write
 from ckpt_convert.convert.plan import Plan
 from ckpt_convert.convert.request import Request
-from ckpt_convert.convert.sidefiles import SideFile
 from ckpt_convert.convert.verify import verify as verify_output
-from ckpt_convert.errors import CkptConvertError, CorruptFileError, InputError, UsageError, VerificationError
+from ckpt_convert.errors import CkptConvertError, InputError, UsageError, VerificationError
 from ckpt_convert.models.config import ConfigOptions
 from ckpt_convert.storage import hub
 from ckpt_convert.storage.names import JOURNAL
@@ -170,11 +166,8 @@ def convert(
             try:
                 check_space(destination, made.disk - staging.allocated())
                 with explain_full_disk(staging):
-                    execution = Execution(made, staging, count, progress)
-                    pieces = execution.run()
-                    side, kept = _write_side_files(made, staging, count, progress)
-                    manifest = made.manifest(pieces, side, kept)
-                    staging.write(record.MANIFEST, render_json(manifest))
+                    written = write(made, staging, count, progress)
+                    staging.write(record.MANIFEST, render_json(written.manifest))
                     verified = _verify(made, staging, count, progress) if verify else None
                     (staging.path / JOURNAL).unlink(missing_ok=True)
                     staging.commit()
@@ -196,80 +189,12 @@ def convert(
         drops=list(made.carried),
         ties=list(made.ties),
         notices=[*made.notices, *made.said],
-        side_files={str(entry["name"]): str(entry["origin"]) for entry in side},
+        side_files={str(entry["name"]): str(entry["origin"]) for entry in written.manifest["side_files"]},
         moves=dict(made.moves),
-        resumed_bytes=execution.resumed,
+        resumed_bytes=written.resumed,
         verified=verified,
         seconds=round(time.monotonic() - started, 3),
     )
-
-
-def _write_side_files(
-    made: Plan, staging: Staging, workers: int, progress: ProgressCallback | None
-) -> tuple[list[dict[str, str]], dict[str, str]]:
-    """Write everything beside the weights; returns the manifest's entries of it, and the checksums of the record."""
-    written = []
-    kept = {}
-    for side in made.side:
-        digest = _write_side_file(side, staging)
-        if digest is None:
-            continue
-        if side.name.startswith(f"{RECORD_FOLDER}/"):
-            kept[side.name] = digest
-        else:
-            written.append({"name": side.name, "origin": side.origin, "checksum": digest})
-    listed = sidefiles.checklist_of(made.source)
-    if listed:
-        _check_source(made.source, listed, workers, progress)
-    template = sidefiles.checklist_for(made.source, made.target)
-    if template is not None:
-        data = _checklist(template, staging)
-        staging.write(CHECKLIST, data)
-        written.append({"name": CHECKLIST, "origin": "generated", "checksum": record.digest(data)})
-    return written, kept
-
-
-def _write_side_file(side: SideFile, staging: Staging) -> str | None:
-    if side.path is None:
-        data = side.make() if side.make else None
-        if data is None:
-            return None
-        staging.write(side.name, data)
-        return record.digest(data)
-    digest = xxhash.xxh3_64()
-    with side.path.open("rb") as file, staging.file(side.name, 0) as out:
-        offset = 0
-        while block := file.read(1 << 20):
-            digest.update(block)
-            out.write(offset, memoryview(block))
-            offset += len(block)
-        out.sync()
-    return digest.hexdigest()
-
-
-def _check_source(source: Checkpoint, listed: dict[str, str], workers: int, progress: ProgressCallback | None) -> None:
-    """Compare the source's files with its checklist.chk; raises CorruptFileError naming those that differ."""
-    meter = Meter("checking", sum((source.root / name).stat().st_size for name in listed), progress)
-
-    def findings(name: str) -> list[checklist.Finding]:
-        return checklist.check(source.root, {name: listed[name]}, advance=meter.add)
-
-    with ThreadPoolExecutor(workers) as pool:
-        wrong = [finding for found in pool.map(findings, listed) for finding in found]
-    if wrong:
-        listing = "; ".join(f"{finding.file}: expected {finding.expected}, found {finding.found}" for finding in wrong)
-        raise CorruptFileError(
-            f"{source.root / CHECKLIST}: the files are not those it lists: {listing}; "
-            "download them again, or remove the checklist if they were changed on purpose"
-        )
-
-
-def _checklist(template: Path, staging: Staging) -> bytes:
-    """The checklist of the files that were written, in the order and with the hash of the one that came along."""
-    listed = checklist.parse(template.read_text(encoding="utf-8", errors="replace"))
-    names = [name for name in listed if (staging.path / name).is_file()]
-    names += [path.name for path in sorted(staging.path.glob("consolidated.*")) if path.name not in listed]
-    return checklist.render(checklist.hash_files(staging.path, names, checklist.algorithm(listed)))
 
 
 def _verify(made: Plan, staging: Staging, workers: int, progress: ProgressCallback | None) -> int:

@@ -26,9 +26,14 @@ class Configs:
     notices: tuple[str, ...] = ()
 
 
-def generated(source: Checkpoint, model: Model, request: Request, like: Checkpoint | None) -> Configs:
-    """The target's config, and config.json for the record; raises ConfigError for what the target cannot express."""
-    config, origin = _config(source, model, request, like)
+def generated(
+    source: Checkpoint, model: Model, request: Request, like: Checkpoint | None, dtype: str | None = None
+) -> Configs:
+    """The target's config, and config.json for the record; raises ConfigError for what the target cannot express.
+
+    ``dtype`` is what the weights are written in, where that is no request but what the config has to say.
+    """
+    config, origin = _config(source, model, request.dtype or dtype, request, like)
     files = [_file(record.CONFIG, config, origin)]
     notices: tuple[str, ...] = _token_notice(model) if source.format == "meta" and origin == "generated" else ()
     if request.to == "hf":
@@ -90,17 +95,19 @@ def tokenizer(
     return {name: maker(name) for name in names}
 
 
-def _config(source: Checkpoint, model: Model, request: Request, like: Checkpoint | None) -> tuple[bytes, str]:
-    """The bytes of config.json, and whether they were copied, restored or generated."""
+def _config(
+    source: Checkpoint, model: Model, dtype: str | None, request: Request, like: Checkpoint | None
+) -> tuple[bytes, str]:
+    """The bytes of config.json, and whether they were copied, restored or generated; ``dtype`` if that is changed."""
     if like is not None and request.to == "hf":
         path = like.root / "config.json"
-        if request.dtype is None:
+        if dtype is None:
             return path.read_bytes(), "copied"
-        return _with_dtype(load_json(path), request.dtype), "generated"
+        return _with_dtype(load_json(path), dtype), "generated"
     verbatim = _verbatim_config(source, model)
-    if verbatim is not None and request.dtype is None:
+    if verbatim is not None and dtype is None:
         return verbatim, "copied" if source.format == "hf" else "restored"
-    dtype = request.dtype or DTYPES[usual_dtype(source)].torch
+    dtype = dtype or DTYPES[usual_dtype(source)].torch
     content = model.config if verbatim is not None else dict(sorted(model.config.items()))
     return _with_dtype(content, dtype), "generated"
 

@@ -17,6 +17,9 @@ from ckpt_convert.convert.sidefiles import SideFile
 from ckpt_convert.errors import ShapeMismatchError, UsageError
 from ckpt_convert.models.table import Instance
 
+_USUAL_SHARD = 5_000_000_000
+"""Bytes of a file where nothing says how many there should be, as on the Hub."""
+
 
 def recorded(source: Checkpoint, request: Request, like: Checkpoint | None) -> Layout | None:
     """The layout that the target should have: of --like, of the source itself, or as an earlier conversion recorded."""
@@ -27,7 +30,7 @@ def recorded(source: Checkpoint, request: Request, like: Checkpoint | None) -> L
         if request.container not in (None, _container(theirs)):
             raise UsageError(f"--like {like.path}: has {_container(theirs)} files, which --container contradicts")
         return theirs
-    found = source.layout() if request.to == source.format else None
+    found = source.layout() if request.to == source.format and source.files else None
     if found is None and source.record is not None:
         found = source.record.layout(request.to)
     if found is None:
@@ -65,11 +68,12 @@ def rank_notice(request: Request, model: Model, count: int, wanted: Layout | Non
 def files(
     source: Checkpoint,
     request: Request,
-    model: Model,
     targets: list[Target],
     dtype_of: Mapping[str, str],
     wanted: Layout | None,
     count: int,
+    model: Model,
+    file_of: Mapping[int, int],
 ) -> tuple[list[OutputFile], bool, list[str]]:
     """The output files, whether they are the recorded layout's own, and what to say about that."""
     notices = []
@@ -82,7 +86,7 @@ def files(
         if request.like is not None:
             raise ShapeMismatchError(f"--like {request.like}: has other keys than this model, such as {example}")
         notices.append(f"the recorded {request.to} layout has other keys ({example}), so new files are laid out")
-    assignments = _assign(source, request, model, targets, dtype_of, count)
+    assignments = _assign(source, request, model, targets, dtype_of, count, file_of)
     return layout.afresh(assignments, dtype_of), False, notices
 
 
@@ -128,6 +132,7 @@ def _assign(
     targets: list[Target],
     dtype_of: Mapping[str, str],
     count: int,
+    file_of: Mapping[int, int],
 ) -> list[layout.Assignment]:
     format = formats.ALL[request.to]
     if request.to == "meta":
@@ -138,11 +143,11 @@ def _assign(
         groups = layout.balanced(targets, request.shards, dtype_of)
     elif request.max_shard_size is not None:
         groups = layout.limited(targets, request.max_shard_size, dtype_of)
+    elif not source.files:
+        groups = layout.limited(targets, _USUAL_SHARD, dtype_of)
     elif source.format == "meta":
         groups = layout.balanced(targets, min(len(source.files), len(targets)), dtype_of)
     else:
-        numbers = {file.name: number for number, file in enumerate(source.files)}
-        file_of = {at: numbers[file.name] for at, (file, _) in enumerate(source.stored)}
         suffix = format.file_names(1, container)[0].rpartition(".")[2]
         names = [file.name for file in source.files]
         if not all(name.endswith(f".{suffix}") for name in names) or not source.path.is_dir():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from ckpt_convert.convert.containers.header import StoredTensor
 from ckpt_convert.convert.formats.base import RECORD_FOLDER
 from ckpt_convert.convert.gather import SCRATCH
 from ckpt_convert.convert.layout import OutputFile
-from ckpt_convert.convert.mapping import Equality, Logical, Logicals, Target
+from ckpt_convert.convert.mapping import Equality, Logical, Logicals, Source, Target
 from ckpt_convert.convert.model import Model
 from ckpt_convert.convert.record import Layout
 from ckpt_convert.convert.request import CASTABLE, CASTS, Request
@@ -35,13 +36,26 @@ _TORCH_MEMORY = 220_000_000
 
 
 @dataclass(frozen=True)
+class Live:
+    """Tensors in memory, of a model that is being trained: they go out as the source lies, in its place.
+
+    ``format`` is that of their keys, ``tensors`` are by key, and ``stored`` is what their lazy tensors are numbered by.
+    """
+
+    format: str
+    tensors: Mapping[str, Source]
+    stored: tuple[tuple[WeightFile, StoredTensor], ...]
+
+
+@dataclass(frozen=True)
 class Plan:
     """A conversion that can be carried out.
 
     ``stored`` numbers the sources of all lazy tensors; ``checks`` are pairs that have to be equal before anything is
     written; ``undecided`` is the pair that decides whether weights are tied, where no file says it.
     ``carried`` names the tensors that the target has no place for and that go into the record. ``said`` takes the
-    notices of what is only translated while the output is written (tokenizers).
+    notices of what is only translated while the output is written (tokenizers). ``live`` are the tensors in memory
+    that are written instead of the source's, if so.
     """
 
     source: Checkpoint
@@ -58,6 +72,7 @@ class Plan:
     notices: tuple[str, ...]
     dims: Mapping[str, int]
     said: list[str]
+    live: Live | None = None
 
     @property
     def target(self) -> str:
@@ -133,8 +148,11 @@ class Plan:
         }
 
 
-def make(source: Checkpoint, request: Request, *, tied: bool | None = None) -> Plan:
+def make(source: Checkpoint, request: Request, *, tied: bool | None = None, live: Live | None = None) -> Plan:
     """Plan a conversion; ``tied`` settles what ``Plan.undecided`` asks.
+
+    With ``live``, the tensors in memory are written as a conversion would write the source's: in its files, each in the
+    dtype that it has there. A source without files is only a config; the files are then laid out afresh.
 
     Raises the error that says everything wrong with the input, or with the request, at once.
     """
@@ -143,41 +161,54 @@ def make(source: Checkpoint, request: Request, *, tied: bool | None = None) -> P
     source_format = str(source.format)
     family = model.family
     request.check_source(source_format, family)
-    for format in (source_format, request.to):
+    read_format = live.format if live is not None else source_format
+    for format in (source_format, read_format, request.to):
         if format not in family.formats:
             raise UnsupportedFamilyError(
                 f"{source.path}: the {family.name} table has no {format} column; it has {', '.join(family.formats)}"
             )
+    if live is not None and model.tied is None:
+        tied = _omits_tied(live, model)
     undecided = model.tied is None and tied is None
     if model.tied is None:
         model = model.with_tied(tied is True)  # undecided, both are planned for: that is never too little room
     like = open_checkpoint(request.like, format=request.to) if request.like is not None else None
     differing = _check_like(source, model, like) if like is not None else []
     sidefiles.checklist_of(source)  # a checklist that is none is an error now, not after everything was written
-    logicals = mapping.read(family, source_format, model.dims, source.ranks, str(source.path))
+    template = Logicals({})
+    if source.files:
+        template = mapping.read(family, source_format, model.dims, source.ranks, str(source.path))
+    logicals = template
+    everything = list(source.stored)
+    if live is not None:
+        logicals = mapping.read(family, live.format, model.dims, [live.tensors], f"the model, as {live.format}")
+        everything = list(live.stored)
+        _take_derived(source, template, logicals, everything)
     wanted = placement.recorded(source, request, like)
     ranks = placement.ranks(source, request, like, wanted, model)
     dims = dict(model.dims)
     if request.to == "meta":
         dims["embedding_cut"] = _write_cut(request, like, model)
-    everything = list(source.stored)
     _bring_back(source, request, like, model, logicals, everything)
-    keep_tied = _keep_tied(source_format, request, wanted, model)
+    as_stored = live is None and source_format == request.to and request.like is None
+    keep_tied = None if as_stored else _keep_tied(request, wanted, model)
     targets, carried, ties = mapping.write(
         family, request.to, dims, logicals, ranks=ranks, keep_tied=keep_tied, what=str(source.path)
     )
-    dtype_of = {target.key: target_dtype(target.dtype, target.instance, request) for target in targets}
-    files, exact, layout_notices = placement.files(source, request, model, targets, dtype_of, wanted, ranks)
+    dtype_of = _dtypes(targets, request, template if live is not None else Logicals({}))
+    files, exact, layout_notices = placement.files(
+        source, request, targets, dtype_of, wanted, ranks, model, _file_of(source, template, logicals, live)
+    )
     by_rank = [{t.key: t for t in targets if t.rank == rank} for rank in range(ranks)]
     checks = [*logicals.equal, *ties]
     for file in files:
         checks += layout.aliases(file.layout.header, by_rank[file.rank], file.name)
-    made = configs.generated(source, model, request, like)
+    made = configs.generated(source, model, request, like, None if source.files else _usual(files))
     generated = {side.name: side for side in (*made.files, *placement.index(request, files, wanted, exact))}
     said: list[str] = []
     generated |= configs.tokenizer(source, request, model, like, said)
     side = sidefiles.plan(source, request.to, like=like, generated=generated)
-    own = None if source_format == request.to else source.layout()
+    own = None if source_format == request.to or not source.files else source.layout()
     side += sidefiles.recorded_layouts(source, request.to, own)
     _check_names(source, files, side)
     pair = mapping.tied_pair(logicals) if undecided else None
@@ -206,7 +237,53 @@ def make(source: Checkpoint, request: Request, *, tied: bool | None = None) -> P
         ),
         dims=dims,
         said=said,
+        live=live,
     )
+
+
+def _omits_tied(live: Live, model: Model) -> bool:
+    """Where no file says whether weights are tied, the model in memory does: it has one tensor, or two."""
+    rows = [row for row in model.family.rows if row.tied_to is not None]
+    return any(key.template not in live.tensors for row in rows if (key := row.column(live.format)))
+
+
+def _take_derived(
+    source: Checkpoint, template: Logicals, logicals: Logicals, everything: list[tuple[WeightFile, StoredTensor]]
+) -> None:
+    """Add what a model in memory works out for itself (RoPE tables), as the source has it."""
+    for instance, logical in template.tensors.items():
+        if instance.row.derived and instance not in logicals.tensors and len(logical.tensor.tiles) == 1:
+            file, tensor = source.stored[logical.tensor.tiles[0].source]
+            lazy = stored(len(everything), tensor.shape, tensor.strides)
+            everything.append((file, tensor))
+            logicals.tensors[instance] = Logical(logical.dtype, lazy, logical.key, logical.where)
+
+
+def _file_of(source: Checkpoint, template: Logicals, logicals: Logicals, live: Live | None) -> dict[int, int]:
+    """For the number of each stored tensor, the number of the source's file that it, or its model, lies in."""
+    numbers = {file: number for number, file in enumerate(source.files)}
+    of_source = {at: numbers[file] for at, (file, _) in enumerate(source.stored)}
+    if live is None:
+        return of_source
+    out = {}
+    for instance, logical in logicals.tensors.items():
+        origin = template.tensors.get(instance)
+        if origin is not None:
+            out[_first(logical)] = of_source[_first(origin)]
+    return out
+
+
+def _first(logical: Logical) -> int:
+    return min(tile.source for tile in logical.tensor.tiles)
+
+
+def _usual(files: Sequence[OutputFile]) -> str | None:
+    """The dtype of most bytes, in torch's words."""
+    counts: Counter[str] = Counter()
+    for file in files:
+        for tensor in file.tensors:
+            counts[tensor.dtype] += tensor.nbytes
+    return dtypes.DTYPES[counts.most_common(1)[0][0]].torch if counts else None
 
 
 def _check_names(source: Checkpoint, files: list[OutputFile], side: list[SideFile]) -> None:
@@ -227,6 +304,21 @@ def _check_names(source: Checkpoint, files: list[OutputFile], side: list[SideFil
 def _skipped(source: Checkpoint) -> list[str]:
     names = sidefiles.skipped(source)
     return [f"not taken along: {', '.join(names[:8])}{' …' if len(names) > 8 else ''}"] if names else []
+
+
+def _dtypes(targets: Sequence[Target], request: Request, template: Logicals) -> dict[str, str]:
+    """The dtype of every target: what was asked for, else as the template has it, else as it is.
+
+    A template's tensors that are quantised say nothing of what a model in memory is to be written as.
+    """
+    out = {}
+    for target in targets:
+        like = template.tensors.get(target.instance)
+        dtype = target_dtype(target.dtype, target.instance, request)
+        if request.dtype is None and like is not None and {like.dtype, dtype} <= set(CASTABLE):
+            dtype = like.dtype
+        out[target.key] = dtype
+    return out
 
 
 def target_dtype(dtype: str, instance: Instance, request: Request) -> str:
@@ -307,9 +399,7 @@ def _bring_back(
         logicals.tensors[instance] = Logical(tensor.dtype, lazy, str(key), file.name)
 
 
-def _keep_tied(source_format: str, request: Request, wanted: Layout | None, model: Model) -> bool | None:
-    if source_format == request.to and request.like is None:
-        return None
+def _keep_tied(request: Request, wanted: Layout | None, model: Model) -> bool:
     keys = {key for _, key in wanted.places} if wanted else set()
     return any(
         key.template in keys for row in model.family.rows if (key := row.column(request.to)) and key.omitted_if_tied
@@ -332,6 +422,8 @@ def _ties(logicals: Logicals, model: Model, pair: Equality | None, targets: list
 
 def fingerprint(plan: Plan) -> str:
     """A checksum of everything that decides the output's bytes, to tell whether a partial output can be resumed."""
+    if plan.live is not None:
+        return "tensors in memory"  # never the same again
     parts: list[Any] = [__version__, plan.model.family.name, plan.target, plan.request.dtype, sorted(plan.dims.items())]
     for file in dict.fromkeys(file for file, _ in plan.stored):
         stat = file.path.stat()

@@ -1,0 +1,106 @@
+"""Writing everything that a plan says into a staging directory: weights, the files beside them, and the record."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from ckpt_convert.convert import checklist, record, sidefiles
+from ckpt_convert.convert.blocks import Meter, ProgressCallback
+from ckpt_convert.convert.checklist import CHECKLIST
+from ckpt_convert.convert.checkpoint import Checkpoint
+from ckpt_convert.convert.execute import Execution
+from ckpt_convert.convert.formats.base import RECORD_FOLDER
+from ckpt_convert.convert.plan import Plan
+from ckpt_convert.convert.sidefiles import SideFile
+from ckpt_convert.errors import CorruptFileError
+from ckpt_convert.storage.staging import Staging
+
+
+@dataclass(frozen=True)
+class Written:
+    """What ``write`` wrote: the manifest, which is still to be written, and how many bytes were there already."""
+
+    manifest: dict[str, Any]
+    resumed: int
+
+
+def write(made: Plan, staging: Staging, workers: int, progress: ProgressCallback | None) -> Written:
+    """Write the weights and everything beside them, flushed to disk; the manifest is the caller's to write last."""
+    execution = Execution(made, staging, workers, progress)
+    pieces = execution.run()
+    side, kept = _write_side_files(made, staging, workers, progress)
+    return Written(made.manifest(pieces, side, kept), execution.resumed)
+
+
+def _write_side_files(
+    made: Plan, staging: Staging, workers: int, progress: ProgressCallback | None
+) -> tuple[list[dict[str, str]], dict[str, str]]:
+    """Write everything beside the weights; returns the manifest's entries of it, and the checksums of the record."""
+    written = []
+    kept = {}
+    for side in made.side:
+        digest = write_side_file(side, staging)
+        if digest is None:
+            continue
+        if side.name.startswith(f"{RECORD_FOLDER}/"):
+            kept[side.name] = digest
+        else:
+            written.append({"name": side.name, "origin": side.origin, "checksum": digest})
+    listed = sidefiles.checklist_of(made.source) if made.live is None else {}
+    if listed:
+        _check_source(made.source, listed, workers, progress)
+    template = sidefiles.checklist_for(made.source, made.target)
+    if template is not None:
+        data = _checklist(template, staging)
+        staging.write(CHECKLIST, data)
+        written.append({"name": CHECKLIST, "origin": "generated", "checksum": record.digest(data)})
+    return written, kept
+
+
+def write_side_file(side: SideFile, staging: Staging) -> str | None:
+    """Write one file; returns its checksum, None where there was nothing to write."""
+    if side.path is None:
+        data = side.make() if side.make else None
+        if data is None:
+            return None
+        staging.write(side.name, data)
+        return record.digest(data)
+    digest = xxhash.xxh3_64()
+    with side.path.open("rb") as file, staging.file(side.name, 0) as out:
+        offset = 0
+        while block := file.read(1 << 20):
+            digest.update(block)
+            out.write(offset, memoryview(block))
+            offset += len(block)
+        out.sync()
+    return digest.hexdigest()
+
+
+def _check_source(source: Checkpoint, listed: dict[str, str], workers: int, progress: ProgressCallback | None) -> None:
+    """Compare the source's files with its checklist.chk; raises CorruptFileError naming those that differ."""
+    meter = Meter("checking", sum((source.root / name).stat().st_size for name in listed), progress)
+
+    def findings(name: str) -> list[checklist.Finding]:
+        return checklist.check(source.root, {name: listed[name]}, advance=meter.add)
+
+    with ThreadPoolExecutor(workers) as pool:
+        wrong = [finding for found in pool.map(findings, listed) for finding in found]
+    if wrong:
+        listing = "; ".join(f"{finding.file}: expected {finding.expected}, found {finding.found}" for finding in wrong)
+        raise CorruptFileError(
+            f"{source.root / CHECKLIST}: the files are not those it lists: {listing}; "
+            "download them again, or remove the checklist if they were changed on purpose"
+        )
+
+
+def _checklist(template: Path, staging: Staging) -> bytes:
+    """The checklist of the files that were written, in the order and with the hash of the one that came along."""
+    listed = checklist.parse(template.read_text(encoding="utf-8", errors="replace"))
+    names = [name for name in listed if (staging.path / name).is_file()]
+    names += [path.name for path in sorted(staging.path.glob("consolidated.*")) if path.name not in listed]
+    return checklist.render(checklist.hash_files(staging.path, names, checklist.algorithm(listed)))
