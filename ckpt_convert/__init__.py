@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ckpt_convert.checkpointer.checkpointer import Checkpointer, Final
     from ckpt_convert.convert.api import Report, convert, plan
     from ckpt_convert.convert.blocks import Progress
     from ckpt_convert.convert.checkpoint import Checkpoint, open_checkpoint
@@ -39,6 +40,8 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "Checkpoint": "ckpt_convert.convert.checkpoint",
+    "Checkpointer": "ckpt_convert.checkpointer.checkpointer",
+    "Final": "ckpt_convert.checkpointer.checkpointer",
     "Progress": "ckpt_convert.convert.blocks",
     "Report": "ckpt_convert.convert.api",
     "convert": "ckpt_convert.convert",  # the package is the function, too
@@ -51,9 +54,11 @@ __all__ = [
     "AmbiguousFormatError",
     "Checkpoint",
     "CheckpointNotFoundError",
+    "Checkpointer",
     "CkptConvertError",
     "ConfigError",
     "CorruptFileError",
+    "Final",
     "InputError",
     "KeyMismatchError",
     "LockedError",

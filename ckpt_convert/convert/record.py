@@ -169,7 +169,7 @@ def digest_file(path: Path) -> str:
 
 
 def load(directory: Path) -> Record | None:
-    """The record of a directory, None if it has none; raises ConfigError when it is of no known schema."""
+    """The record of a directory, None if it has none (of weights); raises ConfigError when it is of no known schema."""
     path = directory / MANIFEST
     if not path.is_file():
         return None
@@ -179,6 +179,8 @@ def load(directory: Path) -> Record | None:
             f"{path}: expected schema {SCHEMA}, found {manifest.get('schema')!r}; it was written by another version of "
             f"ckpt-convert: update, or remove the folder {RECORD_FOLDER} to do without the record"
         )
+    if "format" not in manifest and "training" in manifest:
+        return None  # a saved step that holds only an adapter
     if manifest.get("format") not in FORMATS:
         raise ConfigError(f"{path}: names no format; remove the folder {RECORD_FOLDER} to do without the record")
     sides = manifest.get("side_files", [])

@@ -14,14 +14,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 
-from ckpt_convert.errors import LockedError, NotEnoughSpaceError, OutputExistsError
+from ckpt_convert.errors import NotEnoughSpaceError, OutputExistsError
+from ckpt_convert.storage.lock import Lock
 from ckpt_convert.storage.names import WEIGHT_SUFFIXES, partial_of, replaced_of
 from ckpt_convert.storage.reader import pread_into
-
-try:
-    import fcntl
-except ImportError:  # Windows has no flock; a second writer is then not noticed
-    fcntl = None  # type: ignore[assignment]
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 """What the system says when the disk, the quota or the size limit of a file is used up."""
@@ -119,28 +115,22 @@ class Staging:
                 f"{self.destination}: exists already; pass --overwrite to replace it, or choose another name"
             )
 
-    def _acquire(self) -> int:
+    def _acquire(self) -> Lock:
         while True:
             if self.path.is_symlink() or self.path.is_file():
                 raise OutputExistsError(
                     f"{self.path}: is in the way of writing {self.destination}; remove it or choose another name"
                 )
             self.path.mkdir(exist_ok=True)
-            fd = os.open(self.path, os.O_RDONLY)
-            if fcntl is not None:
-                try:
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except OSError as error:
-                    os.close(fd)
-                    raise LockedError(
-                        f"{self.destination}: another process is writing it (it holds {self.path.name}); "
-                        "wait for it, or choose another destination"
-                    ) from error
+            lock = Lock.directory(
+                self.path,
+                f"{self.destination}: another process is writing it (it holds {self.path.name}); "
+                "wait for it, or choose another destination",
+            )
             # Between opening and locking, the holder before us may have renamed or removed the directory.
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(fd), os.stat(self.path)):
-                    return fd
-            os.close(fd)
+            if lock.is_at(self.path):
+                return lock
+            lock.close()
 
     def file(self, name: str, size: int) -> StagedFile:
         """Open a file of ``size`` bytes for writing at any place; directories in its name are made."""
@@ -196,9 +186,7 @@ class Staging:
 
     def release(self) -> None:
         """Give up the lock, leaving the partial directory as it is."""
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        self._lock.close()
 
     def __enter__(self) -> Staging:
         return self
@@ -249,8 +237,9 @@ class StagedFile:
 
 
 @contextlib.contextmanager
-def explain_full_disk(staging: Staging) -> Iterator[None]:
-    """Turn the system's "no space" into NotEnoughSpaceError, which says what is left and how to go on."""
+def explain_full_disk(staging: Staging, advice: str | None = None) -> Iterator[None]:
+    """Turn the system's "no space" into NotEnoughSpaceError, which says what is left and how to go on (``advice``)."""
+    advice = advice or f"what is done lies in {staging.path.name}, free some space and run again with --resume"
     try:
         yield
     except OSError as error:
@@ -258,7 +247,7 @@ def explain_full_disk(staging: Staging) -> Iterator[None]:
             raise
         raise NotEnoughSpaceError(
             f"{staging.destination}: {os.strerror(error.errno or 0)} while writing {error.filename or 'the output'}; "
-            f"what is done lies in {staging.path.name}, free some space and run again with --resume"
+            f"{advice}"
         ) from error
 
 

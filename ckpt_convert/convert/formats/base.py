@@ -11,7 +11,7 @@ from typing import Any
 from ckpt_convert.errors import ConfigError
 
 NEVER_SIDE_FILES = (".gguf", ".h5", ".msgpack", ".onnx", ".ot")
-NEVER_SIDE_FOLDERS = ("original", ".git", ".cache", "onnx", "ckpt_convert")
+NEVER_SIDE_FOLDERS = ("original", ".git", ".cache", "onnx", "ckpt_convert", "training_state")
 RECORD_FOLDER = "ckpt_convert"
 JSON_LIMIT = 1 << 28
 

@@ -1,0 +1,294 @@
+"""The saved checkpoints of an output directory: which are complete, and in which order they were written.
+
+``ckpt_convert/manifest.json`` in the directory of a step is what makes it a checkpoint: it is there, names the
+directory that it lies in, and no journal lies beside it. Copies under another name, unfinished directories, and
+whatever else people keep in an output directory are never taken for one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import shutil
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ckpt_convert.checkpointer.pointer import SUFFIX, check_pointer, point, pointed, target_of, write_whole
+from ckpt_convert.checkpointer.progress import Progress
+from ckpt_convert.convert.formats.base import load_json, render_json
+from ckpt_convert.convert.record import MANIFEST
+from ckpt_convert.errors import (
+    CheckpointNotFoundError,
+    ConfigError,
+    CorruptFileError,
+    LockedError,
+    UsageError,
+)
+from ckpt_convert.storage.lock import Lock
+from ckpt_convert.storage.names import JOURNAL, partial_of
+from ckpt_convert.storage.staging import sync_directory
+
+__all__ = [
+    "Saved",
+    "amend",
+    "check_pointer",
+    "finish_thinning",
+    "leftovers",
+    "point",
+    "pointed",
+    "read",
+    "removal_name",
+    "remove",
+    "scan",
+    "tidy",
+]
+
+log = logging.getLogger("ckpt_convert")
+
+VERSION = 1
+"""The version of the manifest's part about training."""
+
+CONTENTS = ("full", "weights", "adapter")
+TRAINING_STATE = "training_state"
+REMOVED = "removed"
+"""What the manifest says of a training state that was removed to save space."""
+
+_PARTIAL, _REPLACED, _DELETED = ".partial", ".replaced", ".deleted"
+
+_amending = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A complete checkpoint; ``sequence`` counts the saves of a run, so the newest has the highest.
+
+    ``contents`` is "full", "weights" or "adapter"; ``manifest`` is everything that its manifest says.
+    """
+
+    path: Path
+    progress: Progress
+    metrics: Mapping[str, float]
+    contents: str
+    sequence: int
+    has_training_state: bool
+    saver: str
+    manifest: Mapping[str, Any] = field(repr=False, compare=False)
+
+    @property
+    def step(self) -> int:
+        return self.progress.step
+
+
+def _section(directory: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """The manifest and its part about training, where they say that this was completed under ``name``.
+
+    Raises ConfigError when the manifest cannot be read.
+    """
+    if os.path.lexists(directory / JOURNAL) or not (directory / MANIFEST).is_file():
+        return None
+    manifest = load_json(directory / MANIFEST)
+    training = manifest.get("training")
+    return (manifest, training) if isinstance(training, dict) and training.get("directory") == name else None
+
+
+def _is_complete(directory: Path, name: str) -> bool:
+    with contextlib.suppress(ConfigError):
+        return _section(directory, name) is not None
+    return False
+
+
+def read(path: Path, saver: str = "default") -> Saved | None:
+    """The checkpoint in a directory; None if there is no complete one, or if another saver wrote it.
+
+    Damage is warned of. Raises ConfigError for one that a newer version wrote.
+    """
+    try:
+        found = _section(path, path.name)
+    except ConfigError as error:
+        log.warning("%s is no complete checkpoint: %s", path, error)
+        return None
+    if found is None or found[1].get("saver") != saver:
+        return None
+    version = found[1].get("version")
+    if isinstance(version, int) and version > VERSION:
+        raise ConfigError(
+            f"{path / MANIFEST}: expected version {VERSION} of its part about training, found {version}; "
+            "it was written by a newer ckpt-convert: update, or use another output directory"
+        )
+    try:
+        return _saved(path, *found)
+    except CorruptFileError as error:
+        log.warning("%s is no complete checkpoint: %s", path, error)
+        return None
+
+
+def scan(output_dir: Path, saver: str = "default") -> list[Saved]:
+    """The complete checkpoints of a saver, oldest first; links, files and hidden directories are passed over.
+
+    Raises ConfigError for one that a newer version wrote.
+    """
+    if not output_dir.is_dir():
+        return []
+    with os.scandir(output_dir) as entries:
+        names = [e.name for e in entries if not e.name.startswith(".") and e.is_dir(follow_symlinks=False)]
+    found = (read(output_dir / name, saver) for name in sorted(names))
+    return sorted((saved for saved in found if saved is not None), key=lambda saved: saved.sequence)
+
+
+def amend(saved: Saved, **changes: Any) -> Saved:
+    """Replace entries of the manifest's part about training, all or none; returns the checkpoint as it is now.
+
+    What else the manifest says now stays, whatever ``saved`` knew of it. Raises CheckpointNotFoundError when the
+    checkpoint is gone, UsageError for a metric that is no finite number.
+    """
+    for name, value in changes.get("metrics", {}).items():
+        if not _is_number(value) or not math.isfinite(value):
+            raise UsageError(f"{saved.path}: the metric {name!r} is {value!r}; expected a finite number")
+    # A metric from the training thread and a removal from the one that writes must not undo each other.
+    with _amending:
+        found = _section(saved.path, saved.path.name)
+        if found is None:
+            raise CheckpointNotFoundError(f"{saved.path}: is no complete checkpoint any more; save another one")
+        manifest, training = found
+        training.update(changes)
+        amended = _saved(saved.path, manifest, training)
+        _replace(saved.path / MANIFEST, render_json(manifest))
+    return amended
+
+
+def _replace(path: Path, data: bytes) -> None:
+    temporary = partial_of(path)
+    try:
+        write_whole(temporary, data)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def _saved(path: Path, manifest: Mapping[str, Any], training: Mapping[str, Any]) -> Saved:
+    place = str(path / MANIFEST)
+    progress, metrics, sequence = (training.get(name) for name in ("progress", "metrics", "sequence"))
+    state = training.get(TRAINING_STATE)
+    problems = [
+        f"{name!r} is {training.get(name)!r}"
+        for name, good in (
+            ("progress", isinstance(progress, Mapping)),
+            ("metrics", isinstance(metrics, Mapping) and all(_is_number(value) for value in metrics.values())),
+            ("contents", training.get("contents") in CONTENTS),
+            ("sequence", _is_number(sequence) and isinstance(sequence, int)),
+            (TRAINING_STATE, state in (None, REMOVED) or isinstance(state, Mapping)),
+        )
+        if not good
+    ]
+    if problems or not isinstance(progress, Mapping):
+        raise CorruptFileError(f"{place}: is damaged: {'; '.join(problems)}")
+    return Saved(
+        path,
+        Progress.from_dict(progress, place),
+        {str(name): float(value) for name, value in (metrics or {}).items()},
+        str(training["contents"]),
+        int(training["sequence"]),
+        isinstance(state, Mapping),
+        str(training.get("saver")),
+        manifest,
+    )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def removal_name(path: Path) -> Path:
+    """Where a checkpoint goes to be removed: a name under which nobody takes it for one, and ``tidy`` knows it."""
+    return partial_of(path.with_name(f"{path.name}{_DELETED}"))
+
+
+def remove(directory: Path) -> None:
+    """Remove a directory so that what an interruption leaves of it is known as unfinished; raises OSError."""
+    journal = directory / JOURNAL
+    journal.touch()
+    sync_directory(directory)
+    for entry in directory.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry != journal:
+            entry.unlink()
+    journal.unlink()
+    directory.rmdir()
+
+
+def leftovers(output_dir: Path) -> list[Path]:
+    """What looks like an interrupted writer's: ``.X.partial``, ``.X.replaced``, half-made pointers."""
+    if not output_dir.is_dir():
+        return []
+    with os.scandir(output_dir) as entries:
+        found = [e.name for e in entries if _is_leftover(e.name, e.is_dir(follow_symlinks=False))]
+    return [output_dir / name for name in sorted(found)]
+
+
+def _is_leftover(name: str, is_directory: bool) -> bool:
+    endings = (_PARTIAL, _REPLACED) if is_directory else (SUFFIX,)
+    return name.startswith(".") and any(name.endswith(end) and len(name) > len(end) + 1 for end in endings)
+
+
+def tidy(output_dir: Path) -> None:
+    """Clear away what interrupted writers left, and put back what one of them had moved aside.
+
+    Removes unfinished directories that are known to be a writer's, by their journal or their manifest, or empty, and
+    that nobody is writing; what is left of training states that were being removed; half-made pointers. Logs a line
+    for each, and a warning for what cannot be removed. Touches nothing else.
+    """
+    for path in leftovers(output_dir):
+        try:
+            if path.name.endswith(_PARTIAL):
+                _tidy_partial(path)
+            elif path.name.endswith(_REPLACED):
+                _tidy_replaced(path)
+            elif target_of(path) is not None or not os.lstat(path).st_size:
+                path.unlink()
+                log.info("half-written pointer %s removed", path)
+        except OSError as error:
+            log.warning("%s is left over and cannot be removed: %s", path, error.strerror)
+    for state in output_dir.glob(f"*/{TRAINING_STATE}"):
+        finish_thinning(state.parent)
+
+
+def finish_thinning(directory: Path) -> None:
+    """Remove the training state of a checkpoint whose manifest says that it is removed; failing is warned of."""
+    state = directory / TRAINING_STATE
+    if directory.is_symlink() or state.is_symlink() or not state.is_dir():
+        return
+    with contextlib.suppress(ConfigError):
+        found = _section(directory, directory.name)
+        if found is None or found[1].get(TRAINING_STATE) != REMOVED:
+            return
+        try:
+            shutil.rmtree(state)
+        except OSError as error:
+            log.warning("%s cannot be removed: %s", state, error.strerror)
+
+
+def _tidy_partial(path: Path) -> None:
+    name = path.name[1 : -len(_PARTIAL)].removesuffix(_DELETED)
+    with contextlib.suppress(LockedError), Lock.directory(path, "it is being written"):
+        if os.path.lexists(path / JOURNAL) or not any(path.iterdir()) or _is_complete(path, name):
+            remove(path)
+            log.warning("half-written %s removed", path)
+
+
+def _tidy_replaced(path: Path) -> None:
+    original = path.with_name(path.name[1 : -len(_REPLACED)])
+    if _is_complete(original, original.name):
+        remove(path)
+        log.warning("%s removed: %s, which replaced it, is complete", path, original.name)
+    elif not os.path.lexists(original) and _is_complete(path, original.name):
+        os.rename(path, original)
+        sync_directory(path.parent)
+        log.warning("%s put back: what was to replace it was not completed", original)

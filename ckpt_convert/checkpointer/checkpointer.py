@@ -1,0 +1,557 @@
+"""``Checkpointer``: what a recipe has to do with checkpoints, in one object."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+
+from ckpt_convert.checkpointer import catalog, loading, parts, pointer, resuming, retention, schedule, signals
+from ckpt_convert.checkpointer.background import Background
+from ckpt_convert.checkpointer.buffers import Buffers
+from ckpt_convert.checkpointer.catalog import Saved
+from ckpt_convert.checkpointer.emitting import Contents, Emitter, Settings
+from ckpt_convert.checkpointer.live import Model, tensors_of
+from ckpt_convert.checkpointer.names import Template
+from ckpt_convert.checkpointer.progress import Progress
+from ckpt_convert.checkpointer.saving import save as save_step
+from ckpt_convert.checkpointer.source import Config, Source, from_config, open_source
+from ckpt_convert.convert import formats
+from ckpt_convert.convert.blocks import ProgressCallback
+from ckpt_convert.convert.request import CASTS
+from ckpt_convert.errors import OutputExistsError, UsageError
+from ckpt_convert.models import FAMILIES
+from ckpt_convert.storage.lock import Lock
+from ckpt_convert.storage.reader import WORKERS
+
+log = logging.getLogger("ckpt_convert")
+
+LOCK = ".ckpt-convert-lock"
+
+
+@dataclass(frozen=True)
+class Final:
+    """What is different about the last save; None is as every save."""
+
+    contents: Contents | None = None
+    export_dtype: str | None = None
+    output_format: str | None = None
+
+
+class Checkpointer:
+    """Loads a model from a checkpoint of any format, and saves it in that format at every saved step.
+
+    A context manager; ``close`` saves the last step if it is not saved yet. Not to be shared between threads.
+    """
+
+    def __init__(
+        self,
+        source: Source | None,
+        output_dir: str | Path,
+        *,
+        model_format: str = "native",
+        config: Config | None = None,
+        family: str | None = None,
+        source_format: str | None = None,
+        save_every: Any = None,
+        save_first: bool = False,
+        save_last: bool = True,
+        keep_last: int | None = None,
+        best: str | None = None,
+        keep_best: int | None = None,
+        keep_last_training_state: int | None = None,
+        contents: Contents = "full",
+        final: Final | Mapping[str, Any] | None = None,
+        asynchronous: bool = False,
+        export_dtype: str | torch.dtype | None = None,
+        output_format: str | None = None,
+        extra_files: Sequence[str | Path] = (),
+        adapter: Any = None,
+        merged: bool = False,
+        directory: str = "step_{step}",
+        run_name: str | None = None,
+        latest_name: str | None = "latest",
+        overwrite: bool = False,
+        save_on_signal: bool = False,
+        workers: int | None = None,
+        progress: ProgressCallback | None = None,
+    ) -> None:
+        """Open the source and check every option; nothing is written, no tensor is read.
+
+        source: a directory, file or Hub id of any format, a list of the weight files of one, or None with ``config``.
+        output_dir: where the directories of the steps go. model_format: the layout of the training model's state dict:
+        native, hf, meta. config: a config.json, or its content, for a source that has none. family, source_format:
+        what cannot be told from the source. save_every: see ``schedule.parse``; save_first: also after the first step;
+        save_last: also in ``close``. keep_last, best, keep_best, keep_last_training_state: see ``retention.Policy``.
+        contents: "full", "weights", or "adapter". final: what is different about the last save. asynchronous: write
+        behind the training. export_dtype: float32, float16 or bfloat16 for all weights. output_format: instead of
+        the source's. extra_files: copied into every directory. adapter: an ``AdapterConfig``, or PEFT's. merged: write
+        the full weights beside the adapter. directory: how a step's directory is called, see ``names.Template``.
+        overwrite: a fresh start may take the place of a run that is there. save_on_signal: SIGTERM and SIGINT save at
+        the next step. workers: threads that read and write. progress: called with ``Progress`` of loading.
+
+        Raises UsageError for options that do not fit, and what ``open_checkpoint`` raises for the source.
+        """
+        self.output_dir = Path(output_dir)
+        self.workers = workers or WORKERS
+        self._report_loading = progress
+        self._template = Template(directory, latest_name)
+        self._run_name = run_name or self.output_dir.absolute().name
+        self._latest_name = latest_name
+        self._schedule = schedule.parse(save_every)
+        self._policy = retention.Policy(
+            keep_last, None if best is None else retention.parse_best(best), keep_best, keep_last_training_state
+        )
+        self._save_first, self._save_last, self._overwrite = save_first, save_last, overwrite
+        if model_format not in formats.ALL:
+            raise UsageError(f"model_format={model_format!r}: no such format; known: {', '.join(formats.ALL)}")
+        if family is not None and family not in FAMILIES:
+            raise UsageError(f"family={family!r}: is no family; known: {', '.join(FAMILIES)}")
+        if source is None and config is None:
+            raise UsageError("source=None: give config= with the model's config.json, to start from nothing")
+        self._source = (
+            from_config(config, format="hf", family=family)
+            if source is None and config is not None
+            else open_source(source or "", format=source_format, family=family, config=config)
+        )
+        self._settings = Settings(
+            contents=contents,
+            export_dtype=_dtype(export_dtype),
+            output_format=output_format,
+            model_format=model_format,
+            extra=tuple(Path(path) for path in extra_files),
+            merged=merged,
+        )
+        self._final = final if isinstance(final, Final) or final is None else _final(final)
+        self._emitter = Emitter(self._source, self._settings, adapter)
+        self._asynchronous = asynchronous
+        self._background, self._buffers = Background(), Buffers()
+        self._signals = signals.Signals() if save_on_signal else None
+        self._lock: Lock | None = None
+        self._parts: parts.Parts | None = None
+        self._progress = Progress()
+        self._metrics: dict[str, float] = {}
+        self._saved_step: int | None = None
+        self._started_from: int | None = None
+        self._superseded: list[Saved] = []
+        self._clock = 0.0
+        self._loaded = False
+        self._signal_saved = False
+        self._closed = False
+
+    # Loading
+
+    def load_model(self, model: Model) -> loading.Loaded:
+        """Fill a model from the source, in place, tensor by tensor; returns how many tensors, and their dtypes.
+
+        Raises KeyMismatchError listing everything that does not fit.
+        """
+        self._refuse_closed()
+        if not self._source.files:
+            raise UsageError("source=None: there are no weights to load; initialise the model, then register() it")
+        found = self._emitter.load_source(model, self.workers, self._report_loading)
+        self._loaded = True
+        log.info("loaded %s: %s", self._source.path, found.describe())
+        return found
+
+    def load_state_dict(self, format: str | None = None) -> dict[str, torch.Tensor]:
+        """The source's weights, converted (``model_format`` unless said otherwise), in the dtypes of the source."""
+        self._refuse_closed()
+        if format is not None and format not in formats.ALL:
+            raise UsageError(f"{format!r} is no format; known: {', '.join(formats.ALL)}")
+        return loading.state_dict(self._source, format or self._settings.model_format)
+
+    def load_adapter(self, path: str | Path, model: Model) -> int:
+        """Fill a model's adapter from a PEFT directory, in place; returns the number of tensors."""
+        return self._emitter.load_adapter(Path(path), tensors_of(model))
+
+    # Beginning
+
+    def resume(
+        self,
+        *,
+        model: Model,
+        optimizer: Any = None,
+        lr_scheduler: Any = None,
+        grad_scaler: Any = None,
+        dataloader: Any = None,
+        extra: Any = None,
+        from_: Literal["latest", "best"] | int | str | Path = "latest",
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
+        strict: bool = True,
+        weights_only: bool = False,
+        verify: bool = True,
+    ) -> Progress | None:
+        """Go on from the newest complete checkpoint; returns its progress, or None for a fresh start.
+
+        What is given here is also what is saved from now on. from_: "latest", "best", a step, or the path of a
+        checkpoint or of a directory of them. include, exclude: globs of what to load: "model/*", "optimizer", "rng", …;
+        strict: missing and unexpected entries are an error, listed as one report (else a warning). weights_only: the
+        model only. verify: compare checksums, not only names and sizes, before anything is loaded.
+
+        A newest checkpoint that is damaged is passed over, with a warning, for the one before it; one that was asked
+        for is a CorruptFileError. Nothing is loaded where the report is an error.
+        """
+        self._begin(model, optimizer, lr_scheduler, grad_scaler, dataloader, extra)
+        assert self._parts is not None
+        saved = resuming.choose(self.output_dir, from_, self._policy, verify=verify, workers=self.workers)
+        if saved is None:
+            log.info("%s: holds no checkpoint: fresh start", self.output_dir)
+            self._plan_ahead()
+            return None
+        wanted = parts.chooser(include, exclude)
+        resuming.load(
+            saved,
+            self._parts,
+            self._emitter,
+            wanted=(lambda name: name.startswith("model/") and wanted(name)) if weights_only else wanted,
+            strict=strict,
+            weights_only=weights_only,
+            workers=self.workers,
+            progress=self._report_loading,
+            base_loaded=self._loaded,
+        )
+        self._progress = saved.progress
+        self._started_from = saved.step
+        self._metrics = dict(saved.metrics)
+        if saved.path.parent.resolve() == self.output_dir.resolve():
+            self._saved_step = saved.step
+        self._plan_ahead()
+        log.info("resumed from %s (step %d)", saved.path, saved.step)
+        return saved.progress
+
+    def register(
+        self,
+        *,
+        model: Model,
+        optimizer: Any = None,
+        lr_scheduler: Any = None,
+        grad_scaler: Any = None,
+        dataloader: Any = None,
+        extra: Any = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Say what is to be saved, without loading anything: a fresh start, or one at the ``progress`` of elsewhere.
+
+        Raises OutputExistsError for a fresh start where checkpoints are, unless ``overwrite`` was said.
+        """
+        there = catalog.scan(self.output_dir)
+        if there and progress is None and not self._overwrite:
+            raise OutputExistsError(
+                f"{self.output_dir}: holds {len(there)} checkpoints, up to step {there[-1].step}; resume() from it, "
+                " pass overwrite=True to start anew in its place, or choose another output_dir"
+            )
+        self._begin(model, optimizer, lr_scheduler, grad_scaler, dataloader, extra)
+        self._progress = progress or Progress()
+        self._started_from = None if progress is None else progress.step
+        self._superseded = there if progress is None else []
+        self._plan_ahead()
+
+    # Counting
+
+    @property
+    def progress(self) -> Progress:
+        """How far the run has come."""
+        return self._progress
+
+    @property
+    def interrupted(self) -> int | None:
+        """The signal that asked the run to end (``save_on_signal``), None as long as none has."""
+        return self._signals.received if self._signals is not None else None
+
+    def step(self, *, tokens: int = 0, samples: int = 0) -> None:
+        """Count an optimizer step, and save if that is due; call it after the scheduler's step.
+
+        Raises what failed in a save behind the training.
+        """
+        self._require("step()")
+        self._background.check()
+        before = self._progress
+        now = time.monotonic()
+        self._progress = replace(
+            before,
+            step=before.step + 1,
+            tokens=before.tokens + int(tokens),
+            samples=before.samples + int(samples),
+            seconds=before.seconds + now - self._clock,
+        )
+        self._clock = now
+        self._metrics = {}
+        signalled = self._signals is not None and self._signals.received is not None and not self._signal_saved
+        first = self._save_first and self._progress.step == 1
+        if signalled:
+            self._background.wait()
+            self._signal_saved = True
+        if self._schedule.due(before, self._progress, "step") or first or signalled:
+            self._save()
+        if signalled:
+            self._background.wait()
+            log.warning("saved step %d; end the loop where checkpointer.interrupted is set", self._progress.step)
+
+    def report(self, **metrics: float) -> None:
+        """Take the metrics of this step, and count an evaluation; a checkpoint of this step learns of them.
+
+        Raises UsageError for a value that is no finite number: it could be neither compared nor written as JSON.
+        """
+        self._require("report()")
+        self._background.check()
+        found = {name: _number(name, value) for name, value in metrics.items()}
+        before = self._progress
+        self._progress = replace(before, evals=before.evals + 1)
+        self._metrics.update(found)
+        if self._saved_step == self._progress.step:
+            self._amend()
+        elif self._schedule.due(before, self._progress, "eval"):
+            self._save()
+
+    def end_epoch(self) -> None:
+        """Count an epoch, and save if that is due and this step is not saved yet."""
+        self._require("end_epoch()")
+        self._background.check()
+        before = self._progress
+        self._progress = replace(before, epoch=before.epoch + 1)
+        assert self._parts is not None
+        self._parts.end_epoch()
+        if self._schedule.due(before, self._progress, "epoch") and self._saved_step != self._progress.step:
+            self._save()
+
+    # Saving
+
+    def save(self) -> None:
+        """Save this step now, unless it is saved already."""
+        self._require("save()")
+        self._background.check()
+        if self._saved_step != self._progress.step:
+            self._save()
+
+    def create_seed_checkpoint(self, model: Model) -> Path:
+        """Save a model's initial weights as step 0, without training; returns the directory."""
+        self._refuse_closed()
+        if self._parts is None:
+            self.register(model=model)
+        if self._saved_step is None:
+            self._save(replace(self._settings, contents="weights"))
+        self.wait()
+        return self.output_dir / self._template.format(self._progress, self._run_name)
+
+    def wait(self) -> None:
+        """Wait until what is being saved is complete; raises what failed."""
+        self._background.wait()
+
+    @property
+    def saved(self) -> list[Saved]:
+        """The complete checkpoints, oldest first."""
+        return catalog.scan(self.output_dir)
+
+    @property
+    def best(self) -> Saved | None:
+        """The best complete checkpoint by the metric of ``best=``, None where none has it."""
+        return retention.best(self.saved, self._policy)
+
+    def close(self) -> None:
+        """Save the last step if it is not saved yet, wait until it is complete, and let go of everything.
+
+        Raises what failed. Calling it again does nothing.
+        """
+        if self._closed:
+            return
+        failed: BaseException | None = None
+        try:
+            try:
+                self._background.wait()
+            except Exception as error:  # told at the end: the last step is to be saved all the same
+                failed = error
+            trained = self._parts is not None and self._progress.step > (self._started_from or 0)
+            settings = self._last_settings()
+            if trained and self._save_last and (self._saved_step != self._progress.step or settings != self._settings):
+                self._save(settings)
+            self._background.wait()
+            if failed is not None:
+                raise failed
+        finally:
+            self._release()
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+            return
+        try:
+            self._background.wait()  # what is in flight is finished; the step that failed is not saved
+        except Exception:
+            log.exception("a checkpoint could not be saved")
+        self._release()
+
+    # Inside
+
+    def _begin(
+        self, model: Model, optimizer: Any, lr_scheduler: Any, grad_scaler: Any, dataloader: Any, extra: Any
+    ) -> None:
+        self._refuse_closed()
+        if self._parts is not None:
+            self._parts.untrack()
+        for path in self._settings.extra:
+            if not path.is_file():
+                raise UsageError(f"{path}: no such file; extra_files are copied into every checkpoint")
+        if self._lock is None:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            held = f"{self.output_dir}: another checkpointer is writing here; close() it, or choose another output_dir"
+            self._lock = Lock.file(self.output_dir / LOCK, held)
+            catalog.tidy(self.output_dir)
+            if self._latest_name is not None:
+                pointer.check_pointer(self.output_dir, self._latest_name)
+            if self._signals is not None:
+                self._signals.install()
+        self._signal_saved = False
+        self._parts = parts.make(
+            model=model,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            grad_scaler=grad_scaler,
+            dataloader=dataloader,
+            extra=extra,
+        )
+        self._clock = time.monotonic()
+
+    def _plan_ahead(self) -> None:
+        """Find out now what could not be saved later, and say once what the saved steps will be."""
+        assert self._parts is not None
+        for settings in dict.fromkeys((self._settings, self._last_settings())):
+            for notice in self._emitter.prepare(tensors_of(self._parts.model), settings):
+                log.warning("%s", notice)
+        self._clock = time.monotonic()
+
+    def _last_settings(self) -> Settings:
+        if self._final is None:
+            return self._settings
+        changes = {name: value for name, value in vars(self._final).items() if value is not None}
+        return replace(self._settings, **changes)
+
+    def _save(self, settings: Settings | None = None) -> None:
+        """Take everything as it is now, and write it: behind the training, or before this returns."""
+        assert self._parts is not None
+        settings = settings or self._settings
+        if self._background.busy:
+            log.info("step %d waits for the save before it", self._progress.step)
+        self._background.wait()
+        tensors = tensors_of(self._parts.model)
+        state = self._parts.capture() if settings.contents == "full" else None
+        destination = self.output_dir / self._template.format(self._progress, self._run_name)
+        job = self._emitter.job(tensors, state, settings, self._buffers if self._asynchronous else None)
+        section = {
+            "version": catalog.VERSION,
+            "saver": "default",
+            "directory": destination.name,
+            "sequence": max((saved.sequence for saved in self.saved), default=0) + 1,
+            "contents": settings.contents,
+            "progress": self._progress.as_dict(),
+            "metrics": dict(self._metrics),
+            "model_format": settings.model_format,
+        }
+
+        def work() -> None:
+            save_step(job(section), destination, workers=self.workers)
+            if self._latest_name is not None:
+                pointer.point(self.output_dir, self._latest_name, destination)
+            self._supersede(destination)
+            self._prune()
+
+        previous, self._saved_step = self._saved_step, self._progress.step
+        if self._asynchronous:
+            self._background.run(work)
+            return
+        try:
+            work()
+        except BaseException:
+            self._saved_step = previous
+            raise
+
+    def _supersede(self, destination: Path) -> None:
+        """Once the first checkpoint of a fresh start is complete, those of the run before it go."""
+        superseded, self._superseded = self._superseded, []
+        retention.apply(retention.Decision(delete=tuple(one for one in superseded if one.path != destination)))
+
+    def _prune(self) -> None:
+        retention.apply(retention.decide(self.saved, self._policy))
+
+    def _amend(self) -> None:
+        """Tell the checkpoint of this step, once it is complete, of metrics that were reported after it."""
+        destination = self.output_dir / self._template.format(self._progress, self._run_name)
+        metrics, evals = dict(self._metrics), self._progress.evals
+
+        def work() -> None:
+            saved = catalog.read(destination)
+            if saved is None:
+                return
+            counted = {**saved.progress.as_dict(), "evals": evals}
+            catalog.amend(saved, metrics={**saved.metrics, **metrics}, progress=counted)
+            self._prune()
+
+        if self._background.busy:
+            self._background.then(work)
+        else:
+            work()
+
+    def _release(self) -> None:
+        self._closed = True
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._source.close)
+            if self._lock is not None:
+                stack.callback(self._lock.close)
+            if self._signals is not None:
+                stack.callback(self._signals.restore)
+            if self._parts is not None:
+                stack.callback(self._parts.untrack)
+            stack.callback(self._buffers.clear)
+            stack.callback(self._background.close)
+
+    def _require(self, what: str) -> None:
+        self._refuse_closed()
+        if self._parts is None:
+            raise UsageError(f"{what}: nothing says what to save; call resume(model=..., ...) or register(...) first")
+
+    def _refuse_closed(self) -> None:
+        if self._closed:
+            raise UsageError("the checkpointer is closed; make another one")
+
+
+def _dtype(dtype: str | torch.dtype | None) -> str | None:
+    if dtype is None:
+        return None
+    name = str(dtype).removeprefix("torch.")
+    if name not in CASTS:
+        raise UsageError(f"export_dtype={dtype!r}: expected one of {', '.join(CASTS)}, or None for the source's dtypes")
+    return name
+
+
+def _final(values: Mapping[str, Any]) -> Final:
+    unknown = sorted(values.keys() - Final.__annotations__.keys())
+    if unknown:
+        raise UsageError(f"final: {unknown[0]!r} is no option of it; known: {', '.join(Final.__annotations__)}")
+    return Final(**{**values, "export_dtype": _dtype(values.get("export_dtype"))})
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        found = float(value)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"report({name}=...): expected a number, found {type(value).__name__}") from error
+    if not math.isfinite(found):
+        raise UsageError(
+            f"report({name}={found}): is no finite number, so it tells no model from another; leave it out, and look "
+            "at the steps before (nothing that is saved was touched)"
+        )
+    return found

@@ -1,0 +1,222 @@
+"""Where in its data a run is: recorded from outside of the loader, so that a resumed run sees the same batches.
+
+A plain ``torch.utils.data.DataLoader`` has no state. It is made to count: the random state at the start of the epoch
+and the number of batches handed out say where it is, and a resumed run makes the same iterator again, takes as many
+batches and drops them. A loader with a state of its own (torchdata's StatefulDataLoader) is asked for it, and tracked
+all the same: making its iterator again draws random numbers that the uninterrupted run does not draw.
+
+What is not reproduced: the random numbers that workers kept over epochs (``persistent_workers``) go on with, those of
+torchdata's workers, and an order that a sampler or an iterable dataset draws step by step from the generators that the
+training loop draws from, too.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from ckpt_convert.checkpointer import rng
+from ckpt_convert.checkpointer.counting import Counted, Place, counting_class, set_class
+from ckpt_convert.checkpointer.stateful import has_state
+from ckpt_convert.errors import CorruptFileError, UsageError
+
+log = logging.getLogger("ckpt_convert")
+
+State = dict[str, Any]
+
+_KEYS = {"own": {"kind", "own"}, "counted": {"kind", "position", "epoch_start", "first_batch", "now", "own"}}
+
+
+def track(loader: Any, name: str = "dataloader") -> Tracked:
+    """Record from now on where a loader is.
+
+    The loader stays the object that it is, and what it gives is untouched; until ``untrack`` its class is one made
+    from its own. Raises UsageError for an iterable whose place in its data cannot be known.
+    """
+    plain = isinstance(loader, DataLoader)
+    if not plain and not has_state(loader):
+        raise UsageError(
+            f"{name}: a {type(loader).__module__}.{type(loader).__qualname__} has no state, so a resumed run could not "
+            "go on where it was; wrap the data in a torch.utils.data.DataLoader, or give the loader state_dict() and "
+            "load_state_dict()"
+        )
+    return Tracked(loader, name, counts=plain)
+
+
+class Tracked:
+    """A loader that is being tracked; ``track`` makes them."""
+
+    def __init__(self, loader: Any, name: str, *, counts: bool) -> None:
+        self.loader = loader
+        self.name = name
+        self._counts = counts
+        self._has_state = _has_own_state(loader)
+        self._place: Place | None = None
+        self._pending: State | None = None
+        self._original = type(loader)
+        if counts:
+            set_class(loader, counting_class(self._original, self._iterate))
+
+    def state(self) -> State:
+        """Where the loader is, as a tree that ``pack`` takes.
+
+        ``position`` is the number of batches of this epoch that were handed out, None between epochs.
+        """
+        if self._pending is not None:
+            return self._pending  # nothing was taken since it was loaded
+        if not self._counts:
+            return {"kind": "own", "own": self.loader.state_dict()}
+        place = self._place
+        within = place is not None and not place.ended
+        return {
+            "kind": "counted",
+            "position": place.position if place is not None and within else None,
+            "epoch_start": place.start if place is not None and within else None,
+            "first_batch": place.first if place is not None and within else None,
+            "now": self._snapshot(accelerators=True),
+            # asked before its first epoch, torchdata's makes an iterator, which draws random numbers
+            "own": self.loader.state_dict() if self._has_state and place is not None else None,
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on where ``state`` was taken: the next iterator of the loader starts there.
+
+        Raises UsageError when it is that of another kind of loader.
+        """
+        if not _KEYS.get(state.get("kind", ""), {"kind"}) == set(state):
+            raise CorruptFileError(f"{self.name}: is no state of a loader; resume from another checkpoint")
+        counted = state["kind"] == "counted"
+        if counted != self._counts or (counted and not self._has_state and state["own"] is not None):
+            raise UsageError(
+                f"{self.name}: the checkpoint has the state of another kind of loader than the "
+                f"{self._original.__qualname__} that was given; give one of the same kind, or resume without it "
+                f'(exclude=["{self.name}*"])'
+            )
+        self._place = None
+        if not counted:
+            self.loader.load_state_dict(state["own"])
+            return
+        self._pending = dict(state)
+        _set_generators(self.loader, state["now"])
+        if state["own"] is not None:
+            self.loader.load_state_dict(state["own"])
+        elif state["position"] and not self._has_state:
+            log.warning(
+                "%s: has no state of its own, so the %d batches that the checkpoint has seen of this epoch will be "
+                "read again and dropped; torchdata's StatefulDataLoader would go there directly",
+                *(self.name, state["position"]),
+            )
+
+    def end_epoch(self) -> None:
+        """Say that this epoch is over: the next iterator starts another one, read to its end or not."""
+        if self._place is not None:
+            self._place.ended = True
+        if self._pending is not None and self._pending["position"] is not None:
+            self._pending = {**self._pending, "position": None, "epoch_start": None, "first_batch": None}
+
+    def untrack(self) -> None:
+        """Give the loader its class back, and record nothing more."""
+        if self._counts:
+            set_class(self.loader, self._original)
+            self._counts = False
+
+    def _iterate(self) -> Iterator[Any]:
+        """What the loader's ``__iter__`` does instead of its own."""
+        state, self._pending = self._pending, None
+        if state is None:
+            return self._start()
+        if state["position"] is None:
+            return self._next_epoch(state)
+        return self._same_epoch(state)
+
+    def _start(self) -> Iterator[Any]:
+        place = Place(self._snapshot())
+        return self._counted(self._original.__iter__(self.loader), place)
+
+    def _counted(self, inner: Iterator[Any], place: Place) -> Iterator[Any]:
+        self._told(place)
+        return Counted(inner, place, self._snapshot, self._told)
+
+    def _told(self, place: Place) -> None:
+        self._place = place
+
+    def _next_epoch(self, state: State) -> Iterator[Any]:
+        if state["own"] is not None or state["now"]["workers_kept"]:
+            # The iterator of the epoch that ended: where workers are kept, or a state was loaded, only the iterator
+            # after that one starts an epoch as the uninterrupted run did.
+            before = rng.capture()
+            self._original.__iter__(self.loader)
+            rng.restore(before)
+            _set_generators(self.loader, state["now"])
+        return self._start()
+
+    def _same_epoch(self, state: State) -> Iterator[Any]:
+        start, first, position = state["epoch_start"], state["first_batch"], state["position"]
+        if start["workers_kept"] and state["own"] is None:
+            self._original.__iter__(self.loader)  # or making it would draw what only an epoch's first one draws
+        self._set(start)
+        inner = self._original.__iter__(self.loader)
+        if state["own"] is None and position:
+            if first is not None:
+                self._set(first)
+            self._drop(inner, position)
+        self._set(state["now"])
+        return self._counted(inner, Place(start, first, position))
+
+    def _drop(self, inner: Iterator[Any], count: int) -> None:
+        for number in range(count):
+            try:
+                next(inner)
+            except StopIteration:
+                raise UsageError(
+                    f"{self.name}: should give at least the {count} batches that the checkpoint has seen of this "
+                    f"epoch, but gave {number}; give it the same data and batch size, or resume without it "
+                    f'(exclude=["{self.name}*"])'
+                ) from None
+        log.info("%s: %d batches dropped, which the checkpoint had seen", self.name, count)
+
+    def _snapshot(self, accelerators: bool = False) -> State:
+        """The generators that an iterator may draw from; loaders draw from none of an accelerator's."""
+        return {
+            "rng": rng.capture(accelerators=accelerators),
+            "generators": {place: generator.get_state() for place, generator in _generators(self.loader)},
+            "iteration": getattr(self.loader, "iteration", None),  # accelerate seeds each epoch with it
+            "workers_kept": getattr(self.loader, "_iterator", None) is not None,
+        }
+
+    def _set(self, snapshot: State) -> None:
+        rng.restore(snapshot["rng"])
+        _set_generators(self.loader, snapshot)
+
+
+def _has_own_state(loader: Any) -> bool:
+    """accelerate's loaders have the methods always, and the state only where the loader inside has one."""
+    return has_state(getattr(loader, "base_dataloader", loader))
+
+
+def _generators(loader: Any) -> Iterator[tuple[str, torch.Generator]]:
+    """The generators that a loader was given, each once, by where they are."""
+    batches, samples = getattr(loader, "batch_sampler", None), getattr(loader, "sampler", None)
+    seen: set[int] = set()
+    for place, holder in (
+        ("loader", loader),
+        ("sampler", samples),
+        ("batch_sampler", batches),
+        ("batch_sampler.sampler", getattr(batches, "sampler", None)),
+    ):
+        found = getattr(holder, "generator", None)
+        if isinstance(found, torch.Generator) and id(found) not in seen:
+            seen.add(id(found))
+            yield place, found
+
+
+def _set_generators(loader: Any, snapshot: State) -> None:
+    for place, generator in _generators(loader):
+        if place in snapshot["generators"]:
+            generator.set_state(snapshot["generators"][place])
+    if snapshot["iteration"] is not None and hasattr(loader, "iteration"):
+        loader.iteration = snapshot["iteration"]

@@ -1,0 +1,156 @@
+"""Filling a model in memory from a checkpoint of any format, tensor by tensor, in place."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ckpt_convert import dtypes
+from ckpt_convert.convert import mapping
+from ckpt_convert.convert.blocks import Meter, Mover, ProgressCallback, spread
+from ckpt_convert.convert.checkpoint import Checkpoint
+from ckpt_convert.convert.execute import equal
+from ckpt_convert.convert.mapping import Target
+from ckpt_convert.errors import KeyMismatchError, TiedWeightsError, UnsupportedFamilyError, listing
+from ckpt_convert.storage.reader import WORKERS
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What was loaded: ``dtypes`` counts the tensors by (dtype in the files, dtype in memory)."""
+
+    tensors: int
+    bytes: int
+    dtypes: Mapping[tuple[str, str], int]
+
+    def describe(self) -> str:
+        """In a line: how many tensors, and in which dtypes."""
+        said = ", ".join(
+            f"{count} {there}" + ("" if there == here else f" as {here}")
+            for (there, here), count in sorted(self.dtypes.items(), key=lambda item: -item[1])
+        )
+        return f"{self.tensors} tensors ({said})"
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A checkpoint held against a model: what goes where, and everything that does not fit."""
+
+    targets: list[Target]
+    missing: list[str]
+    unexpected: list[str]
+    misfits: list[str]
+
+    @property
+    def problems(self) -> list[str]:
+        return [
+            *(f"{key}: the checkpoint has it, the model has not" for key in self.unexpected),
+            *(f"{key}: the model has it, the checkpoint has not" for key in self.missing),
+            *self.misfits,
+        ]
+
+
+def targets_of(checkpoint: Checkpoint, format: str) -> tuple[list[Target], set[str]]:
+    """Every tensor of the checkpoint as ``format`` has it, and the keys of those that tied weights may do without.
+
+    Raises UnsupportedFamilyError where the table has no such column, and TiedWeightsError where weights that the config
+    ties differ.
+    """
+    model = checkpoint.model
+    family = model.family
+    if format not in family.formats:
+        raise UnsupportedFamilyError(
+            f"{checkpoint.path}: the {family.name} table has no {format} column; it has {', '.join(family.formats)}"
+        )
+    found = model if model.tied is not None else model.with_tied(False)
+    dims = dict(found.dims)
+    logicals = mapping.read(family, str(checkpoint.format), dims, checkpoint.ranks, str(checkpoint.path))
+    movers = Mover(checkpoint.stored), Mover(checkpoint.stored)
+    pair = mapping.tied_pair(logicals) if model.tied is None else None
+    if pair is not None and equal(*movers, pair):
+        dims["tied"] = 1
+    targets, _, ties = mapping.write(family, format, dims, logicals, ranks=1, keep_tied=True, what=str(checkpoint.path))
+    for check in (*logicals.equal, *(ties if model.tied else ())):
+        if not equal(*movers, check):
+            raise TiedWeightsError(f"{checkpoint.path}: {check.message}")
+    optional = {target.key for target in targets if target.instance.row.tied_to and dims["tied"]}
+    return targets, optional
+
+
+def fit(checkpoint: Checkpoint, tensors: Mapping[str, torch.Tensor], format: str) -> Fit:
+    """Hold a checkpoint against the tensors of a model; nothing is read yet."""
+    targets, optional = targets_of(checkpoint, format)
+    known = {target.key: target for target in targets}
+    missing = [key for key in tensors if key not in known]
+    unexpected = [key for key in known if key not in tensors and key not in optional]
+    misfits = []
+    for key, target in known.items():
+        shape = tuple(tensors[key].shape) if key in tensors else target.tensor.shape
+        if shape != target.tensor.shape:
+            misfits.append(f"{key}: expected {list(target.tensor.shape)}, found {list(shape)} in the model")
+    return Fit([target for target in targets if target.key in tensors], missing, unexpected, misfits)
+
+
+def refuse_misfits(found: Fit, checkpoint: Checkpoint, format: str) -> None:
+    """Raise KeyMismatchError listing everything in which a model and a checkpoint do not fit."""
+    if found.problems:
+        raise KeyMismatchError(
+            f"{checkpoint.path}: does not fit the model, whose keys should be those of the {format} format "
+            f"(model_format={format!r}):{listing(found.problems)}"
+        )
+
+
+def load(
+    checkpoint: Checkpoint,
+    tensors: Mapping[str, torch.Tensor],
+    found: Fit,
+    *,
+    wanted: Callable[[str], bool] = lambda key: True,
+    workers: int = WORKERS,
+    progress: ProgressCallback | None = None,
+) -> Loaded:
+    """Copy what fits into the tensors, in place, converted and block by block; returns what was loaded."""
+    misfit = {line.partition(":")[0] for line in found.misfits}
+    targets = [target for target in found.targets if wanted(target.key) and target.key not in misfit]
+    total = sum(dtypes.nbytes(target.dtype, target.tensor.shape) for target in targets)
+    meter = Meter("loading", total, progress)
+
+    def start() -> Callable[[Target], None]:
+        mover = Mover(checkpoint.stored)
+        return lambda target: _fill(mover, target, tensors[target.key], meter)
+
+    spread(targets, workers, meter, start)
+    pairs = Counter(
+        (dtypes.DTYPES[target.dtype].torch, str(tensors[target.key].dtype).removeprefix("torch.")) for target in targets
+    )
+    return Loaded(len(targets), total, dict(pairs))
+
+
+def state_dict(checkpoint: Checkpoint, format: str) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, converted and in its dtype; without the second key of tied weights."""
+    targets, optional = targets_of(checkpoint, format)
+    chosen = [target for target in targets if target.key not in optional]
+    out = {
+        target.key: torch.empty(target.tensor.shape, dtype=getattr(torch, dtypes.DTYPES[target.dtype].torch))
+        for target in chosen
+    }
+    load(checkpoint, out, Fit(chosen, [], [], []))
+    return out
+
+
+def _fill(mover: Mover, target: Target, tensor: torch.Tensor, meter: Meter) -> None:
+    dtype = getattr(torch, dtypes.DTYPES[target.dtype].torch)
+    into = tensor.detach()
+    dense = into if into.is_contiguous() else torch.empty(into.shape, dtype=dtype)
+    flat = dense.view(-1)
+    with torch.no_grad():
+        for offset, data in mover.blocks(target.tensor, target.dtype, target.dtype):
+            block = torch.frombuffer(data, dtype=torch.uint8).view(dtype)
+            start = offset // dtype.itemsize
+            flat[start : start + block.numel()].copy_(block)
+            meter.add(len(data))
+        if dense is not into:
+            into.copy_(dense)

@@ -1,0 +1,160 @@
+"""Finding the checkpoint to go on from, and loading it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ckpt_convert.checkpointer import catalog, loading, retention, training_state
+from ckpt_convert.checkpointer.catalog import TRAINING_STATE, Saved
+from ckpt_convert.checkpointer.emitting import MODEL, Emitter
+from ckpt_convert.checkpointer.live import tensors_of
+from ckpt_convert.checkpointer.pack import part
+from ckpt_convert.checkpointer.parts import Parts
+from ckpt_convert.convert.blocks import ProgressCallback
+from ckpt_convert.convert.check import check as check_weights
+from ckpt_convert.convert.checkpoint import open_checkpoint
+from ckpt_convert.errors import (
+    CheckpointNotFoundError,
+    CkptConvertError,
+    CorruptFileError,
+    KeyMismatchError,
+    UsageError,
+    listing,
+)
+
+log = logging.getLogger("ckpt_convert")
+
+
+def choose(output_dir: Path, from_: Any, policy: retention.Policy, *, verify: bool, workers: int) -> Saved | None:
+    """The checkpoint that ``from_`` means; None where "latest" finds an empty directory.
+
+    "latest" passes over damaged ones with a warning. Raises CheckpointNotFoundError for one that is not there, and
+    CorruptFileError where what was asked for, or all there is, is damaged.
+    """
+    if from_ == "latest":
+        return newest(output_dir, verify=verify, workers=workers)
+    there = catalog.scan(output_dir)
+    found: Saved | None
+    if from_ == "best":
+        if policy.best is None:
+            raise UsageError('from_="best": best by what? Give the checkpointer best=, such as best="val_loss:min"')
+        found = retention.best(there, policy)
+        if found is None:
+            raise CheckpointNotFoundError(f"{output_dir}: no checkpoint has the metric {policy.best[0]!r}")
+    elif isinstance(from_, int) and not isinstance(from_, bool):
+        found = next((saved for saved in reversed(there) if saved.step == from_), None)
+        if found is None:
+            steps = ", ".join(str(saved.step) for saved in there) or "none"
+            raise CheckpointNotFoundError(f"{output_dir}: has no complete checkpoint of step {from_}; it has: {steps}")
+    elif isinstance(from_, (str, Path)):
+        found = catalog.read(Path(from_).resolve())
+        if found is None:
+            found = newest(Path(from_), verify=verify, workers=workers)
+        if found is None:
+            raise CheckpointNotFoundError(
+                f"{from_}: is no complete checkpoint of a checkpointer, nor a directory of them; to start from weights "
+                "alone, make it the source"
+            )
+    else:
+        raise UsageError(f'from_={from_!r}: expected "latest", "best", a step, or the path of a checkpoint')
+    problems = check(found, verify=verify, workers=workers)
+    if problems:
+        raise CorruptFileError(f"{found.path}: cannot be resumed from:{listing(problems)}")
+    return found
+
+
+def newest(output_dir: Path, *, verify: bool, workers: int) -> Saved | None:
+    """The newest checkpoint that is sound; None where there is none at all."""
+    there = catalog.scan(output_dir)
+    said = []
+    for saved in reversed(there):
+        problems = check(saved, verify=verify, workers=workers)
+        if not problems:
+            return saved
+        said += problems
+        log.warning("%s is damaged and passed over: %s", saved.path, "; ".join(problems))
+    if said:
+        raise CorruptFileError(
+            f"{output_dir}: holds {len(there)} checkpoints, but none that is sound; remove them, or choose another "
+            f"output_dir, to start anew:{listing(said)}"
+        )
+    return None
+
+
+def check(saved: Saved, *, verify: bool, workers: int) -> list[str]:
+    """Everything that is wrong with a checkpoint; ``verify`` reads all of it, else names, sizes and headers count."""
+    training: Mapping[str, Any] = saved.manifest["training"]
+    problems = []
+    if "format" in saved.manifest:
+        try:
+            report = check_weights(saved.path, values=verify, workers=workers)
+            problems += [finding.text for finding in report.findings if finding.severity == "error"]
+        except CkptConvertError as error:
+            problems.append(str(error))
+    for name, folder in (("files", "."), ("extra_files", ".")):
+        problems += training_state.check(saved.path / folder, training.get(name) or {}, verify)
+    if saved.has_training_state:
+        problems += training_state.check(saved.path / TRAINING_STATE, training[TRAINING_STATE]["files"], verify)
+    return problems
+
+
+def load(
+    saved: Saved,
+    parts: Parts,
+    emitter: Emitter,
+    *,
+    wanted: Callable[[str], bool],
+    strict: bool,
+    weights_only: bool,
+    workers: int,
+    progress: ProgressCallback | None,
+    base_loaded: bool,
+) -> None:
+    """Put back everything that is wanted; raises KeyMismatchError, before anything is loaded, for what does not fit."""
+    tensors = emitter.distinct(tensors_of(parts.model))
+    state = training_state.open_state(saved.path / TRAINING_STATE) if saved.has_training_state else None
+    names = [name for name in (state.parts or () if state is not None else ()) if name != MODEL and wanted(name)]
+    trees = state.read(names) if state is not None else {}
+    prefix = f"{MODEL}/"
+    exact: dict[str, str] = {}
+    if state is not None:
+        exact = {key: f"{prefix}{part(key)}" for key in tensors if f"{prefix}{part(key)}" in state.tensors}
+        left = {at for at in state.tensors if at.startswith(prefix)} - set(exact.values())
+        layout = saved.manifest["training"].get("model_format")
+        if left and layout != emitter.settings.model_format:
+            raise UsageError(
+                f"{saved.path}: holds tensors as a model in the {layout} layout has them; resume with "
+                f"model_format={layout!r}, or make the checkpoint the source of a new run"
+            )
+    with open_checkpoint(saved.path, family=emitter.source.family_name) as checkpoint:
+        fit = loading.fit(checkpoint, tensors, emitter.settings.model_format)
+        problems = [line for line in fit.problems if wanted(prefix + line.partition(":")[0])]
+        if not weights_only:
+            if state is None:
+                log.warning("%s has no training state: only its weights and its progress are taken", saved.path)
+            else:
+                problems += parts.compare(trees, wanted)
+        if problems and strict:
+            raise KeyMismatchError(
+                f"{saved.path}: does not fit what it is loaded into (strict=False loads what does, exclude= leaves "
+                f"parts out):{listing(problems)}"
+            )
+        found = loading.load(
+            checkpoint,
+            tensors,
+            fit,
+            wanted=lambda key: wanted(prefix + key) and key not in exact,
+            workers=workers,
+            progress=progress,
+        )
+    taken = {key: at for key, at in exact.items() if wanted(prefix + key)}
+    for key, at in taken.items():
+        assert state is not None
+        state.tensor(at, into=tensors[key])
+    problems += parts.restore(trees, wanted) if not weights_only else []
+    if problems:
+        log.warning("%s: what did not fit was left as it was:%s", saved.path, listing(problems))
+    log.info("loaded %s, and %d tensors as they were in memory", found.describe(), len(taken))

@@ -1,0 +1,84 @@
+"""The states of the random number generators: python, numpy, torch, and each accelerator's devices."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from ckpt_convert.errors import CorruptFileError
+
+log = logging.getLogger("ckpt_convert")
+
+State = dict[str, Any]
+
+
+def capture(accelerators: bool = True) -> State:
+    """The state of every global generator, as a tree that ``pack`` takes; nothing is drawn and no device set up."""
+    version, words, gauss = random.getstate()
+    state: State = {
+        "python": {"version": version, "words": torch.tensor(words, dtype=torch.int64), "gauss": gauss},
+        "numpy": np.random.get_state(legacy=False),
+        "torch": torch.get_rng_state(),
+    }
+    if accelerators and (kind := _accelerator()) is not None:
+        module: Any = torch.get_device_module(kind)
+        every = getattr(module, "get_rng_state_all", None)  # MPS has but one device
+        state["accelerators"] = {kind: every() if every is not None else [module.get_rng_state()]}
+    return state
+
+
+def restore(state: Mapping[str, Any]) -> None:
+    """Set every generator that ``state`` has to what it was.
+
+    A device that is not there any more is named in a warning; the others are set. Raises CorruptFileError for what is
+    no state of a generator.
+    """
+    try:
+        if "python" in state:
+            python = state["python"]
+            random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
+        if "numpy" in state:
+            np.random.set_state(state["numpy"])
+        if "torch" in state:
+            torch.set_rng_state(state["torch"])
+        for kind, states in state.get("accelerators", {}).items():
+            _restore_devices(kind, states)
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise CorruptFileError(
+            f"rng: is no state of the random number generators ({error}); resume from another checkpoint, "
+            'or without it (exclude=["rng*"])'
+        ) from error
+
+
+def _restore_devices(kind: str, states: list[torch.Tensor]) -> None:
+    here = _accelerator(started=False)
+    count = min(torch.accelerator.device_count(), len(states)) if here == kind else 0
+    module: Any = torch.get_device_module(kind) if count else None
+    for number, state in enumerate(states[:count]):
+        if hasattr(module, "get_rng_state_all"):
+            module.set_rng_state(state, number)
+        else:
+            module.set_rng_state(state)
+    if count < len(states):
+        gone = ", ".join(f"{kind}:{number}" for number in range(count, len(states)))
+        log.warning(
+            "the random state of %s was saved, but this machine has %s; what is drawn there will differ",
+            gone,
+            f"{count} such device{'s' if count != 1 else ''}" if count else "no such device",
+        )
+
+
+def _accelerator(started: bool = True) -> str | None:
+    """The kind of accelerator; with ``started`` only where it is in use, for asking would set its devices up."""
+    if not torch.accelerator.is_available():
+        return None
+    found = torch.accelerator.current_accelerator()
+    if found is None:
+        return None
+    in_use = getattr(torch.get_device_module(found.type), "is_initialized", lambda: True)
+    return found.type if not started or in_use() else None

@@ -1,0 +1,120 @@
+"""Writing the directory of one saved step: whole, or not at all."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ckpt_convert.checkpointer import catalog, training_state
+from ckpt_convert.checkpointer.pack import Packed
+from ckpt_convert.convert import output, record
+from ckpt_convert.convert.execute import run_checks
+from ckpt_convert.convert.formats.base import render_json
+from ckpt_convert.convert.plan import Plan, refuse_unreadable
+from ckpt_convert.convert.sidefiles import SideFile
+from ckpt_convert.errors import CkptConvertError, OutputExistsError
+from ckpt_convert.storage.names import JOURNAL
+from ckpt_convert.storage.reader import WORKERS
+from ckpt_convert.storage.staging import Staging, check_space, explain_full_disk
+
+log = logging.getLogger("ckpt_convert")
+
+MERGED = "merged"
+"""The folder of the full weights beside an adapter."""
+
+_ADVICE = "the step was not saved, earlier ones are untouched; free some space, or keep fewer (keep_last)"
+
+
+@dataclass(frozen=True)
+class Step:
+    """What goes into the directory of a step.
+
+    ``plan`` writes the weights, below ``weights_in`` (the directory itself, or the folder beside an adapter), None
+    where there are none; ``files`` are small files by name; ``state`` is the training state, None for none;
+    ``training`` is the manifest's section, to which the checksums of what is written are added.
+    """
+
+    plan: Plan | None
+    training: Mapping[str, Any]
+    state: Mapping[str, Packed] | None = None
+    files: Mapping[str, bytes] | None = None
+    extra: Sequence[Path] = ()
+    weights_in: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        packed = self.state.values() if self.state is not None else ()
+        state = sum(tensor.nbytes for one in packed for tensor in one.tensors.values())
+        files = sum(map(len, self.files.values())) if self.files else 0
+        extra = sum(path.stat().st_size for path in self.extra)
+        return state + files + extra + (self.plan.disk if self.plan is not None else 0)
+
+
+def save(step: Step, destination: Path, *, workers: int = WORKERS) -> int:
+    """Write a step into ``destination``, which appears complete; one of ours that is there is replaced.
+
+    Returns the number of bytes. Raises OutputExistsError where something else has the name, and CkptConvertError for
+    what goes wrong while writing: ``destination`` is then as it was, and nothing half-written is left.
+    """
+    started = time.monotonic()
+    if destination.exists() and any(destination.iterdir()) and catalog.read(destination) is None:
+        raise OutputExistsError(
+            f"{destination}: is there already and is no checkpoint of this checkpointer; move it away, or choose "
+            "another directory name or output_dir"
+        )
+    try:
+        with Staging(destination, overwrite=True) as staging:
+            try:
+                staging.write(JOURNAL, b"")
+                check_space(destination, step.nbytes)
+                with explain_full_disk(staging, _ADVICE):
+                    _write(step, staging, workers)
+                    nbytes = sum(path.stat().st_size for path in staging.path.rglob("*") if path.is_file())
+                    staging.commit()
+            except BaseException:
+                staging.discard()
+                raise
+    except OSError as error:
+        raise CkptConvertError(
+            f"{error.filename or destination}: cannot be written: {error.strerror or error}; {destination.name} was "
+            "not saved, earlier steps are untouched"
+        ) from error
+    seconds = time.monotonic() - started
+    log.info("saved %s (%.3g GB in %.1f s)", destination, nbytes / 1e9, seconds)
+    return nbytes
+
+
+def _write(step: Step, staging: Staging, workers: int) -> None:
+    manifest: dict[str, Any] = {"schema": record.SCHEMA}
+    if step.plan is not None and not step.weights_in:
+        manifest = _weights(step.plan, staging, workers)
+    elif step.plan is not None:
+        inner = staging.path / step.weights_in
+        with Staging(inner) as nested:
+            nested.write(record.MANIFEST, render_json(_weights(step.plan, nested, workers)))
+            (nested.path / JOURNAL).unlink(missing_ok=True)
+            nested.commit()
+    for name, data in (step.files or {}).items():
+        staging.write(name, data)
+    extra = {path.name: _copy(path, staging) for path in step.extra}
+    state = None
+    if step.state is not None:
+        state = {"files": training_state.write(staging.path / catalog.TRAINING_STATE, step.state)}
+    manifest["training"] = {**step.training, "training_state": state, "extra_files": extra}
+    staging.write(record.MANIFEST, render_json(manifest))
+    (staging.path / JOURNAL).unlink()
+
+
+def _weights(plan: Plan, staging: Staging, workers: int) -> dict[str, Any]:
+    refuse_unreadable(plan)
+    run_checks(plan)
+    return output.write(plan, staging, workers, None).manifest
+
+
+def _copy(path: Path, staging: Staging) -> dict[str, Any]:
+    checksum = output.write_side_file(SideFile(path.name, "copied", path), staging)
+    return {"size": path.stat().st_size, "checksum": checksum}

@@ -1,0 +1,87 @@
+"""SIGTERM and SIGINT as a wish that the training loop meets when it is at a step, not in the middle of one."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from types import FrameType, TracebackType
+
+from ckpt_convert.errors import UsageError
+
+log = logging.getLogger("ckpt_convert")
+
+HANDLED = (signal.SIGTERM, signal.SIGINT)
+
+
+class Signals:
+    """Notes the first SIGTERM and the first SIGINT; further ones go where they went before. A context manager.
+
+    ``received`` is the number of the signal that came first, None as long as there was none.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._seen: set[int] = set()
+        self._previous: dict[int, signal._HANDLER] = {}
+        self._process = 0
+        self._active = False
+
+    def install(self) -> None:
+        """Handle both signals from now on; raises UsageError outside of the main thread."""
+        if self._active:
+            return
+        if threading.current_thread() is not threading.main_thread():
+            raise UsageError(
+                "signals can only be handled in the main thread: call this there, or pass save_on_signal=False and "
+                "call save() when a signal of your own says so"
+            )
+        self.received = None
+        self._seen.clear()
+        self._process = os.getpid()
+        self._active = True
+        for number in HANDLED:
+            if number not in self._previous:  # else somebody had wrapped the handler, which then stayed
+                self._previous[number] = signal.signal(number, self._handle)
+
+    def restore(self) -> None:
+        """Put back the handlers from before; one that somebody else has installed since stays.
+
+        Outside of the main thread, where handlers cannot be set, signals are passed on to those from before.
+        """
+        self._active = False
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in [number for number in self._previous if signal.getsignal(number) == self._handle]:
+            previous = self._previous.pop(number)
+            signal.signal(number, signal.SIG_DFL if previous is None else previous)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        first = number not in self._seen
+        self._seen.add(number)
+        child = os.getpid() != self._process
+        if not self._active or not first or (child and number == signal.SIGTERM):
+            self._pass_on(number, frame)
+        elif not child:
+            self.received = self.received or number
+            name = signal.Signals(number).name
+            log.warning("%s received: saving at the next step; a second one is not waited for", name)
+        # A terminal's Ctrl-C goes to forked data loading workers as well; they have to go on for the step to end.
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        previous = self._previous.get(number, signal.SIG_DFL)
+        if callable(previous):
+            previous(number, frame)
+        elif previous != signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    def __enter__(self) -> Signals:
+        self.install()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.restore()

@@ -1,0 +1,75 @@
+"""The checkpoint that a run starts from, whose format its saved steps keep."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ckpt_convert.convert.checkpoint import Checkpoint, open_checkpoint
+from ckpt_convert.convert.formats.base import Directory, render_json
+from ckpt_convert.errors import CheckpointNotFoundError, ConfigError, UsageError
+
+Source = str | Path | Sequence[str | Path] | Checkpoint
+Config = str | Path | Mapping[str, Any]
+
+
+def open_source(source: Source, *, format: str | None, family: str | None, config: Config | None) -> Checkpoint:
+    """Open what a recipe calls its source: a path, a Hub id, or the weight files of a directory, in any order.
+
+    A checkpoint that is open already is taken as it is. Raises what ``open_checkpoint`` does, and UsageError for a list that is not all of one checkpoint's files.
+    """
+    if isinstance(source, Checkpoint):
+        return source
+    at: str | Path = source if isinstance(source, (str, Path)) else _directory(source)
+    path = None if config is None else _config_file(config)
+    opened = open_checkpoint(at, format=format, family=family, config=path)
+    if not isinstance(source, (str, Path)):
+        _check_list([Path(file).name for file in source], opened)
+    return opened
+
+
+def from_config(config: Config, *, format: str, family: str | None) -> Checkpoint:
+    """A checkpoint without weights, of which only the config is known: what pretraining starts from."""
+    path = _config_file(config)
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file; config= takes a config.json, or what one says as a dict")
+    why = "a config without weights"
+    return Checkpoint(path, format, why, (), Directory(()), None, family, path)
+
+
+def _directory(files: Sequence[str | Path]) -> Path:
+    folders = sorted({Path(file).parent for file in files})
+    if len(folders) != 1:
+        found = ", ".join(map(str, folders)) or "none"
+        raise UsageError(f"source: expected the weight files of one directory, found files of {found}")
+    for file in files:
+        if not Path(file).is_file():
+            raise CheckpointNotFoundError(f"{file}: no such file; source= takes a checkpoint, or a list of its files")
+    return folders[0]
+
+
+def _check_list(names: Sequence[str], opened: Checkpoint) -> None:
+    there = {file.name for file in opened.files}
+    missing, other = sorted(there - set(names)), sorted(set(names) - there)
+    problems = [f"{name} belongs to the checkpoint, but is not listed" for name in missing]
+    problems += [f"{name} is no weight file of the {opened.format} checkpoint there" for name in other]
+    problems += [f"{name} is listed twice" for name in sorted({name for name in names if list(names).count(name) > 1})]
+    if problems:
+        opened.close()
+        raise UsageError(f"{opened.path}: {'; '.join(problems)}; list all of its files, or give the directory")
+
+
+def _config_file(config: Config) -> Path:
+    """The path of a config; one that is given as a dict is written to a temporary place, as files name their origin."""
+    if isinstance(config, (str, Path)):
+        return Path(config) / "config.json" if Path(config).is_dir() else Path(config)
+    if not isinstance(config, Mapping):
+        to_dict = getattr(config, "to_dict", None)
+        if to_dict is None:
+            raise UsageError(f"config: expected a path or a dict, found {type(config).__name__}")
+        config = to_dict()
+    path = Path(tempfile.mkdtemp(prefix="ckpt-convert-")) / "config.json"
+    path.write_bytes(render_json(config))
+    return path

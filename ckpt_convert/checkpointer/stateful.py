@@ -1,0 +1,103 @@
+"""Capturing and restoring objects that have state: schedulers, scalers, and whatever a user hands over."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ckpt_convert.errors import UsageError
+
+log = logging.getLogger("ckpt_convert")
+
+
+def has_state(obj: object) -> bool:
+    """Whether an object gives its state and takes it back."""
+    return callable(getattr(obj, "state_dict", None)) and callable(getattr(obj, "load_state_dict", None))
+
+
+def capture(obj: Any, name: str = "state") -> Any:
+    """The state of an object with state_dict() and load_state_dict(), or of a dict of objects and plain values.
+
+    Tensors are those of the object, not copies. Raises UsageError for anything else; ``name`` is what it is called.
+    """
+    if has_state(obj):
+        return obj.state_dict()
+    if type(obj) is not dict:
+        raise UsageError(
+            f"{name}: a {type(obj).__module__}.{type(obj).__qualname__} has no state that can be saved; give an object "
+            "with state_dict() and load_state_dict(), or a dict of such objects or of plain values"
+        )
+    return {
+        "objects": {key: capture(value, f"{name}/{key}") for key, value in obj.items() if _is_object(value)},
+        "values": {key: value for key, value in obj.items() if not _is_object(value)},
+    }
+
+
+def restore(obj: Any, state: Any, name: str = "state", strict: bool = True) -> list[str]:
+    """Put a captured state back, a dict's values in place; returns the problems, none when all was restored.
+
+    With ``strict``, nothing is changed where objects are missing on either side. What an object's own
+    load_state_dict() refuses is a problem too, and leaves the object as that made it.
+    """
+    problems = compare(obj, state, name)
+    if problems and strict:
+        return problems
+    return problems + _put(obj, state, name)
+
+
+def compare(obj: Any, state: Any, name: str = "state") -> list[str]:
+    """What a state lacks, or has too much of, for an object; nothing is changed."""
+    if has_state(obj):
+        return []
+    if type(obj) is not dict:
+        capture(obj, name)  # says what is wrong with it
+    if not _is_captured_dict(state):
+        return [f"{name}: a dict was given, but the checkpoint has the state of a single object"]
+    live = {key: value for key, value in obj.items() if _is_object(value)}
+    problems = [f"{name}/{key}: is not in the checkpoint" for key in live if key not in state["objects"]]
+    problems += [
+        f"{name}/{key}: is in the checkpoint, but was not given" for key in state["objects"] if key not in live
+    ]
+    for key, value in live.items():
+        if key in state["objects"]:
+            problems += compare(value, state["objects"][key], f"{name}/{key}")
+    return problems
+
+
+def _put(obj: Any, state: Any, name: str) -> list[str]:
+    if has_state(obj):
+        return _load(obj, state, name)
+    if not _is_captured_dict(state):
+        return []
+    problems = []
+    for key, one in state["objects"].items():
+        if key in obj and _is_object(obj[key]):
+            problems += _put(obj[key], one, f"{name}/{key}")
+    for key, value in state["values"].items():
+        if not _is_object(obj.get(key)):
+            obj[key] = value
+    return problems
+
+
+def _load(obj: Any, state: Any, name: str) -> list[str]:
+    if isinstance(obj, torch.amp.GradScaler) and not state:  # one that is not enabled has no state
+        if obj.is_enabled():
+            log.warning("%s: was not enabled when the checkpoint was saved, so it starts anew", name)
+        return []
+    try:
+        obj.load_state_dict(state)
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        said = " ".join(str(error).split())[:500]
+        return [f"{name}: {type(obj).__qualname__}.load_state_dict() refused the state: {said or type(error).__name__}"]
+    return []
+
+
+def _is_object(value: Any) -> bool:
+    return has_state(value) or (type(value) is dict and any(_is_object(item) for item in value.values()))
+
+
+def _is_captured_dict(state: Any) -> bool:
+    return isinstance(state, Mapping) and set(state) == {"objects", "values"}

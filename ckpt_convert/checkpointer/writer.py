@@ -1,0 +1,129 @@
+"""A writer of torch.distributed.checkpoint's directories that copies nothing and sums what it writes.
+
+torch's own FileSystemWriter keeps every tensor of a file that it had to move or to clone until the file is done: for
+state on an accelerator, or staged as views of one buffer, that is a second copy of all of it. It also puts a random id
+and the directory's absolute path into the metadata. Everything else here is torch's: planner, metadata, file names.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+import xxhash
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+
+# _StorageInfo is private by name, but every ``.metadata`` is a pickle that names it: it can neither move nor change.
+from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
+from torch.distributed.checkpoint.metadata import StorageMeta
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from ckpt_convert.convert.containers.dcp_metadata import FILE
+
+DATA = "__0_0.distcp"
+_BLOCK = 8 << 20
+"""Bytes handed to the system at once; it starts to write each to disk while the next is being copied."""
+
+
+class Writer(FileSystemWriter):
+    """Writes one state from one process into a directory."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory, sync_files=True)
+        self._directory = directory
+        self._files: dict[str, dict[str, Any]] = {}
+
+    def save(self, state: Mapping[str, torch.Tensor]) -> dict[str, dict[str, Any]]:
+        """Write and flush everything; the size and checksum of each file, by name.
+
+        The steps are those of ``torch.distributed.checkpoint.save`` without its warning, which could only be silenced
+        for all threads at once.
+        """
+        planner = DefaultSavePlanner()
+        planner.set_up_planner(dict(state), None, True)
+        self.set_up_storage_writer(True)
+        plan = self.prepare_local_plan(planner.create_local_plan())
+        plans, metadata = planner.create_global_plan([plan])
+        plan = planner.finish_plan(self.prepare_global_plan(plans)[0])
+        results = self.write_data(plan, planner).wait()
+        self.finish(metadata, [results])
+        path = self._directory / FILE
+        data = path.read_bytes()
+        self._files[FILE] = {"size": len(data), "checksum": xxhash.xxh3_64_hexdigest(data)}
+        handle = os.open(self._directory, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        return dict(sorted(self._files.items()))
+
+    def storage_meta(self) -> StorageMeta | None:
+        """Nothing: the path is that of a directory yet to be renamed, and an id makes no two saves alike."""
+        return None
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        results = []
+        with _File(self._directory / DATA) as file:
+            for item in plan.items:
+                start = file.size
+                tensor = planner.resolve_data(item)
+                if not isinstance(tensor, torch.Tensor):
+                    raise TypeError(f"{item.index.fqn}: only tensors are written, not {type(tensor).__name__}")
+                torch.save(_dense(tensor), cast(IO[bytes], file))
+                length = file.size - start
+                results.append(WriteResult(item.index, length, _StorageInfo(DATA, start, length)))
+            file.sync()
+            self._files[DATA] = {"size": file.size, "checksum": file.digest.hexdigest()}
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(results)
+        return done
+
+
+def _dense(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor on the CPU, dense, and with a storage of its own bytes only (torch.save writes whole storages)."""
+    dense = tensor.detach().cpu().contiguous()
+    if dense.untyped_storage().nbytes() == dense.nbytes or not dense.numel():
+        return dense if dense.numel() else dense.clone()
+    view = torch.from_numpy(dense.reshape(-1).view(torch.uint8).numpy())  # the same memory, under a narrower storage
+    return view.view(dense.dtype).reshape(dense.shape)
+
+
+class _File:
+    """A file written from front to back: the part of a Python file that torch.save uses."""
+
+    def __init__(self, path: Path) -> None:
+        self.size = 0
+        self.digest = xxhash.xxh3_64()
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        for start in range(0, len(view), _BLOCK):
+            self._block(view[start : start + _BLOCK])
+        return len(view)
+
+    def _block(self, block: memoryview) -> None:
+        self.digest.update(block)
+        done = 0
+        while done < len(block):
+            done += os.write(self._fd, block[done:])
+        if len(block) == _BLOCK and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._fd, self.size, len(block), os.POSIX_FADV_DONTNEED)
+        self.size += len(block)
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+    def sync(self) -> None:
+        os.fsync(self._fd)
+
+    def __enter__(self) -> _File:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._fd)

@@ -1,0 +1,116 @@
+"""A lock that refuses a second writer, and that nobody but its taker holds.
+
+The system ties ``flock`` to the open file, which a forked child shares: a child that outlives a killed taker, such as
+a data loading worker, would hold the lock on. So children close what they were given, first thing after the fork.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import threading
+import weakref
+from pathlib import Path
+from types import TracebackType
+
+from ckpt_convert.errors import LockedError
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock; a second writer is then not noticed
+    fcntl = None  # type: ignore[assignment]
+
+log = logging.getLogger("ckpt_convert")
+
+_HELD = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}
+"""What the system says when somebody else has the lock; anything else means that this file system has no locks."""
+
+
+class Lock:
+    """An exclusive lock on an open file or directory, taken at once or not at all; a context manager.
+
+    Takes over the descriptor ``fd``. Raises LockedError with ``message`` where another process, or another ``Lock`` of
+    this one, holds it. Where the system or the file system has no such locks, a second writer is not noticed.
+    """
+
+    def __init__(self, fd: int, message: str) -> None:
+        self._fd = fd
+        with _forking:
+            _open.add(self)
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in _HELD:
+                self.close()
+                raise LockedError(message) from error
+            log.warning("the file system has no locks (%s); a second writer would not be noticed", error.strerror)
+
+    @classmethod
+    def file(cls, path: Path, message: str) -> Lock:
+        """Lock a file, which is made (empty) if it is not there and never removed; raises LockedError, OSError."""
+        while True:
+            lock = cls._at(path, os.O_RDWR | os.O_CREAT, message)
+            if lock.is_at(path):
+                return lock
+            lock.close()
+
+    @classmethod
+    def directory(cls, path: Path, message: str) -> Lock:
+        """Lock a directory that is there; raises LockedError, OSError.
+
+        Its holder may have renamed or removed it between opening and locking; ``is_at`` tells.
+        """
+        return cls._at(path, os.O_RDONLY, message)
+
+    @classmethod
+    def _at(cls, path: Path, flags: int, message: str) -> Lock:
+        with _forking:  # keeps a fork away until the descriptor is known to be a lock's
+            return cls(os.open(path, flags | getattr(os, "O_CLOEXEC", 0), 0o666), message)
+
+    @property
+    def held(self) -> bool:
+        """Whether this process has the lock still: not after ``close``, nor in a forked child."""
+        return self._fd >= 0
+
+    def is_at(self, path: Path) -> bool:
+        """Whether what is locked lies at ``path`` still: another process may have renamed or removed it."""
+        with contextlib.suppress(FileNotFoundError):
+            return os.path.samestat(os.fstat(self._fd), os.stat(path))
+        return False
+
+    def close(self) -> None:
+        """Give up the lock; once is enough."""
+        with _forking:
+            fd, self._fd = self._fd, -1
+            if fd >= 0:
+                os.close(fd)
+
+    def __del__(self) -> None:
+        self.close()
+
+    def __enter__(self) -> Lock:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+_open: weakref.WeakSet[Lock] = weakref.WeakSet()
+_forking = threading.RLock()
+"""Held over a fork, so that no other thread is half-way through opening or closing a lock then."""
+
+
+def _close_in_child() -> None:
+    for lock in list(_open):
+        lock.close()
+    _forking.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_forking.acquire, after_in_parent=_forking.release, after_in_child=_close_in_child)
