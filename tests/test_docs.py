@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shlex
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ckpt_convert.models import FAMILIES, FORMATS
 
@@ -72,6 +74,24 @@ def test_the_python_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     exec(compile(code, "README.md", "exec"), space)
     assert space["report"].verified == space["report"].tensors
     assert "model.layers.0.self_attn.q_proj.weight" in space["state_dict"]
+
+
+def test_the_recipes_of_the_checkpointer_run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "hf").symlink_to(folder / "demo" / "hf")
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "checkpointer.md").read_text()
+    space: dict[str, Any] = {}
+    for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(compile(code, "checkpointer.md", "exec"), space)
+    found = space["AutoModelForCausalLM"].from_pretrained("runs/first/latest")
+    written = re.search(r"runs/first/\n((?: {6}.*\n)+)", page)
+    assert written is not None
+    for name in re.findall(r"^ {6}(\w+)", written[1], re.MULTILINE):
+        assert os.path.lexists(tmp_path / "runs" / "first" / name), name
+    trained = space["model"].state_dict()
+    assert all(torch.equal(tensor, trained[key].to(tensor.dtype)) for key, tensor in found.state_dict().items())
+    assert (tmp_path / "runs" / "trainer" / "latest").resolve().name == "step_6"
 
 
 def test_the_table_of_families_is_that_of_the_code() -> None:

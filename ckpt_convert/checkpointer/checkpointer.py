@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -144,6 +144,7 @@ class Checkpointer:
         self._superseded: list[Saved] = []
         self._clock = 0.0
         self._loaded = False
+        self._more_files: Callable[[], Mapping[str, bytes]] = dict
         self._signal_saved = False
         self._closed = False
 
@@ -352,6 +353,14 @@ class Checkpointer:
         """The complete checkpoints, oldest first."""
         return catalog.scan(self.output_dir)
 
+    def newest(self) -> Saved | None:
+        """The newest complete checkpoint whose files are as they were written, None where there is none."""
+        return resuming.newest(self.output_dir, verify=True, workers=self.workers)
+
+    def add_files(self, make: Callable[[], Mapping[str, bytes]]) -> None:
+        """Write more small files into every directory: ``make`` gives their content, by name, at each save."""
+        self._more_files = make
+
     @property
     def best(self) -> Saved | None:
         """The best complete checkpoint by the metric of ``best=``, None where none has it."""
@@ -451,6 +460,7 @@ class Checkpointer:
         state = self._parts.capture() if settings.contents == "full" else None
         destination = self.output_dir / self._template.format(self._progress, self._run_name)
         job = self._emitter.job(tensors, state, settings, self._buffers if self._asynchronous else None)
+        files = dict(self._more_files())
         section = {
             "version": catalog.VERSION,
             "saver": "default",
@@ -463,7 +473,7 @@ class Checkpointer:
         }
 
         def work() -> None:
-            save_step(job(section), destination, workers=self.workers)
+            save_step(job(section, files), destination, workers=self.workers)
             if self._latest_name is not None:
                 pointer.point(self.output_dir, self._latest_name, destination)
             self._supersede(destination)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,8 +32,14 @@ class Counted(Iterator[Any]):
     """
 
     def __init__(
-        self, inner: Iterator[Any], place: Place, snapshot: Callable[[], State], told: Callable[[Place], None]
+        self,
+        loader: object,
+        inner: Iterator[Any],
+        place: Place,
+        snapshot: Callable[[], State],
+        told: Callable[[Place], None],
     ) -> None:
+        self._loader = loader  # the tracker holds it but weakly
         self._inner = inner
         self._place = place
         self._snapshot = snapshot
@@ -80,4 +87,7 @@ def set_class(loader: object, kind: Any) -> None:
 def _as(base: Any, made: Any, reduced: Any) -> Any:
     if not isinstance(reduced, tuple):
         return reduced
-    return (reduced[0], tuple(base if item is made else item for item in reduced[1]), *reduced[2:])
+    make, args, *rest = reduced
+    if make is copyreg.__newobj__:  # type: ignore[attr-defined]
+        make = object.__new__  # the same, but pickle does not insist that it makes an object of this very class
+    return (make, tuple(base if item is made else item for item in args), *rest)

@@ -6,14 +6,15 @@ batches and drops them. A loader with a state of its own (torchdata's StatefulDa
 all the same: making its iterator again draws random numbers that the uninterrupted run does not draw.
 
 What is not reproduced: the random numbers that workers kept over epochs (``persistent_workers``) go on with, those of
-torchdata's workers, and an order that a sampler or an iterable dataset draws step by step from the generators that the
-training loop draws from, too.
+torchdata's workers, an order that a sampler or an iterable dataset draws step by step from the generators that the
+training loop draws from, too, and random changes to the one batch that accelerate's loaders read ahead.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -51,7 +52,8 @@ class Tracked:
     """A loader that is being tracked; ``track`` makes them."""
 
     def __init__(self, loader: Any, name: str, *, counts: bool) -> None:
-        self.loader = loader
+        # A loader that leads back to itself would keep its workers until the garbage collector comes by.
+        self._loader: Callable[[], Any] = weakref.ref(loader) if counts else lambda: loader
         self.name = name
         self._counts = counts
         self._has_state = _has_own_state(loader)
@@ -60,6 +62,14 @@ class Tracked:
         self._original = type(loader)
         if counts:
             set_class(loader, counting_class(self._original, self._iterate))
+
+    @property
+    def loader(self) -> Any:
+        """The loader that is tracked; raises UsageError when it is gone."""
+        found = self._loader()
+        if found is None:
+            raise UsageError(f"{self.name}: the loader that was given is gone; keep it for as long as the run lasts")
+        return found
 
     def state(self) -> State:
         """Where the loader is, as a tree that ``pack`` takes.
@@ -78,9 +88,19 @@ class Tracked:
             "epoch_start": place.start if place is not None and within else None,
             "first_batch": place.first if place is not None and within else None,
             "now": self._snapshot(accelerators=True),
-            # asked before its first epoch, torchdata's makes an iterator, which draws random numbers
-            "own": self.loader.state_dict() if self._has_state and place is not None else None,
+            "own": self._own(),
         }
+
+    def _own(self) -> Any:
+        if not self._has_state:
+            return None
+        if self._place is None and self._is_torchdata and getattr(self.loader, "_iterator", None) is None:
+            return self.loader.next_iter_state  # asked for its state, it would make an iterator and draw for it
+        return self.loader.state_dict()
+
+    @property
+    def _is_torchdata(self) -> bool:
+        return hasattr(self.loader, "next_iter_state")
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on where ``state`` was taken: the next iterator of the loader starts there.
@@ -120,9 +140,10 @@ class Tracked:
 
     def untrack(self) -> None:
         """Give the loader its class back, and record nothing more."""
-        if self._counts:
-            set_class(self.loader, self._original)
-            self._counts = False
+        found = self._loader()
+        if self._counts and found is not None:
+            set_class(found, self._original)
+        self._counts = False
 
     def _iterate(self) -> Iterator[Any]:
         """What the loader's ``__iter__`` does instead of its own."""
@@ -139,15 +160,14 @@ class Tracked:
 
     def _counted(self, inner: Iterator[Any], place: Place) -> Iterator[Any]:
         self._told(place)
-        return Counted(inner, place, self._snapshot, self._told)
+        return Counted(self.loader, inner, place, self._snapshot, self._told)
 
     def _told(self, place: Place) -> None:
         self._place = place
 
     def _next_epoch(self, state: State) -> Iterator[Any]:
-        if state["own"] is not None or state["now"]["workers_kept"]:
-            # The iterator of the epoch that ended: where workers are kept, or a state was loaded, only the iterator
-            # after that one starts an epoch as the uninterrupted run did.
+        if state["now"]["workers_kept"] if state["own"] is None else self._is_torchdata:
+            # This iterator is of the epoch that ended: only the one after it starts an epoch as in the other run.
             before = rng.capture()
             self._original.__iter__(self.loader)
             rng.restore(before)
@@ -185,7 +205,7 @@ class Tracked:
             "rng": rng.capture(accelerators=accelerators),
             "generators": {place: generator.get_state() for place, generator in _generators(self.loader)},
             "iteration": getattr(self.loader, "iteration", None),  # accelerate seeds each epoch with it
-            "workers_kept": getattr(self.loader, "_iterator", None) is not None,
+            "workers_kept": self.loader.persistent_workers and self.loader._iterator is not None,
         }
 
     def _set(self, snapshot: State) -> None:
@@ -194,8 +214,8 @@ class Tracked:
 
 
 def _has_own_state(loader: Any) -> bool:
-    """accelerate's loaders have the methods always, and the state only where the loader inside has one."""
-    return has_state(getattr(loader, "base_dataloader", loader))
+    """accelerate's loaders have the methods, but whether there is a state, and of which batch, is another question."""
+    return has_state(loader) and not hasattr(loader, "base_dataloader")
 
 
 def _generators(loader: Any) -> Iterator[tuple[str, torch.Generator]]:

@@ -105,10 +105,10 @@ class Emitter:
 
     def job(
         self, tensors: Tensors, state: Mapping[str, Packed] | None, settings: Settings, buffers: Buffers | None
-    ) -> Callable[[Mapping[str, Any]], Step]:
+    ) -> Callable[[Mapping[str, Any], Mapping[str, bytes]], Step]:
         """What is to be written, of the values as they are now: with ``buffers``, they may change afterwards.
 
-        Takes the manifest's section about training to give the step.
+        Takes the manifest's section about training, and small files by name, to give the step.
         """
         chosen = self.distinct(tensors)
         state = dict(state) if state is not None else None
@@ -121,7 +121,7 @@ class Emitter:
         made = self._plan(chosen, settings)
         if made.live is not None:
             bind(made.live, chosen)
-        return lambda section: Step(made, section, state, extra=settings.extra)
+        return lambda section, files: Step(made, section, state, files, settings.extra)
 
     def _plan(self, tensors: Tensors, settings: Settings) -> Plan:
         request = self._request(settings)

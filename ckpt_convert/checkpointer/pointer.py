@@ -6,7 +6,7 @@ import contextlib
 import os
 from pathlib import Path
 
-from ckpt_convert.errors import OutputExistsError
+from ckpt_convert.errors import OutputExistsError, UnsafeFileError
 from ckpt_convert.storage.names import check_name
 from ckpt_convert.storage.staging import sync_directory
 
@@ -52,7 +52,7 @@ def pointed(output_dir: Path, name: str) -> Path | None:
 def target_of(path: Path) -> str | None:
     """What a pointer says, None if this is none of ours: ours hold the plain name of a directory beside them."""
     text = None
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, UnsafeFileError):
         if path.is_symlink():
             text = os.readlink(path)
         elif path.is_file() and path.stat().st_size <= _LONGEST_POINTER:

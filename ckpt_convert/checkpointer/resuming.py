@@ -76,10 +76,12 @@ def newest(output_dir: Path, *, verify: bool, workers: int) -> Saved | None:
             return saved
         said += problems
         log.warning("%s is damaged and passed over: %s", saved.path, "; ".join(problems))
+    gone = [path for path in sorted(output_dir.iterdir()) if catalog.is_damaged(path)] if output_dir.is_dir() else []
+    said += [f"{path}: its manifest is damaged or gone" for path in gone]
     if said:
         raise CorruptFileError(
-            f"{output_dir}: holds {len(there)} checkpoints, but none that is sound; remove them, or choose another "
-            f"output_dir, to start anew:{listing(said)}"
+            f"{output_dir}: holds {len(there) + len(gone)} checkpoints, but none that is sound; remove them, or choose "
+            f"another output_dir, to start anew:{listing(said)}"
         )
     return None
 
@@ -94,6 +96,8 @@ def check(saved: Saved, *, verify: bool, workers: int) -> list[str]:
             problems += [finding.text for finding in report.findings if finding.severity == "error"]
         except CkptConvertError as error:
             problems.append(str(error))
+        names = [side["name"] for side in saved.manifest.get("side_files") or ()]
+        problems += [f"{saved.path / name}: is missing" for name in names if not (saved.path / name).is_file()]
     for name, folder in (("files", "."), ("extra_files", ".")):
         problems += training_state.check(saved.path / folder, training.get(name) or {}, verify)
     if saved.has_training_state:
@@ -157,4 +161,5 @@ def load(
     problems += parts.restore(trees, wanted) if not weights_only else []
     if problems:
         log.warning("%s: what did not fit was left as it was:%s", saved.path, listing(problems))
-    log.info("loaded %s, and %d tensors as they were in memory", found.describe(), len(taken))
+    exactly = f"{len(taken)} tensors as they were in memory" if taken else ""
+    log.info("loaded %s", " and ".join(filter(None, (found.describe() if found.tensors else "", exactly))) or "nothing")

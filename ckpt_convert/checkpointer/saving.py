@@ -61,7 +61,7 @@ def save(step: Step, destination: Path, *, workers: int = WORKERS) -> int:
     what goes wrong while writing: ``destination`` is then as it was, and nothing half-written is left.
     """
     started = time.monotonic()
-    if destination.exists() and any(destination.iterdir()) and catalog.read(destination) is None:
+    if destination.exists() and any(destination.iterdir()) and _is_foreign(destination):
         raise OutputExistsError(
             f"{destination}: is there already and is no checkpoint of this checkpointer; move it away, or choose "
             "another directory name or output_dir"
@@ -88,6 +88,11 @@ def save(step: Step, destination: Path, *, workers: int = WORKERS) -> int:
     return nbytes
 
 
+def _is_foreign(directory: Path) -> bool:
+    """Neither a checkpoint of ours nor what damage left of one, whose place the run that came back to it may take."""
+    return not catalog.is_damaged(directory) and catalog.read(directory) is None
+
+
 def _write(step: Step, staging: Staging, workers: int) -> None:
     manifest: dict[str, Any] = {"schema": record.SCHEMA}
     if step.plan is not None and not step.weights_in:
@@ -98,13 +103,12 @@ def _write(step: Step, staging: Staging, workers: int) -> None:
             nested.write(record.MANIFEST, render_json(_weights(step.plan, nested, workers)))
             (nested.path / JOURNAL).unlink(missing_ok=True)
             nested.commit()
-    for name, data in (step.files or {}).items():
-        staging.write(name, data)
+    files = {name: _file(name, data, staging) for name, data in (step.files or {}).items()}
     extra = {path.name: _copy(path, staging) for path in step.extra}
     state = None
     if step.state is not None:
         state = {"files": training_state.write(staging.path / catalog.TRAINING_STATE, step.state)}
-    manifest["training"] = {**step.training, "training_state": state, "extra_files": extra}
+    manifest["training"] = {**step.training, "training_state": state, "extra_files": extra, "files": files}
     staging.write(record.MANIFEST, render_json(manifest))
     (staging.path / JOURNAL).unlink()
 
@@ -113,6 +117,11 @@ def _weights(plan: Plan, staging: Staging, workers: int) -> dict[str, Any]:
     refuse_unreadable(plan)
     run_checks(plan)
     return output.write(plan, staging, workers, None).manifest
+
+
+def _file(name: str, data: bytes, staging: Staging) -> dict[str, Any]:
+    staging.write(name, data)
+    return {"size": len(data), "checksum": record.digest(data)}
 
 
 def _copy(path: Path, staging: Staging) -> dict[str, Any]:

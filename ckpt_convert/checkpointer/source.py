@@ -18,7 +18,8 @@ Config = str | Path | Mapping[str, Any]
 def open_source(source: Source, *, format: str | None, family: str | None, config: Config | None) -> Checkpoint:
     """Open what a recipe calls its source: a path, a Hub id, or the weight files of a directory, in any order.
 
-    A checkpoint that is open already is taken as it is. Raises what ``open_checkpoint`` does, and UsageError for a list that is not all of one checkpoint's files.
+    A checkpoint that is open already is taken as it is. Raises what ``open_checkpoint`` does, and
+    UsageError for a list that is not all of one checkpoint's files.
     """
     if isinstance(source, Checkpoint):
         return source

@@ -18,7 +18,7 @@ import xxhash
 import ckpt_convert
 from ckpt_convert.convert import execute
 from ckpt_convert.errors import CorruptFileError, LockedError, NotEnoughSpaceError, OutputExistsError, VerificationError
-from ckpt_convert.storage import staging
+from ckpt_convert.storage import lock, staging
 from ckpt_convert.storage.staging import Staging
 from tests.helpers import GOLDEN, edit_json, sums
 
@@ -306,7 +306,7 @@ def test_without_preadv_fadvise_and_flock(tmp_path: Path, monkeypatch: pytest.Mo
     ckpt_convert.convert(HF, expected, to="meta", model_parallel=2)
     monkeypatch.delattr(os, "preadv")
     monkeypatch.delattr(os, "posix_fadvise")
-    monkeypatch.setattr(staging, "fcntl", None)
+    monkeypatch.setattr(lock, "fcntl", None)
     run(KILLED, HF, tmp_path / "out", 300)
     report = ckpt_convert.convert(HF, tmp_path / "out", to="meta", model_parallel=2, verify=True, resume=True)
     assert report.resumed_bytes > 0
@@ -334,14 +334,14 @@ def test_nothing_of_another_conversion_stays(resume: bool, tmp_path: Path, expec
 def test_a_partial_directory_that_goes_away_while_it_is_locked_is_made_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, first = staging.fcntl.flock, iter([True])
+    real, first = lock.fcntl.flock, iter([True])
 
     def flock(fd: int, operation: int) -> None:
         if next(first, False):
             (tmp_path / ".out.partial").rmdir()  # as the holder before us does when it is done
         real(fd, operation)
 
-    monkeypatch.setattr(staging.fcntl, "flock", flock)
+    monkeypatch.setattr(lock.fcntl, "flock", flock)
     ckpt_convert.convert(HF, tmp_path / "out", to="meta")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
