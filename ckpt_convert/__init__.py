@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ckpt_convert.checkpointer.adapter_config import AdapterConfig
     from ckpt_convert.checkpointer.checkpointer import Checkpointer, Final
     from ckpt_convert.convert.api import Report, convert, plan
     from ckpt_convert.convert.blocks import Progress
@@ -40,6 +41,7 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "Checkpoint": "ckpt_convert.convert.checkpoint",
+    "AdapterConfig": "ckpt_convert.checkpointer.adapter_config",
     "Checkpointer": "ckpt_convert.checkpointer.checkpointer",
     "Final": "ckpt_convert.checkpointer.checkpointer",
     "Progress": "ckpt_convert.convert.blocks",
@@ -51,6 +53,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "AdapterConfig",
     "AmbiguousFormatError",
     "Checkpoint",
     "CheckpointNotFoundError",

@@ -40,6 +40,14 @@ class Background:
         for one in running:
             one.result()
 
+    def settle(self) -> Exception | None:
+        """Wait until nothing goes on; returns what failed first, instead of raising it."""
+        try:
+            self.wait()
+        except Exception as error:
+            return error
+        return None
+
     def close(self) -> None:
         """Wait, and end the thread; raises what failed."""
         try:

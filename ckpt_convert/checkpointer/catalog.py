@@ -20,6 +20,7 @@ from typing import Any
 
 from ckpt_convert.checkpointer.pointer import SUFFIX, check_pointer, point, pointed, target_of, write_whole
 from ckpt_convert.checkpointer.progress import Progress
+from ckpt_convert.convert.check.training import TRAINING_STATE
 from ckpt_convert.convert.formats.base import load_json, render_json
 from ckpt_convert.convert.record import MANIFEST
 from ckpt_convert.errors import (
@@ -54,7 +55,6 @@ VERSION = 1
 """The version of the manifest's part about training."""
 
 CONTENTS = ("full", "weights", "adapter")
-TRAINING_STATE = "training_state"
 REMOVED = "removed"
 """What the manifest says of a training state that was removed to save space."""
 
@@ -100,6 +100,19 @@ def _is_complete(directory: Path, name: str) -> bool:
     with contextlib.suppress(ConfigError):
         return _section(directory, name) is not None
     return False
+
+
+def is_damaged(directory: Path) -> bool:
+    """Whether this was a checkpoint of some saver, by its record, but its manifest is gone or cannot be read."""
+    if directory.is_symlink() or not (directory / MANIFEST).parent.is_dir() or os.path.lexists(directory / JOURNAL):
+        return False
+    try:
+        found = _section(directory, directory.name)
+        if found is not None:
+            _saved(directory, *found)
+    except (ConfigError, CorruptFileError):
+        return True
+    return not (directory / MANIFEST).is_file()
 
 
 def read(path: Path, saver: str = "default") -> Saved | None:

@@ -140,6 +140,7 @@ class Checkpointer:
         self._progress = Progress()
         self._metrics: dict[str, float] = {}
         self._saved_step: int | None = None
+        self._saved_at = self.output_dir
         self._started_from: int | None = None
         self._superseded: list[Saved] = []
         self._clock = 0.0
@@ -172,7 +173,8 @@ class Checkpointer:
 
     def load_adapter(self, path: str | Path, model: Model) -> int:
         """Fill a model's adapter from a PEFT directory, in place; returns the number of tensors."""
-        return self._emitter.load_adapter(Path(path), tensors_of(model))
+        self._refuse_closed()
+        return self._emitter.load_adapter(Path(path), model)
 
     # Beginning
 
@@ -225,7 +227,7 @@ class Checkpointer:
         self._started_from = saved.step
         self._metrics = dict(saved.metrics)
         if saved.path.parent.resolve() == self.output_dir.resolve():
-            self._saved_step = saved.step
+            self._saved_step, self._saved_at = saved.step, saved.path
         self._plan_ahead()
         log.info("resumed from %s (step %d)", saved.path, saved.step)
         return saved.progress
@@ -275,7 +277,6 @@ class Checkpointer:
         Raises what failed in a save behind the training.
         """
         self._require("step()")
-        self._background.check()
         before = self._progress
         now = time.monotonic()
         self._progress = replace(
@@ -290,10 +291,12 @@ class Checkpointer:
         signalled = self._signals is not None and self._signals.received is not None and not self._signal_saved
         first = self._save_first and self._progress.step == 1
         if signalled:
-            self._background.wait()
             self._signal_saved = True
+        # What failed behind is raised after this step is counted and saved: a recipe may catch it and go on.
         if self._schedule.due(before, self._progress, "step") or first or signalled:
             self._save()
+        else:
+            self._background.check()
         if signalled:
             self._background.wait()
             log.warning("saved step %d; end the loop where checkpointer.interrupted is set", self._progress.step)
@@ -304,7 +307,6 @@ class Checkpointer:
         Raises UsageError for a value that is no finite number: it could be neither compared nor written as JSON.
         """
         self._require("report()")
-        self._background.check()
         found = {name: _number(name, value) for name, value in metrics.items()}
         before = self._progress
         self._progress = replace(before, evals=before.evals + 1)
@@ -313,17 +315,18 @@ class Checkpointer:
             self._amend()
         elif self._schedule.due(before, self._progress, "eval"):
             self._save()
+        self._background.check()
 
     def end_epoch(self) -> None:
         """Count an epoch, and save if that is due and this step is not saved yet."""
         self._require("end_epoch()")
-        self._background.check()
         before = self._progress
         self._progress = replace(before, epoch=before.epoch + 1)
         assert self._parts is not None
         self._parts.end_epoch()
         if self._schedule.due(before, self._progress, "epoch") and self._saved_step != self._progress.step:
             self._save()
+        self._background.check()
 
     # Saving
 
@@ -439,7 +442,7 @@ class Checkpointer:
         """Find out now what could not be saved later, and say once what the saved steps will be."""
         assert self._parts is not None
         for settings in dict.fromkeys((self._settings, self._last_settings())):
-            for notice in self._emitter.prepare(tensors_of(self._parts.model), settings):
+            for notice in self._emitter.prepare(self._parts.model, settings):
                 log.warning("%s", notice)
         self._clock = time.monotonic()
 
@@ -455,7 +458,7 @@ class Checkpointer:
         settings = settings or self._settings
         if self._background.busy:
             log.info("step %d waits for the save before it", self._progress.step)
-        self._background.wait()
+        failed = self._background.settle()
         tensors = tensors_of(self._parts.model)
         state = self._parts.capture() if settings.contents == "full" else None
         destination = self.output_dir / self._template.format(self._progress, self._run_name)
@@ -479,15 +482,23 @@ class Checkpointer:
             self._supersede(destination)
             self._prune()
 
-        previous, self._saved_step = self._saved_step, self._progress.step
+        step = self._progress.step
+        previous, self._saved_step, self._saved_at = self._saved_step, step, destination
+
+        def attempt() -> None:
+            try:
+                work()
+            except BaseException:
+                if self._saved_step == step:  # it may be tried again
+                    self._saved_step = previous
+                raise
+
         if self._asynchronous:
-            self._background.run(work)
-            return
-        try:
-            work()
-        except BaseException:
-            self._saved_step = previous
-            raise
+            self._background.run(attempt)
+        else:
+            attempt()
+        if failed is not None:
+            raise failed
 
     def _supersede(self, destination: Path) -> None:
         """Once the first checkpoint of a fresh start is complete, those of the run before it go."""
@@ -499,7 +510,7 @@ class Checkpointer:
 
     def _amend(self) -> None:
         """Tell the checkpoint of this step, once it is complete, of metrics that were reported after it."""
-        destination = self.output_dir / self._template.format(self._progress, self._run_name)
+        destination = self._saved_at
         metrics, evals = dict(self._metrics), self._progress.evals
 
         def work() -> None:

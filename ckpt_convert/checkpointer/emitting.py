@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from ckpt_convert.checkpointer import loading
+from ckpt_convert.checkpointer.adapter_config import AdapterConfig
+from ckpt_convert.checkpointer.adapter_modules import Modules
+from ckpt_convert.checkpointer.adapters import Adapter, Split, split
 from ckpt_convert.checkpointer.buffers import Buffers
-from ckpt_convert.checkpointer.live import Model, as_live, bind, same_memory, signature, tensors_of
+from ckpt_convert.checkpointer.live import Model, as_live, bind, plain_key, same_memory, signature, tensors_of
+from ckpt_convert.checkpointer.merge import MergedReader, merges
 from ckpt_convert.checkpointer.pack import Packed, pack
-from ckpt_convert.checkpointer.saving import Step
+from ckpt_convert.checkpointer.peft_files import files as peft_files
+from ckpt_convert.checkpointer.peft_files import from_peft, load_into, to_peft
+from ckpt_convert.checkpointer.saving import MERGED, Step
 from ckpt_convert.convert import plan as planning
 from ckpt_convert.convert.blocks import ProgressCallback
 from ckpt_convert.convert.checkpoint import Checkpoint
 from ckpt_convert.convert.plan import Plan
 from ckpt_convert.convert.request import Request
 from ckpt_convert.dtypes import DTYPES
-from ckpt_convert.errors import UsageError
+from ckpt_convert.errors import UsageError, listing
+
+log = logging.getLogger("ckpt_convert")
 
 Contents = Literal["full", "weights", "adapter"]
 CONTENTS = ("full", "weights", "adapter")
@@ -50,6 +60,7 @@ class Emitter:
     def __init__(self, source: Checkpoint, settings: Settings, adapter: Any = None) -> None:
         self.source = source
         self.settings = settings
+        self.adapter = None if adapter is None else AdapterConfig.of(adapter)
         self.check(settings)
         self._plans: dict[tuple[Any, ...], Plan] = {}
 
@@ -57,9 +68,25 @@ class Emitter:
         """Raise UsageError for settings that do not fit."""
         if settings.contents not in CONTENTS:
             raise UsageError(f"contents={settings.contents!r}: expected one of {', '.join(CONTENTS)}")
+        if self.adapter is None and (settings.contents == "adapter" or settings.merged):
+            what = "merged=True" if settings.merged else 'contents="adapter"'
+            raise UsageError(f"{what}: there is no adapter; give adapter=AdapterConfig(rank=..., alpha=...)")
         self._request(settings).check()
 
-    def distinct(self, tensors: Tensors) -> dict[str, torch.Tensor]:
+    @cached_property
+    def modules(self) -> Modules:
+        """The modules of the model, which adapters belong to."""
+        model = self.source.model
+        return Modules(model.family, self.settings.model_format, model.dims)
+
+    def split(self, tensors: Tensors, *, strict: bool = True) -> Split:
+        """A model's tensors, those of an adapter apart; ``strict`` is whether it has to be as the config says."""
+        if self.adapter is None:
+            return Split(self._distinct(tensors), {})
+        found = split(tensors, self.adapter if strict else None, self.modules)
+        return replace(found, base=self._distinct(found.base))
+
+    def _distinct(self, tensors: Tensors) -> dict[str, torch.Tensor]:
         """The tensors without the second name of weights that are tied in memory, and that the config ties as well."""
         model = self.source.model
         out = dict(tensors)
@@ -75,28 +102,46 @@ class Emitter:
         return out
 
     def load_source(self, model: Model, workers: int, progress: ProgressCallback | None) -> loading.Loaded:
-        """Fill a model from the source; raises KeyMismatchError where they do not fit."""
-        tensors = self.distinct(tensors_of(model))
-        found = loading.fit(self.source, tensors, self.settings.model_format)
+        """Fill a model from the source, an adapter aside; raises KeyMismatchError where they do not fit."""
+        parts = self.split(tensors_of(model), strict=False)  # DoRA starts from the base: the adapter may come later
+        found = loading.fit(self.source, parts.base, self.settings.model_format)
         loading.refuse_misfits(found, self.source, self.settings.model_format)
-        return loading.load(self.source, tensors, found, workers=workers, progress=progress)
+        whole = {key: tensor for key, tensor in parts.saved.items() if not same_memory(tensor, parts.base[key])}
+        loading.load(self.source, whole, replace(found, targets=[one for one in found.targets if one.key in whole]))
+        return loading.load(self.source, parts.base, found, workers=workers, progress=progress)
 
-    def load_adapter(self, path: Path, tensors: Tensors) -> int:
-        raise UsageError("adapters are not there yet")
+    def load_adapter(self, path: Path, model: Model) -> int:
+        """Fill a model's adapter from PEFT's files; returns the number of tensors."""
+        if self.adapter is None:
+            raise UsageError("there is no adapter to load into; give adapter=AdapterConfig(rank=..., alpha=...)")
+        loaded = from_peft(path, self.modules, self.adapter)
+        for notice in load_into(self.split(tensors_of(model)), loaded):
+            log.info("%s: %s", path, notice)
+        return sum(len([one for one in adapter if one is not None]) for adapter in loaded.adapters.values()) + len(
+            loaded.saved
+        )
 
-    def prepare(self, tensors: Tensors, settings: Settings) -> list[str]:
-        """Plan a save of these tensors; returns what there is to say of every save.
+    def prepare(self, model: Model, settings: Settings) -> list[str]:
+        """Plan a save of this model; returns what there is to say of every save.
 
         Raises the error that says everything in which they do not fit the source, or what is asked for.
         """
-        made = self._plan(self.distinct(tensors), settings)
+        parts = self.split(tensors_of(model))
+        if self.adapter is not None:
+            self._refuse_trained(model, parts)
+            to_peft(parts, self.adapter, self.modules)
+            if not _merges(settings):
+                return []
+            made = self._merged(parts, settings)
+        else:
+            made = self._plan(parts.base, settings)
         casts = Counter(
             (DTYPES[tensor.source_dtype].torch, DTYPES[tensor.dtype].torch)
             for file in made.weights
             for tensor in file.tensors
             if tensor.dtype != tensor.source_dtype
         )
-        kept = "training_state keeps" if settings.contents == "full" else "nothing keeps"
+        kept = "training_state keeps" if settings.contents == "full" and self.adapter is None else "nothing keeps"
         said = [
             f"{count} {here} tensors of the model are written as {there}; {kept} them exact"
             for (here, there), count in casts.items()
@@ -110,18 +155,75 @@ class Emitter:
 
         Takes the manifest's section about training, and small files by name, to give the step.
         """
-        chosen = self.distinct(tensors)
+        parts = self.split(tensors)
         state = dict(state) if state is not None else None
+        if self.adapter is not None:
+            return self._adapter_job(parts, state, settings, buffers)
         if state is not None:
-            exact = _cast(self._plan(chosen, settings))
+            exact = _cast(self._plan(parts.base, settings))
             if exact:
-                state[MODEL] = pack({key: tensor for key, tensor in chosen.items() if key in exact}, MODEL)
+                state[MODEL] = pack({key: tensor for key, tensor in parts.base.items() if key in exact}, MODEL)
+        chosen = parts.base
         if buffers is not None:
             chosen, state = _staged(chosen, state, buffers)
         made = self._plan(chosen, settings)
         if made.live is not None:
             bind(made.live, chosen)
         return lambda section, files: Step(made, section, state, files, settings.extra)
+
+    def _adapter_job(
+        self, parts: Split, state: dict[str, Packed] | None, settings: Settings, buffers: Buffers | None
+    ) -> Callable[[Mapping[str, Any], Mapping[str, bytes]], Step]:
+        merges_too = _merges(settings)
+        if buffers is not None:
+            names = {f"saved/{key}": tensor for key, tensor in parts.saved.items()}
+            names |= {f"base/{key}": tensor for key, tensor in parts.base.items() if merges_too}
+            for module, adapter in parts.adapters.items():
+                names |= {f"{module}/{name}": one for name, one in adapter._asdict().items() if one is not None}
+            copies, state = _staged(names, state, buffers)
+            parts = Split(
+                {key: copies.get(f"base/{key}", tensor) for key, tensor in parts.base.items()},
+                {m: Adapter(*(copies.get(f"{m}/{name}") for name in Adapter._fields)) for m in parts.adapters},  # type: ignore[arg-type]
+                {key: copies[f"saved/{key}"] for key in parts.saved},
+                parts.names,
+            )
+
+        def step(section: Mapping[str, Any], files: Mapping[str, bytes]) -> Step:
+            assert self.adapter is not None
+            base = str(self.source.path.absolute()) if self.source.format == "hf" else None
+            written = peft_files(*to_peft(parts, self.adapter, self.modules, base_model=base))
+            made = self._merged(parts, settings) if merges_too else None
+            return Step(made, section, state, {**written, **files}, settings.extra, MERGED)
+
+        return step
+
+    def _merged(self, parts: Split, settings: Settings) -> Plan:
+        """The plan of the full weights; they are computed as they are read."""
+        assert self.adapter is not None
+        whole = parts.base | parts.saved
+        readers = {
+            key: MergedReader(key, whole[key], merge)
+            for key, merge in merges(parts, self.adapter, self.modules).items()
+        }
+        made = planning.make(self.source, self._request(settings), live=as_live(whole, settings.model_format, readers))
+        planning.refuse_unreadable(made)
+        return made
+
+    def _refuse_trained(self, model: Model, parts: Split) -> None:
+        """Raise UsageError for base weights that are trained: they would not be in the adapter's file."""
+        if not isinstance(model, torch.nn.Module):
+            return
+        live = {parts.names.get(key, key) for key in parts.base.keys() - parts.saved.keys()}
+        trained = sorted(
+            key
+            for name, one in model.named_parameters()
+            if one.requires_grad and (key := plain_key(model, name)) in live
+        )
+        if trained:
+            raise UsageError(
+                "base weights are trained beside the adapter, whose files would not hold them: freeze them "
+                f"(requires_grad_(False)), or name them in modules_to_save:{listing(trained)}"
+            )
 
     def _plan(self, tensors: Tensors, settings: Settings) -> Plan:
         request = self._request(settings)
@@ -141,6 +243,10 @@ class Emitter:
 
     def _request(self, settings: Settings) -> Request:
         return Request(to=settings.output_format or str(self.source.format), dtype=settings.export_dtype)
+
+
+def _merges(settings: Settings) -> bool:
+    return settings.merged and settings.contents != "adapter"
 
 
 def _cast(made: Plan) -> set[str]:

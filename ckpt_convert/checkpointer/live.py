@@ -17,6 +17,7 @@ from ckpt_convert.convert.plan import Live
 from ckpt_convert.dtypes import FROM_TORCH
 from ckpt_convert.errors import KeyMismatchError, UsageError, listing
 from ckpt_convert.models.lazy import stored
+from ckpt_convert.storage.reader import RangeReader
 
 Model = nn.Module | Mapping[str, Any]
 """A model, or its state dict, whose tensors training goes on to change in place."""
@@ -91,16 +92,20 @@ class MemoryReader:
         np.copyto(np.frombuffer(buffer, np.uint8), self._bytes[start : start + len(buffer)].cpu().numpy())
 
 
-def as_live(tensors: Mapping[str, torch.Tensor], format: str) -> Live:
-    """The tensors as a plan takes them; they are read when the plan is carried out."""
+def as_live(tensors: Mapping[str, torch.Tensor], format: str, readers: Mapping[str, RangeReader] | None = None) -> Live:
+    """The tensors as a plan takes them; they are read when the plan is carried out.
+
+    ``readers`` give the bytes of some of them instead, dense and row-major.
+    """
     sources: dict[str, Source] = {}
     files: list[tuple[WeightFile, StoredTensor]] = []
     for number, (key, tensor) in enumerate(tensors.items()):
         dtype = FROM_TORCH[str(tensor.dtype).removeprefix("torch.")].name
         shape, strides = tuple(tensor.shape), tensor.stride()
-        dense = tensor.is_contiguous()
+        given = (readers or {}).get(key)
+        dense = tensor.is_contiguous() or given is not None
         description = StoredTensor(key, dtype, shape, 0, None if dense else strides)
-        reader = MemoryReader(key, tensor)
+        reader = given or MemoryReader(key, tensor)
         file = WeightFile(WHERE, 0, Path(WHERE), reader, Header("memory", reader.size, (description,)))
         sources[key] = Source(key, dtype, stored(number, shape, None if dense else strides), WHERE)
         files.append((file, description))

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ckpt_convert.checkpointer import catalog, loading, retention, training_state
-from ckpt_convert.checkpointer.catalog import TRAINING_STATE, Saved
+from ckpt_convert.checkpointer.catalog import Saved
 from ckpt_convert.checkpointer.emitting import MODEL, Emitter
 from ckpt_convert.checkpointer.live import tensors_of
 from ckpt_convert.checkpointer.pack import part
 from ckpt_convert.checkpointer.parts import Parts
 from ckpt_convert.convert.blocks import ProgressCallback
 from ckpt_convert.convert.check import check as check_weights
+from ckpt_convert.convert.check.training import TRAINING_STATE
 from ckpt_convert.convert.checkpoint import open_checkpoint
 from ckpt_convert.errors import (
     CheckpointNotFoundError,
@@ -26,6 +28,8 @@ from ckpt_convert.errors import (
 )
 
 log = logging.getLogger("ckpt_convert")
+
+_PREFIX = f"{MODEL}/"
 
 
 def choose(output_dir: Path, from_: Any, policy: retention.Policy, *, verify: bool, workers: int) -> Saved | None:
@@ -88,21 +92,11 @@ def newest(output_dir: Path, *, verify: bool, workers: int) -> Saved | None:
 
 def check(saved: Saved, *, verify: bool, workers: int) -> list[str]:
     """Everything that is wrong with a checkpoint; ``verify`` reads all of it, else names, sizes and headers count."""
-    training: Mapping[str, Any] = saved.manifest["training"]
-    problems = []
-    if "format" in saved.manifest:
-        try:
-            report = check_weights(saved.path, values=verify, workers=workers)
-            problems += [finding.text for finding in report.findings if finding.severity == "error"]
-        except CkptConvertError as error:
-            problems.append(str(error))
-        names = [side["name"] for side in saved.manifest.get("side_files") or ()]
-        problems += [f"{saved.path / name}: is missing" for name in names if not (saved.path / name).is_file()]
-    for name, folder in (("files", "."), ("extra_files", ".")):
-        problems += training_state.check(saved.path / folder, training.get(name) or {}, verify)
-    if saved.has_training_state:
-        problems += training_state.check(saved.path / TRAINING_STATE, training[TRAINING_STATE]["files"], verify)
-    return problems
+    try:
+        report = check_weights(saved.path, values=verify, workers=workers)
+    except CkptConvertError as error:
+        return [str(error)]
+    return [finding.text for finding in report.findings if finding.severity == "error"]
 
 
 def load(
@@ -117,49 +111,91 @@ def load(
     progress: ProgressCallback | None,
     base_loaded: bool,
 ) -> None:
-    """Put back everything that is wanted; raises KeyMismatchError, before anything is loaded, for what does not fit."""
-    tensors = emitter.distinct(tensors_of(parts.model))
+    """Put back everything that is wanted; raises KeyMismatchError, before anything is loaded, for what does not fit.
+
+    ``base_loaded`` says that the base weights of an adapter are in the model already.
+    """
     state = training_state.open_state(saved.path / TRAINING_STATE) if saved.has_training_state else None
     names = [name for name in (state.parts or () if state is not None else ()) if name != MODEL and wanted(name)]
     trees = state.read(names) if state is not None else {}
-    prefix = f"{MODEL}/"
-    exact: dict[str, str] = {}
-    if state is not None:
-        exact = {key: f"{prefix}{part(key)}" for key in tensors if f"{prefix}{part(key)}" in state.tensors}
-        left = {at for at in state.tensors if at.startswith(prefix)} - set(exact.values())
-        layout = saved.manifest["training"].get("model_format")
-        if left and layout != emitter.settings.model_format:
-            raise UsageError(
-                f"{saved.path}: holds tensors as a model in the {layout} layout has them; resume with "
-                f"model_format={layout!r}, or make the checkpoint the source of a new run"
-            )
-    with open_checkpoint(saved.path, family=emitter.source.family_name) as checkpoint:
-        fit = loading.fit(checkpoint, tensors, emitter.settings.model_format)
-        problems = [line for line in fit.problems if wanted(prefix + line.partition(":")[0])]
-        if not weights_only:
-            if state is None:
-                log.warning("%s has no training state: only its weights and its progress are taken", saved.path)
-            else:
-                problems += parts.compare(trees, wanted)
+    problems = []
+    if state is not None and not weights_only:
+        problems = parts.compare(trees, wanted)
+    elif state is None and not weights_only:
+        log.warning("%s has no training state: only its weights and its progress are taken", saved.path)
+    with contextlib.ExitStack() as stack:
+        load_weights: Callable[[], str]
+        if emitter.adapter is not None:
+            found, load_weights = _adapter(saved, parts, emitter, workers, progress, base_loaded)
+        else:
+            found, load_weights = _weights(saved, parts, emitter, state, wanted, workers, progress, stack)
+        problems = [*found, *problems]
         if problems and strict:
             raise KeyMismatchError(
                 f"{saved.path}: does not fit what it is loaded into (strict=False loads what does, exclude= leaves "
                 f"parts out):{listing(problems)}"
             )
-        found = loading.load(
-            checkpoint,
-            tensors,
-            fit,
-            wanted=lambda key: wanted(prefix + key) and key not in exact,
-            workers=workers,
-            progress=progress,
-        )
-    taken = {key: at for key, at in exact.items() if wanted(prefix + key)}
-    for key, at in taken.items():
-        assert state is not None
-        state.tensor(at, into=tensors[key])
+        said = load_weights() if emitter.adapter is None or wanted(MODEL) else "nothing of the model"
     problems += parts.restore(trees, wanted) if not weights_only else []
     if problems:
         log.warning("%s: what did not fit was left as it was:%s", saved.path, listing(problems))
-    exactly = f"{len(taken)} tensors as they were in memory" if taken else ""
-    log.info("loaded %s", " and ".join(filter(None, (found.describe() if found.tensors else "", exactly))) or "nothing")
+    log.info("loaded %s", said)
+
+
+def _weights(
+    saved: Saved,
+    parts: Parts,
+    emitter: Emitter,
+    state: training_state.Opened | None,
+    wanted: Callable[[str], bool],
+    workers: int,
+    progress: ProgressCallback | None,
+    stack: contextlib.ExitStack,
+) -> tuple[list[str], Callable[[], str]]:
+    """What of the weights does not fit, and how to load them: as they were in memory where that was kept."""
+    tensors = emitter.split(tensors_of(parts.model)).base
+    kept = {at for at in state.tensors if at.startswith(_PREFIX)} if state is not None else set()
+    exact = {key: at for key in tensors if (at := f"{_PREFIX}{part(key)}") in kept}
+    layout = saved.manifest["training"].get("model_format")
+    if kept - set(exact.values()) and layout != emitter.settings.model_format:
+        raise UsageError(
+            f"{saved.path}: holds tensors as a model in the {layout} layout has them; resume with "
+            f"model_format={layout!r}, or make the checkpoint the source of a new run"
+        )
+    checkpoint = stack.enter_context(open_checkpoint(saved.path, family=emitter.source.family_name))
+    fit = loading.fit(checkpoint, tensors, emitter.settings.model_format)
+
+    def load_them() -> str:
+        files = loading.load(
+            checkpoint,
+            tensors,
+            fit,
+            wanted=lambda key: wanted(_PREFIX + key) and key not in exact,
+            workers=workers,
+            progress=progress,
+        )
+        taken = {key: at for key, at in exact.items() if wanted(_PREFIX + key)}
+        for key, at in taken.items():
+            if state is not None:
+                state.tensor(at, into=tensors[key])
+        exactly = f"{len(taken)} tensors as they were in memory" if taken else ""
+        return " and ".join(filter(None, (files.describe() if files.tensors else "", exactly))) or "nothing"
+
+    return [line for line in fit.problems if wanted(_PREFIX + line.partition(":")[0])], load_them
+
+
+def _adapter(
+    saved: Saved,
+    parts: Parts,
+    emitter: Emitter,
+    workers: int,
+    progress: ProgressCallback | None,
+    base_loaded: bool,
+) -> tuple[list[str], Callable[[], str]]:
+    """How to load the base weights from the source, unless they are there, and the adapter from the checkpoint."""
+
+    def load_them() -> str:
+        base = "" if base_loaded else f"{emitter.load_source(parts.model, workers, progress).describe()} and "
+        return f"{base}{emitter.load_adapter(saved.path, parts.model)} tensors of the adapter"
+
+    return [], load_them

@@ -11,6 +11,7 @@ from typing import Literal, TypeAlias
 
 from ckpt_convert.checkpointer import catalog
 from ckpt_convert.checkpointer.catalog import Saved
+from ckpt_convert.convert.check.training import TRAINING_STATE
 from ckpt_convert.errors import CkptConvertError, UsageError
 from ckpt_convert.storage.staging import sync_directory
 
@@ -131,7 +132,7 @@ def _delete(saved: Saved) -> None:
 
 def _thin(saved: Saved) -> None:
     try:
-        catalog.amend(saved, **{catalog.TRAINING_STATE: catalog.REMOVED})
+        catalog.amend(saved, **{TRAINING_STATE: catalog.REMOVED})
     except (OSError, CkptConvertError) as error:
         log.warning("%s: its training state cannot be removed: %s", saved.path, error)
         return

@@ -12,6 +12,7 @@ from typing import Any
 from ckpt_convert.checkpointer import catalog, training_state
 from ckpt_convert.checkpointer.pack import Packed
 from ckpt_convert.convert import output, record
+from ckpt_convert.convert.check.training import TRAINING_STATE
 from ckpt_convert.convert.execute import run_checks
 from ckpt_convert.convert.formats.base import render_json
 from ckpt_convert.convert.plan import Plan, refuse_unreadable
@@ -107,7 +108,7 @@ def _write(step: Step, staging: Staging, workers: int) -> None:
     extra = {path.name: _copy(path, staging) for path in step.extra}
     state = None
     if step.state is not None:
-        state = {"files": training_state.write(staging.path / catalog.TRAINING_STATE, step.state)}
+        state = {"files": training_state.write(staging.path / TRAINING_STATE, step.state)}
     manifest["training"] = {**step.training, "training_state": state, "extra_files": extra, "files": files}
     staging.write(record.MANIFEST, render_json(manifest))
     (staging.path / JOURNAL).unlink()

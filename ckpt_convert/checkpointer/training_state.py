@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 
 from ckpt_convert.checkpointer.pack import Packed, part
 from ckpt_convert.checkpointer.unpack import tensor_keys, unpacked
 from ckpt_convert.checkpointer.writer import Writer
+from ckpt_convert.convert.check.training import compare
 from ckpt_convert.convert.containers import dcp
 from ckpt_convert.convert.containers.dcp_metadata import FILE
 from ckpt_convert.convert.containers.header import StoredTensor
@@ -31,13 +30,12 @@ from ckpt_convert.errors import (
     OutputExistsError,
     UsageError,
 )
-from ckpt_convert.storage.reader import WORKERS, RangeReader
+from ckpt_convert.storage.reader import RangeReader
 
 VERSION = 1
 DESCRIPTION = "ckpt_convert.json"
 """The key of the tensor whose bytes describe the state."""
 
-_BLOCK = 8 << 20
 _WAY_OUT = "copy the checkpoint again, or resume from another one"
 
 Files = dict[str, dict[str, Any]]
@@ -70,32 +68,7 @@ def check(directory: Path, files: Mapping[str, Mapping[str, Any]], checksums: bo
     Without ``checksums`` only names and sizes are looked at, and no file is read.
     """
 
-    def one(name: str) -> str | None:
-        path = directory / name
-        try:
-            size, wanted = path.stat().st_size, files[name]
-            if size != wanted.get("size"):
-                return f"{path}: should have {wanted.get('size')} bytes, but has {size}"
-            if checksums and (found := checksum(path)) != wanted.get("checksum"):
-                return f"{path}: should have the checksum {wanted.get('checksum')}, but has {found}"
-        except FileNotFoundError:
-            return f"{path}: is missing"
-        except OSError as error:
-            return f"{path}: cannot be read: {error.strerror}"
-        return None
-
-    with ThreadPoolExecutor(WORKERS) as pool:
-        return [problem for problem in pool.map(one, files) if problem is not None]
-
-
-def checksum(path: Path) -> str:
-    """The xxh3_64 of a file, in hex."""
-    digest = xxhash.xxh3_64()
-    buffer = bytearray(_BLOCK)
-    with path.open("rb", buffering=0) as file:
-        while got := file.readinto(buffer):
-            digest.update(memoryview(buffer)[:got])
-    return digest.hexdigest()
+    return [finding.text for finding in compare(directory, files, checksums)]
 
 
 def read(directory: Path, parts: Iterable[str] | None = None) -> Any:

@@ -9,6 +9,7 @@ from math import isfinite, prod
 from typing import TYPE_CHECKING, Any
 
 from ckpt_convert.cli.text import plural
+from ckpt_convert.convert import record
 from ckpt_convert.convert.usual import SIZES, size_of, text_part
 from ckpt_convert.errors import CkptConvertError
 
@@ -107,14 +108,27 @@ def gather(checkpoint: Checkpoint) -> Facts:
         strides={(f.name, t.key): t.strides for f, t in checkpoint.stored if t.strides is not None},
         in_memory=frozenset(file.name for file in checkpoint.files if file.header.kind == "legacy"),
         open_keys=frozenset(info.key for info in unsettled),
-        said=checkpoint.facts,
+        said=(*checkpoint.facts, *trained(checkpoint)),
         notices=tuple(notices),
     )
 
 
+def trained(checkpoint: Checkpoint) -> list[tuple[str, str]]:
+    """How far the training run had come that saved this step, as (label, text); none for anything else."""
+    found = record.training(checkpoint.root)
+    progress, metrics = (found or {}).get("progress"), (found or {}).get("metrics")
+    if not isinstance(progress, dict):
+        return []
+    counts = [f"{name} {progress[name]:,}" for name in ("step", "epoch") if type(progress.get(name)) is int]
+    counts += [f"{progress[name]:,} {name}" for name in ("tokens", "samples") if progress.get(name)]
+    numbers = metrics.items() if isinstance(metrics, dict) else ()
+    counts += [f"{name} {value:.6g}" for name, value in numbers if type(value) in (int, float)]
+    return [("trained", ", ".join(counts))]
+
+
 def converted_from(checkpoint: Checkpoint) -> str | None:
     """The format that an earlier conversion made this checkpoint from, as its record says."""
-    if checkpoint.record is None:
+    if checkpoint.record is None or "training" in checkpoint.record.manifest:
         return None
     source = checkpoint.record.manifest.get("source")
     return str(source.get("format")) if isinstance(source, dict) else None

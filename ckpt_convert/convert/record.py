@@ -192,6 +192,15 @@ def load(directory: Path) -> Record | None:
     return Record(directory, manifest)
 
 
+def training(directory: Path) -> dict[str, Any] | None:
+    """What the manifest of a saved step says of its training run; None where this is none, or it cannot be read."""
+    try:
+        found = load_json(directory / MANIFEST).get("training") if (directory / MANIFEST).is_file() else None
+    except ConfigError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
 def layout_files(layout: Layout) -> dict[str, bytes]:
     """The files, by name below ``layouts/FORMAT/``, that keep a layout."""
     out: dict[str, bytes] = {}

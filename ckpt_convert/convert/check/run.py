@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckpt_convert.convert import mapping
-from ckpt_convert.convert.check import causes, checksums, directory, generic, sidefiles, table
+from ckpt_convert.convert.check import causes, checksums, directory, generic, sidefiles, table, training
 from ckpt_convert.convert.check.report import Report, Skipped, by_severity
 from ckpt_convert.convert.check.spans import Expected
 from ckpt_convert.convert.check.tolerant import Opened, open_tolerantly, relative
@@ -79,6 +79,8 @@ def _report(work: _Work, workers: int, progress: ProgressCallback | None) -> Rep
         work.done("leftover", directory.leftovers(opened))
         work.done("shards", directory.numbering(opened))
         work.done("side-files", sidefiles.side_files(checkpoint))
+        if (found := training.files(checkpoint.path, work.values)) is not None:
+            work.done("training", found)
     _against_config(work)
     nbytes_read = _read(work, workers, progress)
     return Report(

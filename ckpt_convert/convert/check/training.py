@@ -1,0 +1,61 @@
+"""What the manifest of a saved step says of the files that are no weights: training state, adapter, extra files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from ckpt_convert.convert import record
+from ckpt_convert.convert.findings import Finding
+from ckpt_convert.convert.record import MANIFEST, digest_file
+from ckpt_convert.storage.reader import WORKERS
+
+TRAINING_STATE = "training_state"
+
+_WAY_OUT = "copy the checkpoint again, or use another step"
+
+
+def files(directory: Path, values: bool) -> list[Finding] | None:
+    """What is missing or changed of a saved step's files; without ``values`` by size only. None: no saved step."""
+    training = record.training(directory)
+    if training is None:
+        return None
+    state = training.get(TRAINING_STATE)
+    listed = {
+        **(training.get("files") or {}),
+        **(training.get("extra_files") or {}),
+        **{f"{TRAINING_STATE}/{name}": entry for name, entry in _entries(state)},
+    }
+    return compare(directory, listed, values)
+
+
+def compare(directory: Path, listed: Mapping[str, Mapping[str, Any]], values: bool) -> list[Finding]:
+    """Hold files against the size and checksum (xxh3_64) that were written down; a few are read at a time."""
+    with ThreadPoolExecutor(WORKERS) as pool:
+        found = pool.map(lambda name: _compare(directory / name, name, listed[name], values), listed)
+        return [finding for finding in found if finding is not None]
+
+
+def _compare(path: Path, name: str, entry: Mapping[str, Any], values: bool) -> Finding | None:
+    def finding(text: str, expected: object = None, found: object = None) -> Finding:
+        said = [None if value is None else str(value) for value in (expected, found)]
+        return Finding("error", "training", f"{name}: {text}; {_WAY_OUT}", name, None, *said)
+
+    try:
+        size = path.stat().st_size
+        if size != entry.get("size"):
+            return finding(f"should have {entry.get('size')} bytes, but has {size}", entry.get("size"), size)
+        if values and (checksum := digest_file(path)) != entry.get("checksum"):
+            return finding("is not as it was written (its checksum differs)", entry.get("checksum"), checksum)
+    except FileNotFoundError:
+        return finding(f"is missing: {MANIFEST} says that it was written")
+    except OSError as error:
+        return finding(f"cannot be read: {error.strerror}")
+    return None
+
+
+def _entries(state: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    if isinstance(state, Mapping):
+        yield from (state.get("files") or {}).items()
