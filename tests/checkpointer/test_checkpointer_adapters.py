@@ -98,9 +98,8 @@ def test_merged_weights_lie_beside_the_adapter_in_the_sources_files(
     source: Path, tmp_path: Path, dora: bool, asynchronous: bool
 ) -> None:
     model = trained(source, tmp_path, dora=dora, merged=True, asynchronous=asynchronous)
-    found, info = transformers.LlamaForCausalLM.from_pretrained(
-        tmp_path / "step_3" / "merged", output_loading_info=True
-    )
+    merged = tmp_path / "step_3" / "merged"
+    found, info = transformers.LlamaForCausalLM.from_pretrained(merged, output_loading_info=True)
     assert not any(info.values())
     torch.testing.assert_close(logits_of(found), logits_of(model), rtol=1e-4, atol=1e-5)
     assert sums(merged).keys() == sums(source).keys()
