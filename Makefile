@@ -22,8 +22,8 @@ check: $(INSTALLED) ## Check style (ruff) and types (mypy)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-clean: ## Remove .venv, the demo's files and all caches
-	rm -rf .venv demo build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
+clean: ## Remove .venv, what the demo and the recipes wrote, and all caches
+	rm -rf .venv demo runs build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last, so an interrupted installation is done again.

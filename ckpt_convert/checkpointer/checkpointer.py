@@ -55,7 +55,7 @@ class Checkpointer:
     def __init__(
         self,
         source: Source | None,
-        output_dir: str | Path,
+        output_dir: str | Path | None = None,
         *,
         model_format: str = "native",
         config: Config | None = None,
@@ -87,7 +87,8 @@ class Checkpointer:
         """Open the source and check every option; nothing is written, no tensor is read.
 
         source: a directory, file or Hub id of any format, a list of the weight files of one, or None with ``config``.
-        output_dir: where the directories of the steps go. model_format: the layout of the training model's state dict:
+        output_dir: where the directories of the steps go; may be left out to load only. model_format: the layout of
+        the training model's state dict:
         native, hf, meta. config: a config.json, or its content, for a source that has none. family, source_format:
         what cannot be told from the source. save_every: see ``schedule.parse``; save_first: also after the first step;
         save_last: also in ``close``. keep_last, best, keep_best, keep_last_training_state: see ``retention.Policy``.
@@ -100,11 +101,11 @@ class Checkpointer:
 
         Raises UsageError for options that do not fit, and what ``open_checkpoint`` raises for the source.
         """
-        self.output_dir = Path(output_dir)
+        self._output_dir = None if output_dir is None else Path(output_dir)
         self.workers = workers or WORKERS
         self._report_loading = progress
         self._template = Template(directory, latest_name)
-        self._run_name = run_name or self.output_dir.absolute().name
+        self._run_name = run_name or (self._output_dir.absolute().name if self._output_dir is not None else None)
         self._latest_name = latest_name
         self._schedule = schedule.parse(save_every)
         self._policy = retention.Policy(
@@ -148,6 +149,18 @@ class Checkpointer:
         self._more_files: Callable[[], Mapping[str, bytes]] = dict
         self._signal_saved = False
         self._closed = False
+
+    @property
+    def output_dir(self) -> Path:
+        """Where the directories of the steps go; raises UsageError for a checkpointer that was made to load only."""
+        if self._output_dir is None:
+            raise UsageError("there is no output_dir, so nothing can be saved or resumed; give one")
+        return self._output_dir
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The source's config in the words of Hugging Face's config.json, whatever its format."""
+        return self._source.model.config
 
     # Loading
 
@@ -271,6 +284,11 @@ class Checkpointer:
         """The signal that asked the run to end (``save_on_signal``), None as long as none has."""
         return self._signals.received if self._signals is not None else None
 
+    @property
+    def should_stop(self) -> bool:
+        """Whether a signal asked the run to end, and the step was saved for it: the loop may be left."""
+        return self._signal_saved
+
     def step(self, *, tokens: int = 0, samples: int = 0) -> None:
         """Count an optimizer step, and save if that is due; call it after the scheduler's step.
 
@@ -299,7 +317,7 @@ class Checkpointer:
             self._background.check()
         if signalled:
             self._background.wait()
-            log.warning("saved step %d; end the loop where checkpointer.interrupted is set", self._progress.step)
+            log.warning("saved step %d; end the loop where checkpointer.should_stop says so", self._progress.step)
 
     def report(self, **metrics: float) -> None:
         """Take the metrics of this step, and count an evaluation; a checkpoint of this step learns of them.

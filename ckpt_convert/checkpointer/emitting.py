@@ -105,6 +105,7 @@ class Emitter:
         """Fill a model from the source, an adapter aside; raises KeyMismatchError where they do not fit."""
         parts = self.split(tensors_of(model), strict=False)  # DoRA starts from the base: the adapter may come later
         found = loading.fit(self.source, parts.base, self.settings.model_format)
+        found = replace(found, misfits=[*found.misfits, *loading.shared(found, parts.base)])
         loading.refuse_misfits(found, self.source, self.settings.model_format)
         whole = {key: tensor for key, tensor in parts.saved.items() if not same_memory(tensor, parts.base[key])}
         loading.load(self.source, whole, replace(found, targets=[one for one in found.targets if one.key in whole]))
@@ -130,18 +131,15 @@ class Emitter:
         if self.adapter is not None:
             self._refuse_trained(model, parts)
             to_peft(parts, self.adapter, self.modules)
-            if not _merges(settings):
-                return []
-            made = self._merged(parts, settings)
-        else:
-            made = self._plan(parts.base, settings)
+            return list(self._merged(parts, settings).notices) if _merges(settings) else []
+        made = self._plan(parts.base, settings)
         casts = Counter(
             (DTYPES[tensor.source_dtype].torch, DTYPES[tensor.dtype].torch)
             for file in made.weights
             for tensor in file.tensors
             if tensor.dtype != tensor.source_dtype
         )
-        kept = "training_state keeps" if settings.contents == "full" and self.adapter is None else "nothing keeps"
+        kept = "training_state keeps" if settings.contents == "full" else "nothing keeps"
         said = [
             f"{count} {here} tensors of the model are written as {there}; {kept} them exact"
             for (here, there), count in casts.items()

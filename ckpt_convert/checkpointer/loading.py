@@ -94,6 +94,18 @@ def fit(checkpoint: Checkpoint, tensors: Mapping[str, torch.Tensor], format: str
     return Fit([target for target in targets if target.key in tensors], missing, unexpected, misfits)
 
 
+def shared(found: Fit, tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """What is one tensor in the model but two in the checkpoint, of which the model would lose one."""
+    seen: dict[tuple[object, ...], str] = {}
+    out = []
+    for key in (target.key for target in found.targets):
+        tensor = tensors[key]
+        place = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+        if tensor.numel() and seen.setdefault(place, key) != key:
+            out.append(f"{key}: is tied to {seen[place]} in the model, but the checkpoint does not tie them")
+    return out
+
+
 def refuse_misfits(found: Fit, checkpoint: Checkpoint, format: str) -> None:
     """Raise KeyMismatchError listing everything in which a model and a checkpoint do not fit."""
     if found.problems:

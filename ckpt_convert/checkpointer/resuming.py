@@ -96,7 +96,10 @@ def check(saved: Saved, *, verify: bool, workers: int) -> list[str]:
         report = check_weights(saved.path, values=verify, workers=workers)
     except CkptConvertError as error:
         return [str(error)]
-    return [finding.text for finding in report.findings if finding.severity == "error"]
+    # Of a checkpoint of anybody's, a file beside the weights may be taken away; without its config none can be loaded.
+    beside = [saved.path / side["name"] for side in saved.manifest.get("side_files") or ()]
+    missing = [f"{path}: is missing" for path in beside if not path.is_file()]
+    return missing + [finding.text for finding in report.findings if finding.severity == "error"]
 
 
 def load(

@@ -68,7 +68,7 @@ class CheckpointerCallback(TrainerCallback):
         samples = args.train_batch_size * args.gradient_accumulation_steps
         self.checkpointer.step(tokens=seen - self._tokens, samples=samples)
         self._tokens = seen
-        if self.checkpointer.interrupted is not None:
+        if self.checkpointer.should_stop:
             control.should_training_stop = True
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
