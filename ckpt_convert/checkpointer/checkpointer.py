@@ -141,7 +141,7 @@ class Checkpointer:
         self._progress = Progress()
         self._metrics: dict[str, float] = {}
         self._saved_step: int | None = None
-        self._saved_at = self.output_dir
+        self._saved_at = Path()
         self._started_from: int | None = None
         self._superseded: list[Saved] = []
         self._clock = 0.0
@@ -437,6 +437,7 @@ class Checkpointer:
             if not path.is_file():
                 raise UsageError(f"{path}: no such file; extra_files are copied into every checkpoint")
         if self._lock is None:
+            self._refuse_place()
             self.output_dir.mkdir(parents=True, exist_ok=True)
             held = f"{self.output_dir}: another checkpointer is writing here; close() it, or choose another output_dir"
             self._lock = Lock.file(self.output_dir / LOCK, held)
@@ -456,12 +457,30 @@ class Checkpointer:
         )
         self._clock = time.monotonic()
 
+    def _refuse_place(self) -> None:
+        """Raise OutputExistsError where saving would write into the source, or keeping fewer steps delete it."""
+        if not self._source.files or not self._source.path.is_dir():
+            return
+        root, output = self._source.path.resolve(), self.output_dir.resolve()
+        if output.is_relative_to(root):
+            raise OutputExistsError(
+                f"{self.output_dir}: lies inside the source {self._source.path}, which is never written; choose "
+                "another output_dir"
+            )
+        if root.parent == output and catalog.read(root) is not None:
+            raise OutputExistsError(
+                f"{self._source.path}: is a step of this very output_dir, which later steps may replace; choose "
+                "another output_dir, or resume() with the source that the run began with"
+            )
+
     def _plan_ahead(self) -> None:
         """Find out now what could not be saved later, and say once what the saved steps will be."""
         assert self._parts is not None
         for settings in dict.fromkeys((self._settings, self._last_settings())):
             for notice in self._emitter.prepare(self._parts.model, settings):
                 log.warning("%s", notice)
+        if "full" in (self._settings.contents, self._last_settings().contents):
+            self._parts.capture()  # what cannot be saved is told now, not at the first save
         self._clock = time.monotonic()
 
     def _last_settings(self) -> Settings:

@@ -30,8 +30,11 @@ from torch.utils.serialization import config
 from ckpt_convert.convert.containers.dcp_metadata import FILE
 
 DATA = "__0_0.distcp"
-_BLOCK = 8 << 20
-"""Bytes handed to the system at once; it starts to write each to disk while the next is being copied."""
+_BLOCK = 1 << 20
+"""Bytes handed to the system at once; it starts to write each to disk while the next is being copied.
+
+As measured: with 8 MB, which no processor's nearer caches hold from summing to copying, a file was never written
+sooner, and often took twice as long."""
 
 
 class Writer(FileSystemWriter):
