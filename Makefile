@@ -15,7 +15,7 @@ demo: $(INSTALLED) ## Convert a Hugging Face Llama to Meta's layout and back, an
 
 test: $(INSTALLED) ## Run the tests
 	@tests/browser.sh --install >/dev/null || true  # the tests that need it fail with the same words
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 check: $(INSTALLED) ## Check style (ruff) and types (mypy)
 	$(BIN)/ruff check .
