@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from ckpt_convert.checkpointer import catalog, loading, parts, pointer, resuming, retention, schedule, signals
+from ckpt_convert.checkpointer import catalog, loading, parts, resuming, retention, schedule, signals
 from ckpt_convert.checkpointer.background import Background
 from ckpt_convert.checkpointer.buffers import Buffers
 from ckpt_convert.checkpointer.catalog import Saved
@@ -22,19 +22,16 @@ from ckpt_convert.checkpointer.emitting import Contents, Emitter, Settings
 from ckpt_convert.checkpointer.live import Model, tensors_of
 from ckpt_convert.checkpointer.names import Template
 from ckpt_convert.checkpointer.progress import Progress
-from ckpt_convert.checkpointer.saving import save as save_step
+from ckpt_convert.checkpointer.run_directory import RunDirectory
 from ckpt_convert.checkpointer.source import Config, Source, from_config, open_source
 from ckpt_convert.convert import formats
 from ckpt_convert.convert.blocks import ProgressCallback
 from ckpt_convert.convert.request import CASTS
 from ckpt_convert.errors import OutputExistsError, UsageError
 from ckpt_convert.models import FAMILIES
-from ckpt_convert.storage.lock import Lock
 from ckpt_convert.storage.reader import WORKERS
 
 log = logging.getLogger("ckpt_convert")
-
-LOCK = ".ckpt-convert-lock"
 
 
 @dataclass(frozen=True)
@@ -87,30 +84,35 @@ class Checkpointer:
         """Open the source and check every option; nothing is written, no tensor is read.
 
         source: a directory, file or Hub id of any format, a list of the weight files of one, or None with ``config``.
-        output_dir: where the directories of the steps go; may be left out to load only. model_format: the layout of
-        the training model's state dict:
-        native, hf, meta. config: a config.json, or its content, for a source that has none. family, source_format:
-        what cannot be told from the source. save_every: see ``schedule.parse``; save_first: also after the first step;
-        save_last: also in ``close``. keep_last, best, keep_best, keep_last_training_state: see ``retention.Policy``.
-        contents: "full", "weights", or "adapter". final: what is different about the last save. asynchronous: write
-        behind the training. export_dtype: float32, float16 or bfloat16 for all weights. output_format: instead of
-        the source's. extra_files: copied into every directory. adapter: an ``AdapterConfig``, or PEFT's. merged: write
-        the full weights beside the adapter. directory: how a step's directory is called, see ``names.Template``.
-        overwrite: a fresh start may take the place of a run that is there. save_on_signal: SIGTERM and SIGINT save at
-        the next step. workers: threads that read and write. progress: called with ``Progress`` of loading.
+        output_dir: where the directories of the steps go; may be left out to load only.
+        model_format: the layout of the training model's state dict: native, hf or meta.
+        config: a config.json, or its content, for a source that has none.
+        family, source_format: what cannot be told from the source.
+        save_every: see ``schedule.parse``; save_first: also after the first step; save_last: also in ``close``.
+        keep_last, best, keep_best, keep_last_training_state: see ``retention.Policy``.
+        contents: "full", "weights", or "adapter". final: what is different about the last save.
+        asynchronous: write behind the training, which waits for one copy in memory.
+        export_dtype: float32, float16 or bfloat16 for all weights. output_format: instead of the source's.
+        extra_files: copied into every directory.
+        adapter: an ``AdapterConfig``, or PEFT's. merged: write the full weights beside the adapter.
+        directory: how a step's directory is called, see ``names.Template``. run_name: for {run_name} in it.
+        latest_name: the pointer to the newest checkpoint, None for none.
+        overwrite: a fresh start may take the place of a run that is there.
+        save_on_signal: SIGTERM and SIGINT save at the next step.
+        workers: threads that read and write. progress: called with ``Progress`` of loading.
 
         Raises UsageError for options that do not fit, and what ``open_checkpoint`` raises for the source.
         """
-        self._output_dir = None if output_dir is None else Path(output_dir)
         self.workers = workers or WORKERS
         self._report_loading = progress
-        self._template = Template(directory, latest_name)
-        self._run_name = run_name or (self._output_dir.absolute().name if self._output_dir is not None else None)
-        self._latest_name = latest_name
         self._schedule = schedule.parse(save_every)
-        self._policy = retention.Policy(
+        policy = retention.Policy(
             keep_last, None if best is None else retention.parse_best(best), keep_best, keep_last_training_state
         )
+        template = Template(directory, latest_name)
+        self._run: RunDirectory | None = None
+        if output_dir is not None:
+            self._run = RunDirectory(Path(output_dir), template, run_name, latest_name, policy)
         self._save_first, self._save_last, self._overwrite = save_first, save_last, overwrite
         if model_format not in formats.ALL:
             raise UsageError(f"model_format={model_format!r}: no such format; known: {', '.join(formats.ALL)}")
@@ -136,14 +138,12 @@ class Checkpointer:
         self._asynchronous = asynchronous
         self._background, self._buffers = Background(), Buffers()
         self._signals = signals.Signals() if save_on_signal else None
-        self._lock: Lock | None = None
         self._parts: parts.Parts | None = None
         self._progress = Progress()
         self._metrics: dict[str, float] = {}
         self._saved_step: int | None = None
         self._saved_at = Path()
         self._started_from: int | None = None
-        self._superseded: list[Saved] = []
         self._clock = 0.0
         self._loaded = False
         self._more_files: Callable[[], Mapping[str, bytes]] = dict
@@ -153,9 +153,13 @@ class Checkpointer:
     @property
     def output_dir(self) -> Path:
         """Where the directories of the steps go; raises UsageError for a checkpointer that was made to load only."""
-        if self._output_dir is None:
+        return self._directory.path
+
+    @property
+    def _directory(self) -> RunDirectory:
+        if self._run is None:
             raise UsageError("there is no output_dir, so nothing can be saved or resumed; give one")
-        return self._output_dir
+        return self._run
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -219,7 +223,7 @@ class Checkpointer:
         """
         self._begin(model, optimizer, lr_scheduler, grad_scaler, dataloader, extra)
         assert self._parts is not None
-        saved = resuming.choose(self.output_dir, from_, self._policy, verify=verify, workers=self.workers)
+        saved = resuming.choose(self.output_dir, from_, self._directory.policy, verify=verify, workers=self.workers)
         if saved is None:
             log.info("%s: holds no checkpoint: fresh start", self.output_dir)
             self._plan_ahead()
@@ -260,16 +264,16 @@ class Checkpointer:
 
         Raises OutputExistsError for a fresh start where checkpoints are, unless ``overwrite`` was said.
         """
-        there = catalog.scan(self.output_dir)
+        there = self.saved
         if there and progress is None and not self._overwrite:
             raise OutputExistsError(
                 f"{self.output_dir}: holds {len(there)} checkpoints, up to step {there[-1].step}; resume() from it, "
-                " pass overwrite=True to start anew in its place, or choose another output_dir"
+                "pass overwrite=True to start anew in its place, or choose another output_dir"
             )
         self._begin(model, optimizer, lr_scheduler, grad_scaler, dataloader, extra)
         self._progress = progress or Progress()
         self._started_from = None if progress is None else progress.step
-        self._superseded = there if progress is None else []
+        self._directory.supersede(there if progress is None else ())
         self._plan_ahead()
 
     # Counting
@@ -363,7 +367,7 @@ class Checkpointer:
         if self._saved_step is None:
             self._save(replace(self._settings, contents="weights"))
         self.wait()
-        return self.output_dir / self._template.format(self._progress, self._run_name)
+        return self._directory.destination(self._progress)
 
     def wait(self) -> None:
         """Wait until what is being saved is complete; raises what failed."""
@@ -372,7 +376,7 @@ class Checkpointer:
     @property
     def saved(self) -> list[Saved]:
         """The complete checkpoints, oldest first."""
-        return catalog.scan(self.output_dir)
+        return self._directory.saved
 
     def newest(self) -> Saved | None:
         """The newest complete checkpoint whose files are as they were written, None where there is none."""
@@ -385,7 +389,7 @@ class Checkpointer:
     @property
     def best(self) -> Saved | None:
         """The best complete checkpoint by the metric of ``best=``, None where none has it."""
-        return retention.best(self.saved, self._policy)
+        return self._directory.best
 
     def close(self) -> None:
         """Save the last step if it is not saved yet, wait until it is complete, and let go of everything.
@@ -436,16 +440,9 @@ class Checkpointer:
         for path in self._settings.extra:
             if not path.is_file():
                 raise UsageError(f"{path}: no such file; extra_files are copied into every checkpoint")
-        if self._lock is None:
-            self._refuse_place()
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-            held = f"{self.output_dir}: another checkpointer is writing here; close() it, or choose another output_dir"
-            self._lock = Lock.file(self.output_dir / LOCK, held)
-            catalog.tidy(self.output_dir)
-            if self._latest_name is not None:
-                pointer.check_pointer(self.output_dir, self._latest_name)
-            if self._signals is not None:
-                self._signals.install()
+        self._directory.open(self._source)
+        if self._signals is not None:
+            self._signals.install()
         self._signal_saved = False
         self._parts = parts.make(
             model=model,
@@ -456,22 +453,6 @@ class Checkpointer:
             extra=extra,
         )
         self._clock = time.monotonic()
-
-    def _refuse_place(self) -> None:
-        """Raise OutputExistsError where saving would write into the source, or keeping fewer steps delete it."""
-        if not self._source.files or not self._source.path.is_dir():
-            return
-        root, output = self._source.path.resolve(), self.output_dir.resolve()
-        if output.is_relative_to(root):
-            raise OutputExistsError(
-                f"{self.output_dir}: lies inside the source {self._source.path}, which is never written; choose "
-                "another output_dir"
-            )
-        if root.parent == output and catalog.read(root) is not None:
-            raise OutputExistsError(
-                f"{self._source.path}: is a step of this very output_dir, which later steps may replace; choose "
-                "another output_dir, or resume() with the source that the run began with"
-            )
 
     def _plan_ahead(self) -> None:
         """Find out now what could not be saved later, and say once what the saved steps will be."""
@@ -498,33 +479,27 @@ class Checkpointer:
         failed = self._background.settle()
         tensors = tensors_of(self._parts.model)
         state = self._parts.capture() if settings.contents == "full" else None
-        destination = self.output_dir / self._template.format(self._progress, self._run_name)
+        directory = self._directory
+        destination = directory.destination(self._progress)
         job = self._emitter.job(tensors, state, settings, self._buffers if self._asynchronous else None)
         files = dict(self._more_files())
         section = {
             "version": catalog.VERSION,
             "saver": "default",
             "directory": destination.name,
-            "sequence": max((saved.sequence for saved in self.saved), default=0) + 1,
+            "sequence": directory.next_sequence(),
             "contents": settings.contents,
             "progress": self._progress.as_dict(),
             "metrics": dict(self._metrics),
             "model_format": settings.model_format,
         }
 
-        def work() -> None:
-            save_step(job(section, files), destination, workers=self.workers)
-            if self._latest_name is not None:
-                pointer.point(self.output_dir, self._latest_name, destination)
-            self._supersede(destination)
-            self._prune()
-
         step = self._progress.step
         previous, self._saved_step, self._saved_at = self._saved_step, step, destination
 
         def attempt() -> None:
             try:
-                work()
+                directory.write(job(section, files), destination, self.workers)
             except BaseException:
                 if self._saved_step == step:  # it may be tried again
                     self._saved_step = previous
@@ -537,38 +512,21 @@ class Checkpointer:
         if failed is not None:
             raise failed
 
-    def _supersede(self, destination: Path) -> None:
-        """Once the first checkpoint of a fresh start is complete, those of the run before it go."""
-        superseded, self._superseded = self._superseded, []
-        retention.apply(retention.Decision(delete=tuple(one for one in superseded if one.path != destination)))
-
-    def _prune(self) -> None:
-        retention.apply(retention.decide(self.saved, self._policy))
-
     def _amend(self) -> None:
         """Tell the checkpoint of this step, once it is complete, of metrics that were reported after it."""
-        destination = self._saved_at
+        directory, destination = self._directory, self._saved_at
         metrics, evals = dict(self._metrics), self._progress.evals
-
-        def work() -> None:
-            saved = catalog.read(destination)
-            if saved is None:
-                return
-            counted = {**saved.progress.as_dict(), "evals": evals}
-            catalog.amend(saved, metrics={**saved.metrics, **metrics}, progress=counted)
-            self._prune()
-
         if self._background.busy:
-            self._background.then(work)
+            self._background.then(lambda: directory.amend(destination, metrics, evals))
         else:
-            work()
+            directory.amend(destination, metrics, evals)
 
     def _release(self) -> None:
         self._closed = True
         with contextlib.ExitStack() as stack:
             stack.callback(self._source.close)
-            if self._lock is not None:
-                stack.callback(self._lock.close)
+            if self._run is not None:
+                stack.callback(self._run.close)
             if self._signals is not None:
                 stack.callback(self._signals.restore)
             if self._parts is not None:

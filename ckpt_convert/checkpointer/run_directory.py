@@ -1,0 +1,112 @@
+"""The output directory of a run: locked while it is written, its steps numbered, thinned, and pointed at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from ckpt_convert.checkpointer import catalog, pointer, retention
+from ckpt_convert.checkpointer.catalog import Saved
+from ckpt_convert.checkpointer.names import Template
+from ckpt_convert.checkpointer.progress import Progress
+from ckpt_convert.checkpointer.saving import Step, save
+from ckpt_convert.convert.checkpoint import Checkpoint
+from ckpt_convert.errors import OutputExistsError
+from ckpt_convert.storage.lock import Lock
+
+LOCK = ".ckpt-convert-lock"
+
+
+class RunDirectory:
+    """Where the directories of the steps go, and which of them stay."""
+
+    def __init__(
+        self, path: Path, template: Template, run_name: str | None, latest_name: str | None, policy: retention.Policy
+    ) -> None:
+        self.path = path
+        self.policy = policy
+        self._template = template
+        self._run_name = run_name or path.absolute().name
+        self._latest_name = latest_name
+        self._lock: Lock | None = None
+        self._sequence = 0
+        self._superseded: tuple[Saved, ...] = ()
+
+    def open(self, source: Checkpoint) -> None:
+        """Take the directory for this process, and tidy up what a killed one left; once is enough.
+
+        Raises LockedError where another checkpointer has it, and OutputExistsError where saving would touch the source.
+        """
+        if self._lock is not None:
+            return
+        self._refuse(source)
+        self.path.mkdir(parents=True, exist_ok=True)
+        held = f"{self.path}: another checkpointer is writing here; close() it, or choose another output_dir"
+        self._lock = Lock.file(self.path / LOCK, held)
+        catalog.tidy(self.path)
+        if self._latest_name is not None:
+            pointer.check_pointer(self.path, self._latest_name)
+        self._sequence = max((saved.sequence for saved in self.saved), default=0)
+
+    def close(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    @property
+    def saved(self) -> list[Saved]:
+        """The complete checkpoints, oldest first."""
+        return catalog.scan(self.path)
+
+    @property
+    def best(self) -> Saved | None:
+        """The best one by the metric that was asked for, None where none has it."""
+        return retention.best(self.saved, self.policy)
+
+    def supersede(self, there: Iterable[Saved]) -> None:
+        """Let these go once the next checkpoint is complete: they are of a run that was started anew."""
+        self._superseded = tuple(there)
+
+    def destination(self, progress: Progress) -> Path:
+        """The directory of a step."""
+        return self.path / self._template.format(progress, self._run_name)
+
+    def next_sequence(self) -> int:
+        """The number of the next save: the newest checkpoint is the one with the highest."""
+        self._sequence += 1
+        return self._sequence
+
+    def write(self, step: Step, destination: Path, workers: int) -> None:
+        """Write a step; once it is complete, point at it, and let go what the policy does not keep."""
+        save(step, destination, workers=workers)
+        if self._latest_name is not None:
+            pointer.point(self.path, self._latest_name, destination)
+        gone, self._superseded = self._superseded, ()
+        retention.apply(retention.Decision(delete=tuple(one for one in gone if one.path != destination)))
+        self._prune()
+
+    def amend(self, destination: Path, metrics: Mapping[str, float], evals: int) -> None:
+        """Tell a checkpoint of metrics that were reported after it was saved; no matter if it is gone."""
+        saved = catalog.read(destination)
+        if saved is not None:
+            counted = {**saved.progress.as_dict(), "evals": evals}
+            catalog.amend(saved, metrics={**saved.metrics, **metrics}, progress=counted)
+            self._prune()
+
+    def _prune(self) -> None:
+        retention.apply(retention.decide(self.saved, self.policy))
+
+    def _refuse(self, source: Checkpoint) -> None:
+        """Raise OutputExistsError where saving would write into the source, or keeping fewer steps delete it."""
+        if not source.files or not source.path.is_dir():
+            return
+        root, output = source.path.resolve(), self.path.resolve()
+        if output.is_relative_to(root):
+            raise OutputExistsError(
+                f"{self.path}: lies inside the source {source.path}, which is never written; choose another output_dir"
+            )
+        if root.parent == output and catalog.read(root) is not None:
+            raise OutputExistsError(
+                f"{source.path}: is a step of this very output_dir, which later steps may replace; choose "
+                "another output_dir, or resume() with the source that the run began with"
+            )
