@@ -18,7 +18,7 @@ from ckpt_convert.checkpointer import catalog, loading, parts, resuming, retenti
 from ckpt_convert.checkpointer.background import Background
 from ckpt_convert.checkpointer.buffers import Buffers
 from ckpt_convert.checkpointer.catalog import Saved
-from ckpt_convert.checkpointer.emitting import Contents, Emitter, Settings
+from ckpt_convert.checkpointer.emitting import MODEL, Contents, Emitter, Settings
 from ckpt_convert.checkpointer.live import Model, tensors_of
 from ckpt_convert.checkpointer.names import Template
 from ckpt_convert.checkpointer.progress import Progress
@@ -233,7 +233,7 @@ class Checkpointer:
             saved,
             self._parts,
             self._emitter,
-            wanted=(lambda name: name.startswith("model/") and wanted(name)) if weights_only else wanted,
+            wanted=(lambda name: name.partition("/")[0] == MODEL and wanted(name)) if weights_only else wanted,
             strict=strict,
             weights_only=weights_only,
             workers=self.workers,

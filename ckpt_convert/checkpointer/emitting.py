@@ -24,6 +24,7 @@ from ckpt_convert.checkpointer.peft_files import files as peft_files
 from ckpt_convert.checkpointer.peft_files import from_peft, load_into, to_peft
 from ckpt_convert.checkpointer.saving import MERGED, Step
 from ckpt_convert.convert import plan as planning
+from ckpt_convert.convert import record
 from ckpt_convert.convert.blocks import ProgressCallback
 from ckpt_convert.convert.checkpoint import Checkpoint
 from ckpt_convert.convert.plan import Plan
@@ -236,6 +237,8 @@ class Emitter:
                     f"extra_files: {taken[0] if taken else 'two of them'} would have the name of another file of the "
                     "checkpoint; rename it"
                 )
+            # A source that is a saved step itself has files of its own run beside the weights (Trainer's state).
+            names |= ((record.training(self.source.root) or {}).get("files") or {}).keys()
             self._plans[key] = replace(made, side=tuple(side for side in made.side if side.name not in names))
         return self._plans[key]
 

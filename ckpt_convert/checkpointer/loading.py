@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 
@@ -46,11 +47,11 @@ class Fit:
 
     @property
     def problems(self) -> list[str]:
-        return [
-            *(f"{key}: the checkpoint has it, the model has not" for key in self.unexpected),
-            *(f"{key}: the model has it, the checkpoint has not" for key in self.missing),
-            *self.misfits,
-        ]
+        """A line for each, the keys of both sides by turns: of a long list only the beginning is shown."""
+        there = [f"{key}: the checkpoint has it, the model has not" for key in self.unexpected]
+        here = [f"{key}: the model has it, the checkpoint has not" for key in self.missing]
+        turns = [line for pair in zip_longest(there, here) for line in pair if line is not None]
+        return [*turns, *self.misfits]
 
 
 def targets_of(checkpoint: Checkpoint, format: str) -> tuple[list[Target], set[str]]:

@@ -126,8 +126,18 @@ def test_resume_loads_the_base_as_well_where_nobody_did(source: Path, tmp_path: 
     other = NativeLlama.from_config(source / "config.json")
     add_lora(other, 4, 8.0, TARGETS, dora=True)
     checkpointer = Checkpointer(source, tmp_path, adapter=AdapterConfig(4, 8.0, use_dora=True))
-    checkpointer.resume(model=other, exclude=["optimizer"])
+    checkpointer.resume(model=other, weights_only=True)
     assert_same(other.state_dict(), model.state_dict())
+
+
+def test_an_adapter_can_be_left_out(source: Path, tmp_path: Path) -> None:
+    trained(source, tmp_path)
+    other = NativeLlama.from_config(source / "config.json")
+    add_lora(other, 4, 8.0, TARGETS)
+    before = {key: tensor.clone() for key, tensor in other.state_dict().items()}
+    checkpointer = Checkpointer(source, tmp_path, adapter=AdapterConfig(4, 8.0))
+    checkpointer.resume(model=other, exclude=["model", "optimizer"])
+    assert_same(other.state_dict(), before)
 
 
 def test_a_damaged_adapter_is_passed_over(source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

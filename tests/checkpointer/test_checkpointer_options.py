@@ -12,6 +12,7 @@ import torch
 
 from ckpt_convert import Checkpointer
 from ckpt_convert.checkpointer.progress import Progress
+from ckpt_convert.convert.check import check
 from ckpt_convert.errors import CkptConvertError, KeyMismatchError, OutputExistsError, UsageError
 from recipes.native_llama import NativeLlama
 from tests.checkpointer.training import LLAMA, Trained, bfloat16_source, make_model
@@ -348,3 +349,21 @@ def test_options_that_are_none_are_refused_before_anything_happens(options: dict
     with pytest.raises(UsageError):
         Checkpointer(**{"source": LLAMA, "output_dir": tmp_path / "out", **options})
     assert not (tmp_path / "out").exists()
+
+
+def test_a_saved_step_is_a_source_whose_own_runs_files_do_not_come_along(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("lr: 1")
+    options: dict[str, Any] = {"extra_files": [tmp_path / "recipe.yaml"]}
+    model = make_model(LLAMA)
+    with Checkpointer(LLAMA, tmp_path / "one", **options) as checkpointer:
+        checkpointer.load_model(model)
+        checkpointer.register(model=model)
+        checkpointer.add_files(lambda: {"trainer_state.json": b"{}"})
+        checkpointer.step()
+    (tmp_path / "recipe.yaml").write_text("lr: 2")
+    step = saved(tmp_path / "two", model, tmp_path / "one" / "step_1", **options)
+    assert (step / "recipe.yaml").read_text() == "lr: 2"
+    assert not (step / "trainer_state.json").exists()
+    assert not (step / "training_state").exists()
+    assert check(step).findings == ()
+    assert {name: value for name, value in sums(step).items() if name != "recipe.yaml"} == sums(LLAMA)
