@@ -41,19 +41,17 @@ class Modules:
     @cached_property
     def keys(self) -> dict[str, Instance]:
         """Every key of the layout."""
-        return {key: one for one in self.family.instances(self.dims) if (key := one.key(self.format)) is not None}
+        return {entry.key: entry.first for entry in self.family.entries(self.format, self.dims) if entry.whole}
 
     @cached_property
     def linear(self) -> dict[str, Instance]:
         """The linear layers by name: what LoRA can be put beside, in the order of the model."""
         embeddings = {row.tied_to for row in self.family.rows}
+        apart = {entry.first for entry in self.family.entries("hf", self.dims) if entry.whole}
         return {
             key.removesuffix(_WEIGHT): one
             for key, one in self.keys.items()
-            if key.endswith(_WEIGHT)
-            and len(one.row.shape) == 2
-            and one.row.hf is not None
-            and one.row.name not in embeddings
+            if key.endswith(_WEIGHT) and len(one.row.shape) == 2 and one in apart and one.row.name not in embeddings
         }
 
     @property
@@ -102,9 +100,9 @@ class Modules:
         here, there = instance.row.column(source), instance.row.column(target)
         if here is None or there is None:
             raise UnsupportedFamilyError(f"{self.family.name}: {instance.name} has no place in {source} or in {target}")
-        heads = instance.heads(self.dims)
         lazy = stored(0, tuple(tensor.shape), tensor.stride())
-        moved = there.to_stored(here.to_logical(lazy, heads), heads)
+        heads = instance.heads(self.dims)
+        moved = there.rows_to_stored(here.rows_to_logical(lazy, heads), heads) if heads else lazy
         return tensor.detach() if moved.whole == (0, 0) else make(moved, [tensor])
 
 

@@ -371,11 +371,7 @@ def _cut_axes(checkpoint: Checkpoint) -> dict[str, int | None]:
         model = checkpoint.model
     except CkptConvertError:
         return {}
-    return {
-        str(instance.key("meta")): column.cut_axis(model.dims)
-        for instance in model.family.instances(model.dims)
-        if (column := instance.row.column("meta")) is not None
-    }
+    return {entry.key: entry.cut_axis("meta", model.dims) for entry in model.family.entries("meta", model.dims)}
 
 
 def tensors_of(path: Path) -> list[tuple[WeightFile, StoredTensor]]:

@@ -6,13 +6,13 @@ Nothing here touches a byte: tensors are lazy (``models.lazy``), so the same cod
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ckpt_convert.convert.findings import Finding, raise_if_any
 from ckpt_convert.errors import ConfigError, KeyMismatchError, UsageError
 from ckpt_convert.models.lazy import LazyTensor, concat
-from ckpt_convert.models.table import Family, Instance, Key
+from ckpt_convert.models.table import Entry, Family, Instance
 
 _LISTED = 20
 
@@ -100,30 +100,24 @@ def examine(
     findings: list[Finding] = []
     result = Logicals({})
     known: set[str] = set()
-    for instance in family.instances(dims):
-        column = instance.row.column(format)
-        key = instance.key(format)
-        if column is None or key is None:
-            continue
-        known.add(key)
-        found = [rank.get(key) for rank in ranks]
+    for entry in family.entries(format, dims):
+        known.add(entry.key)
+        found = [rank.get(entry.key) for rank in ranks]
         if not any(found):
-            if instance.row.derived:
+            if not any(instance.row.required for instance in entry.instances):
                 continue
-            if column.omitted_if_tied and dims["tied"]:
-                result.omitted.add(instance)
+            if entry.column(format).omitted_if_tied and dims["tied"]:
+                result.omitted.add(entry.first)
                 continue
-            findings.append(_missing(instance, key, column, dims))
+            findings.append(_missing(entry, format, dims))
             continue
         parts = [source for source in found if source is not None]
         absent = [str(rank) for rank, source in enumerate(found) if source is None]
         if absent:
-            text = f"{key} (there on other ranks, not on rank {', '.join(absent)})"
-            findings.append(Finding("error", "missing", text, key=key))
+            text = f"{entry.key} (there on other ranks, not on rank {', '.join(absent)})"
+            findings.append(Finding("error", "missing", text, key=entry.key))
             continue
-        logical = _join(instance, column, dims, parts, findings, result.equal)
-        if logical is not None:
-            result.tensors[instance] = logical
+        result.tensors.update(_join(entry, format, dims, parts, findings, result.equal))
     findings.extend(_unexpected(ranks, known, family, format))
     for instance in result.omitted:
         tied = tied_to(instance, result.tensors)
@@ -153,102 +147,126 @@ def write(
     carried: list[Instance] = []
     ties: list[Equality] = []
     no_place: list[str] = []
+    missing: list[str] = []
     for instance, logical in logicals.tensors.items():
-        column = instance.row.column(format)
-        key = instance.key(format)
-        if column is None or key is None:
-            if instance.row.derived:
-                carried.append(instance)
-            else:
-                no_place.append(logical.key)
+        if instance.row.column(format) is not None:
             continue
-        if instance.row.tied_to and dims["tied"] and keep_tied is not None and instance not in logicals.omitted:
-            ties += [check] if (check := tie(instance, logical, logicals)) is not None else []
-        if column.omitted_if_tied and dims["tied"]:
-            keep = instance not in logicals.omitted if keep_tied is None else keep_tied
-            if not keep:
-                continue
-        stored = column.to_stored(logical.tensor, instance.heads(dims))
-        targets.extend(_cut(instance, key, column, dims, replace(logical, tensor=stored), ranks))
+        if instance.row.required:
+            no_place.append(logical.key)
+        else:
+            carried.append(instance)
+    for entry in family.entries(format, dims):
+        there = [instance for instance in entry.instances if instance in logicals.tensors]
+        column = entry.column(format)
+        if len(there) < len(entry.instances):
+            if there or (entry.first.row.required and not (column.omitted_if_tied and dims["tied"])):
+                missing.append(entry.key)
+            continue
+        if entry.whole:
+            instance, logical = entry.first, logicals.tensors[entry.first]
+            if instance.row.tied_to and dims["tied"] and keep_tied is not None and instance not in logicals.omitted:
+                ties += [check] if (check := tie(instance, logical, logicals)) is not None else []
+            if column.omitted_if_tied and dims["tied"]:
+                keep = instance not in logicals.omitted if keep_tied is None else keep_tied
+                if not keep:
+                    continue
+        targets.extend(_cut(entry, format, dims, logicals.tensors, ranks))
     if no_place:
-        listed = ", ".join(no_place[:_LISTED]) + (" …" if len(no_place) > _LISTED else "")
         raise KeyMismatchError(
-            f"{what}: the {format} format of {family.name} has no place for {len(no_place)} tensors: {listed}. "
-            "Convert to a format that has one (hf), or remove them first if they are all zero."
+            f"{what}: the {format} format of {family.name} has no place for {len(no_place)} tensors: "
+            f"{_some(no_place)}. Convert to a format that has one (hf), or remove them first if they are all zero."
+        )
+    if missing:
+        raise KeyMismatchError(
+            f"{what}: the {format} format of {family.name} needs {_some(missing)}, which the source has nothing for"
         )
     return targets, carried, ties
 
 
-def expected_shape(instance: Instance, column: Key, dims: Mapping[str, int], ranks: int) -> tuple[int, ...] | None:
-    """The shape of one rank's part, or None when the sizes do not divide over the ranks."""
-    shape = list(instance.row.sizes(dims))
-    axis = column.cut_axis(dims)
-    if axis is not None and ranks > 1:
-        if shape[axis] % ranks:
-            return None
-        shape[axis] //= ranks
-    return tuple(shape)
-
-
 def _join(
-    instance: Instance,
-    column: Key,
+    entry: Entry,
+    format: str,
     dims: Mapping[str, int],
     parts: Sequence[Source],
     findings: list[Finding],
     equal: list[Equality],
-) -> Logical | None:
+) -> dict[Instance, Logical]:
+    """The instances that lie under a key, of what every rank has there."""
     first = parts[0]
-    wanted = expected_shape(instance, column, dims, len(parts))
+    ranks = len(parts)
+    wanted = entry.shape(format, dims, ranks)
 
     def misfit(part: Source, text: str, expected: object = None, found: object = None) -> None:
         said = [None if value is None else str(value) for value in (expected, found)]
         findings.append(Finding("error", "shape", text, part.where, part.key, *said))
 
     for rank, part in enumerate(parts):
-        at = f" on rank {rank}" if len(parts) > 1 else ""
+        at = f" on rank {rank}" if ranks > 1 else ""
         if wanted is None:
-            sizes = list(instance.row.sizes(dims))
-            misfit(part, f"{part.key}{at}: {sizes} does not divide over {len(parts)} ranks", found=sizes)
-            return None
+            sizes = list(entry.shape(format, dims) or ())
+            misfit(part, f"{part.key}{at}: {sizes} does not divide over {ranks} ranks", found=sizes)
+            return {}
         if part.shape != wanted:
             expected, found = list(wanted), list(part.shape)
             misfit(part, f"{part.key}{at}: expected {expected}, found {found} in {part.where}", expected, found)
-            return None
+            return {}
         if part.dtype != first.dtype:
             text = f"{part.key}{at}: expected {first.dtype} as on rank 0, found {part.dtype}"
             misfit(part, text, first.dtype, part.dtype)
-            return None
-    axis = column.cut_axis(dims)
-    if axis is None:
-        tensor = first.tensor
-        for rank, part in enumerate(parts[1:], 1):
-            message = (
-                f"{part.key}: rank {rank} ({part.where}) and rank 0 ({first.where}) differ, but every rank has to hold "
-                "the same values; the files are not of one checkpoint"
-            )
-            equal.append(Equality(first.tensor, part.tensor, first.dtype, message, part.key))
-    else:
-        tensor = concat([part.tensor for part in parts], axis)
-    try:
-        logical = column.to_logical(tensor, instance.heads(dims))
-    except ValueError as error:
-        misfit(first, f"{first.key}: {error}; heads have to lie whole on a rank")
-        return None
-    return Logical(first.dtype, logical, first.key, first.where)
+            return {}
+    on_ranks = [entry.split(format, part.tensor, dims, ranks) for part in parts]
+    out = {}
+    for instance in entry.instances:
+        column = instance.row.column(format) or entry.column(format)
+        axis = column.cut_axis(dims)
+        same = ranks if axis is None else column.repeats(dims, ranks)
+        for rank in range(ranks):
+            original = rank - rank % same
+            if rank != original:
+                here, there = parts[rank], parts[original]
+                message = (
+                    f"{here.key}: rank {rank} ({here.where}) and rank {original} ({there.where}) differ, but every "
+                    f"rank{'' if axis is None else f' of {same} in succession'} has to hold the same values; the files "
+                    "are not of one checkpoint"
+                )
+                left, right = on_ranks[original][instance], on_ranks[rank][instance]
+                equal.append(Equality(left, right, first.dtype, message, here.key))
+        distinct = [tensors[instance] for tensors in on_ranks[::same]]
+        tensor = concat(distinct, axis) if axis is not None and len(distinct) > 1 else distinct[0]
+        try:
+            out[instance] = Logical(first.dtype, column.to_logical(tensor, instance.row, dims), first.key, first.where)
+        except ValueError as error:
+            misfit(first, f"{first.key}: {error}; heads have to lie whole on a rank")
+            return {}
+    return out
 
 
 def _cut(
-    instance: Instance, key: str, column: Key, dims: Mapping[str, int], logical: Logical, ranks: int
-) -> list[Target]:
-    axis = column.cut_axis(dims)
-    if axis is None or ranks == 1:
-        return [Target(instance, key, rank, logical.dtype, logical.tensor) for rank in range(ranks)]
-    step = logical.tensor.shape[axis] // ranks
-    return [
-        Target(instance, key, rank, logical.dtype, logical.tensor.narrow(axis, rank * step, step))
-        for rank in range(ranks)
-    ]
+    entry: Entry, format: str, dims: Mapping[str, int], logicals: Mapping[Instance, Logical], ranks: int
+) -> Iterator[Target]:
+    """What every rank stores under a key."""
+    first = logicals[entry.first]
+    parts: dict[Instance, tuple[LazyTensor, int | None, int]] = {}
+    for instance in entry.instances:
+        column = instance.row.column(format) or entry.column(format)
+        tensor = column.to_stored(logicals[instance].tensor, instance.row, dims)
+        axis = column.cut_axis(dims) if ranks > 1 else None
+        parts[instance] = tensor, axis, column.repeats(dims, ranks)
+        if logicals[instance].dtype != first.dtype:
+            other = logicals[instance]
+            raise KeyMismatchError(
+                f"{other.key}: has dtype {other.dtype}, but {first.key} has {first.dtype}, and the {format} format has "
+                f"both in one tensor, {entry.key}; cast them to one dtype (--dtype)"
+            )
+    for rank in range(ranks):
+        shares: dict[Instance, LazyTensor] = {}
+        for instance, (tensor, axis, same) in parts.items():
+            if axis is None:
+                shares[instance] = tensor
+            else:
+                step = tensor.shape[axis] * same // ranks
+                shares[instance] = tensor.narrow(axis, rank // same * step, step)
+        yield Target(entry.first, entry.key, rank, first.dtype, entry.join(format, shares))
 
 
 def _check_ranks(family: Family, format: str, dims: Mapping[str, int], ranks: int, what: str) -> None:
@@ -265,11 +283,12 @@ def _check_ranks(family: Family, format: str, dims: Mapping[str, int], ranks: in
     for row in family.rows:
         column = row.column(format)
         axis = column.cut_axis(dims) if column else None
-        if axis is None or (row.when and not dims[row.when]):
+        if column is None or axis is None or (row.when and not dims[row.when]):
             continue
         # Ranks hold whole heads, so where there are heads they are what has to divide.
-        name = row.heads or row.shape[axis]
-        sizes[name] = dims[name] if row.heads else row.sizes(dims)[axis]
+        name = row.heads or (column.shape or row.shape)[axis]
+        size = dims[name] if row.heads else column.part_shape(row, dims)[axis]
+        sizes[name] = size * column.repeats(dims, ranks)
     uneven = [f"{name} = {size} is not divisible by {ranks}" for name, size in sizes.items() if size % ranks]
     if uneven:
         even = [str(n) for n in range(1, 129) if not any(size % n for size in sizes.values())]
@@ -305,12 +324,16 @@ def tie(instance: Instance, logical: Logical, logicals: Logicals) -> Equality | 
     return Equality(other.tensor, logical.tensor, logical.dtype, message, logical.key)
 
 
-def _missing(instance: Instance, key: str, column: Key, dims: Mapping[str, int]) -> Finding:
-    shape = str(list(instance.row.sizes(dims)))
+def _missing(entry: Entry, format: str, dims: Mapping[str, int]) -> Finding:
+    shape = str(list(entry.shape(format, dims) or ()))
     said = shape
-    if column.omitted_if_tied and not dims["tied"]:
+    if entry.column(format).omitted_if_tied and not dims["tied"]:
         said = "(may be absent only where the config has tie_word_embeddings: true)"
-    return Finding("error", "missing", f"{key} {said}", key=key, expected=shape)
+    return Finding("error", "missing", f"{entry.key} {said}", key=entry.key, expected=shape)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_LISTED]) + (" …" if len(names) > _LISTED else "")
 
 
 def _unexpected(

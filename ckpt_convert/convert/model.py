@@ -13,6 +13,7 @@ from ckpt_convert.convert.mapping import Source
 from ckpt_convert.errors import ConfigError, KeyMismatchError, UnsupportedFamilyError
 from ckpt_convert.models import FAMILIES, Family
 from ckpt_convert.models.config import ConfigOptions
+from ckpt_convert.models.table import Dims
 from ckpt_convert.storage.names import resolve
 
 if TYPE_CHECKING:
@@ -31,14 +32,14 @@ class Model:
     family: Family
     evidence: str
     config: Mapping[str, Any]
-    dims: Mapping[str, int]
+    dims: Dims
     tied: bool | None
     notices: tuple[str, ...] = ()
 
     def with_tied(self, tied: bool) -> Model:
         """The same model once it is known whether its output is tied."""
         config = {**self.config, "tie_word_embeddings": tied}
-        return replace(self, config=config, dims={**self.dims, "tied": int(tied)}, tied=tied)
+        return replace(self, config=config, dims=self.dims.replace(tied=int(tied)), tied=tied)
 
     @property
     def release(self) -> str | None:
@@ -187,7 +188,7 @@ def _described(
     options: ConfigOptions,
     recorded: Recorded,
 ) -> Model:
-    dims = family.dims(config)
+    dims = family.symbols(config)
     keys = max(map(len, ranks))
     for symbol in family.indices.values():
         if dims[symbol] > max(keys, 4096):

@@ -137,7 +137,7 @@ def _through_table(a: Checkpoint, b: Checkpoint, left: Model, right: Model, noti
             continue
         if ours is None or theirs is None:
             derived = ours or theirs
-            if instance.row.derived and derived is not None:
+            if not instance.row.required and derived is not None:
                 where = "a" if ours is not None else "b"
                 notices.append(f"{derived.key} is only in {where}: the config determines what it holds")
                 continue
@@ -172,17 +172,19 @@ def _half(instance: Instance, format: str, model: Model, logical: Logical | None
     if logical is None:
         return None
     column = instance.row.column(format)
-    tensor = column.to_stored(logical.tensor, instance.heads(model.dims)) if column else logical.tensor
+    tensor = column.to_stored(logical.tensor, instance.row, model.dims) if column else logical.tensor
     return Half(logical.key, tensor.shape, logical.dtype, _nbytes(tensor, logical.dtype), tensor)
 
 
 def _reordered(instance: Instance, model: Model, b: Checkpoint, half: Half | None) -> tuple[LazyTensor, ...]:
     heads = instance.heads(model.dims)
-    if half is None or not heads or half.shape[0] % (2 * heads):
+    if half is None or not heads or half.shape != instance.row.sizes(model.dims):
         return ()
     tensor, _ = b.joined(half.key)
+    if tensor.shape != half.shape:
+        return ()  # it lies in one tensor with others
     interleaved = Key("", rope="interleaved")
-    return tensor, interleaved.to_stored(tensor, heads), interleaved.to_logical(tensor, heads)
+    return tensor, interleaved.rows_to_stored(tensor, heads), interleaved.rows_to_logical(tensor, heads)
 
 
 def _by_key(checkpoint: Checkpoint) -> dict[str, Half]:

@@ -24,7 +24,7 @@ from ckpt_convert.convert.sidefiles import SideFile
 from ckpt_convert.errors import ConfigError, CorruptFileError, ShapeMismatchError, UnsupportedFamilyError, UsageError
 from ckpt_convert.models.config import read_rope
 from ckpt_convert.models.lazy import stored
-from ckpt_convert.models.table import Instance
+from ckpt_convert.models.table import Dims, Instance
 from ckpt_convert.storage.names import JOURNAL
 from ckpt_convert.storage.reader import LocalFile
 
@@ -70,7 +70,7 @@ class Plan:
     carried: tuple[str, ...]
     ties: tuple[str, ...]
     notices: tuple[str, ...]
-    dims: Mapping[str, int]
+    dims: Dims
     said: list[str]
     live: Live | None = None
 
@@ -186,9 +186,9 @@ def make(source: Checkpoint, request: Request, *, tied: bool | None = None, live
         _take_derived(source, template, logicals, everything)
     wanted = placement.recorded(source, request, like)
     ranks = placement.ranks(source, request, like, wanted, model)
-    dims = dict(model.dims)
+    dims = model.dims
     if request.to == "meta":
-        dims["embedding_cut"] = _write_cut(request, like, model)
+        dims = dims.replace(embedding_cut=_write_cut(request, like, model))
     _bring_back(source, request, like, model, logicals, everything)
     as_stored = live is None and source_format == request.to and request.like is None
     keep_tied = None if as_stored else _keep_tied(request, wanted, model)
@@ -252,7 +252,7 @@ def _take_derived(
 ) -> None:
     """Add what a model in memory works out for itself (RoPE tables), as the source has it."""
     for instance, logical in template.tensors.items():
-        if instance.row.derived and instance not in logicals.tensors and len(logical.tensor.tiles) == 1:
+        if not instance.row.required and instance not in logicals.tensors and len(logical.tensor.tiles) == 1:
             file, tensor = source.stored[logical.tensor.tiles[0].source]
             lazy = stored(len(everything), tensor.shape, tensor.strides)
             everything.append((file, tensor))
@@ -389,7 +389,7 @@ def _bring_back(
     by_key = {tensor.key: (file, tensor) for file, tensor in found}
     for instance in model.family.instances(model.dims):
         key = instance.key(request.to)
-        if not instance.row.derived or key not in by_key or instance in logicals.tensors:
+        if instance.row.required or key not in by_key or instance in logicals.tensors:
             continue
         file, tensor = by_key[key]
         if tensor.shape != instance.row.sizes(model.dims):

@@ -108,6 +108,71 @@ class LazyTensor(NamedTuple):
             tiles.append(Tile(tile.origin, tile.source, tile.offset, _replaced(tile.axes, axis, runs)))
         return LazyTensor(self.shape, tuple(tiles))
 
+    def reshape(self, shape: Sequence[int]) -> LazyTensor:
+        """The same elements, in row-major order, as another shape: numpy's and torch's ``reshape``.
+
+        Raises ValueError for a shape with another number of elements.
+        """
+        shape = tuple(shape)
+        if prod(shape) != self.size:
+            raise ValueError(f"{list(self.shape)} cannot be reshaped to {list(shape)}")
+        if not self.size:
+            origin, axes = _dense(shape)
+            return LazyTensor(shape, tuple(Tile(origin, t.source, t.offset, axes) for t in self.tiles))
+        tensor = self._chosen([at for at, size in enumerate(self.shape) if size != 1])
+        wide = tuple(size for size in shape if size != 1)
+        for at, count, sizes in reversed(list(_regrouped(tensor.shape, wide))):
+            tensor = tensor._merge(at, count)._split(at, sizes)
+        numbers = iter(range(len(wide)))
+        return tensor._chosen([next(numbers) if size != 1 else None for size in shape])
+
+    def _chosen(self, axes: Sequence[int | None]) -> LazyTensor:
+        """These axes, and one of size 1 for each None; those that are left out have size 1."""
+        tiles = tuple(
+            Tile(
+                tuple(0 if a is None else t.origin[a] for a in axes),
+                t.source,
+                t.offset,
+                tuple(() if a is None else t.axes[a] for a in axes),
+            )
+            for t in self.tiles
+        )
+        return LazyTensor(tuple(1 if a is None else self.shape[a] for a in axes), tiles)
+
+    def _merge(self, at: int, count: int) -> LazyTensor:
+        """``count`` axes from ``at`` as one."""
+        if count == 1:
+            return self
+        tensor = self._merge(at + 1, count - 1)
+        outer, inner = tensor.shape[at], tensor.shape[at + 1]
+        tiles: list[Tile] = []
+        for tile in tensor.tiles:
+            above, below = tile.axes[at], tile.axes[at + 1]
+            # Only what fills the inner axis goes on into the next row of it.
+            rows = [(0, 0, above)] if _size(below) == inner else list(_each(above))
+            for row, shift, runs in rows:
+                start = (tile.origin[at] + row) * inner + tile.origin[at + 1]
+                origin = (*tile.origin[:at], start, *tile.origin[at + 2 :])
+                axes = (*tile.axes[:at], _joined((*runs, *below)), *tile.axes[at + 2 :])
+                tiles.append(Tile(origin, tile.source, tile.offset + shift, axes))
+        return LazyTensor((*tensor.shape[:at], outer * inner, *tensor.shape[at + 2 :]), tuple(tiles))
+
+    def _split(self, at: int, sizes: tuple[int, ...]) -> LazyTensor:
+        """The axis ``at`` as axes of ``sizes``."""
+        if len(sizes) == 1:
+            return self
+        outer, inner = sizes[0], prod(sizes[1:])
+        tiles: list[Tile] = []
+        for tile in self.tiles:
+            for start, shift, runs in _rows(tile.axes[at], tile.origin[at], inner):
+                row, column = divmod(start, inner)
+                above, below = ((), runs) if _size(runs) < inner else _split(runs, (_size(runs) // inner, inner))
+                origin = (*tile.origin[:at], row, column, *tile.origin[at + 1 :])
+                axes = (*tile.axes[:at], above, below, *tile.axes[at + 1 :])
+                tiles.append(Tile(origin, tile.source, tile.offset + shift, axes))
+        tensor = LazyTensor((*self.shape[:at], outer, inner, *self.shape[at + 1 :]), tuple(tiles))
+        return tensor._split(at + 1, sizes[1:])
+
     def copies(self) -> tuple[Copy, ...]:
         """What to move to make this tensor, dense and row-major; dimensions that can be joined are."""
         if not self.size:
@@ -134,15 +199,29 @@ def stored(source: int, shape: Sequence[int], strides: Sequence[int] | None = No
 
 
 def concat(parts: Sequence[LazyTensor], axis: int) -> LazyTensor:
-    """The parts one after another along ``axis``; their other sizes agree."""
+    """The parts one after another along ``axis``; their other sizes agree.
+
+    What was cut apart and is put together again is one tile again.
+    """
     tiles: list[Tile] = []
     start = 0
     for part in parts:
         for tile in part.tiles:
             origin = _replaced(tile.origin, axis, tile.origin[axis] + start)
-            tiles.append(Tile(origin, tile.source, tile.offset, tile.axes))
+            moved = Tile(origin, tile.source, tile.offset, tile.axes)
+            longer = _continued(tiles[-1], moved, axis) if tiles else None
+            if longer is None:
+                tiles.append(moved)
+            else:
+                tiles[-1] = longer
         start += part.shape[axis]
     return LazyTensor(_replaced(parts[0].shape, axis, start), tuple(tiles))
+
+
+def stack(parts: Sequence[LazyTensor], sizes: Sequence[int]) -> LazyTensor:
+    """The parts, all of one shape, under new leading axes of ``sizes``, the last of them fastest."""
+    shape = parts[0].shape
+    return concat([part.reshape((1, *shape)) for part in parts], 0).reshape((*sizes, *shape))
 
 
 def row_major(shape: Sequence[int]) -> tuple[int, ...]:
@@ -235,6 +314,91 @@ def _cut(axis: Axis, start: int, size: int) -> Iterator[tuple[int, int, Axis]]:
             for piece, shift, runs in _cut(inner, within, length):
                 yield at - start + piece, index * stride + shift, runs
             at += length
+
+
+def _regrouped(old: tuple[int, ...], new: tuple[int, ...]) -> Iterator[tuple[int, int, tuple[int, ...]]]:
+    """Which axes make which: (first in ``old``, how many, their sizes in ``new``), as few at a time as possible."""
+    at = to = 0
+    while at < len(old):
+        start, begin = at, to
+        left, right = old[at], new[to]
+        at, to = at + 1, to + 1
+        while left != right:
+            if left < right:
+                left *= old[at]
+                at += 1
+            else:
+                right *= new[to]
+                to += 1
+        yield start, at - start, new[begin:to]
+
+
+def _each(axis: Axis) -> Iterator[tuple[int, int, Axis]]:
+    """The axis element by element, as (position, source offset, the axis of one element)."""
+    for at in range(_size(axis)):
+        for _, shift, runs in _cut(axis, at, 1):
+            yield at, shift, runs
+
+
+def _rows(axis: Axis, start: int, inner: int) -> Iterator[tuple[int, int, Axis]]:
+    """The axis, which starts at ``start``, cut into pieces that are whole rows of ``inner`` each, or lie within one.
+
+    As (where the piece starts, source offset, axis).
+    """
+    at, size = 0, _size(axis)
+    while at < size:
+        within, left = (start + at) % inner, size - at
+        count = left - left % inner if not within and left >= inner else min(inner - within, left)
+        for piece, shift, runs in _cut(axis, at, count):
+            first = start + at + piece
+            if first % inner + _size(runs) <= inner or (first % inner == 0 and _even(runs, inner)):
+                yield first, shift, runs
+            else:
+                yield from ((s, shift + more, r) for s, more, r in _one_by_one(runs, first, inner))
+        at += count
+
+
+def _one_by_one(axis: Axis, start: int, inner: int) -> Iterator[tuple[int, int, Axis]]:
+    """The axis in pieces that each lie within one row of ``inner``."""
+    at, size = 0, _size(axis)
+    while at < size:
+        count = min(inner - (start + at) % inner, size - at)
+        for piece, shift, runs in _cut(axis, at, count):
+            yield start + at + piece, shift, runs
+        at += count
+
+
+def _even(axis: Axis, inner: int) -> bool:
+    """Whether the axis can be split into rows of ``inner``."""
+    try:
+        _split(axis, (_size(axis) // inner, inner))
+    except ValueError:
+        return False
+    return _size(axis) % inner == 0
+
+
+def _continued(tile: Tile, after: Tile, axis: int) -> Tile | None:
+    """Both tiles as one where the second goes on along ``axis`` as the first one ends, else None."""
+    if tile.source != after.source or tile.origin[:axis] != after.origin[:axis]:
+        return None
+    if tile.origin[axis + 1 :] != after.origin[axis + 1 :]:
+        return None
+    if tile.axes[:axis] != after.axes[:axis] or tile.axes[axis + 1 :] != after.axes[axis + 1 :]:
+        return None
+    if tile.origin[axis] + _size(tile.axes[axis]) != after.origin[axis]:
+        return None
+    step = after.offset - tile.offset
+    ours, theirs = tile.axes[axis], after.axes[axis]
+    runs: Axis | None = None
+    if ours and theirs and ours[0][1] == theirs[0][1] and ours[1:] == theirs[1:] and step == ours[0][0] * ours[0][1]:
+        runs = ((ours[0][0] + theirs[0][0], ours[0][1]), *ours[1:])
+    elif ours == theirs and step > 0:
+        runs = ((2, step), *ours)
+    elif ours and ours[1:] == theirs and step == ours[0][0] * ours[0][1]:
+        runs = ((ours[0][0] + 1, ours[0][1]), *theirs)
+    elif theirs and theirs[1:] == ours and step == theirs[0][1]:
+        runs = ((theirs[0][0] + 1, theirs[0][1]), *ours)
+    return Tile(tile.origin, tile.source, tile.offset, _replaced(tile.axes, axis, _joined(runs))) if runs else None
 
 
 def _copy(tile: Tile, strides: Sequence[int]) -> Copy:

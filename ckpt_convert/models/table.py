@@ -1,62 +1,150 @@
 """The language in which a family is written down: one row per logical parameter, one column per format.
 
-A column says under which key a format stores the row, in which RoPE row order, and how it is cut over tensor-parallel
-ranks. Everything else (every direction of every conversion, plans, checks) is derived from the table.
+A column says how a format stores the row: under which key, in which RoPE row order, transposed, fused with which other
+rows, stacked over experts, and how it is cut over tensor-parallel ranks. Everything else (every direction of every
+conversion, plans, checks) is derived from the table.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby, product
 from math import prod
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from ckpt_convert.models.config import ConfigOptions, Translated
-from ckpt_convert.models.lazy import LazyTensor
+from ckpt_convert.models.lazy import LazyTensor, concat, stack
 
-FORMATS = ("hf", "meta", "native")
+FORMATS = ("hf", "meta", "native", "torchtitan")
 
 RopeOrder = Literal["half", "interleaved"]
 """How the rows of a head are ordered. Rotary embedding turns pairs of rows (i, i + head_dim/2) in ``half`` order
 (Hugging Face's rotate_half) and (2i, 2i + 1) in ``interleaved`` order (Meta's complex numbers)."""
 
+Sets = Mapping[str, tuple[int, ...]]
+"""Which numbers of a placeholder belong together, by the name of the set: the dense layers, those with experts."""
+
+
+class Dims(dict[str, int]):
+    """The symbols of a config: sizes, switches (0 or 1), and ``sets`` of numbers, ascending."""
+
+    def __init__(self, sizes: Mapping[str, int], sets: Mapping[str, Collection[int]] | None = None) -> None:
+        super().__init__(sizes)
+        self.sets: Sets = {name: tuple(sorted(members)) for name, members in (sets or {}).items()}
+
+    def replace(self, **sizes: int) -> Dims:
+        """The same with some sizes changed."""
+        return Dims({**self, **sizes}, self.sets)
+
+
+class _Number(NamedTuple):
+    """A placeholder: {layer}, or {layer:dense} for how many of the set's members come before it."""
+
+    name: str
+    set: str | None
+
 
 @dataclass(frozen=True)
 class Key:
-    """How one format stores a row.
+    """How one format stores a row, or a part of each of its rows.
 
-    ``template`` is the key, with named placeholders for whole dot-separated parts. ``rope`` is the row order, given
-    exactly for rows that rotate. ``tp`` is the axis that is cut over ranks: an axis, a symbol of the config that holds
-    one, or None for a tensor that every rank holds whole. ``omitted_if_tied``: no such key where the weights are tied.
+    ``template`` is the key, with named placeholders for whole dot-separated parts: {layer} is the number itself,
+    {layer:dense} its position among the numbers of the set. A placeholder of the row that the template lacks is stacked
+    over: the tensors lie one after another along a new first axis.
+
+    The steps, in the order in which they are taken towards the file:
+
+    rope: the row order, given exactly for rows that rotate (``Row.heads``).
+    transposed: the last two axes are swapped.
+    shape: the shape that the part then has here, where it is another one; the same elements in row-major order.
+    tp: the axis that is cut over tensor-parallel ranks: an axis, a symbol of the config that holds one, or None for a
+        tensor that every rank holds whole. copies: the symbol that says how many ranks in succession hold the same
+        part (key/value heads that are fewer than ranks), 1 where there is none.
+    fused: the axis along which all rows of the same template lie one after another, in the order of the table.
+    flat: the axis that was stacked over is one with the axis after it: [experts * rows, columns].
+
+    ``omitted_if_tied``: no such key where the weights are tied.
     """
 
     template: str
     rope: RopeOrder | None = None
     tp: int | str | None = None
     omitted_if_tied: bool = False
+    transposed: bool = False
+    shape: tuple[str, ...] | None = None
+    copies: str | None = None
+    fused: int | None = None
+    flat: bool = False
 
     def replace(self, **changes: Any) -> Key:
         """A key that differs from this one."""
         return dataclasses.replace(self, **changes)
 
-    @property
+    @cached_property
     def placeholders(self) -> frozenset[str]:
-        return frozenset(part[1:-1] for part in self.template.split(".") if _is_placeholder(part))
+        return frozenset(number.name for number in self._numbers)
+
+    @cached_property
+    def _numbers(self) -> tuple[_Number, ...]:
+        return tuple(_number(part) for part in self.template.split(".") if _is_placeholder(part))
+
+    @cached_property
+    def _pattern(self) -> str:
+        parts = self.template.split(".")
+        return ".".join("%d" if _is_placeholder(part) else part.replace("%", "%%") for part in parts)
+
+    def key(self, index: Mapping[str, int], sets: Sets) -> str:
+        """The key at these numbers."""
+        if not self._numbers:
+            return self.template
+        return self._pattern % tuple(
+            index[name] if members is None else bisect_left(sets[members], index[name])
+            for name, members in self._numbers
+        )
 
     def cut_axis(self, dims: Mapping[str, int]) -> int | None:
-        """The axis that is cut over ranks, for this config."""
+        """The axis of a part that is cut over ranks, for this config."""
         return dims[self.tp] if isinstance(self.tp, str) else self.tp
 
-    def to_stored(self, tensor: LazyTensor, heads: int | None) -> LazyTensor:
-        """The logical tensor as this column orders it (ranks joined)."""
-        return _interleave(tensor, heads) if self.rope == "interleaved" and heads else tensor
+    def repeats(self, dims: Mapping[str, int], ranks: int) -> int:
+        """How many ranks in succession hold the same part."""
+        return min(dims[self.copies], ranks) if self.copies is not None else 1
 
-    def to_logical(self, tensor: LazyTensor, heads: int | None) -> LazyTensor:
+    def to_stored(self, tensor: LazyTensor, row: Row, dims: Mapping[str, int]) -> LazyTensor:
+        """The logical tensor as this column orders it, before it is cut over ranks and put together with others."""
+        if row.heads is not None:
+            tensor = self.rows_to_stored(tensor, dims[row.heads])
+        if self.transposed:
+            tensor = _swapped(tensor)
+        return tensor if self.shape is None else tensor.reshape(self.part_shape(row, dims))
+
+    def to_logical(self, tensor: LazyTensor, row: Row, dims: Mapping[str, int]) -> LazyTensor:
         """The inverse of ``to_stored``."""
-        return _deinterleave(tensor, heads) if self.rope == "interleaved" and heads else tensor
+        if self.shape is not None:
+            sizes = row.sizes(dims)
+            tensor = tensor.reshape((*sizes[:-2], *sizes[:-3:-1]) if self.transposed else sizes)
+        if self.transposed:
+            tensor = _swapped(tensor)
+        return tensor if row.heads is None else self.rows_to_logical(tensor, dims[row.heads])
+
+    def rows_to_stored(self, tensor: LazyTensor, heads: int) -> LazyTensor:
+        """The rows of so many heads in this column's order, whatever their length: also of a LoRA B, or a bias."""
+        return _interleave(tensor, heads) if self.rope == "interleaved" else tensor
+
+    def rows_to_logical(self, tensor: LazyTensor, heads: int) -> LazyTensor:
+        """The inverse of ``rows_to_stored``."""
+        return _deinterleave(tensor, heads) if self.rope == "interleaved" else tensor
+
+    def part_shape(self, row: Row, dims: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape of what ``to_stored`` returns."""
+        if self.shape is not None:
+            return tuple(evaluate(expression, dims) for expression in self.shape)
+        sizes = row.sizes(dims)
+        return (*sizes[:-2], sizes[-1], sizes[-2]) if self.transposed else sizes
 
 
 @dataclass(frozen=True)
@@ -64,9 +152,10 @@ class Row:
     """One logical parameter and where each format keeps it (None: the format has no place for it).
 
     ``shape`` are expressions over the config's symbols, such as "n_heads*head_dim"; ``heads`` the symbol that counts
-    the heads of a row that rotates; ``tied_to`` names the row that this one may share its values with; ``when`` a
-    symbol that switches the row on; ``derived`` marks what the config determines (RoPE tables): never required,
-    carried along where the target has no place for it.
+    the heads of a row that rotates; ``tied_to`` names the row that this one may share its values with. ``when`` is a
+    symbol that switches the row on, ``only`` the set of numbers (of the row's first placeholder) that have the row.
+    ``optional`` marks what a checkpoint may lack: never required, and carried along where the target has no place for
+    it; ``derived`` the same of what the config determines (RoPE tables), which is no weight to be cast.
     """
 
     name: str
@@ -74,14 +163,22 @@ class Row:
     hf: Key | None = None
     meta: Key | None = None
     native: Key | None = None
+    torchtitan: Key | None = None
     heads: str | None = None
     tied_to: str | None = None
     when: str | None = None
+    only: str | None = None
+    optional: bool = False
     derived: bool = False
 
     def replace(self, **changes: Any) -> Row:
         """A row that differs from this one."""
         return dataclasses.replace(self, **changes)
+
+    @property
+    def required(self) -> bool:
+        """Whether a format that has a place for the row cannot be without it."""
+        return not (self.optional or self.derived)
 
     def column(self, format: str) -> Key | None:
         if format not in FORMATS:
@@ -93,9 +190,9 @@ class Row:
     def columns(self) -> dict[str, Key]:
         return {format: key for format in FORMATS if (key := self.column(format)) is not None}
 
-    @property
+    @cached_property
     def placeholders(self) -> frozenset[str]:
-        return next(iter(self.columns.values())).placeholders
+        return frozenset().union(*(key.placeholders for key in self.columns.values()))
 
     def sizes(self, dims: Mapping[str, int]) -> tuple[int, ...]:
         """The logical shape for this config."""
@@ -108,15 +205,16 @@ class Instance:
 
     row: Row
     index: tuple[tuple[str, int], ...]
+    sets: Sets = field(default_factory=dict, repr=False)
 
     @property
     def name(self) -> str:
         return ".".join([self.row.name, *(str(value) for _, value in self.index)])
 
     def key(self, format: str) -> str | None:
-        """The key of this instance in a format, or None if the format has no place for it."""
+        """The key that this instance lies under in a format, or None if the format has no place for it."""
         column = self.row.column(format)
-        return column.template.format_map(dict(self.index)) if column else None
+        return column.key(dict(self.index), self.sets) if column else None
 
     def heads(self, dims: Mapping[str, int]) -> int | None:
         return dims[self.row.heads] if self.row.heads else None
@@ -126,6 +224,101 @@ class Instance:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Instance) and (self.row.name, self.index) == (other.row.name, other.index)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One key of a format and what lies under it: ``rows`` has, for each fused row, the instances stacked over."""
+
+    key: str
+    rows: tuple[tuple[Instance, ...], ...]
+    stacked: tuple[int, ...] = ()
+
+    @property
+    def first(self) -> Instance:
+        return self.rows[0][0]
+
+    @property
+    def instances(self) -> tuple[Instance, ...]:
+        return tuple(instance for row in self.rows for instance in row)
+
+    @property
+    def whole(self) -> bool:
+        """Whether the key holds one instance and nothing else."""
+        return len(self.rows) == 1 and not self.stacked
+
+    def column(self, format: str) -> Key:
+        column = self.first.row.column(format)
+        if column is None:
+            raise ValueError(f"{self.key} is no key of {format}")
+        return column
+
+    def shape(self, format: str, dims: Mapping[str, int], ranks: int = 1) -> tuple[int, ...] | None:
+        """The shape of one rank's tensor, None where the sizes do not divide over the ranks."""
+        parts = self._parts(format, dims, ranks)
+        if parts is None:
+            return None
+        shape = parts[0]
+        fused = self.column(format).fused
+        if fused is not None:
+            shape = (*shape[:fused], sum(part[fused] for part in parts), *shape[fused + 1 :])
+        shape = (*self.stacked, *shape)
+        return (shape[0] * shape[1], *shape[2:]) if self.column(format).flat else shape
+
+    def _parts(self, format: str, dims: Mapping[str, int], ranks: int) -> list[tuple[int, ...]] | None:
+        out = []
+        for row in self.rows:
+            column = row[0].row.column(format)
+            shape = column.part_shape(row[0].row, dims) if column else ()
+            axis = column.cut_axis(dims) if column else None
+            if column is not None and axis is not None and ranks > 1:
+                share = ranks // column.repeats(dims, ranks)
+                if shape[axis] % share:
+                    return None
+                shape = (*shape[:axis], shape[axis] // share, *shape[axis + 1 :])
+            out.append(shape)
+        return out
+
+    def cut_axis(self, format: str, dims: Mapping[str, int]) -> int | None:
+        """The axis of the stored tensor along which ranks lie one after another, as far as they do."""
+        axis = self.column(format).cut_axis(dims)
+        if axis is None:
+            return None
+        return axis + len(self.stacked) - (1 if self.column(format).flat else 0)
+
+    def join(self, format: str, parts: Mapping[Instance, LazyTensor]) -> LazyTensor:
+        """The tensor that is stored under the key (of one rank), of the parts as the column orders them."""
+        if self.whole:
+            return parts[self.first]
+        column = self.column(format)
+        fused = [
+            concat([parts[row[at]] for row in self.rows], column.fused or 0) if len(self.rows) > 1 else parts[one]
+            for at, one in enumerate(self.rows[0])
+        ]
+        if not self.stacked:
+            return fused[0]
+        tensor = stack(fused, self.stacked)
+        return tensor.reshape((tensor.shape[0] * tensor.shape[1], *tensor.shape[2:])) if column.flat else tensor
+
+    def split(
+        self, format: str, tensor: LazyTensor, dims: Mapping[str, int], ranks: int = 1
+    ) -> dict[Instance, LazyTensor]:
+        """The inverse of ``join``, for a tensor of the right shape."""
+        if self.whole:
+            return {self.first: tensor}
+        column, parts = self.column(format), self._parts(format, dims, ranks) or []
+        count = prod(self.stacked)
+        if self.stacked:
+            inner = (tensor.shape[0] // count, *tensor.shape[1:]) if column.flat else tensor.shape[len(self.stacked) :]
+            tensor = tensor.reshape((count, *inner))
+        out = {}
+        for at in range(count):
+            one = tensor.narrow(0, at, 1).reshape(tensor.shape[1:]) if self.stacked else tensor
+            start, axis = 0, column.fused or 0
+            for row, shape in zip(self.rows, parts, strict=True):
+                out[row[at]] = one.narrow(axis, start, shape[axis]) if len(self.rows) > 1 else one
+                start += shape[axis] if shape else 0
+        return out
 
 
 @dataclass(frozen=True)
@@ -153,7 +346,10 @@ class Params:
 class Family:
     """An architecture: its table, the symbols that its config gives, and the translation of its config.
 
-    ``indices`` says how far each placeholder counts: {"layer": "n_layers"}. The table is checked when it is made.
+    ``indices`` says how far each placeholder counts: {"layer": "n_layers"}. ``sets`` gives the sets of numbers that
+    rows and templates name, from the config. The table is checked when it is made.
+
+    ``unverified`` names the formats whose column nothing outside could be compared with, and says why.
     """
 
     name: str
@@ -163,6 +359,8 @@ class Family:
     dims: Callable[[Mapping[str, Any]], dict[str, int]]
     params: Params | None = None
     indices: Mapping[str, str] = field(default_factory=lambda: {"layer": "n_layers"})
+    sets: Callable[[Mapping[str, Any]], Mapping[str, Collection[int]]] | None = None
+    unverified: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check(self)
@@ -174,19 +372,58 @@ class Family:
             changes["rows"] = tuple(rows(self.rows))
         return dataclasses.replace(self, **changes)
 
-    @property
+    def symbols(self, config: Mapping[str, Any]) -> Dims:
+        """What the config says, under the names that the table has for it; raises ConfigError."""
+        return Dims(self.dims(config), self.sets(config) if self.sets is not None else None)
+
+    @cached_property
     def formats(self) -> tuple[str, ...]:
         """The formats that the table has a column for."""
-        return tuple(f for f in FORMATS if any(row.column(f) for row in self.rows if not row.derived))
+        return tuple(f for f in FORMATS if any(row.column(f) for row in self.rows if row.required))
 
     def instances(self, dims: Mapping[str, int]) -> Iterator[Instance]:
         """Every row at every index that this config has, in the order of the model's layers."""
-        for placeholders, group in groupby(self.rows, key=lambda row: row.placeholders):
-            names = [name for name in self.indices if name in placeholders]
-            rows = list(group)
-            for values in product(*(range(dims[self.indices[name]]) for name in names)):
-                index = tuple(zip(names, values, strict=True))
-                yield from (Instance(row, index) for row in rows if not row.when or dims[row.when])
+        sets: Sets = dims.sets if isinstance(dims, Dims) else {}
+        for outer, group in groupby(self.rows, key=self._outer):
+            rows = [row for row in group if not row.when or dims[row.when]]
+            if outer is None:
+                yield from (Instance(row, ()) for row in rows)
+                continue
+            inner = {row.name: [name for name in self.indices if name in row.placeholders][1:] for row in rows}
+            members = {row.only: frozenset(sets[row.only]) for row in rows if row.only is not None}
+            for number in range(dims[self.indices[outer]]):
+                for row in rows:
+                    if row.only is not None and number not in members[row.only]:
+                        continue
+                    if not inner[row.name]:
+                        yield Instance(row, ((outer, number),), sets)
+                        continue
+                    for values in product(*(range(dims[self.indices[name]]) for name in inner[row.name])):
+                        index = ((outer, number), *zip(inner[row.name], values, strict=True))
+                        yield Instance(row, index, sets)
+
+    def _outer(self, row: Row) -> str | None:
+        """The placeholder of a row that counts slowest."""
+        return next((name for name in self.indices if name in row.placeholders), None)
+
+    def entries(self, format: str, dims: Mapping[str, int]) -> Iterator[Entry]:
+        """Every key that a format has for this config, with what lies under it, in the order of the layers.
+
+        Raises ValueError for a config with which two rows would have one key.
+        """
+        groups: dict[str, dict[str, list[Instance]]] = {}
+        for instance in self.instances(dims):
+            key = instance.key(format)
+            if key is not None:
+                groups.setdefault(key, {}).setdefault(instance.row.name, []).append(instance)
+        for key, rows in groups.items():
+            members = tuple(tuple(row) for row in rows.values())
+            first = members[0][0]
+            column = first.row.column(format)
+            if column is None or (len(members) > 1 and column.fused is None):
+                raise ValueError(f"{self.name}: {', '.join(rows)} have one {format} key: {key}")
+            missing = [name for name in self.indices if name in first.row.placeholders - column.placeholders]
+            yield Entry(key, members, tuple(dims[self.indices[name]] for name in missing))
 
     @cached_property
     def _patterns(self) -> dict[str, list[tuple[tuple[str, ...], Row]]]:
@@ -224,26 +461,55 @@ def check(family: Family) -> None:
             raise ValueError(f"{where} has no column")
         if row.tied_to is not None and row.tied_to not in names:
             raise ValueError(f"{where} is tied to {row.tied_to!r}, which is no row")
+        if not row.placeholders <= set(family.indices):
+            raise ValueError(f"{where} has a placeholder that counts nothing: {set(row.placeholders)}")
+        if row.only is not None and not row.placeholders:
+            raise ValueError(f"{where} has no placeholder whose numbers {row.only!r} could limit")
+        ordered = [name for name in family.indices if name in row.placeholders]
         for format, key in row.columns.items():
-            if key.placeholders != row.placeholders:
-                raise ValueError(f"{where} has other placeholders in column {format}")
-            if not key.placeholders <= set(family.indices):
-                raise ValueError(f"{where} has a placeholder that counts nothing: {set(key.placeholders)}")
-            if (key.rope is None) != (row.heads is None):
-                raise ValueError(f"{where}: a row with heads needs a rope order in every column, column {format}")
-            if key.omitted_if_tied and row.tied_to is None:
-                raise ValueError(f"{where} is tied to nothing, column {format}")
-            if isinstance(key.tp, int) and key.tp >= len(row.shape):
-                raise ValueError(f"{where} has no axis {key.tp} to cut, column {format}")
+            _check_key(row, key, f"{where}, column {format}")
+            if [name for name in ordered if name in key.placeholders] != ordered[: len(key.placeholders)]:
+                raise ValueError(f"{where}, column {format}: only the last of {ordered} can be stacked over")
+            if ordered and not key.placeholders:
+                raise ValueError(f"{where}, column {format}: has one tensor for every {ordered[0]}")
     for format in FORMATS:
-        keys = [(row.name, column.template) for row in family.rows if (column := row.column(format))]
-        for at, (name, template) in enumerate(keys):
-            for other, clash in keys[at + 1 :]:
-                if _overlap(template, clash):
-                    raise ValueError(
-                        f"{family.name}: rows {name!r} and {other!r} could have the same {format} key: "
-                        f"{template}, {clash}"
-                    )
+        _check_keys(family, format)
+
+
+def _check_key(row: Row, key: Key, where: str) -> None:
+    rank = len(key.shape or row.shape)
+    if (key.rope is None) != (row.heads is None):
+        raise ValueError(f"{where}: a row with heads needs a rope order in every column")
+    if key.omitted_if_tied and row.tied_to is None:
+        raise ValueError(f"{where}: is tied to nothing")
+    if isinstance(key.tp, int) and key.tp >= rank:
+        raise ValueError(f"{where}: has no axis {key.tp} to cut")
+    if key.fused is not None and key.fused >= rank:
+        raise ValueError(f"{where}: has no axis {key.fused} to be fused along")
+    if key.transposed and len(row.shape) < 2:
+        raise ValueError(f"{where}: has no two axes to transpose")
+    if key.flat and not row.placeholders - key.placeholders:
+        raise ValueError(f"{where}: is not stacked over anything, so it cannot be flat")
+    if key.copies is not None and key.tp is None:
+        raise ValueError(f"{where}: is not cut over ranks, so there are no copies of its parts")
+
+
+def _check_keys(family: Family, format: str) -> None:
+    rows = [(row, column) for row in family.rows if (column := row.column(format))]
+    for at, (row, column) in enumerate(rows):
+        for other, clash in rows[at + 1 :]:
+            if not _overlap(column.template, clash.template):
+                continue
+            where = (
+                f"{family.name}: rows {row.name!r} and {other.name!r} could have the same {format} key: "
+                f"{column.template}, {clash.template}"
+            )
+            if row.only is not None and other.only is not None and row.only != other.only:
+                continue  # of other layers; two sets that overlap are found with the config
+            if column.template != clash.template or column.fused is None or column.fused != clash.fused:
+                raise ValueError(where)
+            if row.placeholders != other.placeholders or column.flat != clash.flat or row.when != other.when:
+                raise ValueError(f"{where}; fused rows have to be alike")
 
 
 def _interleave(tensor: LazyTensor, heads: int) -> LazyTensor:
@@ -254,6 +520,16 @@ def _interleave(tensor: LazyTensor, heads: int) -> LazyTensor:
 def _deinterleave(tensor: LazyTensor, heads: int) -> LazyTensor:
     head_dim = tensor.shape[0] // heads
     return tensor.reorder(0, (heads, head_dim // 2, 2), (0, 2, 1))
+
+
+def _swapped(tensor: LazyTensor) -> LazyTensor:
+    last = len(tensor.shape) - 1
+    return tensor.permute((*range(last - 1), last, last - 1))
+
+
+def _number(part: str) -> _Number:
+    name, _, members = part[1:-1].partition(":")
+    return _Number(name, members or None)
 
 
 def _term(term: str, dims: Mapping[str, int]) -> int:

@@ -15,6 +15,7 @@ from ckpt_convert.convert.findings import Finding
 from ckpt_convert.convert.mapping import Logicals, Source
 from ckpt_convert.convert.model import Model
 from ckpt_convert.errors import CkptConvertError
+from ckpt_convert.models.table import Dims
 
 _SETTINGS = {  # in Hugging Face's words and in Meta's, the likelier to be wrong first
     "vocab_size": "vocab_size",
@@ -58,7 +59,7 @@ class _Cause:
     setting: str
     value: int | bool
     config: Mapping[str, Any]
-    dims: Mapping[str, int]
+    dims: Dims
 
 
 def examine(model: Model, stored: Stored, content: Mapping[str, Any], where: str) -> tuple[Logicals, list[Finding]]:
@@ -70,14 +71,14 @@ def examine(model: Model, stored: Stored, content: Mapping[str, Any], where: str
     if not found:
         return logicals, []
     causes: list[Finding] = []
-    config, dims = dict(model.config), dict(model.dims)
+    config, dims = dict(model.config), model.dims
     left = len(_misfits(model, stored, dims))
     while left and len(causes) < _MOST_CAUSES:
         cause, others = _best(model, stored, config, dims)
         if cause is None or cause.score >= left:
             break
         causes.append(_finding(model, stored, cause, others, dims, content, where))
-        config, dims, left = dict(cause.config), dict(cause.dims), cause.score
+        config, dims, left = dict(cause.config), cause.dims, cause.score
     if causes:
         logicals, found = mapping.examine(model.family, stored.format, dims, stored.ranks)
     rest = [finding for finding in found if not (finding.check == "missing" and finding.key in stored.lost)]
@@ -87,9 +88,9 @@ def examine(model: Model, stored: Stored, content: Mapping[str, Any], where: str
 def _tied(model: Model, stored: Stored, found: list[Finding], where: str) -> Iterator[Finding]:
     """The findings, with the missing output of a model that is not tied under a check of its own."""
     outputs = {
-        instance.key(stored.format)
-        for instance in model.family.instances(model.dims)
-        if (column := instance.row.column(stored.format)) is not None and column.omitted_if_tied
+        entry.key
+        for entry in model.family.entries(stored.format, model.dims)
+        if entry.column(stored.format).omitted_if_tied
     }
     for finding in found:
         if finding.check == "missing" and finding.key in outputs:
@@ -108,37 +109,32 @@ def _tied(model: Model, stored: Stored, found: list[Finding], where: str) -> Ite
         yield finding
 
 
-def _misfits(model: Model, stored: Stored, dims: Mapping[str, int]) -> list[tuple[str, Shape | None]]:
+def _misfits(model: Model, stored: Stored, dims: Dims) -> list[tuple[str, Shape | None]]:
     """Keys that are missing, of another shape (with the one expected), or not expected at all."""
     out: list[tuple[str, Shape | None]] = []
     known = set()
-    for instance in model.family.instances(dims):
-        column, key = instance.row.column(stored.format), instance.key(stored.format)
-        if column is None or key is None:
-            continue
-        known.add(key)
-        shape = stored.shapes.get(key)
+    format = stored.format
+    for entry in model.family.entries(format, dims):
+        known.add(entry.key)
+        shape = stored.shapes.get(entry.key)
         if shape is not None:
-            wanted = mapping.expected_shape(instance, column, dims, 1)
+            wanted = entry.shape(format, dims)
             if wanted != shape:
-                out.append((key, wanted))
-        elif key not in stored.lost and not instance.row.derived and not column.omitted_if_tied:
-            out.append((key, None))
+                out.append((entry.key, wanted))
+        elif entry.key not in stored.lost and entry.first.row.required and not entry.column(format).omitted_if_tied:
+            out.append((entry.key, None))
     return out + [(key, None) for key in stored.shapes if key not in known]
 
 
-def _best(
-    model: Model, stored: Stored, config: Mapping[str, Any], dims: Mapping[str, int]
-) -> tuple[_Cause | None, list[_Cause]]:
+def _best(model: Model, stored: Stored, config: Mapping[str, Any], dims: Dims) -> tuple[_Cause | None, list[_Cause]]:
     """The change of one setting that leaves fewest misfits, and others that leave as few."""
     causes = []
     for setting, value in list(_candidates(model, stored, config, dims))[:_MOST_CANDIDATES]:
         changed = {**config, setting: value}
         try:
-            sizes = {**model.family.dims(changed), "embedding_cut": dims["embedding_cut"]}
+            sizes = model.family.symbols(changed).replace(embedding_cut=dims["embedding_cut"], tied=dims["tied"])
         except CkptConvertError:
             continue
-        sizes["tied"] = dims["tied"]
         causes.append(_Cause(len(_misfits(model, stored, sizes)), setting, value, changed, sizes))
     if not causes:
         return None, []
@@ -147,7 +143,7 @@ def _best(
 
 
 def _candidates(
-    model: Model, stored: Stored, config: Mapping[str, Any], dims: Mapping[str, int]
+    model: Model, stored: Stored, config: Mapping[str, Any], dims: Dims
 ) -> Iterator[tuple[str, int | bool]]:
     """Settings that would scale a size that is wrong to the one that is there, the number of layers, and switches."""
     ratios: dict[tuple[int, int], None] = {}
@@ -191,7 +187,7 @@ def _finding(
     stored: Stored,
     cause: _Cause,
     others: Sequence[_Cause],
-    dims: Mapping[str, int],
+    dims: Dims,
     content: Mapping[str, Any],
     where: str,
 ) -> Finding:
