@@ -57,13 +57,13 @@ def convert_state_dict(
     if not isinstance(content, Mapping):
         raise UsageError(f"config: expected a dict or a path, found {type(content).__name__}; try config.to_dict()")
     model = _model(content, family, ranks, source, meta_style)
-    chosen, dims = model.family, dict(model.dims)
+    chosen, dims = model.family, model.dims
     logicals = mapping.read(chosen, source, dims, ranks, "the state dict")
     pair = mapping.tied_pair(logicals)
     if model.tied is None and pair is not None:
-        dims["tied"] = int(_same(pair, tensors))
+        dims = dims.replace(tied=int(_same(pair, tensors)))
     if meta_style is not None:
-        dims["embedding_cut"] = int(meta_style == "llama2")
+        dims = dims.replace(embedding_cut=int(meta_style == "llama2"))
     targets, _, ties = mapping.write(
         chosen,
         target,

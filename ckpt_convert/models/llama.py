@@ -1,7 +1,8 @@
 """Llama 1, 2, Code Llama, 3, 3.1, 3.2 (text) and 3.3, and whatever else calls itself "llama".
 
 Meta's keys and their cut over ranks: the Llama reference code (column-parallel layers cut axis 0, row-parallel ones
-axis 1 of [out, in]); native: torchtune's key layout. Both rotate neighbouring rows; Hugging Face rotates halves.
+axis 1 of [out, in]); native: torchtune's key layout; torchtitan: its state-dict adapter for llama3. These three rotate
+neighbouring rows; Hugging Face rotates halves.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ LLAMA = Family(
             hf=Key("model.embed_tokens.weight"),
             meta=Key("tok_embeddings.weight", tp="embedding_cut"),
             native=Key("tok_embeddings.weight"),
+            torchtitan=Key("tok_embeddings.weight"),
         ),
         Row(
             "attention_norm",
@@ -39,6 +41,7 @@ LLAMA = Family(
             hf=Key("model.layers.{layer}.input_layernorm.weight"),
             meta=Key("layers.{layer}.attention_norm.weight"),
             native=Key("layers.{layer}.sa_norm.scale"),
+            torchtitan=Key("layers.{layer}.attention_norm.weight"),
         ),
         Row(
             "attention.q",
@@ -47,6 +50,7 @@ LLAMA = Family(
             hf=Key("model.layers.{layer}.self_attn.q_proj.weight", rope="half"),
             meta=Key("layers.{layer}.attention.wq.weight", rope="interleaved", tp=0),
             native=Key("layers.{layer}.attn.q_proj.weight", rope="interleaved"),
+            torchtitan=Key("layers.{layer}.attention.qkv_linear.wq.weight", rope="interleaved"),
         ),
         Row(
             "attention.k",
@@ -55,6 +59,7 @@ LLAMA = Family(
             hf=Key("model.layers.{layer}.self_attn.k_proj.weight", rope="half"),
             meta=Key("layers.{layer}.attention.wk.weight", rope="interleaved", tp=0),
             native=Key("layers.{layer}.attn.k_proj.weight", rope="interleaved"),
+            torchtitan=Key("layers.{layer}.attention.qkv_linear.wk.weight", rope="interleaved"),
         ),
         Row(
             "attention.v",
@@ -62,6 +67,7 @@ LLAMA = Family(
             hf=Key("model.layers.{layer}.self_attn.v_proj.weight"),
             meta=Key("layers.{layer}.attention.wv.weight", tp=0),
             native=Key("layers.{layer}.attn.v_proj.weight"),
+            torchtitan=Key("layers.{layer}.attention.qkv_linear.wv.weight"),
         ),
         Row(
             "attention.o",
@@ -69,6 +75,7 @@ LLAMA = Family(
             hf=Key("model.layers.{layer}.self_attn.o_proj.weight"),
             meta=Key("layers.{layer}.attention.wo.weight", tp=1),
             native=Key("layers.{layer}.attn.output_proj.weight"),
+            torchtitan=Key("layers.{layer}.attention.wo.weight"),
         ),
         Row(
             "ffn_norm",
@@ -76,6 +83,7 @@ LLAMA = Family(
             hf=Key("model.layers.{layer}.post_attention_layernorm.weight"),
             meta=Key("layers.{layer}.ffn_norm.weight"),
             native=Key("layers.{layer}.mlp_norm.scale"),
+            torchtitan=Key("layers.{layer}.ffn_norm.weight"),
         ),
         Row(
             "ffn.gate",
@@ -83,6 +91,7 @@ LLAMA = Family(
             hf=Key("model.layers.{layer}.mlp.gate_proj.weight"),
             meta=Key("layers.{layer}.feed_forward.w1.weight", tp=0),
             native=Key("layers.{layer}.mlp.w1.weight"),
+            torchtitan=Key("layers.{layer}.feed_forward.w1.weight"),
         ),
         Row(
             "ffn.down",
@@ -90,6 +99,7 @@ LLAMA = Family(
             hf=Key("model.layers.{layer}.mlp.down_proj.weight"),
             meta=Key("layers.{layer}.feed_forward.w2.weight", tp=1),
             native=Key("layers.{layer}.mlp.w2.weight"),
+            torchtitan=Key("layers.{layer}.feed_forward.w2.weight"),
         ),
         Row(
             "ffn.up",
@@ -97,6 +107,7 @@ LLAMA = Family(
             hf=Key("model.layers.{layer}.mlp.up_proj.weight"),
             meta=Key("layers.{layer}.feed_forward.w3.weight", tp=0),
             native=Key("layers.{layer}.mlp.w3.weight"),
+            torchtitan=Key("layers.{layer}.feed_forward.w3.weight"),
         ),
         # Biases exist only in Hugging Face's layout; Meta's and torchtune's Llama have no place for them.
         Row(
@@ -147,6 +158,7 @@ LLAMA = Family(
             hf=Key("model.norm.weight"),
             meta=Key("norm.weight"),
             native=Key("norm.scale"),
+            torchtitan=Key("norm.weight"),
         ),
         Row(
             "output",
@@ -155,6 +167,7 @@ LLAMA = Family(
             hf=Key("lm_head.weight", omitted_if_tied=True),
             meta=Key("output.weight", tp=0),
             native=Key("output.weight", omitted_if_tied=True),
+            torchtitan=Key("lm_head.weight"),
         ),
         Row("rotary.freqs", ("head_dim/2",), derived=True, meta=Key("rope.freqs")),
     ),

@@ -19,5 +19,5 @@ MISTRAL = LLAMA.replace(
         container="safetensors",
         options=frozenset({"rope_theta", "max_positions", "drop_rope_scaling"}),
     ),
-    rows=lambda rows: [row for row in rows if not row.name.endswith(".bias")],
+    rows=lambda rows: [row.replace(torchtitan=None) for row in rows if not row.name.endswith(".bias")],
 )

@@ -1,0 +1,44 @@
+"""Every family's table against tensors that other people's converters made (fixtures/golden), in memory, bit for bit."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from ckpt_convert import convert_state_dict
+from ckpt_convert.models import FAMILIES
+from tests.helpers import GOLDEN, assert_same, read_safetensors
+
+FORMS = sorted((path.parent.name, path.stem) for path in GOLDEN.glob("*/*.safetensors"))
+"""(case, format) of every file that an outside converter made of a case's Hugging Face checkpoint."""
+
+ALL = sorted(path.parent.name for path in GOLDEN.glob("*/hf"))
+
+
+def config(case: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((GOLDEN / case / "hf" / "config.json").read_text())
+    return content
+
+
+@pytest.mark.parametrize(("case", "form"), FORMS)
+def test_from_hf(case: str, form: str) -> None:
+    found = convert_state_dict(read_safetensors(GOLDEN / case / "hf"), config(case), source="hf", target=form)
+    assert isinstance(found, dict)
+    assert_same(found, read_safetensors(GOLDEN / case / f"{form}.safetensors"))
+
+
+@pytest.mark.parametrize(("case", "form"), FORMS)
+def test_to_hf(case: str, form: str) -> None:
+    found = convert_state_dict(
+        read_safetensors(GOLDEN / case / f"{form}.safetensors"), config(case), source=form, target="hf"
+    )
+    assert isinstance(found, dict)
+    assert_same(found, read_safetensors(GOLDEN / case / "hf"))
+
+
+@pytest.mark.parametrize("case", ALL)
+def test_every_case_is_of_a_family(case: str) -> None:
+    model_type = config(case)["model_type"]
+    assert any(model_type in family.model_types for family in FAMILIES.values())
