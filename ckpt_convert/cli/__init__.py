@@ -7,18 +7,17 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from itertools import permutations
 from typing import Any
 
 import click
 
 from ckpt_convert import __version__
 from ckpt_convert.errors import CkptConvertError
+from ckpt_convert.models.table import FORMATS
 
 GROUPS = (
-    (
-        "Convert",
-        ("convert", "hf-to-meta", "meta-to-hf", "hf-to-native", "native-to-hf", "meta-to-native", "native-to-meta"),
-    ),
+    ("Convert", ("convert", *(f"{source}-to-{target}" for source, target in permutations(FORMATS, 2)))),
     ("Look", ("inspect", "verify", "diff", "formats")),
 )
 _MODULES = {name: name for name in ("inspect", "verify", "diff", "formats")}

@@ -13,6 +13,7 @@ from ckpt_convert.cli import options as common
 from ckpt_convert.cli.notices import notice, on_stderr
 from ckpt_convert.cli.progress import Bar
 from ckpt_convert.cli.text import echo, escape, human_bytes, plural
+from ckpt_convert.convert import formats
 from ckpt_convert.errors import UsageError
 from ckpt_convert.storage.names import partial_of
 from ckpt_convert.storage.reader import WORKERS
@@ -20,7 +21,7 @@ from ckpt_convert.storage.reader import WORKERS
 if TYPE_CHECKING:
     from ckpt_convert.convert.api import Report
 
-FORMAT_TITLES = {"hf": "Hugging Face", "meta": "Meta", "native": "native (torchtune)"}
+FORMAT_TITLES = {"hf": "Hugging Face", "meta": "Meta", "native": "native (torchtune)", "torchtitan": "torchtitan"}
 _PAIRS = [(a, b) for a in FORMAT_TITLES for b in FORMAT_TITLES if a != b]
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
 
@@ -38,10 +39,9 @@ def parse_size(text: str) -> int:
 
 def _options(source: str | None, to: str | None) -> list[click.Option]:
     """The options of a converting command; those that cannot fit its formats are accepted, refused, and not shown."""
-    meta, sharded, params = to in (None, "meta"), to in (None, "hf", "native"), source in (None, "meta")
-    containers = {"hf": ["safetensors", "bin"], "meta": ["pth", "safetensors"]}.get(
-        str(to), ["safetensors", "bin", "pth"]
-    )
+    meta, sharded, params = to in (None, "meta"), to != "meta", source in (None, "meta")
+    targets = [formats.ALL[to]] if to else formats.ALL.values()
+    containers = list(dict.fromkeys(name for target in targets for name in target.containers))
 
     def option(*names: str, shown: bool = True, **settings: Any) -> click.Option:
         return click.Option(names, hidden=not shown, **settings)
@@ -49,11 +49,11 @@ def _options(source: str | None, to: str | None) -> list[click.Option]:
     def flag(name: str, text: str, *, shown: bool = True) -> click.Option:
         return option(*name.split(), is_flag=True, help=text, shown=shown)
 
-    formats = click.Choice(list(FORMAT_TITLES))
+    names = click.Choice(list(FORMAT_TITLES))
     dtypes = click.Choice(["float32", "float16", "bfloat16"])
     styles = click.Choice(["llama2", "llama3"])
     general = [
-        option("--to", type=formats, required=True, help="Format of DST."),
+        option("--to", type=names, required=True, help="Format of DST."),
         common.from_format("SRC").parameter,
     ]
     return [

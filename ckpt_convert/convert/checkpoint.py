@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckpt_convert.convert import containers, formats, opening, record
 from ckpt_convert.convert.bulk import without_collector
-from ckpt_convert.convert.containers.header import StoredTensor
+from ckpt_convert.convert.containers.header import Header, StoredTensor
 from ckpt_convert.convert.findings import Finding
 from ckpt_convert.convert.formats.base import Directory, load_json
 from ckpt_convert.convert.mapping import Source
@@ -38,7 +38,7 @@ from ckpt_convert.models.config import ConfigOptions
 from ckpt_convert.models.lazy import LazyTensor, concat, stored
 from ckpt_convert.storage import hub
 from ckpt_convert.storage.names import JOURNAL
-from ckpt_convert.storage.reader import LocalFile, read
+from ckpt_convert.storage.reader import LocalFile, RangeReader, read
 
 if TYPE_CHECKING:
     import torch
@@ -58,8 +58,7 @@ __all__ = [
 
 _ADVICE = {
     "peft": "merge the adapter into its base model first (peft's merge_and_unload), then convert that",
-    "dcp": "it can be looked at, not converted: make one file of it first, with torch.distributed.checkpoint's "
-    "format_utils.dcp_to_torch_save",
+    "dcp": "say which format it is with --from, and give its config.json with --config if none lies in ckpt_convert/",
     "gguf": "it can be looked at, not converted; take the original checkpoint",
 }
 """What to do about what is no format, by kind."""
@@ -125,6 +124,8 @@ class Checkpoint:
         boxes: dict[str, list[tuple[int, StoredTensor]]] = {}
         for number, (file, tensor) in enumerate(self.stored):
             key = self._name(file, tensor)
+            if not self.is_weight(key):
+                continue
             rank = ranks[file.rank]
             if tensor.box is not None:
                 boxes.setdefault(key, []).append((number, tensor))
@@ -150,6 +151,10 @@ class Checkpoint:
                 text = f"{key} lies in {source.where}, but {index} does not list it"
                 findings.append(Finding("error", "index", text, source.where, key, None, source.where))
         return ranks, findings
+
+    def is_weight(self, key: str) -> bool:
+        """Whether a key is one of the model's, and not of what else its training run has saved."""
+        return self.format is None or not key.startswith(formats.ALL[self.format].ignores)
 
     @cached_property
     def _twice(self) -> dict[str, str]:
@@ -231,17 +236,32 @@ class Checkpoint:
     @property
     def notices(self) -> list[str]:
         """What a reader should know about the files: objects that are no tensors, files that are not used."""
-        return opening.notices(self.path, self.files)
+        other = sum(not self.is_weight(tensor.key) for _, tensor in self.stored)
+        said = ", ".join(sorted({key.partition(".")[0] for key in self.tensors if not self.is_weight(key)}))
+        passed = [f"passed over, as no weights: {other} tensors of {said}"] if other else []
+        return [*opening.notices(self.path, self.files), *passed]
 
     def layout(self) -> Layout:
         """How this checkpoint lies in its files, to be recorded or imitated."""
         files = []
         for file in self.files:
-            captured = containers.capture(file.reader, file.header)
-            files.append(LayoutFile(file.name, file.rank, file.header, captured.literals if captured else None))
+            header, reader = (file.header, file.reader) if self.directory.kind != "dcp" else self._located(file)
+            captured = containers.capture(reader, header) if header is not None else None
+            kept = header or replace(
+                file.header, tensors=tuple(t for t in file.header.tensors if self.is_weight(t.key))
+            )
+            files.append(LayoutFile(file.name, file.rank, kept, captured.literals if captured else None))
         index = self.directory.index
         named = (index, (self.root / index).read_bytes()) if index else None
         return Layout(str(self.format), tuple(files), named)
+
+    def _located(self, file: WeightFile) -> tuple[Header | None, RangeReader]:
+        """The header with true offsets, and the file itself; no header where it cannot be rebuilt from the weights."""
+        from ckpt_convert.convert.containers import dcp
+
+        if file.header.objects or not all(self.is_weight(tensor.key) for tensor in file.header.tensors):
+            return None, file.reader
+        return dcp.located(dcp.File(file.name, file.path, file.reader, file.header)), LocalFile(file.path)
 
     def joined(self, key: str) -> tuple[LazyTensor, str]:
         """A tensor, ranks and pieces joined, over the numbers of ``stored``, and its dtype.

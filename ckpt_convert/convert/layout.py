@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from ckpt_convert import dtypes
-from ckpt_convert.convert.containers import safetensors, torchzip
+from ckpt_convert.convert.containers import dcp_build, safetensors, torchzip
 from ckpt_convert.convert.containers.header import FileLayout, Header, StoredTensor
 from ckpt_convert.convert.mapping import Equality, Target
 from ckpt_convert.convert.record import Layout
@@ -62,21 +62,28 @@ def like(
 ) -> tuple[list[OutputFile], bool] | None:
     """The files as ``layout`` has them, and whether byte for byte; None when it names other keys than the targets.
 
-    They are, where shapes and dtypes agree as well; else they have the same names, assignment, order and metadata.
+    They are, where shapes and dtypes agree as well; else they have the same names, assignment, order and metadata. None
+    also where pieces of tensors lay in several files, and the files cannot be as they were.
     """
     wanted = {(target.rank, target.key): target for target in targets}
     if layout.places != wanted.keys():
         return None
     out = []
     exactly = True
+    whole = all(file.file_layout is not None or not _pieces(file.header) for file in layout.files)
+    if not whole:
+        return None
     for file in layout.files:
         chosen = [wanted[file.rank, tensor.key] for tensor in file.header.tensors]
         exact = file.file_layout
         same = all(
-            tensor.shape == target.tensor.shape and tensor.dtype == dtype_of[target.key]
+            (tensor.box.shape if tensor.box else tensor.shape) == target.tensor.shape
+            and tensor.dtype == dtype_of[target.key]
             for tensor, target in zip(file.header.tensors, chosen, strict=True)
         )
         if exact is None or not same:
+            if _pieces(file.header):
+                return None
             exactly = False
             container = "torch" if file.header.kind == "legacy" else file.header.kind
             metadata = file.header.metadata
@@ -99,6 +106,8 @@ def build(assignment: Assignment, dtype_of: Mapping[str, str]) -> FileLayout:
         # Wider elements first, so that every tensor is aligned to its element size.
         specs.sort(key=lambda spec: -dtypes.DTYPES[spec[1]].bits)
         return safetensors.build(specs, assignment.metadata)
+    if assignment.container == "dcp":
+        return dcp_build.build(specs)
     return torchzip.build(specs, root=PurePosixPath(assignment.name).stem)
 
 
@@ -119,8 +128,16 @@ def _placed(name: str, rank: int, layout: FileLayout, targets: Mapping[str, Targ
     return OutputFile(name, rank, layout, tuple(placed))
 
 
+def _pieces(header: Header) -> bool:
+    """Whether a file holds pieces of tensors whose others lie elsewhere."""
+    return any(tensor.box is not None for tensor in header.tensors)
+
+
 def _as_stored(tensor: LazyTensor, place: StoredTensor) -> LazyTensor:
-    """The elements in the order of the file: a transposed tensor is stored transposed again."""
+    """The elements that lie there in the order of the file: a transposed tensor is stored transposed again."""
+    if place.box is not None:
+        for axis, (start, size) in enumerate(zip(place.box.origin, place.shape, strict=True)):
+            tensor = tensor.narrow(axis, start, size)
     if place.strides is None:
         return tensor
     strides = place.strides

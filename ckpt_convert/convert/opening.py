@@ -11,7 +11,7 @@ from ckpt_convert.convert import containers, formats, record
 from ckpt_convert.convert.containers import gguf
 from ckpt_convert.convert.containers.header import Header
 from ckpt_convert.convert.formats import peft
-from ckpt_convert.convert.formats.base import Directory, WeightName
+from ckpt_convert.convert.formats.base import Directory, WeightName, dcp_directory, plain_weights
 from ckpt_convert.convert.record import Record
 from ckpt_convert.errors import CheckpointNotFoundError
 from ckpt_convert.models import FAMILIES
@@ -24,6 +24,7 @@ _INDEX = re.compile(r"(?<![^.])(?:0|[1-9][0-9]*)(?![^.])")
 """A part of a key that is a number."""
 
 _LOOSE = "weight files without config.json"
+WRITTEN_BY_DCP = "written by torch.distributed.checkpoint"
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,9 +57,10 @@ def find(path: Path, wanted: str | None, found_record: Record | None) -> Found:
     """
     name, why, directory = detect(path, wanted, found_record)
     files, facts = open_files(path, directory)
-    if name is None and directory.kind is None:
+    if name is None and directory.kind in (None, "dcp"):
         name, why = by_keys(files, why)
-        names = everything(path) if name is None and path.is_dir() and directory.index is None else []
+        loose = path.is_dir() and directory.index is None and directory.kind is None
+        names = everything(path) if name is None and loose else []
         if names and names != [weight.name for weight in directory.weights]:
             close(files)
             directory = Directory(tuple(map(WeightName, names)))
@@ -74,7 +76,7 @@ def detect(path: Path, wanted: str | None, found_record: Record | None) -> tuple
         from ckpt_convert.convert.containers import dcp
 
         if dcp.is_metadata(path.name):
-            return None, dcp.WHY, Directory((), kind=dcp.KIND)
+            return wanted, WRITTEN_BY_DCP, Directory((), path.name, kind=dcp.KIND)
         adapter = peft.config(path.parent) if path.name in peft.WEIGHTS and wanted is None else None
         if adapter is not None:
             return None, peft.describe(adapter), Directory((WeightName(path.name),), kind=peft.KIND)
@@ -82,12 +84,12 @@ def detect(path: Path, wanted: str | None, found_record: Record | None) -> tuple
     if not path.is_dir():
         raise CheckpointNotFoundError(f"{path}: is neither a file nor a directory")
     if wanted is not None:
-        directory = formats.ALL[wanted].find(path)
+        directory = formats.ALL[wanted].find(path) or _in_common(path, wanted)
         if directory is None:
             raise CheckpointNotFoundError(f"{path}: has no weight files of the {wanted} format{_instead(path)}")
         return wanted, "as asked for", directory
     if found_record is not None:
-        directory = formats.ALL[found_record.format].find(path)
+        directory = formats.ALL[found_record.format].find(path) or _in_common(path, found_record.format)
         if directory is not None:
             return found_record.format, f"{record.MANIFEST} says so", directory
     hf = formats.ALL["hf"].find(path)
@@ -96,10 +98,8 @@ def detect(path: Path, wanted: str | None, found_record: Record | None) -> tuple
     meta = formats.ALL["meta"].find(path) if hf is None else None
     if meta is not None:
         return "meta", meta.weights[0].name, meta
-    from ckpt_convert.convert.containers import dcp  # not before: the usual directories have no need of it
-
-    if dcp.is_directory(path):
-        return None, dcp.WHY, Directory((), kind=dcp.KIND)
+    if (pieces := dcp_directory(path)) is not None:
+        return None, WRITTEN_BY_DCP, pieces
     adapter = peft.config(path) if hf is None else None
     weights = [WeightName(name) for name in peft.WEIGHTS if (path / name).is_file()]
     if adapter is not None and weights:
@@ -114,6 +114,14 @@ def detect(path: Path, wanted: str | None, found_record: Record | None) -> tuple
             )
         loose = Directory(tuple(map(WeightName, names)))
     return None, _LOOSE, loose
+
+
+def _in_common(path: Path, format: str) -> Directory | None:
+    """The weights of a directory of this format in a container that is not the format's own."""
+    if "dcp" in formats.ALL[format].containers and (found := dcp_directory(path)) is not None:
+        return found
+    names = plain_weights(path, (".pt",)) if "pt" in formats.ALL[format].containers else []
+    return Directory(tuple(WeightName(name) for name in names)) if names else None
 
 
 def open_files(path: Path, directory: Directory) -> tuple[tuple[WeightFile, ...], list[tuple[str, str]]]:
@@ -134,7 +142,9 @@ def open_files(path: Path, directory: Directory) -> tuple[tuple[WeightFile, ...]
 def by_keys(files: tuple[WeightFile, ...], why: str) -> tuple[str | None, str]:
     """The format that all keys fit, and what it was told by; None where that is not exactly one."""
     # Layers differ in nothing but their number, so one of each kind will do.
-    keys = {_INDEX.sub("0", tensor.key) for file in files for tensor in file.header.tensors}
+    beginnings = tuple(name for format in formats.ALL.values() for name in format.ignores)
+    stored = [tensor.key for file in files for tensor in file.header.tensors]
+    keys = {_INDEX.sub("0", key) for key in stored if not key.startswith(beginnings)}
     fits = {
         format
         for family in FAMILIES.values()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import PurePosixPath
 
 from ckpt_convert.convert import formats, layout
 from ckpt_convert.convert.checkpoint import Checkpoint
+from ckpt_convert.convert.containers import dcp, dcp_build
 from ckpt_convert.convert.formats import hf, native
-from ckpt_convert.convert.formats.base import RECORD_FOLDER, render_index
+from ckpt_convert.convert.formats.base import DCP_INDEX, RECORD_FOLDER, render_index
 from ckpt_convert.convert.layout import OutputFile
 from ckpt_convert.convert.mapping import Logicals, Target
 from ckpt_convert.convert.model import Model
@@ -82,10 +84,11 @@ def files(
         if found is not None:
             return *found, []
         other = wanted.places ^ {(target.rank, target.key) for target in targets}
-        example = sorted(key for _, key in other)[0]
-        if request.like is not None:
+        example = min((key for _, key in other), default=None)
+        if request.like is not None and example is not None:
             raise ShapeMismatchError(f"--like {request.like}: has other keys than this model, such as {example}")
-        notices.append(f"the recorded {request.to} layout has other keys ({example}), so new files are laid out")
+        why = f"has other keys ({example})" if example is not None else "cuts tensors into pieces"
+        notices.append(f"the recorded {request.to} layout {why}, so new files are laid out")
     assignments = _assign(source, request, model, targets, dtype_of, count, file_of)
     return layout.afresh(assignments, dtype_of), False, notices
 
@@ -107,11 +110,14 @@ def index(request: Request, outputs: Sequence[OutputFile], wanted: Layout | None
     """The index beside several files: the layout's own where nothing changed, else a new one."""
     if request.to == "meta":
         return []
+    pieces = [(output.name, output.layout) for output in outputs if output.layout.header.kind == dcp.KIND]
     if exact and wanted is not None:
         if wanted.index is None:
             return []
         name, data = wanted.index
         return [SideFile(name, "restored", make=lambda: data, size=len(data))]
+    if pieces:
+        return [SideFile(DCP_INDEX, "generated", make=lambda: dcp_build.metadata(pieces))]
     if len(outputs) == 1:
         return []
     container = "safetensors" if outputs[0].name.endswith(".safetensors") else outputs[0].name.rpartition(".")[2]
@@ -138,12 +144,17 @@ def _assign(
     if request.to == "meta":
         container = _meta_container(request, model)
         return layout.by_rank(targets, format.file_names(count, container), container)
-    container = request.container or "safetensors"
-    if request.shards is not None:
+    container = request.container or format.containers[0]
+    whole = (
+        source.directory.kind != "dcp"
+    )  # whose files are those of ranks, and say nothing of how many there should be
+    if container == "pt":
+        groups = [list(targets)]
+    elif request.shards is not None:
         groups = layout.balanced(targets, request.shards, dtype_of)
     elif request.max_shard_size is not None:
         groups = layout.limited(targets, request.max_shard_size, dtype_of)
-    elif not source.files:
+    elif not source.files or not whole:
         groups = layout.limited(targets, _USUAL_SHARD, dtype_of)
     elif source.format == "meta":
         groups = layout.balanced(targets, min(len(source.files), len(targets)), dtype_of)
@@ -158,9 +169,9 @@ def _assign(
 
 def _container(found: Layout) -> str:
     name = found.files[0].name
-    if name.endswith(".safetensors"):
-        return "safetensors"
-    return "bin" if name.endswith(".bin") else "pth"
+    return {".safetensors": "safetensors", ".bin": "bin", ".distcp": "dcp", ".pt": "pt"}.get(
+        PurePosixPath(name).suffix, "pth"
+    )
 
 
 def _meta_container(request: Request, model: Model) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 import xxhash
 
 from ckpt_convert.convert import containers
-from ckpt_convert.convert.containers.header import FileLayout, Header, StoredTensor
+from ckpt_convert.convert.containers.header import Box, FileLayout, Header, StoredTensor
 from ckpt_convert.convert.formats.base import RECORD_FOLDER, load_json
 from ckpt_convert.errors import CkptConvertError, ConfigError, CorruptFileError
 from ckpt_convert.models import FORMATS
@@ -213,6 +213,8 @@ def layout_files(layout: Layout) -> dict[str, bytes]:
         else:
             entry["bytes"] = f"{number:05d}.bytes"
             entry["literals"] = [[offset, len(data)] for offset, data in file.literals]
+            if file.header.kind == "dcp":  # whose header lies in another file, .metadata
+                entry["pieces"] = [list(tensor) for tensor in file.header.tensors]
             out[entry["bytes"]] = b"".join(data for _, data in file.literals)
         files.append(entry)
     content: dict[str, Any] = {"schema": SCHEMA, "format": layout.format, "files": files}
@@ -255,5 +257,21 @@ def _read_file(folder: Path, entry: Mapping[str, Any]) -> LayoutFile:
         start += size
     if start != len(data):
         raise CorruptFileError(f"{entry['bytes']} has {len(data)} bytes, expected {start}")
+    if "pieces" in entry:
+        header = Header("dcp", entry["size"], tuple(map(_piece, entry["pieces"])))
+        return LayoutFile(name, entry["rank"], header, tuple(literals))
     layout = containers.parse_layout(name, entry["size"], tuple(literals))
     return LayoutFile(name, entry["rank"], layout.header, layout.literals)
+
+
+def _piece(said: list[Any]) -> StoredTensor:
+    key, dtype, shape, offset, strides, packed, box = said
+    return StoredTensor(
+        str(key),
+        str(dtype),
+        tuple(map(int, shape)),
+        int(offset),
+        None if strides is None else tuple(map(int, strides)),
+        packed,
+        None if box is None else Box(tuple(map(int, box[0])), tuple(map(int, box[1]))),
+    )

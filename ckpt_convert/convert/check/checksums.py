@@ -9,6 +9,7 @@ from ckpt_convert.convert import checklist
 from ckpt_convert.convert.check.spans import Span, hashed
 from ckpt_convert.convert.check.tolerant import Opened, relative
 from ckpt_convert.convert.checklist import CHECKLIST
+from ckpt_convert.convert.containers import dcp
 from ckpt_convert.convert.findings import Finding
 from ckpt_convert.convert.record import MANIFEST, Record, digest_file
 from ckpt_convert.errors import CkptConvertError
@@ -70,7 +71,10 @@ def _is_sound(entry: Any) -> bool:
 
 
 def _pieces(file: Any, listed: list[Any]) -> tuple[list[Finding], list[Span]]:
-    tensors = {tensor.key: tensor for tensor in file.header.tensors}
+    header, reader = file.header, file.reader
+    if header.kind == dcp.KIND:
+        header, reader = dcp.located(file) or header, LocalFile(file.path)
+    tensors = {tensor.key: tensor for tensor in header.tensors}
     findings, spans = [], []
     for key, offset, nbytes, checksum in listed:
         tensor = tensors.get(key)
@@ -88,7 +92,7 @@ def _pieces(file: Any, listed: list[Any]) -> tuple[list[Finding], list[Span]]:
                 )
                 yield Finding("error", "checksum", text, file.name, key, checksum, found)
 
-        spans.append(hashed(file.reader, file.name, offset, offset + nbytes, "xxh3_64", done))
+        spans.append(hashed(reader, file.name, offset, offset + nbytes, "xxh3_64", done))
     return findings, spans
 
 

@@ -159,7 +159,7 @@ def _through_table(work: _Work, model: Model, content: Mapping[str, Any], where:
     if opened.lost and not lost:
         work.skip("files cannot be opened, and nothing says what is in them", "keys", "tied", "replicas")
         return
-    shapes = {key: info.shape for key, info in view.tensors.items()}
+    shapes = {key: info.shape for key, info in view.tensors.items() if view.is_weight(key)}
     stored = table.Stored(str(view.format), view.ranks, shapes, frozenset(lost))
     logicals, findings = table.examine(model, stored, content, where)
     work.done("config", findings)

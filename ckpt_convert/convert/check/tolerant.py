@@ -89,9 +89,9 @@ def open_tolerantly(
         state.findings.append(Finding("error", "leftover", text, JOURNAL))
     before = len(state.findings)
     files, lost, damaged = _files(path, directory, state)
-    if name is None and directory.kind is None:
+    if name is None and directory.kind in (None, "dcp"):
         name, why = by_keys(files, why)
-        if name is None and path.is_dir() and directory.index is None and not lost:
+        if name is None and path.is_dir() and directory.index is None and directory.kind is None and not lost:
             directory = Directory(tuple(map(WeightName, everything(path))))
             del state.findings[before:]  # the same files are among those that are looked at now
             files, lost, damaged = _files(path, directory, state)

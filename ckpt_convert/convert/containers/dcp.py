@@ -24,7 +24,6 @@ from ckpt_convert.storage.names import resolve
 from ckpt_convert.storage.reader import LocalFile, RangeReader
 
 KIND = "dcp"
-WHY = "written by torch.distributed.checkpoint"
 SUFFIX = ".distcp"
 _OF_RANK = re.compile(r"__(\d+)\.metadata")
 _FILE = re.compile(r"__(\d+)_\d+\.distcp")
@@ -227,13 +226,37 @@ class _Records:
         if within < 0 or within + len(buffer) > stored.nbytes:
             raise CorruptFileError(f"{self.name}: bytes {offset} to {offset + len(buffer)} are not those of one piece")
         with LocalFile(self.path) as file:
-            held = self._found.get(number)
-            if held is None:
-                held = self._found[number] = _held(file, stored, place)
+            held = self._at(number, file)
             if held.strides is None:
                 file.readinto(held.offset + within, buffer)
             elif len(buffer):
                 _gather(file, held, within, buffer)
+
+    def _at(self, number: int, file: LocalFile) -> StoredTensor:
+        held = self._found.get(number)
+        if held is None:
+            held = self._found[number] = _held(file, *self._pieces[number])
+        return held
+
+    def located(self, header: Header) -> Header:
+        """The header with every piece where its bytes really lie."""
+        with LocalFile(self.path) as file:
+            held = [self._at(number, file) for number in range(len(self._pieces))]
+        tensors = [
+            stored._replace(offset=found.offset, strides=found.strides)
+            for (stored, _), found in zip(self._pieces, held, strict=True)
+        ]
+        return Header(KIND, self.size, tuple(tensors), objects=header.objects, foreign=header.foreign)
+
+
+def located(file: File) -> Header | None:
+    """The header with the true offsets of the tensors' bytes in the file, which is read for it; None if it cannot be.
+
+    Raises CorruptFileError where an archive is not what the metadata says.
+    """
+    if isinstance(file.reader, _Reopened):
+        return file.header
+    return file.reader.located(file.header) if isinstance(file.reader, _Records) else None
 
 
 def _held(file: LocalFile, stored: StoredTensor, place: Place) -> StoredTensor:

@@ -44,12 +44,30 @@ def build(tensors: Sequence[Spec], *, root: str, alignment: int = 64) -> FileLay
     from names and sizes. Raises KeyMismatchError for a key given twice, UsageError for what torch cannot express.
     """
     _check(tensors, root, alignment)
+    sizes = [nbytes(dtype, shape) for _, dtype, shape in tensors]
+    return _laid_out(tensors, sizes, _pickle(tensors, sizes), root, alignment)
+
+
+def build_one(dtype: str, shape: tuple[int, ...]) -> FileLayout:
+    """Lay out what torch.save writes for one tensor by itself, whose key is then empty.
+
+    Raises UsageError for what torch cannot express.
+    """
+    tensors = [("", dtype, shape)]
+    _check(tensors, "archive", 64)
+    size = nbytes(dtype, shape)
+    pickler = _Pickler()
+    pickler.out += b"\x80\x02"
+    _tensor(pickler, 0, dtype, shape, size)
+    return _laid_out(tensors, [size], bytes(pickler.out + b"."), "archive", 64)
+
+
+def _laid_out(tensors: Sequence[Spec], sizes: Sequence[int], data: bytes, root: str, alignment: int) -> FileLayout:
     writer = _Writer(root, alignment)
     stored: list[StoredTensor] = []
     checksummed: list[Checksummed] = []
     starts: list[int] = []
-    sizes = [nbytes(dtype, shape) for _, dtype, shape in tensors]
-    for record in _records(tensors, sizes, alignment):
+    for record in _records(data, sizes, alignment):
         start = writer.add(record)
         if record.data is None:
             starts.append(start)
@@ -80,8 +98,7 @@ def _check(tensors: Sequence[Spec], root: str, alignment: int) -> None:
             raise UsageError(f"{key!r} is no valid Unicode; rename it") from None
 
 
-def _records(tensors: Sequence[Spec], sizes: Sequence[int], alignment: int) -> Iterator[_Record]:
-    data = _pickle(tensors, sizes)
+def _records(data: bytes, sizes: Sequence[int], alignment: int) -> Iterator[_Record]:
     for name, content in (
         ("data.pkl", data),
         (".format_version", b"1"),

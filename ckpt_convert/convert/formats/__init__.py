@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ckpt_convert.convert.formats import hf, meta, native
+from ckpt_convert.convert.formats import hf, meta, native, torchtitan
 from ckpt_convert.convert.formats.base import Directory, Format, WeightName
 
-ALL: dict[str, Format] = {format.name: format for format in (hf.FORMAT, meta.FORMAT, native.FORMAT)}
+ALL: dict[str, Format] = {format.name: format for format in (hf.FORMAT, meta.FORMAT, native.FORMAT, torchtitan.FORMAT)}
 
 __all__ = ["ALL", "Directory", "Format", "WeightName"]

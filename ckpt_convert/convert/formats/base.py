@@ -14,6 +14,7 @@ NEVER_SIDE_FILES = (".gguf", ".h5", ".msgpack", ".onnx", ".ot")
 NEVER_SIDE_FOLDERS = ("original", ".git", ".cache", "onnx", "ckpt_convert", "training_state")
 RECORD_FOLDER = "ckpt_convert"
 JSON_LIMIT = 1 << 28
+DCP_INDEX = ".metadata"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +29,8 @@ class WeightName:
 class Directory:
     """The weight files of a directory; ``index`` names the index file and ``weight_map`` is what it says.
 
-    ``kind`` is what the directory is where that is no format: "dcp" for torch.distributed.checkpoint's, whose own
-    metadata names the files (``weights`` are then empty), "peft" for an adapter.
+    ``kind`` is "dcp" for torch.distributed.checkpoint's directories, of whatever format: their own metadata names the
+    files, so that ``weights`` are empty; "peft" for an adapter, which is of no format.
     """
 
     weights: tuple[WeightName, ...]
@@ -45,7 +46,8 @@ class Format:
     ``find`` lists the weight files of a directory, None if there are none of this format. ``file_names`` gives the
     names of n new files in a container; ``containers`` are those it may use, the usual one first; ``config`` is the
     config file at the root. ``uses`` says whether a file that lies beside the weights is of use to readers of the
-    format; ``ranks`` whether files are tensor-parallel ranks.
+    format; ``ranks`` whether files are tensor-parallel ranks; ``ignores`` the beginnings of keys that are no weights
+    but the rest of what a training run saves.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Format:
     config: str | None
     uses: Callable[[str], bool]
     ranks: bool = False
+    ignores: tuple[str, ...] = ()
 
 
 def load_json(path: Path) -> dict[str, Any]:
@@ -88,6 +91,23 @@ def numbered(count: int, stem: str, suffix: str) -> list[str]:
     if count == 1:
         return [f"{stem}{suffix}"]
     return [f"{stem}-{number:05d}-of-{count:05d}{suffix}" for number in range(1, count + 1)]
+
+
+def common_names(count: int, container: str) -> list[str] | None:
+    """The names of new files in the containers that several formats have; None for any other."""
+    if container == "dcp":
+        return [f"__0_{number}.distcp" for number in range(count)]
+    return numbered(count, "model", ".pt") if container == "pt" else None
+
+
+def dcp_directory(directory: Path) -> Directory | None:
+    """The directory as torch.distributed.checkpoint's, None where it is none."""
+    from ckpt_convert.convert.containers import dcp  # not before: the usual directories have no need of it
+
+    if not dcp.is_directory(directory):
+        return None
+    index = DCP_INDEX if (directory / DCP_INDEX).is_file() else None
+    return Directory((), index, kind=dcp.KIND)
 
 
 def plain_weights(directory: Path, suffixes: Sequence[str]) -> list[str]:

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ckpt_convert.convert.formats.base import Directory, Format, WeightName, load_json, numbered, plain_weights
+from ckpt_convert.convert.formats.base import (
+    Directory,
+    Format,
+    WeightName,
+    common_names,
+    load_json,
+    numbered,
+    plain_weights,
+)
 from ckpt_convert.errors import CorruptFileError
 from ckpt_convert.storage.names import check_name
 
@@ -45,8 +53,8 @@ def from_index(directory: Path, name: str) -> Directory:
 
 
 def file_names(count: int, container: str) -> list[str]:
-    stem, suffix = _STEMS[container]
-    return numbered(count, stem, suffix)
+    stem, suffix = _STEMS.get(container, ("model", ""))
+    return common_names(count, container) or numbered(count, stem, suffix)
 
 
 def index_name(container: str) -> str:
@@ -71,4 +79,4 @@ def _is_variant(name: str, names: Sequence[str]) -> bool:
     return "." in stem and stem.rpartition(".")[0] + suffix in names
 
 
-FORMAT = Format("hf", find, file_names, ("safetensors", "bin"), "config.json", lambda name: True)
+FORMAT = Format("hf", find, file_names, ("safetensors", "bin", "dcp", "pt"), "config.json", lambda name: True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ckpt_convert.convert.formats import hf
-from ckpt_convert.convert.formats.base import Directory, Format, WeightName, numbered, plain_weights
+from ckpt_convert.convert.formats.base import Directory, Format, WeightName, common_names, numbered, plain_weights
 
 _SUFFIXES = {"safetensors": ".safetensors", "bin": ".bin", "pth": ".pth"}
 
@@ -26,7 +26,7 @@ def find(directory: Path) -> Directory | None:
 
 
 def file_names(count: int, container: str) -> list[str]:
-    return numbered(count, "model", _SUFFIXES[container])
+    return common_names(count, container) or numbered(count, "model", _SUFFIXES[container])
 
 
 def index_name(container: str) -> str:
@@ -38,4 +38,4 @@ def _uses(name: str) -> bool:
     return name != "config.json"
 
 
-FORMAT = Format("native", find, file_names, ("safetensors", "bin", "pth"), None, _uses)
+FORMAT = Format("native", find, file_names, ("safetensors", "bin", "pth", "dcp", "pt"), None, _uses)
