@@ -5,7 +5,7 @@ Nothing here touches a byte: tensors are lazy (``models.lazy``), so the same cod
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -100,11 +100,13 @@ def examine(
     findings: list[Finding] = []
     result = Logicals({})
     known: set[str] = set()
+    left_out: list[Entry] = []
     for entry in family.entries(format, dims):
         known.add(entry.key)
         found = [rank.get(entry.key) for rank in ranks]
         if not any(found):
             if not any(instance.row.required for instance in entry.instances):
+                left_out.append(entry)
                 continue
             if entry.column(format).omitted_if_tied and dims["tied"]:
                 result.omitted.add(entry.first)
@@ -118,7 +120,11 @@ def examine(
             findings.append(Finding("error", "missing", text, key=entry.key))
             continue
         result.tensors.update(_join(entry, format, dims, parts, findings, result.equal))
+    groups = {_group(instance) for instance in result.tensors} - {None}
+    findings.extend(_missing(entry, format, dims) for entry in left_out if _group(entry.first) in groups)
     findings.extend(_unexpected(ranks, known, family, format))
+    if dims["tied"]:
+        result.omitted.update(i for i in family.instances(dims) if i.row.tied_to and i.row.column(format) is None)
     for instance in result.omitted:
         tied = tied_to(instance, result.tensors)
         if tied is not None:
@@ -133,12 +139,13 @@ def write(
     logicals: Logicals,
     *,
     ranks: int,
-    keep_tied: bool | None,
+    keep_tied: bool | Collection[str] | None,
     what: str,
 ) -> tuple[list[Target], list[Instance], list[Equality]]:
     """The target's tensors in the order of the table, what the target has no place for, and the ties to check.
 
-    ``keep_tied`` says whether rows that the column omits when tied are written all the same (None: as the source).
+    ``keep_tied`` says whether rows that the column omits when tied are written all the same, or which keys of them are
+    (None: as the source).
     Raises KeyMismatchError for tensors that the target cannot hold, ConfigError for sizes that do not divide over
     the ranks.
     """
@@ -151,7 +158,9 @@ def write(
     for instance, logical in logicals.tensors.items():
         if instance.row.column(format) is not None:
             continue
-        if instance.row.required:
+        if instance.row.tied_to and dims["tied"]:  # the row that it is tied to stands for it
+            ties += [check] if (check := tie(instance, logical, logicals)) is not None else []
+        elif instance.row.required:
             no_place.append(logical.key)
         else:
             carried.append(instance)
@@ -167,7 +176,7 @@ def write(
             if instance.row.tied_to and dims["tied"] and keep_tied is not None and instance not in logicals.omitted:
                 ties += [check] if (check := tie(instance, logical, logicals)) is not None else []
             if column.omitted_if_tied and dims["tied"]:
-                keep = instance not in logicals.omitted if keep_tied is None else keep_tied
+                keep = instance not in logicals.omitted if keep_tied is None else _keeps(keep_tied, entry.key)
                 if not keep:
                     continue
         targets.extend(_cut(entry, format, dims, logicals.tensors, ranks))
@@ -232,12 +241,12 @@ def _join(
                 left, right = on_ranks[original][instance], on_ranks[rank][instance]
                 equal.append(Equality(left, right, first.dtype, message, here.key))
         distinct = [tensors[instance] for tensors in on_ranks[::same]]
-        tensor = concat(distinct, axis) if axis is not None and len(distinct) > 1 else distinct[0]
-        try:
-            out[instance] = Logical(first.dtype, column.to_logical(tensor, instance.row, dims), first.key, first.where)
-        except ValueError as error:
-            misfit(first, f"{first.key}: {error}; heads have to lie whole on a rank")
+        heads = instance.heads(dims) if axis is not None else None
+        if heads is not None and heads % len(distinct):
+            misfit(first, f"{first.key}: {heads} heads on {len(distinct)} ranks; heads have to lie whole on a rank")
             return {}
+        tensor = concat(distinct, axis) if axis is not None and len(distinct) > 1 else distinct[0]
+        out[instance] = Logical(first.dtype, column.to_logical(tensor, instance.row, dims), first.key, first.where)
     return out
 
 
@@ -306,6 +315,10 @@ def tied_pair(logicals: Logicals) -> Equality | None:
     return None
 
 
+def _keeps(keep_tied: bool | Collection[str], key: str) -> bool:
+    return keep_tied if isinstance(keep_tied, bool) else key in keep_tied
+
+
 def tied_to(instance: Instance, tensors: Mapping[Instance, Logical]) -> Logical | None:
     """The tensor that a tied row shares its values with."""
     return next((logical for other, logical in tensors.items() if other.row.name == instance.row.tied_to), None)
@@ -322,6 +335,11 @@ def tie(instance: Instance, logical: Logical, logicals: Logicals) -> Equality | 
         "source's config.json (ckpt_convert/config.json where that is the only one)."
     )
     return Equality(other.tensor, logical.tensor, logical.dtype, message, logical.key)
+
+
+def _group(instance: Instance) -> tuple[str, int] | None:
+    """What an optional tensor is there with: the group of its row, at its layer."""
+    return (instance.row.group, instance.index[0][1]) if instance.row.group is not None else None
 
 
 def _missing(entry: Entry, format: str, dims: Mapping[str, int]) -> Finding:

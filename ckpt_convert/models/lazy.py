@@ -21,6 +21,9 @@ Run = tuple[int, int]
 Axis = tuple[Run, ...]
 """One axis as nested runs, outermost first; its size is the product of the counts, () has size 1."""
 
+ZEROS = -1
+"""The source of elements that nothing stores: they are zero."""
+
 
 class Tile(NamedTuple):
     """A box of a lazy tensor that comes from one source: at ``origin``, starting at element ``offset`` there."""
@@ -56,9 +59,14 @@ class LazyTensor(NamedTuple):
         return prod(self.shape)
 
     @property
+    def sources(self) -> frozenset[int]:
+        """The sources that elements come from, ZEROS not among them."""
+        return frozenset(tile.source for tile in self.tiles if tile.source != ZEROS)
+
+    @property
     def whole(self) -> tuple[int, int] | None:
         """(source, offset) when this is one contiguous run of one source's elements, else None."""
-        if len(self.tiles) != 1:
+        if len(self.tiles) != 1 or self.tiles[0].source == ZEROS:
             return None
         (copy,) = self.copies()
         if copy.dims in ((), ((self.size, 1, 1),)):
@@ -92,21 +100,32 @@ class LazyTensor(NamedTuple):
     def reorder(self, axis: int, sizes: Sequence[int], order: Sequence[int]) -> LazyTensor:
         """Split ``axis`` into ``sizes``, put those in ``order``, and flatten them into one axis again.
 
-        ``sizes[0]`` stands for however many groups there are. Raises ValueError when the axis, or a tile of it, does
-        not hold whole groups.
+        ``sizes[0]`` stands for however many groups there are. Raises ValueError when the axis does not hold whole
+        groups.
         """
         group = prod(sizes[1:])
         if order[0] != 0:
             raise ValueError("the outermost part, the groups, has to stay in place")
+        if self.shape[axis] % group:
+            raise ValueError(f"{self.shape[axis]} rows are no whole groups of {group}")
         tiles = []
         for tile in self.tiles:
             count = _size(tile.axes[axis])
-            if count % group or tile.origin[axis] % group:
-                raise ValueError(f"{count} rows from row {tile.origin[axis]} are no whole groups of {group}")
+            if count % group or tile.origin[axis] % group or not _even(tile.axes[axis], group):
+                return self._reordered(axis, (self.shape[axis] // group, *sizes[1:]), order)
             parts = _split(tile.axes[axis], (count // group, *sizes[1:]))
             runs = _joined([run for part in order for run in parts[part]])
             tiles.append(Tile(tile.origin, tile.source, tile.offset, _replaced(tile.axes, axis, runs)))
         return LazyTensor(self.shape, tuple(tiles))
+
+    def _reordered(self, axis: int, sizes: tuple[int, ...], order: Sequence[int]) -> LazyTensor:
+        """``reorder`` where a group lies in several tiles: pieces of a tensor that was cut anywhere."""
+        before, after = self.shape[:axis], self.shape[axis + 1 :]
+        parts = self.reshape((*before, *sizes, *after))
+        moved = parts.permute(
+            [*range(axis), *(axis + part for part in order), *range(axis + len(sizes), len(parts.shape))]
+        )
+        return moved.reshape(self.shape)
 
     def reshape(self, shape: Sequence[int]) -> LazyTensor:
         """The same elements, in row-major order, as another shape: numpy's and torch's ``reshape``.
@@ -196,6 +215,11 @@ def stored(source: int, shape: Sequence[int], strides: Sequence[int] | None = No
     shape = tuple(shape)
     origin, axes = _dense(shape) if strides is None else _strided(shape, strides)
     return LazyTensor(shape, (Tile(origin, source, 0, axes),))
+
+
+def zeros(shape: Sequence[int]) -> LazyTensor:
+    """A tensor of zeros, which nothing stores."""
+    return stored(ZEROS, shape)
 
 
 def concat(parts: Sequence[LazyTensor], axis: int) -> LazyTensor:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckpt_convert.models.lazy import LazyTensor, concat, row_major, stored
+from ckpt_convert.models.lazy import LazyTensor, concat, row_major, stack, stored
 
 
 def evaluate(tensor: LazyTensor, *sources: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
@@ -127,9 +127,72 @@ def test_what_cannot_be_split_is_an_error() -> None:
         stored(0, (8, 2)).reorder(0, (1, 2, 3), (0, 2, 1))
     with pytest.raises(ValueError, match="has to stay in place"):
         stored(0, (12, 2)).reorder(0, (2, 2, 3), (1, 0, 2))
-    uneven = concat([stored(0, (9, 2)), stored(1, (3, 2))], 0)
-    with pytest.raises(ValueError, match="no whole groups"):
-        uneven.reorder(0, (2, 2, 3), (0, 2, 1))
+    with pytest.raises(ValueError, match=r"\[4, 6\] cannot be reshaped to \[5, 5\]"):
+        stored(0, (4, 6)).reshape((5, 5))
+
+
+def test_groups_that_were_cut_anywhere_are_reordered_all_the_same() -> None:
+    top, bottom = numbers(37, 5), numbers(35, 5) + 1000
+    whole = np.concatenate([top, bottom])
+    torn = concat([stored(0, top.shape), stored(1, bottom.shape)], 0)
+    assert (evaluate(lazily(torn, 12), top, bottom) == interleave(whole, 12)).all()
+    assert (evaluate(back(lazily(torn, 12), 12), top, bottom) == whole).all()
+
+
+@given(st.data())
+def test_any_steps_give_what_numpy_gives(data: st.DataObject) -> None:
+    sizes = st.sampled_from([1, 2, 3, 4, 6])
+    shape = tuple(data.draw(st.lists(sizes, min_size=1, max_size=3)))
+    sources = (numbers(*shape), numbers(*shape) + 1000)
+    tensor, array = stored(0, shape), sources[0]
+    if data.draw(st.booleans()):
+        tensor, array = concat([tensor, stored(1, shape)], 0), np.concatenate(sources)
+    for step in data.draw(st.lists(st.sampled_from(["narrow", "permute", "reshape", "concat"]), max_size=6)):
+        axis = data.draw(st.integers(0, len(array.shape) - 1))
+        if step == "narrow":
+            start = data.draw(st.integers(0, array.shape[axis] - 1))
+            size = data.draw(st.integers(1, array.shape[axis] - start))
+            tensor, array = tensor.narrow(axis, start, size), np.take(array, range(start, start + size), axis)
+        elif step == "permute":
+            order = data.draw(st.permutations(range(len(array.shape))))
+            tensor, array = tensor.permute(order), array.transpose(order)
+        elif step == "reshape":
+            new = data.draw(st.sampled_from(shapes(array.size)))
+            tensor, array = tensor.reshape(new), array.reshape(new)
+        else:
+            size = data.draw(st.integers(1, array.shape[axis]))
+            starts = range(0, array.shape[axis], size)
+            tensor = concat([tensor.narrow(axis, at, min(size, array.shape[axis] - at)) for at in starts], axis)
+    assert (evaluate(tensor, *sources) == array).all()
+
+
+def shapes(size: int) -> list[tuple[int, ...]]:
+    """Every way to write a size as a product of up to three numbers, also with axes of size 1."""
+    divisors = [d for d in range(1, size + 1) if size % d == 0]
+    return [(size,), *((a, b, size // a // b) for a in divisors for b in divisors if size % (a * b) == 0), (size, 1)]
+
+
+def test_what_was_cut_apart_is_a_plain_copy_again() -> None:
+    fused = stored(2, (12, 10))
+    assert concat([fused.narrow(0, 0, 6), fused.narrow(0, 6, 2), fused.narrow(0, 8, 4)], 0).whole == (2, 0)
+    experts = stored(2, (4, 6, 10))
+    apart = [experts.narrow(0, at, 1).reshape((6, 10)) for at in range(4)]
+    assert stack(apart, (4,)).whole == (2, 0)
+    assert len(stack([expert.permute((1, 0)) for expert in apart], (4,)).tiles) == 1
+    assert stack(apart, (4,)).reshape((24, 10)).whole == (2, 0)
+    assert len(stack(apart[::-1], (4,)).tiles) == 4
+
+
+@pytest.mark.parametrize("sizes", [(4,), (2, 2)])
+def test_stack(sizes: tuple[int, ...]) -> None:
+    arrays = [numbers(3, 5) + 100 * at for at in range(4)]
+    tensor = stack([stored(at, (3, 5)) for at in range(4)], sizes)
+    assert (evaluate(tensor, *arrays) == np.stack(arrays).reshape(*sizes, 3, 5)).all()
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (2, 0), (0,)])
+def test_empty_tensors_are_reshaped(shape: tuple[int, ...]) -> None:
+    assert stored(0, shape).reshape((0, 7, 1)).shape == (0, 7, 1)
 
 
 def test_row_major() -> None:
