@@ -4,6 +4,7 @@ python benchmarks/checkpoints.py DIR                 the 1.5 B Llama of docs/ben
 python benchmarks/checkpoints.py DIR --layers 48     one of three times the layers
 python benchmarks/checkpoints.py DIR --sparse-405b   Llama 3.1 405B's headers over sparse files (no bytes)
 python benchmarks/checkpoints.py DIR --sparse-moe    DeepSeek V3's 91,991 headers over 163 sparse files (no bytes)
+python benchmarks/checkpoints.py DIR --moe           a Qwen3 MoE of 16 experts (2.1 GB, 4 files)
 python benchmarks/checkpoints.py DIR --tuned SRC     SRC with every weight changed a little, as by fine-tuning
 """
 
@@ -37,6 +38,24 @@ def keys(config: dict[str, int]) -> dict[str, tuple[int, ...]]:
         }
     out["model.norm.weight"] = (dim,)
     out["lm_head.weight"] = (config["vocab_size"], dim)
+    return out
+
+
+def moe_keys(config: dict[str, int]) -> dict[str, tuple[int, ...]]:
+    """Hugging Face keys and shapes of a Qwen3 MoE, in the order of the layers."""
+    dim, ffn, head = config["hidden_size"], config["moe_intermediate_size"], config["head_dim"]
+    out = {}
+    for key, shape in keys(config).items():
+        layer, found, _ = key.partition("mlp.gate_proj.weight")
+        if found:
+            out |= {f"{layer}self_attn.{name}_norm.weight": (head,) for name in "qk"}
+            out[f"{layer}mlp.gate.weight"] = (config["num_experts"], dim)
+            for expert in range(config["num_experts"]):
+                at = f"{layer}mlp.experts.{expert}."
+                out |= {f"{at}gate_proj.weight": (ffn, dim), f"{at}up_proj.weight": (ffn, dim)}
+                out[f"{at}down_proj.weight"] = (dim, ffn)
+        elif ".mlp." not in key:
+            out[key] = shape
     return out
 
 
@@ -76,7 +95,7 @@ def write(directory: Path, content: dict[str, object], files: int, *, sparse: bo
     """config.json, the shards and their index."""
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(content, indent=2) + "\n")
-    groups = sharded(keys(content), files)  # type: ignore[arg-type]
+    groups = sharded((moe_keys if "num_experts" in content else keys)(content), files)  # type: ignore[arg-type]
     weight_map = {}
     for number, group in enumerate(groups, 1):
         name = f"model-{number:05d}-of-{files:05d}.safetensors"
@@ -192,12 +211,23 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--sparse-405b", action="store_true")
     parser.add_argument("--sparse-moe", action="store_true")
+    parser.add_argument("--moe", action="store_true")
     parser.add_argument("--tuned", type=Path, metavar="SRC")
     arguments = parser.parse_args()
     if arguments.sparse_moe:
         write_experts(arguments.directory)
     elif arguments.tuned:
         write_tuned(arguments.directory, arguments.tuned)
+    elif arguments.moe:
+        content = config(
+            hidden_size=2048, intermediate_size=6144, num_hidden_layers=10, num_attention_heads=32,
+            num_key_value_heads=4, head_dim=128, vocab_size=32000, num_experts=16, moe_intermediate_size=768,
+        )  # fmt: skip
+        content |= {
+            "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "num_experts_per_tok": 2,
+            "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True,
+        }  # fmt: skip
+        write(arguments.directory, content, 4, sparse=False)
     elif arguments.sparse_405b:
         content = config(
             hidden_size=16384, intermediate_size=53248, num_hidden_layers=126, num_attention_heads=128,

@@ -152,15 +152,6 @@ def table(todo: list[Look], results: dict[str, Result]) -> str:
     return "\n".join(rows)
 
 
-def write(text: str) -> None:
-    """Put the text between the markers of docs/benchmarks.md."""
-    before, begin, rest = run.PAGE.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        sys.exit(f"{run.PAGE}: has no {BEGIN} … {END} to write between")
-    run.PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", type=Path, default=Path("/tmp/ckpt-convert-bench"), help="where checkpoints lie")
@@ -178,7 +169,7 @@ def main() -> None:
     text = table(todo, results) + "\n\n" + facts.replace("benchmarks/run.py", "benchmarks/look.py")
     print(text)
     if arguments.write:
-        write(text)
+        run.write(text, BEGIN, END)
 
 
 if __name__ == "__main__":

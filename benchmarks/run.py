@@ -245,14 +245,13 @@ def file_system(path: Path) -> str:
         return "unknown"
 
 
-def write(text: str) -> None:
-    """Put the text between the markers of docs/benchmarks.md."""
-    page = PAGE.read_text()
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        sys.exit(f"{PAGE}: has no {BEGIN} … {END} to write between")
-    PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+def write(text: str, begin: str = BEGIN, end: str = END) -> None:
+    """Put the text between two markers of docs/benchmarks.md."""
+    before, found, rest = PAGE.read_text().partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        sys.exit(f"{PAGE}: has no {begin} … {end} to write between")
+    PAGE.write_text(f"{before}{begin}\n{text}\n{end}{after}")
 
 
 def say(text: str) -> None:

@@ -154,15 +154,6 @@ def first_and_clone(results: dict[Job, list[Found]]) -> str:
     return "\n".join(lines)
 
 
-def write(text: str) -> None:
-    """Put the text between the markers of docs/benchmarks.md."""
-    before, begin, rest = run.PAGE.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        sys.exit(f"{run.PAGE}: has no {BEGIN} … {END} to write between")
-    run.PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("/tmp/ckpt-convert-bench"), help="where checkpoints lie")
@@ -181,7 +172,7 @@ def main() -> None:
     text = "\n\n".join((table(results), f"{first_and_clone(results)}\n{facts}"))
     print(text)
     if arguments.write:
-        write(text)
+        run.write(text, BEGIN, END)
 
 
 if __name__ == "__main__":
