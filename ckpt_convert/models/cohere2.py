@@ -1,0 +1,41 @@
+"""Command R7B and Command A (Cohere 2): one norm for attention and feed-forward part, which lie side by side.
+
+hf: what transformers saves. Unlike most of Hugging Face's models, this one rotates neighbouring rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ckpt_convert.models.config import CONFIG, base_dims, optional_bool
+from ckpt_convert.models.parts import ATTENTION, ATTENTION_BIAS, EMBEDDING, FFN, OUTPUT, columns, interleaved, named
+from ckpt_convert.models.table import Family
+
+
+def dims(config: Mapping[str, Any]) -> dict[str, int]:
+    """The symbols that the table's shapes are made of; tied where the config does not say."""
+    return {
+        **base_dims({"tie_word_embeddings": True, **config}),
+        "attention_bias": int(optional_bool(config, "attention_bias", CONFIG, False)),
+    }
+
+
+COHERE2 = Family(
+    name="cohere2",
+    title="Command R7B and Command A",
+    model_types=("cohere2",),
+    dims=dims,
+    rows=interleaved(
+        columns(
+            (
+                *EMBEDDING,
+                *ATTENTION,
+                *ATTENTION_BIAS,
+                *named(FFN, "ffn.gate", "ffn.down", "ffn.up"),
+                *OUTPUT,
+            ),
+            "hf",
+        )
+    ),
+)

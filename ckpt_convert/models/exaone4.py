@@ -1,0 +1,40 @@
+"""EXAONE 4: OLMo 2's norms behind attention and feed-forward part, but q and k are normed head by head.
+
+hf: what transformers saves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ckpt_convert.models.config import base_dims
+from ckpt_convert.models.olmo2 import FFN_POST_NORM, POST_NORM
+from ckpt_convert.models.parts import ATTENTION, EMBEDDING, FFN, OUTPUT, columns, named
+from ckpt_convert.models.qwen3 import QK_NORM
+from ckpt_convert.models.table import Family
+
+
+def dims(config: Mapping[str, Any]) -> dict[str, int]:
+    """The symbols that the table's shapes are made of; key/value heads are 32 where absent, as in transformers."""
+    return base_dims(config, kv_heads_default=32)
+
+
+EXAONE4 = Family(
+    name="exaone4",
+    title="EXAONE 4",
+    model_types=("exaone4",),
+    dims=dims,
+    rows=columns(
+        (
+            *EMBEDDING,
+            *named(ATTENTION, "attention.q", "attention.k", "attention.v", "attention.o"),
+            *QK_NORM,
+            POST_NORM,
+            *named(FFN, "ffn.gate", "ffn.down", "ffn.up"),
+            FFN_POST_NORM,
+            *OUTPUT,
+        ),
+        "hf",
+    ),
+)

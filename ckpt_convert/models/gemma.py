@@ -1,0 +1,134 @@
+"""Gemma, Gemma 2 and Gemma 3 (text): Llama's layout with a free head_dim and an output that is the embedding.
+
+Gemma 2 puts a norm behind attention and feed-forward part too, so Llama's name of the norm before the feed-forward part
+is that of the one behind attention; Gemma 3 adds a norm over each head of q and k. What norms store is the same in
+every format: that Gemma multiplies by one more is a matter of the model's code.
+
+hf: what transformers saves. native: torchtune's converters for Gemma and Gemma 2, whose rows are interleaved. torchtune
+has no Gemma 3, torchtitan none of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ckpt_convert.models.config import CONFIG, base_dims, optional_bool
+from ckpt_convert.models.parts import ATTENTION, ATTENTION_BIAS, EMBEDDING, FFN, OUTPUT, columns, named
+from ckpt_convert.models.table import Family, Key, Row
+
+GEMMA3_DEFAULTS: Mapping[str, Any] = {
+    "vocab_size": 262208,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "tie_word_embeddings": True,
+}
+"""transformers' Gemma3TextConfig: releases with vision say of the text only what differs from it."""
+
+
+def dims(config: Mapping[str, Any]) -> dict[str, int]:
+    """Gemma's symbols; head_dim is 256 and key/value heads 16 where absent."""
+    return _dims({"head_dim": 256, "num_key_value_heads": 16, "tie_word_embeddings": True, **config})
+
+
+def dims2(config: Mapping[str, Any]) -> dict[str, int]:
+    """Gemma 2's symbols; head_dim is 256 and key/value heads 4 where absent."""
+    return _dims({"head_dim": 256, "num_key_value_heads": 4, "tie_word_embeddings": True, **config})
+
+
+def dims3(config: Mapping[str, Any], where: str = CONFIG) -> dict[str, int]:
+    """Gemma 3's symbols, of the config of its text (``where`` in messages)."""
+    return _dims({**GEMMA3_DEFAULTS, **config}, where)
+
+
+def _dims(config: Mapping[str, Any], where: str = CONFIG) -> dict[str, int]:
+    return {
+        **base_dims(config, where=where),
+        "attention_bias": int(optional_bool(config, "attention_bias", where, False)),
+    }
+
+
+_QKVO = named(ATTENTION, "attention.q", "attention.k", "attention.v", "attention.o")
+_GATE_DOWN_UP = named(FFN, "ffn.gate", "ffn.down", "ffn.up")
+
+_POST_NORM = Row(
+    "attention.post_norm",
+    ("dim",),
+    hf=Key("model.layers.{layer}.post_attention_layernorm.weight"),
+    native=Key("layers.{layer}.sa_scale.scale"),
+)
+_FFN_NORM = Row(
+    "ffn_norm",
+    ("dim",),
+    hf=Key("model.layers.{layer}.pre_feedforward_layernorm.weight"),
+    native=Key("layers.{layer}.mlp_norm.scale"),
+)
+_FFN_POST_NORM = Row(
+    "ffn.post_norm",
+    ("dim",),
+    hf=Key("model.layers.{layer}.post_feedforward_layernorm.weight"),
+    native=Key("layers.{layer}.mlp_scale.scale"),
+)
+_NORM = Row("norm", ("dim",), hf=Key("model.norm.weight"), native=Key("norm.rms_norm.scale"))
+
+_QK_NORM = (
+    Row("attention.q_norm", ("head_dim",), hf=Key("model.layers.{layer}.self_attn.q_norm.weight")),
+    Row("attention.k_norm", ("head_dim",), hf=Key("model.layers.{layer}.self_attn.k_norm.weight")),
+)
+
+GEMMA = Family(
+    name="gemma",
+    title="Gemma",
+    model_types=("gemma",),
+    dims=dims,
+    rows=columns((*EMBEDDING, *ATTENTION, *ATTENTION_BIAS, *FFN, *OUTPUT), "hf", "native"),
+)
+
+GEMMA2 = Family(
+    name="gemma2",
+    title="Gemma 2",
+    model_types=("gemma2",),
+    dims=dims2,
+    rows=columns(
+        (
+            *EMBEDDING,
+            *named(ATTENTION, "attention_norm"),
+            *_QKVO,
+            *ATTENTION_BIAS,
+            _POST_NORM,
+            _FFN_NORM,
+            *_GATE_DOWN_UP,
+            _FFN_POST_NORM,
+            _NORM,
+            *named(OUTPUT, "output"),
+        ),
+        "hf",
+        "native",
+    ),
+)
+
+GEMMA3_TEXT = Family(
+    name="gemma3_text",
+    title="Gemma 3, text only",
+    model_types=("gemma3_text",),
+    dims=dims3,
+    rows=columns(
+        (
+            *EMBEDDING,
+            *named(ATTENTION, "attention_norm"),
+            *_QKVO,
+            *ATTENTION_BIAS,
+            *_QK_NORM,
+            _POST_NORM,
+            _FFN_NORM,
+            *_GATE_DOWN_UP,
+            _FFN_POST_NORM,
+            *OUTPUT,
+        ),
+        "hf",
+    ),
+)

@@ -1,0 +1,59 @@
+"""GLM-4-0414: gate and up in one tensor, norms before and behind attention and feed-forward part, biases on q, k and v.
+
+hf: what transformers saves. It rotates neighbouring rows of the first half of each head, which no other column needs to
+know: its rows are not said to rotate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ckpt_convert.models.config import CONFIG, base_dims, optional_bool
+from ckpt_convert.models.parts import (
+    ATTENTION,
+    ATTENTION_BIAS,
+    EMBEDDING,
+    FFN,
+    OUTPUT,
+    columns,
+    fused,
+    named,
+    unordered,
+)
+from ckpt_convert.models.table import Family, Key, Row
+
+_POST_NORM = Row("attention.post_norm", ("dim",), hf=Key("model.layers.{layer}.post_self_attn_layernorm.weight"))
+_FFN_POST_NORM = Row("ffn.post_norm", ("dim",), hf=Key("model.layers.{layer}.post_mlp_layernorm.weight"))
+
+
+def dims(config: Mapping[str, Any]) -> dict[str, int]:
+    """The symbols that the table's shapes are made of; where absent, head_dim is 128, key/value heads 2, biases on."""
+    return {
+        **base_dims({"head_dim": 128, **config}, kv_heads_default=2),
+        "attention_bias": int(optional_bool({"attention_bias": True, **config}, "attention_bias", CONFIG, False)),
+    }
+
+
+GLM4 = Family(
+    name="glm4",
+    title="GLM-4-0414",
+    model_types=("glm4",),
+    dims=dims,
+    rows=unordered(
+        columns(
+            (
+                *EMBEDDING,
+                *ATTENTION,
+                *named(ATTENTION_BIAS, "attention.q.bias", "attention.k.bias", "attention.v.bias"),
+                _POST_NORM,
+                *named(FFN, "ffn_norm"),
+                *fused(named(FFN, "ffn.gate", "ffn.up"), hf="model.layers.{layer}.mlp.gate_up_proj.weight"),
+                *named(FFN, "ffn.down"),
+                _FFN_POST_NORM,
+                *OUTPUT,
+            ),
+            "hf",
+        )
+    ),
+)

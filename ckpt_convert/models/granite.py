@@ -1,0 +1,18 @@
+"""Granite 3 (dense): Llama's layout, key for key; its multipliers are in the config only.
+
+hf: what transformers saves.
+"""
+
+from __future__ import annotations
+
+from ckpt_convert.models import llama_config
+from ckpt_convert.models.parts import ATTENTION, ATTENTION_BIAS, EMBEDDING, FFN, FFN_BIAS, OUTPUT, columns
+from ckpt_convert.models.table import Family
+
+GRANITE = Family(
+    name="granite",
+    title="Granite 3, dense",
+    model_types=("granite",),
+    dims=llama_config.dims,
+    rows=columns((*EMBEDDING, *ATTENTION, *ATTENTION_BIAS, *FFN, *FFN_BIAS, *OUTPUT), "hf"),
+)

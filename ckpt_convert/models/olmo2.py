@@ -1,0 +1,60 @@
+"""OLMo 2: no norms before attention and feed-forward part but behind each, and norms over all of q and all of k.
+
+hf: what transformers saves. The weights of the q and k norms belong to the rows of q and k, whose order they share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ckpt_convert.models.config import CONFIG, base_dims, optional_bool
+from ckpt_convert.models.parts import ATTENTION, ATTENTION_BIAS, EMBEDDING, FFN, OUTPUT, columns, named
+from ckpt_convert.models.table import Family, Key, Row
+
+_QK_NORM = (
+    Row(
+        "attention.q_norm",
+        ("n_heads*head_dim",),
+        heads="n_heads",
+        hf=Key("model.layers.{layer}.self_attn.q_norm.weight", rope="half"),
+    ),
+    Row(
+        "attention.k_norm",
+        ("n_kv_heads*head_dim",),
+        heads="n_kv_heads",
+        hf=Key("model.layers.{layer}.self_attn.k_norm.weight", rope="half"),
+    ),
+)
+
+POST_NORM = Row("attention.post_norm", ("dim",), hf=Key("model.layers.{layer}.post_attention_layernorm.weight"))
+FFN_POST_NORM = Row("ffn.post_norm", ("dim",), hf=Key("model.layers.{layer}.post_feedforward_layernorm.weight"))
+
+
+def dims(config: Mapping[str, Any]) -> dict[str, int]:
+    """The symbols that the table's shapes are made of."""
+    return {
+        **base_dims(config),
+        "attention_bias": int(optional_bool(config, "attention_bias", CONFIG, False)),
+    }
+
+
+OLMO2 = Family(
+    name="olmo2",
+    title="OLMo 2",
+    model_types=("olmo2",),
+    dims=dims,
+    rows=columns(
+        (
+            *EMBEDDING,
+            *named(ATTENTION, "attention.q", "attention.k", "attention.v", "attention.o"),
+            *ATTENTION_BIAS,
+            *_QK_NORM,
+            POST_NORM,
+            *named(FFN, "ffn.gate", "ffn.down", "ffn.up"),
+            FFN_POST_NORM,
+            *OUTPUT,
+        ),
+        "hf",
+    ),
+)

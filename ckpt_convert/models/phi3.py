@@ -1,0 +1,38 @@
+"""Phi-3, Phi-3.5 and Phi-4 (with Phi-4-mini): Llama's layout with q, k and v in one tensor, and gate and up in another.
+
+native: torchtune's converters for Phi-3 mini and Phi-4 14B, which split both and reorder nothing: torchtune's Phi-3
+rotates halves, as Hugging Face does. Phi-4-mini (tied, only a part of each head rotates) is written in the same layout;
+torchtune itself has no such model.
+"""
+
+from __future__ import annotations
+
+from ckpt_convert.models.config import base_dims
+from ckpt_convert.models.parts import ATTENTION, EMBEDDING, FFN, OUTPUT, columns, fused, half, named
+from ckpt_convert.models.table import Family
+
+PHI3 = Family(
+    name="phi3",
+    title="Phi-3, Phi-3.5, Phi-4 and Phi-4-mini",
+    model_types=("phi3",),
+    dims=base_dims,
+    rows=half(
+        columns(
+            (
+                *EMBEDDING,
+                *named(ATTENTION, "attention_norm"),
+                *fused(
+                    named(ATTENTION, "attention.q", "attention.k", "attention.v"),
+                    hf="model.layers.{layer}.self_attn.qkv_proj.weight",
+                ),
+                *named(ATTENTION, "attention.o"),
+                *named(FFN, "ffn_norm"),
+                *fused(named(FFN, "ffn.gate", "ffn.up"), hf="model.layers.{layer}.mlp.gate_up_proj.weight"),
+                *named(FFN, "ffn.down"),
+                *OUTPUT,
+            ),
+            "hf",
+            "native",
+        )
+    ),
+)

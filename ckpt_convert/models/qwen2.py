@@ -1,0 +1,51 @@
+"""Qwen2 and Qwen2.5: Llama's layout with biases on q, k and v.
+
+native: torchtune's converter for Qwen2, which has a place for the biases, reorders no rows (its Qwen rotates halves, as
+Hugging Face does) and leaves a tied output out. Meta and torchtitan have no layout for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ckpt_convert.models.config import base_dims
+from ckpt_convert.models.parts import ATTENTION, EMBEDDING, FFN, OUTPUT, columns, half
+from ckpt_convert.models.table import Family, Key, Row
+
+QKV_BIAS = (
+    Row(
+        "attention.q.bias",
+        ("n_heads*head_dim",),
+        heads="n_heads",
+        hf=Key("model.layers.{layer}.self_attn.q_proj.bias", rope="half"),
+        native=Key("layers.{layer}.attn.q_proj.bias", rope="half"),
+    ),
+    Row(
+        "attention.k.bias",
+        ("n_kv_heads*head_dim",),
+        heads="n_kv_heads",
+        hf=Key("model.layers.{layer}.self_attn.k_proj.bias", rope="half"),
+        native=Key("layers.{layer}.attn.k_proj.bias", rope="half"),
+    ),
+    Row(
+        "attention.v.bias",
+        ("n_kv_heads*head_dim",),
+        hf=Key("model.layers.{layer}.self_attn.v_proj.bias"),
+        native=Key("layers.{layer}.attn.v_proj.bias"),
+    ),
+)
+
+
+def dims(config: Mapping[str, Any]) -> dict[str, int]:
+    """The symbols that the table's shapes are made of; absent key/value heads are 32, as in transformers."""
+    return base_dims(config, kv_heads_default=32)
+
+
+QWEN2 = Family(
+    name="qwen2",
+    title="Qwen2 and Qwen2.5",
+    model_types=("qwen2",),
+    dims=dims,
+    rows=columns(half((*EMBEDDING, *ATTENTION, *QKV_BIAS, *FFN, *OUTPUT)), "hf", "native"),
+)

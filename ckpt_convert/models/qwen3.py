@@ -1,0 +1,54 @@
+"""Qwen3, dense: Qwen2 with a norm over each head of q and k, a free head_dim, and biases only where the config says so.
+
+native: torchtune's converter for Qwen3; torchtitan: its state-dict adapter for qwen3. Neither reorders rows. A tied
+output is left out by native and written by torchtitan; Hugging Face's own releases do either, by size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ckpt_convert.models.config import CONFIG, base_dims, optional_bool
+from ckpt_convert.models.parts import ATTENTION, ATTENTION_BIAS, EMBEDDING, FFN, OUTPUT, half, named
+from ckpt_convert.models.qwen2 import QKV_BIAS
+from ckpt_convert.models.table import Family, Key, Row
+
+QK_NORM = (
+    Row(
+        "attention.q_norm",
+        ("head_dim",),
+        hf=Key("model.layers.{layer}.self_attn.q_norm.weight"),
+        native=Key("layers.{layer}.attn.q_norm.scale"),
+        torchtitan=Key("layers.{layer}.attention.q_norm.weight"),
+    ),
+    Row(
+        "attention.k_norm",
+        ("head_dim",),
+        hf=Key("model.layers.{layer}.self_attn.k_norm.weight"),
+        native=Key("layers.{layer}.attn.k_norm.scale"),
+        torchtitan=Key("layers.{layer}.attention.k_norm.weight"),
+    ),
+)
+
+QKVO_BIAS = (
+    *(row.replace(when="attention_bias") for row in QKV_BIAS),
+    *named(ATTENTION_BIAS, "attention.o.bias"),
+)
+
+
+def dims(config: Mapping[str, Any]) -> dict[str, int]:
+    """The symbols that the table's shapes are made of; head_dim is 128 and key/value heads 32 where absent."""
+    return {
+        **base_dims({"head_dim": 128, **config}, kv_heads_default=32),
+        "attention_bias": int(optional_bool(config, "attention_bias", CONFIG, False)),
+    }
+
+
+QWEN3 = Family(
+    name="qwen3",
+    title="Qwen3, dense",
+    model_types=("qwen3",),
+    dims=dims,
+    rows=half((*EMBEDDING, *ATTENTION, *QK_NORM, *QKVO_BIAS, *FFN, *OUTPUT)),
+)

@@ -1,0 +1,45 @@
+"""Reward models and other classifiers of texts: Llama and Mistral with a score for each label in place of lm_head.
+
+hf: what transformers saves of ``LlamaForSequenceClassification`` and its like; some trainers add a bias to the score,
+which transformers leaves unused. native: torchtune's converter for reward models, whose output layer is the score.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ckpt_convert.models.config import CONFIG, optional_int, optional_mapping
+from ckpt_convert.models.llama import LLAMA
+from ckpt_convert.models.mistral import MISTRAL
+from ckpt_convert.models.parts import columns
+from ckpt_convert.models.table import Family, Key, Row
+
+_SCORE = (
+    Row("score", ("n_labels", "dim"), hf=Key("score.weight"), native=Key("output.weight")),
+    Row("score.bias", ("n_labels",), optional=True, hf=Key("score.bias")),
+)
+
+
+def _labels(config: Mapping[str, Any]) -> int:
+    """How many labels there are: transformers takes two where the config does not say."""
+    named = optional_mapping(config, "id2label", CONFIG)
+    return len(named) or optional_int(config, "num_labels", CONFIG, 2)
+
+
+def _reward(model: Family, title: str, architecture: str) -> Family:
+    def dims(config: Mapping[str, Any]) -> dict[str, int]:
+        return {**model.dims(config), "n_labels": _labels(config), "tied": 0}
+
+    return model.replace(
+        name=f"{model.name}_reward",
+        title=title,
+        architectures=(architecture,),
+        dims=dims,
+        params=None,
+        rows=lambda rows: (*columns((row for row in rows if row.name != "output"), "hf", "native"), *_SCORE),
+    )
+
+
+LLAMA_REWARD = _reward(LLAMA, "Llama as a reward model or classifier", "LlamaForSequenceClassification")
+MISTRAL_REWARD = _reward(MISTRAL, "Mistral as a reward model or classifier", "MistralForSequenceClassification")

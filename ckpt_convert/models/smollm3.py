@@ -1,0 +1,20 @@
+"""SmolLM3: Llama's layout, key for key; which layers do not rotate is in the config only.
+
+hf: what transformers saves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ckpt_convert.models import llama_config
+from ckpt_convert.models.granite import GRANITE
+
+
+def dims(config: Mapping[str, Any]) -> dict[str, int]:
+    """The symbols that the table's shapes are made of; tied, and 4 key/value heads, where the config does not say."""
+    return llama_config.dims({"num_key_value_heads": 4, "tie_word_embeddings": True, **config})
+
+
+SMOLLM3 = GRANITE.replace(name="smollm3", title="SmolLM3", model_types=("smollm3",), dims=dims)
