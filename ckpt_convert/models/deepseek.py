@@ -1,0 +1,330 @@
+"""DeepSeek-V2 and V3, and what took over V3's architecture: Kimi K2.
+
+Attention is over a latent (MLA): queries, keys and values come from small projections, q_a and kv_a, and from q_b and
+kv_b, which open them again for every head. kv_a also holds the one key part that rotates (qk_rope_head_dim rows); q_b
+has its rotating rows at the end of every head, kv_b the rows of a head's value after those of its key. RoPE turns
+neighbouring rows in every layout, so nothing is reordered. The first layers are dense; then every layer has routed
+experts beside shared ones. Layers after the last one predict further tokens (MTP).
+
+hf: what transformers saves for deepseek_v2 and deepseek_v3, and for MTP what its MtpModel reads and the releases store;
+torchtitan: its state-dict adapter for deepseek_v3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ckpt_convert.models.config import (
+    CONFIG,
+    base_dims,
+    optional_bool,
+    optional_count,
+    optional_int,
+    optional_str,
+    require_int,
+)
+from ckpt_convert.models.experts import DENSE_FFN, EXPERTS, INDICES, NORM, ROUTER, split
+from ckpt_convert.models.parts import ATTENTION as PLAIN_ATTENTION
+from ckpt_convert.models.parts import EMBEDDING, OUTPUT, columns, named
+from ckpt_convert.models.table import Family, Key, Row
+
+ATTENTION = (
+    *named(PLAIN_ATTENTION, "attention_norm"),
+    Row(
+        "attention.q_a",
+        ("q_rank", "dim"),
+        when="q_rank",
+        hf=Key("model.layers.{layer}.self_attn.q_a_proj.weight"),
+        torchtitan=Key("layers.{layer}.attention.wq_a.weight"),
+    ),
+    Row(
+        "attention.q_norm",
+        ("q_rank",),
+        when="q_rank",
+        hf=Key("model.layers.{layer}.self_attn.q_a_layernorm.weight"),
+        torchtitan=Key("layers.{layer}.attention.q_norm.weight"),
+    ),
+    Row(
+        "attention.q_b",
+        ("n_heads*qk_dim", "q_rank"),
+        when="q_rank",
+        hf=Key("model.layers.{layer}.self_attn.q_b_proj.weight"),
+        torchtitan=Key("layers.{layer}.attention.wq_b.weight"),
+    ),
+    # Smaller models have no latent for queries.
+    Row(
+        "attention.q",
+        ("n_heads*qk_dim", "dim"),
+        when="whole_q",
+        hf=Key("model.layers.{layer}.self_attn.q_proj.weight"),
+        torchtitan=Key("layers.{layer}.attention.wq.weight"),
+    ),
+    Row(
+        "attention.kv_a",
+        ("kv_a_dim", "dim"),
+        hf=Key("model.layers.{layer}.self_attn.kv_a_proj_with_mqa.weight"),
+        torchtitan=Key("layers.{layer}.attention.wkv_a.weight"),
+    ),
+    Row(
+        "attention.kv_norm",
+        ("kv_rank",),
+        hf=Key("model.layers.{layer}.self_attn.kv_a_layernorm.weight"),
+        torchtitan=Key("layers.{layer}.attention.kv_norm.weight"),
+    ),
+    Row(
+        "attention.kv_b",
+        ("n_heads*kv_b_dim", "kv_rank"),
+        hf=Key("model.layers.{layer}.self_attn.kv_b_proj.weight"),
+        torchtitan=Key("layers.{layer}.attention.wkv_b.weight"),
+    ),
+    Row(
+        "attention.o",
+        ("dim", "n_heads*v_dim"),
+        hf=Key("model.layers.{layer}.self_attn.o_proj.weight"),
+        torchtitan=Key("layers.{layer}.attention.wo.weight"),
+    ),
+    Row(
+        "attention.q_a.bias",
+        ("q_rank",),
+        when="q_a_bias",
+        hf=Key("model.layers.{layer}.self_attn.q_a_proj.bias"),
+    ),
+    Row(
+        "attention.kv_a.bias",
+        ("kv_a_dim",),
+        when="attention_bias",
+        hf=Key("model.layers.{layer}.self_attn.kv_a_proj_with_mqa.bias"),
+    ),
+    Row("attention.o.bias", ("dim",), when="attention_bias", hf=Key("model.layers.{layer}.self_attn.o_proj.bias")),
+    Row(
+        "rotary.inv_freq",
+        ("rope_dim/2",),
+        derived=True,
+        hf=Key("model.layers.{layer}.self_attn.rotary_emb.inv_freq"),
+    ),
+)
+
+SHARED = (
+    Row(
+        "moe.shared.gate",
+        ("shared_dim", "dim"),
+        only="moe",
+        when="shared_dim",
+        hf=Key("model.layers.{layer}.mlp.shared_experts.gate_proj.weight"),
+        torchtitan=Key("layers.{layer}.moe.shared_experts.w1.weight"),
+    ),
+    Row(
+        "moe.shared.up",
+        ("shared_dim", "dim"),
+        only="moe",
+        when="shared_dim",
+        hf=Key("model.layers.{layer}.mlp.shared_experts.up_proj.weight"),
+        torchtitan=Key("layers.{layer}.moe.shared_experts.w3.weight"),
+    ),
+    Row(
+        "moe.shared.down",
+        ("dim", "shared_dim"),
+        only="moe",
+        when="shared_dim",
+        hf=Key("model.layers.{layer}.mlp.shared_experts.down_proj.weight"),
+        torchtitan=Key("layers.{layer}.moe.shared_experts.w2.weight"),
+    ),
+)
+
+BALANCE = (
+    Row(
+        "moe.balance",
+        ("n_experts",),
+        only="moe",
+        when="balanced",
+        hf=Key("model.layers.{layer}.mlp.gate.e_score_correction_bias"),
+        torchtitan=Key("layers.{layer}.moe.expert_bias_E"),
+    ),
+)
+"""What is added to the router's scores to choose experts, so that each has as much to do."""
+
+LAYER = (*ATTENTION, *NORM, *DENSE_FFN, *ROUTER, *BALANCE, *EXPERTS, *SHARED)
+
+MTP = (
+    Row(
+        "mtp.embedding_norm",
+        ("dim",),
+        only="mtp",
+        optional="mtp",
+        hf=Key("model.layers.{layer}.enorm.weight"),
+        torchtitan=Key("mtp_layers.{layer:mtp}.enorm.weight"),
+    ),
+    Row(
+        "mtp.hidden_norm",
+        ("dim",),
+        only="mtp",
+        optional="mtp",
+        hf=Key("model.layers.{layer}.hnorm.weight"),
+        torchtitan=Key("mtp_layers.{layer:mtp}.hnorm.weight"),
+    ),
+    Row(
+        "mtp.projection",
+        ("dim", "2*dim"),
+        only="mtp",
+        optional="mtp",
+        hf=Key("model.layers.{layer}.eh_proj.weight"),
+        torchtitan=Key("mtp_layers.{layer:mtp}.eh_proj.weight"),
+    ),
+    Row(
+        "mtp.norm",
+        ("dim",),
+        only="mtp",
+        optional="mtp",
+        hf=Key("model.layers.{layer}.shared_head.norm.weight"),
+        torchtitan=Key("mtp_layers.{layer:mtp}.mtp_norm.weight"),
+    ),
+    # Copies of the model's own embedding and output, for which torchtitan, and transformers, have no use.
+    Row(
+        "mtp.tok_embeddings",
+        ("vocab_size", "dim"),
+        only="mtp",
+        optional=True,
+        hf=Key("model.layers.{layer}.embed_tokens.weight"),
+    ),
+    Row(
+        "mtp.output",
+        ("vocab_size", "dim"),
+        only="mtp",
+        optional=True,
+        hf=Key("model.layers.{layer}.shared_head.head.weight"),
+    ),
+)
+"""What an MTP layer has besides a layer: hf counts it on from the model's layers, torchtitan by itself.
+
+transformers reads these layers but does not save them, so they may be absent, each as a whole.
+"""
+
+
+def _of_main(rows: Iterable[Row]) -> tuple[Row, ...]:
+    """The rows of the model's own layers."""
+    return tuple(row.replace(only=row.only or "main") for row in rows)
+
+
+def _of_mtp(rows: Iterable[Row]) -> tuple[Row, ...]:
+    """The same rows in the layers that predict further tokens."""
+    out = []
+    for row in rows:
+        torchtitan = row.torchtitan and row.torchtitan.replace(
+            template="mtp_" + row.torchtitan.template.replace("{layer}", "{layer:mtp}")
+        )
+        only = "mtp" if row.only is None else f"mtp_{row.only}"
+        optional = row.optional if row.derived else "mtp"
+        out.append(row.replace(name=f"mtp.{row.name}", only=only, optional=optional, torchtitan=torchtitan))
+    return tuple(out)
+
+
+def dims(config: Mapping[str, Any]) -> dict[str, int]:
+    """The symbols that the tables' shapes are made of; what is absent is as in transformers' DeepseekV3Config.
+
+    q_rank, kv_rank: the ranks of the latents (q_rank 0: queries have none). qk_dim: a head of the queries, the last
+    rope_dim rows of which rotate. v_dim: a head of the values. kv_a_dim: the rows of kv_a; kv_b_dim: a head's in kv_b.
+    """
+    return {
+        **_dims(config, n_experts=256, expert_dim=2048, n_shared=1),
+        "balanced": int(optional_str(config, "topk_method", CONFIG, "noaux_tc") == "noaux_tc"),
+        "n_all_layers": require_int(config, "num_hidden_layers", CONFIG) + _n_mtp(config),
+    }
+
+
+def dims_v2(config: Mapping[str, Any]) -> dict[str, int]:
+    """As ``dims``, but what is absent is as in transformers' DeepseekV2Config."""
+    return _dims(config, n_experts=64, expert_dim=1407, n_shared=2)
+
+
+def sets(config: Mapping[str, Any]) -> dict[str, list[int]]:
+    """The model's own layers and the MTP layers, and which of both have experts."""
+    n_layers = require_int(config, "num_hidden_layers", CONFIG)
+    main, mtp = range(n_layers), range(n_layers, n_layers + _n_mtp(config))
+    return {
+        "main": list(main),
+        **split(main, _with_experts(config, main, dense=3)),
+        "mtp": list(mtp),
+        **{f"mtp_{name}": at for name, at in split(mtp, _with_experts(config, mtp, dense=3)).items()},
+    }
+
+
+def sets_v2(config: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Which layers have experts."""
+    layers = range(require_int(config, "num_hidden_layers", CONFIG))
+    return split(layers, _with_experts(config, layers, dense=0))
+
+
+def _dims(config: Mapping[str, Any], *, n_experts: int, expert_dim: int, n_shared: int) -> dict[str, int]:
+    rope_dim = optional_int(config, "qk_rope_head_dim", CONFIG, 64)
+    nope_dim = optional_int(config, "qk_nope_head_dim", CONFIG, 128)
+    v_dim = optional_int(config, "v_head_dim", CONFIG, 128)
+    q_rank = _or_none(config, "q_lora_rank", 1536)
+    kv_rank = optional_int(config, "kv_lora_rank", CONFIG, 512)
+    width = optional_int(config, "moe_intermediate_size", CONFIG, expert_dim)
+    bias = int(optional_bool(config, "attention_bias", CONFIG, False))
+    return {
+        # MLA has no head_dim and no key/value heads of its own: what the config says of them counts for nothing.
+        **base_dims({**config, "head_dim": rope_dim, "num_key_value_heads": None}),
+        "rope_dim": rope_dim,
+        "qk_dim": nope_dim + rope_dim,
+        "v_dim": v_dim,
+        "q_rank": q_rank,
+        "whole_q": int(not q_rank),
+        "kv_rank": kv_rank,
+        "kv_a_dim": kv_rank + rope_dim,
+        "kv_b_dim": nope_dim + v_dim,
+        "attention_bias": bias,
+        "q_a_bias": int(bias and q_rank > 0),
+        "n_experts": _or_none(config, "n_routed_experts", n_experts),
+        "expert_dim": width,
+        "shared_dim": width * _or_none(config, "n_shared_experts", n_shared),
+    }
+
+
+def _n_mtp(config: Mapping[str, Any]) -> int:
+    return optional_count(config, "num_nextn_predict_layers", CONFIG, 1)
+
+
+def _with_experts(config: Mapping[str, Any], layers: range, *, dense: int) -> list[int]:
+    """Those of the layers that have experts: every moe_layer_freq-th after the first that are dense."""
+    first = optional_count(config, "first_k_dense_replace", CONFIG, dense)
+    step = optional_int(config, "moe_layer_freq", CONFIG, 1)
+    if not _or_none(config, "n_routed_experts", 1):
+        return []
+    return [at for at in layers if at >= first and at % step == 0]
+
+
+def _or_none(config: Mapping[str, Any], key: str, default: int) -> int:
+    """The number under ``key``, 0 where it is null: none; ``default`` where there is no such key."""
+    return 0 if key in config and config[key] is None else optional_count(config, key, CONFIG, default)
+
+
+DEEPSEEK_V3 = Family(
+    name="deepseek_v3",
+    title="DeepSeek-V3 and R1",
+    model_types=("deepseek_v3",),
+    dims=dims,
+    sets=sets,
+    indices={"layer": "n_all_layers", "expert": "n_experts"},
+    rows=columns((*EMBEDDING, *_of_main(LAYER), *_of_mtp(LAYER), *MTP, *OUTPUT), "hf", "torchtitan"),
+)
+
+DEEPSEEK_V2 = Family(
+    name="deepseek_v2",
+    title="DeepSeek-V2",
+    model_types=("deepseek_v2",),
+    dims=dims_v2,
+    sets=sets_v2,
+    indices=INDICES,
+    rows=columns((*EMBEDDING, *ATTENTION, *NORM, *DENSE_FFN, *ROUTER, *EXPERTS, *SHARED, *OUTPUT), "hf"),
+)
+
+KIMI_K2 = DEEPSEEK_V3.replace(
+    name="kimi_k2",
+    title="Kimi K2",
+    model_types=("kimi_k2",),
+    unverified={
+        "hf": "transformers has no kimi_k2 of its own; the releases' config.json names DeepSeek-V3's code",
+    },
+)

@@ -1,0 +1,130 @@
+"""gpt-oss: attention with biases and a learned sink for each head, and experts with biases in every layer.
+
+A layer's experts are one tensor in every layout, and so are an expert's gate and up: their rows take turns (gate 0,
+up 0, gate 1, …). hf: what transformers saves for gpt_oss, [experts, in, out]; the releases hold the experts as MXFP4,
+which stands for these tensors. torchtitan: the parameters of its gpt_oss, [experts, out, in].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ckpt_convert.models.config import CONFIG, base_dims, optional_bool, optional_int
+from ckpt_convert.models.experts import LOAD_BALANCE, NORM
+from ckpt_convert.models.parts import ATTENTION, EMBEDDING, OUTPUT, columns, half
+from ckpt_convert.models.table import Family, Key, Row
+
+ATTENTION_BIAS = (
+    Row(
+        "attention.q.bias",
+        ("n_heads*head_dim",),
+        heads="n_heads",
+        when="attention_bias",
+        hf=Key("model.layers.{layer}.self_attn.q_proj.bias", rope="half"),
+        torchtitan=Key("layers.{layer}.attention.qkv_linear.wq.bias", rope="half"),
+    ),
+    Row(
+        "attention.k.bias",
+        ("n_kv_heads*head_dim",),
+        heads="n_kv_heads",
+        when="attention_bias",
+        hf=Key("model.layers.{layer}.self_attn.k_proj.bias", rope="half"),
+        torchtitan=Key("layers.{layer}.attention.qkv_linear.wk.bias", rope="half"),
+    ),
+    Row(
+        "attention.v.bias",
+        ("n_kv_heads*head_dim",),
+        when="attention_bias",
+        hf=Key("model.layers.{layer}.self_attn.v_proj.bias"),
+        torchtitan=Key("layers.{layer}.attention.qkv_linear.wv.bias"),
+    ),
+    Row(
+        "attention.o.bias",
+        ("dim",),
+        when="attention_bias",
+        hf=Key("model.layers.{layer}.self_attn.o_proj.bias"),
+        torchtitan=Key("layers.{layer}.attention.wo.bias"),
+    ),
+)
+
+SINKS = (
+    Row(
+        "attention.sinks",
+        ("n_heads",),
+        hf=Key("model.layers.{layer}.self_attn.sinks"),
+        torchtitan=Key("layers.{layer}.attention.sinks"),
+    ),
+)
+
+EXPERTS = (
+    Row(
+        "moe.router",
+        ("n_experts", "dim"),
+        hf=Key("model.layers.{layer}.mlp.router.weight"),
+        torchtitan=Key("layers.{layer}.moe.router.gate.weight"),
+    ),
+    Row(
+        "moe.router.bias",
+        ("n_experts",),
+        hf=Key("model.layers.{layer}.mlp.router.bias"),
+        torchtitan=Key("layers.{layer}.moe.router.gate.bias"),
+    ),
+    Row(
+        "moe.experts.gate_up",
+        ("n_experts", "2*ffn_dim", "dim"),
+        hf=Key("model.layers.{layer}.mlp.experts.gate_up_proj", transposed=True),
+        torchtitan=Key("layers.{layer}.moe.routed_experts.inner_experts.mlp1_weight_EGD"),
+    ),
+    Row(
+        "moe.experts.gate_up.bias",
+        ("n_experts", "2*ffn_dim"),
+        hf=Key("model.layers.{layer}.mlp.experts.gate_up_proj_bias"),
+        torchtitan=Key("layers.{layer}.moe.routed_experts.inner_experts.mlp1_bias_EG"),
+    ),
+    Row(
+        "moe.experts.down",
+        ("n_experts", "dim", "ffn_dim"),
+        hf=Key("model.layers.{layer}.mlp.experts.down_proj", transposed=True),
+        torchtitan=Key("layers.{layer}.moe.routed_experts.inner_experts.mlp2_weight_EDF"),
+    ),
+    Row(
+        "moe.experts.down.bias",
+        ("n_experts", "dim"),
+        hf=Key("model.layers.{layer}.mlp.experts.down_proj_bias"),
+        torchtitan=Key("layers.{layer}.moe.routed_experts.inner_experts.mlp2_bias_ED"),
+    ),
+)
+
+
+def dims(config: Mapping[str, Any]) -> dict[str, int]:
+    """The symbols that the table's shapes are made of; what is absent is as in transformers."""
+    return {
+        **base_dims({"head_dim": 64, **config}, kv_heads_default=8),
+        "attention_bias": int(optional_bool(config, "attention_bias", CONFIG, True)),
+        "n_experts": optional_int(config, "num_local_experts", CONFIG, 128),
+    }
+
+
+GPT_OSS = Family(
+    name="gpt_oss",
+    title="gpt-oss",
+    model_types=("gpt_oss",),
+    dims=dims,
+    rows=columns(
+        half(
+            (
+                *EMBEDDING,
+                *ATTENTION,
+                *ATTENTION_BIAS,
+                *SINKS,
+                *NORM,
+                *EXPERTS,
+                *(row.replace(only=None) for row in LOAD_BALANCE),
+                *OUTPUT,
+            )
+        ),
+        "hf",
+        "torchtitan",
+    ),
+)

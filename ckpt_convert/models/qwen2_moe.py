@@ -1,0 +1,80 @@
+"""Qwen1.5 and Qwen2 with experts: Qwen2's attention, and experts beside one shared expert behind a gate of its own.
+
+hf: what transformers saves for qwen2_moe. Nobody else has a layout for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ckpt_convert.models import experts
+from ckpt_convert.models.config import CONFIG, base_dims, optional_bool, optional_count, optional_int
+from ckpt_convert.models.experts import DENSE_FFN, EXPERTS, INDICES, NORM, ROUTER
+from ckpt_convert.models.parts import ATTENTION, EMBEDDING, OUTPUT, columns, half
+from ckpt_convert.models.qwen2 import QKV_BIAS
+from ckpt_convert.models.table import Family, Key, Row
+
+SHARED = (
+    Row(
+        "moe.shared.gate",
+        ("shared_dim", "dim"),
+        only="moe",
+        hf=Key("model.layers.{layer}.mlp.shared_expert.gate_proj.weight"),
+    ),
+    Row(
+        "moe.shared.up",
+        ("shared_dim", "dim"),
+        only="moe",
+        hf=Key("model.layers.{layer}.mlp.shared_expert.up_proj.weight"),
+    ),
+    Row(
+        "moe.shared.down",
+        ("dim", "shared_dim"),
+        only="moe",
+        hf=Key("model.layers.{layer}.mlp.shared_expert.down_proj.weight"),
+    ),
+    Row("moe.shared.weight", ("1", "dim"), only="moe", hf=Key("model.layers.{layer}.mlp.shared_expert_gate.weight")),
+)
+
+
+def dims(config: Mapping[str, Any]) -> dict[str, int]:
+    """The symbols that the table's shapes are made of; what is absent is as in transformers."""
+    return {
+        **base_dims(config, kv_heads_default=16),
+        "qkv_bias": int(optional_bool(config, "qkv_bias", CONFIG, True)),
+        "n_experts": optional_count(config, "num_experts", CONFIG, 60),
+        "expert_dim": optional_int(config, "moe_intermediate_size", CONFIG, 1408),
+        "shared_dim": optional_int(config, "shared_expert_intermediate_size", CONFIG, 5632),
+    }
+
+
+def sets(config: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Which layers have experts: by decoder_sparse_step and mlp_only_layers."""
+    return experts.by_step(config, optional_count(config, "num_experts", CONFIG, 60))
+
+
+QWEN2_MOE = Family(
+    name="qwen2_moe",
+    title="Qwen1.5 and Qwen2 with experts",
+    model_types=("qwen2_moe",),
+    dims=dims,
+    sets=sets,
+    indices=INDICES,
+    rows=columns(
+        half(
+            (
+                *EMBEDDING,
+                *ATTENTION,
+                *(row.replace(when="qkv_bias") for row in QKV_BIAS),
+                *NORM,
+                *DENSE_FFN,
+                *ROUTER,
+                *EXPERTS,
+                *SHARED,
+                *OUTPUT,
+            )
+        ),
+        "hf",
+    ),
+)

@@ -1,0 +1,73 @@
+"""Qwen3 with experts: the attention of Qwen3, and in most layers a router with experts in place of the feed-forward.
+
+hf: what transformers saves for qwen3_moe; torchtitan: its state-dict adapter for qwen3, which reorders no rows either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ckpt_convert.errors import ConfigError
+from ckpt_convert.models import experts
+from ckpt_convert.models.config import CONFIG, base_dims, optional_bool, optional_count, optional_int
+from ckpt_convert.models.experts import DENSE_FFN, EXPERTS, INDICES, LOAD_BALANCE, NORM, ROUTER
+from ckpt_convert.models.parts import ATTENTION, EMBEDDING, OUTPUT, columns, half
+from ckpt_convert.models.qwen3 import QK_NORM, QKVO_BIAS
+from ckpt_convert.models.table import Family
+
+
+def n_experts(config: Mapping[str, Any]) -> int:
+    """The number of experts: num_experts, or num_local_experts, as transformers 5 saves it.
+
+    Raises ConfigError where there are both and they differ.
+    """
+    names = [name for name in ("num_experts", "num_local_experts") if config.get(name) is not None]
+    found = {optional_count(config, name, CONFIG, 128) for name in names} or {128}
+    if len(found) > 1:
+        said = " and ".join(str(config[name]) for name in names)
+        raise ConfigError(f"{CONFIG}: {' and '.join(names)} must be one number, found {said}; correct {CONFIG}")
+    return found.pop()
+
+
+def dims(config: Mapping[str, Any]) -> dict[str, int]:
+    """The symbols that the table's shapes are made of; what is absent is as in transformers."""
+    return {
+        **base_dims(config, kv_heads_default=4),
+        "attention_bias": int(optional_bool(config, "attention_bias", CONFIG, False)),
+        "n_experts": n_experts(config),
+        "expert_dim": optional_int(config, "moe_intermediate_size", CONFIG, 768),
+    }
+
+
+def sets(config: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Which layers have experts: by decoder_sparse_step and mlp_only_layers."""
+    return experts.by_step(config, n_experts(config))
+
+
+QWEN3_MOE = Family(
+    name="qwen3_moe",
+    title="Qwen3 with experts",
+    model_types=("qwen3_moe",),
+    dims=dims,
+    sets=sets,
+    indices=INDICES,
+    rows=columns(
+        half(
+            (
+                *EMBEDDING,
+                *ATTENTION,
+                *QK_NORM,
+                *QKVO_BIAS,
+                *NORM,
+                *DENSE_FFN,
+                *ROUTER,
+                *EXPERTS,
+                *LOAD_BALANCE,
+                *OUTPUT,
+            )
+        ),
+        "hf",
+        "torchtitan",
+    ),
+)
