@@ -1,0 +1,163 @@
+"""CLIP's text encoder, alone or in a whole CLIP model.
+
+hf: transformers' CLIPModel and CLIPTextModel; native: torchtune's CLIPTextEncoder, with the keys of its converter.
+Native has no place for what is not the text encoder (the vision tower, the projections, logit_scale) nor for the
+numbers of positions that older releases stored: these are carried. Nothing rotates: positions are an embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ckpt_convert.models.config import CONFIG, optional_int, optional_mapping
+from ckpt_convert.models.table import Family, Key, Row
+
+
+def dims(config: Mapping[str, Any]) -> dict[str, int]:
+    """The sizes in a CLIP config.json, or in that of its text model alone (then there is no vision tower).
+
+    Defaults are those of transformers' CLIPTextConfig, CLIPVisionConfig and CLIPConfig. A ``text_config_dict``, which
+    old releases have beside text_config, wins over it, as in transformers.
+    """
+    text, where = config, CONFIG
+    if config.get("model_type") == "clip":
+        text, where = _part(config, "text_config")
+    sizes = {
+        "vocab_size": optional_int(text, "vocab_size", where, 49408),
+        "n_positions": optional_int(text, "max_position_embeddings", where, 77),
+        "dim": optional_int(text, "hidden_size", where, 512),
+        "n_layers": optional_int(text, "num_hidden_layers", where, 12),
+        "n_heads": optional_int(text, "num_attention_heads", where, 8),
+        "ffn_dim": optional_int(text, "intermediate_size", where, 2048),
+        "projection_dim": optional_int(config, "projection_dim", CONFIG, 512),
+        "tied": 0,
+    }
+    return {**sizes, **_vision(config)}
+
+
+def _part(config: Mapping[str, Any], key: str) -> tuple[Mapping[str, Any], str]:
+    """A part of a CLIP config and what messages call it."""
+    old = f"{key}_dict"
+    name = old if config.get(old) is not None else key
+    return optional_mapping(config, name, CONFIG), f"{CONFIG}: {name}"
+
+
+def _vision(config: Mapping[str, Any]) -> dict[str, int]:
+    if config.get("model_type") != "clip":
+        return {"vision": 0, "n_vision_layers": 0}
+    vision, where = _part(config, "vision_config")
+    patch = optional_int(vision, "patch_size", where, 32)
+    return {
+        "vision": 1,
+        "n_vision_layers": optional_int(vision, "num_hidden_layers", where, 12),
+        "vision_dim": optional_int(vision, "hidden_size", where, 768),
+        "vision_ffn_dim": optional_int(vision, "intermediate_size", where, 3072),
+        "channels": optional_int(vision, "num_channels", where, 3),
+        "patch_size": patch,
+        "n_patches": (optional_int(vision, "image_size", where, 224) // patch) ** 2 + 1,
+    }
+
+
+def _affine(name: str, shape: tuple[str, ...], hf: str, native: str | None = None, **settings: Any) -> tuple[Row, Row]:
+    """A weight and its bias."""
+    return (
+        Row(name, shape, hf=Key(f"{hf}.weight"), native=Key(f"{native}.weight") if native else None, **settings),
+        Row(
+            f"{name}.bias",
+            shape[:1],
+            hf=Key(f"{hf}.bias"),
+            native=Key(f"{native}.bias") if native else None,
+            **settings,
+        ),
+    )
+
+
+_HF = "text_model.encoder.layers.{layer}"
+_VISION = "vision_model.encoder.layers.{vision_layer}"
+_CARRIED: dict[str, Any] = {"when": "vision", "optional": True}
+_LAYER: dict[str, Any] = {"when": "vision", "optional": "vision"}  # all of a layer, or nothing
+
+_TEXT = (
+    Row(
+        "tok_embeddings",
+        ("vocab_size", "dim"),
+        hf=Key("text_model.embeddings.token_embedding.weight"),
+        native=Key("token_embedding.weight"),
+    ),
+    Row(
+        "position_embedding",
+        ("n_positions", "dim"),
+        hf=Key("text_model.embeddings.position_embedding.weight"),
+        native=Key("position_embedding"),
+    ),
+    Row("position_ids", ("1", "n_positions"), derived=True, hf=Key("text_model.embeddings.position_ids")),
+    *_affine("attention_norm", ("dim",), f"{_HF}.layer_norm1", "layers.{layer}.sa_norm"),
+    *_affine("attention.q", ("dim", "dim"), f"{_HF}.self_attn.q_proj", "layers.{layer}.attn.q_proj"),
+    *_affine("attention.k", ("dim", "dim"), f"{_HF}.self_attn.k_proj", "layers.{layer}.attn.k_proj"),
+    *_affine("attention.v", ("dim", "dim"), f"{_HF}.self_attn.v_proj", "layers.{layer}.attn.v_proj"),
+    *_affine("attention.o", ("dim", "dim"), f"{_HF}.self_attn.out_proj", "layers.{layer}.attn.output_proj"),
+    *_affine("ffn_norm", ("dim",), f"{_HF}.layer_norm2", "layers.{layer}.mlp_norm"),
+    *_affine("ffn.up", ("ffn_dim", "dim"), f"{_HF}.mlp.fc1", "layers.{layer}.mlp.w1"),
+    *_affine("ffn.down", ("dim", "ffn_dim"), f"{_HF}.mlp.fc2", "layers.{layer}.mlp.w2"),
+    *_affine("norm", ("dim",), "text_model.final_layer_norm", "final_norm"),
+)
+
+_REST = (
+    Row("projection", ("projection_dim", "dim"), optional=True, hf=Key("text_projection.weight")),
+    Row("logit_scale", (), **_CARRIED, hf=Key("logit_scale")),
+    Row("vision.class", ("vision_dim",), **_CARRIED, hf=Key("vision_model.embeddings.class_embedding")),
+    Row(
+        "vision.patch",
+        ("vision_dim", "channels", "patch_size", "patch_size"),
+        **_CARRIED,
+        hf=Key("vision_model.embeddings.patch_embedding.weight"),
+    ),
+    Row(
+        "vision.position_embedding",
+        ("n_patches", "vision_dim"),
+        **_CARRIED,
+        hf=Key("vision_model.embeddings.position_embedding.weight"),
+    ),
+    Row(
+        "vision.position_ids",
+        ("1", "n_patches"),
+        when="vision",
+        derived=True,
+        hf=Key("vision_model.embeddings.position_ids"),
+    ),
+    *_affine("vision.pre_norm", ("vision_dim",), "vision_model.pre_layrnorm", **_CARRIED),  # spelt so there
+    *_affine("vision.attention_norm", ("vision_dim",), f"{_VISION}.layer_norm1", **_LAYER),
+    *_affine("vision.attention.q", ("vision_dim", "vision_dim"), f"{_VISION}.self_attn.q_proj", **_LAYER),
+    *_affine("vision.attention.k", ("vision_dim", "vision_dim"), f"{_VISION}.self_attn.k_proj", **_LAYER),
+    *_affine("vision.attention.v", ("vision_dim", "vision_dim"), f"{_VISION}.self_attn.v_proj", **_LAYER),
+    *_affine("vision.attention.o", ("vision_dim", "vision_dim"), f"{_VISION}.self_attn.out_proj", **_LAYER),
+    *_affine("vision.ffn_norm", ("vision_dim",), f"{_VISION}.layer_norm2", **_LAYER),
+    *_affine("vision.ffn.up", ("vision_ffn_dim", "vision_dim"), f"{_VISION}.mlp.fc1", **_LAYER),
+    *_affine("vision.ffn.down", ("vision_dim", "vision_ffn_dim"), f"{_VISION}.mlp.fc2", **_LAYER),
+    *_affine("vision.norm", ("vision_dim",), "vision_model.post_layernorm", **_CARRIED),
+    Row("vision.projection", ("projection_dim", "vision_dim"), **_CARRIED, hf=Key("visual_projection.weight")),
+)
+
+CLIP = Family(
+    name="clip",
+    title="CLIP's text encoder, also in a whole CLIP model",
+    model_types=("clip", "clip_text_model"),
+    rows=(*_TEXT, *_REST),
+    dims=dims,
+    indices={"layer": "n_layers", "vision_layer": "n_vision_layers"},
+)
+
+
+def _bare(row: Row) -> Row:
+    """The row as the text model writes it that transformers 5 saves by itself: without ``text_model.``."""
+    return row.replace(hf=row.hf and row.hf.replace(template=row.hf.template.removeprefix("text_model.")))
+
+
+CLIP_TEXT = CLIP.replace(
+    name="clip_text",
+    title="CLIP's text encoder as transformers 5 saves it alone",
+    model_types=("clip_text_model",),
+    rows=tuple(map(_bare, _TEXT)),
+    indices={"layer": "n_layers"},
+)

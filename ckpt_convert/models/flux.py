@@ -1,0 +1,165 @@
+"""Flux's transformer.
+
+hf: diffusers' FluxTransformer2DModel (the ``transformer`` folder); torchtitan: its state-dict adapter for Flux, which
+fuses q, k and v, in the single blocks with the first half of the feed-forward layer. Both rotate neighbouring rows. The
+last norm's shift and scale lie in one tensor, scale first in diffusers, shift first in torchtitan, which follows the
+code that Flux was published with. torchtitan has no place for the guidance embedding of FLUX.1-dev: it is carried.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ckpt_convert.models.config import CONFIG, optional_bool, optional_int
+from ckpt_convert.models.table import Family, Key, Row
+
+
+def dims(config: Mapping[str, Any]) -> dict[str, int]:
+    """The sizes in diffusers' config.json; defaults are those of FluxTransformer2DModel."""
+    n_heads = optional_int(config, "num_attention_heads", CONFIG, 24)
+    head_dim = optional_int(config, "attention_head_dim", CONFIG, 128)
+    channels = optional_int(config, "in_channels", CONFIG, 64)
+    return {
+        "dim": n_heads * head_dim,
+        "n_heads": n_heads,
+        "head_dim": head_dim,
+        "ffn_dim": 4 * n_heads * head_dim,
+        "n_layers": optional_int(config, "num_layers", CONFIG, 19),
+        "n_single_layers": optional_int(config, "num_single_layers", CONFIG, 38),
+        "channels": channels,
+        "out_channels": optional_int(config, "out_channels", CONFIG, channels),
+        "patch_size": optional_int(config, "patch_size", CONFIG, 1),
+        "text_dim": optional_int(config, "joint_attention_dim", CONFIG, 4096),
+        "pooled_dim": optional_int(config, "pooled_projection_dim", CONFIG, 768),
+        "guidance": int(optional_bool(config, "guidance_embeds", CONFIG, False)),
+        "tied": 0,
+    }
+
+
+def _affine(
+    name: str, shape: tuple[str, ...], hf: str, torchtitan: str | None, fused: int | None = None, **settings: Any
+) -> tuple[Row, Row]:
+    """A weight and its bias."""
+    return (
+        Row(
+            name,
+            shape,
+            **settings,
+            hf=Key(f"{hf}.weight"),
+            torchtitan=Key(f"{torchtitan}.weight", fused=fused) if torchtitan else None,
+        ),
+        Row(
+            f"{name}.bias",
+            shape[:1],
+            **settings,
+            hf=Key(f"{hf}.bias"),
+            torchtitan=Key(f"{torchtitan}.bias", fused=fused) if torchtitan else None,
+        ),
+    )
+
+
+def _embedder(name: str, size: str, hf: str, torchtitan: str | None, **settings: Any) -> tuple[Row, ...]:
+    """Two layers that make a vector of the model's width."""
+    first, second = (f"{torchtitan}.in_layer", f"{torchtitan}.out_layer") if torchtitan else (None, None)
+    return (
+        *_affine(f"{name}.in", ("dim", size), f"time_text_embed.{hf}.linear_1", first, **settings),
+        *_affine(f"{name}.out", ("dim", "dim"), f"time_text_embed.{hf}.linear_2", second, **settings),
+    )
+
+
+def _stream(name: str, torchtitan: str, hf: Mapping[str, str]) -> tuple[Row, ...]:
+    """One of the two streams of a double block, whose tokens attend to both."""
+    here, there = "transformer_blocks.{layer}", f"double_blocks.{{layer}}.{torchtitan}"
+    square = ("dim", "dim")
+    return (
+        *_affine(f"{name}.modulation", ("6*dim", "dim"), f"{here}.{hf['norm']}.linear", f"{there}_mod.lin"),
+        *_affine(f"{name}.attention.q", square, f"{here}.attn.{hf['q']}", f"{there}_attn.qkv", fused=0),
+        *_affine(f"{name}.attention.k", square, f"{here}.attn.{hf['k']}", f"{there}_attn.qkv", fused=0),
+        *_affine(f"{name}.attention.v", square, f"{here}.attn.{hf['v']}", f"{there}_attn.qkv", fused=0),
+        Row(
+            f"{name}.attention.q_norm",
+            ("head_dim",),
+            hf=Key(f"{here}.attn.{hf['q_norm']}.weight"),
+            torchtitan=Key(f"{there}_attn.norm.query_norm.weight"),
+        ),
+        Row(
+            f"{name}.attention.k_norm",
+            ("head_dim",),
+            hf=Key(f"{here}.attn.{hf['k_norm']}.weight"),
+            torchtitan=Key(f"{there}_attn.norm.key_norm.weight"),
+        ),
+        *_affine(f"{name}.attention.o", square, f"{here}.attn.{hf['o']}", f"{there}_attn.proj"),
+        *_affine(f"{name}.ffn.up", ("ffn_dim", "dim"), f"{here}.{hf['ffn']}.net.0.proj", f"{there}_mlp.0"),
+        *_affine(f"{name}.ffn.down", ("dim", "ffn_dim"), f"{here}.{hf['ffn']}.net.2", f"{there}_mlp.2"),
+    )
+
+
+_IMAGE = {
+    "norm": "norm1", "q": "to_q", "k": "to_k", "v": "to_v", "q_norm": "norm_q", "k_norm": "norm_k", "o": "to_out.0",
+    "ffn": "ff",
+}  # fmt: skip
+_TEXT = {
+    "norm": "norm1_context", "q": "add_q_proj", "k": "add_k_proj", "v": "add_v_proj", "q_norm": "norm_added_q",
+    "k_norm": "norm_added_k", "o": "to_add_out", "ffn": "ff_context",
+}  # fmt: skip
+_HF, _TITAN = "single_transformer_blocks.{single}", "single_blocks.{single}"
+
+
+def _last(name: str, place: int) -> tuple[Row, Row]:
+    """Half of the last norm's modulation, at its place in diffusers' tensor."""
+    hf, torchtitan = "norm_out.linear", "final_layer.adaLN_modulation.1"
+    return (
+        Row(
+            name,
+            ("dim", "dim"),
+            hf=Key(f"{hf}.weight", fused=0, place=place),
+            torchtitan=Key(f"{torchtitan}.weight", fused=0),
+        ),
+        Row(
+            f"{name}.bias",
+            ("dim",),
+            hf=Key(f"{hf}.bias", fused=0, place=place),
+            torchtitan=Key(f"{torchtitan}.bias", fused=0),
+        ),
+    )
+
+
+FLUX = Family(
+    name="flux",
+    title="FLUX.1's transformer (diffusers)",
+    model_types=("FluxTransformer2DModel",),
+    stem="diffusion_pytorch_model",
+    dims=dims,
+    indices={"layer": "n_layers", "single": "n_single_layers"},
+    rows=(
+        *_affine("image_in", ("dim", "channels"), "x_embedder", "img_in"),
+        *_affine("text_in", ("dim", "text_dim"), "context_embedder", "txt_in"),
+        *_embedder("time", "256", "timestep_embedder", "time_in"),
+        *_embedder("pooled_text", "pooled_dim", "text_embedder", "vector_in"),
+        *_embedder("guidance", "256", "guidance_embedder", None, when="guidance", optional=True),
+        *_stream("image", "img", _IMAGE),
+        *_stream("text", "txt", _TEXT),
+        *_affine("single.modulation", ("3*dim", "dim"), f"{_HF}.norm.linear", f"{_TITAN}.modulation.lin"),
+        *_affine("single.attention.q", ("dim", "dim"), f"{_HF}.attn.to_q", f"{_TITAN}.linear1", fused=0),
+        *_affine("single.attention.k", ("dim", "dim"), f"{_HF}.attn.to_k", f"{_TITAN}.linear1", fused=0),
+        *_affine("single.attention.v", ("dim", "dim"), f"{_HF}.attn.to_v", f"{_TITAN}.linear1", fused=0),
+        *_affine("single.ffn.up", ("ffn_dim", "dim"), f"{_HF}.proj_mlp", f"{_TITAN}.linear1", fused=0),
+        Row(
+            "single.attention.q_norm",
+            ("head_dim",),
+            hf=Key(f"{_HF}.attn.norm_q.weight"),
+            torchtitan=Key(f"{_TITAN}.norm.query_norm.weight"),
+        ),
+        Row(
+            "single.attention.k_norm",
+            ("head_dim",),
+            hf=Key(f"{_HF}.attn.norm_k.weight"),
+            torchtitan=Key(f"{_TITAN}.norm.key_norm.weight"),
+        ),
+        *_affine("single.out", ("dim", "5*dim"), f"{_HF}.proj_out", f"{_TITAN}.linear2"),
+        *_last("norm_out.shift", 1),
+        *_last("norm_out.scale", 0),
+        *_affine("output", ("patch_size*patch_size*out_channels", "dim"), "proj_out", "final_layer.linear"),
+    ),
+)

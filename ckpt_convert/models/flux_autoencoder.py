@@ -1,0 +1,261 @@
+"""The image autoencoder of Flux.
+
+Two layouts are in use at Hugging Face. hf of ``flux_autoencoder``: the single file ``ae.safetensors`` as Black Forest
+Labs published it, with the keys of their code and without a config; hf of ``flux_vae``: diffusers'
+AutoencoderKL (the ``vae`` folder). native: torchtune's FluxAutoencoder, with the keys of its converter. The attention's
+projections are 1×1 convolutions in the first layout, matrices in the others. The decoder's levels are numbered from the
+image on in the first, against the order in which they run, and from the latent on in the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ckpt_convert.errors import ConfigError
+from ckpt_convert.models.config import CONFIG, optional_int
+from ckpt_convert.models.table import Family, Key, Row
+
+LEVELS = 4
+RESNETS = 2
+"""Of a level of the encoder; the decoder has one more."""
+
+CHANNELS = [128, 256, 512, 512]
+"""FLUX.1's."""
+
+
+def dims(config: Mapping[str, Any]) -> dict[str, int]:
+    """The sizes in diffusers' config.json of an AutoencoderKL; what it does not say is as in FLUX.1.
+
+    Raises ConfigError for another number of levels or blocks than Flux has.
+    """
+    channels = config.get("block_out_channels", CHANNELS)
+    if not isinstance(channels, list) or len(channels) != LEVELS:
+        raise ConfigError(
+            f"{CONFIG}: block_out_channels must be a list of {LEVELS} sizes, found {channels!r}; correct {CONFIG}"
+        )
+    resnets = optional_int(config, "layers_per_block", CONFIG, RESNETS)
+    if resnets != RESNETS:
+        raise ConfigError(f"{CONFIG}: layers_per_block must be {RESNETS} as in Flux, found {resnets}; correct {CONFIG}")
+    named = {f"block_out_channels.{level}": size for level, size in enumerate(channels)}
+    ch = [optional_int(named, name, CONFIG, 0) for name in named]
+    return {
+        **{f"ch_{level}": size for level, size in enumerate(ch)},
+        **{f"widens_{level}": int(ch[level] != ch[level - 1]) for level in range(1, LEVELS)},
+        "ch_image": optional_int(config, "in_channels", CONFIG, 3),
+        "ch_out": optional_int(config, "out_channels", CONFIG, 3),
+        "ch_latent": optional_int(config, "latent_channels", CONFIG, 16),
+        "tied": 0,
+    }
+
+
+def from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """A config in the words of diffusers, and under the name of the published class, as far as it decides the shapes.
+
+    ``shapes`` are by key in any of the layouts. Raises ConfigError where they are of no such autoencoder.
+    """
+    first = shapes.get("encoder.conv_in.weight", ())
+    last = next((shapes[key] for key in ("decoder.end.2.weight", "decoder.conv_out.weight") if key in shapes), ())
+    latent = shapes.get("decoder.conv_in.weight", ())
+    widths = [
+        next((shapes[key] for key in _conv2(level) if key in shapes and len(shapes[key]) == 4), (0,))[0]
+        for level in range(LEVELS)
+    ]
+    if not (len(first) == len(last) == len(latent) == 4 and all(widths)):
+        raise ConfigError(
+            "the weights have not the convolutions that a Flux autoencoder begins and ends with, so its sizes are not "
+            "known; check the keys with `ckpt-convert inspect`, or give its config.json with --config"
+        )
+    return {
+        "_class_name": "AutoEncoder",
+        "block_out_channels": widths,
+        "in_channels": first[1],
+        "latent_channels": latent[1],
+        "layers_per_block": RESNETS,
+        "out_channels": last[0],
+    }
+
+
+def _conv2(level: int) -> tuple[str, ...]:
+    return tuple(f"{spelling.down(level)}.0.{spelling.conv2}.weight" for spelling in (BFL, DIFFUSERS, NATIVE))
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """The words that one layout has for the parts; {side} is encoder or decoder, {level} counts from the image on."""
+
+    block: str
+    down_part: str
+    up_part: str
+    resample: tuple[str, str]
+    norm1: str
+    conv1: str
+    norm2: str
+    conv2: str
+    shortcut: str
+    mid: tuple[str, str, str]
+    attention: tuple[str, str, str, str, str]
+    norm_out: str
+    conv_out: str
+    from_image: bool
+
+    def down(self, level: int) -> str:
+        """The blocks of a level of the encoder."""
+        return f"encoder.{self.down_part}.{level}.{self.block}"
+
+    def up_level(self, level: int) -> str:
+        return f"decoder.{self.up_part}.{level if self.from_image else LEVELS - 1 - level}"
+
+    def up(self, level: int) -> str:
+        """The blocks of a level of the decoder."""
+        return f"{self.up_level(level)}.{self.block}"
+
+
+BFL = Spelling(
+    block="block",
+    down_part="down",
+    up_part="up",
+    resample=("downsample.conv", "upsample.conv"),
+    norm1="norm1",
+    conv1="conv1",
+    norm2="norm2",
+    conv2="conv2",
+    shortcut="nin_shortcut",
+    mid=("mid.block_1", "mid.attn_1", "mid.block_2"),
+    attention=("norm", "q", "k", "v", "proj_out"),
+    norm_out="norm_out",
+    conv_out="conv_out",
+    from_image=True,
+)
+
+DIFFUSERS = Spelling(
+    block="resnets",
+    down_part="down_blocks",
+    up_part="up_blocks",
+    resample=("downsamplers.0.conv", "upsamplers.0.conv"),
+    norm1="norm1",
+    conv1="conv1",
+    norm2="norm2",
+    conv2="conv2",
+    shortcut="conv_shortcut",
+    mid=("mid_block.resnets.0", "mid_block.attentions.0", "mid_block.resnets.1"),
+    attention=("group_norm", "to_q", "to_k", "to_v", "to_out.0"),
+    norm_out="conv_norm_out",
+    conv_out="conv_out",
+    from_image=False,
+)
+
+NATIVE = Spelling(
+    block="layers",
+    down_part="down",
+    up_part="up",
+    resample=("downsample.conv", "upsample.conv"),
+    norm1="main.0",
+    conv1="main.2",
+    norm2="main.3",
+    conv2="main.5",
+    shortcut="shortcut",
+    mid=("mid.0", "mid.1", "mid.2"),
+    attention=("norm", "attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.output_proj"),
+    norm_out="end.0",
+    conv_out="end.2",
+    from_image=False,
+)
+
+
+def _affine(
+    name: str, shape: tuple[str, ...], hf: str, native: str, when: str | None = None, convolved: bool = False
+) -> Iterator[Row]:
+    """A weight and its bias; ``convolved`` marks a matrix that is a 1×1 convolution in hf."""
+    stored = (*shape, "1", "1") if convolved else None
+    yield Row(name, shape, when=when, hf=Key(f"{hf}.weight", shape=stored), native=Key(f"{native}.weight"))
+    yield Row(f"{name}.bias", shape[:1], when=when, hf=Key(f"{hf}.bias"), native=Key(f"{native}.bias"))
+
+
+def _conv(name: str, out: str, in_: str, hf: str, native: str) -> Iterator[Row]:
+    yield from _affine(name, (out, in_, "3", "3"), hf, native)
+
+
+def _resnet(spelling: Spelling, name: str, out: str, in_: str, hf: str, native: str, when: str | None) -> Iterator[Row]:
+    """Norm and convolution twice, and a 1×1 convolution beside them where the width may change (``when``)."""
+    yield from _affine(f"{name}.norm1", (in_,), f"{hf}.{spelling.norm1}", f"{native}.{NATIVE.norm1}")
+    yield from _conv(f"{name}.conv1", out, in_, f"{hf}.{spelling.conv1}", f"{native}.{NATIVE.conv1}")
+    yield from _affine(f"{name}.norm2", (out,), f"{hf}.{spelling.norm2}", f"{native}.{NATIVE.norm2}")
+    yield from _conv(f"{name}.conv2", out, out, f"{hf}.{spelling.conv2}", f"{native}.{NATIVE.conv2}")
+    if when is not None:
+        shape = (out, in_, "1", "1")
+        yield from _affine(
+            f"{name}.shortcut", shape, f"{hf}.{spelling.shortcut}", f"{native}.{NATIVE.shortcut}", when=when
+        )
+
+
+def _middle(spelling: Spelling, side: str) -> Iterator[Row]:
+    top = f"ch_{LEVELS - 1}"
+    first, attention, second = spelling.mid
+    yield from _resnet(spelling, f"{side}.mid.0", top, top, f"{side}.{first}", f"{side}.{NATIVE.mid[0]}", None)
+    here, there = f"{side}.{attention}", f"{side}.{NATIVE.mid[1]}"
+    for part, hf, native in zip(("norm", "q", "k", "v", "o"), spelling.attention, NATIVE.attention, strict=True):
+        shape = (top,) if part == "norm" else (top, top)
+        convolved = part != "norm" and spelling is BFL
+        yield from _affine(
+            f"{side}.mid.attention.{part}", shape, f"{here}.{hf}", f"{there}.{native}", convolved=convolved
+        )
+    yield from _resnet(spelling, f"{side}.mid.1", top, top, f"{side}.{second}", f"{side}.{NATIVE.mid[2]}", None)
+
+
+def _ends(spelling: Spelling, side: str, width: str, out: str) -> Iterator[Row]:
+    hf, native = f"{side}.{spelling.norm_out}", f"{side}.{NATIVE.norm_out}"
+    yield from _affine(f"{side}.norm_out", (width,), hf, native)
+    yield from _conv(f"{side}.conv_out", out, width, f"{side}.{spelling.conv_out}", f"{side}.{NATIVE.conv_out}")
+
+
+def _rows(spelling: Spelling) -> Iterator[Row]:
+    """The table, with one of the layouts as hf; the rows of the decoder's levels are numbered from the image on."""
+    yield from _conv("encoder.conv_in", "ch_0", "ch_image", "encoder.conv_in", "encoder.conv_in")
+    for level in range(LEVELS):
+        out = f"ch_{level}"
+        for at in range(RESNETS):
+            in_, widens = (f"ch_{level - 1}", f"widens_{level}") if at == 0 and level > 0 else (out, None)
+            hf, native = f"{spelling.down(level)}.{at}", f"{NATIVE.down(level)}.{at}"
+            yield from _resnet(spelling, f"encoder.{level}.{at}", out, in_, hf, native, widens)
+        if level < LEVELS - 1:
+            hf, native = (f"encoder.{one.down_part}.{level}.{one.resample[0]}" for one in (spelling, NATIVE))
+            yield from _conv(f"encoder.{level}.downsample", out, out, hf, native)
+    yield from _middle(spelling, "encoder")
+    yield from _ends(spelling, "encoder", f"ch_{LEVELS - 1}", "2*ch_latent")
+
+    yield from _conv("decoder.conv_in", f"ch_{LEVELS - 1}", "ch_latent", "decoder.conv_in", "decoder.conv_in")
+    yield from _middle(spelling, "decoder")
+    for level in reversed(range(LEVELS)):
+        out = f"ch_{level}"
+        for at in range(RESNETS + 1):
+            top = level == LEVELS - 1
+            in_, widens = (f"ch_{level + 1}", f"widens_{level + 1}") if at == 0 and not top else (out, None)
+            hf, native = f"{spelling.up(level)}.{at}", f"{NATIVE.up(level)}.{at}"
+            yield from _resnet(spelling, f"decoder.{level}.{at}", out, in_, hf, native, widens)
+        if level > 0:
+            hf, native = (f"{one.up_level(level)}.{one.resample[1]}" for one in (spelling, NATIVE))
+            yield from _conv(f"decoder.{level}.upsample", out, out, hf, native)
+    yield from _ends(spelling, "decoder", "ch_0", "ch_out")
+
+
+FLUX_AUTOENCODER = Family(
+    name="flux_autoencoder",
+    title="Flux's image autoencoder (ae.safetensors)",
+    model_types=("AutoEncoder", "AutoencoderKL"),
+    rows=tuple(_rows(BFL)),
+    dims=dims,
+    indices={},
+    from_shapes=from_shapes,
+    stem="ae",
+)
+
+FLUX_VAE = FLUX_AUTOENCODER.replace(
+    name="flux_vae",
+    title="Flux's image autoencoder as diffusers' vae",
+    model_types=("AutoencoderKL",),
+    stem="diffusion_pytorch_model",
+    rows=tuple(_rows(DIFFUSERS)),
+    from_shapes=None,  # diffusers' files always have a config beside them
+)

@@ -1,0 +1,142 @@
+"""T5's encoder, alone or with the decoder beside it.
+
+hf: transformers' T5EncoderModel and T5ForConditionalGeneration; native: torchtune's T5Encoder, with the keys of its
+converter. Native is the encoder alone, and that of T5 1.1: what belongs to the decoder is carried, and a feed-forward
+layer without a gate (T5 1.0) has no place there. ``shared.weight`` is the embedding of both sides; files that hold it
+once more under the encoder's or the decoder's name hold the same values. Nothing rotates: positions are a bias.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ckpt_convert.models.config import CONFIG, optional_int, optional_str
+from ckpt_convert.models.table import Family, Key, Row
+
+
+def dims(config: Mapping[str, Any]) -> dict[str, int]:
+    """The sizes in a T5 config.json; defaults are those of transformers' T5Config.
+
+    The embeddings of encoder and decoder are always tied, whatever tie_word_embeddings says: that is about lm_head.
+    """
+    n_layers = optional_int(config, "num_layers", CONFIG, 6)
+    gated = optional_str(config, "feed_forward_proj", CONFIG, "relu").startswith("gated-")
+    return {
+        "vocab_size": optional_int(config, "vocab_size", CONFIG, 32128),
+        "dim": optional_int(config, "d_model", CONFIG, 512),
+        "n_layers": n_layers,
+        "n_decoder_layers": optional_int(config, "num_decoder_layers", CONFIG, n_layers),
+        "n_heads": optional_int(config, "num_heads", CONFIG, 8),
+        "head_dim": optional_int(config, "d_kv", CONFIG, 64),
+        "ffn_dim": optional_int(config, "d_ff", CONFIG, 2048),
+        "n_buckets": optional_int(config, "relative_attention_num_buckets", CONFIG, 32),
+        "gated": int(gated),
+        "plain": int(not gated),
+        "tied": 1,
+    }
+
+
+_SELF = "encoder.block.{layer}.layer.0"
+_FFN = "encoder.block.{layer}.layer.1"
+_IN, _OUT = ("n_heads*head_dim", "dim"), ("dim", "n_heads*head_dim")
+
+_ENCODER = (
+    Row("tok_embeddings", ("vocab_size", "dim"), hf=Key("shared.weight"), native=Key("token_embedding.weight")),
+    Row(
+        "tok_embeddings.encoder",
+        ("vocab_size", "dim"),
+        tied_to="tok_embeddings",
+        hf=Key("encoder.embed_tokens.weight", omitted_if_tied=True),
+    ),
+    Row(
+        "attention.position_bias",  # the first layer's is every layer's
+        ("n_buckets", "n_heads"),
+        hf=Key("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"),
+        native=Key("relative_position_bias.embedding.weight"),
+    ),
+    Row("attention_norm", ("dim",), hf=Key(f"{_SELF}.layer_norm.weight"), native=Key("layers.{layer}.sa_norm.scale")),
+    Row("attention.q", _IN, hf=Key(f"{_SELF}.SelfAttention.q.weight"), native=Key("layers.{layer}.attn.q_proj.weight")),
+    Row("attention.k", _IN, hf=Key(f"{_SELF}.SelfAttention.k.weight"), native=Key("layers.{layer}.attn.k_proj.weight")),
+    Row("attention.v", _IN, hf=Key(f"{_SELF}.SelfAttention.v.weight"), native=Key("layers.{layer}.attn.v_proj.weight")),
+    Row(
+        "attention.o",
+        _OUT,
+        hf=Key(f"{_SELF}.SelfAttention.o.weight"),
+        native=Key("layers.{layer}.attn.output_proj.weight"),
+    ),
+    Row("ffn_norm", ("dim",), hf=Key(f"{_FFN}.layer_norm.weight"), native=Key("layers.{layer}.mlp_norm.scale")),
+    Row(
+        "ffn.gate",
+        ("ffn_dim", "dim"),
+        when="gated",
+        hf=Key(f"{_FFN}.DenseReluDense.wi_0.weight"),
+        native=Key("layers.{layer}.mlp.w1.weight"),
+    ),
+    Row(
+        "ffn.down",
+        ("dim", "ffn_dim"),
+        hf=Key(f"{_FFN}.DenseReluDense.wo.weight"),
+        native=Key("layers.{layer}.mlp.w2.weight"),
+    ),
+    Row(
+        "ffn.up",
+        ("ffn_dim", "dim"),
+        when="gated",
+        hf=Key(f"{_FFN}.DenseReluDense.wi_1.weight"),
+        native=Key("layers.{layer}.mlp.w3.weight"),
+    ),
+    Row("ffn.in", ("ffn_dim", "dim"), when="plain", hf=Key(f"{_FFN}.DenseReluDense.wi.weight")),
+    Row("norm", ("dim",), hf=Key("encoder.final_layer_norm.weight"), native=Key("final_norm.scale")),
+)
+
+
+def _carried(name: str, shape: tuple[str, ...], hf: str, when: str | None = None) -> Row:
+    """A row of the decoder, which a file may lack, but not a part of one of its layers."""
+    optional: bool | str = "decoder" if "{decoder_layer}" in hf else True
+    return Row(name, shape, optional=optional, when=when, hf=Key(f"{hf}.weight"))
+
+
+def _decoder_attention(name: str, hf: str) -> tuple[Row, ...]:
+    return (
+        _carried(f"{name}.q", _IN, f"{hf}.q"),
+        _carried(f"{name}.k", _IN, f"{hf}.k"),
+        _carried(f"{name}.v", _IN, f"{hf}.v"),
+        _carried(f"{name}.o", _OUT, f"{hf}.o"),
+    )
+
+
+_BLOCK = "decoder.block.{decoder_layer}"
+_BIAS = ("n_buckets", "n_heads")
+
+_DECODER = (
+    Row(
+        "tok_embeddings.decoder",
+        ("vocab_size", "dim"),
+        tied_to="tok_embeddings",
+        hf=Key("decoder.embed_tokens.weight", omitted_if_tied=True),
+    ),
+    _carried("decoder.position_bias", _BIAS, "decoder.block.0.layer.0.SelfAttention.relative_attention_bias"),
+    # Releases before transformers 3 have a bias here as well, which nothing ever used.
+    _carried("decoder.cross_bias", _BIAS, "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias"),
+    _carried("decoder.attention_norm", ("dim",), f"{_BLOCK}.layer.0.layer_norm"),
+    *_decoder_attention("decoder.attention", f"{_BLOCK}.layer.0.SelfAttention"),
+    _carried("decoder.cross_norm", ("dim",), f"{_BLOCK}.layer.1.layer_norm"),
+    *_decoder_attention("decoder.cross", f"{_BLOCK}.layer.1.EncDecAttention"),
+    _carried("decoder.ffn_norm", ("dim",), f"{_BLOCK}.layer.2.layer_norm"),
+    _carried("decoder.ffn.gate", ("ffn_dim", "dim"), f"{_BLOCK}.layer.2.DenseReluDense.wi_0", "gated"),
+    _carried("decoder.ffn.up", ("ffn_dim", "dim"), f"{_BLOCK}.layer.2.DenseReluDense.wi_1", "gated"),
+    _carried("decoder.ffn.in", ("ffn_dim", "dim"), f"{_BLOCK}.layer.2.DenseReluDense.wi", "plain"),
+    _carried("decoder.ffn.down", ("dim", "ffn_dim"), f"{_BLOCK}.layer.2.DenseReluDense.wo"),
+    _carried("decoder.norm", ("dim",), "decoder.final_layer_norm"),
+    _carried("output", ("vocab_size", "dim"), "lm_head"),
+)
+
+T5 = Family(
+    name="t5",
+    title="T5's encoder, also in a whole T5; native: T5 1.1",
+    model_types=("t5",),
+    rows=(*_ENCODER, *_DECODER),
+    dims=dims,
+    indices={"layer": "n_layers", "decoder_layer": "n_decoder_layers"},
+)
