@@ -1,0 +1,236 @@
+"""Numbers that are computed where they are read: rows and columns of a matrix, as the bytes of a dtype.
+
+What is asked for is computed, row by row and in pieces that stay in the processor's cache; none of it is kept.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Protocol
+
+import numpy as np
+
+from ckpt_convert.dtypes import DTYPES
+from ckpt_convert.storage.reader import RangeReader
+
+Array = np.ndarray[Any, Any]
+Dims = tuple[tuple[int, int, int], ...]
+
+PIECE = 1 << 17
+"""Numbers that are computed together: few enough for the cache, enough to make numpy's calls cheap."""
+
+_WASTE = 4
+"""Compute what lies between the rows that are wanted when at most this many times as many rows lie there."""
+
+
+class Scratch(threading.local):
+    """Buffers of a thread by number, good until the same is taken again; making new ones each time costs more."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[int, str], Array] = {}
+
+    def take(self, number: int, dtype: str, count: int) -> Array:
+        """``count`` elements of the dtype."""
+        buffer = self._buffers.get((number, dtype))
+        if buffer is None or len(buffer) < count:
+            buffer = self._buffers[number, dtype] = np.empty(count, dtype)
+        return buffer[:count]
+
+
+SCRATCH = Scratch()
+
+
+class Strips(threading.local):
+    """Reads a box of bytes, so many of each of some rows, for a thread.
+
+    Where a matrix is wanted the other way round, every block of it is a few columns of all rows. More of the columns
+    are then read than are wanted now, and kept for the next blocks.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[int, ...], tuple[RangeReader, int, Array]] = {}
+
+    def read(self, reader: RangeReader, offset: int, pitch: int, box: tuple[int, int, int, int]) -> Array:
+        """Bytes ``start`` to ``stop`` of rows ``first`` to ``last``, of ``pitch`` bytes each from ``offset`` on.
+
+        The array is good until the next one, and may be a part of a larger one.
+        """
+        first, last, start, stop = box
+        count, width = last - first, stop - start
+        at = offset + first * pitch
+        if width == pitch or count == 1:
+            raw = SCRATCH.take(0, "|u1", count * width)
+            reader.readinto(at + start, raw.data)
+            return raw.reshape(count, width)
+        if count < _TALL * width:
+            return _rows(reader, at + start, pitch, SCRATCH.take(0, "|u1", count * width).reshape(count, width))
+        key = (id(reader), offset, first, last)
+        owner, begin, strip = self._kept.get(key, (None, 0, _NOTHING))
+        if owner is not reader or start < begin or stop > begin + strip.shape[1]:
+            self._kept.pop(key, None)
+            if len(self._kept) >= _STRIPS:
+                self._kept.clear()
+            begin, strip = start, np.empty((count, max(width, min(pitch - start, _STRIP // count))), np.uint8)
+            _rows(reader, at + start, pitch, strip)
+            self._kept[key] = reader, begin, strip
+        return strip[:, start - begin : stop - begin]
+
+
+_TALL = 4
+"""How many times as many rows as bytes of each there have to be for a strip to be kept."""
+
+_STRIP, _STRIPS = 2 << 20, 8
+"""Bytes of a strip, about, and how many are kept: a block has two to eight of them."""
+
+_NOTHING = np.empty((0, 0), np.uint8)
+
+
+def _rows(reader: RangeReader, at: int, pitch: int, out: Array) -> Array:
+    """Fill ``out`` with the bytes from ``at`` on of each row: with all between them, where that is not much more."""
+    count, width = out.shape
+    if pitch <= _WASTE * width:
+        step = max(1, _STRIP // pitch)
+        for row in range(0, count, step):
+            part = out[row : row + step]
+            cover = SCRATCH.take(1, "|u1", (len(part) - 1) * pitch + width)
+            reader.readinto(at + row * pitch, cover.data)
+            part[...] = np.lib.stride_tricks.as_strided(cover, part.shape, [pitch, 1])
+    else:
+        for row in range(count):
+            reader.readinto(at + row * pitch, out[row].data)
+    return out
+
+
+STRIPS = Strips()
+
+
+def contiguous(box: Array, number: int) -> Array:
+    """The bytes of a box one after another: its own, or copied into the buffer of this number."""
+    if box.flags.c_contiguous:
+        return box.reshape(-1)
+    out = SCRATCH.take(number, "|u1", box.size)
+    out.reshape(box.shape)[...] = box
+    return out
+
+
+class Numbers(Protocol):
+    """A matrix whose numbers are computed: all axes but the last are its rows.
+
+    ``short`` is whether all of them fit bfloat16, so that nothing is to be rounded.
+    """
+
+    @property
+    def rows(self) -> int: ...
+
+    @property
+    def columns(self) -> int: ...
+
+    @property
+    def short(self) -> bool: ...
+
+    def read(self, first: int, last: int, start: int, stop: int) -> Array:
+        """Rows ``first`` to ``last`` of columns ``start`` to ``stop``, as float32 in new or reused memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Numbers as the bytes of a dtype (BF16 or F32), dense and row-major."""
+
+    numbers: Numbers
+    dtype: str
+
+    @property
+    def item(self) -> int:
+        return DTYPES[self.dtype].bits // 8
+
+    def readinto(self, offset: int, buffer: memoryview) -> None:
+        """Fill the buffer with the bytes from ``offset`` on."""
+        item = self.item
+        first, last = offset // item, -(-(offset + len(buffer)) // item)
+        target = np.frombuffer(buffer, np.uint8)
+        if first * item != offset or (last - first) * item != len(buffer):  # it starts or ends within a number
+            whole = np.empty((last - first) * item, np.uint8)
+            self._fill(first, whole)
+            target[:] = whole[offset - first * item :][: len(buffer)]
+        else:
+            self._fill(first, target)
+
+    def _fill(self, first: int, target: Array) -> None:
+        columns, out = self.numbers.columns, target.view(f"<u{self.item}")
+        done, end = 0, len(out)
+        while done < end:
+            row, column = divmod(first + done, columns)
+            if column or end - done < columns or columns > PIECE:
+                count, stop = 1, min(columns, column + min(end - done, PIECE))
+            else:
+                count, stop = min((end - done) // columns, max(1, PIECE // columns)), columns
+            codes = self._codes(row, row + count, column, stop)
+            out[done : done + codes.size].reshape(codes.shape)[...] = codes
+            done += codes.size
+
+    def gather(self, first: int, dims: Dims, target: Array) -> bool:
+        """Put elements from ``first`` on into ``target``, strided as ``dims`` (count, step, step there) say.
+
+        False, and nothing done, where the elements are no box of rows and columns.
+        """
+        columns = self.numbers.columns
+        row, column = divmod(first, columns)
+        down: list[tuple[int, int, int]] = []
+        across: list[tuple[int, int, int]] = []
+        for count, step, there in dims:
+            if step == 1 and column == 0 and count > columns and count % columns == 0:
+                down.append((count // columns, 1, columns * there))  # whole rows, which follow on each other
+                across.append((columns, 1, there))
+            elif step % columns == 0 and (step or not count):
+                down.append((count, step // columns, there))
+            else:
+                across.append((count, step, there))
+        if column + sum((count - 1) * step for count, step, _ in across) >= columns:
+            return False
+        if len(across) > 1 or any(step < 0 for _, step, _ in dims):
+            return False
+        self._box(row, column, tuple(down), across[0] if across else (1, 1, 1), target.view(f"<u{self.item}"))
+        return True
+
+    def _box(self, row: int, column: int, down: Dims, across: tuple[int, int, int], out: Array) -> None:
+        count, step, there = across
+        stop = column + (count - 1) * step + 1
+        rows = prod(size for size, _, _ in down)
+        span = 1 + sum((size - 1) * move for size, move, _ in down)
+        if rows > 1 and (span > _WASTE * rows or span * (stop - column) > PIECE):
+            widest = max(range(len(down)), key=lambda axis: down[axis][1] * (down[axis][0] > 1))
+            size, move, jump = down[widest]
+            for start, part in ((0, size // 2), (size // 2, size - size // 2)):
+                inner = (*down[:widest], (part, move, jump), *down[widest + 1 :])
+                self._box(row + start * move, column, inner, across, out[start * jump :])
+            return
+        codes = self._codes(row, row + span, column, stop)
+        shape = [*(size for size, _, _ in down), count]
+        moves = [*(move * codes.strides[0] for _, move, _ in down), step * codes.strides[1]]
+        jumps = [*(jump * self.item for _, _, jump in down), there * self.item]
+        chosen = np.lib.stride_tricks.as_strided(codes, shape, moves)
+        np.lib.stride_tricks.as_strided(out, shape, jumps)[...] = chosen
+
+    def _codes(self, first: int, last: int, start: int, stop: int) -> Array:
+        """Numbers as unsigned integers, of which the low bits are the codes in the dtype."""
+        numbers = self.numbers.read(first, last, start, stop)
+        if self.dtype == "F32":
+            return numbers.view("<u4")
+        return numbers.view("<u2")[:, 1::2] if self.numbers.short else bfloat16(numbers)
+
+
+def bfloat16(numbers: Array) -> Array:
+    """The codes of float32 numbers as bfloat16, rounded to the nearest, in memory that is used again.
+
+    A NaN has to be a plain one: rounding must not carry into its sign.
+    """
+    codes = numbers.view("<u4")
+    out = SCRATCH.take(9, "<u4", numbers.size).reshape(numbers.shape)
+    np.right_shift(codes, 16, out=out)
+    np.bitwise_and(out, 1, out=out)
+    np.add(out, 0x7FFF, out=out)
+    np.add(out, codes, out=out)
+    np.right_shift(out, 16, out=out)
+    return out
