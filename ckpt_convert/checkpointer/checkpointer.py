@@ -85,7 +85,7 @@ class Checkpointer:
 
         source: a directory, file or Hub id of any format, a list of the weight files of one, or None with ``config``.
         output_dir: where the directories of the steps go; may be left out to load only.
-        model_format: the layout of the training model's state dict: native, hf or meta.
+        model_format: the layout of the training model's state dict: native, hf, torchtitan or meta.
         config: a config.json, or its content, for a source that has none.
         family, source_format: what cannot be told from the source.
         save_every: see ``schedule.parse``; save_first: also after the first step; save_last: also in ``close``.
@@ -164,7 +164,7 @@ class Checkpointer:
     @property
     def config(self) -> Mapping[str, Any]:
         """The source's config in the words of Hugging Face's config.json, whatever its format."""
-        return self._source.model.config
+        return self._source.model_for(self._settings.model_format).config
 
     # Loading
 

@@ -17,20 +17,22 @@ from ckpt_convert.checkpointer.adapter_config import AdapterConfig
 from ckpt_convert.checkpointer.adapter_modules import Modules
 from ckpt_convert.checkpointer.adapters import Adapter, Split, split
 from ckpt_convert.checkpointer.buffers import Buffers
-from ckpt_convert.checkpointer.live import Model, as_live, bind, plain_key, same_memory, signature, tensors_of
+from ckpt_convert.checkpointer.live import WHERE, Model, as_live, bind, plain_key, same_memory, signature, tensors_of
 from ckpt_convert.checkpointer.merge import MergedReader, merges
 from ckpt_convert.checkpointer.pack import Packed, pack
 from ckpt_convert.checkpointer.peft_files import files as peft_files
 from ckpt_convert.checkpointer.peft_files import from_peft, load_into, to_peft
 from ckpt_convert.checkpointer.saving import MERGED, Step
+from ckpt_convert.convert import legacy_keys, record
 from ckpt_convert.convert import plan as planning
-from ckpt_convert.convert import record
 from ckpt_convert.convert.blocks import ProgressCallback
 from ckpt_convert.convert.checkpoint import Checkpoint
 from ckpt_convert.convert.plan import Plan
 from ckpt_convert.convert.request import Request
 from ckpt_convert.dtypes import DTYPES
-from ckpt_convert.errors import UsageError, listing
+from ckpt_convert.errors import KeyMismatchError, UsageError, listing
+from ckpt_convert.models import Family
+from ckpt_convert.storage.reader import RangeReader
 
 log = logging.getLogger("ckpt_convert")
 
@@ -88,9 +90,15 @@ class Emitter:
         return replace(found, base=self._distinct(found.base))
 
     def _distinct(self, tensors: Tensors) -> dict[str, torch.Tensor]:
-        """The tensors without the second name of weights that are tied in memory, and that the config ties as well."""
-        model = self.source.model
-        out = dict(tensors)
+        """The tensors without the second name of weights that are tied in memory, and that the config ties as well.
+
+        Of a family that is not known, the name to leave out is the one that the source does not have.
+        """
+        model = self.source.model_for(self.settings.model_format)
+        if model.family.literal:
+            there = {row.name for row in model.family.rows}
+            return loading.without_second_names(tensors, there)
+        out = dict(tensors) if self.adapter is not None else self._named(tensors, model.family)
         names = {row.name: row for row in model.family.rows}
         for row in model.family.rows:
             column = row.column(self.settings.model_format)
@@ -102,11 +110,21 @@ class Emitter:
                 del out[column.template]
         return out
 
+    def _named(self, tensors: Tensors, family: Family) -> dict[str, torch.Tensor]:
+        """The tensors by the keys of the model's format, as transformers' newer classes have others in memory."""
+        names = legacy_keys.read(tensors, [family], self.settings.model_format)
+        if names.clashes:
+            said = listing([text for _, text in names.clashes])
+            raise KeyMismatchError(f"{WHERE}: its keys contradict each other:{said}")
+        return {names.of(key): tensor for key, tensor in tensors.items()}
+
     def load_source(self, model: Model, workers: int, progress: ProgressCallback | None) -> loading.Loaded:
         """Fill a model from the source, an adapter aside; raises KeyMismatchError where they do not fit."""
         parts = self.split(tensors_of(model), strict=False)  # DoRA starts from the base: the adapter may come later
         found = loading.fit(self.source, parts.base, self.settings.model_format)
-        found = replace(found, misfits=[*found.misfits, *loading.shared(found, parts.base)])
+        found = replace(
+            found, misfits=[*found.misfits, *loading.shared(found, parts.base, self.source, self.settings.model_format)]
+        )
         loading.refuse_misfits(found, self.source, self.settings.model_format)
         whole = {key: tensor for key, tensor in parts.saved.items() if not same_memory(tensor, parts.base[key])}
         loading.load(self.source, whole, replace(found, targets=[one for one in found.targets if one.key in whole]))
@@ -204,7 +222,7 @@ class Emitter:
             key: MergedReader(key, whole[key], merge)
             for key, merge in merges(parts, self.adapter, self.modules).items()
         }
-        made = planning.make(self.source, self._request(settings), live=as_live(whole, settings.model_format, readers))
+        made = planning.make(self.source, self._request(settings), live=self._live(whole, settings, readers))
         planning.refuse_unreadable(made)
         return made
 
@@ -228,7 +246,7 @@ class Emitter:
         request = self._request(settings)
         key = (request, settings.model_format, settings.extra, signature(tensors))
         if key not in self._plans:
-            made = planning.make(self.source, request, live=as_live(tensors, settings.model_format))
+            made = planning.make(self.source, request, live=self._live(tensors, settings))
             planning.refuse_unreadable(made)
             names = {path.name for path in settings.extra}
             taken = sorted(names & {file.name for file in made.files})
@@ -241,6 +259,12 @@ class Emitter:
             names |= ((record.training(self.source.root) or {}).get("files") or {}).keys()
             self._plans[key] = replace(made, side=tuple(side for side in made.side if side.name not in names))
         return self._plans[key]
+
+    def _live(
+        self, tensors: Tensors, settings: Settings, readers: Mapping[str, RangeReader] | None = None
+    ) -> planning.Live:
+        family = self.source.model_for(settings.model_format).family
+        return as_live(tensors, family.column_of(settings.model_format, tensors), readers)
 
     def _request(self, settings: Settings) -> Request:
         return Request(to=settings.output_format or str(self.source.format), dtype=settings.export_dtype)
@@ -257,7 +281,7 @@ def _cast(made: Plan) -> set[str]:
     for file in made.weights:
         for tensor in file.tensors:
             if tensor.dtype != tensor.source_dtype:
-                keys |= {made.live.stored[tile.source][1].key for tile in tensor.tensor.tiles}
+                keys |= {made.live.stored[number][1].key for number in tensor.tensor.sources}
     return keys
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -14,7 +14,7 @@ from ckpt_convert.convert import mapping
 from ckpt_convert.convert.blocks import Meter, Mover, ProgressCallback, spread
 from ckpt_convert.convert.checkpoint import Checkpoint
 from ckpt_convert.convert.execute import equal
-from ckpt_convert.convert.mapping import Target
+from ckpt_convert.convert.mapping import Equality, Target
 from ckpt_convert.errors import KeyMismatchError, TiedWeightsError, UnsupportedFamilyError, listing
 from ckpt_convert.storage.reader import WORKERS
 
@@ -60,19 +60,19 @@ def targets_of(checkpoint: Checkpoint, format: str) -> tuple[list[Target], set[s
     Raises UnsupportedFamilyError where the table has no such column, and TiedWeightsError where weights that the config
     ties differ.
     """
-    model = checkpoint.model
+    model = checkpoint.model_for(format)
     family = model.family
-    if format not in family.formats:
+    if not family.has(format):
         raise UnsupportedFamilyError(
             f"{checkpoint.path}: the {family.name} table has no {format} column; it has {', '.join(family.formats)}"
         )
     found = model if model.tied is not None else model.with_tied(False)
-    dims = dict(found.dims)
+    dims = found.dims
     logicals = mapping.read(family, str(checkpoint.format), dims, checkpoint.ranks, str(checkpoint.path))
     movers = Mover(checkpoint.stored), Mover(checkpoint.stored)
     pair = mapping.tied_pair(logicals) if model.tied is None else None
     if pair is not None and equal(*movers, pair):
-        dims["tied"] = 1
+        dims = dims.replace(tied=1)
     targets, _, ties = mapping.write(family, format, dims, logicals, ranks=1, keep_tied=True, what=str(checkpoint.path))
     for check in (*logicals.equal, *(ties if model.tied else ())):
         if not equal(*movers, check):
@@ -83,7 +83,9 @@ def targets_of(checkpoint: Checkpoint, format: str) -> tuple[list[Target], set[s
 
 def fit(checkpoint: Checkpoint, tensors: Mapping[str, torch.Tensor], format: str) -> Fit:
     """Hold a checkpoint against the tensors of a model; nothing is read yet."""
-    targets, optional = targets_of(checkpoint, format)
+    column = checkpoint.model_for(format).family.column_of(format, tensors)
+    targets, optional = targets_of(checkpoint, column)
+    optional |= {target.key for target in targets if not target.instance.row.required}
     known = {target.key: target for target in targets}
     missing = [key for key in tensors if key not in known]
     unexpected = [key for key in known if key not in tensors and key not in optional]
@@ -95,16 +97,36 @@ def fit(checkpoint: Checkpoint, tensors: Mapping[str, torch.Tensor], format: str
     return Fit([target for target in targets if target.key in tensors], missing, unexpected, misfits)
 
 
-def shared(found: Fit, tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """What is one tensor in the model but two in the checkpoint, of which the model would lose one."""
-    seen: dict[tuple[object, ...], str] = {}
+def shared(found: Fit, tensors: Mapping[str, torch.Tensor], checkpoint: Checkpoint, format: str) -> list[str]:
+    """What is one tensor in the model but two in the checkpoint, of which the model would lose one.
+
+    Of a family that is not known nothing says what is tied: there the bytes do.
+    """
+    seen: dict[tuple[object, ...], Target] = {}
     out = []
-    for key in (target.key for target in found.targets):
-        tensor = tensors[key]
-        place = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
-        if tensor.numel() and seen.setdefault(place, key) != key:
-            out.append(f"{key}: is tied to {seen[place]} in the model, but the checkpoint does not tie them")
+    by_bytes = checkpoint.model_for(format).family.literal
+    for target in found.targets:
+        tensor = tensors[target.key]
+        other = seen.setdefault(_place(tensor), target)
+        if tensor.numel() and other is not target and not (by_bytes and _equal(checkpoint, other, target)):
+            out.append(f"{target.key}: is tied to {other.key} in the model, but the checkpoint does not tie them")
     return out
+
+
+def without_second_names(tensors: Mapping[str, torch.Tensor], known: Collection[str]) -> dict[str, torch.Tensor]:
+    """The tensors without those that are not ``known`` and are only another name of one that is."""
+    there = {_place(tensor) for key, tensor in tensors.items() if key in known and tensor.numel()}
+    return {key: tensor for key, tensor in tensors.items() if key in known or _place(tensor) not in there}
+
+
+def _place(tensor: torch.Tensor) -> tuple[object, ...]:
+    return tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
+
+
+def _equal(checkpoint: Checkpoint, one: Target, other: Target) -> bool:
+    pair = Equality(one.tensor, other.tensor, one.dtype, "")
+    same = (one.dtype, one.tensor.shape) == (other.dtype, other.tensor.shape)
+    return same and equal(Mover(checkpoint.stored), Mover(checkpoint.stored), pair)
 
 
 def refuse_misfits(found: Fit, checkpoint: Checkpoint, format: str) -> None:

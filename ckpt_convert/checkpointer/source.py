@@ -9,6 +9,7 @@ from typing import Any
 
 from ckpt_convert.convert.checkpoint import Checkpoint, open_checkpoint
 from ckpt_convert.convert.formats.base import Directory, render_json
+from ckpt_convert.convert.quantized import view
 from ckpt_convert.errors import CheckpointNotFoundError, ConfigError, UsageError
 
 Source = str | Path | Sequence[str | Path] | Checkpoint
@@ -18,17 +19,18 @@ Config = str | Path | Mapping[str, Any]
 def open_source(source: Source, *, format: str | None, family: str | None, config: Config | None) -> Checkpoint:
     """Open what a recipe calls its source: a path, a Hub id, or the weight files of a directory, in any order.
 
-    A checkpoint that is open already is taken as it is. Raises what ``open_checkpoint`` does, and
+    A checkpoint that is open already is taken as it is. A quantised one is taken for the numbers that it stands for, in
+    the dtype that its config names, as training needs them. Raises what ``open_checkpoint`` does, and
     UsageError for a list that is not all of one checkpoint's files.
     """
     if isinstance(source, Checkpoint):
-        return source
+        return _as_numbers(source)
     at: str | Path = source if isinstance(source, (str, Path)) else _directory(source)
     path = None if config is None else _config_file(config)
     opened = open_checkpoint(at, format=format, family=family, config=path)
     if not isinstance(source, (str, Path)):
         _check_list([Path(file).name for file in source], opened)
-    return opened
+    return _as_numbers(opened)
 
 
 def from_config(config: Config, *, format: str, family: str | None) -> Checkpoint:
@@ -38,6 +40,14 @@ def from_config(config: Config, *, format: str, family: str | None) -> Checkpoin
         raise ConfigError(f"{path}: no such file; config= takes a config.json, or what one says as a dict")
     why = "a config without weights"
     return Checkpoint(path, format, why, (), Directory(()), None, family, path)
+
+
+def _as_numbers(opened: Checkpoint) -> Checkpoint:
+    if opened.quantization is None:
+        return opened
+    config = opened.config or {}
+    stated = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
+    return view.dequantized(opened, stated if stated in view.DTYPES else "bfloat16")
 
 
 def _directory(files: Sequence[str | Path]) -> Path:

@@ -13,6 +13,7 @@ from ckpt_convert.cli import options as common
 from ckpt_convert.cli.notices import notice, on_stderr
 from ckpt_convert.cli.progress import Bar
 from ckpt_convert.cli.text import echo, escape, human_bytes, plural
+from ckpt_convert.cli.tree import in_short
 from ckpt_convert.convert import formats
 from ckpt_convert.errors import UsageError
 from ckpt_convert.storage.names import partial_of
@@ -51,6 +52,7 @@ def _options(source: str | None, to: str | None) -> list[click.Option]:
 
     names = click.Choice(list(FORMAT_TITLES))
     dtypes = click.Choice(["float32", "float16", "bfloat16"])
+    dequantized, quantized = click.Choice(["bfloat16", "float32"]), source in (None, "hf")
     styles = click.Choice(["llama2", "llama3"])
     general = [
         option("--to", type=names, required=True, help="Format of DST."),
@@ -63,6 +65,7 @@ def _options(source: str | None, to: str | None) -> list[click.Option]:
         flag("--resume", "Continue an interrupted conversion."),
         flag("--overwrite", "Replace DST once the new output is complete."),
         option("--dtype", type=dtypes, help="Cast floating-point tensors."),
+        option("--dequantize", type=dequantized, help="Write fp8 and MXFP4 weights as numbers.", shown=quantized),
         option("--shards", type=int, metavar="N", help="Number of files, balanced.", shown=sharded),
         option("--max-shard-size", metavar="SIZE", help="Most bytes in a file, such as 5GB.", shown=sharded),
         option("--model-parallel", type=int, metavar="N", help="Number of ranks (files).", shown=meta),
@@ -92,6 +95,7 @@ def _command(name: str, source: str | None, to: str | None) -> click.Command:
     examples = [f"ckpt-convert {name} SRC DST --dry-run", f"ckpt-convert {name} SRC DST --verify"]
     if to is None:
         title = "Convert SRC to any format, or lay it out anew in its own."
+        usage += " A model of no known family stays in Hugging Face's format (--to hf), under its own keys."
         examples = [
             "ckpt-convert convert Llama-3.2-1B out --to meta",
             "ckpt-convert convert Llama-3-70B/original out --to meta --model-parallel 2",
@@ -178,7 +182,7 @@ def _show(report: Report, *, as_json: bool, quiet: bool) -> None:
     for tie in report.ties:
         echo(f"  tied: {escape(tie)}")
     if report.drops:
-        echo(f"  carried in the record, for the target has no place for it: {', '.join(map(escape, report.drops))}")
+        echo(f"  carried in the record, for the target has no place for it: {escape(in_short(report.drops))}")
     for origin in ("copied", "generated", "restored"):
         names = [escape(name) for name, how in report.side_files.items() if how == origin]
         if names:

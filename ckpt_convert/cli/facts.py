@@ -108,9 +108,17 @@ def gather(checkpoint: Checkpoint) -> Facts:
         strides={(f.name, t.key): t.strides for f, t in checkpoint.stored if t.strides is not None},
         in_memory=frozenset(file.name for file in checkpoint.files if file.header.kind == "legacy"),
         open_keys=frozenset(info.key for info in unsettled),
-        said=(*checkpoint.facts, *trained(checkpoint)),
+        said=(*checkpoint.facts, *_quantised(checkpoint), *trained(checkpoint)),
         notices=tuple(notices),
     )
+
+
+def _quantised(checkpoint: Checkpoint) -> list[tuple[str, str]]:
+    found = checkpoint.quantization
+    if found is None:
+        return []
+    broken = f"; {plural(len(found.findings), 'mistake')}, which `ckpt-convert verify` lists" if found.findings else ""
+    return [("quantised", f"{found.text}{broken}")]
 
 
 def trained(checkpoint: Checkpoint) -> list[tuple[str, str]]:

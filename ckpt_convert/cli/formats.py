@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
+from textwrap import wrap
 from typing import Any
 
 import click
 
-from ckpt_convert.cli.text import columns, echo
+from ckpt_convert.cli.text import columns, echo, terminal_width
 from ckpt_convert.convert.formats import ALL
-from ckpt_convert.models import FAMILIES, Family
+from ckpt_convert.models import FAMILIES, GROUPS, Family
 
 SCHEMA = 1
 _LAYOUTS = {
-    "hf": "config.json, weight files and their index",
-    "meta": "params.json, consolidated files: one a rank",
-    "native": "torchtune's keys; config in ckpt_convert/",
+    "hf": "config.json, weights and their index",
+    "meta": "params.json, consolidated files",
+    "native": "torchtune's keys, no config.json",
+    "torchtitan": "torchtitan's keys, no config.json",
 }
+_WIDTH = 80
+_GAP = "  "
 
 
 @click.command(
@@ -32,7 +37,7 @@ def formats(as_json: bool) -> None:
     if as_json:
         echo(json.dumps(_document(), indent=2))
         return
-    echo("\n".join([*_families(), "", *_formats()]))
+    echo("\n".join([*_families(terminal_width() or _WIDTH), "", *_formats()]))
 
 
 def _document() -> dict[str, Any]:
@@ -42,10 +47,13 @@ def _document() -> dict[str, Any]:
             {
                 "name": family.name,
                 "title": family.title,
+                "group": group,
                 "model_types": list(family.model_types),
                 "formats": list(family.formats),
+                "unverified": dict(family.unverified),
             }
-            for family in FAMILIES.values()
+            for group, families in GROUPS.items()
+            for family in families
         ],
         "formats": [
             {
@@ -59,24 +67,48 @@ def _document() -> dict[str, Any]:
     }
 
 
-def _families() -> list[str]:
-    head = ("FAMILY", *ALL, "MODEL_TYPE", "COVERS")
-    return _table([head, *map(_family, FAMILIES.values())])
+def _families(width: int) -> Iterator[str]:
+    """A line for each family, in groups, with a column for each format; then the footnotes."""
+    first = max(map(len, FAMILIES))
+    sizes = [max(len(format), len("yes*")) for format in ALL]
+    left = len(_GAP.join([" " * first, *(" " * size for size in sizes), ""]))
+
+    def line(name: str, marks: Iterable[str], title: str) -> Iterator[str]:
+        cells = [name.ljust(first), *(text.ljust(size) for text, size in zip(marks, sizes, strict=True)), ""]
+        for at, part in enumerate(wrap(title, max(width - left, 24), break_on_hyphens=False)):
+            yield (_GAP.join(cells) if at == 0 else " " * left) + part
+
+    yield from (click.style(text, bold=True) for text in line("FAMILY", ALL, "COVERS"))
+    for group, families in GROUPS.items():
+        yield from ["", click.style(group, bold=True)]
+        for family in families:
+            yield from line(family.name, (mark(family, format) for format in ALL), family.title)
+    for at, (names, said) in enumerate(footnotes().items()):
+        yield from [""] if at == 0 else []
+        yield from wrap(f"* {names}: {said}", width, subsequent_indent=_GAP, break_on_hyphens=False)
 
 
-def _family(family: Family) -> tuple[str, ...]:
-    # One table serves both directions: what can be read can be written.
-    marks = ("yes" if format in family.formats else "-" for format in ALL)
-    return (family.name, *marks, ", ".join(family.model_types), family.title)
+def footnotes() -> dict[str, str]:
+    """What the marks of columns that nothing confirms stand for: families and format, and why."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for family in (family for group in GROUPS.values() for family in group):
+        for format, why in family.unverified.items():
+            reasons.setdefault((format, why), []).append(family.name)
+    return {
+        f"{format} of {', '.join(names)}": f"not confirmed by anything outside; {why}"
+        for (format, why), names in reasons.items()
+    }
+
+
+def mark(family: Family, format: str) -> str:
+    """Whether the family can be read and written in the format: one table serves both directions."""
+    if format not in family.formats:
+        return "-"
+    return "yes*" if format in family.unverified else "yes"
 
 
 def _formats() -> list[str]:
     head = ("FORMAT", "CONTAINERS", "LAYOUT")
     rows = [(format.name, ", ".join(format.containers), _LAYOUTS.get(format.name, "")) for format in ALL.values()]
-    return _table([head, *rows])
-
-
-def _table(rows: list[tuple[str, ...]]) -> list[str]:
-    """The rows, the first one as a heading."""
-    heading, *lines = columns(rows)
+    heading, *lines = columns([head, *rows])
     return [click.style(heading, bold=True), *lines]

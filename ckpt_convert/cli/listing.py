@@ -49,7 +49,7 @@ def matched(facts: Facts, view: View) -> Iterator[str]:
 
 def entry(facts: Facts, info: TensorInfo) -> Entry:
     """A tensor as a line: its full shape where that is known, else that of one rank and a note that says so."""
-    key, shape, dtype, nbytes, parts, _, settled = info
+    key, shape, dtype, nbytes, parts, _, settled, _ = info
     note = _note(facts, info) if len(parts) > 1 or facts.strides else ""
     return Entry(key, shape, dtype, nbytes if settled else facts.nbytes(info), note)
 

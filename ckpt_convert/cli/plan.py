@@ -11,6 +11,7 @@ import click
 
 from ckpt_convert.cli import colours, plan_tree
 from ckpt_convert.cli.text import Labelled, echo, echo_json, escape, human_bytes, labelled, plural, terminal_width
+from ckpt_convert.cli.tree import in_short
 from ckpt_convert.convert import steps
 from ckpt_convert.convert.plan import Plan
 from ckpt_convert.convert.usual import SIZES
@@ -100,7 +101,7 @@ def _output(plan: Plan, dst: Path, workers: int) -> Iterator[Labelled]:
             yield _labelled(origin, escape(", ".join(names)))
     for tie in plan.ties:
         yield _labelled("tied", escape(tie))
-    carried = escape(", ".join(plan.carried)) if plan.carried else "nothing: the target has a place for everything"
+    carried = escape(in_short(plan.carried)) if plan.carried else "nothing: the target has a place for everything"
     yield _labelled("carried", carried)
     free = free_space(dst)
     lacking = click.style("  not enough", fg="red") if free < plan.disk else ""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from ckpt_convert.cli import colours, tree
@@ -19,6 +20,7 @@ from ckpt_convert.cli.text import (
     shorten,
     wrap,
 )
+from ckpt_convert.convert.bulk import without_collector
 from ckpt_convert.convert.steps import COPY, Move
 
 
@@ -49,29 +51,65 @@ class Group:
         }
 
 
+@without_collector()
 def groups(moves: Iterable[Move]) -> list[Group]:
-    """The moves collapsed, in the natural order of the source's keys."""
+    """The moves collapsed, in the natural order of the source's keys.
+
+    Lines are told apart by whichever key has more numbers; those in the other one go with them.
+    """
     kinds: dict[tuple[object, ...], int] = {}
-    examples: list[tuple[Move, tree.Template | None]] = []
+    examples: list[_Kind] = []
     entries = []
     for move in moves:
-        _, index = tree.split(move.source)
-        template, places = tree.split(move.target) if move.target is not None else (None, ())
-        if places != index:
-            template = None  # the numbers are not those of the source, so this target has a line of its own
-        kind = (template or move.target, move.target_dtype, move.steps)
+        source = tree.split(move.source)
+        target = source if move.target == move.source else tree.split(move.target) if move.target is not None else None
+        by_target = target is not None and len(target[1]) > len(source[1])
+        key = str(move.target) if by_target else move.source
+        other = source if by_target else target
+        kind = (by_target, other and other[0], move.target_dtype, move.steps)
         at = kinds.setdefault(kind, len(examples))
         if at == len(examples):
-            examples.append((move, template))
-        entries.append(tree.Entry(move.source, move.shape, move.dtype, move.nbytes, str(at)))
-    out = []
-    for row in tree.collapse(entries):
-        move, template = examples[int(row.note)]
-        target = tree.pattern(template, row.axes) if template is not None else move.target
-        out.append(
-            Group(row.pattern, target, row.shape, row.dtype, move.target_dtype, row.count, row.nbytes, move.steps)
-        )
-    return out
+            examples.append(_Kind(move, by_target, other[0] if other is not None else None, {}))
+        if other is not None:
+            examples[at].numbers[key] = other[1]
+        entries.append(tree.Entry(key, move.shape, move.dtype, move.nbytes, str(at)))
+    out = [found for row in tree.collapse(entries) for found in _lines(row, examples[int(row.note)])]
+    return [group for _, group in sorted(out, key=lambda found: found[0])]
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What the moves of a line have in common, and the numbers in the other key by the key that tells them apart."""
+
+    move: Move
+    by_target: bool
+    template: tree.Template | None
+    numbers: dict[str, tuple[int, ...]]
+
+
+def _lines(row: tree.Row, kind: _Kind) -> Iterator[tuple[str, Group]]:
+    """The groups of a line, each after what it is sorted by: one, unless the other key counts in another order."""
+    if kind.template is None:
+        yield _group(row.pattern, None, next(row.members()), row, kind, row.count)
+        return
+    members = list(row.members())
+    numbers = [kind.numbers[key] for key in members]
+    axes = [tuple(sorted(set(values))) for values in zip(*numbers, strict=True)]
+    if numbers == sorted(numbers) and len(set(numbers)) == prod(map(len, axes)):
+        first = tree.pattern(kind.template, [axis[:1] for axis in axes]) if kind.by_target else members[0]
+        yield _group(row.pattern, tree.pattern(kind.template, axes), first, row, kind, row.count)
+        return
+    for key, index in zip(members, numbers, strict=True):
+        other = tree.pattern(kind.template, [(number,) for number in index])
+        yield _group(key, other, other if kind.by_target else key, row, kind, 1)
+
+
+def _group(key: str, other: str | None, first: str, row: tree.Row, kind: _Kind, count: int) -> tuple[str, Group]:
+    source, target = (str(other), key) if kind.by_target else (key, other)
+    nbytes = row.nbytes * count // row.count
+    move = kind.move
+    group = Group(source, target, row.shape, row.dtype, move.target_dtype, count, nbytes, move.steps)
+    return tree.natural(first), group
 
 
 def lines(found: Sequence[Group], width: int | None) -> list[str]:

@@ -21,6 +21,7 @@ _MOST_RUNS = 24
 """Runs of numbers that a pattern spells out; ``--full`` is for the rest."""
 
 _MOST_GAPS = 6
+_MOST_NAMED = 8
 _DIGITS = re.compile(r"[0-9]+")
 
 # Nine digits are more than any layer or expert has; longer ones are somebody's hash.
@@ -103,6 +104,13 @@ class Numbering:
         if template not in self._gaps:
             self._gaps[template] = _gaps(self._indices.get(template, set()), len(template) - 1)
         return self._gaps[template]
+
+
+def in_short(keys: Iterable[str]) -> str:
+    """Some keys in a line, numbers collapsed; of many kinds the first ones, and how many keys there are beside them."""
+    rows = collapse(Entry(key, (), "", 0) for key in keys)
+    rest = sum(row.count for row in rows[_MOST_NAMED:])
+    return ", ".join(row.pattern for row in rows[:_MOST_NAMED]) + (f" and {rest} more" if rest else "")
 
 
 def collapse(entries: Iterable[Entry], numbering: Numbering | None = None) -> list[Row]:

@@ -15,6 +15,7 @@ from ckpt_convert.convert.execute import is_tied, run_checks
 from ckpt_convert.convert.formats.base import render_json
 from ckpt_convert.convert.output import write
 from ckpt_convert.convert.plan import Plan
+from ckpt_convert.convert.quantized.view import requested
 from ckpt_convert.convert.request import Request
 from ckpt_convert.convert.verify import verify as verify_output
 from ckpt_convert.errors import CkptConvertError, InputError, UsageError, VerificationError
@@ -61,10 +62,11 @@ class Options(TypedDict, total=False):
 
     from_format: the format of the source, where it cannot be told. family: likewise. config: path of the config.json or
     params.json of a source that has none. revision: of a source on the Hub. dtype: "float32", "float16" or "bfloat16".
-    shards: the number of files. max_shard_size: bytes. model_parallel: the number of ranks of a meta output. container:
-    "safetensors", "bin" or "pth". like: a checkpoint whose file names, assignment, config and tokenizer are taken.
-    rope_factor, rope_theta, max_positions: what params.json does not say. meta_style: "llama2" or "llama3".
-    drop_rope_scaling: leave out a RoPE scaling that the target cannot say.
+    dequantize: "bfloat16" or "float32", for a quantised source. shards: the number of files. max_shard_size: bytes.
+    model_parallel: the number of ranks of a meta output. container: "safetensors", "bin" or "pth". like: a checkpoint
+    whose file names, assignment, config and tokenizer are taken. rope_factor, rope_theta, max_positions: what
+    params.json does not say. meta_style: "llama2" or "llama3". drop_rope_scaling: leave out a RoPE scaling that the
+    target cannot say.
     """
 
     from_format: str | None
@@ -72,6 +74,7 @@ class Options(TypedDict, total=False):
     config: str | Path | None
     revision: str | None
     dtype: str | None
+    dequantize: str | None
     shards: int | None
     max_shard_size: int | None
     model_parallel: int | None
@@ -104,6 +107,7 @@ def plan(src: str | Path, *, to: str, **options: Unpack[Options]) -> Plan:
     request = Request(
         to=to,
         dtype=options.get("dtype"),
+        dequantize=options.get("dequantize"),
         shards=options.get("shards"),
         max_shard_size=options.get("max_shard_size"),
         model_parallel=options.get("model_parallel"),
@@ -122,7 +126,7 @@ def plan(src: str | Path, *, to: str, **options: Unpack[Options]) -> Plan:
         config=options.get("config"),
         options=settings,
     )
-    return planning.make(source, request)
+    return planning.make(requested(source, request.dequantize), request)
 
 
 def convert(
@@ -198,8 +202,9 @@ def convert(
 
 
 def _verify(made: Plan, staging: Staging, workers: int, progress: ProgressCallback | None) -> int:
+    family = None if made.model.family.literal else made.model.family.name
     try:
-        with read_checkpoint(staging.path, format=made.target, family=made.model.family.name) as output:
+        with read_checkpoint(staging.path, format=made.target, family=family) as output:
             return verify_output(made, output, workers=workers, progress=progress)
     except InputError as error:
         raise VerificationError(f"{staging.destination}: the output cannot be read again: {error}") from error

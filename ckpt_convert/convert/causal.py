@@ -172,16 +172,19 @@ def _opens(checkpoint: Checkpoint) -> bool:
     """Whether transformers would find just these files in the directory, and a model rather than an adapter."""
     if checkpoint.format != "hf" or not checkpoint.path.is_dir() or (checkpoint.root / "adapter_config.json").exists():
         return False
+    if checkpoint.read_as:
+        return False
     index, names = checkpoint.directory.index, [file.name for file in checkpoint.files]
     return index in [f"{name}.index.json" for name in _FOUND] if index else names in [[name] for name in _FOUND]
 
 
 def _as_they_are(checkpoint: Checkpoint, progress: ProgressCallback | None) -> dict[str, torch.Tensor]:
-    """Every tensor of a Hugging Face checkpoint under its own key."""
+    """Every tensor of a Hugging Face checkpoint under its key in the format."""
     _ = checkpoint.ranks  # refuses keys given twice
     tensors = [
-        (tensor.key, Read(stored(number, tensor.shape, tensor.strides), tensor.dtype))
+        (checkpoint.names.of(tensor.key), Read(stored(number, tensor.shape, tensor.strides), tensor.dtype))
         for number, (_, tensor) in enumerate(checkpoint.stored)
+        if checkpoint.is_weight(tensor.key)
     ]
     return _made(checkpoint, tensors, progress)
 

@@ -11,13 +11,14 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ckpt_convert.convert import containers, formats, opening, record
+from ckpt_convert.convert import containers, formats, legacy_keys, opening, record
 from ckpt_convert.convert.bulk import without_collector
 from ckpt_convert.convert.containers.header import Header, StoredTensor
 from ckpt_convert.convert.findings import Finding
-from ckpt_convert.convert.formats.base import Directory, load_json
+from ckpt_convert.convert.formats.base import Directory, load_json, render_json
+from ckpt_convert.convert.legacy_keys import Names
 from ckpt_convert.convert.mapping import Source
-from ckpt_convert.convert.model import Model, model_of
+from ckpt_convert.convert.model import Model, model_of, names_of
 from ckpt_convert.convert.opening import WeightFile, by_keys, detect
 from ckpt_convert.convert.record import Layout, LayoutFile, Record
 from ckpt_convert.convert.tensors import Part, TensorInfo, assembled, describe
@@ -30,6 +31,7 @@ from ckpt_convert.errors import (
     CorruptFileError,
     InputError,
     KeyMismatchError,
+    UnsupportedFamilyError,
     UsageError,
     listing,
 )
@@ -42,6 +44,8 @@ from ckpt_convert.storage.reader import LocalFile, RangeReader, read
 
 if TYPE_CHECKING:
     import torch
+
+    from ckpt_convert.convert.quantized.recognise import Quantization
 
 __all__ = [
     "Checkpoint",
@@ -102,11 +106,32 @@ class Checkpoint:
 
     @property
     def ranks(self) -> list[dict[str, Source]]:
-        """For each rank, its tensors by key; raises KeyMismatchError for keys given twice or not as the index says."""
+        """For each rank, its tensors by the keys of the format.
+
+        Raises KeyMismatchError for keys given twice or not as the index says, or that can be read in several ways.
+        """
         if self.contradictions:
             said = listing([finding.text for finding in self.contradictions])
             raise KeyMismatchError(f"{self.path}: the files contradict each other:{said}")
-        return self._sources[0]
+        return self._named
+
+    @cached_property
+    def names(self) -> Names:
+        """What the keys of the files are called in their format; ``tensors`` and ``stored`` have those of the files.
+
+        Those of a quantised checkpoint are left as they are: no table knows its scales.
+        """
+        return names_of(self) if self.quantization is None else legacy_keys.PLAIN
+
+    @cached_property
+    def _named(self) -> list[dict[str, Source]]:
+        names = self.names
+        if names.plain and not self._ignores:
+            return self._sources[0]
+        return [
+            {(name := names.of(key)): source._replace(key=name) for key, source in rank.items() if self.is_weight(key)}
+            for rank in self._sources[0]
+        ]
 
     @property
     def contradictions(self) -> list[Finding]:
@@ -124,14 +149,12 @@ class Checkpoint:
         boxes: dict[str, list[tuple[int, StoredTensor]]] = {}
         for number, (file, tensor) in enumerate(self.stored):
             key = self._name(file, tensor)
-            if not self.is_weight(key):
-                continue
             rank = ranks[file.rank]
             if tensor.box is not None:
                 boxes.setdefault(key, []).append((number, tensor))
                 if len(boxes[key]) > 1:
                     continue
-            elif key in rank:
+            elif key in rank and self.is_weight(key):
                 text = f"{key} is in {rank[key].where} and in {file.name}"
                 findings.append(Finding("error", "duplicate", text, file.name, key))
             rank[key] = Source(key, tensor.dtype, stored(number, tensor.shape, tensor.strides), file.name)
@@ -150,15 +173,22 @@ class Checkpoint:
             if key not in weight_map:
                 text = f"{key} lies in {source.where}, but {index} does not list it"
                 findings.append(Finding("error", "index", text, source.where, key, None, source.where))
+        for key, text in self.names.clashes:
+            findings.append(Finding("error", "duplicate", text, None, key))
         return ranks, findings
 
     def is_weight(self, key: str) -> bool:
         """Whether a key is one of the model's, and not of what else its training run has saved."""
-        return self.format is None or not key.startswith(formats.ALL[self.format].ignores)
+        return key not in self.names.other and not key.startswith(self._ignores)
+
+    @property
+    def _ignores(self) -> tuple[str, ...]:
+        return formats.ALL[self.format].ignores if self.format is not None else ()
 
     @cached_property
     def _twice(self) -> dict[str, str]:
-        return {str(finding.key): finding.text for finding in self.contradictions if finding.check == "duplicate"}
+        found = (finding for finding in self.contradictions if finding.check == "duplicate" and finding.file)
+        return {str(finding.key): finding.text for finding in found}
 
     @cached_property
     def family(self) -> str | None:
@@ -190,6 +220,38 @@ class Checkpoint:
             raise AmbiguousFormatError(f"{self.path}: {self.why}; {self.advice}")
         return model_of(self)
 
+    def model_for(self, *formats: str) -> Model:
+        """``model``, for what has to do with these formats alone.
+
+        Where Hugging Face's is the only one, a family that is not known does not matter: its keys are taken as they
+        are, and so are those of quantised tensors. Raises what ``model`` does for anything else, and what does not fit
+        of a quantised checkpoint.
+        """
+        try:
+            model = self.model
+        except UnsupportedFamilyError:
+            if {self.format, *formats} != {"hf"} or not self.files:
+                raise
+            return self._unknown
+        if self.quantization is None:
+            return model
+        from ckpt_convert.convert.quantized import carry
+
+        return carry.carried(self, model, frozenset((str(self.format), *formats)))
+
+    @cached_property
+    def quantization(self) -> Quantization | None:
+        """What of it is quantised, None for nothing; told from headers and config."""
+        from ckpt_convert.convert.quantized.recognise import quantization_of
+
+        return quantization_of(self)
+
+    @cached_property
+    def _unknown(self) -> Model:
+        from ckpt_convert.convert import unknown
+
+        return unknown.model(self)
+
     @property
     def advice(self) -> str:
         """What to do about files that are of no format."""
@@ -218,9 +280,10 @@ class Checkpoint:
 
         Where several files of no known format have a key, theirs are called ``file:key``.
         """
-        axes = _cut_axes(self) if len(self.files) > 1 and self.format == "meta" else {}
+        cuts = _cuts(self) if len(self.files) > 1 and self.format == "meta" else {}
+        cuts = {self.names.stored.get(key, key): cut for key, cut in cuts.items()}
         with without_collector():
-            return describe(self.stored, self._name, axes, self.format == "meta")
+            return describe(self.stored, self._name, cuts, self.format == "meta")
 
     def _name(self, file: WeightFile, tensor: StoredTensor) -> str:
         return f"{file.name}:{tensor.key}" if tensor.key in self._shared else tensor.key
@@ -236,24 +299,61 @@ class Checkpoint:
     @property
     def notices(self) -> list[str]:
         """What a reader should know about the files: objects that are no tensors, files that are not used."""
-        other = sum(not self.is_weight(tensor.key) for _, tensor in self.stored)
-        said = ", ".join(sorted({key.partition(".")[0] for key in self.tensors if not self.is_weight(key)}))
-        passed = [f"passed over, as no weights: {other} tensors of {said}"] if other else []
-        return [*opening.notices(self.path, self.files), *passed]
+        return [*opening.notices(self.path, self.files), *self.read_as, *self._caveats]
+
+    @property
+    def _caveats(self) -> tuple[str, ...]:
+        family = FAMILIES.get(self.family or "")
+        return family.caveats(str(self.format)) if family is not None else ()
+
+    @property
+    def read_as(self) -> list[str]:
+        """How keys are read that are not those of the format, and what is passed over as it is no weight."""
+        known = self.names.plain and not self._ignores
+        other = [] if known else [tensor.key for _, tensor in self.stored if not self.is_weight(tensor.key)]
+        said = ", ".join(sorted(set(map(legacy_keys.entry, other))))
+        count = f"{len(other):,} tensors" if len(other) != 1 else "1 tensor"
+        passed = [f"passed over, as no weights: {count} of {said}"] if other else []
+        return [*self.names.notices, *passed]
 
     def layout(self) -> Layout:
-        """How this checkpoint lies in its files, to be recorded or imitated."""
+        """How this checkpoint lies in its files, to be recorded or imitated.
+
+        With keys that are not those of the format, or with more than weights: how the weights alone would lie there,
+        under the keys of the format.
+        """
         files = []
         for file in self.files:
             header, reader = (file.header, file.reader) if self.directory.kind != "dcp" else self._located(file)
-            captured = containers.capture(reader, header) if header is not None else None
-            kept = header or replace(
-                file.header, tensors=tuple(t for t in file.header.tensors if self.is_weight(t.key))
-            )
-            files.append(LayoutFile(file.name, file.rank, kept, captured.literals if captured else None))
-        index = self.directory.index
-        named = (index, (self.root / index).read_bytes()) if index else None
-        return Layout(str(self.format), tuple(files), named)
+            weights = self._weights(file.header)
+            if weights is file.header:
+                captured = containers.capture(reader, header) if header is not None else None
+            else:
+                from ckpt_convert.convert.layout import anew  # not needed to look at a checkpoint
+
+                captured = anew(file.name, weights)
+                header = captured.header if captured is not None else None
+            files.append(LayoutFile(file.name, file.rank, header or weights, captured.literals if captured else None))
+        return Layout(str(self.format), tuple(files), self._index())
+
+    def _index(self) -> tuple[str, bytes] | None:
+        """The name and the content of the index, under the keys of the format."""
+        index, weight_map = self.directory.index, self.directory.weight_map
+        if index is None or (
+            self.directory.kind == "dcp" and any(self._weights(f.header) is not f.header for f in self.files)
+        ):
+            return None  # what torch.distributed.checkpoint's metadata says of the files is true of those alone
+        if weight_map is None or (self.names.plain and not self._ignores):
+            return index, (self.root / index).read_bytes()
+        named = {self.names.of(key): name for key, name in weight_map.items() if self.is_weight(key)}
+        return index, render_json({**load_json(self.root / index), "weight_map": named}, sort_keys=True)
+
+    def _weights(self, header: Header) -> Header:
+        """The header with the weights alone, under the keys of the format; itself where it has just these."""
+        if self.names.plain and not self._ignores:
+            return header
+        kept = [t._replace(key=self.names.of(t.key)) for t in header.tensors if self.is_weight(t.key)]
+        return header if kept == list(header.tensors) else replace(header, tensors=tuple(kept))
 
     def _located(self, file: WeightFile) -> tuple[Header | None, RangeReader]:
         """The header with true offsets, and the file itself; no header where it cannot be rebuilt from the weights."""
@@ -263,13 +363,20 @@ class Checkpoint:
             return None, file.reader
         return dcp.located(dcp.File(file.name, file.path, file.reader, file.header)), LocalFile(file.path)
 
+    def info(self, key: str) -> TensorInfo:
+        """What is known of a tensor, by its key in the files or in the format; raises KeyError for an unknown key."""
+        return self.tensors[key if key in self.tensors else self.names.stored.get(key, key)]
+
     def joined(self, key: str) -> tuple[LazyTensor, str]:
-        """A tensor, ranks and pieces joined, over the numbers of ``stored``, and its dtype.
+        """A tensor by its key in the files, or in the format: ranks and pieces joined, and its dtype.
+
+        Its tiles are numbered as ``stored``.
 
         Raises KeyError for an unknown key, AmbiguousFormatError where nothing says how ranks are joined,
         KeyMismatchError where two files have the key, and InputError for a packing whose numbers cannot be told apart.
         """
-        info = self.tensors[key]
+        info = self.info(key)
+        key = info.key
         if not info.settled:
             raise AmbiguousFormatError(
                 f"{self.path}: {key} lies on {len(info.parts)} ranks, and nothing says how to join them; "
@@ -282,6 +389,7 @@ class Checkpoint:
         if key in self._twice:
             raise KeyMismatchError(f"{self.path}: {self._twice[key]}; give one of the files")
         tensors = [rank[key].tensor for rank in self._sources[0] if key in rank]
+        tensors = tensors[:: info.copies]
         whole = concat(tensors, info.axis) if info.axis is not None and len(tensors) > 1 else tensors[0]
         return whole, info.dtype
 
@@ -292,7 +400,7 @@ class Checkpoint:
         """
         from ckpt_convert.convert.gather import Gatherer
 
-        info = self.tensors[key]
+        info = self.info(key)
         if info.dtype not in DTYPES and len(info.parts) == 1:
             reader = next(file.reader for file in self.files if file.name == info.parts[0].file)
             return read(reader, info.parts[0].offset, info.nbytes)
@@ -304,7 +412,7 @@ class Checkpoint:
 
         from ckpt_convert.convert.gather import Gatherer
 
-        info = self.tensors[key]
+        info = self.info(key)
         data = Gatherer(self.stored).read(*self.joined(key))
         flat = torch.frombuffer(bytearray(data) or bytearray(1), dtype=torch.uint8)[: info.nbytes]
         return flat.view(getattr(torch, DTYPES[info.dtype].torch)).reshape(info.shape)
@@ -386,12 +494,17 @@ def read_checkpoint(
     )
 
 
-def _cut_axes(checkpoint: Checkpoint) -> dict[str, int | None]:
+def _cuts(checkpoint: Checkpoint) -> dict[str, tuple[int | None, int]]:
+    """The axis of each key that ranks cut, and how many of them in succession hold the same part."""
     try:
         model = checkpoint.model
     except CkptConvertError:
         return {}
-    return {entry.key: entry.cut_axis("meta", model.dims) for entry in model.family.entries("meta", model.dims)}
+    ranks = max(file.rank for file in checkpoint.files) + 1
+    return {
+        entry.key: (entry.cut_axis("meta", model.dims), entry.column("meta").repeats(model.dims, ranks))
+        for entry in model.family.entries("meta", model.dims)
+    }
 
 
 def tensors_of(path: Path) -> list[tuple[WeightFile, StoredTensor]]:

@@ -19,6 +19,7 @@ from ckpt_convert.convert.model import Model
 from ckpt_convert.convert.numeric import Delta
 from ckpt_convert.convert.opening import in_memory
 from ckpt_convert.convert.pairs import Half, Pair, bring_together
+from ckpt_convert.convert.quantized import view
 from ckpt_convert.errors import ConfigError
 from ckpt_convert.models.config import read_rope
 from ckpt_convert.models.lazy import together
@@ -146,15 +147,17 @@ def compare(
     """Compare two checkpoints, of the same format or not, over as many ranks or not, tensor by tensor.
 
     ``values`` reads and compares every element, in memory that does not depend on the size of the tensors; ``keep`` is
-    asked with a tensor's keys in a and in b whether it is compared at all. Raises what ``pairs.bring_together`` raises,
-    and CorruptFileError for a file that cannot be read to its end.
+    asked with a tensor's keys in a and in b whether it is compared at all. Where only one side is quantised, the
+    numbers that it stands for are compared. Raises what ``pairs.bring_together`` raises, and CorruptFileError for a
+    file that cannot be read to its end.
     """
+    a, b, said = view.alike(a, b)
     found = bring_together(a, b)
     pairs = [pair for pair in found.pairs if keep(*(half.key for half in (pair.a, pair.b) if half is not None))]
     changes = [_structure(pair) for pair in pairs]
     if values:
         changes = _values(a, b, pairs, changes, workers, progress)
-    notices = [*in_memory(a.files), *in_memory(b.files), *found.notices]
+    notices = [*said, *in_memory(a.files), *in_memory(b.files), *found.notices]
     return Diff(a, b, found.through, values, changes, found.models, _config(*found.models), notices)
 
 

@@ -12,10 +12,12 @@ from ckpt_convert.convert import record, sidefiles
 from ckpt_convert.convert.checkpoint import Checkpoint, usual_dtype
 from ckpt_convert.convert.formats.base import RECORD_FOLDER, load_json, render_json
 from ckpt_convert.convert.model import Model, naming
+from ckpt_convert.convert.quantized.view import Dequantized
 from ckpt_convert.convert.request import Request
 from ckpt_convert.convert.sidefiles import SideFile
 from ckpt_convert.dtypes import DTYPES
 from ckpt_convert.errors import UnsupportedFamilyError
+from ckpt_convert.models.config import type_of
 
 
 @dataclass(frozen=True)
@@ -27,24 +29,39 @@ class Configs:
 
 
 def generated(
-    source: Checkpoint, model: Model, request: Request, like: Checkpoint | None, dtype: str | None = None
+    source: Checkpoint,
+    model: Model,
+    request: Request,
+    like: Checkpoint | None,
+    dtype: str | None = None,
+    ranks: int = 1,
 ) -> Configs:
     """The target's config, and config.json for the record; raises ConfigError for what the target cannot express.
 
-    ``dtype`` is what the weights are written in, where that is no request but what the config has to say.
+    ``dtype`` is what the weights are written in, where that is no request but what the config has to say; ``ranks``
+    how many params.json is for.
     """
     config, origin = _config(source, model, request.dtype or dtype, request, like)
     files = [_file(record.CONFIG, config, origin)]
     notices: tuple[str, ...] = _token_notice(model) if source.format == "meta" and origin == "generated" else ()
-    if request.to == "hf":
+    if request.to == "hf" and not _shown_by_shapes(source, model):
         files.append(_file("config.json", config, origin))
     if request.to == "meta":
-        params, origin, notices = _params(source, model, request, like)
+        params, origin, notices = _params(source, model, request, like, ranks)
         files.append(_file("params.json", params, origin))
     elif source.params is not None and _is_params(source.params[1]):
         name = f"{RECORD_FOLDER}/layouts/meta/params.json"
         files.append(SideFile(name, "carried", source.params[0], size=source.params[0].stat().st_size))
     return Configs(tuple(files), notices)
+
+
+def _shown_by_shapes(source: Checkpoint, model: Model) -> bool:
+    """Whether the config says no more than the shapes do, of a family whose files come without one."""
+    from_shapes = model.family.from_shapes
+    if from_shapes is None or not source.files:
+        return False
+    said = {key: value for key, value in model.config.items() if key not in ("dtype", "torch_dtype")}
+    return said == from_shapes({key: found.shape for key, found in source.ranks[0].items()})
 
 
 def _token_notice(model: Model) -> tuple[str, ...]:
@@ -83,7 +100,8 @@ def tokenizer(
         from ckpt_convert.convert import tokenizer as translation
 
         if request.to == "hf":
-            made = translation.generated_for_hf(path.read_bytes(), model.dims["vocab_size"])
+            rows = model.dims["vocab_size"] + model.dims.get("new_tokens", 0)
+            made = translation.generated_for_hf(path.read_bytes(), rows)
         else:
             made = translation.generated_for_meta({path.name: path.read_bytes()})
         said.extend(made.notices)
@@ -107,8 +125,8 @@ def _config(
     verbatim = _verbatim_config(source, model)
     if verbatim is not None and dtype is None:
         return verbatim, "copied" if source.format == "hf" else "restored"
-    dtype = dtype or DTYPES[usual_dtype(source)].torch
-    content = model.config if verbatim is not None else dict(sorted(model.config.items()))
+    dtype = dtype or (source.dtype if isinstance(source, Dequantized) else DTYPES[usual_dtype(source)].torch)
+    content = model.config if verbatim is not None or source.format == "hf" else dict(sorted(model.config.items()))
     return _with_dtype(content, dtype), "generated"
 
 
@@ -130,10 +148,22 @@ def _verbatim_config(source: Checkpoint, model: Model) -> bytes | None:
 
 
 def _params(
-    source: Checkpoint, model: Model, request: Request, like: Checkpoint | None
+    source: Checkpoint, model: Model, request: Request, like: Checkpoint | None, ranks: int
 ) -> tuple[bytes, str, tuple[str, ...]]:
+    """params.json for so many ranks, where it comes from, and what to say of it."""
     if like is not None and like.params is not None:
         return like.params[0].read_bytes(), "copied", ()
+    data, origin, notices = _params_of_model(source, model, request)
+    content = json.loads(data)
+    params = model.family.params
+    adapted = params.for_ranks(content, model.dims, ranks) if params is not None else content
+    if adapted == content:
+        return data, origin, notices
+    said = f"params.json counts {ranks} key/value heads, one for each rank: copies of the model's {_heads(model)}"
+    return _render_params(adapted), "generated", (*notices, said) if ranks > _heads(model) else notices
+
+
+def _params_of_model(source: Checkpoint, model: Model, request: Request) -> tuple[bytes, str, tuple[str, ...]]:
     asked = request.config.meta_style is not None or request.config.drop_rope_scaling
     recorded = _recorded_params(source)
     if recorded is not None and not asked:
@@ -145,6 +175,10 @@ def _params(
     beside = " (not needed as long as the folder ckpt_convert lies beside it)"
     notices = tuple(text + beside if "on the way back" in text else text for text in translated.notices)
     return _render_params(translated.content), "generated", notices
+
+
+def _heads(model: Model) -> int:
+    return model.dims["n_kv_heads"]
 
 
 def _recorded_params(source: Checkpoint) -> bytes | None:
@@ -162,7 +196,7 @@ def _recorded_params(source: Checkpoint) -> bytes | None:
 
 def _is_params(content: Mapping[str, Any]) -> bool:
     """Whether this is a params.json, and no config.json that was given instead of one."""
-    return "model_type" not in content
+    return type_of(content) is None
 
 
 def _render_params(content: Mapping[str, Any]) -> bytes:

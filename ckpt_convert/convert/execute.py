@@ -15,7 +15,7 @@ import zlib
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -85,6 +85,25 @@ def is_tied(plan: Plan) -> bool:
     return equal(Mover(plan.stored), Mover(plan.stored), plan.undecided)
 
 
+def settled(plan: Plan) -> tuple[OutputFile, ...]:
+    """The files of a plan, with tensors as they were earlier wherever nothing has changed since.
+
+    Decided when the plan is carried out: the tensors may be those of a model in memory, which other plans are not made
+    for at every save.
+    """
+    movers = Mover(plan.stored), Mover(plan.stored)
+
+    def chosen(placed: Placed) -> Placed:
+        earlier = placed.earlier
+        same = earlier is not None and equal(*movers, earlier.unchanged)
+        return replace(placed, tensor=earlier.tensor) if earlier is not None and same else placed
+
+    return tuple(
+        replace(file, tensors=tuple(map(chosen, file.tensors))) if any(t.earlier for t in file.tensors) else file
+        for file in plan.files
+    )
+
+
 def pieces(files: tuple[OutputFile, ...]) -> Iterator[Piece]:
     """Every piece, in the order in which the source is read best.
 
@@ -141,7 +160,7 @@ class Execution:
         self._staging = staging
         self._workers = workers
         self._lock = threading.Lock()
-        self._queue: deque[Piece] = deque(pieces(plan.files))
+        self._queue: deque[Piece] = deque(pieces(settled(plan)))
         self._meter = Meter("converting", plan.tensor_bytes, progress)
         self._stop = threading.Event()
         self._journal: Any = None

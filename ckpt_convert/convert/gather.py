@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from ckpt_convert import dtypes
 from ckpt_convert.convert.containers.header import StoredTensor
-from ckpt_convert.models.lazy import LazyTensor
+from ckpt_convert.models.lazy import ZEROS, LazyTensor
 
 Dims = tuple[tuple[int, int, int], ...]
 
@@ -19,6 +19,14 @@ SCRATCH = 8 << 20
 
 _WASTE = 4
 """Read a range whole when at most this many times as many bytes lie in it as are wanted."""
+
+
+@runtime_checkable
+class Gathering(Protocol):
+    """A reader that can put elements in order by itself."""
+
+    def gather(self, offset: int, dims: Dims, target: np.ndarray[Any, Any], item: int) -> bool:
+        """Do what ``Gatherer`` does for such a copy; False, and nothing, where it is left to that."""
 
 
 class Gatherer:
@@ -35,7 +43,12 @@ class Gatherer:
             self._packed(tensor, bits, buffer)
             return
         item = bits // 8
-        for copy in tensor.copies():
+        copies = tensor.copies()
+        if any(copy.source == ZEROS for copy in copies):
+            buffer[:] = 0
+        for copy in copies:
+            if copy.source == ZEROS:
+                continue
             file, stored = self._stored[copy.source]
             self._copy(
                 file.reader,
@@ -67,6 +80,8 @@ class Gatherer:
         if not dims or (len(dims) == 1 and dims[0][1:] == (1, 1)):
             nbytes = (dims[0][0] if dims else 1) * item
             reader.readinto(offset, target.data[:nbytes])
+            return
+        if isinstance(reader, Gathering) and reader.gather(offset, dims, target, item):
             return
         span = 1 + sum((count - 1) * source for count, source, _ in dims)
         wanted = prod(count for count, _, _ in dims)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
 from ckpt_convert import dtypes
 from ckpt_convert.convert.containers import dcp_build, safetensors, torchzip
 from ckpt_convert.convert.containers.header import FileLayout, Header, StoredTensor
-from ckpt_convert.convert.mapping import Equality, Target
+from ckpt_convert.convert.mapping import Earlier, Equality, Target
 from ckpt_convert.convert.record import Layout
 from ckpt_convert.errors import UsageError
 from ckpt_convert.models.lazy import LazyTensor
@@ -17,11 +17,12 @@ from ckpt_convert.models.lazy import LazyTensor
 Spec = tuple[str, str, tuple[int, ...]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Placed:
     """A tensor at its place in an output file; ``dtype`` is that of the file, ``source_dtype`` that of the source.
 
-    ``tensor`` is in the order in which the file stores the elements.
+    ``tensor`` is in the order in which the file stores the elements; so is that of ``earlier``, which is written
+    instead if nothing has changed since.
     """
 
     key: str
@@ -30,6 +31,7 @@ class Placed:
     offset: int
     tensor: LazyTensor
     nbytes: int
+    earlier: Earlier | None = None
 
 
 @dataclass(frozen=True)
@@ -101,31 +103,42 @@ def afresh(assignments: Sequence[Assignment], dtype_of: Mapping[str, str]) -> li
 
 def build(assignment: Assignment, dtype_of: Mapping[str, str]) -> FileLayout:
     """Everything of a new container file that is no tensor."""
-    specs: list[Spec] = [(target.key, dtype_of[target.key], target.tensor.shape) for target in assignment.targets]
-    if assignment.container == "safetensors":
+    specs = [(target.key, dtype_of[target.key], target.tensor.shape) for target in assignment.targets]
+    return of_specs(assignment.name, assignment.container, specs, assignment.metadata)
+
+
+def of_specs(name: str, container: str, specs: Sequence[Spec], metadata: Mapping[str, str]) -> FileLayout:
+    """Everything of a new container file, called ``name``, for tensors of these keys, dtypes and shapes."""
+    if container == "safetensors":
         # Wider elements first, so that every tensor is aligned to its element size.
-        specs.sort(key=lambda spec: -dtypes.DTYPES[spec[1]].bits)
-        return safetensors.build(specs, assignment.metadata)
-    if assignment.container == "dcp":
+        return safetensors.build(sorted(specs, key=lambda spec: -dtypes.DTYPES[spec[1]].bits), metadata)
+    if container == "dcp":
         return dcp_build.build(specs)
-    return torchzip.build(specs, root=PurePosixPath(assignment.name).stem)
+    return torchzip.build(specs, root=PurePosixPath(name).stem)
 
 
 def _placed(name: str, rank: int, layout: FileLayout, targets: Mapping[str, Target]) -> OutputFile:
     placed = []
     taken: set[tuple[int, int]] = set()
     for tensor in sorted(layout.header.tensors, key=lambda tensor: tensor.offset):
-        place = (tensor.offset, tensor.nbytes)
-        if place in taken and tensor.nbytes:
+        place = _, nbytes = (tensor.offset, tensor.nbytes)
+        if place in taken and nbytes:
             continue  # one of two names of the same bytes; ``aliases`` has both compared
         taken.add(place)
         target = targets[tensor.key]
-        placed.append(
-            Placed(
-                tensor.key, tensor.dtype, target.dtype, tensor.offset, _as_stored(target.tensor, tensor), tensor.nbytes
-            )
-        )
+        lazy, earlier = _as_stored(target.tensor, tensor), target.earlier
+        if earlier is not None:
+            earlier = replace(earlier, tensor=_as_stored(earlier.tensor, tensor))
+        placed.append(Placed(tensor.key, tensor.dtype, target.dtype, tensor.offset, lazy, nbytes, earlier))
     return OutputFile(name, rank, layout, tuple(placed))
+
+
+def anew(name: str, header: Header) -> FileLayout | None:
+    """A new file for the tensors of a header, in its order; None for pieces, which are nothing by themselves."""
+    if _pieces(header):
+        return None
+    specs = [(tensor.key, tensor.dtype, tensor.shape) for tensor in header.tensors]
+    return of_specs(name, "torch" if header.kind == "legacy" else header.kind, specs, header.metadata)
 
 
 def _pieces(header: Header) -> bool:
@@ -149,11 +162,12 @@ def aliases(header: Header, targets: Mapping[str, Target], file: str) -> list[Eq
     first: dict[tuple[int, int], StoredTensor] = {}
     out = []
     for tensor in header.tensors:
-        if not tensor.nbytes:
+        nbytes = tensor.nbytes
+        other = first.setdefault((tensor.offset, nbytes), tensor) if nbytes else tensor
+        if other is tensor:
             continue
-        other = first.setdefault((tensor.offset, tensor.nbytes), tensor)
         left, right = _as_stored(targets[other.key].tensor, other), _as_stored(targets[tensor.key].tensor, tensor)
-        if other is not tensor and left != right:
+        if left != right:
             message = (
                 f"{other.key} and {tensor.key} share their bytes in {file}, but their values differ now; "
                 "untie them by a new layout, with --shards or --max-shard-size"
@@ -172,7 +186,7 @@ def by_source(
     """
     groups: dict[int, list[tuple[int, Target]]] = {}
     for target in targets:
-        first = min(tile.source for tile in target.tensor.tiles)
+        first = min(target.tensor.sources)
         groups.setdefault(file_of.get(first, 0), []).append((first, target))
     return [
         Assignment(names[number], 0, container, tuple(t for _, t in sorted(group, key=lambda i: i[0])), _FORMAT_PT)

@@ -6,13 +6,13 @@ Nothing here touches a byte: tensors are lazy (``models.lazy``), so the same cod
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from ckpt_convert.convert.findings import Finding, raise_if_any
 from ckpt_convert.errors import ConfigError, KeyMismatchError, UsageError
 from ckpt_convert.models.lazy import LazyTensor, concat
-from ckpt_convert.models.table import Entry, Family, Instance
+from ckpt_convert.models.table import Entry, Family, Instance, Key
 
 _LISTED = 20
 
@@ -32,12 +32,16 @@ class Source(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Logical:
-    """A row of the table at an index, in the logical layout; ``key`` and ``where`` are those of its first part."""
+    """A row of the table at an index, in the logical layout; ``key`` and ``where`` are those of its first part.
+
+    ``original`` is what the source has, where the logical layout cannot hold all of it (``Row.lossy``).
+    """
 
     dtype: str
     tensor: LazyTensor
     key: str
     where: str
+    original: LazyTensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +53,14 @@ class Equality:
     dtype: str
     message: str
     key: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Earlier:
+    """A tensor as it was before a conversion that lost something of it, and what has to be equal for it to be valid."""
+
+    tensor: LazyTensor
+    unchanged: Equality
 
 
 @dataclass(frozen=True)
@@ -66,13 +78,17 @@ class Logicals:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One tensor to be written: under ``key`` into the file or dict of ``rank``."""
+    """One tensor to be written: under ``key`` into the file or dict of ``rank``.
+
+    ``earlier`` is what is written instead if nothing has changed since.
+    """
 
     instance: Instance
     key: str
     rank: int
     dtype: str
     tensor: LazyTensor
+    earlier: Earlier | None = None
 
 
 def read(
@@ -101,6 +117,7 @@ def examine(
     result = Logicals({})
     known: set[str] = set()
     left_out: list[Entry] = []
+    shapes: dict[tuple[str, ...], tuple[int, ...] | None] = {}  # of a model with many layers, and many experts in each
     for entry in family.entries(format, dims):
         known.add(entry.key)
         found = [rank.get(entry.key) for rank in ranks]
@@ -119,17 +136,36 @@ def examine(
             text = f"{entry.key} (there on other ranks, not on rank {', '.join(absent)})"
             findings.append(Finding("error", "missing", text, key=entry.key))
             continue
-        result.tensors.update(_join(entry, format, dims, parts, findings, result.equal))
+        rows = tuple(row[0].row.name for row in entry.rows)
+        if rows not in shapes:
+            shapes[rows] = entry.shape(format, dims, len(ranks))
+        result.tensors.update(_join(entry, format, dims, parts, shapes[rows], findings, result.equal))
     groups = {_group(instance) for instance in result.tensors} - {None}
     findings.extend(_missing(entry, format, dims) for entry in left_out if _group(entry.first) in groups)
     findings.extend(_unexpected(ranks, known, family, format))
-    if dims["tied"]:
+    if dims["tied"] and any(row.tied_to and row.column(format) is None for row in family.rows):
         result.omitted.update(i for i in family.instances(dims) if i.row.tied_to and i.row.column(format) is None)
     for instance in result.omitted:
         tied = tied_to(instance, result.tensors)
         if tied is not None:
             result.tensors[instance] = tied
     return result, findings
+
+
+def apart(
+    family: Family, format: str, dims: Mapping[str, int], sources: Mapping[str, Source]
+) -> dict[Instance, Logical]:
+    """What lies in one stored tensor with others, of these tensors."""
+    out: dict[Instance, Logical] = {}
+    for entry in family.entries(format, dims) if sources else ():
+        source = sources.get(entry.key)
+        if entry.whole or source is None or source.shape != entry.shape(format, dims):
+            continue
+        for instance, part in entry.split(format, source.tensor, dims).items():
+            column = instance.row.column(format) or entry.column(format)
+            tensor = column.to_logical(part, instance.row, dims)
+            out[instance] = Logical(source.dtype, tensor, source.key, source.where)
+    return out
 
 
 def write(
@@ -141,11 +177,13 @@ def write(
     ranks: int,
     keep_tied: bool | Collection[str] | None,
     what: str,
+    earlier: Mapping[Instance, Earlier] | None = None,
 ) -> tuple[list[Target], list[Instance], list[Equality]]:
     """The target's tensors in the order of the table, what the target has no place for, and the ties to check.
 
     ``keep_tied`` says whether rows that the column omits when tied are written all the same, or which keys of them are
-    (None: as the source).
+    (None: as the source). ``earlier`` goes into the targets. Rows of which the target loses something (``Row.lossy``)
+    are among those that it has no place for as well.
     Raises KeyMismatchError for tensors that the target cannot hold, ConfigError for sizes that do not divide over
     the ranks.
     """
@@ -156,7 +194,10 @@ def write(
     no_place: list[str] = []
     missing: list[str] = []
     for instance, logical in logicals.tensors.items():
-        if instance.row.column(format) is not None:
+        place = instance.row.column(format)
+        if place is not None:
+            if (place.cells is None) != (logical.original is None) and instance.row.lossy is not None:
+                carried.append(instance)
             continue
         if instance.row.tied_to and dims["tied"]:  # the row that it is tied to stands for it
             ties += [check] if (check := tie(instance, logical, logicals)) is not None else []
@@ -179,7 +220,9 @@ def write(
                 keep = instance not in logicals.omitted if keep_tied is None else _keeps(keep_tied, entry.key)
                 if not keep:
                     continue
-        targets.extend(_cut(entry, format, dims, logicals.tensors, ranks))
+        made = _cut(entry, format, dims, logicals.tensors, ranks)
+        before = (earlier or {}).get(entry.first)
+        targets.extend(made if before is None else (replace(target, earlier=before) for target in made))
     if no_place:
         raise KeyMismatchError(
             f"{what}: the {format} format of {family.name} has no place for {len(no_place)} tensors: "
@@ -197,13 +240,13 @@ def _join(
     format: str,
     dims: Mapping[str, int],
     parts: Sequence[Source],
+    wanted: tuple[int, ...] | None,
     findings: list[Finding],
     equal: list[Equality],
 ) -> dict[Instance, Logical]:
-    """The instances that lie under a key, of what every rank has there."""
+    """The instances that lie under a key, of what every rank has there, whose shape should be ``wanted``."""
     first = parts[0]
     ranks = len(parts)
-    wanted = entry.shape(format, dims, ranks)
 
     def misfit(part: Source, text: str, expected: object = None, found: object = None) -> None:
         said = [None if value is None else str(value) for value in (expected, found)]
@@ -223,6 +266,12 @@ def _join(
             text = f"{part.key}{at}: expected {first.dtype} as on rank 0, found {part.dtype}"
             misfit(part, text, first.dtype, part.dtype)
             return {}
+    if entry.whole and ranks == 1:  # as most are
+        row = entry.first.row
+        column = entry.column(format)
+        kept = first.tensor if column.cells is not None else None
+        tensor = column.to_logical(first.tensor, row, dims)
+        return {entry.first: Logical(first.dtype, tensor, first.key, first.where, kept)}
     on_ranks = [entry.split(format, part.tensor, dims, ranks) for part in parts]
     out = {}
     for instance in entry.instances:
@@ -246,7 +295,9 @@ def _join(
             misfit(first, f"{first.key}: {heads} heads on {len(distinct)} ranks; heads have to lie whole on a rank")
             return {}
         tensor = concat(distinct, axis) if axis is not None and len(distinct) > 1 else distinct[0]
-        out[instance] = Logical(first.dtype, column.to_logical(tensor, instance.row, dims), first.key, first.where)
+        logical = column.to_logical(tensor, instance.row, dims)
+        kept = tensor if column.cells is not None else None
+        out[instance] = Logical(first.dtype, logical, first.key, first.where, kept)
     return out
 
 
@@ -255,10 +306,17 @@ def _cut(
 ) -> Iterator[Target]:
     """What every rank stores under a key."""
     first = logicals[entry.first]
+    if entry.whole and ranks == 1:  # as most are
+        column = entry.column(format)
+        original = first.original if column.cells is not None else None
+        tensor = original or column.to_stored(first.tensor, entry.first.row, dims)
+        yield Target(entry.first, entry.key, 0, first.dtype, tensor)
+        return
     parts: dict[Instance, tuple[LazyTensor, int | None, int]] = {}
     for instance in entry.instances:
         column = instance.row.column(format) or entry.column(format)
-        tensor = column.to_stored(logicals[instance].tensor, instance.row, dims)
+        original = logicals[instance].original if column.cells is not None else None
+        tensor = original or column.to_stored(logicals[instance].tensor, instance.row, dims)
         axis = column.cut_axis(dims) if ranks > 1 else None
         parts[instance] = tensor, axis, column.repeats(dims, ranks)
         if logicals[instance].dtype != first.dtype:
@@ -288,7 +346,7 @@ def _check_ranks(family: Family, format: str, dims: Mapping[str, int], ranks: in
         raise UsageError(
             f"--model-parallel {ranks}: {family.name}'s consolidated layout is one file, not cut over ranks"
         )
-    sizes: dict[str, int] = {}
+    cut: dict[str, tuple[int, Key]] = {}
     for row in family.rows:
         column = row.column(format)
         axis = column.cut_axis(dims) if column else None
@@ -297,10 +355,18 @@ def _check_ranks(family: Family, format: str, dims: Mapping[str, int], ranks: in
         # Ranks hold whole heads, so where there are heads they are what has to divide.
         name = row.heads or (column.shape or row.shape)[axis]
         size = dims[name] if row.heads else column.part_shape(row, dims)[axis]
-        sizes[name] = size * column.repeats(dims, ranks)
-    uneven = [f"{name} = {size} is not divisible by {ranks}" for name, size in sizes.items() if size % ranks]
+        cut[name] = size, column
+
+    def uneven_over(count: int) -> list[str]:
+        return [
+            f"{name} = {size} is not divisible by {count}"
+            for name, (size, column) in cut.items()
+            if size * column.repeats(dims, count) % count
+        ]
+
+    uneven = uneven_over(ranks)
     if uneven:
-        even = [str(n) for n in range(1, 129) if not any(size % n for size in sizes.values())]
+        even = [str(count) for count in range(1, 129) if not uneven_over(count)]
         raise ConfigError(
             f"{what}: cannot be cut over {ranks} ranks: {'; '.join(uneven)}; --model-parallel may be {', '.join(even)}"
         )
@@ -337,9 +403,11 @@ def tie(instance: Instance, logical: Logical, logicals: Logicals) -> Equality | 
     return Equality(other.tensor, logical.tensor, logical.dtype, message, logical.key)
 
 
-def _group(instance: Instance) -> tuple[str, int] | None:
+def _group(instance: Instance) -> tuple[str, int | None] | None:
     """What an optional tensor is there with: the group of its row, at its layer."""
-    return (instance.row.group, instance.index[0][1]) if instance.row.group is not None else None
+    if instance.row.group is None:
+        return None
+    return instance.row.group, instance.index[0][1] if instance.index else None
 
 
 def _missing(entry: Entry, format: str, dims: Mapping[str, int]) -> Finding:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ckpt_convert.convert import legacy_keys
 from ckpt_convert.convert.formats.base import load_json
+from ckpt_convert.convert.legacy_keys import Names
 from ckpt_convert.convert.mapping import Source
 from ckpt_convert.errors import ConfigError, KeyMismatchError, UnsupportedFamilyError
 from ckpt_convert.models import FAMILIES, Family
-from ckpt_convert.models.config import ConfigOptions
+from ckpt_convert.models.config import ConfigOptions, type_of
 from ckpt_convert.models.table import Dims
 from ckpt_convert.storage.names import resolve
 
@@ -54,6 +56,7 @@ class Recorded:
     tied: bool | None = None
     embedding_cut: int | None = None
     config: Mapping[str, Any] | None = None
+    family: str | None = None
 
 
 def model_of(checkpoint: Checkpoint) -> Model:
@@ -62,12 +65,15 @@ def model_of(checkpoint: Checkpoint) -> Model:
     Raises what ``identify`` does, and ConfigError where there is no config or it cannot be read.
     """
     path, content = checkpoint.params or _config(checkpoint)
-    if "model_type" in content:
+    if type_of(content) is not None:
         # Told first: the tensors of a large model take a while to describe, in vain where the family is not known.
-        family, _ = by_model_type(content, str(path), checkpoint.family_name)
+        names = checkpoint.names
+        keys = (names.of(tensor.key) for file in checkpoint.files for tensor in file.header.tensors)
+        before = _family_before(checkpoint)
+        family, _ = by_model_type(content, str(path), checkpoint.family_name, str(checkpoint.format), keys, before)
         if checkpoint.family_name is None:
             _refuse_other_head(checkpoint, family, content, str(path))
-    return identify(
+    model = identify(
         content,
         str(path),
         str(checkpoint.format),
@@ -76,6 +82,7 @@ def model_of(checkpoint: Checkpoint) -> Model:
         family=checkpoint.family_name,
         recorded=_recorded(checkpoint, path),
     )
+    return model if path.is_file() or checkpoint.family_name else replace(model, evidence="its keys")
 
 
 def _refuse_other_head(checkpoint: Checkpoint, family: Family, config: Mapping[str, Any], where: str) -> None:
@@ -83,22 +90,95 @@ def _refuse_other_head(checkpoint: Checkpoint, family: Family, config: Mapping[s
 
     Both the config's word for it and the keys have to say so: many a config names a class that its weights are not of.
     """
-    stated = config.get("architectures")
-    names = [name for name in stated if isinstance(name, str)] if isinstance(stated, list) else []
-    if checkpoint.format != "hf" or not names or any("CausalLM" in name or "LMHead" in name for name in names):
+    if checkpoint.format != "hf" or _is_language_model(config):
         return
-    other = next((key for key in checkpoint.tensors if not family.knows("hf", key)), None)
-    if other is not None and "lm_head.weight" not in checkpoint.tensors:
+    keys = (tensor.key for file in checkpoint.files for tensor in file.header.tensors)
+    why = _other_head(family, config, [checkpoint.names.of(key) for key in keys if checkpoint.is_weight(key)])
+    if why is not None:
         raise UnsupportedFamilyError(
-            f"{where}: architectures is {names[0]!r}, and {other!r} is no key of {family.name}'s language model, "
-            "which is what its table is of; if it should be one all the same, say so with --family"
+            f"{where}: {why}, which is what its table is of; if it should be one all the same, say so with --family"
         )
+
+
+def _other_head(family: Family, config: Mapping[str, Any], keys: Sequence[str]) -> str | None:
+    """Why a model is none of the family's language models, as its config and its keys (in Hugging Face's format) say.
+
+    None where they do not, both.
+    """
+    if _is_language_model(config):
+        return None
+    names = _architectures(config)
+    other = next((key for key in keys if not family.knows("hf", key)), None)
+    if other is not None and "lm_head.weight" not in keys:
+        return f"architectures is {names[0]!r}, and {other!r} is no key of {family.name}'s language model"
+    output = next((row.hf.template for row in family.rows if row.tied_to is not None and row.hf is not None), None)
+    if names[0].endswith("Model") and output is not None and output not in keys and not _is_tied(family, config):
+        return f"architectures is {names[0]!r}, and there is no {output}, so it is not {family.name}'s language model"
+    return None
+
+
+def _is_language_model(config: Mapping[str, Any]) -> bool:
+    """Whether a config says so, or nothing else."""
+    names = _architectures(config)
+    return not names or any("CausalLM" in name or "LMHead" in name for name in names)
+
+
+def _is_tied(family: Family, config: Mapping[str, Any]) -> bool:
+    try:
+        return bool(family.symbols(config)["tied"])
+    except ConfigError:
+        return True
+
+
+def names_of(checkpoint: Checkpoint) -> Names:
+    """What the keys of a checkpoint are called in its format, as far as its config, or its keys, say what it is.
+
+    Those of a model that no table is of stay as they are.
+    """
+    if checkpoint.format is None:
+        return legacy_keys.PLAIN
+    format, stored = checkpoint.format, [t.key for file in checkpoint.files for t in file.header.tensors]
+    stored += checkpoint.directory.weight_map or ()  # of files that cannot be opened, too
+    content = _content(checkpoint)
+    families = candidates(content, format, checkpoint.family_name)
+    names = legacy_keys.read(stored, families, format)
+    if names.plain or checkpoint.family_name is not None or type_of(content) is None or format != "hf":
+        return names
+    keys = [names.of(key) for key in stored if key not in names.other]
+    heads = [_other_head(family, content, keys) for family in families]
+    return legacy_keys.PLAIN if None not in heads else names
+
+
+def candidates(config: Mapping[str, Any], format: str, wanted: str | None) -> list[Family]:
+    """The families with this format that a config may be of: the one ``wanted``, those of its model_type, or all."""
+    if wanted is not None:
+        return [family for family in FAMILIES.values() if family.name == wanted and format in family.formats]
+    model_type, classes = type_of(config), set(_architectures(config))
+    return [
+        family
+        for family in FAMILIES.values()
+        if format in family.formats
+        and model_type in (None, *family.model_types)
+        and (model_type is None or not family.architectures or classes & set(family.architectures))
+    ]
+
+
+def _content(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """What a checkpoint's config.json or params.json says; {} where there is none that can be read."""
+    path = checkpoint.config_file
+    try:
+        return load_json(path) if path.is_file() else {}
+    except ConfigError:
+        return {}
 
 
 def _config(checkpoint: Checkpoint) -> tuple[Path, dict[str, Any]]:
     path = checkpoint.config_file
     if checkpoint.config_path is not None:
         return path, load_json(path)
+    shown = from_shapes(checkpoint) if not path.is_file() else None
+    if shown is not None:
+        return path, shown
     name = path.relative_to(checkpoint.root).as_posix()
     if not path.is_file():
         raise ConfigError(
@@ -106,6 +186,28 @@ def _config(checkpoint: Checkpoint) -> tuple[Path, dict[str, Any]]:
             "pass --config with its config.json or params.json"
         )
     return path, load_json(resolve(checkpoint.root, name, str(checkpoint.path)))
+
+
+def from_shapes(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """The config that the tensors themselves show, of a family whose files come without one.
+
+    It is the family that was asked for, else the only one of these that knows every key.
+    """
+    there = [family for family in FAMILIES.values() if family.from_shapes is not None]
+    if checkpoint.family_name is not None:
+        fits = [family for family in there if family.name == checkpoint.family_name]
+    else:
+        format, keys = checkpoint.format, [tensor.key for file in checkpoint.files for tensor in file.header.tensors]
+        fits = [f for f in there if format in f.formats and all(f.knows(format, key) for key in keys)]
+    if len(fits) != 1 or fits[0].from_shapes is None or len(checkpoint.ranks) != 1:
+        return None
+    with naming(str(checkpoint.path)):
+        return fits[0].from_shapes({key: source.shape for key, source in checkpoint.ranks[0].items()})
+
+
+def _family_before(checkpoint: Checkpoint) -> str | None:
+    """The family that an earlier conversion took the checkpoint for."""
+    return str(checkpoint.record.manifest.get("family")) if checkpoint.record is not None else None
 
 
 def _recorded(checkpoint: Checkpoint, config: Path) -> Recorded:
@@ -118,7 +220,7 @@ def _recorded(checkpoint: Checkpoint, config: Path) -> Recorded:
     asked = options.rope_factor or options.rope_theta or options.max_positions or checkpoint.config_path
     counts = checkpoint.format == "meta" and not asked and found.unchanged(config.name)
     path = found.config if counts else None
-    return Recorded(found.tied, cut, load_json(path) if path is not None else None)
+    return Recorded(found.tied, cut, load_json(path) if path is not None else None, _family_before(checkpoint))
 
 
 def identify(
@@ -161,8 +263,8 @@ def _identify(
     family: str | None,
     recorded: Recorded,
 ) -> Model:
-    if "model_type" in content:
-        found, evidence = by_model_type(content, where, family)
+    if type_of(content) is not None:
+        found, evidence = by_model_type(content, where, family, format, ranks[0], recorded.family)
         return _described(found, evidence, content, format, ranks, options, recorded)
     found, evidence = _by_params(content, where, family)
     if recorded.config is not None:
@@ -197,19 +299,50 @@ def _described(
     return Model(family, evidence, config, dims, bool(dims["tied"]))
 
 
-def by_model_type(config: Mapping[str, Any], where: str, wanted: str | None) -> tuple[Family, str]:
-    """The family that a config.json names, and in what words; raises UnsupportedFamilyError where none is known."""
+def by_model_type(
+    config: Mapping[str, Any],
+    where: str,
+    wanted: str | None,
+    format: str,
+    keys: Iterable[str],
+    before: str | None = None,
+) -> tuple[Family, str]:
+    """The family that a config.json names, and in what words; raises UnsupportedFamilyError where none is known.
+
+    Where several families have the model_type, it is the one that knows the most of the ``keys`` in ``format``; of
+    those that know as many, the one that the weights were of ``before``, else one whose class the config names.
+    """
     if wanted is not None:
         return FAMILIES[wanted], "as asked for"
-    model_type = config["model_type"]
-    for family in FAMILIES.values():
-        if model_type in family.model_types:
-            return family, f"model_type {model_type!r}"
-    known = ", ".join(sorted(name for family in FAMILIES.values() for name in family.model_types))
+    model_type, classes = type_of(config), set(_architectures(config))
+    found = [
+        family
+        for family in FAMILIES.values()
+        if model_type in family.model_types and (not family.architectures or classes & set(family.architectures))
+    ]
+    if len(found) > 1:
+        keys = list(keys)
+        found.sort(
+            key=lambda family: (
+                sum(not family.knows(format, key) for key in keys),
+                family.name != before,
+                not family.architectures,
+            )
+        )
+    name = "model_type" if "model_type" in config else "_class_name"
+    if found:
+        return found[0], f"{name} {model_type!r}"
+    known = ", ".join(sorted({name for family in FAMILIES.values() for name in family.model_types}))
     raise UnsupportedFamilyError(
-        f"{where}: model_type {model_type!r} is no family that is known (known: {known}); if it has the keys and row "
+        f"{where}: {name} {model_type!r} is no family that is known (known: {known}); if it has the keys and row "
         "orders of one of them, say so with --family"
     )
+
+
+def _architectures(config: Mapping[str, Any]) -> list[str]:
+    """The classes that a config.json names."""
+    stated = config.get("architectures")
+    return [name for name in stated if isinstance(name, str)] if isinstance(stated, list) else []
 
 
 def _by_params(params: Mapping[str, Any], where: str, wanted: str | None) -> tuple[Family, str]:
@@ -230,9 +363,12 @@ def _by_params(params: Mapping[str, Any], where: str, wanted: str | None) -> tup
 
 
 def _first_part(family: Family, row: str, format: str, ranks: Ranks) -> tuple[int, ...] | None:
-    """The shape of a row's tensor on rank 0 (in layer 0), None where it is not there or no matrix."""
+    """The shape of a row's tensor on rank 0 (the first of a list), None where it is not there alone or no matrix."""
     column = next((r.column(format) for r in family.rows if r.name == row), None)
-    source = ranks[0].get(column.template.replace("{layer}", "0")) if column else None
+    if column is None or column.fused is not None:
+        return None
+    parts = column.template.split(".")
+    source = ranks[0].get(".".join("0" if part.startswith("{") else part for part in parts))
     return source.shape if source is not None and len(source.shape) == 2 else None
 
 
@@ -265,9 +401,11 @@ def _embedding_cut(
     recorded: Recorded,
 ) -> int:
     """The axis over which ranks cut the embedding: as the shapes show, else as recorded, else as released."""
+    if family.params is None or not any(key.tp == "embedding_cut" for row in family.rows if (key := row.meta)):
+        return 0
     embedding = _first_part(family, "tok_embeddings", format, ranks)
     if len(ranks) > 1 and embedding is not None:
         return 0 if embedding[1] == config.get("hidden_size") else 1
     if recorded.embedding_cut in (0, 1):
         return int(recorded.embedding_cut)
-    return family.params.embedding_cut(config, options) if family.params else 0
+    return family.params.embedding_cut(config, options)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckpt_convert.convert import containers, formats, record
+from ckpt_convert.convert import containers, formats, legacy_keys, record
 from ckpt_convert.convert.containers import gguf
 from ckpt_convert.convert.containers.header import Header
 from ckpt_convert.convert.formats import peft
@@ -16,7 +16,7 @@ from ckpt_convert.convert.record import Record
 from ckpt_convert.errors import CheckpointNotFoundError
 from ckpt_convert.models import FAMILIES
 from ckpt_convert.storage.names import WEIGHT_SUFFIXES, resolve
-from ckpt_convert.storage.reader import LocalFile, RangeReader
+from ckpt_convert.storage.reader import Closing, LocalFile, RangeReader
 
 _ANY_SUFFIX = (*WEIGHT_SUFFIXES, ".ckpt")
 _GGUF = ".gguf"
@@ -151,8 +151,20 @@ def by_keys(files: tuple[WeightFile, ...], why: str) -> tuple[str | None, str]:
         for format in family.formats
         if keys and all(family.knows(format, key) for key in keys)
     }
+    if not fits:  # a number may be a name: the blocks of an autoencoder differ in more than that
+        names = [key for key in stored if not key.startswith(beginnings)]
+        fits = {
+            format
+            for family in FAMILIES.values()
+            for format in family.formats
+            if names and all(family.knows(format, key) for key in names)
+        }
     if len(fits) == 1:
         return fits.pop(), "its keys"
+    if not fits:
+        fits = legacy_keys.formats(stored, FAMILIES.values())
+        if len(fits) == 1:
+            return fits.pop(), "its keys, as the notices say"
     if fits:
         return None, f"its keys fit more than one format: {', '.join(sorted(fits))}"
     return None, f"{why}, and its keys fit no format that is known"
@@ -194,7 +206,7 @@ def _some(names: Sequence[str], most: int) -> str:
 
 def close(files: Iterable[WeightFile]) -> None:
     for file in files:
-        if isinstance(file.reader, LocalFile):
+        if isinstance(file.reader, Closing):
             file.reader.close()
 
 

@@ -83,7 +83,7 @@ def bring_together(a: Checkpoint, b: Checkpoint) -> Pairs:
     where the formats differ and nothing says how one is read as the other, KeyMismatchError for files that contradict
     each other.
     """
-    notices: list[str] = []
+    notices = [f"{checkpoint.path}: {text}" for checkpoint in (a, b) for text in checkpoint.read_as]
     models = _models(a, b, notices)
     left, right = models
     if left is not None and right is not None and left.family.name == right.family.name:
@@ -161,7 +161,8 @@ def _read(checkpoint: Checkpoint, model: Model) -> _Side:
     for check in logicals.equal:
         copies.setdefault(check.key, []).append(check)
     fit = {instance.key(format) for instance in logicals.tensors}
-    loose = [key for key in checkpoint.tensors if key not in fit]
+    names = checkpoint.names
+    loose = [key for key in checkpoint.tensors if names.of(key) not in fit and checkpoint.is_weight(key)]
     rest = {name: half for key in loose for name, half in _halves(checkpoint, key)}
     misfits = sum(finding.check == "shape" for finding in findings)
     return _Side(logicals.tensors, rest, frozenset(logicals.omitted), copies, misfits)
@@ -173,6 +174,8 @@ def _half(instance: Instance, format: str, model: Model, logical: Logical | None
         return None
     column = instance.row.column(format)
     tensor = column.to_stored(logical.tensor, instance.row, model.dims) if column else logical.tensor
+    if column is not None and column.cells is not None and logical.original is not None:
+        tensor = logical.original
     return Half(logical.key, tensor.shape, logical.dtype, _nbytes(tensor, logical.dtype), tensor)
 
 
@@ -188,12 +191,13 @@ def _reordered(instance: Instance, model: Model, b: Checkpoint, half: Half | Non
 
 
 def _by_key(checkpoint: Checkpoint) -> dict[str, Half]:
-    return {name: half for key in checkpoint.tensors for name, half in _halves(checkpoint, key)}
+    weights = filter(checkpoint.is_weight, checkpoint.tensors)
+    return {name: half for key in weights for name, half in _halves(checkpoint, key)}
 
 
 def _halves(checkpoint: Checkpoint, key: str) -> list[tuple[str, Half]]:
-    """A tensor by its key; where nothing says how its ranks are joined, each rank's part by itself."""
-    info = checkpoint.tensors[key]
+    """A tensor by its key in the format; where nothing says how its ranks are joined, each rank's part by itself."""
+    info, key = checkpoint.tensors[key], checkpoint.names.of(key)
     if info.dtype not in dtypes.DTYPES:
         number = checkpoint.ranks[0][key].tensor.tiles[0].source
         return [(key, Half(key, info.shape, info.dtype, info.nbytes, stored(number, (info.nbytes,)), packed=True))]

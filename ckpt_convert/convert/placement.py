@@ -17,7 +17,7 @@ from ckpt_convert.convert.record import Layout
 from ckpt_convert.convert.request import Request
 from ckpt_convert.convert.sidefiles import SideFile
 from ckpt_convert.errors import ShapeMismatchError, UsageError
-from ckpt_convert.models.table import Instance
+from ckpt_convert.models.table import Entry, Family, Instance
 
 _USUAL_SHARD = 5_000_000_000
 """Bytes of a file where nothing says how many there should be, as on the Hub."""
@@ -93,25 +93,51 @@ def files(
     return layout.afresh(assignments, dtype_of), False, notices
 
 
-def carried(source_format: str, instances: Sequence[Instance], logicals: Logicals) -> list[OutputFile]:
+def carried(
+    family: Family, source_format: str, instances: Sequence[Instance], logicals: Logicals, dims: Mapping[str, int]
+) -> list[OutputFile]:
     """The tensors that the target has no place for, in one file of the record."""
     if not instances:
         return []
-    targets = [
-        Target(instance, found.key, 0, found.dtype, found.tensor)
-        for instance, found in ((instance, logicals.tensors[instance]) for instance in instances)
-    ]
+    targets = []
+    together = _together(family, source_format, instances, logicals, dims)
+    for entry in together:
+        parts = {}
+        for instance in entry.instances:
+            stacked = instance.row.column(source_format) or entry.column(source_format)
+            parts[instance] = stacked.to_stored(logicals.tensors[instance].tensor, instance.row, dims)
+        dtype = logicals.tensors[entry.first].dtype
+        targets.append(Target(entry.first, entry.key, 0, dtype, entry.join(source_format, parts)))
+    joined = {instance for entry in together for instance in entry.instances}
+    for instance in (instance for instance in instances if instance not in joined):
+        found, column = logicals.tensors[instance], instance.row.column(source_format)
+        tensor = found.original or found.tensor
+        if instance.row.lossy is not None and found.original is None and column is not None:
+            tensor = column.to_stored(found.tensor, instance.row, dims)
+        targets.append(Target(instance, found.key, 0, found.dtype, tensor))
     name = f"{RECORD_FOLDER}/layouts/{source_format}/carried.safetensors"
     dtype_of = {target.key: target.dtype for target in targets}
     return layout.afresh(layout.in_files([targets], [name], "safetensors"), dtype_of)
 
 
-def index(request: Request, outputs: Sequence[OutputFile], wanted: Layout | None, exact: bool) -> list[SideFile]:
+def _together(
+    family: Family, format: str, instances: Sequence[Instance], logicals: Logicals, dims: Mapping[str, int]
+) -> list[Entry]:
+    """What of these lies in one stored tensor with others."""
+    if len({logicals.tensors[instance].key for instance in instances}) == len(instances):
+        return []
+    chosen = set(instances)
+    return [entry for entry in family.entries(format, dims) if not entry.whole and entry.first in chosen]
+
+
+def index(
+    request: Request, outputs: Sequence[OutputFile], wanted: Layout | None, exact: bool, model: Model
+) -> list[SideFile]:
     """The index beside several files: the layout's own where nothing changed, else a new one."""
     if request.to == "meta":
         return []
     pieces = [(output.name, output.layout) for output in outputs if output.layout.header.kind == dcp.KIND]
-    if exact and wanted is not None:
+    if exact and wanted is not None and (wanted.index is not None or not pieces):
         if wanted.index is None:
             return []
         name, data = wanted.index
@@ -121,7 +147,7 @@ def index(request: Request, outputs: Sequence[OutputFile], wanted: Layout | None
     if len(outputs) == 1:
         return []
     container = "safetensors" if outputs[0].name.endswith(".safetensors") else outputs[0].name.rpartition(".")[2]
-    name = (hf if request.to == "hf" else native).index_name(container)
+    name = _called((hf if request.to == "hf" else native).index_name(container), request, container, model)
     if wanted is not None and wanted.index is not None:
         name = wanted.index[0]
     weight_map = {tensor.key: file.name for file in outputs for tensor in file.layout.header.tensors}
@@ -163,8 +189,18 @@ def _assign(
         names = [file.name for file in source.files]
         if not all(name.endswith(f".{suffix}") for name in names) or not source.path.is_dir():
             names = format.file_names(len(names), container)
+        if names == format.file_names(len(names), container):
+            names = [_called(name, request, container, model) for name in names]
         return layout.by_source(targets, file_of, names, container)
-    return layout.in_files(groups, format.file_names(len(groups), container), container)
+    names = [_called(name, request, container, model) for name in format.file_names(len(groups), container)]
+    return layout.in_files(groups, names, container)
+
+
+def _called(name: str, request: Request, container: str, model: Model) -> str:
+    """A file's name as the family's library calls it."""
+    if request.to != "hf" or container != "safetensors":
+        return name
+    return model.family.stem + name.removeprefix("model")
 
 
 def _container(found: Layout) -> str:

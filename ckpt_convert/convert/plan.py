@@ -5,34 +5,40 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import PurePosixPath
 from typing import Any
 
 from ckpt_convert import __version__, dtypes
 from ckpt_convert.convert import configs, layout, mapping, placement, record, sidefiles
 from ckpt_convert.convert.blocks import BLOCK
+from ckpt_convert.convert.bulk import without_collector
 from ckpt_convert.convert.checkpoint import Checkpoint, WeightFile, open_checkpoint, tensors_of
 from ckpt_convert.convert.containers.header import StoredTensor
 from ckpt_convert.convert.formats.base import RECORD_FOLDER
 from ckpt_convert.convert.gather import SCRATCH
 from ckpt_convert.convert.layout import OutputFile
-from ckpt_convert.convert.mapping import Equality, Logical, Logicals, Source, Target
+from ckpt_convert.convert.mapping import Earlier, Equality, Logical, Logicals, Source, Target
 from ckpt_convert.convert.model import Model
+from ckpt_convert.convert.opening import close
+from ckpt_convert.convert.quantized import carry, view
 from ckpt_convert.convert.record import Layout
 from ckpt_convert.convert.request import CASTABLE, CASTS, Request
 from ckpt_convert.convert.sidefiles import SideFile
 from ckpt_convert.errors import ConfigError, CorruptFileError, ShapeMismatchError, UnsupportedFamilyError, UsageError
 from ckpt_convert.models.config import read_rope
-from ckpt_convert.models.lazy import stored
+from ckpt_convert.models.lazy import LazyTensor, stored
 from ckpt_convert.models.table import Dims, Instance
 from ckpt_convert.storage.names import JOURNAL
-from ckpt_convert.storage.reader import LocalFile
 
 _BASE_MEMORY = 40_000_000
 """Bytes of the interpreter with the modules that a conversion and its progress bar need, as measured."""
 
 _TORCH_MEMORY = 220_000_000
 """Bytes that importing torch adds, which only casts and old torch files need."""
+
+_COMPUTING = 8_000_000
+"""Bytes of the buffers in which one worker dequantises."""
 
 
 @dataclass(frozen=True)
@@ -105,23 +111,28 @@ class Plan:
     def memory(self, workers: int) -> int:
         """About how many bytes of memory the conversion takes at most."""
         torch = _TORCH_MEMORY if self.request.dtype or self.in_memory else 0
-        return _BASE_MEMORY + workers * (BLOCK + SCRATCH) + torch + self.in_memory
+        computing = _COMPUTING if isinstance(self.source, view.Dequantized) else 0
+        return _BASE_MEMORY + workers * (BLOCK + SCRATCH + computing) + torch + self.in_memory
+
+    def is_computed(self, tensor: LazyTensor) -> bool:
+        """Whether numbers are dequantised for this tensor."""
+        is_view = isinstance(self.source, view.Dequantized)
+        return is_view and any(view.is_computed(*self.stored[number]) for number in tensor.sources)
 
     @property
     def moves(self) -> Mapping[str, int]:
-        """How many bytes are copied as they lie, put in another order, and cast."""
+        """How many bytes are copied as they lie, put in another order, and cast (or dequantised)."""
         out = {"copied": 0, "reordered": 0, "cast": 0}
         for file in self.files:
             for tensor in file.tensors:
                 kind = "copied" if tensor.tensor.whole is not None or not tensor.nbytes else "reordered"
-                out["cast" if tensor.dtype != tensor.source_dtype else kind] += tensor.nbytes
+                is_cast = tensor.dtype != tensor.source_dtype or self.is_computed(tensor.tensor)
+                out["cast" if is_cast else kind] += tensor.nbytes
         return out
 
     def close(self) -> None:
         """Close every file that the plan reads from."""
-        for file in dict.fromkeys(file for file, _ in self.stored):
-            if isinstance(file.reader, LocalFile):
-                file.reader.close()
+        close(dict.fromkeys(file for file, _ in self.stored))
 
     def __enter__(self) -> Plan:
         return self
@@ -148,6 +159,7 @@ class Plan:
         }
 
 
+@without_collector()
 def make(source: Checkpoint, request: Request, *, tied: bool | None = None, live: Live | None = None) -> Plan:
     """Plan a conversion; ``tied`` settles what ``Plan.undecided`` asks.
 
@@ -157,13 +169,14 @@ def make(source: Checkpoint, request: Request, *, tied: bool | None = None, live
     Raises the error that says everything wrong with the input, or with the request, at once.
     """
     source.refuse_foreign()
-    model = source.model
     source_format = str(source.format)
+    read_format = live.format if live is not None else source_format
+    model = source.model_for(read_format, request.to)
     family = model.family
     request.check_source(source_format, family)
-    read_format = live.format if live is not None else source_format
+    carry.refuse_cast(source, request.dtype)
     for format in (source_format, read_format, request.to):
-        if format not in family.formats:
+        if not family.has(format):
             raise UnsupportedFamilyError(
                 f"{source.path}: the {family.name} table has no {format} column; it has {', '.join(family.formats)}"
             )
@@ -192,9 +205,12 @@ def make(source: Checkpoint, request: Request, *, tied: bool | None = None, live
     _bring_back(source, request, like, model, logicals, everything)
     as_stored = live is None and source_format == request.to and request.like is None
     keep_tied = None if as_stored else _keep_tied(request, wanted, model)
+    earlier = _earlier(source, request, like, model, template if live is not None else None, logicals, everything)
     targets, carried, ties = mapping.write(
-        family, request.to, dims, logicals, ranks=ranks, keep_tied=keep_tied, what=str(source.path)
+        family, request.to, dims, logicals, ranks=ranks, keep_tied=keep_tied, what=str(source.path), earlier=earlier
     )
+    if live is not None:
+        carried = [instance for instance in carried if instance.row.lossy is None]  # the training state has them
     dtype_of = _dtypes(targets, request, template if live is not None else Logicals({}))
     files, exact, layout_notices = placement.files(
         source, request, targets, dtype_of, wanted, ranks, model, _file_of(source, template, logicals, live)
@@ -203,11 +219,13 @@ def make(source: Checkpoint, request: Request, *, tied: bool | None = None, live
     checks = [*logicals.equal, *ties]
     for file in files:
         checks += layout.aliases(file.layout.header, by_rank[file.rank], file.name)
-    made = configs.generated(source, model, request, like, None if source.files else _usual(files))
-    generated = {side.name: side for side in (*made.files, *placement.index(request, files, wanted, exact))}
+    made = configs.generated(source, model, request, like, None if source.files else _usual(files), ranks)
+    generated = {side.name: side for side in (*made.files, *placement.index(request, files, wanted, exact, model))}
     said: list[str] = []
     generated |= configs.tokenizer(source, request, model, like, said)
     side = sidefiles.plan(source, request.to, like=like, generated=generated)
+    if isinstance(source, view.Dequantized):
+        side = [one for one in side if PurePosixPath(one.name).name not in view.SETTINGS]
     own = None if source_format == request.to or not source.files else source.layout()
     side += sidefiles.recorded_layouts(source, request.to, own)
     _check_names(source, files, side)
@@ -218,7 +236,7 @@ def make(source: Checkpoint, request: Request, *, tied: bool | None = None, live
         source=source,
         model=model,
         request=request,
-        files=(*files, *placement.carried(source_format, carried, logicals)),
+        files=(*files, *placement.carried(family, source_format, carried, logicals, model.dims)),
         side=tuple(side),
         stored=tuple(everything),
         logicals=logicals,
@@ -230,6 +248,7 @@ def make(source: Checkpoint, request: Request, *, tied: bool | None = None, live
             *source.notices,
             *_skipped(source),
             *model.notices,
+            *(model.family.caveats(request.to) if request.to != source_format else ()),
             *made.notices,
             *layout_notices,
             *differing,
@@ -250,13 +269,14 @@ def _omits_tied(live: Live, model: Model) -> bool:
 def _take_derived(
     source: Checkpoint, template: Logicals, logicals: Logicals, everything: list[tuple[WeightFile, StoredTensor]]
 ) -> None:
-    """Add what a model in memory works out for itself (RoPE tables), as the source has it."""
+    """Add what a model in memory works out for itself (RoPE tables) or does without, as the source has it."""
+    numbers: dict[int, int] = {}
     for instance, logical in template.tensors.items():
-        if not instance.row.required and instance not in logicals.tensors and len(logical.tensor.tiles) == 1:
-            file, tensor = source.stored[logical.tensor.tiles[0].source]
-            lazy = stored(len(everything), tensor.shape, tensor.strides)
-            everything.append((file, tensor))
-            logicals.tensors[instance] = Logical(logical.dtype, lazy, logical.key, logical.where)
+        if not instance.row.required and instance not in logicals.tensors:
+            for number in sorted(logical.tensor.sources - numbers.keys()):
+                numbers[number] = len(everything)
+                everything.append(source.stored[number])
+            logicals.tensors[instance] = replace(logical, tensor=logical.tensor.renumbered(numbers))
 
 
 def _file_of(source: Checkpoint, template: Logicals, logicals: Logicals, live: Live | None) -> dict[int, int]:
@@ -274,7 +294,7 @@ def _file_of(source: Checkpoint, template: Logicals, logicals: Logicals, live: L
 
 
 def _first(logical: Logical) -> int:
-    return min(tile.source for tile in logical.tensor.tiles)
+    return min(logical.tensor.sources)
 
 
 def _usual(files: Sequence[OutputFile]) -> str | None:
@@ -331,29 +351,29 @@ def target_dtype(dtype: str, instance: Instance, request: Request) -> str:
 def _check_like(source: Checkpoint, model: Model, like: Checkpoint) -> list[str]:
     """Refuse a --like of another family or other sizes; returns what its config says otherwise."""
     try:
-        _ = like.model
+        theirs = like.model_for(str(like.format))
     except ConfigError:
         return []  # native files without a record: they give names and assignment, which the keys have to fit
-    if like.model.family.name != model.family.name:
-        raise UsageError(
-            f"--like {like.path}: is a {like.model.family.name}, but {source.path} is a {model.family.name}"
-        )
+    if theirs.family.name != model.family.name:
+        raise UsageError(f"--like {like.path}: is a {theirs.family.name}, but {source.path} is a {model.family.name}")
+    if theirs.family.literal:
+        return []  # the keys have to fit here, too; nothing else of such a model is understood
     ignored = ("tied", "embedding_cut")
     differing = [
-        f"{name}: expected {value}, found {like.model.dims.get(name)}"
+        f"{name}: expected {value}, found {theirs.dims.get(name)}"
         for name, value in model.dims.items()
-        if name not in ignored and like.model.dims.get(name) != value
+        if name not in ignored and theirs.dims.get(name) != value
     ]
     if differing:
         raise ShapeMismatchError(
             f"--like {like.path}: has other sizes than {source.path}: {'; '.join(differing)}; "
             "give a checkpoint of the same model"
         )
-    ours, theirs = read_rope(model.config), read_rope(like.model.config)
+    rope, other_rope = read_rope(model.config), read_rope(theirs.config)
     pairs = {
-        "rope theta": (ours.theta, theirs.theta),
-        "rope scaling": ((ours.kind, ours.parameters), (theirs.kind, theirs.parameters)),
-        **{name: (model.config.get(name), like.model.config.get(name)) for name in _COMPARED},
+        "rope theta": (rope.theta, other_rope.theta),
+        "rope scaling": ((rope.kind, rope.parameters), (other_rope.kind, other_rope.parameters)),
+        **{name: (model.config.get(name), theirs.config.get(name)) for name in _COMPARED},
     }
     return [
         f"--like {like.path}: its config is taken, which says {name} {other}, where {source.path} says {mine}"
@@ -387,7 +407,7 @@ def _bring_back(
     elif source.record is not None and (path := source.record.carried(request.to)) is not None:
         found = tensors_of(path)
     by_key = {tensor.key: (file, tensor) for file, tensor in found}
-    for instance in model.family.instances(model.dims):
+    for instance in model.family.instances(model.dims) if by_key else ():
         key = instance.key(request.to)
         if instance.row.required or key not in by_key or instance in logicals.tensors:
             continue
@@ -397,13 +417,73 @@ def _bring_back(
         lazy = stored(len(everything), tensor.shape, tensor.strides)
         everything.append((file, tensor))
         logicals.tensors[instance] = Logical(tensor.dtype, lazy, str(key), file.name)
+    if like is not None:
+        return
+    first = len(everything)
+    left = {
+        key: Source(key, tensor.dtype, stored(first + number, tensor.shape, tensor.strides), file.name)
+        for number, (key, (file, tensor)) in enumerate(by_key.items())
+    }
+    everything.extend(by_key.values())
+    for instance, logical in mapping.apart(model.family, request.to, model.dims, left).items():
+        if not instance.row.required:
+            logicals.tensors.setdefault(instance, logical)
 
 
-def _keep_tied(request: Request, wanted: Layout | None, model: Model) -> bool:
+def _earlier(
+    source: Checkpoint,
+    request: Request,
+    like: Checkpoint | None,
+    model: Model,
+    template: Logicals | None,
+    logicals: Logicals,
+    everything: list[tuple[WeightFile, StoredTensor]],
+) -> dict[Instance, Earlier]:
+    """What a format cannot hold of a row (``Row.lossy``), as it was before: in the record, in --like, or in the source.
+
+    ``template`` is what the source has where a model in memory is written. Only as long as nothing has changed: the
+    tensor that is there has to be what a conversion of the earlier one gives.
+    """
+    found: dict[str, dict[str, tuple[WeightFile, StoredTensor]]] = {}
+    if like is not None:
+        found[request.to] = {tensor.key: (file, tensor) for file, tensor in like.stored if file.rank == 0}
+    elif source.record is not None:
+        for format in model.family.formats:
+            path = source.record.carried(format)
+            found[format] = {tensor.key: (file, tensor) for file, tensor in tensors_of(path)} if path else {}
+    out: dict[Instance, Earlier] = {}
+    for instance, logical in logicals.tensors.items():
+        row, target = instance.row, instance.row.column(request.to)
+        if target is None or (target.cells is None) == (logical.original is None) or row.lossy is None:
+            continue  # no more is lost on this way than the source has lost
+        places = [(row.column(format), tensors.get(str(instance.key(format)))) for format, tensors in found.items()]
+        if template is not None and instance in template.tensors:
+            there = template.tensors[instance]
+            number = min((there.original or there.tensor).sources)
+            places.append((row.column(str(source.format)), source.stored[number]))
+        for column, place in places:
+            if column is None or place is None or (column.cells is None) != (target.cells is None):
+                continue
+            file, tensor = place
+            if tensor.shape != column.part_shape(row, model.dims) or tensor.dtype != logical.dtype:
+                continue
+            lazy = stored(len(everything), tensor.shape, tensor.strides)
+            everything.append((file, tensor))
+            before = column.to_logical(lazy, row, model.dims)
+            now, then = logical.tensor, before
+            if logical.original is not None:
+                now, then = logical.original, row.lossy.to_stored(before, row, model.dims)
+            written = lazy if column == target else target.to_stored(before, row, model.dims)
+            out[instance] = Earlier(written, Equality(now, then, logical.dtype, "", logical.key))
+            break
+    return out
+
+
+def _keep_tied(request: Request, wanted: Layout | None, model: Model) -> frozenset[str]:
+    """The keys of tied weights that the target is to have all the same."""
     keys = {key for _, key in wanted.places} if wanted else set()
-    return any(
-        key.template in keys for row in model.family.rows if (key := row.column(request.to)) and key.omitted_if_tied
-    )
+    columns = [key for row in model.family.rows if (key := row.column(request.to)) and key.omitted_if_tied]
+    return frozenset(key.template for key in columns if key.template in keys)
 
 
 def _ties(logicals: Logicals, model: Model, pair: Equality | None, targets: list[Target]) -> tuple[str, ...]:
@@ -424,7 +504,8 @@ def fingerprint(plan: Plan) -> str:
     """A checksum of everything that decides the output's bytes, to tell whether a partial output can be resumed."""
     if plan.live is not None:
         return "tensors in memory"  # never the same again
-    parts: list[Any] = [__version__, plan.model.family.name, plan.target, plan.request.dtype, sorted(plan.dims.items())]
+    casts = [plan.request.dtype, plan.request.dequantize]
+    parts: list[Any] = [__version__, plan.model.family.name, plan.target, casts, sorted(plan.dims.items())]
     for file in dict.fromkeys(file for file, _ in plan.stored):
         stat = file.path.stat()
         place = [str(file.path.resolve()), stat.st_dev, stat.st_ino, stat.st_ctime_ns]

@@ -11,6 +11,7 @@ from ckpt_convert.models import Family
 from ckpt_convert.models.config import ConfigOptions
 
 CASTS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+DEQUANTIZED = ("bfloat16", "float32")
 CASTABLE = ("F64", "F32", "F16", "BF16")
 
 
@@ -18,11 +19,13 @@ CASTABLE = ("F64", "F32", "F16", "BF16")
 class Request:
     """The options of a conversion, as the command line and ``convert`` spell them.
 
-    ``dtype`` is one of CASTS; ``max_shard_size`` is in bytes; ``like`` is the path of a checkpoint to imitate.
+    ``dtype`` is one of CASTS, ``dequantize`` one of DEQUANTIZED; ``max_shard_size`` is in bytes; ``like`` is the path
+    of a checkpoint to imitate.
     """
 
     to: str
     dtype: str | None = None
+    dequantize: str | None = None
     shards: int | None = None
     max_shard_size: int | None = None
     model_parallel: int | None = None
@@ -42,6 +45,8 @@ class Request:
         target = formats.ALL[self.to]
         if self.dtype is not None and self.dtype not in CASTS:
             raise UsageError(f"--dtype {self.dtype}: expected one of {', '.join(CASTS)}")
+        if self.dequantize is not None and self.dequantize not in DEQUANTIZED:
+            raise UsageError(f"--dequantize {self.dequantize}: expected one of {', '.join(DEQUANTIZED)}")
         if self.shards is not None and self.max_shard_size is not None:
             raise UsageError("--shards and --max-shard-size exclude each other; give one")
         if self.new_layout and target.ranks:

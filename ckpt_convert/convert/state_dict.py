@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,15 +10,17 @@ from typing import Any
 
 import torch
 
-from ckpt_convert.convert import mapping
+from ckpt_convert.convert import legacy_keys, mapping
 from ckpt_convert.convert.formats.base import load_json
 from ckpt_convert.convert.mapping import Equality, Source
-from ckpt_convert.convert.model import Model, identify
+from ckpt_convert.convert.model import Model, candidates, identify
 from ckpt_convert.dtypes import FROM_TORCH
-from ckpt_convert.errors import KeyMismatchError, TiedWeightsError, UnsupportedFamilyError, UsageError
+from ckpt_convert.errors import KeyMismatchError, TiedWeightsError, UnsupportedFamilyError, UsageError, listing
 from ckpt_convert.models import FAMILIES, FORMATS
 from ckpt_convert.models.config import ConfigOptions
-from ckpt_convert.models.lazy import LazyTensor, stored
+from ckpt_convert.models.lazy import ZEROS, LazyTensor, stored
+
+log = logging.getLogger("ckpt_convert")
 
 StateDict = Mapping[str, torch.Tensor]
 
@@ -56,6 +59,7 @@ def convert_state_dict(
     content = load_json(Path(config)) if isinstance(config, (str, Path)) else config
     if not isinstance(content, Mapping):
         raise UsageError(f"config: expected a dict or a path, found {type(content).__name__}; try config.to_dict()")
+    ranks = _named(ranks, content, family, source)
     model = _model(content, family, ranks, source, meta_style)
     chosen, dims = model.family, model.dims
     logicals = mapping.read(chosen, source, dims, ranks, "the state dict")
@@ -84,9 +88,12 @@ def convert_state_dict(
 
 def make(tensor: LazyTensor, sources: Sequence[torch.Tensor]) -> torch.Tensor:
     """The tensor itself: new memory, dense, on the device of its first source."""
-    first = sources[tensor.tiles[0].source]
-    out = torch.empty(tensor.shape, dtype=first.dtype, device=first.device)
+    first = sources[min(tensor.sources)]
+    has_zeros = any(tile.source == ZEROS for tile in tensor.tiles)
+    out = (torch.zeros if has_zeros else torch.empty)(tensor.shape, dtype=first.dtype, device=first.device)
     for copy in tensor.copies():
+        if copy.source == ZEROS:
+            continue
         source = sources[copy.source].detach()
         shape = [count for count, _, _ in copy.dims]
         offset = source.storage_offset() + copy.source_offset
@@ -108,6 +115,20 @@ def _sources(state_dict: StateDict, rank: int, tensors: list[torch.Tensor]) -> d
         tensors.append(tensor)
         out[key] = Source(key, FROM_TORCH[dtype].name, lazy, f"rank {rank}")
     return out
+
+
+def _named(
+    ranks: list[dict[str, Source]], content: Mapping[str, Any], family: str | None, format: str
+) -> list[dict[str, Source]]:
+    """The tensors by the keys of the format, without what torch.compile and the like have put into them."""
+    keys = dict.fromkeys(key for rank in ranks for key in rank)
+    names = legacy_keys.read(keys, candidates(content, format, family), format)
+    if names.clashes:
+        said = listing([text for _, text in names.clashes])
+        raise KeyMismatchError(f"the state dict: its keys contradict each other:{said}")
+    for notice in names.notices:
+        log.info("the state dict: %s", notice)
+    return [{(name := names.of(key)): source._replace(key=name) for key, source in rank.items()} for rank in ranks]
 
 
 def _model(

@@ -6,25 +6,25 @@ derived from the same table, so that both say the same (the tests compare them).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from ckpt_convert import dtypes
 from ckpt_convert.convert.mapping import Logical
 from ckpt_convert.convert.plan import Plan, target_dtype
-from ckpt_convert.models.table import Instance, Key
+from ckpt_convert.models.table import Instance, Key, Row
 
 COPY = "copy"
 """The only step of a tensor whose elements stay as they are."""
 
 
-@dataclass(frozen=True, slots=True)
-class Move:
+class Move(NamedTuple):
     """One logical tensor on its way from the key ``source`` to ``target`` (None: it has no place of its own there).
 
-    ``shape`` is the whole tensor's, ranks joined; ``nbytes`` what is written of it, copies on several ranks counted
-    each; ``steps`` are in the order in which they happen, and never none.
+    ``shape`` is the whole tensor's, ranks joined; several that lie together on both sides, stacked, are one, with their
+    number before it. ``nbytes`` is what is written of it, copies on several ranks counted each; ``steps`` are in the
+    order in which they happen, and never none.
     """
 
     source: str
@@ -43,17 +43,36 @@ class _Ranks(NamedTuple):
 
 def moves(plan: Plan) -> Iterator[Move]:
     """Every tensor that the plan reads or makes, in the order of the table."""
+    firsts: dict[Move | str, Move] = {}
+    counts: Counter[Move | str] = Counter()
+    for move in _each(plan):
+        alike = move if move.target is not None else move.source
+        firsts.setdefault(alike, move)
+        counts[alike] += 1
+    for alike, move in firsts.items():
+        count = counts[alike]
+        yield move._replace(shape=(count, *move.shape), nbytes=move.nbytes * count) if count > 1 else move
+
+
+def _each(plan: Plan) -> Iterator[Move]:
     ranks = _Ranks(len(plan.source.ranks), max(file.rank for file in plan.weights) + 1)
     placed = {tensor.key: tensor for file in plan.weights for tensor in file.tensors}
     written = {tensor.key for file in plan.weights for tensor in file.layout.header.tensors}
+    known: dict[tuple[object, ...], tuple[str, ...]] = {}  # the same in every layer, and for every expert
     for instance, logical in plan.logicals.tensors.items():
         shape, dtype = logical.tensor.shape, logical.dtype
         column, key = instance.row.column(plan.target), instance.key(plan.target)
-        if column is None:
+        if column is None and instance.row.tied_to and plan.dims["tied"]:
+            if instance not in plan.logicals.omitted:
+                yield Move(logical.key, None, shape, dtype, dtype, 0, ("tied: stored once",))
+        elif column is None:
             yield Move(logical.key, None, shape, dtype, dtype, dtypes.nbytes(dtype, shape), ("carried in the record",))
         elif key in written:
             cast = target_dtype(dtype, instance, plan.request)
-            found = tuple(_steps(plan, instance, logical, column, cast, ranks))
+            alike = instance.row.name, dtype, plan.is_computed(logical.tensor), instance in plan.logicals.omitted
+            if alike not in known:
+                known[alike] = tuple(_steps(plan, instance, logical, column, cast, ranks))
+            found = known[alike]
             if not found and key in placed and placed[key].tensor.whole is None and logical.tensor.size:
                 found = ("laid out row by row",)  # the source stores it transposed
             copies = ranks.after if column.cut_axis(plan.dims) is None else 1
@@ -63,6 +82,8 @@ def moves(plan: Plan) -> Iterator[Move]:
 
 
 def _steps(plan: Plan, instance: Instance, logical: Logical, column: Key, dtype: str, ranks: _Ranks) -> Iterator[str]:
+    if plan.is_computed(logical.tensor):
+        yield f"dequantise to {logical.dtype}"
     source = instance.row.column(str(plan.source.format))
     if instance in plan.logicals.omitted:
         yield "tied: written as well"
@@ -76,10 +97,14 @@ def _steps(plan: Plan, instance: Instance, logical: Logical, column: Key, dtype:
     recut = before > 1 and ranks.after > 1 and read == write
     if before > 1 and not recut:
         yield f"join {before} ranks on axis {read}" if read is not None else f"one of {before} copies"
-    if source is not None and source.rope != column.rope and instance.row.heads:
-        yield f"rope {source.rope}→{column.rope}"
+    if source is not None and source is not column:
+        yield from _taken_apart(instance.row, source, column)
+        if source.rope != column.rope and instance.row.heads:
+            yield f"rope {source.rope}→{column.rope}"
     if dtype != logical.dtype:
         yield f"cast {logical.dtype}→{dtype}"
+    if source is not column:
+        yield from _put_together(source, column)
     if ranks.after == 1 or (recut and before == ranks.after):
         return
     if write is None:
@@ -87,3 +112,23 @@ def _steps(plan: Plan, instance: Instance, logical: Logical, column: Key, dtype:
     else:
         how = f"{before}→{ranks.after} ranks" if recut else f"split over {ranks.after} ranks"
         yield f"{how} on axis {write}"
+
+
+def _taken_apart(row: Row, source: Key, column: Key) -> Iterator[str]:
+    """What the source has in one tensor and the target does not, and what lies the other way round."""
+    if source.fused is not None and column.fused is None:
+        yield "split off"
+    if source.placeholders < column.placeholders:
+        yield "unstack"
+    if source.transposed != column.transposed:
+        yield "transpose"
+    if (source.shape or row.shape, source.cells) != (column.shape or row.shape, column.cells):
+        yield "reshape"
+
+
+def _put_together(source: Key | None, column: Key) -> Iterator[str]:
+    """What the target has in one tensor and the source does not."""
+    if column.fused is not None and (source is None or source.fused is None):
+        yield "fuse"
+    if source is not None and column.placeholders < source.placeholders:
+        yield "stack"

@@ -30,7 +30,8 @@ class TensorInfo(NamedTuple):
 
     A dtype that safetensors does not have is spelt as the file spells it (GGUF's Q4_K). ``axis`` is the one that ranks
     cut, None where each holds the whole. ``settled`` is False where nothing says which of the two it is (no config, or
-    a key of no table): ``shape`` and ``nbytes`` are then those of one rank's part.
+    a key of no table): ``shape`` and ``nbytes`` are then those of one rank's part. ``copies`` is how many ranks in
+    succession hold the same part of a tensor that is cut.
     """
 
     key: str
@@ -40,15 +41,19 @@ class TensorInfo(NamedTuple):
     parts: tuple[Part, ...]
     axis: int | None = None
     settled: bool = True
+    copies: int = 1
 
 
 def describe(
     pieces: Iterable[tuple[WeightFile, StoredTensor]],
     name: Callable[[WeightFile, StoredTensor], str],
-    axes: Mapping[str, int | None],
+    cuts: Mapping[str, tuple[int | None, int]],
     is_cut: bool,
 ) -> dict[str, TensorInfo]:
-    """Every tensor by key; ``axes`` are the cuts that are known, ``is_cut`` says that others may be cut as well."""
+    """Every tensor by key; ``is_cut`` says that there are cuts beside those that are known.
+
+    ``cuts`` gives the axis of a tensor that ranks cut, and how many ranks in succession hold the same part.
+    """
     found: dict[str, TensorInfo] = {}
     parts: dict[str, list[Part]] = {}
     # Of 100,000 tensors only a few kinds are different.
@@ -61,27 +66,30 @@ def describe(
             nbytes = sizes[dtype, shape] = tensor.nbytes
         part = Part(file.name, offset, nbytes, shape, file.rank, box.origin if box else None)
         if key not in found:
-            found[key] = TensorInfo(key, box.shape if box else shape, dtype, nbytes, (part,), axes.get(key))
+            found[key] = TensorInfo(key, box.shape if box else shape, dtype, nbytes, (part,))
         elif key in parts:
             parts[key].append(part)
         else:
             parts[key] = [*found[key].parts, part]
     for key, several in parts.items():
-        found[key] = _joined(found[key], several, not is_cut or key in axes)
+        axis, copies = cuts.get(key, (None, 1))
+        found[key] = _joined(found[key]._replace(axis=axis, copies=copies), several, not is_cut or key in cuts)
     return found
 
 
 def _joined(first: TensorInfo, parts: list[Part], settled: bool) -> TensorInfo:
     """``first``, which is that of the first part, with all parts."""
-    key, shape, dtype, nbytes, _, axis, _ = first
+    key, shape, dtype, nbytes, _, axis, _, copies = first
     if parts[0].origin is not None:
         parts.sort(key=lambda part: part.origin or ())
         return TensorInfo(key, shape, dtype, sum(part.nbytes for part in parts), tuple(parts))
     if axis is None or axis >= len(shape):
         return TensorInfo(key, shape, dtype, nbytes, tuple(parts), axis, settled)
-    size = sum(part.shape[axis] for part in parts)
+    distinct = parts[::copies]
+    size = sum(part.shape[axis] for part in distinct)
     shape = (*shape[:axis], size, *shape[axis + 1 :])
-    return TensorInfo(key, shape, dtype, sum(part.nbytes for part in parts), tuple(parts), axis, settled)
+    nbytes = sum(part.nbytes for part in distinct)
+    return TensorInfo(key, shape, dtype, nbytes, tuple(parts), axis, settled, copies)
 
 
 def assembled(pieces: Iterable[tuple[int, StoredTensor]]) -> LazyTensor:

@@ -38,6 +38,8 @@ __all__ = [
 
 _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]+\r?\n?")
 _PIECE_FIELD = b"\x0a"
+_LLAMA4_TOKENS = 200_000
+"""Ranks in Llama 4's tokenizer.model; the 2,048 tokens behind them are special (``llama4/tokenizer.py``)."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,9 @@ def generated_for_hf(data: bytes, vocab_size: int | None = None) -> GeneratedTok
     """
     found = kind(data)
     try:
+        if found == "tiktoken" and len(parse_ranks(data)) == _LLAMA4_TOKENS:
+            reason = f"{TOKENIZER_MODEL} is Llama 4's, whose pattern and special tokens are not those of Llama 3"
+            return _nothing(TOKENIZER_JSON, f"{reason}; take {TOKENIZER_JSON} from the model's page on the Hub")
         if found == "tiktoken":
             files, notices = tiktoken_to_hf(data, vocab_size=vocab_size), _tiktoken_notices(data, vocab_size)
         elif found == "sentencepiece":

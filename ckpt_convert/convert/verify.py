@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 
 from ckpt_convert import dtypes
 from ckpt_convert.convert import mapping
 from ckpt_convert.convert.blocks import Meter, Mover, ProgressCallback, Read, difference, spread
 from ckpt_convert.convert.checkpoint import Checkpoint, WeightFile, tensors_of
 from ckpt_convert.convert.containers.header import StoredTensor
-from ckpt_convert.convert.mapping import Logical
+from ckpt_convert.convert.mapping import Logical, Source
 from ckpt_convert.convert.plan import Plan, target_dtype
 from ckpt_convert.errors import VerificationError, listing
 from ckpt_convert.models import lazy
+from ckpt_convert.models.table import Instance
 
 
 def verify(plan: Plan, output: Checkpoint, *, workers: int, progress: ProgressCallback | None = None) -> int:
@@ -21,15 +23,23 @@ def verify(plan: Plan, output: Checkpoint, *, workers: int, progress: ProgressCa
     Where the plan casts, the source is cast before it is compared. Raises VerificationError naming every tensor that
     differs or is not there.
     """
-    model = output.model
+    model = output.model_for(str(plan.source.format), plan.target)
     found = mapping.read(model.family, str(output.format), model.dims, output.ranks, str(output.path))
     stored, carried = _carried(plan, output)
+    sources = {key: Source(key, one.dtype, one.tensor, one.where) for key, one in carried.items()}
+    apart = mapping.apart(model.family, str(plan.source.format), model.dims, sources)
     pairs: list[tuple[Logical, Logical]] = []
     problems = []
     for instance, logical in plan.logicals.tensors.items():
-        other = found.tensors.get(instance) or carried.get(logical.key)
+        other = found.tensors.get(instance) or apart.get(instance) or carried.get(logical.key)
         if other is not None and other.dtype == target_dtype(logical.dtype, instance, plan.request):
-            pairs.append((logical, other))
+            if instance.row.lossy is None:
+                pairs.append((logical, other))
+            else:
+                kept = carried.get(logical.key)
+                if kept is None and logical.key in plan.carried:
+                    problems.append(f"{logical.key}: is not carried in the output's record")
+                pairs += _halves(instance, logical, other, kept, str(plan.source.format), model.dims)
         elif other is not None:
             problems.append(f"{logical.key}: is {other.dtype} in the output")
         else:
@@ -55,6 +65,28 @@ def verify(plan: Plan, output: Checkpoint, *, workers: int, progress: ProgressCa
             f"the disk or memory may be faulty, or the source changed meanwhile:{listing(sorted(problems))}"
         )
     return len(pairs)
+
+
+def _halves(
+    instance: Instance,
+    logical: Logical,
+    other: Logical,
+    carried: Logical | None,
+    source: str,
+    dims: Mapping[str, int],
+) -> Iterator[tuple[Logical, Logical]]:
+    """What has to be equal of a row of which some column loses something: what all hold, and what is carried."""
+    row, column = instance.row, instance.row.column(source)
+    stored = logical.original or (column.to_stored(logical.tensor, row, dims) if column else logical.tensor)
+    if carried is not None:
+        yield replace(logical, tensor=stored), carried
+    if logical.original is not None and other.original is not None:
+        yield replace(logical, tensor=logical.original), replace(other, tensor=other.original)
+    elif (logical.original is None) == (other.original is None):
+        yield logical, other
+    else:
+        one, another = (replace(half, tensor=row.held(half.tensor, dims)) for half in (logical, other))
+        yield one, another
 
 
 def _carried(plan: Plan, output: Checkpoint) -> tuple[list[tuple[WeightFile, StoredTensor]], dict[str, Logical]]:

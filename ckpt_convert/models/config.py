@@ -82,6 +82,11 @@ class Rope:
     notices: tuple[str, ...] = ()
 
 
+def type_of(config: Mapping[str, Any]) -> Any:
+    """What a config.json says that the model is: its model_type, or in diffusers' its _class_name; None in others."""
+    return config.get("model_type", config.get("_class_name"))
+
+
 def require_int(config: Mapping[str, Any], key: str, where: str) -> int:
     """The size under ``key``, a whole number from 1 to 2**31.
 
@@ -96,6 +101,13 @@ def require_int(config: Mapping[str, Any], key: str, where: str) -> int:
 def optional_int(config: Mapping[str, Any], key: str, where: str, default: int) -> int:
     """As ``require_int``, but ``default`` where the key is absent or null."""
     return default if config.get(key) is None else require_int(config, key, where)
+
+
+def optional_count(config: Mapping[str, Any], key: str, where: str, default: int) -> int:
+    """As ``optional_int``, but zero is a number too: of layers that are not there."""
+    if type(config.get(key)) is int and config[key] == 0:
+        return 0
+    return optional_int(config, key, where, default)
 
 
 def require_number(config: Mapping[str, Any], key: str, where: str) -> float:
@@ -151,27 +163,28 @@ def optional_mapping(config: Mapping[str, Any], key: str, where: str) -> Mapping
     return value
 
 
-def base_dims(config: Mapping[str, Any], *, kv_heads_default: int | None = None) -> dict[str, int]:
+def base_dims(config: Mapping[str, Any], *, kv_heads_default: int | None = None, where: str = CONFIG) -> dict[str, int]:
     """The sizes of a Llama-like decoder, read from a config.json, under the symbols that the tables use.
 
     ``kv_heads_default`` is what the model's transformers class takes where num_key_value_heads is absent; null, and
     absent without such a default, means as many as attention heads. Without head_dim it is dim / n_heads.
+    ``where`` is what messages call the config, where that is a part of the file.
     Raises ConfigError for a missing or unusable size, and for sizes that do not divide.
     """
-    dim = require_int(config, "hidden_size", CONFIG)
-    n_heads = require_int(config, "num_attention_heads", CONFIG)
+    dim = require_int(config, "hidden_size", where)
+    n_heads = require_int(config, "num_attention_heads", where)
     absent = n_heads if kv_heads_default is None or "num_key_value_heads" in config else kv_heads_default
-    n_kv_heads = optional_int(config, "num_key_value_heads", CONFIG, absent)
-    check_groups(n_heads, n_kv_heads, CONFIG, ("num_attention_heads", "num_key_value_heads"))
+    n_kv_heads = optional_int(config, "num_key_value_heads", where, absent)
+    check_groups(n_heads, n_kv_heads, where, ("num_attention_heads", "num_key_value_heads"))
     return {
         "dim": dim,
-        "n_layers": require_int(config, "num_hidden_layers", CONFIG),
+        "n_layers": require_int(config, "num_hidden_layers", where),
         "n_heads": n_heads,
         "n_kv_heads": n_kv_heads,
-        "head_dim": _head_dim(config, dim, n_heads),
-        "ffn_dim": require_int(config, "intermediate_size", CONFIG),
-        "vocab_size": require_int(config, "vocab_size", CONFIG),
-        "tied": int(optional_bool(config, "tie_word_embeddings", CONFIG, False)),
+        "head_dim": _head_dim(config, dim, n_heads, where),
+        "ffn_dim": require_int(config, "intermediate_size", where),
+        "vocab_size": require_int(config, "vocab_size", where),
+        "tied": int(optional_bool(config, "tie_word_embeddings", where, False)),
     }
 
 
@@ -318,10 +331,10 @@ def _short(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _head_dim(config: Mapping[str, Any], dim: int, n_heads: int) -> int:
+def _head_dim(config: Mapping[str, Any], dim: int, n_heads: int, where: str) -> int:
     if config.get("head_dim") is None:
-        return divided_head_dim(dim, n_heads, CONFIG, ("hidden_size", "num_attention_heads"))
-    return even_head_dim(require_int(config, "head_dim", CONFIG), CONFIG)
+        return divided_head_dim(dim, n_heads, where, ("hidden_size", "num_attention_heads"))
+    return even_head_dim(require_int(config, "head_dim", where), where)
 
 
 def _fill_original_positions(config: Mapping[str, Any], parameters: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ those of a plain copy again. Sizes, offsets and strides are in elements througho
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -63,11 +63,18 @@ class LazyTensor(NamedTuple):
         """The sources that elements come from, ZEROS not among them."""
         return frozenset(tile.source for tile in self.tiles if tile.source != ZEROS)
 
+    def renumbered(self, numbers: Mapping[int, int]) -> LazyTensor:
+        """The same elements where the sources have other numbers."""
+        tiles = (tile._replace(source=numbers.get(tile.source, tile.source)) for tile in self.tiles)
+        return LazyTensor(self.shape, tuple(tiles))
+
     @property
     def whole(self) -> tuple[int, int] | None:
         """(source, offset) when this is one contiguous run of one source's elements, else None."""
         if len(self.tiles) != 1 or self.tiles[0].source == ZEROS:
             return None
+        if self.tiles[0].axes == _dense(self.shape)[1]:
+            return self.tiles[0].source, self.tiles[0].offset
         (copy,) = self.copies()
         if copy.dims in ((), ((self.size, 1, 1),)):
             return copy.source, copy.source_offset
@@ -88,6 +95,17 @@ class LazyTensor(NamedTuple):
                 origin = _replaced(tile.origin, axis, low - start + at)
                 tiles.append(Tile(origin, tile.source, tile.offset + shift, _replaced(tile.axes, axis, runs)))
         return LazyTensor(_replaced(self.shape, axis, size), tuple(tiles))
+
+    def one(self, at: int) -> LazyTensor:
+        """What lies at this place of the first axis, which the result has no more."""
+        tensor = self.narrow(0, at, 1)
+        tiles = tuple(Tile(tile.origin[1:], tile.source, tile.offset, tile.axes[1:]) for tile in tensor.tiles)
+        return LazyTensor(self.shape[1:], tiles)
+
+    def as_one(self) -> LazyTensor:
+        """The inverse of ``one``: with a new first axis, of size 1."""
+        tiles = tuple(Tile((0, *tile.origin), tile.source, tile.offset, ((), *tile.axes)) for tile in self.tiles)
+        return LazyTensor((1, *self.shape), tiles)
 
     def permute(self, order: Sequence[int]) -> LazyTensor:
         """The axes in another order, as numpy's and torch's ``transpose``/``permute``."""
@@ -244,8 +262,8 @@ def concat(parts: Sequence[LazyTensor], axis: int) -> LazyTensor:
 
 def stack(parts: Sequence[LazyTensor], sizes: Sequence[int]) -> LazyTensor:
     """The parts, all of one shape, under new leading axes of ``sizes``, the last of them fastest."""
-    shape = parts[0].shape
-    return concat([part.reshape((1, *shape)) for part in parts], 0).reshape((*sizes, *shape))
+    tensor = concat([part.as_one() for part in parts], 0)
+    return tensor if len(sizes) == 1 else tensor.reshape((*sizes, *parts[0].shape))
 
 
 def row_major(shape: Sequence[int]) -> tuple[int, ...]:
@@ -453,13 +471,27 @@ def _blocks(
         return
     inner = size // shape[axis]
     step = _aligned(tensors, axis, max(1, most // inner))
-    for start in range(0, shape[axis], step):
-        count = min(step, shape[axis] - start)
-        blocks = tuple(tensor.narrow(axis, start, count) for tensor in tensors)
-        if count * inner <= most:
+    for start, blocks in _every(tensors, axis, 0, step):
+        if blocks[0].shape[axis] * inner <= most:
             yield base + start * inner, blocks
         else:
             yield from _blocks(blocks, axis + 1, base + start * inner, most)
+
+
+def _every(
+    tensors: tuple[LazyTensor, ...], axis: int, start: int, step: int
+) -> Iterator[tuple[int, tuple[LazyTensor, ...]]]:
+    """(where it starts, part) of tensors cut along ``axis`` every ``step``.
+
+    Halves are halved again, so that each cut only walks the tiles that are near: hundreds of experts are as many tiles.
+    """
+    size = tensors[0].shape[axis]
+    if size <= step:
+        yield start, tensors
+        return
+    half = -(-size // step) // 2 * step
+    yield from _every(tuple(tensor.narrow(axis, 0, half) for tensor in tensors), axis, start, step)
+    yield from _every(tuple(tensor.narrow(axis, half, size - half) for tensor in tensors), axis, start + half, step)
 
 
 def _aligned(tensors: tuple[LazyTensor, ...], axis: int, step: int) -> int:

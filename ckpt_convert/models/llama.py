@@ -25,6 +25,7 @@ LLAMA = Family(
         embedding_cut=llama_config.embedding_cut,
         release=llama_config.release,
         model_parallel=llama_config.model_parallel,
+        for_ranks=llama_config.for_ranks,
     ),
     rows=(
         Row(
@@ -57,7 +58,7 @@ LLAMA = Family(
             ("n_kv_heads*head_dim", "dim"),
             heads="n_kv_heads",
             hf=Key("model.layers.{layer}.self_attn.k_proj.weight", rope="half"),
-            meta=Key("layers.{layer}.attention.wk.weight", rope="interleaved", tp=0),
+            meta=Key("layers.{layer}.attention.wk.weight", rope="interleaved", tp=0, copies="n_kv_heads"),
             native=Key("layers.{layer}.attn.k_proj.weight", rope="interleaved"),
             torchtitan=Key("layers.{layer}.attention.qkv_linear.wk.weight", rope="interleaved"),
         ),
@@ -65,7 +66,7 @@ LLAMA = Family(
             "attention.v",
             ("n_kv_heads*head_dim", "dim"),
             hf=Key("model.layers.{layer}.self_attn.v_proj.weight"),
-            meta=Key("layers.{layer}.attention.wv.weight", tp=0),
+            meta=Key("layers.{layer}.attention.wv.weight", tp=0, copies="n_kv_heads"),
             native=Key("layers.{layer}.attn.v_proj.weight"),
             torchtitan=Key("layers.{layer}.attention.qkv_linear.wv.weight"),
         ),
@@ -140,12 +141,6 @@ LLAMA = Family(
         Row("ffn.up.bias", ("ffn_dim",), when="mlp_bias", hf=Key("model.layers.{layer}.mlp.up_proj.bias")),
         Row("ffn.down.bias", ("dim",), when="mlp_bias", hf=Key("model.layers.{layer}.mlp.down_proj.bias")),
         # Tables of rotation frequencies that older releases stored although the config determines them.
-        Row(
-            "rotary.inv_freq",
-            ("head_dim/2",),
-            derived=True,
-            hf=Key("model.layers.{layer}.self_attn.rotary_emb.inv_freq"),
-        ),
         Row(
             "rotary.layer_freqs",
             ("head_dim/2",),

@@ -30,7 +30,16 @@ from ckpt_convert.models.config import (
 from ckpt_convert.models.llama_params import HARD_WIRED, is_params, params_to_hf
 from ckpt_convert.models.llama_releases import CODE, L1, L3_1, RELEASES, Release, ffn_width, matching
 
-__all__ = ["dims", "embedding_cut", "hf_to_params", "is_params", "model_parallel", "params_to_hf", "release"]
+__all__ = [
+    "dims",
+    "embedding_cut",
+    "for_ranks",
+    "hf_to_params",
+    "is_params",
+    "model_parallel",
+    "params_to_hf",
+    "release",
+]
 
 TARGET = "a Llama params.json"
 
@@ -111,6 +120,22 @@ def embedding_cut(config: Mapping[str, Any], options: ConfigOptions | None = Non
     found = matching(config)
     style = (options.meta_style if options else None) or (found[0].spelling.style if found else "llama3")
     return 1 if style == "llama2" else 0
+
+
+def for_ranks(params: Mapping[str, Any], dims: Mapping[str, int], ranks: int) -> Mapping[str, Any]:
+    """The params.json for so many ranks: n_kv_heads counts the key/value heads of every rank, copies as well.
+
+    Meta's code has at least one on each rank; where the model has fewer, neighbouring ranks hold the same one (as in
+    the release of Llama 3.1 405B for 16 ranks).
+    """
+    heads = dims["n_kv_heads"]
+    wanted = ranks if ranks > heads and ranks % heads == 0 else heads
+    nested = params.get("model")
+    inner = nested if isinstance(nested, Mapping) and "dim" not in params else params
+    if (inner.get("n_kv_heads") or dims["n_heads"]) == wanted:
+        return params
+    changed = {**inner, "n_kv_heads": wanted}
+    return {**params, "model": changed} if inner is nested else changed
 
 
 def ffn_pair(dim: int, ffn_dim: int) -> tuple[int, float | None]:

@@ -79,6 +79,7 @@ def params_to_hf(
     vocab = agreed_vocab(params, vocab_size, PARAMS)
     rope, rope_notices = _rope_of_params(params, options, vocab)
     sizes = _sizes_of_params(params, ffn_dim)
+    sizes["num_key_value_heads"], head_notices = _distinct_heads(sizes)
     config = {
         "architectures": ["LlamaForCausalLM"],
         "attention_bias": False,
@@ -100,7 +101,7 @@ def params_to_hf(
     positions, position_notices = _positions(params, config, options, shapes or {})
     config["max_position_embeddings"] = positions
     unused = unused_keys(params, KNOWN, PARAMS, CONFIG)
-    return Translated(dict(sorted(config.items())), (*rope_notices, *position_notices, *unused))
+    return Translated(dict(sorted(config.items())), (*head_notices, *rope_notices, *position_notices, *unused))
 
 
 def is_params(params: Mapping[str, Any]) -> str | None:
@@ -147,6 +148,20 @@ def _sizes_of_params(params: Mapping[str, Any], ffn_dim: int | None) -> dict[str
         "num_key_value_heads": n_kv_heads,
         "head_dim": head_dim,
     }
+
+
+def _distinct_heads(sizes: Mapping[str, int]) -> tuple[int, tuple[str, ...]]:
+    """How many key/value heads are different: a release for more ranks than it has heads counts copies as well."""
+    shape = tuple(sizes[key] for key in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
+    said = sizes["num_key_value_heads"]
+    rows = [row for row in RELEASES if (row.dim, row.heads, row.layers) == shape]
+    row = next((row for row in rows if said > row.kv and said % row.kv == 0), None)
+    if row is None or any(row.kv == said for row in rows):
+        return said, ()
+    return row.kv, (
+        f"{PARAMS} counts {said} key/value heads, one for each of {said} ranks; took {row.kv}, as in {row.name}, which "
+        "neighbouring ranks have to hold copies of",
+    )
 
 
 def _width_of_params(params: Mapping[str, Any], dim: int, ffn_dim: int | None) -> int:

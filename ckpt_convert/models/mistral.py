@@ -6,18 +6,20 @@ from ckpt_convert.models import mistral_config
 from ckpt_convert.models.llama import LLAMA
 from ckpt_convert.models.table import Params
 
+MISTRAL_PARAMS = Params(
+    evidence=mistral_config.is_params,
+    from_hf=mistral_config.hf_to_params,
+    to_hf=mistral_config.params_to_hf,
+    sharded=False,
+    container="safetensors",
+    options=frozenset({"rope_theta", "max_positions", "drop_rope_scaling"}),
+)
+
 MISTRAL = LLAMA.replace(
     name="mistral",
     title="Mistral 7B and what shares its architecture",
     model_types=("mistral",),
     dims=mistral_config.dims,
-    params=Params(
-        evidence=mistral_config.is_params,
-        from_hf=mistral_config.hf_to_params,
-        to_hf=mistral_config.params_to_hf,
-        sharded=False,
-        container="safetensors",
-        options=frozenset({"rope_theta", "max_positions", "drop_rope_scaling"}),
-    ),
+    params=MISTRAL_PARAMS,
     rows=lambda rows: [row.replace(torchtitan=None) for row in rows if not row.name.endswith(".bias")],
 )

@@ -9,21 +9,28 @@ from __future__ import annotations
 
 import dataclasses
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import groupby, product
+from functools import cached_property, lru_cache
+from itertools import combinations, groupby, product
 from math import prod
 from typing import Any, Literal, NamedTuple
 
 from ckpt_convert.models.config import ConfigOptions, Translated
-from ckpt_convert.models.lazy import LazyTensor, concat, stack
+from ckpt_convert.models.lazy import LazyTensor, concat, stack, zeros
 
 FORMATS = ("hf", "meta", "native", "torchtitan")
+
+IN_MEMORY = "transformers"
+"""The column of what transformers has in memory, which is that of hf but for the rows that say otherwise. It is no
+format of files: transformers puts experts together when it loads them, and takes them apart when it saves them."""
 
 RopeOrder = Literal["half", "interleaved"]
 """How the rows of a head are ordered. Rotary embedding turns pairs of rows (i, i + head_dim/2) in ``half`` order
 (Hugging Face's rotate_half) and (2i, 2i + 1) in ``interleaved`` order (Meta's complex numbers)."""
+
+_ATTENTION = ".self_attn."
+"""What an attention layer is called in Hugging Face's keys."""
 
 Sets = Mapping[str, tuple[int, ...]]
 """Which numbers of a placeholder belong together, by the name of the set: the dense layers, those with experts."""
@@ -62,12 +69,18 @@ class Key:
     transposed: the last two axes are swapped.
     shape: the shape that the part then has here, where it is another one; the same elements in row-major order.
     tp: the axis that is cut over tensor-parallel ranks: an axis, a symbol of the config that holds one, or None for a
-        tensor that every rank holds whole. copies: the symbol that says how many ranks in succession hold the same
-        part (key/value heads that are fewer than ranks), 1 where there is none.
-    fused: the axis along which all rows of the same template lie one after another, in the order of the table.
+        tensor that every rank holds whole. copies: the symbol that counts what cannot be cut (key/value heads): over
+        more ranks than that, neighbouring ones hold the same part.
+    fused: the axis along which all rows of the same template lie one after another, in the order of the table, or of
+        ``place`` where a column has another one.
     flat: the axis that was stacked over is one with the axis after it: [experts * rows, columns].
+    cells: the name of a set that says where each cell (what there is at one index of the row's first axis) lies in this
+        column, which has places of that size: its numbers are place * cells + cell. A cell may lie in several places,
+        of which the last is read; places without a cell are zeros, and so are cells without a place when they are read.
+        Comes before the shape.
 
-    ``omitted_if_tied``: no such key where the weights are tied.
+    ``omitted_if_tied``: no such key where the weights are tied. ``literal``: the template is the key itself, whatever
+    braces are in it.
     """
 
     template: str
@@ -79,6 +92,9 @@ class Key:
     copies: str | None = None
     fused: int | None = None
     flat: bool = False
+    cells: str | None = None
+    literal: bool = False
+    place: int = 0
 
     def replace(self, **changes: Any) -> Key:
         """A key that differs from this one."""
@@ -90,6 +106,8 @@ class Key:
 
     @cached_property
     def _numbers(self) -> tuple[_Number, ...]:
+        if self.literal:
+            return ()
         return tuple(_number(part) for part in self.template.split(".") if _is_placeholder(part))
 
     @cached_property
@@ -99,7 +117,7 @@ class Key:
 
     def key(self, index: Mapping[str, int], sets: Sets) -> str:
         """The key at these numbers."""
-        if not self._numbers:
+        if self.literal or not self._numbers:
             return self.template
         return self._pattern % tuple(
             index[name] if members is None else bisect_left(sets[members], index[name])
@@ -112,7 +130,8 @@ class Key:
 
     def repeats(self, dims: Mapping[str, int], ranks: int) -> int:
         """How many ranks in succession hold the same part."""
-        return min(dims[self.copies], ranks) if self.copies is not None else 1
+        count = dims[self.copies] if self.copies is not None else ranks
+        return ranks // count if ranks > count and ranks % count == 0 else 1
 
     def to_stored(self, tensor: LazyTensor, row: Row, dims: Mapping[str, int]) -> LazyTensor:
         """The logical tensor as this column orders it, before it is cut over ranks and put together with others."""
@@ -120,11 +139,18 @@ class Key:
             tensor = self.rows_to_stored(tensor, dims[row.heads])
         if self.transposed:
             tensor = _swapped(tensor)
-        return tensor if self.shape is None else tensor.reshape(self.part_shape(row, dims))
+        if self.shape is None:
+            return tensor
+        shape = self.part_shape(row, dims)
+        if self.cells is not None:
+            tensor = _spread(tensor, _set(dims, self.cells), prod(shape))
+        return tensor.reshape(shape)
 
     def to_logical(self, tensor: LazyTensor, row: Row, dims: Mapping[str, int]) -> LazyTensor:
         """The inverse of ``to_stored``."""
-        if self.shape is not None:
+        if self.cells is not None:
+            tensor = _gathered(tensor, _set(dims, self.cells), row.sizes(dims))
+        elif self.shape is not None:
             sizes = row.sizes(dims)
             tensor = tensor.reshape((*sizes[:-2], *sizes[:-3:-1]) if self.transposed else sizes)
         if self.transposed:
@@ -155,7 +181,9 @@ class Row:
     the heads of a row that rotates; ``tied_to`` names the row that this one may share its values with. ``when`` is a
     symbol that switches the row on, ``only`` the set of numbers (of the row's first placeholder) that have the row.
     ``optional`` marks what a checkpoint may lack: never required, and carried along where the target has no place for
-    it; ``derived`` the same of what the config determines (RoPE tables), which is no weight to be cast.
+    it. Optional rows of one group, which is a name in place of True, are there together or not at all, for each number
+    of their first placeholder. ``derived`` is optional too: what the config determines (RoPE tables), which is no
+    weight to be cast. ``each`` names a placeholder that the row has although every column stacks over it.
     """
 
     name: str
@@ -164,12 +192,14 @@ class Row:
     meta: Key | None = None
     native: Key | None = None
     torchtitan: Key | None = None
+    in_memory: Key | None = None
     heads: str | None = None
     tied_to: str | None = None
     when: str | None = None
     only: str | None = None
-    optional: bool = False
+    optional: bool | str = False
     derived: bool = False
+    each: str | None = None
 
     def replace(self, **changes: Any) -> Row:
         """A row that differs from this one."""
@@ -180,7 +210,23 @@ class Row:
         """Whether a format that has a place for the row cannot be without it."""
         return not (self.optional or self.derived)
 
+    @cached_property
+    def lossy(self) -> Key | None:
+        """The column that does not hold all of the row, nor the others all of what it holds: one with cells."""
+        return next((key for key in self.columns.values() if key.cells is not None), None)
+
+    def held(self, tensor: LazyTensor, dims: Mapping[str, int]) -> LazyTensor:
+        """What every column holds of a logical tensor, zeros in place of the rest."""
+        return self.lossy.to_logical(self.lossy.to_stored(tensor, self, dims), self, dims) if self.lossy else tensor
+
+    @property
+    def group(self) -> str | None:
+        """The optional rows that this one is there with, or absent."""
+        return self.optional if isinstance(self.optional, str) else None
+
     def column(self, format: str) -> Key | None:
+        if format == IN_MEMORY:
+            return self.in_memory or self.hf
         if format not in FORMATS:
             raise ValueError(f"no format {format!r}")
         key: Key | None = getattr(self, format)
@@ -192,7 +238,8 @@ class Row:
 
     @cached_property
     def placeholders(self) -> frozenset[str]:
-        return frozenset().union(*(key.placeholders for key in self.columns.values()))
+        each = frozenset() if self.each is None else frozenset({self.each})
+        return each.union(*(key.placeholders for key in self.columns.values()))
 
     def sizes(self, dims: Mapping[str, int]) -> tuple[int, ...]:
         """The logical shape for this config."""
@@ -313,7 +360,7 @@ class Entry:
             tensor = tensor.reshape((count, *inner))
         out = {}
         for at in range(count):
-            one = tensor.narrow(0, at, 1).reshape(tensor.shape[1:]) if self.stacked else tensor
+            one = tensor.one(at) if self.stacked else tensor
             start, axis = 0, column.fused or 0
             for row, shape in zip(self.rows, parts, strict=True):
                 out[row[at]] = one.narrow(axis, start, shape[axis]) if len(self.rows) > 1 else one
@@ -328,7 +375,8 @@ class Params:
     ``evidence`` says in words why a params.json is this family's, or None. ``sharded`` is whether the format is cut
     over ranks at all; ``container`` the usual one; ``options`` are those of ConfigOptions that it has a use for.
     ``embedding_cut`` comes from the known releases (0 for any other shape), ``release`` is the name of the one with
-    this shape, ``model_parallel`` the number of ranks that it came in.
+    this shape, ``model_parallel`` the number of ranks that it came in. ``for_ranks`` gives what a params.json has
+    to say for so many ranks.
     """
 
     evidence: Callable[[Mapping[str, Any]], str | None]
@@ -340,6 +388,9 @@ class Params:
     embedding_cut: Callable[[Mapping[str, Any], ConfigOptions], int] = lambda config, options: 0
     release: Callable[[Mapping[str, Any]], str | None] = lambda config: None
     model_parallel: Callable[[Mapping[str, Any]], int | None] = lambda config: None
+    for_ranks: Callable[[Mapping[str, Any], Mapping[str, int], int], Mapping[str, Any]] = lambda params, dims, ranks: (
+        params
+    )
 
 
 @dataclass(frozen=True)
@@ -347,9 +398,18 @@ class Family:
     """An architecture: its table, the symbols that its config gives, and the translation of its config.
 
     ``indices`` says how far each placeholder counts: {"layer": "n_layers"}. ``sets`` gives the sets of numbers that
-    rows and templates name, from the config. The table is checked when it is made.
+    rows and templates name, from the config. The table is checked when it is made. ``architectures`` are the classes of
+    which a config has to name one to be of this family, where others have the same model_type.
 
-    ``unverified`` names the formats whose column nothing outside could be compared with, and says why.
+    ``from_shapes`` gives the config that the shapes of the stored tensors show, of a family whose files come without
+    one; such a config is no file of any format. ``stem`` is what its safetensors files are called in Hugging Face's
+    layout where nothing else says it. Several families may have one model_type: the keys tell them apart.
+
+    ``unverified`` names the formats whose column nothing outside could be compared with, and says why. ``literal``
+    marks a table of literal keys, one row for each tensor of one checkpoint: its rows are different by themselves.
+
+    Every table has a row for the rotation frequencies that old releases of Hugging Face's models stored, whether it is
+    among ``rows`` or not.
     """
 
     name: str
@@ -360,10 +420,16 @@ class Family:
     params: Params | None = None
     indices: Mapping[str, str] = field(default_factory=lambda: {"layer": "n_layers"})
     sets: Callable[[Mapping[str, Any]], Mapping[str, Collection[int]]] | None = None
+    architectures: tuple[str, ...] = ()
     unverified: Mapping[str, str] = field(default_factory=dict)
+    from_shapes: Callable[[Mapping[str, tuple[int, ...]]], dict[str, Any]] | None = None
+    stem: str = "model"
+    literal: bool = False
 
     def __post_init__(self) -> None:
-        check(self)
+        if not self.literal:
+            object.__setattr__(self, "rows", _with_frequencies(self.rows))
+            check(self)
 
     def replace(self, **changes: Any) -> Family:
         """A family that differs from this one; ``rows`` may be a function of the rows."""
@@ -372,6 +438,15 @@ class Family:
             changes["rows"] = tuple(rows(self.rows))
         return dataclasses.replace(self, **changes)
 
+    def caveats(self, *formats: str) -> tuple[str, ...]:
+        """What a user of these formats should know of their columns: that nothing outside confirms them, and why."""
+        said = "nothing outside the project confirms this family's"
+        return tuple(
+            f"{self.name}: {said} {format} keys: {self.unverified[format]}"
+            for format in dict.fromkeys(formats)
+            if format in self.unverified
+        )
+
     def symbols(self, config: Mapping[str, Any]) -> Dims:
         """What the config says, under the names that the table has for it; raises ConfigError."""
         return Dims(self.dims(config), self.sets(config) if self.sets is not None else None)
@@ -379,28 +454,37 @@ class Family:
     @cached_property
     def formats(self) -> tuple[str, ...]:
         """The formats that the table has a column for."""
+        if self.literal:
+            return ("hf",)
         return tuple(f for f in FORMATS if any(row.column(f) for row in self.rows if row.required))
 
     def instances(self, dims: Mapping[str, int]) -> Iterator[Instance]:
         """Every row at every index that this config has, in the order of the model's layers."""
+        for run in self._runs(dims):
+            yield from run
+
+    def _runs(self, dims: Mapping[str, int]) -> Iterator[list[Instance]]:
+        """``instances``, those of a row that differ in nothing but what counts fastest together (a layer's experts)."""
+        if self.literal:
+            yield from ([Instance(row, ())] for row in self.rows)
+            return
         sets: Sets = dims.sets if isinstance(dims, Dims) else {}
         for outer, group in groupby(self.rows, key=self._outer):
             rows = [row for row in group if not row.when or dims[row.when]]
             if outer is None:
-                yield from (Instance(row, ()) for row in rows)
+                yield from ([Instance(row, ())] for row in rows)
                 continue
-            inner = {row.name: [name for name in self.indices if name in row.placeholders][1:] for row in rows}
+            inner = {row.name: self._inner(row, dims) for row in rows}
             members = {row.only: frozenset(sets[row.only]) for row in rows if row.only is not None}
             for number in range(dims[self.indices[outer]]):
                 for row in rows:
-                    if row.only is not None and number not in members[row.only]:
-                        continue
-                    if not inner[row.name]:
-                        yield Instance(row, ((outer, number),), sets)
-                        continue
-                    for values in product(*(range(dims[self.indices[name]]) for name in inner[row.name])):
-                        index = ((outer, number), *zip(inner[row.name], values, strict=True))
-                        yield Instance(row, index, sets)
+                    if row.only is None or number in members[row.only]:
+                        yield [Instance(row, ((outer, number), *rest), sets) for rest in inner[row.name]]
+
+    def _inner(self, row: Row, dims: Mapping[str, int]) -> list[tuple[tuple[str, int], ...]]:
+        """The numbers of a row's placeholders but the one that counts slowest, at each of its indices."""
+        names = [name for name in self.indices if name in row.placeholders][1:]
+        return list(product(*([(name, number) for number in range(dims[self.indices[name]])] for name in names)))
 
     def _outer(self, row: Row) -> str | None:
         """The placeholder of a row that counts slowest."""
@@ -411,13 +495,26 @@ class Family:
 
         Raises ValueError for a config with which two rows would have one key.
         """
+        if self.literal:
+            columns = ((row, row.column(format)) for row in self.rows)
+            yield from (Entry(key.template, ((Instance(row, ()),),)) for row, key in columns if key is not None)
+            return
         groups: dict[str, dict[str, list[Instance]]] = {}
-        for instance in self.instances(dims):
-            key = instance.key(format)
-            if key is not None:
-                groups.setdefault(key, {}).setdefault(instance.row.name, []).append(instance)
+        for run in self._runs(dims):
+            row = run[0].row if run else None
+            column = row.column(format) if row is not None else None
+            if row is None or column is None:
+                continue
+            # A key that says nothing but the number of the layer is the same for all of them.
+            together = [run] if len(column.placeholders) < 2 else [[instance] for instance in run]
+            for instances in together:
+                key = column.key(dict(instances[0].index), instances[0].sets)
+                groups.setdefault(key, {}).setdefault(row.name, []).extend(instances)
         for key, rows in groups.items():
-            members = tuple(tuple(row) for row in rows.values())
+            ordered = list(rows.values())
+            if len(ordered) > 1:
+                ordered.sort(key=lambda row: _place(row[0].row, format))
+            members = tuple(tuple(row) for row in ordered)
             first = members[0][0]
             column = first.row.column(format)
             if column is None or (len(members) > 1 and column.fused is None):
@@ -429,11 +526,23 @@ class Family:
     def _patterns(self) -> dict[str, list[tuple[tuple[str, ...], Row]]]:
         return {
             format: [(tuple(key.template.split(".")), row) for row in self.rows if (key := row.column(format))]
-            for format in FORMATS
+            for format in (*FORMATS, IN_MEMORY)
         }
+
+    def has(self, column: str) -> bool:
+        """Whether the table has this column: that of a format, or of transformers' models in memory."""
+        return ("hf" if column == IN_MEMORY else column) in self.formats
+
+    def column_of(self, format: str, keys: Iterable[str]) -> str:
+        """The column that the keys of a model in memory are of: ``format``, or of hf's two the one that knows them."""
+        if format != "hf" or not any(row.in_memory for row in self.rows):
+            return format
+        return IN_MEMORY if any(self.knows(IN_MEMORY, key) and not self.knows("hf", key) for key in keys) else "hf"
 
     def knows(self, format: str, key: str) -> bool:
         """Whether some row of the column could have this key, at any index (a config is not needed)."""
+        if self.literal:
+            return any(column.template == key for row in self.rows if (column := row.column(format)))
         parts = key.split(".")
         return any(
             len(template) == len(parts) and all(_matches(t, p) for t, p in zip(template, parts, strict=True))
@@ -441,12 +550,33 @@ class Family:
         )
 
 
+def _with_frequencies(rows: Iterable[Row]) -> tuple[Row, ...]:
+    """The rows, and a derived one for the table of frequencies of each attention in Hugging Face's layout."""
+    out: list[Row] = []
+    rows = tuple(rows)
+    there = {row.hf.template for row in rows if row.hf is not None}
+    names = {row.name for row in rows}
+    for row in rows:
+        out.append(row)
+        module, is_attention, _ = row.hf.template.partition(_ATTENTION) if row.hf is not None else ("", "", "")
+        template = f"{module}{_ATTENTION}rotary_emb.inv_freq"
+        if row.heads is not None and is_attention and template not in there:
+            there.add(template)
+            name = "rotary.inv_freq" if "rotary.inv_freq" not in names else f"rotary.inv_freq.{len(there)}"
+            names.add(name)
+            # Half of what rotates of a head, which is as long as the rows say.
+            out.append(Row(name, (f"{row.shape[0]}/{row.heads}/2",), hf=Key(template), derived=True))
+    return tuple(out)
+
+
 def evaluate(expression: str, dims: Mapping[str, int]) -> int:
     """A product of symbols and numbers, with whole division: "n_heads*head_dim", "head_dim/2"."""
-    numerator, *divisors = expression.split("/")
-    value = prod(_term(term, dims) for term in numerator.split("*"))
+    factors, divisors = _parsed(expression)
+    value = 1
+    for factor in factors:
+        value *= factor if isinstance(factor, int) else dims[factor]
     for divisor in divisors:
-        value //= _term(divisor, dims)
+        value //= divisor if isinstance(divisor, int) else dims[divisor]
     return value
 
 
@@ -466,13 +596,13 @@ def check(family: Family) -> None:
         if row.only is not None and not row.placeholders:
             raise ValueError(f"{where} has no placeholder whose numbers {row.only!r} could limit")
         ordered = [name for name in family.indices if name in row.placeholders]
-        for format, key in row.columns.items():
+        for format, key in {**row.columns, **({IN_MEMORY: row.in_memory} if row.in_memory else {})}.items():
             _check_key(row, key, f"{where}, column {format}")
             if [name for name in ordered if name in key.placeholders] != ordered[: len(key.placeholders)]:
                 raise ValueError(f"{where}, column {format}: only the last of {ordered} can be stacked over")
             if ordered and not key.placeholders:
                 raise ValueError(f"{where}, column {format}: has one tensor for every {ordered[0]}")
-    for format in FORMATS:
+    for format in (*FORMATS, IN_MEMORY):
         _check_keys(family, format)
 
 
@@ -490,14 +620,21 @@ def _check_key(row: Row, key: Key, where: str) -> None:
         raise ValueError(f"{where}: has no two axes to transpose")
     if key.flat and not row.placeholders - key.placeholders:
         raise ValueError(f"{where}: is not stacked over anything, so it cannot be flat")
+    if key.place and key.fused is None:
+        raise ValueError(f"{where}: is not fused with anything, so it has no place there")
+    if key.cells is not None and (key.shape is None or key.tp is not None or key.transposed):
+        raise ValueError(f"{where}: cells need a shape, and are neither cut over ranks nor transposed")
     if key.copies is not None and key.tp is None:
         raise ValueError(f"{where}: is not cut over ranks, so there are no copies of its parts")
 
 
 def _check_keys(family: Family, format: str) -> None:
-    rows = [(row, column) for row in family.rows if (column := row.column(format))]
-    for at, (row, column) in enumerate(rows):
-        for other, clash in rows[at + 1 :]:
+    alike: dict[tuple[str, ...], list[tuple[Row, Key]]] = {}
+    for row in family.rows:
+        if column := row.column(format):
+            alike.setdefault(_form(column.template), []).append((row, column))
+    for rows in alike.values():
+        for (row, column), (other, clash) in combinations(rows, 2):
             if not _overlap(column.template, clash.template):
                 continue
             where = (
@@ -522,9 +659,35 @@ def _deinterleave(tensor: LazyTensor, heads: int) -> LazyTensor:
     return tensor.reorder(0, (heads, head_dim // 2, 2), (0, 2, 1))
 
 
+def _spread(tensor: LazyTensor, numbers: tuple[int, ...], size: int) -> LazyTensor:
+    """The cells of the first axis at their places, of which there are as many as ``size`` elements make."""
+    cells, *cell = tensor.shape
+    at = dict(divmod(number, cells) for number in numbers)
+    empty = zeros((1, *cell))
+    return concat([tensor.narrow(0, at[p], 1) if p in at else empty for p in range(size // prod(cell))], 0)
+
+
+def _gathered(tensor: LazyTensor, numbers: tuple[int, ...], sizes: tuple[int, ...]) -> LazyTensor:
+    """The inverse of ``_spread``, as far as there is one."""
+    cells, *cell = sizes
+    places = tensor.reshape((tensor.size // prod(cell), *cell))
+    at = {number % cells: number // cells for number in numbers}
+    empty = zeros((1, *cell))
+    return concat([places.narrow(0, at[c], 1) if c in at else empty for c in range(cells)], 0)
+
+
+def _set(dims: Mapping[str, int], name: str) -> tuple[int, ...]:
+    return dims.sets[name] if isinstance(dims, Dims) else ()
+
+
 def _swapped(tensor: LazyTensor) -> LazyTensor:
     last = len(tensor.shape) - 1
     return tensor.permute((*range(last - 1), last, last - 1))
+
+
+def _place(row: Row, format: str) -> int:
+    column = row.column(format)
+    return column.place if column is not None else 0
 
 
 def _number(part: str) -> _Number:
@@ -532,8 +695,15 @@ def _number(part: str) -> _Number:
     return _Number(name, members or None)
 
 
-def _term(term: str, dims: Mapping[str, int]) -> int:
-    return int(term) if term.isdecimal() else dims[term]
+@lru_cache(maxsize=1 << 12)
+def _parsed(expression: str) -> tuple[tuple[str | int, ...], tuple[str | int, ...]]:
+    """The factors of an expression, and what their product is divided by: symbols and numbers."""
+    numerator, *divisors = expression.split("/")
+    return tuple(map(_term, numerator.split("*"))), tuple(map(_term, divisors))
+
+
+def _term(term: str) -> str | int:
+    return int(term) if term.isdecimal() else term
 
 
 def _is_placeholder(part: str) -> bool:
@@ -546,6 +716,11 @@ def _is_index(part: str) -> bool:
 
 def _matches(template: str, part: str) -> bool:
     return _is_index(part) if _is_placeholder(template) else template == part
+
+
+def _form(template: str) -> tuple[str, ...]:
+    """The parts of a template but for numbers and what stands for them: no key fits templates of two forms."""
+    return tuple("" if _is_placeholder(part) or _is_index(part) else part for part in template.split("."))
 
 
 def _overlap(left: str, right: str) -> bool:

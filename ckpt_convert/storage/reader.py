@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from ckpt_convert.errors import CorruptFileError
 
@@ -29,6 +29,13 @@ class RangeReader(Protocol):
 
         Raises CorruptFileError when the file ends before the buffer is full.
         """
+
+
+@runtime_checkable
+class Closing(Protocol):
+    """A reader that holds a file open until it is closed."""
+
+    def close(self) -> None: ...
 
 
 def read(reader: RangeReader, offset: int, nbytes: int) -> bytes:

@@ -66,6 +66,7 @@ def library() -> Iterator[SimpleNamespace]:
     models = {
         "llama": transformers.LlamaForCausalLM(transformers.LlamaConfig(hidden_size=48, **sizes)),
         "mistral": transformers.MistralForCausalLM(transformers.MistralConfig(hidden_size=44, **sizes)),
+        "qwen2": transformers.Qwen2ForCausalLM(transformers.Qwen2Config(hidden_size=52, **sizes)),
     }
     for model in models.values():
         for parameter in model.parameters():
@@ -86,10 +87,13 @@ def modules_of(library: SimpleNamespace, family: str, format: str) -> Modules:
     return Modules(table, format, table.dims(library.models[family].config.to_dict()))
 
 
-def in_hf_order(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Rows of a training layout's q or k in Hugging Face's order: row 2i of a head becomes row i, 2i + 1 half + i."""
+def in_hf_order(name: str, tensor: torch.Tensor, family: str = "llama") -> torch.Tensor:
+    """Rows of a training layout's q or k in Hugging Face's order: row 2i of a head becomes row i, 2i + 1 half + i.
+
+    Qwen2 has Hugging Face's order everywhere.
+    """
     heads = {"q_proj": HEADS, "k_proj": KV_HEADS}.get(name.rpartition(".")[2])
-    if heads is None:
+    if heads is None or family == "qwen2":
         return tensor
     out = torch.empty_like(tensor)
     for head in range(heads):
@@ -100,9 +104,9 @@ def in_hf_order(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def in_training_order(name: str, tensor: torch.Tensor) -> torch.Tensor:
+def in_training_order(name: str, tensor: torch.Tensor, family: str = "llama") -> torch.Tensor:
     """The inverse, found by sorting the row numbers that ``in_hf_order`` gives."""
-    order = in_hf_order(name, torch.arange(len(tensor)))
+    order = in_hf_order(name, torch.arange(len(tensor)), family)
     return tensor[order.argsort()]
 
 
@@ -136,10 +140,10 @@ def live_of(library: SimpleNamespace, family: str, format: str, adapters: dict[s
     """The linear layers of a training model in native or meta layout, with adapters beside them."""
     live = {}
     for key, weight in library.models[family].state_dict().items():
-        name = key.removesuffix(".weight")
+        name, _, kind = key.rpartition(".")
         if "norm" in name or "embed" in name:
             continue
-        live[f"{live_name(name, format)}.weight"] = in_training_order(name, weight)
+        live[f"{live_name(name, format)}.{kind}"] = in_training_order(name, weight, family)
     for name, (a, b, magnitude) in adapters.items():
         live[f"{live_name(name, format)}.lora_a.weight"] = a
         live[f"{live_name(name, format)}.lora_b.weight"] = b
@@ -148,12 +152,14 @@ def live_of(library: SimpleNamespace, family: str, format: str, adapters: dict[s
     return live
 
 
-def merged_by_hand(weight: torch.Tensor, name: str, adapter: Adapter, scale: float) -> torch.Tensor:
+def merged_by_hand(
+    weight: torch.Tensor, name: str, adapter: Adapter, scale: float, family: str = "llama"
+) -> torch.Tensor:
     """The merged weight in Hugging Face's order, in float64 row by row."""
-    b = in_hf_order(name, adapter.b).double()
+    b = in_hf_order(name, adapter.b, family).double()
     out = weight.double() + scale * (b @ adapter.a.double())
     if adapter.magnitude is not None:
-        magnitude = in_hf_order(name, adapter.magnitude).double()
+        magnitude = in_hf_order(name, adapter.magnitude, family).double()
         out = torch.stack([row * m / row.square().sum().sqrt() for row, m in zip(out, magnitude, strict=True)])
     return out
 
@@ -163,7 +169,7 @@ def merged_logits(library: SimpleNamespace, family: str, adapters: dict[str, Ada
     with torch.no_grad():
         for name, adapter in adapters.items():
             weight = model.get_submodule(name).weight
-            weight.copy_(merged_by_hand(weight, name, adapter, scale))
+            weight.copy_(merged_by_hand(weight, name, adapter, scale, family))
         return model(library.tokens).logits
 
 
@@ -186,8 +192,10 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
-@pytest.mark.parametrize("family", ["llama", "mistral"])
-@pytest.mark.parametrize("format", ["native", "meta"])
+@pytest.mark.parametrize(
+    ("format", "family"),
+    [("native", "llama"), ("native", "mistral"), ("native", "qwen2"), ("meta", "llama"), ("meta", "mistral")],
+)
 def test_peft_gives_the_logits_of_the_training_model(
     library: SimpleNamespace, tmp_path: Path, format: str, family: str, dora: bool
 ) -> None:
@@ -216,17 +224,18 @@ def test_rows_in_the_wrong_order_would_show(library: SimpleNamespace, tmp_path: 
 
 
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
-def test_only_rows_that_rotate_are_reordered(library: SimpleNamespace, dora: bool) -> None:
-    adapters = adapted(library, "llama", dora=dora)
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_only_rows_that_rotate_are_reordered(library: SimpleNamespace, family: str, dora: bool) -> None:
+    adapters = adapted(library, family, dora=dora)
     config = AdapterConfig(RANK, ALPHA, use_dora=dora)
-    modules = modules_of(library, "llama", "native")
-    found, _ = to_peft(split(live_of(library, "llama", "native", adapters), config, modules), config, modules)
+    modules = modules_of(library, family, "native")
+    found, _ = to_peft(split(live_of(library, family, "native", adapters), config, modules), config, modules)
     expected = {}
     for name, (a, b, magnitude) in adapters.items():
         expected[f"base_model.model.{name}.lora_A.weight"] = a
-        expected[f"base_model.model.{name}.lora_B.weight"] = in_hf_order(name, b)
+        expected[f"base_model.model.{name}.lora_B.weight"] = in_hf_order(name, b, family)
         if magnitude is not None:
-            expected[f"base_model.model.{name}.lora_magnitude_vector"] = in_hf_order(name, magnitude)
+            expected[f"base_model.model.{name}.lora_magnitude_vector"] = in_hf_order(name, magnitude, family)
     assert_same(found, expected)
 
 
@@ -320,21 +329,23 @@ def test_a_model_that_peft_wraps_is_split_and_written_as_peft_writes_it(
 
 
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
-def test_merging_is_what_pefts_merging_is(library: SimpleNamespace, tmp_path: Path, dora: bool) -> None:
-    adapters = adapted(library, "llama", dora=dora)
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_merging_is_what_pefts_merging_is(library: SimpleNamespace, tmp_path: Path, family: str, dora: bool) -> None:
+    adapters = adapted(library, family, dora=dora)
     config = AdapterConfig(RANK, ALPHA, use_dora=dora)
-    modules = modules_of(library, "llama", "native")
-    found = split(live_of(library, "llama", "native", adapters), config, modules)
-    model = fresh(library, "llama")
+    modules = modules_of(library, family, "native")
+    found = split(live_of(library, family, "native", adapters), config, modules)
+    model = fresh(library, family)
     merged = merges(found, config, modules)
     for name in adapters:
         key = f"{live_name(name, 'native')}.weight"
-        weight = in_hf_order(name, merged[key].rows(found.base[key]))
-        by_hand = merged_by_hand(model.get_submodule(name).weight.detach(), name, adapters[name], ALPHA / RANK)
+        weight = in_hf_order(name, merged[key].rows(found.base[key]), family)
+        module = model.get_submodule(name)
+        by_hand = merged_by_hand(module.weight.detach(), name, adapters[name], ALPHA / RANK, family)
         torch.testing.assert_close(weight.double(), by_hand, rtol=1e-5, atol=1e-6)
         model.get_submodule(name).weight.data.copy_(weight)
     save(tmp_path, found, config, modules)
-    theirs = library.peft.PeftModel.from_pretrained(fresh(library, "llama"), tmp_path).merge_and_unload()
+    theirs = library.peft.PeftModel.from_pretrained(fresh(library, family), tmp_path).merge_and_unload()
     for key, tensor in theirs.state_dict().items():
         torch.testing.assert_close(model.state_dict()[key], tensor, rtol=1e-4, atol=1e-5)
     with torch.no_grad():

@@ -60,7 +60,10 @@ def test_huggingface_safetensors(case: str, asynchronous: bool, tmp_path: Path) 
     assert load_and_save(source, tmp_path / "out", model, asynchronous=asynchronous) == sums(source)
 
 
-@pytest.mark.parametrize("case", ["llama", "llama2", "llama_tied", "mistral"])
+@pytest.mark.parametrize(
+    "case",
+    ["llama", "llama2", "llama_tied", "mistral", "gemma2", "phi3", "qwen2", "qwen3", "llama_reward", "mistral_reward"],
+)
 def test_a_state_dict_instead_of_a_module(case: str, tmp_path: Path) -> None:
     model = native_of(case)
     assert load_and_save(GOLDEN / case / "hf", tmp_path / "out", model) == sums(GOLDEN / case / "hf")

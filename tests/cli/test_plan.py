@@ -136,7 +136,7 @@ def test_what_differs_is_not_collapsed() -> None:
         move("a.4.w", "b.4.w", dtype="BF16"),
         move("a.5.w", "c.5.w"),
         move("a.6.w", None, "carried in the record"),
-        *[move(f"x.{n}.w", f"y.{n + 1}.w") for n in range(2)],  # other numbers than the source's
+        *[move(f"x.{n}.w", f"y.{1 - n}.w") for n in range(2)],  # in another order than the source's
     ]
     found = [(group.source, group.target, group.count) for group in plan_tree.groups(moves)]
     assert found == [
@@ -146,8 +146,23 @@ def test_what_differs_is_not_collapsed() -> None:
         ("a.5.w", "c.5.w", 1),
         ("a.6.w", None, 1),
         ("x.0.w", "y.1.w", 1),
-        ("x.1.w", "y.2.w", 1),
+        ("x.1.w", "y.0.w", 1),
     ]
+
+
+def test_numbers_that_only_count_otherwise_are_collapsed() -> None:
+    layers = [3, 8, 13]
+    moves = [move(f"layers.{layer}.cross.w", f"fused.{at}.w") for at, layer in enumerate(layers)]
+    (found,) = plan_tree.groups(moves)
+    assert (found.source, found.target, found.count) == ("layers.{3,8,13}.cross.w", "fused.{0..2}.w", 3)
+
+
+@pytest.mark.parametrize("stacks", [True, False])
+def test_what_is_stacked_is_told_apart_by_the_longer_key(stacks: bool) -> None:
+    pairs = [(f"l.{layer}.e.{expert}.w", f"l.{layer}.w") for layer in range(4) for expert in range(8)]
+    (found,) = plan_tree.groups([move(*(pair if stacks else pair[::-1])) for pair in pairs])
+    wanted = ("l.{0..3}.e.{0..7}.w", "l.{0..3}.w")
+    assert (found.source, found.target, found.count) == (*(wanted if stacks else wanted[::-1]), 32)
 
 
 def test_experts_of_layers_are_one_line() -> None:

@@ -23,7 +23,7 @@ from ckpt_convert.errors import (
     KeyMismatchError,
     UnsafeFileError,
 )
-from tests.helpers import GOLDEN, Tensors, bits
+from tests.helpers import GOLDEN, Tensors, bits, sums
 
 HF = GOLDEN / "llama" / "hf"
 
@@ -51,9 +51,9 @@ def assert_unknown(path: Path, expected: Tensors) -> Checkpoint:
         return checkpoint
 
 
-def refusal(source: Path, **options: Any) -> str:
+def refusal(source: Path, *, to: str = "hf", **options: Any) -> str:
     with pytest.raises(CkptConvertError) as caught:
-        ckpt_convert.convert(source, source.parent / "out", to="hf", **options)
+        ckpt_convert.convert(source, source.parent / "out", to=to, **options)
     assert not (source.parent / "out").exists()
     return str(caught.value)
 
@@ -79,7 +79,10 @@ def test_diffusers_shards_with_their_index(tmp_path: Path) -> None:
     with ckpt_convert.open_checkpoint(tmp_path) as checkpoint:
         assert checkpoint.family is None
         assert_holds(checkpoint, parts[0] | parts[1])
-    assert "fits no family" in refusal(tmp_path)
+    assert "_class_name 'UNet2DConditionModel' is no family that is known" in refusal(tmp_path, to="native")
+    copied = tmp_path.parent / f"{tmp_path.name}-copied"
+    ckpt_convert.convert(tmp_path, copied, to="hf", verify=True)
+    assert sums(copied) == sums(tmp_path)
 
 
 def test_variants_of_one_file_are_not_mixed(tmp_path: Path) -> None:

@@ -813,7 +813,7 @@ def moe(tmp_path: Path) -> Path:
         weight_map |= dict.fromkeys(tensors, file)
     (path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     config = {
-        "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "vocab_size": 40, "hidden_size": 16,
+        "architectures": ["FlexOlmoForCausalLM"], "model_type": "flex_olmo", "vocab_size": 40, "hidden_size": 16,
         "num_hidden_layers": 5, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "num_experts": 4,
         "moe_intermediate_size": 6, "intermediate_size": 32, "tie_word_embeddings": False,
     }  # fmt: skip

@@ -53,16 +53,16 @@ def test_what_transformers_saves_has_no_findings(
     assert check(tmp_path).findings == ()
 
 
-def test_a_classifier_is_no_language_model_of_its_family(tmp_path: Path) -> None:
-    transformers.LlamaForSequenceClassification(LLAMA).save_pretrained(tmp_path)
+def test_a_classifier_of_tokens_is_no_language_model_of_its_family(tmp_path: Path) -> None:
+    transformers.LlamaForTokenClassification(LLAMA).save_pretrained(tmp_path)
     report = check(tmp_path)
     assert report.family is None
-    assert "LlamaForSequenceClassification" in next(skip.why for skip in report.skipped if skip.check == "keys")
+    assert "LlamaForTokenClassification" in next(skip.why for skip in report.skipped if skip.check == "keys")
 
 
 def test_too_few_layers_of_a_decoder_are_found(tmp_path: Path) -> None:
-    config = transformers.T5Config(**T5)
-    transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    config = transformers.MT5Config(**T5)
+    transformers.MT5ForConditionalGeneration(config).save_pretrained(tmp_path)
     edit_json(tmp_path / "config.json", num_decoder_layers=4)
     (found,) = check(tmp_path).findings
     assert "num_decoder_layers is 4 in config.json, but the files have 3 layers" in found.text

@@ -24,7 +24,9 @@ V1 = {
     "norm_eps": 1e-5, "sliding_window": 4096, "vocab_size": 32000,
 }  # fmt: skip
 V3 = {**{key: V1[key] for key in V1 if key != "sliding_window"}, "vocab_size": 32768, "rope_theta": 1000000.0}
+# Nemo and Small, whose heads are not dim / n_heads long.
 NEMO = {**V3, "dim": 5120, "n_layers": 40, "vocab_size": 131072}
+SMALL = {**NEMO, "hidden_dim": 32768, "rope_theta": 100000000.0}
 
 
 def golden_config(**changes: Any) -> dict[str, Any]:
@@ -37,9 +39,9 @@ def golden_params(**changes: Any) -> dict[str, Any]:
     return {**params, **changes}
 
 
-@pytest.mark.parametrize("params", [V3, NEMO, {**V1, "rope_theta": 1e4}], ids=["v0.3", "nemo", "v0.1"])
+@pytest.mark.parametrize("params", [V3, NEMO, SMALL, {**V1, "rope_theta": 1e4}], ids=["v0.3", "nemo", "small", "v0.1"])
 def test_params_come_back_exactly(params: dict[str, Any]) -> None:
-    config = params_to_hf(params, vocab_size=params["vocab_size"], ffn_dim=14336).content
+    config = params_to_hf(params, vocab_size=params["vocab_size"], ffn_dim=params["hidden_dim"]).content
     back = hf_to_params(json.loads(json.dumps(config)))
     assert back.content == params
     assert back.notices == ()
@@ -61,7 +63,9 @@ def test_the_golden_params_and_config_say_the_same() -> None:
     assert back.notices == ()
 
 
-@pytest.mark.parametrize("params", [V1, V3, NEMO, golden_params()], ids=["v0.1", "v0.3", "nemo", "golden"])
+@pytest.mark.parametrize(
+    "params", [V1, V3, NEMO, SMALL, golden_params()], ids=["v0.1", "v0.3", "nemo", "small", "golden"]
+)
 def test_the_generated_config_makes_the_model_that_transformers_should_make(params: dict[str, Any]) -> None:
     content = params_to_hf(params, vocab_size=params["vocab_size"]).content
     theta, half = content["rope_theta"], params["head_dim"] // 2

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from ckpt_convert.convert import checklist
+from ckpt_convert.convert import checklist, containers
 from ckpt_convert.convert.check.spans import Span, hashed
 from ckpt_convert.convert.check.tolerant import Opened, relative
 from ckpt_convert.convert.checklist import CHECKLIST
 from ckpt_convert.convert.containers import dcp
 from ckpt_convert.convert.findings import Finding
+from ckpt_convert.convert.formats.base import RECORD_FOLDER
+from ckpt_convert.convert.opening import WeightFile
 from ckpt_convert.convert.record import MANIFEST, Record, digest_file
 from ckpt_convert.errors import CkptConvertError
 from ckpt_convert.storage.names import WEIGHT_SUFFIXES, resolve
@@ -31,14 +33,26 @@ def pieces(opened: Opened) -> tuple[list[Finding], list[Span]]:
     if record.manifest.get("checksum") != "xxh3_64" or not isinstance(record.manifest.get("files"), Mapping):
         text = f"{MANIFEST} has no checksums of files that can be read; it is damaged, so convert again"
         return [Finding("error", "record", text, MANIFEST)], spans
-    files = {file.name: file for file in opened.checkpoint.files}
+    files: dict[str, WeightFile | None] = {file.name: file for file in opened.checkpoint.files}
+    weights = frozenset(files)
+    for name in record.manifest["files"]:
+        if name.startswith(f"{RECORD_FOLDER}/"):
+            try:
+                path = resolve(record.directory, name, MANIFEST)
+                reader, header = containers.parse(LocalFile(path))
+                files[name] = WeightFile(name, 0, path, reader, header)
+            except OSError:
+                continue  # it is not there, which is said below
+            except CkptConvertError as error:
+                findings.append(Finding("error", "record", relative(str(error), record.directory), name))
+                files[name] = None
     for name, entry in record.manifest["files"].items():
         file = files.get(name)
         if not _is_sound(entry):
             text = f"{MANIFEST} says of {name!r} what it never says of a file; it is damaged, so convert again"
             findings.append(Finding("error", "record", text, MANIFEST))
         elif file is None:
-            if name not in opened.lost:
+            if name not in opened.lost and name not in files:
                 text = f"{name} is missing: {MANIFEST} says that it was written; copy or convert it again"
                 findings.append(Finding("error", "checksum", text, name))
         elif (size := file.path.stat().st_size) != entry["size"]:
@@ -48,7 +62,7 @@ def pieces(opened: Opened) -> tuple[list[Finding], list[Span]]:
             found, readable = _pieces(file, entry["pieces"])
             findings += found
             spans += readable
-    for name in sorted(files.keys() - record.manifest["files"].keys()):
+    for name in sorted(weights - record.manifest["files"].keys()):
         text = f"{name} was not there when {MANIFEST} was written; nothing says what should be in it"
         findings.append(Finding("warning", "checksum", text, name))
     return findings, spans

@@ -29,9 +29,7 @@ _NORMS = (
     "ln_1.weight",
     "ln_f.weight",
 )
-_AS_LLAMA = frozenset(
-    ("llama", "mistral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "mixtral", "gemma", "gemma2", "olmo", "olmo2")
-)
+_AS_LLAMA = frozenset(("olmo", "olmoe", "flex_olmo"))
 _FEW = 4
 """A part that only one layer in so many lacks is missing there; with more of them it may be how the model is built."""
 

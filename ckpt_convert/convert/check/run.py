@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,20 +13,27 @@ from ckpt_convert.convert.check import causes, checksums, directory, generic, si
 from ckpt_convert.convert.check.report import Report, Skipped, by_severity
 from ckpt_convert.convert.check.spans import Expected
 from ckpt_convert.convert.check.tolerant import Opened, open_tolerantly, relative
+from ckpt_convert.convert.checkpoint import Checkpoint
 from ckpt_convert.convert.findings import Finding
 from ckpt_convert.convert.formats.base import load_json
 from ckpt_convert.convert.mapping import Equality, Logicals
-from ckpt_convert.convert.model import Model
+from ckpt_convert.convert.model import Model, from_shapes
 from ckpt_convert.convert.record import MANIFEST
 from ckpt_convert.errors import CkptConvertError, UnsupportedFamilyError
 
 if TYPE_CHECKING:
     from ckpt_convert.convert.blocks import ProgressCallback
 
+log = logging.getLogger("ckpt_convert")
+
 
 @dataclass
 class _Work:
-    """What is done so far; ``values`` is whether tensors are to be read, ``expected`` which are to be compared."""
+    """What is done so far; ``values`` is whether tensors are to be read, ``expected`` which are to be compared.
+
+    ``described`` is the checkpoint that these are numbered in, where it is not the view itself: a quantised one as
+    the numbers that it stands for.
+    """
 
     opened: Opened
     values: bool
@@ -33,6 +41,7 @@ class _Work:
     checks: list[str] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     expected: list[Expected] = field(default_factory=list)
+    described: Checkpoint | None = None
 
     def done(self, check: str, findings: Iterable[Finding] = ()) -> None:
         self.findings.extend(findings)
@@ -107,6 +116,8 @@ def _against_config(work: _Work) -> None:
             content = load_json(path)
         except CkptConvertError as error:
             work.done("config", [Finding("error", "config", relative(str(error), view.path), path.name)])
+    else:
+        content = _from_shapes(work)
     if not view.stored:
         work.skip("there are no tensors to look at", "config", "keys", "tied")
         return
@@ -117,6 +128,8 @@ def _against_config(work: _Work) -> None:
         return
     model = _model(work, content)
     if model is not None and content is not None:
+        for caveat in model.family.caveats(str(view.format)):
+            log.warning("%s", caveat)
         _through_table(work, model, content, path.name)
     else:
         _in_general(work, content)
@@ -124,6 +137,15 @@ def _against_config(work: _Work) -> None:
         work.done("tokenizer", sidefiles.tokenizer(view, checked))
         if view.format == "hf":
             work.done("config", sidefiles.dtype(view, content))
+
+
+def _from_shapes(work: _Work) -> dict[str, Any] | None:
+    """The config that the shapes show, of a family that comes without one."""
+    try:
+        return from_shapes(work.opened.view)
+    except CkptConvertError as error:
+        work.done("config", [Finding("error", "config", relative(str(error), work.opened.view.path))])
+        return None
 
 
 def _model(work: _Work, content: Mapping[str, Any] | None) -> Model | None:
@@ -155,14 +177,22 @@ def _model(work: _Work, content: Mapping[str, Any] | None) -> Model | None:
 
 def _through_table(work: _Work, model: Model, content: Mapping[str, Any], where: str) -> None:
     opened, view = work.opened, work.opened.view
-    lost = [k for k, file in (opened.checkpoint.directory.weight_map or {}).items() if file in opened.lost]
+    names = opened.checkpoint.names
+    lost = [names.of(k) for k, file in (opened.checkpoint.directory.weight_map or {}).items() if file in opened.lost]
     if opened.lost and not lost:
         work.skip("files cannot be opened, and nothing says what is in them", "keys", "tied", "replicas")
         return
-    shapes = {key: info.shape for key, info in view.tensors.items() if view.is_weight(key)}
+    broken: Collection[str] = ()
+    if (quantization := view.quantization) is not None:
+        from ckpt_convert.convert.quantized.carry import described
+
+        view = work.described = described(view, quantization, model)
+        work.done("quantised", quantization.findings)
+        names, broken = view.names, {view.names.of(key) for key in quantization.broken}
+    shapes = {names.of(key): info.shape for key, info in view.tensors.items() if view.is_weight(key)}
     stored = table.Stored(str(view.format), view.ranks, shapes, frozenset(lost))
     logicals, findings = table.examine(model, stored, content, where)
-    work.done("config", findings)
+    work.done("config", [finding for finding in findings if finding.key not in broken])
     work.done("keys")
     _ties(work, model, logicals)
     if len(view.ranks) > 1 and work.values:
@@ -210,10 +240,12 @@ def _in_general(work: _Work, content: Mapping[str, Any] | None) -> None:
     """What nearly every transformer has in common, where there is no table."""
     opened, view = work.opened, work.opened.view
     weight_map = opened.checkpoint.directory.weight_map or {}
+    names = opened.checkpoint.names
     tensors = {
-        key: generic.Sized(info.shape if info.settled else None, info.dtype) for key, info in view.tensors.items()
+        names.of(key): generic.Sized(info.shape if info.settled else None, info.dtype)
+        for key, info in view.tensors.items()
     }
-    tensors |= {key: generic.Sized(None, "") for key, file in weight_map.items() if file in opened.lost}
+    tensors |= {names.of(key): generic.Sized(None, "") for key, file in weight_map.items() if file in opened.lost}
     if view.path.is_dir() and (opened.whole or weight_map):
         hf = content if view.format == "hf" else None
         work.done("layers", generic.numbering(tensors, hf))
@@ -246,7 +278,8 @@ def _read(work: _Work, workers: int, progress: ProgressCallback | None) -> int:
 
     crcs = list(values.crcs(work.opened))
     spans = [*values.finite(work.opened), *crcs, *pieces, *hashes]
-    found, nbytes = values.read(spans, work.expected, work.opened.view, workers=workers, progress=progress)
+    compared = work.described or work.opened.view
+    found, nbytes = values.read(spans, work.expected, compared, workers=workers, progress=progress)
     work.done("values", causes.zeros(found, work.opened))
     if crcs:
         work.done("crc")

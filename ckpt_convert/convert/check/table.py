@@ -15,6 +15,7 @@ from ckpt_convert.convert.findings import Finding
 from ckpt_convert.convert.mapping import Logicals, Source
 from ckpt_convert.convert.model import Model
 from ckpt_convert.errors import CkptConvertError
+from ckpt_convert.models.config import type_of
 from ckpt_convert.models.table import Dims
 
 _SETTINGS = {  # in Hugging Face's words and in Meta's, the likelier to be wrong first
@@ -34,8 +35,20 @@ _SYMBOLS = {
     "num_attention_heads": "n_heads",
     "hidden_size": "dim",
 }
+_OF_SOME = {  # of families that have them, where the config says them
+    "num_experts": "n_experts",
+    "num_local_experts": "n_experts",
+    "n_routed_experts": "n_experts",
+    "moe_intermediate_size": "expert_dim",
+    "shared_expert_intermediate_size": "shared_dim",
+    "q_lora_rank": "q_rank",
+    "kv_lora_rank": "kv_rank",
+}
 _MOST_CAUSES = 6
 _MOST_CANDIDATES = 200
+_MOST_TRIED = 2_000_000
+"""So many tensors are held against tables while a cause is looked for: a model may have ninety thousand."""
+
 _AXES = ("rows", "columns")
 
 Shape = tuple[int, ...]
@@ -114,13 +127,16 @@ def _misfits(model: Model, stored: Stored, dims: Dims) -> list[tuple[str, Shape 
     out: list[tuple[str, Shape | None]] = []
     known = set()
     format = stored.format
+    sizes: dict[tuple[str, ...], Shape | None] = {}
     for entry in model.family.entries(format, dims):
         known.add(entry.key)
         shape = stored.shapes.get(entry.key)
         if shape is not None:
-            wanted = entry.shape(format, dims)
-            if wanted != shape:
-                out.append((entry.key, wanted))
+            rows = tuple(row[0].row.name for row in entry.rows)
+            if rows not in sizes:
+                sizes[rows] = entry.shape(format, dims)
+            if sizes[rows] != shape:
+                out.append((entry.key, sizes[rows]))
         elif entry.key not in stored.lost and entry.first.row.required and not entry.column(format).omitted_if_tied:
             out.append((entry.key, None))
     return out + [(key, None) for key in stored.shapes if key not in known]
@@ -129,7 +145,8 @@ def _misfits(model: Model, stored: Stored, dims: Dims) -> list[tuple[str, Shape 
 def _best(model: Model, stored: Stored, config: Mapping[str, Any], dims: Dims) -> tuple[_Cause | None, list[_Cause]]:
     """The change of one setting that leaves fewest misfits, and others that leave as few."""
     causes = []
-    for setting, value in list(_candidates(model, stored, config, dims))[:_MOST_CANDIDATES]:
+    most = min(_MOST_CANDIDATES, max(20, _MOST_TRIED // (len(stored.shapes) or 1)))
+    for setting, value in list(_candidates(model, stored, config, dims))[:most]:
         changed = {**config, setting: value}
         try:
             sizes = model.family.symbols(changed).replace(embedding_cut=dims["embedding_cut"], tied=dims["tied"])
@@ -151,13 +168,13 @@ def _candidates(
         found = stored.shapes.get(key)
         if wanted is not None and found is not None and len(wanted) == len(found):
             ratios.update({(a, b): None for a, b in zip(wanted, found, strict=True) if a != b and a and b})
-    for setting in _SETTINGS:
+    for setting in (*_SETTINGS, *(name for name in _OF_SOME if config.get(name) is not None)):
         if setting == "num_hidden_layers":
             layers = _layers(model, stored)
             if layers and layers == set(range(len(layers))) and len(layers) != dims["n_layers"]:
                 yield setting, len(layers)
             continue
-        value = dims.get(_SYMBOLS[setting])
+        value = dims.get(_SYMBOLS.get(setting) or _OF_SOME[setting])
         for expected, there in ratios:
             for up, down in ((there, expected), (expected, there)):
                 if value is not None and value * up % down == 0:
@@ -192,7 +209,7 @@ def _finding(
     where: str,
 ) -> Finding:
     """The cause in the words of the config, with one tensor that shows it."""
-    in_metas_words = "model_type" not in content
+    in_metas_words = type_of(content) is None
     name = _SETTINGS.get(cause.setting, cause.setting) if in_metas_words else cause.setting
     said = _said(name, cause.setting, model, content, where)
     before = dict(_misfits(model, stored, dims))

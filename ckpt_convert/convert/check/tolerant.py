@@ -232,16 +232,22 @@ def _absent(local: Path, name: str, directory: Directory) -> tuple[str, str]:
 
 
 def _each_key_once(checkpoint: Checkpoint) -> tuple[WeightFile, ...]:
-    """The files with every key in one of them only: where the index says it lies, else in the first."""
+    """The files with every key in one of them only: where the index says it lies, else in the first.
+
+    Of keys that are the same one in the format the first is left, of one that may be several keys nothing.
+    """
     twice = {finding.key for finding in checkpoint.contradictions if finding.check == "duplicate"}
     if not twice:
         return checkpoint.files
+    clashing = {key for key, _ in checkpoint.names.clashes}
     weight_map = checkpoint.directory.weight_map or {}
     owners: dict[tuple[int, str], str] = {}
     for file in checkpoint.files:
         for tensor in file.header.tensors:
             place = (file.rank, tensor.key)
-            if place not in owners or weight_map.get(tensor.key) == file.name:
+            if tensor.key in clashing:
+                owners[place] = ""
+            elif place not in owners or weight_map.get(tensor.key) == file.name:
                 owners[place] = file.name
     return tuple(_without(file, owners, twice) for file in checkpoint.files)
 

@@ -210,6 +210,7 @@ _PLAIN_NAMES = {
     "torch": ("device", "Tensor", "nn.parameter.Parameter", "nn.parameter.Buffer", "serialization._get_layout"),
     "torch.torch_version": ("TorchVersion",),
     "_codecs": ("encode",),
+    "_io": ("BytesIO",),  # what Transformer Engine's modules keep beside their weights, in Llama 4's files
     "types": ("SimpleNamespace",),
     "argparse": ("Namespace",),
     "decimal": ("Decimal",),

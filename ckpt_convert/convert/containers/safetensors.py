@@ -262,12 +262,13 @@ def _tensors(entries: dict[str, Any], start: int) -> list[StoredTensor]:
     _check_entries(entries)
     position = 0
     tensors = []
+    kinds: dict[tuple[str, tuple[int, ...]], tuple[str, tuple[int, ...]]] = {}  # few are different: kept once each
     # The sort is stable: empty tensors stay in header order.
     for key, (dtype, shape, (begin, end)) in sorted(entries.items(), key=lambda item: item[1][2]):
         if begin != position:
             what = "overlaps the tensor before it" if begin < position else "leaves a hole before it"
             raise _OddError(f"{key!r} should start at offset {position}, but starts at {begin}, which {what}")
-        tensors.append(StoredTensor(key, dtype, shape, start + begin))
+        tensors.append(StoredTensor(key, *kinds.setdefault((dtype, shape), (dtype, shape)), start + begin))
         position = end
     return tensors
 

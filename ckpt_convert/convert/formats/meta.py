@@ -14,7 +14,7 @@ _DOCUMENTS = ("readme", "license", "use_policy", "notice", "model_card", "respon
 
 
 def find(directory: Path) -> Directory | None:
-    """``consolidated.NN.pth`` for each rank, or the one consolidated file; raises on gaps in the numbers."""
+    """``consolidated.NN.pth`` for each rank, ``.NN.pt`` for each part, or one file; raises on gaps in the numbers."""
     numbered = sorted(
         (int(match[1]), entry.name)
         for entry in directory.iterdir()
@@ -39,7 +39,8 @@ def find(directory: Path) -> Directory | None:
             f"{directory}: found {', '.join(name for _, name in numbered[:16])}; {what}. "
             "Every rank's file is needed, once; download or copy it again"
         )
-    return Directory(tuple(WeightName(name, rank) for rank, name in numbered))
+    # Files named .pt are no ranks: Mixtral's, of December 2023, hold some of the whole tensors each.
+    return Directory(tuple(WeightName(name, 0 if name.endswith(".pt") else rank) for rank, name in numbered))
 
 
 def file_names(count: int, container: str) -> list[str]:
