@@ -3,7 +3,6 @@
 python benchmarks/checkpoints.py DIR                 the 1.5 B Llama of docs/benchmarks.md (3.0 GB, 4 files)
 python benchmarks/checkpoints.py DIR --layers 48     one of three times the layers
 python benchmarks/checkpoints.py DIR --sparse-405b   Llama 3.1 405B's headers over sparse files (no bytes)
-python benchmarks/checkpoints.py DIR --sparse-moe    DeepSeek V3's 91,991 headers over 163 sparse files (no bytes)
 python benchmarks/checkpoints.py DIR --moe           a Qwen3 MoE of 16 experts (2.1 GB, 4 files)
 python benchmarks/checkpoints.py DIR --tuned SRC     SRC with every weight changed a little, as by fine-tuning
 """
@@ -13,9 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 
-BYTES = {"BF16": 2, "F32": 4, "F8_E4M3": 1}
+BYTES = {"BF16": 2, "F32": 4, "F8_E4M3": 1, "U8": 1}
 
 
 def keys(config: dict[str, int]) -> dict[str, tuple[int, ...]]:
@@ -133,53 +133,12 @@ def write_headers(path: Path, group: dict[str, tuple[str, tuple[int, ...]]]) -> 
     return at
 
 
-def experts() -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Keys, dtypes and shapes of DeepSeek V3, whose linear layers are float8 with a scale for each 128 × 128 block."""
-    dim, vocabulary, heads = 7168, 129280, 128
-    out: dict[str, tuple[str, tuple[int, ...]]] = {"model.embed_tokens.weight": ("BF16", (vocabulary, dim))}
-
-    def linear(key: str, rows: int, columns: int) -> None:
-        out[f"{key}.weight"] = ("F8_E4M3", (rows, columns))
-        out[f"{key}.weight_scale_inv"] = ("F32", (-(-rows // 128), -(-columns // 128)))
-
-    def feed_forward(key: str, width: int) -> None:
-        linear(f"{key}.gate_proj", width, dim)
-        linear(f"{key}.up_proj", width, dim)
-        linear(f"{key}.down_proj", dim, width)
-
-    for layer in range(62):  # the last one predicts a second token
-        at = f"model.layers.{layer}"
-        if layer == 61:
-            out[f"{at}.embed_tokens.weight"] = out[f"{at}.shared_head.head.weight"] = ("BF16", (vocabulary, dim))
-            out[f"{at}.eh_proj.weight"] = ("BF16", (dim, 2 * dim))
-            out |= {f"{at}.{name}.weight": ("BF16", (dim,)) for name in ("enorm", "hnorm", "shared_head.norm")}
-        out |= {f"{at}.{name}_layernorm.weight": ("BF16", (dim,)) for name in ("input", "post_attention")}
-        linear(f"{at}.self_attn.q_a_proj", 1536, dim)
-        linear(f"{at}.self_attn.q_b_proj", heads * 192, 1536)
-        linear(f"{at}.self_attn.kv_a_proj_with_mqa", 576, dim)
-        linear(f"{at}.self_attn.kv_b_proj", heads * 256, 512)
-        linear(f"{at}.self_attn.o_proj", dim, heads * 128)
-        out[f"{at}.self_attn.q_a_layernorm.weight"] = ("BF16", (1536,))
-        out[f"{at}.self_attn.kv_a_layernorm.weight"] = ("BF16", (512,))
-        if layer < 3:
-            feed_forward(f"{at}.mlp", 18432)
-            continue
-        out[f"{at}.mlp.gate.weight"] = ("BF16", (256, dim))
-        out[f"{at}.mlp.gate.e_score_correction_bias"] = ("F32", (256,))
-        feed_forward(f"{at}.mlp.shared_experts", 2048)
-        for expert in range(256):
-            feed_forward(f"{at}.mlp.experts.{expert}", 2048)
-    out["model.norm.weight"] = ("BF16", (dim,))
-    out["lm_head.weight"] = ("BF16", (vocabulary, dim))
-    return out
-
-
-def write_experts(directory: Path, files: int = 163) -> None:
-    """DeepSeek V3 as it is published, but for the bytes."""
+def write_described(
+    directory: Path, content: Mapping[str, object], tensors: Mapping[str, tuple[str, tuple[int, ...]]], files: int
+) -> None:
+    """A sparse checkpoint of these dtypes and shapes, with its config.json and index."""
     directory.mkdir(parents=True)
-    content = {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "num_hidden_layers": 61}
     (directory / "config.json").write_text(json.dumps(content, indent=2) + "\n")
-    tensors = experts()
     groups = sharded({key: shape for key, (_, shape) in tensors.items()}, files)
     weight_map, total = {}, 0
     for number, group in enumerate(groups, 1):
@@ -210,13 +169,10 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--sparse-405b", action="store_true")
-    parser.add_argument("--sparse-moe", action="store_true")
     parser.add_argument("--moe", action="store_true")
     parser.add_argument("--tuned", type=Path, metavar="SRC")
     arguments = parser.parse_args()
-    if arguments.sparse_moe:
-        write_experts(arguments.directory)
-    elif arguments.tuned:
+    if arguments.tuned:
         write_tuned(arguments.directory, arguments.tuned)
     elif arguments.moe:
         content = config(

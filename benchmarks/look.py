@@ -26,6 +26,7 @@ import run
 
 BEGIN, END = "<!-- look -->", "<!-- end look -->"
 MAKE = (sys.executable, str(run.HERE / "checkpoints.py"))
+RELEASED = (sys.executable, str(run.HERE / "released.py"))
 BY_NUMPY = (sys.executable, str(run.HERE / "by_numpy.py"))
 
 
@@ -59,7 +60,7 @@ def prepare(work: Path, layers: int) -> dict[str, Path]:
         "hf": lambda path: subprocess.run([*MAKE, str(path), "--layers", str(layers)], check=True),
         "copy": lambda path: shutil.copytree(paths["hf"], path),
         "tuned": lambda path: subprocess.run([*MAKE, str(path), "--tuned", str(paths["hf"])], check=True),
-        "moe": lambda path: subprocess.run([*MAKE, str(path), "--sparse-moe"], check=True),
+        "moe": lambda path: subprocess.run([*RELEASED, str(path), "deepseek-v3", "--published"], check=True),
     }
     for name, path in paths.items():
         if not path.exists():
