@@ -59,8 +59,8 @@ class Result:
 # -- checkpoints
 
 
-def prepare(work: Path, layers: int) -> dict[str, Path]:
-    """The checkpoints that the jobs read, made where they are missing."""
+def prepare(work: Path, layers: int, only: tuple[str, ...] = ()) -> dict[str, Path]:
+    """The checkpoints that the jobs read, made where they are missing: all of them, or ``only`` these."""
     small, large = work / f"llama-{layers}-layers", work / f"llama-{3 * layers}-layers"
     paths = {
         "hf": small / "hf",
@@ -78,7 +78,7 @@ def prepare(work: Path, layers: int) -> dict[str, Path]:
         "405b": lambda path: (*maker, str(path), "--sparse-405b"),
     }
     for name, path in paths.items():
-        if path.exists():
+        if path.exists() or (only and name not in only):
             continue
         say(f"making {path}")
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -31,7 +31,7 @@ class Group:
 
 def prepare(work: Path) -> dict[str, Path]:
     """The checkpoints that the jobs read, made where they are missing."""
-    paths = {"llama": run.prepare(work, 16)["hf"], "moe": work / "qwen3-moe" / "hf"}
+    paths = {"llama": run.prepare(work, 16, ("hf",))["hf"], "moe": work / "qwen3-moe" / "hf"}
     if not paths["moe"].exists():
         paths["moe"].parent.mkdir(parents=True, exist_ok=True)
         maker = (sys.executable, str(run.HERE / "checkpoints.py"), str(paths["moe"]), "--moe")

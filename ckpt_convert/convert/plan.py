@@ -5,20 +5,20 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
 from ckpt_convert import __version__, dtypes
-from ckpt_convert.convert import configs, layout, mapping, placement, record, sidefiles
+from ckpt_convert.convert import brought, configs, layout, mapping, placement, record, sidefiles
 from ckpt_convert.convert.blocks import BLOCK
 from ckpt_convert.convert.bulk import without_collector
-from ckpt_convert.convert.checkpoint import Checkpoint, WeightFile, open_checkpoint, tensors_of
+from ckpt_convert.convert.checkpoint import Checkpoint, WeightFile, open_checkpoint
 from ckpt_convert.convert.containers.header import StoredTensor
 from ckpt_convert.convert.formats.base import RECORD_FOLDER
 from ckpt_convert.convert.gather import SCRATCH
 from ckpt_convert.convert.layout import OutputFile
-from ckpt_convert.convert.mapping import Earlier, Equality, Logical, Logicals, Source, Target
+from ckpt_convert.convert.mapping import Equality, Logical, Logicals, Source, Target
 from ckpt_convert.convert.model import Model
 from ckpt_convert.convert.opening import close
 from ckpt_convert.convert.quantized import carry, view
@@ -27,7 +27,7 @@ from ckpt_convert.convert.request import CASTABLE, CASTS, Request
 from ckpt_convert.convert.sidefiles import SideFile
 from ckpt_convert.errors import ConfigError, CorruptFileError, ShapeMismatchError, UnsupportedFamilyError, UsageError
 from ckpt_convert.models.config import read_rope
-from ckpt_convert.models.lazy import LazyTensor, stored
+from ckpt_convert.models.lazy import LazyTensor
 from ckpt_convert.models.table import Dims, Instance
 from ckpt_convert.storage.names import JOURNAL
 
@@ -196,16 +196,18 @@ def make(source: Checkpoint, request: Request, *, tied: bool | None = None, live
     if live is not None:
         logicals = mapping.read(family, live.format, model.dims, [live.tensors], f"the model, as {live.format}")
         everything = list(live.stored)
-        _take_derived(source, template, logicals, everything)
+        brought.take_derived(source, template, logicals, everything)
     wanted = placement.recorded(source, request, like)
     ranks = placement.ranks(source, request, like, wanted, model)
     dims = model.dims
     if request.to == "meta":
         dims = dims.replace(embedding_cut=_write_cut(request, like, model))
-    _bring_back(source, request, like, model, logicals, everything)
+    brought.bring_back(source, request, like, model, logicals, everything)
     as_stored = live is None and source_format == request.to and request.like is None
     keep_tied = None if as_stored else _keep_tied(request, wanted, model)
-    earlier = _earlier(source, request, like, model, template if live is not None else None, logicals, everything)
+    earlier = brought.as_it_was(
+        source, request, like, model, template if live is not None else None, logicals, everything
+    )
     targets, carried, ties = mapping.write(
         family, request.to, dims, logicals, ranks=ranks, keep_tied=keep_tied, what=str(source.path), earlier=earlier
     )
@@ -264,19 +266,6 @@ def _omits_tied(live: Live, model: Model) -> bool:
     """Where no file says whether weights are tied, the model in memory does: it has one tensor, or two."""
     rows = [row for row in model.family.rows if row.tied_to is not None]
     return any(key.template not in live.tensors for row in rows if (key := row.column(live.format)))
-
-
-def _take_derived(
-    source: Checkpoint, template: Logicals, logicals: Logicals, everything: list[tuple[WeightFile, StoredTensor]]
-) -> None:
-    """Add what a model in memory works out for itself (RoPE tables) or does without, as the source has it."""
-    numbers: dict[int, int] = {}
-    for instance, logical in template.tensors.items():
-        if not instance.row.required and instance not in logicals.tensors:
-            for number in sorted(logical.tensor.sources - numbers.keys()):
-                numbers[number] = len(everything)
-                everything.append(source.stored[number])
-            logicals.tensors[instance] = replace(logical, tensor=logical.tensor.renumbered(numbers))
 
 
 def _file_of(source: Checkpoint, template: Logicals, logicals: Logicals, live: Live | None) -> dict[int, int]:
@@ -390,93 +379,6 @@ def _write_cut(request: Request, like: Checkpoint | None, model: Model) -> int:
     if request.config.meta_style is not None:
         return 1 if request.config.meta_style == "llama2" else 0
     return like.model.dims["embedding_cut"] if like is not None else model.dims["embedding_cut"]
-
-
-def _bring_back(
-    source: Checkpoint,
-    request: Request,
-    like: Checkpoint | None,
-    model: Model,
-    logicals: Logicals,
-    everything: list[tuple[WeightFile, StoredTensor]],
-) -> None:
-    """Add what was carried along for the target's format: tensors that the config determines (RoPE tables)."""
-    found: list[tuple[WeightFile, StoredTensor]] = []
-    if like is not None:
-        found = [(file, tensor) for file, tensor in like.stored if file.rank == 0]
-    elif source.record is not None and (path := source.record.carried(request.to)) is not None:
-        found = tensors_of(path)
-    by_key = {tensor.key: (file, tensor) for file, tensor in found}
-    for instance in model.family.instances(model.dims) if by_key else ():
-        key = instance.key(request.to)
-        if instance.row.required or key not in by_key or instance in logicals.tensors:
-            continue
-        file, tensor = by_key[key]
-        if tensor.shape != instance.row.sizes(model.dims):
-            continue
-        lazy = stored(len(everything), tensor.shape, tensor.strides)
-        everything.append((file, tensor))
-        logicals.tensors[instance] = Logical(tensor.dtype, lazy, str(key), file.name)
-    if like is not None:
-        return
-    first = len(everything)
-    left = {
-        key: Source(key, tensor.dtype, stored(first + number, tensor.shape, tensor.strides), file.name)
-        for number, (key, (file, tensor)) in enumerate(by_key.items())
-    }
-    everything.extend(by_key.values())
-    for instance, logical in mapping.apart(model.family, request.to, model.dims, left).items():
-        if not instance.row.required:
-            logicals.tensors.setdefault(instance, logical)
-
-
-def _earlier(
-    source: Checkpoint,
-    request: Request,
-    like: Checkpoint | None,
-    model: Model,
-    template: Logicals | None,
-    logicals: Logicals,
-    everything: list[tuple[WeightFile, StoredTensor]],
-) -> dict[Instance, Earlier]:
-    """What a format cannot hold of a row (``Row.lossy``), as it was before: in the record, in --like, or in the source.
-
-    ``template`` is what the source has where a model in memory is written. Only as long as nothing has changed: the
-    tensor that is there has to be what a conversion of the earlier one gives.
-    """
-    found: dict[str, dict[str, tuple[WeightFile, StoredTensor]]] = {}
-    if like is not None:
-        found[request.to] = {tensor.key: (file, tensor) for file, tensor in like.stored if file.rank == 0}
-    elif source.record is not None:
-        for format in model.family.formats:
-            path = source.record.carried(format)
-            found[format] = {tensor.key: (file, tensor) for file, tensor in tensors_of(path)} if path else {}
-    out: dict[Instance, Earlier] = {}
-    for instance, logical in logicals.tensors.items():
-        row, target = instance.row, instance.row.column(request.to)
-        if target is None or (target.cells is None) == (logical.original is None) or row.lossy is None:
-            continue  # no more is lost on this way than the source has lost
-        places = [(row.column(format), tensors.get(str(instance.key(format)))) for format, tensors in found.items()]
-        if template is not None and instance in template.tensors:
-            there = template.tensors[instance]
-            number = min((there.original or there.tensor).sources)
-            places.append((row.column(str(source.format)), source.stored[number]))
-        for column, place in places:
-            if column is None or place is None or (column.cells is None) != (target.cells is None):
-                continue
-            file, tensor = place
-            if tensor.shape != column.part_shape(row, model.dims) or tensor.dtype != logical.dtype:
-                continue
-            lazy = stored(len(everything), tensor.shape, tensor.strides)
-            everything.append((file, tensor))
-            before = column.to_logical(lazy, row, model.dims)
-            now, then = logical.tensor, before
-            if logical.original is not None:
-                now, then = logical.original, row.lossy.to_stored(before, row, model.dims)
-            written = lazy if column == target else target.to_stored(before, row, model.dims)
-            out[instance] = Earlier(written, Equality(now, then, logical.dtype, "", logical.key))
-            break
-    return out
 
 
 def _keep_tied(request: Request, wanted: Layout | None, model: Model) -> frozenset[str]:

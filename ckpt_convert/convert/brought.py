@@ -1,0 +1,114 @@
+"""Tensors that an output gets from elsewhere than the weights that are read: the record, --like, a model's source."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ckpt_convert.convert import mapping
+from ckpt_convert.convert.checkpoint import Checkpoint, WeightFile, tensors_of
+from ckpt_convert.convert.containers.header import StoredTensor
+from ckpt_convert.convert.mapping import Earlier, Equality, Logical, Logicals, Source
+from ckpt_convert.convert.model import Model
+from ckpt_convert.convert.request import Request
+from ckpt_convert.models.lazy import stored
+from ckpt_convert.models.table import Instance
+
+
+def take_derived(
+    source: Checkpoint, template: Logicals, logicals: Logicals, everything: list[tuple[WeightFile, StoredTensor]]
+) -> None:
+    """Add what a model in memory works out for itself (RoPE tables) or does without, as the source has it."""
+    numbers: dict[int, int] = {}
+    for instance, logical in template.tensors.items():
+        if not instance.row.required and instance not in logicals.tensors:
+            for number in sorted(logical.tensor.sources - numbers.keys()):
+                numbers[number] = len(everything)
+                everything.append(source.stored[number])
+            logicals.tensors[instance] = replace(logical, tensor=logical.tensor.renumbered(numbers))
+
+
+def bring_back(
+    source: Checkpoint,
+    request: Request,
+    like: Checkpoint | None,
+    model: Model,
+    logicals: Logicals,
+    everything: list[tuple[WeightFile, StoredTensor]],
+) -> None:
+    """Add what was carried along for the target's format: tensors that the config determines (RoPE tables)."""
+    found: list[tuple[WeightFile, StoredTensor]] = []
+    if like is not None:
+        found = [(file, tensor) for file, tensor in like.stored if file.rank == 0]
+    elif source.record is not None and (path := source.record.carried(request.to)) is not None:
+        found = tensors_of(path)
+    by_key = {tensor.key: (file, tensor) for file, tensor in found}
+    for instance in model.family.instances(model.dims) if by_key else ():
+        key = instance.key(request.to)
+        if instance.row.required or key not in by_key or instance in logicals.tensors:
+            continue
+        file, tensor = by_key[key]
+        if tensor.shape != instance.row.sizes(model.dims):
+            continue
+        lazy = stored(len(everything), tensor.shape, tensor.strides)
+        everything.append((file, tensor))
+        logicals.tensors[instance] = Logical(tensor.dtype, lazy, str(key), file.name)
+    if like is not None:
+        return
+    first = len(everything)
+    left = {
+        key: Source(key, tensor.dtype, stored(first + number, tensor.shape, tensor.strides), file.name)
+        for number, (key, (file, tensor)) in enumerate(by_key.items())
+    }
+    everything.extend(by_key.values())
+    for instance, logical in mapping.apart(model.family, request.to, model.dims, left).items():
+        if not instance.row.required:
+            logicals.tensors.setdefault(instance, logical)
+
+
+def as_it_was(
+    source: Checkpoint,
+    request: Request,
+    like: Checkpoint | None,
+    model: Model,
+    template: Logicals | None,
+    logicals: Logicals,
+    everything: list[tuple[WeightFile, StoredTensor]],
+) -> dict[Instance, Earlier]:
+    """What a format cannot hold of a row (``Row.lossy``), as it was before: in the record, in --like, or in the source.
+
+    ``template`` is what the source has where a model in memory is written. Only as long as nothing has changed: the
+    tensor that is there has to be what a conversion of the earlier one gives.
+    """
+    found: dict[str, dict[str, tuple[WeightFile, StoredTensor]]] = {}
+    if like is not None:
+        found[request.to] = {tensor.key: (file, tensor) for file, tensor in like.stored if file.rank == 0}
+    elif source.record is not None:
+        for format in model.family.formats:
+            path = source.record.carried(format)
+            found[format] = {tensor.key: (file, tensor) for file, tensor in tensors_of(path)} if path else {}
+    out: dict[Instance, Earlier] = {}
+    for instance, logical in logicals.tensors.items():
+        row, target = instance.row, instance.row.column(request.to)
+        if target is None or (target.cells is None) == (logical.original is None) or row.lossy is None:
+            continue  # no more is lost on this way than the source has lost
+        places = [(row.column(format), tensors.get(str(instance.key(format)))) for format, tensors in found.items()]
+        if template is not None and instance in template.tensors:
+            there = template.tensors[instance]
+            number = min((there.original or there.tensor).sources)
+            places.append((row.column(str(source.format)), source.stored[number]))
+        for column, place in places:
+            if column is None or place is None or (column.cells is None) != (target.cells is None):
+                continue
+            file, tensor = place
+            if tensor.shape != column.part_shape(row, model.dims) or tensor.dtype != logical.dtype:
+                continue
+            lazy = stored(len(everything), tensor.shape, tensor.strides)
+            everything.append((file, tensor))
+            before = column.to_logical(lazy, row, model.dims)
+            now, then = logical.tensor, before
+            if logical.original is not None:
+                now, then = logical.original, row.lossy.to_stored(before, row, model.dims)
+            written = lazy if column == target else target.to_stored(before, row, model.dims)
+            out[instance] = Earlier(written, Equality(now, then, logical.dtype, "", logical.key))
+            break
+    return out

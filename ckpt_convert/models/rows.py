@@ -1,0 +1,315 @@
+"""The words of a table: a row is one logical parameter, a key says how a format stores it, and what a config gives.
+
+What a column says is taken step by step: row order, transposition, shape, ranks; see ``Key``. The tables themselves are
+made of these words in the modules of the families.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from bisect import bisect_left
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from math import prod
+from typing import Any, Literal, NamedTuple
+
+from ckpt_convert.models.lazy import LazyTensor, concat, zeros
+
+FORMATS = ("hf", "meta", "native", "torchtitan")
+
+IN_MEMORY = "transformers"
+"""The column of what transformers has in memory, which is that of hf but for the rows that say otherwise. It is no
+format of files: transformers puts experts together when it loads them, and takes them apart when it saves them."""
+
+RopeOrder = Literal["half", "interleaved"]
+"""How the rows of a head are ordered. Rotary embedding turns pairs of rows (i, i + head_dim/2) in ``half`` order
+(Hugging Face's rotate_half) and (2i, 2i + 1) in ``interleaved`` order (Meta's complex numbers)."""
+
+Sets = Mapping[str, tuple[int, ...]]
+"""Which numbers of a placeholder belong together, by the name of the set: the dense layers, those with experts."""
+
+
+class Dims(dict[str, int]):
+    """The symbols of a config: sizes, switches (0 or 1), and ``sets`` of numbers, ascending."""
+
+    def __init__(self, sizes: Mapping[str, int], sets: Mapping[str, Collection[int]] | None = None) -> None:
+        super().__init__(sizes)
+        self.sets: Sets = {name: tuple(sorted(members)) for name, members in (sets or {}).items()}
+
+    def replace(self, **sizes: int) -> Dims:
+        """The same with some sizes changed."""
+        return Dims({**self, **sizes}, self.sets)
+
+
+class _Number(NamedTuple):
+    """A placeholder: {layer}, or {layer:dense} for how many of the set's members come before it."""
+
+    name: str
+    set: str | None
+
+
+@dataclass(frozen=True)
+class Key:
+    """How one format stores a row, or a part of each of its rows.
+
+    ``template`` is the key, with named placeholders for whole dot-separated parts: {layer} is the number itself,
+    {layer:dense} its position among the numbers of the set. A placeholder of the row that the template lacks is stacked
+    over: the tensors lie one after another along a new first axis.
+
+    The steps, in the order in which they are taken towards the file:
+
+    rope: the row order, given exactly for rows that rotate (``Row.heads``).
+    transposed: the last two axes are swapped.
+    shape: the shape that the part then has here, where it is another one; the same elements in row-major order.
+    tp: the axis that is cut over tensor-parallel ranks: an axis, a symbol of the config that holds one, or None for a
+        tensor that every rank holds whole. copies: the symbol that counts what cannot be cut (key/value heads): over
+        more ranks than that, neighbouring ones hold the same part.
+    fused: the axis along which all rows of the same template lie one after another, in the order of the table, or of
+        ``place`` where a column has another one.
+    flat: the axis that was stacked over is one with the axis after it: [experts * rows, columns].
+    cells: the name of a set that says where each cell (what there is at one index of the row's first axis) lies in this
+        column, which has places of that size: its numbers are place * cells + cell. A cell may lie in several places,
+        of which the last is read; places without a cell are zeros, and so are cells without a place when they are read.
+        Comes before the shape.
+
+    ``omitted_if_tied``: no such key where the weights are tied. ``literal``: the template is the key itself, whatever
+    braces are in it.
+    """
+
+    template: str
+    rope: RopeOrder | None = None
+    tp: int | str | None = None
+    omitted_if_tied: bool = False
+    transposed: bool = False
+    shape: tuple[str, ...] | None = None
+    copies: str | None = None
+    fused: int | None = None
+    flat: bool = False
+    cells: str | None = None
+    literal: bool = False
+    place: int = 0
+
+    def replace(self, **changes: Any) -> Key:
+        """A key that differs from this one."""
+        return dataclasses.replace(self, **changes)
+
+    @cached_property
+    def placeholders(self) -> frozenset[str]:
+        return frozenset(number.name for number in self._numbers)
+
+    @cached_property
+    def _numbers(self) -> tuple[_Number, ...]:
+        if self.literal:
+            return ()
+        return tuple(_number(part) for part in self.template.split(".") if is_placeholder(part))
+
+    @cached_property
+    def _pattern(self) -> str:
+        parts = self.template.split(".")
+        return ".".join("%d" if is_placeholder(part) else part.replace("%", "%%") for part in parts)
+
+    def key(self, index: Mapping[str, int], sets: Sets) -> str:
+        """The key at these numbers."""
+        if self.literal or not self._numbers:
+            return self.template
+        return self._pattern % tuple(
+            index[name] if members is None else bisect_left(sets[members], index[name])
+            for name, members in self._numbers
+        )
+
+    def cut_axis(self, dims: Mapping[str, int]) -> int | None:
+        """The axis of a part that is cut over ranks, for this config."""
+        return dims[self.tp] if isinstance(self.tp, str) else self.tp
+
+    def repeats(self, dims: Mapping[str, int], ranks: int) -> int:
+        """How many ranks in succession hold the same part."""
+        count = dims[self.copies] if self.copies is not None else ranks
+        return ranks // count if ranks > count and ranks % count == 0 else 1
+
+    def to_stored(self, tensor: LazyTensor, row: Row, dims: Mapping[str, int]) -> LazyTensor:
+        """The logical tensor as this column orders it, before it is cut over ranks and put together with others."""
+        if row.heads is not None:
+            tensor = self.rows_to_stored(tensor, dims[row.heads])
+        if self.transposed:
+            tensor = _swapped(tensor)
+        if self.shape is None:
+            return tensor
+        shape = self.part_shape(row, dims)
+        if self.cells is not None:
+            tensor = _spread(tensor, _set(dims, self.cells), prod(shape))
+        return tensor.reshape(shape)
+
+    def to_logical(self, tensor: LazyTensor, row: Row, dims: Mapping[str, int]) -> LazyTensor:
+        """The inverse of ``to_stored``."""
+        if self.cells is not None:
+            tensor = _gathered(tensor, _set(dims, self.cells), row.sizes(dims))
+        elif self.shape is not None:
+            sizes = row.sizes(dims)
+            tensor = tensor.reshape((*sizes[:-2], *sizes[:-3:-1]) if self.transposed else sizes)
+        if self.transposed:
+            tensor = _swapped(tensor)
+        return tensor if row.heads is None else self.rows_to_logical(tensor, dims[row.heads])
+
+    def rows_to_stored(self, tensor: LazyTensor, heads: int) -> LazyTensor:
+        """The rows of so many heads in this column's order, whatever their length: also of a LoRA B, or a bias."""
+        return _interleave(tensor, heads) if self.rope == "interleaved" else tensor
+
+    def rows_to_logical(self, tensor: LazyTensor, heads: int) -> LazyTensor:
+        """The inverse of ``rows_to_stored``."""
+        return _deinterleave(tensor, heads) if self.rope == "interleaved" else tensor
+
+    def part_shape(self, row: Row, dims: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape of what ``to_stored`` returns."""
+        if self.shape is not None:
+            return tuple(evaluate(expression, dims) for expression in self.shape)
+        sizes = row.sizes(dims)
+        return (*sizes[:-2], sizes[-1], sizes[-2]) if self.transposed else sizes
+
+
+@dataclass(frozen=True)
+class Row:
+    """One logical parameter and where each format keeps it (None: the format has no place for it).
+
+    ``shape`` are expressions over the config's symbols, such as "n_heads*head_dim"; ``heads`` the symbol that counts
+    the heads of a row that rotates; ``tied_to`` names the row that this one may share its values with. ``when`` is a
+    symbol that switches the row on, ``only`` the set of numbers (of the row's first placeholder) that have the row.
+    ``optional`` marks what a checkpoint may lack: never required, and carried along where the target has no place for
+    it. Optional rows of one group, which is a name in place of True, are there together or not at all, for each number
+    of their first placeholder. ``derived`` is optional too: what the config determines (RoPE tables), which is no
+    weight to be cast. ``each`` names a placeholder that the row has although every column stacks over it.
+    """
+
+    name: str
+    shape: tuple[str, ...]
+    hf: Key | None = None
+    meta: Key | None = None
+    native: Key | None = None
+    torchtitan: Key | None = None
+    in_memory: Key | None = None
+    heads: str | None = None
+    tied_to: str | None = None
+    when: str | None = None
+    only: str | None = None
+    optional: bool | str = False
+    derived: bool = False
+    each: str | None = None
+
+    def replace(self, **changes: Any) -> Row:
+        """A row that differs from this one."""
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def required(self) -> bool:
+        """Whether a format that has a place for the row cannot be without it."""
+        return not (self.optional or self.derived)
+
+    @cached_property
+    def lossy(self) -> Key | None:
+        """The column that does not hold all of the row, nor the others all of what it holds: one with cells."""
+        return next((key for key in self.columns.values() if key.cells is not None), None)
+
+    def held(self, tensor: LazyTensor, dims: Mapping[str, int]) -> LazyTensor:
+        """What every column holds of a logical tensor, zeros in place of the rest."""
+        return self.lossy.to_logical(self.lossy.to_stored(tensor, self, dims), self, dims) if self.lossy else tensor
+
+    @property
+    def group(self) -> str | None:
+        """The optional rows that this one is there with, or absent."""
+        return self.optional if isinstance(self.optional, str) else None
+
+    def column(self, format: str) -> Key | None:
+        if format == IN_MEMORY:
+            return self.in_memory or self.hf
+        if format not in FORMATS:
+            raise ValueError(f"no format {format!r}")
+        key: Key | None = getattr(self, format)
+        return key
+
+    @property
+    def columns(self) -> dict[str, Key]:
+        return {format: key for format in FORMATS if (key := self.column(format)) is not None}
+
+    @cached_property
+    def placeholders(self) -> frozenset[str]:
+        each = frozenset() if self.each is None else frozenset({self.each})
+        return each.union(*(key.placeholders for key in self.columns.values()))
+
+    def sizes(self, dims: Mapping[str, int]) -> tuple[int, ...]:
+        """The logical shape for this config."""
+        return tuple(evaluate(expression, dims) for expression in self.shape)
+
+
+def evaluate(expression: str, dims: Mapping[str, int]) -> int:
+    """A product of symbols and numbers, with whole division: "n_heads*head_dim", "head_dim/2"."""
+    factors, divisors = _parsed(expression)
+    value = 1
+    for factor in factors:
+        value *= factor if isinstance(factor, int) else dims[factor]
+    for divisor in divisors:
+        value //= divisor if isinstance(divisor, int) else dims[divisor]
+    return value
+
+
+def _interleave(tensor: LazyTensor, heads: int) -> LazyTensor:
+    head_dim = tensor.shape[0] // heads
+    return tensor.reorder(0, (heads, 2, head_dim // 2), (0, 2, 1))
+
+
+def _deinterleave(tensor: LazyTensor, heads: int) -> LazyTensor:
+    head_dim = tensor.shape[0] // heads
+    return tensor.reorder(0, (heads, head_dim // 2, 2), (0, 2, 1))
+
+
+def _spread(tensor: LazyTensor, numbers: tuple[int, ...], size: int) -> LazyTensor:
+    """The cells of the first axis at their places, of which there are as many as ``size`` elements make."""
+    cells, *cell = tensor.shape
+    at = dict(divmod(number, cells) for number in numbers)
+    empty = zeros((1, *cell))
+    return concat([tensor.narrow(0, at[p], 1) if p in at else empty for p in range(size // prod(cell))], 0)
+
+
+def _gathered(tensor: LazyTensor, numbers: tuple[int, ...], sizes: tuple[int, ...]) -> LazyTensor:
+    """The inverse of ``_spread``, as far as there is one."""
+    cells, *cell = sizes
+    places = tensor.reshape((tensor.size // prod(cell), *cell))
+    at = {number % cells: number // cells for number in numbers}
+    empty = zeros((1, *cell))
+    return concat([places.narrow(0, at[c], 1) if c in at else empty for c in range(cells)], 0)
+
+
+def _set(dims: Mapping[str, int], name: str) -> tuple[int, ...]:
+    return dims.sets[name] if isinstance(dims, Dims) else ()
+
+
+def _swapped(tensor: LazyTensor) -> LazyTensor:
+    last = len(tensor.shape) - 1
+    return tensor.permute((*range(last - 1), last, last - 1))
+
+
+def _number(part: str) -> _Number:
+    name, _, members = part[1:-1].partition(":")
+    return _Number(name, members or None)
+
+
+@lru_cache(maxsize=1 << 12)
+def _parsed(expression: str) -> tuple[tuple[str | int, ...], tuple[str | int, ...]]:
+    """The factors of an expression, and what their product is divided by: symbols and numbers."""
+    numerator, *divisors = expression.split("/")
+    return tuple(map(_term, numerator.split("*"))), tuple(map(_term, divisors))
+
+
+def _term(term: str) -> str | int:
+    return int(term) if term.isdecimal() else term
+
+
+def is_placeholder(part: str) -> bool:
+    return part.startswith("{") and part.endswith("}")
+
+
+def is_index(part: str) -> bool:
+    return part.isascii() and part.isdecimal() and (part == "0" or part[0] != "0")
+
+
+def matches(template: str, part: str) -> bool:
+    return is_index(part) if is_placeholder(template) else template == part
