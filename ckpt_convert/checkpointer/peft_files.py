@@ -73,7 +73,7 @@ def files(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> dic
     described = [
         (key, FROM_TORCH[str(one.dtype).removeprefix("torch.")].name, tuple(one.shape)) for key, one in tensors.items()
     ]
-    layout = safetensors.build(safetensors.library_order(described), {"format": "pt"})
+    layout = safetensors.build(safetensors.usual_order(described), {"format": "pt"})
     parts = [content for _, content in layout.literals]
     parts += [_bytes(tensors[stored.key]) for stored in layout.header.tensors]
     return {WEIGHTS: b"".join(parts), CONFIG: render_json(config, sort_keys=True)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from ckpt_convert.convert import containers, formats, legacy_keys, opening, record
 from ckpt_convert.convert.bulk import without_collector
-from ckpt_convert.convert.containers.header import Header, StoredTensor
+from ckpt_convert.convert.containers.header import StoredTensor
 from ckpt_convert.convert.findings import Finding
-from ckpt_convert.convert.formats.base import Directory, load_json, render_json
+from ckpt_convert.convert.formats.base import Directory, load_json
 from ckpt_convert.convert.legacy_keys import Names
 from ckpt_convert.convert.mapping import Source
 from ckpt_convert.convert.model import Model, model_of, names_of
 from ckpt_convert.convert.opening import WeightFile, by_keys, detect
-from ckpt_convert.convert.record import Layout, LayoutFile, Record
+from ckpt_convert.convert.record import Layout, Record
 from ckpt_convert.convert.tensors import Part, TensorInfo, assembled, describe
 from ckpt_convert.dtypes import DTYPES
 from ckpt_convert.errors import (
@@ -40,7 +40,7 @@ from ckpt_convert.models.config import ConfigOptions
 from ckpt_convert.models.lazy import LazyTensor, concat, stored
 from ckpt_convert.storage import hub
 from ckpt_convert.storage.names import JOURNAL
-from ckpt_convert.storage.reader import LocalFile, RangeReader, read
+from ckpt_convert.storage.reader import LocalFile, read
 
 if TYPE_CHECKING:
     import torch
@@ -126,7 +126,7 @@ class Checkpoint:
     @cached_property
     def _named(self) -> list[dict[str, Source]]:
         names = self.names
-        if names.plain and not self._ignores:
+        if self.has_only_weights:
             return self._sources[0]
         return [
             {(name := names.of(key)): source._replace(key=name) for key, source in rank.items() if self.is_weight(key)}
@@ -309,7 +309,7 @@ class Checkpoint:
     @property
     def read_as(self) -> list[str]:
         """How keys are read that are not those of the format, and what is passed over as it is no weight."""
-        known = self.names.plain and not self._ignores
+        known = self.has_only_weights
         other = [] if known else [tensor.key for _, tensor in self.stored if not self.is_weight(tensor.key)]
         said = ", ".join(sorted(set(map(legacy_keys.entry, other))))
         count = f"{len(other):,} tensors" if len(other) != 1 else "1 tensor"
@@ -322,46 +322,14 @@ class Checkpoint:
         With keys that are not those of the format, or with more than weights: how the weights alone would lie there,
         under the keys of the format.
         """
-        files = []
-        for file in self.files:
-            header, reader = (file.header, file.reader) if self.directory.kind != "dcp" else self._located(file)
-            weights = self._weights(file.header)
-            if weights is file.header:
-                captured = containers.capture(reader, header) if header is not None else None
-            else:
-                from ckpt_convert.convert.layout import anew  # not needed to look at a checkpoint
+        from ckpt_convert.convert.captured import layout_of  # not needed to look at a checkpoint
 
-                captured = anew(file.name, weights)
-                header = captured.header if captured is not None else None
-            files.append(LayoutFile(file.name, file.rank, header or weights, captured.literals if captured else None))
-        return Layout(str(self.format), tuple(files), self._index())
+        return layout_of(self)
 
-    def _index(self) -> tuple[str, bytes] | None:
-        """The name and the content of the index, under the keys of the format."""
-        index, weight_map = self.directory.index, self.directory.weight_map
-        if index is None or (
-            self.directory.kind == "dcp" and any(self._weights(f.header) is not f.header for f in self.files)
-        ):
-            return None  # what torch.distributed.checkpoint's metadata says of the files is true of those alone
-        if weight_map is None or (self.names.plain and not self._ignores):
-            return index, (self.root / index).read_bytes()
-        named = {self.names.of(key): name for key, name in weight_map.items() if self.is_weight(key)}
-        return index, render_json({**load_json(self.root / index), "weight_map": named}, sort_keys=True)
-
-    def _weights(self, header: Header) -> Header:
-        """The header with the weights alone, under the keys of the format; itself where it has just these."""
-        if self.names.plain and not self._ignores:
-            return header
-        kept = [t._replace(key=self.names.of(t.key)) for t in header.tensors if self.is_weight(t.key)]
-        return header if kept == list(header.tensors) else replace(header, tensors=tuple(kept))
-
-    def _located(self, file: WeightFile) -> tuple[Header | None, RangeReader]:
-        """The header with true offsets, and the file itself; no header where it cannot be rebuilt from the weights."""
-        from ckpt_convert.convert.containers import dcp
-
-        if file.header.objects or not all(self.is_weight(tensor.key) for tensor in file.header.tensors):
-            return None, file.reader
-        return dcp.located(dcp.File(file.name, file.path, file.reader, file.header)), LocalFile(file.path)
+    @property
+    def has_only_weights(self) -> bool:
+        """Whether every key is one of the format's own, so that nothing is renamed or passed over."""
+        return self.names.plain and not self._ignores
 
     def info(self, key: str) -> TensorInfo:
         """What is known of a tensor, by its key in the files or in the format; raises KeyError for an unknown key."""

@@ -120,7 +120,7 @@ def build(
 ) -> FileLayout:
     """Lay out a file that holds ``tensors`` (key, dtype, shape) in the order given.
 
-    The header is the one that the safetensors library writes for tensors in ``library_order``: compact JSON, padded
+    The header is the one that the safetensors library writes for tensors in ``usual_order``: compact JSON, padded
     with spaces so that the tensors start at a multiple of ``alignment`` bytes (the library's is 8). Raises
     KeyMismatchError for a key given twice, UsageError for what the format cannot express.
     """
@@ -153,7 +153,7 @@ def build(
     return FileLayout(header, ((0, len(text).to_bytes(8, "little") + text),))
 
 
-def library_order(
+def usual_order(
     tensors: Iterable[tuple[str, str, tuple[int, ...]]],
 ) -> list[tuple[str, str, tuple[int, ...]]]:
     """Sort (key, dtype, shape) as the safetensors library does before it writes: by dtype, wide ones first, then key.
