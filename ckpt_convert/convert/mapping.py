@@ -113,6 +113,8 @@ def examine(
 
     A tied row that is not stored is among the tensors only if the row it is tied to is.
     """
+    if (same := _as_they_are(family, ranks)) is not None:
+        return same, []
     findings: list[Finding] = []
     result = Logicals({})
     known: set[str] = set()
@@ -140,7 +142,7 @@ def examine(
         if rows not in shapes:
             shapes[rows] = entry.shape(format, dims, len(ranks))
         result.tensors.update(_join(entry, format, dims, parts, shapes[rows], findings, result.equal))
-    groups = {_group(instance) for instance in result.tensors} - {None}
+    groups = {_group(instance) for instance in (result.tensors if left_out else ())} - {None}
     findings.extend(_missing(entry, format, dims) for entry in left_out if _group(entry.first) in groups)
     findings.extend(_unexpected(ranks, known, family, format))
     if dims["tied"] and any(row.tied_to and row.column(format) is None for row in family.rows):
@@ -150,6 +152,27 @@ def examine(
         if tied is not None:
             result.tensors[instance] = tied
     return result, findings
+
+
+def _as_they_were(logicals: Logicals, format: str) -> Iterator[Target]:
+    """The targets of a table that was made from headers."""
+    for instance, logical in logicals.tensors.items():
+        column = instance.row.column(format)
+        if column is not None:
+            yield Target(instance, column.template, 0, logical.dtype, logical.tensor)
+
+
+def _as_they_are(family: Family, ranks: Sequence[Mapping[str, Source]]) -> Logicals | None:
+    """The tensors of a table that was made from their headers; None for any other table, and for other tensors."""
+    if not family.literal or len(ranks) != 1 or len(ranks[0]) != len(family.rows):
+        return None
+    tensors = {}
+    for row in family.rows:
+        source = ranks[0].get(row.hf.template) if row.hf is not None else None
+        if source is None or source.shape != tuple(map(int, row.shape)):
+            return None
+        tensors[Instance(row, ())] = Logical(source.dtype, source.tensor, source.key, source.where)
+    return Logicals(tensors)
 
 
 def apart(
@@ -188,6 +211,8 @@ def write(
     the ranks.
     """
     _check_ranks(family, format, dims, ranks, what)
+    if family.literal:
+        return [*_as_they_were(logicals, format)], [], []
     targets: list[Target] = []
     carried: list[Instance] = []
     ties: list[Equality] = []

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 from ckpt_convert.models.lazy import LazyTensor, concat, zeros
 
 FORMATS = ("hf", "meta", "native", "torchtitan")
+_FORMATS = frozenset(FORMATS)
 
 IN_MEMORY = "transformers"
 """The column of what transformers has in memory, which is that of hf but for the rows that say otherwise. It is no
@@ -219,12 +220,12 @@ class Row:
         return self.optional if isinstance(self.optional, str) else None
 
     def column(self, format: str) -> Key | None:
+        if format in _FORMATS:
+            key: Key | None = getattr(self, format)
+            return key
         if format == IN_MEMORY:
             return self.in_memory or self.hf
-        if format not in FORMATS:
-            raise ValueError(f"no format {format!r}")
-        key: Key | None = getattr(self, format)
-        return key
+        raise ValueError(f"no format {format!r}")
 
     @property
     def columns(self) -> dict[str, Key]:
