@@ -332,10 +332,9 @@ def by_model_type(
     name = "model_type" if "model_type" in config else "_class_name"
     if found:
         return found[0], f"{name} {model_type!r}"
-    known = ", ".join(sorted({name for family in FAMILIES.values() for name in family.model_types}))
     raise UnsupportedFamilyError(
-        f"{where}: {name} {model_type!r} is no family that is known (known: {known}); if it has the keys and row "
-        "orders of one of them, say so with --family"
+        f"{where}: {name} {model_type!r} is no family that is known (`ckpt-convert formats` lists them); if it has the "
+        "keys and row orders of one of them, say so with --family"
     )
 
 

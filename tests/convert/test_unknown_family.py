@@ -114,7 +114,7 @@ def test_another_format_is_refused(gpt2: Path, tmp_path: Path, to: str) -> None:
     with pytest.raises(UnsupportedFamilyError) as caught:
         ckpt_convert.convert(gpt2, tmp_path / "out", to=to)
     text = str(caught.value)
-    assert text.startswith(f"{gpt2}/config.json: model_type 'gpt2' is no family that is known (known: ")
+    assert text.startswith(f"{gpt2}/config.json: model_type 'gpt2' is no family that is known (`ckpt-convert formats`")
     assert text.endswith("; if it has the keys and row orders of one of them, say so with --family")
     assert not (tmp_path / "out").exists()
 
