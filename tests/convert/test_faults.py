@@ -145,6 +145,7 @@ INTERRUPTED = """
     import os, signal, sys
     from ckpt_convert.cli import main
     from ckpt_convert.storage.staging import StagedFile
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # who runs the tests may have it ignored
     real, calls = StagedFile.write, iter(range(1000))
     def write(self, offset, data):
         if next(calls) == 30:
@@ -479,8 +480,12 @@ def test_resume_forgets_side_files_that_are_gone(tmp_path: Path, monkeypatch: py
     shutil.copytree(HF, source)
     (source / "README.md").write_text("old")
     monkeypatch.setattr(Staging, "commit", lambda self: os.kill(os.getpid(), signal.SIGINT))
-    with pytest.raises(KeyboardInterrupt):
-        ckpt_convert.convert(source, tmp_path / "out", to="native")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # who runs the tests may have it ignored
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            ckpt_convert.convert(source, tmp_path / "out", to="native")
+    finally:
+        signal.signal(signal.SIGINT, before)
     monkeypatch.undo()
     assert (tmp_path / ".out.partial" / "README.md").exists()
     (source / "README.md").unlink()
