@@ -10,6 +10,7 @@ from ckpt_convert.cli.facts import Facts
 from ckpt_convert.cli.text import columns, escape, fits, human_bytes, number, plural, shape_text
 from ckpt_convert.cli.tree import Entry, Numbering, Row
 from ckpt_convert.cli.view import Order, View, matching, missing, ordered, shares
+from ckpt_convert.errors import CkptConvertError
 
 if TYPE_CHECKING:
     from ckpt_convert.convert.checkpoint import TensorInfo, WeightFile
@@ -34,8 +35,22 @@ def body(facts: Facts, view: View) -> Iterator[str]:
         yield from modules.lines([entry(facts, info) for info in found], view, facts.total)
     else:
         entries = [entry(facts, info) for info in found]
-        yield from _collapsed(entries, Numbering(facts.checkpoint.tensors), view, facts.total.bytes)
+        yield from _collapsed(entries, _numbering(facts), view, facts.total.bytes)
     yield from matched(facts, view)
+
+
+def _numbering(facts: Facts) -> Numbering:
+    """The numbers that there are, and those that there should be, where the family is known."""
+    checkpoint = facts.checkpoint
+
+    def expected() -> list[str] | None:
+        try:
+            model = checkpoint.model
+        except CkptConvertError:
+            return None
+        return [entry.key for entry in model.family.entries(str(checkpoint.format), model.dims)]
+
+    return Numbering(checkpoint.tensors, expected)
 
 
 def matched(facts: Facts, view: View) -> Iterator[str]:
@@ -117,7 +132,7 @@ def _tensors(facts: Facts, view: View) -> list[str]:
 
 def _shards(facts: Facts, view: View) -> Iterator[str]:
     """Each file with its tensors below it; what lies in another file is not missing."""
-    numbering = Numbering(facts.checkpoint.tensors)
+    numbering = _numbering(facts)
     sizes = facts.file_bytes()
     is_first = True
     for file in facts.checkpoint.files:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, pairwise, product, zip_longest
@@ -71,21 +71,25 @@ class Row:
 
 
 class Numbering:
-    """Which numbers exist at each place of each kind of key; what is not there between others is a gap."""
+    """Which numbers exist at each place of each kind of key; what is not there between others is a gap.
 
-    def __init__(self, keys: Collection[str]) -> None:
+    ``expected`` gives the keys that there should be, where a table says it: what it has no key for is no gap.
+    """
+
+    def __init__(self, keys: Collection[str], expected: Callable[[], Collection[str] | None] | None = None) -> None:
         self._keys = keys
+        self._expected = expected
         self._gaps: dict[Template, list[dict[Index, list[_Run]]]] = {}
 
+    # Both are only asked for when some numbers are not next to each other: in most checkpoints all are.
     @cached_property
     def _indices(self) -> dict[Template, set[Index]]:
-        # Only asked for when some numbers are not next to each other: in most checkpoints all are.
-        out: dict[Template, set[Index]] = {}
-        for key in self._keys:
-            template, index = split(key)
-            if index:
-                out.setdefault(template, set()).add(index)
-        return out
+        return _by_template(self._keys)
+
+    @cached_property
+    def _wanted(self) -> dict[Template, set[Index]] | None:
+        keys = self._expected() if self._expected is not None else None
+        return None if keys is None else _by_template(keys)
 
     def missing(self, template: Template, axes: Sequence[Index]) -> str:
         """The gaps between the numbers of a line, in words: "4", "5..7, 9", or "experts.3" where it has several."""
@@ -102,7 +106,10 @@ class Numbering:
 
     def _of(self, template: Template) -> list[dict[Index, list[_Run]]]:
         if template not in self._gaps:
-            self._gaps[template] = _gaps(self._indices.get(template, set()), len(template) - 1)
+            gaps = _gaps(self._indices.get(template, set()), len(template) - 1)
+            if self._wanted is not None:
+                gaps = _only(gaps, self._wanted.get(template, set()))
+            self._gaps[template] = gaps
         return self._gaps[template]
 
 
@@ -185,6 +192,28 @@ def _gaps(indices: set[Index], places: int) -> list[dict[Index, list[_Run]]]:
             values.setdefault(index[:place], set()).add(index[place])
         found = {before: _between(sorted(numbers)) for before, numbers in values.items()}
         out.append({before: runs for before, runs in found.items() if runs})
+    return out
+
+
+def _by_template(keys: Collection[str]) -> dict[Template, set[Index]]:
+    out: dict[Template, set[Index]] = {}
+    for key in keys:
+        template, index = split(key)
+        if index:
+            out.setdefault(template, set()).add(index)
+    return out
+
+
+def _only(gaps: list[dict[Index, list[_Run]]], wanted: Collection[Index]) -> list[dict[Index, list[_Run]]]:
+    """The gaps as far as some of these numbers lie in them."""
+    out = []
+    for place, found in enumerate(gaps):
+        starts = {index[: place + 1] for index in wanted}
+        kept = {
+            before: [run for run in runs if any((*before, number) in starts for number in range(run[0], run[1] + 1))]
+            for before, runs in found.items()
+        }
+        out.append({before: runs for before, runs in kept.items() if runs})
     return out
 
 

@@ -207,6 +207,12 @@ class TestHeader:
         assert document(tmp_path)["notices"] == ["not used: old.safetensors"]
 
 
+def test_layers_that_a_family_has_no_such_tensors_in_are_not_missing() -> None:
+    output = text(GOLDEN / "mllama" / "hf")
+    assert "layers.{0,2}.self_attn.q_proj.weight" in output
+    assert "missing" not in output
+
+
 class TestWithoutFamily:
     """Whatever is not known, the rest is shown, with a line that says why."""
 

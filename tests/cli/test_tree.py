@@ -96,6 +96,27 @@ def test_what_lies_elsewhere_is_not_missing() -> None:
     assert (row.pattern, row.missing) == ("layers.{0,1,5..7}.wq", "")
 
 
+def test_what_a_table_does_not_expect_is_not_missing() -> None:
+    wanted = [f"layers.{layer}.wq" for layer in range(10) if layer not in (3, 8)]
+    (row,) = collapse(entries(wanted), Numbering(wanted, lambda: wanted))
+    assert (row.pattern, row.missing) == ("layers.{0..2,4..7,9}.wq", "")
+    there = [key for key in wanted if key != "layers.5.wq"]
+    (row,) = collapse(entries(there), Numbering(there, lambda: wanted))
+    assert (row.pattern, row.missing) == ("layers.{0..2,4,6,7,9}.wq", "5")
+    (row,) = collapse(entries(there), Numbering(there, lambda: None))
+    assert row.missing == "3, 5, 8"
+
+
+def test_an_expert_that_a_table_expects_is_missing() -> None:
+    wanted = [f"layers.{x}.experts.{y}.w1" for x in (1, 2, 5) for y in range(4)]
+    there = [key for key in wanted if key != "layers.2.experts.1.w1"]
+    rows = collapse(entries(there), Numbering(there, lambda: wanted))
+    assert [(row.pattern, row.missing) for row in rows] == [
+        ("layers.{1,5}.experts.{0..3}.w1", ""),
+        ("layers.2.experts.{0,2,3}.w1", "experts.1"),
+    ]
+
+
 def test_the_order_is_natural() -> None:
     keys = ["layers.10.a", "layers.2.b", "conv10.weight", "conv2.weight", "layers.final", "layers.2.a"]
     assert sorted(keys, key=natural) == [
