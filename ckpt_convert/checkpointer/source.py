@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -73,7 +75,10 @@ def _check_list(names: Sequence[str], opened: Checkpoint) -> None:
 
 
 def _config_file(config: Config) -> Path:
-    """The path of a config; one that is given as a dict is written to a temporary place, as files name their origin."""
+    """The path of a config; one that is given as a dict is written to a temporary place, as files name their origin.
+
+    The place is removed when the process ends.
+    """
     if isinstance(config, (str, Path)):
         return Path(config) / "config.json" if Path(config).is_dir() else Path(config)
     if not isinstance(config, Mapping):
@@ -81,6 +86,8 @@ def _config_file(config: Config) -> Path:
         if to_dict is None:
             raise UsageError(f"config: expected a path or a dict, found {type(config).__name__}")
         config = to_dict()
-    path = Path(tempfile.mkdtemp(prefix="ckpt-convert-")) / "config.json"
+    folder = tempfile.mkdtemp(prefix="ckpt-convert-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    path = Path(folder) / "config.json"
     path.write_bytes(render_json(config))
     return path

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -367,3 +370,19 @@ def test_a_saved_step_is_a_source_whose_own_runs_files_do_not_come_along(tmp_pat
     assert not (step / "training_state").exists()
     assert check(step).findings == ()
     assert {name: value for name, value in sums(step).items() if name != "recipe.yaml"} == sums(LLAMA)
+
+
+def test_a_config_that_is_a_dict_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "temporary").mkdir()
+    code = f"""
+import json
+from pathlib import Path
+from ckpt_convert import Checkpointer
+config = json.loads(Path({str(GOLDEN / "llama" / "hf" / "config.json")!r}).read_text())
+with Checkpointer(None, {str(tmp_path / "out")!r}, config=config) as checkpointer:
+    print(checkpointer.config["hidden_size"])
+"""
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "temporary")}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (0, "72\n"), result.stderr
+    assert list((tmp_path / "temporary").iterdir()) == []
