@@ -63,7 +63,8 @@ class Options(TypedDict, total=False):
     from_format: the format of the source, where it cannot be told. family: likewise. config: path of the config.json or
     params.json of a source that has none. revision: of a source on the Hub. dtype: "float32", "float16" or "bfloat16".
     dequantize: "bfloat16" or "float32", for a quantised source. shards: the number of files. max_shard_size: bytes.
-    model_parallel: the number of ranks of a meta output. container: "safetensors", "bin" or "pth". like: a checkpoint
+    model_parallel: the number of ranks of a meta output. container: one that the format has ("safetensors", "bin",
+    "pth", "dcp", "pt"). like: a checkpoint
     whose file names, assignment, config and tokenizer are taken. rope_factor, rope_theta, max_positions: what
     params.json does not say. meta_style: "llama2" or "llama3". drop_rope_scaling: leave out a RoPE scaling that the
     target cannot say.

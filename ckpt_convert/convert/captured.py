@@ -8,7 +8,7 @@ from ckpt_convert.convert import containers
 from ckpt_convert.convert.checkpoint import Checkpoint, WeightFile
 from ckpt_convert.convert.containers import dcp
 from ckpt_convert.convert.containers.header import Header
-from ckpt_convert.convert.formats.base import load_json, render_json
+from ckpt_convert.convert.formats.base import DCP_INDEX, load_json, render_json
 from ckpt_convert.convert.layout import anew
 from ckpt_convert.convert.record import Layout, LayoutFile
 from ckpt_convert.storage.reader import LocalFile, RangeReader
@@ -54,6 +54,8 @@ def _located(checkpoint: Checkpoint, file: WeightFile) -> tuple[Header | None, R
     """The header with true offsets, and the file itself; no header where it cannot be rebuilt from the weights."""
     if checkpoint.directory.kind != dcp.KIND:
         return file.header, file.reader
+    if checkpoint.directory.index != DCP_INDEX:
+        return None, file.reader  # each rank has metadata of its own, which nothing else would fit
     if file.header.objects or not all(checkpoint.is_weight(tensor.key) for tensor in file.header.tensors):
         return None, file.reader
     return dcp.located(dcp.File(file.name, file.path, file.reader, file.header)), LocalFile(file.path)

@@ -171,16 +171,15 @@ def _assign(
         container = _meta_container(request, model)
         return layout.by_rank(targets, format.file_names(count, container), container)
     container = request.container or format.containers[0]
-    whole = (
-        source.directory.kind != "dcp"
-    )  # whose files are those of ranks, and say nothing of how many there should be
+    # Those of torch.distributed.checkpoint are files of ranks, and say nothing of how many there should be.
+    by_ranks = source.directory.kind == "dcp"
     if container == "pt":
         groups = [list(targets)]
     elif request.shards is not None:
         groups = layout.balanced(targets, request.shards, dtype_of)
     elif request.max_shard_size is not None:
         groups = layout.limited(targets, request.max_shard_size, dtype_of)
-    elif not source.files or not whole:
+    elif not source.files or by_ranks:
         groups = layout.limited(targets, _USUAL_SHARD, dtype_of)
     elif source.format == "meta":
         groups = layout.balanced(targets, min(len(source.files), len(targets)), dtype_of)

@@ -90,6 +90,16 @@ def test_pieces_of_two_ranks_are_joined_and_cut_again(tmp_path: Path) -> None:
     assert sums(tmp_path / "back") == sums(tmp_path / "titan")
 
 
+@pytest.mark.parametrize("cut", [False, True])
+def test_metadata_of_each_rank_is_written_as_one(cut: bool, tmp_path: Path) -> None:
+    whole = {key: [(0, ((0,) * tensor.dim(), tuple(tensor.shape)))] for key, tensor in golden().items()}
+    written(tmp_path / "titan", {k: (t, halves(t) if cut else whole[k]) for k, t in golden().items()})
+    (tmp_path / "titan" / ".metadata").rename(tmp_path / "titan" / "__0.metadata")
+    ckpt_convert.convert(tmp_path / "titan", tmp_path / "hf", to="hf", config=hf() / "config.json")
+    ckpt_convert.convert(tmp_path / "hf", tmp_path / "back", to="torchtitan", verify=True)
+    assert_same(by_torch(tmp_path / "back", golden()), golden())
+
+
 def test_pieces_that_cannot_be_cut_as_they_were_are_written_whole(tmp_path: Path) -> None:
     written(tmp_path / "titan", {key: (tensor, halves(tensor)) for key, tensor in golden().items()})
     ckpt_convert.convert(tmp_path / "titan", tmp_path / "hf", to="hf", config=hf() / "config.json")
