@@ -61,6 +61,14 @@ class UnsafeFileError(InputError):
     """A file asks for something that reading a checkpoint never needs: code, or a path outside its directory."""
 
 
+class UnreadableError(InputError):
+    """The system does not give a file: its permissions, its disk or its network; that says nothing of what is in it."""
+
+
+class SourceChangedError(InputError):
+    """A file of the input was changed, replaced or removed while it was read; what was read is of no one checkpoint."""
+
+
 class KeyMismatchError(InputError):
     """Keys are missing, unexpected, or given twice; the message lists all of them."""
 

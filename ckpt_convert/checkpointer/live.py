@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ckpt_convert.convert.containers.header import Header, StoredTensor
+from ckpt_convert.convert.containers.header import IN_MEMORY, Header, StoredTensor
 from ckpt_convert.convert.mapping import Source
 from ckpt_convert.convert.opening import WeightFile
 from ckpt_convert.convert.plan import Live
@@ -106,7 +106,7 @@ def as_live(tensors: Mapping[str, torch.Tensor], format: str, readers: Mapping[s
         dense = tensor.is_contiguous() or given is not None
         description = StoredTensor(key, dtype, shape, 0, None if dense else strides)
         reader = given or MemoryReader(key, tensor)
-        file = WeightFile(WHERE, 0, Path(WHERE), reader, Header("memory", reader.size, (description,)))
+        file = WeightFile(WHERE, 0, Path(WHERE), reader, Header(IN_MEMORY, reader.size, (description,)))
         sources[key] = Source(key, dtype, stored(number, shape, None if dense else strides), WHERE)
         files.append((file, description))
     return Live(format, sources, tuple(files))

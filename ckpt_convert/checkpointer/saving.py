@@ -75,6 +75,8 @@ def save(step: Step, destination: Path, *, workers: int = WORKERS) -> int:
                 with explain_full_disk(staging, _ADVICE):
                     _write(step, staging, workers)
                     nbytes = sum(path.stat().st_size for path in staging.path.rglob("*") if path.is_file())
+                    if step.plan is not None:
+                        step.plan.check_sources()
                     staging.commit()
             except BaseException:
                 staging.discard()

@@ -174,12 +174,16 @@ def convert(
                     written = write(made, staging, count, progress)
                     staging.write(record.MANIFEST, render_json(written.manifest))
                     verified = _verify(made, staging, count, progress) if verify else None
+                    made.check_sources()
                     (staging.path / JOURNAL).unlink(missing_ok=True)
                     staging.commit()
             except CkptConvertError as error:
                 if not staging.keeps(error):
                     staging.discard()
                 raise
+    except (InputError, VerificationError):
+        made.check_sources()  # a file that was changed meanwhile is the reason why something does not fit
+        raise
     finally:
         made.close()
     return Report(

@@ -8,10 +8,10 @@ from ckpt_convert.convert import containers
 from ckpt_convert.convert.checkpoint import Checkpoint, WeightFile
 from ckpt_convert.convert.containers import dcp
 from ckpt_convert.convert.containers.header import Header
-from ckpt_convert.convert.formats.base import DCP_INDEX, load_json, render_json
+from ckpt_convert.convert.formats.base import DCP_INDEX, JSON_LIMIT, load_json, render_json
 from ckpt_convert.convert.layout import anew
 from ckpt_convert.convert.record import Layout, LayoutFile
-from ckpt_convert.storage.reader import LocalFile, RangeReader
+from ckpt_convert.storage.reader import LocalFile, RangeReader, read_file
 
 
 def layout_of(checkpoint: Checkpoint) -> Layout:
@@ -39,7 +39,7 @@ def _index(checkpoint: Checkpoint) -> tuple[str, bytes] | None:
         return index, render_json({**load_json(checkpoint.root / index), "weight_map": named}, sort_keys=True)
     if weight_map is None and any(_weights(checkpoint, file.header) is not file.header for file in checkpoint.files):
         return None  # what torch.distributed.checkpoint's metadata says is true of its own files alone
-    return index, (checkpoint.root / index).read_bytes()
+    return index, read_file(checkpoint.root / index, JSON_LIMIT)
 
 
 def _weights(checkpoint: Checkpoint, header: Header) -> Header:

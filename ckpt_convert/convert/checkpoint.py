@@ -15,7 +15,7 @@ from ckpt_convert.convert import containers, formats, legacy_keys, opening, reco
 from ckpt_convert.convert.bulk import without_collector
 from ckpt_convert.convert.containers.header import StoredTensor
 from ckpt_convert.convert.findings import Finding
-from ckpt_convert.convert.formats.base import Directory, load_json
+from ckpt_convert.convert.formats.base import RECORD_FOLDER, Directory, load_json
 from ckpt_convert.convert.legacy_keys import Names
 from ckpt_convert.convert.mapping import Source
 from ckpt_convert.convert.model import Model, model_of, names_of
@@ -40,7 +40,7 @@ from ckpt_convert.models.config import ConfigOptions
 from ckpt_convert.models.lazy import LazyTensor, concat, stored
 from ckpt_convert.storage import hub
 from ckpt_convert.storage.names import JOURNAL
-from ckpt_convert.storage.reader import LocalFile, read
+from ckpt_convert.storage.reader import Identity, LocalFile, identify, identities, read, reading
 
 if TYPE_CHECKING:
     import torch
@@ -74,6 +74,7 @@ class Checkpoint:
 
     ``format`` is None when the files are of no format that is known; ``why`` says what the format was told by, or what
     the files are. ``facts`` are (label, text): more that the files say of themselves, such as an adapter's base model.
+    ``seen`` are the files of the directory and the record as they were before any of them was read.
     """
 
     path: Path
@@ -86,6 +87,7 @@ class Checkpoint:
     config_path: Path | None = None
     options: ConfigOptions = field(default_factory=ConfigOptions)
     facts: tuple[tuple[str, str], ...] = ()
+    seen: Mapping[Path, Identity] = field(default_factory=dict, repr=False)
 
     @property
     def root(self) -> Path:
@@ -403,6 +405,7 @@ class Checkpoint:
         self.close()
 
 
+@reading()
 def open_checkpoint(
     path: str | Path,
     *,
@@ -424,6 +427,7 @@ def open_checkpoint(
     return read_checkpoint(path, format=format, family=family, config=config, options=options)
 
 
+@reading()
 def read_checkpoint(
     path: Path,
     *,
@@ -442,12 +446,10 @@ def read_checkpoint(
         raise ConfigError(f"{config_path}: no such file; --config takes a config.json or params.json")
     if not path.exists():
         raise CheckpointNotFoundError(f"{path}: no such file or directory")
-    try:
-        found_record = record.load(path) if path.is_dir() else None
-        with without_collector():
-            found = opening.find(path, format, found_record)
-    except OSError as error:
-        raise CheckpointNotFoundError(f"{error.filename or path}: cannot be read: {error.strerror}") from error
+    seen = identities(path, RECORD_FOLDER) if path.is_dir() else {path: identify(path)}
+    found_record = record.load(path) if path.is_dir() else None
+    with without_collector():
+        found = opening.find(path, format, found_record)
     return Checkpoint(
         path,
         found.format,
@@ -459,6 +461,7 @@ def read_checkpoint(
         config_path,
         options or ConfigOptions(),
         found.facts,
+        seen,
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ckpt_convert.convert import record, sidefiles
 from ckpt_convert.convert.checkpoint import Checkpoint, usual_dtype
-from ckpt_convert.convert.formats.base import RECORD_FOLDER, load_json, render_json
+from ckpt_convert.convert.formats.base import JSON_LIMIT, RECORD_FOLDER, load_json, render_json
 from ckpt_convert.convert.model import Model, naming
 from ckpt_convert.convert.quantized.view import Dequantized
 from ckpt_convert.convert.request import Request
@@ -18,6 +18,7 @@ from ckpt_convert.convert.sidefiles import SideFile
 from ckpt_convert.dtypes import DTYPES
 from ckpt_convert.errors import UnsupportedFamilyError
 from ckpt_convert.models.config import type_of
+from ckpt_convert.storage.reader import read_file
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def generated(
         files.append(_file("params.json", params, origin))
     elif source.params is not None and _is_params(source.params[1]):
         name = f"{RECORD_FOLDER}/layouts/meta/params.json"
-        files.append(SideFile(name, "carried", source.params[0], size=source.params[0].stat().st_size))
+        files.append(sidefiles.taken(name, "carried", source.params[0]))
     return Configs(tuple(files), notices)
 
 
@@ -101,9 +102,9 @@ def tokenizer(
 
         if request.to == "hf":
             rows = model.dims["vocab_size"] + model.dims.get("new_tokens", 0)
-            made = translation.generated_for_hf(path.read_bytes(), rows)
+            made = translation.generated_for_hf(read_file(path, JSON_LIMIT), rows)
         else:
-            made = translation.generated_for_meta({path.name: path.read_bytes()})
+            made = translation.generated_for_meta({path.name: read_file(path, JSON_LIMIT)})
         said.extend(made.notices)
         return made.files
 
@@ -120,7 +121,7 @@ def _config(
     if like is not None and request.to == "hf":
         path = like.root / "config.json"
         if dtype is None:
-            return path.read_bytes(), "copied"
+            return read_file(path, JSON_LIMIT), "copied"
         return _with_dtype(load_json(path), dtype), "generated"
     verbatim = _verbatim_config(source, model)
     if verbatim is not None and dtype is None:
@@ -143,7 +144,7 @@ def _verbatim_config(source: Checkpoint, model: Model) -> bytes | None:
     own = "config.json" if source.format == "hf" else record.CONFIG
     for path in (source.config_path, source.root / own):
         if path is not None and path.is_file() and load_json(path) == model.config:
-            return path.read_bytes()
+            return read_file(path, JSON_LIMIT)
     return None
 
 
@@ -152,7 +153,7 @@ def _params(
 ) -> tuple[bytes, str, tuple[str, ...]]:
     """params.json for so many ranks, where it comes from, and what to say of it."""
     if like is not None and like.params is not None:
-        return like.params[0].read_bytes(), "copied", ()
+        return read_file(like.params[0], JSON_LIMIT), "copied", ()
     data, origin, notices = _params_of_model(source, model, request)
     content = json.loads(data)
     params = model.family.params
@@ -184,14 +185,15 @@ def _heads(model: Model) -> int:
 def _recorded_params(source: Checkpoint) -> bytes | None:
     """params.json as it was, as long as the config that was made from it is unchanged."""
     if source.format == "meta":
-        return source.params[0].read_bytes() if source.params and _is_params(source.params[1]) else None
+        is_own = source.params is not None and _is_params(source.params[1])
+        return read_file(source.params[0], JSON_LIMIT) if source.params and is_own else None
     if source.record is None or source.config_path is not None:
         return None
     path = source.record.own("params.json")
     config = "config.json" if source.format == "hf" else record.CONFIG
     if path is None or not source.record.unchanged(config):
         return None
-    return path.read_bytes()
+    return read_file(path, JSON_LIMIT)
 
 
 def _is_params(content: Mapping[str, Any]) -> bool:

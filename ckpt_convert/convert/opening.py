@@ -212,11 +212,7 @@ def close(files: Iterable[WeightFile]) -> None:
 
 def _open(path: Path, weight: WeightName) -> WeightFile:
     file = path if path.is_file() else resolve(path, weight.name, str(path))
-    try:
-        opened = LocalFile(file, str(file))
-    except OSError as error:
-        raise CheckpointNotFoundError(f"{file}: cannot be read: {error.strerror}") from error
-    reader, header = containers.parse(opened, foreign=True)
+    reader, header = containers.parse(LocalFile(file), foreign=True)
     return WeightFile(weight.name, weight.rank, file, reader, header)
 
 

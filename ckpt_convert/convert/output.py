@@ -14,11 +14,14 @@ from ckpt_convert.convert.blocks import Meter, ProgressCallback
 from ckpt_convert.convert.checklist import CHECKLIST
 from ckpt_convert.convert.checkpoint import Checkpoint
 from ckpt_convert.convert.execute import Execution
-from ckpt_convert.convert.formats.base import RECORD_FOLDER
+from ckpt_convert.convert.formats.base import RECORD_FOLDER, TEXT_LIMIT
 from ckpt_convert.convert.plan import Plan
 from ckpt_convert.convert.sidefiles import SideFile
 from ckpt_convert.errors import CorruptFileError
+from ckpt_convert.storage.reader import LocalFile, identify, read, read_file
 from ckpt_convert.storage.staging import Staging
+
+_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -71,19 +74,18 @@ def write_side_file(side: SideFile, staging: Staging) -> str | None:
         staging.write(side.name, data)
         return record.digest(data)
     digest = xxhash.xxh3_64()
-    with side.path.open("rb") as file, staging.file(side.name, 0) as out:
-        offset = 0
-        while block := file.read(1 << 20):
+    with LocalFile(side.path, expected=side.identity) as file, staging.file(side.name, 0) as out:
+        for offset in range(0, file.size, _BLOCK):
+            block = read(file, offset, min(_BLOCK, file.size - offset))
             digest.update(block)
             out.write(offset, memoryview(block))
-            offset += len(block)
         out.sync()
     return digest.hexdigest()
 
 
 def _check_source(source: Checkpoint, listed: dict[str, str], workers: int, progress: ProgressCallback | None) -> None:
     """Compare the source's files with its checklist.chk; raises CorruptFileError naming those that differ."""
-    meter = Meter("checking", sum((source.root / name).stat().st_size for name in listed), progress)
+    meter = Meter("checking", sum(identify(source.root / name).size for name in listed), progress)
 
     def findings(name: str) -> list[checklist.Finding]:
         return checklist.check(source.root, {name: listed[name]}, advance=meter.add)
@@ -100,7 +102,7 @@ def _check_source(source: Checkpoint, listed: dict[str, str], workers: int, prog
 
 def _checklist(template: Path, staging: Staging) -> bytes:
     """The checklist of the files that were written, in the order and with the hash of the one that came along."""
-    listed = checklist.parse(template.read_text(encoding="utf-8", errors="replace"))
+    listed = checklist.parse(read_file(template, TEXT_LIMIT).decode(errors="replace"))
     names = [name for name in listed if (staging.path / name).is_file()]
     names += [path.name for path in sorted(staging.path.glob("consolidated.*")) if path.name not in listed]
     return checklist.render(checklist.hash_files(staging.path, names, checklist.algorithm(listed)))

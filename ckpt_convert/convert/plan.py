@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import PurePosixPath
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ckpt_convert import __version__, dtypes
 from ckpt_convert.convert import brought, configs, layout, mapping, placement, record, sidefiles
 from ckpt_convert.convert.blocks import BLOCK
 from ckpt_convert.convert.bulk import without_collector
+from ckpt_convert.convert.checklist import CHECKLIST
 from ckpt_convert.convert.checkpoint import Checkpoint, WeightFile, open_checkpoint
-from ckpt_convert.convert.containers.header import StoredTensor
-from ckpt_convert.convert.formats.base import RECORD_FOLDER
+from ckpt_convert.convert.containers.header import IN_MEMORY, StoredTensor
+from ckpt_convert.convert.formats.base import DCP_INDEX, RECORD_FOLDER
 from ckpt_convert.convert.gather import SCRATCH
 from ckpt_convert.convert.layout import OutputFile
 from ckpt_convert.convert.mapping import Equality, Logical, Logicals, Source, Target
@@ -30,6 +31,7 @@ from ckpt_convert.models.config import read_rope
 from ckpt_convert.models.lazy import LazyTensor
 from ckpt_convert.models.table import Dims, Instance
 from ckpt_convert.storage.names import JOURNAL
+from ckpt_convert.storage.reader import Identity, compare, identify, reading
 
 _BASE_MEMORY = 40_000_000
 """Bytes of the interpreter with the modules that a conversion and its progress bar need, as measured."""
@@ -61,7 +63,7 @@ class Plan:
     written; ``undecided`` is the pair that decides whether weights are tied, where no file says it.
     ``carried`` names the tensors that the target has no place for and that go into the record. ``said`` takes the
     notices of what is only translated while the output is written (tokenizers). ``live`` are the tensors in memory
-    that are written instead of the source's, if so.
+    that are written instead of the source's, if so. ``sources`` are the files that are read, as they were before that.
     """
 
     source: Checkpoint
@@ -79,6 +81,7 @@ class Plan:
     dims: Dims
     said: list[str]
     live: Live | None = None
+    sources: Mapping[Path, Identity] = field(default_factory=dict, repr=False)
 
     @property
     def target(self) -> str:
@@ -130,6 +133,13 @@ class Plan:
                 out["cast" if is_cast else kind] += tensor.nbytes
         return out
 
+    def check_sources(self) -> None:
+        """Hold every file that was read against what it was before: nothing may have been changed meanwhile.
+
+        Raises SourceChangedError; that a file was replaced by its like is only said.
+        """
+        self.said.extend(compare(self.sources))
+
     def close(self) -> None:
         """Close every file that the plan reads from."""
         close(dict.fromkeys(file for file, _ in self.stored))
@@ -159,6 +169,7 @@ class Plan:
         }
 
 
+@reading()
 @without_collector()
 def make(source: Checkpoint, request: Request, *, tied: bool | None = None, live: Live | None = None) -> Plan:
     """Plan a conversion; ``tied`` settles what ``Plan.undecided`` asks.
@@ -259,7 +270,44 @@ def make(source: Checkpoint, request: Request, *, tied: bool | None = None, live
         dims=dims,
         said=said,
         live=live,
+        sources=_sources(source, like, everything, side, live),
     )
+
+
+def _sources(
+    source: Checkpoint,
+    like: Checkpoint | None,
+    stored: Sequence[tuple[WeightFile, StoredTensor]],
+    side: Sequence[SideFile],
+    live: Live | None,
+) -> dict[Path, Identity]:
+    """The files that an output is made from, as they were when they were first looked at.
+
+    Of a model in memory's source, those that every save reads again; the rest was read once and for all.
+    """
+    seen = {**(like.seen if like is not None else {}), **source.seen}
+    out = {side_file.path: side_file.identity for side_file in side if side_file.path and side_file.identity}
+    paths = {file.path for file, _ in stored if file.header.kind != IN_MEMORY}
+    for checkpoint in (source, like) if live is None else ():
+        if checkpoint is not None:
+            own = (checkpoint.config_file, *_metadata(checkpoint), *_of_record(checkpoint))
+            paths |= {path for path in own if path in checkpoint.seen or path == checkpoint.config_path}
+    return out | {path: seen.get(path) or identify(path) for path in sorted(paths)}
+
+
+def _metadata(checkpoint: Checkpoint) -> list[Path]:
+    """The index, torch.distributed.checkpoint's metadata, and the list of hashes, where there are any."""
+    names = [checkpoint.directory.index, CHECKLIST] + [name for name in [DCP_INDEX] if not checkpoint.directory.index]
+    return [checkpoint.root / name for name in names if name is not None]
+
+
+def _of_record(checkpoint: Checkpoint) -> list[Path]:
+    """The files of the record. A saved step's manifest is none of them: a run may report metrics at any time."""
+    if checkpoint.record is None:
+        return []
+    folder, manifest = checkpoint.record.folder, checkpoint.root / record.MANIFEST
+    files = [path for path in checkpoint.seen if folder in path.parents]
+    return [path for path in files if path != manifest or "training" not in checkpoint.record.manifest]
 
 
 def _omits_tied(live: Live, model: Model) -> bool:
@@ -408,10 +456,10 @@ def fingerprint(plan: Plan) -> str:
         return "tensors in memory"  # never the same again
     casts = [plan.request.dtype, plan.request.dequantize]
     parts: list[Any] = [__version__, plan.model.family.name, plan.target, casts, sorted(plan.dims.items())]
+    # Neither permissions nor the inode, which a cache that copies on write may give anew, change what is in a file.
     for file in dict.fromkeys(file for file, _ in plan.stored):
-        stat = file.path.stat()
-        place = [str(file.path.resolve()), stat.st_dev, stat.st_ino, stat.st_ctime_ns]
-        parts.append([file.name, stat.st_size, stat.st_mtime_ns, *place])
+        found = identify(file.path)
+        parts.append([file.name, str(file.path.resolve()), found.size, found.mtime_ns])
     for file_ in plan.files:
         digest = record.digest(b"".join(data for _, data in file_.layout.literals))
         parts.append([file_.name, file_.size, digest, [[t.key, t.offset, t.nbytes, t.dtype] for t in file_.tensors]])

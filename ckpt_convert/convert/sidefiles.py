@@ -14,10 +14,12 @@ from ckpt_convert.convert.formats.base import (
     NEVER_SIDE_FILES,
     NEVER_SIDE_FOLDERS,
     RECORD_FOLDER,
+    TEXT_LIMIT,
 )
 from ckpt_convert.convert.record import Layout, Record
 from ckpt_convert.errors import CorruptFileError, InputError, UnsafeFileError
 from ckpt_convert.storage.names import WEIGHT_SUFFIXES, check_name, resolve
+from ckpt_convert.storage.reader import Identity, identify, read_file
 
 _TOKENIZERS = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "tekken", "chat_template")
 
@@ -27,7 +29,7 @@ class SideFile:
     """A file to be put beside the weights, or into the record.
 
     ``origin`` is copied, generated, restored or carried; the content is that of ``path``, or what ``make`` returns
-    when the files are written (None: nothing to write after all).
+    when the files are written (None: nothing to write after all). ``identity`` is what the file was when it was chosen.
     """
 
     name: str
@@ -35,6 +37,13 @@ class SideFile:
     path: Path | None = None
     make: Callable[[], bytes | None] | None = None
     size: int = 0
+    identity: Identity | None = None
+
+
+def taken(name: str, origin: str, path: Path) -> SideFile:
+    """A file that is taken from ``path`` as it is now."""
+    found = identify(path)
+    return SideFile(name, origin, path, size=found.size, identity=found)
 
 
 def beside(checkpoint: Checkpoint) -> dict[str, Path]:
@@ -120,7 +129,7 @@ def plan(
             name, origin = f"{RECORD_FOLDER}/layouts/meta/{name}", "carried"
         elif name in own or not format.uses(name):
             name, origin = f"{RECORD_FOLDER}/side/{name}", "carried"
-        out.setdefault(name, SideFile(name, origin, path, size=path.stat().st_size))
+        out.setdefault(name, taken(name, origin, path))
 
     here = beside(source)
     for name, path in here.items():
@@ -132,7 +141,7 @@ def plan(
     if like is not None:
         for name, path in beside(like).items():
             if name.startswith(_TOKENIZERS) or name == "generation_config.json":
-                out[name] = SideFile(name, "copied", path, size=path.stat().st_size)
+                out[name] = taken(name, "copied", path)
     return [out[name] for name in sorted(out)]
 
 
@@ -142,10 +151,7 @@ def recorded_layouts(source: Checkpoint, target: str, own: Layout | None) -> lis
     if source.record is not None:
         for name in source.record.layouts:
             if name not in (target, source.format):
-                out += [
-                    SideFile(file, "carried", path, size=path.stat().st_size)
-                    for file, path in source.record.files_of_layout(name)
-                ]
+                out += [taken(file, "carried", path) for file, path in source.record.files_of_layout(name)]
     if own is not None and own.format != target:
         folder = f"{RECORD_FOLDER}/layouts/{own.format}"
         for name, data in record.layout_files(own).items():
@@ -182,7 +188,7 @@ def checklist_of(source: Checkpoint) -> dict[str, str]:
     if source.format != "meta" or not path.is_file():
         return {}
     try:
-        listed = checklist.parse(path.read_text(encoding="utf-8", errors="replace"))
+        listed = checklist.parse(read_file(path, TEXT_LIMIT).decode(errors="replace"))
     except InputError as error:
         raise type(error)(f"{source.root}: {error}") from error
     absent = [name for name in listed if name.endswith(WEIGHT_SUFFIXES) and not (source.root / name).is_file()]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from ckpt_convert.convert.containers.header import Box, Header, StoredTensor
 from ckpt_convert.dtypes import DTYPES, nbytes
 from ckpt_convert.errors import CheckpointNotFoundError, CorruptFileError, InputError
 from ckpt_convert.storage.names import resolve
-from ckpt_convert.storage.reader import LocalFile, RangeReader
+from ckpt_convert.storage.reader import FilePool, Identity, LocalFile, RangeReader, identify
 
 KIND = "dcp"
 SUFFIX = ".distcp"
@@ -78,8 +79,9 @@ def read_directory(directory: Path) -> tuple[list[File], list[tuple[str, str]]]:
         if found is not None:
             pieces.setdefault(found.file, [])
             objects.setdefault(found.file, {})[key] = "object"
+    pool = FilePool()
     files = [
-        _file(directory, said, name, pieces[name], objects.get(name, {}), metadata.foreign if not at else ())
+        _file(directory, said, name, pieces[name], objects.get(name, {}), metadata.foreign if not at else (), pool)
         for at, name in enumerate(sorted(pieces, key=_natural))
     ]
     return files, _facts(metadata, names, files)
@@ -100,9 +102,11 @@ def _file(
     pieces: list[tuple[StoredTensor, Place]],
     objects: Mapping[str, str],
     foreign: tuple[str, ...],
+    pool: FilePool,
 ) -> File:
     path = resolve(directory, name, said)
-    size = path.stat().st_size
+    part = _Part(path, identify(path), pool)
+    size = part.identity.size
     for stored, place in pieces:
         if place.offset + place.length > size:
             raise CorruptFileError(
@@ -116,11 +120,11 @@ def _file(
     if unreadable is not None:
         reader = _Unreadable(path, size, unreadable)
     elif pieces and all(stored.nbytes == place.length for stored, place in pieces):
-        tensors = _in_safetensors(path, tensors)
-        reader = _Reopened(path, size)
+        tensors = _in_safetensors(part, tensors)
+        reader = _Reopened(part)
     else:
         _check_records(path, pieces)
-        reader = _Records(path, size, pieces)
+        reader = _Records(part, pieces)
     return File(name, path, reader, Header(KIND, size, tensors, objects=objects, foreign=foreign))
 
 
@@ -135,9 +139,21 @@ def _check_records(path: Path, pieces: Sequence[tuple[StoredTensor, Place]]) -> 
         end = place.offset + place.length
 
 
-def _in_safetensors(path: Path, pieces: Sequence[StoredTensor]) -> tuple[StoredTensor, ...]:
+@dataclass(frozen=True)
+class _Part:
+    """One of the files, as it was when the metadata was read; open only now and then, for there may be thousands."""
+
+    path: Path
+    identity: Identity
+    pool: FilePool
+
+    def open(self) -> AbstractContextManager[LocalFile]:
+        return self.pool.open(self.path, self.identity)
+
+
+def _in_safetensors(part: _Part, pieces: Sequence[StoredTensor]) -> tuple[StoredTensor, ...]:
     """The pieces with their true offsets: the metadata says where in the file the one safetensors file starts."""
-    with LocalFile(path) as file:
+    with part.open() as file:
         start = pieces[0].offset
         header = safetensors.parse(_Slice(file, start, file.size - start))
     found = {tensor.key: tensor for tensor in header.tensors}
@@ -146,7 +162,7 @@ def _in_safetensors(path: Path, pieces: Sequence[StoredTensor]) -> tuple[StoredT
         held = found.get(piece.key)
         if held is None or (held.dtype, held.shape) != (piece.dtype, piece.shape):
             raise CorruptFileError(
-                f"{path}: should hold {piece.key!r} as {piece.dtype} {list(piece.shape)}, but "
+                f"{part.path}: should hold {piece.key!r} as {piece.dtype} {list(piece.shape)}, but "
                 f"{'has no such tensor' if held is None else f'has {held.dtype} {list(held.shape)}'}; copy it again"
             )
         out.append(StoredTensor(piece.key, piece.dtype, piece.shape, start + held.offset, box=piece.box))
@@ -171,18 +187,24 @@ class _Slice:
 
 @dataclass(frozen=True)
 class _Reopened:
-    """A file that is open only while it is read: there may be thousands of them."""
+    """A file that is read as it is."""
 
-    path: Path
-    size: int
+    part: _Part
 
     @property
     def name(self) -> str:
-        return str(self.path)
+        return str(self.part.path)
+
+    @property
+    def size(self) -> int:
+        return self.part.identity.size
 
     def readinto(self, offset: int, buffer: memoryview) -> None:
-        with LocalFile(self.path) as file:
+        with self.part.open() as file:
             file.readinto(offset, buffer)
+
+    def close(self) -> None:
+        self.part.pool.close()
 
 
 @dataclass(frozen=True)
@@ -211,10 +233,10 @@ class _Records:
     They take fewer bytes than the archive around them, so no two pieces meet.
     """
 
-    def __init__(self, path: Path, size: int, pieces: Sequence[tuple[StoredTensor, Place]]) -> None:
-        self.path = path
-        self.name = str(path)
-        self.size = size
+    def __init__(self, part: _Part, pieces: Sequence[tuple[StoredTensor, Place]]) -> None:
+        self.name = str(part.path)
+        self.size = part.identity.size
+        self._part = part
         self._pieces = pieces
         self._starts = [place.offset for _, place in pieces]
         self._found: dict[int, StoredTensor] = {}
@@ -225,7 +247,7 @@ class _Records:
         within = offset - place.offset
         if within < 0 or within + len(buffer) > stored.nbytes:
             raise CorruptFileError(f"{self.name}: bytes {offset} to {offset + len(buffer)} are not those of one piece")
-        with LocalFile(self.path) as file:
+        with self._part.open() as file:
             held = self._at(number, file)
             if held.strides is None:
                 file.readinto(held.offset + within, buffer)
@@ -238,9 +260,12 @@ class _Records:
             held = self._found[number] = _held(file, *self._pieces[number])
         return held
 
+    def close(self) -> None:
+        self._part.pool.close()
+
     def located(self, header: Header) -> Header:
         """The header with every piece where its bytes really lie."""
-        with LocalFile(self.path) as file:
+        with self._part.open() as file:
             held = [self._at(number, file) for number in range(len(self._pieces))]
         tensors = [
             stored._replace(offset=found.offset, strides=found.strides)

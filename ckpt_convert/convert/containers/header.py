@@ -8,6 +8,9 @@ from typing import NamedTuple
 
 from ckpt_convert import dtypes
 
+IN_MEMORY = "memory"
+"""The kind of what is no file, but a tensor in memory."""
+
 
 class Box(NamedTuple):
     """Where a piece lies in its tensor: ``shape`` is that of the whole tensor, ``origin`` the piece's first element."""

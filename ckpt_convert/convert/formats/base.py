@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ckpt_convert.errors import ConfigError
+from ckpt_convert.storage.reader import Identity, read_file
 
 NEVER_SIDE_FILES = (".gguf", ".h5", ".msgpack", ".onnx", ".ot")
 NEVER_SIDE_FOLDERS = ("original", ".git", ".cache", "onnx", "ckpt_convert", "training_state")
 RECORD_FOLDER = "ckpt_convert"
 JSON_LIMIT = 1 << 28
+TEXT_LIMIT = 1 << 24
+"""Bytes of a list of files with their hashes, or of a text."""
+
+_MOST_DIGITS = 100
+"""Digits of an integer in JSON; tokenizer_config.json has one of 31 (int(1e30), for "no limit")."""
+
 DCP_INDEX = ".metadata"
 
 
@@ -60,19 +68,34 @@ class Format:
     ignores: tuple[str, ...] = ()
 
 
-def load_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; raises ConfigError, naming the file, when there is none."""
+def load_json(path: Path, *, expected: Identity | None = None) -> dict[str, Any]:
+    """The object in a JSON file; raises ConfigError, naming the file, when there is none.
+
+    Raises what ``read_file`` does for a file that cannot be read: that says nothing of what is in it.
+    """
+    if not os.path.lexists(path):
+        raise ConfigError(f"{path}: cannot be read: there is no such file")
     try:
-        if path.stat().st_size > JSON_LIMIT:
-            raise ConfigError(f"{path}: {path.stat().st_size:,} bytes are no configuration; is this the right file?")
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(read_file(path, JSON_LIMIT, expected=expected))
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: is no readable JSON: {error}; download or copy it again") from error
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected a JSON object, found {type(content).__name__}")
     return content
+
+
+def parse_json(data: bytes) -> Any:
+    """What a JSON text says, with or without a byte order mark; raises ValueError, or RecursionError.
+
+    An integer has to be one that somebody may have meant: those of thousands of digits cost more than reading them.
+    """
+    return json.loads(data.decode("utf-8-sig"), parse_int=_integer)
+
+
+def _integer(text: str) -> int:
+    if len(text) > _MOST_DIGITS:
+        raise ValueError(f"it has an integer of {len(text):,} digits ({text[:20]}…)")
+    return int(text)
 
 
 def render_json(content: Mapping[str, Any], *, sort_keys: bool = False) -> bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ckpt_convert.convert.formats.base import (
@@ -48,8 +48,14 @@ def from_index(directory: Path, name: str) -> Directory:
         raise CorruptFileError(f"{path}: has no weight_map, so it is no index; download or copy it again")
     if not all(isinstance(file, str) for file in weight_map.values()):
         raise CorruptFileError(f"{path}: its weight_map has values that are no file names; download or copy it again")
+    weight_map = plain_names(weight_map)
     files = sorted(check_name(file, str(path)) for file in set(weight_map.values()))
     return Directory(tuple(WeightName(file) for file in files), name, weight_map)
+
+
+def plain_names(weight_map: Mapping[str, str]) -> dict[str, str]:
+    """An index's weight_map with "./name" as the "name" that it is."""
+    return {key: file.removeprefix("./") for key, file in weight_map.items()}
 
 
 def file_names(count: int, container: str) -> list[str]:
