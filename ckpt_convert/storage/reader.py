@@ -91,8 +91,8 @@ def _time(mtime_ns: int) -> str:
 
 def changed(path: object, what: str) -> SourceChangedError:
     return SourceChangedError(
-        f"{path}: the source changed while it was read: {what}; nothing was published, so run again once nobody "
-        "writes to it any more"
+        f"{path}: the source changed while it was read: {what}; nothing was published: put it back as it was, or run "
+        "again once nobody changes it any more"
     )
 
 
