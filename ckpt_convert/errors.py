@@ -15,6 +15,13 @@ def listing(lines: Sequence[str], most: int = 20) -> str:
     return shown + (f"\n    … and {len(lines) - most} more" if len(lines) > most else "")
 
 
+def reason(error: BaseException) -> str:
+    """What an error says; of one of the system's, the file that it is about and its words."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+
+
 class CkptConvertError(Exception):
     """The base of every error that ckpt-convert raises on purpose."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from ckpt_convert.checkpointer.buffers import Buffers
 from ckpt_convert.checkpointer.catalog import Saved
 from ckpt_convert.checkpointer.emitting import MODEL, Contents, Emitter, Settings
 from ckpt_convert.checkpointer.live import Model, tensors_of
+from ckpt_convert.checkpointer.metrics import Reported, numbers
 from ckpt_convert.checkpointer.names import Template
 from ckpt_convert.checkpointer.progress import Progress
 from ckpt_convert.checkpointer.run_directory import RunDirectory
@@ -140,7 +140,8 @@ class Checkpointer:
         self._signals = signals.Signals() if save_on_signal else None
         self._parts: parts.Parts | None = None
         self._progress = Progress()
-        self._metrics: dict[str, float] = {}
+        self._reported = Reported()
+        self._said: set[str] = set()
         self._saved_step: int | None = None
         self._saved_at = Path()
         self._started_from: int | None = None
@@ -242,10 +243,11 @@ class Checkpointer:
         )
         self._progress = saved.progress
         self._started_from = saved.step
-        self._metrics = dict(saved.metrics)
+        self._reported = Reported(saved.progress.evals, saved.metrics)
         if saved.path.parent.resolve() == self.output_dir.resolve():
             self._saved_step, self._saved_at = saved.step, saved.path
         self._plan_ahead()
+        self._directory.go_on_from(saved)
         log.info("resumed from %s (step %d)", saved.path, saved.step)
         return saved.progress
 
@@ -272,6 +274,7 @@ class Checkpointer:
             )
         self._begin(model, optimizer, lr_scheduler, grad_scaler, dataloader, extra)
         self._progress = progress or Progress()
+        self._reported = Reported(self._progress.evals)
         self._started_from = None if progress is None else progress.step
         self._directory.supersede(there if progress is None else ())
         self._plan_ahead()
@@ -309,7 +312,7 @@ class Checkpointer:
             seconds=before.seconds + now - self._clock,
         )
         self._clock = now
-        self._metrics = {}
+        self._reported = Reported(before.evals)
         signalled = self._signals is not None and self._signals.received is not None and not self._signal_saved
         first = self._save_first and self._progress.step == 1
         if signalled:
@@ -326,17 +329,19 @@ class Checkpointer:
     def report(self, **metrics: float) -> None:
         """Take the metrics of this step, and count an evaluation; a checkpoint of this step learns of them.
 
-        Raises UsageError for a value that is no finite number: it could be neither compared nor written as JSON.
+        A value that is no finite number is left out, with a warning: it could be neither compared nor written as JSON,
+        but it ends no training. Raises what failed in a save behind the training.
         """
         self._require("report()")
-        found = {name: _number(name, value) for name, value in metrics.items()}
+        found, wrong = numbers(metrics)
         before = self._progress
         self._progress = replace(before, evals=before.evals + 1)
-        self._metrics.update(found)
+        changed = self._reported.add(found)
         if self._saved_step == self._progress.step:
             self._amend()
         elif self._schedule.due(before, self._progress, "eval"):
             self._save()
+        self._say_of_report(wrong, changed)
         self._background.check()
 
     def end_epoch(self) -> None:
@@ -483,23 +488,25 @@ class Checkpointer:
         destination = directory.destination(self._progress)
         job = self._emitter.job(tensors, state, settings, self._buffers if self._asynchronous else None)
         files = dict(self._more_files())
+        step, progress, reported = self._progress.step, self._progress, self._reported
         section = {
             "version": catalog.VERSION,
             "saver": "default",
             "directory": destination.name,
             "sequence": directory.next_sequence(),
             "contents": settings.contents,
-            "progress": self._progress.as_dict(),
-            "metrics": dict(self._metrics),
             "model_format": settings.model_format,
         }
 
-        step = self._progress.step
+        def training() -> dict[str, Any]:
+            evals, metrics = reported.known
+            return {**section, "progress": {**progress.as_dict(), "evals": evals}, "metrics": dict(metrics)}
+
         previous, self._saved_step, self._saved_at = self._saved_step, step, destination
 
         def attempt() -> None:
             try:
-                directory.write(job(section, files), destination, self.workers)
+                directory.write(job(training, files), destination, self.workers)
             except BaseException:
                 if self._saved_step == step:  # it may be tried again
                     self._saved_step = previous
@@ -515,11 +522,34 @@ class Checkpointer:
     def _amend(self) -> None:
         """Tell the checkpoint of this step, once it is complete, of metrics that were reported after it."""
         directory, destination = self._directory, self._saved_at
-        metrics, evals = dict(self._metrics), self._progress.evals
+        evals, metrics = self._reported.known
         if self._background.busy:
             self._background.then(lambda: directory.amend(destination, metrics, evals))
         else:
             directory.amend(destination, metrics, evals)
+
+    def _say_of_report(self, wrong: Mapping[str, str], changed: Mapping[str, str]) -> None:
+        """Warn of metrics that do nothing, or not what they seem to; of each name once."""
+        step = self._progress.step
+        for name, why in wrong.items():
+            self._warn_once(
+                f"{name} is none", f"step {step}: the metric {name!r} {why}; it is left out, and never best"
+            )
+        for name, how in changed.items():
+            self._warn_once(
+                f"{name} twice", f"step {step}: the metric {name!r} {how}; a step has the one reported last"
+            )
+        if step == (self._started_from or 0) != self._saved_step:
+            self._warn_once(
+                "before the first step",
+                f"report() before the first step(): step {step} is not saved, so no checkpoint has these metrics; "
+                "save() before it, or report after step()",
+            )
+
+    def _warn_once(self, about: str, text: str) -> None:
+        if about not in self._said:
+            self._said.add(about)
+            log.warning("%s", text)
 
     def _release(self) -> None:
         self._closed = True
@@ -558,16 +588,3 @@ def _final(values: Mapping[str, Any]) -> Final:
     if unknown:
         raise UsageError(f"final: {unknown[0]!r} is no option of it; known: {', '.join(Final.__annotations__)}")
     return Final(**{**values, "export_dtype": _dtype(values.get("export_dtype"))})
-
-
-def _number(name: str, value: Any) -> float:
-    try:
-        found = float(value)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"report({name}=...): expected a number, found {type(value).__name__}") from error
-    if not math.isfinite(found):
-        raise UsageError(
-            f"report({name}={found}): is no finite number, so it tells no model from another; leave it out, and look "
-            "at the steps before (nothing that is saved was touched)"
-        )
-    return found

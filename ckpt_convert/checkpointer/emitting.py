@@ -43,6 +43,7 @@ MODEL = "model"
 """The part of the training state that holds the tensors whose files have another dtype."""
 
 Tensors = Mapping[str, torch.Tensor]
+Section = Callable[[], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -167,10 +168,10 @@ class Emitter:
 
     def job(
         self, tensors: Tensors, state: Mapping[str, Packed] | None, settings: Settings, buffers: Buffers | None
-    ) -> Callable[[Mapping[str, Any], Mapping[str, bytes]], Step]:
+    ) -> Callable[[Section, Mapping[str, bytes]], Step]:
         """What is to be written, of the values as they are now: with ``buffers``, they may change afterwards.
 
-        Takes the manifest's section about training, and small files by name, to give the step.
+        Takes what gives the manifest's section about training, and small files by name, to give the step.
         """
         parts = self.split(tensors)
         state = dict(state) if state is not None else None
@@ -190,7 +191,7 @@ class Emitter:
 
     def _adapter_job(
         self, parts: Split, state: dict[str, Packed] | None, settings: Settings, buffers: Buffers | None
-    ) -> Callable[[Mapping[str, Any], Mapping[str, bytes]], Step]:
+    ) -> Callable[[Section, Mapping[str, bytes]], Step]:
         merges_too = _merges(settings)
         if buffers is not None:
             names = {f"saved/{key}": tensor for key, tensor in parts.saved.items()}
@@ -205,7 +206,7 @@ class Emitter:
                 parts.names,
             )
 
-        def step(section: Mapping[str, Any], files: Mapping[str, bytes]) -> Step:
+        def step(section: Section, files: Mapping[str, bytes]) -> Step:
             assert self.adapter is not None
             base = str(self.source.path.absolute()) if self.source.format == "hf" else None
             written = peft_files(*to_peft(parts, self.adapter, self.modules, base_model=base))

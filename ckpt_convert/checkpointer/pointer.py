@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from ckpt_convert.storage.staging import sync_directory
 
 SUFFIX = ".pointer"
 """How the name of a pointer that is being made ends."""
+
+_NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
+"""What file systems without links say (FAT says EPERM); anything else is a fault, which no text file hides."""
 
 _LONGEST_POINTER = 1024
 """Bytes; a text file with more says something else."""
@@ -37,7 +41,11 @@ def point(output_dir: Path, name: str, target: str | Path) -> None:
     temporary.unlink(missing_ok=True)
     try:
         os.symlink(Path(target).name, temporary, target_is_directory=True)
-    except (OSError, NotImplementedError):
+    except NotImplementedError:
+        write_whole(temporary, f"{Path(target).name}\n".encode())
+    except OSError as error:
+        if error.errno not in _NO_LINKS and getattr(error, "winerror", None) is None:
+            raise
         write_whole(temporary, f"{Path(target).name}\n".encode())
     os.replace(temporary, output_dir / name)
     sync_directory(output_dir)

@@ -68,14 +68,15 @@ def parse_best(text: str) -> Best:
     return metric, "min" if mode == "min" else "max"
 
 
-def decide(saved: Sequence[Saved], policy: Policy) -> Decision:
-    """What of these complete checkpoints a policy does not keep."""
+def decide(saved: Sequence[Saved], policy: Policy, needed: Saved | None = None) -> Decision:
+    """What of these complete checkpoints a policy does not keep; one that is ``needed`` stays as it is."""
     newest = sorted(saved, key=lambda one: one.sequence, reverse=True)
     kept = {one.path for one in newest[: policy.keep_last]} | {one.path for one in _ranked(saved, policy)}
     staying = [one for one in newest if one.path in kept]
     heavy = [one for one in staying if one.has_training_state]
     too_many = heavy[policy.keep_last_training_state :] if policy.keep_last_training_state else []
-    return Decision(tuple(one for one in reversed(newest) if one.path not in kept), tuple(reversed(too_many)))
+    gone = [one for one in newest if one.path not in kept]
+    return Decision(*(tuple(one for one in reversed(found) if one != needed) for found in (gone, too_many)))
 
 
 def best(saved: Sequence[Saved], policy: Policy) -> Saved | None:

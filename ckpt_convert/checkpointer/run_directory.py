@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+import logging
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from ckpt_convert.checkpointer import catalog, pointer, retention
@@ -11,8 +13,10 @@ from ckpt_convert.checkpointer.names import Template
 from ckpt_convert.checkpointer.progress import Progress
 from ckpt_convert.checkpointer.saving import Step, save
 from ckpt_convert.convert.checkpoint import Checkpoint
-from ckpt_convert.errors import OutputExistsError
+from ckpt_convert.errors import CkptConvertError, OutputExistsError, reason
 from ckpt_convert.storage.lock import Lock
+
+log = logging.getLogger("ckpt_convert")
 
 LOCK = ".ckpt-convert-lock"
 
@@ -31,6 +35,7 @@ class RunDirectory:
         self._lock: Lock | None = None
         self._sequence = 0
         self._superseded: tuple[Saved, ...] = ()
+        self._unwritten: dict[Path, tuple[Mapping[str, float], int]] = {}
 
     def open(self, source: Checkpoint) -> None:
         """Take the directory for this process, and tidy up what a killed one left; once is enough.
@@ -79,22 +84,55 @@ class RunDirectory:
     def write(self, step: Step, destination: Path, workers: int) -> None:
         """Write a step; once it is complete, point at it, and let go what the policy does not keep."""
         save(step, destination, workers=workers)
+        self._unwritten.pop(destination, None)
         if self._latest_name is not None:
-            pointer.point(self.path, self._latest_name, destination)
-        gone, self._superseded = self._superseded, ()
-        retention.apply(retention.Decision(delete=tuple(one for one in gone if one.path != destination)))
-        self._prune()
-
-    def amend(self, destination: Path, metrics: Mapping[str, float], evals: int) -> None:
-        """Tell a checkpoint of metrics that were reported after it was saved; no matter if it is gone."""
-        saved = catalog.read(destination)
-        if saved is not None:
-            counted = {**saved.progress.as_dict(), "evals": evals}
-            catalog.amend(saved, metrics={**saved.metrics, **metrics}, progress=counted)
+            with _only_warned(f"{destination} is saved, but {self._latest_name} cannot be made to lead to it"):
+                pointer.point(self.path, self._latest_name, destination)
+        with _only_warned(f"{destination} is saved, but earlier checkpoints cannot be looked through"):
+            gone, self._superseded = self._superseded, ()
+            retention.apply(retention.Decision(delete=tuple(one for one in gone if one.path != destination)))
             self._prune()
 
-    def _prune(self) -> None:
-        retention.apply(retention.decide(self.saved, self.policy))
+    def amend(self, destination: Path, metrics: Mapping[str, float], evals: int) -> None:
+        """Tell a checkpoint of metrics that were reported after it was saved; no matter if it is gone.
+
+        What cannot be written is warned of, and tried again before any checkpoint is removed.
+        """
+        self._unwritten[destination] = metrics, evals
+        with _only_warned(f"{destination} is saved, but its metrics cannot be written now"):
+            if self._write_metrics():
+                self._prune()
+
+    def go_on_from(self, resumed: Saved) -> None:
+        """Let go what a killed run had no time to, but for the checkpoint that was resumed; say what that one lacks."""
+        there = [saved for saved in self.saved if saved.path != resumed.path]
+        if self.policy.best is not None and (metric := self.policy.best[0]) not in resumed.metrics:
+            # Where every other checkpoint has it, this one was most likely lost between the save and the report.
+            expected = bool(there) and all(metric in saved.metrics for saved in there)
+            log.log(
+                logging.WARNING if expected else logging.INFO,
+                "%s: has no %r, as the run ended before report(), or reports none for this step, so it is not among "
+                "the best; to have it counted, evaluate it and report() before the next step()",
+                resumed.path,
+                metric,
+            )
+        self._prune(needed=resumed)
+
+    def _prune(self, needed: Saved | None = None) -> None:
+        self._write_metrics()
+        retention.apply(retention.decide(self.saved, self.policy, needed))
+
+    def _write_metrics(self) -> bool:
+        """Write the metrics that are not in their checkpoint yet; whether there were any."""
+        changed = False
+        for destination, (metrics, evals) in list(self._unwritten.items()):
+            saved = catalog.read(destination)
+            if saved is not None and (saved.metrics, saved.progress.evals) != (metrics, evals):
+                counted = {**saved.progress.as_dict(), "evals": evals}
+                catalog.amend(saved, metrics={**saved.metrics, **metrics}, progress=counted)
+                changed = True
+            del self._unwritten[destination]
+        return changed
 
     def _refuse(self, source: Checkpoint) -> None:
         """Raise OutputExistsError where saving would write into the source, or keeping fewer steps delete it."""
@@ -110,3 +148,12 @@ class RunDirectory:
                 f"{source.path}: is a step of this very output_dir, which later steps may replace; choose "
                 "another output_dir, or resume() with the source that the run began with"
             )
+
+
+@contextlib.contextmanager
+def _only_warned(what: str) -> Iterator[None]:
+    """Warn of what fails once a step is complete: the step is saved, and training goes on."""
+    try:
+        yield
+    except (OSError, CkptConvertError) as error:
+        log.warning("%s: %s", what, reason(error))

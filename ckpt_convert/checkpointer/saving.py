@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,11 +36,12 @@ class Step:
 
     ``plan`` writes the weights, below ``weights_in`` (the directory itself, or the folder beside an adapter), None
     where there are none; ``files`` are small files by name; ``state`` is the training state, None for none;
-    ``training`` is the manifest's section, to which the checksums of what is written are added.
+    ``training`` gives the manifest's section, to which the checksums of what is written are added; it is asked when
+    the manifest is written, as metrics may arrive until then.
     """
 
     plan: Plan | None
-    training: Mapping[str, Any]
+    training: Callable[[], Mapping[str, Any]]
     state: Mapping[str, Packed] | None = None
     files: Mapping[str, bytes] | None = None
     extra: Sequence[Path] = ()
@@ -111,7 +112,7 @@ def _write(step: Step, staging: Staging, workers: int) -> None:
     state = None
     if step.state is not None:
         state = {"files": training_state.write(staging.path / TRAINING_STATE, step.state)}
-    manifest["training"] = {**step.training, "training_state": state, "extra_files": extra, "files": files}
+    manifest["training"] = {**step.training(), "training_state": state, "extra_files": extra, "files": files}
     staging.write(record.MANIFEST, render_json(manifest))
     (staging.path / JOURNAL).unlink()
 

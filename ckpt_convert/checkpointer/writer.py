@@ -51,6 +51,12 @@ class Writer(FileSystemWriter):
         The steps are those of ``torch.distributed.checkpoint.save`` without its warning, which could only be silenced
         for all threads at once.
         """
+        try:
+            return self._save(state)
+        except OSError as error:
+            raise _named(error, self._directory / FILE) from error
+
+    def _save(self, state: Mapping[str, torch.Tensor]) -> dict[str, dict[str, Any]]:
         planner = DefaultSavePlanner()
         planner.set_up_planner(dict(state), None, True)
         self.set_up_storage_writer(True)
@@ -81,8 +87,7 @@ class Writer(FileSystemWriter):
                 tensor = planner.resolve_data(item)
                 if not isinstance(tensor, torch.Tensor):
                     raise TypeError(f"{item.index.fqn}: only tensors are written, not {type(tensor).__name__}")
-                with config.patch({"save.compute_crc32": False}):  # type: ignore[attr-defined]
-                    torch.save(_dense(tensor), cast(IO[bytes], file))
+                _save_tensor(_dense(tensor), file)
                 length = file.size - start
                 results.append(WriteResult(item.index, length, _StorageInfo(DATA, start, length)))
             file.sync()
@@ -101,18 +106,41 @@ def _dense(tensor: torch.Tensor) -> torch.Tensor:
     return view.view(dense.dtype).reshape(dense.shape)
 
 
+def _save_tensor(tensor: torch.Tensor, file: _File) -> None:
+    """``torch.save``, but what fails is what the system said, not what torch makes of an archive that is cut short."""
+    try:
+        with config.patch({"save.compute_crc32": False}):  # type: ignore[attr-defined]
+            torch.save(tensor, cast(IO[bytes], file))
+    except Exception:
+        if file.failed is None:
+            raise
+    if file.failed is not None:
+        raise file.failed
+
+
+def _named(error: OSError, path: Path) -> OSError:
+    """The error with the file that it is about, where the system named none."""
+    return error if error.filename else OSError(error.errno, error.strerror or str(error), str(path))
+
+
 class _File:
     """A file written from front to back: the part of a Python file that torch.save uses."""
 
     def __init__(self, path: Path) -> None:
         self.size = 0
         self.digest = xxhash.xxh3_64()
+        self.failed: OSError | None = None
+        self._path = path
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
-        for start in range(0, len(view), _BLOCK):
-            self._block(view[start : start + _BLOCK])
+        try:
+            for start in range(0, len(view), _BLOCK):
+                self._block(view[start : start + _BLOCK])
+        except OSError as error:
+            self.failed = self.failed or _named(error, self._path)
+            raise self.failed from error
         return len(view)
 
     def _block(self, block: memoryview) -> None:
@@ -128,7 +156,10 @@ class _File:
         """Nothing is held back."""
 
     def sync(self) -> None:
-        os.fsync(self._fd)
+        try:
+            os.fsync(self._fd)
+        except OSError as error:
+            raise _named(error, self._path) from error
 
     def __enter__(self) -> _File:
         return self

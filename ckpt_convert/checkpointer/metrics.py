@@ -1,0 +1,53 @@
+"""The metrics of one step: numbers that can be compared and written; whatever else is left out, and said."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+
+class Reported:
+    """The metrics of one step and the evaluations so far; training may add to them while the step is being written."""
+
+    def __init__(self, evals: int = 0, metrics: Mapping[str, float] | None = None) -> None:
+        self._known: tuple[int, Mapping[str, float]] = (evals, dict(metrics or {}))
+
+    @property
+    def known(self) -> tuple[int, Mapping[str, float]]:
+        """Evaluations and metrics, of one moment."""
+        return self._known
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        return self._known[1]
+
+    def add(self, metrics: Mapping[str, float]) -> dict[str, str]:
+        """Count an evaluation and take its metrics; by name, how one differs from what it was before."""
+        evals, before = self._known
+        self._known = evals + 1, {**before, **metrics}
+        return {
+            name: f"was {before[name]} and is {value} now"
+            for name, value in metrics.items()
+            if before.get(name, value) != value
+        }
+
+
+def numbers(values: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, str]]:
+    """The finite numbers among these values, and by name why each other one is none of them.
+
+    A value that is no number ends no training: it is left out, as what tells no model from another.
+    """
+    found: dict[str, float] = {}
+    wrong: dict[str, str] = {}
+    for name, value in values.items():
+        try:
+            number = float(value)
+        except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor of several elements
+            wrong[name] = f"is no number but a {type(value).__name__}"
+            continue
+        if math.isfinite(number):
+            found[name] = number
+        else:
+            wrong[name] = f"is {number}, no finite number"
+    return found, wrong
