@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 
@@ -53,6 +55,15 @@ _TABLE = (
 DTYPES = {dtype.name: dtype for dtype in _TABLE}
 FROM_TORCH = {dtype.torch: dtype for dtype in _TABLE if dtype.torch}
 FROM_STORAGE = {dtype.storage: dtype for dtype in _TABLE if dtype.storage}
+
+
+def majority(sizes: Iterable[tuple[str, int]]) -> str | None:
+    """The floating-point dtype of most bytes, in torch's words, of (dtype, bytes); None where there is none."""
+    counts: Counter[str] = Counter()
+    for dtype, nbytes in sizes:
+        if dtype.startswith(("F", "BF")):
+            counts[dtype] += nbytes
+    return DTYPES[counts.most_common(1)[0][0]].torch if counts else None
 
 
 def nbytes(dtype: str, shape: tuple[int, ...]) -> int:

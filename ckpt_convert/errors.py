@@ -6,7 +6,7 @@ the command line returns: 1 the check or the conversion failed, 2 the request do
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
 def listing(lines: Sequence[str], most: int = 20) -> str:
@@ -86,6 +86,14 @@ class ShapeMismatchError(InputError):
 
 class TiedWeightsError(InputError):
     """Two tensors that have to be equal (tied, aliased, or replicated over ranks) differ."""
+
+
+class LossyConversionError(CkptConvertError):
+    """The output would not hold values that the source has; ``tensors`` says how many, by the key of their tensor."""
+
+    def __init__(self, message: str, tensors: Mapping[str, int]) -> None:
+        super().__init__(message)
+        self.tensors = dict(tensors)
 
 
 class NotEnoughSpaceError(CkptConvertError):

@@ -103,7 +103,7 @@ def test_imports_point_one_way() -> None:
 
 def test_a_cast_does_import_torch(tmp_path: Path) -> None:
     """So the tests above can fail."""
-    assert "torch" in imports(COMMAND_LINE, "hf-to-meta", str(LLAMA), str(tmp_path / "out"), "--dtype", "float16")
+    assert "torch" in imports(COMMAND_LINE, "hf-to-meta", str(LLAMA), str(tmp_path / "out"), "--dtype", "bfloat16")
 
 
 @pytest.mark.parametrize("name", ckpt_convert.__all__)

@@ -268,7 +268,9 @@ class Emitter:
         return as_live(tensors, family.column_of(settings.model_format, tensors), readers)
 
     def _request(self, settings: Settings) -> Request:
-        return Request(to=settings.output_format or str(self.source.format), dtype=settings.export_dtype)
+        # A value never ends a training run: what is too large for its file is said, and kept in the training state.
+        form = settings.output_format or str(self.source.format)
+        return Request(to=form, dtype=settings.export_dtype, allow_overflow=True)
 
 
 def _merges(settings: Settings) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -11,12 +12,15 @@ import torch
 
 from ckpt_convert import dtypes
 from ckpt_convert.convert import mapping
-from ckpt_convert.convert.blocks import Meter, Mover, ProgressCallback, spread
+from ckpt_convert.convert.blocks import Meter, Mover, ProgressCallback, overflowed, spread
 from ckpt_convert.convert.checkpoint import Checkpoint
 from ckpt_convert.convert.execute import equal
 from ckpt_convert.convert.mapping import Equality, Target
+from ckpt_convert.convert.output import overflow_text
 from ckpt_convert.errors import KeyMismatchError, TiedWeightsError, UnsupportedFamilyError, listing
 from ckpt_convert.storage.reader import WORKERS
+
+log = logging.getLogger("ckpt_convert")
 
 
 @dataclass(frozen=True)
@@ -152,12 +156,24 @@ def load(
     targets = [target for target in found.targets if wanted(target.key) and target.key not in misfit]
     total = sum(dtypes.nbytes(target.dtype, target.tensor.shape) for target in targets)
     meter = Meter("loading", total, progress)
+    overflows: dict[str, int] = {}
 
     def start() -> Callable[[Target], None]:
         mover = Mover(checkpoint.stored)
-        return lambda target: _fill(mover, target, tensors[target.key], meter)
+
+        def fill(target: Target) -> None:
+            if count := _fill(mover, target, tensors[target.key], meter):
+                overflows[target.key] = count
+
+        return fill
 
     spread(targets, workers, meter, start)
+    if overflows:
+        log.warning(
+            "%s: %s in the model, whose dtype is too narrow for them",
+            checkpoint.path,
+            overflow_text(dict(sorted(overflows.items()))),
+        )
     pairs = Counter(
         (dtypes.DTYPES[target.dtype].torch, str(tensors[target.key].dtype).removeprefix("torch.")) for target in targets
     )
@@ -176,16 +192,27 @@ def state_dict(checkpoint: Checkpoint, format: str) -> dict[str, torch.Tensor]:
     return out
 
 
-def _fill(mover: Mover, target: Target, tensor: torch.Tensor, meter: Meter) -> None:
+def _fill(mover: Mover, target: Target, tensor: torch.Tensor, meter: Meter) -> int:
+    """Copy a tensor in place; returns how many finite values its dtype has made infinite."""
     dtype = getattr(torch, dtypes.DTYPES[target.dtype].torch)
     into = tensor.detach()
     dense = into if into.is_contiguous() else torch.empty(into.shape, dtype=dtype)
     flat = dense.view(-1)
+    count = 0
     with torch.no_grad():
         for offset, data in mover.blocks(target.tensor, target.dtype, target.dtype):
             block = torch.frombuffer(data, dtype=torch.uint8).view(dtype)
             start = offset // dtype.itemsize
-            flat[start : start + block.numel()].copy_(block)
+            part = flat[start : start + block.numel()]
+            part.copy_(block)
+            count += _overflowed(block, part)
             meter.add(len(data))
         if dense is not into:
             into.copy_(dense)
+            count += _overflowed(dense, into)
+    return count
+
+
+def _overflowed(values: torch.Tensor, made: torch.Tensor) -> int:
+    is_cast = values.dtype != made.dtype and values.is_floating_point() and made.is_floating_point()
+    return overflowed(values.to(made.device), made) if is_cast else 0

@@ -107,6 +107,12 @@ class MergedReader:
         self._weight = weight.detach()
         self._merge = merge
         self._last = threading.local()
+        self._overflowed: dict[int, int] = {}
+
+    @property
+    def overflowed(self) -> int:
+        """How many finite values of the base have become infinite, in what was read so far."""
+        return sum(self._overflowed.values())
 
     def readinto(self, offset: int, buffer: memoryview) -> None:
         """Fill ``buffer`` (writable, one byte an item) from byte ``offset`` on."""
@@ -123,7 +129,10 @@ class MergedReader:
         kept: tuple[int, memoryview] | None = getattr(self._last, "block", None)
         if kept is None or kept[0] != index:
             start = index * _READ
-            rows = self._merge.rows(self._weight[start : start + _READ], start)
+            base = self._weight[start : start + _READ]
+            rows = self._merge.rows(base, start)
+            if (infinite := torch.isinf(rows)).any():
+                self._overflowed[index] = int((infinite & torch.isfinite(base.to(rows.device))).sum())
             kept = index, rows.view(torch.uint8).reshape(-1).numpy().data
             self._last.block = kept
         return kept[1]

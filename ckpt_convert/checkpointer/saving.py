@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_convert.checkpointer import catalog, training_state
+from ckpt_convert.checkpointer.merge import MergedReader
 from ckpt_convert.checkpointer.pack import Packed
 from ckpt_convert.convert import output, record
 from ckpt_convert.convert.check.training import TRAINING_STATE
@@ -100,11 +101,11 @@ def _is_foreign(directory: Path) -> bool:
 def _write(step: Step, staging: Staging, workers: int) -> None:
     manifest: dict[str, Any] = {"schema": record.SCHEMA}
     if step.plan is not None and not step.weights_in:
-        manifest = _weights(step.plan, staging, workers)
+        manifest = _weights(step, step.plan, staging, workers)
     elif step.plan is not None:
         inner = staging.path / step.weights_in
         with Staging(inner) as nested:
-            nested.write(record.MANIFEST, render_json(_weights(step.plan, nested, workers)))
+            nested.write(record.MANIFEST, render_json(_weights(step, step.plan, nested, workers)))
             (nested.path / JOURNAL).unlink(missing_ok=True)
             nested.commit()
     files = {name: _file(name, data, staging) for name, data in (step.files or {}).items()}
@@ -117,10 +118,21 @@ def _write(step: Step, staging: Staging, workers: int) -> None:
     (staging.path / JOURNAL).unlink()
 
 
-def _weights(plan: Plan, staging: Staging, workers: int) -> dict[str, Any]:
+def _weights(step: Step, plan: Plan, staging: Staging, workers: int) -> dict[str, Any]:
     refuse_unreadable(plan)
     run_checks(plan)
-    return output.write(plan, staging, workers, None).manifest
+    written = output.write(plan, staging, workers, None)
+    readers = [file.reader for file, _ in plan.stored]
+    merged = {reader.name: reader.overflowed for reader in readers if isinstance(reader, MergedReader)}
+    overflows = written.overflows | {key: count for key, count in merged.items() if count}
+    if overflows:
+        log.warning(
+            "%s: %s in the files, whose dtype is too narrow for them; %s exact",
+            staging.destination,
+            output.overflow_text(overflows),
+            "training_state keeps them" if step.state is not None else "nothing keeps them",
+        )
+    return written.manifest
 
 
 def _file(name: str, data: bytes, staging: Staging) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from ckpt_convert.convert.blocks import ProgressCallback
 from ckpt_convert.convert.checkpoint import open_checkpoint, read_checkpoint
 from ckpt_convert.convert.execute import is_tied, run_checks
 from ckpt_convert.convert.formats.base import render_json
-from ckpt_convert.convert.output import write
+from ckpt_convert.convert.output import overflow_text, write
 from ckpt_convert.convert.plan import Plan
 from ckpt_convert.convert.quantized.view import requested
 from ckpt_convert.convert.request import Request
@@ -32,7 +32,8 @@ class Report:
 
     ``files`` are the weight files; ``bytes`` those of their tensors; ``drops`` the tensors that the target has no place
     for (kept in the record); ``side_files`` name → copied, generated, restored or carried; ``moves`` bytes copied,
-    reordered and cast; ``verified`` the number of tensors compared, None without ``verify``.
+    reordered and cast; ``verified`` the number of tensors compared, None without ``verify``; ``overflows`` the number
+    of finite values that a cast has made infinite, by key.
     """
 
     source: str
@@ -50,6 +51,7 @@ class Report:
     moves: dict[str, int]
     resumed_bytes: int
     verified: int | None
+    overflows: dict[str, int]
     seconds: float = field(compare=False)
 
     def as_dict(self) -> dict[str, Any]:
@@ -67,7 +69,7 @@ class Options(TypedDict, total=False):
     "pth", "dcp", "pt"). like: a checkpoint
     whose file names, assignment, config and tokenizer are taken. rope_factor, rope_theta, max_positions: what
     params.json does not say. meta_style: "llama2" or "llama3". drop_rope_scaling: leave out a RoPE scaling that the
-    target cannot say.
+    target cannot say. allow_overflow: write values that are too large for ``dtype`` as infinite, instead of refusing.
     """
 
     from_format: str | None
@@ -86,6 +88,7 @@ class Options(TypedDict, total=False):
     max_positions: int | None
     meta_style: Literal["llama2", "llama3"] | None
     drop_rope_scaling: bool
+    allow_overflow: bool
 
 
 def plan(src: str | Path, *, to: str, **options: Unpack[Options]) -> Plan:
@@ -114,6 +117,7 @@ def plan(src: str | Path, *, to: str, **options: Unpack[Options]) -> Plan:
         model_parallel=options.get("model_parallel"),
         container=options.get("container"),
         like=Path(like) if like is not None else None,
+        allow_overflow=options.get("allow_overflow", False),
         config=settings,
     )
     request.check()
@@ -197,13 +201,18 @@ def convert(
         bytes=sum(tensor.nbytes for file in made.weights for tensor in file.tensors),
         drops=list(made.carried),
         ties=list(made.ties),
-        notices=[*made.notices, *made.said],
+        notices=[*made.notices, *made.said, *_overflow_notice(made, written.overflows)],
         side_files={str(entry["name"]): str(entry["origin"]) for entry in written.manifest["side_files"]},
         moves=dict(made.moves),
         resumed_bytes=written.resumed,
         verified=verified,
+        overflows=written.overflows,
         seconds=round(time.monotonic() - started, 3),
     )
+
+
+def _overflow_notice(made: Plan, overflows: dict[str, int]) -> list[str]:
+    return [f"{overflow_text(overflows)} in {made.request.dtype}, as accepted"] if overflows else []
 
 
 def _verify(made: Plan, staging: Staging, workers: int, progress: ProgressCallback | None) -> int:

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -16,6 +16,9 @@ from ckpt_convert.convert.checkpoint import WeightFile
 from ckpt_convert.convert.containers.header import StoredTensor
 from ckpt_convert.convert.gather import Gatherer
 from ckpt_convert.models.lazy import LazyTensor, together
+
+if TYPE_CHECKING:
+    import torch
 
 T = TypeVar("T")
 
@@ -96,10 +99,14 @@ def spread(items: Iterable[T], workers: int, meter: Meter, start: Callable[[], C
 
 
 class Mover:
-    """One worker's buffers: reads a lazy tensor block by block, in the dtype of the output."""
+    """One worker's buffers: reads a lazy tensor block by block, in the dtype of the output.
+
+    ``overflowed`` counts the finite values that casts have made infinite so far.
+    """
 
     def __init__(self, stored: Sequence[tuple[WeightFile, StoredTensor]]) -> None:
         self.stored = stored
+        self.overflowed = 0
         self._gatherer = Gatherer(stored)
         self._buffer = np.empty(BLOCK, np.uint8)
 
@@ -107,7 +114,11 @@ class Mover:
         """The bytes of a block of at most ``most(source, target)`` elements, good until the next call."""
         view = self._buffer[: block.size * dtypes.DTYPES[source].bits // 8]
         self._gatherer.into(block, source, view)
-        return view.data if source == target else cast(view, source, target).data
+        if source == target:
+            return view.data
+        made, overflowed = cast(view, source, target)
+        self.overflowed += overflowed
+        return made.data
 
     def blocks(self, tensor: LazyTensor, source: str, target: str) -> Iterator[tuple[int, memoryview]]:
         """(byte offset, bytes) of the tensor, in order; the bytes are only good until the next block."""
@@ -135,9 +146,26 @@ def difference(left: Mover, right: Mover, one: Read, other: Read, meter: Meter |
     return None
 
 
-def cast(data: np.ndarray[Any, Any], source: str, target: str) -> np.ndarray[Any, Any]:
-    """The elements in another floating-point dtype, rounded to nearest even, as torch does it."""
+def cast(data: np.ndarray[Any, Any], source: str, target: str) -> tuple[np.ndarray[Any, Any], int]:
+    """The elements in another floating-point dtype, rounded to nearest even, as torch does it.
+
+    Also how many of them are finite, but too large for it, so that they have become infinite.
+    """
     import torch
 
     elements = torch.from_numpy(data).view(getattr(torch, dtypes.DTYPES[source].torch))
-    return elements.to(getattr(torch, dtypes.DTYPES[target].torch)).view(torch.uint8).numpy()
+    made = elements.to(getattr(torch, dtypes.DTYPES[target].torch))
+    return made.view(torch.uint8).numpy(), overflowed(elements, made)
+
+
+def overflowed(elements: torch.Tensor, made: torch.Tensor) -> int:
+    """How many elements are finite and have become infinite in what was made of them."""
+    import torch
+
+    if torch.finfo(made.dtype).max >= torch.finfo(elements.dtype).max:
+        return 0
+    infinite = torch.isinf(made)
+    if not infinite.any():
+        return 0
+    wide = elements if elements.dtype.itemsize > 1 else elements.float()  # torch asks no such thing of single bytes
+    return int((infinite & torch.isfinite(wide)).sum())

@@ -12,10 +12,11 @@ from ckpt_convert.convert import record, sidefiles
 from ckpt_convert.convert.checkpoint import Checkpoint, usual_dtype
 from ckpt_convert.convert.formats.base import JSON_LIMIT, RECORD_FOLDER, load_json, render_json
 from ckpt_convert.convert.model import Model, naming
+from ckpt_convert.convert.quantized.recognise import CONFIGS
 from ckpt_convert.convert.quantized.view import Dequantized
 from ckpt_convert.convert.request import Request
 from ckpt_convert.convert.sidefiles import SideFile
-from ckpt_convert.dtypes import DTYPES
+from ckpt_convert.dtypes import DTYPES, majority
 from ckpt_convert.errors import UnsupportedFamilyError
 from ckpt_convert.models.config import type_of
 from ckpt_convert.storage.reader import read_file
@@ -34,15 +35,14 @@ def generated(
     model: Model,
     request: Request,
     like: Checkpoint | None,
-    dtype: str | None = None,
+    written: str | None = None,
     ranks: int = 1,
 ) -> Configs:
     """The target's config, and config.json for the record; raises ConfigError for what the target cannot express.
 
-    ``dtype`` is what the weights are written in, where that is no request but what the config has to say; ``ranks``
-    how many params.json is for.
+    ``written`` is the dtype that most weights are written in, in torch's words; ``ranks`` how many params.json is for.
     """
-    config, origin = _config(source, model, request.dtype or dtype, request, like)
+    config, origin = _config(source, model, request, like, written)
     files = [_file(record.CONFIG, config, origin)]
     notices: tuple[str, ...] = _token_notice(model) if source.format == "meta" and origin == "generated" else ()
     if request.to == "hf" and not _shown_by_shapes(source, model):
@@ -115,28 +115,67 @@ def tokenizer(
 
 
 def _config(
-    source: Checkpoint, model: Model, dtype: str | None, request: Request, like: Checkpoint | None
+    source: Checkpoint, model: Model, request: Request, like: Checkpoint | None, written: str | None
 ) -> tuple[bytes, str]:
-    """The bytes of config.json, and whether they were copied, restored or generated; ``dtype`` if that is changed."""
+    """The bytes of config.json, and whether they were copied, restored or generated."""
+    content: Mapping[str, Any]
+    verbatim: bytes | None
     if like is not None and request.to == "hf":
-        path = like.root / "config.json"
-        if dtype is None:
-            return read_file(path, JSON_LIMIT), "copied"
-        return _with_dtype(load_json(path), dtype), "generated"
-    verbatim = _verbatim_config(source, model)
-    if verbatim is not None and dtype is None:
-        return verbatim, "copied" if source.format == "hf" else "restored"
-    dtype = dtype or (source.dtype if isinstance(source, Dequantized) else DTYPES[usual_dtype(source)].torch)
-    content = model.config if verbatim is not None or source.format == "hf" else dict(sorted(model.config.items()))
-    return _with_dtype(content, dtype), "generated"
+        content, verbatim = load_json(like.root / "config.json"), read_file(like.root / "config.json", JSON_LIMIT)
+        origin = "copied"
+    else:
+        content, verbatim = model.config, _verbatim_config(source, model)
+        origin = "copied" if source.format == "hf" else "restored"
+    if verbatim is not None and _stands(content, source, request, like, written):
+        return verbatim, origin
+    if verbatim is None and source.format != "hf":
+        content = dict(sorted(content.items()))
+    return _with_dtype(content, written or DTYPES[usual_dtype(source)].torch), "generated"
+
+
+def _stands(
+    config: Mapping[str, Any], source: Checkpoint, request: Request, like: Checkpoint | None, written: str | None
+) -> bool:
+    """Whether a config may be taken as it is: its own beside weights that keep their dtype, else one that says theirs.
+
+    What came with the weights is not put right; what comes from elsewhere (--config, --like) was never said of them.
+    """
+    said = config.get("dtype", config.get("torch_dtype"))
+    if source.quantization is not None:
+        return True  # of codes a config says what they are computed in
+    if written is None or str(said).removeprefix("torch.") == written:
+        return True
+    if request.dtype is not None or not source.files or isinstance(source, Dequantized):
+        return False
+    if said is None:
+        return True
+    own = like is None and source.config_path is None
+    return own and written == majority((tensor.dtype, tensor.nbytes) for _, tensor in source.stored)
 
 
 def _with_dtype(config: Mapping[str, Any], dtype: str) -> bytes:
-    """config.json with this dtype, under the keys that it has for it (transformers 4 and 5 differ), else under both."""
-    content = dict(config)
-    known = [key for key in ("dtype", "torch_dtype") if key in content]
-    content |= dict.fromkeys(known or ("dtype", "torch_dtype"), dtype)
+    """config.json with this dtype, under the keys that it has for it (transformers 4 and 5 differ), else under both.
+
+    So with the parts of a config (text_config) that say one.
+    """
+    content = _saying(config, dtype)
+    if not any(key in content for key in _DTYPE_KEYS):
+        content |= dict.fromkeys(_DTYPE_KEYS, dtype)
     return render_json(content)
+
+
+_DTYPE_KEYS = ("dtype", "torch_dtype")
+
+
+def _saying(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    return {
+        key: dtype if key in _DTYPE_KEYS else _saying(value, dtype) if _is_part(key, value) else value
+        for key, value in config.items()
+    }
+
+
+def _is_part(key: str, value: object) -> bool:
+    return key.endswith("_config") and key not in CONFIGS and isinstance(value, Mapping)
 
 
 def _verbatim_config(source: Checkpoint, model: Model) -> bytes | None:

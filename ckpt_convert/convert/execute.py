@@ -52,13 +52,17 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """A finished piece: its checksum and, where the container keeps one, its CRC-32."""
+    """A finished piece: its checksum and, where the container keeps one, its CRC-32.
+
+    ``overflowed`` is how many of its values the cast has made infinite.
+    """
 
     offset: int
     nbytes: int
     key: str
     checksum: str
     crc: int
+    overflowed: int = 0
 
 
 def equal(left: Mover, right: Mover, check: Equality, meter: Meter | None = None) -> bool:
@@ -165,7 +169,16 @@ class Execution:
         self._stop = threading.Event()
         self._journal: Any = None
         self._files: list[_File] = []
+        self._overflowed: dict[tuple[str, LazyTensor], int] = {}
         self.resumed = 0
+
+    @property
+    def overflows(self) -> dict[str, int]:
+        """How many finite values of each tensor have become infinite, by its key in the output."""
+        counts: dict[str, int] = {}
+        for (key, _), count in sorted(self._overflowed.items(), key=lambda item: item[0][0]):
+            counts[key] = counts.get(key, 0) + count
+        return counts
 
     def run(self) -> dict[str, dict[str, Any]]:
         """Write everything; returns what the manifest says of each file.
@@ -213,6 +226,8 @@ class Execution:
                     return
                 self._note(piece, done)
             with self._lock:
+                if done.overflowed:  # by what was read: ranks may hold copies of it
+                    self._overflowed[piece.placed.key, piece.tensor] = done.overflowed
                 file.done.append(done)
                 file.left -= 1
                 self.resumed += piece.nbytes if resumed else 0
@@ -224,6 +239,7 @@ class Execution:
         digest = xxhash.xxh3_64()
         crc = 0
         flushed = 0
+        before = mover.overflowed
         for offset, data in mover.blocks(piece.tensor, piece.placed.source_dtype, piece.placed.dtype):
             if self._stop.is_set():
                 return None
@@ -235,7 +251,8 @@ class Execution:
             if offset + len(data) - flushed >= WRITEBACK or offset + len(data) == piece.nbytes:
                 file.staged.start_writeback(piece.offset + flushed, offset + len(data) - flushed)
                 flushed = offset + len(data)
-        return Done(piece.offset, piece.nbytes, piece.placed.key, digest.hexdigest(), crc)
+        overflowed = mover.overflowed - before
+        return Done(piece.offset, piece.nbytes, piece.placed.key, digest.hexdigest(), crc, overflowed)
 
     def _verified(self, file: _File, piece: Piece, checksum: str | None) -> Done | None:
         """A piece that an earlier attempt wrote, if its bytes are really there."""
@@ -281,6 +298,8 @@ class Execution:
         return earlier
 
     def _note(self, piece: Piece, done: Done) -> None:
+        if done.overflowed:
+            return  # an attempt that continues this one has to count these, too
         with self._lock:
             self._journal.write(json.dumps([piece.file, piece.offset, done.checksum]) + "\n")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,27 +18,53 @@ from ckpt_convert.convert.execute import Execution
 from ckpt_convert.convert.formats.base import RECORD_FOLDER, TEXT_LIMIT
 from ckpt_convert.convert.plan import Plan
 from ckpt_convert.convert.sidefiles import SideFile
-from ckpt_convert.errors import CorruptFileError
+from ckpt_convert.errors import CorruptFileError, LossyConversionError
 from ckpt_convert.storage.reader import LocalFile, identify, read, read_file
 from ckpt_convert.storage.staging import Staging
 
 _BLOCK = 1 << 20
 
+_NAMED = 8
+"""How many tensors a message names."""
+
 
 @dataclass(frozen=True)
 class Written:
-    """What ``write`` wrote: the manifest, which is still to be written, and how many bytes were there already."""
+    """What ``write`` wrote: the manifest, which is still to be written, and how many bytes were there already.
+
+    ``overflows`` has how many finite values of each tensor have become infinite.
+    """
 
     manifest: dict[str, Any]
     resumed: int
+    overflows: dict[str, int]
 
 
 def write(made: Plan, staging: Staging, workers: int, progress: ProgressCallback | None) -> Written:
-    """Write the weights and everything beside them, flushed to disk; the manifest is the caller's to write last."""
+    """Write the weights and everything beside them, flushed to disk; the manifest is the caller's to write last.
+
+    Raises LossyConversionError where a cast has made finite values infinite and nobody accepted that.
+    """
     execution = Execution(made, staging, workers, progress)
     pieces = execution.run()
+    overflows = execution.overflows
+    if overflows and not made.request.allow_overflow:
+        raise LossyConversionError(
+            f"{made.source.path}: {overflow_text(overflows)} in {made.request.dtype}; keep the dtype, choose one with "
+            f"a wider range (--dtype bfloat16 has about float32's), or accept it with --allow-overflow",
+            overflows,
+        )
     side, kept = _write_side_files(made, staging, workers, progress)
-    return Written(made.manifest(pieces, side, kept), execution.resumed)
+    return Written(made.manifest(pieces, side, kept), execution.resumed, overflows)
+
+
+def overflow_text(overflows: Mapping[str, int]) -> str:
+    """In a few words: which tensors have values that are too large, and how many."""
+    count = sum(overflows.values())
+    named = [f"{key} ({number:,})" for key, number in overflows.items()]
+    some = f"{', '.join(named[:_NAMED])}{f' and {len(named) - _NAMED} more' if len(named) > _NAMED else ''}"
+    values = f"{count:,} finite values become" if count != 1 else "1 finite value becomes"
+    return f"{values} infinite, of {some},"
 
 
 def _write_side_files(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -24,7 +23,7 @@ from ckpt_convert.convert.model import Model
 from ckpt_convert.convert.opening import close
 from ckpt_convert.convert.quantized import carry, view
 from ckpt_convert.convert.record import Layout
-from ckpt_convert.convert.request import CASTABLE, CASTS, Request
+from ckpt_convert.convert.request import CASTABLE, CASTS, NARROW, Request
 from ckpt_convert.convert.sidefiles import SideFile
 from ckpt_convert.errors import ConfigError, CorruptFileError, ShapeMismatchError, UnsupportedFamilyError, UsageError
 from ckpt_convert.models.config import read_rope
@@ -225,6 +224,7 @@ def make(source: Checkpoint, request: Request, *, tied: bool | None = None, live
     if live is not None:
         carried = [instance for instance in carried if instance.row.lossy is None]  # the training state has them
     dtype_of = _dtypes(targets, request, template if live is not None else Logicals({}))
+    _refuse_partial_cast(source, targets, dtype_of, request, "--dtype" if live is None else "export_dtype")
     files, exact, layout_notices = placement.files(
         source, request, targets, dtype_of, wanted, ranks, model, _file_of(source, template, logicals, live)
     )
@@ -232,7 +232,7 @@ def make(source: Checkpoint, request: Request, *, tied: bool | None = None, live
     checks = [*logicals.equal, *ties]
     for file in files:
         checks += layout.aliases(file.layout.header, by_rank[file.rank], file.name)
-    made = configs.generated(source, model, request, like, None if source.files else _usual(files), ranks)
+    made = configs.generated(source, model, request, like, _written_dtype(files), ranks)
     generated = {side.name: side for side in (*made.files, *placement.index(request, files, wanted, exact, model))}
     said: list[str] = []
     generated |= configs.tokenizer(source, request, model, like, said)
@@ -334,13 +334,30 @@ def _first(logical: Logical) -> int:
     return min(logical.tensor.sources)
 
 
-def _usual(files: Sequence[OutputFile]) -> str | None:
-    """The dtype of most bytes, in torch's words."""
-    counts: Counter[str] = Counter()
-    for file in files:
-        for tensor in file.tensors:
-            counts[tensor.dtype] += tensor.nbytes
-    return dtypes.DTYPES[counts.most_common(1)[0][0]].torch if counts else None
+def _written_dtype(files: Sequence[OutputFile]) -> str | None:
+    """The floating-point dtype of most bytes that are written, in torch's words."""
+    return dtypes.majority((tensor.dtype, tensor.nbytes) for file in files for tensor in file.tensors)
+
+
+def _refuse_partial_cast(
+    source: Checkpoint, targets: Sequence[Target], dtype_of: Mapping[str, str], request: Request, option: str
+) -> None:
+    """Raise UsageError for a cast that would leave most weights, or weights packed into less than a byte, as they are.
+
+    Whole numbers beside the weights (positions, counts) stay what they are.
+    """
+    if request.dtype is None:
+        return
+    left = [t for t in targets if dtype_of[t.key] != CASTS[request.dtype] and not t.instance.row.derived]
+    sizes = [dtypes.nbytes(dtype_of[target.key], target.tensor.shape) for target in (*left, *targets)]
+    packed = [target for target in left if dtypes.DTYPES[target.dtype].bits < 8]
+    if not packed and 2 * sum(sizes[: len(left)]) <= sum(sizes[len(left) :]):
+        return
+    kinds = ", ".join(dict.fromkeys(target.dtype for target in left))
+    raise UsageError(
+        f"{option} {request.dtype}: {len(left)} of {len(targets)} tensors of {source.path} are {kinds}, which cannot "
+        f"be cast ({(packed or left)[0].key}); leave {option} out, or decode them with the tool that made them"
+    )
 
 
 def _check_names(source: Checkpoint, files: list[OutputFile], side: list[SideFile]) -> None:
@@ -372,7 +389,7 @@ def _dtypes(targets: Sequence[Target], request: Request, template: Logicals) -> 
     for target in targets:
         like = template.tensors.get(target.instance)
         dtype = target_dtype(target.dtype, target.instance, request)
-        if request.dtype is None and like is not None and {like.dtype, dtype} <= set(CASTABLE):
+        if request.dtype is None and like is not None and like.dtype in CASTABLE and dtype in (*CASTABLE, *NARROW):
             dtype = like.dtype
         out[target.key] = dtype
     return out
@@ -380,7 +397,7 @@ def _dtypes(targets: Sequence[Target], request: Request, template: Logicals) -> 
 
 def target_dtype(dtype: str, instance: Instance, request: Request) -> str:
     """The dtype of a tensor in the output: as in the source, unless a cast is asked for and it is one to be cast."""
-    if request.dtype is None or dtype not in CASTABLE or instance.row.derived:
+    if request.dtype is None or dtype not in (*CASTABLE, *NARROW) or instance.row.derived:
         return dtype
     return CASTS[request.dtype]
 

@@ -13,6 +13,10 @@ from ckpt_convert.models.config import ConfigOptions
 CASTS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 DEQUANTIZED = ("bfloat16", "float32")
 CASTABLE = ("F64", "F32", "F16", "BF16")
+"""What a tensor in a file may be cast from, and to."""
+
+NARROW = ("F8_E4M3", "F8_E4M3FNUZ", "F8_E5M2", "F8_E5M2FNUZ", "F8_E8M0")
+"""What is only cast from: every dtype of CASTS holds these values, so that it loses nothing."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,7 @@ class Request:
     """The options of a conversion, as the command line and ``convert`` spell them.
 
     ``dtype`` is one of CASTS, ``dequantize`` one of DEQUANTIZED; ``max_shard_size`` is in bytes; ``like`` is the path
-    of a checkpoint to imitate.
+    of a checkpoint to imitate. ``allow_overflow`` accepts values that a cast makes infinite.
     """
 
     to: str
@@ -31,6 +35,7 @@ class Request:
     model_parallel: int | None = None
     container: str | None = None
     like: Path | None = None
+    allow_overflow: bool = False
     config: ConfigOptions = field(default_factory=ConfigOptions)
 
     @property

@@ -111,7 +111,8 @@ def _values(change: Change) -> str:
         return "differs"
     if delta.max_abs is None:
         return f"differs in {delta.differing:,} of {delta.count:,} bytes"
-    return f"differs in {delta.differing:,} of {delta.count:,} elements, by up to {delta.max_abs:.3g}"
+    lost = f"; {delta.nan_mismatch:,} of them NaN or infinite on one side only" if delta.nan_mismatch else ""
+    return f"differs in {delta.differing:,} of {delta.count:,} elements, by up to {delta.max_abs:.3g}{lost}"
 
 
 def _shape(half: Any) -> str:
