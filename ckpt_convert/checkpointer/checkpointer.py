@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +24,7 @@ from ckpt_convert.checkpointer.names import Template
 from ckpt_convert.checkpointer.progress import Progress
 from ckpt_convert.checkpointer.run_directory import RunDirectory
 from ckpt_convert.checkpointer.source import Config, Source, from_config, open_source
+from ckpt_convert.checkpointer.watch import Watch
 from ckpt_convert.convert import formats
 from ckpt_convert.convert.blocks import ProgressCallback
 from ckpt_convert.convert.request import CASTS
@@ -61,6 +62,7 @@ class Checkpointer:
         save_every: Any = None,
         save_first: bool = False,
         save_last: bool = True,
+        save_best: bool = False,
         keep_last: int | None = None,
         best: str | None = None,
         keep_best: int | None = None,
@@ -88,7 +90,8 @@ class Checkpointer:
         model_format: the layout of the training model's state dict: native, hf, torchtitan or meta.
         config: a config.json, or its content, for a source that has none.
         family, source_format: what cannot be told from the source.
-        save_every: see ``schedule.parse``; save_first: also after the first step; save_last: also in ``close``.
+        save_every: see ``schedule.parse``; save_first: also after the first step; save_last: also in ``close``;
+        save_best: also where an evaluation is better than that of every step saved before, by the metric of ``best``.
         keep_last, best, keep_best, keep_last_training_state: see ``retention.Policy``.
         contents: "full", "weights", or "adapter". final: what is different about the last save.
         asynchronous: write behind the training, which waits for one copy in memory.
@@ -113,7 +116,11 @@ class Checkpointer:
         self._run: RunDirectory | None = None
         if output_dir is not None:
             self._run = RunDirectory(Path(output_dir), template, run_name, latest_name, policy)
-        self._save_first, self._save_last, self._overwrite = save_first, save_last, overwrite
+        self._save_first, self._save_last, self._save_best = save_first, save_last, save_best
+        self._overwrite = overwrite
+        if save_best and policy.best is None:
+            raise UsageError('save_best=True: best by what? Give best= too, such as best="val_loss:min"')
+        self._policy, self._watch = policy, Watch(self._schedule, policy.best)
         if model_format not in formats.ALL:
             raise UsageError(f"model_format={model_format!r}: no such format; known: {', '.join(formats.ALL)}")
         if family is not None and family not in FAMILIES:
@@ -149,6 +156,8 @@ class Checkpointer:
         self._loaded = False
         self._more_files: Callable[[], Mapping[str, bytes]] = dict
         self._signal_saved = False
+        self._best_value: float | None = None
+        self._holding = self._held = False
         self._closed = False
 
     @property
@@ -189,6 +198,30 @@ class Checkpointer:
             raise UsageError(f"{format!r} is no format; known: {', '.join(formats.ALL)}")
         return loading.state_dict(self._source, format or self._settings.model_format)
 
+    def load_best(self, model: Model) -> Saved | None:
+        """Fill a model, in place, with the weights of the best checkpoint; returns it, None where none has the metric.
+
+        Of a model with an adapter, the base has to be loaded. Raises CorruptFileError for a damaged checkpoint.
+        """
+        self._refuse_closed()
+        if self.best is None:
+            return None
+        found = resuming.choose(self.output_dir, "best", self._policy, verify=True, workers=self.workers)
+        assert found is not None
+        resuming.load(
+            found,
+            parts.Parts(model),
+            self._emitter,
+            wanted=lambda name: name.partition("/")[0] == MODEL,
+            strict=True,
+            weights_only=True,
+            workers=self.workers,
+            progress=self._report_loading,
+            base_loaded=True,
+        )
+        log.info("loaded the best checkpoint, %s", found.path)
+        return found
+
     def load_adapter(self, path: str | Path, model: Model) -> int:
         """Fill a model's adapter from a PEFT directory, in place; returns the number of tensors."""
         self._refuse_closed()
@@ -228,6 +261,7 @@ class Checkpointer:
         if saved is None:
             log.info("%s: holds no checkpoint: fresh start", self.output_dir)
             self._plan_ahead()
+            self._begin_watch([])
             return None
         wanted = parts.chooser(include, exclude)
         resuming.load(
@@ -242,14 +276,18 @@ class Checkpointer:
             base_loaded=self._loaded,
         )
         self._progress = saved.progress
+        if self._parts.epoch_is_over:  # its last batch was saved, but a kill came before its end was counted
+            self._parts.end_epoch()
+            self._progress = replace(saved.progress, epoch=saved.progress.epoch + 1)
         self._started_from = saved.step
         self._reported = Reported(saved.progress.evals, saved.metrics)
         if saved.path.parent.resolve() == self.output_dir.resolve():
             self._saved_step, self._saved_at = saved.step, saved.path
         self._plan_ahead()
         self._directory.go_on_from(saved)
+        self._begin_watch(self.saved)
         log.info("resumed from %s (step %d)", saved.path, saved.step)
-        return saved.progress
+        return self._progress
 
     def register(
         self,
@@ -278,6 +316,7 @@ class Checkpointer:
         self._started_from = None if progress is None else progress.step
         self._directory.supersede(there if progress is None else ())
         self._plan_ahead()
+        self._begin_watch([] if progress is None else there)
 
     # Counting
 
@@ -318,10 +357,14 @@ class Checkpointer:
         if signalled:
             self._signal_saved = True
         # What failed behind is raised after this step is counted and saved: a recipe may catch it and go on.
-        if self._schedule.due(before, self._progress, "step") or first or signalled:
+        due = self._schedule.due(before, self._progress, "step") or first
+        if signalled:
             self._save()
+        elif due:
+            self._save_or_hold()
         else:
             self._background.check()
+        self._watch.look(self._progress)
         if signalled:
             self._background.wait()
             log.warning("saved step %d; end the loop where checkpointer.should_stop says so", self._progress.step)
@@ -337,10 +380,13 @@ class Checkpointer:
         before = self._progress
         self._progress = replace(before, evals=before.evals + 1)
         changed = self._reported.add(found)
+        self._watch.reported(self._progress.step, metrics)
+        due = self._schedule.due(before, self._progress, "eval") | self._is_new_best(found)
         if self._saved_step == self._progress.step:
             self._amend()
-        elif self._schedule.due(before, self._progress, "eval"):
-            self._save()
+            self._held |= self._holding and self._signal_saved  # what the evaluation drew is to be saved as well
+        elif due:
+            self._save_or_hold()
         self._say_of_report(wrong, changed)
         self._background.check()
 
@@ -352,8 +398,26 @@ class Checkpointer:
         assert self._parts is not None
         self._parts.end_epoch()
         if self._schedule.due(before, self._progress, "epoch") and self._saved_step != self._progress.step:
-            self._save()
+            self._save_or_hold()
+        self._watch.look(self._progress)
         self._background.check()
+
+    def epochs(self, count: int | None = None) -> Iterator[int]:
+        """The numbers of the epochs that are left of ``count``, from 0 on; without ``count`` they have no end.
+
+            for epoch in checkpointer.epochs(3):
+                for batch in loader:
+                    ...
+
+        A resumed run goes on in the epoch that it was in. An epoch ends, and is counted, where the body of the loop
+        does; not where the loop is left by ``break`` or ``return``, nor where ``should_stop`` says that a signal came.
+        """
+        self._require("epochs()")
+        while (count is None or self._progress.epoch < count) and not self.should_stop:
+            epoch = self._progress.epoch
+            yield epoch
+            if not self.should_stop and self._progress.epoch == epoch:  # else the body has called end_epoch()
+                self.end_epoch()
 
     # Saving
 
@@ -362,6 +426,19 @@ class Checkpointer:
         self._require("save()")
         self._background.check()
         if self._saved_step != self._progress.step:
+            self._save()
+
+    def hold_saves(self) -> None:
+        """From now on, a save that is due waits for ``save_held``; one for a signal does not.
+
+        For trainers that evaluate after a step is counted and draw random numbers for it: what would be saved before
+        is not what the run goes on from.
+        """
+        self._holding = True
+
+    def save_held(self) -> None:
+        """Save the step now if a save was due since the last one."""
+        if self._held:
             self._save()
 
     def create_seed_checkpoint(self, model: Model) -> Path:
@@ -396,6 +473,11 @@ class Checkpointer:
         """The best complete checkpoint by the metric of ``best=``, None where none has it."""
         return self._directory.best
 
+    @property
+    def best_metric(self) -> retention.Best | None:
+        """What ``best=`` asks for: the metric, and "min" or "max"."""
+        return self._policy.best
+
     def close(self) -> None:
         """Save the last step if it is not saved yet, wait until it is complete, and let go of everything.
 
@@ -403,21 +485,17 @@ class Checkpointer:
         """
         if self._closed:
             return
-        failed: BaseException | None = None
         try:
-            try:
-                self._background.wait()
-            except Exception as error:  # told at the end: the last step is to be saved all the same
-                failed = error
-            trained = self._parts is not None and self._progress.step > (self._started_from or 0)
-            settings = self._last_settings()
-            if trained and self._save_last and (self._saved_step != self._progress.step or settings != self._settings):
-                self._save(settings)
-            self._background.wait()
-            if failed is not None:
-                raise failed
+            self._finish()
         finally:
             self._release()
+
+    def end_run(self) -> None:
+        """End a run as ``close`` does, but so that ``resume`` or ``register`` can begin another one."""
+        try:
+            self._finish()
+        finally:
+            self._let_go()
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -436,6 +514,21 @@ class Checkpointer:
 
     # Inside
 
+    def _finish(self) -> None:
+        """What a run that comes to its end has to do: save the last step, and say what it was asked for in vain."""
+        failed = self._background.settle()  # told at the end: the last step is to be saved all the same
+        trained = self._parts is not None and self._progress.step > (self._started_from or 0)
+        settings = self._last_settings()
+        if trained and self._save_last and (self._saved_step != self._progress.step or settings != self._settings):
+            self._save(settings)
+        else:
+            self.save_held()
+        if trained and not self.should_stop:
+            self._watch.end(self._progress)
+        self._background.wait()
+        if failed is not None:
+            raise failed
+
     def _begin(
         self, model: Model, optimizer: Any, lr_scheduler: Any, grad_scaler: Any, dataloader: Any, extra: Any
     ) -> None:
@@ -448,7 +541,8 @@ class Checkpointer:
         self._directory.open(self._source)
         if self._signals is not None:
             self._signals.install()
-        self._signal_saved = False
+        self._signal_saved = self._held = False
+        self._saved_step = None
         self._parts = parts.make(
             model=model,
             optimizer=optimizer,
@@ -469,6 +563,28 @@ class Checkpointer:
             self._parts.capture()  # what cannot be saved is told now, not at the first save
         self._clock = time.monotonic()
 
+    def _begin_watch(self, there: Sequence[Saved]) -> None:
+        """What is there already counts for what is the best so far, and for what ever took effect."""
+        found = retention.best(there, self._policy)
+        self._best_value = found.metrics[self._policy.best[0]] if found and self._policy.best else None
+        self._watch.begin(self._progress, [saved.metrics for saved in there])
+
+    def _is_new_best(self, metrics: Mapping[str, float]) -> bool:
+        """Whether these metrics are to be saved for being the best so far (``save_best``)."""
+        if not self._save_best or self._policy.best is None or self._policy.best[0] not in metrics:
+            return False
+        value, sign = metrics[self._policy.best[0]], 1 if self._policy.best[1] == "min" else -1
+        if self._best_value is not None and sign * value >= sign * self._best_value:
+            return False
+        self._best_value = value
+        return True
+
+    def _save_or_hold(self) -> None:
+        if self._holding:
+            self._held = True
+        else:
+            self._save()
+
     def _last_settings(self) -> Settings:
         if self._final is None:
             return self._settings
@@ -478,7 +594,8 @@ class Checkpointer:
     def _save(self, settings: Settings | None = None) -> None:
         """Take everything as it is now, and write it: behind the training, or before this returns."""
         assert self._parts is not None
-        settings = settings or self._settings
+        settings, self._held = settings or self._settings, False
+        self._watch.saved(self._progress.step)
         if self._background.busy:
             log.info("step %d waits for the save before it", self._progress.step)
         failed = self._background.settle()
@@ -555,12 +672,17 @@ class Checkpointer:
         self._closed = True
         with contextlib.ExitStack() as stack:
             stack.callback(self._source.close)
+            stack.callback(self._let_go)
+
+    def _let_go(self) -> None:
+        tracked, self._parts = self._parts, None
+        with contextlib.ExitStack() as stack:
             if self._run is not None:
                 stack.callback(self._run.close)
             if self._signals is not None:
                 stack.callback(self._signals.restore)
-            if self._parts is not None:
-                stack.callback(self._parts.untrack)
+            if tracked is not None:
+                stack.callback(tracked.untrack)
             stack.callback(self._buffers.clear)
             stack.callback(self._background.close)
 

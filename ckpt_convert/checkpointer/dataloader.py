@@ -12,13 +12,14 @@ training loop draws from, too, and random changes to the one batch that accelera
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from ckpt_convert.checkpointer import rng
 from ckpt_convert.checkpointer.counting import Counted, Place, counting_class, set_class
@@ -130,6 +131,20 @@ class Tracked:
                 "read again and dropped; torchdata's StatefulDataLoader would go there directly",
                 *(self.name, state["position"]),
             )
+
+    @property
+    def epoch_is_over(self) -> bool:
+        """Whether the state that was loaded is that after the last batch of an epoch, by the loader's length.
+
+        Of an iterable dataset, the length is a guess.
+        """
+        if self._pending is None or self._pending["position"] is None:
+            return False
+        if isinstance(self.loader.dataset, IterableDataset):
+            return False
+        with contextlib.suppress(TypeError):  # a sampler without a length
+            return bool(self._pending["position"] == len(self.loader))
+        return False
 
     def end_epoch(self) -> None:
         """Say that this epoch is over: the next iterator starts another one, read to its end or not."""

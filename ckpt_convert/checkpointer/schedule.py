@@ -6,6 +6,7 @@ tokens, and a test for ``count % interval == 0`` would then miss most saves.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,12 +16,11 @@ from ckpt_convert.checkpointer.progress import Progress
 from ckpt_convert.errors import UsageError
 
 Event: TypeAlias = Literal["step", "eval", "epoch"]
-Decides: TypeAlias = Callable[[Progress], bool]
 
 _EXAMPLES = (
     '500 or "500 steps", "1 epoch", "1 eval", "2_000_000 tokens", "10_000 samples", "90 s", "30 min", "2 hours", '
-    'Composer\'s "500ba", "1ep", "1000tok", "64sp", "900sec", a function of the progress that returns a bool, '
-    "a list of these, or None for no schedule"
+    'Composer\'s "500ba", "1ep", "1000tok", "64sp", "900sec", a function of (progress) or (progress, event) '
+    "that returns a bool, a list of these, or None for no schedule"
 )
 
 
@@ -66,12 +66,13 @@ class Every:
 
 @dataclass(frozen=True, slots=True)
 class When:
-    """A function that decides after each step."""
+    """A function that decides after each step, each evaluation and each epoch; it may want to know which."""
 
-    decides: Decides
+    decides: Callable[..., bool]
+    takes_event: bool = False
 
     def due(self, before: Progress, now: Progress, on: Event) -> bool:
-        return on == "step" and bool(self.decides(now))
+        return bool(self.decides(now, on) if self.takes_event else self.decides(now))
 
     def describe(self) -> str:
         return f"when {getattr(self.decides, '__qualname__', type(self.decides).__qualname__)} says so"
@@ -86,9 +87,11 @@ class Schedule:
     def due(self, before: Progress, now: Progress, on: Event) -> bool:
         """Whether to save now: ``on`` is what just happened, ``before`` the progress before it.
 
-        Steps, tokens, samples, time and functions are looked at on a step, epochs on an epoch, evaluations on an eval.
+        Steps, tokens, samples and time are looked at on a step, epochs on an epoch, evaluations on an eval, and
+        functions on each of them.
         """
-        return any(rule.due(before, now, on) for rule in self.rules)
+        answers = [rule.due(before, now, on) for rule in self.rules]  # a function sees every event, needed or not
+        return any(answers)
 
     def describe(self) -> str:
         """The schedule in words, such as "every 500 steps or every 30 minutes"."""
@@ -98,8 +101,9 @@ class Schedule:
 def parse(every: Any, option: str = "save_every") -> Schedule:
     """The schedule that a recipe asks for; ``option`` is what it calls it.
 
-    Takes a number of optimizer steps, a text ("500 steps", "30 min", "500ba"), a function of the progress, a sequence
-    of these, or None. Raises UsageError for anything else.
+    Takes a number of optimizer steps, a text ("500 steps", "30 min", "500ba"), a function of the progress or of the
+    progress and the event ("step", "eval" or "epoch"), a sequence of these, or None. Raises UsageError for anything
+    else, also for a function that cannot be called so.
     """
     return every if isinstance(every, Schedule) else Schedule(tuple(_rules(every, option)))
 
@@ -118,10 +122,37 @@ def _rules(every: Any, option: str) -> Iterator[Every | When]:
             raise UsageError(f"{option}={every!r}: is empty; give None to save never on schedule")
         for one in every:
             yield from _rules(one, option)
-    elif callable(every):
-        yield When(every)
+    elif callable(every) and not isinstance(every, type):
+        yield When(every, _takes_event(every, option))
     else:
         raise _unknown(every, option)
+
+
+def _takes_event(decides: Callable[..., Any], option: str) -> bool:
+    """Whether a function wants the event beside the progress: by its second parameter, unless that has a default."""
+    name = getattr(decides, "__qualname__", type(decides).__qualname__)
+    if inspect.iscoroutinefunction(decides):
+        raise UsageError(f"{option}: {name} is a coroutine function, whose result is always true; give a plain one")
+    try:
+        signature = inspect.signature(decides)
+    except (TypeError, ValueError):  # some built-in ones do not tell
+        return False
+    names = [*signature.parameters]
+    takes_one, takes_two = (_accepts(signature, count) for count in (1, 2))
+    if not takes_one and not takes_two:
+        raise UsageError(
+            f"{option}: {name}{signature} is called with the progress alone, or with the progress and the event "
+            '("step", "eval" or "epoch"); give a function of one or two parameters'
+        )
+    return takes_two and (not takes_one or names[1:2] == ["event"])
+
+
+def _accepts(signature: inspect.Signature, count: int) -> bool:
+    try:
+        signature.bind(*[None] * count)
+    except TypeError:
+        return False
+    return True
 
 
 def _text(text: str, option: str) -> Every:

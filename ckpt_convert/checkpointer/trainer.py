@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import json
+import logging
 import math
+from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
+from transformers.trainer_utils import SaveStrategy, has_length
 
 from ckpt_convert.checkpointer import rng
 from ckpt_convert.checkpointer.checkpointer import Checkpointer
-from ckpt_convert.errors import CheckpointNotFoundError
+from ckpt_convert.errors import CheckpointNotFoundError, UsageError
+
+log = logging.getLogger("ckpt_convert")
 
 _STATE = "trainer_state.json"
 """Trainer's own file: with it, ``train(resume_from_checkpoint=...)`` takes a step's directory for one of its own."""
@@ -21,67 +29,142 @@ class CheckpointerCallback(TrainerCallback):
     """Saves through a checkpointer with model_format="hf"; switch Trainer's own saving off (save_strategy="no").
 
     Resume with ``trainer.train(resume_from_checkpoint=callback.newest())``: Trainer goes to the place in the data, and
-    the callback puts back weights, optimizer, scheduler and random numbers. Evaluations are reported under Trainer's
-    names ("eval_loss"). The checkpointer is closed, and the last step saved, when training ends.
+    the callback puts back weights, optimizer, scheduler, gradient scaler and random numbers. A step is saved once all
+    of it is over, an evaluation included. Evaluations are reported under Trainer's names ("eval_loss"), those outside
+    of training are of no step and left alone. When training ends, the last step is saved, and with
+    ``load_best_model_at_end`` the best one loaded; ``train`` may be called again, and counts on.
     """
 
     def __init__(self, checkpointer: Checkpointer) -> None:
         self.checkpointer = checkpointer
+        self._newest: Path | None = None
         self._random: Any = None
         self._within_epoch = False
         self._tokens = 0
+        self._training = False
+        self._sequence_before: int | None = None
+        self._save_strategy: Any = None
 
     def newest(self) -> str | None:
         """The directory of the newest checkpoint that is sound, None for a fresh start."""
         found = self.checkpointer.newest()
+        self._newest = found.path if found is not None else None
         return str(found.path) if found is not None else None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         parts: dict[str, Any] = {name: kwargs.get(name) for name in ("model", "optimizer", "lr_scheduler")}
+        # accelerate hands its gradient scaler to the optimizers that it wraps; there is no other way to it from here.
+        parts["grad_scaler"] = getattr(parts["optimizer"], "scaler", None)
+        self._take_over_saving(args)
+        if args.include_num_input_tokens_seen in ("no", False) and _reads_tokens(parts["model"]):
+            args.include_num_input_tokens_seen = "all"
         self._tokens = int(state.num_input_tokens_seen)
         self.checkpointer.add_files(lambda: {_STATE: _rendered(state)})
+        self.checkpointer.hold_saves()
+        again, self._training = self._training, True
+        if self._sequence_before is None:
+            self._sequence_before = self._last_sequence()
         if state.global_step == 0:
+            self._start(parts, state.train_batch_size if again and args.auto_find_batch_size else None)
+        else:
+            self._resume(parts, state.global_step)
+            # Trainer draws random numbers while it goes to its place in the data: they are put back after that.
+            self._random = rng.capture()
+            batches: Any = kwargs.get("train_dataloader")
+            per_epoch = math.ceil(len(batches) / args.gradient_accumulation_steps) if has_length(batches) else 0
+            self._within_epoch = not per_epoch or state.global_step % per_epoch != 0
+
+    def _start(self, parts: Mapping[str, Any], smaller_batch: int | None) -> None:
+        """Begin at Trainer's step 0; where this callback has saved steps before, the count goes on after them."""
+        counted = self.checkpointer.progress
+        if self._last_sequence() == self._sequence_before:
             self.checkpointer.register(**parts)
             return
-        at = next((one for one in reversed(self.checkpointer.saved) if one.step == state.global_step), None)
+        if smaller_batch is not None:
+            log.warning(
+                "step %d ran out of memory: Trainer starts over with batches of %d (auto_find_batch_size), from its "
+                "step 0, but with the weights as they are now. What is saved stays, and steps are counted on from %d; "
+                "for a run from the beginning, set per_device_train_batch_size=%d and another output_dir",
+                *(counted.step + 1, smaller_batch, counted.step, smaller_batch),
+            )
+        else:
+            log.info("training again: steps are counted on from %d", counted.step)
+        self.checkpointer.register(**parts, progress=counted)
+
+    def _resume(self, parts: Mapping[str, Any], step: int) -> None:
+        there = [saved.path for saved in reversed(self.checkpointer.saved)]
+        if self._newest in there:  # of several with Trainer's step, that which Trainer was given
+            there.insert(0, self._newest)
+        at = next((path for path in there if _trainer_step(path) == step), None)
         if at is None:
             raise CheckpointNotFoundError(
-                f"{self.checkpointer.output_dir}: has no checkpoint of step {state.global_step}, which Trainer resumes "
-                "from; pass resume_from_checkpoint=callback.newest()"
+                f"{self.checkpointer.output_dir}: has no checkpoint of step {step}, which Trainer resumes from; pass "
+                "resume_from_checkpoint=callback.newest()"
             )
-        self.checkpointer.resume(**parts, from_=at.path, exclude=["dataloader*"])
-        # Trainer draws random numbers while it goes to its place in the data: they are put back after that.
-        self._random = rng.capture()
-        batches: Any = kwargs.get("train_dataloader")
-        per_epoch = math.ceil(len(batches) / args.gradient_accumulation_steps) if hasattr(batches, "__len__") else 0
-        self._within_epoch = not per_epoch or state.global_step % per_epoch != 0
+        self.checkpointer.resume(**parts, from_=at)
+
+    def _last_sequence(self) -> int:
+        self.checkpointer.wait()
+        return max((saved.sequence for saved in self.checkpointer.saved), default=0)
+
+    def _take_over_saving(self, args: Any) -> None:
+        """Make ``load_best_model_at_end`` the checkpointer's: Trainer insists on saving itself for it.
+
+        Raises UsageError where the two have not the same idea of what is best.
+        """
+        if not args.load_best_model_at_end:
+            return
+        metric = str(args.metric_for_best_model)
+        wanted = metric if metric.startswith("eval_") else f"eval_{metric}", "max" if args.greater_is_better else "min"
+        if self.checkpointer.best_metric != wanted:
+            raise UsageError(
+                f"load_best_model_at_end=True: the best by {':'.join(wanted)} (metric_for_best_model, "
+                f'greater_is_better) is to be loaded; give the Checkpointer best="{":".join(wanted)}", and '
+                "save_best=True to save wherever it is reached"
+            )
+        if args.save_strategy != SaveStrategy.NO:
+            self._save_strategy, args.save_strategy = args.save_strategy, SaveStrategy.NO
+            log.info("load_best_model_at_end: Trainer saves nothing itself, the checkpointer does")
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.checkpointer.save_held()
         if not self._within_epoch:
             self._put_back()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.checkpointer.save_held()
         self._put_back()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         seen = int(state.num_input_tokens_seen)
-        samples = args.train_batch_size * args.gradient_accumulation_steps
+        samples = (state.train_batch_size or args.train_batch_size) * args.gradient_accumulation_steps
         self.checkpointer.step(tokens=seen - self._tokens, samples=samples)
         self._tokens = seen
         if self.checkpointer.should_stop:
             control.should_training_stop = True
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        if not self._training or state.global_step == 0:
+            return
+        best = (self.checkpointer.best_metric or ("", ""))[0]
         numbers = {
-            name: value for name, value in (metrics or {}).items() if type(value) in (int, float) and name != "epoch"
+            name: value
+            for name, value in (metrics or {}).items()
+            if type(value) in (int, float) and name != "epoch" and (math.isfinite(value) or name == best)
         }
         self.checkpointer.report(**numbers)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.checkpointer.end_epoch()
+        if not control.should_training_stop or float(state.epoch or 0).is_integer():  # else it was left, not ended
+            self.checkpointer.end_epoch()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.checkpointer.close()
+        self._training = False
+        self.checkpointer.end_run()
+        if args.load_best_model_at_end and self.checkpointer.load_best(kwargs["model"]) is None:
+            log.warning("load_best_model_at_end: no checkpoint has the metric, so the model is that of the last step")
+        if self._save_strategy is not None:
+            args.save_strategy, self._save_strategy = self._save_strategy, None
 
     def _put_back(self) -> None:
         if self._random is not None:
@@ -91,3 +174,17 @@ class CheckpointerCallback(TrainerCallback):
 
 def _rendered(state: Any) -> bytes:
     return (json.dumps(asdict(state), indent=2, sort_keys=True) + "\n").encode()
+
+
+def _trainer_step(path: Path) -> int | None:
+    """The step that Trainer was at when it was saved; it is not the checkpointer's where ``train`` was called again."""
+    with contextlib.suppress(OSError, ValueError):
+        state = json.loads((path / _STATE).read_bytes())
+        return state.get("global_step") if isinstance(state, dict) else None
+    return None
+
+
+def _reads_tokens(model: Any) -> bool:
+    """Whether Trainer can count what a model reads; of others it would complain at every batch."""
+    name = getattr(model, "main_input_name", "input_ids")
+    return name == "input_ids" and name in inspect.signature(model.forward).parameters

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import replace
 from typing import Any
@@ -109,12 +110,50 @@ def test_a_function_sees_the_progress_after_each_step() -> None:
     assert seen == [now, Progress(step=8)]
 
 
-@pytest.mark.parametrize("event", ["eval", "epoch"])
-def test_a_function_is_not_asked_on_other_events(event: Any) -> None:
-    def never_asked(progress: Progress) -> bool:
-        raise AssertionError
+@pytest.mark.parametrize("event", ["step", "eval", "epoch"])
+def test_a_function_is_asked_on_every_event(event: Any) -> None:
+    now, seen = Progress(step=1), []
 
-    assert not parse(never_asked).due(Progress(), Progress(step=1), event)
+    def decides(progress: Progress, on: Event) -> bool:
+        seen.append((progress, on))
+        return on == "epoch"
+
+    # It is asked where another rule suffices, too: it may count.
+    schedules = parse(decides), parse([lambda progress: True, decides])
+    assert [schedule.due(Progress(), now, event) for schedule in schedules] == [event == "epoch", True]
+    assert seen == [(now, event)] * 2
+
+
+class _Rule:
+    def __call__(self, progress: Progress, event: Event) -> bool:
+        return event == "eval"
+
+
+@pytest.mark.parametrize(
+    ("decides", "expected"),
+    [
+        (lambda progress: True, [True, True]),
+        (lambda progress, threshold=3: threshold == 3, [True, True]),
+        (lambda progress, event: event == "eval", [False, True]),
+        (lambda progress, event="step": event == "eval", [False, True]),
+        (lambda *args: len(args) == 1, [True, True]),
+        (_Rule(), [False, True]),
+        (functools.partial(lambda limit, progress: limit == 4, 4), [True, True]),
+    ],
+)
+def test_a_function_may_want_the_event(decides: Any, expected: list[bool]) -> None:
+    events: list[Any] = ["step", "eval"]
+    assert [parse(decides).due(Progress(), Progress(step=1), event) for event in events] == expected
+
+
+async def _waits(progress: Progress) -> bool:
+    return False
+
+
+@pytest.mark.parametrize("decides", [lambda: True, lambda a, b, c: True, lambda progress, *, key: True, _Rule, _waits])
+def test_a_function_that_cannot_be_asked_is_refused(decides: Any) -> None:
+    with pytest.raises(UsageError, match="save_every"):
+        parse(decides)
 
 
 def test_of_a_list_one_suffices() -> None:
