@@ -80,26 +80,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(words: list[str], debug: bool) -> int:
+    from ckpt_convert.cli.text import Printed, silence, stopping_nothing
+
+    printed, stdout = Printed(), sys.stdout  # where a pipe breaks, click puts something else in its place
     try:
-        result: Any = cli.main(words, prog_name="ckpt-convert", standalone_mode=False)
-        sys.stdout.flush()
-        return result if isinstance(result, int) else 0
+        result: Any = cli.main(words, prog_name="ckpt-convert", standalone_mode=False, obj=printed)
+        # A verdict stands whatever became of its report; a command that only prints has done nothing without that.
+        return result if isinstance(result, int) else int(printed.lost)
     except click.exceptions.Abort:
         return _interrupted()
     except KeyboardInterrupt:
         return _interrupted()
     except click.ClickException as error:
-        error.show()
+        with stopping_nothing(err=True):
+            error.show()
         return 2
-    except (BrokenPipeError, SystemExit):
-        # The reader (head, less) has enough; nothing more is to be said, also not at exit. Click exits at once where it
-        # notices that, and never otherwise when it is not in standalone mode.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except SystemExit:
+        # Click ends so where a pipe breaks. Commands notice that of their own output by themselves, so it is that of
+        # --help, whose reader (head, less) has enough, or a fault.
+        try:
+            print(file=stdout, flush=True)
+        except OSError:
+            silence(stdout)
+            return 0
+        return _failed(RuntimeError("a pipe broke that is none of the output's; try --workers 1"), 1, debug)
     except CkptConvertError as error:
         return _failed(error, error.exit_code, debug)
     except OSError as error:
-        return _failed(error, 1, debug)
+        what = f"{error.filename or 'a file'}: the system refused: {error.strerror or error}"
+        return _failed(error if debug else RuntimeError(what), 1, debug)
     except Exception as error:
         if debug:
             raise

@@ -87,10 +87,10 @@ def _options(source: str | None, to: str | None) -> list[click.Option]:
 
 
 def _command(name: str, source: str | None, to: str | None) -> click.Command:
-    def run(**options: Any) -> None:
+    def run(**options: Any) -> int | None:
         options.setdefault("to", to)
         options.setdefault("from_format", source)
-        _convert(**options)
+        return _convert(**options)
 
     usage = "SRC is a path or a Hub id (org/name); DST is a directory."
     examples = [f"ckpt-convert {name} SRC DST --dry-run", f"ckpt-convert {name} SRC DST --verify"]
@@ -129,7 +129,7 @@ def _convert(
     overwrite: bool,
     workers: int | None,
     **options: Any,
-) -> None:
+) -> int | None:
     from ckpt_convert.convert import api
 
     with on_stderr(hidden=quiet):
@@ -139,7 +139,7 @@ def _convert(
 
             with api.plan(src, **options) as plan:
                 show_plan(plan, Path(dst), as_json=as_json, quiet=quiet, workers=workers or WORKERS)
-            return
+            return None
         with Bar(hidden=quiet) as bar:
             try:
                 report = api.convert(
@@ -157,6 +157,7 @@ def _convert(
                 _say_what_is_left(Path(dst))
                 raise
         _show(report, as_json=as_json, quiet=quiet)
+    return 0  # DST is complete, whatever became of the report
 
 
 def _say_what_is_left(dst: Path) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import click
 
-from ckpt_convert.cli.text import echo, escape, human_bytes
-from ckpt_convert.errors import UsageError
+from ckpt_convert.cli.text import echo, escape, human_bytes, stopping_nothing
+from ckpt_convert.errors import CkptConvertError, UsageError
 
 
 def check_page(destination: str, *, with_json: bool = False) -> None:
@@ -40,13 +40,17 @@ def write_page(destination: str, page: str) -> None:
     check_page(destination)
     data = page.encode("utf-8", "backslashreplace")
     if destination == "-":
-        click.echo(data, nl=False)  # as bytes: a page is UTF-8, whatever the terminal speaks
+        with stopping_nothing():
+            click.echo(data, nl=False)  # as bytes: a page is UTF-8, whatever the terminal speaks
         return
     path = Path(destination)
-    if path.exists() and not path.is_file():  # /dev/stdout, a pipe: there is nothing to rename onto
-        path.write_bytes(data)
-    else:
-        _replace(path.resolve(), data)  # a link is written through, not replaced
+    try:
+        if path.exists() and not path.is_file():  # /dev/stdout, a pipe: there is nothing to rename onto
+            path.write_bytes(data)
+        else:
+            _replace(path.resolve(), data)  # a link is written through, not replaced
+    except OSError as error:
+        raise CkptConvertError(f"--html {path}: cannot be written: {error.strerror}; give another place") from error
     echo(f"wrote {escape(str(path))} ({human_bytes(len(data))}); open it in a browser", err=True)
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import shutil
 import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple, TextIO
 
 import click
 
@@ -156,7 +159,41 @@ def echo(text: str, *, err: bool = False) -> None:
             if sign in text and sign.encode(encoding, "ignore") == b"":
                 text = text.replace(sign, plain)
         text = text.encode(encoding, "backslashreplace").decode(encoding)
-    click.echo(text, err=err, color=False if _is_plain() else None)
+    with stopping_nothing(err=err):
+        click.echo(text, err=err, color=False if _is_plain() else None)
+
+
+@dataclass
+class Printed:
+    """What became of the output of a command: ``lost`` says that some of it could not be written."""
+
+    lost: bool = False
+
+
+@contextlib.contextmanager
+def stopping_nothing(*, err: bool = False) -> Iterator[None]:
+    """Print something; where that fails, nothing more is printed there, and what a command does and returns stands.
+
+    A reader that has gone (head, less) had enough; anything else is an output that is lost, which is said.
+    """
+    try:
+        yield
+    except OSError as error:
+        silence(sys.stderr if err else sys.stdout)
+        context = click.get_current_context(silent=True)
+        printed = context.find_object(Printed) if context is not None else None
+        if err or error.errno == errno.EPIPE:
+            return
+        if printed is not None:
+            printed.lost = True
+        what = f"standard output: cannot be written: {error.strerror}; what was to be printed is lost"
+        echo(f"{click.style('error:', fg='red', bold=True)} {what}", err=True)
+
+
+def silence(stream: TextIO) -> None:
+    """Let nothing that is still to be written to a stream fail any more, also not at exit."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def columns(
