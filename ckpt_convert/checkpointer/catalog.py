@@ -84,8 +84,8 @@ class Saved:
         return self.progress.step
 
 
-def _section(directory: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """The manifest and its part about training, where they say that this was completed under ``name``.
+def _section(directory: Path, name: str | None) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """The manifest and its part about training, where they say that this was completed under ``name`` (None: any).
 
     Raises ConfigError when the manifest cannot be read.
     """
@@ -93,7 +93,9 @@ def _section(directory: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]
         return None
     manifest = load_json(directory / MANIFEST)
     training = manifest.get("training")
-    return (manifest, training) if isinstance(training, dict) and training.get("directory") == name else None
+    if not isinstance(training, dict) or name not in (None, training.get("directory")):
+        return None
+    return manifest, training
 
 
 def _is_complete(directory: Path, name: str) -> bool:
@@ -115,13 +117,14 @@ def is_damaged(directory: Path) -> bool:
     return not (directory / MANIFEST).is_file()
 
 
-def read(path: Path, saver: str = "default") -> Saved | None:
+def read(path: Path, saver: str = "default", *, renamed: bool = False) -> Saved | None:
     """The checkpoint in a directory; None if there is no complete one, or if another saver wrote it.
 
-    Damage is warned of. Raises ConfigError for one that a newer version wrote.
+    ``renamed`` takes one that was copied or moved to another name, too. Damage is warned of. Raises ConfigError for one
+    that a newer version wrote.
     """
     try:
-        found = _section(path, path.name)
+        found = _section(path, None if renamed else path.name)
     except ConfigError as error:
         log.warning("%s is no complete checkpoint: %s", path, error)
         return None

@@ -17,7 +17,8 @@ from ckpt_convert.checkpointer import catalog, loading, parts, resuming, retenti
 from ckpt_convert.checkpointer.background import Background
 from ckpt_convert.checkpointer.buffers import Buffers
 from ckpt_convert.checkpointer.catalog import Saved
-from ckpt_convert.checkpointer.emitting import MODEL, Contents, Emitter, Settings
+from ckpt_convert.checkpointer.choice import PROGRESS, Choice
+from ckpt_convert.checkpointer.emitting import Contents, Emitter, Settings
 from ckpt_convert.checkpointer.live import Model, tensors_of
 from ckpt_convert.checkpointer.metrics import Reported, numbers
 from ckpt_convert.checkpointer.names import Template
@@ -212,9 +213,8 @@ class Checkpointer:
             found,
             parts.Parts(model),
             self._emitter,
-            wanted=lambda name: name.partition("/")[0] == MODEL,
+            wanted=Choice(weights_only=True),
             strict=True,
-            weights_only=True,
             workers=self.workers,
             progress=self._report_loading,
             base_loaded=True,
@@ -248,45 +248,52 @@ class Checkpointer:
         """Go on from the newest complete checkpoint; returns its progress, or None for a fresh start.
 
         What is given here is also what is saved from now on. from_: "latest", "best", a step, or the path of a
-        checkpoint or of a directory of them. include, exclude: globs of what to load: "model/*", "optimizer", "rng", …;
+        checkpoint, whatever its name, or of a directory of them. include, exclude: globs of what to load: "model/*",
+        "optimizer", "rng", …; to exclude "progress" is to count from 0, in an output_dir that holds no steps yet.
         strict: missing and unexpected entries are an error, listed as one report (else a warning). weights_only: the
-        model only. verify: compare checksums, not only names and sizes, before anything is loaded.
+        model only, and the progress. verify: compare checksums, not only names and sizes, before anything is loaded.
 
         A newest checkpoint that is damaged is passed over, with a warning, for the one before it; one that was asked
-        for is a CorruptFileError. Nothing is loaded where the report is an error.
+        for is a CorruptFileError. Nothing is loaded where the report is an error. Raises UsageError for a glob that
+        matches nothing.
         """
+        wanted = Choice.of(include, exclude, weights_only)
+        self._refuse_restart(wanted)
         self._begin(model, optimizer, lr_scheduler, grad_scaler, dataloader, extra)
         assert self._parts is not None
         saved = resuming.choose(self.output_dir, from_, self._directory.policy, verify=verify, workers=self.workers)
         if saved is None:
+            wanted.check([*self._parts.entries(), *self._emitter.names(model)])
             log.info("%s: holds no checkpoint: fresh start", self.output_dir)
             self._plan_ahead()
             self._begin_watch([])
             return None
-        wanted = parts.chooser(include, exclude)
         resuming.load(
             saved,
             self._parts,
             self._emitter,
-            wanted=(lambda name: name.partition("/")[0] == MODEL and wanted(name)) if weights_only else wanted,
+            wanted=wanted,
             strict=strict,
-            weights_only=weights_only,
             workers=self.workers,
             progress=self._report_loading,
             base_loaded=self._loaded,
         )
-        self._progress = saved.progress
+        self._progress, self._reported = Progress(), Reported()
+        if wanted.progress:
+            self._progress, self._reported = saved.progress, Reported(saved.progress.evals, saved.metrics)
+            if any(one.path.resolve() == saved.path.resolve() for one in self.saved):
+                self._saved_step, self._saved_at = saved.step, saved.path
+        self._started_from = self._progress.step
         if self._parts.epoch_is_over:  # its last batch was saved, but a kill came before its end was counted
             self._parts.end_epoch()
-            self._progress = replace(saved.progress, epoch=saved.progress.epoch + 1)
-        self._started_from = saved.step
-        self._reported = Reported(saved.progress.evals, saved.metrics)
-        if saved.path.parent.resolve() == self.output_dir.resolve():
-            self._saved_step, self._saved_at = saved.step, saved.path
+            if wanted.progress:
+                self._progress = replace(self._progress, epoch=self._progress.epoch + 1)
         self._plan_ahead()
-        self._directory.go_on_from(saved)
+        if wanted.progress:
+            self._directory.go_on_from(saved)
         self._begin_watch(self.saved)
-        log.info("resumed from %s (step %d)", saved.path, saved.step)
+        offer = f"; exclude=[{PROGRESS!r}] counts from 0" if weights_only and wanted.progress else ""
+        log.info("resumed from %s, at step %d%s", saved.path, self._progress.step, offer)
         return self._progress
 
     def register(
@@ -528,6 +535,19 @@ class Checkpointer:
         self._background.wait()
         if failed is not None:
             raise failed
+
+    def _refuse_restart(self, wanted: Choice) -> None:
+        """Raise UsageError for the option of a fresh start, OutputExistsError for one over steps that are there."""
+        if self._overwrite:
+            raise UsageError(
+                "overwrite=True is for register(), which starts anew where checkpoints are; resume() goes on "
+                "from them: leave it out"
+            )
+        if not wanted.progress and (there := self.saved):
+            raise OutputExistsError(
+                f"{self.output_dir}: holds {len(there)} checkpoints, up to step {there[-1].step}, which a run that "
+                f"counts from 0 (exclude={PROGRESS!r}) would replace; choose another output_dir, or go on without it"
+            )
 
     def _begin(
         self, model: Model, optimizer: Any, lr_scheduler: Any, grad_scaler: Any, dataloader: Any, extra: Any

@@ -17,6 +17,7 @@ from ckpt_convert.checkpointer.adapter_config import AdapterConfig
 from ckpt_convert.checkpointer.adapter_modules import Modules
 from ckpt_convert.checkpointer.adapters import Adapter, Split, split
 from ckpt_convert.checkpointer.buffers import Buffers
+from ckpt_convert.checkpointer.choice import ADAPTER, MODEL
 from ckpt_convert.checkpointer.live import WHERE, Model, as_live, bind, plain_key, same_memory, signature, tensors_of
 from ckpt_convert.checkpointer.merge import MergedReader, merges
 from ckpt_convert.checkpointer.pack import Packed, pack
@@ -38,9 +39,6 @@ log = logging.getLogger("ckpt_convert")
 
 Contents = Literal["full", "weights", "adapter"]
 CONTENTS = ("full", "weights", "adapter")
-
-MODEL = "model"
-"""The part of the training state that holds the tensors whose files have another dtype."""
 
 Tensors = Mapping[str, torch.Tensor]
 Section = Callable[[], Mapping[str, Any]]
@@ -82,6 +80,12 @@ class Emitter:
         """The modules of the model, which adapters belong to."""
         model = self.source.model
         return Modules(model.family, self.settings.model_format, model.dims)
+
+    def names(self, model: Model) -> list[str]:
+        """What of a model can be loaded or left out: each tensor by its key, or the adapter, which is loaded whole."""
+        if self.adapter is not None:
+            return [ADAPTER]
+        return [f"{MODEL}/{key}" for key in self.split(tensors_of(model)).base]
 
     def split(self, tensors: Tensors, *, strict: bool = True) -> Split:
         """A model's tensors, those of an adapter apart; ``strict`` is whether it has to be as the config says."""

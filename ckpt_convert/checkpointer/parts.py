@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
 
 from ckpt_convert.checkpointer import optimizers, rng, stateful
@@ -98,19 +97,6 @@ def make(*, model: Model, optimizer: Any, lr_scheduler: Any, grad_scaler: Any, d
         loaders = {"dataloader": dataloader}
     tracked = {name: track(one) for name, one in loaders.items()}
     return Parts(model, optimizer, lr_scheduler, grad_scaler, tracked, extra)
-
-
-def chooser(include: Sequence[str] | None, exclude: Sequence[str] | None) -> Callable[[str], bool]:
-    """Whether a name is to be loaded: a glob stands for the name, or for a part of its path from the left."""
-
-    def matches(name: str, globs: Sequence[str]) -> bool:
-        heads = ["/".join(name.split("/")[:end]) for end in range(1, name.count("/") + 2)]
-        return any(fnmatchcase(head, glob) for glob in globs for head in heads)
-
-    def wanted(name: str) -> bool:
-        return (include is None or matches(name, include)) and not (exclude and matches(name, exclude))
-
-    return wanted
 
 
 def _optimizer(optimizer: Any, names: Mapping[int, str]) -> Entry:

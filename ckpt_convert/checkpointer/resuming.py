@@ -8,9 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ckpt_convert.checkpointer import catalog, loading, retention, training_state
+from ckpt_convert.checkpointer import catalog, loading, pointer, retention, training_state
 from ckpt_convert.checkpointer.catalog import Saved
-from ckpt_convert.checkpointer.emitting import MODEL, Emitter
+from ckpt_convert.checkpointer.choice import ADAPTER, MODEL, Choice
+from ckpt_convert.checkpointer.emitting import Emitter
 from ckpt_convert.checkpointer.live import tensors_of
 from ckpt_convert.checkpointer.pack import part
 from ckpt_convert.checkpointer.parts import Parts
@@ -54,9 +55,11 @@ def choose(output_dir: Path, from_: Any, policy: retention.Policy, *, verify: bo
             steps = ", ".join(str(saved.step) for saved in there) or "none"
             raise CheckpointNotFoundError(f"{output_dir}: has no complete checkpoint of step {from_}; it has: {steps}")
     elif isinstance(from_, (str, Path)):
-        found = catalog.read(Path(from_).resolve())
+        place = Path(from_).expanduser()
+        place = pointer.pointed(place.parent, place.name) or place
+        found = catalog.read(place.resolve(), renamed=True)
         if found is None:
-            found = newest(Path(from_), verify=verify, workers=workers)
+            found = newest(place, verify=verify, workers=workers)
         if found is None:
             raise CheckpointNotFoundError(
                 f"{from_}: is no complete checkpoint of a checkpointer, nor a directory of them; to start from weights "
@@ -107,42 +110,73 @@ def load(
     parts: Parts,
     emitter: Emitter,
     *,
-    wanted: Callable[[str], bool],
+    wanted: Choice,
     strict: bool,
-    weights_only: bool,
     workers: int,
     progress: ProgressCallback | None,
     base_loaded: bool,
 ) -> None:
     """Put back everything that is wanted; raises KeyMismatchError, before anything is loaded, for what does not fit.
 
-    ``base_loaded`` says that the base weights of an adapter are in the model already.
+    ``base_loaded`` says that the base weights of an adapter are in the model already. Raises UsageError for a choice
+    that names nothing.
     """
     state = training_state.open_state(saved.path / TRAINING_STATE) if saved.has_training_state else None
     names = [name for name in (state.parts or () if state is not None else ()) if name != MODEL and wanted(name)]
     trees = state.read(names) if state is not None else {}
-    problems = []
-    if state is not None and not weights_only:
-        problems = parts.compare(trees, wanted)
-    elif state is None and not weights_only:
-        log.warning("%s has no training state: only its weights and its progress are taken", saved.path)
+    if state is None:
+        _say_what_starts_anew(saved, [name for name in parts.entries() if wanted(name)], strict)
+    problems = parts.compare(trees, wanted) if state is not None else []
     with contextlib.ExitStack() as stack:
         load_weights: Callable[[], str]
         if emitter.adapter is not None:
+            keys = [ADAPTER]
             found, load_weights = _adapter(saved, parts, emitter, workers, progress, base_loaded)
         else:
-            found, load_weights = _weights(saved, parts, emitter, state, wanted, workers, progress, stack)
+            keys, found, load_weights = _weights(saved, parts, emitter, state, wanted, workers, progress, stack)
+        wanted.check([*parts.entries(), *(state.parts or () if state is not None else ()), *keys])
         problems = [*found, *problems]
         if problems and strict:
             raise KeyMismatchError(
                 f"{saved.path}: does not fit what it is loaded into (strict=False loads what does, exclude= leaves "
                 f"parts out):{listing(problems)}"
             )
-        said = load_weights() if emitter.adapter is None or wanted(MODEL) else "nothing of the model"
-    problems += parts.restore(trees, wanted) if not weights_only else []
+        said = load_weights() if emitter.adapter is None or wanted(ADAPTER) else "nothing of the model"
+    problems += parts.restore(trees, wanted)
     if problems:
         log.warning("%s: what did not fit was left as it was:%s", saved.path, listing(problems))
     log.info("loaded %s", said)
+
+
+def _say_what_starts_anew(saved: Saved, names: list[str], strict: bool) -> None:
+    """Say which parts a checkpoint without training state has nothing for.
+
+    Raises KeyMismatchError where it had one: the run would go on, and not be the run that it was. A seed is a start.
+    """
+    if not names or saved.step == 0:
+        return
+    there = [one for one in catalog.scan(saved.path.parent) if one.has_training_state]
+    hint = f", and from_={there[-1].step} is a step with a training state" if there else ""
+    if saved.contents == "full":
+        text = (
+            f"{saved.path}: its training state was removed to save space, so {', '.join(names)} cannot go on; "
+            "weights_only=True takes the weights and starts the rest anew, exclude= leaves out what is to start anew"
+            f"{hint}"
+        )
+        if strict:
+            raise KeyMismatchError(text)
+        log.warning("%s", text)
+        return
+    # Random numbers alone are what a saver beside another one, of weights only, never has.
+    log.log(
+        logging.WARNING if names != ["rng"] else logging.INFO,
+        "%s: was saved with contents=%r, without a training state: %s start anew, with these weights at step %d%s",
+        saved.path,
+        saved.contents,
+        ", ".join(names),
+        saved.step,
+        hint,
+    )
 
 
 def _weights(
@@ -150,12 +184,12 @@ def _weights(
     parts: Parts,
     emitter: Emitter,
     state: training_state.Opened | None,
-    wanted: Callable[[str], bool],
+    wanted: Choice,
     workers: int,
     progress: ProgressCallback | None,
     stack: contextlib.ExitStack,
-) -> tuple[list[str], Callable[[], str]]:
-    """What of the weights does not fit, and how to load them: as they were in memory where that was kept."""
+) -> tuple[list[str], list[str], Callable[[], str]]:
+    """The names of the weights of both sides, what does not fit, and how to load: as they were in memory if kept."""
     tensors = emitter.split(tensors_of(parts.model)).base
     kept = {at for at in state.tensors if at.startswith(_PREFIX)} if state is not None else set()
     exact = {key: at for key in tensors if (at := f"{_PREFIX}{part(key)}") in kept}
@@ -184,7 +218,8 @@ def _weights(
         exactly = f"{len(taken)} tensors as they were in memory" if taken else ""
         return " and ".join(filter(None, (files.describe() if files.tensors else "", exactly))) or "nothing"
 
-    return [line for line in fit.problems if wanted(_PREFIX + line.partition(":")[0])], load_them
+    names = [_PREFIX + key for key in (*tensors, *fit.unexpected)]
+    return names, [line for line in fit.problems if wanted(_PREFIX + line.partition(":")[0])], load_them
 
 
 def _adapter(

@@ -1,0 +1,71 @@
+"""What of a checkpoint is loaded: the globs of ``include`` and ``exclude``, each of which has to name something."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from ckpt_convert.errors import UsageError, listing
+
+MODEL, PROGRESS = "model", "progress"
+ADAPTER = f"{MODEL}/adapter"
+
+KNOWN = (MODEL, "optimizer", "lr_scheduler", "grad_scaler", "dataloader", "extra", "rng", PROGRESS)
+"""What a checkpoint may hold: to leave out one of these is no mistake where this one happens not to have it."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Whether something is to be loaded, by its name: a glob denotes the name, or a part of its path from the left."""
+
+    include: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] = ()
+    weights_only: bool = False
+
+    @classmethod
+    def of(cls, include: Sequence[str] | str | None, exclude: Sequence[str] | str | None, weights_only: bool) -> Choice:
+        """The choice that ``resume`` was asked for; one glob may be given as it is."""
+        given = [(one,) if isinstance(one, str) else one for one in (include, exclude)]
+        return cls(None if given[0] is None else tuple(given[0]), tuple(given[1] or ()), weights_only)
+
+    def __call__(self, name: str) -> bool:
+        if self.weights_only and _head(name) != MODEL:
+            return False
+        return (self.include is None or _matches(name, self.include)) and not _matches(name, self.exclude)
+
+    @property
+    def progress(self) -> bool:
+        """Whether the counters go on, which they do unless they are excluded by name."""
+        return not _matches(PROGRESS, self.exclude)
+
+    def check(self, names: Collection[str]) -> None:
+        """Raise UsageError for a glob that matches none of the names, and where nothing is left to load."""
+        everything = [*names, *(name for name in KNOWN if name not in names)]
+        for option, globs in (("include", self.include or ()), ("exclude", self.exclude)):
+            for glob in globs:
+                if not any(_matches(name, (glob,)) for name in everything):
+                    raise UsageError(f"{option}={glob!r}: matches nothing{_hint(glob, everything)}")
+        if not any(self(name) for name in (*names, PROGRESS)):
+            raise UsageError(
+                f"include={self.include}, exclude={self.exclude}, weights_only={self.weights_only}: leave nothing to "
+                "load; leave out one of them"
+            )
+
+
+def _head(name: str) -> str:
+    return name.partition("/")[0]
+
+
+def _matches(name: str, globs: Sequence[str]) -> bool:
+    heads = ["/".join(name.split("/")[:end]) for end in range(1, name.count("/") + 2)]
+    return any(fnmatchcase(head, glob) for glob in globs for head in heads)
+
+
+def _hint(glob: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(glob, names, 3, 0.6)
+    other = [name for name in names if _head(name) != MODEL]
+    keys = [name for name in names if name.startswith(f"{MODEL}/")]
+    shown = sorted({MODEL, *other}) + keys[:3] + ([f"{len(keys) - 3} more of {MODEL}/"] if len(keys) > 3 else [])
+    return (f" (did you mean {', '.join(near)}?)" if near else "") + f"; the names are:{listing(shown)}"
