@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ckpt_convert.checkpointer.adapter_config import AdapterConfig
     from ckpt_convert.checkpointer.checkpointer import Checkpointer, Final
+    from ckpt_convert.checkpointer.trainer import CheckpointerCallback as CheckpointerCallback
     from ckpt_convert.convert.api import Report, convert, plan
     from ckpt_convert.convert.blocks import Progress
     from ckpt_convert.convert.checkpoint import Checkpoint, open_checkpoint
@@ -46,6 +47,7 @@ _LAZY = {
     "Checkpoint": "ckpt_convert.convert.checkpoint",
     "AdapterConfig": "ckpt_convert.checkpointer.adapter_config",
     "Checkpointer": "ckpt_convert.checkpointer.checkpointer",
+    "CheckpointerCallback": "ckpt_convert.checkpointer.trainer",  # needs transformers, so not in __all__
     "Final": "ckpt_convert.checkpointer.checkpointer",
     "Progress": "ckpt_convert.convert.blocks",
     "Report": "ckpt_convert.convert.api",
