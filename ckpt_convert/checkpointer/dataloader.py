@@ -126,7 +126,7 @@ class Tracked:
         if state["own"] is not None:
             self.loader.load_state_dict(state["own"])
         elif state["position"] and not self._has_state:
-            log.warning(
+            log.info(
                 "%s: has no state of its own, so the %d batches that the checkpoint has seen of this epoch will be "
                 "read again and dropped; torchdata's StatefulDataLoader would go there directly",
                 *(self.name, state["position"]),

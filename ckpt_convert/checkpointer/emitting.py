@@ -147,7 +147,7 @@ class Emitter:
         )
 
     def prepare(self, model: Model, settings: Settings) -> list[str]:
-        """Plan a save of this model; returns what there is to say of every save.
+        """Plan a save of this model; returns what there is to warn of, for every save.
 
         Raises the error that says everything in which they do not fit the source, or what is asked for.
         """
@@ -168,7 +168,11 @@ class Emitter:
             f"{count} {here} tensors of the model are written as {there}; {kept} them exact"
             for (here, there), count in casts.items()
         ]
-        return [*made.notices, *said]
+        if settings.contents != "full":
+            return [*made.notices, *said]
+        for text in said:
+            log.info("%s", text)
+        return list(made.notices)
 
     def job(
         self, tensors: Tensors, state: Mapping[str, Packed] | None, settings: Settings, buffers: Buffers | None
