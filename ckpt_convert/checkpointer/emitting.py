@@ -12,10 +12,11 @@ from typing import Any, Literal
 
 import torch
 
-from ckpt_convert.checkpointer import loading
+from ckpt_convert.checkpointer import base, loading
 from ckpt_convert.checkpointer.adapter_config import AdapterConfig
 from ckpt_convert.checkpointer.adapter_modules import Modules
 from ckpt_convert.checkpointer.adapters import Adapter, Split, split
+from ckpt_convert.checkpointer.base import Base
 from ckpt_convert.checkpointer.buffers import Buffers
 from ckpt_convert.checkpointer.choice import ADAPTER, MODEL
 from ckpt_convert.checkpointer.live import WHERE, Model, as_live, bind, plain_key, same_memory, signature, tensors_of
@@ -31,9 +32,9 @@ from ckpt_convert.convert.checkpoint import Checkpoint
 from ckpt_convert.convert.plan import Plan
 from ckpt_convert.convert.request import Request
 from ckpt_convert.dtypes import DTYPES
-from ckpt_convert.errors import KeyMismatchError, UsageError, listing
+from ckpt_convert.errors import CkptConvertError, KeyMismatchError, UsageError, listing, reason
 from ckpt_convert.models import Family
-from ckpt_convert.storage.reader import RangeReader
+from ckpt_convert.storage.reader import WORKERS, RangeReader
 
 log = logging.getLogger("ckpt_convert")
 
@@ -65,6 +66,7 @@ class Emitter:
         self.adapter = None if adapter is None else AdapterConfig.of(adapter)
         self.check(settings)
         self._plans: dict[tuple[Any, ...], Plan] = {}
+        self._base: Base | None = None
 
     def check(self, settings: Settings) -> None:
         """Raise UsageError for settings that do not fit."""
@@ -133,7 +135,34 @@ class Emitter:
         loading.refuse_misfits(found, self.source, self.settings.model_format)
         whole = {key: tensor for key, tensor in parts.saved.items() if not same_memory(tensor, parts.base[key])}
         loading.load(self.source, whole, replace(found, targets=[one for one in found.targets if one.key in whole]))
-        return loading.load(self.source, parts.base, found, workers=workers, progress=progress)
+        checksums: dict[str, str] | None = None if self.adapter is None else {}
+        loaded = loading.load(self.source, parts.base, found, workers=workers, progress=progress, checksums=checksums)
+        if checksums is not None:
+            self._base = base.of_targets(self._layout(parts.base), found.targets, checksums)
+        return loaded
+
+    def base_as(self, recorded: Base, workers: int, *, values: bool) -> Base:
+        """The base that the source is now, in the layout of one that was written down; ``values`` reads all of it."""
+        if self._base is not None and self._base.layout == recorded.layout:
+            return self._base
+        return base.of_source(self.source, recorded.layout, recorded.tensors.keys(), workers=workers, values=values)
+
+    def _layout(self, tensors: Tensors) -> str:
+        format = self.settings.model_format
+        return self.source.model_for(format).family.column_of(format, tensors)
+
+    def _base_section(self, tensors: Tensors) -> dict[str, Any]:
+        """What the manifest says of the base of an adapter, which is read for it where it was not loaded from here."""
+        if not self.source.files:
+            return {}
+        if self._base is None:
+            layout = self._layout(tensors)
+            try:
+                self._base = base.of_source(self.source, layout, tensors.keys(), workers=WORKERS, values=True)
+            except (OSError, CkptConvertError) as error:
+                log.warning("the base that the adapter is of is not written down with it: %s", reason(error))
+                return {}
+        return {base.SECTION: self._base.as_json()}
 
     def load_adapter(self, path: Path, model: Model) -> int:
         """Fill a model's adapter from PEFT's files; returns the number of tensors."""
@@ -216,10 +245,15 @@ class Emitter:
 
         def step(section: Section, files: Mapping[str, bytes]) -> Step:
             assert self.adapter is not None
-            base = str(self.source.path.absolute()) if self.source.format == "hf" else None
-            written = peft_files(*to_peft(parts, self.adapter, self.modules, base_model=base))
+            place = str(self.source.path.absolute()) if self.source.format == "hf" else None
+            written = peft_files(*to_peft(parts, self.adapter, self.modules, base_model=place))
             made = self._merged(parts, settings) if merges_too else None
-            return Step(made, section, state, {**written, **files}, settings.extra, MERGED)
+            whole = parts.base
+
+            def training() -> Mapping[str, Any]:
+                return {**section(), **self._base_section(whole)}
+
+            return Step(made, training, state, {**written, **files}, settings.extra, MERGED)
 
         return step
 

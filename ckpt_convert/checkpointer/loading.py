@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 
 import torch
+import xxhash
 
 from ckpt_convert import dtypes
 from ckpt_convert.convert import mapping
@@ -150,8 +151,12 @@ def load(
     wanted: Callable[[str], bool] = lambda key: True,
     workers: int = WORKERS,
     progress: ProgressCallback | None = None,
+    checksums: dict[str, str] | None = None,
 ) -> Loaded:
-    """Copy what fits into the tensors, in place, converted and block by block; returns what was loaded."""
+    """Copy what fits into the tensors, in place, converted and block by block; returns what was loaded.
+
+    ``checksums`` takes the checksum of each tensor's values as they are read (in the source's dtype), by key.
+    """
     misfit = {line.partition(":")[0] for line in found.misfits}
     targets = [target for target in found.targets if wanted(target.key) and target.key not in misfit]
     total = sum(dtypes.nbytes(target.dtype, target.tensor.shape) for target in targets)
@@ -162,8 +167,11 @@ def load(
         mover = Mover(checkpoint.stored)
 
         def fill(target: Target) -> None:
-            if count := _fill(mover, target, tensors[target.key], meter):
+            digest = xxhash.xxh3_64() if checksums is not None else None
+            if count := _fill(mover, target, tensors[target.key], meter, digest):
                 overflows[target.key] = count
+            if checksums is not None and digest is not None:
+                checksums[target.key] = digest.hexdigest()
 
         return fill
 
@@ -180,6 +188,27 @@ def load(
     return Loaded(len(targets), total, dict(pairs))
 
 
+def checksums(checkpoint: Checkpoint, targets: Collection[Target], workers: int = WORKERS) -> dict[str, str]:
+    """What ``load`` gives as ``checksums``, of tensors that are read for it alone."""
+    out: dict[str, str] = {}
+    meter = Meter("reading", sum(dtypes.nbytes(one.dtype, one.tensor.shape) for one in targets), None)
+
+    def start() -> Callable[[Target], None]:
+        mover = Mover(checkpoint.stored)
+
+        def read(target: Target) -> None:
+            digest = xxhash.xxh3_64()
+            for _, data in mover.blocks(target.tensor, target.dtype, target.dtype):
+                digest.update(data)
+                meter.add(len(data))
+            out[target.key] = digest.hexdigest()
+
+        return read
+
+    spread(targets, workers, meter, start)
+    return out
+
+
 def state_dict(checkpoint: Checkpoint, format: str) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, converted and in its dtype; without the second key of tied weights."""
     targets, optional = targets_of(checkpoint, format)
@@ -192,8 +221,10 @@ def state_dict(checkpoint: Checkpoint, format: str) -> dict[str, torch.Tensor]:
     return out
 
 
-def _fill(mover: Mover, target: Target, tensor: torch.Tensor, meter: Meter) -> int:
-    """Copy a tensor in place; returns how many finite values its dtype has made infinite."""
+def _fill(
+    mover: Mover, target: Target, tensor: torch.Tensor, meter: Meter, digest: xxhash.xxh3_64 | None = None
+) -> int:
+    """Copy a tensor in place, its bytes also into ``digest``; returns how many finite values have become infinite."""
     dtype = getattr(torch, dtypes.DTYPES[target.dtype].torch)
     into = tensor.detach()
     dense = into if into.is_contiguous() else torch.empty(into.shape, dtype=dtype)
@@ -201,6 +232,8 @@ def _fill(mover: Mover, target: Target, tensor: torch.Tensor, meter: Meter) -> i
     count = 0
     with torch.no_grad():
         for offset, data in mover.blocks(target.tensor, target.dtype, target.dtype):
+            if digest is not None:
+                digest.update(data)
             block = torch.frombuffer(data, dtype=torch.uint8).view(dtype)
             start = offset // dtype.itemsize
             part = flat[start : start + block.numel()]

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ckpt_convert.checkpointer import catalog, loading, pointer, retention, training_state
+from ckpt_convert.checkpointer import base, catalog, loading, pointer, retention, training_state
+from ckpt_convert.checkpointer.base import Base
 from ckpt_convert.checkpointer.catalog import Saved
 from ckpt_convert.checkpointer.choice import ADAPTER, MODEL, Choice
 from ckpt_convert.checkpointer.emitting import Emitter
@@ -19,10 +20,12 @@ from ckpt_convert.convert.blocks import ProgressCallback
 from ckpt_convert.convert.check import check as check_weights
 from ckpt_convert.convert.check.training import TRAINING_STATE
 from ckpt_convert.convert.checkpoint import open_checkpoint
+from ckpt_convert.convert.record import MANIFEST
 from ckpt_convert.errors import (
     CheckpointNotFoundError,
     CkptConvertError,
     CorruptFileError,
+    InputError,
     KeyMismatchError,
     UsageError,
     listing,
@@ -131,7 +134,7 @@ def load(
         load_weights: Callable[[], str]
         if emitter.adapter is not None:
             keys = [ADAPTER]
-            found, load_weights = _adapter(saved, parts, emitter, workers, progress, base_loaded)
+            found, load_weights = _adapter(saved, parts, emitter, strict, workers, progress, base_loaded)
         else:
             keys, found, load_weights = _weights(saved, parts, emitter, state, wanted, workers, progress, stack)
         wanted.check([*parts.entries(), *(state.parts or () if state is not None else ()), *keys])
@@ -226,14 +229,39 @@ def _adapter(
     saved: Saved,
     parts: Parts,
     emitter: Emitter,
+    strict: bool,
     workers: int,
     progress: ProgressCallback | None,
     base_loaded: bool,
 ) -> tuple[list[str], Callable[[], str]]:
-    """How to load the base weights from the source, unless they are there, and the adapter from the checkpoint."""
+    """In what the source is not the base that the adapter was trained on, and how to load the two.
+
+    The base comes from the source, unless it is there, and is compared once its values were read; the adapter from the
+    checkpoint.
+    """
+    before = base.recorded(saved.manifest["training"], str(saved.path / MANIFEST))
+    if before is None:
+        log.warning("%s: does not say which base it was trained on, so the source is taken for it", saved.path)
 
     def load_them() -> str:
-        base = "" if base_loaded else f"{emitter.load_source(parts.model, workers, progress).describe()} and "
-        return f"{base}{emitter.load_adapter(saved.path, parts.model)} tensors of the adapter"
+        said = "" if base_loaded else f"{emitter.load_source(parts.model, workers, progress).describe()} and "
+        if before is not None:
+            _compare_values(before, saved, emitter, strict, workers)
+        return f"{said}{emitter.load_adapter(saved.path, parts.model)} tensors of the adapter"
 
-    return [], load_them
+    return [] if before is None else before.unlike(emitter.base_as(before, workers, values=False)), load_them
+
+
+def _compare_values(before: Base, saved: Saved, emitter: Emitter, strict: bool, workers: int) -> None:
+    """Raise InputError where the values of the base are not those that the adapter was trained on."""
+    changed = before.changed(emitter.base_as(before, workers, values=True)) if before.is_read else []
+    if not changed:
+        return
+    text = (
+        f"{emitter.source.path}: is not the base that {saved.path} was trained on: {len(changed)} of "
+        f"{len(before.tensors)} tensors have other values; give the source that the run began with (moved, re-sharded "
+        f"or in another format it is the same), or strict=False to train on with this one:{listing(changed)}"
+    )
+    if strict:
+        raise InputError(text)
+    log.warning("%s", text)
