@@ -103,7 +103,7 @@ class Modules:
         lazy = stored(0, tuple(tensor.shape), tensor.stride())
         heads = instance.heads(self.dims)
         moved = there.rows_to_stored(here.rows_to_logical(lazy, heads), heads) if heads else lazy
-        return tensor.detach() if moved.whole == (0, 0) else make(moved, [tensor])
+        return tensor.detach() if moved.whole == (0, 0) else make(moved, [tensor], tensor.dtype)
 
 
 def _module(key: str) -> str:

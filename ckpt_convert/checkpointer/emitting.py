@@ -215,7 +215,7 @@ class Emitter:
         if self.adapter is not None:
             return self._adapter_job(parts, state, settings, buffers)
         if state is not None:
-            exact = _cast(self._plan(parts.base, settings))
+            exact = _inexact(self._plan(parts.base, settings))
             if exact:
                 state[MODEL] = pack({key: tensor for key, tensor in parts.base.items() if key in exact}, MODEL)
         chosen = parts.base
@@ -310,19 +310,19 @@ class Emitter:
         return as_live(tensors, family.column_of(settings.model_format, tensors), readers)
 
     def _request(self, settings: Settings) -> Request:
-        # A value never ends a training run: what is too large for its file is said, and kept in the training state.
+        # A value never ends a training run: what its file cannot hold is said, and kept in the training state.
         form = settings.output_format or str(self.source.format)
-        return Request(to=form, dtype=settings.export_dtype, allow_overflow=True)
+        return Request(to=form, dtype=settings.export_dtype, allow_overflow=True, allow_loss=True)
 
 
 def _merges(settings: Settings) -> bool:
     return settings.merged and settings.contents != "adapter"
 
 
-def _cast(made: Plan) -> set[str]:
-    """The keys in memory of the tensors that are written in another dtype."""
+def _inexact(made: Plan) -> set[str]:
+    """The keys in memory of the tensors that are written in another dtype, or have no place in the files."""
     assert made.live is not None
-    keys = set()
+    keys = {check.key for check in made.losses}
     for file in made.weights:
         for tensor in file.tensors:
             if tensor.dtype != tensor.source_dtype:

@@ -74,6 +74,8 @@ def targets_of(checkpoint: Checkpoint, format: str) -> tuple[list[Target], set[s
     found = model if model.tied is not None else model.with_tied(False)
     dims = found.dims
     logicals = mapping.read(family, str(checkpoint.format), dims, checkpoint.ranks, str(checkpoint.path))
+    if format != checkpoint.format:
+        mapping.fill_zeros(family, format, dims, logicals)
     movers = Mover(checkpoint.stored), Mover(checkpoint.stored)
     pair = mapping.tied_pair(logicals) if model.tied is None else None
     if pair is not None and equal(*movers, pair):

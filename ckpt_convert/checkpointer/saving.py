@@ -14,7 +14,7 @@ from ckpt_convert.checkpointer.merge import MergedReader
 from ckpt_convert.checkpointer.pack import Packed
 from ckpt_convert.convert import output, record
 from ckpt_convert.convert.check.training import TRAINING_STATE
-from ckpt_convert.convert.execute import run_checks
+from ckpt_convert.convert.execute import check_losses, loss_text, run_checks
 from ckpt_convert.convert.formats.base import render_json
 from ckpt_convert.convert.plan import Plan, refuse_unreadable
 from ckpt_convert.convert.sidefiles import SideFile
@@ -121,17 +121,17 @@ def _write(step: Step, staging: Staging, workers: int) -> None:
 def _weights(step: Step, plan: Plan, staging: Staging, workers: int) -> dict[str, Any]:
     refuse_unreadable(plan)
     run_checks(plan)
+    kept = "training_state keeps them exact" if step.state is not None else "nothing keeps them exact"
+    if lost := check_losses(plan):
+        text = "%s: %s change what the model computes, and its files have no place for them; %s"
+        log.warning(text, staging.destination, loss_text(lost), kept)
     written = output.write(plan, staging, workers, None)
     readers = [file.reader for file, _ in plan.stored]
     merged = {reader.name: reader.overflowed for reader in readers if isinstance(reader, MergedReader)}
     overflows = written.overflows | {key: count for key, count in merged.items() if count}
     if overflows:
-        log.warning(
-            "%s: %s in the files, whose dtype is too narrow for them; %s exact",
-            staging.destination,
-            output.overflow_text(overflows),
-            "training_state keeps them" if step.state is not None else "nothing keeps them",
-        )
+        text = "%s: %s in the files, whose dtype is too narrow for them; %s"
+        log.warning(text, staging.destination, output.overflow_text(overflows), kept)
     return written.manifest
 
 

@@ -66,6 +66,7 @@ def _options(source: str | None, to: str | None) -> list[click.Option]:
         flag("--overwrite", "Replace DST once the new output is complete."),
         option("--dtype", type=dtypes, help="Cast floating-point tensors."),
         flag("--allow-overflow", "Write values too large for --dtype as infinite."),
+        flag("--allow-loss", "Go on without values that DST has no place for."),
         option("--dequantize", type=dequantized, help="Write fp8 and MXFP4 weights as numbers.", shown=quantized),
         option("--shards", type=int, metavar="N", help="Number of files, balanced.", shown=sharded),
         option("--max-shard-size", metavar="SIZE", help="Most bytes in a file, such as 5GB.", shown=sharded),

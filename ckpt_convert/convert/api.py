@@ -11,7 +11,7 @@ from ckpt_convert.convert import plan as planning
 from ckpt_convert.convert import record
 from ckpt_convert.convert.blocks import ProgressCallback
 from ckpt_convert.convert.checkpoint import open_checkpoint, read_checkpoint
-from ckpt_convert.convert.execute import is_tied, run_checks
+from ckpt_convert.convert.execute import check_losses, is_tied, loss_text, run_checks
 from ckpt_convert.convert.formats.base import render_json
 from ckpt_convert.convert.output import overflow_text, write
 from ckpt_convert.convert.plan import Plan
@@ -70,6 +70,7 @@ class Options(TypedDict, total=False):
     whose file names, assignment, config and tokenizer are taken. rope_factor, rope_theta, max_positions: what
     params.json does not say. meta_style: "llama2" or "llama3". drop_rope_scaling: leave out a RoPE scaling that the
     target cannot say. allow_overflow: write values that are too large for ``dtype`` as infinite, instead of refusing.
+    allow_loss: keep in the record alone what changes the model's outputs and has no place in the target.
     """
 
     from_format: str | None
@@ -89,6 +90,7 @@ class Options(TypedDict, total=False):
     meta_style: Literal["llama2", "llama3"] | None
     drop_rope_scaling: bool
     allow_overflow: bool
+    allow_loss: bool
 
 
 def plan(src: str | Path, *, to: str, **options: Unpack[Options]) -> Plan:
@@ -118,6 +120,7 @@ def plan(src: str | Path, *, to: str, **options: Unpack[Options]) -> Plan:
         container=options.get("container"),
         like=Path(like) if like is not None else None,
         allow_overflow=options.get("allow_overflow", False),
+        allow_loss=options.get("allow_loss", False),
         config=settings,
     )
     request.check()
@@ -171,6 +174,7 @@ def convert(
             made = planning.make(source, made.request, tied=is_tied(made))
         planning.refuse_unreadable(made)
         run_checks(made, progress)
+        lost = check_losses(made)
         with Staging(destination, overwrite=overwrite, resume=resume) as staging:
             try:
                 check_space(destination, made.disk - staging.allocated())
@@ -201,7 +205,7 @@ def convert(
         bytes=sum(tensor.nbytes for file in made.weights for tensor in file.tensors),
         drops=list(made.carried),
         ties=list(made.ties),
-        notices=[*made.notices, *made.said, *_overflow_notice(made, written.overflows)],
+        notices=[*made.notices, *made.said, *_accepted(made, lost, written.overflows)],
         side_files={str(entry["name"]): str(entry["origin"]) for entry in written.manifest["side_files"]},
         moves=dict(made.moves),
         resumed_bytes=written.resumed,
@@ -211,8 +215,10 @@ def convert(
     )
 
 
-def _overflow_notice(made: Plan, overflows: dict[str, int]) -> list[str]:
-    return [f"{overflow_text(overflows)} in {made.request.dtype}, as accepted"] if overflows else []
+def _accepted(made: Plan, lost: dict[str, int], overflows: dict[str, int]) -> list[str]:
+    """What the output has lost as its user accepted."""
+    said = [f"{loss_text(lost)} are kept in the record alone, as accepted"] if lost else []
+    return said + ([f"{overflow_text(overflows)} in {made.request.dtype}, as accepted"] if overflows else [])
 
 
 def _verify(made: Plan, staging: Staging, workers: int, progress: ProgressCallback | None) -> int:

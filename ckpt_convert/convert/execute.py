@@ -13,7 +13,7 @@ import logging
 import threading
 import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,19 +22,23 @@ import numpy as np
 import xxhash
 
 from ckpt_convert import dtypes
-from ckpt_convert.convert import blocks
+from ckpt_convert.convert import blocks, decode
 from ckpt_convert.convert.blocks import Meter, Mover, ProgressCallback, Read, difference
 from ckpt_convert.convert.containers.crc import crc32_combine
+from ckpt_convert.convert.formats.base import RECORD_FOLDER
 from ckpt_convert.convert.layout import OutputFile, Placed
 from ckpt_convert.convert.mapping import Equality
 from ckpt_convert.convert.plan import Plan, fingerprint
-from ckpt_convert.errors import TiedWeightsError, listing
+from ckpt_convert.errors import LossyConversionError, TiedWeightsError, listing
 from ckpt_convert.models.lazy import LazyTensor
 from ckpt_convert.storage.names import JOURNAL
 from ckpt_convert.storage.staging import StagedFile, Staging, clear
 
 PIECE = 64 << 20
 WRITEBACK = 16 << 20
+
+_NAMED = 8
+"""How many tensors a message names."""
 
 log = logging.getLogger("ckpt_convert")
 
@@ -80,6 +84,46 @@ def run_checks(plan: Plan, progress: ProgressCallback | None = None) -> None:
     failed = [check.message for check in plan.checks if not equal(left, right, check, meter)]
     if failed:
         raise TiedWeightsError(f"{plan.source.path}: tensors that have to be equal are not:{listing(failed)}")
+
+
+def check_losses(plan: Plan) -> dict[str, int]:
+    """How many values other than zero have no place in the output although they change what the model computes, by key.
+
+    Raises LossyConversionError for any, unless that was accepted.
+    """
+    mover = Mover(plan.stored)
+    counts = {check.key: _nonzero(mover, check.left, check.dtype) for check in plan.losses}
+    lost = {key: count for key, count in counts.items() if count}
+    if lost and not plan.request.allow_loss:
+        raise LossyConversionError(
+            f"{plan.source.path}: {loss_text(lost)} change what the model computes, and the {plan.target} format of "
+            f"{plan.model.family.name} has no place for them; --allow-loss goes on without, and keeps them in the "
+            f"record ({RECORD_FOLDER}/) for the way back",
+            lost,
+        )
+    return lost
+
+
+def loss_text(lost: Mapping[str, int]) -> str:
+    """In a few words: which tensors lose values, and how many."""
+    return f"{sum(lost.values()):,} values of {named(lost)}"
+
+
+def named(counts: Mapping[str, int]) -> str:
+    """Tensors with a count of values each, the first few of them."""
+    shown = [f"{key} ({count:,})" for key, count in counts.items()]
+    return ", ".join(shown[:_NAMED]) + (f" and {len(shown) - _NAMED} more" if len(shown) > _NAMED else "")
+
+
+def _nonzero(mover: Mover, tensor: LazyTensor, dtype: str) -> int:
+    codec = decode.codec(dtype)
+    count = 0
+    for _, data in mover.blocks(tensor, dtype, dtype):
+        raw = np.frombuffer(data, np.uint8)
+        if codec is not None:
+            raw = decode.values(codec, raw, np.empty(len(raw) * 8 // dtypes.DTYPES[dtype].bits, codec.wide))
+        count += int(np.count_nonzero(raw))
+    return count
 
 
 def is_tied(plan: Plan) -> bool:

@@ -186,7 +186,7 @@ def by_source(
     """
     groups: dict[int, list[tuple[int, Target]]] = {}
     for target in targets:
-        first = min(target.tensor.sources)
+        first = min(target.tensor.sources, default=len(file_of))
         groups.setdefault(file_of.get(first, 0), []).append((first, target))
     return [
         Assignment(names[number], 0, container, tuple(t for _, t in sorted(group, key=lambda i: i[0])), _FORMAT_PT)

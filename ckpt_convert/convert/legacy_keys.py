@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from ckpt_convert.convert.formats import ALL
 from ckpt_convert.models.table import Family
 
 _WRAPPERS = {
@@ -39,6 +40,9 @@ _OTHER = frozenset((
 ))
 """What training loops call the entries that they keep beside the weights."""
 # fmt: on
+
+_Former = Sequence[tuple[str, str]]
+"""Parts of keys as a format called them, and as it calls them now."""
 
 _DIGITS = dict.fromkeys(map(ord, "0123456789"))
 _NUMBER = re.compile(r"(?<![^.\n])(?:0|[1-9][0-9]*)(?![^.\n])")
@@ -77,13 +81,18 @@ PLAIN = Names()
 
 @dataclass(frozen=True)
 class _Reading:
-    """How a key is read: without wrappers, so many parts at its beginning, and with another beginning instead."""
+    """How a key is read: without wrappers, so many parts at its beginning, and with another beginning instead.
+
+    ``renamed`` is a part that the format called otherwise, and what it calls it now.
+    """
 
     parts: int = 0
     prefix: str = ""
+    renamed: tuple[str, str] | None = None
 
     def of(self, key: str) -> str:
-        return self.prefix + ".".join(_unwrapped(key)[self.parts :])
+        name = self.prefix + ".".join(_unwrapped(key)[self.parts :])
+        return name if self.renamed is None else name.replace(*self.renamed)
 
 
 @dataclass(frozen=True)
@@ -113,7 +122,8 @@ def read(keys: Iterable[str], families: Iterable[Family], format: str) -> Names:
     if any(shapes <= _without_digits(table) for table in tables):
         return PLAIN
     patterns = _patterns(stored)
-    found = [_read(patterns, table) for table in tables]
+    former = ALL[format].former if format in ALL else ()
+    found = [_read(patterns, table, former) for table in tables]
     fewest = min(readings.unread for readings in found)
     best = [readings for readings in found if readings.unread == fewest]
     names = _names(stored, best[0])
@@ -130,7 +140,8 @@ def formats(keys: Iterable[str], families: Iterable[Family]) -> set[str]:
         for format in family.formats:
             table = _table(family, format)
             weights = [pattern for pattern in patterns if pattern in table or not _is_other(pattern)]
-            if weights and all(pattern in table or _possible(pattern, table) for pattern in weights):
+            former = ALL[format].former
+            if weights and all(pattern in table or _possible(pattern, table, former) for pattern in weights):
                 out.add(format)
     return out
 
@@ -167,30 +178,42 @@ def _unwrapped(key: str) -> list[str]:
     return [part for part in key.split(".") if part not in _WRAPPERS]
 
 
-def _read(patterns: Collection[str], table: Collection[str]) -> _Readings:
+def _read(patterns: Collection[str], table: Collection[str], former: _Former) -> _Readings:
     by_pattern = {}
     unknown = set()
     for pattern in patterns:
         if pattern in table:
             by_pattern[pattern] = [_Reading()]
-        elif readings := _possible(pattern, table):
+        elif readings := _possible(pattern, table, former):
             by_pattern[pattern] = readings
         else:
             unknown.add(pattern)
     return _Readings(by_pattern, frozenset(unknown))
 
 
-def _possible(pattern: str, table: Collection[str]) -> list[_Reading]:
-    """Every way to read a key as one that the table has; different readings are of different keys."""
-    parts = _unwrapped(pattern)
+def _possible(pattern: str, table: Collection[str], former: _Former) -> list[_Reading]:
+    """Every way to read a key as one that the table has; different readings are of different keys.
+
+    What it has as it stands comes before what was called otherwise.
+    """
+    for renamed in (None, *former):
+        if renamed is None or renamed[0] in pattern:
+            found = _under(pattern, table, renamed)
+            if found:
+                return found
+    return []
+
+
+def _under(pattern: str, table: Collection[str], renamed: tuple[str, str] | None) -> list[_Reading]:
+    parts = _unwrapped(pattern if renamed is None else pattern.replace(*renamed))
     if ".".join(parts) in table:
-        return [_Reading()]
+        return [_Reading(renamed=renamed)]
     found: dict[str, _Reading] = {}
     for at in range(len(parts)):
         rest = ".".join(parts[at:])
         for prefix in _PREFIXES:
             if prefix + rest in table:
-                found.setdefault(prefix + rest, _Reading(at, prefix))
+                found.setdefault(prefix + rest, _Reading(at, prefix, renamed))
         if parts[at] not in _NESTS:
             break
     return list(found.values())
@@ -240,16 +263,18 @@ class _Said:
     def __init__(self) -> None:
         self._wrapped: dict[str, int] = {}
         self._moved: dict[tuple[str, str], int] = {}
+        self._renamed = 0
 
     def add(self, key: str, reading: _Reading) -> None:
         for part in set(key.split(".")) & _WRAPPERS.keys():
             self._wrapped[part] = self._wrapped.get(part, 0) + 1
+        self._renamed += reading.renamed is not None
         before = "".join(f"{part}." for part in _unwrapped(key)[: reading.parts])
         if before != reading.prefix:
             self._moved[before, reading.prefix] = self._moved.get((before, reading.prefix), 0) + 1
 
     def lines(self) -> list[str]:
-        out = []
+        out = [f"{_keys(self._renamed)} those of an earlier release, read under today's names"] if self._renamed else []
         for part, count in self._wrapped.items():
             out.append(f"{_keys(count)} read without {part!r}, which {_WRAPPERS[part]} put there")
         for (before, after), count in self._moved.items():

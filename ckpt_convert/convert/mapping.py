@@ -5,13 +5,13 @@ Nothing here touches a byte: tensors are lazy (``models.lazy``), so the same cod
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from ckpt_convert.convert.findings import Finding, raise_if_any
 from ckpt_convert.errors import ConfigError, KeyMismatchError, UsageError
-from ckpt_convert.models.lazy import LazyTensor, concat
+from ckpt_convert.models.lazy import LazyTensor, concat, zeros
 from ckpt_convert.models.table import Entry, Family, Instance, Key
 
 _LISTED = 20
@@ -173,6 +173,26 @@ def _as_they_are(family: Family, ranks: Sequence[Mapping[str, Source]]) -> Logic
             return None
         tensors[Instance(row, ())] = Logical(source.dtype, source.tensor, source.key, source.where)
     return Logicals(tensors)
+
+
+def fill_zeros(
+    family: Family,
+    format: str,
+    dims: Mapping[str, int],
+    logicals: Logicals,
+    wanted: Callable[[str], bool] = lambda key: True,
+) -> None:
+    """Add the rows that a format has and that stand for zeros where the source has none (``Row.zeros``).
+
+    ``wanted`` says of a key whether it is to be there.
+    """
+    if not any(row.zeros for row in family.rows):
+        return
+    for instance in family.instances(dims):
+        dtype = instance.row.zeros
+        key = instance.key(format) if dtype is not None else None
+        if dtype is not None and key is not None and instance not in logicals.tensors and wanted(key):
+            logicals.tensors[instance] = Logical(dtype, zeros(instance.row.sizes(dims)), key, "")
 
 
 def apart(

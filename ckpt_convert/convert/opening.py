@@ -58,7 +58,7 @@ def find(path: Path, wanted: str | None, found_record: Record | None) -> Found:
     name, why, directory = detect(path, wanted, found_record)
     files, facts = open_files(path, directory)
     if name is None and directory.kind in (None, "dcp"):
-        name, why = by_keys(files, why)
+        name, why = by_keys(files, why, directory.kind)
         loose = path.is_dir() and directory.index is None and directory.kind is None
         names = everything(path) if name is None and loose else []
         if names and names != [weight.name for weight in directory.weights]:
@@ -139,8 +139,11 @@ def open_files(path: Path, directory: Directory) -> tuple[tuple[WeightFile, ...]
     return files, facts
 
 
-def by_keys(files: tuple[WeightFile, ...], why: str) -> tuple[str | None, str]:
-    """The format that all keys fit, and what it was told by; None where that is not exactly one."""
+def by_keys(files: tuple[WeightFile, ...], why: str, kind: str | None = None) -> tuple[str | None, str]:
+    """The format that all keys fit, and what it was told by; None where that is not exactly one.
+
+    Of formats with the same keys it is one that has containers of this ``kind``.
+    """
     # Layers differ in nothing but their number, so one of each kind will do.
     beginnings = tuple(name for format in formats.ALL.values() for name in format.ignores)
     stored = [tensor.key for file in files for tensor in file.header.tensors]
@@ -159,10 +162,12 @@ def by_keys(files: tuple[WeightFile, ...], why: str) -> tuple[str | None, str]:
             for format in family.formats
             if names and all(family.knows(format, key) for key in names)
         }
+    others = {name for name, format in formats.ALL.items() if kind is not None and kind not in format.containers}
+    fits -= others  # torchtitan's keys were once Meta's
     if len(fits) == 1:
         return fits.pop(), "its keys"
     if not fits:
-        fits = legacy_keys.formats(stored, FAMILIES.values())
+        fits = legacy_keys.formats(stored, FAMILIES.values()) - others
         if len(fits) == 1:
             return fits.pop(), "its keys, as the notices say"
     if fits:

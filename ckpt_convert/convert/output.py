@@ -14,7 +14,7 @@ from ckpt_convert.convert import checklist, record, sidefiles
 from ckpt_convert.convert.blocks import Meter, ProgressCallback
 from ckpt_convert.convert.checklist import CHECKLIST
 from ckpt_convert.convert.checkpoint import Checkpoint
-from ckpt_convert.convert.execute import Execution
+from ckpt_convert.convert.execute import Execution, named
 from ckpt_convert.convert.formats.base import RECORD_FOLDER, TEXT_LIMIT
 from ckpt_convert.convert.plan import Plan
 from ckpt_convert.convert.sidefiles import SideFile
@@ -23,9 +23,6 @@ from ckpt_convert.storage.reader import LocalFile, identify, read, read_file
 from ckpt_convert.storage.staging import Staging
 
 _BLOCK = 1 << 20
-
-_NAMED = 8
-"""How many tensors a message names."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +58,8 @@ def write(made: Plan, staging: Staging, workers: int, progress: ProgressCallback
 def overflow_text(overflows: Mapping[str, int]) -> str:
     """In a few words: which tensors have values that are too large, and how many."""
     count = sum(overflows.values())
-    named = [f"{key} ({number:,})" for key, number in overflows.items()]
-    some = f"{', '.join(named[:_NAMED])}{f' and {len(named) - _NAMED} more' if len(named) > _NAMED else ''}"
     values = f"{count:,} finite values become" if count != 1 else "1 finite value becomes"
-    return f"{values} infinite, of {some},"
+    return f"{values} infinite, of {named(overflows)},"
 
 
 def _write_side_files(

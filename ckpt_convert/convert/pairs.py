@@ -6,7 +6,7 @@ Through the table of a family where both are read by one, else by key. Nothing h
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ckpt_convert import dtypes
 from ckpt_convert.convert import mapping
@@ -16,7 +16,7 @@ from ckpt_convert.convert.formats import peft
 from ckpt_convert.convert.mapping import Equality, Logical
 from ckpt_convert.convert.model import Model, identify
 from ckpt_convert.errors import AmbiguousFormatError, CkptConvertError, ConfigError, UnsupportedFamilyError
-from ckpt_convert.models.lazy import LazyTensor, stored
+from ckpt_convert.models.lazy import LazyTensor, stored, zeros
 from ckpt_convert.models.table import Instance, Key
 
 
@@ -131,15 +131,24 @@ def _through_table(a: Checkpoint, b: Checkpoint, left: Model, right: Model, noti
             )
     pairs: list[Pair] = []
     rest_a, rest_b = dict(side_a.rest), dict(side_b.rest)
+    as_zeros: dict[str, list[str]] = {"a": [], "b": []}
     for instance in dict.fromkeys([*side_a.tensors, *side_b.tensors]):
         ours, theirs = side_a.tensors.get(instance), side_b.tensors.get(instance)
         if instance in side_a.omitted and instance in side_b.omitted:
             continue
-        if ours is None or theirs is None:
-            derived = ours or theirs
-            if not instance.row.required and derived is not None:
-                where = "a" if ours is not None else "b"
-                notices.append(f"{derived.key} is only in {where}: the config determines what it holds")
+        one = ours or theirs
+        if one is not None and (ours is None or theirs is None):
+            where, format_there = ("a", str(b.format)) if theirs is None else ("b", str(a.format))
+            if instance.row.derived:
+                notices.append(f"{one.key} is only in {where}: the config determines what it holds")
+                continue
+            if instance.row.zeros is not None:
+                as_zeros[where].append(one.key)
+                absent = replace(one, tensor=zeros(one.tensor.shape))
+                ours, theirs = ours or absent, theirs or absent
+            elif not instance.row.required and instance.row.column(format_there) is None:
+                text = f"{one.key} is only in {where}: the {format_there} format has no place for it"
+                notices.append(f"{text}, and its models do without")
                 continue
         half_a = _half(instance, format, left, ours) or rest_a.pop(str(instance.key(format)), None)
         half_b = _half(instance, format, left, theirs) or rest_b.pop(str(instance.key(str(b.format))), None)
@@ -151,6 +160,10 @@ def _through_table(a: Checkpoint, b: Checkpoint, left: Model, right: Model, noti
         rest_a = {}
     pairs += [Pair(half, None) for half in rest_a.values()]
     pairs += [Pair(None, half) for half in rest_b.values()]
+    for where, keys in as_zeros.items():
+        if keys:
+            some = f"{keys[0]}{f' and {len(keys) - 1} more' if len(keys) > 1 else ''}"
+            notices.append(f"compared with zeros, which the other side computes with: {some}, only in {where}")
     return Pairs("mapping", pairs, (left, right), tuple(notices))
 
 

@@ -27,7 +27,7 @@ from ckpt_convert.convert.request import CASTABLE, CASTS, NARROW, Request
 from ckpt_convert.convert.sidefiles import SideFile
 from ckpt_convert.errors import ConfigError, CorruptFileError, ShapeMismatchError, UnsupportedFamilyError, UsageError
 from ckpt_convert.models.config import read_rope
-from ckpt_convert.models.lazy import LazyTensor
+from ckpt_convert.models.lazy import LazyTensor, zeros
 from ckpt_convert.models.table import Dims, Instance
 from ckpt_convert.storage.names import JOURNAL
 from ckpt_convert.storage.reader import Identity, compare, identify, reading
@@ -59,7 +59,8 @@ class Plan:
     """A conversion that can be carried out.
 
     ``stored`` numbers the sources of all lazy tensors; ``checks`` are pairs that have to be equal before anything is
-    written; ``undecided`` is the pair that decides whether weights are tied, where no file says it.
+    written; ``losses`` are tensors that the target has no place for, with the zeros that it computes with instead;
+    ``undecided`` is the pair that decides whether weights are tied, where no file says it.
     ``carried`` names the tensors that the target has no place for and that go into the record. ``said`` takes the
     notices of what is only translated while the output is written (tokenizers). ``live`` are the tensors in memory
     that are written instead of the source's, if so. ``sources`` are the files that are read, as they were before that.
@@ -73,6 +74,7 @@ class Plan:
     stored: tuple[tuple[WeightFile, StoredTensor], ...]
     logicals: Logicals
     checks: tuple[Equality, ...]
+    losses: tuple[Equality, ...]
     undecided: Equality | None
     carried: tuple[str, ...]
     ties: tuple[str, ...]
@@ -213,6 +215,9 @@ def make(source: Checkpoint, request: Request, *, tied: bool | None = None, live
     if request.to == "meta":
         dims = dims.replace(embedding_cut=_write_cut(request, like, model))
     brought.bring_back(source, request, like, model, logicals, everything)
+    if read_format != request.to:
+        places = None if wanted is None else {key for _, key in wanted.places}
+        mapping.fill_zeros(family, request.to, dims, logicals, lambda key: places is None or key in places)
     as_stored = live is None and source_format == request.to and request.like is None
     keep_tied = None if as_stored else _keep_tied(request, wanted, model)
     earlier = brought.as_it_was(
@@ -221,8 +226,13 @@ def make(source: Checkpoint, request: Request, *, tied: bool | None = None, live
     targets, carried, ties = mapping.write(
         family, request.to, dims, logicals, ranks=ranks, keep_tied=keep_tied, what=str(source.path), earlier=earlier
     )
-    if live is not None:
-        carried = [instance for instance in carried if instance.row.lossy is None]  # the training state has them
+    losses = [
+        Equality(logical.tensor, zeros(logical.tensor.shape), logical.dtype, "", logical.key)
+        for instance in carried
+        if instance.row.zeros is not None and (logical := logicals.tensors[instance])
+    ]
+    if live is not None:  # the training state has them
+        carried = [instance for instance in carried if instance.row.lossy is None and instance.row.zeros is None]
     dtype_of = _dtypes(targets, request, template if live is not None else Logicals({}))
     _refuse_partial_cast(source, targets, dtype_of, request, "--dtype" if live is None else "export_dtype")
     files, exact, layout_notices = placement.files(
@@ -254,6 +264,7 @@ def make(source: Checkpoint, request: Request, *, tied: bool | None = None, live
         stored=tuple(everything),
         logicals=logicals,
         checks=tuple(checks),
+        losses=tuple(losses),
         undecided=pair,
         carried=tuple(sorted({logicals.tensors[instance].key for instance in carried})),
         ties=_ties(logicals, model, pair, targets),

@@ -24,7 +24,8 @@ class Request:
     """The options of a conversion, as the command line and ``convert`` spell them.
 
     ``dtype`` is one of CASTS, ``dequantize`` one of DEQUANTIZED; ``max_shard_size`` is in bytes; ``like`` is the path
-    of a checkpoint to imitate. ``allow_overflow`` accepts values that a cast makes infinite.
+    of a checkpoint to imitate. ``allow_overflow`` accepts values that a cast makes infinite, ``allow_loss`` values that
+    the target has no place for although they change what the model computes.
     """
 
     to: str
@@ -36,6 +37,7 @@ class Request:
     container: str | None = None
     like: Path | None = None
     allow_overflow: bool = False
+    allow_loss: bool = False
     config: ConfigOptions = field(default_factory=ConfigOptions)
 
     @property

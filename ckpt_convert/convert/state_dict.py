@@ -12,13 +12,21 @@ import torch
 
 from ckpt_convert.convert import legacy_keys, mapping
 from ckpt_convert.convert.formats.base import load_json
-from ckpt_convert.convert.mapping import Equality, Source
+from ckpt_convert.convert.mapping import Equality, Logicals, Source
 from ckpt_convert.convert.model import Model, candidates, identify
-from ckpt_convert.dtypes import FROM_TORCH
-from ckpt_convert.errors import KeyMismatchError, TiedWeightsError, UnsupportedFamilyError, UsageError, listing
+from ckpt_convert.dtypes import DTYPES, FROM_TORCH
+from ckpt_convert.errors import (
+    KeyMismatchError,
+    LossyConversionError,
+    TiedWeightsError,
+    UnsupportedFamilyError,
+    UsageError,
+    listing,
+)
 from ckpt_convert.models import FAMILIES, FORMATS
 from ckpt_convert.models.config import ConfigOptions
 from ckpt_convert.models.lazy import ZEROS, LazyTensor, stored
+from ckpt_convert.models.table import Instance
 
 log = logging.getLogger("ckpt_convert")
 
@@ -34,15 +42,17 @@ def convert_state_dict(
     model_parallel: int = 1,
     family: str | None = None,
     meta_style: str | None = None,
+    allow_loss: bool = False,
 ) -> dict[str, torch.Tensor] | list[dict[str, torch.Tensor]]:
     """Convert tensors in memory from one format to another; the input is untouched, no memory is shared.
 
     ``config`` is the content, or the path, of HF's config.json or Meta's params.json. A ``source`` of "meta" that is
     cut over ranks is a list of dicts in the order of the ranks; ``model_parallel`` above 1 returns such a list.
     Tensors stay on their device and keep their dtype. Tables that the config determines (rope.freqs) are dropped
-    where the target has no place for them.
+    where the target has no place for them; what changes the model's outputs only with ``allow_loss``.
 
-    Raises KeyMismatchError, ShapeMismatchError or TiedWeightsError, listing everything that does not fit.
+    Raises KeyMismatchError, ShapeMismatchError or TiedWeightsError, listing everything that does not fit, and
+    LossyConversionError where the target has no place for values that change the model's outputs.
     """
     dicts = [state_dict] if isinstance(state_dict, Mapping) else list(state_dict)
     for format in (source, target):
@@ -68,7 +78,9 @@ def convert_state_dict(
         dims = dims.replace(tied=int(_same(pair, tensors)))
     if meta_style is not None:
         dims = dims.replace(embedding_cut=int(meta_style == "llama2"))
-    targets, _, ties = mapping.write(
+    if source != target:
+        mapping.fill_zeros(chosen, target, dims, logicals)
+    targets, left_out, ties = mapping.write(
         chosen,
         target,
         dims,
@@ -80,17 +92,19 @@ def convert_state_dict(
     for check in (*logicals.equal, *ties):
         if not _same(check, tensors):
             raise TiedWeightsError(check.message)
+    _check_losses(left_out, logicals, tensors, f"the {target} format of {chosen.name}", allow_loss)
     out: list[dict[str, torch.Tensor]] = [{} for _ in range(model_parallel)]
     for item in targets:
-        out[item.rank][item.key] = make(item.tensor, tensors)
+        out[item.rank][item.key] = make(item.tensor, tensors, _torch(item.dtype))
     return out if model_parallel > 1 else out[0]
 
 
-def make(tensor: LazyTensor, sources: Sequence[torch.Tensor]) -> torch.Tensor:
+def make(tensor: LazyTensor, sources: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     """The tensor itself: new memory, dense, on the device of its first source."""
-    first = sources[min(tensor.sources)]
+    device = sources[min(tensor.sources, default=0)].device
     has_zeros = any(tile.source == ZEROS for tile in tensor.tiles)
-    out = (torch.zeros if has_zeros else torch.empty)(tensor.shape, dtype=first.dtype, device=first.device)
+    made = torch.zeros if has_zeros else torch.empty
+    out = made(tensor.shape, dtype=dtype, device=device)
     for copy in tensor.copies():
         if copy.source == ZEROS:
             continue
@@ -101,6 +115,11 @@ def make(tensor: LazyTensor, sources: Sequence[torch.Tensor]) -> torch.Tensor:
             source.as_strided(shape, [step for _, step, _ in copy.dims], offset)
         )
     return out
+
+
+def _torch(name: str) -> torch.dtype:
+    found: torch.dtype = getattr(torch, DTYPES[name].torch)
+    return found
 
 
 def _sources(state_dict: StateDict, rank: int, tensors: list[torch.Tensor]) -> dict[str, Source]:
@@ -145,8 +164,24 @@ def _model(
     return replace(found.with_tied(False), tied=None) if found.tied is None else found
 
 
+def _check_losses(
+    left_out: Sequence[Instance], logicals: Logicals, tensors: Sequence[torch.Tensor], where: str, allowed: bool
+) -> None:
+    """Raise LossyConversionError for values that change what the model computes and are left out."""
+    zeroed = [logicals.tensors[instance] for instance in left_out if instance.row.zeros is not None]
+    counts = {one.key: int(make(one.tensor, tensors, _torch(one.dtype)).count_nonzero()) for one in zeroed}
+    lost = {key: count for key, count in counts.items() if count}
+    if lost and not allowed:
+        said = listing([f"{key}: {count:,} values other than zero" for key, count in lost.items()])
+        raise LossyConversionError(
+            f"{where} has no place for what changes what the model computes (allow_loss=True goes on without):{said}",
+            lost,
+        )
+
+
 def _same(check: Equality, tensors: Sequence[torch.Tensor]) -> bool:
-    return torch.equal(_bits(make(check.left, tensors)), _bits(make(check.right, tensors)))
+    left, right = (_bits(make(side, tensors, _torch(check.dtype))) for side in (check.left, check.right))
+    return torch.equal(left, right)
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

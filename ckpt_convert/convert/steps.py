@@ -66,7 +66,10 @@ def _each(plan: Plan) -> Iterator[Move]:
             if instance not in plan.logicals.omitted:
                 yield Move(logical.key, None, shape, dtype, dtype, 0, ("tied: stored once",))
         elif column is None:
-            yield Move(logical.key, None, shape, dtype, dtype, dtypes.nbytes(dtype, shape), ("carried in the record",))
+            how = (
+                "carried in the record" if instance.row.zeros is None else "carried in the record, refused if not zero"
+            )
+            yield Move(logical.key, None, shape, dtype, dtype, dtypes.nbytes(dtype, shape), (how,))
         elif key in written:
             cast = target_dtype(dtype, instance, plan.request)
             alike = instance.row.name, dtype, plan.is_computed(logical.tensor), instance in plan.logicals.omitted
@@ -89,7 +92,9 @@ def _steps(plan: Plan, instance: Instance, logical: Logical, column: Key, dtype:
         yield "tied: written as well"
     elif plan.undecided is not None and instance.row.tied_to:
         yield "tied if equal"
-    if source is None:
+    if not logical.tensor.sources:
+        yield "zeros, as the source has none"
+    elif source is None:
         yield "brought back from the record" if plan.request.like is None else "as --like has it"
     read = source.cut_axis(plan.model.dims) if source is not None else None
     write = column.cut_axis(plan.dims)

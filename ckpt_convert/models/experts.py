@@ -61,12 +61,12 @@ LOAD_BALANCE = (
         "moe.balance",
         ("n_experts",),
         only="moe",
-        optional=True,
+        zeros="F32",
         torchtitan=Key("layers.{layer}.moe.expert_bias_E"),
     ),
 )
-"""The bias by which torchtitan evens out what experts have to do, of families that have none: it is there once it has
-trained them."""
+"""The bias by which torchtitan evens out what experts have to do, of families that have none. It is a persistent buffer
+of zeros in float32 (torchtitan 0.3.0, models/common/moe.py), without which its loader refuses a checkpoint."""
 
 INDICES = {"layer": "n_layers", "expert": "n_experts"}
 

@@ -137,7 +137,7 @@ FLUX = Family(
         *_affine("text_in", ("dim", "text_dim"), "context_embedder", "txt_in"),
         *_embedder("time", "256", "timestep_embedder", "time_in"),
         *_embedder("pooled_text", "pooled_dim", "text_embedder", "vector_in"),
-        *_embedder("guidance", "256", "guidance_embedder", None, when="guidance", optional=True),
+        *_embedder("guidance", "256", "guidance_embedder", None, when="guidance", zeros="BF16"),
         *_stream("image", "img", _IMAGE),
         *_stream("text", "txt", _TEXT),
         *_affine("single.modulation", ("3*dim", "dim"), f"{_HF}.norm.linear", f"{_TITAN}.modulation.lin"),

@@ -178,7 +178,9 @@ class Row:
     ``optional`` marks what a checkpoint may lack: never required, and carried along where the target has no place for
     it. Optional rows of one group, which is a name in place of True, are there together or not at all, for each number
     of their first placeholder. ``derived`` is optional too: what the config determines (RoPE tables), which is no
-    weight to be cast. ``each`` names a placeholder that the row has although every column stacks over it.
+    weight to be cast. ``zeros`` is the dtype of a row without which a model computes as with zeros: a column that has
+    it is given zeros by a source that has no place for it, and a column that has none loses whatever is not zero.
+    ``each`` names a placeholder that the row has although every column stacks over it.
     """
 
     name: str
@@ -194,6 +196,7 @@ class Row:
     only: str | None = None
     optional: bool | str = False
     derived: bool = False
+    zeros: str | None = None
     each: str | None = None
 
     def replace(self, **changes: Any) -> Row:
@@ -203,7 +206,7 @@ class Row:
     @property
     def required(self) -> bool:
         """Whether a format that has a place for the row cannot be without it."""
-        return not (self.optional or self.derived)
+        return not (self.optional or self.derived or self.zeros)
 
     @cached_property
     def lossy(self) -> Key | None:

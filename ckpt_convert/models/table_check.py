@@ -24,6 +24,10 @@ def check(family: Family) -> None:
             raise ValueError(f"{where} is tied to {row.tied_to!r}, which is no row")
         if not row.placeholders <= set(family.indices):
             raise ValueError(f"{where} has a placeholder that counts nothing: {set(row.placeholders)}")
+        if row.zeros is not None and (row.optional or row.derived or row.tied_to is not None):
+            raise ValueError(
+                f"{where} stands for zeros where it is absent, so it is neither optional, derived nor tied"
+            )
         if row.only is not None and not row.placeholders:
             raise ValueError(f"{where} has no placeholder whose numbers {row.only!r} could limit")
         ordered = [name for name in family.indices if name in row.placeholders]

@@ -90,7 +90,7 @@ def open_tolerantly(
     before = len(state.findings)
     files, lost, damaged = _files(path, directory, state)
     if name is None and directory.kind in (None, "dcp"):
-        name, why = by_keys(files, why)
+        name, why = by_keys(files, why, directory.kind)
         if name is None and path.is_dir() and directory.index is None and directory.kind is None and not lost:
             directory = Directory(tuple(map(WeightName, everything(path))))
             del state.findings[before:]  # the same files are among those that are looked at now

@@ -55,7 +55,8 @@ class Format:
     names of n new files in a container; ``containers`` are those it may use, the usual one first; ``config`` is the
     config file at the root. ``uses`` says whether a file that lies beside the weights is of use to readers of the
     format; ``ranks`` whether files are tensor-parallel ranks; ``ignores`` the beginnings of keys that are no weights
-    but the rest of what a training run saves.
+    but the rest of what a training run saves. ``former`` are parts of keys that earlier releases called otherwise, with
+    what they are called now.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Format:
     uses: Callable[[str], bool]
     ranks: bool = False
     ignores: tuple[str, ...] = ()
+    former: tuple[tuple[str, str], ...] = ()
 
 
 def load_json(path: Path, *, expected: Identity | None = None) -> dict[str, Any]:

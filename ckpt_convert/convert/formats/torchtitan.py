@@ -1,7 +1,8 @@
 """torchtitan's checkpoints: a directory of torch.distributed.checkpoint with the model's keys at the top, no config.
 
 Beside the weights, a checkpoint of a training run holds the state of all else, which is passed over. The names of those
-entries are torchtitan 0.3.0's (torchtitan/components/checkpoint.py).
+entries are torchtitan 0.3.0's (torchtitan/components/checkpoint.py). So are the keys that are written; those of 0.2,
+whose modules and dimensions had other names but the same order and shapes, are read as well.
 """
 
 from __future__ import annotations
@@ -40,4 +41,16 @@ FORMAT = Format(
     None,
     lambda name: name != "config.json",
     ignores=("optimizer.", "lr_scheduler.", "dataloader.", "train_state."),
+    former=(
+        ("attention.w", "attention.qkv_linear.w"),
+        ("output.weight", "lm_head.weight"),
+        ("moe.experts.w1", "moe.routed_experts.inner_experts.w1_EFD"),
+        ("moe.experts.w2", "moe.routed_experts.inner_experts.w2_EDF"),
+        ("moe.experts.w3", "moe.routed_experts.inner_experts.w3_EFD"),
+        ("moe.experts.mlp1_weight", "moe.routed_experts.inner_experts.mlp1_weight_EGD"),
+        ("moe.experts.mlp1_bias", "moe.routed_experts.inner_experts.mlp1_bias_EG"),
+        ("moe.experts.mlp2_weight", "moe.routed_experts.inner_experts.mlp2_weight_EDF"),
+        ("moe.experts.mlp2_bias", "moe.routed_experts.inner_experts.mlp2_bias_ED"),
+        ("moe.expert_bias", "moe.expert_bias_E"),
+    ),
 )
