@@ -111,7 +111,7 @@ def _other_head(family: Family, config: Mapping[str, Any], keys: Sequence[str]) 
     other = next((key for key in keys if not family.knows("hf", key)), None)
     if other is not None and "lm_head.weight" not in keys:
         return f"architectures is {names[0]!r}, and {other!r} is no key of {family.name}'s language model"
-    output = next((row.hf.template for row in family.rows if row.tied_to is not None and row.hf is not None), None)
+    output = next((row.hf.template for row in family.rows if row.name == "output" and row.hf is not None), None)
     if names[0].endswith("Model") and output is not None and output not in keys and not _is_tied(family, config):
         return f"architectures is {names[0]!r}, and there is no {output}, so it is not {family.name}'s language model"
     return None

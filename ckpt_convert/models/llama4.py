@@ -306,7 +306,7 @@ VISION = (
     ),
     Row(
         "vision.projection",
-        ("dim", "adapter_dim"),
+        ("dim", "projected_dim"),
         hf=Key("multi_modal_projector.linear_1.weight"),
         meta=Key("vision_projection.weight", tp=0),
         native=Key("encoders.vision.projection.output.4.weight"),

@@ -57,11 +57,7 @@ def dims(config: Mapping[str, Any]) -> dict[str, int]:
     vision = vision_part(config)
     patch, image = require_int(vision, "patch_size", VISION), require_int(vision, "image_size", VISION)
     adapter = require_int(vision, "projector_output_dim", VISION)
-    for key in ("projector_input_dim", "vision_output_dim"):
-        if require_int(vision, key, VISION) != adapter:
-            raise ConfigError(
-                f"{VISION}: {key} must be projector_output_dim ({adapter}), found {vision[key]}; correct {CONFIG}"
-            )
+    require_adapter_dim(vision, "projector_input_dim", CONFIG)
     return {
         **sizes,
         "patch": patch,
@@ -71,7 +67,17 @@ def dims(config: Mapping[str, Any]) -> dict[str, int]:
         "vision_ffn": require_int(vision, "intermediate_size", VISION),
         "vision_layers": require_int(vision, "num_hidden_layers", VISION),
         "adapter_dim": adapter,
+        # transformers' defaults give the projector more than the adapter hands it: a model of texts all the same
+        "projected_dim": require_int(vision, "vision_output_dim", VISION),
     }
+
+
+def require_adapter_dim(vision: Mapping[str, Any], key: str, where: str) -> int:
+    """A size that has to be that of what the vision adapter makes; raises ConfigError for another one."""
+    adapter, size = (require_int(vision, name, VISION) for name in ("projector_output_dim", key))
+    if size != adapter:
+        raise ConfigError(f"{VISION}: {key} must be projector_output_dim ({adapter}), found {size}; correct {where}")
+    return size
 
 
 def sets(config: Mapping[str, Any]) -> dict[str, list[int]]:

@@ -35,7 +35,16 @@ from ckpt_convert.models.config import (
     rope_keys,
     unused_keys,
 )
-from ckpt_convert.models.llama4_config import TEXT, VISION, dims, moe_layers, number_of_layers, text_part, vision_part
+from ckpt_convert.models.llama4_config import (
+    TEXT,
+    VISION,
+    dims,
+    moe_layers,
+    number_of_layers,
+    require_adapter_dim,
+    text_part,
+    vision_part,
+)
 from ckpt_convert.models.llama_releases import ffn_width
 
 VISION_ARGS = f"{PARAMS}: vision_args"
@@ -452,7 +461,7 @@ def _vision_args(config: Mapping[str, Any]) -> dict[str, Any]:
         "n_layers": require_int(vision, "num_hidden_layers", VISION),
         "n_heads": require_int(vision, "num_attention_heads", VISION),
         "mlp_ratio": mlp_ratio,
-        "output_dim": require_int(vision, "projector_output_dim", VISION),
+        "output_dim": require_adapter_dim(vision, "vision_output_dim", CONFIG),
         "pixel_shuffle_ratio": ratio,
     }
 

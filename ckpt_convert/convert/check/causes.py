@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,10 +10,17 @@ from typing import Any
 
 from ckpt_convert.convert.check.tolerant import Opened
 from ckpt_convert.convert.findings import Finding
+from ckpt_convert.convert.formats import peft
 from ckpt_convert.convert.record import MANIFEST
 
 ZEROS = "nothing but zeros"
 """What ``zeros`` looks for in ``found`` of a finding."""
+
+_STARTS_AT_ZERO = re.compile(r"(?:\A|\.)(?:lora_B|lora_embedding_A|lora_up)\.")
+"""What an adapter leaves at zero until it is trained, so that it changes nothing."""
+
+_NEVER_ZERO = re.compile(r"\.lora_A\.")
+"""What one of PEFT's adapters never is; other methods than LoRA (OFT) start from nothing but zeros."""
 
 _MOST_RANKS = 128
 
@@ -104,6 +112,8 @@ class _Stored:
     offset: int
     end: int
     is_matrix: bool
+    is_meant: bool
+    """Whether it may be that zeros are what was meant to be saved."""
 
 
 def zeros(findings: Iterable[Finding], opened: Opened) -> list[Finding]:
@@ -121,9 +131,12 @@ def zeros(findings: Iterable[Finding], opened: Opened) -> list[Finding]:
     if not empty:
         return kept
     files: dict[str, list[_Stored]] = {}
+    is_adapter = opened.checkpoint.directory.kind == peft.KIND
     for file, tensor in opened.view.stored:
-        end = tensor.offset + tensor.nbytes
-        files.setdefault(file.name, []).append(_Stored(tensor.key, tensor.offset, end, len(tensor.shape) > 1))
+        end, is_matrix = tensor.offset + tensor.nbytes, len(tensor.shape) > 1
+        starts = not _NEVER_ZERO.search(tensor.key) if is_adapter else bool(_STARTS_AT_ZERO.search(tensor.key))
+        stored = _Stored(tensor.key, tensor.offset, end, is_matrix, not is_matrix or starts)
+        files.setdefault(file.name, []).append(stored)
     for name, tensors in files.items():
         ordered = sorted((tensor for tensor in tensors if tensor.end > tensor.offset), key=lambda t: t.offset)
         kept += _zeros(name, ordered, lambda tensor, name=name: (name, tensor.key) in empty)  # type: ignore[misc]
@@ -136,7 +149,7 @@ def _zeros(name: str, tensors: Sequence[_Stored], is_empty: Callable[[_Stored], 
         start -= 1
     before = [tensor for tensor in tensors[:start] if is_empty(tensor)]
     tail = tensors[start:]
-    was_cut = any(tensor.is_matrix for tensor in tail) or (tail and not before)
+    was_cut = any(not tensor.is_meant for tensor in tail) or (tail and not before and not tail[-1].is_matrix)
     if was_cut and (start or len(tail) > 1):
         count = f"{len(tail)} tensors, " if len(tail) > 1 else ""
         text = (
@@ -145,7 +158,7 @@ def _zeros(name: str, tensors: Sequence[_Stored], is_empty: Callable[[_Stored], 
         )
         yield Finding("warning", "values", text, name, tail[0].key)
     for tensor in before if was_cut else [*before, *tail]:
-        if tensor.is_matrix:
+        if not tensor.is_meant:
             text = (
                 f"{tensor.key} in {name} holds nothing but zeros; it was never trained, or the file is damaged: "
                 "download it again if it should hold something"

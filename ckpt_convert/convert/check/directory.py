@@ -46,8 +46,9 @@ def totals(opened: Opened) -> Iterator[Finding]:
     for name, size in (("total_size", lambda t: t.nbytes), ("total_parameters", lambda t: prod(t.shape))):
         found = sum(map(size, everything))
         said = stated.get(name)
-        if name == "total_parameters" and type(said) is int and (said < found or packed):
-            continue  # transformers leaves out buffers, and counts what is packed one by one
+        unsure = packed or opened.view.family is None or (type(said) is int and said < found)
+        if name == "total_parameters" and unsure:
+            continue  # transformers counts no buffers, what it does not save (Marian's), and what is packed one by one
         if name in stated and said not in (found, sum(map(size, distinct.values()))):
             unit = " bytes" if name == "total_size" else ""
             text = (

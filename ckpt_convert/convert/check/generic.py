@@ -1,7 +1,8 @@
 """Config against headers for families without a table: what nearly every transformer has in common.
 
 Keys count layers and experts, ``vocab_size`` is the embedding's rows, ``hidden_size`` the width of the norms. What is
-not sure for every architecture is a warning, unless the family is one that is known to be built like Llama.
+not sure for every architecture is a warning, or not said at all, unless the family is one that is known to be built
+like Llama. ``tests/reliability/test_verdicts_sweep.py`` holds this against every model that transformers has.
 """
 
 from __future__ import annotations
@@ -20,6 +21,12 @@ _LISTS = ("layers", "layer", "h", "blocks", "block", "experts")
 _OTHER_PARTS = ("vis", "image", "audio", "speech", "mtp", "draft", "encoder", "projector", "code_predictor")
 _DECODER = ("num_decoder_layers", "decoder_layers")
 """What a model with an encoder, too, may call the number of its decoder's layers."""
+
+_TRUNKS = frozenset(("model", "transformer", "gpt_neox", "backbone", "decoder", "language_model", "text_model"))
+"""The modules that lead to the one stack of layers that a config counts: one below others is a model of its own."""
+
+_SPARE_ROWS = 64
+"""An embedding may have so many rows more than the vocabulary: for tokens of its own, or to make a round number."""
 
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 _NORMS = (
@@ -67,15 +74,18 @@ def shapes(tensors: Mapping[str, Sized], config: Mapping[str, Any]) -> Iterator[
         for key, tensor in tensors.items()
         if tensor.shape and tensor.dtype in _FLOATS and not _is_other(key)
     }
-    model_type = str(config.get("model_type"))
-    likely: Severity = "error" if model_type in _AS_LLAMA else "warning"
+    likely: Severity = "error" if is_sure(config) else "warning"
     hidden = size_of(text, *SIZES["dim"])
     vocab = size_of(text, "vocab_size")
     embeddings = [key for key in own if key.endswith(EMBEDDINGS) and len(own[key]) == 2]
     rows = [*embeddings, *(key for key in own if key == "lm_head.weight" and len(own[key]) == 2)]
-    yield from _differ("error", "vocab_size", vocab, [(key, own[key], 0) for key in rows])
+    further = [key for key in rows if 0 < own[key][0] - (vocab or 0) <= _SPARE_ROWS and likely != "error"]
+    yield from _differ("error", "vocab_size", vocab, [(key, own[key], 0) for key in rows if key not in further])
+    yield from _differ("note", "vocab_size", vocab, [(key, own[key], 0) for key in further])
     norms = [(key, own[key], 0) for key in own if key.endswith(_NORMS) and len(own[key]) == 1]
-    yield from _differ("error", called(text, "dim"), hidden, norms)
+    widths = {*(shape[0] for _, shape, _ in norms), *(own[key][1] for key in embeddings)}
+    if likely == "error" or len(widths) == 1:  # else some are wider than the model by design
+        yield from _differ("error", called(text, "dim"), hidden, norms)
     yield from _blocks(own, text, hidden, likely)
     experts = size_of(text, *SIZES["n_experts"])
     fused = [(k, s, 0) for k, s in own.items() if re.search(r"\.experts\.[a-z_]+(\.weight)?\Z", k) and len(s) > 2]
@@ -89,7 +99,7 @@ def tied(tensors: Mapping[str, Sized], config: Mapping[str, Any]) -> tuple[list[
     output = next((key for key in tensors if key == "lm_head.weight" or key.endswith(".lm_head.weight")), None)
     architectures = config.get("architectures")
     predicts = isinstance(architectures, list) and any("CausalLM" in str(name) for name in architectures)
-    if said is False and output is None and embedding is not None and predicts:
+    if said is False and predicts and output is None and embedding is not None and not _projects(tensors, embedding):
         text = (
             "lm_head.weight is missing, but tie_word_embeddings is false in config.json; set it to true if the output "
             "is the embedding, or find the shard that holds it"
@@ -99,6 +109,21 @@ def tied(tensors: Mapping[str, Sized], config: Mapping[str, Any]) -> tuple[list[
         return [], None
     ours, theirs = tensors[embedding], tensors[output]
     return [], (embedding, output) if ours == theirs and ours.shape is not None else None
+
+
+def is_sure(config: Mapping[str, Any]) -> bool:
+    """Whether the model is one that is known to be built like Llama, so that what misfits is an error."""
+    return str(config.get("model_type")) in _AS_LLAMA
+
+
+def _projects(tensors: Mapping[str, Sized], embedding: str) -> bool:
+    """Whether some other matrix, or one that cannot be looked at, has a row for each token: the output by any name."""
+    shape = tensors[embedding].shape
+    return shape is None or any(
+        tensor.shape is None or (len(tensor.shape) == 2 and tensor.shape[0] == shape[0])
+        for key, tensor in tensors.items()
+        if not key.endswith(EMBEDDINGS)
+    )
 
 
 def _blocks(
@@ -144,17 +169,17 @@ def _differ(
 
 
 def _layer_count(layers: Lists, text: Mapping[str, Any]) -> Iterator[Finding]:
-    own = {prefix: numbers for prefix, numbers in layers.items() if not _is_other(prefix)}
-    if not own:
-        return
-    prefix = max(own, key=lambda prefix: sum(map(len, own[prefix].values())))
+    trunks = [prefix for prefix in layers if not _is_other(prefix) and _is_trunk(prefix)]
+    if len(trunks) != 1:
+        return  # which of several stacks the config counts, if it counts one, is the architecture's affair
+    (prefix,) = trunks
     names = SIZES["n_layers"]
     if "decoder." in prefix and size_of(text, *_DECODER) is not None:
         names = _DECODER
     expected = size_of(text, *names)
     if expected is None:
         return
-    found = max(own[prefix]) + 1
+    found = max(layers[prefix]) + 1
     further = found > expected and any("nextn" in name or "mtp" in name for name in text)
     if found != expected and not further:
         name = next(name for name in names if name in text)
@@ -175,7 +200,10 @@ def _gaps(prefix: str, numbers: Mapping[int, frozenset[str]]) -> Iterator[Findin
 
 
 def _holes(prefix: str, numbers: Mapping[int, frozenset[str]]) -> Iterator[Finding]:
-    """Keys that a layer lacks although layers around it, of its kind in everything else, have them."""
+    """Keys that a layer lacks although layers around it, of its kind in everything else, have them.
+
+    A first or last layer without a whole module is built that way; one between others perhaps.
+    """
     kinds = Counter(numbers.values())
     usual = [kind for kind, count in kinds.items() if count >= _FEW - 1]
     for number, kind in sorted(numbers.items()):
@@ -183,8 +211,13 @@ def _holes(prefix: str, numbers: Mapping[int, frozenset[str]]) -> Iterator[Findi
         if whole is None or (number in (0, max(numbers)) and len(whole - kind) > len(kind)):
             continue
         around = [at for at, other in numbers.items() if other == whole]
-        severity: Severity = "error" if min(around) < number < max(around) else "warning"
+        is_between = min(around) < number < max(around)
+        modules = {rest.partition(".")[0] for rest in kind}
         for rest in sorted(whole - kind):
+            module = rest.partition(".")[0]
+            if (module not in modules and not is_between) or module.isdecimal():  # a stage, with layers of its own
+                continue
+            severity: Severity = "error" if is_between and module in modules else "warning"
             text = (
                 f"{prefix}{number}.{rest} is missing, although {kinds[whole]} layers like it have it; "
                 "find the file that holds it"
@@ -200,7 +233,7 @@ def _experts(found: Lists, text: Mapping[str, Any]) -> Iterator[Finding]:
     counts = Counter(max(numbers) + 1 for numbers in found.values() if len(numbers) == max(numbers) + 1)
     usual = counts.most_common(1)[0][0] if counts else max(max(numbers) + 1 for numbers in found.values())
     count = usual if stated is None else stated
-    if stated is not None and usual != stated and 2 * counts[usual] > len(found) and len(found) > 1:
+    if stated is not None and usual < stated and 2 * counts[usual] > len(found) and len(found) > 1:
         said = (
             f"{called(text, 'n_experts')} is {stated} in config.json, but {counts[usual]} of {len(found)} layers have "
             f"{usual} experts; correct config.json, or find the files that are missing"
@@ -218,7 +251,8 @@ def _experts(found: Lists, text: Mapping[str, Any]) -> Iterator[Finding]:
             )
             key = f"{prefix}{lacking[0]}"
             yield Finding("error", "layers", said, None, key, str(count), str(count - len(lacking)))
-        for number, kind in sorted(numbers.items()):
+        # Behind those that the config counts, there may be some that are none (LongCat's).
+        for number, kind in sorted((number, kind) for number, kind in numbers.items() if number < count):
             for rest in sorted(whole - kind):
                 said = (
                     f"{prefix}{number}.{rest} is missing, although other experts have it; find the file that holds it"
@@ -235,6 +269,11 @@ def _lists(keys: Iterable[str]) -> Lists:
                 rest = re.sub(r"\bexperts\.\d+\.", "experts.*.", key[match.end() + 1 :])
                 out.setdefault(prefix, {}).setdefault(int(match[0]), set()).add(rest)
     return {prefix: {n: frozenset(rests) for n, rests in numbers.items()} for prefix, numbers in out.items()}
+
+
+def _is_trunk(prefix: str) -> bool:
+    """Whether a stack is that of the model itself, not one of a module that a config may count by another name."""
+    return _TRUNKS.issuperset(prefix.split(".")[:-2])
 
 
 def _name(prefix: str) -> str:
