@@ -12,6 +12,7 @@ from ckpt_convert.convert.containers import gguf
 from ckpt_convert.convert.containers.header import Header
 from ckpt_convert.convert.formats import peft
 from ckpt_convert.convert.formats.base import Directory, WeightName, dcp_directory, plain_weights
+from ckpt_convert.convert.formats.hf import another_set
 from ckpt_convert.convert.record import Record
 from ckpt_convert.errors import CheckpointNotFoundError
 from ckpt_convert.models import FAMILIES
@@ -132,6 +133,8 @@ def open_files(path: Path, directory: Directory) -> tuple[tuple[WeightFile, ...]
 
         found, facts = dcp.read_directory(root)
         return tuple(WeightFile(file.name, 0, file.path, file.reader, file.header) for file in found), facts
+    if path.is_dir() and (other := another_set(path, directory)) is not None:
+        raise CheckpointNotFoundError(f"{path}: {other}")
     files = tuple(_open(path, weight) for weight in directory.weights)
     facts = peft.facts(root) if directory.kind == peft.KIND else []
     if len(files) == 1 and files[0].header.kind == gguf.KIND:

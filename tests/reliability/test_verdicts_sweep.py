@@ -12,8 +12,6 @@ import hashlib
 import json
 import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ import torch
 
 import ckpt_convert
 from tests.reliability import tiny_models
+from tests.reliability.commands import run
 
 ALL = os.environ.get("CKPT_CONVERT_SWEEP") == "all"
 
@@ -54,11 +53,6 @@ def _cases() -> list[tuple[str, str]]:
         return sorted({*known, *MISJUDGED})
     others = random.Random(23).sample([case for case in known if case not in MISJUDGED], 3 * SAMPLED)
     return MISJUDGED + others
-
-
-def _run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "ckpt_convert", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def _sums(directory: Path) -> dict[str, str]:
@@ -100,7 +94,7 @@ def test_what_transformers_saves_is_sound(
     source, again, sharded = (tmp_path / name for name in ("source", "again", "sharded"))
     model.save_pretrained(source, max_shard_size=max(size // 2, 1000))
 
-    verdict = json.loads(_run("verify", source, "--json").stdout)
+    verdict = json.loads(run("verify", source, "--json").stdout)
     problems = [finding["text"] for finding in verdict["findings"] if finding["severity"] == "error"]
     assert problems == []
     if known:  # and nothing that a reader would have to look at, but for what the model's own class contradicts
@@ -116,7 +110,7 @@ def test_what_transformers_saves_is_sound(
     ckpt_convert.convert(source, sharded, to="hf", shards=2)
     assert len(list(sharded.glob("*.safetensors"))) == 2
     if (ALL or not known) and class_name not in RENAMED:
-        diff = _run("diff", source, sharded)
+        diff = run("diff", source, sharded)
         assert diff.returncode == 0, diff.stdout + diff.stderr
     before, after = (_loaded(type(model), path) for path in (source, sharded))
     if isinstance(before, str) or isinstance(after, str):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
@@ -12,10 +11,10 @@ from ckpt_convert.convert.check.tolerant import Opened
 from ckpt_convert.convert.checkpoint import Checkpoint
 from ckpt_convert.convert.findings import Finding
 from ckpt_convert.convert.formats.base import load_json
+from ckpt_convert.convert.formats.hf import NUMBERED, another_set
 from ckpt_convert.errors import CkptConvertError
 from ckpt_convert.storage.names import WEIGHT_SUFFIXES, partial_of, replaced_of
 
-_NUMBERED = re.compile(r"(?P<stem>.*)-(?P<number>\d{1,9})-of-(?P<total>\d{1,9})(?P<suffix>\.\w+)")
 _WHOLE = ("F64", "F32", "F16", "BF16")
 _UNFINISHED = (".incomplete", ".part", ".crdownload", ".aria2", ".tmp", ".download")
 _TRAINING = ("optimizer", "scheduler", "training_args", "adapter_", "rng_state", "scaler", "optim")
@@ -77,24 +76,32 @@ def leftovers(opened: Opened) -> Iterator[Finding]:
         elif name.endswith(".index.json") and name not in known:
             yield from _other_index(path, name, used)
     unused = [name for name in names if name.endswith(WEIGHT_SUFFIXES) and name not in used and _counts(path, name)]
-    yield from _unused(unused, used, opened.checkpoint)
+    if used.issubset(names):
+        yield from _unused(unused, used, opened.checkpoint)
+    elif unused and another_set(path, opened.checkpoint.directory) is None:  # it may be all the weights there are
+        shown = ", ".join(unused[:3]) + (", …" if len(unused) > 3 else "")
+        text = f"{shown}: not used, and not checked; keep what is here until the files that are missing are found"
+        yield Finding("note", "leftover", text, unused[0])
 
 
 def numbering(opened: Opened) -> Iterator[Finding]:
     """Whether the numbers in the names of the files that are used are those of one set."""
     totals: dict[tuple[str, str], dict[int, list[int]]] = {}
     for weight in opened.checkpoint.directory.weights:
-        if match := _NUMBERED.fullmatch(weight.name):
+        if match := NUMBERED.fullmatch(weight.name):
             of = totals.setdefault((match["stem"], match["suffix"]), {})
             of.setdefault(int(match["total"]), []).append(int(match["number"]))
     indexed = opened.checkpoint.directory.index is not None
     for (stem, suffix), sets in totals.items():
         if len(sets) > 1:
             said = " and ".join(f"{len(numbers)} of a set of {total}" for total, numbers in sorted(sets.items()))
-            text = (
-                f"{stem}-…{suffix}: the files that are used are {said}; shards of two sets were mixed, "
-                "so remove those that do not belong to it"
+            whole = [total for total, numbers in sets.items() if len(set(numbers)) == total]
+            way = (
+                f"the set of {whole[0]} is whole: if it is the one that is meant, move the others aside"
+                if len(whole) == 1
+                else "fetch what is missing of the one that is meant before you move the others aside"
             )
+            text = f"{stem}-…{suffix}: the files that are used are {said}; shards of two sets were mixed; {way}"
             yield Finding("warning" if indexed else "error", "shards", text)
             continue
         index = f"{stem}{suffix}.index.json"
@@ -125,7 +132,7 @@ def numbering(opened: Opened) -> Iterator[Finding]:
 
 
 def _width(checkpoint: Checkpoint, stem: str) -> int:
-    matches = (_NUMBERED.fullmatch(weight.name) for weight in checkpoint.directory.weights)
+    matches = (NUMBERED.fullmatch(weight.name) for weight in checkpoint.directory.weights)
     return next((len(match["number"]) for match in matches if match and match["stem"] == stem), 5)
 
 
@@ -134,11 +141,11 @@ def _counts(path: Path, name: str) -> bool:
 
 
 def _unused(names: list[str], used: set[str], checkpoint: Checkpoint) -> Iterator[Finding]:
-    sets = {(m["stem"], m["suffix"]) for name in used if (m := _NUMBERED.fullmatch(name))}
+    sets = {(m["stem"], m["suffix"]) for name in used if (m := NUMBERED.fullmatch(name))}
     suffixes = {Path(name).suffix for name in used}
     others: dict[str, list[str]] = {}
     for name in names:
-        match = _NUMBERED.fullmatch(name)
+        match = NUMBERED.fullmatch(name)
         said = checkpoint.directory.index or "no file"
         if match and ((match["stem"], match["suffix"]) in sets or match["suffix"] in suffixes):
             text = (

@@ -13,6 +13,7 @@ from ckpt_convert.convert.check.container import survey
 from ckpt_convert.convert.checkpoint import Checkpoint
 from ckpt_convert.convert.findings import Finding
 from ckpt_convert.convert.formats.base import RECORD_FOLDER, Directory, WeightName, load_json, plain_weights
+from ckpt_convert.convert.formats.hf import another_set
 from ckpt_convert.convert.opening import WeightFile, by_keys, detect, everything, open_files
 from ckpt_convert.errors import CheckpointNotFoundError, CkptConvertError, ConfigError, UsageError
 from ckpt_convert.models import FAMILIES
@@ -181,7 +182,13 @@ def _files(path: Path, directory: Directory, state: _State) -> tuple[tuple[Weigh
         except (CkptConvertError, OSError) as error:
             state.error("container", error, path)
             return (), [".metadata"], []
+    other = another_set(path, directory) if path.is_dir() else None
+    if other is not None:  # one cause, whatever number of files it is that are missing
+        state.findings.append(Finding("error", "files", other, directory.index))
     for weight in directory.weights:
+        if other is not None and not os.path.lexists(path / weight.name):
+            lost.append(weight.name)
+            continue
         opened = _open(path, weight, directory, state)
         if opened is None:
             lost.append(weight.name)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+import re
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from ckpt_convert.convert.formats.base import (
@@ -18,6 +20,9 @@ from ckpt_convert.errors import CorruptFileError
 from ckpt_convert.storage.names import check_name
 
 INDEX_SUFFIX = ".index.json"
+NUMBERED = re.compile(r"(?P<stem>.*)-(?P<number>\d{1,9})-of-(?P<total>\d{1,9})(?P<suffix>\.\w+)")
+"""The name of a shard."""
+
 _STEMS = {"safetensors": ("model", ".safetensors"), "bin": ("pytorch_model", ".bin")}
 
 
@@ -67,6 +72,50 @@ def index_name(container: str) -> str:
     """The index beside shards of a container."""
     stem, suffix = _STEMS[container]
     return f"{stem}{suffix}{INDEX_SUFFIX}"
+
+
+def another_set(directory: Path, found: Directory) -> str | None:
+    """What to do where files that an index names are missing, but those of another set are all there; else None.
+
+    Nothing here says which of the two is meant, so both ways are said.
+    """
+    used = {weight.name for weight in found.weights}
+    names = set(os.listdir(directory))
+    lacking = sorted(used - names)
+    if found.index is None or not lacking:
+        return None
+    whole = [files for files in _whole_sets(names) if not used.issuperset(files)]
+    if not whole:
+        return None
+    suffix, sets = Path(found.index.removesuffix(INDEX_SUFFIX)).suffix, " and ".join(map(_set, whole))
+    mixed = sorted(name for name in used & names if name.endswith(suffix) and all(name not in files for files in whole))
+    aside = " ".join([found.index, *mixed])
+    return (
+        f"{len(lacking)} of the {len(used)} files that {found.index} names {'is' if len(lacking) == 1 else 'are'} "
+        f"missing ({lacking[0]}{', …' if len(lacking) > 1 else ''}), but {sets} "
+        f"{'is a whole set' if len(whole) == 1 else 'are whole sets'} that it does not name; if "
+        f"{'that is' if len(whole) == 1 else 'one of these is'} the one that is meant, move what belongs to the other "
+        f"one aside (mkdir aside && mv {aside} aside/), else download or copy what is missing; remove nothing before"
+    )
+
+
+def _whole_sets(names: Collection[str]) -> list[list[str]]:
+    """The weight files of a directory that are a model by their names: single ones, and all shards of a number."""
+    found = [[stem + suffix] for stem, suffix in _STEMS.values() if stem + suffix in names]
+    sets: dict[tuple[str, int, str], dict[int, str]] = {}
+    for name in names:
+        if name.endswith(tuple(suffix for _, suffix in _STEMS.values())) and (match := NUMBERED.fullmatch(name)):
+            of = sets.setdefault((match["stem"], int(match["total"]), match["suffix"]), {})
+            of[int(match["number"])] = name
+    for (_, total, _), by_number in sorted(sets.items()):
+        first = 0 if 0 in by_number else 1
+        if len(by_number) == total and all(number in by_number for number in range(first, first + total)):
+            found.append([by_number[number] for number in sorted(by_number)])
+    return found
+
+
+def _set(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
 
 
 def _index(directory: Path, weights: str) -> str | None:
