@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         UnreadableError,
         UnsafeFileError,
         UnsupportedFamilyError,
+        UnwritableError,
         UsageError,
         VerificationError,
     )
@@ -81,6 +82,7 @@ __all__ = [
     "UnreadableError",
     "UnsafeFileError",
     "UnsupportedFamilyError",
+    "UnwritableError",
     "UsageError",
     "VerificationError",
     "convert",

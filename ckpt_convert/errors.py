@@ -100,9 +100,13 @@ class NotEnoughSpaceError(CkptConvertError):
     """The file system of the destination has too little room; nothing was written, or it can be resumed."""
 
 
+class UnwritableError(CkptConvertError):
+    """The system does not take what is written: permissions, a disk or a network that fails, a name too long."""
+
+
 class LockedError(CkptConvertError):
     """Another process is writing the same destination."""
 
 
 class VerificationError(CkptConvertError):
-    """The output, read again, is not what the source says."""
+    """The output, looked at again, is not what was written, or not what the source says."""

@@ -20,9 +20,10 @@ from typing import Any
 
 from ckpt_convert.checkpointer.pointer import SUFFIX, check_pointer, point, pointed, target_of, write_whole
 from ckpt_convert.checkpointer.progress import Progress
-from ckpt_convert.convert.check.training import TRAINING_STATE
+from ckpt_convert.convert import record
+from ckpt_convert.convert.containers import dcp
 from ckpt_convert.convert.formats.base import load_json, render_json
-from ckpt_convert.convert.record import MANIFEST
+from ckpt_convert.convert.record import MANIFEST, TRAINING_STATE
 from ckpt_convert.errors import (
     CheckpointNotFoundError,
     ConfigError,
@@ -32,12 +33,13 @@ from ckpt_convert.errors import (
 )
 from ckpt_convert.storage.lock import Lock
 from ckpt_convert.storage.names import JOURNAL, partial_of
-from ckpt_convert.storage.staging import sync_directory
+from ckpt_convert.storage.system import sync_directory
 
 __all__ = [
     "Saved",
     "amend",
     "check_pointer",
+    "finish_removal",
     "finish_thinning",
     "leftovers",
     "point",
@@ -227,7 +229,7 @@ def removal_name(path: Path) -> Path:
 
 
 def remove(directory: Path) -> None:
-    """Remove a directory so that what an interruption leaves of it is known as unfinished; raises OSError."""
+    """Remove an unfinished directory, so that what an interruption leaves of it is known as one; raises OSError."""
     journal = directory / JOURNAL
     journal.touch()
     sync_directory(directory)
@@ -238,6 +240,45 @@ def remove(directory: Path) -> None:
             entry.unlink()
     journal.unlink()
     directory.rmdir()
+
+
+def finish_removal(hidden: Path, original: Path) -> None:
+    """Remove the files of a checkpoint that has lost its name, and give that back to what somebody put beside them.
+
+    The files are those that the manifest lists, which goes last. What an earlier attempt left is finished. Raises
+    OSError.
+    """
+    journal = hidden / JOURNAL
+    journal.touch()
+    sync_directory(hidden)
+    listed = record.listed(hidden)
+    _remove_files(hidden, listed - {MANIFEST})
+    (hidden / MANIFEST).unlink(missing_ok=True)
+    _remove_files(hidden, frozenset())  # folders that are empty now
+    kept = sorted(entry.name for entry in hidden.iterdir() if entry != journal)
+    if not kept:
+        journal.unlink()
+        hidden.rmdir()
+        return
+    what = f"the checkpoint in {original} was removed, and {', '.join(kept[:8])}, which it did not write,"
+    if os.path.lexists(original):  # it was saved again since
+        log.warning("%s is kept in %s", what, hidden)
+        return
+    os.rename(hidden, original)
+    (original / JOURNAL).unlink()
+    sync_directory(original.parent)
+    log.warning("%s is kept there", what)
+
+
+def _remove_files(directory: Path, names: frozenset[str]) -> None:
+    """Remove these files, without following links on the way, and the folders that are empty then."""
+    for folder, _, _ in os.walk(directory, topdown=False):
+        here = Path(folder)
+        for entry in here.iterdir():
+            if entry.relative_to(directory).as_posix() in names and (entry.is_symlink() or not entry.is_dir()):
+                entry.unlink()
+        if here != directory and not any(here.iterdir()):
+            here.rmdir()
 
 
 def leftovers(output_dir: Path) -> list[Path]:
@@ -274,10 +315,15 @@ def tidy(output_dir: Path) -> None:
             log.warning("%s is left over and cannot be removed: %s", path, error.strerror)
     for state in output_dir.glob(f"*/{TRAINING_STATE}"):
         finish_thinning(state.parent)
+    for amended in output_dir.glob(f"*/{partial_of(Path(MANIFEST))}"):
+        _finish_amending(amended)
 
 
 def finish_thinning(directory: Path) -> None:
-    """Remove the training state of a checkpoint whose manifest says that it is removed; failing is warned of."""
+    """Remove the training state of a checkpoint whose manifest says that it is removed; failing is warned of.
+
+    What else was put beside its files is left.
+    """
     state = directory / TRAINING_STATE
     if directory.is_symlink() or state.is_symlink() or not state.is_dir():
         return
@@ -286,25 +332,46 @@ def finish_thinning(directory: Path) -> None:
         if found is None or found[1].get(TRAINING_STATE) != REMOVED:
             return
         try:
-            shutil.rmtree(state)
+            for entry in state.iterdir():
+                if dcp.is_metadata(entry.name) or entry.name.endswith(dcp.SUFFIX):
+                    entry.unlink()
+            if not any(state.iterdir()):
+                state.rmdir()
         except OSError as error:
             log.warning("%s cannot be removed: %s", state, error.strerror)
 
 
+def _finish_amending(amended: Path) -> None:
+    """Remove the manifest that was to replace another when it was interrupted; failing is warned of."""
+    directory = amended.parent.parent
+    if directory.is_symlink() or not _is_complete(directory, directory.name):
+        return
+    try:
+        amended.unlink()
+    except OSError as error:
+        log.warning("%s is left over and cannot be removed: %s", amended, error.strerror)
+
+
 def _tidy_partial(path: Path) -> None:
-    name = path.name[1 : -len(_PARTIAL)].removesuffix(_DELETED)
+    name = path.name[1 : -len(_PARTIAL)]
+    removed = name.removesuffix(_DELETED)
     with contextlib.suppress(LockedError), Lock.directory(path, "it is being written"):
-        if os.path.lexists(path / JOURNAL) or not any(path.iterdir()) or _is_complete(path, name):
+        if not os.path.lexists(path / JOURNAL) and any(path.iterdir()) and not _is_complete(path, removed):
+            return
+        if removed != name:
+            finish_removal(path, path.with_name(removed))
+        else:
             remove(path)
             log.warning("half-written %s removed", path)
 
 
 def _tidy_replaced(path: Path) -> None:
     original = path.with_name(path.name[1 : -len(_REPLACED)])
-    if _is_complete(original, original.name):
-        remove(path)
+    ours = _is_complete(path, original.name)
+    if _is_complete(original, original.name) and (os.path.lexists(path / JOURNAL) or ours):
+        finish_removal(path, original)
         log.warning("%s removed: %s, which replaced it, is complete", path, original.name)
-    elif not os.path.lexists(original) and _is_complete(path, original.name):
+    elif not os.path.lexists(original) and ours:
         os.rename(path, original)
         sync_directory(path.parent)
         log.warning("%s put back: what was to replace it was not completed", original)

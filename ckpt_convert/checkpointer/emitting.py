@@ -24,7 +24,7 @@ from ckpt_convert.checkpointer.merge import MergedReader, merges
 from ckpt_convert.checkpointer.pack import Packed, pack
 from ckpt_convert.checkpointer.peft_files import files as peft_files
 from ckpt_convert.checkpointer.peft_files import from_peft, load_into, to_peft
-from ckpt_convert.checkpointer.saving import MERGED, Step
+from ckpt_convert.checkpointer.saving import Step
 from ckpt_convert.convert import legacy_keys, record
 from ckpt_convert.convert import plan as planning
 from ckpt_convert.convert.blocks import ProgressCallback
@@ -253,7 +253,7 @@ class Emitter:
             def training() -> Mapping[str, Any]:
                 return {**section(), **self._base_section(whole)}
 
-            return Step(made, training, state, {**written, **files}, settings.extra, MERGED)
+            return Step(made, training, state, {**written, **files}, settings.extra, record.MERGED)
 
         return step
 

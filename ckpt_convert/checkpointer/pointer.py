@@ -9,13 +9,13 @@ from pathlib import Path
 
 from ckpt_convert.errors import OutputExistsError, UnsafeFileError
 from ckpt_convert.storage.names import check_name
-from ckpt_convert.storage.staging import sync_directory
+from ckpt_convert.storage.system import UNSUPPORTED, sync_directory
 
 SUFFIX = ".pointer"
 """How the name of a pointer that is being made ends."""
 
-_NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
-"""What file systems without links say (FAT says EPERM); anything else is a fault, which no text file hides."""
+_NO_LINKS = UNSUPPORTED | {errno.EPERM}
+"""What the system says where a file system has no links: Linux EPERM, others that there is no such call."""
 
 _LONGEST_POINTER = 1024
 """Bytes; a text file with more says something else."""
@@ -41,10 +41,9 @@ def point(output_dir: Path, name: str, target: str | Path) -> None:
     temporary.unlink(missing_ok=True)
     try:
         os.symlink(Path(target).name, temporary, target_is_directory=True)
-    except NotImplementedError:
-        write_whole(temporary, f"{Path(target).name}\n".encode())
-    except OSError as error:
-        if error.errno not in _NO_LINKS and getattr(error, "winerror", None) is None:
+    except (OSError, NotImplementedError) as error:
+        windows = getattr(error, "winerror", None) is not None
+        if isinstance(error, OSError) and error.errno not in _NO_LINKS and not windows:
             raise
         write_whole(temporary, f"{Path(target).name}\n".encode())
     os.replace(temporary, output_dir / name)

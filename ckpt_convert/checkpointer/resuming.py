@@ -18,9 +18,8 @@ from ckpt_convert.checkpointer.pack import part
 from ckpt_convert.checkpointer.parts import Parts
 from ckpt_convert.convert.blocks import ProgressCallback
 from ckpt_convert.convert.check import check as check_weights
-from ckpt_convert.convert.check.training import TRAINING_STATE
 from ckpt_convert.convert.checkpoint import open_checkpoint
-from ckpt_convert.convert.record import MANIFEST
+from ckpt_convert.convert.record import MANIFEST, TRAINING_STATE
 from ckpt_convert.errors import (
     CheckpointNotFoundError,
     CkptConvertError,

@@ -11,9 +11,9 @@ from typing import Literal, TypeAlias
 
 from ckpt_convert.checkpointer import catalog
 from ckpt_convert.checkpointer.catalog import Saved
-from ckpt_convert.convert.check.training import TRAINING_STATE
+from ckpt_convert.convert.record import TRAINING_STATE
 from ckpt_convert.errors import CkptConvertError, UsageError
-from ckpt_convert.storage.staging import sync_directory
+from ckpt_convert.storage.system import sync_directory
 
 log = logging.getLogger("ckpt_convert")
 
@@ -121,10 +121,10 @@ def _delete(saved: Saved) -> None:
     hidden = catalog.removal_name(saved.path)
     try:
         if hidden.is_dir():  # what an earlier attempt could not remove
-            catalog.remove(hidden)
+            catalog.finish_removal(hidden, saved.path)
         os.rename(saved.path, hidden)
         sync_directory(hidden.parent)
-        catalog.remove(hidden)
+        catalog.finish_removal(hidden, saved.path)
     except OSError as error:
         log.warning("%s is to be kept no longer, but cannot be removed: %s", saved.path, error.strerror)
     else:

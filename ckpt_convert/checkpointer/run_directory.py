@@ -13,6 +13,7 @@ from ckpt_convert.checkpointer.names import Template
 from ckpt_convert.checkpointer.progress import Progress
 from ckpt_convert.checkpointer.saving import Step, save
 from ckpt_convert.convert.checkpoint import Checkpoint
+from ckpt_convert.convert.output import permissions
 from ckpt_convert.errors import CkptConvertError, OutputExistsError, reason
 from ckpt_convert.storage.lock import Lock
 
@@ -33,6 +34,7 @@ class RunDirectory:
         self._run_name = run_name or path.absolute().name
         self._latest_name = latest_name
         self._lock: Lock | None = None
+        self._mode = 0o777
         self._sequence = 0
         self._superseded: tuple[Saved, ...] = ()
         self._unwritten: dict[Path, tuple[Mapping[str, float], int]] = {}
@@ -44,7 +46,9 @@ class RunDirectory:
         """
         if self._lock is not None:
             return
-        self._refuse(source)
+        self.check(source)
+        if source.files:
+            self._mode = permissions(source)
         self.path.mkdir(parents=True, exist_ok=True)
         held = f"{self.path}: another checkpointer is writing here; close() it, or choose another output_dir"
         self._lock = Lock.file(self.path / LOCK, held)
@@ -83,7 +87,7 @@ class RunDirectory:
 
     def write(self, step: Step, destination: Path, workers: int) -> None:
         """Write a step; once it is complete, point at it, and let go what the policy does not keep."""
-        save(step, destination, workers=workers)
+        save(step, destination, workers=workers, mode=self._mode)
         self._unwritten.pop(destination, None)
         if self._latest_name is not None:
             with _only_warned(f"{destination} is saved, but {self._latest_name} cannot be made to lead to it"):
@@ -134,7 +138,7 @@ class RunDirectory:
             del self._unwritten[destination]
         return changed
 
-    def _refuse(self, source: Checkpoint) -> None:
+    def check(self, source: Checkpoint) -> None:
         """Raise OutputExistsError where saving would write into the source, or keeping fewer steps delete it."""
         if not source.files or not source.path.is_dir():
             return

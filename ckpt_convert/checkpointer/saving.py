@@ -12,23 +12,25 @@ from typing import Any
 from ckpt_convert.checkpointer import catalog, training_state
 from ckpt_convert.checkpointer.merge import MergedReader
 from ckpt_convert.checkpointer.pack import Packed
-from ckpt_convert.convert import output, record
-from ckpt_convert.convert.check.training import TRAINING_STATE
+from ckpt_convert.convert import output, ownership, record
 from ckpt_convert.convert.execute import check_losses, loss_text, run_checks
 from ckpt_convert.convert.formats.base import render_json
 from ckpt_convert.convert.plan import Plan, refuse_unreadable
+from ckpt_convert.convert.record import TRAINING_STATE
 from ckpt_convert.convert.sidefiles import SideFile
-from ckpt_convert.errors import CkptConvertError, OutputExistsError
-from ckpt_convert.storage.names import JOURNAL
+from ckpt_convert.errors import CkptConvertError, OutputExistsError, listing
+from ckpt_convert.storage.folder import Folder
 from ckpt_convert.storage.reader import WORKERS
-from ckpt_convert.storage.staging import Staging, check_space, explain_full_disk
+from ckpt_convert.storage.staging import Staging, check_space
+from ckpt_convert.storage.system import Advice
 
 log = logging.getLogger("ckpt_convert")
 
-MERGED = "merged"
-"""The folder of the full weights beside an adapter."""
-
-_ADVICE = "the step was not saved, earlier ones are untouched; free some space, or keep fewer (keep_last)"
+_UNTOUCHED = "the step was not saved, earlier ones are untouched"
+_ADVICE = Advice(
+    f"{_UNTOUCHED}; free some space, or keep fewer (keep_last)",
+    f"{_UNTOUCHED}; look at its permissions, the disk and the connection to it",
+)
 
 
 @dataclass(frozen=True)
@@ -57,29 +59,25 @@ class Step:
         return state + files + extra + (self.plan.disk if self.plan is not None else 0)
 
 
-def save(step: Step, destination: Path, *, workers: int = WORKERS) -> int:
+def save(step: Step, destination: Path, *, workers: int = WORKERS, mode: int = 0o777) -> int:
     """Write a step into ``destination``, which appears complete; one of ours that is there is replaced.
 
+    ``mode`` are the permissions that its files and folders may have at most.
     Returns the number of bytes. Raises OutputExistsError where something else has the name, and CkptConvertError for
     what goes wrong while writing: ``destination`` is then as it was, and nothing half-written is left.
     """
     started = time.monotonic()
-    if destination.exists() and any(destination.iterdir()) and _is_foreign(destination):
-        raise OutputExistsError(
-            f"{destination}: is there already and is no checkpoint of this checkpointer; move it away, or choose "
-            "another directory name or output_dir"
-        )
+    if destination.exists():
+        _refuse_foreign(destination)
     try:
-        with Staging(destination, overwrite=True) as staging:
+        with Staging(destination, ownership.STEP_RULES, overwrite=True, mode=mode, advice=_ADVICE) as staging:
             try:
-                staging.write(JOURNAL, b"")
                 check_space(destination, step.nbytes)
-                with explain_full_disk(staging, _ADVICE):
-                    _write(step, staging, workers)
-                    nbytes = sum(path.stat().st_size for path in staging.path.rglob("*") if path.is_file())
-                    if step.plan is not None:
-                        step.plan.check_sources()
-                    staging.commit()
+                _write(step, staging, workers)
+                if step.plan is not None:
+                    step.plan.check_sources()
+                staging.commit()
+                nbytes = staging.folder.nbytes
             except BaseException:
                 staging.discard()
                 raise
@@ -93,39 +91,50 @@ def save(step: Step, destination: Path, *, workers: int = WORKERS) -> int:
     return nbytes
 
 
-def _is_foreign(directory: Path) -> bool:
-    """Neither a checkpoint of ours nor what damage left of one, whose place the run that came back to it may take."""
-    return not catalog.is_damaged(directory) and catalog.read(directory) is None
+def _refuse_foreign(destination: Path) -> None:
+    """Raise OutputExistsError for what is no checkpoint of ours, and for one that somebody has put files into.
+
+    What damage has left of one may be replaced by the run that comes back to it.
+    """
+    if not any(destination.iterdir()):
+        return
+    if not catalog.is_damaged(destination) and catalog.read(destination) is None:
+        raise OutputExistsError(
+            f"{destination}: is there already and is no checkpoint of this checkpointer; move it away, or choose "
+            "another directory name or output_dir"
+        )
+    foreign = ownership.unlisted(destination)
+    if foreign:
+        raise OutputExistsError(
+            f"{destination}: is to be saved again, and holds what is none of its files:{listing(foreign)}\nmove that "
+            "elsewhere, or choose another directory name or output_dir"
+        )
 
 
 def _write(step: Step, staging: Staging, workers: int) -> None:
     manifest: dict[str, Any] = {"schema": record.SCHEMA}
     if step.plan is not None and not step.weights_in:
-        manifest = _weights(step, step.plan, staging, workers)
+        manifest = _weights(step, step.plan, staging, staging.folder, workers)
     elif step.plan is not None:
-        inner = staging.path / step.weights_in
-        with Staging(inner) as nested:
-            nested.write(record.MANIFEST, render_json(_weights(step, step.plan, nested, workers)))
-            (nested.path / JOURNAL).unlink(missing_ok=True)
-            nested.commit()
+        inner = staging.folder.below(step.weights_in)
+        inner.write(record.MANIFEST, render_json(_weights(step, step.plan, staging, inner, workers)))
     files = {name: _file(name, data, staging) for name, data in (step.files or {}).items()}
     extra = {path.name: _copy(path, staging) for path in step.extra}
     state = None
     if step.state is not None:
-        state = {"files": training_state.write(staging.path / TRAINING_STATE, step.state)}
+        state = {"files": training_state.write(staging.folder.below(TRAINING_STATE), step.state)}
     manifest["training"] = {**step.training(), "training_state": state, "extra_files": extra, "files": files}
     staging.write(record.MANIFEST, render_json(manifest))
-    (staging.path / JOURNAL).unlink()
 
 
-def _weights(step: Step, plan: Plan, staging: Staging, workers: int) -> dict[str, Any]:
+def _weights(step: Step, plan: Plan, staging: Staging, folder: Folder, workers: int) -> dict[str, Any]:
     refuse_unreadable(plan)
     run_checks(plan)
     kept = "training_state keeps them exact" if step.state is not None else "nothing keeps them exact"
     if lost := check_losses(plan):
         text = "%s: %s change what the model computes, and its files have no place for them; %s"
         log.warning(text, staging.destination, loss_text(lost), kept)
-    written = output.write(plan, staging, workers, None)
+    written = output.write(plan, staging, workers, None, folder)
     readers = [file.reader for file, _ in plan.stored]
     merged = {reader.name: reader.overflowed for reader in readers if isinstance(reader, MergedReader)}
     overflows = written.overflows | {key: count for key, count in merged.items() if count}
@@ -141,5 +150,5 @@ def _file(name: str, data: bytes, staging: Staging) -> dict[str, Any]:
 
 
 def _copy(path: Path, staging: Staging) -> dict[str, Any]:
-    checksum = output.write_side_file(SideFile(path.name, "copied", path), staging)
+    checksum = output.write_side_file(SideFile(path.name, "copied", path), staging.folder)
     return {"size": path.stat().st_size, "checksum": checksum}

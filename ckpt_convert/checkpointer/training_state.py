@@ -30,6 +30,7 @@ from ckpt_convert.errors import (
     OutputExistsError,
     UsageError,
 )
+from ckpt_convert.storage.folder import Folder
 from ckpt_convert.storage.reader import RangeReader
 
 VERSION = 1
@@ -41,15 +42,20 @@ _WAY_OUT = "copy the checkpoint again, or resume from another one"
 Files = dict[str, dict[str, Any]]
 
 
-def write(directory: Path, packed: Mapping[str, Packed] | Packed) -> Files:
-    """Write a state, or several by name, into an empty or new directory; everything is on disk afterwards.
+def write(directory: Path | Folder, packed: Mapping[str, Packed] | Packed) -> Files:
+    """Write a state, or several by name, into an empty or new directory; its files are on disk afterwards.
 
     Returns size (bytes) and checksum (xxh3_64, hex) of each file by name. No copy of the state is made: of tensors
     that are not on the CPU, or not contiguous, one at a time. Raises OutputExistsError when the directory holds files.
     """
-    directory.mkdir(exist_ok=True)
-    if any(directory.iterdir()):
-        raise OutputExistsError(f"{directory}: should be empty, but holds files; remove them, or give another place")
+    if isinstance(directory, Path):
+        directory.mkdir(exist_ok=True)
+        if any(directory.iterdir()):
+            raise OutputExistsError(
+                f"{directory}: should be empty, but holds files; remove them, or give another place"
+            )
+        with Folder.at(directory) as folder:
+            return write(folder, packed)
     if isinstance(packed, Packed):
         content: dict[str, Any] = {"version": VERSION, "tree": packed.skeleton}
         tensors = dict(packed.tensors)

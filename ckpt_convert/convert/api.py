@@ -7,13 +7,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
+from ckpt_convert.convert import output, ownership, record
 from ckpt_convert.convert import plan as planning
-from ckpt_convert.convert import record
 from ckpt_convert.convert.blocks import ProgressCallback
 from ckpt_convert.convert.checkpoint import open_checkpoint, read_checkpoint
 from ckpt_convert.convert.execute import check_losses, is_tied, loss_text, run_checks
 from ckpt_convert.convert.formats.base import render_json
-from ckpt_convert.convert.output import overflow_text, write
 from ckpt_convert.convert.plan import Plan
 from ckpt_convert.convert.quantized.view import requested
 from ckpt_convert.convert.request import Request
@@ -21,9 +20,8 @@ from ckpt_convert.convert.verify import verify as verify_output
 from ckpt_convert.errors import CkptConvertError, InputError, UsageError, VerificationError
 from ckpt_convert.models.config import ConfigOptions
 from ckpt_convert.storage import hub
-from ckpt_convert.storage.names import JOURNAL
 from ckpt_convert.storage.reader import WORKERS
-from ckpt_convert.storage.staging import Staging, check_destination, check_space, explain_full_disk
+from ckpt_convert.storage.staging import Staging, check_destination, check_space
 
 
 @dataclass(frozen=True)
@@ -169,22 +167,22 @@ def convert(
     made = plan(src, to=to, **options)
     source, destination = made.source, Path(dst)
     try:
-        check_destination(destination, source.path, overwrite=overwrite)
+        check_destination(destination, source.path, ownership.RULES, overwrite=overwrite)
         if made.undecided is not None:
             made = planning.make(source, made.request, tied=is_tied(made))
         planning.refuse_unreadable(made)
         run_checks(made, progress)
         lost = check_losses(made)
-        with Staging(destination, overwrite=overwrite, resume=resume) as staging:
+        mode = output.permissions(source)
+        with Staging(destination, ownership.RULES, overwrite=overwrite, resume=resume, mode=mode) as staging:
             try:
                 check_space(destination, made.disk - staging.allocated())
-                with explain_full_disk(staging):
-                    written = write(made, staging, count, progress)
-                    staging.write(record.MANIFEST, render_json(written.manifest))
-                    verified = _verify(made, staging, count, progress) if verify else None
-                    made.check_sources()
-                    (staging.path / JOURNAL).unlink(missing_ok=True)
-                    staging.commit()
+                written = output.write(made, staging, count, progress)
+                staging.write(record.MANIFEST, render_json(written.manifest))
+                staging.complete()
+                verified = _verify(made, staging, count, progress) if verify else None
+                made.check_sources()
+                staging.commit()
             except CkptConvertError as error:
                 if not staging.keeps(error):
                     staging.discard()
@@ -218,13 +216,13 @@ def convert(
 def _accepted(made: Plan, lost: dict[str, int], overflows: dict[str, int]) -> list[str]:
     """What the output has lost as its user accepted."""
     said = [f"{loss_text(lost)} are kept in the record alone, as accepted"] if lost else []
-    return said + ([f"{overflow_text(overflows)} in {made.request.dtype}, as accepted"] if overflows else [])
+    return said + ([f"{output.overflow_text(overflows)} in {made.request.dtype}, as accepted"] if overflows else [])
 
 
 def _verify(made: Plan, staging: Staging, workers: int, progress: ProgressCallback | None) -> int:
     family = None if made.model.family.literal else made.model.family.name
     try:
-        with read_checkpoint(staging.path, format=made.target, family=family) as output:
-            return verify_output(made, output, workers=workers, progress=progress)
+        with read_checkpoint(staging.path, format=made.target, family=family) as written:
+            return verify_output(made, written, workers=workers, progress=progress)
     except InputError as error:
         raise VerificationError(f"{staging.destination}: the output cannot be read again: {error}") from error

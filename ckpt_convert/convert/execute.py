@@ -31,8 +31,8 @@ from ckpt_convert.convert.mapping import Equality
 from ckpt_convert.convert.plan import Plan, fingerprint
 from ckpt_convert.errors import LossyConversionError, TiedWeightsError, listing
 from ckpt_convert.models.lazy import LazyTensor
-from ckpt_convert.storage.names import JOURNAL
-from ckpt_convert.storage.staging import StagedFile, Staging, clear
+from ckpt_convert.storage.folder import Folder, StagedFile
+from ckpt_convert.storage.staging import Journal, Staging
 
 PIECE = 64 << 20
 WRITEBACK = 16 << 20
@@ -176,12 +176,12 @@ def pieces(files: tuple[OutputFile, ...]) -> Iterator[Piece]:
 class _File:
     """An output file while it is written: what of it is done, and what is left."""
 
-    def __init__(self, output: OutputFile, staging: Staging, left: int) -> None:
+    def __init__(self, output: OutputFile, folder: Folder, left: int) -> None:
         self.output = output
         self.left = left
         self.done: list[Done] = []
         self.has_crc = bool(output.layout.header.checksummed)
-        self._staging = staging
+        self._folder = folder
         self._staged: StagedFile | None = None
         self._lock = threading.Lock()
 
@@ -190,7 +190,7 @@ class _File:
         """The file itself, opened when its first piece is due, so that only a few files are open at a time."""
         with self._lock:
             if self._staged is None:
-                self._staged = self._staging.file(self.output.name, self.output.size)
+                self._staged = self._folder.file(self.output.name, self.output.size)
                 for offset, data in self.output.layout.literals:
                     self._staged.write(offset, memoryview(data))
             return self._staged
@@ -201,17 +201,21 @@ class _File:
 
 
 class Execution:
-    """Writes the files of a plan into a staging directory."""
+    """Writes the files of a plan into a staging directory, or a folder of it."""
 
-    def __init__(self, plan: Plan, staging: Staging, workers: int, progress: ProgressCallback | None) -> None:
+    _journal: Journal
+
+    def __init__(
+        self, plan: Plan, staging: Staging, folder: Folder, workers: int, progress: ProgressCallback | None
+    ) -> None:
         self._plan = plan
         self._staging = staging
+        self._folder = folder
         self._workers = workers
         self._lock = threading.Lock()
         self._queue: deque[Piece] = deque(pieces(settled(plan)))
         self._meter = Meter("converting", plan.tensor_bytes, progress)
         self._stop = threading.Event()
-        self._journal: Any = None
         self._files: list[_File] = []
         self._overflowed: dict[tuple[str, LazyTensor], int] = {}
         self.resumed = 0
@@ -236,7 +240,7 @@ class Execution:
         with contextlib.ExitStack() as stack:
             stack.callback(self._journal.close)
             for output, count in zip(self._plan.files, counts, strict=True):
-                self._files.append(_File(output, self._staging, count))
+                self._files.append(_File(output, self._folder, count))
                 stack.callback(self._files[-1].close)
             for file in self._files:
                 if not file.left:
@@ -325,27 +329,22 @@ class Execution:
 
     def _open_journal(self) -> dict[tuple[int, int], str]:
         """Start or continue the journal of finished pieces; returns those of an earlier attempt at this same plan."""
-        path = self._staging.path / JOURNAL
         mine = fingerprint(self._plan)
         earlier: dict[tuple[int, int], str] = {}
         if self._staging.resumed:
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+            lines = self._staging.journal()
             if lines and lines[0] == mine:
                 earlier = dict(entry for line in lines[1:] if (entry := _journal_entry(line))[1])
-                self._staging.keep_only([JOURNAL, *(file.name for file in self._plan.files)])
             else:
                 log.warning("the partial output is of another source or other options; it is written anew")
-                clear(self._staging.path)
-        self._journal = path.open("a" if earlier else "w", encoding="utf-8", buffering=1)
-        if not earlier:
-            self._journal.write(mine + "\n")
+        self._journal = self._staging.begin(mine, (file.name for file in self._plan.files) if earlier else ())
         return earlier
 
     def _note(self, piece: Piece, done: Done) -> None:
         if done.overflowed:
             return  # an attempt that continues this one has to count these, too
         with self._lock:
-            self._journal.write(json.dumps([piece.file, piece.offset, done.checksum]) + "\n")
+            self._journal.note(json.dumps([piece.file, piece.offset, done.checksum]))
 
 
 def _journal_entry(line: str) -> tuple[tuple[int, int], str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from ckpt_convert.convert.formats.base import RECORD_FOLDER, TEXT_LIMIT
 from ckpt_convert.convert.plan import Plan
 from ckpt_convert.convert.sidefiles import SideFile
 from ckpt_convert.errors import CorruptFileError, LossyConversionError
+from ckpt_convert.storage.folder import Folder, permitted
 from ckpt_convert.storage.reader import LocalFile, identify, read, read_file
 from ckpt_convert.storage.staging import Staging
 
@@ -37,12 +38,16 @@ class Written:
     overflows: dict[str, int]
 
 
-def write(made: Plan, staging: Staging, workers: int, progress: ProgressCallback | None) -> Written:
-    """Write the weights and everything beside them, flushed to disk; the manifest is the caller's to write last.
+def write(
+    made: Plan, staging: Staging, workers: int, progress: ProgressCallback | None, folder: Folder | None = None
+) -> Written:
+    """Write the weights and everything beside them, flushed to disk, into the staging directory or a ``folder`` of it.
 
-    Raises LossyConversionError where a cast has made finite values infinite and nobody accepted that.
+    The manifest is the caller's to write. Raises LossyConversionError where a cast has made finite values infinite and
+    nobody accepted that.
     """
-    execution = Execution(made, staging, workers, progress)
+    into = folder or staging.folder
+    execution = Execution(made, staging, into, workers, progress)
     pieces = execution.run()
     overflows = execution.overflows
     if overflows and not made.request.allow_overflow:
@@ -51,7 +56,7 @@ def write(made: Plan, staging: Staging, workers: int, progress: ProgressCallback
             f"a wider range (--dtype bfloat16 has about float32's), or accept it with --allow-overflow",
             overflows,
         )
-    side, kept = _write_side_files(made, staging, workers, progress)
+    side, kept = _write_side_files(made, into, workers, progress)
     return Written(made.manifest(pieces, side, kept), execution.resumed, overflows)
 
 
@@ -63,13 +68,13 @@ def overflow_text(overflows: Mapping[str, int]) -> str:
 
 
 def _write_side_files(
-    made: Plan, staging: Staging, workers: int, progress: ProgressCallback | None
+    made: Plan, folder: Folder, workers: int, progress: ProgressCallback | None
 ) -> tuple[list[dict[str, str]], dict[str, str]]:
     """Write everything beside the weights; returns the manifest's entries of it, and the checksums of the record."""
     written = []
     kept = {}
     for side in made.side:
-        digest = write_side_file(side, staging)
+        digest = write_side_file(side, folder)
         if digest is None:
             continue
         if side.name.startswith(f"{RECORD_FOLDER}/"):
@@ -81,28 +86,45 @@ def _write_side_files(
         _check_source(made.source, listed, workers, progress)
     template = sidefiles.checklist_for(made.source, made.target)
     if template is not None:
-        data = _checklist(template, staging)
-        staging.write(CHECKLIST, data)
+        data = _checklist(template, folder)
+        folder.write(CHECKLIST, data)
         written.append({"name": CHECKLIST, "origin": "generated", "checksum": record.digest(data)})
     return written, kept
 
 
-def write_side_file(side: SideFile, staging: Staging) -> str | None:
-    """Write one file; returns its checksum, None where there was nothing to write."""
+def write_side_file(side: SideFile, folder: Folder) -> str | None:
+    """Write one file; returns its checksum, None where there was nothing to write.
+
+    A copy may be read by nobody who could not read the original.
+    """
     if side.path is None:
         data = side.make() if side.make else None
         if data is None:
             return None
-        staging.write(side.name, data)
+        folder.write(side.name, data)
         return record.digest(data)
-    digest = xxhash.xxh3_64()
-    with LocalFile(side.path, expected=side.identity) as file, staging.file(side.name, 0) as out:
-        for offset in range(0, file.size, _BLOCK):
-            block = read(file, offset, min(_BLOCK, file.size - offset))
-            digest.update(block)
-            out.write(offset, memoryview(block))
-        out.sync()
+    folder = replace(folder, mode=folder.mode & permitted(side.path))
+    with LocalFile(side.path, expected=side.identity) as file:
+        if folder.rank(side.name):  # small, and written once everything else is
+            data = read(file, 0, file.size)
+            folder.write(side.name, data)
+            return record.digest(data)
+        digest = xxhash.xxh3_64()
+        with folder.file(side.name, file.size) as out:
+            for offset in range(0, file.size, _BLOCK):
+                block = read(file, offset, min(_BLOCK, file.size - offset))
+                digest.update(block)
+                out.write(offset, memoryview(block))
+            out.sync()
     return digest.hexdigest()
+
+
+def permissions(source: Checkpoint) -> int:
+    """The permissions that a conversion's output may have at most: those of the source's directory and weights."""
+    mode = 0o777 if source.path.is_file() else permitted(source.path)
+    for path in {file.path for file in source.files}:
+        mode &= permitted(path)
+    return mode
 
 
 def _check_source(source: Checkpoint, listed: dict[str, str], workers: int, progress: ProgressCallback | None) -> None:
@@ -122,9 +144,9 @@ def _check_source(source: Checkpoint, listed: dict[str, str], workers: int, prog
         )
 
 
-def _checklist(template: Path, staging: Staging) -> bytes:
+def _checklist(template: Path, folder: Folder) -> bytes:
     """The checklist of the files that were written, in the order and with the hash of the one that came along."""
     listed = checklist.parse(read_file(template, TEXT_LIMIT).decode(errors="replace"))
-    names = [name for name in listed if (staging.path / name).is_file()]
-    names += [path.name for path in sorted(staging.path.glob("consolidated.*")) if path.name not in listed]
-    return checklist.render(checklist.hash_files(staging.path, names, checklist.algorithm(listed)))
+    names = [name for name in listed if (folder.path / name).is_file()]
+    names += [path.name for path in sorted(folder.path.glob("consolidated.*")) if path.name not in listed]
+    return checklist.render(checklist.hash_files(folder.path, names, checklist.algorithm(listed)))

@@ -22,11 +22,16 @@ from ckpt_convert.convert.containers.header import Box, FileLayout, Header, Stor
 from ckpt_convert.convert.formats.base import RECORD_FOLDER, load_json
 from ckpt_convert.errors import CkptConvertError, ConfigError, CorruptFileError
 from ckpt_convert.models import FORMATS
-from ckpt_convert.storage.names import check_name, resolve
+from ckpt_convert.storage.names import check_name, partial_of, resolve
 
 SCHEMA = 1
 MANIFEST = f"{RECORD_FOLDER}/manifest.json"
 CONFIG = f"{RECORD_FOLDER}/config.json"
+TRAINING_STATE = "training_state"
+"""The folder of what a saved step holds beside the weights."""
+
+MERGED = "merged"
+"""The folder of the full weights beside an adapter, with a manifest of its own."""
 
 
 @dataclass(frozen=True)
@@ -199,6 +204,46 @@ def training(directory: Path) -> dict[str, Any] | None:
     except ConfigError:
         return None
     return found if isinstance(found, dict) else None
+
+
+def is_recorded(directory: Path) -> bool:
+    """Whether a manifest of ours lies in a directory, of whatever schema."""
+    return isinstance(_manifest(directory).get("schema"), int)
+
+
+def listed(directory: Path) -> frozenset[str]:
+    """Every file that the manifest of a directory lists, and itself; none where there is none that can be read."""
+    names = _listed(_manifest(directory))
+    inner = _listed(_manifest(directory / MERGED)) if names else ()
+    return frozenset([*names, *(f"{MERGED}/{name}" for name in inner)])
+
+
+def _listed(manifest: Mapping[str, Any]) -> list[str]:
+    if not manifest:
+        return []
+    training = _mapping(manifest.get("training"))
+    state = _mapping(_mapping(training.get(TRAINING_STATE)).get("files"))
+    sides = manifest.get("side_files")
+    return [
+        *(MANIFEST, str(partial_of(Path(MANIFEST)))),
+        *_mapping(manifest.get("files")),
+        *(str(side.get("name")) for side in (sides if isinstance(sides, list) else ()) if isinstance(side, dict)),
+        *_mapping(manifest.get("record")),
+        *_mapping(training.get("files")),
+        *_mapping(training.get("extra_files")),
+        *(f"{TRAINING_STATE}/{name}" for name in state),
+    ]
+
+
+def _manifest(directory: Path) -> Mapping[str, Any]:
+    try:
+        return load_json(directory / MANIFEST) if (directory / MANIFEST).is_file() else {}
+    except CkptConvertError:
+        return {}
+
+
+def _mapping(found: object) -> Mapping[str, Any]:
+    return found if isinstance(found, dict) else {}
 
 
 def layout_files(layout: Layout) -> dict[str, bytes]:

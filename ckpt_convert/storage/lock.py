@@ -60,16 +60,22 @@ class Lock:
 
     @classmethod
     def directory(cls, path: Path, message: str) -> Lock:
-        """Lock a directory that is there; raises LockedError, OSError.
+        """Lock a directory that is there, and no link to one; raises LockedError, OSError.
 
         Its holder may have renamed or removed it between opening and locking; ``is_at`` tells.
         """
-        return cls._at(path, os.O_RDONLY, message)
+        return cls._at(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0), message)
 
     @classmethod
     def _at(cls, path: Path, flags: int, message: str) -> Lock:
         with _forking:  # keeps a fork away until the descriptor is known to be a lock's
-            return cls(os.open(path, flags | getattr(os, "O_CLOEXEC", 0), 0o666), message)
+            flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+            return cls(os.open(path, flags, 0o666), message)
+
+    @property
+    def fd(self) -> int:
+        """The descriptor of what is locked."""
+        return self._fd
 
     @property
     def held(self) -> bool:
@@ -77,9 +83,9 @@ class Lock:
         return self._fd >= 0
 
     def is_at(self, path: Path) -> bool:
-        """Whether what is locked lies at ``path`` still: another process may have renamed or removed it."""
-        with contextlib.suppress(FileNotFoundError):
-            return os.path.samestat(os.fstat(self._fd), os.stat(path))
+        """Whether what is locked lies at ``path``, and not behind a link: it may have been renamed or removed."""
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            return os.path.samestat(os.fstat(self._fd), os.lstat(path))
         return False
 
     def close(self) -> None:

@@ -1,30 +1,61 @@
 """Writing a directory that appears under its name complete or not at all.
 
-Everything is written into ``.NAME.partial`` beside the destination, flushed to disk, and renamed. The partial
-directory is locked while it is written, so a second writer of the same destination is refused.
+Everything is written into ``.NAME.partial`` beside the destination, flushed to disk, held against what was written, and
+renamed. The partial directory is locked while it is written, so a second writer of the same destination is refused; and
+a journal in it marks it as ours.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+import stat
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import TextIO
 
-from ckpt_convert.errors import NotEnoughSpaceError, OutputExistsError
+from ckpt_convert.errors import (
+    CkptConvertError,
+    NotEnoughSpaceError,
+    OutputExistsError,
+    UnreadableError,
+    UnwritableError,
+    VerificationError,
+    listing,
+)
+from ckpt_convert.storage.folder import Folder, StagedFile, is_plain, lstat, remove_all, remove_one
 from ckpt_convert.storage.lock import Lock
-from ckpt_convert.storage.names import WEIGHT_SUFFIXES, partial_of, replaced_of
-from ckpt_convert.storage.reader import pread_into
+from ckpt_convert.storage.names import JOURNAL, partial_of, replaced_of
+from ckpt_convert.storage.system import Advice, exchange, is_mount_point, sync_directory, writing
 
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-"""What the system says when the disk, the quota or the size limit of a file is used up."""
+log = logging.getLogger("ckpt_convert")
 
 
-def check_destination(destination: Path, source: Path, *, overwrite: bool) -> None:
-    """Refuse a destination that is there already, or where writing would touch the source.
+def _everything(directory: Path) -> list[str]:
+    return sorted(os.listdir(directory))
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What has to be known of the directories that are written; storage itself knows no format.
+
+    ``foreign`` names what is in a directory and would be lost to its owner if that were replaced: nothing, for one that
+    is wholly ours or wholly a checkpoint. ``is_ours`` says whether what is in a directory says that we wrote it;
+    ``rank`` of a file's name how late it is written (see ``Folder``).
+    """
+
+    foreign: Callable[[Path], Sequence[str]] = _everything
+    is_ours: Callable[[Path], bool] = lambda path: False
+    rank: Callable[[str], int] = lambda name: 0
+
+
+def check_destination(destination: Path, source: Path, rules: Rules, *, overwrite: bool) -> None:
+    """Refuse a destination that is there already, that cannot be renamed, or where writing would touch the source.
 
     Raises OutputExistsError.
     """
@@ -50,20 +81,41 @@ def check_destination(destination: Path, source: Path, *, overwrite: bool) -> No
     if destination.exists():
         if not destination.is_dir():
             raise OutputExistsError(f"{destination}: is a file, but the output is a directory; choose another name")
-        names = [entry.name for entry in destination.iterdir()]
-        if names and not overwrite:
+        if is_mount_point(target):
+            raise OutputExistsError(
+                f"{destination}: is a mount point, which can be neither renamed nor replaced; the output appears "
+                f"complete or not at all, so give a directory inside it, such as {destination / 'model'}"
+            )
+        refuse_existing(destination, rules, overwrite=overwrite)
+
+
+def refuse_existing(destination: Path, rules: Rules, *, overwrite: bool) -> None:
+    """Raise OutputExistsError for a directory that is not to be replaced, or that holds what is not to be lost."""
+    with writing(destination, "looked at"):
+        there = os.listdir(destination)
+        if there and not overwrite:
             raise OutputExistsError(
                 f"{destination}: exists already; pass --overwrite to replace it, or choose another name"
             )
-        if names and not any(name == "ckpt_convert" or name.endswith(WEIGHT_SUFFIXES) for name in names):
-            raise OutputExistsError(
-                f"{destination}: holds no checkpoint, so --overwrite does not remove it; choose another name"
-            )
+        foreign = rules.foreign(destination)
+    if not foreign:
+        return
+    shown = ", ".join(foreign[:8]) + (f" and {len(foreign) - 8} more" if len(foreign) > 8 else "")
+    if {name.rstrip("/") for name in foreign} >= {*there}:
+        raise OutputExistsError(
+            f"{destination}: holds no checkpoint, but {shown}, so --overwrite does not remove it; choose another name"
+        )
+    raise OutputExistsError(
+        f"{destination}: holds more than a checkpoint, which replacing it would remove: {shown}; move that elsewhere, "
+        "or choose another name"
+    )
 
 
 def check_space(destination: Path, needed: int) -> None:
     """Refuse to start what cannot end: raises NotEnoughSpaceError when fewer than ``needed`` bytes are free."""
-    free = shutil.disk_usage(existing_parent(destination)).free
+    parent = existing_parent(destination)
+    with writing(parent, "looked at"):
+        free = shutil.disk_usage(parent).free
     if free < needed:
         raise NotEnoughSpaceError(
             f"{destination}: the output needs {needed:,} bytes, but the disk has {free:,} free; "
@@ -79,114 +131,310 @@ def existing_parent(path: Path) -> Path:
     return parent
 
 
+class Journal:
+    """What is noted, line by line, of what is done."""
+
+    def __init__(self, file: TextIO, path: Path, advice: Advice) -> None:
+        self._file = file
+        self._path = path
+        self._advice = advice
+
+    def note(self, line: str) -> None:
+        with writing(self._path, "written", self._advice):
+            self._file.write(f"{line}\n")
+
+    def close(self) -> None:
+        with writing(self._path, "closed", self._advice):
+            self._file.close()
+
+
 class Staging:
     """The partial directory of one destination, locked; a context manager that leaves it when left early.
 
-    ``resume`` keeps what an earlier attempt left there, otherwise that is removed first.
+    ``resume`` keeps what an earlier attempt left there, otherwise that is removed first. ``mode`` are the permissions
+    that what is written may have at most. Raises OutputExistsError where something else is in the way, LockedError, and
+    what ``writing`` raises.
     """
 
-    def __init__(self, destination: Path, *, overwrite: bool = False, resume: bool = False) -> None:
+    def __init__(
+        self,
+        destination: Path,
+        rules: Rules | None = None,
+        *,
+        overwrite: bool = False,
+        resume: bool = False,
+        mode: int = 0o777,
+        advice: Advice | None = None,
+    ) -> None:
         # Of a link to a directory, the directory is replaced and the link stays.
         self.destination = destination.resolve() if destination.is_dir() else destination.absolute()
+        self.rules = rules or Rules()
         self.overwrite = overwrite
         self.path = partial_of(self.destination)
         self._aside = replaced_of(self.destination)
-        self.destination.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = self._acquire()
-        self._tidy()
-        self._refuse_existing()
-        self.resumed = resume and any(self.path.iterdir())
-        if not resume:
-            clear(self.path)
+        self._old: Lock | None = None
+        what = f"what is done lies in {self.path.name}"
+        self.advice = advice or Advice(
+            f"{what}, free some space and run again with --resume",
+            f"{what}; when that is mended, run again with --resume",
+        )
+        with self._writing(self.destination.parent, "made"):
+            self.destination.parent.mkdir(parents=True, exist_ok=True)
+        self._lock, made = self._acquire(mode)
+        self.folder = Folder(self._lock.fd, self.path, mode, self.rules.rank, self.advice)
+        self._found: set[str] = set()
+        try:
+            self._put_back()
+            if self.destination.exists():
+                refuse_existing(self.destination, self.rules, overwrite=overwrite)
+            with self._writing(self.path, "emptied"):
+                self.resumed = self._start(resume)
+        except BaseException:
+            if made:
+                self.discard()
+            self.release()
+            raise
 
-    def _tidy(self) -> None:
+    def _start(self, resume: bool) -> bool:
+        """Mark the directory as ours, and empty it unless there is something to be resumed; whether there is."""
+        there = os.listdir(self._lock.fd)
+        resumed = resume and bool(there) and (there != [JOURNAL] or bool(_journal(self._lock.fd)))
+        # The mark comes first and goes last, so that whatever is left here is known as ours.
+        if not resumed or JOURNAL not in there:
+            _mark(self._lock.fd, "")
+        if not resumed:
+            remove_all(self._lock.fd, but=JOURNAL)
+        self._found = {name for name, _ in self.folder.contents()}
+        return resumed
+
+    def _put_back(self) -> None:
         """Put back, or remove, the old output that an earlier run had moved aside when it was killed."""
-        if not self._aside.exists():
+        aside = self._aside
+        if not aside.is_dir() or aside.is_symlink():
             return
-        if self.destination.exists():
-            shutil.rmtree(self._aside)
-        else:
-            os.rename(self._aside, self.destination)
+        begun = os.path.lexists(aside / JOURNAL)  # its removal, so what replaced it was complete
+        ours = self.rules.is_ours(aside)
+        with self._writing(aside, "put back"):
+            if begun or (ours and os.path.lexists(self.destination) and not self.rules.foreign(aside)):
+                shutil.rmtree(aside)
+            elif not os.path.lexists(self.destination) and (ours or self.rules.is_ours(self.path)):
+                os.rename(aside, self.destination)
 
-    def _refuse_existing(self) -> None:
-        if not self.overwrite and self.destination.exists() and any(self.destination.iterdir()):
-            self.discard()
-            raise OutputExistsError(
-                f"{self.destination}: exists already; pass --overwrite to replace it, or choose another name"
-            )
-
-    def _acquire(self) -> Lock:
+    def _acquire(self, mode: int) -> tuple[Lock, bool]:
+        """The lock on the partial directory, and whether that was made for it."""
+        made = False
         while True:
-            if self.path.is_symlink() or self.path.is_file():
-                raise OutputExistsError(
-                    f"{self.path}: is in the way of writing {self.destination}; remove it or choose another name"
-                )
-            self.path.mkdir(exist_ok=True)
-            lock = Lock.directory(
-                self.path,
+            with self._writing(self.path, "made"), contextlib.suppress(FileExistsError):
+                os.mkdir(self.path, 0o777 & mode)
+                made = True
+            held = (
                 f"{self.destination}: another process is writing it (it holds {self.path.name}); "
-                "wait for it, or choose another destination",
+                "wait for it, or choose another destination"
             )
+            with self._writing(self.path, "opened"):
+                try:
+                    lock = Lock.directory(self.path, held)
+                except FileNotFoundError:
+                    continue
+                except OSError as error:
+                    if error.errno not in _NO_DIRECTORY:
+                        raise
+                    raise self._in_the_way("is no directory") from error
             # Between opening and locking, the holder before us may have renamed or removed the directory.
-            if lock.is_at(self.path):
-                return lock
-            lock.close()
+            if not lock.is_at(self.path):
+                lock.close()
+                continue
+            there = os.listdir(lock.fd)
+            if there and JOURNAL not in there and not self.rules.is_ours(self.path):
+                lock.close()
+                raise self._in_the_way(f"holds {', '.join(sorted(there)[:3])}, and no mark that we made it")
+            return lock, made
+
+    def _in_the_way(self, what: str) -> OutputExistsError:
+        return OutputExistsError(
+            f"{self.path}: is in the way of writing {self.destination}: it {what}; move it elsewhere, or choose "
+            "another name"
+        )
+
+    def _writing(self, path: Path, operation: str) -> contextlib.AbstractContextManager[None]:
+        return writing(path, operation, self.advice)
+
+    # Writing
 
     def file(self, name: str, size: int) -> StagedFile:
         """Open a file of ``size`` bytes for writing at any place; directories in its name are made."""
-        path = self.path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return StagedFile(path, size)
+        return self.folder.file(name, size)
 
     def write(self, name: str, data: bytes) -> None:
-        """Write a small file at once."""
-        with self.file(name, len(data)) as file:
-            file.write(0, memoryview(data))
-            file.sync()
-
-    def keep_only(self, names: Iterable[str]) -> None:
-        """Remove every file but these: what lies beside the weights is written again."""
-        kept = {self.path / name for name in names}
-        for path in list(self.path.rglob("*")):
-            if path not in kept and (path.is_symlink() or not path.is_dir()):
-                path.unlink()
+        """Write a small file, now or in ``complete``, as the rules have it."""
+        self.folder.write(name, data)
 
     def allocated(self) -> int:
         """Bytes that the partial directory takes on the disk already."""
-        return sum(path.stat().st_blocks * 512 for path in self.path.rglob("*") if path.is_file())
+        with self._writing(self.path, "looked at"):
+            return sum(found.st_blocks * 512 for _, found in self.folder.contents())
+
+    def journal(self) -> list[str]:
+        """What an earlier attempt noted; nothing where this is the first."""
+        with self._writing(self.path / JOURNAL, "read"):
+            return _journal(self._lock.fd).splitlines() if self.resumed else []
+
+    def begin(self, first: str, keep: Iterable[str] = ()) -> Journal:
+        """Open the journal, to note in it what is done; of an earlier attempt only the files ``keep`` stay.
+
+        Where none does, the journal begins anew with the line ``first``.
+        """
+        kept = [*keep]
+        with self._writing(self.path / JOURNAL, "written"):
+            if kept:
+                self.folder.keep_only(kept, JOURNAL)
+            else:
+                _mark(self._lock.fd, f"{first}\n")
+                remove_all(self._lock.fd, but=JOURNAL)
+            fd = os.open(JOURNAL, os.O_WRONLY | os.O_APPEND | _SAFELY, dir_fd=self._lock.fd)
+            file = os.fdopen(fd, "a", encoding="utf-8", buffering=1)
+        return Journal(file, self.path / JOURNAL, self.advice)
+
+    # The end
+
+    def complete(self) -> None:
+        """Write the files that come last; all is there then, to be read again, but under no name yet."""
+        self.folder.complete()
 
     def keeps(self, error: BaseException) -> bool:
         """Whether the partial directory is worth keeping after this error: it is, where resuming may succeed."""
-        return isinstance(error, NotEnoughSpaceError) and any(self.path.iterdir())
+        may_pass = isinstance(error, NotEnoughSpaceError | UnwritableError | UnreadableError)
+        return may_pass and self._holds_work()
+
+    def _holds_work(self) -> bool:
+        with contextlib.suppress(OSError):
+            return self._lock.is_at(self.path) and os.listdir(self._lock.fd) not in ([], [JOURNAL])
+        return False
 
     def commit(self) -> None:
-        """Give the directory its name: flush directories, rename, flush the parent; what was there is replaced."""
-        for folder, _, _ in os.walk(self.path):
-            sync_directory(Path(folder))
-        replaced = self.destination.exists() and any(self.destination.iterdir())
-        if replaced:
-            if not self.overwrite:
-                raise OutputExistsError(f"{self.destination}: appeared while it was being written; it was left alone")
-            os.rename(self.destination, self._aside)
-        try:
-            os.rename(self.path, self.destination)
-        except BaseException:
-            if replaced:
-                os.rename(self._aside, self.destination)
-            raise
-        sync_directory(self.destination.parent)
-        if replaced:
-            shutil.rmtree(self._aside, ignore_errors=True)
+        """Give the directory its name, once everything is flushed and is what was written; what was there is replaced.
+
+        Raises VerificationError for what somebody else has changed, OutputExistsError for what has the name meanwhile,
+        UnwritableError. That what was replaced cannot be removed is only warned of.
+        """
+        self.complete()
+        with self._writing(self.path, "flushed to disk"):
+            self._refuse_changes()
+            journal = _journal(self._lock.fd)
+            try:
+                os.unlink(JOURNAL, dir_fd=self._lock.fd)
+                self.folder.sync()
+                self._publish()
+            except BaseException:
+                if not self._lock.is_at(self.destination):
+                    _mark(self._lock.fd, journal)
+                raise
+        left = f"; what it replaced is kept in {self._old_place}" if self._old_place is not None else ""
+        with writing(
+            self.destination.parent,
+            "flushed to disk",
+            f"{self.destination} is complete, but may be gone after a failure of the power{left}",
+        ):
+            sync_directory(self.destination.parent)
+        self._remove_old()
         self.release()
 
+    def _refuse_changes(self) -> None:
+        changes = self.folder.changes([JOURNAL])
+        if not self._lock.is_at(self.path):
+            changes.append("the directory itself was moved, removed or replaced")
+        if changes:
+            raise VerificationError(
+                f"{self.path}: something else wrote there meanwhile, so that nothing was published:{listing(changes)}\n"
+                "see to it that nothing else does, and run it again"
+            )
+
+    def _publish(self) -> None:
+        """Rename the directory; what has its name is kept open, and moved out of the way."""
+        if not self.destination.exists() or not os.listdir(self.destination):
+            with self._writing(self.destination, "given its name"):
+                os.rename(self.path, self.destination)
+        elif not self.overwrite:
+            raise OutputExistsError(f"{self.destination}: appeared while it was being written; it was left alone")
+        else:
+            refuse_existing(self.destination, self.rules, overwrite=True)
+            # Locked, what is replaced cannot become another writer's partial directory while it is removed.
+            held = f"{self.destination}: another process has it; wait for it, and run again"
+            with self._writing(self.destination, "replaced"):
+                self._old = Lock.directory(self.destination, held)
+                self._replace(self._old)
+        self._refuse_exchanged()
+
+    def _replace(self, old: Lock) -> None:
+        """Let old and new change places, in one act where the system can."""
+        try:
+            if exchange(self.path, self.destination):
+                return
+            if os.path.lexists(self._aside):
+                raise OutputExistsError(
+                    f"{self._aside}: is in the way of replacing {self.destination}; move it elsewhere, and run again"
+                )
+            os.rename(self.destination, self._aside)
+            os.rename(self.path, self.destination)
+        except BaseException:
+            # What stands under the name now decides, for an interruption says nothing of what was done before it.
+            if old.is_at(self._aside) and not os.path.lexists(self.destination):
+                os.rename(self._aside, self.destination)
+            raise
+
+    @property
+    def _old_place(self) -> Path | None:
+        """Where what was replaced is now; None where nothing was, or is any more."""
+        if self._old is None or not self._old.held:
+            return None
+        return next((place for place in (self.path, self._aside) if self._old.is_at(place)), None)
+
+    def _refuse_exchanged(self) -> None:
+        if not self._lock.is_at(self.destination):
+            raise VerificationError(
+                f"{self.destination}: is not what was written into {self.path}, which something else put another "
+                "directory in the place of; look at it before it is used, and run it again"
+            )
+
+    def _remove_old(self) -> None:
+        """Remove what was replaced; failing is a warning, for the output is complete."""
+        place, old = self._old_place, self._old
+        if place is None or old is None:
+            return
+        try:
+            _mark(old.fd, "")  # so that whoever finds what an interruption leaves of it knows it as ours
+            remove_all(old.fd, but=JOURNAL)
+            os.unlink(JOURNAL, dir_fd=old.fd)
+            os.rmdir(place)
+        except OSError as error:
+            log.warning(
+                "%s is complete, but what it replaced is still in %s (%s): remove that",
+                self.destination,
+                place,
+                error.strerror,
+            )
+
     def discard(self) -> None:
-        """Remove the partial directory."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        """Remove the partial directory, but for what somebody else has put there meanwhile."""
+        with contextlib.suppress(OSError):
+            if self._lock.held and self._lock.is_at(self.path):
+                self._remove_ours()
+                os.rmdir(self.path)
         self.release()
+
+    def _remove_ours(self) -> None:
+        for name, there in self.folder.contents():
+            with contextlib.suppress(OSError):
+                if stat.S_ISDIR(there.st_mode):
+                    os.rmdir(name, dir_fd=self._lock.fd)  # stays where something of somebody else's is in it
+                elif name == JOURNAL or name in self._found or self.folder.is_written(name, there):
+                    os.unlink(name, dir_fd=self._lock.fd)
 
     def release(self) -> None:
         """Give up the lock, leaving the partial directory as it is."""
         self._lock.close()
+        if self._old is not None:
+            self._old.close()
 
     def __enter__(self) -> Staging:
         return self
@@ -194,77 +442,50 @@ class Staging:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None and not isinstance(error, CkptConvertError) and (left := self._left()):
+            error.add_note(left)
         self.release()
 
-
-class StagedFile:
-    """A file of known size, written at any place and from several threads."""
-
-    def __init__(self, path: Path, size: int) -> None:
-        self.path = path
-        self.size = size
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
-        os.ftruncate(self._fd, size)
-
-    def write(self, offset: int, data: memoryview) -> None:
-        done = 0
-        while done < len(data):
-            done += os.pwrite(self._fd, data[done:], offset + done)
-
-    def readinto(self, offset: int, buffer: memoryview) -> int:
-        return pread_into(self._fd, buffer, offset)
-
-    def start_writeback(self, offset: int, nbytes: int) -> None:
-        """Let the system begin to write these bytes to disk, so that the flush at the end has less to wait for."""
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
-
-    def sync(self) -> None:
-        os.fsync(self._fd)
-
-    def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-    def __enter__(self) -> StagedFile:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    def _left(self) -> str | None:
+        """What an interruption leaves, as the disk has it."""
+        if not self._lock.held:
+            return None
+        old = self._old_place
+        if self._lock.is_at(self.destination):
+            if old is None or self._old is None:
+                return f"{self.destination} is complete"
+            with contextlib.suppress(OSError):
+                _mark(self._old.fd, "")  # so that the next run removes it
+            return f"{self.destination} is complete; what it replaced is still in {old}: remove that"
+        if not os.path.lexists(self.destination) and old is not None:
+            return f"{old} holds what was there before: rename it to {self.destination}, or let the next run do so"
+        if self._holds_work():
+            return f"{self.path} holds what is done; --resume continues it, a run without it starts anew"
+        return None
 
 
-@contextlib.contextmanager
-def explain_full_disk(staging: Staging, advice: str | None = None) -> Iterator[None]:
-    """Turn the system's "no space" into NotEnoughSpaceError, which says what is left and how to go on (``advice``)."""
-    advice = advice or f"what is done lies in {staging.path.name}, free some space and run again with --resume"
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        raise NotEnoughSpaceError(
-            f"{staging.destination}: {os.strerror(error.errno or 0)} while writing {error.filename or 'the output'}; "
-            f"{advice}"
-        ) from error
+_SAFELY = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
+"""How a journal is opened: no link is followed, and nobody is waited for."""
+
+_NO_DIRECTORY = (errno.ENOTDIR, errno.ELOOP)
+"""What the system says where a directory is to be opened, and something else or a link has its name."""
 
 
-def clear(directory: Path) -> None:
-    """Remove everything in a directory, but not the directory."""
-    for entry in directory.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
+def _journal(fd: int) -> str:
+    """The journal in an open directory; nothing where there is none, or none that nothing else changes with."""
+    found = lstat(JOURNAL, fd)
+    if found is None or not is_plain(found):
+        return ""
+    with os.fdopen(os.open(JOURNAL, os.O_RDONLY | _SAFELY, dir_fd=fd), encoding="utf-8", errors="replace") as file:
+        return file.read()
 
 
-def sync_directory(path: Path) -> None:
-    """Flush a directory's entries to disk, where the system can."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):
-            os.fsync(fd)
-    finally:
-        os.close(fd)
+def _mark(fd: int, text: str) -> None:
+    """Write a journal into an open directory, in the place of whatever has its name."""
+    found = lstat(JOURNAL, fd)
+    if found is not None and not is_plain(found):
+        remove_one(JOURNAL, found, fd)
+        found = None
+    flags = os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if found is not None else os.O_EXCL) | _SAFELY
+    with os.fdopen(os.open(JOURNAL, flags, 0o666, dir_fd=fd), "w", encoding="utf-8") as file:
+        file.write(text)

@@ -38,7 +38,9 @@ def checkpoint(parent: Path, name: str, sequence: int = 1, *, into: str | None =
     }
     (path / "ckpt_convert").mkdir(parents=True)
     (path / "model.safetensors").write_bytes(b"weights")
-    (path / MANIFEST).write_text(json.dumps({"schema": 1, "format": "hf", "tied": True, "training": section}))
+    files = {"model.safetensors": {"size": 7, "pieces": []}}
+    manifest = {"schema": 1, "format": "hf", "tied": True, "files": files, "training": section}
+    (path / MANIFEST).write_text(json.dumps(manifest))
     if isinstance(section["training_state"], dict):
         (path / "training_state").mkdir()
         (path / "training_state" / ".metadata").write_bytes(b"abc")

@@ -46,7 +46,8 @@ def checkpoint(parent: Path, step: int, **training: Any) -> Path:
     (path / "training_state").mkdir()
     (path / "training_state" / "0.distcp").write_bytes(b"state")
     (path / "model.safetensors").write_bytes(b"weights")
-    (path / MANIFEST).write_text(json.dumps({"schema": 1, "format": "hf", "training": section}))
+    files = {"model.safetensors": {"size": 7, "pieces": []}}
+    (path / MANIFEST).write_text(json.dumps({"schema": 1, "format": "hf", "files": files, "training": section}))
     return path
 
 
@@ -224,7 +225,9 @@ class TestApply:
         checkpoint(tmp_path / "runs", 20)
         retention.apply(retention.decide(catalog.scan(tmp_path / "runs"), Policy(keep_last=1)))
         assert (tmp_path / "base" / "file").read_text() == "shared"
-        assert [path.name for path in (tmp_path / "runs").iterdir()] == ["step_20"]
+        # The link is none of the checkpoint's files, so it stays as well.
+        assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["step_10", "step_20"]
+        assert [path.name for path in (tmp_path / "runs" / "step_10").iterdir()] == ["base"]
 
     def test_a_deletion_that_fails_is_a_warning_and_the_others_go_on(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

@@ -25,9 +25,11 @@ from ckpt_convert.errors import (
     ConfigError,
     CorruptFileError,
     InputError,
+    NotEnoughSpaceError,
     OutputExistsError,
     UsageError,
 )
+from ckpt_convert.storage.folder import Folder
 
 
 def optimizer() -> dict[str, Any]:
@@ -261,15 +263,16 @@ def test_a_full_disk_leaves_no_metadata(tmp_path: Path, monkeypatch: pytest.Monk
     def full(fd: int, data: bytes) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ckpt_convert.checkpointer.writer.os.write", full)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(NotEnoughSpaceError, match=r"__0_0.distcp: cannot be written: No space left"):
         write(tmp_path / "s", pack({"a": torch.ones(10)}))
     assert not (tmp_path / "s" / ".metadata").exists()
 
 
 def _with_description(directory: Path, content: object) -> None:
     text = torch.frombuffer(bytearray(json.dumps(content).encode()), dtype=torch.uint8)
-    training_state.Writer(_made(directory)).save({DESCRIPTION: text})
+    with Folder.at(_made(directory)) as folder:
+        training_state.Writer(folder).save({DESCRIPTION: text})
 
 
 def _made(directory: Path) -> Path:

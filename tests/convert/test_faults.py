@@ -16,8 +16,15 @@ import pytest
 import xxhash
 
 import ckpt_convert
-from ckpt_convert.convert import execute
-from ckpt_convert.errors import CorruptFileError, LockedError, NotEnoughSpaceError, OutputExistsError, VerificationError
+from ckpt_convert.convert import execute, ownership
+from ckpt_convert.errors import (
+    CorruptFileError,
+    LockedError,
+    NotEnoughSpaceError,
+    OutputExistsError,
+    UnwritableError,
+    VerificationError,
+)
 from ckpt_convert.storage import lock, staging
 from ckpt_convert.storage.staging import Staging
 from tests.helpers import GOLDEN, edit_json, sums
@@ -230,10 +237,12 @@ def test_overwrite_puts_the_old_output_back_on_failure(tmp_path: Path, monkeypat
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         real(source, target)  # type: ignore[arg-type]
 
+    monkeypatch.setattr(staging, "exchange", lambda first, second: False)
     monkeypatch.setattr(os, "rename", rename)
-    with pytest.raises(OSError, match="Input/output error"):
+    with pytest.raises(UnwritableError, match=r"out: cannot be replaced: Input/output error.*--resume"):
         ckpt_convert.convert(HF, out, to="native", overwrite=True)
     assert sums(out) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.partial", "out"]
 
 
 @pytest.mark.parametrize("where", [".", "inside", "inside/deeper"])
@@ -402,7 +411,7 @@ def test_resume_on_the_command_line(tmp_path: Path, expected: dict[str, str]) ->
     code = """
         import sys
         from ckpt_convert.cli import main
-        from ckpt_convert.convert import execute
+        from ckpt_convert.convert import execute, ownership
         execute.PIECE = 4096
         main(["hf-to-meta", sys.argv[1], sys.argv[2], "--model-parallel", "2", "--resume"])
     """
@@ -523,7 +532,7 @@ def test_a_link_in_the_place_of_the_partial_directory_is_not_followed(tmp_path: 
 def test_what_is_left_aside_is_removed_by_the_next_run_whatever_becomes_of_it(tmp_path: Path) -> None:
     ckpt_convert.convert(HF, tmp_path / "out", to="meta")
     shutil.copytree(tmp_path / "out", tmp_path / ".out.replaced")
-    with Staging(tmp_path / "out", overwrite=True):
+    with Staging(tmp_path / "out", ownership.RULES, overwrite=True):
         assert not (tmp_path / ".out.replaced").exists()
 
 

@@ -9,10 +9,8 @@ from typing import Any
 
 from ckpt_convert.convert import record
 from ckpt_convert.convert.findings import Finding
-from ckpt_convert.convert.record import MANIFEST, digest_file
+from ckpt_convert.convert.record import MANIFEST, TRAINING_STATE, digest_file
 from ckpt_convert.storage.reader import WORKERS
-
-TRAINING_STATE = "training_state"
 
 _WAY_OUT = "copy the checkpoint again, or use another step"
 

@@ -1,0 +1,148 @@
+"""What of a directory is a checkpoint's, so that it may be replaced or removed; everything else is its owner's.
+
+A file is a checkpoint's if the manifest lists it, or if its name is one that checkpoints have: weights (in doubt they
+have to begin like some), index, config, tokenizer, model card, license, the model's own code.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+
+from ckpt_convert.convert import record
+from ckpt_convert.convert.formats.base import DCP_INDEX, RECORD_FOLDER
+from ckpt_convert.storage.names import JOURNAL
+from ckpt_convert.storage.staging import Rules
+
+_HUB = ".cache/huggingface"
+"""What huggingface_hub notes of a download or an upload."""
+
+_FOLDERS = (RECORD_FOLDER, record.TRAINING_STATE, record.MERGED, "original", "onnx", "metal", ".cache")
+"""Folders of checkpoints, in which the same names count; others are foreign, whatever is in them."""
+
+_DEEP = (_HUB, f"{RECORD_FOLDER}/")
+"""Beginnings of the names of folders that have folders of any name."""
+
+_WEIGHTS = re.compile(
+    r"((pytorch_|tf_|flax_|rust_|adapter_)?model|consolidated|diffusion_\w+_model)\b.*"
+    r"\.(safetensors|bin|pth?|h5|msgpack|ot|onnx(_data)?|gguf)"
+    r"|.+-\d+-of-\d+\.(safetensors|bin|pth?|gguf)"
+    r"|.+\.distcp"
+)
+"""Weights by their name alone."""
+
+_PERHAPS_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".gguf")
+_ZIP, _PICKLE, _GGUF = b"PK\x03\x04", b"\x80", b"GGUF"
+
+_INDEX = re.compile(r".+\.index(\.[\w-]+)?\.json|(__\d+)?\.metadata")
+
+_BESIDE = (
+    # configs
+    *("config.json", "*_config.json", "config_*.json", "configuration.json", "params.json", "modules.json"),
+    *("model_index.json", "recipe.yaml", "trainer_state.json", "checklist.chk", JOURNAL),
+    # tokenizers and chat templates
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "tekken.json"),
+    *("*.tiktoken", "spiece.model", "sentencepiece*.model", "source.spm", "target.spm", "chat_template*", "*.jinja"),
+    # the model's own code
+    *("modeling_*.py", "configuration_*.py", "tokenization_*.py", "processing_*.py", "modular_*.py"),
+    *("image_processing_*.py", "video_processing_*.py", "feature_extraction_*.py", "generation_utils.py"),
+    # model card and licenses
+    *("readme*", "license*", "licence*", "notice*", "copying*", "use_policy*", "*acceptable_use*", "model_card*"),
+    *("responsible*", ".gitattributes"),
+)
+"""What lies beside weights, in small letters."""
+
+_RECORD = re.compile(
+    r"manifest\.json|\.manifest\.json\.partial|config\.json"
+    r"|layouts/\w+/(layout\.json|index\.json|\d+\.bytes|carried\.safetensors|params\.json|checklist\.chk)"
+)
+"""The files of the record, below its folder, but for those of ``side/``."""
+
+_LAST = ("config.json", "params.json", "adapter_config.json", "model_index.json", DCP_INDEX)
+
+
+def foreign(directory: Path) -> list[str]:
+    """What is in a directory and would be lost if a checkpoint took its place; the name of a folder ends in a slash.
+
+    Where there are no weights, no index and no record, nothing is a checkpoint's. Raises OSError.
+    """
+    listed = record.listed(directory)
+    found = list(_others(directory, listed, lambda name, path: name in listed or _is_known(name, path)))
+    there = sorted(os.listdir(directory))
+    if found or listed or any(_is_weights(directory / name) or _INDEX.fullmatch(name) for name in there):
+        return found
+    return there
+
+
+def unlisted(directory: Path) -> list[str]:
+    """What is in a directory and not in its manifest; what is ``foreign`` where there is none. Raises OSError."""
+    listed = record.listed(directory)
+    if not listed:
+        return foreign(directory)
+    return list(_others(directory, listed, lambda name, path: name in listed or name.startswith(f"{_HUB}/")))
+
+
+def rank(name: str) -> int:
+    """How late a file is written: the manifest last, before it what makes loaders take a directory for a model."""
+    if name.endswith(record.MANIFEST):
+        return 2
+    last = PurePosixPath(name).name
+    return 1 if last in _LAST or _INDEX.fullmatch(last) else 0
+
+
+RULES = Rules(foreign, record.is_recorded, rank)
+"""For the output of a conversion."""
+
+STEP_RULES = Rules(unlisted, record.is_recorded, rank)
+"""For saved steps: every file of theirs is listed, so whatever else is in one was put there by somebody."""
+
+
+def _others(
+    directory: Path, listed: frozenset[str], belongs: Callable[[str, Path], bool], inside: str = ""
+) -> Iterator[str]:
+    with os.scandir(directory / inside) as entries:
+        there = sorted(entries, key=lambda entry: entry.name)
+    for entry in there:
+        name = inside + entry.name
+        if not entry.is_dir(follow_symlinks=False):
+            if not belongs(name, Path(entry.path)):
+                yield name
+        elif entry.name in _FOLDERS or name.startswith(_DEEP) or any(one.startswith(f"{name}/") for one in listed):
+            yield from _others(directory, listed, belongs, f"{name}/")
+        elif any(files for _, _, files in os.walk(entry.path)):
+            yield f"{name}/"
+
+
+def _is_known(name: str, path: Path) -> bool:
+    folder, _, inner = name.partition("/")
+    if name.startswith(f"{_HUB}/"):
+        return True
+    if folder == ".cache":
+        return False
+    if folder == RECORD_FOLDER:
+        if inner.startswith("side/"):
+            return _is_known(inner.removeprefix("side/"), path)
+        return _RECORD.fullmatch(inner) is not None
+    last = PurePosixPath(name).name
+    if _is_weights(path) or _INDEX.fullmatch(last):
+        return True
+    return any(fnmatchcase(last.lower(), pattern) for pattern in _BESIDE)
+
+
+def _is_weights(path: Path) -> bool:
+    """Whether a file, or a link to one, is named like weights, or begins like some."""
+    if not os.path.isfile(path) and not os.path.islink(path):
+        return False
+    if _WEIGHTS.fullmatch(path.name):
+        return True
+    if not path.name.endswith(_PERHAPS_WEIGHTS):
+        return False
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+    except OSError:
+        return False
+    return not start or start.startswith((_ZIP, _PICKLE, _GGUF)) or start[8:] == b"{"

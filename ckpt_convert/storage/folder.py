@@ -1,0 +1,332 @@
+"""An open directory that files are written into by name: no link is followed, and what was written is remembered.
+
+Everything goes through the directory's descriptor, so that nothing lands elsewhere when its name is given to something
+else meanwhile; and what lies in it at the end can be held against what was written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import stat
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import NamedTuple
+
+from ckpt_convert.storage.reader import pread_into
+from ckpt_convert.storage.system import Advice, sync_directory, writing
+
+_DIRECTORY = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+_FILE = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+
+
+class _Identity(NamedTuple):
+    """Which file this is, and since when it is as it is."""
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+    links: int
+
+    @classmethod
+    def of(cls, found: os.stat_result) -> _Identity:
+        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_nlink)
+
+
+@dataclass
+class _Ledger:
+    """What a folder and those below it share: the files that were written, and those that are kept back."""
+
+    written: dict[str, _Identity | None] = field(default_factory=dict)
+    kept_back: dict[str, tuple[bytes, int]] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    continued: bool = False
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A directory, open as ``fd``, or a folder ``below`` it.
+
+    ``mode`` are the permissions that files and folders may have at most; the umask takes from them. ``rank`` says of
+    a file's name how late it is written: 0 at once, the others by ``complete``, those of the highest rank at the very
+    end. ``advice`` is how errors go on.
+    """
+
+    fd: int
+    root: Path
+    mode: int = 0o777
+    rank: Callable[[str], int] = lambda name: 0
+    advice: Advice = field(default_factory=Advice)
+    inside: str = ""
+    _ledger: _Ledger = field(default_factory=_Ledger)
+
+    @classmethod
+    @contextlib.contextmanager
+    def at(cls, path: Path) -> Iterator[Folder]:
+        """A directory that is there, while it is written into; raises OSError."""
+        fd = os.open(path, _DIRECTORY)
+        try:
+            yield cls(fd, path)
+        finally:
+            os.close(fd)
+
+    @property
+    def path(self) -> Path:
+        return self.root / self.inside
+
+    def below(self, name: str) -> Folder:
+        """A folder of this one, made with its first file, that is written as if it were a directory of its own."""
+        return replace(self, inside=self._full(name))
+
+    def file(self, name: str, size: int) -> StagedFile:
+        """Open a file of ``size`` bytes for writing at any place; folders in its name are made."""
+        full = self._full(name)
+        with self.writing(full, "made"):
+            fd = self._open(full)
+        return StagedFile(self, full, fd, size)
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a small file: at once and flushed, or in ``complete`` where its name says that it comes last."""
+        full = self._full(name)
+        if self.rank(full):
+            with self._ledger.lock:
+                self._ledger.kept_back[full] = data, self.mode
+        else:
+            self._write(full, data)
+
+    def complete(self) -> None:
+        """Write what was kept back, in the order of the ranks."""
+        with self._ledger.lock:
+            waiting = sorted(self._ledger.kept_back.items(), key=lambda item: (self.rank(item[0]), item[0]))
+            self._ledger.kept_back.clear()
+        for full, (data, mode) in waiting:
+            replace(self, mode=mode)._write(full, data)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the files that were written."""
+        return sum(found.size for found in self._ledger.written.values() if found is not None)
+
+    def contents(self) -> Iterator[tuple[str, os.stat_result]]:
+        """Every file and folder that is there, by name; a folder comes after what it holds, and links are not followed.
+
+        Raises OSError.
+        """
+        yield from _walk(self.fd)
+
+    def keep_only(self, names: Iterable[str], besides: str) -> None:
+        """Remove all but these files of an earlier attempt, which are continued, and one more; raises OSError."""
+        kept = {*names, besides}
+        self._ledger.continued = True
+        for name, found in self.contents():
+            if not stat.S_ISDIR(found.st_mode):
+                if name not in kept:
+                    os.unlink(name, dir_fd=self.fd)
+            else:
+                with contextlib.suppress(OSError):  # it holds files that are kept
+                    os.rmdir(name, dir_fd=self.fd)
+
+    def changes(self, besides: Iterable[str] = ()) -> list[str]:
+        """What is not as it was written: files that are gone, changed or replaced, and what nobody wrote.
+
+        ``besides`` are names that may be there all the same. Raises OSError.
+        """
+        there = dict(self.contents())
+        written = self._ledger.written
+        out = []
+        for name, identity in written.items():
+            found = there.get(name)
+            if found is None:
+                out.append(f"{name} is gone")
+            elif _Identity.of(found) != identity:
+                out.append(f"{name} was changed or replaced")
+        folders = {str(parent) for name in written for parent in PurePosixPath(name).parents}
+        return out + [f"{name} was put there" for name in there if name not in {*written, *folders, *besides}]
+
+    def is_written(self, name: str, found: os.stat_result) -> bool:
+        """Whether this is the very file that was written under that name, whatever has become of its content."""
+        identity = self._ledger.written.get(name)
+        return identity is not None and identity[:2] == (found.st_dev, found.st_ino)
+
+    def sync(self) -> None:
+        """Flush the folders to disk; raises OSError."""
+        for name, found in self.contents():
+            if stat.S_ISDIR(found.st_mode):
+                with _opened(name, self.fd) as fd:
+                    sync_directory(fd)
+        sync_directory(self.fd)
+
+    def writing(self, full: str, operation: str) -> contextlib.AbstractContextManager[None]:
+        return writing(self.root / full, operation, self.advice)
+
+    def note(self, full: str, fd: int | None) -> None:
+        """Remember a file: the one that is open, or, once it is closed, as it lies under its name then."""
+        if fd is not None:
+            found = os.fstat(fd)
+        else:  # some network file systems set size and time as a file is closed
+            try:
+                found = os.stat(full, dir_fd=self.fd, follow_symlinks=False)
+            except FileNotFoundError:
+                return  # which ``changes`` will tell
+            if not self.is_written(full, found):
+                return
+        with self._ledger.lock:
+            self._ledger.written[full] = _Identity.of(found)
+
+    def _write(self, full: str, data: bytes) -> None:
+        with self.writing(full, "made"):
+            fd = self._open(full)
+        with StagedFile(self, full, fd, len(data)) as file:
+            file.write(0, memoryview(data))
+            file.sync()
+
+    def _full(self, name: str) -> str:
+        return f"{self.inside}/{name}" if self.inside else name
+
+    def _open(self, full: str) -> int:
+        """Open a file that is new, or one of an earlier attempt; whatever else has its name there is removed."""
+        *folders, last = PurePosixPath(full).parts
+        with contextlib.ExitStack() as stack:
+            at = self.fd
+            for folder in folders:
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(folder, 0o777 & self.mode, dir_fd=at)
+                at = stack.enter_context(_opened(folder, at))
+            known = self._ledger.continued or full in self._ledger.written
+            there = lstat(last, at)
+            if there is not None and known and not is_plain(there):
+                remove_one(last, there, at)
+                there = None
+            flags = _FILE if there is not None and known else _FILE | os.O_EXCL
+            fd = os.open(last, flags, 0o666 & self.mode, dir_fd=at)
+            excess = stat.S_IMODE(os.fstat(fd).st_mode) & ~self.mode
+            if excess:  # of an earlier attempt
+                os.fchmod(fd, stat.S_IMODE(os.fstat(fd).st_mode) & self.mode)
+            return fd
+
+
+class StagedFile:
+    """A file of known size, written at any place and from several threads."""
+
+    def __init__(self, folder: Folder, name: str, fd: int, size: int) -> None:
+        self.size = size
+        self._folder = folder
+        self._name = name
+        self._fd = fd
+        try:
+            with folder.writing(name, "made"):
+                folder.note(name, fd)
+                os.ftruncate(fd, size)
+        except BaseException:
+            self._close()
+            raise
+
+    def write(self, offset: int, data: memoryview) -> None:
+        done = 0
+        with self._folder.writing(self._name, "written"):
+            while done < len(data):
+                done += os.pwrite(self._fd, data[done:], offset + done)
+
+    def append(self, data: memoryview) -> None:
+        """Write at the end, for a file that is written from front to back."""
+        done = 0
+        with self._folder.writing(self._name, "written"):
+            while done < len(data):
+                done += os.write(self._fd, data[done:])
+
+    def readinto(self, offset: int, buffer: memoryview) -> int:
+        with self._folder.writing(self._name, "read again"):
+            return pread_into(self._fd, buffer, offset)
+
+    def start_writeback(self, offset: int, nbytes: int) -> None:
+        """Let the system begin to write these bytes to disk, so that the flush at the end has less to wait for."""
+        if hasattr(os, "posix_fadvise"):
+            with contextlib.suppress(OSError):  # the flush is what counts
+                os.posix_fadvise(self._fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
+
+    def sync(self) -> None:
+        with self._folder.writing(self._name, "flushed to disk"):
+            os.fsync(self._fd)
+
+    def close(self) -> None:
+        """Close the file; once is enough. Raises UnwritableError, for some systems tell of failed writes only now."""
+        if self._fd >= 0:
+            with self._folder.writing(self._name, "closed"):
+                self._close()
+                self._folder.note(self._name, None)
+
+    def _close(self) -> None:
+        # Where closing fails the number may be another file's by now, so it is not closed again.
+        fd, self._fd = self._fd, -1
+        os.close(fd)
+
+    def __enter__(self) -> StagedFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def permitted(path: Path) -> int:
+    """The permissions that a copy may have: nobody else may do with it what they could not do with the original.
+
+    Raises UnwritableError where they are not to be had.
+    """
+    with writing(path, "looked at"):
+        return stat.S_IMODE(os.stat(path).st_mode) & 0o777 | 0o700
+
+
+def remove_all(fd: int, but: str | None = None) -> None:
+    """Remove everything in an open directory, except the file ``but``; raises OSError."""
+    for name in os.listdir(fd):
+        found = lstat(name, fd)
+        if name != but and found is not None:
+            remove_one(name, found, fd)
+
+
+def is_plain(found: os.stat_result) -> bool:
+    """Whether this is a regular file with no other name, so that nothing else changes with it."""
+    return stat.S_ISREG(found.st_mode) and found.st_nlink == 1
+
+
+@contextlib.contextmanager
+def _opened(name: str, within: int) -> Iterator[int]:
+    fd = os.open(name, _DIRECTORY, dir_fd=within)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def lstat(name: str, within: int) -> os.stat_result | None:
+    """What lies under a name in an open directory, None for nothing; a link is not followed. Raises OSError."""
+    try:
+        return os.stat(name, dir_fd=within, follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+
+
+def remove_one(name: str, found: os.stat_result, within: int) -> None:
+    """Remove what ``lstat`` has found under a name in an open directory; raises OSError."""
+    if stat.S_ISDIR(found.st_mode):
+        shutil.rmtree(name, dir_fd=within)
+    else:
+        os.unlink(name, dir_fd=within)
+
+
+def _walk(fd: int, prefix: str = "") -> Iterator[tuple[str, os.stat_result]]:
+    for name in sorted(os.listdir(fd)):
+        found = lstat(name, fd)
+        if found is None:
+            continue
+        if stat.S_ISDIR(found.st_mode):
+            with _opened(name, fd) as inner:
+                yield from _walk(inner, f"{prefix}{name}/")
+        yield prefix + name, found
