@@ -60,6 +60,10 @@ class ConfigError(InputError):
     """A config.json or params.json is unreadable, incomplete, or says what the target format cannot express."""
 
 
+class NewerVersionError(ConfigError):
+    """A file of ours is of a newer version than this one knows; updating helps."""
+
+
 class CorruptFileError(InputError):
     """A file's header and its bytes do not agree: truncated, overlapping, out of range."""
 

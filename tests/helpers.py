@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import lzma
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
+import xxhash
 
 GOLDEN = Path(__file__).parent.parent / "fixtures" / "golden"
 CASES = ("llama", "llama2", "llama_tied", "mistral")
@@ -64,3 +67,27 @@ def edit_json(path: Path, **changes: object) -> None:
         else:
             content[key] = value
     path.write_text(json.dumps(content))
+
+
+def edit_manifest(directory: Path, **changes: object) -> None:
+    """Change some keys of a directory's manifest so that its checksum of itself is right, as whoever means harm can."""
+    path = directory / "ckpt_convert" / "manifest.json"
+    edit_json(path, **changes)
+    write_manifest(path, json.loads(path.read_text()))
+
+
+def write_manifest(path: Path, content: dict[str, Any]) -> None:
+    """Write a manifest with the checksum of itself, where it has one."""
+    content.pop("manifest_checksum", None)
+    if content.get("schema") == 2:
+        canonical = json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+        content["manifest_checksum"] = xxhash.xxh3_64_hexdigest(canonical)
+    path.write_text(json.dumps(content))
+
+
+def crc64(data: bytes) -> str:
+    """The CRC-64/XZ of bytes as the manifest says it, by way of an xz stream, whose block ends with it."""
+    stream = lzma.compress(data, check=lzma.CHECK_CRC64, preset=0)
+    index = (int.from_bytes(stream[-8:-4], "little") + 1) * 4
+    end = len(stream) - 12 - index
+    return f"{int.from_bytes(stream[end - 8 : end], 'little') if data else 0:016x}"

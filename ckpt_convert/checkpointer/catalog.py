@@ -18,17 +18,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ckpt_convert.checkpointer.pointer import SUFFIX, check_pointer, point, pointed, target_of, write_whole
+from ckpt_convert.checkpointer.pointer import SUFFIX, check_pointer, point, pointed, target_of
 from ckpt_convert.checkpointer.progress import Progress
 from ckpt_convert.convert import record
 from ckpt_convert.convert.containers import dcp
-from ckpt_convert.convert.formats.base import load_json, render_json
-from ckpt_convert.convert.record import MANIFEST, TRAINING_STATE
+from ckpt_convert.convert.record import MANIFEST, TRAINING_STATE, read_manifest, replace_manifest
 from ckpt_convert.errors import (
     CheckpointNotFoundError,
     ConfigError,
     CorruptFileError,
     LockedError,
+    NewerVersionError,
     UsageError,
 )
 from ckpt_convert.storage.lock import Lock
@@ -89,11 +89,11 @@ class Saved:
 def _section(directory: Path, name: str | None) -> tuple[dict[str, Any], dict[str, Any]] | None:
     """The manifest and its part about training, where they say that this was completed under ``name`` (None: any).
 
-    Raises ConfigError when the manifest cannot be read.
+    Raises ConfigError when the manifest cannot be read, CorruptFileError when it was edited or damaged.
     """
     if os.path.lexists(directory / JOURNAL) or not (directory / MANIFEST).is_file():
         return None
-    manifest = load_json(directory / MANIFEST)
+    manifest = read_manifest(directory)
     training = manifest.get("training")
     if not isinstance(training, dict) or name not in (None, training.get("directory")):
         return None
@@ -101,7 +101,7 @@ def _section(directory: Path, name: str | None) -> tuple[dict[str, Any], dict[st
 
 
 def _is_complete(directory: Path, name: str) -> bool:
-    with contextlib.suppress(ConfigError):
+    with contextlib.suppress(ConfigError, CorruptFileError):
         return _section(directory, name) is not None
     return False
 
@@ -122,19 +122,21 @@ def is_damaged(directory: Path) -> bool:
 def read(path: Path, saver: str = "default", *, renamed: bool = False) -> Saved | None:
     """The checkpoint in a directory; None if there is no complete one, or if another saver wrote it.
 
-    ``renamed`` takes one that was copied or moved to another name, too. Damage is warned of. Raises ConfigError for one
-    that a newer version wrote.
+    ``renamed`` takes one that was copied or moved to another name, too. Damage is warned of. Raises NewerVersionError
+    for one that a newer version wrote.
     """
     try:
         found = _section(path, None if renamed else path.name)
-    except ConfigError as error:
+    except NewerVersionError:
+        raise
+    except (ConfigError, CorruptFileError) as error:
         log.warning("%s is no complete checkpoint: %s", path, error)
         return None
     if found is None or found[1].get("saver") != saver:
         return None
     version = found[1].get("version")
     if isinstance(version, int) and version > VERSION:
-        raise ConfigError(
+        raise NewerVersionError(
             f"{path / MANIFEST}: expected version {VERSION} of its part about training, found {version}; "
             "it was written by a newer ckpt-convert: update, or use another output directory"
         )
@@ -148,7 +150,7 @@ def read(path: Path, saver: str = "default", *, renamed: bool = False) -> Saved 
 def scan(output_dir: Path, saver: str = "default") -> list[Saved]:
     """The complete checkpoints of a saver, oldest first; links, files and hidden directories are passed over.
 
-    Raises ConfigError for one that a newer version wrote.
+    Raises NewerVersionError for one that a newer version wrote.
     """
     if not output_dir.is_dir():
         return []
@@ -175,19 +177,8 @@ def amend(saved: Saved, **changes: Any) -> Saved:
         manifest, training = found
         training.update(changes)
         amended = _saved(saved.path, manifest, training)
-        _replace(saved.path / MANIFEST, render_json(manifest))
+        replace_manifest(saved.path, manifest)
     return amended
-
-
-def _replace(path: Path, data: bytes) -> None:
-    temporary = partial_of(path)
-    try:
-        write_whole(temporary, data)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_directory(path.parent)
 
 
 def _saved(path: Path, manifest: Mapping[str, Any], training: Mapping[str, Any]) -> Saved:
@@ -327,7 +318,7 @@ def finish_thinning(directory: Path) -> None:
     state = directory / TRAINING_STATE
     if directory.is_symlink() or state.is_symlink() or not state.is_dir():
         return
-    with contextlib.suppress(ConfigError):
+    with contextlib.suppress(ConfigError, CorruptFileError):
         found = _section(directory, directory.name)
         if found is None or found[1].get(TRAINING_STATE) != REMOVED:
             return

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 
+from ckpt_convert import __version__
 from ckpt_convert.checkpointer import catalog, loading, parts, resuming, retention, schedule, signals
 from ckpt_convert.checkpointer.background import Background
 from ckpt_convert.checkpointer.buffers import Buffers
@@ -633,6 +634,8 @@ class Checkpointer:
             "sequence": directory.next_sequence(),
             "contents": settings.contents,
             "model_format": settings.model_format,
+            "run_name": directory.run_name,
+            "versions": {"ckpt_convert": __version__, "torch": str(torch.__version__)},
         }
 
         def training() -> dict[str, Any]:

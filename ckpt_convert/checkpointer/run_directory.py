@@ -31,7 +31,7 @@ class RunDirectory:
         self.path = path
         self.policy = policy
         self._template = template
-        self._run_name = run_name or path.absolute().name
+        self.run_name = run_name or path.absolute().name
         self._latest_name = latest_name
         self._lock: Lock | None = None
         self._mode = 0o777
@@ -78,7 +78,7 @@ class RunDirectory:
 
     def destination(self, progress: Progress) -> Path:
         """The directory of a step."""
-        return self.path / self._template.format(progress, self._run_name)
+        return self.path / self._template.format(progress, self.run_name)
 
     def next_sequence(self) -> int:
         """The number of the next save: the newest checkpoint is the one with the highest."""

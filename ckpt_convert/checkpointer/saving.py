@@ -14,11 +14,11 @@ from ckpt_convert.checkpointer.merge import MergedReader
 from ckpt_convert.checkpointer.pack import Packed
 from ckpt_convert.convert import output, ownership, record
 from ckpt_convert.convert.execute import check_losses, loss_text, run_checks
-from ckpt_convert.convert.formats.base import render_json
 from ckpt_convert.convert.plan import Plan, refuse_unreadable
 from ckpt_convert.convert.record import TRAINING_STATE
 from ckpt_convert.convert.sidefiles import SideFile
 from ckpt_convert.errors import CkptConvertError, OutputExistsError, listing
+from ckpt_convert.storage.checksums import digest
 from ckpt_convert.storage.folder import Folder
 from ckpt_convert.storage.reader import WORKERS
 from ckpt_convert.storage.staging import Staging, check_space
@@ -112,19 +112,20 @@ def _refuse_foreign(destination: Path) -> None:
 
 
 def _write(step: Step, staging: Staging, workers: int) -> None:
-    manifest: dict[str, Any] = {"schema": record.SCHEMA}
+    manifest: dict[str, Any] = {"schema": record.SCHEMA, "checksum": record.ALGORITHMS}
     if step.plan is not None and not step.weights_in:
         manifest = _weights(step, step.plan, staging, staging.folder, workers)
     elif step.plan is not None:
         inner = staging.folder.below(step.weights_in)
-        inner.write(record.MANIFEST, render_json(_weights(step, step.plan, staging, inner, workers)))
+        weights = _weights(step, step.plan, staging, inner, workers)
+        inner.write(record.MANIFEST, record.render_manifest(weights))
     files = {name: _file(name, data, staging) for name, data in (step.files or {}).items()}
     extra = {path.name: _copy(path, staging) for path in step.extra}
     state = None
     if step.state is not None:
         state = {"files": training_state.write(staging.folder.below(TRAINING_STATE), step.state)}
     manifest["training"] = {**step.training(), "training_state": state, "extra_files": extra, "files": files}
-    staging.write(record.MANIFEST, render_json(manifest))
+    staging.write(record.MANIFEST, record.render_manifest(manifest))
 
 
 def _weights(step: Step, plan: Plan, staging: Staging, folder: Folder, workers: int) -> dict[str, Any]:
@@ -146,7 +147,7 @@ def _weights(step: Step, plan: Plan, staging: Staging, folder: Folder, workers: 
 
 def _file(name: str, data: bytes, staging: Staging) -> dict[str, Any]:
     staging.write(name, data)
-    return {"size": len(data), "checksum": record.digest(data)}
+    return {"size": len(data), "checksum": digest(data)}
 
 
 def _copy(path: Path, staging: Staging) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from typing import IO, Any, cast
 
 import torch
-import xxhash
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
 # _StorageInfo is private by name, but every ``.metadata`` is a pickle that names it: it can neither move nor change.
@@ -25,6 +24,8 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.utils.serialization import config
 
 from ckpt_convert.convert.containers.dcp_metadata import FILE
+from ckpt_convert.storage import checksums
+from ckpt_convert.storage.checksums import digest
 from ckpt_convert.storage.folder import Folder, StagedFile
 
 DATA = "__0_0.distcp"
@@ -55,7 +56,7 @@ class Writer:
         metadata.storage_data, written = self._write(planner.finish_plan(plans[0]), planner)
         data = pickle.dumps(metadata)
         self._folder.write(FILE, data)
-        return {FILE: {"size": len(data), "checksum": xxhash.xxh3_64_hexdigest(data)}, DATA: written}
+        return {FILE: {"size": len(data), "checksum": digest(data)}, DATA: written}
 
     def _write(self, plan: SavePlan, planner: SavePlanner) -> tuple[dict[MetadataIndex, _StorageInfo], dict[str, Any]]:
         """Write the tensors; where each lies, and the size and checksum of their file."""
@@ -99,7 +100,7 @@ class _File:
 
     def __init__(self, staged: StagedFile) -> None:
         self.size = 0
-        self.digest = xxhash.xxh3_64()
+        self.digest = checksums.new(checksums.XXH3)
         self.failed: BaseException | None = None
         self._staged = staged
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ckpt_convert.convert.check import Report
+    from ckpt_convert.convert.check.accept import Accepted
     from ckpt_convert.convert.findings import Finding
     from ckpt_convert.convert.logits import LogitsReport
 
@@ -33,6 +36,7 @@ Examples:
   ckpt-convert verify my-upload --json | jq '.findings[].text'
   ckpt-convert verify Llama-3.2-1B-meta --against Llama-3.2-1B
   ckpt-convert verify my-finetune --logits
+  ckpt-convert verify Llama-3.2-1B-meta --accept params.json
 
 \b
 Exit codes: 0 no errors, 1 errors found (with --strict, warnings too), 2 usage, 3 there is nothing to check.""",
@@ -41,6 +45,13 @@ Exit codes: 0 no errors, 1 errors found (with --strict, warnings too), 2 usage, 
 @click.option("--quick", is_flag=True, help="Read headers and small files only, no values.")
 @click.option("--against", "other", metavar="PATH", help="Compare every tensor with this checkpoint, in any format.")
 @click.option("--logits", "with_logits", is_flag=True, help="Also run it through transformers on random tokens.")
+@click.option(
+    "--accept",
+    "accepted",
+    metavar="FILE",
+    multiple=True,
+    help="Take an edited config or tokenizer as it is; repeatable.",
+)
 @click.option("--full", is_flag=True, help="Show every finding, however many are of one kind.")
 @click.option("--strict", is_flag=True, help="Exit with 1 for warnings, too (NaN, leftover shards).")
 @options.JSON
@@ -55,6 +66,7 @@ def verify(
     quick: bool,
     other: str | None,
     with_logits: bool,
+    accepted: tuple[str, ...],
     full: bool,
     strict: bool,
     as_json: bool,
@@ -68,14 +80,17 @@ def verify(
     """Say everything that is wrong with a checkpoint, at once: files, headers, index, config, checksums, values.
 
     PATH is a directory, one weight file, or a Hub id (org/name). Every byte is read once, unless --quick. Nothing is
-    written.
+    written, except with --accept: before the checks, the checksums of these files beside the weights are renewed in
+    ckpt_convert/manifest.json.
     """
     from ckpt_convert.cli.notices import on_stderr
     from ckpt_convert.cli.progress import Bar
     from ckpt_convert.convert.check import check
+    from ckpt_convert.convert.check.accept import accept
     from ckpt_convert.convert.check.against import Opening, against, computing
     from ckpt_convert.storage import hub
 
+    renewed = accept(Path(path), accepted) if accepted else []
     a = Opening(hub.locate(path, revision), from_format, family, config)
     b = Opening(hub.locate(other), None, family) if other is not None else None
     compared: dict[str, Any] | None = None
@@ -96,13 +111,14 @@ def verify(
             report, computed = computing(report, a, b, progress=bar)
     if as_json:
         document = report.as_dict()
+        document |= {"accepted": [asdict(one) for one in renewed]} if accepted else {}
         document |= {"against": compared} if other is not None else {}
         document |= {"logits": computed.as_dict() if computed is not None else None} if with_logits else {}
         echo_json(document)
     else:
         width = terminal_width()
         lines = [
-            *(() if quiet else labelled(_header(report), width, least=_LABEL)),
+            *(() if quiet else labelled(_header(report, renewed), width, least=_LABEL)),
             *_findings(report, width, full=full, quiet=quiet, strict=strict),
         ]
         lines += () if quiet else [*_logits(computed, width), _summary(report)]
@@ -111,11 +127,13 @@ def verify(
     return 1 if report.counts["errors"] or (strict and report.counts["warnings"]) else 0
 
 
-def _header(report: Report) -> Iterator[Labelled]:
+def _header(report: Report, renewed: Sequence[Accepted]) -> Iterator[Labelled]:
     what = ", ".join(filter(None, (report.format or "unknown format", report.family)))
     yield Labelled("path", escape(report.path).split(" "))
     size = f"{plural(report.files, 'file')}, {plural(report.tensors, 'tensor')}, {human_bytes(report.nbytes)}"
     yield Labelled("what", f"{what}: {size}".split())
+    for one in renewed:
+        yield Labelled("accepted", escape(f"{one.file}: checksum {one.found}, was {one.expected}").split(" "))
     by_reason: dict[str, list[str]] = {}
     for skipped in report.skipped:
         by_reason.setdefault(skipped.why, []).append(skipped.check)

@@ -12,7 +12,6 @@ from ckpt_convert.convert import plan as planning
 from ckpt_convert.convert.blocks import ProgressCallback
 from ckpt_convert.convert.checkpoint import open_checkpoint, read_checkpoint
 from ckpt_convert.convert.execute import check_losses, is_tied, loss_text, run_checks
-from ckpt_convert.convert.formats.base import render_json
 from ckpt_convert.convert.plan import Plan
 from ckpt_convert.convert.quantized.view import requested
 from ckpt_convert.convert.request import Request
@@ -178,7 +177,7 @@ def convert(
             try:
                 check_space(destination, made.disk - staging.allocated())
                 written = output.write(made, staging, count, progress)
-                staging.write(record.MANIFEST, render_json(written.manifest))
+                staging.write(record.MANIFEST, record.render_manifest(written.manifest))
                 staging.complete()
                 verified = _verify(made, staging, count, progress) if verify else None
                 made.check_sources()

@@ -128,8 +128,8 @@ class Mover:
 
 
 def most(source: str, target: str) -> int:
-    """How many elements fit a worker's buffer, in both dtypes."""
-    return BLOCK * 8 // max(dtypes.DTYPES[source].bits, dtypes.DTYPES[target].bits)
+    """How many elements fit a worker's buffer, in both dtypes; they fill whole bytes."""
+    return BLOCK // max(dtypes.DTYPES[source].bits, dtypes.DTYPES[target].bits) * 8
 
 
 def difference(left: Mover, right: Mover, one: Read, other: Read, meter: Meter | None = None) -> int | None:

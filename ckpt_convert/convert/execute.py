@@ -1,8 +1,8 @@
 """Carrying out a plan: pieces of tensors are read, put in order, checksummed and written, by a few threads.
 
-A piece is a contiguous run of one output tensor, at most PIECE bytes. It is moved block by block through buffers that
-each worker keeps, so memory is the number of workers times the buffers, whatever the size of the model. numpy,
-hashing, reading and writing all let other threads run meanwhile.
+A piece is a fixed range of an output file: the next PIECE bytes of a tensor, wherever they come from and whoever writes
+them. It is moved block by block through buffers that each worker keeps, so memory is the number of workers times the
+buffers, whatever the size of the model. numpy, checksums, reading and writing all let other threads run meanwhile.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import contextlib
 import json
 import logging
 import threading
-import zlib
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -19,22 +18,23 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import xxhash
 
 from ckpt_convert import dtypes
 from ckpt_convert.convert import blocks, decode
 from ckpt_convert.convert.blocks import Meter, Mover, ProgressCallback, Read, difference
-from ckpt_convert.convert.containers.crc import crc32_combine
 from ckpt_convert.convert.formats.base import RECORD_FOLDER
 from ckpt_convert.convert.layout import OutputFile, Placed
 from ckpt_convert.convert.mapping import Equality
 from ckpt_convert.convert.plan import Plan, fingerprint
 from ckpt_convert.errors import LossyConversionError, TiedWeightsError, listing
 from ckpt_convert.models.lazy import LazyTensor
+from ckpt_convert.storage.checksums import CRC32, CRC64
 from ckpt_convert.storage.folder import Folder, StagedFile
 from ckpt_convert.storage.staging import Journal, Staging
 
 PIECE = 64 << 20
+"""Bytes of a piece, at most."""
+
 WRITEBACK = 16 << 20
 
 _NAMED = 8
@@ -45,18 +45,18 @@ log = logging.getLogger("ckpt_convert")
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A run of ``nbytes`` at ``offset`` of an output file, made from ``tensor``."""
+    """The ``nbytes`` at ``offset`` of an output file, made from ``parts``, one after another."""
 
     file: int
     placed: Placed
     offset: int
     nbytes: int
-    tensor: LazyTensor
+    parts: tuple[LazyTensor, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """A finished piece: its checksum and, where the container keeps one, its CRC-32.
+    """A finished piece: its CRC-64 and, where the container keeps one, its CRC-32.
 
     ``overflowed`` is how many of its values the cast has made infinite.
     """
@@ -64,7 +64,7 @@ class Done:
     offset: int
     nbytes: int
     key: str
-    checksum: str
+    checksum: int
     crc: int
     overflowed: int = 0
 
@@ -168,9 +168,11 @@ def pieces(files: tuple[OutputFile, ...]) -> Iterator[Piece]:
         order = [(number, placed) for number, file in enumerate(files) for placed in file.tensors]
     for number, placed in order:
         bits = dtypes.DTYPES[placed.dtype].bits
-        for offset, block in placed.tensor.blocks(PIECE * 8 // bits):
-            start = placed.offset + offset * bits // 8
-            yield Piece(number, placed, start, block.size * bits // 8, block)
+        step = PIECE // bits * 8  # elements, which fill whole bytes
+        for start in range(0, placed.tensor.size, step):
+            stop = min(start + step, placed.tensor.size)
+            offset, nbytes = placed.offset + start * bits // 8, (stop - start) * bits // 8
+            yield Piece(number, placed, offset, nbytes, tuple(placed.tensor.between(start, stop)))
 
 
 class _File:
@@ -180,7 +182,8 @@ class _File:
         self.output = output
         self.left = left
         self.done: list[Done] = []
-        self.has_crc = bool(output.layout.header.checksummed)
+        self._has_crc = bool(output.layout.header.checksummed)
+        self._header = 0
         self._folder = folder
         self._staged: StagedFile | None = None
         self._lock = threading.Lock()
@@ -194,6 +197,34 @@ class _File:
                 for offset, data in self.output.layout.literals:
                     self._staged.write(offset, memoryview(data))
             return self._staged
+
+    def sums(self, data: memoryview, checksum: int, crc: int) -> tuple[int, int]:
+        """Both checksums of a piece, with more bytes of it."""
+        return CRC64.of(data, checksum), CRC32.of(data, crc) if self._has_crc else 0
+
+    def finish(self) -> None:
+        """Every piece is written: put the CRC-32s of the members in, and flush the file to disk."""
+        places = deque(sorted(_crcs(self)))
+        for offset, data in self.output.layout.literals:
+            whole: bytes | bytearray = data
+            while places and places[0][0] < offset + len(data):
+                place, crc = places.popleft()
+                value, at = crc.to_bytes(4, "little"), place - offset
+                self.staged.write(place, memoryview(value))
+                whole = bytearray(whole) if isinstance(whole, bytes) else whole
+                whole[at : at + 4] = value
+            self._header = CRC64.of(whole, self._header)
+        self.staged.sync()
+        self.close()
+
+    def described(self) -> dict[str, Any]:
+        """What the manifest says of the file; its header are all bytes that are in no piece, one after another."""
+        done = sorted(self.done, key=lambda piece: piece.offset)
+        return {
+            "size": self.output.size,
+            "header": CRC64.hex(self._header),
+            "pieces": [[piece.key, piece.offset, piece.nbytes, CRC64.hex(piece.checksum)] for piece in done],
+        }
 
     def close(self) -> None:
         if self._staged is not None:
@@ -217,7 +248,7 @@ class Execution:
         self._meter = Meter("converting", plan.tensor_bytes, progress)
         self._stop = threading.Event()
         self._files: list[_File] = []
-        self._overflowed: dict[tuple[str, LazyTensor], int] = {}
+        self._overflowed: dict[tuple[str, tuple[LazyTensor, ...]], int] = {}
         self.resumed = 0
 
     @property
@@ -244,11 +275,11 @@ class Execution:
                 stack.callback(self._files[-1].close)
             for file in self._files:
                 if not file.left:
-                    self._finish(file)
+                    file.finish()
             self._run_workers(earlier)
-        return {file.output.name: _described(file) for file in self._files}
+        return {file.output.name: file.described() for file in self._files}
 
-    def _run_workers(self, earlier: dict[tuple[int, int], str]) -> None:
+    def _run_workers(self, earlier: dict[tuple[int, int], int]) -> None:
         with ThreadPoolExecutor(self._workers, "convert") as pool:
             futures = [pool.submit(self._work, earlier) for _ in range(self._workers)]
             try:
@@ -258,7 +289,7 @@ class Execution:
             for future in futures:
                 future.result()
 
-    def _work(self, earlier: dict[tuple[int, int], str]) -> None:
+    def _work(self, earlier: dict[tuple[int, int], int]) -> None:
         mover = Mover(self._plan.stored)
         while not self._stop.is_set():
             with self._lock:
@@ -275,66 +306,53 @@ class Execution:
                 self._note(piece, done)
             with self._lock:
                 if done.overflowed:  # by what was read: ranks may hold copies of it
-                    self._overflowed[piece.placed.key, piece.tensor] = done.overflowed
+                    self._overflowed[piece.placed.key, piece.parts] = done.overflowed
                 file.done.append(done)
                 file.left -= 1
                 self.resumed += piece.nbytes if resumed else 0
                 complete = not file.left
             if complete:
-                self._finish(file)
+                file.finish()
 
     def _move(self, mover: Mover, file: _File, piece: Piece) -> Done | None:
-        digest = xxhash.xxh3_64()
-        crc = 0
-        flushed = 0
-        before = mover.overflowed
-        for offset, data in mover.blocks(piece.tensor, piece.placed.source_dtype, piece.placed.dtype):
-            if self._stop.is_set():
-                return None
-            digest.update(data)
-            if file.has_crc:
-                crc = zlib.crc32(data, crc)
-            file.staged.write(piece.offset + offset, data)
-            self._meter.add(len(data))
-            if offset + len(data) - flushed >= WRITEBACK or offset + len(data) == piece.nbytes:
-                file.staged.start_writeback(piece.offset + flushed, offset + len(data) - flushed)
-                flushed = offset + len(data)
-        overflowed = mover.overflowed - before
-        return Done(piece.offset, piece.nbytes, piece.placed.key, digest.hexdigest(), crc, overflowed)
+        checksum = crc = done = flushed = 0
+        placed, before = piece.placed, mover.overflowed
+        for part in piece.parts:
+            for _, data in mover.blocks(part, placed.source_dtype, placed.dtype):
+                if self._stop.is_set():
+                    return None
+                checksum, crc = file.sums(data, checksum, crc)
+                file.staged.write(piece.offset + done, data)
+                self._meter.add(len(data))
+                done += len(data)
+                if done - flushed >= WRITEBACK or done == piece.nbytes:
+                    file.staged.start_writeback(piece.offset + flushed, done - flushed)
+                    flushed = done
+        return Done(piece.offset, piece.nbytes, placed.key, checksum, crc, mover.overflowed - before)
 
-    def _verified(self, file: _File, piece: Piece, checksum: str | None) -> Done | None:
+    def _verified(self, file: _File, piece: Piece, expected: int | None) -> Done | None:
         """A piece that an earlier attempt wrote, if its bytes are really there."""
-        if checksum is None:
+        if expected is None:
             return None
-        digest = xxhash.xxh3_64()
-        crc = 0
+        checksum = crc = 0
         buffer = np.empty(min(blocks.BLOCK, piece.nbytes), np.uint8)
         for start in range(0, piece.nbytes, blocks.BLOCK):
             view = buffer.data[: min(blocks.BLOCK, piece.nbytes - start)]
             file.staged.readinto(piece.offset + start, view)
-            digest.update(view)
-            if file.has_crc:
-                crc = zlib.crc32(view, crc)
-        if digest.hexdigest() != checksum:
+            checksum, crc = file.sums(view, checksum, crc)
+        if checksum != expected:
             return None
         self._meter.add(piece.nbytes)
         return Done(piece.offset, piece.nbytes, piece.placed.key, checksum, crc)
 
-    def _finish(self, file: _File) -> None:
-        """Everything of a file is written: put the CRCs in and flush it to disk."""
-        for offset, crc in _crcs(file):
-            file.staged.write(offset, memoryview(crc.to_bytes(4, "little")))
-        file.staged.sync()
-        file.close()
-
-    def _open_journal(self) -> dict[tuple[int, int], str]:
+    def _open_journal(self) -> dict[tuple[int, int], int]:
         """Start or continue the journal of finished pieces; returns those of an earlier attempt at this same plan."""
         mine = fingerprint(self._plan)
-        earlier: dict[tuple[int, int], str] = {}
+        earlier: dict[tuple[int, int], int] = {}
         if self._staging.resumed:
             lines = self._staging.journal()
             if lines and lines[0] == mine:
-                earlier = dict(entry for line in lines[1:] if (entry := _journal_entry(line))[1])
+                earlier = dict(entry for line in lines[1:] if (entry := _journal_entry(line)) is not None)
             else:
                 log.warning("the partial output is of another source or other options; it is written anew")
         self._journal = self._staging.begin(mine, (file.name for file in self._plan.files) if earlier else ())
@@ -344,21 +362,21 @@ class Execution:
         if done.overflowed:
             return  # an attempt that continues this one has to count these, too
         with self._lock:
-            self._journal.note(json.dumps([piece.file, piece.offset, done.checksum]))
+            self._journal.note(json.dumps([piece.file, piece.offset, CRC64.hex(done.checksum)]))
 
 
-def _journal_entry(line: str) -> tuple[tuple[int, int], str]:
+def _journal_entry(line: str) -> tuple[tuple[int, int], int] | None:
     with contextlib.suppress(ValueError, TypeError):
         number, offset, checksum = json.loads(line)
-        return (int(number), int(offset)), str(checksum)
-    return (-1, -1), ""  # the last line of an attempt that was killed may be cut
+        return (int(number), int(offset)), int(checksum, 16)
+    return None  # the last line of an attempt that was killed may be cut
 
 
 def _crcs(file: _File) -> Iterator[tuple[int, int]]:
     """(place, CRC-32) for every checksum that the container keeps of tensor bytes."""
     header = file.output.layout.header
     runs = sorted((done.offset, done.nbytes, done.crc) for done in file.done if done.nbytes)
-    runs += [(offset, len(data), zlib.crc32(data)) for offset, data in file.output.layout.literals]
+    runs += [(offset, len(data), CRC32.of(data, 0)) for offset, data in file.output.layout.literals]
     runs.sort()
     at = 0
     for member in sorted(header.checksummed, key=lambda member: member.offset):
@@ -370,7 +388,7 @@ def _crcs(file: _File) -> Iterator[tuple[int, int]]:
             offset, nbytes, value = runs[index]
             if offset < position or offset + nbytes > end:  # a literal that also reaches outside of the member
                 value, nbytes = _part_crc(file, offset, position, min(offset + nbytes, end))
-            crc = crc32_combine(crc, value, nbytes)
+            crc = CRC32.combine(crc, value, nbytes)
             position += nbytes
             index += 1
         for place in member.places:
@@ -379,12 +397,4 @@ def _crcs(file: _File) -> Iterator[tuple[int, int]]:
 
 def _part_crc(file: _File, literal: int, start: int, end: int) -> tuple[int, int]:
     data = next(data for offset, data in file.output.layout.literals if offset == literal)
-    return zlib.crc32(data[start - literal : end - literal]), end - start
-
-
-def _described(file: _File) -> dict[str, Any]:
-    done = sorted(file.done, key=lambda done: done.offset)
-    return {
-        "size": file.output.size,
-        "pieces": [[piece.key, piece.offset, piece.nbytes, piece.checksum] for piece in done],
-    }
+    return CRC32.of(data[start - literal : end - literal], 0), end - start

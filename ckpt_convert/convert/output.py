@@ -8,9 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
-from ckpt_convert.convert import checklist, record, sidefiles
+from ckpt_convert.convert import checklist, sidefiles
 from ckpt_convert.convert.blocks import Meter, ProgressCallback
 from ckpt_convert.convert.checklist import CHECKLIST
 from ckpt_convert.convert.checkpoint import Checkpoint
@@ -19,6 +17,8 @@ from ckpt_convert.convert.formats.base import RECORD_FOLDER, TEXT_LIMIT
 from ckpt_convert.convert.plan import Plan
 from ckpt_convert.convert.sidefiles import SideFile
 from ckpt_convert.errors import CorruptFileError, LossyConversionError
+from ckpt_convert.storage import checksums
+from ckpt_convert.storage.checksums import digest
 from ckpt_convert.storage.folder import Folder, permitted
 from ckpt_convert.storage.reader import LocalFile, identify, read, read_file
 from ckpt_convert.storage.staging import Staging
@@ -74,13 +74,13 @@ def _write_side_files(
     written = []
     kept = {}
     for side in made.side:
-        digest = write_side_file(side, folder)
-        if digest is None:
+        checksum = write_side_file(side, folder)
+        if checksum is None:
             continue
         if side.name.startswith(f"{RECORD_FOLDER}/"):
-            kept[side.name] = digest
+            kept[side.name] = checksum
         else:
-            written.append({"name": side.name, "origin": side.origin, "checksum": digest})
+            written.append({"name": side.name, "origin": side.origin, "checksum": checksum})
     listed = sidefiles.checklist_of(made.source) if made.live is None else {}
     if listed:
         _check_source(made.source, listed, workers, progress)
@@ -88,7 +88,7 @@ def _write_side_files(
     if template is not None:
         data = _checklist(template, folder)
         folder.write(CHECKLIST, data)
-        written.append({"name": CHECKLIST, "origin": "generated", "checksum": record.digest(data)})
+        written.append({"name": CHECKLIST, "origin": "generated", "checksum": digest(data)})
     return written, kept
 
 
@@ -102,21 +102,21 @@ def write_side_file(side: SideFile, folder: Folder) -> str | None:
         if data is None:
             return None
         folder.write(side.name, data)
-        return record.digest(data)
+        return digest(data)
     folder = replace(folder, mode=folder.mode & permitted(side.path))
     with LocalFile(side.path, expected=side.identity) as file:
         if folder.rank(side.name):  # small, and written once everything else is
             data = read(file, 0, file.size)
             folder.write(side.name, data)
-            return record.digest(data)
-        digest = xxhash.xxh3_64()
+            return digest(data)
+        total = checksums.new(checksums.XXH3)
         with folder.file(side.name, file.size) as out:
             for offset in range(0, file.size, _BLOCK):
                 block = read(file, offset, min(_BLOCK, file.size - offset))
-                digest.update(block)
+                total.update(block)
                 out.write(offset, memoryview(block))
             out.sync()
-    return digest.hexdigest()
+    return total.hexdigest()
 
 
 def permissions(source: Checkpoint) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ckpt_convert import __version__, dtypes
-from ckpt_convert.convert import brought, configs, layout, mapping, placement, record, sidefiles
+from ckpt_convert.convert import brought, configs, formats, layout, mapping, placement, record, sidefiles
 from ckpt_convert.convert.blocks import BLOCK
 from ckpt_convert.convert.bulk import without_collector
 from ckpt_convert.convert.checklist import CHECKLIST
@@ -29,6 +29,7 @@ from ckpt_convert.errors import ConfigError, CorruptFileError, ShapeMismatchErro
 from ckpt_convert.models.config import read_rope
 from ckpt_convert.models.lazy import LazyTensor, zeros
 from ckpt_convert.models.table import Dims, Instance
+from ckpt_convert.storage.checksums import digest
 from ckpt_convert.storage.names import JOURNAL
 from ckpt_convert.storage.reader import Identity, compare, identify, reading
 
@@ -163,7 +164,7 @@ class Plan:
             "dims": dict(sorted(self.dims.items())),
             "tied": bool(self.dims["tied"]),
             "model_parallel": max(file.rank for file in self.weights) + 1,
-            "checksum": "xxh3_64",
+            "checksum": record.ALGORITHMS,
             "files": dict(sorted(pieces.items())),
             "side_files": sorted(side, key=lambda entry: entry["name"]),
             "record": dict(sorted(kept.items())),
@@ -270,6 +271,7 @@ def make(source: Checkpoint, request: Request, *, tied: bool | None = None, live
         ties=_ties(logicals, model, pair, targets),
         notices=(
             *source.notices,
+            *_edited(source),
             *_skipped(source),
             *model.notices,
             *(model.family.caveats(request.to) if request.to != source_format else ()),
@@ -386,6 +388,13 @@ def _check_names(source: Checkpoint, files: list[OutputFile], side: list[SideFil
         raise CorruptFileError(f"{source.path}: weights would be called {hidden[0]}, which is in the record's folder")
 
 
+def _edited(source: Checkpoint) -> list[str]:
+    if source.record is None:
+        return []
+    names = source.record.edited(own_config=formats.ALL[source.record.format].config is None)
+    return [f"edited or damaged since it was written, and taken as it is: {', '.join(names)}"] if names else []
+
+
 def _skipped(source: Checkpoint) -> list[str]:
     names = sidefiles.skipped(source)
     return [f"not taken along: {', '.join(names[:8])}{' …' if len(names) > 8 else ''}"] if names else []
@@ -483,15 +492,16 @@ def fingerprint(plan: Plan) -> str:
     if plan.live is not None:
         return "tensors in memory"  # never the same again
     casts = [plan.request.dtype, plan.request.dequantize]
-    parts: list[Any] = [__version__, plan.model.family.name, plan.target, casts, sorted(plan.dims.items())]
+    dims = sorted(plan.dims.items())
+    parts: list[Any] = [__version__, record.SCHEMA, plan.model.family.name, plan.target, casts, dims]
     # Neither permissions nor the inode, which a cache that copies on write may give anew, change what is in a file.
     for file in dict.fromkeys(file for file, _ in plan.stored):
         found = identify(file.path)
         parts.append([file.name, str(file.path.resolve()), found.size, found.mtime_ns])
     for file_ in plan.files:
-        digest = record.digest(b"".join(data for _, data in file_.layout.literals))
-        parts.append([file_.name, file_.size, digest, [[t.key, t.offset, t.nbytes, t.dtype] for t in file_.tensors]])
-    return record.digest(json.dumps(parts).encode())
+        header = digest(data for _, data in file_.layout.literals)
+        parts.append([file_.name, file_.size, header, [[t.key, t.offset, t.nbytes, t.dtype] for t in file_.tensors]])
+    return digest(json.dumps(parts).encode())
 
 
 def refuse_unreadable(plan: Plan) -> None:

@@ -9,22 +9,37 @@ files that this format has no use for. With these A → B → A gives A back.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from ckpt_convert.convert import containers
 from ckpt_convert.convert.containers.header import Box, FileLayout, Header, StoredTensor
-from ckpt_convert.convert.formats.base import RECORD_FOLDER, load_json
-from ckpt_convert.errors import CkptConvertError, ConfigError, CorruptFileError
+from ckpt_convert.convert.formats.base import RECORD_FOLDER, load_json, render_json
+from ckpt_convert.errors import CkptConvertError, ConfigError, CorruptFileError, InputError, NewerVersionError
 from ckpt_convert.models import FORMATS
+from ckpt_convert.storage.checksums import CRC64, XXH3, digest, digest_file
 from ckpt_convert.storage.names import check_name, partial_of, resolve
+from ckpt_convert.storage.system import sync_directory
 
-SCHEMA = 1
+SCHEMA = 2
+"""That of manifests. Those of 1 have no checksum of themselves nor of headers, and XXH3 of pieces that lie anywhere."""
+
+ACCEPTED = "accepted"
+"""Where the manifest lists files that were edited on purpose: they have their checksums, but are not as written."""
+
+LAYOUT_SCHEMA = 1
+"""That of ``layout.json``."""
+
+CHECKSUM = "manifest_checksum"
+"""What the manifest says of itself: the XXH3 of all else that it says, as JSON without spaces, its keys sorted."""
+
+ALGORITHMS = {"weights": CRC64.name, "files": XXH3}
+"""The checksums of weight files (their pieces and headers), and of all others."""
+
 MANIFEST = f"{RECORD_FOLDER}/manifest.json"
 CONFIG = f"{RECORD_FOLDER}/config.json"
 TRAINING_STATE = "training_state"
@@ -82,6 +97,14 @@ class Record:
         return str(self.manifest["format"])
 
     @property
+    def weights_checksum(self) -> str | None:
+        """The kind of checksum that pieces of weight files have; None where the manifest says none that is known."""
+        said = self.manifest.get("checksum")
+        if self.manifest["schema"] == 1:
+            return XXH3 if said == XXH3 else None
+        return CRC64.name if said == ALGORITHMS else None
+
+    @property
     def tied(self) -> bool | None:
         tied = self.manifest.get("tied")
         return tied if isinstance(tied, bool) else None
@@ -114,10 +137,22 @@ class Record:
 
     def unchanged(self, name: str) -> bool:
         """Whether a file beside the weights, or of the record, is still as it was written."""
+        return name not in self.manifest.get(ACCEPTED, ()) and self.matches(name) is True
+
+    def edited(self, *, own_config: bool) -> list[str]:
+        """The files beside the weights that differ from their checksums; of the record its config, where asked for."""
+        return [name for name in (*self.side_files, *([CONFIG] if own_config else ())) if self.matches(name) is False]
+
+    def matches(self, name: str) -> bool | None:
+        """Whether a file has the checksum that the manifest lists; None where it lists none, or there is no file."""
         entry = self.side_files.get(name)
         checksum = entry["checksum"] if entry else self.checksums.get(name)
-        path = self.directory / name
-        return checksum is not None and path.is_file() and digest_file(path) == checksum
+        if checksum is None:
+            return None
+        try:
+            return digest_file(resolve(self.directory, name, MANIFEST)) == checksum
+        except CkptConvertError:
+            return None
 
     @property
     def checksums(self) -> Mapping[str, str]:
@@ -132,7 +167,8 @@ class Record:
         for name, path in self.files_of_layout(format):
             if name in self.checksums and path.suffix != ".safetensors" and not self.unchanged(name):
                 raise CorruptFileError(
-                    f"{path}: is not as it was written; remove the folder {path.parent} to do without this layout"
+                    f"{path}: is not as it was written (edited or damaged); put it back, or move the folder "
+                    f"{path.parent} elsewhere to do without this layout"
                 )
         return read_layout(self.folder / "layouts" / format)
 
@@ -159,62 +195,110 @@ class Record:
             yield path.relative_to(self.directory).as_posix(), path
 
 
-def digest(data: bytes) -> str:
-    """The checksum under which the manifest keeps side files and those of the record."""
-    return xxhash.xxh3_64_hexdigest(data)
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """What the manifest of a directory says, its own checksum compared.
+
+    Raises ConfigError where it cannot be read, NewerVersionError where a newer version wrote it, and CorruptFileError
+    where it was edited or damaged since it was written.
+    """
+    path = directory / MANIFEST
+    manifest = load_json(path)
+    schema, said = manifest.get("schema"), manifest.get(CHECKSUM)
+    if type(schema) is int and schema > SCHEMA:
+        raise NewerVersionError(
+            f"{path}: expected schema {SCHEMA} at most, found {schema}; it was written by a newer ckpt-convert: "
+            f"update, or {_without(directory)}"
+        )
+    found = manifest_checksum(manifest)
+    if said != found and (schema == SCHEMA or said is not None):
+        raise CorruptFileError(
+            f"{path}: was edited or damaged: expected the checksum {said} of what it says, found {found}; put it back "
+            f"as it was written, or {_without(directory)}"
+        )
+    return manifest
 
 
-def digest_file(path: Path) -> str:
-    """``digest`` of a file, in little memory; raises OSError where it cannot be read."""
-    found = xxhash.xxh3_64()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            found.update(block)
-    return found.hexdigest()
+def _without(directory: Path) -> str:
+    """The way out where a manifest is of no use, which loses nothing."""
+    return (
+        f"move the folder {RECORD_FOLDER} out of {directory} to use the weights without their record (where they come "
+        "with no config of their own, it is config.json in that folder: --config)"
+    )
+
+
+def manifest_checksum(manifest: Mapping[str, Any]) -> str:
+    """The checksum of what a manifest says, whatever its order and spaces."""
+    said = {name: value for name, value in manifest.items() if name != CHECKSUM}
+    return digest(json.dumps(said, sort_keys=True, separators=(",", ":")).encode())
+
+
+def render_manifest(manifest: Mapping[str, Any]) -> bytes:
+    """The content of ``manifest.json``, with its checksum of itself unless it is of a schema that had none."""
+    if manifest.get("schema") != SCHEMA:
+        return render_json(manifest)
+    return render_json({**manifest, CHECKSUM: manifest_checksum(manifest)})
+
+
+def replace_manifest(directory: Path, manifest: Mapping[str, Any]) -> None:
+    """Write the manifest of a complete directory again, all of it or not at all; raises OSError."""
+    path = directory / MANIFEST
+    temporary = partial_of(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(render_manifest(manifest))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
 
 
 def load(directory: Path) -> Record | None:
-    """The record of a directory, None if it has none (of weights); raises ConfigError when it is of no known schema."""
+    """The record of a directory, None if it has none (of weights).
+
+    Raises what ``read_manifest`` does, and ConfigError where what it says is no record.
+    """
     path = directory / MANIFEST
     if not path.is_file():
         return None
-    manifest = load_json(path)
-    if manifest.get("schema") != SCHEMA:
+    manifest = read_manifest(directory)
+    if manifest.get("schema") not in (1, SCHEMA):
         raise ConfigError(
-            f"{path}: expected schema {SCHEMA}, found {manifest.get('schema')!r}; it was written by another version of "
-            f"ckpt-convert: update, or remove the folder {RECORD_FOLDER} to do without the record"
+            f"{path}: expected schema 1 or {SCHEMA}, found {manifest.get('schema')!r}; {_without(directory)}"
         )
     if "format" not in manifest and "training" in manifest:
         return None  # a saved step that holds only an adapter
     if manifest.get("format") not in FORMATS:
-        raise ConfigError(f"{path}: names no format; remove the folder {RECORD_FOLDER} to do without the record")
+        raise ConfigError(f"{path}: names no format; {_without(directory)}")
     sides = manifest.get("side_files", [])
     sound = isinstance(sides, list) and all(
         isinstance(side, dict) and {"name", "origin", "checksum"} <= side.keys() for side in sides
     )
     if not sound or not isinstance(manifest.get("dims", {}), dict):
-        raise ConfigError(f"{path}: is damaged; remove the folder {RECORD_FOLDER} to do without the record")
+        raise ConfigError(f"{path}: is damaged; {_without(directory)}")
     return Record(directory, manifest)
 
 
 def training(directory: Path) -> dict[str, Any] | None:
     """What the manifest of a saved step says of its training run; None where this is none, or it cannot be read."""
     try:
-        found = load_json(directory / MANIFEST).get("training") if (directory / MANIFEST).is_file() else None
-    except ConfigError:
+        found = read_manifest(directory).get("training") if (directory / MANIFEST).is_file() else None
+    except InputError:
         return None
     return found if isinstance(found, dict) else None
 
 
 def is_recorded(directory: Path) -> bool:
     """Whether a manifest of ours lies in a directory, of whatever schema."""
-    return isinstance(_manifest(directory).get("schema"), int)
+    return isinstance(_manifest(directory, lambda at: load_json(at / MANIFEST)).get("schema"), int)
 
 
 def listed(directory: Path) -> frozenset[str]:
-    """Every file that the manifest of a directory lists, and itself; none where there is none that can be read."""
-    names = _listed(_manifest(directory))
-    inner = _listed(_manifest(directory / MERGED)) if names else ()
+    """Every file that the manifest of a directory lists, and itself; none where there is none that can be believed."""
+    names = _listed(_manifest(directory, read_manifest))
+    inner = _listed(_manifest(directory / MERGED, read_manifest)) if names else ()
     return frozenset([*names, *(f"{MERGED}/{name}" for name in inner)])
 
 
@@ -235,9 +319,9 @@ def _listed(manifest: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _manifest(directory: Path) -> Mapping[str, Any]:
+def _manifest(directory: Path, load: Callable[[Path], Mapping[str, Any]]) -> Mapping[str, Any]:
     try:
-        return load_json(directory / MANIFEST) if (directory / MANIFEST).is_file() else {}
+        return load(directory) if (directory / MANIFEST).is_file() else {}
     except CkptConvertError:
         return {}
 
@@ -262,7 +346,7 @@ def layout_files(layout: Layout) -> dict[str, bytes]:
                 entry["pieces"] = [list(tensor) for tensor in file.header.tensors]
             out[entry["bytes"]] = b"".join(data for _, data in file.literals)
         files.append(entry)
-    content: dict[str, Any] = {"schema": SCHEMA, "format": layout.format, "files": files}
+    content: dict[str, Any] = {"schema": LAYOUT_SCHEMA, "format": layout.format, "files": files}
     if layout.index is not None:
         content["index"] = layout.index[0]
         out["index.json"] = layout.index[1]
@@ -285,7 +369,7 @@ def read_layout(folder: Path) -> Layout:
     except (CkptConvertError, OSError, KeyError, ValueError, TypeError) as error:
         raise CorruptFileError(
             f"{path}: the recorded layout is damaged ({type(error).__name__}: {error}); "
-            f"remove the folder {folder} to do without it"
+            f"move the folder {folder} elsewhere to do without it"
         ) from error
 
 

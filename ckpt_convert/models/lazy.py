@@ -96,6 +96,28 @@ class LazyTensor(NamedTuple):
                 tiles.append(Tile(origin, tile.source, tile.offset + shift, _replaced(tile.axes, axis, runs)))
         return LazyTensor(_replaced(self.shape, axis, size), tuple(tiles))
 
+    def between(self, start: int, stop: int) -> Iterator[LazyTensor]:
+        """The elements ``start`` to ``stop`` of the tensor in row-major order, as few boxes of it, in order."""
+        if start >= stop:
+            return
+        if stop - start == self.size:
+            yield self
+            return
+        if self.whole is not None and len(self.shape) > 1:
+            yield from self.reshape((self.size,)).between(start, stop)
+            return
+        row = self.size // self.shape[0]
+        first, last = -(-start // row), stop // row
+        if first > last:  # all of it lies in one row
+            yield from self.one(last).between(start - last * row, stop - last * row)
+            return
+        if start < first * row:
+            yield from self.one(first - 1).between(start - (first - 1) * row, row)
+        if first < last:
+            yield self.narrow(0, first, last - first)
+        if last * row < stop:
+            yield from self.one(last).between(0, stop - last * row)
+
     def one(self, at: int) -> LazyTensor:
         """What lies at this place of the first axis, which the result has no more."""
         tensor = self.narrow(0, at, 1)

@@ -25,7 +25,7 @@ from ckpt_convert.errors import (
     UsageError,
 )
 from tests.checkpointer.training import LLAMA, Trained, bfloat16_source, make_model, trainable
-from tests.helpers import assert_same, bits
+from tests.helpers import assert_same, bits, write_manifest
 
 
 def trained_to(output_dir: Path, step: int, source: Path = LLAMA, **options: Any) -> tuple[Trained, dict[int, float]]:
@@ -470,7 +470,7 @@ def test_a_manifest_of_a_newer_version_is_neither_used_nor_passed_over(run_of_th
     manifest = output_dir / "step_6" / "ckpt_convert" / "manifest.json"
     content = json.loads(manifest.read_text())
     content["training"]["version"] = 99
-    manifest.write_text(json.dumps(content))
+    write_manifest(manifest, content)
     checkpointer = Checkpointer(LLAMA, output_dir)
     with pytest.raises(CkptConvertError, match="newer"):
         checkpointer.resume(**Trained().parts)

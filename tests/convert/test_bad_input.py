@@ -29,7 +29,7 @@ from ckpt_convert.errors import (
     UnsupportedFamilyError,
     UsageError,
 )
-from tests.helpers import GOLDEN, edit_json
+from tests.helpers import GOLDEN, edit_json, edit_manifest, write_manifest
 
 Refused = Callable[..., str]
 
@@ -362,7 +362,7 @@ def test_a_recorded_layout_whose_index_leaves_the_directory(hf: Path, tmp_path: 
     ckpt_convert.convert(hf, tmp_path / "meta", to="meta")
     edit_json(tmp_path / "meta" / "ckpt_convert" / "layouts" / "hf" / "layout.json", index="../../evil.json")
     assert "is not as it was written" in refused(tmp_path / "meta", CorruptFileError, to="hf")
-    edit_json(tmp_path / "meta" / "ckpt_convert" / "manifest.json", record=None)  # whoever means harm can do that, too
+    edit_manifest(tmp_path / "meta", record=None)  # whoever means harm can do that, too
     message = refused(tmp_path / "meta", CorruptFileError, to="hf")
     assert "the recorded layout is damaged" in message
     assert "'../../evil.json'" in message
@@ -391,14 +391,15 @@ def test_more_options_that_do_not_fit(options: dict[str, Any], words: str, hf: P
 
 def test_a_record_of_no_format(hf: Path, tmp_path: Path, refused: Refused) -> None:
     ckpt_convert.convert(hf, tmp_path / "meta", to="meta")
-    edit_json(tmp_path / "meta" / "ckpt_convert" / "manifest.json", format="../hf")
+    edit_manifest(tmp_path / "meta", format="../hf")
     assert "names no format" in refused(tmp_path / "meta", ConfigError, to="hf")
 
 
 def test_a_record_of_another_version(hf: Path, tmp_path: Path, refused: Refused) -> None:
     ckpt_convert.convert(hf, tmp_path / "meta", to="meta")
-    edit_json(tmp_path / "meta" / "ckpt_convert" / "manifest.json", schema=2)
-    assert "expected schema 1, found 2" in refused(tmp_path / "meta", ConfigError, to="hf")
+    for schema, words in ((3, "expected schema 2 at most, found 3"), ("2", "expected schema 1 or 2, found '2'")):
+        edit_manifest(tmp_path / "meta", schema=schema)
+        assert words in refused(tmp_path / "meta", ConfigError, to="hf")
 
 
 def test_a_recorded_layout_whose_bytes_lie_elsewhere(hf: Path, tmp_path: Path, refused: Refused) -> None:
@@ -408,7 +409,7 @@ def test_a_recorded_layout_whose_bytes_lie_elsewhere(hf: Path, tmp_path: Path, r
     shutil.move(folder / content["files"][0]["bytes"], tmp_path / "elsewhere.bytes")
     content["files"][0]["bytes"] = "../../../../elsewhere.bytes"
     (folder / "layout.json").write_text(json.dumps(content))
-    edit_json(tmp_path / "meta" / "ckpt_convert" / "manifest.json", record=None)
+    edit_manifest(tmp_path / "meta", record=None)
     assert "no plain name inside the directory" in refused(tmp_path / "meta", CorruptFileError, to="hf")
 
 
@@ -436,7 +437,7 @@ def test_a_record_that_gives_a_file_the_name_of_another(name: str, hf: Path, tmp
     content = json.loads((folder / "layouts" / "hf" / "layout.json").read_text())
     content["files"][0]["name"] = name
     (folder / "layouts" / "hf" / "layout.json").write_text(json.dumps(content))
-    edit_json(folder / "manifest.json", record=None)
+    edit_manifest(tmp_path / "meta", record=None)
     refused(tmp_path / "meta", CorruptFileError, to="hf")
 
 
@@ -467,8 +468,8 @@ def test_links_in_the_record_do_not_leave_the_directory(place: str, hf: Path, tm
 def test_a_damaged_manifest(change: dict[str, Any], hf: Path, tmp_path: Path, refused: Refused) -> None:
     ckpt_convert.convert(hf, tmp_path / "meta", to="meta")
     path = tmp_path / "meta" / "ckpt_convert" / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    assert "remove the folder ckpt_convert" in refused(tmp_path / "meta", ConfigError, to="hf")
+    write_manifest(path, {**json.loads(path.read_text()), **change})
+    assert "move the folder ckpt_convert out of" in refused(tmp_path / "meta", ConfigError, to="hf")
 
 
 def test_sizes_are_not_believed(hf: Path, meta: Path, refused: Refused) -> None:

@@ -22,7 +22,7 @@ from ckpt_convert.convert.findings import Finding
 from ckpt_convert.errors import CheckpointNotFoundError
 from ckpt_convert.storage.names import replaced_of
 from ckpt_convert.storage.reader import LocalFile
-from tests.helpers import GOLDEN, bits, edit_json, read_meta, read_safetensors
+from tests.helpers import GOLDEN, bits, edit_json, edit_manifest, read_meta, read_safetensors
 
 FORMS = sorted(path for path in GOLDEN.glob("*/*") if path.is_dir() or path.suffix == ".safetensors")
 INDEX = "model.safetensors.index.json"
@@ -647,27 +647,28 @@ def test_files_that_are_not_those_that_were_written(tmp_path: Path) -> None:
         ({"consolidated.02.pth": manifest["files"][first.name]}, "error", "consolidated.02.pth is missing"),
     ):
         files = {name: entry for name, entry in (manifest["files"] | change).items() if entry}
-        edit_json(out / "ckpt_convert" / "manifest.json", files=files)
+        edit_manifest(out, files=files)
         (finding,) = [finding for finding in check(out).findings if finding.check == "checksum"]
         assert finding.severity == severity
         assert said in finding.text
     manifest["files"][first.name]["pieces"][0][1] += 4
-    edit_json(out / "ckpt_convert" / "manifest.json", files=manifest["files"])
-    finding = only(check(out))
-    assert (finding.check, finding.file) == ("checksum", first.name)
-    assert finding.key == manifest["files"][first.name]["pieces"][0][0]
-    assert "does not lie where" in finding.text
+    edit_manifest(out, files=manifest["files"])
+    found = {finding.key: finding for finding in errors(check(out))}
+    assert {(finding.check, finding.file) for finding in found.values()} == {("checksum", first.name)}
+    assert found.keys() == {None, manifest["files"][first.name]["pieces"][0][0]}
+    assert "belong to no tensor" in found[None].text
 
 
 def test_the_record_and_the_files_beside_the_weights(tmp_path: Path) -> None:
     out = tmp_path / "out"
     ckpt_convert.convert(GOLDEN / "llama" / "hf", out, to="meta")
+    written = (out / "params.json").read_bytes()
     edit_json(out / "params.json", norm_eps=2e-5)
-    finding = only(check(out), "warning")
+    finding = only(check(out))
     assert (finding.check, finding.file) == ("checksum", "params.json")
-    shutil.copy(GOLDEN / "llama" / "meta-mp1" / "params.json", out)
+    (out / "params.json").write_bytes(written)
     (out / "ckpt_convert" / "config.json").write_text("{}")
-    assert {finding.check for finding in errors(check(out))} == {"record"}
+    assert {finding.check for finding in errors(check(out))} == {"record", "config"}
     (out / "ckpt_convert" / "manifest.json").unlink()
     assert only(check(out), "warning").check == "record"
 
@@ -675,7 +676,8 @@ def test_the_record_and_the_files_beside_the_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"schema": 2},
+        {"schema": 3},
+        {"schema": 1},
         {"files": 5},
         {"files": {"../x": {"size": 1, "pieces": []}}},
         {"files": {"consolidated.00.pth": {"size": "1", "pieces": [[]]}}},
@@ -688,7 +690,7 @@ def test_the_record_and_the_files_beside_the_weights(tmp_path: Path) -> None:
 def test_a_damaged_manifest_is_a_finding(tmp_path: Path, change: dict[str, object]) -> None:
     out = tmp_path / "out"
     ckpt_convert.convert(GOLDEN / "llama" / "hf", out, to="meta")
-    edit_json(out / "ckpt_convert" / "manifest.json", **change)
+    edit_manifest(out, **change)
     assert {finding.check for finding in errors(check(out))} <= {"record", "checksum"}
     assert errors(check(out))
 

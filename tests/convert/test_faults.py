@@ -27,7 +27,7 @@ from ckpt_convert.errors import (
 )
 from ckpt_convert.storage import lock, staging
 from ckpt_convert.storage.staging import Staging
-from tests.helpers import GOLDEN, edit_json, sums
+from tests.helpers import GOLDEN, crc64, edit_json, sums
 
 HF = GOLDEN / "llama" / "hf"
 META = GOLDEN / "llama" / "meta-mp2"
@@ -444,7 +444,11 @@ def test_the_manifest_has_the_checksums_of_the_pieces(tmp_path: Path) -> None:
         data = (tmp_path / "out" / name).read_bytes()
         assert (file["size"], len(file["pieces"])) == (len(data), 30)
         for key, offset, nbytes, checksum in file["pieces"]:
-            assert xxhash.xxh3_64_hexdigest(data[offset : offset + nbytes]) == checksum, key
+            assert crc64(data[offset : offset + nbytes]) == checksum, key
+        starts = [*(offset for _, offset, _, _ in file["pieces"]), len(data)]
+        ends = [0, *(offset + nbytes for _, offset, nbytes, _ in file["pieces"])]
+        header = b"".join(data[end:start] for end, start in zip(ends, starts, strict=True))
+        assert crc64(header) == file["header"]
     for entry in manifest["side_files"]:
         assert xxhash.xxh3_64_hexdigest((tmp_path / "out" / entry["name"]).read_bytes()) == entry["checksum"]
 

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ckpt_convert.convert import checklist, containers
+from ckpt_convert.convert.check.accept import accept_command
 from ckpt_convert.convert.check.spans import Span, hashed
 from ckpt_convert.convert.check.tolerant import Opened, relative
 from ckpt_convert.convert.checklist import CHECKLIST
 from ckpt_convert.convert.containers import dcp
-from ckpt_convert.convert.findings import Finding
+from ckpt_convert.convert.findings import Finding, Severity
 from ckpt_convert.convert.formats.base import RECORD_FOLDER
 from ckpt_convert.convert.opening import WeightFile
-from ckpt_convert.convert.record import MANIFEST, Record, digest_file
-from ckpt_convert.errors import CkptConvertError
+from ckpt_convert.convert.record import MANIFEST, Record
+from ckpt_convert.errors import CkptConvertError, UnsafeFileError
+from ckpt_convert.storage.checksums import CRC64, XXH3, digest, digest_file
 from ckpt_convert.storage.names import WEIGHT_SUFFIXES, resolve
-from ckpt_convert.storage.reader import LocalFile
+from ckpt_convert.storage.reader import LocalFile, RangeReader, read
 
 _CHANGED = (
-    "a bit flipped, or the file was changed since: convert again, or remove the folder ckpt_convert if that was meant"
+    "edited or damaged: copy or convert it again; if the change was meant, move the folder ckpt_convert elsewhere, "
+    "which says what should be there"
 )
+_BLOCK = 1 << 20
+_FOR_PEOPLE = (".md", ".rst", "LICENSE", "NOTICE", "USE_POLICY", ".gitattributes")
+"""How the names of files end that no program reads to run the model: they are edited as a matter of course."""
 
 
 def pieces(opened: Opened) -> tuple[list[Finding], list[Span]]:
@@ -30,8 +36,9 @@ def pieces(opened: Opened) -> tuple[list[Finding], list[Span]]:
     spans: list[Span] = []
     if record is None:
         return findings, spans
-    if record.manifest.get("checksum") != "xxh3_64" or not isinstance(record.manifest.get("files"), Mapping):
-        text = f"{MANIFEST} has no checksums of files that can be read; it is damaged, so convert again"
+    kind = record.weights_checksum
+    if kind is None or not isinstance(record.manifest.get("files"), Mapping):
+        text = f"{MANIFEST} has no checksums of files that can be read; it is damaged, so copy or convert it again"
         return [Finding("error", "record", text, MANIFEST)], spans
     files: dict[str, WeightFile | None] = {file.name: file for file in opened.checkpoint.files}
     weights = frozenset(files)
@@ -48,7 +55,7 @@ def pieces(opened: Opened) -> tuple[list[Finding], list[Span]]:
                 files[name] = None
     for name, entry in record.manifest["files"].items():
         file = files.get(name)
-        if not _is_sound(entry):
+        if not _is_sound(entry, kind):
             text = f"{MANIFEST} says of {name!r} what it never says of a file; it is damaged, so convert again"
             findings.append(Finding("error", "record", text, MANIFEST))
         elif file is None:
@@ -59,7 +66,7 @@ def pieces(opened: Opened) -> tuple[list[Finding], list[Span]]:
             text = f"{name} has {size} bytes, but was written with {entry['size']} ({MANIFEST}); {_CHANGED}"
             findings.append(Finding("error", "checksum", text, name, None, str(entry["size"]), str(size)))
         elif file.name not in opened.damaged:
-            found, readable = _pieces(file, entry["pieces"])
+            found, readable = _whole(file, entry) if "header" in entry else _located(file, entry["pieces"])
             findings += found
             spans += readable
     for name in sorted(weights - record.manifest["files"].keys()):
@@ -68,10 +75,11 @@ def pieces(opened: Opened) -> tuple[list[Finding], list[Span]]:
     return findings, spans
 
 
-def _is_sound(entry: Any) -> bool:
-    return (
+def _is_sound(entry: Any, kind: str) -> bool:
+    sound = (
         isinstance(entry, Mapping)
         and isinstance(entry.get("size"), int)
+        and isinstance(entry.get("header"), str) is (kind != XXH3)
         and isinstance(entry.get("pieces"), list)
         and all(
             isinstance(piece, list)
@@ -82,9 +90,43 @@ def _is_sound(entry: Any) -> bool:
             for piece in entry["pieces"]
         )
     )
+    if not sound or kind == XXH3:
+        return sound
+    ends = [0, *(offset + nbytes for _, offset, nbytes, _ in entry["pieces"])]
+    starts = [*(offset for _, offset, _, _ in entry["pieces"]), entry["size"]]
+    return all(end <= start for end, start in zip(ends, starts, strict=True))
 
 
-def _pieces(file: Any, listed: list[Any]) -> tuple[list[Finding], list[Span]]:
+def _whole(file: WeightFile, entry: Mapping[str, Any]) -> tuple[list[Finding], list[Span]]:
+    """Every byte of a file: its pieces as spans, and what lies between them, which is little, at once."""
+    pieces = [(str(key), int(offset), int(nbytes), str(checksum)) for key, offset, nbytes, checksum in entry["pieces"]]
+    reader = LocalFile(file.path, file.name) if file.header.kind == dcp.KIND else file.reader
+    try:
+        found, expected = digest(_between(reader, pieces), CRC64.name), str(entry["header"])
+    except (CkptConvertError, OSError) as error:
+        text = f"{file.name}: its header cannot be read: {error}; the disk may be faulty"
+        return [Finding("error", "checksum", text, file.name)], []
+    findings = []
+    if found != expected:
+        text = (
+            f"{file.name}: the bytes that belong to no tensor (header, padding) are not as they were written: checksum "
+            f"{found}, expected {expected}; {_CHANGED}"
+        )
+        findings.append(Finding("error", "checksum", text, file.name, None, expected, found))
+    return findings, [_piece(file, reader, piece, CRC64.name) for piece in pieces]
+
+
+def _between(reader: RangeReader, pieces: Sequence[tuple[str, int, int, str]]) -> Iterator[bytes]:
+    """The bytes of a file that are in no piece, in order."""
+    start = 0
+    for _, offset, nbytes, _ in (*pieces, ("", reader.size, 0, "")):
+        for at in range(start, offset, _BLOCK):
+            yield read(reader, at, min(_BLOCK, offset - at))
+        start = offset + nbytes
+
+
+def _located(file: Any, listed: list[Any]) -> tuple[list[Finding], list[Span]]:
+    """Pieces of schema 1, which did not cover headers: they have to lie where the header says that their tensors do."""
     header, reader = file.header, file.reader
     if header.kind == dcp.KIND:
         header, reader = dcp.located(file) or header, LocalFile(file.path)
@@ -96,43 +138,53 @@ def _pieces(file: Any, listed: list[Any]) -> tuple[list[Finding], list[Span]]:
             place = f"bytes {offset} to {offset + nbytes}"
             text = f"{file.name}: {key} does not lie where {MANIFEST} says ({place}); {_CHANGED}"
             findings.append(Finding("error", "checksum", text, file.name, key))
-            continue
-
-        def done(found: str, key: str = key, offset: int = offset, checksum: str = checksum) -> Iterator[Finding]:
-            if found != checksum:
-                text = (
-                    f"{key} in {file.name} is not as it was written: checksum {found}, expected {checksum} "
-                    f"(bytes from {offset} on); {_CHANGED}"
-                )
-                yield Finding("error", "checksum", text, file.name, key, checksum, found)
-
-        spans.append(hashed(reader, file.name, offset, offset + nbytes, "xxh3_64", done))
+        else:
+            spans.append(_piece(file, reader, (key, offset, nbytes, checksum), XXH3))
     return findings, spans
+
+
+def _piece(file: WeightFile, reader: RangeReader, piece: tuple[str, int, int, str], kind: str) -> Span:
+    key, offset, nbytes, checksum = piece
+
+    def done(found: str) -> Iterator[Finding]:
+        if found != checksum:
+            text = (
+                f"{key} in {file.name} is not as it was written: checksum {found}, expected {checksum} "
+                f"(bytes from {offset} on); {_CHANGED}"
+            )
+            yield Finding("error", "checksum", text, file.name, key, checksum, found)
+
+    return hashed(reader, file.name, offset, offset + nbytes, kind, done)
 
 
 def side_files(record: Record | None) -> Iterator[Finding]:
     """Files beside the weights, and of the record, that are not as they were written."""
     if record is None:
         return
-    for name, entry in record.side_files.items():
-        for text in _changed(record, name, str(entry["checksum"])):
-            yield Finding("warning", "checksum", f"{text}; put it back if nobody meant to change it", name)
-    for name, checksum in record.checksums.items():
-        for text in _changed(record, name, str(checksum)):
-            yield Finding("error", "record", f"{text}; the record is damaged, so convert again", name)
+    for name in record.side_files:
+        for severity, text in _changed(record, name):
+            yield Finding(severity, "checksum", text, name)
+    for name in record.checksums:
+        for _, text in _changed(record, name):
+            yield Finding("error", "record", f"{text}; copy or convert it again", name)
 
 
-def _changed(record: Record, name: str, checksum: str) -> Iterator[str]:
+def _changed(record: Record, name: str) -> Iterator[tuple[Severity, str]]:
+    beside = name in record.side_files
+    expected = record.side_files[name]["checksum"] if beside else record.checksums[name]
     try:
         found = digest_file(resolve(record.directory, name, MANIFEST))
     except CkptConvertError as error:
-        yield relative(str(error), record.directory)
+        yield "error" if isinstance(error, UnsafeFileError) else "warning", relative(str(error), record.directory)
         return
     except OSError as error:
-        yield f"{name}: cannot be read: {error.strerror}"
+        yield "warning", f"{name}: cannot be read: {error.strerror}"
         return
-    if found != checksum:
-        yield f"{name} is not as it was written: checksum {found}, expected {checksum} ({MANIFEST})"
+    if found != expected:
+        text = f"{name} was edited or damaged: checksum {found}, expected {expected} ({MANIFEST})"
+        if beside:
+            text += f"; put it back, or accept it as it is: {accept_command(record.directory, name)}"
+        yield "warning" if name.endswith(_FOR_PEOPLE) else "error", text
 
 
 def listed(opened: Opened) -> tuple[list[Finding], list[Span]]:

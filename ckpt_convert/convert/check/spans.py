@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
-
-import xxhash
 
 from ckpt_convert.convert.findings import Finding
 from ckpt_convert.convert.mapping import Equality
+from ckpt_convert.storage import checksums
 from ckpt_convert.storage.reader import RangeReader
 
 
@@ -38,6 +35,6 @@ class Expected:
 def hashed(
     reader: RangeReader, name: str, start: int, end: int, kind: str, done: Callable[[str], Iterable[Finding]]
 ) -> Span:
-    """A span whose hash (xxh3_64, md5 or sha256) is handed to ``done``."""
-    digest: Any = xxhash.xxh3_64() if kind == "xxh3_64" else hashlib.new(kind, usedforsecurity=False)
+    """A span whose checksum (of any kind that ``checksums.new`` knows) is handed to ``done``."""
+    digest = checksums.new(kind)
     return Span(reader, name, start, end, digest.update, lambda: done(digest.hexdigest()))

@@ -9,7 +9,8 @@ from typing import Any
 
 from ckpt_convert.convert import record
 from ckpt_convert.convert.findings import Finding
-from ckpt_convert.convert.record import MANIFEST, TRAINING_STATE, digest_file
+from ckpt_convert.convert.record import MANIFEST, TRAINING_STATE
+from ckpt_convert.storage.checksums import digest_file
 from ckpt_convert.storage.reader import WORKERS
 
 _WAY_OUT = "copy the checkpoint again, or use another step"

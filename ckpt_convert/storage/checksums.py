@@ -1,0 +1,123 @@
+"""Checksums of bytes: which there are, and how those of neighboring ranges are combined.
+
+What several writers may write in ranges has a CRC: that of a whole follows from those of its parts, however it was cut.
+Weight files have CRC-64/XZ, which xz and 7-Zip keep, and Go's hash/crc64 calls ECMA; members of zip archives have the
+CRC-32 that these ask for. Files that one writer writes from front to back have XXH3.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import xxhash
+from fastcrc import crc64
+
+_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class Crc:
+    """A cyclic redundancy check, bit-reflected, whose register starts as all ones and is inverted at the end.
+
+    ``polynomial`` is without its highest term, bit ``bits`` - 1 being the coefficient of x^0. ``of`` takes bytes and
+    the checksum of those before them (0 for none), and gives that of all; it lets other threads run meanwhile.
+    """
+
+    name: str
+    bits: int
+    polynomial: int
+    of: Callable[[Any, int], int]
+
+    def combine(self, first: int, second: int, nbytes: int) -> int:
+        """The checksum of A + B, given those of A and of B, and the length of B in bytes.
+
+        Appending n bytes multiplies the checksum of what stands before them by x^(8n), modulo the polynomial (as
+        zlib's crc32_combine does). Start and inversion, which are equal, cancel.
+        """
+        return self._multiply(first, self._shift(nbytes)) ^ second if first else second
+
+    def hex(self, value: int) -> str:
+        """As a manifest says it."""
+        return f"{value:0{self.bits // 4}x}"
+
+    @lru_cache(maxsize=1024)  # noqa: B019 - pieces of one length come in long rows, and there are two of these for good
+    def _shift(self, nbytes: int) -> int:
+        """x^(8 · nbytes)."""
+        factor, power = self._one, self._one >> 8
+        while nbytes:
+            if nbytes & 1:
+                factor = self._multiply(power, factor)
+            power = self._multiply(power, power)
+            nbytes >>= 1
+        return factor
+
+    def _multiply(self, a: int, b: int) -> int:
+        """The product of two polynomials over GF(2), modulo the CRC polynomial."""
+        product, mask, one = 0, (1 << self.bits) - 1, self._one
+        while a:
+            if a & one:
+                product ^= b
+            a = (a << 1) & mask
+            b = (b >> 1) ^ self.polynomial if b & 1 else b >> 1
+        return product
+
+    @property
+    def _one(self) -> int:
+        return 1 << (self.bits - 1)
+
+
+CRC32 = Crc("crc32", 32, 0xEDB88320, zlib.crc32)
+CRC64 = Crc("crc64_xz", 64, 0xC96C5795D7870F42, lambda data, before: crc64.xz(data, before))
+XXH3 = "xxh3_64"
+
+
+class Digest(Protocol):
+    """A checksum to which bytes are added in order, as those of hashlib."""
+
+    def update(self, data: Any, /) -> None: ...
+
+    def hexdigest(self) -> str: ...
+
+
+class _Running:
+    """A CRC as a ``Digest``."""
+
+    def __init__(self, crc: Crc) -> None:
+        self._crc = crc
+        self._value = 0
+
+    def update(self, data: Any, /) -> None:
+        self._value = self._crc.of(data, self._value)
+
+    def hexdigest(self) -> str:
+        return self._crc.hex(self._value)
+
+
+def new(kind: str) -> Digest:
+    """A checksum of no bytes yet: "crc64_xz", "xxh3_64", or one of hashlib's; raises ValueError for any other."""
+    if kind == CRC64.name:
+        return _Running(CRC64)
+    return xxhash.xxh3_64() if kind == XXH3 else hashlib.new(kind, usedforsecurity=False)
+
+
+def digest(data: bytes | Iterable[bytes], kind: str = XXH3) -> str:
+    """The checksum of bytes, or of several runs of them one after another."""
+    total = new(kind)
+    for part in (data,) if isinstance(data, bytes) else data:
+        total.update(part)
+    return total.hexdigest()
+
+
+def digest_file(path: Path) -> str:
+    """``digest`` of a file, in little memory; raises OSError where it cannot be read."""
+    total = new(XXH3)
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            total.update(block)
+    return total.hexdigest()
