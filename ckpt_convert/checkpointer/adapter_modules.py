@@ -101,8 +101,8 @@ class Modules:
         if here is None or there is None:
             raise UnsupportedFamilyError(f"{self.family.name}: {instance.name} has no place in {source} or in {target}")
         lazy = stored(0, tuple(tensor.shape), tensor.stride())
-        heads = instance.heads(self.dims)
-        moved = there.rows_to_stored(here.rows_to_logical(lazy, heads), heads) if heads else lazy
+        turned = instance.row.turned(self.dims)
+        moved = there.rows_to_stored(here.rows_to_logical(lazy, *turned), *turned) if turned else lazy
         return tensor.detach() if moved.whole == (0, 0) else make(moved, [tensor], tensor.dtype)
 
 

@@ -81,6 +81,7 @@ class Emitter:
     def modules(self) -> Modules:
         """The modules of the model, which adapters belong to."""
         model = self.source.model
+        model.family.check_rotation(model.config, self.settings.model_format, "hf")
         return Modules(model.family, self.settings.model_format, model.dims)
 
     def names(self, model: Model) -> list[str]:

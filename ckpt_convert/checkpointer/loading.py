@@ -71,6 +71,7 @@ def targets_of(checkpoint: Checkpoint, format: str) -> tuple[list[Target], set[s
         raise UnsupportedFamilyError(
             f"{checkpoint.path}: the {family.name} table has no {format} column; it has {', '.join(family.formats)}"
         )
+    family.check_rotation(model.config, str(checkpoint.format), format)
     found = model if model.tied is not None else model.with_tied(False)
     dims = found.dims
     logicals = mapping.read(family, str(checkpoint.format), dims, checkpoint.ranks, str(checkpoint.path))

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from ckpt_convert.convert.findings import Finding, raise_if_any
 from ckpt_convert.errors import ConfigError, KeyMismatchError, UsageError
 from ckpt_convert.models.lazy import LazyTensor, concat, zeros
-from ckpt_convert.models.table import Entry, Family, Instance, Key
+from ckpt_convert.models.table import Entry, Family, Instance, Key, evaluate
 
 _LISTED = 20
 
@@ -399,7 +399,7 @@ def _check_ranks(family: Family, format: str, dims: Mapping[str, int], ranks: in
             continue
         # Ranks hold whole heads, so where there are heads they are what has to divide.
         name = row.heads or (column.shape or row.shape)[axis]
-        size = dims[name] if row.heads else column.part_shape(row, dims)[axis]
+        size = evaluate(name, dims) if row.heads else column.part_shape(row, dims)[axis]
         cut[name] = size, column
 
     def uneven_over(count: int) -> list[str]:

@@ -123,6 +123,7 @@ def _without_prefix(
 
 def _through_table(a: Checkpoint, b: Checkpoint, left: Model, right: Model, notices: list[str]) -> Pairs:
     format = str(a.format)
+    left.family.check_rotation(left.config, format, str(b.format))
     side_a, side_b = _read(a, left), _read(b, right)
     for checkpoint, side in ((a, side_a), (b, side_b)):
         if side.misfits:
@@ -193,14 +194,14 @@ def _half(instance: Instance, format: str, model: Model, logical: Logical | None
 
 
 def _reordered(instance: Instance, model: Model, b: Checkpoint, half: Half | None) -> tuple[LazyTensor, ...]:
-    heads = instance.heads(model.dims)
-    if half is None or not heads or half.shape != instance.row.sizes(model.dims):
+    turned = instance.row.turned(model.dims)
+    if half is None or turned is None or half.shape != instance.row.sizes(model.dims):
         return ()
     tensor, _ = b.joined(half.key)
     if tensor.shape != half.shape:
         return ()  # it lies in one tensor with others
     interleaved = Key("", rope="interleaved")
-    return tensor, interleaved.rows_to_stored(tensor, heads), interleaved.rows_to_logical(tensor, heads)
+    return tensor, interleaved.rows_to_stored(tensor, *turned), interleaved.rows_to_logical(tensor, *turned)
 
 
 def _by_key(checkpoint: Checkpoint) -> dict[str, Half]:

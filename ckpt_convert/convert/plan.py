@@ -19,7 +19,7 @@ from ckpt_convert.convert.formats.base import DCP_INDEX, RECORD_FOLDER
 from ckpt_convert.convert.gather import SCRATCH
 from ckpt_convert.convert.layout import OutputFile
 from ckpt_convert.convert.mapping import Equality, Logical, Logicals, Source, Target
-from ckpt_convert.convert.model import Model
+from ckpt_convert.convert.model import Model, naming
 from ckpt_convert.convert.opening import close
 from ckpt_convert.convert.quantized import carry, view
 from ckpt_convert.convert.record import Layout
@@ -193,6 +193,8 @@ def make(source: Checkpoint, request: Request, *, tied: bool | None = None, live
             raise UnsupportedFamilyError(
                 f"{source.path}: the {family.name} table has no {format} column; it has {', '.join(family.formats)}"
             )
+    with naming(str(source.config_file)):
+        family.check_rotation(model.config, source_format, read_format, request.to)
     if live is not None and model.tied is None:
         tied = _omits_tied(live, model)
     undecided = model.tied is None and tied is None

@@ -72,6 +72,7 @@ def convert_state_dict(
     ranks = _named(ranks, content, family, source)
     model = _model(content, family, ranks, source, meta_style)
     chosen, dims = model.family, model.dims
+    chosen.check_rotation(model.config, source, target)
     logicals = mapping.read(chosen, source, dims, ranks, "the state dict")
     pair = mapping.tied_pair(logicals)
     if model.tied is None and pair is not None:

@@ -105,7 +105,9 @@ def _steps(plan: Plan, instance: Instance, logical: Logical, column: Key, dtype:
     if source is not None and source is not column:
         yield from _taken_apart(instance.row, source, column)
         if source.rope != column.rope and instance.row.heads:
-            yield f"rope {source.rope}→{column.rope}"
+            turned = instance.row.turned(plan.dims)
+            part = f", the first {turned[1]} rows of a head" if turned is not None and turned[1] is not None else ""
+            yield f"rope {source.rope}→{column.rope}{part}"
     if dtype != logical.dtype:
         yield f"cast {logical.dtype}→{dtype}"
     if source is not column:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -265,6 +265,41 @@ def read_rope(config: Mapping[str, Any]) -> Rope:
         parameters=parameters,
         notices=_theta_conflict(outer_theta, inner_theta, key),
     )
+
+
+def partial_rotary_factor(config: Mapping[str, Any]) -> float | None:
+    """Which part of each head rotates, where a config (or its text_config) says that it is not all of it."""
+    for part in (config, config.get("text_config")):
+        for said in _rope_settings(part):
+            factor = said.get("partial_rotary_factor")
+            if isinstance(factor, int | float) and factor != 1:
+                return float(factor)
+    return None
+
+
+def _rope_settings(config: object) -> Iterator[Mapping[str, Any]]:
+    """Where a config may say something of its RoPE: at the top, or in either spelling, for all layers or some."""
+    if not isinstance(config, Mapping):
+        return
+    yield config
+    for name in ("rope_parameters", "rope_scaling"):
+        inner = config.get(name)
+        if isinstance(inner, Mapping):
+            yield inner
+            yield from (one for one in inner.values() if isinstance(one, Mapping))
+
+
+def rotary_dim(config: Mapping[str, Any], head_dim: int, default: float = 1.0) -> int:
+    """How many rows of a head rotate: as transformers 5 has it, int(head_dim * partial_rotary_factor).
+
+    ``default`` is the factor of the model's config class. Raises ConfigError for a number that is odd, as RoPE turns
+    pairs of rows, or beyond the head.
+    """
+    stated = read_rope(config).parameters.get("partial_rotary_factor")
+    size = int(head_dim * (default if stated is None else require_number({"factor": stated}, "factor", CONFIG)))
+    if size % 2 or not 0 < size <= head_dim:
+        raise ConfigError(f"{CONFIG}: partial_rotary_factor {stated} of head_dim {head_dim} is no even part of it")
+    return size
 
 
 def rope_keys(rope: Rope) -> dict[str, Any]:

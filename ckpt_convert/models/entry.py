@@ -28,7 +28,8 @@ class Instance:
         return column.key(dict(self.index), self.sets) if column else None
 
     def heads(self, dims: Mapping[str, int]) -> int | None:
-        return dims[self.row.heads] if self.row.heads else None
+        turned = self.row.turned(dims)
+        return turned[0] if turned is not None else None
 
     def __hash__(self) -> int:
         return hash((self.row.name, self.index))

@@ -35,7 +35,7 @@ def interleaved(rows: Iterable[Row]) -> tuple[Row, ...]:
 
 def unordered(rows: Iterable[Row]) -> tuple[Row, ...]:
     """The rows without a word on the order of their heads' rows, which is the same in every column."""
-    return tuple(_ordered(row, None).replace(heads=None) if row.heads else row for row in rows)
+    return tuple(_ordered(row, None).replace(heads=None, rotary_dim=None) if row.heads else row for row in rows)
 
 
 def fused(rows: Iterable[Row], **templates: str) -> tuple[Row, ...]:

@@ -130,8 +130,8 @@ class Key:
 
     def to_stored(self, tensor: LazyTensor, row: Row, dims: Mapping[str, int]) -> LazyTensor:
         """The logical tensor as this column orders it, before it is cut over ranks and put together with others."""
-        if row.heads is not None:
-            tensor = self.rows_to_stored(tensor, dims[row.heads])
+        if (turned := row.turned(dims)) is not None:
+            tensor = self.rows_to_stored(tensor, *turned)
         if self.transposed:
             tensor = _swapped(tensor)
         if self.shape is None:
@@ -150,15 +150,19 @@ class Key:
             tensor = tensor.reshape((*sizes[:-2], *sizes[:-3:-1]) if self.transposed else sizes)
         if self.transposed:
             tensor = _swapped(tensor)
-        return tensor if row.heads is None else self.rows_to_logical(tensor, dims[row.heads])
+        turned = row.turned(dims)
+        return tensor if turned is None else self.rows_to_logical(tensor, *turned)
 
-    def rows_to_stored(self, tensor: LazyTensor, heads: int) -> LazyTensor:
-        """The rows of so many heads in this column's order, whatever their length: also of a LoRA B, or a bias."""
-        return _interleave(tensor, heads) if self.rope == "interleaved" else tensor
+    def rows_to_stored(self, tensor: LazyTensor, heads: int, rotary: int | None = None) -> LazyTensor:
+        """The rows of so many heads in this column's order, whatever their length: also of a LoRA B, or a bias.
 
-    def rows_to_logical(self, tensor: LazyTensor, heads: int) -> LazyTensor:
+        Of each head only the first ``rotary`` rows rotate, all of them where that is not given.
+        """
+        return _reordered(tensor, heads, rotary, inverse=False) if self.rope == "interleaved" else tensor
+
+    def rows_to_logical(self, tensor: LazyTensor, heads: int, rotary: int | None = None) -> LazyTensor:
         """The inverse of ``rows_to_stored``."""
-        return _deinterleave(tensor, heads) if self.rope == "interleaved" else tensor
+        return _reordered(tensor, heads, rotary, inverse=True) if self.rope == "interleaved" else tensor
 
     def part_shape(self, row: Row, dims: Mapping[str, int]) -> tuple[int, ...]:
         """The shape of what ``to_stored`` returns."""
@@ -173,7 +177,9 @@ class Row:
     """One logical parameter and where each format keeps it (None: the format has no place for it).
 
     ``shape`` are expressions over the config's symbols, such as "n_heads*head_dim"; ``heads`` the symbol that counts
-    the heads of a row that rotates; ``tied_to`` names the row that this one may share its values with. ``when`` is a
+    the heads of a row that rotates ("1" for a norm over the rows of one head, which follow their order);
+    ``rotary_dim`` the symbol that counts the first rows of each head that rotate, where the others stay in place (None:
+    all of them rotate); ``tied_to`` names the row that this one may share its values with. ``when`` is a
     symbol that switches the row on, ``only`` the set of numbers (of the row's first placeholder) that have the row.
     ``optional`` marks what a checkpoint may lack: never required, and carried along where the target has no place for
     it. Optional rows of one group, which is a name in place of True, are there together or not at all, for each number
@@ -191,6 +197,7 @@ class Row:
     torchtitan: Key | None = None
     in_memory: Key | None = None
     heads: str | None = None
+    rotary_dim: str | None = None
     tied_to: str | None = None
     when: str | None = None
     only: str | None = None
@@ -239,6 +246,12 @@ class Row:
         each = frozenset() if self.each is None else frozenset({self.each})
         return each.union(*(key.placeholders for key in self.columns.values()))
 
+    def turned(self, dims: Mapping[str, int]) -> tuple[int, int | None] | None:
+        """How many heads rotate, and how many rows of each (None: all); None for a row that does not rotate."""
+        if self.heads is None:
+            return None
+        return evaluate(self.heads, dims), None if self.rotary_dim is None else evaluate(self.rotary_dim, dims)
+
     def sizes(self, dims: Mapping[str, int]) -> tuple[int, ...]:
         """The logical shape for this config."""
         return tuple(evaluate(expression, dims) for expression in self.shape)
@@ -255,14 +268,17 @@ def evaluate(expression: str, dims: Mapping[str, int]) -> int:
     return value
 
 
-def _interleave(tensor: LazyTensor, heads: int) -> LazyTensor:
-    head_dim = tensor.shape[0] // heads
-    return tensor.reorder(0, (heads, 2, head_dim // 2), (0, 2, 1))
-
-
-def _deinterleave(tensor: LazyTensor, heads: int) -> LazyTensor:
-    head_dim = tensor.shape[0] // heads
-    return tensor.reorder(0, (heads, head_dim // 2, 2), (0, 2, 1))
+def _reordered(tensor: LazyTensor, heads: int, rotary: int | None, *, inverse: bool) -> LazyTensor:
+    """Rows from half to interleaved order, or back."""
+    rows, *rest = tensor.shape
+    head_dim = rows // heads
+    if rotary is None or rotary == head_dim:
+        pairs = (head_dim // 2, 2) if inverse else (2, head_dim // 2)
+        return tensor.reorder(0, (heads, *pairs), (0, 2, 1))
+    by_head = tensor.reshape((heads, head_dim, *rest))
+    first = by_head.narrow(1, 0, rotary).reshape((heads * rotary, *rest))
+    first = _reordered(first, heads, None, inverse=inverse).reshape((heads, rotary, *rest))
+    return concat([first, by_head.narrow(1, rotary, head_dim - rotary)], 1).reshape(tensor.shape)
 
 
 def _spread(tensor: LazyTensor, numbers: tuple[int, ...], size: int) -> LazyTensor:

@@ -14,7 +14,8 @@ from functools import cached_property
 from itertools import groupby, product
 from typing import Any, Literal
 
-from ckpt_convert.models.config import ConfigOptions, Translated
+from ckpt_convert.errors import ConfigError
+from ckpt_convert.models.config import CONFIG, ConfigOptions, Translated, partial_rotary_factor
 from ckpt_convert.models.entry import Entry, Instance, place
 from ckpt_convert.models.rows import FORMATS, IN_MEMORY, Dims, Key, RopeOrder, Row, Sets, evaluate, matches
 from ckpt_convert.models.table_check import check
@@ -128,6 +129,21 @@ class Family:
             return ("hf",)
         return tuple(f for f in FORMATS if any(row.column(f) for row in self.rows if row.required))
 
+    def check_rotation(self, config: Mapping[str, Any], *formats: str) -> None:
+        """Raise ConfigError where heads would be reordered whole although the config rotates only a part of each.
+
+        Formats that order them alike, and tables that say which rows rotate (``Row.rotary_dim``), are fine.
+        """
+        part = partial_rotary_factor(config)
+        for row in self.rows if part is not None else ():
+            orders = {key.rope for format in formats if (key := row.column(format)) is not None}
+            if row.heads is not None and row.rotary_dim is None and len(orders) > 1:
+                raise ConfigError(
+                    f"{CONFIG}: partial_rotary_factor is {part:g}, so only a part of each head rotates, but "
+                    f"{' and '.join(dict.fromkeys(formats))} order the rows of {row.name} differently, and the table "
+                    f"of {self.name} knows of whole heads alone; convert within formats of one order"
+                )
+
     def instances(self, dims: Mapping[str, int]) -> Iterator[Instance]:
         """Every row at every index that this config has, in the order of the model's layers."""
         for run in self._runs(dims):
@@ -235,5 +251,6 @@ def _with_frequencies(rows: Iterable[Row]) -> tuple[Row, ...]:
             name = "rotary.inv_freq" if "rotary.inv_freq" not in names else f"rotary.inv_freq.{len(there)}"
             names.add(name)
             # Half of what rotates of a head, which is as long as the rows say.
-            out.append(Row(name, (f"{row.shape[0]}/{row.heads}/2",), hf=Key(template), derived=True))
+            half = f"{row.rotary_dim}/2" if row.rotary_dim is not None else f"{row.shape[0]}/{row.heads}/2"
+            out.append(Row(name, (half,), hf=Key(template), derived=True))
     return tuple(out)

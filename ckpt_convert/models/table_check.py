@@ -37,8 +37,26 @@ def check(family: Family) -> None:
                 raise ValueError(f"{where}, column {format}: only the last of {ordered} can be stacked over")
             if ordered and not key.placeholders:
                 raise ValueError(f"{where}, column {format}: has one tensor for every {ordered[0]}")
+        if row.rotary_dim is not None and row.heads is None:
+            raise ValueError(f"{where} does not rotate, so no part of it does")
+    _check_norms(family)
     for format in (*FORMATS, IN_MEMORY):
         _check_keys(family, format)
+
+
+def _check_norms(family: Family) -> None:
+    """Norms of q and k have a value for each row of a head, so they are in the order of those rows."""
+    rows = {row.name: row for row in family.rows}
+    for row in family.rows:
+        turned = rows.get(row.name.removesuffix("_norm")) if row.name.endswith(("q_norm", "k_norm")) else None
+        if turned is None or turned.heads is None or row.heads is not None:
+            continue
+        orders = {key.rope for format, key in turned.columns.items() if format in row.columns}
+        if len(orders) > 1:
+            raise ValueError(
+                f"{family.name}: row {row.name!r} is in the order of the rows of {turned.name!r}, which its columns "
+                'order differently; say heads="1" (a norm over one head) or its heads, and the same rope in each column'
+            )
 
 
 def _check_key(row: Row, key: Key, where: str) -> None:
