@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -147,23 +147,28 @@ def _of_peft(content: Mapping[str, Any], where: str) -> AdapterConfig:
         problems.append(f"init_lora_weights: {start!r:.100} changes the base weights, which PEFT then has to do again")
     if content.pop("bias", "none") != "none":
         problems.append('bias: expected "none"; biases that are trained are no part of the adapter here')
-    narrowed = [name for name in _NARROWS if content.pop(name, None) not in (None, [], ())]
+    narrowed = [name for name in _NARROWS if not _is_unset(content.pop(name, None))]
     known = {ours: content.pop(theirs) for theirs, ours in _FROM_PEFT.items() if theirs in content}
+    known = {name: value for name, value in known.items() if name == "target_modules" or not _is_unset(value)}
     problems += [
         f"{key}: {value!r:.100} cannot be expressed here"
         for key, value in content.items()
-        if key not in _NO_MATTER and not (value is None or value is False or value in ((), [], {}, ""))
+        if key not in _NO_MATTER and not _is_unset(value)
     ]
     if problems:
         raise ConfigError(f"{where}: has options that are not supported:{listing(sorted(problems))}")
     targets = known.get("target_modules")
     if narrowed or (isinstance(targets, str) and targets != ALL_LINEAR):
         known["target_modules"] = None
-    known["modules_to_save"] = known.get("modules_to_save") or ()
     try:
         return AdapterConfig(**{"rank": 8, "alpha": 8, "task_type": None, **known})  # PEFT's defaults
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
+
+
+def _is_unset(value: object) -> bool:
+    """Whether an option says nothing: PEFT itself makes empty lists, tuples, dicts and sets of some."""
+    return value is None or value is False or (isinstance(value, Sized) and not len(value))
 
 
 def _numbers(config: AdapterConfig) -> list[str]:

@@ -14,11 +14,12 @@ from typing import Any, Literal
 import torch
 
 from ckpt_convert import __version__
-from ckpt_convert.checkpointer import catalog, loading, parts, resuming, retention, schedule, signals
+from ckpt_convert.checkpointer import catalog, loading, optimizers, parts, resuming, retention, schedule, signals
 from ckpt_convert.checkpointer.background import Background
 from ckpt_convert.checkpointer.buffers import Buffers
 from ckpt_convert.checkpointer.catalog import Saved
 from ckpt_convert.checkpointer.choice import PROGRESS, Choice
+from ckpt_convert.checkpointer.copies import CopyCheck
 from ckpt_convert.checkpointer.emitting import Contents, Emitter, Settings
 from ckpt_convert.checkpointer.live import Model, tensors_of
 from ckpt_convert.checkpointer.metrics import Reported, numbers
@@ -148,6 +149,8 @@ class Checkpointer:
         self._background, self._buffers = Background(), Buffers()
         self._signals = signals.Signals() if save_on_signal else None
         self._parts: parts.Parts | None = None
+        self._copy_check: CopyCheck | None = None
+        self._captured_trained = False
         self._progress = Progress()
         self._reported = Reported()
         self._said: set[str] = set()
@@ -360,6 +363,7 @@ class Checkpointer:
         )
         self._clock = now
         self._reported = Reported(before.evals)
+        self._look_at_state()
         signalled = self._signals is not None and self._signals.received is not None and not self._signal_saved
         first = self._save_first and self._progress.step == 1
         if signalled:
@@ -518,7 +522,10 @@ class Checkpointer:
             self._background.wait()  # what is in flight is finished; the step that failed is not saved
         except Exception:
             log.exception("a checkpoint could not be saved")
+        trouble = self._run.trouble if self._run is not None else None
         self._release()
+        if trouble is not None and trouble != str(error):  # the connection to the process that was refused is dead
+            raise UsageError(trouble) from error
 
     # Inside
 
@@ -572,16 +579,23 @@ class Checkpointer:
             dataloader=dataloader,
             extra=extra,
         )
+        given = None if optimizer is None else optimizers.tensors(optimizer)
+        self._copy_check = CopyCheck(model, given) if isinstance(model, Mapping) else None
+        self._captured_trained = False
         self._clock = time.monotonic()
 
     def _plan_ahead(self) -> None:
         """Find out now what could not be saved later, and say once what the saved steps will be."""
         assert self._parts is not None
+        trained = list(optimizers.tensors(self._parts.optimizer))
         for settings in dict.fromkeys((self._settings, self._last_settings())):
-            for notice in self._emitter.prepare(self._parts.model, settings):
+            for notice in self._emitter.prepare(self._parts.model, settings, trained):
                 log.warning("%s", notice)
-        if "full" in (self._settings.contents, self._last_settings().contents):
+        if self._saves_state:
             self._parts.capture()  # what cannot be saved is told now, not at the first save
+        if self._copy_check is not None:
+            self._copy_check.start(self._progress.step)
+        self._refuse_others()
         self._clock = time.monotonic()
 
     def _begin_watch(self, there: Sequence[Saved]) -> None:
@@ -606,6 +620,25 @@ class Checkpointer:
         else:
             self._save()
 
+    @property
+    def _saves_state(self) -> bool:
+        return "full" in (self._settings.contents, self._last_settings().contents)
+
+    def _look_at_state(self) -> None:
+        """After each step: which gradients were used; after the first: whether what training has made can be saved."""
+        if not self._saves_state:
+            return
+        assert self._parts is not None
+        self._parts.updated()
+        if not self._captured_trained:
+            self._captured_trained = True
+            self._parts.capture()
+
+    def _refuse_others(self) -> None:
+        """Raise UsageError where another process of this run has a checkpointer for the same directory."""
+        if (trouble := self._directory.trouble) is not None:
+            raise UsageError(trouble)
+
     def _last_settings(self) -> Settings:
         if self._final is None:
             return self._settings
@@ -617,6 +650,9 @@ class Checkpointer:
         assert self._parts is not None
         settings, self._held = settings or self._settings, False
         self._watch.saved(self._progress.step)
+        self._refuse_others()
+        if self._copy_check is not None:
+            self._copy_check.refuse_copies(self._progress.step)
         if self._background.busy:
             log.info("step %d waits for the save before it", self._progress.step)
         failed = self._background.settle()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,18 @@ from ckpt_convert.checkpointer.adapters import Adapter, Split, split
 from ckpt_convert.checkpointer.base import Base
 from ckpt_convert.checkpointer.buffers import Buffers
 from ckpt_convert.checkpointer.choice import ADAPTER, MODEL
-from ckpt_convert.checkpointer.live import WHERE, Model, as_live, bind, plain_key, same_memory, signature, tensors_of
+from ckpt_convert.checkpointer.live import (
+    WHERE,
+    Memory,
+    Model,
+    as_live,
+    bind,
+    copies_in,
+    same_memory,
+    signature,
+    tensors_of,
+    trained_parameters,
+)
 from ckpt_convert.checkpointer.merge import MergedReader, merges
 from ckpt_convert.checkpointer.pack import Packed, pack
 from ckpt_convert.checkpointer.peft_files import files as peft_files
@@ -129,6 +140,7 @@ class Emitter:
     def load_source(self, model: Model, workers: int, progress: ProgressCallback | None) -> loading.Loaded:
         """Fill a model from the source, an adapter aside; raises KeyMismatchError where they do not fit."""
         parts = self.split(tensors_of(model), strict=False)  # DoRA starts from the base: the adapter may come later
+        _refuse_copies(model, parts.base | parts.saved)
         found = loading.fit(self.source, parts.base, self.settings.model_format)
         found = replace(
             found, misfits=[*found.misfits, *loading.shared(found, parts.base, self.source, self.settings.model_format)]
@@ -170,20 +182,24 @@ class Emitter:
         if self.adapter is None:
             raise UsageError("there is no adapter to load into; give adapter=AdapterConfig(rank=..., alpha=...)")
         loaded = from_peft(path, self.modules, self.adapter)
-        for notice in load_into(self.split(tensors_of(model)), loaded):
+        parts = self.split(tensors_of(model))
+        _refuse_copies(model, _trained_beside(parts))
+        for notice in load_into(parts, loaded):
             log.info("%s: %s", path, notice)
         return sum(len([one for one in adapter if one is not None]) for adapter in loaded.adapters.values()) + len(
             loaded.saved
         )
 
-    def prepare(self, model: Model, settings: Settings) -> list[str]:
+    def prepare(self, model: Model, settings: Settings, others: Sequence[torch.Tensor] = ()) -> list[str]:
         """Plan a save of this model; returns what there is to warn of, for every save.
 
-        Raises the error that says everything in which they do not fit the source, or what is asked for.
+        ``others`` are the parameters of its optimizers. Raises the error that says everything in which they do not fit
+        the source, or what is asked for.
         """
         parts = self.split(tensors_of(model))
+        _refuse_copies(model, parts.base if self.adapter is None else _trained_beside(parts))
+        self._refuse_unsaved(model, parts, others)
         if self.adapter is not None:
-            self._refuse_trained(model, parts)
             to_peft(parts, self.adapter, self.modules)
             return list(self._merged(parts, settings).notices) if _merges(settings) else []
         made = self._plan(parts.base, settings)
@@ -270,20 +286,28 @@ class Emitter:
         planning.refuse_unreadable(made)
         return made
 
-    def _refuse_trained(self, model: Model, parts: Split) -> None:
-        """Raise UsageError for base weights that are trained: they would not be in the adapter's file."""
-        if not isinstance(model, torch.nn.Module):
-            return
-        live = {parts.names.get(key, key) for key in parts.base.keys() - parts.saved.keys()}
-        trained = sorted(
-            key
-            for name, one in model.named_parameters()
-            if one.requires_grad and (key := plain_key(model, name)) in live
-        )
-        if trained:
+    def _refuse_unsaved(self, model: Model, parts: Split, others: Sequence[torch.Tensor]) -> None:
+        """Raise UsageError for what training changes but no save would hold; ``others`` are an optimizer's parameters.
+
+        What an optimizer has beside the model is saved with its state.
+        """
+        trained = trained_parameters(model)
+        if not isinstance(model, torch.nn.Module):  # of a detached state dict, the optimizer says what is trained
+            updated = Memory(one for one in others if one.requires_grad)
+            trained |= {parts.names.get(key, key): one for key, one in parts.base.items() if one in updated}
+        held = Memory((parts.base if self.adapter is None else _trained_beside(parts)).values())
+        base = Memory(parts.base.values())
+        beside = Memory(others)
+        lost = sorted(key for key, one in trained.items() if one not in held and (one in base or one not in beside))
+        if lost and self.adapter is not None:
             raise UsageError(
                 "base weights are trained beside the adapter, whose files would not hold them: freeze them "
-                f"(requires_grad_(False)), or name them in modules_to_save:{listing(trained)}"
+                f"(requires_grad_(False)), or name them in modules_to_save:{listing(lost)}"
+            )
+        if lost:
+            raise UsageError(
+                f"{WHERE}: has parameters that are trained, but that its state dict does not hold, so no save would: "
+                f"freeze them (requires_grad_(False)), or hand over the optimizer that trains them:{listing(lost)}"
             )
 
     def _plan(self, tensors: Tensors, settings: Settings) -> Plan:
@@ -314,6 +338,26 @@ class Emitter:
         # A value never ends a training run: what its file cannot hold is said, and kept in the training state.
         form = settings.output_format or str(self.source.format)
         return Request(to=form, dtype=settings.export_dtype, allow_overflow=True, allow_loss=True)
+
+
+def _trained_beside(parts: Split) -> dict[str, torch.Tensor]:
+    """What a model with an adapter trains: the adapter, and what is saved whole."""
+    adapters = {
+        f"{module}.{name}": one
+        for module, adapter in parts.adapters.items()
+        for name, one in adapter._asdict().items()
+        if one is not None
+    }
+    return adapters | parts.saved
+
+
+def _refuse_copies(model: Model, tensors: Tensors) -> None:
+    copies = copies_in(model, tensors)
+    if copies:
+        raise UsageError(
+            f"{WHERE}: its state dict makes these tensors anew each time, so nothing that is loaded into them would "
+            f"reach the model; hand over the module that has them as parameters or buffers:{listing(copies)}"
+        )
 
 
 def _merges(settings: Settings) -> bool:

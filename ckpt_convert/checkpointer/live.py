@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +24,41 @@ Model = nn.Module | Mapping[str, Any]
 
 WHERE = "the model in memory"
 
-_WRAPPED = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module"}
-"""Where a wrapper keeps what it wraps, by the name of its class (torch.compile's is private)."""
+_GATHER = (
+    ", and whole tensors are what is saved; gather them anew for every save (get_model_state_dict with "
+    "full_state_dict=True of torch.distributed.checkpoint.state_dict), then register(model=THEM, progress=...) and "
+    "save() on one process: tensors that were gathered once do not change with the training"
+)
+
+_MODULE = (
+    *("DistributedDataParallel", "DataParallel", "AveragedModel"),
+    *("QuantWrapper", "LossWrapper"),  # of torch.ao.quantization and torch.distributed.pipelining
+)
+_WRAPPED = {
+    "OptimizedModule": "_orig_mod",  # torch.compile's, whose class is private
+    "ActivationWrapper": "_checkpoint_wrapped_module",  # activation checkpointing and offloading
+    "FullyShardedDataParallel": "_fsdp_wrapped_module",
+    **dict.fromkeys(_MODULE, "module"),
+}
+"""Where torch's wrappers keep what they wrap, by the name of their class or of one that it is made from."""
+
+_PRIVATE = frozenset(name for name in _WRAPPED.values() if name.startswith("_"))
+"""Parts of a key that are a wrapper's wherever they are."""
+
+_COUNT = "n_averaged"
+"""The only tensor that one of these wrappers has of its own: how many models an AveragedModel is the average of."""
 
 
 def tensors_of(model: Model) -> dict[str, torch.Tensor]:
-    """The persistent tensors by key, without what torch.compile, DDP or DataParallel put before them; no copies.
+    """The persistent tensors by key, without what torch's wrappers put before them and have themselves; no copies.
 
     Raises KeyMismatchError for entries that are no tensors, and UsageError for tensors that cannot be read as they are.
     """
-    named = _state_of_module(model) if isinstance(model, nn.Module) else _state_of_mapping(model)
     out: dict[str, torch.Tensor] = {}
     problems = []
-    for key, tensor in named:
+    for key, tensor, own in _state_of(model):
+        if own:
+            continue
         if not isinstance(tensor, torch.Tensor):
             problems.append(f"{key}: is a {type(tensor).__name__}, no tensor")
         elif key in out:
@@ -50,22 +72,74 @@ def tensors_of(model: Model) -> dict[str, torch.Tensor]:
     return out
 
 
+def wrapper_tensors(model: Model) -> dict[str, torch.Tensor]:
+    """What a wrapper around the model has of its own, which no checkpoint of the model alone has a key for."""
+    if not isinstance(model, nn.Module):
+        return {key: tensor for key, tensor, own in _state_of(model) if own}
+    return {key: one for name, one in model.named_buffers() for key, own in (_plain(model, name),) if own}
+
+
 def names_of(model: Model) -> dict[int, str]:
-    """The key of each parameter, by the ``id`` of the parameter itself; {} for a state dict of detached tensors."""
+    """The key of each parameter, by the ``id`` of the parameter itself; {} for a state dict of detached tensors.
+
+    It is the key that the state dict has for this very parameter, whatever ``named_parameters`` calls it.
+    """
+    if not isinstance(model, nn.Module):
+        return {id(tensor): key for key, tensor, _ in _state_of(model)}
+    names = {id(parameter): _plain(model, name)[0] for name, parameter in model.named_parameters()}
+    state = {key: tensor for key, tensor, _ in _state_of(model)}
+    for key, tensor in state.items():
+        called = names.get(id(tensor))
+        if called is not None and state.get(called) is not tensor:
+            names[id(tensor)] = key
+    return names
+
+
+def renamed(model: Model) -> Callable[[str], str]:
+    """From a name that a checkpoint may have for a parameter, such as ``named_parameters`` gives it, to its key."""
+    names = names_of(model)
+    called = {}
     if isinstance(model, nn.Module):
-        return {id(parameter): plain_key(model, name) for name, parameter in model.named_parameters()}
-    return {id(tensor): key for key, tensor in _state_of_mapping(model)}
+        called = {_plain(model, name)[0]: names[id(one)] for name, one in model.named_parameters()}
+
+    def key(name: str) -> str:
+        plain = ".".join(part for part in name.split(".") if part not in _PRIVATE)
+        return called.get(plain, plain)
+
+    return key
 
 
-def plain_key(model: nn.Module, key: str) -> str:
-    """The key without the parts that wrappers around the model, or around modules in it, have added."""
-    parts = []
-    module: Any = model
-    for part in key.split("."):
-        if _WRAPPED.get(type(module).__name__) != part:
-            parts.append(part)
-        module = getattr(module, part, None)
-    return ".".join(parts)
+def trained_parameters(model: Model) -> dict[str, torch.Tensor]:
+    """The parameters that have gradients, by key; of a state dict those tensors that are not detached."""
+    if not isinstance(model, nn.Module):
+        return {key: one for key, one, _ in _state_of(model) if isinstance(one, torch.Tensor) and one.requires_grad}
+    names = names_of(model)
+    return {names[id(parameter)]: parameter for parameter in model.parameters() if parameter.requires_grad}
+
+
+class Memory:
+    """The memory of some tensors, to tell whether another one is of it: the same, a view, or a larger one."""
+
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+        self._extents: dict[tuple[object, ...], set[tuple[int, int]]] = {}
+        for tensor in tensors:
+            storage, extent = _extent(tensor)
+            self._extents.setdefault(storage, set()).add(extent)
+
+    def __contains__(self, tensor: object) -> bool:
+        if not isinstance(tensor, torch.Tensor):
+            return False
+        storage, (start, end) = _extent(tensor)
+        there = self._extents.get(storage, set())
+        return start == end or (start, end) in there or any(first < end and start < last for first, last in there)
+
+
+def copies_in(model: Model, tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """The keys of tensors that a module's state dict makes anew: what is loaded into them does not reach the module."""
+    if not isinstance(model, nn.Module):
+        return []
+    memory = Memory((*model.parameters(), *model.buffers()))
+    return [key for key, tensor in tensors.items() if tensor not in memory]
 
 
 def signature(tensors: Mapping[str, torch.Tensor]) -> tuple[Any, ...]:
@@ -131,16 +205,81 @@ def same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
     )
 
 
-def _state_of_module(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    for key, value in model.state_dict(keep_vars=True).items():
-        yield plain_key(model, key), value
+def _state_of(model: Model) -> Iterator[tuple[str, Any, bool]]:
+    """Each entry of the state dict under its plain key, and whether it is a wrapper's own."""
+    return _state_of_module(model) if isinstance(model, nn.Module) else _state_of_mapping(model)
 
 
-def _state_of_mapping(state: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    module = all(key.startswith(("module.", "_orig_mod.module.")) for key in state)
-    for key, value in state.items():
-        parts = [part for part in key.split(".") if part != "_orig_mod"]
-        yield ".".join(parts[1:] if module else parts), value
+def _state_of_module(model: nn.Module) -> Iterator[tuple[str, Any, bool]]:
+    _refuse_sharded(model)
+    state = [(*_plain(model, name), value) for name, value in model.state_dict(keep_vars=True).items()]
+    live: Mapping[str, torch.Tensor] = {}
+    if copies_in(model, {key: value for key, _, value in state if isinstance(value, torch.Tensor)}):
+        # FullyShardedDataParallel's state dict has copies, also where nothing is sharded.
+        members = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+        live = {_plain(model, name)[0]: one for name, one in members}
+    for key, own, value in state:
+        member = live.get(key, value)
+        same = isinstance(value, torch.Tensor) and (member.shape, member.dtype) == (value.shape, value.dtype)
+        yield key, member if same else value, own
+
+
+def _state_of_mapping(state: Mapping[str, Any]) -> Iterator[tuple[str, Any, bool]]:
+    keys = {name: [part for part in name.split(".") if part not in _PRIVATE] for name in state}
+    module = all(parts[0] == "module" for parts in keys.values() if parts != [_COUNT])
+    for name, parts in keys.items():
+        own = module and parts == [_COUNT]
+        yield ".".join(parts[1:] if module and not own else parts), state[name], own
+
+
+def _plain(model: nn.Module, name: str) -> tuple[str, bool]:
+    """A key without the parts that wrappers have added, and whether it is that of a wrapper's own tensor.
+
+    A wrapper whose state dict leaves its part out of the keys is seen through all the same.
+    """
+    parts = []
+    module: nn.Module | None = model
+    own = False
+    for part in name.split("."):
+        while (inner := _wrapped(module)) and module is not None and part not in {**module._modules, **module._buffers}:
+            module = module._modules[inner]
+        if part != inner and part not in _PRIVATE:
+            own = inner is not None
+            parts.append(part)
+        module = module._modules.get(part) if module is not None else None
+    return ".".join(parts), own
+
+
+def _wrapped(module: nn.Module | None) -> str | None:
+    """The name under which a wrapper keeps what it wraps; None for any other module."""
+    kinds = [kind for kind in type(module).__mro__ if kind.__module__.partition(".")[0] == "torch"]
+    return next((_WRAPPED[kind.__name__] for kind in kinds if kind.__name__ in _WRAPPED), None)
+
+
+def _refuse_sharded(model: nn.Module) -> None:
+    """Raise UsageError for FullyShardedDataParallel (FSDP1) that shards or flattens, before its state dict gathers."""
+    for module in model.modules():
+        if _wrapped(module) != _WRAPPED["FullyShardedDataParallel"]:
+            continue
+        if module.sharding_strategy.name != "NO_SHARD":  # type: ignore[union-attr]
+            raise UsageError(f"{WHERE}: FullyShardedDataParallel shards its parameters over processes{_GATHER}")
+        if not module._use_orig_params:
+            raise UsageError(
+                f"{WHERE}: FullyShardedDataParallel has flattened its parameters; make it with use_orig_params=True"
+            )
+
+
+def _extent(tensor: torch.Tensor) -> tuple[tuple[object, ...], tuple[int, int]]:
+    """The storage of a tensor, and from which byte to which of it the tensor reaches."""
+    if not tensor.numel():
+        return (), (0, 0)
+    try:
+        storage = tensor.device, tensor.untyped_storage().data_ptr()
+        start = int(tensor.storage_offset())
+        last = start + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    except (RuntimeError, NotImplementedError):  # a subclass of tensors that has no storage
+        return (id(tensor),), (0, 1)
+    return storage, (start * tensor.element_size(), (last + 1) * tensor.element_size())
 
 
 def _check(key: str, tensor: torch.Tensor) -> None:
@@ -152,9 +291,6 @@ def _check(key: str, tensor: torch.Tensor) -> None:
     if tensor.layout != torch.strided or tensor.is_quantized:
         raise UsageError(f"{key}: expected a dense tensor, found {tensor.layout}, quantised: {tensor.is_quantized}")
     if hasattr(tensor, "full_tensor"):
-        raise UsageError(
-            f"{key}: is sharded over processes ({type(tensor).__name__}); give a state dict of whole tensors, such as "
-            "torch.distributed.checkpoint.state_dict.get_model_state_dict(full_state_dict=True) makes"
-        )
+        raise UsageError(f"{key}: is sharded over processes ({type(tensor).__name__}){_GATHER}")
     if name not in FROM_TORCH:
         raise UsageError(f"{key}: dtype {name} is not known; known: {', '.join(sorted(FROM_TORCH))}")

@@ -1,5 +1,8 @@
 """The state of optimizers by parameter name, and exactly: no value in another dtype than it had.
 
+Parameters that are not the model's, such as float32 copies of its weights or a learnable temperature, are in no weight
+file, so their values are a part of the state.
+
 torch numbers the parameters, so a state fits only an optimizer made with the same parameters in the same order; and
 it casts state to the dtype of its parameter, which rounds the float32 moments of a bfloat16 parameter.
 """
@@ -7,7 +10,7 @@ it casts state to the dtype of its parameter, which rounds the float32 moments o
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -30,14 +33,41 @@ def unwrapped(optimizer: Any) -> Any:
     return optimizer
 
 
-def capture(optimizer: Any, names: Names, name: str = "optimizer") -> Tree:
+def tensors(optimizer: Any) -> Iterator[torch.Tensor]:
+    """The parameters of an optimizer, or of a dict of them; none for None and for one of another make."""
+    if isinstance(optimizer, Mapping):
+        for one in optimizer.values():
+            yield from tensors(one)
+        return
+    groups = getattr(unwrapped(optimizer), "param_groups", None)
+    for group in groups if isinstance(groups, list) else ():
+        yield from group["params"]
+
+
+def parameters(optimizer: Any, names: Names, name: str = "optimizer") -> dict[str, torch.Tensor]:
+    """The same by name: the model's, or one below that of the optimizer for a parameter that is not the model's."""
+    if isinstance(optimizer, Mapping):
+        every = [parameters(one, names, f"{name}/{key}") for key, one in optimizer.items()]
+        return {called: param for one in every for called, param in one.items()}
+    optimizer = unwrapped(optimizer)
+    if not isinstance(getattr(optimizer, "param_groups", None), list):
+        return {}
+    called = (one for group in _named(optimizer, names, name) for one in group)
+    return {
+        one if id(param) in names else f"{name}/{one}": param
+        for one, param in zip(called, tensors(optimizer), strict=True)
+    }
+
+
+def capture(optimizer: Any, names: Names, name: str = "optimizer", model: Container[torch.Tensor] = ()) -> Tree:
     """The state of an optimizer, or of a dict of them, as a tree that ``pack`` takes.
 
     ``names`` are those of the parameters by ``id``; one without a name is called "param_{group}_{index}". Tensors are
-    those of the optimizer, not copies. Raises UsageError when two parameters have one name.
+    those of the optimizer, not copies. The values of parameters that are neither named nor of the memory of the
+    ``model`` are kept. Raises UsageError when two parameters have one name.
     """
     if isinstance(optimizer, Mapping):
-        return {"optimizers": {key: capture(one, names, f"{name}/{key}") for key, one in optimizer.items()}}
+        return {"optimizers": {key: capture(one, names, f"{name}/{key}", model) for key, one in optimizer.items()}}
     optimizer = unwrapped(optimizer)
     if not hasattr(optimizer, "state_dict"):
         raise UsageError(f"{name}: a {type(optimizer).__qualname__} has no state_dict(); give the optimizer itself")
@@ -64,11 +94,32 @@ def capture(optimizer: Any, names: Names, name: str = "optimizer") -> Tree:
             for name, param in zip(ns, group["params"], strict=True)
         },
         "other": {key: value for key, value in state.items() if key not in ("state", "param_groups")},
+        **({"values": values} if (values := dict(_beside(optimizer, groups, names, model))) else {}),
     }
 
 
+def renamed(tree: Mapping[str, Any], key: Callable[[str], str]) -> Mapping[str, Any]:
+    """A captured state with other names for its parameters: an older version called some as their wrappers do."""
+    if "optimizers" in tree:
+        return {"optimizers": {name: renamed(one, key) for name, one in tree["optimizers"].items()}}
+    if "groups" not in tree:
+        return tree
+    by_name = {
+        part: {key(name): value for name, value in tree[part].items()}
+        for part in ("state", "params", "values")
+        if part in tree
+    }
+    groups = [{**group, "params": [key(name) for name in group["params"]]} for group in tree["groups"]]
+    return {**tree, **by_name, "groups": groups}
+
+
 def restore(
-    optimizer: Any, tree: Mapping[str, Any], names: Names, name: str = "optimizer", strict: bool = True
+    optimizer: Any,
+    tree: Mapping[str, Any],
+    names: Names,
+    name: str = "optimizer",
+    strict: bool = True,
+    model: Container[torch.Tensor] = (),
 ) -> list[str]:
     """Load a captured state; returns the problems, none when all of it was loaded.
 
@@ -78,7 +129,7 @@ def restore(
     """
     problems = compare(optimizer, tree, names, name)
     if not problems or not strict:
-        _put(optimizer, tree, names, name)
+        _put(optimizer, tree, names, name, model)
     return problems
 
 
@@ -122,11 +173,11 @@ def _differences(optimizer: Any, tree: Mapping[str, Any], groups: list[list[str]
     )
 
 
-def _put(optimizer: Any, tree: Mapping[str, Any], names: Names, name: str) -> None:
+def _put(optimizer: Any, tree: Mapping[str, Any], names: Names, name: str, model: Container[torch.Tensor]) -> None:
     if isinstance(optimizer, Mapping):
         for key, one in optimizer.items():
             if key in tree.get("optimizers", {}):
-                _put(one, tree["optimizers"][key], names, f"{name}/{key}")
+                _put(one, tree["optimizers"][key], names, f"{name}/{key}", model)
         return
     optimizer = unwrapped(optimizer)
     if "opaque" in tree:
@@ -152,6 +203,7 @@ def _put(optimizer: Any, tree: Mapping[str, Any], names: Names, name: str) -> No
         param_groups.append(_group(live["param_groups"][at], tree["groups"], at, ns))
     devices = [_devices(group) for group in optimizer.param_groups]
     optimizer.load_state_dict({**tree["other"], "state": state, "param_groups": param_groups})
+    _put_values(dict(_beside(optimizer, groups, names, model)), tree, name)
     for group, wanted in zip(optimizer.param_groups, devices, strict=True):
         for key, device in wanted.items():  # such as a learning rate that is a tensor
             if isinstance(group.get(key), torch.Tensor):
@@ -176,11 +228,38 @@ def _put(optimizer: Any, tree: Mapping[str, Any], names: Names, name: str) -> No
         )
 
 
+def _put_values(beside: Mapping[str, torch.Tensor], tree: Mapping[str, Any], name: str) -> None:
+    values = tree.get("values", {})
+    unknown = [one for one in beside if one in tree["params"] and one not in values]
+    if unknown:
+        log.warning(
+            "%s: %d parameters (%s first) are not the model's, and the checkpoint, which an older version wrote, does "
+            "not have their values: they stay as they are",
+            *(name, len(unknown), unknown[0]),
+        )
+    with torch.no_grad():
+        for one, param in beside.items():
+            if one in values and values[one].shape == param.shape:
+                param.copy_(values[one])
+
+
+def _beside(
+    optimizer: Any, groups: list[list[str]], names: Names, model: Container[torch.Tensor]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The parameters that are not the model's, by name."""
+    for group, ns in zip(optimizer.param_groups, groups, strict=True):
+        for one, param in zip(ns, group["params"], strict=True):
+            if id(param) not in names and param not in model:
+                yield one, param
+
+
 def _exact(saved: Any, loaded: Any) -> Any:
     """What was loaded, but with the saved values where loading changed their type."""
     if isinstance(saved, torch.Tensor) and isinstance(loaded, torch.Tensor):
-        cast = saved.dtype != loaded.dtype and saved.shape == loaded.shape
-        return saved.to(loaded.device) if cast and type(loaded) is torch.Tensor else loaded
+        cast = saved.dtype != loaded.dtype or type(saved) is not torch.Tensor is type(loaded)
+        if not cast or saved.shape != loaded.shape or type(loaded) not in (torch.Tensor, type(saved)):
+            return loaded
+        return saved if saved.device == loaded.device else saved.to(loaded.device)
     if isinstance(saved, dict) and isinstance(loaded, dict):
         for key in loaded:
             if key in saved:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ckpt_convert.checkpointer.unpack import FACTORIES, KIND, WORD_SIZE, unpacked
+from ckpt_convert.checkpointer.unpack import FACTORIES, KIND, WORD_SIZE, flattened_class, unpacked
 from ckpt_convert.dtypes import FROM_TORCH
 from ckpt_convert.errors import UsageError
 
@@ -130,7 +130,7 @@ class _Packer:
 
     def _tensor(self, value: torch.Tensor, path: tuple[str, ...]) -> Any:
         if type(value) not in _PLAIN:
-            raise self._refused(path, f"a tensor of class {type(value).__module__}.{type(value).__qualname__}")
+            return self._subclass(value, path)
         if value.layout != torch.strided or value.is_quantized or value.device.type == "meta":
             what = "a quantized" if value.is_quantized else f"a {value.layout} {value.device.type}"
             raise self._refused(path, f"{what} tensor instead of a dense one with values")
@@ -142,6 +142,23 @@ class _Packer:
         # readers of the files know fewer dtypes than torch has: such a tensor is kept as its bytes
         data = kept.contiguous().reshape(-1).view(torch.uint8)
         return {KIND: "tensor", "at": self._keep(data, path), "dtype": dtype, "shape": list(value.shape)}
+
+    def _subclass(self, value: torch.Tensor, path: tuple[str, ...]) -> Any:
+        """A tensor that is made of others, as 8-bit optimizers have them: what it is made of, and its class's name."""
+        kind: Any = type(value)
+        module, name = kind.__module__, kind.__qualname__
+        if hasattr(kind, "full_tensor") or flattened_class(module, name) is not kind:
+            raise self._refused(path, f"a tensor of class {module}.{name}")
+        parts, context = value.__tensor_flatten__()  # type: ignore[attr-defined]
+        return {
+            KIND: "subclass",
+            "module": module,
+            "class": name,
+            "of": {part: self.node(getattr(value, part), (*path, part)) for part in parts},
+            "context": self.node(context, (*path, "context")),
+            "shape": list(value.shape),
+            "stride": list(value.stride()),
+        }
 
     def _array(self, value: np.ndarray[Any, Any], path: tuple[str, ...]) -> Any:
         self._check_dtype(value.dtype, path)

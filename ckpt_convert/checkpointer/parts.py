@@ -1,4 +1,8 @@
-"""What a checkpoint holds beside the model: optimizers, schedulers, random numbers, data, and whatever else."""
+"""What a checkpoint holds beside the model: optimizers, schedulers, random numbers, data, and whatever else.
+
+Two entries are there only where there is something to say, and no problem where they are not: "gradients", of an update
+that is not complete yet, and "wrapper", what a wrapper around the model has of its own.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import nn
+
 from ckpt_convert.checkpointer import optimizers, rng, stateful
 from ckpt_convert.checkpointer.dataloader import Tracked, track
-from ckpt_convert.checkpointer.live import Model, names_of
+from ckpt_convert.checkpointer.gradients import Gradients
+from ckpt_convert.checkpointer.live import Memory, Model, names_of, renamed, tensors_of, wrapper_tensors
 from ckpt_convert.checkpointer.pack import Packed, pack
+
+_OCCASIONAL = ("wrapper", "gradients")
 
 
 @dataclass(frozen=True)
@@ -35,23 +45,47 @@ class Parts:
     grad_scaler: Any = None
     loaders: Mapping[str, Tracked] = field(default_factory=dict)
     extra: Any = None
+    gradients: Gradients = field(default_factory=Gradients)
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """The parameters of the model and of the optimizers, by name."""
+        names = names_of(self.model)
+        own = {names[id(one)]: one for one in self.model.parameters()} if isinstance(self.model, nn.Module) else {}
+        return {**own, **(optimizers.parameters(self.optimizer, names) if self.optimizer is not None else {})}
+
+    def updated(self) -> None:
+        """Say that the optimizer has just taken its step: the gradients that there are were used."""
+        own = self.model.parameters() if isinstance(self.model, nn.Module) else ()
+        self.gradients.use(own if self.optimizer is None else optimizers.tensors(self.optimizer))
 
     def entries(self) -> dict[str, Entry]:
         """Each entry of the training state by name."""
         out: dict[str, Entry] = {}
         if self.optimizer is not None:
-            out["optimizer"] = _optimizer(self.optimizer, names_of(self.model))
+            out["optimizer"] = _optimizer(self.optimizer, self.model)
         for name in ("lr_scheduler", "grad_scaler", "extra"):
             if (one := getattr(self, name)) is not None:
                 out[name] = _stateful(name, one)
         for name, loader in self.loaders.items():
             out[name] = Entry(loader.state, lambda state: [], _quiet(loader.load))
+        out["wrapper"] = Entry(lambda: wrapper_tensors(self.model), lambda state: [], self._put_into_wrapper)
+        out["gradients"] = Entry(
+            lambda: self.gradients.take(self.parameters()),
+            lambda state: self.gradients.compare(self.parameters(), state),
+            lambda state: self.gradients.put(self.parameters(), state),
+        )
         out["rng"] = Entry(rng.capture, lambda state: [], _quiet(rng.restore))  # last: putting others back may draw
         return out
 
+    @property
+    def always(self) -> list[str]:
+        """The names of the entries that every training state has."""
+        return [name for name in self.entries() if name not in _OCCASIONAL]
+
     def capture(self) -> dict[str, Packed]:
         """The state of every entry, by name; tensors are those in use, not copies."""
-        return {name: pack(entry.take(), name) for name, entry in self.entries().items()}
+        taken = {name: entry.take() for name, entry in self.entries().items()}
+        return {name: pack(state, name) for name, state in taken.items() if state or name not in _OCCASIONAL}
 
     def compare(self, state: Mapping[str, Any], wanted: Callable[[str], bool]) -> list[str]:
         """What of the wanted entries is missing, unexpected or does not fit; nothing is changed."""
@@ -60,8 +94,10 @@ class Parts:
             f"{name}: is in the checkpoint, but was not given" for name in state if name not in entries and wanted(name)
         ]
         for name, entry in entries.items():
-            if wanted(name):
-                problems += entry.compare(state[name]) if name in state else [f"{name}: is not in the checkpoint"]
+            if wanted(name) and name in state:
+                problems += entry.compare(state[name])
+            elif wanted(name) and name not in _OCCASIONAL:
+                problems.append(f"{name}: is not in the checkpoint")
         return problems
 
     def restore(self, state: Mapping[str, Any], wanted: Callable[[str], bool]) -> list[str]:
@@ -76,6 +112,12 @@ class Parts:
     def epoch_is_over(self) -> bool:
         """Whether what was restored stands after the last batch of an epoch; of several loaders nobody knows."""
         return len(self.loaders) == 1 and all(loader.epoch_is_over for loader in self.loaders.values())
+
+    def _put_into_wrapper(self, state: Mapping[str, torch.Tensor]) -> list[str]:
+        for name, tensor in wrapper_tensors(self.model).items():
+            if name in state:
+                tensor.copy_(state[name])
+        return []
 
     def end_epoch(self) -> None:
         for loader in self.loaders.values():
@@ -99,11 +141,18 @@ def make(*, model: Model, optimizer: Any, lr_scheduler: Any, grad_scaler: Any, d
     return Parts(model, optimizer, lr_scheduler, grad_scaler, tracked, extra)
 
 
-def _optimizer(optimizer: Any, names: Mapping[int, str]) -> Entry:
+def _optimizer(optimizer: Any, model: Model) -> Entry:
+    names = names_of(model)
+    unnamed = any(id(one) not in names for one in optimizers.parameters(optimizer, names).values())
+    memory = Memory(tensors_of(model).values() if unnamed else ())
+
+    def called_as_now(state: Any) -> Any:
+        return optimizers.renamed(state, renamed(model))
+
     return Entry(
-        lambda: optimizers.capture(optimizer, names),
-        lambda state: optimizers.compare(optimizer, state, names),
-        lambda state: optimizers.restore(optimizer, state, names, strict=False),
+        lambda: optimizers.capture(optimizer, names, model=memory),
+        lambda state: optimizers.compare(optimizer, called_as_now(state), names),
+        lambda state: optimizers.restore(optimizer, called_as_now(state), names, strict=False, model=memory),
     )
 
 

@@ -127,7 +127,7 @@ def load(
     names = [name for name in (state.parts or () if state is not None else ()) if name != MODEL and wanted(name)]
     trees = state.read(names) if state is not None else {}
     if state is None:
-        _say_what_starts_anew(saved, [name for name in parts.entries() if wanted(name)], strict)
+        _say_what_starts_anew(saved, [name for name in parts.always if wanted(name)], strict)
     problems = parts.compare(trees, wanted) if state is not None else []
     with contextlib.ExitStack() as stack:
         load_weights: Callable[[], str]

@@ -11,6 +11,7 @@ from ckpt_convert.checkpointer import catalog, pointer, retention
 from ckpt_convert.checkpointer.catalog import Saved
 from ckpt_convert.checkpointer.names import Template
 from ckpt_convert.checkpointer.progress import Progress
+from ckpt_convert.checkpointer.ranks import Claim
 from ckpt_convert.checkpointer.saving import Step, save
 from ckpt_convert.convert.checkpoint import Checkpoint
 from ckpt_convert.convert.output import permissions
@@ -35,6 +36,7 @@ class RunDirectory:
         self._latest_name = latest_name
         self._lock: Lock | None = None
         self._mode = 0o777
+        self._claim: Claim | None = None
         self._sequence = 0
         self._superseded: tuple[Saved, ...] = ()
         self._unwritten: dict[Path, tuple[Mapping[str, float], int]] = {}
@@ -42,7 +44,8 @@ class RunDirectory:
     def open(self, source: Checkpoint) -> None:
         """Take the directory for this process, and tidy up what a killed one left; once is enough.
 
-        Raises LockedError where another checkpointer has it, and OutputExistsError where saving would touch the source.
+        Raises LockedError where another checkpointer has it, UsageError where another process of this run has, and
+        OutputExistsError where saving would touch the source.
         """
         if self._lock is not None:
             return
@@ -50,6 +53,7 @@ class RunDirectory:
         if source.files:
             self._mode = permissions(source)
         self.path.mkdir(parents=True, exist_ok=True)
+        self._claim = Claim(self.path)
         held = f"{self.path}: another checkpointer is writing here; close() it, or choose another output_dir"
         self._lock = Lock.file(self.path / LOCK, held)
         catalog.tidy(self.path)
@@ -57,10 +61,18 @@ class RunDirectory:
             pointer.check_pointer(self.path, self._latest_name)
         self._sequence = max((saved.sequence for saved in self.saved), default=0)
 
+    @property
+    def trouble(self) -> str | None:
+        """Why nothing may be written here: another process of this run wants to. None where all is well."""
+        return self._claim.trouble() if self._claim is not None else None
+
     def close(self) -> None:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+        if self._claim is not None:
+            self._claim.release()
+            self._claim = None
 
     @property
     def saved(self) -> list[Saved]:

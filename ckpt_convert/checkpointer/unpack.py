@@ -1,8 +1,12 @@
-"""The way back from a skeleton to the state; what it says is checked, and nothing but known kinds is ever made."""
+"""The way back from a skeleton to the state; what it says is checked, and nothing but known kinds is ever made.
+
+The class of a tensor that is made of others is looked up among those that the program has imported already.
+"""
 
 from __future__ import annotations
 
 import base64
+import sys
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -10,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ckpt_convert.errors import CorruptFileError
+from ckpt_convert.errors import CorruptFileError, UsageError
 
 KIND = "$"
 WORD_SIZE = 63
@@ -94,6 +98,35 @@ def _tensor(node: dict[str, Any], tensors: Tensors) -> torch.Tensor:
     return tensor.view(dtype).reshape(shape) if tensor.numel() else torch.empty(shape, dtype=dtype)
 
 
+def flattened_class(module: str, name: str) -> Any:
+    """The class of tensors of this name that takes its tensors apart and puts them together; None where there is none.
+
+    Only what is imported already is looked at.
+    """
+    found: Any = sys.modules.get(module)
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    is_class = isinstance(found, type) and issubclass(found, torch.Tensor)
+    return (
+        found if is_class and all(hasattr(found, f"__tensor_{name}__") for name in ("flatten", "unflatten")) else None
+    )
+
+
+def _subclass(node: dict[str, Any], tensors: Tensors) -> torch.Tensor:
+    kind = flattened_class(node["module"], node["class"])
+    if kind is None:
+        raise UsageError(
+            f"the state has tensors of the class {node['module']}.{node['class']}, which this program has not "
+            'imported; make the optimizer that has them before resume(), or resume without it (exclude=["optimizer"])'
+        )
+    parts = {name: _node(one, tensors) for name, one in node["of"].items()}
+    context, shape = _node(node["context"], tensors), torch.Size(node["shape"])
+    made = kind.__tensor_unflatten__(parts, context, shape, tuple(node["stride"]))
+    if not isinstance(made, torch.Tensor):
+        raise CorruptFileError(f"the state has a {kind.__qualname__} that is no tensor; copy it again")
+    return made
+
+
 def _array(node: dict[str, Any], tensors: Tensors) -> np.ndarray[Any, Any]:
     dtype = np.dtype(node["dtype"])
     if dtype.hasobject:
@@ -135,6 +168,7 @@ _MAKE: dict[Any, Callable[[dict[str, Any], Tensors], Any]] = {
     "float": lambda node, _: np.frombuffer(bytes.fromhex(node["bits"]), np.float64)[0].item(),
     "complex": lambda node, tensors: complex(*[_node(value, tensors) for value in node["parts"]]),
     "tensor": _tensor,
+    "subclass": _subclass,
     "array": _array,
     "scalar": _scalar,
     "bytes": _bytes,

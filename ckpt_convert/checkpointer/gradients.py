@@ -1,0 +1,81 @@
+"""Gradients of an update that is not complete yet: accumulated over batches, but not used by the optimizer.
+
+Gradients that are still there after a step of the optimizer were used, and the loop drops them before the next batch:
+they are not kept. A gradient that was set to zero is not the same as none, as weight decay and momentum act on its
+parameter: of these the names are kept.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+Tree = dict[str, Any]
+Parameters = Mapping[str, torch.Tensor]
+
+
+class Gradients:
+    """Which gradients were used; the rest is pending."""
+
+    def __init__(self) -> None:
+        self._used: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
+
+    def use(self, parameters: Iterable[torch.Tensor]) -> None:
+        """Remember that the gradients as they are now have been used."""
+        gradients = [one.grad for one in parameters if one.grad is not None]
+        self._used = {id(one): (weakref.ref(one), one._version) for one in gradients}
+
+    def take(self, parameters: Parameters) -> Tree:
+        """What is pending, as a tree that ``pack`` takes; {} where nothing is."""
+        gradients = {name: one.grad for name, one in parameters.items() if one.grad is not None}
+        pending = {name: one for name, one in gradients.items() if not self._is_used(one)}
+        zeros = [name for name, one in pending.items() if not one.is_sparse and not one.any()]
+        values = {name: _taken(one) for name, one in pending.items() if name not in zeros}
+        return {"zeros": zeros, "values": values} if pending else {}
+
+    def compare(self, parameters: Parameters, tree: Tree) -> list[str]:
+        """What of a state does not fit the parameters."""
+        problems = []
+        for name, value in tree["values"].items():
+            shape = _shape(value)
+            if name not in parameters:
+                problems.append(f"gradients: {name} is in the checkpoint, but there is no such parameter")
+            elif tuple(parameters[name].shape) != shape:
+                found = list(parameters[name].shape)
+                problems.append(f"gradients: {name} is of shape {found}, but {list(shape)} in the checkpoint")
+        return problems
+
+    def put(self, parameters: Parameters, tree: Tree) -> list[str]:
+        """Give the parameters the gradients that were pending; returns what did not fit."""
+        for name, one in parameters.items():
+            if not one.requires_grad:
+                continue
+            if name in tree["zeros"]:
+                one.grad = torch.zeros_like(one)
+            elif name in tree["values"] and _shape(tree["values"][name]) == tuple(one.shape):
+                one.grad = _given(tree["values"][name]).to(one.device)
+        return self.compare(parameters, tree)
+
+    def _is_used(self, gradient: torch.Tensor) -> bool:
+        known, version = self._used.get(id(gradient), (None, 0))
+        return known is not None and known() is gradient and version == gradient._version
+
+
+def _taken(gradient: torch.Tensor) -> Any:
+    if not gradient.is_sparse:
+        return gradient
+    whole = gradient.coalesce()
+    return {"indices": whole.indices(), "values": whole.values(), "shape": whole.shape}
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    return tuple(value["shape"] if isinstance(value, dict) else value.shape)
+
+
+def _given(value: Any) -> torch.Tensor:
+    if isinstance(value, torch.Tensor):
+        return value
+    return torch.sparse_coo_tensor(value["indices"], value["values"], value["shape"], is_coalesced=True)

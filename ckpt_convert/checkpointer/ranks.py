@@ -1,0 +1,73 @@
+"""One checkpointer for one directory, also where a run has several processes.
+
+Processes tell each other through the store of torch.distributed, never by a collective: a checkpointer may be made on
+one process alone, and the others must not have to wait for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from ckpt_convert.errors import UsageError
+
+_BROKEN = (RuntimeError, ConnectionError)  # torch's errors of a store are RuntimeErrors
+
+
+class Claim:
+    """The one process that may write into a directory; of a run of one process nothing is asked."""
+
+    def __init__(self, path: Path) -> None:
+        """Claim a directory that is there; raises UsageError where another process has."""
+        self._path = path
+        self._store = _store()
+        if self._store is None:
+            return
+        # A path may mean another directory on another machine, which its number tells nearly always.
+        name = f"{path.resolve()}\0{path.stat().st_ino}"
+        self._key = f"ckpt_convert/{hashlib.sha256(name.encode()).hexdigest()}"
+        self._refused = f"{self._key}/refused"
+        self._rank = str(dist.get_rank())
+        holder = _text(self._store.compare_set(self._key, "", self._rank))
+        if holder != self._rank:
+            self._store.set(self._refused, self._rank)
+            raise UsageError(self._message(holder, self._rank))
+
+    def trouble(self) -> str | None:
+        """That another process was refused since, of which this one learns here; None where all is well."""
+        if self._store is None:
+            return None
+        with contextlib.suppress(*_BROKEN):
+            if self._store.check([self._refused]):
+                return self._message(self._rank, _text(self._store.get(self._refused)))
+        return None
+
+    def release(self) -> None:
+        """Let another process have the directory."""
+        store, self._store = self._store, None
+        if store is not None:
+            with contextlib.suppress(*_BROKEN):
+                store.delete_key(self._refused)
+                store.delete_key(self._key)
+
+    def _message(self, holder: str, other: str) -> str:
+        return (
+            f"{self._path}: process {holder} and process {other} each made a checkpointer for this output_dir, and "
+            "would write the same directories; make it on one process (if torch.distributed.get_rank() == 0), leave "
+            "output_dir out on those that only load, or give each process an output_dir of its own"
+        )
+
+
+def _store() -> Any:
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    get = getattr(dist.distributed_c10d, "_get_default_store", None)  # there is no public way to it
+    return get() if get is not None else None
+
+
+def _text(value: bytes | str) -> str:
+    return value.decode() if isinstance(value, bytes) else value
