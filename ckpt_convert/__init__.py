@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ckpt_convert.checkpointer.adapter_config import AdapterConfig
-    from ckpt_convert.checkpointer.checkpointer import Checkpointer, Final
+    from ckpt_convert.checkpointer.checkpointer import Checkpointer
+    from ckpt_convert.checkpointer.options import Final
     from ckpt_convert.checkpointer.trainer import CheckpointerCallback as CheckpointerCallback
     from ckpt_convert.convert.api import Report, convert, plan
     from ckpt_convert.convert.blocks import Progress
@@ -49,7 +50,7 @@ _LAZY = {
     "AdapterConfig": "ckpt_convert.checkpointer.adapter_config",
     "Checkpointer": "ckpt_convert.checkpointer.checkpointer",
     "CheckpointerCallback": "ckpt_convert.checkpointer.trainer",  # needs transformers, so not in __all__
-    "Final": "ckpt_convert.checkpointer.checkpointer",
+    "Final": "ckpt_convert.checkpointer.options",
     "Progress": "ckpt_convert.convert.blocks",
     "Report": "ckpt_convert.convert.api",
     "convert": "ckpt_convert.convert",  # the package is the function, too

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -14,7 +14,17 @@ from typing import Any, Literal
 import torch
 
 from ckpt_convert import __version__
-from ckpt_convert.checkpointer import catalog, loading, optimizers, parts, resuming, retention, schedule, signals
+from ckpt_convert.checkpointer import (
+    catalog,
+    loading,
+    optimizers,
+    options,
+    parts,
+    resuming,
+    retention,
+    schedule,
+    signals,
+)
 from ckpt_convert.checkpointer.background import Background
 from ckpt_convert.checkpointer.buffers import Buffers
 from ckpt_convert.checkpointer.catalog import Saved
@@ -24,27 +34,18 @@ from ckpt_convert.checkpointer.emitting import Contents, Emitter, Settings
 from ckpt_convert.checkpointer.live import Model, tensors_of
 from ckpt_convert.checkpointer.metrics import Reported, numbers
 from ckpt_convert.checkpointer.names import Template
+from ckpt_convert.checkpointer.options import Final
 from ckpt_convert.checkpointer.progress import Progress
 from ckpt_convert.checkpointer.run_directory import RunDirectory
-from ckpt_convert.checkpointer.source import Config, Source, from_config, open_source
+from ckpt_convert.checkpointer.source import CONFIG, STARTED_FROM, Config, Source, lost, open_lost, open_source
 from ckpt_convert.checkpointer.watch import Watch
 from ckpt_convert.convert import formats
 from ckpt_convert.convert.blocks import ProgressCallback
-from ckpt_convert.convert.request import CASTS
-from ckpt_convert.errors import OutputExistsError, UsageError
-from ckpt_convert.models import FAMILIES
+from ckpt_convert.convert.checkpoint import Checkpoint
+from ckpt_convert.errors import CheckpointNotFoundError, OutputExistsError, UsageError
 from ckpt_convert.storage.reader import WORKERS
 
 log = logging.getLogger("ckpt_convert")
-
-
-@dataclass(frozen=True)
-class Final:
-    """What is different about the last save; None is as every save."""
-
-    contents: Contents | None = None
-    export_dtype: str | None = None
-    output_format: str | None = None
 
 
 class Checkpointer:
@@ -109,6 +110,7 @@ class Checkpointer:
 
         Raises UsageError for options that do not fit, and what ``open_checkpoint`` raises for the source.
         """
+        last = options.check({name: value for name, value in locals().items() if name != "self"})
         self.workers = workers or WORKERS
         self._report_loading = progress
         self._schedule = schedule.parse(save_every)
@@ -121,29 +123,18 @@ class Checkpointer:
             self._run = RunDirectory(Path(output_dir), template, run_name, latest_name, policy)
         self._save_first, self._save_last, self._save_best = save_first, save_last, save_best
         self._overwrite = overwrite
-        if save_best and policy.best is None:
-            raise UsageError('save_best=True: best by what? Give best= too, such as best="val_loss:min"')
         self._policy, self._watch = policy, Watch(self._schedule, policy.best)
-        if model_format not in formats.ALL:
-            raise UsageError(f"model_format={model_format!r}: no such format; known: {', '.join(formats.ALL)}")
-        if family is not None and family not in FAMILIES:
-            raise UsageError(f"family={family!r}: is no family; known: {', '.join(FAMILIES)}")
-        if source is None and config is None:
-            raise UsageError("source=None: give config= with the model's config.json, to start from nothing")
-        self._source = (
-            from_config(config, format="hf", family=family)
-            if source is None and config is not None
-            else open_source(source or "", format=source_format, family=family, config=config)
-        )
+        self._config, self._family, self._has_source = config, family, source is not None
+        self._source = self._open_source(source, source_format)
         self._settings = Settings(
             contents=contents,
-            export_dtype=_dtype(export_dtype),
+            export_dtype=options.dtype_of(export_dtype),
             output_format=output_format,
             model_format=model_format,
-            extra=tuple(Path(path) for path in extra_files),
+            extra=options.extra_files(extra_files),
             merged=merged,
         )
-        self._final = final if isinstance(final, Final) or final is None else _final(final)
+        self._last_settings = replace(self._settings, **last.changes)
         self._emitter = Emitter(self._source, self._settings, adapter)
         self._asynchronous = asynchronous
         self._background, self._buffers = Background(), Buffers()
@@ -189,7 +180,7 @@ class Checkpointer:
         Raises KeyMismatchError listing everything that does not fit.
         """
         self._refuse_closed()
-        if not self._source.files:
+        if not self._has_source:
             raise UsageError("source=None: there are no weights to load; initialise the model, then register() it")
         found = self._emitter.load_source(model, self.workers, self._report_loading)
         self._loaded = True
@@ -272,6 +263,7 @@ class Checkpointer:
             self._plan_ahead()
             self._begin_watch([])
             return None
+        self._take_layout_of(saved)
         resuming.load(
             saved,
             self._parts,
@@ -325,7 +317,7 @@ class Checkpointer:
         self._progress = progress or Progress()
         self._reported = Reported(self._progress.evals)
         self._started_from = None if progress is None else progress.step
-        self._directory.supersede(there if progress is None else ())
+        self._directory.supersede(there if progress is None or self._overwrite else ())
         self._plan_ahead()
         self._begin_watch([] if progress is None else there)
 
@@ -529,11 +521,34 @@ class Checkpointer:
 
     # Inside
 
+    def _open_source(self, source: Source | None, format: str | None) -> Checkpoint:
+        there = self._run.saved if self._run is not None else []
+        if source is None:
+            return self._open_lost([] if self._overwrite else there)
+        try:
+            return open_source(source, format=format, family=self._family, config=self._config)
+        except CheckpointNotFoundError as error:
+            raise lost(error, there) from error
+
+    def _open_lost(self, there: Sequence[Saved]) -> Checkpoint:
+        opened, step = open_lost(there, self._config, self._family)
+        if step is not None and self._run is not None:
+            log.info("there is no source: files, dtypes and config are those of %s", step)
+            self._run.template = step
+        return opened
+
+    def _take_layout_of(self, saved: Saved) -> None:
+        """Let a run without a source go on in the files of the step that it is resumed from, if that is its own."""
+        if not self._has_source and saved.path.parent == self._directory.path and saved.path != self._source.path:
+            self._source.close()
+            self._source = self._open_lost([saved])
+            self._emitter = Emitter(self._source, self._settings)
+
     def _finish(self) -> None:
         """What a run that comes to its end has to do: save the last step, and say what it was asked for in vain."""
         failed = self._background.settle()  # told at the end: the last step is to be saved all the same
         trained = self._parts is not None and self._progress.step > (self._started_from or 0)
-        settings = self._last_settings()
+        settings = self._last_settings
         if trained and self._save_last and (self._saved_step != self._progress.step or settings != self._settings):
             self._save(settings)
         else:
@@ -588,7 +603,7 @@ class Checkpointer:
         """Find out now what could not be saved later, and say once what the saved steps will be."""
         assert self._parts is not None
         trained = list(optimizers.tensors(self._parts.optimizer))
-        for settings in dict.fromkeys((self._settings, self._last_settings())):
+        for settings in dict.fromkeys((self._settings, self._last_settings)):
             for notice in self._emitter.prepare(self._parts.model, settings, trained):
                 log.warning("%s", notice)
         if self._saves_state:
@@ -622,7 +637,7 @@ class Checkpointer:
 
     @property
     def _saves_state(self) -> bool:
-        return "full" in (self._settings.contents, self._last_settings().contents)
+        return "full" in (self._settings.contents, self._last_settings.contents)
 
     def _look_at_state(self) -> None:
         """After each step: which gradients were used; after the first: whether what training has made can be saved."""
@@ -638,12 +653,6 @@ class Checkpointer:
         """Raise UsageError where another process of this run has a checkpointer for the same directory."""
         if (trouble := self._directory.trouble) is not None:
             raise UsageError(trouble)
-
-    def _last_settings(self) -> Settings:
-        if self._final is None:
-            return self._settings
-        changes = {name: value for name, value in vars(self._final).items() if value is not None}
-        return replace(self._settings, **changes)
 
     def _save(self, settings: Settings | None = None) -> None:
         """Take everything as it is now, and write it: behind the training, or before this returns."""
@@ -672,6 +681,7 @@ class Checkpointer:
             "model_format": settings.model_format,
             "run_name": directory.run_name,
             "versions": {"ckpt_convert": __version__, "torch": str(torch.__version__)},
+            STARTED_FROM: "checkpoint" if self._source.files else CONFIG,
         }
 
         def training() -> dict[str, Any]:
@@ -753,19 +763,3 @@ class Checkpointer:
     def _refuse_closed(self) -> None:
         if self._closed:
             raise UsageError("the checkpointer is closed; make another one")
-
-
-def _dtype(dtype: str | torch.dtype | None) -> str | None:
-    if dtype is None:
-        return None
-    name = str(dtype).removeprefix("torch.")
-    if name not in CASTS:
-        raise UsageError(f"export_dtype={dtype!r}: expected one of {', '.join(CASTS)}, or None for the source's dtypes")
-    return name
-
-
-def _final(values: Mapping[str, Any]) -> Final:
-    unknown = sorted(values.keys() - Final.__annotations__.keys())
-    if unknown:
-        raise UsageError(f"final: {unknown[0]!r} is no option of it; known: {', '.join(Final.__annotations__)}")
-    return Final(**{**values, "export_dtype": _dtype(values.get("export_dtype"))})

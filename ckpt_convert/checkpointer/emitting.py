@@ -75,18 +75,8 @@ class Emitter:
         self.source = source
         self.settings = settings
         self.adapter = None if adapter is None else AdapterConfig.of(adapter)
-        self.check(settings)
         self._plans: dict[tuple[Any, ...], Plan] = {}
         self._base: Base | None = None
-
-    def check(self, settings: Settings) -> None:
-        """Raise UsageError for settings that do not fit."""
-        if settings.contents not in CONTENTS:
-            raise UsageError(f"contents={settings.contents!r}: expected one of {', '.join(CONTENTS)}")
-        if self.adapter is None and (settings.contents == "adapter" or settings.merged):
-            what = "merged=True" if settings.merged else 'contents="adapter"'
-            raise UsageError(f"{what}: there is no adapter; give adapter=AdapterConfig(rank=..., alpha=...)")
-        self._request(settings).check()
 
     @cached_property
     def modules(self) -> Modules:

@@ -33,6 +33,8 @@ class Template:
     latest_name: str | None = "latest"
 
     def __post_init__(self) -> None:
+        if self.latest_name is not None:
+            self._check_pointer(self.latest_name)
         used = self._variables()
         if "step" not in used:
             raise self._wrong("expected {step} in it, without which the next checkpoint would have the same name")
@@ -54,6 +56,10 @@ class Template:
             raise self._wrong(f"a format specification does not fit its variable ({error})") from error
         self._check(name)
         return name
+
+    def check(self, run_name: str) -> None:
+        """Raise UsageError where the names would be none for a run of this name."""
+        self.format(_SAMPLE, run_name)
 
     def _variables(self) -> set[str]:
         found = set()
@@ -82,6 +88,14 @@ class Template:
             raise self._wrong(f"gives a name of {len(os.fsencode(name))} bytes, expected at most {LONGEST}")
         if name == self.latest_name:
             raise self._wrong(f"gives {name!r}, which is the name of the pointer to the newest checkpoint")
+
+    def _check_pointer(self, name: str) -> None:
+        try:
+            check_name(name, "latest_name")
+        except (UnsafeFileError, TypeError) as error:
+            raise UsageError(f"latest_name={name!r}: is no plain name; None is for no pointer") from error
+        if "/" in name:
+            raise UsageError(f"latest_name={name!r}: expected one name, the pointer lies beside what it leads to")
 
     def _wrong(self, what: str) -> UsageError:
         variables = ", ".join(f"{{{name}}}" for name in VARIABLES)

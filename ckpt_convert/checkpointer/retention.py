@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, TypeAlias
 
 from ckpt_convert.checkpointer import catalog
@@ -68,15 +69,15 @@ def parse_best(text: str) -> Best:
     return metric, "min" if mode == "min" else "max"
 
 
-def decide(saved: Sequence[Saved], policy: Policy, needed: Saved | None = None) -> Decision:
-    """What of these complete checkpoints a policy does not keep; one that is ``needed`` stays as it is."""
+def decide(saved: Sequence[Saved], policy: Policy, needed: Collection[Path | None] = ()) -> Decision:
+    """What of these complete checkpoints a policy does not keep; those that are ``needed`` stay as they are."""
     newest = sorted(saved, key=lambda one: one.sequence, reverse=True)
     kept = {one.path for one in newest[: policy.keep_last]} | {one.path for one in _ranked(saved, policy)}
     staying = [one for one in newest if one.path in kept]
     heavy = [one for one in staying if one.has_training_state]
     too_many = heavy[policy.keep_last_training_state :] if policy.keep_last_training_state else []
     gone = [one for one in newest if one.path not in kept]
-    return Decision(*(tuple(one for one in reversed(found) if one != needed) for found in (gone, too_many)))
+    return Decision(*(tuple(one for one in reversed(found) if one.path not in needed) for found in (gone, too_many)))
 
 
 def best(saved: Sequence[Saved], policy: Policy) -> Saved | None:

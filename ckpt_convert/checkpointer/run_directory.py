@@ -33,11 +33,14 @@ class RunDirectory:
         self.policy = policy
         self._template = template
         self.run_name = run_name or path.absolute().name
+        template.check(self.run_name)
         self._latest_name = latest_name
         self._lock: Lock | None = None
         self._mode = 0o777
         self._claim: Claim | None = None
         self._sequence = 0
+        self.template: Path | None = None
+        """The step that stands in for a source that is lost: it stays as long as the run goes on."""
         self._superseded: tuple[Saved, ...] = ()
         self._unwritten: dict[Path, tuple[Mapping[str, float], int]] = {}
 
@@ -132,11 +135,11 @@ class RunDirectory:
                 resumed.path,
                 metric,
             )
-        self._prune(needed=resumed)
+        self._prune(resumed.path)
 
-    def _prune(self, needed: Saved | None = None) -> None:
+    def _prune(self, resumed: Path | None = None) -> None:
         self._write_metrics()
-        retention.apply(retention.decide(self.saved, self.policy, needed))
+        retention.apply(retention.decide(self.saved, self.policy, {resumed, self.template}))
 
     def _write_metrics(self) -> bool:
         """Write the metrics that are not in their checkpoint yet; whether there were any."""
@@ -152,7 +155,7 @@ class RunDirectory:
 
     def check(self, source: Checkpoint) -> None:
         """Raise OutputExistsError where saving would write into the source, or keeping fewer steps delete it."""
-        if not source.files or not source.path.is_dir():
+        if not source.files or not source.path.is_dir() or source.path == self.template:
             return
         root, output = source.path.resolve(), self.path.resolve()
         if output.is_relative_to(root):

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ckpt_convert.checkpointer.catalog import Saved
 from ckpt_convert.convert.checkpoint import Checkpoint, open_checkpoint
 from ckpt_convert.convert.formats.base import Directory, render_json
 from ckpt_convert.convert.quantized import view
-from ckpt_convert.errors import CheckpointNotFoundError, ConfigError, UsageError
+from ckpt_convert.errors import CheckpointNotFoundError, CkptConvertError, ConfigError, UsageError
+
+STARTED_FROM, CONFIG = "started_from", "config"
+"""What the manifest says of a run that began with a config alone."""
 
 Source = str | Path | Sequence[str | Path] | Checkpoint
 Config = str | Path | Mapping[str, Any]
@@ -33,6 +38,35 @@ def open_source(source: Source, *, format: str | None, family: str | None, confi
     if not isinstance(source, (str, Path)):
         _check_list([Path(file).name for file in source], opened)
     return _as_numbers(opened)
+
+
+def open_lost(there: Sequence[Saved], config: Config | None, family: str | None) -> tuple[Checkpoint, Path | None]:
+    """What a run without a source goes on from, and the step that this is: the newest that has weights, or the config.
+
+    A run that began with a checkpoint keeps its files and its config that way, after the checkpoint is lost. One that
+    began with a config alone has nothing of its own to keep. Raises UsageError where there is neither.
+    """
+    for saved in reversed(there):
+        if "format" not in saved.manifest:
+            continue  # an adapter: its base is what is missing
+        if saved.manifest["training"].get(STARTED_FROM) == CONFIG and config is not None:
+            break
+        with contextlib.suppress(CkptConvertError):
+            return open_source(saved.path, format=None, family=family, config=None), saved.path
+    if config is None:
+        raise UsageError("source=None: give config= with the model's config.json, to start from nothing")
+    return from_config(config, format="hf", family=family), None
+
+
+def lost(error: CheckpointNotFoundError, there: Sequence[Saved]) -> CheckpointNotFoundError:
+    """The error about a source that is not there, with the way to go on without it where a run can."""
+    steps = [saved for saved in there if "format" in saved.manifest]
+    if not steps:
+        return error
+    return CheckpointNotFoundError(
+        f"{error}\nif it is lost, pass source=None: files, dtypes and config are then those of the newest step, "
+        f"{steps[-1].path}"
+    )
 
 
 def from_config(config: Config, *, format: str, family: str | None) -> Checkpoint:

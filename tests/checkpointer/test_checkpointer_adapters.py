@@ -154,7 +154,7 @@ def test_a_damaged_adapter_is_passed_over(source: Path, tmp_path: Path, caplog: 
 
 
 def test_the_adapter_alone(source: Path, tmp_path: Path) -> None:
-    trained(source, tmp_path, contents="adapter", merged=True)
+    trained(source, tmp_path, contents="adapter")
     names = {path.name for path in (tmp_path / "step_3").iterdir()}
     assert names == {"adapter_config.json", "adapter_model.safetensors", "ckpt_convert"}
 
