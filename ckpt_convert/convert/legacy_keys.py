@@ -132,16 +132,16 @@ def read(keys: Iterable[str], families: Iterable[Family], format: str) -> Names:
     return names
 
 
-def formats(keys: Iterable[str], families: Iterable[Family]) -> set[str]:
-    """The formats all of whose weights are known, once the keys are read."""
+def formats(keys: Iterable[str], families: Iterable[Family], *, former: bool = False) -> set[str]:
+    """The formats all of whose weights are known, once the keys are read; ``former`` names count as well if asked."""
     patterns = _patterns(keys)
     out = set()
     for family in families:
         for format in family.formats:
             table = _table(family, format)
             weights = [pattern for pattern in patterns if pattern in table or not _is_other(pattern)]
-            former = ALL[format].former
-            if weights and all(pattern in table or _possible(pattern, table, former) for pattern in weights):
+            names = ALL[format].former if former else ()
+            if weights and all(pattern in table or _possible(pattern, table, names) for pattern in weights):
                 out.add(format)
     return out
 

@@ -171,6 +171,7 @@ def by_keys(files: tuple[WeightFile, ...], why: str, kind: str | None = None) ->
         return fits.pop(), "its keys"
     if not fits:
         fits = legacy_keys.formats(stored, FAMILIES.values()) - others
+        fits = fits or legacy_keys.formats(stored, FAMILIES.values(), former=True) - others
         if len(fits) == 1:
             return fits.pop(), "its keys, as the notices say"
     if fits:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import PurePosixPath
 
 from ckpt_convert.convert import formats, layout
 from ckpt_convert.convert.checkpoint import Checkpoint
 from ckpt_convert.convert.containers import dcp, dcp_build
 from ckpt_convert.convert.formats import hf, native
-from ckpt_convert.convert.formats.base import DCP_INDEX, RECORD_FOLDER, render_index
+from ckpt_convert.convert.formats.base import DCP_INDEX, RECORD_FOLDER, common_names, render_index
 from ckpt_convert.convert.layout import OutputFile
 from ckpt_convert.convert.mapping import Logicals, Target
 from ckpt_convert.convert.model import Model
@@ -19,11 +20,14 @@ from ckpt_convert.convert.sidefiles import SideFile
 from ckpt_convert.errors import ShapeMismatchError, UsageError
 from ckpt_convert.models.table import Entry, Family, Instance
 
+_OURS = frozenset(common_names(1, "pt") or ())
+"""Names that --container gives, for torch.load and no loader of directories."""
+
 _USUAL_SHARD = 5_000_000_000
 """Bytes of a file where nothing says how many there should be, as on the Hub."""
 
 
-def recorded(source: Checkpoint, request: Request, like: Checkpoint | None) -> Layout | None:
+def recorded(source: Checkpoint, request: Request, like: Checkpoint | None, model: Model) -> Layout | None:
     """The layout that the target should have: of --like, of the source itself, or as an earlier conversion recorded."""
     if request.new_layout:
         return None
@@ -41,7 +45,24 @@ def recorded(source: Checkpoint, request: Request, like: Checkpoint | None) -> L
         return None
     if request.container is not None and request.container != _container(found):
         return None
-    return found
+    return _findable(found, source, model) if request.to == "hf" and request.container is None else found
+
+
+def _findable(found: Layout, source: Checkpoint, model: Model) -> Layout | None:
+    """A layout of Hugging Face's whose files loaders find: what lay there as one file alone has the usual name.
+
+    None for files that no loader of a directory reads (``run.ckpt``). The names in a directory stay what they are.
+    """
+    names = [file.name for file in found.files]
+    if found.index is not None or all(name.endswith(".distcp") or name in _OURS for name in names):
+        return found
+    if not all(name.endswith((".safetensors", ".bin")) for name in names):
+        return None
+    if source.path.is_dir() or hf.is_found(names[0]) or model.family.from_shapes is not None:
+        return found
+    if names[0].endswith(".bin"):
+        return None
+    return replace(found, files=(replace(found.files[0], name=f"{model.family.stem}.safetensors"),))
 
 
 def ranks(source: Checkpoint, request: Request, like: Checkpoint | None, wanted: Layout | None, model: Model) -> int:

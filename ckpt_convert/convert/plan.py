@@ -212,7 +212,7 @@ def make(source: Checkpoint, request: Request, *, tied: bool | None = None, live
         logicals = mapping.read(family, live.format, model.dims, [live.tensors], f"the model, as {live.format}")
         everything = list(live.stored)
         brought.take_derived(source, template, logicals, everything)
-    wanted = placement.recorded(source, request, like)
+    wanted = placement.recorded(source, request, like, model)
     ranks = placement.ranks(source, request, like, wanted, model)
     dims = model.dims
     if request.to == "meta":

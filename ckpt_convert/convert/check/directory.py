@@ -11,8 +11,9 @@ from ckpt_convert.convert.check.tolerant import Opened
 from ckpt_convert.convert.checkpoint import Checkpoint
 from ckpt_convert.convert.findings import Finding
 from ckpt_convert.convert.formats.base import load_json
-from ckpt_convert.convert.formats.hf import NUMBERED, another_set
+from ckpt_convert.convert.formats.hf import NUMBERED, another_set, is_found
 from ckpt_convert.errors import CkptConvertError
+from ckpt_convert.models import FAMILIES
 from ckpt_convert.storage.names import WEIGHT_SUFFIXES, partial_of, replaced_of
 
 _WHOLE = ("F64", "F32", "F16", "BF16")
@@ -129,6 +130,26 @@ def numbering(opened: Opened) -> Iterator[Finding]:
                     f"{', '.join(map(str, lacking[:5]))}; if keys are missing below, they lie there"
                 )
                 yield Finding("warning", "shards", text, opened.checkpoint.directory.index)
+
+
+def names(opened: Opened) -> Iterator[Finding]:
+    """Weight files beside a config.json that loaders do not find, for they have no index and another name."""
+    checkpoint = opened.checkpoint
+    used = [weight.name for weight in checkpoint.directory.weights]
+    family = FAMILIES.get(opened.view.family or "")
+    alone = checkpoint.format == "hf" and checkpoint.directory.index is None and checkpoint.directory.kind is None
+    if family is not None and family.from_shapes is not None:
+        return  # its loaders take a file, whatever it is called
+    if not alone or not (checkpoint.root / "config.json").is_file() or any(map(NUMBERED.fullmatch, used)):
+        return
+    for name in used:
+        if not is_found(name):
+            text = (
+                f"{name} is no name that transformers and others find (model.safetensors, pytorch_model.bin): rename "
+                "it if it is safetensors, or write the checkpoint anew with `ckpt-convert convert SRC DST --to hf "
+                "--container safetensors`"
+            )
+            yield Finding("warning", "shards", text, name)
 
 
 def _width(checkpoint: Checkpoint, stem: str) -> int:

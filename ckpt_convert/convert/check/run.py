@@ -87,6 +87,7 @@ def _report(work: _Work, workers: int, progress: ProgressCallback | None) -> Rep
     if checkpoint.path.is_dir():
         work.done("leftover", directory.leftovers(opened))
         work.done("shards", directory.numbering(opened))
+        work.done("shards", directory.names(opened))
         work.done("side-files", sidefiles.side_files(checkpoint))
         if (found := training.files(checkpoint.path, work.values)) is not None:
             work.done("training", found)

@@ -23,6 +23,12 @@ INDEX_SUFFIX = ".index.json"
 NUMBERED = re.compile(r"(?P<stem>.*)-(?P<number>\d{1,9})-of-(?P<total>\d{1,9})(?P<suffix>\.\w+)")
 """The name of a shard."""
 
+_FOUND = re.compile(
+    r"(?:model|diffusion_pytorch_model)(?:\.[\w-]+)?\.safetensors"
+    r"|(?:pytorch_model|diffusion_pytorch_model)(?:\.[\w-]+)?\.bin"
+)
+"""The names, with or without a variant, of the weights that transformers and diffusers find without an index."""
+
 _STEMS = {"safetensors": ("model", ".safetensors"), "bin": ("pytorch_model", ".bin")}
 
 
@@ -66,6 +72,11 @@ def plain_names(weight_map: Mapping[str, str]) -> dict[str, str]:
 def file_names(count: int, container: str) -> list[str]:
     stem, suffix = _STEMS.get(container, ("model", ""))
     return common_names(count, container) or numbered(count, stem, suffix)
+
+
+def is_found(name: str) -> bool:
+    """Whether loaders find a weight file of this name without an index."""
+    return _FOUND.fullmatch(name) is not None
 
 
 def index_name(container: str) -> str:
