@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 import sysconfig
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional
+
+from ckpt_convert import Checkpointer
 
 RUNS = Path("runs")
 
@@ -44,6 +46,17 @@ def text_examples(tokenizer_json: Path, length: int, most: int) -> tuple[list[Te
     most = min(most, len(tokens) // (length + 1))
     blocks = list(torch.tensor(tokens[: most * (length + 1)]).view(most, length + 1))
     return [block for at, block in enumerate(blocks) if at % 8], blocks[::8]
+
+
+def batches(checkpointer: Checkpointer, loader: Iterable[Tensor], steps: int) -> Iterator[Tensor]:
+    """The batches that are left to train on, epoch by epoch, until all steps are done or a signal came."""
+    if checkpointer.progress.step >= steps:
+        return
+    for _ in checkpointer.epochs():
+        for batch in loader:
+            yield batch
+            if checkpointer.progress.step >= steps or checkpointer.should_stop:
+                return
 
 
 def loss_of(model: nn.Module, blocks: Tensor) -> Tensor:

@@ -65,34 +65,26 @@ def main() -> None:
         save_on_signal=True,
     ) as checkpointer:
         checkpointer.load_model(model)
-        progress = checkpointer.resume(model=model, optimizer=optimizer, lr_scheduler=scheduler, dataloader=loader)
-        step = progress.step if progress else 0
+        checkpointer.resume(model=model, optimizer=optimizer, lr_scheduler=scheduler, dataloader=loader)
         table = common.LossTable(args.log_every)
-        done = step >= args.steps
-        while not done:
-            for blocks in loader:
-                loss = common.loss_of(model, blocks)
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                lr = scheduler.get_last_lr()[0]
-                optimizer.step()
-                scheduler.step()
-                optimizer.zero_grad()
-                step += 1
-                checkpointer.step(tokens=blocks[:, 1:].numel(), samples=len(blocks))
+        for blocks in common.batches(checkpointer, loader, args.steps):
+            loss = common.loss_of(model, blocks)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            lr = scheduler.get_last_lr()[0]
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            checkpointer.step(tokens=blocks[:, 1:].numel(), samples=len(blocks))
 
-                val_loss = None
-                if step % args.eval_every == 0 or step == args.steps:
-                    val_loss = common.evaluate(model, held_out)
-                    checkpointer.report(val_loss=val_loss)
-                table.add(step, loss.item(), lr, val_loss)
-                if done := step == args.steps or checkpointer.should_stop:
-                    break
-            else:  # all examples were seen
-                checkpointer.end_epoch()
+            step, val_loss = checkpointer.progress.step, None
+            if step % args.eval_every == 0 or step == args.steps:
+                val_loss = common.evaluate(model, held_out)
+                checkpointer.report(val_loss=val_loss)
+            table.add(step, loss.item(), lr, val_loss)
 
     if checkpointer.should_stop:
-        print(f"stopped after step {step}; run this again to go on")
+        print(f"stopped after step {checkpointer.progress.step}; run this again to go on")
         return
     print(f"weights   {common.checksum(model.state_dict())}")
     print(f"optimizer {common.checksum(optimizer.state_dict())}")
