@@ -310,6 +310,6 @@ class TestResumeAfterKill:
     def test_ends_with_the_same_bits(self, place: Path, full: str) -> None:
         printed = start(place, "resume_after_kill.py", "--steps", "12", "--kills", "1", "--seed", "5", *SMALL)
         assert "killed after step 10\n" in printed
-        assert re.search(r"resumed from \S+/step_\d+ ", printed)
+        assert re.search(r"resumed from \S+/step_\d+\b", printed)
         for what in ("weights", "optimizer"):
             assert re.search(rf"^{what} +([0-9a-f]{{19}}…)  \1  same$", printed, re.MULTILINE)
