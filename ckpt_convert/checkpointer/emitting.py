@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from ckpt_convert.checkpointer import base, loading
+from ckpt_convert.checkpointer import base, extra_files, loading
 from ckpt_convert.checkpointer.adapter_config import AdapterConfig
 from ckpt_convert.checkpointer.adapter_modules import Modules
 from ckpt_convert.checkpointer.adapters import Adapter, Split, split
@@ -190,6 +190,7 @@ class Emitter:
         _refuse_copies(model, parts.base if self.adapter is None else _trained_beside(parts))
         self._refuse_unsaved(model, parts, others)
         if self.adapter is not None:
+            extra_files.check(settings.extra, None)
             to_peft(parts, self.adapter, self.modules)
             return list(self._merged(parts, settings).notices) if _merges(settings) else []
         made = self._plan(parts.base, settings)
@@ -306,16 +307,13 @@ class Emitter:
         if key not in self._plans:
             made = planning.make(self.source, request, live=self._live(tensors, settings))
             planning.refuse_unreadable(made)
-            names = {path.name for path in settings.extra}
-            taken = sorted(names & {file.name for file in made.files})
-            if taken or len(names) < len(settings.extra):
-                raise UsageError(
-                    f"extra_files: {taken[0] if taken else 'two of them'} would have the name of another file of the "
-                    "checkpoint; rename it"
-                )
+            extra_files.check(settings.extra, made)
             # A source that is a saved step itself has files of its own run beside the weights (Trainer's state).
-            names |= ((record.training(self.source.root) or {}).get("files") or {}).keys()
-            self._plans[key] = replace(made, side=tuple(side for side in made.side if side.name not in names))
+            earlier = record.training(self.source.root) or {}
+            said = extra_files.replaced(settings.extra, made, earlier.get("extra_files") or ())
+            names = {path.name for path in settings.extra} | (earlier.get("files") or {}).keys()
+            side = tuple(side for side in made.side if side.name not in names)
+            self._plans[key] = replace(made, side=side, notices=(*made.notices, *said))
         return self._plans[key]
 
     def _live(

@@ -65,6 +65,11 @@ def model_of(checkpoint: Checkpoint) -> Model:
     Raises what ``identify`` does, and ConfigError where there is no config or it cannot be read.
     """
     path, content = checkpoint.params or _config(checkpoint)
+    if not content:
+        raise ConfigError(
+            f"{path}: is empty ({{}}), so it says nothing of the model; put the model's own back, or pass another with "
+            "--config"
+        )
     if type_of(content) is not None:
         # Told first: the tensors of a large model take a while to describe, in vain where the family is not known.
         names = checkpoint.names

@@ -58,7 +58,8 @@ def _file(path: Path) -> Iterator[Finding]:
         yield _error(name, "it is a git-lfs pointer, not the file itself; run git lfs pull in its repository")
     elif name.endswith(".json"):
         try:
-            load_json(path)
+            if not load_json(path) and name == "adapter_config.json":
+                yield _error(name, "is empty ({}), so it says nothing of the adapter; copy it again")
         except CkptConvertError as error:
             text = str(error).replace(str(path), name)
             lists = name not in _LOADED and "expected a JSON object" in text
