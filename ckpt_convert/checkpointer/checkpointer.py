@@ -263,6 +263,7 @@ class Checkpointer:
             self._plan_ahead()
             self._begin_watch([])
             return None
+        self._parts.begin_at(saved.step)
         self._take_layout_of(saved)
         resuming.load(
             saved,

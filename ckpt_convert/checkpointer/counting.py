@@ -63,12 +63,17 @@ class Counted(Iterator[Any]):
         return getattr(self._inner, name)
 
 
-def counting_class(base: Any, iterate: Callable[[], Iterator[Any]]) -> Any:
+TRACKER = "_ckpt_convert_tracker"
+"""The attribute of a counting class that says who made it, so that a loader that two savers are given counts once."""
+
+
+def counting_class(base: Any, iterate: Callable[[], Iterator[Any]], tracker: object = None) -> Any:
     """A class that is ``base`` in all but ``__iter__``; an object of it is pickled and copied as one of ``base``."""
 
     def fill(namespace: dict[str, Any]) -> None:
         namespace.update(
             __iter__=lambda self: iterate(),
+            **{TRACKER: tracker},
             __reduce_ex__=lambda self, protocol: _as(base, made, base.__reduce_ex__(self, protocol)),
             __module__=base.__module__,
             __qualname__=base.__qualname__,

@@ -5,6 +5,9 @@ and the number of batches handed out say where it is, and a resumed run makes th
 batches and drops them. A loader with a state of its own (torchdata's StatefulDataLoader) is asked for it, and tracked
 all the same: making its iterator again draws random numbers that the uninterrupted run does not draw.
 
+Generators that samplers, datasets and functions have of their own are found and tracked with it (``generators``), and
+so are the numbers by which samplers count their epochs.
+
 What is not reproduced: the random numbers that workers kept over epochs (``persistent_workers``) go on with, those of
 torchdata's workers, an order that a sampler or an iterable dataset draws step by step from the generators that the
 training loop draws from, too, and random changes to the one batch that accelerate's loaders read ahead.
@@ -13,18 +16,18 @@ training loop draws from, too, and random changes to the one batch that accelera
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, Sampler
 
-from ckpt_convert.checkpointer import rng
-from ckpt_convert.checkpointer.counting import Counted, Place, counting_class, set_class
+from ckpt_convert.checkpointer import generators, rng
+from ckpt_convert.checkpointer.counting import TRACKER, Counted, Place, counting_class, set_class
 from ckpt_convert.checkpointer.stateful import has_state
-from ckpt_convert.errors import CorruptFileError, UsageError
+from ckpt_convert.errors import CorruptFileError, UsageError, listing
 
 log = logging.getLogger("ckpt_convert")
 
@@ -37,8 +40,13 @@ def track(loader: Any, name: str = "dataloader") -> Tracked:
     """Record from now on where a loader is.
 
     The loader stays the object that it is, and what it gives is untouched; until ``untrack`` its class is one made
-    from its own. Raises UsageError for an iterable whose place in its data cannot be known.
+    from its own. A loader that is tracked already has one tracker, which all share; it ends with the last of them.
+    What of it cannot be tracked is said. Raises UsageError for an iterable whose place in its data cannot be known.
     """
+    shared: Tracked | None = getattr(type(loader), TRACKER, None)
+    if shared is not None:
+        shared.users += 1
+        return shared
     plain = isinstance(loader, DataLoader)
     if not plain and not has_state(loader):
         raise UsageError(
@@ -46,6 +54,8 @@ def track(loader: Any, name: str = "dataloader") -> Tracked:
             "go on where it was; wrap the data in a torch.utils.data.DataLoader, or give the loader state_dict() and "
             "load_state_dict()"
         )
+    if plain and (lines := generators.untracked(loader)):
+        log.warning("%s: a resumed run may see other data than an uninterrupted one:%s", name, listing(lines))
     return Tracked(loader, name, counts=plain)
 
 
@@ -56,13 +66,19 @@ class Tracked:
         # A loader that leads back to itself would keep its workers until the garbage collector comes by.
         self._loader: Callable[[], Any] = weakref.ref(loader) if counts else lambda: loader
         self.name = name
+        self.users = 1
+        self.resumed_at: int | None = None
+        """The step that a checkpointer resumed from, until the loader is iterated."""
         self._counts = counts
         self._has_state = _has_own_state(loader)
         self._place: Place | None = None
         self._pending: State | None = None
         self._original = type(loader)
+        self._counters: dict[str, int] = {}
+        self._moving: list[str] = []
         if counts:
-            set_class(loader, counting_class(self._original, self._iterate))
+            self._counters = generators.counters(loader)
+            set_class(loader, counting_class(self._original, self._iterate, self))
 
     @property
     def loader(self) -> Any:
@@ -122,7 +138,14 @@ class Tracked:
             self.loader.load_state_dict(state["own"])
             return
         self._pending = dict(state)
-        _set_generators(self.loader, state["now"])
+        self._moving = state["now"].get("moving", [])
+        unknown = generators.generators(self.loader).keys() - state["now"]["generators"].keys()
+        if unknown:
+            log.warning(
+                "%s: the checkpoint does not have the state of %s, so what is drawn from there will differ",
+                *(self.name, ", ".join(sorted(unknown))),
+            )
+        self._set_own(state["now"])
         if state["own"] is not None:
             self.loader.load_state_dict(state["own"])
         elif state["position"] and not self._has_state:
@@ -155,6 +178,9 @@ class Tracked:
 
     def untrack(self) -> None:
         """Give the loader its class back, and record nothing more."""
+        self.users -= 1
+        if self.users:
+            return
         found = self._loader()
         if self._counts and found is not None:
             set_class(found, self._original)
@@ -162,7 +188,7 @@ class Tracked:
 
     def _iterate(self) -> Iterator[Any]:
         """What the loader's ``__iter__`` does instead of its own."""
-        state, self._pending = self._pending, None
+        state, self._pending, self.resumed_at = self._pending, None, None
         if state is None:
             return self._start()
         if state["position"] is None:
@@ -186,7 +212,7 @@ class Tracked:
             before = rng.capture()
             self._original.__iter__(self.loader)
             rng.restore(before)
-            _set_generators(self.loader, state["now"])
+            self._set_own(state["now"])
         return self._start()
 
     def _same_epoch(self, state: State) -> Iterator[Any]:
@@ -194,13 +220,38 @@ class Tracked:
         if start["workers_kept"] and state["own"] is None:
             self._original.__iter__(self.loader)  # or making it would draw what only an epoch's first one draws
         self._set(start)
-        inner = self._original.__iter__(self.loader)
+        inner = self._original.__iter__(self.loader) if state["own"] is None else self._gone_to_place(start)
         if state["own"] is None and position:
             if first is not None:
                 self._set(first)
             self._drop(inner, position)
         self._set(state["now"])
         return self._counted(inner, Place(start, first, position))
+
+    def _gone_to_place(self, start: State) -> Iterator[Any]:
+        """The iterator of a loader that goes to its place itself.
+
+        For that, torchdata iterates over samplers without a state several times, of which each may draw anew. What
+        the loader draws from itself stays as that has left it.
+        """
+        given = {id(one): one for one in (self.loader.sampler, self.loader.batch_sampler) if isinstance(one, Sampler)}
+        kinds = {number: type(one) for number, one in given.items() if not has_state(one)}
+        kinds = {number: kind for number, kind in kinds.items() if not kind.__module__.startswith(("torch.", "torchd"))}
+
+        def restarted(number: int) -> Iterator[Any]:
+            states = {place: state for place, state in start["generators"].items() if place != "loader"}
+            self._set_own({**start, "generators": states})
+            found: Iterator[Any] = kinds[number].__iter__(given[number])
+            return found
+
+        try:
+            for number, kind in kinds.items():
+                set_class(given[number], counting_class(kind, functools.partial(restarted, number)))
+            inner: Iterator[Any] = self._original.__iter__(self.loader)
+            return inner
+        finally:
+            for number, kind in kinds.items():
+                set_class(given[number], kind)
 
     def _drop(self, inner: Iterator[Any], count: int) -> None:
         for number in range(count):
@@ -218,40 +269,34 @@ class Tracked:
         """The generators that an iterator may draw from; loaders draw from none of an accelerator's."""
         return {
             "rng": rng.capture(accelerators=accelerators),
-            "generators": {place: generator.get_state() for place, generator in _generators(self.loader)},
+            "generators": {at: generators.state_of(one) for at, one in generators.generators(self.loader).items()},
+            "counters": (counters := generators.counters(self.loader)),
+            # Others, such as the number of examples, are for each run to say.
+            "moving": [place for place, number in counters.items() if self._counters.get(place, number) != number],
             "iteration": getattr(self.loader, "iteration", None),  # accelerate seeds each epoch with it
             "workers_kept": self.loader.persistent_workers and self.loader._iterator is not None,
         }
 
     def _set(self, snapshot: State) -> None:
         rng.restore(snapshot["rng"])
-        _set_generators(self.loader, snapshot)
+        self._set_own(snapshot)
+
+    def _set_own(self, snapshot: State) -> None:
+        """Set what the loader has of its own; of an older checkpoint, what that knows."""
+        for place, generator in generators.generators(self.loader).items():
+            states = snapshot["generators"]
+            if place in states and not generators.set_state(generator, states[place]):
+                raise UsageError(
+                    f"{self.name}: {place} is a {type(generator).__qualname__}, but the checkpoint has the state of "
+                    "another kind of generator; give the loader the same, or resume without it "
+                    f'(exclude=["{self.name}*"])'
+                )
+        counters = snapshot.get("counters", {})
+        generators.set_counters(self.loader, {place: counters[place] for place in self._moving if place in counters})
+        if snapshot["iteration"] is not None and hasattr(self.loader, "iteration"):
+            self.loader.iteration = snapshot["iteration"]
 
 
 def _has_own_state(loader: Any) -> bool:
     """accelerate's loaders have the methods, but whether there is a state, and of which batch, is another question."""
     return has_state(loader) and not hasattr(loader, "base_dataloader")
-
-
-def _generators(loader: Any) -> Iterator[tuple[str, torch.Generator]]:
-    """The generators that a loader was given, each once, by where they are."""
-    batches, samples = getattr(loader, "batch_sampler", None), getattr(loader, "sampler", None)
-    seen: set[int] = set()
-    for place, holder in (
-        ("loader", loader),
-        ("sampler", samples),
-        ("batch_sampler", batches),
-        ("batch_sampler.sampler", getattr(batches, "sampler", None)),
-    ):
-        found = getattr(holder, "generator", None)
-        if isinstance(found, torch.Generator) and id(found) not in seen:
-            seen.add(id(found))
-            yield place, found
-
-
-def _set_generators(loader: Any, snapshot: State) -> None:
-    for place, generator in _generators(loader):
-        if place in snapshot["generators"]:
-            generator.set_state(snapshot["generators"][place])
-    if snapshot["iteration"] is not None and hasattr(loader, "iteration"):
-        loader.iteration = snapshot["iteration"]

@@ -18,6 +18,7 @@ from ckpt_convert.checkpointer.dataloader import Tracked, track
 from ckpt_convert.checkpointer.gradients import Gradients
 from ckpt_convert.checkpointer.live import Memory, Model, names_of, renamed, tensors_of, wrapper_tensors
 from ckpt_convert.checkpointer.pack import Packed, pack
+from ckpt_convert.errors import UsageError
 
 _OCCASIONAL = ("wrapper", "gradients")
 
@@ -118,6 +119,18 @@ class Parts:
             if name in state:
                 tensor.copy_(state[name])
         return []
+
+    def begin_at(self, step: int) -> None:
+        """Say which step is about to be resumed; raises UsageError for a loader that another saver took elsewhere."""
+        for name, loader in self.loaders.items():
+            if loader.resumed_at not in (None, step):
+                raise UsageError(
+                    f"{name}: another checkpointer that has the same loader resumed at step {loader.resumed_at}, and "
+                    f"this one would go on from step {step}, with other weights; register(..., progress=...) this one "
+                    f"with the progress that the other one resumed, or resume(from_={loader.resumed_at})"
+                )
+        for loader in self.loaders.values():
+            loader.resumed_at = step
 
     def end_epoch(self) -> None:
         for loader in self.loaders.values():

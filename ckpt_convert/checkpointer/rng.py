@@ -19,9 +19,8 @@ State = dict[str, Any]
 
 def capture(accelerators: bool = True) -> State:
     """The state of every global generator, as a tree that ``pack`` takes; nothing is drawn and no device set up."""
-    version, words, gauss = random.getstate()
     state: State = {
-        "python": {"version": version, "words": torch.tensor(words, dtype=torch.int64), "gauss": gauss},
+        "python": python_state(random),
         "numpy": np.random.get_state(legacy=False),
         "torch": torch.get_rng_state(),
     }
@@ -40,8 +39,7 @@ def restore(state: Mapping[str, Any]) -> None:
     """
     try:
         if "python" in state:
-            python = state["python"]
-            random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
+            set_python_state(random, state["python"])
         if "numpy" in state:
             np.random.set_state(state["numpy"])
         if "torch" in state:
@@ -53,6 +51,17 @@ def restore(state: Mapping[str, Any]) -> None:
             f"rng: is no state of the random number generators ({error}); resume from another checkpoint, "
             'or without it (exclude=["rng*"])'
         ) from error
+
+
+def python_state(generator: Any) -> State:
+    """The state of a ``random.Random``, or of the module itself."""
+    version, words, gauss = generator.getstate()
+    return {"version": version, "words": torch.tensor(words, dtype=torch.int64), "gauss": gauss}
+
+
+def set_python_state(generator: Any, state: Mapping[str, Any]) -> None:
+    """Set it; raises KeyError, TypeError, ValueError or AttributeError for what is no such state."""
+    generator.setstate((state["version"], tuple(state["words"].tolist()), state["gauss"]))
 
 
 def _restore_devices(kind: str, states: list[torch.Tensor]) -> None:
