@@ -11,7 +11,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ckpt_convert.convert import containers, formats, legacy_keys, opening, record
+from ckpt_convert.convert import containers, diagnosis, formats, legacy_keys, opening, record
 from ckpt_convert.convert.bulk import without_collector
 from ckpt_convert.convert.containers.header import StoredTensor
 from ckpt_convert.convert.findings import Finding
@@ -220,7 +220,10 @@ class Checkpoint:
         """Family and config; raises ConfigError or UnsupportedFamilyError where they are not to be had."""
         if self.format is None:
             raise AmbiguousFormatError(f"{self.path}: {self.why}; {self.advice}")
-        return model_of(self)
+        model = model_of(self)
+        if (cause := diagnosis.unmerged(self)) is not None:
+            raise KeyMismatchError(f"{self.path}: {cause}")
+        return model
 
     def model_for(self, *formats: str) -> Model:
         """``model``, for what has to do with these formats alone.
@@ -266,7 +269,7 @@ class Checkpoint:
             if file.header.foreign:
                 from ckpt_convert.convert.containers import torchpickle
 
-                raise torchpickle.refusal(str(file.path), "data.pkl", file.header.foreign[0])
+                raise torchpickle.refusal(str(file.path), "data.pkl", *file.header.foreign)
 
     @cached_property
     def params(self) -> tuple[Path, dict[str, Any]] | None:

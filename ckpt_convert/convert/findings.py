@@ -46,7 +46,12 @@ def raise_if_any(findings: Sequence[Finding], what: str) -> None:
         return
     is_keys = any(finding.check != "shape" for finding in findings)
     error: type[CkptConvertError] = KeyMismatchError if is_keys else ShapeMismatchError
-    raise error(f"{what} does not fit:{''.join(parts)}")
+    way = (
+        ""
+        if is_keys
+        else "\n  `ckpt-convert verify` names the setting that does not fit; give a corrected config with --config"
+    )
+    raise error(f"{what} does not fit:{''.join(parts)}{way}")
 
 
 def errors(findings: Iterable[Finding]) -> list[Finding]:

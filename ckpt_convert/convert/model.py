@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ckpt_convert.convert import legacy_keys
+from ckpt_convert.convert import diagnosis, legacy_keys
 from ckpt_convert.convert.formats.base import load_json
 from ckpt_convert.convert.legacy_keys import Names
 from ckpt_convert.convert.mapping import Source
@@ -186,10 +186,9 @@ def _config(checkpoint: Checkpoint) -> tuple[Path, dict[str, Any]]:
         return path, shown
     name = path.relative_to(checkpoint.root).as_posix()
     if not path.is_file():
-        raise ConfigError(
-            f"{checkpoint.path}: has no {name}, so the model's sizes are not known; "
-            "pass --config with its config.json or params.json"
-        )
+        above = diagnosis.config_above(checkpoint.path)
+        way = "with its config.json or params.json" if above is None else f"{above}, which is that of the run"
+        raise ConfigError(f"{checkpoint.path}: has no {name}, so the model's sizes are not known; pass --config {way}")
     return path, load_json(resolve(checkpoint.root, name, str(checkpoint.path)))
 
 

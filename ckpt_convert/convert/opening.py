@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ckpt_convert.convert import containers, formats, legacy_keys, record
 from ckpt_convert.convert.containers import gguf
-from ckpt_convert.convert.containers.header import Header
+from ckpt_convert.convert.containers.header import SLICES, Header
 from ckpt_convert.convert.formats import peft
 from ckpt_convert.convert.formats.base import Directory, WeightName, dcp_directory, plain_weights
 from ckpt_convert.convert.formats.hf import another_set
@@ -23,6 +23,9 @@ _ANY_SUFFIX = (*WEIGHT_SUFFIXES, ".ckpt")
 _GGUF = ".gguf"
 _INDEX = re.compile(r"(?<![^.])(?:0|[1-9][0-9]*)(?![^.])")
 """A part of a key that is a number."""
+
+TRAINING = ("optimizer", "scheduler", "training_args", "adapter_", "rng_state", "random_states", "scaler", "optim")
+"""How files and folders begin that a training loop saves beside the weights."""
 
 _LOOSE = "weight files without config.json"
 WRITTEN_BY_DCP = "written by torch.distributed.checkpoint"
@@ -106,9 +109,10 @@ def detect(path: Path, wanted: str | None, found_record: Record | None) -> tuple
     if adapter is not None and weights:
         return None, peft.describe(adapter), Directory((weights[0],), kind=peft.KIND)
     loose = hf or formats.ALL["native"].find(path)
-    if loose is None:
-        names = everything(path)
-        if not names:
+    names = [weight.name for weight in loose.weights] if loose is not None else everything(path)
+    if loose is None or all(name.startswith(TRAINING) for name in names):
+        # What lies beside the weights is something to look at only where there are none.
+        if not names or _instead(path):
             raise CheckpointNotFoundError(
                 f"{path}: has no weight files that are known ({', '.join('*' + suffix for suffix in WEIGHT_SUFFIXES)})"
                 f"{_instead(path)}"
@@ -184,7 +188,12 @@ def notices(path: Path, files: Sequence[WeightFile]) -> list[str]:
     out = in_memory(files)
     for file in files:
         foreign, objects = file.header.foreign, file.header.objects
-        if foreign:
+        if SLICES.intersection(foreign):
+            out.append(
+                f"{file.name}: holds what one rank has of tensors that are distributed over several (DTensor): the "
+                "shapes below are those of its parts"
+            )
+        elif foreign:
             out.append(
                 f"{file.name}: asks for objects of {_some(foreign, 5)}, which tensors do not need; none was made, "
                 "nothing was executed, and convert refuses the file"
@@ -247,7 +256,11 @@ def _named(directory: Path, suffixes: tuple[str, ...]) -> list[str]:
 def _instead(path: Path) -> str:
     from ckpt_convert.convert.containers import dcp
 
+    config = path / "config.json"
     for folder in sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")):
+        if folder.name.startswith(TRAINING):
+            continue
         if any(entry.suffix in _ANY_SUFFIX for entry in folder.iterdir()) or dcp.is_directory(folder):
-            return f"; there are some in {folder}"
+            how = f": give that, with --config {config}" if config.is_file() else ""
+            return f"; there are some in {folder}{how}"
     return ""

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
-from tests.helpers import GOLDEN, read_safetensors
+import safetensors.torch
+import torch
+import torch.distributed.checkpoint as dcp
+
+from tests.helpers import GOLDEN, edit_json, read_safetensors
 from tests.reliability.commands import run
 
 INDEX = "model.safetensors.index.json"
@@ -98,3 +104,103 @@ def test_two_sets_without_an_index_say_which_is_whole(tmp_path: Path) -> None:
     (found,) = (finding for finding in verdict(source) if finding["check"] == "shards")
     assert "the set of 3 is whole" in found["text"]
     assert "remove" not in found["text"]
+
+
+# One cause
+
+
+def test_an_adapter_that_was_not_merged_is_one_finding(tmp_path: Path) -> None:
+    source = llama(tmp_path / "source")
+    tensors = read_safetensors(source)
+    for file in (*source.glob("*.safetensors"), source / INDEX):
+        file.unlink()
+    for layer in range(3):
+        module = f"model.layers.{layer}.self_attn.q_proj"
+        tensors[f"{module}.base_layer.weight"] = tensors.pop(f"{module}.weight")
+        tensors[f"{module}.lora_A.default.weight"] = torch.ones(2, 72)
+        tensors[f"{module}.lora_B.default.weight"] = torch.zeros(72, 2)
+    for prefix in ("", "base_model.model."):
+        named = {prefix + key: tensor for key, tensor in tensors.items()}
+        safetensors.torch.save_file(named, source / "model.safetensors")
+        (found,) = verdict(source)
+        assert found["check"] == "keys"
+        refused = run("convert", source, tmp_path / "out", "--to", "native")
+        assert refused.returncode == 3
+        for said in (found["text"], refused.stderr):
+            assert "model.merge_and_unload().save_pretrained(DIR)" in said
+            assert f"{prefix}model.layers.0.self_attn.q_proj.base_layer.weight" in said
+            assert "tie_word_embeddings" not in said
+    # Of no known family it is what it is: its keys are taken as they are.
+    edit_json(source / "config.json", model_type="strange", architectures=["StrangeForCausalLM"])
+    assert run("convert", source, tmp_path / "out", "--to", "hf", "-q").returncode == 0
+
+
+def test_one_ranks_slices_are_not_to_be_saved_as_the_whole(tmp_path: Path) -> None:
+    path = tmp_path / "model_world_size_2_rank_0.pt"
+    script = f"""
+import os, torch, torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+os.environ.update(RANK="0", WORLD_SIZE="1")
+dist.init_process_group("gloo", store=dist.FileStore({str(tmp_path / "store")!r}, 1), rank=0, world_size=1)
+whole = distribute_tensor(torch.ones(4, 4), init_device_mesh("cpu", (1,)), [Shard(0)])
+torch.save({{"a.weight": whole}}, {str(path)!r})
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+    (found,) = verdict(path)
+    shown, refused = run("inspect", path), run("convert", path, tmp_path / "out", "--to", "native")
+    assert refused.returncode == 3
+    for said in (found["text"], " ".join(shown.stdout.split()), refused.stderr):
+        assert "what one rank has of tensors that are distributed over several (DTensor)" in said
+        assert "save a plain state dict" not in said
+    assert "torch.distributed.checkpoint" in found["text"]
+
+
+def test_a_directory_of_a_trainer_whose_weights_are_sharded_says_where_they_are(tmp_path: Path) -> None:
+    source = llama(tmp_path / "source")
+    tensors = read_safetensors(source)
+    run_directory = tmp_path / "checkpoint-10"
+    weights = run_directory / "pytorch_model_fsdp_0"
+    dcp.save({"model": tensors}, checkpoint_id=weights, no_dist=True)
+    dcp.save({"optimizer": {"a": torch.ones(2)}}, checkpoint_id=run_directory / "optimizer_0", no_dist=True)
+    shutil.copy(source / "config.json", run_directory)
+    torch.save({}, run_directory / "scheduler.pt")
+    torch.save({"seed": 1}, run_directory / "rng_state_0.pth")
+    config = run_directory / "config.json"
+    for command in (("verify", run_directory), ("inspect", run_directory)):
+        said = run(*command)
+        assert said.returncode == 3
+        assert f"there are some in {weights}: give that, with --config {config}" in " ".join(said.stderr.split())
+    assert f"--config {config}" in run("verify", weights).stdout
+    assert f"--config {config}" in run("convert", weights, tmp_path / "out", "--to", "native").stderr
+    assert run("verify", weights, "--config", config, "-q").returncode == 0
+    options = ("--to", "hf", "--container", "safetensors", "--config", config, "-q")
+    assert run("convert", weights, tmp_path / "out", *options).returncode == 0
+    assert read_safetensors(tmp_path / "out").keys() == tensors.keys()
+
+
+def test_a_resized_vocabulary_has_a_way_out(tmp_path: Path) -> None:
+    source = llama(tmp_path / "source")
+    for file in source.glob("*.safetensors"):
+        tensors = safetensors.torch.load_file(file)
+        for key in {"model.embed_tokens.weight", "lm_head.weight"} & tensors.keys():
+            tensors[key] = torch.cat([tensors[key], tensors[key][:8]])
+        safetensors.torch.save_file(tensors, file, {"format": "pt"})
+    (source / INDEX).write_text((source / INDEX).read_text().replace("total_", "stated_"))
+    (found,) = verdict(source)
+    assert "vocab_size is 56 in config.json" in found["text"]
+    assert "set it to 64 if the vocabulary was resized" in found["text"]
+    refused = run("convert", source, tmp_path / "out", "--to", "native")
+    assert "give a corrected config with --config" in refused.stderr
+    shutil.copy(source / "config.json", tmp_path / "config.json")
+    edit_json(tmp_path / "config.json", vocab_size=64)
+    done = run("convert", source, tmp_path / "out", "--to", "native", "--config", tmp_path / "config.json", "-q")
+    assert done.returncode == 0, done.stderr
+    # Half a resize cannot be put right by a config.
+    output = source / json.loads((source / INDEX).read_text())["weight_map"]["lm_head.weight"]
+    tensors = safetensors.torch.load_file(output)
+    tensors["lm_head.weight"] = tensors["lm_head.weight"][:56].contiguous()
+    safetensors.torch.save_file(tensors, output, {"format": "pt"})
+    (found,) = verdict(source)
+    assert "model.embed_tokens.weight has 64 rows, but lm_head.weight has 56" in found["text"]
+    assert "model.resize_token_embeddings(N)" in found["text"]

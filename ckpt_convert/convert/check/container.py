@@ -83,7 +83,7 @@ def _zip(reader: LocalFile) -> Surveyed:
 
 def _named(reader: RangeReader, header: Header, *problems: str) -> Surveyed:
     """The file, with what its pickle asks for although no tensor needs it."""
-    asked = [str(torchpickle.refusal(reader.name, "data.pkl", name)) for name in header.foreign]
+    asked = (str(torchpickle.refusal(reader.name, "data.pkl", *header.foreign)),) if header.foreign else ()
     return Surveyed(reader, header, (*problems, *asked))
 
 

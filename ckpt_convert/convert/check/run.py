@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ckpt_convert.convert import mapping
+from ckpt_convert.convert import diagnosis, mapping
 from ckpt_convert.convert.check import causes, checksums, directory, generic, sidefiles, table, training
 from ckpt_convert.convert.check.report import Report, Skipped, by_severity
 from ckpt_convert.convert.check.spans import Expected
@@ -127,6 +127,10 @@ def _against_config(work: _Work) -> None:
         work.done("shards", mixed)
         work.skip(f"the ranks are not those of one checkpoint: {why}", "config", "keys", "tied", "replicas")
         return
+    if (cause := diagnosis.unmerged(work.opened.view)) is not None:
+        work.done("keys", [Finding("error", "keys", cause)])
+        work.skip("an adapter was not merged", "config", "tied")
+        return
     model = _model(work, content)
     if model is not None and content is not None:
         for caveat in model.family.caveats(str(view.format)):
@@ -158,7 +162,7 @@ def _model(work: _Work, content: Mapping[str, Any] | None) -> Model | None:
         return None
     if content is None:
         why = (
-            "has no config that can be read, so nothing says what the sizes should be; give one with --config"
+            f"has no config that can be read, so nothing says what the sizes should be; give {_config(view)}"
             if view.format is not None
             else "is of no format that is known, so nothing says what the keys should be"
         )
@@ -293,6 +297,11 @@ def _read(work: _Work, workers: int, progress: ProgressCallback | None) -> int:
     elif not hashes:
         work.skip(f"no checksums came with it ({MANIFEST}, checklist.chk)", "checksum")
     return nbytes
+
+
+def _config(view: Checkpoint) -> str:
+    above = diagnosis.config_above(view.path)
+    return "one with --config" if above is None else f"the one above with --config {above}"
 
 
 def _first_line(text: str) -> str:

@@ -105,6 +105,11 @@ def _tied(model: Model, stored: Stored, found: list[Finding], where: str) -> Ite
         for entry in model.family.entries(stored.format, model.dims)
         if entry.column(stored.format).omitted_if_tied
     }
+    vocabulary = {
+        entry.key
+        for entry in model.family.entries(stored.format, model.dims)
+        if entry.first.row.shape[0] == "vocab_size" and len(stored.shapes.get(entry.key, ())) == 2
+    }
     for finding in found:
         if finding.check == "missing" and finding.key in outputs:
             text = (
@@ -115,6 +120,14 @@ def _tied(model: Model, stored: Stored, found: list[Finding], where: str) -> Ite
         elif finding.check == "missing":
             text = f"{finding.key} is missing; expected {finding.expected}"
             finding = replace(finding, check="keys", text=text if finding.expected else f"missing: {finding.text}")
+        elif finding.key in vocabulary and len(other := vocabulary - {finding.key}) == 1:
+            (whole,) = other
+            text = (
+                f"{finding.key} has {stored.shapes[finding.key][0]} rows, but {whole} has {stored.shapes[whole][0]}, "
+                f"as {where} says: one of the two was resized; resize both where the model is in memory "
+                "(model.resize_token_embeddings(N)), and save it again"
+            )
+            finding = replace(finding, check="keys", text=text)
         elif finding.check == "unexpected":
             finding = replace(finding, check="keys", text=f"unexpected: {finding.text}")
         else:
@@ -235,7 +248,9 @@ def _finding(
         fits = "" if shape[axis] == cause.value else f", which fits {cause.value}"
         more = f" ({len(healed)} tensors say so)" if len(healed) > 1 else ""
         text = f"{said}, but {key} has {shape[axis]} {unit}{fits}{more}{_alternatives(others, in_metas_words)}"
-        text += f"; correct {where}, or use the weights that belong to it"
+        resized = cause.setting == "vocab_size"
+        way = f"set it to {cause.value} if the vocabulary was resized" if resized else f"correct {where}"
+        text += f"; {way}, or use the weights that belong to it"
     return Finding("error", "config", text, where, None, expected, found)
 
 

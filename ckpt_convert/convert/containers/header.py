@@ -12,6 +12,16 @@ IN_MEMORY = "memory"
 """The kind of what is no file, but a tensor in memory."""
 
 
+SLICES = frozenset(
+    (
+        "torch.distributed.tensor.DTensor",
+        "torch.distributed._tensor.api.DTensor",
+        "torch.distributed._shard.sharded_tensor.api.ShardedTensor",
+    )
+)
+"""The classes of tensors of which a pickle holds one rank's part."""
+
+
 class Box(NamedTuple):
     """Where a piece lies in its tensor: ``shape`` is that of the whole tensor, ``origin`` the piece's first element."""
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckpt_convert.convert.containers import pickleglobals
+from ckpt_convert.convert.containers.header import SLICES
 from ckpt_convert.convert.containers.pickleglobals import (
     Foreign,
     Global,
@@ -62,10 +63,18 @@ def load(name: str, data: bytes, *, foreign: bool = False, part: str = "data.pkl
         ) from None
 
 
-def refusal(name: str, part: str, foreign: str) -> UnsafeFileError:
-    """The error for a pickle that asks for an object of a class that is on no list."""
+def refusal(name: str, part: str, foreign: str, *more: str) -> UnsafeFileError:
+    """The error for a pickle that asks for objects of classes that are on no list."""
+    asked = f"{foreign!r}" + (f" and {len(more)} others" if len(more) > 1 else f" and {more[0]!r}" if more else "")
+    if SLICES.intersection((foreign, *more)):
+        return UnsafeFileError(
+            f"{name}: holds what one rank has of tensors that are distributed over several (DTensor), so no such file "
+            "is the whole, and what is saved of it is a part; nothing was executed. Save the model in a run of as many "
+            "ranks, by torch.distributed.checkpoint or ckpt_convert.Checkpointer, or gathered first "
+            "(get_model_state_dict with full_state_dict=True)"
+        )
     return UnsafeFileError(
-        f"{name}: {part} asks for {foreign!r}, which rebuilding tensors never needs; nothing was executed. If you "
+        f"{name}: {part} asks for {asked}, which rebuilding tensors never needs; nothing was executed. If you "
         "trust the file, load it with torch and save a plain state dict, or better a safetensors file"
     )
 
