@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from ckpt_convert.convert.formats import peft
 from ckpt_convert.convert.formats.base import load_json
 from ckpt_convert.errors import ConfigError, listing
+from ckpt_convert.storage.names import local_path
 
 T = TypeVar("T")
 
@@ -85,7 +86,7 @@ class AdapterConfig:
         if isinstance(given, AdapterConfig):
             return given
         if isinstance(given, str | Path):
-            path = Path(given)
+            path = local_path(given, "adapter")
             path = path / peft.CONFIG if path.is_dir() else path
             return _of_peft(load_json(path), str(path))
         content = given.to_dict() if hasattr(given, "to_dict") else given

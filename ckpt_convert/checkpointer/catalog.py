@@ -25,6 +25,7 @@ from ckpt_convert.convert.containers import dcp
 from ckpt_convert.convert.record import MANIFEST, TRAINING_STATE, read_manifest, replace_manifest
 from ckpt_convert.errors import (
     CheckpointNotFoundError,
+    CkptConvertError,
     ConfigError,
     CorruptFileError,
     LockedError,
@@ -237,12 +238,14 @@ def finish_removal(hidden: Path, original: Path) -> None:
     """Remove the files of a checkpoint that has lost its name, and give that back to what somebody put beside them.
 
     The files are those that the manifest lists, which goes last. What an earlier attempt left is finished. Raises
-    OSError.
+    OSError, UnreadableError, and CorruptFileError where the manifest is damaged.
     """
     journal = hidden / JOURNAL
     journal.touch()
     sync_directory(hidden)
     listed = record.listed(hidden)
+    if not listed and os.path.lexists(hidden / MANIFEST):
+        raise CorruptFileError(f"{hidden / MANIFEST}: is damaged, so nothing says which files are to be removed")
     _remove_files(hidden, listed - {MANIFEST})
     (hidden / MANIFEST).unlink(missing_ok=True)
     _remove_files(hidden, frozenset())  # folders that are empty now
@@ -302,8 +305,9 @@ def tidy(output_dir: Path) -> None:
             elif target_of(path) is not None or not os.lstat(path).st_size:
                 path.unlink()
                 log.info("half-written pointer %s removed", path)
-        except OSError as error:
-            log.warning("%s is left over and cannot be removed: %s", path, error.strerror)
+        except (OSError, CkptConvertError) as error:
+            said = error.strerror if isinstance(error, OSError) else error
+            log.warning("%s is left over and cannot be removed: %s", path, said)
     for state in output_dir.glob(f"*/{TRAINING_STATE}"):
         finish_thinning(state.parent)
     for amended in output_dir.glob(f"*/{partial_of(Path(MANIFEST))}"):

@@ -43,6 +43,7 @@ from ckpt_convert.convert import formats
 from ckpt_convert.convert.blocks import ProgressCallback
 from ckpt_convert.convert.checkpoint import Checkpoint
 from ckpt_convert.errors import CheckpointNotFoundError, OutputExistsError, UsageError
+from ckpt_convert.storage.names import local_path
 from ckpt_convert.storage.reader import WORKERS
 
 log = logging.getLogger("ckpt_convert")
@@ -120,12 +121,14 @@ class Checkpointer:
         template = Template(directory, latest_name)
         self._run: RunDirectory | None = None
         if output_dir is not None:
-            self._run = RunDirectory(Path(output_dir), template, run_name, latest_name, policy)
+            self._run = RunDirectory(local_path(output_dir, "output_dir"), template, run_name, latest_name, policy)
         self._save_first, self._save_last, self._save_best = save_first, save_last, save_best
         self._overwrite = overwrite
         self._policy, self._watch = policy, Watch(self._schedule, policy.best)
         self._config, self._family, self._has_source = config, family, source is not None
         self._source = self._open_source(source, source_format)
+        if self._run is not None:
+            self._run.check(self._source)
         self._settings = Settings(
             contents=contents,
             export_dtype=options.dtype_of(export_dtype),
@@ -220,7 +223,7 @@ class Checkpointer:
     def load_adapter(self, path: str | Path, model: Model) -> int:
         """Fill a model's adapter from a PEFT directory, in place; returns the number of tensors."""
         self._refuse_closed()
-        return self._emitter.load_adapter(Path(path), model)
+        return self._emitter.load_adapter(local_path(path), model)
 
     # Beginning
 

@@ -18,6 +18,7 @@ from ckpt_convert.convert.checkpoint import Checkpoint
 from ckpt_convert.convert.request import CASTS
 from ckpt_convert.errors import UsageError, listing
 from ckpt_convert.models import FAMILIES
+from ckpt_convert.storage.names import local_path
 
 _VARIABLE = re.compile(rf"{{(?:{'|'.join(VARIABLES)})(?::[^{{}}]*)?}}")
 _BRACES = "has braces, but only directory= is a template; write it out, or put the variable into directory="
@@ -123,4 +124,4 @@ def _together(given: Mapping[str, Any], final: Final) -> Iterator[str]:
 
 def extra_files(given: Any) -> tuple[Path, ...]:
     """The paths of ``extra_files``, of which one may be given as it is."""
-    return tuple(Path(path) for path in ((given,) if isinstance(given, str | Path) else given))
+    return tuple(local_path(path, "extra_files") for path in ((given,) if isinstance(given, str | Path) else given))

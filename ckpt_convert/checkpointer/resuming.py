@@ -29,6 +29,7 @@ from ckpt_convert.errors import (
     UsageError,
     listing,
 )
+from ckpt_convert.storage.names import local_path
 
 log = logging.getLogger("ckpt_convert")
 
@@ -57,7 +58,7 @@ def choose(output_dir: Path, from_: Any, policy: retention.Policy, *, verify: bo
             steps = ", ".join(str(saved.step) for saved in there) or "none"
             raise CheckpointNotFoundError(f"{output_dir}: has no complete checkpoint of step {from_}; it has: {steps}")
     elif isinstance(from_, (str, Path)):
-        place = Path(from_).expanduser()
+        place = local_path(from_, "from_")
         place = pointer.pointed(place.parent, place.name) or place
         found = catalog.read(place.resolve(), renamed=True)
         if found is None:

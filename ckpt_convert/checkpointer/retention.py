@@ -126,8 +126,9 @@ def _delete(saved: Saved) -> None:
         os.rename(saved.path, hidden)
         sync_directory(hidden.parent)
         catalog.finish_removal(hidden, saved.path)
-    except OSError as error:
-        log.warning("%s is to be kept no longer, but cannot be removed: %s", saved.path, error.strerror)
+    except (OSError, CkptConvertError) as error:
+        said = error.strerror if isinstance(error, OSError) else error
+        log.warning("%s is to be kept no longer, but cannot be removed: %s", saved.path, said)
     else:
         log.info("%s removed: not among those to keep", saved.path)
 

@@ -53,6 +53,7 @@ class RunDirectory:
         if self._lock is not None:
             return
         self.check(source)
+        self._refuse_step(source)
         if source.files:
             self._mode = permissions(source)
         self.path.mkdir(parents=True, exist_ok=True)
@@ -154,15 +155,18 @@ class RunDirectory:
         return changed
 
     def check(self, source: Checkpoint) -> None:
-        """Raise OutputExistsError where saving would write into the source, or keeping fewer steps delete it."""
-        if not source.files or not source.path.is_dir() or source.path == self.template:
-            return
-        root, output = source.path.resolve(), self.path.resolve()
-        if output.is_relative_to(root):
+        """Raise OutputExistsError where saving would write into the source."""
+        if source.files and source.path.is_dir() and self.path.resolve().is_relative_to(source.path.resolve()):
             raise OutputExistsError(
                 f"{self.path}: lies inside the source {source.path}, which is never written; choose another output_dir"
             )
-        if root.parent == output and catalog.read(root) is not None:
+
+    def _refuse_step(self, source: Checkpoint) -> None:
+        """Raise OutputExistsError where keeping fewer steps would delete the source."""
+        root = source.path.resolve()
+        if not source.files or source.path == self.template:
+            return
+        if root.parent == self.path.resolve() and catalog.read(root) is not None:
             raise OutputExistsError(
                 f"{source.path}: is a step of this very output_dir, which later steps may replace; choose "
                 "another output_dir, or resume() with the source that the run began with"

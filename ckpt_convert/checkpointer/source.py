@@ -15,6 +15,7 @@ from ckpt_convert.convert.checkpoint import Checkpoint, open_checkpoint
 from ckpt_convert.convert.formats.base import Directory, render_json
 from ckpt_convert.convert.quantized import view
 from ckpt_convert.errors import CheckpointNotFoundError, CkptConvertError, ConfigError, UsageError
+from ckpt_convert.storage.names import local_path
 
 STARTED_FROM, CONFIG = "started_from", "config"
 """What the manifest says of a run that began with a config alone."""
@@ -32,6 +33,8 @@ def open_source(source: Source, *, format: str | None, family: str | None, confi
     """
     if isinstance(source, Checkpoint):
         return _as_numbers(source)
+    if not isinstance(source, (str, Path)):
+        source = [local_path(file, "source") for file in source]
     at: str | Path = source if isinstance(source, (str, Path)) else _directory(source)
     path = None if config is None else _config_file(config)
     opened = open_checkpoint(at, format=format, family=family, config=path)
@@ -114,7 +117,8 @@ def _config_file(config: Config) -> Path:
     The place is removed when the process ends.
     """
     if isinstance(config, (str, Path)):
-        return Path(config) / "config.json" if Path(config).is_dir() else Path(config)
+        path = local_path(config, "config")
+        return path / "config.json" if path.is_dir() else path
     if not isinstance(config, Mapping):
         to_dict = getattr(config, "to_dict", None)
         if to_dict is None:

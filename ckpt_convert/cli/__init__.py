@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import io
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from itertools import permutations
+from types import FrameType
 from typing import Any
 
 import click
@@ -56,7 +60,7 @@ Examples:
 
 \b
 Shell completion: eval "$(_CKPT_CONVERT_COMPLETE=bash_source ckpt-convert)"
-Exit codes: 0 done, 1 failed, 2 usage, 3 bad input, 130 interrupted.""",
+Exit codes: 0 done, 1 failed, 2 usage, 3 bad input, 130 interrupted (143, 129: by SIGTERM, SIGHUP).""",
 )
 @click.version_option(__version__, prog_name="ckpt-convert")
 @click.option("--debug", is_flag=True, help="Show a traceback with an error.")
@@ -76,7 +80,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
             stream.reconfigure(errors="backslashreplace")  # where the terminal cannot say …, it is no error
     # Wherever it stands in the line, --debug means the same.
     words = [word for word in words if word != "--debug"]
-    sys.exit(_run(words, debug))
+    with _ended_like_ctrl_c():
+        code = _run(words, debug)
+    sys.exit(code)
+
+
+class _Ended(KeyboardInterrupt):
+    """What SIGTERM and SIGHUP raise, so that what SIGINT leaves and says is left and said of them too."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+@contextlib.contextmanager
+def _ended_like_ctrl_c() -> Iterator[None]:
+    """Meet the signals that end a process as SIGINT is met, but for those that somebody has set to be ignored."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise _Ended(number)
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []
+    mine = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
+    for number in mine:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in mine:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _run(words: list[str], debug: bool) -> int:
@@ -87,10 +120,10 @@ def _run(words: list[str], debug: bool) -> int:
         result: Any = cli.main(words, prog_name="ckpt-convert", standalone_mode=False, obj=printed)
         # A verdict stands whatever became of its report; a command that only prints has done nothing without that.
         return result if isinstance(result, int) else int(printed.lost)
-    except click.exceptions.Abort:
-        return _interrupted()
-    except KeyboardInterrupt:
-        return _interrupted()
+    except click.exceptions.Abort as error:
+        return _interrupted(error.__cause__ or error)
+    except KeyboardInterrupt as error:
+        return _interrupted(error)
     except click.ClickException as error:
         with stopping_nothing(err=True):
             error.show()
@@ -107,7 +140,12 @@ def _run(words: list[str], debug: bool) -> int:
     except CkptConvertError as error:
         return _failed(error, error.exit_code, debug)
     except OSError as error:
-        what = f"{error.filename or 'a file'}: the system refused: {error.strerror or error}"
+        what = "\n".join(
+            [
+                f"{error.filename or 'a file'}: the system refused: {error.strerror or error}",
+                *getattr(error, "__notes__", ()),
+            ]
+        )
         return _failed(error if debug else RuntimeError(what), 1, debug)
     except Exception as error:
         if debug:
@@ -128,8 +166,11 @@ def _failed(error: Exception, code: int, debug: bool) -> int:
     return code
 
 
-def _interrupted() -> int:
-    from ckpt_convert.cli.text import echo
+def _interrupted(error: BaseException) -> int:
+    """Say what is left, where there is something; the exit code is that of a process which the signal has ended."""
+    from ckpt_convert.cli.text import echo, escape
 
+    for note in getattr(error, "__notes__", ()):
+        echo(escape(note), err=True)
     echo("interrupted", err=True)
-    return 130
+    return 128 + (error.number if isinstance(error, _Ended) else signal.SIGINT)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,7 +15,7 @@ from ckpt_convert.cli.text import echo, escape, human_bytes, plural
 from ckpt_convert.cli.tree import in_short
 from ckpt_convert.convert import formats
 from ckpt_convert.errors import UsageError
-from ckpt_convert.storage.names import partial_of
+from ckpt_convert.storage.names import local_path
 from ckpt_convert.storage.reader import WORKERS
 
 if TYPE_CHECKING:
@@ -139,32 +138,21 @@ def _convert(
             from ckpt_convert.cli.plan import show_plan
 
             with api.plan(src, **options) as plan:
-                show_plan(plan, Path(dst), as_json=as_json, quiet=quiet, workers=workers or WORKERS)
+                show_plan(plan, local_path(dst, "DST"), as_json=as_json, quiet=quiet, workers=workers or WORKERS)
             return None
         with Bar(hidden=quiet) as bar:
-            try:
-                report = api.convert(
-                    src,
-                    dst,
-                    verify=verify,
-                    resume=resume,
-                    overwrite=overwrite,
-                    workers=workers,
-                    progress=bar,
-                    **options,
-                )
-            except (KeyboardInterrupt, OSError):
-                bar.stop()
-                _say_what_is_left(Path(dst))
-                raise
+            report = api.convert(
+                src,
+                dst,
+                verify=verify,
+                resume=resume,
+                overwrite=overwrite,
+                workers=workers,
+                progress=bar,
+                **options,
+            )
         _show(report, as_json=as_json, quiet=quiet)
     return 0  # DST is complete, whatever became of the report
-
-
-def _say_what_is_left(dst: Path) -> None:
-    partial = partial_of(dst.resolve() if dst.is_dir() else dst.absolute())
-    if partial.exists():
-        echo(f"{partial} holds what is done; --resume continues it, a run without it starts anew", err=True)
 
 
 def _show(report: Report, *, as_json: bool, quiet: bool) -> None:

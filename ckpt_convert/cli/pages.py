@@ -10,6 +10,7 @@ import click
 
 from ckpt_convert.cli.text import echo, escape, human_bytes, stopping_nothing
 from ckpt_convert.errors import CkptConvertError, UsageError
+from ckpt_convert.storage.names import local_path
 
 
 def check_page(destination: str, *, with_json: bool = False) -> None:
@@ -17,7 +18,7 @@ def check_page(destination: str, *, with_json: bool = False) -> None:
 
     Raises UsageError, and click's where the options do not go together.
     """
-    path = Path(destination)
+    path = local_path(destination, "--html")
     if not destination:
         raise click.UsageError("--html needs the name of a file")
     if destination == "-":
@@ -43,7 +44,7 @@ def write_page(destination: str, page: str) -> None:
         with stopping_nothing():
             click.echo(data, nl=False)  # as bytes: a page is UTF-8, whatever the terminal speaks
         return
-    path = Path(destination)
+    path = local_path(destination, "--html")
     try:
         if path.exists() and not path.is_file():  # /dev/stdout, a pipe: there is nothing to rename onto
             path.write_bytes(data)

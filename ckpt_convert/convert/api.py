@@ -19,6 +19,7 @@ from ckpt_convert.convert.verify import verify as verify_output
 from ckpt_convert.errors import CkptConvertError, InputError, UsageError, VerificationError
 from ckpt_convert.models.config import ConfigOptions
 from ckpt_convert.storage import hub
+from ckpt_convert.storage.names import local_path
 from ckpt_convert.storage.reader import WORKERS
 from ckpt_convert.storage.staging import Staging, check_destination, check_space
 
@@ -162,9 +163,10 @@ def convert(
     for name, given in (("SRC", src), ("DST", dst)):
         if not str(given):
             raise UsageError(f"{name} is empty; give a path")
+    destination = local_path(dst, "DST")
     count = workers or WORKERS
     made = plan(src, to=to, **options)
-    source, destination = made.source, Path(dst)
+    source = made.source
     try:
         check_destination(destination, source.path, ownership.RULES, overwrite=overwrite)
         if made.undecided is not None:

@@ -39,7 +39,7 @@ from ckpt_convert.models import FAMILIES
 from ckpt_convert.models.config import ConfigOptions
 from ckpt_convert.models.lazy import LazyTensor, concat, stored
 from ckpt_convert.storage import hub
-from ckpt_convert.storage.names import JOURNAL
+from ckpt_convert.storage.names import JOURNAL, local_path
 from ckpt_convert.storage.reader import Identity, LocalFile, identify, identities, read, reading
 
 if TYPE_CHECKING:
@@ -422,7 +422,7 @@ def open_checkpoint(
     ``format`` and ``family`` settle what detection cannot; ``config`` is a config.json or params.json to use.
     Raises CheckpointNotFoundError, CorruptFileError or UnsafeFileError; an unknown family is not an error here.
     """
-    path = Path(path) if Path(path).exists() else hub.locate(path, format=format)
+    path = hub.locate(path, format=format)
     if os.path.exists(path / JOURNAL):  # False, not an error, where the directory cannot be read
         raise CorruptFileError(
             f"{path}: is the unfinished output of a conversion; run that again with --resume, or without to start anew"
@@ -442,7 +442,7 @@ def read_checkpoint(
     """``open_checkpoint`` for any directory, also one that is still being written."""
     if family is not None and family not in FAMILIES:
         raise UsageError(f"--family {family}: is no family; known: {', '.join(FAMILIES)}")
-    config_path = Path(config) if config is not None else None
+    config_path = local_path(config, "config") if config is not None else None
     if format is not None and format not in formats.ALL:
         raise UsageError(f"--from {format}: no such format; known: {', '.join(formats.ALL)}")
     if config_path is not None and not config_path.is_file():

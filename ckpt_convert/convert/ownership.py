@@ -89,7 +89,9 @@ def rank(name: str) -> int:
     """How late a file is written: the manifest last, before it what makes loaders take a directory for a model."""
     if name.endswith(record.MANIFEST):
         return 2
-    last = PurePosixPath(name).name
+    *folders, last = PurePosixPath(name).parts
+    if RECORD_FOLDER in folders:
+        return 0
     return 1 if last in _LAST or _INDEX.fullmatch(last) else 0
 
 

@@ -117,7 +117,9 @@ def _collected(connections: list[Any], batches: Sequence[range], meter: Meter) -
 
 
 def _work(connection: Any, items: Sequence[tuple[Any, int]], start: Callable[[Meter], Any], phase: str) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interruption is for the parent, which ends its workers
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # an interruption is for the parent, which ends its workers
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     said = 0
 
     def report(progress: Progress) -> None:

@@ -19,7 +19,14 @@ from typing import Any
 from ckpt_convert.convert import containers
 from ckpt_convert.convert.containers.header import Box, FileLayout, Header, StoredTensor
 from ckpt_convert.convert.formats.base import RECORD_FOLDER, load_json, render_json
-from ckpt_convert.errors import CkptConvertError, ConfigError, CorruptFileError, InputError, NewerVersionError
+from ckpt_convert.errors import (
+    CkptConvertError,
+    ConfigError,
+    CorruptFileError,
+    InputError,
+    NewerVersionError,
+    UnreadableError,
+)
 from ckpt_convert.models import FORMATS
 from ckpt_convert.storage.checksums import CRC64, XXH3, digest, digest_file
 from ckpt_convert.storage.names import check_name, partial_of, resolve
@@ -296,7 +303,10 @@ def is_recorded(directory: Path) -> bool:
 
 
 def listed(directory: Path) -> frozenset[str]:
-    """Every file that the manifest of a directory lists, and itself; none where there is none that can be believed."""
+    """Every file that the manifest of a directory lists, and itself; none where there is none that can be believed.
+
+    Raises UnreadableError.
+    """
     names = _listed(_manifest(directory, read_manifest))
     inner = _listed(_manifest(directory / MERGED, read_manifest)) if names else ()
     return frozenset([*names, *(f"{MERGED}/{name}" for name in inner)])
@@ -322,6 +332,8 @@ def _listed(manifest: Mapping[str, Any]) -> list[str]:
 def _manifest(directory: Path, load: Callable[[Path], Mapping[str, Any]]) -> Mapping[str, Any]:
     try:
         return load(directory) if (directory / MANIFEST).is_file() else {}
+    except UnreadableError:
+        raise
     except CkptConvertError:
         return {}
 

@@ -27,6 +27,7 @@ from ckpt_convert.models import FAMILIES, FORMATS
 from ckpt_convert.models.config import ConfigOptions
 from ckpt_convert.models.lazy import ZEROS, LazyTensor, stored
 from ckpt_convert.models.table import Instance
+from ckpt_convert.storage.names import local_path
 
 log = logging.getLogger("ckpt_convert")
 
@@ -66,7 +67,7 @@ def convert_state_dict(
         raise UsageError(f"{len(dicts)} state dicts do not fit {source}: only meta is cut over ranks")
     tensors: list[torch.Tensor] = []
     ranks = [_sources(rank, number, tensors) for number, rank in enumerate(dicts)]
-    content = load_json(Path(config)) if isinstance(config, (str, Path)) else config
+    content = load_json(local_path(config, "config")) if isinstance(config, (str, Path)) else config
     if not isinstance(content, Mapping):
         raise UsageError(f"config: expected a dict or a path, found {type(content).__name__}; try config.to_dict()")
     ranks = _named(ranks, content, family, source)

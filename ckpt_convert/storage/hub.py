@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from ckpt_convert.errors import CheckpointNotFoundError
-from ckpt_convert.storage.names import WEIGHT_SUFFIXES
+from ckpt_convert.storage.names import WEIGHT_SUFFIXES, local_path
 
 PREFIX = "hf://"
 _REPO = re.compile(r"[\w.-]+/[\w.-]+")
@@ -22,8 +23,8 @@ def locate(source: str | Path, revision: str | None = None, *, format: str | Non
     it is neither, or cannot be had.
     """
     text = str(source)
-    if not text.startswith(PREFIX) and Path(source).exists():
-        return Path(source)
+    if not text.startswith(PREFIX) and os.path.exists(path := local_path(source)):
+        return path
     repo = text.removeprefix(PREFIX)
     if not _REPO.fullmatch(repo) or isinstance(source, Path):
         if Path(text).is_symlink():

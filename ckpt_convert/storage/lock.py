@@ -93,7 +93,8 @@ class Lock:
         with _forking:
             fd, self._fd = self._fd, -1
             if fd >= 0:
-                os.close(fd)
+                with contextlib.suppress(OSError):  # nothing was written through it, so nothing can be lost
+                    os.close(fd)
 
     def __del__(self) -> None:
         self.close()

@@ -1,16 +1,29 @@
-"""Names that come from files stay inside their directory; and what the parts of an unfinished output are called."""
+"""Names that come from files stay inside their directory, and paths that people give are of this machine.
+
+Also what the parts of an unfinished output are called.
+"""
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path, PurePosixPath
 
-from ckpt_convert.errors import CheckpointNotFoundError, UnsafeFileError
+from ckpt_convert.errors import CheckpointNotFoundError, UnsafeFileError, UsageError
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
 """How the names of weight files end."""
 
+LONGEST = 255
+"""Bytes of a name that file systems take."""
+
 _DRIVE = re.compile(r"[A-Za-z]:")
+
+_ADDRESS = re.compile(
+    r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://"
+    r"|(?P<known>s3a?|gs|gcs|az|abfss?|adl|wasbs?|r2|oss|hdfs|dbfs|hf|https?|s?ftp|file|memory):/"
+)
+"""An address of something else than a file; ``Path`` makes one slash of two."""
 
 JOURNAL = ".ckpt-convert-journal"
 """Lies in a directory as long as it is being written: which pieces are done, and their checksums."""
@@ -33,7 +46,34 @@ def check_name(name: str, said_by: str) -> str:
             f"{said_by}: names the file {name!r}, which is no plain name inside the directory; "
             "the checkpoint is damaged or hostile, do not use it"
         )
+    if any(len(os.fsencode(part)) > LONGEST for part in path.parts):
+        raise UnsafeFileError(
+            f"{said_by}: names a file {name[:60]!r}…, which is longer than the {LONGEST} bytes that file systems take; "
+            "rename it where it was made, or download it again"
+        )
     return name
+
+
+def local_path(given: str | Path, what: str = "") -> Path:
+    """The path that somebody gives for ``what``, with ``~`` as the home directory.
+
+    Raises UsageError for the address of a store or a web server, and for a name that no file system takes.
+    """
+    text = os.fspath(given)
+    label = f"{what} {text}" if what else text
+    if (match := _ADDRESS.match(text)) is not None:
+        scheme = (match["scheme"] or match["known"]).lower()
+        if scheme == "file":
+            way = "give the path alone"
+        elif scheme == "hf":
+            way = "give it as a text" if not what else "write to a directory, and upload that with `hf upload`"
+        else:
+            way = "use a directory of this machine, and copy it from there or to there with the store's own tools"
+        raise UsageError(f"{label}: {scheme}:// addresses are not supported; {way}")
+    path = Path(os.path.expanduser(text))
+    if any(len(os.fsencode(part)) > LONGEST for part in path.parts):
+        raise UsageError(f"{label[:60]}…: has a name of more than the {LONGEST} bytes that file systems take")
+    return path
 
 
 def partial_of(destination: Path) -> Path:

@@ -204,7 +204,8 @@ class LocalFile:
     def close(self) -> None:
         if self._fd >= 0:
             fd, self._fd = self._fd, -1  # closed once, also where closing fails: the number may be another's by then
-            os.close(fd)
+            with contextlib.suppress(OSError):  # what was read was read
+                os.close(fd)
 
     def __del__(self) -> None:
         if hasattr(self, "_fd"):

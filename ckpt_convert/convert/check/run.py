@@ -20,6 +20,7 @@ from ckpt_convert.convert.mapping import Equality, Logicals
 from ckpt_convert.convert.model import Model, from_shapes
 from ckpt_convert.convert.record import MANIFEST
 from ckpt_convert.errors import CkptConvertError, UnsupportedFamilyError
+from ckpt_convert.storage.names import local_path
 
 if TYPE_CHECKING:
     from ckpt_convert.convert.blocks import ProgressCallback
@@ -67,7 +68,7 @@ def check(
     ``values`` reads every byte; without it only headers and small files are read. What is wrong with the checkpoint
     is in the report; raised is only CheckpointNotFoundError, UsageError or ConfigError where nothing can be checked.
     """
-    opened = open_tolerantly(Path(path), format=format, family=family, config=config)
+    opened = open_tolerantly(local_path(path), format=format, family=family, config=config)
     work = _Work(opened, values)
     try:
         return _report(work, workers, progress)

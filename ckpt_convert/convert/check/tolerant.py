@@ -17,7 +17,7 @@ from ckpt_convert.convert.formats.hf import another_set
 from ckpt_convert.convert.opening import WeightFile, by_keys, detect, everything, open_files
 from ckpt_convert.errors import CheckpointNotFoundError, CkptConvertError, ConfigError, UsageError
 from ckpt_convert.models import FAMILIES
-from ckpt_convert.storage.names import JOURNAL, WEIGHT_SUFFIXES, check_name, resolve
+from ckpt_convert.storage.names import JOURNAL, WEIGHT_SUFFIXES, check_name, local_path, resolve
 from ckpt_convert.storage.reader import LocalFile
 
 if TYPE_CHECKING:
@@ -72,7 +72,8 @@ def open_tolerantly(
     """
     if family is not None and family not in FAMILIES:
         raise UsageError(f"--family {family}: is no family; known: {', '.join(FAMILIES)}")
-    if config is not None and not Path(config).is_file():
+    config_path = local_path(config, "config") if config is not None else None
+    if config_path is not None and not config_path.is_file():
         raise ConfigError(f"{config}: no such file; --config takes a config.json or params.json")
     if not path.exists():
         raise CheckpointNotFoundError(f"{path}: no such file or directory")
@@ -96,7 +97,6 @@ def open_tolerantly(
             directory = Directory(tuple(map(WeightName, everything(path))))
             del state.findings[before:]  # the same files are among those that are looked at now
             files, lost, damaged = _files(path, directory, state)
-    config_path = Path(config) if config is not None else None
     checkpoint = Checkpoint(path, name, why, files, directory, found_record, family, config_path)
     view = replace(
         checkpoint, files=_each_key_once(checkpoint), directory=replace(directory, index=None, weight_map=None)
