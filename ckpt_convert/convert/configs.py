@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -37,10 +37,12 @@ def generated(
     like: Checkpoint | None,
     written: str | None = None,
     ranks: int = 1,
+    cut: int | None = None,
 ) -> Configs:
     """The target's config, and config.json for the record; raises ConfigError for what the target cannot express.
 
-    ``written`` is the dtype that most weights are written in, in torch's words; ``ranks`` how many params.json is for.
+    ``written`` is the dtype that most weights are written in, in torch's words; ``ranks`` how many params.json is
+    for, which cut the embedding on the axis ``cut`` where there is a choice.
     """
     config, origin = _config(source, model, request, like, written)
     files = [_file(record.CONFIG, config, origin)]
@@ -48,7 +50,7 @@ def generated(
     if request.to == "hf" and not _shown_by_shapes(source, model):
         files.append(_file("config.json", config, origin))
     if request.to == "meta":
-        params, origin, notices = _params(source, model, request, like, ranks)
+        params, origin, notices = _params(source, model, request, like, ranks, cut)
         files.append(_file("params.json", params, origin))
     elif source.params is not None and _is_params(source.params[1]):
         name = f"{RECORD_FOLDER}/layouts/meta/params.json"
@@ -188,12 +190,12 @@ def _verbatim_config(source: Checkpoint, model: Model) -> bytes | None:
 
 
 def _params(
-    source: Checkpoint, model: Model, request: Request, like: Checkpoint | None, ranks: int
+    source: Checkpoint, model: Model, request: Request, like: Checkpoint | None, ranks: int, cut: int | None
 ) -> tuple[bytes, str, tuple[str, ...]]:
     """params.json for so many ranks, where it comes from, and what to say of it."""
     if like is not None and like.params is not None:
         return read_file(like.params[0], JSON_LIMIT), "copied", ()
-    data, origin, notices = _params_of_model(source, model, request)
+    data, origin, notices = _params_of_model(source, model, request, cut)
     content = json.loads(data)
     params = model.family.params
     adapted = params.for_ranks(content, model.dims, ranks) if params is not None else content
@@ -203,15 +205,18 @@ def _params(
     return _render_params(adapted), "generated", (*notices, said) if ranks > _heads(model) else notices
 
 
-def _params_of_model(source: Checkpoint, model: Model, request: Request) -> tuple[bytes, str, tuple[str, ...]]:
+def _params_of_model(
+    source: Checkpoint, model: Model, request: Request, cut: int | None
+) -> tuple[bytes, str, tuple[str, ...]]:
     asked = request.config.meta_style is not None or request.config.drop_rope_scaling
-    recorded = _recorded_params(source)
+    recorded = recorded_params(source)
     if recorded is not None and not asked:
         return recorded, "copied" if source.format == "meta" else "restored", ()
     if model.family.params is None:
         raise UnsupportedFamilyError(f"{source.path}: family {model.family.name} has no params.json")
     with naming(str(source.root / "config.json")):
-        translated = model.family.params.from_hf(model.config, request.config)
+        options = request.config if cut != 1 else replace(request.config, meta_style="llama2")
+        translated = model.family.params.from_hf(model.config, options)
     beside = " (not needed as long as the folder ckpt_convert lies beside it)"
     notices = tuple(text + beside if "on the way back" in text else text for text in translated.notices)
     return _render_params(translated.content), "generated", notices
@@ -221,7 +226,7 @@ def _heads(model: Model) -> int:
     return model.dims["n_kv_heads"]
 
 
-def _recorded_params(source: Checkpoint) -> bytes | None:
+def recorded_params(source: Checkpoint) -> bytes | None:
     """params.json as it was, as long as the config that was made from it is unchanged."""
     if source.format == "meta":
         is_own = source.params is not None and _is_params(source.params[1])

@@ -281,6 +281,9 @@ def _identify(
     sizes = _sizes(found, where, format, ranks)
     shapes = {key: source.shape for key, source in ranks[0].items()}
     translated = found.params.to_hf(content, options, tied=tied is not False, shapes=shapes, **sizes)
+    style = found.params.style_of(content) if found.params.style_of is not None else None
+    if style is not None:
+        recorded = replace(recorded, embedding_cut=int(style[0] == "llama2"))
     model = _described(found, evidence, translated.content, format, ranks, options, recorded)
     return replace(model, tied=tied, notices=translated.notices)
 

@@ -9,12 +9,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ckpt_convert import __version__, dtypes
-from ckpt_convert.convert import brought, configs, formats, layout, mapping, placement, record, sidefiles
+from ckpt_convert.convert import brought, configs, embedding, formats, layout, mapping, placement, record, sidefiles
 from ckpt_convert.convert.blocks import BLOCK
 from ckpt_convert.convert.bulk import without_collector
 from ckpt_convert.convert.checklist import CHECKLIST
 from ckpt_convert.convert.checkpoint import Checkpoint, WeightFile, open_checkpoint
 from ckpt_convert.convert.containers.header import IN_MEMORY, StoredTensor
+from ckpt_convert.convert.embedding import Cut
 from ckpt_convert.convert.formats.base import DCP_INDEX, RECORD_FOLDER
 from ckpt_convert.convert.gather import SCRATCH
 from ckpt_convert.convert.layout import OutputFile
@@ -62,6 +63,7 @@ class Plan:
     ``stored`` numbers the sources of all lazy tensors; ``checks`` are pairs that have to be equal before anything is
     written; ``losses`` are tensors that the target has no place for, with the zeros that it computes with instead;
     ``undecided`` is the pair that decides whether weights are tied, where no file says it.
+    ``cut`` is how ranks cut the embedding and why, where there is a choice.
     ``carried`` names the tensors that the target has no place for and that go into the record. ``said`` takes the
     notices of what is only translated while the output is written (tokenizers). ``live`` are the tensors in memory
     that are written instead of the source's, if so. ``sources`` are the files that are read, as they were before that.
@@ -81,6 +83,7 @@ class Plan:
     ties: tuple[str, ...]
     notices: tuple[str, ...]
     dims: Dims
+    cut: Cut | None
     said: list[str]
     live: Live | None = None
     sources: Mapping[Path, Identity] = field(default_factory=dict, repr=False)
@@ -215,8 +218,9 @@ def make(source: Checkpoint, request: Request, *, tied: bool | None = None, live
     wanted = placement.recorded(source, request, like, model)
     ranks = placement.ranks(source, request, like, wanted, model)
     dims = model.dims
-    if request.to == "meta":
-        dims = dims.replace(embedding_cut=_write_cut(request, like, model))
+    cut = embedding.cut_of(source, request, like, model)
+    if cut is not None:
+        dims = dims.replace(embedding_cut=cut.axis)
     brought.bring_back(source, request, like, model, logicals, everything)
     if read_format != request.to:
         places = None if wanted is None else {key for _, key in wanted.places}
@@ -245,7 +249,7 @@ def make(source: Checkpoint, request: Request, *, tied: bool | None = None, live
     checks = [*logicals.equal, *ties]
     for file in files:
         checks += layout.aliases(file.layout.header, by_rank[file.rank], file.name)
-    made = configs.generated(source, model, request, like, _written_dtype(files), ranks)
+    made = configs.generated(source, model, request, like, _written_dtype(files), ranks, cut and cut.axis)
     generated = {side.name: side for side in (*made.files, *placement.index(request, files, wanted, exact, model))}
     said: list[str] = []
     generated |= configs.tokenizer(source, request, model, like, said)
@@ -283,6 +287,7 @@ def make(source: Checkpoint, request: Request, *, tied: bool | None = None, live
             *placement.rank_notice(request, model, ranks, wanted),
         ),
         dims=dims,
+        cut=cut,
         said=said,
         live=live,
         sources=_sources(source, like, everything, side, live),
@@ -460,12 +465,6 @@ def _check_like(source: Checkpoint, model: Model, like: Checkpoint) -> list[str]
 
 _COMPARED = ("rms_norm_eps", "hidden_act", "sliding_window", "max_position_embeddings")
 """What of a config changes the model's results beside the sizes and RoPE."""
-
-
-def _write_cut(request: Request, like: Checkpoint | None, model: Model) -> int:
-    if request.config.meta_style is not None:
-        return 1 if request.config.meta_style == "llama2" else 0
-    return like.model.dims["embedding_cut"] if like is not None else model.dims["embedding_cut"]
 
 
 def _keep_tied(request: Request, wanted: Layout | None, model: Model) -> frozenset[str]:

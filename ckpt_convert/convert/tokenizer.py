@@ -61,6 +61,13 @@ def kind(data: bytes) -> Literal["tiktoken", "sentencepiece", "unknown"]:
     return "unknown"
 
 
+def kind_of_json(data: bytes) -> Literal["tiktoken", "sentencepiece", "unknown"]:
+    """Tell what a tokenizer.json was made of: bytes as tokens of their own (byte_fallback) are SentencePiece's way."""
+    if re.search(rb'"byte_fallback"\s*:\s*true', data):
+        return "sentencepiece"
+    return "tiktoken" if re.search(rb'"type"\s*:\s*"ByteLevel"', data) else "unknown"
+
+
 def generated_for_hf(data: bytes, vocab_size: int | None = None) -> GeneratedTokenizer:
     """Make a Hugging Face directory's tokenizer files from a tokenizer.model; ``vocab_size``: the embedding's rows.
 

@@ -26,6 +26,8 @@ LLAMA = Family(
         release=llama_config.release,
         model_parallel=llama_config.model_parallel,
         for_ranks=llama_config.for_ranks,
+        style_of=llama_config.style_of,
+        tokenizers={"sentencepiece": "llama2", "tiktoken": "llama3"},
     ),
     rows=(
         Row(

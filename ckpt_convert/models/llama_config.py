@@ -27,7 +27,7 @@ from ckpt_convert.models.config import (
     read_rope,
     require_number,
 )
-from ckpt_convert.models.llama_params import HARD_WIRED, is_params, params_to_hf
+from ckpt_convert.models.llama_params import HARD_WIRED, is_params, params_to_hf, style_of
 from ckpt_convert.models.llama_releases import CODE, L1, L3_1, RELEASES, Release, ffn_width, matching
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "model_parallel",
     "params_to_hf",
     "release",
+    "style_of",
 ]
 
 TARGET = "a Llama params.json"

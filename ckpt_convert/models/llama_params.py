@@ -117,6 +117,26 @@ def is_params(params: Mapping[str, Any]) -> str | None:
     return None if flat.get("model_type") == "mamba" else f"{PARAMS} has multiple_of"
 
 
+def style_of(params: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Whose code a params.json is for, llama2 or llama3, and what in it says so; None for none of a Llama.
+
+    Meta's code for 1, 2 and Code takes the vocabulary from the tokenizer, and that for 1 and 2 knows no rope_theta;
+    that for 3 holds the vocabulary against the tokenizer's.
+    """
+    if is_params(params) is None:
+        return None
+    flat = _flat(params)
+    vocab = flat.get("vocab_size")
+    if vocab in (None, -1):
+        return (
+            "llama2",
+            f"{PARAMS} has {'no vocab_size' if vocab is None else 'vocab_size -1'}, which Llama 1 and 2 have",
+        )
+    if flat.get("rope_theta") is None and not flat.get("use_scaled_rope"):
+        return "llama2", f"{PARAMS} has no rope_theta, which only Llama 1 and 2 do without"
+    return "llama3", f"{PARAMS} has a vocab_size and a rope_theta, as Llama 3's"
+
+
 def _flat(params: Mapping[str, Any]) -> Mapping[str, Any]:
     """The parameters themselves, which some files nest under "model"."""
     inner = params.get("model")

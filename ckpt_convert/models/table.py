@@ -47,7 +47,9 @@ class Params:
     over ranks at all; ``container`` the usual one; ``options`` are those of ConfigOptions that it has a use for.
     ``embedding_cut`` comes from the known releases (0 for any other shape), ``release`` is the name of the one with
     this shape, ``model_parallel`` the number of ranks that it came in. ``for_ranks`` gives what a params.json has
-    to say for so many ranks.
+    to say for so many ranks. Where Meta's code of two generations cuts the embedding differently, ``style_of`` says
+    whose a params.json is ("llama2" or "llama3") and what in it says so, and ``tokenizers`` whose a tokenizer is, by
+    its kind.
     """
 
     evidence: Callable[[Mapping[str, Any]], str | None]
@@ -62,6 +64,8 @@ class Params:
     for_ranks: Callable[[Mapping[str, Any], Mapping[str, int], int], Mapping[str, Any]] = lambda params, dims, ranks: (
         params
     )
+    style_of: Callable[[Mapping[str, Any]], tuple[str, str] | None] | None = None
+    tokenizers: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
