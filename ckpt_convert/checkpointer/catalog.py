@@ -34,6 +34,7 @@ from ckpt_convert.errors import (
 )
 from ckpt_convert.storage.lock import Lock
 from ckpt_convert.storage.names import JOURNAL, partial_of
+from ckpt_convert.storage.reader import reading
 from ckpt_convert.storage.system import sync_directory
 
 __all__ = [
@@ -92,8 +93,9 @@ def _section(directory: Path, name: str | None) -> tuple[dict[str, Any], dict[st
 
     Raises ConfigError when the manifest cannot be read, CorruptFileError when it was edited or damaged.
     """
-    if os.path.lexists(directory / JOURNAL) or not (directory / MANIFEST).is_file():
-        return None
+    with reading(directory / MANIFEST, "looked at"):
+        if os.path.lexists(directory / JOURNAL) or not (directory / MANIFEST).is_file():
+            return None
     manifest = read_manifest(directory)
     training = manifest.get("training")
     if not isinstance(training, dict) or name not in (None, training.get("directory")):
@@ -153,10 +155,11 @@ def scan(output_dir: Path, saver: str = "default") -> list[Saved]:
 
     Raises NewerVersionError for one that a newer version wrote.
     """
-    if not output_dir.is_dir():
-        return []
-    with os.scandir(output_dir) as entries:
-        names = [e.name for e in entries if not e.name.startswith(".") and e.is_dir(follow_symlinks=False)]
+    with reading(output_dir, "listed"):
+        if not output_dir.is_dir():
+            return []
+        with os.scandir(output_dir) as entries:
+            names = [e.name for e in entries if not e.name.startswith(".") and e.is_dir(follow_symlinks=False)]
     found = (read(output_dir / name, saver) for name in sorted(names))
     return sorted((saved for saved in found if saved is not None), key=lambda saved: saved.sequence)
 
@@ -277,10 +280,11 @@ def _remove_files(directory: Path, names: frozenset[str]) -> None:
 
 def leftovers(output_dir: Path) -> list[Path]:
     """What looks like an interrupted writer's: ``.X.partial``, ``.X.replaced``, half-made pointers."""
-    if not output_dir.is_dir():
-        return []
-    with os.scandir(output_dir) as entries:
-        found = [e.name for e in entries if _is_leftover(e.name, e.is_dir(follow_symlinks=False))]
+    with reading(output_dir, "listed"):
+        if not output_dir.is_dir():
+            return []
+        with os.scandir(output_dir) as entries:
+            found = [e.name for e in entries if _is_leftover(e.name, e.is_dir(follow_symlinks=False))]
     return [output_dir / name for name in sorted(found)]
 
 

@@ -30,6 +30,7 @@ from ckpt_convert.errors import (
     listing,
 )
 from ckpt_convert.storage.names import local_path
+from ckpt_convert.storage.reader import reading
 
 log = logging.getLogger("ckpt_convert")
 
@@ -86,7 +87,9 @@ def newest(output_dir: Path, *, verify: bool, workers: int) -> Saved | None:
             return saved
         said += problems
         log.warning("%s is damaged and passed over: %s", saved.path, "; ".join(problems))
-    gone = [path for path in sorted(output_dir.iterdir()) if catalog.is_damaged(path)] if output_dir.is_dir() else []
+    with reading(output_dir, "listed"):
+        entries = sorted(output_dir.iterdir()) if output_dir.is_dir() else []
+    gone = [path for path in entries if catalog.is_damaged(path)]
     said += [f"{path}: its manifest is damaged or gone" for path in gone]
     if said:
         raise CorruptFileError(
@@ -99,7 +102,8 @@ def newest(output_dir: Path, *, verify: bool, workers: int) -> Saved | None:
 def check(saved: Saved, *, verify: bool, workers: int) -> list[str]:
     """Everything that is wrong with a checkpoint; ``verify`` reads all of it, else names, sizes and headers count."""
     try:
-        report = check_weights(saved.path, values=verify, workers=workers)
+        with reading(saved.path):
+            report = check_weights(saved.path, values=verify, workers=workers)
     except CkptConvertError as error:
         return [str(error)]
     # Of a checkpoint of anybody's, a file beside the weights may be taken away; without its config none can be loaded.

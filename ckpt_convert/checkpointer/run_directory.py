@@ -17,6 +17,8 @@ from ckpt_convert.convert.checkpoint import Checkpoint
 from ckpt_convert.convert.output import permissions
 from ckpt_convert.errors import CkptConvertError, OutputExistsError, reason
 from ckpt_convert.storage.lock import Lock
+from ckpt_convert.storage.reader import reading
+from ckpt_convert.storage.system import writing
 
 log = logging.getLogger("ckpt_convert")
 
@@ -52,10 +54,15 @@ class RunDirectory:
         """
         if self._lock is not None:
             return
-        self.check(source)
-        self._refuse_step(source)
-        if source.files:
-            self._mode = permissions(source)
+        with reading(source.path, "looked at"):
+            self.check(source)
+            self._refuse_step(source)
+            if source.files:
+                self._mode = permissions(source)
+        with writing(self.path, "opened for saving"):
+            self._take()
+
+    def _take(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         self._claim = Claim(self.path)
         held = f"{self.path}: another checkpointer is writing here; close() it, or choose another output_dir"
