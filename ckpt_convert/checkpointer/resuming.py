@@ -103,7 +103,7 @@ def check(saved: Saved, *, verify: bool, workers: int) -> list[str]:
     """Everything that is wrong with a checkpoint; ``verify`` reads all of it, else names, sizes and headers count."""
     try:
         with reading(saved.path):
-            report = check_weights(saved.path, values=verify, workers=workers)
+            report = check_weights(saved.path, values=verify, merged=False, workers=workers)
     except CkptConvertError as error:
         return [str(error)]
     # Of a checkpoint of anybody's, a file beside the weights may be taken away; without its config none can be loaded.

@@ -243,7 +243,8 @@ def render_manifest(manifest: Mapping[str, Any]) -> bytes:
     """The content of ``manifest.json``, with its checksum of itself unless it is of a schema that had none."""
     if manifest.get("schema") != SCHEMA:
         return render_json(manifest)
-    return render_json({**manifest, CHECKSUM: manifest_checksum(manifest)})
+    said = {name: value for name, value in manifest.items() if name != CHECKSUM}
+    return render_json({**said, CHECKSUM: manifest_checksum(said)})
 
 
 def replace_manifest(directory: Path, manifest: Mapping[str, Any]) -> None:

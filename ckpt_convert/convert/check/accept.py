@@ -72,19 +72,17 @@ def _listed(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     training = manifest.get("training")
     if isinstance(training, dict):
         entries |= {**(training.get("files") or {}), **(training.get("extra_files") or {})}
-    return {name: entry for name, entry in entries.items() if not _is_weights(name)}
+    return {name: entry for name, entry in entries.items() if may_change(name)}
 
 
-def _is_weights(name: str) -> bool:
-    """Whether a file holds weights, or is the header of files that do."""
-    return name.endswith((*WEIGHT_SUFFIXES, ".distcp", MANIFEST)) or Path(name).name == DCP_INDEX
+def may_change(name: str) -> bool:
+    """Whether a file may be edited on purpose: it holds no weights, nor is it the header of files that do."""
+    return not name.endswith((*WEIGHT_SUFFIXES, ".distcp")) and Path(name).name != DCP_INDEX
 
 
 def _why(name: str, listed: Mapping[str, Any]) -> str:
-    if _is_weights(name):
-        return (
-            "only files beside the weights can be accepted; of weights that changed, no record is of use: convert again"
-        )
+    if not may_change(name):
+        return "only files beside the weights can be accepted; of weights that changed nothing says what they should be"
     return f"is none of the files beside the weights that {MANIFEST} lists: {', '.join(sorted(listed)) or 'none'}"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from ckpt_convert.convert.findings import Finding, Severity
 from ckpt_convert.convert.formats.base import load_json
 from ckpt_convert.convert.mapping import Equality, Logicals
 from ckpt_convert.convert.model import Model, from_shapes
-from ckpt_convert.convert.record import MANIFEST
+from ckpt_convert.convert.record import MANIFEST, MERGED
 from ckpt_convert.errors import CkptConvertError, UnsupportedFamilyError
 from ckpt_convert.storage.names import local_path
 
@@ -60,20 +60,38 @@ def check(
     family: str | None = None,
     config: str | Path | None = None,
     values: bool = True,
+    merged: bool = True,
     workers: int = 2,
     progress: ProgressCallback | None = None,
 ) -> Report:
     """Check a checkpoint: a directory, or one weight file.
 
-    ``values`` reads every byte; without it only headers and small files are read. What is wrong with the checkpoint
-    is in the report; raised is only CheckpointNotFoundError, UsageError or ConfigError where nothing can be checked.
+    ``values`` reads every byte; without it only headers and small files are read. ``merged`` checks the full weights
+    beside an adapter, too. What is wrong with the checkpoint is in the report; raised is only
+    CheckpointNotFoundError, UsageError or ConfigError where nothing can be checked.
     """
     opened = open_tolerantly(local_path(path), format=format, family=family, config=config)
     work = _Work(opened, values)
     try:
-        return _report(work, workers, progress)
+        report = _report(work, workers, progress)
     finally:
         opened.checkpoint.close()
+    if merged and "training" in report.checks and (Path(path) / MERGED / MANIFEST).is_file():
+        report = _with_merged(report, check(Path(path) / MERGED, values=values, workers=workers, progress=progress))
+    return report
+
+
+def _with_merged(report: Report, inner: Report) -> Report:
+    """The report with what was found in the folder of the full weights."""
+    findings = (
+        replace(one, text=f"{MERGED}/: {one.text}", file=f"{MERGED}/{one.file or ''}") for one in inner.findings
+    )
+    return replace(
+        report,
+        checks=tuple(dict.fromkeys((*report.checks, *inner.checks))),
+        findings=by_severity([*report.findings, *findings]),
+        bytes_read=report.bytes_read + inner.bytes_read,
+    )
 
 
 def _report(work: _Work, workers: int, progress: ProgressCallback | None) -> Report:
@@ -296,7 +314,10 @@ def _read(work: _Work, workers: int, progress: ProgressCallback | None) -> int:
     if record is not None:
         work.done("checksum")
     elif not hashes:
-        work.skip(f"no checksums came with it ({MANIFEST}, checklist.chk)", "checksum")
+        why = f"no checksums came with it ({MANIFEST}, checklist.chk)"
+        if (work.opened.checkpoint.root / MANIFEST).is_file():
+            why = f"{MANIFEST} cannot be relied on"
+        work.skip(why, "checksum")
     return nbytes
 
 

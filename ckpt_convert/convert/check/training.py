@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_convert.convert import record
+from ckpt_convert.convert.check.accept import accept_command, may_change
 from ckpt_convert.convert.findings import Finding
 from ckpt_convert.convert.record import MANIFEST, TRAINING_STATE
 from ckpt_convert.storage.checksums import digest_file
@@ -33,21 +34,25 @@ def files(directory: Path, values: bool) -> list[Finding] | None:
 def compare(directory: Path, listed: Mapping[str, Mapping[str, Any]], values: bool) -> list[Finding]:
     """Hold files against the size and checksum (xxh3_64) that were written down; a few are read at a time."""
     with ThreadPoolExecutor(WORKERS) as pool:
-        found = pool.map(lambda name: _compare(directory / name, name, listed[name], values), listed)
+        found = pool.map(lambda name: _compare(directory, name, listed[name], values), listed)
         return [finding for finding in found if finding is not None]
 
 
-def _compare(path: Path, name: str, entry: Mapping[str, Any], values: bool) -> Finding | None:
-    def finding(text: str, expected: object = None, found: object = None) -> Finding:
+def _compare(directory: Path, name: str, entry: Mapping[str, Any], values: bool) -> Finding | None:
+    def finding(text: str, expected: object = None, found: object = None, way: str = _WAY_OUT) -> Finding:
         said = [None if value is None else str(value) for value in (expected, found)]
-        return Finding("error", "training", f"{name}: {text}; {_WAY_OUT}", name, None, *said)
+        return Finding("error", "training", f"{name}: {text}; {way}", name, None, *said)
 
+    path = directory / name
+    changed = f"put it back, or accept it as it is: {accept_command(directory, name)}" if may_change(name) else _WAY_OUT
     try:
         size = path.stat().st_size
         if size != entry.get("size"):
-            return finding(f"should have {entry.get('size')} bytes, but has {size}", entry.get("size"), size)
+            text = f"was edited or damaged: should have {entry.get('size')} bytes, but has {size}"
+            return finding(text, entry.get("size"), size, changed)
         if values and (checksum := digest_file(path)) != entry.get("checksum"):
-            return finding("is not as it was written (its checksum differs)", entry.get("checksum"), checksum)
+            text = f"was edited or damaged: should have the checksum {entry.get('checksum')}, but has {checksum}"
+            return finding(text, entry.get("checksum"), checksum, changed)
     except FileNotFoundError:
         return finding(f"is missing: {MANIFEST} says that it was written")
     except OSError as error:
