@@ -8,6 +8,7 @@ have a state that can be taken and set.
 from __future__ import annotations
 
 import functools
+import itertools
 import random
 import types
 from collections import deque
@@ -28,8 +29,9 @@ _NAMES = {"Random", "RandomState", "Generator"}
 """What other libraries call theirs."""
 
 _LEAVES = (str, bytes, int, float, complex, torch.Tensor, np.ndarray, torch.nn.Module, type, types.ModuleType)
-_LIMIT = 2000
-"""Objects that are looked at: a dataset may hold all of its examples."""
+_LIMIT = 1000
+_WIDTH = 100
+"""Objects that are looked at, in all and of one container: a dataset may hold all of its examples."""
 
 
 def generators(loader: Any) -> dict[str, Any]:
@@ -126,21 +128,24 @@ def _walk(loader: Any) -> Iterator[tuple[str, Any]]:
     roots = ("sampler", "batch_sampler", "dataset", "collate_fn", "worker_init_fn")
     pending = deque((name, getattr(loader, name, None)) for name in roots)
     seen = {id(loader)}
-    while pending and len(seen) < _LIMIT:
+    for _ in range(_LIMIT):
+        if not pending:
+            return
         place, value = pending.popleft()
-        if value is None or isinstance(value, _LEAVES) or id(value) in seen:
+        if value is None or id(value) in seen:
             continue
         seen.add(id(value))
         yield place, value
         if not isinstance(value, (*_KINDS, DataLoader)):
-            pending.extend((f"{place}.{name}", one) for name, one in _parts(value))
+            parts = ((name, one) for name, one in _parts(value) if one is not None and not isinstance(one, _LEAVES))
+            pending.extend((f"{place}.{name}", one) for name, one in parts)
 
 
 def _parts(value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict):
-        yield from ((str(key), one) for key, one in list(value.items())[:_LIMIT])
+        yield from ((str(key), one) for key, one in itertools.islice(value.items(), _WIDTH))
     elif isinstance(value, (list, tuple)):
-        yield from ((str(number), one) for number, one in enumerate(value[:_LIMIT]))
+        yield from ((str(number), one) for number, one in enumerate(value[:_WIDTH]))
     elif isinstance(value, functools.partial):
         yield from (("func", value.func), ("args", value.args), ("keywords", value.keywords))
     elif isinstance(value, types.MethodType):
