@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,7 +16,6 @@ from ckpt_convert.cli.listing import body
 from ckpt_convert.cli.text import echo, echo_json, terminal_width
 from ckpt_convert.cli.view import SORTS, Order, View, header, matching, ordered
 from ckpt_convert.convert.bulk import without_collector
-from ckpt_convert.storage.names import local_path
 from ckpt_convert.storage.reader import WORKERS
 
 
@@ -180,8 +178,6 @@ def _body(facts: Facts, view: View, statistics: Statistics | None) -> Iterator[s
 
 
 def _locate(path: str, revision: str | None) -> Path:
-    if not path.startswith("hf://") and os.path.exists(found := local_path(path)):
-        return found
     from ckpt_convert.storage import hub
 
-    return hub.locate(path, revision)
+    return hub.here(path) or hub.locate(path, revision)

@@ -422,7 +422,7 @@ def open_checkpoint(
     ``format`` and ``family`` settle what detection cannot; ``config`` is a config.json or params.json to use.
     Raises CheckpointNotFoundError, CorruptFileError or UnsafeFileError; an unknown family is not an error here.
     """
-    path = hub.locate(path, format=format)
+    path = hub.here(path) or hub.locate(path, format=format)
     if os.path.exists(path / JOURNAL):  # False, not an error, where the directory cannot be read
         raise CorruptFileError(
             f"{path}: is the unfinished output of a conversion; run that again with --resume, or without to start anew"

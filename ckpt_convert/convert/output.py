@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -19,8 +20,8 @@ from ckpt_convert.convert.sidefiles import SideFile
 from ckpt_convert.errors import CorruptFileError, LossyConversionError
 from ckpt_convert.storage import checksums
 from ckpt_convert.storage.checksums import digest
-from ckpt_convert.storage.folder import Folder, permitted
-from ckpt_convert.storage.reader import LocalFile, identify, read, read_file
+from ckpt_convert.storage.folder import Folder
+from ckpt_convert.storage.reader import LocalFile, identify, permitted, read, read_file
 from ckpt_convert.storage.staging import Staging
 
 _BLOCK = 1 << 20
@@ -147,6 +148,10 @@ def _check_source(source: Checkpoint, listed: dict[str, str], workers: int, prog
 def _checklist(template: Path, folder: Folder) -> bytes:
     """The checklist of the files that were written, in the order and with the hash of the one that came along."""
     listed = checklist.parse(read_file(template, TEXT_LIMIT).decode(errors="replace"))
-    names = [name for name in listed if (folder.path / name).is_file()]
+    kind = checklist.algorithm(listed)
+    late = {name: data for name in listed if (data := folder.kept_back(name)) is not None}
+    names = [name for name in listed if name in late or (folder.path / name).is_file()]
     names += [path.name for path in sorted(folder.path.glob("consolidated.*")) if path.name not in listed]
-    return checklist.render(checklist.hash_files(folder.path, names, checklist.algorithm(listed)))
+    hashes = checklist.hash_files(folder.path, (name for name in names if name not in late), kind)
+    hashes |= {name: hashlib.new(kind, data).hexdigest() for name, data in late.items()}
+    return checklist.render({name: hashes[name] for name in names})

@@ -107,6 +107,12 @@ class Folder:
         for full, (data, mode) in waiting:
             replace(self, mode=mode)._write(full, data)
 
+    def kept_back(self, name: str) -> bytes | None:
+        """The content of a file that is still to be written."""
+        with self._ledger.lock:
+            data, _ = self._ledger.kept_back.get(self._full(name), (None, 0))
+        return data
+
     @property
     def nbytes(self) -> int:
         """Bytes of the files that were written."""
@@ -272,15 +278,6 @@ class StagedFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def permitted(path: Path) -> int:
-    """The permissions that a copy may have: nobody else may do with it what they could not do with the original.
-
-    Raises UnwritableError where they are not to be had.
-    """
-    with writing(path, "looked at"):
-        return stat.S_IMODE(os.stat(path).st_mode) & 0o777 | 0o700
 
 
 def remove_all(fd: int, but: str | None = None) -> None:

@@ -16,15 +16,24 @@ _REPO = re.compile(r"[\w.-]+/[\w.-]+")
 _NEVER = ["onnx/*", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot"]
 
 
+def here(source: str | Path) -> Path | None:
+    """The path of a source on this machine, None where there is none; raises UsageError as ``local_path`` does."""
+    if str(source).startswith(PREFIX):
+        return None
+    path = local_path(source)
+    return path if os.path.exists(path) else None
+
+
 def locate(source: str | Path, revision: str | None = None, *, format: str | None = None) -> Path:
     """The local path of a source: a path first, then a Hub id (``org/name``, ``hf://org/name``), cached or downloaded.
 
     ``format`` is what is wanted of a repository that holds several: hf if not said. Raises CheckpointNotFoundError when
     it is neither, or cannot be had.
     """
+    found = here(source)
+    if found is not None:
+        return found
     text = str(source)
-    if not text.startswith(PREFIX) and os.path.exists(path := local_path(source)):
-        return path
     repo = text.removeprefix(PREFIX)
     if not _REPO.fullmatch(repo) or isinstance(source, Path):
         if Path(text).is_symlink():

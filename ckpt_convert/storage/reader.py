@@ -105,6 +105,18 @@ def identify(path: Path) -> Identity:
             raise changed(path, "it was removed") from None
 
 
+def permitted(path: Path) -> int:
+    """The permissions that a copy may have: nobody else may do with it what they could not do with the original.
+
+    Raises as ``identify`` does.
+    """
+    with reading(path, "looked at"):
+        try:
+            return stat.S_IMODE(os.stat(path).st_mode) & 0o777 | 0o700
+        except (FileNotFoundError, NotADirectoryError):
+            raise changed(path, "it was removed") from None
+
+
 def identities(directory: Path, *folders: str) -> dict[Path, Identity]:
     """Every file of a directory as it is now, and every file below some of its ``folders``; links are followed."""
     found: dict[Path, Identity] = {}
