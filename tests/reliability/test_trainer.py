@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import signal
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -148,6 +150,32 @@ def test_a_run_that_is_stopped_at_every_step_ends_with_the_same_bits(
         }
         assert (ours.progress.epoch, ours.progress.evals) == (theirs.progress.epoch, theirs.progress.evals)
     assert evaluations(output) == evaluations(tmp_path / "whole")
+
+
+def test_a_signal_where_an_evaluation_follows_saves_before_and_after_it(
+    source: Path, tmp_path: Path, warned: list[str]
+) -> None:
+    class Terminated(transformers.TrainerCallback):  # type: ignore[misc]
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            there.append([saved.step for saved in stopped.checkpointer.saved])
+
+    there: list[list[int]] = []
+    options: dict[str, Any] = {
+        "saver": {"save_on_signal": True, "save_every": 3},
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+    }
+    expected = Training(source, tmp_path / "whole", **options).train()
+    stopped = Training(source, tmp_path / "stopped", Terminated(), **options)
+    stopped.train()
+    assert there == [[2]]  # there may be no time for the evaluation
+    assert stopped.steps == [2]
+    warned.clear()
+    assert_same(Training(source, tmp_path / "stopped", **options).train(), expected)
 
 
 def test_evaluations_before_and_after_training_and_values_nobody_asked_for(source: Path, tmp_path: Path) -> None:
