@@ -526,13 +526,12 @@ class Checkpointer:
     # Inside
 
     def _open_source(self, source: Source | None, format: str | None) -> Checkpoint:
-        there = self._run.saved if self._run is not None else []
         if source is None:
-            return self._open_lost([] if self._overwrite else there)
+            return self._open_lost(self._run.saved if self._run is not None and not self._overwrite else [])
         try:
             return open_source(source, format=format, family=self._family, config=self._config)
         except CheckpointNotFoundError as error:
-            raise lost(error, there) from error
+            raise lost(error, self._run.saved if self._run is not None else []) from error
 
     def _open_lost(self, there: Sequence[Saved]) -> Checkpoint:
         opened, step = open_lost(there, self._config, self._family)
