@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from math import isfinite, prod
 from typing import TYPE_CHECKING, Any
 
 from ckpt_convert.cli.text import plural
-from ckpt_convert.convert import record
+from ckpt_convert.convert import diagnosis, record
+from ckpt_convert.convert.formats import peft
 from ckpt_convert.convert.usual import SIZES, size_of, text_part
 from ckpt_convert.errors import CkptConvertError
 
@@ -65,6 +66,13 @@ class Facts:
     open_keys: frozenset[str]
     said: tuple[tuple[str, str], ...]
     notices: tuple[str, ...]
+    besides: Count = field(default_factory=Count)
+    """How much of the total is no weights, but what a training run keeps beside them."""
+
+    @property
+    def parameters(self) -> int | None:
+        """The elements of all weights."""
+        return None if self.total.parameters is None else self.total.parameters - (self.besides.parameters or 0)
 
     def nbytes(self, info: TensorInfo) -> int:
         """The bytes of the whole tensor; all that is stored of it where the shape is not known."""
@@ -90,6 +98,8 @@ def gather(checkpoint: Checkpoint) -> Facts:
         dtypes[info.dtype] = dtypes.get(info.dtype, Count()).plus(1, None, sum(part.nbytes for part in info.parts))
     for count_ in dtypes.values():
         total = total.plus(count_.tensors, count_.parameters, count_.bytes)
+    others = [checkpoint.tensors[key] for key in diagnosis.not_weights(checkpoint)]
+    besides = Count(len(others), sum(prod(info.shape) for info in others), sum(info.nbytes for info in others))
     notices = list(checkpoint.notices)
     if unsettled:
         notices.append(
@@ -108,9 +118,16 @@ def gather(checkpoint: Checkpoint) -> Facts:
         strides={(f.name, t.key): t.strides for f, t in checkpoint.stored if t.strides is not None},
         in_memory=frozenset(file.name for file in checkpoint.files if file.header.kind == "legacy"),
         open_keys=frozenset(info.key for info in unsettled),
-        said=(*checkpoint.facts, *_quantised(checkpoint), *trained(checkpoint)),
+        said=(*_kind(checkpoint), *checkpoint.facts, *_quantised(checkpoint), *trained(checkpoint)),
+        besides=besides,
         notices=tuple(notices),
     )
+
+
+def _kind(checkpoint: Checkpoint) -> list[tuple[str, str]]:
+    """What the files are where they are no model's alone; an adapter of PEFT's has a line of its own."""
+    text = diagnosis.kind(checkpoint) if checkpoint.directory.kind != peft.KIND else None
+    return [("kind", text)] if text else []
 
 
 def _quantised(checkpoint: Checkpoint) -> list[tuple[str, str]]:
@@ -159,7 +176,7 @@ def document(facts: Facts, tensors: Sequence[TensorInfo], statistics: Statistics
         "converted_from": converted_from(checkpoint),
         "model_parallel": facts.ranks,
         "tied": model.tied if model else None,
-        "parameters": facts.total.parameters,
+        "parameters": facts.parameters,
         "bytes": facts.total.bytes,
         "dtypes": {dtype: asdict(count) for dtype, count in facts.dtypes.items()},
         "dims": dict(facts.dims) or None,

@@ -128,10 +128,10 @@ def verify(
 
 
 def _header(report: Report, renewed: Sequence[Accepted]) -> Iterator[Labelled]:
-    what = ", ".join(filter(None, (report.format or "unknown format", report.family)))
+    what = ", ".join(filter(None, (report.format or report.kind or "unknown format", report.family)))
     yield Labelled("path", escape(report.path).split(" "))
     size = f"{plural(report.files, 'file')}, {plural(report.tensors, 'tensor')}, {human_bytes(report.nbytes)}"
-    yield Labelled("what", f"{what}: {size}".split())
+    yield Labelled("what", escape(f"{what}: {size}").split())
     for one in renewed:
         yield Labelled("accepted", escape(f"{one.file}: checksum {one.found}, was {one.expected}").split(" "))
     by_reason: dict[str, list[str]] = {}

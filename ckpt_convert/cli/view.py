@@ -96,7 +96,7 @@ def _facts(facts: Facts) -> Iterator[Labelled]:
     checkpoint, model = facts.checkpoint, facts.model
     yield Labelled("path", [escape(str(checkpoint.path))])
     # What is of no format may well be known, and then says something of itself.
-    is_foreign = checkpoint.format is None and bool(facts.said)
+    is_foreign = checkpoint.format is None and any(label != "kind" for label, _ in facts.said)
     if checkpoint.format is None:
         text = f"{checkpoint.why}; {checkpoint.advice}"
         yield Labelled("format", _words(text) if is_foreign else _unknown(text))
@@ -115,7 +115,7 @@ def _facts(facts: Facts) -> Iterator[Labelled]:
     for label, text in facts.said:
         yield Labelled(escape(label), _words(text))
     yield Labelled("files", [_files(facts)])
-    yield Labelled("parameters", _words(_parameters(facts.total)))
+    yield Labelled("parameters", _words(_parameters(facts)))
     yield Labelled("bytes", [f"{human_bytes(facts.total.bytes)} ({number(facts.total.bytes)})"])
     yield Labelled("dtypes", _list(_dtypes(facts.dtypes)) or ["none"])
     if not is_foreign:
@@ -148,12 +148,15 @@ def _files(facts: Facts) -> str:
     return f"{plural(len(files), 'file')}, {escape(kinds)}, {human_bytes(sum(facts.file_bytes().values()))}"
 
 
-def _parameters(total: Count) -> str:
-    tensors = plural(total.tensors, "tensor")
-    if total.parameters is None:
+def _parameters(facts: Facts) -> str:
+    tensors, count = plural(facts.total.tensors - facts.besides.tensors, "tensor"), facts.parameters
+    if count is None:
         return f"unknown, in {tensors}"
-    exact = f" ({number(total.parameters)})" if total.parameters > 999 else ""
-    return f"{human_count(total.parameters)}{exact} in {tensors}"
+    exact = f" ({number(count)})" if count > 999 else ""
+    besides = ""
+    if facts.besides.tensors:
+        besides = f"; besides, {plural(facts.besides.tensors, 'tensor')} that are no weights"
+    return f"{human_count(count)}{exact} in {tensors}{besides}"
 
 
 def _dtypes(dtypes: Mapping[str, Count]) -> Iterator[str]:

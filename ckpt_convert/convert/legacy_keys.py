@@ -107,8 +107,15 @@ class _Readings:
         return len(self.unknown)
 
 
-def read(keys: Iterable[str], families: Iterable[Family], format: str) -> Names:
-    """Read the keys of a checkpoint as those of a format.
+def loose_scalars(tensors: Iterable[tuple[str, Sequence[int]]]) -> frozenset[str]:
+    """Keys of single numbers that stand beside nested ones, as a loop's best loss beside a model's state dict does."""
+    found = list(tensors)
+    nested = any("." in key for key, _ in found)
+    return frozenset(key for key, shape in found if nested and not len(shape) and "." not in key)
+
+
+def read(keys: Iterable[str], families: Iterable[Family], format: str, scalars: Collection[str] = frozenset()) -> Names:
+    """Read the keys of a checkpoint as those of a format; ``scalars`` are no weights where no table knows them.
 
     ``families`` are those that it may be of; the keys are read by the table that knows most of them, and are left as
     they are where two tables that know as many would read them differently.
@@ -126,8 +133,8 @@ def read(keys: Iterable[str], families: Iterable[Family], format: str) -> Names:
     found = [_read(patterns, table, former) for table in tables]
     fewest = min(readings.unread for readings in found)
     best = [readings for readings in found if readings.unread == fewest]
-    names = _names(stored, best[0])
-    if any(_names(stored, readings).canonical != names.canonical for readings in best[1:]):
+    names = _names(stored, best[0], scalars)
+    if any(_names(stored, readings, scalars).canonical != names.canonical for readings in best[1:]):
         return PLAIN
     return names
 
@@ -139,7 +146,7 @@ def formats(keys: Iterable[str], families: Iterable[Family], *, former: bool = F
     for family in families:
         for format in family.formats:
             table = _table(family, format)
-            weights = [pattern for pattern in patterns if pattern in table or not _is_other(pattern)]
+            weights = [pattern for pattern in patterns if pattern in table or not is_other(pattern)]
             names = ALL[format].former if former else ()
             if weights and all(pattern in table or _possible(pattern, table, names) for pattern in weights):
                 out.add(format)
@@ -224,12 +231,12 @@ def entry(key: str) -> str:
     return next((part for part in _unwrapped(key) if part not in _NESTS), "")
 
 
-def _is_other(key: str) -> bool:
+def is_other(key: str, scalars: Collection[str] = frozenset()) -> bool:
     """Whether a key that no table knows is of an entry of a training run that is no weight."""
-    return entry(key) in _OTHER
+    return entry(key) in _OTHER or key in scalars
 
 
-def _names(keys: Sequence[str], readings: _Readings) -> Names:
+def _names(keys: Sequence[str], readings: _Readings, scalars: Collection[str]) -> Names:
     canonical: dict[str, str] = {}
     other = set()
     said = _Said()
@@ -238,7 +245,7 @@ def _names(keys: Sequence[str], readings: _Readings) -> Names:
     for key in dict.fromkeys(keys):
         ways = readings.by_pattern.get(_pattern(key))
         if ways is None:
-            if _is_other(key):
+            if is_other(key, scalars):
                 other.add(key)
             continue
         if len(ways) > 1:

@@ -146,7 +146,8 @@ def names_of(checkpoint: Checkpoint) -> Names:
     stored += checkpoint.directory.weight_map or ()  # of files that cannot be opened, too
     content = _content(checkpoint)
     families = candidates(content, format, checkpoint.family_name)
-    names = legacy_keys.read(stored, families, format)
+    scalars = legacy_keys.loose_scalars((t.key, t.shape) for file in checkpoint.files for t in file.header.tensors)
+    names = legacy_keys.read(stored, families, format, scalars)
     if names.plain or checkpoint.family_name is not None or type_of(content) is None or format != "hf":
         return names
     keys = [names.of(key) for key in stored if key not in names.other]

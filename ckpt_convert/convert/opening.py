@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -174,8 +174,10 @@ def by_keys(files: tuple[WeightFile, ...], why: str, kind: str | None = None) ->
     if len(fits) == 1:
         return fits.pop(), "its keys"
     if not fits:
-        fits = legacy_keys.formats(stored, FAMILIES.values()) - others
-        fits = fits or legacy_keys.formats(stored, FAMILIES.values(), former=True) - others
+        scalars = legacy_keys.loose_scalars((t.key, t.shape) for file in files for t in file.header.tensors)
+        nested = [key for key in stored if key not in scalars]
+        fits = legacy_keys.formats(nested, FAMILIES.values()) - others
+        fits = fits or legacy_keys.formats(nested, FAMILIES.values(), former=True) - others
         if len(fits) == 1:
             return fits.pop(), "its keys, as the notices say"
     if fits:
@@ -199,7 +201,7 @@ def notices(path: Path, files: Sequence[WeightFile]) -> list[str]:
                 "nothing was executed, and convert refuses the file"
             )
         if objects:
-            names = _some([f"{key} ({kind})" for key, kind in objects.items()], 5)
+            names = _some(_grouped(objects), 8)
             said = "1 entry is no tensor" if len(objects) == 1 else f"{len(objects)} entries are no tensors"
             out.append(f"{file.name}: {said}: {names}")
     used = {file.name for file in files}
@@ -207,6 +209,17 @@ def notices(path: Path, files: Sequence[WeightFile]) -> list[str]:
     if unused := sorted(entry.name for entry in there if entry.suffix in WEIGHT_SUFFIXES and entry.name not in used):
         out.append(f"not used: {_some(unused, 8)}")
     return out
+
+
+def _grouped(objects: Mapping[str, str]) -> list[str]:
+    """Entries with their type; those below one of a file by that one's name, and how many there are."""
+    groups: dict[str, list[str]] = {}
+    for key in objects:
+        groups.setdefault(key.partition(".")[0], []).append(key)
+    return [
+        f"{keys[0]} ({objects[keys[0]]})" if len(keys) == 1 else f"{name} ({len(keys)} of its entries)"
+        for name, keys in groups.items()
+    ]
 
 
 def in_memory(files: Iterable[WeightFile]) -> list[str]:

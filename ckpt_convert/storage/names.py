@@ -46,7 +46,7 @@ def check_name(name: str, said_by: str) -> str:
             f"{said_by}: names the file {name!r}, which is no plain name inside the directory; "
             "the checkpoint is damaged or hostile, do not use it"
         )
-    if any(len(os.fsencode(part)) > LONGEST for part in path.parts):
+    if any(len(part.encode("utf-8", "surrogatepass")) > LONGEST for part in path.parts):
         raise UnsafeFileError(
             f"{said_by}: names a file {name[:60]!r}…, which is longer than the {LONGEST} bytes that file systems take; "
             "rename it where it was made, or download it again"

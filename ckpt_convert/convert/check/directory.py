@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
@@ -64,7 +65,7 @@ def leftovers(opened: Opened) -> Iterator[Finding]:
     if not path.is_dir():
         return
     for left in (partial_of(path.resolve()), replaced_of(path.resolve())):
-        if left.is_dir():
+        if os.path.isdir(left):  # False where the name, longer than that of the directory, cannot be
             text = f"{left.name} beside the directory was left by a conversion that did not end; remove it"
             yield Finding("warning", "leftover", text, left.name)
     used = {weight.name for weight in opened.checkpoint.directory.weights}
@@ -193,7 +194,7 @@ def _other_index(path: Path, name: str, used: set[str]) -> Iterator[Finding]:
     except CkptConvertError:
         weight_map = None
     files = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
-    absent = sorted(file for file in files if len(file) < 256 and "\0" not in file and not (path / file).is_file())
+    absent = sorted(file for file in files if not os.path.isfile(path / file))  # False for a name that cannot be
     if name.startswith(("consolidated", "adapter")) and not absent:
         return
     if absent:

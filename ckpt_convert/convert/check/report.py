@@ -35,6 +35,8 @@ class Report:
     skipped: tuple[Skipped, ...]
     findings: tuple[Finding, ...]
     bytes_read: int
+    kind: str | None = None
+    """What the files are, in a few words, where they are no model's weights alone."""
 
     @property
     def counts(self) -> Mapping[str, int]:
@@ -61,6 +63,7 @@ class Report:
             "findings": [asdict(finding) for finding in self.findings],
             **self.counts,
             "bytes_read": self.bytes_read,
+            "kind": self.kind,
         }
 
 

@@ -123,6 +123,7 @@ def _report(work: _Work, workers: int, progress: ProgressCallback | None) -> Rep
         skipped=tuple(work.skipped),
         findings=by_severity(work.findings),
         bytes_read=nbytes_read,
+        kind=diagnosis.kind(opened.view),
     )
 
 
@@ -313,7 +314,7 @@ def _read(work: _Work, workers: int, progress: ProgressCallback | None) -> int:
         work.done("crc")
     if record is not None:
         work.done("checksum")
-    elif not hashes:
+    elif not hashes and "training" not in work.checks:
         why = f"no checksums came with it ({MANIFEST}, checklist.chk)"
         if (work.opened.checkpoint.root / MANIFEST).is_file():
             why = f"{MANIFEST} cannot be relied on"

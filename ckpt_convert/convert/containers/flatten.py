@@ -12,6 +12,9 @@ _MAX_KEY = 4096
 _ATOMS = (int, float, bool, str, bytes, type(None))
 _PLAIN = (list, tuple)  # exactly these: torch.Size and named tuples are values, not containers
 _ROOT = "tensor"
+_MODULE = ("_parameters", "_buffers", "_modules")
+"""Where a torch module keeps what its state dict has; its keys are those of the state dict."""
+
 _LIST = 8
 """A longer list of plain values counts as one thing."""
 
@@ -81,9 +84,11 @@ def _children(prefix: str, value: Any, depth: int, is_inside: bool) -> list[_Pen
 
 def _parts(prefix: str, value: Foreign, depth: int) -> list[_Pending]:
     """What a pickle gave an object: attributes, items, members, and the arguments that it was made from."""
-    attributes = value.attributes or ((value.state,) if value.state else ())
-    held = (value.arguments, value.members, value.items, attributes)
-    return [part for parts in held for part in _children(prefix, parts, depth, True)]
+    attributes = value.attributes
+    inner = [attributes[name] for name in _MODULE if isinstance(attributes.get(name), dict)]
+    rest = {name: held for name, held in attributes.items() if name not in _MODULE}
+    held = (value.arguments, value.members, value.items, *inner, rest or ((value.state,) if not attributes else ()))
+    return [part for parts in held if parts for part in _children(prefix, parts, depth, True)]
 
 
 def _name(key: object) -> str:
