@@ -6,6 +6,7 @@ the command line returns: 1 the check or the conversion failed, 2 the request do
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 
 
@@ -112,5 +113,19 @@ class LockedError(CkptConvertError):
     """Another process is writing the same destination."""
 
 
+class MissingPackageError(CkptConvertError):
+    """A package that is needed for what was asked for is not installed."""
+
+
 class VerificationError(CkptConvertError):
     """The output, looked at again, is not what was written, or not what the source says."""
+
+
+def require(package: str, purpose: str) -> None:
+    """Import a package now, rather than after hours; raises MissingPackageError where that fails."""
+    try:
+        importlib.import_module(package)
+    except ImportError as error:
+        raise MissingPackageError(
+            f"{purpose} needs the package {package}, which cannot be imported ({error}): pip install {package}"
+        ) from error

@@ -17,7 +17,7 @@ from ckpt_convert.convert.execute import check_losses, loss_text, run_checks
 from ckpt_convert.convert.plan import Plan, refuse_unreadable
 from ckpt_convert.convert.record import TRAINING_STATE
 from ckpt_convert.convert.sidefiles import SideFile
-from ckpt_convert.errors import CkptConvertError, OutputExistsError, listing
+from ckpt_convert.errors import CkptConvertError, OutputExistsError, SourceChangedError, UnreadableError, listing
 from ckpt_convert.storage.checksums import digest
 from ckpt_convert.storage.folder import Folder
 from ckpt_convert.storage.reader import WORKERS
@@ -86,6 +86,8 @@ def save(step: Step, destination: Path, *, workers: int = WORKERS, mode: int = 0
             f"{error.filename or destination}: cannot be written: {error.strerror or error}; {destination.name} was "
             "not saved, earlier steps are untouched"
         ) from error
+    except (UnreadableError, SourceChangedError) as error:
+        raise type(error)(f"{error}; {destination} was not saved, earlier steps are untouched") from error
     seconds = time.monotonic() - started
     log.info("saved %s (%.3g GB in %.1f s)", destination, nbytes / 1e9, seconds)
     return nbytes

@@ -147,6 +147,9 @@ def _run(words: list[str], debug: bool) -> int:
             ]
         )
         return _failed(error if debug else RuntimeError(what), 1, debug)
+    except ModuleNotFoundError as error:
+        what = f"the package {error.name} is needed for this, but cannot be imported: pip install {error.name}"
+        return _failed(error if debug else RuntimeError(what), 1, debug)
     except Exception as error:
         if debug:
             raise

@@ -12,15 +12,25 @@ from ckpt_convert.convert import plan as planning
 from ckpt_convert.convert.blocks import ProgressCallback
 from ckpt_convert.convert.checkpoint import open_checkpoint, read_checkpoint
 from ckpt_convert.convert.execute import check_losses, is_tied, loss_text, run_checks
+from ckpt_convert.convert.opening import part_of
 from ckpt_convert.convert.plan import Plan
 from ckpt_convert.convert.quantized.view import requested
 from ckpt_convert.convert.request import Request
 from ckpt_convert.convert.verify import verify as verify_output
-from ckpt_convert.errors import CkptConvertError, InputError, UsageError, VerificationError
+from ckpt_convert.errors import (
+    CkptConvertError,
+    ConfigError,
+    InputError,
+    KeyMismatchError,
+    ShapeMismatchError,
+    UsageError,
+    VerificationError,
+    require,
+)
 from ckpt_convert.models.config import ConfigOptions
 from ckpt_convert.storage import hub
 from ckpt_convert.storage.names import local_path
-from ckpt_convert.storage.reader import WORKERS
+from ckpt_convert.storage.reader import WORKERS, reading
 from ckpt_convert.storage.staging import Staging, check_destination, check_space
 
 
@@ -91,6 +101,7 @@ class Options(TypedDict, total=False):
     allow_loss: bool
 
 
+@reading()
 def plan(src: str | Path, *, to: str, **options: Unpack[Options]) -> Plan:
     """The plan of a conversion, from headers alone: nothing is written and no tensor is read.
 
@@ -132,7 +143,15 @@ def plan(src: str | Path, *, to: str, **options: Unpack[Options]) -> Plan:
         config=options.get("config"),
         options=settings,
     )
-    return planning.make(requested(source, request.dequantize), request)
+    try:
+        return planning.make(requested(source, request.dequantize), request)
+    except (ConfigError, KeyMismatchError, ShapeMismatchError) as error:
+        part = part_of(source.path)
+        if part is None:
+            raise
+        raise KeyMismatchError(
+            f"{source.path}: is {part}, and no whole model; give the directory, {source.root}"
+        ) from error
 
 
 def convert(
@@ -168,10 +187,13 @@ def convert(
     made = plan(src, to=to, **options)
     source = made.source
     try:
-        check_destination(destination, source.path, ownership.RULES, overwrite=overwrite)
+        with reading(source.path):
+            check_destination(destination, source.path, ownership.RULES, overwrite=overwrite)
         if made.undecided is not None:
             made = planning.make(source, made.request, tied=is_tied(made))
         planning.refuse_unreadable(made)
+        if made.needs_torch is not None:
+            require("torch", made.needs_torch)
         run_checks(made, progress)
         lost = check_losses(made)
         mode = output.permissions(source)

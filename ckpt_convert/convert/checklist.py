@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import hashlib
 import re
-import stat
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from ckpt_convert.errors import CheckpointNotFoundError, CorruptFileError, UnsafeFileError
+from ckpt_convert.storage.names import resolve
+from ckpt_convert.storage.reader import LocalFile, exists, read_file
 
 CHECKLIST = "checklist.chk"
 Algorithm = Literal["md5", "sha256"]
 
-_BLOCK = 1 << 20
+_LIMIT = 1 << 24
 _LINE = re.compile(r"([0-9a-fA-F]+) [ *](.+)")
 _ALGORITHMS: dict[int, Algorithm] = {32: "md5", 64: "sha256"}
 
@@ -82,15 +83,14 @@ def render(entries: Mapping[str, str]) -> bytes:
 def hash_file(path: Path, kind: Algorithm, *, advance: Callable[[int], None] | None = None) -> str:
     """Hash a file in blocks of 1 MiB; ``advance`` is told the bytes of each.
 
-    hashlib lets other threads run meanwhile. Raises OSError when the file cannot be read.
+    hashlib lets other threads run meanwhile. Raises what LocalFile does when the file cannot be read.
     """
     digest = hashlib.new(kind, usedforsecurity=False)
-    buffer = memoryview(bytearray(_BLOCK))
-    with path.open("rb", buffering=0) as file:
-        while size := file.readinto(buffer):
-            digest.update(buffer[:size])
+    with LocalFile(path) as file:
+        for block in file.blocks():
+            digest.update(block)
             if advance is not None:
-                advance(size)
+                advance(len(block))
     return digest.hexdigest()
 
 
@@ -120,28 +120,25 @@ def check(
     return [
         Finding(name, f"{kind} {expected.lower()}", found)
         for name, expected in listed.items()
-        if (found := _found(directory / name, kind, advance)) != f"{kind} {expected.lower()}"
+        if (found := _found(directory, name, kind, advance)) != f"{kind} {expected.lower()}"
     ]
 
 
-def _found(path: Path, kind: Algorithm, advance: Callable[[int], None] | None) -> str:
+def _found(directory: Path, name: str, kind: Algorithm, advance: Callable[[int], None] | None) -> str:
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            return "something that is not a file"  # reading a pipe would wait for ever
-        return f"{kind} {hash_file(path, kind, advance=advance)}"
-    except (FileNotFoundError, NotADirectoryError):
+        return f"{kind} {hash_file(resolve(directory, name, CHECKLIST), kind, advance=advance)}"
+    except CheckpointNotFoundError:
         return "no such file"
-    except OSError as error:
-        return f"a file that cannot be read ({error.strerror})"
+    except UnsafeFileError:
+        return "a link that leaves the directory" if (directory / name).is_file() else "something that is not a file"
 
 
 def _read(path: Path) -> dict[str, str]:
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
+    if not exists(path):
         raise CheckpointNotFoundError(
             f"{path}: expected a list of hashes, found no such file; without one there is nothing to check against"
-        ) from None
+        )
+    data = read_file(path, _LIMIT)
     try:
         return parse(data.decode())
     except UnicodeDecodeError:

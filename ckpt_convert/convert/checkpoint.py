@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -31,6 +31,7 @@ from ckpt_convert.errors import (
     CorruptFileError,
     InputError,
     KeyMismatchError,
+    UnsafeFileError,
     UnsupportedFamilyError,
     UsageError,
     listing,
@@ -39,8 +40,8 @@ from ckpt_convert.models import FAMILIES
 from ckpt_convert.models.config import ConfigOptions
 from ckpt_convert.models.lazy import LazyTensor, concat, stored
 from ckpt_convert.storage import hub
-from ckpt_convert.storage.names import JOURNAL, local_path
-from ckpt_convert.storage.reader import Identity, LocalFile, identify, identities, read, reading
+from ckpt_convert.storage.names import JOURNAL, local_path, resolve
+from ckpt_convert.storage.reader import Identity, LocalFile, exists, identify, identities, read, reading
 
 if TYPE_CHECKING:
     import torch
@@ -89,7 +90,7 @@ class Checkpoint:
     facts: tuple[tuple[str, str], ...] = ()
     seen: Mapping[Path, Identity] = field(default_factory=dict, repr=False)
 
-    @property
+    @cached_property
     def root(self) -> Path:
         """The directory that the weight files lie in."""
         return self.path if self.path.is_dir() else self.path.parent
@@ -206,14 +207,26 @@ class Checkpoint:
         try:
             return self.model.config
         except CkptConvertError:
-            path = self.config_path or self.root / "config.json"
-            return load_json(path) if path.is_file() else None
+            return self.stated if self.config_file.name != "params.json" else None
 
     @property
     def config_file(self) -> Path:
         """The config that was given, else the place of the format's own, where there may be none."""
         own = (formats.ALL[self.format].config or record.CONFIG) if self.format else "config.json"
         return self.config_path or self.root / own
+
+    @cached_property
+    def stated(self) -> dict[str, Any] | None:
+        """What the config file says, None where there is none; it is read once.
+
+        Raises ConfigError for one that says nothing, and what ``resolve`` and ``load_json`` do.
+        """
+        path = self.config_file
+        if not exists(path):
+            return None
+        if self.config_path is None:
+            resolve(self.root, path.relative_to(self.root).as_posix(), str(self.path))
+        return load_json(path)
 
     @cached_property
     def model(self) -> Model:
@@ -276,8 +289,7 @@ class Checkpoint:
         """params.json of a meta checkpoint, or what was given instead of it."""
         if self.format != "meta":
             return None
-        path = self.config_file
-        return (path, load_json(path)) if path.is_file() else None
+        return (self.config_file, self.stated) if self.stated is not None else None
 
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
@@ -422,8 +434,8 @@ def open_checkpoint(
     ``format`` and ``family`` settle what detection cannot; ``config`` is a config.json or params.json to use.
     Raises CheckpointNotFoundError, CorruptFileError or UnsafeFileError; an unknown family is not an error here.
     """
-    path = hub.here(path) or hub.locate(path, format=format)
-    if os.path.exists(path / JOURNAL):  # False, not an error, where the directory cannot be read
+    path = opening.place(hub.here(path) or hub.locate(path, format=format))
+    if path.is_dir() and exists(path / JOURNAL):
         raise CorruptFileError(
             f"{path}: is the unfinished output of a conversion; run that again with --resume, or without to start anew"
         )
@@ -453,7 +465,7 @@ def read_checkpoint(
     found_record = record.load(path) if path.is_dir() else None
     with without_collector():
         found = opening.find(path, format, found_record)
-    return Checkpoint(
+    opened = Checkpoint(
         path,
         found.format,
         found.why,
@@ -466,6 +478,9 @@ def read_checkpoint(
         found.facts,
         seen,
     )
+    with contextlib.suppress(ConfigError, UnsafeFileError):  # what is wrong with it is said where it is needed
+        _ = opened.stated
+    return opened
 
 
 def _cuts(checkpoint: Checkpoint) -> dict[str, tuple[int | None, int]]:

@@ -12,11 +12,10 @@ from ckpt_convert.convert import diagnosis, legacy_keys
 from ckpt_convert.convert.formats.base import load_json
 from ckpt_convert.convert.legacy_keys import Names
 from ckpt_convert.convert.mapping import Source
-from ckpt_convert.errors import ConfigError, KeyMismatchError, UnsupportedFamilyError
+from ckpt_convert.errors import ConfigError, KeyMismatchError, UnsafeFileError, UnsupportedFamilyError
 from ckpt_convert.models import FAMILIES, Family
 from ckpt_convert.models.config import ConfigOptions, type_of
 from ckpt_convert.models.table import Dims
-from ckpt_convert.storage.names import resolve
 
 if TYPE_CHECKING:
     from ckpt_convert.convert.checkpoint import Checkpoint
@@ -171,26 +170,20 @@ def candidates(config: Mapping[str, Any], format: str, wanted: str | None) -> li
 
 def _content(checkpoint: Checkpoint) -> Mapping[str, Any]:
     """What a checkpoint's config.json or params.json says; {} where there is none that can be read."""
-    path = checkpoint.config_file
     try:
-        return load_json(path) if path.is_file() else {}
-    except ConfigError:
+        return checkpoint.stated or {}
+    except (ConfigError, UnsafeFileError):
         return {}
 
 
 def _config(checkpoint: Checkpoint) -> tuple[Path, dict[str, Any]]:
     path = checkpoint.config_file
-    if checkpoint.config_path is not None:
-        return path, load_json(path)
-    shown = from_shapes(checkpoint) if not path.is_file() else None
-    if shown is not None:
-        return path, shown
-    name = path.relative_to(checkpoint.root).as_posix()
-    if not path.is_file():
-        above = diagnosis.config_above(checkpoint.path)
+    content = checkpoint.stated if checkpoint.stated is not None else from_shapes(checkpoint)
+    if content is None:
+        name, above = path.relative_to(checkpoint.root).as_posix(), diagnosis.config_above(checkpoint.path)
         way = "with its config.json or params.json" if above is None else f"{above}, which is that of the run"
         raise ConfigError(f"{checkpoint.path}: has no {name}, so the model's sizes are not known; pass --config {way}")
-    return path, load_json(resolve(checkpoint.root, name, str(checkpoint.path)))
+    return path, content
 
 
 def from_shapes(checkpoint: Checkpoint) -> dict[str, Any] | None:

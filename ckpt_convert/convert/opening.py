@@ -10,12 +10,13 @@ from pathlib import Path
 from ckpt_convert.convert import containers, formats, legacy_keys, record
 from ckpt_convert.convert.containers import gguf
 from ckpt_convert.convert.containers.header import SLICES, Header
-from ckpt_convert.convert.formats import peft
-from ckpt_convert.convert.formats.base import Directory, WeightName, dcp_directory, plain_weights
+from ckpt_convert.convert.formats import hf, meta, peft
+from ckpt_convert.convert.formats.base import OF_TRAINING, Directory, WeightName, dcp_directory, plain_weights
 from ckpt_convert.convert.formats.hf import another_set
 from ckpt_convert.convert.record import Record
 from ckpt_convert.errors import CheckpointNotFoundError
 from ckpt_convert.models import FAMILIES
+from ckpt_convert.storage import hub
 from ckpt_convert.storage.names import WEIGHT_SUFFIXES, resolve
 from ckpt_convert.storage.reader import Closing, LocalFile, RangeReader
 
@@ -24,8 +25,8 @@ _GGUF = ".gguf"
 _INDEX = re.compile(r"(?<![^.])(?:0|[1-9][0-9]*)(?![^.])")
 """A part of a key that is a number."""
 
-TRAINING = ("optimizer", "scheduler", "training_args", "adapter_", "rng_state", "random_states", "scaler", "optim")
-"""How files and folders begin that a training loop saves beside the weights."""
+_SHARD = re.compile(r"-(\d{1,9})-of-(\d{1,9})\.\w+$")
+"""How the name of a shard ends: its number, and how many there are."""
 
 _LOOSE = "weight files without config.json"
 WRITTEN_BY_DCP = "written by torch.distributed.checkpoint"
@@ -51,6 +52,36 @@ class Found:
     directory: Directory
     files: tuple[WeightFile, ...]
     facts: tuple[tuple[str, str], ...]
+
+
+def place(path: Path) -> Path:
+    """Where a checkpoint lies whose index, or whose folder in the Hub's cache, was given; any other path as it is.
+
+    Raises CheckpointNotFoundError for an index that is not the one that its directory is read by.
+    """
+    path = hub.snapshot(path)
+    if not path.name.endswith(hf.INDEX_SUFFIX) or not path.is_file():
+        return path
+    for format in ("hf", "native"):
+        found = formats.ALL[format].find(path.parent)
+        if found is not None and found.index == path.name:
+            return path.parent
+    raise CheckpointNotFoundError(
+        f"{path}: is an index, and not the one that the weights beside it are read by; give the directory, or a single "
+        "weight file"
+    )
+
+
+def part_of(path: Path) -> str | None:
+    """Which part of a checkpoint a single weight file is, by its name and the files beside it; None for none."""
+    if not path.is_file():
+        return None
+    if (match := _SHARD.search(path.name)) is not None and int(match[2]) > 1:
+        return f"shard {int(match[1])} of {int(match[2])}"
+    if (match := meta.NUMBERED.fullmatch(path.name)) is not None:
+        ranks = {found[1] for entry in path.parent.iterdir() if (found := meta.NUMBERED.fullmatch(entry.name))}
+        return f"rank {int(match[1])} of {len(ranks)}" if len(ranks) > 1 else None
+    return None
 
 
 def find(path: Path, wanted: str | None, found_record: Record | None) -> Found:
@@ -96,21 +127,21 @@ def detect(path: Path, wanted: str | None, found_record: Record | None) -> tuple
         directory = formats.ALL[found_record.format].find(path) or _in_common(path, found_record.format)
         if directory is not None:
             return found_record.format, f"{record.MANIFEST} says so", directory
-    hf = formats.ALL["hf"].find(path)
-    if hf is not None and (path / "config.json").is_file():
-        return "hf", f"config.json and {hf.index or hf.weights[0].name}", hf
-    meta = formats.ALL["meta"].find(path) if hf is None else None
-    if meta is not None:
-        return "meta", meta.weights[0].name, meta
+    found = formats.ALL["hf"].find(path)
+    if found is not None and (path / "config.json").is_file():
+        return "hf", f"config.json and {found.index or found.weights[0].name}", found
+    ranks = formats.ALL["meta"].find(path) if found is None else None
+    if ranks is not None:
+        return "meta", ranks.weights[0].name, ranks
     if (pieces := dcp_directory(path)) is not None:
         return None, WRITTEN_BY_DCP, pieces
-    adapter = peft.config(path) if hf is None else None
+    adapter = peft.config(path) if found is None else None
     weights = [WeightName(name) for name in peft.WEIGHTS if (path / name).is_file()]
     if adapter is not None and weights:
         return None, peft.describe(adapter), Directory((weights[0],), kind=peft.KIND)
-    loose = hf or formats.ALL["native"].find(path)
+    loose = found or formats.ALL["native"].find(path)
     names = [weight.name for weight in loose.weights] if loose is not None else everything(path)
-    if loose is None or all(name.startswith(TRAINING) for name in names):
+    if loose is None or all(name.startswith(OF_TRAINING) for name in names):
         # What lies beside the weights is something to look at only where there are none.
         if not names or _instead(path):
             raise CheckpointNotFoundError(
@@ -271,7 +302,7 @@ def _instead(path: Path) -> str:
 
     config = path / "config.json"
     for folder in sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")):
-        if folder.name.startswith(TRAINING):
+        if folder.name.startswith(OF_TRAINING):
             continue
         if any(entry.suffix in _ANY_SUFFIX for entry in folder.iterdir()) or dcp.is_directory(folder):
             how = f": give that, with --config {config}" if config.is_file() else ""

@@ -24,8 +24,6 @@ from ckpt_convert.storage.folder import Folder
 from ckpt_convert.storage.reader import LocalFile, identify, permitted, read, read_file
 from ckpt_convert.storage.staging import Staging
 
-_BLOCK = 1 << 20
-
 
 @dataclass(frozen=True)
 class Written:
@@ -104,18 +102,19 @@ def write_side_file(side: SideFile, folder: Folder) -> str | None:
             return None
         folder.write(side.name, data)
         return digest(data)
-    folder = replace(folder, mode=folder.mode & permitted(side.path))
     with LocalFile(side.path, expected=side.identity) as file:
+        folder = replace(folder, mode=folder.mode & permitted(side.path))
         if folder.rank(side.name):  # small, and written once everything else is
             data = read(file, 0, file.size)
             folder.write(side.name, data)
             return digest(data)
         total = checksums.new(checksums.XXH3)
         with folder.file(side.name, file.size) as out:
-            for offset in range(0, file.size, _BLOCK):
-                block = read(file, offset, min(_BLOCK, file.size - offset))
+            offset = 0
+            for block in file.blocks():
                 total.update(block)
-                out.write(offset, memoryview(block))
+                out.write(offset, block)
+                offset += len(block)
             out.sync()
     return total.hexdigest()
 

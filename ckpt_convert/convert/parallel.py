@@ -7,6 +7,7 @@ often giving the interpreter to each other costs two threads more than the secon
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import sys
 import traceback
@@ -89,8 +90,18 @@ def _collected(connections: list[Any], batches: Sequence[range], meter: Meter) -
     from multiprocessing.connection import wait
 
     queue = deque(enumerate(batches))
+    killed = CkptConvertError(
+        f"{meter.phase}: a worker process was killed, perhaps for lack of memory; try --workers 1"
+    )
+
+    def give(connection: Any) -> None:
+        try:
+            connection.send(queue.popleft())
+        except OSError:
+            raise killed from None
+
     for connection in connections:
-        connection.send(queue.popleft())
+        give(connection)
     done: dict[int, list[Any]] = {}
     turn = 0
     while turn < len(batches):
@@ -99,9 +110,7 @@ def _collected(connections: list[Any], batches: Sequence[range], meter: Meter) -
             try:
                 message: Any = connection.recv()
             except (EOFError, OSError):
-                raise CkptConvertError(
-                    f"{meter.phase}: a worker process was killed, perhaps for lack of memory; try --workers 1"
-                ) from None
+                raise killed from None
             if isinstance(message, int):
                 meter.add(message)
             elif isinstance(message, BaseException):
@@ -110,7 +119,7 @@ def _collected(connections: list[Any], batches: Sequence[range], meter: Meter) -
                 number, found = message
                 done[number] = found
                 if queue:
-                    connection.send(queue.popleft())
+                    give(connection)
         while turn in done:
             yield from done.pop(turn)
             turn += 1
@@ -140,5 +149,15 @@ def _work(connection: Any, items: Sequence[tuple[Any, int]], start: Callable[[Me
     except (EOFError, BrokenPipeError):
         os._exit(1)  # the parent is gone
     except BaseException as error:
-        error.add_note(traceback.format_exc())
-        connection.send(error)
+        connection.send(_portable(error, phase))
+
+
+def _portable(error: BaseException, phase: str) -> BaseException:
+    """The error with its traceback, as it can be sent: what cannot be pickled, or made again, only by its text."""
+    trace = traceback.format_exc()
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        error = CkptConvertError(f"{phase}: a worker process failed: {type(error).__name__}: {error}")
+    error.add_note(trace)
+    return error

@@ -116,6 +116,14 @@ class Plan:
         """Bytes of the source that had to be read whole: old torch files without zip."""
         return sum(tensor.nbytes for file, tensor in self.stored if file.header.kind == "legacy")
 
+    @property
+    def needs_torch(self) -> str | None:
+        """What of it is done with torch, None for nothing."""
+        if any(side.name == DCP_INDEX and side.origin == "generated" for side in self.side):
+            return "writing the metadata of torch.distributed.checkpoint"
+        casts = any(t.dtype != t.source_dtype for file in self.files for t in file.tensors)
+        return "casting" if casts else None
+
     def memory(self, workers: int) -> int:
         """About how many bytes of memory the conversion takes at most."""
         torch = _TORCH_MEMORY if self.request.dtype or self.in_memory else 0

@@ -18,7 +18,7 @@ from typing import Any
 
 from ckpt_convert.convert import containers
 from ckpt_convert.convert.containers.header import Box, FileLayout, Header, StoredTensor
-from ckpt_convert.convert.formats.base import RECORD_FOLDER, load_json, render_json
+from ckpt_convert.convert.formats.base import JSON_LIMIT, RECORD_FOLDER, load_json, render_json
 from ckpt_convert.errors import (
     CkptConvertError,
     ConfigError,
@@ -29,7 +29,8 @@ from ckpt_convert.errors import (
 )
 from ckpt_convert.models import FORMATS
 from ckpt_convert.storage.checksums import CRC64, XXH3, digest, digest_file
-from ckpt_convert.storage.names import check_name, partial_of, resolve
+from ckpt_convert.storage.names import check_name, partial_of, read_named, resolve
+from ckpt_convert.storage.reader import walk
 from ckpt_convert.storage.system import sync_directory
 
 SCHEMA = 2
@@ -158,6 +159,8 @@ class Record:
             return None
         try:
             return digest_file(resolve(self.directory, name, MANIFEST)) == checksum
+        except UnreadableError:
+            raise  # which says nothing of what is in it
         except CkptConvertError:
             return None
 
@@ -193,7 +196,9 @@ class Record:
 
     def _files(self, folder: Path) -> list[Path]:
         """The files below a folder of the record; raises UnsafeFileError for a link that leaves the directory."""
-        paths = sorted(path for path in folder.rglob("*") if path.is_file())
+        paths = sorted(
+            path for place, _, names in walk(folder) for name in names if (path := Path(place, name)).is_file()
+        )
         return [resolve(self.directory, path.relative_to(self.directory).as_posix(), MANIFEST) for path in paths]
 
     def files_of_layout(self, format: str) -> Iterator[tuple[str, Path]]:
@@ -293,6 +298,8 @@ def training(directory: Path) -> dict[str, Any] | None:
     """What the manifest of a saved step says of its training run; None where this is none, or it cannot be read."""
     try:
         found = read_manifest(directory).get("training") if (directory / MANIFEST).is_file() else None
+    except UnreadableError:
+        raise
     except InputError:
         return None
     return found if isinstance(found, dict) else None
@@ -377,9 +384,11 @@ def read_layout(folder: Path) -> Layout:
             raise CorruptFileError("its ranks have gaps")
         index = None
         if "index" in content:
-            index = (check_name(content["index"], str(path)), (folder / "index.json").read_bytes())
+            index = (check_name(content["index"], str(path)), read_named(folder, "index.json", str(path), JSON_LIMIT))
         return Layout(str(content["format"]), files, index)
-    except (CkptConvertError, OSError, KeyError, ValueError, TypeError) as error:
+    except UnreadableError:
+        raise  # which says nothing of what is in the file
+    except (CkptConvertError, KeyError, ValueError, TypeError) as error:
         raise CorruptFileError(
             f"{path}: the recorded layout is damaged ({type(error).__name__}: {error}); "
             f"move the folder {folder} elsewhere to do without it"
@@ -391,7 +400,7 @@ def _read_file(folder: Path, entry: Mapping[str, Any]) -> LayoutFile:
     if "tensors" in entry:
         tensors = tuple(StoredTensor(key, dtype, tuple(shape), 0) for key, dtype, shape in entry["tensors"])
         return LayoutFile(name, entry["rank"], Header(entry["kind"], entry["size"], tensors), None)
-    data = (folder / check_name(entry["bytes"], str(folder))).read_bytes()
+    data = read_named(folder, entry["bytes"], str(folder), containers.MAX_LITERALS)
     literals = []
     start = 0
     for offset, size in entry["literals"]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from ckpt_convert.convert.formats.base import (
 from ckpt_convert.convert.record import Layout, Record
 from ckpt_convert.errors import CorruptFileError, InputError, UnsafeFileError
 from ckpt_convert.storage.names import WEIGHT_SUFFIXES, check_name, resolve
-from ckpt_convert.storage.reader import Identity, identify, read_file
+from ckpt_convert.storage.reader import Identity, identify, read_file, reading, walk
 
 _TOKENIZERS = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "tekken", "chat_template")
 
@@ -71,7 +70,7 @@ def skipped(checkpoint: Checkpoint) -> list[str]:
     if not checkpoint.path.is_dir():
         return []
     out = []
-    for folder, folders, files in os.walk(checkpoint.path):
+    for folder, folders, files in walk(checkpoint.path):
         folders[:] = sorted(name for name in folders if _enters(name))
         here = Path(folder)
         out += [here / name for name in folders if (here / name).is_symlink()]
@@ -99,7 +98,7 @@ def _enters(folder: str) -> bool:
 
 
 def _walk(directory: Path) -> Iterator[Path]:
-    for folder, folders, files in os.walk(directory):
+    for folder, folders, files in walk(directory):
         folders[:] = sorted(name for name in folders if _enters(name))
         for name in sorted(files):
             path = Path(folder, name)
@@ -159,6 +158,7 @@ def recorded_layouts(source: Checkpoint, target: str, own: Layout | None) -> lis
     return out
 
 
+@reading()
 def checklist_for(source: Checkpoint, target: str) -> Path | None:
     """The checklist.chk whose lines the output's files should be listed by."""
     if target != "meta":
@@ -179,6 +179,7 @@ def _constant(data: bytes) -> Callable[[], bytes]:
     return lambda: data
 
 
+@reading()
 def checklist_of(source: Checkpoint) -> dict[str, str]:
     """What the source's checklist.chk says of the files that are there, {} if there is none.
 

@@ -18,6 +18,8 @@ from typing import Any, Protocol
 import xxhash
 from fastcrc import crc64
 
+from ckpt_convert.storage.reader import LocalFile
+
 _BLOCK = 1 << 20
 
 
@@ -115,9 +117,9 @@ def digest(data: bytes | Iterable[bytes], kind: str = XXH3) -> str:
 
 
 def digest_file(path: Path) -> str:
-    """``digest`` of a file, in little memory; raises OSError where it cannot be read."""
+    """``digest`` of a file, in little memory; raises what LocalFile does where it cannot be read."""
     total = new(XXH3)
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
+    with LocalFile(path) as file:
+        for block in file.blocks():
             total.update(block)
     return total.hexdigest()

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from ckpt_convert.errors import CheckpointNotFoundError
+from ckpt_convert.errors import CheckpointNotFoundError, InputError
 from ckpt_convert.storage.names import WEIGHT_SUFFIXES, local_path
+from ckpt_convert.storage.reader import exists, read_file
 
 PREFIX = "hf://"
+_MOST = 1 << 28
+"""Bytes of an index."""
+
 _REPO = re.compile(r"[\w.-]+/[\w.-]+")
 _NEVER = ["onnx/*", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot"]
 
@@ -21,7 +24,7 @@ def here(source: str | Path) -> Path | None:
     if str(source).startswith(PREFIX):
         return None
     path = local_path(source)
-    return path if os.path.exists(path) else None
+    return path if exists(path) else None
 
 
 def locate(source: str | Path, revision: str | None = None, *, format: str | None = None) -> Path:
@@ -40,6 +43,27 @@ def locate(source: str | Path, revision: str | None = None, *, format: str | Non
             raise CheckpointNotFoundError(f"{source}: is a link that leads nowhere")
         raise CheckpointNotFoundError(f"{source}: no such file or directory, and no Hub id (org/name) either")
     return _cached(repo, revision, format) or _downloaded(repo, revision, format)
+
+
+def snapshot(path: Path) -> Path:
+    """The snapshot in a model's folder of the Hub's cache (``models--org--name``); any other path as it is.
+
+    It is the one that ``main`` is, or the only one; raises CheckpointNotFoundError where that leaves a choice.
+    """
+    folder = path / "snapshots"
+    if not path.name.startswith("models--") or not folder.is_dir():
+        return path
+    there = sorted(entry for entry in folder.iterdir() if entry.is_dir())
+    main = path / "refs" / "main"
+    if main.is_file():
+        commit = read_file(main, 256).decode(errors="replace").strip()
+        there = [entry for entry in there if entry.name == commit] or there
+    if len(there) == 1:
+        return there[0]
+    found = ", ".join(map(str, there[:4])) or "none"
+    raise CheckpointNotFoundError(
+        f"{path}: is a folder of the Hub's cache, and does not say which snapshot is meant; give one of them ({found})"
+    )
 
 
 def _cached(repo: str, revision: str | None, format: str | None) -> Path | None:
@@ -79,8 +103,8 @@ def _complete(snapshot: Path, format: str | None) -> bool:
     indexes = list(snapshot.glob("*.index.json"))
     for index in indexes:
         try:
-            files = set(json.loads(index.read_text())["weight_map"].values())
-        except (OSError, ValueError, KeyError, AttributeError):
+            files = set(json.loads(read_file(index, _MOST))["weight_map"].values())
+        except (InputError, ValueError, KeyError, AttributeError, TypeError):
             continue
         if all((snapshot / str(file)).exists() for file in files):
             return True

@@ -10,6 +10,7 @@ import re
 from pathlib import Path, PurePosixPath
 
 from ckpt_convert.errors import CheckpointNotFoundError, UnsafeFileError, UsageError
+from ckpt_convert.storage.reader import read_file, reading
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
 """How the names of weight files end."""
@@ -54,6 +55,11 @@ def check_name(name: str, said_by: str) -> str:
     return name
 
 
+def read_named(directory: Path, name: str, said_by: str, most: int) -> bytes:
+    """A small file whose name another file says: it stays in the directory, is regular, and of ``most`` bytes."""
+    return read_file(resolve(directory, name, said_by), most)
+
+
 def local_path(given: str | Path, what: str = "") -> Path:
     """The path that somebody gives for ``what``, with ``~`` as the home directory.
 
@@ -93,6 +99,11 @@ def resolve(directory: Path, name: str, said_by: str) -> Path:
     UnsafeFileError. Raises CheckpointNotFoundError when the file is not there.
     """
     path = directory / check_name(name, said_by)
+    with reading(path, "looked at"):
+        return _resolved(directory, path, said_by)
+
+
+def _resolved(directory: Path, path: Path, said_by: str) -> Path:
     if not path.exists():
         if path.is_symlink():
             raise CheckpointNotFoundError(f"{path}: is a link that leads nowhere; download or copy the file again")

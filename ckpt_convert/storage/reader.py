@@ -117,10 +117,30 @@ def permitted(path: Path) -> int:
             raise changed(path, "it was removed") from None
 
 
+def exists(path: Path) -> bool:
+    """Whether a path leads to something; what the system fails to say is no answer, but raises UnreadableError."""
+    with reading(path, "looked at"):
+        try:
+            os.stat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+    return True
+
+
+def walk(directory: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """``os.walk``, which passes over what cannot be listed, as if nothing were there; here that is UnreadableError."""
+
+    def failed(error: OSError) -> None:
+        raise unreadable(error, directory, "listed")
+
+    return os.walk(directory, onerror=failed)
+
+
 def identities(directory: Path, *folders: str) -> dict[Path, Identity]:
     """Every file of a directory as it is now, and every file below some of its ``folders``; links are followed."""
     found: dict[Path, Identity] = {}
-    places = [directory, *(Path(place) for name in folders for place, _, _ in os.walk(directory / name))]
+    there = [directory / name for name in folders if exists(directory / name)]
+    places = [directory, *(Path(place) for folder in there for place, _, _ in walk(folder))]
     for place in places:
         with os.scandir(place) as entries:
             for entry in entries:
@@ -212,6 +232,14 @@ class LocalFile:
                     "it was cut while it was being read"
                 )
             done += got
+
+    def blocks(self, size: int = 1 << 20) -> Iterator[memoryview]:
+        """All of the file, ``size`` bytes at a time; each is good until the next one."""
+        buffer = memoryview(bytearray(min(size, self.size)))
+        for offset in range(0, self.size, size):
+            block = buffer[: min(size, self.size - offset)]
+            self.readinto(offset, block)
+            yield block
 
     def close(self) -> None:
         if self._fd >= 0:

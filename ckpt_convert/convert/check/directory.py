@@ -11,9 +11,8 @@ from typing import Any
 from ckpt_convert.convert.check.tolerant import Opened
 from ckpt_convert.convert.checkpoint import Checkpoint
 from ckpt_convert.convert.findings import Finding
-from ckpt_convert.convert.formats.base import load_json
+from ckpt_convert.convert.formats.base import OF_TRAINING, load_json
 from ckpt_convert.convert.formats.hf import NUMBERED, another_set, is_found
-from ckpt_convert.convert.opening import TRAINING
 from ckpt_convert.errors import CkptConvertError
 from ckpt_convert.models import FAMILIES
 from ckpt_convert.storage.names import WEIGHT_SUFFIXES, partial_of, replaced_of
@@ -159,7 +158,7 @@ def _width(checkpoint: Checkpoint, stem: str) -> int:
 
 
 def _counts(path: Path, name: str) -> bool:
-    return not name.startswith((".", *TRAINING)) and ((path / name).is_file() or (path / name).is_symlink())
+    return not name.startswith((".", *OF_TRAINING)) and ((path / name).is_file() or (path / name).is_symlink())
 
 
 def _unused(names: list[str], used: set[str], checkpoint: Checkpoint) -> Iterator[Finding]:

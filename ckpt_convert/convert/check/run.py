@@ -18,6 +18,7 @@ from ckpt_convert.convert.findings import Finding, Severity
 from ckpt_convert.convert.formats.base import load_json
 from ckpt_convert.convert.mapping import Equality, Logicals
 from ckpt_convert.convert.model import Model, from_shapes
+from ckpt_convert.convert.opening import part_of
 from ckpt_convert.convert.record import MANIFEST, MERGED
 from ckpt_convert.errors import CkptConvertError, UnsupportedFamilyError
 from ckpt_convert.storage.names import local_path
@@ -141,6 +142,9 @@ def _against_config(work: _Work) -> None:
         content = _from_shapes(work)
     if not view.stored:
         work.skip("there are no tensors to look at", "config", "keys", "tied")
+        return
+    if (part := part_of(view.path)) is not None:
+        work.skip(f"the file is {part}, and no whole model; give the directory for these", "config", "keys", "tied")
         return
     mixed, why = causes.ranks(work.opened, content)
     if why:

@@ -14,6 +14,7 @@ from ckpt_convert.convert.usual import EMBEDDINGS, size_of, text_part
 from ckpt_convert.dtypes import DTYPES
 from ckpt_convert.errors import CkptConvertError
 from ckpt_convert.storage.names import WEIGHT_SUFFIXES
+from ckpt_convert.storage.reader import LocalFile, read
 
 _LOADED = (
     "config.json",
@@ -25,6 +26,7 @@ _LOADED = (
     "params.json",
     "preprocessor_config.json",
 )
+_MARK = b"\xef\xbb\xbf"
 _POINTER = b"version https://git-lfs"
 
 
@@ -41,21 +43,25 @@ def side_files(checkpoint: Checkpoint) -> Iterator[Finding]:
             yield _error(name, f"is a link that leads nowhere (to {target}); download or copy the file again")
         elif path.is_file():
             yield from _file(path)
+        elif not path.is_dir():
+            yield _error(name, "is no regular file (a pipe, a device); remove it, or put the file itself there")
 
 
 def _file(path: Path) -> Iterator[Finding]:
     name = path.name
     try:
-        with path.open("rb") as file:
-            start = file.read(64)
-    except OSError as error:
-        yield _error(name, f"cannot be read: {error.strerror}; look at its permissions")
+        with LocalFile(path) as file:
+            start = read(file, 0, min(file.size, 64))
+    except CkptConvertError as error:
+        yield _error(name, str(error).removeprefix(f"{path}: "))
         return
     if not start and not name.startswith("__init__"):
         text = f"{name}: the file is empty; download or copy it again"
         yield Finding("error" if name in _LOADED else "warning", "side-files", text, name)
     elif start.startswith(_POINTER):
         yield _error(name, "it is a git-lfs pointer, not the file itself; run git lfs pull in its repository")
+    elif start.startswith(_MARK) and name in _LOADED:
+        yield _error(name, "starts with a byte order mark, which transformers does not read; save it as UTF-8 without")
     elif name.endswith(".json"):
         try:
             if not load_json(path) and name == "adapter_config.json":

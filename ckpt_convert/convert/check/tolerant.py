@@ -13,8 +13,8 @@ from ckpt_convert.convert.check.container import survey
 from ckpt_convert.convert.checkpoint import Checkpoint
 from ckpt_convert.convert.findings import Finding
 from ckpt_convert.convert.formats.base import RECORD_FOLDER, Directory, WeightName, load_json, plain_weights
-from ckpt_convert.convert.formats.hf import another_set
-from ckpt_convert.convert.opening import WeightFile, by_keys, detect, everything, open_files
+from ckpt_convert.convert.formats.hf import another_set, plain_names
+from ckpt_convert.convert.opening import WeightFile, by_keys, detect, everything, open_files, place
 from ckpt_convert.errors import CheckpointNotFoundError, CkptConvertError, ConfigError, UsageError
 from ckpt_convert.models import FAMILIES
 from ckpt_convert.storage.names import JOURNAL, WEIGHT_SUFFIXES, check_name, local_path, resolve
@@ -77,6 +77,7 @@ def open_tolerantly(
         raise ConfigError(f"{config}: no such file; --config takes a config.json or params.json")
     if not path.exists():
         raise CheckpointNotFoundError(f"{path}: no such file or directory")
+    path = place(path)
     state = _State()
     found_record = _record(path, state)
     try:
@@ -159,7 +160,7 @@ def _sound_part(path: Path, index: Path) -> Directory | None:
     try:
         weight_map = load_json(index).get("weight_map")
         entries = weight_map.items() if isinstance(weight_map, dict) else ()
-        sound = {key: file for key, file in entries if isinstance(file, str) and _is_plain(file)}
+        sound = plain_names({key: file for key, file in entries if isinstance(file, str) and _is_plain(file)})
     except CkptConvertError:
         return None
     return Directory(tuple(map(WeightName, sorted(set(sound.values())))), index.name, sound) if sound else None
@@ -167,7 +168,7 @@ def _sound_part(path: Path, index: Path) -> Directory | None:
 
 def _is_plain(name: str) -> bool:
     try:
-        check_name(name, "")
+        check_name(name.removeprefix("./"), "")
     except CkptConvertError:
         return False
     return True

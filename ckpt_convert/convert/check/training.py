@@ -11,8 +11,10 @@ from ckpt_convert.convert import record
 from ckpt_convert.convert.check.accept import accept_command, may_change
 from ckpt_convert.convert.findings import Finding
 from ckpt_convert.convert.record import MANIFEST, TRAINING_STATE
+from ckpt_convert.errors import CheckpointNotFoundError, CkptConvertError
 from ckpt_convert.storage.checksums import digest_file
-from ckpt_convert.storage.reader import WORKERS
+from ckpt_convert.storage.names import resolve
+from ckpt_convert.storage.reader import WORKERS, identify
 
 _WAY_OUT = "copy the checkpoint again, or use another step"
 
@@ -43,20 +45,20 @@ def _compare(directory: Path, name: str, entry: Mapping[str, Any], values: bool)
         said = [None if value is None else str(value) for value in (expected, found)]
         return Finding("error", "training", f"{name}: {text}; {way}", name, None, *said)
 
-    path = directory / name
     changed = f"put it back, or accept it as it is: {accept_command(directory, name)}" if may_change(name) else _WAY_OUT
     try:
-        size = path.stat().st_size
+        path = resolve(directory, name, MANIFEST)
+        size = identify(path).size
         if size != entry.get("size"):
             text = f"was edited or damaged: should have {entry.get('size')} bytes, but has {size}"
             return finding(text, entry.get("size"), size, changed)
         if values and (checksum := digest_file(path)) != entry.get("checksum"):
             text = f"was edited or damaged: should have the checksum {entry.get('checksum')}, but has {checksum}"
             return finding(text, entry.get("checksum"), checksum, changed)
-    except FileNotFoundError:
+    except CheckpointNotFoundError:
         return finding(f"is missing: {MANIFEST} says that it was written")
-    except OSError as error:
-        return finding(f"cannot be read: {error.strerror}")
+    except CkptConvertError as error:
+        return Finding("error", "training", str(error).replace(f"{directory}/", ""), name)
     return None
 
 

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from ckpt_convert.convert.containers import gguf, safetensors
 from ckpt_convert.convert.containers.header import Checksummed, FileLayout, Header, StoredTensor
-from ckpt_convert.convert.containers.layout import Recorded, capture, holes
+from ckpt_convert.convert.containers.layout import MAX_LITERALS, Recorded, capture, holes
 from ckpt_convert.errors import CorruptFileError, InputError
 from ckpt_convert.storage.reader import LocalFile, RangeReader, read
 
-__all__ = ["Checksummed", "FileLayout", "Header", "StoredTensor", "capture", "parse", "parse_layout"]
+__all__ = ["MAX_LITERALS", "Checksummed", "FileLayout", "Header", "StoredTensor", "capture", "parse", "parse_layout"]
 
 _KNOWN = (
     (b"version https://git-lfs", "it is a git-lfs pointer, not the file itself; run git lfs pull in its repository"),

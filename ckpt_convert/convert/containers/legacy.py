@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ckpt_convert.convert.containers.flatten import flatten
 from ckpt_convert.convert.containers.header import Header, StoredTensor
 from ckpt_convert.dtypes import FROM_TORCH
-from ckpt_convert.errors import CorruptFileError, InputError, UnsafeFileError
+from ckpt_convert.errors import CorruptFileError, InputError, UnsafeFileError, require
 from ckpt_convert.storage.reader import LocalFile, RangeReader
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def open_legacy(reader: LocalFile) -> tuple[RangeReader, Header]:
         reader.name,
         reader.size / 1e6,
     )
+    require("torch", f"{reader.name}: an old torch file")
     state = _load(reader)
     import torch
 

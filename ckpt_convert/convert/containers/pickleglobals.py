@@ -13,6 +13,7 @@ from ckpt_convert.dtypes import DTYPES, FROM_STORAGE, FROM_TORCH
 from ckpt_convert.errors import InputError
 
 MAX_DIMS = 64
+_MOST = 1 << 63
 
 
 class MalformedError(ValueError):
@@ -110,8 +111,11 @@ class DTypeName(NamedTuple):
 
 
 def integer(value: object) -> int:
+    """A size, an offset or a stride: none has more than 64 bits."""
     if type(value) is not int:
         raise MalformedError(f"expected an integer, found {type(value).__name__}")
+    if abs(value) >= _MOST:
+        raise MalformedError(f"expected a size, found an integer of {value.bit_length():,} bits")
     return value
 
 

@@ -97,9 +97,10 @@ def _storage(reference: object) -> object:
     _, kind, key, _, numel = reference
     if isinstance(kind, Global) and kind.foreign:
         return Foreign(kind.name)
-    if not isinstance(kind, StorageType) or not isinstance(key, str):
+    # torch reads a key that is a number as well; litgpt writes such.
+    if not isinstance(kind, StorageType) or not (isinstance(key, str) or type(key) is int):
         raise MalformedError("a storage should have a type and a key")
-    return Storage(key, kind.dtype, integer(numel), kind.kind)
+    return Storage(key if isinstance(key, str) else str(integer(key)), kind.dtype, integer(numel), kind.kind)
 
 
 def _key(value: object) -> object:

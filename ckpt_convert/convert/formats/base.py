@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ckpt_convert.errors import ConfigError
-from ckpt_convert.storage.reader import Identity, read_file
+from ckpt_convert.storage.reader import Identity, exists, read_file
 
 NEVER_SIDE_FILES = (".gguf", ".h5", ".msgpack", ".onnx", ".ot")
 NEVER_SIDE_FOLDERS = ("original", ".git", ".cache", "onnx", "ckpt_convert", "training_state")
+OF_TRAINING = (
+    *("adapter_", "training_args", "optimizer", "optim.", "scheduler", "rng_state", "scaler.", "recipe_state"),
+    *("random_states", "sampler", "zero_pp_rank", "dl_state_dict"),
+)
+"""How the names of files begin that trainers (transformers, accelerate, torchtune, DeepSpeed) keep beside weights."""
+
 RECORD_FOLDER = "ckpt_convert"
 JSON_LIMIT = 1 << 28
 TEXT_LIMIT = 1 << 24
@@ -75,7 +80,7 @@ def load_json(path: Path, *, expected: Identity | None = None) -> dict[str, Any]
 
     Raises what ``read_file`` does for a file that cannot be read: that says nothing of what is in it.
     """
-    if not os.path.lexists(path):
+    if not exists(path):
         raise ConfigError(f"{path}: cannot be read: there is no such file")
     try:
         content = parse_json(read_file(path, JSON_LIMIT, expected=expected))
@@ -142,5 +147,5 @@ def plain_weights(directory: Path, suffixes: Sequence[str]) -> list[str]:
         for entry in directory.iterdir()
         if entry.suffix in suffixes
         and entry.is_file()
-        and not entry.name.startswith(("consolidated", "adapter_", "training_args", "optimizer", "scheduler", "."))
+        and not entry.name.startswith(("consolidated", ".", *OF_TRAINING))
     )

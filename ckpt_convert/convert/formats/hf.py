@@ -17,7 +17,7 @@ from ckpt_convert.convert.formats.base import (
     plain_weights,
 )
 from ckpt_convert.errors import CorruptFileError
-from ckpt_convert.storage.names import check_name
+from ckpt_convert.storage.names import check_name, resolve
 
 INDEX_SUFFIX = ".index.json"
 NUMBERED = re.compile(r"(?P<stem>.*)-(?P<number>\d{1,9})-of-(?P<total>\d{1,9})(?P<suffix>\.\w+)")
@@ -53,7 +53,7 @@ def find(directory: Path) -> Directory | None:
 
 def from_index(directory: Path, name: str) -> Directory:
     """The files that an index names, each once, sorted; raises CorruptFileError when the index is no index."""
-    path = directory / name
+    path = resolve(directory, name, str(directory))
     weight_map = load_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CorruptFileError(f"{path}: has no weight_map, so it is no index; download or copy it again")

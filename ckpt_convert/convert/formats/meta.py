@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from ckpt_convert.convert.formats.base import Directory, Format, WeightName
 from ckpt_convert.errors import AmbiguousFormatError, CheckpointNotFoundError
 
-_NUMBERED = re.compile(r"consolidated\.(\d{2,})\.(pth|pt|safetensors)")
+NUMBERED = re.compile(r"consolidated\.(\d{2,})\.(pth|pt|safetensors)")
 _SINGLE = ("consolidated.safetensors", "consolidated.pth", "consolidated.pt")
 _DOCUMENTS = ("readme", "license", "use_policy", "notice", "model_card", "responsible")
 
@@ -18,7 +18,7 @@ def find(directory: Path) -> Directory | None:
     numbered = sorted(
         (int(match[1]), entry.name)
         for entry in directory.iterdir()
-        if (match := _NUMBERED.fullmatch(entry.name)) and entry.is_file()
+        if (match := NUMBERED.fullmatch(entry.name)) and entry.is_file()
     )
     single = [name for name in _SINGLE if (directory / name).is_file()]
     if not numbered and not single:

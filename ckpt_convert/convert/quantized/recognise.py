@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ckpt_convert.convert.findings import Finding
-from ckpt_convert.convert.formats.base import load_json
 from ckpt_convert.convert.quantized import schemes
 from ckpt_convert.convert.quantized.schemes import Block, Rule, Shape
-from ckpt_convert.errors import CkptConvertError
+from ckpt_convert.errors import ConfigError, UnsafeFileError
 
 if TYPE_CHECKING:
     from ckpt_convert.convert.checkpoint import Checkpoint
@@ -104,9 +103,8 @@ def quantization_of(checkpoint: Checkpoint) -> Quantization | None:
 def quantization_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
     """What config.json says of the quantisation, {} where it says nothing."""
     try:
-        path = checkpoint.config_file
-        content = load_json(path) if path.is_file() else {}
-    except CkptConvertError:
+        content = checkpoint.stated or {}
+    except (ConfigError, UnsafeFileError):
         return {}
     text = content.get("text_config")
     for part in (content, text if isinstance(text, dict) else {}):

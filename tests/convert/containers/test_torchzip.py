@@ -605,7 +605,7 @@ MALFORMED = {
     "a persistent id of text": text("0") + b"Q",
     "a persistent id of another kind": b"(" + text("module") + b"NNNNtQ",
     "a storage of text": storage(kind=text("FloatStorage")),
-    "a storage called by a number": b"(" + text("storage") + b"ctorch\nFloatStorage\nK\0NK\6tQ",
+    "a storage called by a truth value": b"(" + text("storage") + b"ctorch\nFloatStorage\n\x88NK\6tQ",
     "sizes that are bool": REBUILD + b"(" + storage() + b"K\0\x88\x85K\1\x85\x89NtR",
     "an offset that is bool": REBUILD + b"(" + storage() + b"\x89))\x89NtR",
     "too many sizes": tensor(shape=(1,) * 65, strides=(1,) * 65),
