@@ -192,7 +192,7 @@ def test_check_finds_what_is_wrong(tmp_path: Path) -> None:
     content[1000] ^= 1
     data.write_bytes(content)
     (problem,) = check(tmp_path / "s", files)
-    assert "__0_0.distcp: is not as it was written" in problem
+    assert "__0_0.distcp: was edited or damaged" in problem
     assert check(tmp_path / "s", files, checksums=False) == []
     os.truncate(data, 100)
     (problem,) = check(tmp_path / "s", files, checksums=False)
