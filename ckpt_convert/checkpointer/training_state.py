@@ -168,10 +168,11 @@ def open_state(directory: Path) -> Opened:
         files, _ = dcp.read_directory(directory)
     except OSError as error:
         raise CorruptFileError(f"{directory}: {error}; {_WAY_OUT}") from error
-    tensors: dict[str, tuple[tuple[RangeReader, StoredTensor], ...]] = {}
+    pieces: dict[str, list[tuple[RangeReader, StoredTensor]]] = {}
     for file in files:
         for stored in file.header.tensors:
-            tensors[stored.key] = (*tensors.get(stored.key, ()), (file.reader, stored))
+            pieces.setdefault(stored.key, []).append((file.reader, stored))
+    tensors = {key: tuple(found) for key, found in pieces.items()}
     content = _description(directory, tensors)
     parts = content.get("parts")
     if parts is None and "tree" in content:

@@ -185,9 +185,14 @@ def test_torchtunes_list_of_files_with_its_recipe_state_beside_them(tmp_path: Pa
     ckpt_convert.convert(source, tmp_path / "out", to="native", container="safetensors")
     ckpt_convert.convert(trainable(tmp_path / "same"), tmp_path / "expected", to="native")
     assert_same(read_safetensors(tmp_path / "out"), read_safetensors(tmp_path / "expected"))
-    native = tmp_path / "expected"
-    torch.save({"epochs_run": 1}, native / "recipe_state.pt")
-    ckpt_convert.convert(native, tmp_path / "back", to="hf")
+    epoch = tmp_path / "epoch_1"
+    epoch.mkdir()
+    torch.save(read_safetensors(tmp_path / "expected"), epoch / "torchtune_model_0.pt")
+    torch.save({"epochs_run": 1, "moments": torch.ones(4)}, epoch / "recipe_state.pt")
+    listed, config = [epoch / "torchtune_model_0.pt"], LLAMA / "config.json"
+    Checkpointer(listed, tmp_path / "other", source_format="native", config=config).close()
+    ckpt_convert.convert(epoch, tmp_path / "back", to="hf", config=config)
+    assert_same(read_safetensors(tmp_path / "back"), read_safetensors(tmp_path / "same"))
 
 
 class _Numbered(pickle.Pickler):

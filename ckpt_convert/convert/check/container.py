@@ -116,10 +116,12 @@ def _lacking(reader: RangeReader) -> str:
 
 def _storages(value: object) -> dict[str, int]:
     found: dict[str, int] = {}
-    pending, seen = [value], 0
-    while pending and seen < 1_000_000:
+    pending, seen = [value], set()
+    while pending:
         item = pending.pop()
-        seen += 1
+        if id(item) in seen:  # a pickle may name one list a million times
+            continue
+        seen.add(id(item))
         if isinstance(item, Tensor):
             storage: Storage = item.storage
             found[storage.key] = storage.nbytes

@@ -326,4 +326,6 @@ def _facts(metadata: Metadata, names: Sequence[str], files: Sequence[File]) -> l
 
 
 def _natural(name: str) -> list[Any]:
-    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", name) if part]
+    # Numbers by their digits: a name may have thousands of them.
+    parts = [part for part in re.split(r"(\d+)", name) if part]
+    return [(0, len(part.lstrip("0")), part.lstrip("0")) if part.isdecimal() else (1, 0, part) for part in parts]

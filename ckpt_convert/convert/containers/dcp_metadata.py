@@ -5,11 +5,13 @@ Field names are those of torch 2.13 (torch/distributed/checkpoint/metadata.py an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from ckpt_convert.convert.containers import torchpickle
 from ckpt_convert.convert.containers.pickleglobals import DTypeName, Foreign, Global
@@ -21,8 +23,9 @@ FILE = ".metadata"
 _OURS = "torch.distributed.checkpoint."
 _MAX_METADATA = 1 << 29
 _MAX_BYTES = 1 << 63
-_PINWHEEL = 64
-"""Pieces that no straight cut tells apart are compared in pairs, up to this many."""
+_MAX_DIMS = 64
+_MAX_CUT = 8
+"""Axes that a tensor is cut across: of a mesh of devices, each axis cuts one."""
 
 Sizes = tuple[int, ...]
 _Box = tuple[Sizes, Sizes]  # origin and sizes
@@ -138,8 +141,8 @@ def _dtype(properties: object) -> str:
 def _place(info: object) -> Place:
     found = _attributes(info, "filesystem._StorageInfo")
     offset, length = found.get("offset"), found.get("length")
-    if type(offset) is not int or type(length) is not int or offset < 0 or length < 0:
-        raise _OddError(f"a record should lie at an offset and have a length, not {offset!r:.40} and {length!r:.40}")
+    if not _is_size(offset) or not _is_size(length):
+        raise _OddError("a record should lie at an offset and have a length, of 63 bits each at most")
     return Place(_text(found.get("relative_path")), offset, length, not found.get("transform_descriptors"))
 
 
@@ -163,9 +166,13 @@ def _text(value: object) -> str:
 
 
 def _sizes(value: object) -> Sizes:
-    if not isinstance(value, tuple) or any(type(size) is not int or size < 0 for size in value):
-        raise _OddError(f"expected sizes or offsets, found {type(value).__name__}")
+    if not isinstance(value, tuple) or len(value) > _MAX_DIMS or not all(map(_is_size, value)):
+        raise _OddError(f"expected sizes or offsets, {_MAX_DIMS} at most, found {type(value).__name__}")
     return tuple(value)
+
+
+def _is_size(value: object) -> TypeGuard[int]:
+    return type(value) is int and 0 <= value < _MAX_BYTES
 
 
 def merged(found: Sequence[Metadata], what: str) -> Metadata:
@@ -199,43 +206,31 @@ def check_cover(what: str, tensor: Tensor) -> None:
                 "it; the metadata is damaged, so copy it again"
             )
     held, wanted = sum(prod(sizes) for _, sizes in boxes), prod(shape)
-    if held != wanted or not boxes or (len(boxes) > 1 and _overlap(boxes, len(shape))):
+    if held != wanted or not boxes or not _tile(what, boxes, shape):
         raise CorruptFileError(
             f"{what} of shape {list(shape)} has {wanted:,} elements, but its {len(boxes)} pieces hold {held:,}"
             f"{' and overlap' if held == wanted else ''}; the save was cut short, or a rank's metadata is missing"
         )
 
 
-def _overlap(boxes: list[_Box], axes: int) -> bool:
-    """Whether any two boxes share an element: told apart by straight cuts, axis by axis."""
-    pending = [(boxes, 0, 0)]  # the last number counts the axes that did not help
-    while pending:
-        group, axis, idle = pending.pop()
-        if len(group) == 1 or not axes:
-            if len(group) > 1:
-                return True
-            continue
-        if idle == axes:
-            if len(group) > _PINWHEEL or any(_meet(a, b) for at, a in enumerate(group) for b in group[:at]):
-                return True
-            continue
-        parts = list(_parted(group, axis))
-        pending += [(part, (axis + 1) % axes, 0 if len(parts) > 1 else idle + 1) for part in parts]
-    return False
+def _tile(what: str, boxes: list[_Box], shape: Sizes) -> bool:
+    """Whether boxes that lie in a shape cover it, each element once; in time linear in their number.
 
-
-def _parted(boxes: list[_Box], axis: int) -> Iterator[list[_Box]]:
-    """The boxes in groups between which a cut across ``axis`` goes through none."""
-    group: list[_Box] = []
-    end = 0
-    for origin, sizes in sorted(boxes, key=lambda box: box[0][axis]):
-        if group and origin[axis] >= end:
-            yield group
-            group = []
-        group.append((origin, sizes))
-        end = max(end, origin[axis] + sizes[axis])
-    yield group
-
-
-def _meet(one: _Box, other: _Box) -> bool:
-    return all(a < b + m and b < a + n for a, n, b, m in zip(*one, *other, strict=True))
+    A corner of a box counts +1 where an even number of its coordinates are those of the box's end, else -1. These sums
+    tell the elements of each box (they are its differences along every axis), so the boxes tile the shape if and only
+    if, corner by corner, theirs add up to that of the shape.
+    """
+    cut = [at for at, size in enumerate(shape) if any(one[1][at] != size for one in boxes)]
+    if len(cut) > _MAX_CUT:
+        raise CorruptFileError(
+            f"{what} of shape {list(shape)} is cut across {len(cut)} axes, expected {_MAX_CUT} at most"
+        )
+    signs = [(ends, -1 if sum(ends) % 2 else 1) for ends in product((0, 1), repeat=len(cut))]
+    corners: Counter[Sizes] = Counter()
+    for origin, sizes in boxes:
+        sides = [(origin[at], origin[at] + sizes[at]) for at in cut]
+        for ends, sign in signs:
+            corners[tuple([side[end] for side, end in zip(sides, ends, strict=True)])] += sign
+    for ends, sign in signs:
+        corners[tuple([shape[at] * end for at, end in zip(cut, ends, strict=True)])] -= sign
+    return not any(corners.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, TypeVar, cast
 
 from ckpt_convert.convert.containers.pickleglobals import Foreign
@@ -76,7 +77,7 @@ def _is_plain(values: Any) -> bool:
 
 
 def _children(prefix: str, value: Any, depth: int, is_inside: bool) -> list[_Pending]:
-    items = value.items() if isinstance(value, dict) else enumerate(value)
+    items = value.items() if isinstance(value, Mapping) else enumerate(value)
     children = [(f"{prefix}{_name(key)}", child, depth, is_inside) for key, child in items]
     children.reverse()  # the caller takes them from the end
     return children

@@ -6,14 +6,17 @@ or, where the file is only looked at, stands for an object of which nothing is k
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import ChainMap
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from ckpt_convert.dtypes import DTYPES, FROM_STORAGE, FROM_TORCH
 from ckpt_convert.errors import InputError
 
 MAX_DIMS = 64
-_MOST = 1 << 63
+_MOST_FLAGS = 16
+_MOST_ARGUMENTS = 64
+_MOST_BITS = 1024
 
 
 class MalformedError(ValueError):
@@ -78,14 +81,14 @@ class Foreign:
         return self.name
 
     @property
-    def attributes(self) -> dict[Any, Any]:
-        """The state as a dict, also where it is one of a pair with the slots'; empty where it is something else."""
+    def attributes(self) -> Mapping[Any, Any]:
+        """The state as a dict, also where it is one of a pair with the slots'; empty where it is something else.
+
+        Never a copy: a pickle may give one dict to a million objects.
+        """
         states = self.state if isinstance(self.state, tuple) and len(self.state) == 2 else (self.state,)
-        found: dict[Any, Any] = {}
-        for state in states:
-            if isinstance(state, dict):
-                found |= state
-        return found
+        found = [state for state in states if isinstance(state, dict)]
+        return found[0] if len(found) == 1 else ChainMap(*reversed(found))
 
 
 class Global(NamedTuple):
@@ -111,10 +114,10 @@ class DTypeName(NamedTuple):
 
 
 def integer(value: object) -> int:
-    """A size, an offset or a stride: none has more than 64 bits."""
+    """A size, an offset or a stride; of no more bits than can be counted with, and said in a message, at no cost."""
     if type(value) is not int:
         raise MalformedError(f"expected an integer, found {type(value).__name__}")
-    if abs(value) >= _MOST:
+    if value.bit_length() > _MOST_BITS:
         raise MalformedError(f"expected a size, found an integer of {value.bit_length():,} bits")
     return value
 
@@ -143,6 +146,8 @@ def _tensor_v3(storage: Any, offset: Any, shape: Any, strides: Any, grad: Any, h
 
 def _refuse_lazy(metadata: object) -> None:
     """Conjugation and negation may be flags on a view: the stored bytes are then not the tensor's values."""
+    if isinstance(metadata, dict) and len(metadata) > _MOST_FLAGS:  # a million tensors may share it
+        raise MalformedError(f"a tensor's metadata should be a few flags, not {len(metadata)}")
     if isinstance(metadata, dict) and any(value is not False for value in metadata.values()):
         raise InputError(
             f"holds a tensor whose values are not its bytes ({', '.join(map(str, metadata))}); load it with torch and "
@@ -260,7 +265,11 @@ def make(function: Global, arguments: tuple[Any, ...]) -> object:
     if function.foreign:
         return Foreign(function.name, arguments)
     call = _CALLS.get(function.name)
-    return call(*arguments) if call is not None else Other(_last(function.name))
+    if call is None:
+        return Other(_last(function.name))
+    if len(arguments) > _MOST_ARGUMENTS:  # each call copies them
+        raise MalformedError(f"{function.name} with {len(arguments)} arguments")
+    return call(*arguments)
 
 
 def _last(name: str) -> str:

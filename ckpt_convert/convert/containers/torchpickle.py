@@ -34,6 +34,9 @@ from ckpt_convert.errors import CorruptFileError, InputError, UnsafeFileError
 __all__ = ["Foreign", "Loaded", "Other", "Size", "Storage", "Tensor", "load"]
 
 _MAX_KEY_PARTS = 64
+_MAX_ARGUMENTS = 1 << 10
+_MAX_NAME = 1 << 10
+"""What is copied wherever it is used has to be short: a pickle may use one thing a million times."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,8 @@ def _storage(reference: object) -> object:
     # torch reads a key that is a number as well; litgpt writes such.
     if not isinstance(kind, StorageType) or not (isinstance(key, str) or type(key) is int):
         raise MalformedError("a storage should have a type and a key")
+    if isinstance(key, str) and len(key) > _MAX_NAME:
+        raise MalformedError(f"the key of a storage has {len(key)} letters")
     return Storage(key if isinstance(key, str) else str(integer(key)), kind.dtype, integer(numel), kind.kind)
 
 
@@ -200,6 +205,8 @@ class _Machine:
     def resolve(self, module: object, attribute: object) -> None:
         if not isinstance(module, str) or not isinstance(attribute, str):
             raise MalformedError("the name of a global should be two strings")
+        if len(module) + len(attribute) > _MAX_NAME:
+            raise MalformedError(f"the name of a global has {len(module) + len(attribute)} letters")
         full = f"{module}.{attribute}"
         found = pickleglobals.find(full)
         if found is None:
@@ -221,6 +228,8 @@ class _Machine:
         function, arguments, names = self.last(3)
         if not isinstance(names, dict) or type(arguments) is not tuple:
             raise MalformedError("NEWOBJ_EX without a tuple and a dict")
+        if names and len(arguments) > _MAX_ARGUMENTS:
+            raise MalformedError(f"NEWOBJ_EX with {len(arguments)} arguments")
         self.push(_call(self.name, function, (*arguments, names) if names else arguments))
 
     def build(self) -> None:

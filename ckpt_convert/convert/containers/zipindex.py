@@ -136,9 +136,11 @@ def _entries(name: str, raw: bytes, start: int) -> Iterator[_Entry]:
 
 def _wide(name: str, member: bytes, extra: bytes, values: tuple[int, ...]) -> tuple[int, ...]:
     """Replace those of size, packed size and offset that are full by what the zip64 extra field says."""
-    while len(extra) >= 4:
-        kind, length = struct.unpack_from("<HH", extra)
-        body, extra = extra[4 : 4 + length], extra[4 + length :]
+    position = 0
+    while position + 4 <= len(extra):
+        kind, length = struct.unpack_from("<HH", extra, position)
+        body = extra[position + 4 : position + 4 + length]
+        position += 4 + length
         if kind == 1 and length == 8 * values.count(_FULL32) == len(body):
             wide = iter(struct.unpack(f"<{length // 8}Q", body))
             return tuple(next(wide) if value == _FULL32 else value for value in values)
