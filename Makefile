@@ -15,6 +15,7 @@ demo: $(INSTALLED) ## Convert a Hugging Face Llama to Meta's layout and back, an
 
 test: $(INSTALLED) ## Run the tests
 	@tests/browser.sh --install >/dev/null || true  # the tests that need it fail with the same words
+	@tests/compiler.sh --install >/dev/null || true
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 check: $(INSTALLED) ## Check style (ruff) and types (mypy)

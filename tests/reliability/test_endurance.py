@@ -1,0 +1,24 @@
+"""A little of everything that benchmarks/endurance.py does: fuzzing, kills, failing calls, signals, flipped bits."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="calls of the system are made to fail by preloading a library")
+def test_no_half_output_no_untrue_success_no_code_run_no_hang() -> None:
+    command = [sys.executable, ROOT / "benchmarks" / "endurance.py", "--share", "0.01"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    rows = re.findall(r"^\| (.+?) \| ([\d,]+)(?: of [\d,]+)? \| [\d,–]+ \| (\d+) \|$", done.stdout, re.MULTILINE)
+    assert {name: int(wrong) for name, _, wrong in rows if int(wrong)} == {}, done.stdout
+    assert done.returncode == 0, done.stderr
+    assert len(rows) == 30
+    assert sum(int(cases.replace(",", "")) for name, cases, _ in rows if name.startswith("fuzz")) >= 300
+    assert all(int(cases.replace(",", "")) for _, cases, _ in rows)
