@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -101,6 +103,19 @@ def make(*words: object) -> None:
         raise SystemExit(f"{words}: {ended.err}")
 
 
+def warm(hf: Path, place: Path) -> None:
+    """Run the commands in this very process, so that the children find everything imported."""
+    for words in (
+        ("hf-to-meta", hf, place / "warm", "--verify"),
+        ("inspect", hf),
+        ("verify", hf),
+        ("verify", hf, "--json"),
+    ):
+        with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO())), contextlib.redirect_stderr(io.StringIO()):
+            forked.command(*words)()
+    shutil.rmtree(place / "warm")
+
+
 def _tokenizers(folder: Path) -> None:
     tokenizer = demo.train_tokenizer(VOCAB - 256 - 4)
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -156,6 +171,7 @@ def build(place: Path) -> list[Subject]:
     hf = write_hf(place / "hf", state)
     shutil.copy(made / "tokenizer.json", hf)
     (hf / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>"}')
+    warm(hf, place)
     bin_ = write_hf(place / "bin", state, container="bin")
     torch.save(dict(state), place / "bin" / "legacy.tmp", _use_new_zipfile_serialization=False)
     legacy = place / "legacy"
