@@ -204,7 +204,7 @@ def complaint(ended: Ended, allowed: Sequence[int] = (0, 1, 2, 3)) -> str | None
         return f"hung: {ended.cpu:.0f} s of the processor"
     if ended.status not in allowed:
         return f"ended with {ended.status}: {ended.err[-600:]}"
-    for word in ("Traceback (most recent", "This should not happen", "MemoryError", "error: [Errno"):
+    for word in ("Traceback (most recent", "This should not happen", "error: MemoryError", "error: [Errno"):
         if word in ended.err:
             return f"{word!r} in: {ended.err[-1500:]}"
     # verify and diff say with 1, on stdout, what they found.

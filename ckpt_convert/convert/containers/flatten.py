@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from typing import Any, TypeVar, cast
 
@@ -93,7 +94,10 @@ def _parts(prefix: str, value: Foreign, depth: int) -> list[_Pending]:
 
 
 def _name(key: object) -> str:
-    return key.name if isinstance(key, Foreign) else str(key)
+    if isinstance(key, Foreign):
+        return key.name
+    # Of a tuple or the like, what a line holds: a pickle nests them as deep, and shares them as often, as it likes.
+    return str(key) if isinstance(key, _ATOMS) else reprlib.repr(key)
 
 
 def _kind(value: object) -> str:
