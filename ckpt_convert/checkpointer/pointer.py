@@ -26,8 +26,8 @@ def check_pointer(output_dir: Path, name: str) -> None:
     path = output_dir / name
     if os.path.lexists(path) and target_of(path) is None:
         raise OutputExistsError(
-            f"{path}: is in the way of the pointer to the newest checkpoint; remove it, or choose another latest_name "
-            "(None for no pointer)"
+            f"{path}: is in the way of the pointer to the newest checkpoint; move it elsewhere, or choose another "
+            "latest_name (None for no pointer)"
         )
 
 

@@ -93,8 +93,8 @@ def newest(output_dir: Path, *, verify: bool, workers: int) -> Saved | None:
     said += [f"{path}: its manifest is damaged or gone" for path in gone]
     if said:
         raise CorruptFileError(
-            f"{output_dir}: holds {len(there) + len(gone)} checkpoints, but none that is sound; remove them, or choose "
-            f"another output_dir, to start anew:{listing(said)}"
+            f"{output_dir}: holds {len(there) + len(gone)} checkpoints, but none that is sound; move them elsewhere, "
+            f"or choose another output_dir, to start anew:{listing(said)}"
         )
     return None
 

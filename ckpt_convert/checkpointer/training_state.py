@@ -52,7 +52,7 @@ def write(directory: Path | Folder, packed: Mapping[str, Packed] | Packed) -> Fi
         directory.mkdir(exist_ok=True)
         if any(directory.iterdir()):
             raise OutputExistsError(
-                f"{directory}: should be empty, but holds files; remove them, or give another place"
+                f"{directory}: should be empty, but holds files; move them elsewhere, or give another place"
             )
         with Folder.at(directory) as folder:
             return write(folder, packed)

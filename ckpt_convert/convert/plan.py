@@ -395,7 +395,7 @@ def _check_names(source: Checkpoint, files: list[OutputFile], side: list[SideFil
         if name in taken:
             raise CorruptFileError(
                 f"{source.path}: two files of the output would be called {name}; the record is damaged, "
-                f"remove the folder {source.root / RECORD_FOLDER} to do without it"
+                f"move the folder {source.root / RECORD_FOLDER} elsewhere to do without it"
             )
         taken.add(name)
     hidden = [file.name for file in files if file.name.startswith(f"{RECORD_FOLDER}/")]

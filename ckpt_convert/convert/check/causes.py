@@ -45,7 +45,7 @@ def ranks(opened: Opened, config: Mapping[str, Any] | None) -> tuple[list[Findin
             text = (
                 f"{', '.join(added)} is no rank of this checkpoint: {MANIFEST} says that it was cut over {len(written)}"
             )
-            return [Finding("error", "shards", f"{text}; remove it, or convert again", added[0])], text
+            return [Finding("error", "shards", f"{text}; move it elsewhere, or convert again", added[0])], text
     odd = _odd(view.ranks)
     if odd is not None:
         key, at, shape, usual = odd

@@ -65,7 +65,10 @@ def leftovers(opened: Opened) -> Iterator[Finding]:
         return
     for left in (partial_of(path.resolve()), replaced_of(path.resolve())):
         if os.path.isdir(left):  # False where the name, longer than that of the directory, cannot be
-            text = f"{left.name} beside the directory was left by a conversion that did not end; remove it"
+            text = (
+                f"{left.name} beside the directory was left by a conversion that did not end; run that again with "
+                "--resume, or remove what is left"
+            )
             yield Finding("warning", "leftover", text, left.name)
     used = {weight.name for weight in opened.checkpoint.directory.weights}
     known = {opened.checkpoint.directory.index, *(finding.file for finding in opened.findings)}
@@ -171,7 +174,7 @@ def _unused(names: list[str], used: set[str], checkpoint: Checkpoint) -> Iterato
         if match and ((match["stem"], match["suffix"]) in sets or match["suffix"] in suffixes):
             text = (
                 f"{name} is a stale shard: {said} does not use it, but some loaders read every file of that kind; "
-                "remove it"
+                "move it elsewhere"
             )
             yield Finding("warning", "leftover", text, name)
         elif name.startswith("consolidated"):
@@ -179,7 +182,7 @@ def _unused(names: list[str], used: set[str], checkpoint: Checkpoint) -> Iterato
         elif Path(name).suffix not in suffixes:
             others.setdefault(f"another set of {Path(name).suffix} files", []).append(name)
         else:
-            text = f"{name} is not used: {said} names it; remove it if it does not belong here"
+            text = f"{name} is not used: {said} names it; move it elsewhere if it does not belong here"
             yield Finding("warning", "leftover", text, name)
     for what, group in others.items():
         shown = ", ".join(group[:3]) + (", …" if len(group) > 3 else "")
@@ -197,10 +200,12 @@ def _other_index(path: Path, name: str, used: set[str]) -> Iterator[Finding]:
     if name.startswith(("consolidated", "adapter")) and not absent:
         return
     if absent:
-        text = f"{name} is stale: nothing uses it, and it names {len(absent)} files that are not here; remove it"
+        text = (
+            f"{name} is stale: nothing uses it, and it names {len(absent)} files that are not here; move it elsewhere"
+        )
         yield Finding("warning", "leftover", text, name)
     elif files & used or not files or {Path(name).suffix for name in used} & {Path(name).suffix for name in files}:
-        text = f"{name} is not used, for a single weight file or another index comes before it; remove it"
+        text = f"{name} is not used, for a single weight file or another index comes before it; move it elsewhere"
         yield Finding("warning", "leftover", text, name)
 
 

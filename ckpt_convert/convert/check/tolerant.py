@@ -109,7 +109,7 @@ def _record(path: Path, state: _State) -> Record | None:
     if not path.is_dir():
         return None
     if (path / RECORD_FOLDER).is_dir() and not (path / record.MANIFEST).exists():
-        text = f"{record.MANIFEST} is missing, so nothing says what was written; copy it again, or remove its folder"
+        text = f"{record.MANIFEST} is missing, so nothing says what was written; copy it again, or move the folder away"
         state.findings.append(Finding("warning", "record", text, record.MANIFEST))
     try:
         return record.load(path)
