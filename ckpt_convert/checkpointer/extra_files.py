@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from ckpt_convert.convert import formats
-from ckpt_convert.convert.formats.base import DCP_INDEX, RECORD_FOLDER
+from ckpt_convert.convert.formats.base import DCP_INDEX, RECORD_FOLDER, is_index
 from ckpt_convert.convert.plan import Plan
 from ckpt_convert.convert.record import MERGED, TRAINING_STATE
 from ckpt_convert.errors import UsageError
@@ -23,7 +23,7 @@ def check(extra: Sequence[Path], plan: Plan | None) -> None:
     taken = {RECORD_FOLDER, TRAINING_STATE, MERGED, *_ADAPTER}
     if plan is not None:
         taken |= {file.name for file in plan.files} | {DCP_INDEX, formats.ALL[plan.target].config or ""}
-        taken |= {side.name for side in plan.side if side.name.endswith(".index.json")}
+        taken |= {side.name for side in plan.side if is_index(side.name)}
     names = [path.name for path in extra]
     wrong = [f"{name} would take the place of a file that every step has" for name in names if name in taken]
     wrong += [f"two of them are called {name}" for name in sorted({name for name in names if names.count(name) > 1})]

@@ -10,8 +10,9 @@ from typing import Any, Literal, TypedDict, Unpack
 from ckpt_convert.convert import output, ownership, record
 from ckpt_convert.convert import plan as planning
 from ckpt_convert.convert.blocks import ProgressCallback
-from ckpt_convert.convert.checkpoint import open_checkpoint, read_checkpoint
+from ckpt_convert.convert.checkpoint import Checkpoint, open_checkpoint, read_checkpoint
 from ckpt_convert.convert.execute import check_losses, is_tied, loss_text, run_checks
+from ckpt_convert.convert.model import from_shapes
 from ckpt_convert.convert.opening import part_of
 from ckpt_convert.convert.plan import Plan
 from ckpt_convert.convert.quantized.view import requested
@@ -136,13 +137,12 @@ def plan(src: str | Path, *, to: str, **options: Unpack[Options]) -> Plan:
     if like is not None:
         request = replace(request, like=hub.locate(like, format=to))
     from_format = options.get("from_format")
-    source = open_checkpoint(
-        hub.locate(src, options.get("revision"), format=from_format),
-        format=from_format,
-        family=options.get("family"),
-        config=options.get("config"),
-        options=settings,
-    )
+    where = hub.locate(src, options.get("revision"), format=from_format)
+    family = options.get("family")
+    source = open_checkpoint(where, format=from_format, family=family, config=options.get("config"), options=settings)
+    if request.like is not None and (config := _config_of(request.like, source)) is not None:
+        source.close()
+        source = open_checkpoint(where, format=from_format, family=family, config=config, options=settings)
     try:
         return planning.make(requested(source, request.dequantize), request)
     except (ConfigError, KeyMismatchError, ShapeMismatchError) as error:
@@ -152,6 +152,14 @@ def plan(src: str | Path, *, to: str, **options: Unpack[Options]) -> Plan:
         raise KeyMismatchError(
             f"{source.path}: is {part}, and no whole model; give the directory, {source.root}"
         ) from error
+
+
+def _config_of(like: Path, source: Checkpoint) -> Path | None:
+    """The config of the checkpoint to imitate, where the source has none of its own."""
+    if source.format is None or exists(source.config_file) or from_shapes(source) is not None:
+        return None
+    with open_checkpoint(like) as opened:
+        return opened.config_file if exists(opened.config_file) else None
 
 
 def convert(

@@ -11,7 +11,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ckpt_convert.convert import containers, diagnosis, formats, legacy_keys, opening, record
+from ckpt_convert.convert import containers, diagnosis, formats, legacy_keys, mapping, opening, record
 from ckpt_convert.convert.bulk import without_collector
 from ckpt_convert.convert.containers.header import StoredTensor
 from ckpt_convert.convert.findings import Finding
@@ -234,9 +234,30 @@ class Checkpoint:
         if self.format is None:
             raise AmbiguousFormatError(f"{self.path}: {self.why}; {self.advice}")
         model = model_of(self)
-        if (cause := diagnosis.unmerged(self)) is not None:
+        if (cause := diagnosis.unmerged(self) or diagnosis.placeholders(self)) is not None:
             raise KeyMismatchError(f"{self.path}: {cause}")
+        if self.unknown_scheme is not None:
+            raise UnsupportedFamilyError(
+                f"{self.path}: is quantised ({self.unknown_scheme}), which is no scheme that is known here: it can "
+                "only be laid out anew as it is (--to hf); for anything else dequantise it with the tool that made it, "
+                "or take the model that was quantised"
+            )
         return model
+
+    @cached_property
+    def unknown_scheme(self) -> str | None:
+        """The config's word for how the weights are quantised, where no rule knows it and the headers show it."""
+        from ckpt_convert.convert.quantized.recognise import unknown_scheme
+
+        scheme = unknown_scheme(self) if self.quantization is None else None
+        if scheme is None or self.contradictions:
+            return None
+        try:
+            model = model_of(self)
+        except CkptConvertError:
+            return scheme
+        _, misfits = mapping.examine(model.family, str(self.format), model.dims, self.ranks)
+        return scheme if misfits else None
 
     def model_for(self, *formats: str) -> Model:
         """``model``, for what has to do with these formats alone.
@@ -251,8 +272,6 @@ class Checkpoint:
             if {self.format, *formats} != {"hf"} or not self.files:
                 raise
             return self._unknown
-        if self.quantization is None:
-            return model
         from ckpt_convert.convert.quantized import carry
 
         return carry.carried(self, model, frozenset((str(self.format), *formats)))

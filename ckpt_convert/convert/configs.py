@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -82,16 +82,19 @@ def tokenizer(
 
     They are translated when they are written, which takes seconds; what there is to say is then added to ``said``.
     """
-    here = sidefiles.beside(source)
+    here = {**sidefiles.nearby(source), **sidefiles.beside(source)}
     restored = source.record.carried_side_files if source.record else {}
-    if like is not None or request.to == source.format or request.to == "native":
+    if like is not None and sidefiles.has_tokenizer(sidefiles.beside(like)):
         return {}
-    if request.to == "hf" and "tokenizer.model" in here:
+    if request.to == source.format or request.to == "native":
+        return {}
+    model_file = next((name for name in sorted(here) if name.startswith("tokenizer.model")), None)  # or Mistral's .v3
+    if request.to == "hf" and model_file is not None:
         names: tuple[str, ...] = ("tokenizer.json", "tokenizer_config.json")
         names = tuple(name for name in names if name not in here and name not in restored)
         if "tokenizer.json" not in names:
             return {}
-        path = here["tokenizer.model"]
+        path = here[model_file]
     elif request.to == "meta" and "tokenizer.json" in here and "tokenizer.model" not in {**here, **restored}:
         names = ("tokenizer.model",)
         path = here["tokenizer.json"]
@@ -114,6 +117,20 @@ def tokenizer(
         return SideFile(name, "generated", make=lambda: translated().get(name))
 
     return {name: maker(name) for name in names}
+
+
+def tokenizer_notice(source: Checkpoint, request: Request, model: Model, names: Iterable[str]) -> tuple[str, ...]:
+    """What to say where files for another format go without a tokenizer; ``names`` are the files beside the weights.
+
+    Within a format a checkpoint stays as complete as it was.
+    """
+    needs = request.to in ("hf", "meta") and request.to != source.format and "vocab_size" in model.dims
+    if not needs or sidefiles.has_tokenizer(names):
+        return ()
+    return (
+        f"no tokenizer goes with it, for there is none beside {source.path}; take it from another checkpoint of the "
+        "model with --like DIR, or copy its files there",
+    )
 
 
 def _config(

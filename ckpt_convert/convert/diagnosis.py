@@ -83,3 +83,16 @@ def config_above(directory: Path) -> Path | None:
     """A config.json in the directory above: a Trainer's, whose weights are in a directory of their own (FSDP)."""
     path = directory.absolute().parent / "config.json"
     return path if directory.is_dir() and path.is_file() else None
+
+
+def placeholders(checkpoint: Checkpoint) -> str | None:
+    """What is wrong, and the way out, where most weights are what DeepSpeed's ZeRO-3 leaves of a partitioned one."""
+    weights = [tensor for _, tensor in checkpoint.stored if tensor.key.endswith("weight")]
+    empty = [tensor.key for tensor in weights if tensor.shape == (0,)]
+    if 4 * len(empty) <= len(weights):
+        return None
+    return (
+        f"{len(empty)} of {len(weights)} weights are empty, of shape [0] ({empty[0]}): placeholders of DeepSpeed's "
+        "ZeRO-3, whose ranks hold the values; save them gathered (stage3_gather_16bit_weights_on_model_save), or run "
+        "zero_to_fp32.py in the checkpoint's directory"
+    )

@@ -290,6 +290,7 @@ def make(source: Checkpoint, request: Request, *, tied: bool | None = None, live
             *model.notices,
             *(model.family.caveats(request.to) if request.to != source_format else ()),
             *made.notices,
+            *configs.tokenizer_notice(source, request, model, (one.name for one in side)),
             *layout_notices,
             *differing,
             *placement.rank_notice(request, model, ranks, wanted),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,13 +14,21 @@ from ckpt_convert.convert.formats.base import (
     NEVER_SIDE_FOLDERS,
     RECORD_FOLDER,
     TEXT_LIMIT,
+    is_index,
 )
 from ckpt_convert.convert.record import Layout, Record
-from ckpt_convert.errors import CorruptFileError, InputError, UnsafeFileError
+from ckpt_convert.errors import CheckpointNotFoundError, CorruptFileError, InputError, UnsafeFileError
 from ckpt_convert.storage.names import WEIGHT_SUFFIXES, check_name, resolve
 from ckpt_convert.storage.reader import Identity, identify, read_file, reading, walk
 
-_TOKENIZERS = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "tekken", "chat_template")
+_TOKENIZERS = (
+    "tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "tekken", "chat_template", "spiece",
+    "sentencepiece",
+)  # fmt: skip
+"""How the names of tokenizer files begin."""
+
+_READ = ("tokenizer.json", "tokenizer.model", "tekken", "vocab", "spiece", "sentencepiece")
+"""How those begin that one can be read from."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +67,53 @@ def beside(checkpoint: Checkpoint) -> dict[str, Path]:
         name = path.relative_to(checkpoint.path).as_posix()
         if not _is_plain(path, checkpoint) or name == RECORD_FOLDER:
             continue
-        if name in used or name.endswith((*WEIGHT_SUFFIXES, *NEVER_SIDE_FILES, ".index.json")):
+        if name in used or is_index(name) or name.endswith((*WEIGHT_SUFFIXES, *NEVER_SIDE_FILES)):
             continue
         out[name] = resolve(checkpoint.path, name, str(checkpoint.path))
     return out
+
+
+def has_tokenizer(names: Iterable[str]) -> bool:
+    """Whether a tokenizer can be read from files of these names."""
+    return any(name.startswith(_READ) and not name.endswith(".chk") for name in names)
+
+
+def nearby(checkpoint: Checkpoint) -> dict[str, Path]:
+    """Tokenizer files of a checkpoint that has none beside it, where its user has them.
+
+    That is beside a single weight file, beside the config that was given, and one folder above Meta's own files, as its
+    download script puts it.
+    """
+    there = beside(checkpoint)
+    restored = checkpoint.record.carried_side_files if checkpoint.record is not None else {}
+    if has_tokenizer({**there, **restored}):
+        return {}
+    places = [checkpoint.root] if checkpoint.path.is_file() else []
+    places += [checkpoint.config_path.parent] if checkpoint.config_path is not None else []
+    places += [checkpoint.root.resolve().parent] if checkpoint.format == "meta" else []
+    for place in places:
+        try:
+            entries = sorted(place.iterdir())
+        except OSError:  # a folder that is none of the checkpoint's
+            continue
+        found = {path.name: path for path in entries if _is_tokenizer(path)}
+        if has_tokenizer(found):
+            return {name: path for name, path in found.items() if name not in there}
+    return {}
+
+
+def _is_tokenizer(path: Path) -> bool:
+    """Whether a file is one of a tokenizer by its name, and lies in its directory."""
+    name = path.name
+    if not (name.startswith(_TOKENIZERS) or name == "generation_config.json"):
+        return False
+    if not path.is_file() or name.endswith((*WEIGHT_SUFFIXES, ".chk", ".py")):
+        return False
+    try:
+        resolve(path.parent, name, str(path.parent))
+    except (UnsafeFileError, CheckpointNotFoundError):
+        return False
+    return True
 
 
 def skipped(checkpoint: Checkpoint) -> list[str]:
@@ -130,7 +181,7 @@ def plan(
             name, origin = f"{RECORD_FOLDER}/side/{name}", "carried"
         out.setdefault(name, taken(name, origin, path))
 
-    here = beside(source)
+    here = {**nearby(source), **beside(source)}
     for name, path in here.items():
         # Within a format nothing is made anew, so what was made for it once is copied as everything else.
         if target == source.format or not _made_by_us(source.record, name):

@@ -101,12 +101,12 @@ def convert_state_dict(
     return out if model_parallel > 1 else out[0]
 
 
-def make(tensor: LazyTensor, sources: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """The tensor itself: new memory, dense, on the device of its first source."""
-    device = sources[min(tensor.sources, default=0)].device
+def make(tensor: LazyTensor, sources: Sequence[torch.Tensor], dtype: torch.dtype | None = None) -> torch.Tensor:
+    """The tensor itself: new memory, dense, on the device (and in the dtype, if none is given) of its first source."""
+    first = sources[min(tensor.sources, default=0)]
     has_zeros = any(tile.source == ZEROS for tile in tensor.tiles)
     made = torch.zeros if has_zeros else torch.empty
-    out = made(tensor.shape, dtype=dtype, device=device)
+    out = made(tensor.shape, dtype=dtype or first.dtype, device=first.device)
     for copy in tensor.copies():
         if copy.source == ZEROS:
             continue

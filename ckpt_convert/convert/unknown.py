@@ -28,7 +28,8 @@ def model(checkpoint: Checkpoint) -> Model:
     Raises KeyMismatchError where its files contradict each other, ConfigError where its config cannot be read.
     """
     config = checkpoint.config or {}
-    why = _why(config)
+    scheme = checkpoint.unknown_scheme
+    why = _why(config) if scheme is None else f"quantised ({scheme}), which no table reads"
     made = family(checkpoint.ranks[0].values())
     tied = config.get("tie_word_embeddings") is True  # for the record alone: no row is tied to another
     dims = Dims({"tied": int(tied), "embedding_cut": 0})

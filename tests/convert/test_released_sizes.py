@@ -48,8 +48,10 @@ def numbers(shapes: released.Tensors) -> int:
 
 
 def written(plan: Plan) -> int:
-    """Numbers in the output's files."""
-    return sum(prod(tensor.shape) for file in plan.weights for tensor in file.layout.header.tensors)
+    """Numbers in the output's files, but for the buffers that the target has besides."""
+    added = {placed.key for file in plan.weights for placed in file.tensors if not placed.tensor.sources}
+    there = [tensor for file in plan.weights for tensor in file.layout.header.tensors]
+    return sum(prod(tensor.shape) for tensor in there if tensor.key not in added)
 
 
 def taken(plan: Plan) -> Counter[int]:
@@ -57,7 +59,7 @@ def taken(plan: Plan) -> Counter[int]:
     counts: Counter[int] = Counter()
     for file in plan.files:
         for placed in file.tensors:
-            for tile in placed.tensor.tiles:
+            for tile in placed.tensor.tiles if placed.tensor.sources else ():
                 counts[tile.source] += prod(tile.shape)
     return counts
 

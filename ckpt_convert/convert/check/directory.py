@@ -11,7 +11,7 @@ from typing import Any
 from ckpt_convert.convert.check.tolerant import Opened
 from ckpt_convert.convert.checkpoint import Checkpoint
 from ckpt_convert.convert.findings import Finding
-from ckpt_convert.convert.formats.base import OF_TRAINING, load_json
+from ckpt_convert.convert.formats.base import OF_TRAINING, index_for, is_index, load_json
 from ckpt_convert.convert.formats.hf import NUMBERED, another_set, is_found
 from ckpt_convert.errors import CkptConvertError
 from ckpt_convert.models import FAMILIES
@@ -77,7 +77,7 @@ def leftovers(opened: Opened) -> Iterator[Finding]:
         if name.endswith(_UNFINISHED) or (name.startswith(".") and name.endswith(".partial")):
             text = f"{name} was left by a download or a conversion that did not end; remove it, or fetch it to its end"
             yield Finding("warning", "leftover", text, name)
-        elif name.endswith(".index.json") and name not in known:
+        elif is_index(name) and name not in known:
             yield from _other_index(path, name, used)
     unused = [name for name in names if name.endswith(WEIGHT_SUFFIXES) and name not in used and _counts(path, name)]
     if used.issubset(names):
@@ -108,7 +108,7 @@ def numbering(opened: Opened) -> Iterator[Finding]:
             text = f"{stem}-…{suffix}: the files that are used are {said}; shards of two sets were mixed; {way}"
             yield Finding("warning" if indexed else "error", "shards", text)
             continue
-        index = f"{stem}{suffix}.index.json"
+        index = index_for(f"{stem}{suffix}")
         alone = not (opened.checkpoint.root / index).exists()  # one that is broken is found where it is read
         if alone and opened.checkpoint.format == "hf" and len(opened.checkpoint.directory.weights) > 1:
             text = (

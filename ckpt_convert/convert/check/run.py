@@ -155,6 +155,10 @@ def _against_config(work: _Work) -> None:
         work.done("keys", [Finding("error", "keys", cause)])
         work.skip("an adapter was not merged", "config", "tied")
         return
+    if (cause := diagnosis.placeholders(work.opened.view)) is not None:
+        work.done("keys", [Finding("error", "keys", cause)])
+        work.skip("the weights are placeholders", "config", "tied")
+        return
     model = _model(work, content)
     if model is not None and content is not None:
         for caveat in model.family.caveats(str(view.format)):

@@ -9,7 +9,7 @@ from typing import Any
 
 from ckpt_convert.convert.checkpoint import Checkpoint, usual_dtype
 from ckpt_convert.convert.findings import Finding
-from ckpt_convert.convert.formats.base import NEVER_SIDE_FILES, load_json
+from ckpt_convert.convert.formats.base import NEVER_SIDE_FILES, is_index, load_json
 from ckpt_convert.convert.usual import EMBEDDINGS, size_of, text_part
 from ckpt_convert.dtypes import DTYPES
 from ckpt_convert.errors import CkptConvertError
@@ -36,7 +36,7 @@ def side_files(checkpoint: Checkpoint) -> Iterator[Finding]:
         return
     for path in sorted(checkpoint.path.iterdir()):
         name = path.name
-        if name.startswith(".") or name.endswith((*WEIGHT_SUFFIXES, *NEVER_SIDE_FILES, ".index.json")):
+        if name.startswith(".") or is_index(name) or name.endswith((*WEIGHT_SUFFIXES, *NEVER_SIDE_FILES)):
             continue
         if path.is_symlink() and not path.exists():
             target = os.readlink(path)

@@ -12,7 +12,7 @@ from ckpt_convert.convert import record
 from ckpt_convert.convert.check.container import survey
 from ckpt_convert.convert.checkpoint import Checkpoint
 from ckpt_convert.convert.findings import Finding
-from ckpt_convert.convert.formats.base import RECORD_FOLDER, Directory, WeightName, load_json, plain_weights
+from ckpt_convert.convert.formats.base import RECORD_FOLDER, Directory, WeightName, is_index, load_json, plain_weights
 from ckpt_convert.convert.formats.hf import another_set, plain_names
 from ckpt_convert.convert.opening import WeightFile, by_keys, detect, everything, open_files, place
 from ckpt_convert.errors import CheckpointNotFoundError, CkptConvertError, ConfigError, UsageError
@@ -135,7 +135,7 @@ def _directory(
 
 def _rescued(path: Path, state: _State, error: CkptConvertError) -> tuple[str | None, str, Directory] | None:
     said = "hf" if (path / "config.json").is_file() else None
-    indexes = sorted(path.glob("*.index.json"))
+    indexes = sorted(entry for entry in path.glob("*.json") if is_index(entry.name))
     if indexes and f"{indexes[0].parent}{os.sep}" in str(error):
         named = [index for index in indexes if str(index) in str(error)] or indexes
         state.error("index", error, path, named[0].name)

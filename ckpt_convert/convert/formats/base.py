@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ _MOST_DIGITS = 100
 """Digits of an integer in JSON; tokenizer_config.json has one of 31 (int(1e30), for "no limit")."""
 
 DCP_INDEX = ".metadata"
+_INDEX = re.compile(r"(?P<weights>.+)\.index(?:\.(?P<variant>[\w-]+))?\.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,18 @@ class Format:
     ranks: bool = False
     ignores: tuple[str, ...] = ()
     former: tuple[tuple[str, str], ...] = ()
+
+
+def is_index(name: str) -> bool:
+    """Whether a file maps keys to weight files; it is of no use without them, so it goes with nothing else."""
+    return _INDEX.fullmatch(name) is not None
+
+
+def index_for(weights: str) -> str:
+    """What transformers calls the index of the shards of a file: that of a variant (model.fp16) has its name inside."""
+    stem, _, suffix = weights.rpartition(".")
+    stem, dot, variant = stem.partition(".")
+    return f"{stem}.{suffix}.index{dot}{variant}.json"
 
 
 def load_json(path: Path, *, expected: Identity | None = None) -> dict[str, Any]:

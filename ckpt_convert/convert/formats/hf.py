@@ -98,7 +98,7 @@ def another_set(directory: Path, found: Directory) -> str | None:
     whole = [files for files in _whole_sets(names) if not used.issuperset(files)]
     if not whole:
         return None
-    suffix, sets = Path(found.index.removesuffix(INDEX_SUFFIX)).suffix, " and ".join(map(_set, whole))
+    suffix, sets = Path(found.index.partition(".index.")[0]).suffix, " and ".join(map(_set, whole))
     mixed = sorted(name for name in used & names if name.endswith(suffix) and all(name not in files for files in whole))
     aside = " ".join([found.index, *mixed])
     return (
@@ -130,13 +130,17 @@ def _set(names: Sequence[str]) -> str:
 
 
 def _index(directory: Path, weights: str) -> str | None:
+    """The index of a container: the usual one, else the only other one, else that of a variant that is alone there."""
     usual = weights + INDEX_SUFFIX
     if (directory / usual).is_file():
         return usual
     suffix = Path(weights).suffix
-    others = sorted(entry.name for entry in directory.glob(f"*{suffix}{INDEX_SUFFIX}"))
-    others = [name for name in others if not name.startswith(("consolidated", "adapter"))]
-    return others[0] if len(others) == 1 and not (directory / weights).is_file() else None
+    for pattern in (f"*{suffix}{INDEX_SUFFIX}", f"*{suffix}.index.*.json"):
+        others = sorted(entry.name for entry in directory.glob(pattern))
+        others = [name for name in others if not name.startswith(("consolidated", "adapter"))]
+        if others:
+            return others[0] if len(others) == 1 and not (directory / weights).is_file() else None
+    return None
 
 
 def _is_variant(name: str, names: Sequence[str]) -> bool:

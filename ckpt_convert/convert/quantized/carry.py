@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from ckpt_convert.convert import mapping
 from ckpt_convert.convert.findings import raise_if_any
 from ckpt_convert.convert.model import Model
-from ckpt_convert.convert.quantized.recognise import Quantization
-from ckpt_convert.errors import ConfigError, UsageError
+from ckpt_convert.convert.quantized.recognise import CONFIGS, Quantization
+from ckpt_convert.errors import ConfigError, UnsupportedFamilyError, UsageError
 
 if TYPE_CHECKING:
     from ckpt_convert.convert.checkpoint import Checkpoint
@@ -22,12 +22,19 @@ def carried(checkpoint: Checkpoint, model: Model, formats: frozenset[str]) -> Mo
     """The model for what has to do with these formats alone: one whose table is of the stored tensors themselves.
 
     Codes, scales and all else are its rows, under their own keys, once they were held against the table of the family.
-    Itself where nothing is quantised. Raises ConfigError for formats that have no place for scales, KeyMismatchError or
-    ShapeMismatchError for what does not fit.
+    Where nothing is quantised it is the model itself, without what its config says of a quantisation: the headers are
+    right. Raises UnsupportedFamilyError for a format that the family has not, ConfigError for one that has no place for
+    scales, KeyMismatchError or ShapeMismatchError for what does not fit.
     """
     found = checkpoint.quantization
     if found is None:
-        return model
+        return _plain(checkpoint, model, formats)
+    for format in sorted(formats):
+        if not model.family.has(format):  # whatever is done about the quantisation
+            raise UnsupportedFamilyError(
+                f"{checkpoint.path}: the {model.family.name} table has no {format} column; it has "
+                f"{', '.join(model.family.formats)}"
+            )
     if formats != {"hf"}:
         other = sorted(formats - {"hf"})[0]
         what = f"{checkpoint.path}: is quantised ({found.text}), and the {other} format has no place for that"
@@ -39,6 +46,18 @@ def carried(checkpoint: Checkpoint, model: Model, formats: frozenset[str]) -> Mo
     _, misfits = mapping.examine(model.family, "hf", model.dims, numbers.ranks)
     raise_if_any(misfits, str(checkpoint.path))
     return _literal(checkpoint, found, model, numbers.names.stored)
+
+
+def _plain(checkpoint: Checkpoint, model: Model, formats: frozenset[str]) -> Model:
+    """The model of weights that are not quantised, whatever its config says of that."""
+    stated = [name for name in (*CONFIGS, "quantization") if isinstance(model.config.get(name), Mapping)]
+    if checkpoint.format != "hf" or not stated:
+        return model
+    said = f"config.json has {stated[0]}, but no tensor is quantised"
+    if formats == {"hf"}:
+        return replace(model, notices=(*model.notices, f"{said}: loaders that believe it fail; remove it from there"))
+    config = {name: value for name, value in model.config.items() if name not in stated}
+    return replace(model, config=config, notices=(*model.notices, f"{said}: it is left out"))
 
 
 def check(found: Quantization, checkpoint: Checkpoint) -> None:
@@ -63,12 +82,13 @@ def refuse_scheme(found: Quantization, checkpoint: Checkpoint) -> None:
 
 def refuse_cast(checkpoint: Checkpoint, dtype: str | None) -> None:
     """Raise UsageError for a cast of a quantised source, of which only what is not quantised would be cast."""
-    if dtype is not None and checkpoint.quantization is not None:
-        found = checkpoint.quantization
-        raise UsageError(
-            f"--dtype {dtype}: {checkpoint.path} is quantised ({found.text}), and codes are not cast; "
-            f"{'leave it out' if found.refusal else _WAY_OUT}"
-        )
+    if dtype is None:
+        return
+    found, scheme = checkpoint.quantization, checkpoint.unknown_scheme
+    if found is not None or scheme is not None:
+        what = found.text if found is not None else scheme
+        way = _WAY_OUT if found is not None and not found.refusal else "leave it out"
+        raise UsageError(f"--dtype {dtype}: {checkpoint.path} is quantised ({what}), and codes are not cast; {way}")
 
 
 def described(checkpoint: Checkpoint, found: Quantization, model: Model) -> Checkpoint:

@@ -97,15 +97,25 @@ def quantization_of(checkpoint: Checkpoint) -> Quantization | None:
     stored = {t.key: Stored(f, t) for f, t in checkpoint.stored if t.box is None and t.packed is None}
     config = quantization_config(checkpoint)
     found = _Search(stored, config).result() if config or _is_likely(stored) else None
+    if found is not None and found.findings and unknown_scheme(checkpoint) is not None:
+        return None  # of another scheme, whose tensors only look like these
     return found if found is not None and (found.tensors or found.findings) else None
+
+
+def unknown_scheme(checkpoint: Checkpoint) -> str | None:
+    """What config.json calls a quantisation that no rule is of: a quant_method, or MLX, which has a key of its own."""
+    if checkpoint.format != "hf":
+        return None
+    method = quantization_config(checkpoint).get("quant_method")
+    if isinstance(method, str):
+        known = any(method in rule.methods for rule in schemes.RULES)
+        return None if known else f"quant_method {str(method)[:40]!r}"
+    return "MLX's" if isinstance(_content(checkpoint).get("quantization"), Mapping) else None
 
 
 def quantization_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
     """What config.json says of the quantisation, {} where it says nothing."""
-    try:
-        content = checkpoint.stated or {}
-    except (ConfigError, UnsafeFileError):
-        return {}
+    content = _content(checkpoint)
     text = content.get("text_config")
     for part in (content, text if isinstance(text, dict) else {}):
         for name in CONFIGS:
@@ -113,6 +123,13 @@ def quantization_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
             if isinstance(found, Mapping) and found:
                 return found
     return {}
+
+
+def _content(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    try:
+        return checkpoint.stated or {}
+    except (ConfigError, UnsafeFileError):
+        return {}
 
 
 def _is_likely(stored: Mapping[str, Stored]) -> bool:

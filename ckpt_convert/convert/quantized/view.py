@@ -104,6 +104,11 @@ def requested(checkpoint: Checkpoint, dtype: str | None) -> Checkpoint:
     """``dequantized`` where somebody asked for it; raises UsageError where nothing is quantised."""
     if dtype is None:
         return checkpoint
+    if checkpoint.unknown_scheme is not None:
+        raise ConfigError(
+            f"--dequantize {dtype}: {checkpoint.path} is quantised ({checkpoint.unknown_scheme}), which is no scheme "
+            "that is known here; dequantise it with the tool that made it, or take the model that was quantised"
+        )
     if checkpoint.quantization is None:
         raise UsageError(f"--dequantize {dtype}: {checkpoint.path} is not quantised; leave it out, or use --dtype")
     return dequantized(checkpoint, dtype)
