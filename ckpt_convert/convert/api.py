@@ -31,7 +31,7 @@ from ckpt_convert.errors import (
 from ckpt_convert.models.config import ConfigOptions
 from ckpt_convert.storage import hub
 from ckpt_convert.storage.names import local_path
-from ckpt_convert.storage.reader import WORKERS, reading
+from ckpt_convert.storage.reader import WORKERS, exists, reading
 from ckpt_convert.storage.staging import Staging, check_destination, check_space
 
 
