@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import peft
-import pytest
 import safetensors.torch
 import torch
 import transformers
@@ -120,11 +119,10 @@ def test_a_pickled_module_is_one_finding_and_has_the_keys_of_its_state_dict(tmp_
     assert "asks for 'torch.nn.modules.container.Sequential' and 'torch.nn.modules.linear.Linear'" in finding["text"]
 
 
-@pytest.mark.parametrize("nest", ["", "model.", "state_dict.module."])
-def test_a_number_beside_the_weights_is_passed_over(tmp_path: Path, nest: str) -> None:
+def test_a_number_beside_the_weights_is_passed_over(tmp_path: Path) -> None:
     tensors = read_safetensors(GOLDEN / "llama" / "hf")
     path = tmp_path / "best.safetensors"
-    named = {nest + key: tensor for key, tensor in tensors.items()}
+    named = {f"state_dict.module.{key}": tensor for key, tensor in tensors.items()}
     safetensors.torch.save_file({**named, "best_val_loss": torch.tensor(0.25)}, path)
     config = ("--config", GOLDEN / "llama" / "hf" / "config.json")
     found = json.loads(run("inspect", path, "--json", *config).stdout)
@@ -150,14 +148,13 @@ def test_a_name_that_no_file_can_have_is_a_finding(tmp_path: Path) -> None:
     ]
     (path / "other.bin.index.json").unlink()
     index = json.loads((path / INDEX).read_text())
-    for name in ("x" * 300 + ".safetensors", "folder/" + "é" * 200 + ".safetensors"):
-        index["weight_map"]["model.norm.weight"] = name
-        (path / INDEX).write_text(json.dumps(index))
-        report = json.loads(run("verify", path, "--json").stdout)
-        refused = [run("inspect", path).stderr, run("convert", path, tmp_path / "out", "--to", "native").stderr]
-        for said in (report["findings"][0]["text"], *refused):
-            assert "longer than the 255 bytes that file systems take" in " ".join(said.split())
-            assert INDEX in said
+    index["weight_map"]["model.norm.weight"] = "folder/" + "é" * 200 + ".safetensors"
+    (path / INDEX).write_text(json.dumps(index))
+    report = json.loads(run("verify", path, "--json").stdout)
+    refused = [run("inspect", path).stderr, run("convert", path, tmp_path / "out", "--to", "native").stderr]
+    for said in (report["findings"][0]["text"], *refused):
+        assert "longer than the 255 bytes that file systems take" in " ".join(said.split())
+        assert INDEX in said
     # The longest name that there can be is a name like any other.
     longest = "x" * (255 - len(".safetensors")) + ".safetensors"
     index["weight_map"] = dict.fromkeys(index["weight_map"], longest)

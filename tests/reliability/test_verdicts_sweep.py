@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 import ckpt_convert
@@ -42,7 +43,7 @@ MISJUDGED = [
 RENAMED = {"Cohere2Model", "GemmaModel", "Gemma2Model", "Gemma3TextModel", "SmolLM3Model"}
 """A known family's model whose output is its embedding, saved without its head: outputs have the keys of the format."""
 
-SAMPLED = 3
+SAMPLED = 2
 SMALL = 1_000_000
 """So many parameters at most has a model of the sample."""
 
@@ -61,6 +62,7 @@ def _sums(directory: Path) -> dict[str, str]:
 
 def _loaded(model_class: Any, path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | str:
     """What transformers makes of a directory: the state and its own report; or why it refuses it."""
+    torch.manual_seed(0)  # what the files do not have is drawn
     try:
         model, said = model_class.from_pretrained(path, output_loading_info=True)
     except Exception as error:
@@ -119,3 +121,13 @@ def test_what_transformers_saves_is_sound(
     assert after[1] == before[1]
     assert after[0].keys() == before[0].keys()
     assert all(torch.equal(tensor, before[0][key]) for key, tensor in after[0].items())
+
+
+def test_a_stack_that_the_config_does_not_count_is_no_wrong_number_of_layers(tmp_path: Path) -> None:
+    """As mimi_decoder's convolutions under decoder.layers, which are more than the layers of its transformer."""
+    stacks = {"decoder.layers": 6, "decoder_transformer.layers": 4}
+    tensors = {f"{name}.{at}.conv.weight": torch.ones(2, 2) for name, count in stacks.items() for at in range(count)}
+    safetensors.torch.save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    for layers, errors in ((4, 0), (6, 0), (5, 1)):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "strange", "num_hidden_layers": layers}))
+        assert json.loads(run("verify", tmp_path, "--json").stdout)["errors"] == errors
