@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ckpt_convert.cli.pages import write_page
-from ckpt_convert.errors import UsageError
+from ckpt_convert.errors import CkptConvertError, UsageError
 from tests.cli.inspecting import run
 from tests.helpers import GOLDEN
 
@@ -66,7 +66,7 @@ def test_a_failure_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.Mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(CkptConvertError, match=r"page\.html: cannot be written: No space"):
         write_page(str(tmp_path / "page.html"), "new")
     assert [(entry.name, entry.read_text()) for entry in tmp_path.iterdir()] == [("page.html", "old")]
 
