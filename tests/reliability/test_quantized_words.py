@@ -168,7 +168,7 @@ def test_placeholders_of_zero_3_are_one_error(model_type: str, tmp_path: Path) -
     (error,) = [one for one in json.loads(found.stdout)["findings"] if one["severity"] == "error"]
     assert "placeholders of DeepSpeed's ZeRO-3" in error["text"]
     assert "zero_to_fp32.py" in error["text"]
-    with pytest.raises(ckpt_convert.InputError, match="ZeRO-3" if model_type == "llama" else ""):
+    with pytest.raises(ckpt_convert.InputError, match="ZeRO-3" if model_type == "llama" else None):
         ckpt_convert.convert(tmp_path / "source", tmp_path / "out", to="native")
 
 

@@ -64,7 +64,7 @@ def test_torchtitan_finds_every_key_that_its_model_has(case: str, tmp_path: Path
     assert dcp.FileSystemReader(tmp_path / "titan").read_metadata().state_dict_metadata.keys() == wanted.keys()
     report = ckpt_convert.convert(tmp_path / "titan", tmp_path / "back", to="hf", verify=True)
     assert sums(tmp_path / "back") == sums(hf(case))
-    assert not report.notices
+    assert not [text for text in report.notices if "tokenizer" not in text]
 
 
 @pytest.mark.parametrize("case", ["gpt_oss", "qwen3_moe"])
@@ -94,7 +94,7 @@ def test_a_bias_of_zeros_is_no_loss(tmp_path: Path) -> None:
     report = ckpt_convert.convert(
         save(in_memory("qwen3_moe"), tmp_path / "titan"), tmp_path / "hf", to="hf", config=config, verify=True
     )
-    assert not report.notices
+    assert not [text for text in report.notices if "tokenizer" not in text]
     assert_same(read_safetensors(tmp_path / "hf"), read_safetensors(hf("qwen3_moe")))
     same = run("diff", tmp_path / "titan", tmp_path / "hf")
     assert same.returncode == 0, same.stdout
