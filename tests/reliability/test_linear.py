@@ -136,7 +136,7 @@ def test_twice_the_pieces_take_twice_the_calls(tmp_path: Path) -> None:
 
 def test_what_no_call_shows(tmp_path: Path) -> None:
     """Copies that are made within a call: of large files, in processor time that squares would use up many times."""
-    files = [archive(tmp_path / f"{make.__name__}.pth", make(50_000)) for make in PICKLES]
+    files = [archive(tmp_path / f"{make.__name__}.pth", make(30_000)) for make in PICKLES]
     code = f"""
 import resource, ckpt_convert
 resource.setrlimit(resource.RLIMIT_CPU, (30, 30))
