@@ -79,29 +79,24 @@ def jobs(place: Path) -> list[Job]:
     runs, behind = (training.runs(source, asynchronous) for asynchronous in (False, True))
     one, over = made[0], made[1]
     save = training.Run("weights and state", False, source, steps=3)
-    failing, signalled = conversions.FAILING, conversions.SIGNALLED
+    failing, signals = conversions.FAILING, conversions.SIGNALLED
 
     def many(calls: list[str], kinds: tuple[int, ...]) -> int:
         return len(conversions.cases(calls, kinds))
 
     calls, over_calls = (conversions.calls_of(conversion, place / "count") for conversion in (one, over))
     save_calls = training.calls_of(save, place)
-    out = [Job(f"fuzz {kind}", _fuzzing(subjects, kind), None, 2000) for kind in fuzz.kinds(subjects)]
+    out = [Job(f"fuzz {kind}", _fuzzing(subjects, kind), None, 1000) for kind in fuzz.kinds(subjects)]
     out += [
         Job("kill -9 of a conversion", on(conversions.kills, made), 1000, 25),
         Job("a call of a conversion fails", on(conversions.faults, one, failing), many(calls, failing), 50),
-        Job(
-            "a signal at a call that overwrites",
-            on(conversions.faults, over, signalled),
-            many(over_calls, signalled),
-            50,
-        ),
+        Job("a signal at a call that overwrites", on(conversions.faults, over, signals), many(over_calls, signals), 20),
         Job("a source is exchanged meanwhile", on(conversions.replaced, made, others), 500, 25),
         Job("three writers on one DST", on(conversions.writers, made), 200, 10),
         Job("kill -9 of a run that saves", on(training.kills, runs), 150, 12),
         Job("kill -9 of a run that saves behind the training", on(training.kills, behind), 150, 12),
         Job("a call of a save fails", on(training.faults, save, failing), many(save_calls, failing), 20),
-        Job("a signal at a call of a save", on(training.faults, save, signalled), many(save_calls, signalled), 20),
+        Job("a signal at a call of a save", on(training.faults, save, signals), many(save_calls, signals), 8),
     ]
     step = training.expected(save, place) / "out" / "step_3"
     bits: dict[str, list[conversions.Bits]] = {}
@@ -159,16 +154,23 @@ class Runner:
         self.given = {job.name: rows.setdefault(job.name, Row()).runs for job in jobs}
 
     def run(self, seconds: float) -> None:
+        """One child fuzzes, the others do all else, and fuzz too when nothing else is left."""
         until = time.monotonic() + seconds
-        busy: list[tuple[Job, forked.Child]] = []
-        turn = self._turns()
-        while busy or time.monotonic() < until:
-            while len(busy) < self.workers and time.monotonic() < until:
-                job, first, count = next(turn)
-                busy.append((job, forked.Child(chunk(job, self.place, first, count), bounded=False)))
-            for entry in [entry for entry in busy if entry[1].has_ended()]:
-                busy.remove(entry)
-                self.take(entry[0], entry[1].finish())
+        endless = [job for job in self.jobs if job.goal is None]
+        others = self._turns([job for job in self.jobs if job.goal is not None])
+        turns = [self._turns(endless), *[others] * (self.workers - 1)]
+        busy: list[tuple[Job, forked.Child] | None] = [None] * self.workers
+        while any(busy) or time.monotonic() < until:
+            for slot, entry in enumerate(busy):
+                if entry is not None and entry[1].has_ended():
+                    self.take(entry[0], entry[1].finish())
+                    entry = busy[slot] = None
+                if entry is not None or time.monotonic() >= until:
+                    continue
+                turn = next(turns[slot], None) or next(turns[0], None)
+                if turn is not None:
+                    job, first, count = turn
+                    busy[slot] = (job, forked.Child(chunk(job, self.place, first, count), bounded=False))
             time.sleep(0.05)
 
     def take(self, job: Job, ended: forked.Ended) -> None:
@@ -184,12 +186,16 @@ class Runner:
         for wrong in wrongs:
             print(f"{job.name}: {wrong}", flush=True)
 
-    def _turns(self) -> Iterator[tuple[Job, int, int]]:
-        while True:
-            for job in self.jobs:
+    def _turns(self, jobs: list[Job]) -> Iterator[tuple[Job, int, int]]:
+        """Chunks of these jobs in turn, until every goal is reached."""
+        left = True
+        while left:
+            left = False
+            for job in jobs:
                 first = self.given[job.name]
                 count = job.chunk if job.goal is None else min(job.chunk, job.goal - first)
                 if count > 0:
+                    left = True
                     self.given[job.name] += count
                     yield job, first, count
 
@@ -209,7 +215,12 @@ def read_rows(page: str) -> dict[str, Row]:
     return rows
 
 
-def table(jobs: list[Job], rows: dict[str, Row]) -> str:
+def read_minutes(page: str) -> float:
+    found = re.search(r"Fuzzed inputs in all: [\d,]+, in ([\d,]+) minutes", page)
+    return float(found[1].replace(",", "")) if found else 0
+
+
+def table(jobs: list[Job], rows: dict[str, Row], minutes: float) -> str:
     lines = ["| what is done | cases | read all the same | wrong |", "|---|---:|---:|---:|"]
     for job in jobs:
         row = rows[job.name]
@@ -217,7 +228,7 @@ def table(jobs: list[Job], rows: dict[str, Row]) -> str:
         accepted = f"{row.accepted:,}" if job.goal is None else "–"
         lines.append(f"| {job.name} | {row.runs:,}{exhaustive} | {accepted} | {row.wrong:,} |")
     fuzzed = sum(row.runs for name, row in rows.items() if name.startswith("fuzz "))
-    lines.append(f"\nFuzzed inputs in all: {fuzzed:,}.")
+    lines.append(f"\nFuzzed inputs in all: {fuzzed:,}, in {minutes:,.0f} minutes.")
     return "\n".join(lines)
 
 
@@ -231,9 +242,10 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="with --count: these cases of each row, and no table")
     parser.add_argument("--count", type=int)
     parser.add_argument("--share", type=float, help="so much of a chunk of each row, spread over its cases; no table")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--workers", type=int, default=1 + (os.cpu_count() or 1))
     arguments = parser.parse_args()
     forked.tidy()
+    begun = time.monotonic()
     rows = read_rows(PAGE.read_text()) if arguments.write else {}
     place = Path(tempfile.mkdtemp(prefix="endurance-", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None))
     try:
@@ -254,11 +266,12 @@ def main() -> None:
             runner.run(arguments.minutes * 60)
     finally:
         shutil.rmtree(place, ignore_errors=True)
-    print(table(chosen, rows))
+    minutes = (time.monotonic() - begun) / 60 + (read_minutes(PAGE.read_text()) if arguments.write else 0)
+    print(table(chosen, rows, minutes))
     if arguments.write:
         page = PAGE.read_text()
         start, rest = page.split(BEGIN)
-        PAGE.write_text(f"{start}{BEGIN}\n{table(every, rows)}\n{END}{rest.split(END)[1]}")
+        PAGE.write_text(f"{start}{BEGIN}\n{table(every, rows, minutes)}\n{END}{rest.split(END)[1]}")
     sys.exit(sum(row.wrong for row in rows.values()) > before)
 
 
