@@ -1,6 +1,6 @@
 """Training runs that are killed, interrupted or failed at any call, and have to end with the same bits as undisturbed.
 
-A run is twelve steps of a tiny Llama: AdamW, a schedule, dropout, shuffled data, evaluations, the best kept, with one
+A run is fourteen steps of a tiny Llama: AdamW, a schedule, dropout, shuffled data, evaluations, the best kept, with one
 of several ways of saving. What it ends with: weights, optimizer, loss of every step, random numbers, progress, and the
 directories that it keeps, file for file.
 """
@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -27,8 +27,11 @@ from benchmarks.faults.forked import Ended, Fault
 from recipes.native_llama import add_lora
 from tests.checkpointer.training import Trained, make_model
 
-STEPS = 12
-SAVING = {"save_every": [3, "1 epoch"], "keep_last": 2, "keep_last_training_state": 1, "best": "val_loss:min"}
+EPOCHS = 2
+STEPS = 14  # of seven batches an epoch
+EVERY = 3
+"""Steps from one evaluation to the next."""
+SAVING = {"save_every": [EVERY, "1 epoch"], "keep_last": 2, "keep_last_training_state": 1, "best": "val_loss:min"}
 ADAPTER = ("q_proj", "v_proj")
 VARIANTS: dict[str, dict[str, Any]] = {
     "weights and state": {},
@@ -85,10 +88,10 @@ class Run:
                 trained.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trained.optimizer, lambda s: 1 / (1 + s / 10))
             begun = checkpointer.resume(**trained.parts)
             ended = begun is not None and begun.step >= self.steps
+            if begun and begun.step % EVERY == 0 and "val_loss" not in checkpointer.saved[-1].metrics:
+                checkpointer.report(val_loss=evaluated(model))  # a kill came before the step's evaluation was written
             with (root / "losses").open("a", buffering=1) as log:
-                trained.go(
-                    checkpointer, self.steps, evaluate=3, each=lambda step, loss: log.write(f"{step} {loss.hex()}\n")
-                )
+                self._loop(checkpointer, trained, log)
         progress = {name: one for name, one in checkpointer.progress.as_dict().items() if name != "seconds"}
         drawn = [random.random(), float(torch.rand(()))]
         result = {
@@ -102,9 +105,26 @@ class Run:
             result = {"progress": progress}
         (root / "result.json").write_text(json.dumps(result, indent=1))
 
+    def _loop(self, checkpointer: Any, trained: Trained, log: TextIO) -> None:
+        for _ in checkpointer.epochs(EPOCHS):
+            for tokens in trained.dataloader:
+                loss = trained.update(tokens) + random.random() / 64
+                step = checkpointer.progress.step + 1
+                log.write(f"{step} {loss.hex()}\n")
+                checkpointer.step(tokens=tokens[:, 1:].numel(), samples=len(tokens))
+                if step % EVERY == 0:
+                    checkpointer.report(val_loss=evaluated(trained.model))
+                if step == self.steps != STEPS:
+                    return
+
     def start(self, root: Path) -> None:
         shutil.rmtree(root, ignore_errors=True)
         root.mkdir(parents=True)
+
+
+def evaluated(model: torch.nn.Module) -> float:
+    """A metric that the weights alone determine, and that goes up and down."""
+    return float(sum(parameter.double().sum() for parameter in model.parameters()).sin())
 
 
 def hashed(value: Any) -> Any:

@@ -144,6 +144,7 @@ class Checkpointer:
         self._signals = signals.Signals() if save_on_signal else None
         self._parts: parts.Parts | None = None
         self._copy_check: CopyCheck | None = None
+        self._over = self._lacks_final = False
         self._captured_trained = False
         self._progress = Progress()
         self._reported = Reported()
@@ -283,6 +284,7 @@ class Checkpointer:
             self._progress, self._reported = saved.progress, Reported(saved.progress.evals, saved.metrics)
             if any(one.path.resolve() == saved.path.resolve() for one in self.saved):
                 self._saved_step, self._saved_at = saved.step, saved.path
+                self._lacks_final = not saved.manifest["training"].get("final")
         self._started_from = self._progress.step
         if self._parts.epoch_is_over:  # its last batch was saved, but a kill came before its end was counted
             self._parts.end_epoch()
@@ -426,6 +428,7 @@ class Checkpointer:
             yield epoch
             if not self.should_stop and self._progress.epoch == epoch:  # else the body has called end_epoch()
                 self.end_epoch()
+        self._over = not self.should_stop
 
     # Saving
 
@@ -552,7 +555,9 @@ class Checkpointer:
         failed = self._background.settle()  # told at the end: the last step is to be saved all the same
         trained = self._parts is not None and self._progress.step > (self._started_from or 0)
         settings = self._last_settings
-        if trained and self._save_last and (self._saved_step != self._progress.step or settings != self._settings):
+        different = self._saved_step != self._progress.step or settings != self._settings
+        # A kill may have come between the save of the last step and that which final= asks for.
+        if self._save_last and different and (trained or (self._over and self._lacks_final)):
             self._save(settings)
         else:
             self.save_held()
@@ -686,6 +691,8 @@ class Checkpointer:
             "versions": {"ckpt_convert": __version__, "torch": str(torch.__version__)},
             STARTED_FROM: "checkpoint" if self._source.files else CONFIG,
         }
+        if settings is self._last_settings and settings != self._settings:
+            section["final"] = True
 
         def training() -> dict[str, Any]:
             evals, metrics = reported.known
