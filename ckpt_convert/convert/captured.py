@@ -14,11 +14,11 @@ from ckpt_convert.convert.record import Layout, LayoutFile
 from ckpt_convert.storage.reader import LocalFile, RangeReader, read_file
 
 
-def layout_of(checkpoint: Checkpoint) -> Layout:
-    """What ``Checkpoint.layout`` says."""
+def layout_of(checkpoint: Checkpoint, *, literal: bool) -> Layout:
+    """What ``Checkpoint.layout`` says; ``literal`` where nothing is renamed or left out."""
     files = []
     for file in checkpoint.files:
-        weights = _weights(checkpoint, file.header)
+        weights = file.header if literal else _weights(checkpoint, file.header)
         header, reader = _located(checkpoint, file)
         if weights is file.header:
             captured = containers.capture(reader, header) if header is not None else None
@@ -26,15 +26,17 @@ def layout_of(checkpoint: Checkpoint) -> Layout:
             captured = anew(file.name, weights)
             header = captured.header if captured is not None else None
         files.append(LayoutFile(file.name, file.rank, header or weights, captured.literals if captured else None))
-    return Layout(str(checkpoint.format), tuple(files), _index(checkpoint))
+    return Layout(str(checkpoint.format), tuple(files), _index(checkpoint, literal))
 
 
-def _index(checkpoint: Checkpoint) -> tuple[str, bytes] | None:
+def _index(checkpoint: Checkpoint, literal: bool) -> tuple[str, bytes] | None:
     """The name and the content of the index, under the keys of the format."""
     index, weight_map = checkpoint.directory.index, checkpoint.directory.weight_map
     if index is None:
         return None
-    if weight_map is not None and not checkpoint.has_only_weights:
+    if literal:
+        return index, read_file(checkpoint.root / index, JSON_LIMIT)
+    if weight_map is not None:
         named = {checkpoint.names.of(k): name for k, name in weight_map.items() if checkpoint.is_weight(k)}
         return index, render_json({**load_json(checkpoint.root / index), "weight_map": named}, sort_keys=True)
     if weight_map is None and any(_weights(checkpoint, file.header) is not file.header for file in checkpoint.files):
@@ -44,8 +46,6 @@ def _index(checkpoint: Checkpoint) -> tuple[str, bytes] | None:
 
 def _weights(checkpoint: Checkpoint, header: Header) -> Header:
     """The header with the weights alone, under the keys of the format; itself where it has just these."""
-    if checkpoint.has_only_weights:
-        return header
     kept = [t._replace(key=checkpoint.names.of(t.key)) for t in header.tensors if checkpoint.is_weight(t.key)]
     return header if kept == list(header.tensors) else replace(header, tensors=tuple(kept))
 

@@ -18,7 +18,7 @@ from ckpt_convert.convert.findings import Finding
 from ckpt_convert.convert.formats.base import RECORD_FOLDER, Directory, load_json
 from ckpt_convert.convert.legacy_keys import Names
 from ckpt_convert.convert.mapping import Source
-from ckpt_convert.convert.model import Model, model_of, names_of
+from ckpt_convert.convert.model import Model, is_bare, model_of, names_of
 from ckpt_convert.convert.opening import WeightFile, by_keys, detect
 from ckpt_convert.convert.record import Layout, Record
 from ckpt_convert.convert.tensors import Part, TensorInfo, assembled, describe
@@ -127,6 +127,11 @@ class Checkpoint:
         return names_of(self) if self.quantization is None else legacy_keys.PLAIN
 
     @cached_property
+    def is_bare(self) -> bool:
+        """Whether the keys are those of a model without its head, which an output of the same format keeps."""
+        return is_bare(self)
+
+    @cached_property
     def _named(self) -> list[dict[str, Source]]:
         names = self.names
         if self.has_only_weights:
@@ -233,8 +238,10 @@ class Checkpoint:
         """Family and config; raises ConfigError or UnsupportedFamilyError where they are not to be had."""
         if self.format is None:
             raise AmbiguousFormatError(f"{self.path}: {self.why}; {self.advice}")
+        if (cause := diagnosis.placeholders(self)) is not None:  # of any family: there are no values to move
+            raise KeyMismatchError(f"{self.path}: {cause}")
         model = model_of(self)
-        if (cause := diagnosis.unmerged(self) or diagnosis.placeholders(self)) is not None:
+        if (cause := diagnosis.unmerged(self)) is not None:
             raise KeyMismatchError(f"{self.path}: {cause}")
         if self.unknown_scheme is not None:
             raise UnsupportedFamilyError(
@@ -352,15 +359,15 @@ class Checkpoint:
         passed = [f"passed over, as no weights: {count} of {said}"] if other else []
         return [*self.names.notices, *passed]
 
-    def layout(self) -> Layout:
+    def layout(self, *, literal: bool = False) -> Layout:
         """How this checkpoint lies in its files, to be recorded or imitated.
 
         With keys that are not those of the format, or with more than weights: how the weights alone would lie there,
-        under the keys of the format.
+        under the keys of the format; ``literal`` takes everything as it is.
         """
         from ckpt_convert.convert.captured import layout_of  # not needed to look at a checkpoint
 
-        return layout_of(self)
+        return layout_of(self, literal=literal or self.has_only_weights)
 
     @property
     def has_only_weights(self) -> bool:

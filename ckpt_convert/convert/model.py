@@ -154,6 +154,18 @@ def names_of(checkpoint: Checkpoint) -> Names:
     return legacy_keys.PLAIN if None not in heads else names
 
 
+def is_bare(checkpoint: Checkpoint) -> bool:
+    """Whether transformers saved the model without the class that holds its head: keys are without ``model.``.
+
+    Its own class finds the weights under these keys alone.
+    """
+    config, names = _content(checkpoint), checkpoint.names
+    if checkpoint.format != "hf" or checkpoint.family_name is not None or _is_language_model(config) or names.other:
+        return False
+    shortened = bool(names.canonical) and all(name == f"model.{key}" for key, name in names.canonical.items())
+    return shortened and _architectures(config)[0].endswith("Model")
+
+
 def candidates(config: Mapping[str, Any], format: str, wanted: str | None) -> list[Family]:
     """The families with this format that a config may be of: the one ``wanted``, those of its model_type, or all."""
     if wanted is not None:

@@ -27,8 +27,13 @@ _USUAL_SHARD = 5_000_000_000
 """Bytes of a file where nothing says how many there should be, as on the Hub."""
 
 
-def recorded(source: Checkpoint, request: Request, like: Checkpoint | None, model: Model) -> Layout | None:
-    """The layout that the target should have: of --like, of the source itself, or as an earlier conversion recorded."""
+def recorded(
+    source: Checkpoint, request: Request, like: Checkpoint | None, model: Model, *, literal: bool
+) -> Layout | None:
+    """The layout that the target should have: of --like, of the source itself, or as an earlier conversion recorded.
+
+    ``literal`` leaves the source's own keys as they are.
+    """
     if request.new_layout:
         return None
     if like is not None:
@@ -36,7 +41,7 @@ def recorded(source: Checkpoint, request: Request, like: Checkpoint | None, mode
         if request.container not in (None, _container(theirs)):
             raise UsageError(f"--like {like.path}: has {_container(theirs)} files, which --container contradicts")
         return theirs
-    found = source.layout() if request.to == source.format and source.files else None
+    found = source.layout(literal=literal) if request.to == source.format and source.files else None
     if found is None and source.record is not None:
         found = source.record.layout(request.to)
     if found is None:

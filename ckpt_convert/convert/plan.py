@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -223,7 +223,9 @@ def make(source: Checkpoint, request: Request, *, tied: bool | None = None, live
         logicals = mapping.read(family, live.format, model.dims, [live.tensors], f"the model, as {live.format}")
         everything = list(live.stored)
         brought.take_derived(source, template, logicals, everything)
-    wanted = placement.recorded(source, request, like, model)
+    as_stored = live is None and source_format == request.to and request.like is None
+    literal = as_stored and source.is_bare
+    wanted = placement.recorded(source, request, like, model, literal=literal)
     ranks = placement.ranks(source, request, like, wanted, model)
     dims = model.dims
     cut = embedding.cut_of(source, request, like, model)
@@ -233,7 +235,6 @@ def make(source: Checkpoint, request: Request, *, tied: bool | None = None, live
     if read_format != request.to:
         places = None if wanted is None else {key for _, key in wanted.places}
         mapping.fill_zeros(family, request.to, dims, logicals, lambda key: places is None or key in places)
-    as_stored = live is None and source_format == request.to and request.like is None
     keep_tied = None if as_stored else _keep_tied(request, wanted, model)
     earlier = brought.as_it_was(
         source, request, like, model, template if live is not None else None, logicals, everything
@@ -241,6 +242,8 @@ def make(source: Checkpoint, request: Request, *, tied: bool | None = None, live
     targets, carried, ties = mapping.write(
         family, request.to, dims, logicals, ranks=ranks, keep_tied=keep_tied, what=str(source.path), earlier=earlier
     )
+    if literal:
+        targets = [replace(target, key=source.names.stored.get(target.key, target.key)) for target in targets]
     losses = [
         Equality(logical.tensor, zeros(logical.tensor.shape), logical.dtype, "", logical.key)
         for instance in carried

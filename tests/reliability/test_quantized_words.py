@@ -168,8 +168,9 @@ def test_placeholders_of_zero_3_are_one_error(model_type: str, tmp_path: Path) -
     (error,) = [one for one in json.loads(found.stdout)["findings"] if one["severity"] == "error"]
     assert "placeholders of DeepSpeed's ZeRO-3" in error["text"]
     assert "zero_to_fp32.py" in error["text"]
-    with pytest.raises(ckpt_convert.InputError, match="ZeRO-3" if model_type == "llama" else None):
-        ckpt_convert.convert(tmp_path / "source", tmp_path / "out", to="native")
+    for to in ("native", "hf"):
+        with pytest.raises(ckpt_convert.InputError, match="ZeRO-3"):
+            ckpt_convert.convert(tmp_path / "source", tmp_path / "out", to=to)
 
 
 def test_a_few_empty_tensors_are_none(tmp_path: Path) -> None:
@@ -178,3 +179,4 @@ def test_a_few_empty_tensors_are_none(tmp_path: Path) -> None:
     tensors = {f"layer.{at}.weight": torch.ones(2, 3) for at in range(6)} | {"empty.weight": torch.empty(0)}
     safetensors.torch.save_file(tensors, tmp_path / "source" / "model.safetensors", {"format": "pt"})
     assert run("verify", tmp_path / "source").returncode == 0
+    ckpt_convert.convert(tmp_path / "source", tmp_path / "out", to="hf")

@@ -65,7 +65,7 @@ class Dequantized(Checkpoint):
         said = f"dequantised to {self.dtype} ({self.text}); config.json no longer says that the weights are quantised"
         return [*super().notices, said]
 
-    def layout(self) -> Layout:
+    def layout(self, *, literal: bool = False) -> Layout:
         """How it would lie in files if somebody had saved it in those of the original."""
         files: list[LayoutFile] = []
         weight_map: dict[str, str] = {}
