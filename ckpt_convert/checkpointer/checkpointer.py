@@ -253,8 +253,8 @@ class Checkpointer:
         model only, and the progress. verify: compare checksums, not only names and sizes, before anything is loaded.
 
         A newest checkpoint that is damaged is passed over, with a warning, for the one before it; one that was asked
-        for is a CorruptFileError. Nothing is loaded where the report is an error. Raises UsageError for a glob that
-        matches nothing.
+        for is a CorruptFileError, and one that the system does not give now an UnreadableError. Nothing is loaded where
+        the report is an error. Raises UsageError for a glob that matches nothing.
         """
         wanted = Choice.of(include, exclude, weights_only)
         self._refuse_restart(wanted)

@@ -26,6 +26,7 @@ from ckpt_convert.errors import (
     CorruptFileError,
     InputError,
     KeyMismatchError,
+    UnreadableError,
     UsageError,
     listing,
 )
@@ -35,13 +36,15 @@ from ckpt_convert.storage.reader import reading
 log = logging.getLogger("ckpt_convert")
 
 _PREFIX = f"{MODEL}/"
+_NOT_GIVEN = "once that is mended run again, or resume from an older step (from_=)"
 
 
 def choose(output_dir: Path, from_: Any, policy: retention.Policy, *, verify: bool, workers: int) -> Saved | None:
     """The checkpoint that ``from_`` means; None where "latest" finds an empty directory.
 
-    "latest" passes over damaged ones with a warning. Raises CheckpointNotFoundError for one that is not there, and
-    CorruptFileError where what was asked for, or all there is, is damaged.
+    "latest" passes over damaged ones with a warning. Raises CheckpointNotFoundError for one that is not there,
+    CorruptFileError where what was asked for, or all there is, is damaged, and UnreadableError where the system does
+    not give it.
     """
     if from_ == "latest":
         return newest(output_dir, verify=verify, workers=workers)
@@ -80,6 +83,12 @@ def choose(output_dir: Path, from_: Any, policy: retention.Policy, *, verify: bo
 def newest(output_dir: Path, *, verify: bool, workers: int) -> Saved | None:
     """The newest checkpoint that is sound; None where there is none at all."""
     there = catalog.scan(output_dir)
+    with reading(output_dir, "listed"):
+        entries = sorted(output_dir.iterdir()) if output_dir.is_dir() else []
+        gone = [path for path in entries if catalog.is_damaged(path)]
+        lacking = [path for path in gone if not (path / MANIFEST).is_file()]  # of others, the scan has warned
+    for path in lacking:
+        log.warning("%s is damaged and passed over: its manifest is gone", path)
     said = []
     for saved in reversed(there):
         problems = check(saved, verify=verify, workers=workers)
@@ -87,9 +96,6 @@ def newest(output_dir: Path, *, verify: bool, workers: int) -> Saved | None:
             return saved
         said += problems
         log.warning("%s is damaged and passed over: %s", saved.path, "; ".join(problems))
-    with reading(output_dir, "listed"):
-        entries = sorted(output_dir.iterdir()) if output_dir.is_dir() else []
-    gone = [path for path in entries if catalog.is_damaged(path)]
     said += [f"{path}: its manifest is damaged or gone" for path in gone]
     if said:
         raise CorruptFileError(
@@ -100,16 +106,24 @@ def newest(output_dir: Path, *, verify: bool, workers: int) -> Saved | None:
 
 
 def check(saved: Saved, *, verify: bool, workers: int) -> list[str]:
-    """Everything that is wrong with a checkpoint; ``verify`` reads all of it, else names, sizes and headers count."""
+    """Everything that is wrong with a checkpoint; ``verify`` reads all of it, else names, sizes and headers count.
+
+    Raises UnreadableError where the system does not give a file of it: it may be sound, so no other may take its place.
+    """
+    # Of a checkpoint of anybody's, a file beside the weights may be taken away; without its config none can be loaded.
+    beside = [saved.path / side["name"] for side in saved.manifest.get("side_files") or ()]
     try:
         with reading(saved.path):
             report = check_weights(saved.path, values=verify, merged=False, workers=workers)
+            missing = [f"{path}: is missing" for path in beside if not path.is_file()]
+    except UnreadableError as error:
+        raise UnreadableError(f"{error}; {_NOT_GIVEN}") from error
     except CkptConvertError as error:
         return [str(error)]
-    # Of a checkpoint of anybody's, a file beside the weights may be taken away; without its config none can be loaded.
-    beside = [saved.path / side["name"] for side in saved.manifest.get("side_files") or ()]
-    missing = [f"{path}: is missing" for path in beside if not path.is_file()]
-    return missing + [finding.text for finding in report.findings if finding.severity == "error"]
+    found = [finding for finding in report.findings if finding.severity == "error"]
+    if unread := [finding.text for finding in found if finding.unreadable]:
+        raise UnreadableError(f"{saved.path}: {'; '.join(unread[:3])}; {_NOT_GIVEN}")
+    return missing + [finding.text for finding in found]
 
 
 def load(

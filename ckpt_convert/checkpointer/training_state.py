@@ -31,7 +31,7 @@ from ckpt_convert.errors import (
     UsageError,
 )
 from ckpt_convert.storage.folder import Folder
-from ckpt_convert.storage.reader import RangeReader
+from ckpt_convert.storage.reader import RangeReader, reading
 
 VERSION = 1
 DESCRIPTION = "ckpt_convert.json"
@@ -164,10 +164,8 @@ def open_state(directory: Path) -> Opened:
             f"{directory}: should hold {FILE}, which is written last, but does not; the save was cut short or the "
             "directory was removed, so resume from another checkpoint"
         )
-    try:
+    with reading(directory):
         files, _ = dcp.read_directory(directory)
-    except OSError as error:
-        raise CorruptFileError(f"{directory}: {error}; {_WAY_OUT}") from error
     pieces: dict[str, list[tuple[RangeReader, StoredTensor]]] = {}
     for file in files:
         for stored in file.header.tensors:

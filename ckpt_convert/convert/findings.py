@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from ckpt_convert.errors import CkptConvertError, KeyMismatchError, ShapeMismatchError, listing
+from ckpt_convert.errors import CkptConvertError, KeyMismatchError, ShapeMismatchError, UnreadableError, listing
 
 Severity = Literal["error", "warning", "note"]
 
@@ -23,7 +23,8 @@ class Finding:
     """One thing that is wrong, or worth knowing.
 
     ``check`` names the rule that it breaks; ``text`` says all of it in one line for people; ``file``, ``key``,
-    ``expected`` and ``found`` say it to programs, as far as the rule has such a thing.
+    ``expected`` and ``found`` say it to programs, as far as the rule has such a thing. ``unreadable`` says that the
+    system did not give the file, which says nothing of what is in it.
     """
 
     severity: Severity
@@ -33,6 +34,20 @@ class Finding:
     key: str | None = None
     expected: str | None = None
     found: str | None = None
+    unreadable: bool = field(default=False, kw_only=True)
+
+
+def failed(
+    check: str,
+    error: CkptConvertError | OSError,
+    text: str,
+    file: str | None = None,
+    key: str | None = None,
+    *,
+    severity: Severity = "error",
+) -> Finding:
+    """What kept a check from going on, in the words of ``text``; whether it is the system's failure is kept."""
+    return Finding(severity, check, text, file, key, unreadable=isinstance(error, UnreadableError | OSError))
 
 
 def raise_if_any(findings: Sequence[Finding], what: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ckpt_convert.convert import checklist, containers
@@ -11,7 +12,7 @@ from ckpt_convert.convert.check.spans import Span, hashed
 from ckpt_convert.convert.check.tolerant import Opened, relative
 from ckpt_convert.convert.checklist import CHECKLIST
 from ckpt_convert.convert.containers import dcp
-from ckpt_convert.convert.findings import Finding, Severity
+from ckpt_convert.convert.findings import Finding, Severity, failed
 from ckpt_convert.convert.formats.base import RECORD_FOLDER
 from ckpt_convert.convert.opening import WeightFile
 from ckpt_convert.convert.record import MANIFEST, Record
@@ -51,7 +52,7 @@ def pieces(opened: Opened) -> tuple[list[Finding], list[Span]]:
             except OSError:
                 continue  # it is not there, which is said below
             except CkptConvertError as error:
-                findings.append(Finding("error", "record", relative(str(error), record.directory), name))
+                findings.append(failed("record", error, relative(str(error), record.directory), name))
                 files[name] = None
     for name, entry in record.manifest["files"].items():
         file = files.get(name)
@@ -105,7 +106,7 @@ def _whole(file: WeightFile, entry: Mapping[str, Any]) -> tuple[list[Finding], l
         found, expected = digest(_between(reader, pieces), CRC64.name), str(entry["header"])
     except (CkptConvertError, OSError) as error:
         text = f"{file.name}: its header cannot be read: {error}; the disk may be faulty"
-        return [Finding("error", "checksum", text, file.name)], []
+        return [failed("checksum", error, text, file.name)], []
     findings = []
     if found != expected:
         text = (
@@ -162,29 +163,29 @@ def side_files(record: Record | None) -> Iterator[Finding]:
     if record is None:
         return
     for name in record.side_files:
-        for severity, text in _changed(record, name):
-            yield Finding(severity, "checksum", text, name)
+        yield from _changed(record, name)
     for name in record.checksums:
-        for _, text in _changed(record, name):
-            yield Finding("error", "record", f"{text}; copy or convert it again", name)
+        for one in _changed(record, name):
+            yield replace(one, severity="error", check="record", text=f"{one.text}; copy or convert it again")
 
 
-def _changed(record: Record, name: str) -> Iterator[tuple[Severity, str]]:
+def _changed(record: Record, name: str) -> Iterator[Finding]:
     beside = name in record.side_files
     expected = record.side_files[name]["checksum"] if beside else record.checksums[name]
     try:
         found = digest_file(resolve(record.directory, name, MANIFEST))
     except CkptConvertError as error:
-        yield "error" if isinstance(error, UnsafeFileError) else "warning", relative(str(error), record.directory)
+        severity: Severity = "error" if isinstance(error, UnsafeFileError) else "warning"
+        yield failed("checksum", error, relative(str(error), record.directory), name, severity=severity)
         return
     except OSError as error:
-        yield "warning", f"{name}: cannot be read: {error.strerror}"
+        yield failed("checksum", error, f"{name}: cannot be read: {error.strerror}", name, severity="warning")
         return
     if found != expected:
         text = f"{name} was edited or damaged: checksum {found}, expected {expected} ({MANIFEST})"
         if beside:
             text += f"; put it back, or accept it as it is: {accept_command(record.directory, name)}"
-        yield "warning" if name.endswith(_FOR_PEOPLE) else "error", text
+        yield Finding("warning" if name.endswith(_FOR_PEOPLE) else "error", "checksum", text, name)
 
 
 def listed(opened: Opened) -> tuple[list[Finding], list[Span]]:
@@ -197,7 +198,7 @@ def listed(opened: Opened) -> tuple[list[Finding], list[Span]]:
         entries = checklist.parse(path.read_text(encoding="utf-8", errors="replace"))
         kind = checklist.algorithm(entries)
     except (CkptConvertError, OSError) as error:
-        return [Finding("error", "checklist", str(error), CHECKLIST)], []
+        return [failed("checklist", error, str(error), CHECKLIST)], []
     findings, spans = [], []
     # Files that are open already are read once for all checks; but legacy ones are open as what torch made of them.
     opened_files = {file.name: file.reader for file in checkpoint.files if isinstance(file.reader, LocalFile)}
@@ -205,10 +206,10 @@ def listed(opened: Opened) -> tuple[list[Finding], list[Span]]:
         weights = name.endswith(WEIGHT_SUFFIXES)
         try:
             reader = opened_files.get(name) or LocalFile(resolve(checkpoint.root, name, CHECKLIST), name)
-        except (CkptConvertError, OSError):
+        except (CkptConvertError, OSError) as error:
             if name not in opened.lost:
                 text = f"{name} is missing, or cannot be read, but {CHECKLIST} lists it; download it again"
-                findings.append(Finding("error" if weights else "warning", "checklist", text, name))
+                findings.append(failed("checklist", error, text, name, severity="error" if weights else "warning"))
             continue
         spans.append(hashed(reader, name, 0, reader.size, kind, _wrong(name, kind, expected)))
     return findings, spans

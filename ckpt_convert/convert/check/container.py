@@ -9,8 +9,8 @@ from ckpt_convert.convert import containers
 from ckpt_convert.convert.containers import safetensors, torchpickle, torchzip, zipindex
 from ckpt_convert.convert.containers.header import Header
 from ckpt_convert.convert.containers.torchpickle import Storage, Tensor
-from ckpt_convert.errors import CkptConvertError
-from ckpt_convert.storage.reader import LocalFile, RangeReader, read
+from ckpt_convert.errors import CkptConvertError, UnreadableError
+from ckpt_convert.storage.reader import LocalFile, RangeReader, read, unreadable
 
 _END = b"PK\5\6"
 _END_SIZE = 22
@@ -40,7 +40,7 @@ class _Shortened:
 
 
 def survey(reader: LocalFile) -> Surveyed:
-    """Read the header of a file of any kind; what is wrong becomes a problem, in words."""
+    """Read the header of a file of any kind; what is wrong becomes a problem, in words. Raises UnreadableError."""
     try:
         start = read(reader, 0, min(reader.size, 32))
         length = int.from_bytes(start[:8], "little")
@@ -50,10 +50,12 @@ def survey(reader: LocalFile) -> Surveyed:
         if torchzip.is_zip(reader):
             return _zip(reader)
         return Surveyed(*containers.parse(reader), ())
+    except UnreadableError:
+        raise
     except CkptConvertError as error:
         return Surveyed(reader, None, (str(error),))
     except OSError as error:
-        return Surveyed(reader, None, (f"{reader.name}: cannot be read: {error.strerror}",))
+        raise unreadable(error, reader.name) from error
 
 
 def members(reader: RangeReader) -> list[zipindex.Member]:
@@ -64,6 +66,8 @@ def members(reader: RangeReader) -> list[zipindex.Member]:
 def _zip(reader: LocalFile) -> Surveyed:
     try:
         return _named(reader, torchzip.parse(reader, foreign=True))
+    except UnreadableError:
+        raise
     except CkptConvertError as error:
         end = _end(reader)
         if end is None:
@@ -77,6 +81,8 @@ def _zip(reader: LocalFile) -> Surveyed:
         shortened = _Shortened(reader, end)
         try:
             return _named(shortened, torchzip.parse(shortened, foreign=True), text)
+        except UnreadableError:
+            raise
         except CkptConvertError as other:
             return Surveyed(reader, None, (text, str(other)))
 

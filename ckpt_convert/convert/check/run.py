@@ -14,7 +14,7 @@ from ckpt_convert.convert.check.report import Report, Skipped, by_severity
 from ckpt_convert.convert.check.spans import Expected
 from ckpt_convert.convert.check.tolerant import Opened, open_tolerantly, relative
 from ckpt_convert.convert.checkpoint import Checkpoint
-from ckpt_convert.convert.findings import Finding, Severity
+from ckpt_convert.convert.findings import Finding, Severity, failed
 from ckpt_convert.convert.formats.base import load_json
 from ckpt_convert.convert.mapping import Equality, Logicals
 from ckpt_convert.convert.model import Model, from_shapes
@@ -137,7 +137,7 @@ def _against_config(work: _Work) -> None:
         try:
             content = load_json(path)
         except CkptConvertError as error:
-            work.done("config", [Finding("error", "config", relative(str(error), view.path), path.name)])
+            work.done("config", [failed("config", error, relative(str(error), view.path), path.name)])
     else:
         content = _from_shapes(work)
     if not view.stored:
@@ -177,7 +177,7 @@ def _from_shapes(work: _Work) -> dict[str, Any] | None:
     try:
         return from_shapes(work.opened.view)
     except CkptConvertError as error:
-        work.done("config", [Finding("error", "config", relative(str(error), work.opened.view.path))])
+        work.done("config", [failed("config", error, relative(str(error), work.opened.view.path))])
         return None
 
 
@@ -203,7 +203,7 @@ def _model(work: _Work, content: Mapping[str, Any] | None) -> Model | None:
     except CkptConvertError as error:
         if view.format is not None and not opened.lost:
             file = view.config_file.name
-            work.done("config", [Finding("error", "config", relative(str(error), view.path), file)])
+            work.done("config", [failed("config", error, relative(str(error), view.path), file)])
         work.skip(_first_line(relative(str(error), view.path)), "keys")
     return None
 

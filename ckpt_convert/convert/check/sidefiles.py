@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_convert.convert.checkpoint import Checkpoint, usual_dtype
-from ckpt_convert.convert.findings import Finding
+from ckpt_convert.convert.findings import Finding, failed
 from ckpt_convert.convert.formats.base import NEVER_SIDE_FILES, is_index, load_json
 from ckpt_convert.convert.usual import EMBEDDINGS, size_of, text_part
 from ckpt_convert.dtypes import DTYPES
@@ -53,7 +53,7 @@ def _file(path: Path) -> Iterator[Finding]:
         with LocalFile(path) as file:
             start = read(file, 0, min(file.size, 64))
     except CkptConvertError as error:
-        yield _error(name, str(error).removeprefix(f"{path}: "))
+        yield failed("side-files", error, str(error).replace(str(path), name), name)
         return
     if not start and not name.startswith("__init__"):
         text = f"{name}: the file is empty; download or copy it again"
@@ -70,7 +70,7 @@ def _file(path: Path) -> Iterator[Finding]:
             text = str(error).replace(str(path), name)
             lists = name not in _LOADED and "expected a JSON object" in text
             if not lists:
-                yield Finding("error" if name in _LOADED else "warning", "side-files", text, name)
+                yield failed("side-files", error, text, name, severity="error" if name in _LOADED else "warning")
 
 
 def tokenizer(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Iterator[Finding]:

@@ -11,14 +11,21 @@ from typing import TYPE_CHECKING
 from ckpt_convert.convert import record
 from ckpt_convert.convert.check.container import survey
 from ckpt_convert.convert.checkpoint import Checkpoint
-from ckpt_convert.convert.findings import Finding
+from ckpt_convert.convert.findings import Finding, failed
 from ckpt_convert.convert.formats.base import RECORD_FOLDER, Directory, WeightName, is_index, load_json, plain_weights
 from ckpt_convert.convert.formats.hf import another_set, plain_names
 from ckpt_convert.convert.opening import WeightFile, by_keys, detect, everything, open_files, place
-from ckpt_convert.errors import CheckpointNotFoundError, CkptConvertError, ConfigError, UsageError
+from ckpt_convert.errors import (
+    CheckpointNotFoundError,
+    CkptConvertError,
+    ConfigError,
+    UnreadableError,
+    UsageError,
+    reason,
+)
 from ckpt_convert.models import FAMILIES
 from ckpt_convert.storage.names import JOURNAL, WEIGHT_SUFFIXES, check_name, local_path, resolve
-from ckpt_convert.storage.reader import LocalFile
+from ckpt_convert.storage.reader import LocalFile, unreadable
 
 if TYPE_CHECKING:
     from ckpt_convert.convert.record import Record
@@ -53,8 +60,8 @@ class _State:
     findings: list[Finding] = field(default_factory=list)
     gone: tuple[int, ...] = ()
 
-    def error(self, check: str, error: object, path: Path, file: str | None = None) -> None:
-        self.findings.append(Finding("error", check, relative(str(error), path), file))
+    def error(self, check: str, error: CkptConvertError | OSError, path: Path, file: str | None = None) -> None:
+        self.findings.append(failed(check, error, relative(reason(error), path), file))
 
 
 def relative(text: str, path: Path) -> str:
@@ -68,7 +75,8 @@ def open_tolerantly(
 ) -> Opened:
     """Open what there is of a checkpoint.
 
-    Raises CheckpointNotFoundError where there is nothing to open, and UsageError or ConfigError for what was asked for.
+    Raises CheckpointNotFoundError where there is nothing to open, UnreadableError where the system does not say what
+    there is, and UsageError or ConfigError for what was asked for.
     """
     if family is not None and family not in FAMILIES:
         raise UsageError(f"--family {family}: is no family; known: {', '.join(FAMILIES)}")
@@ -83,7 +91,7 @@ def open_tolerantly(
     try:
         name, why, directory = _directory(path, format, found_record, state)
     except OSError as error:
-        raise CheckpointNotFoundError(f"{error.filename or path}: cannot be read: {error.strerror}") from error
+        raise unreadable(error, path) from error
     if os.path.exists(path / JOURNAL):
         text = (
             f"{path.name} is the unfinished output of a conversion; run that again with --resume, or remove it and "
@@ -116,7 +124,7 @@ def _record(path: Path, state: _State) -> Record | None:
     except CkptConvertError as error:
         state.error("record", error, path, record.MANIFEST)
     except OSError as error:
-        state.error("record", f"{record.MANIFEST}: cannot be read: {error.strerror}", path, record.MANIFEST)
+        state.error("record", unreadable(error, path / record.MANIFEST), path, record.MANIFEST)
     return None
 
 
@@ -195,7 +203,12 @@ def _files(path: Path, directory: Directory, state: _State) -> tuple[tuple[Weigh
             lost.append(weight.name)
             continue
         reader, local = opened
-        found = survey(reader)
+        try:
+            found = survey(reader)
+        except UnreadableError as error:
+            state.error("container", error, path, weight.name)
+            lost.append(weight.name)
+            continue
         state.findings += [Finding("error", "container", text, weight.name) for text in found.problems]
         if found.problems:
             damaged.append(weight.name)
@@ -218,7 +231,7 @@ def _open(path: Path, weight: WeightName, directory: Directory, state: _State) -
     except CkptConvertError as error:
         state.error("files", error, path, weight.name)
     except OSError as error:
-        state.error("files", f"{weight.name}: cannot be read: {error.strerror}; look at its permissions", path)
+        state.error("files", unreadable(error, local), path, weight.name)
     return None
 
 

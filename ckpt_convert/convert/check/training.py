@@ -9,7 +9,7 @@ from typing import Any
 
 from ckpt_convert.convert import record
 from ckpt_convert.convert.check.accept import accept_command, may_change
-from ckpt_convert.convert.findings import Finding
+from ckpt_convert.convert.findings import Finding, failed
 from ckpt_convert.convert.record import MANIFEST, TRAINING_STATE
 from ckpt_convert.errors import CheckpointNotFoundError, CkptConvertError
 from ckpt_convert.storage.checksums import digest_file
@@ -58,7 +58,7 @@ def _compare(directory: Path, name: str, entry: Mapping[str, Any], values: bool)
     except CheckpointNotFoundError:
         return finding(f"is missing: {MANIFEST} says that it was written")
     except CkptConvertError as error:
-        return Finding("error", "training", str(error).replace(f"{directory}/", ""), name)
+        return failed("training", error, str(error).replace(f"{directory}/", ""), name)
     return None
 
 

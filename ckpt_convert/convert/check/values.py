@@ -17,7 +17,7 @@ from ckpt_convert.convert.check.spans import Expected, Span
 from ckpt_convert.convert.check.tolerant import Opened
 from ckpt_convert.convert.checkpoint import Checkpoint
 from ckpt_convert.convert.containers.header import StoredTensor
-from ckpt_convert.convert.findings import Finding
+from ckpt_convert.convert.findings import Finding, failed
 from ckpt_convert.dtypes import DTYPES
 from ckpt_convert.errors import CkptConvertError
 
@@ -152,9 +152,8 @@ def _compared(item: Expected, left: Mover, right: Mover, meter: Meter) -> Iterat
         elif item.equal is not None:
             yield item.equal
     except (CkptConvertError, OSError) as error:
-        yield Finding(
-            "error", "values", f"{item.differ.key}: cannot be read: {error}", item.differ.file, item.differ.key
-        )
+        text = f"{item.differ.key}: cannot be read: {error}"
+        yield failed("values", error, text, item.differ.file, item.differ.key)
 
 
 def _streamed(run: list[Span], buffer: memoryview, meter: Meter) -> Iterator[Finding]:
@@ -179,7 +178,7 @@ def _streamed(run: list[Span], buffer: memoryview, meter: Meter) -> Iterator[Fin
     except (CkptConvertError, OSError) as error:
         said = error.strerror if isinstance(error, OSError) else str(error)
         text = f"{run[0].file}: cannot be read from byte {position} on: {said}; the disk may be faulty"
-        yield Finding("error", "values", text, run[0].file)
+        yield failed("values", error, text, run[0].file)
 
 
 def _runs(spans: Iterable[Span]) -> Iterator[list[Span]]:
