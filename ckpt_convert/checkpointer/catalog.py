@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ckpt_convert.checkpointer.pointer import SUFFIX, check_pointer, point, pointed, target_of
+from ckpt_convert.checkpointer.names import DELETED, PARTIAL, REPLACED
 from ckpt_convert.checkpointer.progress import Progress
 from ckpt_convert.convert import record
 from ckpt_convert.convert.containers import dcp
@@ -34,6 +34,7 @@ from ckpt_convert.errors import (
 )
 from ckpt_convert.storage.lock import Lock
 from ckpt_convert.storage.names import JOURNAL, partial_of
+from ckpt_convert.storage.pointer import SUFFIX, check_pointer, point, pointed, target_of
 from ckpt_convert.storage.reader import reading
 from ckpt_convert.storage.system import sync_directory
 
@@ -61,8 +62,6 @@ VERSION = 1
 CONTENTS = ("full", "weights", "adapter")
 REMOVED = "removed"
 """What the manifest says of a training state that was removed to save space."""
-
-_PARTIAL, _REPLACED, _DELETED = ".partial", ".replaced", ".deleted"
 
 _amending = threading.Lock()
 
@@ -220,7 +219,7 @@ def _is_number(value: object) -> bool:
 
 def removal_name(path: Path) -> Path:
     """Where a checkpoint goes to be removed: a name under which nobody takes it for one, and ``tidy`` knows it."""
-    return partial_of(path.with_name(f"{path.name}{_DELETED}"))
+    return partial_of(path.with_name(f"{path.name}{DELETED}"))
 
 
 def remove(directory: Path) -> None:
@@ -289,7 +288,7 @@ def leftovers(output_dir: Path) -> list[Path]:
 
 
 def _is_leftover(name: str, is_directory: bool) -> bool:
-    endings = (_PARTIAL, _REPLACED) if is_directory else (SUFFIX,)
+    endings = (PARTIAL, REPLACED) if is_directory else (SUFFIX,)
     return name.startswith(".") and any(name.endswith(end) and len(name) > len(end) + 1 for end in endings)
 
 
@@ -302,9 +301,9 @@ def tidy(output_dir: Path) -> None:
     """
     for path in leftovers(output_dir):
         try:
-            if path.name.endswith(_PARTIAL):
+            if path.name.endswith(PARTIAL):
                 _tidy_partial(path)
-            elif path.name.endswith(_REPLACED):
+            elif path.name.endswith(REPLACED):
                 _tidy_replaced(path)
             elif target_of(path) is not None or not os.lstat(path).st_size:
                 path.unlink()
@@ -352,8 +351,8 @@ def _finish_amending(amended: Path) -> None:
 
 
 def _tidy_partial(path: Path) -> None:
-    name = path.name[1 : -len(_PARTIAL)]
-    removed = name.removesuffix(_DELETED)
+    name = path.name[1 : -len(PARTIAL)]
+    removed = name.removesuffix(DELETED)
     with contextlib.suppress(LockedError), Lock.directory(path, "it is being written"):
         if not os.path.lexists(path / JOURNAL) and any(path.iterdir()) and not _is_complete(path, removed):
             return
@@ -365,7 +364,7 @@ def _tidy_partial(path: Path) -> None:
 
 
 def _tidy_replaced(path: Path) -> None:
-    original = path.with_name(path.name[1 : -len(_REPLACED)])
+    original = path.with_name(path.name[1 : -len(REPLACED)])
     ours = _is_complete(path, original.name)
     if _is_complete(original, original.name) and (os.path.lexists(path / JOURNAL) or ours):
         finish_removal(path, original)

@@ -43,6 +43,7 @@ from ckpt_convert.convert import formats
 from ckpt_convert.convert.blocks import ProgressCallback
 from ckpt_convert.convert.checkpoint import Checkpoint
 from ckpt_convert.errors import CheckpointNotFoundError, OutputExistsError, UsageError
+from ckpt_convert.storage import pointer
 from ckpt_convert.storage.names import local_path
 from ckpt_convert.storage.reader import WORKERS
 
@@ -224,7 +225,7 @@ class Checkpointer:
     def load_adapter(self, path: str | Path, model: Model) -> int:
         """Fill a model's adapter from a PEFT directory, in place; returns the number of tensors."""
         self._refuse_closed()
-        return self._emitter.load_adapter(local_path(path), model)
+        return self._emitter.load_adapter(pointer.followed(local_path(path)), model)
 
     # Beginning
 

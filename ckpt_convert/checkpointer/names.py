@@ -10,9 +10,13 @@ from dataclasses import dataclass, replace
 from ckpt_convert.checkpointer.progress import Progress
 from ckpt_convert.errors import UnsafeFileError, UsageError
 from ckpt_convert.storage.names import check_name
+from ckpt_convert.storage.pointer import SUFFIX
 
 VARIABLES = ("step", "epoch", "tokens", "samples", "evals", "run_name")
 """What a template may name in braces."""
+
+PARTIAL, REPLACED, DELETED = ".partial", ".replaced", ".deleted"
+"""How the names of directories end, behind a dot in front, that are being written, replaced and removed."""
 
 LONGEST = 200
 """Bytes of a name; file systems take 255, of which an unfinished or a removed directory's name needs some."""
@@ -84,6 +88,11 @@ class Template:
             raise self._wrong(f"gives {name!r}, but checkpoints lie side by side in the output directory")
         if name.startswith("."):
             raise self._wrong(f"gives {name!r}; names with a dot in front are for what is not finished")
+        if name.endswith((PARTIAL, REPLACED, DELETED)):
+            raise self._wrong(
+                f"gives {name!r}; names that end in {PARTIAL}, {REPLACED} or {DELETED} are for what is being written, "
+                "replaced or removed, and are cleared away at the next start"
+            )
         if len(os.fsencode(name)) > LONGEST:
             raise self._wrong(f"gives a name of {len(os.fsencode(name))} bytes, expected at most {LONGEST}")
         if name == self.latest_name:
@@ -96,6 +105,11 @@ class Template:
             raise UsageError(f"latest_name={name!r}: is no plain name; None is for no pointer") from error
         if "/" in name:
             raise UsageError(f"latest_name={name!r}: expected one name, the pointer lies beside what it leads to")
+        if name.startswith(".") and name.endswith(SUFFIX):
+            raise UsageError(
+                f"latest_name={name!r}: names with a dot in front that end in {SUFFIX} are for pointers that are being "
+                "made, and are cleared away at the next start; choose another name"
+            )
 
     def _wrong(self, what: str) -> UsageError:
         variables = ", ".join(f"{{{name}}}" for name in VARIABLES)

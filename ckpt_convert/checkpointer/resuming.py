@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ckpt_convert.checkpointer import base, catalog, loading, pointer, retention, training_state
+from ckpt_convert.checkpointer import base, catalog, loading, retention, training_state
 from ckpt_convert.checkpointer.base import Base
 from ckpt_convert.checkpointer.catalog import Saved
 from ckpt_convert.checkpointer.choice import ADAPTER, MODEL, Choice
@@ -30,6 +30,7 @@ from ckpt_convert.errors import (
     UsageError,
     listing,
 )
+from ckpt_convert.storage import pointer
 from ckpt_convert.storage.names import local_path
 from ckpt_convert.storage.reader import reading
 
@@ -63,7 +64,7 @@ def choose(output_dir: Path, from_: Any, policy: retention.Policy, *, verify: bo
             raise CheckpointNotFoundError(f"{output_dir}: has no complete checkpoint of step {from_}; it has: {steps}")
     elif isinstance(from_, (str, Path)):
         place = local_path(from_, "from_")
-        place = pointer.pointed(place.parent, place.name) or place
+        place = pointer.followed(place)
         found = catalog.read(place.resolve(), renamed=True)
         if found is None:
             found = newest(place, verify=verify, workers=workers)

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from ckpt_convert.checkpointer import catalog, pointer, retention
+from ckpt_convert.checkpointer import catalog, retention
 from ckpt_convert.checkpointer.catalog import Saved
 from ckpt_convert.checkpointer.names import Template
 from ckpt_convert.checkpointer.progress import Progress
@@ -16,6 +16,7 @@ from ckpt_convert.checkpointer.saving import Step, save
 from ckpt_convert.convert.checkpoint import Checkpoint
 from ckpt_convert.convert.output import permissions
 from ckpt_convert.errors import CkptConvertError, OutputExistsError, reason
+from ckpt_convert.storage import pointer
 from ckpt_convert.storage.lock import Lock
 from ckpt_convert.storage.reader import reading
 from ckpt_convert.storage.system import writing

@@ -88,9 +88,10 @@ def verify(
     from ckpt_convert.convert.check import check
     from ckpt_convert.convert.check.accept import accept
     from ckpt_convert.convert.check.against import Opening, against, computing
+    from ckpt_convert.convert.opening import place
     from ckpt_convert.storage import hub
 
-    renewed = accept(Path(path), accepted) if accepted else []
+    renewed = accept(place(Path(path)), accepted) if accepted else []
     a = Opening(hub.locate(path, revision), from_format, family, config)
     b = Opening(hub.locate(other), None, family) if other is not None else None
     compared: dict[str, Any] | None = None

@@ -16,7 +16,7 @@ from ckpt_convert.convert.formats.hf import another_set
 from ckpt_convert.convert.record import Record
 from ckpt_convert.errors import CheckpointNotFoundError
 from ckpt_convert.models import FAMILIES
-from ckpt_convert.storage import hub
+from ckpt_convert.storage import hub, pointer
 from ckpt_convert.storage.names import WEIGHT_SUFFIXES, resolve
 from ckpt_convert.storage.reader import Closing, LocalFile, RangeReader
 
@@ -55,11 +55,11 @@ class Found:
 
 
 def place(path: Path) -> Path:
-    """Where a checkpoint lies whose index, or whose folder in the Hub's cache, was given; any other path as it is.
+    """Where a checkpoint lies whose index, pointer, or folder in the Hub's cache was given; any other path as it is.
 
     Raises CheckpointNotFoundError for an index that is not the one that its directory is read by.
     """
-    path = hub.snapshot(path)
+    path = hub.snapshot(pointer.followed(path))
     if not path.name.endswith(hf.INDEX_SUFFIX) or not path.is_file():
         return path
     for format in ("hf", "native"):

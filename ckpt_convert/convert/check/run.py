@@ -77,8 +77,9 @@ def check(
         report = _report(work, workers, progress)
     finally:
         opened.checkpoint.close()
-    if merged and "training" in report.checks and (Path(path) / MERGED / MANIFEST).is_file():
-        report = _with_merged(report, check(Path(path) / MERGED, values=values, workers=workers, progress=progress))
+    inner = Path(report.path) / MERGED
+    if merged and "training" in report.checks and (inner / MANIFEST).is_file():
+        report = _with_merged(report, check(inner, values=values, workers=workers, progress=progress))
     return report
 
 

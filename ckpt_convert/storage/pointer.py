@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ckpt_convert.errors import OutputExistsError, UnsafeFileError
 from ckpt_convert.storage.names import check_name
+from ckpt_convert.storage.reader import reading
 from ckpt_convert.storage.system import UNSUPPORTED, sync_directory
 
 SUFFIX = ".pointer"
@@ -54,6 +55,17 @@ def pointed(output_dir: Path, name: str) -> Path | None:
     """The directory that a pointer leads to; None where there is no pointer, or nothing that it leads to."""
     target = target_of(output_dir / name)
     return output_dir / target if target is not None and (output_dir / target).is_dir() else None
+
+
+def followed(path: Path) -> Path:
+    """The directory beside a text file that is a pointer to it; any other path as it is: links, the system follows.
+
+    Raises UnreadableError.
+    """
+    with reading(path, "looked at"):
+        found = pointed(path.parent, path.name) if path.is_file() and not path.is_symlink() else None
+        # Where links can be made, the pointer is one: a text never leads through another, out of its directory.
+        return found if found is not None and not found.is_symlink() else path
 
 
 def target_of(path: Path) -> str | None:
