@@ -302,6 +302,8 @@ def bits_of(directory: Path) -> dict[str, list[Bits]]:
     found: dict[str, list[Bits]] = {}
     for path in sorted(path for path in directory.rglob("*") if path.is_file() and path.stat().st_size):
         name = path.relative_to(directory).as_posix()
+        if name == "checklist.chk":  # which says what others should be, and nothing of itself
+            continue
         kind = "auxiliary files"
         if name == "ckpt_convert/manifest.json":
             kind = "manifest"
