@@ -67,9 +67,9 @@ def save(step: Step, destination: Path, *, workers: int = WORKERS, mode: int = 0
     what goes wrong while writing: ``destination`` is then as it was, and nothing half-written is left.
     """
     started = time.monotonic()
-    if destination.exists():
-        _refuse_foreign(destination)
     try:
+        if destination.exists():
+            _refuse_foreign(destination)
         with Staging(destination, ownership.STEP_RULES, overwrite=True, mode=mode, advice=_ADVICE) as staging:
             try:
                 check_space(destination, step.nbytes)
