@@ -117,7 +117,7 @@ def _fuzzing(subjects: list[corpus.Subject], kind: str) -> Callable[[Path, int, 
     chosen = [subject for subject in subjects if subject.kind == kind]
 
     def cases(place: Path, first: int, count: int) -> Iterator[Case]:
-        yield from fuzz.Fuzzer(chosen, place / "fuzz").run(first, count)
+        yield from fuzz.Fuzzer(chosen, place / f"fuzz-{first}").run(first, count)
 
     return cases
 

@@ -108,14 +108,14 @@ class Run:
     def _loop(self, checkpointer: Any, trained: Trained, log: TextIO) -> None:
         for _ in checkpointer.epochs(EPOCHS):
             for tokens in trained.dataloader:
+                if checkpointer.progress.step == self.steps:
+                    return
                 loss = trained.update(tokens) + random.random() / 64
                 step = checkpointer.progress.step + 1
                 log.write(f"{step} {loss.hex()}\n")
                 checkpointer.step(tokens=tokens[:, 1:].numel(), samples=len(tokens))
                 if step % EVERY == 0:
                     checkpointer.report(val_loss=evaluated(trained.model))
-                if step == self.steps != STEPS:
-                    return
 
     def start(self, root: Path) -> None:
         shutil.rmtree(root, ignore_errors=True)
