@@ -266,6 +266,7 @@ class Checkpointer:
             wanted.check([*self._parts.entries(), *self._emitter.names(model)])
             log.info("%s: holds no checkpoint: fresh start", self.output_dir)
             self._plan_ahead()
+            self._directory.warn_ahead(0)
             self._begin_watch([])
             return None
         self._parts.begin_at(saved.step)
@@ -294,6 +295,7 @@ class Checkpointer:
         self._plan_ahead()
         if wanted.progress:
             self._directory.go_on_from(saved)
+        self._directory.warn_ahead(self._progress.step)
         self._begin_watch(self.saved)
         offer = f"; exclude=[{PROGRESS!r}] counts from 0" if weights_only and wanted.progress else ""
         log.info("resumed from %s, at step %d%s", saved.path, self._progress.step, offer)
@@ -326,6 +328,7 @@ class Checkpointer:
         self._started_from = None if progress is None else progress.step
         self._directory.supersede(there if progress is None or self._overwrite else ())
         self._plan_ahead()
+        self._directory.warn_ahead(self._progress.step)
         self._begin_watch([] if progress is None else there)
 
     # Counting

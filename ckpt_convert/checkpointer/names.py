@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import string
@@ -60,6 +61,14 @@ class Template:
             raise self._wrong(f"a format specification does not fit its variable ({error})") from error
         self._check(name)
         return name
+
+    def step_of(self, name: str, run_name: str) -> int | None:
+        """The step whose directory has this name, as far as that depends on the step alone."""
+        for digits in re.findall("[0-9]+", name):
+            with contextlib.suppress(UsageError):
+                if self.format(Progress(step=int(digits)), run_name) == name:
+                    return int(digits)
+        return None
 
     def check(self, run_name: str) -> None:
         """Raise UsageError where the names would be none for a run of this name."""

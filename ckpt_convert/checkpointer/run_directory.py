@@ -12,10 +12,10 @@ from ckpt_convert.checkpointer.catalog import Saved
 from ckpt_convert.checkpointer.names import Template
 from ckpt_convert.checkpointer.progress import Progress
 from ckpt_convert.checkpointer.ranks import Claim
-from ckpt_convert.checkpointer.saving import Step, save
+from ckpt_convert.checkpointer.saving import Step, in_the_way, save
 from ckpt_convert.convert.checkpoint import Checkpoint
 from ckpt_convert.convert.output import permissions
-from ckpt_convert.errors import CkptConvertError, OutputExistsError, reason
+from ckpt_convert.errors import CkptConvertError, OutputExistsError, listing, reason
 from ckpt_convert.storage import pointer
 from ckpt_convert.storage.lock import Lock
 from ckpt_convert.storage.reader import reading
@@ -130,6 +130,24 @@ class RunDirectory:
         with _only_warned(f"{destination} is saved, but its metrics cannot be written now"):
             if self._write_metrics():
                 self._prune()
+
+    def warn_ahead(self, step: int) -> None:
+        """Say now which later steps' directories hold what is not ours: saving there is refused, hours later."""
+        found: list[str] = []
+        with _only_warned(f"{self.path}: what lies in the way of later steps cannot be looked at"):
+            steps = {one.path: one.step for one in self.saved if self.destination(one.progress) == one.path}
+            for path in self.path.iterdir():
+                if path not in steps and (named := self._template.step_of(path.name, self.run_name)) is not None:
+                    steps[path] = named
+            ahead = sorted((at, path) for path, at in steps.items() if at > step)
+            found = [said for _, path in ahead if (said := in_the_way(path))]
+        if found:
+            log.warning(
+                "this run is at step %d, and a later step will not be saved over what is in its way; move that "
+                "elsewhere before the run comes to it:%s",
+                step,
+                listing(found),
+            )
 
     def go_on_from(self, resumed: Saved) -> None:
         """Let go what a killed run had no time to, but for the checkpoint that was resumed; say what that one lacks."""

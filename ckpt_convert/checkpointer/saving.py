@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -68,8 +69,8 @@ def save(step: Step, destination: Path, *, workers: int = WORKERS, mode: int = 0
     """
     started = time.monotonic()
     try:
-        if destination.exists():
-            _refuse_foreign(destination)
+        if found := in_the_way(destination):
+            raise OutputExistsError(f"{found}\nmove that elsewhere, or choose another directory name or output_dir")
         with Staging(destination, ownership.STEP_RULES, overwrite=True, mode=mode, advice=_ADVICE) as staging:
             try:
                 check_space(destination, step.nbytes)
@@ -93,24 +94,21 @@ def save(step: Step, destination: Path, *, workers: int = WORKERS, mode: int = 0
     return nbytes
 
 
-def _refuse_foreign(destination: Path) -> None:
-    """Raise OutputExistsError for what is no checkpoint of ours, and for one that somebody has put files into.
+def in_the_way(destination: Path) -> str:
+    """What keeps a step from being saved in a place, in words; "" for nothing. Raises OSError and UnreadableError.
 
-    What damage has left of one may be replaced by the run that comes back to it.
+    It is what is no checkpoint of ours, or what somebody has put into one. What damage has left of one may be replaced
+    by the run that comes back to it.
     """
-    if not any(destination.iterdir()):
-        return
-    if not catalog.is_damaged(destination) and catalog.read(destination) is None:
-        raise OutputExistsError(
-            f"{destination}: is there already and is no checkpoint of this checkpointer; move it away, or choose "
-            "another directory name or output_dir"
-        )
-    foreign = ownership.unlisted(destination)
-    if foreign:
-        raise OutputExistsError(
-            f"{destination}: is to be saved again, and holds what is none of its files:{listing(foreign)}\nmove that "
-            "elsewhere, or choose another directory name or output_dir"
-        )
+    if not os.path.lexists(destination):
+        return ""
+    there = sorted(os.listdir(destination)) if destination.is_dir() else [destination.name]
+    if there and not catalog.is_damaged(destination) and catalog.read(destination) is None:
+        return f"{destination}: is there already and is no checkpoint of this checkpointer:{listing(there)}"
+    foreign = ownership.unlisted(destination) if there else []
+    if not foreign:
+        return ""
+    return f"{destination}: is to be saved again, and holds what is none of its files:{listing(foreign)}"
 
 
 def _write(step: Step, staging: Staging, workers: int) -> None:

@@ -11,7 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from ckpt_convert import AdapterConfig, Checkpointer, CheckpointNotFoundError, KeyMismatchError, UsageError
+from ckpt_convert import (
+    AdapterConfig,
+    Checkpointer,
+    CheckpointNotFoundError,
+    KeyMismatchError,
+    OutputExistsError,
+    UsageError,
+)
 from tests.checkpointer.training import LLAMA, Trained, make_model
 from tests.helpers import assert_same
 
@@ -265,3 +272,60 @@ def test_overwrite_is_no_option_of_a_resume(tmp_path: Path) -> None:
         with Checkpointer(LLAMA, tmp_path, overwrite=True) as checkpointer:
             checkpointer.register(**trained.parts)
             checkpointer.step()
+
+
+# What lies ahead
+
+
+def test_what_is_in_the_way_of_later_steps_is_said_when_a_run_goes_back_and_is_what_saving_refuses(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trained_to(tmp_path, 4)
+    for name in ("step_1", "step_3"):
+        (tmp_path / name / "notes.txt").write_text("mine")
+    (tmp_path / "step_5").mkdir()
+    (tmp_path / "step_5" / "plot.png").touch()
+    (tmp_path / "step_6").touch()
+    trained = Trained()
+    with Checkpointer(LLAMA, tmp_path, save_every=1) as checkpointer:
+        checkpointer.resume(**trained.parts, from_=2)
+        (said,) = warnings(caplog)
+        for part in ("at step 2", "step_3: ", "notes.txt", "step_5: ", "plot.png", "step_6: "):
+            assert part in said
+        assert "step_1" not in said
+        assert "step_4" not in said
+        for step, name in ((3, "notes.txt"), (5, "plot.png"), (6, "step_6")):
+            with pytest.raises(OutputExistsError, match=rf"step_{step}(.|\n)*{name}"):
+                trained.go(checkpointer, step)
+            shutil.move(tmp_path / f"step_{step}", tmp_path / f"mine_{step}")
+    caplog.clear()
+    with Checkpointer(LLAMA, tmp_path / "fresh" / "of" / "it", save_every=1) as checkpointer:
+        checkpointer.resume(**Trained().parts)
+    assert warnings(caplog) == []
+
+
+def test_where_nothing_is_in_the_way_nothing_is_said(
+    thinned: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    copy = shutil.copytree(thinned, tmp_path / "copy", symlinks=True)
+    for name in ("step_1", "step_2"):
+        (copy / name / "notes.txt").write_text("mine")
+    for name in ("step_9_good", "step_09", "notes", ".step_8"):
+        (copy / name).mkdir()
+        (copy / name / "notes.txt").write_text("mine")
+    (copy / "step_7").mkdir()
+    assert resumed(copy).step == 3
+    assert resumed(copy, from_=2, weights_only=True).step == 2
+    assert warnings(caplog) == []
+
+
+def test_a_run_that_begins_hears_of_what_is_in_its_way(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "step_500").mkdir()
+    (tmp_path / "step_500" / "notes.txt").write_text("mine")
+    assert resumed(tmp_path) is None
+    with Checkpointer(LLAMA, tmp_path) as checkpointer:
+        checkpointer.register(**Trained().parts)
+    for said in (both := warnings(caplog)):
+        assert "step_500" in said
+        assert "notes.txt" in said
+    assert len(both) == 2
