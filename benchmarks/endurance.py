@@ -130,8 +130,10 @@ def chunk(job: Job, place: Path, first: int, count: int) -> Callable[[], int]:
 def spread(job: Job, place: Path, share: float) -> Callable[[], int]:
     """A share of a chunk, from all over the cases of a job."""
     count = math.ceil(job.chunk * share)
-    step = (job.goal or count) // count
     own = Path(tempfile.mkdtemp(dir=place))
+    if job.goal is None:  # inputs, of which each is as good as any other
+        return lambda: tell(job.cases(own, 0, 3 * count))
+    step = job.goal // count
     return lambda: tell(case for at in range(count) for case in job.cases(own, at * step, 1))
 
 
