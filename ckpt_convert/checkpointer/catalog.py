@@ -22,7 +22,7 @@ from ckpt_convert.checkpointer.names import DELETED, PARTIAL, REPLACED
 from ckpt_convert.checkpointer.progress import Progress
 from ckpt_convert.convert import record
 from ckpt_convert.convert.containers import dcp
-from ckpt_convert.convert.record import MANIFEST, TRAINING_STATE, read_manifest, replace_manifest
+from ckpt_convert.convert.record import MANIFEST, MERGED, TRAINING_STATE, read_manifest, replace_manifest
 from ckpt_convert.errors import (
     CheckpointNotFoundError,
     CkptConvertError,
@@ -239,7 +239,7 @@ def remove(directory: Path) -> None:
 def finish_removal(hidden: Path, original: Path) -> None:
     """Remove the files of a checkpoint that has lost its name, and give that back to what somebody put beside them.
 
-    The files are those that the manifest lists, which goes last. What an earlier attempt left is finished. Raises
+    The files are those that the manifests list, which go last, so that what an attempt leaves is listed still. Raises
     OSError, UnreadableError, and CorruptFileError where the manifest is damaged.
     """
     journal = hidden / JOURNAL
@@ -248,8 +248,11 @@ def finish_removal(hidden: Path, original: Path) -> None:
     listed = record.listed(hidden)
     if not listed and os.path.lexists(hidden / MANIFEST):
         raise CorruptFileError(f"{hidden / MANIFEST}: is damaged, so nothing says which files are to be removed")
-    _remove_files(hidden, listed - {MANIFEST})
-    (hidden / MANIFEST).unlink(missing_ok=True)
+    manifests = (f"{MERGED}/{MANIFEST}", MANIFEST)
+    _remove_files(hidden, listed.difference(manifests))
+    for name in manifests:
+        if name in listed:
+            (hidden / name).unlink(missing_ok=True)
     _remove_files(hidden, frozenset())  # folders that are empty now
     kept = sorted(entry.name for entry in hidden.iterdir() if entry != journal)
     if not kept:

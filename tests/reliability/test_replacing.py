@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +17,7 @@ import torch.distributed.checkpoint as dcp
 
 import ckpt_convert
 from ckpt_convert import Checkpointer, OutputExistsError
+from recipes.native_llama import add_lora
 from tests.checkpointer.training import make_model
 from tests.helpers import GOLDEN, sums
 
@@ -270,3 +273,43 @@ def test_what_interruptions_leave_of_a_removal_or_an_amendment_is_tidied(tmp_pat
     assert sorted(path.name for path in tmp_path.glob("*step*")) == ["step_1", "step_3"]
     assert sorted(tree(tmp_path / "step_1")) == ["eval_results.json"]
     assert not (tmp_path / "step_3" / "ckpt_convert" / ".manifest.json.partial").exists()
+
+
+def adapters(output_dir: Path, steps: int, **options: object) -> None:
+    """A run whose steps hold an adapter, and in ``merged/`` a checkpoint with a manifest of its own."""
+    model = make_model(HF)
+    config = ckpt_convert.AdapterConfig(2, 4.0, target_modules=("q_proj",))
+    with Checkpointer(HF, output_dir, adapter=config, merged=True, save_every=1, **options) as checkpointer:  # type: ignore[arg-type]
+        checkpointer.load_model(model)
+        add_lora(model, 2, 4.0, ("q_proj",), dora=False)
+        checkpointer.resume(model=model)
+        while checkpointer.progress.step < steps:
+            checkpointer.step()
+
+
+def test_a_removal_that_is_interrupted_anywhere_is_finished_by_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapters(tmp_path / "whole", 2)
+    unlink, removed = os.unlink, 0
+    for stop in (*range(1, 20, 4), *range(20, 60)):
+        run_dir = tmp_path / f"run-{stop}"
+        shutil.copytree(tmp_path / "whole", run_dir, symlinks=True)
+        removed = 0
+
+        def killed(*arguments: object, stop: int = stop, **named: object) -> None:
+            nonlocal removed
+            removed += 1
+            if removed == stop:
+                raise KeyboardInterrupt
+            unlink(*arguments, **named)  # type: ignore[arg-type]
+
+        with monkeypatch.context() as patched, contextlib.suppress(KeyboardInterrupt):
+            patched.setattr(os, "unlink", killed)
+            adapters(run_dir, 2, keep_last=1)
+        adapters(run_dir, 2, keep_last=1)
+        assert sorted(path.name for path in run_dir.iterdir() if not path.name.endswith("lock")) == ["latest", "step_2"]
+        if removed < stop:
+            break
+    else:
+        pytest.fail("more files are removed than the test goes through")
