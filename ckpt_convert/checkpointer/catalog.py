@@ -20,7 +20,7 @@ from typing import Any
 
 from ckpt_convert.checkpointer.names import DELETED, PARTIAL, REPLACED
 from ckpt_convert.checkpointer.progress import Progress
-from ckpt_convert.convert import record
+from ckpt_convert.convert import ownership, record
 from ckpt_convert.convert.containers import dcp
 from ckpt_convert.convert.record import MANIFEST, MERGED, TRAINING_STATE, read_manifest, replace_manifest
 from ckpt_convert.errors import (
@@ -227,7 +227,7 @@ def remove(directory: Path) -> None:
     journal = directory / JOURNAL
     journal.touch()
     sync_directory(directory)
-    for entry in directory.iterdir():
+    for entry in sorted(directory.iterdir(), key=lambda entry: ownership.rank(entry.name), reverse=True):
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
         elif entry != journal:
@@ -273,7 +273,7 @@ def _remove_files(directory: Path, names: frozenset[str]) -> None:
     """Remove these files, without following links on the way, and the folders that are empty then."""
     for folder, _, _ in os.walk(directory, topdown=False):
         here = Path(folder)
-        for entry in here.iterdir():
+        for entry in sorted(here.iterdir(), key=lambda entry: ownership.rank(entry.name), reverse=True):
             if entry.relative_to(directory).as_posix() in names and (entry.is_symlink() or not entry.is_dir()):
                 entry.unlink()
         if here != directory and not any(here.iterdir()):

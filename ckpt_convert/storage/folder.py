@@ -280,9 +280,11 @@ class StagedFile:
         self.close()
 
 
-def remove_all(fd: int, but: str | None = None) -> None:
-    """Remove everything in an open directory, except the file ``but``; raises OSError."""
-    for name in os.listdir(fd):
+def remove_all(fd: int, rank: Callable[[str], int], but: str | None = None) -> None:
+    """Remove everything in an open directory, except the file ``but``: what is written last goes first, so that at no
+    time the rest is taken for a model. Raises OSError.
+    """
+    for name in sorted(os.listdir(fd), key=rank, reverse=True):
         found = lstat(name, fd)
         if name != but and found is not None:
             remove_one(name, found, fd)

@@ -203,7 +203,7 @@ class Staging:
         if not resumed or JOURNAL not in there:
             _mark(self._lock.fd, "")
         if not resumed:
-            remove_all(self._lock.fd, but=JOURNAL)
+            remove_all(self._lock.fd, self.rules.rank, but=JOURNAL)
         self._found = {name for name, _ in self.folder.contents()}
         return resumed
 
@@ -290,7 +290,7 @@ class Staging:
                 self.folder.keep_only(kept, JOURNAL)
             else:
                 _mark(self._lock.fd, f"{first}\n")
-                remove_all(self._lock.fd, but=JOURNAL)
+                remove_all(self._lock.fd, self.rules.rank, but=JOURNAL)
             fd = os.open(JOURNAL, os.O_WRONLY | os.O_APPEND | _SAFELY, dir_fd=self._lock.fd)
             file = os.fdopen(fd, "a", encoding="utf-8", buffering=1)
         return Journal(file, self.path / JOURNAL, self.advice)
@@ -403,7 +403,7 @@ class Staging:
             return
         try:
             _mark(old.fd, "")  # so that whoever finds what an interruption leaves of it knows it as ours
-            remove_all(old.fd, but=JOURNAL)
+            remove_all(old.fd, self.rules.rank, but=JOURNAL)
             os.unlink(JOURNAL, dir_fd=old.fd)
             os.rmdir(place)
         except OSError as error:
@@ -423,7 +423,9 @@ class Staging:
         self.release()
 
     def _remove_ours(self) -> None:
-        for name, there in self.folder.contents():
+        # The mark goes last, and first what makes loaders take a directory for a model.
+        contents = sorted(self.folder.contents(), key=lambda found: (found[0] == JOURNAL, -self.rules.rank(found[0])))
+        for name, there in contents:
             with contextlib.suppress(OSError):
                 if stat.S_ISDIR(there.st_mode):
                     os.rmdir(name, dir_fd=self._lock.fd)  # stays where something of somebody else's is in it

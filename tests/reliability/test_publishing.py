@@ -501,3 +501,29 @@ def test_real_mount_points(tmp_path: Path) -> None:
     ran = subprocess.run(words, capture_output=True, text=True, check=False)
     assert ran.stdout == "done\n", ran.stderr
     assert ran.stderr.count("is a mount point") == 2
+
+
+def test_what_is_removed_is_at_no_time_taken_for_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ckpt_convert.convert(HF, tmp_path / "whole", to="hf")
+    unlink = os.unlink
+    for stop in range(1, 12):
+        place = tmp_path / f"at-{stop}"
+        shutil.copytree(tmp_path / "whole", place / "out")
+        removed = 0
+
+        def killed(name: str, *arguments: object, stop: int = stop, **named: object) -> None:
+            nonlocal removed
+            removed += "journal" not in str(name)
+            if removed == stop:
+                raise KeyboardInterrupt
+            unlink(name, *arguments, **named)  # type: ignore[arg-type]
+
+        with monkeypatch.context() as patched, contextlib.suppress(KeyboardInterrupt):
+            patched.setattr(os, "unlink", killed)
+            ckpt_convert.convert(HF, place / "out", to="hf", shards=2, overwrite=True)
+        partial = place / ".out.partial"
+        if partial.exists() and (partial / "config.json").exists():
+            assert len(list(partial.glob("*.safetensors"))) == 4
+            assert (partial / "generation_config.json").exists()
+        ckpt_convert.convert(HF, place / "out", to="hf", shards=2, overwrite=True)
+        assert not partial.exists()
