@@ -21,7 +21,7 @@ from ckpt_convert.errors import CorruptFileError, LossyConversionError
 from ckpt_convert.storage import checksums
 from ckpt_convert.storage.checksums import digest
 from ckpt_convert.storage.folder import Folder
-from ckpt_convert.storage.reader import LocalFile, identify, permitted, read, read_file
+from ckpt_convert.storage.reader import LocalFile, identify, permitted, read, read_file, reading
 from ckpt_convert.storage.staging import Staging
 
 
@@ -121,9 +121,10 @@ def write_side_file(side: SideFile, folder: Folder) -> str | None:
 
 def permissions(source: Checkpoint) -> int:
     """The permissions that a conversion's output may have at most: those of the source's directory and weights."""
-    mode = 0o777 if source.path.is_file() else permitted(source.path)
-    for path in {file.path for file in source.files}:
-        mode &= permitted(path)
+    with reading(source.path, "looked at"):
+        mode = 0o777 if source.path.is_file() else permitted(source.path)
+        for path in {file.path for file in source.files}:
+            mode &= permitted(path)
     return mode
 
 
