@@ -210,9 +210,17 @@ class Folder:
                 there = None
             flags = _FILE if there is not None and known else _FILE | os.O_EXCL
             fd = os.open(last, flags, 0o666 & self.mode, dir_fd=at)
-            excess = stat.S_IMODE(os.fstat(fd).st_mode) & ~self.mode
-            if excess:  # of an earlier attempt
-                os.fchmod(fd, stat.S_IMODE(os.fstat(fd).st_mode) & self.mode)
+            try:
+                self.note(full, fd)
+                mode = stat.S_IMODE(os.fstat(fd).st_mode)
+                if mode & ~self.mode:  # of an earlier attempt
+                    os.fchmod(fd, mode & self.mode)
+            except BaseException:
+                os.close(fd)
+                if flags & os.O_EXCL:  # a file that is not noted would be taken for somebody else's
+                    with contextlib.suppress(OSError):
+                        os.unlink(last, dir_fd=at)
+                raise
             return fd
 
 
@@ -226,7 +234,6 @@ class StagedFile:
         self._fd = fd
         try:
             with folder.writing(name, "made"):
-                folder.note(name, fd)
                 os.ftruncate(fd, size)
         except BaseException:
             self._close()

@@ -19,6 +19,7 @@ import pytest
 
 import ckpt_convert
 from ckpt_convert import CkptConvertError, OutputExistsError, Progress
+from tests.checkpointer.training import make_model
 from tests.helpers import GOLDEN, sums
 
 HF = GOLDEN / "llama" / "hf"
@@ -527,3 +528,38 @@ def test_what_is_removed_is_at_no_time_taken_for_a_model(tmp_path: Path, monkeyp
             assert (partial / "generation_config.json").exists()
         ckpt_convert.convert(HF, place / "out", to="hf", shards=2, overwrite=True)
         assert not partial.exists()
+
+
+@pytest.mark.parametrize("name", ["model-00001-of-00004.safetensors", "config.json"])
+def test_a_file_that_cannot_be_looked_at_once_it_is_made_is_in_nobodys_way(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model(HF)
+    opened, looked = os.open, os.fstat
+    made: list[int] = []
+
+    def open_(path: object, flags: int, *arguments: object, **named: object) -> int:
+        fd = opened(path, flags, *arguments, **named)  # type: ignore[arg-type, call-overload]
+        if path == name and flags & os.O_CREAT:
+            made.append(fd)
+        return int(fd)
+
+    def fstat(fd: int) -> os.stat_result:
+        if fd in made:
+            made.clear()
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return looked(fd)
+
+    def save() -> None:
+        with ckpt_convert.Checkpointer(HF, tmp_path, save_every=1, contents="weights") as saver:
+            saver.resume(model=model)
+            saver.step()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "open", open_)
+        patched.setattr(os, "fstat", fstat)
+        with pytest.raises(CkptConvertError, match=name):
+            save()
+    save()
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name[0] != ".") == ["latest", "step_1"]
+    assert not list(tmp_path.glob(".step*"))
