@@ -93,10 +93,9 @@ class Conversion:
         if not partial.is_dir():
             return None
         found = tree(partial)
-        last = {name for name in found if name in ("config.json", "params.json", ".metadata") or "index.json" in name}
-        others = {n: s for n, s in self.expected.items() if n.split("/")[0] != "ckpt_convert"}
-        late = {name for name in others if name in ("config.json", "params.json", ".metadata") or "index.json" in name}
-        missing = [name for name, digest in others.items() if name not in late and found.get(name) != digest]
+        last = {name for name in found if _comes_last(name)}
+        others = {name: digest for name, digest in self.expected.items() if not name.startswith("ckpt_convert/")}
+        missing = [n for n, digest in others.items() if not _comes_last(n) and found.get(n) != digest]
         return f"{sorted(last)} in the partial directory, without {missing}" if last and missing else None
 
     def ends_well(self, root: Path, *more: str) -> str | None:
@@ -110,6 +109,11 @@ class Conversion:
             return f"afterwards {more}: {_difference(tree(root / 'out'), self.expected)}"
         left = sorted(path.name for path in root.iterdir() if path.name not in ("src", "out"))
         return f"afterwards {more}: left {left}" if left else None
+
+
+def _comes_last(name: str) -> bool:
+    """Whether a file of this name makes loaders take a directory for a model."""
+    return name in ("config.json", "params.json", ".metadata") or ("/" not in name and "index.json" in name)
 
 
 def _aside(root: Path) -> bool:
