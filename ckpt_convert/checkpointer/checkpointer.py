@@ -596,7 +596,7 @@ class Checkpointer:
         self._directory.open(self._source)
         if self._signals is not None:
             self._signals.install()
-        self._signal_saved = self._held = False
+        self._signal_saved = self._held = self._over = self._lacks_final = False
         self._saved_step = None
         self._parts = parts.make(
             model=model,

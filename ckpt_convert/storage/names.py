@@ -109,7 +109,7 @@ def _resolved(directory: Path, path: Path, said_by: str) -> Path:
             raise CheckpointNotFoundError(f"{path}: is a link that leads nowhere; download or copy the file again")
         raise CheckpointNotFoundError(f"{path}: is not there, though {said_by} needs it; download or copy it again")
     if not path.is_file():
-        raise UnsafeFileError(f"{path}: is no regular file; remove it, or put the file itself there")
+        raise UnsafeFileError(f"{path}: is no regular file; move it elsewhere, and put the file itself there")
     real = path.resolve()
     roots = [directory.resolve()]
     for folder in roots[0].parents:

@@ -19,17 +19,15 @@ class KilledError(Exception):
     """Stands for a kill: nothing that comes after it is done."""
 
 
-def train(source: Path, out: Path, *, killed: bool = False, steps: int = 99) -> None:
+def train(source: Path, out: Path, *, killed: bool = False, keep: int = 1) -> None:
     trained = Trained(source)
-    with Checkpointer(source, out, save_every="1 step", keep_last=1, final=FINAL) as checkpointer:
+    with Checkpointer(source, out, save_every="1 step", keep_last=keep, final=FINAL) as checkpointer:
         checkpointer.load_model(trained.model)
         checkpointer.resume(**trained.parts)
         for _ in checkpointer.epochs(1):
             for tokens in trained.dataloader:
                 trained.update(tokens)
                 checkpointer.step()
-                if checkpointer.progress.step == steps:
-                    return
         if killed:
             raise KilledError
 
@@ -66,3 +64,17 @@ def test_a_checkpoint_that_is_only_looked_at_keeps_its_training_state(source: Pa
         assert checkpointer.resume(**trained.parts) is not None
     assert training(tmp_path / "run" / "step_7")["contents"] == "full"
     assert (tmp_path / "run" / "step_7" / "training_state").is_dir()
+
+
+def test_a_second_run_of_one_checkpointer_is_not_over_because_the_first_was(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(KilledError):
+        train(source, tmp_path / "run", killed=True, keep=2)
+    trained = Trained(source)
+    with Checkpointer(source, tmp_path / "run", final=FINAL) as checkpointer:
+        checkpointer.load_model(trained.model)
+        checkpointer.resume(**trained.parts)
+        assert list(checkpointer.epochs(1)) == []
+        checkpointer.end_run()
+        checkpointer.resume(from_=6, **trained.parts)
+    assert training(tmp_path / "run" / "step_7")["contents"] == "weights"
+    assert training(tmp_path / "run" / "step_6")["contents"] == "full"

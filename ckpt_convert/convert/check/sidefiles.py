@@ -44,7 +44,9 @@ def side_files(checkpoint: Checkpoint) -> Iterator[Finding]:
         elif path.is_file():
             yield from _file(path)
         elif not path.is_dir():
-            yield _error(name, "is no regular file (a pipe, a device); remove it, or put the file itself there")
+            yield _error(
+                name, "is no regular file (a pipe, a device); move it elsewhere, and put the file itself there"
+            )
 
 
 def _file(path: Path) -> Iterator[Finding]:
