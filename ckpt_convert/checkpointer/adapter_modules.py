@@ -11,8 +11,8 @@ import torch
 from ckpt_convert.checkpointer.adapter_config import ALL_LINEAR, fits
 from ckpt_convert.convert.state_dict import make
 from ckpt_convert.errors import UnsupportedFamilyError
+from ckpt_convert.models.core.table import Family, Instance
 from ckpt_convert.models.lazy import stored
-from ckpt_convert.models.table import Family, Instance
 
 _WEIGHT = ".weight"
 

@@ -18,7 +18,7 @@ import click
 
 from ckpt_convert import __version__
 from ckpt_convert.errors import CkptConvertError
-from ckpt_convert.models.table import FORMATS
+from ckpt_convert.models.core.table import FORMATS
 
 GROUPS = (
     ("Convert", ("convert", *(f"{source}-to-{target}" for source, target in permutations(FORMATS, 2)))),

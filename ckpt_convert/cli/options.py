@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from ckpt_convert.models.table import FORMATS
+from ckpt_convert.models.core.table import FORMATS
 
 F = TypeVar("F", bound=Callable[..., Any])
 

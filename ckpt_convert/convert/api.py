@@ -28,7 +28,7 @@ from ckpt_convert.errors import (
     VerificationError,
     require,
 )
-from ckpt_convert.models.config import ConfigOptions
+from ckpt_convert.models.core.config import ConfigOptions
 from ckpt_convert.storage import hub
 from ckpt_convert.storage.names import local_path
 from ckpt_convert.storage.reader import WORKERS, exists, reading

@@ -10,8 +10,8 @@ from ckpt_convert.convert.containers.header import StoredTensor
 from ckpt_convert.convert.mapping import Earlier, Equality, Logical, Logicals, Source
 from ckpt_convert.convert.model import Model
 from ckpt_convert.convert.request import Request
+from ckpt_convert.models.core.table import Instance
 from ckpt_convert.models.lazy import stored
-from ckpt_convert.models.table import Instance
 
 
 def take_derived(

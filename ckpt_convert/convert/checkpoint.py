@@ -37,7 +37,7 @@ from ckpt_convert.errors import (
     listing,
 )
 from ckpt_convert.models import FAMILIES
-from ckpt_convert.models.config import ConfigOptions
+from ckpt_convert.models.core.config import ConfigOptions
 from ckpt_convert.models.lazy import LazyTensor, concat, stored
 from ckpt_convert.storage import hub
 from ckpt_convert.storage.names import JOURNAL, local_path, resolve

@@ -21,7 +21,7 @@ from ckpt_convert.convert.opening import in_memory
 from ckpt_convert.convert.pairs import Half, Pair, bring_together
 from ckpt_convert.convert.quantized import view
 from ckpt_convert.errors import ConfigError
-from ckpt_convert.models.config import read_rope
+from ckpt_convert.models.core.config import read_rope
 from ckpt_convert.models.lazy import together
 
 SCHEMA = 1

@@ -18,7 +18,7 @@ from ckpt_convert.convert.request import Request
 from ckpt_convert.convert.sidefiles import SideFile
 from ckpt_convert.dtypes import DTYPES, majority
 from ckpt_convert.errors import UnsupportedFamilyError
-from ckpt_convert.models.config import type_of
+from ckpt_convert.models.core.config import type_of
 from ckpt_convert.storage.reader import read_file
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from ckpt_convert.convert.formats import ALL
-from ckpt_convert.models.table import Family
+from ckpt_convert.models.core.table import Family
 
 _WRAPPERS = {
     "_orig_mod": "torch.compile",

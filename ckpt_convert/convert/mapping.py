@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from ckpt_convert.convert.findings import Finding, raise_if_any
 from ckpt_convert.errors import ConfigError, KeyMismatchError, UsageError
+from ckpt_convert.models.core.table import Entry, Family, Instance, Key, evaluate
 from ckpt_convert.models.lazy import LazyTensor, concat, zeros
-from ckpt_convert.models.table import Entry, Family, Instance, Key, evaluate
 
 _LISTED = 20
 

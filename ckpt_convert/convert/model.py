@@ -14,8 +14,8 @@ from ckpt_convert.convert.legacy_keys import Names
 from ckpt_convert.convert.mapping import Source
 from ckpt_convert.errors import ConfigError, KeyMismatchError, UnsafeFileError, UnsupportedFamilyError
 from ckpt_convert.models import FAMILIES, Family
-from ckpt_convert.models.config import ConfigOptions, type_of
-from ckpt_convert.models.table import Dims
+from ckpt_convert.models.core.config import ConfigOptions, type_of
+from ckpt_convert.models.core.table import Dims
 
 if TYPE_CHECKING:
     from ckpt_convert.convert.checkpoint import Checkpoint

@@ -16,8 +16,8 @@ from ckpt_convert.convert.formats import peft
 from ckpt_convert.convert.mapping import Equality, Logical
 from ckpt_convert.convert.model import Model, identify
 from ckpt_convert.errors import AmbiguousFormatError, CkptConvertError, ConfigError, UnsupportedFamilyError
+from ckpt_convert.models.core.table import Instance, Key
 from ckpt_convert.models.lazy import LazyTensor, stored, zeros
-from ckpt_convert.models.table import Instance, Key
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from ckpt_convert.convert.record import Layout
 from ckpt_convert.convert.request import Request
 from ckpt_convert.convert.sidefiles import SideFile
 from ckpt_convert.errors import ShapeMismatchError, UsageError
-from ckpt_convert.models.table import Entry, Family, Instance
+from ckpt_convert.models.core.table import Entry, Family, Instance
 
 _OURS = frozenset(common_names(1, "pt") or ())
 """Names that --container gives, for torch.load and no loader of directories."""

@@ -27,9 +27,9 @@ from ckpt_convert.convert.record import Layout
 from ckpt_convert.convert.request import CASTABLE, CASTS, NARROW, Request
 from ckpt_convert.convert.sidefiles import SideFile
 from ckpt_convert.errors import ConfigError, CorruptFileError, ShapeMismatchError, UnsupportedFamilyError, UsageError
-from ckpt_convert.models.config import read_rope
+from ckpt_convert.models.core.config import read_rope
+from ckpt_convert.models.core.table import Dims, Instance
 from ckpt_convert.models.lazy import LazyTensor, zeros
-from ckpt_convert.models.table import Dims, Instance
 from ckpt_convert.storage.checksums import digest
 from ckpt_convert.storage.names import JOURNAL
 from ckpt_convert.storage.reader import Identity, compare, identify, reading

@@ -8,7 +8,7 @@ from pathlib import Path
 from ckpt_convert.convert import formats
 from ckpt_convert.errors import UsageError
 from ckpt_convert.models import Family
-from ckpt_convert.models.config import ConfigOptions
+from ckpt_convert.models.core.config import ConfigOptions
 
 CASTS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 DEQUANTIZED = ("bfloat16", "float32")

@@ -24,9 +24,9 @@ from ckpt_convert.errors import (
     listing,
 )
 from ckpt_convert.models import FAMILIES, FORMATS
-from ckpt_convert.models.config import ConfigOptions
+from ckpt_convert.models.core.config import ConfigOptions
+from ckpt_convert.models.core.table import Instance
 from ckpt_convert.models.lazy import ZEROS, LazyTensor, stored
-from ckpt_convert.models.table import Instance
 from ckpt_convert.storage.names import local_path
 
 log = logging.getLogger("ckpt_convert")

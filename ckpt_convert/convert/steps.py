@@ -13,7 +13,7 @@ from typing import NamedTuple
 from ckpt_convert import dtypes
 from ckpt_convert.convert.mapping import Logical
 from ckpt_convert.convert.plan import Plan, target_dtype
-from ckpt_convert.models.table import Instance, Key, Row
+from ckpt_convert.models.core.table import Instance, Key, Row
 
 COPY = "copy"
 """The only step of a tensor whose elements stay as they are."""

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from ckpt_convert.convert.mapping import Source
 from ckpt_convert.convert.model import Model
 from ckpt_convert.models import FAMILIES, Family
-from ckpt_convert.models.config import type_of
-from ckpt_convert.models.table import Dims, Key, Row
+from ckpt_convert.models.core.config import type_of
+from ckpt_convert.models.core.table import Dims, Key, Row
 
 if TYPE_CHECKING:
     from ckpt_convert.convert.checkpoint import Checkpoint

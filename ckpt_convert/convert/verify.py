@@ -14,7 +14,7 @@ from ckpt_convert.convert.mapping import Logical, Source
 from ckpt_convert.convert.plan import Plan, target_dtype
 from ckpt_convert.errors import VerificationError, listing
 from ckpt_convert.models import lazy
-from ckpt_convert.models.table import Instance
+from ckpt_convert.models.core.table import Instance
 
 
 def verify(plan: Plan, output: Checkpoint, *, workers: int, progress: ProgressCallback | None = None) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ckpt_convert.models.clip import CLIP, CLIP_TEXT
 from ckpt_convert.models.cohere2 import COHERE2
+from ckpt_convert.models.core.table import FORMATS, Family
 from ckpt_convert.models.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, KIMI_K2
 from ckpt_convert.models.exaone4 import EXAONE4
 from ckpt_convert.models.flux import FLUX
@@ -13,22 +14,21 @@ from ckpt_convert.models.gemma3_vision import GEMMA3, GEMMA3_V5
 from ckpt_convert.models.glm4 import GLM4
 from ckpt_convert.models.gpt_oss import GPT_OSS
 from ckpt_convert.models.granite import GRANITE
-from ckpt_convert.models.llama import LLAMA
-from ckpt_convert.models.llama4 import LLAMA4, LLAMA4_TEXT
-from ckpt_convert.models.mistral import MISTRAL
-from ckpt_convert.models.mixtral import MIXTRAL, MIXTRAL_2023
-from ckpt_convert.models.mllama import MLLAMA
+from ckpt_convert.models.llama.table import LLAMA
+from ckpt_convert.models.llama4.table import LLAMA4, LLAMA4_TEXT
+from ckpt_convert.models.mistral.table import MISTRAL
+from ckpt_convert.models.mixtral.table import MIXTRAL, MIXTRAL_2023
+from ckpt_convert.models.mllama.table import MLLAMA
 from ckpt_convert.models.olmo2 import OLMO2
 from ckpt_convert.models.phi3 import PHI3
 from ckpt_convert.models.qwen2 import QWEN2
 from ckpt_convert.models.qwen2_moe import QWEN2_MOE
 from ckpt_convert.models.qwen3 import QWEN3
-from ckpt_convert.models.qwen3_5 import QWEN3_5, QWEN3_5_MOE, QWEN3_5_MOE_SPLIT, QWEN3_5_TEXT
+from ckpt_convert.models.qwen3_5.table import QWEN3_5, QWEN3_5_MOE, QWEN3_5_MOE_SPLIT, QWEN3_5_TEXT
 from ckpt_convert.models.qwen3_moe import QWEN3_MOE
 from ckpt_convert.models.reward import LLAMA_REWARD, MISTRAL_REWARD
 from ckpt_convert.models.smollm3 import SMOLLM3
 from ckpt_convert.models.t5 import T5
-from ckpt_convert.models.table import FORMATS, Family
 
 GROUPS: dict[str, tuple[Family, ...]] = {
     "language models": (

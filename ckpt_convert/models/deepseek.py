@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ckpt_convert.models.config import (
+from ckpt_convert.models.core.config import (
     CONFIG,
     base_dims,
     optional_bool,
@@ -24,10 +24,10 @@ from ckpt_convert.models.config import (
     optional_str,
     require_int,
 )
-from ckpt_convert.models.experts import DENSE_FFN, EXPERTS, INDICES, NORM, ROUTER, split
-from ckpt_convert.models.parts import ATTENTION as PLAIN_ATTENTION
-from ckpt_convert.models.parts import EMBEDDING, OUTPUT, columns, named
-from ckpt_convert.models.table import Family, Key, Row
+from ckpt_convert.models.core.table import Family, Key, Row
+from ckpt_convert.models.parts.decoder import ATTENTION as PLAIN_ATTENTION
+from ckpt_convert.models.parts.decoder import EMBEDDING, OUTPUT, columns, named
+from ckpt_convert.models.parts.experts import DENSE_FFN, EXPERTS, INDICES, NORM, ROUTER, split
 
 ATTENTION = (
     *named(PLAIN_ATTENTION, "attention_norm"),

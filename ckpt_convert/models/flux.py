@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ckpt_convert.models.config import CONFIG, optional_bool, optional_int
-from ckpt_convert.models.table import Family, Key, Row
+from ckpt_convert.models.core.config import CONFIG, optional_bool, optional_int
+from ckpt_convert.models.core.table import Family, Key, Row
 
 
 def dims(config: Mapping[str, Any]) -> dict[str, int]:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckpt_convert.errors import ConfigError
-from ckpt_convert.models.config import CONFIG, optional_int
-from ckpt_convert.models.table import Family, Key, Row
+from ckpt_convert.models.core.config import CONFIG, optional_int
+from ckpt_convert.models.core.table import Family, Key, Row
 
 LEVELS = 4
 RESNETS = 2

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ckpt_convert.models.config import CONFIG, base_dims, optional_bool, optional_int
-from ckpt_convert.models.experts import LOAD_BALANCE, NORM
-from ckpt_convert.models.parts import ATTENTION, EMBEDDING, OUTPUT, columns, half
-from ckpt_convert.models.table import Family, Key, Row
+from ckpt_convert.models.core.config import CONFIG, base_dims, optional_bool, optional_int
+from ckpt_convert.models.core.table import Family, Key, Row
+from ckpt_convert.models.parts.decoder import ATTENTION, EMBEDDING, OUTPUT, columns, half
+from ckpt_convert.models.parts.experts import LOAD_BALANCE, NORM
 
 ATTENTION_BIAS = (
     Row(

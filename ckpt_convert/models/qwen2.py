@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ckpt_convert.models.config import base_dims
-from ckpt_convert.models.parts import ATTENTION, EMBEDDING, FFN, OUTPUT, columns, half
-from ckpt_convert.models.table import Family, Key, Row
+from ckpt_convert.models.core.config import base_dims
+from ckpt_convert.models.core.table import Family, Key, Row
+from ckpt_convert.models.parts.decoder import ATTENTION, EMBEDDING, FFN, OUTPUT, columns, half
 
 QKV_BIAS = (
     Row(

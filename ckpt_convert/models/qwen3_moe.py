@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from ckpt_convert.errors import ConfigError
-from ckpt_convert.models import experts
-from ckpt_convert.models.config import CONFIG, base_dims, optional_bool, optional_count, optional_int
-from ckpt_convert.models.experts import DENSE_FFN, EXPERTS, INDICES, LOAD_BALANCE, NORM, ROUTER
-from ckpt_convert.models.parts import ATTENTION, EMBEDDING, OUTPUT, columns, half
+from ckpt_convert.models.core.config import CONFIG, base_dims, optional_bool, optional_count, optional_int
+from ckpt_convert.models.core.table import Family
+from ckpt_convert.models.parts import experts
+from ckpt_convert.models.parts.decoder import ATTENTION, EMBEDDING, OUTPUT, columns, half
+from ckpt_convert.models.parts.experts import DENSE_FFN, EXPERTS, INDICES, LOAD_BALANCE, NORM, ROUTER
 from ckpt_convert.models.qwen3 import QK_NORM, QKVO_BIAS
-from ckpt_convert.models.table import Family
 
 
 def n_experts(config: Mapping[str, Any]) -> int:

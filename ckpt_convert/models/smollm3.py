@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ckpt_convert.models import llama_config
 from ckpt_convert.models.granite import GRANITE
+from ckpt_convert.models.llama import config as llama_config
 
 
 def dims(config: Mapping[str, Any]) -> dict[str, int]:

@@ -23,7 +23,7 @@ from click.testing import CliRunner
 
 from ckpt_convert.cli import cli
 from ckpt_convert.convert.api import convert
-from ckpt_convert.models.table import FORMATS
+from ckpt_convert.models.core.table import FORMATS
 from tests.helpers import CASES, GOLDEN
 
 DOCS = Path(__file__).parent.parent.parent / "docs"

@@ -12,9 +12,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ckpt_convert import ConfigError, TiedWeightsError, convert, open_checkpoint
-from ckpt_convert.models import llama_params, llama_releases
-from ckpt_convert.models.llama_params import params_to_hf
-from ckpt_convert.models.llama_releases import L3_1, Release
+from ckpt_convert.models.llama import params as llama_params
+from ckpt_convert.models.llama import releases as llama_releases
+from ckpt_convert.models.llama.params import params_to_hf
+from ckpt_convert.models.llama.releases import L3_1, Release
 from tests.helpers import assert_same, bits, edit_json, read_meta, read_safetensors, sums
 
 HEADS, KV, HEAD_DIM, DIM, LAYERS = 8, 2, 6, 48, 2

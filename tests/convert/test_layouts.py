@@ -18,7 +18,7 @@ from ckpt_convert.convert import layout
 from ckpt_convert.convert.mapping import Target
 from ckpt_convert.errors import TiedWeightsError, VerificationError
 from ckpt_convert.models.lazy import stored
-from ckpt_convert.models.llama import LLAMA
+from ckpt_convert.models.llama.table import LLAMA
 from tests.helpers import GOLDEN, assert_same, bits, edit_json, read_meta, read_safetensors, sums
 
 HF = GOLDEN / "llama" / "hf"

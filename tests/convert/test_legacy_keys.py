@@ -20,8 +20,8 @@ from ckpt_convert.convert.check.run import check
 from ckpt_convert.convert.compare import compare
 from ckpt_convert.errors import AmbiguousFormatError, KeyMismatchError
 from ckpt_convert.models import FAMILIES
-from ckpt_convert.models.llama import LLAMA
-from ckpt_convert.models.table import Family, Key, Row
+from ckpt_convert.models.core.table import Family, Key, Row
+from ckpt_convert.models.llama.table import LLAMA
 from tests.cli.inspecting import body, document, facts, text
 from tests.helpers import GOLDEN, Tensors, assert_same, bits, read_meta, read_safetensors, sums
 

@@ -15,7 +15,7 @@ import transformers
 import ckpt_convert
 from ckpt_convert import CkptConvertError, convert_state_dict
 from ckpt_convert.models import FAMILIES
-from ckpt_convert.models.table import Family
+from ckpt_convert.models.core.table import Family
 from tests.helpers import Tensors, assert_same, bits, edit_json, read_safetensors, sums
 
 SIZES: dict[str, Any] = {

@@ -10,7 +10,7 @@ import torch
 
 from ckpt_convert import convert_state_dict
 from ckpt_convert.models import FAMILIES
-from ckpt_convert.models.config import type_of
+from ckpt_convert.models.core.config import type_of
 from tests.helpers import GOLDEN, Tensors, assert_same, read_safetensors
 
 FORMS = sorted((path.parent.name, path.stem) for path in GOLDEN.glob("*/*.safetensors"))

@@ -13,7 +13,7 @@ import transformers
 import ckpt_convert
 from ckpt_convert import CkptConvertError, open_checkpoint
 from ckpt_convert.models import FAMILIES
-from ckpt_convert.models.siglip import dims as siglip_dims
+from ckpt_convert.models.parts.siglip import dims as siglip_dims
 from tests.helpers import assert_same, edit_json, read_safetensors, sums
 
 TEXT: dict[str, Any] = {

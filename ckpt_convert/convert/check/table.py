@@ -15,8 +15,8 @@ from ckpt_convert.convert.findings import Finding
 from ckpt_convert.convert.mapping import Logicals, Source
 from ckpt_convert.convert.model import Model
 from ckpt_convert.errors import CkptConvertError
-from ckpt_convert.models.config import type_of
-from ckpt_convert.models.table import Dims
+from ckpt_convert.models.core.config import type_of
+from ckpt_convert.models.core.table import Dims
 
 _SETTINGS = {  # in Hugging Face's words and in Meta's, the likelier to be wrong first
     "vocab_size": "vocab_size",

@@ -1,0 +1,1 @@
+"""The language of the tables, and what reads configs: rows, tables, their checks."""

@@ -1,0 +1,115 @@
+"""What no table may say: anything that could be read in two ways, or that makes no sense."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from typing import TYPE_CHECKING
+
+from ckpt_convert.models.core.rows import FORMATS, IN_MEMORY, Key, Row, is_index, is_placeholder, matches
+
+if TYPE_CHECKING:
+    from ckpt_convert.models.core.table import Family
+
+
+def check(family: Family) -> None:
+    """Refuse a table that could be read in two ways; raises ValueError naming the rows."""
+    names = [row.name for row in family.rows]
+    for row in family.rows:
+        where = f"{family.name}: row {row.name!r}"
+        if names.count(row.name) > 1:
+            raise ValueError(f"{where} is there twice")
+        if not row.columns:
+            raise ValueError(f"{where} has no column")
+        if row.tied_to is not None and row.tied_to not in names:
+            raise ValueError(f"{where} is tied to {row.tied_to!r}, which is no row")
+        if not row.placeholders <= set(family.indices):
+            raise ValueError(f"{where} has a placeholder that counts nothing: {set(row.placeholders)}")
+        if row.zeros is not None and (row.optional or row.derived or row.tied_to is not None):
+            raise ValueError(
+                f"{where} stands for zeros where it is absent, so it is neither optional, derived nor tied"
+            )
+        if row.only is not None and not row.placeholders:
+            raise ValueError(f"{where} has no placeholder whose numbers {row.only!r} could limit")
+        ordered = [name for name in family.indices if name in row.placeholders]
+        for format, key in {**row.columns, **({IN_MEMORY: row.in_memory} if row.in_memory else {})}.items():
+            _check_key(row, key, f"{where}, column {format}")
+            if [name for name in ordered if name in key.placeholders] != ordered[: len(key.placeholders)]:
+                raise ValueError(f"{where}, column {format}: only the last of {ordered} can be stacked over")
+            if ordered and not key.placeholders:
+                raise ValueError(f"{where}, column {format}: has one tensor for every {ordered[0]}")
+        if row.rotary_dim is not None and row.heads is None:
+            raise ValueError(f"{where} does not rotate, so no part of it does")
+    _check_norms(family)
+    for format in (*FORMATS, IN_MEMORY):
+        _check_keys(family, format)
+
+
+def _check_norms(family: Family) -> None:
+    """Norms of q and k have a value for each row of a head, so they are in the order of those rows."""
+    rows = {row.name: row for row in family.rows}
+    for row in family.rows:
+        turned = rows.get(row.name.removesuffix("_norm")) if row.name.endswith(("q_norm", "k_norm")) else None
+        if turned is None or turned.heads is None or row.heads is not None:
+            continue
+        orders = {key.rope for format, key in turned.columns.items() if format in row.columns}
+        if len(orders) > 1:
+            raise ValueError(
+                f"{family.name}: row {row.name!r} is in the order of the rows of {turned.name!r}, which its columns "
+                'order differently; say heads="1" (a norm over one head) or its heads, and the same rope in each column'
+            )
+
+
+def _check_key(row: Row, key: Key, where: str) -> None:
+    rank = len(key.shape or row.shape)
+    if (key.rope is None) != (row.heads is None):
+        raise ValueError(f"{where}: a row with heads needs a rope order in every column")
+    if key.omitted_if_tied and row.tied_to is None:
+        raise ValueError(f"{where}: is tied to nothing")
+    if isinstance(key.tp, int) and key.tp >= rank:
+        raise ValueError(f"{where}: has no axis {key.tp} to cut")
+    if key.fused is not None and key.fused >= rank:
+        raise ValueError(f"{where}: has no axis {key.fused} to be fused along")
+    if key.transposed and len(row.shape) < 2:
+        raise ValueError(f"{where}: has no two axes to transpose")
+    if key.flat and not row.placeholders - key.placeholders:
+        raise ValueError(f"{where}: is not stacked over anything, so it cannot be flat")
+    if key.place and key.fused is None:
+        raise ValueError(f"{where}: is not fused with anything, so it has no place there")
+    if key.cells is not None and (key.shape is None or key.tp is not None or key.transposed):
+        raise ValueError(f"{where}: cells need a shape, and are neither cut over ranks nor transposed")
+    if key.copies is not None and key.tp is None:
+        raise ValueError(f"{where}: is not cut over ranks, so there are no copies of its parts")
+
+
+def _check_keys(family: Family, format: str) -> None:
+    alike: dict[tuple[str, ...], list[tuple[Row, Key]]] = {}
+    for row in family.rows:
+        if column := row.column(format):
+            alike.setdefault(_form(column.template), []).append((row, column))
+    for rows in alike.values():
+        for (row, column), (other, clash) in combinations(rows, 2):
+            if not _overlap(column.template, clash.template):
+                continue
+            where = (
+                f"{family.name}: rows {row.name!r} and {other.name!r} could have the same {format} key: "
+                f"{column.template}, {clash.template}"
+            )
+            if row.only is not None and other.only is not None and row.only != other.only:
+                continue  # of other layers; two sets that overlap are found with the config
+            if column.template != clash.template or column.fused is None or column.fused != clash.fused:
+                raise ValueError(where)
+            if row.placeholders != other.placeholders or column.flat != clash.flat or row.when != other.when:
+                raise ValueError(f"{where}; fused rows have to be alike")
+
+
+def _form(template: str) -> tuple[str, ...]:
+    """The parts of a template but for numbers and what stands for them: no key fits templates of two forms."""
+    return tuple("" if is_placeholder(part) or is_index(part) else part for part in template.split("."))
+
+
+def _overlap(left: str, right: str) -> bool:
+    lefts, rights = left.split("."), right.split(".")
+    return len(lefts) == len(rights) and all(
+        (is_placeholder(a) and is_placeholder(b)) or matches(a, b) or matches(b, a)
+        for a, b in zip(lefts, rights, strict=True)
+    )

@@ -1,0 +1,258 @@
+"""Llama 1 to 3.3: the sizes in Hugging Face's config.json, and Meta's params.json for it.
+
+The other direction, params.json to config.json, is in ``llama_params``; the known releases in ``llama_releases``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from ckpt_convert.errors import ConfigError
+from ckpt_convert.models.core.config import (
+    CONFIG,
+    DEFAULT_THETA,
+    PARAMS,
+    SCALING_PARAMS_CANNOT_SAY,
+    ConfigOptions,
+    Rope,
+    Translated,
+    agreed_vocab,
+    base_dims,
+    check_not_quantized,
+    check_plain_rope_parts,
+    check_silu,
+    optional_bool,
+    optional_int,
+    read_rope,
+    require_number,
+)
+from ckpt_convert.models.llama.params import HARD_WIRED, is_params, params_to_hf, style_of
+from ckpt_convert.models.llama.releases import CODE, L1, L3_1, RELEASES, Release, ffn_width, matching
+
+__all__ = [
+    "dims",
+    "embedding_cut",
+    "for_ranks",
+    "hf_to_params",
+    "is_params",
+    "model_parallel",
+    "params_to_hf",
+    "release",
+    "style_of",
+]
+
+TARGET = "a Llama params.json"
+
+
+FACTORS = (8.0, 32.0)
+
+
+def dims(config: Mapping[str, Any]) -> dict[str, int]:
+    """The sizes in a Llama config.json under the tables' symbols; flags (tied, attention_bias, mlp_bias) are 0 or 1.
+
+    Raises ConfigError for a missing or unusable size, and for sizes that do not divide.
+    """
+    return {
+        **base_dims(config),
+        "attention_bias": int(optional_bool(config, "attention_bias", CONFIG, False)),
+        "mlp_bias": int(optional_bool(config, "mlp_bias", CONFIG, False)),
+    }
+
+
+def hf_to_params(
+    config: Mapping[str, Any], options: ConfigOptions | None = None, *, vocab_size: int | None = None
+) -> Translated:
+    """The params.json that Meta's code needs for this config.json, as the matching release spells it if there is one.
+
+    Notices name what params.json cannot hold. ``vocab_size`` is the number of the embedding's rows, if known.
+    Raises ConfigError for a config that Meta's code cannot run, naming the field.
+    """
+    options = options or ConfigOptions()
+    sizes = dims(config)
+    vocab = agreed_vocab(config, vocab_size, CONFIG)
+    _check_expressible(config, sizes)
+    rope, notices = _expressible_rope(config, options)
+    theta = DEFAULT_THETA if rope.theta is None else rope.theta
+    found = matching(config)
+    style = options.meta_style or (found[0].spelling.style if found else "llama3")
+    scaled = rope.kind != "default"
+    if scaled and style == "llama2" and options.drop_rope_scaling:
+        rope, scaled = Rope(theta), False
+        notices = (*notices, f"{CONFIG}: the RoPE scaling was left out as asked; Llama 2's code has none")
+    if scaled and style == "llama2":
+        raise ConfigError(
+            f"{CONFIG}: rope_scaling must be null for the params.json of Llama 1, 2 and Code, found {rope.kind!r}; "
+            "pass --meta-style llama3, or --drop-rope-scaling"
+        )
+    multiple_of, multiplier = _ffn_pair(sizes["dim"], sizes["ffn_dim"], found, style)
+    values = {
+        "dim": sizes["dim"],
+        "n_layers": sizes["n_layers"],
+        "n_heads": sizes["n_heads"],
+        "n_kv_heads": sizes["n_kv_heads"] if style == "llama3" or sizes["n_kv_heads"] != sizes["n_heads"] else None,
+        "multiple_of": multiple_of,
+        "ffn_dim_multiplier": multiplier,
+        "norm_eps": require_number(config, "rms_norm_eps", CONFIG),
+        "vocab_size": vocab if style == "llama3" else -1,
+        "rope_theta": _spelled_theta(theta, found) if style == "llama3" or theta != DEFAULT_THETA else None,
+        "use_scaled_rope": True if scaled else None,
+    }
+    params = _ordered(values, _key_order(found, style, theta))
+    return Translated(params, (*rope.notices, *notices, *_lost_on_the_way_back(config, params, rope, vocab)))
+
+
+def release(config: Mapping[str, Any]) -> str | None:
+    """The name of the known release with the shape of this config.json ("Llama 3.2 1B"), several joined by " / "."""
+    return " / ".join(row.name for row in matching(config)) or None
+
+
+def model_parallel(config: Mapping[str, Any]) -> int | None:
+    """How many files the release with this shape came in (its model-parallel degree), None for an unknown shape."""
+    degrees = {row.mp for row in matching(config)}
+    return degrees.pop() if len(degrees) == 1 else None
+
+
+def embedding_cut(config: Mapping[str, Any], options: ConfigOptions | None = None) -> int:
+    """The dimension along which Meta's ranks cut the embedding: 1 for the shapes of Llama 1, 2 and Code, else 0.
+
+    ``options.meta_style`` decides where it is given.
+    """
+    found = matching(config)
+    style = (options.meta_style if options else None) or (found[0].spelling.style if found else "llama3")
+    return 1 if style == "llama2" else 0
+
+
+def for_ranks(params: Mapping[str, Any], dims: Mapping[str, int], ranks: int) -> Mapping[str, Any]:
+    """The params.json for so many ranks: n_kv_heads counts the key/value heads of every rank, copies as well.
+
+    Meta's code has at least one on each rank; where the model has fewer, neighbouring ranks hold the same one (as in
+    the release of Llama 3.1 405B for 16 ranks).
+    """
+    heads = dims["n_kv_heads"]
+    wanted = ranks if ranks > heads and ranks % heads == 0 else heads
+    nested = params.get("model")
+    inner = nested if isinstance(nested, Mapping) and "dim" not in params else params
+    if (inner.get("n_kv_heads") or dims["n_heads"]) == wanted:
+        return params
+    changed = {**inner, "n_kv_heads": wanted}
+    return {**params, "model": changed} if inner is nested else changed
+
+
+def ffn_pair(dim: int, ffn_dim: int) -> tuple[int, float | None]:
+    """multiple_of and ffn_dim_multiplier (None: not written) for which Meta's rule gives this width.
+
+    The largest power of two up to 256 that divides the width; then the first round multiplier that fits, else the
+    middle of the range that does. Raises ConfigError if there is none.
+    """
+    multiple_of = 256
+    while ffn_dim % multiple_of:
+        multiple_of //= 2
+    middle = (ffn_dim - multiple_of // 2 + 0.5) / int(2 * (4 * dim) / 3)
+    for multiplier in (None, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5, middle):
+        if ffn_width(dim, multiple_of, multiplier) == ffn_dim:
+            return multiple_of, multiplier
+    raise ConfigError(
+        f"{CONFIG}: intermediate_size {ffn_dim} cannot be written as multiple_of and ffn_dim_multiplier of {dim}"
+    )
+
+
+# HF to Meta
+
+
+def _check_expressible(config: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
+    if sizes["head_dim"] * sizes["n_heads"] != sizes["dim"]:
+        raise ConfigError(
+            f"{CONFIG}: head_dim must be hidden_size / num_attention_heads ({sizes['dim']} / {sizes['n_heads']}) for "
+            f"{TARGET}, found {sizes['head_dim']}; Meta's code has no other head_dim"
+        )
+    for key in ("attention_bias", "mlp_bias"):
+        if sizes[key]:
+            raise ConfigError(f"{CONFIG}: {key} must be false for {TARGET}, found true; Meta's code has no biases")
+    check_silu(config, "hidden_act", CONFIG, TARGET)
+    check_not_quantized(config, ("quantization_config",), CONFIG, TARGET)
+
+
+def _expressible_rope(config: Mapping[str, Any], options: ConfigOptions) -> tuple[Rope, tuple[str, ...]]:
+    rope = read_rope(config)
+    check_plain_rope_parts(rope, TARGET)
+    problem = _rope_problem(rope)
+    if problem is None:
+        return rope, ()
+    if not options.drop_rope_scaling:
+        raise ConfigError(f"{CONFIG}: {problem}; {SCALING_PARAMS_CANNOT_SAY}")
+    notice = f"{CONFIG}: {problem}; the scaling was left out as asked"
+    return Rope(rope.theta, "default", {}, rope.notices), (notice,)
+
+
+def _rope_problem(rope: Rope) -> str | None:
+    """Why params.json cannot say this RoPE, in words, or None."""
+    if rope.kind == "default":
+        return None
+    if rope.kind != "llama3":
+        return f'rope_type must be "default" or "llama3" for {TARGET}, found {rope.kind!r}'
+    for key, value in HARD_WIRED.items():
+        if rope.parameters.get(key) != value:
+            return f"rope_scaling's {key} must be {value:g}, as in Meta's code, found {rope.parameters.get(key)!r}"
+    if rope.parameters.get("factor") not in FACTORS:
+        return f"rope_scaling's factor must be 8 or 32, as in the releases, found {rope.parameters.get('factor')!r}"
+    return None
+
+
+def _ffn_pair(
+    dim: int, ffn_dim: int, found: tuple[Release, ...], style: Literal["llama2", "llama3"]
+) -> tuple[int, float | None]:
+    same_style = [row for row in RELEASES if row.spelling.style == style]
+    for row in (*found, *same_style, *RELEASES):
+        if (row.dim, row.ffn_dim) == (dim, ffn_dim):
+            return row.multiple_of, row.multiplier
+    return ffn_pair(dim, ffn_dim)
+
+
+def _spelled_theta(theta: float, found: tuple[Release, ...]) -> float:
+    """theta as the release wrote it: Code Llama's is an integer."""
+    return next((row.theta for row in found if row.theta == theta), theta)
+
+
+def _key_order(found: tuple[Release, ...], style: Literal["llama2", "llama3"], theta: float) -> tuple[str, ...]:
+    for row in found:
+        if row.spelling.style == style:
+            return row.spelling.keys
+    if style == "llama3":
+        return L3_1.keys
+    # Llama 2's own code rejects a rope_theta; who has one needs Code Llama's, whose files have no vocab_size.
+    return L1.keys if theta == DEFAULT_THETA else CODE.keys
+
+
+def _ordered(values: Mapping[str, Any], order: tuple[str, ...]) -> dict[str, Any]:
+    """The values that are there in the given order; what the order does not know follows, but for a needless -1."""
+    keys = (*order, *(key for key in values if key not in order))
+    return {
+        key: values[key]
+        for key in keys
+        if values[key] is not None and not (key == "vocab_size" and values[key] == -1 and key not in order)
+    }
+
+
+def _lost_on_the_way_back(
+    config: Mapping[str, Any], params: Mapping[str, Any], rope: Rope, vocab: int
+) -> tuple[str, ...]:
+    """Notices of what the way back would put differently, by going that way."""
+    back = params_to_hf(params, vocab_size=vocab).content
+    notices = []
+    theirs, ours = read_rope(back).parameters.get("factor"), rope.parameters.get("factor")
+    if theirs is not None and ours is not None and theirs != ours:
+        notices.append(
+            f"{PARAMS} does not hold the RoPE factor, and {theirs:g} is what this shape stands for, not "
+            f"{ours:g}: on the way back, pass --rope-factor {ours:g}"
+        )
+    positions = optional_int(config, "max_position_embeddings", CONFIG, back["max_position_embeddings"])
+    if positions != back["max_position_embeddings"]:
+        notices.append(
+            f"{PARAMS} does not hold max_position_embeddings, and this shape stands for "
+            f"{back['max_position_embeddings']}, not {positions}: on the way back, pass --max-positions {positions}"
+        )
+    return tuple(notices)
+
+
+# Releases

@@ -1,0 +1,288 @@
+"""Llama 1 to 3.3: from Meta's params.json to Hugging Face's config.json.
+
+params.json says neither max_position_embeddings nor RoPE's factor nor tying, and it says the feed-forward width only
+by a rule. Where a known release answers, its answer is taken, with a notice; see ``llama_releases``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ckpt_convert.errors import ConfigError, UsageError
+from ckpt_convert.models.core.config import (
+    CONFIG,
+    DEFAULT_THETA,
+    MAX_SIZE,
+    PARAMS,
+    ConfigOptions,
+    Rope,
+    Translated,
+    agreed_vocab,
+    check_groups,
+    check_not_quantized,
+    divided_head_dim,
+    optional_bool,
+    optional_int,
+    optional_number,
+    read_rope,
+    require_int,
+    require_number,
+    rope_keys,
+    unused_keys,
+)
+from ckpt_convert.models.llama.releases import CODE, L3_1, RELEASES, Release, ffn_width, matching
+
+HARD_WIRED = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+"""What ``use_scaled_rope`` means in Meta's code, besides the factor (``apply_scaling`` in llama-models)."""
+
+DEFAULT_FACTOR = 8.0
+
+LLAMA_3_VOCAB = 128256
+
+OTHER_FAMILY = (
+    "hidden_dim", "moe", "moe_args", "vision_args", "vision_chunk_size", "vision_max_num_chunks",
+    "vision_num_cross_attention_layers", "vision_encoder", "multimodal", "use_qk_norm", "nope_layer_interval",
+    "attention_chunk_size",
+)  # fmt: skip
+"""Keys that Llama 3.2 vision, Llama 4, Mistral and others have, and no release in ``llama_releases``."""
+
+KNOWN = frozenset((
+    *L3_1.keys, *CODE.keys, *OTHER_FAMILY, "head_dim", "model_type",
+    # How Meta's code is run, not what the model is.
+    "max_batch_size", "max_seq_len", "quantization_args", "lora_args", "rope_scaling_factor",
+))  # fmt: skip
+
+
+def params_to_hf(
+    params: Mapping[str, Any],
+    options: ConfigOptions | None = None,
+    *,
+    vocab_size: int | None,
+    tied: bool = False,
+    ffn_dim: int | None = None,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+) -> Translated:
+    """The config.json for a Meta params.json, with RoPE in both spellings; the dtype is the caller's to add.
+
+    ``vocab_size``: the number of the whole embedding's rows; ``ffn_dim``: the whole w1's, if known; ``shapes``: the
+    source's keys, which tell Llama 1 from 2 by their rope.freqs; ``tied``: whether output is the embedding.
+    max_position_embeddings and RoPE's factor are not in params.json: the options say them, else the matching release,
+    else a rule (``_ruled_positions``; factor 8), with a notice. bos and eos are those of the release's generation.
+
+    Raises ConfigError for a params.json of another family, unusable values, and sizes that disagree with the shapes;
+    UsageError for a rope_factor where RoPE is not scaled.
+    """
+    options = options or ConfigOptions()
+    params = _flat(params)
+    _check_ours(params)
+    vocab = agreed_vocab(params, vocab_size, PARAMS)
+    rope, rope_notices = _rope_of_params(params, options, vocab)
+    sizes = _sizes_of_params(params, ffn_dim)
+    sizes["num_key_value_heads"], head_notices = _distinct_heads(sizes)
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 128000 if vocab >= LLAMA_3_VOCAB else 1,
+        "eos_token_id": 128001 if vocab >= LLAMA_3_VOCAB else 2,
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+        "mlp_bias": False,
+        "model_type": "llama",
+        "pretraining_tp": 1,
+        "rms_norm_eps": require_number(params, "norm_eps", PARAMS),
+        "tie_word_embeddings": tied,
+        "use_cache": True,
+        "vocab_size": vocab,
+        **sizes,
+        **rope_keys(rope),
+    }
+    positions, position_notices = _positions(params, config, options, shapes or {})
+    config["max_position_embeddings"] = positions
+    unused = unused_keys(params, KNOWN, PARAMS, CONFIG)
+    return Translated(dict(sorted(config.items())), (*head_notices, *rope_notices, *position_notices, *unused))
+
+
+def is_params(params: Mapping[str, Any]) -> str | None:
+    """What in a params.json says that it is a Llama 1 to 3.3, in words, or None.
+
+    Claims nothing that Mistral, Llama 3.2 vision, Llama 4, a mixture of experts or Mamba wrote.
+    """
+    inner = params.get("model")
+    flat = inner if isinstance(inner, Mapping) and "dim" not in params else params
+    ours = all(key in flat for key in ("dim", "n_layers", "n_heads"))
+    if not ours or flat.get("multiple_of") is None or any(flat.get(key) is not None for key in OTHER_FAMILY):
+        return None
+    return None if flat.get("model_type") == "mamba" else f"{PARAMS} has multiple_of"
+
+
+def style_of(params: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Whose code a params.json is for, llama2 or llama3, and what in it says so; None for none of a Llama.
+
+    Meta's code for 1, 2 and Code takes the vocabulary from the tokenizer, and that for 1 and 2 knows no rope_theta;
+    that for 3 holds the vocabulary against the tokenizer's.
+    """
+    if is_params(params) is None:
+        return None
+    flat = _flat(params)
+    vocab = flat.get("vocab_size")
+    if vocab in (None, -1):
+        return (
+            "llama2",
+            f"{PARAMS} has {'no vocab_size' if vocab is None else 'vocab_size -1'}, which Llama 1 and 2 have",
+        )
+    if flat.get("rope_theta") is None and not flat.get("use_scaled_rope"):
+        return "llama2", f"{PARAMS} has no rope_theta, which only Llama 1 and 2 do without"
+    return "llama3", f"{PARAMS} has a vocab_size and a rope_theta, as Llama 3's"
+
+
+def _flat(params: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The parameters themselves, which some files nest under "model"."""
+    inner = params.get("model")
+    return inner if isinstance(inner, Mapping) and "dim" not in params else params
+
+
+def _check_ours(params: Mapping[str, Any]) -> None:
+    for key in OTHER_FAMILY:
+        if params.get(key) is not None:
+            raise ConfigError(f"{PARAMS}: {key} must be absent for a Llama 1 to 3.3, found it; name the right family")
+    check_not_quantized(params, ("quantization_args", "lora_args"), PARAMS, "a Llama conversion")
+
+
+def _sizes_of_params(params: Mapping[str, Any], ffn_dim: int | None) -> dict[str, int]:
+    dim = require_int(params, "dim", PARAMS)
+    n_heads = require_int(params, "n_heads", PARAMS)
+    n_kv_heads = optional_int(params, "n_kv_heads", PARAMS, n_heads)
+    check_groups(n_heads, n_kv_heads, PARAMS, ("n_heads", "n_kv_heads"))
+    head_dim = divided_head_dim(dim, n_heads, PARAMS, ("dim", "n_heads"))
+    if optional_int(params, "head_dim", PARAMS, head_dim) != head_dim:
+        raise ConfigError(
+            f"{PARAMS}: head_dim must be dim / n_heads ({head_dim}) for a Llama 1 to 3.3, found {params['head_dim']}"
+        )
+    return {
+        "hidden_size": dim,
+        "intermediate_size": _width_of_params(params, dim, ffn_dim),
+        "num_hidden_layers": require_int(params, "n_layers", PARAMS),
+        "num_attention_heads": n_heads,
+        "num_key_value_heads": n_kv_heads,
+        "head_dim": head_dim,
+    }
+
+
+def _distinct_heads(sizes: Mapping[str, int]) -> tuple[int, tuple[str, ...]]:
+    """How many key/value heads are different: a release for more ranks than it has heads counts copies as well."""
+    shape = tuple(sizes[key] for key in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
+    said = sizes["num_key_value_heads"]
+    rows = [row for row in RELEASES if (row.dim, row.heads, row.layers) == shape]
+    row = next((row for row in rows if said > row.kv and said % row.kv == 0), None)
+    if row is None or any(row.kv == said for row in rows):
+        return said, ()
+    return row.kv, (
+        f"{PARAMS} counts {said} key/value heads, one for each of {said} ranks; took {row.kv}, as in {row.name}, which "
+        "neighbouring ranks have to hold copies of",
+    )
+
+
+def _width_of_params(params: Mapping[str, Any], dim: int, ffn_dim: int | None) -> int:
+    multiple_of = optional_int(params, "multiple_of", PARAMS, 256)
+    multiplier = optional_number(params, "ffn_dim_multiplier", PARAMS)
+    width = 0 if (multiplier or 0) > MAX_SIZE else ffn_width(dim, multiple_of, multiplier)
+    if not 0 < width <= MAX_SIZE:
+        raise ConfigError(
+            f"{PARAMS}: ffn_dim_multiplier must give a width from 1 to {MAX_SIZE}, found {multiplier} of dim {dim} "
+            f"with multiple_of {multiple_of}; correct {PARAMS}"
+        )
+    if ffn_dim is not None and width != ffn_dim:
+        raise ConfigError(
+            f"{PARAMS}: dim {dim}, multiple_of {multiple_of} and ffn_dim_multiplier {multiplier} give a feed-forward "
+            f"width of {width}, but w1 has {ffn_dim} rows; use the params.json that belongs to the weights"
+        )
+    return width
+
+
+def _rope_of_params(params: Mapping[str, Any], options: ConfigOptions, vocab: int) -> tuple[Rope, tuple[str, ...]]:
+    scaled = optional_bool(params, "use_scaled_rope", PARAMS, False)
+    theta = optional_number(params, "rope_theta", PARAMS)
+    if theta is not None and options.rope_theta not in (None, theta):
+        raise UsageError(f"--rope-theta {options.rope_theta:g} contradicts {PARAMS}, whose rope_theta is {theta:g}")
+    theta = options.rope_theta if theta is None else theta
+    # Llama 2's files leave theta and the vocabulary out; a file that says a Llama 3 vocabulary is not one of them.
+    if theta is None and (scaled or (params.get("vocab_size") or -1) >= LLAMA_3_VOCAB):
+        raise ConfigError(
+            f"{PARAMS}: rope_theta must be there in a Llama 3 params.json, found none; add the model's (500000.0), "
+            "or pass --rope-theta"
+        )
+    theta = DEFAULT_THETA if theta is None else theta
+    if not scaled:
+        if options.rope_factor is not None:
+            raise UsageError(
+                f"--rope-factor {options.rope_factor:g} has no use: {PARAMS} does not say use_scaled_rope, "
+                "so RoPE is not scaled"
+            )
+        return Rope(theta), ()
+    if options.drop_rope_scaling:
+        return Rope(theta), (f"{PARAMS}: use_scaled_rope is true; the scaling was left out as asked",)
+    factor, notices = _factor(params, options, vocab)
+    return Rope(theta, "llama3", {"factor": factor, **HARD_WIRED}), notices
+
+
+def _factor(params: Mapping[str, Any], options: ConfigOptions, vocab: int) -> tuple[float, tuple[str, ...]]:
+    if options.rope_factor is not None:
+        return float(options.rope_factor), (f"RoPE factor {options.rope_factor:g}, as asked",)
+    said = optional_number(params, "rope_scaling_factor", PARAMS)
+    if said is not None:
+        return said, ()
+    shape = tuple(params.get(key) for key in ("dim", "n_heads", "n_layers", "n_kv_heads"))
+    rows = [row for row in RELEASES if row.scaled and (row.dim, row.heads, row.layers, row.kv) == shape]
+    rows = [row for row in rows if row.vocab == vocab] or rows
+    factor = DEFAULT_FACTOR if not rows or rows[0].factor is None else float(rows[0].factor)
+    source = f"as in {rows[0].name}" if rows else "as in Llama 3.1"
+    return factor, (
+        f"{PARAMS} does not hold the RoPE factor: took {factor:g}, {source}; pass --rope-factor to say otherwise",
+    )
+
+
+def _positions(
+    params: Mapping[str, Any],
+    config: Mapping[str, Any],
+    options: ConfigOptions,
+    shapes: Mapping[str, tuple[int, ...]],
+) -> tuple[int, tuple[str, ...]]:
+    if options.max_positions is not None:
+        return options.max_positions, ()
+    rows = _generation(matching(config), shapes)
+    if rows:
+        # Two releases may have one params.json (Llama 1 7B and 2 7B Chat): the smaller limit is safe for both.
+        row = min(rows, key=lambda each: each.max_positions)
+        positions, source = row.max_positions, f"as in {row.name}"
+    else:
+        positions, source = _ruled_positions(params, read_rope(config))
+    return positions, (
+        f"{PARAMS} does not hold max_position_embeddings: took {positions}, {source}; "
+        "pass --max-positions to say otherwise",
+    )
+
+
+def _ruled_positions(params: Mapping[str, Any], rope: Rope) -> tuple[int, str]:
+    """The limit for an unknown shape: that of the release whose RoPE it has.
+
+    A vocab_size in the file tells Llama 3 from Code Llama, which leaves it to the tokenizer; 1 and 2 look the same
+    here, so the smaller limit is taken.
+    """
+    if rope.kind != "default":
+        return 131072, "as in Llama 3.1, whose scaled RoPE it has"
+    if rope.theta == DEFAULT_THETA:
+        return 2048, "as in Llama 1, whose RoPE it has"
+    if params.get("vocab_size") in (None, -1):
+        return 16384, "as in Code Llama, whose style it has"
+    return 8192, "as in Llama 3, whose style it has"
+
+
+def _generation(rows: tuple[Release, ...], shapes: Mapping[str, tuple[int, ...]]) -> tuple[Release, ...]:
+    """The rows that the checkpoint's rope.freqs allow: Llama 1 had them in every layer, 2 and Code once."""
+    if any(key.endswith("inner_attention.rope.freqs") for key in shapes):
+        return tuple(row for row in rows if row.name.startswith("Llama 1")) or rows
+    if "rope.freqs" in shapes:
+        return tuple(row for row in rows if not row.name.startswith("Llama 1")) or rows
+    return rows

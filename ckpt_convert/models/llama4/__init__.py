@@ -1,0 +1,1 @@
+"""Llama 4: its table, its config, and params.json."""

@@ -1,0 +1,520 @@
+"""Llama 4: Meta's params.json, from and to Hugging Face's config.json.
+
+params.json says both widths of the feed-forward layers by a rule (``dense_width``, ``expert_width``), as Meta's code
+computes them; it says neither max_position_embeddings nor, for the released models, RoPE's factor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ckpt_convert.errors import ConfigError, UsageError
+from ckpt_convert.models.core.config import (
+    CONFIG,
+    MAX_SIZE,
+    PARAMS,
+    SCALING_PARAMS_CANNOT_SAY,
+    ConfigOptions,
+    Rope,
+    Translated,
+    agreed_vocab,
+    check_groups,
+    check_not_quantized,
+    check_plain_rope_parts,
+    check_silu,
+    divided_head_dim,
+    optional_bool,
+    optional_int,
+    optional_mapping,
+    optional_number,
+    read_rope,
+    require_int,
+    require_number,
+    rope_keys,
+    unused_keys,
+)
+from ckpt_convert.models.llama.releases import ffn_width
+from ckpt_convert.models.llama4.config import (
+    TEXT,
+    VISION,
+    dims,
+    moe_layers,
+    number_of_layers,
+    require_adapter_dim,
+    text_part,
+    vision_part,
+)
+
+VISION_ARGS = f"{PARAMS}: vision_args"
+MOE_ARGS = f"{PARAMS}: moe_args"
+TARGET = "a Llama 4 params.json"
+
+THETA = 500000.0
+"""The RoPE base where nothing says one, in transformers and in Meta's code."""
+
+SCALING = {"factor": 16.0, "low_freq_factor": 1.0, "high_freq_factor": 1.0, "original_max_position_embeddings": 8192}
+"""What ``use_scaled_rope`` means in Meta's code where params.json says nothing else."""
+
+_KEYS = (
+    "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "multiple_of", "ffn_dim_multiplier",
+    "ffn_exp", "norm_eps", "attention_chunk_size", "rope_theta", "use_scaled_rope", "rope_scaling_factor",
+    "rope_high_freq_factor", "nope_layer_interval", "use_qk_norm", "attn_temperature_tuning", "floor_scale",
+    "attn_scale", "vision_args", "moe_args",
+)  # fmt: skip
+"""The fields of Meta's ModelArgs that say what the model is, in their order."""
+
+_KNOWN = frozenset((*_KEYS, "quantization_args", "lora_args", "max_batch_size", "max_seq_len"))
+
+
+@dataclass(frozen=True)
+class Release:
+    """A released model: its name and shape, the number of its files, and the most positions of its base model."""
+
+    name: str
+    dim: int
+    layers: int
+    experts: int
+    mp: int
+    max_positions: int
+
+
+RELEASES = (
+    Release("Llama 4 Scout", 5120, 48, 16, 8, 262144),
+    Release("Llama 4 Maverick", 5120, 48, 128, 8, 262144),
+)
+
+
+def is_params(params: Mapping[str, Any]) -> str | None:
+    """What in a params.json says that it is a Llama 4 with its vision model, in words, or None."""
+    flat = _flat(params)
+    return f"{PARAMS} has vision_args" if _is_ours(flat) and flat.get("vision_args") is not None else None
+
+
+def is_text_params(params: Mapping[str, Any]) -> str | None:
+    """What in a params.json says that it is a Llama 4 without a vision model, in words, or None."""
+    flat = _flat(params)
+    if not _is_ours(flat) or flat.get("vision_args") is not None:
+        return None
+    found = next(key for key in ("moe_args", "nope_layer_interval") if flat.get(key) is not None)
+    return f"{PARAMS} has {found} and no vision_args"
+
+
+def hf_to_params(
+    config: Mapping[str, Any], options: ConfigOptions | None = None, *, vocab_size: int | None = None
+) -> Translated:
+    """The params.json that Meta's code needs for this config.json; notices name what it cannot hold.
+
+    Raises ConfigError for a config that Meta's code cannot run, naming the field.
+    """
+    options = options or ConfigOptions()
+    sizes = dims(config)
+    text, where = text_part(config)
+    if sizes["attention_bias"]:
+        raise ConfigError(f"{where}: attention_bias must be false for {TARGET}, found true; Meta's code has no biases")
+    if sizes["head_dim"] * sizes["n_heads"] != sizes["dim"]:
+        raise ConfigError(
+            f"{where}: head_dim must be hidden_size / num_attention_heads ({sizes['dim']} / {sizes['n_heads']}) for "
+            f"{TARGET}, found {sizes['head_dim']}; Meta's code has no other head_dim"
+        )
+    check_silu(text, "hidden_act", where, TARGET)
+    check_not_quantized(config, ("quantization_config",), CONFIG, TARGET)
+    rope, notices = _expressible_rope(text, where, options)
+    moe = _moe_args(text, where, sizes)
+    widths = _width_rule(sizes, moe is not None)
+    scaled = rope.kind != "default"
+    content: dict[str, Any] = {
+        "dim": sizes["dim"],
+        "n_layers": sizes["n_layers"],
+        "n_heads": sizes["n_heads"],
+        "n_kv_heads": sizes["n_kv_heads"],
+        "vocab_size": agreed_vocab(text, vocab_size, where),
+        "multiple_of": widths.multiple_of,
+        "ffn_dim_multiplier": widths.multiplier,
+        "ffn_exp": widths.expansion,
+        "norm_eps": require_number(text, "rms_norm_eps", where),
+        "attention_chunk_size": _chunk(text, where),
+        "rope_theta": THETA if rope.theta is None else rope.theta,
+        "use_scaled_rope": scaled,
+        "nope_layer_interval": _nope_interval(text, where, sizes["n_layers"]),
+        "use_qk_norm": optional_bool(text, "use_qk_norm", where, True),
+        "attn_temperature_tuning": optional_bool(text, "attn_temperature_tuning", where, True),
+        "floor_scale": require_number(text, "floor_scale", where),
+        "attn_scale": require_number(text, "attn_scale", where),
+    }
+    if scaled:
+        for key, name in (("rope_scaling_factor", "factor"), ("rope_high_freq_factor", "high_freq_factor")):
+            if rope.parameters.get(name) != SCALING[name]:
+                content[key] = rope.parameters.get(name)
+    if moe is not None:
+        content["moe_args"] = {**moe, "auto_scale_F": widths.is_scaled}
+    if config.get("model_type") != "llama4_text":
+        content["vision_args"] = _vision_args(config)
+    ordered = {key: content[key] for key in _KEYS if content.get(key) is not None}
+    positions = optional_int(text, "max_position_embeddings", where, 131072)
+    ruled, _ = _positions(sizes, ConfigOptions())
+    if positions != ruled:
+        notices += (
+            f"{PARAMS} does not hold max_position_embeddings, and this shape stands for {ruled}, not {positions}: on "
+            f"the way back, pass --max-positions {positions}",
+        )
+    return Translated(ordered, (*rope.notices, *notices))
+
+
+def params_to_hf(
+    params: Mapping[str, Any],
+    options: ConfigOptions | None = None,
+    *,
+    vocab_size: int | None,
+    tied: bool = False,
+    ffn_dim: int | None = None,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+) -> Translated:
+    """The config.json for a params.json of Llama 4; the arguments are those of Llama's ``params_to_hf``.
+
+    Raises ConfigError for unusable values. ``tied``, ``ffn_dim`` and ``shapes`` do not matter: it is never tied, and
+    both widths are as the rule has them, or the tensors do not fit.
+    """
+    options = options or ConfigOptions()
+    flat = _flat(params)
+    check_not_quantized(flat, ("quantization_args", "lora_args"), PARAMS, "a Llama 4 conversion")
+    dim, n_heads = require_int(flat, "dim", PARAMS), require_int(flat, "n_heads", PARAMS)
+    n_kv_heads = optional_int(flat, "n_kv_heads", PARAMS, n_heads)
+    check_groups(n_heads, n_kv_heads, PARAMS, ("n_heads", "n_kv_heads"))
+    head_dim = divided_head_dim(dim, n_heads, PARAMS, ("dim", "n_heads"))
+    layers = number_of_layers(flat, "n_layers", PARAMS)
+    moe = optional_mapping(flat, "moe_args", PARAMS)
+    step = optional_int(moe, "interleave_moe_layer_step", MOE_ARGS, 1) if moe else 0
+    experts = require_int(moe, "num_experts", MOE_ARGS) if moe else 0
+    interval = optional_int(flat, "nope_layer_interval", PARAMS, 0)
+    rope, notices = _rope_of_params(flat, options)
+    dense, expert = _widths_of_params(flat, dim, moe)
+    sizes = {"dim": dim, "n_layers": layers, "n_experts": experts}
+    positions, said = _positions(sizes, options)
+    chunk = None if flat.get("attention_chunk_size") is None else require_int(flat, "attention_chunk_size", PARAMS)
+    vocab = agreed_vocab(flat, vocab_size, PARAMS)
+    text = {
+        "architectures": ["Llama4ForCausalLM"],
+        "attention_bias": False,
+        "attention_chunk_size": chunk,
+        "attention_dropout": 0.0,
+        "attn_scale": optional_number(flat, "attn_scale", PARAMS) or 0.1,
+        "attn_temperature_tuning": optional_bool(flat, "attn_temperature_tuning", PARAMS, False),
+        "bos_token_id": 200000,
+        "eos_token_id": 200001,
+        "floor_scale": int(optional_number(flat, "floor_scale", PARAMS) or 8192),
+        "head_dim": head_dim,
+        "hidden_act": "silu",
+        "hidden_size": dim,
+        "initializer_range": 0.02,
+        "interleave_moe_layer_step": step,
+        "intermediate_size": expert,
+        "intermediate_size_mlp": dense,
+        "max_position_embeddings": positions,
+        "model_type": "llama4_text",
+        "moe_layers": list(range(step - 1, layers, step)) if moe else [],
+        "no_rope_layer_interval": interval or layers + 1,
+        "no_rope_layers": [int(not _is_nope(layer, interval)) for layer in range(layers)],
+        "num_attention_heads": n_heads,
+        "num_experts_per_tok": optional_int(moe, "top_k", MOE_ARGS, 1),
+        "num_hidden_layers": layers,
+        "num_key_value_heads": n_kv_heads,
+        "num_local_experts": experts,
+        "pad_token_id": 200018 if vocab > 200018 else None,
+        "rms_norm_eps": require_number(flat, "norm_eps", PARAMS) if flat.get("norm_eps") is not None else 1e-5,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+        "use_qk_norm": optional_bool(flat, "use_qk_norm", PARAMS, False),
+        "vocab_size": vocab,
+        **rope_keys(rope),
+    }
+    text = dict(sorted(text.items()))
+    notices = (*notices, *said, *unused_keys(flat, _KNOWN, PARAMS, CONFIG))
+    if flat.get("vision_args") is None:
+        return Translated(text, notices)
+    del text["architectures"]
+    config = {
+        "architectures": ["Llama4ForConditionalGeneration"],
+        "boi_token_index": 200080,
+        "eoi_token_index": 200081,
+        "image_token_index": 200092,
+        "model_type": "llama4",
+        "text_config": text,
+        "tie_word_embeddings": False,
+        "vision_config": _vision_config(optional_mapping(flat, "vision_args", PARAMS)),
+    }
+    return Translated(config, notices)
+
+
+def release(config: Mapping[str, Any]) -> str | None:
+    """The name of the release with the shape of this config.json."""
+    found = _release(dims(config))
+    return found.name if found else None
+
+
+def model_parallel(config: Mapping[str, Any]) -> int | None:
+    """How many files the release with this shape came in."""
+    found = _release(dims(config))
+    return found.mp if found else None
+
+
+# Widths of the feed-forward layers
+
+
+@dataclass(frozen=True)
+class Widths:
+    """How params.json says both widths: multiple_of, ffn_dim_multiplier, ffn_exp and moe_args.auto_scale_F."""
+
+    multiple_of: int
+    multiplier: float
+    expansion: float
+    is_scaled: bool
+
+
+def dense_width(dim: int, multiple_of: int, multiplier: float | None) -> int:
+    """The width of a layer without experts, as Meta's code computes it: Llama 3's rule."""
+    return ffn_width(dim, multiple_of, multiplier)
+
+
+def expert_width(dim: int, rule: Widths, capacity: float = 1.0) -> int:
+    """The width of an expert, as Meta's code computes it (``MoE.__init__``); its float arithmetic is the format."""
+    hidden = int(2 * int(rule.expansion * dim) / 3)
+    hidden = int(rule.multiplier * hidden)
+    if rule.is_scaled:
+        hidden = int(hidden / (capacity + 1))
+    return hidden + -hidden % rule.multiple_of
+
+
+_RELEASED = Widths(2048, 1.2, 4.0, True)
+
+
+def _width_rule(sizes: Mapping[str, int], has_experts: bool) -> Widths:
+    """A rule that gives both widths: that of the releases where it does, else the first that is found."""
+    dim, dense, expert = sizes["dim"], sizes["dense_dim"], sizes["ffn_dim"]
+    for rule in (_RELEASED, *_rules(dim, dense, expert)):
+        found = expert_width(dim, rule) if has_experts else expert
+        if dense_width(dim, rule.multiple_of, rule.multiplier) == dense and found == expert:
+            return rule
+    raise ConfigError(
+        f"{TEXT}: intermediate_size {expert} and intermediate_size_mlp {dense} cannot be written as one multiple_of, "
+        f"ffn_dim_multiplier and ffn_exp of {dim}"
+    )
+
+
+def _rules(dim: int, dense: int, expert: int) -> Iterator[Widths]:
+    multiple_of = 2048
+    while multiple_of > 1 and (dense % multiple_of or expert % multiple_of):
+        multiple_of //= 2
+    base = int(2 * (4 * dim) / 3)
+    for multiplier in (1.0, 1.1, 1.2, 1.3, 1.4, 1.5, (dense - multiple_of // 2 + 0.5) / base):
+        # The first is the usual expansion, the others would give the middle of the range that is rounded up to it.
+        middle = (expert - multiple_of // 2 + 0.5) / multiplier
+        for expansion in (4.0, 1.5 * (middle + 0.5) / dim, 1.5 * middle / dim):
+            yield Widths(multiple_of, multiplier, expansion, False)
+
+
+def _widths_of_params(params: Mapping[str, Any], dim: int, moe: Mapping[str, Any]) -> tuple[int, int]:
+    multiple_of = optional_int(params, "multiple_of", PARAMS, 256)
+    multiplier = optional_number(params, "ffn_dim_multiplier", PARAMS)
+    if multiplier is not None and multiplier > MAX_SIZE:
+        raise ConfigError(f"{PARAMS}: ffn_dim_multiplier must be at most {MAX_SIZE}, found {multiplier}")
+    dense = dense_width(dim, multiple_of, multiplier)
+    if not moe:
+        return dense, dense
+    expansion = require_number(params, "ffn_exp", PARAMS)
+    capacity = optional_number(moe, "capacity_factor", MOE_ARGS) or 1.0
+    is_scaled = optional_bool(moe, "auto_scale_F", MOE_ARGS, True)
+    if expansion > MAX_SIZE:
+        raise ConfigError(f"{PARAMS}: ffn_exp must be at most {MAX_SIZE}, found {expansion}")
+    return dense, expert_width(dim, Widths(multiple_of, multiplier or 1.0, expansion, is_scaled), capacity)
+
+
+# Layers
+
+
+def _moe_args(text: Mapping[str, Any], where: str, sizes: Mapping[str, int]) -> dict[str, Any] | None:
+    """What params.json says of the experts, None where no layer has any."""
+    layers = sizes["n_layers"]
+    moe = moe_layers(text, where, layers)
+    if not moe:
+        return None
+    step = moe[0] + 1
+    if moe != list(range(step - 1, layers, step)):
+        raise ConfigError(
+            f"{where}: moe_layers must be all layers, or the last of every so many, for {TARGET}, found {moe}; Meta's "
+            "code has no others"
+        )
+    out = {
+        "num_experts": sizes["n_experts"],
+        "capacity_factor": 1.0,
+        "auto_scale_F": True,
+        "top_k": optional_int(text, "num_experts_per_tok", where, 1),
+    }
+    return out if step == 1 else {**out, "interleave_moe_layer_step": step}
+
+
+def _nope_interval(text: Mapping[str, Any], where: str, layers: int) -> int | None:
+    """Every so many layers one without RoPE; None where all have it."""
+    said = text.get("no_rope_layers")
+    if not said:
+        interval: int | None = require_int(text, "no_rope_layer_interval", where)
+        return interval if interval is not None and interval <= layers else None
+    if not isinstance(said, list):
+        raise ConfigError(f"{where}: no_rope_layers must be a list, found {str(said)[:80]}; correct {CONFIG}")
+    without = [layer for layer, has_rope in enumerate(said[:layers]) if not has_rope]
+    interval = without[0] + 1 if without else None
+    if without != [layer for layer in range(layers) if _is_nope(layer, interval or 0)]:
+        raise ConfigError(
+            f"{where}: no_rope_layers must be 0 at every so many layers for {TARGET}, found it at {without}; Meta's "
+            "code has no others"
+        )
+    return interval
+
+
+def _is_nope(layer: int, interval: int) -> bool:
+    return interval > 0 and (layer + 1) % interval == 0
+
+
+def _chunk(text: Mapping[str, Any], where: str) -> int | None:
+    return None if text.get("attention_chunk_size") is None else require_int(text, "attention_chunk_size", where)
+
+
+# RoPE
+
+
+def _expressible_rope(text: Mapping[str, Any], where: str, options: ConfigOptions) -> tuple[Rope, tuple[str, ...]]:
+    rope = read_rope(text)
+    check_plain_rope_parts(rope, TARGET)
+    problem = None
+    if rope.kind not in ("default", "llama3"):
+        problem = f'rope_type must be "default" or "llama3" for {TARGET}, found {rope.kind!r}'
+    elif rope.kind == "llama3":
+        for key in ("low_freq_factor", "original_max_position_embeddings"):
+            if rope.parameters.get(key) != SCALING[key]:
+                problem = f"rope_scaling's {key} must be {SCALING[key]:g}, as in Meta's code, found "
+                problem += repr(rope.parameters.get(key))
+    if problem is None:
+        return rope, ()
+    if not options.drop_rope_scaling:
+        raise ConfigError(f"{where}: {problem}; {SCALING_PARAMS_CANNOT_SAY}")
+    return Rope(rope.theta, "default", {}, rope.notices), (f"{where}: {problem}; the scaling was left out as asked",)
+
+
+def _rope_of_params(params: Mapping[str, Any], options: ConfigOptions) -> tuple[Rope, tuple[str, ...]]:
+    theta = optional_number(params, "rope_theta", PARAMS) or THETA
+    if not optional_bool(params, "use_scaled_rope", PARAMS, False):
+        if options.rope_factor is not None:
+            raise UsageError(
+                f"--rope-factor {options.rope_factor:g} has no use: {PARAMS} does not say use_scaled_rope, "
+                "so RoPE is not scaled"
+            )
+        return Rope(theta), ()
+    if options.drop_rope_scaling:
+        return Rope(theta), (f"{PARAMS}: use_scaled_rope is true; the scaling was left out as asked",)
+    said = {
+        "factor": options.rope_factor or optional_number(params, "rope_scaling_factor", PARAMS),
+        "high_freq_factor": optional_number(params, "rope_high_freq_factor", PARAMS),
+    }
+    parameters = {**SCALING, **{key: value for key, value in said.items() if value is not None}}
+    notices: tuple[str, ...] = ()
+    if said["factor"] is None:
+        notices = (
+            f"{PARAMS} does not hold the RoPE factor: took {SCALING['factor']:g}, as in Meta's code; pass "
+            "--rope-factor to say otherwise",
+        )
+    return Rope(theta, "llama3", parameters), notices
+
+
+def _positions(sizes: Mapping[str, int], options: ConfigOptions) -> tuple[int, tuple[str, ...]]:
+    if options.max_positions is not None:
+        return options.max_positions, ()
+    found = _release(sizes)
+    positions, source = (found.max_positions, f"as in the base model of {found.name}") if found else (
+        262144, "as in the base models of Llama 4")  # fmt: skip
+    return positions, (
+        f"{PARAMS} does not hold max_position_embeddings: took {positions}, {source}; "
+        "pass --max-positions to say otherwise",
+    )
+
+
+# The vision model
+
+
+def _vision_args(config: Mapping[str, Any]) -> dict[str, Any]:
+    vision = vision_part(config)
+    width, ffn = require_int(vision, "hidden_size", VISION), require_int(vision, "intermediate_size", VISION)
+    ratio = require_number(vision, "pixel_shuffle_ratio", VISION)
+    if require_int(vision, "num_channels", VISION) != 3:
+        raise ConfigError(f"{VISION}: num_channels must be 3 for {TARGET}, found {vision['num_channels']}")
+    if int(width // ratio**2) != ffn:
+        raise ConfigError(
+            f"{VISION}: intermediate_size must be hidden_size / pixel_shuffle_ratio² ({int(width // ratio**2)}) for "
+            f"{TARGET}, found {ffn}; the adapter behind the vision model takes that many"
+        )
+    image, patch = require_int(vision, "image_size", VISION), require_int(vision, "patch_size", VISION)
+    mlp_ratio = ffn / width
+    return {
+        "image_size": {"height": image, "width": image},
+        "patch_size": {"height": patch, "width": patch},
+        "dim": width,
+        "n_layers": require_int(vision, "num_hidden_layers", VISION),
+        "n_heads": require_int(vision, "num_attention_heads", VISION),
+        "mlp_ratio": mlp_ratio,
+        "output_dim": require_adapter_dim(vision, "vision_output_dim", CONFIG),
+        "pixel_shuffle_ratio": ratio,
+    }
+
+
+def _vision_config(args: Mapping[str, Any]) -> dict[str, Any]:
+    width = require_int(args, "dim", VISION_ARGS)
+    output = require_int(args, "output_dim", VISION_ARGS)
+    rope = {"rope_theta": 10000.0, "rope_type": "default"}
+    return {
+        "attention_dropout": 0.0,
+        "hidden_act": "gelu",
+        "hidden_size": width,
+        "image_size": _side(args, "image_size"),
+        "initializer_range": 0.02,
+        "intermediate_size": int(require_number(args, "mlp_ratio", VISION_ARGS) * width),
+        "model_type": "llama4_vision_model",
+        "multi_modal_projector_bias": False,
+        "norm_eps": 1e-5,
+        "num_attention_heads": require_int(args, "n_heads", VISION_ARGS),
+        "num_channels": 3,
+        "num_hidden_layers": require_int(args, "n_layers", VISION_ARGS),
+        "patch_size": _side(args, "patch_size"),
+        "pixel_shuffle_ratio": require_number(args, "pixel_shuffle_ratio", VISION_ARGS),
+        "projector_dropout": 0.0,
+        "projector_input_dim": output,
+        "projector_output_dim": output,
+        "rope_parameters": rope,
+        "rope_theta": 10000,
+        "vision_feature_select_strategy": "default",
+        "vision_output_dim": output,
+    }
+
+
+def _side(args: Mapping[str, Any], key: str) -> int:
+    """The side of a square that is given as height and width."""
+    size = optional_mapping(args, key, VISION_ARGS)
+    height, width = (require_int(size, side, f"{VISION_ARGS}: {key}") for side in ("height", "width"))
+    if height != width:
+        raise ConfigError(f"{VISION_ARGS}: {key} must be a square, found {height} by {width}; config.json has one side")
+    return height
+
+
+def _flat(params: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The parameters themselves, which some files nest under "model"."""
+    inner = params.get("model")
+    return inner if isinstance(inner, Mapping) and "dim" not in params else params
+
+
+def _is_ours(flat: Mapping[str, Any]) -> bool:
+    sizes = all(key in flat for key in ("dim", "n_layers", "n_heads"))
+    return sizes and any(flat.get(key) is not None for key in ("moe_args", "nope_layer_interval"))
+
+
+def _release(sizes: Mapping[str, int]) -> Release | None:
+    shape = sizes["dim"], sizes["n_layers"], sizes["n_experts"]
+    return next((row for row in RELEASES if (row.dim, row.layers, row.experts) == shape), None)

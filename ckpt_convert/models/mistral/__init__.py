@@ -1,0 +1,1 @@
+"""Mistral: its table and its configs."""

@@ -1,0 +1,1 @@
+"""Mixtral: its tables and their configs."""

@@ -1,0 +1,93 @@
+"""Mixtral: Mistral's attention, and experts in place of its feed-forward part.
+
+hf: what transformers saves for mixtral; meta: the modules of mistral-inference (a gate, and experts with w1, w2, w3
+each). The weights beside the first Hugging Face release (December 2023) are in another layout, ``MIXTRAL_2023``: their
+consolidated.00.pt to 07.pt each hold some of the whole tensors, and the experts of a layer lie one below the other in
+one matrix, w2 transposed. Its facts come from the converter that transformers 4 had for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ckpt_convert.models.core.table import Key, Row
+from ckpt_convert.models.mistral.table import MISTRAL, MISTRAL_PARAMS
+from ckpt_convert.models.mixtral import config as mixtral_config
+from ckpt_convert.models.parts.decoder import columns, named
+from ckpt_convert.models.parts.experts import INDICES
+
+_MISTRAL = columns(MISTRAL.rows, "hf", "meta")
+
+ATTENTION = named(_MISTRAL, "attention_norm", "attention.q", "attention.k", "attention.v", "attention.o", "ffn_norm")
+ROTARY = named(_MISTRAL, "rotary.inv_freq", "rotary.layer_freqs", "rotary.freqs")
+
+EXPERTS = (
+    Row(
+        "moe.router",
+        ("n_experts", "dim"),
+        hf=Key("model.layers.{layer}.block_sparse_moe.gate.weight"),
+        meta=Key("layers.{layer}.feed_forward.gate.weight"),
+        in_memory=Key("model.layers.{layer}.mlp.gate.weight"),
+    ),
+    Row(
+        "moe.experts.gate",
+        ("ffn_dim", "dim"),
+        hf=Key("model.layers.{layer}.block_sparse_moe.experts.{expert}.w1.weight"),
+        meta=Key("layers.{layer}.feed_forward.experts.{expert}.w1.weight"),
+        in_memory=Key("model.layers.{layer}.mlp.experts.gate_up_proj", fused=0),
+    ),
+    Row(
+        "moe.experts.down",
+        ("dim", "ffn_dim"),
+        hf=Key("model.layers.{layer}.block_sparse_moe.experts.{expert}.w2.weight"),
+        meta=Key("layers.{layer}.feed_forward.experts.{expert}.w2.weight"),
+        in_memory=Key("model.layers.{layer}.mlp.experts.down_proj"),
+    ),
+    Row(
+        "moe.experts.up",
+        ("ffn_dim", "dim"),
+        hf=Key("model.layers.{layer}.block_sparse_moe.experts.{expert}.w3.weight"),
+        meta=Key("layers.{layer}.feed_forward.experts.{expert}.w3.weight"),
+        in_memory=Key("model.layers.{layer}.mlp.experts.gate_up_proj", fused=0),
+    ),
+)
+
+META_2023 = {
+    "moe.router": Key("layers.{layer}.block_sparse_moe.gate.weight"),
+    "moe.experts.gate": Key("layers.{layer}.block_sparse_moe.w1", flat=True),
+    "moe.experts.down": Key("layers.{layer}.block_sparse_moe.w2", flat=True, transposed=True),
+    "moe.experts.up": Key("layers.{layer}.block_sparse_moe.w3", flat=True),
+}
+
+MIXTRAL = MISTRAL.replace(
+    name="mixtral",
+    title="Mixtral",
+    model_types=("mixtral",),
+    dims=mixtral_config.dims,
+    indices=INDICES,
+    params=replace(
+        MISTRAL_PARAMS,
+        evidence=mixtral_config.is_params,
+        from_hf=mixtral_config.hf_to_params,
+        to_hf=mixtral_config.params_to_hf,
+    ),
+    rows=(
+        *named(_MISTRAL, "tok_embeddings"),
+        *ATTENTION,
+        *EXPERTS,
+        *named(_MISTRAL, "norm", "output"),
+        *ROTARY,
+    ),
+)
+
+MIXTRAL_2023 = MIXTRAL.replace(
+    name="mixtral_2023",
+    title="Mixtral as of December 2023",
+    params=replace(
+        MISTRAL_PARAMS,
+        evidence=mixtral_config.is_params_2023,
+        from_hf=mixtral_config.hf_to_params,
+        to_hf=mixtral_config.params_to_hf,
+    ),
+    rows=lambda rows: [row.replace(meta=META_2023.get(row.name, row.meta)) for row in rows],
+)

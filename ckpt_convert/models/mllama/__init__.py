@@ -1,0 +1,1 @@
+"""Llama 3.2 with vision: its table and its configs."""

@@ -1,0 +1,97 @@
+"""Parts of the tables of mixtures of experts: which layers have experts, and the rows of a router and its experts.
+
+hf: one key for each expert's matrix, as transformers saves qwen2_moe and all that is read like it; in memory, it has
+those of a layer in two tensors. torchtitan: its GroupedExperts, which has them in three.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ckpt_convert.errors import ConfigError
+from ckpt_convert.models.core.config import CONFIG, optional_int, require_int
+from ckpt_convert.models.core.table import Key, Row
+from ckpt_convert.models.parts.decoder import FFN, named
+
+NORM = named(FFN, "ffn_norm")
+
+DENSE_FFN = tuple(row.replace(only="dense", native=None) for row in named(FFN, "ffn.gate", "ffn.down", "ffn.up"))
+"""The feed-forward part of the layers without experts."""
+
+ROUTER = (
+    Row(
+        "moe.router",
+        ("n_experts", "dim"),
+        only="moe",
+        hf=Key("model.layers.{layer}.mlp.gate.weight"),
+        torchtitan=Key("layers.{layer}.moe.router.gate.weight"),
+    ),
+)
+
+EXPERTS = (
+    Row(
+        "moe.experts.gate",
+        ("expert_dim", "dim"),
+        only="moe",
+        hf=Key("model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight"),
+        torchtitan=Key("layers.{layer}.moe.routed_experts.inner_experts.w1_EFD"),
+        in_memory=Key("model.layers.{layer}.mlp.experts.gate_up_proj", fused=0),
+    ),
+    Row(
+        "moe.experts.up",
+        ("expert_dim", "dim"),
+        only="moe",
+        hf=Key("model.layers.{layer}.mlp.experts.{expert}.up_proj.weight"),
+        torchtitan=Key("layers.{layer}.moe.routed_experts.inner_experts.w3_EFD"),
+        in_memory=Key("model.layers.{layer}.mlp.experts.gate_up_proj", fused=0),
+    ),
+    Row(
+        "moe.experts.down",
+        ("dim", "expert_dim"),
+        only="moe",
+        hf=Key("model.layers.{layer}.mlp.experts.{expert}.down_proj.weight"),
+        torchtitan=Key("layers.{layer}.moe.routed_experts.inner_experts.w2_EDF"),
+        in_memory=Key("model.layers.{layer}.mlp.experts.down_proj"),
+    ),
+)
+
+LOAD_BALANCE = (
+    Row(
+        "moe.balance",
+        ("n_experts",),
+        only="moe",
+        zeros="F32",
+        torchtitan=Key("layers.{layer}.moe.expert_bias_E"),
+    ),
+)
+"""The bias by which torchtitan evens out what experts have to do, of families that have none. It is a persistent buffer
+of zeros in float32 (torchtitan 0.3.0, models/common/moe.py), without which its loader refuses a checkpoint."""
+
+INDICES = {"layer": "n_layers", "expert": "n_experts"}
+
+
+def by_step(config: Mapping[str, Any], n_experts: int) -> dict[str, list[int]]:
+    """The layers with and without experts, as qwen2_moe and qwen3_moe say it.
+
+    Every decoder_sparse_step-th layer has experts (the default is 1: all of them), but not those in mlp_only_layers.
+    """
+    step = optional_int(config, "decoder_sparse_step", CONFIG, 1)
+    dense = _layers(config, "mlp_only_layers")
+    layers = range(require_int(config, "num_hidden_layers", CONFIG))
+    return split(layers, [at for at in layers if n_experts and at not in dense and (at + 1) % step == 0])
+
+
+def split(layers: range, moe: list[int]) -> dict[str, list[int]]:
+    """The two sets that the tables name: the layers with experts, and the others."""
+    return {"moe": moe, "dense": sorted(set(layers) - set(moe))}
+
+
+def _layers(config: Mapping[str, Any], key: str) -> frozenset[int]:
+    """The numbers of layers under ``key``, none where it is absent or null."""
+    found = config.get(key)
+    if found is None:
+        return frozenset()
+    if not isinstance(found, list) or any(isinstance(at, bool) or not isinstance(at, int) for at in found):
+        raise ConfigError(f"{CONFIG}: {key} must be a list of layer numbers, found {found!r:.80}; correct {CONFIG}")
+    return frozenset(found)

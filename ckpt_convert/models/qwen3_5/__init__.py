@@ -1,0 +1,1 @@
+"""Qwen 3.5: its tables and their configs."""

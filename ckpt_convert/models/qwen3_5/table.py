@@ -1,0 +1,487 @@
+"""Qwen3.5: three layers of linear attention (a gated delta net) to one of full attention, dense or with experts, and a
+vision encoder.
+
+The rows of q in full attention hold, for each head, its query and then its output gate. Linear attention makes q, k and
+v in one projection and runs them through one convolution each, which hf keeps as one tensor and torchtitan as three.
+RoPE turns a part of each head, halves in every layout, so nothing is reordered.
+
+hf: what transformers saves for qwen3_5_text, qwen3_5, qwen3_5_moe_text and qwen3_5_moe. Its own models with experts
+have a key for each expert's matrix; the releases, and ``QWEN3_5_MOE``, have a layer's experts in two tensors, as
+transformers has them in memory. The layers that predict further tokens (mtp.*), which transformers leaves out, are as
+vLLM reads them; a release may have their experts in either way.
+torchtitan: its state-dict adapter for qwen3_5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from ckpt_convert.errors import ConfigError
+from ckpt_convert.models.core.config import (
+    CONFIG,
+    base_dims,
+    optional_bool,
+    optional_count,
+    optional_int,
+    optional_mapping,
+)
+from ckpt_convert.models.core.table import Family, Key, Row
+from ckpt_convert.models.parts.decoder import ATTENTION, EMBEDDING, OUTPUT, columns, named
+from ckpt_convert.models.parts.experts import DENSE_FFN, EXPERTS, LOAD_BALANCE, NORM, ROUTER
+
+TEXT = f"{CONFIG}: text_config"
+VISION = f"{CONFIG}: vision_config"
+
+FULL, LINEAR = "full_attention", "linear_attention"
+
+FULL_ATTENTION = (
+    Row(
+        "attention.q_gate",
+        ("n_heads*2*head_dim", "dim"),
+        only="full",
+        hf=Key("model.layers.{layer}.self_attn.q_proj.weight"),
+        torchtitan=Key("layers.{layer}.attn.wq.weight"),
+    ),
+    Row(
+        "attention.k",
+        ("n_kv_heads*head_dim", "dim"),
+        only="full",
+        hf=Key("model.layers.{layer}.self_attn.k_proj.weight"),
+        torchtitan=Key("layers.{layer}.attn.wk.weight"),
+    ),
+    Row(
+        "attention.v",
+        ("n_kv_heads*head_dim", "dim"),
+        only="full",
+        hf=Key("model.layers.{layer}.self_attn.v_proj.weight"),
+        torchtitan=Key("layers.{layer}.attn.wv.weight"),
+    ),
+    Row(
+        "attention.o",
+        ("dim", "n_heads*head_dim"),
+        only="full",
+        hf=Key("model.layers.{layer}.self_attn.o_proj.weight"),
+        torchtitan=Key("layers.{layer}.attn.wo.weight"),
+    ),
+    Row(
+        "attention.q_norm",
+        ("head_dim",),
+        only="full",
+        hf=Key("model.layers.{layer}.self_attn.q_norm.weight"),
+        torchtitan=Key("layers.{layer}.attn.q_norm.weight"),
+    ),
+    Row(
+        "attention.k_norm",
+        ("head_dim",),
+        only="full",
+        hf=Key("model.layers.{layer}.self_attn.k_norm.weight"),
+        torchtitan=Key("layers.{layer}.attn.k_norm.weight"),
+    ),
+    Row(
+        "attention.q_gate.bias",
+        ("n_heads*2*head_dim",),
+        only="full",
+        when="attention_bias",
+        hf=Key("model.layers.{layer}.self_attn.q_proj.bias"),
+    ),
+    Row(
+        "attention.k.bias",
+        ("n_kv_heads*head_dim",),
+        only="full",
+        when="attention_bias",
+        hf=Key("model.layers.{layer}.self_attn.k_proj.bias"),
+    ),
+    Row(
+        "attention.v.bias",
+        ("n_kv_heads*head_dim",),
+        only="full",
+        when="attention_bias",
+        hf=Key("model.layers.{layer}.self_attn.v_proj.bias"),
+    ),
+    Row(
+        "attention.o.bias",
+        ("dim",),
+        only="full",
+        when="attention_bias",
+        hf=Key("model.layers.{layer}.self_attn.o_proj.bias"),
+    ),
+)
+
+LINEAR_ATTENTION = (
+    Row(
+        "delta.q",
+        ("n_delta_k*delta_k_dim", "dim"),
+        only="linear",
+        hf=Key("model.layers.{layer}.linear_attn.in_proj_qkv.weight", fused=0),
+        torchtitan=Key("layers.{layer}.attn.in_proj_q.weight"),
+    ),
+    Row(
+        "delta.k",
+        ("n_delta_k*delta_k_dim", "dim"),
+        only="linear",
+        hf=Key("model.layers.{layer}.linear_attn.in_proj_qkv.weight", fused=0),
+        torchtitan=Key("layers.{layer}.attn.in_proj_k.weight"),
+    ),
+    Row(
+        "delta.v",
+        ("n_delta_v*delta_v_dim", "dim"),
+        only="linear",
+        hf=Key("model.layers.{layer}.linear_attn.in_proj_qkv.weight", fused=0),
+        torchtitan=Key("layers.{layer}.attn.in_proj_v.weight"),
+    ),
+    Row(
+        "delta.q.convolution",
+        ("n_delta_k*delta_k_dim", "1", "delta_kernel"),
+        only="linear",
+        hf=Key("model.layers.{layer}.linear_attn.conv1d.weight", fused=0),
+        torchtitan=Key("layers.{layer}.attn.conv_q.weight"),
+    ),
+    Row(
+        "delta.k.convolution",
+        ("n_delta_k*delta_k_dim", "1", "delta_kernel"),
+        only="linear",
+        hf=Key("model.layers.{layer}.linear_attn.conv1d.weight", fused=0),
+        torchtitan=Key("layers.{layer}.attn.conv_k.weight"),
+    ),
+    Row(
+        "delta.v.convolution",
+        ("n_delta_v*delta_v_dim", "1", "delta_kernel"),
+        only="linear",
+        hf=Key("model.layers.{layer}.linear_attn.conv1d.weight", fused=0),
+        torchtitan=Key("layers.{layer}.attn.conv_v.weight"),
+    ),
+    Row(
+        "delta.z",
+        ("n_delta_v*delta_v_dim", "dim"),
+        only="linear",
+        hf=Key("model.layers.{layer}.linear_attn.in_proj_z.weight"),
+        torchtitan=Key("layers.{layer}.attn.in_proj_z.weight"),
+    ),
+    Row(
+        "delta.a",
+        ("n_delta_v", "dim"),
+        only="linear",
+        hf=Key("model.layers.{layer}.linear_attn.in_proj_a.weight"),
+        torchtitan=Key("layers.{layer}.attn.in_proj_a.weight"),
+    ),
+    Row(
+        "delta.b",
+        ("n_delta_v", "dim"),
+        only="linear",
+        hf=Key("model.layers.{layer}.linear_attn.in_proj_b.weight"),
+        torchtitan=Key("layers.{layer}.attn.in_proj_b.weight"),
+    ),
+    Row(
+        "delta.decay",
+        ("n_delta_v",),
+        only="linear",
+        hf=Key("model.layers.{layer}.linear_attn.A_log"),
+        torchtitan=Key("layers.{layer}.attn.A_log"),
+    ),
+    Row(
+        "delta.step.bias",
+        ("n_delta_v",),
+        only="linear",
+        hf=Key("model.layers.{layer}.linear_attn.dt_bias"),
+        torchtitan=Key("layers.{layer}.attn.dt_bias"),
+    ),
+    Row(
+        "delta.norm",
+        ("delta_v_dim",),
+        only="linear",
+        hf=Key("model.layers.{layer}.linear_attn.norm.weight"),
+        torchtitan=Key("layers.{layer}.attn.norm.weight"),
+    ),
+    Row(
+        "delta.o",
+        ("dim", "n_delta_v*delta_v_dim"),
+        only="linear",
+        hf=Key("model.layers.{layer}.linear_attn.out_proj.weight"),
+        torchtitan=Key("layers.{layer}.attn.out_proj.weight"),
+    ),
+)
+
+FFN = tuple(row.replace(only=None) for row in DENSE_FFN)
+
+SHARED = (
+    Row(
+        "moe.shared.gate",
+        ("shared_dim", "dim"),
+        hf=Key("model.layers.{layer}.mlp.shared_expert.gate_proj.weight"),
+        torchtitan=Key("layers.{layer}.moe.shared_experts.w1.weight"),
+    ),
+    Row(
+        "moe.shared.up",
+        ("shared_dim", "dim"),
+        hf=Key("model.layers.{layer}.mlp.shared_expert.up_proj.weight"),
+        torchtitan=Key("layers.{layer}.moe.shared_experts.w3.weight"),
+    ),
+    Row(
+        "moe.shared.down",
+        ("dim", "shared_dim"),
+        hf=Key("model.layers.{layer}.mlp.shared_expert.down_proj.weight"),
+        torchtitan=Key("layers.{layer}.moe.shared_experts.w2.weight"),
+    ),
+    Row(
+        "moe.shared.weight",
+        ("1", "dim"),
+        hf=Key("model.layers.{layer}.mlp.shared_expert_gate.weight"),
+        torchtitan=Key("layers.{layer}.moe.shared_experts.gate.weight"),
+    ),
+)
+
+EXPERTS_ANYWHERE = tuple(row.replace(only=None) for row in EXPERTS)
+MOE = (*(row.replace(only=None) for row in (*ROUTER, *LOAD_BALANCE)), *EXPERTS_ANYWHERE, *SHARED)
+
+FUSED = {
+    "moe.experts.gate": Key("model.layers.{layer}.mlp.experts.gate_up_proj", fused=0),
+    "moe.experts.up": Key("model.layers.{layer}.mlp.experts.gate_up_proj", fused=0),
+    "moe.experts.down": Key("model.layers.{layer}.mlp.experts.down_proj"),
+}
+"""A layer's experts in two tensors: [experts, gate rows and then up rows, in] and [experts, out, in]."""
+
+
+MTP = (
+    Row("mtp.embedding_norm", ("dim",), optional="mtp", hf=Key("mtp.pre_fc_norm_embedding.weight")),
+    Row("mtp.hidden_norm", ("dim",), optional="mtp", hf=Key("mtp.pre_fc_norm_hidden.weight")),
+    Row("mtp.projection", ("dim", "2*dim"), optional="mtp", hf=Key("mtp.fc.weight")),
+    Row("mtp.norm", ("dim",), optional="mtp", hf=Key("mtp.norm.weight")),
+)
+
+
+def _mtp_layer(rows: Iterable[Row], group: str) -> Iterator[Row]:
+    """A layer's rows in the layers that predict further tokens, which all have full attention."""
+    for row in rows:
+        if row.hf is None:
+            continue
+        key = row.hf.replace(template=row.hf.template.replace("model.layers.{layer}", "mtp.layers.{mtp}"))
+        each = "expert" if "expert" in row.placeholders else None
+        yield Row(f"{group}.{row.name}", row.shape, hf=key, when=row.when, optional=group, each=each)
+
+
+def _linear(name: str, rows: str, inputs: str, hf: str, torchtitan: str, fused: int | None = None) -> Iterator[Row]:
+    """A matrix and its bias."""
+    for part, shape in ((".weight", (rows, inputs)), (".bias", (rows,))):
+        yield Row(
+            name + part.replace(".weight", ""),
+            shape,
+            hf=Key(f"model.visual.{hf}{part}", fused=fused),
+            torchtitan=Key(f"vision_encoder.{torchtitan}{part}"),
+        )
+
+
+def _norm(name: str, size: str, key: str, torchtitan: str) -> Iterator[Row]:
+    """A norm's scale and its bias."""
+    for part in (".weight", ".bias"):
+        yield Row(
+            name + part.replace(".weight", ""),
+            (size,),
+            hf=Key(f"model.visual.{key}{part}"),
+            torchtitan=Key(f"vision_encoder.{torchtitan}{part}"),
+        )
+
+
+def _vision() -> Iterator[Row]:
+    """The vision encoder: its patches are a convolution in hf and a matrix in torchtitan."""
+    hf, titan = "blocks.{block}", "layers.{block}"
+    yield Row(
+        "vision.patch",
+        ("v_dim", "v_channels*v_frames*v_patch*v_patch"),
+        hf=Key("model.visual.patch_embed.proj.weight", shape=("v_dim", "v_channels", "v_frames", "v_patch", "v_patch")),
+        torchtitan=Key("vision_encoder.patch_embed.weight"),
+    )
+    yield Row(
+        "vision.patch.bias",
+        ("v_dim",),
+        hf=Key("model.visual.patch_embed.proj.bias"),
+        torchtitan=Key("vision_encoder.patch_embed.bias"),
+    )
+    yield Row(
+        "vision.positions",
+        ("v_positions", "v_dim"),
+        hf=Key("model.visual.pos_embed.weight"),
+        torchtitan=Key("vision_encoder.pos_embed"),
+    )
+    yield from _norm("vision.attention_norm", "v_dim", f"{hf}.norm1", f"{titan}.norm1")
+    yield from _linear("vision.attention.q", "v_dim", "v_dim", f"{hf}.attn.qkv", f"{titan}.attn.wq", fused=0)
+    yield from _linear("vision.attention.k", "v_dim", "v_dim", f"{hf}.attn.qkv", f"{titan}.attn.wk", fused=0)
+    yield from _linear("vision.attention.v", "v_dim", "v_dim", f"{hf}.attn.qkv", f"{titan}.attn.wv", fused=0)
+    yield from _linear("vision.attention.o", "v_dim", "v_dim", f"{hf}.attn.proj", f"{titan}.attn.proj")
+    yield from _norm("vision.ffn_norm", "v_dim", f"{hf}.norm2", f"{titan}.norm2")
+    yield from _linear("vision.ffn.up", "v_ffn_dim", "v_dim", f"{hf}.mlp.linear_fc1", f"{titan}.mlp.linear_fc1")
+    yield from _linear("vision.ffn.down", "v_dim", "v_ffn_dim", f"{hf}.mlp.linear_fc2", f"{titan}.mlp.linear_fc2")
+    yield from _norm("vision.merger.norm", "v_dim", "merger.norm", "merger.norm")
+    yield from _linear("vision.merger.up", "v_merged", "v_merged", "merger.linear_fc1", "merger.linear_fc1")
+    yield from _linear("vision.merger.down", "v_out", "v_merged", "merger.linear_fc2", "merger.linear_fc2")
+
+
+def _under_language_model(rows: Iterable[Row]) -> Iterator[Row]:
+    """The text's rows under the keys that they have beside a vision encoder."""
+    for row in rows:
+        yield row.replace(hf=row.hf and _moved(row.hf), in_memory=row.in_memory and _moved(row.in_memory))
+
+
+def _moved(key: Key) -> Key:
+    beginning, _, rest = key.template.partition(".")
+    return key.replace(template=f"model.language_model.{rest}") if beginning == "model" else key
+
+
+def text_dims(config: Mapping[str, Any], where: str = CONFIG) -> dict[str, int]:
+    """The symbols of the text model; what is absent is as in transformers."""
+    return {
+        **base_dims({"head_dim": 256, **config}, kv_heads_default=4, where=where),
+        **_delta_dims(config, where),
+    }
+
+
+def text_dims_moe(config: Mapping[str, Any], where: str = CONFIG) -> dict[str, int]:
+    """The symbols of the text model with experts in every layer."""
+    width = optional_int(config, "moe_intermediate_size", where, 512)
+    return {
+        **base_dims({"head_dim": 256, **config, "intermediate_size": width}, kv_heads_default=2, where=where),
+        **_delta_dims(config, where),
+        "n_experts": optional_int(config, "num_experts", where, 256),
+        "expert_dim": width,
+        "shared_dim": optional_int(config, "shared_expert_intermediate_size", where, 512),
+    }
+
+
+def _delta_dims(config: Mapping[str, Any], where: str) -> dict[str, int]:
+    return {
+        "attention_bias": int(optional_bool(config, "attention_bias", where, False)),
+        "n_mtp": optional_count(config, "mtp_num_hidden_layers", where, 1),
+        "n_delta_k": optional_int(config, "linear_num_key_heads", where, 16),
+        "n_delta_v": optional_int(config, "linear_num_value_heads", where, 32),
+        "delta_k_dim": optional_int(config, "linear_key_head_dim", where, 128),
+        "delta_v_dim": optional_int(config, "linear_value_head_dim", where, 128),
+        "delta_kernel": optional_int(config, "linear_conv_kernel_dim", where, 4),
+    }
+
+
+def _vision_dims(config: Mapping[str, Any]) -> dict[str, int]:
+    part = optional_mapping(config, "vision_config", CONFIG)
+    dim = optional_int(part, "hidden_size", VISION, 1152)
+    merge = optional_int(part, "spatial_merge_size", VISION, 2)
+    return {
+        "n_blocks": optional_count(part, "depth", VISION, 27),
+        "v_dim": dim,
+        "v_ffn_dim": optional_int(part, "intermediate_size", VISION, 4304),
+        "v_channels": optional_int(part, "in_channels", VISION, 3),
+        "v_frames": optional_int(part, "temporal_patch_size", VISION, 2),
+        "v_patch": optional_int(part, "patch_size", VISION, 16),
+        "v_positions": optional_int(part, "num_position_embeddings", VISION, 2304),
+        "v_merged": dim * merge * merge,
+        "v_out": optional_int(part, "out_hidden_size", VISION, 3584),
+    }
+
+
+def dims(config: Mapping[str, Any]) -> dict[str, int]:
+    """The symbols of text and vision; whether the output is the embedding is said at the top."""
+    return {**text_dims(_text(config), TEXT), **_vision_dims(config), "tied": _tied(config)}
+
+
+def dims_moe(config: Mapping[str, Any]) -> dict[str, int]:
+    """As ``dims``, with experts."""
+    return {**text_dims_moe(_text(config), TEXT), **_vision_dims(config), "tied": _tied(config)}
+
+
+def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    return optional_mapping(config, "text_config", CONFIG)
+
+
+def _tied(config: Mapping[str, Any]) -> int:
+    return int(optional_bool(config, "tie_word_embeddings", CONFIG, False))
+
+
+def text_sets(config: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Which layers have full and which linear attention: layer_types, or every full_attention_interval-th is full."""
+    layers = range(base_dims({"head_dim": 256, "intermediate_size": 1, **config})["n_layers"])
+    every = optional_int(config, "full_attention_interval", CONFIG, 4)
+    types = config.get("layer_types")
+    if types is None:
+        types = [LINEAR if (at + 1) % every else FULL for at in layers]
+    if not isinstance(types, list) or len(types) != len(layers) or not set(types) <= {FULL, LINEAR}:
+        raise ConfigError(
+            f"{CONFIG}: layer_types must name {FULL} or {LINEAR} for each of {len(layers)} layers, found "
+            f"{types!r:.80}; correct {CONFIG}"
+        )
+    return {
+        "full": [at for at in layers if types[at] == FULL],
+        "linear": [at for at in layers if types[at] == LINEAR],
+    }
+
+
+def sets(config: Mapping[str, Any]) -> dict[str, list[int]]:
+    """As ``text_sets``, of the text's part of the config."""
+    return text_sets(_text(config))
+
+
+def _text_rows(*feed_forward: Row) -> tuple[Row, ...]:
+    norms = (*named(ATTENTION, "attention_norm"), *NORM)
+    rows = (
+        *EMBEDDING,
+        *norms,
+        *FULL_ATTENTION,
+        *LINEAR_ATTENTION,
+        *feed_forward,
+        *OUTPUT,
+        *MTP,
+        *_mtp_layer((*norms, *FULL_ATTENTION, *(row for row in feed_forward if row not in EXPERTS_ANYWHERE)), "mtp"),
+        *_mtp_layer((row for row in feed_forward if row in EXPERTS_ANYWHERE), "mtp_split"),
+        *_mtp_layer(_fused(row for row in feed_forward if row in EXPERTS_ANYWHERE), "mtp_fused"),
+    )
+    return columns(rows, "hf", "torchtitan")
+
+
+def _fused(rows: Iterable[Row]) -> tuple[Row, ...]:
+    """The rows with a layer's experts together."""
+    return tuple(
+        row.replace(hf=FUSED[row.name], in_memory=None, each="expert") if row.name in FUSED else row for row in rows
+    )
+
+
+TEXT_INDICES = {"layer": "n_layers", "mtp": "n_mtp"}
+INDICES = {**TEXT_INDICES, "block": "n_blocks"}
+
+UNVERIFIED = {
+    "torchtitan": "the adapter takes the axes of the experts' tensors in another order than the releases have them; "
+    "the parameters of torchtitan's model say which is which"
+}
+
+QWEN3_5_TEXT = Family(
+    name="qwen3_5_text",
+    title="Qwen3.5, its text model",
+    model_types=("qwen3_5_text",),
+    dims=text_dims,
+    sets=text_sets,
+    indices=TEXT_INDICES,
+    rows=columns(_text_rows(*FFN), "hf"),
+)
+
+QWEN3_5 = Family(
+    name="qwen3_5",
+    title="Qwen3.5",
+    model_types=("qwen3_5",),
+    dims=dims,
+    sets=sets,
+    indices=INDICES,
+    rows=(*_under_language_model(_text_rows(*FFN)), *_vision()),
+)
+
+QWEN3_5_MOE = Family(
+    name="qwen3_5_moe",
+    title="Qwen3.5 with experts",
+    model_types=("qwen3_5_moe",),
+    dims=dims_moe,
+    sets=sets,
+    indices={**INDICES, "expert": "n_experts"},
+    rows=(*_under_language_model(_fused(_text_rows(*MOE))), *_vision()),
+    unverified=UNVERIFIED,
+)
+
+QWEN3_5_MOE_SPLIT = QWEN3_5_MOE.replace(
+    name="qwen3_5_moe_split",
+    title="Qwen3.5 with experts that have keys of their own",
+    rows=(*_under_language_model(_text_rows(*MOE)), *_vision()),
+)

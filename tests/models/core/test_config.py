@@ -1,0 +1,206 @@
+"""The shared readers: what is refused, and RoPE in both spellings read as transformers reads it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from ckpt_convert.errors import CkptConvertError, ConfigError, UsageError
+from ckpt_convert.models.core import config as c
+from ckpt_convert.models.core.config import ConfigOptions, Rope, read_rope, rope_keys
+from ckpt_convert.models.llama import config as llama_config
+from ckpt_convert.models.mistral import config as mistral_config
+
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+@pytest.mark.parametrize(
+    "value", [True, 32.0, "32", 0, -1, None, [32], 2**31 + 1, pytest.param(10**5000, id="huge"), float("nan")]
+)
+def test_a_size_is_a_whole_positive_number_of_sane_size(value: object) -> None:
+    with pytest.raises(ConfigError, match=r"config\.json: hidden_size must be a whole number from 1 to .*, found "):
+        c.require_int({"hidden_size": value}, "hidden_size", "config.json")
+
+
+def test_a_missing_size_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"params\.json: dim must be .*, found no such key; correct params\.json"):
+        c.require_int({}, "dim", "params.json")
+
+
+def test_the_largest_size_is_allowed() -> None:
+    assert c.require_int({"dim": 2**31}, "dim", "params.json") == 2**31
+
+
+def test_optional_sizes_take_the_default_for_null_and_absent_only() -> None:
+    assert c.optional_int({}, "n", "f", 7) == c.optional_int({"n": None}, "n", "f", 7) == 7
+    with pytest.raises(ConfigError):
+        c.optional_int({"n": 0}, "n", "f", 7)
+
+
+@pytest.mark.parametrize("value", [True, "1e-5", 0, -1.0, float("inf"), float("nan"), 10**400, None])
+def test_a_number_is_positive_and_finite(value: object) -> None:
+    with pytest.raises(ConfigError, match="rms_norm_eps must be a positive finite number"):
+        c.require_number({"rms_norm_eps": value}, "rms_norm_eps", "config.json")
+
+
+def test_an_integer_will_do_for_a_number() -> None:
+    assert repr(c.require_number({"rope_theta": 1000000}, "rope_theta", "params.json")) == "1000000.0"
+
+
+@pytest.mark.parametrize("value", [0, 1, "false", []])
+def test_a_flag_is_a_bool(value: object) -> None:
+    with pytest.raises(ConfigError, match="mlp_bias must be true or false, found"):
+        c.optional_bool({"mlp_bias": value}, "mlp_bias", "config.json", False)
+
+
+def test_a_long_value_does_not_fill_the_message() -> None:
+    with pytest.raises(ConfigError) as error:
+        c.require_int({"dim": "x" * 10_000}, "dim", "params.json")
+    assert len(str(error.value)) < 250
+
+
+@pytest.mark.parametrize("options", [{"rope_factor": 0.0}, {"max_positions": -1}, {"rope_theta": float("nan")}])
+def test_options_are_positive(options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="must be a positive number"):
+        ConfigOptions(**options)
+
+
+ROPES: list[tuple[str, dict[str, Any], Rope]] = [
+    ("nothing", {}, Rope(None)),
+    ("v4, unscaled", {"rope_theta": 5e5, "rope_scaling": None}, Rope(5e5)),
+    ("v4, scaled", {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **LLAMA3}}, Rope(5e5, "llama3", LLAMA3)),
+    ("legacy type", {"rope_scaling": {"type": "linear", "factor": 2.0}}, Rope(None, "linear", {"factor": 2.0})),
+    (
+        "rope_type wins",
+        {"rope_scaling": {"type": "dynamic", "rope_type": "linear", "factor": 2.0}},
+        Rope(None, "linear", {"factor": 2.0}),
+    ),
+    ("v5", {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, Rope(5e5)),
+    ("empty scaling", {"rope_parameters": {"rope_theta": 5e5}, "rope_scaling": {}}, Rope(5e5)),
+    (
+        "scaling replaces parameters whole",
+        {"rope_parameters": {"rope_theta": 5e5}, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+        Rope(None, "linear", {"factor": 2.0}),
+    ),
+    (
+        "original length from max_position_embeddings",
+        {"max_position_embeddings": 64, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+        Rope(None, "yarn", {"factor": 2.0, "original_max_position_embeddings": 64}),
+    ),
+    (
+        "original length at the top wins",
+        {"original_max_position_embeddings": 32, "rope_scaling": {"rope_type": "llama3", **LLAMA3}},
+        Rope(None, "llama3", {**LLAMA3, "original_max_position_embeddings": 32}),
+    ),
+]
+
+
+@pytest.mark.parametrize(("config", "expected"), [row[1:] for row in ROPES], ids=[row[0] for row in ROPES])
+def test_rope_is_read_in_every_spelling(config: dict[str, Any], expected: Rope) -> None:
+    assert read_rope(config) == expected
+
+
+@pytest.mark.parametrize("config", [row[1] for row in ROPES], ids=[row[0] for row in ROPES])
+def test_rope_is_read_as_transformers_reads_it(config: dict[str, Any]) -> None:
+    model = LlamaConfig(**config)
+    LlamaRotaryEmbedding(model)  # only here does it look for original_max_position_embeddings at the top
+    theirs, ours = model.rope_parameters, read_rope(config)
+    assert theirs["rope_theta"] == (ours.theta or c.DEFAULT_THETA)
+    assert theirs["rope_type"] == ours.kind
+    assert {k: v for k, v in theirs.items() if k not in ("rope_theta", "rope_type", "type")} == ours.parameters
+
+
+@pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
+def test_the_inner_theta_wins_with_a_notice(key: str) -> None:
+    config = {"rope_theta": 1e4, key: {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}}
+    rope = read_rope(config)
+    assert rope.theta == LlamaConfig(**config).rope_parameters["rope_theta"] == 5e5
+    assert rope.notices == (
+        f"config.json: rope_theta is 10000 at the top and 500000 in {key}; took 500000, as transformers 5 does "
+        "(transformers 4 takes the other)",
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"rope_scaling": "linear"}, "rope_scaling must be an object or null"),
+        ({"rope_parameters": []}, "rope_parameters must be an object or null"),
+        ({"rope_theta": "1e4"}, "rope_theta must be a positive finite number"),
+        ({"rope_parameters": {"rope_theta": -1}}, "rope_parameters: rope_theta must be a positive finite number"),
+        ({"rope_scaling": {"rope_type": 3}}, "rope_scaling: rope_type must be a string"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, r"one set .* one each for \['full_attention'\]"),
+    ],
+)
+def test_unreadable_rope_is_refused(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_rope(config)
+
+
+@pytest.mark.parametrize(
+    "rope", [Rope(5e5), Rope(None), Rope(5e5, "llama3", LLAMA3), Rope(1e4, "linear", {"factor": 2.0})]
+)
+def test_both_spellings_written_are_read_back(rope: Rope) -> None:
+    keys = rope_keys(rope)
+    assert read_rope(keys) == rope
+    v4 = {key: value for key, value in keys.items() if key != "rope_parameters"}
+    v5 = {"rope_parameters": keys["rope_parameters"]}
+    assert read_rope(v4) == read_rope(v5) == rope
+
+
+def test_the_v4_spelling_has_no_theta_inside() -> None:
+    keys = rope_keys(Rope(5e5, "llama3", LLAMA3))
+    assert keys["rope_theta"] == keys["rope_parameters"]["rope_theta"] == 5e5
+    assert keys["rope_scaling"] == {"rope_type": "llama3", **LLAMA3}
+    assert rope_keys(Rope(5e5))["rope_scaling"] is None
+
+
+CONFIG_KEYS = [
+    "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "vocab_size",
+    "tie_word_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "hidden_act",
+    "max_position_embeddings", "attention_bias", "partial_rotary_factor", "sliding_window", "layer_types",
+]  # fmt: skip
+PARAMS_KEYS = [
+    "dim", "n_heads", "n_kv_heads", "n_layers", "head_dim", "hidden_dim", "multiple_of", "ffn_dim_multiplier",
+    "vocab_size", "norm_eps", "rope_theta", "use_scaled_rope", "sliding_window", "_sliding_window", "max_seq_len",
+    "tied_embeddings", "yarn", "moe", "model", "model_type", "activation",
+]  # fmt: skip
+SCALARS = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.sampled_from([10**400, -1, "4096"])
+)
+ROPE_KEYS = st.sampled_from(["rope_type", "type", "rope_theta", "factor", "low_freq_factor", "partial_rotary_factor"])
+JSON = st.one_of(
+    SCALARS,
+    st.lists(SCALARS, max_size=3),
+    st.dictionaries(ROPE_KEYS, SCALARS | st.sampled_from(["llama3", "linear", "default"]), max_size=4),
+)
+
+
+@pytest.mark.parametrize("family", [llama_config, mistral_config])
+@settings(max_examples=400, deadline=None)
+@given(data=st.data())
+def test_whatever_a_file_says_only_our_errors_come_out(family: Any, data: st.DataObject) -> None:
+    config = {
+        "hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 1,
+        "intermediate_size": 96, "vocab_size": 56, "rms_norm_eps": 1e-5,
+    }  # fmt: skip
+    params = {"dim": 48, "n_heads": 4, "n_kv_heads": 2, "n_layers": 1, "norm_eps": 1e-5, "vocab_size": 56}
+    params |= {"multiple_of": 8} if family is llama_config else {"hidden_dim": 96, "head_dim": 12}
+    config |= data.draw(st.dictionaries(st.sampled_from(CONFIG_KEYS), JSON, max_size=3))
+    params |= data.draw(st.dictionaries(st.sampled_from(PARAMS_KEYS), JSON, max_size=3))
+    for function, argument in (
+        (family.dims, config),
+        (family.hf_to_params, config),
+        (llama_config.release, config),
+        (family.is_params, params),
+        (lambda content: family.params_to_hf(content, vocab_size=56), params),
+    ):
+        try:
+            function(argument)
+        except CkptConvertError as error:
+            assert len(str(error)) < 500  # noqa: PT017
