@@ -88,15 +88,14 @@ class Conversion:
         return f"DST is neither old nor new: {_difference(tree(out), self.expected)}"
 
     def half(self, root: Path) -> str | None:
-        """What makes a directory a checkpoint is in ``.out.partial`` only when all else of it is complete."""
-        partial = root / ".out.partial"
-        if not partial.is_dir():
-            return None
-        found = tree(partial)
-        last = {name for name in found if _comes_last(name)}
-        others = {name: digest for name, digest in self.expected.items() if not name.startswith("ckpt_convert/")}
-        missing = [n for n, digest in others.items() if not _comes_last(n) and found.get(n) != digest]
-        return f"{sorted(last)} in the partial directory, without {missing}" if last and missing else None
+        """What makes a directory a checkpoint is in ``.out.partial`` only when all else is: of the output, or, once
+        that has changed places with it, of what stood under DST.
+        """
+        found = tree(root / ".out.partial")
+        last = sorted(filter(_comes_last, found))
+        wholes = [self.expected, *([tree(self.before)] if self.before and tree(root / "out") == self.expected else [])]
+        missing = min((_missing(found, whole) for whole in wholes), key=len)
+        return f"{last} in the partial directory, without {missing}" if last and missing else None
 
     def ends_well(self, root: Path, *more: str) -> str | None:
         """The same command once more, undisturbed, gives exactly the output, and leaves nothing beside it."""
@@ -114,6 +113,12 @@ class Conversion:
 def _comes_last(name: str) -> bool:
     """Whether a file of this name makes loaders take a directory for a model."""
     return name in ("config.json", "params.json", ".metadata") or ("/" not in name and "index.json" in name)
+
+
+def _missing(found: Tree, whole: Tree) -> list[str]:
+    """What a half output lacks; its record and what comes last do not count."""
+    needed = {name for name in whole if not name.startswith("ckpt_convert/") and not _comes_last(name)}
+    return sorted(name for name in needed if found.get(name) != whole[name])
 
 
 def _aside(root: Path) -> bool:
