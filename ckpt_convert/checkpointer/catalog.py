@@ -11,7 +11,6 @@ import contextlib
 import logging
 import math
 import os
-import shutil
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -36,6 +35,7 @@ from ckpt_convert.storage.lock import Lock
 from ckpt_convert.storage.names import JOURNAL, partial_of
 from ckpt_convert.storage.pointer import SUFFIX, check_pointer, point, pointed, target_of
 from ckpt_convert.storage.reader import reading
+from ckpt_convert.storage.staging import remove
 from ckpt_convert.storage.system import sync_directory
 
 __all__ = [
@@ -49,7 +49,6 @@ __all__ = [
     "pointed",
     "read",
     "removal_name",
-    "remove",
     "scan",
     "tidy",
 ]
@@ -222,20 +221,6 @@ def removal_name(path: Path) -> Path:
     return partial_of(path.with_name(f"{path.name}{DELETED}"))
 
 
-def remove(directory: Path) -> None:
-    """Remove an unfinished directory, so that what an interruption leaves of it is known as one; raises OSError."""
-    journal = directory / JOURNAL
-    journal.touch()
-    sync_directory(directory)
-    for entry in sorted(directory.iterdir(), key=lambda entry: ownership.rank(entry.name), reverse=True):
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        elif entry != journal:
-            entry.unlink()
-    journal.unlink()
-    directory.rmdir()
-
-
 def finish_removal(hidden: Path, original: Path) -> None:
     """Remove the files of a checkpoint that has lost its name, and give that back to what somebody put beside them.
 
@@ -356,13 +341,13 @@ def _finish_amending(amended: Path) -> None:
 def _tidy_partial(path: Path) -> None:
     name = path.name[1 : -len(PARTIAL)]
     removed = name.removesuffix(DELETED)
-    with contextlib.suppress(LockedError), Lock.directory(path, "it is being written"):
+    with contextlib.suppress(LockedError), Lock.directory(path, "it is being written") as lock:
         if not os.path.lexists(path / JOURNAL) and any(path.iterdir()) and not _is_complete(path, removed):
             return
         if removed != name:
             finish_removal(path, path.with_name(removed))
         else:
-            remove(path)
+            remove(lock.fd, path, ownership.rank)
             log.warning("half-written %s removed", path)
 
 

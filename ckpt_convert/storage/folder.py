@@ -288,13 +288,12 @@ class StagedFile:
 
 
 def remove_all(fd: int, rank: Callable[[str], int], but: str | None = None) -> None:
-    """Remove everything in an open directory, except the file ``but``: what is written last goes first, so that at no
-    time the rest is taken for a model. Raises OSError.
+    """Remove everything in an open directory, except the file ``but``: what is written last goes first, in folders
+    too, so that at no time the rest is taken for a model. Raises OSError.
     """
-    for name in sorted(os.listdir(fd), key=rank, reverse=True):
-        found = lstat(name, fd)
-        if name != but and found is not None:
-            remove_one(name, found, fd)
+    contents = [(name, stat.S_ISDIR(found.st_mode)) for name, found in _walk(fd) if name != but]
+    for name, is_folder in sorted(contents, key=lambda one: (one[1], 0 if one[1] else -rank(one[0]))):
+        (os.rmdir if is_folder else os.unlink)(name, dir_fd=fd)
 
 
 def is_plain(found: os.stat_result) -> bool:

@@ -216,7 +216,8 @@ class Staging:
         ours = self.rules.is_ours(aside)
         with self._writing(aside, "put back"):
             if begun or (ours and os.path.lexists(self.destination) and not self.rules.foreign(aside)):
-                shutil.rmtree(aside)
+                with Folder.at(aside) as old:
+                    remove(old.fd, aside, self.rules.rank)
             elif not os.path.lexists(self.destination) and (ours or self.rules.is_ours(self.path)):
                 os.rename(aside, self.destination)
 
@@ -402,10 +403,7 @@ class Staging:
         if place is None or old is None:
             return
         try:
-            _mark(old.fd, "")  # so that whoever finds what an interruption leaves of it knows it as ours
-            remove_all(old.fd, self.rules.rank, but=JOURNAL)
-            os.unlink(JOURNAL, dir_fd=old.fd)
-            os.rmdir(place)
+            remove(old.fd, place, self.rules.rank)
         except OSError as error:
             log.warning(
                 "%s is complete, but what it replaced is still in %s (%s): remove that",
@@ -471,6 +469,18 @@ _SAFELY = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(o
 
 _NO_DIRECTORY = (errno.ENOTDIR, errno.ELOOP)
 """What the system says where a directory is to be opened, and something else or a link has its name."""
+
+
+def remove(fd: int, path: Path, rank: Callable[[str], int]) -> None:
+    """Remove an open directory; what an interruption leaves of it is known as ours, and taken for no model.
+
+    Raises OSError.
+    """
+    _mark(fd, "")
+    sync_directory(fd)
+    remove_all(fd, rank, but=JOURNAL)
+    os.unlink(JOURNAL, dir_fd=fd)
+    os.rmdir(path)
 
 
 def _journal(fd: int) -> str:

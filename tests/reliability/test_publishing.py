@@ -19,6 +19,9 @@ import pytest
 
 import ckpt_convert
 from ckpt_convert import CkptConvertError, OutputExistsError, Progress
+from ckpt_convert.convert import ownership
+from ckpt_convert.storage import staging
+from ckpt_convert.storage.names import JOURNAL
 from tests.checkpointer.training import make_model
 from tests.helpers import GOLDEN, sums
 
@@ -528,6 +531,58 @@ def test_what_is_removed_is_at_no_time_taken_for_a_model(tmp_path: Path, monkeyp
             assert (partial / "generation_config.json").exists()
         ckpt_convert.convert(HF, place / "out", to="hf", shards=2, overwrite=True)
         assert not partial.exists()
+
+
+def test_what_is_in_folders_is_removed_in_the_same_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ckpt_convert.convert(HF, tmp_path / "whole", to="hf")
+    (tmp_path / "whole").rename(tmp_path / "merged")
+    ckpt_convert.convert(HF, tmp_path / "whole", to="hf")
+    (tmp_path / "merged").rename(tmp_path / "whole" / "merged")
+    unlink, gone = os.unlink, []
+
+    def noted(name: str, *arguments: object, **named: object) -> None:
+        gone.append(name)
+        unlink(name, *arguments, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "unlink", noted)
+    fd = os.open(tmp_path / "whole", os.O_RDONLY)
+    staging.remove(fd, tmp_path / "whole", ownership.rank)
+    os.close(fd)
+    assert not (tmp_path / "whole").exists()
+    assert gone[-1] == JOURNAL
+    ranks = [ownership.rank(name) for name in gone]
+    assert ranks == sorted(ranks, reverse=True)
+    assert {"merged/config.json", "config.json"} <= {*gone[:8]}
+
+
+def test_what_was_moved_aside_is_removed_in_the_end_however_often_that_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: dict[str, str]
+) -> None:
+    """Without an exchange of names, a run that is killed leaves ``.out.replaced`` to the next one; as may that one."""
+    monkeypatch.setattr(ctypes, "CDLL", lambda *args, **options: object())
+    out, aside = tmp_path / "out", tmp_path / ".out.replaced"
+    ckpt_convert.convert(HF, out, to="hf", shards=1)
+    real = os.unlink
+
+    def stops(allowed: int) -> Callable[..., None]:
+        left = iter(range(allowed))
+
+        def unlink(*arguments: Any, **options: Any) -> None:
+            if aside.exists() and next(left, None) is None:
+                raise Stopped
+            real(*arguments, **options)
+
+        return unlink
+
+    for allowed in (0, 1, 2, 3, 4):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "unlink", stops(allowed))
+            with pytest.raises(Stopped):
+                convert(out, overwrite=True)
+        assert sums(out) == expected
+        assert (aside / JOURNAL).exists()
+    convert(out, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("name", ["model-00001-of-00004.safetensors", "config.json"])
