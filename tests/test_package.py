@@ -59,6 +59,7 @@ def test_importing_the_package_imports_no_torch() -> None:
         ("hf-to-meta", str(LLAMA), "out", "--dry-run"),
         ("hf-to-meta", str(LLAMA), "out", "--model-parallel", "2", "--verify"),
         ("hf-to-native", str(LLAMA), "out"),
+        ("hf-to-torchtitan", str(LLAMA), "out", "--verify"),
         ("meta-to-hf", str(LLAMA.parent / "meta-mp2"), "out"),
     ],
     ids=lambda words: " ".join(word for word in words if "/" not in word),

@@ -119,8 +119,6 @@ class Plan:
     @property
     def needs_torch(self) -> str | None:
         """What of it is done with torch, None for nothing."""
-        if any(side.name == DCP_INDEX and side.origin == "generated" for side in self.side):
-            return "writing the metadata of torch.distributed.checkpoint"
         casts = any(t.dtype != t.source_dtype for file in self.files for t in file.tensors)
         return "casting" if casts else None
 

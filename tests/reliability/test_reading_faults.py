@@ -155,14 +155,14 @@ os.preadv = preadv
 def test_without_torch(tmp_path: Path) -> None:
     """What needs it says so before the first byte; all else works."""
     block = "sys.modules['torch'] = None"
-    for arguments in (["hf-to-torchtitan"], ["hf-to-native", "--dtype", "bfloat16"]):
-        done = command(block, arguments[0], LLAMA, tmp_path / "out", *arguments[1:])
-        assert done.returncode == 1
-        assert "needs the package torch" in done.stderr
-        assert "pip install torch" in done.stderr
-        assert "converting" not in done.stderr
-        assert not list(tmp_path.iterdir())
-    assert command(block, "hf-to-meta", LLAMA, tmp_path / "out").returncode == 0
+    done = command(block, "hf-to-native", LLAMA, tmp_path / "out", "--dtype", "bfloat16")
+    assert done.returncode == 1
+    assert "needs the package torch" in done.stderr
+    assert "pip install torch" in done.stderr
+    assert "converting" not in done.stderr
+    assert not list(tmp_path.iterdir())
+    for direction in ("hf-to-meta", "hf-to-torchtitan"):
+        assert command(block, direction, LLAMA, tmp_path / direction).returncode == 0
 
 
 # Files that others write

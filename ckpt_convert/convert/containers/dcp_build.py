@@ -1,19 +1,17 @@
 """Laying out torch.distributed.checkpoint's directories: every piece an archive of its own, and ``.metadata`` for all.
 
-What ``.metadata`` says comes from torch's own planner, which is given tensors without memory ("meta"); where each piece
-lies is then written into it. The pieces are laid out as torch's own writer does it, so torch reads both alike.
+The pieces are laid out as torch's own writer does it, and ``.metadata`` says what torch's own planner makes of them.
 """
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
-from ckpt_convert.convert.containers import torchzip_build
+from ckpt_convert.convert.containers import dcp_index, torchzip_build
 from ckpt_convert.convert.containers.dcp import KIND
+from ckpt_convert.convert.containers.dcp_index import Placed
 from ckpt_convert.convert.containers.header import Checksummed, FileLayout, Header, StoredTensor
-from ckpt_convert.dtypes import DTYPES
 
 Spec = tuple[str, str, tuple[int, ...]]
 
@@ -40,36 +38,17 @@ def build(tensors: Sequence[Spec]) -> FileLayout:
 
 
 def metadata(files: Sequence[tuple[str, FileLayout]]) -> bytes:
-    """The content of ``.metadata`` for files made by ``build``, by name; imports torch."""
-    import torch
-    from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-
-    # Private by name, but every ``.metadata`` is a pickle that names it: it can neither move nor change.
-    from torch.distributed.checkpoint.filesystem import _StorageInfo
-
-    placed = {key: _StorageInfo(*place) for key, place in _places(files)}
-    planner = DefaultSavePlanner()
-    planner.set_up_planner(
-        {
-            tensor.key: torch.empty(tensor.shape, dtype=getattr(torch, DTYPES[tensor.dtype].torch), device="meta")
-            for _, layout in files
-            for tensor in layout.header.tensors
-        },
-        None,
-        True,
-    )
-    (plan,), found = planner.create_global_plan([planner.create_local_plan()])
-    found.storage_data = {item.index: placed[item.index.fqn] for item in plan.items}
-    return pickle.dumps(found)
+    """The content of ``.metadata`` for files made by ``build``, by name."""
+    return dcp_index.metadata(list(_placed(files)))
 
 
-def _places(files: Sequence[tuple[str, FileLayout]]) -> Iterator[tuple[str, tuple[str, int, int]]]:
-    """Key → file, offset and length of its archive."""
+def _placed(files: Sequence[tuple[str, FileLayout]]) -> Iterator[Placed]:
+    """Every tensor with the place of its archive."""
     for name, layout in files:
         position = 0
         for tensor in layout.header.tensors:
             size = _archive(tensor.dtype, tensor.shape).header.size
-            yield tensor.key, (name, position, size)
+            yield Placed(tensor.key, tensor.dtype, tensor.shape, name, position, size)
             position += size
 
 
