@@ -1,6 +1,6 @@
 """Llama 1 to 3.3: the sizes in Hugging Face's config.json, and Meta's params.json for it.
 
-The other direction, params.json to config.json, is in ``llama_params``; the known releases in ``llama_releases``.
+The other direction, params.json to config.json, is in ``llama.params``; the known releases in ``llama.releases``.
 """
 
 from __future__ import annotations
@@ -27,20 +27,8 @@ from ckpt_convert.models.core.config import (
     read_rope,
     require_number,
 )
-from ckpt_convert.models.llama.params import HARD_WIRED, is_params, params_to_hf, style_of
+from ckpt_convert.models.llama.params import HARD_WIRED, params_to_hf
 from ckpt_convert.models.llama.releases import CODE, L1, L3_1, RELEASES, Release, ffn_width, matching
-
-__all__ = [
-    "dims",
-    "embedding_cut",
-    "for_ranks",
-    "hf_to_params",
-    "is_params",
-    "model_parallel",
-    "params_to_hf",
-    "release",
-    "style_of",
-]
 
 TARGET = "a Llama params.json"
 

@@ -1,7 +1,7 @@
 """Llama 1 to 3.3: from Meta's params.json to Hugging Face's config.json.
 
 params.json says neither max_position_embeddings nor RoPE's factor nor tying, and it says the feed-forward width only
-by a rule. Where a known release answers, its answer is taken, with a notice; see ``llama_releases``.
+by a rule. Where a known release answers, its answer is taken, with a notice; see ``llama.releases``.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ OTHER_FAMILY = (
     "vision_num_cross_attention_layers", "vision_encoder", "multimodal", "use_qk_norm", "nope_layer_interval",
     "attention_chunk_size",
 )  # fmt: skip
-"""Keys that Llama 3.2 vision, Llama 4, Mistral and others have, and no release in ``llama_releases``."""
+"""Keys that Llama 3.2 vision, Llama 4, Mistral and others have, and no release in ``llama.releases``."""
 
 KNOWN = frozenset((
     *L3_1.keys, *CODE.keys, *OTHER_FAMILY, "head_dim", "model_type",

@@ -8,25 +8,25 @@ neighbouring rows; Hugging Face rotates halves.
 from __future__ import annotations
 
 from ckpt_convert.models.core.table import Family, Key, Params, Row
-from ckpt_convert.models.llama import config as llama_config
+from ckpt_convert.models.llama import config, params
 
 LLAMA = Family(
     name="llama",
     title="Llama 1, 2, Code Llama, 3, 3.1, 3.2 text, 3.3",
     model_types=("llama",),
-    dims=llama_config.dims,
+    dims=config.dims,
     params=Params(
-        evidence=llama_config.is_params,
-        from_hf=llama_config.hf_to_params,
-        to_hf=llama_config.params_to_hf,
+        evidence=params.is_params,
+        from_hf=config.hf_to_params,
+        to_hf=params.params_to_hf,
         sharded=True,
         container="pth",
         options=frozenset({"rope_factor", "rope_theta", "max_positions", "meta_style", "drop_rope_scaling"}),
-        embedding_cut=llama_config.embedding_cut,
-        release=llama_config.release,
-        model_parallel=llama_config.model_parallel,
-        for_ranks=llama_config.for_ranks,
-        style_of=llama_config.style_of,
+        embedding_cut=config.embedding_cut,
+        release=config.release,
+        model_parallel=config.model_parallel,
+        for_ranks=config.for_ranks,
+        style_of=params.style_of,
         tokenizers={"sentencepiece": "llama2", "tiktoken": "llama3"},
     ),
     rows=(

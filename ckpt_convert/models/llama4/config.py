@@ -1,4 +1,4 @@
-"""Llama 4: the sizes and layers in Hugging Face's config.json; ``llama4_params`` translates it.
+"""Llama 4: the sizes and layers in Hugging Face's config.json; ``llama4.params`` translates it.
 
 A config.json of the text model alone ("llama4_text") is what the whole model's has as text_config.
 """
@@ -11,6 +11,7 @@ from typing import Any
 from ckpt_convert.errors import ConfigError
 from ckpt_convert.models.core.config import (
     CONFIG,
+    PARAMS,
     base_dims,
     optional_bool,
     optional_count,
@@ -20,6 +21,9 @@ from ckpt_convert.models.core.config import (
 
 TEXT = f"{CONFIG}: text_config"
 VISION = f"{CONFIG}: vision_config"
+VISION_ARGS = f"{PARAMS}: vision_args"
+MOE_ARGS = f"{PARAMS}: moe_args"
+TARGET = "a Llama 4 params.json"
 
 MOST_LAYERS = 10_000
 """What nobody has more of: the number is believed before a list of that length is made."""

@@ -1,19 +1,17 @@
 """Llama 4: Meta's params.json, from and to Hugging Face's config.json.
 
-params.json says both widths of the feed-forward layers by a rule (``dense_width``, ``expert_width``), as Meta's code
-computes them; it says neither max_position_embeddings nor, for the released models, RoPE's factor.
+params.json says both widths of the feed-forward layers by a rule (``llama4.widths``), and neither
+max_position_embeddings nor, for the released models, RoPE's factor (``llama4.releases``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 from ckpt_convert.errors import ConfigError, UsageError
 from ckpt_convert.models.core.config import (
     CONFIG,
-    MAX_SIZE,
     PARAMS,
     SCALING_PARAMS_CANNOT_SAY,
     ConfigOptions,
@@ -35,21 +33,17 @@ from ckpt_convert.models.core.config import (
     rope_keys,
     unused_keys,
 )
-from ckpt_convert.models.llama.releases import ffn_width
+from ckpt_convert.models.llama4 import releases
 from ckpt_convert.models.llama4.config import (
-    TEXT,
-    VISION,
+    MOE_ARGS,
+    TARGET,
     dims,
     moe_layers,
     number_of_layers,
-    require_adapter_dim,
     text_part,
-    vision_part,
 )
-
-VISION_ARGS = f"{PARAMS}: vision_args"
-MOE_ARGS = f"{PARAMS}: moe_args"
-TARGET = "a Llama 4 params.json"
+from ckpt_convert.models.llama4.vision import vision_args, vision_config
+from ckpt_convert.models.llama4.widths import width_rule, widths_of_params
 
 THETA = 500000.0
 """The RoPE base where nothing says one, in transformers and in Meta's code."""
@@ -66,24 +60,6 @@ _KEYS = (
 """The fields of Meta's ModelArgs that say what the model is, in their order."""
 
 _KNOWN = frozenset((*_KEYS, "quantization_args", "lora_args", "max_batch_size", "max_seq_len"))
-
-
-@dataclass(frozen=True)
-class Release:
-    """A released model: its name and shape, the number of its files, and the most positions of its base model."""
-
-    name: str
-    dim: int
-    layers: int
-    experts: int
-    mp: int
-    max_positions: int
-
-
-RELEASES = (
-    Release("Llama 4 Scout", 5120, 48, 16, 8, 262144),
-    Release("Llama 4 Maverick", 5120, 48, 128, 8, 262144),
-)
 
 
 def is_params(params: Mapping[str, Any]) -> str | None:
@@ -122,7 +98,7 @@ def hf_to_params(
     check_not_quantized(config, ("quantization_config",), CONFIG, TARGET)
     rope, notices = _expressible_rope(text, where, options)
     moe = _moe_args(text, where, sizes)
-    widths = _width_rule(sizes, moe is not None)
+    widths = width_rule(sizes, moe is not None)
     scaled = rope.kind != "default"
     content: dict[str, Any] = {
         "dim": sizes["dim"],
@@ -150,7 +126,7 @@ def hf_to_params(
     if moe is not None:
         content["moe_args"] = {**moe, "auto_scale_F": widths.is_scaled}
     if config.get("model_type") != "llama4_text":
-        content["vision_args"] = _vision_args(config)
+        content["vision_args"] = vision_args(config)
     ordered = {key: content[key] for key in _KEYS if content.get(key) is not None}
     positions = optional_int(text, "max_position_embeddings", where, 131072)
     ruled, _ = _positions(sizes, ConfigOptions())
@@ -189,7 +165,7 @@ def params_to_hf(
     experts = require_int(moe, "num_experts", MOE_ARGS) if moe else 0
     interval = optional_int(flat, "nope_layer_interval", PARAMS, 0)
     rope, notices = _rope_of_params(flat, options)
-    dense, expert = _widths_of_params(flat, dim, moe)
+    dense, expert = widths_of_params(flat, dim, moe)
     sizes = {"dim": dim, "n_layers": layers, "n_experts": experts}
     positions, said = _positions(sizes, options)
     chunk = None if flat.get("attention_chunk_size") is None else require_int(flat, "attention_chunk_size", PARAMS)
@@ -242,92 +218,9 @@ def params_to_hf(
         "model_type": "llama4",
         "text_config": text,
         "tie_word_embeddings": False,
-        "vision_config": _vision_config(optional_mapping(flat, "vision_args", PARAMS)),
+        "vision_config": vision_config(optional_mapping(flat, "vision_args", PARAMS)),
     }
     return Translated(config, notices)
-
-
-def release(config: Mapping[str, Any]) -> str | None:
-    """The name of the release with the shape of this config.json."""
-    found = _release(dims(config))
-    return found.name if found else None
-
-
-def model_parallel(config: Mapping[str, Any]) -> int | None:
-    """How many files the release with this shape came in."""
-    found = _release(dims(config))
-    return found.mp if found else None
-
-
-# Widths of the feed-forward layers
-
-
-@dataclass(frozen=True)
-class Widths:
-    """How params.json says both widths: multiple_of, ffn_dim_multiplier, ffn_exp and moe_args.auto_scale_F."""
-
-    multiple_of: int
-    multiplier: float
-    expansion: float
-    is_scaled: bool
-
-
-def dense_width(dim: int, multiple_of: int, multiplier: float | None) -> int:
-    """The width of a layer without experts, as Meta's code computes it: Llama 3's rule."""
-    return ffn_width(dim, multiple_of, multiplier)
-
-
-def expert_width(dim: int, rule: Widths, capacity: float = 1.0) -> int:
-    """The width of an expert, as Meta's code computes it (``MoE.__init__``); its float arithmetic is the format."""
-    hidden = int(2 * int(rule.expansion * dim) / 3)
-    hidden = int(rule.multiplier * hidden)
-    if rule.is_scaled:
-        hidden = int(hidden / (capacity + 1))
-    return hidden + -hidden % rule.multiple_of
-
-
-_RELEASED = Widths(2048, 1.2, 4.0, True)
-
-
-def _width_rule(sizes: Mapping[str, int], has_experts: bool) -> Widths:
-    """A rule that gives both widths: that of the releases where it does, else the first that is found."""
-    dim, dense, expert = sizes["dim"], sizes["dense_dim"], sizes["ffn_dim"]
-    for rule in (_RELEASED, *_rules(dim, dense, expert)):
-        found = expert_width(dim, rule) if has_experts else expert
-        if dense_width(dim, rule.multiple_of, rule.multiplier) == dense and found == expert:
-            return rule
-    raise ConfigError(
-        f"{TEXT}: intermediate_size {expert} and intermediate_size_mlp {dense} cannot be written as one multiple_of, "
-        f"ffn_dim_multiplier and ffn_exp of {dim}"
-    )
-
-
-def _rules(dim: int, dense: int, expert: int) -> Iterator[Widths]:
-    multiple_of = 2048
-    while multiple_of > 1 and (dense % multiple_of or expert % multiple_of):
-        multiple_of //= 2
-    base = int(2 * (4 * dim) / 3)
-    for multiplier in (1.0, 1.1, 1.2, 1.3, 1.4, 1.5, (dense - multiple_of // 2 + 0.5) / base):
-        # The first is the usual expansion, the others would give the middle of the range that is rounded up to it.
-        middle = (expert - multiple_of // 2 + 0.5) / multiplier
-        for expansion in (4.0, 1.5 * (middle + 0.5) / dim, 1.5 * middle / dim):
-            yield Widths(multiple_of, multiplier, expansion, False)
-
-
-def _widths_of_params(params: Mapping[str, Any], dim: int, moe: Mapping[str, Any]) -> tuple[int, int]:
-    multiple_of = optional_int(params, "multiple_of", PARAMS, 256)
-    multiplier = optional_number(params, "ffn_dim_multiplier", PARAMS)
-    if multiplier is not None and multiplier > MAX_SIZE:
-        raise ConfigError(f"{PARAMS}: ffn_dim_multiplier must be at most {MAX_SIZE}, found {multiplier}")
-    dense = dense_width(dim, multiple_of, multiplier)
-    if not moe:
-        return dense, dense
-    expansion = require_number(params, "ffn_exp", PARAMS)
-    capacity = optional_number(moe, "capacity_factor", MOE_ARGS) or 1.0
-    is_scaled = optional_bool(moe, "auto_scale_F", MOE_ARGS, True)
-    if expansion > MAX_SIZE:
-        raise ConfigError(f"{PARAMS}: ffn_exp must be at most {MAX_SIZE}, found {expansion}")
-    return dense, expert_width(dim, Widths(multiple_of, multiplier or 1.0, expansion, is_scaled), capacity)
 
 
 # Layers
@@ -429,79 +322,13 @@ def _rope_of_params(params: Mapping[str, Any], options: ConfigOptions) -> tuple[
 def _positions(sizes: Mapping[str, int], options: ConfigOptions) -> tuple[int, tuple[str, ...]]:
     if options.max_positions is not None:
         return options.max_positions, ()
-    found = _release(sizes)
+    found = releases.find(sizes)
     positions, source = (found.max_positions, f"as in the base model of {found.name}") if found else (
         262144, "as in the base models of Llama 4")  # fmt: skip
     return positions, (
         f"{PARAMS} does not hold max_position_embeddings: took {positions}, {source}; "
         "pass --max-positions to say otherwise",
     )
-
-
-# The vision model
-
-
-def _vision_args(config: Mapping[str, Any]) -> dict[str, Any]:
-    vision = vision_part(config)
-    width, ffn = require_int(vision, "hidden_size", VISION), require_int(vision, "intermediate_size", VISION)
-    ratio = require_number(vision, "pixel_shuffle_ratio", VISION)
-    if require_int(vision, "num_channels", VISION) != 3:
-        raise ConfigError(f"{VISION}: num_channels must be 3 for {TARGET}, found {vision['num_channels']}")
-    if int(width // ratio**2) != ffn:
-        raise ConfigError(
-            f"{VISION}: intermediate_size must be hidden_size / pixel_shuffle_ratio² ({int(width // ratio**2)}) for "
-            f"{TARGET}, found {ffn}; the adapter behind the vision model takes that many"
-        )
-    image, patch = require_int(vision, "image_size", VISION), require_int(vision, "patch_size", VISION)
-    mlp_ratio = ffn / width
-    return {
-        "image_size": {"height": image, "width": image},
-        "patch_size": {"height": patch, "width": patch},
-        "dim": width,
-        "n_layers": require_int(vision, "num_hidden_layers", VISION),
-        "n_heads": require_int(vision, "num_attention_heads", VISION),
-        "mlp_ratio": mlp_ratio,
-        "output_dim": require_adapter_dim(vision, "vision_output_dim", CONFIG),
-        "pixel_shuffle_ratio": ratio,
-    }
-
-
-def _vision_config(args: Mapping[str, Any]) -> dict[str, Any]:
-    width = require_int(args, "dim", VISION_ARGS)
-    output = require_int(args, "output_dim", VISION_ARGS)
-    rope = {"rope_theta": 10000.0, "rope_type": "default"}
-    return {
-        "attention_dropout": 0.0,
-        "hidden_act": "gelu",
-        "hidden_size": width,
-        "image_size": _side(args, "image_size"),
-        "initializer_range": 0.02,
-        "intermediate_size": int(require_number(args, "mlp_ratio", VISION_ARGS) * width),
-        "model_type": "llama4_vision_model",
-        "multi_modal_projector_bias": False,
-        "norm_eps": 1e-5,
-        "num_attention_heads": require_int(args, "n_heads", VISION_ARGS),
-        "num_channels": 3,
-        "num_hidden_layers": require_int(args, "n_layers", VISION_ARGS),
-        "patch_size": _side(args, "patch_size"),
-        "pixel_shuffle_ratio": require_number(args, "pixel_shuffle_ratio", VISION_ARGS),
-        "projector_dropout": 0.0,
-        "projector_input_dim": output,
-        "projector_output_dim": output,
-        "rope_parameters": rope,
-        "rope_theta": 10000,
-        "vision_feature_select_strategy": "default",
-        "vision_output_dim": output,
-    }
-
-
-def _side(args: Mapping[str, Any], key: str) -> int:
-    """The side of a square that is given as height and width."""
-    size = optional_mapping(args, key, VISION_ARGS)
-    height, width = (require_int(size, side, f"{VISION_ARGS}: {key}") for side in ("height", "width"))
-    if height != width:
-        raise ConfigError(f"{VISION_ARGS}: {key} must be a square, found {height} by {width}; config.json has one side")
-    return height
 
 
 def _flat(params: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -513,8 +340,3 @@ def _flat(params: Mapping[str, Any]) -> Mapping[str, Any]:
 def _is_ours(flat: Mapping[str, Any]) -> bool:
     sizes = all(key in flat for key in ("dim", "n_layers", "n_heads"))
     return sizes and any(flat.get(key) is not None for key in ("moe_args", "nope_layer_interval"))
-
-
-def _release(sizes: Mapping[str, int]) -> Release | None:
-    shape = sizes["dim"], sizes["n_layers"], sizes["n_experts"]
-    return next((row for row in RELEASES if (row.dim, row.layers, row.experts) == shape), None)

@@ -11,8 +11,7 @@ gate and up of a dense layer. Native: torchtune's key layout, which has no text 
 from __future__ import annotations
 
 from ckpt_convert.models.core.table import Family, Key, Params, Row
-from ckpt_convert.models.llama4 import config as llama4_config
-from ckpt_convert.models.llama4 import params as llama4_params
+from ckpt_convert.models.llama4 import config, params, releases
 
 _QKV = Key("layers.{layer}.attention.wqkv.weight", tp=0, fused=0)
 _ROTATED = _QKV.replace(rope="interleaved")
@@ -326,18 +325,18 @@ LLAMA4 = Family(
     name="llama4",
     title="Llama 4",
     model_types=("llama4",),
-    dims=llama4_config.dims,
-    sets=llama4_config.sets,
+    dims=config.dims,
+    sets=config.sets,
     indices={"layer": "n_layers", "expert": "n_experts", "block": "vision_layers"},
     params=Params(
-        evidence=llama4_params.is_params,
-        from_hf=llama4_params.hf_to_params,
-        to_hf=llama4_params.params_to_hf,
+        evidence=params.is_params,
+        from_hf=params.hf_to_params,
+        to_hf=params.params_to_hf,
         sharded=True,
         container="pth",
         options=frozenset({"rope_factor", "max_positions", "drop_rope_scaling"}),
-        release=llama4_params.release,
-        model_parallel=llama4_params.model_parallel,
+        release=releases.release,
+        model_parallel=releases.model_parallel,
     ),
     rows=(*TEXT, *VISION),
 )
@@ -348,14 +347,14 @@ LLAMA4_TEXT = LLAMA4.replace(
     model_types=("llama4_text",),
     indices={"layer": "n_layers", "expert": "n_experts"},
     params=Params(
-        evidence=llama4_params.is_text_params,
-        from_hf=llama4_params.hf_to_params,
-        to_hf=llama4_params.params_to_hf,
+        evidence=params.is_text_params,
+        from_hf=params.hf_to_params,
+        to_hf=params.params_to_hf,
         sharded=True,
         container="pth",
         options=frozenset({"rope_factor", "max_positions", "drop_rope_scaling"}),
-        release=llama4_params.release,
-        model_parallel=llama4_params.model_parallel,
+        release=releases.release,
+        model_parallel=releases.model_parallel,
     ),
     rows=tuple(_alone(row) for row in TEXT),
 )

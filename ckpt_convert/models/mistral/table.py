@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from ckpt_convert.models.core.table import Params
 from ckpt_convert.models.llama.table import LLAMA
-from ckpt_convert.models.mistral import config as mistral_config
+from ckpt_convert.models.mistral import config
 
 MISTRAL_PARAMS = Params(
-    evidence=mistral_config.is_params,
-    from_hf=mistral_config.hf_to_params,
-    to_hf=mistral_config.params_to_hf,
+    evidence=config.is_params,
+    from_hf=config.hf_to_params,
+    to_hf=config.params_to_hf,
     sharded=False,
     container="safetensors",
     options=frozenset({"rope_theta", "max_positions", "drop_rope_scaling"}),
@@ -19,7 +19,7 @@ MISTRAL = LLAMA.replace(
     name="mistral",
     title="Mistral 7B and what shares its architecture",
     model_types=("mistral",),
-    dims=mistral_config.dims,
+    dims=config.dims,
     params=MISTRAL_PARAMS,
     rows=lambda rows: [row.replace(torchtitan=None) for row in rows if not row.name.endswith(".bias")],
 )

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from ckpt_convert.models.core.table import Family, Key, Params, Row
 from ckpt_convert.models.llama.table import LLAMA
-from ckpt_convert.models.mllama import config as mllama_config
+from ckpt_convert.models.mllama import config
 
 
 def _text(row: Row) -> Row:
@@ -116,18 +116,18 @@ MLLAMA = Family(
     name="mllama",
     title="Llama 3.2 Vision",
     model_types=("mllama",),
-    dims=mllama_config.dims,
-    sets=mllama_config.sets,
+    dims=config.dims,
+    sets=config.sets,
     indices={"layer": "n_layers", "block": "vision_layers", "global": "vision_global_layers"},
     params=Params(
-        evidence=mllama_config.is_params,
-        from_hf=mllama_config.hf_to_params,
-        to_hf=mllama_config.params_to_hf,
+        evidence=config.is_params,
+        from_hf=config.hf_to_params,
+        to_hf=config.params_to_hf,
         sharded=True,
         container="pth",
         options=frozenset({"rope_factor", "rope_theta", "max_positions", "drop_rope_scaling"}),
-        release=mllama_config.release,
-        model_parallel=mllama_config.model_parallel,
+        release=config.release,
+        model_parallel=config.model_parallel,
     ),
     rows=(
         # Hugging Face has the tokens that the text model alone does not know behind the others.

@@ -20,11 +20,10 @@ from ckpt_convert.models.llama.config import (
     embedding_cut,
     ffn_pair,
     hf_to_params,
-    is_params,
     model_parallel,
-    params_to_hf,
     release,
 )
+from ckpt_convert.models.llama.params import is_params, params_to_hf
 from ckpt_convert.models.llama.releases import RELEASES, Release, ffn_width
 from ckpt_convert.models.mistral import config as mistral_config
 

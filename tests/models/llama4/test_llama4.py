@@ -26,14 +26,12 @@ from ckpt_convert.models import FAMILIES
 from ckpt_convert.models.core.config import ConfigOptions
 from ckpt_convert.models.llama4.config import dims, sets
 from ckpt_convert.models.llama4.params import (
-    Widths,
-    dense_width,
-    expert_width,
     hf_to_params,
     is_params,
     is_text_params,
     params_to_hf,
 )
+from ckpt_convert.models.llama4.widths import Widths, dense_width, expert_width
 from tests.helpers import Tensors, assert_same, read_meta, read_safetensors, sums
 
 TEXT: dict[str, Any] = {
