@@ -18,7 +18,6 @@ from ckpt_convert.errors import ConfigError
 from ckpt_convert.models.core.config import CONFIG, ConfigOptions, Translated, partial_rotary_factor
 from ckpt_convert.models.core.entry import Entry, Instance, place
 from ckpt_convert.models.core.rows import FORMATS, IN_MEMORY, Dims, Key, RopeOrder, Row, Sets, evaluate, matches
-from ckpt_convert.models.core.table_check import check
 
 __all__ = [
     "FORMATS",
@@ -73,8 +72,8 @@ class Family:
     """An architecture: its table, the symbols that its config gives, and the translation of its config.
 
     ``indices`` says how far each placeholder counts: {"layer": "n_layers"}. ``sets`` gives the sets of numbers that
-    rows and templates name, from the config. The table is checked when it is made. ``architectures`` are the classes of
-    which a config has to name one to be of this family, where others have the same model_type.
+    rows and templates name, from the config. ``architectures`` are the classes of which a config has to name one to be
+    of this family, where others have the same model_type. What no table may say is in ``table_check``.
 
     ``from_shapes`` gives the config that the shapes of the stored tensors show, of a family whose files come without
     one; such a config is no file of any format. ``stem`` is what its safetensors files are called in Hugging Face's
@@ -104,7 +103,6 @@ class Family:
     def __post_init__(self) -> None:
         if not self.literal:
             object.__setattr__(self, "rows", _with_frequencies(self.rows))
-            check(self)
 
     def replace(self, **changes: Any) -> Family:
         """A family that differs from this one; ``rows`` may be a function of the rows."""

@@ -14,6 +14,7 @@ from ckpt_convert.convert.gather import Gatherer
 from ckpt_convert.convert.mapping import Source
 from ckpt_convert.convert.state_dict import make
 from ckpt_convert.models.core.table import Dims, Family, Key, Row
+from ckpt_convert.models.core.table_check import check
 from ckpt_convert.models.lazy import ZEROS, concat, stack, stored, zeros
 
 SIZES = {"n_layers": 2, "cells": 4, "width": 3, "places": 6, "experts": 3, "rows": 5, "tied": 0}
@@ -22,7 +23,9 @@ PLACES = {0: 1, 1: 0, 3: 2, 4: 1}
 
 
 def family(*rows: Row, **settings: Any) -> Family:
-    return Family("toy", "Toy", ("toy",), rows, dims=lambda config: dict(SIZES), **settings)
+    made = Family("toy", "Toy", ("toy",), rows, dims=lambda config: dict(SIZES), **settings)
+    check(made)
+    return made
 
 
 def dims() -> Dims:

@@ -13,8 +13,10 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from ckpt_convert.errors import CkptConvertError, ConfigError, UsageError
 from ckpt_convert.models.core import config as c
 from ckpt_convert.models.core.config import ConfigOptions, Rope, read_rope, rope_keys
+from ckpt_convert.models.core.table import Family
 from ckpt_convert.models.llama import config as llama_config
-from ckpt_convert.models.mistral import config as mistral_config
+from ckpt_convert.models.llama.table import LLAMA
+from ckpt_convert.models.mistral.table import MISTRAL
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
@@ -181,24 +183,26 @@ JSON = st.one_of(
 )
 
 
-@pytest.mark.parametrize("family", [llama_config, mistral_config])
+@pytest.mark.parametrize("family", [LLAMA, MISTRAL])
 @settings(max_examples=400, deadline=None)
 @given(data=st.data())
-def test_whatever_a_file_says_only_our_errors_come_out(family: Any, data: st.DataObject) -> None:
+def test_whatever_a_file_says_only_our_errors_come_out(family: Family, data: st.DataObject) -> None:
     config = {
         "hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 1,
         "intermediate_size": 96, "vocab_size": 56, "rms_norm_eps": 1e-5,
     }  # fmt: skip
     params = {"dim": 48, "n_heads": 4, "n_kv_heads": 2, "n_layers": 1, "norm_eps": 1e-5, "vocab_size": 56}
-    params |= {"multiple_of": 8} if family is llama_config else {"hidden_dim": 96, "head_dim": 12}
+    params |= {"multiple_of": 8} if family is LLAMA else {"hidden_dim": 96, "head_dim": 12}
     config |= data.draw(st.dictionaries(st.sampled_from(CONFIG_KEYS), JSON, max_size=3))
     params |= data.draw(st.dictionaries(st.sampled_from(PARAMS_KEYS), JSON, max_size=3))
+    meta, options = family.params, ConfigOptions()
+    assert meta is not None
     for function, argument in (
         (family.dims, config),
-        (family.hf_to_params, config),
+        (lambda content: meta.from_hf(content, options), config),
         (llama_config.release, config),
-        (family.is_params, params),
-        (lambda content: family.params_to_hf(content, vocab_size=56), params),
+        (meta.evidence, params),
+        (lambda content: meta.to_hf(content, options, vocab_size=56), params),
     ):
         try:
             function(argument)

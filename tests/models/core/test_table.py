@@ -14,6 +14,7 @@ import transformers
 import ckpt_convert
 from ckpt_convert.convert.check.run import check
 from ckpt_convert.models import FAMILIES
+from ckpt_convert.models.core import table_check
 from ckpt_convert.models.core.table import Family, Key, Row, evaluate
 from ckpt_convert.models.llama.table import LLAMA
 from ckpt_convert.models.mistral.table import MISTRAL
@@ -24,7 +25,9 @@ DOCS = Path(__file__).parents[3] / "docs"
 
 
 def family(*rows: Row, **settings: Any) -> Family:
-    return Family("toy", "Toy", ("toy",), rows, dims=lambda config: dict(DIMS), **settings)
+    made = Family("toy", "Toy", ("toy",), rows, dims=lambda config: dict(DIMS), **settings)
+    table_check.check(made)
+    return made
 
 
 def test_every_row_at_every_index_in_the_order_of_the_layers() -> None:
@@ -103,6 +106,11 @@ def test_mistral_is_llama_without_biases() -> None:
     assert {row.name for row in LLAMA.rows} - {row.name for row in MISTRAL.rows} == {
         row.name for row in LLAMA.rows if row.name.endswith(".bias")
     }
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_no_table_could_be_read_in_two_ways(name: str) -> None:
+    table_check.check(FAMILIES[name])
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))

@@ -11,6 +11,7 @@ import pytest
 from ckpt_convert.convert import mapping
 from ckpt_convert.convert.mapping import Source
 from ckpt_convert.errors import KeyMismatchError
+from ckpt_convert.models.core import table_check
 from ckpt_convert.models.core.table import Dims, Family, Key, Row
 from ckpt_convert.models.lazy import stored
 from ckpt_convert.models.llama.table import LLAMA
@@ -34,9 +35,11 @@ INDICES = {"layer": "n_layers", "expert": "n_experts"}
 
 
 def family(*rows: Row) -> Family:
-    return Family(
+    made = Family(
         "f", "F", ("f",), rows, lambda config: SIZES, LLAMA.params, indices=INDICES, sets=lambda config: DIMS.sets
     )
+    table_check.check(made)
+    return made
 
 
 def coded(shapes: Mapping[str, tuple[int, ...]]) -> Arrays:
