@@ -183,22 +183,25 @@ def kills(made: Sequence[Conversion], place: Path, first: int, count: int) -> It
         yield f"kill {number}: {one.words} {fault}: {wrong}" if wrong else None
 
 
-def cases(calls: Sequence[str], kinds: Sequence[int]) -> list[tuple[int, int]]:
-    """(call, kind) of every fault that can be: of a long run of one call on one file, forty calls and the last."""
+Case = tuple[int, str, int]
+"""Which call fails, its name and path, and how."""
+
+
+def cases(calls: Sequence[str], kinds: Sequence[int]) -> list[Case]:
+    """Every fault that can be: of a long run of one call on one file, forty calls and the last."""
     found = []
     run = 0
     for at, call in enumerate(calls, 1):
         run = run + 1 if at > 1 and call == calls[at - 2] else 0
         if run < 40 or at == len(calls) or calls[at] != call:
-            found += [(at, kind) for kind in kinds if possible(kind, call.split()[0])]
+            found += [(at, call, kind) for kind in kinds if possible(kind, call.split()[0])]
     return found
 
 
-def faults(one: Conversion, kinds: Sequence[int], place: Path, first: int, count: int) -> Iterator[str | None]:
+def faults(one: Conversion, chosen: Sequence[Case], place: Path, first: int, count: int) -> Iterator[str | None]:
     """Each call fails once in each way; the command says so or succeeds, and nothing half-done counts as an output."""
     root = place / "fault"
-    calls = calls_of(one, root)
-    for at, kind in cases(calls, kinds)[first : first + count]:
+    for at, call, kind in chosen[first : first + count]:
         one.start(root)
         fault = Fault(root, at, kind)
         ended = forked.run(one.job(root), fault)
@@ -206,7 +209,7 @@ def faults(one: Conversion, kinds: Sequence[int], place: Path, first: int, count
         if not ended.status and tree(root / "out") != one.expected:
             wrong = wrong or "reported success, and the output is not the output"
         wrong = wrong or one.ends_well(root)
-        yield f"{one.words} {calls[at - 1]}, {fault}: {wrong}" if wrong else None
+        yield f"{one.words} {call}, {fault}: {wrong}" if wrong else None
 
 
 def faulty(ended: Ended, kind: int) -> str | None:

@@ -22,7 +22,7 @@ from typing import Any, TextIO
 import torch
 
 from benchmarks.faults import forked
-from benchmarks.faults.conversions import CUT, KILL, cases, read_calls
+from benchmarks.faults.conversions import CUT, KILL, Case, read_calls
 from benchmarks.faults.forked import Ended, Fault
 from recipes.native_llama import add_lora
 from tests.checkpointer.training import Trained, make_model
@@ -226,16 +226,15 @@ def kills(made: Sequence[Run], place: Path, first: int, count: int) -> Iterator[
             yield said if wrong and not at else None
 
 
-def faults(run: Run, kinds: Sequence[int], place: Path, first: int, count: int) -> Iterator[str | None]:
+def faults(run: Run, chosen: Sequence[Case], place: Path, first: int, count: int) -> Iterator[str | None]:
     """Each call of a run fails once in each way: the run ends as undisturbed, or with one error and then goes on."""
-    calls = calls_of(run, place)
     root = place / "failing"
-    for at, kind in cases(calls, kinds)[first : first + count]:
+    for at, call, kind in chosen[first : first + count]:
         run.start(root)
         fault = Fault(root / "out", at, kind)
         ended = forked.run(run.job(root), fault)
         wrong = _faulty(ended, kind) or finish(run, root, place)
-        yield f"{run.variant} {calls[at - 1]}, {fault}: {wrong}" if wrong else None
+        yield f"{run.variant} {call}, {fault}: {wrong}" if wrong else None
 
 
 def _faulty(ended: Ended, kind: int) -> str | None:
