@@ -146,7 +146,7 @@ def tell(cases: Iterator[Case]) -> int:
 
 
 class Runner:
-    """Gives chunks of jobs to children until the time is over; keeps the rows of the table."""
+    """Gives chunks of jobs to children until the time is over or all is done; keeps the rows of the table."""
 
     def __init__(self, jobs: list[Job], place: Path, rows: dict[str, Row], workers: int) -> None:
         self.jobs = jobs
@@ -162,15 +162,19 @@ class Runner:
         others = self._turns([job for job in self.jobs if job.goal is not None])
         turns = [self._turns(endless), *[others] * (self.workers - 1)]
         busy: list[tuple[Job, forked.Child] | None] = [None] * self.workers
-        while any(busy) or time.monotonic() < until:
+        idle = False
+        while any(busy) or (time.monotonic() < until and not idle):
+            idle = True
             for slot, entry in enumerate(busy):
                 if entry is not None and entry[1].has_ended():
                     self.take(entry[0], entry[1].finish())
                     entry = busy[slot] = None
+                idle = idle and entry is None
                 if entry is not None or time.monotonic() >= until:
                     continue
                 turn = next(turns[slot], None) or next(turns[0], None)
                 if turn is not None:
+                    idle = False
                     job, first, count = turn
                     busy[slot] = (job, forked.Child(chunk(job, self.place, first, count), bounded=False))
             time.sleep(0.05)
@@ -240,7 +244,7 @@ def main() -> None:
     parser.add_argument(
         "--write", action="store_true", help="add to the table of docs/reliability.md, and go on after it"
     )
-    parser.add_argument("--only", help="the rows whose name has this in it")
+    parser.add_argument("--only", help="the rows whose name matches this regular expression")
     parser.add_argument("--first", type=int, default=0, help="with --count: these cases of each row, and no table")
     parser.add_argument("--count", type=int)
     parser.add_argument("--share", type=float, help="so much of a chunk of each row, spread over its cases; no table")
@@ -252,7 +256,7 @@ def main() -> None:
     place = Path(tempfile.mkdtemp(prefix="endurance-", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None))
     try:
         every = jobs(place)
-        chosen = [job for job in every if not arguments.only or arguments.only in job.name]
+        chosen = [job for job in every if not arguments.only or re.search(arguments.only, job.name)]
         for job in every:
             rows.setdefault(job.name, Row())
         runner = Runner(chosen, place, rows, arguments.workers)
