@@ -8,7 +8,6 @@ CRC-32 that these ask for. Files that one writer writes from front to back have 
 from __future__ import annotations
 
 import hashlib
-import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import xxhash
-from fastcrc import crc64
+from fastcrc import crc32, crc64
 
 from ckpt_convert.storage.reader import LocalFile
 
@@ -74,7 +73,7 @@ class Crc:
         return 1 << (self.bits - 1)
 
 
-CRC32 = Crc("crc32", 32, 0xEDB88320, zlib.crc32)
+CRC32 = Crc("crc32", 32, 0xEDB88320, lambda data, before: crc32.iso_hdlc(data, before))
 CRC64 = Crc("crc64_xz", 64, 0xC96C5795D7870F42, lambda data, before: crc64.xz(data, before))
 XXH3 = "xxh3_64"
 

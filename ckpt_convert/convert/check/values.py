@@ -5,7 +5,6 @@ What is to be read are spans of files. Spans that overlap are read together, blo
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from math import prod
 
@@ -20,6 +19,7 @@ from ckpt_convert.convert.containers.header import StoredTensor
 from ckpt_convert.convert.findings import Finding, failed
 from ckpt_convert.dtypes import DTYPES
 from ckpt_convert.errors import CkptConvertError
+from ckpt_convert.storage.checksums import CRC32
 
 _EXPONENTS = {
     "F64": ("<u8", 0x7FF << 52, (1 << 63) - 1),
@@ -129,7 +129,7 @@ def crcs(opened: Opened) -> Iterator[Span]:
             state = [0]
 
             def add(data: memoryview, state: list[int] = state) -> None:
-                state[0] = zlib.crc32(data, state[0])
+                state[0] = CRC32.of(data, state[0])
 
             def finish(
                 state: list[int] = state, name: str = file.name, member: str = member.name, crc: int = member.crc
