@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ckpt_convert.cli.formats import footnotes, mark
 from ckpt_convert.convert.formats import ALL
-from ckpt_convert.models import GROUPS
+from ckpt_convert.models import grouped
 
 README = Path(__file__).parent.parent / "README.md"
 _SIGNS = {"-": "", "yes*": "yes\\*"}
@@ -23,7 +23,7 @@ def families() -> Iterator[str]:
     """The families by group, with a column for each format, and the footnotes, as Markdown."""
     yield _row("family", "covers", *ALL)
     yield f"|{'---|' * (2 + len(ALL))}"
-    for group, members in GROUPS.items():
+    for group, members in grouped().items():
         yield _row(f"**{group}**", "", *("" for _ in ALL))
         for family in members:
             yield _row(family.name, family.title, *(mark(family, format) for format in ALL))

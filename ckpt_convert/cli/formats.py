@@ -11,7 +11,7 @@ import click
 
 from ckpt_convert.cli.text import columns, echo, terminal_width
 from ckpt_convert.convert.formats import ALL
-from ckpt_convert.models import FAMILIES, GROUPS, Family
+from ckpt_convert.models import FAMILIES, Family, grouped
 
 SCHEMA = 1
 _LAYOUTS = {
@@ -52,7 +52,7 @@ def _document() -> dict[str, Any]:
                 "formats": list(family.formats),
                 "unverified": dict(family.unverified),
             }
-            for group, families in GROUPS.items()
+            for group, families in grouped().items()
             for family in families
         ],
         "formats": [
@@ -79,7 +79,7 @@ def _families(width: int) -> Iterator[str]:
             yield (_GAP.join(cells) if at == 0 else " " * left) + part
 
     yield from (click.style(text, bold=True) for text in line("FAMILY", ALL, "COVERS"))
-    for group, families in GROUPS.items():
+    for group, families in grouped().items():
         yield from ["", click.style(group, bold=True)]
         for family in families:
             yield from line(family.name, (mark(family, format) for format in ALL), family.title)
@@ -91,7 +91,7 @@ def _families(width: int) -> Iterator[str]:
 def footnotes() -> dict[str, str]:
     """What the marks of columns that nothing confirms stand for: families and format, and why."""
     reasons: dict[tuple[str, str], list[str]] = {}
-    for family in (family for group in GROUPS.values() for family in group):
+    for family in (family for group in grouped().values() for family in group):
         for format, why in family.unverified.items():
             reasons.setdefault((format, why), []).append(family.name)
     return {

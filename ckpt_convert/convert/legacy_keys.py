@@ -139,6 +139,11 @@ def read(keys: Iterable[str], families: Iterable[Family], format: str, scalars: 
     return names
 
 
+def has_all(keys: Iterable[str], family: Family, format: str) -> bool:
+    """Whether a family has all the keys as they are stored, in this format."""
+    return format in family.formats and _without_digits(keys) <= _without_digits(_table(family, format))
+
+
 def formats(keys: Iterable[str], families: Iterable[Family], *, former: bool = False) -> set[str]:
     """The formats all of whose weights are known, once the keys are read; ``former`` names count as well if asked."""
     patterns = _patterns(keys)

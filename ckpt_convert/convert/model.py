@@ -144,6 +144,9 @@ def names_of(checkpoint: Checkpoint) -> Names:
     format, stored = checkpoint.format, [t.key for file in checkpoint.files for t in file.header.tensors]
     stored += checkpoint.directory.weight_map or ()  # of files that cannot be opened, too
     content = _content(checkpoint)
+    likely = FAMILIES.of_params(content) if type_of(content) is None and checkpoint.family_name is None else []
+    if any(legacy_keys.has_all(stored, family, format) for family in likely):
+        return legacy_keys.PLAIN  # before the tables of all the others are imported
     families = candidates(content, format, checkpoint.family_name)
     scalars = legacy_keys.loose_scalars((t.key, t.shape) for file in checkpoint.files for t in file.header.tensors)
     names = legacy_keys.read(stored, families, format, scalars)
@@ -169,15 +172,10 @@ def is_bare(checkpoint: Checkpoint) -> bool:
 def candidates(config: Mapping[str, Any], format: str, wanted: str | None) -> list[Family]:
     """The families with this format that a config may be of: the one ``wanted``, those of its model_type, or all."""
     if wanted is not None:
-        return [family for family in FAMILIES.values() if family.name == wanted and format in family.formats]
-    model_type, classes = type_of(config), set(_architectures(config))
-    return [
-        family
-        for family in FAMILIES.values()
-        if format in family.formats
-        and model_type in (None, *family.model_types)
-        and (model_type is None or not family.architectures or classes & set(family.architectures))
-    ]
+        return [FAMILIES[wanted]] if wanted in FAMILIES and format in FAMILIES[wanted].formats else []
+    model_type = type_of(config)
+    found = FAMILIES.values() if model_type is None else FAMILIES.of_type(model_type, _architectures(config))
+    return [family for family in found if format in family.formats]
 
 
 def _content(checkpoint: Checkpoint) -> Mapping[str, Any]:
@@ -203,7 +201,7 @@ def from_shapes(checkpoint: Checkpoint) -> dict[str, Any] | None:
 
     It is the family that was asked for, else the only one of these that knows every key.
     """
-    there = [family for family in FAMILIES.values() if family.from_shapes is not None]
+    there = FAMILIES.with_shapes
     if checkpoint.family_name is not None:
         fits = [family for family in there if family.name == checkpoint.family_name]
     else:
@@ -327,12 +325,8 @@ def by_model_type(
     """
     if wanted is not None:
         return FAMILIES[wanted], "as asked for"
-    model_type, classes = type_of(config), set(_architectures(config))
-    found = [
-        family
-        for family in FAMILIES.values()
-        if model_type in family.model_types and (not family.architectures or classes & set(family.architectures))
-    ]
+    model_type = type_of(config)
+    found = FAMILIES.of_type(model_type, _architectures(config))
     if len(found) > 1:
         keys = list(keys)
         found.sort(
@@ -362,13 +356,13 @@ def _by_params(params: Mapping[str, Any], where: str, wanted: str | None) -> tup
         return FAMILIES[wanted], "as asked for"
     fits = [
         (family, evidence)
-        for family in FAMILIES.values()
+        for family in FAMILIES.of_params(params)
         if family.params is not None and (evidence := family.params.evidence(params))
     ]
     if len(fits) == 1:
         return fits[0]
     found = ", ".join(sorted(map(str, params))[:12])
-    names = ", ".join(name for name, family in FAMILIES.items() if family.params)
+    names = ", ".join(FAMILIES.with_params)
     raise UnsupportedFamilyError(
         f"{where}: fits {'more than one' if fits else 'no'} family (it has: {found}); say which with --family ({names})"
     )

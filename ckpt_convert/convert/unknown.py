@@ -60,7 +60,7 @@ def _why(config: Mapping[str, Any]) -> str:
     model_type = type_of(config)
     if model_type is None:
         return "config.json names no model_type"
-    if not any(model_type in family.model_types for family in FAMILIES.values()):
+    if not FAMILIES.has_type(model_type):
         return f"{'model_type' if 'model_type' in config else '_class_name'} {model_type!r} has no table"
     architectures = config.get("architectures") or [None]
     return f"architectures is {architectures[0]!r}, which has no table"

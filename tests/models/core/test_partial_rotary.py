@@ -78,7 +78,7 @@ STABLELM = Family(
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> transformers.PreTrainedModel:
     """A model in ``tmp_path / "hf"``, every element of it another number; its family is known."""
-    monkeypatch.setitem(FAMILIES, "stablelm", STABLELM)
+    monkeypatch.setitem(FAMILIES.registered, "stablelm", STABLELM)
     config = transformers.StableLmConfig(
         hidden_size=DIM, intermediate_size=104, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
         num_key_value_heads=KV_HEADS, vocab_size=56, qk_layernorm=True, bos_token_id=1, eos_token_id=2,
@@ -169,7 +169,7 @@ def test_a_table_that_knows_of_whole_heads_alone_is_refused(
 ) -> None:
     """But within one format, and where all of each head rotates, it does."""
     naive = STABLELM.replace(rows=lambda rows: (row.replace(rotary_dim=None) for row in rows if not row.derived))
-    monkeypatch.setitem(FAMILIES, "stablelm", naive)
+    monkeypatch.setitem(FAMILIES.registered, "stablelm", naive)
     with pytest.raises(ConfigError, match=r"partial_rotary_factor is 0\.5, so only a part of each head rotates"):
         ckpt_convert.convert(tmp_path / "hf", tmp_path / "native", to="native")
     with pytest.raises(ConfigError, match="partial_rotary_factor"):

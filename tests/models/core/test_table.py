@@ -130,7 +130,7 @@ def example(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     space: dict[str, Any] = {}
     for number, code in enumerate(re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)):
         exec(compile(code, f"adding-a-family.md, code {number}", "exec"), space)
-    monkeypatch.setitem(FAMILIES, "starcoder2", space["STARCODER2"])
+    monkeypatch.setitem(FAMILIES.registered, "starcoder2", space["STARCODER2"])
     return space
 
 
