@@ -1,8 +1,8 @@
 """Writing pickles byte by byte as CPython's own pickler does, of objects whose classes need not be there.
 
-The pickler follows protocol 4 as ``Modules/_pickle.c`` of CPython 3.11 writes it: which objects get a number in the
-memo, in which order, and where a frame ends. That tells objects apart by identity. Here, strings of one value are one
-object, ``Text`` is for strings that are not, and what has no other way of being one object is written anew each time.
+The pickler follows protocols 2 and 4 as ``Modules/_pickle.c`` of CPython 3.11 writes them: which objects get a number
+in the memo, in which order, and where a frame ends. That tells objects apart by identity. Here, strings of one value
+are one object, ``Text`` is for those that are not, and what has no other way of being one is written anew each time.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 _FRAME = 64 << 10
 """A frame ends before the first object at which it has this many bytes; a text as long is in no frame."""
@@ -25,6 +25,9 @@ class Text:
     """A string that is one object wherever it stands, but never another string of the same value."""
 
     value: str
+
+    def __str__(self) -> str:
+        return self.value
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,6 +60,12 @@ class Instance(NamedTuple):
     state: Any
 
 
+class Persistent(NamedTuple):
+    """An object that is not in the pickle, but found by this."""
+
+    id: Any
+
+
 class Items(NamedTuple):
     """A dict of ``size`` items, which are made while it is written."""
 
@@ -64,19 +73,20 @@ class Items(NamedTuple):
     pairs: Iterable[tuple[Any, Any]]
 
 
-def dumps(value: object) -> bytes:
-    """The pickle of None, booleans, whole numbers, strings, tuples, lists, dicts, and of the classes above.
+def dumps(value: object, protocol: Literal[2, 4] = 4) -> bytes:
+    """The pickle of None, booleans, whole numbers from 0, strings, tuples, lists, dicts, and of the classes above.
 
     Raises TypeError for anything else.
     """
-    writer = _Writer()
+    writer = _Writer(protocol)
     writer.save(value)
     return writer.finish()
 
 
 class _Writer:
-    def __init__(self) -> None:
-        self._done = bytearray(b"\x80\x04")
+    def __init__(self, protocol: Literal[2, 4]) -> None:
+        self._protocol = protocol
+        self._done = bytearray((0x80, protocol))
         self._frame = bytearray()
         self._memo: dict[object, int] = {}
         self._count = 0
@@ -90,6 +100,7 @@ class _Writer:
             Constant: self._constant,
             Call: self._call,
             Instance: self._instance,
+            Persistent: self._persistent,
             tuple: self._tuple,
             list: self._list,
             dict: self._dict,
@@ -110,13 +121,13 @@ class _Writer:
         return bytes(self._done)
 
     def _end_frame(self) -> None:
-        if len(self._frame) >= _SMALLEST_FRAME:
+        if len(self._frame) >= _SMALLEST_FRAME and self._protocol == 4:
             self._done += b"\x95" + struct.pack("<Q", len(self._frame))
         self._done += self._frame
         self._frame.clear()
 
     def _memoize(self) -> None:
-        self._frame += b"\x94"
+        self._frame += b"\x94" if self._protocol == 4 else _indexed(b"q", b"r", self._count)
         self._count += 1
 
     def _is_known(self, value: object) -> bool:
@@ -124,7 +135,7 @@ class _Writer:
         index = self._memo.get(value)
         if index is None:
             return False
-        self._frame += b"h" + bytes((index,)) if index < 1 << 8 else b"j" + struct.pack("<I", index)
+        self._frame += _indexed(b"h", b"j", index)
         return True
 
     def _remember(self, value: object) -> None:
@@ -138,7 +149,7 @@ class _Writer:
         self._frame += b"\x88" if value else b"\x89"
 
     def _int(self, value: int) -> None:
-        self._frame += whole_number(value)
+        self._frame += _whole_number(value)
 
     def _str(self, value: str) -> None:
         if not self._is_known(value):
@@ -152,7 +163,7 @@ class _Writer:
 
     def _characters(self, value: str) -> None:
         data = value.encode("utf-8", "surrogatepass")
-        short = len(data) < 1 << 8
+        short = len(data) < 1 << 8 and self._protocol == 4
         head = b"\x8c" + bytes((len(data),)) if short else b"X" + struct.pack("<I", len(data))
         if len(data) < _FRAME:
             self._frame += head + data
@@ -161,11 +172,15 @@ class _Writer:
         self._done += head + data
 
     def _global(self, value: Global) -> None:
-        if not self._is_known(value):
+        if self._is_known(value):
+            return
+        if self._protocol == 4:
             self.save(value.module)
             self.save(value.name)
             self._frame += b"\x93"
-            self._remember(value)
+        else:
+            self._frame += f"c{value.module}\n{value.name}\n".encode()
+        self._remember(value)
 
     def _constant(self, value: Constant) -> None:
         if not self._is_known(value):
@@ -188,6 +203,10 @@ class _Writer:
         self._memoize()
         self.save(value.state)
         self._frame += b"b"
+
+    def _persistent(self, value: Persistent) -> None:
+        self.save(value.id)
+        self._frame += b"Q"
 
     def _tuple(self, value: tuple[Any, ...]) -> None:
         if not value:
@@ -228,8 +247,11 @@ class _Writer:
             self._frame += b"s"
 
 
-def whole_number(value: int) -> bytes:
-    """How a whole number of 0 or more is pickled, by every protocol from 2 on."""
+def _indexed(short: bytes, long: bytes, index: int) -> bytes:
+    return short + bytes((index,)) if index < 1 << 8 else long + struct.pack("<I", index)
+
+
+def _whole_number(value: int) -> bytes:
     if value < 1 << 8:
         return b"K" + bytes((value,))
     if value < 1 << 16:

@@ -12,8 +12,11 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
+from ckpt_convert.convert.containers import pickle_writer
 from ckpt_convert.convert.containers.header import Checksummed, FileLayout, Header, StoredTensor
+from ckpt_convert.convert.containers.pickle_writer import Call, Global, Items, Persistent, Text
 from ckpt_convert.dtypes import DTYPES, nbytes
 from ckpt_convert.errors import KeyMismatchError, UsageError
 
@@ -21,7 +24,13 @@ KIND = "torch"
 
 _FULL16, _FULL32 = 0xFFFF, 0xFFFFFFFF
 _DEFERRED, _UTF8 = 1 << 3, 1 << 11
-_BATCH = 1000  # pickle writes the items of a dict in runs of this many
+
+_PROTOCOL: Literal[2] = 2
+_TYPED_TENSOR, _TENSOR = (Global("torch._utils", f"_rebuild_tensor_{version}") for version in ("v2", "v3"))
+_STORAGES = {name: Global("torch", dtype.storage) for name, dtype in DTYPES.items() if dtype.storage}
+_UNTYPED = Global("torch.storage", "UntypedStorage")
+_DTYPES = {name: Global("torch", dtype.torch) for name, dtype in DTYPES.items()}
+_ORDERED_DICT = Global("collections", "OrderedDict")
 
 Spec = tuple[str, str, tuple[int, ...]]
 
@@ -45,7 +54,11 @@ def build(tensors: Sequence[Spec], *, root: str, alignment: int = 64) -> FileLay
     """
     _check(tensors, root, alignment)
     sizes = [nbytes(dtype, shape) for _, dtype, shape in tensors]
-    return _laid_out(tensors, sizes, _pickle(tensors, sizes), root, alignment)
+    rebuilt = (
+        (Text(key), _rebuilt(number, dtype, shape, sizes[number])) for number, (key, dtype, shape) in enumerate(tensors)
+    )
+    data = pickle_writer.dumps(Items(len(tensors), rebuilt), _PROTOCOL)
+    return _laid_out(tensors, sizes, data, root, alignment)
 
 
 def build_one(dtype: str, shape: tuple[int, ...]) -> FileLayout:
@@ -56,10 +69,8 @@ def build_one(dtype: str, shape: tuple[int, ...]) -> FileLayout:
     tensors = [("", dtype, shape)]
     _check(tensors, "archive", 64)
     size = nbytes(dtype, shape)
-    pickler = _Pickler()
-    pickler.out += b"\x80\x02"
-    _tensor(pickler, 0, dtype, shape, size)
-    return _laid_out(tensors, [size], bytes(pickler.out + b"."), "archive", 64)
+    data = pickle_writer.dumps(_rebuilt(0, dtype, shape, size), _PROTOCOL)
+    return _laid_out(tensors, [size], data, "archive", 64)
 
 
 def _laid_out(tensors: Sequence[Spec], sizes: Sequence[int], data: bytes, root: str, alignment: int) -> FileLayout:
@@ -196,112 +207,21 @@ def _extra64(size: int, packed: int, local: int) -> bytes:
     return struct.pack(f"<2H{len(values)}Q", 1, 8 * len(values), *values) if values else b""
 
 
-class _Pickler:
-    """Writes protocol 2 as C's pickler does: every object gets the next memo index when it is first met."""
-
-    def __init__(self) -> None:
-        self.out = bytearray()
-        self.memo: dict[str, int] = {}
-        self.next = 0
-
-    def put(self) -> None:
-        self.out += self._indexed(b"q", b"r", self.next)
-        self.next += 1
-
-    def once(self, key: str, code: bytes) -> None:
-        """Write what ``code`` makes the first time, a reference afterwards."""
-        if key in self.memo:
-            self.out += self._indexed(b"h", b"j", self.memo[key])
-            return
-        self.memo[key] = self.next
-        self.out += code
-        self.put()
-
-    def name(self, module: str, attribute: str) -> None:
-        self.once(f"{module}.{attribute}", f"c{module}\n{attribute}\n".encode())
-
-    def text(self, value: str) -> None:
-        self.out += _text(value)
-        self.put()
-
-    def sizes(self, values: Sequence[int]) -> None:
-        if not values:
-            self.out += b")"
-            return
-        body = b"".join(map(_int, values))
-        self.out += body + b"\x85\x86\x87"[len(values) - 1 : len(values)] if len(values) < 4 else b"(" + body + b"t"
-        self.put()
-
-    @staticmethod
-    def _indexed(short: bytes, long: bytes, index: int) -> bytes:
-        return short + bytes((index,)) if index < 256 else long + struct.pack("<I", index)
-
-
-def _pickle(tensors: Sequence[Spec], sizes: Sequence[int]) -> bytes:
-    pickler = _Pickler()
-    pickler.out += b"\x80\x02}"
-    pickler.put()
-    for number, (key, dtype, shape) in enumerate(tensors):
-        if len(tensors) > 1 and number % _BATCH == 0:
-            pickler.out += b"("
-        pickler.text(key)
-        _tensor(pickler, number, dtype, shape, sizes[number])
-        if len(tensors) == 1:
-            pickler.out += b"s"
-        elif number % _BATCH == _BATCH - 1 or number == len(tensors) - 1:
-            pickler.out += b"u"
-    if tensors and len(tensors) % _BATCH == 0:
-        pickler.out += b"(u"  # C's pickler sees only after a full batch that nothing is left
-    return bytes(pickler.out + b".")
-
-
-def _tensor(pickler: _Pickler, number: int, dtype: str, shape: tuple[int, ...], size: int) -> None:
+def _rebuilt(number: int, dtype: str, shape: tuple[int, ...], size: int) -> Call:
+    """A tensor on the CPU, of all the bytes of the storage ``number``."""
     kind = DTYPES[dtype]
     if kind.bits < 8:  # torch counts bytes where safetensors counts the numbers packed in them
         shape = (*shape[:-1], shape[-1] * kind.bits // 8)
-    pickler.name("torch._utils", "_rebuild_tensor_v2" if kind.storage else "_rebuild_tensor_v3")
-    pickler.out += b"(("
-    pickler.once("'storage'", _text("storage"))
-    pickler.name(*(("torch", kind.storage) if kind.storage else ("torch.storage", "UntypedStorage")))
-    pickler.text(str(number))
-    pickler.once("'cpu'", _text("cpu"))
-    pickler.out += _int(size * 8 // kind.bits if kind.storage else size) + b"t"
-    pickler.put()
-    pickler.out += b"QK\0"
-    pickler.sizes(shape)
-    pickler.sizes(_strides(shape))
-    pickler.out += b"\x89"
-    pickler.name("collections", "OrderedDict")
-    pickler.out += b")R"
-    pickler.put()
-    if not kind.storage:
-        pickler.name("torch", kind.torch)
-    pickler.out += b"t"
-    pickler.put()
-    pickler.out += b"R"
-    pickler.put()
+    elements = size * 8 // kind.bits if kind.storage else size
+    storage = Persistent(("storage", _STORAGES.get(dtype, _UNTYPED), Text(str(number)), "cpu", elements))
+    arguments = (storage, 0, shape, _strides(shape), False, Call(_ORDERED_DICT, ()))
+    return Call(_TYPED_TENSOR, arguments) if kind.storage else Call(_TENSOR, (*arguments, _DTYPES[dtype]))
 
 
-def _strides(shape: Sequence[int]) -> list[int]:
+def _strides(shape: Sequence[int]) -> tuple[int, ...]:
     strides: list[int] = []
     step = 1
     for size in reversed(shape):
         strides.insert(0, step)
         step *= max(size, 1)
-    return strides
-
-
-def _text(value: str) -> bytes:
-    encoded = value.encode()
-    return b"X" + struct.pack("<I", len(encoded)) + encoded
-
-
-def _int(value: int) -> bytes:
-    if value < 1 << 8:
-        return b"K" + bytes((value,))
-    if value < 1 << 16:
-        return b"M" + struct.pack("<H", value)
-    if value < 1 << 31:
-        return b"J" + struct.pack("<i", value)
-    size = value.bit_length() // 8 + 1  # with room for the sign
-    return b"\x8a" + bytes((size,)) + value.to_bytes(size, "little")
+    return tuple(strides)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ckpt_convert.convert.containers import pickle_writer
-from ckpt_convert.convert.containers.pickle_writer import Call, Constant, Global, Instance, Items, Text
+from ckpt_convert.convert.containers.pickle_writer import Call, Constant, Global, Instance, Items, Persistent, Text
+
+PROTOCOLS: tuple[Literal[2, 4], ...] = (2, 4)
 
 
 @dataclass
@@ -72,14 +75,14 @@ def described(value: Any, globals_: dict[str, Global], strings: dict[str, str]) 
     return value
 
 
-def ours(value: Any) -> bytes:
+def ours(value: Any, protocol: Literal[2, 4] = 4) -> bytes:
     found = {kind.__name__: Global(__name__, kind.__name__) for kind in (Point, Row)}
-    return pickle_writer.dumps(described(value, found, {}))
+    return pickle_writer.dumps(described(value, found, {}), protocol)
 
 
-def by_python(value: Any) -> bytes:
+def by_python(value: Any, protocol: Literal[2, 4] = 4) -> bytes:
     own = {text: text for text in ("x", "y", "Point", "Row", __name__)}
-    return pickle.dumps(fresh(value, own), protocol=4)
+    return pickle.dumps(fresh(value, own), protocol)
 
 
 @settings(max_examples=300, deadline=None)
@@ -93,8 +96,9 @@ def by_python(value: Any) -> bytes:
 @example(["x" * 100_000, 1, "y" * 70_000])
 @example([0] * 65525 + ["x" * 10])
 def test_writes_what_pythons_pickler_writes(value: object) -> None:
-    assert ours(value) == by_python(value)
-    assert pickle.loads(ours(value)) == value
+    for protocol in PROTOCOLS:
+        assert ours(value, protocol) == by_python(value, protocol)
+        assert pickle.loads(ours(value, protocol)) == value
 
 
 @pytest.mark.parametrize("size", range(65525, 65545))
@@ -109,13 +113,28 @@ def test_objects_that_a_function_makes() -> None:
     assert pickle.loads(ours(rows)) == rows
 
 
-def test_a_constant_is_made_once() -> None:
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_constant_is_made_once(protocol: Literal[2, 4]) -> None:
     row = Row([7])
     constant = Constant(Global(__name__, "Row"), ((7,),))
-    data = pickle_writer.dumps([constant, 1, constant])
-    assert data == pickle.dumps([row, 1, row], protocol=4)
+    data = pickle_writer.dumps([constant, 1, constant], protocol)
+    assert data == pickle.dumps([row, 1, row], protocol)
     first, _, second = pickle.loads(data)
     assert first is second
+
+
+class _Elsewhere(pickle.Pickler):
+    """Leaves points out."""
+
+    def persistent_id(self, value: object) -> object:
+        return ("point", value.x) if isinstance(value, Point) else None
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_what_is_not_in_the_pickle(protocol: Literal[2, 4]) -> None:
+    file = io.BytesIO()
+    _Elsewhere(file, protocol).dump([Point(1, 0), Point("two", 0)])
+    assert pickle_writer.dumps([Persistent(("point", 1)), Persistent(("point", "two"))], protocol) == file.getvalue()
 
 
 def test_texts_are_told_apart_although_equal() -> None:
