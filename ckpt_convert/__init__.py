@@ -12,13 +12,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ckpt_convert.checkpointer.adapter_config import AdapterConfig
+    from ckpt_convert.adapters.adapter_config import AdapterConfig
+    from ckpt_convert.checkpoint.checkpoint import Checkpoint, open_checkpoint
     from ckpt_convert.checkpointer.checkpointer import Checkpointer
-    from ckpt_convert.checkpointer.options import Final
+    from ckpt_convert.checkpointer.save.options import Final
     from ckpt_convert.checkpointer.trainer import CheckpointerCallback as CheckpointerCallback
     from ckpt_convert.convert.api import Report, convert, plan
-    from ckpt_convert.convert.blocks import Progress
-    from ckpt_convert.convert.checkpoint import Checkpoint, open_checkpoint
     from ckpt_convert.convert.state_dict import convert_state_dict
     from ckpt_convert.errors import (
         AmbiguousFormatError,
@@ -43,20 +42,21 @@ if TYPE_CHECKING:
         UsageError,
         VerificationError,
     )
+    from ckpt_convert.tensors.blocks import Progress
 
 __version__ = "0.1.0"
 
 _LAZY = {
-    "Checkpoint": "ckpt_convert.convert.checkpoint",
-    "AdapterConfig": "ckpt_convert.checkpointer.adapter_config",
+    "Checkpoint": "ckpt_convert.checkpoint.checkpoint",
+    "AdapterConfig": "ckpt_convert.adapters.adapter_config",
     "Checkpointer": "ckpt_convert.checkpointer.checkpointer",
     "CheckpointerCallback": "ckpt_convert.checkpointer.trainer",  # needs transformers, so not in __all__
-    "Final": "ckpt_convert.checkpointer.options",
-    "Progress": "ckpt_convert.convert.blocks",
+    "Final": "ckpt_convert.checkpointer.save.options",
+    "Progress": "ckpt_convert.tensors.blocks",
     "Report": "ckpt_convert.convert.api",
     "convert": "ckpt_convert.convert",  # the package is the function, too
     "convert_state_dict": "ckpt_convert.convert.state_dict",
-    "open_checkpoint": "ckpt_convert.convert.checkpoint",
+    "open_checkpoint": "ckpt_convert.checkpoint.checkpoint",
     "plan": "ckpt_convert.convert.api",
 }
 

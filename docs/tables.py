@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ckpt_convert.cli.formats import footnotes, mark
-from ckpt_convert.convert.formats import ALL
+from ckpt_convert.formats import ALL
 from ckpt_convert.models import grouped
 
 README = Path(__file__).parent.parent / "README.md"

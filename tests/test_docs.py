@@ -133,7 +133,8 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_modules_that_a_page_names_exist(page: Path) -> None:
-    folders = "models|convert|cli|storage|recipes|benchmarks|docs|tests"
+    rooms = "cli|checkpointer|analysis|adapters|convert|checkpoint|formats|containers|models|tokenizer|tensors|storage"
+    folders = f"{rooms}|recipes|benchmarks|docs|tests"
     for name in re.findall(rf"`((?:{folders})/[\w/.*]+)`", page.read_text()):
         candidates = [ROOT / name, ROOT / "ckpt_convert" / name]
         if "*" in name:

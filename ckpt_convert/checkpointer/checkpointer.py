@@ -13,39 +13,32 @@ from typing import Any, Literal
 
 import torch
 
-from ckpt_convert import __version__
-from ckpt_convert.checkpointer import (
-    catalog,
-    loading,
-    optimizers,
-    options,
-    parts,
-    resuming,
-    retention,
-    schedule,
-    signals,
-)
-from ckpt_convert.checkpointer.background import Background
-from ckpt_convert.checkpointer.buffers import Buffers
-from ckpt_convert.checkpointer.catalog import Saved
-from ckpt_convert.checkpointer.choice import PROGRESS, Choice
-from ckpt_convert.checkpointer.copies import CopyCheck
-from ckpt_convert.checkpointer.emitting import Contents, Emitter, Settings
-from ckpt_convert.checkpointer.live import Model, tensors_of
-from ckpt_convert.checkpointer.metrics import Reported, numbers
-from ckpt_convert.checkpointer.names import Template
-from ckpt_convert.checkpointer.options import Final
-from ckpt_convert.checkpointer.progress import Progress
-from ckpt_convert.checkpointer.run_directory import RunDirectory
-from ckpt_convert.checkpointer.source import CONFIG, STARTED_FROM, Config, Source, lost, open_lost, open_source
-from ckpt_convert.checkpointer.watch import Watch
-from ckpt_convert.convert import formats
-from ckpt_convert.convert.blocks import ProgressCallback
-from ckpt_convert.convert.checkpoint import Checkpoint
+from ckpt_convert import __version__, formats
+from ckpt_convert.checkpoint.checkpoint import Checkpoint
+from ckpt_convert.checkpointer import resuming
+from ckpt_convert.checkpointer.live import loading
+from ckpt_convert.checkpointer.live.choice import PROGRESS, Choice
+from ckpt_convert.checkpointer.live.copies import CopyCheck
+from ckpt_convert.checkpointer.live.tensors import Model, tensors_of
+from ckpt_convert.checkpointer.run import catalog, retention, schedule
+from ckpt_convert.checkpointer.run.catalog import Saved
+from ckpt_convert.checkpointer.run.metrics import Reported, numbers
+from ckpt_convert.checkpointer.run.names import Template
+from ckpt_convert.checkpointer.run.progress import Progress
+from ckpt_convert.checkpointer.run.source import CONFIG, STARTED_FROM, Config, Source, lost, open_lost, open_source
+from ckpt_convert.checkpointer.run.watch import Watch
+from ckpt_convert.checkpointer.save import options, signals
+from ckpt_convert.checkpointer.save.background import Background
+from ckpt_convert.checkpointer.save.buffers import Buffers
+from ckpt_convert.checkpointer.save.emitting import Contents, Emitter, Settings
+from ckpt_convert.checkpointer.save.options import Final
+from ckpt_convert.checkpointer.save.run_directory import RunDirectory
+from ckpt_convert.checkpointer.state import optimizers, parts
 from ckpt_convert.errors import CheckpointNotFoundError, OutputExistsError, UsageError
 from ckpt_convert.storage import pointer
 from ckpt_convert.storage.names import local_path
 from ckpt_convert.storage.reader import WORKERS
+from ckpt_convert.tensors.blocks import ProgressCallback
 
 log = logging.getLogger("ckpt_convert")
 

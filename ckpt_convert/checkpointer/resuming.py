@@ -8,18 +8,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ckpt_convert.checkpointer import base, catalog, loading, retention, training_state
-from ckpt_convert.checkpointer.base import Base
-from ckpt_convert.checkpointer.catalog import Saved
-from ckpt_convert.checkpointer.choice import ADAPTER, MODEL, Choice
-from ckpt_convert.checkpointer.emitting import Emitter
-from ckpt_convert.checkpointer.live import tensors_of
-from ckpt_convert.checkpointer.pack import part
-from ckpt_convert.checkpointer.parts import Parts
-from ckpt_convert.convert.blocks import ProgressCallback
-from ckpt_convert.convert.check import check as check_weights
-from ckpt_convert.convert.checkpoint import open_checkpoint
-from ckpt_convert.convert.record import MANIFEST, TRAINING_STATE
+from ckpt_convert.analysis.check import check as check_weights
+from ckpt_convert.checkpoint.checkpoint import open_checkpoint
+from ckpt_convert.checkpoint.record import MANIFEST, TRAINING_STATE
+from ckpt_convert.checkpointer.live import base, loading
+from ckpt_convert.checkpointer.live.base import Base
+from ckpt_convert.checkpointer.live.choice import ADAPTER, MODEL, Choice
+from ckpt_convert.checkpointer.live.tensors import tensors_of
+from ckpt_convert.checkpointer.run import catalog, retention
+from ckpt_convert.checkpointer.run.catalog import Saved
+from ckpt_convert.checkpointer.save.emitting import Emitter
+from ckpt_convert.checkpointer.state import training_state
+from ckpt_convert.checkpointer.state.pack import part
+from ckpt_convert.checkpointer.state.parts import Parts
 from ckpt_convert.errors import (
     CheckpointNotFoundError,
     CkptConvertError,
@@ -33,6 +34,7 @@ from ckpt_convert.errors import (
 from ckpt_convert.storage import pointer
 from ckpt_convert.storage.names import local_path
 from ckpt_convert.storage.reader import reading
+from ckpt_convert.tensors.blocks import ProgressCallback
 
 log = logging.getLogger("ckpt_convert")
 

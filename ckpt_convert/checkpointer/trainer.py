@@ -15,8 +15,8 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy, has_length
 
-from ckpt_convert.checkpointer import rng
 from ckpt_convert.checkpointer.checkpointer import Checkpointer
+from ckpt_convert.checkpointer.state import rng
 from ckpt_convert.errors import CheckpointNotFoundError, UsageError
 
 log = logging.getLogger("ckpt_convert")

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ckpt_convert import formats
 from ckpt_convert.cli import options as common
 from ckpt_convert.cli.notices import notice, on_stderr
 from ckpt_convert.cli.progress import Bar
 from ckpt_convert.cli.text import echo, escape, human_bytes, plural
 from ckpt_convert.cli.tree import in_short
-from ckpt_convert.convert import formats
 from ckpt_convert.errors import UsageError
 from ckpt_convert.storage.names import local_path
 from ckpt_convert.storage.reader import WORKERS

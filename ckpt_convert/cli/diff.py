@@ -33,7 +33,7 @@ from ckpt_convert.cli.tree import Entry, Numbering
 from ckpt_convert.storage.reader import WORKERS
 
 if TYPE_CHECKING:
-    from ckpt_convert.convert.compare import Change, Diff, Status
+    from ckpt_convert.analysis.diff.compare import Change, Diff, Status
 
 
 @dataclass(frozen=True)
@@ -126,12 +126,12 @@ def diff(
     A and B are directories, weight files or Hub ids, in any formats and over any number of ranks: tensors are brought
     together through the family's table, with RoPE row orders and cuts undone. Nothing is written.
     """
+    from ckpt_convert.analysis.diff.compare import compare
+    from ckpt_convert.checkpoint.checkpoint import open_checkpoint
     from ckpt_convert.cli.html import diff_page
     from ckpt_convert.cli.notices import on_stderr
     from ckpt_convert.cli.pages import check_page, write_page
     from ckpt_convert.cli.progress import Bar
-    from ckpt_convert.convert.checkpoint import open_checkpoint
-    from ckpt_convert.convert.compare import compare
     from ckpt_convert.storage import hub
 
     if html is not None:

@@ -8,16 +8,16 @@ from dataclasses import asdict, dataclass, field
 from math import isfinite, prod
 from typing import TYPE_CHECKING, Any
 
+from ckpt_convert.checkpoint import diagnosis, record
+from ckpt_convert.checkpoint.usual import SIZES, size_of, text_part
 from ckpt_convert.cli.text import plural
-from ckpt_convert.convert import diagnosis, record
-from ckpt_convert.convert.formats import peft
-from ckpt_convert.convert.usual import SIZES, size_of, text_part
 from ckpt_convert.errors import CkptConvertError
+from ckpt_convert.formats import peft
 
 if TYPE_CHECKING:
-    from ckpt_convert.convert.checkpoint import Checkpoint, Part, TensorInfo
-    from ckpt_convert.convert.model import Model
-    from ckpt_convert.convert.stats import TensorStats
+    from ckpt_convert.analysis.stats.stats import TensorStats
+    from ckpt_convert.checkpoint.checkpoint import Checkpoint, Part, TensorInfo
+    from ckpt_convert.checkpoint.model import Model
 
 SCHEMA = 1
 

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from ckpt_convert.cli.text import columns, echo, terminal_width
-from ckpt_convert.convert.formats import ALL
+from ckpt_convert.formats import ALL
 from ckpt_convert.models import FAMILIES, Family, grouped
 
 SCHEMA = 1

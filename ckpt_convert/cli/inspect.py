@@ -15,8 +15,8 @@ from ckpt_convert.cli.facts import Facts, Statistics
 from ckpt_convert.cli.listing import body
 from ckpt_convert.cli.text import echo, echo_json, terminal_width
 from ckpt_convert.cli.view import SORTS, Order, View, header, matching, ordered
-from ckpt_convert.convert.bulk import without_collector
 from ckpt_convert.storage.reader import WORKERS
+from ckpt_convert.tensors.bulk import without_collector
 
 
 def _order(context: click.Context, parameter: click.Parameter, value: str) -> Order:
@@ -86,7 +86,7 @@ def inspect(path: str, revision: str | None, from_format: str | None, **options:
 
 
 def _look(path: Path, from_format: str | None, **options: Any) -> None:
-    from ckpt_convert.convert.checkpoint import open_checkpoint
+    from ckpt_convert.checkpoint.checkpoint import open_checkpoint
 
     family, config = options["family"], options["config"]
     with open_checkpoint(path, format=from_format, family=family, config=config) as checkpoint:
@@ -161,8 +161,8 @@ def _check(**options: Any) -> None:
 
 
 def _statistics(facts: Facts, view: View, workers: int | None) -> Statistics:
+    from ckpt_convert.analysis.stats.stats import statistics
     from ckpt_convert.cli.progress import Bar
-    from ckpt_convert.convert.stats import statistics
 
     keys = [info.key for info in matching(facts, view)]
     with Bar() as bar:

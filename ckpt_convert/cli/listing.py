@@ -13,8 +13,8 @@ from ckpt_convert.cli.view import Order, View, matching, missing, ordered, share
 from ckpt_convert.errors import CkptConvertError
 
 if TYPE_CHECKING:
-    from ckpt_convert.convert.checkpoint import TensorInfo, WeightFile
-    from ckpt_convert.convert.containers.header import StoredTensor
+    from ckpt_convert.checkpoint.checkpoint import TensorInfo, WeightFile
+    from ckpt_convert.tensors.header import StoredTensor
 
 
 def body(facts: Facts, view: View) -> Iterator[str]:

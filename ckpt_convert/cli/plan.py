@@ -9,12 +9,12 @@ from typing import Any
 
 import click
 
+from ckpt_convert.checkpoint.usual import SIZES
 from ckpt_convert.cli import colours, plan_tree
 from ckpt_convert.cli.text import Labelled, echo, echo_json, escape, human_bytes, labelled, plural, terminal_width
 from ckpt_convert.cli.tree import in_short
 from ckpt_convert.convert import steps
 from ckpt_convert.convert.plan import Plan
-from ckpt_convert.convert.usual import SIZES
 from ckpt_convert.storage.staging import existing_parent
 
 _LABEL = len("generated") + 2

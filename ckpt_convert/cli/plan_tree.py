@@ -20,8 +20,8 @@ from ckpt_convert.cli.text import (
     shorten,
     wrap,
 )
-from ckpt_convert.convert.bulk import without_collector
 from ckpt_convert.convert.steps import COPY, Move
+from ckpt_convert.tensors.bulk import without_collector
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ckpt_convert.cli.text import echo, human_bytes
 
 if TYPE_CHECKING:
-    from ckpt_convert.convert.blocks import Progress
+    from ckpt_convert.tensors.blocks import Progress
 
 _STEPS = "running"
 """The phase that counts tokens of a model's run, not bytes; there are few."""

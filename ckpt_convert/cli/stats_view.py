@@ -17,7 +17,7 @@ from ckpt_convert.cli.view import View, matching, ordered
 from ckpt_convert.errors import CkptConvertError, listing
 
 if TYPE_CHECKING:
-    from ckpt_convert.convert.numeric import Stats
+    from ckpt_convert.analysis.stats.numeric import Stats
 
 _HEAD = ("", "shape", "dtype", "", "min", "max", "mean", "std", "zeros", "NaN", "Inf", "xxh3")
 
@@ -62,7 +62,7 @@ def _verdict(facts: Facts, statistics: Statistics) -> str:
 
 def pooled(parts: Sequence[Stats]) -> Stats:
     """The statistics of several tensors as if they were one."""
-    from ckpt_convert.convert.numeric import Stats
+    from ckpt_convert.analysis.stats.numeric import Stats
 
     finite = [(part, part.count - part.nan - part.inf) for part in parts if part.mean is not None]
     total = sum(count for _, count in finite)

@@ -16,10 +16,10 @@ from ckpt_convert.storage.reader import WORKERS
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ckpt_convert.convert.check import Report
-    from ckpt_convert.convert.check.accept import Accepted
-    from ckpt_convert.convert.findings import Finding
-    from ckpt_convert.convert.logits import LogitsReport
+    from ckpt_convert.analysis.check import Report
+    from ckpt_convert.analysis.check.accept import Accepted
+    from ckpt_convert.analysis.logits.logits import LogitsReport
+    from ckpt_convert.checkpoint.findings import Finding
 
 _COLOURS = {"error": colours.BAD, "warning": colours.WARNING, "note": "cyan"}
 _LABEL = 9
@@ -83,12 +83,12 @@ def verify(
     written, except with --accept: before the checks, the checksums of these files beside the weights are renewed in
     ckpt_convert/manifest.json.
     """
+    from ckpt_convert.analysis.check import check
+    from ckpt_convert.analysis.check.accept import accept
+    from ckpt_convert.analysis.check.against import Opening, against, computing
+    from ckpt_convert.checkpoint.opening import place
     from ckpt_convert.cli.notices import on_stderr
     from ckpt_convert.cli.progress import Bar
-    from ckpt_convert.convert.check import check
-    from ckpt_convert.convert.check.accept import accept
-    from ckpt_convert.convert.check.against import Opening, against, computing
-    from ckpt_convert.convert.opening import place
     from ckpt_convert.storage import hub
 
     renewed = accept(place(Path(path)), accepted) if accepted else []

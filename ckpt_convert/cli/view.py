@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
+from ckpt_convert.checkpoint.usual import SIZES
 from ckpt_convert.cli import colours, tree
 from ckpt_convert.cli import facts as looking
 from ckpt_convert.cli.facts import Count, Facts
 from ckpt_convert.cli.text import Labelled, bar, escape, human_bytes, human_count, labelled, number, percent, plural
-from ckpt_convert.convert.formats.base import RECORD_FOLDER
-from ckpt_convert.convert.usual import SIZES
+from ckpt_convert.formats.base import RECORD_FOLDER
 
 if TYPE_CHECKING:
-    from ckpt_convert.convert.checkpoint import TensorInfo
+    from ckpt_convert.checkpoint.checkpoint import TensorInfo
 
 SORTS = {"name": False, "size": True, "offset": False}
 """What can be sorted by, and whether the largest comes first unless asked otherwise."""

@@ -7,15 +7,15 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
-from ckpt_convert.convert import output, ownership, record
+from ckpt_convert.checkpoint import record
+from ckpt_convert.checkpoint.checkpoint import Checkpoint, open_checkpoint, read_checkpoint
+from ckpt_convert.checkpoint.model import from_shapes
+from ckpt_convert.checkpoint.opening import part_of
+from ckpt_convert.checkpoint.quantized.view import requested
+from ckpt_convert.convert import output, ownership
 from ckpt_convert.convert import plan as planning
-from ckpt_convert.convert.blocks import ProgressCallback
-from ckpt_convert.convert.checkpoint import Checkpoint, open_checkpoint, read_checkpoint
 from ckpt_convert.convert.execute import check_losses, is_tied, loss_text, run_checks
-from ckpt_convert.convert.model import from_shapes
-from ckpt_convert.convert.opening import part_of
 from ckpt_convert.convert.plan import Plan
-from ckpt_convert.convert.quantized.view import requested
 from ckpt_convert.convert.request import Request
 from ckpt_convert.convert.verify import verify as verify_output
 from ckpt_convert.errors import (
@@ -33,6 +33,7 @@ from ckpt_convert.storage import hub
 from ckpt_convert.storage.names import local_path
 from ckpt_convert.storage.reader import WORKERS, exists, reading
 from ckpt_convert.storage.staging import Staging, check_destination, check_space
+from ckpt_convert.tensors.blocks import ProgressCallback
 
 
 @dataclass(frozen=True)

@@ -8,16 +8,17 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from ckpt_convert.convert import record, sidefiles
-from ckpt_convert.convert.checkpoint import Checkpoint, usual_dtype
-from ckpt_convert.convert.formats.base import JSON_LIMIT, RECORD_FOLDER, load_json, render_json
-from ckpt_convert.convert.model import Model, naming
-from ckpt_convert.convert.quantized.recognise import CONFIGS
-from ckpt_convert.convert.quantized.view import Dequantized
+from ckpt_convert.checkpoint import record
+from ckpt_convert.checkpoint.checkpoint import Checkpoint, usual_dtype
+from ckpt_convert.checkpoint.model import Model, naming
+from ckpt_convert.checkpoint.quantized.recognise import CONFIGS
+from ckpt_convert.checkpoint.quantized.view import Dequantized
+from ckpt_convert.convert import sidefiles
 from ckpt_convert.convert.request import Request
 from ckpt_convert.convert.sidefiles import SideFile
 from ckpt_convert.dtypes import DTYPES, majority
 from ckpt_convert.errors import UnsupportedFamilyError
+from ckpt_convert.formats.base import JSON_LIMIT, RECORD_FOLDER, load_json, render_json
 from ckpt_convert.models.core.config import type_of
 from ckpt_convert.storage.reader import read_file
 
@@ -103,7 +104,7 @@ def tokenizer(
 
     @lru_cache(maxsize=1)
     def translated() -> Mapping[str, bytes]:
-        from ckpt_convert.convert import tokenizer as translation
+        from ckpt_convert.tokenizer import tokenizer as translation
 
         if request.to == "hf":
             rows = model.dims["vocab_size"] + model.dims.get("new_tokens", 0)

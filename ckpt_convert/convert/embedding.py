@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 from typing import NamedTuple
 
+from ckpt_convert.checkpoint.checkpoint import Checkpoint
+from ckpt_convert.checkpoint.model import Model
 from ckpt_convert.convert import configs, sidefiles
-from ckpt_convert.convert.checkpoint import Checkpoint
-from ckpt_convert.convert.model import Model
 from ckpt_convert.convert.request import Request
 from ckpt_convert.models.core.config import read_rope
 from ckpt_convert.storage.reader import read_file
@@ -58,7 +58,7 @@ def cut_of(source: Checkpoint, request: Request, like: Checkpoint | None, model:
 
 def _tokenizer(source: Checkpoint) -> str | None:
     """The kind of the tokenizer beside the weights."""
-    from ckpt_convert.convert import tokenizer
+    from ckpt_convert.tokenizer import tokenizer
 
     here = sidefiles.beside(source)
     restored = source.record.carried_side_files if source.record is not None else {}

@@ -20,17 +20,17 @@ from typing import Any
 import numpy as np
 
 from ckpt_convert import dtypes
-from ckpt_convert.convert import blocks, decode
-from ckpt_convert.convert.blocks import Meter, Mover, ProgressCallback, Read, difference
-from ckpt_convert.convert.formats.base import RECORD_FOLDER
+from ckpt_convert.checkpoint.mapping import Equality
 from ckpt_convert.convert.layout import OutputFile, Placed
-from ckpt_convert.convert.mapping import Equality
 from ckpt_convert.convert.plan import Plan, fingerprint
 from ckpt_convert.errors import LossyConversionError, TiedWeightsError, listing
-from ckpt_convert.models.lazy import LazyTensor
+from ckpt_convert.formats.base import RECORD_FOLDER
 from ckpt_convert.storage.checksums import CRC32, CRC64
 from ckpt_convert.storage.folder import Folder, StagedFile
 from ckpt_convert.storage.staging import Journal, Staging
+from ckpt_convert.tensors import blocks, decode
+from ckpt_convert.tensors.blocks import Meter, Mover, ProgressCallback, Read, difference
+from ckpt_convert.tensors.lazy import LazyTensor
 
 PIECE = 64 << 20
 """Bytes of a piece, at most."""

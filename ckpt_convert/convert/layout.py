@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
 from ckpt_convert import dtypes
-from ckpt_convert.convert.containers import dcp_build, safetensors, torchzip
-from ckpt_convert.convert.containers.header import FileLayout, Header, StoredTensor
-from ckpt_convert.convert.mapping import Earlier, Equality, Target
-from ckpt_convert.convert.record import Layout
+from ckpt_convert.checkpoint.mapping import Earlier, Equality, Target
+from ckpt_convert.checkpoint.record import Layout
+from ckpt_convert.containers import safetensors
+from ckpt_convert.containers.dcp import dcp_build
+from ckpt_convert.containers.torch_zip import torchzip
 from ckpt_convert.errors import UsageError
-from ckpt_convert.models.lazy import LazyTensor
+from ckpt_convert.tensors.header import FileLayout, Header, StoredTensor
+from ckpt_convert.tensors.lazy import LazyTensor
 
 Spec = tuple[str, str, tuple[int, ...]]
 

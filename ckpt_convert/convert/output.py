@@ -9,20 +9,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ckpt_convert.convert import checklist, sidefiles
-from ckpt_convert.convert.blocks import Meter, ProgressCallback
-from ckpt_convert.convert.checklist import CHECKLIST
-from ckpt_convert.convert.checkpoint import Checkpoint
+from ckpt_convert.checkpoint import checklist
+from ckpt_convert.checkpoint.checklist import CHECKLIST
+from ckpt_convert.checkpoint.checkpoint import Checkpoint
+from ckpt_convert.convert import sidefiles
 from ckpt_convert.convert.execute import Execution, named
-from ckpt_convert.convert.formats.base import RECORD_FOLDER, TEXT_LIMIT
 from ckpt_convert.convert.plan import Plan
 from ckpt_convert.convert.sidefiles import SideFile
 from ckpt_convert.errors import CorruptFileError, LossyConversionError
+from ckpt_convert.formats.base import RECORD_FOLDER, TEXT_LIMIT
 from ckpt_convert.storage import checksums
 from ckpt_convert.storage.checksums import digest
 from ckpt_convert.storage.folder import Folder
 from ckpt_convert.storage.reader import LocalFile, identify, permitted, read, read_file, reading
 from ckpt_convert.storage.staging import Staging
+from ckpt_convert.tensors.blocks import Meter, ProgressCallback
 
 
 @dataclass(frozen=True)

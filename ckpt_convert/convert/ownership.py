@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
-from ckpt_convert.convert import record
-from ckpt_convert.convert.formats.base import DCP_INDEX, RECORD_FOLDER
+from ckpt_convert.checkpoint import record
+from ckpt_convert.formats.base import DCP_INDEX, RECORD_FOLDER
 from ckpt_convert.storage.names import JOURNAL
 from ckpt_convert.storage.staging import Rules
 

@@ -6,18 +6,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import PurePosixPath
 
-from ckpt_convert.convert import formats, layout
-from ckpt_convert.convert.checkpoint import Checkpoint
-from ckpt_convert.convert.containers import dcp, dcp_build
-from ckpt_convert.convert.formats import hf, native
-from ckpt_convert.convert.formats.base import DCP_INDEX, RECORD_FOLDER, common_names, render_index
+from ckpt_convert import formats
+from ckpt_convert.checkpoint.checkpoint import Checkpoint
+from ckpt_convert.checkpoint.mapping import Logicals, Target
+from ckpt_convert.checkpoint.model import Model
+from ckpt_convert.checkpoint.record import Layout
+from ckpt_convert.containers.dcp import dcp, dcp_build
+from ckpt_convert.convert import layout
 from ckpt_convert.convert.layout import OutputFile
-from ckpt_convert.convert.mapping import Logicals, Target
-from ckpt_convert.convert.model import Model
-from ckpt_convert.convert.record import Layout
 from ckpt_convert.convert.request import Request
 from ckpt_convert.convert.sidefiles import SideFile
 from ckpt_convert.errors import ShapeMismatchError, UsageError
+from ckpt_convert.formats import hf, native
+from ckpt_convert.formats.base import DCP_INDEX, RECORD_FOLDER, common_names, render_index
 from ckpt_convert.models.core.table import Entry, Family, Instance
 
 _OURS = frozenset(common_names(1, "pt") or ())

@@ -8,31 +8,32 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ckpt_convert import __version__, dtypes
-from ckpt_convert.convert import brought, configs, embedding, formats, layout, mapping, placement, record, sidefiles
-from ckpt_convert.convert.blocks import BLOCK
-from ckpt_convert.convert.bulk import without_collector
-from ckpt_convert.convert.checklist import CHECKLIST
-from ckpt_convert.convert.checkpoint import Checkpoint, WeightFile, open_checkpoint
-from ckpt_convert.convert.containers.header import IN_MEMORY, StoredTensor
+from ckpt_convert import __version__, dtypes, formats
+from ckpt_convert.checkpoint import mapping, record
+from ckpt_convert.checkpoint.checklist import CHECKLIST
+from ckpt_convert.checkpoint.checkpoint import Checkpoint, WeightFile, open_checkpoint
+from ckpt_convert.checkpoint.mapping import Equality, Logical, Logicals, Source, Target
+from ckpt_convert.checkpoint.model import Model, naming
+from ckpt_convert.checkpoint.opening import close
+from ckpt_convert.checkpoint.quantized import carry, view
+from ckpt_convert.checkpoint.record import Layout
+from ckpt_convert.convert import brought, configs, embedding, layout, placement, sidefiles
 from ckpt_convert.convert.embedding import Cut
-from ckpt_convert.convert.formats.base import DCP_INDEX, RECORD_FOLDER
-from ckpt_convert.convert.gather import SCRATCH
 from ckpt_convert.convert.layout import OutputFile
-from ckpt_convert.convert.mapping import Equality, Logical, Logicals, Source, Target
-from ckpt_convert.convert.model import Model, naming
-from ckpt_convert.convert.opening import close
-from ckpt_convert.convert.quantized import carry, view
-from ckpt_convert.convert.record import Layout
 from ckpt_convert.convert.request import CASTABLE, CASTS, NARROW, Request
 from ckpt_convert.convert.sidefiles import SideFile
 from ckpt_convert.errors import ConfigError, CorruptFileError, ShapeMismatchError, UnsupportedFamilyError, UsageError
+from ckpt_convert.formats.base import DCP_INDEX, RECORD_FOLDER
 from ckpt_convert.models.core.config import read_rope
 from ckpt_convert.models.core.table import Dims, Instance
-from ckpt_convert.models.lazy import LazyTensor, zeros
 from ckpt_convert.storage.checksums import digest
 from ckpt_convert.storage.names import JOURNAL
 from ckpt_convert.storage.reader import Identity, compare, identify, reading
+from ckpt_convert.tensors.blocks import BLOCK
+from ckpt_convert.tensors.bulk import without_collector
+from ckpt_convert.tensors.gather import SCRATCH
+from ckpt_convert.tensors.header import IN_MEMORY, StoredTensor
+from ckpt_convert.tensors.lazy import LazyTensor, zeros
 
 _BASE_MEMORY = 40_000_000
 """Bytes of the interpreter with the modules that a conversion and its progress bar need, as measured."""

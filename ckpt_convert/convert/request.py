@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ckpt_convert.convert import formats
+from ckpt_convert import formats
 from ckpt_convert.errors import UsageError
 from ckpt_convert.models import Family
 from ckpt_convert.models.core.config import ConfigOptions

@@ -6,18 +6,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckpt_convert.convert import checklist, formats, record
-from ckpt_convert.convert.checklist import CHECKLIST
-from ckpt_convert.convert.checkpoint import Checkpoint
-from ckpt_convert.convert.formats.base import (
-    NEVER_SIDE_FILES,
-    NEVER_SIDE_FOLDERS,
-    RECORD_FOLDER,
-    TEXT_LIMIT,
-    is_index,
-)
-from ckpt_convert.convert.record import Layout, Record
+from ckpt_convert import formats
+from ckpt_convert.checkpoint import checklist, record
+from ckpt_convert.checkpoint.checklist import CHECKLIST
+from ckpt_convert.checkpoint.checkpoint import Checkpoint
+from ckpt_convert.checkpoint.record import Layout, Record
 from ckpt_convert.errors import CheckpointNotFoundError, CorruptFileError, InputError, UnsafeFileError
+from ckpt_convert.formats.base import NEVER_SIDE_FILES, NEVER_SIDE_FOLDERS, RECORD_FOLDER, TEXT_LIMIT, is_index
 from ckpt_convert.storage.names import WEIGHT_SUFFIXES, check_name, resolve
 from ckpt_convert.storage.reader import Identity, identify, read_file, reading, walk
 

@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 
-from ckpt_convert.convert import legacy_keys, mapping
-from ckpt_convert.convert.formats.base import load_json
-from ckpt_convert.convert.mapping import Equality, Logicals, Source
-from ckpt_convert.convert.model import Model, candidates, identify
+from ckpt_convert.checkpoint import legacy_keys, mapping
+from ckpt_convert.checkpoint.mapping import Equality, Logicals, Source
+from ckpt_convert.checkpoint.model import Model, candidates, identify
 from ckpt_convert.dtypes import DTYPES, FROM_TORCH
 from ckpt_convert.errors import (
     KeyMismatchError,
@@ -23,11 +22,12 @@ from ckpt_convert.errors import (
     UsageError,
     listing,
 )
+from ckpt_convert.formats.base import load_json
 from ckpt_convert.models import FAMILIES, FORMATS
 from ckpt_convert.models.core.config import ConfigOptions
 from ckpt_convert.models.core.table import Instance
-from ckpt_convert.models.lazy import ZEROS, LazyTensor, stored
 from ckpt_convert.storage.names import local_path
+from ckpt_convert.tensors.lazy import ZEROS, LazyTensor, stored
 
 log = logging.getLogger("ckpt_convert")
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ckpt_convert import dtypes
-from ckpt_convert.convert.mapping import Logical
+from ckpt_convert.checkpoint.mapping import Logical
 from ckpt_convert.convert.plan import Plan, target_dtype
 from ckpt_convert.models.core.table import Instance, Key, Row
 

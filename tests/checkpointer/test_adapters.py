@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from ckpt_convert.checkpointer.adapter_config import AdapterConfig
-from ckpt_convert.checkpointer.adapter_modules import Modules
-from ckpt_convert.checkpointer.adapters import split
-from ckpt_convert.checkpointer.merge import Merge, MergedReader, merged_rows, merges
-from ckpt_convert.checkpointer.peft_files import CONFIG, WEIGHTS, Loaded, files, from_peft, load_into, to_peft
+from ckpt_convert.adapters.adapter_config import AdapterConfig
+from ckpt_convert.adapters.adapter_modules import Modules
+from ckpt_convert.adapters.adapters import split
+from ckpt_convert.adapters.merge import Merge, MergedReader, merged_rows, merges
+from ckpt_convert.adapters.peft_files import CONFIG, WEIGHTS, Loaded, files, from_peft, load_into, to_peft
 from ckpt_convert.errors import (
     CheckpointNotFoundError,
     CkptConvertError,

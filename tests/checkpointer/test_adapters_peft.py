@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import torch
 
-from ckpt_convert.checkpointer.adapter_config import AdapterConfig
-from ckpt_convert.checkpointer.adapter_modules import Modules
-from ckpt_convert.checkpointer.adapters import Adapter, Split, split
-from ckpt_convert.checkpointer.merge import merges
-from ckpt_convert.checkpointer.peft_files import CONFIG, WEIGHTS, files, from_peft, load_into, to_peft
+from ckpt_convert.adapters.adapter_config import AdapterConfig
+from ckpt_convert.adapters.adapter_modules import Modules
+from ckpt_convert.adapters.adapters import Adapter, Split, split
+from ckpt_convert.adapters.merge import merges
+from ckpt_convert.adapters.peft_files import CONFIG, WEIGHTS, files, from_peft, load_into, to_peft
 from ckpt_convert.errors import ConfigError, KeyMismatchError
 from ckpt_convert.models import FAMILIES
 from tests.helpers import Tensors, assert_same, bits, read_safetensors

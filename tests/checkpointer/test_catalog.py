@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from ckpt_convert.checkpointer import catalog
-from ckpt_convert.checkpointer.progress import Progress
+from ckpt_convert.checkpointer.run import catalog
+from ckpt_convert.checkpointer.run.progress import Progress
 from ckpt_convert.errors import CheckpointNotFoundError, ConfigError, OutputExistsError, UsageError
 from ckpt_convert.storage import pointer
 from ckpt_convert.storage.lock import Lock

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from ckpt_convert import Checkpointer
-from ckpt_convert.checkpointer import training_state
+from ckpt_convert.checkpointer.state import training_state
 from ckpt_convert.errors import CkptConvertError, LockedError, NotEnoughSpaceError, OutputExistsError
 from tests.checkpointer.training import LLAMA, Trained
 from tests.helpers import assert_same, bits

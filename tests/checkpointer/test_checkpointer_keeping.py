@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from ckpt_convert import Checkpointer
-from ckpt_convert.checkpointer import retention
+from ckpt_convert.checkpointer.run import retention
 from ckpt_convert.errors import UsageError
 from tests.checkpointer.training import LLAMA, Trained, make_model
 from tests.helpers import sums

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ckpt_convert import Checkpointer
-from ckpt_convert.checkpointer import training_state
+from ckpt_convert.checkpointer.state import training_state
 from ckpt_convert.errors import KeyMismatchError, TiedWeightsError
 from recipes.native_llama import NativeLlama
 from tests.checkpointer.training import LLAMA, Trained, bfloat16_source, make_model

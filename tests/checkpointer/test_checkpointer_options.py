@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from ckpt_convert import Checkpointer
-from ckpt_convert.checkpointer.progress import Progress
-from ckpt_convert.convert.check import check
+from ckpt_convert.analysis.check import check
+from ckpt_convert.checkpointer.run.progress import Progress
 from ckpt_convert.errors import CkptConvertError, KeyMismatchError, OutputExistsError, UsageError
 from recipes.native_llama import NativeLlama
 from tests.checkpointer.training import LLAMA, Trained, bfloat16_source, make_model

@@ -24,9 +24,9 @@ from torch.utils.data import (
 )
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from ckpt_convert.checkpointer import rng
-from ckpt_convert.checkpointer.dataloader import track
-from ckpt_convert.checkpointer.pack import pack, unpack
+from ckpt_convert.checkpointer.state import rng
+from ckpt_convert.checkpointer.state.dataloader import track
+from ckpt_convert.checkpointer.state.pack import pack, unpack
 from ckpt_convert.errors import CorruptFileError, UsageError
 
 SIZE = 23

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from ckpt_convert.checkpointer.names import LONGEST, Template
-from ckpt_convert.checkpointer.progress import Progress
+from ckpt_convert.checkpointer.run.names import LONGEST, Template
+from ckpt_convert.checkpointer.run.progress import Progress
 from ckpt_convert.errors import UsageError
 
 SOME = Progress(step=40, epoch=2, tokens=5000, samples=320, evals=3, seconds=12.5)

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from ckpt_convert.checkpointer.progress import Progress
+from ckpt_convert.checkpointer.run.progress import Progress
 from ckpt_convert.errors import CorruptFileError
 
 SOME = Progress(step=40, epoch=2, tokens=2**40, samples=320, evals=3, seconds=0.1)

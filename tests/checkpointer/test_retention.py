@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from ckpt_convert.checkpointer import catalog, retention
-from ckpt_convert.checkpointer.catalog import Saved
-from ckpt_convert.checkpointer.progress import Progress
-from ckpt_convert.checkpointer.retention import Decision, Policy
+from ckpt_convert.checkpointer.run import catalog, retention
+from ckpt_convert.checkpointer.run.catalog import Saved
+from ckpt_convert.checkpointer.run.progress import Progress
+from ckpt_convert.checkpointer.run.retention import Decision, Policy
 from ckpt_convert.errors import UsageError
 
 MANIFEST = "ckpt_convert/manifest.json"

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from ckpt_convert.checkpointer import rng
-from ckpt_convert.checkpointer.pack import pack, unpack
+from ckpt_convert.checkpointer.state import rng
+from ckpt_convert.checkpointer.state.pack import pack, unpack
 from ckpt_convert.errors import CorruptFileError
 
 

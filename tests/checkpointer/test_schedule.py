@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from ckpt_convert.checkpointer.progress import Progress
-from ckpt_convert.checkpointer.schedule import Event, Schedule, parse
+from ckpt_convert.checkpointer.run.progress import Progress
+from ckpt_convert.checkpointer.run.schedule import Event, Schedule, parse
 from ckpt_convert.errors import UsageError
 
 ALL = {"step": "step", "epoch": "epoch", "evals": "eval", "tokens": "step", "samples": "step", "seconds": "step"}

@@ -14,7 +14,7 @@ from types import FrameType
 
 import pytest
 
-from ckpt_convert.checkpointer.signals import Signals
+from ckpt_convert.checkpointer.save.signals import Signals
 from ckpt_convert.errors import UsageError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -38,7 +38,7 @@ def caught() -> Iterator[list[int]]:
 
 
 def run(code: str) -> subprocess.CompletedProcess[str]:
-    code = "import os, signal\nfrom ckpt_convert.checkpointer.signals import Signals\n" + textwrap.dedent(code)
+    code = "import os, signal\nfrom ckpt_convert.checkpointer.save.signals import Signals\n" + textwrap.dedent(code)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
 

@@ -11,8 +11,8 @@ import torch
 from torch.optim import SGD
 from torch.optim import lr_scheduler as schedulers
 
-from ckpt_convert.checkpointer import stateful
-from ckpt_convert.checkpointer.pack import pack, unpack
+from ckpt_convert.checkpointer.state import stateful
+from ckpt_convert.checkpointer.state.pack import pack, unpack
 from ckpt_convert.errors import UsageError
 
 

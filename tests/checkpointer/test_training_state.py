@@ -15,10 +15,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 import ckpt_convert
-from ckpt_convert.checkpointer import training_state
-from ckpt_convert.checkpointer.pack import Packed, pack
-from ckpt_convert.checkpointer.training_state import DESCRIPTION, check, open_state, read, write
-from ckpt_convert.convert.containers.header import Box
+from ckpt_convert.checkpointer.state import training_state
+from ckpt_convert.checkpointer.state.pack import Packed, pack
+from ckpt_convert.checkpointer.state.training_state import DESCRIPTION, check, open_state, read, write
 from ckpt_convert.errors import (
     CheckpointNotFoundError,
     CkptConvertError,
@@ -30,6 +29,7 @@ from ckpt_convert.errors import (
     UsageError,
 )
 from ckpt_convert.storage.folder import Folder
+from ckpt_convert.tensors.header import Box
 
 
 def optimizer() -> dict[str, Any]:

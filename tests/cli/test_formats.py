@@ -8,11 +8,11 @@ import pytest
 from click.testing import CliRunner
 
 import ckpt_convert
+from ckpt_convert.analysis.check.run import check
 from ckpt_convert.cli import cli
 from ckpt_convert.cli.formats import formats
 from ckpt_convert.convert.api import plan
-from ckpt_convert.convert.check.run import check
-from ckpt_convert.convert.formats import ALL
+from ckpt_convert.formats import ALL
 from ckpt_convert.models import FAMILIES, Family, grouped
 from ckpt_convert.models.llama import table
 from tests.helpers import GOLDEN

@@ -13,8 +13,8 @@ import safetensors.torch
 import torch
 import xxhash
 
+from ckpt_convert.analysis.stats.numeric import Stats, Summary
 from ckpt_convert.cli.stats_view import pooled
-from ckpt_convert.convert.numeric import Stats, Summary
 from tests.cli.inspecting import body, document, run, text
 from tests.helpers import GOLDEN, bits, read_safetensors
 

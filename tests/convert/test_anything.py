@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ckpt_convert
-from ckpt_convert.convert.checkpoint import Checkpoint
+from ckpt_convert.checkpoint.checkpoint import Checkpoint
 from ckpt_convert.errors import (
     AmbiguousFormatError,
     CheckpointNotFoundError,

@@ -17,8 +17,8 @@ import safetensors.torch
 import torch
 
 import ckpt_convert
-from ckpt_convert.convert.check import Report, check
-from ckpt_convert.convert.findings import Finding
+from ckpt_convert.analysis.check import Report, check
+from ckpt_convert.checkpoint.findings import Finding
 from ckpt_convert.errors import CheckpointNotFoundError
 from ckpt_convert.storage.names import replaced_of
 from ckpt_convert.storage.reader import LocalFile

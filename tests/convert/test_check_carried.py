@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ckpt_convert import convert
-from ckpt_convert.convert.check import check
+from ckpt_convert.analysis.check import check
 from tests.helpers import GOLDEN
 
 CARRIED = "ckpt_convert/layouts/meta/carried.safetensors"

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 import transformers
 
-from ckpt_convert.convert.check import check
+from ckpt_convert.analysis.check import check
 from tests.helpers import GOLDEN, edit_json
 
 SIZES = {

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ckpt_convert.convert import checklist
+from ckpt_convert.checkpoint import checklist
 from ckpt_convert.errors import CheckpointNotFoundError, CorruptFileError, UnsafeFileError
 
 MD5 = "0804c42ca65584f50234a86d71e6916a"

@@ -15,15 +15,15 @@ import transformers
 from transformers.modeling_layers import MtpModel
 
 from ckpt_convert import convert, convert_state_dict
-from ckpt_convert.convert import mapping
-from ckpt_convert.convert.check import check
-from ckpt_convert.convert.mapping import Source
+from ckpt_convert.analysis.check import check
+from ckpt_convert.checkpoint import mapping
+from ckpt_convert.checkpoint.mapping import Source
 from ckpt_convert.errors import CkptConvertError, ConfigError, KeyMismatchError
 from ckpt_convert.models import FAMILIES
 from ckpt_convert.models.core.config import ConfigOptions
 from ckpt_convert.models.core.table import IN_MEMORY, Dims
-from ckpt_convert.models.lazy import stored
 from ckpt_convert.models.mixtral import config as mixtral_config
+from ckpt_convert.tensors.lazy import stored
 from tests.helpers import GOLDEN, Tensors, assert_same, edit_json, read_safetensors, sums
 
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [53, 5, 8, 9, 7, 9, 3, 2]])

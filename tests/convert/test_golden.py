@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 import ckpt_convert
-from ckpt_convert.convert import blocks, execute, gather
+from ckpt_convert.convert import execute
+from ckpt_convert.tensors import blocks, gather
 from tests.helpers import CASES, GOLDEN, assert_same, read_meta, read_safetensors, sums
 
 SHARDED = ("llama", "llama2", "llama_tied")

@@ -14,11 +14,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import ckpt_convert
+from ckpt_convert.checkpoint.mapping import Target
 from ckpt_convert.convert import layout
-from ckpt_convert.convert.mapping import Target
 from ckpt_convert.errors import TiedWeightsError, VerificationError
-from ckpt_convert.models.lazy import stored
 from ckpt_convert.models.llama.table import LLAMA
+from ckpt_convert.tensors.lazy import stored
 from tests.helpers import GOLDEN, assert_same, bits, edit_json, read_meta, read_safetensors, sums
 
 HF = GOLDEN / "llama" / "hf"

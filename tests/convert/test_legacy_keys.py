@@ -15,9 +15,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import ckpt_convert
-from ckpt_convert.convert import legacy_keys
-from ckpt_convert.convert.check.run import check
-from ckpt_convert.convert.compare import compare
+from ckpt_convert.analysis.check.run import check
+from ckpt_convert.analysis.diff.compare import compare
+from ckpt_convert.checkpoint import legacy_keys
 from ckpt_convert.errors import AmbiguousFormatError, KeyMismatchError
 from ckpt_convert.models import FAMILIES
 from ckpt_convert.models.core.table import Family, Key, Row
@@ -390,7 +390,7 @@ def test_a_missing_shard_is_named_by_the_formats_keys(tmp_path: Path) -> None:
 
 
 def test_logits_are_those_of_the_plain_one(tmp_path: Path) -> None:
-    from ckpt_convert.convert.logits import logits
+    from ckpt_convert.analysis.logits.logits import logits
 
     source = checkpoint_of(renamed(HF, before("module._orig_mod.")), tmp_path / "source")
     with ckpt_convert.open_checkpoint(source) as a, ckpt_convert.open_checkpoint(LLAMA_HF) as b:

@@ -18,10 +18,9 @@ import torch
 import transformers
 from transformers.utils import logging as chatter
 
-from ckpt_convert.convert import logits as logits_module
-from ckpt_convert.convert.blocks import Progress
-from ckpt_convert.convert.checkpoint import open_checkpoint
-from ckpt_convert.convert.logits import LogitsReport, logits
+from ckpt_convert.analysis.logits import logits as logits_module
+from ckpt_convert.analysis.logits.logits import LogitsReport, logits
+from ckpt_convert.checkpoint.checkpoint import open_checkpoint
 from ckpt_convert.errors import (
     CkptConvertError,
     ConfigError,
@@ -30,6 +29,7 @@ from ckpt_convert.errors import (
     UnsupportedFamilyError,
     UsageError,
 )
+from ckpt_convert.tensors.blocks import Progress
 from tests.helpers import GOLDEN, Tensors, edit_json, read_safetensors
 
 

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckpt_convert.convert import pieces
-from ckpt_convert.convert.numeric import Comparison, Delta, Stats, Summary, comparable
+from ckpt_convert.analysis.stats import pieces
+from ckpt_convert.analysis.stats.numeric import Comparison, Delta, Stats, Summary, comparable
 from ckpt_convert.dtypes import DTYPES
 from tests.helpers import bits
 

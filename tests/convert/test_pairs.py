@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 import ckpt_convert
-from ckpt_convert.convert.compare import compare
+from ckpt_convert.analysis.diff.compare import compare
 from ckpt_convert.errors import UnsupportedFamilyError
 from tests.helpers import GOLDEN
 

@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 import pytest
 
-from ckpt_convert.convert import parallel
-from ckpt_convert.convert.blocks import Meter, Progress
 from ckpt_convert.errors import CkptConvertError, CorruptFileError
+from ckpt_convert.tensors import parallel
+from ckpt_convert.tensors.blocks import Meter, Progress
 
 ITEMS = [(number, size) for number, size in enumerate([0, 1, 40 << 20, 5, 70 << 20, 0, 3, 33 << 20, 9, 40 << 20, 2])]
 Work = Callable[[int], tuple[int, int]]

@@ -18,16 +18,16 @@ from torch.distributed.checkpoint.quantized_hf_storage import QuantizedHuggingFa
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import ckpt_convert
-from ckpt_convert.convert.gather import Gatherer
-from ckpt_convert.convert.opening import WeightFile
-from ckpt_convert.convert.quantized import fp8, mxfp4, reading, schemes
-from ckpt_convert.convert.quantized.files import ComputedFile
-from ckpt_convert.convert.quantized.reading import Rows, bfloat16
-from ckpt_convert.convert.quantized.recognise import Quantized, Stored
-from ckpt_convert.convert.quantized.view import _described, dequantized
-from ckpt_convert.models import lazy
-from ckpt_convert.models.lazy import LazyTensor
+from ckpt_convert.checkpoint.opening import WeightFile
+from ckpt_convert.checkpoint.quantized import fp8, mxfp4, reading, schemes
+from ckpt_convert.checkpoint.quantized.files import ComputedFile
+from ckpt_convert.checkpoint.quantized.reading import Rows, bfloat16
+from ckpt_convert.checkpoint.quantized.recognise import Quantized, Stored
+from ckpt_convert.checkpoint.quantized.view import _described, dequantized
 from ckpt_convert.storage.reader import LocalFile
+from ckpt_convert.tensors import lazy
+from ckpt_convert.tensors.gather import Gatherer
+from ckpt_convert.tensors.lazy import LazyTensor
 from tests.convert.quantizing import (
     compressed_llama,
     edit,
@@ -50,7 +50,7 @@ def cast(numbers: Tensors, dtype: str) -> Tensors:
 
 def stored(path: Path, tensors: Tensors) -> dict[str, Stored]:
     safetensors.torch.save_file(tensors, path)
-    from ckpt_convert.convert import containers
+    from ckpt_convert import containers
 
     reader, header = containers.parse(LocalFile(path))
     file = WeightFile(path.name, 0, path, reader, header)

@@ -15,11 +15,11 @@ import pytest
 import torch
 
 import ckpt_convert
-from ckpt_convert.convert.check import check
-from ckpt_convert.convert.compare import compare
-from ckpt_convert.convert.quantized import schemes
-from ckpt_convert.convert.quantized.recognise import Quantization
-from ckpt_convert.convert.quantized.view import Dequantized
+from ckpt_convert.analysis.check import check
+from ckpt_convert.analysis.diff.compare import compare
+from ckpt_convert.checkpoint.quantized import schemes
+from ckpt_convert.checkpoint.quantized.recognise import Quantization
+from ckpt_convert.checkpoint.quantized.view import Dequantized
 from ckpt_convert.errors import CkptConvertError, ConfigError, KeyMismatchError, ShapeMismatchError, UsageError
 from tests.convert.quantizing import compressed_llama, edit, fp8_llama, gpt_oss, is_linear, write_index
 from tests.helpers import GOLDEN, Tensors, assert_same, edit_json, read_safetensors, sums
@@ -406,7 +406,7 @@ def test_headers_alone_need_no_numpy(command: list[str], tmp_path: Path) -> None
     fp8_llama(tmp_path / "source")
     arguments = [sys.executable, "-X", "importtime", "-m", "ckpt_convert", *command, str(tmp_path / "source")]
     done = subprocess.run(arguments, capture_output=True, text=True, check=True)
-    assert "ckpt_convert.convert.quantized.recognise" in done.stderr
+    assert "ckpt_convert.checkpoint.quantized.recognise" in done.stderr
     assert not re.search(r"\| +(numpy|torch)$", done.stderr, re.MULTILINE)
 
 

@@ -14,9 +14,9 @@ import torch
 from tokenizers import Tokenizer
 
 import ckpt_convert
-from ckpt_convert.convert.tokenizer import tiktoken_to_hf
 from ckpt_convert.errors import CheckpointNotFoundError, CorruptFileError
 from ckpt_convert.storage import hub
+from ckpt_convert.tokenizer.tokenizer import tiktoken_to_hf
 from tests.helpers import GOLDEN, edit_json, sums
 
 HF = GOLDEN / "llama" / "hf"

@@ -16,10 +16,10 @@ import torch
 import xxhash
 
 import ckpt_convert
-from ckpt_convert.convert.blocks import BLOCK, Progress
-from ckpt_convert.convert.numeric import Stats
-from ckpt_convert.convert.stats import TensorStats, statistics
+from ckpt_convert.analysis.stats.numeric import Stats
+from ckpt_convert.analysis.stats.stats import TensorStats, statistics
 from ckpt_convert.errors import CorruptFileError
+from ckpt_convert.tensors.blocks import BLOCK, Progress
 from tests.helpers import CASES, GOLDEN, Tensors, bits, read_meta, read_safetensors
 
 
@@ -176,7 +176,7 @@ def test_memory_does_not_grow_with_the_tensor(tmp_path: Path) -> None:
 
 def test_torch_is_not_needed() -> None:
     code = (
-        "import sys, ckpt_convert; from ckpt_convert.convert.stats import statistics\n"
+        "import sys, ckpt_convert; from ckpt_convert.analysis.stats.stats import statistics\n"
         "with ckpt_convert.open_checkpoint(sys.argv[1]) as c: print(len(list(statistics(c, list(c), workers=2))))\n"
         "print('torch' in sys.modules)"
     )

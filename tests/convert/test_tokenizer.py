@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from ckpt_convert.convert import tokenizer
-from ckpt_convert.convert.tokenizer import hf_to_tiktoken, sentencepiece_to_hf, tiktoken_to_hf
-from ckpt_convert.convert.tokenizer_sentencepiece import parse_model
 from ckpt_convert.errors import ConfigError, CorruptFileError, InputError
+from ckpt_convert.tokenizer import tokenizer
+from ckpt_convert.tokenizer.tokenizer import hf_to_tiktoken, sentencepiece_to_hf, tiktoken_to_hf
+from ckpt_convert.tokenizer.tokenizer_sentencepiece import parse_model
 
 # llama_models/llama3/tokenizer.py
 LLAMA3_PATTERN = (
@@ -796,7 +796,7 @@ def test_special_tokens_that_meta_does_not_know_are_named() -> None:
 
 
 def test_nothing_heavy_is_imported() -> None:
-    code = "import sys, ckpt_convert.convert.tokenizer, ckpt_convert.convert.checklist; print(*sys.modules)"
+    code = "import sys, ckpt_convert.tokenizer.tokenizer, ckpt_convert.checkpoint.checklist; print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
 
     assert {"torch", "transformers", "tokenizers", "sentencepiece", "google.protobuf"}.isdisjoint(modules)

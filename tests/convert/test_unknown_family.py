@@ -12,11 +12,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import ckpt_convert
-from ckpt_convert.checkpointer.adapter_config import AdapterConfig
-from ckpt_convert.convert import unknown
-from ckpt_convert.convert.check.run import check
-from ckpt_convert.convert.compare import compare
-from ckpt_convert.convert.mapping import Source
+from ckpt_convert.adapters.adapter_config import AdapterConfig
+from ckpt_convert.analysis.check.run import check
+from ckpt_convert.analysis.diff.compare import compare
+from ckpt_convert.checkpoint import unknown
+from ckpt_convert.checkpoint.mapping import Source
 from ckpt_convert.errors import (
     ConfigError,
     KeyMismatchError,
@@ -24,7 +24,7 @@ from ckpt_convert.errors import (
     UnsupportedFamilyError,
     UsageError,
 )
-from ckpt_convert.models.lazy import stored
+from ckpt_convert.tensors.lazy import stored
 from tests.helpers import GOLDEN, Tensors, assert_same, bits, edit_json, read_safetensors, sums
 
 auto: Any = transformers

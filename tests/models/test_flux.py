@@ -17,9 +17,9 @@ import transformers
 from click.testing import CliRunner
 
 import ckpt_convert
+from ckpt_convert.analysis.check.run import check
 from ckpt_convert.cli import cli
 from ckpt_convert.convert.api import plan
-from ckpt_convert.convert.check.run import check
 from ckpt_convert.errors import ConfigError, KeyMismatchError, LossyConversionError, TiedWeightsError
 from ckpt_convert.models import FAMILIES
 from ckpt_convert.models.flux_autoencoder import from_shapes

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckpt_convert.models.lazy import LazyTensor, concat, row_major, stack, stored
+from ckpt_convert.tensors.lazy import LazyTensor, concat, row_major, stack, stored
 
 
 def evaluate(tensor: LazyTensor, *sources: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]

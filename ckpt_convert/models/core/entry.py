@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from math import prod
 
 from ckpt_convert.models.core.rows import Key, Row, Sets
-from ckpt_convert.models.lazy import LazyTensor, concat, stack
+from ckpt_convert.tensors.lazy import LazyTensor, concat, stack
 
 
 @dataclass(frozen=True, slots=True)

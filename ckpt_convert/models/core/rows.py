@@ -14,7 +14,7 @@ from functools import cached_property, lru_cache
 from math import prod
 from typing import Any, Literal, NamedTuple
 
-from ckpt_convert.models.lazy import LazyTensor, concat, zeros
+from ckpt_convert.tensors.lazy import LazyTensor, concat, zeros
 
 FORMATS = ("hf", "meta", "native", "torchtitan")
 _FORMATS = frozenset(FORMATS)

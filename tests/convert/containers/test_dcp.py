@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 import ckpt_convert
-from ckpt_convert.convert.checkpoint import Checkpoint
+from ckpt_convert.checkpoint.checkpoint import Checkpoint
 from ckpt_convert.errors import (
     AmbiguousFormatError,
     CheckpointNotFoundError,
@@ -382,7 +382,7 @@ def test_records_that_were_transformed_are_listed_but_not_read(tmp_path: Path) -
 def test_many_pieces_are_checked_quickly(tmp_path: Path) -> None:
     """20,000 boxes in a checkerboard: comparing each with each would take minutes."""
     boxes = {(row, 2 * column): (1, 2) for row in range(200) for column in range(100)}
-    from ckpt_convert.convert.containers.dcp_metadata import Place, Tensor, check_cover
+    from ckpt_convert.containers.dcp.dcp_metadata import Place, Tensor, check_cover
 
     place = Place("__0_0.distcp", 0, 8, True)
     check_cover("w", Tensor("F32", (200, 200), {origin: (sizes, place) for origin, sizes in boxes.items()}))

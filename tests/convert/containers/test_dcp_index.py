@@ -14,8 +14,8 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from ckpt_convert.convert.containers import dcp_index
-from ckpt_convert.convert.containers.dcp_index import Placed
+from ckpt_convert.containers.dcp import dcp_index
+from ckpt_convert.containers.dcp.dcp_index import Placed
 from ckpt_convert.dtypes import DTYPES
 
 OF_TORCH = [name for name, dtype in DTYPES.items() if dtype.torch and dtype.bits >= 8]

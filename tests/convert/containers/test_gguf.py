@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ckpt_convert
-from ckpt_convert.convert import containers
+from ckpt_convert import containers
 from ckpt_convert.errors import AmbiguousFormatError, CkptConvertError, CorruptFileError, InputError
 
 KINDS = gguf.GGMLQuantizationType

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ckpt_convert.convert import containers
+from ckpt_convert import containers
 from ckpt_convert.errors import CorruptFileError, InputError, UnsafeFileError
 from ckpt_convert.storage.reader import LocalFile, read
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ckpt_convert.convert.containers import pickle_writer
-from ckpt_convert.convert.containers.pickle_writer import Call, Constant, Global, Instance, Items, Persistent, Text
+from ckpt_convert.containers.pickle import pickle_writer
+from ckpt_convert.containers.pickle.pickle_writer import Call, Constant, Global, Instance, Items, Persistent, Text
 
 PROTOCOLS: tuple[Literal[2, 4], ...] = (2, 4)
 

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from safetensors import deserialize
 from safetensors.torch import save
 
-from ckpt_convert.convert import containers
-from ckpt_convert.convert.containers.header import FileLayout, StoredTensor
-from ckpt_convert.convert.containers.safetensors import MAX_HEADER, build, parse, usual_order
+from ckpt_convert import containers
+from ckpt_convert.containers.safetensors import MAX_HEADER, build, parse, usual_order
 from ckpt_convert.dtypes import DTYPES, FROM_TORCH, nbytes
 from ckpt_convert.errors import CkptConvertError, CorruptFileError, KeyMismatchError, UsageError
 from ckpt_convert.storage.reader import LocalFile, read
+from ckpt_convert.tensors.header import FileLayout, StoredTensor
 
 KNOWN = [name for name, dtype in DTYPES.items() if dtype.torch and name != "C128"]
 

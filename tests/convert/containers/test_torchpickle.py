@@ -20,10 +20,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckpt_convert.convert.containers.header import Header
-from ckpt_convert.convert.containers.torchzip import parse
+from ckpt_convert.containers.torch_zip.torchzip import parse
 from ckpt_convert.errors import CkptConvertError, CorruptFileError, UnsafeFileError
 from ckpt_convert.storage.reader import read
+from ckpt_convert.tensors.header import Header
 
 
 class Bytes:

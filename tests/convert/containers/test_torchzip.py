@@ -16,9 +16,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckpt_convert.convert import containers
-from ckpt_convert.convert.containers.header import FileLayout, Header
-from ckpt_convert.convert.containers.torchzip import build, is_zip, parse
+from ckpt_convert import containers
+from ckpt_convert.containers.torch_zip.torchzip import build, is_zip, parse
 from ckpt_convert.dtypes import DTYPES, FROM_TORCH, nbytes
 from ckpt_convert.errors import (
     CkptConvertError,
@@ -29,6 +28,7 @@ from ckpt_convert.errors import (
     UsageError,
 )
 from ckpt_convert.storage.reader import LocalFile, read
+from ckpt_convert.tensors.header import FileLayout, Header
 
 KNOWN = [name for name, dtype in DTYPES.items() if dtype.torch]
 

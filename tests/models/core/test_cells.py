@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from ckpt_convert.convert import mapping
-from ckpt_convert.convert.gather import Gatherer
-from ckpt_convert.convert.mapping import Source
+from ckpt_convert.checkpoint import mapping
+from ckpt_convert.checkpoint.mapping import Source
 from ckpt_convert.convert.state_dict import make
 from ckpt_convert.models.core.table import Dims, Family, Key, Row
 from ckpt_convert.models.core.table_check import check
-from ckpt_convert.models.lazy import ZEROS, concat, stack, stored, zeros
+from ckpt_convert.tensors.gather import Gatherer
+from ckpt_convert.tensors.lazy import ZEROS, concat, stack, stored, zeros
 
 SIZES = {"n_layers": 2, "cells": 4, "width": 3, "places": 6, "experts": 3, "rows": 5, "tied": 0}
 PLACES = {0: 1, 1: 0, 3: 2, 4: 1}
@@ -127,7 +127,7 @@ def test_zeros_are_made_and_not_read(tmp_path: Path) -> None:
     class File:
         reader = Stored()
 
-    from ckpt_convert.convert.containers.header import StoredTensor
+    from ckpt_convert.tensors.header import StoredTensor
 
     gatherer = Gatherer([(File(), StoredTensor("w", "F32", (2, 3), 0))])
     for tensor, wanted in ((lazy, expected), (lazy.permute((1, 0)), expected.T)):

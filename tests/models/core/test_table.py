@@ -12,7 +12,7 @@ import torch
 import transformers
 
 import ckpt_convert
-from ckpt_convert.convert.check.run import check
+from ckpt_convert.analysis.check.run import check
 from ckpt_convert.models import FAMILIES
 from ckpt_convert.models.core import table_check
 from ckpt_convert.models.core.table import Family, Key, Row, evaluate

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ckpt_convert.convert import mapping
-from ckpt_convert.convert.mapping import Source
+from ckpt_convert.checkpoint import mapping
+from ckpt_convert.checkpoint.mapping import Source
 from ckpt_convert.errors import KeyMismatchError
 from ckpt_convert.models.core import table_check
 from ckpt_convert.models.core.table import Dims, Family, Key, Row
-from ckpt_convert.models.lazy import stored
 from ckpt_convert.models.llama.table import LLAMA
+from ckpt_convert.tensors.lazy import stored
 from tests.models.test_lazy import evaluate
 
 Arrays = dict[str, np.ndarray]  # type: ignore[type-arg]

@@ -20,7 +20,6 @@ from transformers.models.mllama.configuration_mllama import MllamaTextConfig, Ml
 import ckpt_convert
 from ckpt_convert import ConfigError, convert, convert_state_dict
 from ckpt_convert.models import FAMILIES
-from ckpt_convert.models.lazy import LazyTensor, concat
 from ckpt_convert.models.mllama import config as mllama_config
 from ckpt_convert.models.mllama.config import (
     VisionModel,
@@ -32,6 +31,7 @@ from ckpt_convert.models.mllama.config import (
     params_to_hf,
     sets,
 )
+from ckpt_convert.tensors.lazy import LazyTensor, concat
 from tests.helpers import GOLDEN, Tensors, assert_same, bits, read_meta, read_safetensors, sums
 
 TILES = 3
@@ -389,7 +389,7 @@ def test_a_difference_in_what_repeats_itself_is_a_difference(tables: Path, tmp_p
     shutil.copytree(tables, tmp_path / "other")
     change_one(tmp_path / "other", TABLES[1], (0, 0), -7.0)  # the row of no aspect ratio
     with ckpt_convert.open_checkpoint(tables) as one, ckpt_convert.open_checkpoint(tmp_path / "other") as other:
-        from ckpt_convert.convert.compare import compare
+        from ckpt_convert.analysis.diff.compare import compare
 
         found = compare(one, other)
     assert [change.key for change in found.changes if change.status != "same"] == [TABLES[1]]

@@ -1,0 +1,1 @@
+"""LoRA and DoRA: configs, the modules they change, PEFT's files, and merging."""

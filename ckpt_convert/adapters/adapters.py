@@ -1,0 +1,275 @@
+"""LoRA and DoRA parameters in a training model: which tensors they are, and what they belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from ckpt_convert.adapters.adapter_config import AdapterConfig, plain_pattern
+from ckpt_convert.adapters.adapter_modules import Modules
+from ckpt_convert.errors import CkptConvertError, ConfigError, KeyMismatchError, ShapeMismatchError, listing
+
+PEFT_PREFIX = "base_model.model."
+"""What PEFT's wrapper puts before every key."""
+
+_A, _B, _MAGNITUDE = "A", "B", "magnitude"
+_SPELLINGS = {
+    **{f".lora_{letter}{ending}": _A for letter in "aA" for ending in ("", ".weight")},
+    **{f".lora_{letter}{ending}": _B for letter in "bB" for ending in ("", ".weight")},
+    ".lora_A.default.weight": _A,
+    ".lora_B.default.weight": _B,
+    ".magnitude": _MAGNITUDE,
+    ".magnitude.weight": _MAGNITUDE,
+    **{f".lora_magnitude_vector{ending}": _MAGNITUDE for ending in ("", ".weight", ".default", ".default.weight")},
+}
+_WRAPPED = ("base_layer", "linear", "base")
+"""Where a module with an adapter may keep the layer that it adapts."""
+
+_KNOWN = "lora_a, lora_A (.weight, .default.weight), the same with b, and magnitude or lora_magnitude_vector"
+
+
+class Adapter(NamedTuple):
+    """The adapter of one linear layer: ``a`` [rank, in], ``b`` [out, rank], and with DoRA ``magnitude`` [out]."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    magnitude: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Split:
+    """A model's tensors, taken apart; they are the model's own, not copies.
+
+    base: the base weights by plain key (layers.0.attn.q_proj.weight), ``names`` the keys that the model has for them.
+    adapters: by module (layers.0.attn.q_proj), in the order of the model. saved: what is trained whole beside the
+    adapter (modules_to_save) by plain key; a model that PEFT wraps has the frozen weight in ``base``, any other has
+    the same tensor there.
+    """
+
+    base: dict[str, torch.Tensor]
+    adapters: dict[str, Adapter]
+    saved: dict[str, torch.Tensor] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
+
+
+class _Problems:
+    """What does not fit, by kind of error."""
+
+    def __init__(self) -> None:
+        self.keys: list[str] = []
+        self.shapes: list[str] = []
+
+    def raise_if_any(self, what: str) -> None:
+        kind: type[CkptConvertError] = KeyMismatchError if self.keys else ShapeMismatchError
+        if lines := [*self.keys, *self.shapes]:
+            raise kind(f"{what}: the adapter does not fit:{listing(lines)}")
+
+
+def split(
+    live: Mapping[str, torch.Tensor],
+    config: AdapterConfig | None,
+    modules: Modules,
+    *,
+    what: str = "the model in memory",
+    has_base: bool = True,
+) -> Split:
+    """Tell base weights and adapter parameters apart, and check the adapters against the table and the config.
+
+    ``modules`` are those of the training layout. ``has_base=False`` is for a file, which has no base weights beside
+    the adapters. Base weights are not checked otherwise. Raises KeyMismatchError or ShapeMismatchError that lists all
+    that does not fit, ConfigError for words in the config that name no module.
+    """
+    problems = _Problems()
+    prefix = PEFT_PREFIX if live and all(key.startswith(PEFT_PREFIX) for key in live) else ""
+    tensors = {key.removeprefix(prefix): tensor for key, tensor in live.items()}
+    found = _assembled(_parts(tensors, problems), tensors, prefix, problems)
+    order = {module: at for at, module in enumerate(modules.linear)}
+    adapters = {module: found.adapters[module] for module in sorted(found.adapters, key=lambda m: order.get(m, -1))}
+    for module in adapters:
+        if module not in modules.linear:
+            problems.keys.append(
+                f"{module}: is no linear layer of {modules.family.name} in the {modules.format} layout"
+                f"{modules.near(module)}"
+            )
+        elif has_base and f"{module}.weight" not in found.base and not _is_omitted(module, modules):
+            problems.keys.append(f"{module}: has an adapter, but there is no {module}.weight to adapt")
+    base, saved = dict(found.base), dict(found.saved)
+    if not has_base:
+        saved |= {key: base.pop(key) for key in found.base if found.names[key].removeprefix(PEFT_PREFIX) == key}
+    if config is not None:
+        _check_config(config, modules)
+        saved |= _whole_modules(config, modules, found, problems) if has_base else {}
+        problems.keys += _against_targets(config, modules, adapters, saved)
+        if not adapters and not saved and not problems.keys:
+            problems.keys.append(f"there is none: no key ends as an adapter's does: {_KNOWN}")
+    for key in saved:
+        if (name := key.removesuffix(".weight")) in adapters:
+            problems.keys.append(f"{name}: is trained whole (modules_to_save) and has an adapter")
+    for module, adapter in adapters.items():
+        problems.shapes += _shapes(module, adapter, config, modules)
+        if config is not None and config.use_dora != (adapter.magnitude is not None):
+            has = "has no magnitude" if config.use_dora else "has a magnitude"
+            problems.keys.append(f"{module}: {has}, but the config says use_dora={config.use_dora}")
+    problems.raise_if_any(what)
+    return Split(base, adapters, saved, found.names)
+
+
+def translated(
+    adapters: Mapping[str, Adapter], modules: Modules, *, source: str, target: str
+) -> Iterator[tuple[str, Adapter]]:
+    """(name in the target layout, adapter) with rows as the target layout has those of the base; A never changes.
+
+    ``modules`` and the names of ``adapters`` are those of the source layout. Tensors that need no other order are
+    passed on as they are.
+    """
+    for module, (a, b, magnitude) in adapters.items():
+        instance = modules.linear[module]
+        yield (
+            str(instance.key(target)).removesuffix(".weight"),
+            Adapter(
+                a.detach(),
+                modules.reordered(b, instance, source, target),
+                None if magnitude is None else modules.reordered(magnitude, instance, source, target),
+            ),
+        )
+
+
+def _parts(keys: Iterable[str], problems: _Problems) -> dict[str, dict[str, list[str]]]:
+    """The keys of each module's adapter parameters by kind."""
+    parts: dict[str, dict[str, list[str]]] = {}
+    for key in keys:
+        module, kind = _parsed(key)
+        if kind is not None:
+            parts.setdefault(module, {}).setdefault(kind, []).append(key)
+        elif any(part.startswith("lora_") for part in key.split(".")):
+            hint = "; adapters of embeddings are not supported" if "lora_embedding" in key else ""
+            problems.keys.append(f"{key}: is no adapter parameter that is known ({_KNOWN}){hint}")
+    return parts
+
+
+def _parsed(key: str) -> tuple[str, str | None]:
+    for suffix, kind in _SPELLINGS.items():
+        if key.endswith(suffix):
+            return key.removesuffix(suffix), kind
+    return key, None
+
+
+def _assembled(
+    parts: Mapping[str, Mapping[str, list[str]]],
+    tensors: Mapping[str, torch.Tensor],
+    prefix: str,
+    problems: _Problems,
+) -> Split:
+    adapters: dict[str, Adapter] = {}
+    for module, kinds in parts.items():
+        twice = [keys for keys in kinds.values() if len(keys) > 1]
+        problems.keys += [f"{module}: has one parameter under {len(keys)} names: {', '.join(keys)}" for keys in twice]
+        lacking = [kind for kind in (_A, _B) if kind not in kinds]
+        if lacking:
+            named = ", ".join(key for keys in kinds.values() for key in keys)
+            problems.keys.append(f"{module}: has no LoRA {' and no '.join(lacking)} beside {named}")
+        elif not twice:
+            chosen = {kind: tensors[keys[0]] for kind, keys in kinds.items()}
+            adapters[module] = Adapter(chosen[_A], chosen[_B], chosen.get(_MAGNITUDE))
+    base: dict[str, torch.Tensor] = {}
+    saved: dict[str, torch.Tensor] = {}
+    names: dict[str, str] = {}
+    for key, tensor in tensors.items():
+        if _parsed(key)[1] is not None or any(part.startswith("lora_") for part in key.split(".")):
+            continue
+        plain, trained = _plain(key, parts)
+        into = saved if trained else base
+        if plain in into:
+            problems.keys.append(f"{plain}: is there twice, as {key} too")
+        into[plain] = tensor
+        if not trained:
+            names[plain] = prefix + key
+    return Split(base, adapters, saved, names)
+
+
+def _plain(key: str, adapted: Mapping[str, object]) -> tuple[str, bool]:
+    """A base weight's key without what wraps its module, and whether it is PEFT's copy that is trained whole."""
+    parts = key.split(".")
+    if len(parts) > 2 and parts[-2] in _WRAPPED and ".".join(parts[:-2]) in adapted:
+        return ".".join((*parts[:-2], parts[-1])), False
+    if len(parts) > 2 and parts[-2] == "original_module":
+        return ".".join((*parts[:-2], parts[-1])), False
+    if len(parts) > 3 and parts[-3:-1] == ["modules_to_save", "default"]:
+        return ".".join((*parts[:-3], parts[-1])), True
+    return key, False
+
+
+def _is_omitted(module: str, modules: Modules) -> bool:
+    """Whether the layer's weight is the embedding, which tied models need not name twice."""
+    return modules.tied and modules.linear[module].row.tied_to is not None
+
+
+def _check_config(config: AdapterConfig, modules: Modules) -> None:
+    words = [] if config.target_modules is None else modules.called(config.target_modules)[1]
+    lost = [f"target_modules: {word!r} names no linear layer{modules.near(word)}" for word in words]
+    for name, pattern in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+        unknown = modules.called([plain_pattern(key) or key for key in pattern or {}])[1]
+        lost += [f"{name}: {word!r} names no linear layer{modules.near(word)}" for word in unknown]
+    lost += [
+        f"modules_to_save: {word!r} names no module" for word, keys in modules.saved(config.modules_to_save) if not keys
+    ]
+    if lost:
+        raise ConfigError(
+            f"the adapter's config does not fit {modules.family.name} in the {modules.format} layout:{listing(lost)}"
+        )
+
+
+def _whole_modules(
+    config: AdapterConfig, modules: Modules, found: Split, problems: _Problems
+) -> dict[str, torch.Tensor]:
+    """What modules_to_save names; in a model that PEFT does not wrap these are base weights."""
+    out: dict[str, torch.Tensor] = {}
+    for word, keys in modules.saved(config.modules_to_save):
+        have = [key for key in keys if key in found.saved or key in found.base]
+        if not have:
+            problems.keys.append(f"{word}: is to be saved whole (modules_to_save), but the model has no {keys[0]}")
+        for key in have:
+            if key not in found.saved:
+                out[key] = found.base[key]
+                row = modules.keys[key].row
+                if modules.tied and (row.tied_to or any(other.tied_to == row.name for other in modules.family.rows)):
+                    problems.keys.append(
+                        f"{key}: cannot be saved whole (modules_to_save): it is tied, and PEFT would load it into the "
+                        "embedding or the output layer, but not into both"
+                    )
+    return out
+
+
+def _against_targets(
+    config: AdapterConfig, modules: Modules, adapters: Iterable[str], saved: Iterable[str]
+) -> Iterator[str]:
+    if config.target_modules is None:
+        return
+    wanted = [name for name in modules.called(config.target_modules)[0] if f"{name}.weight" not in saved]
+    for module in wanted:
+        if module not in adapters:
+            yield f"{module}: has no adapter, but the config's target_modules name it"
+    for module in adapters:
+        if module in modules.linear and module not in wanted and f"{module}.weight" not in saved:
+            yield f"{module}: has an adapter, but the config's target_modules do not name it"
+
+
+def _shapes(module: str, adapter: Adapter, config: AdapterConfig | None, modules: Modules) -> Iterator[str]:
+    if module not in modules.linear:
+        return
+    rows, columns = modules.sizes(module)
+    a, b, magnitude = adapter
+    rank = config.rank_of(*modules.names(module)) if config is not None else a.shape[0] if a.dim() else 0
+    expected: dict[str, tuple[torch.Tensor, tuple[int, ...]]] = {"A": (a, (rank, columns)), "B": (b, (rows, rank))}
+    if magnitude is not None:
+        expected["magnitude"] = (magnitude, (rows,))
+    for name, (tensor, shape) in expected.items():
+        if tuple(tensor.shape) != shape:
+            why = f" (the config says rank {rank})" if config is not None and name != "magnitude" else ""
+            yield f"{module}: {name}: expected {list(shape)}{why}, found {list(tensor.shape)}"
+    kinds = sorted({str(tensor.dtype) for tensor, _ in expected.values() if not tensor.is_floating_point()})
+    if kinds:
+        yield f"{module}: expected floating-point numbers, found {', '.join(kinds)}"

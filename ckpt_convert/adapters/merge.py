@@ -1,0 +1,157 @@
+"""Full weights of a model with adapters: rows of W + scale · B · A, and DoRA's norm, computed as they are read."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ckpt_convert.adapters.adapter_config import AdapterConfig
+from ckpt_convert.adapters.adapter_modules import Modules
+from ckpt_convert.adapters.adapters import Split
+from ckpt_convert.errors import ConfigError, listing
+
+Numbers = np.ndarray[Any, Any]
+
+ROWS = 32
+"""Rows that are computed together. What a matrix product or a sum rounds to may depend on the shape, so all is done in
+blocks of this many rows that start at multiples of it, whatever lies in the rows that nobody asked for."""
+
+# A thread beside the training must not wait for the cores that training uses. BLAS and torch start threads of their own
+# for large operations, and these wait for each other: with all cores busy, that took a hundred times as long.
+_TILE = 1 << 18
+_PIECE = (1 << 15) - 1
+
+_READ = 2 * ROWS
+"""Rows that a reader computes at once."""
+
+
+@dataclass(frozen=True)
+class Merge:
+    """The adapter of one weight and its scale; ``a`` [rank, in], ``b`` [out, rank], ``magnitude`` [out] with DoRA."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+    magnitude: torch.Tensor | None = None
+
+    def rows(self, weight: torch.Tensor, start: int = 0) -> torch.Tensor:
+        """The merged rows of which ``weight`` [n, in] are the base's, from row ``start`` on; as ``merged_rows``."""
+        return merged_rows(weight, self.a, self.b, self.scale, self.magnitude, start=start)
+
+
+def merges(found: Split, config: AdapterConfig, modules: Modules) -> dict[str, Merge]:
+    """What is to be merged into each base weight, by its plain key.
+
+    The full model has ``found.saved`` in place of ``found.base`` where it is there, then these merged.
+    Raises ConfigError for an adapter on an output layer that is tied to the embedding, which would be changed as well.
+    """
+    tied = [module for module in found.adapters if modules.tied and modules.linear[module].row.tied_to is not None]
+    if tied:
+        raise ConfigError(
+            f"adapters cannot be merged into weights that are tied to the embedding:{listing(tied)}\n"
+            "  save the adapter alone, or untie the model first"
+        )
+    return {
+        f"{module}.weight": Merge(a, b, config.scale_of(*modules.names(module)), magnitude)
+        for module, (a, b, magnitude) in found.adapters.items()
+    }
+
+
+def merged_rows(
+    weight: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scale: float,
+    magnitude: torch.Tensor | None = None,
+    *,
+    start: int = 0,
+) -> torch.Tensor:
+    """Rows ``start`` on of the merged weight, in new memory on the CPU, in the dtype of ``weight`` [n, in], the base's.
+
+    ``a`` [rank, in], ``b`` [out, rank] and ``magnitude`` [out] are whole and in the row order of the weight. LoRA:
+    W' = W + scale · B · A. DoRA: each row of W' times magnitude / its length. Computed in float32, in float64 for a
+    float64 weight. A row's bits do not depend on the rows that are asked for with it.
+    """
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    count, columns = weight.shape
+    out = torch.empty((count, columns), dtype=weight.dtype)
+    base, left = torch.zeros((ROWS, columns), dtype=dtype), torch.zeros((ROWS, len(a)), dtype=dtype)
+    lengths = torch.zeros(ROWS, dtype=dtype)
+    right, merged = _numbers(a, dtype), np.empty((ROWS, columns), base.numpy().dtype)
+    with np.errstate(all="ignore"):  # as torch, which says nothing of what becomes infinite or NaN
+        for first in range(start - start % ROWS, start + count, ROWS):
+            low, high = max(first, start), min(first + ROWS, start + count)
+            within = slice(low - first, high - first)
+            _copy(base[within], weight[low - start : high - start].detach())
+            left[within] = b[low:high].detach().to("cpu", dtype)
+            _product(left.numpy(), right, merged)
+            merged *= merged.dtype.type(scale)
+            merged += base.numpy()
+            if magnitude is not None:
+                lengths[within] = magnitude[low:high].detach().to("cpu", dtype)
+                merged *= (lengths.numpy() / np.sqrt((merged * merged).sum(axis=1)))[:, None]
+            _copy(out[low - start : high - start], torch.from_numpy(merged)[within])
+    return out
+
+
+class MergedReader:
+    """The bytes of a merged weight, dense and row-major, read as if it were a file: computed where asked for."""
+
+    def __init__(self, name: str, weight: torch.Tensor, merge: Merge) -> None:
+        self.name = name
+        self.size = weight.numel() * weight.element_size()
+        self._weight = weight.detach()
+        self._merge = merge
+        self._last = threading.local()
+        self._overflowed: dict[int, int] = {}
+
+    @property
+    def overflowed(self) -> int:
+        """How many finite values of the base have become infinite, in what was read so far."""
+        return sum(self._overflowed.values())
+
+    def readinto(self, offset: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` (writable, one byte an item) from byte ``offset`` on."""
+        block = _READ * self._weight.shape[1] * self._weight.element_size()
+        done = 0
+        while done < len(buffer):
+            index, within = divmod(offset + done, block)
+            part = self._block(index)[within : within + len(buffer) - done]
+            buffer[done : done + len(part)] = part
+            done += len(part)
+
+    def _block(self, index: int) -> memoryview:
+        """A block of rows; a thread keeps its last one, as what comes next often lies in it too."""
+        kept: tuple[int, memoryview] | None = getattr(self._last, "block", None)
+        if kept is None or kept[0] != index:
+            start = index * _READ
+            base = self._weight[start : start + _READ]
+            rows = self._merge.rows(base, start)
+            if (infinite := torch.isinf(rows)).any():
+                self._overflowed[index] = int((infinite & torch.isfinite(base.to(rows.device))).sum())
+            kept = index, rows.view(torch.uint8).reshape(-1).numpy().data
+            self._last.block = kept
+        return kept[1]
+
+
+def _product(left: Numbers, right: Numbers, out: Numbers) -> None:
+    """Left · right, in tiles that a BLAS has no use for several threads for."""
+    step = max(1, _TILE // left.size)
+    for first in range(0, right.shape[1], step):
+        np.matmul(left, right[:, first : first + step], out=out[:, first : first + step])
+
+
+def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy rows, cast as the target is, in pieces for which torch starts no threads."""
+    step = max(1, _PIECE // max(1, target.shape[1]))
+    for first in range(0, len(target), step):
+        target[first : first + step].copy_(source[first : first + step])
+
+
+def _numbers(tensor: torch.Tensor, dtype: torch.dtype) -> Numbers:
+    found: Numbers = tensor.detach().to("cpu", dtype).contiguous().numpy()
+    return found

@@ -1,0 +1,1 @@
+"""Looking into checkpoints: checks, differences, logits and statistics."""

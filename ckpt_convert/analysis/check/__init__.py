@@ -1,0 +1,8 @@
+"""Checking a checkpoint: everything that is wrong with it, at once."""
+
+from __future__ import annotations
+
+from ckpt_convert.analysis.check.report import Report, Skipped
+from ckpt_convert.analysis.check.run import check
+
+__all__ = ["Report", "Skipped", "check"]

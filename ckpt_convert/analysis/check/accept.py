@@ -1,0 +1,93 @@
+"""Accepting files beside the weights as they are: the manifest gets their checksums of now."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ckpt_convert.checkpoint.record import ACCEPTED, MANIFEST, read_manifest, replace_manifest
+from ckpt_convert.errors import CheckpointNotFoundError, CkptConvertError, UsageError
+from ckpt_convert.formats.base import DCP_INDEX
+from ckpt_convert.storage.checksums import digest_file
+from ckpt_convert.storage.names import WEIGHT_SUFFIXES, resolve
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """A file whose checksum was renewed, from ``expected`` to what was ``found``."""
+
+    file: str
+    expected: str
+    found: str
+
+
+def accept_command(directory: Path, name: str) -> str:
+    """What to type to accept a file."""
+    return f"ckpt-convert verify {shlex.quote(str(directory))} --accept {shlex.quote(name)}"
+
+
+def accept(directory: Path, names: Sequence[str]) -> list[Accepted]:
+    """Renew the checksums of these files in the directory's manifest, all or none; returns those that had changed.
+
+    A conversion from the directory takes an accepted file as it takes any that was edited: as its user's own.
+    Raises CheckpointNotFoundError where there is no manifest or no such file, UsageError for a name that it does not
+    list as a file beside the weights, and what ``record.read_manifest`` does.
+    """
+    if not (directory / MANIFEST).is_file():
+        raise CheckpointNotFoundError(
+            f"{directory}: has no {MANIFEST}, so nothing says what its files should be, and there is nothing to accept"
+        )
+    manifest = read_manifest(directory)
+    listed = _listed(manifest)
+    refused = [name for name in names if name not in listed]
+    if refused:
+        raise UsageError(f"--accept {refused[0]}: {_why(refused[0], listed)} (nothing was changed)")
+    out = []
+    for name in dict.fromkeys(names):
+        path = resolve(directory, name, MANIFEST)
+        expected, found = str(listed[name].get("checksum")), _digest(path)
+        if found == expected:
+            continue
+        listed[name]["checksum"] = found
+        if "size" in listed[name]:
+            listed[name]["size"] = path.stat().st_size
+        out.append(Accepted(name, expected, found))
+    if out:
+        manifest[ACCEPTED] = sorted({*manifest.get(ACCEPTED, ()), *(one.file for one in out)})
+        try:
+            replace_manifest(directory, manifest)
+        except OSError as error:
+            raise CkptConvertError(
+                f"{directory / MANIFEST}: cannot be written: {error.strerror}; nothing was changed"
+            ) from error
+    return out
+
+
+def _listed(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The manifest's entries of files that may be accepted: those beside the weights, a saved step's own among them."""
+    entries = {entry["name"]: entry for entry in manifest.get("side_files", ())}
+    training = manifest.get("training")
+    if isinstance(training, dict):
+        entries |= {**(training.get("files") or {}), **(training.get("extra_files") or {})}
+    return {name: entry for name, entry in entries.items() if may_change(name)}
+
+
+def may_change(name: str) -> bool:
+    """Whether a file may be edited on purpose: it holds no weights, nor is it the header of files that do."""
+    return not name.endswith((*WEIGHT_SUFFIXES, ".distcp")) and Path(name).name != DCP_INDEX
+
+
+def _why(name: str, listed: Mapping[str, Any]) -> str:
+    if not may_change(name):
+        return "only files beside the weights can be accepted; of weights that changed nothing says what they should be"
+    return f"is none of the files beside the weights that {MANIFEST} lists: {', '.join(sorted(listed)) or 'none'}"
+
+
+def _digest(path: Path) -> str:
+    try:
+        return digest_file(path)
+    except OSError as error:
+        raise CkptConvertError(f"{path}: cannot be read: {error.strerror}; nothing was changed") from error

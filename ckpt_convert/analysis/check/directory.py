@@ -1,0 +1,217 @@
+"""What a directory says of itself: its index against the headers, and weight files that nothing uses."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from ckpt_convert.analysis.check.tolerant import Opened
+from ckpt_convert.checkpoint.checkpoint import Checkpoint
+from ckpt_convert.checkpoint.findings import Finding
+from ckpt_convert.errors import CkptConvertError
+from ckpt_convert.formats.base import OF_TRAINING, index_for, is_index, load_json
+from ckpt_convert.formats.hf import NUMBERED, another_set, is_found
+from ckpt_convert.models import FAMILIES
+from ckpt_convert.storage.names import WEIGHT_SUFFIXES, partial_of, replaced_of
+
+_WHOLE = ("F64", "F32", "F16", "BF16")
+_UNFINISHED = (".incomplete", ".part", ".crdownload", ".aria2", ".tmp", ".download")
+
+
+def contradictions(opened: Opened) -> Iterator[Finding]:
+    """Where index and headers disagree, but for what lies in files that could not be opened."""
+    for finding in opened.checkpoint.contradictions:
+        if finding.check != "index" or finding.expected not in opened.lost:
+            yield finding
+
+
+def totals(opened: Opened) -> Iterator[Finding]:
+    """The sums that an index states, against those of the tensors."""
+    checkpoint = opened.checkpoint
+    index = checkpoint.directory.index
+    if index is None:
+        return
+    try:
+        metadata = load_json(checkpoint.root / index).get("metadata")
+    except CkptConvertError:
+        return
+    stated = metadata if isinstance(metadata, dict) else {}
+    # Where tensors share their bytes (tied ones in .bin files), some writers count these once.
+    distinct = {(file.name, tensor.offset, tensor.nbytes): tensor for file, tensor in opened.view.stored}
+    everything = [tensor for _, tensor in opened.view.stored]
+    packed = any(tensor.dtype not in _WHOLE for tensor in everything)
+    for name, size in (("total_size", lambda t: t.nbytes), ("total_parameters", lambda t: prod(t.shape))):
+        found = sum(map(size, everything))
+        said = stated.get(name)
+        unsure = packed or opened.view.family is None or (type(said) is int and said < found)
+        if name == "total_parameters" and unsure:
+            continue  # transformers counts no buffers, what it does not save (Marian's), and what is packed one by one
+        if name in stated and said not in (found, sum(map(size, distinct.values()))):
+            unit = " bytes" if name == "total_size" else ""
+            text = (
+                f"{name} is {_short(stated[name])} in {index}, but the tensors have {found}{unit} together; "
+                "the index was not made for these files, or was edited: correct it, or save the model again"
+            )
+            yield Finding("warning", "index", text, index, None, _short(stated[name]), str(found))
+
+
+def leftovers(opened: Opened) -> Iterator[Finding]:
+    """Files that look like a part of the checkpoint and are none, and what an interrupted program left behind."""
+    path = opened.checkpoint.path
+    if not path.is_dir():
+        return
+    for left in (partial_of(path.resolve()), replaced_of(path.resolve())):
+        if os.path.isdir(left):  # False where the name, longer than that of the directory, cannot be
+            text = (
+                f"{left.name} beside the directory was left by a conversion that did not end; run that again with "
+                "--resume, or remove what is left"
+            )
+            yield Finding("warning", "leftover", text, left.name)
+    used = {weight.name for weight in opened.checkpoint.directory.weights}
+    known = {opened.checkpoint.directory.index, *(finding.file for finding in opened.findings)}
+    names = sorted(entry.name for entry in path.iterdir())
+    for name in names:
+        if name.endswith(_UNFINISHED) or (name.startswith(".") and name.endswith(".partial")):
+            text = f"{name} was left by a download or a conversion that did not end; remove it, or fetch it to its end"
+            yield Finding("warning", "leftover", text, name)
+        elif is_index(name) and name not in known:
+            yield from _other_index(path, name, used)
+    unused = [name for name in names if name.endswith(WEIGHT_SUFFIXES) and name not in used and _counts(path, name)]
+    if used.issubset(names):
+        yield from _unused(unused, used, opened.checkpoint)
+    elif unused and another_set(path, opened.checkpoint.directory) is None:  # it may be all the weights there are
+        shown = ", ".join(unused[:3]) + (", …" if len(unused) > 3 else "")
+        text = f"{shown}: not used, and not checked; keep what is here until the files that are missing are found"
+        yield Finding("note", "leftover", text, unused[0])
+
+
+def numbering(opened: Opened) -> Iterator[Finding]:
+    """Whether the numbers in the names of the files that are used are those of one set."""
+    totals: dict[tuple[str, str], dict[int, list[int]]] = {}
+    for weight in opened.checkpoint.directory.weights:
+        if match := NUMBERED.fullmatch(weight.name):
+            of = totals.setdefault((match["stem"], match["suffix"]), {})
+            of.setdefault(int(match["total"]), []).append(int(match["number"]))
+    indexed = opened.checkpoint.directory.index is not None
+    for (stem, suffix), sets in totals.items():
+        if len(sets) > 1:
+            said = " and ".join(f"{len(numbers)} of a set of {total}" for total, numbers in sorted(sets.items()))
+            whole = [total for total, numbers in sets.items() if len(set(numbers)) == total]
+            way = (
+                f"the set of {whole[0]} is whole: if it is the one that is meant, move the others aside"
+                if len(whole) == 1
+                else "fetch what is missing of the one that is meant before you move the others aside"
+            )
+            text = f"{stem}-…{suffix}: the files that are used are {said}; shards of two sets were mixed; {way}"
+            yield Finding("warning" if indexed else "error", "shards", text)
+            continue
+        index = index_for(f"{stem}{suffix}")
+        alone = not (opened.checkpoint.root / index).exists()  # one that is broken is found where it is read
+        if alone and opened.checkpoint.format == "hf" and len(opened.checkpoint.directory.weights) > 1:
+            text = (
+                f"{index} is missing: without it, transformers and others do not find the shards; download it, or "
+                "write the checkpoint anew with `ckpt-convert convert SRC DST --to hf`"
+            )
+            yield Finding("warning", "index", text, index)
+        for total, numbers in sets.items():
+            first = 0 if 0 in numbers else 1
+            lacking = sorted(set(range(first, min(total, 100_000) + first)) - set(numbers))
+            if lacking and not indexed:
+                width = _width(opened.checkpoint, stem)
+                shown = ", ".join(f"{stem}-{n:0{width}d}-of-{total:0{width}d}{suffix}" for n in lacking[:5])
+                text = (
+                    f"{len(lacking)} of {total} shards missing: {shown}{', …' if len(lacking) > 5 else ''}; "
+                    "download or copy what is missing"
+                )
+                yield Finding("error", "shards", text, None, None, str(total), str(len(numbers)))
+            elif lacking:
+                text = (
+                    f"{opened.checkpoint.directory.index} names {len(numbers)} of {total} shards, and not number "
+                    f"{', '.join(map(str, lacking[:5]))}; if keys are missing below, they lie there"
+                )
+                yield Finding("warning", "shards", text, opened.checkpoint.directory.index)
+
+
+def names(opened: Opened) -> Iterator[Finding]:
+    """Weight files beside a config.json that loaders do not find, for they have no index and another name."""
+    checkpoint = opened.checkpoint
+    used = [weight.name for weight in checkpoint.directory.weights]
+    family = FAMILIES.get(opened.view.family or "")
+    alone = checkpoint.format == "hf" and checkpoint.directory.index is None and checkpoint.directory.kind is None
+    if family is not None and family.from_shapes is not None:
+        return  # its loaders take a file, whatever it is called
+    if not alone or not (checkpoint.root / "config.json").is_file() or any(map(NUMBERED.fullmatch, used)):
+        return
+    for name in used:
+        if not is_found(name):
+            text = (
+                f"{name} is no name that transformers and others find (model.safetensors, pytorch_model.bin): rename "
+                "it if it is safetensors, or write the checkpoint anew with `ckpt-convert convert SRC DST --to hf "
+                "--container safetensors`"
+            )
+            yield Finding("warning", "shards", text, name)
+
+
+def _width(checkpoint: Checkpoint, stem: str) -> int:
+    matches = (NUMBERED.fullmatch(weight.name) for weight in checkpoint.directory.weights)
+    return next((len(match["number"]) for match in matches if match and match["stem"] == stem), 5)
+
+
+def _counts(path: Path, name: str) -> bool:
+    return not name.startswith((".", *OF_TRAINING)) and ((path / name).is_file() or (path / name).is_symlink())
+
+
+def _unused(names: list[str], used: set[str], checkpoint: Checkpoint) -> Iterator[Finding]:
+    sets = {(m["stem"], m["suffix"]) for name in used if (m := NUMBERED.fullmatch(name))}
+    suffixes = {Path(name).suffix for name in used}
+    others: dict[str, list[str]] = {}
+    for name in names:
+        match = NUMBERED.fullmatch(name)
+        said = checkpoint.directory.index or "no file"
+        if match and ((match["stem"], match["suffix"]) in sets or match["suffix"] in suffixes):
+            text = (
+                f"{name} is a stale shard: {said} does not use it, but some loaders read every file of that kind; "
+                "move it elsewhere"
+            )
+            yield Finding("warning", "leftover", text, name)
+        elif name.startswith("consolidated"):
+            others.setdefault("the same model in Meta's layout, perhaps", []).append(name)
+        elif Path(name).suffix not in suffixes:
+            others.setdefault(f"another set of {Path(name).suffix} files", []).append(name)
+        else:
+            text = f"{name} is not used: {said} names it; move it elsewhere if it does not belong here"
+            yield Finding("warning", "leftover", text, name)
+    for what, group in others.items():
+        shown = ", ".join(group[:3]) + (", …" if len(group) > 3 else "")
+        text = f"{shown}: {what}; not used, and not checked (give the file to check it)"
+        yield Finding("note", "leftover", text, group[0])
+
+
+def _other_index(path: Path, name: str, used: set[str]) -> Iterator[Finding]:
+    try:
+        weight_map: Any = load_json(path / name).get("weight_map")
+    except CkptConvertError:
+        weight_map = None
+    files = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
+    absent = sorted(file for file in files if not os.path.isfile(path / file))  # False for a name that cannot be
+    if name.startswith(("consolidated", "adapter")) and not absent:
+        return
+    if absent:
+        text = (
+            f"{name} is stale: nothing uses it, and it names {len(absent)} files that are not here; move it elsewhere"
+        )
+        yield Finding("warning", "leftover", text, name)
+    elif files & used or not files or {Path(name).suffix for name in used} & {Path(name).suffix for name in files}:
+        text = f"{name} is not used, for a single weight file or another index comes before it; move it elsewhere"
+        yield Finding("warning", "leftover", text, name)
+
+
+def _short(value: object) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to print an integer of thousands of digits
+        return "a very large number"
+    return text if len(text) <= 60 else text[:57] + "..."

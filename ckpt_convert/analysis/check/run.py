@@ -1,0 +1,340 @@
+"""Everything that is wrong with a checkpoint, at once: one broken file does not keep the rest from being checked."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ckpt_convert.analysis.check import causes, checksums, directory, generic, sidefiles, table, training
+from ckpt_convert.analysis.check.report import Report, Skipped, by_severity
+from ckpt_convert.analysis.check.spans import Expected
+from ckpt_convert.analysis.check.tolerant import Opened, open_tolerantly, relative
+from ckpt_convert.checkpoint import diagnosis, mapping
+from ckpt_convert.checkpoint.checkpoint import Checkpoint
+from ckpt_convert.checkpoint.findings import Finding, Severity, failed
+from ckpt_convert.checkpoint.mapping import Equality, Logicals
+from ckpt_convert.checkpoint.model import Model, from_shapes
+from ckpt_convert.checkpoint.opening import part_of
+from ckpt_convert.checkpoint.record import MANIFEST, MERGED
+from ckpt_convert.errors import CkptConvertError, UnsupportedFamilyError
+from ckpt_convert.formats.base import load_json
+from ckpt_convert.storage.names import local_path
+
+if TYPE_CHECKING:
+    from ckpt_convert.tensors.blocks import ProgressCallback
+
+log = logging.getLogger("ckpt_convert")
+
+
+@dataclass
+class _Work:
+    """What is done so far; ``values`` is whether tensors are to be read, ``expected`` which are to be compared.
+
+    ``described`` is the checkpoint that these are numbered in, where it is not the view itself: a quantised one as
+    the numbers that it stands for.
+    """
+
+    opened: Opened
+    values: bool
+    findings: list[Finding] = field(default_factory=list)
+    checks: list[str] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    expected: list[Expected] = field(default_factory=list)
+    described: Checkpoint | None = None
+
+    def done(self, check: str, findings: Iterable[Finding] = ()) -> None:
+        self.findings.extend(findings)
+        if check not in self.checks:
+            self.checks.append(check)
+
+    def skip(self, why: str, *checks: str) -> None:
+        self.skipped.extend(Skipped(check, why) for check in checks)
+
+
+def check(
+    path: str | Path,
+    *,
+    format: str | None = None,
+    family: str | None = None,
+    config: str | Path | None = None,
+    values: bool = True,
+    merged: bool = True,
+    workers: int = 2,
+    progress: ProgressCallback | None = None,
+) -> Report:
+    """Check a checkpoint: a directory, or one weight file.
+
+    ``values`` reads every byte; without it only headers and small files are read. ``merged`` checks the full weights
+    beside an adapter, too. What is wrong with the checkpoint is in the report; raised is only
+    CheckpointNotFoundError, UsageError or ConfigError where nothing can be checked.
+    """
+    opened = open_tolerantly(local_path(path), format=format, family=family, config=config)
+    work = _Work(opened, values)
+    try:
+        report = _report(work, workers, progress)
+    finally:
+        opened.checkpoint.close()
+    inner = Path(report.path) / MERGED
+    if merged and "training" in report.checks and (inner / MANIFEST).is_file():
+        report = _with_merged(report, check(inner, values=values, workers=workers, progress=progress))
+    return report
+
+
+def _with_merged(report: Report, inner: Report) -> Report:
+    """The report with what was found in the folder of the full weights."""
+    findings = (
+        replace(one, text=f"{MERGED}/: {one.text}", file=f"{MERGED}/{one.file or ''}") for one in inner.findings
+    )
+    return replace(
+        report,
+        checks=tuple(dict.fromkeys((*report.checks, *inner.checks))),
+        findings=by_severity([*report.findings, *findings]),
+        bytes_read=report.bytes_read + inner.bytes_read,
+    )
+
+
+def _report(work: _Work, workers: int, progress: ProgressCallback | None) -> Report:
+    opened, checkpoint = work.opened, work.opened.checkpoint
+    work.done("files", opened.findings)
+    work.done("container")
+    work.done("duplicate", causes.exchanged(directory.contradictions(opened), "index"))
+    if checkpoint.directory.index is not None:
+        work.done("index")
+        if opened.whole and not opened.damaged:
+            work.done("index", directory.totals(opened))
+    if checkpoint.path.is_dir():
+        work.done("leftover", directory.leftovers(opened))
+        work.done("shards", directory.numbering(opened))
+        work.done("shards", directory.names(opened))
+        work.done("side-files", sidefiles.side_files(checkpoint))
+        if (found := training.files(checkpoint.path, work.values)) is not None:
+            work.done("training", found)
+    _against_config(work)
+    nbytes_read = _read(work, workers, progress)
+    return Report(
+        path=str(checkpoint.path),
+        format=checkpoint.format,
+        family=opened.view.family,
+        files=len(checkpoint.files),
+        tensors=len(opened.view.tensors),
+        nbytes=sum(info.nbytes for info in opened.view.tensors.values()),
+        checks=tuple(work.checks),
+        skipped=tuple(work.skipped),
+        findings=by_severity(work.findings),
+        bytes_read=nbytes_read,
+        kind=diagnosis.kind(opened.view),
+    )
+
+
+def _against_config(work: _Work) -> None:
+    """Keys, shapes and ties against the config: through the family's table, or by what transformers have in common."""
+    view = work.opened.view
+    path = view.config_file
+    content = None
+    if path.is_file():
+        try:
+            content = load_json(path)
+        except CkptConvertError as error:
+            work.done("config", [failed("config", error, relative(str(error), view.path), path.name)])
+    else:
+        content = _from_shapes(work)
+    if not view.stored:
+        work.skip("there are no tensors to look at", "config", "keys", "tied")
+        return
+    if (part := part_of(view.path)) is not None:
+        work.skip(f"the file is {part}, and no whole model; give the directory for these", "config", "keys", "tied")
+        return
+    mixed, why = causes.ranks(work.opened, content)
+    if why:
+        work.done("shards", mixed)
+        work.skip(f"the ranks are not those of one checkpoint: {why}", "config", "keys", "tied", "replicas")
+        return
+    if (cause := diagnosis.unmerged(work.opened.view)) is not None:
+        work.done("keys", [Finding("error", "keys", cause)])
+        work.skip("an adapter was not merged", "config", "tied")
+        return
+    if (cause := diagnosis.placeholders(work.opened.view)) is not None:
+        work.done("keys", [Finding("error", "keys", cause)])
+        work.skip("the weights are placeholders", "config", "tied")
+        return
+    model = _model(work, content)
+    if model is not None and content is not None:
+        for caveat in model.family.caveats(str(view.format)):
+            log.warning("%s", caveat)
+        _through_table(work, model, content, path.name)
+    else:
+        _in_general(work, content)
+    if checked := model.config if model is not None else content:
+        work.done("tokenizer", sidefiles.tokenizer(view, checked))
+        if view.format == "hf":
+            work.done("config", sidefiles.dtype(view, content))
+
+
+def _from_shapes(work: _Work) -> dict[str, Any] | None:
+    """The config that the shapes show, of a family that comes without one."""
+    try:
+        return from_shapes(work.opened.view)
+    except CkptConvertError as error:
+        work.done("config", [failed("config", error, relative(str(error), work.opened.view.path))])
+        return None
+
+
+def _model(work: _Work, content: Mapping[str, Any] | None) -> Model | None:
+    """Family and sizes; a config that contradicts itself or the weights is a finding, an unknown family is not."""
+    opened, view = work.opened, work.opened.view
+    if opened.gone:
+        gone = ", ".join(map(str, opened.gone))
+        work.skip(f"rank {gone} has no file", "keys", "replicas", "tied")
+        return None
+    if content is None:
+        why = (
+            f"has no config that can be read, so nothing says what the sizes should be; give {_config(view)}"
+            if view.format is not None
+            else "is of no format that is known, so nothing says what the keys should be"
+        )
+        work.skip(f"the checkpoint {why}", "config", "keys", "tied")
+        return None
+    try:
+        return view.model
+    except UnsupportedFamilyError as error:
+        work.skip(_first_line(relative(str(error), view.path)), "keys")
+    except CkptConvertError as error:
+        if view.format is not None and not opened.lost:
+            file = view.config_file.name
+            work.done("config", [failed("config", error, relative(str(error), view.path), file)])
+        work.skip(_first_line(relative(str(error), view.path)), "keys")
+    return None
+
+
+def _through_table(work: _Work, model: Model, content: Mapping[str, Any], where: str) -> None:
+    opened, view = work.opened, work.opened.view
+    names = opened.checkpoint.names
+    lost = [names.of(k) for k, file in (opened.checkpoint.directory.weight_map or {}).items() if file in opened.lost]
+    if opened.lost and not lost:
+        work.skip("files cannot be opened, and nothing says what is in them", "keys", "tied", "replicas")
+        return
+    broken: Collection[str] = ()
+    if (quantization := view.quantization) is not None:
+        from ckpt_convert.checkpoint.quantized.carry import described
+
+        view = work.described = described(view, quantization, model)
+        work.done("quantised", quantization.findings)
+        names, broken = view.names, {view.names.of(key) for key in quantization.broken}
+    shapes = {names.of(key): info.shape for key, info in view.tensors.items() if view.is_weight(key)}
+    stored = table.Stored(str(view.format), view.ranks, shapes, frozenset(lost))
+    logicals, findings = table.examine(model, stored, content, where)
+    work.done("config", [finding for finding in findings if finding.key not in broken])
+    work.done("keys")
+    _ties(work, model, logicals)
+    if len(view.ranks) > 1 and work.values:
+        work.done("replicas")
+        work.expected += [_replica(equality) for equality in logicals.equal]
+
+
+def _ties(work: _Work, model: Model, logicals: Logicals) -> None:
+    pair = mapping.tied_pair(logicals) if model.tied is True else None
+    if pair is None:
+        work.done("tied")
+        return
+    output = next(i for i in logicals.tensors if i.row.tied_to and i not in logicals.omitted)
+    column = output.row.column(str(work.opened.view.format))
+    key = logicals.tensors[output].key
+    if pair.left.shape == pair.right.shape:
+        _tie(work, pair, key, logicals.tensors[output].where, column is not None and column.omitted_if_tied)
+
+
+def _tie(
+    work: _Work, pair: Equality, key: str, file: str, should_be_absent: bool, severity: Severity = "error"
+) -> None:
+    if not work.values:
+        work.skip("the values of the output and the embedding are not read", "tied")
+        return
+    work.done("tied")
+    different = (
+        f"{key} and the embedding differ, but the config ties them (tie_word_embeddings: true), so loaders "
+        "use only one of them; set it to false if the output is a tensor of its own"
+    )
+    equal = f"{key} is stored although it is tied to the embedding and the same; loaders have no need of it"
+    work.expected.append(
+        Expected(
+            pair,
+            Finding(severity, "tied", different, file, key),
+            Finding("note", "tied", equal, file, key) if should_be_absent else None,
+        )
+    )
+
+
+def _replica(equality: Equality) -> Expected:
+    text = equality.message
+    return Expected(equality, Finding("error", "replicas", text, None, equality.key or None))
+
+
+def _in_general(work: _Work, content: Mapping[str, Any] | None) -> None:
+    """What nearly every transformer has in common, where there is no table."""
+    opened, view = work.opened, work.opened.view
+    weight_map = opened.checkpoint.directory.weight_map or {}
+    names = opened.checkpoint.names
+    tensors = {
+        names.of(key): generic.Sized(info.shape if info.settled else None, info.dtype)
+        for key, info in view.tensors.items()
+    }
+    tensors |= {names.of(key): generic.Sized(None, "") for key, file in weight_map.items() if file in opened.lost}
+    if view.path.is_dir() and (opened.whole or weight_map):
+        hf = content if view.format == "hf" else None
+        work.done("layers", generic.numbering(tensors, hf))
+    if content is None or view.format != "hf":
+        return
+    work.done("config", generic.shapes(tensors, content))
+    findings, pair = generic.tied(tensors, content)
+    if pair is None:
+        work.done("tied", findings)
+    else:
+        embedding, output = (view.ranks[0][key] for key in pair)
+        # Some classes tie nothing, whatever their config says (BigBirdPegasusForCausalLM).
+        severity: Severity = "error" if generic.is_sure(content) else "warning"
+        _tie(work, Equality(embedding.tensor, output.tensor, output.dtype, ""), pair[1], output.where, True, severity)
+
+
+def _read(work: _Work, workers: int, progress: ProgressCallback | None) -> int:
+    """The checks that read what the tensors hold, and the files of the record."""
+    record = work.opened.checkpoint.record
+    manifest, pieces = checksums.pieces(work.opened)
+    listing, hashes = checksums.listed(work.opened)
+    if record is not None:
+        work.done("record", [*checksums.side_files(record), *manifest])
+    if listing or hashes:
+        work.done("checklist", listing)
+    if not work.values:
+        kinds = {file.header.kind for file in work.opened.checkpoint.files}
+        wanted = {"crc": "torch" in kinds, "checksum": record is not None, "replicas": len(work.opened.view.ranks) > 1}
+        work.skip("values are not read", "values", *(name for name, applies in wanted.items() if applies))
+        return 0
+    from ckpt_convert.analysis.check import values
+
+    crcs = list(values.crcs(work.opened))
+    spans = [*values.finite(work.opened), *crcs, *pieces, *hashes]
+    compared = work.described or work.opened.view
+    found, nbytes = values.read(spans, work.expected, compared, workers=workers, progress=progress)
+    work.done("values", causes.zeros(found, work.opened))
+    if crcs:
+        work.done("crc")
+    if record is not None:
+        work.done("checksum")
+    elif not hashes and "training" not in work.checks:
+        why = f"no checksums came with it ({MANIFEST}, checklist.chk)"
+        if (work.opened.checkpoint.root / MANIFEST).is_file():
+            why = f"{MANIFEST} cannot be relied on"
+        work.skip(why, "checksum")
+    return nbytes
+
+
+def _config(view: Checkpoint) -> str:
+    above = diagnosis.config_above(view.path)
+    return "one with --config" if above is None else f"the one above with --config {above}"
+
+
+def _first_line(text: str) -> str:
+    return text.partition("\n")[0]

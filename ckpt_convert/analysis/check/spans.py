@@ -1,0 +1,40 @@
+"""What a check wants read: spans of files, and pairs of tensors that should be equal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from ckpt_convert.checkpoint.findings import Finding
+from ckpt_convert.checkpoint.mapping import Equality
+from ckpt_convert.storage import checksums
+from ckpt_convert.storage.reader import RangeReader
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Bytes of a file that have to pass through ``add``, in order; ``finish`` gives what was found then."""
+
+    reader: RangeReader
+    file: str
+    start: int
+    end: int
+    add: Callable[[memoryview], None]
+    finish: Callable[[], Iterable[Finding]]
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """Two tensors that should hold the same bytes: what to say where they do not, and where they do."""
+
+    equality: Equality
+    differ: Finding
+    equal: Finding | None = None
+
+
+def hashed(
+    reader: RangeReader, name: str, start: int, end: int, kind: str, done: Callable[[str], Iterable[Finding]]
+) -> Span:
+    """A span whose checksum (of any kind that ``checksums.new`` knows) is handed to ``done``."""
+    digest = checksums.new(kind)
+    return Span(reader, name, start, end, digest.update, lambda: done(digest.hexdigest()))

@@ -1,0 +1,283 @@
+"""Opening what may be broken: every file that can be read is, and what cannot becomes a finding."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ckpt_convert.analysis.check.container import survey
+from ckpt_convert.checkpoint import record
+from ckpt_convert.checkpoint.checkpoint import Checkpoint
+from ckpt_convert.checkpoint.findings import Finding, failed
+from ckpt_convert.checkpoint.opening import WeightFile, by_keys, detect, everything, open_files, place
+from ckpt_convert.errors import (
+    CheckpointNotFoundError,
+    CkptConvertError,
+    ConfigError,
+    UnreadableError,
+    UsageError,
+    reason,
+)
+from ckpt_convert.formats.base import RECORD_FOLDER, Directory, WeightName, is_index, load_json, plain_weights
+from ckpt_convert.formats.hf import another_set, plain_names
+from ckpt_convert.models import FAMILIES
+from ckpt_convert.storage.names import JOURNAL, WEIGHT_SUFFIXES, check_name, local_path, resolve
+from ckpt_convert.storage.reader import LocalFile, unreadable
+
+if TYPE_CHECKING:
+    from ckpt_convert.checkpoint.record import Record
+
+_RANK = re.compile(r"consolidated\.(\d{2,4})\.(?:pth|pt|safetensors)")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint as far as it can be opened.
+
+    ``checkpoint`` may contradict itself; ``view`` is the same with every key once and without an index, so that its
+    ranks can always be had. ``lost`` are the weight files whose header is not to be had, ``damaged`` those whose
+    bytes are not what their header says, ``gone`` the ranks that have no file.
+    """
+
+    checkpoint: Checkpoint
+    view: Checkpoint
+    findings: tuple[Finding, ...]
+    lost: frozenset[str]
+    damaged: frozenset[str]
+    gone: tuple[int, ...] = ()
+
+    @property
+    def whole(self) -> bool:
+        """Whether every weight file's header was read."""
+        return not self.lost and not self.gone
+
+
+@dataclass
+class _State:
+    findings: list[Finding] = field(default_factory=list)
+    gone: tuple[int, ...] = ()
+
+    def error(self, check: str, error: CkptConvertError | OSError, path: Path, file: str | None = None) -> None:
+        self.findings.append(failed(check, error, relative(reason(error), path), file))
+
+
+def relative(text: str, path: Path) -> str:
+    """A message without the directory that the reader knows already."""
+    folder = str(path if path.is_dir() else path.parent)
+    return text.replace(f"{folder}{os.sep}", "").removeprefix(f"{folder}: ")
+
+
+def open_tolerantly(
+    path: Path, *, format: str | None = None, family: str | None = None, config: str | Path | None = None
+) -> Opened:
+    """Open what there is of a checkpoint.
+
+    Raises CheckpointNotFoundError where there is nothing to open, UnreadableError where the system does not say what
+    there is, and UsageError or ConfigError for what was asked for.
+    """
+    if family is not None and family not in FAMILIES:
+        raise UsageError(f"--family {family}: is no family; known: {', '.join(FAMILIES)}")
+    config_path = local_path(config, "config") if config is not None else None
+    if config_path is not None and not config_path.is_file():
+        raise ConfigError(f"{config}: no such file; --config takes a config.json or params.json")
+    if not path.exists():
+        raise CheckpointNotFoundError(f"{path}: no such file or directory")
+    path = place(path)
+    state = _State()
+    found_record = _record(path, state)
+    try:
+        name, why, directory = _directory(path, format, found_record, state)
+    except OSError as error:
+        raise unreadable(error, path) from error
+    if os.path.exists(path / JOURNAL):
+        text = (
+            f"{path.name} is the unfinished output of a conversion; run that again with --resume, or remove it and "
+            "convert anew"
+        )
+        state.findings.append(Finding("error", "leftover", text, JOURNAL))
+    before = len(state.findings)
+    files, lost, damaged = _files(path, directory, state)
+    if name is None and directory.kind in (None, "dcp"):
+        name, why = by_keys(files, why, directory.kind)
+        if name is None and path.is_dir() and directory.index is None and directory.kind is None and not lost:
+            directory = Directory(tuple(map(WeightName, everything(path))))
+            del state.findings[before:]  # the same files are among those that are looked at now
+            files, lost, damaged = _files(path, directory, state)
+    checkpoint = Checkpoint(path, name, why, files, directory, found_record, family, config_path)
+    view = replace(
+        checkpoint, files=_each_key_once(checkpoint), directory=replace(directory, index=None, weight_map=None)
+    )
+    return Opened(checkpoint, view, tuple(state.findings), frozenset(lost), frozenset(damaged), state.gone)
+
+
+def _record(path: Path, state: _State) -> Record | None:
+    if not path.is_dir():
+        return None
+    if (path / RECORD_FOLDER).is_dir() and not (path / record.MANIFEST).exists():
+        text = f"{record.MANIFEST} is missing, so nothing says what was written; copy it again, or move the folder away"
+        state.findings.append(Finding("warning", "record", text, record.MANIFEST))
+    try:
+        return record.load(path)
+    except CkptConvertError as error:
+        state.error("record", error, path, record.MANIFEST)
+    except OSError as error:
+        state.error("record", unreadable(error, path / record.MANIFEST), path, record.MANIFEST)
+    return None
+
+
+def _directory(
+    path: Path, wanted: str | None, found_record: Record | None, state: _State
+) -> tuple[str | None, str, Directory]:
+    """What ``detect`` says; where it refuses the directory, the weight files that lie there."""
+    try:
+        return detect(path, wanted, found_record)
+    except CkptConvertError as error:
+        rescued = _rescued(path, state, error) if path.is_dir() else None
+        if rescued is None:
+            raise
+        return rescued
+
+
+def _rescued(path: Path, state: _State, error: CkptConvertError) -> tuple[str | None, str, Directory] | None:
+    said = "hf" if (path / "config.json").is_file() else None
+    indexes = sorted(entry for entry in path.glob("*.json") if is_index(entry.name))
+    if indexes and f"{indexes[0].parent}{os.sep}" in str(error):
+        named = [index for index in indexes if str(index) in str(error)] or indexes
+        state.error("index", error, path, named[0].name)
+        directory = _sound_part(path, named[0])
+        names = [name for suffix in WEIGHT_SUFFIXES if (name := plain_weights(path, (suffix,)))]
+        if directory is None and names:
+            directory = Directory(tuple(WeightName(name) for name in names[0]))
+        return None if directory is None else (said, "weight files beside a broken index", directory)
+    numbered = sorted((int(match[1]), entry.name) for entry in path.iterdir() if (match := _RANK.fullmatch(entry.name)))
+    if not numbered or len(numbered) > 1024:
+        return None
+    state.error("files", error, path)
+    by_rank = dict(reversed(numbered))
+    most = max(by_rank) + 1 if max(by_rank) < 4 * len(by_rank) + 16 else len(by_rank)
+    state.gone = tuple(rank for rank in range(most) if rank not in by_rank)
+    kept = [WeightName(by_rank[rank], rank) for rank in sorted(by_rank) if rank < most]
+    return "meta", kept[0].name, Directory(tuple(kept))
+
+
+def _sound_part(path: Path, index: Path) -> Directory | None:
+    """The entries of an index that name plain files, where it has any."""
+    try:
+        weight_map = load_json(index).get("weight_map")
+        entries = weight_map.items() if isinstance(weight_map, dict) else ()
+        sound = plain_names({key: file for key, file in entries if isinstance(file, str) and _is_plain(file)})
+    except CkptConvertError:
+        return None
+    return Directory(tuple(map(WeightName, sorted(set(sound.values())))), index.name, sound) if sound else None
+
+
+def _is_plain(name: str) -> bool:
+    try:
+        check_name(name.removeprefix("./"), "")
+    except CkptConvertError:
+        return False
+    return True
+
+
+def _files(path: Path, directory: Directory, state: _State) -> tuple[tuple[WeightFile, ...], list[str], list[str]]:
+    """The files that can be opened, the names of those that cannot, and of those that are damaged."""
+    files, lost, damaged = [], [], []
+    if directory.kind == "dcp":
+        try:
+            return open_files(path, directory)[0], [], []
+        except (CkptConvertError, OSError) as error:
+            state.error("container", error, path)
+            return (), [".metadata"], []
+    other = another_set(path, directory) if path.is_dir() else None
+    if other is not None:  # one cause, whatever number of files it is that are missing
+        state.findings.append(Finding("error", "files", other, directory.index))
+    for weight in directory.weights:
+        if other is not None and not os.path.lexists(path / weight.name):
+            lost.append(weight.name)
+            continue
+        opened = _open(path, weight, directory, state)
+        if opened is None:
+            lost.append(weight.name)
+            continue
+        reader, local = opened
+        try:
+            found = survey(reader)
+        except UnreadableError as error:
+            state.error("container", error, path, weight.name)
+            lost.append(weight.name)
+            continue
+        state.findings += [Finding("error", "container", text, weight.name) for text in found.problems]
+        if found.problems:
+            damaged.append(weight.name)
+        if found.header is None:
+            lost.append(weight.name)
+        else:
+            files.append(WeightFile(weight.name, weight.rank, local, found.reader, found.header))
+    return tuple(files), lost, damaged
+
+
+def _open(path: Path, weight: WeightName, directory: Directory, state: _State) -> tuple[LocalFile, Path] | None:
+    local = path if path.is_file() else path / weight.name
+    try:
+        if path.is_dir():
+            resolve(path, weight.name, directory.index or path.name)
+        return LocalFile(local, weight.name), local
+    except CheckpointNotFoundError:
+        text, found = _absent(local, weight.name, directory)
+        state.findings.append(Finding("error", "files", text, weight.name, found=found))
+    except CkptConvertError as error:
+        state.error("files", error, path, weight.name)
+    except OSError as error:
+        state.error("files", unreadable(error, local), path, weight.name)
+    return None
+
+
+def _absent(local: Path, name: str, directory: Directory) -> tuple[str, str]:
+    keys = [key for key, file in (directory.weight_map or {}).items() if file == name]
+    said = (
+        f"{directory.index} says that {len(keys)} tensor{'s lie' if len(keys) != 1 else ' lies'} in it "
+        f"({', '.join(keys[:2])}{', …' if len(keys) > 2 else ''})"
+        if keys
+        else "it should be there"
+    )
+    if local.is_symlink():
+        target = os.readlink(local)
+        return (
+            f"{name} is a link that leads nowhere (to {target}), but {said}; download or copy it again",
+            "broken link",
+        )
+    return f"{name} is missing: {said}; download or copy it again", "no such file"
+
+
+def _each_key_once(checkpoint: Checkpoint) -> tuple[WeightFile, ...]:
+    """The files with every key in one of them only: where the index says it lies, else in the first.
+
+    Of keys that are the same one in the format the first is left, of one that may be several keys nothing.
+    """
+    twice = {finding.key for finding in checkpoint.contradictions if finding.check == "duplicate"}
+    if not twice:
+        return checkpoint.files
+    clashing = {key for key, _ in checkpoint.names.clashes}
+    weight_map = checkpoint.directory.weight_map or {}
+    owners: dict[tuple[int, str], str] = {}
+    for file in checkpoint.files:
+        for tensor in file.header.tensors:
+            place = (file.rank, tensor.key)
+            if tensor.key in clashing:
+                owners[place] = ""
+            elif place not in owners or weight_map.get(tensor.key) == file.name:
+                owners[place] = file.name
+    return tuple(_without(file, owners, twice) for file in checkpoint.files)
+
+
+def _without(file: WeightFile, owners: dict[tuple[int, str], str], twice: set[str | None]) -> WeightFile:
+    """The file without the tensors that another one owns."""
+    tensors = tuple(
+        tensor
+        for tensor in file.header.tensors
+        if tensor.key not in twice or owners[file.rank, tensor.key] == file.name
+    )
+    return replace(file, header=replace(file.header, tensors=tensors))

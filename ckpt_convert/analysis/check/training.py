@@ -1,0 +1,67 @@
+"""What the manifest of a saved step says of the files that are no weights: training state, adapter, extra files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from ckpt_convert.analysis.check.accept import accept_command, may_change
+from ckpt_convert.checkpoint import record
+from ckpt_convert.checkpoint.findings import Finding, failed
+from ckpt_convert.checkpoint.record import MANIFEST, TRAINING_STATE
+from ckpt_convert.errors import CheckpointNotFoundError, CkptConvertError
+from ckpt_convert.storage.checksums import digest_file
+from ckpt_convert.storage.names import resolve
+from ckpt_convert.storage.reader import WORKERS, identify
+
+_WAY_OUT = "copy the checkpoint again, or use another step"
+
+
+def files(directory: Path, values: bool) -> list[Finding] | None:
+    """What is missing or changed of a saved step's files; without ``values`` by size only. None: no saved step."""
+    training = record.training(directory)
+    if training is None:
+        return None
+    state = training.get(TRAINING_STATE)
+    listed = {
+        **(training.get("files") or {}),
+        **(training.get("extra_files") or {}),
+        **{f"{TRAINING_STATE}/{name}": entry for name, entry in _entries(state)},
+    }
+    return compare(directory, listed, values)
+
+
+def compare(directory: Path, listed: Mapping[str, Mapping[str, Any]], values: bool) -> list[Finding]:
+    """Hold files against the size and checksum (xxh3_64) that were written down; a few are read at a time."""
+    with ThreadPoolExecutor(WORKERS) as pool:
+        found = pool.map(lambda name: _compare(directory, name, listed[name], values), listed)
+        return [finding for finding in found if finding is not None]
+
+
+def _compare(directory: Path, name: str, entry: Mapping[str, Any], values: bool) -> Finding | None:
+    def finding(text: str, expected: object = None, found: object = None, way: str = _WAY_OUT) -> Finding:
+        said = [None if value is None else str(value) for value in (expected, found)]
+        return Finding("error", "training", f"{name}: {text}; {way}", name, None, *said)
+
+    changed = f"put it back, or accept it as it is: {accept_command(directory, name)}" if may_change(name) else _WAY_OUT
+    try:
+        path = resolve(directory, name, MANIFEST)
+        size = identify(path).size
+        if size != entry.get("size"):
+            text = f"was edited or damaged: should have {entry.get('size')} bytes, but has {size}"
+            return finding(text, entry.get("size"), size, changed)
+        if values and (checksum := digest_file(path)) != entry.get("checksum"):
+            text = f"was edited or damaged: should have the checksum {entry.get('checksum')}, but has {checksum}"
+            return finding(text, entry.get("checksum"), checksum, changed)
+    except CheckpointNotFoundError:
+        return finding(f"is missing: {MANIFEST} says that it was written")
+    except CkptConvertError as error:
+        return failed("training", error, str(error).replace(f"{directory}/", ""), name)
+    return None
+
+
+def _entries(state: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    if isinstance(state, Mapping):
+        yield from (state.get("files") or {}).items()

@@ -1,0 +1,212 @@
+"""Reading every byte once, for all the checks that need it: checksums, CRCs, hashes, and numbers that are none.
+
+What is to be read are spans of files. Spans that overlap are read together, block by block, each block once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from math import prod
+
+import numpy as np
+
+from ckpt_convert.analysis.check import causes, container
+from ckpt_convert.analysis.check.spans import Expected, Span
+from ckpt_convert.analysis.check.tolerant import Opened
+from ckpt_convert.checkpoint.checkpoint import Checkpoint
+from ckpt_convert.checkpoint.findings import Finding, failed
+from ckpt_convert.dtypes import DTYPES
+from ckpt_convert.errors import CkptConvertError
+from ckpt_convert.storage.checksums import CRC32
+from ckpt_convert.tensors.blocks import BLOCK, Meter, Mover, ProgressCallback, Read, difference, spread
+from ckpt_convert.tensors.header import StoredTensor
+
+_EXPONENTS = {
+    "F64": ("<u8", 0x7FF << 52, (1 << 63) - 1),
+    "F32": ("<u4", 0xFF << 23, (1 << 31) - 1),
+    "F16": ("<u2", 0x1F << 10, (1 << 15) - 1),
+    "BF16": ("<u2", 0xFF << 7, (1 << 15) - 1),
+    "F8_E5M2": ("|u1", 0x1F << 2, (1 << 7) - 1),
+}
+"""The unsigned integer of an element's size, its exponent's bits, and all bits but the sign."""
+
+
+class _Finite:
+    """Counts the elements of a tensor that are NaN or infinite."""
+
+    def __init__(self, dtype: str) -> None:
+        self._kind, self._exponent, self._magnitude = _EXPONENTS[dtype]
+        self._item = np.dtype(self._kind).itemsize
+        self._rest = b""
+        self.nan = self.inf = 0
+        self.is_zero = True
+
+    def add(self, data: memoryview) -> None:
+        if self._rest or len(data) % self._item:
+            joined = self._rest + bytes(data)
+            whole = len(joined) - len(joined) % self._item
+            self._rest, data = joined[whole:], memoryview(joined[:whole])
+        numbers = np.frombuffer(data, self._kind)
+        if not len(numbers):
+            return
+        exponents = np.bitwise_and(numbers, np.array(self._exponent, self._kind))
+        largest = int(exponents.max())
+        if self.is_zero and (largest or np.bitwise_and(numbers, np.array(self._magnitude, self._kind)).any()):
+            self.is_zero = False
+        if largest == self._exponent:
+            odd = numbers[exponents == self._exponent] & np.array(self._magnitude, self._kind)
+            infinite = int(np.count_nonzero(odd == self._exponent))
+            self.inf += infinite
+            self.nan += len(odd) - infinite
+
+
+def read(
+    spans: Sequence[Span],
+    expected: Sequence[Expected],
+    checkpoint: Checkpoint,
+    *,
+    workers: int,
+    progress: ProgressCallback | None,
+) -> tuple[list[Finding], int]:
+    """Read everything; returns what was found and how many bytes were read."""
+    findings: list[Finding] = []
+    runs = list(_runs(spans))
+    pairs = [(e.equality.dtype, prod(e.equality.left.shape)) for e in expected]
+    total = sum(_end(run) - run[0].start for run in runs)
+    total += sum(DTYPES[dtype].bits * count // 8 for dtype, count in pairs)
+    meter = Meter("checking", total, progress)
+
+    def start() -> Callable[[list[Span] | Expected], None]:
+        buffer = memoryview(bytearray(BLOCK))
+        movers: list[Mover] = []
+
+        def work(item: list[Span] | Expected) -> None:
+            if isinstance(item, Expected):
+                movers.extend(() if movers else (Mover(checkpoint.stored), Mover(checkpoint.stored)))
+                findings.extend(_compared(item, movers[0], movers[1], meter))
+            else:
+                findings.extend(_streamed(item, buffer, meter))
+
+        return work
+
+    items: list[list[Span] | Expected] = [*runs, *expected]
+    spread(items, workers, meter, start)
+    return findings, meter.done
+
+
+def finite(opened: Opened) -> Iterator[Span]:
+    """Spans that look for NaN and infinity in every floating-point tensor; others are read all the same."""
+    for file, tensor in opened.view.stored:
+        size = _extent(tensor)
+        if size is None or tensor.offset + size > file.header.size:
+            continue
+        counter = _Finite(tensor.dtype) if tensor.dtype in _EXPONENTS else None
+
+        def finish(
+            key: str = tensor.key, name: str = file.name, count: int = prod(tensor.shape), it: _Finite | None = counter
+        ) -> Iterator[Finding]:
+            if it is not None and (it.nan or it.inf):
+                said = " and ".join(f"{n:,} {what}" for n, what in ((it.nan, "NaN"), (it.inf, "infinite")) if n)
+                text = f"{key} in {name} has {said} of {count:,} numbers; no model computes anything with these"
+                yield Finding("warning", "values", text, name, key, "0", str(it.nan + it.inf))
+            elif it is not None and it.is_zero and count > 1 and key.endswith("weight"):
+                yield Finding("warning", "values", "", name, key, None, causes.ZEROS)  # put in words with all others
+
+        add = counter.add if counter is not None else _ignore
+        yield Span(file.reader, file.name, tensor.offset, tensor.offset + size, add, finish)
+
+
+def crcs(opened: Opened) -> Iterator[Span]:
+    """Spans that compare each member of a torch zip file with the CRC-32 that the archive keeps of it."""
+    for file in opened.checkpoint.files:
+        if file.header.kind != "torch":
+            continue
+        try:
+            members = container.members(file.reader)
+        except CkptConvertError:
+            continue  # found when the file was opened
+        for member in members:
+            state = [0]
+
+            def add(data: memoryview, state: list[int] = state) -> None:
+                state[0] = CRC32.of(data, state[0])
+
+            def finish(
+                state: list[int] = state, name: str = file.name, member: str = member.name, crc: int = member.crc
+            ) -> Iterator[Finding]:
+                if state[0] != crc:
+                    text = (
+                        f"{name}: {member} has the CRC-32 {state[0]:08x}, but the zip archive says {crc:08x}; its "
+                        "bytes were changed or damaged since it was written, so download or copy the file again"
+                    )
+                    yield Finding("error", "crc", text, name, None, f"{crc:08x}", f"{state[0]:08x}")
+
+            yield Span(file.reader, file.name, member.offset, member.offset + member.size, add, finish)
+
+
+def _compared(item: Expected, left: Mover, right: Mover, meter: Meter) -> Iterator[Finding]:
+    one, other = (Read(side, item.equality.dtype) for side in (item.equality.left, item.equality.right))
+    try:
+        if difference(left, right, one, other, meter) is not None:
+            yield item.differ
+        elif item.equal is not None:
+            yield item.equal
+    except (CkptConvertError, OSError) as error:
+        text = f"{item.differ.key}: cannot be read: {error}"
+        yield failed("values", error, text, item.differ.file, item.differ.key)
+
+
+def _streamed(run: list[Span], buffer: memoryview, meter: Meter) -> Iterator[Finding]:
+    position, end = run[0].start, _end(run)
+    waiting = list(reversed(run))
+    active: list[Span] = []
+    try:
+        while position < end or waiting or active:
+            size = min(len(buffer), end - position)
+            run[0].reader.readinto(position, buffer[:size])
+            while waiting and waiting[-1].start <= position + size:
+                active.append(waiting.pop())
+            for span in active:
+                low, high = max(span.start, position), min(span.end, position + size)
+                if low < high:
+                    span.add(buffer[low - position : high - position])
+            position += size
+            meter.add(size)
+            for span in [span for span in active if span.end <= position]:
+                active.remove(span)
+                yield from span.finish()
+    except (CkptConvertError, OSError) as error:
+        said = error.strerror if isinstance(error, OSError) else str(error)
+        text = f"{run[0].file}: cannot be read from byte {position} on: {said}; the disk may be faulty"
+        yield failed("values", error, text, run[0].file)
+
+
+def _runs(spans: Iterable[Span]) -> Iterator[list[Span]]:
+    """Spans that overlap, together."""
+    run: list[Span] = []
+    end = 0
+    for span in sorted(spans, key=lambda span: (span.file, id(span.reader), span.start, -span.end)):
+        if run and (span.reader is not run[0].reader or span.start >= end):
+            yield run
+            run = []
+        end = max(end, span.end) if run else span.end
+        run.append(span)
+    if run:
+        yield run
+
+
+def _end(run: Sequence[Span]) -> int:
+    return max(span.end for span in run)
+
+
+def _extent(tensor: StoredTensor) -> int | None:
+    """The bytes of the tensor where it fills them, in any order of its axes; None where it leaves some out."""
+    if tensor.strides is not None:
+        spanned = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.strides, strict=True))
+        if spanned != prod(tensor.shape):
+            return None
+    return tensor.nbytes
+
+
+def _ignore(data: memoryview) -> None:
+    """Reading it was the check."""

@@ -1,0 +1,340 @@
+"""What two checkpoints have in common and where they differ: structure first, then every value."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from math import prod
+from typing import Any, Literal
+
+import xxhash
+
+from ckpt_convert import dtypes
+from ckpt_convert.analysis.diff.pairs import Half, Pair, bring_together
+from ckpt_convert.analysis.stats import numeric
+from ckpt_convert.analysis.stats.numeric import Delta
+from ckpt_convert.checkpoint.checkpoint import Checkpoint
+from ckpt_convert.checkpoint.mapping import Equality
+from ckpt_convert.checkpoint.model import Model
+from ckpt_convert.checkpoint.opening import in_memory
+from ckpt_convert.checkpoint.quantized import view
+from ckpt_convert.errors import ConfigError
+from ckpt_convert.models.core.config import read_rope
+from ckpt_convert.tensors import parallel
+from ckpt_convert.tensors.blocks import Meter, Mover, ProgressCallback, Read, difference, most
+from ckpt_convert.tensors.lazy import together
+
+SCHEMA = 1
+Status = Literal["same", "differs", "shape", "dtype", "only_a", "only_b"]
+STATUSES: tuple[Status, ...] = ("same", "differs", "shape", "dtype", "only_a", "only_b")
+_ROW_ORDER = "the values are equal once the rows are put in the other RoPE order: a reorder was missed, or done twice"
+_Sums = tuple[str, str]
+_COMPARED = ("same", "dtype")
+_SETTINGS = ("hidden_act", "rms_norm_eps", "sliding_window", "tie_word_embeddings")
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One tensor of the comparison.
+
+    ``status`` is "dtype" where the values are the same in another dtype; "differs" where a value is not, whatever the
+    dtypes. ``delta`` is None where values were not compared; ``where`` and ``first`` are indices into the tensor as a
+    stores it (ranks joined), of the largest |Δ| and of the first difference. ``note`` says what else is wrong.
+    """
+
+    status: Status
+    a: Half | None
+    b: Half | None
+    delta: Delta | None = None
+    note: str = ""
+
+    @property
+    def key(self) -> str:
+        """The key in a, or in b where only b has it."""
+        return self._half.key
+
+    @property
+    def nbytes(self) -> int:
+        return self._half.nbytes
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._half.shape
+
+    @property
+    def where(self) -> tuple[int, ...] | None:
+        return _index(self.delta.at, self.shape) if self.delta else None
+
+    @property
+    def first(self) -> tuple[int, ...] | None:
+        return _index(self.delta.first, self.shape) if self.delta else None
+
+    @property
+    def _half(self) -> Half:
+        half = self.a or self.b
+        if half is None:
+            raise ValueError("a change is of a tensor that one side has at least")
+        return half
+
+
+@dataclass(frozen=True)
+class Diff:
+    """The comparison of two checkpoints.
+
+    ``through`` is "mapping" where both were read through a family's table, else "keys"; ``config`` are settings that
+    both configs state and that differ, which do not make the weights different.
+    """
+
+    a: Checkpoint
+    b: Checkpoint
+    through: str
+    values: bool
+    changes: Sequence[Change]
+    models: tuple[Model | None, Model | None]
+    config: Sequence[tuple[str, Any, Any]]
+    notices: Sequence[str]
+
+    @property
+    def counts(self) -> Mapping[Status, int]:
+        found = Counter(change.status for change in self.changes)
+        return {status: found[status] for status in STATUSES}
+
+    @property
+    def same(self) -> bool:
+        """Whether every tensor is on both sides, in one shape and dtype, and (where compared) with the same bits."""
+        return self.is_same()
+
+    def is_same(self, *, ignore_dtype: bool = False) -> bool:
+        """``same``; with ``ignore_dtype`` also where equal values are in another dtype."""
+        fine = ("same", "dtype") if ignore_dtype and self.values else ("same",)
+        return all(change.status in fine for change in self.changes)
+
+    @property
+    def compared(self) -> int:
+        """The bytes of a whose values were compared."""
+        return sum(change.nbytes for change in self.changes if change.delta is not None)
+
+    def sides(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What a and b are, as JSON-ready values."""
+        return _side(self.a, self.models[0]), _side(self.b, self.models[1])
+
+    def document(self) -> dict[str, Any]:
+        """The comparison as JSON-ready values."""
+        a, b = self.sides()
+        return {
+            "schema": SCHEMA,
+            "a": a,
+            "b": b,
+            "same": self.same,
+            "values": self.values,
+            "through": self.through,
+            "counts": dict(self.counts),
+            "config": [{"name": name, "a": ours, "b": theirs} for name, ours, theirs in self.config],
+            "notices": list(self.notices),
+            "tensors": [_change(change) for change in self.changes],
+        }
+
+
+def compare(
+    a: Checkpoint,
+    b: Checkpoint,
+    *,
+    values: bool = True,
+    keep: Callable[..., bool] = lambda *keys: True,
+    workers: int = 2,
+    progress: ProgressCallback | None = None,
+) -> Diff:
+    """Compare two checkpoints, of the same format or not, over as many ranks or not, tensor by tensor.
+
+    ``values`` reads and compares every element, in memory that does not depend on the size of the tensors; ``keep`` is
+    asked with a tensor's keys in a and in b whether it is compared at all. Where only one side is quantised, the
+    numbers that it stands for are compared. Raises what ``pairs.bring_together`` raises, and CorruptFileError for a
+    file that cannot be read to its end.
+    """
+    a, b, said = view.alike(a, b)
+    found = bring_together(a, b)
+    pairs = [pair for pair in found.pairs if keep(*(half.key for half in (pair.a, pair.b) if half is not None))]
+    changes = [_structure(pair) for pair in pairs]
+    if values:
+        changes = _values(a, b, pairs, changes, workers, progress)
+    notices = [*said, *in_memory(a.files), *in_memory(b.files), *found.notices]
+    return Diff(a, b, found.through, values, changes, found.models, _config(*found.models), notices)
+
+
+def _structure(pair: Pair) -> Change:
+    if pair.a is None or pair.b is None:
+        return Change("only_a" if pair.b is None else "only_b", pair.a, pair.b)
+    if pair.a.shape != pair.b.shape:
+        return Change("shape", pair.a, pair.b)
+    return Change("same" if pair.a.dtype == pair.b.dtype else "dtype", pair.a, pair.b)
+
+
+def _values(
+    a: Checkpoint,
+    b: Checkpoint,
+    pairs: Sequence[Pair],
+    structure: Sequence[Change],
+    workers: int,
+    progress: ProgressCallback | None,
+) -> list[Change]:
+    def start(meter: Meter) -> Callable[[int], tuple[Delta | None, str, _Sums]]:
+        movers = Mover(a.stored), Mover(b.stored)
+
+        def work(at: int) -> tuple[Delta | None, str, _Sums]:
+            change, pair = structure[at], pairs[at]
+            delta, note, sums = None, "", ("", "")
+            if change.a is not None and change.b is not None and _is_comparable(change):
+                delta, sums = _delta(*movers, change.a, change.b, meter)
+                if delta.differing and _is_reordered(*movers, pair):
+                    note = _ROW_ORDER
+            for side, check in pair.copies:
+                note = note if _is_copy(movers[side], check, meter) else check.message
+            return delta, note, sums
+
+        return work
+
+    wanted = [at for at, pair in enumerate(pairs) if pair.copies or _is_comparable(structure[at])]
+    items = [(at, _cost(structure[at], pairs[at])) for at in wanted]
+    found = parallel.results(items, start, workers=workers, phase="comparing", progress=progress)
+    out, digests = list(structure), {}
+    for at, (delta, note, sums) in zip(wanted, found, strict=True):
+        change = structure[at]
+        is_other = bool(note or (delta is not None and delta.differing))
+        status: Status = "differs" if is_other and change.status in _COMPARED else change.status
+        out[at] = Change(status, change.a, change.b, delta, note)
+        digests[at] = sums
+    return _exchanged(out, digests)
+
+
+def _cost(change: Change, pair: Pair) -> int:
+    """The bytes of a that are read, and those of the copies that are compared."""
+    copies = sum(dtypes.nbytes(check.dtype, check.left.shape) for _, check in pair.copies)
+    return copies + (change.nbytes if _is_comparable(change) else 0)
+
+
+def _is_comparable(change: Change) -> bool:
+    if change.status not in _COMPARED:
+        return False
+    return change.a is not None and change.b is not None and numeric.comparable(change.a.dtype, change.b.dtype)
+
+
+def _delta(left: Mover, right: Mover, a: Half, b: Half, meter: Meter) -> tuple[Delta, _Sums]:
+    """How far two tensors are apart; and a checksum of each, "" where they are equal."""
+    counted = 0
+    if a.dtype == b.dtype:
+        # Most tensors of most pairs are equal, and that is told several times as quickly as how far they are apart.
+        found = difference(left, right, Read(a.tensor, a.element), Read(b.tensor, b.element), meter)
+        if found is None:
+            nothing = numeric.Comparison(a.dtype, b.dtype).result()
+            relative = None if a.packed else 0.0
+            return replace(nothing, count=a.tensor.size, relative_norm=relative), ("", "")
+        counted = found
+    comparison = numeric.Comparison(a.dtype, b.dtype)
+    digests = xxhash.xxh3_128(), xxhash.xxh3_128()
+    seen, block = 0, min(most(a.element, a.element), most(b.element, b.element))
+    for offset, (ours, theirs) in together((a.tensor, b.tensor), block):
+        one, other = left.read(ours, a.element, a.element), right.read(theirs, b.element, b.element)
+        comparison.add(one, other, offset)
+        digests[0].update(one)
+        digests[1].update(other)
+        seen += len(one)
+        if seen > counted:
+            meter.add(len(one))
+    return comparison.result(), (digests[0].hexdigest(), digests[1].hexdigest())
+
+
+def _is_reordered(left: Mover, right: Mover, pair: Pair) -> bool:
+    """Whether b's tensor is a's with its rows in the other RoPE order: a step that was missed, or done twice."""
+    if pair.a is None or pair.b is None or pair.a.dtype != pair.b.dtype:
+        return False
+    one = Read(pair.a.tensor, pair.a.dtype)
+    return any(difference(left, right, one, Read(tensor, pair.b.dtype)) is None for tensor in pair.reordered)
+
+
+def _exchanged(changes: list[Change], digests: Mapping[int, _Sums]) -> list[Change]:
+    """Say of a tensor that differs whether b has in its place what a has elsewhere."""
+    places = {(changes[at].shape, ours): changes[at].key for at, (ours, _) in digests.items() if ours}
+    out = list(changes)
+    for at, (_, theirs) in digests.items():
+        change = changes[at]
+        other = places.get((change.shape, theirs))
+        if other is not None and not change.note and change.a and change.b and change.a.dtype == change.b.dtype:
+            out[at] = replace(change, note=f"b has here what a has as {other}")
+    return out
+
+
+def _is_copy(mover: Mover, check: Equality, meter: Meter) -> bool:
+    """Whether a copy on another rank is equal to the one that stands for the tensor."""
+    left, right = Read(check.left, check.dtype), Read(check.right, check.dtype)
+    return difference(mover, Mover(mover.stored), left, right, meter) is None
+
+
+def _config(left: Model | None, right: Model | None) -> list[tuple[str, Any, Any]]:
+    """The settings that both configs state and that differ."""
+    if left is None or right is None:
+        return []
+    ours, theirs = _settings(left), _settings(right)
+    return [(name, ours[name], theirs[name]) for name in ours if name in theirs and ours[name] != theirs[name]]
+
+
+def _settings(model: Model) -> dict[str, Any]:
+    found: dict[str, Any] = {name: size for name, size in model.dims.items() if name not in ("tied", "embedding_cut")}
+    try:
+        rope = read_rope(model.config)
+        found |= {"rope_theta": rope.theta, "rope_scaling": {"rope_type": rope.kind, **rope.parameters}}
+    except ConfigError:
+        pass
+    found |= {name: model.config[name] for name in _SETTINGS if name in model.config}
+    if model.tied is None:
+        found.pop("tie_word_embeddings", None)
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _side(checkpoint: Checkpoint, model: Model | None) -> dict[str, Any]:
+    tensors = checkpoint.tensors.values()
+    known = all(info.settled for info in tensors)
+    return {
+        "path": str(checkpoint.path),
+        "format": checkpoint.format,
+        "family": model.family.name if model else None,
+        "model_parallel": len(checkpoint.ranks) if checkpoint.format == "meta" else None,
+        "tensors": len(checkpoint.tensors),
+        "parameters": sum(prod(info.shape) for info in tensors) if known else None,
+        "bytes": sum(info.nbytes for info in tensors),
+    }
+
+
+def _change(change: Change) -> dict[str, Any]:
+    a, b, delta = change.a, change.b, change.delta
+    numbers = None
+    if delta is not None:
+        numbers = asdict(delta)
+        del numbers["at"]
+        numbers |= {
+            "where": None if change.where is None else list(change.where),
+            "first": None if change.first is None else list(change.first),
+        }
+    return {
+        "key_a": a.key if a else None,
+        "key_b": b.key if b else None,
+        "status": change.status,
+        "shape_a": list(a.shape) if a else None,
+        "shape_b": list(b.shape) if b else None,
+        "dtype_a": a.dtype if a else None,
+        "dtype_b": b.dtype if b else None,
+        "nbytes": change.nbytes,
+        "note": change.note or None,
+        "delta": numbers,
+    }
+
+
+def _index(flat: int | None, shape: Sequence[int]) -> tuple[int, ...] | None:
+    """The index of an element from its place in row-major order."""
+    if flat is None:
+        return None
+    out = []
+    for size in reversed(shape):
+        flat, at = divmod(flat, size)
+        out.append(at)
+    return tuple(reversed(out))

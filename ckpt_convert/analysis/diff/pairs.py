@@ -1,0 +1,301 @@
+"""Bringing two checkpoints together: which tensor of one is which of the other, whatever formats they are in.
+
+Through the table of a family where both are read by one, else by key. Nothing here reads a tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from ckpt_convert import dtypes
+from ckpt_convert.checkpoint import mapping
+from ckpt_convert.checkpoint.checkpoint import Checkpoint
+from ckpt_convert.checkpoint.mapping import Equality, Logical
+from ckpt_convert.checkpoint.model import Model, identify
+from ckpt_convert.containers import gguf
+from ckpt_convert.errors import AmbiguousFormatError, CkptConvertError, ConfigError, UnsupportedFamilyError
+from ckpt_convert.formats import peft
+from ckpt_convert.models.core.table import Instance, Key
+from ckpt_convert.tensors.lazy import LazyTensor, stored, zeros
+
+
+@dataclass(frozen=True, slots=True)
+class Half:
+    """A tensor as one side has it: its key there, its whole shape (ranks joined), and where its elements lie.
+
+    Numbers that are packed in a way that cannot be taken apart (GGUF's blocks) are read as ``packed`` bytes.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+    tensor: LazyTensor
+    packed: bool = False
+
+    @property
+    def element(self) -> str:
+        """The dtype of what ``tensor`` has for elements."""
+        return "U8" if self.packed else self.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """The same tensor on both sides, None where a side has none.
+
+    The two tensors are in one order of elements, that in which side a stores them. ``copies`` are pairs within one side
+    (0 for a, 1 for b) that have to be equal: what every rank holds. ``reordered`` is b's tensor with
+    its rows as they lie in its files, and put from there into either RoPE order.
+    """
+
+    a: Half | None
+    b: Half | None
+    copies: tuple[tuple[int, Equality], ...] = ()
+    reordered: tuple[LazyTensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Two checkpoints tensor by tensor. ``through`` says how they were brought together: "mapping" or "keys"."""
+
+    through: str
+    pairs: Sequence[Pair]
+    models: tuple[Model | None, Model | None]
+    notices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One checkpoint read through a table: its tensors by row, what fits no row by key, the copies on ranks by key."""
+
+    tensors: Mapping[Instance, Logical]
+    rest: Mapping[str, Half]
+    omitted: frozenset[Instance]
+    copies: Mapping[str, Sequence[Equality]] = field(default_factory=dict)
+    misfits: int = 0
+
+
+def bring_together(a: Checkpoint, b: Checkpoint) -> Pairs:
+    """Pair the tensors of two checkpoints.
+
+    A side without a config is read with the other's. Raises ConfigError, AmbiguousFormatError or UnsupportedFamilyError
+    where the formats differ and nothing says how one is read as the other, KeyMismatchError for files that contradict
+    each other.
+    """
+    notices = [f"{checkpoint.path}: {text}" for checkpoint in (a, b) for text in checkpoint.read_as]
+    models = _models(a, b, notices)
+    left, right = models
+    if left is not None and right is not None and left.family.name == right.family.name:
+        return _through_table(a, b, left, right, notices)
+    names_a: Mapping[str, Half] = _by_key(a)
+    names_b: Mapping[str, Half] = _by_key(b)
+    if not names_a.keys() & names_b.keys():
+        names_a = _without_prefix(a, names_a, names_b, notices)
+        names_b = _without_prefix(b, names_b, names_a, notices)
+    unknown = a.format is None or b.format is None
+    if a.format != b.format and not (unknown and names_a.keys() & names_b.keys()):
+        _refuse(a, b, models)
+    pairs = [Pair(half, names_b.get(name)) for name, half in names_a.items()]
+    pairs += [Pair(None, half) for name, half in names_b.items() if name not in names_a]
+    return Pairs("keys", pairs, models, tuple(notices))
+
+
+def _without_prefix(
+    checkpoint: Checkpoint, names: Mapping[str, Half], others: Mapping[str, Half], notices: list[str]
+) -> Mapping[str, Half]:
+    """The names as the other side has them, where all that keeps them apart is what stands before them.
+
+    So it is with the state of a whole training run ("model.…"), and with a model without its head (no "model.").
+    """
+    longest = max(names, key=len, default="")
+    parts = longest.split(".")
+    prefixes = (".".join(parts[:count]) + "." for count in range(1, len(parts)))
+    prefix = next((prefix for prefix in prefixes if longest.removeprefix(prefix) in others), None)
+    if prefix is None:
+        return names
+    stripped = {name.removeprefix(prefix): half for name, half in names.items()}
+    if len(stripped) != len(names):
+        return names
+    notices.append(f"{checkpoint.path}: its keys are compared without {prefix!r} before them")
+    return stripped
+
+
+def _through_table(a: Checkpoint, b: Checkpoint, left: Model, right: Model, notices: list[str]) -> Pairs:
+    format = str(a.format)
+    left.family.check_rotation(left.config, format, str(b.format))
+    side_a, side_b = _read(a, left), _read(b, right)
+    for checkpoint, side in ((a, side_a), (b, side_b)):
+        if side.misfits:
+            notices.append(
+                f"{checkpoint.path}: {side.misfits} tensors do not fit its config; `ckpt-convert verify` lists them"
+            )
+    pairs: list[Pair] = []
+    rest_a, rest_b = dict(side_a.rest), dict(side_b.rest)
+    as_zeros: dict[str, list[str]] = {"a": [], "b": []}
+    for instance in dict.fromkeys([*side_a.tensors, *side_b.tensors]):
+        ours, theirs = side_a.tensors.get(instance), side_b.tensors.get(instance)
+        if instance in side_a.omitted and instance in side_b.omitted:
+            continue
+        one = ours or theirs
+        if one is not None and (ours is None or theirs is None):
+            where, format_there = ("a", str(b.format)) if theirs is None else ("b", str(a.format))
+            if instance.row.derived:
+                notices.append(f"{one.key} is only in {where}: the config determines what it holds")
+                continue
+            if instance.row.zeros is not None:
+                as_zeros[where].append(one.key)
+                absent = replace(one, tensor=zeros(one.tensor.shape))
+                ours, theirs = ours or absent, theirs or absent
+            elif not instance.row.required and instance.row.column(format_there) is None:
+                text = f"{one.key} is only in {where}: the {format_there} format has no place for it"
+                notices.append(f"{text}, and its models do without")
+                continue
+        half_a = _half(instance, format, left, ours) or rest_a.pop(str(instance.key(format)), None)
+        half_b = _half(instance, format, left, theirs) or rest_b.pop(str(instance.key(str(b.format))), None)
+        copies = [(0, check) for check in side_a.copies.get(half_a.key, ())] if half_a else []
+        copies += [(1, check) for check in side_b.copies.get(half_b.key, ())] if half_b else []
+        pairs.append(Pair(half_a, half_b, tuple(copies), _reordered(instance, left, b, half_b)))
+    if a.format == b.format:
+        pairs += [Pair(half, rest_b.pop(key, None)) for key, half in rest_a.items()]
+        rest_a = {}
+    pairs += [Pair(half, None) for half in rest_a.values()]
+    pairs += [Pair(None, half) for half in rest_b.values()]
+    for where, keys in as_zeros.items():
+        if keys:
+            some = f"{keys[0]}{f' and {len(keys) - 1} more' if len(keys) > 1 else ''}"
+            notices.append(f"compared with zeros, which the other side computes with: {some}, only in {where}")
+    return Pairs("mapping", pairs, (left, right), tuple(notices))
+
+
+def _read(checkpoint: Checkpoint, model: Model) -> _Side:
+    format = str(checkpoint.format)
+    logicals, findings = mapping.examine(model.family, format, model.dims, checkpoint.ranks)
+    copies: dict[str, list[Equality]] = {}
+    for check in logicals.equal:
+        copies.setdefault(check.key, []).append(check)
+    fit = {instance.key(format) for instance in logicals.tensors}
+    names = checkpoint.names
+    loose = [key for key in checkpoint.tensors if names.of(key) not in fit and checkpoint.is_weight(key)]
+    rest = {name: half for key in loose for name, half in _halves(checkpoint, key)}
+    misfits = sum(finding.check == "shape" for finding in findings)
+    return _Side(logicals.tensors, rest, frozenset(logicals.omitted), copies, misfits)
+
+
+def _half(instance: Instance, format: str, model: Model, logical: Logical | None) -> Half | None:
+    """A logical tensor in the order in which ``format`` stores it."""
+    if logical is None:
+        return None
+    column = instance.row.column(format)
+    tensor = column.to_stored(logical.tensor, instance.row, model.dims) if column else logical.tensor
+    if column is not None and column.cells is not None and logical.original is not None:
+        tensor = logical.original
+    return Half(logical.key, tensor.shape, logical.dtype, _nbytes(tensor, logical.dtype), tensor)
+
+
+def _reordered(instance: Instance, model: Model, b: Checkpoint, half: Half | None) -> tuple[LazyTensor, ...]:
+    turned = instance.row.turned(model.dims)
+    if half is None or turned is None or half.shape != instance.row.sizes(model.dims):
+        return ()
+    tensor, _ = b.joined(half.key)
+    if tensor.shape != half.shape:
+        return ()  # it lies in one tensor with others
+    interleaved = Key("", rope="interleaved")
+    return tensor, interleaved.rows_to_stored(tensor, *turned), interleaved.rows_to_logical(tensor, *turned)
+
+
+def _by_key(checkpoint: Checkpoint) -> dict[str, Half]:
+    weights = filter(checkpoint.is_weight, checkpoint.tensors)
+    return {name: half for key in weights for name, half in _halves(checkpoint, key)}
+
+
+def _halves(checkpoint: Checkpoint, key: str) -> list[tuple[str, Half]]:
+    """A tensor by its key in the format; where nothing says how its ranks are joined, each rank's part by itself."""
+    info, key = checkpoint.tensors[key], checkpoint.names.of(key)
+    if info.dtype not in dtypes.DTYPES:
+        number = checkpoint.ranks[0][key].tensor.tiles[0].source
+        return [(key, Half(key, info.shape, info.dtype, info.nbytes, stored(number, (info.nbytes,)), packed=True))]
+    if info.settled:
+        tensor, dtype = checkpoint.joined(key)
+        return [(key, Half(key, tensor.shape, dtype, info.nbytes, tensor))]
+    out = []
+    for rank, tensors in enumerate(checkpoint.ranks):
+        if (source := tensors.get(key)) is not None:
+            name = f"{key} (rank {rank})"
+            out.append(
+                (name, Half(name, source.shape, source.dtype, _nbytes(source.tensor, source.dtype), source.tensor))
+            )
+    return out
+
+
+def _models(a: Checkpoint, b: Checkpoint, notices: list[str]) -> tuple[Model | None, Model | None]:
+    left, right = _model(a), _model(b)
+    if left is None and right is not None:
+        left = _borrowed(a, right, b, notices)
+    elif right is None and left is not None:
+        right = _borrowed(b, left, a, notices)
+    return left, right
+
+
+def _model(checkpoint: Checkpoint) -> Model | None:
+    try:
+        return checkpoint.model
+    except CkptConvertError:
+        return None
+
+
+def _borrowed(checkpoint: Checkpoint, model: Model, owner: Checkpoint, notices: list[str]) -> Model | None:
+    """The model of a checkpoint that has no config, read with the other's."""
+    if checkpoint.format is None or checkpoint.config is not None or checkpoint.params is not None:
+        return None
+    if checkpoint.format not in model.family.formats:
+        return None
+    try:
+        found = identify(
+            model.config,
+            str(owner.path),
+            checkpoint.format,
+            checkpoint.ranks,
+            checkpoint.options,
+            family=model.family.name,
+        )
+    except CkptConvertError:
+        return None
+    notices.append(f"{checkpoint.path}: has no config, and is read with that of {owner.path}")
+    return found
+
+
+def _refuse(a: Checkpoint, b: Checkpoint, models: tuple[Model | None, Model | None]) -> None:
+    """Raise the error that says why two checkpoints of different layouts cannot be compared."""
+    left, right = models
+    for checkpoint in (a, b):
+        if checkpoint.directory.kind == peft.KIND:
+            raise UnsupportedFamilyError(
+                f"{checkpoint.path}: is a PEFT adapter, which holds changes to a model, not its weights; merge it into "
+                "its base model first (peft's merge_and_unload), then compare that"
+            )
+        is_gguf = any(file.header.kind == gguf.KIND for file in checkpoint.files)
+        if checkpoint.format is None and (is_gguf or checkpoint.directory.kind is not None):
+            raise UnsupportedFamilyError(
+                f"{checkpoint.path}: {checkpoint.why}, and none of its keys is one of the other side; "
+                "`ckpt-convert inspect` shows the keys of each"
+            )
+    if left is not None and right is not None:
+        raise UnsupportedFamilyError(
+            f"{a.path} is a {left.family.name} in the {a.format} format, {b.path} a {right.family.name} in the "
+            f"{b.format} format: no table maps one to the other; compare checkpoints of one family, or of one format"
+        )
+    for checkpoint, model in ((a, left), (b, right)):
+        if model is None and checkpoint.format is None:
+            raise AmbiguousFormatError(
+                f"{checkpoint.path}: {checkpoint.why}, and the other side is of another layout; say which format it is "
+                "(--from-a, --from-b)"
+            )
+    for checkpoint, model in ((a, left), (b, right)):
+        if model is None:
+            _ = checkpoint.model  # raises what is missing
+    raise ConfigError(f"{a.path}, {b.path}: nothing says how one is read as the other; give a config")
+
+
+def _nbytes(tensor: LazyTensor, dtype: str) -> int:
+    return dtypes.nbytes(dtype, tensor.shape)

@@ -1,0 +1,277 @@
+"""Loading a checkpoint of any format into a causal language model of transformers, on the CPU in float32."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from ckpt_convert import dtypes
+from ckpt_convert.checkpoint import mapping
+from ckpt_convert.checkpoint.checkpoint import Checkpoint
+from ckpt_convert.convert.request import CASTABLE
+from ckpt_convert.errors import (
+    ConfigError,
+    KeyMismatchError,
+    ShapeMismatchError,
+    TiedWeightsError,
+    UnsupportedFamilyError,
+    UsageError,
+    listing,
+)
+from ckpt_convert.tensors.blocks import Meter, Mover, ProgressCallback, Read, difference
+from ckpt_convert.tensors.lazy import LazyTensor, stored
+
+if TYPE_CHECKING:
+    import torch
+
+_FOUND = ("model.safetensors", "pytorch_model.bin")
+"""The names, or with .index.json behind them the indices, under which transformers finds weights."""
+
+_LEFT_OUT = (
+    "auto_map",  # code of the checkpoint's own
+    "transformers_weights",  # another file
+    "attn_implementation",  # these name kernels, which may lie on the Hub
+    "_attn_implementation",
+    "_attn_implementation_internal",
+    "experts_implementation",
+    "_experts_implementation",
+    "fusion_config",
+)
+"""What a config may ask of transformers that is none of the model's arithmetic."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The class in transformers, the config to make it with, and what both say of tokens.
+
+    ``positions`` is the most tokens that it takes, None where nothing says so.
+    """
+
+    model_type: str
+    model_class: Any
+    config: Any
+    vocab_size: int
+    positions: int | None
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence transformers and keep it off the network while the block runs; afterwards it is as it was."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _, logging = _transformers()
+        from huggingface_hub import constants
+
+        level, bars, offline = logging.get_verbosity(), logging.is_progress_bar_enabled(), constants.HF_HUB_OFFLINE
+        logging.set_verbosity(logging.CRITICAL)
+        logging.disable_progress_bar()
+        constants.HF_HUB_OFFLINE = True
+        try:
+            yield
+        finally:
+            constants.HF_HUB_OFFLINE = offline
+            logging.set_verbosity(level)
+            if bars:
+                logging.enable_progress_bar()
+
+
+def architecture(checkpoint: Checkpoint) -> Architecture:
+    """What transformers makes of the checkpoint's config.
+
+    Raises UsageError where transformers is not installed, UnsupportedFamilyError for what is no causal language model
+    that it knows, ConfigError for a config that it refuses.
+    """
+    content = checkpoint.model.config if checkpoint.format != "hf" else checkpoint.config
+    if content is None:
+        raise ConfigError(f"{checkpoint.path}: has no config.json; pass --config with the model's")
+    with quiet():
+        transformers, _ = _transformers()
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+        name = content.get("model_type")
+        where = f"{checkpoint.path}: model_type {name!r}"
+        if not isinstance(name, str) or name not in CONFIG_MAPPING:
+            own = " (its config names code of its own, which is never run)" if "auto_map" in content else ""
+            raise UnsupportedFamilyError(
+                f"{where} is unknown to transformers {transformers.__version__}{own}; a newer one may know it: "
+                "pip install --upgrade transformers"
+            )
+        kept = {key: value for key, value in content.items() if key not in _LEFT_OUT}
+        try:
+            config = CONFIG_MAPPING[name].from_dict(kept)
+            model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+            text = config.get_text_config()
+        except ImportError as error:
+            raise _lacking(checkpoint, error) from error
+        except Exception as error:
+            raise ConfigError(f"{checkpoint.path}: transformers refuses the config: {_said(error)}") from error
+    vocab = getattr(text, "vocab_size", None)
+    if model_class is None or not isinstance(vocab, int) or vocab < 1:
+        raise UnsupportedFamilyError(
+            f"{where} is no causal language model in transformers {transformers.__version__}, so it has no logits of a "
+            "next token; diff compares its weights"
+        )
+    positions = getattr(text, "max_position_embeddings", None)
+    return Architecture(name, model_class, config, vocab, positions if isinstance(positions, int) else None)
+
+
+def load(checkpoint: Checkpoint, found: Architecture, progress: ProgressCallback | None) -> tuple[Any, tuple[str, ...]]:
+    """The model with its weights, and notices about it; call it within ``quiet``.
+
+    A Hugging Face directory is opened by transformers itself. The weights of any other are translated tensor by tensor
+    and handed over in memory. Raises KeyMismatchError, ShapeMismatchError or TiedWeightsError for weights that do not
+    fit, listing them all.
+    """
+    import torch
+
+    config = found.config
+    options: dict[str, Any] = {}
+    notices: tuple[str, ...] = ()
+    if _opens(checkpoint):
+        path: str | None = str(checkpoint.root)
+        meter = Meter("loading", sum(tensor.nbytes for _, tensor in checkpoint.stored), progress)
+    else:
+        path = None
+        if checkpoint.format == "hf":
+            options["state_dict"] = _as_they_are(checkpoint, progress)
+        else:
+            options["state_dict"], tied = _translated(checkpoint, progress)
+            config.tie_word_embeddings = tied
+            notices = checkpoint.model.notices
+    try:
+        model, info = found.model_class.from_pretrained(
+            path,
+            config=config,
+            torch_dtype=torch.float32,
+            attn_implementation="eager",
+            local_files_only=True,
+            trust_remote_code=False,
+            weights_only=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **options,
+        )
+    except ImportError as error:
+        raise _lacking(checkpoint, error) from error
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{checkpoint.path}: transformers cannot load it: {_said(error)}") from error
+    _refuse(checkpoint, info)
+    if path is not None:
+        meter.add(meter.total)
+    return model.eval(), notices
+
+
+def _opens(checkpoint: Checkpoint) -> bool:
+    """Whether transformers would find just these files in the directory, and a model rather than an adapter."""
+    if checkpoint.format != "hf" or not checkpoint.path.is_dir() or (checkpoint.root / "adapter_config.json").exists():
+        return False
+    if checkpoint.read_as:
+        return False
+    index, names = checkpoint.directory.index, [file.name for file in checkpoint.files]
+    return index in [f"{name}.index.json" for name in _FOUND] if index else names in [[name] for name in _FOUND]
+
+
+def _as_they_are(checkpoint: Checkpoint, progress: ProgressCallback | None) -> dict[str, torch.Tensor]:
+    """Every tensor of a Hugging Face checkpoint under its key in the format."""
+    _ = checkpoint.ranks  # refuses keys given twice
+    tensors = [
+        (checkpoint.names.of(tensor.key), Read(stored(number, tensor.shape, tensor.strides), tensor.dtype))
+        for number, (_, tensor) in enumerate(checkpoint.stored)
+        if checkpoint.is_weight(tensor.key)
+    ]
+    return _made(checkpoint, tensors, progress)
+
+
+def _translated(checkpoint: Checkpoint, progress: ProgressCallback | None) -> tuple[dict[str, torch.Tensor], bool]:
+    """The tensors under Hugging Face's keys and in its order of rows, and whether the output is the embedding."""
+    model, path = checkpoint.model, str(checkpoint.path)
+    logicals = mapping.read(model.family, str(checkpoint.format), model.dims, checkpoint.ranks, path)
+    pair = mapping.tied_pair(logicals)
+    if model.tied is None:
+        model = model.with_tied(pair is not None and _equal(checkpoint, pair))
+    targets, _, ties = mapping.write(model.family, "hf", model.dims, logicals, ranks=1, keep_tied=False, what=path)
+    failed = [check.message for check in (*logicals.equal, *ties) if not _equal(checkpoint, check)]
+    if failed:
+        raise TiedWeightsError(f"{path}: tensors that have to be equal are not:{listing(failed)}")
+    tensors = [(target.key, Read(target.tensor, target.dtype)) for target in targets]
+    return _made(checkpoint, tensors, progress), bool(model.dims["tied"])
+
+
+def _equal(checkpoint: Checkpoint, check: mapping.Equality) -> bool:
+    left, right = Mover(checkpoint.stored), Mover(checkpoint.stored)
+    return difference(left, right, Read(check.left, check.dtype), Read(check.right, check.dtype)) is None
+
+
+def _made(
+    checkpoint: Checkpoint, tensors: Iterable[tuple[str, Read]], progress: ProgressCallback | None
+) -> dict[str, torch.Tensor]:
+    """The tensors themselves, floating-point numbers in float32."""
+    tensors = list(tensors)
+    mover = Mover(checkpoint.stored)
+    meter = Meter("loading", sum(dtypes.nbytes(one.dtype, one.tensor.shape) for _, one in tensors), progress)
+    return {key: _read(mover, one.tensor, one.dtype, meter) for key, one in tensors}
+
+
+def _read(mover: Mover, tensor: LazyTensor, dtype: str, meter: Meter) -> torch.Tensor:
+    import numpy as np
+    import torch
+
+    target = "F32" if dtype in CASTABLE else dtype
+    nbytes = dtypes.nbytes(target, tensor.shape)
+    data = torch.empty(nbytes, dtype=torch.uint8)
+    view = data.numpy()
+    for offset, block in mover.blocks(tensor, dtype, target):
+        view[offset : offset + len(block)] = np.frombuffer(block, np.uint8)
+        meter.add(len(block) * dtypes.DTYPES[dtype].bits // dtypes.DTYPES[target].bits)
+    name = dtypes.DTYPES[target].torch
+    elements = data.view(getattr(torch, name)) if name else data
+    return elements.reshape(tensor.shape) if elements.numel() == prod(tensor.shape) else elements
+
+
+def _refuse(checkpoint: Checkpoint, info: Mapping[str, Any]) -> None:
+    """Raise the error that lists what transformers missed, did not expect, or could not fit in."""
+    missing, unexpected = (sorted(map(str, info.get(f"{name}_keys") or ())) for name in ("missing", "unexpected"))
+    misshapen = [
+        f"{key}: expected {list(wanted)}, found {list(given)}"
+        for key, given, wanted in sorted(info.get("mismatched_keys") or (), key=str)
+    ]
+    other = [str(text) for text in info.get("error_msgs") or ()]
+    titles = {
+        "missing keys": missing,
+        "unexpected keys": unexpected,
+        "shapes that disagree with the config": misshapen,
+        "other problems": other,
+    }
+    said = [f"\n  {len(lines)} {title}:{listing(lines)}" for title, lines in titles.items() if lines]
+    if said:
+        error = KeyMismatchError if missing or unexpected else ShapeMismatchError
+        raise error(f"{checkpoint.path}: transformers loads it, but not as its config says:{''.join(said)}")
+
+
+def _transformers() -> tuple[Any, Any]:
+    """The package and its logging; raises UsageError that says what to install."""
+    try:
+        import transformers
+        from transformers.utils import logging
+    except ImportError as error:
+        raise UsageError(
+            f"logits are computed by transformers, which is missing ({error}): pip install transformers"
+        ) from error
+    return transformers, logging
+
+
+def _lacking(checkpoint: Checkpoint, error: ImportError) -> UsageError:
+    return UsageError(f"{checkpoint.path}: transformers needs another package to load it: {_said(error)}")
+
+
+def _said(error: Exception) -> str:
+    """What an error of another library says, in one line that is not too long."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:400]}{'…' if len(text) > 400 else ''}"

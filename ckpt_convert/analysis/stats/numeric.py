@@ -1,0 +1,241 @@
+"""Numbers about tensors whose bytes come in blocks: what one holds (Summary), how far two are apart (Comparison)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from ckpt_convert.analysis.stats.pieces import LARGEST, Data, Scratch, as_bytes, is_equal, norm, pieces, total
+from ckpt_convert.analysis.stats.summary import Stats, Summary
+from ckpt_convert.tensors import decode
+from ckpt_convert.tensors.decode import Array, Codec
+
+__all__ = ["Comparison", "Delta", "Stats", "Summary", "comparable"]
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """How far two tensors of one shape are apart; ``at`` and ``first`` are flat indices, row-major.
+
+    ``differing`` counts the elements whose bits differ after an exact upcast to a common type, so -0.0 and 0.0 differ
+    (by 0), and so do two NaNs with different payloads. ``nan_mismatch`` counts those of them where one side is NaN or
+    infinite and the other is not the same. All other numbers are over the pairs of finite elements: ``relative_norm``
+    is ‖a-b‖ / ‖a‖, None where ‖a‖ is 0 (or beyond float64); ``max_ulp`` the largest distance in steps from one value of
+    the dtype to the next, None unless both have the same floating-point dtype. ``at`` is the element of the largest
+    |Δ| (None where that is 0), ``first`` the first that differs. Complex elements are as far apart as their parts.
+    Where both dtypes fit float32, means and norms are right to five digits, and ``max_abs`` is exact at ``at``.
+
+    Where the dtype cannot be taken apart, ``count`` and ``differing`` are of bytes and the rest is None (but
+    ``nan_mismatch``, 0).
+    """
+
+    count: int = 0
+    differing: int = 0
+    max_abs: float | None = None
+    mean_abs: float | None = None
+    relative_norm: float | None = None
+    max_ulp: int | None = None
+    nan_mismatch: int = 0
+    at: int | None = None
+    first: int | None = None
+
+
+class Comparison:
+    """Adds up how far two tensors of one shape are apart, block by block; not to be shared between threads.
+
+    Raises ValueError for two dtypes that are not ``comparable``.
+    """
+
+    def __init__(self, dtype_a: str, dtype_b: str) -> None:
+        if not comparable(dtype_a, dtype_b):
+            raise ValueError(f"elements of {dtype_a} and {dtype_b} cannot be compared")
+        self._a, self._b = decode.codec(dtype_a), decode.codec(dtype_b)
+        self._is_same = dtype_a == dtype_b
+        self._has_ulp = self._is_same and self._a is not None and self._a.kind != "int"
+        self._scratch = Scratch()
+        self._count = self._differing = self._nan_mismatch = self._finite = self._ulp = 0
+        self._max = self._sum = self._norm = self._reference = 0.0
+        self._was_equal = True
+        self._at: int | None = None
+        self._first: int | None = None
+
+    def add(self, a: Data, b: Data, first_element: int) -> None:
+        """The same elements of both tensors, from the one with this flat index on."""
+        if self._a is None or self._b is None:
+            one, other = as_bytes(a), as_bytes(b)
+            self._count += len(one)
+            self._differing += int(np.count_nonzero(one != other))
+            return
+        with np.errstate(all="ignore"):
+            for (at, one), (_, other) in zip(pieces(self._a, a), pieces(self._b, b), strict=True):
+                self._piece(self._a, self._b, one, other, first_element + at)
+
+    def result(self) -> Delta:
+        if self._a is None:
+            return Delta(self._count, self._differing)
+        mean = self._sum / self._finite if self._finite else 0.0
+        is_known = self._reference > 0 and (max(self._reference, self._norm) < math.inf or self._norm == 0)
+        relative = self._norm / self._reference if is_known else None
+        return Delta(
+            count=self._count,
+            differing=self._differing,
+            max_abs=self._max,
+            mean_abs=min(mean, self._max),
+            relative_norm=relative,
+            max_ulp=self._ulp if self._has_ulp else None,
+            nan_mismatch=self._nan_mismatch,
+            at=self._at,
+            first=self._first,
+        )
+
+    def _piece(self, a: Codec, b: Codec, one: Array, other: Array, first: int) -> None:
+        numbers = len(one) // a.nbytes * a.each
+        self._count += numbers // a.parts
+        # Where the last piece differed, this one most likely does.
+        self._was_equal = self._was_equal and self._is_same and is_equal(one, other)
+        if self._was_equal:
+            self._equal(a, one, numbers)
+            return
+        left, right, changed = self._read(a, b, one, other)
+        count = int(np.count_nonzero(changed))
+        self._was_equal = not count
+        if not count:
+            self._equal(a, one, numbers)
+            return
+        self._differ(changed, count, a, first)
+        ulps = _ulps(a, one, other, self._scratch) if self._has_ulp else None
+        # In float32 where both are of it: rounded, but not by a digit that anybody looks at.
+        # In place of the right side (but never of a file's own bytes): the fewer buffers, the more of them stay in the
+        # cache. What needs that side again, which is seldom, reads it again.
+        kept = self._scratch.take(2, left.dtype.str, numbers) if decode.is_plain(b) else right
+        delta = np.subtract(left, right, out=kept)
+        np.abs(delta, out=delta)
+        if a.is_long and b.is_long:
+            delta = _distance(one.view(a.code), other.view(b.code))
+        largest = float(np.maximum.reduce(delta))
+        if not math.isfinite(largest):
+            left, right, _ = self._read(a, b, one, other)
+            finite = np.isfinite(left) & np.isfinite(right)
+            apart = ~finite & (left != right) & ~(np.isnan(left) & np.isnan(right))
+            self._nan_mismatch += int(np.count_nonzero(_by_element(apart, a)))
+            numbers = int(np.count_nonzero(finite))
+            left, right = (np.where(finite, side, 0.0).astype("<f8") for side in (left, right))
+            ulps = None if ulps is None else np.where(finite, ulps, 0)
+            # Two finite numbers may be farther apart than the largest of all.
+            delta = np.minimum(np.abs(left - right), LARGEST)
+            largest = float(delta.max())
+        if ulps is not None:
+            self._ulp = max(self._ulp, int(ulps.max()))
+        self._finite += numbers
+        self._sum = min(self._sum + total(delta), LARGEST)
+        self._norm = math.hypot(self._norm, norm(delta))
+        self._reference = math.hypot(self._reference, norm(left))
+        if largest > self._max:
+            at = int(delta.argmax())
+            if delta.dtype == np.float32:
+                left, right, _ = self._read(a, b, one, other)
+                largest = abs(float(left[at]) - float(right[at]))
+            self._max = largest
+            self._at = first + at // a.parts
+
+    def _read(self, a: Codec, b: Codec, one: Array, other: Array) -> tuple[Array, Array, Array]:
+        """The numbers of both sides in a common type, and which of them differ."""
+        wide = "<f8" if "<f8" in (a.wide, b.wide) else "<f4"
+        left, right = self._values(a, one, wide, 0), self._values(b, other, wide, 1)
+        if self._is_same:
+            codes, others = decode.codes(a, one), decode.codes(b, other)
+            return left, right, np.not_equal(codes, others, out=self._scratch.take(6, "?", len(codes)))
+        if a.is_long or b.is_long:
+            return left, right, _changed_long(a, b, one, other, left, right)
+        unit = wide.replace("f", "u")
+        return left, right, left.view(unit) != right.view(unit)
+
+    def _values(self, codec: Codec, raw: Array, wide: str, number: int) -> Array:
+        numbers = len(raw) // codec.nbytes * codec.each
+        values = decode.values(codec, raw, self._scratch.take(number, codec.wide, numbers))
+        return values if codec.wide == wide else values.astype(wide)
+
+    def _equal(self, a: Codec, raw: Array, numbers: int) -> None:
+        """Equal numbers count, and add to what the difference of the others is measured against."""
+        values = decode.values(a, raw, self._scratch.take(0, a.wide, numbers))
+        found = norm(values)
+        if not math.isfinite(found):
+            values = values[np.isfinite(values)]
+            found = norm(values)
+        self._finite += len(values)
+        self._reference = math.hypot(self._reference, found)
+
+    def _differ(self, changed: Array, count: int, a: Codec, first: int) -> None:
+        elements = _by_element(changed, a)
+        self._differing += count if a.parts == 1 else int(np.count_nonzero(elements))
+        if self._first is None:
+            self._first = first + int(elements.argmax())
+
+
+def comparable(dtype_a: str, dtype_b: str) -> bool:
+    """Whether the elements of two dtypes can be compared: any numbers, but complex ones only with complex ones."""
+    a, b = decode.codec(dtype_a), decode.codec(dtype_b)
+    return dtype_a == dtype_b or (a is not None and b is not None and a.parts == b.parts)
+
+
+def _by_element(numbers: Array, codec: Codec) -> Array:
+    """For each element, whether it holds of one of its parts."""
+    return numbers if codec.parts == 1 else np.logical_or.reduce(numbers.reshape(-1, codec.parts), axis=1)
+
+
+def _ulps(codec: Codec, one: Array, other: Array, scratch: Scratch) -> Array:
+    """How many values of the dtype lie between two, without sign; both zeros are one value."""
+    a, b = decode.codes(codec, one), decode.codes(codec, other)
+    if codec.kind == "float":
+        a, b = _ordered(a, scratch, 3), _ordered(b, scratch, 4)
+    # Into memory that was used before: what is new costs more than what is done with it.
+    found, rest = (scratch.take(number, a.dtype.str, len(a)) for number in (5, 6))
+    np.maximum(a, b, out=found)
+    np.minimum(a, b, out=rest)
+    np.subtract(found, rest, out=found)
+    found = found.view(codec.code)
+    return found >> 4 if codec.each == 2 else found
+
+
+def _ordered(codes: Array, scratch: Scratch, number: int) -> Array:
+    """Codes of sign and magnitude as signed integers in the order of their values; -0.0 is 0 as well."""
+    bits, signed = 8 * codes.itemsize - 1, codes.dtype.str.replace("u", "i")
+    values = codes.view(signed)
+    sign, out = scratch.take(5, signed, len(codes)), scratch.take(number, signed, len(codes))
+    np.right_shift(values, bits, out=sign)  # -1 for what has the sign bit, else 0
+    np.bitwise_and(sign, (1 << bits) - 1, out=out)
+    np.bitwise_xor(values, out, out=out)
+    return np.subtract(out, sign, out=out)
+
+
+def _distance(a: Array, b: Array) -> Array:
+    """|a-b| of 64-bit integers, signed or not; rounded only once, but where one of two types is negative."""
+    low, high = a.view("<u8"), b.view("<u8")
+    is_less = (a < 0) & (b >= 0) | ((a < 0) == (b < 0)) & (low < high)
+    found: Array = np.where(is_less, high - low, low - high).astype("<f8")
+    if a.dtype != b.dtype:
+        found = np.where((a < 0) | (b < 0), np.abs(a.astype("<f8") - b.astype("<f8")), found)
+    return found
+
+
+def _changed_long(a: Codec, b: Codec, one: Array, other: Array, left: Array, right: Array) -> Array:
+    """Which numbers differ where float64 does not hold one side exactly."""
+    found: Array
+    if a.kind == b.kind == "int":
+        x, y = one.view(a.code), other.view(b.code)
+        found = ((x < 0) != (y < 0)) | (_extended(x) != _extended(y))
+        return found
+    # What is left of the integer in a float has to be that float, and it has to give the integer back.
+    codec, numbers, floats = (a, one.view(a.code), right) if a.is_long else (b, other.view(b.code), left)
+    low, high = (-(2.0**63), 2.0**63) if codec.code == "<i8" else (0.0, 2.0**64)
+    inside = (floats >= low) & (floats < high)
+    back = np.where(inside, floats, 0.0).astype(codec.code)
+    found = (left.view("<u8") != right.view("<u8")) | ~inside | (back != numbers)
+    return found
+
+
+def _extended(numbers: Array) -> Array:
+    found: Array = numbers.astype("<i8" if numbers.dtype.kind == "i" else "<u8").view("<u8")
+    return found

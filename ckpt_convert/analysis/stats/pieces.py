@@ -1,0 +1,140 @@
+"""Sums over pieces of a tensor that stay in the processor's cache, in float64 and in buffers that are used again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from ckpt_convert.tensors.decode import Array, Codec
+
+Data = bytes | bytearray | memoryview | np.ndarray[Any, Any]
+
+PIECE = 1 << 17
+"""Numbers that are looked at together: few enough for the cache, enough to make numpy's calls cheap."""
+
+LARGEST = float(np.finfo(np.float64).max)
+
+_RUN = 1 << 13
+"""Numbers of one dot product: BLAS starts threads of its own for more than 10,000, and there are workers enough."""
+
+_SQUARABLE = (1e-140, 1e140)
+"""Magnitudes whose squares neither overflow nor vanish in float64."""
+
+_CANCELLED = 1e-3
+"""What is left of a sum of squares once the mean is taken out, at which too many digits of it are lost."""
+
+_SHORT = 1 << 8
+_ONES = np.ones(_SHORT, np.float32)
+_SINGLE = (1e-12, 1e15)
+"""Magnitudes whose squares, and the sum of a piece's, float32 holds."""
+
+
+class Scratch:
+    """Buffers by number, made when they are first needed."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[int, str], Array] = {}
+
+    def take(self, number: int, dtype: str, count: int) -> Array:
+        """``count`` elements (at most a piece) of the dtype, good until the same are taken again."""
+        buffer = self._buffers.get((number, dtype))
+        if buffer is None or len(buffer) < count:
+            buffer = self._buffers[number, dtype] = np.empty(count, dtype)
+        return buffer if len(buffer) == count else buffer[:count]
+
+
+def pieces(codec: Codec, data: Data) -> Iterator[tuple[int, Array]]:
+    """(number of the first element, bytes) of each piece of a block."""
+    raw = as_bytes(data)
+    step = PIECE // codec.each * codec.nbytes
+    for start in range(0, len(raw), step):
+        yield start // codec.nbytes * codec.each // codec.parts, raw[start : start + step]
+
+
+def as_bytes(data: Data) -> Array:
+    return data.reshape(-1).view(np.uint8) if isinstance(data, np.ndarray) else np.frombuffer(data, np.uint8)
+
+
+def is_equal(one: Array, other: Array) -> bool:
+    """Whether two pieces (uint8) of equal length hold the same bytes."""
+    whole = len(one) & ~7
+    return np.array_equal(one[:whole].view("<u8"), other[:whole].view("<u8")) and np.array_equal(
+        one[whole:], other[whole:]
+    )
+
+
+def total(numbers: Array) -> float:
+    """The sum; for float32 to six digits of what the numbers' magnitudes add up to."""
+    if numbers.dtype == np.float32:
+        # As products of a matrix, which BLAS adds up three times as quickly; few at a time, so that little is rounded.
+        whole = len(numbers) - len(numbers) % _SHORT
+        runs = np.matmul(numbers[:whole].reshape(-1, _SHORT), _ONES)
+        found = float(np.add.reduce(runs, dtype=np.float64) + np.add.reduce(numbers[whole:], dtype=np.float64))
+    else:
+        found = float(np.add.reduce(numbers))
+    return found if math.isfinite(found) else float(np.add.reduce(numbers, dtype=np.float64))
+
+
+def squares(numbers: Array) -> float:
+    """The sum of the squares; to five digits for float32."""
+    whole = len(numbers) - len(numbers) % _RUN
+    runs, rest = numbers[:whole], numbers[whole:]
+    found = np.matmul(runs.reshape(-1, 1, _RUN), runs.reshape(-1, _RUN, 1))
+    return float(np.add.reduce(found, None)) + float(np.dot(rest, rest))
+
+
+def norm(numbers: Array) -> float:
+    """The Euclidean norm of finite numbers (to five digits for float32), also where their squares are out of range."""
+    found = squares(numbers)
+    low, high = (1e-30, 1e38) if numbers.dtype == np.float32 else (_SQUARABLE[0] ** 2, _SQUARABLE[1] ** 2)
+    if low * len(numbers) < found < high:
+        return math.sqrt(found)
+    numbers = numbers.astype(np.float64)
+    largest = float(np.abs(numbers).max(initial=0.0))
+    if largest in (0, math.inf) or math.isnan(largest):
+        return largest
+    _, exponent = math.frexp(largest)
+    return _scaled(math.sqrt(squares(np.ldexp(numbers, -exponent))), exponent)
+
+
+def single_moments(numbers: Array, low: float, high: float) -> tuple[float, float, float] | None:
+    """What ``moments`` returns, of float32 numbers and to six digits; None where that takes float64."""
+    if not _SINGLE[0] < max(-low, high) < _SINGLE[1]:
+        return None
+    count, sum1, sum2 = len(numbers), total(numbers), squares(numbers)
+    spread = sum2 - sum1 * sum1 / count
+    return (0.0, sum1 / count, math.sqrt(spread / count)) if spread > sum2 / 2 else None
+
+
+def moments(numbers: Array, low: float, high: float) -> tuple[float, float, float]:
+    """Of finite float64 numbers between ``low`` and ``high``: c and m, where c+m is the mean, and the deviation.
+
+    c keeps what m would lose by rounding where the mean is far larger than the deviation. Overwrites the numbers.
+    """
+    largest, exponent = max(-low, high), 0
+    if not _SQUARABLE[0] < largest < _SQUARABLE[1]:
+        if low == high:
+            return 0.0, low, 0.0
+        _, exponent = math.frexp(largest)
+        np.ldexp(numbers, -exponent, out=numbers)
+    elif low == high:
+        return low, 0.0, 0.0
+    count = len(numbers)
+    sum1, sum2 = total(numbers), squares(numbers)
+    middle, mean, spread = 0.0, sum1 / count, sum2 - sum1 * sum1 / count
+    if spread <= _CANCELLED * sum2:
+        middle = mean
+        np.subtract(numbers, middle, out=numbers)
+        rest = total(numbers)
+        mean, spread = rest / count, squares(numbers) - rest * rest / count
+    return _scaled(middle, exponent), _scaled(mean, exponent), _scaled(math.sqrt(max(spread, 0.0) / count), exponent)
+
+
+def _scaled(number: float, exponent: int) -> float:
+    try:
+        return math.ldexp(number, exponent)
+    except OverflowError:
+        return math.copysign(math.inf, number)

@@ -1,0 +1,109 @@
+"""What the tensors of a checkpoint hold, read block by block: statistics, and a checksum to tell them apart by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import xxhash
+
+from ckpt_convert import dtypes
+from ckpt_convert.analysis.stats.numeric import Stats, Summary
+from ckpt_convert.checkpoint.checkpoint import Checkpoint, TensorInfo, WeightFile
+from ckpt_convert.errors import CorruptFileError
+from ckpt_convert.tensors import parallel
+from ckpt_convert.tensors.blocks import BLOCK, Meter, ProgressCallback
+from ckpt_convert.tensors.decode import Array
+from ckpt_convert.tensors.gather import Gatherer
+from ckpt_convert.tensors.lazy import LazyTensor, stored
+
+
+@dataclass(frozen=True, slots=True)
+class TensorStats(Stats):
+    """What a tensor holds, and the xxh3_64 of its dense, row-major bytes, ranks joined, as 16 hex digits.
+
+    Where nothing says how the ranks' parts are joined, both are of the parts one after another.
+    """
+
+    checksum: str = ""
+
+
+def statistics(
+    checkpoint: Checkpoint, keys: Iterable[str], *, workers: int, progress: ProgressCallback | None = None
+) -> Iterator[tuple[str, TensorStats]]:
+    """Read these tensors and yield what they hold, in the order of the keys; memory is a few MB for each worker.
+
+    Raises KeyError for an unknown key, CorruptFileError naming file and key where bytes cannot be read. A dtype that
+    cannot be taken apart has a checksum, and a ``count`` of 0.
+    """
+    infos = [checkpoint.tensors[key] for key in keys]
+
+    def start(meter: Meter) -> Callable[[TensorInfo], TensorStats]:
+        return _Reader(checkpoint, meter).read
+
+    items = [(info, _nbytes(info)) for info in infos]
+    found = parallel.results(items, start, workers=workers, phase="reading", progress=progress)
+    yield from zip((info.key for info in infos), found, strict=True)
+
+
+class _Reader:
+    """One worker's buffers."""
+
+    def __init__(self, checkpoint: Checkpoint, meter: Meter) -> None:
+        self._checkpoint, self._meter = checkpoint, meter
+        self._files = {file.name: file for file in checkpoint.files}
+        self._spread = {
+            (file.name, tensor.key): stored(number, tensor.shape, tensor.strides)
+            for number, (file, tensor) in enumerate(checkpoint.stored)
+            if tensor.strides is not None
+        }
+        self._gatherer = Gatherer(checkpoint.stored)
+        self._buffer = np.empty(BLOCK, np.uint8)
+
+    def read(self, info: TensorInfo) -> TensorStats:
+        summary, checksum = Summary(info.dtype), xxhash.xxh3_64()
+        try:
+            for block in self._blocks(info):
+                checksum.update(block.data)
+                summary.add(block)
+                self._meter.add(len(block))
+        except CorruptFileError as error:
+            raise CorruptFileError(f"{info.key}: {error}") from error
+        return TensorStats(**asdict(summary.result()), checksum=checksum.hexdigest())
+
+    def _blocks(self, info: TensorInfo) -> Iterator[Array]:
+        """The tensor's bytes, in order; each block is only good until the next."""
+        if info.settled and info.dtype in dtypes.DTYPES:
+            yield from self._tensor(*self._checkpoint.joined(info.key))
+            return
+        for part in info.parts[: 1 if info.settled else None]:
+            spread = self._spread.get((part.file, info.key))
+            if spread is None:
+                yield from self._range(self._files[part.file], part.offset, part.nbytes)
+            else:
+                yield from self._tensor(spread, info.dtype)
+
+    def _tensor(self, tensor: LazyTensor, dtype: str) -> Iterator[Array]:
+        bits = dtypes.DTYPES[dtype].bits
+        if tensor.whole is not None:
+            number, first = tensor.whole
+            file, found = self._checkpoint.stored[number]
+            yield from self._range(file, found.offset + first * bits // 8, tensor.size * bits // 8)
+            return
+        for _, block in tensor.blocks(BLOCK * 8 // bits):
+            view = self._buffer[: block.size * bits // 8]
+            self._gatherer.into(block, dtype, view)
+            yield view
+
+    def _range(self, file: WeightFile, offset: int, nbytes: int) -> Iterator[Array]:
+        """Bytes as they lie, which needs neither dtype nor shape."""
+        for start in range(0, nbytes, BLOCK):
+            view = self._buffer[: min(BLOCK, nbytes - start)]
+            file.reader.readinto(offset + start, view.data)
+            yield view
+
+
+def _nbytes(info: TensorInfo) -> int:
+    """The bytes that are read: of one of equal copies, of every part where nothing says that they are equal."""
+    return info.nbytes if info.settled else sum(part.nbytes for part in info.parts)

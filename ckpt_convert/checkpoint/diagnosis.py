@@ -1,0 +1,98 @@
+"""What files are that are not simply a model's weights, and what to do about it: one cause instead of its symptoms."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ckpt_convert.checkpoint import legacy_keys
+from ckpt_convert.formats import peft
+
+if TYPE_CHECKING:
+    from ckpt_convert.checkpoint.checkpoint import Checkpoint
+
+_BASE = ".base_layer."
+_ADAPTERS = (".lora_A.", ".lora_embedding_A.", ".lora_", ".ia3_", ".vera_", ".hada_", ".lokr_", ".oft_", ".boft_")
+
+
+_SLOTS = frozenset(
+    (
+        *("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "mu_product", "momentum_buffer", "square_avg"),
+        *("acc_delta", "grad_avg", "sum", "prev", "eta", "mu", "ax", "exp_avg_sq_row", "exp_avg_sq_col"),
+        *("state1", "state2", "absmax1", "absmax2", "qmap1", "qmap2", "prev_step_size", "step_size"),
+    )
+)
+"""What optimizers keep of each parameter."""
+
+_LIGHTNING = "pytorch-lightning_version"
+
+
+def not_weights(checkpoint: Checkpoint) -> frozenset[str]:
+    """The keys of tensors that are no weights: what an optimizer keeps, and the rest of a training run's state."""
+    if checkpoint.format is not None and checkpoint.has_only_weights:
+        return frozenset()
+    if checkpoint.format is not None:
+        return frozenset(key for key in checkpoint.tensors if not checkpoint.is_weight(key))
+    scalars = legacy_keys.loose_scalars((key, info.shape) for key, info in checkpoint.tensors.items())
+    return frozenset(key for key in checkpoint.tensors if legacy_keys.is_other(key, scalars) or _is_slot(key))
+
+
+def kind(checkpoint: Checkpoint) -> str | None:
+    """What the files are, in a few words, where they are more, or something else, than a model's weights."""
+    if checkpoint.directory.kind == peft.KIND:
+        return checkpoint.why
+    keys = list(checkpoint.tensors)
+    objects = {name: kind for file in checkpoint.files for name, kind in file.header.objects.items()}
+    if any(".lora_down." in key for key in keys) and any(".lora_up." in key for key in keys):
+        return "LoRA of kohya's kind (lora_down, lora_up), for the model that it was trained on"
+    if _LIGHTNING in objects:
+        return "Lightning checkpoint: the model's weights are under state_dict, beside the state of its training"
+    if checkpoint.format is not None and checkpoint.has_only_weights:
+        return None
+    if checkpoint.format is None and "(all)" in objects and keys:
+        return f"a pickled object ({objects['(all)']}), not a state dict"
+    if checkpoint.format is None and any(".lora_A." in key for key in keys) and not any(_BASE in key for key in keys):
+        return f"LoRA adapter under PEFT's keys, without {peft.CONFIG}"
+    if keys and all(map(_is_slot, keys)):
+        return "optimizer state, without the weights that it is of"
+    if any(map(_is_slot, keys)):
+        return "training checkpoint: weights and the state of their optimizer"
+    return None
+
+
+def _is_slot(key: str) -> bool:
+    *parts, last = key.split(".")
+    return last in _SLOTS and "state" in parts
+
+
+def unmerged(checkpoint: Checkpoint) -> str | None:
+    """That an adapter's weights are stored beside those of its base model, which PEFT's wrappers renamed; else None."""
+    keys = [tensor.key for file in checkpoint.files for tensor in file.header.tensors]
+    base = next((key for key in keys if _BASE in key), None)
+    adapter = next((key for part in _ADAPTERS for key in keys if part in key), None)
+    if base is None or adapter is None or checkpoint.directory.kind == peft.KIND:
+        return None  # an adapter may well have an embedding of its base along
+    return (
+        f"the weights are those of a PEFT model that was saved whole, its adapter not merged ({base}, {adapter}); "
+        "where it was saved, merge it and save that: model.merge_and_unload().save_pretrained(DIR); or save the "
+        "adapter alone: model.save_pretrained(DIR)"
+    )
+
+
+def config_above(directory: Path) -> Path | None:
+    """A config.json in the directory above: a Trainer's, whose weights are in a directory of their own (FSDP)."""
+    path = directory.absolute().parent / "config.json"
+    return path if directory.is_dir() and path.is_file() else None
+
+
+def placeholders(checkpoint: Checkpoint) -> str | None:
+    """What is wrong, and the way out, where most weights are what DeepSpeed's ZeRO-3 leaves of a partitioned one."""
+    weights = [tensor for _, tensor in checkpoint.stored if tensor.key.endswith("weight")]
+    empty = [tensor.key for tensor in weights if tensor.shape == (0,)]
+    if 4 * len(empty) <= len(weights):
+        return None
+    return (
+        f"{len(empty)} of {len(weights)} weights are empty, of shape [0] ({empty[0]}): placeholders of DeepSpeed's "
+        "ZeRO-3, whose ranks hold the values; save them gathered (stage3_gather_16bit_weights_on_model_save), or run "
+        "zero_to_fp32.py in the checkpoint's directory"
+    )

@@ -1,0 +1,489 @@
+"""Reading stored tensors through one column of a family's table, and writing them through another.
+
+Nothing here touches a byte: tensors are lazy (``models.lazy``), so the same code serves files and tensors in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+from ckpt_convert.checkpoint.findings import Finding, raise_if_any
+from ckpt_convert.errors import ConfigError, KeyMismatchError, UsageError
+from ckpt_convert.models.core.table import Entry, Family, Instance, Key, evaluate
+from ckpt_convert.tensors.lazy import LazyTensor, concat, zeros
+
+_LISTED = 20
+
+
+class Source(NamedTuple):
+    """A stored tensor as the mapping sees it: ``where`` is the file (or rank) that a message names."""
+
+    key: str
+    dtype: str
+    tensor: LazyTensor
+    where: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.tensor.shape
+
+
+@dataclass(frozen=True, slots=True)
+class Logical:
+    """A row of the table at an index, in the logical layout; ``key`` and ``where`` are those of its first part.
+
+    ``original`` is what the source has, where the logical layout cannot hold all of it (``Row.lossy``).
+    """
+
+    dtype: str
+    tensor: LazyTensor
+    key: str
+    where: str
+    original: LazyTensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Equality:
+    """Two tensors that have to hold the same bytes, what to say if they do not, and the key that it is said of."""
+
+    left: LazyTensor
+    right: LazyTensor
+    dtype: str
+    message: str
+    key: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Earlier:
+    """A tensor as it was before a conversion that lost something of it, and what has to be equal for it to be valid."""
+
+    tensor: LazyTensor
+    unchanged: Equality
+
+
+@dataclass(frozen=True)
+class Logicals:
+    """A checkpoint read through its column.
+
+    ``equal`` are the copies that every rank holds of a tensor that is not cut; ``omitted`` the tied rows that the
+    source does not store.
+    """
+
+    tensors: dict[Instance, Logical]
+    equal: list[Equality] = field(default_factory=list)
+    omitted: set[Instance] = field(default_factory=set)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One tensor to be written: under ``key`` into the file or dict of ``rank``.
+
+    ``earlier`` is what is written instead if nothing has changed since.
+    """
+
+    instance: Instance
+    key: str
+    rank: int
+    dtype: str
+    tensor: LazyTensor
+    earlier: Earlier | None = None
+
+
+def read(
+    family: Family, format: str, dims: Mapping[str, int], ranks: Sequence[Mapping[str, Source]], what: str
+) -> Logicals:
+    """Claim every source key exactly once and return the logical tensors.
+
+    ``ranks`` has one mapping for each tensor-parallel rank (one in all for formats that are not cut).
+    Raises KeyMismatchError or ShapeMismatchError naming every missing, unexpected and misshapen tensor.
+    """
+    logicals, findings = examine(family, format, dims, ranks)
+    raise_if_any(findings, what)
+    return logicals
+
+
+def examine(
+    family: Family, format: str, dims: Mapping[str, int], ranks: Sequence[Mapping[str, Source]]
+) -> tuple[Logicals, list[Finding]]:
+    """What ``read`` returns, as far as the source has it, and everything that does not fit.
+
+    The findings are of the checks ``missing``, ``unexpected`` and ``shape``, all of them errors.
+
+    A tied row that is not stored is among the tensors only if the row it is tied to is.
+    """
+    if (same := _as_they_are(family, ranks)) is not None:
+        return same, []
+    findings: list[Finding] = []
+    result = Logicals({})
+    known: set[str] = set()
+    left_out: list[Entry] = []
+    shapes: dict[tuple[str, ...], tuple[int, ...] | None] = {}  # of a model with many layers, and many experts in each
+    for entry in family.entries(format, dims):
+        known.add(entry.key)
+        found = [rank.get(entry.key) for rank in ranks]
+        if not any(found):
+            if not any(instance.row.required for instance in entry.instances):
+                left_out.append(entry)
+                continue
+            if entry.column(format).omitted_if_tied and dims["tied"]:
+                result.omitted.add(entry.first)
+                continue
+            findings.append(_missing(entry, format, dims))
+            continue
+        parts = [source for source in found if source is not None]
+        absent = [str(rank) for rank, source in enumerate(found) if source is None]
+        if absent:
+            text = f"{entry.key} (there on other ranks, not on rank {', '.join(absent)})"
+            findings.append(Finding("error", "missing", text, key=entry.key))
+            continue
+        rows = tuple(row[0].row.name for row in entry.rows)
+        if rows not in shapes:
+            shapes[rows] = entry.shape(format, dims, len(ranks))
+        result.tensors.update(_join(entry, format, dims, parts, shapes[rows], findings, result.equal))
+    groups = {_group(instance) for instance in (result.tensors if left_out else ())} - {None}
+    findings.extend(_missing(entry, format, dims) for entry in left_out if _group(entry.first) in groups)
+    findings.extend(_unexpected(ranks, known, family, format))
+    if dims["tied"] and any(row.tied_to and row.column(format) is None for row in family.rows):
+        result.omitted.update(i for i in family.instances(dims) if i.row.tied_to and i.row.column(format) is None)
+    for instance in result.omitted:
+        tied = tied_to(instance, result.tensors)
+        if tied is not None:
+            result.tensors[instance] = tied
+    return result, findings
+
+
+def _as_they_were(logicals: Logicals, format: str) -> Iterator[Target]:
+    """The targets of a table that was made from headers."""
+    for instance, logical in logicals.tensors.items():
+        column = instance.row.column(format)
+        if column is not None:
+            yield Target(instance, column.template, 0, logical.dtype, logical.tensor)
+
+
+def _as_they_are(family: Family, ranks: Sequence[Mapping[str, Source]]) -> Logicals | None:
+    """The tensors of a table that was made from their headers; None for any other table, and for other tensors."""
+    if not family.literal or len(ranks) != 1 or len(ranks[0]) != len(family.rows):
+        return None
+    tensors = {}
+    for row in family.rows:
+        source = ranks[0].get(row.hf.template) if row.hf is not None else None
+        if source is None or source.shape != tuple(map(int, row.shape)):
+            return None
+        tensors[Instance(row, ())] = Logical(source.dtype, source.tensor, source.key, source.where)
+    return Logicals(tensors)
+
+
+def fill_zeros(
+    family: Family,
+    format: str,
+    dims: Mapping[str, int],
+    logicals: Logicals,
+    wanted: Callable[[str], bool] = lambda key: True,
+) -> None:
+    """Add the rows that a format has and that stand for zeros where the source has none (``Row.zeros``).
+
+    ``wanted`` says of a key whether it is to be there.
+    """
+    if not any(row.zeros for row in family.rows):
+        return
+    for instance in family.instances(dims):
+        dtype = instance.row.zeros
+        key = instance.key(format) if dtype is not None else None
+        if dtype is not None and key is not None and instance not in logicals.tensors and wanted(key):
+            logicals.tensors[instance] = Logical(dtype, zeros(instance.row.sizes(dims)), key, "")
+
+
+def apart(
+    family: Family, format: str, dims: Mapping[str, int], sources: Mapping[str, Source]
+) -> dict[Instance, Logical]:
+    """What lies in one stored tensor with others, of these tensors."""
+    out: dict[Instance, Logical] = {}
+    for entry in family.entries(format, dims) if sources else ():
+        source = sources.get(entry.key)
+        if entry.whole or source is None or source.shape != entry.shape(format, dims):
+            continue
+        for instance, part in entry.split(format, source.tensor, dims).items():
+            column = instance.row.column(format) or entry.column(format)
+            tensor = column.to_logical(part, instance.row, dims)
+            out[instance] = Logical(source.dtype, tensor, source.key, source.where)
+    return out
+
+
+def write(
+    family: Family,
+    format: str,
+    dims: Mapping[str, int],
+    logicals: Logicals,
+    *,
+    ranks: int,
+    keep_tied: bool | Collection[str] | None,
+    what: str,
+    earlier: Mapping[Instance, Earlier] | None = None,
+) -> tuple[list[Target], list[Instance], list[Equality]]:
+    """The target's tensors in the order of the table, what the target has no place for, and the ties to check.
+
+    ``keep_tied`` says whether rows that the column omits when tied are written all the same, or which keys of them are
+    (None: as the source). ``earlier`` goes into the targets. Rows of which the target loses something (``Row.lossy``)
+    are among those that it has no place for as well.
+    Raises KeyMismatchError for tensors that the target cannot hold, ConfigError for sizes that do not divide over
+    the ranks.
+    """
+    _check_ranks(family, format, dims, ranks, what)
+    if family.literal:
+        return [*_as_they_were(logicals, format)], [], []
+    targets: list[Target] = []
+    carried: list[Instance] = []
+    ties: list[Equality] = []
+    no_place: list[str] = []
+    missing: list[str] = []
+    for instance, logical in logicals.tensors.items():
+        place = instance.row.column(format)
+        if place is not None:
+            if (place.cells is None) != (logical.original is None) and instance.row.lossy is not None:
+                carried.append(instance)
+            continue
+        if instance.row.tied_to and dims["tied"]:  # the row that it is tied to stands for it
+            ties += [check] if (check := tie(instance, logical, logicals)) is not None else []
+        elif instance.row.required:
+            no_place.append(logical.key)
+        else:
+            carried.append(instance)
+    for entry in family.entries(format, dims):
+        there = [instance for instance in entry.instances if instance in logicals.tensors]
+        column = entry.column(format)
+        if len(there) < len(entry.instances):
+            if there or (entry.first.row.required and not (column.omitted_if_tied and dims["tied"])):
+                missing.append(entry.key)
+            continue
+        if entry.whole:
+            instance, logical = entry.first, logicals.tensors[entry.first]
+            if instance.row.tied_to and dims["tied"] and keep_tied is not None and instance not in logicals.omitted:
+                ties += [check] if (check := tie(instance, logical, logicals)) is not None else []
+            if column.omitted_if_tied and dims["tied"]:
+                keep = instance not in logicals.omitted if keep_tied is None else _keeps(keep_tied, entry.key)
+                if not keep:
+                    continue
+        made = _cut(entry, format, dims, logicals.tensors, ranks)
+        before = (earlier or {}).get(entry.first)
+        targets.extend(made if before is None else (replace(target, earlier=before) for target in made))
+    if no_place:
+        raise KeyMismatchError(
+            f"{what}: the {format} format of {family.name} has no place for {len(no_place)} tensors: "
+            f"{_some(no_place)}. Convert to a format that has one (hf), or remove them first if they are all zero."
+        )
+    if missing:
+        raise KeyMismatchError(
+            f"{what}: the {format} format of {family.name} needs {_some(missing)}, which the source has nothing for"
+        )
+    return targets, carried, ties
+
+
+def _join(
+    entry: Entry,
+    format: str,
+    dims: Mapping[str, int],
+    parts: Sequence[Source],
+    wanted: tuple[int, ...] | None,
+    findings: list[Finding],
+    equal: list[Equality],
+) -> dict[Instance, Logical]:
+    """The instances that lie under a key, of what every rank has there, whose shape should be ``wanted``."""
+    first = parts[0]
+    ranks = len(parts)
+
+    def misfit(part: Source, text: str, expected: object = None, found: object = None) -> None:
+        said = [None if value is None else str(value) for value in (expected, found)]
+        findings.append(Finding("error", "shape", text, part.where, part.key, *said))
+
+    for rank, part in enumerate(parts):
+        at = f" on rank {rank}" if ranks > 1 else ""
+        if wanted is None:
+            sizes = list(entry.shape(format, dims) or ())
+            misfit(part, f"{part.key}{at}: {sizes} does not divide over {ranks} ranks", found=sizes)
+            return {}
+        if part.shape != wanted:
+            expected, found = list(wanted), list(part.shape)
+            misfit(part, f"{part.key}{at}: expected {expected}, found {found} in {part.where}", expected, found)
+            return {}
+        if part.dtype != first.dtype:
+            text = f"{part.key}{at}: expected {first.dtype} as on rank 0, found {part.dtype}"
+            misfit(part, text, first.dtype, part.dtype)
+            return {}
+    if entry.whole and ranks == 1:  # as most are
+        row = entry.first.row
+        column = entry.column(format)
+        kept = first.tensor if column.cells is not None else None
+        tensor = column.to_logical(first.tensor, row, dims)
+        return {entry.first: Logical(first.dtype, tensor, first.key, first.where, kept)}
+    on_ranks = [entry.split(format, part.tensor, dims, ranks) for part in parts]
+    out = {}
+    for instance in entry.instances:
+        column = instance.row.column(format) or entry.column(format)
+        axis = column.cut_axis(dims)
+        same = ranks if axis is None else column.repeats(dims, ranks)
+        for rank in range(ranks):
+            original = rank - rank % same
+            if rank != original:
+                here, there = parts[rank], parts[original]
+                message = (
+                    f"{here.key}: rank {rank} ({here.where}) and rank {original} ({there.where}) differ, but every "
+                    f"rank{'' if axis is None else f' of {same} in succession'} has to hold the same values; the files "
+                    "are not of one checkpoint"
+                )
+                left, right = on_ranks[original][instance], on_ranks[rank][instance]
+                equal.append(Equality(left, right, first.dtype, message, here.key))
+        distinct = [tensors[instance] for tensors in on_ranks[::same]]
+        heads = instance.heads(dims) if axis is not None else None
+        if heads is not None and heads % len(distinct):
+            misfit(first, f"{first.key}: {heads} heads on {len(distinct)} ranks; heads have to lie whole on a rank")
+            return {}
+        tensor = concat(distinct, axis) if axis is not None and len(distinct) > 1 else distinct[0]
+        logical = column.to_logical(tensor, instance.row, dims)
+        kept = tensor if column.cells is not None else None
+        out[instance] = Logical(first.dtype, logical, first.key, first.where, kept)
+    return out
+
+
+def _cut(
+    entry: Entry, format: str, dims: Mapping[str, int], logicals: Mapping[Instance, Logical], ranks: int
+) -> Iterator[Target]:
+    """What every rank stores under a key."""
+    first = logicals[entry.first]
+    if entry.whole and ranks == 1:  # as most are
+        column = entry.column(format)
+        original = first.original if column.cells is not None else None
+        tensor = original or column.to_stored(first.tensor, entry.first.row, dims)
+        yield Target(entry.first, entry.key, 0, first.dtype, tensor)
+        return
+    parts: dict[Instance, tuple[LazyTensor, int | None, int]] = {}
+    for instance in entry.instances:
+        column = instance.row.column(format) or entry.column(format)
+        original = logicals[instance].original if column.cells is not None else None
+        tensor = original or column.to_stored(logicals[instance].tensor, instance.row, dims)
+        axis = column.cut_axis(dims) if ranks > 1 else None
+        parts[instance] = tensor, axis, column.repeats(dims, ranks)
+        if logicals[instance].dtype != first.dtype:
+            other = logicals[instance]
+            raise KeyMismatchError(
+                f"{other.key}: has dtype {other.dtype}, but {first.key} has {first.dtype}, and the {format} format has "
+                f"both in one tensor, {entry.key}; cast them to one dtype (--dtype)"
+            )
+    for rank in range(ranks):
+        shares: dict[Instance, LazyTensor] = {}
+        for instance, (tensor, axis, same) in parts.items():
+            if axis is None:
+                shares[instance] = tensor
+            else:
+                step = tensor.shape[axis] * same // ranks
+                shares[instance] = tensor.narrow(axis, rank // same * step, step)
+        yield Target(entry.first, entry.key, rank, first.dtype, entry.join(format, shares))
+
+
+def _check_ranks(family: Family, format: str, dims: Mapping[str, int], ranks: int, what: str) -> None:
+    """Refuse a number of ranks that the family, or its sizes, cannot be cut over."""
+    if ranks == 1:
+        return
+    if ranks < 1:
+        raise UsageError(f"--model-parallel {ranks}: expected 1 or more")
+    if family.params is None or not family.params.sharded:
+        raise UsageError(
+            f"--model-parallel {ranks}: {family.name}'s consolidated layout is one file, not cut over ranks"
+        )
+    cut: dict[str, tuple[int, Key]] = {}
+    for row in family.rows:
+        column = row.column(format)
+        axis = column.cut_axis(dims) if column else None
+        if column is None or axis is None or (row.when and not dims[row.when]):
+            continue
+        # Ranks hold whole heads, so where there are heads they are what has to divide.
+        name = row.heads or (column.shape or row.shape)[axis]
+        size = evaluate(name, dims) if row.heads else column.part_shape(row, dims)[axis]
+        cut[name] = size, column
+
+    def uneven_over(count: int) -> list[str]:
+        return [
+            f"{name} = {size} is not divisible by {count}"
+            for name, (size, column) in cut.items()
+            if size * column.repeats(dims, count) % count
+        ]
+
+    uneven = uneven_over(ranks)
+    if uneven:
+        even = [str(count) for count in range(1, 129) if not uneven_over(count)]
+        raise ConfigError(
+            f"{what}: cannot be cut over {ranks} ranks: {'; '.join(uneven)}; --model-parallel may be {', '.join(even)}"
+        )
+
+
+def tied_pair(logicals: Logicals) -> Equality | None:
+    """The two stored tensors whose bytes decide whether the weights are tied, where no file says it."""
+    for instance, logical in logicals.tensors.items():
+        if instance.row.tied_to and instance not in logicals.omitted:
+            other = tied_to(instance, logicals.tensors)
+            return Equality(other.tensor, logical.tensor, logical.dtype, "") if other is not None else None
+    return None
+
+
+def _keeps(keep_tied: bool | Collection[str], key: str) -> bool:
+    return keep_tied if isinstance(keep_tied, bool) else key in keep_tied
+
+
+def tied_to(instance: Instance, tensors: Mapping[Instance, Logical]) -> Logical | None:
+    """The tensor that a tied row shares its values with."""
+    return next((logical for other, logical in tensors.items() if other.row.name == instance.row.tied_to), None)
+
+
+def tie(instance: Instance, logical: Logical, logicals: Logicals) -> Equality | None:
+    """What has to hold of a tied row that is stored all the same; None where the row it is tied to is not there."""
+    other = tied_to(instance, logicals.tensors)
+    if other is None:
+        return None
+    message = (
+        f"{logical.key} and {other.key} differ, but the config ties them (tie_word_embeddings: true), and "
+        "the target stores tied weights once. If they are not tied, set tie_word_embeddings to false in the "
+        "source's config.json (ckpt_convert/config.json where that is the only one)."
+    )
+    return Equality(other.tensor, logical.tensor, logical.dtype, message, logical.key)
+
+
+def _group(instance: Instance) -> tuple[str, int | None] | None:
+    """What an optional tensor is there with: the group of its row, at its layer."""
+    if instance.row.group is None:
+        return None
+    return instance.row.group, instance.index[0][1] if instance.index else None
+
+
+def _missing(entry: Entry, format: str, dims: Mapping[str, int]) -> Finding:
+    shape = str(list(entry.shape(format, dims) or ()))
+    said = shape
+    if entry.column(format).omitted_if_tied and not dims["tied"]:
+        said = "(may be absent only where the config has tie_word_embeddings: true)"
+    return Finding("error", "missing", f"{entry.key} {said}", key=entry.key, expected=shape)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_LISTED]) + (" …" if len(names) > _LISTED else "")
+
+
+def _unexpected(
+    ranks: Sequence[Mapping[str, Source]], known: set[str], family: Family, format: str
+) -> Iterator[Finding]:
+    hints = 0
+    for rank in ranks:
+        for key, source in rank.items():
+            if key in known:
+                continue
+            hint = ""
+            hints += 1
+            if family.knows(format, key):
+                hint = "; the config has no such layer, or says that the model has no such tensor"
+            elif hints <= _LISTED:
+                import difflib
+
+                near = difflib.get_close_matches(key, known, 1, 0.8)
+                hint = f"; the nearest known key is {near[0]}" if near else ""
+            shape = str(list(source.shape))
+            text = f"{key} {shape} in {source.where}{hint}"
+            yield Finding("error", "unexpected", text, source.where, key, found=shape)

@@ -1,0 +1,417 @@
+"""Telling what weights are weights of: the family, the config in Hugging Face's words, and the table's symbols."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ckpt_convert.checkpoint import diagnosis, legacy_keys
+from ckpt_convert.checkpoint.legacy_keys import Names
+from ckpt_convert.checkpoint.mapping import Source
+from ckpt_convert.errors import ConfigError, KeyMismatchError, UnsafeFileError, UnsupportedFamilyError
+from ckpt_convert.formats.base import load_json
+from ckpt_convert.models import FAMILIES, Family
+from ckpt_convert.models.core.config import ConfigOptions, type_of
+from ckpt_convert.models.core.table import Dims
+
+if TYPE_CHECKING:
+    from ckpt_convert.checkpoint.checkpoint import Checkpoint
+
+Ranks = Sequence[Mapping[str, Source]]
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the weights are weights of: the family, why it is that one, the config in Hugging Face's words, its symbols.
+
+    ``tied`` is None where only the bytes can tell whether output and embedding are tied.
+    """
+
+    family: Family
+    evidence: str
+    config: Mapping[str, Any]
+    dims: Dims
+    tied: bool | None
+    notices: tuple[str, ...] = ()
+
+    def with_tied(self, tied: bool) -> Model:
+        """The same model once it is known whether its output is tied."""
+        config = {**self.config, "tie_word_embeddings": tied}
+        return replace(self, config=config, dims=self.dims.replace(tied=int(tied)), tied=tied)
+
+    @property
+    def release(self) -> str | None:
+        """The name of the known release that has these sizes."""
+        return self.family.params.release(self.config) if self.family.params else None
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What an earlier conversion wrote down about a checkpoint, where it did."""
+
+    tied: bool | None = None
+    embedding_cut: int | None = None
+    config: Mapping[str, Any] | None = None
+    family: str | None = None
+
+
+def model_of(checkpoint: Checkpoint) -> Model:
+    """The model that a checkpoint's config describes.
+
+    Raises what ``identify`` does, and ConfigError where there is no config or it cannot be read.
+    """
+    path, content = checkpoint.params or _config(checkpoint)
+    if not content:
+        raise ConfigError(
+            f"{path}: is empty ({{}}), so it says nothing of the model; put the model's own back, or pass another with "
+            "--config"
+        )
+    if type_of(content) is not None:
+        # Told first: the tensors of a large model take a while to describe, in vain where the family is not known.
+        names = checkpoint.names
+        keys = (names.of(tensor.key) for file in checkpoint.files for tensor in file.header.tensors)
+        before = _family_before(checkpoint)
+        family, _ = by_model_type(content, str(path), checkpoint.family_name, str(checkpoint.format), keys, before)
+        if checkpoint.family_name is None:
+            _refuse_other_head(checkpoint, family, content, str(path))
+    model = identify(
+        content,
+        str(path),
+        str(checkpoint.format),
+        checkpoint.ranks,
+        checkpoint.options,
+        family=checkpoint.family_name,
+        recorded=_recorded(checkpoint, path),
+    )
+    return model if path.is_file() or checkpoint.family_name else replace(model, evidence="its keys")
+
+
+def _refuse_other_head(checkpoint: Checkpoint, family: Family, config: Mapping[str, Any], where: str) -> None:
+    """Raise UnsupportedFamilyError for a classifier, say, of a family whose table is that of its language model.
+
+    Both the config's word for it and the keys have to say so: many a config names a class that its weights are not of.
+    """
+    if checkpoint.format != "hf" or _is_language_model(config):
+        return
+    keys = (tensor.key for file in checkpoint.files for tensor in file.header.tensors)
+    why = _other_head(family, config, [checkpoint.names.of(key) for key in keys if checkpoint.is_weight(key)])
+    if why is not None:
+        raise UnsupportedFamilyError(
+            f"{where}: {why}, which is what its table is of; if it should be one all the same, say so with --family"
+        )
+
+
+def _other_head(family: Family, config: Mapping[str, Any], keys: Sequence[str]) -> str | None:
+    """Why a model is none of the family's language models, as its config and its keys (in Hugging Face's format) say.
+
+    None where they do not, both.
+    """
+    if _is_language_model(config):
+        return None
+    names = _architectures(config)
+    other = next((key for key in keys if not family.knows("hf", key)), None)
+    if other is not None and "lm_head.weight" not in keys:
+        return f"architectures is {names[0]!r}, and {other!r} is no key of {family.name}'s language model"
+    output = next((row.hf.template for row in family.rows if row.name == "output" and row.hf is not None), None)
+    if names[0].endswith("Model") and output is not None and output not in keys and not _is_tied(family, config):
+        return f"architectures is {names[0]!r}, and there is no {output}, so it is not {family.name}'s language model"
+    return None
+
+
+def _is_language_model(config: Mapping[str, Any]) -> bool:
+    """Whether a config says so, or nothing else."""
+    names = _architectures(config)
+    return not names or any("CausalLM" in name or "LMHead" in name for name in names)
+
+
+def _is_tied(family: Family, config: Mapping[str, Any]) -> bool:
+    try:
+        return bool(family.symbols(config)["tied"])
+    except ConfigError:
+        return True
+
+
+def names_of(checkpoint: Checkpoint) -> Names:
+    """What the keys of a checkpoint are called in its format, as far as its config, or its keys, say what it is.
+
+    Those of a model that no table is of stay as they are.
+    """
+    if checkpoint.format is None:
+        return legacy_keys.PLAIN
+    format, stored = checkpoint.format, [t.key for file in checkpoint.files for t in file.header.tensors]
+    stored += checkpoint.directory.weight_map or ()  # of files that cannot be opened, too
+    content = _content(checkpoint)
+    likely = FAMILIES.of_params(content) if type_of(content) is None and checkpoint.family_name is None else []
+    if any(legacy_keys.has_all(stored, family, format) for family in likely):
+        return legacy_keys.PLAIN  # before the tables of all the others are imported
+    families = candidates(content, format, checkpoint.family_name)
+    scalars = legacy_keys.loose_scalars((t.key, t.shape) for file in checkpoint.files for t in file.header.tensors)
+    names = legacy_keys.read(stored, families, format, scalars)
+    if names.plain or checkpoint.family_name is not None or type_of(content) is None or format != "hf":
+        return names
+    keys = [names.of(key) for key in stored if key not in names.other]
+    heads = [_other_head(family, content, keys) for family in families]
+    return legacy_keys.PLAIN if None not in heads else names
+
+
+def is_bare(checkpoint: Checkpoint) -> bool:
+    """Whether transformers saved the model without the class that holds its head: keys are without ``model.``.
+
+    Its own class finds the weights under these keys alone.
+    """
+    config, names = _content(checkpoint), checkpoint.names
+    if checkpoint.format != "hf" or checkpoint.family_name is not None or _is_language_model(config) or names.other:
+        return False
+    shortened = bool(names.canonical) and all(name == f"model.{key}" for key, name in names.canonical.items())
+    return shortened and _architectures(config)[0].endswith("Model")
+
+
+def candidates(config: Mapping[str, Any], format: str, wanted: str | None) -> list[Family]:
+    """The families with this format that a config may be of: the one ``wanted``, those of its model_type, or all."""
+    if wanted is not None:
+        return [FAMILIES[wanted]] if wanted in FAMILIES and format in FAMILIES[wanted].formats else []
+    model_type = type_of(config)
+    found = FAMILIES.values() if model_type is None else FAMILIES.of_type(model_type, _architectures(config))
+    return [family for family in found if format in family.formats]
+
+
+def _content(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """What a checkpoint's config.json or params.json says; {} where there is none that can be read."""
+    try:
+        return checkpoint.stated or {}
+    except (ConfigError, UnsafeFileError):
+        return {}
+
+
+def _config(checkpoint: Checkpoint) -> tuple[Path, dict[str, Any]]:
+    path = checkpoint.config_file
+    content = checkpoint.stated if checkpoint.stated is not None else from_shapes(checkpoint)
+    if content is None:
+        name, above = path.relative_to(checkpoint.root).as_posix(), diagnosis.config_above(checkpoint.path)
+        way = "with its config.json or params.json" if above is None else f"{above}, which is that of the run"
+        raise ConfigError(f"{checkpoint.path}: has no {name}, so the model's sizes are not known; pass --config {way}")
+    return path, content
+
+
+def from_shapes(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """The config that the tensors themselves show, of a family whose files come without one.
+
+    It is the family that was asked for, else the only one of these that knows every key.
+    """
+    there = FAMILIES.with_shapes
+    if checkpoint.family_name is not None:
+        fits = [family for family in there if family.name == checkpoint.family_name]
+    else:
+        format, keys = checkpoint.format, [tensor.key for file in checkpoint.files for tensor in file.header.tensors]
+        fits = [f for f in there if format in f.formats and all(f.knows(format, key) for key in keys)]
+    if len(fits) != 1 or fits[0].from_shapes is None or len(checkpoint.ranks) != 1:
+        return None
+    with naming(str(checkpoint.path)):
+        return fits[0].from_shapes({key: source.shape for key, source in checkpoint.ranks[0].items()})
+
+
+def _family_before(checkpoint: Checkpoint) -> str | None:
+    """The family that an earlier conversion took the checkpoint for."""
+    return str(checkpoint.record.manifest.get("family")) if checkpoint.record is not None else None
+
+
+def _recorded(checkpoint: Checkpoint, config: Path) -> Recorded:
+    """What the record says; the config in it counts as long as nobody changed the params.json made from it."""
+    found = checkpoint.record
+    if found is None:
+        return Recorded()
+    cut = found.manifest.get("dims", {}).get("embedding_cut")
+    options = checkpoint.options
+    asked = options.rope_factor or options.rope_theta or options.max_positions or checkpoint.config_path
+    counts = checkpoint.format == "meta" and not asked and found.unchanged(config.name)
+    path = found.config if counts else None
+    return Recorded(found.tied, cut, load_json(path) if path is not None else None, _family_before(checkpoint))
+
+
+def identify(
+    content: Mapping[str, Any],
+    where: str,
+    format: str,
+    ranks: Ranks,
+    options: ConfigOptions,
+    *,
+    family: str | None = None,
+    recorded: Recorded | None = None,
+) -> Model:
+    """The model that a config.json's or params.json's content describes; ``where`` is what messages call it.
+
+    ``ranks`` are the stored tensors, whose shapes give what params.json leaves open; ``family`` overrides detection.
+    Raises UnsupportedFamilyError, ConfigError, or KeyMismatchError for weights without an embedding.
+    """
+    with naming(where):
+        return _identify(content, where, format, ranks, options, family, recorded or Recorded())
+
+
+@contextlib.contextmanager
+def naming(path: str) -> Iterator[None]:
+    """Let a ConfigError of a family's translation, which knows no files, name the file by its path."""
+    try:
+        yield
+    except ConfigError as error:
+        name, colon, rest = str(error).partition(": ")
+        if not colon or not path.endswith(name) or path == name:
+            raise
+        raise ConfigError(f"{path}: {rest}") from error
+
+
+def _identify(
+    content: Mapping[str, Any],
+    where: str,
+    format: str,
+    ranks: Ranks,
+    options: ConfigOptions,
+    family: str | None,
+    recorded: Recorded,
+) -> Model:
+    if type_of(content) is not None:
+        found, evidence = by_model_type(content, where, family, format, ranks[0], recorded.family)
+        return _described(found, evidence, content, format, ranks, options, recorded)
+    found, evidence = _by_params(content, where, family)
+    if recorded.config is not None:
+        return _described(found, evidence, recorded.config, format, ranks, options, recorded)
+    tied = recorded.tied
+    if tied is None and _first_part(found, "output", format, ranks) is None:
+        tied = True
+    if found.params is None:
+        raise UnsupportedFamilyError(f"{where}: family {found.name} has no params.json")
+    sizes = _sizes(found, where, format, ranks)
+    shapes = {key: source.shape for key, source in ranks[0].items()}
+    translated = found.params.to_hf(content, options, tied=tied is not False, shapes=shapes, **sizes)
+    style = found.params.style_of(content) if found.params.style_of is not None else None
+    if style is not None:
+        recorded = replace(recorded, embedding_cut=int(style[0] == "llama2"))
+    model = _described(found, evidence, translated.content, format, ranks, options, recorded)
+    return replace(model, tied=tied, notices=translated.notices)
+
+
+def _described(
+    family: Family,
+    evidence: str,
+    config: Mapping[str, Any],
+    format: str,
+    ranks: Ranks,
+    options: ConfigOptions,
+    recorded: Recorded,
+) -> Model:
+    dims = family.symbols(config)
+    keys = max(map(len, ranks))
+    for symbol in family.indices.values():
+        if dims[symbol] > max(keys, 4096):
+            raise ConfigError(f"config.json: {symbol} is {dims[symbol]}, but the files hold only {keys} tensors")
+    dims["embedding_cut"] = _embedding_cut(family, config, format, ranks, options, recorded)
+    return Model(family, evidence, config, dims, bool(dims["tied"]))
+
+
+def by_model_type(
+    config: Mapping[str, Any],
+    where: str,
+    wanted: str | None,
+    format: str,
+    keys: Iterable[str],
+    before: str | None = None,
+) -> tuple[Family, str]:
+    """The family that a config.json names, and in what words; raises UnsupportedFamilyError where none is known.
+
+    Where several families have the model_type, it is the one that knows the most of the ``keys`` in ``format``; of
+    those that know as many, the one that the weights were of ``before``, else one whose class the config names.
+    """
+    if wanted is not None:
+        return FAMILIES[wanted], "as asked for"
+    model_type = type_of(config)
+    found = FAMILIES.of_type(model_type, _architectures(config))
+    if len(found) > 1:
+        keys = list(keys)
+        found.sort(
+            key=lambda family: (
+                sum(not family.knows(format, key) for key in keys),
+                family.name != before,
+                not family.architectures,
+            )
+        )
+    name = "model_type" if "model_type" in config else "_class_name"
+    if found:
+        return found[0], f"{name} {model_type!r}"
+    raise UnsupportedFamilyError(
+        f"{where}: {name} {model_type!r} is no family that is known (`ckpt-convert formats` lists them); if it has the "
+        "keys and row orders of one of them, say so with --family"
+    )
+
+
+def _architectures(config: Mapping[str, Any]) -> list[str]:
+    """The classes that a config.json names."""
+    stated = config.get("architectures")
+    return [name for name in stated if isinstance(name, str)] if isinstance(stated, list) else []
+
+
+def _by_params(params: Mapping[str, Any], where: str, wanted: str | None) -> tuple[Family, str]:
+    if wanted is not None:
+        return FAMILIES[wanted], "as asked for"
+    fits = [
+        (family, evidence)
+        for family in FAMILIES.of_params(params)
+        if family.params is not None and (evidence := family.params.evidence(params))
+    ]
+    if len(fits) == 1:
+        return fits[0]
+    found = ", ".join(sorted(map(str, params))[:12])
+    names = ", ".join(FAMILIES.with_params)
+    raise UnsupportedFamilyError(
+        f"{where}: fits {'more than one' if fits else 'no'} family (it has: {found}); say which with --family ({names})"
+    )
+
+
+def _first_part(family: Family, row: str, format: str, ranks: Ranks) -> tuple[int, ...] | None:
+    """The shape of a row's tensor on rank 0 (the first of a list), None where it is not there alone or no matrix."""
+    column = next((r.column(format) for r in family.rows if r.name == row), None)
+    if column is None or column.fused is not None:
+        return None
+    parts = column.template.split(".")
+    source = ranks[0].get(".".join("0" if part.startswith("{") else part for part in parts))
+    return source.shape if source is not None and len(source.shape) == 2 else None
+
+
+def _sizes(family: Family, where: str, format: str, ranks: Ranks) -> dict[str, int]:
+    """What params.json leaves to the shapes: the rows of the vocabulary and the width of the feed-forward layers."""
+    output = _first_part(family, "output", format, ranks)
+    embedding = _first_part(family, "tok_embeddings", format, ranks)
+    gate = _first_part(family, "ffn.gate", format, ranks)
+    sizes = {}
+    if output is not None:
+        sizes["vocab_size"] = output[0] * len(ranks)
+    elif embedding is not None:
+        sizes["vocab_size"] = embedding[0]
+    else:
+        raise KeyMismatchError(
+            f"{where}: the weights have neither an embedding nor an output in the {format} format, so they are no "
+            "whole checkpoint of that format; check the keys with `ckpt-convert inspect`"
+        )
+    if gate is not None:
+        sizes["ffn_dim"] = gate[0] * len(ranks)
+    return sizes
+
+
+def _embedding_cut(
+    family: Family,
+    config: Mapping[str, Any],
+    format: str,
+    ranks: Ranks,
+    options: ConfigOptions,
+    recorded: Recorded,
+) -> int:
+    """The axis over which ranks cut the embedding: as the shapes show, else as recorded, else as released."""
+    if family.params is None or not any(key.tp == "embedding_cut" for row in family.rows if (key := row.meta)):
+        return 0
+    embedding = _first_part(family, "tok_embeddings", format, ranks)
+    if len(ranks) > 1 and embedding is not None:
+        return 0 if embedding[1] == config.get("hidden_size") else 1
+    if recorded.embedding_cut in (0, 1):
+        return int(recorded.embedding_cut)
+    return family.params.embedding_cut(config, options)

@@ -1,0 +1,311 @@
+"""Finding a checkpoint's weight files, reading their headers, and telling the format from what is there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckpt_convert import containers, formats
+from ckpt_convert.checkpoint import legacy_keys, record
+from ckpt_convert.checkpoint.record import Record
+from ckpt_convert.containers import gguf
+from ckpt_convert.errors import CheckpointNotFoundError
+from ckpt_convert.formats import hf, meta, peft
+from ckpt_convert.formats.base import OF_TRAINING, Directory, WeightName, dcp_directory, plain_weights
+from ckpt_convert.formats.hf import another_set
+from ckpt_convert.models import FAMILIES
+from ckpt_convert.storage import hub, pointer
+from ckpt_convert.storage.names import WEIGHT_SUFFIXES, resolve
+from ckpt_convert.storage.reader import Closing, LocalFile, RangeReader
+from ckpt_convert.tensors.header import SLICES, Header
+
+_ANY_SUFFIX = (*WEIGHT_SUFFIXES, ".ckpt")
+_GGUF = ".gguf"
+_INDEX = re.compile(r"(?<![^.])(?:0|[1-9][0-9]*)(?![^.])")
+"""A part of a key that is a number."""
+
+_SHARD = re.compile(r"-(\d{1,9})-of-(\d{1,9})\.\w+$")
+"""How the name of a shard ends: its number, and how many there are."""
+
+_LOOSE = "weight files without config.json"
+WRITTEN_BY_DCP = "written by torch.distributed.checkpoint"
+
+
+@dataclass(frozen=True, eq=False)
+class WeightFile:
+    """An open weight file: its name in the checkpoint, its rank, and its header."""
+
+    name: str
+    rank: int
+    path: Path
+    reader: RangeReader
+    header: Header
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint's files, open, and what they are: ``facts`` are (label, text), worth a line each."""
+
+    format: str | None
+    why: str
+    directory: Directory
+    files: tuple[WeightFile, ...]
+    facts: tuple[tuple[str, str], ...]
+
+
+def place(path: Path) -> Path:
+    """Where a checkpoint lies whose index, pointer, or folder in the Hub's cache was given; any other path as it is.
+
+    Raises CheckpointNotFoundError for an index that is not the one that its directory is read by.
+    """
+    path = hub.snapshot(pointer.followed(path))
+    if not path.name.endswith(hf.INDEX_SUFFIX) or not path.is_file():
+        return path
+    for format in ("hf", "native"):
+        found = formats.ALL[format].find(path.parent)
+        if found is not None and found.index == path.name:
+            return path.parent
+    raise CheckpointNotFoundError(
+        f"{path}: is an index, and not the one that the weights beside it are read by; give the directory, or a single "
+        "weight file"
+    )
+
+
+def part_of(path: Path) -> str | None:
+    """Which part of a checkpoint a single weight file is, by its name and the files beside it; None for none."""
+    if not path.is_file():
+        return None
+    if (match := _SHARD.search(path.name)) is not None and int(match[2]) > 1:
+        return f"shard {int(match[1])} of {int(match[2])}"
+    if (match := meta.NUMBERED.fullmatch(path.name)) is not None:
+        ranks = {found[1] for entry in path.parent.iterdir() if (found := meta.NUMBERED.fullmatch(entry.name))}
+        return f"rank {int(match[1])} of {len(ranks)}" if len(ranks) > 1 else None
+    return None
+
+
+def find(path: Path, wanted: str | None, found_record: Record | None) -> Found:
+    """Find and open what lies at a path; ``wanted`` is the format that was asked for.
+
+    Files that fit no format are opened all the same, with None as format. Raises CheckpointNotFoundError where there
+    are no weight files, and what reading a header raises.
+    """
+    name, why, directory = detect(path, wanted, found_record)
+    files, facts = open_files(path, directory)
+    if name is None and directory.kind in (None, "dcp"):
+        name, why = by_keys(files, why, directory.kind)
+        loose = path.is_dir() and directory.index is None and directory.kind is None
+        names = everything(path) if name is None and loose else []
+        if names and names != [weight.name for weight in directory.weights]:
+            close(files)
+            directory = Directory(tuple(map(WeightName, names)))
+            files, facts = open_files(path, directory)
+    if any(file.header.kind == gguf.KIND for file in files):
+        name, why = None, "a GGUF file" if len(files) == 1 else "GGUF files"
+    return Found(name, why, directory, files, tuple(facts))
+
+
+def detect(path: Path, wanted: str | None, found_record: Record | None) -> tuple[str | None, str, Directory]:
+    """The format of a path, what it was told by, and the weight files; raises what ``open_checkpoint`` does."""
+    if path.is_file():
+        from ckpt_convert.containers.dcp import dcp
+
+        if dcp.is_metadata(path.name):
+            return wanted, WRITTEN_BY_DCP, Directory((), path.name, kind=dcp.KIND)
+        adapter = peft.config(path.parent) if path.name in peft.WEIGHTS and wanted is None else None
+        if adapter is not None:
+            return None, peft.describe(adapter), Directory((WeightName(path.name),), kind=peft.KIND)
+        return wanted, "as asked for" if wanted else "a single file", Directory((WeightName(path.name),))
+    if not path.is_dir():
+        raise CheckpointNotFoundError(f"{path}: is neither a file nor a directory")
+    if wanted is not None:
+        directory = formats.ALL[wanted].find(path) or _in_common(path, wanted)
+        if directory is None:
+            raise CheckpointNotFoundError(f"{path}: has no weight files of the {wanted} format{_instead(path)}")
+        return wanted, "as asked for", directory
+    if found_record is not None:
+        directory = formats.ALL[found_record.format].find(path) or _in_common(path, found_record.format)
+        if directory is not None:
+            return found_record.format, f"{record.MANIFEST} says so", directory
+    found = formats.ALL["hf"].find(path)
+    if found is not None and (path / "config.json").is_file():
+        return "hf", f"config.json and {found.index or found.weights[0].name}", found
+    ranks = formats.ALL["meta"].find(path) if found is None else None
+    if ranks is not None:
+        return "meta", ranks.weights[0].name, ranks
+    if (pieces := dcp_directory(path)) is not None:
+        return None, WRITTEN_BY_DCP, pieces
+    adapter = peft.config(path) if found is None else None
+    weights = [WeightName(name) for name in peft.WEIGHTS if (path / name).is_file()]
+    if adapter is not None and weights:
+        return None, peft.describe(adapter), Directory((weights[0],), kind=peft.KIND)
+    loose = found or formats.ALL["native"].find(path)
+    names = [weight.name for weight in loose.weights] if loose is not None else everything(path)
+    if loose is None or all(name.startswith(OF_TRAINING) for name in names):
+        # What lies beside the weights is something to look at only where there are none.
+        if not names or _instead(path):
+            raise CheckpointNotFoundError(
+                f"{path}: has no weight files that are known ({', '.join('*' + suffix for suffix in WEIGHT_SUFFIXES)})"
+                f"{_instead(path)}"
+            )
+        loose = Directory(tuple(map(WeightName, names)))
+    return None, _LOOSE, loose
+
+
+def _in_common(path: Path, format: str) -> Directory | None:
+    """The weights of a directory of this format in a container that is not the format's own."""
+    if "dcp" in formats.ALL[format].containers and (found := dcp_directory(path)) is not None:
+        return found
+    names = plain_weights(path, (".pt",)) if "pt" in formats.ALL[format].containers else []
+    return Directory(tuple(WeightName(name) for name in names)) if names else None
+
+
+def open_files(path: Path, directory: Directory) -> tuple[tuple[WeightFile, ...], list[tuple[str, str]]]:
+    """Open the weight files and read their headers; also what they say of themselves."""
+    root = path if path.is_dir() else path.parent
+    if directory.kind == "dcp":
+        from ckpt_convert.containers.dcp import dcp
+
+        found, facts = dcp.read_directory(root)
+        return tuple(WeightFile(file.name, 0, file.path, file.reader, file.header) for file in found), facts
+    if path.is_dir() and (other := another_set(path, directory)) is not None:
+        raise CheckpointNotFoundError(f"{path}: {other}")
+    files = tuple(_open(path, weight) for weight in directory.weights)
+    facts = peft.facts(root) if directory.kind == peft.KIND else []
+    if len(files) == 1 and files[0].header.kind == gguf.KIND:
+        facts += gguf.facts(files[0].header)
+    return files, facts
+
+
+def by_keys(files: tuple[WeightFile, ...], why: str, kind: str | None = None) -> tuple[str | None, str]:
+    """The format that all keys fit, and what it was told by; None where that is not exactly one.
+
+    Of formats with the same keys it is one that has containers of this ``kind``.
+    """
+    # Layers differ in nothing but their number, so one of each kind will do.
+    beginnings = tuple(name for format in formats.ALL.values() for name in format.ignores)
+    stored = [tensor.key for file in files for tensor in file.header.tensors]
+    keys = {_INDEX.sub("0", key) for key in stored if not key.startswith(beginnings)}
+    fits = {
+        format
+        for family in FAMILIES.values()
+        for format in family.formats
+        if keys and all(family.knows(format, key) for key in keys)
+    }
+    if not fits:  # a number may be a name: the blocks of an autoencoder differ in more than that
+        names = [key for key in stored if not key.startswith(beginnings)]
+        fits = {
+            format
+            for family in FAMILIES.values()
+            for format in family.formats
+            if names and all(family.knows(format, key) for key in names)
+        }
+    others = {name for name, format in formats.ALL.items() if kind is not None and kind not in format.containers}
+    fits -= others  # torchtitan's keys were once Meta's
+    if len(fits) == 1:
+        return fits.pop(), "its keys"
+    if not fits:
+        scalars = legacy_keys.loose_scalars((t.key, t.shape) for file in files for t in file.header.tensors)
+        nested = [key for key in stored if key not in scalars]
+        fits = legacy_keys.formats(nested, FAMILIES.values()) - others
+        fits = fits or legacy_keys.formats(nested, FAMILIES.values(), former=True) - others
+        if len(fits) == 1:
+            return fits.pop(), "its keys, as the notices say"
+    if fits:
+        return None, f"its keys fit more than one format: {', '.join(sorted(fits))}"
+    return None, f"{why}, and its keys fit no format that is known"
+
+
+def notices(path: Path, files: Sequence[WeightFile]) -> list[str]:
+    """What a reader should know about the files: objects that are no tensors, files that are not used."""
+    out = in_memory(files)
+    for file in files:
+        foreign, objects = file.header.foreign, file.header.objects
+        if SLICES.intersection(foreign):
+            out.append(
+                f"{file.name}: holds what one rank has of tensors that are distributed over several (DTensor): the "
+                "shapes below are those of its parts"
+            )
+        elif foreign:
+            out.append(
+                f"{file.name}: asks for objects of {_some(foreign, 5)}, which tensors do not need; none was made, "
+                "nothing was executed, and convert refuses the file"
+            )
+        if objects:
+            names = _some(_grouped(objects), 8)
+            said = "1 entry is no tensor" if len(objects) == 1 else f"{len(objects)} entries are no tensors"
+            out.append(f"{file.name}: {said}: {names}")
+    used = {file.name for file in files}
+    there = path.iterdir() if path.is_dir() else ()
+    if unused := sorted(entry.name for entry in there if entry.suffix in WEIGHT_SUFFIXES and entry.name not in used):
+        out.append(f"not used: {_some(unused, 8)}")
+    return out
+
+
+def _grouped(objects: Mapping[str, str]) -> list[str]:
+    """Entries with their type; those below one of a file by that one's name, and how many there are."""
+    groups: dict[str, list[str]] = {}
+    for key in objects:
+        groups.setdefault(key.partition(".")[0], []).append(key)
+    return [
+        f"{keys[0]} ({objects[keys[0]]})" if len(keys) == 1 else f"{name} ({len(keys)} of its entries)"
+        for name, keys in groups.items()
+    ]
+
+
+def in_memory(files: Iterable[WeightFile]) -> list[str]:
+    """A notice for each file that torch has to read whole."""
+    return [
+        f"{file.name}: an old torch file without zip, read whole into memory"
+        for file in files
+        if file.header.kind == "legacy"
+    ]
+
+
+def _some(names: Sequence[str], most: int) -> str:
+    return ", ".join(names[:most]) + (" …" if len(names) > most else "")
+
+
+def close(files: Iterable[WeightFile]) -> None:
+    for file in files:
+        if isinstance(file.reader, Closing):
+            file.reader.close()
+
+
+def _open(path: Path, weight: WeightName) -> WeightFile:
+    file = path if path.is_file() else resolve(path, weight.name, str(path))
+    reader, header = containers.parse(LocalFile(file), foreign=True)
+    return WeightFile(weight.name, weight.rank, file, reader, header)
+
+
+def everything(directory: Path) -> list[str]:
+    """All weight files, but for those that are there in safetensors as well; GGUF files where there are no others."""
+    names = _named(directory, _ANY_SUFFIX)
+    stems = {Path(name).stem for name in names if name.endswith(".safetensors")}
+    if any(stem.startswith("model") for stem in stems):
+        names = [name for name in names if not name.startswith("pytorch_model") or not name.endswith(".bin")]
+    return [name for name in names if name.endswith(".safetensors") or Path(name).stem not in stems] or _named(
+        directory, (_GGUF,)
+    )
+
+
+def _named(directory: Path, suffixes: tuple[str, ...]) -> list[str]:
+    return sorted(
+        entry.name
+        for entry in directory.iterdir()
+        if entry.suffix in suffixes and entry.is_file() and not entry.name.startswith(".")
+    )
+
+
+def _instead(path: Path) -> str:
+    from ckpt_convert.containers.dcp import dcp
+
+    config = path / "config.json"
+    for folder in sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")):
+        if folder.name.startswith(OF_TRAINING):
+            continue
+        if any(entry.suffix in _ANY_SUFFIX for entry in folder.iterdir()) or dcp.is_directory(folder):
+            how = f": give that, with --config {config}" if config.is_file() else ""
+            return f"; there are some in {folder}{how}"
+    return ""

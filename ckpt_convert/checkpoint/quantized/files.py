@@ -1,0 +1,122 @@
+"""Files in which some tensors are computed: readers whose bytes are those of the numbers, not those of a file.
+
+Nothing here computes: a listing, or a check of headers alone, needs no numpy.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ckpt_convert.dtypes import DTYPES
+from ckpt_convert.errors import CorruptFileError
+from ckpt_convert.storage.reader import Closing, RangeReader
+from ckpt_convert.tensors.header import StoredTensor
+
+Dims = tuple[tuple[int, int, int], ...]
+
+
+class Computed(Protocol):
+    """The bytes of a tensor that is computed, dense and row-major."""
+
+    def readinto(self, offset: int, buffer: memoryview) -> None:
+        """Fill the buffer with the bytes from ``offset`` on."""
+
+    def gather(self, first: int, dims: Dims, target: Any) -> bool:
+        """Put elements from ``first`` on into ``target``, strided as ``dims`` (count, step, step there) say.
+
+        False, and nothing done, where that is left to the caller.
+        """
+
+
+Make = Callable[[], Computed]
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Bytes of the file: moved as they are from ``origin`` on, or what ``make`` computes, of ``item`` bytes each."""
+
+    start: int
+    end: int
+    origin: int
+    make: Make | None = None
+    item: int = 1
+
+
+class ComputedFile:
+    """A file with computed tensors: ``tensors`` has all with their places, in the order in which they were given.
+
+    Each is given with what makes its numbers, None for one that is read as it is. It is made when it is first read.
+    """
+
+    def __init__(self, reader: RangeReader, tensors: Sequence[tuple[StoredTensor, Make | None]]) -> None:
+        """``tensors`` are in the order of their offsets, as far as they are read as they are."""
+        self.reader = reader
+        self.name = reader.name
+        self._runs: list[_Run] = []
+        self._made: dict[int, Computed] = {}
+        out = []
+        end = 0
+        for tensor, make in tensors:
+            if make is not None:
+                self._runs.append(_Run(end, end + tensor.nbytes, 0, make, DTYPES[tensor.dtype].bits // 8))
+                out.append(tensor._replace(offset=end))
+                end += tensor.nbytes
+                continue
+            last = self._runs[-1] if self._runs and self._runs[-1].make is None else None
+            low, high = tensor.offset, tensor.offset + _extent(tensor)
+            if last is None:
+                last = _Run(end, end + high - low, low)
+                self._runs.append(last)
+            else:  # what lies together stays so: tensors may share their bytes
+                size = max(last.end - last.start, high - last.origin)
+                last = self._runs[-1] = _Run(last.start, last.start + size, last.origin)
+            out.append(tensor._replace(offset=last.start + low - last.origin))
+            end = last.end
+        self.tensors = tuple(out)
+        self.size = end
+        self._starts = [run.start for run in self._runs]
+
+    def readinto(self, offset: int, buffer: memoryview) -> None:
+        if not len(buffer):
+            return
+        run = self._run(offset, len(buffer))
+        if run.make is None:
+            self.reader.readinto(run.origin + offset - run.start, buffer)
+        else:
+            self._computed(run, run.make).readinto(offset - run.start, buffer)
+
+    def gather(self, offset: int, dims: Dims, target: Any, item: int) -> bool:
+        """As ``Computed.gather``, for a tensor that is computed; False for any other."""
+        run = self._run(offset, 1)
+        if run.make is None or run.item != item:
+            return False
+        return self._computed(run, run.make).gather((offset - run.start) // item, dims, target)
+
+    def is_computed(self, tensor: StoredTensor) -> bool:
+        """Whether the numbers of one of ``tensors`` are computed."""
+        return tensor.nbytes > 0 and self._run(tensor.offset, 1).make is not None
+
+    def close(self) -> None:
+        if isinstance(self.reader, Closing):
+            self.reader.close()
+
+    def _computed(self, run: _Run, make: Make) -> Computed:
+        found = self._made.get(run.start)
+        return found if found is not None else self._made.setdefault(run.start, make())
+
+    def _run(self, offset: int, nbytes: int) -> _Run:
+        run = self._runs[max(bisect_right(self._starts, offset) - 1, 0)] if self._runs else None
+        if run is None or offset < run.start or offset + nbytes > run.end:
+            raise CorruptFileError(f"{self.name}: bytes {offset} to {offset + nbytes} are not those of one tensor")
+        return run
+
+
+def _extent(tensor: StoredTensor) -> int:
+    """How many bytes from its first element on a tensor reaches."""
+    if tensor.strides is None or not tensor.nbytes:
+        return tensor.nbytes
+    spanned = 1 + sum((count - 1) * step for count, step in zip(tensor.shape, tensor.strides, strict=True))
+    return spanned * DTYPES[tensor.dtype].bits // 8

@@ -1,0 +1,66 @@
+"""MXFP4: two 4-bit numbers in a byte, the low half first, and for 32 of them a power of two (bias 127) as their scale.
+
+What is packed is [..., rows, groups, 16]; the numbers are read as [..., rows, groups * 32]. transformers has them with
+the last two axes swapped, which is left to whoever places them. All of them fit bfloat16 exactly, but for what
+overflows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from ckpt_convert.checkpoint.quantized.reading import SCRATCH, STRIPS, contiguous
+from ckpt_convert.checkpoint.quantized.recognise import Quantized, Stored
+from ckpt_convert.tensors import decode
+
+Array = np.ndarray[Any, Any]
+
+GROUP = 32
+_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Mxfp4:
+    """The numbers of one tensor."""
+
+    codes: Stored
+    scales: Stored
+    rows: int
+    columns: int
+    short: bool = True
+
+    def read(self, first: int, last: int, start: int, stop: int) -> Array:
+        """Rows ``first`` to ``last`` of columns ``start`` to ``stop``, in memory that is used again."""
+        low, high = start // GROUP, -(-stop // GROUP)
+        count, groups = last - first, self.columns // GROUP
+        packed = contiguous(_box(self.codes, groups * _BYTES, (first, last, low * _BYTES, high * _BYTES)), 2)
+        # The codes are where other bytes are read to, unless they were copied; so the scales come after their numbers.
+        out = SCRATCH.take(0, "<f4", count * (high - low) * GROUP)
+        codec = decode.codec("F4")
+        assert codec is not None
+        numbers = decode.values(codec, packed, out).reshape(-1, GROUP)
+        scales = contiguous(_box(self.scales, groups, (first, last, low, high)), 2)
+        np.multiply(numbers, _powers()[scales][:, None], out=numbers)
+        return numbers.reshape(count, -1)[:, start - low * GROUP : stop - low * GROUP]
+
+
+def _box(stored: Stored, pitch: int, box: tuple[int, int, int, int]) -> Array:
+    return STRIPS.read(stored.file.reader, stored.tensor.offset, pitch, box)
+
+
+@cache
+def _powers() -> Array:
+    """The scale of every code; the last one is infinite, as it is to transformers and torch."""
+    with np.errstate(over="ignore"):
+        return np.ldexp(np.float32(1), np.arange(256) - 127)
+
+
+def numbers(quantized: Quantized) -> Mxfp4:
+    """The numbers of a tensor that was recognised."""
+    *rows, groups, _ = quantized.codes.tensor.shape
+    return Mxfp4(quantized.codes, quantized.scale, prod(rows), groups * GROUP)

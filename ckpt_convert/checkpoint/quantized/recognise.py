@@ -1,0 +1,278 @@
+"""Telling from headers and config which tensors are quantised, and what belongs to each."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ckpt_convert.checkpoint.findings import Finding
+from ckpt_convert.checkpoint.quantized import schemes
+from ckpt_convert.checkpoint.quantized.schemes import Block, Rule, Shape
+from ckpt_convert.errors import ConfigError, UnsafeFileError
+
+if TYPE_CHECKING:
+    from ckpt_convert.checkpoint.checkpoint import Checkpoint
+    from ckpt_convert.checkpoint.opening import WeightFile
+    from ckpt_convert.tensors.header import StoredTensor
+
+CHECK = "quantised"
+"""The check that findings are of."""
+
+CONFIGS = ("quantization_config", "compression_config")
+"""Where a config.json says how the weights are quantised."""
+
+
+class Stored(NamedTuple):
+    """A stored tensor with its file."""
+
+    file: WeightFile
+    tensor: StoredTensor
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """One quantised tensor: ``key`` is that of the numbers, ``parts`` every stored tensor that belongs to it.
+
+    ``shape`` is that of the numbers, None where headers do not say it; ``block`` that of fp8's blocks.
+    """
+
+    key: str
+    rule: Rule
+    codes: Stored
+    scale: Stored
+    parts: tuple[str, ...]
+    shape: Shape | None
+    block: Block | None = None
+
+    @property
+    def how(self) -> str:
+        """In a few words: the scheme, and what has one scale."""
+        if self.block is None or self.shape is None:
+            return self.rule.name
+        rows, columns = self.block
+        if columns >= self.shape[-1]:
+            return f"{self.rule.name}, a scale for each {'tensor' if rows >= self.shape[-2] else 'channel'}"
+        return f"{self.rule.name} in blocks of {rows} × {columns}"
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What of a checkpoint is quantised, and how.
+
+    ``tensors`` are by key. ``owners`` say which of them a stored tensor belongs to; ``extras`` are stored tensors that
+    serve the quantisation and belong to no weight (scales of activations and caches). ``findings`` say what does not
+    belong together, ``broken`` names the tensors that they are about. ``method`` is the config's word for it.
+    """
+
+    method: str
+    tensors: Mapping[str, Quantized]
+    owners: Mapping[str, str] = field(repr=False)
+    extras: frozenset[str]
+    findings: tuple[Finding, ...]
+    broken: frozenset[str]
+    total: int
+
+    @property
+    def text(self) -> str:
+        """In a line: how, and how many of the tensors."""
+        kinds = Counter(quantized.how for quantized in self.tensors.values())
+        how = "; ".join(kind for kind, _ in kinds.most_common(3))
+        return f"{how or self.method}: {len(self.tensors)} of {self.total} tensors"
+
+    @property
+    def refusal(self) -> str | None:
+        """Why the tensors cannot be dequantised, None where they can."""
+        return next((one.rule.refusal for one in self.tensors.values() if one.rule.refusal), None)
+
+
+def quantization_of(checkpoint: Checkpoint) -> Quantization | None:
+    """What of a Hugging Face checkpoint is quantised, None where nothing is; from headers and config alone.
+
+    Numbers in a narrow dtype without a scale, and without a config that says so, are plain numbers.
+    """
+    if checkpoint.format != "hf":
+        return None
+    stored = {t.key: Stored(f, t) for f, t in checkpoint.stored if t.box is None and t.packed is None}
+    config = quantization_config(checkpoint)
+    found = _Search(stored, config).result() if config or _is_likely(stored) else None
+    if found is not None and found.findings and unknown_scheme(checkpoint) is not None:
+        return None  # of another scheme, whose tensors only look like these
+    return found if found is not None and (found.tensors or found.findings) else None
+
+
+def unknown_scheme(checkpoint: Checkpoint) -> str | None:
+    """What config.json calls a quantisation that no rule is of: a quant_method, or MLX, which has a key of its own."""
+    if checkpoint.format != "hf":
+        return None
+    method = quantization_config(checkpoint).get("quant_method")
+    if isinstance(method, str):
+        known = any(method in rule.methods for rule in schemes.RULES)
+        return None if known else f"quant_method {str(method)[:40]!r}"
+    return "MLX's" if isinstance(_content(checkpoint).get("quantization"), Mapping) else None
+
+
+def quantization_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """What config.json says of the quantisation, {} where it says nothing."""
+    content = _content(checkpoint)
+    text = content.get("text_config")
+    for part in (content, text if isinstance(text, dict) else {}):
+        for name in CONFIGS:
+            found = part.get(name)
+            if isinstance(found, Mapping) and found:
+                return found
+    return {}
+
+
+def _content(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    try:
+        return checkpoint.stated or {}
+    except (ConfigError, UnsafeFileError):
+        return {}
+
+
+def _is_likely(stored: Mapping[str, Stored]) -> bool:
+    """Whether the dtypes leave room for quantised tensors, without a config that says so."""
+    return any(one.tensor.dtype in ("F8_E4M3", "F8_E5M2", "U8", "I8", "I32") for one in stored.values())
+
+
+class _Search:
+    """One look through the keys of a checkpoint."""
+
+    def __init__(self, stored: Mapping[str, Stored], config: Mapping[str, Any]) -> None:
+        self._stored = stored
+        self._method = str(config.get("quant_method") or "")[:40]
+        self._blocks = schemes.stated_blocks(config)
+        self._owners: dict[str, str] = {}
+        self._extras: set[str] = set()
+        self._broken: set[str] = set()
+        self._findings: list[Finding] = []
+
+    def result(self) -> Quantization | None:
+        """Everything that belongs together, and what does not."""
+        tensors: dict[str, Quantized] = {}
+        rules = [rule for rule in schemes.RULES if self._is_used(rule)]
+        for rule in rules:
+            for key in list(self._stored):
+                owner = schemes.tensor_of(rule.codes, key)
+                if owner is None or key in self._owners or owner in tensors or not _has_codes(rule, self._stored[key]):
+                    continue
+                found = self._tensor(rule, owner, key)
+                if found is not None:
+                    tensors[owner] = found
+        self._orphans(rules)
+        owners = {key: owner for key, owner in self._owners.items() if owner in tensors}
+        total = len(self._stored) - len(self._owners) - len(self._extras) + len(tensors)
+        return Quantization(
+            self._method or (rules[0].name if rules else ""),
+            tensors,
+            owners,
+            frozenset(self._extras | (self._owners.keys() - owners.keys())),
+            tuple(self._findings),
+            frozenset(self._broken),
+            total,
+        )
+
+    def _is_used(self, rule: Rule) -> bool:
+        """Whether the config names the scheme, or codes with a scale show it."""
+        if self._method in rule.methods:
+            return True
+        for key, one in self._stored.items():
+            owner = schemes.tensor_of(rule.codes, key) if _has_codes(rule, one) else None
+            if owner is not None and any(schemes.fill(scale, owner) in self._stored for scale in rule.scales):
+                return True
+        return False
+
+    def _tensor(self, rule: Rule, owner: str, codes: str) -> Quantized | None:
+        """The quantised tensor that these codes are of; claims what belongs to it."""
+        parts = rule.parts(owner)
+        there = {template: key for template, key in parts.items() if key in self._stored}
+        scale = next((there[template] for template in rule.scales if template in there), None)
+        if scale is None:
+            if rule.codes == "{key}" and rule is not schemes.FP8:
+                return None  # integers may be what they are
+            names = " or ".join(parts[template] for template in rule.scales if template in parts)
+            text = f"{codes}: is {rule.name} ({self._stored[codes].tensor.dtype}), but there is no {names}"
+            self._finding(codes, text, names)
+            self._broken.add(owner)
+            if codes != owner:
+                self._owners[codes] = owner
+            return None
+        if rule.codes != "{key}" and owner in self._stored:
+            self._finding(owner, f"{owner}: is there twice, as it is and quantised, as {codes}")
+        self._owners |= dict.fromkeys(there.values(), owner)
+        shape, block = self._shapes(rule, owner, self._stored[codes], self._stored[scale])
+        return Quantized(
+            owner, rule, self._stored[codes], self._stored[scale], tuple(dict.fromkeys(there.values())), shape, block
+        )
+
+    def _shapes(self, rule: Rule, owner: str, codes: Stored, scale: Stored) -> tuple[Shape | None, Block | None]:
+        """The shape of the numbers and of fp8's blocks, as far as headers say them."""
+        shape, scales = codes.tensor.shape, scale.tensor.shape
+        if rule.refusal is not None:
+            return (shape if rule is schemes.INT8 else None), None
+        if scale.tensor.dtype not in (("U8", "F8_E8M0") if rule is schemes.MXFP4 else schemes.SCALES):
+            text = f"{scale.tensor.key}: is {scale.tensor.dtype}, which is no scale"
+            self._finding(scale.tensor.key, text, file=scale.file.name)
+            return shape, None
+        if rule is schemes.MXFP4:
+            if len(shape) < 3 or shape[-1] != 16 or scales != shape[:-1]:
+                text = (
+                    f"{scale.tensor.key}: expected {list(shape[:-1])} for {codes.tensor.key} {list(shape)}, "
+                    f"found {list(scales)}"
+                )
+                if len(shape) < 3 or shape[-1] != 16:
+                    text = f"{codes.tensor.key}: expected [..., rows, groups, 16], found {list(shape)}"
+                self._finding(scale.tensor.key, text, str(list(shape[:-1])), str(list(scales)), scale.file.name)
+                return None, None
+            return schemes.unpacked(shape), None
+        wide = shape if len(shape) > 1 else (1, *shape) if shape else (1, 1)
+        inverse = scale.tensor.key.endswith("_scale_inv")
+        blocks = self._blocks or ((schemes.BLOCK,) if inverse and len(scales) > 1 else ())
+        if inverse and blocks:
+            block = next((one for one in blocks if scales == schemes.grid(wide, one)), None)
+            if block is None and all(size == 1 for size in scales) and not self._blocks:
+                block = wide[-2], wide[-1]
+        else:
+            block = schemes.block_of(wide, scales, blocks)
+        if block is None:
+            channels = f"[], [1], or {[wide[-2], 1]}"
+            expected = str(list(schemes.grid(wide, blocks[0]))) if blocks else channels
+            how = f" for blocks of {blocks[0][0]} × {blocks[0][1]}" if blocks else ""
+            text = f"{scale.tensor.key}: expected {expected}{how} of {owner} {list(shape)}, found {list(scales)}"
+            self._finding(scale.tensor.key, text, expected, str(list(scales)), scale.file.name)
+        return shape, block
+
+    def _orphans(self, rules: list[Rule]) -> None:
+        """Scales, and whatever else serves a quantisation, of tensors that are not there or not quantised."""
+        for key, one in self._stored.items():
+            if key in self._owners or not rules:
+                continue
+            if key.endswith(schemes.CACHE):
+                self._extras.add(key)
+                continue
+            for rule in rules:
+                owner = next((o for scale in rule.scales if (o := schemes.tensor_of(scale, key)) is not None), None)
+                if owner is not None:
+                    codes = schemes.fill(rule.codes, owner) or owner
+                    there = self._stored.get(codes)
+                    lacks = f"there is no {codes}" if there is None else f"{codes} is {there.tensor.dtype}"
+                    self._finding(key, f"{key}: is a scale of {rule.name}, but {lacks}", codes, file=one.file.name)
+                    self._owners[key] = owner
+                    self._broken.add(owner)
+                    break
+                if any(schemes.tensor_of(other, key) in self._stored for other in rule.others):
+                    self._extras.add(key)
+                    break
+
+    def _finding(
+        self, key: str, text: str, expected: str | None = None, found: str | None = None, file: str | None = None
+    ) -> None:
+        if file is None and key in self._stored:
+            file = self._stored[key].file.name
+        self._findings.append(Finding("error", CHECK, text, file, key, expected, found))
+
+
+def _has_codes(rule: Rule, one: Stored) -> bool:
+    return not rule.dtypes or one.tensor.dtype in rule.dtypes

@@ -1,0 +1,428 @@
+"""The folder ``ckpt_convert/`` in an output: what it is, and how it looked in the formats it came from.
+
+``manifest.json`` describes the directory it lies in; ``config.json`` is the model's config in Hugging Face's words;
+``layouts/FORMAT/`` keeps, for each format that the weights were in before, every byte of its files that belongs to no
+tensor, the tensors that a later format had no place for, and Meta's params.json and checklist.chk; ``side/`` the side
+files that this format has no use for. With these A → B → A gives A back.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ckpt_convert import containers
+from ckpt_convert.errors import (
+    CkptConvertError,
+    ConfigError,
+    CorruptFileError,
+    InputError,
+    NewerVersionError,
+    UnreadableError,
+)
+from ckpt_convert.formats.base import JSON_LIMIT, RECORD_FOLDER, load_json, render_json
+from ckpt_convert.models import FORMATS
+from ckpt_convert.storage.checksums import CRC64, XXH3, digest, digest_file
+from ckpt_convert.storage.names import check_name, partial_of, read_named, resolve
+from ckpt_convert.storage.reader import walk
+from ckpt_convert.storage.system import sync_directory
+from ckpt_convert.tensors.header import Box, FileLayout, Header, StoredTensor
+
+SCHEMA = 2
+"""That of manifests. Those of 1 have no checksum of themselves nor of headers, and XXH3 of pieces that lie anywhere."""
+
+ACCEPTED = "accepted"
+"""Where the manifest lists files that were edited on purpose: they have their checksums, but are not as written."""
+
+LAYOUT_SCHEMA = 1
+"""That of ``layout.json``."""
+
+CHECKSUM = "manifest_checksum"
+"""What the manifest says of itself: the XXH3 of all else that it says, as JSON without spaces, its keys sorted."""
+
+ALGORITHMS = {"weights": CRC64.name, "files": XXH3}
+"""The checksums of weight files (their pieces and headers), and of all others."""
+
+MANIFEST = f"{RECORD_FOLDER}/manifest.json"
+CONFIG = f"{RECORD_FOLDER}/config.json"
+TRAINING_STATE = "training_state"
+"""The folder of what a saved step holds beside the weights."""
+
+MERGED = "merged"
+"""The folder of the full weights beside an adapter, with a manifest of its own."""
+
+
+@dataclass(frozen=True)
+class LayoutFile:
+    """One weight file of a layout; ``literals`` is None when the file cannot be rebuilt byte for byte."""
+
+    name: str
+    rank: int
+    header: Header
+    literals: tuple[tuple[int, bytes], ...] | None
+
+    @property
+    def file_layout(self) -> FileLayout | None:
+        return None if self.literals is None else FileLayout(self.header, self.literals)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a checkpoint lies in its files: which key in which file, in which order, under which header."""
+
+    format: str
+    files: tuple[LayoutFile, ...]
+    index: tuple[str, bytes] | None = None
+
+    @property
+    def ranks(self) -> int:
+        return max((file.rank for file in self.files), default=0) + 1
+
+    @property
+    def places(self) -> set[tuple[int, str]]:
+        """Every key with its rank."""
+        return {(file.rank, tensor.key) for file in self.files for tensor in file.header.tensors}
+
+
+@dataclass(frozen=True)
+class Record:
+    """The ``ckpt_convert/`` folder of a checkpoint."""
+
+    directory: Path
+    manifest: Mapping[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        return self.directory / RECORD_FOLDER
+
+    @property
+    def format(self) -> str:
+        return str(self.manifest["format"])
+
+    @property
+    def weights_checksum(self) -> str | None:
+        """The kind of checksum that pieces of weight files have; None where the manifest says none that is known."""
+        said = self.manifest.get("checksum")
+        if self.manifest["schema"] == 1:
+            return XXH3 if said == XXH3 else None
+        return CRC64.name if said == ALGORITHMS else None
+
+    @property
+    def tied(self) -> bool | None:
+        tied = self.manifest.get("tied")
+        return tied if isinstance(tied, bool) else None
+
+    @property
+    def layouts(self) -> tuple[str, ...]:
+        """The formats whose layout is recorded here."""
+        folder = self.folder / "layouts"
+        return tuple(sorted(entry.name for entry in folder.iterdir())) if folder.is_dir() else ()
+
+    @cached_property
+    def side_files(self) -> dict[str, dict[str, str]]:
+        """Name → origin and checksum of each side file that was written beside the weights."""
+        return {str(entry["name"]): entry for entry in self.manifest.get("side_files", [])}
+
+    def own(self, name: str) -> Path | None:
+        """A file of Meta's layout (params.json, checklist.chk) as it was when the weights were in it."""
+        return self._kept(f"layouts/meta/{name}")
+
+    @property
+    def config(self) -> Path | None:
+        """The model's config in Hugging Face's words."""
+        return self._kept("config.json")
+
+    def _kept(self, name: str) -> Path | None:
+        """A file of the record, if it is there; raises UnsafeFileError for a link that leaves the directory."""
+        if not (self.folder / name).is_file():
+            return None
+        return resolve(self.directory, f"{RECORD_FOLDER}/{name}", MANIFEST)
+
+    def unchanged(self, name: str) -> bool:
+        """Whether a file beside the weights, or of the record, is still as it was written."""
+        return name not in self.manifest.get(ACCEPTED, ()) and self.matches(name) is True
+
+    def edited(self, *, own_config: bool) -> list[str]:
+        """The files beside the weights that differ from their checksums; of the record its config, where asked for."""
+        return [name for name in (*self.side_files, *([CONFIG] if own_config else ())) if self.matches(name) is False]
+
+    def matches(self, name: str) -> bool | None:
+        """Whether a file has the checksum that the manifest lists; None where it lists none, or there is no file."""
+        entry = self.side_files.get(name)
+        checksum = entry["checksum"] if entry else self.checksums.get(name)
+        if checksum is None:
+            return None
+        try:
+            return digest_file(resolve(self.directory, name, MANIFEST)) == checksum
+        except UnreadableError:
+            raise  # which says nothing of what is in it
+        except CkptConvertError:
+            return None
+
+    @property
+    def checksums(self) -> Mapping[str, str]:
+        """The checksum of each file of the record."""
+        found = self.manifest.get("record", {})
+        return found if isinstance(found, dict) else {}
+
+    def layout(self, format: str) -> Layout | None:
+        """The recorded layout of a format, if there is one; raises CorruptFileError when it is damaged."""
+        if format not in self.layouts:
+            return None
+        for name, path in self.files_of_layout(format):
+            if name in self.checksums and path.suffix != ".safetensors" and not self.unchanged(name):
+                raise CorruptFileError(
+                    f"{path}: is not as it was written (edited or damaged); put it back, or move the folder "
+                    f"{path.parent} elsewhere to do without this layout"
+                )
+        return read_layout(self.folder / "layouts" / format)
+
+    def carried(self, format: str) -> Path | None:
+        """The tensors that only this format has a place for."""
+        return self._kept(f"layouts/{format}/carried.safetensors")
+
+    @cached_property
+    def carried_side_files(self) -> dict[str, Path]:
+        """The side files that this format has no use for, kept for one that has."""
+        folder = self.folder / "side"
+        if not folder.is_dir():
+            return {}
+        return {path.relative_to(folder).as_posix(): path for path in self._files(folder)}
+
+    def _files(self, folder: Path) -> list[Path]:
+        """The files below a folder of the record; raises UnsafeFileError for a link that leaves the directory."""
+        paths = sorted(
+            path for place, _, names in walk(folder) for name in names if (path := Path(place, name)).is_file()
+        )
+        return [resolve(self.directory, path.relative_to(self.directory).as_posix(), MANIFEST) for path in paths]
+
+    def files_of_layout(self, format: str) -> Iterator[tuple[str, Path]]:
+        """Every file of a recorded layout with its name in an output, to take along."""
+        for path in self._files(self.folder / "layouts" / format):
+            yield path.relative_to(self.directory).as_posix(), path
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """What the manifest of a directory says, its own checksum compared.
+
+    Raises ConfigError where it cannot be read, NewerVersionError where a newer version wrote it, and CorruptFileError
+    where it was edited or damaged since it was written.
+    """
+    path = directory / MANIFEST
+    manifest = load_json(path)
+    schema, said = manifest.get("schema"), manifest.get(CHECKSUM)
+    if type(schema) is int and schema > SCHEMA:
+        raise NewerVersionError(
+            f"{path}: expected schema {SCHEMA} at most, found {schema}; it was written by a newer ckpt-convert: "
+            f"update, or {_without(directory)}"
+        )
+    found = manifest_checksum(manifest)
+    if said != found and (schema == SCHEMA or said is not None):
+        raise CorruptFileError(
+            f"{path}: was edited or damaged: expected the checksum {said} of what it says, found {found}; put it back "
+            f"as it was written, or {_without(directory)}"
+        )
+    return manifest
+
+
+def _without(directory: Path) -> str:
+    """The way out where a manifest is of no use, which loses nothing."""
+    return (
+        f"move the folder {RECORD_FOLDER} out of {directory} to use the weights without their record (where they come "
+        "with no config of their own, it is config.json in that folder: --config)"
+    )
+
+
+def manifest_checksum(manifest: Mapping[str, Any]) -> str:
+    """The checksum of what a manifest says, whatever its order and spaces."""
+    said = {name: value for name, value in manifest.items() if name != CHECKSUM}
+    return digest(json.dumps(said, sort_keys=True, separators=(",", ":")).encode())
+
+
+def render_manifest(manifest: Mapping[str, Any]) -> bytes:
+    """The content of ``manifest.json``, with its checksum of itself unless it is of a schema that had none."""
+    if manifest.get("schema") != SCHEMA:
+        return render_json(manifest)
+    said = {name: value for name, value in manifest.items() if name != CHECKSUM}
+    return render_json({**said, CHECKSUM: manifest_checksum(said)})
+
+
+def replace_manifest(directory: Path, manifest: Mapping[str, Any]) -> None:
+    """Write the manifest of a complete directory again, all of it or not at all; raises OSError."""
+    path = directory / MANIFEST
+    temporary = partial_of(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(render_manifest(manifest))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def load(directory: Path) -> Record | None:
+    """The record of a directory, None if it has none (of weights).
+
+    Raises what ``read_manifest`` does, and ConfigError where what it says is no record.
+    """
+    path = directory / MANIFEST
+    if not path.is_file():
+        return None
+    manifest = read_manifest(directory)
+    if manifest.get("schema") not in (1, SCHEMA):
+        raise ConfigError(
+            f"{path}: expected schema 1 or {SCHEMA}, found {manifest.get('schema')!r}; {_without(directory)}"
+        )
+    if "format" not in manifest and "training" in manifest:
+        return None  # a saved step that holds only an adapter
+    if manifest.get("format") not in FORMATS:
+        raise ConfigError(f"{path}: names no format; {_without(directory)}")
+    sides = manifest.get("side_files", [])
+    sound = isinstance(sides, list) and all(
+        isinstance(side, dict) and {"name", "origin", "checksum"} <= side.keys() for side in sides
+    )
+    if not sound or not isinstance(manifest.get("dims", {}), dict):
+        raise ConfigError(f"{path}: is damaged; {_without(directory)}")
+    return Record(directory, manifest)
+
+
+def training(directory: Path) -> dict[str, Any] | None:
+    """What the manifest of a saved step says of its training run; None where this is none, or it cannot be read."""
+    try:
+        found = read_manifest(directory).get("training") if (directory / MANIFEST).is_file() else None
+    except UnreadableError:
+        raise
+    except InputError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def is_recorded(directory: Path) -> bool:
+    """Whether a manifest of ours lies in a directory, of whatever schema."""
+    return isinstance(_manifest(directory, lambda at: load_json(at / MANIFEST)).get("schema"), int)
+
+
+def listed(directory: Path) -> frozenset[str]:
+    """Every file that the manifest of a directory lists, and itself; none where there is none that can be believed.
+
+    Raises UnreadableError.
+    """
+    names = _listed(_manifest(directory, read_manifest))
+    inner = _listed(_manifest(directory / MERGED, read_manifest)) if names else ()
+    return frozenset([*names, *(f"{MERGED}/{name}" for name in inner)])
+
+
+def _listed(manifest: Mapping[str, Any]) -> list[str]:
+    if not manifest:
+        return []
+    training = _mapping(manifest.get("training"))
+    state = _mapping(_mapping(training.get(TRAINING_STATE)).get("files"))
+    sides = manifest.get("side_files")
+    return [
+        *(MANIFEST, str(partial_of(Path(MANIFEST)))),
+        *_mapping(manifest.get("files")),
+        *(str(side.get("name")) for side in (sides if isinstance(sides, list) else ()) if isinstance(side, dict)),
+        *_mapping(manifest.get("record")),
+        *_mapping(training.get("files")),
+        *_mapping(training.get("extra_files")),
+        *(f"{TRAINING_STATE}/{name}" for name in state),
+    ]
+
+
+def _manifest(directory: Path, load: Callable[[Path], Mapping[str, Any]]) -> Mapping[str, Any]:
+    try:
+        return load(directory) if (directory / MANIFEST).is_file() else {}
+    except UnreadableError:
+        raise
+    except CkptConvertError:
+        return {}
+
+
+def _mapping(found: object) -> Mapping[str, Any]:
+    return found if isinstance(found, dict) else {}
+
+
+def layout_files(layout: Layout) -> dict[str, bytes]:
+    """The files, by name below ``layouts/FORMAT/``, that keep a layout."""
+    out: dict[str, bytes] = {}
+    files = []
+    for number, file in enumerate(layout.files):
+        entry: dict[str, Any] = {"name": file.name, "rank": file.rank, "size": file.header.size}
+        if file.literals is None:
+            entry["kind"] = file.header.kind
+            entry["tensors"] = [[t.key, t.dtype, list(t.shape)] for t in file.header.tensors]
+        else:
+            entry["bytes"] = f"{number:05d}.bytes"
+            entry["literals"] = [[offset, len(data)] for offset, data in file.literals]
+            if file.header.kind == "dcp":  # whose header lies in another file, .metadata
+                entry["pieces"] = [list(tensor) for tensor in file.header.tensors]
+            out[entry["bytes"]] = b"".join(data for _, data in file.literals)
+        files.append(entry)
+    content: dict[str, Any] = {"schema": LAYOUT_SCHEMA, "format": layout.format, "files": files}
+    if layout.index is not None:
+        content["index"] = layout.index[0]
+        out["index.json"] = layout.index[1]
+    out["layout.json"] = (json.dumps(content, separators=(",", ":")) + "\n").encode()
+    return out
+
+
+def read_layout(folder: Path) -> Layout:
+    """The inverse of ``layout_files``; raises CorruptFileError when the record is damaged."""
+    path = folder / "layout.json"
+    try:
+        content = load_json(path)
+        files = tuple(_read_file(folder, entry) for entry in content["files"])
+        if sorted({file.rank for file in files}) != list(range(max(file.rank for file in files) + 1)):
+            raise CorruptFileError("its ranks have gaps")
+        index = None
+        if "index" in content:
+            index = (check_name(content["index"], str(path)), read_named(folder, "index.json", str(path), JSON_LIMIT))
+        return Layout(str(content["format"]), files, index)
+    except UnreadableError:
+        raise  # which says nothing of what is in the file
+    except (CkptConvertError, KeyError, ValueError, TypeError) as error:
+        raise CorruptFileError(
+            f"{path}: the recorded layout is damaged ({type(error).__name__}: {error}); "
+            f"move the folder {folder} elsewhere to do without it"
+        ) from error
+
+
+def _read_file(folder: Path, entry: Mapping[str, Any]) -> LayoutFile:
+    name = check_name(entry["name"], str(folder))
+    if "tensors" in entry:
+        tensors = tuple(StoredTensor(key, dtype, tuple(shape), 0) for key, dtype, shape in entry["tensors"])
+        return LayoutFile(name, entry["rank"], Header(entry["kind"], entry["size"], tensors), None)
+    data = read_named(folder, entry["bytes"], str(folder), containers.MAX_LITERALS)
+    literals = []
+    start = 0
+    for offset, size in entry["literals"]:
+        literals.append((offset, data[start : start + size]))
+        start += size
+    if start != len(data):
+        raise CorruptFileError(f"{entry['bytes']} has {len(data)} bytes, expected {start}")
+    if "pieces" in entry:
+        header = Header("dcp", entry["size"], tuple(map(_piece, entry["pieces"])))
+        return LayoutFile(name, entry["rank"], header, tuple(literals))
+    layout = containers.parse_layout(name, entry["size"], tuple(literals))
+    return LayoutFile(name, entry["rank"], layout.header, layout.literals)
+
+
+def _piece(said: list[Any]) -> StoredTensor:
+    key, dtype, shape, offset, strides, packed, box = said
+    return StoredTensor(
+        str(key),
+        str(dtype),
+        tuple(map(int, shape)),
+        int(offset),
+        None if strides is None else tuple(map(int, strides)),
+        packed,
+        None if box is None else Box(tuple(map(int, box[0])), tuple(map(int, box[1]))),
+    )

@@ -1,0 +1,107 @@
+"""What a checkpoint says of each of its tensors, whatever number of files or pieces it lies in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+from ckpt_convert.checkpoint.opening import WeightFile
+from ckpt_convert.tensors.header import StoredTensor
+from ckpt_convert.tensors.lazy import LazyTensor, Tile, stored
+
+
+class Part(NamedTuple):
+    """Where a tensor, or one rank's part of it, lies: ``offset`` and ``nbytes`` are bytes in the file.
+
+    ``origin`` is where the part starts in the whole tensor, where the files say it (torch.distributed.checkpoint);
+    ``offset`` is then that of the record that holds the part.
+    """
+
+    file: str
+    offset: int
+    nbytes: int
+    shape: tuple[int, ...]
+    rank: int
+    origin: tuple[int, ...] | None = None
+
+
+class TensorInfo(NamedTuple):
+    """A tensor of a checkpoint: its full shape, its dtype as safetensors spells it, and the parts it lies in.
+
+    A dtype that safetensors does not have is spelt as the file spells it (GGUF's Q4_K). ``axis`` is the one that ranks
+    cut, None where each holds the whole. ``settled`` is False where nothing says which of the two it is (no config, or
+    a key of no table): ``shape`` and ``nbytes`` are then those of one rank's part. ``copies`` is how many ranks in
+    succession hold the same part of a tensor that is cut.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+    parts: tuple[Part, ...]
+    axis: int | None = None
+    settled: bool = True
+    copies: int = 1
+
+
+def describe(
+    pieces: Iterable[tuple[WeightFile, StoredTensor]],
+    name: Callable[[WeightFile, StoredTensor], str],
+    cuts: Mapping[str, tuple[int | None, int]],
+    is_cut: bool,
+) -> dict[str, TensorInfo]:
+    """Every tensor by key; ``is_cut`` says that there are cuts beside those that are known.
+
+    ``cuts`` gives the axis of a tensor that ranks cut, and how many ranks in succession hold the same part.
+    """
+    found: dict[str, TensorInfo] = {}
+    parts: dict[str, list[Part]] = {}
+    # Of 100,000 tensors only a few kinds are different.
+    sizes: dict[tuple[str, tuple[int, ...]], int] = {}
+    for file, tensor in pieces:
+        key = name(file, tensor)
+        _, dtype, shape, offset, _, packed, box = tensor
+        nbytes = packed if packed is not None else sizes.get((dtype, shape))
+        if nbytes is None:
+            nbytes = sizes[dtype, shape] = tensor.nbytes
+        part = Part(file.name, offset, nbytes, shape, file.rank, box.origin if box else None)
+        if key not in found:
+            found[key] = TensorInfo(key, box.shape if box else shape, dtype, nbytes, (part,))
+        elif key in parts:
+            parts[key].append(part)
+        else:
+            parts[key] = [*found[key].parts, part]
+    for key, several in parts.items():
+        axis, copies = cuts.get(key, (None, 1))
+        found[key] = _joined(found[key]._replace(axis=axis, copies=copies), several, not is_cut or key in cuts)
+    return found
+
+
+def _joined(first: TensorInfo, parts: list[Part], settled: bool) -> TensorInfo:
+    """``first``, which is that of the first part, with all parts."""
+    key, shape, dtype, nbytes, _, axis, _, copies = first
+    if parts[0].origin is not None:
+        parts.sort(key=lambda part: part.origin or ())
+        return TensorInfo(key, shape, dtype, sum(part.nbytes for part in parts), tuple(parts))
+    if axis is None or axis >= len(shape):
+        return TensorInfo(key, shape, dtype, nbytes, tuple(parts), axis, settled)
+    distinct = parts[::copies]
+    size = sum(part.shape[axis] for part in distinct)
+    shape = (*shape[:axis], size, *shape[axis + 1 :])
+    nbytes = sum(part.nbytes for part in distinct)
+    return TensorInfo(key, shape, dtype, nbytes, tuple(parts), axis, settled, copies)
+
+
+def assembled(pieces: Iterable[tuple[int, StoredTensor]]) -> LazyTensor:
+    """The tensor that numbered pieces with boxes make up."""
+    tiles = []
+    shape: tuple[int, ...] = ()
+    for number, piece in pieces:
+        if piece.box is not None:
+            shape = piece.box.shape
+            if piece.nbytes:
+                tiles += [
+                    Tile(piece.box.origin, number, tile.offset, tile.axes)
+                    for tile in stored(number, piece.shape, piece.strides).tiles
+                ]
+    return LazyTensor(shape, tuple(tiles))

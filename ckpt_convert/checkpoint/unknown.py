@@ -1,0 +1,66 @@
+"""Models of a family that no table is of: their checkpoints can be put into other files, but not into another format.
+
+A table is made from the headers, with one literal row for each tensor, so that everything which walks a table (plans,
+the checkpointer, the comparison after a conversion) needs no second path. Nothing is known of what the tensors mean: no
+row is tied, none may be absent, and the keys are taken as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ckpt_convert.checkpoint.mapping import Source
+from ckpt_convert.checkpoint.model import Model
+from ckpt_convert.models import FAMILIES, Family
+from ckpt_convert.models.core.config import type_of
+from ckpt_convert.models.core.table import Dims, Key, Row
+
+if TYPE_CHECKING:
+    from ckpt_convert.checkpoint.checkpoint import Checkpoint
+
+NAME = "unknown"
+
+
+def model(checkpoint: Checkpoint) -> Model:
+    """The model of a Hugging Face checkpoint whose family is not known.
+
+    Raises KeyMismatchError where its files contradict each other, ConfigError where its config cannot be read.
+    """
+    config = checkpoint.config or {}
+    scheme = checkpoint.unknown_scheme
+    why = _why(config) if scheme is None else f"quantised ({scheme}), which no table reads"
+    made = family(checkpoint.ranks[0].values())
+    tied = config.get("tie_word_embeddings") is True  # for the record alone: no row is tied to another
+    dims = Dims({"tied": int(tied), "embedding_cut": 0})
+    return Model(made, why, config, dims, tied, (f"{why}: keys are taken as they are",))
+
+
+def family(tensors: Iterable[Source]) -> Family:
+    """The table of exactly these tensors, in Hugging Face's format alone."""
+    sizes: dict[tuple[int, ...], tuple[str, ...]] = {}  # of 100,000 tensors only a few shapes are different
+    rows = []
+    for tensor in tensors:
+        shape = tensor.shape
+        if shape not in sizes:
+            sizes[shape] = tuple(map(str, shape))
+        rows.append(Row(tensor.key, sizes[shape], hf=Key(tensor.key, literal=True)))
+    return Family(
+        name=NAME,
+        title="any other model",
+        model_types=(),
+        rows=tuple(rows),
+        dims=lambda config: {"tied": 0},
+        indices={},
+        literal=True,
+    )
+
+
+def _why(config: Mapping[str, Any]) -> str:
+    model_type = type_of(config)
+    if model_type is None:
+        return "config.json names no model_type"
+    if not FAMILIES.has_type(model_type):
+        return f"{'model_type' if 'model_type' in config else '_class_name'} {model_type!r} has no table"
+    architectures = config.get("architectures") or [None]
+    return f"architectures is {architectures[0]!r}, which has no table"

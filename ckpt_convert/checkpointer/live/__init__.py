@@ -1,0 +1,1 @@
+"""The tensors of a model in memory: reading them, and filling them from a checkpoint."""

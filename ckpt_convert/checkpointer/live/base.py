@@ -1,0 +1,96 @@
+"""The base model that an adapter was trained on: what a step writes down of it, and whether a source still is that.
+
+What counts are the tensors as the training model has them: key, dtype, shape, and a checksum of the values as the
+source stores them, taken while they are read. The same base in another place, other shards or another format is the
+same base; another dtype, or one changed value, is another one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from ckpt_convert.checkpoint.checkpoint import Checkpoint
+from ckpt_convert.checkpoint.mapping import Target
+from ckpt_convert.checkpointer.live import loading
+from ckpt_convert.errors import CorruptFileError
+
+SECTION = "base"
+"""The name under which the manifest's part about training has it."""
+
+
+class Described(NamedTuple):
+    """One tensor; the checksum (xxh3_64, hex) is None where its values were not read."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    checksum: str | None = None
+
+
+@dataclass(frozen=True)
+class Base:
+    """The tensors of a base model by key, in the ``layout`` (a column of the family's table) of a training model."""
+
+    layout: str
+    tensors: Mapping[str, Described]
+
+    @property
+    def is_read(self) -> bool:
+        """Whether the values are known."""
+        return all(tensor.checksum is not None for tensor in self.tensors.values())
+
+    def as_json(self) -> dict[str, Any]:
+        """What the manifest says of it."""
+        return {
+            "layout": self.layout,
+            "checksum": "xxh3_64",
+            "tensors": {key: tensor._asdict() for key, tensor in sorted(self.tensors.items())},
+        }
+
+    def unlike(self, now: Base) -> list[str]:
+        """A line for each tensor that another base does not have, or not with this dtype and shape."""
+        lines = []
+        for key, (dtype, shape, _) in self.tensors.items():
+            other = now.tensors.get(key)
+            if other is None or (other.dtype, other.shape) != (dtype, shape):
+                found = "nothing" if other is None else f"{other.dtype} {list(other.shape)}"
+                lines.append(f"{key}: expected {dtype} {list(shape)} as in the adapter's base, found {found}")
+        return lines
+
+    def changed(self, now: Base) -> list[str]:
+        """The keys of the tensors whose values differ, as far as both are known."""
+        return [
+            key
+            for key, tensor in self.tensors.items()
+            if (other := now.tensors.get(key)) is not None
+            and tensor.checksum is not None
+            and other.checksum not in (None, tensor.checksum)
+        ]
+
+
+def recorded(training: Mapping[str, Any], where: str) -> Base | None:
+    """The base in a manifest's part about training, None where it says nothing of one; raises CorruptFileError."""
+    content = training.get(SECTION)
+    if content is None:
+        return None
+    try:
+        tensors = {
+            str(key): Described(str(one["dtype"]), tuple(map(int, one["shape"])), one.get("checksum"))
+            for key, one in content["tensors"].items()
+        }
+        return Base(str(content["layout"]), tensors)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CorruptFileError(f"{where}: what it says of the adapter's base is damaged ({error})") from error
+
+
+def of_targets(layout: str, targets: Collection[Target], checksums: Mapping[str, str] | None = None) -> Base:
+    """The base that these tensors of a source are."""
+    known = checksums or {}
+    return Base(layout, {one.key: Described(one.dtype, one.tensor.shape, known.get(one.key)) for one in targets})
+
+
+def of_source(source: Checkpoint, layout: str, keys: Collection[str], *, workers: int, values: bool) -> Base:
+    """The tensors of a source under these keys, from its headers; with ``values`` all of them are read."""
+    targets = [target for target in loading.targets_of(source, layout)[0] if target.key in keys]
+    return of_targets(layout, targets, loading.checksums(source, targets, workers) if values else None)

@@ -1,0 +1,254 @@
+"""Filling a model in memory from a checkpoint of any format, tensor by tensor, in place."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from itertools import zip_longest
+
+import torch
+import xxhash
+
+from ckpt_convert import dtypes
+from ckpt_convert.checkpoint import mapping
+from ckpt_convert.checkpoint.checkpoint import Checkpoint
+from ckpt_convert.checkpoint.mapping import Equality, Target
+from ckpt_convert.convert.execute import equal
+from ckpt_convert.convert.output import overflow_text
+from ckpt_convert.errors import KeyMismatchError, TiedWeightsError, UnsupportedFamilyError, listing
+from ckpt_convert.storage.reader import WORKERS
+from ckpt_convert.tensors.blocks import Meter, Mover, ProgressCallback, overflowed, spread
+
+log = logging.getLogger("ckpt_convert")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What was loaded: ``dtypes`` counts the tensors by (dtype in the files, dtype in memory)."""
+
+    tensors: int
+    bytes: int
+    dtypes: Mapping[tuple[str, str], int]
+
+    def describe(self) -> str:
+        """In a line: how many tensors, and in which dtypes."""
+        said = ", ".join(
+            f"{count} {there}" + ("" if there == here else f" as {here}")
+            for (there, here), count in sorted(self.dtypes.items(), key=lambda item: -item[1])
+        )
+        return f"{self.tensors} tensors ({said})"
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A checkpoint held against a model: what goes where, and everything that does not fit."""
+
+    targets: list[Target]
+    missing: list[str]
+    unexpected: list[str]
+    misfits: list[str]
+
+    @property
+    def problems(self) -> list[str]:
+        """A line for each, the keys of both sides by turns: of a long list only the beginning is shown."""
+        there = [f"{key}: the checkpoint has it, the model has not" for key in self.unexpected]
+        here = [f"{key}: the model has it, the checkpoint has not" for key in self.missing]
+        turns = [line for pair in zip_longest(there, here) for line in pair if line is not None]
+        return [*turns, *self.misfits]
+
+
+def targets_of(checkpoint: Checkpoint, format: str) -> tuple[list[Target], set[str]]:
+    """Every tensor of the checkpoint as ``format`` has it, and the keys of those that tied weights may do without.
+
+    Raises UnsupportedFamilyError where the table has no such column, and TiedWeightsError where weights that the config
+    ties differ.
+    """
+    model = checkpoint.model_for(format)
+    family = model.family
+    if not family.has(format):
+        raise UnsupportedFamilyError(
+            f"{checkpoint.path}: the {family.name} table has no {format} column; it has {', '.join(family.formats)}"
+        )
+    family.check_rotation(model.config, str(checkpoint.format), format)
+    found = model if model.tied is not None else model.with_tied(False)
+    dims = found.dims
+    logicals = mapping.read(family, str(checkpoint.format), dims, checkpoint.ranks, str(checkpoint.path))
+    if format != checkpoint.format:
+        mapping.fill_zeros(family, format, dims, logicals)
+    movers = Mover(checkpoint.stored), Mover(checkpoint.stored)
+    pair = mapping.tied_pair(logicals) if model.tied is None else None
+    if pair is not None and equal(*movers, pair):
+        dims = dims.replace(tied=1)
+    targets, _, ties = mapping.write(family, format, dims, logicals, ranks=1, keep_tied=True, what=str(checkpoint.path))
+    for check in (*logicals.equal, *(ties if model.tied else ())):
+        if not equal(*movers, check):
+            raise TiedWeightsError(f"{checkpoint.path}: {check.message}")
+    optional = {target.key for target in targets if target.instance.row.tied_to and dims["tied"]}
+    return targets, optional
+
+
+def fit(checkpoint: Checkpoint, tensors: Mapping[str, torch.Tensor], format: str) -> Fit:
+    """Hold a checkpoint against the tensors of a model; nothing is read yet."""
+    column = checkpoint.model_for(format).family.column_of(format, tensors)
+    targets, optional = targets_of(checkpoint, column)
+    optional |= {target.key for target in targets if not target.instance.row.required}
+    known = {target.key: target for target in targets}
+    missing = [key for key in tensors if key not in known]
+    unexpected = [key for key in known if key not in tensors and key not in optional]
+    misfits = []
+    for key, target in known.items():
+        shape = tuple(tensors[key].shape) if key in tensors else target.tensor.shape
+        if shape != target.tensor.shape:
+            misfits.append(f"{key}: expected {list(target.tensor.shape)}, found {list(shape)} in the model")
+    return Fit([target for target in targets if target.key in tensors], missing, unexpected, misfits)
+
+
+def shared(found: Fit, tensors: Mapping[str, torch.Tensor], checkpoint: Checkpoint, format: str) -> list[str]:
+    """What is one tensor in the model but two in the checkpoint, of which the model would lose one.
+
+    Of a family that is not known nothing says what is tied: there the bytes do.
+    """
+    seen: dict[tuple[object, ...], Target] = {}
+    out = []
+    by_bytes = checkpoint.model_for(format).family.literal
+    for target in found.targets:
+        tensor = tensors[target.key]
+        other = seen.setdefault(_place(tensor), target)
+        if tensor.numel() and other is not target and not (by_bytes and _equal(checkpoint, other, target)):
+            out.append(f"{target.key}: is tied to {other.key} in the model, but the checkpoint does not tie them")
+    return out
+
+
+def without_second_names(tensors: Mapping[str, torch.Tensor], known: Collection[str]) -> dict[str, torch.Tensor]:
+    """The tensors without those that are not ``known`` and are only another name of one that is."""
+    there = {_place(tensor) for key, tensor in tensors.items() if key in known and tensor.numel()}
+    return {key: tensor for key, tensor in tensors.items() if key in known or _place(tensor) not in there}
+
+
+def _place(tensor: torch.Tensor) -> tuple[object, ...]:
+    return tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
+
+
+def _equal(checkpoint: Checkpoint, one: Target, other: Target) -> bool:
+    pair = Equality(one.tensor, other.tensor, one.dtype, "")
+    same = (one.dtype, one.tensor.shape) == (other.dtype, other.tensor.shape)
+    return same and equal(Mover(checkpoint.stored), Mover(checkpoint.stored), pair)
+
+
+def refuse_misfits(found: Fit, checkpoint: Checkpoint, format: str) -> None:
+    """Raise KeyMismatchError listing everything in which a model and a checkpoint do not fit."""
+    if found.problems:
+        raise KeyMismatchError(
+            f"{checkpoint.path}: does not fit the model, whose keys should be those of the {format} format "
+            f"(model_format={format!r}):{listing(found.problems)}"
+        )
+
+
+def load(
+    checkpoint: Checkpoint,
+    tensors: Mapping[str, torch.Tensor],
+    found: Fit,
+    *,
+    wanted: Callable[[str], bool] = lambda key: True,
+    workers: int = WORKERS,
+    progress: ProgressCallback | None = None,
+    checksums: dict[str, str] | None = None,
+) -> Loaded:
+    """Copy what fits into the tensors, in place, converted and block by block; returns what was loaded.
+
+    ``checksums`` takes the checksum of each tensor's values as they are read (in the source's dtype), by key.
+    """
+    misfit = {line.partition(":")[0] for line in found.misfits}
+    targets = [target for target in found.targets if wanted(target.key) and target.key not in misfit]
+    total = sum(dtypes.nbytes(target.dtype, target.tensor.shape) for target in targets)
+    meter = Meter("loading", total, progress)
+    overflows: dict[str, int] = {}
+
+    def start() -> Callable[[Target], None]:
+        mover = Mover(checkpoint.stored)
+
+        def fill(target: Target) -> None:
+            digest = xxhash.xxh3_64() if checksums is not None else None
+            if count := _fill(mover, target, tensors[target.key], meter, digest):
+                overflows[target.key] = count
+            if checksums is not None and digest is not None:
+                checksums[target.key] = digest.hexdigest()
+
+        return fill
+
+    spread(targets, workers, meter, start)
+    if overflows:
+        log.warning(
+            "%s: %s in the model, whose dtype is too narrow for them",
+            checkpoint.path,
+            overflow_text(dict(sorted(overflows.items()))),
+        )
+    pairs = Counter(
+        (dtypes.DTYPES[target.dtype].torch, str(tensors[target.key].dtype).removeprefix("torch.")) for target in targets
+    )
+    return Loaded(len(targets), total, dict(pairs))
+
+
+def checksums(checkpoint: Checkpoint, targets: Collection[Target], workers: int = WORKERS) -> dict[str, str]:
+    """What ``load`` gives as ``checksums``, of tensors that are read for it alone."""
+    out: dict[str, str] = {}
+    meter = Meter("reading", sum(dtypes.nbytes(one.dtype, one.tensor.shape) for one in targets), None)
+
+    def start() -> Callable[[Target], None]:
+        mover = Mover(checkpoint.stored)
+
+        def read(target: Target) -> None:
+            digest = xxhash.xxh3_64()
+            for _, data in mover.blocks(target.tensor, target.dtype, target.dtype):
+                digest.update(data)
+                meter.add(len(data))
+            out[target.key] = digest.hexdigest()
+
+        return read
+
+    spread(targets, workers, meter, start)
+    return out
+
+
+def state_dict(checkpoint: Checkpoint, format: str) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, converted and in its dtype; without the second key of tied weights."""
+    targets, optional = targets_of(checkpoint, format)
+    chosen = [target for target in targets if target.key not in optional]
+    out = {
+        target.key: torch.empty(target.tensor.shape, dtype=getattr(torch, dtypes.DTYPES[target.dtype].torch))
+        for target in chosen
+    }
+    load(checkpoint, out, Fit(chosen, [], [], []))
+    return out
+
+
+def _fill(
+    mover: Mover, target: Target, tensor: torch.Tensor, meter: Meter, digest: xxhash.xxh3_64 | None = None
+) -> int:
+    """Copy a tensor in place, its bytes also into ``digest``; returns how many finite values have become infinite."""
+    dtype = getattr(torch, dtypes.DTYPES[target.dtype].torch)
+    into = tensor.detach()
+    dense = into if into.is_contiguous() else torch.empty(into.shape, dtype=dtype)
+    flat = dense.view(-1)
+    count = 0
+    with torch.no_grad():
+        for offset, data in mover.blocks(target.tensor, target.dtype, target.dtype):
+            if digest is not None:
+                digest.update(data)
+            block = torch.frombuffer(data, dtype=torch.uint8).view(dtype)
+            start = offset // dtype.itemsize
+            part = flat[start : start + block.numel()]
+            part.copy_(block)
+            count += _overflowed(block, part)
+            meter.add(len(data))
+        if dense is not into:
+            into.copy_(dense)
+            count += _overflowed(dense, into)
+    return count
+
+
+def _overflowed(values: torch.Tensor, made: torch.Tensor) -> int:
+    is_cast = values.dtype != made.dtype and values.is_floating_point() and made.is_floating_point()
+    return overflowed(values.to(made.device), made) if is_cast else 0

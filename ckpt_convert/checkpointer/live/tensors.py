@@ -1,0 +1,296 @@
+"""The tensors of a model in memory: under the keys of its layout whatever it is wrapped in, and read like a file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ckpt_convert.checkpoint.mapping import Source
+from ckpt_convert.checkpoint.opening import WeightFile
+from ckpt_convert.convert.plan import Live
+from ckpt_convert.dtypes import FROM_TORCH
+from ckpt_convert.errors import KeyMismatchError, UsageError, listing
+from ckpt_convert.storage.reader import RangeReader
+from ckpt_convert.tensors.header import IN_MEMORY, Header, StoredTensor
+from ckpt_convert.tensors.lazy import stored
+
+Model = nn.Module | Mapping[str, Any]
+"""A model, or its state dict, whose tensors training goes on to change in place."""
+
+WHERE = "the model in memory"
+
+_GATHER = (
+    ", and whole tensors are what is saved; gather them anew for every save (get_model_state_dict with "
+    "full_state_dict=True of torch.distributed.checkpoint.state_dict), then register(model=THEM, progress=...) and "
+    "save() on one process: tensors that were gathered once do not change with the training"
+)
+
+_MODULE = (
+    *("DistributedDataParallel", "DataParallel", "AveragedModel"),
+    *("QuantWrapper", "LossWrapper"),  # of torch.ao.quantization and torch.distributed.pipelining
+)
+_WRAPPED = {
+    "OptimizedModule": "_orig_mod",  # torch.compile's, whose class is private
+    "ActivationWrapper": "_checkpoint_wrapped_module",  # activation checkpointing and offloading
+    "FullyShardedDataParallel": "_fsdp_wrapped_module",
+    **dict.fromkeys(_MODULE, "module"),
+}
+"""Where torch's wrappers keep what they wrap, by the name of their class or of one that it is made from."""
+
+_PRIVATE = frozenset(name for name in _WRAPPED.values() if name.startswith("_"))
+"""Parts of a key that are a wrapper's wherever they are."""
+
+_COUNT = "n_averaged"
+"""The only tensor that one of these wrappers has of its own: how many models an AveragedModel is the average of."""
+
+
+def tensors_of(model: Model) -> dict[str, torch.Tensor]:
+    """The persistent tensors by key, without what torch's wrappers put before them and have themselves; no copies.
+
+    Raises KeyMismatchError for entries that are no tensors, and UsageError for tensors that cannot be read as they are.
+    """
+    out: dict[str, torch.Tensor] = {}
+    problems = []
+    for key, tensor, own in _state_of(model):
+        if own:
+            continue
+        if not isinstance(tensor, torch.Tensor):
+            problems.append(f"{key}: is a {type(tensor).__name__}, no tensor")
+        elif key in out:
+            problems.append(f"{key}: is there twice, once in a wrapper")
+        else:
+            out[key] = tensor.detach()
+    if problems:
+        raise KeyMismatchError(f"{WHERE}: not everything in its state dict can be saved:{listing(problems)}")
+    for key, tensor in out.items():
+        _check(key, tensor)
+    return out
+
+
+def wrapper_tensors(model: Model) -> dict[str, torch.Tensor]:
+    """What a wrapper around the model has of its own, which no checkpoint of the model alone has a key for."""
+    if not isinstance(model, nn.Module):
+        return {key: tensor for key, tensor, own in _state_of(model) if own}
+    return {key: one for name, one in model.named_buffers() for key, own in (_plain(model, name),) if own}
+
+
+def names_of(model: Model) -> dict[int, str]:
+    """The key of each parameter, by the ``id`` of the parameter itself; {} for a state dict of detached tensors.
+
+    It is the key that the state dict has for this very parameter, whatever ``named_parameters`` calls it.
+    """
+    if not isinstance(model, nn.Module):
+        return {id(tensor): key for key, tensor, _ in _state_of(model)}
+    names = {id(parameter): _plain(model, name)[0] for name, parameter in model.named_parameters()}
+    state = {key: tensor for key, tensor, _ in _state_of(model)}
+    for key, tensor in state.items():
+        called = names.get(id(tensor))
+        if called is not None and state.get(called) is not tensor:
+            names[id(tensor)] = key
+    return names
+
+
+def renamed(model: Model) -> Callable[[str], str]:
+    """From a name that a checkpoint may have for a parameter, such as ``named_parameters`` gives it, to its key."""
+    names = names_of(model)
+    called = {}
+    if isinstance(model, nn.Module):
+        called = {_plain(model, name)[0]: names[id(one)] for name, one in model.named_parameters()}
+
+    def key(name: str) -> str:
+        plain = ".".join(part for part in name.split(".") if part not in _PRIVATE)
+        return called.get(plain, plain)
+
+    return key
+
+
+def trained_parameters(model: Model) -> dict[str, torch.Tensor]:
+    """The parameters that have gradients, by key; of a state dict those tensors that are not detached."""
+    if not isinstance(model, nn.Module):
+        return {key: one for key, one, _ in _state_of(model) if isinstance(one, torch.Tensor) and one.requires_grad}
+    names = names_of(model)
+    return {names[id(parameter)]: parameter for parameter in model.parameters() if parameter.requires_grad}
+
+
+class Memory:
+    """The memory of some tensors, to tell whether another one is of it: the same, a view, or a larger one."""
+
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+        self._extents: dict[tuple[object, ...], set[tuple[int, int]]] = {}
+        for tensor in tensors:
+            storage, extent = _extent(tensor)
+            self._extents.setdefault(storage, set()).add(extent)
+
+    def __contains__(self, tensor: object) -> bool:
+        if not isinstance(tensor, torch.Tensor):
+            return False
+        storage, (start, end) = _extent(tensor)
+        there = self._extents.get(storage, set())
+        return start == end or (start, end) in there or any(first < end and start < last for first, last in there)
+
+
+def copies_in(model: Model, tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """The keys of tensors that a module's state dict makes anew: what is loaded into them does not reach the module."""
+    if not isinstance(model, nn.Module):
+        return []
+    memory = Memory((*model.parameters(), *model.buffers()))
+    return [key for key, tensor in tensors.items() if tensor not in memory]
+
+
+def signature(tensors: Mapping[str, torch.Tensor]) -> tuple[Any, ...]:
+    """What a plan for these tensors depends on, which is everything but their values and where they lie."""
+    return tuple((key, t.dtype, tuple(t.shape), t.stride()) for key, t in tensors.items())
+
+
+class MemoryReader:
+    """The storage of a tensor, read as if it were a file; on an accelerator range by range."""
+
+    def __init__(self, name: str, tensor: torch.Tensor) -> None:
+        self.name = name
+        self.bind(tensor)
+
+    def bind(self, tensor: torch.Tensor) -> None:
+        """Read from this tensor from now on, whose shape, strides and dtype are those of the one before."""
+        self.offset = tensor.storage_offset() * tensor.element_size()
+        with torch.no_grad():
+            self._bytes = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+        self.size = self._bytes.numel()
+
+    def readinto(self, offset: int, buffer: memoryview) -> None:
+        start = self.offset + offset
+        np.copyto(np.frombuffer(buffer, np.uint8), self._bytes[start : start + len(buffer)].cpu().numpy())
+
+
+def as_live(tensors: Mapping[str, torch.Tensor], format: str, readers: Mapping[str, RangeReader] | None = None) -> Live:
+    """The tensors as a plan takes them; they are read when the plan is carried out.
+
+    ``readers`` give the bytes of some of them instead, dense and row-major.
+    """
+    sources: dict[str, Source] = {}
+    files: list[tuple[WeightFile, StoredTensor]] = []
+    for number, (key, tensor) in enumerate(tensors.items()):
+        dtype = FROM_TORCH[str(tensor.dtype).removeprefix("torch.")].name
+        shape, strides = tuple(tensor.shape), tensor.stride()
+        given = (readers or {}).get(key)
+        dense = tensor.is_contiguous() or given is not None
+        description = StoredTensor(key, dtype, shape, 0, None if dense else strides)
+        reader = given or MemoryReader(key, tensor)
+        file = WeightFile(WHERE, 0, Path(WHERE), reader, Header(IN_MEMORY, reader.size, (description,)))
+        sources[key] = Source(key, dtype, stored(number, shape, None if dense else strides), WHERE)
+        files.append((file, description))
+    return Live(format, sources, tuple(files))
+
+
+def bind(live: Live, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Let a plan read these tensors, which have the ``signature`` of those that it was made for."""
+    for file, description in live.stored:
+        if isinstance(file.reader, MemoryReader):
+            file.reader.bind(tensors[description.key])
+
+
+def same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors are one: tied weights that a state dict names twice."""
+    return (
+        one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+        and one.storage_offset() == other.storage_offset()
+        and one.shape == other.shape
+        and one.stride() == other.stride()
+        and one.dtype == other.dtype
+        and one.device == other.device
+    )
+
+
+def _state_of(model: Model) -> Iterator[tuple[str, Any, bool]]:
+    """Each entry of the state dict under its plain key, and whether it is a wrapper's own."""
+    return _state_of_module(model) if isinstance(model, nn.Module) else _state_of_mapping(model)
+
+
+def _state_of_module(model: nn.Module) -> Iterator[tuple[str, Any, bool]]:
+    _refuse_sharded(model)
+    state = [(*_plain(model, name), value) for name, value in model.state_dict(keep_vars=True).items()]
+    live: Mapping[str, torch.Tensor] = {}
+    if copies_in(model, {key: value for key, _, value in state if isinstance(value, torch.Tensor)}):
+        # FullyShardedDataParallel's state dict has copies, also where nothing is sharded.
+        members = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+        live = {_plain(model, name)[0]: one for name, one in members}
+    for key, own, value in state:
+        member = live.get(key, value)
+        same = isinstance(value, torch.Tensor) and (member.shape, member.dtype) == (value.shape, value.dtype)
+        yield key, member if same else value, own
+
+
+def _state_of_mapping(state: Mapping[str, Any]) -> Iterator[tuple[str, Any, bool]]:
+    keys = {name: [part for part in name.split(".") if part not in _PRIVATE] for name in state}
+    module = all(parts[0] == "module" for parts in keys.values() if parts != [_COUNT])
+    for name, parts in keys.items():
+        own = module and parts == [_COUNT]
+        yield ".".join(parts[1:] if module and not own else parts), state[name], own
+
+
+def _plain(model: nn.Module, name: str) -> tuple[str, bool]:
+    """A key without the parts that wrappers have added, and whether it is that of a wrapper's own tensor.
+
+    A wrapper whose state dict leaves its part out of the keys is seen through all the same.
+    """
+    parts = []
+    module: nn.Module | None = model
+    own = False
+    for part in name.split("."):
+        while (inner := _wrapped(module)) and module is not None and part not in {**module._modules, **module._buffers}:
+            module = module._modules[inner]
+        if part != inner and part not in _PRIVATE:
+            own = inner is not None
+            parts.append(part)
+        module = module._modules.get(part) if module is not None else None
+    return ".".join(parts), own
+
+
+def _wrapped(module: nn.Module | None) -> str | None:
+    """The name under which a wrapper keeps what it wraps; None for any other module."""
+    kinds = [kind for kind in type(module).__mro__ if kind.__module__.partition(".")[0] == "torch"]
+    return next((_WRAPPED[kind.__name__] for kind in kinds if kind.__name__ in _WRAPPED), None)
+
+
+def _refuse_sharded(model: nn.Module) -> None:
+    """Raise UsageError for FullyShardedDataParallel (FSDP1) that shards or flattens, before its state dict gathers."""
+    for module in model.modules():
+        if _wrapped(module) != _WRAPPED["FullyShardedDataParallel"]:
+            continue
+        if module.sharding_strategy.name != "NO_SHARD":  # type: ignore[union-attr]
+            raise UsageError(f"{WHERE}: FullyShardedDataParallel shards its parameters over processes{_GATHER}")
+        if not module._use_orig_params:
+            raise UsageError(
+                f"{WHERE}: FullyShardedDataParallel has flattened its parameters; make it with use_orig_params=True"
+            )
+
+
+def _extent(tensor: torch.Tensor) -> tuple[tuple[object, ...], tuple[int, int]]:
+    """The storage of a tensor, and from which byte to which of it the tensor reaches."""
+    if not tensor.numel():
+        return (), (0, 0)
+    try:
+        storage = tensor.device, tensor.untyped_storage().data_ptr()
+        start = int(tensor.storage_offset())
+        last = start + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    except (RuntimeError, NotImplementedError):  # a subclass of tensors that has no storage
+        return (id(tensor),), (0, 1)
+    return storage, (start * tensor.element_size(), (last + 1) * tensor.element_size())
+
+
+def _check(key: str, tensor: torch.Tensor) -> None:
+    name = str(tensor.dtype).removeprefix("torch.")
+    if tensor.is_meta:
+        raise UsageError(
+            f"{key}: is on the meta device, so there is nothing to load into or to save; use model.to_empty()"
+        )
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        raise UsageError(f"{key}: expected a dense tensor, found {tensor.layout}, quantised: {tensor.is_quantized}")
+    if hasattr(tensor, "full_tensor"):
+        raise UsageError(f"{key}: is sharded over processes ({type(tensor).__name__}){_GATHER}")
+    if name not in FROM_TORCH:
+        raise UsageError(f"{key}: dtype {name} is not known; known: {', '.join(sorted(FROM_TORCH))}")

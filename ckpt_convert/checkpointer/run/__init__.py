@@ -1,0 +1,1 @@
+"""The output directory of a run: its saved steps, their names, which are due and which are kept."""

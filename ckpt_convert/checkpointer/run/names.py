@@ -1,0 +1,127 @@
+"""How the directory of a saved step is called."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import string
+from dataclasses import dataclass, replace
+
+from ckpt_convert.checkpointer.run.progress import Progress
+from ckpt_convert.errors import UnsafeFileError, UsageError
+from ckpt_convert.storage.names import check_name
+from ckpt_convert.storage.pointer import SUFFIX
+
+VARIABLES = ("step", "epoch", "tokens", "samples", "evals", "run_name")
+"""What a template may name in braces."""
+
+PARTIAL, REPLACED, DELETED = ".partial", ".replaced", ".deleted"
+"""How the names of directories end, behind a dot in front, that are being written, replaced and removed."""
+
+LONGEST = 200
+"""Bytes of a name; file systems take 255, of which an unfinished or a removed directory's name needs some."""
+
+_SAMPLE = Progress(step=10**15, epoch=3, tokens=2 * 10**12, samples=10**9, evals=7)
+
+
+@dataclass(frozen=True)
+class Template:
+    """A template for names, such as ``step_{step}`` or ``{run_name}-{epoch}-{step:06d}``.
+
+    The variables are those of ``VARIABLES``, with Python's format specifications; ``{step}`` has to be among them.
+    ``latest_name`` is the name of the pointer to the newest checkpoint, which no directory may have. Raises UsageError
+    for a template that would give anything but one plain name, or the same name for two steps.
+    """
+
+    text: str = "step_{step}"
+    latest_name: str | None = "latest"
+
+    def __post_init__(self) -> None:
+        if self.latest_name is not None:
+            self._check_pointer(self.latest_name)
+        used = self._variables()
+        if "step" not in used:
+            raise self._wrong("expected {step} in it, without which the next checkpoint would have the same name")
+        run_name = "run" if "run_name" in used else None
+        if self.format(_SAMPLE, run_name) == self.format(replace(_SAMPLE, step=_SAMPLE.step + 1), run_name):
+            raise self._wrong("gives two steps the same name; write {step} with all its digits")
+        # The steps at which the name could be the pointer's, found now rather than hours later.
+        for digits in re.findall("[0-9]+", self.latest_name or ""):
+            self.format(Progress(step=int(digits)), run_name)
+
+    def format(self, progress: Progress, run_name: str | None = None) -> str:
+        """The name for this progress; raises UsageError where it is no plain name of one part."""
+        values = {name: getattr(progress, name) for name in VARIABLES[:-1]}
+        if run_name is None and "run_name" in self._variables():
+            raise self._wrong("names {run_name}, but the run has no name; pass run_name=")
+        try:
+            name = self.text.format(**values, run_name=run_name)
+        except (ValueError, TypeError, OverflowError) as error:
+            raise self._wrong(f"a format specification does not fit its variable ({error})") from error
+        self._check(name)
+        return name
+
+    def step_of(self, name: str, run_name: str) -> int | None:
+        """The step whose directory has this name, as far as that depends on the step alone."""
+        for digits in re.findall("[0-9]+", name):
+            with contextlib.suppress(UsageError):
+                if self.format(Progress(step=int(digits)), run_name) == name:
+                    return int(digits)
+        return None
+
+    def check(self, run_name: str) -> None:
+        """Raise UsageError where the names would be none for a run of this name."""
+        self.format(_SAMPLE, run_name)
+
+    def _variables(self) -> set[str]:
+        found = set()
+        try:
+            parts = list(string.Formatter().parse(self.text))
+        except ValueError as error:
+            raise self._wrong(f"is no template ({error})") from error
+        for _, variable, specification, conversion in parts:
+            if variable is None:
+                continue
+            if variable not in VARIABLES or conversion or "{" in (specification or ""):
+                raise self._wrong(f"there is no variable {{{variable}}}")
+            found.add(variable)
+        return found
+
+    def _check(self, name: str) -> None:
+        try:
+            check_name(name, "the template")
+        except UnsafeFileError as error:
+            raise self._wrong(f"gives {name!r}, which is no plain name") from error
+        if "/" in name:
+            raise self._wrong(f"gives {name!r}, but checkpoints lie side by side in the output directory")
+        if name.startswith("."):
+            raise self._wrong(f"gives {name!r}; names with a dot in front are for what is not finished")
+        if name.endswith((PARTIAL, REPLACED, DELETED)):
+            raise self._wrong(
+                f"gives {name!r}; names that end in {PARTIAL}, {REPLACED} or {DELETED} are for what is being written, "
+                "replaced or removed, and are cleared away at the next start"
+            )
+        if len(os.fsencode(name)) > LONGEST:
+            raise self._wrong(f"gives a name of {len(os.fsencode(name))} bytes, expected at most {LONGEST}")
+        if name == self.latest_name:
+            raise self._wrong(f"gives {name!r}, which is the name of the pointer to the newest checkpoint")
+
+    def _check_pointer(self, name: str) -> None:
+        try:
+            check_name(name, "latest_name")
+        except (UnsafeFileError, TypeError) as error:
+            raise UsageError(f"latest_name={name!r}: is no plain name; None is for no pointer") from error
+        if "/" in name:
+            raise UsageError(f"latest_name={name!r}: expected one name, the pointer lies beside what it leads to")
+        if name.startswith(".") and name.endswith(SUFFIX):
+            raise UsageError(
+                f"latest_name={name!r}: names with a dot in front that end in {SUFFIX} are for pointers that are being "
+                "made, and are cleared away at the next start; choose another name"
+            )
+
+    def _wrong(self, what: str) -> UsageError:
+        variables = ", ".join(f"{{{name}}}" for name in VARIABLES)
+        return UsageError(
+            f"the directory name {self.text!r}: {what}; variables are {variables}, as in 'step_{{step:06d}}'"
+        )

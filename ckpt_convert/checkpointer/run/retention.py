@@ -1,0 +1,143 @@
+"""Which checkpoints to keep: the newest, the best by a metric, and how many with their training state."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from ckpt_convert.checkpoint.record import TRAINING_STATE
+from ckpt_convert.checkpointer.run import catalog
+from ckpt_convert.checkpointer.run.catalog import Saved
+from ckpt_convert.errors import CkptConvertError, UsageError
+from ckpt_convert.storage.system import sync_directory
+
+log = logging.getLogger("ckpt_convert")
+
+Best: TypeAlias = tuple[str, Literal["min", "max"]]
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How many checkpoints to keep; None is no limit.
+
+    ``keep_last`` counts the newest, which always stays. The ``keep_best`` best ones by ``best``, a metric and whether
+    small or large is good, are kept beside them; one where not said. ``keep_last_training_state`` counts the newest
+    that have a training state; older ones lose it and keep their weights. Raises UsageError for less than one, and for
+    ``keep_best`` without ``best``.
+    """
+
+    keep_last: int | None = None
+    best: Best | None = None
+    keep_best: int | None = None
+    keep_last_training_state: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, way_out in (
+            ("keep_last", "the newest checkpoint is always kept"),
+            ("keep_best", "leave out best= to keep none for their metric"),
+            ("keep_last_training_state", 'contents="weights" saves without a training state'),
+        ):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise UsageError(
+                    f"{name}={value!r}: expected a whole number from 1 on, or None for no limit; {way_out}"
+                )
+        if self.keep_best is not None and self.best is None:
+            raise UsageError(f'keep_best={self.keep_best}: best by what? Give best= too, such as best="val_loss:min"')
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The checkpoints to delete, and those that only lose their training state; oldest first."""
+
+    delete: tuple[Saved, ...] = ()
+    thin: tuple[Saved, ...] = ()
+
+
+def parse_best(text: str) -> Best:
+    """The metric and the direction of a text such as "val_loss:min"; raises UsageError for any other."""
+    metric, _, mode = text.rpartition(":") if isinstance(text, str) else ("", "", "")
+    if metric.strip() != metric or not metric or mode not in ("min", "max"):
+        raise UsageError(
+            f'best={text!r}: expected a metric and what is good of it, such as "val_loss:min" or "accuracy:max"'
+        )
+    return metric, "min" if mode == "min" else "max"
+
+
+def decide(saved: Sequence[Saved], policy: Policy, needed: Collection[Path | None] = ()) -> Decision:
+    """What of these complete checkpoints a policy does not keep; those that are ``needed`` stay as they are."""
+    newest = sorted(saved, key=lambda one: one.sequence, reverse=True)
+    kept = {one.path for one in newest[: policy.keep_last]} | {one.path for one in _ranked(saved, policy)}
+    staying = [one for one in newest if one.path in kept]
+    heavy = [one for one in staying if one.has_training_state]
+    too_many = heavy[policy.keep_last_training_state :] if policy.keep_last_training_state else []
+    gone = [one for one in newest if one.path not in kept]
+    return Decision(*(tuple(one for one in reversed(found) if one.path not in needed) for found in (gone, too_many)))
+
+
+def best(saved: Sequence[Saved], policy: Policy) -> Saved | None:
+    """The best checkpoint by the policy's metric, the newer of equal ones; None where none has the metric."""
+    return next(iter(_ranked(saved, policy)), None)
+
+
+def _ranked(saved: Sequence[Saved], policy: Policy) -> list[Saved]:
+    """The best checkpoints, as many as are kept, the best first; one without the metric is no candidate."""
+    if policy.best is None:
+        return []
+    metric, mode = policy.best
+    sign = 1 if mode == "min" else -1
+    candidates = [one for one in saved if math.isfinite(one.metrics.get(metric, math.nan))]
+    return sorted(candidates, key=lambda one: (sign * one.metrics[metric], -one.sequence))[: policy.keep_best or 1]
+
+
+def apply(decision: Decision) -> None:
+    """Delete and thin; what fails is warned of, and left for the next decision or ``catalog.tidy``.
+
+    An interruption leaves no checkpoint that is taken for complete and is not: the manifest first says that a training
+    state is removed, and a directory first loses its name. Whatever is no longer the checkpoint that was decided on is
+    left alone.
+    """
+    for saved in decision.delete:
+        if _is_there(saved):
+            _delete(saved)
+    for saved in decision.thin:
+        if _is_there(saved):
+            _thin(saved)
+
+
+def _is_there(saved: Saved) -> bool:
+    """Whether the directory is the checkpoint still that the decision was about."""
+    if saved.path.is_symlink():
+        return False
+    found = catalog.read(saved.path, saved.saver)
+    return found is not None and found.sequence == saved.sequence
+
+
+def _delete(saved: Saved) -> None:
+    hidden = catalog.removal_name(saved.path)
+    try:
+        if hidden.is_dir():  # what an earlier attempt could not remove
+            catalog.finish_removal(hidden, saved.path)
+        os.rename(saved.path, hidden)
+        sync_directory(hidden.parent)
+        catalog.finish_removal(hidden, saved.path)
+    except (OSError, CkptConvertError) as error:
+        said = error.strerror if isinstance(error, OSError) else error
+        log.warning("%s is to be kept no longer, but cannot be removed: %s", saved.path, said)
+    else:
+        log.info("%s removed: not among those to keep", saved.path)
+
+
+def _thin(saved: Saved) -> None:
+    try:
+        catalog.amend(saved, **{TRAINING_STATE: catalog.REMOVED})
+    except (OSError, CkptConvertError) as error:
+        log.warning("%s: its training state cannot be removed: %s", saved.path, error)
+        return
+    catalog.finish_thinning(saved.path)
+    log.info("%s: training state removed, the weights are kept", saved.path)

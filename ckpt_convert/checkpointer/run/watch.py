@@ -1,0 +1,105 @@
+"""Options that never take effect: a schedule whose counter stands still, a metric that no saved step has."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from ckpt_convert.checkpointer.run.progress import Progress
+from ckpt_convert.checkpointer.run.retention import Best
+from ckpt_convert.checkpointer.run.schedule import Every, Schedule
+
+log = logging.getLogger("ckpt_convert")
+
+PATIENCE = 100
+"""Steps by which a run would have counted what it counts at each of them."""
+
+_COUNTED = {
+    "tokens": ("token was counted", "pass step(tokens=...)"),
+    "samples": ("sample was counted", "pass step(samples=...)"),
+    "evals": ("evaluation was counted", "report(...) counts them"),
+    "epoch": ("epoch ended", "loop over epochs(...), or call end_epoch()"),
+}
+
+
+@dataclass
+class Watch:
+    """What a run has counted, reported and saved, held against what it was asked to save and keep.
+
+    Tokens and samples are missed after 100 steps, or at the end of the first epoch. Evaluations may be far apart:
+    they are missed once both have passed, and the metric ``best`` sooner only where others were reported. What is
+    missed is warned of once, and once more at the end of the run, when anything is.
+    """
+
+    schedule: Schedule
+    best: Best | None
+    _start: Progress = field(default_factory=Progress)
+    _names: set[str] = field(default_factory=set)
+    _reports: int = 0
+    _saves: int = 0
+    _reported_at: int | None = None
+    _saved_at: int | None = None
+    _met: bool = False
+    _said: set[str] = field(default_factory=set)
+
+    def begin(self, progress: Progress, metrics: Iterable[Mapping[str, float]]) -> None:
+        """A run starts at this progress; ``metrics`` are those of the checkpoints that are there."""
+        self._start = progress
+        self._met = self.best is not None and any(self.best[0] in one for one in metrics)
+
+    def reported(self, step: int, names: Iterable[str]) -> None:
+        names = set(names)
+        self._names |= names
+        if self.best is not None and self.best[0] in names:
+            self._reports, self._reported_at = self._reports + 1, step
+            self._met |= step == self._saved_at
+
+    def saved(self, step: int) -> None:
+        self._saves, self._saved_at = self._saves + 1, step
+        self._met |= step == self._reported_at
+
+    def look(self, now: Progress) -> None:
+        """Warn of what should have been counted or reported by now; of each once."""
+        self._say(self._missed(now, over=False), again=False)
+
+    def end(self, now: Progress) -> None:
+        """Warn of everything that never took effect."""
+        self._say(self._missed(now, over=True), again=True)
+
+    def _say(self, missed: Iterator[tuple[str, str]], *, again: bool) -> None:
+        for what, text in missed:
+            if again or what not in self._said:
+                self._said.add(what)
+                log.warning("%s", text)
+
+    def _missed(self, now: Progress, *, over: bool) -> Iterator[tuple[str, str]]:
+        steps = now.step - self._start.step
+        if not steps:
+            return
+        waited, epoch_over = steps >= PATIENCE, now.epoch > self._start.epoch
+        soon, late = over or waited or epoch_over, over or (waited and epoch_over)
+        for rule in self.schedule.rules:
+            counter = rule.unit.counter if isinstance(rule, Every) else ""
+            counted_since = self._start if counter in ("tokens", "samples") else Progress()
+            missed = {"tokens": soon, "samples": soon, "evals": late, "epoch": over}.get(counter, False)
+            if missed and getattr(now, counter) == getattr(counted_since, counter):
+                what, way_out = _COUNTED[counter]
+                yield counter, f"save_every={rule.describe()!r}: no {what} in {steps} steps; {way_out}"
+        if self.best is None or self._met:
+            return
+        name, option = self.best[0], f"best={':'.join(self.best)!r}"
+        if not self._reports:
+            if late or (soon and self._names):
+                others = f" (reported: {', '.join(sorted(self._names))})" if self._names else ""
+                yield (
+                    "metric",
+                    f"{option}: no {name!r} was reported in {steps} steps{others}, so no checkpoint is kept as the "
+                    f"best; call report({name}=...), or name another metric in best=",
+                )
+        elif self._saves and (over or (soon and min(self._reports, self._saves) > 1)):
+            yield (
+                "meeting",
+                f"{option}: {name!r} was reported {self._reports} times and {self._saves} steps were saved, but never "
+                "the same one, so the best model is not kept; save_best=True saves it",
+            )

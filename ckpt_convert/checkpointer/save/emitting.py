@@ -1,0 +1,381 @@
+"""From the tensors of a model to what is written of them: plans, which are made once and used at every save."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from ckpt_convert.adapters.adapter_config import AdapterConfig
+from ckpt_convert.adapters.adapter_modules import Modules
+from ckpt_convert.adapters.adapters import Adapter, Split, split
+from ckpt_convert.adapters.merge import MergedReader, merges
+from ckpt_convert.adapters.peft_files import files as peft_files
+from ckpt_convert.adapters.peft_files import from_peft, load_into, to_peft
+from ckpt_convert.checkpoint import legacy_keys, record
+from ckpt_convert.checkpoint.checkpoint import Checkpoint
+from ckpt_convert.checkpointer.live import base, loading
+from ckpt_convert.checkpointer.live.base import Base
+from ckpt_convert.checkpointer.live.choice import ADAPTER, MODEL
+from ckpt_convert.checkpointer.live.tensors import (
+    WHERE,
+    Memory,
+    Model,
+    as_live,
+    bind,
+    copies_in,
+    same_memory,
+    signature,
+    tensors_of,
+    trained_parameters,
+)
+from ckpt_convert.checkpointer.save import extra_files
+from ckpt_convert.checkpointer.save.buffers import Buffers
+from ckpt_convert.checkpointer.save.saving import Step
+from ckpt_convert.checkpointer.state.pack import Packed, pack
+from ckpt_convert.convert import plan as planning
+from ckpt_convert.convert.plan import Plan
+from ckpt_convert.convert.request import Request
+from ckpt_convert.dtypes import DTYPES
+from ckpt_convert.errors import CkptConvertError, KeyMismatchError, UsageError, listing, reason
+from ckpt_convert.models import Family
+from ckpt_convert.storage.reader import WORKERS, RangeReader
+from ckpt_convert.tensors.blocks import ProgressCallback
+
+log = logging.getLogger("ckpt_convert")
+
+Contents = Literal["full", "weights", "adapter"]
+CONTENTS = ("full", "weights", "adapter")
+
+Tensors = Mapping[str, torch.Tensor]
+Section = Callable[[], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a save writes; ``merged`` is full weights beside an adapter."""
+
+    contents: Contents
+    export_dtype: str | None
+    output_format: str | None
+    model_format: str
+    extra: tuple[Path, ...] = ()
+    merged: bool = False
+
+
+class Emitter:
+    """Plans what is written of a model, in the format of a source and in its files."""
+
+    def __init__(self, source: Checkpoint, settings: Settings, adapter: Any = None) -> None:
+        self.source = source
+        self.settings = settings
+        self.adapter = None if adapter is None else AdapterConfig.of(adapter)
+        self._plans: dict[tuple[Any, ...], Plan] = {}
+        self._base: Base | None = None
+
+    @cached_property
+    def modules(self) -> Modules:
+        """The modules of the model, which adapters belong to."""
+        model = self.source.model
+        model.family.check_rotation(model.config, self.settings.model_format, "hf")
+        return Modules(model.family, self.settings.model_format, model.dims)
+
+    def names(self, model: Model) -> list[str]:
+        """What of a model can be loaded or left out: each tensor by its key, or the adapter, which is loaded whole."""
+        if self.adapter is not None:
+            return [ADAPTER]
+        return [f"{MODEL}/{key}" for key in self.split(tensors_of(model)).base]
+
+    def split(self, tensors: Tensors, *, strict: bool = True) -> Split:
+        """A model's tensors, those of an adapter apart; ``strict`` is whether it has to be as the config says."""
+        if self.adapter is None:
+            return Split(self._distinct(tensors), {})
+        found = split(tensors, self.adapter if strict else None, self.modules)
+        return replace(found, base=self._distinct(found.base))
+
+    def _distinct(self, tensors: Tensors) -> dict[str, torch.Tensor]:
+        """The tensors without the second name of weights that are tied in memory, and that the config ties as well.
+
+        Of a family that is not known, the name to leave out is the one that the source does not have.
+        """
+        model = self.source.model_for(self.settings.model_format)
+        if model.family.literal:
+            there = {row.name for row in model.family.rows}
+            return loading.without_second_names(tensors, there)
+        out = dict(tensors) if self.adapter is not None else self._named(tensors, model.family)
+        names = {row.name: row for row in model.family.rows}
+        for row in model.family.rows:
+            column = row.column(self.settings.model_format)
+            other = names[row.tied_to].column(self.settings.model_format) if row.tied_to else None
+            if column is None or other is None or model.tied is False:
+                continue
+            pair = out.get(column.template), out.get(other.template)
+            if pair[0] is not None and pair[1] is not None and same_memory(pair[0], pair[1]):
+                del out[column.template]
+        return out
+
+    def _named(self, tensors: Tensors, family: Family) -> dict[str, torch.Tensor]:
+        """The tensors by the keys of the model's format, as transformers' newer classes have others in memory."""
+        names = legacy_keys.read(tensors, [family], self.settings.model_format)
+        if names.clashes:
+            said = listing([text for _, text in names.clashes])
+            raise KeyMismatchError(f"{WHERE}: its keys contradict each other:{said}")
+        return {names.of(key): tensor for key, tensor in tensors.items()}
+
+    def load_source(self, model: Model, workers: int, progress: ProgressCallback | None) -> loading.Loaded:
+        """Fill a model from the source, an adapter aside; raises KeyMismatchError where they do not fit."""
+        parts = self.split(tensors_of(model), strict=False)  # DoRA starts from the base: the adapter may come later
+        _refuse_copies(model, parts.base | parts.saved)
+        found = loading.fit(self.source, parts.base, self.settings.model_format)
+        found = replace(
+            found, misfits=[*found.misfits, *loading.shared(found, parts.base, self.source, self.settings.model_format)]
+        )
+        loading.refuse_misfits(found, self.source, self.settings.model_format)
+        whole = {key: tensor for key, tensor in parts.saved.items() if not same_memory(tensor, parts.base[key])}
+        loading.load(self.source, whole, replace(found, targets=[one for one in found.targets if one.key in whole]))
+        checksums: dict[str, str] | None = None if self.adapter is None else {}
+        loaded = loading.load(self.source, parts.base, found, workers=workers, progress=progress, checksums=checksums)
+        if checksums is not None:
+            self._base = base.of_targets(self._layout(parts.base), found.targets, checksums)
+        return loaded
+
+    def base_as(self, recorded: Base, workers: int, *, values: bool) -> Base:
+        """The base that the source is now, in the layout of one that was written down; ``values`` reads all of it."""
+        if self._base is not None and self._base.layout == recorded.layout:
+            return self._base
+        return base.of_source(self.source, recorded.layout, recorded.tensors.keys(), workers=workers, values=values)
+
+    def _layout(self, tensors: Tensors) -> str:
+        format = self.settings.model_format
+        return self.source.model_for(format).family.column_of(format, tensors)
+
+    def _base_section(self, tensors: Tensors) -> dict[str, Any]:
+        """What the manifest says of the base of an adapter, which is read for it where it was not loaded from here."""
+        if not self.source.files:
+            return {}
+        if self._base is None:
+            layout = self._layout(tensors)
+            try:
+                self._base = base.of_source(self.source, layout, tensors.keys(), workers=WORKERS, values=True)
+            except (OSError, CkptConvertError) as error:
+                log.warning("the base that the adapter is of is not written down with it: %s", reason(error))
+                return {}
+        return {base.SECTION: self._base.as_json()}
+
+    def load_adapter(self, path: Path, model: Model) -> int:
+        """Fill a model's adapter from PEFT's files; returns the number of tensors."""
+        if self.adapter is None:
+            raise UsageError("there is no adapter to load into; give adapter=AdapterConfig(rank=..., alpha=...)")
+        loaded = from_peft(path, self.modules, self.adapter)
+        parts = self.split(tensors_of(model))
+        _refuse_copies(model, _trained_beside(parts))
+        for notice in load_into(parts, loaded):
+            log.info("%s: %s", path, notice)
+        return sum(len([one for one in adapter if one is not None]) for adapter in loaded.adapters.values()) + len(
+            loaded.saved
+        )
+
+    def prepare(self, model: Model, settings: Settings, others: Sequence[torch.Tensor] = ()) -> list[str]:
+        """Plan a save of this model; returns what there is to warn of, for every save.
+
+        ``others`` are the parameters of its optimizers. Raises the error that says everything in which they do not fit
+        the source, or what is asked for.
+        """
+        parts = self.split(tensors_of(model))
+        _refuse_copies(model, parts.base if self.adapter is None else _trained_beside(parts))
+        self._refuse_unsaved(model, parts, others)
+        if self.adapter is not None:
+            extra_files.check(settings.extra, None)
+            to_peft(parts, self.adapter, self.modules)
+            return list(self._merged(parts, settings).notices) if _merges(settings) else []
+        made = self._plan(parts.base, settings)
+        casts = Counter(
+            (DTYPES[tensor.source_dtype].torch, DTYPES[tensor.dtype].torch)
+            for file in made.weights
+            for tensor in file.tensors
+            if tensor.dtype != tensor.source_dtype
+        )
+        kept = "training_state keeps" if settings.contents == "full" else "nothing keeps"
+        said = [
+            f"{count} {here} tensors of the model are written as {there}; {kept} them exact"
+            for (here, there), count in casts.items()
+        ]
+        if settings.contents != "full":
+            return [*made.notices, *said]
+        for text in said:
+            log.info("%s", text)
+        return list(made.notices)
+
+    def job(
+        self, tensors: Tensors, state: Mapping[str, Packed] | None, settings: Settings, buffers: Buffers | None
+    ) -> Callable[[Section, Mapping[str, bytes]], Step]:
+        """What is to be written, of the values as they are now: with ``buffers``, they may change afterwards.
+
+        Takes what gives the manifest's section about training, and small files by name, to give the step.
+        """
+        parts = self.split(tensors)
+        state = dict(state) if state is not None else None
+        if self.adapter is not None:
+            return self._adapter_job(parts, state, settings, buffers)
+        if state is not None:
+            exact = _inexact(self._plan(parts.base, settings))
+            if exact:
+                state[MODEL] = pack({key: tensor for key, tensor in parts.base.items() if key in exact}, MODEL)
+        chosen = parts.base
+        if buffers is not None:
+            chosen, state = _staged(chosen, state, buffers)
+        made = self._plan(chosen, settings)
+        if made.live is not None:
+            bind(made.live, chosen)
+        return lambda section, files: Step(made, section, state, files, settings.extra)
+
+    def _adapter_job(
+        self, parts: Split, state: dict[str, Packed] | None, settings: Settings, buffers: Buffers | None
+    ) -> Callable[[Section, Mapping[str, bytes]], Step]:
+        merges_too = _merges(settings)
+        if buffers is not None:
+            names = {f"saved/{key}": tensor for key, tensor in parts.saved.items()}
+            names |= {f"base/{key}": tensor for key, tensor in parts.base.items() if merges_too}
+            for module, adapter in parts.adapters.items():
+                names |= {f"{module}/{name}": one for name, one in adapter._asdict().items() if one is not None}
+            copies, state = _staged(names, state, buffers)
+            parts = Split(
+                {key: copies.get(f"base/{key}", tensor) for key, tensor in parts.base.items()},
+                {m: Adapter(*(copies.get(f"{m}/{name}") for name in Adapter._fields)) for m in parts.adapters},  # type: ignore[arg-type]
+                {key: copies[f"saved/{key}"] for key in parts.saved},
+                parts.names,
+            )
+
+        def step(section: Section, files: Mapping[str, bytes]) -> Step:
+            assert self.adapter is not None
+            place = str(self.source.path.absolute()) if self.source.format == "hf" else None
+            written = peft_files(*to_peft(parts, self.adapter, self.modules, base_model=place))
+            made = self._merged(parts, settings) if merges_too else None
+            whole = parts.base
+
+            def training() -> Mapping[str, Any]:
+                return {**section(), **self._base_section(whole)}
+
+            return Step(made, training, state, {**written, **files}, settings.extra, record.MERGED)
+
+        return step
+
+    def _merged(self, parts: Split, settings: Settings) -> Plan:
+        """The plan of the full weights; they are computed as they are read."""
+        assert self.adapter is not None
+        whole = parts.base | parts.saved
+        readers = {
+            key: MergedReader(key, whole[key], merge)
+            for key, merge in merges(parts, self.adapter, self.modules).items()
+        }
+        made = planning.make(self.source, self._request(settings), live=self._live(whole, settings, readers))
+        planning.refuse_unreadable(made)
+        return made
+
+    def _refuse_unsaved(self, model: Model, parts: Split, others: Sequence[torch.Tensor]) -> None:
+        """Raise UsageError for what training changes but no save would hold; ``others`` are an optimizer's parameters.
+
+        What an optimizer has beside the model is saved with its state.
+        """
+        trained = trained_parameters(model)
+        if not isinstance(model, torch.nn.Module):  # of a detached state dict, the optimizer says what is trained
+            updated = Memory(one for one in others if one.requires_grad)
+            trained |= {parts.names.get(key, key): one for key, one in parts.base.items() if one in updated}
+        held = Memory((parts.base if self.adapter is None else _trained_beside(parts)).values())
+        base = Memory(parts.base.values())
+        beside = Memory(others)
+        lost = sorted(key for key, one in trained.items() if one not in held and (one in base or one not in beside))
+        if lost and self.adapter is not None:
+            raise UsageError(
+                "base weights are trained beside the adapter, whose files would not hold them: freeze them "
+                f"(requires_grad_(False)), or name them in modules_to_save:{listing(lost)}"
+            )
+        if lost:
+            raise UsageError(
+                f"{WHERE}: has parameters that are trained, but that its state dict does not hold, so no save would: "
+                f"freeze them (requires_grad_(False)), or hand over the optimizer that trains them:{listing(lost)}"
+            )
+
+    def _plan(self, tensors: Tensors, settings: Settings) -> Plan:
+        request = self._request(settings)
+        key = (request, settings.model_format, settings.extra, signature(tensors))
+        if key not in self._plans:
+            made = planning.make(self.source, request, live=self._live(tensors, settings))
+            planning.refuse_unreadable(made)
+            extra_files.check(settings.extra, made)
+            # A source that is a saved step itself has files of its own run beside the weights (Trainer's state).
+            earlier = record.training(self.source.root) or {}
+            said = extra_files.replaced(settings.extra, made, earlier.get("extra_files") or ())
+            names = {path.name for path in settings.extra} | (earlier.get("files") or {}).keys()
+            side = tuple(side for side in made.side if side.name not in names)
+            self._plans[key] = replace(made, side=side, notices=(*made.notices, *said))
+        return self._plans[key]
+
+    def _live(
+        self, tensors: Tensors, settings: Settings, readers: Mapping[str, RangeReader] | None = None
+    ) -> planning.Live:
+        family = self.source.model_for(settings.model_format).family
+        return as_live(tensors, family.column_of(settings.model_format, tensors), readers)
+
+    def _request(self, settings: Settings) -> Request:
+        # A value never ends a training run: what its file cannot hold is said, and kept in the training state.
+        form = settings.output_format or str(self.source.format)
+        return Request(to=form, dtype=settings.export_dtype, allow_overflow=True, allow_loss=True)
+
+
+def _trained_beside(parts: Split) -> dict[str, torch.Tensor]:
+    """What a model with an adapter trains: the adapter, and what is saved whole."""
+    adapters = {
+        f"{module}.{name}": one
+        for module, adapter in parts.adapters.items()
+        for name, one in adapter._asdict().items()
+        if one is not None
+    }
+    return adapters | parts.saved
+
+
+def _refuse_copies(model: Model, tensors: Tensors) -> None:
+    copies = copies_in(model, tensors)
+    if copies:
+        raise UsageError(
+            f"{WHERE}: its state dict makes these tensors anew each time, so nothing that is loaded into them would "
+            f"reach the model; hand over the module that has them as parameters or buffers:{listing(copies)}"
+        )
+
+
+def _merges(settings: Settings) -> bool:
+    return settings.merged and settings.contents != "adapter"
+
+
+def _inexact(made: Plan) -> set[str]:
+    """The keys in memory of the tensors that are written in another dtype, or have no place in the files."""
+    assert made.live is not None
+    keys = {check.key for check in made.losses}
+    for file in made.weights:
+        for tensor in file.tensors:
+            if tensor.dtype != tensor.source_dtype:
+                keys |= {made.live.stored[number][1].key for number in tensor.tensor.sources}
+    return keys
+
+
+def _staged(
+    tensors: Tensors, state: Mapping[str, Packed] | None, buffers: Buffers
+) -> tuple[dict[str, torch.Tensor], dict[str, Packed] | None]:
+    """Everything in memory of our own, copied in one go; a tensor that is there twice once."""
+    names = {f"{MODEL}/{key}": tensor for key, tensor in tensors.items()}
+    for part, packed in (state or {}).items():
+        names |= {f"state/{part}/{at}": tensor for at, tensor in packed.tensors.items()}
+    copies = buffers.copy(names)
+    staged = None
+    if state is not None:
+        staged = {
+            part: Packed(packed.skeleton, {at: copies[f"state/{part}/{at}"] for at in packed.tensors})
+            for part, packed in state.items()
+        }
+    return {key: copies[f"{MODEL}/{key}"] for key in tensors}, staged

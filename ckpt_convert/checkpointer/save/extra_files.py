@@ -1,0 +1,47 @@
+"""Files that a recipe has copied into every step: whose names they cannot have, and whose place they take."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+
+from ckpt_convert import formats
+from ckpt_convert.checkpoint.record import MERGED, TRAINING_STATE
+from ckpt_convert.convert.plan import Plan
+from ckpt_convert.errors import UsageError
+from ckpt_convert.formats.base import DCP_INDEX, RECORD_FOLDER, is_index
+from ckpt_convert.storage.checksums import digest, digest_file
+
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+
+
+def check(extra: Sequence[Path], plan: Plan | None) -> None:
+    """Refuse names that what is written has: weights, their index, the config, an adapter's files, our own folders.
+
+    ``plan`` writes the weights, None where there are none beside these files. Raises UsageError.
+    """
+    taken = {RECORD_FOLDER, TRAINING_STATE, MERGED, *_ADAPTER}
+    if plan is not None:
+        taken |= {file.name for file in plan.files} | {DCP_INDEX, formats.ALL[plan.target].config or ""}
+        taken |= {side.name for side in plan.side if is_index(side.name)}
+    names = [path.name for path in extra]
+    wrong = [f"{name} would take the place of a file that every step has" for name in names if name in taken]
+    wrong += [f"two of them are called {name}" for name in sorted({name for name in names if names.count(name) > 1})]
+    if wrong:
+        raise UsageError(f"extra_files: {'; '.join(wrong)}; rename it, or leave it out")
+
+
+def replaced(extra: Sequence[Path], plan: Plan, own: Collection[str]) -> Iterator[str]:
+    """A line for each of the source's files, tokenizers above all, that a step has another one for.
+
+    ``own`` are the names of what an earlier run had copied into a step that is now the source.
+    """
+    side = {one.name: one for one in plan.side}
+    for path in extra:
+        there = side.get(path.name)
+        if there is None or path.name in own:
+            continue
+        made = there.make() if there.make is not None else None
+        before = digest_file(there.path) if there.path is not None else None if made is None else digest(made)
+        if before is not None and before != digest_file(path):
+            yield f"extra_files: {path} takes the place of the source's {path.name} in every step"

@@ -1,0 +1,127 @@
+"""The options of a checkpointer, each alone and held against each other: what contradicts or does nothing is refused.
+
+Everything that can be known without opening the source is known here, hours before it would matter.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from ckpt_convert import formats
+from ckpt_convert.checkpoint.checkpoint import Checkpoint
+from ckpt_convert.checkpointer.run.names import VARIABLES
+from ckpt_convert.checkpointer.save.emitting import CONTENTS, Contents
+from ckpt_convert.convert.request import CASTS
+from ckpt_convert.errors import UsageError, listing
+from ckpt_convert.models import FAMILIES
+from ckpt_convert.storage.names import local_path
+
+_VARIABLE = re.compile(rf"{{(?:{'|'.join(VARIABLES)})(?::[^{{}}]*)?}}")
+_BRACES = "has braces, but only directory= is a template; write it out, or put the variable into directory="
+
+
+@dataclass(frozen=True)
+class Final:
+    """What is different about the last save; None is as every save."""
+
+    contents: Contents | None = None
+    export_dtype: str | None = None
+    output_format: str | None = None
+
+    @classmethod
+    def of(cls, given: Final | Mapping[str, Any] | None) -> Final:
+        """What a recipe gives, which may be a dict; raises UsageError for a name that is none of the options."""
+        if given is None or isinstance(given, Final):
+            return given or cls()
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(given.keys() - set(known))
+        if unknown:
+            raise UsageError(f"final: {unknown[0]!r} is no option of it; known: {', '.join(known)}")
+        return cls(**given)
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """The options that differ from every save's, by name."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+def check(given: Mapping[str, Any]) -> Final:
+    """Check all that a ``Checkpointer`` was given, by the names of its options; returns what ``final`` denotes.
+
+    Raises UsageError, which lists everything that is wrong.
+    """
+    final = Final.of(given["final"])
+    problems = [*_alone(given, final), *_together(given, final)]
+    if problems:
+        raise UsageError(problems[0] if len(problems) == 1 else f"the options do not fit:{listing(problems)}")
+    return replace(final, export_dtype=dtype_of(final.export_dtype))
+
+
+def dtype_of(given: Any) -> str | None:
+    """The name of a dtype that is given by name or as torch has it."""
+    return None if given is None else str(given).removeprefix("torch.")
+
+
+def _alone(given: Mapping[str, Any], final: Final) -> Iterator[str]:
+    """What is wrong with an option whatever the others are."""
+    known: dict[str, tuple[Any, Any]] = {
+        "model_format": (given["model_format"], formats.ALL),
+        "family": (given["family"], FAMILIES),
+        "source_format": (given["source_format"], formats.ALL),
+        "output_format": (given["output_format"], formats.ALL),
+        "contents": (given["contents"], CONTENTS),
+        "export_dtype": (dtype_of(given["export_dtype"]), CASTS),
+        "final: contents": (final.contents, CONTENTS),
+        "final: export_dtype": (dtype_of(final.export_dtype), CASTS),
+        "final: output_format": (final.output_format, formats.ALL),
+    }
+    for option, (value, values) in known.items():
+        if value is not None and value not in values:
+            yield f"{option}={value!r}: expected one of {', '.join(values)}"
+    workers = given["workers"]
+    if workers is not None and (type(workers) is not int or workers < 1):
+        yield f"workers={workers!r}: expected a whole number from 1 on, or None to let it be chosen"
+    for option in ("latest_name", "run_name"):
+        if isinstance(given[option], str) and set("{}") & set(given[option]):
+            yield f"{option}={given[option]!r}: {_BRACES}"
+    if given["output_dir"] is not None and _VARIABLE.search(str(given["output_dir"])):
+        yield f"output_dir={str(given['output_dir'])!r}: {_BRACES}"
+
+
+def _together(given: Mapping[str, Any], final: Final) -> Iterator[str]:
+    """Options that contradict each other, and those of which another one makes that they do nothing."""
+    contents = {given["contents"], final.contents or given["contents"]}
+    merges = given["merged"] and contents != {"adapter"}
+    if given["adapter"] is None:
+        asked = ["merged=True"] * bool(given["merged"]) + ['contents="adapter"'] * ("adapter" in contents)
+        for option in asked:
+            yield f"{option}: there is no adapter; give adapter=AdapterConfig(rank=..., alpha=...)"
+    elif given["merged"] and not merges:
+        yield 'merged=True, contents="adapter": that is the adapter\'s files alone; take contents="full" or "weights"'
+    if given["adapter"] is not None and not given["merged"]:
+        for option in ("export_dtype", "output_format"):
+            if given[option] is not None or getattr(final, option) is not None:
+                yield f"{option}: does nothing for an adapter, whose files are PEFT's; it is for merged=True"
+    if given["keep_best"] is not None and given["keep_last"] is None and given["best"] is not None:
+        yield f"keep_best={given['keep_best']}: does nothing without keep_last=, which keeps all where it is not given"
+    if given["save_best"] and given["best"] is None:
+        yield 'save_best=True: best by what? Give best= too, such as best="val_loss:min"'
+    if given["keep_last_training_state"] is not None and given["contents"] in ("weights", "adapter"):
+        yield f'keep_last_training_state: contents="{given["contents"]}" saves without a training state'
+    if final.changes and not given["save_last"]:
+        yield "final: does nothing with save_last=False, which leaves the last save out"
+    if given["source"] is None and given["source_format"] is not None:
+        yield "source_format: there is no source that could be of it"
+    if isinstance(given["source"], Checkpoint):
+        for option in ("family", "source_format", "config"):
+            if given[option] is not None:
+                yield f"{option}: does nothing for a source that is open already; give it to open_checkpoint"
+
+
+def extra_files(given: Any) -> tuple[Path, ...]:
+    """The paths of ``extra_files``, of which one may be given as it is."""
+    return tuple(local_path(path, "extra_files") for path in ((given,) if isinstance(given, str | Path) else given))

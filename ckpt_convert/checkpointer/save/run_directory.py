@@ -1,0 +1,208 @@
+"""The output directory of a run: locked while it is written, its steps numbered, thinned, and pointed at."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from ckpt_convert.checkpoint.checkpoint import Checkpoint
+from ckpt_convert.checkpointer.distributed.ranks import Claim
+from ckpt_convert.checkpointer.run import catalog, retention
+from ckpt_convert.checkpointer.run.catalog import Saved
+from ckpt_convert.checkpointer.run.names import Template
+from ckpt_convert.checkpointer.run.progress import Progress
+from ckpt_convert.checkpointer.save.saving import Step, in_the_way, save
+from ckpt_convert.convert.output import permissions
+from ckpt_convert.errors import CkptConvertError, OutputExistsError, listing, reason
+from ckpt_convert.storage import pointer
+from ckpt_convert.storage.lock import Lock
+from ckpt_convert.storage.reader import reading
+from ckpt_convert.storage.system import writing
+
+log = logging.getLogger("ckpt_convert")
+
+LOCK = ".ckpt-convert-lock"
+
+
+class RunDirectory:
+    """Where the directories of the steps go, and which of them stay."""
+
+    def __init__(
+        self, path: Path, template: Template, run_name: str | None, latest_name: str | None, policy: retention.Policy
+    ) -> None:
+        self.path = path
+        self.policy = policy
+        self._template = template
+        self.run_name = run_name or path.absolute().name
+        template.check(self.run_name)
+        self._latest_name = latest_name
+        self._lock: Lock | None = None
+        self._mode = 0o777
+        self._claim: Claim | None = None
+        self._sequence = 0
+        self.template: Path | None = None
+        """The step that stands in for a source that is lost: it stays as long as the run goes on."""
+        self._superseded: tuple[Saved, ...] = ()
+        self._unwritten: dict[Path, tuple[Mapping[str, float], int]] = {}
+
+    def open(self, source: Checkpoint) -> None:
+        """Take the directory for this process, and tidy up what a killed one left; once is enough.
+
+        Raises LockedError where another checkpointer has it, UsageError where another process of this run has, and
+        OutputExistsError where saving would touch the source.
+        """
+        if self._lock is not None:
+            return
+        with reading(source.path, "looked at"):
+            self.check(source)
+            self._refuse_step(source)
+            if source.files:
+                self._mode = permissions(source)
+        with writing(self.path, "opened for saving"):
+            self._take()
+
+    def _take(self) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._claim = Claim(self.path)
+        held = f"{self.path}: another checkpointer is writing here; close() it, or choose another output_dir"
+        self._lock = Lock.file(self.path / LOCK, held)
+        catalog.tidy(self.path)
+        if self._latest_name is not None:
+            pointer.check_pointer(self.path, self._latest_name)
+        self._sequence = max((saved.sequence for saved in self.saved), default=0)
+
+    @property
+    def trouble(self) -> str | None:
+        """Why nothing may be written here: another process of this run wants to. None where all is well."""
+        return self._claim.trouble() if self._claim is not None else None
+
+    def close(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+        if self._claim is not None:
+            self._claim.release()
+            self._claim = None
+
+    @property
+    def saved(self) -> list[Saved]:
+        """The complete checkpoints, oldest first."""
+        return catalog.scan(self.path)
+
+    @property
+    def best(self) -> Saved | None:
+        """The best one by the metric that was asked for, None where none has it."""
+        return retention.best(self.saved, self.policy)
+
+    def supersede(self, there: Iterable[Saved]) -> None:
+        """Let these go once the next checkpoint is complete: they are of a run that was started anew."""
+        self._superseded = tuple(there)
+
+    def destination(self, progress: Progress) -> Path:
+        """The directory of a step."""
+        return self.path / self._template.format(progress, self.run_name)
+
+    def next_sequence(self) -> int:
+        """The number of the next save: the newest checkpoint is the one with the highest."""
+        self._sequence += 1
+        return self._sequence
+
+    def write(self, step: Step, destination: Path, workers: int) -> None:
+        """Write a step; once it is complete, point at it, and let go what the policy does not keep."""
+        save(step, destination, workers=workers, mode=self._mode)
+        self._unwritten.pop(destination, None)
+        if self._latest_name is not None:
+            with _only_warned(f"{destination} is saved, but {self._latest_name} cannot be made to lead to it"):
+                pointer.point(self.path, self._latest_name, destination)
+        with _only_warned(f"{destination} is saved, but earlier checkpoints cannot be looked through"):
+            gone, self._superseded = self._superseded, ()
+            retention.apply(retention.Decision(delete=tuple(one for one in gone if one.path != destination)))
+            self._prune()
+
+    def amend(self, destination: Path, metrics: Mapping[str, float], evals: int) -> None:
+        """Tell a checkpoint of metrics that were reported after it was saved; no matter if it is gone.
+
+        What cannot be written is warned of, and tried again before any checkpoint is removed.
+        """
+        self._unwritten[destination] = metrics, evals
+        with _only_warned(f"{destination} is saved, but its metrics cannot be written now"):
+            if self._write_metrics():
+                self._prune()
+
+    def warn_ahead(self, step: int) -> None:
+        """Say now which later steps' directories hold what is not ours: saving there is refused, hours later."""
+        found: list[str] = []
+        with _only_warned(f"{self.path}: what lies in the way of later steps cannot be looked at"):
+            steps = {one.path: one.step for one in self.saved if self.destination(one.progress) == one.path}
+            for path in self.path.iterdir():
+                if path not in steps and (named := self._template.step_of(path.name, self.run_name)) is not None:
+                    steps[path] = named
+            ahead = sorted((at, path) for path, at in steps.items() if at > step)
+            found = [said for _, path in ahead if (said := in_the_way(path))]
+        if found:
+            log.warning(
+                "this run is at step %d, and a later step will not be saved over what is in its way; move that "
+                "elsewhere before the run comes to it:%s",
+                step,
+                listing(found),
+            )
+
+    def go_on_from(self, resumed: Saved) -> None:
+        """Let go what a killed run had no time to, but for the checkpoint that was resumed; say what that one lacks."""
+        there = [saved for saved in self.saved if saved.path != resumed.path]
+        if self.policy.best is not None and (metric := self.policy.best[0]) not in resumed.metrics:
+            # Where every other checkpoint has it, this one was most likely lost between the save and the report.
+            expected = bool(there) and all(metric in saved.metrics for saved in there)
+            log.log(
+                logging.WARNING if expected else logging.INFO,
+                "%s: has no %r, as the run ended before report(), or reports none for this step, so it is not among "
+                "the best; to have it counted, evaluate it and report() before the next step()",
+                resumed.path,
+                metric,
+            )
+        self._prune(resumed.path)
+
+    def _prune(self, resumed: Path | None = None) -> None:
+        self._write_metrics()
+        retention.apply(retention.decide(self.saved, self.policy, {resumed, self.template}))
+
+    def _write_metrics(self) -> bool:
+        """Write the metrics that are not in their checkpoint yet; whether there were any."""
+        changed = False
+        for destination, (metrics, evals) in list(self._unwritten.items()):
+            saved = catalog.read(destination)
+            if saved is not None and (saved.metrics, saved.progress.evals) != (metrics, evals):
+                counted = {**saved.progress.as_dict(), "evals": evals}
+                catalog.amend(saved, metrics={**saved.metrics, **metrics}, progress=counted)
+                changed = True
+            del self._unwritten[destination]
+        return changed
+
+    def check(self, source: Checkpoint) -> None:
+        """Raise OutputExistsError where saving would write into the source."""
+        if source.files and source.path.is_dir() and self.path.resolve().is_relative_to(source.path.resolve()):
+            raise OutputExistsError(
+                f"{self.path}: lies inside the source {source.path}, which is never written; choose another output_dir"
+            )
+
+    def _refuse_step(self, source: Checkpoint) -> None:
+        """Raise OutputExistsError where keeping fewer steps would delete the source."""
+        root = source.path.resolve()
+        if not source.files or source.path == self.template:
+            return
+        if root.parent == self.path.resolve() and catalog.read(root) is not None:
+            raise OutputExistsError(
+                f"{source.path}: is a step of this very output_dir, which later steps may replace; choose "
+                "another output_dir, or resume() with the source that the run began with"
+            )
+
+
+@contextlib.contextmanager
+def _only_warned(what: str) -> Iterator[None]:
+    """Warn of what fails once a step is complete: the step is saved, and training goes on."""
+    try:
+        yield
+    except (OSError, CkptConvertError) as error:
+        log.warning("%s: %s", what, reason(error))

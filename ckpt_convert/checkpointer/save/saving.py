@@ -1,0 +1,157 @@
+"""Writing the directory of one saved step: whole, or not at all."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ckpt_convert.adapters.merge import MergedReader
+from ckpt_convert.checkpoint import record
+from ckpt_convert.checkpoint.record import TRAINING_STATE
+from ckpt_convert.checkpointer.run import catalog
+from ckpt_convert.checkpointer.state import training_state
+from ckpt_convert.checkpointer.state.pack import Packed
+from ckpt_convert.convert import output, ownership
+from ckpt_convert.convert.execute import check_losses, loss_text, run_checks
+from ckpt_convert.convert.plan import Plan, refuse_unreadable
+from ckpt_convert.convert.sidefiles import SideFile
+from ckpt_convert.errors import CkptConvertError, OutputExistsError, SourceChangedError, UnreadableError, listing
+from ckpt_convert.storage.checksums import digest
+from ckpt_convert.storage.folder import Folder
+from ckpt_convert.storage.reader import WORKERS
+from ckpt_convert.storage.staging import Staging, check_space
+from ckpt_convert.storage.system import Advice
+
+log = logging.getLogger("ckpt_convert")
+
+_UNTOUCHED = "the step was not saved, earlier ones are untouched"
+_ADVICE = Advice(
+    f"{_UNTOUCHED}; free some space, or keep fewer (keep_last)",
+    f"{_UNTOUCHED}; look at its permissions, the disk and the connection to it",
+)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What goes into the directory of a step.
+
+    ``plan`` writes the weights, below ``weights_in`` (the directory itself, or the folder beside an adapter), None
+    where there are none; ``files`` are small files by name; ``state`` is the training state, None for none;
+    ``training`` gives the manifest's section, to which the checksums of what is written are added; it is asked when
+    the manifest is written, as metrics may arrive until then.
+    """
+
+    plan: Plan | None
+    training: Callable[[], Mapping[str, Any]]
+    state: Mapping[str, Packed] | None = None
+    files: Mapping[str, bytes] | None = None
+    extra: Sequence[Path] = ()
+    weights_in: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        packed = self.state.values() if self.state is not None else ()
+        state = sum(tensor.nbytes for one in packed for tensor in one.tensors.values())
+        files = sum(map(len, self.files.values())) if self.files else 0
+        extra = sum(path.stat().st_size for path in self.extra)
+        return state + files + extra + (self.plan.disk if self.plan is not None else 0)
+
+
+def save(step: Step, destination: Path, *, workers: int = WORKERS, mode: int = 0o777) -> int:
+    """Write a step into ``destination``, which appears complete; one of ours that is there is replaced.
+
+    ``mode`` are the permissions that its files and folders may have at most.
+    Returns the number of bytes. Raises OutputExistsError where something else has the name, and CkptConvertError for
+    what goes wrong while writing: ``destination`` is then as it was, and nothing half-written is left.
+    """
+    started = time.monotonic()
+    try:
+        if found := in_the_way(destination):
+            raise OutputExistsError(f"{found}\nmove that elsewhere, or choose another directory name or output_dir")
+        with Staging(destination, ownership.STEP_RULES, overwrite=True, mode=mode, advice=_ADVICE) as staging:
+            try:
+                check_space(destination, step.nbytes)
+                _write(step, staging, workers)
+                if step.plan is not None:
+                    step.plan.check_sources()
+                staging.commit()
+                nbytes = staging.folder.nbytes
+            except BaseException:
+                staging.discard()
+                raise
+    except OSError as error:
+        raise CkptConvertError(
+            f"{error.filename or destination}: cannot be written: {error.strerror or error}; {destination.name} was "
+            "not saved, earlier steps are untouched"
+        ) from error
+    except (UnreadableError, SourceChangedError) as error:
+        raise type(error)(f"{error}; {destination} was not saved, earlier steps are untouched") from error
+    seconds = time.monotonic() - started
+    log.info("saved %s (%.3g GB in %.1f s)", destination, nbytes / 1e9, seconds)
+    return nbytes
+
+
+def in_the_way(destination: Path) -> str:
+    """What keeps a step from being saved in a place, in words; "" for nothing. Raises OSError and UnreadableError.
+
+    It is what is no checkpoint of ours, or what somebody has put into one. What damage has left of one may be replaced
+    by the run that comes back to it.
+    """
+    if not os.path.lexists(destination):
+        return ""
+    there = sorted(os.listdir(destination)) if destination.is_dir() else [destination.name]
+    if there and not catalog.is_damaged(destination) and catalog.read(destination) is None:
+        return f"{destination}: is there already and is no checkpoint of this checkpointer:{listing(there)}"
+    foreign = ownership.unlisted(destination) if there else []
+    if not foreign:
+        return ""
+    return f"{destination}: is to be saved again, and holds what is none of its files:{listing(foreign)}"
+
+
+def _write(step: Step, staging: Staging, workers: int) -> None:
+    manifest: dict[str, Any] = {"schema": record.SCHEMA, "checksum": record.ALGORITHMS}
+    if step.plan is not None and not step.weights_in:
+        manifest = _weights(step, step.plan, staging, staging.folder, workers)
+    elif step.plan is not None:
+        inner = staging.folder.below(step.weights_in)
+        weights = _weights(step, step.plan, staging, inner, workers)
+        inner.write(record.MANIFEST, record.render_manifest(weights))
+    files = {name: _file(name, data, staging) for name, data in (step.files or {}).items()}
+    extra = {path.name: _copy(path, staging) for path in step.extra}
+    state = None
+    if step.state is not None:
+        state = {"files": training_state.write(staging.folder.below(TRAINING_STATE), step.state)}
+    manifest["training"] = {**step.training(), "training_state": state, "extra_files": extra, "files": files}
+    staging.write(record.MANIFEST, record.render_manifest(manifest))
+
+
+def _weights(step: Step, plan: Plan, staging: Staging, folder: Folder, workers: int) -> dict[str, Any]:
+    refuse_unreadable(plan)
+    run_checks(plan)
+    kept = "training_state keeps them exact" if step.state is not None else "nothing keeps them exact"
+    if lost := check_losses(plan):
+        text = "%s: %s change what the model computes, and its files have no place for them; %s"
+        log.warning(text, staging.destination, loss_text(lost), kept)
+    written = output.write(plan, staging, workers, None, folder)
+    readers = [file.reader for file, _ in plan.stored]
+    merged = {reader.name: reader.overflowed for reader in readers if isinstance(reader, MergedReader)}
+    overflows = written.overflows | {key: count for key, count in merged.items() if count}
+    if overflows:
+        text = "%s: %s in the files, whose dtype is too narrow for them; %s"
+        log.warning(text, staging.destination, output.overflow_text(overflows), kept)
+    return written.manifest
+
+
+def _file(name: str, data: bytes, staging: Staging) -> dict[str, Any]:
+    staging.write(name, data)
+    return {"size": len(data), "checksum": digest(data)}
+
+
+def _copy(path: Path, staging: Staging) -> dict[str, Any]:
+    checksum = output.write_side_file(SideFile(path.name, "copied", path), staging.folder)
+    return {"size": path.stat().st_size, "checksum": checksum}

@@ -1,0 +1,1 @@
+"""What a training run has beside its weights, and how that is written and restored."""

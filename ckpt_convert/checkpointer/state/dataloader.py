@@ -1,0 +1,302 @@
+"""Where in its data a run is: recorded from outside of the loader, so that a resumed run sees the same batches.
+
+A plain ``torch.utils.data.DataLoader`` has no state. It is made to count: the random state at the start of the epoch
+and the number of batches handed out say where it is, and a resumed run makes the same iterator again, takes as many
+batches and drops them. A loader with a state of its own (torchdata's StatefulDataLoader) is asked for it, and tracked
+all the same: making its iterator again draws random numbers that the uninterrupted run does not draw.
+
+Generators that samplers, datasets and functions have of their own are found and tracked with it (``generators``), and
+so are the numbers by which samplers count their epochs.
+
+What is not reproduced: the random numbers that workers kept over epochs (``persistent_workers``) go on with, those of
+torchdata's workers, an order that a sampler or an iterable dataset draws step by step from the generators that the
+training loop draws from, too, and random changes to the one batch that accelerate's loaders read ahead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch.utils.data import DataLoader, IterableDataset, Sampler
+
+from ckpt_convert.checkpointer.state import generators, rng
+from ckpt_convert.checkpointer.state.counting import TRACKER, Counted, Place, counting_class, set_class
+from ckpt_convert.checkpointer.state.stateful import has_state
+from ckpt_convert.errors import CorruptFileError, UsageError, listing
+
+log = logging.getLogger("ckpt_convert")
+
+State = dict[str, Any]
+
+_KEYS = {"own": {"kind", "own"}, "counted": {"kind", "position", "epoch_start", "first_batch", "now", "own"}}
+
+
+def track(loader: Any, name: str = "dataloader") -> Tracked:
+    """Record from now on where a loader is.
+
+    The loader stays the object that it is, and what it gives is untouched; until ``untrack`` its class is one made
+    from its own. A loader that is tracked already has one tracker, which all share; it ends with the last of them.
+    What of it cannot be tracked is said. Raises UsageError for an iterable whose place in its data cannot be known.
+    """
+    shared: Tracked | None = getattr(type(loader), TRACKER, None)
+    if shared is not None:
+        shared.users += 1
+        return shared
+    plain = isinstance(loader, DataLoader)
+    if not plain and not has_state(loader):
+        raise UsageError(
+            f"{name}: a {type(loader).__module__}.{type(loader).__qualname__} has no state, so a resumed run could not "
+            "go on where it was; wrap the data in a torch.utils.data.DataLoader, or give the loader state_dict() and "
+            "load_state_dict()"
+        )
+    if plain and (lines := generators.untracked(loader)):
+        log.warning("%s: a resumed run may see other data than an uninterrupted one:%s", name, listing(lines))
+    return Tracked(loader, name, counts=plain)
+
+
+class Tracked:
+    """A loader that is being tracked; ``track`` makes them."""
+
+    def __init__(self, loader: Any, name: str, *, counts: bool) -> None:
+        # A loader that leads back to itself would keep its workers until the garbage collector comes by.
+        self._loader: Callable[[], Any] = weakref.ref(loader) if counts else lambda: loader
+        self.name = name
+        self.users = 1
+        self.resumed_at: int | None = None
+        """The step that a checkpointer resumed from, until the loader is iterated."""
+        self._counts = counts
+        self._has_state = _has_own_state(loader)
+        self._place: Place | None = None
+        self._pending: State | None = None
+        self._original = type(loader)
+        self._counters: dict[str, int] = {}
+        self._moving: list[str] = []
+        if counts:
+            self._counters = generators.counters(loader)
+            set_class(loader, counting_class(self._original, self._iterate, self))
+
+    @property
+    def loader(self) -> Any:
+        """The loader that is tracked; raises UsageError when it is gone."""
+        found = self._loader()
+        if found is None:
+            raise UsageError(f"{self.name}: the loader that was given is gone; keep it for as long as the run lasts")
+        return found
+
+    def state(self) -> State:
+        """Where the loader is, as a tree that ``pack`` takes.
+
+        ``position`` is the number of batches of this epoch that were handed out, None between epochs.
+        """
+        if self._pending is not None:
+            return self._pending  # nothing was taken since it was loaded
+        if not self._counts:
+            return {"kind": "own", "own": self.loader.state_dict()}
+        place = self._place
+        within = place is not None and not place.ended
+        return {
+            "kind": "counted",
+            "position": place.position if place is not None and within else None,
+            "epoch_start": place.start if place is not None and within else None,
+            "first_batch": place.first if place is not None and within else None,
+            "now": self._snapshot(accelerators=True),
+            "own": self._own(),
+        }
+
+    def _own(self) -> Any:
+        if not self._has_state:
+            return None
+        if self._place is None and self._is_torchdata and getattr(self.loader, "_iterator", None) is None:
+            return self.loader.next_iter_state  # asked for its state, it would make an iterator and draw for it
+        return self.loader.state_dict()
+
+    @property
+    def _is_torchdata(self) -> bool:
+        return hasattr(self.loader, "next_iter_state")
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on where ``state`` was taken: the next iterator of the loader starts there.
+
+        Raises UsageError when it is that of another kind of loader.
+        """
+        if not _KEYS.get(state.get("kind", ""), {"kind"}) == set(state):
+            raise CorruptFileError(f"{self.name}: is no state of a loader; resume from another checkpoint")
+        counted = state["kind"] == "counted"
+        if counted != self._counts or (counted and not self._has_state and state["own"] is not None):
+            raise UsageError(
+                f"{self.name}: the checkpoint has the state of another kind of loader than the "
+                f"{self._original.__qualname__} that was given; give one of the same kind, or resume without it "
+                f'(exclude=["{self.name}*"])'
+            )
+        self._place = None
+        if not counted:
+            self.loader.load_state_dict(state["own"])
+            return
+        self._pending = dict(state)
+        self._moving = state["now"].get("moving", [])
+        unknown = generators.generators(self.loader).keys() - state["now"]["generators"].keys()
+        if unknown:
+            log.warning(
+                "%s: the checkpoint does not have the state of %s, so what is drawn from there will differ",
+                *(self.name, ", ".join(sorted(unknown))),
+            )
+        self._set_own(state["now"])
+        if state["own"] is not None:
+            self.loader.load_state_dict(state["own"])
+        elif state["position"] and not self._has_state:
+            log.info(
+                "%s: has no state of its own, so the %d batches that the checkpoint has seen of this epoch will be "
+                "read again and dropped; torchdata's StatefulDataLoader would go there directly",
+                *(self.name, state["position"]),
+            )
+
+    @property
+    def epoch_is_over(self) -> bool:
+        """Whether the state that was loaded is that after the last batch of an epoch, by the loader's length.
+
+        Of an iterable dataset, the length is a guess.
+        """
+        if self._pending is None or self._pending["position"] is None:
+            return False
+        if isinstance(self.loader.dataset, IterableDataset):
+            return False
+        with contextlib.suppress(TypeError):  # a sampler without a length
+            return bool(self._pending["position"] == len(self.loader))
+        return False
+
+    def end_epoch(self) -> None:
+        """Say that this epoch is over: the next iterator starts another one, read to its end or not."""
+        if self._place is not None:
+            self._place.ended = True
+        if self._pending is not None and self._pending["position"] is not None:
+            self._pending = {**self._pending, "position": None, "epoch_start": None, "first_batch": None}
+
+    def untrack(self) -> None:
+        """Give the loader its class back, and record nothing more."""
+        self.users -= 1
+        if self.users:
+            return
+        found = self._loader()
+        if self._counts and found is not None:
+            set_class(found, self._original)
+        self._counts = False
+
+    def _iterate(self) -> Iterator[Any]:
+        """What the loader's ``__iter__`` does instead of its own."""
+        state, self._pending, self.resumed_at = self._pending, None, None
+        if state is None:
+            return self._start()
+        if state["position"] is None:
+            return self._next_epoch(state)
+        return self._same_epoch(state)
+
+    def _start(self) -> Iterator[Any]:
+        place = Place(self._snapshot())
+        return self._counted(self._original.__iter__(self.loader), place)
+
+    def _counted(self, inner: Iterator[Any], place: Place) -> Iterator[Any]:
+        self._told(place)
+        return Counted(self.loader, inner, place, self._snapshot, self._told)
+
+    def _told(self, place: Place) -> None:
+        self._place = place
+
+    def _next_epoch(self, state: State) -> Iterator[Any]:
+        if state["now"]["workers_kept"] if state["own"] is None else self._is_torchdata:
+            # This iterator is of the epoch that ended: only the one after it starts an epoch as in the other run.
+            before = rng.capture()
+            self._original.__iter__(self.loader)
+            rng.restore(before)
+            self._set_own(state["now"])
+        return self._start()
+
+    def _same_epoch(self, state: State) -> Iterator[Any]:
+        start, first, position = state["epoch_start"], state["first_batch"], state["position"]
+        if start["workers_kept"] and state["own"] is None:
+            self._original.__iter__(self.loader)  # or making it would draw what only an epoch's first one draws
+        self._set(start)
+        inner = self._original.__iter__(self.loader) if state["own"] is None else self._gone_to_place(start)
+        if state["own"] is None and position:
+            if first is not None:
+                self._set(first)
+            self._drop(inner, position)
+        self._set(state["now"])
+        return self._counted(inner, Place(start, first, position))
+
+    def _gone_to_place(self, start: State) -> Iterator[Any]:
+        """The iterator of a loader that goes to its place itself.
+
+        For that, torchdata iterates over samplers without a state several times, of which each may draw anew. What
+        the loader draws from itself stays as that has left it.
+        """
+        given = {id(one): one for one in (self.loader.sampler, self.loader.batch_sampler) if isinstance(one, Sampler)}
+        kinds = {number: type(one) for number, one in given.items() if not has_state(one)}
+        kinds = {number: kind for number, kind in kinds.items() if not kind.__module__.startswith(("torch.", "torchd"))}
+
+        def restarted(number: int) -> Iterator[Any]:
+            states = {place: state for place, state in start["generators"].items() if place != "loader"}
+            self._set_own({**start, "generators": states})
+            found: Iterator[Any] = kinds[number].__iter__(given[number])
+            return found
+
+        try:
+            for number, kind in kinds.items():
+                set_class(given[number], counting_class(kind, functools.partial(restarted, number)))
+            inner: Iterator[Any] = self._original.__iter__(self.loader)
+            return inner
+        finally:
+            for number, kind in kinds.items():
+                set_class(given[number], kind)
+
+    def _drop(self, inner: Iterator[Any], count: int) -> None:
+        for number in range(count):
+            try:
+                next(inner)
+            except StopIteration:
+                raise UsageError(
+                    f"{self.name}: should give at least the {count} batches that the checkpoint has seen of this "
+                    f"epoch, but gave {number}; give it the same data and batch size, or resume without it "
+                    f'(exclude=["{self.name}*"])'
+                ) from None
+        log.info("%s: %d batches dropped, which the checkpoint had seen", self.name, count)
+
+    def _snapshot(self, accelerators: bool = False) -> State:
+        """The generators that an iterator may draw from; loaders draw from none of an accelerator's."""
+        return {
+            "rng": rng.capture(accelerators=accelerators),
+            "generators": {at: generators.state_of(one) for at, one in generators.generators(self.loader).items()},
+            "counters": (counters := generators.counters(self.loader)),
+            # Others, such as the number of examples, are for each run to say.
+            "moving": [place for place, number in counters.items() if self._counters.get(place, number) != number],
+            "iteration": getattr(self.loader, "iteration", None),  # accelerate seeds each epoch with it
+            "workers_kept": self.loader.persistent_workers and self.loader._iterator is not None,
+        }
+
+    def _set(self, snapshot: State) -> None:
+        rng.restore(snapshot["rng"])
+        self._set_own(snapshot)
+
+    def _set_own(self, snapshot: State) -> None:
+        """Set what the loader has of its own; of an older checkpoint, what that knows."""
+        for place, generator in generators.generators(self.loader).items():
+            states = snapshot["generators"]
+            if place in states and not generators.set_state(generator, states[place]):
+                raise UsageError(
+                    f"{self.name}: {place} is a {type(generator).__qualname__}, but the checkpoint has the state of "
+                    "another kind of generator; give the loader the same, or resume without it "
+                    f'(exclude=["{self.name}*"])'
+                )
+        counters = snapshot.get("counters", {})
+        generators.set_counters(self.loader, {place: counters[place] for place in self._moving if place in counters})
+        if snapshot["iteration"] is not None and hasattr(self.loader, "iteration"):
+            self.loader.iteration = snapshot["iteration"]
+
+
+def _has_own_state(loader: Any) -> bool:
+    """accelerate's loaders have the methods, but whether there is a state, and of which batch, is another question."""
+    return has_state(loader) and not hasattr(loader, "base_dataloader")

@@ -1,0 +1,185 @@
+"""What a checkpoint holds beside the model: optimizers, schedulers, random numbers, data, and whatever else.
+
+Two entries are there only where there is something to say, and no problem where they are not: "gradients", of an update
+that is not complete yet, and "wrapper", what a wrapper around the model has of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ckpt_convert.checkpointer.live.tensors import Memory, Model, names_of, renamed, tensors_of, wrapper_tensors
+from ckpt_convert.checkpointer.state import optimizers, rng, stateful
+from ckpt_convert.checkpointer.state.dataloader import Tracked, track
+from ckpt_convert.checkpointer.state.gradients import Gradients
+from ckpt_convert.checkpointer.state.pack import Packed, pack
+from ckpt_convert.errors import UsageError
+
+_OCCASIONAL = ("wrapper", "gradients")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry of the training state: how it is taken, held against a state (problems), and put back (problems)."""
+
+    take: Callable[[], Any]
+    compare: Callable[[Any], list[str]]
+    put: Callable[[Any], list[str]]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a recipe handed over to be saved and loaded, as its own objects.
+
+    A dict of several optimizers, schedulers, scalers or data loaders goes for one; ``loaders`` are the data loaders,
+    made to count what they hand out.
+    """
+
+    model: Model
+    optimizer: Any = None
+    lr_scheduler: Any = None
+    grad_scaler: Any = None
+    loaders: Mapping[str, Tracked] = field(default_factory=dict)
+    extra: Any = None
+    gradients: Gradients = field(default_factory=Gradients)
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """The parameters of the model and of the optimizers, by name."""
+        names = names_of(self.model)
+        own = {names[id(one)]: one for one in self.model.parameters()} if isinstance(self.model, nn.Module) else {}
+        return {**own, **(optimizers.parameters(self.optimizer, names) if self.optimizer is not None else {})}
+
+    def updated(self) -> None:
+        """Say that the optimizer has just taken its step: the gradients that there are were used."""
+        own = self.model.parameters() if isinstance(self.model, nn.Module) else ()
+        self.gradients.use(own if self.optimizer is None else optimizers.tensors(self.optimizer))
+
+    def entries(self) -> dict[str, Entry]:
+        """Each entry of the training state by name."""
+        out: dict[str, Entry] = {}
+        if self.optimizer is not None:
+            out["optimizer"] = _optimizer(self.optimizer, self.model)
+        for name in ("lr_scheduler", "grad_scaler", "extra"):
+            if (one := getattr(self, name)) is not None:
+                out[name] = _stateful(name, one)
+        for name, loader in self.loaders.items():
+            out[name] = Entry(loader.state, lambda state: [], _quiet(loader.load))
+        out["wrapper"] = Entry(lambda: wrapper_tensors(self.model), lambda state: [], self._put_into_wrapper)
+        out["gradients"] = Entry(
+            lambda: self.gradients.take(self.parameters()),
+            lambda state: self.gradients.compare(self.parameters(), state),
+            lambda state: self.gradients.put(self.parameters(), state),
+        )
+        out["rng"] = Entry(rng.capture, lambda state: [], _quiet(rng.restore))  # last: putting others back may draw
+        return out
+
+    @property
+    def always(self) -> list[str]:
+        """The names of the entries that every training state has."""
+        return [name for name in self.entries() if name not in _OCCASIONAL]
+
+    def capture(self) -> dict[str, Packed]:
+        """The state of every entry, by name; tensors are those in use, not copies."""
+        taken = {name: entry.take() for name, entry in self.entries().items()}
+        return {name: pack(state, name) for name, state in taken.items() if state or name not in _OCCASIONAL}
+
+    def compare(self, state: Mapping[str, Any], wanted: Callable[[str], bool]) -> list[str]:
+        """What of the wanted entries is missing, unexpected or does not fit; nothing is changed."""
+        entries = self.entries()
+        problems = [
+            f"{name}: is in the checkpoint, but was not given" for name in state if name not in entries and wanted(name)
+        ]
+        for name, entry in entries.items():
+            if wanted(name) and name in state:
+                problems += entry.compare(state[name])
+            elif wanted(name) and name not in _OCCASIONAL:
+                problems.append(f"{name}: is not in the checkpoint")
+        return problems
+
+    def restore(self, state: Mapping[str, Any], wanted: Callable[[str], bool]) -> list[str]:
+        """Put back every wanted entry that is there; returns what did not fit."""
+        problems = []
+        for name, entry in self.entries().items():
+            if wanted(name) and name in state:
+                problems += entry.put(state[name])
+        return problems
+
+    @property
+    def epoch_is_over(self) -> bool:
+        """Whether what was restored stands after the last batch of an epoch; of several loaders nobody knows."""
+        return len(self.loaders) == 1 and all(loader.epoch_is_over for loader in self.loaders.values())
+
+    def _put_into_wrapper(self, state: Mapping[str, torch.Tensor]) -> list[str]:
+        for name, tensor in wrapper_tensors(self.model).items():
+            if name in state:
+                tensor.copy_(state[name])
+        return []
+
+    def begin_at(self, step: int) -> None:
+        """Say which step is about to be resumed; raises UsageError for a loader that another saver took elsewhere."""
+        for name, loader in self.loaders.items():
+            if loader.resumed_at not in (None, step):
+                raise UsageError(
+                    f"{name}: another checkpointer that has the same loader resumed at step {loader.resumed_at}, and "
+                    f"this one would go on from step {step}, with other weights; register(..., progress=...) this one "
+                    f"with the progress that the other one resumed, or resume(from_={loader.resumed_at})"
+                )
+        for loader in self.loaders.values():
+            loader.resumed_at = step
+
+    def end_epoch(self) -> None:
+        for loader in self.loaders.values():
+            loader.end_epoch()
+
+    def untrack(self) -> None:
+        """Leave the data loaders as they were."""
+        for loader in self.loaders.values():
+            loader.untrack()
+
+
+def make(*, model: Model, optimizer: Any, lr_scheduler: Any, grad_scaler: Any, dataloader: Any, extra: Any) -> Parts:
+    """The parts, with the data loaders made to count; raises UsageError for a loader whose place cannot be known."""
+    if dataloader is None:
+        loaders: dict[str, Any] = {}
+    elif isinstance(dataloader, Mapping):
+        loaders = {f"dataloader/{name}": one for name, one in dataloader.items()}
+    else:
+        loaders = {"dataloader": dataloader}
+    tracked = {name: track(one) for name, one in loaders.items()}
+    return Parts(model, optimizer, lr_scheduler, grad_scaler, tracked, extra)
+
+
+def _optimizer(optimizer: Any, model: Model) -> Entry:
+    names = names_of(model)
+    unnamed = any(id(one) not in names for one in optimizers.parameters(optimizer, names).values())
+    memory = Memory(tensors_of(model).values() if unnamed else ())
+
+    def called_as_now(state: Any) -> Any:
+        return optimizers.renamed(state, renamed(model))
+
+    return Entry(
+        lambda: optimizers.capture(optimizer, names, model=memory),
+        lambda state: optimizers.compare(optimizer, called_as_now(state), names),
+        lambda state: optimizers.restore(optimizer, called_as_now(state), names, strict=False, model=memory),
+    )
+
+
+def _stateful(name: str, one: Any) -> Entry:
+    return Entry(
+        lambda: stateful.capture(one, name),
+        lambda state: stateful.compare(one, state, name),
+        lambda state: stateful.restore(one, state, name, strict=False),
+    )
+
+
+def _quiet(put: Callable[[Any], Any]) -> Callable[[Any], list[str]]:
+    def restored(state: Any) -> list[str]:
+        put(state)
+        return []
+
+    return restored

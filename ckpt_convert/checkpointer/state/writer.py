@@ -1,0 +1,125 @@
+"""A writer of torch.distributed.checkpoint's directories that copies nothing and sums what it writes.
+
+torch's own FileSystemWriter keeps every tensor of a file that it had to move or to clone until the file is done: for
+state on an accelerator, or staged as views of one buffer, that is a second copy of all of it. It also puts a random id
+and the directory's absolute path into the metadata. Everything else here is torch's: planner, metadata, file names.
+
+The archives in the file have no CRC-32 of their tensors, which takes torch longer than writing them: nothing that reads
+them looks at it, and the checksum of the file covers them.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from typing import IO, Any, cast
+
+import torch
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+
+# _StorageInfo is private by name, but every ``.metadata`` is a pickle that names it: it can neither move nor change.
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.utils.serialization import config
+
+from ckpt_convert.containers.dcp.dcp_metadata import FILE
+from ckpt_convert.storage import checksums
+from ckpt_convert.storage.checksums import digest
+from ckpt_convert.storage.folder import Folder, StagedFile
+
+DATA = "__0_0.distcp"
+_BLOCK = 1 << 20
+"""Bytes handed to the system at once; it starts to write each to disk while the next is being copied.
+
+As measured: with 8 MB, which no processor's nearer caches hold from summing to copying, a file was never written
+sooner, and often took twice as long."""
+
+
+class Writer:
+    """Writes one state from one process into a directory."""
+
+    def __init__(self, folder: Folder) -> None:
+        self._folder = folder
+
+    def save(self, state: Mapping[str, torch.Tensor]) -> dict[str, dict[str, Any]]:
+        """Write and flush everything; the size and checksum of each file, by name.
+
+        The steps are those of ``torch.distributed.checkpoint.save`` without its warning, which could only be silenced
+        for all threads at once. The last field of the metadata stays empty: it would be the path of a directory yet to
+        be renamed, and an id that makes no two saves alike.
+        """
+        planner = DefaultSavePlanner()
+        planner.set_up_planner(dict(state), None, True)
+        plans, metadata = planner.create_global_plan([planner.create_local_plan()])
+        metadata.version = CURRENT_DCP_VERSION
+        metadata.storage_data, written = self._write(planner.finish_plan(plans[0]), planner)
+        data = pickle.dumps(metadata)
+        self._folder.write(FILE, data)
+        return {FILE: {"size": len(data), "checksum": digest(data)}, DATA: written}
+
+    def _write(self, plan: SavePlan, planner: SavePlanner) -> tuple[dict[MetadataIndex, _StorageInfo], dict[str, Any]]:
+        """Write the tensors; where each lies, and the size and checksum of their file."""
+        places = {}
+        with self._folder.file(DATA, 0) as staged:
+            file = _File(staged)
+            for item in plan.items:
+                start = file.size
+                tensor = planner.resolve_data(item)
+                if not isinstance(tensor, torch.Tensor):
+                    raise TypeError(f"{item.index.fqn}: only tensors are written, not {type(tensor).__name__}")
+                _save_tensor(_dense(tensor), file)
+                places[item.index] = _StorageInfo(DATA, start, file.size - start)
+            staged.sync()
+        return places, {"size": file.size, "checksum": file.digest.hexdigest()}
+
+
+def _dense(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor on the CPU, dense, and with a storage of its own bytes only (torch.save writes whole storages)."""
+    dense = tensor.detach().cpu().contiguous()
+    if dense.untyped_storage().nbytes() == dense.nbytes or not dense.numel():
+        return dense if dense.numel() else dense.clone()
+    view = torch.from_numpy(dense.reshape(-1).view(torch.uint8).numpy())  # the same memory, under a narrower storage
+    return view.view(dense.dtype).reshape(dense.shape)
+
+
+def _save_tensor(tensor: torch.Tensor, file: _File) -> None:
+    """``torch.save``, but what fails is what the system said, not what torch makes of an archive that is cut short."""
+    try:
+        with config.patch({"save.compute_crc32": False}):  # type: ignore[attr-defined]
+            torch.save(tensor, cast(IO[bytes], file))
+    except Exception:
+        if file.failed is None:
+            raise
+    if file.failed is not None:
+        raise file.failed
+
+
+class _File:
+    """A file written from front to back: the part of a Python file that torch.save uses."""
+
+    def __init__(self, staged: StagedFile) -> None:
+        self.size = 0
+        self.digest = checksums.new(checksums.XXH3)
+        self.failed: BaseException | None = None
+        self._staged = staged
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        try:
+            for start in range(0, len(view), _BLOCK):
+                self._block(view[start : start + _BLOCK])
+        except BaseException as error:
+            self.failed = error
+            raise
+        return len(view)
+
+    def _block(self, block: memoryview) -> None:
+        self.digest.update(block)
+        self._staged.append(block)
+        if len(block) == _BLOCK:
+            self._staged.start_writeback(self.size, len(block))
+        self.size += len(block)
+
+    def flush(self) -> None:
+        """Nothing is held back."""

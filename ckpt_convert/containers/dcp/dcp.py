@@ -1,0 +1,332 @@
+"""torch.distributed.checkpoint's directories: ``.metadata`` says which piece of which tensor lies where.
+
+``.metadata`` is a pickle of torch.distributed.checkpoint.metadata.Metadata, and is read by our own interpreter: torch
+is neither imported nor asked. Each piece in a ``.distcp`` file is a small torch.save archive of its own, or the file
+is one safetensors file. Where in its archive a piece's bytes lie is looked up when they are read, not before: a
+listing opens ``.metadata`` alone.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ckpt_convert.containers import safetensors
+from ckpt_convert.containers.dcp.dcp_metadata import FILE, Metadata, Place, check_cover, load, merged
+from ckpt_convert.containers.torch_zip import torchzip
+from ckpt_convert.dtypes import DTYPES, nbytes
+from ckpt_convert.errors import CheckpointNotFoundError, CorruptFileError, InputError
+from ckpt_convert.storage.names import resolve
+from ckpt_convert.storage.reader import FilePool, Identity, LocalFile, RangeReader, identify
+from ckpt_convert.tensors.header import Box, Header, StoredTensor
+
+KIND = "dcp"
+SUFFIX = ".distcp"
+_OF_RANK = re.compile(r"__(\d+)\.metadata")
+_FILE = re.compile(r"__(\d+)_\d+\.distcp")
+
+
+@dataclass(frozen=True)
+class File:
+    """One ``.distcp`` file: its header, and the reader that the header's offsets refer to."""
+
+    name: str
+    path: Path
+    reader: RangeReader
+    header: Header
+
+
+def is_metadata(name: str) -> bool:
+    """Say whether a file of this name is the metadata, or a rank's."""
+    return name == FILE or _OF_RANK.fullmatch(name) is not None
+
+
+def is_directory(directory: Path) -> bool:
+    """Say whether a directory looks like one that torch.distributed.checkpoint wrote."""
+    return bool(_metadata_files(directory)) or any(directory.glob(f"*{SUFFIX}"))
+
+
+def read_directory(directory: Path) -> tuple[list[File], list[tuple[str, str]]]:
+    """The files with their headers, and what is worth saying of the whole as (label, text).
+
+    A piece's ``offset`` is that of its record, and refers to the reader that comes with it; no file but the metadata
+    is read (safetensors ones: their headers). Raises CheckpointNotFoundError when the metadata or a file that it names
+    is missing, CorruptFileError when it is malformed, when pieces do not make up their tensor, or a file is too short,
+    and UnsafeFileError for a file name that leaves the directory.
+    """
+    names = _metadata_files(directory)
+    if not names:
+        raise CheckpointNotFoundError(
+            f"{directory}: has {SUFFIX} files but no {FILE}, which is written last and says what lies where; "
+            "the save was cut short, or the file was not copied (its name starts with a dot)"
+        )
+    said = str(directory / names[0])
+    metadata = merged([load(resolve(directory, name, str(directory))) for name in names], said)
+    pieces: dict[str, list[tuple[StoredTensor, Place]]] = {}
+    for key, tensor in metadata.tensors.items():
+        check_cover(f"{said}: {key!r}", tensor)
+        for origin, (sizes, place) in tensor.pieces.items():
+            packed = None if tensor.dtype in DTYPES else place.length
+            box = Box(tensor.shape, origin) if len(tensor.pieces) > 1 else None
+            stored = StoredTensor(key, tensor.dtype, sizes, place.offset, packed=packed, box=box)
+            pieces.setdefault(place.file, []).append((stored, place))
+    objects: dict[str, dict[str, str]] = {}
+    for key, found in metadata.objects.items():
+        if found is not None:
+            pieces.setdefault(found.file, [])
+            objects.setdefault(found.file, {})[key] = "object"
+    pool = FilePool()
+    files = [
+        _file(directory, said, name, pieces[name], objects.get(name, {}), metadata.foreign if not at else (), pool)
+        for at, name in enumerate(sorted(pieces, key=_natural))
+    ]
+    return files, _facts(metadata, names, files)
+
+
+def _metadata_files(directory: Path) -> list[str]:
+    """The one file for all ranks, or one for each where they were saved without talking to each other."""
+    if (directory / FILE).is_file():
+        return [FILE]
+    ranks = {int(m[1]): entry.name for entry in directory.iterdir() if (m := _OF_RANK.fullmatch(entry.name))}
+    return [ranks[rank] for rank in sorted(ranks)]
+
+
+def _file(
+    directory: Path,
+    said: str,
+    name: str,
+    pieces: list[tuple[StoredTensor, Place]],
+    objects: Mapping[str, str],
+    foreign: tuple[str, ...],
+    pool: FilePool,
+) -> File:
+    path = resolve(directory, name, said)
+    part = _Part(path, identify(path), pool)
+    size = part.identity.size
+    for stored, place in pieces:
+        if place.offset + place.length > size:
+            raise CorruptFileError(
+                f"{path}: {stored.key!r} should end at byte {place.offset + place.length}, but the file has {size}: "
+                "it is truncated, so copy it again"
+            )
+    pieces.sort(key=lambda piece: piece[1].offset)
+    tensors = tuple(stored for stored, _ in pieces)
+    reader: RangeReader
+    unreadable = next((stored for stored, place in pieces if not place.is_plain or stored.packed is not None), None)
+    if unreadable is not None:
+        reader = _Unreadable(path, size, unreadable)
+    elif pieces and all(stored.nbytes == place.length for stored, place in pieces):
+        tensors = _in_safetensors(part, tensors)
+        reader = _Reopened(part)
+    else:
+        _check_records(path, pieces)
+        reader = _Records(part, pieces)
+    return File(name, path, reader, Header(KIND, size, tensors, objects=objects, foreign=foreign))
+
+
+def _check_records(path: Path, pieces: Sequence[tuple[StoredTensor, Place]]) -> None:
+    end = 0
+    for stored, place in pieces:
+        if place.offset < end or stored.nbytes > place.length:
+            raise CorruptFileError(
+                f"{path}: the record of {stored.key!r} at byte {place.offset} overlaps the one before it, or has fewer "
+                f"bytes ({place.length}) than the tensor ({stored.nbytes}); the metadata is damaged, so copy it again"
+            )
+        end = place.offset + place.length
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One of the files, as it was when the metadata was read; open only now and then, for there may be thousands."""
+
+    path: Path
+    identity: Identity
+    pool: FilePool
+
+    def open(self) -> AbstractContextManager[LocalFile]:
+        return self.pool.open(self.path, self.identity)
+
+
+def _in_safetensors(part: _Part, pieces: Sequence[StoredTensor]) -> tuple[StoredTensor, ...]:
+    """The pieces with their true offsets: the metadata says where in the file the one safetensors file starts."""
+    with part.open() as file:
+        start = pieces[0].offset
+        header = safetensors.parse(_Slice(file, start, file.size - start))
+    found = {tensor.key: tensor for tensor in header.tensors}
+    out = []
+    for piece in pieces:
+        held = found.get(piece.key)
+        if held is None or (held.dtype, held.shape) != (piece.dtype, piece.shape):
+            raise CorruptFileError(
+                f"{part.path}: should hold {piece.key!r} as {piece.dtype} {list(piece.shape)}, but "
+                f"{'has no such tensor' if held is None else f'has {held.dtype} {list(held.shape)}'}; copy it again"
+            )
+        out.append(StoredTensor(piece.key, piece.dtype, piece.shape, start + held.offset, box=piece.box))
+    return tuple(out)
+
+
+@dataclass(frozen=True, slots=True)
+class _Slice:
+    """A part of a file as a file of its own."""
+
+    file: RangeReader
+    start: int
+    size: int
+
+    @property
+    def name(self) -> str:
+        return self.file.name
+
+    def readinto(self, offset: int, buffer: memoryview) -> None:
+        self.file.readinto(self.start + offset, buffer)
+
+
+@dataclass(frozen=True)
+class _Reopened:
+    """A file that is read as it is."""
+
+    part: _Part
+
+    @property
+    def name(self) -> str:
+        return str(self.part.path)
+
+    @property
+    def size(self) -> int:
+        return self.part.identity.size
+
+    def readinto(self, offset: int, buffer: memoryview) -> None:
+        with self.part.open() as file:
+            file.readinto(offset, buffer)
+
+    def close(self) -> None:
+        self.part.pool.close()
+
+
+@dataclass(frozen=True)
+class _Unreadable:
+    """A file whose records are more than tensors in archives: what it holds can be listed, but not read."""
+
+    path: Path
+    size: int
+    first: StoredTensor
+
+    @property
+    def name(self) -> str:
+        return str(self.path)
+
+    def readinto(self, offset: int, buffer: memoryview) -> None:
+        why = "compressed or otherwise transformed" if self.first.packed is None else f"of dtype {self.first.dtype}"
+        raise InputError(
+            f"{self.name}: {self.first.key!r} is {why}, so the file cannot be read in place; load the checkpoint with "
+            "torch.distributed.checkpoint and save it again"
+        )
+
+
+class _Records:
+    """A file of archives, read as if each piece's bytes, dense, lay where its archive starts.
+
+    They take fewer bytes than the archive around them, so no two pieces meet.
+    """
+
+    def __init__(self, part: _Part, pieces: Sequence[tuple[StoredTensor, Place]]) -> None:
+        self.name = str(part.path)
+        self.size = part.identity.size
+        self._part = part
+        self._pieces = pieces
+        self._starts = [place.offset for _, place in pieces]
+        self._found: dict[int, StoredTensor] = {}
+
+    def readinto(self, offset: int, buffer: memoryview) -> None:
+        number = max(bisect_right(self._starts, offset) - 1, 0)
+        stored, place = self._pieces[number]
+        within = offset - place.offset
+        if within < 0 or within + len(buffer) > stored.nbytes:
+            raise CorruptFileError(f"{self.name}: bytes {offset} to {offset + len(buffer)} are not those of one piece")
+        with self._part.open() as file:
+            held = self._at(number, file)
+            if held.strides is None:
+                file.readinto(held.offset + within, buffer)
+            elif len(buffer):
+                _gather(file, held, within, buffer)
+
+    def _at(self, number: int, file: LocalFile) -> StoredTensor:
+        held = self._found.get(number)
+        if held is None:
+            held = self._found[number] = _held(file, *self._pieces[number])
+        return held
+
+    def close(self) -> None:
+        self._part.pool.close()
+
+    def located(self, header: Header) -> Header:
+        """The header with every piece where its bytes really lie."""
+        with self._part.open() as file:
+            held = [self._at(number, file) for number in range(len(self._pieces))]
+        tensors = [
+            stored._replace(offset=found.offset, strides=found.strides)
+            for (stored, _), found in zip(self._pieces, held, strict=True)
+        ]
+        return Header(KIND, self.size, tuple(tensors), objects=header.objects, foreign=header.foreign)
+
+
+def located(file: File) -> Header | None:
+    """The header with the true offsets of the tensors' bytes in the file, which is read for it; None if it cannot be.
+
+    Raises CorruptFileError where an archive is not what the metadata says.
+    """
+    if isinstance(file.reader, _Reopened):
+        return file.header
+    return file.reader.located(file.header) if isinstance(file.reader, _Records) else None
+
+
+def _held(file: LocalFile, stored: StoredTensor, place: Place) -> StoredTensor:
+    """Read a record's archive as far as it says where the piece's bytes lie."""
+    header = torchzip.parse(_Slice(file, place.offset, place.length))
+    (held, *others) = header.tensors or (None,)
+    if held is None or others or (held.dtype, held.shape) != (stored.dtype, stored.shape):
+        found = ", ".join(f"{tensor.dtype} {list(tensor.shape)}" for tensor in header.tensors[:3]) or "no tensor"
+        raise CorruptFileError(
+            f"{file.name}: the record of {stored.key!r} at byte {place.offset} should hold {stored.dtype} "
+            f"{list(stored.shape)}, but holds {found}; the files are not of one checkpoint, so copy them again"
+        )
+    return StoredTensor(held.key, held.dtype, held.shape, place.offset + held.offset, held.strides)
+
+
+def _gather(file: LocalFile, held: StoredTensor, start: int, buffer: memoryview) -> None:
+    """Bytes from ``start`` on of what a tensor that is stored in another order would be as a dense one."""
+    import numpy as np
+
+    from ckpt_convert.tensors.gather import Gatherer
+    from ckpt_convert.tensors.lazy import stored
+
+    row = nbytes(held.dtype, held.shape[1:])
+    first, last = start // row, -(-(start + len(buffer)) // row)
+    rows = stored(0, held.shape, held.strides).narrow(0, first, last - first)
+    gathered = np.empty((last - first) * row, np.uint8)
+    gatherer = Gatherer([(File(file.name, file.path, file, Header(KIND, file.size, ())), held)])
+    gatherer.into(rows, held.dtype, gathered)
+    buffer[:] = gathered[start - first * row :][: len(buffer)].data
+
+
+def _facts(metadata: Metadata, names: Sequence[str], files: Sequence[File]) -> list[tuple[str, str]]:
+    version = f" {metadata.version}" if metadata.version else ""
+    ranks = {match[1] for file in files if (match := _FILE.fullmatch(file.name))}
+    pieces = sum(len(file.header.tensors) for file in files)
+    told = f"torch.distributed.checkpoint{version} (DCP): {len(metadata.tensors):,} tensors in {pieces:,} pieces"
+    if len(ranks) > 1:
+        told += f", written by {len(ranks)} ranks"
+    if len(names) > 1:
+        told += f", {len(names)} metadata files"
+    return [("container", told)]
+
+
+def _natural(name: str) -> list[Any]:
+    # Numbers by their digits: a name may have thousands of them.
+    parts = [part for part in re.split(r"(\d+)", name) if part]
+    return [(0, len(part.lstrip("0")), part.lstrip("0")) if part.isdecimal() else (1, 0, part) for part in parts]

@@ -1,0 +1,236 @@
+"""What the metadata of torch.distributed.checkpoint says, checked: tensors, their pieces, and where those were written.
+
+Field names are those of torch 2.13 (torch/distributed/checkpoint/metadata.py and filesystem.py).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from math import prod
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from ckpt_convert.containers.pickle import torchpickle
+from ckpt_convert.containers.pickle.pickleglobals import DTypeName, Foreign, Global
+from ckpt_convert.dtypes import DTYPES
+from ckpt_convert.errors import CorruptFileError
+from ckpt_convert.storage.reader import LocalFile, read
+
+FILE = ".metadata"
+_OURS = "torch.distributed.checkpoint."
+_MAX_METADATA = 1 << 29
+_MAX_BYTES = 1 << 63
+_MAX_DIMS = 64
+_MAX_CUT = 8
+"""Axes that a tensor is cut across: of a mesh of devices, each axis cuts one."""
+
+Sizes = tuple[int, ...]
+_Box = tuple[Sizes, Sizes]  # origin and sizes
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a piece, or an object, was written: a record of ``length`` bytes at ``offset``."""
+
+    file: str
+    offset: int
+    length: int
+    is_plain: bool  # no transform, such as compression, between the record and the file
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A tensor's dtype and full shape, and its pieces: origin → (sizes, place)."""
+
+    dtype: str
+    shape: Sizes
+    pieces: dict[Sizes, tuple[Sizes, Place]]
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What the metadata says: the tensors, and the keys of all else, with their places."""
+
+    tensors: dict[str, Tensor]
+    objects: dict[str, Place | None]
+    foreign: tuple[str, ...]
+    version: str | None
+
+
+def load(path: Path) -> Metadata:
+    """Read one metadata file; raises CorruptFileError when it does not say what torch's does."""
+    with LocalFile(path) as file:
+        if file.size > _MAX_METADATA:
+            raise CorruptFileError(
+                f"{path}: {file.size:,} bytes are far more than any checkpoint's metadata; is this the right file?"
+            )
+        loaded = torchpickle.load(file.name, read(file, 0, file.size), foreign=True, part=FILE)
+    try:
+        return _metadata(loaded)
+    except _OddError as odd:
+        raise CorruptFileError(
+            f"{path}: {odd}; this is no metadata of torch.distributed.checkpoint, or it is damaged: copy it again"
+        ) from None
+
+
+class _OddError(ValueError):
+    """Something that no writer of metadata would write; ``load`` adds the file's name."""
+
+
+def _metadata(loaded: torchpickle.Loaded) -> Metadata:
+    root = _attributes(loaded.value, "metadata.Metadata")
+    places: dict[tuple[str, Sizes | None], Place] = {}
+    for index, info in _dict(root.get("storage_data"), "storage_data").items():
+        where = _attributes(index, "metadata.MetadataIndex")
+        offset = where.get("offset")
+        places[_text(where.get("fqn")), None if offset is None else _sizes(offset)] = _place(info)
+    tensors = {}
+    objects = {}
+    for key, entry in _dict(root.get("state_dict_metadata"), "state_dict_metadata").items():
+        if isinstance(entry, Foreign) and entry.name == _OURS + "metadata.BytesStorageMetadata":
+            objects[_text(key)] = places.get((key, None))
+        else:
+            tensors[_text(key)] = _tensor(key, _attributes(entry, "metadata.TensorStorageMetadata"), places)
+    foreign = tuple(name for name in loaded.foreign if not name.startswith(_OURS))
+    version = root.get("version")
+    return Metadata(tensors, objects, foreign, version if isinstance(version, str) else None)
+
+
+def _tensor(key: str, entry: Mapping[str, Any], places: Mapping[tuple[str, Sizes | None], Place]) -> Tensor:
+    dtype = _dtype(entry.get("properties"))
+    shape = _sizes(entry.get("size"))
+    chunks = entry.get("chunks")
+    if not isinstance(chunks, list):
+        raise _OddError(f"{key!r} should have a list of chunks")
+    boxes = {}
+    for chunk in chunks:
+        held = _attributes(chunk, "metadata.ChunkStorageMetadata")
+        origin, sizes = _sizes(held.get("offsets")), _sizes(held.get("sizes"))
+        if prod(sizes) == 0 and prod(shape) > 0:
+            continue  # a rank that holds nothing of the tensor
+        place = places.get((key, origin))
+        if place is None:
+            raise _OddError(f"{key!r} should have its chunk at {list(origin)} in some file, but storage_data has none")
+        boxes[origin] = (sizes, place)
+    if dtype == "F4":  # torch counts pairs of 4-bit numbers, safetensors the numbers themselves
+        shape, boxes = _double(shape), {_double(at): (_double(sizes), place) for at, (sizes, place) in boxes.items()}
+    if prod(shape) * (DTYPES[dtype].bits if dtype in DTYPES else 8) >= _MAX_BYTES:
+        raise _OddError(f"{key!r} of shape {list(shape)} is larger than anything")
+    return Tensor(dtype, shape, boxes)
+
+
+def _double(shape: Sizes) -> Sizes:
+    return (*shape[:-1], 2 * shape[-1]) if shape else shape
+
+
+def _dtype(properties: object) -> str:
+    if not isinstance(properties, Foreign) or properties.name != _OURS + "metadata.TensorProperties":
+        raise _OddError("a tensor should have TensorProperties")
+    state = properties.state
+    found = state[0] if isinstance(state, tuple) and state else properties.attributes.get("dtype")
+    if isinstance(found, DTypeName):
+        return found.name
+    if isinstance(found, Global):
+        return found.name.removeprefix("torch.")
+    raise _OddError("a tensor should have a dtype")
+
+
+def _place(info: object) -> Place:
+    found = _attributes(info, "filesystem._StorageInfo")
+    offset, length = found.get("offset"), found.get("length")
+    if not _is_size(offset) or not _is_size(length):
+        raise _OddError("a record should lie at an offset and have a length, of 63 bits each at most")
+    return Place(_text(found.get("relative_path")), offset, length, not found.get("transform_descriptors"))
+
+
+def _attributes(value: object, kind: str) -> Mapping[str, Any]:
+    if not isinstance(value, Foreign) or value.name != _OURS + kind:
+        what = value.name if isinstance(value, Foreign) else type(value).__name__
+        raise _OddError(f"expected {_OURS}{kind}, found {what}")
+    return value.attributes
+
+
+def _dict(value: object, what: str) -> Mapping[Any, Any]:
+    if not isinstance(value, dict):
+        raise _OddError(f"{what} should be a dict, but is {type(value).__name__}")
+    return value
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise _OddError(f"expected a name, found {type(value).__name__}")
+    return value
+
+
+def _sizes(value: object) -> Sizes:
+    if not isinstance(value, tuple) or len(value) > _MAX_DIMS or not all(map(_is_size, value)):
+        raise _OddError(f"expected sizes or offsets, {_MAX_DIMS} at most, found {type(value).__name__}")
+    return tuple(value)
+
+
+def _is_size(value: object) -> TypeGuard[int]:
+    return type(value) is int and 0 <= value < _MAX_BYTES
+
+
+def merged(found: Sequence[Metadata], what: str) -> Metadata:
+    """The metadata of all ranks as one; of what several of them hold, the first one's is taken."""
+    first, *rest = found
+    for other in rest:
+        for key, tensor in other.tensors.items():
+            known = first.tensors.setdefault(key, Tensor(tensor.dtype, tensor.shape, {}))
+            if (known.dtype, known.shape) != (tensor.dtype, tensor.shape):
+                raise CorruptFileError(
+                    f"{what}: {key!r} is {known.dtype} {list(known.shape)} on one rank and {tensor.dtype} "
+                    f"{list(tensor.shape)} on another; the files are not of one checkpoint"
+                )
+            for origin, piece in tensor.pieces.items():
+                known.pieces.setdefault(origin, piece)
+        for name, place in other.objects.items():
+            first.objects.setdefault(name, place)
+    foreign = dict.fromkeys(name for metadata in found for name in metadata.foreign)
+    return Metadata(first.tensors, first.objects, tuple(foreign), first.version)
+
+
+def check_cover(what: str, tensor: Tensor) -> None:
+    """Raise CorruptFileError for pieces that do not make up their tensor, each element once."""
+    shape = tensor.shape
+    boxes = [(origin, sizes) for origin, (sizes, _) in tensor.pieces.items()]
+    for origin, sizes in boxes:
+        fits = len(origin) == len(sizes) == len(shape)
+        if not fits or any(at + size > full for at, size, full in zip(origin, sizes, shape, strict=True)):
+            raise CorruptFileError(
+                f"{what} of shape {list(shape)} has a piece of {list(sizes)} at {list(origin)}, which does not lie in "
+                "it; the metadata is damaged, so copy it again"
+            )
+    held, wanted = sum(prod(sizes) for _, sizes in boxes), prod(shape)
+    if held != wanted or not boxes or not _tile(what, boxes, shape):
+        raise CorruptFileError(
+            f"{what} of shape {list(shape)} has {wanted:,} elements, but its {len(boxes)} pieces hold {held:,}"
+            f"{' and overlap' if held == wanted else ''}; the save was cut short, or a rank's metadata is missing"
+        )
+
+
+def _tile(what: str, boxes: list[_Box], shape: Sizes) -> bool:
+    """Whether boxes that lie in a shape cover it, each element once; in time linear in their number.
+
+    A corner of a box counts +1 where an even number of its coordinates are those of the box's end, else -1. These sums
+    tell the elements of each box (they are its differences along every axis), so the boxes tile the shape if and only
+    if, corner by corner, theirs add up to that of the shape.
+    """
+    cut = [at for at, size in enumerate(shape) if any(one[1][at] != size for one in boxes)]
+    if len(cut) > _MAX_CUT:
+        raise CorruptFileError(
+            f"{what} of shape {list(shape)} is cut across {len(cut)} axes, expected {_MAX_CUT} at most"
+        )
+    signs = [(ends, -1 if sum(ends) % 2 else 1) for ends in product((0, 1), repeat=len(cut))]
+    corners: Counter[Sizes] = Counter()
+    for origin, sizes in boxes:
+        sides = [(origin[at], origin[at] + sizes[at]) for at in cut]
+        for ends, sign in signs:
+            corners[tuple([side[end] for side, end in zip(sides, ends, strict=True)])] += sign
+    for ends, sign in signs:
+        corners[tuple([shape[at] * end for at, end in zip(cut, ends, strict=True)])] -= sign
+    return not any(corners.values())

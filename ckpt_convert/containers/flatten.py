@@ -1,0 +1,105 @@
+"""Nested dicts of tensors as one level of keys."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Mapping
+from typing import Any, TypeVar, cast
+
+from ckpt_convert.containers.pickle.pickleglobals import Foreign
+from ckpt_convert.errors import CorruptFileError, KeyMismatchError
+
+_MAX_DEPTH = 100
+_MAX_KEY = 4096
+_ATOMS = (int, float, bool, str, bytes, type(None))
+_PLAIN = (list, tuple)  # exactly these: torch.Size and named tuples are values, not containers
+_ROOT = "tensor"
+_MODULE = ("_parameters", "_buffers", "_modules")
+"""Where a torch module keeps what its state dict has; its keys are those of the state dict."""
+
+_LIST = 8
+"""A longer list of plain values counts as one thing."""
+
+T = TypeVar("T")
+
+_Pending = tuple[str, object, int, bool]
+"""Path, value, depth, and whether it lies in a foreign object."""
+
+
+def flatten(name: str, root: object, leaf: type[T], limit: int) -> tuple[dict[str, T], dict[str, str]]:
+    """Return the instances of ``leaf`` in nested dicts, lists and tuples, and the type names of all else, by path.
+
+    Paths are joined with "."; empty containers count as something else; a foreign object counts as one thing, but the
+    leaves in it are listed, too. A root that is a leaf itself is called "tensor". Raises CorruptFileError when ``root``
+    contains itself, is nested too deep, or unfolds to more than ``limit`` values; KeyMismatchError when two values
+    have the same path.
+    """
+    tensors: dict[str, T] = {}
+    objects: dict[str, str] = {}
+    pending: list[_Pending] = _children("", root, 0, False) if _is_container(root) else [(_ROOT, root, 0, False)]
+    left = limit - len(pending)
+    while pending:
+        path, value, depth, is_inside = pending.pop()
+        if left < 0 or depth > _MAX_DEPTH or len(path) > _MAX_KEY:
+            raise CorruptFileError(
+                f"{name}: {path[:80]!r}… is nested deeper than {_MAX_DEPTH} levels or contains itself, or its parts "
+                "repeat each other far more often than a checkpoint's would; save a plain state dict"
+            )
+        is_leaf = isinstance(value, leaf)
+        if (is_leaf or not is_inside) and (path in tensors or path in objects):
+            if not is_inside:
+                raise KeyMismatchError(f"{name}: two values are called {path!r} once nested keys are joined with '.'")
+            path = f"{path}#{len(tensors)}"
+        if is_leaf:
+            tensors[path] = cast(T, value)
+            continue
+        children: list[_Pending] = []
+        kind = _kind(value)
+        if isinstance(value, Foreign):
+            children = _parts("" if value is root else f"{path}.", value, depth + 1)
+        elif isinstance(value, list | tuple) and type(value) in _PLAIN and _is_plain(value):
+            kind = f"{kind} of {len(value)}"
+            left -= len(value)
+        elif _is_container(value):
+            children = _children(path + ".", value, depth + 1, is_inside)
+        pending += children
+        left -= len(children)
+        if not is_inside and (isinstance(value, Foreign) or not children):
+            objects["(all)" if value is root else path] = kind
+    return tensors, objects
+
+
+def _is_container(value: object) -> bool:
+    return isinstance(value, dict) or type(value) in _PLAIN
+
+
+def _is_plain(values: Any) -> bool:
+    return len(values) > _LIST and all(type(value) in _ATOMS for value in values)
+
+
+def _children(prefix: str, value: Any, depth: int, is_inside: bool) -> list[_Pending]:
+    items = value.items() if isinstance(value, Mapping) else enumerate(value)
+    children = [(f"{prefix}{_name(key)}", child, depth, is_inside) for key, child in items]
+    children.reverse()  # the caller takes them from the end
+    return children
+
+
+def _parts(prefix: str, value: Foreign, depth: int) -> list[_Pending]:
+    """What a pickle gave an object: attributes, items, members, and the arguments that it was made from."""
+    attributes = value.attributes
+    inner = [attributes[name] for name in _MODULE if isinstance(attributes.get(name), dict)]
+    rest = {name: held for name, held in attributes.items() if name not in _MODULE}
+    held = (value.arguments, value.members, value.items, *inner, rest or ((value.state,) if not attributes else ()))
+    return [part for parts in held if parts for part in _children(prefix, parts, depth, True)]
+
+
+def _name(key: object) -> str:
+    if isinstance(key, Foreign):
+        return key.name
+    # Of a tuple or the like, what a line holds: a pickle nests them as deep, and shares them as often, as it likes.
+    return str(key) if isinstance(key, _ATOMS) else reprlib.repr(key)
+
+
+def _kind(value: object) -> str:
+    # The stand-ins for torch's objects say what they stand for.
+    return str(getattr(value, "kind", type(value).__name__))

@@ -1,0 +1,106 @@
+"""A container file without its tensors: taking it from a file, and reading it back without the file."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable
+
+from ckpt_convert.errors import CorruptFileError
+from ckpt_convert.storage.reader import RangeReader, read
+from ckpt_convert.tensors.header import FileLayout, Header, StoredTensor
+
+MAX_LITERALS = 1 << 30
+
+
+def capture(reader: RangeReader, header: Header) -> FileLayout | None:
+    """Read every byte of the file that belongs to no tensor.
+
+    A tensor whose strides are a permutation of dense ones covers its whole extent. Returns None when the rest of the
+    file is not enough to rebuild it from its tensors: for a legacy file, when tensors overlap in part (the same
+    bytes under two keys are fine) or are views with holes or repetitions, and when more than ``MAX_LITERALS`` bytes
+    belong to no tensor (storages of which only a part is used).
+    """
+    gaps = holes(header)
+    if gaps is None or sum(end - start for start, end in gaps) > MAX_LITERALS:
+        return None
+    return FileLayout(header, tuple((start, read(reader, start, end - start)) for start, end in gaps))
+
+
+def holes(header: Header) -> list[tuple[int, int]] | None:
+    """Return the (start, end) of each byte range that belongs to no tensor, or None where ``capture`` does."""
+    if header.kind == "legacy":
+        return None
+    extents = set()
+    for tensor in header.tensors:
+        if not tensor.nbytes:
+            continue
+        if not _dense(tensor):
+            return None
+        extents.add((tensor.offset, tensor.offset + tensor.nbytes))
+    gaps = []
+    position = 0
+    for start, end in sorted(extents):
+        if start < position:
+            return None
+        if start > position:
+            gaps.append((position, start))
+        position = end
+    if position < header.size:
+        gaps.append((position, header.size))
+    return gaps
+
+
+def _dense(tensor: StoredTensor) -> bool:
+    """Say whether the elements fill their extent, each once."""
+    if tensor.strides is None:
+        return True
+    step = 1
+    for stride, size in sorted(zip(tensor.strides, tensor.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != step:
+            return False
+        step *= size
+    return True
+
+
+class Recorded:
+    """A file of which only some byte ranges are known; reading any other is an error."""
+
+    def __init__(self, name: str, size: int, literals: Iterable[tuple[int, bytes]]) -> None:
+        self.name = name
+        self.size = size
+        self.runs = _joined(name, size, literals)
+        self._starts = [start for start, _ in self.runs]
+
+    def readinto(self, offset: int, buffer: memoryview) -> None:
+        number = bisect_right(self._starts, offset) - 1
+        if len(buffer) == 0:
+            return
+        start, data = self.runs[number] if number >= 0 else (0, b"")
+        if offset < start or offset + len(buffer) > start + len(data):
+            raise CorruptFileError(
+                f"{self.name}: bytes {offset} to {offset + len(buffer)} are needed to read the recorded layout, but "
+                "were not recorded; the record is damaged, so convert the original checkpoint again"
+            )
+        buffer[:] = data[offset - start : offset - start + len(buffer)]
+
+
+def _joined(name: str, size: int, literals: Iterable[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
+    """Join ranges that touch, so that a read may cross from one to the next."""
+    runs: list[tuple[int, list[bytes]]] = []
+    position = 0
+    for offset, data in literals:
+        if offset < position or offset + len(data) > size:
+            raise CorruptFileError(
+                f"{name}: the recorded bytes {offset} to {offset + len(data)} should follow byte {position} and end by "
+                f"{size}, but do not; the record is damaged, so convert the original checkpoint again"
+            )
+        if not data:
+            continue
+        if runs and offset == position:
+            runs[-1][1].append(data)
+        else:
+            runs.append((offset, [data]))
+        position = offset + len(data)
+    return [(start, b"".join(parts)) for start, parts in runs]

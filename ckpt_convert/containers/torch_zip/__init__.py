@@ -1,0 +1,1 @@
+"""torch.save's zip files, read and laid out without torch."""

@@ -1,8 +1,0 @@
-"""Checking a checkpoint: everything that is wrong with it, at once."""
-
-from __future__ import annotations
-
-from ckpt_convert.convert.check.report import Report, Skipped
-from ckpt_convert.convert.check.run import check
-
-__all__ = ["Report", "Skipped", "check"]

@@ -1,0 +1,165 @@
+"""What a format says of its directories."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ckpt_convert.errors import ConfigError
+from ckpt_convert.storage.reader import Identity, exists, read_file
+
+NEVER_SIDE_FILES = (".gguf", ".h5", ".msgpack", ".onnx", ".ot")
+NEVER_SIDE_FOLDERS = ("original", ".git", ".cache", "onnx", "ckpt_convert", "training_state")
+OF_TRAINING = (
+    *("adapter_", "training_args", "optimizer", "optim.", "scheduler", "rng_state", "scaler.", "recipe_state"),
+    *("random_states", "sampler", "zero_pp_rank", "dl_state_dict"),
+)
+"""How the names of files begin that trainers (transformers, accelerate, torchtune, DeepSpeed) keep beside weights."""
+
+RECORD_FOLDER = "ckpt_convert"
+JSON_LIMIT = 1 << 28
+TEXT_LIMIT = 1 << 24
+"""Bytes of a list of files with their hashes, or of a text."""
+
+_MOST_DIGITS = 100
+"""Digits of an integer in JSON; tokenizer_config.json has one of 31 (int(1e30), for "no limit")."""
+
+DCP_INDEX = ".metadata"
+_INDEX = re.compile(r"(?P<weights>.+)\.index(?:\.(?P<variant>[\w-]+))?\.json")
+
+
+@dataclass(frozen=True, slots=True)
+class WeightName:
+    """A weight file of a checkpoint and the tensor-parallel rank that it holds (0 where files are no ranks)."""
+
+    name: str
+    rank: int = 0
+
+
+@dataclass(frozen=True)
+class Directory:
+    """The weight files of a directory; ``index`` names the index file and ``weight_map`` is what it says.
+
+    ``kind`` is "dcp" for torch.distributed.checkpoint's directories, of whatever format: their own metadata names the
+    files, so that ``weights`` are empty; "peft" for an adapter, which is of no format.
+    """
+
+    weights: tuple[WeightName, ...]
+    index: str | None = None
+    weight_map: Mapping[str, str] | None = None
+    kind: str | None = None
+
+
+@dataclass(frozen=True)
+class Format:
+    """One format's habits.
+
+    ``find`` lists the weight files of a directory, None if there are none of this format. ``file_names`` gives the
+    names of n new files in a container; ``containers`` are those it may use, the usual one first; ``config`` is the
+    config file at the root. ``uses`` says whether a file that lies beside the weights is of use to readers of the
+    format; ``ranks`` whether files are tensor-parallel ranks; ``ignores`` the beginnings of keys that are no weights
+    but the rest of what a training run saves. ``former`` are parts of keys that earlier releases called otherwise, with
+    what they are called now.
+    """
+
+    name: str
+    find: Callable[[Path], Directory | None]
+    file_names: Callable[[int, str], list[str]]
+    containers: tuple[str, ...]
+    config: str | None
+    uses: Callable[[str], bool]
+    ranks: bool = False
+    ignores: tuple[str, ...] = ()
+    former: tuple[tuple[str, str], ...] = ()
+
+
+def is_index(name: str) -> bool:
+    """Whether a file maps keys to weight files; it is of no use without them, so it goes with nothing else."""
+    return _INDEX.fullmatch(name) is not None
+
+
+def index_for(weights: str) -> str:
+    """What transformers calls the index of the shards of a file: that of a variant (model.fp16) has its name inside."""
+    stem, _, suffix = weights.rpartition(".")
+    stem, dot, variant = stem.partition(".")
+    return f"{stem}.{suffix}.index{dot}{variant}.json"
+
+
+def load_json(path: Path, *, expected: Identity | None = None) -> dict[str, Any]:
+    """The object in a JSON file; raises ConfigError, naming the file, when there is none.
+
+    Raises what ``read_file`` does for a file that cannot be read: that says nothing of what is in it.
+    """
+    if not exists(path):
+        raise ConfigError(f"{path}: cannot be read: there is no such file")
+    try:
+        content = parse_json(read_file(path, JSON_LIMIT, expected=expected))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: is no readable JSON: {error}; download or copy it again") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def parse_json(data: bytes) -> Any:
+    """What a JSON text says, with or without a byte order mark; raises ValueError, or RecursionError.
+
+    An integer has to be one that somebody may have meant: those of thousands of digits cost more than reading them.
+    """
+    return json.loads(data.decode("utf-8-sig"), parse_int=_integer)
+
+
+def _integer(text: str) -> int:
+    if len(text) > _MOST_DIGITS:
+        raise ValueError(f"it has an integer of {len(text):,} digits ({text[:20]}…)")
+    return int(text)
+
+
+def render_json(content: Mapping[str, Any], *, sort_keys: bool = False) -> bytes:
+    """JSON as Hugging Face's tools write it: two spaces of indentation and a newline at the end."""
+    return (json.dumps(content, indent=2, sort_keys=sort_keys) + "\n").encode()
+
+
+def render_index(weight_map: Mapping[str, str], total_size: int, total_parameters: int) -> bytes:
+    """The index of a sharded checkpoint, as ``save_pretrained`` writes it."""
+    metadata = {"total_parameters": total_parameters, "total_size": total_size}
+    return render_json({"metadata": metadata, "weight_map": dict(weight_map)}, sort_keys=True)
+
+
+def numbered(count: int, stem: str, suffix: str) -> list[str]:
+    """``model.safetensors``, or ``model-00001-of-00004.safetensors`` and so on."""
+    if count == 1:
+        return [f"{stem}{suffix}"]
+    return [f"{stem}-{number:05d}-of-{count:05d}{suffix}" for number in range(1, count + 1)]
+
+
+def common_names(count: int, container: str) -> list[str] | None:
+    """The names of new files in the containers that several formats have; None for any other."""
+    if container == "dcp":
+        return [f"__0_{number}.distcp" for number in range(count)]
+    return numbered(count, "model", ".pt") if container == "pt" else None
+
+
+def dcp_directory(directory: Path) -> Directory | None:
+    """The directory as torch.distributed.checkpoint's, None where it is none."""
+    from ckpt_convert.containers.dcp import dcp  # not before: the usual directories have no need of it
+
+    if not dcp.is_directory(directory):
+        return None
+    index = DCP_INDEX if (directory / DCP_INDEX).is_file() else None
+    return Directory((), index, kind=dcp.KIND)
+
+
+def plain_weights(directory: Path, suffixes: Sequence[str]) -> list[str]:
+    """Weight files at the root that belong to no consolidated or adapter checkpoint, sorted by name."""
+    return sorted(
+        entry.name
+        for entry in directory.iterdir()
+        if entry.suffix in suffixes
+        and entry.is_file()
+        and not entry.name.startswith(("consolidated", ".", *OF_TRAINING))
+    )

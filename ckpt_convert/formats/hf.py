@@ -1,0 +1,144 @@
+"""Hugging Face directories: config.json, one weight file or shards with an index that maps keys to files."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+from ckpt_convert.errors import CorruptFileError
+from ckpt_convert.formats.base import Directory, Format, WeightName, common_names, load_json, numbered, plain_weights
+from ckpt_convert.storage.names import check_name, resolve
+
+INDEX_SUFFIX = ".index.json"
+NUMBERED = re.compile(r"(?P<stem>.*)-(?P<number>\d{1,9})-of-(?P<total>\d{1,9})(?P<suffix>\.\w+)")
+"""The name of a shard."""
+
+_FOUND = re.compile(
+    r"(?:model|diffusion_pytorch_model)(?:\.[\w-]+)?\.safetensors"
+    r"|(?:pytorch_model|diffusion_pytorch_model)(?:\.[\w-]+)?\.bin"
+)
+"""The names, with or without a variant, of the weights that transformers and diffusers find without an index."""
+
+_STEMS = {"safetensors": ("model", ".safetensors"), "bin": ("pytorch_model", ".bin")}
+
+
+def find(directory: Path) -> Directory | None:
+    """The weights that transformers would load: safetensors before .bin, a single file before an index without it."""
+    for container, (stem, suffix) in _STEMS.items():
+        single = stem + suffix
+        index = _index(directory, single)
+        found = from_index(directory, index) if index is not None else None
+        names = plain_weights(directory, (suffix,))
+        if single in names and (found is None or single not in {weight.name for weight in found.weights}):
+            return Directory((WeightName(single),))
+        if found is not None:
+            return found
+        if names and container == "safetensors":
+            return Directory(tuple(WeightName(name) for name in names if not _is_variant(name, names)))
+        shards = [name for name in names if name.startswith(stem)]
+        if shards:
+            return Directory(tuple(WeightName(name) for name in shards))
+    return None
+
+
+def from_index(directory: Path, name: str) -> Directory:
+    """The files that an index names, each once, sorted; raises CorruptFileError when the index is no index."""
+    path = resolve(directory, name, str(directory))
+    weight_map = load_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CorruptFileError(f"{path}: has no weight_map, so it is no index; download or copy it again")
+    if not all(isinstance(file, str) for file in weight_map.values()):
+        raise CorruptFileError(f"{path}: its weight_map has values that are no file names; download or copy it again")
+    weight_map = plain_names(weight_map)
+    files = sorted(check_name(file, str(path)) for file in set(weight_map.values()))
+    return Directory(tuple(WeightName(file) for file in files), name, weight_map)
+
+
+def plain_names(weight_map: Mapping[str, str]) -> dict[str, str]:
+    """An index's weight_map with "./name" as the "name" that it is."""
+    return {key: file.removeprefix("./") for key, file in weight_map.items()}
+
+
+def file_names(count: int, container: str) -> list[str]:
+    stem, suffix = _STEMS.get(container, ("model", ""))
+    return common_names(count, container) or numbered(count, stem, suffix)
+
+
+def is_found(name: str) -> bool:
+    """Whether loaders find a weight file of this name without an index."""
+    return _FOUND.fullmatch(name) is not None
+
+
+def index_name(container: str) -> str:
+    """The index beside shards of a container."""
+    stem, suffix = _STEMS[container]
+    return f"{stem}{suffix}{INDEX_SUFFIX}"
+
+
+def another_set(directory: Path, found: Directory) -> str | None:
+    """What to do where files that an index names are missing, but those of another set are all there; else None.
+
+    Nothing here says which of the two is meant, so both ways are said.
+    """
+    used = {weight.name for weight in found.weights}
+    names = set(os.listdir(directory))
+    lacking = sorted(used - names)
+    if found.index is None or not lacking:
+        return None
+    whole = [files for files in _whole_sets(names) if not used.issuperset(files)]
+    if not whole:
+        return None
+    suffix, sets = Path(found.index.partition(".index.")[0]).suffix, " and ".join(map(_set, whole))
+    mixed = sorted(name for name in used & names if name.endswith(suffix) and all(name not in files for files in whole))
+    aside = " ".join([found.index, *mixed])
+    return (
+        f"{len(lacking)} of the {len(used)} files that {found.index} names {'is' if len(lacking) == 1 else 'are'} "
+        f"missing ({lacking[0]}{', …' if len(lacking) > 1 else ''}), but {sets} "
+        f"{'is a whole set' if len(whole) == 1 else 'are whole sets'} that it does not name; if "
+        f"{'that is' if len(whole) == 1 else 'one of these is'} the one that is meant, move what belongs to the other "
+        f"one aside (mkdir aside && mv {aside} aside/), else download or copy what is missing; remove nothing before"
+    )
+
+
+def _whole_sets(names: Collection[str]) -> list[list[str]]:
+    """The weight files of a directory that are a model by their names: single ones, and all shards of a number."""
+    found = [[stem + suffix] for stem, suffix in _STEMS.values() if stem + suffix in names]
+    sets: dict[tuple[str, int, str], dict[int, str]] = {}
+    for name in names:
+        if name.endswith(tuple(suffix for _, suffix in _STEMS.values())) and (match := NUMBERED.fullmatch(name)):
+            of = sets.setdefault((match["stem"], int(match["total"]), match["suffix"]), {})
+            of[int(match["number"])] = name
+    for (_, total, _), by_number in sorted(sets.items()):
+        first = 0 if 0 in by_number else 1
+        if len(by_number) == total and all(number in by_number for number in range(first, first + total)):
+            found.append([by_number[number] for number in sorted(by_number)])
+    return found
+
+
+def _set(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+
+
+def _index(directory: Path, weights: str) -> str | None:
+    """The index of a container: the usual one, else the only other one, else that of a variant that is alone there."""
+    usual = weights + INDEX_SUFFIX
+    if (directory / usual).is_file():
+        return usual
+    suffix = Path(weights).suffix
+    for pattern in (f"*{suffix}{INDEX_SUFFIX}", f"*{suffix}.index.*.json"):
+        others = sorted(entry.name for entry in directory.glob(pattern))
+        others = [name for name in others if not name.startswith(("consolidated", "adapter"))]
+        if others:
+            return others[0] if len(others) == 1 and not (directory / weights).is_file() else None
+    return None
+
+
+def _is_variant(name: str, names: Sequence[str]) -> bool:
+    """Whether a file holds once more what another one does, as ``x.fp16.safetensors`` beside ``x.safetensors``."""
+    stem, suffix = Path(name).stem, Path(name).suffix
+    return "." in stem and stem.rpartition(".")[0] + suffix in names
+
+
+FORMAT = Format("hf", find, file_names, ("safetensors", "bin", "dcp", "pt"), "config.json", lambda name: True)

@@ -1,0 +1,57 @@
+"""Meta's and Mistral's directories: params.json and consolidated files, one for each tensor-parallel rank."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path, PurePosixPath
+
+from ckpt_convert.errors import AmbiguousFormatError, CheckpointNotFoundError
+from ckpt_convert.formats.base import Directory, Format, WeightName
+
+NUMBERED = re.compile(r"consolidated\.(\d{2,})\.(pth|pt|safetensors)")
+_SINGLE = ("consolidated.safetensors", "consolidated.pth", "consolidated.pt")
+_DOCUMENTS = ("readme", "license", "use_policy", "notice", "model_card", "responsible")
+
+
+def find(directory: Path) -> Directory | None:
+    """``consolidated.NN.pth`` for each rank, ``.NN.pt`` for each part, or one file; raises on gaps in the numbers."""
+    numbered = sorted(
+        (int(match[1]), entry.name)
+        for entry in directory.iterdir()
+        if (match := NUMBERED.fullmatch(entry.name)) and entry.is_file()
+    )
+    single = [name for name in _SINGLE if (directory / name).is_file()]
+    if not numbered and not single:
+        return None
+    if len(single) + bool(numbered) > 1:
+        found = ", ".join([*single, *(name for _, name in numbered)])
+        raise AmbiguousFormatError(
+            f"{directory}: has several consolidated checkpoints, {found}; give the file that is meant, or move the rest"
+        )
+    if single:
+        return Directory((WeightName(single[0]),))
+    ranks = [rank for rank, _ in numbered]
+    if ranks != list(range(len(ranks))):
+        first = next(at for at, rank in enumerate([*ranks, -1]) if at != rank)
+        twice = first > 0 and first < len(ranks) and ranks[first] == ranks[first - 1]
+        what = f"rank {ranks[first]} twice" if twice else f"missing: consolidated.{first:02d}.pth"
+        raise CheckpointNotFoundError(
+            f"{directory}: found {', '.join(name for _, name in numbered[:16])}; {what}. "
+            "Every rank's file is needed, once; download or copy it again"
+        )
+    # Files named .pt are no ranks: Mixtral's, of December 2023, hold some of the whole tensors each.
+    return Directory(tuple(WeightName(name, 0 if name.endswith(".pt") else rank) for rank, name in numbered))
+
+
+def file_names(count: int, container: str) -> list[str]:
+    if container == "safetensors":
+        return ["consolidated.safetensors"]
+    return [f"consolidated.{rank:02d}.pth" for rank in range(count)]
+
+
+def _uses(name: str) -> bool:
+    file = PurePosixPath(name).name.lower()
+    return file.startswith(("tokenizer.model", *_DOCUMENTS)) or file == "tekken.json" or file.endswith((".md", ".txt"))
+
+
+FORMAT = Format("meta", find, file_names, ("pth", "safetensors"), "params.json", _uses, ranks=True)

@@ -1,0 +1,41 @@
+"""Native directories (torchtune's keys): shards as in Hugging Face's layout, but no config.json at the root.
+
+Without a config.json no Hugging Face loader takes such a directory for its own; the config lies in ``ckpt_convert/``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ckpt_convert.formats import hf
+from ckpt_convert.formats.base import Directory, Format, WeightName, common_names, numbered, plain_weights
+
+_SUFFIXES = {"safetensors": ".safetensors", "bin": ".bin", "pth": ".pth"}
+
+
+def find(directory: Path) -> Directory | None:
+    """Indexed shards, or every plain weight file of the first suffix that there is one of."""
+    for suffix in (".safetensors", ".pt", ".pth", ".bin"):
+        indexes = sorted(entry.name for entry in directory.glob(f"model{suffix}{hf.INDEX_SUFFIX}"))
+        if indexes:
+            return hf.from_index(directory, indexes[0])
+        names = plain_weights(directory, (suffix,))
+        if names:
+            return Directory(tuple(WeightName(name) for name in names))
+    return None
+
+
+def file_names(count: int, container: str) -> list[str]:
+    return common_names(count, container) or numbered(count, "model", _SUFFIXES[container])
+
+
+def index_name(container: str) -> str:
+    """The index beside shards of a container."""
+    return f"model.{container}{hf.INDEX_SUFFIX}"
+
+
+def _uses(name: str) -> bool:
+    return name != "config.json"
+
+
+FORMAT = Format("native", find, file_names, ("safetensors", "bin", "pth", "dcp", "pt"), None, _uses)

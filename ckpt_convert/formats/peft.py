@@ -1,0 +1,49 @@
+"""PEFT's adapters: an adapter_config.json and the adapter's own weights, which are no model by themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ckpt_convert.errors import ConfigError
+from ckpt_convert.formats.base import load_json
+
+KIND = "peft"
+CONFIG = "adapter_config.json"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+def config(directory: Path) -> dict[str, Any] | None:
+    """What adapter_config.json says; None where there is none that can be read."""
+    try:
+        return load_json(directory / CONFIG) if (directory / CONFIG).is_file() else None
+    except ConfigError:
+        return None
+
+
+def describe(said: Mapping[str, Any]) -> str:
+    """The adapter in a line: its kind, its rank and alpha where it has them, and the model that it was made for."""
+    sizes = [f"{label}={said[name]}" for name, label in (("r", "r"), ("lora_alpha", "alpha")) if _is_number(said, name)]
+    kind = str(said.get("peft_type") or "of unknown type")
+    what = f"PEFT adapter ({kind}{' ' if sizes else ''}{', '.join(sizes)})"
+    base = said.get("base_model_name_or_path")
+    return f"{what} for {base}" if isinstance(base, str) and base else what
+
+
+def facts(directory: Path) -> list[tuple[str, str]]:
+    """What is worth saying of an adapter, as (label, text)."""
+    said = config(directory)
+    if said is None:
+        return []
+    found = [("adapter", describe(said))]
+    modules = said.get("target_modules")
+    if isinstance(modules, str) and modules:
+        found.append(("targets", modules))
+    elif isinstance(modules, list) and modules:
+        found.append(("targets", ", ".join(sorted(map(str, modules)))))
+    return found
+
+
+def _is_number(said: Mapping[str, Any], name: str) -> bool:
+    return type(said.get(name)) in (int, float)

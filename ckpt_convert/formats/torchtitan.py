@@ -1,0 +1,56 @@
+"""torchtitan's checkpoints: a directory of torch.distributed.checkpoint with the model's keys at the top, no config.
+
+Beside the weights, a checkpoint of a training run holds the state of all else, which is passed over. The names of those
+entries are torchtitan 0.3.0's (torchtitan/components/checkpoint.py). So are the keys that are written; those of 0.2,
+whose modules and dimensions had other names but the same order and shapes, are read as well.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ckpt_convert.formats.base import (
+    Directory,
+    Format,
+    WeightName,
+    common_names,
+    dcp_directory,
+    numbered,
+    plain_weights,
+)
+
+
+def find(directory: Path) -> Directory | None:
+    """The directory of torch.distributed.checkpoint, else every plain torch file."""
+    found = dcp_directory(directory)
+    if found is not None:
+        return found
+    names = plain_weights(directory, (".pt",))
+    return Directory(tuple(WeightName(name) for name in names)) if names else None
+
+
+def file_names(count: int, container: str) -> list[str]:
+    return common_names(count, container) or numbered(count, "model", ".pt")
+
+
+FORMAT = Format(
+    "torchtitan",
+    find,
+    file_names,
+    ("dcp", "pt"),
+    None,
+    lambda name: name != "config.json",
+    ignores=("optimizer.", "lr_scheduler.", "dataloader.", "train_state."),
+    former=(
+        ("attention.w", "attention.qkv_linear.w"),
+        ("output.weight", "lm_head.weight"),
+        ("moe.experts.w1", "moe.routed_experts.inner_experts.w1_EFD"),
+        ("moe.experts.w2", "moe.routed_experts.inner_experts.w2_EDF"),
+        ("moe.experts.w3", "moe.routed_experts.inner_experts.w3_EFD"),
+        ("moe.experts.mlp1_weight", "moe.routed_experts.inner_experts.mlp1_weight_EGD"),
+        ("moe.experts.mlp1_bias", "moe.routed_experts.inner_experts.mlp1_bias_EG"),
+        ("moe.experts.mlp2_weight", "moe.routed_experts.inner_experts.mlp2_weight_EDF"),
+        ("moe.experts.mlp2_bias", "moe.routed_experts.inner_experts.mlp2_bias_ED"),
+        ("moe.expert_bias", "moe.expert_bias_E"),
+    ),
+)

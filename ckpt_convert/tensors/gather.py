@@ -1,0 +1,121 @@
+"""Reading the elements of a lazy tensor from files into a dense buffer, in bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from ckpt_convert import dtypes
+from ckpt_convert.tensors.header import StoredTensor
+from ckpt_convert.tensors.lazy import ZEROS, LazyTensor
+
+Dims = tuple[tuple[int, int, int], ...]
+
+SCRATCH = 8 << 20
+"""Bytes of the buffer that source rows are read into before they are put in order."""
+
+_WASTE = 4
+"""Read a range whole when at most this many times as many bytes lie in it as are wanted."""
+
+
+@runtime_checkable
+class Gathering(Protocol):
+    """A reader that can put elements in order by itself."""
+
+    def gather(self, offset: int, dims: Dims, target: np.ndarray[Any, Any], item: int) -> bool:
+        """Do what ``Gatherer`` does for such a copy; False, and nothing, where it is left to that."""
+
+
+class Gatherer:
+    """Reads lazy tensors whose sources are numbered as in ``stored``; not to be shared between threads."""
+
+    def __init__(self, stored: Sequence[tuple[Any, StoredTensor]], scratch: int | None = None) -> None:
+        self._stored = stored
+        self._scratch = np.empty(scratch or SCRATCH, np.uint8)
+
+    def into(self, tensor: LazyTensor, dtype: str, buffer: np.ndarray[Any, Any]) -> None:
+        """Fill ``buffer`` (bytes, exactly as many as the tensor has) with the tensor, dense and row-major."""
+        bits = dtypes.DTYPES[dtype].bits
+        if bits < 8:
+            self._packed(tensor, bits, buffer)
+            return
+        item = bits // 8
+        copies = tensor.copies()
+        if any(copy.source == ZEROS for copy in copies):
+            buffer[:] = 0
+        for copy in copies:
+            if copy.source == ZEROS:
+                continue
+            file, stored = self._stored[copy.source]
+            self._copy(
+                file.reader,
+                stored.offset + copy.source_offset * item,
+                buffer[copy.target_offset * item :],
+                copy.dims,
+                item,
+            )
+
+    def read(self, tensor: LazyTensor, dtype: str) -> bytes:
+        """The whole tensor as bytes."""
+        buffer = np.empty(tensor.size * dtypes.DTYPES[dtype].bits // 8, np.uint8)
+        self.into(tensor, dtype, buffer)
+        return buffer.tobytes()
+
+    def _packed(self, tensor: LazyTensor, bits: int, buffer: np.ndarray[Any, Any]) -> None:
+        """Elements smaller than a byte are moved as they lie, never taken apart."""
+        for copy in tensor.copies():
+            (count, *_), *rest = copy.dims or ((1, 1, 1),)
+            if rest or copy.source_offset * bits % 8 or copy.target_offset * bits % 8:
+                raise ValueError("elements smaller than a byte cannot be put in another order")
+            file, stored = self._stored[copy.source]
+            start = copy.target_offset * bits // 8
+            view = buffer.data[start : start + count * bits // 8]
+            file.reader.readinto(stored.offset + copy.source_offset * bits // 8, view)
+
+    def _copy(self, reader: Any, offset: int, target: np.ndarray[Any, Any], dims: Dims, item: int) -> None:
+        """Read elements at ``offset`` into the start of ``target``; both strided as ``dims`` say."""
+        if not dims or (len(dims) == 1 and dims[0][1:] == (1, 1)):
+            nbytes = (dims[0][0] if dims else 1) * item
+            reader.readinto(offset, target.data[:nbytes])
+            return
+        if isinstance(reader, Gathering) and reader.gather(offset, dims, target, item):
+            return
+        span = 1 + sum((count - 1) * source for count, source, _ in dims)
+        wanted = prod(count for count, _, _ in dims)
+        if span * item <= len(self._scratch) and (span <= _WASTE * wanted or span * item <= 1 << 16):
+            cover = self._scratch[: span * item]
+            reader.readinto(offset, cover.data)
+            shape = [count for count, _, _ in dims]
+            element = np.dtype(f"V{item}") if item not in (1, 2, 4, 8) else np.dtype(f"u{item}")
+            length = 1 + sum((count - 1) * step for count, _, step in dims)
+            np.copyto(
+                np.lib.stride_tricks.as_strided(
+                    target[: length * item].view(element), shape, [step * item for _, _, step in dims]
+                ),
+                np.lib.stride_tricks.as_strided(
+                    cover.view(element), shape, [source * item for _, source, _ in dims], writeable=False
+                ),
+            )
+            return
+        widest = max(range(len(dims)), key=lambda axis: dims[axis][1])
+        count, source, step = dims[widest]
+        rest = (*dims[:widest], *dims[widest + 1 :])
+        # Half of the dimension at a time, until what is left lies close enough together.
+        parts = (
+            ((0, count // 2), (count // 2, count - count // 2))
+            if count > 2 and not _far(dims, widest)
+            else ((index, 1) for index in range(count))
+        )
+        for start, size in parts:
+            inner = (*dims[:widest], (size, source, step), *dims[widest + 1 :]) if size > 1 else rest
+            self._copy(reader, offset + start * source * item, target[start * step * item :], inner, item)
+
+
+def _far(dims: Dims, widest: int) -> bool:
+    """Whether the elements at one index of the widest dimension lie far from those at the next."""
+    rest = [dim for axis, dim in enumerate(dims) if axis != widest]
+    span = 1 + sum((count - 1) * source for count, source, _ in rest)
+    return dims[widest][1] > _WASTE * span

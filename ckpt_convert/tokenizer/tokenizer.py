@@ -1,0 +1,151 @@
+"""Tokenizer files for the other side of a conversion: told apart by their bytes, translated where that is exact.
+
+Weights do not depend on them, so a tokenizer that cannot be translated stops nothing: the file is kept as it is, and
+a notice says why there is no other.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from ckpt_convert.errors import InputError
+from ckpt_convert.tokenizer.tokenizer_json import TOKENIZER_CONFIG, TOKENIZER_JSON, TOKENIZER_MODEL
+from ckpt_convert.tokenizer.tokenizer_sentencepiece import parse_model, sentencepiece_to_hf, user_defined
+from ckpt_convert.tokenizer.tokenizer_tiktoken import (
+    LLAMA3_TOKENS,
+    N_SPECIAL,
+    hf_to_tiktoken,
+    parse_ranks,
+    tiktoken_to_hf,
+    unexpressed_specials,
+)
+
+__all__ = [
+    "TOKENIZER_CONFIG",
+    "TOKENIZER_JSON",
+    "TOKENIZER_MODEL",
+    "GeneratedTokenizer",
+    "generated_for_hf",
+    "generated_for_meta",
+    "hf_to_tiktoken",
+    "kind",
+    "sentencepiece_to_hf",
+    "tiktoken_to_hf",
+]
+
+_TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]+\r?\n?")
+_PIECE_FIELD = b"\x0a"
+_LLAMA4_TOKENS = 200_000
+"""Ranks in Llama 4's tokenizer.model; the 2,048 tokens behind them are special (``llama4/tokenizer.py``)."""
+
+
+@dataclass(frozen=True)
+class GeneratedTokenizer:
+    """Tokenizer files made by translation, by name, and what the user has to know about them (or their absence)."""
+
+    files: dict[str, bytes]
+    notices: tuple[str, ...] = ()
+
+
+def kind(data: bytes) -> Literal["tiktoken", "sentencepiece", "unknown"]:
+    """Tell what a tokenizer.model is from how it begins; whether the rest is whole, only its translation finds out."""
+    first_line = data[: data.find(b"\n", 0, 1 << 16) + 1] or data[: 1 << 16]
+    if _TIKTOKEN_LINE.fullmatch(first_line):
+        return "tiktoken"
+    # A ModelProto begins with its first piece, which begins with its text.
+    if data.startswith(_PIECE_FIELD) and data[2:4].find(_PIECE_FIELD) >= 0:
+        return "sentencepiece"
+    return "unknown"
+
+
+def kind_of_json(data: bytes) -> Literal["tiktoken", "sentencepiece", "unknown"]:
+    """Tell what a tokenizer.json was made of: bytes as tokens of their own (byte_fallback) are SentencePiece's way."""
+    if re.search(rb'"byte_fallback"\s*:\s*true', data):
+        return "sentencepiece"
+    return "tiktoken" if re.search(rb'"type"\s*:\s*"ByteLevel"', data) else "unknown"
+
+
+def generated_for_hf(data: bytes, vocab_size: int | None = None) -> GeneratedTokenizer:
+    """Make a Hugging Face directory's tokenizer files from a tokenizer.model; ``vocab_size``: the embedding's rows.
+
+    Raises nothing for input it cannot translate: no files then, and the reason as a notice.
+    """
+    found = kind(data)
+    try:
+        if found == "tiktoken" and len(parse_ranks(data)) == _LLAMA4_TOKENS:
+            reason = f"{TOKENIZER_MODEL} is Llama 4's, whose pattern and special tokens are not those of Llama 3"
+            return _nothing(TOKENIZER_JSON, f"{reason}; take {TOKENIZER_JSON} from the model's page on the Hub")
+        if found == "tiktoken":
+            files, notices = tiktoken_to_hf(data, vocab_size=vocab_size), _tiktoken_notices(data, vocab_size)
+        elif found == "sentencepiece":
+            files, notices = sentencepiece_to_hf(data, vocab_size=vocab_size), _sentencepiece_notices(data, vocab_size)
+        else:
+            reason = f"{TOKENIZER_MODEL}: expected tiktoken ranks or a SentencePiece model, found {data[:16]!r}"
+            return _nothing(TOKENIZER_JSON, reason)
+    except InputError as error:
+        return _nothing(TOKENIZER_JSON, str(error))
+    return GeneratedTokenizer(files, notices)
+
+
+def generated_for_meta(files: Mapping[str, bytes]) -> GeneratedTokenizer:
+    """Make a Meta directory's tokenizer.model from a Hugging Face directory's tokenizer files (names to bytes).
+
+    A tokenizer.model among them is the better one, and nothing is made. Raises nothing for input it cannot translate:
+    no files then, and the reason as a notice.
+    """
+    if TOKENIZER_MODEL in files:
+        return GeneratedTokenizer({})
+    if TOKENIZER_JSON not in files:
+        return _nothing(TOKENIZER_MODEL, f"there is no {TOKENIZER_JSON} to make it from")
+    source = files[TOKENIZER_JSON]
+    try:
+        model, unexpressed = hf_to_tiktoken(source), unexpressed_specials(source)
+    except InputError as error:
+        return _nothing(TOKENIZER_MODEL, str(error))
+    notices: tuple[str, ...] = ()
+    if unexpressed:
+        notices = (
+            f"{TOKENIZER_MODEL} holds no special tokens, and Meta's loader names them by itself: "
+            f"{', '.join(unexpressed[:8])}{' …' if len(unexpressed) > 8 else ''} of {TOKENIZER_JSON} "
+            f"{'is' if len(unexpressed) == 1 else 'are'} unknown to it",
+        )
+    return GeneratedTokenizer({TOKENIZER_MODEL: model}, notices)
+
+
+def _nothing(name: str, reason: str) -> GeneratedTokenizer:
+    return GeneratedTokenizer({}, (f"no {name} was made: {reason}",))
+
+
+def _tiktoken_notices(data: bytes, vocab_size: int | None) -> tuple[str, ...]:
+    tokens = len(parse_ranks(data))
+    notices = [
+        f"{TOKENIZER_JSON}: {TOKENIZER_MODEL} holds no names of special tokens, nor a chat template; Llama 3.1's names "
+        "were taken, with <|end_of_text|> as the end (instruct models end a turn with <|eot_id|>)"
+    ]
+    if tokens != LLAMA3_TOKENS:
+        notices.append(
+            f"{TOKENIZER_JSON}: {TOKENIZER_MODEL} has {tokens} tokens where Llama 3's has {LLAMA3_TOKENS}; "
+            "it was taken to split text by Llama 3's pattern"
+        )
+    return (*notices, *_padding_notice(tokens + N_SPECIAL, vocab_size))
+
+
+def _sentencepiece_notices(data: bytes, vocab_size: int | None) -> tuple[str, ...]:
+    model = parse_model(data)
+    symbols = user_defined(model)
+    notices = []
+    if symbols and model.dummy_prefix:
+        notices.append(
+            f"{TOKENIZER_JSON}: has {len(symbols)} user-defined symbols ({', '.join(symbols[:4])}, …); around one of "
+            f"them in a text, spaces come out as Hugging Face tokenizers do it, not as {TOKENIZER_MODEL} does"
+        )
+    return (*notices, *_padding_notice(len(model.pieces), vocab_size))
+
+
+def _padding_notice(tokens: int, vocab_size: int | None) -> tuple[str, ...]:
+    if vocab_size is None or vocab_size <= tokens:
+        return ()
+    return (f"{TOKENIZER_JSON}: has {tokens} tokens, the embedding {vocab_size} rows; the rows behind have no token",)
