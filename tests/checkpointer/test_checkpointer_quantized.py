@@ -14,8 +14,8 @@ import transformers
 import ckpt_convert
 from ckpt_convert import Checkpointer
 from recipes.native_llama import NativeLlama
+from tests.checkpoint.quantizing import fp8_llama
 from tests.checkpointer.training import Trained, trainable
-from tests.convert.quantizing import fp8_llama
 from tests.helpers import Tensors, assert_same, edit_json, read_safetensors, sums
 
 

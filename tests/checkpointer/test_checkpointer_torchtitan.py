@@ -11,7 +11,7 @@ import torch.distributed.checkpoint as dcp
 import ckpt_convert
 from ckpt_convert import Checkpointer
 from tests.checkpointer.test_checkpointer_identity import load_and_save
-from tests.convert.containers.test_dcp import written
+from tests.containers.test_dcp import written
 from tests.convert.test_torchtitan import by_torch, halves
 from tests.helpers import GOLDEN, Tensors, assert_same, read_safetensors, sums
 

@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 import ckpt_convert
 from ckpt_convert.checkpoint.record import load
 from ckpt_convert.errors import ConfigError, KeyMismatchError, UsageError
-from tests.convert.containers.test_dcp import Box, written
+from tests.containers.test_dcp import Box, written
 from tests.helpers import GOLDEN, Tensors, assert_same, edit_json, read_safetensors, sums
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 
 import ckpt_convert
-from tests.convert.quantizing import fp8_blocks
+from tests.checkpoint.quantizing import fp8_blocks
 from tests.helpers import GOLDEN, Tensors, assert_same, edit_json, read_meta, read_safetensors, sums
 from tests.reliability.commands import run
 

@@ -15,7 +15,7 @@ from ckpt_convert.models.core import table_check
 from ckpt_convert.models.core.table import Dims, Family, Key, Row
 from ckpt_convert.models.llama.table import LLAMA
 from ckpt_convert.tensors.lazy import stored
-from tests.models.test_lazy import evaluate
+from tests.tensors.test_lazy import evaluate
 
 Arrays = dict[str, np.ndarray]  # type: ignore[type-arg]
 

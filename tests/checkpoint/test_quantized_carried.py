@@ -21,7 +21,7 @@ from ckpt_convert.checkpoint.quantized import schemes
 from ckpt_convert.checkpoint.quantized.recognise import Quantization
 from ckpt_convert.checkpoint.quantized.view import Dequantized
 from ckpt_convert.errors import CkptConvertError, ConfigError, KeyMismatchError, ShapeMismatchError, UsageError
-from tests.convert.quantizing import compressed_llama, edit, fp8_llama, gpt_oss, is_linear, write_index
+from tests.checkpoint.quantizing import compressed_llama, edit, fp8_llama, gpt_oss, is_linear, write_index
 from tests.helpers import GOLDEN, Tensors, assert_same, edit_json, read_safetensors, sums
 
 LLAMA = GOLDEN / "llama" / "hf"

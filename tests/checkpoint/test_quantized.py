@@ -28,7 +28,7 @@ from ckpt_convert.storage.reader import LocalFile
 from ckpt_convert.tensors import lazy
 from ckpt_convert.tensors.gather import Gatherer
 from ckpt_convert.tensors.lazy import LazyTensor
-from tests.convert.quantizing import (
+from tests.checkpoint.quantizing import (
     compressed_llama,
     edit,
     fp8_llama,
@@ -377,7 +377,7 @@ def test_a_cast_of_what_was_dequantised(tmp_path: Path) -> None:
 
 
 def test_scales_in_another_shard_than_their_weights(tmp_path: Path) -> None:
-    from tests.convert.quantizing import write_index
+    from tests.checkpoint.quantizing import write_index
 
     source = tmp_path / "source"
     numbers = fp8_llama(source)
