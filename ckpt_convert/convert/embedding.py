@@ -13,7 +13,7 @@ from ckpt_convert.checkpoint.checkpoint import Checkpoint
 from ckpt_convert.checkpoint.model import Model
 from ckpt_convert.convert import configs, sidefiles
 from ckpt_convert.convert.request import Request
-from ckpt_convert.models.core.config import read_rope
+from ckpt_convert.models.core.rope import read_rope
 from ckpt_convert.storage.reader import read_file
 
 _TOKENIZER_LIMIT = 1 << 28

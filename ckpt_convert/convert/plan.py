@@ -24,7 +24,7 @@ from ckpt_convert.convert.request import CASTABLE, CASTS, NARROW, Request
 from ckpt_convert.convert.sidefiles import SideFile
 from ckpt_convert.errors import ConfigError, CorruptFileError, ShapeMismatchError, UnsupportedFamilyError, UsageError
 from ckpt_convert.formats.base import DCP_INDEX, RECORD_FOLDER
-from ckpt_convert.models.core.config import read_rope
+from ckpt_convert.models.core.rope import read_rope
 from ckpt_convert.models.core.table import Dims, Instance
 from ckpt_convert.storage.checksums import digest
 from ckpt_convert.storage.names import JOURNAL

@@ -20,7 +20,7 @@ from ckpt_convert.checkpoint.model import Model
 from ckpt_convert.checkpoint.opening import in_memory
 from ckpt_convert.checkpoint.quantized import view
 from ckpt_convert.errors import ConfigError
-from ckpt_convert.models.core.config import read_rope
+from ckpt_convert.models.core.rope import read_rope
 from ckpt_convert.tensors import parallel
 from ckpt_convert.tensors.blocks import Meter, Mover, ProgressCallback, Read, difference, most
 from ckpt_convert.tensors.lazy import together

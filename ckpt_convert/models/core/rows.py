@@ -12,8 +12,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from math import prod
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
+from ckpt_convert.models.core.rope import RopeOrder, reordered
 from ckpt_convert.tensors.lazy import LazyTensor, concat, zeros
 
 FORMATS = ("hf", "meta", "native", "torchtitan")
@@ -22,10 +23,6 @@ _FORMATS = frozenset(FORMATS)
 IN_MEMORY = "transformers"
 """The column of what transformers has in memory, which is that of hf but for the rows that say otherwise. It is no
 format of files: transformers puts experts together when it loads them, and takes them apart when it saves them."""
-
-RopeOrder = Literal["half", "interleaved"]
-"""How the rows of a head are ordered. Rotary embedding turns pairs of rows (i, i + head_dim/2) in ``half`` order
-(Hugging Face's rotate_half) and (2i, 2i + 1) in ``interleaved`` order (Meta's complex numbers)."""
 
 Sets = Mapping[str, tuple[int, ...]]
 """Which numbers of a placeholder belong together, by the name of the set: the dense layers, those with experts."""
@@ -158,11 +155,11 @@ class Key:
 
         Of each head only the first ``rotary`` rows rotate, all of them where that is not given.
         """
-        return _reordered(tensor, heads, rotary, inverse=False) if self.rope == "interleaved" else tensor
+        return reordered(tensor, heads, rotary, inverse=False) if self.rope == "interleaved" else tensor
 
     def rows_to_logical(self, tensor: LazyTensor, heads: int, rotary: int | None = None) -> LazyTensor:
         """The inverse of ``rows_to_stored``."""
-        return _reordered(tensor, heads, rotary, inverse=True) if self.rope == "interleaved" else tensor
+        return reordered(tensor, heads, rotary, inverse=True) if self.rope == "interleaved" else tensor
 
     def part_shape(self, row: Row, dims: Mapping[str, int]) -> tuple[int, ...]:
         """The shape of what ``to_stored`` returns."""
@@ -266,19 +263,6 @@ def evaluate(expression: str, dims: Mapping[str, int]) -> int:
     for divisor in divisors:
         value //= divisor if isinstance(divisor, int) else dims[divisor]
     return value
-
-
-def _reordered(tensor: LazyTensor, heads: int, rotary: int | None, *, inverse: bool) -> LazyTensor:
-    """Rows from half to interleaved order, or back."""
-    rows, *rest = tensor.shape
-    head_dim = rows // heads
-    if rotary is None or rotary == head_dim:
-        pairs = (head_dim // 2, 2) if inverse else (2, head_dim // 2)
-        return tensor.reorder(0, (heads, *pairs), (0, 2, 1))
-    by_head = tensor.reshape((heads, head_dim, *rest))
-    first = by_head.narrow(1, 0, rotary).reshape((heads * rotary, *rest))
-    first = _reordered(first, heads, None, inverse=inverse).reshape((heads, rotary, *rest))
-    return concat([first, by_head.narrow(1, rotary, head_dim - rotary)], 1).reshape(tensor.shape)
 
 
 def _spread(tensor: LazyTensor, numbers: tuple[int, ...], size: int) -> LazyTensor:

@@ -15,9 +15,10 @@ from itertools import groupby, product
 from typing import Any, Literal
 
 from ckpt_convert.errors import ConfigError
-from ckpt_convert.models.core.config import CONFIG, ConfigOptions, Translated, partial_rotary_factor
+from ckpt_convert.models.core.config import CONFIG, ConfigOptions, Translated
 from ckpt_convert.models.core.entry import Entry, Instance, place
-from ckpt_convert.models.core.rows import FORMATS, IN_MEMORY, Dims, Key, RopeOrder, Row, Sets, evaluate, matches
+from ckpt_convert.models.core.rope import partial_rotary_factor
+from ckpt_convert.models.core.rows import FORMATS, IN_MEMORY, Dims, Key, Row, Sets, evaluate, matches
 
 __all__ = [
     "FORMATS",
@@ -28,7 +29,6 @@ __all__ = [
     "Instance",
     "Key",
     "Params",
-    "RopeOrder",
     "Row",
     "Sets",
     "evaluate",

@@ -11,21 +11,23 @@ from typing import Any, Literal
 from ckpt_convert.errors import ConfigError
 from ckpt_convert.models.core.config import (
     CONFIG,
-    DEFAULT_THETA,
     PARAMS,
-    SCALING_PARAMS_CANNOT_SAY,
     ConfigOptions,
-    Rope,
     Translated,
     agreed_vocab,
     base_dims,
     check_not_quantized,
-    check_plain_rope_parts,
     check_silu,
     optional_bool,
     optional_int,
-    read_rope,
     require_number,
+)
+from ckpt_convert.models.core.rope import (
+    DEFAULT_THETA,
+    SCALING_PARAMS_CANNOT_SAY,
+    Rope,
+    check_plain_rope_parts,
+    read_rope,
 )
 from ckpt_convert.models.llama.params import HARD_WIRED, params_to_hf
 from ckpt_convert.models.llama.releases import CODE, L1, L3_1, RELEASES, Release, ffn_width, matching

@@ -12,11 +12,9 @@ from typing import Any
 from ckpt_convert.errors import ConfigError, UsageError
 from ckpt_convert.models.core.config import (
     CONFIG,
-    DEFAULT_THETA,
     MAX_SIZE,
     PARAMS,
     ConfigOptions,
-    Rope,
     Translated,
     agreed_vocab,
     check_groups,
@@ -25,12 +23,11 @@ from ckpt_convert.models.core.config import (
     optional_bool,
     optional_int,
     optional_number,
-    read_rope,
     require_int,
     require_number,
-    rope_keys,
     unused_keys,
 )
+from ckpt_convert.models.core.rope import DEFAULT_THETA, Rope, read_rope, rope_keys
 from ckpt_convert.models.llama.releases import CODE, L3_1, RELEASES, Release, ffn_width, matching
 
 HARD_WIRED = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}

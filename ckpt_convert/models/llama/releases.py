@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ckpt_convert.models.core.config import DEFAULT_THETA, base_dims, read_rope
+from ckpt_convert.models.core.config import base_dims
+from ckpt_convert.models.core.rope import DEFAULT_THETA, read_rope
 
 
 @dataclass(frozen=True)

@@ -13,26 +13,22 @@ from ckpt_convert.errors import ConfigError, UsageError
 from ckpt_convert.models.core.config import (
     CONFIG,
     PARAMS,
-    SCALING_PARAMS_CANNOT_SAY,
     ConfigOptions,
-    Rope,
     Translated,
     agreed_vocab,
     check_groups,
     check_not_quantized,
-    check_plain_rope_parts,
     check_silu,
     divided_head_dim,
     optional_bool,
     optional_int,
     optional_mapping,
     optional_number,
-    read_rope,
     require_int,
     require_number,
-    rope_keys,
     unused_keys,
 )
+from ckpt_convert.models.core.rope import SCALING_PARAMS_CANNOT_SAY, Rope, check_plain_rope_parts, read_rope, rope_keys
 from ckpt_convert.models.llama4 import releases
 from ckpt_convert.models.llama4.config import (
     MOE_ARGS,

@@ -12,17 +12,13 @@ from typing import Any
 from ckpt_convert.errors import ConfigError, UsageError
 from ckpt_convert.models.core.config import (
     CONFIG,
-    DEFAULT_THETA,
     PARAMS,
-    SCALING_PARAMS_CANNOT_SAY,
     ConfigOptions,
-    Rope,
     Translated,
     agreed_vocab,
     base_dims,
     check_groups,
     check_not_quantized,
-    check_plain_rope_parts,
     check_silu,
     divided_head_dim,
     even_head_dim,
@@ -31,11 +27,17 @@ from ckpt_convert.models.core.config import (
     optional_mapping,
     optional_number,
     optional_str,
-    read_rope,
     require_int,
     require_number,
-    rope_keys,
     unused_keys,
+)
+from ckpt_convert.models.core.rope import (
+    DEFAULT_THETA,
+    SCALING_PARAMS_CANNOT_SAY,
+    Rope,
+    check_plain_rope_parts,
+    read_rope,
+    rope_keys,
 )
 
 TARGET = "a Mistral params.json"

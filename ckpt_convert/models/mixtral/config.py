@@ -16,9 +16,9 @@ from ckpt_convert.models.core.config import (
     Translated,
     optional_int,
     optional_mapping,
-    read_rope,
     require_int,
 )
+from ckpt_convert.models.core.rope import read_rope
 from ckpt_convert.models.mistral import config as mistral_config
 
 CLASS_EXPERTS = 8

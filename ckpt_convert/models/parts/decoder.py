@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ckpt_convert.models.core.table import FORMATS, RopeOrder, Row
+from ckpt_convert.models.core.rope import RopeOrder
+from ckpt_convert.models.core.table import FORMATS, Row
 from ckpt_convert.models.llama.table import LLAMA
 
 

@@ -14,7 +14,8 @@ import transformers
 import ckpt_convert
 from ckpt_convert.errors import ConfigError
 from ckpt_convert.models import FAMILIES
-from ckpt_convert.models.core.config import CONFIG, base_dims, optional_bool, rotary_dim
+from ckpt_convert.models.core.config import CONFIG, base_dims, optional_bool
+from ckpt_convert.models.core.rope import rotary_dim
 from ckpt_convert.models.core.table import Family, Key, Row
 from ckpt_convert.models.core.table_check import check
 from ckpt_convert.models.parts.decoder import ATTENTION, EMBEDDING, FFN, OUTPUT, columns

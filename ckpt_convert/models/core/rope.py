@@ -1,0 +1,159 @@
+"""RoPE, the rotary embedding: the two orders of a head's rows, and what a config.json says of it in either spelling."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ckpt_convert.errors import ConfigError
+from ckpt_convert.models.core.config import CONFIG, optional_mapping, optional_number, optional_str, require_number
+from ckpt_convert.tensors.lazy import LazyTensor, concat
+
+RopeOrder = Literal["half", "interleaved"]
+"""How the rows of a head are ordered. Rotary embedding turns pairs of rows (i, i + head_dim/2) in ``half`` order
+(Hugging Face's rotate_half) and (2i, 2i + 1) in ``interleaved`` order (Meta's complex numbers)."""
+
+DEFAULT_THETA = 10000.0
+"""The RoPE base of a model that does not say one, in transformers and in Meta's Llama 1 and 2 code alike."""
+
+SCALING_PARAMS_CANNOT_SAY = "remove the scaling from the model, or pass --drop-rope-scaling to leave it out"
+
+
+def reordered(tensor: LazyTensor, heads: int, rotary: int | None, *, inverse: bool) -> LazyTensor:
+    """Rows from half to interleaved order, or back."""
+    rows, *rest = tensor.shape
+    head_dim = rows // heads
+    if rotary is None or rotary == head_dim:
+        pairs = (head_dim // 2, 2) if inverse else (2, head_dim // 2)
+        return tensor.reorder(0, (heads, *pairs), (0, 2, 1))
+    by_head = tensor.reshape((heads, head_dim, *rest))
+    first = by_head.narrow(1, 0, rotary).reshape((heads * rotary, *rest))
+    first = reordered(first, heads, None, inverse=inverse).reshape((heads, rotary, *rest))
+    return concat([first, by_head.narrow(1, rotary, head_dim - rotary)], 1).reshape(tensor.shape)
+
+
+@dataclass(frozen=True)
+class Rope:
+    """The rotary embedding that a config.json describes.
+
+    theta: the base, None where the config does not say one. kind: "default", "linear", "llama3", "yarn", …
+    parameters: what else the config says of it (factor, low_freq_factor, …), without theta and kind.
+    notices: what a reader should know, such as two different thetas in one file.
+    """
+
+    theta: float | None
+    kind: str = "default"
+    parameters: dict[str, Any] = field(default_factory=dict)
+    notices: tuple[str, ...] = ()
+
+
+def read_rope(config: Mapping[str, Any]) -> Rope:
+    """The rotary embedding of a config.json, in the v4 spelling (rope_theta, rope_scaling) or v5's (rope_parameters).
+
+    Follows transformers 5 (``RotaryEmbeddingConfigMixin.convert_rope_params_to_dict`` and ``standardize_rope_params``
+    in 5.23): a non-empty rope_scaling replaces rope_parameters whole; rope_theta inside the one that counts wins over
+    the top-level rope_theta (transformers 4 reads only the latter, hence a notice where they differ), as does
+    partial_rotary_factor; ``type`` stands in for a missing ``rope_type``; for llama3, yarn and longrope a top-level
+    original_max_position_embeddings wins over the inner one, and max_position_embeddings stands in for both.
+
+    Raises ConfigError for values of the wrong type and for parameters nested per layer type.
+    """
+    scaling = optional_mapping(config, "rope_scaling", CONFIG)
+    key = "rope_scaling" if scaling else "rope_parameters"
+    inner = scaling or optional_mapping(config, "rope_parameters", CONFIG)
+    nested = sorted(name for name, value in inner.items() if isinstance(value, Mapping))
+    if nested:
+        raise ConfigError(f"{CONFIG}: {key} must hold one set of RoPE parameters, found one each for {nested}")
+    inside = f"{CONFIG}: {key}"
+    outer_theta = optional_number(config, "rope_theta", CONFIG)
+    inner_theta = optional_number(inner, "rope_theta", inside)
+    kind = optional_str(inner, "rope_type" if inner.get("rope_type") is not None else "type", inside, "default")
+    parameters = {name: value for name, value in inner.items() if name not in ("rope_theta", "rope_type", "type")}
+    if config.get("partial_rotary_factor") is not None:
+        parameters.setdefault("partial_rotary_factor", config["partial_rotary_factor"])
+    if kind in ("llama3", "yarn", "longrope"):
+        _fill_original_positions(config, parameters)
+    return Rope(
+        theta=outer_theta if inner_theta is None else inner_theta,
+        kind=kind,
+        parameters=parameters,
+        notices=_theta_conflict(outer_theta, inner_theta, key),
+    )
+
+
+def partial_rotary_factor(config: Mapping[str, Any]) -> float | None:
+    """Which part of each head rotates, where a config (or its text_config) says that it is not all of it."""
+    for part in (config, config.get("text_config")):
+        for said in _rope_settings(part):
+            factor = said.get("partial_rotary_factor")
+            if isinstance(factor, int | float) and factor != 1:
+                return float(factor)
+    return None
+
+
+def _rope_settings(config: object) -> Iterator[Mapping[str, Any]]:
+    """Where a config may say something of its RoPE: at the top, or in either spelling, for all layers or some."""
+    if not isinstance(config, Mapping):
+        return
+    yield config
+    for name in ("rope_parameters", "rope_scaling"):
+        inner = config.get(name)
+        if isinstance(inner, Mapping):
+            yield inner
+            yield from (one for one in inner.values() if isinstance(one, Mapping))
+
+
+def rotary_dim(config: Mapping[str, Any], head_dim: int, default: float = 1.0) -> int:
+    """How many rows of a head rotate: as transformers 5 has it, int(head_dim * partial_rotary_factor).
+
+    ``default`` is the factor of the model's config class. Raises ConfigError for a number that is odd, as RoPE turns
+    pairs of rows, or beyond the head.
+    """
+    stated = read_rope(config).parameters.get("partial_rotary_factor")
+    size = int(head_dim * (default if stated is None else require_number({"factor": stated}, "factor", CONFIG)))
+    if size % 2 or not 0 < size <= head_dim:
+        raise ConfigError(f"{CONFIG}: partial_rotary_factor {stated} of head_dim {head_dim} is no even part of it")
+    return size
+
+
+def rope_keys(rope: Rope) -> dict[str, Any]:
+    """The keys of a generated config.json that say ``rope`` in both spellings.
+
+    transformers 4.57 reads rope_theta and rope_scaling and takes a lone rope_parameters for theta 10000 unscaled,
+    without a warning; 5 reads all three to the same effect. Without a theta none is written.
+    """
+    theta = {} if rope.theta is None else {"rope_theta": rope.theta}
+    scaling = {"rope_type": rope.kind, **rope.parameters}
+    return {
+        **theta,
+        # 4.57 warns of keys in rope_scaling that the kind does not know, so theta stays outside.
+        "rope_scaling": None if rope.kind == "default" else scaling,
+        "rope_parameters": {**theta, **scaling},
+    }
+
+
+def check_plain_rope_parts(rope: Rope, target: str) -> None:
+    """Raise ConfigError for a RoPE that turns only a part of each head, which neither family's code can do."""
+    part = optional_number(rope.parameters, "partial_rotary_factor", CONFIG)
+    if part not in (None, 1.0):
+        raise ConfigError(
+            f"{CONFIG}: partial_rotary_factor must be 1 for {target}, found {part}; the target turns whole heads"
+        )
+
+
+def _fill_original_positions(config: Mapping[str, Any], parameters: dict[str, Any]) -> None:
+    key = "original_max_position_embeddings"
+    if config.get(key) is not None:
+        parameters[key] = config[key]
+    elif config.get("max_position_embeddings") is not None:
+        parameters.setdefault(key, config["max_position_embeddings"])
+
+
+def _theta_conflict(outer: float | None, inner: float | None, key: str) -> tuple[str, ...]:
+    if outer is None or inner is None or outer == inner:
+        return ()
+    return (
+        f"{CONFIG}: rope_theta is {outer:g} at the top and {inner:g} in {key}; took {inner:g}, as transformers 5 does "
+        "(transformers 4 takes the other)",
+    )
