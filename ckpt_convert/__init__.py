@@ -11,6 +11,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ckpt_convert._version import __version__ as __version__
+
 if TYPE_CHECKING:
     from ckpt_convert.adapters.adapter_config import AdapterConfig
     from ckpt_convert.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -43,8 +45,6 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from ckpt_convert.tensors.blocks import Progress
-
-__version__ = "0.1.0"
 
 _LAZY = {
     "Checkpoint": "ckpt_convert.checkpoint.checkpoint",

@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 import torch
 
-from ckpt_convert import __version__, formats
+from ckpt_convert import formats
+from ckpt_convert._version import __version__
 from ckpt_convert.checkpoint.checkpoint import Checkpoint
 from ckpt_convert.checkpointer import resuming
 from ckpt_convert.checkpointer.live import loading

@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from ckpt_convert import __version__
+from ckpt_convert._version import __version__
 from ckpt_convert.errors import CkptConvertError
 from ckpt_convert.models.core.table import FORMATS
 

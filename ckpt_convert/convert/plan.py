@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ckpt_convert import __version__, dtypes, formats
+from ckpt_convert import dtypes, formats
+from ckpt_convert._version import __version__
 from ckpt_convert.checkpoint import mapping, record
 from ckpt_convert.checkpoint.checklist import CHECKLIST
 from ckpt_convert.checkpoint.checkpoint import Checkpoint, WeightFile, open_checkpoint
