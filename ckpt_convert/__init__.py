@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ckpt_convert._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from ckpt_convert.adapters.adapter_config import AdapterConfig
+    from ckpt_convert.adapters.config import AdapterConfig
     from ckpt_convert.checkpoint.checkpoint import Checkpoint, open_checkpoint
     from ckpt_convert.checkpointer.checkpointer import Checkpointer
     from ckpt_convert.checkpointer.save.options import Final
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 _LAZY = {
     "Checkpoint": "ckpt_convert.checkpoint.checkpoint",
-    "AdapterConfig": "ckpt_convert.adapters.adapter_config",
+    "AdapterConfig": "ckpt_convert.adapters.config",
     "Checkpointer": "ckpt_convert.checkpointer.checkpointer",
     "CheckpointerCallback": "ckpt_convert.checkpointer.trainer",  # needs transformers, so not in __all__
     "Final": "ckpt_convert.checkpointer.save.options",

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ckpt_convert.adapters.adapter_config import AdapterConfig
-from ckpt_convert.adapters.adapter_modules import Modules
-from ckpt_convert.adapters.adapters import Split
+from ckpt_convert.adapters.config import AdapterConfig
+from ckpt_convert.adapters.modules import Modules
+from ckpt_convert.adapters.parameters import Split
 from ckpt_convert.errors import ConfigError, listing
 
 Numbers = np.ndarray[Any, Any]

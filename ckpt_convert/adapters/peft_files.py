@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from ckpt_convert.adapters.adapter_config import AdapterConfig
-from ckpt_convert.adapters.adapter_modules import Modules
-from ckpt_convert.adapters.adapters import PEFT_PREFIX, Adapter, Split, split, translated
+from ckpt_convert.adapters.config import AdapterConfig
+from ckpt_convert.adapters.modules import Modules
+from ckpt_convert.adapters.parameters import PEFT_PREFIX, Adapter, Split, split, translated
 from ckpt_convert.checkpoint.checkpoint import open_checkpoint
 from ckpt_convert.containers import safetensors
 from ckpt_convert.dtypes import FROM_TORCH

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from ckpt_convert.adapters.adapter_config import AdapterConfig
-from ckpt_convert.adapters.adapter_modules import Modules
-from ckpt_convert.adapters.adapters import split
+from ckpt_convert.adapters.config import AdapterConfig
 from ckpt_convert.adapters.merge import Merge, MergedReader, merged_rows, merges
+from ckpt_convert.adapters.modules import Modules
+from ckpt_convert.adapters.parameters import split
 from ckpt_convert.adapters.peft_files import CONFIG, WEIGHTS, Loaded, files, from_peft, load_into, to_peft
 from ckpt_convert.errors import (
     CheckpointNotFoundError,

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from ckpt_convert.adapters.adapter_config import AdapterConfig
-from ckpt_convert.adapters.adapter_modules import Modules
-from ckpt_convert.adapters.adapters import Adapter, Split, split
+from ckpt_convert.adapters.config import AdapterConfig
 from ckpt_convert.adapters.merge import merges
+from ckpt_convert.adapters.modules import Modules
+from ckpt_convert.adapters.parameters import Adapter, Split, split
 from ckpt_convert.adapters.peft_files import CONFIG, WEIGHTS, files, from_peft, load_into, to_peft
 from ckpt_convert.errors import ConfigError, KeyMismatchError
 from ckpt_convert.models import FAMILIES

@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import ckpt_convert
-from ckpt_convert.adapters.adapter_config import AdapterConfig
+from ckpt_convert.adapters.config import AdapterConfig
 from ckpt_convert.analysis.check.run import check
 from ckpt_convert.analysis.diff.compare import compare
 from ckpt_convert.checkpoint import unknown

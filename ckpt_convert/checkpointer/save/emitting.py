@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 import torch
 
-from ckpt_convert.adapters.adapter_config import AdapterConfig
-from ckpt_convert.adapters.adapter_modules import Modules
-from ckpt_convert.adapters.adapters import Adapter, Split, split
+from ckpt_convert.adapters.config import AdapterConfig
 from ckpt_convert.adapters.merge import MergedReader, merges
+from ckpt_convert.adapters.modules import Modules
+from ckpt_convert.adapters.parameters import Adapter, Split, split
 from ckpt_convert.adapters.peft_files import files as peft_files
 from ckpt_convert.adapters.peft_files import from_peft, load_into, to_peft
 from ckpt_convert.checkpoint import legacy_keys, record

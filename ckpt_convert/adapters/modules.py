@@ -8,7 +8,7 @@ from functools import cached_property
 
 import torch
 
-from ckpt_convert.adapters.adapter_config import ALL_LINEAR, fits
+from ckpt_convert.adapters.config import ALL_LINEAR, fits
 from ckpt_convert.convert.state_dict import make
 from ckpt_convert.errors import UnsupportedFamilyError
 from ckpt_convert.models.core.table import Family, Instance

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import torch
 
-from ckpt_convert.adapters.adapter_config import AdapterConfig, plain_pattern
-from ckpt_convert.adapters.adapter_modules import Modules
+from ckpt_convert.adapters.config import AdapterConfig, plain_pattern
+from ckpt_convert.adapters.modules import Modules
 from ckpt_convert.errors import CkptConvertError, ConfigError, KeyMismatchError, ShapeMismatchError, listing
 
 PEFT_PREFIX = "base_model.model."
