@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ckpt_convert import containers
-from ckpt_convert.checkpoint.checkpoint import Checkpoint, WeightFile
+from ckpt_convert.checkpoint.checkpoint import Checkpoint
 from ckpt_convert.checkpoint.record import Layout, LayoutFile
+from ckpt_convert.containers.build import anew
 from ckpt_convert.containers.dcp import dcp
-from ckpt_convert.convert.layout import anew
 from ckpt_convert.formats.base import DCP_INDEX, JSON_LIMIT, load_json, render_json
 from ckpt_convert.storage.reader import LocalFile, RangeReader, read_file
-from ckpt_convert.tensors.header import Header
+from ckpt_convert.tensors.header import Header, WeightFile
 
 
 def layout_of(checkpoint: Checkpoint, *, literal: bool) -> Layout:

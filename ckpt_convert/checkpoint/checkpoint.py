@@ -17,9 +17,8 @@ from ckpt_convert.checkpoint.findings import Finding
 from ckpt_convert.checkpoint.legacy_keys import Names
 from ckpt_convert.checkpoint.mapping import Source
 from ckpt_convert.checkpoint.model import Model, is_bare, model_of, names_of
-from ckpt_convert.checkpoint.opening import WeightFile, by_keys, detect
 from ckpt_convert.checkpoint.record import Layout, Record
-from ckpt_convert.checkpoint.tensors import Part, TensorInfo, assembled, describe
+from ckpt_convert.checkpoint.tensors import TensorInfo, assembled, describe
 from ckpt_convert.dtypes import DTYPES
 from ckpt_convert.errors import (
     AmbiguousFormatError,
@@ -41,26 +40,13 @@ from ckpt_convert.storage import hub
 from ckpt_convert.storage.names import JOURNAL, local_path, resolve
 from ckpt_convert.storage.reader import Identity, LocalFile, exists, identify, identities, read, reading
 from ckpt_convert.tensors.bulk import without_collector
-from ckpt_convert.tensors.header import StoredTensor
+from ckpt_convert.tensors.header import StoredTensor, WeightFile
 from ckpt_convert.tensors.lazy import LazyTensor, concat, stored
 
 if TYPE_CHECKING:
     import torch
 
     from ckpt_convert.checkpoint.quantized.recognise import Quantization
-
-__all__ = [
-    "Checkpoint",
-    "Part",
-    "TensorInfo",
-    "WeightFile",
-    "by_keys",
-    "detect",
-    "open_checkpoint",
-    "read_checkpoint",
-    "tensors_of",
-    "usual_dtype",
-]
 
 _ADVICE = {
     "peft": "merge the adapter into its base model first (peft's merge_and_unload), then convert that",

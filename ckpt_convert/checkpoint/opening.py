@@ -18,8 +18,8 @@ from ckpt_convert.formats.hf import another_set
 from ckpt_convert.models import FAMILIES
 from ckpt_convert.storage import hub, pointer
 from ckpt_convert.storage.names import WEIGHT_SUFFIXES, resolve
-from ckpt_convert.storage.reader import Closing, LocalFile, RangeReader
-from ckpt_convert.tensors.header import SLICES, Header
+from ckpt_convert.storage.reader import Closing, LocalFile
+from ckpt_convert.tensors.header import SLICES, WeightFile
 
 _ANY_SUFFIX = (*WEIGHT_SUFFIXES, ".ckpt")
 _GGUF = ".gguf"
@@ -31,17 +31,6 @@ _SHARD = re.compile(r"-(\d{1,9})-of-(\d{1,9})\.\w+$")
 
 _LOOSE = "weight files without config.json"
 WRITTEN_BY_DCP = "written by torch.distributed.checkpoint"
-
-
-@dataclass(frozen=True, eq=False)
-class WeightFile:
-    """An open weight file: its name in the checkpoint, its rank, and its header."""
-
-    name: str
-    rank: int
-    path: Path
-    reader: RangeReader
-    header: Header
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
-from ckpt_convert.checkpoint.opening import WeightFile
-from ckpt_convert.tensors.header import StoredTensor
+from ckpt_convert.tensors.header import StoredTensor, WeightFile
 from ckpt_convert.tensors.lazy import LazyTensor, Tile, stored
 
 

@@ -16,8 +16,9 @@ from ckpt_convert.formats import peft
 
 if TYPE_CHECKING:
     from ckpt_convert.analysis.stats.stats import TensorStats
-    from ckpt_convert.checkpoint.checkpoint import Checkpoint, Part, TensorInfo
+    from ckpt_convert.checkpoint.checkpoint import Checkpoint
     from ckpt_convert.checkpoint.model import Model
+    from ckpt_convert.checkpoint.tensors import Part, TensorInfo
 
 SCHEMA = 1
 

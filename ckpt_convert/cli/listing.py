@@ -13,8 +13,8 @@ from ckpt_convert.cli.view import Order, View, matching, missing, ordered, share
 from ckpt_convert.errors import CkptConvertError
 
 if TYPE_CHECKING:
-    from ckpt_convert.checkpoint.checkpoint import TensorInfo, WeightFile
-    from ckpt_convert.tensors.header import StoredTensor
+    from ckpt_convert.checkpoint.tensors import TensorInfo
+    from ckpt_convert.tensors.header import StoredTensor, WeightFile
 
 
 def body(facts: Facts, view: View) -> Iterator[str]:

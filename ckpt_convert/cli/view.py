@@ -15,7 +15,7 @@ from ckpt_convert.cli.text import Labelled, bar, escape, human_bytes, human_coun
 from ckpt_convert.formats.base import RECORD_FOLDER
 
 if TYPE_CHECKING:
-    from ckpt_convert.checkpoint.checkpoint import TensorInfo
+    from ckpt_convert.checkpoint.tensors import TensorInfo
 
 SORTS = {"name": False, "size": True, "offset": False}
 """What can be sorted by, and whether the largest comes first unless asked otherwise."""

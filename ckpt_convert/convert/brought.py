@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ckpt_convert.checkpoint import mapping
-from ckpt_convert.checkpoint.checkpoint import Checkpoint, WeightFile, tensors_of
+from ckpt_convert.checkpoint.checkpoint import Checkpoint, tensors_of
 from ckpt_convert.checkpoint.mapping import Earlier, Equality, Logical, Logicals, Source
 from ckpt_convert.checkpoint.model import Model
 from ckpt_convert.convert.request import Request
 from ckpt_convert.models.core.table import Instance
-from ckpt_convert.tensors.header import StoredTensor
+from ckpt_convert.tensors.header import StoredTensor, WeightFile
 from ckpt_convert.tensors.lazy import stored
 
 

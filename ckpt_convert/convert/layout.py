@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import PurePosixPath
 
 from ckpt_convert import dtypes
 from ckpt_convert.checkpoint.mapping import Earlier, Equality, Target
 from ckpt_convert.checkpoint.record import Layout
-from ckpt_convert.containers import safetensors
-from ckpt_convert.containers.dcp import dcp_build
-from ckpt_convert.containers.torch_zip import torchzip
+from ckpt_convert.containers.build import has_pieces, of_specs
 from ckpt_convert.errors import UsageError
 from ckpt_convert.tensors.header import FileLayout, Header, StoredTensor
 from ckpt_convert.tensors.lazy import LazyTensor
-
-Spec = tuple[str, str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +69,7 @@ def like(
         return None
     out = []
     exactly = True
-    whole = all(file.file_layout is not None or not _pieces(file.header) for file in layout.files)
+    whole = all(file.file_layout is not None or not has_pieces(file.header) for file in layout.files)
     if not whole:
         return None
     for file in layout.files:
@@ -86,7 +81,7 @@ def like(
             for tensor, target in zip(file.header.tensors, chosen, strict=True)
         )
         if exact is None or not same:
-            if _pieces(file.header):
+            if has_pieces(file.header):
                 return None
             exactly = False
             container = "torch" if file.header.kind == "legacy" else file.header.kind
@@ -109,16 +104,6 @@ def build(assignment: Assignment, dtype_of: Mapping[str, str]) -> FileLayout:
     return of_specs(assignment.name, assignment.container, specs, assignment.metadata)
 
 
-def of_specs(name: str, container: str, specs: Sequence[Spec], metadata: Mapping[str, str]) -> FileLayout:
-    """Everything of a new container file, called ``name``, for tensors of these keys, dtypes and shapes."""
-    if container == "safetensors":
-        # Wider elements first, so that every tensor is aligned to its element size.
-        return safetensors.build(sorted(specs, key=lambda spec: -dtypes.DTYPES[spec[1]].bits), metadata)
-    if container == "dcp":
-        return dcp_build.build(specs)
-    return torchzip.build(specs, root=PurePosixPath(name).stem)
-
-
 def _placed(name: str, rank: int, layout: FileLayout, targets: Mapping[str, Target]) -> OutputFile:
     placed = []
     taken: set[tuple[int, int]] = set()
@@ -133,19 +118,6 @@ def _placed(name: str, rank: int, layout: FileLayout, targets: Mapping[str, Targ
             earlier = replace(earlier, tensor=_as_stored(earlier.tensor, tensor))
         placed.append(Placed(tensor.key, tensor.dtype, target.dtype, tensor.offset, lazy, nbytes, earlier))
     return OutputFile(name, rank, layout, tuple(placed))
-
-
-def anew(name: str, header: Header) -> FileLayout | None:
-    """A new file for the tensors of a header, in its order; None for pieces, which are nothing by themselves."""
-    if _pieces(header):
-        return None
-    specs = [(tensor.key, tensor.dtype, tensor.shape) for tensor in header.tensors]
-    return of_specs(name, "torch" if header.kind == "legacy" else header.kind, specs, header.metadata)
-
-
-def _pieces(header: Header) -> bool:
-    """Whether a file holds pieces of tensors whose others lie elsewhere."""
-    return any(tensor.box is not None for tensor in header.tensors)
 
 
 def _as_stored(tensor: LazyTensor, place: StoredTensor) -> LazyTensor:

@@ -12,7 +12,7 @@ from ckpt_convert import dtypes, formats
 from ckpt_convert._version import __version__
 from ckpt_convert.checkpoint import mapping, record
 from ckpt_convert.checkpoint.checklist import CHECKLIST
-from ckpt_convert.checkpoint.checkpoint import Checkpoint, WeightFile, open_checkpoint
+from ckpt_convert.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from ckpt_convert.checkpoint.mapping import Equality, Logical, Logicals, Source, Target
 from ckpt_convert.checkpoint.model import Model, naming
 from ckpt_convert.checkpoint.opening import close
@@ -33,7 +33,7 @@ from ckpt_convert.storage.reader import Identity, compare, identify, reading
 from ckpt_convert.tensors.blocks import BLOCK
 from ckpt_convert.tensors.bulk import without_collector
 from ckpt_convert.tensors.gather import SCRATCH
-from ckpt_convert.tensors.header import IN_MEMORY, StoredTensor
+from ckpt_convert.tensors.header import IN_MEMORY, StoredTensor, WeightFile
 from ckpt_convert.tensors.lazy import LazyTensor, zeros
 
 _BASE_MEMORY = 40_000_000

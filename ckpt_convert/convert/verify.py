@@ -7,14 +7,14 @@ from dataclasses import replace
 
 from ckpt_convert import dtypes
 from ckpt_convert.checkpoint import mapping
-from ckpt_convert.checkpoint.checkpoint import Checkpoint, WeightFile, tensors_of
+from ckpt_convert.checkpoint.checkpoint import Checkpoint, tensors_of
 from ckpt_convert.checkpoint.mapping import Logical, Source
 from ckpt_convert.convert.plan import Plan, target_dtype
 from ckpt_convert.errors import VerificationError, listing
 from ckpt_convert.models.core.table import Instance
 from ckpt_convert.tensors import lazy
 from ckpt_convert.tensors.blocks import Meter, Mover, ProgressCallback, Read, difference, spread
-from ckpt_convert.tensors.header import StoredTensor
+from ckpt_convert.tensors.header import StoredTensor, WeightFile
 
 
 def verify(plan: Plan, output: Checkpoint, *, workers: int, progress: ProgressCallback | None = None) -> int:

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import numpy as np
 
 from ckpt_convert import dtypes
-from ckpt_convert.checkpoint.checkpoint import WeightFile
 from ckpt_convert.tensors.gather import Gatherer
-from ckpt_convert.tensors.header import StoredTensor
+from ckpt_convert.tensors.header import StoredTensor, WeightFile
 from ckpt_convert.tensors.lazy import LazyTensor, together
 
 if TYPE_CHECKING:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 from ckpt_convert import dtypes
+from ckpt_convert.storage.reader import RangeReader
 
 IN_MEMORY = "memory"
 """The kind of what is no file, but a tensor in memory."""
@@ -78,6 +80,17 @@ class Header:
     objects: Mapping[str, str] = field(default_factory=dict)
     checksummed: tuple[Checksummed, ...] = ()
     foreign: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class WeightFile:
+    """An open weight file: its name in the checkpoint, its rank, and its header."""
+
+    name: str
+    rank: int
+    path: Path
+    reader: RangeReader
+    header: Header
 
 
 @dataclass(frozen=True)

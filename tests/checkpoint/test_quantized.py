@@ -18,7 +18,6 @@ from torch.distributed.checkpoint.quantized_hf_storage import QuantizedHuggingFa
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import ckpt_convert
-from ckpt_convert.checkpoint.opening import WeightFile
 from ckpt_convert.checkpoint.quantized import fp8, mxfp4, reading, schemes
 from ckpt_convert.checkpoint.quantized.files import ComputedFile
 from ckpt_convert.checkpoint.quantized.reading import Rows, bfloat16
@@ -27,6 +26,7 @@ from ckpt_convert.checkpoint.quantized.view import _described, dequantized
 from ckpt_convert.storage.reader import LocalFile
 from ckpt_convert.tensors import lazy
 from ckpt_convert.tensors.gather import Gatherer
+from ckpt_convert.tensors.header import WeightFile
 from ckpt_convert.tensors.lazy import LazyTensor
 from tests.checkpoint.quantizing import (
     compressed_llama,

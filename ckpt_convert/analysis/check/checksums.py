@@ -13,7 +13,6 @@ from ckpt_convert.analysis.check.tolerant import Opened, relative
 from ckpt_convert.checkpoint import checklist
 from ckpt_convert.checkpoint.checklist import CHECKLIST
 from ckpt_convert.checkpoint.findings import Finding, Severity, failed
-from ckpt_convert.checkpoint.opening import WeightFile
 from ckpt_convert.checkpoint.record import MANIFEST, Record
 from ckpt_convert.containers.dcp import dcp
 from ckpt_convert.errors import CkptConvertError, UnsafeFileError
@@ -21,6 +20,7 @@ from ckpt_convert.formats.base import RECORD_FOLDER
 from ckpt_convert.storage.checksums import CRC64, XXH3, digest, digest_file
 from ckpt_convert.storage.names import WEIGHT_SUFFIXES, resolve
 from ckpt_convert.storage.reader import LocalFile, RangeReader, read
+from ckpt_convert.tensors.header import WeightFile
 
 _CHANGED = (
     "edited or damaged: copy or convert it again; if the change was meant, move the folder ckpt_convert elsewhere, "

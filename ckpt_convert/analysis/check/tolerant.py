@@ -12,7 +12,7 @@ from ckpt_convert.analysis.check.container import survey
 from ckpt_convert.checkpoint import record
 from ckpt_convert.checkpoint.checkpoint import Checkpoint
 from ckpt_convert.checkpoint.findings import Finding, failed
-from ckpt_convert.checkpoint.opening import WeightFile, by_keys, detect, everything, open_files, place
+from ckpt_convert.checkpoint.opening import by_keys, detect, everything, open_files, place
 from ckpt_convert.errors import (
     CheckpointNotFoundError,
     CkptConvertError,
@@ -26,6 +26,7 @@ from ckpt_convert.formats.hf import another_set, plain_names
 from ckpt_convert.models import FAMILIES
 from ckpt_convert.storage.names import JOURNAL, WEIGHT_SUFFIXES, check_name, local_path, resolve
 from ckpt_convert.storage.reader import LocalFile, unreadable
+from ckpt_convert.tensors.header import WeightFile
 
 if TYPE_CHECKING:
     from ckpt_convert.checkpoint.record import Record

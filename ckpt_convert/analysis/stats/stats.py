@@ -10,12 +10,14 @@ import xxhash
 
 from ckpt_convert import dtypes
 from ckpt_convert.analysis.stats.numeric import Stats, Summary
-from ckpt_convert.checkpoint.checkpoint import Checkpoint, TensorInfo, WeightFile
+from ckpt_convert.checkpoint.checkpoint import Checkpoint
+from ckpt_convert.checkpoint.tensors import TensorInfo
 from ckpt_convert.errors import CorruptFileError
 from ckpt_convert.tensors import parallel
 from ckpt_convert.tensors.blocks import BLOCK, Meter, ProgressCallback
 from ckpt_convert.tensors.decode import Array
 from ckpt_convert.tensors.gather import Gatherer
+from ckpt_convert.tensors.header import WeightFile
 from ckpt_convert.tensors.lazy import LazyTensor, stored
 
 

@@ -14,8 +14,7 @@ from ckpt_convert.errors import ConfigError, UnsafeFileError
 
 if TYPE_CHECKING:
     from ckpt_convert.checkpoint.checkpoint import Checkpoint
-    from ckpt_convert.checkpoint.opening import WeightFile
-    from ckpt_convert.tensors.header import StoredTensor
+    from ckpt_convert.tensors.header import StoredTensor, WeightFile
 
 CHECK = "quantised"
 """The check that findings are of."""

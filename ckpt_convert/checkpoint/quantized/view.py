@@ -10,16 +10,15 @@ from typing import Any
 
 from ckpt_convert.checkpoint.checkpoint import Checkpoint, usual_dtype
 from ckpt_convert.checkpoint.model import Model
-from ckpt_convert.checkpoint.opening import WeightFile
 from ckpt_convert.checkpoint.quantized import schemes
 from ckpt_convert.checkpoint.quantized.files import Computed, ComputedFile, Make
 from ckpt_convert.checkpoint.quantized.recognise import CONFIGS, Quantization, Quantized
 from ckpt_convert.checkpoint.record import Layout, LayoutFile
-from ckpt_convert.convert.layout import of_specs
+from ckpt_convert.containers.build import of_specs
 from ckpt_convert.errors import ConfigError, UsageError
 from ckpt_convert.formats.base import render_index
 from ckpt_convert.tensors.bulk import without_collector
-from ckpt_convert.tensors.header import StoredTensor
+from ckpt_convert.tensors.header import StoredTensor, WeightFile
 from ckpt_convert.tensors.lazy import row_major
 
 DTYPES = {"bfloat16": "BF16", "float32": "F32"}

@@ -11,12 +11,11 @@ import torch
 from torch import nn
 
 from ckpt_convert.checkpoint.mapping import Source
-from ckpt_convert.checkpoint.opening import WeightFile
 from ckpt_convert.convert.plan import Live
 from ckpt_convert.dtypes import FROM_TORCH
 from ckpt_convert.errors import KeyMismatchError, UsageError, listing
 from ckpt_convert.storage.reader import RangeReader
-from ckpt_convert.tensors.header import IN_MEMORY, Header, StoredTensor
+from ckpt_convert.tensors.header import IN_MEMORY, Header, StoredTensor, WeightFile
 from ckpt_convert.tensors.lazy import stored
 
 Model = nn.Module | Mapping[str, Any]

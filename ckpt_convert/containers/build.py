@@ -1,0 +1,38 @@
+"""New container files: everything of a file that is no tensor, made from the tensors that it is to hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import PurePosixPath
+
+from ckpt_convert import dtypes
+from ckpt_convert.containers import safetensors
+from ckpt_convert.containers.dcp import dcp_build
+from ckpt_convert.containers.torch_zip import torchzip
+from ckpt_convert.tensors.header import FileLayout, Header
+
+Spec = tuple[str, str, tuple[int, ...]]
+"""Key, dtype and shape of a tensor."""
+
+
+def of_specs(name: str, container: str, specs: Sequence[Spec], metadata: Mapping[str, str]) -> FileLayout:
+    """Everything of a new container file, called ``name``, for tensors of these keys, dtypes and shapes."""
+    if container == "safetensors":
+        # Wider elements first, so that every tensor is aligned to its element size.
+        return safetensors.build(sorted(specs, key=lambda spec: -dtypes.DTYPES[spec[1]].bits), metadata)
+    if container == "dcp":
+        return dcp_build.build(specs)
+    return torchzip.build(specs, root=PurePosixPath(name).stem)
+
+
+def anew(name: str, header: Header) -> FileLayout | None:
+    """A new file for the tensors of a header, in its order; None for pieces, which are nothing by themselves."""
+    if has_pieces(header):
+        return None
+    specs = [(tensor.key, tensor.dtype, tensor.shape) for tensor in header.tensors]
+    return of_specs(name, "torch" if header.kind == "legacy" else header.kind, specs, header.metadata)
+
+
+def has_pieces(header: Header) -> bool:
+    """Whether a file holds pieces of tensors whose others lie elsewhere."""
+    return any(tensor.box is not None for tensor in header.tensors)
