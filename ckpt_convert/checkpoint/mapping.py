@@ -1,6 +1,6 @@
 """Reading stored tensors through one column of a family's table, and writing them through another.
 
-Nothing here touches a byte: tensors are lazy (``models.lazy``), so the same code serves files and tensors in memory.
+Nothing here touches a byte: tensors are lazy (``tensors.lazy``), so the same code serves files and tensors in memory.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from ckpt_convert.errors import ConfigError, KeyMismatchError, UnsafeFileError, 
 from ckpt_convert.formats.base import load_json
 from ckpt_convert.models import FAMILIES, Family
 from ckpt_convert.models.core.config import ConfigOptions, type_of
+from ckpt_convert.models.core.params import Weights
 from ckpt_convert.models.core.table import Dims
 
 if TYPE_CHECKING:
@@ -284,7 +285,7 @@ def _identify(
         raise UnsupportedFamilyError(f"{where}: family {found.name} has no params.json")
     sizes = _sizes(found, where, format, ranks)
     shapes = {key: source.shape for key, source in ranks[0].items()}
-    translated = found.params.to_hf(content, options, tied=tied is not False, shapes=shapes, **sizes)
+    translated = found.params.to_hf(content, Weights(**sizes, tied=tied is not False, shapes=shapes), options)
     style = found.params.style_of(content) if found.params.style_of is not None else None
     if style is not None:
         recorded = replace(recorded, embedding_cut=int(style[0] == "llama2"))

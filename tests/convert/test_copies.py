@@ -12,6 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ckpt_convert import ConfigError, TiedWeightsError, convert, open_checkpoint
+from ckpt_convert.models.core.params import Weights
 from ckpt_convert.models.llama import params as llama_params
 from ckpt_convert.models.llama import releases as llama_releases
 from ckpt_convert.models.llama.params import params_to_hf
@@ -143,10 +144,10 @@ def test_params_json_of_the_release_for_16_ranks() -> None:
         "ffn_dim_multiplier": 1.2, "multiple_of": 4096, "norm_eps": 1e-05, "rope_theta": 500000.0,
         "use_scaled_rope": True,
     }  # fmt: skip
-    assert params_to_hf(params, vocab_size=None).content["num_key_value_heads"] == 8
-    assert params_to_hf({**params, "n_kv_heads": 8}, vocab_size=None).content["num_key_value_heads"] == 8
+    assert params_to_hf(params, Weights(vocab_size=None)).content["num_key_value_heads"] == 8
+    assert params_to_hf({**params, "n_kv_heads": 8}, Weights(vocab_size=None)).content["num_key_value_heads"] == 8
     # The same number of heads as no release has: they are all different.
-    found = params_to_hf({**params, "n_layers": 125}, vocab_size=None)
+    found = params_to_hf({**params, "n_layers": 125}, Weights(vocab_size=None))
     assert found.content["num_key_value_heads"] == 16
     assert not any("copies" in notice for notice in found.notices)
 

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ckpt_convert.errors import ConfigError
-from ckpt_convert.models.core.config import CONFIG, optional_mapping, optional_number, optional_str, require_number
+from ckpt_convert.errors import ConfigError, UsageError
+from ckpt_convert.models.core.config import (
+    CONFIG,
+    PARAMS,
+    ConfigOptions,
+    optional_bool,
+    optional_mapping,
+    optional_number,
+    optional_str,
+    require_number,
+)
 from ckpt_convert.tensors.lazy import LazyTensor, concat
 
 RopeOrder = Literal["half", "interleaved"]
@@ -16,8 +25,6 @@ RopeOrder = Literal["half", "interleaved"]
 
 DEFAULT_THETA = 10000.0
 """The RoPE base of a model that does not say one, in transformers and in Meta's Llama 1 and 2 code alike."""
-
-SCALING_PARAMS_CANNOT_SAY = "remove the scaling from the model, or pass --drop-rope-scaling to leave it out"
 
 
 def reordered(tensor: LazyTensor, heads: int, rotary: int | None, *, inverse: bool) -> LazyTensor:
@@ -133,13 +140,75 @@ def rope_keys(rope: Rope) -> dict[str, Any]:
     }
 
 
-def check_plain_rope_parts(rope: Rope, target: str) -> None:
-    """Raise ConfigError for a RoPE that turns only a part of each head, which neither family's code can do."""
+def expressible(
+    config: Mapping[str, Any],
+    options: ConfigOptions,
+    target: str,
+    problem: Callable[[Rope], str | None],
+    where: str = CONFIG,
+) -> tuple[Rope, tuple[str, ...]]:
+    """The RoPE of a config.json as a params.json can say it, with a notice where its scaling was left out as asked.
+
+    ``problem`` says in words what the params.json cannot say of it. Raises ConfigError for what nobody asked to leave
+    out, and for a RoPE that turns only a part of each head.
+    """
+    rope = read_rope(config)
     part = optional_number(rope.parameters, "partial_rotary_factor", CONFIG)
     if part not in (None, 1.0):
         raise ConfigError(
             f"{CONFIG}: partial_rotary_factor must be 1 for {target}, found {part}; the target turns whole heads"
         )
+    said = problem(rope)
+    if said is None:
+        return rope, ()
+    if not options.drop_rope_scaling:
+        raise ConfigError(
+            f"{where}: {said}; remove the scaling from the model, or pass --drop-rope-scaling to leave it out"
+        )
+    return Rope(rope.theta, notices=rope.notices), (f"{where}: {said}; the scaling was left out as asked",)
+
+
+def scaling_problem(rope: Rope, wired: Mapping[str, float], target: str) -> str | None:
+    """Why Meta's code, which has these parameters of a scaling written into it, cannot have this RoPE, or None."""
+    if rope.kind == "default":
+        return None
+    if rope.kind != "llama3":
+        return f'rope_type must be "default" or "llama3" for {target}, found {rope.kind!r}'
+    for key, value in wired.items():
+        if rope.parameters.get(key) != value:
+            return f"rope_scaling's {key} must be {value:g}, as in Meta's code, found {rope.parameters.get(key)!r}"
+    return None
+
+
+def theta_of_params(params: Mapping[str, Any], options: ConfigOptions) -> float | None:
+    """The base that a params.json or an option says, None where neither does; UsageError where they differ."""
+    said = optional_number(params, "rope_theta", PARAMS)
+    if said is not None and options.rope_theta not in (None, said):
+        raise UsageError(f"--rope-theta {options.rope_theta:g} contradicts {PARAMS}, whose rope_theta is {said:g}")
+    return options.rope_theta if said is None else said
+
+
+def rope_of_params(
+    params: Mapping[str, Any],
+    options: ConfigOptions,
+    theta: float,
+    scaling: Callable[[], tuple[dict[str, Any], tuple[str, ...]]],
+) -> tuple[Rope, tuple[str, ...]]:
+    """The RoPE that Meta's code makes of a params.json; ``scaling`` gives its parameters where it is scaled.
+
+    Raises UsageError for a rope_factor where RoPE is not scaled.
+    """
+    if not optional_bool(params, "use_scaled_rope", PARAMS, False):
+        if options.rope_factor is not None:
+            raise UsageError(
+                f"--rope-factor {options.rope_factor:g} has no use: {PARAMS} does not say use_scaled_rope, "
+                "so RoPE is not scaled"
+            )
+        return Rope(theta), ()
+    if options.drop_rope_scaling:
+        return Rope(theta), (f"{PARAMS}: use_scaled_rope is true; the scaling was left out as asked",)
+    parameters, notices = scaling()
+    return Rope(theta, "llama3", parameters), notices
 
 
 def _fill_original_positions(config: Mapping[str, Any], parameters: dict[str, Any]) -> None:

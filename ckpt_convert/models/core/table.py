@@ -12,11 +12,12 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby, product
-from typing import Any, Literal
+from typing import Any
 
 from ckpt_convert.errors import ConfigError
-from ckpt_convert.models.core.config import CONFIG, ConfigOptions, Translated
+from ckpt_convert.models.core.config import CONFIG
 from ckpt_convert.models.core.entry import Entry, Instance, place
+from ckpt_convert.models.core.params import Params
 from ckpt_convert.models.core.rope import partial_rotary_factor
 from ckpt_convert.models.core.rows import FORMATS, IN_MEMORY, Dims, Key, Row, Sets, evaluate, matches
 
@@ -28,7 +29,6 @@ __all__ = [
     "Family",
     "Instance",
     "Key",
-    "Params",
     "Row",
     "Sets",
     "evaluate",
@@ -36,35 +36,6 @@ __all__ = [
 
 _ATTENTION = ".self_attn."
 """What an attention layer is called in Hugging Face's keys."""
-
-
-@dataclass(frozen=True)
-class Params:
-    """What Meta's side of a family needs beyond the table: its params.json, its file names, its ranks.
-
-    ``evidence`` says in words why a params.json is this family's, or None. ``sharded`` is whether the format is cut
-    over ranks at all; ``container`` the usual one; ``options`` are those of ConfigOptions that it has a use for.
-    ``embedding_cut`` comes from the known releases (0 for any other shape), ``release`` is the name of the one with
-    this shape, ``model_parallel`` the number of ranks that it came in. ``for_ranks`` gives what a params.json has
-    to say for so many ranks. Where Meta's code of two generations cuts the embedding differently, ``style_of`` says
-    whose a params.json is ("llama2" or "llama3") and what in it says so, and ``tokenizers`` whose a tokenizer is, by
-    its kind.
-    """
-
-    evidence: Callable[[Mapping[str, Any]], str | None]
-    from_hf: Callable[[Mapping[str, Any], ConfigOptions], Translated]
-    to_hf: Callable[..., Translated]
-    sharded: bool
-    container: Literal["pth", "safetensors"]
-    options: frozenset[str]
-    embedding_cut: Callable[[Mapping[str, Any], ConfigOptions], int] = lambda config, options: 0
-    release: Callable[[Mapping[str, Any]], str | None] = lambda config: None
-    model_parallel: Callable[[Mapping[str, Any]], int | None] = lambda config: None
-    for_ranks: Callable[[Mapping[str, Any], Mapping[str, int], int], Mapping[str, Any]] = lambda params, dims, ranks: (
-        params
-    )
-    style_of: Callable[[Mapping[str, Any]], tuple[str, str] | None] | None = None
-    tokenizers: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,13 @@ from ckpt_convert.models.core.config import (
     optional_int,
     require_number,
 )
+from ckpt_convert.models.core.params import Weights, check_head_dim, flat, lost_positions
 from ckpt_convert.models.core.rope import (
     DEFAULT_THETA,
-    SCALING_PARAMS_CANNOT_SAY,
     Rope,
-    check_plain_rope_parts,
+    expressible,
     read_rope,
+    scaling_problem,
 )
 from ckpt_convert.models.llama.params import HARD_WIRED, params_to_hf
 from ckpt_convert.models.llama.releases import CODE, L1, L3_1, RELEASES, Release, ffn_width, matching
@@ -62,7 +63,7 @@ def hf_to_params(
     sizes = dims(config)
     vocab = agreed_vocab(config, vocab_size, CONFIG)
     _check_expressible(config, sizes)
-    rope, notices = _expressible_rope(config, options)
+    rope, notices = expressible(config, options, TARGET, _rope_problem)
     theta = DEFAULT_THETA if rope.theta is None else rope.theta
     found = matching(config)
     style = options.meta_style or (found[0].spelling.style if found else "llama3")
@@ -121,12 +122,11 @@ def for_ranks(params: Mapping[str, Any], dims: Mapping[str, int], ranks: int) ->
     """
     heads = dims["n_kv_heads"]
     wanted = ranks if ranks > heads and ranks % heads == 0 else heads
-    nested = params.get("model")
-    inner = nested if isinstance(nested, Mapping) and "dim" not in params else params
+    inner = flat(params)
     if (inner.get("n_kv_heads") or dims["n_heads"]) == wanted:
         return params
     changed = {**inner, "n_kv_heads": wanted}
-    return {**params, "model": changed} if inner is nested else changed
+    return changed if inner is params else {**params, "model": changed}
 
 
 def ffn_pair(dim: int, ffn_dim: int) -> tuple[int, float | None]:
@@ -151,11 +151,7 @@ def ffn_pair(dim: int, ffn_dim: int) -> tuple[int, float | None]:
 
 
 def _check_expressible(config: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
-    if sizes["head_dim"] * sizes["n_heads"] != sizes["dim"]:
-        raise ConfigError(
-            f"{CONFIG}: head_dim must be hidden_size / num_attention_heads ({sizes['dim']} / {sizes['n_heads']}) for "
-            f"{TARGET}, found {sizes['head_dim']}; Meta's code has no other head_dim"
-        )
+    check_head_dim(sizes, CONFIG, TARGET)
     for key in ("attention_bias", "mlp_bias"):
         if sizes[key]:
             raise ConfigError(f"{CONFIG}: {key} must be false for {TARGET}, found true; Meta's code has no biases")
@@ -163,30 +159,13 @@ def _check_expressible(config: Mapping[str, Any], sizes: Mapping[str, int]) -> N
     check_not_quantized(config, ("quantization_config",), CONFIG, TARGET)
 
 
-def _expressible_rope(config: Mapping[str, Any], options: ConfigOptions) -> tuple[Rope, tuple[str, ...]]:
-    rope = read_rope(config)
-    check_plain_rope_parts(rope, TARGET)
-    problem = _rope_problem(rope)
-    if problem is None:
-        return rope, ()
-    if not options.drop_rope_scaling:
-        raise ConfigError(f"{CONFIG}: {problem}; {SCALING_PARAMS_CANNOT_SAY}")
-    notice = f"{CONFIG}: {problem}; the scaling was left out as asked"
-    return Rope(rope.theta, "default", {}, rope.notices), (notice,)
-
-
 def _rope_problem(rope: Rope) -> str | None:
     """Why params.json cannot say this RoPE, in words, or None."""
-    if rope.kind == "default":
-        return None
-    if rope.kind != "llama3":
-        return f'rope_type must be "default" or "llama3" for {TARGET}, found {rope.kind!r}'
-    for key, value in HARD_WIRED.items():
-        if rope.parameters.get(key) != value:
-            return f"rope_scaling's {key} must be {value:g}, as in Meta's code, found {rope.parameters.get(key)!r}"
-    if rope.parameters.get("factor") not in FACTORS:
-        return f"rope_scaling's factor must be 8 or 32, as in the releases, found {rope.parameters.get('factor')!r}"
-    return None
+    factor = rope.parameters.get("factor")
+    problem = scaling_problem(rope, HARD_WIRED, TARGET)
+    if problem is None and rope.kind == "llama3" and factor not in FACTORS:
+        return f"rope_scaling's factor must be 8 or 32, as in the releases, found {factor!r}"
+    return problem
 
 
 def _ffn_pair(
@@ -228,7 +207,7 @@ def _lost_on_the_way_back(
     config: Mapping[str, Any], params: Mapping[str, Any], rope: Rope, vocab: int
 ) -> tuple[str, ...]:
     """Notices of what the way back would put differently, by going that way."""
-    back = params_to_hf(params, vocab_size=vocab).content
+    back = params_to_hf(params, Weights(vocab_size=vocab)).content
     notices = []
     theirs, ours = read_rope(back).parameters.get("factor"), rope.parameters.get("factor")
     if theirs is not None and ours is not None and theirs != ours:
@@ -236,13 +215,9 @@ def _lost_on_the_way_back(
             f"{PARAMS} does not hold the RoPE factor, and {theirs:g} is what this shape stands for, not "
             f"{ours:g}: on the way back, pass --rope-factor {ours:g}"
         )
-    positions = optional_int(config, "max_position_embeddings", CONFIG, back["max_position_embeddings"])
-    if positions != back["max_position_embeddings"]:
-        notices.append(
-            f"{PARAMS} does not hold max_position_embeddings, and this shape stands for "
-            f"{back['max_position_embeddings']}, not {positions}: on the way back, pass --max-positions {positions}"
-        )
-    return tuple(notices)
+    ruled = back["max_position_embeddings"]
+    positions = optional_int(config, "max_position_embeddings", CONFIG, ruled)
+    return (*notices, *lost_positions(positions, ruled, "this shape stands"))
 
 
 # Releases

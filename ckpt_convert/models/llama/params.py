@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ckpt_convert.errors import ConfigError, UsageError
+from ckpt_convert.errors import ConfigError
 from ckpt_convert.models.core.config import (
     CONFIG,
     MAX_SIZE,
@@ -27,7 +27,8 @@ from ckpt_convert.models.core.config import (
     require_number,
     unused_keys,
 )
-from ckpt_convert.models.core.rope import DEFAULT_THETA, Rope, read_rope, rope_keys
+from ckpt_convert.models.core.params import Weights, flat, took_positions
+from ckpt_convert.models.core.rope import DEFAULT_THETA, Rope, read_rope, rope_keys, rope_of_params, theta_of_params
 from ckpt_convert.models.llama.releases import CODE, L3_1, RELEASES, Release, ffn_width, matching
 
 HARD_WIRED = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -51,31 +52,22 @@ KNOWN = frozenset((
 ))  # fmt: skip
 
 
-def params_to_hf(
-    params: Mapping[str, Any],
-    options: ConfigOptions | None = None,
-    *,
-    vocab_size: int | None,
-    tied: bool = False,
-    ffn_dim: int | None = None,
-    shapes: Mapping[str, tuple[int, ...]] | None = None,
-) -> Translated:
+def params_to_hf(params: Mapping[str, Any], weights: Weights, options: ConfigOptions | None = None) -> Translated:
     """The config.json for a Meta params.json, with RoPE in both spellings; the dtype is the caller's to add.
 
-    ``vocab_size``: the number of the whole embedding's rows; ``ffn_dim``: the whole w1's, if known; ``shapes``: the
-    source's keys, which tell Llama 1 from 2 by their rope.freqs; ``tied``: whether output is the embedding.
-    max_position_embeddings and RoPE's factor are not in params.json: the options say them, else the matching release,
-    else a rule (``_ruled_positions``; factor 8), with a notice. bos and eos are those of the release's generation.
+    The ``weights`` tell Llama 1 from 2 by their rope.freqs. max_position_embeddings and RoPE's factor are not in
+    params.json: the options say them, else the matching release, else a rule (``_ruled_positions``; factor 8), with a
+    notice. bos and eos are those of the release's generation.
 
     Raises ConfigError for a params.json of another family, unusable values, and sizes that disagree with the shapes;
     UsageError for a rope_factor where RoPE is not scaled.
     """
     options = options or ConfigOptions()
-    params = _flat(params)
+    params = flat(params)
     _check_ours(params)
-    vocab = agreed_vocab(params, vocab_size, PARAMS)
+    vocab = agreed_vocab(params, weights.vocab_size, PARAMS)
     rope, rope_notices = _rope_of_params(params, options, vocab)
-    sizes = _sizes_of_params(params, ffn_dim)
+    sizes = _sizes_of_params(params, weights.ffn_dim)
     sizes["num_key_value_heads"], head_notices = _distinct_heads(sizes)
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -89,13 +81,13 @@ def params_to_hf(
         "model_type": "llama",
         "pretraining_tp": 1,
         "rms_norm_eps": require_number(params, "norm_eps", PARAMS),
-        "tie_word_embeddings": tied,
+        "tie_word_embeddings": weights.tied,
         "use_cache": True,
         "vocab_size": vocab,
         **sizes,
         **rope_keys(rope),
     }
-    positions, position_notices = _positions(params, config, options, shapes or {})
+    positions, position_notices = _positions(params, config, options, weights.shapes)
     config["max_position_embeddings"] = positions
     unused = unused_keys(params, KNOWN, PARAMS, CONFIG)
     return Translated(dict(sorted(config.items())), (*head_notices, *rope_notices, *position_notices, *unused))
@@ -106,12 +98,11 @@ def is_params(params: Mapping[str, Any]) -> str | None:
 
     Claims nothing that Mistral, Llama 3.2 vision, Llama 4, a mixture of experts or Mamba wrote.
     """
-    inner = params.get("model")
-    flat = inner if isinstance(inner, Mapping) and "dim" not in params else params
-    ours = all(key in flat for key in ("dim", "n_layers", "n_heads"))
-    if not ours or flat.get("multiple_of") is None or any(flat.get(key) is not None for key in OTHER_FAMILY):
+    params = flat(params)
+    ours = all(key in params for key in ("dim", "n_layers", "n_heads"))
+    if not ours or params.get("multiple_of") is None or any(params.get(key) is not None for key in OTHER_FAMILY):
         return None
-    return None if flat.get("model_type") == "mamba" else f"{PARAMS} has multiple_of"
+    return None if params.get("model_type") == "mamba" else f"{PARAMS} has multiple_of"
 
 
 def style_of(params: Mapping[str, Any]) -> tuple[str, str] | None:
@@ -122,22 +113,16 @@ def style_of(params: Mapping[str, Any]) -> tuple[str, str] | None:
     """
     if is_params(params) is None:
         return None
-    flat = _flat(params)
-    vocab = flat.get("vocab_size")
+    params = flat(params)
+    vocab = params.get("vocab_size")
     if vocab in (None, -1):
         return (
             "llama2",
             f"{PARAMS} has {'no vocab_size' if vocab is None else 'vocab_size -1'}, which Llama 1 and 2 have",
         )
-    if flat.get("rope_theta") is None and not flat.get("use_scaled_rope"):
+    if params.get("rope_theta") is None and not params.get("use_scaled_rope"):
         return "llama2", f"{PARAMS} has no rope_theta, which only Llama 1 and 2 do without"
     return "llama3", f"{PARAMS} has a vocab_size and a rope_theta, as Llama 3's"
-
-
-def _flat(params: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The parameters themselves, which some files nest under "model"."""
-    inner = params.get("model")
-    return inner if isinstance(inner, Mapping) and "dim" not in params else params
 
 
 def _check_ours(params: Mapping[str, Any]) -> None:
@@ -200,28 +185,19 @@ def _width_of_params(params: Mapping[str, Any], dim: int, ffn_dim: int | None) -
 
 def _rope_of_params(params: Mapping[str, Any], options: ConfigOptions, vocab: int) -> tuple[Rope, tuple[str, ...]]:
     scaled = optional_bool(params, "use_scaled_rope", PARAMS, False)
-    theta = optional_number(params, "rope_theta", PARAMS)
-    if theta is not None and options.rope_theta not in (None, theta):
-        raise UsageError(f"--rope-theta {options.rope_theta:g} contradicts {PARAMS}, whose rope_theta is {theta:g}")
-    theta = options.rope_theta if theta is None else theta
+    theta = theta_of_params(params, options)
     # Llama 2's files leave theta and the vocabulary out; a file that says a Llama 3 vocabulary is not one of them.
     if theta is None and (scaled or (params.get("vocab_size") or -1) >= LLAMA_3_VOCAB):
         raise ConfigError(
             f"{PARAMS}: rope_theta must be there in a Llama 3 params.json, found none; add the model's (500000.0), "
             "or pass --rope-theta"
         )
-    theta = DEFAULT_THETA if theta is None else theta
-    if not scaled:
-        if options.rope_factor is not None:
-            raise UsageError(
-                f"--rope-factor {options.rope_factor:g} has no use: {PARAMS} does not say use_scaled_rope, "
-                "so RoPE is not scaled"
-            )
-        return Rope(theta), ()
-    if options.drop_rope_scaling:
-        return Rope(theta), (f"{PARAMS}: use_scaled_rope is true; the scaling was left out as asked",)
-    factor, notices = _factor(params, options, vocab)
-    return Rope(theta, "llama3", {"factor": factor, **HARD_WIRED}), notices
+
+    def scaling() -> tuple[dict[str, Any], tuple[str, ...]]:
+        factor, notices = _factor(params, options, vocab)
+        return {"factor": factor, **HARD_WIRED}, notices
+
+    return rope_of_params(params, options, DEFAULT_THETA if theta is None else theta, scaling)
 
 
 def _factor(params: Mapping[str, Any], options: ConfigOptions, vocab: int) -> tuple[float, tuple[str, ...]]:
@@ -255,10 +231,7 @@ def _positions(
         positions, source = row.max_positions, f"as in {row.name}"
     else:
         positions, source = _ruled_positions(params, read_rope(config))
-    return positions, (
-        f"{PARAMS} does not hold max_position_embeddings: took {positions}, {source}; "
-        "pass --max-positions to say otherwise",
-    )
+    return positions, took_positions(positions, f", {source}")
 
 
 def _ruled_positions(params: Mapping[str, Any], rope: Rope) -> tuple[int, str]:

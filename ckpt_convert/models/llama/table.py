@@ -7,7 +7,8 @@ neighbouring rows; Hugging Face rotates halves.
 
 from __future__ import annotations
 
-from ckpt_convert.models.core.table import Family, Key, Params, Row
+from ckpt_convert.models.core.params import Params
+from ckpt_convert.models.core.table import Family, Key, Row
 from ckpt_convert.models.llama import config, params
 
 LLAMA = Family(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ckpt_convert.errors import ConfigError, UsageError
+from ckpt_convert.errors import ConfigError
 from ckpt_convert.models.core.config import (
     CONFIG,
     PARAMS,
@@ -28,7 +28,14 @@ from ckpt_convert.models.core.config import (
     require_number,
     unused_keys,
 )
-from ckpt_convert.models.core.rope import SCALING_PARAMS_CANNOT_SAY, Rope, check_plain_rope_parts, read_rope, rope_keys
+from ckpt_convert.models.core.params import Weights, check_head_dim, flat, lost_positions, took_positions
+from ckpt_convert.models.core.rope import (
+    Rope,
+    expressible,
+    rope_keys,
+    rope_of_params,
+    scaling_problem,
+)
 from ckpt_convert.models.llama4 import releases
 from ckpt_convert.models.llama4.config import (
     MOE_ARGS,
@@ -60,16 +67,16 @@ _KNOWN = frozenset((*_KEYS, "quantization_args", "lora_args", "max_batch_size", 
 
 def is_params(params: Mapping[str, Any]) -> str | None:
     """What in a params.json says that it is a Llama 4 with its vision model, in words, or None."""
-    flat = _flat(params)
-    return f"{PARAMS} has vision_args" if _is_ours(flat) and flat.get("vision_args") is not None else None
+    params = flat(params)
+    return f"{PARAMS} has vision_args" if _is_ours(params) and params.get("vision_args") is not None else None
 
 
 def is_text_params(params: Mapping[str, Any]) -> str | None:
     """What in a params.json says that it is a Llama 4 without a vision model, in words, or None."""
-    flat = _flat(params)
-    if not _is_ours(flat) or flat.get("vision_args") is not None:
+    params = flat(params)
+    if not _is_ours(params) or params.get("vision_args") is not None:
         return None
-    found = next(key for key in ("moe_args", "nope_layer_interval") if flat.get(key) is not None)
+    found = next(key for key in ("moe_args", "nope_layer_interval") if params.get(key) is not None)
     return f"{PARAMS} has {found} and no vision_args"
 
 
@@ -85,14 +92,10 @@ def hf_to_params(
     text, where = text_part(config)
     if sizes["attention_bias"]:
         raise ConfigError(f"{where}: attention_bias must be false for {TARGET}, found true; Meta's code has no biases")
-    if sizes["head_dim"] * sizes["n_heads"] != sizes["dim"]:
-        raise ConfigError(
-            f"{where}: head_dim must be hidden_size / num_attention_heads ({sizes['dim']} / {sizes['n_heads']}) for "
-            f"{TARGET}, found {sizes['head_dim']}; Meta's code has no other head_dim"
-        )
+    check_head_dim(sizes, where, TARGET)
     check_silu(text, "hidden_act", where, TARGET)
     check_not_quantized(config, ("quantization_config",), CONFIG, TARGET)
-    rope, notices = _expressible_rope(text, where, options)
+    rope, notices = expressible(text, options, TARGET, _rope_problem, where)
     moe = _moe_args(text, where, sizes)
     widths = width_rule(sizes, moe is not None)
     scaled = rope.kind != "default"
@@ -126,56 +129,43 @@ def hf_to_params(
     ordered = {key: content[key] for key in _KEYS if content.get(key) is not None}
     positions = optional_int(text, "max_position_embeddings", where, 131072)
     ruled, _ = _positions(sizes, ConfigOptions())
-    if positions != ruled:
-        notices += (
-            f"{PARAMS} does not hold max_position_embeddings, and this shape stands for {ruled}, not {positions}: on "
-            f"the way back, pass --max-positions {positions}",
-        )
-    return Translated(ordered, (*rope.notices, *notices))
+    return Translated(ordered, (*rope.notices, *notices, *lost_positions(positions, ruled, "this shape stands")))
 
 
-def params_to_hf(
-    params: Mapping[str, Any],
-    options: ConfigOptions | None = None,
-    *,
-    vocab_size: int | None,
-    tied: bool = False,
-    ffn_dim: int | None = None,
-    shapes: Mapping[str, tuple[int, ...]] | None = None,
-) -> Translated:
-    """The config.json for a params.json of Llama 4; the arguments are those of Llama's ``params_to_hf``.
+def params_to_hf(params: Mapping[str, Any], weights: Weights, options: ConfigOptions | None = None) -> Translated:
+    """The config.json for a params.json of Llama 4.
 
-    Raises ConfigError for unusable values. ``tied``, ``ffn_dim`` and ``shapes`` do not matter: it is never tied, and
-    both widths are as the rule has them, or the tensors do not fit.
+    Raises ConfigError for unusable values. Of the ``weights`` only the vocabulary matters: it is never tied, and both
+    widths are as the rule has them, or the tensors do not fit.
     """
     options = options or ConfigOptions()
-    flat = _flat(params)
-    check_not_quantized(flat, ("quantization_args", "lora_args"), PARAMS, "a Llama 4 conversion")
-    dim, n_heads = require_int(flat, "dim", PARAMS), require_int(flat, "n_heads", PARAMS)
-    n_kv_heads = optional_int(flat, "n_kv_heads", PARAMS, n_heads)
+    params = flat(params)
+    check_not_quantized(params, ("quantization_args", "lora_args"), PARAMS, "a Llama 4 conversion")
+    dim, n_heads = require_int(params, "dim", PARAMS), require_int(params, "n_heads", PARAMS)
+    n_kv_heads = optional_int(params, "n_kv_heads", PARAMS, n_heads)
     check_groups(n_heads, n_kv_heads, PARAMS, ("n_heads", "n_kv_heads"))
     head_dim = divided_head_dim(dim, n_heads, PARAMS, ("dim", "n_heads"))
-    layers = number_of_layers(flat, "n_layers", PARAMS)
-    moe = optional_mapping(flat, "moe_args", PARAMS)
+    layers = number_of_layers(params, "n_layers", PARAMS)
+    moe = optional_mapping(params, "moe_args", PARAMS)
     step = optional_int(moe, "interleave_moe_layer_step", MOE_ARGS, 1) if moe else 0
     experts = require_int(moe, "num_experts", MOE_ARGS) if moe else 0
-    interval = optional_int(flat, "nope_layer_interval", PARAMS, 0)
-    rope, notices = _rope_of_params(flat, options)
-    dense, expert = widths_of_params(flat, dim, moe)
+    interval = optional_int(params, "nope_layer_interval", PARAMS, 0)
+    rope, notices = _rope_of_params(params, options)
+    dense, expert = widths_of_params(params, dim, moe)
     sizes = {"dim": dim, "n_layers": layers, "n_experts": experts}
     positions, said = _positions(sizes, options)
-    chunk = None if flat.get("attention_chunk_size") is None else require_int(flat, "attention_chunk_size", PARAMS)
-    vocab = agreed_vocab(flat, vocab_size, PARAMS)
+    chunk = None if params.get("attention_chunk_size") is None else require_int(params, "attention_chunk_size", PARAMS)
+    vocab = agreed_vocab(params, weights.vocab_size, PARAMS)
     text = {
         "architectures": ["Llama4ForCausalLM"],
         "attention_bias": False,
         "attention_chunk_size": chunk,
         "attention_dropout": 0.0,
-        "attn_scale": optional_number(flat, "attn_scale", PARAMS) or 0.1,
-        "attn_temperature_tuning": optional_bool(flat, "attn_temperature_tuning", PARAMS, False),
+        "attn_scale": optional_number(params, "attn_scale", PARAMS) or 0.1,
+        "attn_temperature_tuning": optional_bool(params, "attn_temperature_tuning", PARAMS, False),
         "bos_token_id": 200000,
         "eos_token_id": 200001,
-        "floor_scale": int(optional_number(flat, "floor_scale", PARAMS) or 8192),
+        "floor_scale": int(optional_number(params, "floor_scale", PARAMS) or 8192),
         "head_dim": head_dim,
         "hidden_act": "silu",
         "hidden_size": dim,
@@ -194,16 +184,16 @@ def params_to_hf(
         "num_key_value_heads": n_kv_heads,
         "num_local_experts": experts,
         "pad_token_id": 200018 if vocab > 200018 else None,
-        "rms_norm_eps": require_number(flat, "norm_eps", PARAMS) if flat.get("norm_eps") is not None else 1e-5,
+        "rms_norm_eps": require_number(params, "norm_eps", PARAMS) if params.get("norm_eps") is not None else 1e-5,
         "tie_word_embeddings": False,
         "use_cache": True,
-        "use_qk_norm": optional_bool(flat, "use_qk_norm", PARAMS, False),
+        "use_qk_norm": optional_bool(params, "use_qk_norm", PARAMS, False),
         "vocab_size": vocab,
         **rope_keys(rope),
     }
     text = dict(sorted(text.items()))
-    notices = (*notices, *said, *unused_keys(flat, _KNOWN, PARAMS, CONFIG))
-    if flat.get("vision_args") is None:
+    notices = (*notices, *said, *unused_keys(params, _KNOWN, PARAMS, CONFIG))
+    if params.get("vision_args") is None:
         return Translated(text, notices)
     del text["architectures"]
     config = {
@@ -214,7 +204,7 @@ def params_to_hf(
         "model_type": "llama4",
         "text_config": text,
         "tie_word_embeddings": False,
-        "vision_config": vision_config(optional_mapping(flat, "vision_args", PARAMS)),
+        "vision_config": vision_config(optional_mapping(params, "vision_args", PARAMS)),
     }
     return Translated(config, notices)
 
@@ -272,47 +262,27 @@ def _chunk(text: Mapping[str, Any], where: str) -> int | None:
 # RoPE
 
 
-def _expressible_rope(text: Mapping[str, Any], where: str, options: ConfigOptions) -> tuple[Rope, tuple[str, ...]]:
-    rope = read_rope(text)
-    check_plain_rope_parts(rope, TARGET)
-    problem = None
-    if rope.kind not in ("default", "llama3"):
-        problem = f'rope_type must be "default" or "llama3" for {TARGET}, found {rope.kind!r}'
-    elif rope.kind == "llama3":
-        for key in ("low_freq_factor", "original_max_position_embeddings"):
-            if rope.parameters.get(key) != SCALING[key]:
-                problem = f"rope_scaling's {key} must be {SCALING[key]:g}, as in Meta's code, found "
-                problem += repr(rope.parameters.get(key))
-    if problem is None:
-        return rope, ()
-    if not options.drop_rope_scaling:
-        raise ConfigError(f"{where}: {problem}; {SCALING_PARAMS_CANNOT_SAY}")
-    return Rope(rope.theta, "default", {}, rope.notices), (f"{where}: {problem}; the scaling was left out as asked",)
+def _rope_problem(rope: Rope) -> str | None:
+    """Why params.json cannot say this RoPE, in words, or None."""
+    wired = {key: SCALING[key] for key in ("original_max_position_embeddings", "low_freq_factor")}
+    return scaling_problem(rope, wired, TARGET)
 
 
 def _rope_of_params(params: Mapping[str, Any], options: ConfigOptions) -> tuple[Rope, tuple[str, ...]]:
-    theta = optional_number(params, "rope_theta", PARAMS) or THETA
-    if not optional_bool(params, "use_scaled_rope", PARAMS, False):
-        if options.rope_factor is not None:
-            raise UsageError(
-                f"--rope-factor {options.rope_factor:g} has no use: {PARAMS} does not say use_scaled_rope, "
-                "so RoPE is not scaled"
-            )
-        return Rope(theta), ()
-    if options.drop_rope_scaling:
-        return Rope(theta), (f"{PARAMS}: use_scaled_rope is true; the scaling was left out as asked",)
-    said = {
-        "factor": options.rope_factor or optional_number(params, "rope_scaling_factor", PARAMS),
-        "high_freq_factor": optional_number(params, "rope_high_freq_factor", PARAMS),
-    }
-    parameters = {**SCALING, **{key: value for key, value in said.items() if value is not None}}
-    notices: tuple[str, ...] = ()
-    if said["factor"] is None:
-        notices = (
+    def scaling() -> tuple[dict[str, Any], tuple[str, ...]]:
+        said = {
+            "factor": options.rope_factor or optional_number(params, "rope_scaling_factor", PARAMS),
+            "high_freq_factor": optional_number(params, "rope_high_freq_factor", PARAMS),
+        }
+        parameters = {**SCALING, **{key: value for key, value in said.items() if value is not None}}
+        if said["factor"] is not None:
+            return parameters, ()
+        return parameters, (
             f"{PARAMS} does not hold the RoPE factor: took {SCALING['factor']:g}, as in Meta's code; pass "
             "--rope-factor to say otherwise",
         )
-    return Rope(theta, "llama3", parameters), notices
+
+    return rope_of_params(params, options, optional_number(params, "rope_theta", PARAMS) or THETA, scaling)
 
 
 def _positions(sizes: Mapping[str, int], options: ConfigOptions) -> tuple[int, tuple[str, ...]]:
@@ -321,18 +291,9 @@ def _positions(sizes: Mapping[str, int], options: ConfigOptions) -> tuple[int, t
     found = releases.find(sizes)
     positions, source = (found.max_positions, f"as in the base model of {found.name}") if found else (
         262144, "as in the base models of Llama 4")  # fmt: skip
-    return positions, (
-        f"{PARAMS} does not hold max_position_embeddings: took {positions}, {source}; "
-        "pass --max-positions to say otherwise",
-    )
+    return positions, took_positions(positions, f", {source}")
 
 
-def _flat(params: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The parameters themselves, which some files nest under "model"."""
-    inner = params.get("model")
-    return inner if isinstance(inner, Mapping) and "dim" not in params else params
-
-
-def _is_ours(flat: Mapping[str, Any]) -> bool:
-    sizes = all(key in flat for key in ("dim", "n_layers", "n_heads"))
-    return sizes and any(flat.get(key) is not None for key in ("moe_args", "nope_layer_interval"))
+def _is_ours(params: Mapping[str, Any]) -> bool:
+    sizes = all(key in params for key in ("dim", "n_layers", "n_heads"))
+    return sizes and any(params.get(key) is not None for key in ("moe_args", "nope_layer_interval"))

@@ -10,7 +10,8 @@ gate and up of a dense layer. Native: torchtune's key layout, which has no text 
 
 from __future__ import annotations
 
-from ckpt_convert.models.core.table import Family, Key, Params, Row
+from ckpt_convert.models.core.params import Params
+from ckpt_convert.models.core.table import Family, Key, Row
 from ckpt_convert.models.llama4 import config, params, releases
 
 _QKV = Key("layers.{layer}.attention.wqkv.weight", tp=0, fused=0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ckpt_convert.errors import ConfigError, UsageError
+from ckpt_convert.errors import ConfigError
 from ckpt_convert.models.core.config import (
     CONFIG,
     PARAMS,
@@ -25,19 +25,18 @@ from ckpt_convert.models.core.config import (
     optional_bool,
     optional_int,
     optional_mapping,
-    optional_number,
     optional_str,
     require_int,
     require_number,
     unused_keys,
 )
+from ckpt_convert.models.core.params import Weights, lost_positions, took_positions
 from ckpt_convert.models.core.rope import (
     DEFAULT_THETA,
-    SCALING_PARAMS_CANNOT_SAY,
     Rope,
-    check_plain_rope_parts,
-    read_rope,
+    expressible,
     rope_keys,
+    theta_of_params,
 )
 
 TARGET = "a Mistral params.json"
@@ -84,7 +83,7 @@ def hf_to_params(
     check_silu(config, "hidden_act", CONFIG, TARGET)
     check_not_quantized(config, ("quantization_config",), CONFIG, TARGET)
     _check_one_layer_type(config)
-    rope, rope_notices = _expressible_rope(config, options)
+    rope, rope_notices = expressible(config, options, TARGET, _rope_problem)
     window, window_notices = _window_of_config(config)
     params: dict[str, Any] = {
         "dim": sizes["dim"],
@@ -105,21 +104,12 @@ def hf_to_params(
     return Translated(params, (*rope.notices, *rope_notices, *window_notices, *_lost_positions(config)))
 
 
-def params_to_hf(
-    params: Mapping[str, Any],
-    options: ConfigOptions | None = None,
-    *,
-    vocab_size: int | None,
-    tied: bool = False,
-    ffn_dim: int | None = None,
-    shapes: Mapping[str, tuple[int, ...]] | None = None,
-) -> Translated:
+def params_to_hf(params: Mapping[str, Any], weights: Weights, options: ConfigOptions | None = None) -> Translated:
     """The config.json for a Mistral params.json, with RoPE in both spellings; the dtype is the caller's to add.
 
-    ``vocab_size``: the number of the embedding's rows; ``ffn_dim``: w1's, if known; ``tied``: whether output is the
-    embedding, besides what tied_embeddings says; ``shapes`` is there for the likeness with Llama and says nothing here.
-    Without rope_theta it is 1e4 with a sliding window and 1e6 without, as in the releases of that time
-    (mistral-inference's rule before it dropped windows); without a longest position it is 32768; both with a notice.
+    It is tied where tied_embeddings says so, too. Without rope_theta it is 1e4 with a sliding window and 1e6 without,
+    as in the releases of that time (mistral-inference's rule before it dropped windows); without a longest position it
+    is 32768; both with a notice.
 
     Raises ConfigError for a params.json of another family, for what MistralConfig cannot say (windows that differ by
     layer, YaRN, biases) and for sizes that disagree with the shapes; UsageError for a rope_theta against the file's.
@@ -140,10 +130,10 @@ def params_to_hf(
         "model_type": "mistral",
         "rms_norm_eps": require_number(params, "norm_eps", PARAMS),
         "sliding_window": window,
-        "tie_word_embeddings": tied or optional_bool(params, "tied_embeddings", PARAMS, False),
+        "tie_word_embeddings": weights.tied or optional_bool(params, "tied_embeddings", PARAMS, False),
         "use_cache": True,
-        "vocab_size": agreed_vocab(params, vocab_size, PARAMS),
-        **_sizes_of_params(params, ffn_dim),
+        "vocab_size": agreed_vocab(params, weights.vocab_size, PARAMS),
+        **_sizes_of_params(params, weights.ffn_dim),
         **rope_keys(Rope(theta)),
     }
     notices = (
@@ -178,15 +168,9 @@ def _check_one_layer_type(config: Mapping[str, Any]) -> None:
         )
 
 
-def _expressible_rope(config: Mapping[str, Any], options: ConfigOptions) -> tuple[Rope, tuple[str, ...]]:
-    rope = read_rope(config)
-    check_plain_rope_parts(rope, TARGET)
-    if rope.kind == "default":
-        return rope, ()
-    problem = f'rope_type must be "default" for {TARGET}, found {rope.kind!r}'
-    if not options.drop_rope_scaling:
-        raise ConfigError(f"{CONFIG}: {problem}; {SCALING_PARAMS_CANNOT_SAY}")
-    return rope, (f"{CONFIG}: {problem}; the scaling was left out as asked",)
+def _rope_problem(rope: Rope) -> str | None:
+    """Why params.json cannot say this RoPE, in words, or None."""
+    return None if rope.kind == "default" else f'rope_type must be "default" for {TARGET}, found {rope.kind!r}'
 
 
 def _window_of_config(config: Mapping[str, Any]) -> tuple[int | None, tuple[str, ...]]:
@@ -200,12 +184,7 @@ def _window_of_config(config: Mapping[str, Any]) -> tuple[int | None, tuple[str,
 
 def _lost_positions(config: Mapping[str, Any]) -> tuple[str, ...]:
     positions = optional_int(config, "max_position_embeddings", CONFIG, MAX_POSITIONS)
-    if positions == MAX_POSITIONS:
-        return ()
-    return (
-        f"{PARAMS} does not hold max_position_embeddings, and stands for {MAX_POSITIONS}, not {positions}: "
-        f"on the way back, pass --max-positions {positions}",
-    )
+    return lost_positions(positions, MAX_POSITIONS, "stands")
 
 
 # Mistral to HF
@@ -300,13 +279,9 @@ def _one_window(value: object, key: str) -> int | None:
 
 
 def _theta(params: Mapping[str, Any], options: ConfigOptions, window: int | None) -> tuple[float, tuple[str, ...]]:
-    said = optional_number(params, "rope_theta", PARAMS)
-    if said is not None and options.rope_theta not in (None, said):
-        raise UsageError(f"--rope-theta {options.rope_theta:g} contradicts {PARAMS}, whose rope_theta is {said:g}")
+    said = theta_of_params(params, options)
     if said is not None:
-        return said, ()
-    if options.rope_theta is not None:
-        return float(options.rope_theta), ()
+        return float(said), ()
     theta, source = (1e6, "without a sliding window") if window is None else (1e4, "with a sliding window")
     return theta, (
         f"{PARAMS} does not hold rope_theta: took {theta:g}, as in the releases {source}; "
@@ -320,6 +295,4 @@ def _positions(params: Mapping[str, Any], options: ConfigOptions) -> tuple[int, 
     for key in ("max_position_embeddings", "max_seq_len"):
         if params.get(key) is not None:
             return require_int(params, key, PARAMS), ()
-    return MAX_POSITIONS, (
-        f"{PARAMS} does not hold max_position_embeddings: took {MAX_POSITIONS}; pass --max-positions to say otherwise",
-    )
+    return MAX_POSITIONS, took_positions(MAX_POSITIONS, "")

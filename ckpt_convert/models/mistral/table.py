@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ckpt_convert.models.core.table import Params
+from ckpt_convert.models.core.params import Params
 from ckpt_convert.models.llama.table import LLAMA
 from ckpt_convert.models.mistral import config
 

@@ -18,6 +18,7 @@ from ckpt_convert.models.core.config import (
     optional_mapping,
     require_int,
 )
+from ckpt_convert.models.core.params import Weights
 from ckpt_convert.models.core.rope import read_rope
 from ckpt_convert.models.mistral import config as mistral_config
 
@@ -56,16 +57,8 @@ def hf_to_params(
     return Translated({**dense.content, "moe": moe}, dense.notices)
 
 
-def params_to_hf(
-    params: Mapping[str, Any],
-    options: ConfigOptions | None = None,
-    *,
-    vocab_size: int | None,
-    tied: bool = False,
-    ffn_dim: int | None = None,
-    shapes: Mapping[str, tuple[int, ...]] | None = None,
-) -> Translated:
-    """The config.json for a Mixtral params.json, of either spelling; the arguments are those of a dense Mistral.
+def params_to_hf(params: Mapping[str, Any], weights: Weights, options: ConfigOptions | None = None) -> Translated:
+    """The config.json for a Mixtral params.json, of either spelling.
 
     Without rope_theta it is 1e6, as in all releases, with a notice. Raises ConfigError.
     """
@@ -75,7 +68,7 @@ def params_to_hf(
     if content.get("rope_theta") is None and options.rope_theta is None:
         content["rope_theta"] = CLASS_THETA
         notices = (f"{PARAMS} does not hold rope_theta: took 1e+06, as in the releases; pass --rope-theta to differ",)
-    dense = mistral_config.params_to_hf(content, options, vocab_size=vocab_size, tied=tied, ffn_dim=ffn_dim)
+    dense = mistral_config.params_to_hf(content, weights, options)
     config = {
         **dense.content,
         "architectures": ["MixtralForCausalLM"],

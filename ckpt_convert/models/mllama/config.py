@@ -25,6 +25,7 @@ from ckpt_convert.models.core.config import (
     optional_mapping,
     require_int,
 )
+from ckpt_convert.models.core.params import Weights, flat
 from ckpt_convert.models.llama import config as llama_config
 from ckpt_convert.models.llama import params as llama_params
 
@@ -127,9 +128,9 @@ def sets(config: Mapping[str, Any]) -> dict[str, list[int]]:
 def is_params(params: Mapping[str, Any]) -> str | None:
     """What in a params.json says that it is a Llama 3.2 Vision, in words, or None."""
     key = "vision_num_cross_attention_layers"
-    flat = _flat(params)
-    cross = flat.get(key)
-    return f"{PARAMS} has {key}" if isinstance(cross, int) and cross > 0 and "dim" in flat else None
+    params = flat(params)
+    cross = params.get(key)
+    return f"{PARAMS} has {key}" if isinstance(cross, int) and cross > 0 and "dim" in params else None
 
 
 def hf_to_params(
@@ -161,29 +162,17 @@ def hf_to_params(
     return Translated(content, llama.notices)
 
 
-def params_to_hf(
-    params: Mapping[str, Any],
-    options: ConfigOptions | None = None,
-    *,
-    vocab_size: int | None,
-    tied: bool = False,
-    ffn_dim: int | None = None,
-    shapes: Mapping[str, tuple[int, ...]] | None = None,
-) -> Translated:
-    """The config.json for a params.json of Llama 3.2 Vision; the arguments are those of Llama's ``params_to_hf``.
-
-    Raises ConfigError for unusable values. ``tied`` does not matter: it never is.
-    """
-    flat = _flat(params)
-    check_not_quantized(flat, ("quantization_args", "lora_args"), PARAMS, "a Llama conversion")
+def params_to_hf(params: Mapping[str, Any], weights: Weights, options: ConfigOptions | None = None) -> Translated:
+    """The config.json for a params.json of Llama 3.2 Vision, which is never tied; raises ConfigError."""
+    params = flat(params)
+    check_not_quantized(params, ("quantization_args", "lora_args"), PARAMS, "a Llama conversion")
     most = {"vision_max_num_chunks": MOST_TILES, "vision_num_cross_attention_layers": MOST_LAYERS}
-    sizes = {key: _at_most(flat, key, PARAMS, most.get(key, MAX_SIZE)) for key in VISION_KEYS}
-    _at_most(flat, "n_layers", PARAMS, MOST_LAYERS)
+    sizes = {key: _at_most(params, key, PARAMS, most.get(key, MAX_SIZE)) for key in VISION_KEYS}
+    _at_most(params, "n_layers", PARAMS, MOST_LAYERS)
     llama = llama_params.params_to_hf(
-        {key: value for key, value in flat.items() if key not in VISION_KEYS},
+        {key: value for key, value in params.items() if key not in VISION_KEYS},
+        Weights(weights.vocab_size, weights.ffn_dim),
         options,
-        vocab_size=vocab_size,
-        ffn_dim=ffn_dim,
     )
     own, count = llama.content["num_hidden_layers"], sizes["vision_num_cross_attention_layers"]
     if count > own:
@@ -214,7 +203,7 @@ def params_to_hf(
     }
     config = {
         "architectures": ["MllamaForConditionalGeneration"],
-        "image_token_index": agreed_vocab(flat, vocab_size, PARAMS),
+        "image_token_index": agreed_vocab(params, weights.vocab_size, PARAMS),
         "model_type": "mllama",
         "text_config": dict(sorted(text.items())),
         "vision_config": dict(sorted(vision.items())),
@@ -274,12 +263,6 @@ def _vision(config: Mapping[str, Any]) -> dict[str, Any]:
     """The vision model's part, with transformers' defaults."""
     defaults = {**vars(WIRED), "vision_output_dim": WIRED.vision_output_dim, "image_size": 448, "max_num_tiles": 4}
     return {**defaults, **optional_mapping(config, "vision_config", CONFIG)}
-
-
-def _flat(params: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The parameters themselves, which some files nest under "model"."""
-    inner = params.get("model")
-    return inner if isinstance(inner, Mapping) and "dim" not in params else params
 
 
 def _at_most(content: Mapping[str, Any], key: str, where: str, most: int) -> int:

@@ -10,7 +10,8 @@ column-parallel layers are cut on axis 0 and row-parallel ones on axis 1; native
 
 from __future__ import annotations
 
-from ckpt_convert.models.core.table import Family, Key, Params, Row
+from ckpt_convert.models.core.params import Params
+from ckpt_convert.models.core.table import Family, Key, Row
 from ckpt_convert.models.llama.table import LLAMA
 from ckpt_convert.models.mllama import config
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from ckpt_convert.errors import CkptConvertError, ConfigError, UsageError
 from ckpt_convert.models.core import config as c
 from ckpt_convert.models.core.config import ConfigOptions
+from ckpt_convert.models.core.params import Weights
 from ckpt_convert.models.core.table import Family
 from ckpt_convert.models.llama import config as llama_config
 from ckpt_convert.models.llama.table import LLAMA
@@ -108,7 +109,7 @@ def test_whatever_a_file_says_only_our_errors_come_out(family: Family, data: st.
         (lambda content: meta.from_hf(content, options), config),
         (llama_config.release, config),
         (meta.evidence, params),
-        (lambda content: meta.to_hf(content, options, vocab_size=56), params),
+        (lambda content: meta.to_hf(content, Weights(vocab_size=56), options), params),
     ):
         try:
             function(argument)

@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ckpt_convert.errors import ConfigError, UsageError
 from ckpt_convert.models.core.config import ConfigOptions
+from ckpt_convert.models.core.params import Weights
 from ckpt_convert.models.llama.config import (
     dims,
     embedding_cut,
@@ -109,7 +110,7 @@ def llama3_rope(**changes: Any) -> dict[str, Any]:
 def test_released_params_come_back_exactly(
     name: str, params: dict[str, Any], vocab: int, ffn: int, positions: int, factor: float | None
 ) -> None:
-    config = params_to_hf(params, vocab_size=vocab, ffn_dim=ffn).content
+    config = params_to_hf(params, Weights(vocab_size=vocab, ffn_dim=ffn)).content
     assert config["intermediate_size"] == ffn
     assert config["max_position_embeddings"] == positions
     back = hf_to_params(json.loads(json.dumps(config)), vocab_size=vocab)
@@ -121,7 +122,7 @@ def test_released_params_come_back_exactly(
 def test_the_released_config_is_named_and_its_degree_known(
     name: str, params: dict[str, Any], vocab: int, ffn: int, positions: int, factor: float | None
 ) -> None:
-    config = params_to_hf(params, vocab_size=vocab).content
+    config = params_to_hf(params, Weights(vocab_size=vocab)).content
     assert name in (release(config) or "").split(" / ")
     (row,) = [row for row in RELEASES if row.name == name]
     assert model_parallel(config) == row.mp
@@ -132,7 +133,7 @@ def test_the_released_config_is_named_and_its_degree_known(
 def test_the_generated_config_makes_the_model_that_transformers_should_make(
     name: str, params: dict[str, Any], vocab: int, ffn: int, positions: int, factor: float | None
 ) -> None:
-    content = params_to_hf(params, vocab_size=vocab).content
+    content = params_to_hf(params, Weights(vocab_size=vocab)).content
     theirs = LlamaConfig(**content)
     assert (theirs.hidden_size, theirs.num_attention_heads) == (params["dim"], params["n_heads"])
     assert theirs.num_key_value_heads == params.get("n_kv_heads", params["n_heads"])
@@ -168,30 +169,30 @@ def test_every_row_of_the_table_is_tested_against_its_publication() -> None:
 def test_two_releases_with_one_params_json_are_told_apart_by_their_frequency_tables() -> None:
     params = PUBLISHED[0][1]
     chat, first = {"rope.freqs": (64,)}, {"layers.0.attention.inner_attention.rope.freqs": (64,)}
-    assert params_to_hf(params, vocab_size=32000, shapes=chat).content["max_position_embeddings"] == 4096
-    assert params_to_hf(params, vocab_size=32000, shapes=first).content["max_position_embeddings"] == 2048
-    unknown = params_to_hf(params, vocab_size=32000, shapes={"norm.weight": (4096,)})
+    assert params_to_hf(params, Weights(vocab_size=32000, shapes=chat)).content["max_position_embeddings"] == 4096
+    assert params_to_hf(params, Weights(vocab_size=32000, shapes=first)).content["max_position_embeddings"] == 2048
+    unknown = params_to_hf(params, Weights(vocab_size=32000, shapes={"norm.weight": (4096,)}))
     assert unknown.content["max_position_embeddings"] == 2048
     assert "took 2048, as in Llama 1 7B; pass --max-positions" in unknown.notices[0]
 
 
 def test_the_released_order_of_keys_is_kept() -> None:
-    llama2 = hf_to_params(params_to_hf(PUBLISHED[4][1], vocab_size=32000).content).content
+    llama2 = hf_to_params(params_to_hf(PUBLISHED[4][1], Weights(vocab_size=32000)).content).content
     assert list(llama2) == ["dim", "multiple_of", "n_heads", "n_layers", "norm_eps", "vocab_size"]
-    config = params_to_hf(PUBLISHED[7][1], vocab_size=32016).content
+    config = params_to_hf(PUBLISHED[7][1], Weights(vocab_size=32016)).content
     text = json.dumps(hf_to_params(config).content)
     assert text.endswith('"multiple_of": 256, "ffn_dim_multiplier": 1.0, "norm_eps": 1e-05, "rope_theta": 1000000}')
 
 
 def test_eps_and_theta_of_a_fine_tune_win_over_the_release() -> None:
-    config = params_to_hf(L8, vocab_size=128256).content
+    config = params_to_hf(L8, Weights(vocab_size=128256)).content
     config |= {"rms_norm_eps": 3e-6, "rope_theta": 8e6, "rope_parameters": None}
     assert release(config) == "Llama 3 8B"
     assert hf_to_params(config).content == {**L8, "norm_eps": 3e-6, "rope_theta": 8e6}
 
 
 def test_a_release_s_shape_with_more_tokens_keeps_the_release_s_way_to_say_the_width() -> None:
-    config = params_to_hf(L8, vocab_size=128256).content | {"vocab_size": 128260}
+    config = params_to_hf(L8, Weights(vocab_size=128256)).content | {"vocab_size": 128260}
     assert hf_to_params(config).content == {**L8, "vocab_size": 128260}
     assert release(config) is None
     assert model_parallel(config) is None
@@ -200,7 +201,7 @@ def test_a_release_s_shape_with_more_tokens_keeps_the_release_s_way_to_say_the_w
 def test_the_embedding_is_cut_by_columns_for_old_shapes_or_on_request() -> None:
     assert embedding_cut(tiny()) == 0
     assert embedding_cut(tiny(), ConfigOptions(meta_style="llama2")) == 1
-    old = params_to_hf(PUBLISHED[0][1], vocab_size=32000).content
+    old = params_to_hf(PUBLISHED[0][1], Weights(vocab_size=32000)).content
     assert embedding_cut(old) == 1
     assert embedding_cut(old, ConfigOptions(meta_style="llama3")) == 0
 
@@ -233,7 +234,7 @@ def test_any_shape_comes_back_through_params_json(heads: int, half: int, ffn_dim
         hidden_size=heads * half * 2, num_attention_heads=heads, num_key_value_heads=heads, intermediate_size=ffn_dim
     )
     params = json.loads(json.dumps(hf_to_params(config, ConfigOptions(meta_style=style)).content))
-    back = params_to_hf(params, vocab_size=56, ffn_dim=ffn_dim).content
+    back = params_to_hf(params, Weights(vocab_size=56, ffn_dim=ffn_dim)).content
     assert dims(back) == dims(config)
 
 
@@ -251,13 +252,15 @@ def test_golden_params_and_config_say_the_same(name: str) -> None:
     assert ffn_width(72, ours["multiple_of"], ours.get("ffn_dim_multiplier")) == 104
 
     tied = config["tie_word_embeddings"]
-    back = params_to_hf(golden, ConfigOptions(max_positions=256), vocab_size=56, tied=tied, ffn_dim=104).content
+    back = params_to_hf(
+        golden, Weights(vocab_size=56, tied=tied, ffn_dim=104), ConfigOptions(max_positions=256)
+    ).content
     generated = {"rope_theta", "rope_scaling"}
     unknowable = {"dtype", "pad_token_id", "transformers_version"}
     assert {k: v for k, v in back.items() if k not in generated} == {
         k: v for k, v in config.items() if k not in unknowable
     }
-    assert dims(params_to_hf(golden, vocab_size=56).content) == {**dims(config), "tied": 0}
+    assert dims(params_to_hf(golden, Weights(vocab_size=56)).content) == {**dims(config), "tied": 0}
 
 
 # dims
@@ -354,12 +357,12 @@ def test_a_factor_that_the_way_back_would_not_guess_is_noticed() -> None:
     assert translated.content["use_scaled_rope"] is True
     assert len(translated.notices) == 1
     assert "8 is what this shape stands for, not 32: on the way back, pass --rope-factor 32" in translated.notices[0]
-    back = params_to_hf(translated.content, ConfigOptions(rope_factor=32.0), vocab_size=56).content
+    back = params_to_hf(translated.content, Weights(vocab_size=56), ConfigOptions(rope_factor=32.0)).content
     assert back["rope_scaling"] == config["rope_scaling"]
 
 
 def test_the_factor_of_a_small_release_comes_back_without_a_notice_and_another_with_one() -> None:
-    config = params_to_hf(PUBLISHED[-2][1], vocab_size=128256).content
+    config = params_to_hf(PUBLISHED[-2][1], Weights(vocab_size=128256)).content
     assert config["rope_scaling"]["factor"] == 32.0
     assert hf_to_params(config).notices == ()
     config["rope_scaling"] = config["rope_parameters"] = llama3_rope()
@@ -410,13 +413,13 @@ def test_harmless_keys_are_harmless() -> None:
 
 def test_params_may_be_nested() -> None:
     nested = {"model": tiny_params(), "step": 3}
-    assert params_to_hf(nested, vocab_size=56) == params_to_hf(tiny_params(), vocab_size=56)
+    assert params_to_hf(nested, Weights(vocab_size=56)) == params_to_hf(tiny_params(), Weights(vocab_size=56))
     assert is_params(nested) == "params.json has multiple_of"
 
 
 def test_absent_kv_heads_and_theta_are_llama_1_s() -> None:
     params = {"dim": 72, "n_layers": 3, "n_heads": 12, "norm_eps": 1e-6, **L1}
-    config = params_to_hf(params, vocab_size=56).content
+    config = params_to_hf(params, Weights(vocab_size=56)).content
     assert config["num_key_value_heads"] == 12
     assert config["rope_theta"] == 10000.0
     assert config["rope_scaling"] is None
@@ -424,7 +427,7 @@ def test_absent_kv_heads_and_theta_are_llama_1_s() -> None:
 
 
 def test_every_field_of_the_generated_config() -> None:
-    config = params_to_hf(tiny_params(), ConfigOptions(max_positions=77), vocab_size=56, tied=True).content
+    config = params_to_hf(tiny_params(), Weights(vocab_size=56, tied=True), ConfigOptions(max_positions=77)).content
     assert list(config) == sorted(config)
     assert config == {
         "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 1,
@@ -438,7 +441,7 @@ def test_every_field_of_the_generated_config() -> None:
 
 @pytest.mark.parametrize("said", [-1, None, 56])
 def test_the_vocabulary_comes_from_the_embedding(said: int | None) -> None:
-    assert params_to_hf(tiny_params(vocab_size=said), vocab_size=56).content["vocab_size"] == 56
+    assert params_to_hf(tiny_params(vocab_size=said), Weights(vocab_size=56)).content["vocab_size"] == 56
 
 
 @pytest.mark.parametrize(
@@ -469,32 +472,32 @@ def test_the_vocabulary_comes_from_the_embedding(said: int | None) -> None:
 )
 def test_unusable_params_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=f"params.json: {message}"):
-        params_to_hf(tiny_params(**changes), vocab_size=56, ffn_dim=104)
+        params_to_hf(tiny_params(**changes), Weights(vocab_size=56, ffn_dim=104))
 
 
 def test_an_unsaid_vocabulary_needs_the_embedding() -> None:
     with pytest.raises(ConfigError, match="vocab_size is -1; it has to come from the shape of the embedding"):
-        params_to_hf(tiny_params(vocab_size=-1), vocab_size=None)
-    assert params_to_hf(tiny_params(), vocab_size=None, ffn_dim=104).content["vocab_size"] == 56
+        params_to_hf(tiny_params(vocab_size=-1), Weights(vocab_size=None))
+    assert params_to_hf(tiny_params(), Weights(vocab_size=None, ffn_dim=104)).content["vocab_size"] == 56
 
 
 def test_the_rope_factor_is_always_noticed() -> None:
     params = tiny_params(use_scaled_rope=True)
-    guessed = params_to_hf(params, vocab_size=56)
+    guessed = params_to_hf(params, Weights(vocab_size=56))
     assert guessed.content["rope_scaling"] == llama3_rope()
     assert guessed.notices == (
         "params.json does not hold the RoPE factor: took 8, as in Llama 3.1; pass --rope-factor to say otherwise",
         "params.json does not hold max_position_embeddings: took 131072, as in Llama 3.1, whose scaled RoPE it has; "
         "pass --max-positions to say otherwise",
     )
-    asked = params_to_hf(params, ConfigOptions(rope_factor=16, max_positions=99), vocab_size=56)
+    asked = params_to_hf(params, Weights(vocab_size=56), ConfigOptions(rope_factor=16, max_positions=99))
     assert asked.content["rope_parameters"] == {"rope_theta": 500000.0, **llama3_rope(factor=16.0)}
     assert asked.notices == ("RoPE factor 16, as asked",)
 
 
 def test_the_factor_of_a_small_release_is_32_even_with_more_tokens() -> None:
     params = PUBLISHED[-2][1] | {"vocab_size": 128300}
-    translated = params_to_hf(params, vocab_size=128300)
+    translated = params_to_hf(params, Weights(vocab_size=128300))
     assert translated.content["rope_scaling"]["factor"] == 32.0
     assert "took 32, as in Llama 3.2 1B; pass --rope-factor" in translated.notices[0]
     assert translated.content["bos_token_id"] == 128000
@@ -502,12 +505,12 @@ def test_the_factor_of_a_small_release_is_32_even_with_more_tokens() -> None:
 
 def test_a_factor_without_a_scaled_rope_has_no_use() -> None:
     with pytest.raises(UsageError, match=r"--rope-factor 8 has no use: params\.json does not say use_scaled_rope"):
-        params_to_hf(tiny_params(), ConfigOptions(rope_factor=8.0), vocab_size=56)
+        params_to_hf(tiny_params(), Weights(vocab_size=56), ConfigOptions(rope_factor=8.0))
 
 
 def test_the_scaling_may_be_dropped_on_this_way_too() -> None:
     options = ConfigOptions(drop_rope_scaling=True)
-    translated = params_to_hf(tiny_params(use_scaled_rope=True), options, vocab_size=56)
+    translated = params_to_hf(tiny_params(use_scaled_rope=True), Weights(vocab_size=56), options)
     assert translated.content["rope_scaling"] is None
     assert translated.notices[0] == "params.json: use_scaled_rope is true; the scaling was left out as asked"
 
@@ -524,14 +527,14 @@ def test_the_scaling_may_be_dropped_on_this_way_too() -> None:
 def test_the_positions_of_an_unknown_shape_follow_the_documented_rule(
     changes: dict[str, Any], positions: int, source: str
 ) -> None:
-    translated = params_to_hf(tiny_params(**changes), vocab_size=56)
+    translated = params_to_hf(tiny_params(**changes), Weights(vocab_size=56))
     assert translated.content["max_position_embeddings"] == positions
     assert f"took {positions}, {source}; pass --max-positions to say otherwise" in translated.notices[-1]
 
 
 def test_unknown_keys_are_named_and_runtime_keys_are_not() -> None:
     translated = params_to_hf(
-        tiny_params(foo=1, bar=2, max_seq_len=2048), ConfigOptions(max_positions=9), vocab_size=56
+        tiny_params(foo=1, bar=2, max_seq_len=2048), Weights(vocab_size=56), ConfigOptions(max_positions=9)
     )
     assert translated.notices == ("params.json: bar, foo have no counterpart in config.json; left out",)
 

@@ -24,6 +24,7 @@ import ckpt_convert
 from ckpt_convert import ConfigError, convert, convert_state_dict
 from ckpt_convert.models import FAMILIES
 from ckpt_convert.models.core.config import ConfigOptions
+from ckpt_convert.models.core.params import Weights
 from ckpt_convert.models.llama4.config import dims, sets
 from ckpt_convert.models.llama4.params import (
     hf_to_params,
@@ -284,7 +285,7 @@ def test_what_meta_s_files_have_besides_is_carried(whole: Path, tmp_path: Path) 
 
 
 def hf_of(params: dict[str, Any]) -> dict[str, Any]:
-    return params_to_hf(params, vocab_size=None).content
+    return params_to_hf(params, Weights(vocab_size=None)).content
 
 
 @pytest.mark.parametrize(("params", "name"), [(SCOUT, "Scout"), (MAVERICK, "Maverick")])
@@ -362,13 +363,13 @@ def test_a_factor_that_meta_s_code_does_not_take_by_itself_is_written() -> None:
 
 
 def test_notices() -> None:
-    assert params_to_hf(SCOUT, vocab_size=202048).notices == (
+    assert params_to_hf(SCOUT, Weights(vocab_size=202048)).notices == (
         "params.json does not hold the RoPE factor: took 16, as in Meta's code; pass --rope-factor to say otherwise",
         "params.json does not hold max_position_embeddings: took 262144, as in the base model of Llama 4 Scout; pass "
         "--max-positions to say otherwise",
     )
     options = ConfigOptions(max_positions=10485760, rope_factor=8.0)
-    config = params_to_hf(SCOUT, options, vocab_size=202048).content
+    config = params_to_hf(SCOUT, Weights(vocab_size=202048), options).content
     assert config["text_config"]["max_position_embeddings"] == 10485760
     assert config["text_config"]["rope_scaling"]["factor"] == 8.0
     assert hf_to_params(config).notices == (
@@ -434,7 +435,7 @@ def test_what_meta_s_code_cannot_run_is_refused(part: str, changes: dict[str, An
 )  # fmt: skip
 def test_unusable_params_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
-        params_to_hf({**SCOUT, **changes}, vocab_size=202048)
+        params_to_hf({**SCOUT, **changes}, Weights(vocab_size=202048))
 
 
 def test_too_many_ranks_are_refused(whole: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
 
 from ckpt_convert.errors import ConfigError, UsageError
 from ckpt_convert.models.core.config import ConfigOptions
+from ckpt_convert.models.core.params import Weights
 from ckpt_convert.models.mistral.config import dims, hf_to_params, params_to_hf
 
 GOLDEN = Path(__file__).parents[3] / "fixtures" / "golden" / "mistral"
@@ -41,7 +42,7 @@ def golden_params(**changes: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("params", [V3, NEMO, SMALL, {**V1, "rope_theta": 1e4}], ids=["v0.3", "nemo", "small", "v0.1"])
 def test_params_come_back_exactly(params: dict[str, Any]) -> None:
-    config = params_to_hf(params, vocab_size=params["vocab_size"], ffn_dim=params["hidden_dim"]).content
+    config = params_to_hf(params, Weights(vocab_size=params["vocab_size"], ffn_dim=params["hidden_dim"])).content
     back = hf_to_params(json.loads(json.dumps(config)))
     assert back.content == params
     assert back.notices == ()
@@ -54,7 +55,7 @@ def test_the_golden_params_and_config_say_the_same() -> None:
         "params.json does not hold max_position_embeddings, and stands for 32768, not 256: "
         "on the way back, pass --max-positions 256",
     )
-    back = params_to_hf(golden_params(), ConfigOptions(max_positions=256), vocab_size=56, ffn_dim=104)
+    back = params_to_hf(golden_params(), Weights(vocab_size=56, ffn_dim=104), ConfigOptions(max_positions=256))
     unknowable = {"dtype", "pad_token_id", "transformers_version"}
     written = {"rope_theta": 10000.0, "rope_scaling": None}
     expected = {k: v for k, v in golden_config(**written).items() if k not in unknowable}
@@ -67,7 +68,7 @@ def test_the_golden_params_and_config_say_the_same() -> None:
     "params", [V1, V3, NEMO, SMALL, golden_params()], ids=["v0.1", "v0.3", "nemo", "small", "golden"]
 )
 def test_the_generated_config_makes_the_model_that_transformers_should_make(params: dict[str, Any]) -> None:
-    content = params_to_hf(params, vocab_size=params["vocab_size"]).content
+    content = params_to_hf(params, Weights(vocab_size=params["vocab_size"])).content
     theta, half = content["rope_theta"], params["head_dim"] // 2
     expected = torch.tensor([theta ** (-index / half) for index in range(half)], dtype=torch.float32)
     for spelling in ({"rope_parameters"}, {"rope_theta", "rope_scaling"}, set()):
@@ -86,7 +87,7 @@ def test_dims_of_the_golden_config() -> None:
         "tied": 0, "attention_bias": 0, "mlp_bias": 0,
     }  # fmt: skip
     assert dims(golden_config()) == expected
-    assert dims(params_to_hf(golden_params(), vocab_size=56, ffn_dim=104).content) == expected
+    assert dims(params_to_hf(golden_params(), Weights(vocab_size=56, ffn_dim=104)).content) == expected
 
 
 def test_absent_kv_heads_are_the_class_s_and_null_means_all() -> None:
@@ -148,21 +149,21 @@ def test_a_scaled_rope_is_refused_or_dropped_on_request() -> None:
 )
 def test_an_absent_theta_follows_the_documented_rule(window: int | None, theta: float, source: str) -> None:
     params = golden_params(rope_theta=None, sliding_window=window, max_seq_len=99)
-    translated = params_to_hf(params, vocab_size=56)
+    translated = params_to_hf(params, Weights(vocab_size=56))
     assert translated.content["rope_theta"] == translated.content["rope_parameters"]["rope_theta"] == theta
     assert translated.notices == (
         f"params.json does not hold rope_theta: took {theta:g}, as in the releases {source}; "
         "pass --rope-theta to say otherwise",
     )
-    asked = params_to_hf(params, ConfigOptions(rope_theta=3e4), vocab_size=56)
+    asked = params_to_hf(params, Weights(vocab_size=56), ConfigOptions(rope_theta=3e4))
     assert asked.content["rope_theta"] == 3e4
     assert asked.notices == ()
 
 
 def test_a_theta_against_the_file_is_refused() -> None:
     with pytest.raises(UsageError, match=r"--rope-theta 30000 contradicts params\.json, whose rope_theta is 10000"):
-        params_to_hf(golden_params(), ConfigOptions(rope_theta=3e4), vocab_size=56)
-    assert params_to_hf(golden_params(), ConfigOptions(rope_theta=1e4), vocab_size=56)
+        params_to_hf(golden_params(), Weights(vocab_size=56), ConfigOptions(rope_theta=3e4))
+    assert params_to_hf(golden_params(), Weights(vocab_size=56), ConfigOptions(rope_theta=1e4))
 
 
 @pytest.mark.parametrize(
@@ -180,7 +181,7 @@ def test_a_theta_against_the_file_is_refused() -> None:
     ],
 )
 def test_the_window_is_read_in_every_spelling(changes: dict[str, Any], window: int | None) -> None:
-    assert params_to_hf(golden_params(**changes), vocab_size=56).content["sliding_window"] == window
+    assert params_to_hf(golden_params(**changes), Weights(vocab_size=56)).content["sliding_window"] == window
 
 
 @pytest.mark.parametrize(
@@ -213,30 +214,34 @@ def test_the_window_is_read_in_every_spelling(changes: dict[str, Any], window: i
 )
 def test_unusable_params_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=f"params.json: .*{message}"):
-        params_to_hf(golden_params(**changes), vocab_size=56, ffn_dim=104)
+        params_to_hf(golden_params(**changes), Weights(vocab_size=56, ffn_dim=104))
 
 
 def test_null_stands_for_absent() -> None:
     empty = dict.fromkeys(("moe", "vision_encoder", "yarn", "llama_4_scaling", "q_lora_rank", "quantization", "lora"))
-    assert params_to_hf(golden_params(**empty), vocab_size=56) == params_to_hf(golden_params(), vocab_size=56)
+    assert params_to_hf(golden_params(**empty), Weights(vocab_size=56)) == params_to_hf(
+        golden_params(), Weights(vocab_size=56)
+    )
 
 
 def test_yarn_may_be_dropped_on_request() -> None:
-    translated = params_to_hf(golden_params(yarn={"factor": 4}), ConfigOptions(drop_rope_scaling=True), vocab_size=56)
+    translated = params_to_hf(
+        golden_params(yarn={"factor": 4}), Weights(vocab_size=56), ConfigOptions(drop_rope_scaling=True)
+    )
     assert translated.content["rope_scaling"] is None
     assert translated.notices[0] == "params.json: yarn was left out as asked"
 
 
 def test_the_longest_position() -> None:
     def positions(*, options: ConfigOptions | None = None, **changes: Any) -> tuple[int, int]:
-        translated = params_to_hf(golden_params(**changes), options, vocab_size=56)
+        translated = params_to_hf(golden_params(**changes), Weights(vocab_size=56), options)
         return translated.content["max_position_embeddings"], len(translated.notices)
 
     assert positions() == (32768, 1)
     assert positions(max_seq_len=4096) == (4096, 0)
     assert positions(max_position_embeddings=8192, max_seq_len=4096) == (8192, 0)
     assert positions(max_position_embeddings=8192, options=ConfigOptions(max_positions=77)) == (77, 0)
-    assert params_to_hf(golden_params(), vocab_size=56).notices == (
+    assert params_to_hf(golden_params(), Weights(vocab_size=56)).notices == (
         "params.json does not hold max_position_embeddings: took 32768; pass --max-positions to say otherwise",
     )
 
@@ -248,17 +253,17 @@ def test_tying_comes_from_the_caller_or_the_file() -> None:
         (golden_params(tied_embeddings=True), False, True),
         (golden_params(tied_embeddings=False), False, False),
     ):
-        assert params_to_hf(params, vocab_size=56, tied=tied).content["tie_word_embeddings"] is expected
+        assert params_to_hf(params, Weights(vocab_size=56, tied=tied)).content["tie_word_embeddings"] is expected
 
 
 def test_absent_head_dim_and_kv_heads_are_derived() -> None:
     params = golden_params(head_dim=None, n_kv_heads=None)
-    config = params_to_hf(params, vocab_size=56).content
+    config = params_to_hf(params, Weights(vocab_size=56)).content
     assert (config["head_dim"], config["num_key_value_heads"]) == (6, 12)
 
 
 def test_unknown_keys_are_named() -> None:
     notices = params_to_hf(
-        golden_params(foo=1, use_biases=False, max_batch_size=1, max_seq_len=9), vocab_size=56
+        golden_params(foo=1, use_biases=False, max_batch_size=1, max_seq_len=9), Weights(vocab_size=56)
     ).notices
     assert notices == ("params.json: foo has no counterpart in config.json; left out",)

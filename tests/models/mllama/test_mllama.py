@@ -20,6 +20,7 @@ from transformers.models.mllama.configuration_mllama import MllamaTextConfig, Ml
 import ckpt_convert
 from ckpt_convert import ConfigError, convert, convert_state_dict
 from ckpt_convert.models import FAMILIES
+from ckpt_convert.models.core.params import Weights
 from ckpt_convert.models.mllama import config as mllama_config
 from ckpt_convert.models.mllama.config import (
     VisionModel,
@@ -490,7 +491,7 @@ def test_the_same_logits_after_a_trip(through: str, tmp_path: Path) -> None:
 
 
 def hf_of(params: dict[str, Any]) -> dict[str, Any]:
-    return params_to_hf(params, vocab_size=None).content
+    return params_to_hf(params, Weights(vocab_size=None)).content
 
 
 @pytest.mark.parametrize(("params", "name", "ranks"), [(V11B, "11B", 1), (V90B, "90B", 8)])

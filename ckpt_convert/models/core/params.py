@@ -1,0 +1,86 @@
+"""What a family says of Meta's side, its params.json above all, and what the translations of it share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ckpt_convert.errors import ConfigError
+from ckpt_convert.models.core.config import PARAMS, ConfigOptions, Translated
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What the stored tensors show of what a params.json leaves open.
+
+    ``vocab_size`` is the number of the whole embedding's rows, ``ffn_dim`` that of the whole w1's, None where it is not
+    known; ``tied`` is whether the output is the embedding; ``shapes`` are those of the source's keys.
+    """
+
+    vocab_size: int | None = None
+    ffn_dim: int | None = None
+    tied: bool = False
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Params:
+    """What Meta's side of a family needs beyond the table: its params.json, its file names, its ranks.
+
+    ``evidence`` says in words why a params.json is this family's, or None. ``sharded`` is whether the format is cut
+    over ranks at all; ``container`` the usual one; ``options`` are those of ConfigOptions that it has a use for.
+    ``embedding_cut`` comes from the known releases (0 for any other shape), ``release`` is the name of the one with
+    this shape, ``model_parallel`` the number of ranks that it came in. ``for_ranks`` gives what a params.json has
+    to say for so many ranks. Where Meta's code of two generations cuts the embedding differently, ``style_of`` says
+    whose a params.json is ("llama2" or "llama3") and what in it says so, and ``tokenizers`` whose a tokenizer is, by
+    its kind.
+    """
+
+    evidence: Callable[[Mapping[str, Any]], str | None]
+    from_hf: Callable[[Mapping[str, Any], ConfigOptions], Translated]
+    to_hf: Callable[[Mapping[str, Any], Weights, ConfigOptions], Translated]
+    sharded: bool
+    container: Literal["pth", "safetensors"]
+    options: frozenset[str]
+    embedding_cut: Callable[[Mapping[str, Any], ConfigOptions], int] = lambda config, options: 0
+    release: Callable[[Mapping[str, Any]], str | None] = lambda config: None
+    model_parallel: Callable[[Mapping[str, Any]], int | None] = lambda config: None
+    for_ranks: Callable[[Mapping[str, Any], Mapping[str, int], int], Mapping[str, Any]] = lambda params, dims, ranks: (
+        params
+    )
+    style_of: Callable[[Mapping[str, Any]], tuple[str, str] | None] | None = None
+    tokenizers: Mapping[str, str] = field(default_factory=dict)
+
+
+def flat(params: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The parameters themselves, which some files nest under "model"."""
+    inner = params.get("model")
+    return inner if isinstance(inner, Mapping) and "dim" not in params else params
+
+
+def check_head_dim(sizes: Mapping[str, int], where: str, target: str) -> None:
+    """Raise ConfigError for heads that are not as long as Meta's code computes it."""
+    if sizes["head_dim"] * sizes["n_heads"] != sizes["dim"]:
+        raise ConfigError(
+            f"{where}: head_dim must be hidden_size / num_attention_heads ({sizes['dim']} / {sizes['n_heads']}) for "
+            f"{target}, found {sizes['head_dim']}; Meta's code has no other head_dim"
+        )
+
+
+def took_positions(positions: int, source: str) -> tuple[str, ...]:
+    """A notice of where max_position_embeddings is from, of a params.json that does not say it."""
+    return (
+        f"{PARAMS} does not hold max_position_embeddings: took {positions}{source}; "
+        "pass --max-positions to say otherwise",
+    )
+
+
+def lost_positions(positions: int, ruled: int, stands: str) -> tuple[str, ...]:
+    """A notice of what the way back would make of max_position_embeddings, where that is another number."""
+    if positions == ruled:
+        return ()
+    return (
+        f"{PARAMS} does not hold max_position_embeddings, and {stands} for {ruled}, not {positions}: on the way back, "
+        f"pass --max-positions {positions}",
+    )
