@@ -9,7 +9,6 @@ files that this format has no use for. With these A → B → A gives A back.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,7 +29,7 @@ from ckpt_convert.models import FORMATS
 from ckpt_convert.storage.checksums import CRC64, XXH3, digest, digest_file
 from ckpt_convert.storage.names import check_name, partial_of, read_named, resolve
 from ckpt_convert.storage.reader import walk
-from ckpt_convert.storage.system import sync_directory
+from ckpt_convert.storage.system import replace_file
 from ckpt_convert.tensors.header import Box, FileLayout, Header, StoredTensor
 
 SCHEMA = 2
@@ -254,18 +253,7 @@ def render_manifest(manifest: Mapping[str, Any]) -> bytes:
 
 def replace_manifest(directory: Path, manifest: Mapping[str, Any]) -> None:
     """Write the manifest of a complete directory again, all of it or not at all; raises OSError."""
-    path = directory / MANIFEST
-    temporary = partial_of(path)
-    try:
-        with temporary.open("wb") as file:
-            file.write(render_manifest(manifest))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_directory(path.parent)
+    replace_file(directory / MANIFEST, render_manifest(manifest))
 
 
 def load(directory: Path) -> Record | None:

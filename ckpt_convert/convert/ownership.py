@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
 from ckpt_convert.checkpoint import record
 from ckpt_convert.formats.base import DCP_INDEX, RECORD_FOLDER
 from ckpt_convert.storage.names import JOURNAL
-from ckpt_convert.storage.staging import Rules
+from ckpt_convert.storage.rules import Rules
 
 _HUB = ".cache/huggingface"
 """What huggingface_hub notes of a download or an upload."""
@@ -95,10 +96,12 @@ def rank(name: str) -> int:
     return 1 if last in _LAST or _INDEX.fullmatch(last) else 0
 
 
-RULES = Rules(foreign, record.is_recorded, rank)
+_MARKS = (f"{record.MERGED}/{record.MANIFEST}", record.MANIFEST)
+
+RULES = Rules(foreign, record.is_recorded, rank, record.listed, _MARKS)
 """For the output of a conversion."""
 
-STEP_RULES = Rules(unlisted, record.is_recorded, rank)
+STEP_RULES = replace(RULES, foreign=unlisted)
 """For saved steps: every file of theirs is listed, so whatever else is in one was put there by somebody."""
 
 

@@ -30,6 +30,10 @@ JOURNAL = ".ckpt-convert-journal"
 """Lies in a directory as long as it is being written: which pieces are done, and their checksums."""
 
 
+PARTIAL, REPLACED, DELETED = ".partial", ".replaced", ".deleted"
+"""How the names of directories end, behind a dot in front, that are being written, replaced and removed."""
+
+
 def check_name(name: str, said_by: str) -> str:
     """Return a relative file name that cannot leave its directory; raises UnsafeFileError for any other."""
     path = PurePosixPath(name)
@@ -84,12 +88,12 @@ def local_path(given: str | Path, what: str = "") -> Path:
 
 def partial_of(destination: Path) -> Path:
     """The directory beside ``destination`` that its output is written into."""
-    return destination.with_name(f".{destination.name}.partial")
+    return destination.with_name(f".{destination.name}{PARTIAL}")
 
 
 def replaced_of(destination: Path) -> Path:
     """The place beside ``destination`` that an old output is moved to while a new one takes its name."""
-    return destination.with_name(f".{destination.name}.replaced")
+    return destination.with_name(f".{destination.name}{REPLACED}")
 
 
 def resolve(directory: Path, name: str, said_by: str) -> Path:

@@ -10,7 +10,7 @@ from pathlib import Path
 from ckpt_convert.errors import OutputExistsError, UnsafeFileError
 from ckpt_convert.storage.names import check_name
 from ckpt_convert.storage.reader import reading
-from ckpt_convert.storage.system import UNSUPPORTED, sync_directory
+from ckpt_convert.storage.system import UNSUPPORTED, sync_directory, write_whole
 
 SUFFIX = ".pointer"
 """How the name of a pointer that is being made ends."""
@@ -79,11 +79,3 @@ def target_of(path: Path) -> str | None:
         if text and "/" not in text and not text.startswith("."):
             return check_name(text, str(path))
     return None
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a small file and flush it to disk."""
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())

@@ -13,8 +13,7 @@ import logging
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
@@ -31,27 +30,10 @@ from ckpt_convert.errors import (
 from ckpt_convert.storage.folder import Folder, StagedFile, is_plain, lstat, remove_all, remove_one
 from ckpt_convert.storage.lock import Lock
 from ckpt_convert.storage.names import JOURNAL, partial_of, replaced_of
+from ckpt_convert.storage.rules import Rules
 from ckpt_convert.storage.system import Advice, exchange, is_mount_point, sync_directory, writing
 
 log = logging.getLogger("ckpt_convert")
-
-
-def _everything(directory: Path) -> list[str]:
-    return sorted(os.listdir(directory))
-
-
-@dataclass(frozen=True)
-class Rules:
-    """What has to be known of the directories that are written; storage itself knows no format.
-
-    ``foreign`` names what is in a directory and would be lost to its owner if that were replaced: nothing, for one that
-    is wholly ours or wholly a checkpoint. ``is_ours`` says whether what is in a directory says that we wrote it;
-    ``rank`` of a file's name how late it is written (see ``Folder``).
-    """
-
-    foreign: Callable[[Path], Sequence[str]] = _everything
-    is_ours: Callable[[Path], bool] = lambda path: False
-    rank: Callable[[str], int] = lambda name: 0
 
 
 def check_destination(destination: Path, source: Path, rules: Rules, *, overwrite: bool) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckpt_convert.errors import CkptConvertError, NotEnoughSpaceError, UnwritableError
+from ckpt_convert.storage.names import partial_of
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 """What the system says when the disk, the quota or the size limit of a file is used up."""
@@ -70,6 +71,26 @@ def sync_directory(where: Path | int) -> None:
     finally:
         if isinstance(where, Path):
             os.close(fd)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a small file in the place of another, all of it or not at all; raises OSError."""
+    temporary = partial_of(path)
+    try:
+        write_whole(temporary, data)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a small file and flush it to disk."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def exchange(first: Path, second: Path) -> bool:

@@ -14,7 +14,7 @@ import pytest
 from ckpt_convert.checkpointer.run import catalog
 from ckpt_convert.checkpointer.run.progress import Progress
 from ckpt_convert.errors import CheckpointNotFoundError, ConfigError, OutputExistsError, UsageError
-from ckpt_convert.storage import pointer
+from ckpt_convert.storage import pointer, removal
 from ckpt_convert.storage.lock import Lock
 
 JOURNAL = ".ckpt-convert-journal"
@@ -381,7 +381,7 @@ class TestTidy:
         (tmp_path / ".step_30.partial").mkdir()
         checkpoint(tmp_path, "step_40", into=".step_40.partial")  # killed just before it got its name
         found = [".step_20.partial", ".step_30.partial", ".step_40.partial"]
-        assert [path.name for path in catalog.leftovers(tmp_path)] == found
+        assert [path.name for path in removal.leftovers(tmp_path)] == found
         catalog.tidy(tmp_path)
         assert names(tmp_path) == ["step_10"]
         assert tree(kept) == before
@@ -525,5 +525,5 @@ class TestTidy:
         caplog.set_level(logging.DEBUG)
         catalog.tidy(tmp_path)
         catalog.tidy(tmp_path / "nowhere")
-        assert catalog.leftovers(tmp_path / "nowhere") == []
+        assert removal.leftovers(tmp_path / "nowhere") == []
         assert caplog.records == []

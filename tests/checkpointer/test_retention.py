@@ -16,6 +16,7 @@ from ckpt_convert.checkpointer.run.catalog import Saved
 from ckpt_convert.checkpointer.run.progress import Progress
 from ckpt_convert.checkpointer.run.retention import Decision, Policy
 from ckpt_convert.errors import UsageError
+from ckpt_convert.storage import removal
 
 MANIFEST = "ckpt_convert/manifest.json"
 LOSS: retention.Best = ("val_loss", "min")
@@ -271,7 +272,7 @@ class TestApply:
         """After a resume from an earlier step, a step is written, and removed, a second time."""
         checkpoint(tmp_path, 10)
         checkpoint(tmp_path, 20)
-        (catalog.removal_name(tmp_path / "step_10") / "stuck").mkdir(parents=True)
+        (removal.removal_name(tmp_path / "step_10") / "stuck").mkdir(parents=True)
         retention.apply(retention.decide(catalog.scan(tmp_path), Policy(keep_last=1)))
         assert [path.name for path in tmp_path.iterdir()] == ["step_20"]
 

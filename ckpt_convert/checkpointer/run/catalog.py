@@ -13,43 +13,34 @@ import math
 import os
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ckpt_convert.checkpoint import record
-from ckpt_convert.checkpoint.record import MANIFEST, MERGED, TRAINING_STATE, read_manifest, replace_manifest
-from ckpt_convert.checkpointer.run.names import DELETED, PARTIAL, REPLACED
+from ckpt_convert.checkpoint.record import MANIFEST, TRAINING_STATE, read_manifest, replace_manifest
 from ckpt_convert.checkpointer.run.progress import Progress
 from ckpt_convert.containers.dcp import dcp
 from ckpt_convert.convert import ownership
 from ckpt_convert.errors import (
     CheckpointNotFoundError,
-    CkptConvertError,
     ConfigError,
     CorruptFileError,
-    LockedError,
     NewerVersionError,
     UsageError,
 )
-from ckpt_convert.storage.lock import Lock
-from ckpt_convert.storage.names import JOURNAL, partial_of
-from ckpt_convert.storage.pointer import SUFFIX, check_pointer, point, pointed, target_of
+from ckpt_convert.storage import removal
+from ckpt_convert.storage.names import JOURNAL
+from ckpt_convert.storage.pointer import check_pointer, point, pointed
 from ckpt_convert.storage.reader import reading
-from ckpt_convert.storage.staging import remove
-from ckpt_convert.storage.system import sync_directory
 
 __all__ = [
     "Saved",
     "amend",
     "check_pointer",
-    "finish_removal",
     "finish_thinning",
-    "leftovers",
     "point",
     "pointed",
     "read",
-    "removal_name",
     "scan",
     "tidy",
 ]
@@ -106,6 +97,10 @@ def _is_complete(directory: Path, name: str) -> bool:
     with contextlib.suppress(ConfigError, CorruptFileError):
         return _section(directory, name) is not None
     return False
+
+
+RULES = replace(ownership.STEP_RULES, is_complete=_is_complete)
+"""For the directories of steps, which are complete under the name that their manifest says."""
 
 
 def is_damaged(directory: Path) -> bool:
@@ -217,93 +212,11 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def removal_name(path: Path) -> Path:
-    """Where a checkpoint goes to be removed: a name under which nobody takes it for one, and ``tidy`` knows it."""
-    return partial_of(path.with_name(f"{path.name}{DELETED}"))
-
-
-def finish_removal(hidden: Path, original: Path) -> None:
-    """Remove the files of a checkpoint that has lost its name, and give that back to what somebody put beside them.
-
-    The files are those that the manifests list, which go last, so that what an attempt leaves is listed still. Raises
-    OSError, UnreadableError, and CorruptFileError where the manifest is damaged.
-    """
-    journal = hidden / JOURNAL
-    journal.touch()
-    sync_directory(hidden)
-    listed = record.listed(hidden)
-    if not listed and os.path.lexists(hidden / MANIFEST):
-        raise CorruptFileError(f"{hidden / MANIFEST}: is damaged, so nothing says which files are to be removed")
-    manifests = (f"{MERGED}/{MANIFEST}", MANIFEST)
-    _remove_files(hidden, listed.difference(manifests))
-    for name in manifests:
-        if name in listed:
-            (hidden / name).unlink(missing_ok=True)
-    _remove_files(hidden, frozenset())  # folders that are empty now
-    kept = sorted(entry.name for entry in hidden.iterdir() if entry != journal)
-    if not kept:
-        journal.unlink()
-        hidden.rmdir()
-        return
-    what = f"the checkpoint in {original} was removed, and {', '.join(kept[:8])}, which it did not write,"
-    if os.path.lexists(original):  # it was saved again since
-        log.warning("%s is kept in %s", what, hidden)
-        return
-    os.rename(hidden, original)
-    (original / JOURNAL).unlink()
-    sync_directory(original.parent)
-    log.warning("%s is kept there", what)
-
-
-def _remove_files(directory: Path, names: frozenset[str]) -> None:
-    """Remove these files, without following links on the way, and the folders that are empty then."""
-    for folder, _, _ in os.walk(directory, topdown=False):
-        here = Path(folder)
-        for entry in sorted(here.iterdir(), key=lambda entry: ownership.rank(entry.name), reverse=True):
-            if entry.relative_to(directory).as_posix() in names and (entry.is_symlink() or not entry.is_dir()):
-                entry.unlink()
-        if here != directory and not any(here.iterdir()):
-            here.rmdir()
-
-
-def leftovers(output_dir: Path) -> list[Path]:
-    """What looks like an interrupted writer's: ``.X.partial``, ``.X.replaced``, half-made pointers."""
-    with reading(output_dir, "listed"):
-        if not output_dir.is_dir():
-            return []
-        with os.scandir(output_dir) as entries:
-            found = [e.name for e in entries if _is_leftover(e.name, e.is_dir(follow_symlinks=False))]
-    return [output_dir / name for name in sorted(found)]
-
-
-def _is_leftover(name: str, is_directory: bool) -> bool:
-    endings = (PARTIAL, REPLACED) if is_directory else (SUFFIX,)
-    return name.startswith(".") and any(name.endswith(end) and len(name) > len(end) + 1 for end in endings)
-
-
 def tidy(output_dir: Path) -> None:
-    """Clear away what interrupted writers left, and put back what one of them had moved aside.
-
-    Removes unfinished directories that are known to be a writer's, by their journal or their manifest, or empty, and
-    that nobody is writing; what is left of training states that were being removed; half-made pointers. Logs a line
-    for each, and a warning for what cannot be removed. Touches nothing else.
-    """
-    for path in leftovers(output_dir):
-        try:
-            if path.name.endswith(PARTIAL):
-                _tidy_partial(path)
-            elif path.name.endswith(REPLACED):
-                _tidy_replaced(path)
-            elif target_of(path) is not None or not os.lstat(path).st_size:
-                path.unlink()
-                log.info("half-written pointer %s removed", path)
-        except (OSError, CkptConvertError) as error:
-            said = error.strerror if isinstance(error, OSError) else error
-            log.warning("%s is left over and cannot be removed: %s", path, said)
+    """Clear away what interrupted writers left (``removal.tidy``), also of training states that were being removed."""
+    removal.tidy(output_dir, RULES)
     for state in output_dir.glob(f"*/{TRAINING_STATE}"):
         finish_thinning(state.parent)
-    for amended in output_dir.glob(f"*/{partial_of(Path(MANIFEST))}"):
-        _finish_amending(amended)
 
 
 def finish_thinning(directory: Path) -> None:
@@ -326,39 +239,3 @@ def finish_thinning(directory: Path) -> None:
                 state.rmdir()
         except OSError as error:
             log.warning("%s cannot be removed: %s", state, error.strerror)
-
-
-def _finish_amending(amended: Path) -> None:
-    """Remove the manifest that was to replace another when it was interrupted; failing is warned of."""
-    directory = amended.parent.parent
-    if directory.is_symlink() or not _is_complete(directory, directory.name):
-        return
-    try:
-        amended.unlink()
-    except OSError as error:
-        log.warning("%s is left over and cannot be removed: %s", amended, error.strerror)
-
-
-def _tidy_partial(path: Path) -> None:
-    name = path.name[1 : -len(PARTIAL)]
-    removed = name.removesuffix(DELETED)
-    with contextlib.suppress(LockedError), Lock.directory(path, "it is being written") as lock:
-        if not os.path.lexists(path / JOURNAL) and any(path.iterdir()) and not _is_complete(path, removed):
-            return
-        if removed != name:
-            finish_removal(path, path.with_name(removed))
-        else:
-            remove(lock.fd, path, ownership.rank)
-            log.warning("half-written %s removed", path)
-
-
-def _tidy_replaced(path: Path) -> None:
-    original = path.with_name(path.name[1 : -len(REPLACED)])
-    ours = _is_complete(path, original.name)
-    if _is_complete(original, original.name) and (os.path.lexists(path / JOURNAL) or ours):
-        finish_removal(path, original)
-        log.warning("%s removed: %s, which replaced it, is complete", path, original.name)
-    elif not os.path.lexists(original) and ours:
-        os.rename(path, original)
-        sync_directory(path.parent)
-        log.warning("%s put back: what was to replace it was not completed", original)

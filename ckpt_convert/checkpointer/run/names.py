@@ -10,14 +10,11 @@ from dataclasses import dataclass, replace
 
 from ckpt_convert.checkpointer.run.progress import Progress
 from ckpt_convert.errors import UnsafeFileError, UsageError
-from ckpt_convert.storage.names import check_name
+from ckpt_convert.storage.names import DELETED, PARTIAL, REPLACED, check_name
 from ckpt_convert.storage.pointer import SUFFIX
 
 VARIABLES = ("step", "epoch", "tokens", "samples", "evals", "run_name")
 """What a template may name in braces."""
-
-PARTIAL, REPLACED, DELETED = ".partial", ".replaced", ".deleted"
-"""How the names of directories end, behind a dot in front, that are being written, replaced and removed."""
 
 LONGEST = 200
 """Bytes of a name; file systems take 255, of which an unfinished or a removed directory's name needs some."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from ckpt_convert.checkpoint.record import TRAINING_STATE
 from ckpt_convert.checkpointer.run import catalog
 from ckpt_convert.checkpointer.run.catalog import Saved
 from ckpt_convert.errors import CkptConvertError, UsageError
-from ckpt_convert.storage.system import sync_directory
+from ckpt_convert.storage import removal
 
 log = logging.getLogger("ckpt_convert")
 
@@ -119,13 +118,8 @@ def _is_there(saved: Saved) -> bool:
 
 
 def _delete(saved: Saved) -> None:
-    hidden = catalog.removal_name(saved.path)
     try:
-        if hidden.is_dir():  # what an earlier attempt could not remove
-            catalog.finish_removal(hidden, saved.path)
-        os.rename(saved.path, hidden)
-        sync_directory(hidden.parent)
-        catalog.finish_removal(hidden, saved.path)
+        removal.withdraw(saved.path, catalog.RULES)
     except (OSError, CkptConvertError) as error:
         said = error.strerror if isinstance(error, OSError) else error
         log.warning("%s is to be kept no longer, but cannot be removed: %s", saved.path, said)

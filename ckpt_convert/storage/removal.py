@@ -1,0 +1,155 @@
+"""Removing directories that were written here, and clearing away what interrupted writers left of others.
+
+What is removed first gets a name under which nobody takes it for complete; what somebody else put beside its files
+stays, under the name that they know.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from pathlib import Path
+
+from ckpt_convert.errors import CkptConvertError, CorruptFileError, LockedError
+from ckpt_convert.storage.lock import Lock
+from ckpt_convert.storage.names import DELETED, JOURNAL, PARTIAL, REPLACED, partial_of
+from ckpt_convert.storage.pointer import SUFFIX, target_of
+from ckpt_convert.storage.reader import reading
+from ckpt_convert.storage.rules import Rules
+from ckpt_convert.storage.staging import remove
+from ckpt_convert.storage.system import sync_directory
+
+log = logging.getLogger("ckpt_convert")
+
+
+def withdraw(path: Path, rules: Rules) -> None:
+    """Remove the files that a directory lists; it loses its name first. Raises as ``finish_removal`` does."""
+    hidden = removal_name(path)
+    if hidden.is_dir():  # what an earlier attempt could not remove
+        finish_removal(hidden, path, rules)
+    os.rename(path, hidden)
+    sync_directory(hidden.parent)
+    finish_removal(hidden, path, rules)
+
+
+def removal_name(path: Path) -> Path:
+    """Where a directory goes to be removed: a name under which nobody takes it for complete, and ``tidy`` knows it."""
+    return partial_of(path.with_name(f"{path.name}{DELETED}"))
+
+
+def finish_removal(hidden: Path, original: Path, rules: Rules) -> None:
+    """Remove the files of a directory that has lost its name, and give that back to what somebody put beside them.
+
+    The files are those that its marks list, which go last, so that what an attempt leaves is listed still. Raises
+    OSError, UnreadableError, and CorruptFileError where the mark is damaged.
+    """
+    journal = hidden / JOURNAL
+    journal.touch()
+    sync_directory(hidden)
+    listed = rules.listed(hidden)
+    mark = rules.marks[-1]
+    if not listed and os.path.lexists(hidden / mark):
+        raise CorruptFileError(f"{hidden / mark}: is damaged, so nothing says which files are to be removed")
+    _remove_files(hidden, listed.difference(rules.marks), rules)
+    for name in rules.marks:
+        if name in listed:
+            (hidden / name).unlink(missing_ok=True)
+    _remove_files(hidden, frozenset(), rules)  # folders that are empty now
+    kept = sorted(entry.name for entry in hidden.iterdir() if entry != journal)
+    if not kept:
+        journal.unlink()
+        hidden.rmdir()
+        return
+    what = f"the checkpoint in {original} was removed, and {', '.join(kept[:8])}, which it did not write,"
+    if os.path.lexists(original):  # it was saved again since
+        log.warning("%s is kept in %s", what, hidden)
+        return
+    os.rename(hidden, original)
+    (original / JOURNAL).unlink()
+    sync_directory(original.parent)
+    log.warning("%s is kept there", what)
+
+
+def _remove_files(directory: Path, names: frozenset[str], rules: Rules) -> None:
+    """Remove these files, without following links on the way, and the folders that are empty then."""
+    for folder, _, _ in os.walk(directory, topdown=False):
+        here = Path(folder)
+        for entry in sorted(here.iterdir(), key=lambda entry: rules.rank(entry.name), reverse=True):
+            if entry.relative_to(directory).as_posix() in names and (entry.is_symlink() or not entry.is_dir()):
+                entry.unlink()
+        if here != directory and not any(here.iterdir()):
+            here.rmdir()
+
+
+def leftovers(parent: Path) -> list[Path]:
+    """What looks like an interrupted writer's: ``.X.partial``, ``.X.replaced``, half-made pointers."""
+    with reading(parent, "listed"):
+        if not parent.is_dir():
+            return []
+        with os.scandir(parent) as entries:
+            found = [e.name for e in entries if _is_leftover(e.name, e.is_dir(follow_symlinks=False))]
+    return [parent / name for name in sorted(found)]
+
+
+def _is_leftover(name: str, is_directory: bool) -> bool:
+    endings = (PARTIAL, REPLACED) if is_directory else (SUFFIX,)
+    return name.startswith(".") and any(name.endswith(end) and len(name) > len(end) + 1 for end in endings)
+
+
+def tidy(parent: Path, rules: Rules) -> None:
+    """Clear away what interrupted writers left, and put back what one of them had moved aside.
+
+    Removes unfinished directories that are known to be a writer's, by their journal or their mark, or empty, and that
+    nobody is writing; half-made pointers, and marks that were to replace others. Logs a line for each, and a warning
+    for what cannot be removed. Touches nothing else.
+    """
+    for path in leftovers(parent):
+        try:
+            if path.name.endswith(PARTIAL):
+                _tidy_partial(path, rules)
+            elif path.name.endswith(REPLACED):
+                _tidy_replaced(path, rules)
+            elif target_of(path) is not None or not os.lstat(path).st_size:
+                path.unlink()
+                log.info("half-written pointer %s removed", path)
+        except (OSError, CkptConvertError) as error:
+            said = error.strerror if isinstance(error, OSError) else error
+            log.warning("%s is left over and cannot be removed: %s", path, said)
+    half_written = partial_of(Path(rules.marks[-1]))
+    for path in parent.glob(f"*/{half_written}"):
+        directory = path.parents[len(half_written.parts) - 1]
+        if not directory.is_symlink() and rules.is_complete(directory, directory.name):
+            _remove_half_written(path)
+
+
+def _remove_half_written(path: Path) -> None:
+    try:
+        path.unlink()
+    except OSError as error:
+        log.warning("%s is left over and cannot be removed: %s", path, error.strerror)
+
+
+def _tidy_partial(path: Path, rules: Rules) -> None:
+    name = path.name[1 : -len(PARTIAL)]
+    removed = name.removesuffix(DELETED)
+    with contextlib.suppress(LockedError), Lock.directory(path, "it is being written") as lock:
+        if not os.path.lexists(path / JOURNAL) and any(path.iterdir()) and not rules.is_complete(path, removed):
+            return
+        if removed != name:
+            finish_removal(path, path.with_name(removed), rules)
+        else:
+            remove(lock.fd, path, rules.rank)
+            log.warning("half-written %s removed", path)
+
+
+def _tidy_replaced(path: Path, rules: Rules) -> None:
+    original = path.with_name(path.name[1 : -len(REPLACED)])
+    ours = rules.is_complete(path, original.name)
+    if rules.is_complete(original, original.name) and (os.path.lexists(path / JOURNAL) or ours):
+        finish_removal(path, original, rules)
+        log.warning("%s removed: %s, which replaced it, is complete", path, original.name)
+    elif not os.path.lexists(original) and ours:
+        os.rename(path, original)
+        sync_directory(path.parent)
+        log.warning("%s put back: what was to replace it was not completed", original)
