@@ -9,7 +9,7 @@ import math
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -261,6 +261,23 @@ def test_a_pointer_that_cannot_be_moved_is_a_warning_and_the_step_is_saved(
         checkpointer.step()
     assert os.readlink(tmp_path / "latest") == "step_2"
     assert warnings(caplog) == [said]
+
+
+@pytest.mark.parametrize("steps", [1, 2], ids=["missing", "stale"])
+@pytest.mark.parametrize("call", ["symlink", "replace"])
+def test_a_pointer_that_the_last_save_could_not_move_is_moved_by_the_next_start(
+    call: str, steps: int, tmp_path: Path
+) -> None:
+    with Checkpointer(LLAMA, tmp_path, save_every=1) as checkpointer:
+        checkpointer.register(model=MODEL)
+        for step in range(1, steps + 1):
+            with failing(call, errno.EIO, ALWAYS) if step == steps else nullcontext():
+                checkpointer.step()
+    latest = tmp_path / "latest"
+    assert (os.readlink(latest) if steps > 1 else os.path.lexists(latest)) == ("step_1" if steps > 1 else False)
+    with Checkpointer(LLAMA, tmp_path) as checkpointer:
+        checkpointer.resume(model=MODEL)
+    assert os.readlink(latest) == f"step_{steps}"
 
 
 def test_where_there_are_no_links_the_pointer_is_a_text_file_without_a_word(

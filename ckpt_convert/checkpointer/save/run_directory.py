@@ -71,7 +71,10 @@ class RunDirectory:
         catalog.tidy(self.path)
         if self._latest_name is not None:
             pointer.check_pointer(self.path, self._latest_name)
-        self._sequence = max((saved.sequence for saved in self.saved), default=0)
+        there = self.saved
+        self._sequence = there[-1].sequence if there else 0
+        if there:
+            self._point_at(there[-1].path)  # a run may have ended, or failed, between the two
 
     @property
     def trouble(self) -> str | None:
@@ -113,13 +116,17 @@ class RunDirectory:
         """Write a step; once it is complete, point at it, and let go what the policy does not keep."""
         save(step, destination, workers=workers, mode=self._mode)
         self._unwritten.pop(destination, None)
-        if self._latest_name is not None:
-            with _only_warned(f"{destination} is saved, but {self._latest_name} cannot be made to lead to it"):
-                pointer.point(self.path, self._latest_name, destination)
+        self._point_at(destination)
         with _only_warned(f"{destination} is saved, but earlier checkpoints cannot be looked through"):
             gone, self._superseded = self._superseded, ()
             retention.apply(retention.Decision(delete=tuple(one for one in gone if one.path != destination)))
             self._prune()
+
+    def _point_at(self, newest: Path) -> None:
+        if self._latest_name is not None:
+            with _only_warned(f"{newest} is saved, but {self._latest_name} cannot be made to lead to it"):
+                if pointer.pointed(self.path, self._latest_name) != newest:
+                    pointer.point(self.path, self._latest_name, newest)
 
     def amend(self, destination: Path, metrics: Mapping[str, float], evals: int) -> None:
         """Tell a checkpoint of metrics that were reported after it was saved; no matter if it is gone.
