@@ -14,7 +14,7 @@ from ckpt_convert.adapters.modules import Modules
 from ckpt_convert.adapters.parameters import PEFT_PREFIX, Adapter, Split, split, translated
 from ckpt_convert.checkpoint.checkpoint import open_checkpoint
 from ckpt_convert.containers import safetensors
-from ckpt_convert.dtypes import FROM_TORCH
+from ckpt_convert.dtypes import FROM_TORCH, torch_name
 from ckpt_convert.errors import (
     CheckpointNotFoundError,
     ConfigError,
@@ -70,9 +70,7 @@ def to_peft(
 
 def files(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> dict[str, bytes]:
     """The two files by name, byte for byte as PEFT writes the same tensors; they are whole in memory."""
-    described = [
-        (key, FROM_TORCH[str(one.dtype).removeprefix("torch.")].name, tuple(one.shape)) for key, one in tensors.items()
-    ]
+    described = [(key, FROM_TORCH[torch_name(one.dtype)].name, tuple(one.shape)) for key, one in tensors.items()]
     layout = safetensors.build(safetensors.usual_order(described), {"format": "pt"})
     parts = [content for _, content in layout.literals]
     parts += [_bytes(tensors[stored.key]) for stored in layout.header.tensors]

@@ -19,7 +19,7 @@ from ckpt_convert.checkpoint.mapping import Source
 from ckpt_convert.checkpoint.model import Model, is_bare, model_of, names_of
 from ckpt_convert.checkpoint.record import Layout, Record
 from ckpt_convert.checkpoint.tensors import TensorInfo, assembled, describe
-from ckpt_convert.dtypes import DTYPES
+from ckpt_convert.dtypes import DTYPES, majority
 from ckpt_convert.errors import (
     AmbiguousFormatError,
     CheckpointNotFoundError,
@@ -518,7 +518,4 @@ def tensors_of(path: Path) -> list[tuple[WeightFile, StoredTensor]]:
 
 def usual_dtype(checkpoint: Checkpoint) -> str:
     """The dtype that holds most bytes."""
-    counts: Counter[str] = Counter()
-    for _, tensor in checkpoint.stored:
-        counts[tensor.dtype] += tensor.nbytes
-    return counts.most_common(1)[0][0] if counts else "F32"
+    return majority((tensor.dtype, tensor.nbytes) for _, tensor in checkpoint.stored) or "F32"

@@ -48,6 +48,6 @@ def _dtype(name: str) -> str:
     known = DTYPES.get(name)
     if known is None:
         return click.style(name, fg="magenta")
-    if not name.startswith(("F", "BF")):
+    if not known.is_number:
         return name
     return click.style(name, fg="bright_blue" if known.bits > 16 else "green" if known.bits == 16 else "magenta")

@@ -14,6 +14,7 @@ from ckpt_convert.cli.notices import notice, on_stderr
 from ckpt_convert.cli.progress import Bar
 from ckpt_convert.cli.text import echo, escape, human_bytes, plural
 from ckpt_convert.cli.tree import in_short
+from ckpt_convert.dtypes import CASTS, DEQUANTIZED
 from ckpt_convert.errors import UsageError
 from ckpt_convert.storage.names import local_path
 from ckpt_convert.storage.reader import WORKERS
@@ -50,8 +51,8 @@ def _options(source: str | None, to: str | None) -> list[click.Option]:
         return option(*name.split(), is_flag=True, help=text, shown=shown)
 
     names = click.Choice(list(FORMAT_TITLES))
-    dtypes = click.Choice(["float32", "float16", "bfloat16"])
-    dequantized, quantized = click.Choice(["bfloat16", "float32"]), source in (None, "hf")
+    dtypes = click.Choice(list(CASTS))
+    dequantized, quantized = click.Choice(list(DEQUANTIZED)), source in (None, "hf")
     styles = click.Choice(["llama2", "llama3"])
     general = [
         option("--to", type=names, required=True, help="Format of DST."),

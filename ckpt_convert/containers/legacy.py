@@ -9,7 +9,7 @@ from bisect import bisect_right
 from typing import TYPE_CHECKING
 
 from ckpt_convert.containers.flatten import flatten
-from ckpt_convert.dtypes import FROM_TORCH
+from ckpt_convert.dtypes import FROM_TORCH, torch_name
 from ckpt_convert.errors import CorruptFileError, InputError, UnsafeFileError, require
 from ckpt_convert.storage.reader import LocalFile, RangeReader
 from ckpt_convert.tensors.header import Header, StoredTensor
@@ -107,7 +107,7 @@ def _reason(error: Exception) -> str:
 
 
 def _describe(reader: LocalFile, key: str, tensor: torch.Tensor) -> tuple[str, tuple[int, ...]]:
-    name = str(tensor.dtype).removeprefix("torch.")
+    name = torch_name(tensor.dtype)
     if str(tensor.layout) != "torch.strided" or tensor.is_quantized or name not in FROM_TORCH:
         raise InputError(
             f"{reader.name}: {key!r} should be a dense tensor of plain numbers, but is {tensor.layout} {name}; "

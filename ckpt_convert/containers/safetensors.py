@@ -22,18 +22,9 @@ from ckpt_convert.tensors.header import FileLayout, Header, StoredTensor
 KIND = "safetensors"
 MAX_HEADER = 100_000_000
 
-# The library writes the tensors sorted by dtype, in this order, and then by name; a dtype that is missing here
-# (C128) does not exist in the format.
-_ORDER = {
-    name: rank
-    for rank, name in enumerate(
-        (
-            *("U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16"),
-            *("F8_E5M2FNUZ", "F8_E4M3FNUZ", "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8"),
-            *("F6_E3M2", "F6_E2M3", "F4", "BOOL"),
-        )
-    )
-}
+_ORDER = {dtype.name: dtype.order for dtype in DTYPES.values() if dtype.order is not None}
+"""The library writes the tensors sorted by dtype, in this order, and then by name."""
+
 _MAX_DIMS = 64  # torch's and numpy's limit
 _Entry = tuple[Any, tuple[Any, ...], tuple[Any, ...]]  # dtype, shape, data_offsets
 _FIELDS = ("dtype", "shape", "data_offsets")

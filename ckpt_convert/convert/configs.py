@@ -16,7 +16,7 @@ from ckpt_convert.checkpoint.quantized.view import Dequantized
 from ckpt_convert.convert import sidefiles
 from ckpt_convert.convert.request import Request
 from ckpt_convert.convert.sidefiles import SideFile
-from ckpt_convert.dtypes import DTYPES, majority
+from ckpt_convert.dtypes import DTYPES, majority_of_floats, torch_name
 from ckpt_convert.errors import UnsupportedFamilyError
 from ckpt_convert.formats.base import JSON_LIMIT, RECORD_FOLDER, load_json, render_json
 from ckpt_convert.models.core.config import type_of
@@ -163,14 +163,14 @@ def _stands(
     said = config.get("dtype", config.get("torch_dtype"))
     if source.quantization is not None:
         return True  # of codes a config says what they are computed in
-    if written is None or str(said).removeprefix("torch.") == written:
+    if written is None or torch_name(said) == written:
         return True
     if request.dtype is not None or not source.files or isinstance(source, Dequantized):
         return False
     if said is None:
         return True
     own = like is None and source.config_path is None
-    return own and written == majority((tensor.dtype, tensor.nbytes) for _, tensor in source.stored)
+    return own and written == majority_of_floats((tensor.dtype, tensor.nbytes) for _, tensor in source.stored)
 
 
 def _with_dtype(config: Mapping[str, Any], dtype: str) -> bytes:

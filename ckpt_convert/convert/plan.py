@@ -21,7 +21,7 @@ from ckpt_convert.checkpoint.record import Layout
 from ckpt_convert.convert import brought, configs, embedding, layout, placement, sidefiles
 from ckpt_convert.convert.embedding import Cut
 from ckpt_convert.convert.layout import OutputFile
-from ckpt_convert.convert.request import CASTABLE, CASTS, NARROW, Request
+from ckpt_convert.convert.request import Request
 from ckpt_convert.convert.sidefiles import SideFile
 from ckpt_convert.errors import ConfigError, CorruptFileError, ShapeMismatchError, UnsupportedFamilyError, UsageError
 from ckpt_convert.formats.base import DCP_INDEX, RECORD_FOLDER
@@ -368,7 +368,7 @@ def _first(logical: Logical) -> int:
 
 def _written_dtype(files: Sequence[OutputFile]) -> str | None:
     """The floating-point dtype of most bytes that are written, in torch's words."""
-    return dtypes.majority((tensor.dtype, tensor.nbytes) for file in files for tensor in file.tensors)
+    return dtypes.majority_of_floats((tensor.dtype, tensor.nbytes) for file in files for tensor in file.tensors)
 
 
 def _refuse_partial_cast(
@@ -380,7 +380,7 @@ def _refuse_partial_cast(
     """
     if request.dtype is None:
         return
-    left = [t for t in targets if dtype_of[t.key] != CASTS[request.dtype] and not t.instance.row.derived]
+    left = [t for t in targets if dtype_of[t.key] != dtypes.CASTS[request.dtype] and not t.instance.row.derived]
     sizes = [dtypes.nbytes(dtype_of[target.key], target.tensor.shape) for target in (*left, *targets)]
     packed = [target for target in left if dtypes.DTYPES[target.dtype].bits < 8]
     if not packed and 2 * sum(sizes[: len(left)]) <= sum(sizes[len(left) :]):
@@ -428,17 +428,17 @@ def _dtypes(targets: Sequence[Target], request: Request, template: Logicals) -> 
     for target in targets:
         like = template.tensors.get(target.instance)
         dtype = target_dtype(target.dtype, target.instance, request)
-        if request.dtype is None and like is not None and like.dtype in CASTABLE and dtype in (*CASTABLE, *NARROW):
-            dtype = like.dtype
+        if request.dtype is None and like is not None and dtype in dtypes.CAST_FROM:
+            dtype = like.dtype if like.dtype in dtypes.CASTABLE else dtype
         out[target.key] = dtype
     return out
 
 
 def target_dtype(dtype: str, instance: Instance, request: Request) -> str:
     """The dtype of a tensor in the output: as in the source, unless a cast is asked for and it is one to be cast."""
-    if request.dtype is None or dtype not in (*CASTABLE, *NARROW) or instance.row.derived:
+    if request.dtype is None or dtype not in dtypes.CAST_FROM or instance.row.derived:
         return dtype
-    return CASTS[request.dtype]
+    return dtypes.CASTS[request.dtype]
 
 
 def _check_like(source: Checkpoint, model: Model, like: Checkpoint) -> list[str]:

@@ -6,17 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ckpt_convert import formats
+from ckpt_convert.dtypes import CASTS, DEQUANTIZED
 from ckpt_convert.errors import UsageError
 from ckpt_convert.models import Family
 from ckpt_convert.models.core.config import ConfigOptions
-
-CASTS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-DEQUANTIZED = ("bfloat16", "float32")
-CASTABLE = ("F64", "F32", "F16", "BF16")
-"""What a tensor in a file may be cast from, and to."""
-
-NARROW = ("F8_E4M3", "F8_E4M3FNUZ", "F8_E5M2", "F8_E5M2FNUZ", "F8_E8M0")
-"""What is only cast from: every dtype of CASTS holds these values, so that it loses nothing."""
 
 
 @dataclass(frozen=True)

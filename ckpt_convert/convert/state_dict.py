@@ -13,7 +13,7 @@ import torch
 from ckpt_convert.checkpoint import legacy_keys, mapping
 from ckpt_convert.checkpoint.mapping import Equality, Logicals, Source
 from ckpt_convert.checkpoint.model import Model, candidates, identify
-from ckpt_convert.dtypes import DTYPES, FROM_TORCH
+from ckpt_convert.dtypes import DTYPES, FROM_TORCH, torch_name
 from ckpt_convert.errors import (
     KeyMismatchError,
     LossyConversionError,
@@ -129,7 +129,7 @@ def _sources(state_dict: StateDict, rank: int, tensors: list[torch.Tensor]) -> d
     for key, tensor in state_dict.items():
         if not isinstance(tensor, torch.Tensor):
             raise KeyMismatchError(f"{key}: expected a tensor, found {type(tensor).__name__}; leave it out")
-        dtype = str(tensor.dtype).removeprefix("torch.")
+        dtype = torch_name(tensor.dtype)
         if dtype not in FROM_TORCH:
             raise KeyMismatchError(f"{key}: dtype {dtype} is not known; known: {', '.join(sorted(FROM_TORCH))}")
         lazy = stored(len(tensors), tuple(tensor.shape), tensor.stride())

@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ckpt_convert.dtypes import DTYPES, DType
+
 Array = np.ndarray[Any, Any]
 
 
@@ -41,41 +43,16 @@ class Codec:
         return self.kind == "int" and self.nbytes == 8
 
 
-_CODECS = {
-    codec.dtype: codec
-    for codec in (
-        Codec("F64", "float", "<u8", "<f8"),
-        Codec("F32", "float", "<u4", "<f4"),
-        Codec("F16", "float", "<u2", "<f4"),
-        Codec("BF16", "float", "<u2", "<f4"),
-        Codec("F8_E4M3", "float", "|u1", "<f4"),
-        Codec("F8_E4M3FNUZ", "float", "|u1", "<f4"),
-        Codec("F8_E5M2", "float", "|u1", "<f4"),
-        Codec("F8_E5M2FNUZ", "float", "|u1", "<f4"),
-        Codec("F8_E8M0", "exponent", "|u1", "<f4"),
-        Codec("F4", "float", "|u1", "<f4", each=2),
-        Codec("C64", "float", "<u4", "<f4", parts=2),
-        Codec("C128", "float", "<u8", "<f8", parts=2),
-        Codec("I64", "int", "<i8", "<f8"),
-        Codec("I32", "int", "<i4", "<f8"),
-        Codec("I16", "int", "<i2", "<f4"),
-        Codec("I8", "int", "|i1", "<f4"),
-        Codec("U64", "int", "<u8", "<f8"),
-        Codec("U32", "int", "<u4", "<f8"),
-        Codec("U16", "int", "<u2", "<f4"),
-        Codec("U8", "int", "|u1", "<f4"),
-        Codec("BOOL", "int", "|u1", "<f4"),
-    )
-}
+def _codec(dtype: DType) -> Codec:
+    kind: Literal["float", "exponent", "int"] = "float" if dtype.kind == "complex" else dtype.kind
+    parts = 2 if dtype.kind == "complex" else 1
+    size = max(dtype.bits // 8 // parts, 1)
+    code = dtype.numpy if kind == "int" and dtype.name != "BOOL" else np.dtype(f"<u{size}").str
+    is_wide = size == 8 or (kind == "int" and size == 4)
+    return Codec(dtype.name, kind, code, "<f8" if is_wide else "<f4", max(8 // dtype.bits, 1), parts)
 
-_SMALL = {
-    # dtype: bits, bits of the mantissa, bias of the exponent
-    "F8_E4M3": (8, 3, 7),
-    "F8_E4M3FNUZ": (8, 3, 8),
-    "F8_E5M2": (8, 2, 15),
-    "F8_E5M2FNUZ": (8, 2, 16),
-    "F4": (4, 1, 1),
-}
+
+_CODECS = {dtype.name: _codec(dtype) for dtype in DTYPES.values() if dtype.bits != 6}
 
 
 def codec(dtype: str) -> Codec | None:
@@ -131,20 +108,23 @@ def _singles(dtype: str) -> Array:
     if dtype == "F8_E8M0":
         out = np.ldexp(np.float64(1), np.arange(255) - 127)
         return np.append(out, np.nan).astype("<f4")
-    bits, mantissa, bias = _SMALL[dtype]
+    known = DTYPES[dtype]
+    bits, mantissa = known.bits, known.mantissa
+    bias = (1 << (known.exponent - 1)) - (known.special != "zero")
     code = np.arange(1 << bits)
     magnitude = code & ((1 << (bits - 1)) - 1)
     exponent, fraction = magnitude >> mantissa, magnitude & ((1 << mantissa) - 1)
     fraction = fraction + ((exponent > 0) << mantissa)
     out = np.ldexp(fraction.astype(np.float64), np.maximum(exponent, 1) - bias - mantissa).astype("<f4")
     out = np.where(code >> (bits - 1), -out, out)
-    if dtype == "F8_E4M3":
-        out[[0x7F, 0xFF]] = np.nan
-    elif dtype == "F8_E5M2":
-        out[[0x7C, 0xFC]] = np.inf, -np.inf
-        out[[0x7D, 0x7E, 0x7F, 0xFD, 0xFE, 0xFF]] = np.nan
-    elif dtype.endswith("FNUZ"):
-        out[0x80] = np.nan
+    if known.special == "ieee":
+        full = ((1 << known.exponent) - 1) << mantissa
+        out[magnitude == full] *= np.inf
+        out[magnitude > full] = np.nan
+    elif known.special == "last":
+        out[magnitude == (1 << (bits - 1)) - 1] = np.nan
+    elif known.special == "zero":
+        out[1 << (bits - 1)] = np.nan
     return out
 
 

@@ -11,13 +11,13 @@ from typing import Any
 from ckpt_convert.analysis.check.tolerant import Opened
 from ckpt_convert.checkpoint.checkpoint import Checkpoint
 from ckpt_convert.checkpoint.findings import Finding
+from ckpt_convert.dtypes import CASTABLE
 from ckpt_convert.errors import CkptConvertError
 from ckpt_convert.formats.base import OF_TRAINING, index_for, is_index, load_json
 from ckpt_convert.formats.hf import NUMBERED, another_set, is_found
 from ckpt_convert.models import FAMILIES
 from ckpt_convert.storage.names import WEIGHT_SUFFIXES, partial_of, replaced_of
 
-_WHOLE = ("F64", "F32", "F16", "BF16")
 _UNFINISHED = (".incomplete", ".part", ".crdownload", ".aria2", ".tmp", ".download")
 
 
@@ -42,7 +42,7 @@ def totals(opened: Opened) -> Iterator[Finding]:
     # Where tensors share their bytes (tied ones in .bin files), some writers count these once.
     distinct = {(file.name, tensor.offset, tensor.nbytes): tensor for file, tensor in opened.view.stored}
     everything = [tensor for _, tensor in opened.view.stored]
-    packed = any(tensor.dtype not in _WHOLE for tensor in everything)
+    packed = any(tensor.dtype not in CASTABLE for tensor in everything)
     for name, size in (("total_size", lambda t: t.nbytes), ("total_parameters", lambda t: prod(t.shape))):
         found = sum(map(size, everything))
         said = stated.get(name)

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckpt_convert.checkpoint.findings import Finding, Severity
+from ckpt_convert.checkpoint.quantized.schemes import FP8
 from ckpt_convert.checkpoint.usual import EMBEDDINGS, SIZES, called, size_of, text_part
+from ckpt_convert.dtypes import CASTABLE
 
 _NUMBER = re.compile(r"(?:(?<=\.)|\A)(0|[1-9][0-9]{0,5})(?=\.)")
 _LISTS = ("layers", "layer", "h", "blocks", "block", "experts")
@@ -28,7 +30,7 @@ _TRUNKS = frozenset(("model", "transformer", "gpt_neox", "backbone", "decoder", 
 _SPARE_ROWS = 64
 """An embedding may have so many rows more than the vocabulary: for tokens of its own, or to make a round number."""
 
-_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+_WEIGHTS = (*CASTABLE, *FP8.dtypes)
 _NORMS = (
     "input_layernorm.weight",
     "post_attention_layernorm.weight",
@@ -72,7 +74,7 @@ def shapes(tensors: Mapping[str, Sized], config: Mapping[str, Any]) -> Iterator[
     own = {
         key: tensor.shape
         for key, tensor in tensors.items()
-        if tensor.shape and tensor.dtype in _FLOATS and not _is_other(key)
+        if tensor.shape and tensor.dtype in _WEIGHTS and not _is_other(key)
     }
     likely: Severity = "error" if is_sure(config) else "warning"
     hidden = size_of(text, *SIZES["dim"])

@@ -10,7 +10,7 @@ from typing import Any
 from ckpt_convert.checkpoint.checkpoint import Checkpoint, usual_dtype
 from ckpt_convert.checkpoint.findings import Finding, failed
 from ckpt_convert.checkpoint.usual import EMBEDDINGS, size_of, text_part
-from ckpt_convert.dtypes import DTYPES
+from ckpt_convert.dtypes import CASTABLE, DTYPES, torch_name
 from ckpt_convert.errors import CkptConvertError
 from ckpt_convert.formats.base import NEVER_SIDE_FILES, is_index, load_json
 from ckpt_convert.storage.names import WEIGHT_SUFFIXES
@@ -97,10 +97,10 @@ def dtype(checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> Iterator[
     """Whether the config names the dtype that most weights have."""
     said = (config or {}).get("dtype", (config or {}).get("torch_dtype"))
     found = usual_dtype(checkpoint)
-    if not isinstance(said, str) or found not in ("F64", "F32", "F16", "BF16") or not checkpoint.stored:
+    if not isinstance(said, str) or found not in CASTABLE or not checkpoint.stored:
         return
     name = DTYPES[found].torch
-    if said.removeprefix("torch.") not in (name, "auto"):
+    if torch_name(said) not in (name, "auto"):
         text = (
             f"dtype is {said[:60]} in config.json, but most weights are {name}; loaders that trust the config will "
             "cast them"

@@ -22,11 +22,9 @@ from ckpt_convert.tensors.blocks import BLOCK, Meter, Mover, ProgressCallback, R
 from ckpt_convert.tensors.header import StoredTensor
 
 _EXPONENTS = {
-    "F64": ("<u8", 0x7FF << 52, (1 << 63) - 1),
-    "F32": ("<u4", 0xFF << 23, (1 << 31) - 1),
-    "F16": ("<u2", 0x1F << 10, (1 << 15) - 1),
-    "BF16": ("<u2", 0xFF << 7, (1 << 15) - 1),
-    "F8_E5M2": ("|u1", 0x1F << 2, (1 << 7) - 1),
+    one.name: (f"<u{one.bits // 8}", ((1 << one.exponent) - 1) << one.mantissa, (1 << (one.bits - 1)) - 1)
+    for one in DTYPES.values()
+    if one.special == "ieee"
 }
 """The unsigned integer of an element's size, its exponent's bits, and all bits but the sign."""
 

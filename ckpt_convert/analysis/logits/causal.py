@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from ckpt_convert import dtypes
 from ckpt_convert.checkpoint import mapping
 from ckpt_convert.checkpoint.checkpoint import Checkpoint
-from ckpt_convert.convert.request import CASTABLE
 from ckpt_convert.errors import (
     ConfigError,
     KeyMismatchError,
@@ -223,7 +222,7 @@ def _read(mover: Mover, tensor: LazyTensor, dtype: str, meter: Meter) -> torch.T
     import numpy as np
     import torch
 
-    target = "F32" if dtype in CASTABLE else dtype
+    target = "F32" if dtype in dtypes.CASTABLE else dtype
     nbytes = dtypes.nbytes(target, tensor.shape)
     data = torch.empty(nbytes, dtype=torch.uint8)
     view = data.numpy()

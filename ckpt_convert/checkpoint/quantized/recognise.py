@@ -23,6 +23,10 @@ CONFIGS = ("quantization_config", "compression_config")
 """Where a config.json says how the weights are quantised."""
 
 
+_LIKELY = frozenset(dtype for rule in schemes.RULES for dtype in rule.dtypes)
+"""The dtypes of what a rule may take for codes."""
+
+
 class Stored(NamedTuple):
     """A stored tensor with its file."""
 
@@ -133,7 +137,7 @@ def _content(checkpoint: Checkpoint) -> Mapping[str, Any]:
 
 def _is_likely(stored: Mapping[str, Stored]) -> bool:
     """Whether the dtypes leave room for quantised tensors, without a config that says so."""
-    return any(one.tensor.dtype in ("F8_E4M3", "F8_E5M2", "U8", "I8", "I32") for one in stored.values())
+    return any(one.tensor.dtype in _LIKELY for one in stored.values())
 
 
 class _Search:

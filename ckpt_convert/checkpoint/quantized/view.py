@@ -15,15 +15,12 @@ from ckpt_convert.checkpoint.quantized.files import Computed, ComputedFile, Make
 from ckpt_convert.checkpoint.quantized.recognise import CONFIGS, Quantization, Quantized
 from ckpt_convert.checkpoint.record import Layout, LayoutFile
 from ckpt_convert.containers.build import of_specs
+from ckpt_convert.dtypes import DEQUANTIZED
 from ckpt_convert.errors import ConfigError, UsageError
 from ckpt_convert.formats.base import render_index
 from ckpt_convert.tensors.bulk import without_collector
 from ckpt_convert.tensors.header import StoredTensor, WeightFile
 from ckpt_convert.tensors.lazy import row_major
-
-DTYPES = {"bfloat16": "BF16", "float32": "F32"}
-"""What tensors can be dequantised to, and what safetensors calls it."""
-
 
 SETTINGS = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 """Files beside weights that say how these are quantised; loaders believe them, also where it is no longer so."""
@@ -147,7 +144,7 @@ def as_view(
         by_file.setdefault(one.codes.file.name, {})[one.codes.tensor.key] = one
     gone = found.owners.keys() | found.extras
     files = tuple(
-        _file(file, by_file.get(file.name, {}), gone, DTYPES[dtype], shapes or {}) for file in checkpoint.files
+        _file(file, by_file.get(file.name, {}), gone, DEQUANTIZED[dtype], shapes or {}) for file in checkpoint.files
     )
     weight_map = checkpoint.directory.weight_map
     if weight_map is not None:

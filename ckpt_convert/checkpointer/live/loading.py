@@ -186,7 +186,7 @@ def load(
             overflow_text(dict(sorted(overflows.items()))),
         )
     pairs = Counter(
-        (dtypes.DTYPES[target.dtype].torch, str(tensors[target.key].dtype).removeprefix("torch.")) for target in targets
+        (dtypes.DTYPES[target.dtype].torch, dtypes.torch_name(tensors[target.key].dtype)) for target in targets
     )
     return Loaded(len(targets), total, dict(pairs))
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from ckpt_convert.checkpoint.mapping import Source
 from ckpt_convert.convert.plan import Live
-from ckpt_convert.dtypes import FROM_TORCH
+from ckpt_convert.dtypes import FROM_TORCH, torch_name
 from ckpt_convert.errors import KeyMismatchError, UsageError, listing
 from ckpt_convert.storage.reader import RangeReader
 from ckpt_convert.tensors.header import IN_MEMORY, Header, StoredTensor, WeightFile
@@ -173,7 +173,7 @@ def as_live(tensors: Mapping[str, torch.Tensor], format: str, readers: Mapping[s
     sources: dict[str, Source] = {}
     files: list[tuple[WeightFile, StoredTensor]] = []
     for number, (key, tensor) in enumerate(tensors.items()):
-        dtype = FROM_TORCH[str(tensor.dtype).removeprefix("torch.")].name
+        dtype = FROM_TORCH[torch_name(tensor.dtype)].name
         shape, strides = tuple(tensor.shape), tensor.stride()
         given = (readers or {}).get(key)
         dense = tensor.is_contiguous() or given is not None
@@ -282,7 +282,7 @@ def _extent(tensor: torch.Tensor) -> tuple[tuple[object, ...], tuple[int, int]]:
 
 
 def _check(key: str, tensor: torch.Tensor) -> None:
-    name = str(tensor.dtype).removeprefix("torch.")
+    name = torch_name(tensor.dtype)
     if tensor.is_meta:
         raise UsageError(
             f"{key}: is on the meta device, so there is nothing to load into or to save; use model.to_empty()"

@@ -13,6 +13,7 @@ from typing import Any
 from ckpt_convert.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from ckpt_convert.checkpoint.quantized import view
 from ckpt_convert.checkpointer.run.catalog import Saved
+from ckpt_convert.dtypes import DEQUANTIZED, torch_name
 from ckpt_convert.errors import CheckpointNotFoundError, CkptConvertError, ConfigError, UsageError
 from ckpt_convert.formats.base import Directory, render_json
 from ckpt_convert.storage.names import local_path
@@ -85,8 +86,8 @@ def _as_numbers(opened: Checkpoint) -> Checkpoint:
     if opened.quantization is None:
         return opened
     config = opened.config or {}
-    stated = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
-    return view.dequantized(opened, stated if stated in view.DTYPES else "bfloat16")
+    stated = torch_name(config.get("dtype") or config.get("torch_dtype"))
+    return view.dequantized(opened, stated if stated in DEQUANTIZED else "bfloat16")
 
 
 def _directory(files: Sequence[str | Path]) -> Path:

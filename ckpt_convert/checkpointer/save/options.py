@@ -15,7 +15,7 @@ from ckpt_convert import formats
 from ckpt_convert.checkpoint.checkpoint import Checkpoint
 from ckpt_convert.checkpointer.run.names import VARIABLES
 from ckpt_convert.checkpointer.save.emitting import CONTENTS, Contents
-from ckpt_convert.convert.request import CASTS
+from ckpt_convert.dtypes import CASTS, torch_name
 from ckpt_convert.errors import UsageError, listing
 from ckpt_convert.models import FAMILIES
 from ckpt_convert.storage.names import local_path
@@ -63,7 +63,7 @@ def check(given: Mapping[str, Any]) -> Final:
 
 def dtype_of(given: Any) -> str | None:
     """The name of a dtype that is given by name or as torch has it."""
-    return None if given is None else str(given).removeprefix("torch.")
+    return None if given is None else torch_name(given)
 
 
 def _alone(given: Mapping[str, Any], final: Final) -> Iterator[str]:

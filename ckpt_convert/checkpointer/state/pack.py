@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ckpt_convert.checkpointer.state.unpack import FACTORIES, KIND, WORD_SIZE, flattened_class, unpacked
-from ckpt_convert.dtypes import FROM_TORCH
+from ckpt_convert.dtypes import FROM_TORCH, torch_name
 from ckpt_convert.errors import UsageError
 
 _PLAIN_BYTES = 4096
@@ -88,7 +88,7 @@ class _Packer:
         if kind is torch.Size:
             return {KIND: "size", "of": list(value)}
         if kind is torch.dtype:
-            return {KIND: "dtype", "name": str(value).removeprefix("torch.")}
+            return {KIND: "dtype", "name": torch_name(value)}
         if kind is torch.device:
             return {KIND: "device", "name": str(value)}
         return self._nested(value, kind, path)
@@ -134,7 +134,7 @@ class _Packer:
         if value.layout != torch.strided or value.is_quantized or value.device.type == "meta":
             what = "a quantized" if value.is_quantized else f"a {value.layout} {value.device.type}"
             raise self._refused(path, f"{what} tensor instead of a dense one with values")
-        dtype = str(value.dtype).removeprefix("torch.")
+        dtype = torch_name(value.dtype)
         kept = value.detach().resolve_conj().resolve_neg()
         known = FROM_TORCH.get(dtype)
         if known is not None and known.bits >= 8:

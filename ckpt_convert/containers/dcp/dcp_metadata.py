@@ -15,7 +15,7 @@ from typing import Any, TypeGuard
 
 from ckpt_convert.containers.pickle import torchpickle
 from ckpt_convert.containers.pickle.pickleglobals import DTypeName, Foreign, Global
-from ckpt_convert.dtypes import DTYPES
+from ckpt_convert.dtypes import DTYPES, torch_name
 from ckpt_convert.errors import CorruptFileError
 from ckpt_convert.storage.reader import LocalFile, read
 
@@ -134,7 +134,7 @@ def _dtype(properties: object) -> str:
     if isinstance(found, DTypeName):
         return found.name
     if isinstance(found, Global):
-        return found.name.removeprefix("torch.")
+        return torch_name(found.name)
     raise _OddError("a tensor should have a dtype")
 
 
