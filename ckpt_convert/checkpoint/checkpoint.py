@@ -37,8 +37,9 @@ from ckpt_convert.formats.base import RECORD_FOLDER, Directory, load_json
 from ckpt_convert.models import FAMILIES
 from ckpt_convert.models.core.config import ConfigOptions
 from ckpt_convert.storage import hub
+from ckpt_convert.storage.base import read
 from ckpt_convert.storage.names import JOURNAL, local_path, resolve
-from ckpt_convert.storage.reader import Identity, LocalFile, exists, identify, identities, read, reading
+from ckpt_convert.storage.reader import Identity, LocalFile, exists, identify, identities, reading
 from ckpt_convert.tensors.bulk import without_collector
 from ckpt_convert.tensors.header import StoredTensor, WeightFile
 from ckpt_convert.tensors.lazy import LazyTensor, concat, stored

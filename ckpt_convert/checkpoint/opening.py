@@ -17,8 +17,9 @@ from ckpt_convert.formats.base import OF_TRAINING, Directory, WeightName, dcp_di
 from ckpt_convert.formats.hf import another_set
 from ckpt_convert.models import FAMILIES
 from ckpt_convert.storage import hub, pointer
+from ckpt_convert.storage.base import Closing
 from ckpt_convert.storage.names import WEIGHT_SUFFIXES, resolve
-from ckpt_convert.storage.reader import Closing, LocalFile
+from ckpt_convert.storage.reader import LocalFile
 from ckpt_convert.tensors.header import SLICES, WeightFile
 
 _ANY_SUFFIX = (*WEIGHT_SUFFIXES, ".ckpt")

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from ckpt_convert.containers import gguf, safetensors
 from ckpt_convert.containers.layout import MAX_LITERALS, Recorded, capture, holes
 from ckpt_convert.errors import CorruptFileError, InputError
-from ckpt_convert.storage.reader import LocalFile, RangeReader, read
+from ckpt_convert.storage.base import RangeReader, read
+from ckpt_convert.storage.reader import LocalFile
 from ckpt_convert.tensors.header import Checksummed, FileLayout, Header, StoredTensor
 
 __all__ = ["MAX_LITERALS", "Checksummed", "FileLayout", "Header", "StoredTensor", "capture", "parse", "parse_layout"]

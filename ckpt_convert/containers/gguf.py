@@ -12,7 +12,7 @@ from math import prod
 
 from ckpt_convert.dtypes import DTYPES
 from ckpt_convert.errors import CorruptFileError, InputError
-from ckpt_convert.storage.reader import RangeReader, read
+from ckpt_convert.storage.base import RangeReader, read
 from ckpt_convert.tensors.header import Header, StoredTensor
 
 KIND = "gguf"

@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Iterable
 
 from ckpt_convert.errors import CorruptFileError
-from ckpt_convert.storage.reader import RangeReader, read
+from ckpt_convert.storage.base import RangeReader, read
 from ckpt_convert.tensors.header import FileLayout, Header, StoredTensor
 
 MAX_LITERALS = 1 << 30

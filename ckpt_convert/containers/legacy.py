@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from ckpt_convert.containers.flatten import flatten
 from ckpt_convert.dtypes import FROM_TORCH, torch_name
 from ckpt_convert.errors import CorruptFileError, InputError, UnsafeFileError, require
-from ckpt_convert.storage.reader import LocalFile, RangeReader
+from ckpt_convert.storage.base import RangeReader
+from ckpt_convert.storage.reader import LocalFile
 from ckpt_convert.tensors.header import Header, StoredTensor
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from ckpt_convert.dtypes import DTYPES, nbytes
 from ckpt_convert.errors import CorruptFileError, KeyMismatchError, UsageError
-from ckpt_convert.storage.reader import RangeReader, read
+from ckpt_convert.storage.base import RangeReader, read
 from ckpt_convert.tensors.header import FileLayout, Header, StoredTensor
 
 KIND = "safetensors"

@@ -19,9 +19,10 @@ from ckpt_convert.convert.sidefiles import SideFile
 from ckpt_convert.errors import CorruptFileError, LossyConversionError
 from ckpt_convert.formats.base import RECORD_FOLDER, TEXT_LIMIT
 from ckpt_convert.storage import checksums
+from ckpt_convert.storage.base import read
 from ckpt_convert.storage.checksums import digest
 from ckpt_convert.storage.folder import Folder
-from ckpt_convert.storage.reader import LocalFile, identify, permitted, read, read_file, reading
+from ckpt_convert.storage.reader import LocalFile, identify, permitted, read_file, reading
 from ckpt_convert.storage.staging import Staging
 from ckpt_convert.tensors.blocks import Meter, ProgressCallback
 

@@ -8,55 +8,16 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
-from ckpt_convert.errors import CorruptFileError, SourceChangedError, UnreadableError, UnsafeFileError
+from ckpt_convert.errors import CorruptFileError, UnreadableError, UnsafeFileError
+from ckpt_convert.storage.base import Entry, changed, read
 
 WORKERS = max(2, min(4, os.cpu_count() or 2))
 """Workers by default: two keep a disk busy; more than four only help where many cores feed a very fast one."""
-
-
-class RangeReader(Protocol):
-    """A file of known size that can be read anywhere, from several threads at once."""
-
-    @property
-    def name(self) -> str:
-        """How messages call the file."""
-
-    @property
-    def size(self) -> int:
-        """Bytes in the file."""
-
-    def readinto(self, offset: int, buffer: memoryview) -> None:
-        """Fill ``buffer`` (writable, one byte an item) from ``offset`` on.
-
-        Raises CorruptFileError when the file ends before the buffer is full.
-        """
-
-
-@runtime_checkable
-class Closing(Protocol):
-    """A reader that holds a file open until it is closed."""
-
-    def close(self) -> None: ...
-
-
-def read(reader: RangeReader, offset: int, nbytes: int) -> bytes:
-    """Return exactly ``nbytes`` bytes from ``offset`` on.
-
-    Raises CorruptFileError, before anything is allocated, when the range does not lie within the file.
-    """
-    if offset < 0 or nbytes < 0 or offset + nbytes > reader.size:
-        raise CorruptFileError(
-            f"{reader.name}: bytes {offset} to {offset + nbytes} are needed, but the file has {reader.size}; "
-            "it is truncated or its header is wrong, so download or copy it again"
-        )
-    buffer = bytearray(nbytes)
-    reader.readinto(offset, memoryview(buffer))
-    return bytes(buffer)
 
 
 class Identity(NamedTuple):
@@ -74,11 +35,15 @@ class Identity(NamedTuple):
     def of(cls, found: os.stat_result) -> Identity:
         return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
-    def change(self, now: Identity) -> str | None:
+    @property
+    def etag(self) -> str:
+        return f"{self.device:x}-{self.inode:x}-{self.mtime_ns:x}"
+
+    def change(self, now: Entry, /) -> str | None:
         """What has changed since in the content, in words; None where size and time are what they were."""
         if now.size != self.size:
             return f"it had {self.size:,} bytes and has {now.size:,} now"
-        if now.mtime_ns != self.mtime_ns:
+        if isinstance(now, Identity) and now.mtime_ns != self.mtime_ns:
             what = "written to" if now[:2] == self[:2] else "replaced"
             return f"it was {what} at {_time(now.mtime_ns)}, and was of {_time(self.mtime_ns)} before"
         return None
@@ -87,13 +52,6 @@ class Identity(NamedTuple):
 def _time(mtime_ns: int) -> str:
     seconds, fraction = divmod(mtime_ns, 10**9)
     return f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(seconds))}.{fraction:09d}"
-
-
-def changed(path: object, what: str) -> SourceChangedError:
-    return SourceChangedError(
-        f"{path}: the source changed while it was read: {what}; nothing was published: put it back as it was, or run "
-        "again once nobody changes it any more"
-    )
 
 
 def identify(path: Path) -> Identity:
@@ -198,7 +156,7 @@ class LocalFile:
     pipe would never end), UnreadableError where the system does not give it, SourceChangedError where it is another.
     """
 
-    def __init__(self, path: Path, name: str | None = None, *, expected: Identity | None = None) -> None:
+    def __init__(self, path: Path, name: str | None = None, *, expected: Entry | None = None) -> None:
         self.path = path
         self.name = name or str(path)
         with reading(path, "opened"):
@@ -232,6 +190,10 @@ class LocalFile:
                     "it was cut while it was being read"
                 )
             done += got
+
+    def read_many(self, ranges: Sequence[tuple[int, memoryview]]) -> None:
+        for offset, buffer in ranges:
+            self.readinto(offset, buffer)
 
     def blocks(self, size: int = 1 << 20) -> Iterator[memoryview]:
         """All of the file, ``size`` bytes at a time; each is good until the next one."""
@@ -295,7 +257,7 @@ class FilePool:
             file.close()
 
 
-def read_file(path: Path, most: int, *, expected: Identity | None = None) -> bytes:
+def read_file(path: Path, most: int, *, expected: Entry | None = None) -> bytes:
     """A small file, whole; raises what LocalFile does, and UnsafeFileError for one of more than ``most`` bytes."""
     with LocalFile(path, expected=expected) as file:
         if file.size > most:

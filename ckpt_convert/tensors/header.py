@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ckpt_convert import dtypes
-from ckpt_convert.storage.reader import RangeReader
+from ckpt_convert.storage.base import RangeReader
 
 IN_MEMORY = "memory"
 """The kind of what is no file, but a tensor in memory."""

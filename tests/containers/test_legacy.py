@@ -11,7 +11,8 @@ import torch
 
 from ckpt_convert import containers
 from ckpt_convert.errors import CorruptFileError, InputError, UnsafeFileError
-from ckpt_convert.storage.reader import LocalFile, read
+from ckpt_convert.storage.base import read
+from ckpt_convert.storage.reader import LocalFile
 
 
 def write(path: Path, value: object) -> Path:

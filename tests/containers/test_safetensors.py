@@ -14,7 +14,8 @@ from ckpt_convert import containers
 from ckpt_convert.containers.safetensors import MAX_HEADER, build, parse, usual_order
 from ckpt_convert.dtypes import DTYPES, FROM_TORCH, nbytes
 from ckpt_convert.errors import CkptConvertError, CorruptFileError, KeyMismatchError, UsageError
-from ckpt_convert.storage.reader import LocalFile, read
+from ckpt_convert.storage.base import read
+from ckpt_convert.storage.reader import LocalFile
 from ckpt_convert.tensors.header import FileLayout, StoredTensor
 
 KNOWN = [name for name, dtype in DTYPES.items() if dtype.torch and name != "C128"]

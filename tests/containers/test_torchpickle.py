@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from ckpt_convert.containers.torch_zip.torchzip import parse
 from ckpt_convert.errors import CkptConvertError, CorruptFileError, UnsafeFileError
-from ckpt_convert.storage.reader import read
+from ckpt_convert.storage.base import read
 from ckpt_convert.tensors.header import Header
 
 

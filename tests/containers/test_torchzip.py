@@ -27,7 +27,8 @@ from ckpt_convert.errors import (
     UnsafeFileError,
     UsageError,
 )
-from ckpt_convert.storage.reader import LocalFile, read
+from ckpt_convert.storage.base import read
+from ckpt_convert.storage.reader import LocalFile
 from ckpt_convert.tensors.header import FileLayout, Header
 
 KNOWN = [name for name, dtype in DTYPES.items() if dtype.torch]

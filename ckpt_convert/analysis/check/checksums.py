@@ -17,9 +17,10 @@ from ckpt_convert.checkpoint.record import MANIFEST, Record
 from ckpt_convert.containers.dcp import dcp
 from ckpt_convert.errors import CkptConvertError, UnsafeFileError
 from ckpt_convert.formats.base import RECORD_FOLDER
+from ckpt_convert.storage.base import RangeReader, read
 from ckpt_convert.storage.checksums import CRC64, XXH3, digest, digest_file
 from ckpt_convert.storage.names import WEIGHT_SUFFIXES, resolve
-from ckpt_convert.storage.reader import LocalFile, RangeReader, read
+from ckpt_convert.storage.reader import LocalFile
 from ckpt_convert.tensors.header import WeightFile
 
 _CHANGED = (

@@ -11,7 +11,8 @@ from ckpt_convert.containers.pickle import torchpickle
 from ckpt_convert.containers.pickle.torchpickle import Storage, Tensor
 from ckpt_convert.containers.torch_zip import torchzip, zipindex
 from ckpt_convert.errors import CkptConvertError, UnreadableError
-from ckpt_convert.storage.reader import LocalFile, RangeReader, read, unreadable
+from ckpt_convert.storage.base import RangeReader, read
+from ckpt_convert.storage.reader import LocalFile, unreadable
 from ckpt_convert.tensors.header import Header
 
 _END = b"PK\5\6"

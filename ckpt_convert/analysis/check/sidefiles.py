@@ -13,8 +13,9 @@ from ckpt_convert.checkpoint.usual import EMBEDDINGS, size_of, text_part
 from ckpt_convert.dtypes import CASTABLE, DTYPES, torch_name
 from ckpt_convert.errors import CkptConvertError
 from ckpt_convert.formats.base import NEVER_SIDE_FILES, is_index, load_json
+from ckpt_convert.storage.base import read
 from ckpt_convert.storage.names import WEIGHT_SUFFIXES
-from ckpt_convert.storage.reader import LocalFile, read
+from ckpt_convert.storage.reader import LocalFile
 
 _LOADED = (
     "config.json",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ckpt_convert.checkpoint.findings import Finding
 from ckpt_convert.checkpoint.mapping import Equality
 from ckpt_convert.storage import checksums
-from ckpt_convert.storage.reader import RangeReader
+from ckpt_convert.storage.base import RangeReader
 
 
 @dataclass(frozen=True, slots=True)

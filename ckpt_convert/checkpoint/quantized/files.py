@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from ckpt_convert.dtypes import DTYPES
 from ckpt_convert.errors import CorruptFileError
-from ckpt_convert.storage.reader import Closing, RangeReader
+from ckpt_convert.storage.base import Closing, RangeReader
 from ckpt_convert.tensors.header import StoredTensor
 
 Dims = tuple[tuple[int, int, int], ...]

@@ -15,7 +15,7 @@ import numpy as np
 from ckpt_convert.checkpoint.quantized.reading import SCRATCH, STRIPS, contiguous
 from ckpt_convert.checkpoint.quantized.recognise import Quantized, Stored
 from ckpt_convert.dtypes import DTYPES
-from ckpt_convert.storage.reader import read
+from ckpt_convert.storage.base import read
 from ckpt_convert.tensors import decode
 
 Array = np.ndarray[Any, Any]

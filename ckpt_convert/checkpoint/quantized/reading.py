@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ckpt_convert.dtypes import DTYPES
-from ckpt_convert.storage.reader import RangeReader
+from ckpt_convert.storage.base import RangeReader
 
 Array = np.ndarray[Any, Any]
 Dims = tuple[tuple[int, int, int], ...]

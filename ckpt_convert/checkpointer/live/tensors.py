@@ -14,7 +14,7 @@ from ckpt_convert.checkpoint.mapping import Source
 from ckpt_convert.convert.plan import Live
 from ckpt_convert.dtypes import FROM_TORCH, torch_name
 from ckpt_convert.errors import KeyMismatchError, UsageError, listing
-from ckpt_convert.storage.reader import RangeReader
+from ckpt_convert.storage.base import RangeReader
 from ckpt_convert.tensors.header import IN_MEMORY, Header, StoredTensor, WeightFile
 from ckpt_convert.tensors.lazy import stored
 

@@ -29,8 +29,9 @@ from ckpt_convert.errors import (
     OutputExistsError,
     UsageError,
 )
+from ckpt_convert.storage.base import RangeReader
 from ckpt_convert.storage.folder import Folder
-from ckpt_convert.storage.reader import RangeReader, reading
+from ckpt_convert.storage.reader import reading
 from ckpt_convert.tensors.header import StoredTensor
 
 VERSION = 1

@@ -21,8 +21,9 @@ from ckpt_convert.containers.dcp.dcp_metadata import FILE, Metadata, Place, chec
 from ckpt_convert.containers.torch_zip import torchzip
 from ckpt_convert.dtypes import DTYPES, nbytes
 from ckpt_convert.errors import CheckpointNotFoundError, CorruptFileError, InputError
+from ckpt_convert.storage.base import RangeReader
 from ckpt_convert.storage.names import resolve
-from ckpt_convert.storage.reader import FilePool, Identity, LocalFile, RangeReader, identify
+from ckpt_convert.storage.reader import FilePool, Identity, LocalFile, identify
 from ckpt_convert.tensors.header import Box, Header, StoredTensor
 
 KIND = "dcp"

@@ -17,7 +17,8 @@ from ckpt_convert.containers.pickle import torchpickle
 from ckpt_convert.containers.pickle.pickleglobals import DTypeName, Foreign, Global
 from ckpt_convert.dtypes import DTYPES, torch_name
 from ckpt_convert.errors import CorruptFileError
-from ckpt_convert.storage.reader import LocalFile, read
+from ckpt_convert.storage.base import read
+from ckpt_convert.storage.reader import LocalFile
 
 FILE = ".metadata"
 _OURS = "torch.distributed.checkpoint."

@@ -9,7 +9,7 @@ from ckpt_convert.containers.torch_zip.torchzip_build import KIND, build
 from ckpt_convert.containers.torch_zip.zipindex import Member, members
 from ckpt_convert.dtypes import DTYPES
 from ckpt_convert.errors import CorruptFileError
-from ckpt_convert.storage.reader import RangeReader, read
+from ckpt_convert.storage.base import RangeReader, read
 from ckpt_convert.tensors.header import Checksummed, Header, StoredTensor
 
 __all__ = ["KIND", "build", "is_zip", "parse"]

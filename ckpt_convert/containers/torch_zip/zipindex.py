@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ckpt_convert.errors import CorruptFileError, UnsafeFileError
-from ckpt_convert.storage.reader import RangeReader, read
+from ckpt_convert.storage.base import RangeReader, read
 
 _LOCAL = struct.Struct("<4s5H3I2H")
 _CENTRAL = struct.Struct("<4s6H3I5H2I")

@@ -1,0 +1,142 @@
+"""What stores have in common where every look is a request, and there are neither folders nor links."""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from ckpt_convert.errors import CheckpointNotFoundError, CorruptFileError, UnsafeFileError, UsageError
+from ckpt_convert.storage.base import Entry, Kind
+from ckpt_convert.storage.listing import Listing, below
+
+WINDOW = 1 << 18
+"""Bytes that a small read brings in one request: a header is read in several steps, and most have less than this."""
+
+_WINDOWS = 4
+"""Windows that are kept: one for the start of a file, one for the end, where zip archives have their directory."""
+
+_GAP = 1 << 18
+"""Ranges that lie no further apart are read in one request: the bytes between them cost less than another one."""
+
+
+class FarFile:
+    """A file of which each range is a request to ``fetch`` (offset, number of bytes)."""
+
+    def __init__(self, name: str, identity: Entry, fetch: Callable[[int, int], bytes]) -> None:
+        self.name = name
+        self.identity = identity
+        self.size = identity.size
+        self._fetch = fetch
+        self._windows: dict[int, bytes] = {}
+        self._lock = threading.Lock()
+
+    def readinto(self, offset: int, buffer: memoryview) -> None:
+        if offset + len(buffer) > self.size:
+            raise CorruptFileError(
+                f"{self.name}: ends at byte {self.size}, {offset + len(buffer) - self.size} bytes too early; "
+                "it was cut while it was being read"
+            )
+        if not len(buffer):
+            return
+        start = offset // WINDOW * WINDOW
+        if offset + len(buffer) <= start + WINDOW:
+            buffer[:] = self._window(start)[offset - start :][: len(buffer)]
+        else:
+            buffer[:] = self._fetch(offset, len(buffer))
+
+    def _window(self, start: int) -> bytes:
+        with self._lock:
+            found = self._windows.pop(start, None)
+        if found is None:
+            found = self._fetch(start, min(WINDOW, self.size - start))
+        with self._lock:
+            self._windows[start] = found
+            if len(self._windows) > _WINDOWS:
+                self._windows.pop(next(iter(self._windows)))
+        return found
+
+    def read_many(self, ranges: Sequence[tuple[int, memoryview]]) -> None:
+        run: list[tuple[int, memoryview]] = []
+        end = 0
+        for offset, buffer in sorted(ranges, key=lambda item: item[0]):
+            if run and offset - end > _GAP:
+                self._together(run)
+                run = []
+            run.append((offset, buffer))
+            end = max(end, offset + len(buffer))
+        if run:
+            self._together(run)
+
+    def _together(self, run: Sequence[tuple[int, memoryview]]) -> None:
+        first = run[0][0]
+        data = bytearray(max(offset + len(buffer) for offset, buffer in run) - first)
+        self.readinto(first, memoryview(data))
+        for offset, buffer in run:
+            buffer[:] = data[offset - first :][: len(buffer)]
+
+    def blocks(self, size: int = 1 << 20) -> Iterator[memoryview]:
+        buffer = memoryview(bytearray(min(size, self.size)))
+        for offset in range(0, self.size, size):
+            block = buffer[: min(size, self.size - offset)]
+            self.readinto(offset, block)
+            yield block
+
+    def close(self) -> None:
+        with self._lock:
+            self._windows.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class FarStore(ABC):
+    """Answers what is asked of folders from names alone; a store adds the rest of ``Store``."""
+
+    @property
+    def lists_whole(self) -> bool:
+        return True
+
+    @abstractmethod
+    def list(self, prefix: str, *, deep: bool = True) -> dict[str, Entry]: ...
+
+    @abstractmethod
+    def label(self, name: str) -> str: ...
+
+    def kind(self, name: str) -> Kind | None:
+        return Listing(name, self.list(name)).kind(name)
+
+    def children(self, folder: str) -> Mapping[str, Kind | None]:
+        return Listing(folder, self.list(folder)).children(folder)
+
+    def local(self, name: str) -> Path:
+        raise UsageError(f"{self.label(name)}: is on no disk of this machine, which this needs; copy it to one first")
+
+    def real(self, name: str) -> str:
+        return name
+
+    def link(self, name: str) -> str | None:
+        return None
+
+    def guard(self, folder: str, name: str, said_by: str) -> None:
+        full = f"{below(folder)}{name}"
+        refuse(self.label(full), self.kind(full), said_by)
+
+    def mode(self, name: str) -> int:
+        return 0o777
+
+
+def refuse(label: str, kind: Kind | None, said_by: str) -> None:
+    """Raise for a file that another one names where it is not there, or no file."""
+    if kind is None:
+        raise CheckpointNotFoundError(f"{label}: is not there, though {said_by} needs it; download or copy it again")
+    if kind is not Kind.FILE:
+        raise UnsafeFileError(f"{label}: is no regular file; move it elsewhere, and put the file itself there")

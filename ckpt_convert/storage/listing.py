@@ -1,0 +1,70 @@
+"""A part of a store, listed once: the value that stands for it from then on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import PurePosixPath
+
+from ckpt_convert.errors import UnreadableError
+from ckpt_convert.storage.base import Entry, Kind
+
+ROOT = "."
+"""The name of a store's uppermost folder, as ``PurePosixPath`` has it."""
+
+
+def below(folder: str) -> str:
+    """How the names of what lies below a folder begin."""
+    return "" if folder == ROOT else f"{folder}/"
+
+
+@dataclass(frozen=True, eq=False)
+class Listing:
+    """Every file of the name ``prefix`` or below it, with what it was; it answers what is asked of names there."""
+
+    prefix: str
+    entries: Mapping[str, Entry]
+
+    def covers(self, name: str) -> bool:
+        """Whether all that there is under this name is in the listing."""
+        return name == self.prefix or name.startswith(below(self.prefix))
+
+    def kind(self, name: str) -> Kind | None:
+        if name in self.entries:
+            return Kind.FILE
+        return Kind.FOLDER if name in self._tree else None
+
+    def entry(self, name: str) -> Entry | None:
+        return self.entries.get(name)
+
+    def list(self, prefix: str, *, deep: bool = True) -> dict[str, Entry]:
+        if not deep:
+            start = below(prefix)
+            return {name: entry for name, entry in under(prefix, self.entries).items() if "/" not in name[len(start) :]}
+        return under(prefix, self.entries)
+
+    def children(self, folder: str) -> Mapping[str, Kind | None]:
+        if folder not in self._tree:
+            raise UnreadableError(f"{folder}: cannot be listed: it is no folder, or not there (any more)")
+        return self._tree[folder]
+
+    @cached_property
+    def _tree(self) -> dict[str, dict[str, Kind | None]]:
+        """What lies right below each folder, by its last part."""
+        tree: dict[str, dict[str, Kind | None]] = {}
+        for name in self.entries:
+            child, kind = PurePosixPath(name), Kind.FILE
+            for parent in child.parents:
+                known = str(parent) in tree
+                tree.setdefault(str(parent), {})[child.name] = kind
+                if known:
+                    break
+                child, kind = parent, Kind.FOLDER
+        return tree
+
+
+def under(prefix: str, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    """Those of the entries that have this name or lie below it."""
+    start = below(prefix)
+    return {name: entry for name, entry in entries.items() if name == prefix or name.startswith(start)}

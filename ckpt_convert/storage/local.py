@@ -1,0 +1,184 @@
+"""The store that a local directory is: names are paths, and links are followed."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckpt_convert.errors import OutputExistsError
+from ckpt_convert.storage import names as paths
+from ckpt_convert.storage.base import Entry, Kind
+from ckpt_convert.storage.reader import Identity, LocalFile, permitted, reading, unreadable
+from ckpt_convert.storage.system import sync_directory, writing
+
+_NOTHING = {errno.ENOENT, errno.ENOTDIR, errno.EBADF, errno.ELOOP}
+"""What the system says of a path that leads nowhere."""
+
+
+@dataclass(frozen=True)
+class LocalStore:
+    """The files of this machine; a name is a path, absolute or from the working directory on."""
+
+    @property
+    def lists_whole(self) -> bool:
+        return False
+
+    def kind(self, name: str) -> Kind | None:
+        try:
+            return _kind(os.stat(name).st_mode)
+        except OSError as error:
+            if error.errno not in _NOTHING:
+                raise unreadable(error, name) from error
+        except ValueError:  # a null byte
+            pass
+        return None
+
+    def entry(self, name: str) -> Identity | None:
+        with reading(name, "looked at"):
+            try:
+                return Identity.of(os.stat(name))
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+
+    def list(self, prefix: str, *, deep: bool = True) -> dict[str, Entry]:
+        out: dict[str, Entry] = {}
+        waiting = [prefix]
+        while waiting:
+            folder = waiting.pop()
+            with reading(prefix, "listed"), os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        waiting += [entry.path] if deep else []
+                    else:
+                        with contextlib.suppress(FileNotFoundError):  # a link that leads nowhere
+                            if entry.is_file():
+                                out[_joined(folder, entry.name)] = Identity.of(entry.stat())
+        return out
+
+    def children(self, folder: str) -> Mapping[str, Kind | None]:
+        with reading(folder), os.scandir(folder) as entries:
+            return {entry.name: self._kind_of(entry) for entry in entries}
+
+    def _kind_of(self, entry: os.DirEntry[str]) -> Kind | None:
+        if entry.is_file(follow_symlinks=False):
+            return Kind.FILE
+        return Kind.FOLDER if entry.is_dir(follow_symlinks=False) else self.kind(entry.path)
+
+    def open(self, name: str, expected: Entry | None = None, called: str | None = None) -> LocalFile:
+        return LocalFile(Path(name), called, expected=expected)
+
+    def put(self, name: str, data: bytes, *, create_only: bool = False, if_match: str | None = None) -> Entry:
+        """As ``Store.put``; that the file is the one that was expected is looked at right before it is replaced."""
+        path = Path(name)
+        writer = self.create(name, len(data))
+        try:
+            writer.write(0, memoryview(data))
+            if if_match is not None and ((there := self.entry(name)) is None or there.etag != if_match):
+                raise OutputExistsError(f"{path}: was written by something else meanwhile")
+            return writer.complete(create_only=create_only)
+        except BaseException:
+            writer.abort()
+            raise
+
+    def create(self, name: str, size: int) -> _Writer:
+        return _Writer(Path(name), size)
+
+    def delete(self, names: Iterable[str]) -> None:
+        for name in names:
+            with writing(name, "removed"), contextlib.suppress(FileNotFoundError):
+                os.unlink(name)
+
+    def label(self, name: str) -> str:
+        return name
+
+    def local(self, name: str) -> Path:
+        return Path(name)
+
+    def real(self, name: str) -> str:
+        with reading(name, "looked at"):
+            return os.path.realpath(name)
+
+    def link(self, name: str) -> str | None:
+        with reading(name, "looked at"):
+            try:
+                return os.readlink(name)
+            except OSError as error:
+                if error.errno in (errno.EINVAL, *_NOTHING):
+                    return None
+                raise
+
+    def guard(self, folder: str, name: str, said_by: str) -> None:
+        paths.resolve(Path(folder), name, said_by)
+
+    def mode(self, name: str) -> int:
+        return permitted(Path(name))
+
+
+LOCAL = LocalStore()
+
+
+def _kind(mode: int) -> Kind:
+    if stat.S_ISREG(mode):
+        return Kind.FILE
+    return Kind.FOLDER if stat.S_ISDIR(mode) else Kind.OTHER
+
+
+def _joined(folder: str, name: str) -> str:
+    return name if folder == "." else os.path.join(folder, name)
+
+
+class _Writer:
+    """A file that is written beside its name, and takes it when it is complete."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        self._path = path
+        self._partial = paths.partial_of(path)
+        with writing(path):
+            self._fd = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        try:
+            with writing(path):
+                os.ftruncate(self._fd, size)
+        except BaseException:
+            self.abort()
+            raise
+
+    def write(self, offset: int, data: memoryview) -> None:
+        done = 0
+        with writing(self._path):
+            while done < len(data):
+                done += os.pwrite(self._fd, data[done:], offset + done)
+
+    def complete(self, *, create_only: bool = False) -> Entry:
+        with writing(self._path):
+            os.fsync(self._fd)
+            found = os.fstat(self._fd)
+            if create_only:
+                self._link()
+            else:
+                os.replace(self._partial, self._path)
+            self._close()
+            sync_directory(self._path.parent)
+        return Identity.of(found)
+
+    def _link(self) -> None:
+        """Give the file its name only where nothing has it."""
+        try:
+            os.link(self._partial, self._path)
+        except FileExistsError:
+            raise OutputExistsError(f"{self._path}: is there already") from None
+        os.unlink(self._partial)
+
+    def abort(self) -> None:
+        if self._fd >= 0:
+            self._close()
+            with contextlib.suppress(OSError):
+                os.unlink(self._partial)
+
+    def _close(self) -> None:
+        fd, self._fd = self._fd, -1
+        os.close(fd)

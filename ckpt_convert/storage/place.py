@@ -1,0 +1,264 @@
+"""A place: a name in a store, and what can be asked of it.
+
+It is what everything above this package holds instead of a path.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+
+from ckpt_convert.errors import UnsafeFileError
+from ckpt_convert.storage.base import Entry, Kind, Names, OpenFile, Store, changed, read
+from ckpt_convert.storage.far import refuse
+from ckpt_convert.storage.listing import Listing
+from ckpt_convert.storage.local import LOCAL
+from ckpt_convert.storage.names import check_name, local_path
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A name in a store: a file, a folder, or nothing. A value, to be compared, hashed and pickled.
+
+    ``path`` is the whole name. ``listing`` is what a part of the store held when it was listed; what is asked of names
+    in it is answered from there. As text it is what messages call it: of a local file, its path as it was given.
+    """
+
+    store: Store
+    path: PurePosixPath
+    listing: Listing | None = field(default=None, compare=False, repr=False)
+
+    # The name
+
+    def __truediv__(self, name: str | PurePosixPath) -> Place:
+        return self._at(self.path / name)
+
+    def __str__(self) -> str:
+        return self.store.label(str(self.path))
+
+    def __lt__(self, other: Place) -> bool:
+        return self.path < other.path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def stem(self) -> str:
+        return self.path.stem
+
+    @property
+    def suffix(self) -> str:
+        return self.path.suffix
+
+    @property
+    def parent(self) -> Place:
+        return self._at(self.path.parent)
+
+    def with_name(self, name: str) -> Place:
+        return self._at(self.path.with_name(name))
+
+    def below(self, folder: Place) -> str:
+        """The name from a folder on; raises ValueError for what does not lie below it."""
+        return self.path.relative_to(folder.path).as_posix()
+
+    def _at(self, path: PurePosixPath) -> Place:
+        return Place(self.store, path, self.listing)
+
+    # What is there
+
+    @property
+    def _names(self) -> Names:
+        listed = self.listing is not None and self.listing.covers(str(self.path))
+        return self.listing if listed and self.listing is not None else self.store
+
+    def kind(self) -> Kind | None:
+        """What the name leads to, None for nothing; raises UnreadableError where that cannot be told."""
+        return self._names.kind(str(self.path))
+
+    def is_regular(self) -> bool:
+        """Whether a regular file is there, be it by a link."""
+        return self.kind() is Kind.FILE
+
+    def is_folder(self) -> bool:
+        """Whether there is something below this name."""
+        return self.kind() is Kind.FOLDER
+
+    def is_there(self) -> bool:
+        """Whether anything is there; what the store fails to say is no answer, but raises UnreadableError."""
+        return self.kind() is not None or self._names.entry(str(self.path)) is not None
+
+    def children(self) -> list[Place]:
+        """What lies right below, in no order; raises UnreadableError, also for what is no folder."""
+        return [self / name for name in self._names.children(str(self.path))]
+
+    def files(self) -> list[Place]:
+        """The regular files right below, in no order; raises as ``children`` does."""
+        return self._of(Kind.FILE)
+
+    def folders(self) -> list[Place]:
+        """The folders right below, in no order; raises as ``children`` does."""
+        return self._of(Kind.FOLDER)
+
+    def _of(self, wanted: Kind) -> list[Place]:
+        return [self / name for name, kind in self._names.children(str(self.path)).items() if kind is wanted]
+
+    def all_files(self) -> list[Place]:
+        """Every file below, in no order; raises UnreadableError."""
+        return [self._at(PurePosixPath(name)) for name in self._names.list(str(self.path))]
+
+    def link(self) -> str | None:
+        """Where a link leads, as it says so itself; None for what is none."""
+        return self.store.link(str(self.path))
+
+    def real(self) -> Place:
+        """The same place by its one name, whatever links lead to it."""
+        return self._at(PurePosixPath(self.store.real(str(self.path))))
+
+    def inside(self, name: str, said_by: str) -> Place:
+        """A file below this folder whose name another file (``said_by``) says: it stays in the folder.
+
+        Raises UnsafeFileError for a name or a link that leaves it and for what is no regular file,
+        CheckpointNotFoundError where nothing is there.
+        """
+        found = self / check_name(name, said_by)
+        if found._names is self.store:
+            self.store.guard(str(self.path), name, said_by)
+        else:
+            refuse(str(found), found.kind(), said_by)
+        return found
+
+    # What is in it
+
+    @property
+    def local(self) -> Path:
+        """The path, for libraries that know nothing else; raises UsageError where the store is no local one."""
+        return self.store.local(str(self.path))
+
+    def identity(self) -> Entry:
+        """The file as it is; raises SourceChangedError where it is not there any more, UnreadableError."""
+        found = self._names.entry(str(self.path))
+        if found is None:
+            raise changed(self, "it was removed")
+        return found
+
+    def open(self, called: str | None = None, *, expected: Entry | None = None) -> OpenFile:
+        """Open the file for reading; ``called`` is its name in messages, ``expected`` what it was before.
+
+        Raises UnsafeFileError for what is no regular file, UnreadableError, and SourceChangedError for another file.
+        """
+        if expected is None and self._names is not self.store:
+            expected = self._names.entry(str(self.path))
+        return self.store.open(str(self.path), expected, called)
+
+    def read(self, most: int, *, expected: Entry | None = None) -> bytes:
+        """A small file, whole; raises what ``open`` does, and UnsafeFileError for one of more than ``most`` bytes."""
+        with self.open(expected=expected) as file:
+            if file.size > most:
+                raise UnsafeFileError(
+                    f"{self}: has {file.size:,} bytes, where a file of its kind has {most:,} at most; "
+                    "is this the right file?"
+                )
+            return read(file, 0, file.size)
+
+    def read_inside(self, name: str, said_by: str, most: int) -> bytes:
+        """A small file below this folder whose name another file says; raises what ``inside`` and ``read`` do."""
+        return self.inside(name, said_by).read(most)
+
+    def mode(self) -> int:
+        """The permissions that a copy may have: nobody may do with it what they could not do with the original."""
+        return self.store.mode(str(self.path))
+
+    # Listed once
+
+    def listed(self) -> Place:
+        """The same place with all that is below it listed, in one request; as it is where asking costs nothing."""
+        if not self.store.lists_whole or self.listing is not None:
+            return self
+        name = str(self.path)
+        return replace(self, listing=Listing(name, self.store.list(name)))
+
+    def anew(self) -> Place:
+        """The same place without what was listed, so that it is asked for as it is now."""
+        return replace(self, listing=None)
+
+
+def locate(given: str | os.PathLike[str] | Place, what: str = "") -> Place:
+    """The place that somebody gives for ``what``, with ``~`` as the home directory of a local one.
+
+    Raises UsageError for the address of a store or a web server, and for a name that no file system takes.
+    """
+    return given if isinstance(given, Place) else at(local_path(os.fspath(given), what))
+
+
+def at(path: str | os.PathLike[str]) -> Place:
+    """A local path, as it is."""
+    return Place(LOCAL, PurePosixPath(path))
+
+
+def compare(files: Mapping[Place, Entry]) -> list[str]:
+    """Hold files against what they were: those that are the same, in size and time, but lie in another place.
+
+    Raises SourceChangedError for one that was changed, replaced or removed.
+    """
+    moved = []
+    for place, before, now in _now(files):
+        if now is None:
+            raise changed(place, "it was removed")
+        what = before.change(now)
+        if what is not None:
+            raise changed(place, what)
+        if now != before:
+            moved.append(f"{place}: was replaced by a copy of the same size and time while it was read")
+    return moved
+
+
+def _now(files: Mapping[Place, Entry]) -> Iterator[tuple[Place, Entry, Entry | None]]:
+    """Each file as it was and as it is, what was listed listed again, once."""
+    again: dict[int, Listing] = {}
+    for place, before in files.items():
+        known = place.listing
+        if known is None or not known.covers(str(place.path)):
+            yield place, before, place.store.entry(str(place.path))
+            continue
+        if id(known) not in again:
+            again[id(known)] = Listing(known.prefix, place.store.list(known.prefix))
+        yield place, before, again[id(known)].entry(str(place.path))
+
+
+class FilePool:
+    """Files that are opened when they are read, and kept open, though only so many: there may be thousands of them.
+
+    Each is what it was when it was first identified, or reading it raises SourceChangedError.
+    """
+
+    def __init__(self, most: int = 64) -> None:
+        self._most = most
+        self._idle: list[tuple[Place, OpenFile]] = []
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def open(self, place: Place, expected: Entry) -> Iterator[OpenFile]:
+        """One of the open files of this place, or a new one; nobody else has it meanwhile."""
+        with self._lock:
+            index = next((index for index, (known, _) in enumerate(self._idle) if known == place), None)
+            file = self._idle.pop(index)[1] if index is not None else None
+        file = file or place.open(expected=expected)
+        try:
+            yield file
+        finally:
+            with self._lock:
+                self._idle.append((place, file))
+                spare = self._idle.pop(0)[1] if len(self._idle) > self._most else None
+            if spare is not None:
+                spare.close()
+
+    def close(self) -> None:
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for _, file in idle:
+            file.close()
