@@ -14,8 +14,9 @@ from ckpt_convert.checkpoint.mapping import Source
 from ckpt_convert.errors import ConfigError, KeyMismatchError, UnsafeFileError, UnsupportedFamilyError
 from ckpt_convert.formats.base import load_json
 from ckpt_convert.models import FAMILIES, Family
-from ckpt_convert.models.core.config import ConfigOptions, type_of
+from ckpt_convert.models.core.config import AXES, ConfigOptions, type_of
 from ckpt_convert.models.core.params import Weights
+from ckpt_convert.models.core.rows import recorded_cut
 from ckpt_convert.models.core.table import Dims
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class Recorded:
     """What an earlier conversion wrote down about a checkpoint, where it did."""
 
     tied: bool | None = None
-    embedding_cut: int | None = None
+    cut: int | None = None
     config: Mapping[str, Any] | None = None
     family: str | None = None
 
@@ -224,7 +225,7 @@ def _recorded(checkpoint: Checkpoint, config: Path) -> Recorded:
     found = checkpoint.record
     if found is None:
         return Recorded()
-    cut = found.manifest.get("dims", {}).get("embedding_cut")
+    cut = recorded_cut(found.manifest.get("dims", {}))
     options = checkpoint.options
     asked = options.rope_factor or options.rope_theta or options.max_positions or checkpoint.config_path
     counts = checkpoint.format == "meta" and not asked and found.unchanged(config.name)
@@ -286,9 +287,9 @@ def _identify(
     sizes = _sizes(found, where, format, ranks)
     shapes = {key: source.shape for key, source in ranks[0].items()}
     translated = found.params.to_hf(content, Weights(**sizes, tied=tied is not False, shapes=shapes), options)
-    style = found.params.style_of(content) if found.params.style_of is not None else None
-    if style is not None:
-        recorded = replace(recorded, embedding_cut=int(style[0] == "llama2"))
+    said = found.params.styles.of_params(content) if found.params.styles is not None else None
+    if said is not None:
+        recorded = replace(recorded, cut=AXES[said[0]])
     model = _described(found, evidence, translated.content, format, ranks, options, recorded)
     return replace(model, tied=tied, notices=translated.notices)
 
@@ -307,8 +308,8 @@ def _described(
     for symbol in family.indices.values():
         if dims[symbol] > max(keys, 4096):
             raise ConfigError(f"config.json: {symbol} is {dims[symbol]}, but the files hold only {keys} tensors")
-    dims["embedding_cut"] = _embedding_cut(family, config, format, ranks, options, recorded)
-    return Model(family, evidence, config, dims, bool(dims["tied"]))
+    cut = _cut(family, config, format, ranks, options, recorded)
+    return Model(family, evidence, config, dims.with_cut(cut), bool(dims["tied"]))
 
 
 def by_model_type(
@@ -399,7 +400,7 @@ def _sizes(family: Family, where: str, format: str, ranks: Ranks) -> dict[str, i
     return sizes
 
 
-def _embedding_cut(
+def _cut(
     family: Family,
     config: Mapping[str, Any],
     format: str,
@@ -408,11 +409,11 @@ def _embedding_cut(
     recorded: Recorded,
 ) -> int:
     """The axis over which ranks cut the embedding: as the shapes show, else as recorded, else as released."""
-    if family.params is None or not any(key.tp == "embedding_cut" for row in family.rows if (key := row.meta)):
+    if family.params is None or not family.cut_in_two_ways:
         return 0
     embedding = _first_part(family, "tok_embeddings", format, ranks)
     if len(ranks) > 1 and embedding is not None:
         return 0 if embedding[1] == config.get("hidden_size") else 1
-    if recorded.embedding_cut in (0, 1):
-        return int(recorded.embedding_cut)
-    return family.params.embedding_cut(config, options)
+    if recorded.cut is not None:
+        return recorded.cut
+    return AXES[family.params.styles.of_config(config, options)] if family.params.styles is not None else 0

@@ -32,7 +32,7 @@ def model(checkpoint: Checkpoint) -> Model:
     why = _why(config) if scheme is None else f"quantised ({scheme}), which no table reads"
     made = family(checkpoint.ranks[0].values())
     tied = config.get("tie_word_embeddings") is True  # for the record alone: no row is tied to another
-    dims = Dims({"tied": int(tied), "embedding_cut": 0})
+    dims = Dims({"tied": int(tied)}).with_cut(0)
     return Model(made, why, config, dims, tied, (f"{why}: keys are taken as they are",))
 
 

@@ -16,6 +16,7 @@ from ckpt_convert.cli.text import echo, escape, human_bytes, plural
 from ckpt_convert.cli.tree import in_short
 from ckpt_convert.dtypes import CASTS, DEQUANTIZED
 from ckpt_convert.errors import UsageError
+from ckpt_convert.models.core.config import AXES
 from ckpt_convert.storage.names import local_path
 from ckpt_convert.storage.reader import WORKERS
 
@@ -53,7 +54,7 @@ def _options(source: str | None, to: str | None) -> list[click.Option]:
     names = click.Choice(list(FORMAT_TITLES))
     dtypes = click.Choice(list(CASTS))
     dequantized, quantized = click.Choice(list(DEQUANTIZED)), source in (None, "hf")
-    styles = click.Choice(["llama2", "llama3"])
+    styles = click.Choice(list(AXES))
     general = [
         option("--to", type=names, required=True, help="Format of DST."),
         common.from_format("SRC").parameter,

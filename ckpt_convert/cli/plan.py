@@ -45,7 +45,7 @@ def as_dict(plan: Plan, dst: Path, workers: int) -> dict[str, Any]:
         "side_files": {side.name: side.origin for side in plan.side if not side.name.startswith("ckpt_convert/")},
         "drops": list(plan.carried),
         "ties": list(plan.ties),
-        "embedding": plan.cut._asdict() if plan.cut is not None else None,
+        "embedding": {"axis": plan.cut.axis, "why": plan.cut.why} if plan.cut is not None else None,
         "notices": list(plan.notices),
         "disk": plan.disk,
         "disk_free": free_space(dst),
@@ -86,8 +86,7 @@ def _facts(plan: Plan, dst: Path) -> Iterator[Labelled]:
     yield _labelled("family", f"{plan.model.family.name}{release}  ({plan.model.evidence})")
     yield _labelled("dims", ", ".join(f"{name} {plan.dims[name]}" for name in SIZES if name in plan.dims))
     if plan.cut is not None:
-        how = ("rows, Llama 3's way", "columns, Llama 2's way")[plan.cut.axis]
-        yield _labelled("embedding", f"ranks cut its {how}  ({plan.cut.why})")
+        yield _labelled("embedding", f"ranks cut its {plan.cut.way}  ({plan.cut.why})")
     moves = ", ".join(f"{human_bytes(size)} {kind}" for kind, size in plan.moves.items() if size)
     yield _labelled("tensors", f"{plan.tensors}, {human_bytes(plan.tensor_bytes)}: {moves}")
 

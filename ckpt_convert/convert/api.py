@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 from ckpt_convert.checkpoint import record
 from ckpt_convert.checkpoint.checkpoint import Checkpoint, open_checkpoint, read_checkpoint
@@ -28,7 +28,7 @@ from ckpt_convert.errors import (
     VerificationError,
     require,
 )
-from ckpt_convert.models.core.config import ConfigOptions
+from ckpt_convert.models.core.config import ConfigOptions, MetaStyle
 from ckpt_convert.storage import hub
 from ckpt_convert.storage.names import local_path
 from ckpt_convert.storage.reader import WORKERS, exists, reading
@@ -97,7 +97,7 @@ class Options(TypedDict, total=False):
     rope_factor: float | None
     rope_theta: float | None
     max_positions: int | None
-    meta_style: Literal["llama2", "llama3"] | None
+    meta_style: MetaStyle | None
     drop_rope_scaling: bool
     allow_overflow: bool
     allow_loss: bool

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -19,7 +19,7 @@ from ckpt_convert.convert.sidefiles import SideFile
 from ckpt_convert.dtypes import DTYPES, majority_of_floats, torch_name
 from ckpt_convert.errors import UnsupportedFamilyError
 from ckpt_convert.formats.base import JSON_LIMIT, RECORD_FOLDER, load_json, render_json
-from ckpt_convert.models.core.config import type_of
+from ckpt_convert.models.core.config import Translated, type_of
 from ckpt_convert.storage.reader import read_file
 
 
@@ -216,11 +216,10 @@ def _params(
     data, origin, notices = _params_of_model(source, model, request, cut)
     content = json.loads(data)
     params = model.family.params
-    adapted = params.for_ranks(content, model.dims, ranks) if params is not None else content
-    if adapted == content:
+    adapted = params.for_ranks(content, model.dims, ranks) if params is not None else Translated(content)
+    if adapted.content == content:
         return data, origin, notices
-    said = f"params.json counts {ranks} key/value heads, one for each rank: copies of the model's {_heads(model)}"
-    return _render_params(adapted), "generated", (*notices, said) if ranks > _heads(model) else notices
+    return _render_params(adapted.content), "generated", (*notices, *adapted.notices)
 
 
 def _params_of_model(
@@ -233,15 +232,12 @@ def _params_of_model(
     if model.family.params is None:
         raise UnsupportedFamilyError(f"{source.path}: family {model.family.name} has no params.json")
     with naming(str(source.root / "config.json")):
-        options = request.config if cut != 1 else replace(request.config, meta_style="llama2")
+        styles = model.family.params.styles
+        options = request.config if styles is None or cut is None else styles.asked(request.config, cut)
         translated = model.family.params.from_hf(model.config, options)
     beside = " (not needed as long as the folder ckpt_convert lies beside it)"
     notices = tuple(text + beside if "on the way back" in text else text for text in translated.notices)
     return _render_params(translated.content), "generated", notices
-
-
-def _heads(model: Model) -> int:
-    return model.dims["n_kv_heads"]
 
 
 def recorded_params(source: Checkpoint) -> bytes | None:

@@ -230,7 +230,7 @@ def make(source: Checkpoint, request: Request, *, tied: bool | None = None, live
     dims = model.dims
     cut = embedding.cut_of(source, request, like, model)
     if cut is not None:
-        dims = dims.replace(embedding_cut=cut.axis)
+        dims = dims.with_cut(cut.axis)
     brought.bring_back(source, request, like, model, logicals, everything)
     if read_format != request.to:
         places = None if wanted is None else {key for _, key in wanted.places}
@@ -451,11 +451,10 @@ def _check_like(source: Checkpoint, model: Model, like: Checkpoint) -> list[str]
         raise UsageError(f"--like {like.path}: is a {theirs.family.name}, but {source.path} is a {model.family.name}")
     if theirs.family.literal:
         return []  # the keys have to fit here, too; nothing else of such a model is understood
-    ignored = ("tied", "embedding_cut")
     differing = [
         f"{name}: expected {value}, found {theirs.dims.get(name)}"
         for name, value in model.dims.items()
-        if name not in ignored and theirs.dims.get(name) != value
+        if name not in model.dims.decided and theirs.dims.get(name) != value
     ]
     if differing:
         raise ShapeMismatchError(

@@ -24,7 +24,7 @@ from ckpt_convert.errors import (
 )
 from ckpt_convert.formats.base import load_json
 from ckpt_convert.models import FAMILIES, FORMATS
-from ckpt_convert.models.core.config import ConfigOptions
+from ckpt_convert.models.core.config import AXES, ConfigOptions, MetaStyle
 from ckpt_convert.models.core.table import Instance
 from ckpt_convert.storage.names import local_path
 from ckpt_convert.tensors.lazy import ZEROS, LazyTensor, stored
@@ -42,7 +42,7 @@ def convert_state_dict(
     target: str,
     model_parallel: int = 1,
     family: str | None = None,
-    meta_style: str | None = None,
+    meta_style: MetaStyle | None = None,
     allow_loss: bool = False,
 ) -> dict[str, torch.Tensor] | list[dict[str, torch.Tensor]]:
     """Convert tensors in memory from one format to another; the input is untouched, no memory is shared.
@@ -79,7 +79,7 @@ def convert_state_dict(
     if model.tied is None and pair is not None:
         dims = dims.replace(tied=int(_same(pair, tensors)))
     if meta_style is not None:
-        dims = dims.replace(embedding_cut=int(meta_style == "llama2"))
+        dims = dims.with_cut(AXES[meta_style])
     if source != target:
         mapping.fill_zeros(chosen, target, dims, logicals)
     targets, left_out, ties = mapping.write(
@@ -157,11 +157,11 @@ def _model(
     family: str | None,
     ranks: list[dict[str, Source]],
     source: str,
-    meta_style: str | None,
+    meta_style: MetaStyle | None,
 ) -> Model:
     if family is not None and family not in FAMILIES:
         raise UnsupportedFamilyError(f"{family!r} is no family; known: {', '.join(FAMILIES)}")
-    options = ConfigOptions(meta_style=meta_style)  # type: ignore[arg-type]
+    options = ConfigOptions(meta_style=meta_style)
     found = identify(content, "config", source, ranks, options, family=family)
     return replace(found.with_tied(False), tied=None) if found.tied is None else found
 

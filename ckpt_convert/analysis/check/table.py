@@ -162,7 +162,7 @@ def _best(model: Model, stored: Stored, config: Mapping[str, Any], dims: Dims) -
     for setting, value in list(_candidates(model, stored, config, dims))[:most]:
         changed = {**config, setting: value}
         try:
-            sizes = model.family.symbols(changed).replace(embedding_cut=dims["embedding_cut"], tied=dims["tied"])
+            sizes = model.family.symbols(changed).replace(**dims.decided)
         except CkptConvertError:
             continue
         causes.append(_Cause(len(_misfits(model, stored, sizes)), setting, value, changed, sizes))

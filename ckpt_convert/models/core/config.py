@@ -29,6 +29,13 @@ class Translated:
     notices: tuple[str, ...] = ()
 
 
+MetaStyle = Literal["llama2", "llama3"]
+"""Whose code Meta's files are for: Llama 1, 2 and Code, or 3 and later."""
+
+AXES: Mapping[MetaStyle, int] = {"llama2": 1, "llama3": 0}
+"""The axis on which the ranks of each style cut the embedding."""
+
+
 @dataclass(frozen=True)
 class ConfigOptions:
     """What a caller may decide about a generated config; None leaves the decision to the documented rule.
@@ -44,7 +51,7 @@ class ConfigOptions:
 
     rope_factor: float | None = None
     max_positions: int | None = None
-    meta_style: Literal["llama2", "llama3"] | None = None
+    meta_style: MetaStyle | None = None
     drop_rope_scaling: bool = False
     rope_theta: float | None = None
 
@@ -53,8 +60,8 @@ class ConfigOptions:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise UsageError(f"--{name.replace('_', '-')} must be a positive number, found {value}")
-        if self.meta_style not in (None, "llama2", "llama3"):
-            raise UsageError(f"--meta-style must be llama2 or llama3, found {self.meta_style}")
+        if self.meta_style not in (None, *AXES):
+            raise UsageError(f"--meta-style must be {' or '.join(AXES)}, found {self.meta_style}")
 
     @property
     def given(self) -> tuple[str, ...]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ckpt_convert.errors import ConfigError
-from ckpt_convert.models.core.config import PARAMS, ConfigOptions, Translated
+from ckpt_convert.models.core.config import AXES, PARAMS, ConfigOptions, MetaStyle, Translated
 
 
 @dataclass(frozen=True)
@@ -25,16 +25,42 @@ class Weights:
 
 
 @dataclass(frozen=True)
+class Styles:
+    """What tells whose code Meta's files of a family are for, of two generations that cut the embedding differently.
+
+    ``of_params`` says whose a params.json is, and what in it says so; ``of_config`` whose the known releases of a
+    config are, where nothing is asked for; ``tokenizers`` whose a tokenizer is, by its kind; ``unscaled`` those whose
+    code has no scaled RoPE. ``usual`` is the style of what nothing tells, and ``untold`` says so. ``ways`` are the
+    words for a cut, by its axis.
+    """
+
+    of_params: Callable[[Mapping[str, Any]], tuple[MetaStyle, str] | None]
+    of_config: Callable[[Mapping[str, Any], ConfigOptions], MetaStyle]
+    tokenizers: Mapping[str, MetaStyle]
+    unscaled: frozenset[MetaStyle]
+    usual: MetaStyle
+    untold: str
+    ways: tuple[str, str]
+
+    def asked(self, options: ConfigOptions, axis: int) -> ConfigOptions:
+        """The options, with the style said whose ranks cut on this axis where that is not the usual one."""
+        return options if axis == AXES[self.usual] else replace(options, meta_style=style_of(axis))
+
+
+def style_of(axis: int) -> MetaStyle:
+    """The style whose ranks cut the embedding on this axis."""
+    return next(style for style, its in AXES.items() if its == axis)
+
+
+@dataclass(frozen=True)
 class Params:
     """What Meta's side of a family needs beyond the table: its params.json, its file names, its ranks.
 
     ``evidence`` says in words why a params.json is this family's, or None. ``sharded`` is whether the format is cut
     over ranks at all; ``container`` the usual one; ``options`` are those of ConfigOptions that it has a use for.
-    ``embedding_cut`` comes from the known releases (0 for any other shape), ``release`` is the name of the one with
-    this shape, ``model_parallel`` the number of ranks that it came in. ``for_ranks`` gives what a params.json has
-    to say for so many ranks. Where Meta's code of two generations cuts the embedding differently, ``style_of`` says
-    whose a params.json is ("llama2" or "llama3") and what in it says so, and ``tokenizers`` whose a tokenizer is, by
-    its kind.
+    ``release`` is the name of the known release with this shape, ``model_parallel`` the number of ranks that it came
+    in. ``for_ranks`` gives what a params.json has to say for so many ranks. ``styles`` is what tells the generations of
+    Meta's code apart that cut the embedding differently.
     """
 
     evidence: Callable[[Mapping[str, Any]], str | None]
@@ -43,14 +69,12 @@ class Params:
     sharded: bool
     container: Literal["pth", "safetensors"]
     options: frozenset[str]
-    embedding_cut: Callable[[Mapping[str, Any], ConfigOptions], int] = lambda config, options: 0
     release: Callable[[Mapping[str, Any]], str | None] = lambda config: None
     model_parallel: Callable[[Mapping[str, Any]], int | None] = lambda config: None
-    for_ranks: Callable[[Mapping[str, Any], Mapping[str, int], int], Mapping[str, Any]] = lambda params, dims, ranks: (
+    for_ranks: Callable[[dict[str, Any], Mapping[str, int], int], Translated] = lambda params, dims, ranks: Translated(
         params
     )
-    style_of: Callable[[Mapping[str, Any]], tuple[str, str] | None] | None = None
-    tokenizers: Mapping[str, str] = field(default_factory=dict)
+    styles: Styles | None = None
 
 
 def flat(params: Mapping[str, Any]) -> Mapping[str, Any]:

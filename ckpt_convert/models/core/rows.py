@@ -28,6 +28,11 @@ Sets = Mapping[str, tuple[int, ...]]
 """Which numbers of a placeholder belong together, by the name of the set: the dense layers, those with experts."""
 
 
+CUT = "embedding_cut"
+"""The symbol for the axis on which ranks cut the embedding, where Meta's code does it in two ways: files and releases
+say it, and no config."""
+
+
 class Dims(dict[str, int]):
     """The symbols of a config: sizes, switches (0 or 1), and ``sets`` of numbers, ascending."""
 
@@ -38,6 +43,26 @@ class Dims(dict[str, int]):
     def replace(self, **sizes: int) -> Dims:
         """The same with some sizes changed."""
         return Dims({**self, **sizes}, self.sets)
+
+    def with_cut(self, axis: int) -> Dims:
+        """The same with the embedding cut on this axis."""
+        return Dims({**self, CUT: axis}, self.sets)
+
+    @property
+    def cut(self) -> int:
+        """The axis on which ranks cut the embedding."""
+        return self[CUT]
+
+    @property
+    def decided(self) -> dict[str, int]:
+        """The symbols that weights, files and releases decide: two checkpoints of one model may differ in them."""
+        return {name: self[name] for name in ("tied", CUT)}
+
+
+def recorded_cut(dims: Mapping[str, Any]) -> int | None:
+    """The axis on which ranks cut the embedding, as written down among these sizes, None where it is not."""
+    axis = dims.get(CUT)
+    return int(axis) if axis in (0, 1) else None
 
 
 class _Number(NamedTuple):

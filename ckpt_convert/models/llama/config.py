@@ -6,13 +6,14 @@ The other direction, params.json to config.json, is in ``llama.params``; the kno
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from ckpt_convert.errors import ConfigError
 from ckpt_convert.models.core.config import (
     CONFIG,
     PARAMS,
     ConfigOptions,
+    MetaStyle,
     Translated,
     agreed_vocab,
     base_dims,
@@ -65,8 +66,7 @@ def hf_to_params(
     _check_expressible(config, sizes)
     rope, notices = expressible(config, options, TARGET, _rope_problem)
     theta = DEFAULT_THETA if rope.theta is None else rope.theta
-    found = matching(config)
-    style = options.meta_style or (found[0].spelling.style if found else "llama3")
+    found, style = matching(config), style_of(config, options)
     scaled = rope.kind != "default"
     if scaled and style == "llama2" and options.drop_rope_scaling:
         rope, scaled = Rope(theta), False
@@ -104,17 +104,13 @@ def model_parallel(config: Mapping[str, Any]) -> int | None:
     return degrees.pop() if len(degrees) == 1 else None
 
 
-def embedding_cut(config: Mapping[str, Any], options: ConfigOptions | None = None) -> int:
-    """The dimension along which Meta's ranks cut the embedding: 1 for the shapes of Llama 1, 2 and Code, else 0.
-
-    ``options.meta_style`` decides where it is given.
-    """
+def style_of(config: Mapping[str, Any], options: ConfigOptions | None = None) -> MetaStyle:
+    """Whose code Meta's files are for: as asked for, else as the release with this shape has it, else Llama 3's."""
     found = matching(config)
-    style = (options.meta_style if options else None) or (found[0].spelling.style if found else "llama3")
-    return 1 if style == "llama2" else 0
+    return (options.meta_style if options else None) or (found[0].spelling.style if found else "llama3")
 
 
-def for_ranks(params: Mapping[str, Any], dims: Mapping[str, int], ranks: int) -> Mapping[str, Any]:
+def for_ranks(params: dict[str, Any], dims: Mapping[str, int], ranks: int) -> Translated:
     """The params.json for so many ranks: n_kv_heads counts the key/value heads of every rank, copies as well.
 
     Meta's code has at least one on each rank; where the model has fewer, neighbouring ranks hold the same one (as in
@@ -124,9 +120,10 @@ def for_ranks(params: Mapping[str, Any], dims: Mapping[str, int], ranks: int) ->
     wanted = ranks if ranks > heads and ranks % heads == 0 else heads
     inner = flat(params)
     if (inner.get("n_kv_heads") or dims["n_heads"]) == wanted:
-        return params
+        return Translated(params)
     changed = {**inner, "n_kv_heads": wanted}
-    return changed if inner is params else {**params, "model": changed}
+    said = f"{PARAMS} counts {ranks} key/value heads, one for each rank: copies of the model's {heads}"
+    return Translated(changed if inner is params else {**params, "model": changed}, (said,) if ranks > heads else ())
 
 
 def ffn_pair(dim: int, ffn_dim: int) -> tuple[int, float | None]:
@@ -168,9 +165,7 @@ def _rope_problem(rope: Rope) -> str | None:
     return problem
 
 
-def _ffn_pair(
-    dim: int, ffn_dim: int, found: tuple[Release, ...], style: Literal["llama2", "llama3"]
-) -> tuple[int, float | None]:
+def _ffn_pair(dim: int, ffn_dim: int, found: tuple[Release, ...], style: MetaStyle) -> tuple[int, float | None]:
     same_style = [row for row in RELEASES if row.spelling.style == style]
     for row in (*found, *same_style, *RELEASES):
         if (row.dim, row.ffn_dim) == (dim, ffn_dim):
@@ -183,7 +178,7 @@ def _spelled_theta(theta: float, found: tuple[Release, ...]) -> float:
     return next((row.theta for row in found if row.theta == theta), theta)
 
 
-def _key_order(found: tuple[Release, ...], style: Literal["llama2", "llama3"], theta: float) -> tuple[str, ...]:
+def _key_order(found: tuple[Release, ...], style: MetaStyle, theta: float) -> tuple[str, ...]:
     for row in found:
         if row.spelling.style == style:
             return row.spelling.keys

@@ -15,6 +15,7 @@ from ckpt_convert.models.core.config import (
     MAX_SIZE,
     PARAMS,
     ConfigOptions,
+    MetaStyle,
     Translated,
     agreed_vocab,
     check_groups,
@@ -105,7 +106,7 @@ def is_params(params: Mapping[str, Any]) -> str | None:
     return None if params.get("model_type") == "mamba" else f"{PARAMS} has multiple_of"
 
 
-def style_of(params: Mapping[str, Any]) -> tuple[str, str] | None:
+def style_of(params: Mapping[str, Any]) -> tuple[MetaStyle, str] | None:
     """Whose code a params.json is for, llama2 or llama3, and what in it says so; None for none of a Llama.
 
     Meta's code for 1, 2 and Code takes the vocabulary from the tokenizer, and that for 1 and 2 knows no rope_theta;

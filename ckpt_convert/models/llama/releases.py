@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from ckpt_convert.models.core.config import base_dims
+from ckpt_convert.models.core.config import MetaStyle, base_dims
 from ckpt_convert.models.core.rope import DEFAULT_THETA, read_rope
 
 
@@ -25,7 +25,7 @@ class Spelling:
     tokenizer, no scaled RoPE), llama3 for that of 3 to 3.3.
     """
 
-    style: Literal["llama2", "llama3"]
+    style: MetaStyle
     keys: tuple[str, ...]
 
 

@@ -7,7 +7,8 @@ neighbouring rows; Hugging Face rotates halves.
 
 from __future__ import annotations
 
-from ckpt_convert.models.core.params import Params
+from ckpt_convert.models.core.params import Params, Styles
+from ckpt_convert.models.core.rows import CUT
 from ckpt_convert.models.core.table import Family, Key, Row
 from ckpt_convert.models.llama import config, params
 
@@ -23,19 +24,25 @@ LLAMA = Family(
         sharded=True,
         container="pth",
         options=frozenset({"rope_factor", "rope_theta", "max_positions", "meta_style", "drop_rope_scaling"}),
-        embedding_cut=config.embedding_cut,
         release=config.release,
         model_parallel=config.model_parallel,
         for_ranks=config.for_ranks,
-        style_of=params.style_of,
-        tokenizers={"sentencepiece": "llama2", "tiktoken": "llama3"},
+        styles=Styles(
+            of_params=params.style_of,
+            of_config=config.style_of,
+            tokenizers={"sentencepiece": "llama2", "tiktoken": "llama3"},
+            unscaled=frozenset({"llama2"}),
+            usual="llama3",
+            untold="as in Llama 3, for nothing says otherwise; --meta-style llama2 is the other way",
+            ways=("rows, Llama 3's way", "columns, Llama 2's way"),
+        ),
     ),
     rows=(
         Row(
             "tok_embeddings",
             ("vocab_size", "dim"),
             hf=Key("model.embed_tokens.weight"),
-            meta=Key("tok_embeddings.weight", tp="embedding_cut"),
+            meta=Key("tok_embeddings.weight", tp=CUT),
             native=Key("tok_embeddings.weight"),
             torchtitan=Key("tok_embeddings.weight"),
         ),

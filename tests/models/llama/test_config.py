@@ -18,11 +18,11 @@ from ckpt_convert.models.core.config import ConfigOptions
 from ckpt_convert.models.core.params import Weights
 from ckpt_convert.models.llama.config import (
     dims,
-    embedding_cut,
     ffn_pair,
     hf_to_params,
     model_parallel,
     release,
+    style_of,
 )
 from ckpt_convert.models.llama.params import is_params, params_to_hf
 from ckpt_convert.models.llama.releases import RELEASES, Release, ffn_width
@@ -126,7 +126,7 @@ def test_the_released_config_is_named_and_its_degree_known(
     assert name in (release(config) or "").split(" / ")
     (row,) = [row for row in RELEASES if row.name == name]
     assert model_parallel(config) == row.mp
-    assert embedding_cut(config) == (0 if vocab == 128256 else 1)
+    assert style_of(config) == ("llama3" if vocab == 128256 else "llama2")
 
 
 @each_release
@@ -199,11 +199,11 @@ def test_a_release_s_shape_with_more_tokens_keeps_the_release_s_way_to_say_the_w
 
 
 def test_the_embedding_is_cut_by_columns_for_old_shapes_or_on_request() -> None:
-    assert embedding_cut(tiny()) == 0
-    assert embedding_cut(tiny(), ConfigOptions(meta_style="llama2")) == 1
+    assert style_of(tiny()) == "llama3"
+    assert style_of(tiny(), ConfigOptions(meta_style="llama2")) == "llama2"
     old = params_to_hf(PUBLISHED[0][1], Weights(vocab_size=32000)).content
-    assert embedding_cut(old) == 1
-    assert embedding_cut(old, ConfigOptions(meta_style="llama3")) == 0
+    assert style_of(old) == "llama2"
+    assert style_of(old, ConfigOptions(meta_style="llama3")) == "llama3"
 
 
 # The feed-forward rule
