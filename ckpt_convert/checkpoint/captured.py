@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ckpt_convert import containers
-from ckpt_convert.checkpoint.checkpoint import Checkpoint
+from ckpt_convert.checkpoint.keys import Keys
 from ckpt_convert.checkpoint.record import Layout, LayoutFile
 from ckpt_convert.containers.build import anew
 from ckpt_convert.containers.dcp import dcp
@@ -15,48 +15,50 @@ from ckpt_convert.storage.reader import LocalFile, read_file
 from ckpt_convert.tensors.header import Header, WeightFile
 
 
-def layout_of(checkpoint: Checkpoint, *, literal: bool) -> Layout:
-    """What ``Checkpoint.layout`` says; ``literal`` where nothing is renamed or left out."""
+def layout_of(keys: Keys, *, literal: bool) -> Layout:
+    """How the files lie, ``literal`` where nothing is renamed or left out; else how the weights alone would lie."""
     files = []
-    for file in checkpoint.files:
-        weights = file.header if literal else _weights(checkpoint, file.header)
-        header, reader = _located(checkpoint, file)
+    for file in keys.opened.files:
+        weights = file.header if literal else _weights(keys, file.header)
+        header, reader = _located(keys, file)
         if weights is file.header:
             captured = containers.capture(reader, header) if header is not None else None
         else:
             captured = anew(file.name, weights)
             header = captured.header if captured is not None else None
         files.append(LayoutFile(file.name, file.rank, header or weights, captured.literals if captured else None))
-    return Layout(str(checkpoint.format), tuple(files), _index(checkpoint, literal))
+    return Layout(str(keys.opened.format), tuple(files), _index(keys, literal))
 
 
-def _index(checkpoint: Checkpoint, literal: bool) -> tuple[str, bytes] | None:
+def _index(keys: Keys, literal: bool) -> tuple[str, bytes] | None:
     """The name and the content of the index, under the keys of the format."""
-    index, weight_map = checkpoint.directory.index, checkpoint.directory.weight_map
+    opened = keys.opened
+    index, weight_map = opened.directory.index, opened.directory.weight_map
     if index is None:
         return None
     if literal:
-        return index, read_file(checkpoint.root / index, JSON_LIMIT)
+        return index, read_file(opened.root / index, JSON_LIMIT)
     if weight_map is not None:
-        named = {checkpoint.names.of(k): name for k, name in weight_map.items() if checkpoint.is_weight(k)}
-        return index, render_json({**load_json(checkpoint.root / index), "weight_map": named}, sort_keys=True)
-    if weight_map is None and any(_weights(checkpoint, file.header) is not file.header for file in checkpoint.files):
+        named = {keys.names.of(k): name for k, name in weight_map.items() if keys.is_weight(k)}
+        return index, render_json({**load_json(opened.root / index), "weight_map": named}, sort_keys=True)
+    if weight_map is None and any(_weights(keys, file.header) is not file.header for file in keys.opened.files):
         return None  # what torch.distributed.checkpoint's metadata says is true of its own files alone
-    return index, read_file(checkpoint.root / index, JSON_LIMIT)
+    return index, read_file(opened.root / index, JSON_LIMIT)
 
 
-def _weights(checkpoint: Checkpoint, header: Header) -> Header:
+def _weights(keys: Keys, header: Header) -> Header:
     """The header with the weights alone, under the keys of the format; itself where it has just these."""
-    kept = [t._replace(key=checkpoint.names.of(t.key)) for t in header.tensors if checkpoint.is_weight(t.key)]
+    kept = [t._replace(key=keys.names.of(t.key)) for t in header.tensors if keys.is_weight(t.key)]
     return header if kept == list(header.tensors) else replace(header, tensors=tuple(kept))
 
 
-def _located(checkpoint: Checkpoint, file: WeightFile) -> tuple[Header | None, RangeReader]:
+def _located(keys: Keys, file: WeightFile) -> tuple[Header | None, RangeReader]:
     """The header with true offsets, and the file itself; no header where it cannot be rebuilt from the weights."""
-    if checkpoint.directory.kind != dcp.KIND:
+    directory = keys.opened.directory
+    if directory.kind != dcp.KIND:
         return file.header, file.reader
-    if checkpoint.directory.index != DCP_INDEX:
+    if directory.index != DCP_INDEX:
         return None, file.reader  # each rank has metadata of its own, which nothing else would fit
-    if file.header.objects or not all(checkpoint.is_weight(tensor.key) for tensor in file.header.tensors):
+    if file.header.objects or not all(keys.is_weight(tensor.key) for tensor in file.header.tensors):
         return None, file.reader
     return dcp.located(dcp.File(file.name, file.path, file.reader, file.header)), LocalFile(file.path)

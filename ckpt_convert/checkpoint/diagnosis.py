@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ckpt_convert.checkpoint import legacy_keys
+from ckpt_convert.checkpoint.keys import Keys
+from ckpt_convert.checkpoint.opening import OpenedFiles
+from ckpt_convert.checkpoint.tensors import TensorInfo
 from ckpt_convert.formats import peft
-
-if TYPE_CHECKING:
-    from ckpt_convert.checkpoint.checkpoint import Checkpoint
 
 _BASE = ".base_layer."
 _ADAPTERS = (".lora_A.", ".lora_embedding_A.", ".lora_", ".ia3_", ".vera_", ".hada_", ".lokr_", ".oft_", ".boft_")
@@ -27,31 +27,32 @@ _SLOTS = frozenset(
 _LIGHTNING = "pytorch-lightning_version"
 
 
-def not_weights(checkpoint: Checkpoint) -> frozenset[str]:
+def not_weights(known: Keys, tensors: Mapping[str, TensorInfo]) -> frozenset[str]:
     """The keys of tensors that are no weights: what an optimizer keeps, and the rest of a training run's state."""
-    if checkpoint.format is not None and checkpoint.has_only_weights:
+    if known.opened.format is not None and known.has_only_weights:
         return frozenset()
-    if checkpoint.format is not None:
-        return frozenset(key for key in checkpoint.tensors if not checkpoint.is_weight(key))
-    scalars = legacy_keys.loose_scalars((key, info.shape) for key, info in checkpoint.tensors.items())
-    return frozenset(key for key in checkpoint.tensors if legacy_keys.is_other(key, scalars) or _is_slot(key))
+    if known.opened.format is not None:
+        return frozenset(key for key in tensors if not known.is_weight(key))
+    scalars = legacy_keys.loose_scalars((key, info.shape) for key, info in tensors.items())
+    return frozenset(key for key in tensors if legacy_keys.is_other(key, scalars) or _is_slot(key))
 
 
-def kind(checkpoint: Checkpoint) -> str | None:
+def kind(known: Keys, tensors: Mapping[str, TensorInfo]) -> str | None:
     """What the files are, in a few words, where they are more, or something else, than a model's weights."""
-    if checkpoint.directory.kind == peft.KIND:
-        return checkpoint.why
-    keys = list(checkpoint.tensors)
-    objects = {name: kind for file in checkpoint.files for name, kind in file.header.objects.items()}
+    opened = known.opened
+    if opened.directory.kind == peft.KIND:
+        return opened.why
+    keys = list(tensors)
+    objects = {name: kind for file in opened.files for name, kind in file.header.objects.items()}
     if any(".lora_down." in key for key in keys) and any(".lora_up." in key for key in keys):
         return "LoRA of kohya's kind (lora_down, lora_up), for the model that it was trained on"
     if _LIGHTNING in objects:
         return "Lightning checkpoint: the model's weights are under state_dict, beside the state of its training"
-    if checkpoint.format is not None and checkpoint.has_only_weights:
+    if opened.format is not None and known.has_only_weights:
         return None
-    if checkpoint.format is None and "(all)" in objects and keys:
+    if opened.format is None and "(all)" in objects and keys:
         return f"a pickled object ({objects['(all)']}), not a state dict"
-    if checkpoint.format is None and any(".lora_A." in key for key in keys) and not any(_BASE in key for key in keys):
+    if opened.format is None and any(".lora_A." in key for key in keys) and not any(_BASE in key for key in keys):
         return f"LoRA adapter under PEFT's keys, without {peft.CONFIG}"
     if keys and all(map(_is_slot, keys)):
         return "optimizer state, without the weights that it is of"
@@ -65,12 +66,12 @@ def _is_slot(key: str) -> bool:
     return last in _SLOTS and "state" in parts
 
 
-def unmerged(checkpoint: Checkpoint) -> str | None:
+def unmerged(opened: OpenedFiles) -> str | None:
     """That an adapter's weights are stored beside those of its base model, which PEFT's wrappers renamed; else None."""
-    keys = [tensor.key for file in checkpoint.files for tensor in file.header.tensors]
+    keys = opened.keys
     base = next((key for key in keys if _BASE in key), None)
     adapter = next((key for part in _ADAPTERS for key in keys if part in key), None)
-    if base is None or adapter is None or checkpoint.directory.kind == peft.KIND:
+    if base is None or adapter is None or opened.directory.kind == peft.KIND:
         return None  # an adapter may well have an embedding of its base along
     return (
         f"the weights are those of a PEFT model that was saved whole, its adapter not merged ({base}, {adapter}); "
@@ -85,9 +86,9 @@ def config_above(directory: Path) -> Path | None:
     return path if directory.is_dir() and path.is_file() else None
 
 
-def placeholders(checkpoint: Checkpoint) -> str | None:
+def placeholders(opened: OpenedFiles) -> str | None:
     """What is wrong, and the way out, where most weights are what DeepSpeed's ZeRO-3 leaves of a partitioned one."""
-    weights = [tensor for _, tensor in checkpoint.stored if tensor.key.endswith("weight")]
+    weights = [tensor for _, tensor in opened.stored if tensor.key.endswith("weight")]
     empty = [tensor.key for tensor in weights if tensor.shape == (0,)]
     if 4 * len(empty) <= len(weights):
         return None

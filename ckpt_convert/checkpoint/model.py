@@ -5,22 +5,22 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ckpt_convert.checkpoint import diagnosis, legacy_keys
+from ckpt_convert.checkpoint.keys import Keys
 from ckpt_convert.checkpoint.legacy_keys import Names
 from ckpt_convert.checkpoint.mapping import Source
-from ckpt_convert.errors import ConfigError, KeyMismatchError, UnsafeFileError, UnsupportedFamilyError
+from ckpt_convert.checkpoint.opening import OpenedFiles
+from ckpt_convert.checkpoint.record import Record
+from ckpt_convert.checkpoint.stated import Hints, Stated
+from ckpt_convert.errors import ConfigError, KeyMismatchError, UnsupportedFamilyError
 from ckpt_convert.formats.base import load_json
 from ckpt_convert.models import FAMILIES, Family
 from ckpt_convert.models.core.config import AXES, ConfigOptions, type_of
 from ckpt_convert.models.core.params import Weights
 from ckpt_convert.models.core.rows import recorded_cut
 from ckpt_convert.models.core.table import Dims
-
-if TYPE_CHECKING:
-    from ckpt_convert.checkpoint.checkpoint import Checkpoint
 
 Ranks = Sequence[Mapping[str, Source]]
 
@@ -60,46 +60,45 @@ class Recorded:
     family: str | None = None
 
 
-def model_of(checkpoint: Checkpoint) -> Model:
+def model_of(keys: Keys, stated: Stated, hints: Hints, record: Record | None = None) -> Model:
     """The model that a checkpoint's config describes.
 
-    Raises what ``identify`` does, and ConfigError where there is no config or it cannot be read.
+    Raises what ``model_from`` does, and ConfigError where there is no config or it cannot be read.
     """
-    path, content = checkpoint.params or _config(checkpoint)
+    opened, where = keys.opened, str(stated.file)
+    content = _config(keys, stated, hints)
     if not content:
         raise ConfigError(
-            f"{path}: is empty ({{}}), so it says nothing of the model; put the model's own back, or pass another with "
-            "--config"
+            f"{where}: is empty ({{}}), so it says nothing of the model; put the model's own back, or pass another "
+            "with --config"
         )
+    before = str(record.manifest.get("family")) if record is not None else None
     if type_of(content) is not None:
         # Told first: the tensors of a large model take a while to describe, in vain where the family is not known.
-        names = checkpoint.names
-        keys = (names.of(tensor.key) for file in checkpoint.files for tensor in file.header.tensors)
-        before = _family_before(checkpoint)
-        family, _ = by_model_type(content, str(path), checkpoint.family_name, str(checkpoint.format), keys, before)
-        if checkpoint.family_name is None:
-            _refuse_other_head(checkpoint, family, content, str(path))
-    model = identify(
+        names = (keys.names.of(key) for key in opened.keys)
+        family, _ = by_model_type(content, where, hints.family, str(opened.format), names, before)
+        if hints.family is None:
+            _refuse_other_head(keys, family, content, where)
+    model = model_from(
         content,
-        str(path),
-        str(checkpoint.format),
-        checkpoint.ranks,
-        checkpoint.options,
-        family=checkpoint.family_name,
-        recorded=_recorded(checkpoint, path),
+        where,
+        str(opened.format),
+        keys.ranks,
+        hints.options,
+        family=hints.family,
+        recorded=_recorded(opened, stated, hints, record),
     )
-    return model if path.is_file() or checkpoint.family_name else replace(model, evidence="its keys")
+    return model if stated.file.is_file() or hints.family else replace(model, evidence="its keys")
 
 
-def _refuse_other_head(checkpoint: Checkpoint, family: Family, config: Mapping[str, Any], where: str) -> None:
+def _refuse_other_head(keys: Keys, family: Family, config: Mapping[str, Any], where: str) -> None:
     """Raise UnsupportedFamilyError for a classifier, say, of a family whose table is that of its language model.
 
     Both the config's word for it and the keys have to say so: many a config names a class that its weights are not of.
     """
-    if checkpoint.format != "hf" or _is_language_model(config):
+    if keys.opened.format != "hf" or _is_language_model(config):
         return
-    keys = (tensor.key for file in checkpoint.files for tensor in file.header.tensors)
-    why = _other_head(family, config, [checkpoint.names.of(key) for key in keys if checkpoint.is_weight(key)])
+    why = _other_head(family, config, [keys.names.of(key) for key in keys.opened.keys if keys.is_weight(key)])
     if why is not None:
         raise UnsupportedFamilyError(
             f"{where}: {why}, which is what its table is of; if it should be one all the same, say so with --family"
@@ -136,36 +135,34 @@ def _is_tied(family: Family, config: Mapping[str, Any]) -> bool:
         return True
 
 
-def names_of(checkpoint: Checkpoint) -> Names:
-    """What the keys of a checkpoint are called in its format, as far as its config, or its keys, say what it is.
+def names_of(opened: OpenedFiles, config: Mapping[str, Any], wanted: str | None) -> Names:
+    """What the keys of files are called in their format, as far as the config, or the keys, say what it is.
 
-    Those of a model that no table is of stay as they are.
+    ``wanted`` is the family that was asked for. The keys of a model that no table is of stay as they are.
     """
-    if checkpoint.format is None:
+    if opened.format is None:
         return legacy_keys.PLAIN
-    format, stored = checkpoint.format, [t.key for file in checkpoint.files for t in file.header.tensors]
-    stored += checkpoint.directory.weight_map or ()  # of files that cannot be opened, too
-    content = _content(checkpoint)
-    likely = FAMILIES.of_params(content) if type_of(content) is None and checkpoint.family_name is None else []
+    format, stored = opened.format, opened.keys
+    stored += opened.directory.weight_map or ()  # of files that cannot be opened, too
+    likely = FAMILIES.of_params(config) if type_of(config) is None and wanted is None else []
     if any(legacy_keys.has_all(stored, family, format) for family in likely):
         return legacy_keys.PLAIN  # before the tables of all the others are imported
-    families = candidates(content, format, checkpoint.family_name)
-    scalars = legacy_keys.loose_scalars((t.key, t.shape) for file in checkpoint.files for t in file.header.tensors)
+    families = candidates(config, format, wanted)
+    scalars = legacy_keys.loose_scalars((t.key, t.shape) for file in opened.files for t in file.header.tensors)
     names = legacy_keys.read(stored, families, format, scalars)
-    if names.plain or checkpoint.family_name is not None or type_of(content) is None or format != "hf":
+    if names.plain or wanted is not None or type_of(config) is None or format != "hf":
         return names
     keys = [names.of(key) for key in stored if key not in names.other]
-    heads = [_other_head(family, content, keys) for family in families]
+    heads = [_other_head(family, config, keys) for family in families]
     return legacy_keys.PLAIN if None not in heads else names
 
 
-def is_bare(checkpoint: Checkpoint) -> bool:
+def is_bare(names: Names, config: Mapping[str, Any], format: str | None, wanted: str | None) -> bool:
     """Whether transformers saved the model without the class that holds its head: keys are without ``model.``.
 
     Its own class finds the weights under these keys alone.
     """
-    config, names = _content(checkpoint), checkpoint.names
-    if checkpoint.format != "hf" or checkpoint.family_name is not None or _is_language_model(config) or names.other:
+    if format != "hf" or wanted is not None or _is_language_model(config) or names.other:
         return False
     shortened = bool(names.canonical) and all(name == f"model.{key}" for key, name in names.canonical.items())
     return shortened and _architectures(config)[0].endswith("Model")
@@ -180,60 +177,47 @@ def candidates(config: Mapping[str, Any], format: str, wanted: str | None) -> li
     return [family for family in found if format in family.formats]
 
 
-def _content(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """What a checkpoint's config.json or params.json says; {} where there is none that can be read."""
-    try:
-        return checkpoint.stated or {}
-    except (ConfigError, UnsafeFileError):
-        return {}
-
-
-def _config(checkpoint: Checkpoint) -> tuple[Path, dict[str, Any]]:
-    path = checkpoint.config_file
-    content = checkpoint.stated if checkpoint.stated is not None else from_shapes(checkpoint)
+def _config(keys: Keys, stated: Stated, hints: Hints) -> Mapping[str, Any]:
+    content = stated.content if stated.content is not None else from_shapes(keys, hints.family)
     if content is None:
-        name, above = path.relative_to(checkpoint.root).as_posix(), diagnosis.config_above(checkpoint.path)
+        path, root = keys.opened.path, keys.opened.root
+        name, above = stated.file.relative_to(root).as_posix(), diagnosis.config_above(path)
         way = "with its config.json or params.json" if above is None else f"{above}, which is that of the run"
-        raise ConfigError(f"{checkpoint.path}: has no {name}, so the model's sizes are not known; pass --config {way}")
-    return path, content
+        raise ConfigError(f"{path}: has no {name}, so the model's sizes are not known; pass --config {way}")
+    return content
 
 
-def from_shapes(checkpoint: Checkpoint) -> dict[str, Any] | None:
+def from_shapes(keys: Keys, wanted: str | None) -> dict[str, Any] | None:
     """The config that the tensors themselves show, of a family whose files come without one.
 
     It is the family that was asked for, else the only one of these that knows every key.
     """
-    there = FAMILIES.with_shapes
-    if checkpoint.family_name is not None:
-        fits = [family for family in there if family.name == checkpoint.family_name]
+    there, opened = FAMILIES.with_shapes, keys.opened
+    if wanted is not None:
+        fits = [family for family in there if family.name == wanted]
     else:
-        format, keys = checkpoint.format, [tensor.key for file in checkpoint.files for tensor in file.header.tensors]
-        fits = [f for f in there if format in f.formats and all(f.knows(format, key) for key in keys)]
-    if len(fits) != 1 or fits[0].from_shapes is None or len(checkpoint.ranks) != 1:
+        format, stored = opened.format, opened.keys
+        fits = [f for f in there if format in f.formats and all(f.knows(format, key) for key in stored)]
+    if len(fits) != 1 or fits[0].from_shapes is None or len(keys.ranks) != 1:
         return None
-    with naming(str(checkpoint.path)):
-        return fits[0].from_shapes({key: source.shape for key, source in checkpoint.ranks[0].items()})
+    with naming(str(opened.path)):
+        return fits[0].from_shapes({key: source.shape for key, source in keys.ranks[0].items()})
 
 
-def _family_before(checkpoint: Checkpoint) -> str | None:
-    """The family that an earlier conversion took the checkpoint for."""
-    return str(checkpoint.record.manifest.get("family")) if checkpoint.record is not None else None
-
-
-def _recorded(checkpoint: Checkpoint, config: Path) -> Recorded:
+def _recorded(opened: OpenedFiles, stated: Stated, hints: Hints, found: Record | None) -> Recorded:
     """What the record says; the config in it counts as long as nobody changed the params.json made from it."""
-    found = checkpoint.record
     if found is None:
         return Recorded()
     cut = recorded_cut(found.manifest.get("dims", {}))
-    options = checkpoint.options
-    asked = options.rope_factor or options.rope_theta or options.max_positions or checkpoint.config_path
-    counts = checkpoint.format == "meta" and not asked and found.unchanged(config.name)
+    options = hints.options
+    asked = options.rope_factor or options.rope_theta or options.max_positions or hints.config
+    counts = opened.format == "meta" and not asked and found.unchanged(stated.file.name)
     path = found.config if counts else None
-    return Recorded(found.tied, cut, load_json(path) if path is not None else None, _family_before(checkpoint))
+    config = load_json(path) if path is not None else None
+    return Recorded(found.tied, cut, config, str(found.manifest.get("family")))
 
 
-def identify(
+def model_from(
     content: Mapping[str, Any],
     where: str,
     format: str,
@@ -249,7 +233,7 @@ def identify(
     Raises UnsupportedFamilyError, ConfigError, or KeyMismatchError for weights without an embedding.
     """
     with naming(where):
-        return _identify(content, where, format, ranks, options, family, recorded or Recorded())
+        return _model_from(content, where, format, ranks, options, family, recorded or Recorded())
 
 
 @contextlib.contextmanager
@@ -264,7 +248,7 @@ def naming(path: str) -> Iterator[None]:
         raise ConfigError(f"{path}: {rest}") from error
 
 
-def _identify(
+def _model_from(
     content: Mapping[str, Any],
     where: str,
     format: str,

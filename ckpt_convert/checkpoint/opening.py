@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 
 from ckpt_convert import containers, formats
 from ckpt_convert.checkpoint import legacy_keys, record
 from ckpt_convert.checkpoint.record import Record
 from ckpt_convert.containers import gguf
+from ckpt_convert.dtypes import majority
 from ckpt_convert.errors import CheckpointNotFoundError
 from ckpt_convert.formats import hf, meta, peft
 from ckpt_convert.formats.base import OF_TRAINING, Directory, WeightName, dcp_directory, plain_weights
@@ -19,8 +22,9 @@ from ckpt_convert.models import FAMILIES
 from ckpt_convert.storage import hub, pointer
 from ckpt_convert.storage.base import Closing
 from ckpt_convert.storage.names import WEIGHT_SUFFIXES, resolve
-from ckpt_convert.storage.reader import LocalFile
-from ckpt_convert.tensors.header import SLICES, WeightFile
+from ckpt_convert.storage.reader import Identity, LocalFile
+from ckpt_convert.tensors.bulk import without_collector
+from ckpt_convert.tensors.header import SLICES, StoredTensor, WeightFile
 
 _ANY_SUFFIX = (*WEIGHT_SUFFIXES, ".ckpt")
 _GGUF = ".gguf"
@@ -34,15 +38,49 @@ _LOOSE = "weight files without config.json"
 WRITTEN_BY_DCP = "written by torch.distributed.checkpoint"
 
 
-@dataclass(frozen=True)
-class Found:
-    """A checkpoint's files, open, and what they are: ``facts`` are (label, text), worth a line each."""
+@dataclass(frozen=True, eq=False)
+class OpenedFiles:
+    """The weight files that lie at a path, open, with their headers, and what they are; no tensor was read.
 
+    ``format`` is None when they are of none that is known; ``why`` says what it was told by, or what the files are.
+    ``facts`` are (label, text), worth a line each: more that the files say of themselves. ``seen`` are the files of the
+    directory and the record as they were before any of them was read.
+    """
+
+    path: Path
     format: str | None
     why: str
     directory: Directory
     files: tuple[WeightFile, ...]
-    facts: tuple[tuple[str, str], ...]
+    facts: tuple[tuple[str, str], ...] = ()
+    seen: Mapping[Path, Identity] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def root(self) -> Path:
+        """The directory that the weight files lie in."""
+        return self.path if self.path.is_dir() else self.path.parent
+
+    @cached_property
+    def stored(self) -> tuple[tuple[WeightFile, StoredTensor], ...]:
+        """Every stored tensor with its file, in file and offset order; the position is its number as a source."""
+        with without_collector():
+            return tuple(
+                [
+                    (file, tensor)
+                    for file in self.files
+                    for tensor in sorted(file.header.tensors, key=attrgetter("offset"))
+                ]
+            )
+
+    @property
+    def keys(self) -> list[str]:
+        """The keys as the headers have them, file by file."""
+        return [tensor.key for file in self.files for tensor in file.header.tensors]
+
+    @property
+    def usual_dtype(self) -> str:
+        """The dtype that holds most bytes."""
+        return majority((tensor.dtype, tensor.nbytes) for _, tensor in self.stored) or "F32"
 
 
 def place(path: Path) -> Path:
@@ -75,7 +113,7 @@ def part_of(path: Path) -> str | None:
     return None
 
 
-def find(path: Path, wanted: str | None, found_record: Record | None) -> Found:
+def find(path: Path, wanted: str | None, found_record: Record | None, seen: Mapping[Path, Identity]) -> OpenedFiles:
     """Find and open what lies at a path; ``wanted`` is the format that was asked for.
 
     Files that fit no format are opened all the same, with None as format. Raises CheckpointNotFoundError where there
@@ -93,7 +131,7 @@ def find(path: Path, wanted: str | None, found_record: Record | None) -> Found:
             files, facts = open_files(path, directory)
     if any(file.header.kind == gguf.KIND for file in files):
         name, why = None, "a GGUF file" if len(files) == 1 else "GGUF files"
-    return Found(name, why, directory, files, tuple(facts))
+    return OpenedFiles(path, name, why, directory, files, tuple(facts), seen)
 
 
 def detect(path: Path, wanted: str | None, found_record: Record | None) -> tuple[str | None, str, Directory]:
@@ -267,6 +305,13 @@ def _open(path: Path, weight: WeightName) -> WeightFile:
     file = path if path.is_file() else resolve(path, weight.name, str(path))
     reader, header = containers.parse(LocalFile(file), foreign=True)
     return WeightFile(weight.name, weight.rank, file, reader, header)
+
+
+def tensors_of(path: Path) -> list[tuple[WeightFile, StoredTensor]]:
+    """The tensors of a single file, such as those that the record carries."""
+    reader, header = containers.parse(LocalFile(path))
+    file = WeightFile(path.name, 0, path, reader, header)
+    return [(file, tensor) for tensor in header.tensors]
 
 
 def everything(directory: Path) -> list[str]:

@@ -8,7 +8,7 @@ row is tied, none may be absent, and the keys are taken as they are.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ckpt_convert.checkpoint.mapping import Source
 from ckpt_convert.checkpoint.model import Model
@@ -16,21 +16,13 @@ from ckpt_convert.models import FAMILIES, Family
 from ckpt_convert.models.core.config import type_of
 from ckpt_convert.models.core.table import Dims, Key, Row
 
-if TYPE_CHECKING:
-    from ckpt_convert.checkpoint.checkpoint import Checkpoint
-
 NAME = "unknown"
 
 
-def model(checkpoint: Checkpoint) -> Model:
-    """The model of a Hugging Face checkpoint whose family is not known.
-
-    Raises KeyMismatchError where its files contradict each other, ConfigError where its config cannot be read.
-    """
-    config = checkpoint.config or {}
-    scheme = checkpoint.unknown_scheme
+def model(config: Mapping[str, Any], scheme: str | None, tensors: Iterable[Source]) -> Model:
+    """The model of a Hugging Face checkpoint whose family is not known; ``scheme`` is how it is quantised, if so."""
     why = _why(config) if scheme is None else f"quantised ({scheme}), which no table reads"
-    made = family(checkpoint.ranks[0].values())
+    made = family(tensors)
     tied = config.get("tie_word_embeddings") is True  # for the record alone: no row is tied to another
     dims = Dims({"tied": int(tied)}).with_cut(0)
     return Model(made, why, config, dims, tied, (f"{why}: keys are taken as they are",))

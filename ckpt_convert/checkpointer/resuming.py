@@ -223,7 +223,7 @@ def _weights(
             f"{saved.path}: holds tensors as a model in the {layout} layout has them; resume with "
             f"model_format={layout!r}, or make the checkpoint the source of a new run"
         )
-    checkpoint = stack.enter_context(open_checkpoint(saved.path, family=emitter.source.family_name))
+    checkpoint = stack.enter_context(open_checkpoint(saved.path, family=emitter.source.hints.family))
     fit = loading.fit(checkpoint, tensors, emitter.settings.model_format)
 
     def load_them() -> str:

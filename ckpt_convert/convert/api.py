@@ -9,9 +9,8 @@ from typing import Any, TypedDict, Unpack
 
 from ckpt_convert.checkpoint import record
 from ckpt_convert.checkpoint.checkpoint import Checkpoint, open_checkpoint, read_checkpoint
-from ckpt_convert.checkpoint.model import from_shapes
 from ckpt_convert.checkpoint.opening import part_of
-from ckpt_convert.checkpoint.quantized.view import requested
+from ckpt_convert.checkpoint.quantized.requests import requested
 from ckpt_convert.convert import output, ownership
 from ckpt_convert.convert import plan as planning
 from ckpt_convert.convert.execute import check_losses, is_tied, loss_text, run_checks
@@ -157,7 +156,7 @@ def plan(src: str | Path, *, to: str, **options: Unpack[Options]) -> Plan:
 
 def _config_of(like: Path, source: Checkpoint) -> Path | None:
     """The config of the checkpoint to imitate, where the source has none of its own."""
-    if source.format is None or exists(source.config_file) or from_shapes(source) is not None:
+    if source.format is None or exists(source.config_file) or source.from_shapes is not None:
         return None
     with open_checkpoint(like) as opened:
         return opened.config_file if exists(opened.config_file) else None

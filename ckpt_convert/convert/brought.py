@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ckpt_convert.checkpoint import mapping
-from ckpt_convert.checkpoint.checkpoint import Checkpoint, tensors_of
+from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpoint.mapping import Earlier, Equality, Logical, Logicals, Source
 from ckpt_convert.checkpoint.model import Model
+from ckpt_convert.checkpoint.opening import tensors_of
 from ckpt_convert.convert.request import Request
 from ckpt_convert.models.core.table import Instance
 from ckpt_convert.tensors.header import StoredTensor, WeightFile
@@ -15,7 +16,7 @@ from ckpt_convert.tensors.lazy import stored
 
 
 def take_derived(
-    source: Checkpoint, template: Logicals, logicals: Logicals, everything: list[tuple[WeightFile, StoredTensor]]
+    source: Identified, template: Logicals, logicals: Logicals, everything: list[tuple[WeightFile, StoredTensor]]
 ) -> None:
     """Add what a model in memory works out for itself (RoPE tables) or does without, as the source has it."""
     numbers: dict[int, int] = {}
@@ -28,9 +29,9 @@ def take_derived(
 
 
 def bring_back(
-    source: Checkpoint,
+    source: Identified,
     request: Request,
-    like: Checkpoint | None,
+    like: Identified | None,
     model: Model,
     logicals: Logicals,
     everything: list[tuple[WeightFile, StoredTensor]],
@@ -66,9 +67,9 @@ def bring_back(
 
 
 def as_it_was(
-    source: Checkpoint,
+    source: Identified,
     request: Request,
-    like: Checkpoint | None,
+    like: Identified | None,
     model: Model,
     template: Logicals | None,
     logicals: Logicals,

@@ -9,10 +9,9 @@ from functools import lru_cache
 from typing import Any
 
 from ckpt_convert.checkpoint import record
-from ckpt_convert.checkpoint.checkpoint import Checkpoint, usual_dtype
+from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpoint.model import Model, naming
 from ckpt_convert.checkpoint.quantized.recognise import CONFIGS
-from ckpt_convert.checkpoint.quantized.view import Dequantized
 from ckpt_convert.convert import sidefiles
 from ckpt_convert.convert.request import Request
 from ckpt_convert.convert.sidefiles import SideFile
@@ -32,10 +31,10 @@ class Configs:
 
 
 def generated(
-    source: Checkpoint,
+    source: Identified,
     model: Model,
     request: Request,
-    like: Checkpoint | None,
+    like: Identified | None,
     written: str | None = None,
     ranks: int = 1,
     cut: int | None = None,
@@ -59,7 +58,7 @@ def generated(
     return Configs(tuple(files), notices)
 
 
-def _shown_by_shapes(source: Checkpoint, model: Model) -> bool:
+def _shown_by_shapes(source: Identified, model: Model) -> bool:
     """Whether the config says no more than the shapes do, of a family whose files come without one."""
     from_shapes = model.family.from_shapes
     if from_shapes is None or not source.files:
@@ -77,7 +76,7 @@ def _token_notice(model: Model) -> tuple[str, ...]:
 
 
 def tokenizer(
-    source: Checkpoint, request: Request, model: Model, like: Checkpoint | None, said: list[str]
+    source: Identified, request: Request, model: Model, like: Identified | None, said: list[str]
 ) -> dict[str, SideFile]:
     """Tokenizer files that the target's readers need and the source has in another form.
 
@@ -120,7 +119,7 @@ def tokenizer(
     return {name: maker(name) for name in names}
 
 
-def tokenizer_notice(source: Checkpoint, request: Request, model: Model, names: Iterable[str]) -> tuple[str, ...]:
+def tokenizer_notice(source: Identified, request: Request, model: Model, names: Iterable[str]) -> tuple[str, ...]:
     """What to say where files for another format go without a tokenizer; ``names`` are the files beside the weights.
 
     Within a format a checkpoint stays as complete as it was.
@@ -135,7 +134,7 @@ def tokenizer_notice(source: Checkpoint, request: Request, model: Model, names: 
 
 
 def _config(
-    source: Checkpoint, model: Model, request: Request, like: Checkpoint | None, written: str | None
+    source: Identified, model: Model, request: Request, like: Identified | None, written: str | None
 ) -> tuple[bytes, str]:
     """The bytes of config.json, and whether they were copied, restored or generated."""
     content: Mapping[str, Any]
@@ -150,11 +149,11 @@ def _config(
         return verbatim, origin
     if verbatim is None and source.format != "hf":
         content = dict(sorted(content.items()))
-    return _with_dtype(content, written or DTYPES[usual_dtype(source)].torch), "generated"
+    return _with_dtype(content, written or DTYPES[source.opened.usual_dtype].torch), "generated"
 
 
 def _stands(
-    config: Mapping[str, Any], source: Checkpoint, request: Request, like: Checkpoint | None, written: str | None
+    config: Mapping[str, Any], source: Identified, request: Request, like: Identified | None, written: str | None
 ) -> bool:
     """Whether a config may be taken as it is: its own beside weights that keep their dtype, else one that says theirs.
 
@@ -165,11 +164,11 @@ def _stands(
         return True  # of codes a config says what they are computed in
     if written is None or torch_name(said) == written:
         return True
-    if request.dtype is not None or not source.files or isinstance(source, Dequantized):
+    if request.dtype is not None or not source.files or source.dequantized is not None:
         return False
     if said is None:
         return True
-    own = like is None and source.config_path is None
+    own = like is None and source.hints.config is None
     return own and written == majority_of_floats((tensor.dtype, tensor.nbytes) for _, tensor in source.stored)
 
 
@@ -198,17 +197,17 @@ def _is_part(key: str, value: object) -> bool:
     return key.endswith("_config") and key not in CONFIGS and isinstance(value, Mapping)
 
 
-def _verbatim_config(source: Checkpoint, model: Model) -> bytes | None:
+def _verbatim_config(source: Identified, model: Model) -> bytes | None:
     """The bytes of the config.json that the model was read from, None when it was translated from params.json."""
     own = "config.json" if source.format == "hf" else record.CONFIG
-    for path in (source.config_path, source.root / own):
+    for path in (source.hints.config, source.root / own):
         if path is not None and path.is_file() and load_json(path) == model.config:
             return read_file(path, JSON_LIMIT)
     return None
 
 
 def _params(
-    source: Checkpoint, model: Model, request: Request, like: Checkpoint | None, ranks: int, cut: int | None
+    source: Identified, model: Model, request: Request, like: Identified | None, ranks: int, cut: int | None
 ) -> tuple[bytes, str, tuple[str, ...]]:
     """params.json for so many ranks, where it comes from, and what to say of it."""
     if like is not None and like.params is not None:
@@ -223,7 +222,7 @@ def _params(
 
 
 def _params_of_model(
-    source: Checkpoint, model: Model, request: Request, cut: int | None
+    source: Identified, model: Model, request: Request, cut: int | None
 ) -> tuple[bytes, str, tuple[str, ...]]:
     asked = request.config.meta_style is not None or request.config.drop_rope_scaling
     recorded = recorded_params(source)
@@ -240,12 +239,12 @@ def _params_of_model(
     return _render_params(translated.content), "generated", notices
 
 
-def recorded_params(source: Checkpoint) -> bytes | None:
+def recorded_params(source: Identified) -> bytes | None:
     """params.json as it was, as long as the config that was made from it is unchanged."""
     if source.format == "meta":
         is_own = source.params is not None and _is_params(source.params[1])
         return read_file(source.params[0], JSON_LIMIT) if source.params and is_own else None
-    if source.record is None or source.config_path is not None:
+    if source.record is None or source.hints.config is not None:
         return None
     path = source.record.own("params.json")
     config = "config.json" if source.format == "hf" else record.CONFIG

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from typing import NamedTuple
 
-from ckpt_convert.checkpoint.checkpoint import Checkpoint
+from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpoint.model import Model
 from ckpt_convert.convert import configs, sidefiles
 from ckpt_convert.convert.request import Request
@@ -30,7 +30,7 @@ class Cut(NamedTuple):
     way: str
 
 
-def cut_of(source: Checkpoint, request: Request, like: Checkpoint | None, model: Model) -> Cut | None:
+def cut_of(source: Identified, request: Request, like: Identified | None, model: Model) -> Cut | None:
     """What the output's embedding is cut by; None where the family, or the target, leaves no choice."""
     styles = model.family.params.styles if model.family.params is not None else None
     if request.to != "meta" or styles is None:
@@ -40,7 +40,7 @@ def cut_of(source: Checkpoint, request: Request, like: Checkpoint | None, model:
 
 
 def _axis(
-    source: Checkpoint, request: Request, like: Checkpoint | None, model: Model, styles: Styles
+    source: Identified, request: Request, like: Identified | None, model: Model, styles: Styles
 ) -> tuple[int, str]:
     """The axis, and what says so.
 
@@ -67,7 +67,7 @@ def _axis(
     return AXES[styles.usual], styles.untold
 
 
-def _tokenizer(source: Checkpoint) -> str | None:
+def _tokenizer(source: Identified) -> str | None:
     """The kind of the tokenizer beside the weights."""
     from ckpt_convert.tokenizer import tokenizer
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from ckpt_convert.checkpoint import checklist
 from ckpt_convert.checkpoint.checklist import CHECKLIST
-from ckpt_convert.checkpoint.checkpoint import Checkpoint
+from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.convert import sidefiles
 from ckpt_convert.convert.execute import Execution, named
 from ckpt_convert.convert.plan import Plan
@@ -121,7 +121,7 @@ def write_side_file(side: SideFile, folder: Folder) -> str | None:
     return total.hexdigest()
 
 
-def permissions(source: Checkpoint) -> int:
+def permissions(source: Identified) -> int:
     """The permissions that a conversion's output may have at most: those of the source's directory and weights."""
     with reading(source.path, "looked at"):
         mode = 0o777 if source.path.is_file() else permitted(source.path)
@@ -130,7 +130,7 @@ def permissions(source: Checkpoint) -> int:
     return mode
 
 
-def _check_source(source: Checkpoint, listed: dict[str, str], workers: int, progress: ProgressCallback | None) -> None:
+def _check_source(source: Identified, listed: dict[str, str], workers: int, progress: ProgressCallback | None) -> None:
     """Compare the source's files with its checklist.chk; raises CorruptFileError naming those that differ."""
     meter = Meter("checking", sum(identify(source.root / name).size for name in listed), progress)
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import PurePosixPath
 
 from ckpt_convert import formats
-from ckpt_convert.checkpoint.checkpoint import Checkpoint
+from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpoint.mapping import Logicals, Target
 from ckpt_convert.checkpoint.model import Model
 from ckpt_convert.checkpoint.record import Layout
@@ -29,7 +29,7 @@ _USUAL_SHARD = 5_000_000_000
 
 
 def recorded(
-    source: Checkpoint, request: Request, like: Checkpoint | None, model: Model, *, literal: bool
+    source: Identified, request: Request, like: Identified | None, model: Model, *, literal: bool
 ) -> Layout | None:
     """The layout that the target should have: of --like, of the source itself, or as an earlier conversion recorded.
 
@@ -54,7 +54,7 @@ def recorded(
     return _findable(found, source, model) if request.to == "hf" and request.container is None else found
 
 
-def _findable(found: Layout, source: Checkpoint, model: Model) -> Layout | None:
+def _findable(found: Layout, source: Identified, model: Model) -> Layout | None:
     """A layout of Hugging Face's whose files loaders find: what lay there as one file alone has the usual name.
 
     None for files that no loader of a directory reads (``run.ckpt``). The names in a directory stay what they are.
@@ -71,7 +71,7 @@ def _findable(found: Layout, source: Checkpoint, model: Model) -> Layout | None:
     return replace(found, files=(replace(found.files[0], name=f"{model.family.stem}.safetensors"),))
 
 
-def ranks(source: Checkpoint, request: Request, like: Checkpoint | None, wanted: Layout | None, model: Model) -> int:
+def ranks(source: Identified, request: Request, like: Identified | None, wanted: Layout | None, model: Model) -> int:
     """How many tensor-parallel ranks the output has; raises UsageError where that does not fit the family."""
     if request.to != "meta":
         return 1
@@ -95,7 +95,7 @@ def rank_notice(request: Request, model: Model, count: int, wanted: Layout | Non
 
 
 def files(
-    source: Checkpoint,
+    source: Identified,
     request: Request,
     targets: list[Target],
     dtype_of: Mapping[str, str],
@@ -185,7 +185,7 @@ def index(
 
 
 def _assign(
-    source: Checkpoint,
+    source: Identified,
     request: Request,
     model: Model,
     targets: list[Target],

@@ -12,7 +12,8 @@ from ckpt_convert import dtypes, formats
 from ckpt_convert._version import __version__
 from ckpt_convert.checkpoint import mapping, record
 from ckpt_convert.checkpoint.checklist import CHECKLIST
-from ckpt_convert.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from ckpt_convert.checkpoint.checkpoint import open_checkpoint
+from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpoint.mapping import Equality, Logical, Logicals, Source, Target
 from ckpt_convert.checkpoint.model import Model, naming
 from ckpt_convert.checkpoint.opening import close
@@ -71,7 +72,7 @@ class Plan:
     that are written instead of the source's, if so. ``sources`` are the files that are read, as they were before that.
     """
 
-    source: Checkpoint
+    source: Identified
     model: Model
     request: Request
     files: tuple[OutputFile, ...]
@@ -127,12 +128,12 @@ class Plan:
     def memory(self, workers: int) -> int:
         """About how many bytes of memory the conversion takes at most."""
         torch = _TORCH_MEMORY if self.request.dtype or self.in_memory else 0
-        computing = _COMPUTING if isinstance(self.source, view.Dequantized) else 0
+        computing = _COMPUTING if self.source.dequantized is not None else 0
         return _BASE_MEMORY + workers * (BLOCK + SCRATCH + computing) + torch + self.in_memory
 
     def is_computed(self, tensor: LazyTensor) -> bool:
         """Whether numbers are dequantised for this tensor."""
-        is_view = isinstance(self.source, view.Dequantized)
+        is_view = self.source.dequantized is not None
         return is_view and any(view.is_computed(*self.stored[number]) for number in tensor.sources)
 
     @property
@@ -184,7 +185,7 @@ class Plan:
 
 @reading()
 @without_collector()
-def make(source: Checkpoint, request: Request, *, tied: bool | None = None, live: Live | None = None) -> Plan:
+def make(source: Identified, request: Request, *, tied: bool | None = None, live: Live | None = None) -> Plan:
     """Plan a conversion; ``tied`` settles what ``Plan.undecided`` asks.
 
     With ``live``, the tensors in memory are written as a conversion would write the source's: in its files, each in the
@@ -198,7 +199,8 @@ def make(source: Checkpoint, request: Request, *, tied: bool | None = None, live
     model = source.model_for(read_format, request.to)
     family = model.family
     request.check_source(source_format, family)
-    carry.refuse_cast(source, request.dtype)
+    if request.dtype is not None:
+        carry.refuse_cast(source.quantization, source.unknown_scheme, source.path, request.dtype)
     for format in (source_format, read_format, request.to):
         if not family.has(format):
             raise UnsupportedFamilyError(
@@ -265,7 +267,7 @@ def make(source: Checkpoint, request: Request, *, tied: bool | None = None, live
     said: list[str] = []
     generated |= configs.tokenizer(source, request, model, like, said)
     side = sidefiles.plan(source, request.to, like=like, generated=generated)
-    if isinstance(source, view.Dequantized):
+    if source.dequantized is not None:
         side = [one for one in side if PurePosixPath(one.name).name not in view.SETTINGS]
     own = None if source_format == request.to or not source.files else source.layout()
     side += sidefiles.recorded_layouts(source, request.to, own)
@@ -307,8 +309,8 @@ def make(source: Checkpoint, request: Request, *, tied: bool | None = None, live
 
 
 def _sources(
-    source: Checkpoint,
-    like: Checkpoint | None,
+    source: Identified,
+    like: Identified | None,
     stored: Sequence[tuple[WeightFile, StoredTensor]],
     side: Sequence[SideFile],
     live: Live | None,
@@ -323,17 +325,17 @@ def _sources(
     for checkpoint in (source, like) if live is None else ():
         if checkpoint is not None:
             own = (checkpoint.config_file, *_metadata(checkpoint), *_of_record(checkpoint))
-            paths |= {path for path in own if path in checkpoint.seen or path == checkpoint.config_path}
+            paths |= {path for path in own if path in checkpoint.seen or path == checkpoint.hints.config}
     return out | {path: seen.get(path) or identify(path) for path in sorted(paths)}
 
 
-def _metadata(checkpoint: Checkpoint) -> list[Path]:
+def _metadata(checkpoint: Identified) -> list[Path]:
     """The index, torch.distributed.checkpoint's metadata, and the list of hashes, where there are any."""
     names = [checkpoint.directory.index, CHECKLIST] + [name for name in [DCP_INDEX] if not checkpoint.directory.index]
     return [checkpoint.root / name for name in names if name is not None]
 
 
-def _of_record(checkpoint: Checkpoint) -> list[Path]:
+def _of_record(checkpoint: Identified) -> list[Path]:
     """The files of the record. A saved step's manifest is none of them: a run may report metrics at any time."""
     if checkpoint.record is None:
         return []
@@ -348,7 +350,7 @@ def _omits_tied(live: Live, model: Model) -> bool:
     return any(key.template not in live.tensors for row in rows if (key := row.column(live.format)))
 
 
-def _file_of(source: Checkpoint, template: Logicals, logicals: Logicals, live: Live | None) -> dict[int, int]:
+def _file_of(source: Identified, template: Logicals, logicals: Logicals, live: Live | None) -> dict[int, int]:
     """For the number of each stored tensor, the number of the source's file that it, or its model, lies in."""
     numbers = {file: number for number, file in enumerate(source.files)}
     of_source = {at: numbers[file] for at, (file, _) in enumerate(source.stored)}
@@ -372,7 +374,7 @@ def _written_dtype(files: Sequence[OutputFile]) -> str | None:
 
 
 def _refuse_partial_cast(
-    source: Checkpoint, targets: Sequence[Target], dtype_of: Mapping[str, str], request: Request, option: str
+    source: Identified, targets: Sequence[Target], dtype_of: Mapping[str, str], request: Request, option: str
 ) -> None:
     """Raise UsageError for a cast that would leave most weights, or weights packed into less than a byte, as they are.
 
@@ -392,7 +394,7 @@ def _refuse_partial_cast(
     )
 
 
-def _check_names(source: Checkpoint, files: list[OutputFile], side: list[SideFile]) -> None:
+def _check_names(source: Identified, files: list[OutputFile], side: list[SideFile]) -> None:
     """Refuse an output in which two files would have one name, or one would have a name of ours."""
     taken = {record.MANIFEST, JOURNAL}
     for name in (*(file.name for file in files), *(one.name for one in side)):
@@ -407,14 +409,14 @@ def _check_names(source: Checkpoint, files: list[OutputFile], side: list[SideFil
         raise CorruptFileError(f"{source.path}: weights would be called {hidden[0]}, which is in the record's folder")
 
 
-def _edited(source: Checkpoint) -> list[str]:
+def _edited(source: Identified) -> list[str]:
     if source.record is None:
         return []
     names = source.record.edited(own_config=formats.ALL[source.record.format].config is None)
     return [f"edited or damaged since it was written, and taken as it is: {', '.join(names)}"] if names else []
 
 
-def _skipped(source: Checkpoint) -> list[str]:
+def _skipped(source: Identified) -> list[str]:
     names = sidefiles.skipped(source)
     return [f"not taken along: {', '.join(names[:8])}{' …' if len(names) > 8 else ''}"] if names else []
 
@@ -441,7 +443,7 @@ def target_dtype(dtype: str, instance: Instance, request: Request) -> str:
     return dtypes.CASTS[request.dtype]
 
 
-def _check_like(source: Checkpoint, model: Model, like: Checkpoint) -> list[str]:
+def _check_like(source: Identified, model: Model, like: Identified) -> list[str]:
     """Refuse a --like of another family or other sizes; returns what its config says otherwise."""
     try:
         theirs = like.model_for(str(like.format))

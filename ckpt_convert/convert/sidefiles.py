@@ -9,7 +9,7 @@ from pathlib import Path
 from ckpt_convert import formats
 from ckpt_convert.checkpoint import checklist, record
 from ckpt_convert.checkpoint.checklist import CHECKLIST
-from ckpt_convert.checkpoint.checkpoint import Checkpoint
+from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpoint.record import Layout, Record
 from ckpt_convert.errors import CheckpointNotFoundError, CorruptFileError, InputError, UnsafeFileError
 from ckpt_convert.formats.base import NEVER_SIDE_FILES, NEVER_SIDE_FOLDERS, RECORD_FOLDER, TEXT_LIMIT, is_index
@@ -48,7 +48,7 @@ def taken(name: str, origin: str, path: Path) -> SideFile:
     return SideFile(name, origin, path, size=found.size, identity=found)
 
 
-def beside(checkpoint: Checkpoint) -> dict[str, Path]:
+def beside(checkpoint: Identified) -> dict[str, Path]:
     """The side files of a checkpoint: everything in its directory but weights, indexes, its config and the record.
 
     Raises UnsafeFileError for a link that leaves the directory.
@@ -73,7 +73,7 @@ def has_tokenizer(names: Iterable[str]) -> bool:
     return any(name.startswith(_READ) and not name.endswith(".chk") for name in names)
 
 
-def nearby(checkpoint: Checkpoint) -> dict[str, Path]:
+def nearby(checkpoint: Identified) -> dict[str, Path]:
     """Tokenizer files of a checkpoint that has none beside it, where its user has them.
 
     That is beside a single weight file, beside the config that was given, and one folder above Meta's own files, as its
@@ -84,7 +84,7 @@ def nearby(checkpoint: Checkpoint) -> dict[str, Path]:
     if has_tokenizer({**there, **restored}):
         return {}
     places = [checkpoint.root] if checkpoint.path.is_file() else []
-    places += [checkpoint.config_path.parent] if checkpoint.config_path is not None else []
+    places += [checkpoint.hints.config.parent] if checkpoint.hints.config is not None else []
     places += [checkpoint.root.resolve().parent] if checkpoint.format == "meta" else []
     for place in places:
         try:
@@ -111,7 +111,7 @@ def _is_tokenizer(path: Path) -> bool:
     return True
 
 
-def skipped(checkpoint: Checkpoint) -> list[str]:
+def skipped(checkpoint: Identified) -> list[str]:
     """What lies below the directory and is not taken along: links to folders or nowhere, and weights in folders."""
     if not checkpoint.path.is_dir():
         return []
@@ -130,7 +130,7 @@ def skipped(checkpoint: Checkpoint) -> list[str]:
     return [path.relative_to(checkpoint.path).as_posix() for path in out]
 
 
-def _is_plain(path: Path, checkpoint: Checkpoint) -> bool:
+def _is_plain(path: Path, checkpoint: Identified) -> bool:
     """Whether the name is one that every system reads as the same name in the directory."""
     try:
         check_name(path.relative_to(checkpoint.path).as_posix(), str(checkpoint.path))
@@ -153,10 +153,10 @@ def _walk(directory: Path) -> Iterator[Path]:
 
 
 def plan(
-    source: Checkpoint,
+    source: Identified,
     target: str,
     *,
-    like: Checkpoint | None,
+    like: Identified | None,
     generated: Mapping[str, SideFile],
 ) -> list[SideFile]:
     """What becomes of every side file, and what is made new; in the order of the names.
@@ -190,7 +190,7 @@ def plan(
     return [out[name] for name in sorted(out)]
 
 
-def recorded_layouts(source: Checkpoint, target: str, own: Layout | None) -> list[SideFile]:
+def recorded_layouts(source: Identified, target: str, own: Layout | None) -> list[SideFile]:
     """The record's files that keep how the weights lay in other formats, the source's own among them."""
     out = []
     if source.record is not None:
@@ -205,7 +205,7 @@ def recorded_layouts(source: Checkpoint, target: str, own: Layout | None) -> lis
 
 
 @reading()
-def checklist_for(source: Checkpoint, target: str) -> Path | None:
+def checklist_for(source: Identified, target: str) -> Path | None:
     """The checklist.chk whose lines the output's files should be listed by."""
     if target != "meta":
         return None
@@ -226,7 +226,7 @@ def _constant(data: bytes) -> Callable[[], bytes]:
 
 
 @reading()
-def checklist_of(source: Checkpoint) -> dict[str, str]:
+def checklist_of(source: Identified) -> dict[str, str]:
     """What the source's checklist.chk says of the files that are there, {} if there is none.
 
     Raises CorruptFileError when it is no checklist, or lists weight files that are not there.

@@ -12,7 +12,7 @@ import torch
 
 from ckpt_convert.checkpoint import legacy_keys, mapping
 from ckpt_convert.checkpoint.mapping import Equality, Logicals, Source
-from ckpt_convert.checkpoint.model import Model, candidates, identify
+from ckpt_convert.checkpoint.model import Model, candidates, model_from
 from ckpt_convert.dtypes import DTYPES, FROM_TORCH, torch_name
 from ckpt_convert.errors import (
     KeyMismatchError,
@@ -162,7 +162,7 @@ def _model(
     if family is not None and family not in FAMILIES:
         raise UnsupportedFamilyError(f"{family!r} is no family; known: {', '.join(FAMILIES)}")
     options = ConfigOptions(meta_style=meta_style)
-    found = identify(content, "config", source, ranks, options, family=family)
+    found = model_from(content, "config", source, ranks, options, family=family)
     return replace(found.with_tied(False), tied=None) if found.tied is None else found
 
 

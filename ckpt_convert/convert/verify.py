@@ -7,8 +7,9 @@ from dataclasses import replace
 
 from ckpt_convert import dtypes
 from ckpt_convert.checkpoint import mapping
-from ckpt_convert.checkpoint.checkpoint import Checkpoint, tensors_of
+from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpoint.mapping import Logical, Source
+from ckpt_convert.checkpoint.opening import tensors_of
 from ckpt_convert.convert.plan import Plan, target_dtype
 from ckpt_convert.errors import VerificationError, listing
 from ckpt_convert.models.core.table import Instance
@@ -17,7 +18,7 @@ from ckpt_convert.tensors.blocks import Meter, Mover, ProgressCallback, Read, di
 from ckpt_convert.tensors.header import StoredTensor, WeightFile
 
 
-def verify(plan: Plan, output: Checkpoint, *, workers: int, progress: ProgressCallback | None = None) -> int:
+def verify(plan: Plan, output: Identified, *, workers: int, progress: ProgressCallback | None = None) -> int:
     """Compare every logical tensor of the plan's source with the output, and return how many there were.
 
     Where the plan casts, the source is cast before it is compared. Raises VerificationError naming every tensor that
@@ -89,7 +90,7 @@ def _halves(
         yield one, another
 
 
-def _carried(plan: Plan, output: Checkpoint) -> tuple[list[tuple[WeightFile, StoredTensor]], dict[str, Logical]]:
+def _carried(plan: Plan, output: Identified) -> tuple[list[tuple[WeightFile, StoredTensor]], dict[str, Logical]]:
     """The output's stored tensors with those that its record carries for the source's format, and the latter by key."""
     stored = list(output.stored)
     out = {}

@@ -22,7 +22,8 @@ from ckpt_convert.checkpoint.quantized import fp8, mxfp4, reading, schemes
 from ckpt_convert.checkpoint.quantized.files import ComputedFile
 from ckpt_convert.checkpoint.quantized.reading import Rows, bfloat16
 from ckpt_convert.checkpoint.quantized.recognise import Quantized, Stored
-from ckpt_convert.checkpoint.quantized.view import _described, dequantized
+from ckpt_convert.checkpoint.quantized.requests import dequantized
+from ckpt_convert.checkpoint.quantized.view import _described
 from ckpt_convert.storage.reader import LocalFile
 from ckpt_convert.tensors import lazy
 from ckpt_convert.tensors.gather import Gatherer

@@ -16,7 +16,7 @@ from ckpt_convert.checkpoint import diagnosis, mapping
 from ckpt_convert.checkpoint.checkpoint import Checkpoint
 from ckpt_convert.checkpoint.findings import Finding, Severity, failed
 from ckpt_convert.checkpoint.mapping import Equality, Logicals
-from ckpt_convert.checkpoint.model import Model, from_shapes
+from ckpt_convert.checkpoint.model import Model
 from ckpt_convert.checkpoint.opening import part_of
 from ckpt_convert.checkpoint.record import MANIFEST, MERGED
 from ckpt_convert.errors import CkptConvertError, UnsupportedFamilyError
@@ -125,7 +125,7 @@ def _report(work: _Work, workers: int, progress: ProgressCallback | None) -> Rep
         skipped=tuple(work.skipped),
         findings=by_severity(work.findings),
         bytes_read=nbytes_read,
-        kind=diagnosis.kind(opened.view),
+        kind=diagnosis.kind(opened.view.keys, opened.view.tensors),
     )
 
 
@@ -152,11 +152,11 @@ def _against_config(work: _Work) -> None:
         work.done("shards", mixed)
         work.skip(f"the ranks are not those of one checkpoint: {why}", "config", "keys", "tied", "replicas")
         return
-    if (cause := diagnosis.unmerged(work.opened.view)) is not None:
+    if (cause := diagnosis.unmerged(work.opened.view.opened)) is not None:
         work.done("keys", [Finding("error", "keys", cause)])
         work.skip("an adapter was not merged", "config", "tied")
         return
-    if (cause := diagnosis.placeholders(work.opened.view)) is not None:
+    if (cause := diagnosis.placeholders(work.opened.view.opened)) is not None:
         work.done("keys", [Finding("error", "keys", cause)])
         work.skip("the weights are placeholders", "config", "tied")
         return
@@ -176,7 +176,7 @@ def _against_config(work: _Work) -> None:
 def _from_shapes(work: _Work) -> dict[str, Any] | None:
     """The config that the shapes show, of a family that comes without one."""
     try:
-        return from_shapes(work.opened.view)
+        return work.opened.view.from_shapes
     except CkptConvertError as error:
         work.done("config", [failed("config", error, relative(str(error), work.opened.view.path))])
         return None
@@ -218,9 +218,7 @@ def _through_table(work: _Work, model: Model, content: Mapping[str, Any], where:
         return
     broken: Collection[str] = ()
     if (quantization := view.quantization) is not None:
-        from ckpt_convert.checkpoint.quantized.carry import described
-
-        view = work.described = described(view, quantization, model)
+        view = work.described = view.described(quantization, model)
         work.done("quantised", quantization.findings)
         names, broken = view.names, {view.names.of(key) for key in quantization.broken}
     shapes = {names.of(key): info.shape for key, info in view.tensors.items() if view.is_weight(key)}

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ckpt_convert.checkpoint.checkpoint import Checkpoint, usual_dtype
+from ckpt_convert.checkpoint.checkpoint import Checkpoint
 from ckpt_convert.checkpoint.findings import Finding, failed
 from ckpt_convert.checkpoint.usual import EMBEDDINGS, size_of, text_part
 from ckpt_convert.dtypes import CASTABLE, DTYPES, torch_name
@@ -97,7 +97,7 @@ def tokenizer(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Iterator[Fin
 def dtype(checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> Iterator[Finding]:
     """Whether the config names the dtype that most weights have."""
     said = (config or {}).get("dtype", (config or {}).get("torch_dtype"))
-    found = usual_dtype(checkpoint)
+    found = checkpoint.opened.usual_dtype
     if not isinstance(said, str) or found not in CASTABLE or not checkpoint.stored:
         return
     name = DTYPES[found].torch

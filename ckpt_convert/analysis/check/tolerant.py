@@ -12,7 +12,8 @@ from ckpt_convert.analysis.check.container import survey
 from ckpt_convert.checkpoint import record
 from ckpt_convert.checkpoint.checkpoint import Checkpoint
 from ckpt_convert.checkpoint.findings import Finding, failed
-from ckpt_convert.checkpoint.opening import by_keys, detect, everything, open_files, place
+from ckpt_convert.checkpoint.opening import OpenedFiles, by_keys, detect, everything, open_files, place
+from ckpt_convert.checkpoint.stated import Hints
 from ckpt_convert.errors import (
     CheckpointNotFoundError,
     CkptConvertError,
@@ -107,10 +108,10 @@ def open_tolerantly(
             directory = Directory(tuple(map(WeightName, everything(path))))
             del state.findings[before:]  # the same files are among those that are looked at now
             files, lost, damaged = _files(path, directory, state)
-    checkpoint = Checkpoint(path, name, why, files, directory, found_record, family, config_path)
-    view = replace(
-        checkpoint, files=_each_key_once(checkpoint), directory=replace(directory, index=None, weight_map=None)
-    )
+    files_there = OpenedFiles(path, name, why, directory, files)
+    checkpoint = Checkpoint.of(files_there, Hints(family, config_path), found_record)
+    once, plain = _each_key_once(checkpoint), replace(directory, index=None, weight_map=None)
+    view = replace(checkpoint, opened=replace(files_there, files=once, directory=plain))
     return Opened(checkpoint, view, tuple(state.findings), frozenset(lost), frozenset(damaged), state.gone)
 
 

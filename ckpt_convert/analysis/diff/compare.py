@@ -18,7 +18,7 @@ from ckpt_convert.checkpoint.checkpoint import Checkpoint
 from ckpt_convert.checkpoint.mapping import Equality
 from ckpt_convert.checkpoint.model import Model
 from ckpt_convert.checkpoint.opening import in_memory
-from ckpt_convert.checkpoint.quantized import view
+from ckpt_convert.checkpoint.quantized import requests
 from ckpt_convert.errors import ConfigError
 from ckpt_convert.models.core.rope import read_rope
 from ckpt_convert.tensors import parallel
@@ -152,7 +152,7 @@ def compare(
     numbers that it stands for are compared. Raises what ``pairs.bring_together`` raises, and CorruptFileError for a
     file that cannot be read to its end.
     """
-    a, b, said = view.alike(a, b)
+    a, b, said = requests.alike(a, b)
     found = bring_together(a, b)
     pairs = [pair for pair in found.pairs if keep(*(half.key for half in (pair.a, pair.b) if half is not None))]
     changes = [_structure(pair) for pair in pairs]

@@ -12,7 +12,7 @@ from ckpt_convert import dtypes
 from ckpt_convert.checkpoint import mapping
 from ckpt_convert.checkpoint.checkpoint import Checkpoint
 from ckpt_convert.checkpoint.mapping import Equality, Logical
-from ckpt_convert.checkpoint.model import Model, identify
+from ckpt_convert.checkpoint.model import Model, model_from
 from ckpt_convert.containers import gguf
 from ckpt_convert.errors import AmbiguousFormatError, CkptConvertError, ConfigError, UnsupportedFamilyError
 from ckpt_convert.formats import peft
@@ -251,12 +251,12 @@ def _borrowed(checkpoint: Checkpoint, model: Model, owner: Checkpoint, notices: 
     if checkpoint.format not in model.family.formats:
         return None
     try:
-        found = identify(
+        found = model_from(
             model.config,
             str(owner.path),
             checkpoint.format,
             checkpoint.ranks,
-            checkpoint.options,
+            checkpoint.hints.options,
             family=model.family.name,
         )
     except CkptConvertError:

@@ -2,6 +2,6 @@
 
 A quantised tensor is several stored ones: codes, and what turns them into numbers again. ``recognise`` says which
 belong together. Laid out anew in their own format, they are carried bit for bit (``carry``). For everything else,
-``view`` gives a checkpoint in which each of them is one ordinary tensor, computed where it is read: no table of a
-family, no plan and no check has to know of quantisation.
+``view`` gives files in which each of them is one ordinary tensor, computed where it is read: no table of a family, no
+plan and no check has to know of quantisation.
 """

@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from ckpt_convert.checkpoint.findings import Finding
+from ckpt_convert.checkpoint.opening import OpenedFiles
 from ckpt_convert.checkpoint.quantized import schemes
 from ckpt_convert.checkpoint.quantized.schemes import Block, Rule, Shape
-from ckpt_convert.errors import ConfigError, UnsafeFileError
-
-if TYPE_CHECKING:
-    from ckpt_convert.checkpoint.checkpoint import Checkpoint
-    from ckpt_convert.tensors.header import StoredTensor, WeightFile
+from ckpt_convert.tensors.header import StoredTensor, WeightFile
 
 CHECK = "quantised"
 """The check that findings are of."""
@@ -90,49 +87,39 @@ class Quantization:
         return next((one.rule.refusal for one in self.tensors.values() if one.rule.refusal), None)
 
 
-def quantization_of(checkpoint: Checkpoint) -> Quantization | None:
+def quantization_of(opened: OpenedFiles, config: Mapping[str, Any]) -> Quantization | None:
     """What of a Hugging Face checkpoint is quantised, None where nothing is; from headers and config alone.
 
     Numbers in a narrow dtype without a scale, and without a config that says so, are plain numbers.
     """
-    if checkpoint.format != "hf":
+    if opened.format != "hf":
         return None
-    stored = {t.key: Stored(f, t) for f, t in checkpoint.stored if t.box is None and t.packed is None}
-    config = quantization_config(checkpoint)
-    found = _Search(stored, config).result() if config or _is_likely(stored) else None
-    if found is not None and found.findings and unknown_scheme(checkpoint) is not None:
+    stored = {t.key: Stored(f, t) for f, t in opened.stored if t.box is None and t.packed is None}
+    said = quantization_config(config)
+    found = _Search(stored, said).result() if said or _is_likely(stored) else None
+    if found is not None and found.findings and unknown_scheme(config) is not None:
         return None  # of another scheme, whose tensors only look like these
     return found if found is not None and (found.tensors or found.findings) else None
 
 
-def unknown_scheme(checkpoint: Checkpoint) -> str | None:
+def unknown_scheme(config: Mapping[str, Any]) -> str | None:
     """What config.json calls a quantisation that no rule is of: a quant_method, or MLX, which has a key of its own."""
-    if checkpoint.format != "hf":
-        return None
-    method = quantization_config(checkpoint).get("quant_method")
+    method = quantization_config(config).get("quant_method")
     if isinstance(method, str):
         known = any(method in rule.methods for rule in schemes.RULES)
         return None if known else f"quant_method {str(method)[:40]!r}"
-    return "MLX's" if isinstance(_content(checkpoint).get("quantization"), Mapping) else None
+    return "MLX's" if isinstance(config.get("quantization"), Mapping) else None
 
 
-def quantization_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
+def quantization_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """What config.json says of the quantisation, {} where it says nothing."""
-    content = _content(checkpoint)
-    text = content.get("text_config")
-    for part in (content, text if isinstance(text, dict) else {}):
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
         for name in CONFIGS:
             found = part.get(name)
             if isinstance(found, Mapping) and found:
                 return found
     return {}
-
-
-def _content(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    try:
-        return checkpoint.stated or {}
-    except (ConfigError, UnsafeFileError):
-        return {}
 
 
 def _is_likely(stored: Mapping[str, Stored]) -> bool:

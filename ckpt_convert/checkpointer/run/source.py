@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_convert.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from ckpt_convert.checkpoint.quantized import view
+from ckpt_convert.checkpoint.opening import OpenedFiles
+from ckpt_convert.checkpoint.quantized.requests import dequantized
+from ckpt_convert.checkpoint.stated import Hints
 from ckpt_convert.checkpointer.run.catalog import Saved
 from ckpt_convert.dtypes import DEQUANTIZED, torch_name
 from ckpt_convert.errors import CheckpointNotFoundError, CkptConvertError, ConfigError, UsageError
@@ -78,8 +80,8 @@ def from_config(config: Config, *, format: str, family: str | None) -> Checkpoin
     path = _config_file(config)
     if not path.is_file():
         raise ConfigError(f"{path}: no such file; config= takes a config.json, or what one says as a dict")
-    why = "a config without weights"
-    return Checkpoint(path, format, why, (), Directory(()), None, family, path)
+    nothing = OpenedFiles(path, format, "a config without weights", Directory(()), ())
+    return Checkpoint.of(nothing, Hints(family, path))
 
 
 def _as_numbers(opened: Checkpoint) -> Checkpoint:
@@ -87,7 +89,7 @@ def _as_numbers(opened: Checkpoint) -> Checkpoint:
         return opened
     config = opened.config or {}
     stated = torch_name(config.get("dtype") or config.get("torch_dtype"))
-    return view.dequantized(opened, stated if stated in DEQUANTIZED else "bfloat16")
+    return dequantized(opened, stated if stated in DEQUANTIZED else "bfloat16")
 
 
 def _directory(files: Sequence[str | Path]) -> Path:

@@ -1,0 +1,389 @@
+"""Opened files with what they are: their keys, what of them is quantised, the family, the config, the record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from ckpt_convert.checkpoint import diagnosis, mapping, opening
+from ckpt_convert.checkpoint.findings import Finding, raise_if_any
+from ckpt_convert.checkpoint.keys import Keys
+from ckpt_convert.checkpoint.legacy_keys import Names
+from ckpt_convert.checkpoint.mapping import Source
+from ckpt_convert.checkpoint.model import Model, from_shapes, is_bare, model_of, names_of
+from ckpt_convert.checkpoint.opening import OpenedFiles
+from ckpt_convert.checkpoint.record import Layout, Record
+from ckpt_convert.checkpoint.stated import Hints, Stated, stated
+from ckpt_convert.checkpoint.tensors import TensorInfo, describe
+from ckpt_convert.dtypes import DTYPES
+from ckpt_convert.errors import (
+    AmbiguousFormatError,
+    CkptConvertError,
+    InputError,
+    KeyMismatchError,
+    UnsupportedFamilyError,
+)
+from ckpt_convert.formats.base import Directory
+from ckpt_convert.models import FAMILIES
+from ckpt_convert.storage.reader import Identity
+from ckpt_convert.tensors.bulk import without_collector
+from ckpt_convert.tensors.header import StoredTensor, WeightFile
+from ckpt_convert.tensors.lazy import LazyTensor, concat
+
+if TYPE_CHECKING:
+    from ckpt_convert.checkpoint.quantized.recognise import Quantization
+    from ckpt_convert.checkpoint.quantized.view import Dequantized
+
+_ADVICE = {
+    "peft": "merge the adapter into its base model first (peft's merge_and_unload), then convert that",
+    "dcp": "say which format it is with --from, and give its config.json with --config if none lies in ckpt_convert/",
+    "gguf": "it can be looked at, not converted; take the original checkpoint",
+}
+"""What to do about what is no format, by kind."""
+
+
+@dataclass(frozen=True, eq=False)
+class Identified:
+    """Opened files, and what is told of them from headers, config and record alone.
+
+    All of it is worked out when it is first asked for: a listing has no need of a family. ``dequantized`` says that the
+    files are those of a quantised checkpoint, read as numbers.
+    """
+
+    opened: OpenedFiles
+    stated: Stated
+    hints: Hints = field(default_factory=Hints)
+    record: Record | None = None
+    dequantized: Dequantized | None = None
+
+    @classmethod
+    def of(cls, opened: OpenedFiles, hints: Hints | None = None, record: Record | None = None) -> Self:
+        """As ``identify``."""
+        hints = hints or Hints()
+        return cls(opened, stated(opened, hints.config), hints, record)
+
+    @property
+    def path(self) -> Path:
+        return self.opened.path
+
+    @property
+    def root(self) -> Path:
+        """The directory that the weight files lie in."""
+        return self.opened.root
+
+    @property
+    def format(self) -> str | None:
+        """None when the files are of no format that is known."""
+        return self.opened.format
+
+    @property
+    def why(self) -> str:
+        """What the format was told by, or what the files are."""
+        return self.opened.why
+
+    @property
+    def facts(self) -> tuple[tuple[str, str], ...]:
+        """(label, text): more that the files say of themselves, such as an adapter's base model."""
+        return self.opened.facts
+
+    @property
+    def seen(self) -> Mapping[Path, Identity]:
+        """The files of the directory and the record as they were before any of them was read."""
+        return self.opened.seen
+
+    @property
+    def directory(self) -> Directory:
+        return self.opened.directory
+
+    @property
+    def files(self) -> tuple[WeightFile, ...]:
+        return self.opened.files
+
+    @property
+    def stored(self) -> tuple[tuple[WeightFile, StoredTensor], ...]:
+        """Every stored tensor with its file, in file and offset order; the position is its number as a source."""
+        return self.opened.stored
+
+    @property
+    def config_file(self) -> Path:
+        """The config that was given, else the place of the format's own, where there may be none."""
+        return self.stated.file
+
+    @cached_property
+    def quantization(self) -> Quantization | None:
+        """What of it is quantised, None for nothing; told from headers and config."""
+        if self.dequantized is not None or self.format != "hf":
+            return None
+        from ckpt_convert.checkpoint.quantized.recognise import quantization_of
+
+        return quantization_of(self.opened, self.stated.known)
+
+    @cached_property
+    def keys(self) -> Keys:
+        """The tensors by key. Those of a quantised checkpoint are left as they are: no table knows its scales."""
+        if self.format is None or self.quantization is not None:
+            return Keys(self.opened)
+        return Keys(self.opened, names_of(self.opened, self.stated.known, self.hints.family))
+
+    @property
+    def names(self) -> Names:
+        """What the keys of the files are called in their format; ``tensors`` and ``stored`` have those of the files."""
+        return self.keys.names
+
+    @property
+    def ranks(self) -> list[dict[str, Source]]:
+        """As ``Keys.ranks``."""
+        return self.keys.ranks
+
+    @property
+    def contradictions(self) -> list[Finding]:
+        """Where the files disagree with each other, or with the index."""
+        return self.keys.contradictions
+
+    def is_weight(self, key: str) -> bool:
+        """Whether a key is one of the model's, and not of what else its training run has saved."""
+        return self.keys.is_weight(key)
+
+    @property
+    def read_as(self) -> list[str]:
+        """How keys are read that are not those of the format, and what is passed over as it is no weight."""
+        return self.keys.read_as
+
+    @cached_property
+    def is_bare(self) -> bool:
+        """Whether the keys are those of a model without its head, which an output of the same format keeps."""
+        known = self.stated.known if self.format is not None else {}
+        return is_bare(self.names, known, self.format, self.hints.family)
+
+    @cached_property
+    def family(self) -> str | None:
+        """The name of the family, None when it is not known (``model`` says why, and has its table)."""
+        try:
+            return self.model.family.name
+        except CkptConvertError:
+            return None
+
+    @cached_property
+    def config(self) -> Mapping[str, Any] | None:
+        """The config in the words of Hugging Face's config.json, None when there is none."""
+        try:
+            return self.model.config
+        except CkptConvertError:
+            return self.stated.content if self.config_file.name != "params.json" else None
+
+    @cached_property
+    def model(self) -> Model:
+        """Family and config; raises ConfigError or UnsupportedFamilyError where they are not to be had."""
+        if self.format is None:
+            raise AmbiguousFormatError(f"{self.path}: {self.why}; {self.advice}")
+        if (cause := diagnosis.placeholders(self.opened)) is not None:  # of any family: there are no values to move
+            raise KeyMismatchError(f"{self.path}: {cause}")
+        model = self._model
+        if (cause := diagnosis.unmerged(self.opened)) is not None:
+            raise KeyMismatchError(f"{self.path}: {cause}")
+        if self.unknown_scheme is not None:
+            raise UnsupportedFamilyError(
+                f"{self.path}: is quantised ({self.unknown_scheme}), which is no scheme that is known here: it can "
+                "only be laid out anew as it is (--to hf); for anything else dequantise it with the tool that made it, "
+                "or take the model that was quantised"
+            )
+        return model
+
+    @cached_property
+    def _model(self) -> Model:
+        """What the config describes, whatever it is that the files hold."""
+        return model_of(self.keys, self.stated, self.hints, self.record)
+
+    def model_for(self, *formats: str) -> Model:
+        """``model``, for what has to do with these formats alone.
+
+        Where Hugging Face's is the only one, a family that is not known does not matter: its keys are taken as they
+        are, and so are those of quantised tensors. Raises what ``model`` does for anything else, and what does not fit
+        of a quantised checkpoint.
+        """
+        wanted = frozenset((str(self.format), *formats))
+        try:
+            model = self.model
+        except UnsupportedFamilyError:
+            if wanted != {"hf"} or not self.files:
+                raise
+            return self._unknown
+        from ckpt_convert.checkpoint.quantized import carry
+
+        if self.quantization is None:
+            return carry.unquantized(model, self.format, wanted)
+        carry.refuse_formats(self.quantization, model, wanted, self.path)
+        return self._carried
+
+    @cached_property
+    def _unknown(self) -> Model:
+        from ckpt_convert.checkpoint import unknown
+
+        return unknown.model(self.config or {}, self.unknown_scheme, self.ranks[0].values())
+
+    @cached_property
+    def _carried(self) -> Model:
+        """The model of quantised tensors as they are, once they were held against the table of the family."""
+        from ckpt_convert.checkpoint.quantized import carry
+
+        assert self.quantization is not None
+        raise_if_any(self.quantization.findings, str(self.path))
+        numbers = self.described(self.quantization, self.model)
+        _, misfits = mapping.examine(self.model.family, "hf", self.model.dims, numbers.ranks)
+        raise_if_any(misfits, str(self.path))
+        return carry.literal(self.quantization, self.model, self.ranks[0], numbers.names.stored)
+
+    @cached_property
+    def unknown_scheme(self) -> str | None:
+        """The config's word for how the weights are quantised, where no rule knows it and the headers show it."""
+        if self.format != "hf" or self.dequantized is not None or self.quantization is not None:
+            return None
+        from ckpt_convert.checkpoint.quantized.recognise import unknown_scheme
+
+        scheme = unknown_scheme(self.stated.known)
+        if scheme is None or self.contradictions:
+            return None
+        try:
+            model = self._model
+        except CkptConvertError:
+            return scheme
+        _, misfits = mapping.examine(model.family, str(self.format), model.dims, self.ranks)
+        return scheme if misfits else None
+
+    def as_numbers(self, found: Quantization, dtype: str, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Self:
+        """The same with quantised tensors as numbers of ``dtype``; config and model say nothing of a quantisation.
+
+        What does not belong together, or cannot be read, is at least described, in ``shapes`` where headers do not say
+        them.
+        """
+        from ckpt_convert.checkpoint.quantized import view
+
+        said = self.stated.said
+        return replace(
+            self,
+            opened=view.as_numbers(self.opened, found, dtype, shapes),
+            stated=self.stated if said is None else replace(self.stated, said=view.plain(said)),
+            dequantized=view.Dequantized(dtype, found.text),
+        )
+
+    def described(self, found: Quantization, model: Model) -> Self:
+        """The same with each quantised tensor as one of numbers, to be looked at: not all of them can be read.
+
+        What headers do not say of a shape is taken to be as the table has it.
+        """
+        unsaid = {key for key, one in found.tensors.items() if one.shape is None}
+        entries = model.family.entries("hf", model.dims) if unsaid else ()
+        shapes = {entry.key: entry.shape("hf", model.dims) or () for entry in entries if entry.key in unsaid}
+        return self.as_numbers(found, "float32", shapes)
+
+    @cached_property
+    def from_shapes(self) -> dict[str, Any] | None:
+        """The config that the tensors themselves show, of a family whose files come without one."""
+        return from_shapes(self.keys, self.hints.family)
+
+    @property
+    def advice(self) -> str:
+        """What to do about files that are of no format."""
+        kinds = {self.directory.kind, *(file.header.kind for file in self.files)}
+        return next((advice for kind, advice in _ADVICE.items() if kind in kinds), "say which format it is with --from")
+
+    def refuse_foreign(self) -> None:
+        """Raise UnsafeFileError where a pickle asks for more than tensors and plain data: that can only be shown."""
+        for file in self.files:
+            if file.header.foreign:
+                from ckpt_convert.containers.pickle import torchpickle
+
+                raise torchpickle.refusal(str(file.path), "data.pkl", *file.header.foreign)
+
+    @property
+    def params(self) -> tuple[Path, dict[str, Any]] | None:
+        """params.json of a meta checkpoint, or what was given instead of it."""
+        if self.format != "meta" or self.stated.content is None:
+            return None
+        return self.stated.file, self.stated.content
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """Every tensor by key, ranks and pieces joined: full shape, dtype, bytes, and the parts it lies in.
+
+        Where several files of no known format have a key, theirs are called ``file:key``.
+        """
+        cuts = self._cuts() if len(self.files) > 1 and self.format == "meta" else {}
+        cuts = {self.names.stored.get(key, key): cut for key, cut in cuts.items()}
+        with without_collector():
+            return describe(self.stored, self.keys.in_file, cuts, self.format == "meta")
+
+    def _cuts(self) -> dict[str, tuple[int | None, int]]:
+        """The axis of each key that ranks cut, and how many of them in succession hold the same part."""
+        try:
+            model = self.model
+        except CkptConvertError:
+            return {}
+        ranks = max(file.rank for file in self.files) + 1
+        return {
+            entry.key: (entry.cut_axis("meta", model.dims), entry.column("meta").repeats(model.dims, ranks))
+            for entry in model.family.entries("meta", model.dims)
+        }
+
+    @property
+    def notices(self) -> list[str]:
+        """What a reader should know about the files: objects that are no tensors, files that are not used."""
+        numbers = [self.dequantized.notice] if self.dequantized is not None else []
+        return [*opening.notices(self.path, self.files), *self.read_as, *self._caveats, *numbers]
+
+    @property
+    def _caveats(self) -> tuple[str, ...]:
+        family = FAMILIES.get(self.family or "")
+        return family.caveats(str(self.format)) if family is not None else ()
+
+    def layout(self, *, literal: bool = False) -> Layout:
+        """How this checkpoint lies in its files, to be recorded or imitated.
+
+        With keys that are not those of the format, or with more than weights: how the weights alone would lie there,
+        under the keys of the format; ``literal`` takes everything as it is.
+        """
+        if self.dequantized is not None:
+            from ckpt_convert.checkpoint.quantized import view
+
+            return view.layout_of(self.opened)
+        from ckpt_convert.checkpoint.captured import layout_of  # not needed to look at a checkpoint
+
+        return layout_of(self.keys, literal=literal or self.keys.has_only_weights)
+
+    def info(self, key: str) -> TensorInfo:
+        """What is known of a tensor, by its key in the files or in the format; raises KeyError for an unknown key."""
+        return self.tensors[key if key in self.tensors else self.names.stored.get(key, key)]
+
+    def joined(self, key: str) -> tuple[LazyTensor, str]:
+        """A tensor by its key in the files, or in the format: ranks and pieces joined, and its dtype.
+
+        Its tiles are numbered as ``stored``.
+
+        Raises KeyError for an unknown key, AmbiguousFormatError where nothing says how ranks are joined,
+        KeyMismatchError where two files have the key, and InputError for a packing whose numbers cannot be told apart.
+        """
+        info = self.info(key)
+        key = info.key
+        if not info.settled:
+            raise AmbiguousFormatError(
+                f"{self.path}: {key} lies on {len(info.parts)} ranks, and nothing says how to join them; "
+                "give the model's params.json (or config=)"
+            )
+        if info.dtype not in DTYPES:
+            raise InputError(
+                f"{self.path}: {key} is {info.dtype}, which packs several numbers together; its values cannot be read"
+            )
+        if key in self.keys.twice:
+            raise KeyMismatchError(f"{self.path}: {self.keys.twice[key]}; give one of the files")
+        tensors = [rank[key].tensor for rank in self.keys.in_files if key in rank]
+        tensors = tensors[:: info.copies]
+        whole = concat(tensors, info.axis) if info.axis is not None and len(tensors) > 1 else tensors[0]
+        return whole, info.dtype
+
+
+def identify(opened: OpenedFiles, hints: Hints | None = None, record: Record | None = None) -> Identified:
+    """What opened files are, with the config that was given or lies beside them, and what an earlier record says."""
+    return Identified.of(opened, hints, record)

@@ -1,0 +1,140 @@
+"""The tensors of opened files by key: as the files have them, and as their format calls them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+
+from ckpt_convert import formats
+from ckpt_convert.checkpoint import legacy_keys
+from ckpt_convert.checkpoint.findings import Finding
+from ckpt_convert.checkpoint.legacy_keys import PLAIN, Names
+from ckpt_convert.checkpoint.mapping import Source
+from ckpt_convert.checkpoint.opening import OpenedFiles
+from ckpt_convert.checkpoint.tensors import assembled
+from ckpt_convert.errors import KeyMismatchError, listing
+from ckpt_convert.tensors.bulk import without_collector
+from ckpt_convert.tensors.header import StoredTensor, WeightFile
+from ckpt_convert.tensors.lazy import stored
+
+
+@dataclass(frozen=True, eq=False)
+class Keys:
+    """Opened files, and what their keys are called in their format; tensors are numbered as ``OpenedFiles.stored``."""
+
+    opened: OpenedFiles
+    names: Names = PLAIN
+
+    @cached_property
+    def ranks(self) -> list[dict[str, Source]]:
+        """For each rank, its tensors by the keys of the format.
+
+        Raises KeyMismatchError for keys given twice or not as the index says, or that can be read in several ways.
+        """
+        if self.contradictions:
+            said = listing([finding.text for finding in self.contradictions])
+            raise KeyMismatchError(f"{self.opened.path}: the files contradict each other:{said}")
+        if self.has_only_weights:
+            return self.in_files
+        names = self.names
+        return [
+            {(name := names.of(key)): source._replace(key=name) for key, source in rank.items() if self.is_weight(key)}
+            for rank in self.in_files
+        ]
+
+    @property
+    def in_files(self) -> list[dict[str, Source]]:
+        """For each rank, its tensors by the keys of the files; of keys given twice the last."""
+        return self._found[0]
+
+    @property
+    def contradictions(self) -> list[Finding]:
+        """Where the files disagree with each other, or with the index."""
+        return self._found[1]
+
+    @cached_property
+    def twice(self) -> dict[str, str]:
+        """The keys that several files have, and what to say of each."""
+        found = (finding for finding in self.contradictions if finding.check == "duplicate" and finding.file)
+        return {str(finding.key): finding.text for finding in found}
+
+    @cached_property
+    def _found(self) -> tuple[list[dict[str, Source]], list[Finding]]:
+        with without_collector():
+            return self._find()
+
+    def _find(self) -> tuple[list[dict[str, Source]], list[Finding]]:
+        files = self.opened.files
+        ranks: list[dict[str, Source]] = [{} for _ in range(max((f.rank for f in files), default=0) + 1)]
+        findings = []
+        boxes: dict[str, list[tuple[int, StoredTensor]]] = {}
+        for number, (file, tensor) in enumerate(self.opened.stored):
+            key = self.in_file(file, tensor)
+            rank = ranks[file.rank]
+            if tensor.box is not None:
+                boxes.setdefault(key, []).append((number, tensor))
+                if len(boxes[key]) > 1:
+                    continue
+            elif key in rank and self.is_weight(key):
+                text = f"{key} is in {rank[key].where} and in {file.name}"
+                findings.append(Finding("error", "duplicate", text, file.name, key))
+            rank[key] = Source(key, tensor.dtype, stored(number, tensor.shape, tensor.strides), file.name)
+        for key, pieces in boxes.items():
+            ranks[0][key] = ranks[0][key]._replace(tensor=assembled(pieces))
+        findings += self._against_index(ranks[0])
+        findings += [Finding("error", "duplicate", text, None, key) for key, text in self.names.clashes]
+        return ranks, findings
+
+    def _against_index(self, found: dict[str, Source]) -> list[Finding]:
+        index, weight_map = self.opened.directory.index, self.opened.directory.weight_map or {}
+        findings = []
+        for key, name in weight_map.items():
+            source = found.get(key)
+            if source is None:
+                text = f"{key} is missing: {index} says that it lies in {name}"
+                findings.append(Finding("error", "index", text, name, key, name))
+            elif source.where != name:
+                text = f"{key} lies in {source.where}, but {index} says {name}"
+                findings.append(Finding("error", "index", text, source.where, key, name, source.where))
+        for key, source in found.items() if weight_map else ():
+            if key not in weight_map:
+                text = f"{key} lies in {source.where}, but {index} does not list it"
+                findings.append(Finding("error", "index", text, source.where, key, None, source.where))
+        return findings
+
+    def is_weight(self, key: str) -> bool:
+        """Whether a key is one of the model's, and not of what else its training run has saved."""
+        return key not in self.names.other and not key.startswith(self._ignores)
+
+    @cached_property
+    def _ignores(self) -> tuple[str, ...]:
+        return formats.ALL[self.opened.format].ignores if self.opened.format is not None else ()
+
+    @property
+    def has_only_weights(self) -> bool:
+        """Whether every key is one of the format's own, so that nothing is renamed or passed over."""
+        return self.names.plain and not self._ignores
+
+    def in_file(self, file: WeightFile, tensor: StoredTensor) -> str:
+        """The key of a stored tensor, with its file's name before it where files of no known format share it."""
+        return f"{file.name}:{tensor.key}" if tensor.key in self._shared else tensor.key
+
+    @cached_property
+    def _shared(self) -> frozenset[str]:
+        """Keys that several files have, each for itself: nothing says that the files are one checkpoint."""
+        opened = self.opened
+        if opened.format is not None or opened.directory.index is not None or len(opened.files) == 1:
+            return frozenset()
+        keys = Counter(tensor.key for file in opened.files for tensor in file.header.tensors if tensor.box is None)
+        return frozenset(key for key, count in keys.items() if count > 1)
+
+    @property
+    def read_as(self) -> list[str]:
+        """How keys are read that are not those of the format, and what is passed over as it is no weight."""
+        stored_keys = () if self.has_only_weights else (tensor.key for _, tensor in self.opened.stored)
+        other = [key for key in stored_keys if not self.is_weight(key)]
+        said = ", ".join(sorted(set(map(legacy_keys.entry, other))))
+        count = f"{len(other):,} tensors" if len(other) != 1 else "1 tensor"
+        passed = [f"passed over, as no weights: {count} of {said}"] if other else []
+        return [*self.names.notices, *passed]

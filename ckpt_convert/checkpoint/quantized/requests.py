@@ -1,0 +1,59 @@
+"""Quantised checkpoints as the numbers that they stand for, where somebody asked for these or compares with them."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from ckpt_convert.checkpoint.findings import raise_if_any
+from ckpt_convert.checkpoint.identify import Identified
+from ckpt_convert.checkpoint.quantized.carry import refuse_scheme
+from ckpt_convert.errors import ConfigError, UsageError
+from ckpt_convert.tensors.bulk import without_collector
+
+Source = TypeVar("Source", bound=Identified)
+
+
+def dequantized(source: Source, dtype: str) -> Source:
+    """A checkpoint with its quantised tensors as numbers of ``dtype``; itself where nothing is quantised.
+
+    Raises KeyMismatchError where codes and scales do not belong together, and ConfigError for a scheme that can only
+    be carried.
+    """
+    found = source.quantization
+    if found is None:
+        return source
+    raise_if_any(found.findings, str(source.path))
+    refuse_scheme(found, source.path)
+    return source.as_numbers(found, dtype)
+
+
+@without_collector()
+def requested(source: Source, dtype: str | None) -> Source:
+    """``dequantized`` where somebody asked for it; raises UsageError where nothing is quantised."""
+    if dtype is None:
+        return source
+    if source.unknown_scheme is not None:
+        raise ConfigError(
+            f"--dequantize {dtype}: {source.path} is quantised ({source.unknown_scheme}), which is no scheme "
+            "that is known here; dequantise it with the tool that made it, or take the model that was quantised"
+        )
+    if source.quantization is None:
+        raise UsageError(f"--dequantize {dtype}: {source.path} is not quantised; leave it out, or use --dtype")
+    return dequantized(source, dtype)
+
+
+def alike(a: Source, b: Source) -> tuple[Source, Source, list[str]]:
+    """Two checkpoints to be compared, and what to say: where one alone is quantised, as the numbers it stands for.
+
+    They are of the other side's dtype, so that what was dequantised once is the same, bit for bit.
+    """
+    if (a.quantization is None) == (b.quantization is None):
+        return a, b, []
+    quantised, other = (a, b) if a.quantization is not None else (b, a)
+    found = quantised.quantization
+    if found is None or found.findings or found.refusal is not None:
+        return a, b, []
+    dtype = "float32" if other.opened.usual_dtype in ("F32", "F64") else "bfloat16"
+    numbers = dequantized(quantised, dtype)
+    said = f"{quantised.path}: compared as the numbers that it stands for ({found.text}), in {dtype}"
+    return (numbers, b, [said]) if quantised is a else (a, numbers, [said])

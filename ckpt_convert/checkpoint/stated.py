@@ -1,0 +1,66 @@
+"""What is said of a checkpoint beside its weights: by its user, and by its config file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ckpt_convert import formats
+from ckpt_convert.checkpoint import record
+from ckpt_convert.checkpoint.opening import OpenedFiles
+from ckpt_convert.errors import CkptConvertError, ConfigError, UnsafeFileError
+from ckpt_convert.formats.base import load_json
+from ckpt_convert.models.core.config import ConfigOptions
+from ckpt_convert.storage.names import resolve
+from ckpt_convert.storage.reader import exists
+
+
+@dataclass(frozen=True)
+class Hints:
+    """What a user says of a checkpoint, which counts before all that is told from it.
+
+    ``config`` is a config.json or params.json to use; ``options`` say what a params.json leaves open.
+    """
+
+    family: str | None = None
+    config: Path | None = None
+    options: ConfigOptions = field(default_factory=ConfigOptions)
+
+
+@dataclass(frozen=True)
+class Stated:
+    """What a config file says: ``said`` is None where there is none at its place, ``problem`` why it cannot be read."""
+
+    file: Path
+    said: dict[str, Any] | None = None
+    problem: CkptConvertError | None = None
+
+    @property
+    def content(self) -> dict[str, Any] | None:
+        """What it says, None where there is no such file; raises what keeps it from being read."""
+        if self.problem is not None:
+            raise self.problem.with_traceback(None)
+        return self.said
+
+    @property
+    def known(self) -> Mapping[str, Any]:
+        """What it says, {} where it is not there or is no config; raises what the system does not give."""
+        if isinstance(self.problem, (ConfigError, UnsafeFileError)):
+            return {}
+        return self.content or {}
+
+
+def stated(opened: OpenedFiles, given: Path | None) -> Stated:
+    """Read the config that was given, else the format's own beside the weights."""
+    own = (formats.ALL[opened.format].config or record.CONFIG) if opened.format else "config.json"
+    path = given or opened.root / own
+    try:
+        if not exists(path):
+            return Stated(path)
+        if given is None:
+            resolve(opened.root, own, str(opened.path))
+        return Stated(path, load_json(path))
+    except CkptConvertError as error:
+        return Stated(path, None, error)

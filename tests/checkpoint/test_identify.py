@@ -1,0 +1,132 @@
+"""Identifying files from values alone: headers, what a config says, what a user says. Nothing is opened."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ckpt_convert.checkpoint.identify import Identified
+from ckpt_convert.checkpoint.keys import Keys
+from ckpt_convert.checkpoint.opening import OpenedFiles
+from ckpt_convert.checkpoint.stated import Hints, Stated
+from ckpt_convert.errors import AmbiguousFormatError, ConfigError, KeyMismatchError
+from ckpt_convert.formats.base import Directory
+from ckpt_convert.tensors.header import Header, StoredTensor, WeightFile
+
+CONFIG = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 32,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+}
+
+SHAPES = {
+    "model.embed_tokens.weight": (32, 16),
+    "model.layers.0.self_attn.q_proj.weight": (16, 16),
+    "model.layers.0.self_attn.k_proj.weight": (8, 16),
+    "model.layers.0.self_attn.v_proj.weight": (8, 16),
+    "model.layers.0.self_attn.o_proj.weight": (16, 16),
+    "model.layers.0.mlp.gate_proj.weight": (24, 16),
+    "model.layers.0.mlp.up_proj.weight": (24, 16),
+    "model.layers.0.mlp.down_proj.weight": (16, 24),
+    "model.layers.0.input_layernorm.weight": (16,),
+    "model.layers.0.post_attention_layernorm.weight": (16,),
+    "model.norm.weight": (16,),
+}
+
+
+class Nothing:
+    """A file that nobody may read."""
+
+    name, size = "nothing", 1 << 20
+
+    def readinto(self, offset: int, buffer: memoryview) -> None:
+        raise AssertionError("a tensor was read")
+
+
+def file(name: str, *keys: str, dtype: str = "BF16") -> WeightFile:
+    tensors = tuple(StoredTensor(key, dtype, SHAPES[key.removeprefix("module.")], 64 * n) for n, key in enumerate(keys))
+    return WeightFile(name, 0, Path(name), Nothing(), Header("safetensors", 1 << 20, tensors))
+
+
+def opened(*files: WeightFile, format: str | None = "hf", weight_map: dict[str, str] | None = None) -> OpenedFiles:
+    index = "model.safetensors.index.json" if weight_map is not None else None
+    return OpenedFiles(
+        Path("somewhere/model.safetensors"), format, "as asked for", Directory((), index, weight_map), files
+    )
+
+
+def identified(files: OpenedFiles, config: dict[str, Any] | None, hints: Hints | None = None) -> Identified:
+    return Identified(files, Stated(Path("somewhere/config.json"), config), hints or Hints())
+
+
+def test_family_and_sizes_come_from_headers_and_config() -> None:
+    found = identified(opened(file("model.safetensors", *SHAPES)), CONFIG)
+    assert found.family == "llama"
+    assert (found.model.dims["n_layers"], found.model.dims["n_kv_heads"], found.model.tied) == (1, 2, True)
+    assert {key: source.shape for key, source in found.ranks[0].items()} == SHAPES
+    assert found.quantization is None
+    assert not found.notices
+
+
+def test_what_a_user_says_counts_before_the_config() -> None:
+    other = {**CONFIG, "model_type": "something_new"}
+    files = opened(file("model.safetensors", *SHAPES))
+    assert identified(files, other).family is None
+    assert identified(files, other, Hints(family="llama")).family == "llama"
+
+
+def test_without_a_config_sizes_are_not_known() -> None:
+    with pytest.raises(ConfigError, match=r"has no config\.json"):
+        _ = identified(opened(file("model.safetensors", *SHAPES)), None).model
+
+
+def test_files_of_no_format_have_no_family() -> None:
+    with pytest.raises(AmbiguousFormatError, match="say which format it is"):
+        _ = identified(opened(file("weights.safetensors", *SHAPES), format=None), CONFIG).model
+
+
+def test_keys_behind_wrappers_are_those_of_the_format() -> None:
+    wrapped = [f"module.{key}" for key in SHAPES]
+    found = identified(opened(file("model.safetensors", *wrapped)), CONFIG)
+    assert found.ranks[0].keys() == SHAPES.keys()
+    assert found.tensors.keys() == set(wrapped)
+    assert "read without 'module.' before them" in found.read_as[0]
+
+
+def test_files_that_contradict_each_other_are_told_all_at_once() -> None:
+    first, *others = SHAPES
+    files = opened(
+        file("a.safetensors", first),
+        file("b.safetensors", first, *others),
+        weight_map={first: "a.safetensors", others[0]: "a.safetensors"},
+    )
+    keys = Keys(files)
+    assert {finding.check for finding in keys.contradictions} == {"duplicate", "index"}
+    with pytest.raises(KeyMismatchError, match=r"is in a\.safetensors and in b\.safetensors"):
+        _ = keys.ranks
+
+
+def test_quantised_tensors_are_told_from_headers_and_read_as_numbers() -> None:
+    codes = file("model.safetensors", *SHAPES, dtype="F8_E4M3")
+    scales = tuple(StoredTensor(f"{key}_scale_inv", "F32", (1, 1), 0) for key, s in SHAPES.items() if len(s) == 2)
+    header = Header("safetensors", 1 << 20, (*codes.header.tensors, *scales))
+    config = {**CONFIG, "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    found = identified(opened(WeightFile(codes.name, 0, codes.path, Nothing(), header)), config)
+    assert found.quantization is not None
+    assert len(found.quantization.tensors) == len(scales)
+    numbers = found.as_numbers(found.quantization, "bfloat16")
+    assert numbers.quantization is None
+    assert numbers.ranks[0].keys() == SHAPES.keys()
+    assert "quantization_config" not in numbers.model.config
+    assert "dequantised to bfloat16" in numbers.notices[-1]
+    assert found.ranks[0].keys() > SHAPES.keys()
