@@ -7,6 +7,7 @@ are one object, ``Text`` is for those that are not, and what has no other way of
 
 from __future__ import annotations
 
+import pickle
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ _FRAME = 64 << 10
 """A frame ends before the first object at which it has this many bytes; a text as long is in no frame."""
 
 _SMALLEST_FRAME = 4
+_TUPLES = (pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3)
 _BATCH = 1000
 """Items of a list or a dict that are put into it at once."""
 
@@ -86,48 +88,35 @@ def dumps(value: object, protocol: Literal[2, 4] = 4) -> bytes:
 class _Writer:
     def __init__(self, protocol: Literal[2, 4]) -> None:
         self._protocol = protocol
-        self._done = bytearray((0x80, protocol))
+        self._done = bytearray(pickle.PROTO + bytes((protocol,)))
         self._frame = bytearray()
         self._memo: dict[object, int] = {}
         self._count = 0
-        self._savers: Mapping[type, Callable[[Any], None]] = {
-            type(None): self._none,
-            bool: self._bool,
-            int: self._int,
-            str: self._str,
-            Text: self._text,
-            Global: self._global,
-            Constant: self._constant,
-            Call: self._call,
-            Instance: self._instance,
-            Persistent: self._persistent,
-            tuple: self._tuple,
-            list: self._list,
-            dict: self._dict,
-            Items: self._items,
-        }
 
     def save(self, value: object) -> None:
         if len(self._frame) >= _FRAME:
             self._end_frame()
-        saver = self._savers.get(type(value))
+        saver = _SAVERS.get(type(value))
         if saver is None:
             raise TypeError(f"a {type(value).__name__} is not among what is pickled here")
-        saver(value)
+        saver(self, value)
 
     def finish(self) -> bytes:
-        self._frame += b"."
+        self._frame += pickle.STOP
         self._end_frame()
         return bytes(self._done)
 
     def _end_frame(self) -> None:
         if len(self._frame) >= _SMALLEST_FRAME and self._protocol == 4:
-            self._done += b"\x95" + struct.pack("<Q", len(self._frame))
+            self._done += pickle.FRAME + struct.pack("<Q", len(self._frame))
         self._done += self._frame
         self._frame.clear()
 
     def _memoize(self) -> None:
-        self._frame += b"\x94" if self._protocol == 4 else _indexed(b"q", b"r", self._count)
+        if self._protocol == 4:
+            self._frame += pickle.MEMOIZE
+        else:
+            self._frame += _indexed(pickle.BINPUT, pickle.LONG_BINPUT, self._count)
         self._count += 1
 
     def _is_known(self, value: object) -> bool:
@@ -135,7 +124,7 @@ class _Writer:
         index = self._memo.get(value)
         if index is None:
             return False
-        self._frame += _indexed(b"h", b"j", index)
+        self._frame += _indexed(pickle.BINGET, pickle.LONG_BINGET, index)
         return True
 
     def _remember(self, value: object) -> None:
@@ -143,33 +132,29 @@ class _Writer:
         self._memoize()
 
     def _none(self, value: None) -> None:
-        self._frame += b"N"
+        self._frame += pickle.NONE
 
     def _bool(self, value: bool) -> None:
-        self._frame += b"\x88" if value else b"\x89"
+        self._frame += pickle.NEWTRUE if value else pickle.NEWFALSE
 
     def _int(self, value: int) -> None:
         self._frame += _whole_number(value)
 
-    def _str(self, value: str) -> None:
-        if not self._is_known(value):
-            self._characters(value)
-            self._remember(value)
-
-    def _text(self, text: Text) -> None:
-        if not self._is_known(text):
-            self._characters(text.value)
-            self._remember(text)
-
-    def _characters(self, value: str) -> None:
-        data = value.encode("utf-8", "surrogatepass")
-        short = len(data) < 1 << 8 and self._protocol == 4
-        head = b"\x8c" + bytes((len(data),)) if short else b"X" + struct.pack("<I", len(data))
-        if len(data) < _FRAME:
-            self._frame += head + data
+    def _text(self, value: str | Text) -> None:
+        if self._is_known(value):
             return
-        self._end_frame()
-        self._done += head + data
+        data = str(value).encode("utf-8", "surrogatepass")
+        is_long = len(data) >= _FRAME
+        if len(data) < 1 << 8 and self._protocol == 4:
+            data = pickle.SHORT_BINUNICODE + bytes((len(data),)) + data
+        else:
+            data = pickle.BINUNICODE + struct.pack("<I", len(data)) + data
+        if is_long:
+            self._end_frame()
+            self._done += data
+        else:
+            self._frame += data
+        self._remember(value)
 
     def _global(self, value: Global) -> None:
         if self._is_known(value):
@@ -177,9 +162,9 @@ class _Writer:
         if self._protocol == 4:
             self.save(value.module)
             self.save(value.name)
-            self._frame += b"\x93"
+            self._frame += pickle.STACK_GLOBAL
         else:
-            self._frame += f"c{value.module}\n{value.name}\n".encode()
+            self._frame += pickle.GLOBAL + f"{value.module}\n{value.name}\n".encode()
         self._remember(value)
 
     def _constant(self, value: Constant) -> None:
@@ -194,57 +179,74 @@ class _Writer:
     def _called(self, value: Call | Constant) -> None:
         self.save(value.function)
         self.save(value.arguments)
-        self._frame += b"R"
+        self._frame += pickle.REDUCE
 
     def _instance(self, value: Instance) -> None:
         self.save(value.kind)
         self.save(())
-        self._frame += b"\x81"
+        self._frame += pickle.NEWOBJ
         self._memoize()
         self.save(value.state)
-        self._frame += b"b"
+        self._frame += pickle.BUILD
 
     def _persistent(self, value: Persistent) -> None:
         self.save(value.id)
-        self._frame += b"Q"
+        self._frame += pickle.BINPERSID
 
     def _tuple(self, value: tuple[Any, ...]) -> None:
         if not value:
-            self._frame += b")"
+            self._frame += pickle.EMPTY_TUPLE
             return
         if len(value) > 3:
-            self._frame += b"("
+            self._frame += pickle.MARK
         for item in value:
             self.save(item)
-        self._frame += b"t" if len(value) > 3 else (b"\x85", b"\x86", b"\x87")[len(value) - 1]
+        self._frame += _TUPLES[len(value) - 1] if len(value) <= 3 else pickle.TUPLE
         self._memoize()
 
     def _list(self, value: list[Any]) -> None:
-        self._frame += b"]"
+        self._frame += pickle.EMPTY_LIST
         self._memoize()
         for number, item in enumerate(value):
             if len(value) > 1 and number % _BATCH == 0:
-                self._frame += b"e(" if number else b"("
+                self._frame += pickle.APPENDS + pickle.MARK if number else pickle.MARK
             self.save(item)
         if value:
-            self._frame += b"e" if len(value) > 1 else b"a"
+            self._frame += pickle.APPENDS if len(value) > 1 else pickle.APPEND
 
     def _dict(self, value: dict[Any, Any]) -> None:
         self._items(Items(len(value), value.items()))
 
     def _items(self, value: Items) -> None:
-        self._frame += b"}"
+        self._frame += pickle.EMPTY_DICT
         self._memoize()
         for number, (key, item) in enumerate(value.pairs):
             if value.size > 1 and number % _BATCH == 0:
-                self._frame += b"u(" if number else b"("
+                self._frame += pickle.SETITEMS + pickle.MARK if number else pickle.MARK
             self.save(key)
             self.save(item)
-        if value.size > 1:
-            # A batch that is full is followed by another, be it without items.
-            self._frame += b"u(u" if value.size % _BATCH == 0 else b"u"
-        elif value.size:
-            self._frame += b"s"
+        if value.size > 1 and value.size % _BATCH == 0:  # a dict's full batch is followed by another, be it empty
+            self._frame += pickle.SETITEMS + pickle.MARK
+        if value.size:
+            self._frame += pickle.SETITEMS if value.size > 1 else pickle.SETITEM
+
+
+_SAVERS: Mapping[type, Callable[[_Writer, Any], None]] = {
+    type(None): _Writer._none,
+    bool: _Writer._bool,
+    int: _Writer._int,
+    str: _Writer._text,
+    Text: _Writer._text,
+    Global: _Writer._global,
+    Constant: _Writer._constant,
+    Call: _Writer._call,
+    Instance: _Writer._instance,
+    Persistent: _Writer._persistent,
+    tuple: _Writer._tuple,
+    list: _Writer._list,
+    dict: _Writer._dict,
+    Items: _Writer._items,
+}
 
 
 def _indexed(short: bytes, long: bytes, index: int) -> bytes:
@@ -253,10 +255,10 @@ def _indexed(short: bytes, long: bytes, index: int) -> bytes:
 
 def _whole_number(value: int) -> bytes:
     if value < 1 << 8:
-        return b"K" + bytes((value,))
+        return pickle.BININT1 + bytes((value,))
     if value < 1 << 16:
-        return b"M" + struct.pack("<H", value)
+        return pickle.BININT2 + struct.pack("<H", value)
     if value < 1 << 31:
-        return b"J" + struct.pack("<i", value)
+        return pickle.BININT + struct.pack("<i", value)
     size = value.bit_length() // 8 + 1  # with room for the sign
-    return b"\x8a" + bytes((size,)) + value.to_bytes(size, "little")
+    return pickle.LONG1 + bytes((size,)) + value.to_bytes(size, "little")
