@@ -222,7 +222,7 @@ def read_rows(page: str) -> dict[str, Row]:
 
 
 def read_minutes(page: str) -> float:
-    found = re.search(r"Fuzzed inputs in all: [\d,]+, in ([\d,]+) minutes", page)
+    found = re.search(r"All rows took ([\d,]+) minutes", page)
     return float(found[1].replace(",", "")) if found else 0
 
 
@@ -234,7 +234,7 @@ def table(jobs: list[Job], rows: dict[str, Row], minutes: float) -> str:
         accepted = f"{row.accepted:,}" if job.goal is None else "–"
         lines.append(f"| {job.name} | {row.runs:,}{exhaustive} | {accepted} | {row.wrong:,} |")
     fuzzed = sum(row.runs for name, row in rows.items() if name.startswith("fuzz "))
-    lines.append(f"\nFuzzed inputs in all: {fuzzed:,}, in {minutes:,.0f} minutes.")
+    lines.append(f"\nFuzzed inputs in all: {fuzzed:,}. All rows took {minutes:,.0f} minutes.")
     return "\n".join(lines)
 
 
