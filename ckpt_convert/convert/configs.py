@@ -105,11 +105,12 @@ def tokenizer(
     def translated() -> Mapping[str, bytes]:
         from ckpt_convert.tokenizer import tokenizer as translation
 
+        spec = model.family.tokenizer
         if request.to == "hf":
-            rows = model.dims["vocab_size"] + model.dims.get("new_tokens", 0)
-            made = translation.generated_for_hf(read_file(path, JSON_LIMIT), rows)
+            rows = model.family.tokens(model.dims)
+            made = translation.generated_for_hf(spec, read_file(path, JSON_LIMIT), rows)
         else:
-            made = translation.generated_for_meta({path.name: read_file(path, JSON_LIMIT)})
+            made = translation.generated_for_meta(spec, {path.name: read_file(path, JSON_LIMIT)})
         said.extend(made.notices)
         return made.files
 

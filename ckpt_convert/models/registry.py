@@ -93,6 +93,10 @@ GROUPS: dict[str, tuple[Listed, ...]] = {
 """All families, by what they are. Of several that a config and the keys fit alike, the first one is taken."""
 
 
+UNLISTED = frozenset({"flex_olmo", "olmo", "olmoe"})
+"""Model types that no table is of, and that are known to be built as Llama is: what misfits in them is an error."""
+
+
 class Families(Mapping[str, Family]):
     """Families by name: looking one up imports its table, going through their values imports all of them."""
 

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ckpt_convert.errors import InputError
+from ckpt_convert.tokenizer.spec import TiktokenSpec
 from ckpt_convert.tokenizer.tokenizer_json import TOKENIZER_CONFIG, TOKENIZER_JSON, TOKENIZER_MODEL
 from ckpt_convert.tokenizer.tokenizer_sentencepiece import parse_model, sentencepiece_to_hf, user_defined
 from ckpt_convert.tokenizer.tokenizer_tiktoken import (
-    LLAMA3_TOKENS,
-    N_SPECIAL,
     hf_to_tiktoken,
     parse_ranks,
     tiktoken_to_hf,
@@ -38,8 +37,6 @@ __all__ = [
 
 _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]+\r?\n?")
 _PIECE_FIELD = b"\x0a"
-_LLAMA4_TOKENS = 200_000
-"""Ranks in Llama 4's tokenizer.model; the 2,048 tokens behind them are special (``llama4/tokenizer.py``)."""
 
 
 @dataclass(frozen=True)
@@ -68,18 +65,20 @@ def kind_of_json(data: bytes) -> Literal["tiktoken", "sentencepiece", "unknown"]
     return "tiktoken" if re.search(rb'"type"\s*:\s*"ByteLevel"', data) else "unknown"
 
 
-def generated_for_hf(data: bytes, vocab_size: int | None = None) -> GeneratedTokenizer:
+def generated_for_hf(spec: TiktokenSpec, data: bytes, vocab_size: int | None = None) -> GeneratedTokenizer:
     """Make a Hugging Face directory's tokenizer files from a tokenizer.model; ``vocab_size``: the embedding's rows.
 
     Raises nothing for input it cannot translate: no files then, and the reason as a notice.
     """
     found = kind(data)
     try:
-        if found == "tiktoken" and len(parse_ranks(data)) == _LLAMA4_TOKENS:
-            reason = f"{TOKENIZER_MODEL} is Llama 4's, whose pattern and special tokens are not those of Llama 3"
+        other = spec.others.get(len(parse_ranks(data))) if found == "tiktoken" else None
+        if other is not None:
+            reason = f"{TOKENIZER_MODEL} is {other}'s, whose pattern and special tokens are not those of {spec.title}"
             return _nothing(TOKENIZER_JSON, f"{reason}; take {TOKENIZER_JSON} from the model's page on the Hub")
         if found == "tiktoken":
-            files, notices = tiktoken_to_hf(data, vocab_size=vocab_size), _tiktoken_notices(data, vocab_size)
+            files = tiktoken_to_hf(spec, data, vocab_size=vocab_size)
+            notices = _tiktoken_notices(spec, data, vocab_size)
         elif found == "sentencepiece":
             files, notices = sentencepiece_to_hf(data, vocab_size=vocab_size), _sentencepiece_notices(data, vocab_size)
         else:
@@ -90,7 +89,7 @@ def generated_for_hf(data: bytes, vocab_size: int | None = None) -> GeneratedTok
     return GeneratedTokenizer(files, notices)
 
 
-def generated_for_meta(files: Mapping[str, bytes]) -> GeneratedTokenizer:
+def generated_for_meta(spec: TiktokenSpec, files: Mapping[str, bytes]) -> GeneratedTokenizer:
     """Make a Meta directory's tokenizer.model from a Hugging Face directory's tokenizer files (names to bytes).
 
     A tokenizer.model among them is the better one, and nothing is made. Raises nothing for input it cannot translate:
@@ -102,7 +101,7 @@ def generated_for_meta(files: Mapping[str, bytes]) -> GeneratedTokenizer:
         return _nothing(TOKENIZER_MODEL, f"there is no {TOKENIZER_JSON} to make it from")
     source = files[TOKENIZER_JSON]
     try:
-        model, unexpressed = hf_to_tiktoken(source), unexpressed_specials(source)
+        model, unexpressed = hf_to_tiktoken(spec, source), unexpressed_specials(spec, source)
     except InputError as error:
         return _nothing(TOKENIZER_MODEL, str(error))
     notices: tuple[str, ...] = ()
@@ -119,18 +118,18 @@ def _nothing(name: str, reason: str) -> GeneratedTokenizer:
     return GeneratedTokenizer({}, (f"no {name} was made: {reason}",))
 
 
-def _tiktoken_notices(data: bytes, vocab_size: int | None) -> tuple[str, ...]:
+def _tiktoken_notices(spec: TiktokenSpec, data: bytes, vocab_size: int | None) -> tuple[str, ...]:
     tokens = len(parse_ranks(data))
     notices = [
-        f"{TOKENIZER_JSON}: {TOKENIZER_MODEL} holds no names of special tokens, nor a chat template; Llama 3.1's names "
-        "were taken, with <|end_of_text|> as the end (instruct models end a turn with <|eot_id|>)"
+        f"{TOKENIZER_JSON}: {TOKENIZER_MODEL} holds no names of special tokens, nor a chat template; {spec.names_of}'s "
+        f"names were taken, with {spec.end} as the end (instruct models end a turn with {spec.turn})"
     ]
-    if tokens != LLAMA3_TOKENS:
+    if tokens != spec.tokens:
         notices.append(
-            f"{TOKENIZER_JSON}: {TOKENIZER_MODEL} has {tokens} tokens where Llama 3's has {LLAMA3_TOKENS}; "
-            "it was taken to split text by Llama 3's pattern"
+            f"{TOKENIZER_JSON}: {TOKENIZER_MODEL} has {tokens} tokens where {spec.title}'s has {spec.tokens}; "
+            f"it was taken to split text by {spec.title}'s pattern"
         )
-    return (*notices, *_padding_notice(tokens + N_SPECIAL, vocab_size))
+    return (*notices, *_padding_notice(tokens + spec.specials, vocab_size))
 
 
 def _sentencepiece_notices(data: bytes, vocab_size: int | None) -> tuple[str, ...]:

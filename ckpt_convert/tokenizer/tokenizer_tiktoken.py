@@ -1,6 +1,6 @@
-"""Llama 3's tokenizer.model (tiktoken ranks) to tokenizer.json and back.
+"""A tokenizer.model of tiktoken ranks to tokenizer.json and back.
 
-Facts of the tokenizer itself: `llama_models/llama3/tokenizer.py` (pattern, 256 special tokens behind the ranks).
+What the file does not hold (the pattern that splits texts, the special tokens behind the ranks) is a ``TiktokenSpec``.
 tiktoken takes a whole pre-token that is in the vocabulary as it is, and otherwise merges the adjacent pair whose
 union has the lowest rank. A byte-level BPE does the same when its merges are all splits of every token into two
 tokens, in the order of the ranks, and `ignore_merges` is set.
@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ckpt_convert.errors import ConfigError, CorruptFileError
+from ckpt_convert.tokenizer.spec import TiktokenSpec
 from ckpt_convert.tokenizer.tokenizer_json import (
     TOKENIZER_JSON,
     TOKENIZER_MODEL,
@@ -26,47 +27,8 @@ from ckpt_convert.tokenizer.tokenizer_json import (
     tokenizer_files,
 )
 
-N_SPECIAL = 256
-LLAMA3_TOKENS = 128_000
-_LLAMA4_TOKENS = 200_000
-# Finding the splits of a token costs its length squared; Llama 3's longest token has 128 bytes.
+# Finding the splits of a token costs its length squared; the longest token of those known has 128 bytes.
 _LONGEST_TOKEN = 4096
-
-_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_PRE_TOKENIZER: Json = {
-    "type": "Sequence",
-    "pretokenizers": [
-        {"type": "Split", "pattern": {"Regex": _PATTERN}, "behavior": "Isolated", "invert": False},
-        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
-    ],
-}
-
-_LLAMA3_NAMES = {
-    0: "<|begin_of_text|>",
-    1: "<|end_of_text|>",
-    6: "<|start_header_id|>",
-    7: "<|end_header_id|>",
-    9: "<|eot_id|>",
-}
-_LLAMA31_NAMES = {**_LLAMA3_NAMES, 4: "<|finetune_right_pad_id|>", 8: "<|eom_id|>", 10: "<|python_tag|>"}
-_LLAMA_MODELS_NAMES = {**_LLAMA31_NAMES, 5: "<|step_id|>", 11: "<|image|>"}
-
-
-def special_names(named: Mapping[int, str] = _LLAMA31_NAMES) -> tuple[str, ...]:
-    """The names of the special tokens behind the ranks, the ids without a name numbered as reserved ones.
-
-    tokenizer.model does not hold them. Those of Llama 3.1 on the Hub are taken: Llama 3 and `llama_models` call a few
-    ids differently, but no id moves.
-    """
-    names: list[str] = []
-    reserved = 0
-    for index in range(N_SPECIAL):
-        names.append(named.get(index, f"<|reserved_special_token_{reserved}|>"))
-        reserved += index not in named
-    return tuple(names)
 
 
 def byte_alphabet() -> tuple[str, ...]:
@@ -85,6 +47,16 @@ def split_merges(ranks: Mapping[str, int]) -> list[tuple[str, str]]:
         splits = [(ranks[left], ranks[right], left, right) for left, right in cuts if left in ranks and right in ranks]
         merges += [(left, right) for _, _, left, right in sorted(splits)]
     return merges
+
+
+def _pre_tokenizer(spec: TiktokenSpec) -> Json:
+    return {
+        "type": "Sequence",
+        "pretokenizers": [
+            {"type": "Split", "pattern": {"Regex": spec.pattern}, "behavior": "Isolated", "invert": False},
+            {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+        ],
+    }
 
 
 # -- tokenizer.model to tokenizer.json
@@ -131,29 +103,29 @@ def _corrupt(what: str) -> CorruptFileError:
     return CorruptFileError(f"{TOKENIZER_MODEL}: {what}; copy or download it again")
 
 
-def tiktoken_to_hf(data: bytes, *, vocab_size: int | None = None) -> dict[str, bytes]:
-    """Make tokenizer.json and tokenizer_config.json from Llama 3's tokenizer.model.
+def tiktoken_to_hf(spec: TiktokenSpec, data: bytes, *, vocab_size: int | None = None) -> dict[str, bytes]:
+    """Make tokenizer.json and tokenizer_config.json from a tokenizer.model of tiktoken ranks.
 
-    The 256 special tokens follow behind the n tokens of the file. ``vocab_size`` (the embedding's rows) may be larger
-    than n + 256, the rest being padding. Raises CorruptFileError for a malformed file, ConfigError when the embedding
-    has fewer rows, or when the size is that of Llama 4's tokenizer, whose pattern and special tokens are others.
+    The special tokens follow behind the n tokens of the file. ``vocab_size`` (the embedding's rows) may be larger than
+    both together, the rest being padding. Raises CorruptFileError for a malformed file, ConfigError when the embedding
+    has fewer rows, or when the number of tokens is that of another tokenizer.
     """
     tokens = parse_ranks(data)
-    if len(tokens) == _LLAMA4_TOKENS:
+    if (other := spec.others.get(len(tokens))) is not None:
         raise ConfigError(
-            f"{TOKENIZER_MODEL}: expected Llama 3's tokens, found {len(tokens)}, which are Llama 4's: it splits text "
-            "by another pattern and has other special tokens; "
+            f"{TOKENIZER_MODEL}: expected {spec.title}'s tokens, found {len(tokens)}, which are {other}'s: it splits "
+            "text by another pattern and has other special tokens; "
             f"take {TOKENIZER_JSON} from the model's Hugging Face release"
         )
-    check_fits(len(tokens) + N_SPECIAL, vocab_size)
+    check_fits(len(tokens) + spec.specials, vocab_size)
     alphabet = byte_alphabet()
     vocab = {"".join([alphabet[byte] for byte in token]): rank for rank, token in enumerate(tokens)}
-    specials = {name: len(tokens) + index for index, name in enumerate(special_names())}
-    begin, end = _LLAMA31_NAMES[0], _LLAMA31_NAMES[1]
+    specials = {name: len(tokens) + index for index, name in enumerate(spec.special_names(spec.names))}
+    begin, end = spec.begin, spec.end
     pipeline: Json = {
         "added_tokens": added_tokens(specials, special=specials),
         "normalizer": None,
-        "pre_tokenizer": _PRE_TOKENIZER,
+        "pre_tokenizer": _pre_tokenizer(spec),
         "post_processor": prepend(begin, specials[begin]),
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
         "model": {
@@ -175,18 +147,18 @@ def tiktoken_to_hf(data: bytes, *, vocab_size: int | None = None) -> dict[str, b
 # -- tokenizer.json to tokenizer.model
 
 
-def hf_to_tiktoken(tokenizer_json: bytes) -> bytes:
-    """Make Llama 3's tokenizer.model from tokenizer.json, byte for byte as Meta wrote it.
+def hf_to_tiktoken(spec: TiktokenSpec, tokenizer_json: bytes) -> bytes:
+    """Make tokenizer.model from tokenizer.json, byte for byte as Meta wrote it.
 
     Raises ConfigError, listing every reason, unless the file is a byte-level BPE that tokenizes as tiktoken does with
-    Llama 3's pattern; and for malformed JSON, ids with holes, and tokens outside the byte alphabet.
+    the spec's pattern; and for malformed JSON, ids with holes, and tokens outside the byte alphabet.
     """
     document = _load(tokenizer_json)
     vocab = _base_vocab(document)
-    problems = [*_pipeline_problems(document), *_vocab_problems(vocab), *_merge_problems(document, vocab)]
+    problems = [*_pipeline_problems(spec, document), *_vocab_problems(vocab), *_merge_problems(document, vocab)]
     if problems:
         raise ConfigError(
-            f"{TOKENIZER_JSON}: expected a tokenizer that Llama 3's {TOKENIZER_MODEL} can express, found: "
+            f"{TOKENIZER_JSON}: expected a tokenizer that {spec.title}'s {TOKENIZER_MODEL} can express, found: "
             + "; ".join(problems)
             + f". Put the model's own {TOKENIZER_MODEL} beside it, or convert without a tokenizer"
         )
@@ -195,19 +167,19 @@ def hf_to_tiktoken(tokenizer_json: bytes) -> bytes:
     return b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens))
 
 
-def unexpressed_specials(tokenizer_json: bytes) -> list[str]:
-    """The added tokens that Meta's loader will not know: it names 256 by itself, and tokenizer.model has no room.
+def unexpressed_specials(spec: TiktokenSpec, tokenizer_json: bytes) -> list[str]:
+    """The added tokens that Meta's loader will not know: it names its own by itself, and tokenizer.model has no room.
 
     Raises ConfigError for malformed JSON.
     """
     document = _load(tokenizer_json)
     base = len(_base_vocab(document))
-    lists = [special_names(names) for names in (_LLAMA3_NAMES, _LLAMA31_NAMES, _LLAMA_MODELS_NAMES)]
-    known = [{names[index] for names in lists} for index in range(N_SPECIAL)]
+    lists = [spec.special_names(names) for names in (spec.names, *spec.also_named)]
+    known = [{names[index] for names in lists} for index in range(spec.specials)]
     return [
         f"{name} ({index})"
         for name, index in sorted(_added_tokens(document).items(), key=lambda item: item[1])
-        if not base <= index < base + N_SPECIAL or name not in known[index - base]
+        if not base <= index < base + spec.specials or name not in known[index - base]
     ]
 
 
@@ -251,7 +223,7 @@ def _base_vocab(document: Json) -> dict[str, int]:
     return {token: index for token, index in vocab.items() if added.get(token) != index}
 
 
-def _pipeline_problems(document: Json) -> Iterator[str]:
+def _pipeline_problems(spec: TiktokenSpec, document: Json) -> Iterator[str]:
     model = _model(document)
     if model.get("type") != "BPE":
         yield f"a model of type {_short(model.get('type'))} instead of BPE"
@@ -262,8 +234,8 @@ def _pipeline_problems(document: Json) -> Iterator[str]:
             yield f"`{key}` {_short(model[key])}, which tiktoken has not"
     if document.get("normalizer") is not None:
         yield f"a normalizer {_short(document['normalizer'])}, which tiktoken has not"
-    if _without_offsets(document.get("pre_tokenizer")) != _without_offsets(_PRE_TOKENIZER):
-        yield f"a pre-tokenizer other than Llama 3's pattern and bytes: {_short(document.get('pre_tokenizer'))}"
+    if _without_offsets(document.get("pre_tokenizer")) != _without_offsets(_pre_tokenizer(spec)):
+        yield f"a pre-tokenizer other than {spec.title}'s pattern and bytes: {_short(document.get('pre_tokenizer'))}"
 
 
 def _without_offsets(value: object) -> object:

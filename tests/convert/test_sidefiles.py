@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 
 import ckpt_convert
 from ckpt_convert.errors import CheckpointNotFoundError, CorruptFileError
+from ckpt_convert.models.core.tokenizers import LLAMA_3
 from ckpt_convert.storage import hub
 from ckpt_convert.tokenizer.tokenizer import tiktoken_to_hf
 from tests.helpers import GOLDEN, edit_json, sums
@@ -38,7 +39,7 @@ def hf(tmp_path: Path) -> Path:
         (path / name).write_text(f"this is {name}")
     (path / "figures").mkdir()
     (path / "figures" / "a.png").write_bytes(b"\x89PNG")
-    for name, data in tiktoken_to_hf(ranks_file()).items():
+    for name, data in tiktoken_to_hf(LLAMA_3, ranks_file()).items():
         (path / name).write_bytes(data)
     for skipped in ("original/consolidated.00.pth", ".git/config", ".cache/x", "onnx/m.onnx", "model.gguf", "m.h5"):
         (path / skipped).parent.mkdir(exist_ok=True)

@@ -23,6 +23,7 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ckpt_convert.errors import ConfigError, CorruptFileError, InputError
+from ckpt_convert.models.core.tokenizers import LLAMA_3
 from ckpt_convert.tokenizer import tokenizer
 from ckpt_convert.tokenizer.tokenizer import hf_to_tiktoken, sentencepiece_to_hf, tiktoken_to_hf
 from ckpt_convert.tokenizer.tokenizer_sentencepiece import parse_model
@@ -170,14 +171,14 @@ def converted(files: dict[str, bytes]) -> Tokenizer:
 
 
 def test_ids_equal_plain_bpe_by_rank_behind_the_begin_token(llama3_tokens: list[bytes]) -> None:
-    ours = converted(tiktoken_to_hf(rank_file(llama3_tokens)))
+    ours = converted(tiktoken_to_hf(LLAMA_3, rank_file(llama3_tokens)))
 
     for text in [*STRINGS, *random_strings(300)]:
         assert ours.encode(text).ids == [len(llama3_tokens), *bpe_by_rank(llama3_tokens, text)], text
 
 
 def test_ids_equal_tiktoken(llama3_tokens: list[bytes]) -> None:
-    ours = converted(tiktoken_to_hf(rank_file(llama3_tokens)))
+    ours = converted(tiktoken_to_hf(LLAMA_3, rank_file(llama3_tokens)))
     ranks = {token: rank for rank, token in enumerate(llama3_tokens)}
     theirs = tiktoken.Encoding("test", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens={})
 
@@ -186,14 +187,14 @@ def test_ids_equal_tiktoken(llama3_tokens: list[bytes]) -> None:
 
 
 def test_decoding_gives_the_text_back(llama3_tokens: list[bytes]) -> None:
-    ours = converted(tiktoken_to_hf(rank_file(llama3_tokens)))
+    ours = converted(tiktoken_to_hf(LLAMA_3, rank_file(llama3_tokens)))
 
     for text in STRINGS:
         assert ours.decode(ours.encode(text).ids) == text
 
 
 def test_special_tokens_follow_behind_the_ranks_at_meta_s_places(small_tokens: list[bytes]) -> None:
-    ours = converted(tiktoken_to_hf(rank_file(small_tokens)))
+    ours = converted(tiktoken_to_hf(LLAMA_3, rank_file(small_tokens)))
     places = {
         "<|begin_of_text|>": 0,
         "<|end_of_text|>": 1,
@@ -229,7 +230,7 @@ def auto_tokenizer(folder: Path, files: dict[str, bytes], model_type: str | None
 @pytest.mark.parametrize("model_type", [None, "llama"])
 def test_transformers_loads_the_directory(small_tokens: list[bytes], tmp_path: Path, model_type: str | None) -> None:
     data = rank_file(small_tokens)
-    loaded = auto_tokenizer(tmp_path, {**tiktoken_to_hf(data), "tokenizer.model": data}, model_type)
+    loaded = auto_tokenizer(tmp_path, {**tiktoken_to_hf(LLAMA_3, data), "tokenizer.model": data}, model_type)
 
     for text in STRINGS:
         encoded = loaded(text)
@@ -244,13 +245,13 @@ def test_transformers_loads_the_directory(small_tokens: list[bytes], tmp_path: P
 def test_the_reverse_is_byte_exact(llama3_tokens: list[bytes]) -> None:
     data = rank_file(llama3_tokens)
 
-    assert hf_to_tiktoken(tiktoken_to_hf(data)["tokenizer.json"]) == data
+    assert hf_to_tiktoken(LLAMA_3, tiktoken_to_hf(LLAMA_3, data)["tokenizer.json"]) == data
 
 
 def test_the_reverse_is_byte_exact_after_the_tokenizers_package_wrote_the_file(small_tokens: list[bytes]) -> None:
     data = rank_file(small_tokens)
 
-    assert hf_to_tiktoken(converted(tiktoken_to_hf(data)).to_str(pretty=True).encode()) == data
+    assert hf_to_tiktoken(LLAMA_3, converted(tiktoken_to_hf(LLAMA_3, data)).to_str(pretty=True).encode()) == data
 
 
 def test_lines_may_come_in_any_order_and_the_reverse_sorts_them(small_tokens: list[bytes]) -> None:
@@ -258,11 +259,11 @@ def test_lines_may_come_in_any_order_and_the_reverse_sorts_them(small_tokens: li
     shuffled = data.splitlines(keepends=True)
     random.Random(3).shuffle(shuffled)
 
-    assert tiktoken_to_hf(b"\n".join(shuffled)) == tiktoken_to_hf(data)
+    assert tiktoken_to_hf(LLAMA_3, b"\n".join(shuffled)) == tiktoken_to_hf(LLAMA_3, data)
 
 
 def test_no_file_asks_for_token_types_or_changes_decoded_text(small_tokens: list[bytes], llama2: bytes) -> None:
-    for files in (tiktoken_to_hf(rank_file(small_tokens)), sentencepiece_to_hf(llama2)):
+    for files in (tiktoken_to_hf(LLAMA_3, rank_file(small_tokens)), sentencepiece_to_hf(llama2)):
         config = json.loads(files["tokenizer_config.json"])
 
         assert config["model_input_names"] == ["input_ids", "attention_mask"]
@@ -271,16 +272,16 @@ def test_no_file_asks_for_token_types_or_changes_decoded_text(small_tokens: list
 
 
 def test_files_do_not_depend_on_anything_but_the_input(small_tokens: list[bytes]) -> None:
-    assert tiktoken_to_hf(rank_file(small_tokens)) == tiktoken_to_hf(rank_file(small_tokens))
+    assert tiktoken_to_hf(LLAMA_3, rank_file(small_tokens)) == tiktoken_to_hf(LLAMA_3, rank_file(small_tokens))
 
 
 def test_an_embedding_with_more_rows_fits_and_one_with_fewer_does_not(small_tokens: list[bytes]) -> None:
     data = rank_file(small_tokens)
     enough = len(small_tokens) + 256
 
-    assert tiktoken_to_hf(data, vocab_size=enough) == tiktoken_to_hf(data, vocab_size=enough + 64)
+    assert tiktoken_to_hf(LLAMA_3, data, vocab_size=enough) == tiktoken_to_hf(LLAMA_3, data, vocab_size=enough + 64)
     with pytest.raises(ConfigError, match=f"at most {enough - 1} tokens.* found {enough}"):
-        tiktoken_to_hf(data, vocab_size=enough - 1)
+        tiktoken_to_hf(LLAMA_3, data, vocab_size=enough - 1)
 
 
 BYTES = [bytes([byte]) for byte in range(256)]
@@ -305,7 +306,7 @@ BYTES = [bytes([byte]) for byte in range(256)]
 )
 def test_malformed_ranks_are_refused(data: bytes, message: str) -> None:
     with pytest.raises(CorruptFileError, match=message):
-        tiktoken_to_hf(data)
+        tiktoken_to_hf(LLAMA_3, data)
 
 
 def test_llama_4_s_ranks_are_refused() -> None:
@@ -313,7 +314,7 @@ def test_llama_4_s_ranks_are_refused() -> None:
     tokens = [*BYTES, *(pair for _, pair in zip(range(200_000 - 256), pairs, strict=False))]
 
     with pytest.raises(ConfigError, match="Llama 4"):
-        tiktoken_to_hf(rank_file(tokens))
+        tiktoken_to_hf(LLAMA_3, rank_file(tokens))
 
 
 # -- Llama 3: what has no tokenizer.model
@@ -373,21 +374,23 @@ def add_token(name: str, index: int) -> Change:
     ],
 )
 def test_a_tokenizer_that_tiktoken_would_not_follow_is_refused_with_the_reason(change: Change, message: str) -> None:
-    document = json.loads(tiktoken_to_hf(rank_file([*BYTES, b"in", b"ing", b"the", b" t", b"he"]))["tokenizer.json"])
+    document = json.loads(
+        tiktoken_to_hf(LLAMA_3, rank_file([*BYTES, b"in", b"ing", b"the", b" t", b"he"]))["tokenizer.json"]
+    )
     assert document["model"]["vocab"]["in"] == 256
     change(document)
 
     with pytest.raises(ConfigError, match=message):
-        hf_to_tiktoken(json.dumps(document).encode())
+        hf_to_tiktoken(LLAMA_3, json.dumps(document).encode())
 
 
 def test_all_reasons_come_at_once() -> None:
-    document = json.loads(tiktoken_to_hf(rank_file(BYTES))["tokenizer.json"])
+    document = json.loads(tiktoken_to_hf(LLAMA_3, rank_file(BYTES))["tokenizer.json"])
     set_model(ignore_merges=False)(document)
     set_pattern(GPT2_PATTERN)(document)
 
     with pytest.raises(ConfigError, match=r"ignore_merges.*pre-tokenizer"):
-        hf_to_tiktoken(json.dumps(document).encode())
+        hf_to_tiktoken(LLAMA_3, json.dumps(document).encode())
 
 
 def test_a_byte_level_bpe_as_the_tokenizers_package_trains_it_is_refused() -> None:
@@ -404,7 +407,7 @@ def test_a_byte_level_bpe_as_the_tokenizers_package_trains_it_is_refused() -> No
     trained.train_from_iterator(corpus(5), trainer)
 
     with pytest.raises(ConfigError, match="splits are not merges"):
-        hf_to_tiktoken(trained.to_str().encode())
+        hf_to_tiktoken(LLAMA_3, trained.to_str().encode())
 
 
 @pytest.mark.parametrize(
@@ -430,15 +433,15 @@ def test_a_byte_level_bpe_as_the_tokenizers_package_trains_it_is_refused() -> No
 )
 def test_malformed_json_is_refused(data: bytes) -> None:
     with pytest.raises(ConfigError, match=r"tokenizer\.json: expected .* found"):
-        hf_to_tiktoken(data)
+        hf_to_tiktoken(LLAMA_3, data)
 
 
 def test_an_added_token_may_stand_in_the_vocabulary_too() -> None:
     data = rank_file([*BYTES, b"in"])
-    document = json.loads(tiktoken_to_hf(data)["tokenizer.json"])
+    document = json.loads(tiktoken_to_hf(LLAMA_3, data)["tokenizer.json"])
     document["model"]["vocab"].update({token["content"]: token["id"] for token in document["added_tokens"]})
 
-    assert hf_to_tiktoken(json.dumps(document).encode()) == data
+    assert hf_to_tiktoken(LLAMA_3, json.dumps(document).encode()) == data
 
 
 # -- SentencePiece
@@ -605,7 +608,7 @@ def test_transformers_loads_the_sentencepiece_directory(llama2: bytes, tmp_path:
 
 def test_user_defined_symbols_are_found_and_said_to_differ_in_spaces(lines: list[str]) -> None:
     data = train_sentencepiece(lines, user_defined_symbols=["[REF]"])
-    made = tokenizer.generated_for_hf(data)
+    made = tokenizer.generated_for_hf(LLAMA_3, data)
     ours = converted(made.files)
 
     assert_ids_equal_sentencepiece(data, [*TEXTS, "a[REF]"])
@@ -733,25 +736,25 @@ def test_kinds_are_told_by_their_first_bytes(llama2: bytes, small_tokens: list[b
 
 def test_files_for_hf_from_ranks_come_with_what_was_assumed(small_tokens: list[bytes]) -> None:
     size = len(small_tokens) + 256
-    made = tokenizer.generated_for_hf(rank_file(small_tokens), size)
+    made = tokenizer.generated_for_hf(LLAMA_3, rank_file(small_tokens), size)
 
-    assert made.files == tiktoken_to_hf(rank_file(small_tokens))
+    assert made.files == tiktoken_to_hf(LLAMA_3, rank_file(small_tokens))
     assert set(made.files) == {"tokenizer.json", "tokenizer_config.json"}
     assert "Llama 3.1's names" in made.notices[0]
     assert f"{len(small_tokens)} tokens where Llama 3's has 128000" in made.notices[1]
-    assert "rows behind" in tokenizer.generated_for_hf(rank_file(small_tokens), size + 64).notices[2]
+    assert "rows behind" in tokenizer.generated_for_hf(LLAMA_3, rank_file(small_tokens), size + 64).notices[2]
 
 
 def test_files_for_hf_from_sentencepiece_need_no_notice(llama2: bytes) -> None:
-    made = tokenizer.generated_for_hf(llama2, 1200)
+    made = tokenizer.generated_for_hf(LLAMA_3, llama2, 1200)
 
     assert made == tokenizer.GeneratedTokenizer(sentencepiece_to_hf(llama2), ())
-    assert "1200 tokens, the embedding 1264 rows" in tokenizer.generated_for_hf(llama2, 1264).notices[0]
+    assert "1200 tokens, the embedding 1264 rows" in tokenizer.generated_for_hf(LLAMA_3, llama2, 1264).notices[0]
 
 
 @pytest.mark.parametrize("data", [b"", b"{}", b"YQ== 0\n", b"\x0a\x03\x0a\x01a"])
 def test_what_cannot_be_translated_gives_no_files_and_the_reason(data: bytes) -> None:
-    made = tokenizer.generated_for_hf(data, 1000)
+    made = tokenizer.generated_for_hf(LLAMA_3, data, 1000)
 
     assert made.files == {}
     assert len(made.notices) == 1
@@ -761,18 +764,20 @@ def test_what_cannot_be_translated_gives_no_files_and_the_reason(data: bytes) ->
 def test_the_model_for_meta_comes_from_tokenizer_json(small_tokens: list[bytes]) -> None:
     data = rank_file(small_tokens)
 
-    assert tokenizer.generated_for_meta(tiktoken_to_hf(data)) == tokenizer.GeneratedTokenizer({"tokenizer.model": data})
+    assert tokenizer.generated_for_meta(LLAMA_3, tiktoken_to_hf(LLAMA_3, data)) == tokenizer.GeneratedTokenizer(
+        {"tokenizer.model": data}
+    )
 
 
 def test_a_model_that_is_there_is_not_made_again(small_tokens: list[bytes]) -> None:
-    files = {**tiktoken_to_hf(rank_file(small_tokens)), "tokenizer.model": b"as it was"}
+    files = {**tiktoken_to_hf(LLAMA_3, rank_file(small_tokens)), "tokenizer.model": b"as it was"}
 
-    assert tokenizer.generated_for_meta(files) == tokenizer.GeneratedTokenizer({})
+    assert tokenizer.generated_for_meta(LLAMA_3, files) == tokenizer.GeneratedTokenizer({})
 
 
 @pytest.mark.parametrize("files", [{}, {"vocab.json": b"{}"}, {"tokenizer.json": b"{}"}, {"tokenizer.json": b"\xff"}])
 def test_no_model_for_meta_comes_with_the_reason(files: dict[str, bytes]) -> None:
-    made = tokenizer.generated_for_meta(files)
+    made = tokenizer.generated_for_meta(LLAMA_3, files)
 
     assert made.files == {}
     assert len(made.notices) == 1
@@ -780,15 +785,15 @@ def test_no_model_for_meta_comes_with_the_reason(files: dict[str, bytes]) -> Non
 
 
 def test_a_sentencepiece_tokenizer_json_gives_no_model_for_meta(llama2: bytes) -> None:
-    assert tokenizer.generated_for_meta(sentencepiece_to_hf(llama2)).files == {}
+    assert tokenizer.generated_for_meta(LLAMA_3, sentencepiece_to_hf(llama2)).files == {}
 
 
 def test_special_tokens_that_meta_does_not_know_are_named() -> None:
-    document = json.loads(tiktoken_to_hf(rank_file(BYTES))["tokenizer.json"])
+    document = json.loads(tiktoken_to_hf(LLAMA_3, rank_file(BYTES))["tokenizer.json"])
     document["added_tokens"][2]["content"] = "<|im_start|>"
     document["added_tokens"][4]["content"] = "<|reserved_special_token_2|>"  # Llama 3's name for it
     document["added_tokens"].append({"id": 512, "content": "<|image|>"})
-    made = tokenizer.generated_for_meta({"tokenizer.json": json.dumps(document).encode()})
+    made = tokenizer.generated_for_meta(LLAMA_3, {"tokenizer.json": json.dumps(document).encode()})
 
     assert made.files == {"tokenizer.model": rank_file(BYTES)}
     [notice] = made.notices

@@ -17,6 +17,7 @@ from ckpt_convert.checkpoint.findings import Finding, Severity
 from ckpt_convert.checkpoint.quantized.schemes import FP8
 from ckpt_convert.checkpoint.usual import EMBEDDINGS, SIZES, called, size_of, text_part
 from ckpt_convert.dtypes import CASTABLE
+from ckpt_convert.models.registry import UNLISTED
 
 _NUMBER = re.compile(r"(?:(?<=\.)|\A)(0|[1-9][0-9]{0,5})(?=\.)")
 _LISTS = ("layers", "layer", "h", "blocks", "block", "experts")
@@ -38,7 +39,6 @@ _NORMS = (
     "ln_1.weight",
     "ln_f.weight",
 )
-_AS_LLAMA = frozenset(("olmo", "olmoe", "flex_olmo"))
 _FEW = 4
 """A part that only one layer in so many lacks is missing there; with more of them it may be how the model is built."""
 
@@ -114,8 +114,8 @@ def tied(tensors: Mapping[str, Sized], config: Mapping[str, Any]) -> tuple[list[
 
 
 def is_sure(config: Mapping[str, Any]) -> bool:
-    """Whether the model is one that is known to be built like Llama, so that what misfits is an error."""
-    return str(config.get("model_type")) in _AS_LLAMA
+    """Whether the model is one that is known to be built in the usual way, so that what misfits is an error."""
+    return str(config.get("model_type")) in UNLISTED
 
 
 def _projects(tensors: Mapping[str, Sized], embedding: str) -> bool:

@@ -20,6 +20,8 @@ from ckpt_convert.models.core.entry import Entry, Instance, place
 from ckpt_convert.models.core.params import Params
 from ckpt_convert.models.core.rope import partial_rotary_factor
 from ckpt_convert.models.core.rows import CUT, FORMATS, IN_MEMORY, Dims, Key, Row, Sets, evaluate, matches
+from ckpt_convert.models.core.tokenizers import LLAMA_3
+from ckpt_convert.tokenizer.spec import TiktokenSpec
 
 __all__ = [
     "FORMATS",
@@ -48,7 +50,8 @@ class Family:
 
     ``from_shapes`` gives the config that the shapes of the stored tensors show, of a family whose files come without
     one; such a config is no file of any format. ``stem`` is what its safetensors files are called in Hugging Face's
-    layout where nothing else says it. Several families may have one model_type: the keys tell them apart.
+    layout where nothing else says it. ``tokenizer`` is what a tokenizer.model of tiktoken ranks is taken for,
+    ``tokens`` how many rows the embedding has. Several families may have one model_type: the keys tell them apart.
 
     ``unverified`` names the formats whose column nothing outside could be compared with, and says why. ``literal``
     marks a table of literal keys, one row for each tensor of one checkpoint: its rows are different by themselves.
@@ -69,6 +72,8 @@ class Family:
     unverified: Mapping[str, str] = field(default_factory=dict)
     from_shapes: Callable[[Mapping[str, tuple[int, ...]]], dict[str, Any]] | None = None
     stem: str = "model"
+    tokenizer: TiktokenSpec = LLAMA_3
+    tokens: Callable[[Mapping[str, int]], int] = lambda dims: dims["vocab_size"]
     literal: bool = False
 
     def __post_init__(self) -> None:

@@ -120,6 +120,7 @@ MLLAMA = Family(
     dims=config.dims,
     sets=config.sets,
     indices={"layer": "n_layers", "block": "vision_layers", "global": "vision_global_layers"},
+    tokens=lambda dims: dims["vocab_size"] + dims["new_tokens"],
     params=Params(
         evidence=config.is_params,
         from_hf=config.hf_to_params,
