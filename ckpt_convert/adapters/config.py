@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ckpt_convert.errors import ConfigError, listing
-from ckpt_convert.formats import peft
 from ckpt_convert.formats.base import load_json
+from ckpt_convert.formats.names import ADAPTER_CONFIG
 from ckpt_convert.storage.names import local_path
 
 T = TypeVar("T")
@@ -87,7 +87,7 @@ class AdapterConfig:
             return given
         if isinstance(given, str | Path):
             path = local_path(given, "adapter")
-            path = path / peft.CONFIG if path.is_dir() else path
+            path = path / ADAPTER_CONFIG if path.is_dir() else path
             return _of_peft(load_json(path), str(path))
         content = given.to_dict() if hasattr(given, "to_dict") else given
         if not isinstance(content, Mapping):

@@ -22,11 +22,8 @@ from ckpt_convert.errors import (
     ShapeMismatchError,
     listing,
 )
-from ckpt_convert.formats import peft
 from ckpt_convert.formats.base import render_json
-
-WEIGHTS = peft.WEIGHTS[0]
-CONFIG = peft.CONFIG
+from ckpt_convert.formats.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -74,7 +71,7 @@ def files(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> dic
     layout = safetensors.build(safetensors.usual_order(described), {"format": "pt"})
     parts = [content for _, content in layout.literals]
     parts += [_bytes(tensors[stored.key]) for stored in layout.header.tensors]
-    return {WEIGHTS: b"".join(parts), CONFIG: render_json(config, sort_keys=True)}
+    return {ADAPTER_WEIGHTS[0]: b"".join(parts), ADAPTER_CONFIG: render_json(config, sort_keys=True)}
 
 
 def from_peft(directory: Path, modules: Modules, config: AdapterConfig | None = None) -> Loaded:
@@ -83,10 +80,12 @@ def from_peft(directory: Path, modules: Modules, config: AdapterConfig | None = 
     ``config`` is that of the training model: a file that scales its adapter otherwise does not fit it. Raises
     CheckpointNotFoundError, ConfigError, KeyMismatchError or ShapeMismatchError, which say all that does not fit.
     """
-    path = next((directory / name for name in peft.WEIGHTS if (directory / name).is_file()), None)
-    if path is None or not (directory / CONFIG).is_file():
-        raise CheckpointNotFoundError(f"{directory}: is no PEFT adapter, which has {WEIGHTS} and {CONFIG}")
-    said = AdapterConfig.of(directory / CONFIG)
+    path = next((directory / name for name in ADAPTER_WEIGHTS if (directory / name).is_file()), None)
+    if path is None or not (directory / ADAPTER_CONFIG).is_file():
+        raise CheckpointNotFoundError(
+            f"{directory}: is no PEFT adapter, which has {ADAPTER_WEIGHTS[0]} and {ADAPTER_CONFIG}"
+        )
+    said = AdapterConfig.of(directory / ADAPTER_CONFIG)
     with open_checkpoint(path) as checkpoint:
         checkpoint.refuse_foreign()
         others = [f"{key}: {kind}" for file in checkpoint.files for key, kind in file.header.objects.items()]

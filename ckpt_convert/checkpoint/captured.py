@@ -8,8 +8,8 @@ from ckpt_convert import containers
 from ckpt_convert.checkpoint.keys import Keys
 from ckpt_convert.checkpoint.record import Layout, LayoutFile
 from ckpt_convert.containers.build import anew
-from ckpt_convert.containers.dcp import dcp
-from ckpt_convert.formats.base import DCP_INDEX, JSON_LIMIT, load_json, render_json
+from ckpt_convert.containers.dcp import DCP_INDEX, dcp
+from ckpt_convert.formats.base import JSON_LIMIT, load_json, render_json
 from ckpt_convert.storage.base import RangeReader
 from ckpt_convert.storage.reader import LocalFile, read_file
 from ckpt_convert.tensors.header import Header, WeightFile

@@ -12,7 +12,7 @@ from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpoint.stated import Hints
 from ckpt_convert.dtypes import DTYPES
 from ckpt_convert.errors import CheckpointNotFoundError, ConfigError, CorruptFileError, UsageError
-from ckpt_convert.formats.base import RECORD_FOLDER
+from ckpt_convert.formats.names import RECORD_FOLDER
 from ckpt_convert.models import FAMILIES
 from ckpt_convert.models.core.config import ConfigOptions
 from ckpt_convert.storage import hub

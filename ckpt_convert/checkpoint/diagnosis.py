@@ -10,6 +10,7 @@ from ckpt_convert.checkpoint.keys import Keys
 from ckpt_convert.checkpoint.opening import OpenedFiles
 from ckpt_convert.checkpoint.tensors import TensorInfo
 from ckpt_convert.formats import peft
+from ckpt_convert.formats.names import ADAPTER_CONFIG
 
 _BASE = ".base_layer."
 _ADAPTERS = (".lora_A.", ".lora_embedding_A.", ".lora_", ".ia3_", ".vera_", ".hada_", ".lokr_", ".oft_", ".boft_")
@@ -53,7 +54,7 @@ def kind(known: Keys, tensors: Mapping[str, TensorInfo]) -> str | None:
     if opened.format is None and "(all)" in objects and keys:
         return f"a pickled object ({objects['(all)']}), not a state dict"
     if opened.format is None and any(".lora_A." in key for key in keys) and not any(_BASE in key for key in keys):
-        return f"LoRA adapter under PEFT's keys, without {peft.CONFIG}"
+        return f"LoRA adapter under PEFT's keys, without {ADAPTER_CONFIG}"
     if keys and all(map(_is_slot, keys)):
         return "optimizer state, without the weights that it is of"
     if any(map(_is_slot, keys)):

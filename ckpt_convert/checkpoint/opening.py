@@ -15,24 +15,29 @@ from ckpt_convert.checkpoint.record import Record
 from ckpt_convert.containers import gguf
 from ckpt_convert.dtypes import majority
 from ckpt_convert.errors import CheckpointNotFoundError
-from ckpt_convert.formats import hf, meta, peft
-from ckpt_convert.formats.base import OF_TRAINING, Directory, WeightName, dcp_directory, plain_weights
+from ckpt_convert.formats import peft
+from ckpt_convert.formats.base import Directory, WeightName, dcp_directory, plain_weights
 from ckpt_convert.formats.hf import another_set
+from ckpt_convert.formats.names import (
+    ADAPTER_WEIGHTS,
+    GGUF_SUFFIX,
+    INDEX_SUFFIX,
+    OF_TRAINING,
+    RANK,
+    SHARD,
+    WEIGHT_SUFFIXES,
+)
 from ckpt_convert.models import FAMILIES
 from ckpt_convert.storage import hub, pointer
 from ckpt_convert.storage.base import Closing
-from ckpt_convert.storage.names import WEIGHT_SUFFIXES, resolve
+from ckpt_convert.storage.names import resolve
 from ckpt_convert.storage.reader import Identity, LocalFile
 from ckpt_convert.tensors.bulk import without_collector
 from ckpt_convert.tensors.header import SLICES, StoredTensor, WeightFile
 
 _ANY_SUFFIX = (*WEIGHT_SUFFIXES, ".ckpt")
-_GGUF = ".gguf"
 _INDEX = re.compile(r"(?<![^.])(?:0|[1-9][0-9]*)(?![^.])")
 """A part of a key that is a number."""
-
-_SHARD = re.compile(r"-(\d{1,9})-of-(\d{1,9})\.\w+$")
-"""How the name of a shard ends: its number, and how many there are."""
 
 _LOOSE = "weight files without config.json"
 WRITTEN_BY_DCP = "written by torch.distributed.checkpoint"
@@ -89,7 +94,7 @@ def place(path: Path) -> Path:
     Raises CheckpointNotFoundError for an index that is not the one that its directory is read by.
     """
     path = hub.snapshot(pointer.followed(path))
-    if not path.name.endswith(hf.INDEX_SUFFIX) or not path.is_file():
+    if not path.name.endswith(INDEX_SUFFIX) or not path.is_file():
         return path
     for format in ("hf", "native"):
         found = formats.ALL[format].find(path.parent)
@@ -105,10 +110,10 @@ def part_of(path: Path) -> str | None:
     """Which part of a checkpoint a single weight file is, by its name and the files beside it; None for none."""
     if not path.is_file():
         return None
-    if (match := _SHARD.search(path.name)) is not None and int(match[2]) > 1:
-        return f"shard {int(match[1])} of {int(match[2])}"
-    if (match := meta.NUMBERED.fullmatch(path.name)) is not None:
-        ranks = {found[1] for entry in path.parent.iterdir() if (found := meta.NUMBERED.fullmatch(entry.name))}
+    if (match := SHARD.fullmatch(path.name)) is not None and int(match["total"]) > 1:
+        return f"shard {int(match['number'])} of {int(match['total'])}"
+    if (match := RANK.fullmatch(path.name)) is not None:
+        ranks = {found[1] for entry in path.parent.iterdir() if (found := RANK.fullmatch(entry.name))}
         return f"rank {int(match[1])} of {len(ranks)}" if len(ranks) > 1 else None
     return None
 
@@ -141,7 +146,7 @@ def detect(path: Path, wanted: str | None, found_record: Record | None) -> tuple
 
         if dcp.is_metadata(path.name):
             return wanted, WRITTEN_BY_DCP, Directory((), path.name, kind=dcp.KIND)
-        adapter = peft.config(path.parent) if path.name in peft.WEIGHTS and wanted is None else None
+        adapter = peft.config(path.parent) if path.name in ADAPTER_WEIGHTS and wanted is None else None
         if adapter is not None:
             return None, peft.describe(adapter), Directory((WeightName(path.name),), kind=peft.KIND)
         return wanted, "as asked for" if wanted else "a single file", Directory((WeightName(path.name),))
@@ -165,7 +170,7 @@ def detect(path: Path, wanted: str | None, found_record: Record | None) -> tuple
     if (pieces := dcp_directory(path)) is not None:
         return None, WRITTEN_BY_DCP, pieces
     adapter = peft.config(path) if found is None else None
-    weights = [WeightName(name) for name in peft.WEIGHTS if (path / name).is_file()]
+    weights = [WeightName(name) for name in ADAPTER_WEIGHTS if (path / name).is_file()]
     if adapter is not None and weights:
         return None, peft.describe(adapter), Directory((weights[0],), kind=peft.KIND)
     loose = found or formats.ALL["native"].find(path)
@@ -321,7 +326,7 @@ def everything(directory: Path) -> list[str]:
     if any(stem.startswith("model") for stem in stems):
         names = [name for name in names if not name.startswith("pytorch_model") or not name.endswith(".bin")]
     return [name for name in names if name.endswith(".safetensors") or Path(name).stem not in stems] or _named(
-        directory, (_GGUF,)
+        directory, (GGUF_SUFFIX,)
     )
 
 

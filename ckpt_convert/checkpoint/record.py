@@ -24,7 +24,8 @@ from ckpt_convert.errors import (
     NewerVersionError,
     UnreadableError,
 )
-from ckpt_convert.formats.base import JSON_LIMIT, RECORD_FOLDER, load_json, render_json
+from ckpt_convert.formats.base import JSON_LIMIT, load_json, render_json
+from ckpt_convert.formats.names import RECORD_FOLDER
 from ckpt_convert.models import FORMATS
 from ckpt_convert.storage.checksums import CRC64, XXH3, digest, digest_file
 from ckpt_convert.storage.names import check_name, partial_of, read_named, resolve

@@ -12,7 +12,7 @@ from ckpt_convert.cli import colours, tree
 from ckpt_convert.cli import facts as looking
 from ckpt_convert.cli.facts import Count, Facts
 from ckpt_convert.cli.text import Labelled, bar, escape, human_bytes, human_count, labelled, number, percent, plural
-from ckpt_convert.formats.base import RECORD_FOLDER
+from ckpt_convert.formats.names import RECORD_FOLDER
 
 if TYPE_CHECKING:
     from ckpt_convert.checkpoint.tensors import TensorInfo

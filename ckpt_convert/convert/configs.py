@@ -17,7 +17,8 @@ from ckpt_convert.convert.request import Request
 from ckpt_convert.convert.sidefiles import SideFile
 from ckpt_convert.dtypes import DTYPES, majority_of_floats, torch_name
 from ckpt_convert.errors import UnsupportedFamilyError
-from ckpt_convert.formats.base import JSON_LIMIT, RECORD_FOLDER, load_json, render_json
+from ckpt_convert.formats.base import JSON_LIMIT, load_json, render_json
+from ckpt_convert.formats.names import RECORD_FOLDER
 from ckpt_convert.models.core.config import Translated, type_of
 from ckpt_convert.storage.reader import read_file
 

@@ -24,7 +24,7 @@ from ckpt_convert.checkpoint.mapping import Equality
 from ckpt_convert.convert.layout import OutputFile, Placed
 from ckpt_convert.convert.plan import Plan, fingerprint
 from ckpt_convert.errors import LossyConversionError, TiedWeightsError, listing
-from ckpt_convert.formats.base import RECORD_FOLDER
+from ckpt_convert.formats.names import RECORD_FOLDER
 from ckpt_convert.storage.checksums import CRC32, CRC64
 from ckpt_convert.storage.folder import Folder, StagedFile
 from ckpt_convert.storage.staging import Journal, Staging

@@ -17,7 +17,8 @@ from ckpt_convert.convert.execute import Execution, named
 from ckpt_convert.convert.plan import Plan
 from ckpt_convert.convert.sidefiles import SideFile
 from ckpt_convert.errors import CorruptFileError, LossyConversionError
-from ckpt_convert.formats.base import RECORD_FOLDER, TEXT_LIMIT
+from ckpt_convert.formats.base import TEXT_LIMIT
+from ckpt_convert.formats.names import CONSOLIDATED, RECORD_FOLDER
 from ckpt_convert.storage import checksums
 from ckpt_convert.storage.base import read
 from ckpt_convert.storage.checksums import digest
@@ -153,7 +154,7 @@ def _checklist(template: Path, folder: Folder) -> bytes:
     kind = checklist.algorithm(listed)
     late = {name: data for name in listed if (data := folder.kept_back(name)) is not None}
     names = [name for name in listed if name in late or (folder.path / name).is_file()]
-    names += [path.name for path in sorted(folder.path.glob("consolidated.*")) if path.name not in listed]
+    names += [path.name for path in sorted(folder.path.glob(f"{CONSOLIDATED}.*")) if path.name not in listed]
     hashes = checklist.hash_files(folder.path, (name for name in names if name not in late), kind)
     hashes |= {name: hashlib.new(kind, data).hexdigest() for name, data in late.items()}
     return checklist.render({name: hashes[name] for name in names})

@@ -14,7 +14,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
 from ckpt_convert.checkpoint import record
-from ckpt_convert.formats.base import DCP_INDEX, RECORD_FOLDER
+from ckpt_convert.containers.dcp import DCP_INDEX
+from ckpt_convert.formats.names import RECORD_FOLDER
 from ckpt_convert.storage.names import JOURNAL
 from ckpt_convert.storage.rules import Rules
 

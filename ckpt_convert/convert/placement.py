@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import PurePosixPath
 
 from ckpt_convert import formats
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpoint.mapping import Logicals, Target
 from ckpt_convert.checkpoint.model import Model
 from ckpt_convert.checkpoint.record import Layout
-from ckpt_convert.containers.dcp import dcp, dcp_build
+from ckpt_convert.containers.dcp import DCP_INDEX, DCP_SUFFIX, dcp, dcp_build
 from ckpt_convert.convert import layout
 from ckpt_convert.convert.layout import OutputFile
 from ckpt_convert.convert.request import Request
 from ckpt_convert.convert.sidefiles import SideFile
 from ckpt_convert.errors import ShapeMismatchError, UsageError
 from ckpt_convert.formats import hf, native
-from ckpt_convert.formats.base import DCP_INDEX, RECORD_FOLDER, common_names, render_index
+from ckpt_convert.formats.base import render_index
+from ckpt_convert.formats.names import HF_STEMS, RECORD_FOLDER, SUFFIXES, common_names, container_of, is_found
 from ckpt_convert.models.core.table import Entry, Family, Instance
 
 _OURS = frozenset(common_names(1, "pt") or ())
@@ -60,13 +60,13 @@ def _findable(found: Layout, source: Identified, model: Model) -> Layout | None:
     None for files that no loader of a directory reads (``run.ckpt``). The names in a directory stay what they are.
     """
     names = [file.name for file in found.files]
-    if found.index is not None or all(name.endswith(".distcp") or name in _OURS for name in names):
+    if found.index is not None or all(name.endswith(DCP_SUFFIX) or name in _OURS for name in names):
         return found
-    if not all(name.endswith((".safetensors", ".bin")) for name in names):
+    if not all(name.endswith(tuple(SUFFIXES[container] for container in HF_STEMS)) for name in names):
         return None
-    if source.path.is_dir() or hf.is_found(names[0]) or model.family.from_shapes is not None:
+    if source.path.is_dir() or is_found(names[0]) or model.family.from_shapes is not None:
         return found
-    if names[0].endswith(".bin"):
+    if container_of(names[0]) == "bin":
         return None
     return replace(found, files=(replace(found.files[0], name=f"{model.family.stem}.safetensors"),))
 
@@ -173,7 +173,7 @@ def index(
         return [SideFile(DCP_INDEX, "generated", make=lambda: dcp_build.metadata(pieces))]
     if len(outputs) == 1:
         return []
-    container = "safetensors" if outputs[0].name.endswith(".safetensors") else outputs[0].name.rpartition(".")[2]
+    container = outputs[0].name.rpartition(".")[2]
     name = _called((hf if request.to == "hf" else native).index_name(container), request, container, model)
     if wanted is not None and wanted.index is not None:
         name = wanted.index[0]
@@ -230,10 +230,7 @@ def _called(name: str, request: Request, container: str, model: Model) -> str:
 
 
 def _container(found: Layout) -> str:
-    name = found.files[0].name
-    return {".safetensors": "safetensors", ".bin": "bin", ".distcp": "dcp", ".pt": "pt"}.get(
-        PurePosixPath(name).suffix, "pth"
-    )
+    return container_of(found.files[0].name)
 
 
 def _meta_container(request: Request, model: Model) -> str:

@@ -19,13 +19,14 @@ from ckpt_convert.checkpoint.model import Model, naming
 from ckpt_convert.checkpoint.opening import close
 from ckpt_convert.checkpoint.quantized import carry, view
 from ckpt_convert.checkpoint.record import Layout
+from ckpt_convert.containers.dcp import DCP_INDEX
 from ckpt_convert.convert import brought, configs, embedding, layout, placement, sidefiles
 from ckpt_convert.convert.embedding import Cut
 from ckpt_convert.convert.layout import OutputFile
 from ckpt_convert.convert.request import Request
 from ckpt_convert.convert.sidefiles import SideFile
 from ckpt_convert.errors import ConfigError, CorruptFileError, ShapeMismatchError, UnsupportedFamilyError, UsageError
-from ckpt_convert.formats.base import DCP_INDEX, RECORD_FOLDER
+from ckpt_convert.formats.names import RECORD_FOLDER
 from ckpt_convert.models.core.rope import read_rope
 from ckpt_convert.models.core.table import Dims, Instance
 from ckpt_convert.storage.checksums import digest

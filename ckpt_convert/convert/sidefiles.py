@@ -12,8 +12,9 @@ from ckpt_convert.checkpoint.checklist import CHECKLIST
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpoint.record import Layout, Record
 from ckpt_convert.errors import CheckpointNotFoundError, CorruptFileError, InputError, UnsafeFileError
-from ckpt_convert.formats.base import NEVER_SIDE_FILES, NEVER_SIDE_FOLDERS, RECORD_FOLDER, TEXT_LIMIT, is_index
-from ckpt_convert.storage.names import WEIGHT_SUFFIXES, check_name, resolve
+from ckpt_convert.formats.base import TEXT_LIMIT
+from ckpt_convert.formats.names import NEVER_ENTERED, RECORD_FOLDER, is_never_beside, is_weights, is_weights_of_any
+from ckpt_convert.storage.names import check_name, resolve
 from ckpt_convert.storage.reader import Identity, identify, read_file, reading, walk
 
 _TOKENIZERS = (
@@ -62,7 +63,7 @@ def beside(checkpoint: Identified) -> dict[str, Path]:
         name = path.relative_to(checkpoint.path).as_posix()
         if not _is_plain(path, checkpoint) or name == RECORD_FOLDER:
             continue
-        if name in used or is_index(name) or name.endswith((*WEIGHT_SUFFIXES, *NEVER_SIDE_FILES)):
+        if name in used or is_never_beside(name):
             continue
         out[name] = resolve(checkpoint.path, name, str(checkpoint.path))
     return out
@@ -102,7 +103,7 @@ def _is_tokenizer(path: Path) -> bool:
     name = path.name
     if not (name.startswith(_TOKENIZERS) or name == "generation_config.json"):
         return False
-    if not path.is_file() or name.endswith((*WEIGHT_SUFFIXES, ".chk", ".py")):
+    if not path.is_file() or is_weights(name) or name.endswith((".chk", ".py")):
         return False
     try:
         resolve(path.parent, name, str(path.parent))
@@ -126,7 +127,7 @@ def skipped(checkpoint: Identified) -> list[str]:
             if not (here / name).is_file() or not _is_plain(here / name, checkpoint)
         ]
         if here != checkpoint.path:
-            out += [here / name for name in sorted(files) if name.endswith((*WEIGHT_SUFFIXES, *NEVER_SIDE_FILES))]
+            out += [here / name for name in sorted(files) if is_weights_of_any(name)]
     return [path.relative_to(checkpoint.path).as_posix() for path in out]
 
 
@@ -140,7 +141,7 @@ def _is_plain(path: Path, checkpoint: Identified) -> bool:
 
 
 def _enters(folder: str) -> bool:
-    return folder not in NEVER_SIDE_FOLDERS and not folder.startswith(".")
+    return folder not in NEVER_ENTERED and not folder.startswith(".")
 
 
 def _walk(directory: Path) -> Iterator[Path]:
@@ -238,7 +239,7 @@ def checklist_of(source: Identified) -> dict[str, str]:
         listed = checklist.parse(read_file(path, TEXT_LIMIT).decode(errors="replace"))
     except InputError as error:
         raise type(error)(f"{source.root}: {error}") from error
-    absent = [name for name in listed if name.endswith(WEIGHT_SUFFIXES) and not (source.root / name).is_file()]
+    absent = [name for name in listed if is_weights(name) and not (source.root / name).is_file()]
     if absent:
         raise CorruptFileError(
             f"{path}: lists {', '.join(absent)}, which {'is' if len(absent) == 1 else 'are'} not there; "

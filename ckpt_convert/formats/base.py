@@ -3,33 +3,22 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ckpt_convert.containers.dcp import DCP_INDEX
 from ckpt_convert.errors import ConfigError
+from ckpt_convert.formats.names import is_plain_weights
 from ckpt_convert.storage.reader import Identity, exists, read_file
 
-NEVER_SIDE_FILES = (".gguf", ".h5", ".msgpack", ".onnx", ".ot")
-NEVER_SIDE_FOLDERS = ("original", ".git", ".cache", "onnx", "ckpt_convert", "training_state")
-OF_TRAINING = (
-    *("adapter_", "training_args", "optimizer", "optim.", "scheduler", "rng_state", "scaler.", "recipe_state"),
-    *("random_states", "sampler", "zero_pp_rank", "dl_state_dict"),
-)
-"""How the names of files begin that trainers (transformers, accelerate, torchtune, DeepSpeed) keep beside weights."""
-
-RECORD_FOLDER = "ckpt_convert"
 JSON_LIMIT = 1 << 28
 TEXT_LIMIT = 1 << 24
 """Bytes of a list of files with their hashes, or of a text."""
 
 _MOST_DIGITS = 100
 """Digits of an integer in JSON; tokenizer_config.json has one of 31 (int(1e30), for "no limit")."""
-
-DCP_INDEX = ".metadata"
-_INDEX = re.compile(r"(?P<weights>.+)\.index(?:\.(?P<variant>[\w-]+))?\.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,18 +66,6 @@ class Format:
     former: tuple[tuple[str, str], ...] = ()
 
 
-def is_index(name: str) -> bool:
-    """Whether a file maps keys to weight files; it is of no use without them, so it goes with nothing else."""
-    return _INDEX.fullmatch(name) is not None
-
-
-def index_for(weights: str) -> str:
-    """What transformers calls the index of the shards of a file: that of a variant (model.fp16) has its name inside."""
-    stem, _, suffix = weights.rpartition(".")
-    stem, dot, variant = stem.partition(".")
-    return f"{stem}.{suffix}.index{dot}{variant}.json"
-
-
 def load_json(path: Path, *, expected: Identity | None = None) -> dict[str, Any]:
     """The object in a JSON file; raises ConfigError, naming the file, when there is none.
 
@@ -130,20 +107,6 @@ def render_index(weight_map: Mapping[str, str], total_size: int, total_parameter
     return render_json({"metadata": metadata, "weight_map": dict(weight_map)}, sort_keys=True)
 
 
-def numbered(count: int, stem: str, suffix: str) -> list[str]:
-    """``model.safetensors``, or ``model-00001-of-00004.safetensors`` and so on."""
-    if count == 1:
-        return [f"{stem}{suffix}"]
-    return [f"{stem}-{number:05d}-of-{count:05d}{suffix}" for number in range(1, count + 1)]
-
-
-def common_names(count: int, container: str) -> list[str] | None:
-    """The names of new files in the containers that several formats have; None for any other."""
-    if container == "dcp":
-        return [f"__0_{number}.distcp" for number in range(count)]
-    return numbered(count, "model", ".pt") if container == "pt" else None
-
-
 def dcp_directory(directory: Path) -> Directory | None:
     """The directory as torch.distributed.checkpoint's, None where it is none."""
     from ckpt_convert.containers.dcp import dcp  # not before: the usual directories have no need of it
@@ -159,7 +122,5 @@ def plain_weights(directory: Path, suffixes: Sequence[str]) -> list[str]:
     return sorted(
         entry.name
         for entry in directory.iterdir()
-        if entry.suffix in suffixes
-        and entry.is_file()
-        and not entry.name.startswith(("consolidated", ".", *OF_TRAINING))
+        if entry.suffix in suffixes and entry.is_file() and is_plain_weights(entry.name)
     )

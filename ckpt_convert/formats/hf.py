@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from ckpt_convert.errors import CorruptFileError
-from ckpt_convert.formats.base import Directory, Format, WeightName, common_names, load_json, numbered, plain_weights
-from ckpt_convert.storage.names import check_name, resolve
-
-INDEX_SUFFIX = ".index.json"
-NUMBERED = re.compile(r"(?P<stem>.*)-(?P<number>\d{1,9})-of-(?P<total>\d{1,9})(?P<suffix>\.\w+)")
-"""The name of a shard."""
-
-_FOUND = re.compile(
-    r"(?:model|diffusion_pytorch_model)(?:\.[\w-]+)?\.safetensors"
-    r"|(?:pytorch_model|diffusion_pytorch_model)(?:\.[\w-]+)?\.bin"
+from ckpt_convert.formats.base import Directory, Format, WeightName, load_json, plain_weights
+from ckpt_convert.formats.names import (
+    ADAPTER,
+    CONSOLIDATED,
+    HF_STEMS,
+    INDEX_SUFFIX,
+    SHARD,
+    SUFFIXES,
+    USUAL,
+    common_names,
+    index_for,
+    is_variant,
+    numbered,
+    weights_of,
 )
-"""The names, with or without a variant, of the weights that transformers and diffusers find without an index."""
-
-_STEMS = {"safetensors": ("model", ".safetensors"), "bin": ("pytorch_model", ".bin")}
+from ckpt_convert.storage.names import check_name, resolve
 
 
 def find(directory: Path) -> Directory | None:
     """The weights that transformers would load: safetensors before .bin, a single file before an index without it."""
-    for container, (stem, suffix) in _STEMS.items():
+    for container, stem in HF_STEMS.items():
+        suffix = SUFFIXES[container]
         single = stem + suffix
         index = _index(directory, single)
         found = from_index(directory, index) if index is not None else None
@@ -36,7 +38,7 @@ def find(directory: Path) -> Directory | None:
         if found is not None:
             return found
         if names and container == "safetensors":
-            return Directory(tuple(WeightName(name) for name in names if not _is_variant(name, names)))
+            return Directory(tuple(WeightName(name) for name in names if not is_variant(name, names)))
         shards = [name for name in names if name.startswith(stem)]
         if shards:
             return Directory(tuple(WeightName(name) for name in shards))
@@ -62,19 +64,12 @@ def plain_names(weight_map: Mapping[str, str]) -> dict[str, str]:
 
 
 def file_names(count: int, container: str) -> list[str]:
-    stem, suffix = _STEMS.get(container, ("model", ""))
-    return common_names(count, container) or numbered(count, stem, suffix)
-
-
-def is_found(name: str) -> bool:
-    """Whether loaders find a weight file of this name without an index."""
-    return _FOUND.fullmatch(name) is not None
+    return common_names(count, container) or numbered(count, HF_STEMS[container], SUFFIXES[container])
 
 
 def index_name(container: str) -> str:
     """The index beside shards of a container."""
-    stem, suffix = _STEMS[container]
-    return f"{stem}{suffix}{INDEX_SUFFIX}"
+    return index_for(HF_STEMS[container] + SUFFIXES[container])
 
 
 def another_set(directory: Path, found: Directory) -> str | None:
@@ -90,7 +85,7 @@ def another_set(directory: Path, found: Directory) -> str | None:
     whole = [files for files in _whole_sets(names) if not used.issuperset(files)]
     if not whole:
         return None
-    suffix, sets = Path(found.index.partition(".index.")[0]).suffix, " and ".join(map(_set, whole))
+    suffix, sets = Path(weights_of(found.index)).suffix, " and ".join(map(_set, whole))
     mixed = sorted(name for name in used & names if name.endswith(suffix) and all(name not in files for files in whole))
     aside = " ".join([found.index, *mixed])
     return (
@@ -104,10 +99,11 @@ def another_set(directory: Path, found: Directory) -> str | None:
 
 def _whole_sets(names: Collection[str]) -> list[list[str]]:
     """The weight files of a directory that are a model by their names: single ones, and all shards of a number."""
-    found = [[stem + suffix] for stem, suffix in _STEMS.values() if stem + suffix in names]
+    found = [[name] for name in USUAL if name in names]
+    suffixes = {SUFFIXES[container] for container in HF_STEMS}
     sets: dict[tuple[str, int, str], dict[int, str]] = {}
     for name in names:
-        if name.endswith(tuple(suffix for _, suffix in _STEMS.values())) and (match := NUMBERED.fullmatch(name)):
+        if Path(name).suffix in suffixes and (match := SHARD.fullmatch(name)):
             of = sets.setdefault((match["stem"], int(match["total"]), match["suffix"]), {})
             of[int(match["number"])] = name
     for (_, total, _), by_number in sorted(sets.items()):
@@ -129,16 +125,10 @@ def _index(directory: Path, weights: str) -> str | None:
     suffix = Path(weights).suffix
     for pattern in (f"*{suffix}{INDEX_SUFFIX}", f"*{suffix}.index.*.json"):
         others = sorted(entry.name for entry in directory.glob(pattern))
-        others = [name for name in others if not name.startswith(("consolidated", "adapter"))]
+        others = [name for name in others if not name.startswith((CONSOLIDATED, ADAPTER))]
         if others:
             return others[0] if len(others) == 1 and not (directory / weights).is_file() else None
     return None
-
-
-def _is_variant(name: str, names: Sequence[str]) -> bool:
-    """Whether a file holds once more what another one does, as ``x.fp16.safetensors`` beside ``x.safetensors``."""
-    stem, suffix = Path(name).stem, Path(name).suffix
-    return "." in stem and stem.rpartition(".")[0] + suffix in names
 
 
 FORMAT = Format("hf", find, file_names, ("safetensors", "bin", "dcp", "pt"), "config.json", lambda name: True)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path, PurePosixPath
 
 from ckpt_convert.errors import AmbiguousFormatError, CheckpointNotFoundError
+from ckpt_convert.formats import names
 from ckpt_convert.formats.base import Directory, Format, WeightName
 
-NUMBERED = re.compile(r"consolidated\.(\d{2,})\.(pth|pt|safetensors)")
-_SINGLE = ("consolidated.safetensors", "consolidated.pth", "consolidated.pt")
 _DOCUMENTS = ("readme", "license", "use_policy", "notice", "model_card", "responsible")
 
 
@@ -18,9 +16,9 @@ def find(directory: Path) -> Directory | None:
     numbered = sorted(
         (int(match[1]), entry.name)
         for entry in directory.iterdir()
-        if (match := NUMBERED.fullmatch(entry.name)) and entry.is_file()
+        if (match := names.RANK.fullmatch(entry.name)) and entry.is_file()
     )
-    single = [name for name in _SINGLE if (directory / name).is_file()]
+    single = [name for name in names.SINGLE_RANK if (directory / name).is_file()]
     if not numbered and not single:
         return None
     if len(single) + bool(numbered) > 1:
@@ -34,7 +32,7 @@ def find(directory: Path) -> Directory | None:
     if ranks != list(range(len(ranks))):
         first = next(at for at, rank in enumerate([*ranks, -1]) if at != rank)
         twice = first > 0 and first < len(ranks) and ranks[first] == ranks[first - 1]
-        what = f"rank {ranks[first]} twice" if twice else f"missing: consolidated.{first:02d}.pth"
+        what = f"rank {ranks[first]} twice" if twice else f"missing: {names.rank_name(first)}"
         raise CheckpointNotFoundError(
             f"{directory}: found {', '.join(name for _, name in numbered[:16])}; {what}. "
             "Every rank's file is needed, once; download or copy it again"
@@ -45,8 +43,8 @@ def find(directory: Path) -> Directory | None:
 
 def file_names(count: int, container: str) -> list[str]:
     if container == "safetensors":
-        return ["consolidated.safetensors"]
-    return [f"consolidated.{rank:02d}.pth" for rank in range(count)]
+        return [names.SINGLE_RANK[0]]
+    return [names.rank_name(rank) for rank in range(count)]
 
 
 def _uses(name: str) -> bool:

@@ -8,15 +8,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from ckpt_convert.formats import hf
-from ckpt_convert.formats.base import Directory, Format, WeightName, common_names, numbered, plain_weights
-
-_SUFFIXES = {"safetensors": ".safetensors", "bin": ".bin", "pth": ".pth"}
+from ckpt_convert.formats.base import Directory, Format, WeightName, plain_weights
+from ckpt_convert.formats.names import INDEX_SUFFIX, SUFFIXES, common_names, index_for, numbered
 
 
 def find(directory: Path) -> Directory | None:
     """Indexed shards, or every plain weight file of the first suffix that there is one of."""
     for suffix in (".safetensors", ".pt", ".pth", ".bin"):
-        indexes = sorted(entry.name for entry in directory.glob(f"model{suffix}{hf.INDEX_SUFFIX}"))
+        indexes = sorted(entry.name for entry in directory.glob(f"model{suffix}{INDEX_SUFFIX}"))
         if indexes:
             return hf.from_index(directory, indexes[0])
         names = plain_weights(directory, (suffix,))
@@ -26,12 +25,12 @@ def find(directory: Path) -> Directory | None:
 
 
 def file_names(count: int, container: str) -> list[str]:
-    return common_names(count, container) or numbered(count, "model", _SUFFIXES[container])
+    return common_names(count, container) or numbered(count, "model", SUFFIXES[container])
 
 
 def index_name(container: str) -> str:
     """The index beside shards of a container."""
-    return f"model.{container}{hf.INDEX_SUFFIX}"
+    return index_for(f"model.{container}")
 
 
 def _uses(name: str) -> bool:

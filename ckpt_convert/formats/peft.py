@@ -8,16 +8,15 @@ from typing import Any
 
 from ckpt_convert.errors import ConfigError
 from ckpt_convert.formats.base import load_json
+from ckpt_convert.formats.names import ADAPTER_CONFIG
 
 KIND = "peft"
-CONFIG = "adapter_config.json"
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def config(directory: Path) -> dict[str, Any] | None:
     """What adapter_config.json says; None where there is none that can be read."""
     try:
-        return load_json(directory / CONFIG) if (directory / CONFIG).is_file() else None
+        return load_json(directory / ADAPTER_CONFIG) if (directory / ADAPTER_CONFIG).is_file() else None
     except ConfigError:
         return None
 

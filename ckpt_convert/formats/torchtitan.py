@@ -13,11 +13,10 @@ from ckpt_convert.formats.base import (
     Directory,
     Format,
     WeightName,
-    common_names,
     dcp_directory,
-    numbered,
     plain_weights,
 )
+from ckpt_convert.formats.names import SUFFIXES, common_names, numbered
 
 
 def find(directory: Path) -> Directory | None:
@@ -30,7 +29,7 @@ def find(directory: Path) -> Directory | None:
 
 
 def file_names(count: int, container: str) -> list[str]:
-    return common_names(count, container) or numbered(count, "model", ".pt")
+    return common_names(count, container) or numbered(count, "model", SUFFIXES[container])
 
 
 FORMAT = Format(

@@ -15,7 +15,7 @@ from ckpt_convert.adapters.config import AdapterConfig
 from ckpt_convert.adapters.merge import Merge, MergedReader, merged_rows, merges
 from ckpt_convert.adapters.modules import Modules
 from ckpt_convert.adapters.parameters import split
-from ckpt_convert.adapters.peft_files import CONFIG, WEIGHTS, Loaded, files, from_peft, load_into, to_peft
+from ckpt_convert.adapters.peft_files import Loaded, files, from_peft, load_into, to_peft
 from ckpt_convert.errors import (
     CheckpointNotFoundError,
     CkptConvertError,
@@ -24,6 +24,7 @@ from ckpt_convert.errors import (
     ShapeMismatchError,
     UnsafeFileError,
 )
+from ckpt_convert.formats.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ckpt_convert.models import FAMILIES
 from tests.helpers import GOLDEN, Tensors, assert_same, bits
 
@@ -262,8 +263,8 @@ class TestConfig:
         assert AdapterConfig.of(vars(ours)) == ours
         assert AdapterConfig.of(theirs) == ours
         assert AdapterConfig.of(SimpleNamespace(to_dict=lambda: theirs)) == ours
-        (tmp_path / CONFIG).write_text(json.dumps(theirs))
-        assert AdapterConfig.of(tmp_path / CONFIG) == ours
+        (tmp_path / ADAPTER_CONFIG).write_text(json.dumps(theirs))
+        assert AdapterConfig.of(tmp_path / ADAPTER_CONFIG) == ours
         assert AdapterConfig.of(str(tmp_path)) == ours
 
     @pytest.mark.parametrize(
@@ -320,8 +321,8 @@ class TestConfig:
             AdapterConfig.of(3)
 
     def test_a_file_is_named(self, tmp_path: Path) -> None:
-        (tmp_path / CONFIG).write_text('{"peft_type": "LORA", "r": "8"}')
-        with pytest.raises(ConfigError, match=f"(?s){CONFIG}.*rank: expected a whole number"):
+        (tmp_path / ADAPTER_CONFIG).write_text('{"peft_type": "LORA", "r": "8"}')
+        with pytest.raises(ConfigError, match=f"(?s){ADAPTER_CONFIG}.*rank: expected a whole number"):
             AdapterConfig.of(tmp_path)
         with pytest.raises(ConfigError, match=r"nowhere\.json: cannot be read"):
             AdapterConfig.of(tmp_path / "nowhere.json")
@@ -428,33 +429,33 @@ class TestLoading:
         with pytest.raises(CheckpointNotFoundError, match="is no PEFT adapter"):
             from_peft(tmp_path, modules())
         self.loaded(tmp_path)
-        (tmp_path / CONFIG).unlink()
+        (tmp_path / ADAPTER_CONFIG).unlink()
         with pytest.raises(CheckpointNotFoundError, match="is no PEFT adapter"):
             from_peft(tmp_path, modules())
 
     def test_a_damaged_file(self, tmp_path: Path) -> None:
         self.loaded(tmp_path)
-        (tmp_path / WEIGHTS).write_bytes((tmp_path / WEIGHTS).read_bytes()[:-3])
+        (tmp_path / ADAPTER_WEIGHTS[0]).write_bytes((tmp_path / ADAPTER_WEIGHTS[0]).read_bytes()[:-3])
         with pytest.raises(CkptConvertError, match="truncated"):
             from_peft(tmp_path, modules())
 
     def test_a_pickle_that_asks_for_more_than_tensors(self, tmp_path: Path) -> None:
         self.loaded(tmp_path)
-        (tmp_path / WEIGHTS).unlink()
+        (tmp_path / ADAPTER_WEIGHTS[0]).unlink()
         torch.save({"base_model.model.x": random.Random(0)}, tmp_path / "adapter_model.bin")
         with pytest.raises(UnsafeFileError):
             from_peft(tmp_path, modules())
 
     def test_a_pickle_with_more_than_tensors(self, tmp_path: Path) -> None:
         self.loaded(tmp_path)
-        (tmp_path / WEIGHTS).unlink()
+        (tmp_path / ADAPTER_WEIGHTS[0]).unlink()
         torch.save({"base_model.model.x": torch.ones(1), "epoch": 3}, tmp_path / "adapter_model.bin")
         with pytest.raises(KeyMismatchError, match=r"adapter_model.bin: holds more than tensors:\n    epoch: int"):
             from_peft(tmp_path, modules())
 
     def test_keys_without_pefts_prefix(self, tmp_path: Path) -> None:
         self.loaded(tmp_path)
-        content = json.loads((tmp_path / CONFIG).read_text())
+        content = json.loads((tmp_path / ADAPTER_CONFIG).read_text())
         for name, data in files({"model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 72)}, content).items():
             (tmp_path / name).write_bytes(data)
         with pytest.raises(KeyMismatchError, match=r"not all keys start with base_model.model."):
@@ -462,7 +463,7 @@ class TestLoading:
 
     def test_the_config_is_deterministic_json(self, tmp_path: Path) -> None:
         self.loaded(tmp_path)
-        text = (tmp_path / CONFIG).read_text()
+        text = (tmp_path / ADAPTER_CONFIG).read_text()
         content = json.loads(text)
         assert list(content) == sorted(content)
         assert content["r"] == 2

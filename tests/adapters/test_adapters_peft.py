@@ -19,8 +19,9 @@ from ckpt_convert.adapters.config import AdapterConfig
 from ckpt_convert.adapters.merge import merges
 from ckpt_convert.adapters.modules import Modules
 from ckpt_convert.adapters.parameters import Adapter, Split, split
-from ckpt_convert.adapters.peft_files import CONFIG, WEIGHTS, files, from_peft, load_into, to_peft
+from ckpt_convert.adapters.peft_files import files, from_peft, load_into, to_peft
 from ckpt_convert.errors import ConfigError, KeyMismatchError
+from ckpt_convert.formats.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ckpt_convert.models import FAMILIES
 from tests.helpers import Tensors, assert_same, bits, read_safetensors
 
@@ -263,10 +264,10 @@ def test_an_adapter_of_pefts_own_comes_in_and_goes_out_byte_for_byte(
     found = split(live, config, modules)
     assert load_into(found, loaded) == []
     ours = save(tmp_path / "ours", found, config, modules)
-    assert (ours / WEIGHTS).read_bytes() == (tmp_path / "theirs" / WEIGHTS).read_bytes()
+    assert (ours / ADAPTER_WEIGHTS[0]).read_bytes() == (tmp_path / "theirs" / ADAPTER_WEIGHTS[0]).read_bytes()
 
-    said = json.loads((ours / CONFIG).read_text())
-    full = json.loads((tmp_path / "theirs" / CONFIG).read_text())
+    said = json.loads((ours / ADAPTER_CONFIG).read_text())
+    full = json.loads((tmp_path / "theirs" / ADAPTER_CONFIG).read_text())
     full["target_modules"] = sorted(full["target_modules"])
     assert {key: full[key] for key in said} == said
     defaults = json.loads(json.dumps(library.peft.LoraConfig().to_dict(), default=list))
@@ -315,7 +316,7 @@ def test_a_model_that_peft_wraps_is_split_and_written_as_peft_writes_it(
     assert list(found.saved) == ["lm_head.weight"]
     assert bits(found.saved["lm_head.weight"]) != bits(found.base["lm_head.weight"])
     ours = save(tmp_path / "ours", found, config, modules)
-    assert (ours / WEIGHTS).read_bytes() == (tmp_path / "theirs" / WEIGHTS).read_bytes()
+    assert (ours / ADAPTER_WEIGHTS[0]).read_bytes() == (tmp_path / "theirs" / ADAPTER_WEIGHTS[0]).read_bytes()
     with torch.no_grad():
         expected = model(library.tokens).logits
     assert_close(peft_logits(library, "llama", ours), expected)
@@ -363,7 +364,7 @@ def test_modules_trained_whole_in_a_training_layout(library: SimpleNamespace, tm
     found = split(live, config, modules)
     assert sorted(found.saved) == ["layers.1.attn.k_proj.weight", "norm.scale", "output.weight"]
     save(tmp_path, found, config, modules)
-    said = json.loads((tmp_path / CONFIG).read_text())
+    said = json.loads((tmp_path / ADAPTER_CONFIG).read_text())
     assert said["modules_to_save"] == ["lm_head", "model.layers.1.self_attn.k_proj", "model.norm"]
     model = fresh(library, "llama")
     with torch.no_grad():
@@ -385,7 +386,7 @@ def test_layers_with_adapters_of_their_own_are_named_in_full(library: SimpleName
     modules = modules_of(library, "llama", "native")
     found = split(live_of(library, "llama", "native", adapters), config, modules)
     save(tmp_path, found, config, modules)
-    assert json.loads((tmp_path / CONFIG).read_text())["target_modules"] == [
+    assert json.loads((tmp_path / ADAPTER_CONFIG).read_text())["target_modules"] == [
         "model.layers.0.self_attn.v_proj",
         "model.layers.1.self_attn.q_proj",
         "model.layers.1.self_attn.v_proj",
@@ -415,7 +416,7 @@ def test_a_pickled_adapter_comes_in_too(library: SimpleNamespace, tmp_path: Path
     model = library.peft.get_peft_model(fresh(library, "llama"), theirs)
     model.save_pretrained(tmp_path / "safe")
     model.save_pretrained(tmp_path / "pickled", safe_serialization=False)
-    assert not (tmp_path / "pickled" / WEIGHTS).exists()
+    assert not (tmp_path / "pickled" / ADAPTER_WEIGHTS[0]).exists()
     modules = modules_of(library, "llama", "native")
     safe, pickled = (from_peft(tmp_path / name, modules).adapters for name in ("safe", "pickled"))
     assert_same(_live_of(pickled), _live_of(safe))
@@ -473,4 +474,4 @@ def test_what_was_read_belongs_to_the_safetensors_library_too(library: SimpleNam
     live = {key: t.bfloat16() for key, t in live_of(library, "mistral", "native", adapters).items()}
     found = split(live, config, modules)
     save(tmp_path, found, config, modules)
-    assert_same(read_safetensors(tmp_path / WEIGHTS), to_peft(found, config, modules)[0])
+    assert_same(read_safetensors(tmp_path / ADAPTER_WEIGHTS[0]), to_peft(found, config, modules)[0])

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_convert.checkpoint.record import ACCEPTED, MANIFEST, read_manifest, replace_manifest
+from ckpt_convert.containers.dcp import DCP_INDEX, DCP_SUFFIX
 from ckpt_convert.errors import CheckpointNotFoundError, CkptConvertError, UsageError
-from ckpt_convert.formats.base import DCP_INDEX
+from ckpt_convert.formats.names import WEIGHT_SUFFIXES
 from ckpt_convert.storage.checksums import digest_file
-from ckpt_convert.storage.names import WEIGHT_SUFFIXES, resolve
+from ckpt_convert.storage.names import resolve
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,7 @@ def _listed(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 def may_change(name: str) -> bool:
     """Whether a file may be edited on purpose: it holds no weights, nor is it the header of files that do."""
-    return not name.endswith((*WEIGHT_SUFFIXES, ".distcp")) and Path(name).name != DCP_INDEX
+    return not name.endswith((*WEIGHT_SUFFIXES, DCP_SUFFIX)) and Path(name).name != DCP_INDEX
 
 
 def _why(name: str, listed: Mapping[str, Any]) -> str:

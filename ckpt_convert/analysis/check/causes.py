@@ -12,6 +12,7 @@ from ckpt_convert.analysis.check.tolerant import Opened
 from ckpt_convert.checkpoint.findings import Finding
 from ckpt_convert.checkpoint.record import MANIFEST
 from ckpt_convert.formats import peft
+from ckpt_convert.formats.names import rank_name
 
 ZEROS = "nothing but zeros"
 """What ``zeros`` looks for in ``found`` of a finding."""
@@ -79,7 +80,7 @@ def _last_ranks(opened: Opened, config: Mapping[str, Any]) -> tuple[list[Finding
     count, rest = divmod(vocab, output.shape[0])
     if rest or not len(stored) < count <= _MOST_RANKS:
         return [], ""
-    lacking = [f"consolidated.{number:02d}.pth" for number in range(len(stored), count)]
+    lacking = [rank_name(number) for number in range(len(stored), count)]
     named = ", ".join(lacking[:4]) + (", …" if len(lacking) > 4 else "")
     text = (
         f"{named} {'is' if len(lacking) == 1 else 'are'} missing: vocab_size {vocab} in params.json is that of {count} "

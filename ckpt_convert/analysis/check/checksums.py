@@ -16,10 +16,10 @@ from ckpt_convert.checkpoint.findings import Finding, Severity, failed
 from ckpt_convert.checkpoint.record import MANIFEST, Record
 from ckpt_convert.containers.dcp import dcp
 from ckpt_convert.errors import CkptConvertError, UnsafeFileError
-from ckpt_convert.formats.base import RECORD_FOLDER
+from ckpt_convert.formats.names import RECORD_FOLDER, is_weights
 from ckpt_convert.storage.base import RangeReader, read
 from ckpt_convert.storage.checksums import CRC64, XXH3, digest, digest_file
-from ckpt_convert.storage.names import WEIGHT_SUFFIXES, resolve
+from ckpt_convert.storage.names import resolve
 from ckpt_convert.storage.reader import LocalFile
 from ckpt_convert.tensors.header import WeightFile
 
@@ -205,7 +205,7 @@ def listed(opened: Opened) -> tuple[list[Finding], list[Span]]:
     # Files that are open already are read once for all checks; but legacy ones are open as what torch made of them.
     opened_files = {file.name: file.reader for file in checkpoint.files if isinstance(file.reader, LocalFile)}
     for name, expected in entries.items():
-        weights = name.endswith(WEIGHT_SUFFIXES)
+        weights = is_weights(name)
         try:
             reader = opened_files.get(name) or LocalFile(resolve(checkpoint.root, name, CHECKLIST), name)
         except (CkptConvertError, OSError) as error:

@@ -13,12 +13,23 @@ from ckpt_convert.checkpoint.checkpoint import Checkpoint
 from ckpt_convert.checkpoint.findings import Finding
 from ckpt_convert.dtypes import CASTABLE
 from ckpt_convert.errors import CkptConvertError
-from ckpt_convert.formats.base import OF_TRAINING, index_for, is_index, load_json
-from ckpt_convert.formats.hf import NUMBERED, another_set, is_found
+from ckpt_convert.formats.base import load_json
+from ckpt_convert.formats.hf import another_set
+from ckpt_convert.formats.names import (
+    ADAPTER,
+    CONSOLIDATED,
+    OF_TRAINING,
+    SHARD,
+    USUAL,
+    index_for,
+    is_found,
+    is_index,
+    is_unfinished,
+    is_weights,
+    shard_name,
+)
 from ckpt_convert.models import FAMILIES
-from ckpt_convert.storage.names import WEIGHT_SUFFIXES, partial_of, replaced_of
-
-_UNFINISHED = (".incomplete", ".part", ".crdownload", ".aria2", ".tmp", ".download")
+from ckpt_convert.storage.names import partial_of, replaced_of
 
 
 def contradictions(opened: Opened) -> Iterator[Finding]:
@@ -74,12 +85,12 @@ def leftovers(opened: Opened) -> Iterator[Finding]:
     known = {opened.checkpoint.directory.index, *(finding.file for finding in opened.findings)}
     names = sorted(entry.name for entry in path.iterdir())
     for name in names:
-        if name.endswith(_UNFINISHED) or (name.startswith(".") and name.endswith(".partial")):
+        if is_unfinished(name):
             text = f"{name} was left by a download or a conversion that did not end; remove it, or fetch it to its end"
             yield Finding("warning", "leftover", text, name)
         elif is_index(name) and name not in known:
             yield from _other_index(path, name, used)
-    unused = [name for name in names if name.endswith(WEIGHT_SUFFIXES) and name not in used and _counts(path, name)]
+    unused = [name for name in names if is_weights(name) and name not in used and _counts(path, name)]
     if used.issubset(names):
         yield from _unused(unused, used, opened.checkpoint)
     elif unused and another_set(path, opened.checkpoint.directory) is None:  # it may be all the weights there are
@@ -92,7 +103,7 @@ def numbering(opened: Opened) -> Iterator[Finding]:
     """Whether the numbers in the names of the files that are used are those of one set."""
     totals: dict[tuple[str, str], dict[int, list[int]]] = {}
     for weight in opened.checkpoint.directory.weights:
-        if match := NUMBERED.fullmatch(weight.name):
+        if match := SHARD.fullmatch(weight.name):
             of = totals.setdefault((match["stem"], match["suffix"]), {})
             of.setdefault(int(match["total"]), []).append(int(match["number"]))
     indexed = opened.checkpoint.directory.index is not None
@@ -121,7 +132,7 @@ def numbering(opened: Opened) -> Iterator[Finding]:
             lacking = sorted(set(range(first, min(total, 100_000) + first)) - set(numbers))
             if lacking and not indexed:
                 width = _width(opened.checkpoint, stem)
-                shown = ", ".join(f"{stem}-{n:0{width}d}-of-{total:0{width}d}{suffix}" for n in lacking[:5])
+                shown = ", ".join(shard_name(stem, n, total, suffix, width) for n in lacking[:5])
                 text = (
                     f"{len(lacking)} of {total} shards missing: {shown}{', …' if len(lacking) > 5 else ''}; "
                     "download or copy what is missing"
@@ -143,12 +154,12 @@ def names(opened: Opened) -> Iterator[Finding]:
     alone = checkpoint.format == "hf" and checkpoint.directory.index is None and checkpoint.directory.kind is None
     if family is not None and family.from_shapes is not None:
         return  # its loaders take a file, whatever it is called
-    if not alone or not (checkpoint.root / "config.json").is_file() or any(map(NUMBERED.fullmatch, used)):
+    if not alone or not (checkpoint.root / "config.json").is_file() or any(map(SHARD.fullmatch, used)):
         return
     for name in used:
         if not is_found(name):
             text = (
-                f"{name} is no name that transformers and others find (model.safetensors, pytorch_model.bin): rename "
+                f"{name} is no name that transformers and others find ({', '.join(USUAL)}): rename "
                 "it if it is safetensors, or write the checkpoint anew with `ckpt-convert convert SRC DST --to hf "
                 "--container safetensors`"
             )
@@ -156,7 +167,7 @@ def names(opened: Opened) -> Iterator[Finding]:
 
 
 def _width(checkpoint: Checkpoint, stem: str) -> int:
-    matches = (NUMBERED.fullmatch(weight.name) for weight in checkpoint.directory.weights)
+    matches = (SHARD.fullmatch(weight.name) for weight in checkpoint.directory.weights)
     return next((len(match["number"]) for match in matches if match and match["stem"] == stem), 5)
 
 
@@ -165,11 +176,11 @@ def _counts(path: Path, name: str) -> bool:
 
 
 def _unused(names: list[str], used: set[str], checkpoint: Checkpoint) -> Iterator[Finding]:
-    sets = {(m["stem"], m["suffix"]) for name in used if (m := NUMBERED.fullmatch(name))}
+    sets = {(m["stem"], m["suffix"]) for name in used if (m := SHARD.fullmatch(name))}
     suffixes = {Path(name).suffix for name in used}
     others: dict[str, list[str]] = {}
     for name in names:
-        match = NUMBERED.fullmatch(name)
+        match = SHARD.fullmatch(name)
         said = checkpoint.directory.index or "no file"
         if match and ((match["stem"], match["suffix"]) in sets or match["suffix"] in suffixes):
             text = (
@@ -177,7 +188,7 @@ def _unused(names: list[str], used: set[str], checkpoint: Checkpoint) -> Iterato
                 "move it elsewhere"
             )
             yield Finding("warning", "leftover", text, name)
-        elif name.startswith("consolidated"):
+        elif name.startswith(CONSOLIDATED):
             others.setdefault("the same model in Meta's layout, perhaps", []).append(name)
         elif Path(name).suffix not in suffixes:
             others.setdefault(f"another set of {Path(name).suffix} files", []).append(name)
@@ -197,7 +208,7 @@ def _other_index(path: Path, name: str, used: set[str]) -> Iterator[Finding]:
         weight_map = None
     files = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
     absent = sorted(file for file in files if not os.path.isfile(path / file))  # False for a name that cannot be
-    if name.startswith(("consolidated", "adapter")) and not absent:
+    if name.startswith((CONSOLIDATED, ADAPTER)) and not absent:
         return
     if absent:
         text = (

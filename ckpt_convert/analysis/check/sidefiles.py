@@ -12,9 +12,9 @@ from ckpt_convert.checkpoint.findings import Finding, failed
 from ckpt_convert.checkpoint.usual import EMBEDDINGS, size_of, text_part
 from ckpt_convert.dtypes import CASTABLE, DTYPES, torch_name
 from ckpt_convert.errors import CkptConvertError
-from ckpt_convert.formats.base import NEVER_SIDE_FILES, is_index, load_json
+from ckpt_convert.formats.base import load_json
+from ckpt_convert.formats.names import is_never_beside
 from ckpt_convert.storage.base import read
-from ckpt_convert.storage.names import WEIGHT_SUFFIXES
 from ckpt_convert.storage.reader import LocalFile
 
 _LOADED = (
@@ -37,7 +37,7 @@ def side_files(checkpoint: Checkpoint) -> Iterator[Finding]:
         return
     for path in sorted(checkpoint.path.iterdir()):
         name = path.name
-        if name.startswith(".") or is_index(name) or name.endswith((*WEIGHT_SUFFIXES, *NEVER_SIDE_FILES)):
+        if name.startswith(".") or is_never_beside(name):
             continue
         if path.is_symlink() and not path.exists():
             target = os.readlink(path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +13,7 @@ from ckpt_convert.checkpoint.checkpoint import Checkpoint
 from ckpt_convert.checkpoint.findings import Finding, failed
 from ckpt_convert.checkpoint.opening import OpenedFiles, by_keys, detect, everything, open_files, place
 from ckpt_convert.checkpoint.stated import Hints
+from ckpt_convert.containers.dcp import DCP_INDEX
 from ckpt_convert.errors import (
     CheckpointNotFoundError,
     CkptConvertError,
@@ -22,17 +22,16 @@ from ckpt_convert.errors import (
     UsageError,
     reason,
 )
-from ckpt_convert.formats.base import RECORD_FOLDER, Directory, WeightName, is_index, load_json, plain_weights
+from ckpt_convert.formats.base import Directory, WeightName, load_json, plain_weights
 from ckpt_convert.formats.hf import another_set, plain_names
+from ckpt_convert.formats.names import RANK, RECORD_FOLDER, WEIGHT_SUFFIXES, is_index
 from ckpt_convert.models import FAMILIES
-from ckpt_convert.storage.names import JOURNAL, WEIGHT_SUFFIXES, check_name, local_path, resolve
+from ckpt_convert.storage.names import JOURNAL, check_name, local_path, resolve
 from ckpt_convert.storage.reader import LocalFile, unreadable
 from ckpt_convert.tensors.header import WeightFile
 
 if TYPE_CHECKING:
     from ckpt_convert.checkpoint.record import Record
-
-_RANK = re.compile(r"consolidated\.(\d{2,4})\.(?:pth|pt|safetensors)")
 
 
 @dataclass(frozen=True)
@@ -154,7 +153,8 @@ def _rescued(path: Path, state: _State, error: CkptConvertError) -> tuple[str | 
         if directory is None and names:
             directory = Directory(tuple(WeightName(name) for name in names[0]))
         return None if directory is None else (said, "weight files beside a broken index", directory)
-    numbered = sorted((int(match[1]), entry.name) for entry in path.iterdir() if (match := _RANK.fullmatch(entry.name)))
+    ranks = ((RANK.fullmatch(entry.name), entry.name) for entry in path.iterdir())
+    numbered = sorted((int(match[1]), name) for match, name in ranks if match is not None and len(match[1]) <= 4)
     if not numbered or len(numbered) > 1024:
         return None
     state.error("files", error, path)
@@ -192,7 +192,7 @@ def _files(path: Path, directory: Directory, state: _State) -> tuple[tuple[Weigh
             return open_files(path, directory)[0], [], []
         except (CkptConvertError, OSError) as error:
             state.error("container", error, path)
-            return (), [".metadata"], []
+            return (), [DCP_INDEX], []
     other = another_set(path, directory) if path.is_dir() else None
     if other is not None:  # one cause, whatever number of files it is that are missing
         state.findings.append(Finding("error", "files", other, directory.index))

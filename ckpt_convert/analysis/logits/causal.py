@@ -21,14 +21,12 @@ from ckpt_convert.errors import (
     UsageError,
     listing,
 )
+from ckpt_convert.formats.names import ADAPTER_CONFIG, USUAL, index_for
 from ckpt_convert.tensors.blocks import Meter, Mover, ProgressCallback, Read, difference
 from ckpt_convert.tensors.lazy import LazyTensor, stored
 
 if TYPE_CHECKING:
     import torch
-
-_FOUND = ("model.safetensors", "pytorch_model.bin")
-"""The names, or with .index.json behind them the indices, under which transformers finds weights."""
 
 _LEFT_OUT = (
     "auto_map",  # code of the checkpoint's own
@@ -169,12 +167,12 @@ def load(checkpoint: Checkpoint, found: Architecture, progress: ProgressCallback
 
 def _opens(checkpoint: Checkpoint) -> bool:
     """Whether transformers would find just these files in the directory, and a model rather than an adapter."""
-    if checkpoint.format != "hf" or not checkpoint.path.is_dir() or (checkpoint.root / "adapter_config.json").exists():
+    if checkpoint.format != "hf" or not checkpoint.path.is_dir() or (checkpoint.root / ADAPTER_CONFIG).exists():
         return False
     if checkpoint.read_as:
         return False
     index, names = checkpoint.directory.index, [file.name for file in checkpoint.files]
-    return index in [f"{name}.index.json" for name in _FOUND] if index else names in [[name] for name in _FOUND]
+    return index in map(index_for, USUAL) if index else names in [[name] for name in USUAL]
 
 
 def _as_they_are(checkpoint: Checkpoint, progress: ProgressCallback | None) -> dict[str, torch.Tensor]:

@@ -19,7 +19,7 @@ from typing import Any
 
 from ckpt_convert.checkpoint.record import MANIFEST, TRAINING_STATE, read_manifest, replace_manifest
 from ckpt_convert.checkpointer.run.progress import Progress
-from ckpt_convert.containers.dcp import dcp
+from ckpt_convert.containers.dcp import DCP_SUFFIX, dcp
 from ckpt_convert.convert import ownership
 from ckpt_convert.errors import (
     CheckpointNotFoundError,
@@ -233,7 +233,7 @@ def finish_thinning(directory: Path) -> None:
             return
         try:
             for entry in state.iterdir():
-                if dcp.is_metadata(entry.name) or entry.name.endswith(dcp.SUFFIX):
+                if dcp.is_metadata(entry.name) or entry.name.endswith(DCP_SUFFIX):
                     entry.unlink()
             if not any(state.iterdir()):
                 state.rmdir()

@@ -7,12 +7,11 @@ from pathlib import Path
 
 from ckpt_convert import formats
 from ckpt_convert.checkpoint.record import MERGED, TRAINING_STATE
+from ckpt_convert.containers.dcp import DCP_INDEX
 from ckpt_convert.convert.plan import Plan
 from ckpt_convert.errors import UsageError
-from ckpt_convert.formats.base import DCP_INDEX, RECORD_FOLDER, is_index
+from ckpt_convert.formats.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RECORD_FOLDER, is_index
 from ckpt_convert.storage.checksums import digest, digest_file
-
-_ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 
 def check(extra: Sequence[Path], plan: Plan | None) -> None:
@@ -20,7 +19,7 @@ def check(extra: Sequence[Path], plan: Plan | None) -> None:
 
     ``plan`` writes the weights, None where there are none beside these files. Raises UsageError.
     """
-    taken = {RECORD_FOLDER, TRAINING_STATE, MERGED, *_ADAPTER}
+    taken = {RECORD_FOLDER, TRAINING_STATE, MERGED, ADAPTER_CONFIG, *ADAPTER_WEIGHTS}
     if plan is not None:
         taken |= {file.name for file in plan.files} | {DCP_INDEX, formats.ALL[plan.target].config or ""}
         taken |= {side.name for side in plan.side if is_index(side.name)}

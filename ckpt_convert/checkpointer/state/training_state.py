@@ -18,8 +18,7 @@ from ckpt_convert.analysis.check.training import compare
 from ckpt_convert.checkpointer.state.pack import Packed, part
 from ckpt_convert.checkpointer.state.unpack import tensor_keys, unpacked
 from ckpt_convert.checkpointer.state.writer import Writer
-from ckpt_convert.containers.dcp import dcp
-from ckpt_convert.containers.dcp.dcp_metadata import FILE
+from ckpt_convert.containers.dcp import DCP_INDEX, dcp
 from ckpt_convert.dtypes import DTYPES
 from ckpt_convert.errors import (
     CheckpointNotFoundError,
@@ -160,9 +159,9 @@ class Opened:
 
 def open_state(directory: Path) -> Opened:
     """Read the description of a state; raises as ``read`` does."""
-    if not (directory / FILE).is_file():
+    if not (directory / DCP_INDEX).is_file():
         raise CheckpointNotFoundError(
-            f"{directory}: should hold {FILE}, which is written last, but does not; the save was cut short or the "
+            f"{directory}: should hold {DCP_INDEX}, which is written last, but does not; the save was cut short or the "
             "directory was removed, so resume from another checkpoint"
         )
     with reading(directory):

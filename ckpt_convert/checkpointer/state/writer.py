@@ -23,12 +23,12 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.utils.serialization import config
 
-from ckpt_convert.containers.dcp.dcp_metadata import FILE
+from ckpt_convert.containers.dcp import DCP_INDEX, DCP_SUFFIX
 from ckpt_convert.storage import checksums
 from ckpt_convert.storage.checksums import digest
 from ckpt_convert.storage.folder import Folder, StagedFile
 
-DATA = "__0_0.distcp"
+DATA = f"__0_0{DCP_SUFFIX}"
 _BLOCK = 1 << 20
 """Bytes handed to the system at once; it starts to write each to disk while the next is being copied.
 
@@ -55,8 +55,8 @@ class Writer:
         metadata.version = CURRENT_DCP_VERSION
         metadata.storage_data, written = self._write(planner.finish_plan(plans[0]), planner)
         data = pickle.dumps(metadata)
-        self._folder.write(FILE, data)
-        return {FILE: {"size": len(data), "checksum": digest(data)}, DATA: written}
+        self._folder.write(DCP_INDEX, data)
+        return {DCP_INDEX: {"size": len(data), "checksum": digest(data)}, DATA: written}
 
     def _write(self, plan: SavePlan, planner: SavePlanner) -> tuple[dict[MetadataIndex, _StorageInfo], dict[str, Any]]:
         """Write the tensors; where each lies, and the size and checksum of their file."""

@@ -1,1 +1,4 @@
 """torch.distributed.checkpoint's directories."""
+
+DCP_INDEX = ".metadata"
+DCP_SUFFIX = ".distcp"

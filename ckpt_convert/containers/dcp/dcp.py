@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_convert.containers import safetensors
-from ckpt_convert.containers.dcp.dcp_metadata import FILE, Metadata, Place, check_cover, load, merged
+from ckpt_convert.containers.dcp import DCP_INDEX, DCP_SUFFIX
+from ckpt_convert.containers.dcp.dcp_metadata import Metadata, Place, check_cover, load, merged
 from ckpt_convert.containers.torch_zip import torchzip
 from ckpt_convert.dtypes import DTYPES, nbytes
 from ckpt_convert.errors import CheckpointNotFoundError, CorruptFileError, InputError
@@ -27,7 +28,6 @@ from ckpt_convert.storage.reader import FilePool, Identity, LocalFile, identify
 from ckpt_convert.tensors.header import Box, Header, StoredTensor
 
 KIND = "dcp"
-SUFFIX = ".distcp"
 _OF_RANK = re.compile(r"__(\d+)\.metadata")
 _FILE = re.compile(r"__(\d+)_\d+\.distcp")
 
@@ -44,12 +44,12 @@ class File:
 
 def is_metadata(name: str) -> bool:
     """Say whether a file of this name is the metadata, or a rank's."""
-    return name == FILE or _OF_RANK.fullmatch(name) is not None
+    return name == DCP_INDEX or _OF_RANK.fullmatch(name) is not None
 
 
 def is_directory(directory: Path) -> bool:
     """Say whether a directory looks like one that torch.distributed.checkpoint wrote."""
-    return bool(_metadata_files(directory)) or any(directory.glob(f"*{SUFFIX}"))
+    return bool(_metadata_files(directory)) or any(directory.glob(f"*{DCP_SUFFIX}"))
 
 
 def read_directory(directory: Path) -> tuple[list[File], list[tuple[str, str]]]:
@@ -63,7 +63,7 @@ def read_directory(directory: Path) -> tuple[list[File], list[tuple[str, str]]]:
     names = _metadata_files(directory)
     if not names:
         raise CheckpointNotFoundError(
-            f"{directory}: has {SUFFIX} files but no {FILE}, which is written last and says what lies where; "
+            f"{directory}: has {DCP_SUFFIX} files but no {DCP_INDEX}, which is written last and says what lies where; "
             "the save was cut short, or the file was not copied (its name starts with a dot)"
         )
     said = str(directory / names[0])
@@ -91,8 +91,8 @@ def read_directory(directory: Path) -> tuple[list[File], list[tuple[str, str]]]:
 
 def _metadata_files(directory: Path) -> list[str]:
     """The one file for all ranks, or one for each where they were saved without talking to each other."""
-    if (directory / FILE).is_file():
-        return [FILE]
+    if (directory / DCP_INDEX).is_file():
+        return [DCP_INDEX]
     ranks = {int(m[1]): entry.name for entry in directory.iterdir() if (m := _OF_RANK.fullmatch(entry.name))}
     return [ranks[rank] for rank in sorted(ranks)]
 

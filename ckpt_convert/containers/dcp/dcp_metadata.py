@@ -13,6 +13,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from ckpt_convert.containers.dcp import DCP_INDEX
 from ckpt_convert.containers.pickle import torchpickle
 from ckpt_convert.containers.pickle.pickleglobals import DTypeName, Foreign, Global
 from ckpt_convert.dtypes import DTYPES, torch_name
@@ -20,7 +21,6 @@ from ckpt_convert.errors import CorruptFileError
 from ckpt_convert.storage.base import read
 from ckpt_convert.storage.reader import LocalFile
 
-FILE = ".metadata"
 _OURS = "torch.distributed.checkpoint."
 _MAX_METADATA = 1 << 29
 _MAX_BYTES = 1 << 63
@@ -68,7 +68,7 @@ def load(path: Path) -> Metadata:
             raise CorruptFileError(
                 f"{path}: {file.size:,} bytes are far more than any checkpoint's metadata; is this the right file?"
             )
-        loaded = torchpickle.load(file.name, read(file, 0, file.size), foreign=True, part=FILE)
+        loaded = torchpickle.load(file.name, read(file, 0, file.size), foreign=True, part=DCP_INDEX)
     try:
         return _metadata(loaded)
     except _OddError as odd:
