@@ -1,23 +1,29 @@
-"""Finding the checkpoint to go on from, and loading it."""
+"""What a run starts from: its source, the checkpoint to go on from, and the loading of it."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ckpt_convert.analysis.check import check as check_weights
-from ckpt_convert.checkpoint.checkpoint import open_checkpoint
+from ckpt_convert.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from ckpt_convert.checkpoint.record import MANIFEST, TRAINING_STATE
 from ckpt_convert.checkpointer.live import base, loading
 from ckpt_convert.checkpointer.live.base import Base
-from ckpt_convert.checkpointer.live.choice import ADAPTER, MODEL, Choice
-from ckpt_convert.checkpointer.live.tensors import tensors_of
+from ckpt_convert.checkpointer.live.choice import ADAPTER, MODEL, PROGRESS, Choice
+from ckpt_convert.checkpointer.live.tensors import Model, tensors_of
 from ckpt_convert.checkpointer.run import catalog, retention
 from ckpt_convert.checkpointer.run.catalog import Saved
+from ckpt_convert.checkpointer.run.metrics import Reported
+from ckpt_convert.checkpointer.run.progress import Progress
+from ckpt_convert.checkpointer.run.source import Source, lost, open_lost, open_source
 from ckpt_convert.checkpointer.save.emitting import Emitter
+from ckpt_convert.checkpointer.save.options import Options
+from ckpt_convert.checkpointer.save.run_directory import RunDirectory
+from ckpt_convert.checkpointer.save.saver import Saver
 from ckpt_convert.checkpointer.state import training_state
 from ckpt_convert.checkpointer.state.pack import part
 from ckpt_convert.checkpointer.state.parts import Parts
@@ -27,6 +33,7 @@ from ckpt_convert.errors import (
     CorruptFileError,
     InputError,
     KeyMismatchError,
+    OutputExistsError,
     UnreadableError,
     UsageError,
     listing,
@@ -40,6 +47,94 @@ log = logging.getLogger("ckpt_convert")
 
 _PREFIX = f"{MODEL}/"
 _NOT_GIVEN = "once that is mended run again, or resume from an older step (from_=)"
+
+
+def source_of(given: Source | None, format: str | None, options: Options, run: RunDirectory | None) -> Checkpoint:
+    """Open what a checkpointer was given as its source; in place of None, what the run's own steps know of it.
+
+    Raises what ``open_source`` and ``open_lost`` do, and OutputExistsError where steps would go into the source.
+    """
+    opened = _opened(given, format, options, run)
+    if run is not None:
+        run.check(opened)
+    return opened
+
+
+def _opened(given: Source | None, format: str | None, options: Options, run: RunDirectory | None) -> Checkpoint:
+    if given is None:
+        return _without_source(run.saved if run is not None and not options.overwrite else [], options, run)
+    try:
+        return open_source(given, format=format, family=options.family, config=options.config)
+    except CheckpointNotFoundError as error:
+        raise lost(error, run.saved if run is not None else []) from error
+
+
+def _without_source(there: Sequence[Saved], options: Options, run: RunDirectory | None) -> Checkpoint:
+    opened, step = open_lost(there, options.config, options.family)
+    if step is not None and run is not None:
+        log.info("there is no source: files, dtypes and config are those of %s", step)
+        run.template = step
+    return opened
+
+
+def refuse_restart(wanted: Choice, saver: Saver, options: Options) -> None:
+    """Raise UsageError for the option of a fresh start, OutputExistsError for one over steps that are there."""
+    if options.overwrite:
+        raise UsageError(
+            "overwrite=True is for register(), which starts anew where checkpoints are; resume() goes on "
+            "from them: leave it out"
+        )
+    if not wanted.progress and (there := saver.directory.saved):
+        raise OutputExistsError(
+            f"{options.output_dir}: holds {len(there)} checkpoints, up to step {there[-1].step}, which a run that "
+            f"counts from 0 (exclude={PROGRESS!r}) would replace; choose another output_dir, or go on without it"
+        )
+
+
+def go_on(
+    saved: Saved, saver: Saver, parts: Parts, options: Options, wanted: Choice, *, strict: bool, base_loaded: bool
+) -> None:
+    """Let a run that has begun go on from a checkpoint: load it, count on, and plan what comes next.
+
+    Raises what ``load`` does, and UsageError for what could not be saved.
+    """
+    counts, directory = saver.counts, saver.directory
+    parts.begin_at(saved.step)
+    _take_layout_of(saved, saver, options)
+    load(
+        saved,
+        parts,
+        saver.emitter,
+        wanted=wanted,
+        strict=strict,
+        workers=options.workers,
+        progress=options.progress,
+        base_loaded=base_loaded,
+    )
+    counts.progress, counts.reported = Progress(), Reported()
+    if wanted.progress:
+        counts.progress, counts.reported = saved.progress, Reported(saved.progress.evals, saved.metrics)
+        if any(one.path.resolve() == saved.path.resolve() for one in directory.saved):
+            saver.saved_step, saver.saved_at = saved.step, saved.path
+            saver.lacks_final = not saved.manifest["training"].get("final")
+    counts.started_from = counts.progress.step
+    if parts.epoch_is_over:  # its last batch was saved, but a kill came before its end was counted
+        parts.end_epoch()
+        if wanted.progress:
+            counts.end_epoch()
+    saver.plan_ahead()
+    if wanted.progress:
+        directory.go_on_from(saved)
+    directory.warn_ahead(counts.progress.step)
+    counts.begin_watch(directory.saved)
+
+
+def _take_layout_of(saved: Saved, saver: Saver, options: Options) -> None:
+    """Let a run without a source go on in the files of the step that it is resumed from, if that is its own."""
+    source, directory = saver.emitter.source, saver.directory
+    if not options.has_source and saved.path.parent == directory.path and saved.path != source.path:
+        source.close()
+        saver.emitter = Emitter(_without_source([saved], options, directory), options.settings)
 
 
 def choose(output_dir: Path, from_: Any, policy: retention.Policy, *, verify: bool, workers: int) -> Saved | None:
@@ -170,6 +265,26 @@ def load(
     if problems:
         log.warning("%s: what did not fit was left as it was:%s", saved.path, listing(problems))
     log.info("loaded %s", said)
+
+
+def load_best(saver: Saver, model: Model, options: Options) -> Saved | None:
+    """Fill a model with the weights of the best checkpoint, None where none has the metric; see ``load``."""
+    if saver.directory.best is None:
+        return None
+    found = choose(saver.directory.path, "best", options.policy, verify=True, workers=options.workers)
+    assert found is not None
+    load(
+        found,
+        Parts(model),
+        saver.emitter,
+        wanted=Choice(weights_only=True),
+        strict=True,
+        workers=options.workers,
+        progress=options.progress,
+        base_loaded=True,
+    )
+    log.info("loaded the best checkpoint, %s", found.path)
+    return found
 
 
 def _say_what_starts_anew(saved: Saved, names: list[str], strict: bool) -> None:

@@ -160,7 +160,7 @@ def test_an_error_behind_is_raised_at_the_next_call_and_the_step_is_counted(tmp_
         checkpointer.resume(**trained.parts)
         with failing(os, "pwrite", errno.ENOSPC):
             trained.go(checkpointer, 1)  # no error yet: the save goes on behind
-            checkpointer._background._running[0].exception()  # until it failed
+            checkpointer._saver.background._running[0].exception()  # until it failed
         with pytest.raises(NotEnoughSpaceError):
             trained.go(checkpointer, 2)
         assert checkpointer.progress.step == 2  # the optimizer did it, so it counts
@@ -187,7 +187,7 @@ def test_close_tries_again_what_failed_and_tells_of_it_all_the_same(tmp_path: Pa
     checkpointer.resume(**trained.parts)
     with failing(os, "pwrite", errno.ENOSPC):
         trained.go(checkpointer, 1)
-        checkpointer._background._running[0].exception()
+        checkpointer._saver.background._running[0].exception()
     with pytest.raises(NotEnoughSpaceError):
         checkpointer.close()
     assert [saved.step for saved in checkpointer.saved] == [1]

@@ -13,12 +13,18 @@ from typing import Any
 
 from ckpt_convert import formats
 from ckpt_convert.checkpoint.checkpoint import Checkpoint
-from ckpt_convert.checkpointer.run.names import VARIABLES
-from ckpt_convert.checkpointer.save.emitting import CONTENTS, Contents
+from ckpt_convert.checkpointer.run import retention
+from ckpt_convert.checkpointer.run.names import VARIABLES, Template
+from ckpt_convert.checkpointer.run.schedule import Schedule, parse
+from ckpt_convert.checkpointer.run.source import Config
+from ckpt_convert.checkpointer.save.emitting import CONTENTS, Contents, Settings
+from ckpt_convert.checkpointer.save.run_directory import RunDirectory
 from ckpt_convert.dtypes import CASTS, torch_name
 from ckpt_convert.errors import UsageError, listing
 from ckpt_convert.models import FAMILIES
 from ckpt_convert.storage.names import local_path
+from ckpt_convert.storage.reader import WORKERS
+from ckpt_convert.tensors.blocks import ProgressCallback
 
 _VARIABLE = re.compile(rf"{{(?:{'|'.join(VARIABLES)})(?::[^{{}}]*)?}}")
 _BRACES = "has braces, but only directory= is a template; write it out, or put the variable into directory="
@@ -47,6 +53,72 @@ class Final:
     def changes(self) -> dict[str, Any]:
         """The options that differ from every save's, by name."""
         return {name: value for name, value in vars(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Options:
+    """All that a ``Checkpointer`` was given, each option alone and held against the others.
+
+    ``last`` are the settings of the last save, ``output_dir`` is None for a checkpointer that only loads.
+    """
+
+    output_dir: Path | None
+    schedule: Schedule
+    policy: retention.Policy
+    template: Template
+    settings: Settings
+    last: Settings
+    config: Config | None
+    family: str | None
+    has_source: bool
+    run_name: str | None
+    latest_name: str | None
+    save_last: bool
+    overwrite: bool
+    asynchronous: bool
+    workers: int
+    progress: ProgressCallback | None
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Options:
+        """What was given, by name; raises UsageError for what does not fit, and lists what does not fit together."""
+        final = check(given)
+        best, output_dir = given["best"], given["output_dir"]
+        schedule = parse(given["save_every"])
+        policy = retention.Policy(
+            given["keep_last"],
+            None if best is None else retention.parse_best(best),
+            given["keep_best"],
+            given["keep_last_training_state"],
+        )
+        template = Template(given["directory"], given["latest_name"])
+        at = None if output_dir is None else local_path(output_dir, "output_dir")
+        settings = Settings(
+            contents=given["contents"],
+            export_dtype=dtype_of(given["export_dtype"]),
+            output_format=given["output_format"],
+            model_format=given["model_format"],
+            extra=_extra_files(given["extra_files"]),
+            merged=given["merged"],
+        )
+        same = ("config", "family", "run_name", "latest_name", "save_last", "overwrite", "asynchronous", "progress")
+        return cls(
+            output_dir=at,
+            schedule=schedule,
+            policy=policy,
+            template=template,
+            settings=settings,
+            last=replace(settings, **final.changes),
+            has_source=given["source"] is not None,
+            workers=given["workers"] or WORKERS,
+            **{name: given[name] for name in same},
+        )
+
+    def run_directory(self) -> RunDirectory | None:
+        """Where the steps go; raises UsageError for a name that no directory of a step can have."""
+        if self.output_dir is None:
+            return None
+        return RunDirectory(self.output_dir, self.template, self.run_name, self.latest_name, self.policy)
 
 
 def check(given: Mapping[str, Any]) -> Final:
@@ -122,6 +194,6 @@ def _together(given: Mapping[str, Any], final: Final) -> Iterator[str]:
                 yield f"{option}: does nothing for a source that is open already; give it to open_checkpoint"
 
 
-def extra_files(given: Any) -> tuple[Path, ...]:
+def _extra_files(given: Any) -> tuple[Path, ...]:
     """The paths of ``extra_files``, of which one may be given as it is."""
     return tuple(local_path(path, "extra_files") for path in ((given,) if isinstance(given, str | Path) else given))

@@ -142,7 +142,7 @@ class Parts:
             loader.untrack()
 
 
-def make(*, model: Model, optimizer: Any, lr_scheduler: Any, grad_scaler: Any, dataloader: Any, extra: Any) -> Parts:
+def make(model: Model, optimizer: Any, lr_scheduler: Any, grad_scaler: Any, dataloader: Any, extra: Any) -> Parts:
     """The parts, with the data loaders made to count; raises UsageError for a loader whose place cannot be known."""
     if dataloader is None:
         loaders: dict[str, Any] = {}

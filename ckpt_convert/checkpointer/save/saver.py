@@ -1,0 +1,230 @@
+"""Saving the steps of a run: what is taken of it, when, and what is still under way."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ckpt_convert._version import __version__
+from ckpt_convert.checkpointer.live.copies import CopyCheck
+from ckpt_convert.checkpointer.live.tensors import tensors_of
+from ckpt_convert.checkpointer.run import catalog
+from ckpt_convert.checkpointer.run.counts import Counts
+from ckpt_convert.checkpointer.run.source import CONFIG, STARTED_FROM
+from ckpt_convert.checkpointer.save.background import Background
+from ckpt_convert.checkpointer.save.buffers import Buffers
+from ckpt_convert.checkpointer.save.emitting import Emitter, Settings
+from ckpt_convert.checkpointer.save.options import Options
+from ckpt_convert.checkpointer.save.run_directory import RunDirectory
+from ckpt_convert.checkpointer.state import optimizers
+from ckpt_convert.checkpointer.state.parts import Parts
+from ckpt_convert.errors import UsageError
+
+log = logging.getLogger("ckpt_convert")
+
+
+class Saver:
+    """Takes a run as it is and writes it, while the training waits or behind it.
+
+    ``parts`` are what the run is made of, None as long as none has begun; ``saved_step`` is the step that was saved
+    last, and ``saved_at`` its directory.
+    """
+
+    def __init__(self, options: Options, emitter: Emitter, run: RunDirectory | None, counts: Counts) -> None:
+        self.emitter = emitter
+        self.counts = counts
+        self.parts: Parts | None = None
+        self.saved_step: int | None = None
+        self.saved_at = Path()
+        self.lacks_final = False
+        """Whether the step that was resumed is none that ``final=`` asks for."""
+        self.more_files: Callable[[], Mapping[str, bytes]] = dict
+        self.background = Background()
+        self.holding = self.held = False
+        self._options, self._run = options, run
+        self._settings, self._last = options.settings, options.last
+        self._buffers = Buffers()
+        self._copy_check: CopyCheck | None = None
+        self._captured_trained = False
+
+    @property
+    def directory(self) -> RunDirectory:
+        """Where the steps go; raises UsageError for a checkpointer that was made to load only."""
+        if self._run is None:
+            raise UsageError("there is no output_dir, so nothing can be saved or resumed; give one")
+        return self._run
+
+    def require(self, what: str) -> Parts:
+        """What the run is made of; raises UsageError for a call before there is one."""
+        if self.parts is None:
+            raise UsageError(f"{what}: nothing says what to save; call resume(model=..., ...) or register(...) first")
+        return self.parts
+
+    def open(self) -> None:
+        """Take the directory for a run that begins, after letting go of what the one before was made of."""
+        if self.parts is not None:
+            self.parts.untrack()
+        for path in self._settings.extra:
+            if not path.is_file():
+                raise UsageError(f"{path}: no such file; extra_files are copied into every checkpoint")
+        self.directory.open(self.emitter.source)
+        self.held = self.lacks_final = self._captured_trained = False
+        self.saved_step = None
+
+    def begin(self, parts: Parts) -> None:
+        """Take what a run is made of."""
+        self.parts = parts
+        given = None if parts.optimizer is None else optimizers.tensors(parts.optimizer)
+        self._copy_check = CopyCheck(parts.model, given) if isinstance(parts.model, Mapping) else None
+        self.counts.start_clock()
+
+    def plan_ahead(self) -> None:
+        """Find out now what could not be saved later, and say once what the saved steps will be."""
+        parts = self.require("plan_ahead()")
+        trained = list(optimizers.tensors(parts.optimizer))
+        for settings in dict.fromkeys((self._settings, self._last)):
+            for notice in self.emitter.prepare(parts.model, settings, trained):
+                log.warning("%s", notice)
+        if self._saves_state:
+            parts.capture()  # what cannot be saved is told now, not at the first save
+        if self._copy_check is not None:
+            self._copy_check.start(self.counts.progress.step)
+        self._refuse_others()
+        self.counts.start_clock()
+
+    @property
+    def _saves_state(self) -> bool:
+        return "full" in (self._settings.contents, self._last.contents)
+
+    def look_at_state(self, parts: Parts) -> None:
+        """After each step: which gradients were used; after the first: whether what training has made can be saved."""
+        if not self._saves_state:
+            return
+        parts.updated()
+        if not self._captured_trained:
+            self._captured_trained = True
+            parts.capture()
+
+    def save_or_hold(self) -> None:
+        """Save what is due: now, or where saves are held, at ``save_held``."""
+        if self.holding:
+            self.held = True
+        else:
+            self.save()
+
+    def save_held(self) -> None:
+        """Save the step now if a save was due since the last one."""
+        if self.held:
+            self.save()
+
+    def save(self, settings: Settings | None = None) -> None:
+        """Take everything as it is now, and write it: behind the training, or before this returns."""
+        parts, progress = self.require("save()"), self.counts.progress
+        settings, self.held = settings or self._settings, False
+        self.counts.watch.saved(progress.step)
+        self._refuse_others()
+        if self._copy_check is not None:
+            self._copy_check.refuse_copies(progress.step)
+        if self.background.busy:
+            log.info("step %d waits for the save before it", progress.step)
+        failed = self.background.settle()
+        tensors = tensors_of(parts.model)
+        state = parts.capture() if settings.contents == "full" else None
+        destination = self.directory.destination(progress)
+        job = self.emitter.job(tensors, state, settings, self._buffers if self._options.asynchronous else None)
+        files = dict(self.more_files())
+        training = self._training(settings, destination)
+        previous, self.saved_step, self.saved_at = self.saved_step, progress.step, destination
+
+        def attempt() -> None:
+            try:
+                self.directory.write(job(training, files), destination, self._options.workers)
+            except BaseException:
+                if self.saved_step == progress.step:  # it may be tried again
+                    self.saved_step = previous
+                raise
+
+        if self._options.asynchronous:
+            self.background.run(attempt)
+        else:
+            attempt()
+        if failed is not None:
+            raise failed
+
+    def _training(self, settings: Settings, destination: Path) -> Callable[[], dict[str, Any]]:
+        """What gives the manifest's section about training, with what was reported of the step until it is asked."""
+        directory, progress, reported = self.directory, self.counts.progress, self.counts.reported
+        section = {
+            "version": catalog.VERSION,
+            "saver": "default",
+            "directory": destination.name,
+            "sequence": directory.next_sequence(),
+            "contents": settings.contents,
+            "model_format": settings.model_format,
+            "run_name": directory.run_name,
+            "versions": {"ckpt_convert": __version__, "torch": str(torch.__version__)},
+            STARTED_FROM: "checkpoint" if self.emitter.source.files else CONFIG,
+        }
+        if settings is self._last and settings != self._settings:
+            section["final"] = True
+
+        def training() -> dict[str, Any]:
+            evals, metrics = reported.known
+            return {**section, "progress": {**progress.as_dict(), "evals": evals}, "metrics": dict(metrics)}
+
+        return training
+
+    def amend(self) -> None:
+        """Tell the checkpoint of this step, once it is complete, of metrics that were reported after it."""
+        directory, destination = self.directory, self.saved_at
+        evals, metrics = self.counts.reported.known
+        if self.background.busy:
+            self.background.then(lambda: directory.amend(destination, metrics, evals))
+        else:
+            directory.amend(destination, metrics, evals)
+
+    def finish(self, *, over: bool, stopped: bool) -> None:
+        """What a run that comes to its end has to do: save the last step, and say what it was asked for in vain.
+
+        ``over``: its epochs are over; ``stopped``: a signal ended it.
+        """
+        failed = self.background.settle()  # told at the end: the last step is to be saved all the same
+        trained = self.parts is not None and self.counts.has_trained
+        different = self.saved_step != self.counts.progress.step or self._last != self._settings
+        # A kill may have come between the save of the last step and that which final= asks for.
+        if self._options.save_last and different and (trained or (over and self.lacks_final)):
+            self.save(self._last)
+        else:
+            self.save_held()
+        if trained and not stopped:
+            self.counts.watch.end(self.counts.progress)
+        self.background.wait()
+        if failed is not None:
+            raise failed
+
+    @property
+    def trouble(self) -> str | None:
+        """Why nothing may be written: another process of this run wants to. None where all is well."""
+        return self._run.trouble if self._run is not None else None
+
+    def _refuse_others(self) -> None:
+        """Raise UsageError where another process of this run has a checkpointer for the same directory."""
+        if (trouble := self.trouble) is not None:
+            raise UsageError(trouble)
+
+    def release(self, also: Callable[[], None]) -> None:
+        """Let go of everything that a run has, and do ``also``, whatever of it fails."""
+        tracked, self.parts = self.parts, None
+        with contextlib.ExitStack() as stack:
+            if self._run is not None:
+                stack.callback(self._run.close)
+            stack.callback(also)
+            if tracked is not None:
+                stack.callback(tracked.untrack)
+            stack.callback(self._buffers.clear)
+            stack.callback(self.background.close)
