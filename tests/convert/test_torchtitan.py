@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 import torch.distributed.checkpoint as dcp
 
@@ -58,6 +59,24 @@ def test_from_hf_and_back(case: str, tmp_path: Path) -> None:
     assert not (tmp_path / "titan" / "config.json").exists()
     ckpt_convert.convert(tmp_path / "titan", tmp_path / "back", to="hf", verify=True)
     assert sums(tmp_path / "back") == sums(hf(case))
+
+
+def test_numbers_of_half_a_byte(tmp_path: Path) -> None:
+    """safetensors counts numbers, torch pairs of them."""
+    key, ours = "model.layers.1.mlp.down_proj.weight", "layers.1.feed_forward.w2.weight"
+    tensors = read_safetensors(hf())
+    rows, columns = tensors[key].shape
+    tensors[key] = torch.arange(rows * columns // 2).to(torch.uint8).view(torch.float4_e2m1fn_x2).reshape(rows, -1)
+    source = tmp_path / "source"
+    source.mkdir()
+    shutil.copyfile(hf() / "config.json", source / "config.json")
+    safetensors.torch.save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    ckpt_convert.convert(source, tmp_path / "titan", to="torchtitan", verify=True)
+    found = {ours: torch.empty_like(tensors[key])}
+    dcp.state_dict_loader.load(found, checkpoint_id=tmp_path / "titan", no_dist=True)
+    assert torch.equal(found[ours].view(torch.uint8), tensors[key].view(torch.uint8))
+    ckpt_convert.convert(tmp_path / "titan", tmp_path / "back", to="hf", verify=True)
+    assert sums(tmp_path / "back") == sums(source)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])

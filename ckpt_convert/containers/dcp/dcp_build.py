@@ -49,7 +49,8 @@ def _placed(files: Sequence[tuple[str, FileLayout]]) -> Iterator[Placed]:
         position = 0
         for tensor in layout.header.tensors:
             size = _archive(tensor.dtype, tensor.shape).header.size
-            yield Placed(tensor.key, tensor.dtype, tensor.shape, name, position, size)
+            shape = torchzip_build.counted(tensor.dtype, tensor.shape)
+            yield Placed(tensor.key, tensor.dtype, shape, name, position, size)
             position += size
 
 

@@ -26,7 +26,7 @@ _DTYPES = {name: Global("torch", dtype.torch) for name, dtype in DTYPES.items()}
 
 
 class Placed(NamedTuple):
-    """A whole tensor, and the record that holds it: ``length`` bytes at ``offset`` of ``file``."""
+    """A whole tensor, its shape as torch counts, and the record that holds it: ``length`` bytes at ``offset``."""
 
     key: str
     dtype: str

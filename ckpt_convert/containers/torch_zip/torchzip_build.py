@@ -210,12 +210,17 @@ def _extra64(size: int, packed: int, local: int) -> bytes:
 def _rebuilt(number: int, dtype: str, shape: tuple[int, ...], size: int) -> Call:
     """A tensor on the CPU, of all the bytes of the storage ``number``."""
     kind = DTYPES[dtype]
-    if kind.bits < 8:  # torch counts bytes where safetensors counts the numbers packed in them
-        shape = (*shape[:-1], shape[-1] * kind.bits // 8)
+    shape = counted(dtype, shape)
     elements = size * 8 // kind.bits if kind.storage else size
     storage = Persistent(("storage", _STORAGES.get(dtype, _UNTYPED), Text(str(number)), "cpu", elements))
     arguments = (storage, 0, shape, _strides(shape), False, Call(_ORDERED_DICT, ()))
     return Call(_TYPED_TENSOR, arguments) if kind.storage else Call(_TENSOR, (*arguments, _DTYPES[dtype]))
+
+
+def counted(dtype: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape in torch's words: of bytes where safetensors counts the numbers packed in them."""
+    bits = DTYPES[dtype].bits
+    return (*shape[:-1], shape[-1] * bits // 8) if bits < 8 else shape
 
 
 def _strides(shape: Sequence[int]) -> tuple[int, ...]:
