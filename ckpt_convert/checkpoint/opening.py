@@ -31,6 +31,7 @@ from ckpt_convert.models import FAMILIES
 from ckpt_convert.storage import hub, pointer
 from ckpt_convert.storage.base import Closing
 from ckpt_convert.storage.names import resolve
+from ckpt_convert.storage.place import at
 from ckpt_convert.storage.reader import Identity, LocalFile
 from ckpt_convert.tensors.bulk import without_collector
 from ckpt_convert.tensors.header import SLICES, StoredTensor, WeightFile
@@ -93,7 +94,7 @@ def place(path: Path) -> Path:
 
     Raises CheckpointNotFoundError for an index that is not the one that its directory is read by.
     """
-    path = hub.snapshot(pointer.followed(path))
+    path = hub.snapshot(pointer.followed(at(path)).local)
     if not path.name.endswith(INDEX_SUFFIX) or not path.is_file():
         return path
     for format in ("hf", "native"):

@@ -30,7 +30,7 @@ from ckpt_convert.checkpointer.save.saver import Saver
 from ckpt_convert.checkpointer.state import parts
 from ckpt_convert.errors import OutputExistsError, UsageError
 from ckpt_convert.storage import pointer
-from ckpt_convert.storage.names import local_path
+from ckpt_convert.storage.place import locate
 from ckpt_convert.tensors.blocks import ProgressCallback
 
 log = logging.getLogger("ckpt_convert")
@@ -152,7 +152,7 @@ class Checkpointer:
     def load_adapter(self, path: str | Path, model: Model) -> int:
         """Fill a model's adapter from a PEFT directory, in place; returns the number of tensors."""
         self._refuse_closed()
-        return self._saver.emitter.load_adapter(pointer.followed(local_path(path)), model)
+        return self._saver.emitter.load_adapter(pointer.followed(locate(path)).local, model)
 
     # Beginning
 

@@ -39,7 +39,7 @@ from ckpt_convert.errors import (
     listing,
 )
 from ckpt_convert.storage import pointer
-from ckpt_convert.storage.names import local_path
+from ckpt_convert.storage.place import locate
 from ckpt_convert.storage.reader import reading
 from ckpt_convert.tensors.blocks import ProgressCallback
 
@@ -160,8 +160,7 @@ def choose(output_dir: Path, from_: Any, policy: retention.Policy, *, verify: bo
             steps = ", ".join(str(saved.step) for saved in there) or "none"
             raise CheckpointNotFoundError(f"{output_dir}: has no complete checkpoint of step {from_}; it has: {steps}")
     elif isinstance(from_, (str, Path)):
-        place = local_path(from_, "from_")
-        place = pointer.followed(place)
+        place = pointer.followed(locate(from_, "from_")).local
         found = catalog.read(place.resolve(), renamed=True)
         if found is None:
             found = newest(place, verify=verify, workers=workers)

@@ -15,7 +15,7 @@ from ckpt_convert.cli.text import Labelled, echo, echo_json, escape, human_bytes
 from ckpt_convert.cli.tree import in_short
 from ckpt_convert.convert import steps
 from ckpt_convert.convert.plan import Plan
-from ckpt_convert.storage.staging import existing_parent
+from ckpt_convert.storage.by_rename import existing_parent
 
 _LABEL = len("generated") + 2
 """The width of the column of labels, above the tree and below it."""

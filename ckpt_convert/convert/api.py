@@ -28,10 +28,10 @@ from ckpt_convert.errors import (
     require,
 )
 from ckpt_convert.models.core.config import ConfigOptions, MetaStyle
-from ckpt_convert.storage import hub
-from ckpt_convert.storage.names import local_path
+from ckpt_convert.storage import hub, workspace
+from ckpt_convert.storage.place import Place, locate
 from ckpt_convert.storage.reader import WORKERS, exists, reading
-from ckpt_convert.storage.staging import Staging, check_destination, check_space
+from ckpt_convert.storage.workspace import Stage
 from ckpt_convert.tensors.blocks import ProgressCallback
 
 
@@ -164,7 +164,7 @@ def _config_of(like: Path, source: Checkpoint) -> Path | None:
 
 def convert(
     src: str | Path,
-    dst: str | Path,
+    dst: str | Path | Place,
     *,
     to: str,
     overwrite: bool = False,
@@ -190,13 +190,14 @@ def convert(
     for name, given in (("SRC", src), ("DST", dst)):
         if not str(given):
             raise UsageError(f"{name} is empty; give a path")
-    destination = local_path(dst, "DST")
+    destination = locate(dst, "DST")
+    place = workspace.of(destination)
     count = workers or WORKERS
     made = plan(src, to=to, **options)
     source = made.source
     try:
         with reading(source.path):
-            check_destination(destination, source.path, ownership.RULES, overwrite=overwrite)
+            place.check_destination(destination, locate(source.path), ownership.RULES, overwrite=overwrite)
         if made.undecided is not None:
             made = planning.make(source, made.request, tied=is_tied(made))
         planning.refuse_unreadable(made)
@@ -205,11 +206,12 @@ def convert(
         run_checks(made, progress)
         lost = check_losses(made)
         mode = output.permissions(source)
-        with Staging(destination, ownership.RULES, overwrite=overwrite, resume=resume, mode=mode) as staging:
+        with place.stage(destination, ownership.RULES, overwrite=overwrite, resume=resume, mode=mode) as staging:
             try:
-                check_space(destination, made.disk - staging.allocated())
+                place.check_space(destination, made.disk - staging.allocated())
+                staging.expect(made.names)
                 written = output.write(made, staging, count, progress)
-                staging.write(record.MANIFEST, record.render_manifest(written.manifest))
+                staging.folder.write(record.MANIFEST, record.render_manifest(written.manifest))
                 staging.complete()
                 verified = _verify(made, staging, count, progress) if verify else None
                 made.check_sources()
@@ -250,10 +252,10 @@ def _accepted(made: Plan, lost: dict[str, int], overflows: dict[str, int]) -> li
     return said + ([f"{output.overflow_text(overflows)} in {made.request.dtype}, as accepted"] if overflows else [])
 
 
-def _verify(made: Plan, staging: Staging, workers: int, progress: ProgressCallback | None) -> int:
+def _verify(made: Plan, staging: Stage, workers: int, progress: ProgressCallback | None) -> int:
     family = None if made.model.family.literal else made.model.family.name
     try:
-        with read_checkpoint(staging.path, format=made.target, family=family) as written:
+        with read_checkpoint(staging.place.local, format=made.target, family=family) as written:
             return verify_output(made, written, workers=workers, progress=progress)
     except InputError as error:
         raise VerificationError(f"{staging.destination}: the output cannot be read again: {error}") from error

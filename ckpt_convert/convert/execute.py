@@ -26,8 +26,7 @@ from ckpt_convert.convert.plan import Plan, fingerprint
 from ckpt_convert.errors import LossyConversionError, TiedWeightsError, listing
 from ckpt_convert.formats.names import RECORD_FOLDER
 from ckpt_convert.storage.checksums import CRC32, CRC64
-from ckpt_convert.storage.folder import Folder, StagedFile
-from ckpt_convert.storage.staging import Journal, Staging
+from ckpt_convert.storage.workspace import Folder, Journal, Stage, StagedFile
 from ckpt_convert.tensors import blocks, decode
 from ckpt_convert.tensors.blocks import Meter, Mover, ProgressCallback, Read, difference
 from ckpt_convert.tensors.lazy import LazyTensor
@@ -187,6 +186,7 @@ class _File:
         self._folder = folder
         self._staged: StagedFile | None = None
         self._lock = threading.Lock()
+        self._described: dict[str, Any] | None = None
 
     @property
     def staged(self) -> StagedFile:
@@ -194,8 +194,6 @@ class _File:
         with self._lock:
             if self._staged is None:
                 self._staged = self._folder.file(self.output.name, self.output.size)
-                for offset, data in self.output.layout.literals:
-                    self._staged.write(offset, memoryview(data))
             return self._staged
 
     def sums(self, data: memoryview, checksum: int, crc: int) -> tuple[int, int]:
@@ -203,28 +201,35 @@ class _File:
         return CRC64.of(data, checksum), CRC32.of(data, crc) if self._has_crc else 0
 
     def finish(self) -> None:
-        """Every piece is written: put the CRC-32s of the members in, and flush the file to disk."""
+        """Every piece is written: add what belongs to none, the CRC-32s of the members in it, and let the file be."""
         places = deque(sorted(_crcs(self)))
         for offset, data in self.output.layout.literals:
             whole: bytes | bytearray = data
             while places and places[0][0] < offset + len(data):
                 place, crc = places.popleft()
-                value, at = crc.to_bytes(4, "little"), place - offset
-                self.staged.write(place, memoryview(value))
+                at = place - offset
                 whole = bytearray(whole) if isinstance(whole, bytes) else whole
-                whole[at : at + 4] = value
+                whole[at : at + 4] = crc.to_bytes(4, "little")
+            self.staged.write(offset, memoryview(whole))
             self._header = CRC64.of(whole, self._header)
         self.staged.sync()
         self.close()
 
     def described(self) -> dict[str, Any]:
         """What the manifest says of the file; its header are all bytes that are in no piece, one after another."""
+        if self._described is not None:
+            return self._described
         done = sorted(self.done, key=lambda piece: piece.offset)
         return {
             "size": self.output.size,
             "header": CRC64.hex(self._header),
             "pieces": [[piece.key, piece.offset, piece.nbytes, CRC64.hex(piece.checksum)] for piece in done],
         }
+
+    def take_over(self, described: dict[str, Any]) -> int:
+        """Take the file as an earlier attempt finished it; returns the bytes of its pieces."""
+        self.left, self._described = 0, described
+        return sum(int(nbytes) for _, _, nbytes, _ in described["pieces"])
 
     def close(self) -> None:
         if self._staged is not None:
@@ -237,10 +242,10 @@ class Execution:
     _journal: Journal
 
     def __init__(
-        self, plan: Plan, staging: Staging, folder: Folder, workers: int, progress: ProgressCallback | None
+        self, plan: Plan, stage: Stage, folder: Folder, workers: int, progress: ProgressCallback | None
     ) -> None:
         self._plan = plan
-        self._staging = staging
+        self._stage = stage
         self._folder = folder
         self._workers = workers
         self._lock = threading.Lock()
@@ -264,18 +269,21 @@ class Execution:
 
         Raises whatever a worker raised first; the others stop at their next block.
         """
+        earlier, whole = self._open_journal()
+        self._queue = deque(piece for piece in self._queue if piece.file not in whole)
         counts = [0] * len(self._plan.files)
         for piece in self._queue:
             counts[piece.file] += 1
-        earlier = self._open_journal()
         with contextlib.ExitStack() as stack:
             stack.callback(self._journal.close)
             for output, count in zip(self._plan.files, counts, strict=True):
                 self._files.append(_File(output, self._folder, count))
                 stack.callback(self._files[-1].close)
-            for file in self._files:
-                if not file.left:
-                    file.finish()
+            for number, file in enumerate(self._files):
+                if number in whole:
+                    self._take_over(file, whole[number])
+                elif not file.left:
+                    self._finish(number, file)
             self._run_workers(earlier)
         return {file.output.name: file.described() for file in self._files}
 
@@ -312,7 +320,16 @@ class Execution:
                 self.resumed += piece.nbytes if resumed else 0
                 complete = not file.left
             if complete:
-                file.finish()
+                self._finish(piece.file, file)
+
+    def _finish(self, number: int, file: _File) -> None:
+        file.finish()
+        self._journal.whole(file.staged.name, json.dumps([number, file.described()]))
+
+    def _take_over(self, file: _File, described: dict[str, Any]) -> None:
+        nbytes = file.take_over(described)
+        self.resumed += nbytes
+        self._meter.add(nbytes)
 
     def _move(self, mover: Mover, file: _File, piece: Piece) -> Done | None:
         checksum = crc = done = flushed = 0
@@ -345,18 +362,24 @@ class Execution:
         self._meter.add(piece.nbytes)
         return Done(piece.offset, piece.nbytes, piece.placed.key, checksum, crc)
 
-    def _open_journal(self) -> dict[tuple[int, int], int]:
-        """Start or continue the journal of finished pieces; returns those of an earlier attempt at this same plan."""
+    def _open_journal(self) -> tuple[dict[tuple[int, int], int], dict[int, dict[str, Any]]]:
+        """Start or continue the journal; returns what an earlier attempt at this same plan has finished.
+
+        That is the checksum of pieces, by file and offset, or what is said of whole files.
+        """
         mine = fingerprint(self._plan)
         earlier: dict[tuple[int, int], int] = {}
-        if self._staging.resumed:
-            lines = self._staging.journal()
+        whole: dict[int, dict[str, Any]] = {}
+        if self._stage.resumed:
+            lines = self._stage.journal()
             if lines and lines[0] == mine:
-                earlier = dict(entry for line in lines[1:] if (entry := _journal_entry(line)) is not None)
+                earlier = dict(entry for line in lines[1:] if (entry := _finished_piece(line)) is not None)
+                whole = dict(found for line in lines[1:] if (found := _finished_file(line)) is not None)
             else:
                 log.warning("the partial output is of another source or other options; it is written anew")
-        self._journal = self._staging.begin(mine, (file.name for file in self._plan.files) if earlier else ())
-        return earlier
+        names = [file.name for file in self._plan.files]
+        self._journal = self._stage.begin(mine, names if earlier or whole else ())
+        return earlier, whole
 
     def _note(self, piece: Piece, done: Done) -> None:
         if done.overflowed:
@@ -365,11 +388,18 @@ class Execution:
             self._journal.note(json.dumps([piece.file, piece.offset, CRC64.hex(done.checksum)]))
 
 
-def _journal_entry(line: str) -> tuple[tuple[int, int], int] | None:
+def _finished_piece(line: str) -> tuple[tuple[int, int], int] | None:
     with contextlib.suppress(ValueError, TypeError):
         number, offset, checksum = json.loads(line)
         return (int(number), int(offset)), int(checksum, 16)
     return None  # the last line of an attempt that was killed may be cut
+
+
+def _finished_file(line: str) -> tuple[int, dict[str, Any]] | None:
+    with contextlib.suppress(ValueError, TypeError):
+        number, described = json.loads(line)
+        return int(number), dict(described)
+    return None
 
 
 def _crcs(file: _File) -> Iterator[tuple[int, int]]:

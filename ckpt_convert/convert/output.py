@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,8 @@ from ckpt_convert.formats.names import CONSOLIDATED, RECORD_FOLDER
 from ckpt_convert.storage import checksums
 from ckpt_convert.storage.base import read
 from ckpt_convert.storage.checksums import digest
-from ckpt_convert.storage.folder import Folder
 from ckpt_convert.storage.reader import LocalFile, identify, permitted, read_file, reading
-from ckpt_convert.storage.staging import Staging
+from ckpt_convert.storage.workspace import Folder, Stage
 from ckpt_convert.tensors.blocks import Meter, ProgressCallback
 
 
@@ -41,15 +40,15 @@ class Written:
 
 
 def write(
-    made: Plan, staging: Staging, workers: int, progress: ProgressCallback | None, folder: Folder | None = None
+    made: Plan, stage: Stage, workers: int, progress: ProgressCallback | None, folder: Folder | None = None
 ) -> Written:
     """Write the weights and everything beside them, flushed to disk, into the staging directory or a ``folder`` of it.
 
     The manifest is the caller's to write. Raises LossyConversionError where a cast has made finite values infinite and
     nobody accepted that.
     """
-    into = folder or staging.folder
-    execution = Execution(made, staging, into, workers, progress)
+    into = folder or stage.folder
+    execution = Execution(made, stage, into, workers, progress)
     pieces = execution.run()
     overflows = execution.overflows
     if overflows and not made.request.allow_overflow:
@@ -106,8 +105,8 @@ def write_side_file(side: SideFile, folder: Folder) -> str | None:
         folder.write(side.name, data)
         return digest(data)
     with LocalFile(side.path, expected=side.identity) as file:
-        folder = replace(folder, mode=folder.mode & permitted(side.path))
-        if folder.rank(side.name):  # small, and written once everything else is
+        folder = folder.limited(permitted(side.path))
+        if folder.comes_last(side.name):  # small, and written once everything else is
             data = read(file, 0, file.size)
             folder.write(side.name, data)
             return digest(data)
@@ -153,8 +152,10 @@ def _checklist(template: Path, folder: Folder) -> bytes:
     listed = checklist.parse(read_file(template, TEXT_LIMIT).decode(errors="replace"))
     kind = checklist.algorithm(listed)
     late = {name: data for name in listed if (data := folder.kept_back(name)) is not None}
-    names = [name for name in listed if name in late or (folder.path / name).is_file()]
-    names += [path.name for path in sorted(folder.path.glob(f"{CONSOLIDATED}.*")) if path.name not in listed]
-    hashes = checklist.hash_files(folder.path, (name for name in names if name not in late), kind)
+    written = folder.place.listed()
+    names = [name for name in listed if name in late or (written / name).is_regular()]
+    weights = sorted(place.name for place in written.children() if place.name.startswith(f"{CONSOLIDATED}."))
+    names += [name for name in weights if name not in listed]
+    hashes = checklist.hash_files(written.local, (name for name in names if name not in late), kind)
     hashes |= {name: hashlib.new(kind, data).hexdigest() for name, data in late.items()}
     return checklist.render({name: hashes[name] for name in names})

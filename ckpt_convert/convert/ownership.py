@@ -6,17 +6,19 @@ have to begin like some), index, config, tokenizer, model card, license, the mod
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 from ckpt_convert.checkpoint import record
 from ckpt_convert.containers.dcp import DCP_INDEX
+from ckpt_convert.errors import InputError
 from ckpt_convert.formats.names import RECORD_FOLDER
+from ckpt_convert.storage.base import read
 from ckpt_convert.storage.names import JOURNAL
+from ckpt_convert.storage.place import Place
 from ckpt_convert.storage.rules import Rules
 
 _HUB = ".cache/huggingface"
@@ -66,22 +68,27 @@ _RECORD = re.compile(
 _LAST = ("config.json", "params.json", "adapter_config.json", "model_index.json", DCP_INDEX)
 
 
-def foreign(directory: Path) -> list[str]:
+def foreign(directory: Place) -> list[str]:
     """What is in a directory and would be lost if a checkpoint took its place; the name of a folder ends in a slash.
 
-    Where there are no weights, no index and no record, nothing is a checkpoint's. Raises OSError.
+    Where there are no weights, no index and no record, nothing is a checkpoint's. Raises UnreadableError.
     """
-    listed = record.listed(directory)
-    found = list(_others(directory, listed, lambda name, path: name in listed or _is_known(name, path)))
-    there = sorted(os.listdir(directory))
-    if found or listed or any(_is_weights(directory / name) or _INDEX.fullmatch(name) for name in there):
+    directory = directory.listed()
+    listed = record.listed(directory.local)
+    found = list(_others(directory, listed, lambda name, place: name in listed or _is_known(name, place)))
+    there = sorted(directory.children())
+    if found or listed or any(_is_weights(place) or _INDEX.fullmatch(place.name) for place in there):
         return found
-    return there
+    return [place.name for place in there]
 
 
-def unlisted(directory: Path) -> list[str]:
-    """What is in a directory and not in its manifest; what is ``foreign`` where there is none. Raises OSError."""
-    listed = record.listed(directory)
+def unlisted(directory: Place) -> list[str]:
+    """What is in a directory and not in its manifest; what is ``foreign`` where there is none.
+
+    Raises UnreadableError.
+    """
+    directory = directory.listed()
+    listed = record.listed(directory.local)
     if not listed:
         return foreign(directory)
     return list(_others(directory, listed, lambda name, path: name in listed or name.startswith(f"{_HUB}/")))
@@ -99,7 +106,9 @@ def rank(name: str) -> int:
 
 _MARKS = (f"{record.MERGED}/{record.MANIFEST}", record.MANIFEST)
 
-RULES = Rules(foreign, record.is_recorded, rank, record.listed, _MARKS)
+RULES = Rules(
+    foreign, lambda place: record.is_recorded(place.local), rank, lambda place: record.listed(place.local), _MARKS
+)
 """For the output of a conversion."""
 
 STEP_RULES = replace(RULES, foreign=unlisted)
@@ -107,22 +116,28 @@ STEP_RULES = replace(RULES, foreign=unlisted)
 
 
 def _others(
-    directory: Path, listed: frozenset[str], belongs: Callable[[str, Path], bool], inside: str = ""
+    directory: Place, listed: frozenset[str], belongs: Callable[[str, Place], bool], inside: str = ""
 ) -> Iterator[str]:
-    with os.scandir(directory / inside) as entries:
-        there = sorted(entries, key=lambda entry: entry.name)
-    for entry in there:
-        name = inside + entry.name
-        if not entry.is_dir(follow_symlinks=False):
-            if not belongs(name, Path(entry.path)):
+    here = directory / inside if inside else directory
+    folders = {place.name for place in here.folders() if place.link() is None}
+    for place in sorted(here.children()):
+        name = inside + place.name
+        if place.name not in folders:
+            if not belongs(name, place):
                 yield name
-        elif entry.name in _FOLDERS or name.startswith(_DEEP) or any(one.startswith(f"{name}/") for one in listed):
+        elif place.name in _FOLDERS or name.startswith(_DEEP) or any(one.startswith(f"{name}/") for one in listed):
             yield from _others(directory, listed, belongs, f"{name}/")
-        elif any(files for _, _, files in os.walk(entry.path)):
+        elif _holds_files(place):
             yield f"{name}/"
 
 
-def _is_known(name: str, path: Path) -> bool:
+def _holds_files(folder: Place) -> bool:
+    """Whether there is anything but folders in a folder, however deep."""
+    folders = [place for place in folder.folders() if place.link() is None]
+    return len(folders) < len(folder.children()) or any(map(_holds_files, folders))
+
+
+def _is_known(name: str, place: Place) -> bool:
     folder, _, inner = name.partition("/")
     if name.startswith(f"{_HUB}/"):
         return True
@@ -130,25 +145,26 @@ def _is_known(name: str, path: Path) -> bool:
         return False
     if folder == RECORD_FOLDER:
         if inner.startswith("side/"):
-            return _is_known(inner.removeprefix("side/"), path)
+            return _is_known(inner.removeprefix("side/"), place)
         return _RECORD.fullmatch(inner) is not None
     last = PurePosixPath(name).name
-    if _is_weights(path) or _INDEX.fullmatch(last):
+    if _is_weights(place) or _INDEX.fullmatch(last):
         return True
     return any(fnmatchcase(last.lower(), pattern) for pattern in _BESIDE)
 
 
-def _is_weights(path: Path) -> bool:
+def _is_weights(place: Place) -> bool:
     """Whether a file, or a link to one, is named like weights, or begins like some."""
-    if not os.path.isfile(path) and not os.path.islink(path):
+    regular = place.is_regular()
+    if not regular and place.link() is None:
         return False
-    if _WEIGHTS.fullmatch(path.name):
+    if _WEIGHTS.fullmatch(place.name):
         return True
-    if not path.name.endswith(_PERHAPS_WEIGHTS):
+    if not regular or not place.name.endswith(_PERHAPS_WEIGHTS):
         return False
     try:
-        with path.open("rb") as file:
-            start = file.read(9)
-    except OSError:
+        with place.open() as file:
+            start = read(file, 0, min(file.size, 9))
+    except InputError:
         return False
     return not start or start.startswith((_ZIP, _PICKLE, _GGUF)) or start[8:] == b"{"

@@ -111,6 +111,12 @@ class Plan:
         return sum(tensor.nbytes for file in self.files for tensor in file.tensors)
 
     @property
+    def names(self) -> list[str]:
+        """The files that will be written, as far as that is known before."""
+        beside = [side.name for side in self.side]
+        return [*(file.name for file in self.files), *beside, CHECKLIST, record.MANIFEST]
+
+    @property
     def disk(self) -> int:
         """Bytes of everything that will be written."""
         return sum(file.size for file in self.files) + sum(side.size for side in self.side)

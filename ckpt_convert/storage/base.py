@@ -98,14 +98,15 @@ class OpenFile(RangeReader, Protocol):
 
 
 class Writer(Protocol):
-    """A file of known size that is being written, at any place and from several threads.
+    """A file that is being written, at any place and from several threads; every byte comes once.
 
     It has its name once ``complete`` returns, and not before; ``abort`` leaves nothing of it.
     """
 
     def write(self, offset: int, data: memoryview) -> None: ...
 
-    def complete(self) -> Entry: ...
+    def complete(self, *, create_only: bool = False) -> Entry:
+        """Give the file its name; raises OutputExistsError with ``create_only`` where that is taken."""
 
     def abort(self) -> None: ...
 
@@ -151,8 +152,11 @@ class Store(Names, Protocol):
         the file is another one by now; UnwritableError.
         """
 
-    def create(self, name: str, size: int) -> Writer:
-        """A file of ``size`` bytes to be written in ranges; raises UnwritableError."""
+    def create(self, name: str, size: int | None) -> Writer:
+        """A file of ``size`` bytes to be written in ranges, of as many as are written for None.
+
+        Raises UnwritableError.
+        """
 
     def delete(self, names: Iterable[str]) -> None:
         """Remove files; one that is not there is no error. Raises UnwritableError."""

@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import NamedTuple
 
+from ckpt_convert.storage.place import Place, at
 from ckpt_convert.storage.reader import pread_into
 from ckpt_convert.storage.system import Advice, sync_directory, writing
 
@@ -76,24 +77,33 @@ class Folder:
             os.close(fd)
 
     @property
-    def path(self) -> Path:
-        return self.root / self.inside
+    def place(self) -> Place:
+        """Where what was written can be read."""
+        return at(self.root / self.inside)
+
+    def limited(self, mode: int) -> Folder:
+        """The same, for files that have these permissions at most."""
+        return replace(self, mode=self.mode & mode)
+
+    def comes_last(self, name: str) -> bool:
+        """Whether a file of this name is kept back until all others are there."""
+        return self.rank(self._full(name)) > 0
 
     def below(self, name: str) -> Folder:
         """A folder of this one, made with its first file, that is written as if it were a directory of its own."""
         return replace(self, inside=self._full(name))
 
-    def file(self, name: str, size: int) -> StagedFile:
-        """Open a file of ``size`` bytes for writing at any place; folders in its name are made."""
+    def file(self, name: str, size: int | None) -> StagedFile:
+        """Open a file for writing at any place, or for appending (None); folders in its name are made."""
         full = self._full(name)
         with self.writing(full, "made"):
             fd = self._open(full)
-        return StagedFile(self, full, fd, size)
+        return StagedFile(self, full, fd, size or 0)
 
     def write(self, name: str, data: bytes) -> None:
         """Write a small file: at once and flushed, or in ``complete`` where its name says that it comes last."""
         full = self._full(name)
-        if self.rank(full):
+        if self.comes_last(name):
             with self._ledger.lock:
                 self._ledger.kept_back[full] = data, self.mode
         else:
@@ -228,9 +238,8 @@ class StagedFile:
     """A file of known size, written at any place and from several threads."""
 
     def __init__(self, folder: Folder, name: str, fd: int, size: int) -> None:
-        self.size = size
+        self.name = name
         self._folder = folder
-        self._name = name
         self._fd = fd
         try:
             with folder.writing(name, "made"):
@@ -241,19 +250,19 @@ class StagedFile:
 
     def write(self, offset: int, data: memoryview) -> None:
         done = 0
-        with self._folder.writing(self._name, "written"):
+        with self._folder.writing(self.name, "written"):
             while done < len(data):
                 done += os.pwrite(self._fd, data[done:], offset + done)
 
     def append(self, data: memoryview) -> None:
         """Write at the end, for a file that is written from front to back."""
         done = 0
-        with self._folder.writing(self._name, "written"):
+        with self._folder.writing(self.name, "written"):
             while done < len(data):
                 done += os.write(self._fd, data[done:])
 
     def readinto(self, offset: int, buffer: memoryview) -> int:
-        with self._folder.writing(self._name, "read again"):
+        with self._folder.writing(self.name, "read again"):
             return pread_into(self._fd, buffer, offset)
 
     def start_writeback(self, offset: int, nbytes: int) -> None:
@@ -263,15 +272,15 @@ class StagedFile:
                 os.posix_fadvise(self._fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
     def sync(self) -> None:
-        with self._folder.writing(self._name, "flushed to disk"):
+        with self._folder.writing(self.name, "flushed to disk"):
             os.fsync(self._fd)
 
     def close(self) -> None:
         """Close the file; once is enough. Raises UnwritableError, for some systems tell of failed writes only now."""
         if self._fd >= 0:
-            with self._folder.writing(self._name, "closed"):
+            with self._folder.writing(self.name, "closed"):
                 self._close()
-                self._folder.note(self._name, None)
+                self._folder.note(self.name, None)
 
     def _close(self) -> None:
         # Where closing fails the number may be another file's by now, so it is not closed again.

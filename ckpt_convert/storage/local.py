@@ -85,7 +85,7 @@ class LocalStore:
             writer.abort()
             raise
 
-    def create(self, name: str, size: int) -> _Writer:
+    def create(self, name: str, size: int | None) -> _Writer:
         return _Writer(Path(name), size)
 
     def delete(self, names: Iterable[str]) -> None:
@@ -135,14 +135,14 @@ def _joined(folder: str, name: str) -> str:
 class _Writer:
     """A file that is written beside its name, and takes it when it is complete."""
 
-    def __init__(self, path: Path, size: int) -> None:
+    def __init__(self, path: Path, size: int | None) -> None:
         self._path = path
         self._partial = paths.partial_of(path)
         with writing(path):
             self._fd = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
             with writing(path):
-                os.ftruncate(self._fd, size)
+                os.ftruncate(self._fd, size or 0)
         except BaseException:
             self.abort()
             raise

@@ -66,7 +66,7 @@ class MemoryStore(FarStore):
         self._request("put")
         return self._store(name, data, create_only=create_only, if_match=if_match)
 
-    def create(self, name: str, size: int) -> _Upload:
+    def create(self, name: str, size: int | None) -> _Upload:
         return _Upload(self, name, size)
 
     def delete(self, names: Iterable[str]) -> None:
@@ -110,23 +110,26 @@ class MemoryStore(FarStore):
 class _Upload:
     """A file on its way into memory; its bytes may come in any order, and have to come once."""
 
-    def __init__(self, store: MemoryStore, name: str, size: int) -> None:
+    def __init__(self, store: MemoryStore, name: str, size: int | None) -> None:
         self._store = store
         self._name = name
-        self._data: bytearray | None = bytearray(size)
+        self._grows = size is None
+        self._data: bytearray | None = bytearray(size or 0)
 
     def write(self, offset: int, data: memoryview) -> None:
         self._store._request("part")
+        if self._data is not None and self._grows:
+            self._data.extend(bytes(max(0, offset + len(data) - len(self._data))))
         if self._data is None or offset + len(data) > len(self._data):
             raise self._refusal("more than its size was written, or after its end")
         self._data[offset : offset + len(data)] = data
 
-    def complete(self) -> Entry:
+    def complete(self, *, create_only: bool = False) -> Entry:
         if self._data is None:
             raise self._refusal("it was completed or given up before")
         self._store._request("complete")
         data, self._data = bytes(self._data), None
-        return self._store._store(self._name, data)
+        return self._store._store(self._name, data, create_only=create_only)
 
     def abort(self) -> None:
         self._data = None

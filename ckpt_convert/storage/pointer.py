@@ -7,9 +7,9 @@ import errno
 import os
 from pathlib import Path
 
-from ckpt_convert.errors import OutputExistsError, UnsafeFileError
+from ckpt_convert.errors import CkptConvertError, OutputExistsError
 from ckpt_convert.storage.names import check_name
-from ckpt_convert.storage.reader import reading
+from ckpt_convert.storage.place import Place, at
 from ckpt_convert.storage.system import UNSUPPORTED, sync_directory, write_whole
 
 SUFFIX = ".pointer"
@@ -25,14 +25,24 @@ _LONGEST_POINTER = 1024
 def check_pointer(output_dir: Path, name: str) -> None:
     """Refuse a pointer of this name where something else has it; raises OutputExistsError."""
     path = output_dir / name
-    if os.path.lexists(path) and target_of(path) is None:
-        raise OutputExistsError(
-            f"{path}: is in the way of the pointer to the newest checkpoint; move it elsewhere, or choose another "
-            "latest_name (None for no pointer)"
-        )
+    if os.path.lexists(path) and target_of(at(path)) is None:
+        raise in_the_way(at(path))
 
 
-def point(output_dir: Path, name: str, target: str | Path) -> None:
+def in_the_way(place: Place) -> OutputExistsError:
+    """The error for a name that something else than a pointer has."""
+    return OutputExistsError(
+        f"{place}: is in the way of the pointer to the newest checkpoint; move it elsewhere, or choose another "
+        "latest_name (None for no pointer)"
+    )
+
+
+def text(target: str) -> bytes:
+    """What a pointer says that is no link."""
+    return f"{target}\n".encode()
+
+
+def point(output_dir: Path, name: str, target: str) -> None:
     """Make ``name`` a relative link to the checkpoint ``target`` beside it, or a text file where there are no links.
 
     Replaces an earlier pointer at once or not at all; raises OutputExistsError where something else has the name.
@@ -41,41 +51,38 @@ def point(output_dir: Path, name: str, target: str | Path) -> None:
     temporary = output_dir / f".{name}{SUFFIX}"
     temporary.unlink(missing_ok=True)
     try:
-        os.symlink(Path(target).name, temporary, target_is_directory=True)
+        os.symlink(target, temporary, target_is_directory=True)
     except (OSError, NotImplementedError) as error:
         windows = getattr(error, "winerror", None) is not None
         if isinstance(error, OSError) and error.errno not in _NO_LINKS and not windows:
             raise
-        write_whole(temporary, f"{Path(target).name}\n".encode())
+        write_whole(temporary, text(target))
     os.replace(temporary, output_dir / name)
     sync_directory(output_dir)
 
 
-def pointed(output_dir: Path, name: str) -> Path | None:
+def pointed(parent: Place, name: str) -> Place | None:
     """The directory that a pointer leads to; None where there is no pointer, or nothing that it leads to."""
-    target = target_of(output_dir / name)
-    return output_dir / target if target is not None and (output_dir / target).is_dir() else None
+    target = target_of(parent / name)
+    return parent / target if target is not None and (parent / target).is_folder() else None
 
 
-def followed(path: Path) -> Path:
-    """The directory beside a text file that is a pointer to it; any other path as it is: links, the system follows.
+def followed(place: Place) -> Place:
+    """The directory beside a text file that is a pointer to it; any other place as it is: links, the system follows.
 
     Raises UnreadableError.
     """
-    with reading(path, "looked at"):
-        found = pointed(path.parent, path.name) if path.is_file() and not path.is_symlink() else None
-        # Where links can be made, the pointer is one: a text never leads through another, out of its directory.
-        return found if found is not None and not found.is_symlink() else path
+    found = pointed(place.parent, place.name) if place.is_regular() and place.link() is None else None
+    # Where links can be made, the pointer is one: a text never leads through another, out of its directory.
+    return found if found is not None and found.link() is None else place
 
 
-def target_of(path: Path) -> str | None:
+def target_of(place: Place) -> str | None:
     """What a pointer says, None if this is none of ours: ours hold the plain name of a directory beside them."""
-    text = None
-    with contextlib.suppress(OSError, ValueError, UnsafeFileError):
-        if path.is_symlink():
-            text = os.readlink(path)
-        elif path.is_file() and path.stat().st_size <= _LONGEST_POINTER:
-            text = path.read_text(encoding="utf-8").removesuffix("\n")
-        if text and "/" not in text and not text.startswith("."):
-            return check_name(text, str(path))
+    with contextlib.suppress(CkptConvertError, ValueError):
+        said = place.link()
+        if said is None and place.is_regular() and place.identity().size <= _LONGEST_POINTER:
+            said = place.read(_LONGEST_POINTER).decode().removesuffix("\n")
+        if said and "/" not in said and not said.startswith("."):
+            return check_name(said, str(place))
     return None

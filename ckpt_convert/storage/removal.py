@@ -14,6 +14,7 @@ from pathlib import Path
 from ckpt_convert.errors import CkptConvertError, CorruptFileError, LockedError
 from ckpt_convert.storage.lock import Lock
 from ckpt_convert.storage.names import DELETED, JOURNAL, PARTIAL, REPLACED, partial_of
+from ckpt_convert.storage.place import at
 from ckpt_convert.storage.pointer import SUFFIX, target_of
 from ckpt_convert.storage.reader import reading
 from ckpt_convert.storage.rules import Rules
@@ -47,7 +48,7 @@ def finish_removal(hidden: Path, original: Path, rules: Rules) -> None:
     journal = hidden / JOURNAL
     journal.touch()
     sync_directory(hidden)
-    listed = rules.listed(hidden)
+    listed = rules.listed(at(hidden))
     mark = rules.marks[-1]
     if not listed and os.path.lexists(hidden / mark):
         raise CorruptFileError(f"{hidden / mark}: is damaged, so nothing says which files are to be removed")
@@ -110,7 +111,7 @@ def tidy(parent: Path, rules: Rules) -> None:
                 _tidy_partial(path, rules)
             elif path.name.endswith(REPLACED):
                 _tidy_replaced(path, rules)
-            elif target_of(path) is not None or not os.lstat(path).st_size:
+            elif target_of(at(path)) is not None or not os.lstat(path).st_size:
                 path.unlink()
                 log.info("half-written pointer %s removed", path)
         except (OSError, CkptConvertError) as error:
@@ -119,7 +120,7 @@ def tidy(parent: Path, rules: Rules) -> None:
     half_written = partial_of(Path(rules.marks[-1]))
     for path in parent.glob(f"*/{half_written}"):
         directory = path.parents[len(half_written.parts) - 1]
-        if not directory.is_symlink() and rules.is_complete(directory, directory.name):
+        if not directory.is_symlink() and rules.is_complete(at(directory), directory.name):
             _remove_half_written(path)
 
 
@@ -134,7 +135,7 @@ def _tidy_partial(path: Path, rules: Rules) -> None:
     name = path.name[1 : -len(PARTIAL)]
     removed = name.removesuffix(DELETED)
     with contextlib.suppress(LockedError), Lock.directory(path, "it is being written") as lock:
-        if not os.path.lexists(path / JOURNAL) and any(path.iterdir()) and not rules.is_complete(path, removed):
+        if not os.path.lexists(path / JOURNAL) and any(path.iterdir()) and not rules.is_complete(at(path), removed):
             return
         if removed != name:
             finish_removal(path, path.with_name(removed), rules)
@@ -145,8 +146,8 @@ def _tidy_partial(path: Path, rules: Rules) -> None:
 
 def _tidy_replaced(path: Path, rules: Rules) -> None:
     original = path.with_name(path.name[1 : -len(REPLACED)])
-    ours = rules.is_complete(path, original.name)
-    if rules.is_complete(original, original.name) and (os.path.lexists(path / JOURNAL) or ours):
+    ours = rules.is_complete(at(path), original.name)
+    if rules.is_complete(at(original), original.name) and (os.path.lexists(path / JOURNAL) or ours):
         finish_removal(path, original, rules)
         log.warning("%s removed: %s, which replaced it, is complete", path, original.name)
     elif not os.path.lexists(original) and ours:

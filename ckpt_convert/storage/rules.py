@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+
+from ckpt_convert.errors import OutputExistsError
+from ckpt_convert.storage.place import Place
 
 
-def _everything(directory: Path) -> list[str]:
-    return sorted(os.listdir(directory))
+def _everything(directory: Place) -> list[str]:
+    return sorted(child.name for child in directory.children())
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,32 @@ class Rules:
     whether a directory was completed under this name.
     """
 
-    foreign: Callable[[Path], Sequence[str]] = _everything
-    is_ours: Callable[[Path], bool] = lambda path: False
+    foreign: Callable[[Place], Sequence[str]] = _everything
+    is_ours: Callable[[Place], bool] = lambda place: False
     rank: Callable[[str], int] = lambda name: 0
-    listed: Callable[[Path], frozenset[str]] = lambda path: frozenset()
+    listed: Callable[[Place], frozenset[str]] = lambda place: frozenset()
     marks: tuple[str, ...] = ()
-    is_complete: Callable[[Path, str], bool] = lambda path, name: False
+    is_complete: Callable[[Place, str], bool] = lambda place, name: False
+
+
+def refuse_existing(destination: Place, there: Collection[str], rules: Rules, *, overwrite: bool) -> None:
+    """Raise OutputExistsError for a directory that is not to be replaced, or that holds what is not to be lost.
+
+    ``there`` are the names right below it.
+    """
+    if there and not overwrite:
+        raise OutputExistsError(
+            f"{destination}: exists already; pass --overwrite to replace it, or choose another name"
+        )
+    foreign = rules.foreign(destination)
+    if not foreign:
+        return
+    shown = ", ".join(foreign[:8]) + (f" and {len(foreign) - 8} more" if len(foreign) > 8 else "")
+    if {name.rstrip("/") for name in foreign} >= {*there}:
+        raise OutputExistsError(
+            f"{destination}: holds no checkpoint, but {shown}, so --overwrite does not remove it; choose another name"
+        )
+    raise OutputExistsError(
+        f"{destination}: holds more than a checkpoint, which replacing it would remove: {shown}; move that elsewhere, "
+        "or choose another name"
+    )

@@ -11,7 +11,6 @@ import contextlib
 import errno
 import logging
 import os
-import shutil
 import stat
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -27,90 +26,20 @@ from ckpt_convert.errors import (
     VerificationError,
     listing,
 )
-from ckpt_convert.storage.folder import Folder, StagedFile, is_plain, lstat, remove_all, remove_one
+from ckpt_convert.storage.folder import Folder, is_plain, lstat, remove_all, remove_one
 from ckpt_convert.storage.lock import Lock
 from ckpt_convert.storage.names import JOURNAL, partial_of, replaced_of
-from ckpt_convert.storage.rules import Rules
-from ckpt_convert.storage.system import Advice, exchange, is_mount_point, sync_directory, writing
+from ckpt_convert.storage.place import Place, at
+from ckpt_convert.storage.rules import Rules, refuse_existing
+from ckpt_convert.storage.system import Advice, exchange, sync_directory, writing
 
 log = logging.getLogger("ckpt_convert")
 
 
-def check_destination(destination: Path, source: Path, rules: Rules, *, overwrite: bool) -> None:
-    """Refuse a destination that is there already, that cannot be renamed, or where writing would touch the source.
-
-    Raises OutputExistsError.
-    """
-    if len(os.fsencode(partial_of(destination.absolute()).name)) > 253:
-        raise OutputExistsError(f"{destination}: the name is too long for the file system; choose a shorter one")
-    target = destination.resolve()
-    origin = source.resolve()
-    if origin.name in (partial_of(target).name, replaced_of(target).name) and origin.parent == target.parent:
-        raise OutputExistsError(
-            f"{source}: has the name that {destination} has while it is written; rename it, or choose another output"
-        )
-    beside = origin.is_file() and target == origin.parent
-    if beside or target == origin or (origin.is_dir() and target.is_relative_to(origin)):
-        raise OutputExistsError(
-            f"{destination}: lies inside the source {source}; the source is never written, choose another place"
-        )
-    if origin.is_relative_to(target):
-        raise OutputExistsError(
-            f"{destination}: holds the source {source}, which writing it would replace; choose another place"
-        )
-    if destination.is_symlink() and not destination.exists():
-        raise OutputExistsError(f"{destination}: is a link that leads nowhere; remove it or choose another name")
-    if destination.exists():
-        if not destination.is_dir():
-            raise OutputExistsError(f"{destination}: is a file, but the output is a directory; choose another name")
-        if is_mount_point(target):
-            raise OutputExistsError(
-                f"{destination}: is a mount point, which can be neither renamed nor replaced; the output appears "
-                f"complete or not at all, so give a directory inside it, such as {destination / 'model'}"
-            )
-        refuse_existing(destination, rules, overwrite=overwrite)
-
-
-def refuse_existing(destination: Path, rules: Rules, *, overwrite: bool) -> None:
-    """Raise OutputExistsError for a directory that is not to be replaced, or that holds what is not to be lost."""
+def refuse_replacing(destination: Path, rules: Rules, *, overwrite: bool) -> None:
+    """``refuse_existing`` for what has the name of a destination now."""
     with writing(destination, "looked at"):
-        there = os.listdir(destination)
-        if there and not overwrite:
-            raise OutputExistsError(
-                f"{destination}: exists already; pass --overwrite to replace it, or choose another name"
-            )
-        foreign = rules.foreign(destination)
-    if not foreign:
-        return
-    shown = ", ".join(foreign[:8]) + (f" and {len(foreign) - 8} more" if len(foreign) > 8 else "")
-    if {name.rstrip("/") for name in foreign} >= {*there}:
-        raise OutputExistsError(
-            f"{destination}: holds no checkpoint, but {shown}, so --overwrite does not remove it; choose another name"
-        )
-    raise OutputExistsError(
-        f"{destination}: holds more than a checkpoint, which replacing it would remove: {shown}; move that elsewhere, "
-        "or choose another name"
-    )
-
-
-def check_space(destination: Path, needed: int) -> None:
-    """Refuse to start what cannot end: raises NotEnoughSpaceError when fewer than ``needed`` bytes are free."""
-    parent = existing_parent(destination)
-    with writing(parent, "looked at"):
-        free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise NotEnoughSpaceError(
-            f"{destination}: the output needs {needed:,} bytes, but the disk has {free:,} free; "
-            "free some space or choose another disk (nothing was written)"
-        )
-
-
-def existing_parent(path: Path) -> Path:
-    """The nearest directory above ``path`` that exists."""
-    parent = path.absolute().parent
-    while not parent.is_dir():
-        parent = parent.parent
-    return parent
+        refuse_existing(at(destination), os.listdir(destination), rules, overwrite=overwrite)
 
 
 class Journal:
@@ -124,6 +53,9 @@ class Journal:
     def note(self, line: str) -> None:
         with writing(self._path, "written", self._advice):
             self._file.write(f"{line}\n")
+
+    def whole(self, name: str, line: str) -> None:
+        """Nothing: what is done of a file was noted piece by piece."""
 
     def close(self) -> None:
         with writing(self._path, "closed", self._advice):
@@ -168,7 +100,7 @@ class Staging:
         try:
             self._put_back()
             if self.destination.exists():
-                refuse_existing(self.destination, self.rules, overwrite=overwrite)
+                refuse_replacing(self.destination, self.rules, overwrite=overwrite)
             with self._writing(self.path, "emptied"):
                 self.resumed = self._start(resume)
         except BaseException:
@@ -195,12 +127,12 @@ class Staging:
         if not aside.is_dir() or aside.is_symlink():
             return
         begun = os.path.lexists(aside / JOURNAL)  # its removal, so what replaced it was complete
-        ours = self.rules.is_ours(aside)
+        ours = self.rules.is_ours(at(aside))
         with self._writing(aside, "put back"):
-            if begun or (ours and os.path.lexists(self.destination) and not self.rules.foreign(aside)):
+            if begun or (ours and os.path.lexists(self.destination) and not self.rules.foreign(at(aside))):
                 with Folder.at(aside) as old:
                     remove(old.fd, aside, self.rules.rank)
-            elif not os.path.lexists(self.destination) and (ours or self.rules.is_ours(self.path)):
+            elif not os.path.lexists(self.destination) and (ours or self.rules.is_ours(self.place)):
                 os.rename(aside, self.destination)
 
     def _acquire(self, mode: int) -> tuple[Lock, bool]:
@@ -228,7 +160,7 @@ class Staging:
                 lock.close()
                 continue
             there = os.listdir(lock.fd)
-            if there and JOURNAL not in there and not self.rules.is_ours(self.path):
+            if there and JOURNAL not in there and not self.rules.is_ours(self.place):
                 lock.close()
                 raise self._in_the_way(f"holds {', '.join(sorted(there)[:3])}, and no mark that we made it")
             return lock, made
@@ -244,13 +176,13 @@ class Staging:
 
     # Writing
 
-    def file(self, name: str, size: int) -> StagedFile:
-        """Open a file of ``size`` bytes for writing at any place; directories in its name are made."""
-        return self.folder.file(name, size)
+    @property
+    def place(self) -> Place:
+        """The partial directory: what was written can be read from it."""
+        return at(self.path)
 
-    def write(self, name: str, data: bytes) -> None:
-        """Write a small file, now or in ``complete``, as the rules have it."""
-        self.folder.write(name, data)
+    def expect(self, names: Iterable[str]) -> None:
+        """Nothing: all that is in the partial directory is this writer's."""
 
     def allocated(self) -> int:
         """Bytes that the partial directory takes on the disk already."""
@@ -340,7 +272,7 @@ class Staging:
         elif not self.overwrite:
             raise OutputExistsError(f"{self.destination}: appeared while it was being written; it was left alone")
         else:
-            refuse_existing(self.destination, self.rules, overwrite=True)
+            refuse_replacing(self.destination, self.rules, overwrite=True)
             # Locked, what is replaced cannot become another writer's partial directory while it is removed.
             held = f"{self.destination}: another process has it; wait for it, and run again"
             with self._writing(self.destination, "replaced"):

@@ -14,8 +14,9 @@ import pytest
 from ckpt_convert.checkpointer.run import catalog
 from ckpt_convert.checkpointer.run.progress import Progress
 from ckpt_convert.errors import CheckpointNotFoundError, ConfigError, OutputExistsError, UsageError
-from ckpt_convert.storage import pointer, removal
+from ckpt_convert.storage import pointer, removal, workspace
 from ckpt_convert.storage.lock import Lock
+from ckpt_convert.storage.place import at
 
 JOURNAL = ".ckpt-convert-journal"
 MANIFEST = "ckpt_convert/manifest.json"
@@ -65,6 +66,19 @@ def tree(path: Path) -> dict[str, bytes | str | None]:
         else entry.read_bytes()
         for entry in path.rglob("*")
     }
+
+
+def point(parent: Path, name: str, target: str | Path) -> None:
+    workspace.of(at(parent)).point(at(parent), name, Path(target).name)
+
+
+def pointed(parent: Path, name: str) -> Path | None:
+    found = pointer.pointed(at(parent), name)
+    return None if found is None else found.local
+
+
+def check_pointer(parent: Path, name: str) -> None:
+    workspace.of(at(parent)).check_pointer(at(parent), name)
 
 
 def names(path: Path) -> list[str]:
@@ -293,27 +307,27 @@ class TestAmend:
 class TestPointer:
     def test_a_relative_link(self, tmp_path: Path) -> None:
         path = checkpoint(tmp_path / "runs", "step_10")
-        catalog.point(tmp_path / "runs", "latest", path)
+        point(tmp_path / "runs", "latest", path)
         assert os.readlink(tmp_path / "runs" / "latest") == "step_10"
-        assert catalog.pointed(tmp_path / "runs", "latest") == path
+        assert pointed(tmp_path / "runs", "latest") == path
         (tmp_path / "runs").rename(tmp_path / "moved")
-        assert catalog.pointed(tmp_path / "moved", "latest") == tmp_path / "moved" / "step_10"
+        assert pointed(tmp_path / "moved", "latest") == tmp_path / "moved" / "step_10"
 
     def test_it_moves_on_and_is_there_at_every_moment(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         checkpoint(tmp_path, "step_10")
         checkpoint(tmp_path, "step_20")
-        catalog.point(tmp_path, "latest", "step_10")
+        point(tmp_path, "latest", "step_10")
         seen: list[Path | None] = []
         for function in ("symlink", "replace", "fsync"):
             real = getattr(os, function)
 
             def looking(*arguments: Any, real: Any = real, **options: Any) -> None:
-                seen.append(catalog.pointed(tmp_path, "latest"))
+                seen.append(pointed(tmp_path, "latest"))
                 real(*arguments, **options)
-                seen.append(catalog.pointed(tmp_path, "latest"))
+                seen.append(pointed(tmp_path, "latest"))
 
             monkeypatch.setattr(os, function, looking)
-        catalog.point(tmp_path, "latest", "step_20")
+        point(tmp_path, "latest", "step_20")
         assert [path.name for path in seen if path] == ["step_10"] * 3 + ["step_20"] * 3
         assert names(tmp_path) == ["latest", "step_10", "step_20"]
 
@@ -327,21 +341,21 @@ class TestPointer:
         monkeypatch.setattr(os, "symlink", refused)
         for name in ("step_10", "step_20"):
             path = checkpoint(tmp_path, name)
-            catalog.point(tmp_path, "latest", path)
+            point(tmp_path, "latest", path)
             assert (tmp_path / "latest").read_text() == f"{name}\n"
             assert not (tmp_path / "latest").is_symlink()
-            assert catalog.pointed(tmp_path, "latest") == path
+            assert pointed(tmp_path, "latest") == path
         assert names(tmp_path) == ["latest", "step_10", "step_20"]
 
     def test_a_link_takes_the_place_of_a_text_file(self, tmp_path: Path) -> None:
         (tmp_path / "latest").write_text("step_10\n")
-        catalog.point(tmp_path, "latest", "step_20")
+        point(tmp_path, "latest", "step_20")
         assert os.readlink(tmp_path / "latest") == "step_20"
 
     def test_after_an_interruption(self, tmp_path: Path) -> None:
         checkpoint(tmp_path, "step_20")
         (tmp_path / f".latest{pointer.SUFFIX}").symlink_to("step_10")
-        catalog.point(tmp_path, "latest", "step_20")
+        point(tmp_path, "latest", "step_20")
         assert names(tmp_path) == ["latest", "step_20"]
 
     @pytest.mark.parametrize("kind", ["directory", "file", "long", "bytes", "empty", "link", "absolute", "parent"])
@@ -355,20 +369,20 @@ class TestPointer:
             path.write_bytes({"file": b"two\nlines\n", "long": b"x" * 2000, "bytes": b"\xff\xfe", "empty": b""}[kind])
         before = tree(tmp_path)
         with pytest.raises(OutputExistsError, match=r"in the way of the pointer .* another latest_name"):
-            catalog.point(tmp_path, "latest", "step_10")
+            point(tmp_path, "latest", "step_10")
         with pytest.raises(OutputExistsError):
-            catalog.check_pointer(tmp_path, "latest")
+            check_pointer(tmp_path, "latest")
         assert tree(tmp_path) == before
-        assert catalog.pointed(tmp_path, "latest") is None
+        assert pointed(tmp_path, "latest") is None
 
     def test_one_that_leads_nowhere_is_ours_still(self, tmp_path: Path) -> None:
         (tmp_path / "latest").symlink_to("step_10")
-        assert catalog.pointed(tmp_path, "latest") is None
-        catalog.check_pointer(tmp_path, "latest")
+        assert pointed(tmp_path, "latest") is None
+        check_pointer(tmp_path, "latest")
 
     def test_there_is_none(self, tmp_path: Path) -> None:
-        catalog.check_pointer(tmp_path, "latest")
-        assert catalog.pointed(tmp_path, "latest") is None
+        check_pointer(tmp_path, "latest")
+        assert pointed(tmp_path, "latest") is None
 
 
 class TestTidy:

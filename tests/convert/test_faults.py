@@ -36,8 +36,9 @@ ROOT = Path(__file__).parent.parent.parent
 KILLED = """
     import itertools, os, signal, sys
     import ckpt_convert
-    from ckpt_convert.convert import blocks, execute
-    from ckpt_convert.storage.staging import StagedFile
+    from ckpt_convert.convert import execute
+    from ckpt_convert.tensors import blocks
+    from ckpt_convert.storage.folder import StagedFile
     execute.PIECE = 4096
     blocks.BLOCK = 1024
     calls, last, real = itertools.count(), int(sys.argv[3]), StagedFile.write
@@ -142,7 +143,7 @@ def test_enospc_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_too_little_space_is_noticed_before_starting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(staging.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     with pytest.raises(NotEnoughSpaceError, match=r"needs [\d,]+ bytes, but the disk has 1 free"):
         ckpt_convert.convert(HF, tmp_path / "out", to="meta")
     assert list(tmp_path.iterdir()) == []
@@ -151,7 +152,7 @@ def test_too_little_space_is_noticed_before_starting(tmp_path: Path, monkeypatch
 INTERRUPTED = """
     import os, signal, sys
     from ckpt_convert.cli import main
-    from ckpt_convert.storage.staging import StagedFile
+    from ckpt_convert.storage.folder import StagedFile
     signal.signal(signal.SIGINT, signal.default_int_handler)  # who runs the tests may have it ignored
     real, calls = StagedFile.write, iter(range(1000))
     def write(self, offset, data):
@@ -466,7 +467,7 @@ def test_every_way_of_being_full(code: int, tmp_path: Path, monkeypatch: pytest.
 def test_resume_only_needs_room_for_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(KILLED, HF, tmp_path / "out", 560)
     needed = ckpt_convert.plan(HF, to="meta", model_parallel=2).disk
-    monkeypatch.setattr(staging.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, needed // 2))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, needed // 2))
     with pytest.raises(NotEnoughSpaceError):
         ckpt_convert.convert(HF, tmp_path / "other", to="meta", model_parallel=2)
     ckpt_convert.convert(HF, tmp_path / "out", to="meta", model_parallel=2, resume=True, verify=True)

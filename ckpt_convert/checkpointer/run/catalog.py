@@ -30,20 +30,7 @@ from ckpt_convert.errors import (
 )
 from ckpt_convert.storage import removal
 from ckpt_convert.storage.names import JOURNAL
-from ckpt_convert.storage.pointer import check_pointer, point, pointed
 from ckpt_convert.storage.reader import reading
-
-__all__ = [
-    "Saved",
-    "amend",
-    "check_pointer",
-    "finish_thinning",
-    "point",
-    "pointed",
-    "read",
-    "scan",
-    "tidy",
-]
 
 log = logging.getLogger("ckpt_convert")
 
@@ -99,7 +86,7 @@ def _is_complete(directory: Path, name: str) -> bool:
     return False
 
 
-RULES = replace(ownership.STEP_RULES, is_complete=_is_complete)
+RULES = replace(ownership.STEP_RULES, is_complete=lambda place, name: _is_complete(place.local, name))
 """For the directories of steps, which are complete under the name that their manifest says."""
 
 

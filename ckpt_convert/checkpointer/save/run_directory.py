@@ -18,6 +18,7 @@ from ckpt_convert.convert.output import permissions
 from ckpt_convert.errors import CkptConvertError, OutputExistsError, listing, reason
 from ckpt_convert.storage import pointer
 from ckpt_convert.storage.lock import Lock
+from ckpt_convert.storage.place import at
 from ckpt_convert.storage.reader import reading
 from ckpt_convert.storage.system import writing
 
@@ -125,8 +126,8 @@ class RunDirectory:
     def _point_at(self, newest: Path) -> None:
         if self._latest_name is not None:
             with _only_warned(f"{newest} is saved, but {self._latest_name} cannot be made to lead to it"):
-                if pointer.pointed(self.path, self._latest_name) != newest:
-                    pointer.point(self.path, self._latest_name, newest)
+                if pointer.pointed(at(self.path), self._latest_name) != at(newest):
+                    pointer.point(self.path, self._latest_name, newest.name)
 
     def amend(self, destination: Path, metrics: Mapping[str, float], evals: int) -> None:
         """Tell a checkpoint of metrics that were reported after it was saved; no matter if it is gone.

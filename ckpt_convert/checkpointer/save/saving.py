@@ -21,11 +21,12 @@ from ckpt_convert.convert.execute import check_losses, loss_text, run_checks
 from ckpt_convert.convert.plan import Plan, refuse_unreadable
 from ckpt_convert.convert.sidefiles import SideFile
 from ckpt_convert.errors import CkptConvertError, OutputExistsError, SourceChangedError, UnreadableError, listing
+from ckpt_convert.storage import workspace
 from ckpt_convert.storage.checksums import digest
-from ckpt_convert.storage.folder import Folder
+from ckpt_convert.storage.place import at
 from ckpt_convert.storage.reader import WORKERS
-from ckpt_convert.storage.staging import Staging, check_space
 from ckpt_convert.storage.system import Advice
+from ckpt_convert.storage.workspace import Folder, Stage
 
 log = logging.getLogger("ckpt_convert")
 
@@ -73,9 +74,10 @@ def save(step: Step, destination: Path, *, workers: int = WORKERS, mode: int = 0
     try:
         if found := in_the_way(destination):
             raise OutputExistsError(f"{found}\nmove that elsewhere, or choose another directory name or output_dir")
-        with Staging(destination, ownership.STEP_RULES, overwrite=True, mode=mode, advice=_ADVICE) as staging:
+        place = workspace.of(at(destination))
+        with place.stage(at(destination), ownership.STEP_RULES, overwrite=True, mode=mode, advice=_ADVICE) as staging:
             try:
-                check_space(destination, step.nbytes)
+                place.check_space(at(destination), step.nbytes)
                 _write(step, staging, workers)
                 if step.plan is not None:
                     step.plan.check_sources()
@@ -107,13 +109,13 @@ def in_the_way(destination: Path) -> str:
     there = sorted(os.listdir(destination)) if destination.is_dir() else [destination.name]
     if there and not catalog.is_damaged(destination) and catalog.read(destination) is None:
         return f"{destination}: is there already and is no checkpoint of this checkpointer:{listing(there)}"
-    foreign = ownership.unlisted(destination) if there else []
+    foreign = ownership.unlisted(at(destination)) if there else []
     if not foreign:
         return ""
     return f"{destination}: is to be saved again, and holds what is none of its files:{listing(foreign)}"
 
 
-def _write(step: Step, staging: Staging, workers: int) -> None:
+def _write(step: Step, staging: Stage, workers: int) -> None:
     manifest: dict[str, Any] = {"schema": record.SCHEMA, "checksum": record.ALGORITHMS}
     if step.plan is not None and not step.weights_in:
         manifest = _weights(step, step.plan, staging, staging.folder, workers)
@@ -127,10 +129,10 @@ def _write(step: Step, staging: Staging, workers: int) -> None:
     if step.state is not None:
         state = {"files": training_state.write(staging.folder.below(TRAINING_STATE), step.state)}
     manifest["training"] = {**step.training(), "training_state": state, "extra_files": extra, "files": files}
-    staging.write(record.MANIFEST, record.render_manifest(manifest))
+    staging.folder.write(record.MANIFEST, record.render_manifest(manifest))
 
 
-def _weights(step: Step, plan: Plan, staging: Staging, folder: Folder, workers: int) -> dict[str, Any]:
+def _weights(step: Step, plan: Plan, staging: Stage, folder: Folder, workers: int) -> dict[str, Any]:
     refuse_unreadable(plan)
     run_checks(plan)
     kept = "training_state keeps them exact" if step.state is not None else "nothing keeps them exact"
@@ -147,11 +149,11 @@ def _weights(step: Step, plan: Plan, staging: Staging, folder: Folder, workers: 
     return written.manifest
 
 
-def _file(name: str, data: bytes, staging: Staging) -> dict[str, Any]:
-    staging.write(name, data)
+def _file(name: str, data: bytes, staging: Stage) -> dict[str, Any]:
+    staging.folder.write(name, data)
     return {"size": len(data), "checksum": digest(data)}
 
 
-def _copy(path: Path, staging: Staging) -> dict[str, Any]:
+def _copy(path: Path, staging: Stage) -> dict[str, Any]:
     checksum = output.write_side_file(SideFile(path.name, "copied", path), staging.folder)
     return {"size": path.stat().st_size, "checksum": checksum}

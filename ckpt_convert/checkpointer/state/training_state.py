@@ -28,9 +28,10 @@ from ckpt_convert.errors import (
     OutputExistsError,
     UsageError,
 )
+from ckpt_convert.storage import folder as local
 from ckpt_convert.storage.base import RangeReader
-from ckpt_convert.storage.folder import Folder
 from ckpt_convert.storage.reader import reading
+from ckpt_convert.storage.workspace import Folder
 from ckpt_convert.tensors.header import StoredTensor
 
 VERSION = 1
@@ -54,7 +55,7 @@ def write(directory: Path | Folder, packed: Mapping[str, Packed] | Packed) -> Fi
             raise OutputExistsError(
                 f"{directory}: should be empty, but holds files; move them elsewhere, or give another place"
             )
-        with Folder.at(directory) as folder:
+        with local.Folder.at(directory) as folder:
             return write(folder, packed)
     if isinstance(packed, Packed):
         content: dict[str, Any] = {"version": VERSION, "tree": packed.skeleton}

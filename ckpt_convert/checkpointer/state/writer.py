@@ -26,7 +26,7 @@ from torch.utils.serialization import config
 from ckpt_convert.containers.dcp import DCP_INDEX, DCP_SUFFIX
 from ckpt_convert.storage import checksums
 from ckpt_convert.storage.checksums import digest
-from ckpt_convert.storage.folder import Folder, StagedFile
+from ckpt_convert.storage.workspace import Folder, StagedFile
 
 DATA = f"__0_0{DCP_SUFFIX}"
 _BLOCK = 1 << 20
@@ -61,7 +61,7 @@ class Writer:
     def _write(self, plan: SavePlan, planner: SavePlanner) -> tuple[dict[MetadataIndex, _StorageInfo], dict[str, Any]]:
         """Write the tensors; where each lies, and the size and checksum of their file."""
         places = {}
-        with self._folder.file(DATA, 0) as staged:
+        with self._folder.file(DATA, None) as staged:
             file = _File(staged)
             for item in plan.items:
                 start = file.size

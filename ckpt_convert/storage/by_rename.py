@@ -1,0 +1,142 @@
+"""Writing on a file system: under another name, which is then exchanged for the right one (see ``staging``)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from ckpt_convert.errors import NotEnoughSpaceError, OutputExistsError
+from ckpt_convert.storage import pointer, removal, system
+from ckpt_convert.storage.lock import Lock
+from ckpt_convert.storage.names import partial_of, replaced_of
+from ckpt_convert.storage.place import Place
+from ckpt_convert.storage.rules import Rules
+from ckpt_convert.storage.staging import Staging, refuse_replacing
+from ckpt_convert.storage.system import Advice, is_mount_point, writing
+
+
+def check_destination(destination: Place, source: Place, rules: Rules, *, overwrite: bool) -> None:
+    """Refuse a destination that is there already, that cannot be renamed, or where writing would touch the source.
+
+    Raises OutputExistsError.
+    """
+    path = destination.local
+    if len(os.fsencode(partial_of(path.absolute()).name)) > 253:
+        raise OutputExistsError(f"{destination}: the name is too long for the file system; choose a shorter one")
+    target = path.resolve()
+    if source.store == destination.store:
+        _refuse_overlap(destination, target, source, source.local.resolve())
+    if path.is_symlink() and not path.exists():
+        raise OutputExistsError(f"{destination}: is a link that leads nowhere; remove it or choose another name")
+    if path.exists():
+        if not path.is_dir():
+            raise OutputExistsError(f"{destination}: is a file, but the output is a directory; choose another name")
+        if is_mount_point(target):
+            raise OutputExistsError(
+                f"{destination}: is a mount point, which can be neither renamed nor replaced; the output appears "
+                f"complete or not at all, so give a directory inside it, such as {destination / 'model'}"
+            )
+        refuse_replacing(path, rules, overwrite=overwrite)
+
+
+def _refuse_overlap(destination: Place, target: Path, source: Place, origin: Path) -> None:
+    if origin.name in (partial_of(target).name, replaced_of(target).name) and origin.parent == target.parent:
+        raise OutputExistsError(
+            f"{source}: has the name that {destination} has while it is written; rename it, or choose another output"
+        )
+    beside = origin.is_file() and target == origin.parent
+    if beside or target == origin or (origin.is_dir() and target.is_relative_to(origin)):
+        raise OutputExistsError(
+            f"{destination}: lies inside the source {source}; the source is never written, choose another place"
+        )
+    if origin.is_relative_to(target):
+        raise OutputExistsError(
+            f"{destination}: holds the source {source}, which writing it would replace; choose another place"
+        )
+
+
+def check_space(destination: Place, needed: int) -> None:
+    """Refuse to start what cannot end: raises NotEnoughSpaceError when fewer than ``needed`` bytes are free."""
+    parent = existing_parent(destination.local)
+    with writing(parent, "looked at"):
+        free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise NotEnoughSpaceError(
+            f"{destination}: the output needs {needed:,} bytes, but the disk has {free:,} free; "
+            "free some space or choose another disk (nothing was written)"
+        )
+
+
+def existing_parent(path: Path) -> Path:
+    """The nearest directory above ``path`` that exists."""
+    parent = path.absolute().parent
+    while not parent.is_dir():
+        parent = parent.parent
+    return parent
+
+
+def stage(
+    destination: Place,
+    rules: Rules,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    mode: int = 0o777,
+    advice: Advice | None = None,
+    alone: bool = False,
+) -> Staging:
+    """``Workspace.stage``; the lock is that on the partial directory, which a killed writer gives up."""
+    return Staging(destination.local, rules, overwrite=overwrite, resume=resume, mode=mode, advice=advice)
+
+
+def lock(place: Place, message: str) -> Lock:
+    """``Workspace.lock``; raises OSError, too."""
+    place.local.parent.mkdir(parents=True, exist_ok=True)
+    return Lock.file(place.local, message)
+
+
+def identity(folder: Place) -> str:
+    """``Workspace.identity``: a path may mean another directory on another machine, which its number tells."""
+    return f"{folder.local.resolve()}\0{folder.local.stat().st_ino}"
+
+
+def replace_file(place: Place, data: bytes, etag: str | None = None) -> None:
+    """``Workspace.replace_file``; raises OSError."""
+    if etag is not None and place.identity().etag != etag:
+        raise OutputExistsError(f"{place}: was written by something else meanwhile")
+    system.replace_file(place.local, data)
+
+
+def remove(folder: Place, names: Iterable[str]) -> None:
+    """``Workspace.remove``; raises OSError."""
+    for name in names:
+        (folder.local / name).unlink()
+    if not os.listdir(folder.local):
+        folder.local.rmdir()
+
+
+def withdraw(directory: Place, rules: Rules) -> None:
+    """``Workspace.withdraw``; raises OSError."""
+    removal.withdraw(directory.local, rules)
+
+
+def is_left(directory: Place) -> bool:
+    """Nothing is ever left under the name of a directory."""
+    return False
+
+
+def tidy(parent: Place, rules: Rules) -> None:
+    """``Workspace.tidy``; see ``removal.tidy``."""
+    removal.tidy(parent.local, rules)
+
+
+def check_pointer(parent: Place, name: str) -> None:
+    """``Workspace.check_pointer``."""
+    pointer.check_pointer(parent.local, name)
+
+
+def point(parent: Place, name: str, target: str) -> None:
+    """``Workspace.point``; raises OSError."""
+    pointer.point(parent.local, name, target)

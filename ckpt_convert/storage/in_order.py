@@ -1,0 +1,328 @@
+"""Writing a directory of a store that renames nothing: files under their own names, what completes them last.
+
+A journal comes first into the directory and goes last. As long as it is there nobody takes the directory for complete,
+and it says which names are the writer's: what an attempt leaves is told from what somebody else put there. Everything
+is created where nothing has its name, or replaced only where it is what was read before. Removing goes the other way:
+the journal first, then what makes the directory complete, then the rest, the journal again at the end.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterable
+from dataclasses import replace
+from pathlib import PurePosixPath
+from types import TracebackType
+
+from ckpt_convert.errors import (
+    CkptConvertError,
+    CorruptFileError,
+    NotEnoughSpaceError,
+    OutputExistsError,
+    UnreadableError,
+    UnwritableError,
+)
+from ckpt_convert.storage import pointer
+from ckpt_convert.storage.base import Kind
+from ckpt_convert.storage.marked import Marked, Notes
+from ckpt_convert.storage.names import JOURNAL
+from ckpt_convert.storage.ordered import OrderedFolder, OrderedJournal, WithKept
+from ckpt_convert.storage.place import Place
+from ckpt_convert.storage.rules import Rules, refuse_existing
+from ckpt_convert.storage.store_lock import StoreLock, lock_of, stale
+from ckpt_convert.storage.system import Advice
+
+log = logging.getLogger("ckpt_convert")
+
+_KEPT = Advice(
+    "what is done is kept, free some space and run again with --resume",
+    "what is done is kept; when that is mended, run again with --resume",
+)
+
+
+class OrderedStage:
+    """One destination in such a store, locked; a context manager that leaves what is done when left early.
+
+    ``resume`` keeps the weight files that an earlier attempt finished. Raises OutputExistsError where something else is
+    in the way, LockedError, and UnwritableError.
+    """
+
+    def __init__(
+        self,
+        destination: Place,
+        rules: Rules,
+        *,
+        overwrite: bool = False,
+        resume: bool = False,
+        advice: Advice | None = None,
+        alone: bool = False,
+    ) -> None:
+        """``alone`` says that a lock above keeps other writers away already."""
+        self.destination = destination.anew()
+        self.resumed = False
+        self.advice = advice or _KEPT
+        self._directory = Marked(destination, rules)
+        held = f"{destination}: another process is writing it; wait for it, or choose another destination"
+        self._lock = None if alone else StoreLock(lock_of(destination), held)
+        self.folder = OrderedFolder(self._directory, self.advice)
+        try:
+            with self.folder.advised():
+                self._begin(overwrite, resume)
+        except BaseException:
+            self.release()
+            raise
+
+    def _begin(self, overwrite: bool, resume: bool) -> None:
+        there = self._directory.list()
+        if not there:
+            return
+        if JOURNAL not in there:
+            _refuse_existing(self.destination, there, self._directory.rules, overwrite=overwrite)
+            self._directory.announce({*there}, removing=True)
+        else:
+            self._directory.adopt(there)
+            names = self._directory.journal.names
+            if others := sorted(there.keys() - names - {JOURNAL}):
+                raise OutputExistsError(
+                    f"{self.destination}: holds {', '.join(others[:8])} beside what an interrupted writer left; move "
+                    "that elsewhere, or choose another name"
+                )
+        whole = self._directory.journal.whole
+        kept = {name for name, (etag, _) in whole.items() if name in there and there[name].etag == etag}
+        kept = kept if resume and not self._directory.journal.removing else set()
+        self._directory.remove(there.keys() - kept - {JOURNAL})
+        self._directory.journal = Notes(self._directory.journal.first, kept, {name: whole[name] for name in kept})
+        self.folder.written.update({name: there[name] for name in kept})
+        self.resumed = bool(kept)
+
+    # What is written
+
+    @property
+    def place(self) -> Place:
+        """Where what was written can be read again, with what is kept back, before it is there."""
+        return replace(self.destination, store=WithKept(self._directory, self.folder.kept))
+
+    def expect(self, names: Iterable[str]) -> None:
+        """Names that will be written, so that they are announced with the first of them."""
+        self.folder.expected.update(names)
+
+    def allocated(self) -> int:
+        """Bytes that are there already."""
+        return self.folder.nbytes
+
+    def journal(self) -> list[str]:
+        """What an earlier attempt noted of files that are there still; nothing where this is the first."""
+        journal = self._directory.journal
+        return [journal.first, *(line for _, line in journal.whole.values())] if self.resumed else []
+
+    def begin(self, first: str, keep: Collection[str] = ()) -> OrderedJournal:
+        """Open the journal, to note in it what is done; of an earlier attempt only the files ``keep`` stay.
+
+        Where none does, the journal begins anew with the line ``first``.
+        """
+        gone = self.folder.written.keys() - {*keep}
+        with self.folder.advised():
+            self._directory.remove(gone)
+        for name in gone:
+            self.folder.written.pop(name)
+            self._directory.journal.whole.pop(name)
+        self._directory.journal.first = first
+        return OrderedJournal(None if self._lock is None else self.folder)
+
+    # The end
+
+    def complete(self) -> None:
+        """Nothing: what comes last is kept back until ``commit``, and ``place`` shows it."""
+
+    def keeps(self, error: BaseException) -> bool:
+        """Whether what is done is worth keeping after this error: it is, where resuming may succeed."""
+        may_pass = isinstance(error, NotEnoughSpaceError | UnwritableError | UnreadableError)
+        return may_pass and bool(self.folder.written)
+
+    def commit(self) -> None:
+        """Write what comes last, once everything is there and is what was written; it is complete then.
+
+        Raises VerificationError for what somebody else has changed, UnwritableError.
+        """
+        with self.folder.advised():
+            self.folder.refuse_changes(self._directory.list())
+            self.folder.write_kept()
+            self._directory.remove_journal()
+        self.release()
+
+    def discard(self) -> None:
+        """Remove what was written, but for what somebody else has changed or put there; what stays is no checkpoint."""
+        try:
+            there = self._directory.list()
+            self._directory.remove(name for name in there if self.folder.is_written(name, there[name]))
+            if JOURNAL in there:
+                self._directory.remove_journal()
+        except CkptConvertError as error:
+            log.warning("%s could not be removed, and is no checkpoint: %s", self.destination, error)
+        self.release()
+
+    def release(self) -> None:
+        """Give up the lock, leaving what is done as it is."""
+        if self._lock is not None:
+            self._lock.close()
+
+    def __enter__(self) -> OrderedStage:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None and not isinstance(error, CkptConvertError) and self.folder.written:
+            error.add_note(
+                f"{self.destination} holds what is done; --resume continues it, a run without it starts anew"
+            )
+        self.release()
+
+
+def check_destination(destination: Place, source: Place, rules: Rules, *, overwrite: bool) -> None:
+    """``Workspace.check_destination``."""
+    if source.store == destination.store:
+        _refuse_overlap(destination, source)
+    there = destination.anew().listed()
+    if there.kind() is Kind.FILE:
+        raise OutputExistsError(f"{destination}: is a file, but the output is a directory; choose another name")
+    if there.is_folder() and not is_left(there):
+        _refuse_existing(there, [place.name for place in there.children()], rules, overwrite=overwrite)
+
+
+def _refuse_overlap(destination: Place, source: Place) -> None:
+    target, origin = destination.path, source.path
+    if target.is_relative_to(origin) or (source.is_regular() and target == origin.parent):
+        raise OutputExistsError(
+            f"{destination}: lies inside the source {source}; the source is never written, choose another place"
+        )
+    if origin.is_relative_to(target):
+        raise OutputExistsError(
+            f"{destination}: holds the source {source}, which writing it would replace; choose another place"
+        )
+
+
+def _refuse_existing(destination: Place, there: Iterable[str], rules: Rules, *, overwrite: bool) -> None:
+    refuse_existing(destination, {PurePosixPath(name).parts[0] for name in there}, rules, overwrite=overwrite)
+
+
+def check_space(destination: Place, needed: int) -> None:
+    """Nothing: such a store does not say how much room it has."""
+
+
+def stage(
+    destination: Place,
+    rules: Rules,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    mode: int = 0o777,
+    advice: Advice | None = None,
+    alone: bool = False,
+) -> OrderedStage:
+    """``Workspace.stage``; what is to be replaced is removed first, as there is nothing to exchange it with."""
+    return OrderedStage(destination, rules, overwrite=overwrite, resume=resume, advice=advice, alone=alone)
+
+
+def lock(place: Place, message: str) -> StoreLock:
+    """``Workspace.lock``."""
+    return StoreLock(place, message)
+
+
+def identity(folder: Place) -> str:
+    """``Workspace.identity``."""
+    return str(folder)
+
+
+def is_left(directory: Place) -> bool:
+    """``Workspace.is_left``."""
+    return (directory / JOURNAL).is_regular()
+
+
+def replace_file(place: Place, data: bytes, etag: str | None = None) -> None:
+    """``Workspace.replace_file``."""
+    place.store.put(str(place.path), data, if_match=etag)
+
+
+def remove(folder: Place, names: Iterable[str]) -> None:
+    """``Workspace.remove``; a request for each, as several are removed in no order."""
+    for name in names:
+        folder.store.delete([str((folder / name).path)])
+
+
+def check_pointer(parent: Place, name: str) -> None:
+    """``Workspace.check_pointer``."""
+    place = (parent / name).anew()
+    if place.is_there() and pointer.target_of(place) is None:
+        raise pointer.in_the_way(place)
+
+
+def point(parent: Place, name: str, target: str) -> None:
+    """``Workspace.point``: a small file, created or replaced as it was found."""
+    place = (parent / name).anew()
+    check_pointer(parent, name)
+    found = place.store.entry(str(place.path))
+    etag = None if found is None else found.etag
+    place.store.put(str(place.path), pointer.text(target), create_only=found is None, if_match=etag)
+
+
+def withdraw(place: Place, rules: Rules) -> None:
+    """Remove the files that a directory lists; what makes it complete goes first. Raises UnwritableError.
+
+    What somebody else put beside them stays, and is told of. Raises CorruptFileError where what lists them is damaged.
+    """
+    directory = Marked(place, rules)
+    there = directory.list()
+    if JOURNAL in there:
+        directory.adopt(there)
+        listed = frozenset(directory.journal.names)
+    else:
+        listed = rules.listed(directory.place)
+        if not listed and (mark := rules.marks[-1]) in there:
+            raise CorruptFileError(f"{place / mark}: is damaged, so nothing says which files are to be removed")
+    directory.announce(listed & there.keys(), removing=True)
+    _finish(directory, there.keys() - {JOURNAL})
+
+
+def _finish(directory: Marked, there: Collection[str]) -> None:
+    names = directory.journal.names
+    directory.remove(name for name in there if name in names)
+    directory.remove_journal()
+    if kept := sorted(name for name in there if name not in names):
+        log.warning(
+            "the checkpoint in %s was removed, and %s, which it did not write, is kept there",
+            directory.place,
+            ", ".join(kept[:8]),
+        )
+
+
+def tidy(parent: Place, rules: Rules) -> None:
+    """Clear away what interrupted writers left below a place, and complete what lacked nothing but that it was said.
+
+    What a lock lies beside is left, and told of. Logs a line for each, and a warning for what cannot be removed.
+    """
+    listed = parent.anew().listed()
+    if not listed.is_folder():
+        return
+    for place in sorted(listed.folders()):
+        if not (place / JOURNAL).is_regular():
+            continue
+        try:
+            _tidy(place, rules)
+        except CkptConvertError as error:
+            log.warning("%s is left over and cannot be removed: %s", place, error)
+
+
+def _tidy(place: Place, rules: Rules) -> None:
+    if (lock := lock_of(place)).is_there():
+        log.warning("%s is being written, or was when its writer ended; %s", place, stale(lock))
+        return
+    directory = Marked(place, rules)
+    there = directory.list()
+    directory.adopt(there)
+    if rules.marks[-1] in there and not directory.journal.removing:
+        directory.remove_journal()
+        log.info("%s is complete: its writer was interrupted after the last file", place)
+        return
+    _finish(directory, there.keys() - {JOURNAL})
+    log.warning("half-written %s removed", place)

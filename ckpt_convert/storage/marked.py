@@ -1,0 +1,102 @@
+"""A directory of a store without rename, and its journal: that it is unfinished, and what may be removed of it."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import PurePosixPath
+from typing import Any
+
+from ckpt_convert.errors import CorruptFileError
+from ckpt_convert.storage.base import Entry, Store
+from ckpt_convert.storage.names import JOURNAL
+from ckpt_convert.storage.place import Place
+from ckpt_convert.storage.rules import Rules
+
+_LONGEST = 1 << 28
+"""Bytes of a journal, which describes every weight file that is whole."""
+
+
+@dataclass
+class Notes:
+    """What the journal says: ``first``, which plan this is; the ``names`` that are the writer's; of the files that are
+    ``whole`` the etag and what was noted. ``removing`` is whether the directory is being removed.
+    """
+
+    first: str = ""
+    names: set[str] = field(default_factory=set)
+    whole: dict[str, tuple[str, str]] = field(default_factory=dict)
+    removing: bool = False
+
+    def render(self) -> bytes:
+        content = {"first": self.first, "names": sorted(self.names), "whole": self.whole, "removing": self.removing}
+        return json.dumps(content, separators=(",", ":")).encode()
+
+    @classmethod
+    def read(cls, place: Place) -> Notes:
+        """Raises CorruptFileError for a journal that nobody here wrote, so that nothing says what may be removed."""
+        try:
+            said = json.loads(place.read(_LONGEST))
+            whole = {str(name): (str(etag), str(line)) for name, (etag, line) in said["whole"].items()}
+            return cls(str(said["first"]), {str(name) for name in said["names"]}, whole, bool(said["removing"]))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise CorruptFileError(
+                f"{place}: is no journal of an interrupted writer; look at what lies there"
+            ) from error
+
+
+class Marked:
+    """A directory of a store with its journal, which is known to be what this process last wrote."""
+
+    def __init__(self, place: Place, rules: Rules) -> None:
+        self.place = place.anew()
+        self.store: Store = place.store
+        self.rules = rules
+        self.journal = Notes()
+        self._etag: str | None = None
+        self._lock = threading.RLock()
+
+    def full(self, name: str) -> str:
+        return str(self.place.path / name)
+
+    def list(self) -> dict[str, Entry]:
+        """What is there, by its name in the directory."""
+        found = self.store.list(str(self.place.path))
+        start = self.place.path
+        return {PurePosixPath(name).relative_to(start).as_posix(): entry for name, entry in found.items()}
+
+    def adopt(self, there: Mapping[str, Entry]) -> None:
+        """Take the journal that is there for this process's own."""
+        self.journal = Notes.read(self.place / JOURNAL)
+        self._etag = there[JOURNAL].etag
+
+    def announce(self, names: Collection[str], **changes: Any) -> None:
+        """Say that these names are this writer's, before anything is there."""
+        with self._lock:
+            if names <= self.journal.names and not changes:  # type: ignore[operator]
+                return
+            self.journal = replace(self.journal, names=self.journal.names | {*names}, **changes)
+            self.write_journal()
+
+    def write_journal(self) -> None:
+        with self._lock:
+            new = self._etag is None
+            made = self.store.put(
+                self.full(JOURNAL), self.journal.render(), create_only=new, if_match=None if new else self._etag
+            )
+            self._etag = made.etag
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Remove files, first what makes loaders take the directory for a model."""
+        ranks: dict[int, list[str]] = {}
+        for name in sorted(names):
+            ranks.setdefault(self.rules.rank(name), []).append(self.full(name))
+        for _, group in sorted(ranks.items(), reverse=True):
+            self.store.delete(group)
+
+    def remove_journal(self) -> None:
+        self.store.delete([self.full(JOURNAL)])
+        self._etag = None
+        self.journal = Notes()

@@ -1,0 +1,246 @@
+"""What is written into a directory of a store that renames nothing: each file under its name, some of them last."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import TracebackType
+
+from ckpt_convert.errors import (
+    NotEnoughSpaceError,
+    OutputExistsError,
+    UnwritableError,
+    VerificationError,
+    listing,
+)
+from ckpt_convert.storage.base import Entry, OpenFile, Version, Writer
+from ckpt_convert.storage.checksums import digest
+from ckpt_convert.storage.far import FarFile, FarStore
+from ckpt_convert.storage.listing import Listing
+from ckpt_convert.storage.marked import Marked
+from ckpt_convert.storage.names import JOURNAL
+from ckpt_convert.storage.place import Place
+from ckpt_convert.storage.system import Advice
+
+
+class OrderedFolder:
+    """What is written into a directory of such a store, or into a folder ``inside`` it."""
+
+    def __init__(self, directory: Marked, advice: Advice, inside: str = "", whole: OrderedFolder | None = None) -> None:
+        self._directory = directory
+        self._advice = advice
+        self._inside = inside
+        self.written: dict[str, Entry] = {} if whole is None else whole.written
+        self.kept: dict[str, bytes] = {} if whole is None else whole.kept
+        self.expected: set[str] = set() if whole is None else whole.expected
+        self._attempted: set[str] = set() if whole is None else whole._attempted
+        self._lock: threading.Lock = threading.Lock() if whole is None else whole._lock
+
+    def below(self, name: str) -> OrderedFolder:
+        return OrderedFolder(self._directory, self._advice, self._full(name), self)
+
+    def limited(self, mode: int) -> OrderedFolder:
+        """The same: such a store has no permissions of single files."""
+        return self
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.size for entry in self.written.values())
+
+    @property
+    def place(self) -> Place:
+        """Where what was written so far can be read."""
+        return self._directory.place / self._inside if self._inside else self._directory.place
+
+    def comes_last(self, name: str) -> bool:
+        """Whether a file of this name is kept back until all others are there."""
+        return self._directory.rules.rank(self._full(name)) > 0
+
+    def file(self, name: str, size: int | None) -> OrderedFile:
+        full = self._full(name)
+        with self.advised():
+            self._announce(full)
+            return OrderedFile(self, full, self._directory.store.create(self._directory.full(full), size))
+
+    def write(self, name: str, data: bytes) -> None:
+        if self.comes_last(name):
+            with self._lock:
+                self.kept[self._full(name)] = data
+        else:
+            self._write(self._full(name), data)
+
+    def kept_back(self, name: str) -> bytes | None:
+        return self.kept.get(self._full(name))
+
+    def write_kept(self) -> None:
+        """Write what was kept back, in the order of the ranks."""
+        for name, data in sorted(self.kept.items(), key=lambda item: (self._directory.rules.rank(item[0]), item[0])):
+            self._write(name, data)
+
+    def refuse_changes(self, there: Mapping[str, Entry]) -> None:
+        """Raise VerificationError where what is there is not what was written."""
+        changes = [f"{name} is gone" for name in self.written if name not in there]
+        for name, entry in there.items():
+            if name in self.written and entry.etag != self.written[name].etag:
+                changes.append(f"{name} was changed or replaced")
+            elif name not in self.written and name != JOURNAL:
+                changes.append(f"{name} was put there")
+        if changes:
+            raise self._changed(changes)
+
+    def _changed(self, changes: list[str]) -> VerificationError:
+        return VerificationError(
+            f"{self._directory.place}: something else wrote there meanwhile, so that nothing was published:"
+            f"{listing(changes)}\nsee to it that nothing else does, and run it again"
+        )
+
+    def is_written(self, name: str, entry: Entry) -> bool:
+        """Whether this is the very file that was written under that name; or it may be, where no answer came."""
+        known = self.written.get(name)
+        return name in self._attempted if known is None else known.etag == entry.etag
+
+    def finish(self, full: str, give: Callable[[], Entry]) -> None:
+        """Give a file its name, and remember it."""
+        with self._lock:
+            self._attempted.add(full)
+        try:
+            with self.advised():
+                made = give()
+        except OutputExistsError:
+            with self._lock:
+                self._attempted.discard(full)
+            raise self._changed([f"{full} was put there"]) from None
+        with self._lock:
+            self.written[full] = made
+
+    def note_whole(self, full: str, line: str) -> None:
+        with self.advised(), self._lock:
+            self._directory.journal.whole[full] = self.written[full].etag, line
+            self._directory.write_journal()
+
+    @contextlib.contextmanager
+    def advised(self) -> Iterator[None]:
+        """Let what a store says of a failure go on with what is to be done."""
+        try:
+            yield
+        except NotEnoughSpaceError as error:
+            raise NotEnoughSpaceError(f"{error}; {self._advice.full}") from error
+        except UnwritableError as error:
+            raise UnwritableError(f"{error}; {self._advice.failed}") from error
+
+    def _write(self, full: str, data: bytes) -> None:
+        with self.advised():
+            self._announce(full)
+        self.finish(full, lambda: self._directory.store.put(self._directory.full(full), data, create_only=True))
+
+    def _announce(self, full: str) -> None:
+        if full not in self._directory.journal.names:
+            self._directory.announce({full, *self.expected}, removing=False)
+
+    def _full(self, name: str) -> str:
+        return f"{self._inside}/{name}" if self._inside else name
+
+
+class OrderedFile:
+    """A file that has its name once it is ``sync``ed; one that is closed before leaves nothing."""
+
+    def __init__(self, folder: OrderedFolder, name: str, writer: Writer) -> None:
+        self.name = name
+        self._folder = folder
+        self._writer: Writer | None = writer
+        self._end = 0
+
+    def write(self, offset: int, data: memoryview) -> None:
+        assert self._writer is not None
+        with self._folder.advised():
+            self._writer.write(offset, data)
+
+    def append(self, data: memoryview) -> None:
+        self.write(self._end, data)
+        self._end += len(data)
+
+    def readinto(self, offset: int, buffer: memoryview) -> int:
+        raise NotImplementedError  # what an earlier attempt has finished is known by its etag
+
+    def start_writeback(self, offset: int, nbytes: int) -> None:
+        """Nothing: what is written is on its way."""
+
+    def sync(self) -> None:
+        writer, self._writer = self._writer, None
+        assert writer is not None
+        try:
+            self._folder.finish(self.name, lambda: writer.complete(create_only=True))
+        except BaseException:
+            writer.abort()
+            raise
+
+    def close(self) -> None:
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.abort()
+
+    def __enter__(self) -> OrderedFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class OrderedJournal:
+    """What is noted of what is done: whole files, for what is written of others is lost with the attempt."""
+
+    def __init__(self, folder: OrderedFolder | None) -> None:
+        """``folder`` is None where nothing is ever continued."""
+        self._folder = folder
+
+    def note(self, line: str) -> None:
+        """Nothing: a piece does not outlive an attempt."""
+
+    def whole(self, name: str, line: str) -> None:
+        if self._folder is not None:
+            self._folder.note_whole(name, line)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class WithKept(FarStore):
+    """A directory as it will be: with the files that are kept back."""
+
+    def __init__(self, directory: Marked, kept: Mapping[str, bytes]) -> None:
+        self._store = directory.store
+        self._kept = {directory.full(name): data for name, data in kept.items()}
+
+    def list(self, prefix: str, *, deep: bool = True) -> dict[str, Entry]:
+        found = self._store.list(prefix)
+        return Listing(prefix, {**found, **{name: _entry_of(data) for name, data in self._kept.items()}}).list(
+            prefix, deep=deep
+        )
+
+    def entry(self, name: str) -> Entry | None:
+        return _entry_of(self._kept[name]) if name in self._kept else self._store.entry(name)
+
+    def open(self, name: str, expected: Entry | None = None, called: str | None = None) -> OpenFile:
+        data = self._kept.get(name)
+        if data is None:
+            return self._store.open(name, expected, called)
+        return FarFile(called or self.label(name), _entry_of(data), lambda offset, nbytes: data[offset:][:nbytes])
+
+    def label(self, name: str) -> str:
+        return self._store.label(name)
+
+    def put(self, name: str, data: bytes, *, create_only: bool = False, if_match: str | None = None) -> Entry:
+        return self._store.put(name, data, create_only=create_only, if_match=if_match)
+
+    def create(self, name: str, size: int | None) -> Writer:
+        return self._store.create(name, size)
+
+    def delete(self, names: Iterable[str]) -> None:
+        self._store.delete(names)
+
+
+def _entry_of(data: bytes) -> Version:
+    return Version(len(data), digest(data))

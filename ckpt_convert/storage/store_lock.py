@@ -1,0 +1,68 @@
+"""A lock in a store that has none: a file that one writer creates and removes."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import uuid
+
+from ckpt_convert.errors import CkptConvertError, LockedError, OutputExistsError
+from ckpt_convert.storage.names import PARTIAL
+from ckpt_convert.storage.place import Place
+
+log = logging.getLogger("ckpt_convert")
+
+_LONGEST = 1 << 16
+"""Bytes of what a lock says."""
+
+
+class StoreLock:
+    """A file that one writer creates and removes: whoever finds it does not write. It says whose it is.
+
+    Nothing ends it but its owner, or a person: a store does not tell that a process is gone. Raises LockedError.
+    """
+
+    def __init__(self, place: Place, message: str) -> None:
+        self._place = place.anew()
+        self._text = f"process {os.getpid()} on {socket.gethostname()} ({uuid.uuid4().hex})".encode()
+        self._held = True
+        self._etag: str | None = None
+        try:
+            self._etag = place.store.put(str(place.path), self._text, create_only=True).etag
+        except OutputExistsError:
+            raise LockedError(f"{message}\n{stale(place)}") from None
+        except BaseException:  # it may be there all the same, where only the answer was lost
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Give up the lock; once is enough. What cannot be removed is warned of: it keeps others away."""
+        held, self._held = self._held, False
+        if not held:
+            return
+        try:
+            if self._is_mine():
+                self._place.store.delete([str(self._place.path)])
+        except CkptConvertError as error:
+            log.warning("%s could not be removed, and keeps others from writing: delete it (%s)", self._place, error)
+
+    def _is_mine(self) -> bool:
+        found = self._place.store.entry(str(self._place.path))
+        if found is None or self._etag is not None:
+            return found is not None and found.etag == self._etag
+        return self._place.read(_LONGEST) == self._text
+
+
+def stale(place: Place) -> str:
+    """Who holds a lock, and how it is removed when that is nobody any more."""
+    owner = "somebody"
+    with contextlib.suppress(CkptConvertError):
+        owner = place.read(_LONGEST).decode(errors="replace").partition(" (")[0]
+    return f"the lock is that of {owner}; if that has ended, delete {place}, and run again"
+
+
+def lock_of(destination: Place) -> Place:
+    """The file beside a destination that keeps other writers away."""
+    return destination.anew().with_name(f".{destination.name}{PARTIAL}")
