@@ -9,8 +9,8 @@ from typing import Any, TypedDict, Unpack
 
 from ckpt_convert.checkpoint import record
 from ckpt_convert.checkpoint.checkpoint import Checkpoint, open_checkpoint, read_checkpoint
+from ckpt_convert.checkpoint.dequantize import requested
 from ckpt_convert.checkpoint.opening import part_of
-from ckpt_convert.checkpoint.quantized.requests import requested
 from ckpt_convert.convert import output, ownership
 from ckpt_convert.convert import plan as planning
 from ckpt_convert.convert.execute import check_losses, is_tied, loss_text, run_checks

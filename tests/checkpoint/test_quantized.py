@@ -18,11 +18,11 @@ from torch.distributed.checkpoint.quantized_hf_storage import QuantizedHuggingFa
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import ckpt_convert
+from ckpt_convert.checkpoint.dequantize import dequantized
 from ckpt_convert.checkpoint.quantized import fp8, mxfp4, reading, schemes
 from ckpt_convert.checkpoint.quantized.files import ComputedFile
 from ckpt_convert.checkpoint.quantized.reading import Rows, bfloat16
 from ckpt_convert.checkpoint.quantized.recognise import Quantized, Stored
-from ckpt_convert.checkpoint.quantized.requests import dequantized
 from ckpt_convert.checkpoint.quantized.view import _described
 from ckpt_convert.storage.reader import LocalFile
 from ckpt_convert.tensors import lazy

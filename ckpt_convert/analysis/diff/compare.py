@@ -14,11 +14,11 @@ from ckpt_convert import dtypes
 from ckpt_convert.analysis.diff.pairs import Half, Pair, bring_together
 from ckpt_convert.analysis.stats import numeric
 from ckpt_convert.analysis.stats.numeric import Delta
+from ckpt_convert.checkpoint import dequantize as requests
 from ckpt_convert.checkpoint.checkpoint import Checkpoint
 from ckpt_convert.checkpoint.mapping import Equality
 from ckpt_convert.checkpoint.model import Model
 from ckpt_convert.checkpoint.opening import in_memory
-from ckpt_convert.checkpoint.quantized import requests
 from ckpt_convert.errors import ConfigError
 from ckpt_convert.models.core.rope import read_rope
 from ckpt_convert.tensors import parallel

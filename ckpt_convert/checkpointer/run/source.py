@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_convert.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from ckpt_convert.checkpoint.dequantize import dequantized
 from ckpt_convert.checkpoint.opening import OpenedFiles
-from ckpt_convert.checkpoint.quantized.requests import dequantized
 from ckpt_convert.checkpoint.stated import Hints
 from ckpt_convert.checkpointer.run.catalog import Saved
 from ckpt_convert.dtypes import DEQUANTIZED, torch_name
