@@ -18,10 +18,11 @@ test: $(INSTALLED) ## Run the tests
 	@tests/compiler.sh --install >/dev/null || true
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
-check: $(INSTALLED) ## Check style (ruff) and types (mypy)
+check: $(INSTALLED) ## Check style (ruff), types (mypy) and who imports whom (import-linter)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache --no-logo
 
 clean: ## Remove .venv, what the demo and the recipes wrote, and all caches
 	rm -rf .venv demo runs build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
