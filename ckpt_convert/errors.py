@@ -7,13 +7,7 @@ the command line returns: 1 the check or the conversion failed, 2 the request do
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
-
-
-def listing(lines: Sequence[str], most: int = 20) -> str:
-    """The lines of a message, one below the other and indented; at most a screenful of them."""
-    shown = "".join(f"\n    {line}" for line in lines[:most])
-    return shown + (f"\n    … and {len(lines) - most} more" if len(lines) > most else "")
+from collections.abc import Mapping
 
 
 def reason(error: BaseException) -> str:

@@ -10,10 +10,11 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ckpt_convert.errors import ConfigError, listing
-from ckpt_convert.formats.base import load_json
+from ckpt_convert.errors import ConfigError
+from ckpt_convert.formats.base import is_number, load_json
 from ckpt_convert.formats.names import ADAPTER_CONFIG
 from ckpt_convert.storage.names import local_path
+from ckpt_convert.words import listing
 
 T = TypeVar("T")
 
@@ -180,9 +181,9 @@ def _numbers(config: AdapterConfig) -> list[str]:
         if type(rank) is not int or rank < 1:
             problems.append(f"{name}: expected a whole number from 1 on, found {rank!r:.100}")
     for name, alpha in alphas.items():
-        if not _is_number(alpha) or alpha <= 0:
+        if not _is_finite(alpha) or alpha <= 0:
             problems.append(f"{name}: expected a positive number, found {alpha!r:.100}")
-    if not _is_number(config.dropout) or not 0 <= config.dropout < 1:
+    if not _is_finite(config.dropout) or not 0 <= config.dropout < 1:
         problems.append(f"dropout: expected a number from 0 to below 1, found {config.dropout!r:.100}")
     for name in ("use_dora", "use_rslora"):
         if not isinstance(getattr(config, name), bool):
@@ -222,5 +223,5 @@ def _are_strings(value: object) -> bool:
     return isinstance(value, Sequence | set | frozenset) and all(isinstance(one, str) and one for one in value)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and -1e38 < value < 1e38  # no NaN
+def _is_finite(value: object) -> bool:
+    return is_number(value) and -1e38 < value < 1e38  # no NaN

@@ -12,7 +12,8 @@ import torch
 from ckpt_convert.adapters.config import AdapterConfig
 from ckpt_convert.adapters.modules import Modules
 from ckpt_convert.adapters.parameters import Split
-from ckpt_convert.errors import ConfigError, listing
+from ckpt_convert.errors import ConfigError
+from ckpt_convert.words import listing
 
 Numbers = np.ndarray[Any, Any]
 

@@ -10,7 +10,8 @@ import torch
 
 from ckpt_convert.adapters.config import AdapterConfig, plain_pattern
 from ckpt_convert.adapters.modules import Modules
-from ckpt_convert.errors import CkptConvertError, ConfigError, KeyMismatchError, ShapeMismatchError, listing
+from ckpt_convert.errors import CkptConvertError, ConfigError, KeyMismatchError, ShapeMismatchError
+from ckpt_convert.words import listing
 
 PEFT_PREFIX = "base_model.model."
 """What PEFT's wrapper puts before every key."""

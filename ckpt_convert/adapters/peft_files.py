@@ -15,15 +15,10 @@ from ckpt_convert.adapters.parameters import PEFT_PREFIX, Adapter, Split, split,
 from ckpt_convert.checkpoint.checkpoint import open_checkpoint
 from ckpt_convert.containers import safetensors
 from ckpt_convert.dtypes import FROM_TORCH, torch_name
-from ckpt_convert.errors import (
-    CheckpointNotFoundError,
-    ConfigError,
-    KeyMismatchError,
-    ShapeMismatchError,
-    listing,
-)
+from ckpt_convert.errors import CheckpointNotFoundError, ConfigError, KeyMismatchError, ShapeMismatchError
 from ckpt_convert.formats.base import render_json
 from ckpt_convert.formats.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from ckpt_convert.words import listing
 
 
 @dataclass(frozen=True)

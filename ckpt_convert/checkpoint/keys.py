@@ -13,10 +13,11 @@ from ckpt_convert.checkpoint.legacy_keys import PLAIN, Names
 from ckpt_convert.checkpoint.mapping import Source
 from ckpt_convert.checkpoint.opening import OpenedFiles
 from ckpt_convert.checkpoint.tensors import assembled
-from ckpt_convert.errors import KeyMismatchError, listing
+from ckpt_convert.errors import KeyMismatchError
 from ckpt_convert.tensors.bulk import without_collector
 from ckpt_convert.tensors.header import StoredTensor, WeightFile
 from ckpt_convert.tensors.lazy import stored
+from ckpt_convert.words import listing
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,6 +13,7 @@ from ckpt_convert.checkpoint.findings import Finding, raise_if_any
 from ckpt_convert.errors import ConfigError, KeyMismatchError, UsageError
 from ckpt_convert.models.core.table import Entry, Family, Instance, Key, evaluate
 from ckpt_convert.tensors.lazy import LazyTensor, concat, zeros
+from ckpt_convert.words import some
 
 _LISTED = 20
 
@@ -271,11 +272,13 @@ def write(
     if no_place:
         raise KeyMismatchError(
             f"{what}: the {format} format of {family.name} has no place for {len(no_place)} tensors: "
-            f"{_some(no_place)}. Convert to a format that has one (hf), or remove them first if they are all zero."
+            f"{some(no_place, _LISTED, ' …')}. "
+            "Convert to a format that has one (hf), or remove them first if they are all zero."
         )
     if missing:
         raise KeyMismatchError(
-            f"{what}: the {format} format of {family.name} needs {_some(missing)}, which the source has nothing for"
+            f"{what}: the {format} format of {family.name} needs {some(missing, _LISTED, ' …')}, "
+            "which the source has nothing for"
         )
     return targets, carried, ties
 
@@ -461,10 +464,6 @@ def _missing(entry: Entry, format: str, dims: Mapping[str, int]) -> Finding:
     if entry.column(format).omitted_if_tied and not dims["tied"]:
         said = "(may be absent only where the config has tie_word_embeddings: true)"
     return Finding("error", "missing", f"{entry.key} {said}", key=entry.key, expected=shape)
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_LISTED]) + (" …" if len(names) > _LISTED else "")
 
 
 def _unexpected(

@@ -35,6 +35,7 @@ from ckpt_convert.storage.place import at
 from ckpt_convert.storage.reader import Identity, LocalFile
 from ckpt_convert.tensors.bulk import without_collector
 from ckpt_convert.tensors.header import SLICES, StoredTensor, WeightFile
+from ckpt_convert.words import some
 
 _ANY_SUFFIX = (*WEIGHT_SUFFIXES, ".ckpt")
 _INDEX = re.compile(r"(?<![^.])(?:0|[1-9][0-9]*)(?![^.])")
@@ -263,17 +264,17 @@ def notices(path: Path, files: Sequence[WeightFile]) -> list[str]:
             )
         elif foreign:
             out.append(
-                f"{file.name}: asks for objects of {_some(foreign, 5)}, which tensors do not need; none was made, "
+                f"{file.name}: asks for objects of {some(foreign, 5, ' …')}, which tensors do not need; none was made, "
                 "nothing was executed, and convert refuses the file"
             )
         if objects:
-            names = _some(_grouped(objects), 8)
+            names = some(_grouped(objects), 8, " …")
             said = "1 entry is no tensor" if len(objects) == 1 else f"{len(objects)} entries are no tensors"
             out.append(f"{file.name}: {said}: {names}")
     used = {file.name for file in files}
     there = path.iterdir() if path.is_dir() else ()
     if unused := sorted(entry.name for entry in there if entry.suffix in WEIGHT_SUFFIXES and entry.name not in used):
-        out.append(f"not used: {_some(unused, 8)}")
+        out.append(f"not used: {some(unused, 8, ' …')}")
     return out
 
 
@@ -295,10 +296,6 @@ def in_memory(files: Iterable[WeightFile]) -> list[str]:
         for file in files
         if file.header.kind == "legacy"
     ]
-
-
-def _some(names: Sequence[str], most: int) -> str:
-    return ", ".join(names[:most]) + (" …" if len(names) > most else "")
 
 
 def close(files: Iterable[WeightFile]) -> None:

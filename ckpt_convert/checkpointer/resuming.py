@@ -36,12 +36,12 @@ from ckpt_convert.errors import (
     OutputExistsError,
     UnreadableError,
     UsageError,
-    listing,
 )
 from ckpt_convert.storage import pointer
 from ckpt_convert.storage.place import locate
 from ckpt_convert.storage.reader import reading
 from ckpt_convert.tensors.blocks import ProgressCallback
+from ckpt_convert.words import listing
 
 log = logging.getLogger("ckpt_convert")
 

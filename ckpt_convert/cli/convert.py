@@ -12,13 +12,14 @@ from ckpt_convert import formats
 from ckpt_convert.cli import options as common
 from ckpt_convert.cli.notices import notice, on_stderr
 from ckpt_convert.cli.progress import Bar
-from ckpt_convert.cli.text import echo, escape, human_bytes, plural
+from ckpt_convert.cli.text import echo, escape, plural
 from ckpt_convert.cli.tree import in_short
 from ckpt_convert.dtypes import CASTS, DEQUANTIZED
 from ckpt_convert.errors import UsageError
 from ckpt_convert.models.core.config import AXES
 from ckpt_convert.storage.names import local_path
 from ckpt_convert.storage.reader import WORKERS
+from ckpt_convert.words import human_bytes
 
 if TYPE_CHECKING:
     from ckpt_convert.convert.api import Report

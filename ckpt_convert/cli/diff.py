@@ -19,7 +19,6 @@ from ckpt_convert.cli.text import (
     echo_json,
     escape,
     fits,
-    human_bytes,
     human_count,
     labelled,
     number,
@@ -31,6 +30,7 @@ from ckpt_convert.cli.text import (
 )
 from ckpt_convert.cli.tree import Entry, Numbering
 from ckpt_convert.storage.reader import WORKERS
+from ckpt_convert.words import human_bytes
 
 if TYPE_CHECKING:
     from ckpt_convert.analysis.diff.compare import Change, Diff, Status

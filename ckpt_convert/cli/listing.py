@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 from ckpt_convert.cli import colours, tree
 from ckpt_convert.cli.facts import Facts
-from ckpt_convert.cli.text import columns, escape, fits, human_bytes, number, plural, shape_text
+from ckpt_convert.cli.text import columns, escape, fits, number, plural, shape_text
 from ckpt_convert.cli.tree import Entry, Numbering, Row
 from ckpt_convert.cli.view import Order, View, matching, missing, ordered, shares
 from ckpt_convert.errors import CkptConvertError
+from ckpt_convert.words import human_bytes
 
 if TYPE_CHECKING:
     from ckpt_convert.checkpoint.tensors import TensorInfo

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import click
 
-from ckpt_convert.cli.text import echo, escape, human_bytes, stopping_nothing
+from ckpt_convert.cli.text import echo, escape, stopping_nothing
 from ckpt_convert.errors import CkptConvertError, UsageError
 from ckpt_convert.storage.names import local_path
+from ckpt_convert.words import human_bytes
 
 
 def check_page(destination: str, *, with_json: bool = False) -> None:

@@ -11,11 +11,12 @@ import click
 
 from ckpt_convert.checkpoint.usual import SIZES
 from ckpt_convert.cli import colours, plan_tree
-from ckpt_convert.cli.text import Labelled, echo, echo_json, escape, human_bytes, labelled, plural, terminal_width
+from ckpt_convert.cli.text import Labelled, echo, echo_json, escape, labelled, plural, terminal_width
 from ckpt_convert.cli.tree import in_short
 from ckpt_convert.convert import steps
 from ckpt_convert.convert.plan import Plan
 from ckpt_convert.storage.by_rename import existing_parent
+from ckpt_convert.words import human_bytes
 
 _LABEL = len("generated") + 2
 """The width of the column of labels, above the tree and below it."""

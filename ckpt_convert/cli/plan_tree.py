@@ -8,20 +8,10 @@ from math import prod
 from typing import Any
 
 from ckpt_convert.cli import colours, tree
-from ckpt_convert.cli.text import (
-    can_say,
-    columns,
-    display_width,
-    escape,
-    fits,
-    human_bytes,
-    number,
-    shape_text,
-    shorten,
-    wrap,
-)
+from ckpt_convert.cli.text import can_say, columns, display_width, escape, fits, number, shape_text, shorten, wrap
 from ckpt_convert.convert.steps import COPY, Move
 from ckpt_convert.tensors.bulk import without_collector
+from ckpt_convert.words import human_bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,8 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from ckpt_convert.cli.text import echo, human_bytes
+from ckpt_convert.cli.text import echo
+from ckpt_convert.words import human_bytes
 
 if TYPE_CHECKING:
     from ckpt_convert.tensors.blocks import Progress

@@ -14,7 +14,8 @@ from ckpt_convert.cli.listing import entry, matched, sorted_rows
 from ckpt_convert.cli.text import columns, escape, number, percent, plural, real, shape_text
 from ckpt_convert.cli.tree import Numbering
 from ckpt_convert.cli.view import View, matching, ordered
-from ckpt_convert.errors import CkptConvertError, listing
+from ckpt_convert.errors import CkptConvertError
+from ckpt_convert.words import listing
 
 if TYPE_CHECKING:
     from ckpt_convert.analysis.stats.numeric import Stats

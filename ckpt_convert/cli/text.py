@@ -15,6 +15,8 @@ from typing import NamedTuple, TextIO
 
 import click
 
+from ckpt_convert.words import scaled
+
 _GAP = "  "
 _LEAST = 28
 """The first column is not shortened below this, nor by more than a third: else it has lines of its own."""
@@ -44,14 +46,9 @@ def escape(text: str) -> str:
     return text if text.isprintable() else "".join(char if char.isprintable() else _escaped(char) for char in text)
 
 
-def human_bytes(size: int) -> str:
-    """Bytes in decimal units, as on the Hub, in three digits: "288 B", "16.1 kB", "134 MB", "3.0 GB"."""
-    return _scaled(size, ("B", "kB", "MB", "GB", "TB", "PB", "EB"))
-
-
 def human_count(count: int) -> str:
     """A count in three digits: "56", "34.5 K", "1.24 B"."""
-    return _scaled(count, ("", "K", "M", "B", "T")).rstrip()
+    return scaled(count, ("", "K", "M", "B", "T")).rstrip()
 
 
 def number(value: int) -> str:
@@ -311,19 +308,6 @@ def _stacked(
 
 def _is_plain() -> bool:
     return bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
-
-
-def _scaled(value: int, units: Sequence[str]) -> str:
-    size: float = value
-    for unit in units:
-        digits = 0 if unit == units[0] or size >= 99.95 else 1 if size >= 9.995 else 2
-        shown = f"{size:.{digits}f}"
-        if float(shown) < 1000 or unit == units[-1]:
-            break
-        size /= 1000
-    if shown.endswith("0") and digits == 2:
-        shown = shown[:-1]
-    return f"{shown} {unit}"
 
 
 def _escaped(char: str) -> str:

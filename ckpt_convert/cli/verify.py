@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckpt_convert.cli import colours, options
-from ckpt_convert.cli.text import Labelled, echo, echo_json, escape, human_bytes, labelled, plural, terminal_width, wrap
+from ckpt_convert.cli.text import Labelled, echo, echo_json, escape, labelled, plural, terminal_width, wrap
 from ckpt_convert.storage.reader import WORKERS
+from ckpt_convert.words import human_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -11,8 +11,9 @@ from ckpt_convert.checkpoint.usual import SIZES
 from ckpt_convert.cli import colours, tree
 from ckpt_convert.cli import facts as looking
 from ckpt_convert.cli.facts import Count, Facts
-from ckpt_convert.cli.text import Labelled, bar, escape, human_bytes, human_count, labelled, number, percent, plural
+from ckpt_convert.cli.text import Labelled, bar, escape, human_count, labelled, number, percent, plural
 from ckpt_convert.formats.names import RECORD_FOLDER
+from ckpt_convert.words import human_bytes
 
 if TYPE_CHECKING:
     from ckpt_convert.checkpoint.tensors import TensorInfo

@@ -23,13 +23,14 @@ from ckpt_convert import dtypes
 from ckpt_convert.checkpoint.mapping import Equality
 from ckpt_convert.convert.layout import OutputFile, Placed
 from ckpt_convert.convert.plan import Plan, fingerprint
-from ckpt_convert.errors import LossyConversionError, TiedWeightsError, listing
+from ckpt_convert.errors import LossyConversionError, TiedWeightsError
 from ckpt_convert.formats.names import RECORD_FOLDER
 from ckpt_convert.storage.checksums import CRC32, CRC64
 from ckpt_convert.storage.workspace import Folder, Journal, Stage, StagedFile
 from ckpt_convert.tensors import blocks, decode
 from ckpt_convert.tensors.blocks import Meter, Mover, ProgressCallback, Read, difference
 from ckpt_convert.tensors.lazy import LazyTensor
+from ckpt_convert.words import MORE, listing, some
 
 PIECE = 64 << 20
 """Bytes of a piece, at most."""
@@ -110,8 +111,7 @@ def loss_text(lost: Mapping[str, int]) -> str:
 
 def named(counts: Mapping[str, int]) -> str:
     """Tensors with a count of values each, the first few of them."""
-    shown = [f"{key} ({count:,})" for key, count in counts.items()]
-    return ", ".join(shown[:_NAMED]) + (f" and {len(shown) - _NAMED} more" if len(shown) > _NAMED else "")
+    return some([f"{key} ({count:,})" for key, count in counts.items()], _NAMED, MORE)
 
 
 def _nonzero(mover: Mover, tensor: LazyTensor, dtype: str) -> int:

@@ -37,6 +37,7 @@ from ckpt_convert.tensors.bulk import without_collector
 from ckpt_convert.tensors.gather import SCRATCH
 from ckpt_convert.tensors.header import IN_MEMORY, StoredTensor, WeightFile
 from ckpt_convert.tensors.lazy import LazyTensor, zeros
+from ckpt_convert.words import some
 
 _BASE_MEMORY = 40_000_000
 """Bytes of the interpreter with the modules that a conversion and its progress bar need, as measured."""
@@ -425,7 +426,7 @@ def _edited(source: Identified) -> list[str]:
 
 def _skipped(source: Identified) -> list[str]:
     names = sidefiles.skipped(source)
-    return [f"not taken along: {', '.join(names[:8])}{' …' if len(names) > 8 else ''}"] if names else []
+    return [f"not taken along: {some(names, 8, ' …')}"] if names else []
 
 
 def _dtypes(targets: Sequence[Target], request: Request, template: Logicals) -> dict[str, str]:

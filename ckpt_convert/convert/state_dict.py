@@ -20,7 +20,6 @@ from ckpt_convert.errors import (
     TiedWeightsError,
     UnsupportedFamilyError,
     UsageError,
-    listing,
 )
 from ckpt_convert.formats.base import load_json
 from ckpt_convert.models import FAMILIES, FORMATS
@@ -28,6 +27,7 @@ from ckpt_convert.models.core.config import AXES, ConfigOptions, MetaStyle
 from ckpt_convert.models.core.table import Instance
 from ckpt_convert.storage.names import local_path
 from ckpt_convert.tensors.lazy import ZEROS, LazyTensor, stored
+from ckpt_convert.words import listing
 
 log = logging.getLogger("ckpt_convert")
 

@@ -11,11 +11,12 @@ from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpoint.mapping import Logical, Source
 from ckpt_convert.checkpoint.opening import tensors_of
 from ckpt_convert.convert.plan import Plan, target_dtype
-from ckpt_convert.errors import VerificationError, listing
+from ckpt_convert.errors import VerificationError
 from ckpt_convert.models.core.table import Instance
 from ckpt_convert.tensors import lazy
 from ckpt_convert.tensors.blocks import Meter, Mover, ProgressCallback, Read, difference, spread
 from ckpt_convert.tensors.header import StoredTensor, WeightFile
+from ckpt_convert.words import listing
 
 
 def verify(plan: Plan, output: Identified, *, workers: int, progress: ProgressCallback | None = None) -> int:

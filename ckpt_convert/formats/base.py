@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from ckpt_convert.containers.dcp import DCP_INDEX
 from ckpt_convert.errors import ConfigError
@@ -88,6 +88,11 @@ def parse_json(data: bytes) -> Any:
     An integer has to be one that somebody may have meant: those of thousands of digits cost more than reading them.
     """
     return json.loads(data.decode("utf-8-sig"), parse_int=_integer)
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether a value of a JSON document is a number, which a truth value is not."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _integer(text: str) -> int:

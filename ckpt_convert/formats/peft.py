@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_convert.errors import ConfigError
-from ckpt_convert.formats.base import load_json
+from ckpt_convert.formats.base import is_number, load_json
 from ckpt_convert.formats.names import ADAPTER_CONFIG
 
 KIND = "peft"
@@ -23,7 +23,9 @@ def config(directory: Path) -> dict[str, Any] | None:
 
 def describe(said: Mapping[str, Any]) -> str:
     """The adapter in a line: its kind, its rank and alpha where it has them, and the model that it was made for."""
-    sizes = [f"{label}={said[name]}" for name, label in (("r", "r"), ("lora_alpha", "alpha")) if _is_number(said, name)]
+    sizes = [
+        f"{label}={said[name]}" for name, label in (("r", "r"), ("lora_alpha", "alpha")) if is_number(said.get(name))
+    ]
     kind = str(said.get("peft_type") or "of unknown type")
     what = f"PEFT adapter ({kind}{' ' if sizes else ''}{', '.join(sizes)})"
     base = said.get("base_model_name_or_path")
@@ -42,7 +44,3 @@ def facts(directory: Path) -> list[tuple[str, str]]:
     elif isinstance(modules, list) and modules:
         found.append(("targets", ", ".join(sorted(map(str, modules)))))
     return found
-
-
-def _is_number(said: Mapping[str, Any], name: str) -> bool:
-    return type(said.get(name)) in (int, float)

@@ -7,13 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 
-from ckpt_convert.errors import (
-    NotEnoughSpaceError,
-    OutputExistsError,
-    UnwritableError,
-    VerificationError,
-    listing,
-)
+from ckpt_convert.errors import NotEnoughSpaceError, OutputExistsError, UnwritableError, VerificationError
 from ckpt_convert.storage.base import Entry, OpenFile, Version, Writer
 from ckpt_convert.storage.checksums import digest
 from ckpt_convert.storage.far import FarFile, FarStore
@@ -22,6 +16,7 @@ from ckpt_convert.storage.marked import Marked
 from ckpt_convert.storage.names import JOURNAL
 from ckpt_convert.storage.place import Place
 from ckpt_convert.storage.system import Advice
+from ckpt_convert.words import listing
 
 
 class OrderedFolder:

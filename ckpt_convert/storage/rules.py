@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ckpt_convert.errors import OutputExistsError
 from ckpt_convert.storage.place import Place
+from ckpt_convert.words import MORE, some
 
 
 def _everything(directory: Place) -> list[str]:
@@ -44,7 +45,7 @@ def refuse_existing(destination: Place, there: Collection[str], rules: Rules, *,
     foreign = rules.foreign(destination)
     if not foreign:
         return
-    shown = ", ".join(foreign[:8]) + (f" and {len(foreign) - 8} more" if len(foreign) > 8 else "")
+    shown = some(foreign, 8, MORE)
     if {name.rstrip("/") for name in foreign} >= {*there}:
         raise OutputExistsError(
             f"{destination}: holds no checkpoint, but {shown}, so --overwrite does not remove it; choose another name"

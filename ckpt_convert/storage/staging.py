@@ -24,7 +24,6 @@ from ckpt_convert.errors import (
     UnreadableError,
     UnwritableError,
     VerificationError,
-    listing,
 )
 from ckpt_convert.storage.folder import Folder, is_plain, lstat, remove_all, remove_one
 from ckpt_convert.storage.lock import Lock
@@ -32,6 +31,7 @@ from ckpt_convert.storage.names import JOURNAL, partial_of, replaced_of
 from ckpt_convert.storage.place import Place, at
 from ckpt_convert.storage.rules import Rules, refuse_existing
 from ckpt_convert.storage.system import Advice, exchange, sync_directory, writing
+from ckpt_convert.words import listing
 
 log = logging.getLogger("ckpt_convert")
 

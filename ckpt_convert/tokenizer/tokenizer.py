@@ -21,6 +21,7 @@ from ckpt_convert.tokenizer.tokenizer_tiktoken import (
     tiktoken_to_hf,
     unexpressed_specials,
 )
+from ckpt_convert.words import some
 
 __all__ = [
     "TOKENIZER_CONFIG",
@@ -108,7 +109,7 @@ def generated_for_meta(spec: TiktokenSpec, files: Mapping[str, bytes]) -> Genera
     if unexpressed:
         notices = (
             f"{TOKENIZER_MODEL} holds no special tokens, and Meta's loader names them by itself: "
-            f"{', '.join(unexpressed[:8])}{' …' if len(unexpressed) > 8 else ''} of {TOKENIZER_JSON} "
+            f"{some(unexpressed, 8, ' …')} of {TOKENIZER_JSON} "
             f"{'is' if len(unexpressed) == 1 else 'are'} unknown to it",
         )
     return GeneratedTokenizer({TOKENIZER_MODEL: model}, notices)

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ckpt_convert.errors import ConfigError
+from ckpt_convert.errors import ConfigError, CorruptFileError
 
 TOKENIZER_JSON = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -20,6 +20,11 @@ TOKENIZER_MODEL = "tokenizer.model"
 _NO_LIMIT = int(1e30)
 
 Json = dict[str, Any]
+
+
+def corrupt_model(what: str) -> CorruptFileError:
+    """The error for a tokenizer.model that is none, of whichever kind."""
+    return CorruptFileError(f"{TOKENIZER_MODEL}: {what}; copy or download it again")
 
 
 def check_fits(tokens: int, vocab_size: int | None) -> None:

@@ -13,16 +13,18 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from ckpt_convert.errors import ConfigError, CorruptFileError
+from ckpt_convert.errors import ConfigError
 from ckpt_convert.tokenizer.tokenizer_json import (
     TOKENIZER_MODEL,
     Json,
     added_tokens,
     check_fits,
+    corrupt_model,
     merge_lines,
     prepend,
     tokenizer_files,
 )
+from ckpt_convert.words import MORE, some
 
 _SPACE = "▁"
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
@@ -112,9 +114,9 @@ def _fields(data: bytes) -> Iterator[tuple[int, _Value]]:
         elif wire in (1, 5):
             size = 8 if wire == 1 else 4
         else:
-            raise _corrupt(f"a protobuf message, found wire type {wire} at byte {at}")
+            raise corrupt_model(f"expected a protobuf message, found wire type {wire} at byte {at}")
         if size > len(data) - at:
-            raise _corrupt(f"{size} bytes from byte {at} on, found {len(data) - at}")
+            raise corrupt_model(f"expected {size} bytes from byte {at} on, found {len(data) - at}")
         yield key >> 3, data[at : at + size]
         at += size
 
@@ -123,25 +125,25 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
     value = 0
     for shift in range(0, 70, 7):
         if at >= len(data):
-            raise _corrupt("a whole number, found the end of the message")
+            raise corrupt_model("expected a whole number, found the end of the message")
         byte = data[at]
         at += 1
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
             return value & (2**64 - 1), at
-    raise _corrupt(f"a number of at most 10 bytes, found more before byte {at}")
+    raise corrupt_model(f"expected a number of at most 10 bytes, found more before byte {at}")
 
 
 def _int(fields: Mapping[int, _Value], number: int, default: int) -> int:
     value = fields.get(number, default)
     if not isinstance(value, int):
-        raise _corrupt(f"a number in field {number}, found bytes")
+        raise corrupt_model(f"expected a number in field {number}, found bytes")
     return value - 2**64 if value >= 2**63 else value
 
 
 def _bytes(value: _Value) -> bytes:
     if not isinstance(value, bytes):
-        raise _corrupt(f"bytes, found the number {value}")
+        raise corrupt_model(f"expected bytes, found the number {value}")
     return value
 
 
@@ -149,7 +151,7 @@ def _text(data: bytes) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError:
-        raise _corrupt(f"UTF-8 text, found {data[:40]!r}") from None
+        raise corrupt_model(f"expected UTF-8 text, found {data[:40]!r}") from None
 
 
 def _piece(index: int, data: bytes) -> Piece:
@@ -157,30 +159,28 @@ def _piece(index: int, data: bytes) -> Piece:
     score = _bytes(fields.get(2, b"\0\0\0\0"))
     text = _text(_bytes(fields.get(1, b"")))
     if len(score) != 4 or not text or len(text) > _LONGEST_PIECE:
-        raise _corrupt(f"a text of 1 to {_LONGEST_PIECE} characters and a score in piece {index}, found {data[:40]!r}")
+        raise corrupt_model(
+            f"expected a text of 1 to {_LONGEST_PIECE} characters and a score in piece {index}, found {data[:40]!r}"
+        )
     return Piece(text, struct.unpack("<f", score)[0], _int(fields, 3, _NORMAL))
 
 
 def _check_pieces(model: Model) -> None:
     twice = [text for text, count in Counter(piece.text for piece in model.pieces).items() if count > 1]
     if not model.pieces or twice:
-        raise _corrupt(f"pieces, each once, found {len(model.pieces)}, repeated: {twice[:4]}")
+        raise corrupt_model(f"expected pieces, each once, found {len(model.pieces)}, repeated: {twice[:4]}")
     odd = [piece.text for piece in model.pieces if not math.isfinite(piece.score)]
     if odd:
-        raise _corrupt(f"a finite score for each piece, found none for {odd[:4]}")
+        raise corrupt_model(f"expected a finite score for each piece, found none for {odd[:4]}")
     unknown = [index for index, piece in enumerate(model.pieces) if piece.type == _UNKNOWN]
     if unknown != [model.unk_id]:
-        raise _corrupt(f"one unknown piece, {model.unk_id}, found {unknown[:4]}")
+        raise corrupt_model(f"expected one unknown piece, {model.unk_id}, found {unknown[:4]}")
     for role, index in (("bos", model.bos_id), ("eos", model.eos_id), ("pad", model.pad_id)):
         if index >= len(model.pieces) or (index >= 0 and model.pieces[index].type != _CONTROL):
-            raise _corrupt(f"a control piece for {role}, found id {index} of {len(model.pieces)} pieces")
+            raise corrupt_model(f"expected a control piece for {role}, found id {index} of {len(model.pieces)} pieces")
     spelled = {f"<0x{byte:02X}>" for byte in range(256)}
     if model.byte_fallback and spelled != {piece.text for piece in model.pieces if piece.type == _BYTE}:
-        raise _corrupt("a piece for each of the 256 bytes, since bytes are the fallback, found others")
-
-
-def _corrupt(expected_and_found: str) -> CorruptFileError:
-    return CorruptFileError(f"{TOKENIZER_MODEL}: expected {expected_and_found}; copy or download it again")
+        raise corrupt_model("expected a piece for each of the 256 bytes, since bytes are the fallback, found others")
 
 
 def _joinable(model: Model) -> dict[str, float]:
@@ -288,17 +288,17 @@ def _setting_problems(model: Model) -> Iterator[str]:
 def _piece_problems(model: Model, merges: list[tuple[str, str]]) -> Iterator[str]:
     unused = [piece.text for piece in model.pieces if piece.type == _UNUSED]
     if unused:
-        yield f"unused pieces, which come apart again after joining: {_some(unused)}"
+        yield f"unused pieces, which come apart again after joining: {some(map(repr, unused), 4, MORE)}"
     spaced = [text for text in user_defined(model) if not {" ", _SPACE}.isdisjoint(text)]
     if spaced:
-        yield f"user-defined symbols with spaces in them: {_some(spaced)}"
+        yield f"user-defined symbols with spaces in them: {some(map(repr, spaced), 4, MORE)}"
     scores = _joinable(model)
     alone = sorted({char for text in scores for char in text} - set(scores))
     if alone:
-        yield f"pieces made of characters that are no pieces: {_some(alone)}"
+        yield f"pieces made of characters that are no pieces: {some(map(repr, alone), 4, MORE)}"
     tied = _tied({left + right: scores[left + right] for left, right in merges})
     if tied:
-        yield f"pieces with equal scores, whose order only SentencePiece knows: {_some(tied)}"
+        yield f"pieces with equal scores, whose order only SentencePiece knows: {some(map(repr, tied), 4, MORE)}"
 
 
 def _tied(joined: Mapping[str, float]) -> list[str]:
@@ -318,7 +318,3 @@ def _tied(joined: Mapping[str, float]) -> list[str]:
 def _runs(texts: list[str], joined: Mapping[str, float]) -> bool:
     char, *others = set("".join(texts))
     return not others and sum(char * 2 in text for text in joined) == len(texts)
-
-
-def _some(texts: list[str]) -> str:
-    return ", ".join(map(repr, texts[:4])) + (f" and {len(texts) - 4} more" if len(texts) > 4 else "")

@@ -14,7 +14,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ckpt_convert.errors import ConfigError, CorruptFileError
+from ckpt_convert.errors import ConfigError
 from ckpt_convert.tokenizer.spec import TiktokenSpec
 from ckpt_convert.tokenizer.tokenizer_json import (
     TOKENIZER_JSON,
@@ -22,10 +22,12 @@ from ckpt_convert.tokenizer.tokenizer_json import (
     Json,
     added_tokens,
     check_fits,
+    corrupt_model,
     merge_lines,
     prepend,
     tokenizer_files,
 )
+from ckpt_convert.words import MORE, some
 
 # Finding the splits of a token costs its length squared; the longest token of those known has 128 bytes.
 _LONGEST_TOKEN = 4096
@@ -74,15 +76,17 @@ def parse_ranks(data: bytes) -> list[bytes]:
             continue
         token, rank = _parse_line(number, line)
         if token in ranks:
-            raise _corrupt(f"line {number}: expected each token once, found {token!r} a second time")
+            raise corrupt_model(f"line {number}: expected each token once, found {token!r} a second time")
         ranks[token] = rank
     by_rank = sorted(ranks, key=ranks.__getitem__)
     for expected, token in enumerate(by_rank):
         if ranks[token] != expected:
-            raise _corrupt(f"expected the ranks 0 to {len(ranks) - 1}, each once, found {ranks[token]} for {expected}")
+            raise corrupt_model(
+                f"expected the ranks 0 to {len(ranks) - 1}, each once, found {ranks[token]} for {expected}"
+            )
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
-        raise _corrupt(f"expected a token for each of the 256 bytes, found none for {_some(missing)}")
+        raise corrupt_model(f"expected a token for each of the 256 bytes, found none for {_some(missing)}")
     return by_rank
 
 
@@ -93,14 +97,10 @@ def _parse_line(number: int, line: bytes) -> tuple[bytes, int]:
             raise ValueError
         token = base64.b64decode(fields[0], validate=True)
     except (ValueError, binascii.Error):
-        raise _corrupt(f"line {number}: expected `base64 rank`, found {line[:80]!r}") from None
+        raise corrupt_model(f"line {number}: expected `base64 rank`, found {line[:80]!r}") from None
     if not 0 < len(token) <= _LONGEST_TOKEN:
-        raise _corrupt(f"line {number}: expected a token of 1 to {_LONGEST_TOKEN} bytes, found {len(token)}")
+        raise corrupt_model(f"line {number}: expected a token of 1 to {_LONGEST_TOKEN} bytes, found {len(token)}")
     return token, int(fields[1])
-
-
-def _corrupt(what: str) -> CorruptFileError:
-    return CorruptFileError(f"{TOKENIZER_MODEL}: {what}; copy or download it again")
 
 
 def tiktoken_to_hf(spec: TiktokenSpec, data: bytes, *, vocab_size: int | None = None) -> dict[str, bytes]:
@@ -298,8 +298,7 @@ def _merges(document: Json) -> list[tuple[str, str]]:
 
 
 def _some(items: list[Any]) -> str:
-    shown = ", ".join(repr(item) for item in items[:4])
-    return shown + (f" and {len(items) - 4} more" if len(items) > 4 else "") or "none"
+    return some(map(repr, items), 4, MORE) or "none"
 
 
 def _short(value: object) -> str:

@@ -19,7 +19,8 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from ckpt_convert.cli.diff import diff
 from ckpt_convert.cli.html import diff_page, inspect_page
 from ckpt_convert.cli.inspect import inspect
-from ckpt_convert.cli.text import escape, human_bytes
+from ckpt_convert.cli.text import escape
+from ckpt_convert.words import human_bytes
 from tests.cli.pages import (
     CONTRAST,
     bad_colour,

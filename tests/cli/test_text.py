@@ -12,7 +12,6 @@ from ckpt_convert.cli.text import (
     display_width,
     escape,
     fits,
-    human_bytes,
     human_count,
     labelled,
     number,
@@ -21,6 +20,7 @@ from ckpt_convert.cli.text import (
     shorten,
     wrap,
 )
+from ckpt_convert.words import human_bytes
 
 
 @pytest.mark.parametrize(

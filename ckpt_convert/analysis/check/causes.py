@@ -13,6 +13,7 @@ from ckpt_convert.checkpoint.findings import Finding
 from ckpt_convert.checkpoint.record import MANIFEST
 from ckpt_convert.formats import peft
 from ckpt_convert.formats.names import rank_name
+from ckpt_convert.words import some
 
 ZEROS = "nothing but zeros"
 """What ``zeros`` looks for in ``found`` of a finding."""
@@ -81,10 +82,10 @@ def _last_ranks(opened: Opened, config: Mapping[str, Any]) -> tuple[list[Finding
     if rest or not len(stored) < count <= _MOST_RANKS:
         return [], ""
     lacking = [rank_name(number) for number in range(len(stored), count)]
-    named = ", ".join(lacking[:4]) + (", …" if len(lacking) > 4 else "")
     text = (
-        f"{named} {'is' if len(lacking) == 1 else 'are'} missing: vocab_size {vocab} in params.json is that of {count} "
-        f"ranks with {output.shape[0]} rows each, but there are {len(stored)}; download or copy what is missing"
+        f"{some(lacking, 4)} {'is' if len(lacking) == 1 else 'are'} missing: vocab_size {vocab} in params.json is "
+        f"that of {count} ranks with {output.shape[0]} rows each, but there are {len(stored)}; download or copy what "
+        "is missing"
     )
     return [Finding("error", "shards", text, lacking[0], None, str(count), str(len(stored)))], "ranks are missing"
 

@@ -30,6 +30,7 @@ from ckpt_convert.formats.names import (
 )
 from ckpt_convert.models import FAMILIES
 from ckpt_convert.storage.names import partial_of, replaced_of
+from ckpt_convert.words import quoted, some
 
 
 def contradictions(opened: Opened) -> Iterator[Finding]:
@@ -63,10 +64,10 @@ def totals(opened: Opened) -> Iterator[Finding]:
         if name in stated and said not in (found, sum(map(size, distinct.values()))):
             unit = " bytes" if name == "total_size" else ""
             text = (
-                f"{name} is {_short(stated[name])} in {index}, but the tensors have {found}{unit} together; "
+                f"{name} is {quoted(stated[name], 60)} in {index}, but the tensors have {found}{unit} together; "
                 "the index was not made for these files, or was edited: correct it, or save the model again"
             )
-            yield Finding("warning", "index", text, index, None, _short(stated[name]), str(found))
+            yield Finding("warning", "index", text, index, None, quoted(stated[name], 60), str(found))
 
 
 def leftovers(opened: Opened) -> Iterator[Finding]:
@@ -94,7 +95,7 @@ def leftovers(opened: Opened) -> Iterator[Finding]:
     if used.issubset(names):
         yield from _unused(unused, used, opened.checkpoint)
     elif unused and another_set(path, opened.checkpoint.directory) is None:  # it may be all the weights there are
-        shown = ", ".join(unused[:3]) + (", …" if len(unused) > 3 else "")
+        shown = some(unused, 3)
         text = f"{shown}: not used, and not checked; keep what is here until the files that are missing are found"
         yield Finding("note", "leftover", text, unused[0])
 
@@ -132,11 +133,8 @@ def numbering(opened: Opened) -> Iterator[Finding]:
             lacking = sorted(set(range(first, min(total, 100_000) + first)) - set(numbers))
             if lacking and not indexed:
                 width = _width(opened.checkpoint, stem)
-                shown = ", ".join(shard_name(stem, n, total, suffix, width) for n in lacking[:5])
-                text = (
-                    f"{len(lacking)} of {total} shards missing: {shown}{', …' if len(lacking) > 5 else ''}; "
-                    "download or copy what is missing"
-                )
+                files = [shard_name(stem, number, total, suffix, width) for number in lacking[:6]]
+                text = f"{len(lacking)} of {total} shards missing: {some(files, 5)}; download or copy what is missing"
                 yield Finding("error", "shards", text, None, None, str(total), str(len(numbers)))
             elif lacking:
                 text = (
@@ -196,8 +194,7 @@ def _unused(names: list[str], used: set[str], checkpoint: Checkpoint) -> Iterato
             text = f"{name} is not used: {said} names it; move it elsewhere if it does not belong here"
             yield Finding("warning", "leftover", text, name)
     for what, group in others.items():
-        shown = ", ".join(group[:3]) + (", …" if len(group) > 3 else "")
-        text = f"{shown}: {what}; not used, and not checked (give the file to check it)"
+        text = f"{some(group, 3)}: {what}; not used, and not checked (give the file to check it)"
         yield Finding("note", "leftover", text, group[0])
 
 
@@ -218,11 +215,3 @@ def _other_index(path: Path, name: str, used: set[str]) -> Iterator[Finding]:
     elif files & used or not files or {Path(name).suffix for name in used} & {Path(name).suffix for name in files}:
         text = f"{name} is not used, for a single weight file or another index comes before it; move it elsewhere"
         yield Finding("warning", "leftover", text, name)
-
-
-def _short(value: object) -> str:
-    try:
-        text = repr(value)
-    except ValueError:  # Python refuses to print an integer of thousands of digits
-        return "a very large number"
-    return text if len(text) <= 60 else text[:57] + "..."

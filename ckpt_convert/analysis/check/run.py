@@ -200,12 +200,12 @@ def _model(work: _Work, content: Mapping[str, Any] | None) -> Model | None:
     try:
         return view.model
     except UnsupportedFamilyError as error:
-        work.skip(_first_line(relative(str(error), view.path)), "keys")
+        work.skip(relative(str(error), view.path).partition("\n")[0], "keys")
     except CkptConvertError as error:
         if view.format is not None and not opened.lost:
             file = view.config_file.name
             work.done("config", [failed("config", error, relative(str(error), view.path), file)])
-        work.skip(_first_line(relative(str(error), view.path)), "keys")
+        work.skip(relative(str(error), view.path).partition("\n")[0], "keys")
     return None
 
 
@@ -332,7 +332,3 @@ def _read(work: _Work, workers: int, progress: ProgressCallback | None) -> int:
 def _config(view: Checkpoint) -> str:
     above = diagnosis.config_above(view.path)
     return "one with --config" if above is None else f"the one above with --config {above}"
-
-
-def _first_line(text: str) -> str:
-    return text.partition("\n")[0]

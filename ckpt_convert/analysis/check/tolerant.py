@@ -29,6 +29,7 @@ from ckpt_convert.models import FAMILIES
 from ckpt_convert.storage.names import JOURNAL, check_name, local_path, resolve
 from ckpt_convert.storage.reader import LocalFile, unreadable
 from ckpt_convert.tensors.header import WeightFile
+from ckpt_convert.words import some
 
 if TYPE_CHECKING:
     from ckpt_convert.checkpoint.record import Record
@@ -241,7 +242,7 @@ def _absent(local: Path, name: str, directory: Directory) -> tuple[str, str]:
     keys = [key for key, file in (directory.weight_map or {}).items() if file == name]
     said = (
         f"{directory.index} says that {len(keys)} tensor{'s lie' if len(keys) != 1 else ' lies'} in it "
-        f"({', '.join(keys[:2])}{', …' if len(keys) > 2 else ''})"
+        f"({some(keys, 2)})"
         if keys
         else "it should be there"
     )

@@ -18,6 +18,7 @@ from ckpt_convert.errors import AmbiguousFormatError, CkptConvertError, ConfigEr
 from ckpt_convert.formats import peft
 from ckpt_convert.models.core.table import Instance, Key
 from ckpt_convert.tensors.lazy import LazyTensor, stored, zeros
+from ckpt_convert.words import MORE, some
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,8 +164,8 @@ def _through_table(a: Checkpoint, b: Checkpoint, left: Model, right: Model, noti
     pairs += [Pair(None, half) for half in rest_b.values()]
     for where, keys in as_zeros.items():
         if keys:
-            some = f"{keys[0]}{f' and {len(keys) - 1} more' if len(keys) > 1 else ''}"
-            notices.append(f"compared with zeros, which the other side computes with: {some}, only in {where}")
+            what = f"{some(keys, 1, MORE)}, only in {where}"
+            notices.append(f"compared with zeros, which the other side computes with: {what}")
     return Pairs("mapping", pairs, (left, right), tuple(notices))
 
 

@@ -19,11 +19,11 @@ from ckpt_convert.errors import (
     TiedWeightsError,
     UnsupportedFamilyError,
     UsageError,
-    listing,
 )
 from ckpt_convert.formats.names import ADAPTER_CONFIG, USUAL, index_for
 from ckpt_convert.tensors.blocks import Meter, Mover, ProgressCallback, Read, difference
 from ckpt_convert.tensors.lazy import LazyTensor, stored
+from ckpt_convert.words import listing
 
 if TYPE_CHECKING:
     import torch

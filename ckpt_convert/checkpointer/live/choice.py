@@ -7,7 +7,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from ckpt_convert.errors import UsageError, listing
+from ckpt_convert.errors import UsageError
+from ckpt_convert.words import listing
 
 MODEL, PROGRESS = "model", "progress"
 ADAPTER = f"{MODEL}/adapter"

@@ -17,9 +17,10 @@ from ckpt_convert.checkpoint.checkpoint import Checkpoint
 from ckpt_convert.checkpoint.mapping import Equality, Target
 from ckpt_convert.convert.execute import equal
 from ckpt_convert.convert.output import overflow_text
-from ckpt_convert.errors import KeyMismatchError, TiedWeightsError, UnsupportedFamilyError, listing
+from ckpt_convert.errors import KeyMismatchError, TiedWeightsError, UnsupportedFamilyError
 from ckpt_convert.storage.reader import WORKERS
 from ckpt_convert.tensors.blocks import Meter, Mover, ProgressCallback, overflowed, spread
+from ckpt_convert.words import listing
 
 log = logging.getLogger("ckpt_convert")
 

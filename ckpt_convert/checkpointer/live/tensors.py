@@ -13,10 +13,11 @@ from torch import nn
 from ckpt_convert.checkpoint.mapping import Source
 from ckpt_convert.convert.plan import Live
 from ckpt_convert.dtypes import FROM_TORCH, torch_name
-from ckpt_convert.errors import KeyMismatchError, UsageError, listing
+from ckpt_convert.errors import KeyMismatchError, UsageError
 from ckpt_convert.storage.base import RangeReader
 from ckpt_convert.tensors.header import IN_MEMORY, Header, StoredTensor, WeightFile
 from ckpt_convert.tensors.lazy import stored
+from ckpt_convert.words import listing
 
 Model = nn.Module | Mapping[str, Any]
 """A model, or its state dict, whose tensors training goes on to change in place."""

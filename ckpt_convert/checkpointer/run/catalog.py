@@ -28,6 +28,7 @@ from ckpt_convert.errors import (
     NewerVersionError,
     UsageError,
 )
+from ckpt_convert.formats.base import is_number
 from ckpt_convert.storage import removal
 from ckpt_convert.storage.names import JOURNAL
 from ckpt_convert.storage.reader import reading
@@ -152,7 +153,7 @@ def amend(saved: Saved, **changes: Any) -> Saved:
     checkpoint is gone, UsageError for a metric that is no finite number.
     """
     for name, value in changes.get("metrics", {}).items():
-        if not _is_number(value) or not math.isfinite(value):
+        if not is_number(value) or not math.isfinite(value):
             raise UsageError(f"{saved.path}: the metric {name!r} is {value!r}; expected a finite number")
     # A metric from the training thread and a removal from the one that writes must not undo each other.
     with _amending:
@@ -174,9 +175,9 @@ def _saved(path: Path, manifest: Mapping[str, Any], training: Mapping[str, Any])
         f"{name!r} is {training.get(name)!r}"
         for name, good in (
             ("progress", isinstance(progress, Mapping)),
-            ("metrics", isinstance(metrics, Mapping) and all(_is_number(value) for value in metrics.values())),
+            ("metrics", isinstance(metrics, Mapping) and all(is_number(value) for value in metrics.values())),
             ("contents", training.get("contents") in CONTENTS),
-            ("sequence", _is_number(sequence) and isinstance(sequence, int)),
+            ("sequence", is_number(sequence) and isinstance(sequence, int)),
             (TRAINING_STATE, state in (None, REMOVED) or isinstance(state, Mapping)),
         )
         if not good
@@ -193,10 +194,6 @@ def _saved(path: Path, manifest: Mapping[str, Any], training: Mapping[str, Any])
         str(training.get("saver")),
         manifest,
     )
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def tidy(output_dir: Path) -> None:

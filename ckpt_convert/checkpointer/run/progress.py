@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from ckpt_convert.errors import CorruptFileError
+from ckpt_convert.formats.base import is_number
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,17 +43,13 @@ class Progress:
         for field in fields(cls):
             value = values.get(field.name, field.default)
             if field.name == "seconds":
-                if not _is_number(value) or not 0 <= value < math.inf:
+                if not is_number(value) or not 0 <= value < math.inf:
                     raise _damaged(said_by, field.name, value, "a number of seconds from 0 on")
                 value = float(value)
             elif not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise _damaged(said_by, field.name, value, "a whole number from 0 on")
             counters[field.name] = value
         return cls(**counters)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _damaged(said_by: str, name: str, value: object, expected: str) -> CorruptFileError:

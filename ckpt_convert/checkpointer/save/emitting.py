@@ -43,11 +43,12 @@ from ckpt_convert.convert import plan as planning
 from ckpt_convert.convert.plan import Plan
 from ckpt_convert.convert.request import Request
 from ckpt_convert.dtypes import DTYPES
-from ckpt_convert.errors import CkptConvertError, KeyMismatchError, UsageError, listing, reason
+from ckpt_convert.errors import CkptConvertError, KeyMismatchError, UsageError, reason
 from ckpt_convert.models import Family
 from ckpt_convert.storage.base import RangeReader
 from ckpt_convert.storage.reader import WORKERS
 from ckpt_convert.tensors.blocks import ProgressCallback
+from ckpt_convert.words import listing
 
 log = logging.getLogger("ckpt_convert")
 

@@ -20,11 +20,12 @@ from ckpt_convert.checkpointer.run.source import Config
 from ckpt_convert.checkpointer.save.emitting import CONTENTS, Contents, Settings
 from ckpt_convert.checkpointer.save.run_directory import RunDirectory
 from ckpt_convert.dtypes import CASTS, torch_name
-from ckpt_convert.errors import UsageError, listing
+from ckpt_convert.errors import UsageError
 from ckpt_convert.models import FAMILIES
 from ckpt_convert.storage.names import local_path
 from ckpt_convert.storage.reader import WORKERS
 from ckpt_convert.tensors.blocks import ProgressCallback
+from ckpt_convert.words import listing
 
 _VARIABLE = re.compile(rf"{{(?:{'|'.join(VARIABLES)})(?::[^{{}}]*)?}}")
 _BRACES = "has braces, but only directory= is a template; write it out, or put the variable into directory="

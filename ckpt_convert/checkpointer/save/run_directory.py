@@ -15,12 +15,13 @@ from ckpt_convert.checkpointer.run.names import Template
 from ckpt_convert.checkpointer.run.progress import Progress
 from ckpt_convert.checkpointer.save.saving import Step, in_the_way, save
 from ckpt_convert.convert.output import permissions
-from ckpt_convert.errors import CkptConvertError, OutputExistsError, listing, reason
+from ckpt_convert.errors import CkptConvertError, OutputExistsError, reason
 from ckpt_convert.storage import pointer
 from ckpt_convert.storage.lock import Lock
 from ckpt_convert.storage.place import at
 from ckpt_convert.storage.reader import reading
 from ckpt_convert.storage.system import writing
+from ckpt_convert.words import listing
 
 log = logging.getLogger("ckpt_convert")
 

@@ -20,13 +20,14 @@ from ckpt_convert.convert import output, ownership
 from ckpt_convert.convert.execute import check_losses, loss_text, run_checks
 from ckpt_convert.convert.plan import Plan, refuse_unreadable
 from ckpt_convert.convert.sidefiles import SideFile
-from ckpt_convert.errors import CkptConvertError, OutputExistsError, SourceChangedError, UnreadableError, listing
+from ckpt_convert.errors import CkptConvertError, OutputExistsError, SourceChangedError, UnreadableError
 from ckpt_convert.storage import workspace
 from ckpt_convert.storage.checksums import digest
 from ckpt_convert.storage.place import at
 from ckpt_convert.storage.reader import WORKERS
 from ckpt_convert.storage.system import Advice
 from ckpt_convert.storage.workspace import Folder, Stage
+from ckpt_convert.words import human_bytes, listing
 
 log = logging.getLogger("ckpt_convert")
 
@@ -94,7 +95,7 @@ def save(step: Step, destination: Path, *, workers: int = WORKERS, mode: int = 0
     except (UnreadableError, SourceChangedError) as error:
         raise type(error)(f"{error}; {destination} was not saved, earlier steps are untouched") from error
     seconds = time.monotonic() - started
-    log.info("saved %s (%.3g GB in %.1f s)", destination, nbytes / 1e9, seconds)
+    log.info("saved %s (%s in %.1f s)", destination, human_bytes(nbytes), seconds)
     return nbytes
 
 

@@ -27,7 +27,8 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler
 from ckpt_convert.checkpointer.state import generators, rng
 from ckpt_convert.checkpointer.state.counting import TRACKER, Counted, Place, counting_class, set_class
 from ckpt_convert.checkpointer.state.stateful import has_state
-from ckpt_convert.errors import CorruptFileError, UsageError, listing
+from ckpt_convert.errors import CorruptFileError, UsageError
+from ckpt_convert.words import listing
 
 log = logging.getLogger("ckpt_convert")
 

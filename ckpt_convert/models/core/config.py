@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ckpt_convert.errors import ConfigError, UsageError
+from ckpt_convert.words import quoted
 
 CONFIG = "config.json"
 PARAMS = "params.json"
@@ -231,7 +232,7 @@ def check_not_quantized(content: Mapping[str, Any], keys: tuple[str, ...], where
     """Raise ConfigError for a config that describes quantized weights, whose keys and shapes are others."""
     for key in keys:
         if content.get(key):
-            found = _short(content[key])
+            found = quoted(content[key])
             raise ConfigError(
                 f"{where}: {key} must be absent for {target}, found {found}; dequantize the weights first"
             )
@@ -246,17 +247,8 @@ def unused_keys(content: Mapping[str, Any], known: frozenset[str], where: str, t
 
 
 def _unfit(config: Mapping[str, Any], key: str, where: str, expected: str) -> ConfigError:
-    found = _short(config[key]) if key in config else "no such key"
+    found = quoted(config[key]) if key in config else "no such key"
     return ConfigError(f"{where}: {key} must be {expected}, found {found}; correct {where}")
-
-
-def _short(value: object) -> str:
-    """A value for a message: a hostile file must not fill the terminal."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python refuses to print an integer of thousands of digits
-        return "a very large number"
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _head_dim(config: Mapping[str, Any], dim: int, n_heads: int, where: str) -> int:

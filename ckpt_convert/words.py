@@ -1,0 +1,51 @@
+"""How messages put things: a few names of many, what a file says, sizes, and options.
+
+A message names options as Python spells them, in backticks: `workers=0`, `overwrite=True`, `to=`. Whoever has other
+names for them, as the command line has, finds them by that and says them in its own words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+MORE = " and {} more"
+
+
+def listing(lines: Sequence[str], most: int = 20) -> str:
+    """The lines of a message, one below the other and indented; at most a screenful of them."""
+    shown = "".join(f"\n    {line}" for line in lines[:most])
+    return shown + (f"\n    … and {len(lines) - most} more" if len(lines) > most else "")
+
+
+def some(names: Iterable[object], most: int, more: str = ", …") -> str:
+    """The first few names on one line, and ``more`` where there are others, whose number may stand in it."""
+    texts = [str(name) for name in names]
+    return ", ".join(texts[:most]) + (more.format(len(texts) - most) if len(texts) > most else "")
+
+
+def quoted(value: object, most: int = 80) -> str:
+    """A value that a file says, in short: a hostile file must not fill the terminal."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to print an integer of thousands of digits
+        return "a very large number"
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def human_bytes(size: int) -> str:
+    """Bytes in decimal units, as on the Hub, in three digits: "288 B", "16.1 kB", "134 MB", "3.0 GB"."""
+    return scaled(size, ("B", "kB", "MB", "GB", "TB", "PB", "EB"))
+
+
+def scaled(value: int, units: Sequence[str]) -> str:
+    """A number in three digits of the unit that fits, each a thousand times the one before."""
+    size: float = value
+    for unit in units:
+        digits = 0 if unit == units[0] or size >= 99.95 else 1 if size >= 9.995 else 2
+        shown = f"{size:.{digits}f}"
+        if float(shown) < 1000 or unit == units[-1]:
+            break
+        size /= 1000
+    if shown.endswith("0") and digits == 2:
+        shown = shown[:-1]
+    return f"{shown} {unit}"
