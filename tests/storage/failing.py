@@ -1,0 +1,63 @@
+"""A store in memory whose requests fail where a test wants it: before they are carried out, or after, unanswered."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ckpt_convert.errors import UnreadableError, UnwritableError
+from ckpt_convert.storage.base import Version
+from ckpt_convert.storage.memory import MemoryStore
+
+READING = ("list", "head", "get")
+
+
+class FailingStore(MemoryStore):
+    """Requests from the number ``first`` on fail, ``times`` of them (None: all); ``lost`` ones are carried out before.
+
+    Numbers count from 0, and anew after ``arm``. ``failed`` is whether any has failed.
+    """
+
+    def __init__(self, files: Mapping[str, bytes] = {}) -> None:
+        super().__init__(files)
+        self._here = threading.local()
+        self.arm(None)
+
+    def arm(self, first: int | None, times: int | None = 1, *, lost: bool = False) -> None:
+        self.number, self.failed = 0, False
+        self._first, self._times, self._lost = first, times, lost
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        """What is there; no request."""
+        return {name: found.data for name, found in sorted(self._objects.items())}
+
+    def _request(self, kind: str) -> None:
+        super()._request(kind)
+        with self._lock:
+            number, self.number = self.number, self.number + 1
+            first, times = self._first, self._times
+            fails = first is not None and number >= first and (times is None or number < first + times)
+            self.failed |= fails
+        self._here.fails = fails and self._lost and kind not in READING
+        if fails and not self._here.fails:
+            self._fail(kind)
+
+    def _fail(self, kind: str) -> None:
+        error = UnreadableError if kind in READING else UnwritableError
+        raise error(f"memory: cannot be {'read' if kind in READING else 'written'}: the connection was reset ({kind})")
+
+    def _store(self, *args: Any, **kwargs: Any) -> Version:
+        made = super()._store(*args, **kwargs)
+        self._answer("put")
+        return made
+
+    def delete(self, names: Iterable[str]) -> None:
+        super().delete(names)
+        self._answer("delete")
+
+    def _answer(self, kind: str) -> None:
+        if getattr(self._here, "fails", False):
+            self._here.fails = False
+            self._fail(kind)
