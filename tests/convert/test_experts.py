@@ -23,7 +23,7 @@ from ckpt_convert.models import FAMILIES
 from ckpt_convert.models.core.config import ConfigOptions
 from ckpt_convert.models.core.params import Weights
 from ckpt_convert.models.core.table import IN_MEMORY, Dims
-from ckpt_convert.models.mixtral import config as mixtral_config
+from ckpt_convert.models.mixtral import params as mixtral_params
 from ckpt_convert.tensors.lazy import stored
 from tests.helpers import GOLDEN, Tensors, assert_same, edit_json, read_safetensors, sums
 
@@ -475,18 +475,18 @@ def test_the_params_of_8x7b_do_not_say_theta() -> None:
     }  # fmt: skip
     claiming = [name for name, family in FAMILIES.items() if family.params and family.params.evidence(params)]
     assert claiming == ["mixtral"]
-    found = mixtral_config.params_to_hf(params, Weights(vocab_size=32000))
+    found = mixtral_params.params_to_hf(params, Weights(vocab_size=32000))
     theirs = transformers.MixtralConfig(**found.content)
     assert theirs.rope_parameters["rope_theta"] == 1e6
     assert (theirs.num_local_experts, theirs.num_experts_per_tok, theirs.sliding_window) == (8, 2, None)
     assert any("does not hold rope_theta: took 1e+06" in notice for notice in found.notices)
-    assert mixtral_config.params_to_hf(params, Weights(vocab_size=32000), ConfigOptions(rope_theta=1e4)).content[
+    assert mixtral_params.params_to_hf(params, Weights(vocab_size=32000), ConfigOptions(rope_theta=1e4)).content[
         "rope_parameters"
     ] == {"rope_theta": 1e4, "rope_type": "default"}
-    back = mixtral_config.hf_to_params(found.content)
+    back = mixtral_params.hf_to_params(found.content)
     assert back.content == params | {"rope_theta": 1e6}
     with pytest.raises(ConfigError, match="moe: num_experts must be a whole number"):
-        mixtral_config.params_to_hf({**params, "moe": {"num_experts_per_tok": 2}}, Weights(vocab_size=32000))
+        mixtral_params.params_to_hf({**params, "moe": {"num_experts_per_tok": 2}}, Weights(vocab_size=32000))
 
 
 # Configs

@@ -1,4 +1,4 @@
-"""Llama 1 to 3.3: from Meta's params.json to Hugging Face's config.json.
+"""Llama 1 to 3.3: Meta's params.json, from and to Hugging Face's config.json.
 
 params.json says neither max_position_embeddings nor RoPE's factor nor tying, and it says the feed-forward width only
 by a rule. Where a known release answers, its answer is taken, with a notice; see ``llama.releases``.
@@ -12,7 +12,6 @@ from typing import Any
 from ckpt_convert.errors import ConfigError
 from ckpt_convert.models.core.config import (
     CONFIG,
-    MAX_SIZE,
     PARAMS,
     ConfigOptions,
     MetaStyle,
@@ -20,6 +19,7 @@ from ckpt_convert.models.core.config import (
     agreed_vocab,
     check_groups,
     check_not_quantized,
+    check_silu,
     divided_head_dim,
     optional_bool,
     optional_int,
@@ -28,9 +28,26 @@ from ckpt_convert.models.core.config import (
     require_number,
     unused_keys,
 )
-from ckpt_convert.models.core.params import Weights, flat, took_positions
-from ckpt_convert.models.core.rope import DEFAULT_THETA, Rope, read_rope, rope_keys, rope_of_params, theta_of_params
-from ckpt_convert.models.llama.releases import CODE, L3_1, RELEASES, Release, ffn_width, matching
+from ckpt_convert.models.core.params import Weights, check_head_dim, flat, lost_positions, took_positions
+from ckpt_convert.models.core.rope import (
+    DEFAULT_THETA,
+    Rope,
+    expressible,
+    read_rope,
+    rope_keys,
+    rope_of_params,
+    scaling_problem,
+    theta_of_params,
+)
+from ckpt_convert.models.llama.config import dims
+from ckpt_convert.models.llama.releases import CODE, L1, L3_1, RELEASES, Release, matching, style_for
+from ckpt_convert.models.llama.widths import ffn_pair, width_of_params
+
+TARGET = "a Llama params.json"
+
+
+FACTORS = (8.0, 32.0)
+
 
 HARD_WIRED = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """What ``use_scaled_rope`` means in Meta's code, besides the factor (``apply_scaling`` in llama-models)."""
@@ -51,6 +68,9 @@ KNOWN = frozenset((
     # How Meta's code is run, not what the model is.
     "max_batch_size", "max_seq_len", "quantization_args", "lora_args", "rope_scaling_factor",
 ))  # fmt: skip
+
+
+# params.json to config.json
 
 
 def params_to_hf(params: Mapping[str, Any], weights: Weights, options: ConfigOptions | None = None) -> Translated:
@@ -145,7 +165,7 @@ def _sizes_of_params(params: Mapping[str, Any], ffn_dim: int | None) -> dict[str
         )
     return {
         "hidden_size": dim,
-        "intermediate_size": _width_of_params(params, dim, ffn_dim),
+        "intermediate_size": width_of_params(params, dim, ffn_dim),
         "num_hidden_layers": require_int(params, "n_layers", PARAMS),
         "num_attention_heads": n_heads,
         "num_key_value_heads": n_kv_heads,
@@ -165,23 +185,6 @@ def _distinct_heads(sizes: Mapping[str, int]) -> tuple[int, tuple[str, ...]]:
         f"{PARAMS} counts {said} key/value heads, one for each of {said} ranks; took {row.kv}, as in {row.name}, which "
         "neighbouring ranks have to hold copies of",
     )
-
-
-def _width_of_params(params: Mapping[str, Any], dim: int, ffn_dim: int | None) -> int:
-    multiple_of = optional_int(params, "multiple_of", PARAMS, 256)
-    multiplier = optional_number(params, "ffn_dim_multiplier", PARAMS)
-    width = 0 if (multiplier or 0) > MAX_SIZE else ffn_width(dim, multiple_of, multiplier)
-    if not 0 < width <= MAX_SIZE:
-        raise ConfigError(
-            f"{PARAMS}: ffn_dim_multiplier must give a width from 1 to {MAX_SIZE}, found {multiplier} of dim {dim} "
-            f"with multiple_of {multiple_of}; correct {PARAMS}"
-        )
-    if ffn_dim is not None and width != ffn_dim:
-        raise ConfigError(
-            f"{PARAMS}: dim {dim}, multiple_of {multiple_of} and ffn_dim_multiplier {multiplier} give a feed-forward "
-            f"width of {width}, but w1 has {ffn_dim} rows; use the params.json that belongs to the weights"
-        )
-    return width
 
 
 def _rope_of_params(params: Mapping[str, Any], options: ConfigOptions, vocab: int) -> tuple[Rope, tuple[str, ...]]:
@@ -257,3 +260,131 @@ def _generation(rows: tuple[Release, ...], shapes: Mapping[str, tuple[int, ...]]
     if "rope.freqs" in shapes:
         return tuple(row for row in rows if not row.name.startswith("Llama 1")) or rows
     return rows
+
+
+# config.json to params.json
+
+
+def hf_to_params(
+    config: Mapping[str, Any], options: ConfigOptions | None = None, *, vocab_size: int | None = None
+) -> Translated:
+    """The params.json that Meta's code needs for this config.json, as the matching release spells it if there is one.
+
+    Notices name what params.json cannot hold. ``vocab_size`` is the number of the embedding's rows, if known.
+    Raises ConfigError for a config that Meta's code cannot run, naming the field.
+    """
+    options = options or ConfigOptions()
+    sizes = dims(config)
+    vocab = agreed_vocab(config, vocab_size, CONFIG)
+    _check_expressible(config, sizes)
+    rope, notices = expressible(config, options, TARGET, _rope_problem)
+    theta = DEFAULT_THETA if rope.theta is None else rope.theta
+    found, style = matching(config), style_for(config, options)
+    scaled = rope.kind != "default"
+    if scaled and style == "llama2" and options.drop_rope_scaling:
+        rope, scaled = Rope(theta), False
+        notices = (*notices, f"{CONFIG}: the RoPE scaling was left out as asked; Llama 2's code has none")
+    if scaled and style == "llama2":
+        raise ConfigError(
+            f"{CONFIG}: rope_scaling must be null for the params.json of Llama 1, 2 and Code, found {rope.kind!r}; "
+            "pass --meta-style llama3, or --drop-rope-scaling"
+        )
+    multiple_of, multiplier = _ffn_pair(sizes["dim"], sizes["ffn_dim"], found, style)
+    values = {
+        "dim": sizes["dim"],
+        "n_layers": sizes["n_layers"],
+        "n_heads": sizes["n_heads"],
+        "n_kv_heads": sizes["n_kv_heads"] if style == "llama3" or sizes["n_kv_heads"] != sizes["n_heads"] else None,
+        "multiple_of": multiple_of,
+        "ffn_dim_multiplier": multiplier,
+        "norm_eps": require_number(config, "rms_norm_eps", CONFIG),
+        "vocab_size": vocab if style == "llama3" else -1,
+        "rope_theta": _spelled_theta(theta, found) if style == "llama3" or theta != DEFAULT_THETA else None,
+        "use_scaled_rope": True if scaled else None,
+    }
+    params = _ordered(values, _key_order(found, style, theta))
+    return Translated(params, (*rope.notices, *notices, *_lost_on_the_way_back(config, params, rope, vocab)))
+
+
+def for_ranks(params: dict[str, Any], dims: Mapping[str, int], ranks: int) -> Translated:
+    """The params.json for so many ranks: n_kv_heads counts the key/value heads of every rank, copies as well.
+
+    Meta's code has at least one on each rank; where the model has fewer, neighbouring ranks hold the same one (as in
+    the release of Llama 3.1 405B for 16 ranks).
+    """
+    heads = dims["n_kv_heads"]
+    wanted = ranks if ranks > heads and ranks % heads == 0 else heads
+    inner = flat(params)
+    if (inner.get("n_kv_heads") or dims["n_heads"]) == wanted:
+        return Translated(params)
+    changed = {**inner, "n_kv_heads": wanted}
+    said = f"{PARAMS} counts {ranks} key/value heads, one for each rank: copies of the model's {heads}"
+    return Translated(changed if inner is params else {**params, "model": changed}, (said,) if ranks > heads else ())
+
+
+def _check_expressible(config: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
+    check_head_dim(sizes, CONFIG, TARGET)
+    for key in ("attention_bias", "mlp_bias"):
+        if sizes[key]:
+            raise ConfigError(f"{CONFIG}: {key} must be false for {TARGET}, found true; Meta's code has no biases")
+    check_silu(config, "hidden_act", CONFIG, TARGET)
+    check_not_quantized(config, ("quantization_config",), CONFIG, TARGET)
+
+
+def _rope_problem(rope: Rope) -> str | None:
+    """Why params.json cannot say this RoPE, in words, or None."""
+    factor = rope.parameters.get("factor")
+    problem = scaling_problem(rope, HARD_WIRED, TARGET)
+    if problem is None and rope.kind == "llama3" and factor not in FACTORS:
+        return f"rope_scaling's factor must be 8 or 32, as in the releases, found {factor!r}"
+    return problem
+
+
+def _ffn_pair(dim: int, ffn_dim: int, found: tuple[Release, ...], style: MetaStyle) -> tuple[int, float | None]:
+    same_style = [row for row in RELEASES if row.spelling.style == style]
+    for row in (*found, *same_style, *RELEASES):
+        if (row.dim, row.ffn_dim) == (dim, ffn_dim):
+            return row.multiple_of, row.multiplier
+    return ffn_pair(dim, ffn_dim)
+
+
+def _spelled_theta(theta: float, found: tuple[Release, ...]) -> float:
+    """theta as the release wrote it: Code Llama's is an integer."""
+    return next((row.theta for row in found if row.theta == theta), theta)
+
+
+def _key_order(found: tuple[Release, ...], style: MetaStyle, theta: float) -> tuple[str, ...]:
+    for row in found:
+        if row.spelling.style == style:
+            return row.spelling.keys
+    if style == "llama3":
+        return L3_1.keys
+    # Llama 2's own code rejects a rope_theta; who has one needs Code Llama's, whose files have no vocab_size.
+    return L1.keys if theta == DEFAULT_THETA else CODE.keys
+
+
+def _ordered(values: Mapping[str, Any], order: tuple[str, ...]) -> dict[str, Any]:
+    """The values that are there in the given order; what the order does not know follows, but for a needless -1."""
+    keys = (*order, *(key for key in values if key not in order))
+    return {
+        key: values[key]
+        for key in keys
+        if values[key] is not None and not (key == "vocab_size" and values[key] == -1 and key not in order)
+    }
+
+
+def _lost_on_the_way_back(
+    config: Mapping[str, Any], params: Mapping[str, Any], rope: Rope, vocab: int
+) -> tuple[str, ...]:
+    """Notices of what the way back would put differently, by going that way."""
+    back = params_to_hf(params, Weights(vocab_size=vocab)).content
+    notices = []
+    theirs, ours = read_rope(back).parameters.get("factor"), rope.parameters.get("factor")
+    if theirs is not None and ours is not None and theirs != ours:
+        notices.append(
+            f"{PARAMS} does not hold the RoPE factor, and {theirs:g} is what this shape stands for, not "
+            f"{ours:g}: on the way back, pass --rope-factor {ours:g}"
+        )
+    ruled = back["max_position_embeddings"]
+    positions = optional_int(config, "max_position_embeddings", CONFIG, ruled)
+    return (*notices, *lost_positions(positions, ruled, "this shape stands"))

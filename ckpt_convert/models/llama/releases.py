@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ckpt_convert.models.core.config import MetaStyle, base_dims
+from ckpt_convert.models.core.config import ConfigOptions, MetaStyle, base_dims
 from ckpt_convert.models.core.rope import DEFAULT_THETA, read_rope
+from ckpt_convert.models.llama.widths import ffn_width
 
 
 @dataclass(frozen=True)
@@ -78,17 +79,6 @@ class Release:
         return ffn_width(self.dim, self.multiple_of, self.multiplier)
 
 
-def ffn_width(dim: int, multiple_of: int, multiplier: float | None) -> int:
-    """The feed-forward width that Meta's code computes from a params.json (``FeedForward.__init__`` in 1, 2 and 3).
-
-    The float arithmetic is part of the format: another order of operations gives other widths.
-    """
-    hidden = int(2 * (4 * dim) / 3)
-    if multiplier is not None:
-        hidden = int(multiplier * hidden)
-    return -(-hidden // multiple_of) * multiple_of
-
-
 # fmt: off
 RELEASES: tuple[Release, ...] = (
     # name                             mp   dim heads lay  kv  mult  ffn   eps   vocab    theta  fact  posit  spelling
@@ -142,3 +132,20 @@ def narrowed(rows: Iterable[Release], trait: Callable[[Release], bool]) -> list[
     """The rows with a trait, or all of them where none has it."""
     rows = list(rows)
     return [row for row in rows if trait(row)] or rows
+
+
+def release(config: Mapping[str, Any]) -> str | None:
+    """The name of the known release with the shape of this config.json ("Llama 3.2 1B"), several joined by " / "."""
+    return " / ".join(row.name for row in matching(config)) or None
+
+
+def model_parallel(config: Mapping[str, Any]) -> int | None:
+    """How many files the release with this shape came in (its model-parallel degree), None for an unknown shape."""
+    degrees = {row.mp for row in matching(config)}
+    return degrees.pop() if len(degrees) == 1 else None
+
+
+def style_for(config: Mapping[str, Any], options: ConfigOptions | None = None) -> MetaStyle:
+    """Whose code Meta's files are for: as asked for, else as the release with this shape has it, else Llama 3's."""
+    found = matching(config)
+    return (options.meta_style if options else None) or (found[0].spelling.style if found else "llama3")

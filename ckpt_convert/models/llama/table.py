@@ -10,7 +10,7 @@ from __future__ import annotations
 from ckpt_convert.models.core.params import Params, Styles
 from ckpt_convert.models.core.rows import CUT
 from ckpt_convert.models.core.table import Family, Key, Row
-from ckpt_convert.models.llama import config, params
+from ckpt_convert.models.llama import config, params, releases
 
 LLAMA = Family(
     name="llama",
@@ -19,17 +19,17 @@ LLAMA = Family(
     dims=config.dims,
     params=Params(
         evidence=params.is_params,
-        from_hf=config.hf_to_params,
+        from_hf=params.hf_to_params,
         to_hf=params.params_to_hf,
         sharded=True,
         container="pth",
         options=frozenset({"rope_factor", "rope_theta", "max_positions", "meta_style", "drop_rope_scaling"}),
-        release=config.release,
-        model_parallel=config.model_parallel,
-        for_ranks=config.for_ranks,
+        release=releases.release,
+        model_parallel=releases.model_parallel,
+        for_ranks=params.for_ranks,
         styles=Styles(
             of_params=params.style_of,
-            of_config=config.style_of,
+            of_config=releases.style_for,
             tokenizers={"sentencepiece": "llama2", "tiktoken": "llama3"},
             unscaled=frozenset({"llama2"}),
             usual="llama3",

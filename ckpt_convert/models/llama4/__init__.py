@@ -1,1 +1,1 @@
-"""Llama 4: its table, its config, and params.json."""
+"""Llama 4: ``table`` is the mapping; its config.json, its params.json (and rules of it), and the releases."""

@@ -29,22 +29,9 @@ from ckpt_convert.models.core.config import (
     unused_keys,
 )
 from ckpt_convert.models.core.params import Weights, check_head_dim, flat, lost_positions, took_positions
-from ckpt_convert.models.core.rope import (
-    Rope,
-    expressible,
-    rope_keys,
-    rope_of_params,
-    scaling_problem,
-)
+from ckpt_convert.models.core.rope import Rope, expressible, rope_keys, rope_of_params, scaling_problem
 from ckpt_convert.models.llama4 import releases
-from ckpt_convert.models.llama4.config import (
-    MOE_ARGS,
-    TARGET,
-    dims,
-    moe_layers,
-    number_of_layers,
-    text_part,
-)
+from ckpt_convert.models.llama4.config import MOE_ARGS, TARGET, dims, moe_layers, number_of_layers, text_part
 from ckpt_convert.models.llama4.vision import vision_args, vision_config
 from ckpt_convert.models.llama4.widths import width_rule, widths_of_params
 

@@ -15,7 +15,7 @@ from ckpt_convert.models.core.config import (
     optional_number,
     require_number,
 )
-from ckpt_convert.models.llama.releases import ffn_width
+from ckpt_convert.models.llama.widths import ffn_width
 from ckpt_convert.models.llama4.config import MOE_ARGS, TEXT
 
 

@@ -1,1 +1,1 @@
-"""Mistral: its table and its configs."""
+"""Mistral: ``table`` is the mapping; its config.json, and its params.json."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from ckpt_convert.models.core.params import Params
 from ckpt_convert.models.llama.table import LLAMA
-from ckpt_convert.models.mistral import config
+from ckpt_convert.models.mistral import config, params
 
 MISTRAL_PARAMS = Params(
-    evidence=config.is_params,
-    from_hf=config.hf_to_params,
-    to_hf=config.params_to_hf,
+    evidence=params.is_params,
+    from_hf=params.hf_to_params,
+    to_hf=params.params_to_hf,
     sharded=False,
     container="safetensors",
     options=frozenset({"rope_theta", "max_positions", "drop_rope_scaling"}),

@@ -1,1 +1,1 @@
-"""Mixtral: its tables and their configs."""
+"""Mixtral: ``table`` has the mappings; its config.json, and its params.json."""

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from ckpt_convert.models.core.table import Key, Row
 from ckpt_convert.models.mistral.table import MISTRAL, MISTRAL_PARAMS
-from ckpt_convert.models.mixtral import config
+from ckpt_convert.models.mixtral import config, params
 from ckpt_convert.models.parts.decoder import columns, named
 from ckpt_convert.models.parts.experts import INDICES
 
@@ -67,9 +67,9 @@ MIXTRAL = MISTRAL.replace(
     indices=INDICES,
     params=replace(
         MISTRAL_PARAMS,
-        evidence=config.is_params,
-        from_hf=config.hf_to_params,
-        to_hf=config.params_to_hf,
+        evidence=params.is_params,
+        from_hf=params.hf_to_params,
+        to_hf=params.params_to_hf,
     ),
     rows=(
         *named(_MISTRAL, "tok_embeddings"),
@@ -85,9 +85,9 @@ MIXTRAL_2023 = MIXTRAL.replace(
     title="Mixtral as of December 2023",
     params=replace(
         MISTRAL_PARAMS,
-        evidence=config.is_params_2023,
-        from_hf=config.hf_to_params,
-        to_hf=config.params_to_hf,
+        evidence=params.is_params_2023,
+        from_hf=params.hf_to_params,
+        to_hf=params.params_to_hf,
     ),
     rows=lambda rows: [row.replace(meta=META_2023.get(row.name, row.meta)) for row in rows],
 )

@@ -13,7 +13,7 @@ from __future__ import annotations
 from ckpt_convert.models.core.params import Params
 from ckpt_convert.models.core.table import Family, Key, Row
 from ckpt_convert.models.llama.table import LLAMA
-from ckpt_convert.models.mllama import config
+from ckpt_convert.models.mllama import config, params, releases
 
 
 def _text(row: Row) -> Row:
@@ -122,14 +122,14 @@ MLLAMA = Family(
     indices={"layer": "n_layers", "block": "vision_layers", "global": "vision_global_layers"},
     tokens=lambda dims: dims["vocab_size"] + dims["new_tokens"],
     params=Params(
-        evidence=config.is_params,
-        from_hf=config.hf_to_params,
-        to_hf=config.params_to_hf,
+        evidence=params.is_params,
+        from_hf=params.hf_to_params,
+        to_hf=params.params_to_hf,
         sharded=True,
         container="pth",
         options=frozenset({"rope_factor", "rope_theta", "max_positions", "drop_rope_scaling"}),
-        release=config.release,
-        model_parallel=config.model_parallel,
+        release=releases.release,
+        model_parallel=releases.model_parallel,
     ),
     rows=(
         # Hugging Face has the tokens that the text model alone does not know behind the others.

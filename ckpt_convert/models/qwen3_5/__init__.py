@@ -1,1 +1,1 @@
-"""Qwen 3.5: its tables and their configs."""
+"""Qwen 3.5: ``table`` has the mappings; its config.json."""

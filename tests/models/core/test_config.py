@@ -13,7 +13,7 @@ from ckpt_convert.models.core import config as c
 from ckpt_convert.models.core.config import ConfigOptions
 from ckpt_convert.models.core.params import Weights
 from ckpt_convert.models.core.table import Family
-from ckpt_convert.models.llama import config as llama_config
+from ckpt_convert.models.llama import releases as llama_releases
 from ckpt_convert.models.llama.table import LLAMA
 from ckpt_convert.models.mistral.table import MISTRAL
 
@@ -107,7 +107,7 @@ def test_whatever_a_file_says_only_our_errors_come_out(family: Family, data: st.
     for function, argument in (
         (family.dims, config),
         (lambda content: meta.from_hf(content, options), config),
-        (llama_config.release, config),
+        (llama_releases.release, config),
         (meta.evidence, params),
         (lambda content: meta.to_hf(content, Weights(vocab_size=56), options), params),
     ):

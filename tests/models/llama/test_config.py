@@ -16,17 +16,11 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from ckpt_convert.errors import ConfigError, UsageError
 from ckpt_convert.models.core.config import ConfigOptions
 from ckpt_convert.models.core.params import Weights
-from ckpt_convert.models.llama.config import (
-    dims,
-    ffn_pair,
-    hf_to_params,
-    model_parallel,
-    release,
-    style_of,
-)
-from ckpt_convert.models.llama.params import is_params, params_to_hf
-from ckpt_convert.models.llama.releases import RELEASES, Release, ffn_width
-from ckpt_convert.models.mistral import config as mistral_config
+from ckpt_convert.models.llama.config import dims
+from ckpt_convert.models.llama.params import hf_to_params, is_params, params_to_hf
+from ckpt_convert.models.llama.releases import RELEASES, Release, model_parallel, release, style_for
+from ckpt_convert.models.llama.widths import ffn_pair, ffn_width
+from ckpt_convert.models.mistral import params as mistral_params
 
 GOLDEN = Path(__file__).parents[3] / "fixtures" / "golden"
 L1 = {"multiple_of": 256, "vocab_size": -1}
@@ -126,7 +120,7 @@ def test_the_released_config_is_named_and_its_degree_known(
     assert name in (release(config) or "").split(" / ")
     (row,) = [row for row in RELEASES if row.name == name]
     assert model_parallel(config) == row.mp
-    assert style_of(config) == ("llama3" if vocab == 128256 else "llama2")
+    assert style_for(config) == ("llama3" if vocab == 128256 else "llama2")
 
 
 @each_release
@@ -199,11 +193,11 @@ def test_a_release_s_shape_with_more_tokens_keeps_the_release_s_way_to_say_the_w
 
 
 def test_the_embedding_is_cut_by_columns_for_old_shapes_or_on_request() -> None:
-    assert style_of(tiny()) == "llama3"
-    assert style_of(tiny(), ConfigOptions(meta_style="llama2")) == "llama2"
+    assert style_for(tiny()) == "llama3"
+    assert style_for(tiny(), ConfigOptions(meta_style="llama2")) == "llama2"
     old = params_to_hf(PUBLISHED[0][1], Weights(vocab_size=32000)).content
-    assert style_of(old) == "llama2"
-    assert style_of(old, ConfigOptions(meta_style="llama3")) == "llama3"
+    assert style_for(old) == "llama2"
+    assert style_for(old, ConfigOptions(meta_style="llama3")) == "llama3"
 
 
 # The feed-forward rule
@@ -547,7 +541,7 @@ MISTRAL = {"dim": 72, "n_layers": 3, "n_heads": 12, "n_kv_heads": 4, "head_dim":
 @pytest.mark.parametrize("row", PUBLISHED, ids=lambda row: row[0])
 def test_every_release_is_claimed_by_llama_alone(row: tuple[Any, ...]) -> None:
     assert is_params(row[1]) == "params.json has multiple_of"
-    assert mistral_config.is_params(row[1]) is None
+    assert mistral_params.is_params(row[1]) is None
 
 
 @pytest.mark.parametrize(
@@ -567,9 +561,9 @@ def test_every_release_is_claimed_by_llama_alone(row: tuple[Any, ...]) -> None:
 )
 def test_other_families_are_claimed_by_neither(params: dict[str, Any]) -> None:
     assert is_params(params) is None
-    assert mistral_config.is_params(params) is None
+    assert mistral_params.is_params(params) is None
 
 
 def test_a_mistral_is_not_a_llama() -> None:
     assert is_params(MISTRAL) is None
-    assert mistral_config.is_params(MISTRAL) == "params.json has hidden_dim"
+    assert mistral_params.is_params(MISTRAL) == "params.json has hidden_dim"

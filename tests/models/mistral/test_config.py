@@ -14,7 +14,8 @@ from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
 from ckpt_convert.errors import ConfigError, UsageError
 from ckpt_convert.models.core.config import ConfigOptions
 from ckpt_convert.models.core.params import Weights
-from ckpt_convert.models.mistral.config import dims, hf_to_params, params_to_hf
+from ckpt_convert.models.mistral.config import dims
+from ckpt_convert.models.mistral.params import hf_to_params, params_to_hf
 
 GOLDEN = Path(__file__).parents[3] / "fixtures" / "golden" / "mistral"
 ROPE = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}

@@ -22,16 +22,9 @@ from ckpt_convert import ConfigError, convert, convert_state_dict
 from ckpt_convert.models import FAMILIES
 from ckpt_convert.models.core.params import Weights
 from ckpt_convert.models.mllama import config as mllama_config
-from ckpt_convert.models.mllama.config import (
-    VisionModel,
-    aspect_ratios,
-    cross_layers,
-    dims,
-    hf_to_params,
-    is_params,
-    params_to_hf,
-    sets,
-)
+from ckpt_convert.models.mllama import params as mllama_params
+from ckpt_convert.models.mllama.config import VisionModel, aspect_ratios, dims, sets
+from ckpt_convert.models.mllama.params import cross_layers, hf_to_params, is_params, params_to_hf
 from ckpt_convert.tensors.lazy import LazyTensor, concat
 from tests.helpers import GOLDEN, Tensors, assert_same, bits, read_meta, read_safetensors, sums
 
@@ -89,7 +82,8 @@ Grids = dict[str, torch.Tensor]
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let Meta's code have a vision model that fits a test."""
-    monkeypatch.setattr(mllama_config, "WIRED", SMALL)
+    for module in (mllama_config, mllama_params):
+        monkeypatch.setattr(module, "WIRED", SMALL)
 
 
 def coded(tensors: Tensors) -> Tensors:
@@ -639,7 +633,8 @@ def test_unusable_params_are_refused(changes: dict[str, Any], message: str) -> N
 
 
 def test_too_many_ranks_are_refused(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mllama_config, "WIRED", replace(SMALL))
+    for module in (mllama_config, mllama_params):
+        monkeypatch.setattr(module, "WIRED", replace(SMALL))
     with pytest.raises(ConfigError, match=r"n_heads = 12 is not divisible by 8; .*--model-parallel may be 1, 2, 4"):
         convert(whole, tmp_path / "out", to="meta", model_parallel=8)
 
