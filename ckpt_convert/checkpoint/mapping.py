@@ -1,19 +1,17 @@
-"""Reading stored tensors through one column of a family's table, and writing them through another.
+"""Reading stored tensors through one column of a family's table.
 
 Nothing here touches a byte: tensors are lazy (``tensors.lazy``), so the same code serves files and tensors in memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ckpt_convert.checkpoint.findings import Finding, raise_if_any
-from ckpt_convert.errors import ConfigError, KeyMismatchError, UsageError
-from ckpt_convert.models.core.table import Entry, Family, Instance, Key, evaluate
-from ckpt_convert.tensors.lazy import LazyTensor, concat, zeros
-from ckpt_convert.words import some
+from ckpt_convert.models.core.table import Entry, Family, Instance
+from ckpt_convert.tensors.lazy import LazyTensor, concat
 
 _LISTED = 20
 
@@ -56,14 +54,6 @@ class Equality:
     key: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Earlier:
-    """A tensor as it was before a conversion that lost something of it, and what has to be equal for it to be valid."""
-
-    tensor: LazyTensor
-    unchanged: Equality
-
-
 @dataclass(frozen=True)
 class Logicals:
     """A checkpoint read through its column.
@@ -75,21 +65,6 @@ class Logicals:
     tensors: dict[Instance, Logical]
     equal: list[Equality] = field(default_factory=list)
     omitted: set[Instance] = field(default_factory=set)
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """One tensor to be written: under ``key`` into the file or dict of ``rank``.
-
-    ``earlier`` is what is written instead if nothing has changed since.
-    """
-
-    instance: Instance
-    key: str
-    rank: int
-    dtype: str
-    tensor: LazyTensor
-    earlier: Earlier | None = None
 
 
 def read(
@@ -155,14 +130,6 @@ def examine(
     return result, findings
 
 
-def _as_they_were(logicals: Logicals, format: str) -> Iterator[Target]:
-    """The targets of a table that was made from headers."""
-    for instance, logical in logicals.tensors.items():
-        column = instance.row.column(format)
-        if column is not None:
-            yield Target(instance, column.template, 0, logical.dtype, logical.tensor)
-
-
 def _as_they_are(family: Family, ranks: Sequence[Mapping[str, Source]]) -> Logicals | None:
     """The tensors of a table that was made from their headers; None for any other table, and for other tensors."""
     if not family.literal or len(ranks) != 1 or len(ranks[0]) != len(family.rows):
@@ -174,26 +141,6 @@ def _as_they_are(family: Family, ranks: Sequence[Mapping[str, Source]]) -> Logic
             return None
         tensors[Instance(row, ())] = Logical(source.dtype, source.tensor, source.key, source.where)
     return Logicals(tensors)
-
-
-def fill_zeros(
-    family: Family,
-    format: str,
-    dims: Mapping[str, int],
-    logicals: Logicals,
-    wanted: Callable[[str], bool] = lambda key: True,
-) -> None:
-    """Add the rows that a format has and that stand for zeros where the source has none (``Row.zeros``).
-
-    ``wanted`` says of a key whether it is to be there.
-    """
-    if not any(row.zeros for row in family.rows):
-        return
-    for instance in family.instances(dims):
-        dtype = instance.row.zeros
-        key = instance.key(format) if dtype is not None else None
-        if dtype is not None and key is not None and instance not in logicals.tensors and wanted(key):
-            logicals.tensors[instance] = Logical(dtype, zeros(instance.row.sizes(dims)), key, "")
 
 
 def apart(
@@ -210,77 +157,6 @@ def apart(
             tensor = column.to_logical(part, instance.row, dims)
             out[instance] = Logical(source.dtype, tensor, source.key, source.where)
     return out
-
-
-def write(
-    family: Family,
-    format: str,
-    dims: Mapping[str, int],
-    logicals: Logicals,
-    *,
-    ranks: int,
-    keep_tied: bool | Collection[str] | None,
-    what: str,
-    earlier: Mapping[Instance, Earlier] | None = None,
-) -> tuple[list[Target], list[Instance], list[Equality]]:
-    """The target's tensors in the order of the table, what the target has no place for, and the ties to check.
-
-    ``keep_tied`` says whether rows that the column omits when tied are written all the same, or which keys of them are
-    (None: as the source). ``earlier`` goes into the targets. Rows of which the target loses something (``Row.lossy``)
-    are among those that it has no place for as well.
-    Raises KeyMismatchError for tensors that the target cannot hold, ConfigError for sizes that do not divide over
-    the ranks.
-    """
-    _check_ranks(family, format, dims, ranks, what)
-    if family.literal:
-        return [*_as_they_were(logicals, format)], [], []
-    targets: list[Target] = []
-    carried: list[Instance] = []
-    ties: list[Equality] = []
-    no_place: list[str] = []
-    missing: list[str] = []
-    for instance, logical in logicals.tensors.items():
-        place = instance.row.column(format)
-        if place is not None:
-            if (place.cells is None) != (logical.original is None) and instance.row.lossy is not None:
-                carried.append(instance)
-            continue
-        if instance.row.tied_to and dims["tied"]:  # the row that it is tied to stands for it
-            ties += [check] if (check := tie(instance, logical, logicals)) is not None else []
-        elif instance.row.required:
-            no_place.append(logical.key)
-        else:
-            carried.append(instance)
-    for entry in family.entries(format, dims):
-        there = [instance for instance in entry.instances if instance in logicals.tensors]
-        column = entry.column(format)
-        if len(there) < len(entry.instances):
-            if there or (entry.first.row.required and not (column.omitted_if_tied and dims["tied"])):
-                missing.append(entry.key)
-            continue
-        if entry.whole:
-            instance, logical = entry.first, logicals.tensors[entry.first]
-            if instance.row.tied_to and dims["tied"] and keep_tied is not None and instance not in logicals.omitted:
-                ties += [check] if (check := tie(instance, logical, logicals)) is not None else []
-            if column.omitted_if_tied and dims["tied"]:
-                keep = instance not in logicals.omitted if keep_tied is None else _keeps(keep_tied, entry.key)
-                if not keep:
-                    continue
-        made = _cut(entry, format, dims, logicals.tensors, ranks)
-        before = (earlier or {}).get(entry.first)
-        targets.extend(made if before is None else (replace(target, earlier=before) for target in made))
-    if no_place:
-        raise KeyMismatchError(
-            f"{what}: the {format} format of {family.name} has no place for {len(no_place)} tensors: "
-            f"{some(no_place, _LISTED, ' …')}. "
-            "Convert to a format that has one (hf), or remove them first if they are all zero."
-        )
-    if missing:
-        raise KeyMismatchError(
-            f"{what}: the {format} format of {family.name} needs {some(missing, _LISTED, ' …')}, "
-            "which the source has nothing for"
-        )
-    return targets, carried, ties
 
 
 def _join(
@@ -349,106 +225,9 @@ def _join(
     return out
 
 
-def _cut(
-    entry: Entry, format: str, dims: Mapping[str, int], logicals: Mapping[Instance, Logical], ranks: int
-) -> Iterator[Target]:
-    """What every rank stores under a key."""
-    first = logicals[entry.first]
-    if entry.whole and ranks == 1:  # as most are
-        column = entry.column(format)
-        original = first.original if column.cells is not None else None
-        tensor = original or column.to_stored(first.tensor, entry.first.row, dims)
-        yield Target(entry.first, entry.key, 0, first.dtype, tensor)
-        return
-    parts: dict[Instance, tuple[LazyTensor, int | None, int]] = {}
-    for instance in entry.instances:
-        column = instance.row.column(format) or entry.column(format)
-        original = logicals[instance].original if column.cells is not None else None
-        tensor = original or column.to_stored(logicals[instance].tensor, instance.row, dims)
-        axis = column.cut_axis(dims) if ranks > 1 else None
-        parts[instance] = tensor, axis, column.repeats(dims, ranks)
-        if logicals[instance].dtype != first.dtype:
-            other = logicals[instance]
-            raise KeyMismatchError(
-                f"{other.key}: has dtype {other.dtype}, but {first.key} has {first.dtype}, and the {format} format has "
-                f"both in one tensor, {entry.key}; cast them to one dtype (--dtype)"
-            )
-    for rank in range(ranks):
-        shares: dict[Instance, LazyTensor] = {}
-        for instance, (tensor, axis, same) in parts.items():
-            if axis is None:
-                shares[instance] = tensor
-            else:
-                step = tensor.shape[axis] * same // ranks
-                shares[instance] = tensor.narrow(axis, rank // same * step, step)
-        yield Target(entry.first, entry.key, rank, first.dtype, entry.join(format, shares))
-
-
-def _check_ranks(family: Family, format: str, dims: Mapping[str, int], ranks: int, what: str) -> None:
-    """Refuse a number of ranks that the family, or its sizes, cannot be cut over."""
-    if ranks == 1:
-        return
-    if ranks < 1:
-        raise UsageError(f"--model-parallel {ranks}: expected 1 or more")
-    if family.params is None or not family.params.sharded:
-        raise UsageError(
-            f"--model-parallel {ranks}: {family.name}'s consolidated layout is one file, not cut over ranks"
-        )
-    cut: dict[str, tuple[int, Key]] = {}
-    for row in family.rows:
-        column = row.column(format)
-        axis = column.cut_axis(dims) if column else None
-        if column is None or axis is None or (row.when and not dims[row.when]):
-            continue
-        # Ranks hold whole heads, so where there are heads they are what has to divide.
-        name = row.heads or (column.shape or row.shape)[axis]
-        size = evaluate(name, dims) if row.heads else column.part_shape(row, dims)[axis]
-        cut[name] = size, column
-
-    def uneven_over(count: int) -> list[str]:
-        return [
-            f"{name} = {size} is not divisible by {count}"
-            for name, (size, column) in cut.items()
-            if size * column.repeats(dims, count) % count
-        ]
-
-    uneven = uneven_over(ranks)
-    if uneven:
-        even = [str(count) for count in range(1, 129) if not uneven_over(count)]
-        raise ConfigError(
-            f"{what}: cannot be cut over {ranks} ranks: {'; '.join(uneven)}; --model-parallel may be {', '.join(even)}"
-        )
-
-
-def tied_pair(logicals: Logicals) -> Equality | None:
-    """The two stored tensors whose bytes decide whether the weights are tied, where no file says it."""
-    for instance, logical in logicals.tensors.items():
-        if instance.row.tied_to and instance not in logicals.omitted:
-            other = tied_to(instance, logicals.tensors)
-            return Equality(other.tensor, logical.tensor, logical.dtype, "") if other is not None else None
-    return None
-
-
-def _keeps(keep_tied: bool | Collection[str], key: str) -> bool:
-    return keep_tied if isinstance(keep_tied, bool) else key in keep_tied
-
-
 def tied_to(instance: Instance, tensors: Mapping[Instance, Logical]) -> Logical | None:
     """The tensor that a tied row shares its values with."""
     return next((logical for other, logical in tensors.items() if other.row.name == instance.row.tied_to), None)
-
-
-def tie(instance: Instance, logical: Logical, logicals: Logicals) -> Equality | None:
-    """What has to hold of a tied row that is stored all the same; None where the row it is tied to is not there."""
-    other = tied_to(instance, logicals.tensors)
-    if other is None:
-        return None
-    message = (
-        f"{logical.key} and {other.key} differ, but the config ties them (tie_word_embeddings: true), and "
-        "the target stores tied weights once. If they are not tied, set tie_word_embeddings to false in the "
-        "source's config.json (ckpt_convert/config.json where that is the only one)."
-    )
-    return Equality(other.tensor, logical.tensor, logical.dtype, message, logical.key)
 
 
 def _group(instance: Instance) -> tuple[str, int | None] | None:

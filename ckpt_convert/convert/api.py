@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 from ckpt_convert.checkpoint import record
 from ckpt_convert.checkpoint.checkpoint import Checkpoint, open_checkpoint, read_checkpoint
 from ckpt_convert.checkpoint.dequantize import requested
+from ckpt_convert.checkpoint.identify import Identified
+from ckpt_convert.checkpoint.mapping import Equality
 from ckpt_convert.checkpoint.opening import part_of
 from ckpt_convert.convert import output, ownership
 from ckpt_convert.convert import plan as planning
-from ckpt_convert.convert.execute import check_losses, is_tied, loss_text, run_checks
+from ckpt_convert.convert.execute import check_losses, comparing, loss_text, run_checks
 from ckpt_convert.convert.plan import Plan
 from ckpt_convert.convert.request import Request
 from ckpt_convert.convert.verify import verify as verify_output
@@ -109,6 +113,13 @@ def plan(src: str | Path, *, to: str, **options: Unpack[Options]) -> Plan:
     ``src`` is a path or a Hub id, ``to`` a format; ``options`` are those of ``Options``. Close the plan, or use it as a
     context manager. Raises what ``convert`` raises for bad input or options that do not fit.
     """
+    return _plan(src, to, options)
+
+
+def _plan(
+    src: str | Path, to: str, options: Options, equal: Callable[[Identified, Equality], bool] | None = None
+) -> Plan:
+    """``plan``; ``equal`` compares two tensors of the source, where only their bytes say whether they are tied."""
     unknown = options.keys() - Options.__annotations__.keys()
     if unknown:
         raise UsageError(f"unknown option {sorted(unknown)[0]!r}; known: {', '.join(Options.__annotations__)}")
@@ -144,7 +155,8 @@ def plan(src: str | Path, *, to: str, **options: Unpack[Options]) -> Plan:
         source.close()
         source = open_checkpoint(where, format=from_format, family=family, config=config, options=settings)
     try:
-        return planning.make(requested(source, request.dequantize), request)
+        wanted = requested(source, request.dequantize)
+        return planning.make(wanted, request, equal=partial(equal, wanted) if equal is not None else None)
     except (ConfigError, KeyMismatchError, ShapeMismatchError) as error:
         part = part_of(source.path)
         if part is None:
@@ -193,13 +205,20 @@ def convert(
     destination = locate(dst, "DST")
     place = workspace.of(destination)
     count = workers or WORKERS
-    made = plan(src, to=to, **options)
-    source = made.source
-    try:
+
+    def check(source: Identified) -> None:
         with reading(source.path):
             place.check_destination(destination, locate(source.path), ownership.RULES, overwrite=overwrite)
-        if made.undecided is not None:
-            made = planning.make(source, made.request, tied=is_tied(made))
+
+    def equal(source: Identified, pair: Equality) -> bool:
+        check(source)  # before any tensor is read
+        return comparing(source.stored)(pair)
+
+    with reading():
+        made = _plan(src, to, options, equal)
+    source = made.source
+    try:
+        check(source)
         planning.refuse_unreadable(made)
         if made.needs_torch is not None:
             require("torch", made.needs_torch)

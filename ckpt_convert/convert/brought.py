@@ -6,10 +6,11 @@ from dataclasses import replace
 
 from ckpt_convert.checkpoint import mapping
 from ckpt_convert.checkpoint.identify import Identified
-from ckpt_convert.checkpoint.mapping import Earlier, Equality, Logical, Logicals, Source
+from ckpt_convert.checkpoint.mapping import Equality, Logical, Logicals, Source
 from ckpt_convert.checkpoint.model import Model
 from ckpt_convert.checkpoint.opening import tensors_of
 from ckpt_convert.convert.request import Request
+from ckpt_convert.convert.writing import Earlier
 from ckpt_convert.models.core.table import Instance
 from ckpt_convert.tensors.header import StoredTensor, WeightFile
 from ckpt_convert.tensors.lazy import stored

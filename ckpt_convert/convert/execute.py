@@ -12,7 +12,7 @@ import json
 import logging
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,12 +23,14 @@ from ckpt_convert import dtypes
 from ckpt_convert.checkpoint.mapping import Equality
 from ckpt_convert.convert.layout import OutputFile, Placed
 from ckpt_convert.convert.plan import Plan, fingerprint
+from ckpt_convert.convert.ties import Equal
 from ckpt_convert.errors import LossyConversionError, TiedWeightsError
 from ckpt_convert.formats.names import RECORD_FOLDER
 from ckpt_convert.storage.checksums import CRC32, CRC64
 from ckpt_convert.storage.workspace import Folder, Journal, Stage, StagedFile
 from ckpt_convert.tensors import blocks, decode
 from ckpt_convert.tensors.blocks import Meter, Mover, ProgressCallback, Read, difference
+from ckpt_convert.tensors.header import StoredTensor, WeightFile
 from ckpt_convert.tensors.lazy import LazyTensor
 from ckpt_convert.words import MORE, listing, some
 
@@ -69,9 +71,14 @@ class Done:
     overflowed: int = 0
 
 
-def equal(left: Mover, right: Mover, check: Equality, meter: Meter | None = None) -> bool:
-    """Whether both tensors of a check hold the same bytes; stops at the first difference."""
-    return difference(left, right, Read(check.left, check.dtype), Read(check.right, check.dtype), meter) is None
+def comparing(stored: Sequence[tuple[WeightFile, StoredTensor]], meter: Meter | None = None) -> Equal:
+    """Whether the tensors of a pair, of these files, hold the same bytes; stops at the first difference."""
+    left, right = Mover(stored), Mover(stored)
+
+    def equal(check: Equality) -> bool:
+        return difference(left, right, Read(check.left, check.dtype), Read(check.right, check.dtype), meter) is None
+
+    return equal
 
 
 def run_checks(plan: Plan, progress: ProgressCallback | None = None) -> None:
@@ -80,8 +87,8 @@ def run_checks(plan: Plan, progress: ProgressCallback | None = None) -> None:
         return
     total = sum(check.left.size * dtypes.DTYPES[check.dtype].bits // 8 for check in plan.checks)
     meter = Meter("checking", total, progress)
-    left, right = Mover(plan.stored), Mover(plan.stored)
-    failed = [check.message for check in plan.checks if not equal(left, right, check, meter)]
+    equal = comparing(plan.stored, meter)
+    failed = [check.message for check in plan.checks if not equal(check)]
     if failed:
         raise TiedWeightsError(f"{plan.source.path}: tensors that have to be equal are not:{listing(failed)}")
 
@@ -125,24 +132,17 @@ def _nonzero(mover: Mover, tensor: LazyTensor, dtype: str) -> int:
     return count
 
 
-def is_tied(plan: Plan) -> bool:
-    """What the bytes say where no file says whether the weights are tied."""
-    if plan.undecided is None:
-        return bool(plan.dims["tied"])
-    return equal(Mover(plan.stored), Mover(plan.stored), plan.undecided)
-
-
 def settled(plan: Plan) -> tuple[OutputFile, ...]:
     """The files of a plan, with tensors as they were earlier wherever nothing has changed since.
 
     Decided when the plan is carried out: the tensors may be those of a model in memory, which other plans are not made
     for at every save.
     """
-    movers = Mover(plan.stored), Mover(plan.stored)
+    equal = comparing(plan.stored)
 
     def chosen(placed: Placed) -> Placed:
         earlier = placed.earlier
-        same = earlier is not None and equal(*movers, earlier.unchanged)
+        same = earlier is not None and equal(earlier.unchanged)
         return replace(placed, tensor=earlier.tensor) if earlier is not None and same else placed
 
     return tuple(

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ckpt_convert import dtypes
-from ckpt_convert.checkpoint.mapping import Earlier, Equality, Target
+from ckpt_convert.checkpoint.mapping import Equality
 from ckpt_convert.checkpoint.record import Layout
 from ckpt_convert.containers.build import has_pieces, of_specs
+from ckpt_convert.convert.writing import Earlier, Target
 from ckpt_convert.errors import UsageError
 from ckpt_convert.tensors.header import FileLayout, Header, StoredTensor
 from ckpt_convert.tensors.lazy import LazyTensor

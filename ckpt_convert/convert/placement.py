@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from ckpt_convert import formats
 from ckpt_convert.checkpoint.identify import Identified
-from ckpt_convert.checkpoint.mapping import Logicals, Target
+from ckpt_convert.checkpoint.mapping import Logicals
 from ckpt_convert.checkpoint.model import Model
 from ckpt_convert.checkpoint.record import Layout
 from ckpt_convert.containers.dcp import DCP_INDEX, DCP_SUFFIX, dcp, dcp_build
@@ -15,6 +15,7 @@ from ckpt_convert.convert import layout
 from ckpt_convert.convert.layout import OutputFile
 from ckpt_convert.convert.request import Request
 from ckpt_convert.convert.sidefiles import SideFile
+from ckpt_convert.convert.writing import Target
 from ckpt_convert.errors import ShapeMismatchError, UsageError
 from ckpt_convert.formats import hf, native
 from ckpt_convert.formats.base import render_index

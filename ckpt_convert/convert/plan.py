@@ -10,22 +10,24 @@ from typing import Any
 
 from ckpt_convert import dtypes, formats
 from ckpt_convert._version import __version__
-from ckpt_convert.checkpoint import mapping, record
+from ckpt_convert.checkpoint import record
 from ckpt_convert.checkpoint.checklist import CHECKLIST
 from ckpt_convert.checkpoint.checkpoint import open_checkpoint
 from ckpt_convert.checkpoint.identify import Identified
-from ckpt_convert.checkpoint.mapping import Equality, Logical, Logicals, Source, Target
+from ckpt_convert.checkpoint.mapping import Equality, Logical, Logicals, Source
 from ckpt_convert.checkpoint.model import Model, naming
 from ckpt_convert.checkpoint.opening import close
 from ckpt_convert.checkpoint.quantized import carry, view
-from ckpt_convert.checkpoint.record import Layout
 from ckpt_convert.containers.dcp import DCP_INDEX
-from ckpt_convert.convert import brought, configs, embedding, layout, placement, sidefiles
+from ckpt_convert.convert import brought, configs, embedding, layout, placement, sidefiles, ties, translate
 from ckpt_convert.convert.embedding import Cut
 from ckpt_convert.convert.layout import OutputFile
 from ckpt_convert.convert.request import Request
 from ckpt_convert.convert.sidefiles import SideFile
-from ckpt_convert.errors import ConfigError, CorruptFileError, ShapeMismatchError, UnsupportedFamilyError, UsageError
+from ckpt_convert.convert.ties import Equal, Ties
+from ckpt_convert.convert.translate import Reading
+from ckpt_convert.convert.writing import Target
+from ckpt_convert.errors import ConfigError, CorruptFileError, ShapeMismatchError, UsageError
 from ckpt_convert.formats.names import RECORD_FOLDER
 from ckpt_convert.models.core.rope import read_rope
 from ckpt_convert.models.core.table import Dims, Instance
@@ -36,7 +38,7 @@ from ckpt_convert.tensors.blocks import BLOCK
 from ckpt_convert.tensors.bulk import without_collector
 from ckpt_convert.tensors.gather import SCRATCH
 from ckpt_convert.tensors.header import IN_MEMORY, StoredTensor, WeightFile
-from ckpt_convert.tensors.lazy import LazyTensor, zeros
+from ckpt_convert.tensors.lazy import LazyTensor
 from ckpt_convert.words import some
 
 _BASE_MEMORY = 40_000_000
@@ -193,8 +195,8 @@ class Plan:
 
 @reading()
 @without_collector()
-def make(source: Identified, request: Request, *, tied: bool | None = None, live: Live | None = None) -> Plan:
-    """Plan a conversion; ``tied`` settles what ``Plan.undecided`` asks.
+def make(source: Identified, request: Request, *, equal: Equal | None = None, live: Live | None = None) -> Plan:
+    """Plan a conversion; ``equal`` compares two tensors of the source where their bytes decide whether they are tied.
 
     With ``live``, the tensors in memory are written as a conversion would write the source's: in its files, each in the
     dtype that it has there. A source without files is only a config; the files are then laid out afresh.
@@ -209,29 +211,15 @@ def make(source: Identified, request: Request, *, tied: bool | None = None, live
     request.check_source(source_format, family)
     if request.dtype is not None:
         carry.refuse_cast(source.quantization, source.unknown_scheme, source.path, request.dtype)
-    for format in (source_format, read_format, request.to):
-        if not family.has(format):
-            raise UnsupportedFamilyError(
-                f"{source.path}: the {family.name} table has no {format} column; it has {', '.join(family.formats)}"
-            )
     with naming(str(source.config_file)):
-        family.check_rotation(model.config, source_format, read_format, request.to)
-    if live is not None and model.tied is None:
-        tied = _omits_tied(live, model)
-    undecided = model.tied is None and tied is None
-    if model.tied is None:
-        model = model.with_tied(tied is True)  # undecided, both are planned for: that is never too little room
+        translate.check(model, str(source.path), source_format, read_format, request.to)
     like = open_checkpoint(request.like, format=request.to) if request.like is not None else None
     differing = _check_like(source, model, like) if like is not None else []
     sidefiles.checklist_of(source)  # a checklist that is none is an error now, not after everything was written
-    template = Logicals({})
-    if source.files:
-        template = mapping.read(family, source_format, model.dims, source.ranks, str(source.path))
-    logicals = template
-    everything = list(source.stored)
+    reading, template = _read(source, model, live, equal)
+    model, logicals = reading.model, reading.logicals
+    everything = list(source.stored if live is None else live.stored)
     if live is not None:
-        logicals = mapping.read(family, live.format, model.dims, [live.tensors], f"the model, as {live.format}")
-        everything = list(live.stored)
         brought.take_derived(source, template, logicals, everything)
     as_stored = live is None and source_format == request.to and request.like is None
     literal = as_stored and source.is_bare
@@ -242,23 +230,23 @@ def make(source: Identified, request: Request, *, tied: bool | None = None, live
     if cut is not None:
         dims = dims.with_cut(cut.axis)
     brought.bring_back(source, request, like, model, logicals, everything)
-    if read_format != request.to:
-        places = None if wanted is None else {key for _, key in wanted.places}
-        mapping.fill_zeros(family, request.to, dims, logicals, lambda key: places is None or key in places)
-    keep_tied = None if as_stored else _keep_tied(request, wanted, model)
+    places = {key for _, key in wanted.places} if wanted is not None else set()
     earlier = brought.as_it_was(
         source, request, like, model, template if live is not None else None, logicals, everything
     )
-    targets, carried, ties = mapping.write(
-        family, request.to, dims, logicals, ranks=ranks, keep_tied=keep_tied, what=str(source.path), earlier=earlier
+    translated = translate.write(
+        reading,
+        request.to,
+        str(source.path),
+        dims=dims,
+        ranks=ranks,
+        keep_tied=None if as_stored else ties.kept(family, request.to, places),
+        wanted=lambda key: wanted is None or key in places,
+        earlier=earlier,
     )
+    targets, carried = translated.targets, translated.left_out
     if literal:
         targets = [replace(target, key=source.names.stored.get(target.key, target.key)) for target in targets]
-    losses = [
-        Equality(logical.tensor, zeros(logical.tensor.shape), logical.dtype, "", logical.key)
-        for instance in carried
-        if instance.row.zeros is not None and (logical := logicals.tensors[instance])
-    ]
     if live is not None:  # the training state has them
         carried = [instance for instance in carried if instance.row.lossy is None and instance.row.zeros is None]
     dtype_of = _dtypes(targets, request, template if live is not None else Logicals({}))
@@ -267,7 +255,7 @@ def make(source: Identified, request: Request, *, tied: bool | None = None, live
         source, request, targets, dtype_of, wanted, ranks, model, _file_of(source, template, logicals, live)
     )
     by_rank = [{t.key: t for t in targets if t.rank == rank} for rank in range(ranks)]
-    checks = [*logicals.equal, *ties]
+    checks = translated.checks
     for file in files:
         checks += layout.aliases(file.layout.header, by_rank[file.rank], file.name)
     made = configs.generated(source, model, request, like, _written_dtype(files), ranks, cut and cut.axis)
@@ -280,9 +268,6 @@ def make(source: Identified, request: Request, *, tied: bool | None = None, live
     own = None if source_format == request.to or not source.files else source.layout()
     side += sidefiles.recorded_layouts(source, request.to, own)
     _check_names(source, files, side)
-    pair = mapping.tied_pair(logicals) if undecided else None
-    if pair is not None or tied is not None:
-        checks = [check for check in checks if check not in ties]  # the bytes decide, or have decided
     return Plan(
         source=source,
         model=model,
@@ -292,10 +277,10 @@ def make(source: Identified, request: Request, *, tied: bool | None = None, live
         stored=tuple(everything),
         logicals=logicals,
         checks=tuple(checks),
-        losses=tuple(losses),
-        undecided=pair,
+        losses=tuple(translated.losses),
+        undecided=reading.ties.undecided,
         carried=tuple(sorted({logicals.tensors[instance].key for instance in carried})),
-        ties=_ties(logicals, model, pair, targets),
+        ties=tuple(translated.ties),
         notices=(
             *source.notices,
             *_edited(source),
@@ -352,10 +337,17 @@ def _of_record(checkpoint: Identified) -> list[Path]:
     return [path for path in files if path != manifest or "training" not in checkpoint.record.manifest]
 
 
-def _omits_tied(live: Live, model: Model) -> bool:
-    """Where no file says whether weights are tied, the model in memory does: it has one tensor, or two."""
-    rows = [row for row in model.family.rows if row.tied_to is not None]
-    return any(key.template not in live.tensors for row in rows if (key := row.column(live.format)))
+def _read(source: Identified, model: Model, live: Live | None, equal: Equal | None) -> tuple[Reading, Logicals]:
+    """What is to be written, and what the source has of it: the same, but where a model in memory is written."""
+    known = model if live is None else ties.of_memory(model, live.format, live.tensors.keys())
+    template = Reading(str(source.format), Logicals({}), Ties(ties.presumed(known), told=True))
+    if source.files:
+        template = translate.read(known, template.format, source.ranks, str(source.path), equal)
+    if live is None:
+        return template, template.logicals
+    reading = translate.read(known, live.format, [live.tensors], f"the model, as {live.format}")
+    told = replace(reading.ties, told=model.tied is not None)
+    return replace(reading, ties=told), template.logicals
 
 
 def _file_of(source: Identified, template: Logicals, logicals: Logicals, live: Live | None) -> dict[int, int]:
@@ -486,27 +478,6 @@ def _check_like(source: Identified, model: Model, like: Identified) -> list[str]
 
 _COMPARED = ("rms_norm_eps", "hidden_act", "sliding_window", "max_position_embeddings")
 """What of a config changes the model's results beside the sizes and RoPE."""
-
-
-def _keep_tied(request: Request, wanted: Layout | None, model: Model) -> frozenset[str]:
-    """The keys of tied weights that the target is to have all the same."""
-    keys = {key for _, key in wanted.places} if wanted else set()
-    columns = [key for row in model.family.rows if (key := row.column(request.to)) and key.omitted_if_tied]
-    return frozenset(key.template for key in columns if key.template in keys)
-
-
-def _ties(logicals: Logicals, model: Model, pair: Equality | None, targets: list[Target]) -> tuple[str, ...]:
-    written = {target.instance for target in targets}
-    out = []
-    for instance in logicals.tensors:
-        if not instance.row.tied_to:
-            continue
-        if pair is not None:
-            out.append(f"{instance.name} and {instance.row.tied_to}: tied if equal, which the bytes decide")
-        elif model.dims["tied"]:
-            how = "written as well" if instance in written else "stored once"
-            out.append(f"{instance.name} is tied to {instance.row.tied_to}: {how}")
-    return tuple(out)
 
 
 def fingerprint(plan: Plan) -> str:

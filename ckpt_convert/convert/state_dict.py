@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ckpt_convert.checkpoint import legacy_keys, mapping
-from ckpt_convert.checkpoint.mapping import Equality, Logicals, Source
+from ckpt_convert.checkpoint import legacy_keys
+from ckpt_convert.checkpoint.mapping import Equality, Source
 from ckpt_convert.checkpoint.model import Model, candidates, model_from
+from ckpt_convert.convert.translate import translate
 from ckpt_convert.dtypes import DTYPES, FROM_TORCH, torch_name
 from ckpt_convert.errors import (
     KeyMismatchError,
@@ -24,7 +24,6 @@ from ckpt_convert.errors import (
 from ckpt_convert.formats.base import load_json
 from ckpt_convert.models import FAMILIES, FORMATS
 from ckpt_convert.models.core.config import AXES, ConfigOptions, MetaStyle
-from ckpt_convert.models.core.table import Instance
 from ckpt_convert.storage.names import local_path
 from ckpt_convert.tensors.lazy import ZEROS, LazyTensor, stored
 from ckpt_convert.words import listing
@@ -72,31 +71,28 @@ def convert_state_dict(
         raise UsageError(f"config: expected a dict or a path, found {type(content).__name__}; try config.to_dict()")
     ranks = _named(ranks, content, family, source)
     model = _model(content, family, ranks, source, meta_style)
-    chosen, dims = model.family, model.dims
-    chosen.check_rotation(model.config, source, target)
-    logicals = mapping.read(chosen, source, dims, ranks, "the state dict")
-    pair = mapping.tied_pair(logicals)
-    if model.tied is None and pair is not None:
-        dims = dims.replace(tied=int(_same(pair, tensors)))
-    if meta_style is not None:
-        dims = dims.with_cut(AXES[meta_style])
-    if source != target:
-        mapping.fill_zeros(chosen, target, dims, logicals)
-    targets, left_out, ties = mapping.write(
-        chosen,
+    model.family.check_rotation(model.config, source, target)
+
+    def equal(check: Equality) -> bool:
+        return _same(check, tensors)
+
+    made = translate(
+        model,
+        source,
         target,
-        dims,
-        logicals,
+        ranks,
+        "the state dict",
+        equal=equal,
+        dims=lambda dims: dims if meta_style is None else dims.with_cut(AXES[meta_style]),
         ranks=model_parallel,
         keep_tied=None if source == target else False,
-        what="the state dict",
     )
-    for check in (*logicals.equal, *ties):
-        if not _same(check, tensors):
+    for check in made.checks:
+        if not equal(check):
             raise TiedWeightsError(check.message)
-    _check_losses(left_out, logicals, tensors, f"the {target} format of {chosen.name}", allow_loss)
+    _check_losses(made.losses, tensors, f"the {target} format of {model.family.name}", allow_loss)
     out: list[dict[str, torch.Tensor]] = [{} for _ in range(model_parallel)]
-    for item in targets:
+    for item in made.targets:
         out[item.rank][item.key] = make(item.tensor, tensors, _torch(item.dtype))
     return out if model_parallel > 1 else out[0]
 
@@ -162,16 +158,12 @@ def _model(
     if family is not None and family not in FAMILIES:
         raise UnsupportedFamilyError(f"{family!r} is no family; known: {', '.join(FAMILIES)}")
     options = ConfigOptions(meta_style=meta_style)
-    found = model_from(content, "config", source, ranks, options, family=family)
-    return replace(found.with_tied(False), tied=None) if found.tied is None else found
+    return model_from(content, "config", source, ranks, options, family=family)
 
 
-def _check_losses(
-    left_out: Sequence[Instance], logicals: Logicals, tensors: Sequence[torch.Tensor], where: str, allowed: bool
-) -> None:
+def _check_losses(losses: Sequence[Equality], tensors: Sequence[torch.Tensor], where: str, allowed: bool) -> None:
     """Raise LossyConversionError for values that change what the model computes and are left out."""
-    zeroed = [logicals.tensors[instance] for instance in left_out if instance.row.zeros is not None]
-    counts = {one.key: int(make(one.tensor, tensors, _torch(one.dtype)).count_nonzero()) for one in zeroed}
+    counts = {one.key: int(make(one.left, tensors, _torch(one.dtype)).count_nonzero()) for one in losses}
     lost = {key: count for key, count in counts.items() if count}
     if lost and not allowed:
         said = listing([f"{key}: {count:,} values other than zero" for key, count in lost.items()])

@@ -10,6 +10,7 @@ from ckpt_convert.checkpoint import mapping
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpoint.mapping import Logical, Source
 from ckpt_convert.checkpoint.opening import tensors_of
+from ckpt_convert.convert import translate
 from ckpt_convert.convert.plan import Plan, target_dtype
 from ckpt_convert.errors import VerificationError
 from ckpt_convert.models.core.table import Instance
@@ -26,7 +27,7 @@ def verify(plan: Plan, output: Identified, *, workers: int, progress: ProgressCa
     differs or is not there.
     """
     model = output.model_for(str(plan.source.format), plan.target)
-    found = mapping.read(model.family, str(output.format), model.dims, output.ranks, str(output.path))
+    found = translate.read(model, str(output.format), output.ranks, str(output.path)).logicals
     stored, carried = _carried(plan, output)
     sources = {key: Source(key, one.dtype, one.tensor, one.where) for key, one in carried.items()}
     apart = mapping.apart(model.family, str(plan.source.format), model.dims, sources)

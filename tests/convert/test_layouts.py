@@ -14,8 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import ckpt_convert
-from ckpt_convert.checkpoint.mapping import Target
 from ckpt_convert.convert import layout
+from ckpt_convert.convert.writing import Target
 from ckpt_convert.errors import TiedWeightsError, VerificationError
 from ckpt_convert.models.llama.table import LLAMA
 from ckpt_convert.tensors.lazy import stored

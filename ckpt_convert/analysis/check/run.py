@@ -12,13 +12,14 @@ from ckpt_convert.analysis.check import causes, checksums, directory, generic, s
 from ckpt_convert.analysis.check.report import Report, Skipped, by_severity
 from ckpt_convert.analysis.check.spans import Expected
 from ckpt_convert.analysis.check.tolerant import Opened, open_tolerantly, relative
-from ckpt_convert.checkpoint import diagnosis, mapping
+from ckpt_convert.checkpoint import diagnosis
 from ckpt_convert.checkpoint.checkpoint import Checkpoint
 from ckpt_convert.checkpoint.findings import Finding, Severity, failed
 from ckpt_convert.checkpoint.mapping import Equality, Logicals
 from ckpt_convert.checkpoint.model import Model
 from ckpt_convert.checkpoint.opening import part_of
 from ckpt_convert.checkpoint.record import MANIFEST, MERGED
+from ckpt_convert.convert import ties
 from ckpt_convert.errors import CkptConvertError, UnsupportedFamilyError
 from ckpt_convert.formats.base import load_json
 from ckpt_convert.storage.names import local_path
@@ -233,7 +234,7 @@ def _through_table(work: _Work, model: Model, content: Mapping[str, Any], where:
 
 
 def _ties(work: _Work, model: Model, logicals: Logicals) -> None:
-    pair = mapping.tied_pair(logicals) if model.tied is True else None
+    pair = ties.pair(logicals) if model.tied is True else None
     if pair is None:
         work.done("tied")
         return

@@ -14,6 +14,7 @@ from ckpt_convert.checkpoint.checkpoint import Checkpoint
 from ckpt_convert.checkpoint.mapping import Equality, Logical
 from ckpt_convert.checkpoint.model import Model, model_from
 from ckpt_convert.containers import gguf
+from ckpt_convert.convert.writing import as_stored
 from ckpt_convert.errors import AmbiguousFormatError, CkptConvertError, ConfigError, UnsupportedFamilyError
 from ckpt_convert.formats import peft
 from ckpt_convert.models.core.table import Instance, Key
@@ -188,9 +189,7 @@ def _half(instance: Instance, format: str, model: Model, logical: Logical | None
     if logical is None:
         return None
     column = instance.row.column(format)
-    tensor = column.to_stored(logical.tensor, instance.row, model.dims) if column else logical.tensor
-    if column is not None and column.cells is not None and logical.original is not None:
-        tensor = logical.original
+    tensor = as_stored(instance, logical, column, model.dims) if column else logical.tensor
     return Half(logical.key, tensor.shape, logical.dtype, _nbytes(tensor, logical.dtype), tensor)
 
 

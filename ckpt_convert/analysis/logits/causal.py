@@ -10,8 +10,9 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from ckpt_convert import dtypes
-from ckpt_convert.checkpoint import mapping
 from ckpt_convert.checkpoint.checkpoint import Checkpoint
+from ckpt_convert.convert.execute import comparing
+from ckpt_convert.convert.translate import translate
 from ckpt_convert.errors import (
     ConfigError,
     KeyMismatchError,
@@ -21,7 +22,7 @@ from ckpt_convert.errors import (
     UsageError,
 )
 from ckpt_convert.formats.names import ADAPTER_CONFIG, USUAL, index_for
-from ckpt_convert.tensors.blocks import Meter, Mover, ProgressCallback, Read, difference
+from ckpt_convert.tensors.blocks import Meter, Mover, ProgressCallback, Read
 from ckpt_convert.tensors.lazy import LazyTensor, stored
 from ckpt_convert.words import listing
 
@@ -188,22 +189,16 @@ def _as_they_are(checkpoint: Checkpoint, progress: ProgressCallback | None) -> d
 
 def _translated(checkpoint: Checkpoint, progress: ProgressCallback | None) -> tuple[dict[str, torch.Tensor], bool]:
     """The tensors under Hugging Face's keys and in its order of rows, and whether the output is the embedding."""
-    model, path = checkpoint.model, str(checkpoint.path)
-    logicals = mapping.read(model.family, str(checkpoint.format), model.dims, checkpoint.ranks, path)
-    pair = mapping.tied_pair(logicals)
-    if model.tied is None:
-        model = model.with_tied(pair is not None and _equal(checkpoint, pair))
-    targets, _, ties = mapping.write(model.family, "hf", model.dims, logicals, ranks=1, keep_tied=False, what=path)
-    failed = [check.message for check in (*logicals.equal, *ties) if not _equal(checkpoint, check)]
+    path = str(checkpoint.path)
+    equal = comparing(checkpoint.stored)
+    made = translate(
+        checkpoint.model, str(checkpoint.format), "hf", checkpoint.ranks, path, equal=equal, keep_tied=False
+    )
+    failed = [check.message for check in made.checks if not equal(check)]
     if failed:
         raise TiedWeightsError(f"{path}: tensors that have to be equal are not:{listing(failed)}")
-    tensors = [(target.key, Read(target.tensor, target.dtype)) for target in targets]
-    return _made(checkpoint, tensors, progress), bool(model.dims["tied"])
-
-
-def _equal(checkpoint: Checkpoint, check: mapping.Equality) -> bool:
-    left, right = Mover(checkpoint.stored), Mover(checkpoint.stored)
-    return difference(left, right, Read(check.left, check.dtype), Read(check.right, check.dtype)) is None
+    tensors = [(target.key, Read(target.tensor, target.dtype)) for target in made.targets]
+    return _made(checkpoint, tensors, progress), bool(made.dims["tied"])
 
 
 def _made(

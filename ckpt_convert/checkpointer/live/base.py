@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ckpt_convert.checkpoint.checkpoint import Checkpoint
-from ckpt_convert.checkpoint.mapping import Target
 from ckpt_convert.checkpointer.live import loading
+from ckpt_convert.convert.writing import Target
 from ckpt_convert.errors import CorruptFileError
 
 SECTION = "base"

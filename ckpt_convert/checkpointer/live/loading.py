@@ -12,12 +12,13 @@ import torch
 import xxhash
 
 from ckpt_convert import dtypes
-from ckpt_convert.checkpoint import mapping
 from ckpt_convert.checkpoint.checkpoint import Checkpoint
-from ckpt_convert.checkpoint.mapping import Equality, Target
-from ckpt_convert.convert.execute import equal
+from ckpt_convert.checkpoint.mapping import Equality
+from ckpt_convert.convert import translate as translation
+from ckpt_convert.convert.execute import comparing
 from ckpt_convert.convert.output import overflow_text
-from ckpt_convert.errors import KeyMismatchError, TiedWeightsError, UnsupportedFamilyError
+from ckpt_convert.convert.writing import Target
+from ckpt_convert.errors import KeyMismatchError, TiedWeightsError
 from ckpt_convert.storage.reader import WORKERS
 from ckpt_convert.tensors.blocks import Meter, Mover, ProgressCallback, overflowed, spread
 from ckpt_convert.words import listing
@@ -66,28 +67,15 @@ def targets_of(checkpoint: Checkpoint, format: str) -> tuple[list[Target], set[s
     Raises UnsupportedFamilyError where the table has no such column, and TiedWeightsError where weights that the config
     ties differ.
     """
-    model = checkpoint.model_for(format)
-    family = model.family
-    if not family.has(format):
-        raise UnsupportedFamilyError(
-            f"{checkpoint.path}: the {family.name} table has no {format} column; it has {', '.join(family.formats)}"
-        )
-    family.check_rotation(model.config, str(checkpoint.format), format)
-    found = model if model.tied is not None else model.with_tied(False)
-    dims = found.dims
-    logicals = mapping.read(family, str(checkpoint.format), dims, checkpoint.ranks, str(checkpoint.path))
-    if format != checkpoint.format:
-        mapping.fill_zeros(family, format, dims, logicals)
-    movers = Mover(checkpoint.stored), Mover(checkpoint.stored)
-    pair = mapping.tied_pair(logicals) if model.tied is None else None
-    if pair is not None and equal(*movers, pair):
-        dims = dims.replace(tied=1)
-    targets, _, ties = mapping.write(family, format, dims, logicals, ranks=1, keep_tied=True, what=str(checkpoint.path))
-    for check in (*logicals.equal, *(ties if model.tied else ())):
-        if not equal(*movers, check):
-            raise TiedWeightsError(f"{checkpoint.path}: {check.message}")
-    optional = {target.key for target in targets if target.instance.row.tied_to and dims["tied"]}
-    return targets, optional
+    model, source, path = checkpoint.model_for(format), str(checkpoint.format), str(checkpoint.path)
+    translation.check(model, path, source, format)
+    equal = comparing(checkpoint.stored)
+    made = translation.translate(model, source, format, checkpoint.ranks, path, equal=equal, keep_tied=True)
+    for check in made.checks:
+        if not equal(check):
+            raise TiedWeightsError(f"{path}: {check.message}")
+    optional = {target.key for target in made.targets if target.instance.row.tied_to and made.dims["tied"]}
+    return made.targets, optional
 
 
 def fit(checkpoint: Checkpoint, tensors: Mapping[str, torch.Tensor], format: str) -> Fit:
@@ -135,7 +123,7 @@ def _place(tensor: torch.Tensor) -> tuple[object, ...]:
 def _equal(checkpoint: Checkpoint, one: Target, other: Target) -> bool:
     pair = Equality(one.tensor, other.tensor, one.dtype, "")
     same = (one.dtype, one.tensor.shape) == (other.dtype, other.tensor.shape)
-    return same and equal(Mover(checkpoint.stored), Mover(checkpoint.stored), pair)
+    return same and comparing(checkpoint.stored)(pair)
 
 
 def refuse_misfits(found: Fit, checkpoint: Checkpoint, format: str) -> None:

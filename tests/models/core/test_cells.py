@@ -11,6 +11,7 @@ import torch
 
 from ckpt_convert.checkpoint import mapping
 from ckpt_convert.checkpoint.mapping import Source
+from ckpt_convert.convert import writing
 from ckpt_convert.convert.state_dict import make
 from ckpt_convert.models.core.table import Dims, Family, Key, Row
 from ckpt_convert.models.core.table_check import check
@@ -46,9 +47,9 @@ def through(source: str, target: str, tensors: dict[str, torch.Tensor]) -> dict[
     order = list(tensors)
     sources = {key: Source(key, "F32", stored(at, tensors[key].shape), "here") for at, key in enumerate(order)}
     logicals = mapping.read(TABLE, source, dims(), [sources], "toy")
-    targets, carried, _ = mapping.write(TABLE, target, dims(), logicals, ranks=1, keep_tied=None, what="toy")
-    assert [instance.name for instance in carried] == ([] if source == target else ["grid"])
-    return {target.key: make(target.tensor, list(tensors.values())) for target in targets}
+    made = writing.write(TABLE, target, dims(), logicals, ranks=1, keep_tied=None, what="toy")
+    assert [instance.name for instance in made.left_out] == ([] if source == target else ["grid"])
+    return {target.key: make(target.tensor, list(tensors.values())) for target in made.targets}
 
 
 def test_a_cell_lies_in_every_place_of_its_own() -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from ckpt_convert.checkpoint import mapping
 from ckpt_convert.checkpoint.mapping import Source
+from ckpt_convert.convert import writing
 from ckpt_convert.errors import KeyMismatchError
 from ckpt_convert.models.core import table_check
 from ckpt_convert.models.core.table import Dims, Family, Key, Row
@@ -64,9 +65,9 @@ def moved(table: Family, source: str, target: str, given: list[Arrays], ranks: i
     logicals = mapping.read(table, source, DIMS, sources, "source")
     for check in logicals.equal:
         assert (evaluate(check.left, *arrays) == evaluate(check.right, *arrays)).all(), check.message
-    targets, _, _ = mapping.write(table, target, DIMS, logicals, ranks=ranks, keep_tied=None, what="source")
+    made = writing.write(table, target, DIMS, logicals, ranks=ranks, keep_tied=None, what="source")
     out: list[Arrays] = [{} for _ in range(ranks)]
-    for item in targets:
+    for item in made.targets:
         out[item.rank][item.key] = evaluate(item.tensor, *arrays)
     return out
 
@@ -232,7 +233,7 @@ def test_parts_of_one_tensor_have_one_dtype() -> None:
     with pytest.raises(
         KeyMismatchError, match="b: has dtype BF16, but a has F32, and the meta format has both in one tensor"
     ):
-        mapping.write(family(*rows), "meta", DIMS, logicals, ranks=1, keep_tied=None, what="source")
+        writing.write(family(*rows), "meta", DIMS, logicals, ranks=1, keep_tied=None, what="source")
 
 
 def test_what_the_target_needs_and_the_source_has_no_place_for() -> None:

@@ -1,0 +1,103 @@
+"""Whether an output layer is the embedding: what decides it, and what has to be equal for it to be so.
+
+A config says it, or the record of an earlier conversion. Where neither does, a model in memory does, which has one
+tensor or two; of files it is the bytes that decide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+from ckpt_convert.checkpoint.mapping import Equality, Logicals, tied_to
+from ckpt_convert.checkpoint.model import Model
+from ckpt_convert.models.core.table import Family, Instance
+
+Equal = Callable[[Equality], bool]
+"""Compares the bytes of two tensors, which reads them."""
+
+
+@dataclass(frozen=True)
+class Ties:
+    """What is decided: ``model`` says of itself whether it is tied.
+
+    ``told`` is whether a file had said so, and the weights have yet to be held against it. ``undecided`` is the pair
+    whose bytes decide, where nobody was there to compare them: the model is then taken for one that is not tied, which
+    is never too little room.
+    """
+
+    model: Model
+    told: bool
+    undecided: Equality | None = None
+
+    def checks(self, ties: Iterable[Equality]) -> list[Equality]:
+        """Of equalities that ties demand, those that are left to be checked."""
+        return list(ties) if self.told else []
+
+
+def presumed(model: Model) -> Model:
+    """The model as its weights are read before it is known whether they are tied."""
+    return model if model.tied is not None else model.with_tied(False)
+
+
+def of_memory(model: Model, format: str, keys: Collection[str]) -> Model:
+    """The model with what one in memory says, which has a key in this format for its output or has none."""
+    if model.tied is not None:
+        return model
+    columns = [row.column(format) for row in model.family.rows if row.tied_to is not None]
+    return model.with_tied(any(column is not None and column.template not in keys for column in columns))
+
+
+def decide(model: Model, logicals: Logicals, equal: Equal | None) -> Ties:
+    """What is tied of weights that were read as those of the ``presumed`` model.
+
+    Without ``equal``, no byte is read.
+    """
+    if model.tied is not None:
+        return Ties(model, told=True)
+    found = pair(logicals)
+    if equal is None or found is None:
+        return Ties(model.with_tied(False), found is None, found)
+    return Ties(model.with_tied(equal(found)), told=False)
+
+
+def pair(logicals: Logicals) -> Equality | None:
+    """The two stored tensors that are the same where weights are tied, None where only one is stored."""
+    for instance, logical in logicals.tensors.items():
+        if instance.row.tied_to and instance not in logicals.omitted:
+            other = tied_to(instance, logicals.tensors)
+            return Equality(other.tensor, logical.tensor, logical.dtype, "") if other is not None else None
+    return None
+
+
+def equality(instance: Instance, logicals: Logicals) -> list[Equality]:
+    """What has to hold of a tied row that is stored all the same; nothing where the row it is tied to is not there."""
+    logical, other = logicals.tensors[instance], tied_to(instance, logicals.tensors)
+    if other is None:
+        return []
+    message = (
+        f"{logical.key} and {other.key} differ, but the config ties them (tie_word_embeddings: true), and "
+        "the target stores tied weights once. If they are not tied, set tie_word_embeddings to false in the "
+        "source's config.json (ckpt_convert/config.json where that is the only one)."
+    )
+    return [Equality(other.tensor, logical.tensor, logical.dtype, message, logical.key)]
+
+
+def kept(family: Family, format: str, keys: Collection[str]) -> frozenset[str]:
+    """Which of these keys are those of weights that the format leaves out where they are tied."""
+    columns = [column for row in family.rows if (column := row.column(format)) and column.omitted_if_tied]
+    return frozenset(column.template for column in columns if column.template in keys)
+
+
+def described(ties: Ties, dims: Mapping[str, int], logicals: Logicals, written: Collection[Instance]) -> list[str]:
+    """A line for each tied row: what becomes of it; ``written`` is what the output has a key for."""
+    out = []
+    for instance in logicals.tensors:
+        if not instance.row.tied_to:
+            continue
+        if ties.undecided is not None:
+            out.append(f"{instance.name} and {instance.row.tied_to}: tied if equal, which the bytes decide")
+        elif dims["tied"]:
+            how = "written as well" if instance in written else "stored once"
+            out.append(f"{instance.name} is tied to {instance.row.tied_to}: {how}")
+    return out

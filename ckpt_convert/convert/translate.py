@@ -1,0 +1,129 @@
+"""From one layout to another: read through a column of the family's table, decide ties, write through another column.
+
+Files, state dicts, models in memory and comparisons all go this way. Nothing is read but what decides about ties.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from ckpt_convert.checkpoint import mapping
+from ckpt_convert.checkpoint.mapping import Equality, Logicals, Source
+from ckpt_convert.checkpoint.model import Model
+from ckpt_convert.convert import ties, writing
+from ckpt_convert.convert.ties import Equal, Ties
+from ckpt_convert.convert.writing import Earlier, Target
+from ckpt_convert.errors import UnsupportedFamilyError
+from ckpt_convert.models.core.table import Dims, Instance
+from ckpt_convert.tensors.lazy import zeros
+
+Ranks = Sequence[Mapping[str, Source]]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Tensors that were read through the column of ``format``, and what is known of their ties."""
+
+    format: str
+    logicals: Logicals
+    ties: Ties
+
+    @property
+    def model(self) -> Model:
+        """Whose weights they are; it says whether they are tied."""
+        return self.ties.model
+
+
+@dataclass(frozen=True)
+class Translation:
+    """Tensors on their way into another layout.
+
+    ``targets`` are in the order of the table; ``left_out`` is what the target has no place for. ``checks`` are pairs
+    that have to be equal for the translation to be true, ``losses`` pairs of what is left out although models compute
+    with it, and of the zeros that they compute with instead. ``dims`` are those of the target.
+    """
+
+    reading: Reading
+    dims: Dims
+    targets: list[Target]
+    left_out: list[Instance]
+    checks: list[Equality]
+    losses: list[Equality]
+
+    @property
+    def logicals(self) -> Logicals:
+        return self.reading.logicals
+
+    @property
+    def ties(self) -> list[str]:
+        """A line for each tied row: what becomes of it."""
+        written = {target.instance for target in self.targets}
+        return ties.described(self.reading.ties, self.dims, self.logicals, written)
+
+
+def check(model: Model, what: str, *formats: str) -> None:
+    """Raise where a family has no way between these formats: UnsupportedFamilyError, or ConfigError for a rotation."""
+    family = model.family
+    for format in formats:
+        if not family.has(format):
+            raise UnsupportedFamilyError(
+                f"{what}: the {family.name} table has no {format} column; it has {', '.join(family.formats)}"
+            )
+    family.check_rotation(model.config, *formats)
+
+
+def read(model: Model, format: str, ranks: Ranks, what: str, equal: Equal | None = None) -> Reading:
+    """Read stored tensors through their column; ``equal`` compares the bytes of two where these decide about ties.
+
+    Raises KeyMismatchError or ShapeMismatchError naming every missing, unexpected and misshapen tensor.
+    """
+    known = ties.presumed(model)
+    logicals = mapping.read(known.family, format, known.dims, ranks, what)
+    return Reading(format, logicals, ties.decide(model, logicals, equal))
+
+
+def write(
+    reading: Reading,
+    format: str,
+    what: str,
+    *,
+    dims: Dims | None = None,
+    ranks: int = 1,
+    keep_tied: bool | Collection[str] | None = None,
+    wanted: Callable[[str], bool] = lambda key: True,
+    earlier: Mapping[Instance, Earlier] | None = None,
+) -> Translation:
+    """Write what was read through another column.
+
+    ``dims`` are those of the target where they are not the model's; ``keep_tied`` is whether keys that the format
+    leaves out of tied weights are there all the same, or which of them (None: as the source has it); ``wanted`` says of
+    a key that stands for zeros whether it is to be there; ``earlier`` goes into the targets. Raises what
+    ``writing.write`` does.
+    """
+    family, logicals = reading.model.family, reading.logicals
+    dims = dims or reading.model.dims
+    if format != reading.format:
+        writing.fill_zeros(family, format, dims, logicals, wanted)
+    made = writing.write(family, format, dims, logicals, ranks=ranks, keep_tied=keep_tied, what=what, earlier=earlier)
+    checks = [*logicals.equal, *reading.ties.checks(made.equal)]
+    lost = [logicals.tensors[instance] for instance in made.left_out if instance.row.zeros is not None]
+    losses = [Equality(one.tensor, zeros(one.tensor.shape), one.dtype, "", one.key) for one in lost]
+    return Translation(reading, dims, made.targets, made.left_out, checks, losses)
+
+
+def translate(
+    model: Model,
+    source: str,
+    target: str,
+    stored: Ranks,
+    what: str,
+    *,
+    equal: Equal | None,
+    dims: Callable[[Dims], Dims] = lambda dims: dims,
+    ranks: int = 1,
+    keep_tied: bool | None = None,
+) -> Translation:
+    """``read`` and ``write`` in one, of tensors to which nothing else is added; raises what these do."""
+    reading = read(model, source, stored, what, equal)
+    return write(reading, target, what, dims=dims(reading.model.dims), ranks=ranks, keep_tied=keep_tied)

@@ -1,0 +1,233 @@
+"""Writing logical tensors through a column of a family's table. Nothing here touches a byte."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+from ckpt_convert.checkpoint.mapping import Equality, Logical, Logicals
+from ckpt_convert.convert import ties
+from ckpt_convert.errors import ConfigError, KeyMismatchError, UsageError
+from ckpt_convert.models.core.table import Entry, Family, Instance, Key, evaluate
+from ckpt_convert.tensors.lazy import LazyTensor, zeros
+from ckpt_convert.words import some
+
+_LISTED = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Earlier:
+    """A tensor as it was before a conversion that lost something of it, and what has to be equal for it to be valid."""
+
+    tensor: LazyTensor
+    unchanged: Equality
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One tensor to be written: under ``key`` into the file or dict of ``rank``.
+
+    ``earlier`` is what is written instead if nothing has changed since.
+    """
+
+    instance: Instance
+    key: str
+    rank: int
+    dtype: str
+    tensor: LazyTensor
+    earlier: Earlier | None = None
+
+
+@dataclass
+class Written:
+    """The target's tensors in the order of the table; ``left_out`` is what the target has no place for.
+
+    ``equal`` are the ties that have to hold. Rows of which the target loses something (``Row.lossy``) are left out, and
+    written as well.
+    """
+
+    targets: list[Target] = field(default_factory=list)
+    left_out: list[Instance] = field(default_factory=list)
+    equal: list[Equality] = field(default_factory=list)
+
+
+def as_stored(instance: Instance, logical: Logical, column: Key, dims: Mapping[str, int]) -> LazyTensor:
+    """A logical tensor as a column stores it: as the source has it, where the logical layout cannot hold all of it."""
+    if column.cells is not None and logical.original is not None:
+        return logical.original
+    return column.to_stored(logical.tensor, instance.row, dims)
+
+
+def fill_zeros(
+    family: Family,
+    format: str,
+    dims: Mapping[str, int],
+    logicals: Logicals,
+    wanted: Callable[[str], bool] = lambda key: True,
+) -> None:
+    """Add the rows that a format has and that stand for zeros where the source has none (``Row.zeros``).
+
+    ``wanted`` says of a key whether it is to be there.
+    """
+    if not any(row.zeros for row in family.rows):
+        return
+    for instance in family.instances(dims):
+        dtype = instance.row.zeros
+        key = instance.key(format) if dtype is not None else None
+        if dtype is not None and key is not None and instance not in logicals.tensors and wanted(key):
+            logicals.tensors[instance] = Logical(dtype, zeros(instance.row.sizes(dims)), key, "")
+
+
+def write(
+    family: Family,
+    format: str,
+    dims: Mapping[str, int],
+    logicals: Logicals,
+    *,
+    ranks: int,
+    keep_tied: bool | Collection[str] | None,
+    what: str,
+    earlier: Mapping[Instance, Earlier] | None = None,
+) -> Written:
+    """Every tensor of a target in this format.
+
+    ``keep_tied`` says whether rows that the column omits when tied are written all the same, or which keys of them are
+    (None: as the source). ``earlier`` goes into the targets. Raises KeyMismatchError for tensors that the target cannot
+    hold, ConfigError for sizes that do not divide over the ranks.
+    """
+    _check_ranks(family, format, dims, ranks, what)
+    if family.literal:
+        return Written([*_as_they_were(logicals, format)])
+    out = Written()
+    no_place = _leave_out(format, dims, logicals, out)
+    missing: list[str] = []
+    for entry in family.entries(format, dims):
+        there = [instance for instance in entry.instances if instance in logicals.tensors]
+        if len(there) < len(entry.instances):
+            tied = entry.column(format).omitted_if_tied and dims["tied"]
+            if there or (entry.first.row.required and not tied):
+                missing.append(entry.key)
+            continue
+        if entry.whole and dims["tied"] and _omits(entry, format, logicals, keep_tied, out):
+            continue
+        made = _cut(entry, format, dims, logicals.tensors, ranks)
+        before = (earlier or {}).get(entry.first)
+        out.targets.extend(made if before is None else (replace(target, earlier=before) for target in made))
+    if no_place:
+        raise KeyMismatchError(
+            f"{what}: the {format} format of {family.name} has no place for {len(no_place)} tensors: "
+            f"{some(no_place, _LISTED, ' …')}. "
+            "Convert to a format that has one (hf), or remove them first if they are all zero."
+        )
+    if missing:
+        raise KeyMismatchError(
+            f"{what}: the {format} format of {family.name} needs {some(missing, _LISTED, ' …')}, "
+            "which the source has nothing for"
+        )
+    return out
+
+
+def _leave_out(format: str, dims: Mapping[str, int], logicals: Logicals, out: Written) -> list[str]:
+    """Note what the format has no place for, and what stands for it; returns the keys of what it cannot do without."""
+    no_place = []
+    for instance, logical in logicals.tensors.items():
+        row, place = instance.row, instance.row.column(format)
+        if place is not None:
+            if row.lossy is not None and (place.cells is None) != (logical.original is None):
+                out.left_out.append(instance)
+        elif row.tied_to and dims["tied"]:  # the row that it is tied to stands for it
+            out.equal += ties.equality(instance, logicals)
+        elif row.required:
+            no_place.append(logical.key)
+        else:
+            out.left_out.append(instance)
+    return no_place
+
+
+def _omits(
+    entry: Entry, format: str, logicals: Logicals, keep_tied: bool | Collection[str] | None, out: Written
+) -> bool:
+    """Whether a key of a model that is tied is left out, as its weights are those of another one."""
+    instance = entry.first
+    if instance.row.tied_to and keep_tied is not None and instance not in logicals.omitted:
+        out.equal += ties.equality(instance, logicals)
+    if not entry.column(format).omitted_if_tied:
+        return False
+    if keep_tied is None:
+        return instance in logicals.omitted
+    return not (keep_tied if isinstance(keep_tied, bool) else entry.key in keep_tied)
+
+
+def _as_they_were(logicals: Logicals, format: str) -> Iterator[Target]:
+    """The targets of a table that was made from headers."""
+    for instance, logical in logicals.tensors.items():
+        column = instance.row.column(format)
+        if column is not None:
+            yield Target(instance, column.template, 0, logical.dtype, logical.tensor)
+
+
+def _cut(
+    entry: Entry, format: str, dims: Mapping[str, int], logicals: Mapping[Instance, Logical], ranks: int
+) -> Iterator[Target]:
+    """What every rank stores under a key."""
+    first = logicals[entry.first]
+    if entry.whole and ranks == 1:  # as most are
+        yield Target(entry.first, entry.key, 0, first.dtype, as_stored(entry.first, first, entry.column(format), dims))
+        return
+    parts: dict[Instance, tuple[LazyTensor, int | None, int]] = {}
+    for instance in entry.instances:
+        column = instance.row.column(format) or entry.column(format)
+        tensor = as_stored(instance, logicals[instance], column, dims)
+        axis = column.cut_axis(dims) if ranks > 1 else None
+        parts[instance] = tensor, axis, column.repeats(dims, ranks)
+        if logicals[instance].dtype != first.dtype:
+            other = logicals[instance]
+            raise KeyMismatchError(
+                f"{other.key}: has dtype {other.dtype}, but {first.key} has {first.dtype}, and the {format} format has "
+                f"both in one tensor, {entry.key}; cast them to one dtype (--dtype)"
+            )
+    for rank in range(ranks):
+        shares: dict[Instance, LazyTensor] = {}
+        for instance, (tensor, axis, same) in parts.items():
+            if axis is None:
+                shares[instance] = tensor
+            else:
+                step = tensor.shape[axis] * same // ranks
+                shares[instance] = tensor.narrow(axis, rank // same * step, step)
+        yield Target(entry.first, entry.key, rank, first.dtype, entry.join(format, shares))
+
+
+def _check_ranks(family: Family, format: str, dims: Mapping[str, int], ranks: int, what: str) -> None:
+    """Refuse a number of ranks that the family, or its sizes, cannot be cut over."""
+    if ranks == 1:
+        return
+    if ranks < 1:
+        raise UsageError(f"--model-parallel {ranks}: expected 1 or more")
+    if family.params is None or not family.params.sharded:
+        raise UsageError(
+            f"--model-parallel {ranks}: {family.name}'s consolidated layout is one file, not cut over ranks"
+        )
+    cut: dict[str, tuple[int, Key]] = {}
+    for row in family.rows:
+        column = row.column(format)
+        axis = column.cut_axis(dims) if column else None
+        if column is None or axis is None or (row.when and not dims[row.when]):
+            continue
+        # Ranks hold whole heads, so where there are heads they are what has to divide.
+        name = row.heads or (column.shape or row.shape)[axis]
+        size = evaluate(name, dims) if row.heads else column.part_shape(row, dims)[axis]
+        cut[name] = size, column
+
+    def uneven_over(count: int) -> list[str]:
+        return [
+            f"{name} = {size} is not divisible by {count}"
+            for name, (size, column) in cut.items()
+            if size * column.repeats(dims, count) % count
+        ]
+
+    uneven = uneven_over(ranks)
+    if uneven:
+        even = [str(count) for count in range(1, 129) if not uneven_over(count)]
+        raise ConfigError(
+            f"{what}: cannot be cut over {ranks} ranks: {'; '.join(uneven)}; --model-parallel may be {', '.join(even)}"
+        )

@@ -1,0 +1,65 @@
+"""Plain values of a small model: headers of files that are nowhere, what its config says, and no checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ckpt_convert.checkpoint.identify import Identified
+from ckpt_convert.checkpoint.opening import OpenedFiles
+from ckpt_convert.checkpoint.stated import Hints, Stated
+from ckpt_convert.formats.base import Directory
+from ckpt_convert.tensors.header import Header, StoredTensor, WeightFile
+
+CONFIG = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 32,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+}
+
+SHAPES = {
+    "model.embed_tokens.weight": (32, 16),
+    "model.layers.0.self_attn.q_proj.weight": (16, 16),
+    "model.layers.0.self_attn.k_proj.weight": (8, 16),
+    "model.layers.0.self_attn.v_proj.weight": (8, 16),
+    "model.layers.0.self_attn.o_proj.weight": (16, 16),
+    "model.layers.0.mlp.gate_proj.weight": (24, 16),
+    "model.layers.0.mlp.up_proj.weight": (24, 16),
+    "model.layers.0.mlp.down_proj.weight": (16, 24),
+    "model.layers.0.input_layernorm.weight": (16,),
+    "model.layers.0.post_attention_layernorm.weight": (16,),
+    "model.norm.weight": (16,),
+}
+
+
+class Nothing:
+    """A file that nobody may read."""
+
+    name, size = "nothing", 1 << 20
+
+    def readinto(self, offset: int, buffer: memoryview) -> None:
+        raise AssertionError("a tensor was read")
+
+
+def file(name: str, *keys: str, dtype: str = "BF16") -> WeightFile:
+    tensors = tuple(StoredTensor(key, dtype, SHAPES[key.removeprefix("module.")], 64 * n) for n, key in enumerate(keys))
+    return WeightFile(name, 0, Path(name), Nothing(), Header("safetensors", 1 << 20, tensors))
+
+
+def opened(*files: WeightFile, format: str | None = "hf", weight_map: dict[str, str] | None = None) -> OpenedFiles:
+    index = "model.safetensors.index.json" if weight_map is not None else None
+    return OpenedFiles(
+        Path("somewhere/model.safetensors"), format, "as asked for", Directory((), index, weight_map), files
+    )
+
+
+def identified(files: OpenedFiles, config: dict[str, Any] | None, hints: Hints | None = None) -> Identified:
+    return Identified(files, Stated(Path("somewhere/config.json"), config), hints or Hints())
