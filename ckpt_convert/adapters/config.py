@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from enum import Enum
-from pathlib import Path
 from typing import Any, TypeVar
 
 from ckpt_convert.errors import ConfigError
 from ckpt_convert.formats.base import is_number, load_json
 from ckpt_convert.formats.names import ADAPTER_CONFIG
-from ckpt_convert.storage.names import local_path
+from ckpt_convert.storage.place import Place, locate
 from ckpt_convert.words import listing
 
 T = TypeVar("T")
@@ -86,9 +86,9 @@ class AdapterConfig:
         """
         if isinstance(given, AdapterConfig):
             return given
-        if isinstance(given, str | Path):
-            path = local_path(given, "adapter")
-            path = path / ADAPTER_CONFIG if path.is_dir() else path
+        if isinstance(given, str | os.PathLike | Place):
+            path = locate(given, "adapter")
+            path = path / ADAPTER_CONFIG if path.is_folder() else path
             return _of_peft(load_json(path), str(path))
         content = given.to_dict() if hasattr(given, "to_dict") else given
         if not isinstance(content, Mapping):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from ckpt_convert.dtypes import FROM_TORCH, torch_name
 from ckpt_convert.errors import CheckpointNotFoundError, ConfigError, KeyMismatchError, ShapeMismatchError
 from ckpt_convert.formats.base import render_json
 from ckpt_convert.formats.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from ckpt_convert.storage.place import Place
 from ckpt_convert.words import listing
 
 
@@ -69,14 +69,14 @@ def files(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> dic
     return {ADAPTER_WEIGHTS[0]: b"".join(parts), ADAPTER_CONFIG: render_json(config, sort_keys=True)}
 
 
-def from_peft(directory: Path, modules: Modules, config: AdapterConfig | None = None) -> Loaded:
+def from_peft(directory: Place, modules: Modules, config: AdapterConfig | None = None) -> Loaded:
     """Read a PEFT adapter from a directory into the layout of ``modules``; safetensors win over .bin.
 
     ``config`` is that of the training model: a file that scales its adapter otherwise does not fit it. Raises
     CheckpointNotFoundError, ConfigError, KeyMismatchError or ShapeMismatchError, which say all that does not fit.
     """
-    path = next((directory / name for name in ADAPTER_WEIGHTS if (directory / name).is_file()), None)
-    if path is None or not (directory / ADAPTER_CONFIG).is_file():
+    path = next((directory / name for name in ADAPTER_WEIGHTS if (directory / name).is_regular()), None)
+    if path is None or not (directory / ADAPTER_CONFIG).is_regular():
         raise CheckpointNotFoundError(
             f"{directory}: is no PEFT adapter, which has {ADAPTER_WEIGHTS[0]} and {ADAPTER_CONFIG}"
         )

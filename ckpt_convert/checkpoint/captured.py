@@ -11,7 +11,6 @@ from ckpt_convert.containers.build import anew
 from ckpt_convert.containers.dcp import DCP_INDEX, dcp
 from ckpt_convert.formats.base import JSON_LIMIT, load_json, render_json
 from ckpt_convert.storage.base import RangeReader
-from ckpt_convert.storage.reader import LocalFile, read_file
 from ckpt_convert.tensors.header import Header, WeightFile
 
 
@@ -37,13 +36,13 @@ def _index(keys: Keys, literal: bool) -> tuple[str, bytes] | None:
     if index is None:
         return None
     if literal:
-        return index, read_file(opened.root / index, JSON_LIMIT)
+        return index, (opened.root / index).read(JSON_LIMIT)
     if weight_map is not None:
         named = {keys.names.of(k): name for k, name in weight_map.items() if keys.is_weight(k)}
         return index, render_json({**load_json(opened.root / index), "weight_map": named}, sort_keys=True)
     if weight_map is None and any(_weights(keys, file.header) is not file.header for file in keys.opened.files):
         return None  # what torch.distributed.checkpoint's metadata says is true of its own files alone
-    return index, read_file(opened.root / index, JSON_LIMIT)
+    return index, (opened.root / index).read(JSON_LIMIT)
 
 
 def _weights(keys: Keys, header: Header) -> Header:
@@ -61,4 +60,4 @@ def _located(keys: Keys, file: WeightFile) -> tuple[Header | None, RangeReader]:
         return None, file.reader  # each rank has metadata of its own, which nothing else would fit
     if file.header.objects or not all(keys.is_weight(tensor.key) for tensor in file.header.tensors):
         return None, file.reader
-    return dcp.located(dcp.File(file.name, file.path, file.reader, file.header)), LocalFile(file.path)
+    return dcp.located(dcp.File(file.name, file.path, file.reader, file.header)), file.path.open()

@@ -9,12 +9,11 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Literal
 
 from ckpt_convert.errors import CheckpointNotFoundError, CorruptFileError, UnsafeFileError
-from ckpt_convert.storage.names import resolve
-from ckpt_convert.storage.reader import LocalFile, exists, read_file
+from ckpt_convert.storage.place import Place
 
 CHECKLIST = "checklist.chk"
 Algorithm = Literal["md5", "sha256"]
@@ -80,13 +79,13 @@ def render(entries: Mapping[str, str]) -> bytes:
     return text.encode()
 
 
-def hash_file(path: Path, kind: Algorithm, *, advance: Callable[[int], None] | None = None) -> str:
+def hash_file(path: Place, kind: Algorithm, *, advance: Callable[[int], None] | None = None) -> str:
     """Hash a file in blocks of 1 MiB; ``advance`` is told the bytes of each.
 
-    hashlib lets other threads run meanwhile. Raises what LocalFile does when the file cannot be read.
+    hashlib lets other threads run meanwhile. Raises what ``Place.open`` does when the file cannot be read.
     """
     digest = hashlib.new(kind, usedforsecurity=False)
-    with LocalFile(path) as file:
+    with path.open() as file:
         for block in file.blocks():
             digest.update(block)
             if advance is not None:
@@ -94,7 +93,7 @@ def hash_file(path: Path, kind: Algorithm, *, advance: Callable[[int], None] | N
     return digest.hexdigest()
 
 
-def hash_files(directory: Path, names: Iterable[str], kind: Algorithm = "md5") -> dict[str, str]:
+def hash_files(directory: Place, names: Iterable[str], kind: Algorithm = "md5") -> dict[str, str]:
     """The entries of a checklist for files that are there, to be rendered.
 
     Raises UnsafeFileError for a name that leaves the directory.
@@ -106,7 +105,7 @@ def hash_files(directory: Path, names: Iterable[str], kind: Algorithm = "md5") -
 
 
 def check(
-    directory: Path, entries: Mapping[str, str] | None = None, *, advance: Callable[[int], None] | None = None
+    directory: Place, entries: Mapping[str, str] | None = None, *, advance: Callable[[int], None] | None = None
 ) -> list[Finding]:
     """Hash the files that a checklist names and return those that are missing or differ; none is as it should be.
 
@@ -124,21 +123,21 @@ def check(
     ]
 
 
-def _found(directory: Path, name: str, kind: Algorithm, advance: Callable[[int], None] | None) -> str:
+def _found(directory: Place, name: str, kind: Algorithm, advance: Callable[[int], None] | None) -> str:
     try:
-        return f"{kind} {hash_file(resolve(directory, name, CHECKLIST), kind, advance=advance)}"
+        return f"{kind} {hash_file(directory.inside(name, CHECKLIST), kind, advance=advance)}"
     except CheckpointNotFoundError:
         return "no such file"
     except UnsafeFileError:
-        return "a link that leaves the directory" if (directory / name).is_file() else "something that is not a file"
+        return "a link that leaves the directory" if (directory / name).is_regular() else "something that is not a file"
 
 
-def _read(path: Path) -> dict[str, str]:
-    if not exists(path):
+def _read(path: Place) -> dict[str, str]:
+    if not path.is_there():
         raise CheckpointNotFoundError(
             f"{path}: expected a list of hashes, found no such file; without one there is nothing to check against"
         )
-    data = read_file(path, _LIMIT)
+    data = path.read(_LIMIT)
     try:
         return parse(data.decode())
     except UnicodeDecodeError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ckpt_convert import formats
@@ -17,8 +16,9 @@ from ckpt_convert.models import FAMILIES
 from ckpt_convert.models.core.config import ConfigOptions
 from ckpt_convert.storage import hub
 from ckpt_convert.storage.base import read
-from ckpt_convert.storage.names import JOURNAL, local_path
-from ckpt_convert.storage.reader import exists, identify, identities, reading
+from ckpt_convert.storage.names import JOURNAL
+from ckpt_convert.storage.place import Location, Place, identities, locate
+from ckpt_convert.storage.reader import reading
 from ckpt_convert.tensors.bulk import without_collector
 
 if TYPE_CHECKING:
@@ -76,11 +76,11 @@ class Checkpoint(Identified):
 
 @reading()
 def open_checkpoint(
-    path: str | Path,
+    path: Location,
     *,
     format: str | None = None,
     family: str | None = None,
-    config: str | Path | None = None,
+    config: Location | None = None,
     options: ConfigOptions | None = None,
 ) -> Checkpoint:
     """Open a checkpoint directory, one file of any container, or a Hub id, from its headers alone.
@@ -89,7 +89,7 @@ def open_checkpoint(
     Raises CheckpointNotFoundError, CorruptFileError or UnsafeFileError; an unknown family is not an error here.
     """
     path = opening.place(hub.here(path) or hub.locate(path, format=format))
-    if path.is_dir() and exists(path / JOURNAL):
+    if path.is_folder() and (path / JOURNAL).is_there():
         raise CorruptFileError(
             f"{path}: is the unfinished output of a conversion; run that again with --resume, or without to start anew"
         )
@@ -98,25 +98,25 @@ def open_checkpoint(
 
 @reading()
 def read_checkpoint(
-    path: Path,
+    path: Place,
     *,
     format: str | None = None,
     family: str | None = None,
-    config: str | Path | None = None,
+    config: Location | None = None,
     options: ConfigOptions | None = None,
 ) -> Checkpoint:
     """``open_checkpoint`` for any directory, also one that is still being written."""
     if family is not None and family not in FAMILIES:
         raise UsageError(f"--family {family}: is no family; known: {', '.join(FAMILIES)}")
-    config_path = local_path(config, "config") if config is not None else None
+    config_path = locate(config, "config") if config is not None else None
     if format is not None and format not in formats.ALL:
         raise UsageError(f"--from {format}: no such format; known: {', '.join(formats.ALL)}")
-    if config_path is not None and not config_path.is_file():
+    if config_path is not None and not config_path.is_regular():
         raise ConfigError(f"{config_path}: no such file; --config takes a config.json or params.json")
-    if not path.exists():
+    if not path.is_there():
         raise CheckpointNotFoundError(f"{path}: no such file or directory")
-    seen = identities(path, RECORD_FOLDER) if path.is_dir() else {path: identify(path)}
-    found_record = record.load(path) if path.is_dir() else None
+    seen = identities(path, RECORD_FOLDER) if path.is_folder() else {path: path.identity()}
+    found_record = record.load(path) if path.is_folder() else None
     with without_collector():
         opened = opening.find(path, format, found_record, seen)
     found = Checkpoint.of(opened, Hints(family, config_path, options or ConfigOptions()), found_record)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from ckpt_convert.checkpoint import legacy_keys
 from ckpt_convert.checkpoint.keys import Keys
@@ -11,6 +10,7 @@ from ckpt_convert.checkpoint.opening import OpenedFiles
 from ckpt_convert.checkpoint.tensors import TensorInfo
 from ckpt_convert.formats import peft
 from ckpt_convert.formats.names import ADAPTER_CONFIG
+from ckpt_convert.storage.place import Place
 
 _BASE = ".base_layer."
 _ADAPTERS = (".lora_A.", ".lora_embedding_A.", ".lora_", ".ia3_", ".vera_", ".hada_", ".lokr_", ".oft_", ".boft_")
@@ -81,10 +81,10 @@ def unmerged(opened: OpenedFiles) -> str | None:
     )
 
 
-def config_above(directory: Path) -> Path | None:
+def config_above(directory: Place) -> Place | None:
     """A config.json in the directory above: a Trainer's, whose weights are in a directory of their own (FSDP)."""
     path = directory.absolute().parent / "config.json"
-    return path if directory.is_dir() and path.is_file() else None
+    return path if directory.is_folder() and path.is_regular() else None
 
 
 def placeholders(opened: OpenedFiles) -> str | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from ckpt_convert.checkpoint import diagnosis, mapping, opening
@@ -28,7 +27,8 @@ from ckpt_convert.errors import (
 )
 from ckpt_convert.formats.base import Directory
 from ckpt_convert.models import FAMILIES
-from ckpt_convert.storage.reader import Identity
+from ckpt_convert.storage.base import Entry
+from ckpt_convert.storage.place import Place
 from ckpt_convert.tensors.bulk import without_collector
 from ckpt_convert.tensors.header import StoredTensor, WeightFile
 from ckpt_convert.tensors.lazy import LazyTensor, concat
@@ -66,11 +66,11 @@ class Identified:
         return cls(opened, stated(opened, hints.config), hints, record)
 
     @property
-    def path(self) -> Path:
+    def path(self) -> Place:
         return self.opened.path
 
     @property
-    def root(self) -> Path:
+    def root(self) -> Place:
         """The directory that the weight files lie in."""
         return self.opened.root
 
@@ -90,7 +90,7 @@ class Identified:
         return self.opened.facts
 
     @property
-    def seen(self) -> Mapping[Path, Identity]:
+    def seen(self) -> Mapping[Place, Entry]:
         """The files of the directory and the record as they were before any of them was read."""
         return self.opened.seen
 
@@ -108,7 +108,7 @@ class Identified:
         return self.opened.stored
 
     @property
-    def config_file(self) -> Path:
+    def config_file(self) -> Place:
         """The config that was given, else the place of the format's own, where there may be none."""
         return self.stated.file
 
@@ -299,7 +299,7 @@ class Identified:
                 raise torchpickle.refusal(str(file.path), "data.pkl", *file.header.foreign)
 
     @property
-    def params(self) -> tuple[Path, dict[str, Any]] | None:
+    def params(self) -> tuple[Place, dict[str, Any]] | None:
         """params.json of a meta checkpoint, or what was given instead of it."""
         if self.format != "meta" or self.stated.content is None:
             return None

@@ -88,7 +88,7 @@ def model_of(keys: Keys, stated: Stated, hints: Hints, record: Record | None = N
         family=hints.family,
         recorded=_recorded(opened, stated, hints, record),
     )
-    return model if stated.file.is_file() or hints.family else replace(model, evidence="its keys")
+    return model if stated.file.is_regular() or hints.family else replace(model, evidence="its keys")
 
 
 def _refuse_other_head(keys: Keys, family: Family, config: Mapping[str, Any], where: str) -> None:
@@ -181,7 +181,7 @@ def _config(keys: Keys, stated: Stated, hints: Hints) -> Mapping[str, Any]:
     content = stated.content if stated.content is not None else from_shapes(keys, hints.family)
     if content is None:
         path, root = keys.opened.path, keys.opened.root
-        name, above = stated.file.relative_to(root).as_posix(), diagnosis.config_above(path)
+        name, above = stated.file.below(root), diagnosis.config_above(path)
         way = "with its config.json or params.json" if above is None else f"{above}, which is that of the run"
         raise ConfigError(f"{path}: has no {name}, so the model's sizes are not known; pass --config {way}")
     return content

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from operator import attrgetter
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from ckpt_convert import containers, formats
 from ckpt_convert.checkpoint import legacy_keys, record
@@ -29,10 +29,8 @@ from ckpt_convert.formats.names import (
 )
 from ckpt_convert.models import FAMILIES
 from ckpt_convert.storage import hub, pointer
-from ckpt_convert.storage.base import Closing
-from ckpt_convert.storage.names import resolve
-from ckpt_convert.storage.place import at
-from ckpt_convert.storage.reader import Identity, LocalFile
+from ckpt_convert.storage.base import Closing, Entry
+from ckpt_convert.storage.place import Place
 from ckpt_convert.tensors.bulk import without_collector
 from ckpt_convert.tensors.header import SLICES, StoredTensor, WeightFile
 from ckpt_convert.words import some
@@ -54,18 +52,18 @@ class OpenedFiles:
     directory and the record as they were before any of them was read.
     """
 
-    path: Path
+    path: Place
     format: str | None
     why: str
     directory: Directory
     files: tuple[WeightFile, ...]
     facts: tuple[tuple[str, str], ...] = ()
-    seen: Mapping[Path, Identity] = field(default_factory=dict, repr=False)
+    seen: Mapping[Place, Entry] = field(default_factory=dict, repr=False)
 
     @cached_property
-    def root(self) -> Path:
+    def root(self) -> Place:
         """The directory that the weight files lie in."""
-        return self.path if self.path.is_dir() else self.path.parent
+        return self.path if self.path.is_folder() else self.path.parent
 
     @cached_property
     def stored(self) -> tuple[tuple[WeightFile, StoredTensor], ...]:
@@ -90,13 +88,13 @@ class OpenedFiles:
         return majority((tensor.dtype, tensor.nbytes) for _, tensor in self.stored) or "F32"
 
 
-def place(path: Path) -> Path:
+def place(path: Place) -> Place:
     """Where a checkpoint lies whose index, pointer, or folder in the Hub's cache was given; any other path as it is.
 
     Raises CheckpointNotFoundError for an index that is not the one that its directory is read by.
     """
-    path = hub.snapshot(pointer.followed(at(path)).local)
-    if not path.name.endswith(INDEX_SUFFIX) or not path.is_file():
+    path = hub.snapshot(pointer.followed(path))
+    if not path.name.endswith(INDEX_SUFFIX) or not path.is_regular():
         return path
     for format in ("hf", "native"):
         found = formats.ALL[format].find(path.parent)
@@ -108,19 +106,19 @@ def place(path: Path) -> Path:
     )
 
 
-def part_of(path: Path) -> str | None:
+def part_of(path: Place) -> str | None:
     """Which part of a checkpoint a single weight file is, by its name and the files beside it; None for none."""
-    if not path.is_file():
+    if not path.is_regular():
         return None
     if (match := SHARD.fullmatch(path.name)) is not None and int(match["total"]) > 1:
         return f"shard {int(match['number'])} of {int(match['total'])}"
     if (match := RANK.fullmatch(path.name)) is not None:
-        ranks = {found[1] for entry in path.parent.iterdir() if (found := RANK.fullmatch(entry.name))}
+        ranks = {found[1] for entry in path.parent.children() if (found := RANK.fullmatch(entry.name))}
         return f"rank {int(match[1])} of {len(ranks)}" if len(ranks) > 1 else None
     return None
 
 
-def find(path: Path, wanted: str | None, found_record: Record | None, seen: Mapping[Path, Identity]) -> OpenedFiles:
+def find(path: Place, wanted: str | None, found_record: Record | None, seen: Mapping[Place, Entry]) -> OpenedFiles:
     """Find and open what lies at a path; ``wanted`` is the format that was asked for.
 
     Files that fit no format are opened all the same, with None as format. Raises CheckpointNotFoundError where there
@@ -130,7 +128,7 @@ def find(path: Path, wanted: str | None, found_record: Record | None, seen: Mapp
     files, facts = open_files(path, directory)
     if name is None and directory.kind in (None, "dcp"):
         name, why = by_keys(files, why, directory.kind)
-        loose = path.is_dir() and directory.index is None and directory.kind is None
+        loose = path.is_folder() and directory.index is None and directory.kind is None
         names = everything(path) if name is None and loose else []
         if names and names != [weight.name for weight in directory.weights]:
             close(files)
@@ -141,9 +139,9 @@ def find(path: Path, wanted: str | None, found_record: Record | None, seen: Mapp
     return OpenedFiles(path, name, why, directory, files, tuple(facts), seen)
 
 
-def detect(path: Path, wanted: str | None, found_record: Record | None) -> tuple[str | None, str, Directory]:
+def detect(path: Place, wanted: str | None, found_record: Record | None) -> tuple[str | None, str, Directory]:
     """The format of a path, what it was told by, and the weight files; raises what ``open_checkpoint`` does."""
-    if path.is_file():
+    if path.is_regular():
         from ckpt_convert.containers.dcp import dcp
 
         if dcp.is_metadata(path.name):
@@ -152,7 +150,7 @@ def detect(path: Path, wanted: str | None, found_record: Record | None) -> tuple
         if adapter is not None:
             return None, peft.describe(adapter), Directory((WeightName(path.name),), kind=peft.KIND)
         return wanted, "as asked for" if wanted else "a single file", Directory((WeightName(path.name),))
-    if not path.is_dir():
+    if not path.is_folder():
         raise CheckpointNotFoundError(f"{path}: is neither a file nor a directory")
     if wanted is not None:
         directory = formats.ALL[wanted].find(path) or _in_common(path, wanted)
@@ -164,7 +162,7 @@ def detect(path: Path, wanted: str | None, found_record: Record | None) -> tuple
         if directory is not None:
             return found_record.format, f"{record.MANIFEST} says so", directory
     found = formats.ALL["hf"].find(path)
-    if found is not None and (path / "config.json").is_file():
+    if found is not None and (path / "config.json").is_regular():
         return "hf", f"config.json and {found.index or found.weights[0].name}", found
     ranks = formats.ALL["meta"].find(path) if found is None else None
     if ranks is not None:
@@ -172,7 +170,7 @@ def detect(path: Path, wanted: str | None, found_record: Record | None) -> tuple
     if (pieces := dcp_directory(path)) is not None:
         return None, WRITTEN_BY_DCP, pieces
     adapter = peft.config(path) if found is None else None
-    weights = [WeightName(name) for name in ADAPTER_WEIGHTS if (path / name).is_file()]
+    weights = [WeightName(name) for name in ADAPTER_WEIGHTS if (path / name).is_regular()]
     if adapter is not None and weights:
         return None, peft.describe(adapter), Directory((weights[0],), kind=peft.KIND)
     loose = found or formats.ALL["native"].find(path)
@@ -188,7 +186,7 @@ def detect(path: Path, wanted: str | None, found_record: Record | None) -> tuple
     return None, _LOOSE, loose
 
 
-def _in_common(path: Path, format: str) -> Directory | None:
+def _in_common(path: Place, format: str) -> Directory | None:
     """The weights of a directory of this format in a container that is not the format's own."""
     if "dcp" in formats.ALL[format].containers and (found := dcp_directory(path)) is not None:
         return found
@@ -196,15 +194,15 @@ def _in_common(path: Path, format: str) -> Directory | None:
     return Directory(tuple(WeightName(name) for name in names)) if names else None
 
 
-def open_files(path: Path, directory: Directory) -> tuple[tuple[WeightFile, ...], list[tuple[str, str]]]:
+def open_files(path: Place, directory: Directory) -> tuple[tuple[WeightFile, ...], list[tuple[str, str]]]:
     """Open the weight files and read their headers; also what they say of themselves."""
-    root = path if path.is_dir() else path.parent
+    root = path if path.is_folder() else path.parent
     if directory.kind == "dcp":
         from ckpt_convert.containers.dcp import dcp
 
         found, facts = dcp.read_directory(root)
         return tuple(WeightFile(file.name, 0, file.path, file.reader, file.header) for file in found), facts
-    if path.is_dir() and (other := another_set(path, directory)) is not None:
+    if path.is_folder() and (other := another_set(path, directory)) is not None:
         raise CheckpointNotFoundError(f"{path}: {other}")
     files = tuple(_open(path, weight) for weight in directory.weights)
     facts = peft.facts(root) if directory.kind == peft.KIND else []
@@ -252,7 +250,7 @@ def by_keys(files: tuple[WeightFile, ...], why: str, kind: str | None = None) ->
     return None, f"{why}, and its keys fit no format that is known"
 
 
-def notices(path: Path, files: Sequence[WeightFile]) -> list[str]:
+def notices(path: Place, files: Sequence[WeightFile]) -> list[str]:
     """What a reader should know about the files: objects that are no tensors, files that are not used."""
     out = in_memory(files)
     for file in files:
@@ -272,7 +270,7 @@ def notices(path: Path, files: Sequence[WeightFile]) -> list[str]:
             said = "1 entry is no tensor" if len(objects) == 1 else f"{len(objects)} entries are no tensors"
             out.append(f"{file.name}: {said}: {names}")
     used = {file.name for file in files}
-    there = path.iterdir() if path.is_dir() else ()
+    there = path.children() if path.is_folder() else ()
     if unused := sorted(entry.name for entry in there if entry.suffix in WEIGHT_SUFFIXES and entry.name not in used):
         out.append(f"not used: {some(unused, 8, ' …')}")
     return out
@@ -304,23 +302,23 @@ def close(files: Iterable[WeightFile]) -> None:
             file.reader.close()
 
 
-def _open(path: Path, weight: WeightName) -> WeightFile:
-    file = path if path.is_file() else resolve(path, weight.name, str(path))
-    reader, header = containers.parse(LocalFile(file), foreign=True)
+def _open(path: Place, weight: WeightName) -> WeightFile:
+    file = path if path.is_regular() else path.inside(weight.name, str(path))
+    reader, header = containers.parse(file.open(), foreign=True)
     return WeightFile(weight.name, weight.rank, file, reader, header)
 
 
-def tensors_of(path: Path) -> list[tuple[WeightFile, StoredTensor]]:
+def tensors_of(path: Place) -> list[tuple[WeightFile, StoredTensor]]:
     """The tensors of a single file, such as those that the record carries."""
-    reader, header = containers.parse(LocalFile(path))
+    reader, header = containers.parse(path.open())
     file = WeightFile(path.name, 0, path, reader, header)
     return [(file, tensor) for tensor in header.tensors]
 
 
-def everything(directory: Path) -> list[str]:
+def everything(directory: Place) -> list[str]:
     """All weight files, but for those that are there in safetensors as well; GGUF files where there are no others."""
     names = _named(directory, _ANY_SUFFIX)
-    stems = {Path(name).stem for name in names if name.endswith(".safetensors")}
+    stems = {PurePosixPath(name).stem for name in names if name.endswith(".safetensors")}
     if any(stem.startswith("model") for stem in stems):
         names = [name for name in names if not name.startswith("pytorch_model") or not name.endswith(".bin")]
     return [name for name in names if name.endswith(".safetensors") or Path(name).stem not in stems] or _named(
@@ -328,22 +326,22 @@ def everything(directory: Path) -> list[str]:
     )
 
 
-def _named(directory: Path, suffixes: tuple[str, ...]) -> list[str]:
+def _named(directory: Place, suffixes: tuple[str, ...]) -> list[str]:
     return sorted(
         entry.name
-        for entry in directory.iterdir()
-        if entry.suffix in suffixes and entry.is_file() and not entry.name.startswith(".")
+        for entry in directory.children()
+        if entry.suffix in suffixes and entry.is_regular() and not entry.name.startswith(".")
     )
 
 
-def _instead(path: Path) -> str:
+def _instead(path: Place) -> str:
     from ckpt_convert.containers.dcp import dcp
 
     config = path / "config.json"
-    for folder in sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")):
+    for folder in sorted(entry for entry in path.children() if entry.is_folder() and not entry.name.startswith(".")):
         if folder.name.startswith(OF_TRAINING):
             continue
-        if any(entry.suffix in _ANY_SUFFIX for entry in folder.iterdir()) or dcp.is_directory(folder):
-            how = f": give that, with --config {config}" if config.is_file() else ""
+        if any(entry.suffix in _ANY_SUFFIX for entry in folder.children()) or dcp.is_directory(folder):
+            how = f": give that, with --config {config}" if config.is_regular() else ""
             return f"; there are some in {folder}{how}"
     return ""

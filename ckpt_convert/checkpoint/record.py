@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any
 
 from ckpt_convert import containers
@@ -28,8 +28,8 @@ from ckpt_convert.formats.base import JSON_LIMIT, load_json, render_json
 from ckpt_convert.formats.names import RECORD_FOLDER
 from ckpt_convert.models import FORMATS
 from ckpt_convert.storage.checksums import CRC64, XXH3, digest, digest_file
-from ckpt_convert.storage.names import check_name, partial_of, read_named, resolve
-from ckpt_convert.storage.reader import walk
+from ckpt_convert.storage.names import check_name, partial_of
+from ckpt_convert.storage.place import Place
 from ckpt_convert.storage.system import replace_file
 from ckpt_convert.tensors.header import Box, FileLayout, Header, StoredTensor
 
@@ -93,11 +93,11 @@ class Layout:
 class Record:
     """The ``ckpt_convert/`` folder of a checkpoint."""
 
-    directory: Path
+    directory: Place
     manifest: Mapping[str, Any]
 
     @property
-    def folder(self) -> Path:
+    def folder(self) -> Place:
         return self.directory / RECORD_FOLDER
 
     @property
@@ -121,27 +121,27 @@ class Record:
     def layouts(self) -> tuple[str, ...]:
         """The formats whose layout is recorded here."""
         folder = self.folder / "layouts"
-        return tuple(sorted(entry.name for entry in folder.iterdir())) if folder.is_dir() else ()
+        return tuple(sorted(entry.name for entry in folder.children())) if folder.is_folder() else ()
 
     @cached_property
     def side_files(self) -> dict[str, dict[str, str]]:
         """Name → origin and checksum of each side file that was written beside the weights."""
         return {str(entry["name"]): entry for entry in self.manifest.get("side_files", [])}
 
-    def own(self, name: str) -> Path | None:
+    def own(self, name: str) -> Place | None:
         """A file of Meta's layout (params.json, checklist.chk) as it was when the weights were in it."""
         return self._kept(f"layouts/meta/{name}")
 
     @property
-    def config(self) -> Path | None:
+    def config(self) -> Place | None:
         """The model's config in Hugging Face's words."""
         return self._kept("config.json")
 
-    def _kept(self, name: str) -> Path | None:
+    def _kept(self, name: str) -> Place | None:
         """A file of the record, if it is there; raises UnsafeFileError for a link that leaves the directory."""
-        if not (self.folder / name).is_file():
+        if not (self.folder / name).is_regular():
             return None
-        return resolve(self.directory, f"{RECORD_FOLDER}/{name}", MANIFEST)
+        return self.directory.inside(f"{RECORD_FOLDER}/{name}", MANIFEST)
 
     def unchanged(self, name: str) -> bool:
         """Whether a file beside the weights, or of the record, is still as it was written."""
@@ -158,7 +158,7 @@ class Record:
         if checksum is None:
             return None
         try:
-            return digest_file(resolve(self.directory, name, MANIFEST)) == checksum
+            return digest_file(self.directory.inside(name, MANIFEST)) == checksum
         except UnreadableError:
             raise  # which says nothing of what is in it
         except CkptConvertError:
@@ -182,32 +182,29 @@ class Record:
                 )
         return read_layout(self.folder / "layouts" / format)
 
-    def carried(self, format: str) -> Path | None:
+    def carried(self, format: str) -> Place | None:
         """The tensors that only this format has a place for."""
         return self._kept(f"layouts/{format}/carried.safetensors")
 
     @cached_property
-    def carried_side_files(self) -> dict[str, Path]:
+    def carried_side_files(self) -> dict[str, Place]:
         """The side files that this format has no use for, kept for one that has."""
         folder = self.folder / "side"
-        if not folder.is_dir():
+        if not folder.is_folder():
             return {}
-        return {path.relative_to(folder).as_posix(): path for path in self._files(folder)}
+        return {path.below(folder): path for path in self._files(folder)}
 
-    def _files(self, folder: Path) -> list[Path]:
+    def _files(self, folder: Place) -> list[Place]:
         """The files below a folder of the record; raises UnsafeFileError for a link that leaves the directory."""
-        paths = sorted(
-            path for place, _, names in walk(folder) for name in names if (path := Path(place, name)).is_file()
-        )
-        return [resolve(self.directory, path.relative_to(self.directory).as_posix(), MANIFEST) for path in paths]
+        return [self.directory.inside(path.below(self.directory), MANIFEST) for path in sorted(folder.entries())]
 
-    def files_of_layout(self, format: str) -> Iterator[tuple[str, Path]]:
+    def files_of_layout(self, format: str) -> Iterator[tuple[str, Place]]:
         """Every file of a recorded layout with its name in an output, to take along."""
         for path in self._files(self.folder / "layouts" / format):
-            yield path.relative_to(self.directory).as_posix(), path
+            yield path.below(self.directory), path
 
 
-def read_manifest(directory: Path) -> dict[str, Any]:
+def read_manifest(directory: Place) -> dict[str, Any]:
     """What the manifest of a directory says, its own checksum compared.
 
     Raises ConfigError where it cannot be read, NewerVersionError where a newer version wrote it, and CorruptFileError
@@ -230,7 +227,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     return manifest
 
 
-def _without(directory: Path) -> str:
+def _without(directory: Place) -> str:
     """The way out where a manifest is of no use, which loses nothing."""
     return (
         f"move the folder {RECORD_FOLDER} out of {directory} to use the weights without their record (where they come "
@@ -252,18 +249,18 @@ def render_manifest(manifest: Mapping[str, Any]) -> bytes:
     return render_json({**said, CHECKSUM: manifest_checksum(said)})
 
 
-def replace_manifest(directory: Path, manifest: Mapping[str, Any]) -> None:
+def replace_manifest(directory: Place, manifest: Mapping[str, Any]) -> None:
     """Write the manifest of a complete directory again, all of it or not at all; raises OSError."""
-    replace_file(directory / MANIFEST, render_manifest(manifest))
+    replace_file((directory / MANIFEST).local, render_manifest(manifest))
 
 
-def load(directory: Path) -> Record | None:
+def load(directory: Place) -> Record | None:
     """The record of a directory, None if it has none (of weights).
 
     Raises what ``read_manifest`` does, and ConfigError where what it says is no record.
     """
     path = directory / MANIFEST
-    if not path.is_file():
+    if not path.is_regular():
         return None
     manifest = read_manifest(directory)
     if manifest.get("schema") not in (1, SCHEMA):
@@ -283,10 +280,10 @@ def load(directory: Path) -> Record | None:
     return Record(directory, manifest)
 
 
-def training(directory: Path) -> dict[str, Any] | None:
+def training(directory: Place) -> dict[str, Any] | None:
     """What the manifest of a saved step says of its training run; None where this is none, or it cannot be read."""
     try:
-        found = read_manifest(directory).get("training") if (directory / MANIFEST).is_file() else None
+        found = read_manifest(directory).get("training") if (directory / MANIFEST).is_regular() else None
     except UnreadableError:
         raise
     except InputError:
@@ -294,12 +291,12 @@ def training(directory: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def is_recorded(directory: Path) -> bool:
+def is_recorded(directory: Place) -> bool:
     """Whether a manifest of ours lies in a directory, of whatever schema."""
     return isinstance(_manifest(directory, lambda at: load_json(at / MANIFEST)).get("schema"), int)
 
 
-def listed(directory: Path) -> frozenset[str]:
+def listed(directory: Place) -> frozenset[str]:
     """Every file that the manifest of a directory lists, and itself; none where there is none that can be believed.
 
     Raises UnreadableError.
@@ -316,7 +313,7 @@ def _listed(manifest: Mapping[str, Any]) -> list[str]:
     state = _mapping(_mapping(training.get(TRAINING_STATE)).get("files"))
     sides = manifest.get("side_files")
     return [
-        *(MANIFEST, str(partial_of(Path(MANIFEST)))),
+        *(MANIFEST, str(partial_of(PurePosixPath(MANIFEST)))),
         *_mapping(manifest.get("files")),
         *(str(side.get("name")) for side in (sides if isinstance(sides, list) else ()) if isinstance(side, dict)),
         *_mapping(manifest.get("record")),
@@ -326,9 +323,9 @@ def _listed(manifest: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _manifest(directory: Path, load: Callable[[Path], Mapping[str, Any]]) -> Mapping[str, Any]:
+def _manifest(directory: Place, load: Callable[[Place], Mapping[str, Any]]) -> Mapping[str, Any]:
     try:
-        return load(directory) if (directory / MANIFEST).is_file() else {}
+        return load(directory) if (directory / MANIFEST).is_regular() else {}
     except UnreadableError:
         raise
     except CkptConvertError:
@@ -363,7 +360,7 @@ def layout_files(layout: Layout) -> dict[str, bytes]:
     return out
 
 
-def read_layout(folder: Path) -> Layout:
+def read_layout(folder: Place) -> Layout:
     """The inverse of ``layout_files``; raises CorruptFileError when the record is damaged."""
     path = folder / "layout.json"
     try:
@@ -373,7 +370,7 @@ def read_layout(folder: Path) -> Layout:
             raise CorruptFileError("its ranks have gaps")
         index = None
         if "index" in content:
-            index = (check_name(content["index"], str(path)), read_named(folder, "index.json", str(path), JSON_LIMIT))
+            index = (check_name(content["index"], str(path)), folder.read_inside("index.json", str(path), JSON_LIMIT))
         return Layout(str(content["format"]), files, index)
     except UnreadableError:
         raise  # which says nothing of what is in the file
@@ -384,12 +381,12 @@ def read_layout(folder: Path) -> Layout:
         ) from error
 
 
-def _read_file(folder: Path, entry: Mapping[str, Any]) -> LayoutFile:
+def _read_file(folder: Place, entry: Mapping[str, Any]) -> LayoutFile:
     name = check_name(entry["name"], str(folder))
     if "tensors" in entry:
         tensors = tuple(StoredTensor(key, dtype, tuple(shape), 0) for key, dtype, shape in entry["tensors"])
         return LayoutFile(name, entry["rank"], Header(entry["kind"], entry["size"], tensors), None)
-    data = read_named(folder, entry["bytes"], str(folder), containers.MAX_LITERALS)
+    data = folder.read_inside(entry["bytes"], str(folder), containers.MAX_LITERALS)
     literals = []
     start = 0
     for offset, size in entry["literals"]:

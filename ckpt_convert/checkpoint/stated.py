@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from ckpt_convert import formats
@@ -13,8 +12,7 @@ from ckpt_convert.checkpoint.opening import OpenedFiles
 from ckpt_convert.errors import CkptConvertError, ConfigError, UnsafeFileError
 from ckpt_convert.formats.base import load_json
 from ckpt_convert.models.core.config import ConfigOptions
-from ckpt_convert.storage.names import resolve
-from ckpt_convert.storage.reader import exists
+from ckpt_convert.storage.place import Place
 
 
 @dataclass(frozen=True)
@@ -25,7 +23,7 @@ class Hints:
     """
 
     family: str | None = None
-    config: Path | None = None
+    config: Place | None = None
     options: ConfigOptions = field(default_factory=ConfigOptions)
 
 
@@ -33,7 +31,7 @@ class Hints:
 class Stated:
     """What a config file says: ``said`` is None where there is none at its place, ``problem`` why it cannot be read."""
 
-    file: Path
+    file: Place
     said: dict[str, Any] | None = None
     problem: CkptConvertError | None = None
 
@@ -52,15 +50,15 @@ class Stated:
         return self.content or {}
 
 
-def stated(opened: OpenedFiles, given: Path | None) -> Stated:
+def stated(opened: OpenedFiles, given: Place | None) -> Stated:
     """Read the config that was given, else the format's own beside the weights."""
     own = (formats.ALL[opened.format].config or record.CONFIG) if opened.format else "config.json"
     path = given or opened.root / own
     try:
-        if not exists(path):
+        if not path.is_there():
             return Stated(path)
         if given is None:
-            resolve(opened.root, own, str(opened.path))
+            opened.root.inside(own, str(opened.path))
         return Stated(path, load_json(path))
     except CkptConvertError as error:
         return Stated(path, None, error)

@@ -152,7 +152,7 @@ class Checkpointer:
     def load_adapter(self, path: str | Path, model: Model) -> int:
         """Fill a model's adapter from a PEFT directory, in place; returns the number of tensors."""
         self._refuse_closed()
-        return self._saver.emitter.load_adapter(pointer.followed(locate(path)).local, model)
+        return self._saver.emitter.load_adapter(pointer.followed(locate(path)), model)
 
     # Beginning
 

@@ -38,7 +38,7 @@ from ckpt_convert.errors import (
     UsageError,
 )
 from ckpt_convert.storage import pointer
-from ckpt_convert.storage.place import locate
+from ckpt_convert.storage.place import at, locate
 from ckpt_convert.storage.reader import reading
 from ckpt_convert.tensors.blocks import ProgressCallback
 from ckpt_convert.words import listing
@@ -132,7 +132,7 @@ def go_on(
 def _take_layout_of(saved: Saved, saver: Saver, options: Options) -> None:
     """Let a run without a source go on in the files of the step that it is resumed from, if that is its own."""
     source, directory = saver.emitter.source, saver.directory
-    if not options.has_source and saved.path.parent == directory.path and saved.path != source.path:
+    if not options.has_source and saved.path.parent == directory.path and at(saved.path) != source.path:
         source.close()
         saver.emitter = Emitter(_without_source([saved], options, directory), options.settings)
 
@@ -382,7 +382,7 @@ def _adapter(
         said = "" if base_loaded else f"{emitter.load_source(parts.model, workers, progress).describe()} and "
         if before is not None:
             _compare_values(before, saved, emitter, strict, workers)
-        return f"{said}{emitter.load_adapter(saved.path, parts.model)} tensors of the adapter"
+        return f"{said}{emitter.load_adapter(at(saved.path), parts.model)} tensors of the adapter"
 
     return [] if before is None else before.unlike(emitter.base_as(before, workers, values=False)), load_them
 

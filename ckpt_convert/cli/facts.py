@@ -81,7 +81,7 @@ class Facts:
 
     def file_bytes(self) -> dict[str, int]:
         """The size of each weight file."""
-        return {file.name: file.path.stat().st_size for file in self.checkpoint.files}
+        return {file.name: file.path.identity().size for file in self.checkpoint.files}
 
 
 def gather(checkpoint: Checkpoint) -> Facts:
@@ -254,4 +254,4 @@ def _config_dims(checkpoint: Checkpoint) -> dict[str, int]:
 
 def _config_source(checkpoint: Checkpoint) -> str | None:
     path = checkpoint.config_file
-    return str(path) if path.is_file() else None
+    return str(path) if path.is_regular() else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import click
@@ -15,6 +14,7 @@ from ckpt_convert.cli.facts import Facts, Statistics
 from ckpt_convert.cli.listing import body
 from ckpt_convert.cli.text import echo, echo_json, terminal_width
 from ckpt_convert.cli.view import SORTS, Order, View, header, matching, ordered
+from ckpt_convert.storage.place import Place
 from ckpt_convert.storage.reader import WORKERS
 from ckpt_convert.tensors.bulk import without_collector
 
@@ -85,7 +85,7 @@ def inspect(path: str, revision: str | None, from_format: str | None, **options:
         _look(_locate(path, revision), from_format, **options)
 
 
-def _look(path: Path, from_format: str | None, **options: Any) -> None:
+def _look(path: Place, from_format: str | None, **options: Any) -> None:
     from ckpt_convert.checkpoint.checkpoint import open_checkpoint
 
     family, config = options["family"], options["config"]
@@ -177,7 +177,7 @@ def _body(facts: Facts, view: View, statistics: Statistics | None) -> Iterator[s
     return stats_view.body(facts, view, statistics)
 
 
-def _locate(path: str, revision: str | None) -> Path:
+def _locate(path: str, revision: str | None) -> Place:
     from ckpt_convert.storage import hub
 
     return hub.here(path) or hub.locate(path, revision)

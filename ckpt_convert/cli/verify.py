@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -91,8 +90,9 @@ def verify(
     from ckpt_convert.cli.notices import on_stderr
     from ckpt_convert.cli.progress import Bar
     from ckpt_convert.storage import hub
+    from ckpt_convert.storage.place import locate
 
-    renewed = accept(place(Path(path)), accepted) if accepted else []
+    renewed = accept(place(locate(path)), accepted) if accepted else []
     a = Opening(hub.locate(path, revision), from_format, family, config)
     b = Opening(hub.locate(other), None, family) if other is not None else None
     compared: dict[str, Any] | None = None

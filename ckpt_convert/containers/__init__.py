@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from ckpt_convert.containers import gguf, safetensors
 from ckpt_convert.containers.layout import MAX_LITERALS, Recorded, capture, holes
 from ckpt_convert.errors import CorruptFileError, InputError
-from ckpt_convert.storage.base import RangeReader, read
-from ckpt_convert.storage.reader import LocalFile
+from ckpt_convert.storage.base import OnDisk, RangeReader, read
 from ckpt_convert.tensors.header import Checksummed, FileLayout, Header, StoredTensor
 
 __all__ = ["MAX_LITERALS", "Checksummed", "FileLayout", "Header", "StoredTensor", "capture", "parse", "parse_layout"]
@@ -24,7 +23,7 @@ def parse(reader: RangeReader, *, foreign: bool = False) -> tuple[RangeReader, H
     """Read the header of a container file of any kind, told by its content.
 
     Returns the reader that the header's offsets refer to: ``reader`` itself, but for a legacy torch file (which has to
-    be a LocalFile) the tensors' bytes in memory. A pickle that asks for objects of unknown classes is refused, or, with
+    be ``OnDisk``) the tensors' bytes in memory. A pickle that asks for objects of unknown classes is refused, or, with
     ``foreign``, read around them. Raises CorruptFileError when the file is of no known kind, and whatever the parser of
     its kind raises.
     """
@@ -63,7 +62,7 @@ def parse_layout(name: str, size: int, literals: Sequence[tuple[int, bytes]]) ->
 def _legacy(reader: RangeReader) -> tuple[RangeReader, Header]:
     from ckpt_convert.containers.legacy import open_legacy
 
-    if not isinstance(reader, LocalFile):
+    if not isinstance(reader, OnDisk):
         raise InputError(f"{reader.name}: a torch file from before 1.6 has to be local to be read; download it first")
     return open_legacy(reader)
 

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 from ckpt_convert.containers.flatten import flatten
 from ckpt_convert.dtypes import FROM_TORCH, torch_name
 from ckpt_convert.errors import CorruptFileError, InputError, UnsafeFileError, require
-from ckpt_convert.storage.base import RangeReader
-from ckpt_convert.storage.reader import LocalFile
+from ckpt_convert.storage.base import OnDisk, RangeReader
 from ckpt_convert.tensors.header import Header, StoredTensor
 
 if TYPE_CHECKING:
@@ -50,7 +49,7 @@ class _Memory:
             number += 1
 
 
-def open_legacy(reader: LocalFile) -> tuple[RangeReader, Header]:
+def open_legacy(reader: OnDisk) -> tuple[RangeReader, Header]:
     """Load a legacy file with ``torch.load(weights_only=True)`` and return its tensors' bytes and their header.
 
     The bytes are dense and row-major, in the order of the keys, in memory; a tensor that stands under two keys is
@@ -81,7 +80,7 @@ def open_legacy(reader: LocalFile) -> tuple[RangeReader, Header]:
     return memory, Header(KIND, position, tuple(stored), objects=objects)
 
 
-def _load(reader: LocalFile) -> object:
+def _load(reader: OnDisk) -> object:
     import torch
 
     try:
@@ -107,7 +106,7 @@ def _reason(error: Exception) -> str:
     return (" ".join(found) or type(error).__name__)[:300]
 
 
-def _describe(reader: LocalFile, key: str, tensor: torch.Tensor) -> tuple[str, tuple[int, ...]]:
+def _describe(reader: OnDisk, key: str, tensor: torch.Tensor) -> tuple[str, tuple[int, ...]]:
     name = torch_name(tensor.dtype)
     if str(tensor.layout) != "torch.strided" or tensor.is_quantized or name not in FROM_TORCH:
         raise InputError(

@@ -33,8 +33,8 @@ from ckpt_convert.errors import (
 )
 from ckpt_convert.models.core.config import ConfigOptions, MetaStyle
 from ckpt_convert.storage import hub, workspace
-from ckpt_convert.storage.place import Place, locate
-from ckpt_convert.storage.reader import WORKERS, exists, reading
+from ckpt_convert.storage.place import Location, Place, at, locate
+from ckpt_convert.storage.reader import WORKERS, reading
 from ckpt_convert.storage.workspace import Stage
 from ckpt_convert.tensors.blocks import ProgressCallback
 
@@ -88,7 +88,7 @@ class Options(TypedDict, total=False):
 
     from_format: str | None
     family: str | None
-    config: str | Path | None
+    config: Location | None
     revision: str | None
     dtype: str | None
     dequantize: str | None
@@ -96,7 +96,7 @@ class Options(TypedDict, total=False):
     max_shard_size: int | None
     model_parallel: int | None
     container: str | None
-    like: str | Path | None
+    like: Location | None
     rope_factor: float | None
     rope_theta: float | None
     max_positions: int | None
@@ -107,7 +107,7 @@ class Options(TypedDict, total=False):
 
 
 @reading()
-def plan(src: str | Path, *, to: str, **options: Unpack[Options]) -> Plan:
+def plan(src: Location, *, to: str, **options: Unpack[Options]) -> Plan:
     """The plan of a conversion, from headers alone: nothing is written and no tensor is read.
 
     ``src`` is a path or a Hub id, ``to`` a format; ``options`` are those of ``Options``. Close the plan, or use it as a
@@ -139,7 +139,7 @@ def _plan(
         max_shard_size=options.get("max_shard_size"),
         model_parallel=options.get("model_parallel"),
         container=options.get("container"),
-        like=Path(like) if like is not None else None,
+        like=at(like) if like is not None else None,
         allow_overflow=options.get("allow_overflow", False),
         allow_loss=options.get("allow_loss", False),
         config=settings,
@@ -166,12 +166,12 @@ def _plan(
         ) from error
 
 
-def _config_of(like: Path, source: Checkpoint) -> Path | None:
+def _config_of(like: Place, source: Checkpoint) -> Place | None:
     """The config of the checkpoint to imitate, where the source has none of its own."""
-    if source.format is None or exists(source.config_file) or source.from_shapes is not None:
+    if source.format is None or source.config_file.is_there() or source.from_shapes is not None:
         return None
     with open_checkpoint(like) as opened:
-        return opened.config_file if exists(opened.config_file) else None
+        return opened.config_file if opened.config_file.is_there() else None
 
 
 def convert(
@@ -274,7 +274,7 @@ def _accepted(made: Plan, lost: dict[str, int], overflows: dict[str, int]) -> li
 def _verify(made: Plan, staging: Stage, workers: int, progress: ProgressCallback | None) -> int:
     family = None if made.model.family.literal else made.model.family.name
     try:
-        with read_checkpoint(staging.place.local, format=made.target, family=family) as written:
+        with read_checkpoint(staging.place.listed(), format=made.target, family=family) as written:
             return verify_output(made, written, workers=workers, progress=progress)
     except InputError as error:
         raise VerificationError(f"{staging.destination}: the output cannot be read again: {error}") from error

@@ -20,7 +20,6 @@ from ckpt_convert.errors import UnsupportedFamilyError
 from ckpt_convert.formats.base import JSON_LIMIT, load_json, render_json
 from ckpt_convert.formats.names import RECORD_FOLDER
 from ckpt_convert.models.core.config import Translated, type_of
-from ckpt_convert.storage.reader import read_file
 
 
 @dataclass(frozen=True)
@@ -109,9 +108,9 @@ def tokenizer(
         spec = model.family.tokenizer
         if request.to == "hf":
             rows = model.family.tokens(model.dims)
-            made = translation.generated_for_hf(spec, read_file(path, JSON_LIMIT), rows)
+            made = translation.generated_for_hf(spec, path.read(JSON_LIMIT), rows)
         else:
-            made = translation.generated_for_meta(spec, {path.name: read_file(path, JSON_LIMIT)})
+            made = translation.generated_for_meta(spec, {path.name: path.read(JSON_LIMIT)})
         said.extend(made.notices)
         return made.files
 
@@ -142,7 +141,7 @@ def _config(
     content: Mapping[str, Any]
     verbatim: bytes | None
     if like is not None and request.to == "hf":
-        content, verbatim = load_json(like.root / "config.json"), read_file(like.root / "config.json", JSON_LIMIT)
+        content, verbatim = load_json(like.root / "config.json"), (like.root / "config.json").read(JSON_LIMIT)
         origin = "copied"
     else:
         content, verbatim = model.config, _verbatim_config(source, model)
@@ -203,8 +202,8 @@ def _verbatim_config(source: Identified, model: Model) -> bytes | None:
     """The bytes of the config.json that the model was read from, None when it was translated from params.json."""
     own = "config.json" if source.format == "hf" else record.CONFIG
     for path in (source.hints.config, source.root / own):
-        if path is not None and path.is_file() and load_json(path) == model.config:
-            return read_file(path, JSON_LIMIT)
+        if path is not None and path.is_regular() and load_json(path) == model.config:
+            return path.read(JSON_LIMIT)
     return None
 
 
@@ -213,7 +212,7 @@ def _params(
 ) -> tuple[bytes, str, tuple[str, ...]]:
     """params.json for so many ranks, where it comes from, and what to say of it."""
     if like is not None and like.params is not None:
-        return read_file(like.params[0], JSON_LIMIT), "copied", ()
+        return like.params[0].read(JSON_LIMIT), "copied", ()
     data, origin, notices = _params_of_model(source, model, request, cut)
     content = json.loads(data)
     params = model.family.params
@@ -245,14 +244,14 @@ def recorded_params(source: Identified) -> bytes | None:
     """params.json as it was, as long as the config that was made from it is unchanged."""
     if source.format == "meta":
         is_own = source.params is not None and _is_params(source.params[1])
-        return read_file(source.params[0], JSON_LIMIT) if source.params and is_own else None
+        return source.params[0].read(JSON_LIMIT) if source.params and is_own else None
     if source.record is None or source.hints.config is not None:
         return None
     path = source.record.own("params.json")
     config = "config.json" if source.format == "hf" else record.CONFIG
     if path is None or not source.record.unchanged(config):
         return None
-    return read_file(path, JSON_LIMIT)
+    return path.read(JSON_LIMIT)
 
 
 def _is_params(content: Mapping[str, Any]) -> bool:

@@ -17,7 +17,6 @@ from ckpt_convert.models.core.config import AXES
 from ckpt_convert.models.core.params import Styles
 from ckpt_convert.models.core.rope import read_rope
 from ckpt_convert.models.core.rows import recorded_cut
-from ckpt_convert.storage.reader import read_file
 
 _TOKENIZER_LIMIT = 1 << 28
 
@@ -76,6 +75,6 @@ def _tokenizer(source: Identified) -> str | None:
     for name in ("tokenizer.model", "tokenizer.json"):
         path = here.get(name) or restored.get(name)
         if path is not None:
-            data = read_file(path, _TOKENIZER_LIMIT)
+            data = path.read(_TOKENIZER_LIMIT)
             return tokenizer.kind_of_json(data) if name == "tokenizer.json" else tokenizer.kind(data)
     return None

@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ckpt_convert.checkpoint import checklist
@@ -22,7 +21,8 @@ from ckpt_convert.formats.names import CONSOLIDATED, RECORD_FOLDER
 from ckpt_convert.storage import checksums
 from ckpt_convert.storage.base import read
 from ckpt_convert.storage.checksums import digest
-from ckpt_convert.storage.reader import LocalFile, identify, permitted, read_file, reading
+from ckpt_convert.storage.place import Place
+from ckpt_convert.storage.reader import reading
 from ckpt_convert.storage.workspace import Folder, Stage
 from ckpt_convert.tensors.blocks import Meter, ProgressCallback
 
@@ -104,8 +104,8 @@ def write_side_file(side: SideFile, folder: Folder) -> str | None:
             return None
         folder.write(side.name, data)
         return digest(data)
-    with LocalFile(side.path, expected=side.identity) as file:
-        folder = folder.limited(permitted(side.path))
+    with side.path.open(expected=side.identity) as file:
+        folder = folder.limited(side.path.mode())
         if folder.comes_last(side.name):  # small, and written once everything else is
             data = read(file, 0, file.size)
             folder.write(side.name, data)
@@ -124,15 +124,15 @@ def write_side_file(side: SideFile, folder: Folder) -> str | None:
 def permissions(source: Identified) -> int:
     """The permissions that a conversion's output may have at most: those of the source's directory and weights."""
     with reading(source.path, "looked at"):
-        mode = 0o777 if source.path.is_file() else permitted(source.path)
+        mode = 0o777 if source.path.is_regular() else source.path.mode()
         for path in {file.path for file in source.files}:
-            mode &= permitted(path)
+            mode &= path.mode()
     return mode
 
 
 def _check_source(source: Identified, listed: dict[str, str], workers: int, progress: ProgressCallback | None) -> None:
     """Compare the source's files with its checklist.chk; raises CorruptFileError naming those that differ."""
-    meter = Meter("checking", sum(identify(source.root / name).size for name in listed), progress)
+    meter = Meter("checking", sum((source.root / name).identity().size for name in listed), progress)
 
     def findings(name: str) -> list[checklist.Finding]:
         return checklist.check(source.root, {name: listed[name]}, advance=meter.add)
@@ -147,15 +147,15 @@ def _check_source(source: Identified, listed: dict[str, str], workers: int, prog
         )
 
 
-def _checklist(template: Path, folder: Folder) -> bytes:
+def _checklist(template: Place, folder: Folder) -> bytes:
     """The checklist of the files that were written, in the order and with the hash of the one that came along."""
-    listed = checklist.parse(read_file(template, TEXT_LIMIT).decode(errors="replace"))
+    listed = checklist.parse(template.read(TEXT_LIMIT).decode(errors="replace"))
     kind = checklist.algorithm(listed)
     late = {name: data for name in listed if (data := folder.kept_back(name)) is not None}
     written = folder.place.listed()
     names = [name for name in listed if name in late or (written / name).is_regular()]
     weights = sorted(place.name for place in written.children() if place.name.startswith(f"{CONSOLIDATED}."))
     names += [name for name in weights if name not in listed]
-    hashes = checklist.hash_files(written.local, (name for name in names if name not in late), kind)
+    hashes = checklist.hash_files(written, (name for name in names if name not in late), kind)
     hashes |= {name: hashlib.new(kind, data).hexdigest() for name, data in late.items()}
     return checklist.render({name: hashes[name] for name in names})

@@ -74,7 +74,7 @@ def foreign(directory: Place) -> list[str]:
     Where there are no weights, no index and no record, nothing is a checkpoint's. Raises UnreadableError.
     """
     directory = directory.listed()
-    listed = record.listed(directory.local)
+    listed = record.listed(directory)
     found = list(_others(directory, listed, lambda name, place: name in listed or _is_known(name, place)))
     there = sorted(directory.children())
     if found or listed or any(_is_weights(place) or _INDEX.fullmatch(place.name) for place in there):
@@ -88,7 +88,7 @@ def unlisted(directory: Place) -> list[str]:
     Raises UnreadableError.
     """
     directory = directory.listed()
-    listed = record.listed(directory.local)
+    listed = record.listed(directory)
     if not listed:
         return foreign(directory)
     return list(_others(directory, listed, lambda name, path: name in listed or name.startswith(f"{_HUB}/")))
@@ -106,9 +106,7 @@ def rank(name: str) -> int:
 
 _MARKS = (f"{record.MERGED}/{record.MANIFEST}", record.MANIFEST)
 
-RULES = Rules(
-    foreign, lambda place: record.is_recorded(place.local), rank, lambda place: record.listed(place.local), _MARKS
-)
+RULES = Rules(foreign, record.is_recorded, rank, record.listed, _MARKS)
 """For the output of a conversion."""
 
 STEP_RULES = replace(RULES, foreign=unlisted)

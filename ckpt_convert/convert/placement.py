@@ -65,7 +65,7 @@ def _findable(found: Layout, source: Identified, model: Model) -> Layout | None:
         return found
     if not all(name.endswith(tuple(SUFFIXES[container] for container in HF_STEMS)) for name in names):
         return None
-    if source.path.is_dir() or is_found(names[0]) or model.family.from_shapes is not None:
+    if source.path.is_folder() or is_found(names[0]) or model.family.from_shapes is not None:
         return found
     if container_of(names[0]) == "bin":
         return None
@@ -214,7 +214,7 @@ def _assign(
     else:
         suffix = format.file_names(1, container)[0].rpartition(".")[2]
         names = [file.name for file in source.files]
-        if not all(name.endswith(f".{suffix}") for name in names) or not source.path.is_dir():
+        if not all(name.endswith(f".{suffix}") for name in names) or not source.path.is_folder():
             names = format.file_names(len(names), container)
         if names == format.file_names(len(names), container):
             names = [_called(name, request, container, model) for name in names]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 from ckpt_convert import dtypes, formats
@@ -31,9 +31,11 @@ from ckpt_convert.errors import ConfigError, CorruptFileError, ShapeMismatchErro
 from ckpt_convert.formats.names import RECORD_FOLDER
 from ckpt_convert.models.core.rope import read_rope
 from ckpt_convert.models.core.table import Dims, Instance
+from ckpt_convert.storage.base import Entry
 from ckpt_convert.storage.checksums import digest
 from ckpt_convert.storage.names import JOURNAL
-from ckpt_convert.storage.reader import Identity, compare, identify, reading
+from ckpt_convert.storage.place import Place, compare
+from ckpt_convert.storage.reader import reading
 from ckpt_convert.tensors.blocks import BLOCK
 from ckpt_convert.tensors.bulk import without_collector
 from ckpt_convert.tensors.gather import SCRATCH
@@ -93,7 +95,7 @@ class Plan:
     cut: Cut | None
     said: list[str]
     live: Live | None = None
-    sources: Mapping[Path, Identity] = field(default_factory=dict, repr=False)
+    sources: Mapping[Place, Entry] = field(default_factory=dict, repr=False)
 
     @property
     def target(self) -> str:
@@ -307,7 +309,7 @@ def _sources(
     stored: Sequence[tuple[WeightFile, StoredTensor]],
     side: Sequence[SideFile],
     live: Live | None,
-) -> dict[Path, Identity]:
+) -> dict[Place, Entry]:
     """The files that an output is made from, as they were when they were first looked at.
 
     Of a model in memory's source, those that every save reads again; the rest was read once and for all.
@@ -319,21 +321,21 @@ def _sources(
         if checkpoint is not None:
             own = (checkpoint.config_file, *_metadata(checkpoint), *_of_record(checkpoint))
             paths |= {path for path in own if path in checkpoint.seen or path == checkpoint.hints.config}
-    return out | {path: seen.get(path) or identify(path) for path in sorted(paths)}
+    return out | {path: seen.get(path) or path.identity() for path in sorted(paths)}
 
 
-def _metadata(checkpoint: Identified) -> list[Path]:
+def _metadata(checkpoint: Identified) -> list[Place]:
     """The index, torch.distributed.checkpoint's metadata, and the list of hashes, where there are any."""
     names = [checkpoint.directory.index, CHECKLIST] + [name for name in [DCP_INDEX] if not checkpoint.directory.index]
     return [checkpoint.root / name for name in names if name is not None]
 
 
-def _of_record(checkpoint: Identified) -> list[Path]:
+def _of_record(checkpoint: Identified) -> list[Place]:
     """The files of the record. A saved step's manifest is none of them: a run may report metrics at any time."""
     if checkpoint.record is None:
         return []
     folder, manifest = checkpoint.record.folder, checkpoint.root / record.MANIFEST
-    files = [path for path in checkpoint.seen if folder in path.parents]
+    files = [path for path in checkpoint.seen if path.is_below(folder)]
     return [path for path in files if path != manifest or "training" not in checkpoint.record.manifest]
 
 
@@ -489,8 +491,8 @@ def fingerprint(plan: Plan) -> str:
     parts: list[Any] = [__version__, record.SCHEMA, plan.model.family.name, plan.target, casts, dims]
     # Neither permissions nor the inode, which a cache that copies on write may give anew, change what is in a file.
     for file in dict.fromkeys(file for file, _ in plan.stored):
-        found = identify(file.path)
-        parts.append([file.name, str(file.path.resolve()), found.size, found.mtime_ns])
+        found = file.path.identity()
+        parts.append([file.name, str(file.path.real()), found.size, found.etag])
     for file_ in plan.files:
         header = digest(data for _, data in file_.layout.literals)
         parts.append([file_.name, file_.size, header, [[t.key, t.offset, t.nbytes, t.dtype] for t in file_.tensors]])

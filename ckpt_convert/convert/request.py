@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from ckpt_convert import formats
 from ckpt_convert.dtypes import CASTS, DEQUANTIZED
 from ckpt_convert.errors import UsageError
 from ckpt_convert.models import Family
 from ckpt_convert.models.core.config import ConfigOptions
+from ckpt_convert.storage.place import Place
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Request:
     max_shard_size: int | None = None
     model_parallel: int | None = None
     container: str | None = None
-    like: Path | None = None
+    like: Place | None = None
     allow_overflow: bool = False
     allow_loss: bool = False
     config: ConfigOptions = field(default_factory=ConfigOptions)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from ckpt_convert import formats
 from ckpt_convert.checkpoint import checklist, record
 from ckpt_convert.checkpoint.checklist import CHECKLIST
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpoint.record import Layout, Record
-from ckpt_convert.errors import CheckpointNotFoundError, CorruptFileError, InputError, UnsafeFileError
+from ckpt_convert.errors import CheckpointNotFoundError, CorruptFileError, InputError, UnreadableError, UnsafeFileError
 from ckpt_convert.formats.base import TEXT_LIMIT
 from ckpt_convert.formats.names import NEVER_ENTERED, RECORD_FOLDER, is_never_beside, is_weights, is_weights_of_any
-from ckpt_convert.storage.names import check_name, resolve
-from ckpt_convert.storage.reader import Identity, identify, read_file, reading, walk
+from ckpt_convert.storage.base import Entry
+from ckpt_convert.storage.names import check_name
+from ckpt_convert.storage.place import Place
+from ckpt_convert.storage.reader import reading
 
 _TOKENIZERS = (
     "tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "tekken", "chat_template", "spiece",
@@ -37,35 +38,35 @@ class SideFile:
 
     name: str
     origin: str
-    path: Path | None = None
+    path: Place | None = None
     make: Callable[[], bytes | None] | None = None
     size: int = 0
-    identity: Identity | None = None
+    identity: Entry | None = None
 
 
-def taken(name: str, origin: str, path: Path) -> SideFile:
+def taken(name: str, origin: str, path: Place) -> SideFile:
     """A file that is taken from ``path`` as it is now."""
-    found = identify(path)
+    found = path.identity()
     return SideFile(name, origin, path, size=found.size, identity=found)
 
 
-def beside(checkpoint: Identified) -> dict[str, Path]:
+def beside(checkpoint: Identified) -> dict[str, Place]:
     """The side files of a checkpoint: everything in its directory but weights, indexes, its config and the record.
 
     Raises UnsafeFileError for a link that leaves the directory.
     """
-    if not checkpoint.path.is_dir():
+    if not checkpoint.path.is_folder():
         return {}
     format = formats.ALL[str(checkpoint.format)]
     used = {file.name for file in checkpoint.files} | {checkpoint.directory.index, format.config}
     out = {}
     for path in _walk(checkpoint.path):
-        name = path.relative_to(checkpoint.path).as_posix()
+        name = path.below(checkpoint.path)
         if not _is_plain(path, checkpoint) or name == RECORD_FOLDER:
             continue
         if name in used or is_never_beside(name):
             continue
-        out[name] = resolve(checkpoint.path, name, str(checkpoint.path))
+        out[name] = checkpoint.path.inside(name, str(checkpoint.path))
     return out
 
 
@@ -74,7 +75,7 @@ def has_tokenizer(names: Iterable[str]) -> bool:
     return any(name.startswith(_READ) and not name.endswith(".chk") for name in names)
 
 
-def nearby(checkpoint: Identified) -> dict[str, Path]:
+def nearby(checkpoint: Identified) -> dict[str, Place]:
     """Tokenizer files of a checkpoint that has none beside it, where its user has them.
 
     That is beside a single weight file, beside the config that was given, and one folder above Meta's own files, as its
@@ -84,13 +85,13 @@ def nearby(checkpoint: Identified) -> dict[str, Path]:
     restored = checkpoint.record.carried_side_files if checkpoint.record is not None else {}
     if has_tokenizer({**there, **restored}):
         return {}
-    places = [checkpoint.root] if checkpoint.path.is_file() else []
+    places = [checkpoint.root] if checkpoint.path.is_regular() else []
     places += [checkpoint.hints.config.parent] if checkpoint.hints.config is not None else []
-    places += [checkpoint.root.resolve().parent] if checkpoint.format == "meta" else []
+    places += [checkpoint.root.real().parent] if checkpoint.format == "meta" else []
     for place in places:
         try:
-            entries = sorted(place.iterdir())
-        except OSError:  # a folder that is none of the checkpoint's
+            entries = sorted(place.children())
+        except UnreadableError:  # a folder that is none of the checkpoint's
             continue
         found = {path.name: path for path in entries if _is_tokenizer(path)}
         if has_tokenizer(found):
@@ -98,15 +99,15 @@ def nearby(checkpoint: Identified) -> dict[str, Path]:
     return {}
 
 
-def _is_tokenizer(path: Path) -> bool:
+def _is_tokenizer(path: Place) -> bool:
     """Whether a file is one of a tokenizer by its name, and lies in its directory."""
     name = path.name
     if not (name.startswith(_TOKENIZERS) or name == "generation_config.json"):
         return False
-    if not path.is_file() or is_weights(name) or name.endswith((".chk", ".py")):
+    if not path.is_regular() or is_weights(name) or name.endswith((".chk", ".py")):
         return False
     try:
-        resolve(path.parent, name, str(path.parent))
+        path.parent.inside(name, str(path.parent))
     except (UnsafeFileError, CheckpointNotFoundError):
         return False
     return True
@@ -114,27 +115,21 @@ def _is_tokenizer(path: Path) -> bool:
 
 def skipped(checkpoint: Identified) -> list[str]:
     """What lies below the directory and is not taken along: links to folders or nowhere, and weights in folders."""
-    if not checkpoint.path.is_dir():
+    if not checkpoint.path.is_folder():
         return []
     out = []
-    for folder, folders, files in walk(checkpoint.path):
-        folders[:] = sorted(name for name in folders if _enters(name))
-        here = Path(folder)
-        out += [here / name for name in folders if (here / name).is_symlink()]
-        out += [
-            here / name
-            for name in sorted(files)
-            if not (here / name).is_file() or not _is_plain(here / name, checkpoint)
-        ]
+    for here, folders, files in checkpoint.path.walk(_enters):
+        out += [folder for folder in folders if folder.link() is not None]
+        out += [file for file in files if not file.is_regular() or not _is_plain(file, checkpoint)]
         if here != checkpoint.path:
-            out += [here / name for name in sorted(files) if is_weights_of_any(name)]
-    return [path.relative_to(checkpoint.path).as_posix() for path in out]
+            out += [file for file in files if is_weights_of_any(file.name)]
+    return [path.below(checkpoint.path) for path in out]
 
 
-def _is_plain(path: Path, checkpoint: Identified) -> bool:
+def _is_plain(path: Place, checkpoint: Identified) -> bool:
     """Whether the name is one that every system reads as the same name in the directory."""
     try:
-        check_name(path.relative_to(checkpoint.path).as_posix(), str(checkpoint.path))
+        check_name(path.below(checkpoint.path), str(checkpoint.path))
     except UnsafeFileError:
         return False
     return True
@@ -144,13 +139,9 @@ def _enters(folder: str) -> bool:
     return folder not in NEVER_ENTERED and not folder.startswith(".")
 
 
-def _walk(directory: Path) -> Iterator[Path]:
-    for folder, folders, files in walk(directory):
-        folders[:] = sorted(name for name in folders if _enters(name))
-        for name in sorted(files):
-            path = Path(folder, name)
-            if path.is_file():
-                yield path
+def _walk(directory: Place) -> Iterator[Place]:
+    for _, _, files in directory.walk(_enters):
+        yield from (file for file in files if file.is_regular())
 
 
 def plan(
@@ -168,7 +159,7 @@ def plan(
     own = {format.config, CHECKLIST} if format.ranks else {format.config}  # the target's own are made new
     out: dict[str, SideFile] = dict(generated)
 
-    def keep(name: str, path: Path, origin: str) -> None:
+    def keep(name: str, path: Place, origin: str) -> None:
         if name == CHECKLIST and source.format == "meta" and origin == "copied":
             if target == "meta":
                 return  # made anew for the files that are written
@@ -206,13 +197,13 @@ def recorded_layouts(source: Identified, target: str, own: Layout | None) -> lis
 
 
 @reading()
-def checklist_for(source: Identified, target: str) -> Path | None:
+def checklist_for(source: Identified, target: str) -> Place | None:
     """The checklist.chk whose lines the output's files should be listed by."""
     if target != "meta":
         return None
     if source.format == "meta":
         path = source.root / CHECKLIST
-        return path if path.is_file() else None
+        return path if path.is_regular() else None
     return source.record.own(CHECKLIST) if source.record else None
 
 
@@ -233,16 +224,16 @@ def checklist_of(source: Identified) -> dict[str, str]:
     Raises CorruptFileError when it is no checklist, or lists weight files that are not there.
     """
     path = source.root / CHECKLIST
-    if source.format != "meta" or not path.is_file():
+    if source.format != "meta" or not path.is_regular():
         return {}
     try:
-        listed = checklist.parse(read_file(path, TEXT_LIMIT).decode(errors="replace"))
+        listed = checklist.parse(path.read(TEXT_LIMIT).decode(errors="replace"))
     except InputError as error:
         raise type(error)(f"{source.root}: {error}") from error
-    absent = [name for name in listed if is_weights(name) and not (source.root / name).is_file()]
+    absent = [name for name in listed if is_weights(name) and not (source.root / name).is_regular()]
     if absent:
         raise CorruptFileError(
             f"{path}: lists {', '.join(absent)}, which {'is' if len(absent) == 1 else 'are'} not there; "
             "download again what is missing, or remove the checklist if this is all there should be"
         )
-    return {name: value for name, value in listed.items() if (source.root / name).is_file()}
+    return {name: value for name, value in listed.items() if (source.root / name).is_regular()}

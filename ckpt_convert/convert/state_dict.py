@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from ckpt_convert.errors import (
 from ckpt_convert.formats.base import load_json
 from ckpt_convert.models import FAMILIES, FORMATS
 from ckpt_convert.models.core.config import AXES, ConfigOptions, MetaStyle
-from ckpt_convert.storage.names import local_path
+from ckpt_convert.storage.place import Location, Place, locate
 from ckpt_convert.tensors.lazy import ZEROS, LazyTensor, stored
 from ckpt_convert.words import listing
 
@@ -35,7 +35,7 @@ StateDict = Mapping[str, torch.Tensor]
 
 def convert_state_dict(
     state_dict: StateDict | Sequence[StateDict],
-    config: Mapping[str, Any] | str | Path,
+    config: Mapping[str, Any] | Location,
     *,
     source: str,
     target: str,
@@ -66,7 +66,7 @@ def convert_state_dict(
         raise UsageError(f"{len(dicts)} state dicts do not fit {source}: only meta is cut over ranks")
     tensors: list[torch.Tensor] = []
     ranks = [_sources(rank, number, tensors) for number, rank in enumerate(dicts)]
-    content = load_json(local_path(config, "config")) if isinstance(config, (str, Path)) else config
+    content = load_json(locate(config, "config")) if isinstance(config, str | os.PathLike | Place) else config
     if not isinstance(content, Mapping):
         raise UsageError(f"config: expected a dict or a path, found {type(content).__name__}; try config.to_dict()")
     ranks = _named(ranks, content, family, source)

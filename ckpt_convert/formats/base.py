@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeGuard
 
 from ckpt_convert.containers.dcp import DCP_INDEX
 from ckpt_convert.errors import ConfigError
 from ckpt_convert.formats.names import is_plain_weights
-from ckpt_convert.storage.reader import Identity, exists, read_file
+from ckpt_convert.storage.base import Entry
+from ckpt_convert.storage.place import Place
 
 JSON_LIMIT = 1 << 28
 TEXT_LIMIT = 1 << 24
@@ -56,7 +56,7 @@ class Format:
     """
 
     name: str
-    find: Callable[[Path], Directory | None]
+    find: Callable[[Place], Directory | None]
     file_names: Callable[[int, str], list[str]]
     containers: tuple[str, ...]
     config: str | None
@@ -66,15 +66,15 @@ class Format:
     former: tuple[tuple[str, str], ...] = ()
 
 
-def load_json(path: Path, *, expected: Identity | None = None) -> dict[str, Any]:
+def load_json(path: Place, *, expected: Entry | None = None) -> dict[str, Any]:
     """The object in a JSON file; raises ConfigError, naming the file, when there is none.
 
-    Raises what ``read_file`` does for a file that cannot be read: that says nothing of what is in it.
+    Raises what ``Place.read`` does for a file that cannot be read: that says nothing of what is in it.
     """
-    if not exists(path):
+    if not path.is_there():
         raise ConfigError(f"{path}: cannot be read: there is no such file")
     try:
-        content = parse_json(read_file(path, JSON_LIMIT, expected=expected))
+        content = parse_json(path.read(JSON_LIMIT, expected=expected))
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: is no readable JSON: {error}; download or copy it again") from error
     if not isinstance(content, dict):
@@ -112,20 +112,20 @@ def render_index(weight_map: Mapping[str, str], total_size: int, total_parameter
     return render_json({"metadata": metadata, "weight_map": dict(weight_map)}, sort_keys=True)
 
 
-def dcp_directory(directory: Path) -> Directory | None:
+def dcp_directory(directory: Place) -> Directory | None:
     """The directory as torch.distributed.checkpoint's, None where it is none."""
     from ckpt_convert.containers.dcp import dcp  # not before: the usual directories have no need of it
 
     if not dcp.is_directory(directory):
         return None
-    index = DCP_INDEX if (directory / DCP_INDEX).is_file() else None
+    index = DCP_INDEX if (directory / DCP_INDEX).is_regular() else None
     return Directory((), index, kind=dcp.KIND)
 
 
-def plain_weights(directory: Path, suffixes: Sequence[str]) -> list[str]:
+def plain_weights(directory: Place, suffixes: Sequence[str]) -> list[str]:
     """Weight files at the root that belong to no consolidated or adapter checkpoint, sorted by name."""
     return sorted(
         entry.name
-        for entry in directory.iterdir()
-        if entry.suffix in suffixes and entry.is_file() and is_plain_weights(entry.name)
+        for entry in directory.children()
+        if entry.suffix in suffixes and entry.is_regular() and is_plain_weights(entry.name)
     )

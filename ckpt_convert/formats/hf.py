@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import fnmatch
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from ckpt_convert.errors import CorruptFileError
 from ckpt_convert.formats.base import Directory, Format, WeightName, load_json, plain_weights
@@ -22,10 +22,11 @@ from ckpt_convert.formats.names import (
     numbered,
     weights_of,
 )
-from ckpt_convert.storage.names import check_name, resolve
+from ckpt_convert.storage.names import check_name
+from ckpt_convert.storage.place import Place
 
 
-def find(directory: Path) -> Directory | None:
+def find(directory: Place) -> Directory | None:
     """The weights that transformers would load: safetensors before .bin, a single file before an index without it."""
     for container, stem in HF_STEMS.items():
         suffix = SUFFIXES[container]
@@ -45,9 +46,9 @@ def find(directory: Path) -> Directory | None:
     return None
 
 
-def from_index(directory: Path, name: str) -> Directory:
+def from_index(directory: Place, name: str) -> Directory:
     """The files that an index names, each once, sorted; raises CorruptFileError when the index is no index."""
-    path = resolve(directory, name, str(directory))
+    path = directory.inside(name, str(directory))
     weight_map = load_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CorruptFileError(f"{path}: has no weight_map, so it is no index; download or copy it again")
@@ -72,13 +73,13 @@ def index_name(container: str) -> str:
     return index_for(HF_STEMS[container] + SUFFIXES[container])
 
 
-def another_set(directory: Path, found: Directory) -> str | None:
+def another_set(directory: Place, found: Directory) -> str | None:
     """What to do where files that an index names are missing, but those of another set are all there; else None.
 
     Nothing here says which of the two is meant, so both ways are said.
     """
     used = {weight.name for weight in found.weights}
-    names = set(os.listdir(directory))
+    names = {entry.name for entry in directory.children()}
     lacking = sorted(used - names)
     if found.index is None or not lacking:
         return None
@@ -117,17 +118,18 @@ def _set(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
 
 
-def _index(directory: Path, weights: str) -> str | None:
+def _index(directory: Place, weights: str) -> str | None:
     """The index of a container: the usual one, else the only other one, else that of a variant that is alone there."""
     usual = weights + INDEX_SUFFIX
-    if (directory / usual).is_file():
+    if (directory / usual).is_regular():
         return usual
-    suffix = Path(weights).suffix
+    suffix = PurePosixPath(weights).suffix
+    names = [entry.name for entry in directory.children()]
     for pattern in (f"*{suffix}{INDEX_SUFFIX}", f"*{suffix}.index.*.json"):
-        others = sorted(entry.name for entry in directory.glob(pattern))
+        others = sorted(fnmatch.filter(names, pattern))
         others = [name for name in others if not name.startswith((CONSOLIDATED, ADAPTER))]
         if others:
-            return others[0] if len(others) == 1 and not (directory / weights).is_file() else None
+            return others[0] if len(others) == 1 and not (directory / weights).is_regular() else None
     return None
 
 

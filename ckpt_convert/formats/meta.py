@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 from ckpt_convert.errors import AmbiguousFormatError, CheckpointNotFoundError
 from ckpt_convert.formats import names
 from ckpt_convert.formats.base import Directory, Format, WeightName
+from ckpt_convert.storage.place import Place
 
 _DOCUMENTS = ("readme", "license", "use_policy", "notice", "model_card", "responsible")
 
 
-def find(directory: Path) -> Directory | None:
+def find(directory: Place) -> Directory | None:
     """``consolidated.NN.pth`` for each rank, ``.NN.pt`` for each part, or one file; raises on gaps in the numbers."""
     numbered = sorted(
         (int(match[1]), entry.name)
-        for entry in directory.iterdir()
-        if (match := names.RANK.fullmatch(entry.name)) and entry.is_file()
+        for entry in directory.children()
+        if (match := names.RANK.fullmatch(entry.name)) and entry.is_regular()
     )
-    single = [name for name in names.SINGLE_RANK if (directory / name).is_file()]
+    single = [name for name in names.SINGLE_RANK if (directory / name).is_regular()]
     if not numbered and not single:
         return None
     if len(single) + bool(numbered) > 1:

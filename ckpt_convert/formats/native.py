@@ -5,19 +5,18 @@ Without a config.json no Hugging Face loader takes such a directory for its own;
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from ckpt_convert.formats import hf
 from ckpt_convert.formats.base import Directory, Format, WeightName, plain_weights
 from ckpt_convert.formats.names import INDEX_SUFFIX, SUFFIXES, common_names, index_for, numbered
+from ckpt_convert.storage.place import Place
 
 
-def find(directory: Path) -> Directory | None:
+def find(directory: Place) -> Directory | None:
     """Indexed shards, or every plain weight file of the first suffix that there is one of."""
     for suffix in (".safetensors", ".pt", ".pth", ".bin"):
-        indexes = sorted(entry.name for entry in directory.glob(f"model{suffix}{INDEX_SUFFIX}"))
-        if indexes:
-            return hf.from_index(directory, indexes[0])
+        index = f"model{suffix}{INDEX_SUFFIX}"
+        if (directory / index).is_there():
+            return hf.from_index(directory, index)
         names = plain_weights(directory, (suffix,))
         if names:
             return Directory(tuple(WeightName(name) for name in names))

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from ckpt_convert.errors import ConfigError
 from ckpt_convert.formats.base import is_number, load_json
 from ckpt_convert.formats.names import ADAPTER_CONFIG
+from ckpt_convert.storage.place import Place
 
 KIND = "peft"
 
 
-def config(directory: Path) -> dict[str, Any] | None:
+def config(directory: Place) -> dict[str, Any] | None:
     """What adapter_config.json says; None where there is none that can be read."""
     try:
-        return load_json(directory / ADAPTER_CONFIG) if (directory / ADAPTER_CONFIG).is_file() else None
+        return load_json(directory / ADAPTER_CONFIG) if (directory / ADAPTER_CONFIG).is_regular() else None
     except ConfigError:
         return None
 
@@ -32,7 +32,7 @@ def describe(said: Mapping[str, Any]) -> str:
     return f"{what} for {base}" if isinstance(base, str) and base else what
 
 
-def facts(directory: Path) -> list[tuple[str, str]]:
+def facts(directory: Place) -> list[tuple[str, str]]:
     """What is worth saying of an adapter, as (label, text)."""
     said = config(directory)
     if said is None:

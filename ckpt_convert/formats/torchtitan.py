@@ -7,8 +7,6 @@ whose modules and dimensions had other names but the same order and shapes, are 
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from ckpt_convert.formats.base import (
     Directory,
     Format,
@@ -17,9 +15,10 @@ from ckpt_convert.formats.base import (
     plain_weights,
 )
 from ckpt_convert.formats.names import SUFFIXES, common_names, numbered
+from ckpt_convert.storage.place import Place
 
 
-def find(directory: Path) -> Directory | None:
+def find(directory: Place) -> Directory | None:
     """The directory of torch.distributed.checkpoint, else every plain torch file."""
     found = dcp_directory(directory)
     if found is not None:

@@ -73,6 +73,7 @@ class Closing(Protocol):
     def close(self) -> None: ...
 
 
+@runtime_checkable
 class OpenFile(RangeReader, Protocol):
     """A file of a store that is open for reading; a context manager.
 
@@ -95,6 +96,15 @@ class OpenFile(RangeReader, Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+
+@runtime_checkable
+class OnDisk(Protocol):
+    """A reader of a file of this machine, which libraries that take nothing else can be given by its path."""
+
+    path: Path
+    name: str
+    size: int
 
 
 class Writer(Protocol):
@@ -169,6 +179,9 @@ class Store(Names, Protocol):
 
     def real(self, name: str) -> str:
         """The one name that a file has, whatever links lead to it."""
+
+    def absolute(self, name: str) -> str:
+        """The name as it is said from anywhere."""
 
     def link(self, name: str) -> str | None:
         """Where a name leads that is a link, as it says so itself; None for what is none."""

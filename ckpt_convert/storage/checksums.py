@@ -11,13 +11,12 @@ import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, Protocol
 
 import xxhash
 from fastcrc import crc32, crc64
 
-from ckpt_convert.storage.reader import LocalFile
+from ckpt_convert.storage.place import Place
 
 _BLOCK = 1 << 20
 
@@ -115,10 +114,10 @@ def digest(data: bytes | Iterable[bytes], kind: str = XXH3) -> str:
     return total.hexdigest()
 
 
-def digest_file(path: Path) -> str:
-    """``digest`` of a file, in little memory; raises what LocalFile does where it cannot be read."""
+def digest_file(place: Place) -> str:
+    """``digest`` of a file, in little memory; raises what ``Place.open`` does where it cannot be read."""
     total = new(XXH3)
-    with LocalFile(path) as file:
+    with place.open() as file:
         for block in file.blocks():
             total.update(block)
     return total.hexdigest()

@@ -123,6 +123,9 @@ class FarStore(ABC):
     def real(self, name: str) -> str:
         return name
 
+    def absolute(self, name: str) -> str:
+        return name
+
     def link(self, name: str) -> str | None:
         return None
 

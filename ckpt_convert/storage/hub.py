@@ -8,8 +8,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ckpt_convert.errors import CheckpointNotFoundError, InputError
-from ckpt_convert.storage.names import WEIGHT_SUFFIXES, local_path
-from ckpt_convert.storage.reader import exists, read_file
+from ckpt_convert.storage import place as places
+from ckpt_convert.storage.names import WEIGHT_SUFFIXES
+from ckpt_convert.storage.place import Location, Place, at
 
 PREFIX = "hf://"
 _MOST = 1 << 28
@@ -20,52 +21,52 @@ _TOKENIZERS = ("tokenizer.", "tekken", "vocab", "spiece", "sentencepiece")
 _NEVER = ["onnx/*", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot"]
 
 
-def here(source: str | Path) -> Path | None:
-    """The path of a source on this machine, None where there is none; raises UsageError as ``local_path`` does."""
-    if str(source).startswith(PREFIX):
+def here(source: Location) -> Place | None:
+    """The place of a source that is there, listed; None where there is none; raises UsageError as ``locate`` does."""
+    if isinstance(source, str) and source.startswith(PREFIX):
         return None
-    path = local_path(source)
-    return path if exists(path) else None
+    place = places.locate(source).listed()
+    return place if place.is_there() else None
 
 
-def locate(source: str | Path, revision: str | None = None, *, format: str | None = None) -> Path:
-    """The local path of a source: a path first, then a Hub id (``org/name``, ``hf://org/name``), cached or downloaded.
+def locate(source: Location, revision: str | None = None, *, format: str | None = None) -> Place:
+    """The place of a source: a path first, then a Hub id (``org/name``, ``hf://org/name``), cached or downloaded.
 
     ``format`` is what is wanted of a repository that holds several: hf if not said. Raises CheckpointNotFoundError when
     it is neither, or cannot be had.
     """
-    found = here(source)
-    if found is not None:
-        return found
+    there = here(source)
+    if there is not None:
+        return there
     text = str(source)
     repo = text.removeprefix(PREFIX)
-    if not _REPO.fullmatch(repo) or isinstance(source, Path):
-        if Path(text).is_symlink():
+    if not _REPO.fullmatch(repo) or not isinstance(source, str):
+        if places.locate(source).link() is not None:
             raise CheckpointNotFoundError(f"{source}: is a link that leads nowhere")
         raise CheckpointNotFoundError(f"{source}: no such file or directory, and no Hub id (org/name) either")
     cached = _cached(repo, revision, format)
     if cached is not None and _has_tokenizer(cached):
-        return cached
+        return at(cached)
     try:
-        return _downloaded(repo, revision, format)
+        return at(_downloaded(repo, revision, format))
     except CheckpointNotFoundError:
         if cached is None:
             raise
-        return cached  # its weights are all there; what lacks is said where it is needed
+        return at(cached)  # its weights are all there; what lacks is said where it is needed
 
 
-def snapshot(path: Path) -> Path:
+def snapshot(path: Place) -> Place:
     """The snapshot in a model's folder of the Hub's cache (``models--org--name``); any other path as it is.
 
     It is the one that ``main`` is, or the only one; raises CheckpointNotFoundError where that leaves a choice.
     """
     folder = path / "snapshots"
-    if not path.name.startswith("models--") or not folder.is_dir():
+    if not path.name.startswith("models--") or not folder.is_folder():
         return path
-    there = sorted(entry for entry in folder.iterdir() if entry.is_dir())
+    there = sorted(folder.folders())
     main = path / "refs" / "main"
-    if main.is_file():
-        commit = read_file(main, 256).decode(errors="replace").strip()
+    if main.is_regular():
+        commit = main.read(256).decode(errors="replace").strip()
         there = [entry for entry in there if entry.name == commit] or there
     if len(there) == 1:
         return there[0]
@@ -117,7 +118,7 @@ def _complete(snapshot: Path, format: str | None) -> bool:
     indexes = [*snapshot.glob("*.index.json"), *snapshot.glob("*.index.*.json")]
     for index in indexes:
         try:
-            files = set(json.loads(read_file(index, _MOST))["weight_map"].values())
+            files = set(json.loads(at(index).read(_MOST))["weight_map"].values())
         except (InputError, ValueError, KeyError, AttributeError, TypeError):
             continue
         if all((snapshot / str(file)).exists() for file in files):

@@ -16,8 +16,8 @@ from ckpt_convert.storage.base import Entry, Kind
 from ckpt_convert.storage.reader import Identity, LocalFile, permitted, reading, unreadable
 from ckpt_convert.storage.system import sync_directory, writing
 
-_NOTHING = {errno.ENOENT, errno.ENOTDIR, errno.EBADF, errno.ELOOP}
-"""What the system says of a path that leads nowhere."""
+_NOTHING = {errno.ENOENT, errno.ENOTDIR, errno.EBADF, errno.ELOOP, errno.ENAMETOOLONG}
+"""What the system says of a path that leads nowhere, or cannot be."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class LocalStore:
             return _kind(os.stat(name).st_mode)
         except OSError as error:
             if error.errno not in _NOTHING:
-                raise unreadable(error, name) from error
+                raise unreadable(error, name, "looked at") from error
         except ValueError:  # a null byte
             pass
         return None
@@ -61,7 +61,7 @@ class LocalStore:
         return out
 
     def children(self, folder: str) -> Mapping[str, Kind | None]:
-        with reading(folder), os.scandir(folder) as entries:
+        with reading(folder, "listed"), os.scandir(folder) as entries:
             return {entry.name: self._kind_of(entry) for entry in entries}
 
     def _kind_of(self, entry: os.DirEntry[str]) -> Kind | None:
@@ -102,6 +102,9 @@ class LocalStore:
     def real(self, name: str) -> str:
         with reading(name, "looked at"):
             return os.path.realpath(name)
+
+    def absolute(self, name: str) -> str:
+        return str(Path(name).absolute())
 
     def link(self, name: str) -> str | None:
         with reading(name, "looked at"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path, PurePosixPath
+from typing import Protocol, Self, TypeVar
 
 from ckpt_convert.errors import CheckpointNotFoundError, UnsafeFileError, UsageError
 from ckpt_convert.storage.reader import read_file, reading
@@ -64,7 +65,7 @@ def read_named(directory: Path, name: str, said_by: str, most: int) -> bytes:
     return read_file(resolve(directory, name, said_by), most)
 
 
-def local_path(given: str | Path, what: str = "") -> Path:
+def local_path(given: str | os.PathLike[str], what: str = "") -> Path:
     """The path that somebody gives for ``what``, with ``~`` as the home directory.
 
     Raises UsageError for the address of a store or a web server, and for a name that no file system takes.
@@ -86,12 +87,24 @@ def local_path(given: str | Path, what: str = "") -> Path:
     return path
 
 
-def partial_of(destination: Path) -> Path:
+class _Named(Protocol):
+    """A path, or a place."""
+
+    @property
+    def name(self) -> str: ...
+
+    def with_name(self, name: str, /) -> Self: ...
+
+
+_Name = TypeVar("_Name", bound=_Named)
+
+
+def partial_of(destination: _Name) -> _Name:
     """The directory beside ``destination`` that its output is written into."""
     return destination.with_name(f".{destination.name}{PARTIAL}")
 
 
-def replaced_of(destination: Path) -> Path:
+def replaced_of(destination: _Name) -> _Name:
     """The place beside ``destination`` that an old output is moved to while a new one takes its name."""
     return destination.with_name(f".{destination.name}{REPLACED}")
 

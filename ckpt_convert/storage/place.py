@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -66,8 +66,16 @@ class Place:
         """The name from a folder on; raises ValueError for what does not lie below it."""
         return self.path.relative_to(folder.path).as_posix()
 
+    def is_below(self, folder: Place) -> bool:
+        """Whether the name says that this lies in a folder, or in one of its own."""
+        return self.store == folder.store and folder.path in self.path.parents
+
     def _at(self, path: PurePosixPath) -> Place:
         return Place(self.store, path, self.listing)
+
+    def absolute(self) -> Place:
+        """The same place by a name that does not depend on where this process is."""
+        return self._at(PurePosixPath(self.store.absolute(str(self.path))))
 
     # What is there
 
@@ -107,9 +115,22 @@ class Place:
     def _of(self, wanted: Kind) -> list[Place]:
         return [self / name for name, kind in self._names.children(str(self.path)).items() if kind is wanted]
 
-    def all_files(self) -> list[Place]:
-        """Every file below, in no order; raises UnreadableError."""
-        return [self._at(PurePosixPath(name)) for name in self._names.list(str(self.path))]
+    def entries(self, *, deep: bool = True) -> dict[Place, Entry]:
+        """Every file below and what it is; without ``deep`` those right below. Raises UnreadableError."""
+        found = self._names.list(str(self.path), deep=deep)
+        return {self._at(PurePosixPath(name)): entry for name, entry in found.items()}
+
+    def walk(self, enters: Callable[[str], bool]) -> Iterator[tuple[Place, list[Place], list[Place]]]:
+        """Each folder from this one on, with the folders and with all else right below it, in order of their names.
+
+        Folders whose name ``enters`` does not accept are left out; links to folders are listed, and not entered.
+        """
+        kinds = self._names.children(str(self.path))
+        folders = [self / name for name in sorted(kinds) if kinds[name] is Kind.FOLDER and enters(name)]
+        yield self, folders, [self / name for name in sorted(kinds) if kinds[name] is not Kind.FOLDER]
+        for folder in folders:
+            if folder.link() is None:
+                yield from folder.walk(enters)
 
     def link(self) -> str | None:
         """Where a link leads, as it says so itself; None for what is none."""
@@ -187,7 +208,11 @@ class Place:
         return replace(self, listing=None)
 
 
-def locate(given: str | os.PathLike[str] | Place, what: str = "") -> Place:
+Location = str | os.PathLike[str] | Place
+"""How somebody gives a place: a path, or a place in any store."""
+
+
+def locate(given: Location, what: str = "") -> Place:
     """The place that somebody gives for ``what``, with ``~`` as the home directory of a local one.
 
     Raises UsageError for the address of a store or a web server, and for a name that no file system takes.
@@ -195,9 +220,17 @@ def locate(given: str | os.PathLike[str] | Place, what: str = "") -> Place:
     return given if isinstance(given, Place) else at(local_path(os.fspath(given), what))
 
 
-def at(path: str | os.PathLike[str]) -> Place:
-    """A local path, as it is."""
-    return Place(LOCAL, PurePosixPath(path))
+def at(path: Location) -> Place:
+    """A local path, or a place, as it is."""
+    return path if isinstance(path, Place) else Place(LOCAL, PurePosixPath(path))
+
+
+def identities(folder: Place, *inner: str) -> dict[Place, Entry]:
+    """Every file right below a folder as it is now, and every file below some folders in it; links are followed."""
+    found = folder.entries(deep=False)
+    for name in inner:
+        found |= (folder / name).entries() if (folder / name).is_there() else {}
+    return found
 
 
 def compare(files: Mapping[Place, Entry]) -> list[str]:

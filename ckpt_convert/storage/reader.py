@@ -37,7 +37,7 @@ class Identity(NamedTuple):
 
     @property
     def etag(self) -> str:
-        return f"{self.device:x}-{self.inode:x}-{self.mtime_ns:x}"
+        return f"{self.size:x}-{self.mtime_ns:x}"
 
     def change(self, now: Entry, /) -> str | None:
         """What has changed since in the content, in words; None where size and time are what they were."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
 from ckpt_convert import dtypes
 from ckpt_convert.storage.base import RangeReader
+from ckpt_convert.storage.place import Place
 
 IN_MEMORY = "memory"
 """The kind of what is no file, but a tensor in memory."""
@@ -88,7 +88,7 @@ class WeightFile:
 
     name: str
     rank: int
-    path: Path
+    path: Place
     reader: RangeReader
     header: Header
 

@@ -59,7 +59,7 @@ class TestNames:
         assert folder.folders() == [folder / "ckpt_convert"]
 
     def test_what_lies_anywhere_below(self, folder: Place) -> None:
-        assert sorted(place.below(folder) for place in folder.all_files()) == sorted(FILES)
+        assert sorted(place.below(folder) for place in folder.entries()) == sorted(FILES)
 
     @pytest.mark.parametrize("name", ["config.json", "nothing"])
     def test_what_is_no_folder_has_nothing_below(self, folder: Place, name: str) -> None:
@@ -209,7 +209,7 @@ class TestWriting:
         writer = root.store.create(str(root.path / "new"), 6)
         writer.write(0, memoryview(b"abc"))
         writer.abort()
-        assert sorted(place.below(root) for place in root.all_files()) == sorted(FILES)
+        assert sorted(place.below(root) for place in root.entries()) == sorted(FILES)
 
     def test_delete(self, root: Place) -> None:
         root.store.delete([str(root.path / name) for name in ("config.json", "nothing")])

@@ -13,7 +13,7 @@ from ckpt_convert.containers.dcp import DCP_INDEX, DCP_SUFFIX
 from ckpt_convert.errors import CheckpointNotFoundError, CkptConvertError, UsageError
 from ckpt_convert.formats.names import WEIGHT_SUFFIXES
 from ckpt_convert.storage.checksums import digest_file
-from ckpt_convert.storage.names import resolve
+from ckpt_convert.storage.place import Place
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,19 +25,19 @@ class Accepted:
     found: str
 
 
-def accept_command(directory: Path, name: str) -> str:
+def accept_command(directory: Place, name: str) -> str:
     """What to type to accept a file."""
     return f"ckpt-convert verify {shlex.quote(str(directory))} --accept {shlex.quote(name)}"
 
 
-def accept(directory: Path, names: Sequence[str]) -> list[Accepted]:
+def accept(directory: Place, names: Sequence[str]) -> list[Accepted]:
     """Renew the checksums of these files in the directory's manifest, all or none; returns those that had changed.
 
     A conversion from the directory takes an accepted file as it takes any that was edited: as its user's own.
     Raises CheckpointNotFoundError where there is no manifest or no such file, UsageError for a name that it does not
     list as a file beside the weights, and what ``record.read_manifest`` does.
     """
-    if not (directory / MANIFEST).is_file():
+    if not (directory / MANIFEST).is_regular():
         raise CheckpointNotFoundError(
             f"{directory}: has no {MANIFEST}, so nothing says what its files should be, and there is nothing to accept"
         )
@@ -48,13 +48,13 @@ def accept(directory: Path, names: Sequence[str]) -> list[Accepted]:
         raise UsageError(f"--accept {refused[0]}: {_why(refused[0], listed)} (nothing was changed)")
     out = []
     for name in dict.fromkeys(names):
-        path = resolve(directory, name, MANIFEST)
+        path = directory.inside(name, MANIFEST)
         expected, found = str(listed[name].get("checksum")), _digest(path)
         if found == expected:
             continue
         listed[name]["checksum"] = found
         if "size" in listed[name]:
-            listed[name]["size"] = path.stat().st_size
+            listed[name]["size"] = path.identity().size
         out.append(Accepted(name, expected, found))
     if out:
         manifest[ACCEPTED] = sorted({*manifest.get(ACCEPTED, ()), *(one.file for one in out)})
@@ -87,7 +87,7 @@ def _why(name: str, listed: Mapping[str, Any]) -> str:
     return f"is none of the files beside the weights that {MANIFEST} lists: {', '.join(sorted(listed)) or 'none'}"
 
 
-def _digest(path: Path) -> str:
+def _digest(path: Place) -> str:
     try:
         return digest_file(path)
     except OSError as error:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckpt_convert.analysis.check.report import Report, Skipped
 from ckpt_convert.checkpoint.checkpoint import open_checkpoint
 from ckpt_convert.checkpoint.findings import Finding
 from ckpt_convert.errors import CkptConvertError, UnsupportedFamilyError, UsageError
+from ckpt_convert.storage.place import Place
 
 if TYPE_CHECKING:
     from ckpt_convert.analysis.diff.compare import Change
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class Opening:
     """How a checkpoint is to be opened."""
 
-    path: Path
+    path: Place
     format: str | None = None
     family: str | None = None
     config: str | None = None

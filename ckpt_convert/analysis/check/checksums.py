@@ -16,11 +16,10 @@ from ckpt_convert.checkpoint.findings import Finding, Severity, failed
 from ckpt_convert.checkpoint.record import MANIFEST, Record
 from ckpt_convert.containers.dcp import dcp
 from ckpt_convert.errors import CkptConvertError, UnsafeFileError
+from ckpt_convert.formats.base import TEXT_LIMIT
 from ckpt_convert.formats.names import RECORD_FOLDER, is_weights
-from ckpt_convert.storage.base import RangeReader, read
+from ckpt_convert.storage.base import OpenFile, RangeReader, read
 from ckpt_convert.storage.checksums import CRC64, XXH3, digest, digest_file
-from ckpt_convert.storage.names import resolve
-from ckpt_convert.storage.reader import LocalFile
 from ckpt_convert.tensors.header import WeightFile
 
 _CHANGED = (
@@ -48,8 +47,8 @@ def pieces(opened: Opened) -> tuple[list[Finding], list[Span]]:
     for name in record.manifest["files"]:
         if name.startswith(f"{RECORD_FOLDER}/"):
             try:
-                path = resolve(record.directory, name, MANIFEST)
-                reader, header = containers.parse(LocalFile(path))
+                path = record.directory.inside(name, MANIFEST)
+                reader, header = containers.parse(path.open())
                 files[name] = WeightFile(name, 0, path, reader, header)
             except OSError:
                 continue  # it is not there, which is said below
@@ -65,7 +64,7 @@ def pieces(opened: Opened) -> tuple[list[Finding], list[Span]]:
             if name not in opened.lost and name not in files:
                 text = f"{name} is missing: {MANIFEST} says that it was written; copy or convert it again"
                 findings.append(Finding("error", "checksum", text, name))
-        elif (size := file.path.stat().st_size) != entry["size"]:
+        elif (size := file.path.identity().size) != entry["size"]:
             text = f"{name} has {size} bytes, but was written with {entry['size']} ({MANIFEST}); {_CHANGED}"
             findings.append(Finding("error", "checksum", text, name, None, str(entry["size"]), str(size)))
         elif file.name not in opened.damaged:
@@ -103,7 +102,7 @@ def _is_sound(entry: Any, kind: str) -> bool:
 def _whole(file: WeightFile, entry: Mapping[str, Any]) -> tuple[list[Finding], list[Span]]:
     """Every byte of a file: its pieces as spans, and what lies between them, which is little, at once."""
     pieces = [(str(key), int(offset), int(nbytes), str(checksum)) for key, offset, nbytes, checksum in entry["pieces"]]
-    reader = LocalFile(file.path, file.name) if file.header.kind == dcp.KIND else file.reader
+    reader = file.path.open(file.name) if file.header.kind == dcp.KIND else file.reader
     try:
         found, expected = digest(_between(reader, pieces), CRC64.name), str(entry["header"])
     except (CkptConvertError, OSError) as error:
@@ -132,7 +131,7 @@ def _located(file: Any, listed: list[Any]) -> tuple[list[Finding], list[Span]]:
     """Pieces of schema 1, which did not cover headers: they have to lie where the header says that their tensors do."""
     header, reader = file.header, file.reader
     if header.kind == dcp.KIND:
-        header, reader = dcp.located(file) or header, LocalFile(file.path)
+        header, reader = dcp.located(file) or header, file.path.open()
     tensors = {tensor.key: tensor for tensor in header.tensors}
     findings, spans = [], []
     for key, offset, nbytes, checksum in listed:
@@ -175,7 +174,7 @@ def _changed(record: Record, name: str) -> Iterator[Finding]:
     beside = name in record.side_files
     expected = record.side_files[name]["checksum"] if beside else record.checksums[name]
     try:
-        found = digest_file(resolve(record.directory, name, MANIFEST))
+        found = digest_file(record.directory.inside(name, MANIFEST))
     except CkptConvertError as error:
         severity: Severity = "error" if isinstance(error, UnsafeFileError) else "warning"
         yield failed("checksum", error, relative(str(error), record.directory), name, severity=severity)
@@ -194,20 +193,20 @@ def listed(opened: Opened) -> tuple[list[Finding], list[Span]]:
     """Meta's checklist.chk: files that are missing, and the hashes of the others as spans to be read."""
     checkpoint = opened.checkpoint
     path = checkpoint.root / CHECKLIST
-    if not checkpoint.path.is_dir() or not path.is_file():
+    if not checkpoint.path.is_folder() or not path.is_regular():
         return [], []
     try:
-        entries = checklist.parse(path.read_text(encoding="utf-8", errors="replace"))
+        entries = checklist.parse(path.read(TEXT_LIMIT).decode(errors="replace"))
         kind = checklist.algorithm(entries)
     except (CkptConvertError, OSError) as error:
         return [failed("checklist", error, str(error), CHECKLIST)], []
     findings, spans = [], []
     # Files that are open already are read once for all checks; but legacy ones are open as what torch made of them.
-    opened_files = {file.name: file.reader for file in checkpoint.files if isinstance(file.reader, LocalFile)}
+    opened_files = {file.name: file.reader for file in checkpoint.files if isinstance(file.reader, OpenFile)}
     for name, expected in entries.items():
         weights = is_weights(name)
         try:
-            reader = opened_files.get(name) or LocalFile(resolve(checkpoint.root, name, CHECKLIST), name)
+            reader = opened_files.get(name) or checkpoint.root.inside(name, CHECKLIST).open(name)
         except (CkptConvertError, OSError) as error:
             if name not in opened.lost:
                 text = f"{name} is missing, or cannot be read, but {CHECKLIST} lists it; download it again"

@@ -11,8 +11,8 @@ from ckpt_convert.containers.pickle import torchpickle
 from ckpt_convert.containers.pickle.torchpickle import Storage, Tensor
 from ckpt_convert.containers.torch_zip import torchzip, zipindex
 from ckpt_convert.errors import CkptConvertError, UnreadableError
-from ckpt_convert.storage.base import RangeReader, read
-from ckpt_convert.storage.reader import LocalFile, unreadable
+from ckpt_convert.storage.base import OpenFile, RangeReader, read
+from ckpt_convert.storage.reader import unreadable
 from ckpt_convert.tensors.header import Header
 
 _END = b"PK\5\6"
@@ -42,7 +42,7 @@ class _Shortened:
         self._reader.readinto(offset, buffer)
 
 
-def survey(reader: LocalFile) -> Surveyed:
+def survey(reader: OpenFile) -> Surveyed:
     """Read the header of a file of any kind; what is wrong becomes a problem, in words. Raises UnreadableError."""
     try:
         start = read(reader, 0, min(reader.size, 32))
@@ -66,7 +66,7 @@ def members(reader: RangeReader) -> list[zipindex.Member]:
     return list(zipindex.members(reader).values())
 
 
-def _zip(reader: LocalFile) -> Surveyed:
+def _zip(reader: OpenFile) -> Surveyed:
     try:
         return _named(reader, torchzip.parse(reader, foreign=True))
     except UnreadableError:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from math import prod
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any
 
 from ckpt_convert.analysis.check.tolerant import Opened
@@ -30,6 +29,7 @@ from ckpt_convert.formats.names import (
 )
 from ckpt_convert.models import FAMILIES
 from ckpt_convert.storage.names import partial_of, replaced_of
+from ckpt_convert.storage.place import Place
 from ckpt_convert.words import quoted, some
 
 
@@ -73,10 +73,10 @@ def totals(opened: Opened) -> Iterator[Finding]:
 def leftovers(opened: Opened) -> Iterator[Finding]:
     """Files that look like a part of the checkpoint and are none, and what an interrupted program left behind."""
     path = opened.checkpoint.path
-    if not path.is_dir():
+    if not path.is_folder():
         return
-    for left in (partial_of(path.resolve()), replaced_of(path.resolve())):
-        if os.path.isdir(left):  # False where the name, longer than that of the directory, cannot be
+    for left in (partial_of(path.real()), replaced_of(path.real())):
+        if left.is_folder():  # False where the name, longer than that of the directory, cannot be
             text = (
                 f"{left.name} beside the directory was left by a conversion that did not end; run that again with "
                 "--resume, or remove what is left"
@@ -84,7 +84,7 @@ def leftovers(opened: Opened) -> Iterator[Finding]:
             yield Finding("warning", "leftover", text, left.name)
     used = {weight.name for weight in opened.checkpoint.directory.weights}
     known = {opened.checkpoint.directory.index, *(finding.file for finding in opened.findings)}
-    names = sorted(entry.name for entry in path.iterdir())
+    names = sorted(entry.name for entry in path.children())
     for name in names:
         if is_unfinished(name):
             text = f"{name} was left by a download or a conversion that did not end; remove it, or fetch it to its end"
@@ -121,7 +121,7 @@ def numbering(opened: Opened) -> Iterator[Finding]:
             yield Finding("warning" if indexed else "error", "shards", text)
             continue
         index = index_for(f"{stem}{suffix}")
-        alone = not (opened.checkpoint.root / index).exists()  # one that is broken is found where it is read
+        alone = not (opened.checkpoint.root / index).is_there()  # one that is broken is found where it is read
         if alone and opened.checkpoint.format == "hf" and len(opened.checkpoint.directory.weights) > 1:
             text = (
                 f"{index} is missing: without it, transformers and others do not find the shards; download it, or "
@@ -152,7 +152,7 @@ def names(opened: Opened) -> Iterator[Finding]:
     alone = checkpoint.format == "hf" and checkpoint.directory.index is None and checkpoint.directory.kind is None
     if family is not None and family.from_shapes is not None:
         return  # its loaders take a file, whatever it is called
-    if not alone or not (checkpoint.root / "config.json").is_file() or any(map(SHARD.fullmatch, used)):
+    if not alone or not (checkpoint.root / "config.json").is_regular() or any(map(SHARD.fullmatch, used)):
         return
     for name in used:
         if not is_found(name):
@@ -169,13 +169,13 @@ def _width(checkpoint: Checkpoint, stem: str) -> int:
     return next((len(match["number"]) for match in matches if match and match["stem"] == stem), 5)
 
 
-def _counts(path: Path, name: str) -> bool:
-    return not name.startswith((".", *OF_TRAINING)) and ((path / name).is_file() or (path / name).is_symlink())
+def _counts(path: Place, name: str) -> bool:
+    return not name.startswith((".", *OF_TRAINING)) and ((path / name).is_regular() or (path / name).link() is not None)
 
 
 def _unused(names: list[str], used: set[str], checkpoint: Checkpoint) -> Iterator[Finding]:
     sets = {(m["stem"], m["suffix"]) for name in used if (m := SHARD.fullmatch(name))}
-    suffixes = {Path(name).suffix for name in used}
+    suffixes = {PurePosixPath(name).suffix for name in used}
     others: dict[str, list[str]] = {}
     for name in names:
         match = SHARD.fullmatch(name)
@@ -188,8 +188,8 @@ def _unused(names: list[str], used: set[str], checkpoint: Checkpoint) -> Iterato
             yield Finding("warning", "leftover", text, name)
         elif name.startswith(CONSOLIDATED):
             others.setdefault("the same model in Meta's layout, perhaps", []).append(name)
-        elif Path(name).suffix not in suffixes:
-            others.setdefault(f"another set of {Path(name).suffix} files", []).append(name)
+        elif PurePosixPath(name).suffix not in suffixes:
+            others.setdefault(f"another set of {PurePosixPath(name).suffix} files", []).append(name)
         else:
             text = f"{name} is not used: {said} names it; move it elsewhere if it does not belong here"
             yield Finding("warning", "leftover", text, name)
@@ -198,13 +198,13 @@ def _unused(names: list[str], used: set[str], checkpoint: Checkpoint) -> Iterato
         yield Finding("note", "leftover", text, group[0])
 
 
-def _other_index(path: Path, name: str, used: set[str]) -> Iterator[Finding]:
+def _other_index(path: Place, name: str, used: set[str]) -> Iterator[Finding]:
     try:
         weight_map: Any = load_json(path / name).get("weight_map")
     except CkptConvertError:
         weight_map = None
     files = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
-    absent = sorted(file for file in files if not os.path.isfile(path / file))  # False for a name that cannot be
+    absent = sorted(file for file in files if not (path / file).is_regular())  # False for a name that cannot be
     if name.startswith((CONSOLIDATED, ADAPTER)) and not absent:
         return
     if absent:
@@ -212,6 +212,10 @@ def _other_index(path: Path, name: str, used: set[str]) -> Iterator[Finding]:
             f"{name} is stale: nothing uses it, and it names {len(absent)} files that are not here; move it elsewhere"
         )
         yield Finding("warning", "leftover", text, name)
-    elif files & used or not files or {Path(name).suffix for name in used} & {Path(name).suffix for name in files}:
+    elif (
+        files & used
+        or not files
+        or {PurePosixPath(name).suffix for name in used} & {PurePosixPath(name).suffix for name in files}
+    ):
         text = f"{name} is not used, for a single weight file or another index comes before it; move it elsewhere"
         yield Finding("warning", "leftover", text, name)

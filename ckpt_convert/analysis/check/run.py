@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckpt_convert.analysis.check import causes, checksums, directory, generic, sidefiles, table, training
@@ -22,7 +21,7 @@ from ckpt_convert.checkpoint.record import MANIFEST, MERGED
 from ckpt_convert.convert import ties
 from ckpt_convert.errors import CkptConvertError, UnsupportedFamilyError
 from ckpt_convert.formats.base import load_json
-from ckpt_convert.storage.names import local_path
+from ckpt_convert.storage.place import Location, locate
 
 if TYPE_CHECKING:
     from ckpt_convert.tensors.blocks import ProgressCallback
@@ -56,11 +55,11 @@ class _Work:
 
 
 def check(
-    path: str | Path,
+    path: Location,
     *,
     format: str | None = None,
     family: str | None = None,
-    config: str | Path | None = None,
+    config: Location | None = None,
     values: bool = True,
     merged: bool = True,
     workers: int = 2,
@@ -72,14 +71,14 @@ def check(
     beside an adapter, too. What is wrong with the checkpoint is in the report; raised is only
     CheckpointNotFoundError, UsageError or ConfigError where nothing can be checked.
     """
-    opened = open_tolerantly(local_path(path), format=format, family=family, config=config)
+    opened = open_tolerantly(locate(path), format=format, family=family, config=config)
     work = _Work(opened, values)
     try:
         report = _report(work, workers, progress)
     finally:
         opened.checkpoint.close()
-    inner = Path(report.path) / MERGED
-    if merged and "training" in report.checks and (inner / MANIFEST).is_file():
+    inner = opened.checkpoint.path / MERGED
+    if merged and "training" in report.checks and (inner / MANIFEST).is_regular():
         report = _with_merged(report, check(inner, values=values, workers=workers, progress=progress))
     return report
 
@@ -106,7 +105,7 @@ def _report(work: _Work, workers: int, progress: ProgressCallback | None) -> Rep
         work.done("index")
         if opened.whole and not opened.damaged:
             work.done("index", directory.totals(opened))
-    if checkpoint.path.is_dir():
+    if checkpoint.path.is_folder():
         work.done("leftover", directory.leftovers(opened))
         work.done("shards", directory.numbering(opened))
         work.done("shards", directory.names(opened))
@@ -135,7 +134,7 @@ def _against_config(work: _Work) -> None:
     view = work.opened.view
     path = view.config_file
     content = None
-    if path.is_file():
+    if path.is_regular():
         try:
             content = load_json(path)
         except CkptConvertError as error:
@@ -281,7 +280,7 @@ def _in_general(work: _Work, content: Mapping[str, Any] | None) -> None:
         for key, info in view.tensors.items()
     }
     tensors |= {names.of(key): generic.Sized(None, "") for key, file in weight_map.items() if file in opened.lost}
-    if view.path.is_dir() and (opened.whole or weight_map):
+    if view.path.is_folder() and (opened.whole or weight_map):
         hf = content if view.format == "hf" else None
         work.done("layers", generic.numbering(tensors, hf))
     if content is None or view.format != "hf":
@@ -324,7 +323,7 @@ def _read(work: _Work, workers: int, progress: ProgressCallback | None) -> int:
         work.done("checksum")
     elif not hashes and "training" not in work.checks:
         why = f"no checksums came with it ({MANIFEST}, checklist.chk)"
-        if (work.opened.checkpoint.root / MANIFEST).is_file():
+        if (work.opened.checkpoint.root / MANIFEST).is_regular():
             why = f"{MANIFEST} cannot be relied on"
         work.skip(why, "checksum")
     return nbytes

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from ckpt_convert.checkpoint.checkpoint import Checkpoint
@@ -15,7 +13,7 @@ from ckpt_convert.errors import CkptConvertError
 from ckpt_convert.formats.base import load_json
 from ckpt_convert.formats.names import is_never_beside
 from ckpt_convert.storage.base import read
-from ckpt_convert.storage.reader import LocalFile
+from ckpt_convert.storage.place import Place
 
 _LOADED = (
     "config.json",
@@ -33,27 +31,26 @@ _POINTER = b"version https://git-lfs"
 
 def side_files(checkpoint: Checkpoint) -> Iterator[Finding]:
     """Files beside the weights that no program can read, or that are not the files themselves."""
-    if not checkpoint.path.is_dir():
+    if not checkpoint.path.is_folder():
         return
-    for path in sorted(checkpoint.path.iterdir()):
+    for path in sorted(checkpoint.path.children()):
         name = path.name
         if name.startswith(".") or is_never_beside(name):
             continue
-        if path.is_symlink() and not path.exists():
-            target = os.readlink(path)
+        if path.kind() is None and (target := path.link()) is not None:
             yield _error(name, f"is a link that leads nowhere (to {target}); download or copy the file again")
-        elif path.is_file():
+        elif path.is_regular():
             yield from _file(path)
-        elif not path.is_dir():
+        elif not path.is_folder():
             yield _error(
                 name, "is no regular file (a pipe, a device); move it elsewhere, and put the file itself there"
             )
 
 
-def _file(path: Path) -> Iterator[Finding]:
+def _file(path: Place) -> Iterator[Finding]:
     name = path.name
     try:
-        with LocalFile(path) as file:
+        with path.open() as file:
             start = read(file, 0, min(file.size, 64))
     except CkptConvertError as error:
         yield failed("side-files", error, str(error).replace(str(path), name), name)
@@ -79,7 +76,7 @@ def _file(path: Path) -> Iterator[Finding]:
 def tokenizer(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Iterator[Finding]:
     """Whether the tokenizer has more tokens than the embedding has rows."""
     path = checkpoint.root / "tokenizer.json"
-    if not path.is_file():
+    if not path.is_regular():
         return
     rows = _rows(checkpoint) or size_of(text_part(config), "vocab_size")
     try:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ckpt_convert.analysis.check.container import survey
@@ -26,8 +24,10 @@ from ckpt_convert.formats.base import Directory, WeightName, load_json, plain_we
 from ckpt_convert.formats.hf import another_set, plain_names
 from ckpt_convert.formats.names import RANK, RECORD_FOLDER, WEIGHT_SUFFIXES, is_index
 from ckpt_convert.models import FAMILIES
-from ckpt_convert.storage.names import JOURNAL, check_name, local_path, resolve
-from ckpt_convert.storage.reader import LocalFile, unreadable
+from ckpt_convert.storage.base import OpenFile
+from ckpt_convert.storage.names import JOURNAL, check_name
+from ckpt_convert.storage.place import Location, Place, locate
+from ckpt_convert.storage.reader import unreadable
 from ckpt_convert.tensors.header import WeightFile
 from ckpt_convert.words import some
 
@@ -62,18 +62,18 @@ class _State:
     findings: list[Finding] = field(default_factory=list)
     gone: tuple[int, ...] = ()
 
-    def error(self, check: str, error: CkptConvertError | OSError, path: Path, file: str | None = None) -> None:
+    def error(self, check: str, error: CkptConvertError | OSError, path: Place, file: str | None = None) -> None:
         self.findings.append(failed(check, error, relative(reason(error), path), file))
 
 
-def relative(text: str, path: Path) -> str:
+def relative(text: str, path: Place) -> str:
     """A message without the directory that the reader knows already."""
-    folder = str(path if path.is_dir() else path.parent)
-    return text.replace(f"{folder}{os.sep}", "").removeprefix(f"{folder}: ")
+    folder = str(path if path.is_folder() else path.parent)
+    return text.replace(f"{folder}/", "").removeprefix(f"{folder}: ")
 
 
 def open_tolerantly(
-    path: Path, *, format: str | None = None, family: str | None = None, config: str | Path | None = None
+    path: Place, *, format: str | None = None, family: str | None = None, config: Location | None = None
 ) -> Opened:
     """Open what there is of a checkpoint.
 
@@ -82,19 +82,19 @@ def open_tolerantly(
     """
     if family is not None and family not in FAMILIES:
         raise UsageError(f"--family {family}: is no family; known: {', '.join(FAMILIES)}")
-    config_path = local_path(config, "config") if config is not None else None
-    if config_path is not None and not config_path.is_file():
+    config_path = locate(config, "config") if config is not None else None
+    if config_path is not None and not config_path.is_regular():
         raise ConfigError(f"{config}: no such file; --config takes a config.json or params.json")
-    if not path.exists():
+    if path.kind() is None:
         raise CheckpointNotFoundError(f"{path}: no such file or directory")
-    path = place(path)
+    path = place(path.listed())
     state = _State()
     found_record = _record(path, state)
     try:
         name, why, directory = _directory(path, format, found_record, state)
     except OSError as error:
         raise unreadable(error, path) from error
-    if os.path.exists(path / JOURNAL):
+    if (path / JOURNAL).is_there():
         text = (
             f"{path.name} is the unfinished output of a conversion; run that again with --resume, or remove it and "
             "convert anew"
@@ -104,7 +104,7 @@ def open_tolerantly(
     files, lost, damaged = _files(path, directory, state)
     if name is None and directory.kind in (None, "dcp"):
         name, why = by_keys(files, why, directory.kind)
-        if name is None and path.is_dir() and directory.index is None and directory.kind is None and not lost:
+        if name is None and path.is_folder() and directory.index is None and directory.kind is None and not lost:
             directory = Directory(tuple(map(WeightName, everything(path))))
             del state.findings[before:]  # the same files are among those that are looked at now
             files, lost, damaged = _files(path, directory, state)
@@ -115,10 +115,10 @@ def open_tolerantly(
     return Opened(checkpoint, view, tuple(state.findings), frozenset(lost), frozenset(damaged), state.gone)
 
 
-def _record(path: Path, state: _State) -> Record | None:
-    if not path.is_dir():
+def _record(path: Place, state: _State) -> Record | None:
+    if not path.is_folder():
         return None
-    if (path / RECORD_FOLDER).is_dir() and not (path / record.MANIFEST).exists():
+    if (path / RECORD_FOLDER).is_folder() and not (path / record.MANIFEST).is_there():
         text = f"{record.MANIFEST} is missing, so nothing says what was written; copy it again, or move the folder away"
         state.findings.append(Finding("warning", "record", text, record.MANIFEST))
     try:
@@ -131,22 +131,22 @@ def _record(path: Path, state: _State) -> Record | None:
 
 
 def _directory(
-    path: Path, wanted: str | None, found_record: Record | None, state: _State
+    path: Place, wanted: str | None, found_record: Record | None, state: _State
 ) -> tuple[str | None, str, Directory]:
     """What ``detect`` says; where it refuses the directory, the weight files that lie there."""
     try:
         return detect(path, wanted, found_record)
     except CkptConvertError as error:
-        rescued = _rescued(path, state, error) if path.is_dir() else None
+        rescued = _rescued(path, state, error) if path.is_folder() else None
         if rescued is None:
             raise
         return rescued
 
 
-def _rescued(path: Path, state: _State, error: CkptConvertError) -> tuple[str | None, str, Directory] | None:
-    said = "hf" if (path / "config.json").is_file() else None
-    indexes = sorted(entry for entry in path.glob("*.json") if is_index(entry.name))
-    if indexes and f"{indexes[0].parent}{os.sep}" in str(error):
+def _rescued(path: Place, state: _State, error: CkptConvertError) -> tuple[str | None, str, Directory] | None:
+    said = "hf" if (path / "config.json").is_regular() else None
+    indexes = sorted(entry for entry in path.children() if is_index(entry.name))
+    if indexes and f"{indexes[0].parent}/" in str(error):
         named = [index for index in indexes if str(index) in str(error)] or indexes
         state.error("index", error, path, named[0].name)
         directory = _sound_part(path, named[0])
@@ -154,7 +154,7 @@ def _rescued(path: Path, state: _State, error: CkptConvertError) -> tuple[str | 
         if directory is None and names:
             directory = Directory(tuple(WeightName(name) for name in names[0]))
         return None if directory is None else (said, "weight files beside a broken index", directory)
-    ranks = ((RANK.fullmatch(entry.name), entry.name) for entry in path.iterdir())
+    ranks = ((RANK.fullmatch(entry.name), entry.name) for entry in path.children())
     numbered = sorted((int(match[1]), name) for match, name in ranks if match is not None and len(match[1]) <= 4)
     if not numbered or len(numbered) > 1024:
         return None
@@ -166,7 +166,7 @@ def _rescued(path: Path, state: _State, error: CkptConvertError) -> tuple[str | 
     return "meta", kept[0].name, Directory(tuple(kept))
 
 
-def _sound_part(path: Path, index: Path) -> Directory | None:
+def _sound_part(path: Place, index: Place) -> Directory | None:
     """The entries of an index that name plain files, where it has any."""
     try:
         weight_map = load_json(index).get("weight_map")
@@ -185,7 +185,7 @@ def _is_plain(name: str) -> bool:
     return True
 
 
-def _files(path: Path, directory: Directory, state: _State) -> tuple[tuple[WeightFile, ...], list[str], list[str]]:
+def _files(path: Place, directory: Directory, state: _State) -> tuple[tuple[WeightFile, ...], list[str], list[str]]:
     """The files that can be opened, the names of those that cannot, and of those that are damaged."""
     files, lost, damaged = [], [], []
     if directory.kind == "dcp":
@@ -194,11 +194,12 @@ def _files(path: Path, directory: Directory, state: _State) -> tuple[tuple[Weigh
         except (CkptConvertError, OSError) as error:
             state.error("container", error, path)
             return (), [DCP_INDEX], []
-    other = another_set(path, directory) if path.is_dir() else None
+    other = another_set(path, directory) if path.is_folder() else None
     if other is not None:  # one cause, whatever number of files it is that are missing
         state.findings.append(Finding("error", "files", other, directory.index))
+    there = {entry.name for entry in path.children()} if other is not None else set()
     for weight in directory.weights:
-        if other is not None and not os.path.lexists(path / weight.name):
+        if other is not None and weight.name not in there:
             lost.append(weight.name)
             continue
         opened = _open(path, weight, directory, state)
@@ -222,12 +223,12 @@ def _files(path: Path, directory: Directory, state: _State) -> tuple[tuple[Weigh
     return tuple(files), lost, damaged
 
 
-def _open(path: Path, weight: WeightName, directory: Directory, state: _State) -> tuple[LocalFile, Path] | None:
-    local = path if path.is_file() else path / weight.name
+def _open(path: Place, weight: WeightName, directory: Directory, state: _State) -> tuple[OpenFile, Place] | None:
+    local = path if path.is_regular() else path / weight.name
     try:
-        if path.is_dir():
-            resolve(path, weight.name, directory.index or path.name)
-        return LocalFile(local, weight.name), local
+        if path.is_folder():
+            path.inside(weight.name, directory.index or path.name)
+        return local.open(weight.name), local
     except CheckpointNotFoundError:
         text, found = _absent(local, weight.name, directory)
         state.findings.append(Finding("error", "files", text, weight.name, found=found))
@@ -238,7 +239,7 @@ def _open(path: Path, weight: WeightName, directory: Directory, state: _State) -
     return None
 
 
-def _absent(local: Path, name: str, directory: Directory) -> tuple[str, str]:
+def _absent(local: Place, name: str, directory: Directory) -> tuple[str, str]:
     keys = [key for key, file in (directory.weight_map or {}).items() if file == name]
     said = (
         f"{directory.index} says that {len(keys)} tensor{'s lie' if len(keys) != 1 else ' lies'} in it "
@@ -246,8 +247,7 @@ def _absent(local: Path, name: str, directory: Directory) -> tuple[str, str]:
         if keys
         else "it should be there"
     )
-    if local.is_symlink():
-        target = os.readlink(local)
+    if (target := local.link()) is not None:
         return (
             f"{name} is a link that leads nowhere (to {target}), but {said}; download or copy it again",
             "broken link",

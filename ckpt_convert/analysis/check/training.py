@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 from ckpt_convert.analysis.check.accept import accept_command, may_change
@@ -13,13 +12,13 @@ from ckpt_convert.checkpoint.findings import Finding, failed
 from ckpt_convert.checkpoint.record import MANIFEST, TRAINING_STATE
 from ckpt_convert.errors import CheckpointNotFoundError, CkptConvertError
 from ckpt_convert.storage.checksums import digest_file
-from ckpt_convert.storage.names import resolve
-from ckpt_convert.storage.reader import WORKERS, identify
+from ckpt_convert.storage.place import Place
+from ckpt_convert.storage.reader import WORKERS
 
 _WAY_OUT = "copy the checkpoint again, or use another step"
 
 
-def files(directory: Path, values: bool) -> list[Finding] | None:
+def files(directory: Place, values: bool) -> list[Finding] | None:
     """What is missing or changed of a saved step's files; without ``values`` by size only. None: no saved step."""
     training = record.training(directory)
     if training is None:
@@ -33,22 +32,22 @@ def files(directory: Path, values: bool) -> list[Finding] | None:
     return compare(directory, listed, values)
 
 
-def compare(directory: Path, listed: Mapping[str, Mapping[str, Any]], values: bool) -> list[Finding]:
+def compare(directory: Place, listed: Mapping[str, Mapping[str, Any]], values: bool) -> list[Finding]:
     """Hold files against the size and checksum (xxh3_64) that were written down; a few are read at a time."""
     with ThreadPoolExecutor(WORKERS) as pool:
         found = pool.map(lambda name: _compare(directory, name, listed[name], values), listed)
         return [finding for finding in found if finding is not None]
 
 
-def _compare(directory: Path, name: str, entry: Mapping[str, Any], values: bool) -> Finding | None:
+def _compare(directory: Place, name: str, entry: Mapping[str, Any], values: bool) -> Finding | None:
     def finding(text: str, expected: object = None, found: object = None, way: str = _WAY_OUT) -> Finding:
         said = [None if value is None else str(value) for value in (expected, found)]
         return Finding("error", "training", f"{name}: {text}; {way}", name, None, *said)
 
     changed = f"put it back, or accept it as it is: {accept_command(directory, name)}" if may_change(name) else _WAY_OUT
     try:
-        path = resolve(directory, name, MANIFEST)
-        size = identify(path).size
+        path = directory.inside(name, MANIFEST)
+        size = path.identity().size
         if size != entry.get("size"):
             text = f"was edited or damaged: should have {entry.get('size')} bytes, but has {size}"
             return finding(text, entry.get("size"), size, changed)

@@ -168,7 +168,7 @@ def load(checkpoint: Checkpoint, found: Architecture, progress: ProgressCallback
 
 def _opens(checkpoint: Checkpoint) -> bool:
     """Whether transformers would find just these files in the directory, and a model rather than an adapter."""
-    if checkpoint.format != "hf" or not checkpoint.path.is_dir() or (checkpoint.root / ADAPTER_CONFIG).exists():
+    if checkpoint.format != "hf" or not checkpoint.path.is_folder() or (checkpoint.root / ADAPTER_CONFIG).is_there():
         return False
     if checkpoint.read_as:
         return False

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 
 from ckpt_convert.checkpoint import unknown
 from ckpt_convert.checkpoint.mapping import Source
 from ckpt_convert.checkpoint.model import Model
 from ckpt_convert.checkpoint.quantized.recognise import CONFIGS, Quantization
 from ckpt_convert.errors import ConfigError, UnsupportedFamilyError, UsageError
+from ckpt_convert.storage.place import Place
 
 _WAY_OUT = "pass --dequantize bfloat16 (or float32)"
 
@@ -30,7 +30,7 @@ def unquantized(model: Model, format: str | None, formats: frozenset[str]) -> Mo
     return replace(model, config=config, notices=(*model.notices, f"{said}: it is left out"))
 
 
-def refuse_formats(found: Quantization, model: Model, formats: frozenset[str], path: Path) -> None:
+def refuse_formats(found: Quantization, model: Model, formats: frozenset[str], path: Place) -> None:
     """Raise where quantised tensors cannot be carried between these formats.
 
     Raises UnsupportedFamilyError for a format that the family has not, ConfigError for one without a place for scales.
@@ -49,7 +49,7 @@ def refuse_formats(found: Quantization, model: Model, formats: frozenset[str], p
         raise ConfigError(f"{what}; {_WAY_OUT}")
 
 
-def refuse_scheme(found: Quantization, path: Path) -> None:
+def refuse_scheme(found: Quantization, path: Place) -> None:
     """Raise ConfigError for a scheme that can be carried, but not dequantised."""
     if found.refusal is not None:
         raise ConfigError(f"{path}: is quantised ({found.text}); {_refusal(found)}")
@@ -63,7 +63,7 @@ def refuse_scheme(found: Quantization, path: Path) -> None:
             )
 
 
-def refuse_cast(found: Quantization | None, scheme: str | None, path: Path, dtype: str) -> None:
+def refuse_cast(found: Quantization | None, scheme: str | None, path: Place, dtype: str) -> None:
     """Raise UsageError for a cast of a quantised source, of which only what is not quantised would be cast.
 
     ``scheme`` is one that no rule is of.

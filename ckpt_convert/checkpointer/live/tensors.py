@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from ckpt_convert.convert.plan import Live
 from ckpt_convert.dtypes import FROM_TORCH, torch_name
 from ckpt_convert.errors import KeyMismatchError, UsageError
 from ckpt_convert.storage.base import RangeReader
+from ckpt_convert.storage.place import at
 from ckpt_convert.tensors.header import IN_MEMORY, Header, StoredTensor, WeightFile
 from ckpt_convert.tensors.lazy import stored
 from ckpt_convert.words import listing
@@ -180,7 +180,7 @@ def as_live(tensors: Mapping[str, torch.Tensor], format: str, readers: Mapping[s
         dense = tensor.is_contiguous() or given is not None
         description = StoredTensor(key, dtype, shape, 0, None if dense else strides)
         reader = given or MemoryReader(key, tensor)
-        file = WeightFile(WHERE, 0, Path(WHERE), reader, Header(IN_MEMORY, reader.size, (description,)))
+        file = WeightFile(WHERE, 0, at(WHERE), reader, Header(IN_MEMORY, reader.size, (description,)))
         sources[key] = Source(key, dtype, stored(number, shape, None if dense else strides), WHERE)
         files.append((file, description))
     return Live(format, sources, tuple(files))

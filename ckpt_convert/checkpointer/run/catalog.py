@@ -31,6 +31,7 @@ from ckpt_convert.errors import (
 from ckpt_convert.formats.base import is_number
 from ckpt_convert.storage import removal
 from ckpt_convert.storage.names import JOURNAL
+from ckpt_convert.storage.place import at
 from ckpt_convert.storage.reader import reading
 
 log = logging.getLogger("ckpt_convert")
@@ -74,7 +75,7 @@ def _section(directory: Path, name: str | None) -> tuple[dict[str, Any], dict[st
     with reading(directory / MANIFEST, "looked at"):
         if os.path.lexists(directory / JOURNAL) or not (directory / MANIFEST).is_file():
             return None
-    manifest = read_manifest(directory)
+    manifest = read_manifest(at(directory))
     training = manifest.get("training")
     if not isinstance(training, dict) or name not in (None, training.get("directory")):
         return None
@@ -163,7 +164,7 @@ def amend(saved: Saved, **changes: Any) -> Saved:
         manifest, training = found
         training.update(changes)
         amended = _saved(saved.path, manifest, training)
-        replace_manifest(saved.path, manifest)
+        replace_manifest(at(saved.path), manifest)
     return amended
 
 

@@ -19,6 +19,7 @@ from ckpt_convert.dtypes import DEQUANTIZED, torch_name
 from ckpt_convert.errors import CheckpointNotFoundError, CkptConvertError, ConfigError, UsageError
 from ckpt_convert.formats.base import Directory, render_json
 from ckpt_convert.storage.names import local_path
+from ckpt_convert.storage.place import at
 
 STARTED_FROM, CONFIG = "started_from", "config"
 """What the manifest says of a run that began with a config alone."""
@@ -38,9 +39,9 @@ def open_source(source: Source, *, format: str | None, family: str | None, confi
         return _as_numbers(source)
     if not isinstance(source, (str, Path)):
         source = [local_path(file, "source") for file in source]
-    at: str | Path = source if isinstance(source, (str, Path)) else _directory(source)
+    given: str | Path = source if isinstance(source, (str, Path)) else _directory(source)
     path = None if config is None else _config_file(config)
-    opened = open_checkpoint(at, format=format, family=family, config=path)
+    opened = open_checkpoint(given, format=format, family=family, config=path)
     if not isinstance(source, (str, Path)):
         _check_list([Path(file).name for file in source], opened)
     return _as_numbers(opened)
@@ -80,8 +81,8 @@ def from_config(config: Config, *, format: str, family: str | None) -> Checkpoin
     path = _config_file(config)
     if not path.is_file():
         raise ConfigError(f"{path}: no such file; config= takes a config.json, or what one says as a dict")
-    nothing = OpenedFiles(path, format, "a config without weights", Directory(()), ())
-    return Checkpoint.of(nothing, Hints(family, path))
+    nothing = OpenedFiles(at(path), format, "a config without weights", Directory(()), ())
+    return Checkpoint.of(nothing, Hints(family, at(path)))
 
 
 def _as_numbers(opened: Checkpoint) -> Checkpoint:

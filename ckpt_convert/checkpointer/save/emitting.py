@@ -46,6 +46,7 @@ from ckpt_convert.dtypes import DTYPES
 from ckpt_convert.errors import CkptConvertError, KeyMismatchError, UsageError, reason
 from ckpt_convert.models import Family
 from ckpt_convert.storage.base import RangeReader
+from ckpt_convert.storage.place import Place
 from ckpt_convert.storage.reader import WORKERS
 from ckpt_convert.tensors.blocks import ProgressCallback
 from ckpt_convert.words import listing
@@ -170,7 +171,7 @@ class Emitter:
                 return {}
         return {base.SECTION: self._base.as_json()}
 
-    def load_adapter(self, path: Path, model: Model) -> int:
+    def load_adapter(self, path: Place, model: Model) -> int:
         """Fill a model's adapter from PEFT's files; returns the number of tensors."""
         if self.adapter is None:
             raise UsageError("there is no adapter to load into; give adapter=AdapterConfig(rank=..., alpha=...)")

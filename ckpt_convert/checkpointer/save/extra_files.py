@@ -12,6 +12,7 @@ from ckpt_convert.convert.plan import Plan
 from ckpt_convert.errors import UsageError
 from ckpt_convert.formats.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RECORD_FOLDER, is_index
 from ckpt_convert.storage.checksums import digest, digest_file
+from ckpt_convert.storage.place import at
 
 
 def check(extra: Sequence[Path], plan: Plan | None) -> None:
@@ -42,5 +43,5 @@ def replaced(extra: Sequence[Path], plan: Plan, own: Collection[str]) -> Iterato
             continue
         made = there.make() if there.make is not None else None
         before = digest_file(there.path) if there.path is not None else None if made is None else digest(made)
-        if before is not None and before != digest_file(path):
+        if before is not None and before != digest_file(at(path)):
             yield f"extra_files: {path} takes the place of the source's {path.name} in every step"

@@ -191,17 +191,18 @@ class RunDirectory:
 
     def check(self, source: Checkpoint) -> None:
         """Raise OutputExistsError where saving would write into the source."""
-        if source.files and source.path.is_dir() and self.path.resolve().is_relative_to(source.path.resolve()):
+        here, origin = at(self.path).real(), source.path.real()
+        if source.files and origin.is_folder() and (here == origin or here.is_below(origin)):
             raise OutputExistsError(
                 f"{self.path}: lies inside the source {source.path}, which is never written; choose another output_dir"
             )
 
     def _refuse_step(self, source: Checkpoint) -> None:
         """Raise OutputExistsError where keeping fewer steps would delete the source."""
-        root = source.path.resolve()
-        if not source.files or source.path == self.template:
+        root = source.path.real()
+        if not source.files or (self.template is not None and source.path == at(self.template)):
             return
-        if root.parent == self.path.resolve() and catalog.read(root) is not None:
+        if root.parent == at(self.path).real() and catalog.read(root.local) is not None:
             raise OutputExistsError(
                 f"{source.path}: is a step of this very output_dir, which later steps may replace; choose "
                 "another output_dir, or resume() with the source that the run began with"

@@ -156,5 +156,5 @@ def _file(name: str, data: bytes, staging: Stage) -> dict[str, Any]:
 
 
 def _copy(path: Path, staging: Stage) -> dict[str, Any]:
-    checksum = output.write_side_file(SideFile(path.name, "copied", path), staging.folder)
+    checksum = output.write_side_file(SideFile(path.name, "copied", at(path)), staging.folder)
     return {"size": path.stat().st_size, "checksum": checksum}

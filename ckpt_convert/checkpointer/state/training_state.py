@@ -30,6 +30,7 @@ from ckpt_convert.errors import (
 )
 from ckpt_convert.storage import folder as local
 from ckpt_convert.storage.base import RangeReader
+from ckpt_convert.storage.place import at
 from ckpt_convert.storage.reader import reading
 from ckpt_convert.storage.workspace import Folder
 from ckpt_convert.tensors.header import StoredTensor
@@ -75,7 +76,7 @@ def check(directory: Path, files: Mapping[str, Mapping[str, Any]], checksums: bo
     Without ``checksums`` only names and sizes are looked at, and no file is read.
     """
 
-    return [finding.text for finding in compare(directory, files, checksums)]
+    return [finding.text for finding in compare(at(directory), files, checksums)]
 
 
 def read(directory: Path, parts: Iterable[str] | None = None) -> Any:
@@ -166,7 +167,7 @@ def open_state(directory: Path) -> Opened:
             "directory was removed, so resume from another checkpoint"
         )
     with reading(directory):
-        files, _ = dcp.read_directory(directory)
+        files, _ = dcp.read_directory(at(directory))
     pieces: dict[str, list[tuple[RangeReader, StoredTensor]]] = {}
     for file in files:
         for stored in file.header.tensors:

@@ -13,18 +13,16 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ckpt_convert.containers import safetensors
 from ckpt_convert.containers.dcp import DCP_INDEX, DCP_SUFFIX
-from ckpt_convert.containers.dcp.dcp_metadata import Metadata, Place, check_cover, load, merged
+from ckpt_convert.containers.dcp.dcp_metadata import Extent, Metadata, check_cover, load, merged
 from ckpt_convert.containers.torch_zip import torchzip
 from ckpt_convert.dtypes import DTYPES, nbytes
 from ckpt_convert.errors import CheckpointNotFoundError, CorruptFileError, InputError
-from ckpt_convert.storage.base import RangeReader
-from ckpt_convert.storage.names import resolve
-from ckpt_convert.storage.reader import FilePool, Identity, LocalFile, identify
+from ckpt_convert.storage.base import Entry, OpenFile, RangeReader
+from ckpt_convert.storage.place import FilePool, Place
 from ckpt_convert.tensors.header import Box, Header, StoredTensor
 
 KIND = "dcp"
@@ -37,7 +35,7 @@ class File:
     """One ``.distcp`` file: its header, and the reader that the header's offsets refer to."""
 
     name: str
-    path: Path
+    path: Place
     reader: RangeReader
     header: Header
 
@@ -47,12 +45,12 @@ def is_metadata(name: str) -> bool:
     return name == DCP_INDEX or _OF_RANK.fullmatch(name) is not None
 
 
-def is_directory(directory: Path) -> bool:
+def is_directory(directory: Place) -> bool:
     """Say whether a directory looks like one that torch.distributed.checkpoint wrote."""
-    return bool(_metadata_files(directory)) or any(directory.glob(f"*{DCP_SUFFIX}"))
+    return bool(_metadata_files(directory)) or any(entry.name.endswith(DCP_SUFFIX) for entry in directory.children())
 
 
-def read_directory(directory: Path) -> tuple[list[File], list[tuple[str, str]]]:
+def read_directory(directory: Place) -> tuple[list[File], list[tuple[str, str]]]:
     """The files with their headers, and what is worth saying of the whole as (label, text).
 
     A piece's ``offset`` is that of its record, and refers to the reader that comes with it; no file but the metadata
@@ -67,8 +65,8 @@ def read_directory(directory: Path) -> tuple[list[File], list[tuple[str, str]]]:
             "the save was cut short, or the file was not copied (its name starts with a dot)"
         )
     said = str(directory / names[0])
-    metadata = merged([load(resolve(directory, name, str(directory))) for name in names], said)
-    pieces: dict[str, list[tuple[StoredTensor, Place]]] = {}
+    metadata = merged([load(directory.inside(name, str(directory))) for name in names], said)
+    pieces: dict[str, list[tuple[StoredTensor, Extent]]] = {}
     for key, tensor in metadata.tensors.items():
         check_cover(f"{said}: {key!r}", tensor)
         for origin, (sizes, place) in tensor.pieces.items():
@@ -89,25 +87,25 @@ def read_directory(directory: Path) -> tuple[list[File], list[tuple[str, str]]]:
     return files, _facts(metadata, names, files)
 
 
-def _metadata_files(directory: Path) -> list[str]:
+def _metadata_files(directory: Place) -> list[str]:
     """The one file for all ranks, or one for each where they were saved without talking to each other."""
-    if (directory / DCP_INDEX).is_file():
+    if (directory / DCP_INDEX).is_regular():
         return [DCP_INDEX]
-    ranks = {int(m[1]): entry.name for entry in directory.iterdir() if (m := _OF_RANK.fullmatch(entry.name))}
+    ranks = {int(m[1]): entry.name for entry in directory.children() if (m := _OF_RANK.fullmatch(entry.name))}
     return [ranks[rank] for rank in sorted(ranks)]
 
 
 def _file(
-    directory: Path,
+    directory: Place,
     said: str,
     name: str,
-    pieces: list[tuple[StoredTensor, Place]],
+    pieces: list[tuple[StoredTensor, Extent]],
     objects: Mapping[str, str],
     foreign: tuple[str, ...],
     pool: FilePool,
 ) -> File:
-    path = resolve(directory, name, said)
-    part = _Part(path, identify(path), pool)
+    path = directory.inside(name, said)
+    part = _Part(path, path.identity(), pool)
     size = part.identity.size
     for stored, place in pieces:
         if place.offset + place.length > size:
@@ -130,7 +128,7 @@ def _file(
     return File(name, path, reader, Header(KIND, size, tensors, objects=objects, foreign=foreign))
 
 
-def _check_records(path: Path, pieces: Sequence[tuple[StoredTensor, Place]]) -> None:
+def _check_records(path: Place, pieces: Sequence[tuple[StoredTensor, Extent]]) -> None:
     end = 0
     for stored, place in pieces:
         if place.offset < end or stored.nbytes > place.length:
@@ -145,11 +143,11 @@ def _check_records(path: Path, pieces: Sequence[tuple[StoredTensor, Place]]) -> 
 class _Part:
     """One of the files, as it was when the metadata was read; open only now and then, for there may be thousands."""
 
-    path: Path
-    identity: Identity
+    path: Place
+    identity: Entry
     pool: FilePool
 
-    def open(self) -> AbstractContextManager[LocalFile]:
+    def open(self) -> AbstractContextManager[OpenFile]:
         return self.pool.open(self.path, self.identity)
 
 
@@ -213,7 +211,7 @@ class _Reopened:
 class _Unreadable:
     """A file whose records are more than tensors in archives: what it holds can be listed, but not read."""
 
-    path: Path
+    path: Place
     size: int
     first: StoredTensor
 
@@ -235,7 +233,7 @@ class _Records:
     They take fewer bytes than the archive around them, so no two pieces meet.
     """
 
-    def __init__(self, part: _Part, pieces: Sequence[tuple[StoredTensor, Place]]) -> None:
+    def __init__(self, part: _Part, pieces: Sequence[tuple[StoredTensor, Extent]]) -> None:
         self.name = str(part.path)
         self.size = part.identity.size
         self._part = part
@@ -254,9 +252,9 @@ class _Records:
             if held.strides is None:
                 file.readinto(held.offset + within, buffer)
             elif len(buffer):
-                _gather(file, held, within, buffer)
+                _gather(File(self.name, self._part.path, file, Header(KIND, file.size, ())), held, within, buffer)
 
-    def _at(self, number: int, file: LocalFile) -> StoredTensor:
+    def _at(self, number: int, file: OpenFile) -> StoredTensor:
         held = self._found.get(number)
         if held is None:
             held = self._found[number] = _held(file, *self._pieces[number])
@@ -286,7 +284,7 @@ def located(file: File) -> Header | None:
     return file.reader.located(file.header) if isinstance(file.reader, _Records) else None
 
 
-def _held(file: LocalFile, stored: StoredTensor, place: Place) -> StoredTensor:
+def _held(file: RangeReader, stored: StoredTensor, place: Extent) -> StoredTensor:
     """Read a record's archive as far as it says where the piece's bytes lie."""
     header = torchzip.parse(_Slice(file, place.offset, place.length))
     (held, *others) = header.tensors or (None,)
@@ -299,7 +297,7 @@ def _held(file: LocalFile, stored: StoredTensor, place: Place) -> StoredTensor:
     return StoredTensor(held.key, held.dtype, held.shape, place.offset + held.offset, held.strides)
 
 
-def _gather(file: LocalFile, held: StoredTensor, start: int, buffer: memoryview) -> None:
+def _gather(file: File, held: StoredTensor, start: int, buffer: memoryview) -> None:
     """Bytes from ``start`` on of what a tensor that is stored in another order would be as a dense one."""
     import numpy as np
 
@@ -310,7 +308,7 @@ def _gather(file: LocalFile, held: StoredTensor, start: int, buffer: memoryview)
     first, last = start // row, -(-(start + len(buffer)) // row)
     rows = stored(0, held.shape, held.strides).narrow(0, first, last - first)
     gathered = np.empty((last - first) * row, np.uint8)
-    gatherer = Gatherer([(File(file.name, file.path, file, Header(KIND, file.size, ())), held)])
+    gatherer = Gatherer([(file, held)])
     gatherer.into(rows, held.dtype, gathered)
     buffer[:] = gathered[start - first * row :][: len(buffer)].data
 

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import prod
-from pathlib import Path
 from typing import Any, TypeGuard
 
 from ckpt_convert.containers.dcp import DCP_INDEX
@@ -19,7 +18,7 @@ from ckpt_convert.containers.pickle.pickleglobals import DTypeName, Foreign, Glo
 from ckpt_convert.dtypes import DTYPES, torch_name
 from ckpt_convert.errors import CorruptFileError
 from ckpt_convert.storage.base import read
-from ckpt_convert.storage.reader import LocalFile
+from ckpt_convert.storage.place import Place
 
 _OURS = "torch.distributed.checkpoint."
 _MAX_METADATA = 1 << 29
@@ -33,7 +32,7 @@ _Box = tuple[Sizes, Sizes]  # origin and sizes
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Extent:
     """Where a piece, or an object, was written: a record of ``length`` bytes at ``offset``."""
 
     file: str
@@ -48,7 +47,7 @@ class Tensor:
 
     dtype: str
     shape: Sizes
-    pieces: dict[Sizes, tuple[Sizes, Place]]
+    pieces: dict[Sizes, tuple[Sizes, Extent]]
 
 
 @dataclass(frozen=True)
@@ -56,14 +55,14 @@ class Metadata:
     """What the metadata says: the tensors, and the keys of all else, with their places."""
 
     tensors: dict[str, Tensor]
-    objects: dict[str, Place | None]
+    objects: dict[str, Extent | None]
     foreign: tuple[str, ...]
     version: str | None
 
 
-def load(path: Path) -> Metadata:
+def load(path: Place) -> Metadata:
     """Read one metadata file; raises CorruptFileError when it does not say what torch's does."""
-    with LocalFile(path) as file:
+    with path.open() as file:
         if file.size > _MAX_METADATA:
             raise CorruptFileError(
                 f"{path}: {file.size:,} bytes are far more than any checkpoint's metadata; is this the right file?"
@@ -83,7 +82,7 @@ class _OddError(ValueError):
 
 def _metadata(loaded: torchpickle.Loaded) -> Metadata:
     root = _attributes(loaded.value, "metadata.Metadata")
-    places: dict[tuple[str, Sizes | None], Place] = {}
+    places: dict[tuple[str, Sizes | None], Extent] = {}
     for index, info in _dict(root.get("storage_data"), "storage_data").items():
         where = _attributes(index, "metadata.MetadataIndex")
         offset = where.get("offset")
@@ -100,7 +99,7 @@ def _metadata(loaded: torchpickle.Loaded) -> Metadata:
     return Metadata(tensors, objects, foreign, version if isinstance(version, str) else None)
 
 
-def _tensor(key: str, entry: Mapping[str, Any], places: Mapping[tuple[str, Sizes | None], Place]) -> Tensor:
+def _tensor(key: str, entry: Mapping[str, Any], places: Mapping[tuple[str, Sizes | None], Extent]) -> Tensor:
     dtype = _dtype(entry.get("properties"))
     shape = _sizes(entry.get("size"))
     chunks = entry.get("chunks")
@@ -139,12 +138,12 @@ def _dtype(properties: object) -> str:
     raise _OddError("a tensor should have a dtype")
 
 
-def _place(info: object) -> Place:
+def _place(info: object) -> Extent:
     found = _attributes(info, "filesystem._StorageInfo")
     offset, length = found.get("offset"), found.get("length")
     if not _is_size(offset) or not _is_size(length):
         raise _OddError("a record should lie at an offset and have a length, of 63 bits each at most")
-    return Place(_text(found.get("relative_path")), offset, length, not found.get("transform_descriptors"))
+    return Extent(_text(found.get("relative_path")), offset, length, not found.get("transform_descriptors"))
 
 
 def _attributes(value: object, kind: str) -> Mapping[str, Any]:
