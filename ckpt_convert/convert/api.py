@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 from ckpt_convert.checkpoint import record
@@ -117,7 +116,7 @@ def plan(src: Location, *, to: str, **options: Unpack[Options]) -> Plan:
 
 
 def _plan(
-    src: str | Path, to: str, options: Options, equal: Callable[[Identified, Equality], bool] | None = None
+    src: Location, to: str, options: Options, equal: Callable[[Identified, Equality], bool] | None = None
 ) -> Plan:
     """``plan``; ``equal`` compares two tensors of the source, where only their bytes say whether they are tied."""
     unknown = options.keys() - Options.__annotations__.keys()
@@ -175,8 +174,8 @@ def _config_of(like: Place, source: Checkpoint) -> Place | None:
 
 
 def convert(
-    src: str | Path,
-    dst: str | Path | Place,
+    src: Location,
+    dst: Location,
     *,
     to: str,
     overwrite: bool = False,
