@@ -16,14 +16,19 @@ from functools import cached_property
 from ckpt_convert.formats import ALL
 from ckpt_convert.models.core.table import Family
 
-_WRAPPERS = {
-    "_orig_mod": "torch.compile",
-    "_fsdp_wrapped_module": "FullyShardedDataParallel",
-    "_checkpoint_wrapped_module": "activation checkpointing",
-}
-"""Parts of keys that a wrapper around a module puts before the keys of the module, wherever it stands in the model."""
+HOLDER = "module"
+"""What DistributedDataParallel and others that hold a whole model put before its keys."""
 
-_NESTS = ("model", "module", "state_dict", "state", "language_model")
+WRAPPERS = {
+    # class of torch's: part of the keys, who puts it there
+    "OptimizedModule": ("_orig_mod", "torch.compile"),
+    "FullyShardedDataParallel": ("_fsdp_wrapped_module", "FullyShardedDataParallel"),
+    "ActivationWrapper": ("_checkpoint_wrapped_module", "activation checkpointing"),
+}
+"""What a wrapper around a module puts before the keys of the module, wherever it stands in the model."""
+
+_WRAPPED_BY = dict(WRAPPERS.values())
+_NESTS = ("model", HOLDER, "state_dict", "state", "language_model")
 """Parts that may stand before keys: DistributedDataParallel's, entries of a file, and modules that hold the model."""
 
 _PREFIXES = ("", "model.", "language_model.", "language_model.model.", "model.language_model.")
@@ -91,7 +96,7 @@ class _Reading:
     renamed: tuple[str, str] | None = None
 
     def of(self, key: str) -> str:
-        name = self.prefix + ".".join(_unwrapped(key)[self.parts :])
+        name = self.prefix + ".".join(unwrapped(key)[self.parts :])
         return name if self.renamed is None else name.replace(*self.renamed)
 
 
@@ -186,8 +191,9 @@ def _pattern(key: str) -> str:
     return _NUMBER.sub("0", key)
 
 
-def _unwrapped(key: str) -> list[str]:
-    return [part for part in key.split(".") if part not in _WRAPPERS]
+def unwrapped(key: str) -> list[str]:
+    """The parts of a key that no wrapper has put there."""
+    return [part for part in key.split(".") if part not in _WRAPPED_BY]
 
 
 def _read(patterns: Collection[str], table: Collection[str], former: _Former) -> _Readings:
@@ -217,7 +223,7 @@ def _possible(pattern: str, table: Collection[str], former: _Former) -> list[_Re
 
 
 def _under(pattern: str, table: Collection[str], renamed: tuple[str, str] | None) -> list[_Reading]:
-    parts = _unwrapped(pattern if renamed is None else pattern.replace(*renamed))
+    parts = unwrapped(pattern if renamed is None else pattern.replace(*renamed))
     if ".".join(parts) in table:
         return [_Reading(renamed=renamed)]
     found: dict[str, _Reading] = {}
@@ -233,7 +239,7 @@ def _under(pattern: str, table: Collection[str], renamed: tuple[str, str] | None
 
 def entry(key: str) -> str:
     """What a key that no table knows belongs to: its first part that is none of those that weights are nested in."""
-    return next((part for part in _unwrapped(key) if part not in _NESTS), "")
+    return next((part for part in unwrapped(key) if part not in _NESTS), "")
 
 
 def is_other(key: str, scalars: Collection[str] = frozenset()) -> bool:
@@ -278,17 +284,17 @@ class _Said:
         self._renamed = 0
 
     def add(self, key: str, reading: _Reading) -> None:
-        for part in set(key.split(".")) & _WRAPPERS.keys():
+        for part in set(key.split(".")) & _WRAPPED_BY.keys():
             self._wrapped[part] = self._wrapped.get(part, 0) + 1
         self._renamed += reading.renamed is not None
-        before = "".join(f"{part}." for part in _unwrapped(key)[: reading.parts])
+        before = "".join(f"{part}." for part in unwrapped(key)[: reading.parts])
         if before != reading.prefix:
             self._moved[before, reading.prefix] = self._moved.get((before, reading.prefix), 0) + 1
 
     def lines(self) -> list[str]:
         out = [f"{_keys(self._renamed)} those of an earlier release, read under today's names"] if self._renamed else []
         for part, count in self._wrapped.items():
-            out.append(f"{_keys(count)} read without {part!r}, which {_WRAPPERS[part]} put there")
+            out.append(f"{_keys(count)} read without {part!r}, which {_WRAPPED_BY[part]} put there")
         for (before, after), count in self._moved.items():
             how = f"with {after!r} before" if not before else f"without {before!r} before"
             out.append(

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ckpt_convert.checkpoint.legacy_keys import HOLDER, WRAPPERS, unwrapped
 from ckpt_convert.checkpoint.mapping import Source
 from ckpt_convert.convert.plan import Live
 from ckpt_convert.dtypes import FROM_TORCH, torch_name
@@ -34,16 +35,8 @@ _MODULE = (
     *("DistributedDataParallel", "DataParallel", "AveragedModel"),
     *("QuantWrapper", "LossWrapper"),  # of torch.ao.quantization and torch.distributed.pipelining
 )
-_WRAPPED = {
-    "OptimizedModule": "_orig_mod",  # torch.compile's, whose class is private
-    "ActivationWrapper": "_checkpoint_wrapped_module",  # activation checkpointing and offloading
-    "FullyShardedDataParallel": "_fsdp_wrapped_module",
-    **dict.fromkeys(_MODULE, "module"),
-}
+_WRAPPED = {kind: part for kind, (part, _) in WRAPPERS.items()} | dict.fromkeys(_MODULE, HOLDER)
 """Where torch's wrappers keep what they wrap, by the name of their class or of one that it is made from."""
-
-_PRIVATE = frozenset(name for name in _WRAPPED.values() if name.startswith("_"))
-"""Parts of a key that are a wrapper's wherever they are."""
 
 _COUNT = "n_averaged"
 """The only tensor that one of these wrappers has of its own: how many models an AveragedModel is the average of."""
@@ -103,7 +96,7 @@ def renamed(model: Model) -> Callable[[str], str]:
         called = {_plain(model, name)[0]: names[id(one)] for name, one in model.named_parameters()}
 
     def key(name: str) -> str:
-        plain = ".".join(part for part in name.split(".") if part not in _PRIVATE)
+        plain = ".".join(unwrapped(name))
         return called.get(plain, plain)
 
     return key
@@ -225,8 +218,8 @@ def _state_of_module(model: nn.Module) -> Iterator[tuple[str, Any, bool]]:
 
 
 def _state_of_mapping(state: Mapping[str, Any]) -> Iterator[tuple[str, Any, bool]]:
-    keys = {name: [part for part in name.split(".") if part not in _PRIVATE] for name in state}
-    module = all(parts[0] == "module" for parts in keys.values() if parts != [_COUNT])
+    keys = {name: unwrapped(name) for name in state}
+    module = all(parts[0] == HOLDER for parts in keys.values() if parts != [_COUNT])
     for name, parts in keys.items():
         own = module and parts == [_COUNT]
         yield ".".join(parts[1:] if module and not own else parts), state[name], own
@@ -243,7 +236,7 @@ def _plain(model: nn.Module, name: str) -> tuple[str, bool]:
     for part in name.split("."):
         while (inner := _wrapped(module)) and module is not None and part not in {**module._modules, **module._buffers}:
             module = module._modules[inner]
-        if part != inner and part not in _PRIVATE:
+        if part != inner and unwrapped(part):
             own = inner is not None
             parts.append(part)
         module = module._modules.get(part) if module is not None else None
