@@ -9,17 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ckpt_convert.models.core.config import CONFIG, base_dims, optional_bool
+from ckpt_convert.models.core.picking import columns, interleaved, named
 from ckpt_convert.models.core.table import Family
-from ckpt_convert.models.parts.decoder import (
-    ATTENTION,
-    ATTENTION_BIAS,
-    EMBEDDING,
-    FFN,
-    OUTPUT,
-    columns,
-    interleaved,
-    named,
-)
+from ckpt_convert.models.parts.decoder import ATTENTION, ATTENTION_BIAS, EMBEDDING, FFN, OUTPUT
 
 
 def dims(config: Mapping[str, Any]) -> dict[str, int]:

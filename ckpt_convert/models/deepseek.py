@@ -24,9 +24,10 @@ from ckpt_convert.models.core.config import (
     optional_str,
     require_int,
 )
+from ckpt_convert.models.core.picking import columns, named
 from ckpt_convert.models.core.table import Family, Key, Row
 from ckpt_convert.models.parts.decoder import ATTENTION as PLAIN_ATTENTION
-from ckpt_convert.models.parts.decoder import EMBEDDING, OUTPUT, columns, named
+from ckpt_convert.models.parts.decoder import EMBEDDING, OUTPUT
 from ckpt_convert.models.parts.experts import DENSE_FFN, EXPERTS, INDICES, NORM, ROUTER, split
 
 ATTENTION = (

@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from ckpt_convert.models.core.config import base_dims
+from ckpt_convert.models.core.picking import columns, named
 from ckpt_convert.models.core.table import Family
 from ckpt_convert.models.olmo2 import FFN_POST_NORM, POST_NORM
-from ckpt_convert.models.parts.decoder import ATTENTION, EMBEDDING, FFN, OUTPUT, columns, named
+from ckpt_convert.models.parts.decoder import ATTENTION, EMBEDDING, FFN, OUTPUT
 from ckpt_convert.models.qwen3 import QK_NORM
 
 

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from ckpt_convert.models.core.config import CONFIG, optional_bool, optional_mapping
+from ckpt_convert.models.core.picking import prefixed
 from ckpt_convert.models.core.table import Family, Key, Row
 from ckpt_convert.models.gemma import GEMMA3_TEXT, dims3
 from ckpt_convert.models.parts import siglip
-from ckpt_convert.models.parts.decoder import prefixed
 
 _TEXT, _VISION = "text_config", "vision_config"
 

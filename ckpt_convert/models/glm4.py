@@ -10,18 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ckpt_convert.models.core.config import CONFIG, base_dims, optional_bool
+from ckpt_convert.models.core.picking import columns, fused, named, unordered
 from ckpt_convert.models.core.table import Family, Key, Row
-from ckpt_convert.models.parts.decoder import (
-    ATTENTION,
-    ATTENTION_BIAS,
-    EMBEDDING,
-    FFN,
-    OUTPUT,
-    columns,
-    fused,
-    named,
-    unordered,
-)
+from ckpt_convert.models.parts.decoder import ATTENTION, ATTENTION_BIAS, EMBEDDING, FFN, OUTPUT
 
 _POST_NORM = Row("attention.post_norm", ("dim",), hf=Key("model.layers.{layer}.post_self_attn_layernorm.weight"))
 _FFN_POST_NORM = Row("ffn.post_norm", ("dim",), hf=Key("model.layers.{layer}.post_mlp_layernorm.weight"))

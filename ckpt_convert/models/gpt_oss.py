@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ckpt_convert.models.core.config import CONFIG, base_dims, optional_bool, optional_int
+from ckpt_convert.models.core.picking import columns, half
 from ckpt_convert.models.core.table import Family, Key, Row
-from ckpt_convert.models.parts.decoder import ATTENTION, EMBEDDING, OUTPUT, columns, half
+from ckpt_convert.models.parts.decoder import ATTENTION, EMBEDDING, OUTPUT
 from ckpt_convert.models.parts.experts import LOAD_BALANCE, NORM
 
 ATTENTION_BIAS = (

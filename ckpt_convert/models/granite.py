@@ -5,9 +5,10 @@ hf: what transformers saves.
 
 from __future__ import annotations
 
+from ckpt_convert.models.core.picking import columns
 from ckpt_convert.models.core.table import Family
 from ckpt_convert.models.llama import config as llama_config
-from ckpt_convert.models.parts.decoder import ATTENTION, ATTENTION_BIAS, EMBEDDING, FFN, FFN_BIAS, OUTPUT, columns
+from ckpt_convert.models.parts.decoder import ATTENTION, ATTENTION_BIAS, EMBEDDING, FFN, FFN_BIAS, OUTPUT
 
 GRANITE = Family(
     name="granite",

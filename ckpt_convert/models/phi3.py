@@ -8,8 +8,9 @@ torchtune itself has no such model.
 from __future__ import annotations
 
 from ckpt_convert.models.core.config import base_dims
+from ckpt_convert.models.core.picking import columns, fused, half, named
 from ckpt_convert.models.core.table import Family
-from ckpt_convert.models.parts.decoder import ATTENTION, EMBEDDING, FFN, OUTPUT, columns, fused, half, named
+from ckpt_convert.models.parts.decoder import ATTENTION, EMBEDDING, FFN, OUTPUT
 
 PHI3 = Family(
     name="phi3",

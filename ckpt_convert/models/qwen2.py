@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ckpt_convert.models.core.config import base_dims
+from ckpt_convert.models.core.picking import columns, half
 from ckpt_convert.models.core.table import Family, Key, Row
-from ckpt_convert.models.parts.decoder import ATTENTION, EMBEDDING, FFN, OUTPUT, columns, half
+from ckpt_convert.models.parts.decoder import ATTENTION, EMBEDDING, FFN, OUTPUT
 
 QKV_BIAS = (
     Row(

@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from ckpt_convert.models.core.config import CONFIG, base_dims, optional_bool, optional_count, optional_int
+from ckpt_convert.models.core.picking import columns, half
 from ckpt_convert.models.core.table import Family, Key, Row
 from ckpt_convert.models.parts import experts
-from ckpt_convert.models.parts.decoder import ATTENTION, EMBEDDING, OUTPUT, columns, half
+from ckpt_convert.models.parts.decoder import ATTENTION, EMBEDDING, OUTPUT
 from ckpt_convert.models.parts.experts import DENSE_FFN, EXPERTS, INDICES, NORM, ROUTER
 from ckpt_convert.models.qwen2 import QKV_BIAS
 

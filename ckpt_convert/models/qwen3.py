@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ckpt_convert.models.core.config import CONFIG, base_dims, optional_bool
+from ckpt_convert.models.core.picking import half, named
 from ckpt_convert.models.core.table import Family, Key, Row
-from ckpt_convert.models.parts.decoder import ATTENTION, ATTENTION_BIAS, EMBEDDING, FFN, OUTPUT, half, named
+from ckpt_convert.models.parts.decoder import ATTENTION, ATTENTION_BIAS, EMBEDDING, FFN, OUTPUT
 from ckpt_convert.models.qwen2 import QKV_BIAS
 
 QK_NORM = (

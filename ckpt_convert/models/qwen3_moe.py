@@ -10,9 +10,10 @@ from typing import Any
 
 from ckpt_convert.errors import ConfigError
 from ckpt_convert.models.core.config import CONFIG, base_dims, optional_bool, optional_count, optional_int
+from ckpt_convert.models.core.picking import columns, half
 from ckpt_convert.models.core.table import Family
 from ckpt_convert.models.parts import experts
-from ckpt_convert.models.parts.decoder import ATTENTION, EMBEDDING, OUTPUT, columns, half
+from ckpt_convert.models.parts.decoder import ATTENTION, EMBEDDING, OUTPUT
 from ckpt_convert.models.parts.experts import DENSE_FFN, EXPERTS, INDICES, LOAD_BALANCE, NORM, ROUTER
 from ckpt_convert.models.qwen3 import QK_NORM, QKVO_BIAS
 

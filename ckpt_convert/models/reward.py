@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from ckpt_convert.models.core.config import CONFIG, optional_int, optional_mapping
+from ckpt_convert.models.core.picking import columns
 from ckpt_convert.models.core.table import Family, Key, Row
 from ckpt_convert.models.llama.table import LLAMA
 from ckpt_convert.models.mistral.table import MISTRAL
-from ckpt_convert.models.parts.decoder import columns
 
 _SCORE = (
     Row("score", ("n_labels", "dim"), hf=Key("score.weight"), native=Key("output.weight")),

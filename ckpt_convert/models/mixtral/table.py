@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from ckpt_convert.models.core.picking import columns, named
 from ckpt_convert.models.core.table import Key, Row
 from ckpt_convert.models.mistral.table import MISTRAL, MISTRAL_PARAMS
 from ckpt_convert.models.mixtral import config, params
-from ckpt_convert.models.parts.decoder import columns, named
 from ckpt_convert.models.parts.experts import INDICES
 
 _MISTRAL = columns(MISTRAL.rows, "hf", "meta")

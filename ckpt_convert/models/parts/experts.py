@@ -11,8 +11,9 @@ from typing import Any
 
 from ckpt_convert.errors import ConfigError
 from ckpt_convert.models.core.config import CONFIG, optional_int, require_int
+from ckpt_convert.models.core.picking import named
 from ckpt_convert.models.core.table import Key, Row
-from ckpt_convert.models.parts.decoder import FFN, named
+from ckpt_convert.models.parts.decoder import FFN
 
 NORM = named(FFN, "ffn_norm")
 

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from ckpt_convert.models.core.picking import columns, named
 from ckpt_convert.models.core.table import Family, Key, Row
-from ckpt_convert.models.parts.decoder import ATTENTION, EMBEDDING, OUTPUT, columns, named
+from ckpt_convert.models.parts.decoder import ATTENTION, EMBEDDING, OUTPUT
 from ckpt_convert.models.parts.experts import DENSE_FFN, EXPERTS, LOAD_BALANCE, NORM, ROUTER
 from ckpt_convert.models.qwen3_5 import config
 

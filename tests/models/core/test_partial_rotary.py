@@ -15,10 +15,11 @@ import ckpt_convert
 from ckpt_convert.errors import ConfigError
 from ckpt_convert.models import FAMILIES
 from ckpt_convert.models.core.config import CONFIG, base_dims, optional_bool
+from ckpt_convert.models.core.picking import columns
 from ckpt_convert.models.core.rope import rotary_dim
 from ckpt_convert.models.core.table import Family, Key, Row
 from ckpt_convert.models.core.table_check import check
-from ckpt_convert.models.parts.decoder import ATTENTION, EMBEDDING, FFN, OUTPUT, columns
+from ckpt_convert.models.parts.decoder import ATTENTION, EMBEDDING, FFN, OUTPUT
 from tests.helpers import Tensors, assert_same, read_safetensors, sums
 
 HEADS, KV_HEADS, HEAD_DIM, DIM, LAYERS = 6, 3, 12, 72, 2

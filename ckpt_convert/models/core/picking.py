@@ -1,0 +1,60 @@
+"""What picks rows of one table for another, and changes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ckpt_convert.models.core.rope import RopeOrder
+from ckpt_convert.models.core.rows import FORMATS, Row
+
+
+def columns(rows: Iterable[Row], *formats: str) -> tuple[Row, ...]:
+    """The rows as far as these formats have them: without other columns, and without rows that none of them has."""
+    others = dict.fromkeys(format for format in FORMATS if format not in formats)
+    return tuple(row.replace(**others) for row in rows if any(row.column(format) for format in formats))
+
+
+def named(rows: Iterable[Row], *names: str) -> tuple[Row, ...]:
+    """The rows of these names, in this order."""
+    by_name = {row.name: row for row in rows}
+    return tuple(by_name[name] for name in names)
+
+
+def half(rows: Iterable[Row]) -> tuple[Row, ...]:
+    """The rows with their heads in rotate-half order in every column: no conversion between these reorders them."""
+    return tuple(_ordered(row, "half") if row.heads else row for row in rows)
+
+
+def interleaved(rows: Iterable[Row]) -> tuple[Row, ...]:
+    """The rows with their heads in interleaved order in every column: no conversion between these reorders them."""
+    return tuple(_ordered(row, "interleaved") if row.heads else row for row in rows)
+
+
+def unordered(rows: Iterable[Row]) -> tuple[Row, ...]:
+    """The rows without a word on the order of their heads' rows, which is the same in every column."""
+    return tuple(_ordered(row, None).replace(heads=None, rotary_dim=None) if row.heads else row for row in rows)
+
+
+def fused(rows: Iterable[Row], **templates: str) -> tuple[Row, ...]:
+    """The rows one after another along their first axis in one tensor: ``templates`` has its key for a format."""
+    return tuple(
+        row.replace(
+            **{
+                format: key.replace(template=templates[format], fused=0)
+                for format, key in row.columns.items()
+                if format in templates
+            }
+        )
+        for row in rows
+    )
+
+
+def prefixed(rows: Iterable[Row], prefix: str) -> tuple[Row, ...]:
+    """The rows with something before Hugging Face's keys: of a language model that is a part of another model."""
+    return tuple(
+        row.replace(hf=row.hf.replace(template=prefix + row.hf.template)) if row.hf is not None else row for row in rows
+    )
+
+
+def _ordered(row: Row, order: RopeOrder | None) -> Row:
+    return row.replace(**{format: key.replace(rope=order) for format, key in row.columns.items()})
