@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import os
+
+_YOUNG = 100_000
+"""Values after which the garbage collector looks for circles; Python's own choice is 700.
+
+The process is the command's own, so this is no switch in anybody else's. Where 92,000 tensors are described, and every
+value stays, the collector took a quarter of all the time (DeepSeek-V3, as published: 8.0 s of a core instead of 6.3).
+"""
 
 
 def main() -> None:
     """Run the command line and exit with its code."""
+    gc.set_threshold(_YOUNG, 20, 100)
     try:
         from ckpt_convert import cli
     except KeyboardInterrupt:

@@ -19,7 +19,6 @@ from ckpt_convert.storage.base import read
 from ckpt_convert.storage.names import JOURNAL
 from ckpt_convert.storage.place import Location, Place, identities, locate
 from ckpt_convert.storage.reader import reading
-from ckpt_convert.tensors.bulk import without_collector
 
 if TYPE_CHECKING:
     import torch
@@ -117,8 +116,7 @@ def read_checkpoint(
         raise CheckpointNotFoundError(f"{path}: no such file or directory")
     seen = identities(path, RECORD_FOLDER) if path.is_folder() else {path: path.identity()}
     found_record = record.load(path) if path.is_folder() else None
-    with without_collector():
-        opened = opening.find(path, format, found_record, seen)
+    opened = opening.find(path, format, found_record, seen)
     found = Checkpoint.of(opened, Hints(family, config_path, options or ConfigOptions()), found_record)
     _ = found.stated.known  # what is wrong with it is said where it is needed, that it cannot be read at once
     return found

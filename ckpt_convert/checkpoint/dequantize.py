@@ -8,7 +8,6 @@ from ckpt_convert.checkpoint.findings import raise_if_any
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpoint.quantized.carry import refuse_scheme
 from ckpt_convert.errors import ConfigError, UsageError
-from ckpt_convert.tensors.bulk import without_collector
 
 Source = TypeVar("Source", bound=Identified)
 
@@ -27,7 +26,6 @@ def dequantized(source: Source, dtype: str) -> Source:
     return source.as_numbers(found, dtype)
 
 
-@without_collector()
 def requested(source: Source, dtype: str | None) -> Source:
     """``dequantized`` where somebody asked for it; raises UsageError where nothing is quantised."""
     if dtype is None:

@@ -29,7 +29,6 @@ from ckpt_convert.formats.base import Directory
 from ckpt_convert.models import FAMILIES
 from ckpt_convert.storage.base import Entry
 from ckpt_convert.storage.place import Place
-from ckpt_convert.tensors.bulk import without_collector
 from ckpt_convert.tensors.header import StoredTensor, WeightFile
 from ckpt_convert.tensors.lazy import LazyTensor, concat
 
@@ -313,8 +312,7 @@ class Identified:
         """
         cuts = self._cuts() if len(self.files) > 1 and self.format == "meta" else {}
         cuts = {self.names.stored.get(key, key): cut for key, cut in cuts.items()}
-        with without_collector():
-            return describe(self.stored, self.keys.in_file, cuts, self.format == "meta")
+        return describe(self.stored, self.keys.in_file, cuts, self.format == "meta")
 
     def _cuts(self) -> dict[str, tuple[int | None, int]]:
         """The axis of each key that ranks cut, and how many of them in succession hold the same part."""

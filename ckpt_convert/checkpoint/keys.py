@@ -14,7 +14,6 @@ from ckpt_convert.checkpoint.mapping import Source
 from ckpt_convert.checkpoint.opening import OpenedFiles
 from ckpt_convert.checkpoint.tensors import assembled
 from ckpt_convert.errors import KeyMismatchError
-from ckpt_convert.tensors.bulk import without_collector
 from ckpt_convert.tensors.header import StoredTensor, WeightFile
 from ckpt_convert.tensors.lazy import stored
 from ckpt_convert.words import listing
@@ -62,8 +61,7 @@ class Keys:
 
     @cached_property
     def _found(self) -> tuple[list[dict[str, Source]], list[Finding]]:
-        with without_collector():
-            return self._find()
+        return self._find()
 
     def _find(self) -> tuple[list[dict[str, Source]], list[Finding]]:
         files = self.opened.files

@@ -31,7 +31,6 @@ from ckpt_convert.models import FAMILIES
 from ckpt_convert.storage import hub, pointer
 from ckpt_convert.storage.base import Closing, Entry
 from ckpt_convert.storage.place import Place
-from ckpt_convert.tensors.bulk import without_collector
 from ckpt_convert.tensors.header import SLICES, StoredTensor, WeightFile
 from ckpt_convert.words import some
 
@@ -68,14 +67,9 @@ class OpenedFiles:
     @cached_property
     def stored(self) -> tuple[tuple[WeightFile, StoredTensor], ...]:
         """Every stored tensor with its file, in file and offset order; the position is its number as a source."""
-        with without_collector():
-            return tuple(
-                [
-                    (file, tensor)
-                    for file in self.files
-                    for tensor in sorted(file.header.tensors, key=attrgetter("offset"))
-                ]
-            )
+        return tuple(
+            [(file, tensor) for file in self.files for tensor in sorted(file.header.tensors, key=attrgetter("offset"))]
+        )
 
     @property
     def keys(self) -> list[str]:

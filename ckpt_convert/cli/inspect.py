@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import Any
 
 import click
@@ -16,7 +15,6 @@ from ckpt_convert.cli.text import echo, echo_json, terminal_width
 from ckpt_convert.cli.view import SORTS, Order, View, header, matching, ordered
 from ckpt_convert.storage.place import Place
 from ckpt_convert.storage.reader import WORKERS
-from ckpt_convert.tensors.bulk import without_collector
 
 
 def _order(context: click.Context, parameter: click.Parameter, value: str) -> Order:
@@ -79,9 +77,7 @@ def inspect(path: str, revision: str | None, from_format: str | None, **options:
     from ckpt_convert.cli import notices
 
     _check(**options)
-    reads = options["stats"] or options["fail_on_nan"]
-    with notices.on_stderr(), nullcontext() if reads else without_collector():
-        # All that is made there is gone before the collector is back, which would go through it at once.
+    with notices.on_stderr():
         _look(_locate(path, revision), from_format, **options)
 
 

@@ -10,7 +10,6 @@ from typing import Any
 from ckpt_convert.cli import colours, tree
 from ckpt_convert.cli.text import can_say, columns, display_width, escape, fits, number, shape_text, shorten, wrap
 from ckpt_convert.convert.steps import COPY, Move
-from ckpt_convert.tensors.bulk import without_collector
 from ckpt_convert.words import human_bytes
 
 
@@ -41,7 +40,6 @@ class Group:
         }
 
 
-@without_collector()
 def groups(moves: Iterable[Move]) -> list[Group]:
     """The moves collapsed, in the natural order of the source's keys.
 

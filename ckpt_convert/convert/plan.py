@@ -37,7 +37,6 @@ from ckpt_convert.storage.names import JOURNAL
 from ckpt_convert.storage.place import Place, compare
 from ckpt_convert.storage.reader import reading
 from ckpt_convert.tensors.blocks import BLOCK
-from ckpt_convert.tensors.bulk import without_collector
 from ckpt_convert.tensors.gather import SCRATCH
 from ckpt_convert.tensors.header import IN_MEMORY, StoredTensor, WeightFile
 from ckpt_convert.tensors.lazy import LazyTensor
@@ -196,7 +195,6 @@ class Plan:
 
 
 @reading()
-@without_collector()
 def make(source: Identified, request: Request, *, equal: Equal | None = None, live: Live | None = None) -> Plan:
     """Plan a conversion; ``equal`` compares two tensors of the source where their bytes decide whether they are tied.
 
