@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ckpt_convert.models.core.config import CONFIG, optional_int, optional_mapping
+from ckpt_convert.models.core.picking import affine
 from ckpt_convert.models.core.table import Family, Key, Row
 
 
@@ -59,20 +60,6 @@ def _vision(config: Mapping[str, Any]) -> dict[str, int]:
     }
 
 
-def _affine(name: str, shape: tuple[str, ...], hf: str, native: str | None = None, **settings: Any) -> tuple[Row, Row]:
-    """A weight and its bias."""
-    return (
-        Row(name, shape, hf=Key(f"{hf}.weight"), native=Key(f"{native}.weight") if native else None, **settings),
-        Row(
-            f"{name}.bias",
-            shape[:1],
-            hf=Key(f"{hf}.bias"),
-            native=Key(f"{native}.bias") if native else None,
-            **settings,
-        ),
-    )
-
-
 _HF = "text_model.encoder.layers.{layer}"
 _VISION = "vision_model.encoder.layers.{vision_layer}"
 _CARRIED: dict[str, Any] = {"when": "vision", "optional": True}
@@ -92,15 +79,15 @@ _TEXT = (
         native=Key("position_embedding"),
     ),
     Row("position_ids", ("1", "n_positions"), derived=True, hf=Key("text_model.embeddings.position_ids")),
-    *_affine("attention_norm", ("dim",), f"{_HF}.layer_norm1", "layers.{layer}.sa_norm"),
-    *_affine("attention.q", ("dim", "dim"), f"{_HF}.self_attn.q_proj", "layers.{layer}.attn.q_proj"),
-    *_affine("attention.k", ("dim", "dim"), f"{_HF}.self_attn.k_proj", "layers.{layer}.attn.k_proj"),
-    *_affine("attention.v", ("dim", "dim"), f"{_HF}.self_attn.v_proj", "layers.{layer}.attn.v_proj"),
-    *_affine("attention.o", ("dim", "dim"), f"{_HF}.self_attn.out_proj", "layers.{layer}.attn.output_proj"),
-    *_affine("ffn_norm", ("dim",), f"{_HF}.layer_norm2", "layers.{layer}.mlp_norm"),
-    *_affine("ffn.up", ("ffn_dim", "dim"), f"{_HF}.mlp.fc1", "layers.{layer}.mlp.w1"),
-    *_affine("ffn.down", ("dim", "ffn_dim"), f"{_HF}.mlp.fc2", "layers.{layer}.mlp.w2"),
-    *_affine("norm", ("dim",), "text_model.final_layer_norm", "final_norm"),
+    *affine("attention_norm", ("dim",), hf=f"{_HF}.layer_norm1", native="layers.{layer}.sa_norm"),
+    *affine("attention.q", ("dim", "dim"), hf=f"{_HF}.self_attn.q_proj", native="layers.{layer}.attn.q_proj"),
+    *affine("attention.k", ("dim", "dim"), hf=f"{_HF}.self_attn.k_proj", native="layers.{layer}.attn.k_proj"),
+    *affine("attention.v", ("dim", "dim"), hf=f"{_HF}.self_attn.v_proj", native="layers.{layer}.attn.v_proj"),
+    *affine("attention.o", ("dim", "dim"), hf=f"{_HF}.self_attn.out_proj", native="layers.{layer}.attn.output_proj"),
+    *affine("ffn_norm", ("dim",), hf=f"{_HF}.layer_norm2", native="layers.{layer}.mlp_norm"),
+    *affine("ffn.up", ("ffn_dim", "dim"), hf=f"{_HF}.mlp.fc1", native="layers.{layer}.mlp.w1"),
+    *affine("ffn.down", ("dim", "ffn_dim"), hf=f"{_HF}.mlp.fc2", native="layers.{layer}.mlp.w2"),
+    *affine("norm", ("dim",), hf="text_model.final_layer_norm", native="final_norm"),
 )
 
 _REST = (
@@ -126,16 +113,16 @@ _REST = (
         derived=True,
         hf=Key("vision_model.embeddings.position_ids"),
     ),
-    *_affine("vision.pre_norm", ("vision_dim",), "vision_model.pre_layrnorm", **_CARRIED),  # spelt so there
-    *_affine("vision.attention_norm", ("vision_dim",), f"{_VISION}.layer_norm1", **_LAYER),
-    *_affine("vision.attention.q", ("vision_dim", "vision_dim"), f"{_VISION}.self_attn.q_proj", **_LAYER),
-    *_affine("vision.attention.k", ("vision_dim", "vision_dim"), f"{_VISION}.self_attn.k_proj", **_LAYER),
-    *_affine("vision.attention.v", ("vision_dim", "vision_dim"), f"{_VISION}.self_attn.v_proj", **_LAYER),
-    *_affine("vision.attention.o", ("vision_dim", "vision_dim"), f"{_VISION}.self_attn.out_proj", **_LAYER),
-    *_affine("vision.ffn_norm", ("vision_dim",), f"{_VISION}.layer_norm2", **_LAYER),
-    *_affine("vision.ffn.up", ("vision_ffn_dim", "vision_dim"), f"{_VISION}.mlp.fc1", **_LAYER),
-    *_affine("vision.ffn.down", ("vision_dim", "vision_ffn_dim"), f"{_VISION}.mlp.fc2", **_LAYER),
-    *_affine("vision.norm", ("vision_dim",), "vision_model.post_layernorm", **_CARRIED),
+    *affine("vision.pre_norm", ("vision_dim",), hf="vision_model.pre_layrnorm", **_CARRIED),  # spelt so there
+    *affine("vision.attention_norm", ("vision_dim",), hf=f"{_VISION}.layer_norm1", **_LAYER),
+    *affine("vision.attention.q", ("vision_dim", "vision_dim"), hf=f"{_VISION}.self_attn.q_proj", **_LAYER),
+    *affine("vision.attention.k", ("vision_dim", "vision_dim"), hf=f"{_VISION}.self_attn.k_proj", **_LAYER),
+    *affine("vision.attention.v", ("vision_dim", "vision_dim"), hf=f"{_VISION}.self_attn.v_proj", **_LAYER),
+    *affine("vision.attention.o", ("vision_dim", "vision_dim"), hf=f"{_VISION}.self_attn.out_proj", **_LAYER),
+    *affine("vision.ffn_norm", ("vision_dim",), hf=f"{_VISION}.layer_norm2", **_LAYER),
+    *affine("vision.ffn.up", ("vision_ffn_dim", "vision_dim"), hf=f"{_VISION}.mlp.fc1", **_LAYER),
+    *affine("vision.ffn.down", ("vision_dim", "vision_ffn_dim"), hf=f"{_VISION}.mlp.fc2", **_LAYER),
+    *affine("vision.norm", ("vision_dim",), hf="vision_model.post_layernorm", **_CARRIED),
     Row("vision.projection", ("projection_dim", "vision_dim"), **_CARRIED, hf=Key("visual_projection.weight")),
 )
 

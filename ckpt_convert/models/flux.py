@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ckpt_convert.models.core.config import CONFIG, optional_bool, optional_int
+from ckpt_convert.models.core.picking import affine
 from ckpt_convert.models.core.table import Family, Key, Row
 
 
@@ -37,46 +38,26 @@ def dims(config: Mapping[str, Any]) -> dict[str, int]:
     }
 
 
-def _affine(
-    name: str, shape: tuple[str, ...], hf: str, torchtitan: str | None, fused: int | None = None, **settings: Any
-) -> tuple[Row, Row]:
-    """A weight and its bias."""
-    return (
-        Row(
-            name,
-            shape,
-            **settings,
-            hf=Key(f"{hf}.weight"),
-            torchtitan=Key(f"{torchtitan}.weight", fused=fused) if torchtitan else None,
-        ),
-        Row(
-            f"{name}.bias",
-            shape[:1],
-            **settings,
-            hf=Key(f"{hf}.bias"),
-            torchtitan=Key(f"{torchtitan}.bias", fused=fused) if torchtitan else None,
-        ),
-    )
-
-
 def _embedder(name: str, size: str, hf: str, torchtitan: str | None, **settings: Any) -> tuple[Row, ...]:
     """Two layers that make a vector of the model's width."""
     first, second = (f"{torchtitan}.in_layer", f"{torchtitan}.out_layer") if torchtitan else (None, None)
     return (
-        *_affine(f"{name}.in", ("dim", size), f"time_text_embed.{hf}.linear_1", first, **settings),
-        *_affine(f"{name}.out", ("dim", "dim"), f"time_text_embed.{hf}.linear_2", second, **settings),
+        *affine(f"{name}.in", ("dim", size), hf=f"time_text_embed.{hf}.linear_1", torchtitan=first, **settings),
+        *affine(f"{name}.out", ("dim", "dim"), hf=f"time_text_embed.{hf}.linear_2", torchtitan=second, **settings),
     )
 
 
 def _stream(name: str, torchtitan: str, hf: Mapping[str, str]) -> tuple[Row, ...]:
     """One of the two streams of a double block, whose tokens attend to both."""
     here, there = "transformer_blocks.{layer}", f"double_blocks.{{layer}}.{torchtitan}"
-    square = ("dim", "dim")
+    square, qkv = ("dim", "dim"), Key(f"{there}_attn.qkv", fused=0)
     return (
-        *_affine(f"{name}.modulation", ("6*dim", "dim"), f"{here}.{hf['norm']}.linear", f"{there}_mod.lin"),
-        *_affine(f"{name}.attention.q", square, f"{here}.attn.{hf['q']}", f"{there}_attn.qkv", fused=0),
-        *_affine(f"{name}.attention.k", square, f"{here}.attn.{hf['k']}", f"{there}_attn.qkv", fused=0),
-        *_affine(f"{name}.attention.v", square, f"{here}.attn.{hf['v']}", f"{there}_attn.qkv", fused=0),
+        *affine(
+            f"{name}.modulation", ("6*dim", "dim"), hf=f"{here}.{hf['norm']}.linear", torchtitan=f"{there}_mod.lin"
+        ),
+        *affine(f"{name}.attention.q", square, hf=f"{here}.attn.{hf['q']}", torchtitan=qkv),
+        *affine(f"{name}.attention.k", square, hf=f"{here}.attn.{hf['k']}", torchtitan=qkv),
+        *affine(f"{name}.attention.v", square, hf=f"{here}.attn.{hf['v']}", torchtitan=qkv),
         Row(
             f"{name}.attention.q_norm",
             ("head_dim",),
@@ -89,9 +70,9 @@ def _stream(name: str, torchtitan: str, hf: Mapping[str, str]) -> tuple[Row, ...
             hf=Key(f"{here}.attn.{hf['k_norm']}.weight"),
             torchtitan=Key(f"{there}_attn.norm.key_norm.weight"),
         ),
-        *_affine(f"{name}.attention.o", square, f"{here}.attn.{hf['o']}", f"{there}_attn.proj"),
-        *_affine(f"{name}.ffn.up", ("ffn_dim", "dim"), f"{here}.{hf['ffn']}.net.0.proj", f"{there}_mlp.0"),
-        *_affine(f"{name}.ffn.down", ("dim", "ffn_dim"), f"{here}.{hf['ffn']}.net.2", f"{there}_mlp.2"),
+        *affine(f"{name}.attention.o", square, hf=f"{here}.attn.{hf['o']}", torchtitan=f"{there}_attn.proj"),
+        *affine(f"{name}.ffn.up", ("ffn_dim", "dim"), hf=f"{here}.{hf['ffn']}.net.0.proj", torchtitan=f"{there}_mlp.0"),
+        *affine(f"{name}.ffn.down", ("dim", "ffn_dim"), hf=f"{here}.{hf['ffn']}.net.2", torchtitan=f"{there}_mlp.2"),
     )
 
 
@@ -104,25 +85,13 @@ _TEXT = {
     "k_norm": "norm_added_k", "o": "to_add_out", "ffn": "ff_context",
 }  # fmt: skip
 _HF, _TITAN = "single_transformer_blocks.{single}", "single_blocks.{single}"
+_LINEAR = Key(f"{_TITAN}.linear1", fused=0)
 
 
 def _last(name: str, place: int) -> tuple[Row, Row]:
     """Half of the last norm's modulation, at its place in diffusers' tensor."""
-    hf, torchtitan = "norm_out.linear", "final_layer.adaLN_modulation.1"
-    return (
-        Row(
-            name,
-            ("dim", "dim"),
-            hf=Key(f"{hf}.weight", fused=0, place=place),
-            torchtitan=Key(f"{torchtitan}.weight", fused=0),
-        ),
-        Row(
-            f"{name}.bias",
-            ("dim",),
-            hf=Key(f"{hf}.bias", fused=0, place=place),
-            torchtitan=Key(f"{torchtitan}.bias", fused=0),
-        ),
-    )
+    hf, torchtitan = Key("norm_out.linear", fused=0, place=place), Key("final_layer.adaLN_modulation.1", fused=0)
+    return affine(name, ("dim", "dim"), hf=hf, torchtitan=torchtitan)
 
 
 FLUX = Family(
@@ -133,18 +102,18 @@ FLUX = Family(
     dims=dims,
     indices={"layer": "n_layers", "single": "n_single_layers"},
     rows=(
-        *_affine("image_in", ("dim", "channels"), "x_embedder", "img_in"),
-        *_affine("text_in", ("dim", "text_dim"), "context_embedder", "txt_in"),
+        *affine("image_in", ("dim", "channels"), hf="x_embedder", torchtitan="img_in"),
+        *affine("text_in", ("dim", "text_dim"), hf="context_embedder", torchtitan="txt_in"),
         *_embedder("time", "256", "timestep_embedder", "time_in"),
         *_embedder("pooled_text", "pooled_dim", "text_embedder", "vector_in"),
         *_embedder("guidance", "256", "guidance_embedder", None, when="guidance", zeros="BF16"),
         *_stream("image", "img", _IMAGE),
         *_stream("text", "txt", _TEXT),
-        *_affine("single.modulation", ("3*dim", "dim"), f"{_HF}.norm.linear", f"{_TITAN}.modulation.lin"),
-        *_affine("single.attention.q", ("dim", "dim"), f"{_HF}.attn.to_q", f"{_TITAN}.linear1", fused=0),
-        *_affine("single.attention.k", ("dim", "dim"), f"{_HF}.attn.to_k", f"{_TITAN}.linear1", fused=0),
-        *_affine("single.attention.v", ("dim", "dim"), f"{_HF}.attn.to_v", f"{_TITAN}.linear1", fused=0),
-        *_affine("single.ffn.up", ("ffn_dim", "dim"), f"{_HF}.proj_mlp", f"{_TITAN}.linear1", fused=0),
+        *affine("single.modulation", ("3*dim", "dim"), hf=f"{_HF}.norm.linear", torchtitan=f"{_TITAN}.modulation.lin"),
+        *affine("single.attention.q", ("dim", "dim"), hf=f"{_HF}.attn.to_q", torchtitan=_LINEAR),
+        *affine("single.attention.k", ("dim", "dim"), hf=f"{_HF}.attn.to_k", torchtitan=_LINEAR),
+        *affine("single.attention.v", ("dim", "dim"), hf=f"{_HF}.attn.to_v", torchtitan=_LINEAR),
+        *affine("single.ffn.up", ("ffn_dim", "dim"), hf=f"{_HF}.proj_mlp", torchtitan=_LINEAR),
         Row(
             "single.attention.q_norm",
             ("head_dim",),
@@ -157,9 +126,11 @@ FLUX = Family(
             hf=Key(f"{_HF}.attn.norm_k.weight"),
             torchtitan=Key(f"{_TITAN}.norm.key_norm.weight"),
         ),
-        *_affine("single.out", ("dim", "5*dim"), f"{_HF}.proj_out", f"{_TITAN}.linear2"),
+        *affine("single.out", ("dim", "5*dim"), hf=f"{_HF}.proj_out", torchtitan=f"{_TITAN}.linear2"),
         *_last("norm_out.shift", 1),
         *_last("norm_out.scale", 0),
-        *_affine("output", ("patch_size*patch_size*out_channels", "dim"), "proj_out", "final_layer.linear"),
+        *affine(
+            "output", ("patch_size*patch_size*out_channels", "dim"), hf="proj_out", torchtitan="final_layer.linear"
+        ),
     ),
 )

@@ -15,6 +15,7 @@ from typing import Any
 
 from ckpt_convert.errors import ConfigError
 from ckpt_convert.models.core.config import CONFIG, optional_int
+from ckpt_convert.models.core.picking import affine
 from ckpt_convert.models.core.table import Family, Key, Row
 
 LEVELS = 4
@@ -166,11 +167,9 @@ NATIVE = Spelling(
 
 def _affine(
     name: str, shape: tuple[str, ...], hf: str, native: str, when: str | None = None, convolved: bool = False
-) -> Iterator[Row]:
+) -> tuple[Row, Row]:
     """A weight and its bias; ``convolved`` marks a matrix that is a 1×1 convolution in hf."""
-    stored = (*shape, "1", "1") if convolved else None
-    yield Row(name, shape, when=when, hf=Key(f"{hf}.weight", shape=stored), native=Key(f"{native}.weight"))
-    yield Row(f"{name}.bias", shape[:1], when=when, hf=Key(f"{hf}.bias"), native=Key(f"{native}.bias"))
+    return affine(name, shape, when=when, hf=Key(hf, shape=(*shape, "1", "1") if convolved else None), native=native)
 
 
 def _conv(name: str, out: str, in_: str, hf: str, native: str) -> Iterator[Row]:

@@ -1,11 +1,21 @@
-"""What picks rows of one table for another, and changes them."""
+"""What makes rows in pairs, picks rows of one table for another, and changes them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from ckpt_convert.models.core.rope import RopeOrder
-from ckpt_convert.models.core.rows import FORMATS, Row
+from ckpt_convert.models.core.rows import FORMATS, Key, Row
+
+
+def affine(name: str, shape: tuple[str, ...], **settings: Any) -> tuple[Row, Row]:
+    """A weight and its bias, of which each column has the key of their module, or a ``Key`` that says more of it."""
+    keys = {format: settings[format] for format in FORMATS if settings.get(format) is not None}
+    modules = {format: Key(key) if isinstance(key, str) else key for format, key in keys.items()}
+    weight = {format: key.replace(template=f"{key.template}.weight") for format, key in modules.items()}
+    bias = {format: key.replace(template=f"{key.template}.bias", shape=None) for format, key in modules.items()}
+    return Row(name, shape, **{**settings, **weight}), Row(f"{name}.bias", shape[:1], **{**settings, **bias})
 
 
 def columns(rows: Iterable[Row], *formats: str) -> tuple[Row, ...]:

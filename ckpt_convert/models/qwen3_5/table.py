@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from ckpt_convert.models.core.picking import columns, named
+from ckpt_convert.models.core.picking import affine, columns, named
 from ckpt_convert.models.core.table import Family, Key, Row
 from ckpt_convert.models.parts.decoder import ATTENTION, EMBEDDING, OUTPUT
 from ckpt_convert.models.parts.experts import DENSE_FFN, EXPERTS, LOAD_BALANCE, NORM, ROUTER
@@ -247,26 +247,10 @@ def _mtp_layer(rows: Iterable[Row], group: str) -> Iterator[Row]:
         yield Row(f"{group}.{row.name}", row.shape, hf=key, when=row.when, optional=group, each=each)
 
 
-def _linear(name: str, rows: str, inputs: str, hf: str, torchtitan: str, fused: int | None = None) -> Iterator[Row]:
-    """A matrix and its bias."""
-    for part, shape in ((".weight", (rows, inputs)), (".bias", (rows,))):
-        yield Row(
-            name + part.replace(".weight", ""),
-            shape,
-            hf=Key(f"model.visual.{hf}{part}", fused=fused),
-            torchtitan=Key(f"vision_encoder.{torchtitan}{part}"),
-        )
-
-
-def _norm(name: str, size: str, key: str, torchtitan: str) -> Iterator[Row]:
-    """A norm's scale and its bias."""
-    for part in (".weight", ".bias"):
-        yield Row(
-            name + part.replace(".weight", ""),
-            (size,),
-            hf=Key(f"model.visual.{key}{part}"),
-            torchtitan=Key(f"vision_encoder.{torchtitan}{part}"),
-        )
+def _affine(name: str, shape: tuple[str, ...], hf: str, torchtitan: str, fused: int | None = None) -> tuple[Row, Row]:
+    """A weight of the vision encoder and its bias."""
+    key = Key(f"model.visual.{hf}", fused=fused)
+    return affine(name, shape, hf=key, torchtitan=f"vision_encoder.{torchtitan}")
 
 
 def _vision() -> Iterator[Row]:
@@ -290,17 +274,17 @@ def _vision() -> Iterator[Row]:
         hf=Key("model.visual.pos_embed.weight"),
         torchtitan=Key("vision_encoder.pos_embed"),
     )
-    yield from _norm("vision.attention_norm", "v_dim", f"{hf}.norm1", f"{titan}.norm1")
-    yield from _linear("vision.attention.q", "v_dim", "v_dim", f"{hf}.attn.qkv", f"{titan}.attn.wq", fused=0)
-    yield from _linear("vision.attention.k", "v_dim", "v_dim", f"{hf}.attn.qkv", f"{titan}.attn.wk", fused=0)
-    yield from _linear("vision.attention.v", "v_dim", "v_dim", f"{hf}.attn.qkv", f"{titan}.attn.wv", fused=0)
-    yield from _linear("vision.attention.o", "v_dim", "v_dim", f"{hf}.attn.proj", f"{titan}.attn.proj")
-    yield from _norm("vision.ffn_norm", "v_dim", f"{hf}.norm2", f"{titan}.norm2")
-    yield from _linear("vision.ffn.up", "v_ffn_dim", "v_dim", f"{hf}.mlp.linear_fc1", f"{titan}.mlp.linear_fc1")
-    yield from _linear("vision.ffn.down", "v_dim", "v_ffn_dim", f"{hf}.mlp.linear_fc2", f"{titan}.mlp.linear_fc2")
-    yield from _norm("vision.merger.norm", "v_dim", "merger.norm", "merger.norm")
-    yield from _linear("vision.merger.up", "v_merged", "v_merged", "merger.linear_fc1", "merger.linear_fc1")
-    yield from _linear("vision.merger.down", "v_out", "v_merged", "merger.linear_fc2", "merger.linear_fc2")
+    yield from _affine("vision.attention_norm", ("v_dim",), f"{hf}.norm1", f"{titan}.norm1")
+    yield from _affine("vision.attention.q", ("v_dim", "v_dim"), f"{hf}.attn.qkv", f"{titan}.attn.wq", fused=0)
+    yield from _affine("vision.attention.k", ("v_dim", "v_dim"), f"{hf}.attn.qkv", f"{titan}.attn.wk", fused=0)
+    yield from _affine("vision.attention.v", ("v_dim", "v_dim"), f"{hf}.attn.qkv", f"{titan}.attn.wv", fused=0)
+    yield from _affine("vision.attention.o", ("v_dim", "v_dim"), f"{hf}.attn.proj", f"{titan}.attn.proj")
+    yield from _affine("vision.ffn_norm", ("v_dim",), f"{hf}.norm2", f"{titan}.norm2")
+    yield from _affine("vision.ffn.up", ("v_ffn_dim", "v_dim"), f"{hf}.mlp.linear_fc1", f"{titan}.mlp.linear_fc1")
+    yield from _affine("vision.ffn.down", ("v_dim", "v_ffn_dim"), f"{hf}.mlp.linear_fc2", f"{titan}.mlp.linear_fc2")
+    yield from _affine("vision.merger.norm", ("v_dim",), "merger.norm", "merger.norm")
+    yield from _affine("vision.merger.up", ("v_merged", "v_merged"), "merger.linear_fc1", "merger.linear_fc1")
+    yield from _affine("vision.merger.down", ("v_out", "v_merged"), "merger.linear_fc2", "merger.linear_fc2")
 
 
 def _under_language_model(rows: Iterable[Row]) -> Iterator[Row]:
