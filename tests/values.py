@@ -9,6 +9,7 @@ from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpoint.opening import OpenedFiles
 from ckpt_convert.checkpoint.stated import Hints, Stated
 from ckpt_convert.formats.base import Directory
+from ckpt_convert.storage.place import at
 from ckpt_convert.tensors.header import Header, StoredTensor, WeightFile
 
 CONFIG = {
@@ -51,15 +52,15 @@ class Nothing:
 
 def file(name: str, *keys: str, dtype: str = "BF16") -> WeightFile:
     tensors = tuple(StoredTensor(key, dtype, SHAPES[key.removeprefix("module.")], 64 * n) for n, key in enumerate(keys))
-    return WeightFile(name, 0, Path(name), Nothing(), Header("safetensors", 1 << 20, tensors))
+    return WeightFile(name, 0, at(Path(name)), Nothing(), Header("safetensors", 1 << 20, tensors))
 
 
 def opened(*files: WeightFile, format: str | None = "hf", weight_map: dict[str, str] | None = None) -> OpenedFiles:
     index = "model.safetensors.index.json" if weight_map is not None else None
     return OpenedFiles(
-        Path("somewhere/model.safetensors"), format, "as asked for", Directory((), index, weight_map), files
+        at(Path("somewhere/model.safetensors")), format, "as asked for", Directory((), index, weight_map), files
     )
 
 
 def identified(files: OpenedFiles, config: dict[str, Any] | None, hints: Hints | None = None) -> Identified:
-    return Identified(files, Stated(Path("somewhere/config.json"), config), hints or Hints())
+    return Identified(files, Stated(at(Path("somewhere/config.json")), config), hints or Hints())

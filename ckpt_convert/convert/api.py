@@ -207,7 +207,7 @@ def convert(
 
     def check(source: Identified) -> None:
         with reading(source.path):
-            place.check_destination(destination, locate(source.path), ownership.RULES, overwrite=overwrite)
+            place.check_destination(destination, source.path, ownership.RULES, overwrite=overwrite)
 
     def equal(source: Identified, pair: Equality) -> bool:
         check(source)  # before any tensor is read

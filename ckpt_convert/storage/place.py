@@ -156,6 +156,11 @@ class Place:
     # What is in it
 
     @property
+    def is_local(self) -> bool:
+        """Whether it is a path of this machine, be there something or not."""
+        return self.store == LOCAL
+
+    @property
     def local(self) -> Path:
         """The path, for libraries that know nothing else; raises UsageError where the store is no local one."""
         return self.store.local(str(self.path))

@@ -24,6 +24,7 @@ from ckpt_convert.checkpoint.quantized.files import ComputedFile
 from ckpt_convert.checkpoint.quantized.reading import Rows, bfloat16
 from ckpt_convert.checkpoint.quantized.recognise import Quantized, Stored
 from ckpt_convert.checkpoint.quantized.view import _described
+from ckpt_convert.storage.place import at
 from ckpt_convert.storage.reader import LocalFile
 from ckpt_convert.tensors import lazy
 from ckpt_convert.tensors.gather import Gatherer
@@ -54,7 +55,7 @@ def stored(path: Path, tensors: Tensors) -> dict[str, Stored]:
     from ckpt_convert import containers
 
     reader, header = containers.parse(LocalFile(path))
-    file = WeightFile(path.name, 0, path, reader, header)
+    file = WeightFile(path.name, 0, at(path), reader, header)
     return {tensor.key: Stored(file, tensor) for tensor in header.tensors}
 
 

@@ -34,7 +34,7 @@ def rank(name: str) -> int:
 
 
 def foreign(directory: Place) -> list[str]:
-    names = [place.below(directory) for place in directory.all_files()]
+    names = [place.below(directory) for place in directory.entries()]
     return sorted(set(names) - listed(directory))
 
 
@@ -105,13 +105,13 @@ def put(directory: Place, name: str, data: bytes = b"mine") -> None:
 
 
 def contents(directory: Place) -> dict[str, bytes]:
-    return {place.below(directory): place.read(1 << 20) for place in sorted(directory.anew().all_files())}
+    return {place.below(directory): place.read(1 << 20) for place in sorted(directory.anew().entries())}
 
 
 def below(parent: Place) -> list[str]:
     """Every file that is anywhere."""
     there = parent.anew()
-    return sorted(place.below(there) for place in there.all_files()) if there.is_folder() else []
+    return sorted(place.below(there) for place in there.entries()) if there.is_folder() else []
 
 
 class TestStage:

@@ -131,7 +131,7 @@ def load(checkpoint: Checkpoint, found: Architecture, progress: ProgressCallback
     options: dict[str, Any] = {}
     notices: tuple[str, ...] = ()
     if _opens(checkpoint):
-        path: str | None = str(checkpoint.root)
+        path: str | None = str(checkpoint.root.local)
         meter = Meter("loading", sum(tensor.nbytes for _, tensor in checkpoint.stored), progress)
     else:
         path = None
@@ -168,7 +168,12 @@ def load(checkpoint: Checkpoint, found: Architecture, progress: ProgressCallback
 
 def _opens(checkpoint: Checkpoint) -> bool:
     """Whether transformers would find just these files in the directory, and a model rather than an adapter."""
-    if checkpoint.format != "hf" or not checkpoint.path.is_folder() or (checkpoint.root / ADAPTER_CONFIG).is_there():
+    if (
+        checkpoint.format != "hf"
+        or not checkpoint.root.is_local
+        or not checkpoint.path.is_folder()
+        or (checkpoint.root / ADAPTER_CONFIG).is_there()
+    ):
         return False
     if checkpoint.read_as:
         return False
