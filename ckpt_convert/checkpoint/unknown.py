@@ -42,10 +42,14 @@ def family(tensors: Iterable[Source]) -> Family:
         title="any other model",
         model_types=(),
         rows=tuple(rows),
-        dims=lambda config: {"tied": 0},
+        dims=_dims,
         indices={},
         literal=True,
     )
+
+
+def _dims(config: Mapping[str, Any]) -> dict[str, int]:
+    return {"tied": 0}
 
 
 def _why(config: Mapping[str, Any]) -> str:

@@ -6,7 +6,8 @@ which transformers leaves unused. native: torchtune's converter for reward model
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from ckpt_convert.models.core.config import CONFIG, optional_int, optional_mapping
@@ -27,15 +28,16 @@ def _labels(config: Mapping[str, Any]) -> int:
     return len(named) or optional_int(config, "num_labels", CONFIG, 2)
 
 
-def _reward(model: Family, title: str, architecture: str) -> Family:
-    def dims(config: Mapping[str, Any]) -> dict[str, int]:
-        return {**model.dims(config), "n_labels": _labels(config), "tied": 0}
+def _dims(of_model: Callable[[Mapping[str, Any]], dict[str, int]], config: Mapping[str, Any]) -> dict[str, int]:
+    return {**of_model(config), "n_labels": _labels(config), "tied": 0}
 
+
+def _reward(model: Family, title: str, architecture: str) -> Family:
     return model.replace(
         name=f"{model.name}_reward",
         title=title,
         architectures=(architecture,),
-        dims=dims,
+        dims=partial(_dims, model.dims),
         params=None,
         rows=lambda rows: (*columns((row for row in rows if row.name != "output"), "hf", "native"), *_SCORE),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +57,13 @@ def test_the_list_says_what_the_table_says(name: str) -> None:
 def test_every_name_is_there_once() -> None:
     assert len(LISTED) == sum(map(len, GROUPS.values())) == len(FAMILIES)
     assert list(FAMILIES) == [family.name for group in grouped().values() for family in group]
+
+
+@pytest.mark.parametrize("name", list(LISTED))
+def test_a_family_can_be_sent_to_another_process(name: str) -> None:
+    family = FAMILIES[name]
+    sent = pickle.loads(pickle.dumps(family))
+    assert (sent.name, sent.rows, sent.formats) == (family.name, family.rows, family.formats)
 
 
 def test_families_that_share_a_model_type_are_told_by_class_or_keys() -> None:

@@ -17,7 +17,8 @@ from ckpt_convert.containers import gguf
 from ckpt_convert.convert.writing import as_stored
 from ckpt_convert.errors import AmbiguousFormatError, CkptConvertError, ConfigError, UnsupportedFamilyError
 from ckpt_convert.formats import peft
-from ckpt_convert.models.core.table import Instance, Key
+from ckpt_convert.models.core.rope import reordered
+from ckpt_convert.models.core.table import Instance
 from ckpt_convert.tensors.lazy import LazyTensor, stored, zeros
 from ckpt_convert.words import MORE, some
 
@@ -200,8 +201,7 @@ def _reordered(instance: Instance, model: Model, b: Checkpoint, half: Half | Non
     tensor, _ = b.joined(half.key)
     if tensor.shape != half.shape:
         return ()  # it lies in one tensor with others
-    interleaved = Key("", rope="interleaved")
-    return tensor, interleaved.rows_to_stored(tensor, *turned), interleaved.rows_to_logical(tensor, *turned)
+    return tensor, *(reordered(tensor, *turned, inverse=inverse) for inverse in (False, True))
 
 
 def _by_key(checkpoint: Checkpoint) -> dict[str, Half]:

@@ -44,12 +44,18 @@ class Styles:
 
     def asked(self, options: ConfigOptions, axis: int) -> ConfigOptions:
         """The options, with the style said whose ranks cut on this axis where that is not the usual one."""
-        return options if axis == AXES[self.usual] else replace(options, meta_style=style_of(axis))
+        style = next(style for style, its in AXES.items() if its == axis)
+        return options if style == self.usual else replace(options, meta_style=style)
 
 
-def style_of(axis: int) -> MetaStyle:
-    """The style whose ranks cut the embedding on this axis."""
-    return next(style for style, its in AXES.items() if its == axis)
+# Defaults are functions with a name, so that a family can be sent to another process.
+def _unknown(config: Mapping[str, Any]) -> None:
+    """No release is known that has the shape of a config."""
+
+
+def _as_it_is(params: dict[str, Any], dims: Mapping[str, int], ranks: int) -> Translated:
+    """A params.json that says the same for any number of ranks."""
+    return Translated(params)
 
 
 @dataclass(frozen=True)
@@ -69,11 +75,9 @@ class Params:
     sharded: bool
     container: Literal["pth", "safetensors"]
     options: frozenset[str]
-    release: Callable[[Mapping[str, Any]], str | None] = lambda config: None
-    model_parallel: Callable[[Mapping[str, Any]], int | None] = lambda config: None
-    for_ranks: Callable[[dict[str, Any], Mapping[str, int], int], Translated] = lambda params, dims, ranks: Translated(
-        params
-    )
+    release: Callable[[Mapping[str, Any]], str | None] = _unknown
+    model_parallel: Callable[[Mapping[str, Any]], int | None] = _unknown
+    for_ranks: Callable[[dict[str, Any], Mapping[str, int], int], Translated] = _as_it_is
     styles: Styles | None = None
 
 

@@ -40,6 +40,10 @@ _ATTENTION = ".self_attn."
 """What an attention layer is called in Hugging Face's keys."""
 
 
+def _vocabulary(dims: Mapping[str, int]) -> int:
+    return dims["vocab_size"]
+
+
 @dataclass(frozen=True)
 class Family:
     """An architecture: its table, the symbols that its config gives, and the translation of its config.
@@ -73,7 +77,7 @@ class Family:
     from_shapes: Callable[[Mapping[str, tuple[int, ...]]], dict[str, Any]] | None = None
     stem: str = "model"
     tokenizer: TiktokenSpec = LLAMA_3
-    tokens: Callable[[Mapping[str, int]], int] = lambda dims: dims["vocab_size"]
+    tokens: Callable[[Mapping[str, int]], int] = _vocabulary
     literal: bool = False
 
     def __post_init__(self) -> None:

@@ -82,6 +82,11 @@ def dims(config: Mapping[str, Any]) -> dict[str, int]:
     }
 
 
+def tokens(dims: Mapping[str, int]) -> int:
+    """How many rows the embedding has: those of the vocabulary, and those of the tokens beside it."""
+    return dims["vocab_size"] + dims["new_tokens"]
+
+
 def sets(config: Mapping[str, Any]) -> dict[str, list[int]]:
     """The numbers of the self- and the cross-attention layers, and the places of tiles in a row of each aspect ratio.
 
