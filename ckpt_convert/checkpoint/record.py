@@ -27,10 +27,10 @@ from ckpt_convert.errors import (
 from ckpt_convert.formats.base import JSON_LIMIT, load_json, render_json
 from ckpt_convert.formats.names import RECORD_FOLDER
 from ckpt_convert.models import FORMATS
+from ckpt_convert.storage import workspace
 from ckpt_convert.storage.checksums import CRC64, XXH3, digest, digest_file
 from ckpt_convert.storage.names import check_name, partial_of
 from ckpt_convert.storage.place import Place
-from ckpt_convert.storage.system import replace_file
 from ckpt_convert.tensors.header import Box, FileLayout, Header, StoredTensor
 
 SCHEMA = 2
@@ -250,8 +250,13 @@ def render_manifest(manifest: Mapping[str, Any]) -> bytes:
 
 
 def replace_manifest(directory: Place, manifest: Mapping[str, Any]) -> None:
-    """Write the manifest of a complete directory again, all of it or not at all; raises OSError."""
-    replace_file((directory / MANIFEST).local, render_manifest(manifest))
+    """Write the manifest of a complete directory again, all of it or not at all.
+
+    Where ``directory`` was listed it has to be the manifest of then, else OutputExistsError. Raises OSError.
+    """
+    place = directory / MANIFEST
+    etag = place.identity().etag if place.listing is not None else None
+    workspace.of(place).replace_file(place, render_manifest(manifest), etag)
 
 
 def load(directory: Place) -> Record | None:

@@ -30,7 +30,7 @@ from ckpt_convert.checkpointer.save.saver import Saver
 from ckpt_convert.checkpointer.state import parts
 from ckpt_convert.errors import OutputExistsError, UsageError
 from ckpt_convert.storage import pointer
-from ckpt_convert.storage.place import locate
+from ckpt_convert.storage.place import Place, locate
 from ckpt_convert.tensors.blocks import ProgressCallback
 
 log = logging.getLogger("ckpt_convert")
@@ -45,7 +45,7 @@ class Checkpointer:
     def __init__(
         self,
         source: Source | None,
-        output_dir: str | Path | None = None,
+        output_dir: str | Path | Place | None = None,
         *,
         model_format: str = "native",
         config: Config | None = None,
@@ -111,7 +111,7 @@ class Checkpointer:
     @property
     def output_dir(self) -> Path:
         """Where the directories of the steps go; raises UsageError for a checkpointer that was made to load only."""
-        return self._saver.directory.path
+        return self._saver.directory.path.local
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -165,7 +165,7 @@ class Checkpointer:
         grad_scaler: Any = None,
         dataloader: Any = None,
         extra: Any = None,
-        from_: Literal["latest", "best"] | int | str | Path = "latest",
+        from_: Literal["latest", "best"] | int | str | Path | Place = "latest",
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
         strict: bool = True,
@@ -196,7 +196,7 @@ class Checkpointer:
             return None
         resuming.go_on(saved, self._saver, made, self._options, wanted, strict=strict, base_loaded=self._loaded)
         offer = f"; exclude=[{PROGRESS!r}] counts from 0" if weights_only and wanted.progress else ""
-        log.info("resumed from %s, at step %d%s", saved.path, self.progress.step, offer)
+        log.info("resumed from %s, at step %d%s", saved.place, self.progress.step, offer)
         return self.progress
 
     def register(
@@ -217,8 +217,8 @@ class Checkpointer:
         there = self.saved
         if there and progress is None and not self._options.overwrite:
             raise OutputExistsError(
-                f"{self.output_dir}: holds {len(there)} checkpoints, up to step {there[-1].step}; resume() from it, "
-                "pass overwrite=True to start anew in its place, or choose another output_dir"
+                f"{self._saver.directory.path}: holds {len(there)} checkpoints, up to step {there[-1].step}; resume() "
+                "from it, pass overwrite=True to start anew in its place, or choose another output_dir"
             )
         self._begin(model, optimizer, lr_scheduler, grad_scaler, dataloader, extra)
         counts = self._counts
@@ -345,7 +345,7 @@ class Checkpointer:
         if self._saver.saved_step is None:
             self._saver.save(replace(self._options.settings, contents="weights"))
         self.wait()
-        return self._saver.directory.destination(self.progress)
+        return self._saver.directory.destination(self.progress).local
 
     def wait(self) -> None:
         """Wait until what is being saved is complete; raises what failed."""
@@ -358,7 +358,7 @@ class Checkpointer:
 
     def newest(self) -> Saved | None:
         """The newest complete checkpoint whose files are as they were written, None where there is none."""
-        return resuming.newest(self.output_dir, verify=True, workers=self.workers)
+        return resuming.newest(self._saver.directory.path, verify=True, workers=self.workers)
 
     def add_files(self, make: Callable[[], Mapping[str, bytes]]) -> None:
         """Write more small files into every directory: ``make`` gives their content, by name, at each save."""

@@ -38,7 +38,7 @@ from ckpt_convert.errors import (
     UsageError,
 )
 from ckpt_convert.storage import pointer
-from ckpt_convert.storage.place import at, locate
+from ckpt_convert.storage.place import Place, locate
 from ckpt_convert.storage.reader import reading
 from ckpt_convert.tensors.blocks import ProgressCallback
 from ckpt_convert.words import listing
@@ -114,8 +114,8 @@ def go_on(
     counts.progress, counts.reported = Progress(), Reported()
     if wanted.progress:
         counts.progress, counts.reported = saved.progress, Reported(saved.progress.evals, saved.metrics)
-        if any(one.path.resolve() == saved.path.resolve() for one in directory.saved):
-            saver.saved_step, saver.saved_at = saved.step, saved.path
+        if any(one.place.real() == saved.place.real() for one in directory.saved):
+            saver.saved_step, saver.saved_at = saved.step, saved.place
             saver.lacks_final = not saved.manifest["training"].get("final")
     counts.started_from = counts.progress.step
     if parts.epoch_is_over:  # its last batch was saved, but a kill came before its end was counted
@@ -132,12 +132,12 @@ def go_on(
 def _take_layout_of(saved: Saved, saver: Saver, options: Options) -> None:
     """Let a run without a source go on in the files of the step that it is resumed from, if that is its own."""
     source, directory = saver.emitter.source, saver.directory
-    if not options.has_source and saved.path.parent == directory.path and at(saved.path) != source.path:
+    if not options.has_source and saved.place.parent == directory.path and saved.place != source.path:
         source.close()
         saver.emitter = Emitter(_without_source([saved], options, directory), options.settings)
 
 
-def choose(output_dir: Path, from_: Any, policy: retention.Policy, *, verify: bool, workers: int) -> Saved | None:
+def choose(output_dir: Place, from_: Any, policy: retention.Policy, *, verify: bool, workers: int) -> Saved | None:
     """The checkpoint that ``from_`` means; None where "latest" finds an empty directory.
 
     "latest" passes over damaged ones with a warning. Raises CheckpointNotFoundError for one that is not there,
@@ -159,9 +159,9 @@ def choose(output_dir: Path, from_: Any, policy: retention.Policy, *, verify: bo
         if found is None:
             steps = ", ".join(str(saved.step) for saved in there) or "none"
             raise CheckpointNotFoundError(f"{output_dir}: has no complete checkpoint of step {from_}; it has: {steps}")
-    elif isinstance(from_, (str, Path)):
-        place = pointer.followed(locate(from_, "from_")).local
-        found = catalog.read(place.resolve(), renamed=True)
+    elif isinstance(from_, str | Path | Place):
+        place = pointer.followed(locate(from_, "from_"))
+        found = catalog.read(place.real(), renamed=True)
         if found is None:
             found = newest(place, verify=verify, workers=workers)
         if found is None:
@@ -173,17 +173,15 @@ def choose(output_dir: Path, from_: Any, policy: retention.Policy, *, verify: bo
         raise UsageError(f'from_={from_!r}: expected "latest", "best", a step, or the path of a checkpoint')
     problems = check(found, verify=verify, workers=workers)
     if problems:
-        raise CorruptFileError(f"{found.path}: cannot be resumed from:{listing(problems)}")
+        raise CorruptFileError(f"{found.place}: cannot be resumed from:{listing(problems)}")
     return found
 
 
-def newest(output_dir: Path, *, verify: bool, workers: int) -> Saved | None:
+def newest(output_dir: Place, *, verify: bool, workers: int) -> Saved | None:
     """The newest checkpoint that is sound; None where there is none at all."""
     there = catalog.scan(output_dir)
-    with reading(output_dir, "listed"):
-        entries = sorted(output_dir.iterdir()) if output_dir.is_dir() else []
-        gone = [path for path in entries if catalog.is_damaged(path)]
-        lacking = [path for path in gone if not (path / MANIFEST).is_file()]  # of others, the scan has warned
+    gone = [place for place in catalog.directories(output_dir) if catalog.is_damaged(place)]
+    lacking = [place for place in gone if not (place / MANIFEST).is_regular()]  # of others, the scan has warned
     for path in lacking:
         log.warning("%s is damaged and passed over: its manifest is gone", path)
     said = []
@@ -192,7 +190,7 @@ def newest(output_dir: Path, *, verify: bool, workers: int) -> Saved | None:
         if not problems:
             return saved
         said += problems
-        log.warning("%s is damaged and passed over: %s", saved.path, "; ".join(problems))
+        log.warning("%s is damaged and passed over: %s", saved.place, "; ".join(problems))
     said += [f"{path}: its manifest is damaged or gone" for path in gone]
     if said:
         raise CorruptFileError(
@@ -207,19 +205,20 @@ def check(saved: Saved, *, verify: bool, workers: int) -> list[str]:
 
     Raises UnreadableError where the system does not give a file of it: it may be sound, so no other may take its place.
     """
+    here = saved.place.listed()
     # Of a checkpoint of anybody's, a file beside the weights may be taken away; without its config none can be loaded.
-    beside = [saved.path / side["name"] for side in saved.manifest.get("side_files") or ()]
+    beside = [here / side["name"] for side in saved.manifest.get("side_files") or ()]
     try:
-        with reading(saved.path):
-            report = check_weights(saved.path, values=verify, merged=False, workers=workers)
-            missing = [f"{path}: is missing" for path in beside if not path.is_file()]
+        with reading(saved.place):
+            report = check_weights(here, values=verify, merged=False, workers=workers)
+            missing = [f"{path}: is missing" for path in beside if not path.is_regular()]
     except UnreadableError as error:
         raise UnreadableError(f"{error}; {_NOT_GIVEN}") from error
     except CkptConvertError as error:
         return [str(error)]
     found = [finding for finding in report.findings if finding.severity == "error"]
     if unread := [finding.text for finding in found if finding.unreadable]:
-        raise UnreadableError(f"{saved.path}: {'; '.join(unread[:3])}; {_NOT_GIVEN}")
+        raise UnreadableError(f"{saved.place}: {'; '.join(unread[:3])}; {_NOT_GIVEN}")
     return missing + [finding.text for finding in found]
 
 
@@ -239,7 +238,7 @@ def load(
     ``base_loaded`` says that the base weights of an adapter are in the model already. Raises UsageError for a choice
     that names nothing.
     """
-    state = training_state.open_state(saved.path / TRAINING_STATE) if saved.has_training_state else None
+    state = training_state.open_state(saved.place / TRAINING_STATE) if saved.has_training_state else None
     names = [name for name in (state.parts or () if state is not None else ()) if name != MODEL and wanted(name)]
     trees = state.read(names) if state is not None else {}
     if state is None:
@@ -256,13 +255,13 @@ def load(
         problems = [*found, *problems]
         if problems and strict:
             raise KeyMismatchError(
-                f"{saved.path}: does not fit what it is loaded into (strict=False loads what does, exclude= leaves "
+                f"{saved.place}: does not fit what it is loaded into (strict=False loads what does, exclude= leaves "
                 f"parts out):{listing(problems)}"
             )
         said = load_weights() if emitter.adapter is None or wanted(ADAPTER) else "nothing of the model"
     problems += parts.restore(trees, wanted)
     if problems:
-        log.warning("%s: what did not fit was left as it was:%s", saved.path, listing(problems))
+        log.warning("%s: what did not fit was left as it was:%s", saved.place, listing(problems))
     log.info("loaded %s", said)
 
 
@@ -282,7 +281,7 @@ def load_best(saver: Saver, model: Model, options: Options) -> Saved | None:
         progress=options.progress,
         base_loaded=True,
     )
-    log.info("loaded the best checkpoint, %s", found.path)
+    log.info("loaded the best checkpoint, %s", found.place)
     return found
 
 
@@ -293,11 +292,11 @@ def _say_what_starts_anew(saved: Saved, names: list[str], strict: bool) -> None:
     """
     if not names or saved.step == 0:
         return
-    there = [one for one in catalog.scan(saved.path.parent) if one.has_training_state]
+    there = [one for one in catalog.scan(saved.place.parent) if one.has_training_state]
     hint = f", and from_={there[-1].step} is a step with a training state" if there else ""
     if saved.contents == "full":
         text = (
-            f"{saved.path}: its training state was removed to save space, so {', '.join(names)} cannot go on; "
+            f"{saved.place}: its training state was removed to save space, so {', '.join(names)} cannot go on; "
             "weights_only=True takes the weights and starts the rest anew, exclude= leaves out what is to start anew"
             f"{hint}"
         )
@@ -309,7 +308,7 @@ def _say_what_starts_anew(saved: Saved, names: list[str], strict: bool) -> None:
     log.log(
         logging.WARNING if names != ["rng"] else logging.INFO,
         "%s: was saved with contents=%r, without a training state: %s start anew, with these weights at step %d%s",
-        saved.path,
+        saved.place,
         saved.contents,
         ", ".join(names),
         saved.step,
@@ -334,10 +333,10 @@ def _weights(
     layout = saved.manifest["training"].get("model_format")
     if kept - set(exact.values()) and layout != emitter.settings.model_format:
         raise UsageError(
-            f"{saved.path}: holds tensors as a model in the {layout} layout has them; resume with "
+            f"{saved.place}: holds tensors as a model in the {layout} layout has them; resume with "
             f"model_format={layout!r}, or make the checkpoint the source of a new run"
         )
-    checkpoint = stack.enter_context(open_checkpoint(saved.path, family=emitter.source.hints.family))
+    checkpoint = stack.enter_context(open_checkpoint(saved.place, family=emitter.source.hints.family))
     fit = loading.fit(checkpoint, tensors, emitter.settings.model_format)
 
     def load_them() -> str:
@@ -374,15 +373,15 @@ def _adapter(
     The base comes from the source, unless it is there, and is compared once its values were read; the adapter from the
     checkpoint.
     """
-    before = base.recorded(saved.manifest["training"], str(saved.path / MANIFEST))
+    before = base.recorded(saved.manifest["training"], str(saved.place / MANIFEST))
     if before is None:
-        log.warning("%s: does not say which base it was trained on, so the source is taken for it", saved.path)
+        log.warning("%s: does not say which base it was trained on, so the source is taken for it", saved.place)
 
     def load_them() -> str:
         said = "" if base_loaded else f"{emitter.load_source(parts.model, workers, progress).describe()} and "
         if before is not None:
             _compare_values(before, saved, emitter, strict, workers)
-        return f"{said}{emitter.load_adapter(at(saved.path), parts.model)} tensors of the adapter"
+        return f"{said}{emitter.load_adapter(saved.place, parts.model)} tensors of the adapter"
 
     return [] if before is None else before.unlike(emitter.base_as(before, workers, values=False)), load_them
 
@@ -393,7 +392,7 @@ def _compare_values(before: Base, saved: Saved, emitter: Emitter, strict: bool, 
     if not changed:
         return
     text = (
-        f"{emitter.source.path}: is not the base that {saved.path} was trained on: {len(changed)} of "
+        f"{emitter.source.path}: is not the base that {saved.place} was trained on: {len(changed)} of "
         f"{len(before.tensors)} tensors have other values; give the source that the run began with (moved, re-sharded "
         f"or in another format it is the same), or strict=False to train on with this one:{listing(changed)}"
     )

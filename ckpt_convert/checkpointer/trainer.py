@@ -9,7 +9,6 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
@@ -17,7 +16,9 @@ from transformers.trainer_utils import SaveStrategy, has_length
 
 from ckpt_convert.checkpointer.checkpointer import Checkpointer
 from ckpt_convert.checkpointer.state import rng
-from ckpt_convert.errors import CheckpointNotFoundError, UsageError
+from ckpt_convert.errors import CheckpointNotFoundError, InputError, UsageError
+from ckpt_convert.formats.base import TEXT_LIMIT
+from ckpt_convert.storage.place import Place
 
 log = logging.getLogger("ckpt_convert")
 
@@ -37,7 +38,7 @@ class CheckpointerCallback(TrainerCallback):
 
     def __init__(self, checkpointer: Checkpointer) -> None:
         self.checkpointer = checkpointer
-        self._newest: Path | None = None
+        self._newest: Place | None = None
         self._random: Any = None
         self._within_epoch = False
         self._tokens = 0
@@ -48,8 +49,8 @@ class CheckpointerCallback(TrainerCallback):
     def newest(self) -> str | None:
         """The directory of the newest checkpoint that is sound, None for a fresh start."""
         found = self.checkpointer.newest()
-        self._newest = found.path if found is not None else None
-        return str(found.path) if found is not None else None
+        self._newest = found.place if found is not None else None
+        return str(found.place) if found is not None else None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         parts: dict[str, Any] = {name: kwargs.get(name) for name in ("model", "optimizer", "lr_scheduler")}
@@ -92,10 +93,10 @@ class CheckpointerCallback(TrainerCallback):
         self.checkpointer.register(**parts, progress=counted)
 
     def _resume(self, parts: Mapping[str, Any], step: int) -> None:
-        there = [saved.path for saved in reversed(self.checkpointer.saved)]
+        there = [saved.place for saved in reversed(self.checkpointer.saved)]
         if self._newest in there:  # of several with Trainer's step, that which Trainer was given
             there.insert(0, self._newest)
-        at = next((path for path in there if _trainer_step(path) == step), None)
+        at = next((place for place in there if _trainer_step(place) == step), None)
         if at is None:
             raise CheckpointNotFoundError(
                 f"{self.checkpointer.output_dir}: has no checkpoint of step {step}, which Trainer resumes from; pass "
@@ -176,10 +177,10 @@ def _rendered(state: Any) -> bytes:
     return (json.dumps(asdict(state), indent=2, sort_keys=True) + "\n").encode()
 
 
-def _trainer_step(path: Path) -> int | None:
+def _trainer_step(directory: Place) -> int | None:
     """The step that Trainer was at when it was saved; it is not the checkpointer's where ``train`` was called again."""
-    with contextlib.suppress(OSError, ValueError):
-        state = json.loads((path / _STATE).read_bytes())
+    with contextlib.suppress(InputError, ValueError):
+        state = json.loads((directory / _STATE).read(TEXT_LIMIT))
         return state.get("global_step") if isinstance(state, dict) else None
     return None
 

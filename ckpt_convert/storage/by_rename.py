@@ -91,14 +91,21 @@ def stage(
     return Staging(destination.local, rules, overwrite=overwrite, resume=resume, mode=mode, advice=advice)
 
 
+def make_folder(folder: Place) -> None:
+    """``Workspace.make_folder``; raises OSError."""
+    folder.local.mkdir(parents=True, exist_ok=True)
+
+
 def lock(place: Place, message: str) -> Lock:
     """``Workspace.lock``; raises OSError, too."""
-    place.local.parent.mkdir(parents=True, exist_ok=True)
     return Lock.file(place.local, message)
 
 
 def identity(folder: Place) -> str:
-    """``Workspace.identity``: a path may mean another directory on another machine, which its number tells."""
+    """``Workspace.identity``; raises OSError.
+
+    A path may mean another directory on another machine, which its number tells nearly always.
+    """
     return f"{folder.local.resolve()}\0{folder.local.stat().st_ino}"
 
 

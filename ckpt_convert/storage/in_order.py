@@ -224,6 +224,10 @@ def stage(
     return OrderedStage(destination, rules, overwrite=overwrite, resume=resume, advice=advice, alone=alone)
 
 
+def make_folder(folder: Place) -> None:
+    """Nothing: a folder is no more than how names begin."""
+
+
 def lock(place: Place, message: str) -> StoreLock:
     """``Workspace.lock``."""
     return StoreLock(place, message)

@@ -177,8 +177,11 @@ class Workspace(Protocol):
         lock above keeps others away. Raises OutputExistsError, LockedError, UnwritableError.
         """
 
+    def make_folder(self, folder: Place) -> None:
+        """See that a folder is there, and those above it."""
+
     def lock(self, place: Place, message: str) -> Held:
-        """Keep others away by a file, whose folder is made; raises LockedError with ``message``."""
+        """Keep others away by a file; raises LockedError with ``message``."""
 
     def identity(self, folder: Place) -> str:
         """A text that is another one for every other folder."""

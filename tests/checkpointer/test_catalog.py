@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from ckpt_convert.checkpointer.run import catalog
+from ckpt_convert.checkpointer.run.catalog import Saved
 from ckpt_convert.checkpointer.run.progress import Progress
 from ckpt_convert.errors import CheckpointNotFoundError, ConfigError, OutputExistsError, UsageError
 from ckpt_convert.storage import pointer, removal, workspace
@@ -47,6 +48,18 @@ def checkpoint(parent: Path, name: str, sequence: int = 1, *, into: str | None =
         (path / "training_state").mkdir()
         (path / "training_state" / ".metadata").write_bytes(b"abc")
     return path
+
+
+def read(path: Path, *arguments: Any, **options: Any) -> Saved | None:
+    return catalog.read(at(path), *arguments, **options)
+
+
+def scan(path: Path, *arguments: Any) -> list[Saved]:
+    return catalog.scan(at(path), *arguments)
+
+
+def tidy(path: Path) -> None:
+    catalog.tidy(at(path))
 
 
 def edit_training(path: Path, **changes: Any) -> None:
@@ -90,7 +103,7 @@ class TestRead:
         path = checkpoint(
             tmp_path, "step_70", 7, progress={"step": 70, "tokens": 900}, metrics={"val_loss": 1.25, "bleu": 0}
         )
-        saved = catalog.read(path)
+        saved = read(path)
         assert saved is not None
         assert saved.path == path
         assert (saved.step, saved.progress) == (70, Progress(step=70, tokens=900))
@@ -101,13 +114,13 @@ class TestRead:
 
     @pytest.mark.parametrize(("state", "has"), [(STATE, True), (None, False), ("removed", False)])
     def test_whether_it_has_its_training_state(self, state: Any, has: bool, tmp_path: Path) -> None:
-        saved = catalog.read(checkpoint(tmp_path, "step_1", training_state=state))
+        saved = read(checkpoint(tmp_path, "step_1", training_state=state))
         assert saved is not None
         assert saved.has_training_state is has
 
     @pytest.mark.parametrize("contents", ["full", "weights", "adapter"])
     def test_what_it_holds(self, contents: str, tmp_path: Path) -> None:
-        saved = catalog.read(checkpoint(tmp_path, "step_1", contents=contents))
+        saved = read(checkpoint(tmp_path, "step_1", contents=contents))
         assert saved is not None
         assert saved.contents == contents
 
@@ -115,21 +128,21 @@ class TestRead:
         path = checkpoint(tmp_path, "step_1", contents="adapter")
         content = json.loads((path / MANIFEST).read_text())
         (path / MANIFEST).write_text(json.dumps({"training": content["training"]}))
-        assert catalog.read(path) is not None
+        assert read(path) is not None
 
     def test_a_copy_under_another_name_is_the_users(self, tmp_path: Path) -> None:
         shutil.copytree(checkpoint(tmp_path, "step_30"), tmp_path / "step_30_best")
-        assert catalog.read(tmp_path / "step_30_best") is None
+        assert read(tmp_path / "step_30_best") is None
 
     def test_one_with_a_journal_is_being_written_or_removed(self, tmp_path: Path) -> None:
         path = checkpoint(tmp_path, "step_30")
         (path / JOURNAL).touch()
-        assert catalog.read(path) is None
+        assert read(path) is None
 
     def test_another_savers(self, tmp_path: Path) -> None:
         path = checkpoint(tmp_path, "step_30", saver="weights")
-        assert catalog.read(path) is None
-        assert catalog.read(path, "weights") is not None
+        assert read(path) is None
+        assert read(path, "weights") is not None
 
     def test_what_is_no_checkpoint_at_all(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         (tmp_path / "logs").mkdir()
@@ -137,7 +150,7 @@ class TestRead:
         (tmp_path / "converted" / MANIFEST).write_text('{"schema": 1, "format": "hf"}')
         (tmp_path / "file").write_text("")
         for name in ("logs", "converted", "file", "nothing"):
-            assert catalog.read(tmp_path / name) is None
+            assert read(tmp_path / name) is None
         assert caplog.records == []
 
     @pytest.mark.parametrize("text", ["", '{"training": ', "[]", "\x00"])
@@ -146,7 +159,7 @@ class TestRead:
     ) -> None:
         path = checkpoint(tmp_path, "step_30")
         (path / MANIFEST).write_text(text)
-        assert catalog.read(path) is None
+        assert read(path) is None
         assert f"{path} is no complete checkpoint" in caplog.text
 
     @pytest.mark.parametrize(
@@ -172,14 +185,14 @@ class TestRead:
     ) -> None:
         path = checkpoint(tmp_path, "step_30")
         edit_training(path, **{name: value})
-        assert catalog.read(path) is None
+        assert read(path) is None
         assert f"{path} is no complete checkpoint" in caplog.text
         assert MANIFEST in caplog.text
 
     def test_a_newer_version_is_an_error_not_a_fresh_start(self, tmp_path: Path) -> None:
         checkpoint(tmp_path, "step_30", version=2, contents="something new")
         with pytest.raises(ConfigError, match="found 2; it was written by a newer ckpt-convert: update"):
-            catalog.scan(tmp_path)
+            scan(tmp_path)
 
 
 class TestScan:
@@ -187,7 +200,7 @@ class TestScan:
         checkpoint(tmp_path, "step_100", 3, progress={"step": 100})
         checkpoint(tmp_path, "step_20", 12, progress={"step": 20})  # after resuming from step 10
         checkpoint(tmp_path, "step_9", 1, progress={"step": 9})
-        assert [saved.step for saved in catalog.scan(tmp_path)] == [9, 100, 20]
+        assert [saved.step for saved in scan(tmp_path)] == [9, 100, 20]
 
     def test_only_what_is_complete_and_ours(self, tmp_path: Path) -> None:
         checkpoint(tmp_path, "step_10", 1)
@@ -200,42 +213,42 @@ class TestScan:
         shutil.copytree(tmp_path / "step_10", tmp_path / "step_10_best")
         (tmp_path / "my-step-5-notes").mkdir()
         (tmp_path / "log.txt").write_text("")
-        assert [saved.path.name for saved in catalog.scan(tmp_path)] == ["step_10"]
-        assert [saved.path.name for saved in catalog.scan(tmp_path, "other")] == ["step_20"]
+        assert [saved.path.name for saved in scan(tmp_path)] == ["step_10"]
+        assert [saved.path.name for saved in scan(tmp_path, "other")] == ["step_20"]
 
     def test_links_are_not_followed(self, tmp_path: Path) -> None:
         elsewhere = checkpoint(tmp_path / "elsewhere", "step_10")
         (tmp_path / "runs").mkdir()
         (tmp_path / "runs" / "step_10").symlink_to(elsewhere)
-        assert catalog.scan(tmp_path / "runs") == []
+        assert scan(tmp_path / "runs") == []
 
     def test_nothing_where_nothing_is(self, tmp_path: Path) -> None:
-        assert catalog.scan(tmp_path) == []
-        assert catalog.scan(tmp_path / "nowhere") == []
+        assert scan(tmp_path) == []
+        assert scan(tmp_path / "nowhere") == []
 
     def test_a_damaged_newest_leaves_the_one_before(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         checkpoint(tmp_path, "step_10", 1)
         (checkpoint(tmp_path, "step_20", 2) / MANIFEST).write_text("{")
-        assert [saved.step for saved in catalog.scan(tmp_path)] == [10]
+        assert [saved.step for saved in scan(tmp_path)] == [10]
         assert "step_20 is no complete checkpoint" in caplog.text
 
 
 class TestAmend:
     def test_a_late_metric(self, tmp_path: Path) -> None:
         path = checkpoint(tmp_path, "step_10")
-        saved = catalog.read(path)
+        saved = read(path)
         assert saved is not None
         before = json.loads((path / MANIFEST).read_text())
         amended = catalog.amend(saved, metrics={"val_loss": 0.5})
         assert amended.metrics == {"val_loss": 0.5}
         assert saved.metrics == {}
-        assert catalog.read(path) == amended
+        assert read(path) == amended
         before["training"]["metrics"] = {"val_loss": 0.5}
         assert json.loads((path / MANIFEST).read_text()) == before
 
     def test_what_changed_meanwhile_stays(self, tmp_path: Path) -> None:
         path = checkpoint(tmp_path, "step_10")
-        saved, other = catalog.read(path), catalog.read(path)
+        saved, other = read(path), read(path)
         assert saved is not None
         assert other is not None
         catalog.amend(other, training_state="removed")
@@ -245,7 +258,7 @@ class TestAmend:
     def test_it_leaves_no_other_file(self, tmp_path: Path) -> None:
         path = checkpoint(tmp_path, "step_10")
         before = tree(tmp_path)
-        saved = catalog.read(path)
+        saved = read(path)
         assert saved is not None
         catalog.amend(saved, metrics={"a": 1.0})
         assert tree(tmp_path).keys() == before.keys()
@@ -254,7 +267,7 @@ class TestAmend:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         path = checkpoint(tmp_path, "step_10")
-        saved = catalog.read(path)
+        saved = read(path)
         assert saved is not None
         order: list[str] = []
         fsync, replace = os.fsync, os.replace
@@ -273,7 +286,7 @@ class TestAmend:
         assert order == ["fsync .manifest.json.partial", "replace manifest.json", "fsync ckpt_convert"]
 
     def test_failing_leaves_it_as_it_was(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        saved = catalog.read(checkpoint(tmp_path, "step_10"))
+        saved = read(checkpoint(tmp_path, "step_10"))
         assert saved is not None
         before = tree(tmp_path)
 
@@ -287,7 +300,7 @@ class TestAmend:
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), "low", None, True])
     def test_a_metric_is_a_finite_number(self, value: Any, tmp_path: Path) -> None:
-        saved = catalog.read(checkpoint(tmp_path, "step_10"))
+        saved = read(checkpoint(tmp_path, "step_10"))
         assert saved is not None
         before = tree(tmp_path)
         with pytest.raises(UsageError, match=r"metric 'val_loss' is .*; expected a finite number"):
@@ -296,7 +309,7 @@ class TestAmend:
 
     def test_one_that_is_gone(self, tmp_path: Path) -> None:
         path = checkpoint(tmp_path, "step_10")
-        saved = catalog.read(path)
+        saved = read(path)
         assert saved is not None
         shutil.rmtree(path)
         with pytest.raises(CheckpointNotFoundError, match="no complete checkpoint any more"):
@@ -396,7 +409,7 @@ class TestTidy:
         checkpoint(tmp_path, "step_40", into=".step_40.partial")  # killed just before it got its name
         found = [".step_20.partial", ".step_30.partial", ".step_40.partial"]
         assert [path.name for path in removal.leftovers(tmp_path)] == found
-        catalog.tidy(tmp_path)
+        tidy(tmp_path)
         assert names(tmp_path) == ["step_10"]
         assert tree(kept) == before
         for name in found:
@@ -418,7 +431,7 @@ class TestTidy:
         (tmp_path / ".link.partial").symlink_to(elsewhere)
         shutil.copytree(tmp_path / "step_10", tmp_path / ".step_11.partial")  # somebody's copy: says another name
         before = tree(tmp_path)
-        catalog.tidy(tmp_path)
+        tidy(tmp_path)
         assert tree(tmp_path) == before
 
     def test_what_somebody_is_writing_stays(self, tmp_path: Path) -> None:
@@ -426,15 +439,15 @@ class TestTidy:
         partial.mkdir()
         (partial / JOURNAL).touch()
         with Lock.directory(partial, "taken"):
-            catalog.tidy(tmp_path)
+            tidy(tmp_path)
             assert (partial / JOURNAL).exists()
-        catalog.tidy(tmp_path)
+        tidy(tmp_path)
         assert not partial.exists()
 
     def test_what_was_moved_aside_is_put_back(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         aside = checkpoint(tmp_path, "step_10", into=".step_10.replaced")
         before = tree(aside)
-        catalog.tidy(tmp_path)
+        tidy(tmp_path)
         assert names(tmp_path) == ["step_10"]
         assert tree(tmp_path / "step_10") == before
         assert "put back" in caplog.text
@@ -442,9 +455,9 @@ class TestTidy:
     def test_what_was_replaced_goes(self, tmp_path: Path) -> None:
         new = checkpoint(tmp_path, "step_10", 5)
         checkpoint(tmp_path, "step_10", 1, into=".step_10.replaced")
-        catalog.tidy(tmp_path)
+        tidy(tmp_path)
         assert names(tmp_path) == ["step_10"]
-        saved = catalog.read(new)
+        saved = read(new)
         assert saved is not None
         assert saved.sequence == 5
 
@@ -457,7 +470,7 @@ class TestTidy:
         (tmp_path / "step_30").mkdir()
         checkpoint(tmp_path, "step_30", into=".step_30.replaced")
         before = tree(tmp_path)
-        catalog.tidy(tmp_path)
+        tidy(tmp_path)
         assert tree(tmp_path) == before
         assert caplog.records == []
 
@@ -470,7 +483,7 @@ class TestTidy:
         else:
             temporary.symlink_to("step_10")
         (tmp_path / "latest").symlink_to("step_10")
-        catalog.tidy(tmp_path)
+        tidy(tmp_path)
         assert names(tmp_path) == ["latest"]
 
     def test_a_training_state_that_was_being_removed_goes(self, tmp_path: Path) -> None:
@@ -478,7 +491,7 @@ class TestTidy:
         thinned = checkpoint(tmp_path, "step_20", 2)
         edit_training(thinned, training_state="removed")
         copied = shutil.copytree(thinned, tmp_path / "copy")
-        catalog.tidy(tmp_path)
+        tidy(tmp_path)
         assert [(path / "training_state").exists() for path in (whole, thinned, copied)] == [True, False, True]
         assert (thinned / "model.safetensors").read_bytes() == b"weights"
 
@@ -490,7 +503,7 @@ class TestTidy:
         (linked / "training_state").symlink_to(elsewhere / "training_state")
         (runs / "step_10").symlink_to(elsewhere)
         before = tree(tmp_path)
-        catalog.tidy(runs)
+        tidy(runs)
         assert tree(tmp_path) == before
 
     def test_what_cannot_be_removed_is_warned_of(
@@ -506,7 +519,7 @@ class TestTidy:
             real(path, **options)
 
         monkeypatch.setattr(os, "rmdir", rmdir)
-        catalog.tidy(tmp_path)
+        tidy(tmp_path)
         assert names(tmp_path) == [".a.partial"]
         assert "cannot be removed: Permission denied" in caplog.text
 
@@ -530,14 +543,14 @@ class TestTidy:
             patch.setattr(os, "rmdir", stopping(os.rmdir))
             patch.setattr(os, "unlink", stopping(os.unlink))
             with pytest.raises(KeyboardInterrupt):
-                catalog.tidy(tmp_path)
+                tidy(tmp_path)
         assert (path / JOURNAL).exists()
-        catalog.tidy(tmp_path)
+        tidy(tmp_path)
         assert names(tmp_path) == []
 
     def test_nothing_where_nothing_is(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         caplog.set_level(logging.DEBUG)
-        catalog.tidy(tmp_path)
-        catalog.tidy(tmp_path / "nowhere")
+        tidy(tmp_path)
+        tidy(tmp_path / "nowhere")
         assert removal.leftovers(tmp_path / "nowhere") == []
         assert caplog.records == []

@@ -17,6 +17,7 @@ from ckpt_convert.checkpointer.run.progress import Progress
 from ckpt_convert.checkpointer.run.retention import Decision, Policy
 from ckpt_convert.errors import UsageError
 from ckpt_convert.storage import removal
+from ckpt_convert.storage.place import at
 
 MANIFEST = "ckpt_convert/manifest.json"
 LOSS: retention.Best = ("val_loss", "min")
@@ -25,7 +26,7 @@ ACCURACY: retention.Best = ("acc", "max")
 
 def saved(sequence: int, *, state: bool = True, step: int | None = None, **metrics: float) -> Saved:
     """A checkpoint that is only thought of; its path is its sequence."""
-    path = Path(f"{sequence}")
+    path = at(f"{sequence}")
     progress = Progress(step=sequence if step is None else step)
     return Saved(path, progress, metrics, "full", sequence, state, "default", {})
 
@@ -52,8 +53,16 @@ def checkpoint(parent: Path, step: int, **training: Any) -> Path:
     return path
 
 
+def scan(path: Path, *arguments: Any) -> list[Saved]:
+    return catalog.scan(at(path), *arguments)
+
+
+def tidy(path: Path) -> None:
+    catalog.tidy(at(path))
+
+
 def steps(parent: Path) -> list[int]:
-    return [one.step for one in catalog.scan(parent)]
+    return [one.step for one in scan(parent)]
 
 
 def deleted(all_saved: list[Saved], policy: Policy) -> list[int]:
@@ -179,9 +188,9 @@ class TestApply:
     def test_deleting_and_thinning(self, tmp_path: Path) -> None:
         for step in (10, 20, 30, 40):
             checkpoint(tmp_path, step)
-        retention.apply(retention.decide(catalog.scan(tmp_path), Policy(keep_last=3, keep_last_training_state=1)))
+        retention.apply(retention.decide(scan(tmp_path), Policy(keep_last=3, keep_last_training_state=1)))
         assert sorted(path.name for path in tmp_path.iterdir()) == ["step_20", "step_30", "step_40"]
-        assert [one.has_training_state for one in catalog.scan(tmp_path)] == [False, False, True]
+        assert [one.has_training_state for one in scan(tmp_path)] == [False, False, True]
         for path in tmp_path.iterdir():
             assert (path / "training_state").exists() == (path.name == "step_40")
             assert (path / "model.safetensors").read_bytes() == b"weights"
@@ -197,7 +206,7 @@ class TestApply:
         (tmp_path / "my-step-5-notes").mkdir()
         (tmp_path / "step_5").mkdir()
         (tmp_path / "step_5" / "file").write_text("mine")
-        retention.apply(retention.decide(catalog.scan(tmp_path), Policy(keep_last=1, keep_last_training_state=1)))
+        retention.apply(retention.decide(scan(tmp_path), Policy(keep_last=1, keep_last_training_state=1)))
         expected = ["my-step-5-notes", "step_10_best", "step_15", "step_20", "step_5"]
         assert sorted(path.name for path in tmp_path.iterdir()) == expected
         assert (tmp_path / "step_15" / "training_state").exists()
@@ -206,7 +215,7 @@ class TestApply:
     def test_what_is_no_longer_what_was_decided_on_stays(self, change: str, tmp_path: Path) -> None:
         path = checkpoint(tmp_path / "runs", 10)
         checkpoint(tmp_path / "runs", 20)
-        decision = retention.decide(catalog.scan(tmp_path / "runs"), Policy(keep_last=1))
+        decision = retention.decide(scan(tmp_path / "runs"), Policy(keep_last=1))
         if change == "journal":
             (path / ".ckpt-convert-journal").touch()
         else:
@@ -224,7 +233,7 @@ class TestApply:
         (tmp_path / "base" / "file").write_text("shared")
         (checkpoint(tmp_path / "runs", 10) / "base").symlink_to(tmp_path / "base")
         checkpoint(tmp_path / "runs", 20)
-        retention.apply(retention.decide(catalog.scan(tmp_path / "runs"), Policy(keep_last=1)))
+        retention.apply(retention.decide(scan(tmp_path / "runs"), Policy(keep_last=1)))
         assert (tmp_path / "base" / "file").read_text() == "shared"
         # The link is none of the checkpoint's files, so it stays as well.
         assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["step_10", "step_20"]
@@ -244,10 +253,10 @@ class TestApply:
 
         with monkeypatch.context() as patch:
             patch.setattr(os, "rename", rename)
-            retention.apply(retention.decide(catalog.scan(tmp_path), Policy(keep_last=1)))
+            retention.apply(retention.decide(scan(tmp_path), Policy(keep_last=1)))
         assert steps(tmp_path) == [10, 30]
         assert "step_10 is to be kept no longer, but cannot be removed: Permission denied" in caplog.text
-        retention.apply(retention.decide(catalog.scan(tmp_path), Policy(keep_last=1)))
+        retention.apply(retention.decide(scan(tmp_path), Policy(keep_last=1)))
         assert steps(tmp_path) == [30]
 
     def test_a_thinning_that_fails_is_a_warning(
@@ -262,8 +271,8 @@ class TestApply:
             raise PermissionError(13, "Permission denied")
 
         monkeypatch.setattr(os, "replace", replace)
-        retention.apply(retention.decide(catalog.scan(tmp_path), Policy(keep_last_training_state=1)))
-        assert [one.has_training_state for one in catalog.scan(tmp_path)] == [True, True]
+        retention.apply(retention.decide(scan(tmp_path), Policy(keep_last_training_state=1)))
+        assert [one.has_training_state for one in scan(tmp_path)] == [True, True]
         assert (tmp_path / "step_10" / "training_state" / "0.distcp").exists()
         (message,) = caplog.messages
         assert "its training state cannot be removed" in message
@@ -273,7 +282,7 @@ class TestApply:
         checkpoint(tmp_path, 10)
         checkpoint(tmp_path, 20)
         (removal.removal_name(tmp_path / "step_10") / "stuck").mkdir(parents=True)
-        retention.apply(retention.decide(catalog.scan(tmp_path), Policy(keep_last=1)))
+        retention.apply(retention.decide(scan(tmp_path), Policy(keep_last=1)))
         assert [path.name for path in tmp_path.iterdir()] == ["step_20"]
 
 
@@ -294,17 +303,17 @@ class TestInterruptions:
             runs = tmp_path / f"{moment}"
             for step in (10, 20):
                 checkpoint(runs, step)
-            decision = retention.decide(catalog.scan(runs), policy)
+            decision = retention.decide(scan(runs), policy)
             if not self._killed_after(moment, decision, monkeypatch):
                 break
-            for one in catalog.scan(runs):
+            for one in scan(runs):
                 assert (one.path / "model.safetensors").read_bytes() == b"weights"
                 if one.has_training_state:
                     assert (one.path / "training_state" / "0.distcp").read_bytes() == b"state"
             assert steps(runs)[-1] == 20
 
-            catalog.tidy(runs)
-            retention.apply(retention.decide(catalog.scan(runs), policy))
+            tidy(runs)
+            retention.apply(retention.decide(scan(runs), policy))
             self._finished(runs, policy)
             moment += 1
         self._finished(runs, policy)

@@ -17,7 +17,7 @@ import torch.distributed.checkpoint as dcp
 import ckpt_convert
 from ckpt_convert.checkpointer.state import training_state
 from ckpt_convert.checkpointer.state.pack import Packed, pack
-from ckpt_convert.checkpointer.state.training_state import DESCRIPTION, check, open_state, read, write
+from ckpt_convert.checkpointer.state.training_state import DESCRIPTION, Opened
 from ckpt_convert.errors import (
     CheckpointNotFoundError,
     CkptConvertError,
@@ -25,11 +25,30 @@ from ckpt_convert.errors import (
     CorruptFileError,
     InputError,
     NotEnoughSpaceError,
-    OutputExistsError,
+    UnwritableError,
     UsageError,
 )
 from ckpt_convert.storage.folder import Folder
+from ckpt_convert.storage.place import at
 from ckpt_convert.tensors.header import Box
+
+
+def write(path: Path, state: Any) -> dict[str, dict[str, Any]]:
+    path.mkdir(exist_ok=True)
+    with Folder.at(path) as folder:
+        return training_state.write(folder, state)
+
+
+def read(path: Path, parts: Any = None) -> Any:
+    return training_state.read(at(path), parts)
+
+
+def open_state(path: Path) -> Opened:
+    return training_state.open_state(at(path))
+
+
+def check(path: Path, files: Any, checksums: bool = True) -> list[str]:
+    return training_state.check(at(path), files, checksums)
 
 
 def optimizer() -> dict[str, Any]:
@@ -174,7 +193,7 @@ def test_tensors_in_pieces_are_put_together(tmp_path: Path) -> None:
 
 
 def test_written_once(saved: Path) -> None:
-    with pytest.raises(OutputExistsError, match="should be empty"):
+    with pytest.raises(UnwritableError, match="cannot be made: File exists"):
         write(saved, pack({}))
 
 
@@ -216,10 +235,10 @@ def test_every_error_says_what_to_do(saved: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
 def test_damage_anywhere_is_an_error_of_ours_or_changes_a_value(saved: Path, tmp_path: Path, name: str) -> None:
     content = (saved / name).read_bytes()
-    for at in range(0, len(content), max(len(content) // 60, 1)):
+    for start in range(0, len(content), max(len(content) // 60, 1)):
         damaged = tmp_path / "damaged"
         shutil.copytree(saved, damaged)
-        (damaged / name).write_bytes(content[:at] + bytes([content[at] ^ 0xFF]) + content[at + 1 :])
+        (damaged / name).write_bytes(content[:start] + bytes([content[start] ^ 0xFF]) + content[start + 1 :])
         with contextlib.suppress(CkptConvertError):
             read(damaged)
         shutil.rmtree(damaged)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -21,15 +20,13 @@ _BROKEN = (RuntimeError, ConnectionError)  # torch's errors of a store are Runti
 class Claim:
     """The one process that may write into a directory; of a run of one process nothing is asked."""
 
-    def __init__(self, path: Path) -> None:
-        """Claim a directory that is there; raises UsageError where another process has."""
-        self._path = path
+    def __init__(self, directory: object, identity: str) -> None:
+        """Claim a directory, which ``identity`` tells from others; raises UsageError where another process has."""
+        self._directory = directory
         self._store = _store()
         if self._store is None:
             return
-        # A path may mean another directory on another machine, which its number tells nearly always.
-        name = f"{path.resolve()}\0{path.stat().st_ino}"
-        self._key = f"ckpt_convert/{hashlib.sha256(name.encode()).hexdigest()}"
+        self._key = f"ckpt_convert/{hashlib.sha256(identity.encode()).hexdigest()}"
         self._refused = f"{self._key}/refused"
         self._rank = str(dist.get_rank())
         holder = _text(self._store.compare_set(self._key, "", self._rank))
@@ -56,9 +53,9 @@ class Claim:
 
     def _message(self, holder: str, other: str) -> str:
         return (
-            f"{self._path}: process {holder} and process {other} each made a checkpointer for this output_dir, and "
-            "would write the same directories; make it on one process (if torch.distributed.get_rank() == 0), leave "
-            "output_dir out on those that only load, or give each process an output_dir of its own"
+            f"{self._directory}: process {holder} and process {other} each made a checkpointer for this output_dir, "
+            "and would write the same directories; make it on one process (if torch.distributed.get_rank() == 0), "
+            "leave output_dir out on those that only load, or give each process an output_dir of its own"
         )
 
 

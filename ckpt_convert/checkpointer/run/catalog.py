@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -23,16 +22,18 @@ from ckpt_convert.containers.dcp import DCP_SUFFIX, dcp
 from ckpt_convert.convert import ownership
 from ckpt_convert.errors import (
     CheckpointNotFoundError,
+    CkptConvertError,
     ConfigError,
     CorruptFileError,
     NewerVersionError,
     UsageError,
+    reason,
 )
 from ckpt_convert.formats.base import is_number
-from ckpt_convert.storage import removal
+from ckpt_convert.formats.names import RECORD_FOLDER
+from ckpt_convert.storage import workspace
 from ckpt_convert.storage.names import JOURNAL
-from ckpt_convert.storage.place import at
-from ckpt_convert.storage.reader import reading
+from ckpt_convert.storage.place import Place
 
 log = logging.getLogger("ckpt_convert")
 
@@ -53,7 +54,7 @@ class Saved:
     ``contents`` is "full", "weights" or "adapter"; ``manifest`` is everything that its manifest says.
     """
 
-    path: Path
+    place: Place
     progress: Progress
     metrics: Mapping[str, float]
     contents: str
@@ -63,38 +64,43 @@ class Saved:
     manifest: Mapping[str, Any] = field(repr=False, compare=False)
 
     @property
+    def path(self) -> Path:
+        """Its directory."""
+        return self.place.local
+
+    @property
     def step(self) -> int:
         return self.progress.step
 
 
-def _section(directory: Path, name: str | None) -> tuple[dict[str, Any], dict[str, Any]] | None:
+def _section(directory: Place, name: str | None) -> tuple[dict[str, Any], dict[str, Any]] | None:
     """The manifest and its part about training, where they say that this was completed under ``name`` (None: any).
 
     Raises ConfigError when the manifest cannot be read, CorruptFileError when it was edited or damaged.
     """
-    with reading(directory / MANIFEST, "looked at"):
-        if os.path.lexists(directory / JOURNAL) or not (directory / MANIFEST).is_file():
-            return None
-    manifest = read_manifest(at(directory))
+    if (directory / JOURNAL).is_there() or not (directory / MANIFEST).is_regular():
+        return None
+    manifest = read_manifest(directory)
     training = manifest.get("training")
     if not isinstance(training, dict) or name not in (None, training.get("directory")):
         return None
     return manifest, training
 
 
-def _is_complete(directory: Path, name: str) -> bool:
+def _is_complete(directory: Place, name: str) -> bool:
     with contextlib.suppress(ConfigError, CorruptFileError):
-        return _section(directory, name) is not None
+        return _section(directory.listed(), name) is not None
     return False
 
 
-RULES = replace(ownership.STEP_RULES, is_complete=lambda place, name: _is_complete(place.local, name))
+RULES = replace(ownership.STEP_RULES, is_complete=_is_complete)
 """For the directories of steps, which are complete under the name that their manifest says."""
 
 
-def is_damaged(directory: Path) -> bool:
+def is_damaged(directory: Place) -> bool:
     """Whether this was a checkpoint of some saver, by its record, but its manifest is gone or cannot be read."""
-    if directory.is_symlink() or not (directory / MANIFEST).parent.is_dir() or os.path.lexists(directory / JOURNAL):
+    directory = directory.listed()
+    if directory.link() is not None or not (directory / RECORD_FOLDER).is_folder() or (directory / JOURNAL).is_there():
         return False
     try:
         found = _section(directory, directory.name)
@@ -102,49 +108,51 @@ def is_damaged(directory: Path) -> bool:
             _saved(directory, *found)
     except (ConfigError, CorruptFileError):
         return True
-    return not (directory / MANIFEST).is_file()
+    return not (directory / MANIFEST).is_regular()
 
 
-def read(path: Path, saver: str = "default", *, renamed: bool = False) -> Saved | None:
+def read(directory: Place, saver: str = "default", *, renamed: bool = False) -> Saved | None:
     """The checkpoint in a directory; None if there is no complete one, or if another saver wrote it.
 
     ``renamed`` takes one that was copied or moved to another name, too. Damage is warned of. Raises NewerVersionError
     for one that a newer version wrote.
     """
+    directory = directory.listed()
     try:
-        found = _section(path, None if renamed else path.name)
+        found = _section(directory, None if renamed else directory.name)
     except NewerVersionError:
         raise
     except (ConfigError, CorruptFileError) as error:
-        log.warning("%s is no complete checkpoint: %s", path, error)
+        log.warning("%s is no complete checkpoint: %s", directory, error)
         return None
     if found is None or found[1].get("saver") != saver:
         return None
     version = found[1].get("version")
     if isinstance(version, int) and version > VERSION:
         raise NewerVersionError(
-            f"{path / MANIFEST}: expected version {VERSION} of its part about training, found {version}; "
+            f"{directory / MANIFEST}: expected version {VERSION} of its part about training, found {version}; "
             "it was written by a newer ckpt-convert: update, or use another output directory"
         )
     try:
-        return _saved(path, *found)
+        return _saved(directory, *found)
     except CorruptFileError as error:
-        log.warning("%s is no complete checkpoint: %s", path, error)
+        log.warning("%s is no complete checkpoint: %s", directory, error)
         return None
 
 
-def scan(output_dir: Path, saver: str = "default") -> list[Saved]:
+def scan(output_dir: Place, saver: str = "default") -> list[Saved]:
     """The complete checkpoints of a saver, oldest first; links, files and hidden directories are passed over.
 
     Raises NewerVersionError for one that a newer version wrote.
     """
-    with reading(output_dir, "listed"):
-        if not output_dir.is_dir():
-            return []
-        with os.scandir(output_dir) as entries:
-            names = [e.name for e in entries if not e.name.startswith(".") and e.is_dir(follow_symlinks=False)]
-    found = (read(output_dir / name, saver) for name in sorted(names))
+    found = (read(place, saver) for place in directories(output_dir) if not place.name.startswith("."))
     return sorted((saved for saved in found if saved is not None), key=lambda saved: saved.sequence)
+
+
+def directories(output_dir: Place) -> list[Place]:
+    """What lies in an output directory that is a directory and no link to one, in order of the names."""
+    here = output_dir.anew().listed()
+    return sorted(place for place in here.folders() if place.link() is None) if here.is_folder() else []
 
 
 def amend(saved: Saved, **changes: Any) -> Saved:
@@ -155,21 +163,22 @@ def amend(saved: Saved, **changes: Any) -> Saved:
     """
     for name, value in changes.get("metrics", {}).items():
         if not is_number(value) or not math.isfinite(value):
-            raise UsageError(f"{saved.path}: the metric {name!r} is {value!r}; expected a finite number")
+            raise UsageError(f"{saved.place}: the metric {name!r} is {value!r}; expected a finite number")
     # A metric from the training thread and a removal from the one that writes must not undo each other.
     with _amending:
-        found = _section(saved.path, saved.path.name)
+        directory = saved.place.listed()
+        found = _section(directory, directory.name)
         if found is None:
-            raise CheckpointNotFoundError(f"{saved.path}: is no complete checkpoint any more; save another one")
+            raise CheckpointNotFoundError(f"{saved.place}: is no complete checkpoint any more; save another one")
         manifest, training = found
         training.update(changes)
-        amended = _saved(saved.path, manifest, training)
-        replace_manifest(at(saved.path), manifest)
+        amended = _saved(directory, manifest, training)
+        replace_manifest(directory, manifest)
     return amended
 
 
-def _saved(path: Path, manifest: Mapping[str, Any], training: Mapping[str, Any]) -> Saved:
-    place = str(path / MANIFEST)
+def _saved(directory: Place, manifest: Mapping[str, Any], training: Mapping[str, Any]) -> Saved:
+    said_by = str(directory / MANIFEST)
     progress, metrics, sequence = (training.get(name) for name in ("progress", "metrics", "sequence"))
     state = training.get(TRAINING_STATE)
     problems = [
@@ -184,10 +193,10 @@ def _saved(path: Path, manifest: Mapping[str, Any], training: Mapping[str, Any])
         if not good
     ]
     if problems or not isinstance(progress, Mapping):
-        raise CorruptFileError(f"{place}: is damaged: {'; '.join(problems)}")
+        raise CorruptFileError(f"{said_by}: is damaged: {'; '.join(problems)}")
     return Saved(
-        path,
-        Progress.from_dict(progress, place),
+        directory.anew(),
+        Progress.from_dict(progress, said_by),
         {str(name): float(value) for name, value in (metrics or {}).items()},
         str(training["contents"]),
         int(training["sequence"]),
@@ -197,30 +206,28 @@ def _saved(path: Path, manifest: Mapping[str, Any], training: Mapping[str, Any])
     )
 
 
-def tidy(output_dir: Path) -> None:
-    """Clear away what interrupted writers left (``removal.tidy``), also of training states that were being removed."""
-    removal.tidy(output_dir, RULES)
-    for state in output_dir.glob(f"*/{TRAINING_STATE}"):
-        finish_thinning(state.parent)
+def tidy(output_dir: Place) -> None:
+    """Clear away what interrupted writers left, also of training states that were being removed."""
+    workspace.of(output_dir).tidy(output_dir, RULES)
+    for directory in directories(output_dir):
+        finish_thinning(directory)
 
 
-def finish_thinning(directory: Path) -> None:
+def finish_thinning(directory: Place) -> None:
     """Remove the training state of a checkpoint whose manifest says that it is removed; failing is warned of.
 
     What else was put beside its files is left.
     """
     state = directory / TRAINING_STATE
-    if directory.is_symlink() or state.is_symlink() or not state.is_dir():
+    if directory.link() is not None or not state.is_folder() or state.link() is not None:
         return
     with contextlib.suppress(ConfigError, CorruptFileError):
         found = _section(directory, directory.name)
         if found is None or found[1].get(TRAINING_STATE) != REMOVED:
             return
         try:
-            for entry in state.iterdir():
-                if dcp.is_metadata(entry.name) or entry.name.endswith(DCP_SUFFIX):
-                    entry.unlink()
-            if not any(state.iterdir()):
-                state.rmdir()
-        except OSError as error:
-            log.warning("%s cannot be removed: %s", state, error.strerror)
+            names = [place.name for place in sorted(state.children())]
+            index = [name for name in names if dcp.is_metadata(name)]
+            workspace.of(state).remove(state, [*index, *(name for name in names if name.endswith(DCP_SUFFIX))])
+        except (OSError, CkptConvertError) as error:
+            log.warning("%s cannot be removed: %s", state, reason(error))

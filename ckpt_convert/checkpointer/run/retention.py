@@ -6,14 +6,14 @@ import logging
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, TypeAlias
 
 from ckpt_convert.checkpoint.record import TRAINING_STATE
 from ckpt_convert.checkpointer.run import catalog
 from ckpt_convert.checkpointer.run.catalog import Saved
 from ckpt_convert.errors import CkptConvertError, UsageError
-from ckpt_convert.storage import removal
+from ckpt_convert.storage import workspace
+from ckpt_convert.storage.place import Place
 
 log = logging.getLogger("ckpt_convert")
 
@@ -68,15 +68,15 @@ def parse_best(text: str) -> Best:
     return metric, "min" if mode == "min" else "max"
 
 
-def decide(saved: Sequence[Saved], policy: Policy, needed: Collection[Path | None] = ()) -> Decision:
+def decide(saved: Sequence[Saved], policy: Policy, needed: Collection[Place | None] = ()) -> Decision:
     """What of these complete checkpoints a policy does not keep; those that are ``needed`` stay as they are."""
     newest = sorted(saved, key=lambda one: one.sequence, reverse=True)
-    kept = {one.path for one in newest[: policy.keep_last]} | {one.path for one in _ranked(saved, policy)}
-    staying = [one for one in newest if one.path in kept]
+    kept = {one.place for one in newest[: policy.keep_last]} | {one.place for one in _ranked(saved, policy)}
+    staying = [one for one in newest if one.place in kept]
     heavy = [one for one in staying if one.has_training_state]
     too_many = heavy[policy.keep_last_training_state :] if policy.keep_last_training_state else []
-    gone = [one for one in newest if one.path not in kept]
-    return Decision(*(tuple(one for one in reversed(found) if one.path not in needed) for found in (gone, too_many)))
+    gone = [one for one in newest if one.place not in kept]
+    return Decision(*(tuple(one for one in reversed(found) if one.place not in needed) for found in (gone, too_many)))
 
 
 def best(saved: Sequence[Saved], policy: Policy) -> Saved | None:
@@ -111,27 +111,27 @@ def apply(decision: Decision) -> None:
 
 def _is_there(saved: Saved) -> bool:
     """Whether the directory is the checkpoint still that the decision was about."""
-    if saved.path.is_symlink():
+    if saved.place.link() is not None:
         return False
-    found = catalog.read(saved.path, saved.saver)
+    found = catalog.read(saved.place, saved.saver)
     return found is not None and found.sequence == saved.sequence
 
 
 def _delete(saved: Saved) -> None:
     try:
-        removal.withdraw(saved.path, catalog.RULES)
+        workspace.of(saved.place).withdraw(saved.place, catalog.RULES)
     except (OSError, CkptConvertError) as error:
         said = error.strerror if isinstance(error, OSError) else error
-        log.warning("%s is to be kept no longer, but cannot be removed: %s", saved.path, said)
+        log.warning("%s is to be kept no longer, but cannot be removed: %s", saved.place, said)
     else:
-        log.info("%s removed: not among those to keep", saved.path)
+        log.info("%s removed: not among those to keep", saved.place)
 
 
 def _thin(saved: Saved) -> None:
     try:
         catalog.amend(saved, **{TRAINING_STATE: catalog.REMOVED})
     except (OSError, CkptConvertError) as error:
-        log.warning("%s: its training state cannot be removed: %s", saved.path, error)
+        log.warning("%s: its training state cannot be removed: %s", saved.place, error)
         return
-    catalog.finish_thinning(saved.path)
-    log.info("%s: training state removed, the weights are kept", saved.path)
+    catalog.finish_thinning(saved.place)
+    log.info("%s: training state removed, the weights are kept", saved.place)

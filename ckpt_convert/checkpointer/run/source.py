@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ckpt_convert.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -18,14 +15,14 @@ from ckpt_convert.checkpointer.run.catalog import Saved
 from ckpt_convert.dtypes import DEQUANTIZED, torch_name
 from ckpt_convert.errors import CheckpointNotFoundError, CkptConvertError, ConfigError, UsageError
 from ckpt_convert.formats.base import Directory, render_json
-from ckpt_convert.storage.names import local_path
-from ckpt_convert.storage.place import at
+from ckpt_convert.storage.memory import MemoryStore
+from ckpt_convert.storage.place import Place, locate
 
 STARTED_FROM, CONFIG = "started_from", "config"
 """What the manifest says of a run that began with a config alone."""
 
-Source = str | Path | Sequence[str | Path] | Checkpoint
-Config = str | Path | Mapping[str, Any]
+Source = str | Path | Place | Sequence[str | Path | Place] | Checkpoint
+Config = str | Path | Place | Mapping[str, Any]
 
 
 def open_source(source: Source, *, format: str | None, family: str | None, config: Config | None) -> Checkpoint:
@@ -37,17 +34,16 @@ def open_source(source: Source, *, format: str | None, family: str | None, confi
     """
     if isinstance(source, Checkpoint):
         return _as_numbers(source)
-    if not isinstance(source, (str, Path)):
-        source = [local_path(file, "source") for file in source]
-    given: str | Path = source if isinstance(source, (str, Path)) else _directory(source)
-    path = None if config is None else _config_file(config)
-    opened = open_checkpoint(given, format=format, family=family, config=path)
-    if not isinstance(source, (str, Path)):
-        _check_list([Path(file).name for file in source], opened)
+    place = None if config is None else _config_file(config)
+    if isinstance(source, str | Path | Place):
+        return _as_numbers(open_checkpoint(source, format=format, family=family, config=place))
+    files = [locate(file, "source") for file in source]
+    opened = open_checkpoint(_directory(files), format=format, family=family, config=place)
+    _check_list([file.name for file in files], opened)
     return _as_numbers(opened)
 
 
-def open_lost(there: Sequence[Saved], config: Config | None, family: str | None) -> tuple[Checkpoint, Path | None]:
+def open_lost(there: Sequence[Saved], config: Config | None, family: str | None) -> tuple[Checkpoint, Place | None]:
     """What a run without a source goes on from, and the step that this is: the newest that has weights, or the config.
 
     A run that began with a checkpoint keeps its files and its config that way, after the checkpoint is lost. One that
@@ -59,7 +55,7 @@ def open_lost(there: Sequence[Saved], config: Config | None, family: str | None)
         if saved.manifest["training"].get(STARTED_FROM) == CONFIG and config is not None:
             break
         with contextlib.suppress(CkptConvertError):
-            return open_source(saved.path, format=None, family=family, config=None), saved.path
+            return open_source(saved.place, format=None, family=family, config=None), saved.place
     if config is None:
         raise UsageError("source=None: give config= with the model's config.json, to start from nothing")
     return from_config(config, format="hf", family=family), None
@@ -72,17 +68,17 @@ def lost(error: CheckpointNotFoundError, there: Sequence[Saved]) -> CheckpointNo
         return error
     return CheckpointNotFoundError(
         f"{error}\nif it is lost, pass source=None: files, dtypes and config are then those of the newest step, "
-        f"{steps[-1].path}"
+        f"{steps[-1].place}"
     )
 
 
 def from_config(config: Config, *, format: str, family: str | None) -> Checkpoint:
     """A checkpoint without weights, of which only the config is known: what pretraining starts from."""
-    path = _config_file(config)
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file; config= takes a config.json, or what one says as a dict")
-    nothing = OpenedFiles(at(path), format, "a config without weights", Directory(()), ())
-    return Checkpoint.of(nothing, Hints(family, at(path)))
+    place = _config_file(config)
+    if not place.is_regular():
+        raise ConfigError(f"{place}: no such file; config= takes a config.json, or what one says as a dict")
+    nothing = OpenedFiles(place, format, "a config without weights", Directory(()), ())
+    return Checkpoint.of(nothing, Hints(family, place))
 
 
 def _as_numbers(opened: Checkpoint) -> Checkpoint:
@@ -93,13 +89,13 @@ def _as_numbers(opened: Checkpoint) -> Checkpoint:
     return dequantized(opened, stated if stated in DEQUANTIZED else "bfloat16")
 
 
-def _directory(files: Sequence[str | Path]) -> Path:
-    folders = sorted({Path(file).parent for file in files})
+def _directory(files: Sequence[Place]) -> Place:
+    folders = sorted({file.parent for file in files})
     if len(folders) != 1:
         found = ", ".join(map(str, folders)) or "none"
         raise UsageError(f"source: expected the weight files of one directory, found files of {found}")
     for file in files:
-        if not Path(file).is_file():
+        if not file.is_regular():
             raise CheckpointNotFoundError(f"{file}: no such file; source= takes a checkpoint, or a list of its files")
     return folders[0]
 
@@ -115,21 +111,14 @@ def _check_list(names: Sequence[str], opened: Checkpoint) -> None:
         raise UsageError(f"{opened.path}: {'; '.join(problems)}; list all of its files, or give the directory")
 
 
-def _config_file(config: Config) -> Path:
-    """The path of a config; one that is given as a dict is written to a temporary place, as files name their origin.
-
-    The place is removed when the process ends.
-    """
-    if isinstance(config, (str, Path)):
-        path = local_path(config, "config")
-        return path / "config.json" if path.is_dir() else path
+def _config_file(config: Config) -> Place:
+    """Where a config lies: in memory, where it is given as a dict."""
+    if isinstance(config, str | Path | Place):
+        place = locate(config, "config")
+        return place / "config.json" if place.is_folder() else place
     if not isinstance(config, Mapping):
         to_dict = getattr(config, "to_dict", None)
         if to_dict is None:
             raise UsageError(f"config: expected a path or a dict, found {type(config).__name__}")
         config = to_dict()
-    folder = tempfile.mkdtemp(prefix="ckpt-convert-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    path = Path(folder) / "config.json"
-    path.write_bytes(render_json(config))
-    return path
+    return Place(MemoryStore({"config.json": render_json(config)}), PurePosixPath("config.json"))

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -68,7 +67,7 @@ class Settings:
     export_dtype: str | None
     output_format: str | None
     model_format: str
-    extra: tuple[Path, ...] = ()
+    extra: tuple[Place, ...] = ()
     merged: bool = False
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from pathlib import Path
 
 from ckpt_convert import formats
 from ckpt_convert.checkpoint.record import MERGED, TRAINING_STATE
@@ -12,10 +11,10 @@ from ckpt_convert.convert.plan import Plan
 from ckpt_convert.errors import UsageError
 from ckpt_convert.formats.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RECORD_FOLDER, is_index
 from ckpt_convert.storage.checksums import digest, digest_file
-from ckpt_convert.storage.place import at
+from ckpt_convert.storage.place import Place
 
 
-def check(extra: Sequence[Path], plan: Plan | None) -> None:
+def check(extra: Sequence[Place], plan: Plan | None) -> None:
     """Refuse names that what is written has: weights, their index, the config, an adapter's files, our own folders.
 
     ``plan`` writes the weights, None where there are none beside these files. Raises UsageError.
@@ -31,7 +30,7 @@ def check(extra: Sequence[Path], plan: Plan | None) -> None:
         raise UsageError(f"extra_files: {'; '.join(wrong)}; rename it, or leave it out")
 
 
-def replaced(extra: Sequence[Path], plan: Plan, own: Collection[str]) -> Iterator[str]:
+def replaced(extra: Sequence[Place], plan: Plan, own: Collection[str]) -> Iterator[str]:
     """A line for each of the source's files, tokenizers above all, that a step has another one for.
 
     ``own`` are the names of what an earlier run had copied into a step that is now the source.
@@ -43,5 +42,5 @@ def replaced(extra: Sequence[Path], plan: Plan, own: Collection[str]) -> Iterato
             continue
         made = there.make() if there.make is not None else None
         before = digest_file(there.path) if there.path is not None else None if made is None else digest(made)
-        if before is not None and before != digest_file(at(path)):
+        if before is not None and before != digest_file(path):
             yield f"extra_files: {path} takes the place of the source's {path.name} in every step"

@@ -22,7 +22,7 @@ from ckpt_convert.checkpointer.save.run_directory import RunDirectory
 from ckpt_convert.dtypes import CASTS, torch_name
 from ckpt_convert.errors import UsageError
 from ckpt_convert.models import FAMILIES
-from ckpt_convert.storage.names import local_path
+from ckpt_convert.storage.place import Place, locate
 from ckpt_convert.storage.reader import WORKERS
 from ckpt_convert.tensors.blocks import ProgressCallback
 from ckpt_convert.words import listing
@@ -63,7 +63,7 @@ class Options:
     ``last`` are the settings of the last save, ``output_dir`` is None for a checkpointer that only loads.
     """
 
-    output_dir: Path | None
+    output_dir: Place | None
     schedule: Schedule
     policy: retention.Policy
     template: Template
@@ -93,7 +93,7 @@ class Options:
             given["keep_last_training_state"],
         )
         template = Template(given["directory"], given["latest_name"])
-        at = None if output_dir is None else local_path(output_dir, "output_dir")
+        place = None if output_dir is None else locate(output_dir, "output_dir")
         settings = Settings(
             contents=given["contents"],
             export_dtype=dtype_of(given["export_dtype"]),
@@ -104,7 +104,7 @@ class Options:
         )
         same = ("config", "family", "run_name", "latest_name", "save_last", "overwrite", "asynchronous", "progress")
         return cls(
-            output_dir=at,
+            output_dir=place,
             schedule=schedule,
             policy=policy,
             template=template,
@@ -195,6 +195,6 @@ def _together(given: Mapping[str, Any], final: Final) -> Iterator[str]:
                 yield f"{option}: does nothing for a source that is open already; give it to open_checkpoint"
 
 
-def _extra_files(given: Any) -> tuple[Path, ...]:
+def _extra_files(given: Any) -> tuple[Place, ...]:
     """The paths of ``extra_files``, of which one may be given as it is."""
-    return tuple(local_path(path, "extra_files") for path in ((given,) if isinstance(given, str | Path) else given))
+    return tuple(locate(path, "extra_files") for path in ((given,) if isinstance(given, str | Path) else given))

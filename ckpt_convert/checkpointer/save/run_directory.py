@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 
 from ckpt_convert.checkpoint.checkpoint import Checkpoint
 from ckpt_convert.checkpointer.distributed.ranks import Claim
@@ -16,11 +15,11 @@ from ckpt_convert.checkpointer.run.progress import Progress
 from ckpt_convert.checkpointer.save.saving import Step, in_the_way, save
 from ckpt_convert.convert.output import permissions
 from ckpt_convert.errors import CkptConvertError, OutputExistsError, reason
-from ckpt_convert.storage import pointer
-from ckpt_convert.storage.lock import Lock
-from ckpt_convert.storage.place import at
+from ckpt_convert.storage import pointer, workspace
+from ckpt_convert.storage.place import Place
 from ckpt_convert.storage.reader import reading
 from ckpt_convert.storage.system import writing
+from ckpt_convert.storage.workspace import Held, Workspace
 from ckpt_convert.words import listing
 
 log = logging.getLogger("ckpt_convert")
@@ -32,7 +31,7 @@ class RunDirectory:
     """Where the directories of the steps go, and which of them stay."""
 
     def __init__(
-        self, path: Path, template: Template, run_name: str | None, latest_name: str | None, policy: retention.Policy
+        self, path: Place, template: Template, run_name: str | None, latest_name: str | None, policy: retention.Policy
     ) -> None:
         self.path = path
         self.policy = policy
@@ -40,14 +39,14 @@ class RunDirectory:
         self.run_name = run_name or path.absolute().name
         template.check(self.run_name)
         self._latest_name = latest_name
-        self._lock: Lock | None = None
+        self._lock: Held | None = None
         self._mode = 0o777
         self._claim: Claim | None = None
         self._sequence = 0
-        self.template: Path | None = None
+        self.template: Place | None = None
         """The step that stands in for a source that is lost: it stays as long as the run goes on."""
         self._superseded: tuple[Saved, ...] = ()
-        self._unwritten: dict[Path, tuple[Mapping[str, float], int]] = {}
+        self._unwritten: dict[Place, tuple[Mapping[str, float], int]] = {}
 
     def open(self, source: Checkpoint) -> None:
         """Take the directory for this process, and tidy up what a killed one left; once is enough.
@@ -66,17 +65,21 @@ class RunDirectory:
             self._take()
 
     def _take(self) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._claim = Claim(self.path)
+        self._workspace.make_folder(self.path)
+        self._claim = Claim(self.path, self._workspace.identity(self.path))
         held = f"{self.path}: another checkpointer is writing here; close() it, or choose another output_dir"
-        self._lock = Lock.file(self.path / LOCK, held)
+        self._lock = self._workspace.lock(self.path / LOCK, held)
         catalog.tidy(self.path)
         if self._latest_name is not None:
-            pointer.check_pointer(self.path, self._latest_name)
+            self._workspace.check_pointer(self.path, self._latest_name)
         there = self.saved
         self._sequence = there[-1].sequence if there else 0
         if there:
-            self._point_at(there[-1].path)  # a run may have ended, or failed, between the two
+            self._point_at(there[-1].place)  # a run may have ended, or failed, between the two
+
+    @property
+    def _workspace(self) -> Workspace:
+        return workspace.of(self.path)
 
     @property
     def trouble(self) -> str | None:
@@ -105,7 +108,7 @@ class RunDirectory:
         """Let these go once the next checkpoint is complete: they are of a run that was started anew."""
         self._superseded = tuple(there)
 
-    def destination(self, progress: Progress) -> Path:
+    def destination(self, progress: Progress) -> Place:
         """The directory of a step."""
         return self.path / self._template.format(progress, self.run_name)
 
@@ -114,23 +117,23 @@ class RunDirectory:
         self._sequence += 1
         return self._sequence
 
-    def write(self, step: Step, destination: Path, workers: int) -> None:
+    def write(self, step: Step, destination: Place, workers: int) -> None:
         """Write a step; once it is complete, point at it, and let go what the policy does not keep."""
-        save(step, destination, workers=workers, mode=self._mode)
+        save(step, destination, workers=workers, mode=self._mode, alone=True)
         self._unwritten.pop(destination, None)
         self._point_at(destination)
         with _only_warned(f"{destination} is saved, but earlier checkpoints cannot be looked through"):
             gone, self._superseded = self._superseded, ()
-            retention.apply(retention.Decision(delete=tuple(one for one in gone if one.path != destination)))
+            retention.apply(retention.Decision(delete=tuple(one for one in gone if one.place != destination)))
             self._prune()
 
-    def _point_at(self, newest: Path) -> None:
+    def _point_at(self, newest: Place) -> None:
         if self._latest_name is not None:
             with _only_warned(f"{newest} is saved, but {self._latest_name} cannot be made to lead to it"):
-                if pointer.pointed(at(self.path), self._latest_name) != at(newest):
-                    pointer.point(self.path, self._latest_name, newest.name)
+                if pointer.pointed(self.path, self._latest_name) != newest:
+                    self._workspace.point(self.path, self._latest_name, newest.name)
 
-    def amend(self, destination: Path, metrics: Mapping[str, float], evals: int) -> None:
+    def amend(self, destination: Place, metrics: Mapping[str, float], evals: int) -> None:
         """Tell a checkpoint of metrics that were reported after it was saved; no matter if it is gone.
 
         What cannot be written is warned of, and tried again before any checkpoint is removed.
@@ -144,12 +147,12 @@ class RunDirectory:
         """Say now which later steps' directories hold what is not ours: saving there is refused, hours later."""
         found: list[str] = []
         with _only_warned(f"{self.path}: what lies in the way of later steps cannot be looked at"):
-            steps = {one.path: one.step for one in self.saved if self.destination(one.progress) == one.path}
-            for path in self.path.iterdir():
-                if path not in steps and (named := self._template.step_of(path.name, self.run_name)) is not None:
-                    steps[path] = named
-            ahead = sorted((at, path) for path, at in steps.items() if at > step)
-            found = [said for _, path in ahead if (said := in_the_way(path))]
+            steps = {one.place: one.step for one in self.saved if self.destination(one.progress) == one.place}
+            for place in self.path.listed().children():
+                if place not in steps and (named := self._template.step_of(place.name, self.run_name)) is not None:
+                    steps[place] = named
+            ahead = sorted((at, place) for place, at in steps.items() if at > step)
+            found = [said for _, place in ahead if (said := in_the_way(place))]
         if found:
             log.warning(
                 "this run is at step %d, and a later step will not be saved over what is in its way; move that "
@@ -160,7 +163,7 @@ class RunDirectory:
 
     def go_on_from(self, resumed: Saved) -> None:
         """Let go what a killed run had no time to, but for the checkpoint that was resumed; say what that one lacks."""
-        there = [saved for saved in self.saved if saved.path != resumed.path]
+        there = [saved for saved in self.saved if saved.place != resumed.place]
         if self.policy.best is not None and (metric := self.policy.best[0]) not in resumed.metrics:
             # Where every other checkpoint has it, this one was most likely lost between the save and the report.
             expected = bool(there) and all(metric in saved.metrics for saved in there)
@@ -168,12 +171,12 @@ class RunDirectory:
                 logging.WARNING if expected else logging.INFO,
                 "%s: has no %r, as the run ended before report(), or reports none for this step, so it is not among "
                 "the best; to have it counted, evaluate it and report() before the next step()",
-                resumed.path,
+                resumed.place,
                 metric,
             )
-        self._prune(resumed.path)
+        self._prune(resumed.place)
 
-    def _prune(self, resumed: Path | None = None) -> None:
+    def _prune(self, resumed: Place | None = None) -> None:
         self._write_metrics()
         retention.apply(retention.decide(self.saved, self.policy, {resumed, self.template}))
 
@@ -191,7 +194,7 @@ class RunDirectory:
 
     def check(self, source: Checkpoint) -> None:
         """Raise OutputExistsError where saving would write into the source."""
-        here, origin = at(self.path).real(), source.path.real()
+        here, origin = self.path.real(), source.path.real()
         if source.files and origin.is_folder() and (here == origin or here.is_below(origin)):
             raise OutputExistsError(
                 f"{self.path}: lies inside the source {source.path}, which is never written; choose another output_dir"
@@ -200,9 +203,9 @@ class RunDirectory:
     def _refuse_step(self, source: Checkpoint) -> None:
         """Raise OutputExistsError where keeping fewer steps would delete the source."""
         root = source.path.real()
-        if not source.files or (self.template is not None and source.path == at(self.template)):
+        if not source.files or source.path == self.template:
             return
-        if root.parent == at(self.path).real() and catalog.read(root.local) is not None:
+        if root.parent == self.path.real() and catalog.read(root) is not None:
             raise OutputExistsError(
                 f"{source.path}: is a step of this very output_dir, which later steps may replace; choose "
                 "another output_dir, or resume() with the source that the run began with"

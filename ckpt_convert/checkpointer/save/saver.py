@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from ckpt_convert.checkpointer.save.run_directory import RunDirectory
 from ckpt_convert.checkpointer.state import optimizers
 from ckpt_convert.checkpointer.state.parts import Parts
 from ckpt_convert.errors import UsageError
+from ckpt_convert.storage.place import Place
 
 log = logging.getLogger("ckpt_convert")
 
@@ -40,7 +40,7 @@ class Saver:
         self.counts = counts
         self.parts: Parts | None = None
         self.saved_step: int | None = None
-        self.saved_at = Path()
+        self.saved_at: Place | None = None
         self.lacks_final = False
         """Whether the step that was resumed is none that ``final=`` asks for."""
         self.more_files: Callable[[], Mapping[str, bytes]] = dict
@@ -70,7 +70,7 @@ class Saver:
         if self.parts is not None:
             self.parts.untrack()
         for path in self._settings.extra:
-            if not path.is_file():
+            if not path.is_regular():
                 raise UsageError(f"{path}: no such file; extra_files are copied into every checkpoint")
         self.directory.open(self.emitter.source)
         self.held = self.lacks_final = self._captured_trained = False
@@ -156,7 +156,7 @@ class Saver:
         if failed is not None:
             raise failed
 
-    def _training(self, settings: Settings, destination: Path) -> Callable[[], dict[str, Any]]:
+    def _training(self, settings: Settings, destination: Place) -> Callable[[], dict[str, Any]]:
         """What gives the manifest's section about training, with what was reported of the step until it is asked."""
         directory, progress, reported = self.directory, self.counts.progress, self.counts.reported
         section = {
@@ -182,6 +182,8 @@ class Saver:
     def amend(self) -> None:
         """Tell the checkpoint of this step, once it is complete, of metrics that were reported after it."""
         directory, destination = self.directory, self.saved_at
+        if destination is None:
+            return
         evals, metrics = self.counts.reported.known
         if self.background.busy:
             self.background.then(lambda: directory.amend(destination, metrics, evals))

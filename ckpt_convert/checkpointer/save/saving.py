@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any
 
 from ckpt_convert.adapters.merge import MergedReader
 from ckpt_convert.checkpoint import record
 from ckpt_convert.checkpoint.record import TRAINING_STATE
 from ckpt_convert.checkpointer.run import catalog
-from ckpt_convert.checkpointer.state import training_state
+from ckpt_convert.checkpointer.state import training_state, writer
 from ckpt_convert.checkpointer.state.pack import Packed
 from ckpt_convert.convert import output, ownership
 from ckpt_convert.convert.execute import check_losses, loss_text, run_checks
@@ -23,7 +22,7 @@ from ckpt_convert.convert.sidefiles import SideFile
 from ckpt_convert.errors import CkptConvertError, OutputExistsError, SourceChangedError, UnreadableError
 from ckpt_convert.storage import workspace
 from ckpt_convert.storage.checksums import digest
-from ckpt_convert.storage.place import at
+from ckpt_convert.storage.place import Place
 from ckpt_convert.storage.reader import WORKERS
 from ckpt_convert.storage.system import Advice
 from ckpt_convert.storage.workspace import Folder, Stage
@@ -52,22 +51,31 @@ class Step:
     training: Callable[[], Mapping[str, Any]]
     state: Mapping[str, Packed] | None = None
     files: Mapping[str, bytes] | None = None
-    extra: Sequence[Path] = ()
+    extra: Sequence[Place] = ()
     weights_in: str = ""
+
+    @property
+    def names(self) -> list[str]:
+        """The files that will be written, as far as that is known before."""
+        weights = PurePosixPath(self.weights_in)
+        written = [str(weights / name) for name in (self.plan.names if self.plan is not None else ())]
+        state = [f"{TRAINING_STATE}/{name}" for name in writer.NAMES] if self.state is not None else []
+        return [*written, *(self.files or ()), *(place.name for place in self.extra), *state, record.MANIFEST]
 
     @property
     def nbytes(self) -> int:
         packed = self.state.values() if self.state is not None else ()
         state = sum(tensor.nbytes for one in packed for tensor in one.tensors.values())
         files = sum(map(len, self.files.values())) if self.files else 0
-        extra = sum(path.stat().st_size for path in self.extra)
+        extra = sum(place.identity().size for place in self.extra)
         return state + files + extra + (self.plan.disk if self.plan is not None else 0)
 
 
-def save(step: Step, destination: Path, *, workers: int = WORKERS, mode: int = 0o777) -> int:
+def save(step: Step, destination: Place, *, workers: int = WORKERS, mode: int = 0o777, alone: bool = False) -> int:
     """Write a step into ``destination``, which appears complete; one of ours that is there is replaced.
 
-    ``mode`` are the permissions that its files and folders may have at most.
+    ``mode`` are the permissions that its files and folders may have at most; ``alone`` says that the directory above is
+    locked. Where nothing can be renamed, what is replaced is removed first.
     Returns the number of bytes. Raises OutputExistsError where something else has the name, and CkptConvertError for
     what goes wrong while writing: ``destination`` is then as it was, and nothing half-written is left.
     """
@@ -75,10 +83,12 @@ def save(step: Step, destination: Path, *, workers: int = WORKERS, mode: int = 0
     try:
         if found := in_the_way(destination):
             raise OutputExistsError(f"{found}\nmove that elsewhere, or choose another directory name or output_dir")
-        place = workspace.of(at(destination))
-        with place.stage(at(destination), ownership.STEP_RULES, overwrite=True, mode=mode, advice=_ADVICE) as staging:
+        store = workspace.of(destination)
+        rules = ownership.STEP_RULES
+        with store.stage(destination, rules, overwrite=True, mode=mode, advice=_ADVICE, alone=alone) as staging:
             try:
-                place.check_space(at(destination), step.nbytes)
+                store.check_space(destination, step.nbytes)
+                staging.expect(step.names)
                 _write(step, staging, workers)
                 if step.plan is not None:
                     step.plan.check_sources()
@@ -99,18 +109,20 @@ def save(step: Step, destination: Path, *, workers: int = WORKERS, mode: int = 0
     return nbytes
 
 
-def in_the_way(destination: Path) -> str:
-    """What keeps a step from being saved in a place, in words; "" for nothing. Raises OSError and UnreadableError.
+def in_the_way(destination: Place) -> str:
+    """What keeps a step from being saved in a place, in words; "" for nothing. Raises UnreadableError.
 
     It is what is no checkpoint of ours, or what somebody has put into one. What damage has left of one may be replaced
     by the run that comes back to it.
     """
-    if not os.path.lexists(destination):
+    destination = destination.listed()
+    if (not destination.is_there() and destination.link() is None) or workspace.of(destination).is_left(destination):
         return ""
-    there = sorted(os.listdir(destination)) if destination.is_dir() else [destination.name]
+    folder = destination.is_folder()
+    there = sorted(place.name for place in destination.children()) if folder else [destination.name]
     if there and not catalog.is_damaged(destination) and catalog.read(destination) is None:
         return f"{destination}: is there already and is no checkpoint of this checkpointer:{listing(there)}"
-    foreign = ownership.unlisted(at(destination)) if there else []
+    foreign = ownership.unlisted(destination) if there else []
     if not foreign:
         return ""
     return f"{destination}: is to be saved again, and holds what is none of its files:{listing(foreign)}"
@@ -125,7 +137,7 @@ def _write(step: Step, staging: Stage, workers: int) -> None:
         weights = _weights(step, step.plan, staging, inner, workers)
         inner.write(record.MANIFEST, record.render_manifest(weights))
     files = {name: _file(name, data, staging) for name, data in (step.files or {}).items()}
-    extra = {path.name: _copy(path, staging) for path in step.extra}
+    extra = {place.name: _copy(place, staging) for place in step.extra}
     state = None
     if step.state is not None:
         state = {"files": training_state.write(staging.folder.below(TRAINING_STATE), step.state)}
@@ -155,6 +167,6 @@ def _file(name: str, data: bytes, staging: Stage) -> dict[str, Any]:
     return {"size": len(data), "checksum": digest(data)}
 
 
-def _copy(path: Path, staging: Stage) -> dict[str, Any]:
-    checksum = output.write_side_file(SideFile(path.name, "copied", at(path)), staging.folder)
-    return {"size": path.stat().st_size, "checksum": checksum}
+def _copy(place: Place, staging: Stage) -> dict[str, Any]:
+    checksum = output.write_side_file(SideFile(place.name, "copied", place), staging.folder)
+    return {"size": place.identity().size, "checksum": checksum}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,12 +24,10 @@ from ckpt_convert.errors import (
     ConfigError,
     CorruptFileError,
     InputError,
-    OutputExistsError,
     UsageError,
 )
-from ckpt_convert.storage import folder as local
 from ckpt_convert.storage.base import RangeReader
-from ckpt_convert.storage.place import at
+from ckpt_convert.storage.place import Place
 from ckpt_convert.storage.reader import reading
 from ckpt_convert.storage.workspace import Folder
 from ckpt_convert.tensors.header import StoredTensor
@@ -44,20 +41,12 @@ _WAY_OUT = "copy the checkpoint again, or resume from another one"
 Files = dict[str, dict[str, Any]]
 
 
-def write(directory: Path | Folder, packed: Mapping[str, Packed] | Packed) -> Files:
-    """Write a state, or several by name, into an empty or new directory; its files are on disk afterwards.
+def write(folder: Folder, packed: Mapping[str, Packed] | Packed) -> Files:
+    """Write a state, or several by name, into a new folder; its files are on disk afterwards.
 
     Returns size (bytes) and checksum (xxh3_64, hex) of each file by name. No copy of the state is made: of tensors
-    that are not on the CPU, or not contiguous, one at a time. Raises OutputExistsError when the directory holds files.
+    that are not on the CPU, or not contiguous, one at a time.
     """
-    if isinstance(directory, Path):
-        directory.mkdir(exist_ok=True)
-        if any(directory.iterdir()):
-            raise OutputExistsError(
-                f"{directory}: should be empty, but holds files; move them elsewhere, or give another place"
-            )
-        with local.Folder.at(directory) as folder:
-            return write(folder, packed)
     if isinstance(packed, Packed):
         content: dict[str, Any] = {"version": VERSION, "tree": packed.skeleton}
         tensors = dict(packed.tensors)
@@ -67,19 +56,19 @@ def write(directory: Path | Folder, packed: Mapping[str, Packed] | Packed) -> Fi
     if DESCRIPTION in tensors:
         raise UsageError(f"{DESCRIPTION!r} is the name of the description of the state; call yours something else")
     text = json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
-    return Writer(directory).save({DESCRIPTION: torch.frombuffer(bytearray(text), dtype=torch.uint8)} | tensors)
+    return Writer(folder).save({DESCRIPTION: torch.frombuffer(bytearray(text), dtype=torch.uint8)} | tensors)
 
 
-def check(directory: Path, files: Mapping[str, Mapping[str, Any]], checksums: bool = True) -> list[str]:
+def check(directory: Place, files: Mapping[str, Mapping[str, Any]], checksums: bool = True) -> list[str]:
     """Compare the directory with what ``write`` returned; the problems, none when all is well.
 
     Without ``checksums`` only names and sizes are looked at, and no file is read.
     """
 
-    return [finding.text for finding in compare(at(directory), files, checksums)]
+    return [finding.text for finding in compare(directory, files, checksums)]
 
 
-def read(directory: Path, parts: Iterable[str] | None = None) -> Any:
+def read(directory: Place, parts: Iterable[str] | None = None) -> Any:
     """Give back what was written: the state, or a dict of those named ``parts`` (None: all of them), on the CPU.
 
     Raises CheckpointNotFoundError when there is none, UsageError for a part that was not written, ConfigError for one
@@ -96,7 +85,7 @@ class Opened:
     part's ones below its name.
     """
 
-    path: Path
+    path: Place
     parts: tuple[str, ...] | None
     tensors: Mapping[str, tuple[tuple[RangeReader, StoredTensor], ...]]
     _skeletons: Any
@@ -159,15 +148,16 @@ class Opened:
         return out
 
 
-def open_state(directory: Path) -> Opened:
+def open_state(directory: Place) -> Opened:
     """Read the description of a state; raises as ``read`` does."""
-    if not (directory / DCP_INDEX).is_file():
+    directory = directory.listed()
+    if not (directory / DCP_INDEX).is_regular():
         raise CheckpointNotFoundError(
             f"{directory}: should hold {DCP_INDEX}, which is written last, but does not; the save was cut short or the "
             "directory was removed, so resume from another checkpoint"
         )
     with reading(directory):
-        files, _ = dcp.read_directory(at(directory))
+        files, _ = dcp.read_directory(directory)
     pieces: dict[str, list[tuple[RangeReader, StoredTensor]]] = {}
     for file in files:
         for stored in file.header.tensors:
@@ -185,7 +175,7 @@ def open_state(directory: Path) -> Opened:
 
 
 def _description(
-    directory: Path, tensors: Mapping[str, tuple[tuple[RangeReader, StoredTensor], ...]]
+    directory: Place, tensors: Mapping[str, tuple[tuple[RangeReader, StoredTensor], ...]]
 ) -> dict[str, Any]:
     if DESCRIPTION not in tensors:
         raise InputError(

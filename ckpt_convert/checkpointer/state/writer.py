@@ -29,6 +29,8 @@ from ckpt_convert.storage.checksums import digest
 from ckpt_convert.storage.workspace import Folder, StagedFile
 
 DATA = f"__0_0{DCP_SUFFIX}"
+NAMES = (DATA, DCP_INDEX)
+"""The files that are written."""
 _BLOCK = 1 << 20
 """Bytes handed to the system at once; it starts to write each to disk while the next is being copied.
 
