@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from itertools import permutations
 from types import FrameType
@@ -80,7 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             stream.reconfigure(errors="backslashreplace")  # where the terminal cannot say …, it is no error
     # Wherever it stands in the line, --debug means the same.
     words = [word for word in words if word != "--debug"]
-    with _ended_like_ctrl_c():
+    with warnings.catch_warnings(), _ended_like_ctrl_c():
+        warnings.filterwarnings("ignore", module="torch")  # its words are for programmers
         code = _run(words, debug)
     sys.exit(code)
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 from ckpt_convert.cli import colours
 from ckpt_convert.cli.text import echo, escape
@@ -33,3 +36,31 @@ def on_stderr(*, hidden: bool = False) -> Iterator[None]:
     finally:
         log.removeHandler(handler)
         log.propagate = was
+
+
+@contextmanager
+def silent_transformers() -> Iterator[None]:
+    """Keep transformers silent and off the network while the block runs; where it is missing, nothing is done.
+
+    These are switches of the process, which is the command's own: the library, whose process is another's, has none.
+    """
+    try:
+        from huggingface_hub import constants
+
+        chatter: Any = importlib.import_module("transformers.utils.logging")
+    except ImportError:  # said by what needs it
+        yield
+        return
+    level, bars, offline = chatter.get_verbosity(), chatter.is_progress_bar_enabled(), constants.HF_HUB_OFFLINE
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        chatter.set_verbosity(logging.CRITICAL)
+        chatter.disable_progress_bar()
+        constants.HF_HUB_OFFLINE = True
+        try:
+            yield
+        finally:
+            constants.HF_HUB_OFFLINE = offline
+            chatter.set_verbosity(level)
+            if bars:
+                chatter.enable_progress_bar()

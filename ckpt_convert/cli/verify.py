@@ -87,7 +87,7 @@ def verify(
     from ckpt_convert.analysis.check.accept import accept
     from ckpt_convert.analysis.check.against import Opening, against, computing
     from ckpt_convert.checkpoint.opening import place
-    from ckpt_convert.cli.notices import on_stderr
+    from ckpt_convert.cli.notices import on_stderr, silent_transformers
     from ckpt_convert.cli.progress import Bar
     from ckpt_convert.storage import hub
     from ckpt_convert.storage.place import locate
@@ -110,7 +110,8 @@ def verify(
         if b is not None:
             report, compared = against(report, a, b, values=not quick, workers=workers or WORKERS, progress=bar)
         if with_logits:
-            report, computed = computing(report, a, b, progress=bar)
+            with silent_transformers():
+                report, computed = computing(report, a, b, progress=bar)
     if as_json:
         document = report.as_dict()
         document |= {"accepted": [asdict(one) for one in renewed]} if accepted else {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import pickle
-import warnings
 from bisect import bisect_right
 from typing import TYPE_CHECKING
 
@@ -84,9 +83,7 @@ def _load(reader: OnDisk) -> object:
     import torch
 
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's words are for programmers
-            return torch.load(reader.path, weights_only=True, map_location="cpu")
+        return torch.load(reader.path, weights_only=True, map_location="cpu")
     except pickle.UnpicklingError as error:
         raise UnsafeFileError(
             f"{reader.name}: torch.load(weights_only=True) refuses it, and nothing weaker is tried: {_reason(error)}. "

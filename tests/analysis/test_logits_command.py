@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
+import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +24,7 @@ from transformers.utils import logging as chatter
 from ckpt_convert.analysis.logits import logits as logits_module
 from ckpt_convert.analysis.logits.logits import LogitsReport, logits
 from ckpt_convert.checkpoint.checkpoint import open_checkpoint
+from ckpt_convert.cli.notices import silent_transformers
 from ckpt_convert.errors import (
     CkptConvertError,
     ConfigError,
@@ -270,13 +274,41 @@ def test_transformers_is_silent_meanwhile_and_itself_again_afterwards(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     before = (chatter.get_verbosity(), chatter.is_progress_bar_enabled())
     seen: list[tuple[str, bool]] = []
-    with open_checkpoint(folder / "llama" / "hf") as a, open_checkpoint(folder / "llama" / "meta-mp2") as b:
+    first, second = open_checkpoint(folder / "llama" / "hf"), open_checkpoint(folder / "llama" / "meta-mp2")
+    with first as a, second as b, silent_transformers():
         logits(a, b, progress=lambda at: seen.append((at.phase, constants.HF_HUB_OFFLINE)))
     assert capfd.readouterr() == ("", "")
     assert {phase for phase, _ in seen} == {"loading", "running"}
     assert all(offline for _, offline in seen)
     assert not constants.HF_HUB_OFFLINE
     assert (chatter.get_verbosity(), chatter.is_progress_bar_enabled()) == before
+
+
+def test_the_command_lets_transformers_say_nothing(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    words = ["verify", str(folder / "llama" / "hf"), "--quick", "--logits", "--quiet"]
+    done = subprocess.run([sys.executable, "-m", "ckpt_convert", *words], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_the_library_touches_no_switch_of_the_process_and_asks_nobody(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("it goes on the network"))
+    filters = list(warnings.filters)
+    before = (chatter.get_verbosity(), chatter.is_progress_bar_enabled(), constants.HF_HUB_OFFLINE, filters)
+    seen = []
+
+    def look(_: Progress) -> None:
+        now = list(warnings.filters)
+        seen.append((chatter.get_verbosity(), chatter.is_progress_bar_enabled(), constants.HF_HUB_OFFLINE, now))
+
+    with open_checkpoint(folder / "llama" / "hf") as a, open_checkpoint(folder / "llama" / "meta-mp2") as b:
+        logits(a, b, progress=look)
+    assert seen
+    assert all(one == before for one in seen)
 
 
 def test_progress_comes_to_its_total(folder: Path) -> None:

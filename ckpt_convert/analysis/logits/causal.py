@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -56,27 +54,6 @@ class Architecture:
     positions: int | None
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence transformers and keep it off the network while the block runs; afterwards it is as it was."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        _, logging = _transformers()
-        from huggingface_hub import constants
-
-        level, bars, offline = logging.get_verbosity(), logging.is_progress_bar_enabled(), constants.HF_HUB_OFFLINE
-        logging.set_verbosity(logging.CRITICAL)
-        logging.disable_progress_bar()
-        constants.HF_HUB_OFFLINE = True
-        try:
-            yield
-        finally:
-            constants.HF_HUB_OFFLINE = offline
-            logging.set_verbosity(level)
-            if bars:
-                logging.enable_progress_bar()
-
-
 def architecture(checkpoint: Checkpoint) -> Architecture:
     """What transformers makes of the checkpoint's config.
 
@@ -86,28 +63,27 @@ def architecture(checkpoint: Checkpoint) -> Architecture:
     content = checkpoint.model.config if checkpoint.format != "hf" else checkpoint.config
     if content is None:
         raise ConfigError(f"{checkpoint.path}: has no config.json; pass --config with the model's")
-    with quiet():
-        transformers, _ = _transformers()
-        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+    transformers = _transformers()
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-        name = content.get("model_type")
-        where = f"{checkpoint.path}: model_type {name!r}"
-        if not isinstance(name, str) or name not in CONFIG_MAPPING:
-            own = " (its config names code of its own, which is never run)" if "auto_map" in content else ""
-            raise UnsupportedFamilyError(
-                f"{where} is unknown to transformers {transformers.__version__}{own}; a newer one may know it: "
-                "pip install --upgrade transformers"
-            )
-        kept = {key: value for key, value in content.items() if key not in _LEFT_OUT}
-        try:
-            config = CONFIG_MAPPING[name].from_dict(kept)
-            model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-            text = config.get_text_config()
-        except ImportError as error:
-            raise _lacking(checkpoint, error) from error
-        except Exception as error:
-            raise ConfigError(f"{checkpoint.path}: transformers refuses the config: {_said(error)}") from error
+    name = content.get("model_type")
+    where = f"{checkpoint.path}: model_type {name!r}"
+    if not isinstance(name, str) or name not in CONFIG_MAPPING:
+        own = " (its config names code of its own, which is never run)" if "auto_map" in content else ""
+        raise UnsupportedFamilyError(
+            f"{where} is unknown to transformers {transformers.__version__}{own}; a newer one may know it: "
+            "pip install --upgrade transformers"
+        )
+    kept = {key: value for key, value in content.items() if key not in _LEFT_OUT}
+    try:
+        config = CONFIG_MAPPING[name].from_dict(kept)
+        model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+        text = config.get_text_config()
+    except ImportError as error:
+        raise _lacking(checkpoint, error) from error
+    except Exception as error:
+        raise ConfigError(f"{checkpoint.path}: transformers refuses the config: {_said(error)}") from error
     vocab = getattr(text, "vocab_size", None)
     if model_class is None or not isinstance(vocab, int) or vocab < 1:
         raise UnsupportedFamilyError(
@@ -119,7 +95,7 @@ def architecture(checkpoint: Checkpoint) -> Architecture:
 
 
 def load(checkpoint: Checkpoint, found: Architecture, progress: ProgressCallback | None) -> tuple[Any, tuple[str, ...]]:
-    """The model with its weights, and notices about it; call it within ``quiet``.
+    """The model with its weights, and notices about it.
 
     A Hugging Face directory is opened by transformers itself. The weights of any other are translated tensor by tensor
     and handed over in memory. Raises KeyMismatchError, ShapeMismatchError or TiedWeightsError for weights that do not
@@ -252,16 +228,15 @@ def _refuse(checkpoint: Checkpoint, info: Mapping[str, Any]) -> None:
         raise error(f"{checkpoint.path}: transformers loads it, but not as its config says:{''.join(said)}")
 
 
-def _transformers() -> tuple[Any, Any]:
-    """The package and its logging; raises UsageError that says what to install."""
+def _transformers() -> Any:
+    """The package; raises UsageError that says what to install."""
     try:
         import transformers
-        from transformers.utils import logging
     except ImportError as error:
         raise UsageError(
             f"logits are computed by transformers, which is missing ({error}): pip install transformers"
         ) from error
-    return transformers, logging
+    return transformers
 
 
 def _lacking(checkpoint: Checkpoint, error: ImportError) -> UsageError:

@@ -179,16 +179,15 @@ def _run(
     """The logits of one checkpoint, [prompts, length, tokens], and what there is to say of them."""
     import torch
 
-    with causal.quiet():
-        model, notices = causal.load(checkpoint, found, progress)
-        meter = Meter("running", len(tokens), progress)
-        out = []
-        for prompt in tokens[:, None]:
-            with torch.inference_mode():
-                answer = model(input_ids=prompt, attention_mask=torch.ones_like(prompt), use_cache=False)
-            out.append(answer.logits.float())
-            meter.add(1)
-        parameters = sum(parameter.numel() for parameter in model.parameters())
+    model, notices = causal.load(checkpoint, found, progress)
+    meter = Meter("running", len(tokens), progress)
+    out = []
+    for prompt in tokens[:, None]:
+        with torch.inference_mode():
+            answer = model(input_ids=prompt, attention_mask=torch.ones_like(prompt), use_cache=False)
+        out.append(answer.logits.float())
+        meter.add(1)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     del model
     made = torch.cat(out)
     finite = bool(made.isfinite().all())
