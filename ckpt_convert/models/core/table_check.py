@@ -18,30 +18,37 @@ def check(family: Family) -> None:
         where = f"{family.name}: row {row.name!r}"
         if names.count(row.name) > 1:
             raise ValueError(f"{where} is there twice")
-        if not row.columns:
-            raise ValueError(f"{where} has no column")
         if row.tied_to is not None and row.tied_to not in names:
             raise ValueError(f"{where} is tied to {row.tied_to!r}, which is no row")
-        if not row.placeholders <= set(family.indices):
-            raise ValueError(f"{where} has a placeholder that counts nothing: {set(row.placeholders)}")
-        if row.zeros is not None and (row.optional or row.derived or row.tied_to is not None):
-            raise ValueError(
-                f"{where} stands for zeros where it is absent, so it is neither optional, derived nor tied"
-            )
-        if row.only is not None and not row.placeholders:
-            raise ValueError(f"{where} has no placeholder whose numbers {row.only!r} could limit")
-        ordered = [name for name in family.indices if name in row.placeholders]
-        for format, key in {**row.columns, **({IN_MEMORY: row.in_memory} if row.in_memory else {})}.items():
-            _check_key(row, key, f"{where}, column {format}")
-            if [name for name in ordered if name in key.placeholders] != ordered[: len(key.placeholders)]:
-                raise ValueError(f"{where}, column {format}: only the last of {ordered} can be stacked over")
-            if ordered and not key.placeholders:
-                raise ValueError(f"{where}, column {format}: has one tensor for every {ordered[0]}")
-        if row.rotary_dim is not None and row.heads is None:
-            raise ValueError(f"{where} does not rotate, so no part of it does")
+        _check_row(row, list(family.indices), where)
     _check_norms(family)
     for format in (*FORMATS, IN_MEMORY):
         _check_keys(family, format)
+
+
+def _check_row(row: Row, indices: list[str], where: str) -> None:
+    if not row.columns:
+        raise ValueError(f"{where} has no column")
+    if not row.placeholders <= set(indices):
+        raise ValueError(f"{where} has a placeholder that counts nothing: {set(row.placeholders)}")
+    if row.zeros is not None and (row.optional or row.derived or row.tied_to is not None):
+        raise ValueError(f"{where} stands for zeros where it is absent, so it is neither optional, derived nor tied")
+    if row.only is not None and not row.placeholders:
+        raise ValueError(f"{where} has no placeholder whose numbers {row.only!r} could limit")
+    if row.rotary_dim is not None and row.heads is None:
+        raise ValueError(f"{where} does not rotate, so no part of it does")
+    in_memory = {IN_MEMORY: row.in_memory} if row.in_memory else {}
+    for format, key in (row.columns | in_memory).items():
+        _check_key(row, key, f"{where}, column {format}")
+        _check_stacking(key, [name for name in indices if name in row.placeholders], f"{where}, column {format}")
+
+
+def _check_stacking(key: Key, ordered: list[str], where: str) -> None:
+    """Of the placeholders of a row, in the order in which they count, a column can leave out the last ones alone."""
+    if [name for name in ordered if name in key.placeholders] != ordered[: len(key.placeholders)]:
+        raise ValueError(f"{where}: only the last of {ordered} can be stacked over")
+    if ordered and not key.placeholders:
+        raise ValueError(f"{where}: has one tensor for every {ordered[0]}")
 
 
 def _check_norms(family: Family) -> None:
