@@ -34,9 +34,9 @@ def as_dict(plan: Plan, dst: Path, workers: int) -> dict[str, Any]:
         "destination": str(dst),
         "source_format": plan.source.format,
         "target_format": plan.target,
-        "family": plan.model.family.name,
-        "evidence": plan.model.evidence,
-        "release": plan.model.release,
+        "family": plan.family,
+        "evidence": plan.source.evidence,
+        "release": plan.source.release,
         "dims": dict(plan.dims),
         "tensors": plan.tensors,
         "bytes": plan.tensor_bytes,
@@ -81,10 +81,10 @@ def _labelled(label: str, text: str, colour: str | None = None) -> Labelled:
 def _facts(plan: Plan, dst: Path) -> Iterator[Labelled]:
     """What goes in, and what is to come out."""
     source = plan.source
-    release = f", sizes of {plan.model.release}" if plan.model.release else ""
+    release = f", sizes of {source.release}" if source.release else ""
     yield _labelled("source", f"{escape(str(source.path))}  ({source.format}: {source.why})")
     yield _labelled("target", f"{escape(str(dst))}  ({plan.target})")
-    yield _labelled("family", f"{plan.model.family.name}{release}  ({plan.model.evidence})")
+    yield _labelled("family", f"{plan.family}{release}  ({source.evidence})")
     yield _labelled("dims", ", ".join(f"{name} {plan.dims[name]}" for name in SIZES if name in plan.dims))
     if plan.cut is not None:
         yield _labelled("embedding", f"ranks cut its {plan.cut.way}  ({plan.cut.why})")

@@ -14,11 +14,12 @@ from ckpt_convert.checkpoint.dequantize import requested
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpoint.mapping import Equality
 from ckpt_convert.checkpoint.opening import part_of
-from ckpt_convert.convert import output, ownership
-from ckpt_convert.convert import plan as planning
+from ckpt_convert.convert import output, ownership, planning
 from ckpt_convert.convert.execute import check_losses, comparing, loss_text, run_checks
 from ckpt_convert.convert.plan import Plan
+from ckpt_convert.convert.planning import Given
 from ckpt_convert.convert.request import Request
+from ckpt_convert.convert.sources import Planned, Sources
 from ckpt_convert.convert.verify import verify as verify_output
 from ckpt_convert.errors import (
     CkptConvertError,
@@ -109,15 +110,17 @@ class Options(TypedDict, total=False):
 def plan(src: Location, *, to: str, **options: Unpack[Options]) -> Plan:
     """The plan of a conversion, from headers alone: nothing is written and no tensor is read.
 
-    ``src`` is a path or a Hub id, ``to`` a format; ``options`` are those of ``Options``. Close the plan, or use it as a
-    context manager. Raises what ``convert`` raises for bad input or options that do not fit.
+    ``src`` is a path or a Hub id, ``to`` a format; ``options`` are those of ``Options``. The plan holds no file
+    open, and can be pickled. Raises what ``convert`` raises for bad input or options that do not fit.
     """
-    return _plan(src, to, options)
+    _, made = _plan(src, to, options)
+    made.close()
+    return made.plan
 
 
 def _plan(
     src: Location, to: str, options: Options, equal: Callable[[Identified, Equality], bool] | None = None
-) -> Plan:
+) -> tuple[Identified, Planned]:
     """``plan``; ``equal`` compares two tensors of the source, where only their bytes say whether they are tied."""
     unknown = options.keys() - Options.__annotations__.keys()
     if unknown:
@@ -155,7 +158,9 @@ def _plan(
         source = open_checkpoint(where, format=from_format, family=family, config=config, options=settings)
     try:
         wanted = requested(source, request.dequantize)
-        return planning.make(wanted, request, equal=partial(equal, wanted) if equal is not None else None)
+        imitated = open_checkpoint(request.like, format=to) if request.like is not None else None
+        given = Given(wanted, request, imitated)
+        return wanted, planning.make(given, partial(equal, wanted) if equal is not None else None)
     except (ConfigError, KeyMismatchError, ShapeMismatchError) as error:
         part = part_of(source.path)
         if part is None:
@@ -214,25 +219,25 @@ def convert(
         return comparing(source.stored)(pair)
 
     with reading():
-        made = _plan(src, to, options, equal)
-    source = made.source
+        source, planned = _plan(src, to, options, equal)
+    made, sources = planned.plan, planned.sources
     try:
         check(source)
-        planning.refuse_unreadable(made)
+        made.refuse_unreadable()
         if made.needs_torch is not None:
             require("torch", made.needs_torch)
-        run_checks(made, progress)
-        lost = check_losses(made)
+        run_checks(made, sources, progress)
+        lost = check_losses(made, sources)
         mode = output.permissions(source)
         with place.stage(destination, ownership.RULES, overwrite=overwrite, resume=resume, mode=mode) as staging:
             try:
                 place.check_space(destination, made.disk - staging.allocated())
                 staging.expect(made.names)
-                written = output.write(made, staging, count, progress)
+                written = output.write(made, sources, staging, count, progress)
                 staging.folder.write(record.MANIFEST, record.render_manifest(written.manifest))
                 staging.complete()
-                verified = _verify(made, staging, count, progress) if verify else None
-                made.check_sources()
+                verified = _verify(made, sources, staging, count, progress) if verify else None
+                replaced = made.check_sources()
                 staging.commit()
             except CkptConvertError as error:
                 if not staging.keeps(error):
@@ -242,19 +247,19 @@ def convert(
         made.check_sources()  # a file that was changed meanwhile is the reason why something does not fit
         raise
     finally:
-        made.close()
+        planned.close()
     return Report(
         source=str(src),
         destination=str(dst),
         source_format=str(source.format),
         target_format=made.target,
-        family=made.model.family.name,
+        family=made.family,
         files=[file.name for file in made.weights],
         tensors=made.tensors,
         bytes=sum(tensor.nbytes for file in made.weights for tensor in file.tensors),
         drops=list(made.carried),
         ties=list(made.ties),
-        notices=[*made.notices, *made.said, *_accepted(made, lost, written.overflows)],
+        notices=[*made.notices, *written.notices, *replaced, *_accepted(made, lost, written.overflows)],
         side_files={str(entry["name"]): str(entry["origin"]) for entry in written.manifest["side_files"]},
         moves=dict(made.moves),
         resumed_bytes=written.resumed,
@@ -270,10 +275,10 @@ def _accepted(made: Plan, lost: dict[str, int], overflows: dict[str, int]) -> li
     return said + ([f"{output.overflow_text(overflows)} in {made.request.dtype}, as accepted"] if overflows else [])
 
 
-def _verify(made: Plan, staging: Stage, workers: int, progress: ProgressCallback | None) -> int:
-    family = None if made.model.family.literal else made.model.family.name
+def _verify(made: Plan, sources: Sources, staging: Stage, workers: int, progress: ProgressCallback | None) -> int:
+    family = None if made.source.literal else made.family
     try:
         with read_checkpoint(staging.place.listed(), format=made.target, family=family) as written:
-            return verify_output(made, written, workers=workers, progress=progress)
+            return verify_output(made, sources, written, workers=workers, progress=progress)
     except InputError as error:
         raise VerificationError(f"{staging.destination}: the output cannot be read again: {error}") from error

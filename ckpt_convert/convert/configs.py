@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 from ckpt_convert.checkpoint import record
 from ckpt_convert.checkpoint.identify import Identified
@@ -20,6 +20,11 @@ from ckpt_convert.errors import UnsupportedFamilyError
 from ckpt_convert.formats.base import JSON_LIMIT, load_json, render_json
 from ckpt_convert.formats.names import RECORD_FOLDER
 from ckpt_convert.models.core.config import Translated, type_of
+from ckpt_convert.storage.place import Place
+from ckpt_convert.tokenizer.spec import TiktokenSpec
+
+if TYPE_CHECKING:
+    from ckpt_convert.tokenizer.tokenizer import GeneratedTokenizer
 
 
 @dataclass(frozen=True)
@@ -45,13 +50,13 @@ def generated(
     for, which cut the embedding on the axis ``cut`` where there is a choice.
     """
     config, origin = _config(source, model, request, like, written)
-    files = [_file(record.CONFIG, config, origin)]
+    files = [SideFile.of(record.CONFIG, origin, config)]
     notices: tuple[str, ...] = _token_notice(model) if source.format == "meta" and origin == "generated" else ()
     if request.to == "hf" and not _shown_by_shapes(source, model):
-        files.append(_file("config.json", config, origin))
+        files.append(SideFile.of("config.json", origin, config))
     if request.to == "meta":
         params, origin, notices = _params(source, model, request, like, ranks, cut)
-        files.append(_file("params.json", params, origin))
+        files.append(SideFile.of("params.json", origin, params))
     elif source.params is not None and _is_params(source.params[1]):
         name = f"{RECORD_FOLDER}/layouts/meta/params.json"
         files.append(sidefiles.taken(name, "carried", source.params[0]))
@@ -75,12 +80,10 @@ def _token_notice(model: Model) -> tuple[str, ...]:
     )
 
 
-def tokenizer(
-    source: Identified, request: Request, model: Model, like: Identified | None, said: list[str]
-) -> dict[str, SideFile]:
+def tokenizer(source: Identified, request: Request, model: Model, like: Identified | None) -> dict[str, SideFile]:
     """Tokenizer files that the target's readers need and the source has in another form.
 
-    They are translated when they are written, which takes seconds; what there is to say is then added to ``said``.
+    They are translated when they are written, which takes seconds.
     """
     here = {**sidefiles.nearby(source), **sidefiles.beside(source)}
     restored = source.record.carried_side_files if source.record else {}
@@ -101,23 +104,36 @@ def tokenizer(
     else:
         return {}
 
-    @lru_cache(maxsize=1)
-    def translated() -> Mapping[str, bytes]:
-        from ckpt_convert.tokenizer import tokenizer as translation
+    rows = model.family.tokens(model.dims) if request.to == "hf" else None
+    made = TranslatedTokenizer(path, request.to, model.family.tokenizer, rows)
+    return {name: SideFile(name, "generated", made=made) for name in names}
 
-        spec = model.family.tokenizer
-        if request.to == "hf":
-            rows = model.family.tokens(model.dims)
-            made = translation.generated_for_hf(spec, path.read(JSON_LIMIT), rows)
-        else:
-            made = translation.generated_for_meta(spec, {path.name: path.read(JSON_LIMIT)})
-        said.extend(made.notices)
-        return made.files
 
-    def maker(name: str) -> SideFile:
-        return SideFile(name, "generated", make=lambda: translated().get(name))
+@dataclass(frozen=True)
+class TranslatedTokenizer:
+    """The tokenizer files that another format has for the one at ``path``; ``rows`` are those of the embedding."""
 
-    return {name: maker(name) for name in names}
+    path: Place
+    target: str
+    spec: TiktokenSpec
+    rows: int | None
+
+    @cached_property
+    def _made(self) -> GeneratedTokenizer:
+        from ckpt_convert.tokenizer import tokenizer
+
+        data = self.path.read(JSON_LIMIT)
+        if self.target == "hf":
+            return tokenizer.generated_for_hf(self.spec, data, self.rows)
+        return tokenizer.generated_for_meta(self.spec, {self.path.name: data})
+
+    @property
+    def files(self) -> Mapping[str, bytes]:
+        return self._made.files
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        return self._made.notices
 
 
 def tokenizer_notice(source: Identified, request: Request, model: Model, names: Iterable[str]) -> tuple[str, ...]:
@@ -261,7 +277,3 @@ def _is_params(content: Mapping[str, Any]) -> bool:
 
 def _render_params(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content) + "\n").encode()
-
-
-def _file(name: str, data: bytes, origin: str) -> SideFile:
-    return SideFile(name, origin, make=lambda: data, size=len(data))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +11,12 @@ from typing import Any
 from ckpt_convert.checkpoint import checklist
 from ckpt_convert.checkpoint.checklist import CHECKLIST
 from ckpt_convert.checkpoint.identify import Identified
-from ckpt_convert.convert import sidefiles
-from ckpt_convert.convert.execute import Execution, named
-from ckpt_convert.convert.plan import Plan
+from ckpt_convert.convert.execute import Done, execute, named, settled
+from ckpt_convert.convert.partition import pieces
+from ckpt_convert.convert.plan import Checklist, Plan
+from ckpt_convert.convert.publish import Staged
 from ckpt_convert.convert.sidefiles import SideFile
+from ckpt_convert.convert.sources import Sources
 from ckpt_convert.errors import CorruptFileError, LossyConversionError
 from ckpt_convert.formats.base import TEXT_LIMIT
 from ckpt_convert.formats.names import CONSOLIDATED, RECORD_FOLDER
@@ -25,22 +27,30 @@ from ckpt_convert.storage.place import Place
 from ckpt_convert.storage.reader import reading
 from ckpt_convert.storage.workspace import Folder, Stage
 from ckpt_convert.tensors.blocks import Meter, ProgressCallback
+from ckpt_convert.tensors.lazy import LazyTensor
 
 
 @dataclass(frozen=True)
 class Written:
     """What ``write`` wrote: the manifest, which is still to be written, and how many bytes were there already.
 
-    ``overflows`` has how many finite values of each tensor have become infinite.
+    ``overflows`` has how many finite values of each tensor have become infinite; ``notices`` are those of what was only
+    made while it was written (tokenizers).
     """
 
     manifest: dict[str, Any]
     resumed: int
     overflows: dict[str, int]
+    notices: tuple[str, ...] = ()
 
 
 def write(
-    made: Plan, stage: Stage, workers: int, progress: ProgressCallback | None, folder: Folder | None = None
+    plan: Plan,
+    sources: Sources,
+    stage: Stage,
+    workers: int,
+    progress: ProgressCallback | None,
+    folder: Folder | None = None,
 ) -> Written:
     """Write the weights and everything beside them, flushed to disk, into the staging directory or a ``folder`` of it.
 
@@ -48,17 +58,50 @@ def write(
     nobody accepted that.
     """
     into = folder or stage.folder
-    execution = Execution(made, stage, into, workers, progress)
-    pieces = execution.run()
-    overflows = execution.overflows
+    made = settled(plan, sources)
+    meter = Meter("converting", made.tensor_bytes, progress)
+    with Staged(made, stage, into) as staged:
+        left = staged.begin(pieces(made.files))
+        if staged.resumed:
+            meter.add(staged.resumed)
+        done = execute(made, left, sources, staged, workers=workers, meter=meter)
+        return finish(made, done, staged, into, workers, progress)
+
+
+def finish(
+    made: Plan, done: Sequence[Done], staged: Staged, folder: Folder, workers: int, progress: ProgressCallback | None
+) -> Written:
+    """Write everything beside the weights, whose pieces are ``done``, whoever wrote them; ``staged`` knows of them all.
+
+    Raises LossyConversionError where a cast has made finite values infinite and nobody accepted that.
+    """
+    overflows = _overflows(made, done)
     if overflows and not made.request.allow_overflow:
         raise LossyConversionError(
             f"{made.source.path}: {overflow_text(overflows)} in {made.request.dtype}; keep the dtype, choose one with "
             f"a wider range (--dtype bfloat16 has about float32's), or accept it with --allow-overflow",
             overflows,
         )
-    side, kept = _write_side_files(made, into, workers, progress)
-    return Written(made.manifest(pieces, side, kept), execution.resumed, overflows)
+    side, kept = _write_side_files(made, folder, workers, progress)
+    together = {id(one.made): one.made for one in made.side if one.made is not None}
+    notices = [text for files in together.values() for text in files.notices]
+    return Written(made.manifest(staged.described(), side, kept), staged.resumed, overflows, tuple(notices))
+
+
+def _overflows(made: Plan, done: Sequence[Done]) -> dict[str, int]:
+    """How many finite values of each tensor have become infinite, by its key in the output.
+
+    What is counted is what was read: ranks may hold copies of it.
+    """
+    found: dict[tuple[str, tuple[LazyTensor, ...]], int] = {}
+    for one in done:
+        if one.overflowed:
+            placed = made.files[one.piece.file].tensors[one.piece.tensor]
+            found[placed.key, tuple(placed.tensor.between(one.piece.start, one.piece.stop))] = one.overflowed
+    counts: dict[str, int] = {}
+    for (key, _), count in sorted(found.items(), key=lambda item: item[0][0]):
+        counts[key] = counts.get(key, 0) + count
+    return counts
 
 
 def overflow_text(overflows: Mapping[str, int]) -> str:
@@ -82,12 +125,10 @@ def _write_side_files(
             kept[side.name] = checksum
         else:
             written.append({"name": side.name, "origin": side.origin, "checksum": checksum})
-    listed = sidefiles.checklist_of(made.source) if made.live is None else {}
-    if listed:
-        _check_source(made.source, listed, workers, progress)
-    template = sidefiles.checklist_for(made.source, made.target)
-    if template is not None:
-        data = _checklist(template, folder)
+    if made.checklist.listed:
+        _check_source(made.checklist, workers, progress)
+    if made.checklist.template is not None:
+        data = _checklist(made.checklist.template, folder)
         folder.write(CHECKLIST, data)
         written.append({"name": CHECKLIST, "origin": "generated", "checksum": digest(data)})
     return written, kept
@@ -99,7 +140,7 @@ def write_side_file(side: SideFile, folder: Folder) -> str | None:
     A copy may be read by nobody who could not read the original.
     """
     if side.path is None:
-        data = side.make() if side.make else None
+        data = side.content
         if data is None:
             return None
         folder.write(side.name, data)
@@ -130,19 +171,20 @@ def permissions(source: Identified) -> int:
     return mode
 
 
-def _check_source(source: Identified, listed: dict[str, str], workers: int, progress: ProgressCallback | None) -> None:
+def _check_source(list_: Checklist, workers: int, progress: ProgressCallback | None) -> None:
     """Compare the source's files with its checklist.chk; raises CorruptFileError naming those that differ."""
-    meter = Meter("checking", sum((source.root / name).identity().size for name in listed), progress)
+    root, listed = list_.root, list_.listed
+    meter = Meter("checking", sum((root / name).identity().size for name in listed), progress)
 
     def findings(name: str) -> list[checklist.Finding]:
-        return checklist.check(source.root, {name: listed[name]}, advance=meter.add)
+        return checklist.check(root, {name: listed[name]}, advance=meter.add)
 
     with ThreadPoolExecutor(workers) as pool:
         wrong = [finding for found in pool.map(findings, listed) for finding in found]
     if wrong:
         listing = "; ".join(f"{finding.file}: expected {finding.expected}, found {finding.found}" for finding in wrong)
         raise CorruptFileError(
-            f"{source.root / CHECKLIST}: the files are not those it lists: {listing}; "
+            f"{root / CHECKLIST}: the files are not those it lists: {listing}; "
             "download them again, or remove the checklist if they were changed on purpose"
         )
 

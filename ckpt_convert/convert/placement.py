@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from ckpt_convert import formats
 from ckpt_convert.checkpoint.identify import Identified
@@ -21,6 +22,7 @@ from ckpt_convert.formats import hf, native
 from ckpt_convert.formats.base import render_index
 from ckpt_convert.formats.names import HF_STEMS, RECORD_FOLDER, SUFFIXES, common_names, container_of, is_found
 from ckpt_convert.models.core.table import Entry, Family, Instance
+from ckpt_convert.tensors.header import FileLayout
 
 _OURS = frozenset(common_names(1, "pt") or ())
 """Names that --container gives, for torch.load and no loader of directories."""
@@ -158,6 +160,18 @@ def _together(
     return [entry for entry in family.entries(format, dims) if not entry.whole and entry.first in chosen]
 
 
+@dataclass(frozen=True)
+class Metadata:
+    """What torch.distributed.checkpoint keeps of all files of a directory."""
+
+    pieces: tuple[tuple[str, FileLayout], ...]
+    notices: tuple[str, ...] = ()
+
+    @cached_property
+    def files(self) -> Mapping[str, bytes]:
+        return {DCP_INDEX: dcp_build.metadata(self.pieces)}
+
+
 def index(
     request: Request, outputs: Sequence[OutputFile], wanted: Layout | None, exact: bool, model: Model
 ) -> list[SideFile]:
@@ -169,9 +183,9 @@ def index(
         if wanted.index is None:
             return []
         name, data = wanted.index
-        return [SideFile(name, "restored", make=lambda: data, size=len(data))]
+        return [SideFile.of(name, "restored", data)]
     if pieces:
-        return [SideFile(DCP_INDEX, "generated", make=lambda: dcp_build.metadata(pieces))]
+        return [SideFile(DCP_INDEX, "generated", made=Metadata(tuple(pieces)))]
     if len(outputs) == 1:
         return []
     container = outputs[0].name.rpartition(".")[2]
@@ -182,7 +196,7 @@ def index(
     tensors = [tensor for file in outputs for tensor in file.tensors]
     total = sum(tensor.nbytes for tensor in tensors)
     content = render_index(weight_map, total, sum(tensor.tensor.size for tensor in tensors))
-    return [SideFile(name, "generated", make=lambda: content, size=len(content))]
+    return [SideFile.of(name, "generated", content)]
 
 
 def _assign(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from ckpt_convert import formats
 from ckpt_convert.checkpoint import checklist, record
@@ -28,20 +29,43 @@ _READ = ("tokenizer.json", "tokenizer.model", "tekken", "vocab", "spiece", "sent
 """How those begin that one can be read from."""
 
 
+class Made(Protocol):
+    """Files that are only made when they are written, all of them at once. A value: it is the same anywhere."""
+
+    @property
+    def files(self) -> Mapping[str, bytes]:
+        """Their contents by name, without those that cannot be made."""
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What there is to say of that."""
+
+
 @dataclass(frozen=True)
 class SideFile:
     """A file to be put beside the weights, or into the record.
 
-    ``origin`` is copied, generated, restored or carried; the content is that of ``path``, or what ``make`` returns
-    when the files are written (None: nothing to write after all). ``identity`` is what the file was when it was chosen.
+    ``origin`` is copied, generated, restored or carried; the content is that of ``path``, or ``data``, or what ``made``
+    has under the name. ``identity`` is what the file was when it was chosen.
     """
 
     name: str
     origin: str
     path: Place | None = None
-    make: Callable[[], bytes | None] | None = None
+    data: bytes | None = None
+    made: Made | None = None
     size: int = 0
     identity: Entry | None = None
+
+    @classmethod
+    def of(cls, name: str, origin: str, data: bytes) -> SideFile:
+        """A file of known content."""
+        return cls(name, origin, data=data, size=len(data))
+
+    @property
+    def content(self) -> bytes | None:
+        """The bytes of a file that is no copy; None where there is nothing to write after all."""
+        return self.made.files.get(self.name) if self.made is not None else self.data
 
 
 def taken(name: str, origin: str, path: Place) -> SideFile:
@@ -192,7 +216,7 @@ def recorded_layouts(source: Identified, target: str, own: Layout | None) -> lis
     if own is not None and own.format != target:
         folder = f"{RECORD_FOLDER}/layouts/{own.format}"
         for name, data in record.layout_files(own).items():
-            out.append(SideFile(f"{folder}/{name}", "carried", make=_constant(data), size=len(data)))
+            out.append(SideFile.of(f"{folder}/{name}", "carried", data))
     return out
 
 
@@ -211,10 +235,6 @@ def _made_by_us(found: Record | None, name: str) -> bool:
     """Whether a file was generated for this format by an earlier conversion, and nobody changed it since."""
     entry = found.side_files.get(name) if found else None
     return entry is not None and entry["origin"] == "generated" and found is not None and found.unchanged(name)
-
-
-def _constant(data: bytes) -> Callable[[], bytes]:
-    return lambda: data
 
 
 @reading()

@@ -55,7 +55,7 @@ def moves(plan: Plan) -> Iterator[Move]:
 
 
 def _each(plan: Plan) -> Iterator[Move]:
-    ranks = _Ranks(len(plan.source.ranks), max(file.rank for file in plan.weights) + 1)
+    ranks = _Ranks(plan.source.ranks, max(file.rank for file in plan.weights) + 1)
     placed = {tensor.key: tensor for file in plan.weights for tensor in file.tensors}
     written = {tensor.key for file in plan.weights for tensor in file.layout.header.tensors}
     known: dict[tuple[object, ...], tuple[str, ...]] = {}  # the same in every layer, and for every expert
@@ -96,7 +96,7 @@ def _steps(plan: Plan, instance: Instance, logical: Logical, column: Key, dtype:
         yield "zeros, as the source has none"
     elif source is None:
         yield "brought back from the record" if plan.request.like is None else "as --like has it"
-    read = source.cut_axis(plan.model.dims) if source is not None else None
+    read = source.cut_axis(plan.source.dims) if source is not None else None
     write = column.cut_axis(plan.dims)
     before = ranks.before if source is not None else 1
     recut = before > 1 and ranks.after > 1 and read == write

@@ -12,6 +12,7 @@ from ckpt_convert.checkpoint.mapping import Logical, Source
 from ckpt_convert.checkpoint.opening import tensors_of
 from ckpt_convert.convert import translate
 from ckpt_convert.convert.plan import Plan, target_dtype
+from ckpt_convert.convert.sources import Numbered, Sources
 from ckpt_convert.errors import VerificationError
 from ckpt_convert.models.core.table import Instance
 from ckpt_convert.tensors import lazy
@@ -20,7 +21,9 @@ from ckpt_convert.tensors.header import StoredTensor, WeightFile
 from ckpt_convert.words import listing
 
 
-def verify(plan: Plan, output: Identified, *, workers: int, progress: ProgressCallback | None = None) -> int:
+def verify(
+    plan: Plan, sources: Sources, output: Identified, *, workers: int, progress: ProgressCallback | None = None
+) -> int:
     """Compare every logical tensor of the plan's source with the output, and return how many there were.
 
     Where the plan casts, the source is cast before it is compared. Raises VerificationError naming every tensor that
@@ -29,8 +32,8 @@ def verify(plan: Plan, output: Identified, *, workers: int, progress: ProgressCa
     model = output.model_for(str(plan.source.format), plan.target)
     found = translate.read(model, str(output.format), output.ranks, str(output.path)).logicals
     stored, carried = _carried(plan, output)
-    sources = {key: Source(key, one.dtype, one.tensor, one.where) for key, one in carried.items()}
-    apart = mapping.apart(model.family, str(plan.source.format), model.dims, sources)
+    given = {key: Source(key, one.dtype, one.tensor, one.where) for key, one in carried.items()}
+    apart = mapping.apart(model.family, str(plan.source.format), model.dims, given)
     pairs: list[tuple[Logical, Logical]] = []
     problems = []
     for instance, logical in plan.logicals.tensors.items():
@@ -49,9 +52,10 @@ def verify(plan: Plan, output: Identified, *, workers: int, progress: ProgressCa
             problems.append(f"{logical.key}: neither in the output nor carried in its record")
     total = sum(p.tensor.size * dtypes.DTYPES[other.dtype].bits // 8 for p, other in pairs)
     meter = Meter("verifying", total, progress)
+    read = Numbered(plan, sources)
 
     def start() -> Callable[[tuple[Logical, Logical]], None]:
-        mine, theirs = Mover(plan.stored), Mover(stored)
+        mine, theirs = Mover(read), Mover(stored)
 
         def compare(pair: tuple[Logical, Logical]) -> None:
             source, other = pair

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import numpy as np
 
 from ckpt_convert import dtypes
-from ckpt_convert.tensors.gather import Gatherer
-from ckpt_convert.tensors.header import StoredTensor, WeightFile
+from ckpt_convert.tensors.gather import Gatherer, Stored
 from ckpt_convert.tensors.lazy import LazyTensor, together
 
 if TYPE_CHECKING:
@@ -103,7 +102,7 @@ class Mover:
     ``overflowed`` counts the finite values that casts have made infinite so far.
     """
 
-    def __init__(self, stored: Sequence[tuple[WeightFile, StoredTensor]]) -> None:
+    def __init__(self, stored: Stored) -> None:
         self.stored = stored
         self.overflowed = 0
         self._gatherer = Gatherer(stored)

@@ -14,6 +14,9 @@ from ckpt_convert.tensors.lazy import ZEROS, LazyTensor
 
 Dims = tuple[tuple[int, int, int], ...]
 
+Stored = Sequence[tuple[Any, StoredTensor]]
+"""Stored tensors by number, each with a file, of which only the ``reader`` is asked for."""
+
 SCRATCH = 8 << 20
 """Bytes of the buffer that source rows are read into before they are put in order."""
 
@@ -32,7 +35,7 @@ class Gathering(Protocol):
 class Gatherer:
     """Reads lazy tensors whose sources are numbered as in ``stored``; not to be shared between threads."""
 
-    def __init__(self, stored: Sequence[tuple[Any, StoredTensor]], scratch: int | None = None) -> None:
+    def __init__(self, stored: Stored, scratch: int | None = None) -> None:
         self._stored = stored
         self._scratch = np.empty(scratch or SCRATCH, np.uint8)
 

@@ -447,7 +447,7 @@ def test_blocks_of_every_shape() -> None:
 def test_reading_it_from_python(tmp_path: Path) -> None:
     fp8_llama(tmp_path / "source")
     with ckpt_convert.plan(tmp_path / "source", to="hf", dequantize="float32") as plan:
-        assert plan.source.dequantized is not None
+        assert plan.source.dequantized == "float32"
         assert plan.memory(2) > 40_000_000
         assert plan.moves["cast"] > plan.moves["copied"] > 0
 

@@ -16,7 +16,7 @@ import pytest
 import xxhash
 
 import ckpt_convert
-from ckpt_convert.convert import execute, ownership
+from ckpt_convert.convert import ownership, partition
 from ckpt_convert.errors import (
     CorruptFileError,
     LockedError,
@@ -36,10 +36,10 @@ ROOT = Path(__file__).parent.parent.parent
 KILLED = """
     import itertools, os, signal, sys
     import ckpt_convert
-    from ckpt_convert.convert import execute
+    from ckpt_convert.convert import partition
     from ckpt_convert.tensors import blocks
     from ckpt_convert.storage.folder import StagedFile
-    execute.PIECE = 4096
+    partition.PIECE = 4096
     blocks.BLOCK = 1024
     calls, last, real = itertools.count(), int(sys.argv[3]), StagedFile.write
     def write(self, offset, data):
@@ -382,7 +382,7 @@ def test_resume_after_the_source_changed_starts_anew(tmp_path: Path) -> None:
 
 
 def test_progress_of_a_resumed_conversion_reaches_the_total(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(execute, "PIECE", 4096)
+    monkeypatch.setattr(partition, "PIECE", 4096)
     run(KILLED, HF, tmp_path / "out", 400)
     seen: list[ckpt_convert.Progress] = []
     report = ckpt_convert.convert(HF, tmp_path / "out", to="meta", model_parallel=2, resume=True, progress=seen.append)
@@ -412,8 +412,8 @@ def test_resume_on_the_command_line(tmp_path: Path, expected: dict[str, str]) ->
     code = """
         import sys
         from ckpt_convert.cli import main
-        from ckpt_convert.convert import execute, ownership
-        execute.PIECE = 4096
+        from ckpt_convert.convert import ownership, partition
+        partition.PIECE = 4096
         main(["hf-to-meta", sys.argv[1], sys.argv[2], "--model-parallel", "2", "--resume"])
     """
     done = run(code, HF, tmp_path / "out")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import ckpt_convert
-from ckpt_convert.convert import execute
+from ckpt_convert.convert import partition
 from ckpt_convert.tensors import blocks, gather
 from tests.helpers import CASES, GOLDEN, assert_same, read_meta, read_safetensors, sums
 
@@ -113,7 +113,7 @@ def test_reshard(case: str, before: int, after: int, tmp_path: Path) -> None:
 def buffers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Golden tensors are small: with small buffers, they are moved in many blocks and pieces as large ones are."""
     monkeypatch.setattr(blocks, "BLOCK", request.param[0])
-    monkeypatch.setattr(execute, "PIECE", request.param[1])
+    monkeypatch.setattr(partition, "PIECE", request.param[1])
 
 
 @pytest.mark.usefixtures("buffers")

@@ -76,6 +76,11 @@ def layout_of(opened: OpenedFiles) -> Layout:
     return Layout(str(opened.format), tuple(files), index)
 
 
+def is_view(file: WeightFile) -> bool:
+    """Whether a file is one in which tensors are computed."""
+    return isinstance(file.reader, ComputedFile)
+
+
 def is_computed(file: WeightFile, tensor: StoredTensor) -> bool:
     """Whether the numbers of a stored tensor are computed where it is read."""
     return isinstance(file.reader, ComputedFile) and file.reader.is_computed(tensor)

@@ -11,7 +11,8 @@ from torch import nn
 
 from ckpt_convert.checkpoint.legacy_keys import HOLDER, WRAPPERS, unwrapped
 from ckpt_convert.checkpoint.mapping import Source
-from ckpt_convert.convert.plan import Live
+from ckpt_convert.convert.plan import SourceFile, in_memory
+from ckpt_convert.convert.planning import Live
 from ckpt_convert.dtypes import FROM_TORCH, torch_name
 from ckpt_convert.errors import KeyMismatchError, UsageError
 from ckpt_convert.storage.base import RangeReader
@@ -145,10 +146,6 @@ class MemoryReader:
 
     def __init__(self, name: str, tensor: torch.Tensor) -> None:
         self.name = name
-        self.bind(tensor)
-
-    def bind(self, tensor: torch.Tensor) -> None:
-        """Read from this tensor from now on, whose shape, strides and dtype are those of the one before."""
         self.offset = tensor.storage_offset() * tensor.element_size()
         with torch.no_grad():
             self._bytes = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
@@ -179,11 +176,9 @@ def as_live(tensors: Mapping[str, torch.Tensor], format: str, readers: Mapping[s
     return Live(format, sources, tuple(files))
 
 
-def bind(live: Live, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Let a plan read these tensors, which have the ``signature`` of those that it was made for."""
-    for file, description in live.stored:
-        if isinstance(file.reader, MemoryReader):
-            file.reader.bind(tensors[description.key])
+def as_sources(tensors: Mapping[str, torch.Tensor]) -> dict[SourceFile, RangeReader]:
+    """The tensors as sources of a plan that was made for others of the same ``signature``."""
+    return {in_memory(key): MemoryReader(key, tensor) for key, tensor in tensors.items()}
 
 
 def same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:

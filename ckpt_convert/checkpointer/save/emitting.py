@@ -27,7 +27,7 @@ from ckpt_convert.checkpointer.live.tensors import (
     Memory,
     Model,
     as_live,
-    bind,
+    as_sources,
     copies_in,
     same_memory,
     signature,
@@ -38,9 +38,11 @@ from ckpt_convert.checkpointer.save import extra_files
 from ckpt_convert.checkpointer.save.buffers import Buffers
 from ckpt_convert.checkpointer.save.saving import Step
 from ckpt_convert.checkpointer.state.pack import Packed, pack
-from ckpt_convert.convert import plan as planning
+from ckpt_convert.convert import planning
 from ckpt_convert.convert.plan import Plan
+from ckpt_convert.convert.planning import Given
 from ckpt_convert.convert.request import Request
+from ckpt_convert.convert.sources import Planned
 from ckpt_convert.dtypes import DTYPES
 from ckpt_convert.errors import CkptConvertError, KeyMismatchError, UsageError, reason
 from ckpt_convert.models import Family
@@ -48,6 +50,7 @@ from ckpt_convert.storage.base import RangeReader
 from ckpt_convert.storage.place import Place
 from ckpt_convert.storage.reader import WORKERS
 from ckpt_convert.tensors.blocks import ProgressCallback
+from ckpt_convert.tensors.header import IN_MEMORY
 from ckpt_convert.words import listing
 
 log = logging.getLogger("ckpt_convert")
@@ -78,7 +81,7 @@ class Emitter:
         self.source = source
         self.settings = settings
         self.adapter = None if adapter is None else AdapterConfig.of(adapter)
-        self._plans: dict[tuple[Any, ...], Plan] = {}
+        self._plans: dict[tuple[Any, ...], Planned] = {}
         self._base: Base | None = None
 
     @cached_property
@@ -195,8 +198,8 @@ class Emitter:
         if self.adapter is not None:
             extra_files.check(settings.extra, None)
             to_peft(parts, self.adapter, self.modules)
-            return list(self._merged(parts, settings).notices) if _merges(settings) else []
-        made = self._plan(parts.base, settings)
+            return list(self._merged(parts, settings).plan.notices) if _merges(settings) else []
+        made = self._plan(parts.base, settings).plan
         casts = Counter(
             (DTYPES[tensor.source_dtype].torch, DTYPES[tensor.dtype].torch)
             for file in made.weights
@@ -226,16 +229,15 @@ class Emitter:
         if self.adapter is not None:
             return self._adapter_job(parts, state, settings, buffers)
         if state is not None:
-            exact = _inexact(self._plan(parts.base, settings))
+            exact = _inexact(self._plan(parts.base, settings).plan)
             if exact:
                 state[MODEL] = pack({key: tensor for key, tensor in parts.base.items() if key in exact}, MODEL)
         chosen = parts.base
         if buffers is not None:
             chosen, state = _staged(chosen, state, buffers)
         made = self._plan(chosen, settings)
-        if made.live is not None:
-            bind(made.live, chosen)
-        return lambda section, files: Step(made, section, state, files, settings.extra)
+        planned = Planned(made.plan, {**made.sources, **as_sources(chosen)})
+        return lambda section, files: Step(planned, section, state, files, settings.extra)
 
     def _adapter_job(
         self, parts: Split, state: dict[str, Packed] | None, settings: Settings, buffers: Buffers | None
@@ -268,7 +270,7 @@ class Emitter:
 
         return step
 
-    def _merged(self, parts: Split, settings: Settings) -> Plan:
+    def _merged(self, parts: Split, settings: Settings) -> Planned:
         """The plan of the full weights; they are computed as they are read."""
         assert self.adapter is not None
         whole = parts.base | parts.saved
@@ -276,8 +278,9 @@ class Emitter:
             key: MergedReader(key, whole[key], merge)
             for key, merge in merges(parts, self.adapter, self.modules).items()
         }
-        made = planning.make(self.source, self._request(settings), live=self._live(whole, settings, readers))
-        planning.refuse_unreadable(made)
+        given = Given(self.source, self._request(settings), live=self._live(whole, settings, readers))
+        made = planning.make(given)
+        made.plan.refuse_unreadable()
         return made
 
     def _refuse_unsaved(self, model: Model, parts: Split, others: Sequence[torch.Tensor]) -> None:
@@ -304,19 +307,23 @@ class Emitter:
                 f"freeze them (requires_grad_(False)), or hand over the optimizer that trains them:{listing(lost)}"
             )
 
-    def _plan(self, tensors: Tensors, settings: Settings) -> Plan:
+    def _plan(self, tensors: Tensors, settings: Settings) -> Planned:
+        """The plan for tensors like these; its sources are files alone, for it is used again with other tensors."""
         request = self._request(settings)
         key = (request, settings.model_format, settings.extra, signature(tensors))
         if key not in self._plans:
-            made = planning.make(self.source, request, live=self._live(tensors, settings))
-            planning.refuse_unreadable(made)
+            planned = planning.make(Given(self.source, request, live=self._live(tensors, settings)))
+            made = planned.plan
+            made.refuse_unreadable()
             extra_files.check(settings.extra, made)
             # A source that is a saved step itself has files of its own run beside the weights (Trainer's state).
             earlier = record.training(self.source.root) or {}
             said = extra_files.replaced(settings.extra, made, earlier.get("extra_files") or ())
             names = {path.name for path in settings.extra} | (earlier.get("files") or {}).keys()
             side = tuple(side for side in made.side if side.name not in names)
-            self._plans[key] = replace(made, side=side, notices=(*made.notices, *said))
+            made = replace(made, side=side, notices=(*made.notices, *said))
+            files = {one: reader for one, reader in planned.sources.items() if one.kind != IN_MEMORY}
+            self._plans[key] = Planned(made, files)
         return self._plans[key]
 
     def _live(
@@ -357,12 +364,11 @@ def _merges(settings: Settings) -> bool:
 
 def _inexact(made: Plan) -> set[str]:
     """The keys in memory of the tensors that are written in another dtype, or have no place in the files."""
-    assert made.live is not None
     keys = {check.key for check in made.losses}
     for file in made.weights:
         for tensor in file.tensors:
             if tensor.dtype != tensor.source_dtype:
-                keys |= {made.live.stored[number][1].key for number in tensor.tensor.sources}
+                keys |= {made.stored[number][1].key for number in tensor.tensor.sources}
     return keys
 
 

@@ -17,8 +17,8 @@ from ckpt_convert.checkpointer.state import training_state, writer
 from ckpt_convert.checkpointer.state.pack import Packed
 from ckpt_convert.convert import output, ownership
 from ckpt_convert.convert.execute import check_losses, loss_text, run_checks
-from ckpt_convert.convert.plan import Plan, refuse_unreadable
 from ckpt_convert.convert.sidefiles import SideFile
+from ckpt_convert.convert.sources import Planned
 from ckpt_convert.errors import CkptConvertError, OutputExistsError, SourceChangedError, UnreadableError
 from ckpt_convert.storage import workspace
 from ckpt_convert.storage.checksums import digest
@@ -41,13 +41,13 @@ _ADVICE = Advice(
 class Step:
     """What goes into the directory of a step.
 
-    ``plan`` writes the weights, below ``weights_in`` (the directory itself, or the folder beside an adapter), None
-    where there are none; ``files`` are small files by name; ``state`` is the training state, None for none;
-    ``training`` gives the manifest's section, to which the checksums of what is written are added; it is asked when
-    the manifest is written, as metrics may arrive until then.
+    ``weights`` is the plan that writes these, below ``weights_in`` (the directory itself, or the folder beside an
+    adapter), None where there are none; ``files`` are small files by name; ``state`` is the training state, None for
+    none; ``training`` gives the manifest's section, to which the checksums of what is written are added; it is asked
+    when the manifest is written, as metrics may arrive until then.
     """
 
-    plan: Plan | None
+    weights: Planned | None
     training: Callable[[], Mapping[str, Any]]
     state: Mapping[str, Packed] | None = None
     files: Mapping[str, bytes] | None = None
@@ -58,7 +58,7 @@ class Step:
     def names(self) -> list[str]:
         """The files that will be written, as far as that is known before."""
         weights = PurePosixPath(self.weights_in)
-        written = [str(weights / name) for name in (self.plan.names if self.plan is not None else ())]
+        written = [str(weights / name) for name in (self.weights.plan.names if self.weights is not None else ())]
         state = [f"{TRAINING_STATE}/{name}" for name in writer.NAMES] if self.state is not None else []
         return [*written, *(self.files or ()), *(place.name for place in self.extra), *state, record.MANIFEST]
 
@@ -68,7 +68,7 @@ class Step:
         state = sum(tensor.nbytes for one in packed for tensor in one.tensors.values())
         files = sum(map(len, self.files.values())) if self.files else 0
         extra = sum(place.identity().size for place in self.extra)
-        return state + files + extra + (self.plan.disk if self.plan is not None else 0)
+        return state + files + extra + (self.weights.plan.disk if self.weights is not None else 0)
 
 
 def save(step: Step, destination: Place, *, workers: int = WORKERS, mode: int = 0o777, alone: bool = False) -> int:
@@ -90,8 +90,8 @@ def save(step: Step, destination: Place, *, workers: int = WORKERS, mode: int = 
                 store.check_space(destination, step.nbytes)
                 staging.expect(step.names)
                 _write(step, staging, workers)
-                if step.plan is not None:
-                    step.plan.check_sources()
+                if step.weights is not None:
+                    step.weights.plan.check_sources()
                 staging.commit()
                 nbytes = staging.folder.nbytes
             except BaseException:
@@ -130,11 +130,11 @@ def in_the_way(destination: Place) -> str:
 
 def _write(step: Step, staging: Stage, workers: int) -> None:
     manifest: dict[str, Any] = {"schema": record.SCHEMA, "checksum": record.ALGORITHMS}
-    if step.plan is not None and not step.weights_in:
-        manifest = _weights(step, step.plan, staging, staging.folder, workers)
-    elif step.plan is not None:
+    if step.weights is not None and not step.weights_in:
+        manifest = _weights(step, step.weights, staging, staging.folder, workers)
+    elif step.weights is not None:
         inner = staging.folder.below(step.weights_in)
-        weights = _weights(step, step.plan, staging, inner, workers)
+        weights = _weights(step, step.weights, staging, inner, workers)
         inner.write(record.MANIFEST, record.render_manifest(weights))
     files = {name: _file(name, data, staging) for name, data in (step.files or {}).items()}
     extra = {place.name: _copy(place, staging) for place in step.extra}
@@ -145,16 +145,16 @@ def _write(step: Step, staging: Stage, workers: int) -> None:
     staging.folder.write(record.MANIFEST, record.render_manifest(manifest))
 
 
-def _weights(step: Step, plan: Plan, staging: Stage, folder: Folder, workers: int) -> dict[str, Any]:
-    refuse_unreadable(plan)
-    run_checks(plan)
+def _weights(step: Step, planned: Planned, staging: Stage, folder: Folder, workers: int) -> dict[str, Any]:
+    plan, sources = planned.plan, planned.sources
+    plan.refuse_unreadable()
+    run_checks(plan, sources)
     kept = "training_state keeps them exact" if step.state is not None else "nothing keeps them exact"
-    if lost := check_losses(plan):
+    if lost := check_losses(plan, sources):
         text = "%s: %s change what the model computes, and its files have no place for them; %s"
         log.warning(text, staging.destination, loss_text(lost), kept)
-    written = output.write(plan, staging, workers, None, folder)
-    readers = [file.reader for file, _ in plan.stored]
-    merged = {reader.name: reader.overflowed for reader in readers if isinstance(reader, MergedReader)}
+    written = output.write(plan, sources, staging, workers, None, folder)
+    merged = {reader.name: reader.overflowed for reader in sources.values() if isinstance(reader, MergedReader)}
     overflows = written.overflows | {key: count for key, count in merged.items() if count}
     if overflows:
         text = "%s: %s in the files, whose dtype is too narrow for them; %s"

@@ -1,0 +1,449 @@
+"""Planning a conversion, stage by stage: identify, translate, assign to files, and what lies beside these.
+
+What comes out is a ``Plan``. Each stage takes values and gives one, and nothing is written or changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import PurePosixPath
+
+from ckpt_convert import dtypes, formats
+from ckpt_convert.checkpoint import record
+from ckpt_convert.checkpoint.checklist import CHECKLIST
+from ckpt_convert.checkpoint.identify import Identified
+from ckpt_convert.checkpoint.mapping import Equality, Logical, Logicals, Source
+from ckpt_convert.checkpoint.model import Model, naming
+from ckpt_convert.checkpoint.quantized import carry, view
+from ckpt_convert.checkpoint.record import Layout
+from ckpt_convert.containers.dcp import DCP_INDEX
+from ckpt_convert.convert import brought, configs, embedding, layout, placement, sidefiles, ties, translate
+from ckpt_convert.convert.embedding import Cut
+from ckpt_convert.convert.layout import OutputFile
+from ckpt_convert.convert.plan import COMPUTED, Checklist, Origin, Plan, SourceFile, in_memory, target_dtype
+from ckpt_convert.convert.request import Request
+from ckpt_convert.convert.sidefiles import SideFile
+from ckpt_convert.convert.sources import Planned
+from ckpt_convert.convert.ties import Equal, Ties
+from ckpt_convert.convert.translate import Reading, Translation
+from ckpt_convert.convert.writing import Target
+from ckpt_convert.errors import ConfigError, CorruptFileError, ShapeMismatchError, UsageError
+from ckpt_convert.formats.names import RECORD_FOLDER
+from ckpt_convert.models.core.rope import read_rope
+from ckpt_convert.models.core.table import Instance
+from ckpt_convert.storage.base import Entry
+from ckpt_convert.storage.names import JOURNAL
+from ckpt_convert.storage.place import Place
+from ckpt_convert.storage.reader import reading
+from ckpt_convert.tensors.header import IN_MEMORY, StoredTensor, WeightFile
+from ckpt_convert.words import some
+
+
+@dataclass(frozen=True)
+class Live:
+    """Tensors in memory, of a model that is being trained: they go out as the source lies, in its place.
+
+    ``format`` is that of their keys, ``tensors`` are by key, and ``stored`` is what their lazy tensors are numbered by.
+    """
+
+    format: str
+    tensors: Mapping[str, Source]
+    stored: tuple[tuple[WeightFile, StoredTensor], ...]
+
+
+@dataclass(frozen=True)
+class Given:
+    """What is to be converted, and how: ``like`` is the checkpoint to imitate.
+
+    With ``live``, the tensors in memory are written as a conversion would write the source's: in its files, each in the
+    dtype that it has there. A source without files is only a config; the files are then laid out afresh.
+    """
+
+    source: Identified
+    request: Request
+    like: Identified | None = None
+    live: Live | None = None
+
+    @property
+    def read_format(self) -> str:
+        """The format that the weights are read in."""
+        return self.live.format if self.live is not None else str(self.source.format)
+
+    @property
+    def as_stored(self) -> bool:
+        """Whether the output is what the source is, in its own keys."""
+        return self.live is None and self.source.format == self.request.to and self.like is None
+
+
+@dataclass(frozen=True)
+class Translated:
+    """The tensors of the output; ``wanted`` is the layout that they should have, ``ranks`` how many files share them.
+
+    ``template`` is what the source has of tensors in memory. ``stored`` is what lazy tensors are numbered by.
+    """
+
+    translation: Translation
+    template: Logicals
+    stored: tuple[tuple[WeightFile, StoredTensor], ...]
+    targets: list[Target]
+    carried: list[Instance]
+    wanted: Layout | None
+    ranks: int
+    cut: Cut | None
+
+    @property
+    def model(self) -> Model:
+        return self.translation.reading.model
+
+
+@dataclass(frozen=True)
+class Assigned:
+    """The output's files; ``exact`` is whether they are those of the wanted layout, byte for byte."""
+
+    files: list[OutputFile]
+    carried: list[OutputFile]
+    exact: bool
+    checks: list[Equality]
+    notices: list[str]
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What lies beside the weights, and in the record."""
+
+    files: list[SideFile]
+    notices: tuple[str, ...]
+
+
+@reading()
+def make(given: Given, equal: Equal | None = None) -> Planned:
+    """Plan a conversion; ``equal`` compares two tensors of the source where their bytes decide whether they are tied.
+
+    Raises the error that says everything wrong with the input, or with the request, at once.
+    """
+    model, differing = identified(given)
+    found = translated(given, model, equal)
+    assigned = assign(given, found)
+    put = beside(given, found, assigned)
+    _check_names(given.source, assigned.files, put.files)
+    source, request, model = given.source, given.request, found.model
+    numbers = {file: number for number, file in enumerate(dict.fromkeys(file for file, _ in found.stored))}
+    sources = [_source(file, given) for file in numbers]
+    plan = Plan(
+        source=_origin(source, model),
+        request=request,
+        files=(*assigned.files, *assigned.carried),
+        side=tuple(put.files),
+        sources=tuple(sources),
+        stored=tuple([(numbers[file], tensor) for file, tensor in found.stored]),
+        logicals=found.translation.logicals,
+        checks=tuple(assigned.checks),
+        losses=tuple(found.translation.losses),
+        undecided=found.translation.reading.ties.undecided,
+        carried=tuple(sorted({found.translation.logicals.tensors[instance].key for instance in found.carried})),
+        ties=tuple(found.translation.ties),
+        notices=(
+            *source.notices,
+            *_edited(source),
+            *_skipped(source),
+            *model.notices,
+            *(model.family.caveats(request.to) if request.to != source.format else ()),
+            *put.notices,
+            *assigned.notices,
+            *differing,
+            *placement.rank_notice(request, model, found.ranks, found.wanted),
+        ),
+        dims=found.translation.dims,
+        cut=found.cut,
+        checklist=Checklist(
+            source.root,
+            sidefiles.checklist_of(source) if given.live is None else {},
+            sidefiles.checklist_for(source, request.to),
+        ),
+        computed=_computed(found.stored) if source.dequantized is not None else frozenset(),
+        live=given.live is not None,
+        seen=_seen(given, found.stored, put.files),
+    )
+    return Planned(plan, {one: file.reader for one, file in zip(sources, numbers, strict=True)})
+
+
+def identified(given: Given) -> tuple[Model, list[str]]:
+    """What the weights are weights of, and what is to be said of --like; refuses what has no way into the target."""
+    source, request = given.source, given.request
+    source.refuse_foreign()
+    model = source.model_for(given.read_format, request.to)
+    request.check_source(str(source.format), model.family)
+    if request.dtype is not None:
+        carry.refuse_cast(source.quantization, source.unknown_scheme, source.path, request.dtype)
+    with naming(str(source.config_file)):
+        translate.check(model, str(source.path), str(source.format), given.read_format, request.to)
+    differing = _check_like(source, model, given.like) if given.like is not None else []
+    sidefiles.checklist_of(source)  # a checklist that is none is an error now, not after everything was written
+    return model, differing
+
+
+def translated(given: Given, model: Model, equal: Equal | None) -> Translated:
+    """Every tensor of the output, with what comes from elsewhere than the weights that are read."""
+    source, request, like, live = given.source, given.request, given.like, given.live
+    read, template = _read(given, model, equal)
+    model, logicals = read.model, read.logicals
+    everything = list(source.stored if live is None else live.stored)
+    if live is not None:
+        brought.take_derived(source, template, logicals, everything)
+    literal = given.as_stored and source.is_bare
+    wanted = placement.recorded(source, request, like, model, literal=literal)
+    ranks = placement.ranks(source, request, like, wanted, model)
+    cut = embedding.cut_of(source, request, like, model)
+    brought.bring_back(source, request, like, model, logicals, everything)
+    places = {key for _, key in wanted.places} if wanted is not None else set()
+    earlier = brought.as_it_was(
+        source, request, like, model, template if live is not None else None, logicals, everything
+    )
+    made = translate.write(
+        read,
+        request.to,
+        str(source.path),
+        dims=model.dims if cut is None else model.dims.with_cut(cut.axis),
+        ranks=ranks,
+        keep_tied=None if given.as_stored else ties.kept(model.family, request.to, places),
+        wanted=lambda key: wanted is None or key in places,
+        earlier=earlier,
+    )
+    targets, carried = made.targets, made.left_out
+    if literal:
+        targets = [replace(target, key=source.names.stored.get(target.key, target.key)) for target in targets]
+    if live is not None:  # the training state has them
+        carried = [instance for instance in carried if instance.row.lossy is None and instance.row.zeros is None]
+    return Translated(made, template, tuple(everything), targets, carried, wanted, ranks, cut)
+
+
+def assign(given: Given, found: Translated) -> Assigned:
+    """Which tensor lies in which file of the output, at which place and in which dtype."""
+    source, request, live, logicals = given.source, given.request, given.live, found.translation.logicals
+    dtype_of = _dtypes(found.targets, request, found.template if live is not None else Logicals({}))
+    _refuse_partial_cast(source, found.targets, dtype_of, request, "--dtype" if live is None else "export_dtype")
+    file_of = _file_of(source, found.template, logicals, live)
+    files, exact, notices = placement.files(
+        source, request, found.targets, dtype_of, found.wanted, found.ranks, found.model, file_of
+    )
+    by_rank = [{t.key: t for t in found.targets if t.rank == rank} for rank in range(found.ranks)]
+    shared = [pair for file in files for pair in layout.aliases(file.layout.header, by_rank[file.rank], file.name)]
+    family, dims = found.model.family, found.model.dims
+    carried = placement.carried(family, str(source.format), found.carried, logicals, dims)
+    return Assigned(files, carried, exact, [*found.translation.checks, *shared], notices)
+
+
+def beside(given: Given, found: Translated, assigned: Assigned) -> Beside:
+    """Config, index, tokenizer and all other files of the output, and what the record keeps."""
+    source, request, like, model = given.source, given.request, given.like, found.model
+    written = _written_dtype(assigned.files)
+    made = configs.generated(source, model, request, like, written, found.ranks, found.cut and found.cut.axis)
+    index = placement.index(request, assigned.files, found.wanted, assigned.exact, model)
+    generated = {side.name: side for side in (*made.files, *index)}
+    generated |= configs.tokenizer(source, request, model, like)
+    files = sidefiles.plan(source, request.to, like=like, generated=generated)
+    if source.dequantized is not None:
+        files = [one for one in files if PurePosixPath(one.name).name not in view.SETTINGS]
+    own = None if source.format == request.to or not source.files else source.layout()
+    files += sidefiles.recorded_layouts(source, request.to, own)
+    absent = configs.tokenizer_notice(source, request, model, (one.name for one in files))
+    return Beside(files, (*made.notices, *absent))
+
+
+def _origin(source: Identified, model: Model) -> Origin:
+    return Origin(
+        path=source.path,
+        format=source.format,
+        why=source.why,
+        family=model.family.name,
+        evidence=model.evidence,
+        release=model.release,
+        literal=model.family.literal,
+        ranks=len(source.ranks),
+        dims=model.dims,
+        hints=source.hints,
+        dequantized=source.dequantized.dtype if source.dequantized is not None else None,
+    )
+
+
+def _source(file: WeightFile, given: Given) -> SourceFile:
+    if file.header.kind == IN_MEMORY:
+        return in_memory(file.header.tensors[0].key)
+    seen = given.source.seen.get(file.path) or (given.like.seen.get(file.path) if given.like is not None else None)
+    kind = COMPUTED if view.is_view(file) else file.header.kind
+    return SourceFile(file.name, kind, file.path, seen or file.path.identity())
+
+
+def _computed(stored: Sequence[tuple[WeightFile, StoredTensor]]) -> frozenset[int]:
+    return frozenset(number for number, (file, tensor) in enumerate(stored) if view.is_computed(file, tensor))
+
+
+def _seen(
+    given: Given, stored: Sequence[tuple[WeightFile, StoredTensor]], side: Sequence[SideFile]
+) -> dict[Place, Entry]:
+    """The files that an output is made from, as they were when they were first looked at.
+
+    Of a model in memory's source, those that every save reads again; the rest was read once and for all.
+    """
+    source, like = given.source, given.like
+    seen = {**(like.seen if like is not None else {}), **source.seen}
+    out = {one.path: one.identity for one in side if one.path and one.identity}
+    paths = {file.path for file, _ in stored if file.header.kind != IN_MEMORY}
+    for checkpoint in (source, like) if given.live is None else ():
+        if checkpoint is not None:
+            own = (checkpoint.config_file, *_metadata(checkpoint), *_of_record(checkpoint))
+            paths |= {path for path in own if path in checkpoint.seen or path == checkpoint.hints.config}
+    return out | {path: seen.get(path) or path.identity() for path in sorted(paths)}
+
+
+def _metadata(checkpoint: Identified) -> list[Place]:
+    """The index, torch.distributed.checkpoint's metadata, and the list of hashes, where there are any."""
+    names = [checkpoint.directory.index, CHECKLIST] + [name for name in [DCP_INDEX] if not checkpoint.directory.index]
+    return [checkpoint.root / name for name in names if name is not None]
+
+
+def _of_record(checkpoint: Identified) -> list[Place]:
+    """The files of the record. A saved step's manifest is none of them: a run may report metrics at any time."""
+    if checkpoint.record is None:
+        return []
+    folder, manifest = checkpoint.record.folder, checkpoint.root / record.MANIFEST
+    files = [path for path in checkpoint.seen if path.is_below(folder)]
+    return [path for path in files if path != manifest or "training" not in checkpoint.record.manifest]
+
+
+def _read(given: Given, model: Model, equal: Equal | None) -> tuple[Reading, Logicals]:
+    """What is to be written, and what the source has of it: the same, but where a model in memory is written."""
+    source, live = given.source, given.live
+    known = model if live is None else ties.of_memory(model, live.format, live.tensors.keys())
+    template = Reading(str(source.format), Logicals({}), Ties(ties.presumed(known), told=True))
+    if source.files:
+        template = translate.read(known, template.format, source.ranks, str(source.path), equal)
+    if live is None:
+        return template, template.logicals
+    reading = translate.read(known, live.format, [live.tensors], f"the model, as {live.format}")
+    told = replace(reading.ties, told=model.tied is not None)
+    return replace(reading, ties=told), template.logicals
+
+
+def _file_of(source: Identified, template: Logicals, logicals: Logicals, live: Live | None) -> dict[int, int]:
+    """For the number of each stored tensor, the number of the source's file that it, or its model, lies in."""
+    numbers = {file: number for number, file in enumerate(source.files)}
+    of_source = {at: numbers[file] for at, (file, _) in enumerate(source.stored)}
+    if live is None:
+        return of_source
+    out = {}
+    for instance, logical in logicals.tensors.items():
+        origin = template.tensors.get(instance)
+        if origin is not None:
+            out[_first(logical)] = of_source[_first(origin)]
+    return out
+
+
+def _first(logical: Logical) -> int:
+    return min(logical.tensor.sources)
+
+
+def _written_dtype(files: Sequence[OutputFile]) -> str | None:
+    """The floating-point dtype of most bytes that are written, in torch's words."""
+    return dtypes.majority_of_floats((tensor.dtype, tensor.nbytes) for file in files for tensor in file.tensors)
+
+
+def _refuse_partial_cast(
+    source: Identified, targets: Sequence[Target], dtype_of: Mapping[str, str], request: Request, option: str
+) -> None:
+    """Raise UsageError for a cast that would leave most weights, or weights packed into less than a byte, as they are.
+
+    Whole numbers beside the weights (positions, counts) stay what they are.
+    """
+    if request.dtype is None:
+        return
+    left = [t for t in targets if dtype_of[t.key] != dtypes.CASTS[request.dtype] and not t.instance.row.derived]
+    sizes = [dtypes.nbytes(dtype_of[target.key], target.tensor.shape) for target in (*left, *targets)]
+    packed = [target for target in left if dtypes.DTYPES[target.dtype].bits < 8]
+    if not packed and 2 * sum(sizes[: len(left)]) <= sum(sizes[len(left) :]):
+        return
+    kinds = ", ".join(dict.fromkeys(target.dtype for target in left))
+    raise UsageError(
+        f"{option} {request.dtype}: {len(left)} of {len(targets)} tensors of {source.path} are {kinds}, which cannot "
+        f"be cast ({(packed or left)[0].key}); leave {option} out, or decode them with the tool that made them"
+    )
+
+
+def _check_names(source: Identified, files: list[OutputFile], side: list[SideFile]) -> None:
+    """Refuse an output in which two files would have one name, or one would have a name of ours."""
+    taken = {record.MANIFEST, JOURNAL}
+    for name in (*(file.name for file in files), *(one.name for one in side)):
+        if name in taken:
+            raise CorruptFileError(
+                f"{source.path}: two files of the output would be called {name}; the record is damaged, "
+                f"move the folder {source.root / RECORD_FOLDER} elsewhere to do without it"
+            )
+        taken.add(name)
+    hidden = [file.name for file in files if file.name.startswith(f"{RECORD_FOLDER}/")]
+    if hidden:
+        raise CorruptFileError(f"{source.path}: weights would be called {hidden[0]}, which is in the record's folder")
+
+
+def _edited(source: Identified) -> list[str]:
+    if source.record is None:
+        return []
+    names = source.record.edited(own_config=formats.ALL[source.record.format].config is None)
+    return [f"edited or damaged since it was written, and taken as it is: {', '.join(names)}"] if names else []
+
+
+def _skipped(source: Identified) -> list[str]:
+    names = sidefiles.skipped(source)
+    return [f"not taken along: {some(names, 8, ' …')}"] if names else []
+
+
+def _dtypes(targets: Sequence[Target], request: Request, template: Logicals) -> dict[str, str]:
+    """The dtype of every target: what was asked for, else as the template has it, else as it is.
+
+    A template's tensors that are quantised say nothing of what a model in memory is to be written as.
+    """
+    out = {}
+    for target in targets:
+        like = template.tensors.get(target.instance)
+        dtype = target_dtype(target.dtype, target.instance, request)
+        if request.dtype is None and like is not None and dtype in dtypes.CAST_FROM:
+            dtype = like.dtype if like.dtype in dtypes.CASTABLE else dtype
+        out[target.key] = dtype
+    return out
+
+
+def _check_like(source: Identified, model: Model, like: Identified) -> list[str]:
+    """Refuse a --like of another family or other sizes; returns what its config says otherwise."""
+    try:
+        theirs = like.model_for(str(like.format))
+    except ConfigError:
+        return []  # native files without a record: they give names and assignment, which the keys have to fit
+    if theirs.family.name != model.family.name:
+        raise UsageError(f"--like {like.path}: is a {theirs.family.name}, but {source.path} is a {model.family.name}")
+    if theirs.family.literal:
+        return []  # the keys have to fit here, too; nothing else of such a model is understood
+    differing = [
+        f"{name}: expected {value}, found {theirs.dims.get(name)}"
+        for name, value in model.dims.items()
+        if name not in model.dims.decided and theirs.dims.get(name) != value
+    ]
+    if differing:
+        raise ShapeMismatchError(
+            f"--like {like.path}: has other sizes than {source.path}: {'; '.join(differing)}; "
+            "give a checkpoint of the same model"
+        )
+    rope, other_rope = read_rope(model.config), read_rope(theirs.config)
+    pairs = {
+        "rope theta": (rope.theta, other_rope.theta),
+        "rope scaling": ((rope.kind, rope.parameters), (other_rope.kind, other_rope.parameters)),
+        **{name: (model.config.get(name), theirs.config.get(name)) for name in _COMPARED},
+    }
+    return [
+        f"--like {like.path}: its config is taken, which says {name} {other}, where {source.path} says {mine}"
+        for name, (mine, other) in pairs.items()
+        if mine != other
+    ]
+
+
+_COMPARED = ("rms_norm_eps", "hidden_act", "sliding_window", "max_position_embeddings")
+"""What of a config changes the model's results beside the sizes and RoPE."""

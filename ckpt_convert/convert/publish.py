@@ -1,0 +1,253 @@
+"""The staged files of an output while they are written: what of them is done, and what makes each complete.
+
+One process begins, finishes and publishes the output. Others may join it: they open the same files, and hand in what
+they have written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from types import TracebackType
+from typing import Any, Self
+
+from ckpt_convert.convert.execute import Done
+from ckpt_convert.convert.layout import OutputFile
+from ckpt_convert.convert.partition import Piece
+from ckpt_convert.convert.plan import Plan
+from ckpt_convert.storage.checksums import CRC32, CRC64
+from ckpt_convert.storage.workspace import Folder, Journal, Stage, StagedFile
+
+log = logging.getLogger("ckpt_convert")
+
+
+class _File:
+    """An output file while it is written; ``left`` are the pieces that are not there yet."""
+
+    def __init__(self, output: OutputFile, folder: Folder) -> None:
+        self.output = output
+        self.left = 0
+        self.done: list[Done] = []
+        self._header = 0
+        self._folder = folder
+        self._staged: StagedFile | None = None
+        self._lock = threading.Lock()
+        self._described: dict[str, Any] | None = None
+
+    @property
+    def staged(self) -> StagedFile:
+        """The file itself, opened when its first piece is due, so that only a few files are open at a time."""
+        with self._lock:
+            if self._staged is None:
+                self._staged = self._folder.file(self.output.name, self.output.size)
+            return self._staged
+
+    def finish(self) -> None:
+        """Every piece is written: add what belongs to none, the CRC-32s of the members in it, and let the file be."""
+        places = deque(sorted(self._crcs()))
+        for offset, data in self.output.layout.literals:
+            whole: bytes | bytearray = data
+            while places and places[0][0] < offset + len(data):
+                place, crc = places.popleft()
+                at = place - offset
+                whole = bytearray(whole) if isinstance(whole, bytes) else whole
+                whole[at : at + 4] = crc.to_bytes(4, "little")
+            self.staged.write(offset, memoryview(whole))
+            self._header = CRC64.of(whole, self._header)
+        self.staged.sync()
+        self.close()
+
+    def described(self) -> dict[str, Any]:
+        """What the manifest says of the file; its header are all bytes that are in no piece, one after another."""
+        if self._described is not None:
+            return self._described
+        done = sorted(self.done, key=lambda one: one.piece.offset)
+        tensors = self.output.tensors
+        pieces = [
+            [tensors[one.piece.tensor].key, one.piece.offset, one.piece.nbytes, CRC64.hex(one.checksum)] for one in done
+        ]
+        return {"size": self.output.size, "header": CRC64.hex(self._header), "pieces": pieces}
+
+    def take_over(self, described: dict[str, Any]) -> int:
+        """Take the file as an earlier attempt finished it; returns the bytes of its pieces."""
+        self._described = described
+        return sum(int(nbytes) for _, _, nbytes, _ in described["pieces"])
+
+    def leave(self) -> None:
+        """Make the file, for others to write into; it is opened again when it is finished."""
+        self.staged.close()
+        self._staged = None
+
+    def close(self) -> None:
+        if self._staged is not None:
+            self._staged.close()
+
+    def _crcs(self) -> Iterator[tuple[int, int]]:
+        """(place, CRC-32) for every checksum that the container keeps of tensor bytes."""
+        literals = self.output.layout.literals
+        runs = [(one.piece.offset, one.piece.nbytes, one.crc) for one in self.done if one.piece.nbytes]
+        runs = sorted([*runs, *((offset, len(data), CRC32.of(data, 0)) for offset, data in literals)])
+        at = 0
+        for member in sorted(self.output.layout.header.checksummed, key=lambda member: member.offset):
+            while at < len(runs) and runs[at][0] + runs[at][1] <= member.offset:
+                at += 1
+            crc, position, end = 0, member.offset, member.offset + member.nbytes
+            index = at
+            while position < end:
+                offset, nbytes, value = runs[index]
+                if offset < position or offset + nbytes > end:  # a literal that also reaches outside of the member
+                    data = next(data for start, data in literals if start == offset)
+                    nbytes = min(offset + nbytes, end) - position
+                    value = CRC32.of(data[position - offset : position - offset + nbytes], 0)
+                crc = CRC32.combine(crc, value, nbytes)
+                position += nbytes
+                index += 1
+            for place in member.places:
+                yield place, crc
+
+
+class Staged:
+    """The files of a plan in a staging directory, or a folder of it; a context manager.
+
+    ``resumed`` are the bytes that an earlier attempt had written.
+    """
+
+    _journal: Journal
+
+    def __init__(self, plan: Plan, stage: Stage, folder: Folder) -> None:
+        self._plan = plan
+        self._stage = stage
+        self._files = [_File(output, folder) for output in plan.files]
+        self._lock = threading.Lock()
+        self._earlier: dict[tuple[int, int], int] = {}
+        self.resumed = 0
+
+    def begin(self, pieces: Iterable[Piece]) -> list[Piece]:
+        """Start, or continue an earlier attempt at this same plan; returns those of all its pieces that are left."""
+        whole = self._open_journal()
+        left = [piece for piece in pieces if piece.file not in whole]
+        for piece in left:
+            self._files[piece.file].left += 1
+        for number, file in enumerate(self._files):
+            if number in whole:
+                self.resumed += file.take_over(whole[number])
+            elif not file.left:
+                self._finish(number)
+        return left
+
+    def make(self) -> None:
+        """Make every file, with its room, for others to join."""
+        for file in self._files:
+            if file.left:
+                file.leave()
+
+    def file(self, number: int) -> StagedFile:
+        """A file, open for writing at any place."""
+        return self._files[number].staged
+
+    def earlier(self, piece: Piece) -> int | None:
+        """The checksum of what an earlier attempt says to have written there."""
+        return self._earlier.get((piece.file, piece.offset))
+
+    def add(self, done: Done) -> None:
+        """Take note of a piece that is written; the last one of a file completes it."""
+        if not done.resumed:
+            self._note(done)
+        file = self._files[done.piece.file]
+        with self._lock:
+            file.done.append(done)
+            file.left -= 1
+            self.resumed += done.piece.nbytes if done.resumed else 0
+            complete = not file.left
+        if complete:
+            self._finish(done.piece.file)
+
+    def described(self) -> dict[str, dict[str, Any]]:
+        """What the manifest says of each file."""
+        return {file.output.name: file.described() for file in self._files}
+
+    def _finish(self, number: int) -> None:
+        file = self._files[number]
+        file.finish()
+        self._journal.whole(file.staged.name, json.dumps([number, file.described()]))
+
+    def _open_journal(self) -> dict[int, dict[str, Any]]:
+        """Start or continue the journal; returns what is said of whole files that an earlier attempt has finished."""
+        mine = self._plan.fingerprint()
+        whole: dict[int, dict[str, Any]] = {}
+        if self._stage.resumed:
+            lines = self._stage.journal()
+            if lines and lines[0] == mine:
+                self._earlier = dict(entry for line in lines[1:] if (entry := _finished_piece(line)) is not None)
+                whole = dict(found for line in lines[1:] if (found := _finished_file(line)) is not None)
+            else:
+                log.warning("the partial output is of another source or other options; it is written anew")
+        names = [file.name for file in self._plan.files]
+        self._journal = self._stage.begin(mine, names if self._earlier or whole else ())
+        return whole
+
+    def _note(self, done: Done) -> None:
+        if done.overflowed:
+            return  # an attempt that continues this one has to count these, too
+        with self._lock:
+            self._journal.note(json.dumps([done.piece.file, done.piece.offset, CRC64.hex(done.checksum)]))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with contextlib.ExitStack() as stack:
+            if hasattr(self, "_journal"):
+                stack.callback(self._journal.close)
+            for file in self._files:
+                stack.callback(file.close)
+
+
+class Joined:
+    """The files of a plan that another process has made, to write some of their pieces; close it in the end."""
+
+    def __init__(self, plan: Plan, folder: Folder) -> None:
+        self._plan = plan
+        self._folder = folder
+        self._open: dict[int, StagedFile] = {}
+        self._lock = threading.Lock()
+
+    def file(self, number: int) -> StagedFile:
+        """A file, open for writing at any place."""
+        with self._lock:
+            if number not in self._open:
+                output = self._plan.files[number]
+                self._open[number] = self._folder.file(output.name, output.size)
+            return self._open[number]
+
+    def earlier(self, piece: Piece) -> None:
+        """Nothing: whoever made the files knows of earlier attempts."""
+
+    def add(self, done: Done) -> None:
+        """Nothing: what is done is handed to whoever made the files."""
+
+    def close(self) -> None:
+        """Flush and close what was written."""
+        for file in self._open.values():
+            file.sync()
+            file.close()
+
+
+def _finished_piece(line: str) -> tuple[tuple[int, int], int] | None:
+    with contextlib.suppress(ValueError, TypeError):
+        number, offset, checksum = json.loads(line)
+        return (int(number), int(offset)), int(checksum, 16)
+    return None  # the last line of an attempt that was killed may be cut
+
+
+def _finished_file(line: str) -> tuple[int, dict[str, Any]] | None:
+    with contextlib.suppress(ValueError, TypeError):
+        number, described = json.loads(line)
+        return int(number), dict(described)
+    return None

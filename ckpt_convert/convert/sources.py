@@ -1,0 +1,126 @@
+"""The sources of a plan, open: those that its process has open already, or the same files again in another process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from threading import Lock
+from typing import NamedTuple, overload
+
+from ckpt_convert import containers
+from ckpt_convert.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from ckpt_convert.checkpoint.dequantize import requested
+from ckpt_convert.containers.dcp import dcp
+from ckpt_convert.convert.plan import COMPUTED, Plan, SourceFile
+from ckpt_convert.errors import UsageError
+from ckpt_convert.storage.base import Closing, RangeReader
+from ckpt_convert.tensors.header import IN_MEMORY, StoredTensor
+
+Sources = Mapping[SourceFile, RangeReader]
+"""Gives a source of a plan, open for reading."""
+
+
+class Opened(NamedTuple):
+    """A source that can be read."""
+
+    reader: RangeReader
+
+
+class Numbered(Sequence[tuple[Opened, StoredTensor]]):
+    """The stored tensors of a plan by number, each with its source, which is opened when it is asked for."""
+
+    def __init__(self, plan: Plan, sources: Sources) -> None:
+        self._plan = plan
+        self._sources = sources
+        self._opened: list[Opened | None] = [None] * len(plan.sources)
+
+    @overload
+    def __getitem__(self, number: int) -> tuple[Opened, StoredTensor]: ...
+
+    @overload
+    def __getitem__(self, number: slice) -> list[tuple[Opened, StoredTensor]]: ...
+
+    def __getitem__(self, number: int | slice) -> tuple[Opened, StoredTensor] | list[tuple[Opened, StoredTensor]]:
+        if isinstance(number, slice):
+            return [self[at] for at in range(len(self))[number]]
+        file, tensor = self._plan.stored[number]
+        opened = self._opened[file]
+        if opened is None:
+            opened = self._opened[file] = Opened(self._sources[self._plan.sources[file]])
+        return opened, tensor
+
+    def __len__(self) -> int:
+        return len(self._plan.stored)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan with its sources, open."""
+
+    plan: Plan
+    sources: Mapping[SourceFile, RangeReader]
+
+    def close(self) -> None:
+        """Close every file that the plan reads from."""
+        close(self.sources)
+
+
+class Again(Mapping[SourceFile, RangeReader]):
+    """The files that a plan reads from, opened again by their places as they are asked for; close it in the end.
+
+    ``memory`` has the tensors that lie in this process, by key. Raises SourceChangedError for a file that is not what
+    it was, and UsageError for a tensor that lies in another process.
+    """
+
+    def __init__(self, plan: Plan, memory: Mapping[str, RangeReader] | None = None) -> None:
+        self._plan = plan
+        self._memory = memory or {}
+        self._open: dict[SourceFile, RangeReader] = {}
+        self._numbers: Checkpoint | None = None
+        self._lock = Lock()
+
+    def __getitem__(self, source: SourceFile) -> RangeReader:
+        with self._lock:
+            if source not in self._open:
+                self._open[source] = self._opened(source)
+            return self._open[source]
+
+    def __iter__(self) -> Iterator[SourceFile]:
+        return iter(self._plan.sources)
+
+    def __len__(self) -> int:
+        return len(self._plan.sources)
+
+    def _opened(self, source: SourceFile) -> RangeReader:
+        if source.kind == IN_MEMORY or source.place is None:
+            key = source.name.partition(":")[2]
+            if key not in self._memory:
+                raise UsageError(f"{source.name}: lies in the memory of another process, which has to write it")
+            return self._memory[key]
+        if source.kind == COMPUTED:
+            return next(file.reader for file in self._as_numbers().files if file.path == source.place)
+        if source.kind == dcp.KIND:
+            files, _ = dcp.read_directory(source.place.parent)
+            return next(file.reader for file in files if file.path == source.place)
+        file = source.place.open(expected=source.identity)
+        return containers.parse(file)[0] if source.kind == "legacy" else file
+
+    def _as_numbers(self) -> Checkpoint:
+        """The quantised checkpoint that the plan reads as numbers."""
+        if self._numbers is None:
+            found, hints = self._plan.source, self._plan.source.hints
+            opened = open_checkpoint(
+                found.path, format=found.format, family=hints.family, config=hints.config, options=hints.options
+            )
+            self._numbers = requested(opened, found.dequantized)
+        return self._numbers
+
+    def close(self) -> None:
+        """Close every file that was opened."""
+        close(self._open)
+
+
+def close(sources: Sources) -> None:
+    for reader in sources.values():
+        if isinstance(reader, Closing):
+            reader.close()
