@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from ckpt_convert.errors import CkptConvertError, OutputExistsError, UnsafeFileError, UnwritableError
-from ckpt_convert.storage.base import Entry, Version, changed
+from ckpt_convert.storage.base import Entry, Kind, Version, changed
 from ckpt_convert.storage.far import FarFile, FarStore
 from ckpt_convert.storage.listing import Listing
 
@@ -40,6 +40,11 @@ class MemoryStore(FarStore):
         with self._lock:
             entries: dict[str, Entry] = {name: found.version for name, found in self._objects.items()}
         return Listing(prefix, entries).list(prefix, deep=deep)
+
+    def children(self, folder: str) -> Mapping[str, Kind | None]:
+        self._request("list")
+        with self._lock:
+            return Listing(folder, {name: found.version for name, found in self._objects.items()}).children(folder)
 
     def entry(self, name: str) -> Entry | None:
         self._request("head")

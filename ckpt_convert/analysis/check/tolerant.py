@@ -85,9 +85,10 @@ def open_tolerantly(
     config_path = locate(config, "config") if config is not None else None
     if config_path is not None and not config_path.is_regular():
         raise ConfigError(f"{config}: no such file; --config takes a config.json or params.json")
+    path = path.listed()
     if path.kind() is None:
         raise CheckpointNotFoundError(f"{path}: no such file or directory")
-    path = place(path.listed())
+    path = place(path)
     state = _State()
     found_record = _record(path, state)
     try:

@@ -1,0 +1,242 @@
+"""What lies in a store without folders, links or rename is read as what lies in a directory is, and in few requests."""
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+import ckpt_convert
+from ckpt_convert.analysis.check import check
+from ckpt_convert.analysis.diff.compare import compare
+from ckpt_convert.analysis.stats.stats import statistics
+from ckpt_convert.cli import facts
+from ckpt_convert.errors import CheckpointNotFoundError, CorruptFileError, InputError, SourceChangedError
+from ckpt_convert.storage.memory import MemoryStore
+from ckpt_convert.storage.place import Place
+from tests.checkpoint.quantizing import fp8_llama
+from tests.helpers import GOLDEN
+
+HF = GOLDEN / "llama" / "hf"
+META = GOLDEN / "llama" / "meta-mp2"
+WHERE = PurePosixPath("models/x")
+
+
+def stored(directory: Path) -> Place:
+    """The files of a directory, in memory."""
+    files = {
+        path.relative_to(directory).as_posix(): path.read_bytes() for path in directory.rglob("*") if path.is_file()
+    }
+    return Place(MemoryStore({f"{WHERE}/{name}": data for name, data in files.items()}), WHERE)
+
+
+def requests(place: Place) -> dict[str, int]:
+    assert isinstance(place.store, MemoryStore)
+    return dict(place.store.requests)
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(directory).as_posix(): path.read_bytes() for path in directory.rglob("*") if path.is_file()
+    }
+
+
+def made(directory: Path, source: Path, **options: Any) -> Path:
+    ckpt_convert.convert(source, directory, **options)
+    return directory
+
+
+def quantized(directory: Path) -> Path:
+    fp8_llama(directory)
+    return directory
+
+
+SOURCES: dict[str, Callable[[Path], Path]] = {
+    "hf": lambda tmp: HF,
+    "hf, tied": lambda tmp: GOLDEN / "llama_tied" / "hf",
+    "meta of two ranks": lambda tmp: META,
+    "meta with a record": lambda tmp: made(tmp / "meta", HF, to="meta"),
+    "native": lambda tmp: made(tmp / "native", HF, to="native"),
+    "torchtitan, which is DCP": lambda tmp: made(tmp / "titan", HF, to="torchtitan"),
+    "bin": lambda tmp: made(tmp / "bin", HF, to="hf", container="bin"),
+    "quantized": lambda tmp: quantized(tmp / "fp8"),
+}
+
+
+@pytest.fixture(params=SOURCES, ids=str)
+def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return SOURCES[request.param](tmp_path / "made")
+
+
+class TestConversions:
+    @pytest.mark.parametrize("to", ["hf", "meta", "torchtitan"])
+    def test_the_output_is_that_of_a_directory(self, source: Path, to: str, tmp_path: Path) -> None:
+        place = stored(source)
+        options: dict[str, Any] = {"dequantize": "float32"} if "fp8" in source.name else {}
+        ckpt_convert.convert(source, tmp_path / "from_directory", to=to, **options)
+        report = ckpt_convert.convert(place, tmp_path / "from_store", to=to, verify=True, **options)
+        assert contents(tmp_path / "from_store") == contents(tmp_path / "from_directory")
+        assert report.source == f"memory://{WHERE}"
+        # All that is there, and again at the end; the folder above Meta's files, where their tokenizer may lie, twice.
+        assert requests(place)["list"] == (4 if source.name.startswith("meta") else 2)
+        assert requests(place).get("head", 0) == 0
+
+    def test_pieces_are_read_as_ranges(self, tmp_path: Path) -> None:
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randn(4096, 2048, generator=generator)
+        (tmp_path / "model").mkdir()
+        safetensors.torch.save_file(
+            {"a.weight": weight, "b.weight": weight + 1}, tmp_path / "model" / "model.safetensors"
+        )
+        place = stored(tmp_path / "model")
+        (tmp_path / "model" / "config.json").write_text("{}")
+        with ckpt_convert.open_checkpoint(place) as opened:
+            before = requests(place)["get"]
+            opened.read("b.weight")
+        mebibytes = weight.nbytes >> 20
+        assert 1 <= requests(place)["get"] - before <= mebibytes + 1
+
+    def test_from_store_to_store(self, tmp_path: Path) -> None:
+        place = stored(HF)
+        there, back = place.parent / "meta", place.parent / "back"
+        ckpt_convert.convert(place, there, to="meta")
+        ckpt_convert.convert(there, back, to="hf")
+        with_record = {file.below(back): file.read(1 << 24) for file in back.entries()}
+        assert {name: data for name, data in with_record.items() if not name.startswith("ckpt_convert/")} == contents(
+            HF
+        )
+
+    def test_a_config_and_a_checkpoint_to_imitate_may_lie_there_too(self, tmp_path: Path) -> None:
+        place = stored(HF)
+        ckpt_convert.convert(META, tmp_path / "directory", to="hf", like=HF)
+        ckpt_convert.convert(META, tmp_path / "store", to="hf", like=place)
+        assert contents(tmp_path / "store") == contents(tmp_path / "directory")
+        with ckpt_convert.open_checkpoint(
+            place / "model-00001-of-00004.safetensors", config=place / "config.json"
+        ) as one:
+            assert one.family == "llama"
+
+    def test_what_changes_meanwhile_is_told(self, tmp_path: Path) -> None:
+        place = stored(HF)
+        store = place.store
+        assert isinstance(store, MemoryStore)
+
+        def touch(progress: Any) -> None:
+            store.put(f"{WHERE}/generation_config.json", b"{}")
+
+        with pytest.raises(SourceChangedError, match=r"generation_config\.json: the source changed while it was read"):
+            ckpt_convert.convert(place, tmp_path / "out", to="meta", progress=touch)
+        assert not (tmp_path / "out").exists()
+
+    def test_an_old_torch_file_has_to_be_on_a_disk(self, tmp_path: Path) -> None:
+        torch.save({"a": torch.zeros(2)}, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
+        with pytest.raises(InputError, match="has to be local to be read"):
+            ckpt_convert.open_checkpoint(stored(tmp_path) / "old.bin")
+
+
+class TestOpening:
+    def test_few_requests(self, source: Path) -> None:
+        place = stored(source)
+        with ckpt_convert.open_checkpoint(place) as opened:
+            small = {"config.json", "params.json", "manifest.json", "model.safetensors.index.json", ".metadata"}
+            read = [
+                name for name in contents(source) if PurePosixPath(name).name in small or name.endswith(".index.json")
+            ]
+            assert requests(place)["list"] == 1
+            assert requests(place).get("head", 0) == 0
+            assert requests(place)["get"] <= 2 * len(opened.files) + len(read)
+
+    def test_it_is_what_a_directory_is(self, source: Path) -> None:
+        with ckpt_convert.open_checkpoint(stored(source)) as far, ckpt_convert.open_checkpoint(source) as near:
+            assert document(far) == document(near)
+            for key in list(near)[:4]:
+                assert far.read_bytes(key) == near.read_bytes(key)
+
+    def test_an_index_a_file_and_a_pointer(self) -> None:
+        place = stored(HF)
+        with ckpt_convert.open_checkpoint(place / "model.safetensors.index.json") as opened:
+            assert len(opened.files) == 4
+        with ckpt_convert.open_checkpoint(place / "model-00001-of-00004.safetensors") as opened:
+            assert len(opened.files) == 1
+        place.store.put(str(WHERE.parent / "latest"), b"x\n")
+        with ckpt_convert.open_checkpoint(place.parent / "latest") as opened:
+            assert len(opened.files) == 4
+
+    def test_nothing_is_there(self) -> None:
+        with pytest.raises(CheckpointNotFoundError, match=r"memory://models/y: no such file or directory"):
+            ckpt_convert.open_checkpoint(stored(HF).parent / "y")
+
+    def test_statistics(self) -> None:
+        def all_of(place: Any) -> list[Any]:
+            with ckpt_convert.open_checkpoint(place) as opened:
+                return list(statistics(opened, opened, workers=2))
+
+        assert all_of(stored(HF)) == all_of(HF)
+
+
+def document(checkpoint: ckpt_convert.Checkpoint) -> Any:
+    """What inspect says as JSON, without the place."""
+    gathered = facts.gather(checkpoint)
+    text = json.dumps(facts.document(gathered, list(checkpoint.tensors.values()), None))
+    return json.loads(text.replace(str(checkpoint.root), "PLACE"))
+
+
+def damage(directory: Path) -> Iterator[tuple[str, bytes | None]]:
+    """What may befall a checkpoint: files that are changed, or gone."""
+    shard = (directory / "model-00002-of-00004.safetensors").read_bytes()
+    yield "model-00002-of-00004.safetensors", None
+    yield "model-00002-of-00004.safetensors", shard[:-10]
+    yield "model-00002-of-00004.safetensors", shard[:200] + b"xx" + shard[202:]
+    yield "model.safetensors.index.json", b"{"
+    yield "model.safetensors.index.json", None
+    yield "config.json", None
+    yield "config.json", (directory / "config.json").read_bytes().replace(b"8", b"9")
+    yield "generation_config.json", b""
+    yield "model.bin", b"left over"
+    yield "x.partial", b""
+
+
+class TestVerify:
+    def test_it_is_what_a_directory_is(self, source: Path) -> None:
+        place = stored(source)
+        far, near = check(place), check(source)
+        assert replace(far, path="") == replace(near, path="")
+        assert requests(place)["list"] <= 3, "all that is there, and twice what a writer may have left beside it"
+
+    @pytest.mark.parametrize("number", range(10))
+    def test_the_findings_are_the_same(self, number: int, tmp_path: Path) -> None:
+        broken = shutil.copytree(HF, tmp_path / "broken")
+        name, data = [*damage(HF)][number]
+        (broken / name).unlink(missing_ok=True)
+        if data is not None:
+            (broken / name).write_bytes(data)
+        far, near = check(stored(broken)), check(broken)
+        assert said(far, f"memory://{WHERE}") == said(near, str(broken))
+        assert [one.check for one in far.skipped] == [one.check for one in near.skipped]
+
+    def test_what_is_not_as_it_was_written(self, tmp_path: Path) -> None:
+        directory = made(tmp_path / "meta", HF, to="meta")
+        place = stored(directory)
+        for name in ("params.json", "ckpt_convert/manifest.json"):
+            data = (directory / name).read_bytes().replace(b"4", b"5")
+            place.store.put(f"{WHERE}/{name}", data)
+            (directory / name).write_bytes(data)
+            assert said(check(place), f"memory://{WHERE}") == said(check(directory), str(directory))
+        with pytest.raises(CorruptFileError, match="was edited or damaged"):
+            ckpt_convert.open_checkpoint(place)
+
+
+def said(report: Any, place: str) -> list[str]:
+    return [finding.text.replace(place, "PLACE") for finding in report.findings]
+
+
+def test_diff(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    with ckpt_convert.open_checkpoint(stored(HF)) as far, ckpt_convert.open_checkpoint(META) as near:
+        assert compare(far, near).same
