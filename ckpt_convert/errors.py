@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 
+from ckpt_convert.words import option
+
 
 def reason(error: BaseException) -> str:
     """What an error says; of one of the system's, the file that it is about and its words."""
@@ -24,9 +26,21 @@ class CkptConvertError(Exception):
 
 
 class UsageError(CkptConvertError):
-    """The request does not fit: options that exclude each other, or that the target has no use for."""
+    """The request does not fit: options that exclude each other, or that the target has no use for.
+
+    ``option`` names the one that is at fault, as Python spells it, where it is a single one.
+    """
 
     exit_code = 2
+
+    def __init__(self, message: str, option: str | None = None) -> None:
+        super().__init__(message)
+        self.option = option
+
+
+def misfit(name: str, value: object, problem: str) -> UsageError:
+    """The error for a single option with a value that cannot be taken."""
+    return UsageError(f"{option(name, value)}: {problem}", name)
 
 
 class OutputExistsError(UsageError):

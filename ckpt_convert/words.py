@@ -32,6 +32,16 @@ def quoted(value: object, most: int = 80) -> str:
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
+def option(name: str, value: object) -> str:
+    """An option that was given, or is to be, with its value."""
+    return f"`{name}={spelled(value)}`"
+
+
+def spelled(value: object) -> str:
+    """A value as Python spells it, for an option or an argument in backticks."""
+    return repr(value if isinstance(value, int | float) else str(value)).replace("`", r"\x60")
+
+
 def human_bytes(size: int) -> str:
     """Bytes in decimal units, as on the Hub, in three digits: "288 B", "16.1 kB", "134 MB", "3.0 GB"."""
     return scaled(size, ("B", "kB", "MB", "GB", "TB", "PB", "EB"))

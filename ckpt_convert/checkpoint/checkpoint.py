@@ -10,7 +10,7 @@ from ckpt_convert.checkpoint import opening, record
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpoint.stated import Hints
 from ckpt_convert.dtypes import DTYPES
-from ckpt_convert.errors import CheckpointNotFoundError, ConfigError, CorruptFileError, UsageError
+from ckpt_convert.errors import CheckpointNotFoundError, ConfigError, CorruptFileError, misfit
 from ckpt_convert.formats.names import RECORD_FOLDER
 from ckpt_convert.models import FAMILIES
 from ckpt_convert.models.core.config import ConfigOptions
@@ -90,7 +90,8 @@ def open_checkpoint(
     path = opening.place(hub.here(path) or hub.locate(path, format=format))
     if path.is_folder() and (path / JOURNAL).is_there():
         raise CorruptFileError(
-            f"{path}: is the unfinished output of a conversion; run that again with --resume, or without to start anew"
+            f"{path}: is the unfinished output of a conversion; run that again with `resume=True`, or without to "
+            "start anew"
         )
     return read_checkpoint(path, format=format, family=family, config=config, options=options)
 
@@ -106,12 +107,12 @@ def read_checkpoint(
 ) -> Checkpoint:
     """``open_checkpoint`` for any directory, also one that is still being written."""
     if family is not None and family not in FAMILIES:
-        raise UsageError(f"--family {family}: is no family; known: {', '.join(FAMILIES)}")
+        raise misfit("family", family, f"is no family; known: {', '.join(FAMILIES)}")
     config_path = locate(config, "config") if config is not None else None
     if format is not None and format not in formats.ALL:
-        raise UsageError(f"--from {format}: no such format; known: {', '.join(formats.ALL)}")
+        raise misfit("format", format, f"no such format; known: {', '.join(formats.ALL)}")
     if config_path is not None and not config_path.is_regular():
-        raise ConfigError(f"{config_path}: no such file; --config takes a config.json or params.json")
+        raise ConfigError(f"{config_path}: no such file; `config=` takes a config.json or params.json")
     if not path.is_there():
         raise CheckpointNotFoundError(f"{path}: no such file or directory")
     seen = identities(path, RECORD_FOLDER) if path.is_folder() else {path: path.identity()}

@@ -7,7 +7,8 @@ from typing import TypeVar
 from ckpt_convert.checkpoint.findings import raise_if_any
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpoint.quantized.carry import refuse_scheme
-from ckpt_convert.errors import ConfigError, UsageError
+from ckpt_convert.errors import ConfigError, misfit
+from ckpt_convert.words import option
 
 Source = TypeVar("Source", bound=Identified)
 
@@ -32,11 +33,11 @@ def requested(source: Source, dtype: str | None) -> Source:
         return source
     if source.unknown_scheme is not None:
         raise ConfigError(
-            f"--dequantize {dtype}: {source.path} is quantised ({source.unknown_scheme}), which is no scheme "
+            f"{option('dequantize', dtype)}: {source.path} is quantised ({source.unknown_scheme}), which is no scheme "
             "that is known here; dequantise it with the tool that made it, or take the model that was quantised"
         )
     if source.quantization is None:
-        raise UsageError(f"--dequantize {dtype}: {source.path} is not quantised; leave it out, or use --dtype")
+        raise misfit("dequantize", dtype, f"{source.path} is not quantised; leave it out, or use `dtype=`")
     return dequantized(source, dtype)
 
 

@@ -65,7 +65,7 @@ def raise_if_any(findings: Sequence[Finding], what: str) -> None:
     way = (
         ""
         if is_keys
-        else "\n  `ckpt-convert verify` names the setting that does not fit; give a corrected config with --config"
+        else "\n  `ckpt-convert verify` names the setting that does not fit; give a corrected config with `config=`"
     )
     raise error(f"{what} does not fit:{''.join(parts)}{way}")
 

@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 
 _ADVICE = {
     "peft": "merge the adapter into its base model first (peft's merge_and_unload), then convert that",
-    "dcp": "say which format it is with --from, and give its config.json with --config if none lies in ckpt_convert/",
+    "dcp": "say which format it is with `from_format=`, and give its config.json with `config=` if none lies in "
+    "ckpt_convert/",
     "gguf": "it can be looked at, not converted; take the original checkpoint",
 }
 """What to do about what is no format, by kind."""
@@ -186,8 +187,8 @@ class Identified:
         if self.unknown_scheme is not None:
             raise UnsupportedFamilyError(
                 f"{self.path}: is quantised ({self.unknown_scheme}), which is no scheme that is known here: it can "
-                "only be laid out anew as it is (--to hf); for anything else dequantise it with the tool that made it, "
-                "or take the model that was quantised"
+                "only be laid out anew as it is (`to='hf'`); for anything else dequantise it with the tool that made "
+                "it, or take the model that was quantised"
             )
         return model
 
@@ -287,7 +288,9 @@ class Identified:
     def advice(self) -> str:
         """What to do about files that are of no format."""
         kinds = {self.directory.kind, *(file.header.kind for file in self.files)}
-        return next((advice for kind, advice in _ADVICE.items() if kind in kinds), "say which format it is with --from")
+        return next(
+            (advice for kind, advice in _ADVICE.items() if kind in kinds), "say which format it is with `from_format=`"
+        )
 
     def refuse_foreign(self) -> None:
         """Raise UnsafeFileError where a pickle asks for more than tensors and plain data: that can only be shown."""

@@ -21,6 +21,7 @@ from ckpt_convert.models.core.config import AXES, ConfigOptions, type_of
 from ckpt_convert.models.core.params import Weights
 from ckpt_convert.models.core.rows import recorded_cut
 from ckpt_convert.models.core.table import Dims
+from ckpt_convert.words import option
 
 Ranks = Sequence[Mapping[str, Source]]
 
@@ -70,7 +71,7 @@ def model_of(keys: Keys, stated: Stated, hints: Hints, record: Record | None = N
     if not content:
         raise ConfigError(
             f"{where}: is empty ({{}}), so it says nothing of the model; put the model's own back, or pass another "
-            "with --config"
+            "with `config=`"
         )
     before = str(record.manifest.get("family")) if record is not None else None
     if type_of(content) is not None:
@@ -101,7 +102,7 @@ def _refuse_other_head(keys: Keys, family: Family, config: Mapping[str, Any], wh
     why = _other_head(family, config, [keys.names.of(key) for key in keys.opened.keys if keys.is_weight(key)])
     if why is not None:
         raise UnsupportedFamilyError(
-            f"{where}: {why}, which is what its table is of; if it should be one all the same, say so with --family"
+            f"{where}: {why}, which is what its table is of; if it should be one all the same, say so with `family=`"
         )
 
 
@@ -182,8 +183,10 @@ def _config(keys: Keys, stated: Stated, hints: Hints) -> Mapping[str, Any]:
     if content is None:
         path, root = keys.opened.path, keys.opened.root
         name, above = stated.file.below(root), diagnosis.config_above(path)
-        way = "with its config.json or params.json" if above is None else f"{above}, which is that of the run"
-        raise ConfigError(f"{path}: has no {name}, so the model's sizes are not known; pass --config {way}")
+        way = "`config=` with its config.json or params.json"
+        if above is not None:
+            way = f"{option('config', above)}, which is that of the run"
+        raise ConfigError(f"{path}: has no {name}, so the model's sizes are not known; pass {way}")
     return content
 
 
@@ -327,7 +330,7 @@ def by_model_type(
         return found[0], f"{name} {model_type!r}"
     raise UnsupportedFamilyError(
         f"{where}: {name} {model_type!r} is no family that is known (`ckpt-convert formats` lists them); if it has the "
-        "keys and row orders of one of them, say so with --family"
+        "keys and row orders of one of them, say so with `family=`"
     )
 
 
@@ -350,7 +353,8 @@ def _by_params(params: Mapping[str, Any], where: str, wanted: str | None) -> tup
     found = ", ".join(sorted(map(str, params))[:12])
     names = ", ".join(FAMILIES.with_params)
     raise UnsupportedFamilyError(
-        f"{where}: fits {'more than one' if fits else 'no'} family (it has: {found}); say which with --family ({names})"
+        f"{where}: fits {'more than one' if fits else 'no'} family (it has: {found}); say which with `family=` "
+        f"({names})"
     )
 
 

@@ -32,7 +32,7 @@ from ckpt_convert.storage import hub, pointer
 from ckpt_convert.storage.base import Closing, Entry
 from ckpt_convert.storage.place import Place
 from ckpt_convert.tensors.header import SLICES, StoredTensor, WeightFile
-from ckpt_convert.words import some
+from ckpt_convert.words import option, some
 
 _ANY_SUFFIX = (*WEIGHT_SUFFIXES, ".ckpt")
 _INDEX = re.compile(r"(?<![^.])(?:0|[1-9][0-9]*)(?![^.])")
@@ -336,6 +336,6 @@ def _instead(path: Place) -> str:
         if folder.name.startswith(OF_TRAINING):
             continue
         if any(entry.suffix in _ANY_SUFFIX for entry in folder.children()) or dcp.is_directory(folder):
-            how = f": give that, with --config {config}" if config.is_regular() else ""
+            how = f": give that, with {option('config', config)}" if config.is_regular() else ""
             return f"; there are some in {folder}{how}"
     return ""

@@ -231,7 +231,7 @@ def _without(directory: Place) -> str:
     """The way out where a manifest is of no use, which loses nothing."""
     return (
         f"move the folder {RECORD_FOLDER} out of {directory} to use the weights without their record (where they come "
-        "with no config of their own, it is config.json in that folder: --config)"
+        "with no config of their own, it is config.json in that folder: `config=`)"
     )
 
 

@@ -28,7 +28,7 @@ from ckpt_convert.checkpointer.save.emitting import Contents, Emitter
 from ckpt_convert.checkpointer.save.options import Final, Options
 from ckpt_convert.checkpointer.save.saver import Saver
 from ckpt_convert.checkpointer.state import parts
-from ckpt_convert.errors import OutputExistsError, UsageError
+from ckpt_convert.errors import OutputExistsError, UsageError, misfit
 from ckpt_convert.storage import pointer
 from ckpt_convert.storage.place import Place, locate
 from ckpt_convert.tensors.blocks import ProgressCallback
@@ -138,7 +138,7 @@ class Checkpointer:
         """The source's weights, converted (``model_format`` unless said otherwise), in the dtypes of the source."""
         self._refuse_closed()
         if format is not None and format not in formats.ALL:
-            raise UsageError(f"{format!r} is no format; known: {', '.join(formats.ALL)}")
+            raise misfit("format", format, f"no such format; known: {', '.join(formats.ALL)}")
         return loading.state_dict(self._saver.emitter.source, format or self._options.settings.model_format)
 
     def load_best(self, model: Model) -> Saved | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ from ckpt_convert import formats
 from ckpt_convert.cli import options as common
 from ckpt_convert.cli.notices import notice, on_stderr
 from ckpt_convert.cli.progress import Bar
-from ckpt_convert.cli.text import echo, escape, plural
+from ckpt_convert.cli.text import echo, escape, json_text, plural
 from ckpt_convert.cli.tree import in_short
 from ckpt_convert.dtypes import CASTS, DEQUANTIZED
 from ckpt_convert.errors import UsageError
@@ -160,7 +159,7 @@ def _convert(
 
 def _show(report: Report, *, as_json: bool, quiet: bool) -> None:
     if as_json:
-        echo(json.dumps(report.as_dict(), indent=2))
+        echo(json_text(report.as_dict(), indent=2))
     if quiet:
         return
     for text in report.notices:

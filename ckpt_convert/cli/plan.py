@@ -87,7 +87,7 @@ def _facts(plan: Plan, dst: Path) -> Iterator[Labelled]:
     yield _labelled("family", f"{plan.family}{release}  ({source.evidence})")
     yield _labelled("dims", ", ".join(f"{name} {plan.dims[name]}" for name in SIZES if name in plan.dims))
     if plan.cut is not None:
-        yield _labelled("embedding", f"ranks cut its {plan.cut.way}  ({plan.cut.why})")
+        yield _labelled("embedding", f"ranks cut its {plan.cut.way}  ({escape(plan.cut.why)})")
     moves = ", ".join(f"{human_bytes(size)} {kind}" for kind, size in plan.moves.items() if size)
     yield _labelled("tensors", f"{plan.tensors}, {human_bytes(plan.tensor_bytes)}: {moves}")
 

@@ -11,10 +11,11 @@ import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import click
 
+from ckpt_convert.cli.flags import document_in_flags, in_flags
 from ckpt_convert.words import scaled
 
 _GAP = "  "
@@ -38,11 +39,13 @@ class Labelled(NamedTuple):
 
 
 def escape(text: str) -> str:
-    r"""Make text from a file safe for a terminal: whatever would not be seen as itself becomes ``\xNN`` or ``\uNNNN``.
+    r"""A text of the library, or of a file, as the terminal shows it: options as flags, and nothing that is not seen.
 
-    That is control characters (C0, DEL, C1, so newlines and tabs too), the marks that turn the writing direction,
-    characters without width, blanks other than the space, and lone surrogates.
+    Whatever would not be seen as itself becomes ``\xNN`` or ``\uNNNN``: control characters (C0, DEL, C1, so newlines
+    and tabs too), the marks that turn the writing direction, characters without width, blanks other than the space,
+    and lone surrogates.
     """
+    text = in_flags(text)
     return text if text.isprintable() else "".join(char if char.isprintable() else _escaped(char) for char in text)
 
 
@@ -133,11 +136,17 @@ def json_lines(document: Mapping[str, object]) -> Iterator[str]:
         comma = "," if at < last else ""
         if isinstance(value, list) and value and isinstance(value[0], dict):
             yield f"  {json.dumps(name)}: ["
-            yield ",\n".join(f"    {json.dumps(entry)}" for entry in value)
+            yield ",\n".join(f"    {json_text(entry)}" for entry in value)
             yield f"  ]{comma}"
         else:
-            yield f"  {json.dumps(name)}: {json.dumps(value)}{comma}"
+            yield f"  {json.dumps(name)}: {json_text(value)}{comma}"
     yield "}"
+
+
+def json_text(value: object, **settings: Any) -> str:
+    """A value as JSON, in which the library's texts are worded as everywhere on the command line."""
+    text = json.dumps(value, **settings)
+    return json.dumps(document_in_flags(value), **settings) if "`" in text else text
 
 
 def echo_json(document: Mapping[str, object]) -> None:

@@ -11,6 +11,7 @@ from ckpt_convert.checkpoint.usual import SIZES
 from ckpt_convert.cli import colours, tree
 from ckpt_convert.cli import facts as looking
 from ckpt_convert.cli.facts import Count, Facts
+from ckpt_convert.cli.flags import in_flags
 from ckpt_convert.cli.text import Labelled, bar, escape, human_count, labelled, number, percent, plural
 from ckpt_convert.formats.names import RECORD_FOLDER
 from ckpt_convert.words import human_bytes
@@ -130,7 +131,7 @@ def _facts(facts: Facts) -> Iterator[Labelled]:
 
 def _words(text: str) -> list[str]:
     # A message that lists problems has a line for each; here it has to do with one.
-    first, *rest = text.split("\n")
+    first, *rest = in_flags(text).split("\n")
     return [escape(word) for word in [*first.split(), *"; ".join(line.strip() for line in rest).split()]]
 
 

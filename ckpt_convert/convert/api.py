@@ -29,6 +29,7 @@ from ckpt_convert.errors import (
     ShapeMismatchError,
     UsageError,
     VerificationError,
+    misfit,
     require,
 )
 from ckpt_convert.models.core.config import ConfigOptions, MetaStyle
@@ -202,7 +203,7 @@ def convert(
     """
     started = time.monotonic()
     if workers is not None and workers < 1:
-        raise UsageError(f"--workers {workers}: expected 1 or more")
+        raise misfit("workers", workers, "expected 1 or more")
     for name, given in (("SRC", src), ("DST", dst)):
         if not str(given):
             raise UsageError(f"{name} is empty; give a path")

@@ -1,4 +1,4 @@
-"""Tensors that an output gets from elsewhere than the weights that are read: the record, --like, a model's source."""
+"""Tensors that an output gets from elsewhere than the weights that are read: the record, ``like``, a model's source."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def as_it_was(
     logicals: Logicals,
     everything: list[tuple[WeightFile, StoredTensor]],
 ) -> dict[Instance, Earlier]:
-    """What a format cannot hold of a row (``Row.lossy``), as it was before: in the record, in --like, or in the source.
+    """What a format cannot hold of a row (``Row.lossy``), as it was before: in the record, ``like`` or the source.
 
     ``template`` is what the source has where a model in memory is written. Only as long as nothing has changed: the
     tensor that is there has to be what a conversion of the earlier one gives.

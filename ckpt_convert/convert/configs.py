@@ -146,7 +146,7 @@ def tokenizer_notice(source: Identified, request: Request, model: Model, names: 
         return ()
     return (
         f"no tokenizer goes with it, for there is none beside {source.path}; take it from another checkpoint of the "
-        "model with --like DIR, or copy its files there",
+        "model with `like=DIR`, or copy its files there",
     )
 
 
@@ -174,7 +174,7 @@ def _stands(
 ) -> bool:
     """Whether a config may be taken as it is: its own beside weights that keep their dtype, else one that says theirs.
 
-    What came with the weights is not put right; what comes from elsewhere (--config, --like) was never said of them.
+    What came with the weights is not put right; what comes from elsewhere (``config``, ``like``) never was.
     """
     said = config.get("dtype", config.get("torch_dtype"))
     if source.quantization is not None:

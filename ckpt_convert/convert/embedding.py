@@ -43,13 +43,13 @@ def _axis(
 ) -> tuple[int, str]:
     """The axis, and what says so.
 
-    What is asked for, --like, and how the source is cut come first; then the params.json that goes with the output, the
-    record, the release of these sizes, and the tokenizer.
+    What is asked for, ``like``, and how the source is cut come first; then the params.json that goes with the output,
+    the record, the release of these sizes, and the tokenizer.
     """
     if request.config.meta_style is not None:
         return AXES[request.config.meta_style], "as asked for"
     if like is not None:
-        return like.model.dims.cut, "as --like has it"
+        return like.model.dims.cut, "as `like=` has it"
     if source.format == "meta" and len(source.ranks) > 1:
         return model.dims.cut, f"as its {len(source.ranks)} ranks have it"
     own = None if request.config.drop_rope_scaling else configs.recorded_params(source)

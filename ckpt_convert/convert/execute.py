@@ -99,7 +99,7 @@ def check_losses(plan: Plan, sources: Sources) -> dict[str, int]:
     if lost and not plan.request.allow_loss:
         raise LossyConversionError(
             f"{plan.source.path}: {loss_text(lost)} change what the model computes, and the {plan.target} format of "
-            f"{plan.family} has no place for them; --allow-loss goes on without, and keeps them in the "
+            f"{plan.family} has no place for them; `allow_loss=True` goes on without, and keeps them in the "
             f"record ({RECORD_FOLDER}/) for the way back",
             lost,
         )

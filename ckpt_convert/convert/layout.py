@@ -10,7 +10,7 @@ from ckpt_convert.checkpoint.mapping import Equality
 from ckpt_convert.checkpoint.record import Layout
 from ckpt_convert.containers.build import has_pieces, of_specs
 from ckpt_convert.convert.writing import Earlier, Target
-from ckpt_convert.errors import UsageError
+from ckpt_convert.errors import misfit
 from ckpt_convert.tensors.header import FileLayout, Header, StoredTensor
 from ckpt_convert.tensors.lazy import LazyTensor
 
@@ -145,7 +145,7 @@ def aliases(header: Header, targets: Mapping[str, Target], file: str) -> list[Eq
         if left != right:
             message = (
                 f"{other.key} and {tensor.key} share their bytes in {file}, but their values differ now; "
-                "untie them by a new layout, with --shards or --max-shard-size"
+                "untie them by a new layout, with `shards=` or `max_shard_size=`"
             )
             out.append(Equality(left, right, targets[other.key].dtype, message))
     return out
@@ -175,7 +175,7 @@ def balanced(targets: Sequence[Target], count: int, dtype_of: Mapping[str, str])
     Raises UsageError when there are fewer tensors than files.
     """
     if count > len(targets):
-        raise UsageError(f"--shards {count}: there are only {len(targets)} tensors; choose fewer files")
+        raise misfit("shards", count, f"there are only {len(targets)} tensors; choose fewer files")
     sizes = [dtypes.nbytes(dtype_of[target.key], target.tensor.shape) for target in targets]
     total = sum(sizes)
     groups: list[list[Target]] = [[]]

@@ -79,7 +79,7 @@ def finish(
     if overflows and not made.request.allow_overflow:
         raise LossyConversionError(
             f"{made.source.path}: {overflow_text(overflows)} in {made.request.dtype}; keep the dtype, choose one with "
-            f"a wider range (--dtype bfloat16 has about float32's), or accept it with --allow-overflow",
+            f"a wider range (`dtype='bfloat16'` has about float32's), or accept it with `allow_overflow=True`",
             overflows,
         )
     side, kept = _write_side_files(made, folder, workers, progress)

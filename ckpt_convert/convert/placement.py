@@ -17,15 +17,16 @@ from ckpt_convert.convert.layout import OutputFile
 from ckpt_convert.convert.request import Request
 from ckpt_convert.convert.sidefiles import SideFile
 from ckpt_convert.convert.writing import Target
-from ckpt_convert.errors import ShapeMismatchError, UsageError
+from ckpt_convert.errors import ShapeMismatchError, UsageError, misfit
 from ckpt_convert.formats import hf, native
 from ckpt_convert.formats.base import render_index
 from ckpt_convert.formats.names import HF_STEMS, RECORD_FOLDER, SUFFIXES, common_names, container_of, is_found
 from ckpt_convert.models.core.table import Entry, Family, Instance
 from ckpt_convert.tensors.header import FileLayout
+from ckpt_convert.words import option
 
 _OURS = frozenset(common_names(1, "pt") or ())
-"""Names that --container gives, for torch.load and no loader of directories."""
+"""Names that ``container`` gives, for torch.load and no loader of directories."""
 
 _USUAL_SHARD = 5_000_000_000
 """Bytes of a file where nothing says how many there should be, as on the Hub."""
@@ -34,7 +35,7 @@ _USUAL_SHARD = 5_000_000_000
 def recorded(
     source: Identified, request: Request, like: Identified | None, model: Model, *, literal: bool
 ) -> Layout | None:
-    """The layout that the target should have: of --like, of the source itself, or as an earlier conversion recorded.
+    """The layout that the target should have: of ``like``, of the source itself, or as an earlier conversion recorded.
 
     ``literal`` leaves the source's own keys as they are.
     """
@@ -43,7 +44,7 @@ def recorded(
     if like is not None:
         theirs = like.layout()
         if request.container not in (None, _container(theirs)):
-            raise UsageError(f"--like {like.path}: has {_container(theirs)} files, which --container contradicts")
+            raise misfit("like", like.path, f"has {_container(theirs)} files, which `container=` contradicts")
         return theirs
     found = source.layout(literal=literal) if request.to == source.format and source.files else None
     if found is None and source.record is not None:
@@ -79,11 +80,11 @@ def ranks(source: Identified, request: Request, like: Identified | None, wanted:
     if request.to != "meta":
         return 1
     if like is not None and request.model_parallel not in (None, len(like.ranks)):
-        raise UsageError(f"--like {like.path}: has {len(like.ranks)} ranks, which --model-parallel contradicts")
+        raise misfit("like", like.path, f"has {len(like.ranks)} ranks, which `model_parallel=` contradicts")
     count = request.model_parallel or (wanted.ranks if wanted else 1)
     sharded = model.family.params is not None and model.family.params.sharded
     if count > 1 and sharded and _meta_container(request, model) == "safetensors":
-        raise UsageError("--container safetensors holds one rank; use pth for several")
+        raise UsageError("`container='safetensors'` holds one rank; use pth for several")
     return count
 
 
@@ -93,7 +94,7 @@ def rank_notice(request: Request, model: Model, count: int, wanted: Layout | Non
     if request.to != "meta" or request.model_parallel or wanted is not None or (released or 1) == count:
         return []
     return [
-        f"written as one rank; {model.release} was released in {released}: pass --model-parallel {released} for that"
+        f"written as one rank; {model.release} was released in {released}: pass `model_parallel={released}` for that"
     ]
 
 
@@ -116,7 +117,9 @@ def files(
         other = wanted.places ^ {(target.rank, target.key) for target in targets}
         example = min((key for _, key in other), default=None)
         if request.like is not None and example is not None:
-            raise ShapeMismatchError(f"--like {request.like}: has other keys than this model, such as {example}")
+            raise ShapeMismatchError(
+                f"{option('like', request.like)}: has other keys than this model, such as {example}"
+            )
         why = f"has other keys ({example})" if example is not None else "cuts tensors into pieces"
         notices.append(f"the recorded {request.to} layout {why}, so new files are laid out")
     assignments = _assign(source, request, model, targets, dtype_of, count, file_of)

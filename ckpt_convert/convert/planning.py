@@ -28,7 +28,7 @@ from ckpt_convert.convert.sources import Planned
 from ckpt_convert.convert.ties import Equal, Ties
 from ckpt_convert.convert.translate import Reading, Translation
 from ckpt_convert.convert.writing import Target
-from ckpt_convert.errors import ConfigError, CorruptFileError, ShapeMismatchError, UsageError
+from ckpt_convert.errors import ConfigError, CorruptFileError, ShapeMismatchError, UsageError, misfit
 from ckpt_convert.formats.names import RECORD_FOLDER
 from ckpt_convert.models.core.rope import read_rope
 from ckpt_convert.models.core.table import Instance
@@ -37,6 +37,7 @@ from ckpt_convert.storage.names import JOURNAL
 from ckpt_convert.storage.place import Place
 from ckpt_convert.storage.reader import reading
 from ckpt_convert.tensors.header import IN_MEMORY, StoredTensor, WeightFile
+from ckpt_convert.words import option as said
 from ckpt_convert.words import some
 
 
@@ -169,7 +170,7 @@ def make(given: Given, equal: Equal | None = None) -> Planned:
 
 
 def identified(given: Given) -> tuple[Model, list[str]]:
-    """What the weights are weights of, and what is to be said of --like; refuses what has no way into the target."""
+    """What the weights are weights of, and what is to be said of ``like``; refuses what has no way into the target."""
     source, request = given.source, given.request
     source.refuse_foreign()
     model = source.model_for(given.read_format, request.to)
@@ -222,7 +223,7 @@ def assign(given: Given, found: Translated) -> Assigned:
     """Which tensor lies in which file of the output, at which place and in which dtype."""
     source, request, live, logicals = given.source, given.request, given.live, found.translation.logicals
     dtype_of = _dtypes(found.targets, request, found.template if live is not None else Logicals({}))
-    _refuse_partial_cast(source, found.targets, dtype_of, request, "--dtype" if live is None else "export_dtype")
+    _refuse_partial_cast(source, found.targets, dtype_of, request, "dtype" if live is None else "export_dtype")
     file_of = _file_of(source, found.template, logicals, live)
     files, exact, notices = placement.files(
         source, request, found.targets, dtype_of, found.wanted, found.ranks, found.model, file_of
@@ -365,8 +366,9 @@ def _refuse_partial_cast(
         return
     kinds = ", ".join(dict.fromkeys(target.dtype for target in left))
     raise UsageError(
-        f"{option} {request.dtype}: {len(left)} of {len(targets)} tensors of {source.path} are {kinds}, which cannot "
-        f"be cast ({(packed or left)[0].key}); leave {option} out, or decode them with the tool that made them"
+        f"{said(option, request.dtype)}: {len(left)} of {len(targets)} tensors of {source.path} are {kinds}, which "
+        "cannot "
+        f"be cast ({(packed or left)[0].key}); leave `{option}=` out, or decode them with the tool that made them"
     )
 
 
@@ -413,13 +415,13 @@ def _dtypes(targets: Sequence[Target], request: Request, template: Logicals) -> 
 
 
 def _check_like(source: Identified, model: Model, like: Identified) -> list[str]:
-    """Refuse a --like of another family or other sizes; returns what its config says otherwise."""
+    """Refuse a ``like`` of another family or other sizes; returns what its config says otherwise."""
     try:
         theirs = like.model_for(str(like.format))
     except ConfigError:
         return []  # native files without a record: they give names and assignment, which the keys have to fit
     if theirs.family.name != model.family.name:
-        raise UsageError(f"--like {like.path}: is a {theirs.family.name}, but {source.path} is a {model.family.name}")
+        raise misfit("like", like.path, f"is a {theirs.family.name}, but {source.path} is a {model.family.name}")
     if theirs.family.literal:
         return []  # the keys have to fit here, too; nothing else of such a model is understood
     differing = [
@@ -429,7 +431,7 @@ def _check_like(source: Identified, model: Model, like: Identified) -> list[str]
     ]
     if differing:
         raise ShapeMismatchError(
-            f"--like {like.path}: has other sizes than {source.path}: {'; '.join(differing)}; "
+            f"{said('like', like.path)}: has other sizes than {source.path}: {'; '.join(differing)}; "
             "give a checkpoint of the same model"
         )
     rope, other_rope = read_rope(model.config), read_rope(theirs.config)
@@ -439,7 +441,7 @@ def _check_like(source: Identified, model: Model, like: Identified) -> list[str]
         **{name: (model.config.get(name), theirs.config.get(name)) for name in _COMPARED},
     }
     return [
-        f"--like {like.path}: its config is taken, which says {name} {other}, where {source.path} says {mine}"
+        f"{said('like', like.path)}: its config is taken, which says {name} {other}, where {source.path} says {mine}"
         for name, (mine, other) in pairs.items()
         if mine != other
     ]

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 
 from ckpt_convert import formats
 from ckpt_convert.dtypes import CASTS, DEQUANTIZED
-from ckpt_convert.errors import UsageError
+from ckpt_convert.errors import UsageError, misfit
 from ckpt_convert.models import Family
 from ckpt_convert.models.core.config import ConfigOptions
 from ckpt_convert.storage.place import Place
+from ckpt_convert.words import option
 
 
 @dataclass(frozen=True)
@@ -41,42 +42,43 @@ class Request:
     def check(self) -> None:
         """Raise UsageError for options that exclude each other or that the target has no use for."""
         if self.to not in formats.ALL:
-            raise UsageError(f"--to {self.to}: no such format; known: {', '.join(formats.ALL)}")
+            raise misfit("to", self.to, f"no such format; known: {', '.join(formats.ALL)}")
         target = formats.ALL[self.to]
         if self.dtype is not None and self.dtype not in CASTS:
-            raise UsageError(f"--dtype {self.dtype}: expected one of {', '.join(CASTS)}")
+            raise misfit("dtype", self.dtype, f"expected one of {', '.join(CASTS)}")
         if self.dequantize is not None and self.dequantize not in DEQUANTIZED:
-            raise UsageError(f"--dequantize {self.dequantize}: expected one of {', '.join(DEQUANTIZED)}")
+            raise misfit("dequantize", self.dequantize, f"expected one of {', '.join(DEQUANTIZED)}")
         if self.shards is not None and self.max_shard_size is not None:
-            raise UsageError("--shards and --max-shard-size exclude each other; give one")
+            raise UsageError("`shards=` and `max_shard_size=` exclude each other; give one")
         if self.new_layout and target.ranks:
             raise UsageError(
-                f"--shards and --max-shard-size do not fit {self.to}: its files are ranks; use --model-parallel"
+                f"`shards=` and `max_shard_size=` do not fit {self.to}: its files are ranks; use `model_parallel=`"
             )
         if self.new_layout and self.like is not None:
-            raise UsageError("--like brings its own files, so --shards and --max-shard-size do not go with it")
+            raise UsageError("`like=` brings its own files, so `shards=` and `max_shard_size=` do not go with it")
         if self.like is not None and self.config.meta_style is not None:
-            raise UsageError("--like brings its own params.json, so --meta-style does not go with it")
+            raise UsageError("`like=` brings its own params.json, so `meta_style=` does not go with it")
         for name in ("shards", "max_shard_size", "model_parallel"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
-                raise UsageError(f"--{name.replace('_', '-')} {value}: expected a whole number, 1 or more")
+                raise misfit(name, value, "expected a whole number, 1 or more")
         if self.model_parallel is not None and not target.ranks:
-            raise UsageError(f"--model-parallel does not fit {self.to}: only meta is cut over ranks")
+            raise UsageError(f"`model_parallel=` does not fit {self.to}: only meta is cut over ranks")
         if self.container is not None and self.container not in target.containers:
             raise UsageError(
-                f"--container {self.container} does not fit {self.to}; expected {' or '.join(target.containers)}"
+                f"{option('container', self.container)} does not fit {self.to}; expected "
+                f"{' or '.join(target.containers)}"
             )
         if self.config.meta_style is not None and not target.ranks:
-            raise UsageError(f"--meta-style does not fit {self.to}: it is about params.json and the embedding's cut")
+            raise UsageError(f"`meta_style=` does not fit {self.to}: it is about params.json and the embedding's cut")
 
     def check_source(self, source_format: str, family: Family) -> None:
         """Raise UsageError for options that this source or this family has no use for."""
         for name in self.config.given:
-            option = f"--{name.replace('_', '-')}"
+            said = f"`{name}=`"
             if name in ("rope_factor", "rope_theta", "max_positions") and source_format != "meta":
-                raise UsageError(f"{option} does not fit a {source_format} source: its config says it already")
+                raise UsageError(f"{said} does not fit a {source_format} source: its config says it already")
             if name == "drop_rope_scaling" and "meta" not in (source_format, self.to):
-                raise UsageError(f"{option} does not fit {source_format} to {self.to}: both can say any scaling")
+                raise UsageError(f"{said} does not fit {source_format} to {self.to}: both can say any scaling")
             if family.params is not None and name not in family.params.options:
-                raise UsageError(f"{option} does not fit {family.name}: its params.json has nothing of the kind")
+                raise UsageError(f"{said} does not fit {family.name}: its params.json has nothing of the kind")

@@ -20,13 +20,14 @@ from ckpt_convert.errors import (
     TiedWeightsError,
     UnsupportedFamilyError,
     UsageError,
+    misfit,
 )
 from ckpt_convert.formats.base import load_json
 from ckpt_convert.models import FAMILIES, FORMATS
 from ckpt_convert.models.core.config import AXES, ConfigOptions, MetaStyle
 from ckpt_convert.storage.place import Location, Place, locate
 from ckpt_convert.tensors.lazy import ZEROS, LazyTensor, stored
-from ckpt_convert.words import listing
+from ckpt_convert.words import listing, option
 
 log = logging.getLogger("ckpt_convert")
 
@@ -55,13 +56,15 @@ def convert_state_dict(
     LossyConversionError where the target has no place for values that change the model's outputs.
     """
     dicts = [state_dict] if isinstance(state_dict, Mapping) else list(state_dict)
-    for format in (source, target):
+    for name, format in (("source", source), ("target", target)):
         if format not in FORMATS:
-            raise UsageError(f"{format!r} is no format; known: {', '.join(FORMATS)}")
+            raise misfit(name, format, f"no such format; known: {', '.join(FORMATS)}")
     if not dicts:
         raise UsageError("the list of state dicts is empty; give one for each rank")
     if model_parallel != 1 and target != "meta":
-        raise UsageError(f"model_parallel={model_parallel} does not fit {target}: only meta is cut over ranks")
+        raise UsageError(
+            f"{option('model_parallel', model_parallel)} does not fit {target}: only meta is cut over ranks"
+        )
     if len(dicts) != 1 and source != "meta":
         raise UsageError(f"{len(dicts)} state dicts do not fit {source}: only meta is cut over ranks")
     tensors: list[torch.Tensor] = []
@@ -156,7 +159,7 @@ def _model(
     meta_style: MetaStyle | None,
 ) -> Model:
     if family is not None and family not in FAMILIES:
-        raise UnsupportedFamilyError(f"{family!r} is no family; known: {', '.join(FAMILIES)}")
+        raise UnsupportedFamilyError(f"{option('family', family)}: is no family; known: {', '.join(FAMILIES)}")
     options = ConfigOptions(meta_style=meta_style)
     return model_from(content, "config", source, ranks, options, family=family)
 

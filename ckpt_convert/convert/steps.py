@@ -95,7 +95,7 @@ def _steps(plan: Plan, instance: Instance, logical: Logical, column: Key, dtype:
     if not logical.tensor.sources:
         yield "zeros, as the source has none"
     elif source is None:
-        yield "brought back from the record" if plan.request.like is None else "as --like has it"
+        yield "brought back from the record" if plan.request.like is None else "as `like=` has it"
     read = source.cut_axis(plan.source.dims) if source is not None else None
     write = column.cut_axis(plan.dims)
     before = ranks.before if source is not None else 1

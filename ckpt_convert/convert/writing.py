@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from ckpt_convert.checkpoint.mapping import Equality, Logical, Logicals
 from ckpt_convert.convert import ties
-from ckpt_convert.errors import ConfigError, KeyMismatchError, UsageError
+from ckpt_convert.errors import ConfigError, KeyMismatchError, misfit
 from ckpt_convert.models.core.table import Entry, Family, Instance, Key, evaluate
 from ckpt_convert.tensors.lazy import LazyTensor, zeros
 from ckpt_convert.words import some
@@ -184,7 +184,7 @@ def _cut(
             other = logicals[instance]
             raise KeyMismatchError(
                 f"{other.key}: has dtype {other.dtype}, but {first.key} has {first.dtype}, and the {format} format has "
-                f"both in one tensor, {entry.key}; cast them to one dtype (--dtype)"
+                f"both in one tensor, {entry.key}; cast them to one dtype (`dtype=`)"
             )
     for rank in range(ranks):
         shares: dict[Instance, LazyTensor] = {}
@@ -202,11 +202,9 @@ def _check_ranks(family: Family, format: str, dims: Mapping[str, int], ranks: in
     if ranks == 1:
         return
     if ranks < 1:
-        raise UsageError(f"--model-parallel {ranks}: expected 1 or more")
+        raise misfit("model_parallel", ranks, "expected 1 or more")
     if family.params is None or not family.params.sharded:
-        raise UsageError(
-            f"--model-parallel {ranks}: {family.name}'s consolidated layout is one file, not cut over ranks"
-        )
+        raise misfit("model_parallel", ranks, f"{family.name}'s consolidated layout is one file, not cut over ranks")
     cut: dict[str, tuple[int, Key]] = {}
     for row in family.rows:
         column = row.column(format)
@@ -229,5 +227,5 @@ def _check_ranks(family: Family, format: str, dims: Mapping[str, int], ranks: in
     if uneven:
         even = [str(count) for count in range(1, 129) if not uneven_over(count)]
         raise ConfigError(
-            f"{what}: cannot be cut over {ranks} ranks: {'; '.join(uneven)}; --model-parallel may be {', '.join(even)}"
+            f"{what}: cannot be cut over {ranks} ranks: {'; '.join(uneven)}; `model_parallel=` may be {', '.join(even)}"
         )

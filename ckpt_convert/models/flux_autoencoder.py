@@ -66,7 +66,7 @@ def from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     if not (len(first) == len(last) == len(latent) == 4 and all(widths)):
         raise ConfigError(
             "the weights have not the convolutions that a Flux autoencoder begins and ends with, so its sizes are not "
-            "known; check the keys with `ckpt-convert inspect`, or give its config.json with --config"
+            "known; check the keys with `ckpt-convert inspect`, or give its config.json with `config=`"
         )
     return {
         "_class_name": "AutoEncoder",

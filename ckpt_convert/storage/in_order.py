@@ -35,8 +35,8 @@ from ckpt_convert.storage.system import Advice
 log = logging.getLogger("ckpt_convert")
 
 _KEPT = Advice(
-    "what is done is kept, free some space and run again with --resume",
-    "what is done is kept; when that is mended, run again with --resume",
+    "what is done is kept, free some space and run again with `resume=True`",
+    "what is done is kept; when that is mended, run again with `resume=True`",
 )
 
 
@@ -174,7 +174,7 @@ class OrderedStage:
     ) -> None:
         if error is not None and not isinstance(error, CkptConvertError) and self.folder.written:
             error.add_note(
-                f"{self.destination} holds what is done; --resume continues it, a run without it starts anew"
+                f"{self.destination} holds what is done; `resume=True` continues it, a run without it starts anew"
             )
         self.release()
 

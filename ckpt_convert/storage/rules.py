@@ -40,7 +40,7 @@ def refuse_existing(destination: Place, there: Collection[str], rules: Rules, *,
     """
     if there and not overwrite:
         raise OutputExistsError(
-            f"{destination}: exists already; pass --overwrite to replace it, or choose another name"
+            f"{destination}: exists already; pass `overwrite=True` to replace it, or choose another name"
         )
     foreign = rules.foreign(destination)
     if not foreign:
@@ -48,7 +48,8 @@ def refuse_existing(destination: Place, there: Collection[str], rules: Rules, *,
     shown = some(foreign, 8, MORE)
     if {name.rstrip("/") for name in foreign} >= {*there}:
         raise OutputExistsError(
-            f"{destination}: holds no checkpoint, but {shown}, so --overwrite does not remove it; choose another name"
+            f"{destination}: holds no checkpoint, but {shown}, so `overwrite=True` does not remove it; choose another "
+            "name"
         )
     raise OutputExistsError(
         f"{destination}: holds more than a checkpoint, which replacing it would remove: {shown}; move that elsewhere, "

@@ -89,8 +89,8 @@ class Staging:
         self._old: Lock | None = None
         what = f"what is done lies in {self.path.name}"
         self.advice = advice or Advice(
-            f"{what}, free some space and run again with --resume",
-            f"{what}; when that is mended, run again with --resume",
+            f"{what}, free some space and run again with `resume=True`",
+            f"{what}; when that is mended, run again with `resume=True`",
         )
         with self._writing(self.destination.parent, "made"):
             self.destination.parent.mkdir(parents=True, exist_ok=True)
@@ -374,7 +374,7 @@ class Staging:
         if not os.path.lexists(self.destination) and old is not None:
             return f"{old} holds what was there before: rename it to {self.destination}, or let the next run do so"
         if self._holds_work():
-            return f"{self.path} holds what is done; --resume continues it, a run without it starts anew"
+            return f"{self.path} holds what is done; `resume=True` continues it, a run without it starts anew"
         return None
 
 

@@ -91,7 +91,7 @@ def _collected(connections: list[Any], batches: Sequence[range], meter: Meter) -
 
     queue = deque(enumerate(batches))
     killed = CkptConvertError(
-        f"{meter.phase}: a worker process was killed, perhaps for lack of memory; try --workers 1"
+        f"{meter.phase}: a worker process was killed, perhaps for lack of memory; try `workers=1`"
     )
 
     def give(connection: Any) -> None:

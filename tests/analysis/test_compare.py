@@ -401,7 +401,7 @@ def test_a_file_of_no_known_format_is_compared_with_one_that_shares_its_keys(tmp
     assert {key: change.status for key, change in changed(found).items()} == {"extra.scale": "only_b"}
     safetensors.torch.save_file({"extra.scale": torch.ones(2)}, tmp_path / "other.safetensors")
     for sides in ((native, tmp_path / "other.safetensors"), (tmp_path / "other.safetensors", native)):
-        with pytest.raises(errors.AmbiguousFormatError, match="--from-a, --from-b"):
+        with pytest.raises(errors.AmbiguousFormatError, match="`from_a=`, `from_b=`"):
             diff(*sides)
 
 

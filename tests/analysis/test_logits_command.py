@@ -122,7 +122,7 @@ def test_every_format_computes_the_same(case: str, other: str, folder: Path) -> 
 def test_what_params_json_does_not_hold_is_told(folder: Path) -> None:
     report = run(folder / "llama" / "hf", folder / "llama" / "meta-mp2")
     assert report.b is not None
-    assert any("--rope-factor" in notice for notice in report.b.notices)
+    assert any("`rope_factor=`" in notice for notice in report.b.notices)
 
 
 @pytest.mark.parametrize("projection", ["q", "k"])
@@ -230,7 +230,7 @@ def spoiled_config(**changes: object) -> Callable[[Path], None]:
         (spoiled_config(hidden_size=73), CkptConvertError, "transformers"),
         (spoiled_config(max_position_embeddings=8), UsageError, "takes at most 8 tokens, 16 were asked for"),
         (spoiled_config(quantization_config={"quant_method": "gptq", "bits": 4}), CkptConvertError, "transformers"),
-        (lambda hf: (hf / "config.json").unlink(), ConfigError, "--config"),
+        (lambda hf: (hf / "config.json").unlink(), ConfigError, "`config=`"),
     ],
 )
 def test_bad_input_is_a_clear_error(

@@ -292,5 +292,5 @@ def test_a_damaged_file_among_others_is_an_error_that_names_it(tmp_path: Path) -
 
 def test_a_file_of_unknown_format_is_not_converted(tmp_path: Path) -> None:
     save_file(some("a"), tmp_path / "a.safetensors")
-    with pytest.raises(AmbiguousFormatError, match="--from"):
+    with pytest.raises(AmbiguousFormatError, match="`from_format=`"):
         ckpt_convert.convert(tmp_path / "a.safetensors", tmp_path / "out", to="hf")

@@ -117,7 +117,7 @@ def test_keys_that_fit_nothing_are_still_listed(tmp_path: Path) -> None:
         assert checkpoint.format is None
         assert list(checkpoint.tensors) == ["optimizer.state.0.exp_avg"]
         assert any("step (int)" in notice for notice in checkpoint.notices)
-        with pytest.raises(AmbiguousFormatError, match="--from"):
+        with pytest.raises(AmbiguousFormatError, match="`from_format=`"):
             _ = checkpoint.model
 
 

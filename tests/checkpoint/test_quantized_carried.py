@@ -177,14 +177,14 @@ def test_another_format_has_no_place_for_it(source: Path, tmp_path: Path) -> Non
         ckpt_convert.convert(source, tmp_path / "out", to=to)
     said = str(caught.value)
     assert f"is quantised ({found(source).text}), and the {to} format has no place for that" in said
-    assert ("pass --dequantize bfloat16" in said) == (source.name in READABLE)
+    assert ("pass `dequantize='bfloat16'`" in said) == (source.name in READABLE)
     assert ("it can only be laid out anew as it is" in said) == (source.name in PACKED)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_it_is_not_cast(source: Path, tmp_path: Path) -> None:
-    way_out = "pass --dequantize bfloat16" if source.name in READABLE else "leave it out"
-    with pytest.raises(UsageError, match=f"--dtype float32: .* is quantised .* codes are not cast; {way_out}"):
+    way_out = "pass `dequantize='bfloat16'`" if source.name in READABLE else "leave it out"
+    with pytest.raises(UsageError, match=f"`dtype='float32'`: .* is quantised .* codes are not cast; {way_out}"):
         ckpt_convert.convert(source, tmp_path / "out", to="hf", dtype="float32")
 
 
@@ -196,9 +196,9 @@ def test_what_is_packed_is_not_dequantised(scheme: str, tmp_path: Path) -> None:
 
 
 def test_what_is_not_quantised_is_not_dequantised(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"--dequantize float32: .* is not quantised; leave it out, or use --dtype"):
+    with pytest.raises(UsageError, match=r"`dequantize='float32'`: .* is not quantised; leave it out, or use `dtype=`"):
         ckpt_convert.convert(LLAMA, tmp_path / "out", to="meta", dequantize="float32")
-    with pytest.raises(UsageError, match="--dequantize float16: expected one of bfloat16, float32"):
+    with pytest.raises(UsageError, match="`dequantize='float16'`: expected one of bfloat16, float32"):
         ckpt_convert.convert(LLAMA, tmp_path / "out", to="meta", dequantize="float16")
 
 

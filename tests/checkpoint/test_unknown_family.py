@@ -115,7 +115,7 @@ def test_another_format_is_refused(gpt2: Path, tmp_path: Path, to: str) -> None:
         ckpt_convert.convert(gpt2, tmp_path / "out", to=to)
     text = str(caught.value)
     assert text.startswith(f"{gpt2}/config.json: model_type 'gpt2' is no family that is known (`ckpt-convert formats`")
-    assert text.endswith("; if it has the keys and row orders of one of them, say so with --family")
+    assert text.endswith("; if it has the keys and row orders of one of them, say so with `family=`")
     assert not (tmp_path / "out").exists()
 
 
@@ -181,7 +181,7 @@ def test_a_model_without_its_head_keeps_its_keys(tmp_path: Path) -> None:
     report = ckpt_convert.convert(tmp_path / "body", tmp_path / "out", to="hf", verify=True)
     assert report.family == "unknown"
     assert sums(tmp_path / "out") == sums(tmp_path / "body")
-    with pytest.raises(UnsupportedFamilyError, match="say so with --family"):
+    with pytest.raises(UnsupportedFamilyError, match="say so with `family=`"):
         ckpt_convert.convert(tmp_path / "body", tmp_path / "native", to="native")
     # An embedding model of tied weights is whole without it.
     tied = auto.AutoModel.from_pretrained(GOLDEN / "llama_tied" / "hf")

@@ -133,7 +133,7 @@ def test_a_model_and_its_optimizer(tmp_path: Path) -> None:
         objects = checkpoint.files[0].header.objects
         assert {"step", "optim.param_groups.0.lr"} <= set(objects)
         assert checkpoint.contradictions == []
-        with pytest.raises(AmbiguousFormatError, match="say which format it is with --from"):
+        with pytest.raises(AmbiguousFormatError, match="say which format it is with `from_format=`"):
             _ = checkpoint.model
 
 

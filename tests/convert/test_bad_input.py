@@ -159,7 +159,7 @@ def test_unknown_model_type(hf: Path, refused: Refused, tmp_path: Path) -> None:
     message = refused(hf, UnsupportedFamilyError)
     assert "model_type 'llamb'" in message
     assert "`ckpt-convert formats` lists them" in message
-    assert "--family" in message
+    assert "`family=`" in message
     assert ckpt_convert.convert(hf, tmp_path / "out", to="meta", family="llama").family == "llama"
 
 
@@ -180,7 +180,7 @@ def test_no_config(hf: Path, refused: Refused) -> None:
     (hf / "config.json").unlink()
     message = refused(hf, ConfigError, from_format="hf")
     assert "config.json" in message
-    assert "--config" in message
+    assert "`config=`" in message
 
 
 @pytest.mark.parametrize("keep", [0, 5, 100, 5000, -1])
@@ -236,7 +236,7 @@ def test_params_that_no_family_knows(meta: Path, refused: Refused) -> None:
     (meta / "params.json").write_text('{"dim": 72, "n_layers": 3}')
     message = refused(meta, UnsupportedFamilyError, to="hf")
     assert "params.json" in message
-    assert "--family" in message
+    assert "`family=`" in message
 
 
 class Payload:
@@ -306,10 +306,10 @@ def test_a_rope_scaling_that_meta_cannot_say(
 @pytest.mark.parametrize(
     ("to", "options", "words"),
     [
-        ("meta", {"shards": 2}, "ranks; use --model-parallel"),
-        ("meta", {"max_shard_size": 100}, "ranks; use --model-parallel"),
+        ("meta", {"shards": 2}, "ranks; use `model_parallel=`"),
+        ("meta", {"max_shard_size": 100}, "ranks; use `model_parallel=`"),
         ("hf", {"model_parallel": 2}, "only meta is cut over ranks"),
-        ("native", {"meta_style": "llama2"}, "--meta-style does not fit native"),
+        ("native", {"meta_style": "llama2"}, "`meta_style=` does not fit native"),
         ("hf", {"container": "pth"}, "expected safetensors or bin"),
         ("hf", {"shards": 2, "max_shard_size": 100}, "exclude each other"),
         ("hf", {"shards": 0}, "expected a whole number, 1 or more"),
@@ -318,7 +318,7 @@ def test_a_rope_scaling_that_meta_cannot_say(
         ("meta", {"rope_factor": 8.0}, "its config says it already"),
         ("native", {"dtype": "int8"}, "expected one of"),
         ("gguf", {}, "no such format"),
-        ("meta", {"workers": 0}, "--workers 0"),
+        ("meta", {"workers": 0}, "`workers=0`"),
         ("meta", {"model_parallel": 2, "container": "safetensors"}, "one rank"),
     ],
 )
@@ -329,7 +329,7 @@ def test_options_that_do_not_fit(to: str, options: dict[str, Any], words: str, h
 def test_ranks_that_do_not_divide(hf: Path, refused: Refused) -> None:
     message = refused(hf, ConfigError, model_parallel=3)
     assert "n_kv_heads = 4 is not divisible by 3" in message
-    assert "--model-parallel" in message
+    assert "`model_parallel=" in message
 
 
 def test_mistral_is_not_cut_over_ranks(refused: Refused) -> None:
@@ -380,9 +380,9 @@ def test_an_index_with_names_that_systems_read_differently(name: str, hf: Path, 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"to": "hf", "like": GOLDEN / "llama" / "hf", "shards": 2}, "--like brings its own files"),
-        ({"rope_theta": 1e6}, "--rope-theta does not fit a hf source"),
-        ({"max_positions": 4096}, "--max-positions does not fit a hf source"),
+        ({"to": "hf", "like": GOLDEN / "llama" / "hf", "shards": 2}, "`like=` brings its own files"),
+        ({"rope_theta": 1e6}, "`rope_theta=` does not fit a hf source"),
+        ({"max_positions": 4096}, "`max_positions=` does not fit a hf source"),
     ],
 )
 def test_more_options_that_do_not_fit(options: dict[str, Any], words: str, hf: Path, refused: Refused) -> None:
@@ -479,7 +479,7 @@ def test_sizes_are_not_believed(hf: Path, meta: Path, refused: Refused) -> None:
     refused(meta, ConfigError, to="hf")
     (meta / "consolidated.9999999999.pth").touch()
     assert "missing: consolidated.02.pth" in refused(meta, CheckpointNotFoundError, to="hf")
-    assert "--model-parallel may be 1, 2, 4" in refused(GOLDEN / "llama" / "hf", ConfigError, model_parallel=10**9)
+    assert "`model_parallel=` may be 1, 2, 4" in refused(GOLDEN / "llama" / "hf", ConfigError, model_parallel=10**9)
 
 
 def test_files_that_are_no_regular_files(hf: Path, refused: Refused, tmp_path: Path) -> None:
@@ -495,9 +495,9 @@ def test_files_that_are_no_regular_files(hf: Path, refused: Refused, tmp_path: P
     ("case", "to", "options", "words"),
     [
         ("llama/meta-mp1", "hf", {"rope_theta": 7.0}, "contradicts"),
-        ("mistral/meta-mp1", "hf", {"rope_factor": 8.0}, "--rope-factor does not fit mistral"),
-        ("mistral/hf", "meta", {"meta_style": "llama2"}, "--meta-style does not fit mistral"),
-        ("llama/hf", "native", {"drop_rope_scaling": True}, "--drop-rope-scaling does not fit hf to native"),
+        ("mistral/meta-mp1", "hf", {"rope_factor": 8.0}, "`rope_factor=` does not fit mistral"),
+        ("mistral/hf", "meta", {"meta_style": "llama2"}, "`meta_style=` does not fit mistral"),
+        ("llama/hf", "native", {"drop_rope_scaling": True}, "`drop_rope_scaling=` does not fit hf to native"),
         ("llama/hf", "meta", {"meta_style": "llama9"}, "must be llama2 or llama3"),
         ("llama/hf", "meta", {"from_format": "x"}, "no such format"),
         ("llama/hf", "meta", {"modelparallel": 2}, "unknown option 'modelparallel'"),

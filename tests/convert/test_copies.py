@@ -135,7 +135,7 @@ def test_copies_that_differ_are_refused(source: Path, tmp_path: Path) -> None:
 def test_ranks_that_do_not_fit(ranks: int, words: str, source: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=re.escape(words)) as error:
         convert(source, tmp_path / "meta", to="meta", model_parallel=ranks)
-    assert str(error.value).endswith("--model-parallel may be 1, 2, 4, 8")
+    assert str(error.value).endswith("`model_parallel=` may be 1, 2, 4, 8")
 
 
 def test_params_json_of_the_release_for_16_ranks() -> None:

@@ -137,7 +137,7 @@ def test_enospc_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         return real(fd, data, offset)
 
     monkeypatch.setattr(os, "pwrite", pwrite)
-    with pytest.raises(NotEnoughSpaceError, match=r"No space left on device.*--resume"):
+    with pytest.raises(NotEnoughSpaceError, match=r"No space left on device.*`resume=True`"):
         ckpt_convert.convert(HF, tmp_path / "out", to="meta")
     assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
 
@@ -220,7 +220,7 @@ def test_an_existing_output_is_only_replaced_when_asked(tmp_path: Path) -> None:
     out.mkdir()
     ckpt_convert.convert(HF, out, to="meta")  # an empty directory is no output
     before = sums(out)
-    with pytest.raises(OutputExistsError, match="--overwrite"):
+    with pytest.raises(OutputExistsError, match="`overwrite=True`"):
         ckpt_convert.convert(HF, out, to="native")
     assert sums(out) == before
     ckpt_convert.convert(HF, out, to="native", overwrite=True)
@@ -240,7 +240,7 @@ def test_overwrite_puts_the_old_output_back_on_failure(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(staging, "exchange", lambda first, second: False)
     monkeypatch.setattr(os, "rename", rename)
-    with pytest.raises(UnwritableError, match=r"out: cannot be replaced: Input/output error.*--resume"):
+    with pytest.raises(UnwritableError, match=r"out: cannot be replaced: Input/output error.*`resume=True`"):
         ckpt_convert.convert(HF, out, to="native", overwrite=True)
     assert sums(out) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.partial", "out"]
@@ -460,7 +460,7 @@ def test_every_way_of_being_full(code: int, tmp_path: Path, monkeypatch: pytest.
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "pwrite", pwrite)
-    with pytest.raises(NotEnoughSpaceError, match="--resume"):
+    with pytest.raises(NotEnoughSpaceError, match="`resume=True`"):
         ckpt_convert.convert(HF, tmp_path / "out", to="meta")
 
 

@@ -509,7 +509,7 @@ def test_the_number_of_ranks_of_a_release_is_told(tmp_path: Path) -> None:
 
     checkpoints.write(tmp_path / "70b", {**config, **sizes, "head_dim": 128}, 30, sparse=True)
     with ckpt_convert.plan(tmp_path / "70b", to="meta") as plan:
-        assert any("Llama 3 70B was released in 8: pass --model-parallel 8" in notice for notice in plan.notices)
+        assert any("Llama 3 70B was released in 8: pass `model_parallel=8`" in notice for notice in plan.notices)
     with ckpt_convert.plan(tmp_path / "70b", to="meta", model_parallel=8) as plan:
         assert not any("released in" in notice for notice in plan.notices)
         assert len(plan.files) == 8

@@ -174,7 +174,7 @@ def test_without_a_record_keys_tell_the_format(form: str, tmp_path: Path) -> Non
     for path in (tmp_path / "dcp", tmp_path / "dcp" / ".metadata", tmp_path / "one.pt"):
         with ckpt_convert.open_checkpoint(path) as opened:
             assert (opened.format, opened.why) == (form, "its keys")
-    with pytest.raises(ConfigError, match="so the model's sizes are not known; pass --config"):
+    with pytest.raises(ConfigError, match="so the model's sizes are not known; pass `config="):
         ckpt_convert.convert(tmp_path / "dcp", tmp_path / "hf", to="hf")
     assert not (tmp_path / "hf").exists()
 
@@ -218,9 +218,9 @@ def test_a_family_without_the_column(tmp_path: Path) -> None:
 
 
 def test_options_that_do_not_fit(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--container safetensors does not fit torchtitan; expected dcp or pt"):
+    with pytest.raises(UsageError, match="`container='safetensors'` does not fit torchtitan; expected dcp or pt"):
         ckpt_convert.convert(hf(), tmp_path / "out", to="torchtitan", container="safetensors")
-    with pytest.raises(UsageError, match="--model-parallel does not fit torchtitan"):
+    with pytest.raises(UsageError, match="`model_parallel=` does not fit torchtitan"):
         ckpt_convert.convert(hf(), tmp_path / "out", to="torchtitan", model_parallel=2)
 
 

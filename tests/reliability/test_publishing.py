@@ -134,7 +134,7 @@ def test_resuming_writes_through_no_link(tmp_path: Path, expected: dict[str, str
     out, partial = tmp_path / "out", tmp_path / ".out.partial"
     with pytest.raises(Stopped) as stopped:
         convert(out, near_the_end(stop))
-    assert any("--resume continues it" in note for note in stopped.value.__notes__)
+    assert any("`resume=True` continues it" in note for note in stopped.value.__notes__)
     names = sorted(path.name for path in partial.glob("*.safetensors"))
     victims = [tmp_path / f"victim {number}" for number in range(4)]
     for victim in victims:
@@ -246,7 +246,7 @@ def test_a_file_that_fails_as_it_is_closed_is_one_error_and_is_closed_once(
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(os, "close", close)
-    with pytest.raises(CkptConvertError, match=rf"{FIRST}: cannot be closed: Input/output error.*--resume"):
+    with pytest.raises(CkptConvertError, match=rf"{FIRST}: cannot be closed: Input/output error.*`resume=True`"):
         convert(tmp_path / "out")
     assert len(failed) == 1
 

@@ -483,11 +483,11 @@ def test_a_run_resumes_from_an_edited_step_once_that_is_accepted(
     with Checkpointer(source, tmp_path / "run", save_last=False) as checkpointer:
         with pytest.raises(CorruptFileError, match=EDITED) as caught:
             checkpointer.resume(**Trained(source).parts, from_=4)
-        assert f"ckpt-convert verify {step} --accept config.json" in str(caught.value)
+        assert f"`verify('{step}', accept='config.json')`" in str(caught.value)
         assert "README.md" not in str(caught.value)
         progress = checkpointer.resume(**Trained(source).parts)  # the newest that is sound
         assert (progress.step if progress else None) == 2
-    assert any("--accept config.json" in record.getMessage() for record in caplog.records)
+    assert any("accept='config.json'" in record.getMessage() for record in caplog.records)
     assert command("verify", step, "--accept", "config.json").returncode == 0
     with Checkpointer(source, tmp_path / "run", save_last=False) as checkpointer:
         progress = checkpointer.resume(**Trained(source).parts)

@@ -144,7 +144,7 @@ class TestStage:
     def test_one_that_is_there_is_replaced_only_on_request(self, parent: Place) -> None:
         out = parent / "out"
         make(out)
-        with pytest.raises(OutputExistsError, match="exists already; pass --overwrite"):
+        with pytest.raises(OutputExistsError, match="exists already; pass `overwrite=True`"):
             make(out)
         make(out, overwrite=True, **{"more.txt": b"new"})
         assert contents(out)["more.txt"] == b"new"

@@ -83,7 +83,7 @@ def test_a_worker_that_is_killed_is_an_error() -> None:
     def fail() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    with pytest.raises(CkptConvertError, match=r"working: a worker process was killed.*try --workers 1"):
+    with pytest.raises(CkptConvertError, match=r"working: a worker process was killed.*try `workers=1`"):
         list(parallel.results(ITEMS, failing(4, fail), workers=2, phase="working"))
     assert not multiprocessing.active_children()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +9,11 @@ from typing import Any
 
 from ckpt_convert.checkpoint.record import ACCEPTED, MANIFEST, read_manifest, replace_manifest
 from ckpt_convert.containers.dcp import DCP_INDEX, DCP_SUFFIX
-from ckpt_convert.errors import CheckpointNotFoundError, CkptConvertError, UsageError
+from ckpt_convert.errors import CheckpointNotFoundError, CkptConvertError, misfit
 from ckpt_convert.formats.names import WEIGHT_SUFFIXES
 from ckpt_convert.storage.checksums import digest_file
 from ckpt_convert.storage.place import Place
+from ckpt_convert.words import spelled
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +26,8 @@ class Accepted:
 
 
 def accept_command(directory: Place, name: str) -> str:
-    """What to type to accept a file."""
-    return f"ckpt-convert verify {shlex.quote(str(directory))} --accept {shlex.quote(name)}"
+    """What to call to accept a file."""
+    return f"`verify({spelled(directory)}, accept={spelled(name)})`"
 
 
 def accept(directory: Place, names: Sequence[str]) -> list[Accepted]:
@@ -45,7 +45,7 @@ def accept(directory: Place, names: Sequence[str]) -> list[Accepted]:
     listed = _listed(manifest)
     refused = [name for name in names if name not in listed]
     if refused:
-        raise UsageError(f"--accept {refused[0]}: {_why(refused[0], listed)} (nothing was changed)")
+        raise misfit("accept", refused[0], f"{_why(refused[0], listed)} (nothing was changed)")
     out = []
     for name in dict.fromkeys(names):
         path = directory.inside(name, MANIFEST)

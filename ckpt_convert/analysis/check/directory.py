@@ -79,7 +79,7 @@ def leftovers(opened: Opened) -> Iterator[Finding]:
         if left.is_folder():  # False where the name, longer than that of the directory, cannot be
             text = (
                 f"{left.name} beside the directory was left by a conversion that did not end; run that again with "
-                "--resume, or remove what is left"
+                "`resume=True`, or remove what is left"
             )
             yield Finding("warning", "leftover", text, left.name)
     used = {weight.name for weight in opened.checkpoint.directory.weights}
@@ -125,7 +125,7 @@ def numbering(opened: Opened) -> Iterator[Finding]:
         if alone and opened.checkpoint.format == "hf" and len(opened.checkpoint.directory.weights) > 1:
             text = (
                 f"{index} is missing: without it, transformers and others do not find the shards; download it, or "
-                "write the checkpoint anew with `ckpt-convert convert SRC DST --to hf`"
+                "write the checkpoint anew with `convert(SRC, DST, to='hf')`"
             )
             yield Finding("warning", "index", text, index)
         for total, numbers in sets.items():
@@ -158,8 +158,8 @@ def names(opened: Opened) -> Iterator[Finding]:
         if not is_found(name):
             text = (
                 f"{name} is no name that transformers and others find ({', '.join(USUAL)}): rename "
-                "it if it is safetensors, or write the checkpoint anew with `ckpt-convert convert SRC DST --to hf "
-                "--container safetensors`"
+                "it if it is safetensors, or write the checkpoint anew with `convert(SRC, DST, to='hf', "
+                "container='safetensors')`"
             )
             yield Finding("warning", "shards", text, name)
 

@@ -22,6 +22,7 @@ from ckpt_convert.convert import ties
 from ckpt_convert.errors import CkptConvertError, UnsupportedFamilyError
 from ckpt_convert.formats.base import load_json
 from ckpt_convert.storage.place import Location, locate
+from ckpt_convert.words import option
 
 if TYPE_CHECKING:
     from ckpt_convert.tensors.blocks import ProgressCallback
@@ -331,4 +332,4 @@ def _read(work: _Work, workers: int, progress: ProgressCallback | None) -> int:
 
 def _config(view: Checkpoint) -> str:
     above = diagnosis.config_above(view.path)
-    return "one with --config" if above is None else f"the one above with --config {above}"
+    return "one with `config=`" if above is None else f"the one above with {option('config', above)}"

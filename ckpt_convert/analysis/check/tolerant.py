@@ -17,7 +17,7 @@ from ckpt_convert.errors import (
     CkptConvertError,
     ConfigError,
     UnreadableError,
-    UsageError,
+    misfit,
     reason,
 )
 from ckpt_convert.formats.base import Directory, WeightName, load_json, plain_weights
@@ -81,10 +81,10 @@ def open_tolerantly(
     there is, and UsageError or ConfigError for what was asked for.
     """
     if family is not None and family not in FAMILIES:
-        raise UsageError(f"--family {family}: is no family; known: {', '.join(FAMILIES)}")
+        raise misfit("family", family, f"is no family; known: {', '.join(FAMILIES)}")
     config_path = locate(config, "config") if config is not None else None
     if config_path is not None and not config_path.is_regular():
-        raise ConfigError(f"{config}: no such file; --config takes a config.json or params.json")
+        raise ConfigError(f"{config}: no such file; `config=` takes a config.json or params.json")
     path = path.listed()
     if path.kind() is None:
         raise CheckpointNotFoundError(f"{path}: no such file or directory")
@@ -97,8 +97,8 @@ def open_tolerantly(
         raise unreadable(error, path) from error
     if (path / JOURNAL).is_there():
         text = (
-            f"{path.name} is the unfinished output of a conversion; run that again with --resume, or remove it and "
-            "convert anew"
+            f"{path.name} is the unfinished output of a conversion; run that again with `resume=True`, or remove it "
+            "and convert anew"
         )
         state.findings.append(Finding("error", "leftover", text, JOURNAL))
     before = len(state.findings)

@@ -289,7 +289,7 @@ def _refuse(a: Checkpoint, b: Checkpoint, models: tuple[Model | None, Model | No
         if model is None and checkpoint.format is None:
             raise AmbiguousFormatError(
                 f"{checkpoint.path}: {checkpoint.why}, and the other side is of another layout; say which format it is "
-                "(--from-a, --from-b)"
+                "(`from_a=`, `from_b=`)"
             )
     for checkpoint, model in ((a, left), (b, right)):
         if model is None:

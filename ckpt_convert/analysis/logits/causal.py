@@ -62,7 +62,7 @@ def architecture(checkpoint: Checkpoint) -> Architecture:
     """
     content = checkpoint.model.config if checkpoint.format != "hf" else checkpoint.config
     if content is None:
-        raise ConfigError(f"{checkpoint.path}: has no config.json; pass --config with the model's")
+        raise ConfigError(f"{checkpoint.path}: has no config.json; pass `config=` with the model's")
     transformers = _transformers()
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING

@@ -9,10 +9,10 @@ from ckpt_convert.checkpoint import unknown
 from ckpt_convert.checkpoint.mapping import Source
 from ckpt_convert.checkpoint.model import Model
 from ckpt_convert.checkpoint.quantized.recognise import CONFIGS, Quantization
-from ckpt_convert.errors import ConfigError, UnsupportedFamilyError, UsageError
+from ckpt_convert.errors import ConfigError, UnsupportedFamilyError, misfit
 from ckpt_convert.storage.place import Place
 
-_WAY_OUT = "pass --dequantize bfloat16 (or float32)"
+_WAY_OUT = "pass `dequantize='bfloat16'` (or float32)"
 
 
 def unquantized(model: Model, format: str | None, formats: frozenset[str]) -> Model:
@@ -72,12 +72,12 @@ def refuse_cast(found: Quantization | None, scheme: str | None, path: Place, dty
         return
     what = found.text if found is not None else scheme
     way = _WAY_OUT if found is not None and not found.refusal else "leave it out"
-    raise UsageError(f"--dtype {dtype}: {path} is quantised ({what}), and codes are not cast; {way}")
+    raise misfit("dtype", dtype, f"{path} is quantised ({what}), and codes are not cast; {way}")
 
 
 def _refusal(found: Quantization) -> str:
     return (
-        f"{found.refusal}, so it can only be laid out anew as it is (--to hf): dequantise it with the tool that made "
+        f"{found.refusal}, so it can only be laid out anew as it is (`to='hf'`): dequantise it with the tool that made "
         "it, or take the model that was quantised"
     )
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
-import json
 import re
 from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
 
 from ckpt_convert.cli.html import columns
-from ckpt_convert.cli.text import escape
+from ckpt_convert.cli.text import escape, json_text
 
 _SCRIPTS = ("base", "colours", "picture", "tensors", "table", "treemap", "strip", "heatmap")
 """What both kinds of page share, in an order in which each finds what it needs; the page's own script comes last."""
@@ -51,7 +50,7 @@ def _page(kind: str, title: str, data: Mapping[str, Any]) -> str:
 
 def _json(value: object) -> str:
     """JSON that cannot end the element it stands in, in ASCII; numbers that JSON lacks have been made text before."""
-    return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    return json_text(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
 def _name(path: object) -> str:

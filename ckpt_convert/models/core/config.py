@@ -60,9 +60,9 @@ class ConfigOptions:
         for name in ("rope_factor", "max_positions", "rope_theta"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
-                raise UsageError(f"--{name.replace('_', '-')} must be a positive number, found {value}")
+                raise UsageError(f"`{name}=` must be a positive number, found {value}")
         if self.meta_style not in (None, *AXES):
-            raise UsageError(f"--meta-style must be {' or '.join(AXES)}, found {self.meta_style}")
+            raise UsageError(f"`meta_style=` must be {' or '.join(AXES)}, found {self.meta_style}")
 
     @property
     def given(self) -> tuple[str, ...]:

@@ -100,7 +100,7 @@ def took_positions(positions: int, source: str) -> tuple[str, ...]:
     """A notice of where max_position_embeddings is from, of a params.json that does not say it."""
     return (
         f"{PARAMS} does not hold max_position_embeddings: took {positions}{source}; "
-        "pass --max-positions to say otherwise",
+        "pass `max_positions=` to say otherwise",
     )
 
 
@@ -110,5 +110,5 @@ def lost_positions(positions: int, ruled: int, stands: str) -> tuple[str, ...]:
         return ()
     return (
         f"{PARAMS} does not hold max_position_embeddings, and {stands} for {ruled}, not {positions}: on the way back, "
-        f"pass --max-positions {positions}",
+        f"pass `max_positions={positions}`",
     )

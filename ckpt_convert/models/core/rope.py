@@ -163,7 +163,7 @@ def expressible(
         return rope, ()
     if not options.drop_rope_scaling:
         raise ConfigError(
-            f"{where}: {said}; remove the scaling from the model, or pass --drop-rope-scaling to leave it out"
+            f"{where}: {said}; remove the scaling from the model, or pass `drop_rope_scaling=True` to leave it out"
         )
     return Rope(rope.theta, notices=rope.notices), (f"{where}: {said}; the scaling was left out as asked",)
 
@@ -184,7 +184,7 @@ def theta_of_params(params: Mapping[str, Any], options: ConfigOptions) -> float 
     """The base that a params.json or an option says, None where neither does; UsageError where they differ."""
     said = optional_number(params, "rope_theta", PARAMS)
     if said is not None and options.rope_theta not in (None, said):
-        raise UsageError(f"--rope-theta {options.rope_theta:g} contradicts {PARAMS}, whose rope_theta is {said:g}")
+        raise UsageError(f"`rope_theta={options.rope_theta:g}` contradicts {PARAMS}, whose rope_theta is {said:g}")
     return options.rope_theta if said is None else said
 
 
@@ -201,7 +201,7 @@ def rope_of_params(
     if not optional_bool(params, "use_scaled_rope", PARAMS, False):
         if options.rope_factor is not None:
             raise UsageError(
-                f"--rope-factor {options.rope_factor:g} has no use: {PARAMS} does not say use_scaled_rope, "
+                f"`rope_factor={options.rope_factor:g}` has no use: {PARAMS} does not say use_scaled_rope, "
                 "so RoPE is not scaled"
             )
         return Rope(theta), ()

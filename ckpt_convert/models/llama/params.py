@@ -194,7 +194,7 @@ def _rope_of_params(params: Mapping[str, Any], options: ConfigOptions, vocab: in
     if theta is None and (scaled or (params.get("vocab_size") or -1) >= LLAMA_3_VOCAB):
         raise ConfigError(
             f"{PARAMS}: rope_theta must be there in a Llama 3 params.json, found none; add the model's (500000.0), "
-            "or pass --rope-theta"
+            "or pass `rope_theta=`"
         )
 
     def scaling() -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -216,7 +216,7 @@ def _factor(params: Mapping[str, Any], options: ConfigOptions, vocab: int) -> tu
     factor = DEFAULT_FACTOR if not rows or rows[0].factor is None else float(rows[0].factor)
     source = f"as in {rows[0].name}" if rows else "as in Llama 3.1"
     return factor, (
-        f"{PARAMS} does not hold the RoPE factor: took {factor:g}, {source}; pass --rope-factor to say otherwise",
+        f"{PARAMS} does not hold the RoPE factor: took {factor:g}, {source}; pass `rope_factor=` to say otherwise",
     )
 
 
@@ -287,7 +287,7 @@ def hf_to_params(
     if scaled and style == "llama2":
         raise ConfigError(
             f"{CONFIG}: rope_scaling must be null for the params.json of Llama 1, 2 and Code, found {rope.kind!r}; "
-            "pass --meta-style llama3, or --drop-rope-scaling"
+            "pass `meta_style='llama3'`, or `drop_rope_scaling=True`"
         )
     multiple_of, multiplier = _ffn_pair(sizes["dim"], sizes["ffn_dim"], found, style)
     values = {
@@ -383,7 +383,7 @@ def _lost_on_the_way_back(
     if theirs is not None and ours is not None and theirs != ours:
         notices.append(
             f"{PARAMS} does not hold the RoPE factor, and {theirs:g} is what this shape stands for, not "
-            f"{ours:g}: on the way back, pass --rope-factor {ours:g}"
+            f"{ours:g}: on the way back, pass `rope_factor={ours:g}`"
         )
     ruled = back["max_position_embeddings"]
     positions = optional_int(config, "max_position_embeddings", CONFIG, ruled)

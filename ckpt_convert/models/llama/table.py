@@ -33,7 +33,7 @@ LLAMA = Family(
             tokenizers={"sentencepiece": "llama2", "tiktoken": "llama3"},
             unscaled=frozenset({"llama2"}),
             usual="llama3",
-            untold="as in Llama 3, for nothing says otherwise; --meta-style llama2 is the other way",
+            untold="as in Llama 3, for nothing says otherwise; `meta_style='llama2'` is the other way",
             ways=("rows, Llama 3's way", "columns, Llama 2's way"),
         ),
     ),

@@ -266,7 +266,7 @@ def _rope_of_params(params: Mapping[str, Any], options: ConfigOptions) -> tuple[
             return parameters, ()
         return parameters, (
             f"{PARAMS} does not hold the RoPE factor: took {SCALING['factor']:g}, as in Meta's code; pass "
-            "--rope-factor to say otherwise",
+            "`rope_factor=` to say otherwise",
         )
 
     return rope_of_params(params, options, optional_number(params, "rope_theta", PARAMS) or THETA, scaling)

@@ -199,7 +199,7 @@ def _dropped_yarn(params: Mapping[str, Any], options: ConfigOptions) -> tuple[st
     if not options.drop_rope_scaling:
         raise ConfigError(
             f"{PARAMS}: yarn must be null for a conversion to MistralConfig, found it; "
-            "pass --drop-rope-scaling to leave it out"
+            "pass `drop_rope_scaling=True` to leave it out"
         )
     return (f"{PARAMS}: yarn was left out as asked",)
 
@@ -268,7 +268,7 @@ def _theta(params: Mapping[str, Any], options: ConfigOptions, window: int | None
     theta, source = (1e6, "without a sliding window") if window is None else (1e4, "with a sliding window")
     return theta, (
         f"{PARAMS} does not hold rope_theta: took {theta:g}, as in the releases {source}; "
-        "pass --rope-theta to say otherwise",
+        "pass `rope_theta=` to say otherwise",
     )
 
 

@@ -62,7 +62,7 @@ def params_to_hf(params: Mapping[str, Any], weights: Weights, options: ConfigOpt
     notices: tuple[str, ...] = ()
     if content.get("rope_theta") is None and options.rope_theta is None:
         content["rope_theta"] = CLASS_THETA
-        notices = (f"{PARAMS} does not hold rope_theta: took 1e+06, as in the releases; pass --rope-theta to differ",)
+        notices = (f"{PARAMS} does not hold rope_theta: took 1e+06, as in the releases; pass `rope_theta=` to differ",)
     dense = mistral_params.params_to_hf(content, weights, options)
     config = {
         **dense.content,

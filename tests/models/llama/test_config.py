@@ -167,7 +167,7 @@ def test_two_releases_with_one_params_json_are_told_apart_by_their_frequency_tab
     assert params_to_hf(params, Weights(vocab_size=32000, shapes=first)).content["max_position_embeddings"] == 2048
     unknown = params_to_hf(params, Weights(vocab_size=32000, shapes={"norm.weight": (4096,)}))
     assert unknown.content["max_position_embeddings"] == 2048
-    assert "took 2048, as in Llama 1 7B; pass --max-positions" in unknown.notices[0]
+    assert "took 2048, as in Llama 1 7B; pass `max_positions=" in unknown.notices[0]
 
 
 def test_the_released_order_of_keys_is_kept() -> None:
@@ -332,7 +332,7 @@ def test_a_scaling_that_params_json_cannot_say_is_refused_or_dropped_on_request(
     scaling: dict[str, Any], message: str
 ) -> None:
     for config in (tiny(rope_scaling=scaling), tiny(rope_parameters={"rope_theta": 500000.0, **scaling})):
-        with pytest.raises(ConfigError, match=f"config.json: .*{message}.*--drop-rope-scaling"):
+        with pytest.raises(ConfigError, match=f"config.json: .*{message}.*`drop_rope_scaling=True`"):
             hf_to_params(config)
         dropped = hf_to_params(config, ConfigOptions(drop_rope_scaling=True))
         assert dropped.content["rope_theta"] == 500000.0
@@ -341,7 +341,7 @@ def test_a_scaling_that_params_json_cannot_say_is_refused_or_dropped_on_request(
 
 
 def test_scaled_rope_does_not_go_into_the_old_style() -> None:
-    with pytest.raises(ConfigError, match=r"rope_scaling must be null .*found 'llama3'; pass --meta-style llama3"):
+    with pytest.raises(ConfigError, match=r"rope_scaling must be null .*found 'llama3'; pass `meta_style='llama3'`"):
         hf_to_params(tiny(rope_scaling=llama3_rope()), ConfigOptions(meta_style="llama2"))
 
 
@@ -350,7 +350,7 @@ def test_a_factor_that_the_way_back_would_not_guess_is_noticed() -> None:
     translated = hf_to_params(config)
     assert translated.content["use_scaled_rope"] is True
     assert len(translated.notices) == 1
-    assert "8 is what this shape stands for, not 32: on the way back, pass --rope-factor 32" in translated.notices[0]
+    assert "8 is what this shape stands for, not 32: on the way back, pass `rope_factor=32`" in translated.notices[0]
     back = params_to_hf(translated.content, Weights(vocab_size=56), ConfigOptions(rope_factor=32.0)).content
     assert back["rope_scaling"] == config["rope_scaling"]
 
@@ -360,14 +360,14 @@ def test_the_factor_of_a_small_release_comes_back_without_a_notice_and_another_w
     assert config["rope_scaling"]["factor"] == 32.0
     assert hf_to_params(config).notices == ()
     config["rope_scaling"] = config["rope_parameters"] = llama3_rope()
-    assert "pass --rope-factor 8" in hf_to_params(config).notices[0]
+    assert "pass `rope_factor=8`" in hf_to_params(config).notices[0]
 
 
 def test_positions_that_the_way_back_would_not_guess_are_noticed() -> None:
     notices = hf_to_params(tiny(max_position_embeddings=256)).notices
     assert notices == (
         "params.json does not hold max_position_embeddings, and this shape stands for 8192, not 256: "
-        "on the way back, pass --max-positions 256",
+        "on the way back, pass `max_positions=256`",
     )
     assert hf_to_params(tiny()).notices == ()
 
@@ -480,9 +480,9 @@ def test_the_rope_factor_is_always_noticed() -> None:
     guessed = params_to_hf(params, Weights(vocab_size=56))
     assert guessed.content["rope_scaling"] == llama3_rope()
     assert guessed.notices == (
-        "params.json does not hold the RoPE factor: took 8, as in Llama 3.1; pass --rope-factor to say otherwise",
+        "params.json does not hold the RoPE factor: took 8, as in Llama 3.1; pass `rope_factor=` to say otherwise",
         "params.json does not hold max_position_embeddings: took 131072, as in Llama 3.1, whose scaled RoPE it has; "
-        "pass --max-positions to say otherwise",
+        "pass `max_positions=` to say otherwise",
     )
     asked = params_to_hf(params, Weights(vocab_size=56), ConfigOptions(rope_factor=16, max_positions=99))
     assert asked.content["rope_parameters"] == {"rope_theta": 500000.0, **llama3_rope(factor=16.0)}
@@ -493,12 +493,12 @@ def test_the_factor_of_a_small_release_is_32_even_with_more_tokens() -> None:
     params = PUBLISHED[-2][1] | {"vocab_size": 128300}
     translated = params_to_hf(params, Weights(vocab_size=128300))
     assert translated.content["rope_scaling"]["factor"] == 32.0
-    assert "took 32, as in Llama 3.2 1B; pass --rope-factor" in translated.notices[0]
+    assert "took 32, as in Llama 3.2 1B; pass `rope_factor=" in translated.notices[0]
     assert translated.content["bos_token_id"] == 128000
 
 
 def test_a_factor_without_a_scaled_rope_has_no_use() -> None:
-    with pytest.raises(UsageError, match=r"--rope-factor 8 has no use: params\.json does not say use_scaled_rope"):
+    with pytest.raises(UsageError, match=r"`rope_factor=8` has no use: params\.json does not say use_scaled_rope"):
         params_to_hf(tiny_params(), Weights(vocab_size=56), ConfigOptions(rope_factor=8.0))
 
 
@@ -523,7 +523,7 @@ def test_the_positions_of_an_unknown_shape_follow_the_documented_rule(
 ) -> None:
     translated = params_to_hf(tiny_params(**changes), Weights(vocab_size=56))
     assert translated.content["max_position_embeddings"] == positions
-    assert f"took {positions}, {source}; pass --max-positions to say otherwise" in translated.notices[-1]
+    assert f"took {positions}, {source}; pass `max_positions=` to say otherwise" in translated.notices[-1]
 
 
 def test_unknown_keys_are_named_and_runtime_keys_are_not() -> None:

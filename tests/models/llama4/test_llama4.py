@@ -364,9 +364,9 @@ def test_a_factor_that_meta_s_code_does_not_take_by_itself_is_written() -> None:
 
 def test_notices() -> None:
     assert params_to_hf(SCOUT, Weights(vocab_size=202048)).notices == (
-        "params.json does not hold the RoPE factor: took 16, as in Meta's code; pass --rope-factor to say otherwise",
+        "params.json does not hold the RoPE factor: took 16, as in Meta's code; pass `rope_factor=` to say otherwise",
         "params.json does not hold max_position_embeddings: took 262144, as in the base model of Llama 4 Scout; pass "
-        "--max-positions to say otherwise",
+        "`max_positions=` to say otherwise",
     )
     options = ConfigOptions(max_positions=10485760, rope_factor=8.0)
     config = params_to_hf(SCOUT, Weights(vocab_size=202048), options).content
@@ -374,7 +374,7 @@ def test_notices() -> None:
     assert config["text_config"]["rope_scaling"]["factor"] == 8.0
     assert hf_to_params(config).notices == (
         "params.json does not hold max_position_embeddings, and this shape stands for 262144, not 10485760: on the way "
-        "back, pass --max-positions 10485760",
+        "back, pass `max_positions=10485760`",
     )
 
 
@@ -443,7 +443,7 @@ def test_too_many_ranks_are_refused(whole: Path, tmp_path: Path) -> None:
         convert(whole, tmp_path / "out", to="meta", model_parallel=8)
     assert str(error.value) == (
         f"{whole}: cannot be cut over 8 ranks: n_heads = 12 is not divisible by 8; n_kv_heads = 4 is not divisible by "
-        "8; adapter_dim = 36 is not divisible by 8; --model-parallel may be "
+        "8; adapter_dim = 36 is not divisible by 8; `model_parallel=` may be "
         "1, 2, 4"
     )
 

@@ -54,7 +54,7 @@ def test_the_golden_params_and_config_say_the_same() -> None:
     assert translated.content == golden_params()
     assert translated.notices == (
         "params.json does not hold max_position_embeddings, and stands for 32768, not 256: "
-        "on the way back, pass --max-positions 256",
+        "on the way back, pass `max_positions=256`",
     )
     back = params_to_hf(golden_params(), Weights(vocab_size=56, ffn_dim=104), ConfigOptions(max_positions=256))
     unknowable = {"dtype", "pad_token_id", "transformers_version"}
@@ -134,7 +134,7 @@ def test_what_mistral_inference_cannot_run_is_refused(changes: dict[str, Any], m
 def test_a_scaled_rope_is_refused_or_dropped_on_request() -> None:
     config = golden_config(rope_scaling=ROPE, max_position_embeddings=32768)
     problem = "config.json: rope_type must be \"default\" for a Mistral params.json, found 'yarn'"
-    with pytest.raises(ConfigError, match=f"{problem}; .*--drop-rope-scaling"):
+    with pytest.raises(ConfigError, match=f"{problem}; .*`drop_rope_scaling=True`"):
         hf_to_params(config)
     dropped = hf_to_params(config, ConfigOptions(drop_rope_scaling=True))
     assert dropped.content == golden_params()
@@ -154,7 +154,7 @@ def test_an_absent_theta_follows_the_documented_rule(window: int | None, theta: 
     assert translated.content["rope_theta"] == translated.content["rope_parameters"]["rope_theta"] == theta
     assert translated.notices == (
         f"params.json does not hold rope_theta: took {theta:g}, as in the releases {source}; "
-        "pass --rope-theta to say otherwise",
+        "pass `rope_theta=` to say otherwise",
     )
     asked = params_to_hf(params, Weights(vocab_size=56), ConfigOptions(rope_theta=3e4))
     assert asked.content["rope_theta"] == 3e4
@@ -162,7 +162,7 @@ def test_an_absent_theta_follows_the_documented_rule(window: int | None, theta: 
 
 
 def test_a_theta_against_the_file_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"--rope-theta 30000 contradicts params\.json, whose rope_theta is 10000"):
+    with pytest.raises(UsageError, match=r"`rope_theta=30000` contradicts params\.json, whose rope_theta is 10000"):
         params_to_hf(golden_params(), Weights(vocab_size=56), ConfigOptions(rope_theta=3e4))
     assert params_to_hf(golden_params(), Weights(vocab_size=56), ConfigOptions(rope_theta=1e4))
 
@@ -195,7 +195,7 @@ def test_the_window_is_read_in_every_spelling(changes: dict[str, Any], window: i
         ({"sliding_window": "9" * 30}, "sliding_window must be a whole number"),
         ({"sliding_window": 0}, "sliding_window must be a whole number"),
         ({"sliding_window": 1, "_sliding_window": 2}, "sliding_window and _sliding_window must agree, found 1 and 2"),
-        ({"yarn": {"factor": 4}}, "yarn must be null .*--drop-rope-scaling"),
+        ({"yarn": {"factor": 4}}, "yarn must be null .*`drop_rope_scaling=True`"),
         ({"llama_4_scaling": {"beta": 0.1}}, "llama_4_scaling must be null"),
         ({"use_biases": True}, "use_biases must be false"),
         ({"causal": False}, "causal must be true"),
@@ -243,7 +243,7 @@ def test_the_longest_position() -> None:
     assert positions(max_position_embeddings=8192, max_seq_len=4096) == (8192, 0)
     assert positions(max_position_embeddings=8192, options=ConfigOptions(max_positions=77)) == (77, 0)
     assert params_to_hf(golden_params(), Weights(vocab_size=56)).notices == (
-        "params.json does not hold max_position_embeddings: took 32768; pass --max-positions to say otherwise",
+        "params.json does not hold max_position_embeddings: took 32768; pass `max_positions=` to say otherwise",
     )
 
 

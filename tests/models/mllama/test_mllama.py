@@ -635,7 +635,7 @@ def test_unusable_params_are_refused(changes: dict[str, Any], message: str) -> N
 def test_too_many_ranks_are_refused(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (mllama_config, mllama_params):
         monkeypatch.setattr(module, "WIRED", replace(SMALL))
-    with pytest.raises(ConfigError, match=r"n_heads = 12 is not divisible by 8; .*--model-parallel may be 1, 2, 4"):
+    with pytest.raises(ConfigError, match=r"n_heads = 12 is not divisible by 8; .*`model_parallel=` may be 1, 2, 4"):
         convert(whole, tmp_path / "out", to="meta", model_parallel=8)
 
 

@@ -1,0 +1,71 @@
+"""What the library's messages say in Python, as one types it: `workers=0` is --workers 0, and a call is a command."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from typing import Any
+
+_EXCEPT = {"from_format": "--from", "format": "--from"}
+_OPTIONS = (
+    *("accept", "allow_loss", "allow_overflow", "config", "container", "dequantize", "drop_rope_scaling", "dtype"),
+    *("family", "format", "from_a", "from_b", "from_format", "like", "max_positions", "max_shard_size", "meta_style"),
+    *("model_parallel", "overwrite", "resume", "rope_factor", "rope_theta", "shards", "to", "workers"),
+)
+FLAGS = {name: _EXCEPT.get(name, f"--{name.replace('_', '-')}") for name in _OPTIONS}
+"""What the options that messages name are called here."""
+
+_QUOTES = "'\""
+_OPTION = re.compile(rf"`({'|'.join(FLAGS)})=([^`]*)`")
+_CALL = re.compile(r"`(?:convert|verify)\([^`]*\)`")
+
+
+def in_flags(text: str) -> str:
+    """A message of the library with the options, and calls, that it names in backticks as the command line has them."""
+    if "`" not in text:
+        return text
+    return _OPTION.sub(_option, _CALL.sub(_command, text))
+
+
+def document_in_flags(value: Any) -> Any:
+    """The same of every text in a JSON document."""
+    if isinstance(value, dict):
+        return {name: document_in_flags(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [document_in_flags(one) for one in value]
+    return in_flags(value) if isinstance(value, str) else value
+
+
+def _option(found: re.Match[str]) -> str:
+    name, value = found.groups()
+    if value in ("", "True"):
+        return FLAGS[name]
+    if value[0] in _QUOTES:
+        node = _parsed(value)
+        return f"{FLAGS[name]} {node.value!s}" if isinstance(node, ast.Constant) else found[0]
+    return f"{FLAGS[name]} {value}"
+
+
+def _command(found: re.Match[str]) -> str:
+    """A call as a command; one that is complete stands by itself, to be copied, one with placeholders in backticks."""
+    call = _parsed(found[0].strip("`"))
+    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+        return found[0]
+    words = ["ckpt-convert", call.func.id, *map(_word, call.args)]
+    for keyword in call.keywords:
+        words += [FLAGS.get(str(keyword.arg), ""), _word(keyword.value)]
+    is_complete = all(isinstance(argument, ast.Constant) for argument in call.args)
+    return " ".join(words) if is_complete else f"`{' '.join(words)}`"
+
+
+def _parsed(text: str) -> ast.expr | None:
+    """An expression, None where a file's own words only look like one."""
+    try:
+        return ast.parse(text, mode="eval").body
+    except (SyntaxError, ValueError):
+        return None
+
+
+def _word(node: ast.expr) -> str:
+    return shlex.quote(str(node.value)) if isinstance(node, ast.Constant) else ast.unparse(node)
