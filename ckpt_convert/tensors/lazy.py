@@ -13,13 +13,19 @@ from functools import lru_cache
 from math import prod
 from typing import NamedTuple, TypeVar
 
+from ckpt_convert.tensors.axes import (
+    Axis,
+    axis_size,
+    cut_axis,
+    elements,
+    is_even,
+    joined,
+    regrouped,
+    split_axis,
+    whole_rows,
+)
+
 T = TypeVar("T")
-
-Run = tuple[int, int]
-"""(count, stride): ``count`` elements, ``stride`` apart in the source."""
-
-Axis = tuple[Run, ...]
-"""One axis as nested runs, outermost first; its size is the product of the counts, () has size 1."""
 
 ZEROS = -1
 """The source of elements that nothing stores: they are zero."""
@@ -35,7 +41,7 @@ class Tile(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(_size(axis) for axis in self.axes)
+        return tuple(axis_size(axis) for axis in self.axes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +94,10 @@ class LazyTensor(NamedTuple):
         for tile in self.tiles:
             first = tile.origin[axis]
             low = max(first, start)
-            high = min(first + _size(tile.axes[axis]), start + size)
+            high = min(first + axis_size(tile.axes[axis]), start + size)
             if low >= high:
                 continue
-            for at, shift, runs in _cut(tile.axes[axis], low - first, high - low):
+            for at, shift, runs in cut_axis(tile.axes[axis], low - first, high - low):
                 origin = _replaced(tile.origin, axis, low - start + at)
                 tiles.append(Tile(origin, tile.source, tile.offset + shift, _replaced(tile.axes, axis, runs)))
         return LazyTensor(_replaced(self.shape, axis, size), tuple(tiles))
@@ -150,11 +156,11 @@ class LazyTensor(NamedTuple):
             raise ValueError(f"{self.shape[axis]} rows are no whole groups of {group}")
         tiles = []
         for tile in self.tiles:
-            count = _size(tile.axes[axis])
-            if count % group or tile.origin[axis] % group or not _even(tile.axes[axis], group):
+            count = axis_size(tile.axes[axis])
+            if count % group or tile.origin[axis] % group or not is_even(tile.axes[axis], group):
                 return self._reordered(axis, (self.shape[axis] // group, *sizes[1:]), order)
-            parts = _split(tile.axes[axis], (count // group, *sizes[1:]))
-            runs = _joined([run for part in order for run in parts[part]])
+            parts = split_axis(tile.axes[axis], (count // group, *sizes[1:]))
+            runs = joined([run for part in order for run in parts[part]])
             tiles.append(Tile(tile.origin, tile.source, tile.offset, _replaced(tile.axes, axis, runs)))
         return LazyTensor(self.shape, tuple(tiles))
 
@@ -180,7 +186,7 @@ class LazyTensor(NamedTuple):
             return LazyTensor(shape, tuple(Tile(origin, t.source, t.offset, axes) for t in self.tiles))
         tensor = self._chosen([at for at, size in enumerate(self.shape) if size != 1])
         wide = tuple(size for size in shape if size != 1)
-        for at, count, sizes in reversed(list(_regrouped(tensor.shape, wide))):
+        for at, count, sizes in reversed(list(regrouped(tensor.shape, wide))):
             tensor = tensor._merge(at, count)._split(at, sizes)
         numbers = iter(range(len(wide)))
         return tensor._chosen([next(numbers) if size != 1 else None for size in shape])
@@ -208,11 +214,11 @@ class LazyTensor(NamedTuple):
         for tile in tensor.tiles:
             above, below = tile.axes[at], tile.axes[at + 1]
             # Only what fills the inner axis goes on into the next row of it.
-            rows = [(0, 0, above)] if _size(below) == inner else list(_each(above))
+            rows = [(0, 0, above)] if axis_size(below) == inner else list(elements(above))
             for row, shift, runs in rows:
                 start = (tile.origin[at] + row) * inner + tile.origin[at + 1]
                 origin = (*tile.origin[:at], start, *tile.origin[at + 2 :])
-                axes = (*tile.axes[:at], _joined((*runs, *below)), *tile.axes[at + 2 :])
+                axes = (*tile.axes[:at], joined((*runs, *below)), *tile.axes[at + 2 :])
                 tiles.append(Tile(origin, tile.source, tile.offset + shift, axes))
         return LazyTensor((*tensor.shape[:at], outer * inner, *tensor.shape[at + 2 :]), tuple(tiles))
 
@@ -223,9 +229,10 @@ class LazyTensor(NamedTuple):
         outer, inner = sizes[0], prod(sizes[1:])
         tiles: list[Tile] = []
         for tile in self.tiles:
-            for start, shift, runs in _rows(tile.axes[at], tile.origin[at], inner):
+            for start, shift, runs in whole_rows(tile.axes[at], tile.origin[at], inner):
                 row, column = divmod(start, inner)
-                above, below = ((), runs) if _size(runs) < inner else _split(runs, (_size(runs) // inner, inner))
+                size = axis_size(runs)
+                above, below = ((), runs) if size < inner else split_axis(runs, (size // inner, inner))
                 origin = (*tile.origin[:at], row, column, *tile.origin[at + 1 :])
                 axes = (*tile.axes[:at], above, below, *tile.axes[at + 1 :])
                 tiles.append(Tile(origin, tile.source, tile.offset + shift, axes))
@@ -307,138 +314,8 @@ def _strided(shape: tuple[int, ...], strides: Sequence[int]) -> tuple[tuple[int,
     return (0,) * len(shape), axes
 
 
-def _size(axis: Axis) -> int:
-    size = 1
-    for count, _ in axis:
-        size *= count
-    return size
-
-
 def _replaced(values: tuple[T, ...], at: int, value: T) -> tuple[T, ...]:
     return (*values[:at], value, *values[at + 1 :])
-
-
-def _joined(runs: Sequence[Run]) -> Axis:
-    """The same elements in as few runs as possible."""
-    out: list[Run] = []
-    for count, stride in runs:
-        if count == 1:
-            continue
-        if out and out[-1][1] == count * stride:
-            out[-1] = (out[-1][0] * count, stride)
-        else:
-            out.append((count, stride))
-    return tuple(out)
-
-
-def _split(axis: Axis, sizes: Sequence[int]) -> list[Axis]:
-    """The axis as one axis for each size; ValueError when a run would have to be cut unevenly."""
-    runs = list(axis)
-    parts: list[Axis] = []
-    for size in reversed(sizes):
-        taken: list[Run] = []
-        need = size
-        while need > 1:
-            if not runs:
-                raise ValueError(f"an axis of {_size(axis)} has no parts of {list(sizes)}")
-            count, stride = runs.pop()
-            if need % count == 0:
-                taken.insert(0, (count, stride))
-                need //= count
-            elif count % need == 0:
-                taken.insert(0, (need, stride))
-                runs.append((count // need, stride * need))
-                need = 1
-            else:
-                raise ValueError(f"an axis of {_size(axis)} has no parts of {list(sizes)}")
-        parts.insert(0, tuple(taken))
-    return parts
-
-
-def _cut(axis: Axis, start: int, size: int) -> Iterator[tuple[int, int, Axis]]:
-    """Elements ``start`` to ``start + size`` as (position in the cut, source offset, axis) pieces."""
-    if size == _size(axis):
-        yield 0, 0, axis
-        return
-    stride, inner = axis[0][1], axis[1:]
-    if not inner:
-        yield 0, start * stride, _joined([(size, stride)])
-        return
-    step = _size(inner)
-    end = start + size
-    at = start
-    while at < end:
-        index, within = divmod(at, step)
-        if within == 0 and end - at >= step:
-            whole = (end - at) // step
-            yield at - start, index * stride, _joined([(whole, stride), *inner])
-            at += whole * step
-        else:
-            length = min(step - within, end - at)
-            for piece, shift, runs in _cut(inner, within, length):
-                yield at - start + piece, index * stride + shift, runs
-            at += length
-
-
-def _regrouped(old: tuple[int, ...], new: tuple[int, ...]) -> Iterator[tuple[int, int, tuple[int, ...]]]:
-    """Which axes make which: (first in ``old``, how many, their sizes in ``new``), as few at a time as possible."""
-    at = to = 0
-    while at < len(old):
-        start, begin = at, to
-        left, right = old[at], new[to]
-        at, to = at + 1, to + 1
-        while left != right:
-            if left < right:
-                left *= old[at]
-                at += 1
-            else:
-                right *= new[to]
-                to += 1
-        yield start, at - start, new[begin:to]
-
-
-def _each(axis: Axis) -> Iterator[tuple[int, int, Axis]]:
-    """The axis element by element, as (position, source offset, the axis of one element)."""
-    for at in range(_size(axis)):
-        for _, shift, runs in _cut(axis, at, 1):
-            yield at, shift, runs
-
-
-def _rows(axis: Axis, start: int, inner: int) -> Iterator[tuple[int, int, Axis]]:
-    """The axis, which starts at ``start``, cut into pieces that are whole rows of ``inner`` each, or lie within one.
-
-    As (where the piece starts, source offset, axis).
-    """
-    at, size = 0, _size(axis)
-    while at < size:
-        within, left = (start + at) % inner, size - at
-        count = left - left % inner if not within and left >= inner else min(inner - within, left)
-        for piece, shift, runs in _cut(axis, at, count):
-            first = start + at + piece
-            if first % inner + _size(runs) <= inner or (first % inner == 0 and _even(runs, inner)):
-                yield first, shift, runs
-            else:
-                yield from ((s, shift + more, r) for s, more, r in _one_by_one(runs, first, inner))
-        at += count
-
-
-def _one_by_one(axis: Axis, start: int, inner: int) -> Iterator[tuple[int, int, Axis]]:
-    """The axis in pieces that each lie within one row of ``inner``."""
-    at, size = 0, _size(axis)
-    while at < size:
-        count = min(inner - (start + at) % inner, size - at)
-        for piece, shift, runs in _cut(axis, at, count):
-            yield start + at + piece, shift, runs
-        at += count
-
-
-def _even(axis: Axis, inner: int) -> bool:
-    """Whether the axis can be split into rows of ``inner``."""
-    try:
-        _split(axis, (_size(axis) // inner, inner))
-    except ValueError:
-        return False
-    return _size(axis) % inner == 0
 
 
 def _continued(tile: Tile, after: Tile, axis: int) -> Tile | None:
@@ -449,7 +326,7 @@ def _continued(tile: Tile, after: Tile, axis: int) -> Tile | None:
         return None
     if tile.axes[:axis] != after.axes[:axis] or tile.axes[axis + 1 :] != after.axes[axis + 1 :]:
         return None
-    if tile.origin[axis] + _size(tile.axes[axis]) != after.origin[axis]:
+    if tile.origin[axis] + axis_size(tile.axes[axis]) != after.origin[axis]:
         return None
     step = after.offset - tile.offset
     ours, theirs = tile.axes[axis], after.axes[axis]
@@ -462,7 +339,7 @@ def _continued(tile: Tile, after: Tile, axis: int) -> Tile | None:
         runs = ((ours[0][0] + 1, ours[0][1]), *theirs)
     elif theirs and theirs[1:] == ours and step == theirs[0][1]:
         runs = ((theirs[0][0] + 1, theirs[0][1]), *ours)
-    return Tile(tile.origin, tile.source, tile.offset, _replaced(tile.axes, axis, _joined(runs))) if runs else None
+    return Tile(tile.origin, tile.source, tile.offset, _replaced(tile.axes, axis, joined(runs))) if runs else None
 
 
 def _copy(tile: Tile, strides: Sequence[int]) -> Copy:
@@ -470,7 +347,7 @@ def _copy(tile: Tile, strides: Sequence[int]) -> Copy:
     dims: list[tuple[int, int, int]] = []
     for axis, start, target in zip(tile.axes, tile.origin, strides, strict=True):
         offset += start * target
-        step = _size(axis)
+        step = axis_size(axis)
         for count, source in axis:
             step //= count
             if count == 1:
@@ -520,7 +397,7 @@ def _aligned(tensors: tuple[LazyTensor, ...], axis: int, step: int) -> int:
     """At most ``step``, and a multiple of the axis' inner runs where that is possible, so that no group is torn."""
     runs = max((tile.axes[axis] for tensor in tensors for tile in tensor.tiles), key=len, default=())
     for inner in range(1, len(runs)):
-        group = _size(runs[inner:])
+        group = axis_size(runs[inner:])
         if group <= step:
             return step - step % group
     return step
