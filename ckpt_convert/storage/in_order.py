@@ -256,15 +256,15 @@ def remove(folder: Place, names: Iterable[str]) -> None:
 
 def check_pointer(parent: Place, name: str) -> None:
     """``Workspace.check_pointer``."""
-    place = (parent / name).anew()
+    place = (parent / name).anew().listed()
     if place.is_there() and pointer.target_of(place) is None:
         raise pointer.in_the_way(place)
 
 
 def point(parent: Place, name: str, target: str) -> None:
     """``Workspace.point``: a small file, created or replaced as it was found."""
-    place = (parent / name).anew()
     check_pointer(parent, name)
+    place = (parent / name).anew()
     found = place.store.entry(str(place.path))
     etag = None if found is None else found.etag
     place.store.put(str(place.path), pointer.text(target), create_only=found is None, if_match=etag)
@@ -281,7 +281,7 @@ def withdraw(place: Place, rules: Rules) -> None:
         directory.adopt(there)
         listed = frozenset(directory.journal.names)
     else:
-        listed = rules.listed(directory.place)
+        listed = rules.listed(directory.seen)
         if not listed and (mark := rules.marks[-1]) in there:
             raise CorruptFileError(f"{place / mark}: is damaged, so nothing says which files are to be removed")
     directory.announce(listed & there.keys(), removing=True)

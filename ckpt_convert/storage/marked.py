@@ -6,7 +6,6 @@ import json
 import threading
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import PurePosixPath
 from typing import Any
 
 from ckpt_convert.errors import CorruptFileError
@@ -51,7 +50,7 @@ class Marked:
     """A directory of a store with its journal, which is known to be what this process last wrote."""
 
     def __init__(self, place: Place, rules: Rules) -> None:
-        self.place = place.anew()
+        self.place = self.seen = place.anew()
         self.store: Store = place.store
         self.rules = rules
         self.journal = Notes()
@@ -63,13 +62,12 @@ class Marked:
 
     def list(self) -> dict[str, Entry]:
         """What is there, by its name in the directory."""
-        found = self.store.list(str(self.place.path))
-        start = self.place.path
-        return {PurePosixPath(name).relative_to(start).as_posix(): entry for name, entry in found.items()}
+        self.seen = self.place.listed()
+        return {place.below(self.place): entry for place, entry in self.seen.entries().items()}
 
     def adopt(self, there: Mapping[str, Entry]) -> None:
         """Take the journal that is there for this process's own."""
-        self.journal = Notes.read(self.place / JOURNAL)
+        self.journal = Notes.read(self.seen / JOURNAL)
         self._etag = there[JOURNAL].etag
 
     def announce(self, names: Collection[str], **changes: Any) -> None:

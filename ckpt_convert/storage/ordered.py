@@ -19,6 +19,10 @@ from ckpt_convert.storage.system import Advice
 from ckpt_convert.words import listing
 
 
+PART = 8 << 20
+"""Bytes of a file that is appended to, in each request."""
+
+
 class OrderedFolder:
     """What is written into a directory of such a store, or into a folder ``inside`` it."""
 
@@ -145,6 +149,7 @@ class OrderedFile:
         self._folder = folder
         self._writer: Writer | None = writer
         self._end = 0
+        self._part = bytearray()
 
     def write(self, offset: int, data: memoryview) -> None:
         assert self._writer is not None
@@ -152,8 +157,14 @@ class OrderedFile:
             self._writer.write(offset, data)
 
     def append(self, data: memoryview) -> None:
-        self.write(self._end, data)
-        self._end += len(data)
+        self._part += data
+        if len(self._part) >= PART:
+            self._write_part()
+
+    def _write_part(self) -> None:
+        part, self._part = self._part, bytearray()
+        self.write(self._end, memoryview(part))
+        self._end += len(part)
 
     def readinto(self, offset: int, buffer: memoryview) -> int:
         raise NotImplementedError  # what an earlier attempt has finished is known by its etag
@@ -162,6 +173,8 @@ class OrderedFile:
         """Nothing: what is written is on its way."""
 
     def sync(self) -> None:
+        if self._part:
+            self._write_part()
         writer, self._writer = self._writer, None
         assert writer is not None
         try:

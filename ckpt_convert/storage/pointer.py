@@ -80,6 +80,7 @@ def followed(place: Place) -> Place:
 def target_of(place: Place) -> str | None:
     """What a pointer says, None if this is none of ours: ours hold the plain name of a directory beside them."""
     with contextlib.suppress(CkptConvertError, ValueError):
+        place = place.listed()
         said = place.link()
         if said is None and place.is_regular() and place.identity().size <= _LONGEST_POINTER:
             said = place.read(_LONGEST_POINTER).decode().removesuffix("\n")
