@@ -18,7 +18,6 @@ from ckpt_convert.storage.place import Place
 from ckpt_convert.storage.system import Advice
 from ckpt_convert.words import listing
 
-
 PART = 8 << 20
 """Bytes of a file that is appended to, in each request."""
 

@@ -12,7 +12,7 @@ import pytest
 import ckpt_convert
 from ckpt_convert import CkptConvertError
 from ckpt_convert.checkpoint.checkpoint import open_checkpoint
-from ckpt_convert.convert import execute
+from ckpt_convert.convert import partition
 from ckpt_convert.errors import InputError, LockedError, OutputExistsError, UnwritableError
 from ckpt_convert.storage.place import Place
 from ckpt_convert.tensors import blocks
@@ -100,7 +100,7 @@ def test_requests(out: Place) -> None:
 
 def test_what_is_there_is_replaced_on_request_alone(out: Place) -> None:
     ckpt_convert.convert(HF, out, to="meta")
-    with pytest.raises(OutputExistsError, match="exists already; pass --overwrite to replace it"):
+    with pytest.raises(OutputExistsError, match="exists already; pass `overwrite=True` to replace it"):
         ckpt_convert.convert(HF, out, to="hf")
     assert "params.json" in written(out)
     ckpt_convert.convert(META, out, to="hf", overwrite=True)
@@ -156,7 +156,7 @@ def test_whatever_request_fails_nothing_half_written_is_accepted(
 def test_an_attempt_is_continued_with_the_files_that_it_finished(
     out: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(execute, "PIECE", 4096)
+    monkeypatch.setattr(partition, "PIECE", 4096)
     monkeypatch.setattr(blocks, "BLOCK", 1024)
     ckpt_convert.convert(HF, tmp_path / "out", to="hf", container="bin")
     store = store_of(out)
@@ -196,5 +196,5 @@ def test_an_attempt_with_other_options_begins_anew(out: Place, caplog: pytest.Lo
 
 def test_the_errors_say_how_to_go_on(out: Place) -> None:
     store_of(out).arm(8, None)
-    with pytest.raises(UnwritableError, match="when that is mended, run again with --resume"):
+    with pytest.raises(UnwritableError, match="when that is mended, run again with `resume=True`"):
         ckpt_convert.convert(HF, out, to="meta", workers=1)
