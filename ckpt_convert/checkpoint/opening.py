@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from operator import attrgetter
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 from ckpt_convert import containers, formats
 from ckpt_convert.checkpoint import legacy_keys, record
@@ -315,7 +315,7 @@ def everything(directory: Place) -> list[str]:
     stems = {PurePosixPath(name).stem for name in names if name.endswith(".safetensors")}
     if any(stem.startswith("model") for stem in stems):
         names = [name for name in names if not name.startswith("pytorch_model") or not name.endswith(".bin")]
-    return [name for name in names if name.endswith(".safetensors") or Path(name).stem not in stems] or _named(
+    return [name for name in names if name.endswith(".safetensors") or PurePosixPath(name).stem not in stems] or _named(
         directory, (GGUF_SUFFIX,)
     )
 

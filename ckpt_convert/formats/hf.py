@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 from ckpt_convert.errors import CorruptFileError
 from ckpt_convert.formats.base import Directory, Format, WeightName, load_json, plain_weights
@@ -86,7 +86,7 @@ def another_set(directory: Place, found: Directory) -> str | None:
     whole = [files for files in _whole_sets(names) if not used.issuperset(files)]
     if not whole:
         return None
-    suffix, sets = Path(weights_of(found.index)).suffix, " and ".join(map(_set, whole))
+    suffix, sets = PurePosixPath(weights_of(found.index)).suffix, " and ".join(map(_set, whole))
     mixed = sorted(name for name in used & names if name.endswith(suffix) and all(name not in files for files in whole))
     aside = " ".join([found.index, *mixed])
     return (
@@ -104,7 +104,7 @@ def _whole_sets(names: Collection[str]) -> list[list[str]]:
     suffixes = {SUFFIXES[container] for container in HF_STEMS}
     sets: dict[tuple[str, int, str], dict[int, str]] = {}
     for name in names:
-        if Path(name).suffix in suffixes and (match := SHARD.fullmatch(name)):
+        if PurePosixPath(name).suffix in suffixes and (match := SHARD.fullmatch(name)):
             of = sets.setdefault((match["stem"], int(match["total"]), match["suffix"]), {})
             of[int(match["number"])] = name
     for (_, total, _), by_number in sorted(sets.items()):

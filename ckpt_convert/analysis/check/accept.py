@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any
 
 from ckpt_convert.checkpoint.record import ACCEPTED, MANIFEST, read_manifest, replace_manifest
@@ -78,7 +78,7 @@ def _listed(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 def may_change(name: str) -> bool:
     """Whether a file may be edited on purpose: it holds no weights, nor is it the header of files that do."""
-    return not name.endswith((*WEIGHT_SUFFIXES, DCP_SUFFIX)) and Path(name).name != DCP_INDEX
+    return not name.endswith((*WEIGHT_SUFFIXES, DCP_SUFFIX)) and PurePosixPath(name).name != DCP_INDEX
 
 
 def _why(name: str, listed: Mapping[str, Any]) -> str:
