@@ -44,7 +44,7 @@ if TYPE_CHECKING:
         UsageError,
         VerificationError,
     )
-    from ckpt_convert.tensors.blocks import Progress
+    from ckpt_convert.tensors.progress import Progress
 
 _LAZY = {
     "Checkpoint": "ckpt_convert.checkpoint.checkpoint",
@@ -52,7 +52,7 @@ _LAZY = {
     "Checkpointer": "ckpt_convert.checkpointer.checkpointer",
     "CheckpointerCallback": "ckpt_convert.checkpointer.trainer",  # needs transformers, so not in __all__
     "Final": "ckpt_convert.checkpointer.save.options",
-    "Progress": "ckpt_convert.tensors.blocks",
+    "Progress": "ckpt_convert.tensors.progress",
     "Report": "ckpt_convert.convert.api",
     "convert": "ckpt_convert.convert",  # the package is the function, too
     "convert_state_dict": "ckpt_convert.convert.state_dict",

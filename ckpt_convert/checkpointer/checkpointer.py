@@ -31,7 +31,7 @@ from ckpt_convert.checkpointer.state import parts
 from ckpt_convert.errors import OutputExistsError, UsageError, misfit
 from ckpt_convert.storage import pointer
 from ckpt_convert.storage.place import Place, locate
-from ckpt_convert.tensors.blocks import ProgressCallback
+from ckpt_convert.tensors.progress import ProgressCallback
 
 log = logging.getLogger("ckpt_convert")
 

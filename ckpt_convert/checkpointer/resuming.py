@@ -40,7 +40,7 @@ from ckpt_convert.errors import (
 from ckpt_convert.storage import pointer
 from ckpt_convert.storage.place import Place, locate
 from ckpt_convert.storage.reader import reading
-from ckpt_convert.tensors.blocks import ProgressCallback
+from ckpt_convert.tensors.progress import ProgressCallback
 from ckpt_convert.words import listing
 
 log = logging.getLogger("ckpt_convert")

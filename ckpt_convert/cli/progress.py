@@ -10,7 +10,7 @@ from ckpt_convert.cli.text import echo
 from ckpt_convert.words import human_bytes
 
 if TYPE_CHECKING:
-    from ckpt_convert.tensors.blocks import Progress
+    from ckpt_convert.tensors.progress import Progress
 
 _STEPS = "running"
 """The phase that counts tokens of a model's run, not bytes; there are few."""

@@ -37,7 +37,7 @@ from ckpt_convert.storage import hub, workspace
 from ckpt_convert.storage.place import Location, Place, at, locate
 from ckpt_convert.storage.reader import WORKERS, reading
 from ckpt_convert.storage.workspace import Stage
-from ckpt_convert.tensors.blocks import ProgressCallback
+from ckpt_convert.tensors.progress import ProgressCallback
 
 
 @dataclass(frozen=True)

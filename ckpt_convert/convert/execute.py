@@ -28,9 +28,10 @@ from ckpt_convert.formats.names import RECORD_FOLDER
 from ckpt_convert.storage.checksums import CRC32, CRC64
 from ckpt_convert.storage.workspace import StagedFile
 from ckpt_convert.tensors import blocks, decode
-from ckpt_convert.tensors.blocks import Meter, Mover, ProgressCallback, Read, difference
+from ckpt_convert.tensors.blocks import Mover, Read, difference
 from ckpt_convert.tensors.gather import Stored
 from ckpt_convert.tensors.lazy import LazyTensor
+from ckpt_convert.tensors.progress import Meter, ProgressCallback
 from ckpt_convert.words import MORE, listing, some
 
 WRITEBACK = 16 << 20

@@ -26,8 +26,8 @@ from ckpt_convert.storage.checksums import digest
 from ckpt_convert.storage.place import Place
 from ckpt_convert.storage.reader import reading
 from ckpt_convert.storage.workspace import Folder, Stage
-from ckpt_convert.tensors.blocks import Meter, ProgressCallback
 from ckpt_convert.tensors.lazy import LazyTensor
+from ckpt_convert.tensors.progress import Meter, ProgressCallback
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,10 @@ from ckpt_convert.convert.sources import Numbered, Sources
 from ckpt_convert.errors import VerificationError
 from ckpt_convert.models.core.table import Instance
 from ckpt_convert.tensors import lazy
-from ckpt_convert.tensors.blocks import Meter, Mover, ProgressCallback, Read, difference, spread
+from ckpt_convert.tensors.blocks import Mover, Read, difference
 from ckpt_convert.tensors.header import StoredTensor, WeightFile
+from ckpt_convert.tensors.pool import spread
+from ckpt_convert.tensors.progress import Meter, ProgressCallback
 from ckpt_convert.words import listing
 
 

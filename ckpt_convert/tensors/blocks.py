@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -14,6 +10,7 @@ import numpy as np
 from ckpt_convert import dtypes
 from ckpt_convert.tensors.gather import Gatherer, Stored
 from ckpt_convert.tensors.lazy import LazyTensor, together
+from ckpt_convert.tensors.progress import Meter
 
 if TYPE_CHECKING:
     import torch
@@ -24,76 +21,11 @@ BLOCK = 1 << 20
 """Bytes of the buffer of a block."""
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How far a conversion is: bytes of ``total`` done in this ``phase`` (checking, converting, verifying)."""
-
-    phase: str
-    done: int
-    total: int
-
-
-ProgressCallback = Callable[[Progress], None]
-
-
 class Read(NamedTuple):
     """A lazy tensor and the dtype of its elements."""
 
     tensor: LazyTensor
     dtype: str
-
-
-class StoppedError(Exception):
-    """Ends a worker's work where another one failed, or the user has had enough; it never reaches a caller."""
-
-
-class Meter:
-    """Adds up bytes from several threads and passes them on; once stopped, it ends the work of those that add."""
-
-    def __init__(self, phase: str, total: int, callback: ProgressCallback | None) -> None:
-        self.phase, self.total, self.done = phase, total, 0
-        self._callback = callback
-        self._lock = threading.Lock()
-        self._stopped = False
-        if callback is not None:
-            callback(Progress(phase, 0, total))
-
-    def stop(self) -> None:
-        self._stopped = True
-
-    def add(self, nbytes: int) -> None:
-        if self._stopped:
-            raise StoppedError
-        with self._lock:
-            self.done += nbytes
-            if self._callback is not None:
-                self._callback(Progress(self.phase, self.done, self.total))
-
-
-def spread(items: Iterable[T], workers: int, meter: Meter, start: Callable[[], Callable[[T], None]]) -> None:
-    """Do ``start()(item)`` for every item in a few threads, each with a function (and buffers) of its own.
-
-    The first error ends the others at the next bytes they add to the meter, and is raised.
-    """
-    queue = deque(items)
-
-    def work() -> None:
-        do = start()
-        while True:
-            try:
-                item = queue.popleft()
-            except IndexError:
-                return
-            do(item)
-
-    with ThreadPoolExecutor(workers, meter.phase) as pool:
-        try:
-            for future in as_completed([pool.submit(work) for _ in range(workers)]):
-                future.result()
-        except BaseException:
-            queue.clear()
-            meter.stop()
-            raise
 
 
 class Mover:

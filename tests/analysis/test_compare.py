@@ -17,7 +17,7 @@ import torch
 from ckpt_convert import errors
 from ckpt_convert.analysis.diff.compare import Change, Diff, compare
 from ckpt_convert.checkpoint.checkpoint import open_checkpoint
-from ckpt_convert.tensors.blocks import Progress
+from ckpt_convert.tensors.progress import Progress
 from tests.helpers import CASES, GOLDEN, Tensors, edit_json, read_safetensors
 
 FORMS = ("hf", "meta-mp1", "meta-mp2", "meta-mp4", "native.safetensors")

@@ -33,7 +33,7 @@ from ckpt_convert.errors import (
     UnsupportedFamilyError,
     UsageError,
 )
-from ckpt_convert.tensors.blocks import Progress
+from ckpt_convert.tensors.progress import Progress
 from tests.helpers import GOLDEN, Tensors, edit_json, read_safetensors
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ckpt_convert.analysis.diff.compare import Change
     from ckpt_convert.analysis.logits.logits import LogitsReport
     from ckpt_convert.checkpoint.checkpoint import Checkpoint
-    from ckpt_convert.tensors.blocks import ProgressCallback
+    from ckpt_convert.tensors.progress import ProgressCallback
 
 
 @dataclass(frozen=True)

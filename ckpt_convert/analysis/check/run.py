@@ -25,7 +25,7 @@ from ckpt_convert.storage.place import Location, locate
 from ckpt_convert.words import option
 
 if TYPE_CHECKING:
-    from ckpt_convert.tensors.blocks import ProgressCallback
+    from ckpt_convert.tensors.progress import ProgressCallback
 
 log = logging.getLogger("ckpt_convert")
 

@@ -18,8 +18,10 @@ from ckpt_convert.checkpoint.findings import Finding, failed
 from ckpt_convert.dtypes import DTYPES
 from ckpt_convert.errors import CkptConvertError
 from ckpt_convert.storage.checksums import CRC32
-from ckpt_convert.tensors.blocks import BLOCK, Meter, Mover, ProgressCallback, Read, difference, spread
+from ckpt_convert.tensors.blocks import BLOCK, Mover, Read, difference
 from ckpt_convert.tensors.header import StoredTensor
+from ckpt_convert.tensors.pool import spread
+from ckpt_convert.tensors.progress import Meter, ProgressCallback
 
 _EXPONENTS = {
     one.name: (f"<u{one.bits // 8}", ((1 << one.exponent) - 1) << one.mantissa, (1 << (one.bits - 1)) - 1)

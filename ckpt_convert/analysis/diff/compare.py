@@ -21,9 +21,10 @@ from ckpt_convert.checkpoint.model import Model
 from ckpt_convert.checkpoint.opening import in_memory
 from ckpt_convert.errors import ConfigError
 from ckpt_convert.models.core.rope import read_rope
-from ckpt_convert.tensors import parallel
-from ckpt_convert.tensors.blocks import Meter, Mover, ProgressCallback, Read, difference, most
+from ckpt_convert.tensors import pool
+from ckpt_convert.tensors.blocks import Mover, Read, difference, most
 from ckpt_convert.tensors.lazy import together
+from ckpt_convert.tensors.progress import Meter, ProgressCallback
 
 SCHEMA = 1
 Status = Literal["same", "differs", "shape", "dtype", "only_a", "only_b"]
@@ -196,7 +197,7 @@ def _values(
 
     wanted = [at for at, pair in enumerate(pairs) if pair.copies or _is_comparable(structure[at])]
     items = [(at, _cost(structure[at], pairs[at])) for at in wanted]
-    found = parallel.results(items, start, workers=workers, phase="comparing", progress=progress)
+    found = pool.results(items, start, workers=workers, phase="comparing", progress=progress)
     out, digests = list(structure), {}
     for at, (delta, note, sums) in zip(wanted, found, strict=True):
         change = structure[at]

@@ -20,8 +20,9 @@ from ckpt_convert.errors import (
     UsageError,
 )
 from ckpt_convert.formats.names import ADAPTER_CONFIG, USUAL, index_for
-from ckpt_convert.tensors.blocks import Meter, Mover, ProgressCallback, Read
+from ckpt_convert.tensors.blocks import Mover, Read
 from ckpt_convert.tensors.lazy import LazyTensor, stored
+from ckpt_convert.tensors.progress import Meter, ProgressCallback
 from ckpt_convert.words import listing
 
 if TYPE_CHECKING:

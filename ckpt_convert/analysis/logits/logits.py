@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ckpt_convert.analysis.logits import causal
 from ckpt_convert.checkpoint.checkpoint import Checkpoint
 from ckpt_convert.errors import ShapeMismatchError, UsageError
-from ckpt_convert.tensors.blocks import Meter, ProgressCallback
+from ckpt_convert.tensors.progress import Meter, ProgressCallback
 
 if TYPE_CHECKING:
     import torch

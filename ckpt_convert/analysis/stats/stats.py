@@ -13,12 +13,13 @@ from ckpt_convert.analysis.stats.numeric import Stats, Summary
 from ckpt_convert.checkpoint.checkpoint import Checkpoint
 from ckpt_convert.checkpoint.tensors import TensorInfo
 from ckpt_convert.errors import CorruptFileError
-from ckpt_convert.tensors import parallel
-from ckpt_convert.tensors.blocks import BLOCK, Meter, ProgressCallback
+from ckpt_convert.tensors import pool
+from ckpt_convert.tensors.blocks import BLOCK
 from ckpt_convert.tensors.decode import Array
 from ckpt_convert.tensors.gather import Gatherer
 from ckpt_convert.tensors.header import WeightFile
 from ckpt_convert.tensors.lazy import LazyTensor, stored
+from ckpt_convert.tensors.progress import Meter, ProgressCallback
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ def statistics(
         return _Reader(checkpoint, meter).read
 
     items = [(info, _nbytes(info)) for info in infos]
-    found = parallel.results(items, start, workers=workers, phase="reading", progress=progress)
+    found = pool.results(items, start, workers=workers, phase="reading", progress=progress)
     yield from zip((info.key for info in infos), found, strict=True)
 
 

@@ -20,7 +20,9 @@ from ckpt_convert.convert.output import overflow_text
 from ckpt_convert.convert.writing import Target
 from ckpt_convert.errors import KeyMismatchError, TiedWeightsError
 from ckpt_convert.storage.reader import WORKERS
-from ckpt_convert.tensors.blocks import Meter, Mover, ProgressCallback, overflowed, spread
+from ckpt_convert.tensors.blocks import Mover, overflowed
+from ckpt_convert.tensors.pool import spread
+from ckpt_convert.tensors.progress import Meter, ProgressCallback
 from ckpt_convert.words import listing
 
 log = logging.getLogger("ckpt_convert")

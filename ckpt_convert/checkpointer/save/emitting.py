@@ -49,8 +49,8 @@ from ckpt_convert.models import Family
 from ckpt_convert.storage.base import RangeReader
 from ckpt_convert.storage.place import Place
 from ckpt_convert.storage.reader import WORKERS
-from ckpt_convert.tensors.blocks import ProgressCallback
 from ckpt_convert.tensors.header import IN_MEMORY
+from ckpt_convert.tensors.progress import ProgressCallback
 from ckpt_convert.words import listing
 
 log = logging.getLogger("ckpt_convert")

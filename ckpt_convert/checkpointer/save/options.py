@@ -24,7 +24,7 @@ from ckpt_convert.errors import UsageError
 from ckpt_convert.models import FAMILIES
 from ckpt_convert.storage.place import Place, locate
 from ckpt_convert.storage.reader import WORKERS
-from ckpt_convert.tensors.blocks import ProgressCallback
+from ckpt_convert.tensors.progress import ProgressCallback
 from ckpt_convert.words import listing
 
 _VARIABLE = re.compile(rf"{{(?:{'|'.join(VARIABLES)})(?::[^{{}}]*)?}}")

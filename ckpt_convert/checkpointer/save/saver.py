@@ -15,7 +15,6 @@ from ckpt_convert.checkpointer.live.tensors import tensors_of
 from ckpt_convert.checkpointer.run import catalog
 from ckpt_convert.checkpointer.run.counts import Counts
 from ckpt_convert.checkpointer.run.source import CONFIG, STARTED_FROM
-from ckpt_convert.checkpointer.save.background import Background
 from ckpt_convert.checkpointer.save.buffers import Buffers
 from ckpt_convert.checkpointer.save.emitting import Emitter, Settings
 from ckpt_convert.checkpointer.save.options import Options
@@ -24,6 +23,7 @@ from ckpt_convert.checkpointer.state import optimizers
 from ckpt_convert.checkpointer.state.parts import Parts
 from ckpt_convert.errors import UsageError
 from ckpt_convert.storage.place import Place
+from ckpt_convert.tensors.pool import Background
 
 log = logging.getLogger("ckpt_convert")
 

@@ -1,8 +1,4 @@
-"""Work on many tensors in several processes, with results in order and progress in one place.
-
-Threads would do if numpy's calls were long. They take some ten microseconds on what fits a processor's cache, and so
-often giving the interpreter to each other costs two threads more than the second core gains.
-"""
+"""Work on many things at once: in threads, in processes, or behind the caller. Nothing else here starts either."""
 
 from __future__ import annotations
 
@@ -12,11 +8,12 @@ import signal
 import sys
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from typing import Any, TypeVar
 
 from ckpt_convert.errors import CkptConvertError
-from ckpt_convert.tensors.blocks import Meter, Progress, ProgressCallback
+from ckpt_convert.tensors.progress import Meter, Progress, ProgressCallback
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -29,6 +26,93 @@ _MOST = 1 << 10
 
 _REPORT = 8 << 20
 """Bytes after which a worker says how far it is."""
+
+
+# Threads
+
+
+def spread(items: Iterable[T], workers: int, meter: Meter, start: Callable[[], Callable[[T], None]]) -> None:
+    """Do ``start()(item)`` for every item in a few threads, each with a function (and buffers) of its own.
+
+    The first error ends the others at the next bytes they add to the meter, and is raised.
+    """
+    queue = deque(items)
+
+    def work() -> None:
+        do = start()
+        while True:
+            try:
+                item = queue.popleft()
+            except IndexError:
+                return
+            do(item)
+
+    with ThreadPoolExecutor(workers, meter.phase) as pool:
+        try:
+            for future in as_completed([pool.submit(work) for _ in range(workers)]):
+                future.result()
+        except BaseException:
+            queue.clear()
+            meter.stop()
+            raise
+
+
+class Background:
+    """One thread that does what it is handed in order; what fails is raised at the next call."""
+
+    def __init__(self) -> None:
+        self._pool: ThreadPoolExecutor | None = None
+        self._running: list[Future[None]] = []
+
+    @property
+    def busy(self) -> bool:
+        return any(not one.done() for one in self._running)
+
+    def run(self, work: Callable[[], None]) -> None:
+        """Start the work once what went on before is done; raises what that raised."""
+        self.wait()
+        self.then(work)
+
+    def then(self, work: Callable[[], None]) -> None:
+        """Do the work after what goes on, without waiting for that."""
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(1, "ckpt-convert-save")
+        self._running.append(self._pool.submit(work))
+
+    def check(self) -> None:
+        """Raise what failed, if anything did; never waits."""
+        while self._running and self._running[0].done():
+            self._running.pop(0).result()
+
+    def wait(self) -> None:
+        """Wait until nothing goes on; raises what failed first, once everything is done."""
+        running, self._running = self._running, []
+        wait(running)
+        for one in running:
+            one.result()
+
+    def settle(self) -> Exception | None:
+        """Wait until nothing goes on; returns what failed first, instead of raising it."""
+        try:
+            self.wait()
+        except Exception as error:
+            return error
+        return None
+
+    def close(self) -> None:
+        """Wait, and end the thread; raises what failed."""
+        try:
+            self.wait()
+        finally:
+            if self._pool is not None:
+                self._pool.shutdown()
+                self._pool = None
+
+
+# Processes
+#
+# Threads would do if numpy's calls were long. They take some ten microseconds on what fits a processor's cache, and so
+# often giving the interpreter to each other costs two threads more than the second core gains.
 
 
 def results(
@@ -87,7 +171,7 @@ def _batches(sizes: Sequence[int]) -> list[range]:
 
 
 def _collected(connections: list[Any], batches: Sequence[range], meter: Meter) -> Iterator[Any]:
-    from multiprocessing.connection import wait
+    from multiprocessing.connection import wait as ready_of
 
     queue = deque(enumerate(batches))
     killed = CkptConvertError(
@@ -105,7 +189,7 @@ def _collected(connections: list[Any], batches: Sequence[range], meter: Meter) -
     done: dict[int, list[Any]] = {}
     turn = 0
     while turn < len(batches):
-        ready: list[Any] = wait(connections)
+        ready: list[Any] = ready_of(connections)
         for connection in ready:
             try:
                 message: Any = connection.recv()
