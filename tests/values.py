@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpoint.opening import OpenedFiles
 from ckpt_convert.checkpoint.stated import Hints, Stated
+from ckpt_convert.containers.build import Spec, of_specs
 from ckpt_convert.formats.base import Directory
+from ckpt_convert.storage.base import Version
 from ckpt_convert.storage.place import at
-from ckpt_convert.tensors.header import Header, StoredTensor, WeightFile
+from ckpt_convert.tensors.header import FileLayout, WeightFile
 
 CONFIG = {
     "model_type": "llama",
@@ -41,25 +44,32 @@ SHAPES = {
 }
 
 
-class Nothing:
-    """A file that nobody may read."""
+class HeaderAlone:
+    """A file of which nobody may read a tensor."""
 
-    name, size = "nothing", 1 << 20
+    def __init__(self, name: str, layout: FileLayout) -> None:
+        self.name, self.size, self._literals = name, layout.header.size, layout.literals
 
     def readinto(self, offset: int, buffer: memoryview) -> None:
-        raise AssertionError("a tensor was read")
+        for start, data in self._literals:
+            if start <= offset and offset + len(buffer) <= start + len(data):
+                buffer[:] = data[offset - start : offset - start + len(buffer)]
+                return
+        raise AssertionError(f"{self.name}: a tensor was read, at {offset}")
 
 
-def file(name: str, *keys: str, dtype: str = "BF16") -> WeightFile:
-    tensors = tuple(StoredTensor(key, dtype, SHAPES[key.removeprefix("module.")], 64 * n) for n, key in enumerate(keys))
-    return WeightFile(name, 0, at(Path(name)), Nothing(), Header("safetensors", 1 << 20, tensors))
+def file(name: str, *keys: str, dtype: str = "BF16", more: Sequence[Spec] = ()) -> WeightFile:
+    """A safetensors file of these tensors, and ``more``."""
+    specs = [(key, dtype, SHAPES[key.removeprefix("module.")]) for key in keys]
+    made = of_specs(name, "safetensors", [*specs, *more], {"format": "pt"})
+    return WeightFile(name, 0, at(Path(name)), HeaderAlone(name, made), made.header)
 
 
 def opened(*files: WeightFile, format: str | None = "hf", weight_map: dict[str, str] | None = None) -> OpenedFiles:
     index = "model.safetensors.index.json" if weight_map is not None else None
-    return OpenedFiles(
-        at(Path("somewhere/model.safetensors")), format, "as asked for", Directory((), index, weight_map), files
-    )
+    seen = {one.path: Version(one.header.size, "1") for one in files}
+    path, directory = at(Path("somewhere/model.safetensors")), Directory((), index, weight_map)
+    return OpenedFiles(path, format, "as asked for", directory, files, seen=seen)
 
 
 def identified(files: OpenedFiles, config: dict[str, Any] | None, hints: Hints | None = None) -> Identified:

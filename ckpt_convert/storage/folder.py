@@ -76,6 +76,14 @@ class Folder:
         finally:
             os.close(fd)
 
+    @classmethod
+    @contextlib.contextmanager
+    def joined(cls, path: Path) -> Iterator[Folder]:
+        """A directory that another process writes, to write into the files that it has made; raises OSError."""
+        with cls.at(path) as folder:
+            folder._ledger.continued = True
+            yield folder
+
     @property
     def place(self) -> Place:
         """Where what was written can be read."""

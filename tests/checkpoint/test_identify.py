@@ -7,8 +7,7 @@ import pytest
 from ckpt_convert.checkpoint.keys import Keys
 from ckpt_convert.checkpoint.stated import Hints
 from ckpt_convert.errors import AmbiguousFormatError, ConfigError, KeyMismatchError
-from ckpt_convert.tensors.header import Header, StoredTensor, WeightFile
-from tests.values import CONFIG, SHAPES, Nothing, file, identified, opened
+from tests.values import CONFIG, SHAPES, file, identified, opened
 
 
 def test_family_and_sizes_come_from_headers_and_config() -> None:
@@ -59,11 +58,9 @@ def test_files_that_contradict_each_other_are_told_all_at_once() -> None:
 
 
 def test_quantised_tensors_are_told_from_headers_and_read_as_numbers() -> None:
-    codes = file("model.safetensors", *SHAPES, dtype="F8_E4M3")
-    scales = tuple(StoredTensor(f"{key}_scale_inv", "F32", (1, 1), 0) for key, s in SHAPES.items() if len(s) == 2)
-    header = Header("safetensors", 1 << 20, (*codes.header.tensors, *scales))
+    scales = [(f"{key}_scale_inv", "F32", (1, 1)) for key, shape in SHAPES.items() if len(shape) == 2]
     config = {**CONFIG, "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
-    found = identified(opened(WeightFile(codes.name, 0, codes.path, Nothing(), header)), config)
+    found = identified(opened(file("model.safetensors", *SHAPES, dtype="F8_E4M3", more=scales)), config)
     assert found.quantization is not None
     assert len(found.quantization.tensors) == len(scales)
     numbers = found.as_numbers(found.quantization, "bfloat16")
