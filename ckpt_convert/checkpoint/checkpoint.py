@@ -8,16 +8,15 @@ from typing import TYPE_CHECKING
 from ckpt_convert import formats
 from ckpt_convert.checkpoint import opening, record
 from ckpt_convert.checkpoint.identify import Identified
-from ckpt_convert.checkpoint.stated import Hints
+from ckpt_convert.checkpoint.stated import hinted
 from ckpt_convert.dtypes import DTYPES
-from ckpt_convert.errors import CheckpointNotFoundError, ConfigError, CorruptFileError, misfit
+from ckpt_convert.errors import CheckpointNotFoundError, CorruptFileError
 from ckpt_convert.formats.names import RECORD_FOLDER
-from ckpt_convert.models import FAMILIES
 from ckpt_convert.models.core.config import ConfigOptions
 from ckpt_convert.storage import hub
 from ckpt_convert.storage.base import read
 from ckpt_convert.storage.names import JOURNAL
-from ckpt_convert.storage.place import Location, Place, identities, locate
+from ckpt_convert.storage.place import Location, Place, identities
 from ckpt_convert.storage.reader import reading
 
 if TYPE_CHECKING:
@@ -106,18 +105,13 @@ def read_checkpoint(
     options: ConfigOptions | None = None,
 ) -> Checkpoint:
     """``open_checkpoint`` for any directory, also one that is still being written."""
-    if family is not None and family not in FAMILIES:
-        raise misfit("family", family, f"is no family; known: {', '.join(FAMILIES)}")
-    config_path = locate(config, "config") if config is not None else None
-    if format is not None and format not in formats.ALL:
-        raise misfit("format", format, f"no such format; known: {', '.join(formats.ALL)}")
-    if config_path is not None and not config_path.is_regular():
-        raise ConfigError(f"{config_path}: no such file; `config=` takes a config.json or params.json")
+    formats.refuse_unknown(format, "format")
+    hints = hinted(family, config, options)
     if not path.is_there():
         raise CheckpointNotFoundError(f"{path}: no such file or directory")
     seen = identities(path, RECORD_FOLDER) if path.is_folder() else {path: path.identity()}
     found_record = record.load(path) if path.is_folder() else None
     opened = opening.find(path, format, found_record, seen)
-    found = Checkpoint.of(opened, Hints(family, config_path, options or ConfigOptions()), found_record)
+    found = Checkpoint.of(opened, hints, found_record)
     _ = found.stated.known  # what is wrong with it is said where it is needed, that it cannot be read at once
     return found

@@ -9,10 +9,11 @@ from typing import Any
 from ckpt_convert import formats
 from ckpt_convert.checkpoint import record
 from ckpt_convert.checkpoint.opening import OpenedFiles
-from ckpt_convert.errors import CkptConvertError, ConfigError, UnsafeFileError
+from ckpt_convert.errors import CkptConvertError, ConfigError, UnsafeFileError, misfit
 from ckpt_convert.formats.base import load_json
+from ckpt_convert.models import FAMILIES
 from ckpt_convert.models.core.config import ConfigOptions
-from ckpt_convert.storage.place import Place
+from ckpt_convert.storage.place import Location, Place, locate
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,21 @@ class Hints:
     family: str | None = None
     config: Place | None = None
     options: ConfigOptions = field(default_factory=ConfigOptions)
+
+
+def hinted(family: str | None, config: Location | None, options: ConfigOptions | None = None) -> Hints:
+    """What a user says, where it can be; raises UsageError for an unknown family, ConfigError for no such config."""
+    if family is not None and family not in FAMILIES:
+        raise misfit("family", family, no_family())
+    place = locate(config, "config") if config is not None else None
+    if place is not None and not place.is_regular():
+        raise ConfigError(f"{place}: no such file; `config=` takes a config.json or params.json")
+    return Hints(family, place, options or ConfigOptions())
+
+
+def no_family() -> str:
+    """What is wrong with the name of no family."""
+    return f"is no family; known: {', '.join(FAMILIES)}"
 
 
 @dataclass(frozen=True)

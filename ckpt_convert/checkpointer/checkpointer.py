@@ -28,7 +28,7 @@ from ckpt_convert.checkpointer.save.emitting import Contents, Emitter
 from ckpt_convert.checkpointer.save.options import Final, Options
 from ckpt_convert.checkpointer.save.saver import Saver
 from ckpt_convert.checkpointer.state import parts
-from ckpt_convert.errors import OutputExistsError, UsageError, misfit
+from ckpt_convert.errors import OutputExistsError, UsageError
 from ckpt_convert.storage import pointer
 from ckpt_convert.storage.place import Place, locate
 from ckpt_convert.tensors.progress import ProgressCallback
@@ -137,8 +137,7 @@ class Checkpointer:
     def load_state_dict(self, format: str | None = None) -> dict[str, torch.Tensor]:
         """The source's weights, converted (``model_format`` unless said otherwise), in the dtypes of the source."""
         self._refuse_closed()
-        if format is not None and format not in formats.ALL:
-            raise misfit("format", format, f"no such format; known: {', '.join(formats.ALL)}")
+        formats.refuse_unknown(format, "format")
         return loading.state_dict(self._saver.emitter.source, format or self._options.settings.model_format)
 
     def load_best(self, model: Model) -> Saved | None:

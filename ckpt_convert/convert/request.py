@@ -41,8 +41,7 @@ class Request:
 
     def check(self) -> None:
         """Raise UsageError for options that exclude each other or that the target has no use for."""
-        if self.to not in formats.ALL:
-            raise misfit("to", self.to, f"no such format; known: {', '.join(formats.ALL)}")
+        formats.refuse_unknown(self.to, "to")
         target = formats.ALL[self.to]
         if self.dtype is not None and self.dtype not in CASTS:
             raise misfit("dtype", self.dtype, f"expected one of {', '.join(CASTS)}")

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
+from ckpt_convert import formats
 from ckpt_convert.checkpoint import legacy_keys
 from ckpt_convert.checkpoint.mapping import Equality, Source
 from ckpt_convert.checkpoint.model import Model, candidates, model_from
+from ckpt_convert.checkpoint.stated import no_family
 from ckpt_convert.convert.translate import translate
 from ckpt_convert.dtypes import DTYPES, FROM_TORCH, torch_name
 from ckpt_convert.errors import (
@@ -20,10 +22,9 @@ from ckpt_convert.errors import (
     TiedWeightsError,
     UnsupportedFamilyError,
     UsageError,
-    misfit,
 )
 from ckpt_convert.formats.base import load_json
-from ckpt_convert.models import FAMILIES, FORMATS
+from ckpt_convert.models import FAMILIES
 from ckpt_convert.models.core.config import AXES, ConfigOptions, MetaStyle
 from ckpt_convert.storage.place import Location, Place, locate
 from ckpt_convert.tensors.lazy import ZEROS, LazyTensor, stored
@@ -57,8 +58,7 @@ def convert_state_dict(
     """
     dicts = [state_dict] if isinstance(state_dict, Mapping) else list(state_dict)
     for name, format in (("source", source), ("target", target)):
-        if format not in FORMATS:
-            raise misfit(name, format, f"no such format; known: {', '.join(FORMATS)}")
+        formats.refuse_unknown(format, name)
     if not dicts:
         raise UsageError("the list of state dicts is empty; give one for each rank")
     if model_parallel != 1 and target != "meta":
@@ -159,7 +159,7 @@ def _model(
     meta_style: MetaStyle | None,
 ) -> Model:
     if family is not None and family not in FAMILIES:
-        raise UnsupportedFamilyError(f"{option('family', family)}: is no family; known: {', '.join(FAMILIES)}")
+        raise UnsupportedFamilyError(f"{option('family', family)}: {no_family()}")
     options = ConfigOptions(meta_style=meta_style)
     return model_from(content, "config", source, ranks, options, family=family)
 

@@ -126,7 +126,7 @@ def test_options_that_do_not_fit() -> None:
     source = expected("llama", "hf")
     with pytest.raises(CkptConvertError, match="only meta is cut over ranks"):
         ckpt_convert.convert_state_dict(source, config("llama"), source="hf", target="native", model_parallel=2)
-    with pytest.raises(CkptConvertError, match="is no format"):
+    with pytest.raises(CkptConvertError, match="`target='gguf'`: no such format"):
         ckpt_convert.convert_state_dict(source, config("llama"), source="hf", target="gguf")
     with pytest.raises(CkptConvertError, match=r"not divisible by 8|does not divide|cannot be cut over 8 ranks"):
         ckpt_convert.convert_state_dict(source, config("llama"), source="hf", target="meta", model_parallel=8)

@@ -10,23 +10,20 @@ from ckpt_convert.checkpoint import record
 from ckpt_convert.checkpoint.checkpoint import Checkpoint
 from ckpt_convert.checkpoint.findings import Finding, failed
 from ckpt_convert.checkpoint.opening import OpenedFiles, by_keys, detect, everything, open_files, place
-from ckpt_convert.checkpoint.stated import Hints
+from ckpt_convert.checkpoint.stated import hinted
 from ckpt_convert.containers.dcp import DCP_INDEX
 from ckpt_convert.errors import (
     CheckpointNotFoundError,
     CkptConvertError,
-    ConfigError,
     UnreadableError,
-    misfit,
     reason,
 )
 from ckpt_convert.formats.base import Directory, WeightName, load_json, plain_weights
 from ckpt_convert.formats.hf import another_set, plain_names
 from ckpt_convert.formats.names import RANK, RECORD_FOLDER, WEIGHT_SUFFIXES, is_index
-from ckpt_convert.models import FAMILIES
 from ckpt_convert.storage.base import OpenFile
 from ckpt_convert.storage.names import JOURNAL, check_name
-from ckpt_convert.storage.place import Location, Place, locate
+from ckpt_convert.storage.place import Location, Place
 from ckpt_convert.storage.reader import unreadable
 from ckpt_convert.tensors.header import WeightFile
 from ckpt_convert.words import some
@@ -80,11 +77,7 @@ def open_tolerantly(
     Raises CheckpointNotFoundError where there is nothing to open, UnreadableError where the system does not say what
     there is, and UsageError or ConfigError for what was asked for.
     """
-    if family is not None and family not in FAMILIES:
-        raise misfit("family", family, f"is no family; known: {', '.join(FAMILIES)}")
-    config_path = locate(config, "config") if config is not None else None
-    if config_path is not None and not config_path.is_regular():
-        raise ConfigError(f"{config}: no such file; `config=` takes a config.json or params.json")
+    hints = hinted(family, config)
     path = path.listed()
     if path.kind() is None:
         raise CheckpointNotFoundError(f"{path}: no such file or directory")
@@ -110,7 +103,7 @@ def open_tolerantly(
             del state.findings[before:]  # the same files are among those that are looked at now
             files, lost, damaged = _files(path, directory, state)
     files_there = OpenedFiles(path, name, why, directory, files)
-    checkpoint = Checkpoint.of(files_there, Hints(family, config_path), found_record)
+    checkpoint = Checkpoint.of(files_there, hints, found_record)
     once, plain = _each_key_once(checkpoint), replace(directory, index=None, weight_map=None)
     view = replace(checkpoint, opened=replace(files_there, files=once, directory=plain))
     return Opened(checkpoint, view, tuple(state.findings), frozenset(lost), frozenset(damaged), state.gone)
