@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Protocol, Self, runtime_checkable
 
-from ckpt_convert.errors import CorruptFileError, SourceChangedError
+from ckpt_convert.errors import CheckpointNotFoundError, CorruptFileError, SourceChangedError, UnsafeFileError
 
 
 class Kind(Enum):
@@ -217,3 +217,11 @@ def read(reader: RangeReader, offset: int, nbytes: int) -> bytes:
     buffer = bytearray(nbytes)
     reader.readinto(offset, memoryview(buffer))
     return bytes(buffer)
+
+
+def refuse(label: str, kind: Kind | None, said_by: str) -> None:
+    """Raise for a file that another one names where it is not there, or no file."""
+    if kind is None:
+        raise CheckpointNotFoundError(f"{label}: is not there, though {said_by} needs it; download or copy it again")
+    if kind is not Kind.FILE:
+        raise UnsafeFileError(f"{label}: is no regular file; move it elsewhere, and put the file itself there")

@@ -9,8 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from ckpt_convert.errors import CheckpointNotFoundError, CorruptFileError, UnsafeFileError, UsageError
-from ckpt_convert.storage.base import Entry, Kind
+from ckpt_convert.errors import CorruptFileError, UsageError
+from ckpt_convert.storage.base import Entry, Kind, refuse
 from ckpt_convert.storage.listing import Listing, below
 
 WINDOW = 1 << 18
@@ -135,11 +135,3 @@ class FarStore(ABC):
 
     def mode(self, name: str) -> int:
         return 0o777
-
-
-def refuse(label: str, kind: Kind | None, said_by: str) -> None:
-    """Raise for a file that another one names where it is not there, or no file."""
-    if kind is None:
-        raise CheckpointNotFoundError(f"{label}: is not there, though {said_by} needs it; download or copy it again")
-    if kind is not Kind.FILE:
-        raise UnsafeFileError(f"{label}: is no regular file; move it elsewhere, and put the file itself there")

@@ -10,10 +10,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckpt_convert.errors import OutputExistsError
+from ckpt_convert.errors import CheckpointNotFoundError, OutputExistsError, UnsafeFileError
 from ckpt_convert.storage import names as paths
-from ckpt_convert.storage.base import Entry, Kind
-from ckpt_convert.storage.reader import Identity, LocalFile, permitted, reading, unreadable
+from ckpt_convert.storage.base import Entry, Kind, changed, refuse
+from ckpt_convert.storage.reader import Identity, LocalFile, reading, unreadable
 from ckpt_convert.storage.system import sync_directory, writing
 
 _NOTHING = {errno.ENOENT, errno.ENOTDIR, errno.EBADF, errno.ELOOP, errno.ENAMETOOLONG}
@@ -116,10 +116,27 @@ class LocalStore:
                 raise
 
     def guard(self, folder: str, name: str, said_by: str) -> None:
-        paths.resolve(Path(folder), name, said_by)
+        """As ``Store.guard``; in a snapshot of the Hub's cache, links may lead into its ``blobs``, too."""
+        path = Path(folder) / name
+        kind = self.kind(str(path))
+        if kind is None and self.link(str(path)) is not None:
+            raise CheckpointNotFoundError(f"{path}: is a link that leads nowhere; download or copy the file again")
+        refuse(str(path), kind, said_by)
+        with reading(path, "looked at"):
+            real, roots = path.resolve(), [Path(folder).resolve()]
+        roots += [above.parent / "blobs" for above in roots[0].parents if above.name == "snapshots"]
+        if not any(real.is_relative_to(root) for root in roots):
+            raise UnsafeFileError(
+                f"{path}: is a link that leaves the directory, to {real}; copy the file in, or give the place "
+                "it lies in"
+            )
 
     def mode(self, name: str) -> int:
-        return permitted(Path(name))
+        with reading(name, "looked at"):
+            try:
+                return stat.S_IMODE(os.stat(name).st_mode) & 0o777 | 0o700
+            except (FileNotFoundError, NotADirectoryError):
+                raise changed(name, "it was removed") from None
 
 
 LOCAL = LocalStore()

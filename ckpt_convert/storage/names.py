@@ -10,8 +10,7 @@ import re
 from pathlib import Path, PurePosixPath
 from typing import Protocol, Self, TypeVar
 
-from ckpt_convert.errors import CheckpointNotFoundError, UnsafeFileError, UsageError
-from ckpt_convert.storage.reader import read_file, reading
+from ckpt_convert.errors import UnsafeFileError, UsageError
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
 """How the names of weight files end."""
@@ -60,11 +59,6 @@ def check_name(name: str, said_by: str) -> str:
     return name
 
 
-def read_named(directory: Path, name: str, said_by: str, most: int) -> bytes:
-    """A small file whose name another file says: it stays in the directory, is regular, and of ``most`` bytes."""
-    return read_file(resolve(directory, name, said_by), most)
-
-
 def local_path(given: str | os.PathLike[str], what: str = "") -> Path:
     """The path that somebody gives for ``what``, with ``~`` as the home directory.
 
@@ -107,33 +101,3 @@ def partial_of(destination: _Name) -> _Name:
 def replaced_of(destination: _Name) -> _Name:
     """The place beside ``destination`` that an old output is moved to while a new one takes its name."""
     return destination.with_name(f".{destination.name}{REPLACED}")
-
-
-def resolve(directory: Path, name: str, said_by: str) -> Path:
-    """The path of a file in a checkpoint's directory.
-
-    Links may stay in the directory or, in a Hub cache's snapshot, lead into its ``blobs``; anything else raises
-    UnsafeFileError. Raises CheckpointNotFoundError when the file is not there.
-    """
-    path = directory / check_name(name, said_by)
-    with reading(path, "looked at"):
-        return _resolved(directory, path, said_by)
-
-
-def _resolved(directory: Path, path: Path, said_by: str) -> Path:
-    if not path.exists():
-        if path.is_symlink():
-            raise CheckpointNotFoundError(f"{path}: is a link that leads nowhere; download or copy the file again")
-        raise CheckpointNotFoundError(f"{path}: is not there, though {said_by} needs it; download or copy it again")
-    if not path.is_file():
-        raise UnsafeFileError(f"{path}: is no regular file; move it elsewhere, and put the file itself there")
-    real = path.resolve()
-    roots = [directory.resolve()]
-    for folder in roots[0].parents:
-        if folder.name == "snapshots":
-            roots.append(folder.parent / "blobs")
-    if not any(real.is_relative_to(root) for root in roots):
-        raise UnsafeFileError(
-            f"{path}: is a link that leaves the directory, to {real}; copy the file in, or give the place it lies in"
-        )
-    return path

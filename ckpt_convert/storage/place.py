@@ -13,8 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from ckpt_convert.errors import UnsafeFileError
-from ckpt_convert.storage.base import Entry, Kind, Names, OpenFile, Store, changed, read
-from ckpt_convert.storage.far import refuse
+from ckpt_convert.storage.base import Entry, Kind, Names, OpenFile, Store, changed, read, refuse
 from ckpt_convert.storage.listing import Listing
 from ckpt_convert.storage.local import LOCAL
 from ckpt_convert.storage.names import check_name, local_path

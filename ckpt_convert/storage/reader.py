@@ -1,4 +1,4 @@
-"""Reading byte ranges: the only way in which containers and conversions see the bytes of a file."""
+"""Files of this machine, open for reading, and how what the system says of them is told."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ import contextlib
 import errno
 import os
 import stat
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
 from ckpt_convert.errors import CorruptFileError, UnreadableError, UnsafeFileError
-from ckpt_convert.storage.base import Entry, changed, read
+from ckpt_convert.storage.base import Entry, changed
 
 WORKERS = max(2, min(4, os.cpu_count() or 2))
 """Workers by default: two keep a disk busy; more than four only help where many cores feed a very fast one."""
@@ -52,76 +51,6 @@ class Identity(NamedTuple):
 def _time(mtime_ns: int) -> str:
     seconds, fraction = divmod(mtime_ns, 10**9)
     return f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(seconds))}.{fraction:09d}"
-
-
-def identify(path: Path) -> Identity:
-    """The identity of what a path leads to; raises UnreadableError, SourceChangedError where nothing is there."""
-    with reading(path, "looked at"):
-        try:
-            return Identity.of(os.stat(path))
-        except (FileNotFoundError, NotADirectoryError):
-            raise changed(path, "it was removed") from None
-
-
-def permitted(path: Path) -> int:
-    """The permissions that a copy may have: nobody else may do with it what they could not do with the original.
-
-    Raises as ``identify`` does.
-    """
-    with reading(path, "looked at"):
-        try:
-            return stat.S_IMODE(os.stat(path).st_mode) & 0o777 | 0o700
-        except (FileNotFoundError, NotADirectoryError):
-            raise changed(path, "it was removed") from None
-
-
-def exists(path: Path) -> bool:
-    """Whether a path leads to something; what the system fails to say is no answer, but raises UnreadableError."""
-    with reading(path, "looked at"):
-        try:
-            os.stat(path)
-        except (FileNotFoundError, NotADirectoryError):
-            return False
-    return True
-
-
-def walk(directory: Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    """``os.walk``, which passes over what cannot be listed, as if nothing were there; here that is UnreadableError."""
-
-    def failed(error: OSError) -> None:
-        raise unreadable(error, directory, "listed")
-
-    return os.walk(directory, onerror=failed)
-
-
-def identities(directory: Path, *folders: str) -> dict[Path, Identity]:
-    """Every file of a directory as it is now, and every file below some of its ``folders``; links are followed."""
-    found: dict[Path, Identity] = {}
-    there = [directory / name for name in folders if exists(directory / name)]
-    places = [directory, *(Path(place) for folder in there for place, _, _ in walk(folder))]
-    for place in places:
-        with os.scandir(place) as entries:
-            for entry in entries:
-                with contextlib.suppress(FileNotFoundError):  # a link that leads nowhere
-                    if entry.is_file():
-                        found[place / entry.name] = Identity.of(entry.stat())
-    return found
-
-
-def compare(files: Mapping[Path, Identity]) -> list[str]:
-    """Hold files against what they were: those that are the same, in size and time, but lie in another place.
-
-    Raises SourceChangedError for one that was changed, replaced or removed.
-    """
-    moved = []
-    for path, before in files.items():
-        now = identify(path)
-        what = before.change(now)
-        if what is not None:
-            raise changed(path, what)
-        if now != before:
-            moved.append(f"{path}: was replaced by a copy of the same size and time while it was read")
-    return moved
 
 
 @contextlib.contextmanager
@@ -221,51 +150,6 @@ class LocalFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-class FilePool:
-    """Files that are opened when they are read, and kept open, though only so many: there may be thousands of them.
-
-    Each is what it was when it was first identified, or reading it raises SourceChangedError.
-    """
-
-    def __init__(self, most: int = 64) -> None:
-        self._most = most
-        self._idle: list[LocalFile] = []
-        self._lock = threading.Lock()
-
-    @contextlib.contextmanager
-    def open(self, path: Path, expected: Identity) -> Iterator[LocalFile]:
-        """One of the open files of this path, or a new one; nobody else has it meanwhile."""
-        with self._lock:
-            at = next((at for at, file in enumerate(self._idle) if file.path == path), None)
-            file = self._idle.pop(at) if at is not None else None
-        file = file or LocalFile(path, expected=expected)
-        try:
-            yield file
-        finally:
-            with self._lock:
-                self._idle.append(file)
-                spare = self._idle.pop(0) if len(self._idle) > self._most else None
-            if spare is not None:
-                spare.close()
-
-    def close(self) -> None:
-        with self._lock:
-            idle, self._idle = self._idle, []
-        for file in idle:
-            file.close()
-
-
-def read_file(path: Path, most: int, *, expected: Entry | None = None) -> bytes:
-    """A small file, whole; raises what LocalFile does, and UnsafeFileError for one of more than ``most`` bytes."""
-    with LocalFile(path, expected=expected) as file:
-        if file.size > most:
-            raise UnsafeFileError(
-                f"{path}: has {file.size:,} bytes, where a file of its kind has {most:,} at most; "
-                "is this the right file?"
-            )
-        return read(file, 0, file.size)
 
 
 def pread_into(fd: int, buffer: memoryview, offset: int) -> int:

@@ -10,7 +10,6 @@ from collections.abc import Collection, Iterable
 from types import TracebackType
 from typing import Protocol, Self
 
-from ckpt_convert.storage import by_rename, in_order
 from ckpt_convert.storage.local import LocalStore
 from ckpt_convert.storage.place import Place
 from ckpt_convert.storage.rules import Rules
@@ -213,6 +212,11 @@ class Workspace(Protocol):
 
 def of(place: Place) -> Workspace:
     """How it is written where this lies."""
+    # Imported here, for most of what is run only reads.
     if isinstance(place.store, LocalStore):
+        from ckpt_convert.storage import by_rename
+
         return by_rename
+    from ckpt_convert.storage import in_order
+
     return in_order
