@@ -2,6 +2,7 @@
 
     python docs/pictures.py              all of them, into docs/pictures, in about two minutes
     python docs/pictures.py diff page    only those whose name begins so
+    python docs/pictures.py rooms        that of the package's rooms, which needs nothing
 
 Terminals need nothing but the project's own packages; the pages need playwright and a Chromium (the system's, else
 playwright's own). The model is trained a little on this repository's own text, so that its weights look like weights.
@@ -71,6 +72,59 @@ PAGES = (
     Page("page-inspect-statistics", f"inspect {TUNED} --stats --html", section="#heat-section"),
     Page("page-diff", f"diff {BASE} {TUNED} --html", code=1),
 )
+
+
+@dataclass(frozen=True)
+class Room:
+    """A room of the package: what is done there, and what a conversion and a save do on their way through it."""
+
+    name: str
+    what: str
+    conversion: str = ""
+    save: str = ""
+
+
+ROOMS = (
+    Room("cli", "commands, flags, color, progress", "1 options, dry run, progress bar"),
+    Room("checkpointer", "what a recipe has: save, resume", "", "1 is a save due? · 2 take the state"),
+    Room("analysis", "verify, diff, logits, statistics", "", "at resume: is the step sound?"),
+    Room("adapters", "LoRA, DoRA, PEFT's files, merging", "", "3 PEFT's keys and files"),
+    Room("convert", "plan, execute, publish", "6 plan · 8 pieces · 11 read back", "4 plan, made once · 6 pieces"),
+    Room("checkpoint", "keys, family, config, record", "4 what is it? · 10 manifest", "8 manifest"),
+    Room("formats", "directories, and names of files", "3 which files, which format", "5 the source's names"),
+    Room("containers", "bytes of one file, new headers", "2 headers · 7 new headers", "5 the source's headers"),
+    Room("models", "one table for each family", "5 through two columns", "4 through two columns"),
+    Room("tokenizer", "tokenizer.model and .json", "5 for the other side"),
+    Room("tensors", "lazy tensors, reading, workers", "8 rows in order, cast", "6 rows in order, cast"),
+    Room("storage", "places, staging, publishing", "2 list · 9 write · 12 rename", "7 write · 9 rename, point, prune"),
+)
+"""From top to bottom: each imports only what is below it."""
+
+
+def draw_rooms() -> str:
+    """The rooms one above the other, with the ways of one conversion and of one save."""
+    row, left, top = 46, 20, 62
+    ways = ((448, "#1f6feb", "one conversion"), (716, "#b35900", "one save"))
+    height = top + row * len(ROOMS) + 16
+    out = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="1000" height="{height}" viewBox="0 0 1000 {height}" '
+        'font-family="system-ui, sans-serif" font-size="14">',
+        f'<rect width="1000" height="{height}" rx="8" fill="#ffffff"/>',
+        f'<text x="{left}" y="34" fill="#57606a">a room imports what is below it</text>',
+    ]
+    for x, color, title in ways:
+        out.append(f'<text x="{x + 14}" y="34" fill="{color}" font-weight="600">{title}</text>')
+        out.append(f'<path d="M{x} {top}V{height - 22}" stroke="{color}" stroke-opacity="0.35" stroke-width="2"/>')
+    for number, room in enumerate(ROOMS):
+        y = top + row * number
+        out.append(f'<rect x="{left}" y="{y}" width="404" height="36" rx="6" fill="#f6f8fa" stroke="#d0d7de"/>')
+        out.append(f'<text x="{left + 12}" y="{y + 23}" fill="#1f2328" font-weight="600">{room.name}</text>')
+        out.append(f'<text x="{left + 120}" y="{y + 23}" fill="#57606a">{room.what}</text>')
+        for (x, color, _), stop in zip(ways, (room.conversion, room.save), strict=True):
+            if stop:
+                out.append(f'<circle cx="{x}" cy="{y + 18}" r="5" fill="{color}"/>')
+                out.append(f'<text x="{x + 14}" y="{y + 23}" fill="#1f2328">{stop}</text>')
+    return "\n".join([*out, "</svg>"]) + "\n"
 
 
 def make_models(folder: Path) -> None:
@@ -246,6 +300,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="beginnings of names; all pictures without")
     wanted = tuple(parser.parse_args().names) or ("",)
+    if "rooms".startswith(wanted):
+        write("rooms.svg", draw_rooms().encode())
+    if wanted == ("rooms",):
+        return
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         make_models(folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
+import tomllib
 from pathlib import Path
 from types import ModuleType
 from xml.etree import ElementTree
@@ -42,7 +43,15 @@ def test_a_line_that_is_too_long_goes_on_below(pictures: ModuleType) -> None:
 
 def test_the_pictures_are_those_of_the_script_and_small(pictures: ModuleType) -> None:
     names = {f"{terminal.name}.svg" for terminal in pictures.TERMINALS}
+    names.add("rooms.svg")
     names |= {f"{page.name}-{scheme}.png" for page in pictures.PAGES for scheme in ("light", "dark")}
     found = {path.name: path.stat().st_size for path in pictures.PICTURES.iterdir()}
     assert found.keys() == names
     assert max(found.values()) <= pictures.MOST
+
+
+def test_the_rooms_are_those_of_the_package(pictures: ModuleType) -> None:
+    contract = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]
+    layers = [layer for layer in contract["layers"] if (ROOT / "ckpt_convert" / layer / "__init__.py").exists()]
+    assert [room.name for room in pictures.ROOMS] == layers
+    assert (pictures.PICTURES / "rooms.svg").read_text() == pictures.draw_rooms()
