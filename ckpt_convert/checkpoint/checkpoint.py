@@ -11,9 +11,9 @@ from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpoint.stated import hinted
 from ckpt_convert.dtypes import DTYPES
 from ckpt_convert.errors import CheckpointNotFoundError, CorruptFileError
+from ckpt_convert.formats import repository
 from ckpt_convert.formats.names import RECORD_FOLDER
 from ckpt_convert.models.core.config import ConfigOptions
-from ckpt_convert.storage import hub
 from ckpt_convert.storage.base import read
 from ckpt_convert.storage.names import JOURNAL
 from ckpt_convert.storage.place import Location, Place, identities
@@ -86,7 +86,7 @@ def open_checkpoint(
     ``format`` and ``family`` settle what detection cannot; ``config`` is a config.json or params.json to use.
     Raises CheckpointNotFoundError, CorruptFileError or UnsafeFileError; an unknown family is not an error here.
     """
-    path = opening.place(hub.here(path) or hub.locate(path, format=format))
+    path = opening.place(repository.locate(path, format=format))
     if path.is_folder() and (path / JOURNAL).is_there():
         raise CorruptFileError(
             f"{path}: is the unfinished output of a conversion; run that again with `resume=True`, or without to "

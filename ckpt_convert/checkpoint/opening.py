@@ -13,6 +13,7 @@ from ckpt_convert import containers, formats
 from ckpt_convert.checkpoint import legacy_keys, record
 from ckpt_convert.checkpoint.record import Record
 from ckpt_convert.containers import gguf
+from ckpt_convert.containers.dcp import is_dcp_index
 from ckpt_convert.dtypes import majority
 from ckpt_convert.errors import CheckpointNotFoundError
 from ckpt_convert.formats import peft
@@ -22,6 +23,7 @@ from ckpt_convert.formats.names import (
     ADAPTER_WEIGHTS,
     GGUF_SUFFIX,
     INDEX_SUFFIX,
+    LOOSE_SUFFIXES,
     OF_TRAINING,
     RANK,
     SHARD,
@@ -34,7 +36,6 @@ from ckpt_convert.storage.place import Place
 from ckpt_convert.tensors.header import SLICES, StoredTensor, WeightFile
 from ckpt_convert.words import option, some
 
-_ANY_SUFFIX = (*WEIGHT_SUFFIXES, ".ckpt")
 _INDEX = re.compile(r"(?<![^.])(?:0|[1-9][0-9]*)(?![^.])")
 """A part of a key that is a number."""
 
@@ -138,7 +139,7 @@ def detect(path: Place, wanted: str | None, found_record: Record | None) -> tupl
     if path.is_regular():
         from ckpt_convert.containers.dcp import dcp
 
-        if dcp.is_metadata(path.name):
+        if is_dcp_index(path.name):
             return wanted, WRITTEN_BY_DCP, Directory((), path.name, kind=dcp.KIND)
         adapter = peft.config(path.parent) if path.name in ADAPTER_WEIGHTS and wanted is None else None
         if adapter is not None:
@@ -311,7 +312,7 @@ def tensors_of(path: Place) -> list[tuple[WeightFile, StoredTensor]]:
 
 def everything(directory: Place) -> list[str]:
     """All weight files, but for those that are there in safetensors as well; GGUF files where there are no others."""
-    names = _named(directory, _ANY_SUFFIX)
+    names = _named(directory, LOOSE_SUFFIXES)
     stems = {PurePosixPath(name).stem for name in names if name.endswith(".safetensors")}
     if any(stem.startswith("model") for stem in stems):
         names = [name for name in names if not name.startswith("pytorch_model") or not name.endswith(".bin")]
@@ -335,7 +336,7 @@ def _instead(path: Place) -> str:
     for folder in sorted(entry for entry in path.children() if entry.is_folder() and not entry.name.startswith(".")):
         if folder.name.startswith(OF_TRAINING):
             continue
-        if any(entry.suffix in _ANY_SUFFIX for entry in folder.children()) or dcp.is_directory(folder):
+        if any(entry.suffix in LOOSE_SUFFIXES for entry in folder.children()) or dcp.is_directory(folder):
             how = f": give that, with {option('config', config)}" if config.is_regular() else ""
             return f"; there are some in {folder}{how}"
     return ""

@@ -132,7 +132,7 @@ def diff(
     from ckpt_convert.cli.notices import on_stderr
     from ckpt_convert.cli.pages import check_page, write_page
     from ckpt_convert.cli.progress import Bar
-    from ckpt_convert.storage import hub
+    from ckpt_convert.formats import repository
 
     if html is not None:
         check_page(html, with_json=as_json)
@@ -142,8 +142,8 @@ def diff(
 
     with (
         on_stderr(hidden=quiet),
-        open_checkpoint(hub.locate(a, revision_a), format=from_a, family=family, config=config_a) as left,
-        open_checkpoint(hub.locate(b, revision_b), format=from_b, family=family, config=config_b) as right,
+        open_checkpoint(repository.locate(a, revision_a), format=from_a, family=family, config=config_a) as left,
+        open_checkpoint(repository.locate(b, revision_b), format=from_b, family=family, config=config_b) as right,
         Bar(hidden=quiet) as bar,
     ):
         found = compare(left, right, values=values, keep=keep, workers=workers or WORKERS, progress=bar)

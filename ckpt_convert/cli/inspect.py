@@ -174,6 +174,6 @@ def _body(facts: Facts, view: View, statistics: Statistics | None) -> Iterator[s
 
 
 def _locate(path: str, revision: str | None) -> Place:
-    from ckpt_convert.storage import hub
+    from ckpt_convert.formats import repository
 
-    return hub.here(path) or hub.locate(path, revision)
+    return repository.locate(path, revision)

@@ -89,12 +89,12 @@ def verify(
     from ckpt_convert.checkpoint.opening import place
     from ckpt_convert.cli.notices import on_stderr, silent_transformers
     from ckpt_convert.cli.progress import Bar
-    from ckpt_convert.storage import hub
+    from ckpt_convert.formats import repository
     from ckpt_convert.storage.place import locate
 
     renewed = accept(place(locate(path)), accepted) if accepted else []
-    a = Opening(hub.locate(path, revision), from_format, family, config)
-    b = Opening(hub.locate(other), None, family) if other is not None else None
+    a = Opening(repository.locate(path, revision), from_format, family, config)
+    b = Opening(repository.locate(other), None, family) if other is not None else None
     compared: dict[str, Any] | None = None
     computed: LogitsReport | None = None
     with on_stderr(hidden=quiet), Bar(hidden=quiet) as bar:

@@ -32,8 +32,9 @@ from ckpt_convert.errors import (
     misfit,
     require,
 )
+from ckpt_convert.formats import repository
 from ckpt_convert.models.core.config import ConfigOptions, MetaStyle
-from ckpt_convert.storage import hub, workspace
+from ckpt_convert.storage import workspace
 from ckpt_convert.storage.place import Location, Place, at, locate
 from ckpt_convert.storage.reader import WORKERS, reading
 from ckpt_convert.storage.workspace import Stage
@@ -149,9 +150,9 @@ def _plan(
     )
     request.check()
     if like is not None:
-        request = replace(request, like=hub.locate(like, format=to))
+        request = replace(request, like=repository.locate(like, format=to))
     from_format = options.get("from_format")
-    where = hub.locate(src, options.get("revision"), format=from_format)
+    where = repository.locate(src, options.get("revision"), format=from_format)
     family = options.get("family")
     source = open_checkpoint(where, format=from_format, family=family, config=options.get("config"), options=settings)
     if request.like is not None and (config := _config_of(request.like, source)) is not None:

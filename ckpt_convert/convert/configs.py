@@ -18,7 +18,7 @@ from ckpt_convert.convert.sidefiles import SideFile
 from ckpt_convert.dtypes import DTYPES, majority_of_floats, torch_name
 from ckpt_convert.errors import UnsupportedFamilyError
 from ckpt_convert.formats.base import JSON_LIMIT, load_json, render_json
-from ckpt_convert.formats.names import RECORD_FOLDER
+from ckpt_convert.formats.names import RECORD_FOLDER, has_tokenizer
 from ckpt_convert.models.core.config import Translated, type_of
 from ckpt_convert.storage.place import Place
 from ckpt_convert.tokenizer.spec import TiktokenSpec
@@ -87,7 +87,7 @@ def tokenizer(source: Identified, request: Request, model: Model, like: Identifi
     """
     here = {**sidefiles.nearby(source), **sidefiles.beside(source)}
     restored = source.record.carried_side_files if source.record else {}
-    if like is not None and sidefiles.has_tokenizer(sidefiles.beside(like)):
+    if like is not None and has_tokenizer(sidefiles.beside(like)):
         return {}
     if request.to == source.format or request.to == "native":
         return {}
@@ -142,7 +142,7 @@ def tokenizer_notice(source: Identified, request: Request, model: Model, names: 
     Within a format a checkpoint stays as complete as it was.
     """
     needs = request.to in ("hf", "meta") and request.to != source.format and "vocab_size" in model.dims
-    if not needs or sidefiles.has_tokenizer(names):
+    if not needs or has_tokenizer(names):
         return ()
     return (
         f"no tokenizer goes with it, for there is none beside {source.path}; take it from another checkpoint of the "

@@ -9,15 +9,19 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 
 from ckpt_convert.checkpoint import record
-from ckpt_convert.containers.dcp import DCP_INDEX
 from ckpt_convert.errors import InputError
-from ckpt_convert.formats.names import RECORD_FOLDER
+from ckpt_convert.formats.names import (
+    RECORD_FOLDER,
+    completes,
+    is_any_index,
+    is_familiar,
+    is_surely_weights,
+    may_be_weights,
+)
 from ckpt_convert.storage.base import read
-from ckpt_convert.storage.names import JOURNAL
 from ckpt_convert.storage.place import Place
 from ckpt_convert.storage.rules import Rules
 
@@ -30,42 +34,13 @@ _FOLDERS = (RECORD_FOLDER, record.TRAINING_STATE, record.MERGED, "original", "on
 _DEEP = (_HUB, f"{RECORD_FOLDER}/")
 """Beginnings of the names of folders that have folders of any name."""
 
-_WEIGHTS = re.compile(
-    r"((pytorch_|tf_|flax_|rust_|adapter_)?model|consolidated|diffusion_\w+_model)\b.*"
-    r"\.(safetensors|bin|pth?|h5|msgpack|ot|onnx(_data)?|gguf)"
-    r"|.+-\d+-of-\d+\.(safetensors|bin|pth?|gguf)"
-    r"|.+\.distcp"
-)
-"""Weights by their name alone."""
-
-_PERHAPS_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".gguf")
 _ZIP, _PICKLE, _GGUF = b"PK\x03\x04", b"\x80", b"GGUF"
-
-_INDEX = re.compile(r".+\.index(\.[\w-]+)?\.json|(__\d+)?\.metadata")
-
-_BESIDE = (
-    # configs
-    *("config.json", "*_config.json", "config_*.json", "configuration.json", "params.json", "modules.json"),
-    *("model_index.json", "recipe.yaml", "trainer_state.json", "checklist.chk", JOURNAL),
-    # tokenizers and chat templates
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "tekken.json"),
-    *("*.tiktoken", "spiece.model", "sentencepiece*.model", "source.spm", "target.spm", "chat_template*", "*.jinja"),
-    # the model's own code
-    *("modeling_*.py", "configuration_*.py", "tokenization_*.py", "processing_*.py", "modular_*.py"),
-    *("image_processing_*.py", "video_processing_*.py", "feature_extraction_*.py", "generation_utils.py"),
-    # model card and licenses
-    *("readme*", "license*", "licence*", "notice*", "copying*", "use_policy*", "*acceptable_use*", "model_card*"),
-    *("responsible*", ".gitattributes"),
-)
-"""What lies beside weights, in small letters."""
 
 _RECORD = re.compile(
     r"manifest\.json|\.manifest\.json\.partial|config\.json"
     r"|layouts/\w+/(layout\.json|index\.json|\d+\.bytes|carried\.safetensors|params\.json|checklist\.chk)"
 )
 """The files of the record, below its folder, but for those of ``side/``."""
-
-_LAST = ("config.json", "params.json", "adapter_config.json", "model_index.json", DCP_INDEX)
 
 
 def foreign(directory: Place) -> list[str]:
@@ -77,7 +52,7 @@ def foreign(directory: Place) -> list[str]:
     listed = record.listed(directory)
     found = list(_others(directory, listed, lambda name, place: name in listed or _is_known(name, place)))
     there = sorted(directory.children())
-    if found or listed or any(_is_weights(place) or _INDEX.fullmatch(place.name) for place in there):
+    if found or listed or any(_is_weights(place) or is_any_index(place.name) for place in there):
         return found
     return [place.name for place in there]
 
@@ -101,7 +76,7 @@ def rank(name: str) -> int:
     *folders, last = PurePosixPath(name).parts
     if RECORD_FOLDER in folders:
         return 0
-    return 1 if last in _LAST or _INDEX.fullmatch(last) else 0
+    return int(completes(last))
 
 
 _MARKS = (f"{record.MERGED}/{record.MANIFEST}", record.MANIFEST)
@@ -146,9 +121,7 @@ def _is_known(name: str, place: Place) -> bool:
             return _is_known(inner.removeprefix("side/"), place)
         return _RECORD.fullmatch(inner) is not None
     last = PurePosixPath(name).name
-    if _is_weights(place) or _INDEX.fullmatch(last):
-        return True
-    return any(fnmatchcase(last.lower(), pattern) for pattern in _BESIDE)
+    return _is_weights(place) or is_any_index(last) or is_familiar(last)
 
 
 def _is_weights(place: Place) -> bool:
@@ -156,9 +129,9 @@ def _is_weights(place: Place) -> bool:
     regular = place.is_regular()
     if not regular and place.link() is None:
         return False
-    if _WEIGHTS.fullmatch(place.name):
+    if is_surely_weights(place.name):
         return True
-    if not regular or not place.name.endswith(_PERHAPS_WEIGHTS):
+    if not regular or not may_be_weights(place.name):
         return False
     try:
         with place.open() as file:

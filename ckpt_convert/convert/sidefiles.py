@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,20 +13,19 @@ from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpoint.record import Layout, Record
 from ckpt_convert.errors import CheckpointNotFoundError, CorruptFileError, InputError, UnreadableError, UnsafeFileError
 from ckpt_convert.formats.base import TEXT_LIMIT
-from ckpt_convert.formats.names import NEVER_ENTERED, RECORD_FOLDER, is_never_beside, is_weights, is_weights_of_any
+from ckpt_convert.formats.names import (
+    NEVER_ENTERED,
+    RECORD_FOLDER,
+    TOKENIZERS,
+    has_tokenizer,
+    is_never_beside,
+    is_weights,
+    is_weights_of_any,
+)
 from ckpt_convert.storage.base import Entry
 from ckpt_convert.storage.names import check_name
 from ckpt_convert.storage.place import Place
 from ckpt_convert.storage.reader import reading
-
-_TOKENIZERS = (
-    "tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "tekken", "chat_template", "spiece",
-    "sentencepiece",
-)  # fmt: skip
-"""How the names of tokenizer files begin."""
-
-_READ = ("tokenizer.json", "tokenizer.model", "tekken", "vocab", "spiece", "sentencepiece")
-"""How those begin that one can be read from."""
 
 
 class Made(Protocol):
@@ -94,11 +93,6 @@ def beside(checkpoint: Identified) -> dict[str, Place]:
     return out
 
 
-def has_tokenizer(names: Iterable[str]) -> bool:
-    """Whether a tokenizer can be read from files of these names."""
-    return any(name.startswith(_READ) and not name.endswith(".chk") for name in names)
-
-
 def nearby(checkpoint: Identified) -> dict[str, Place]:
     """Tokenizer files of a checkpoint that has none beside it, where its user has them.
 
@@ -126,7 +120,7 @@ def nearby(checkpoint: Identified) -> dict[str, Place]:
 def _is_tokenizer(path: Place) -> bool:
     """Whether a file is one of a tokenizer by its name, and lies in its directory."""
     name = path.name
-    if not (name.startswith(_TOKENIZERS) or name == "generation_config.json"):
+    if not (name.startswith(TOKENIZERS) or name == "generation_config.json"):
         return False
     if not path.is_regular() or is_weights(name) or name.endswith((".chk", ".py")):
         return False
@@ -201,7 +195,7 @@ def plan(
         keep(name, path, "restored")
     if like is not None:
         for name, path in beside(like).items():
-            if name.startswith(_TOKENIZERS) or name == "generation_config.json":
+            if name.startswith(TOKENIZERS) or name == "generation_config.json":
                 out[name] = taken(name, "copied", path)
     return [out[name] for name in sorted(out)]
 

@@ -9,8 +9,6 @@ from ckpt_convert.formats import names
 from ckpt_convert.formats.base import Directory, Format, WeightName
 from ckpt_convert.storage.place import Place
 
-_DOCUMENTS = ("readme", "license", "use_policy", "notice", "model_card", "responsible")
-
 
 def find(directory: Place) -> Directory | None:
     """``consolidated.NN.pth`` for each rank, ``.NN.pt`` for each part, or one file; raises on gaps in the numbers."""
@@ -50,7 +48,8 @@ def file_names(count: int, container: str) -> list[str]:
 
 def _uses(name: str) -> bool:
     file = PurePosixPath(name).name.lower()
-    return file.startswith(("tokenizer.model", *_DOCUMENTS)) or file == "tekken.json" or file.endswith((".md", ".txt"))
+    documents = file.startswith(names.DOCUMENTS) or file.endswith((".md", ".txt"))
+    return documents or file.startswith("tokenizer.model") or file == "tekken.json"
 
 
 FORMAT = Format("meta", find, file_names, ("pth", "safetensors"), "params.json", _uses, ranks=True)

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 
-from ckpt_convert.containers.dcp import DCP_SUFFIX
-from ckpt_convert.storage.names import PARTIAL
+from ckpt_convert.containers.dcp import DCP_INDEX, DCP_SUFFIX, is_dcp_index
+from ckpt_convert.storage.names import JOURNAL, PARTIAL
 
 SUFFIXES = {"safetensors": ".safetensors", "bin": ".bin", "pth": ".pth", "pt": ".pt", "dcp": DCP_SUFFIX}
 """How the names of weight files end, by the container that they are."""
 
 WEIGHT_SUFFIXES = tuple(suffix for container, suffix in SUFFIXES.items() if container != "dcp")
+LOOSE_SUFFIXES = (*WEIGHT_SUFFIXES, ".ckpt")
+"""The same, with what no format calls its weights by."""
+
 GGUF_SUFFIX = ".gguf"
 
 _FOREIGN = (GGUF_SUFFIX, ".h5", ".msgpack", ".onnx", ".ot")
@@ -34,6 +38,40 @@ OF_TRAINING = (
     *("random_states", "sampler", "zero_pp_rank", "dl_state_dict"),
 )
 """How the names of files begin that trainers (transformers, accelerate, torchtune, DeepSpeed) keep beside weights."""
+
+_TITLED = re.compile(r"((pytorch_|tf_|flax_|rust_|adapter_)?model|consolidated|diffusion_\w+_model)\b.*")
+"""How weights begin that are some by their name alone, of whichever program."""
+
+_PIECES = re.compile(rf".+{re.escape(DCP_SUFFIX)}")
+
+TOKENIZERS = (
+    *("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "tekken", "chat_template", "spiece"),
+    "sentencepiece",
+)
+"""How the names of tokenizer files begin."""
+
+_READ = ("tokenizer.json", "tokenizer.model", "tekken", "vocab", "spiece", "sentencepiece")
+"""How those begin that one can be read from."""
+
+DOCUMENTS = ("readme", "license", "use_policy", "notice", "model_card", "responsible")
+"""How model cards and licenses begin, in small letters."""
+
+_BESIDE = (
+    # configs
+    *("config.json", "*_config.json", "config_*.json", "configuration.json", "params.json", "modules.json"),
+    *("model_index.json", "recipe.yaml", "trainer_state.json", "checklist.chk", JOURNAL),
+    # tokenizers and chat templates
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "tekken.json"),
+    *("*.tiktoken", "spiece.model", "sentencepiece*.model", "source.spm", "target.spm", "chat_template*", "*.jinja"),
+    # the model's own code
+    *("modeling_*.py", "configuration_*.py", "tokenization_*.py", "processing_*.py", "modular_*.py"),
+    *("image_processing_*.py", "video_processing_*.py", "feature_extraction_*.py", "generation_utils.py"),
+    # model card and licenses
+    *(*(f"{name}*" for name in DOCUMENTS), "licence*", "copying*", "*acceptable_use*", ".gitattributes"),
+)
+"""What lies beside weights, in small letters."""
+
+_COMPLETING = ("config.json", "params.json", "adapter_config.json", "model_index.json", DCP_INDEX)
 
 _UNFINISHED = (".incomplete", ".part", ".crdownload", ".aria2", ".tmp", ".download")
 
@@ -124,7 +162,12 @@ def weights_of(index: str) -> str:
     return index.partition(".index.")[0]
 
 
-# What is a weight, and what is not.
+def is_any_index(name: str) -> bool:
+    """Whether a file says which weights lie where, in any container."""
+    return is_index(name) or is_dcp_index(name)
+
+
+# What is a weight, what is none, and what lies beside them.
 
 
 def is_weights(name: str) -> bool:
@@ -135,6 +178,19 @@ def is_weights(name: str) -> bool:
 def is_weights_of_any(name: str) -> bool:
     """The same, or those of another program."""
     return name.endswith((*WEIGHT_SUFFIXES, *_FOREIGN))
+
+
+def is_surely_weights(name: str) -> bool:
+    """Whether a file holds weights by its name alone, which no other file would have."""
+    shard, suffix = SHARD.fullmatch(name), PurePosixPath(name).suffix
+    if _PIECES.fullmatch(name) or (shard is not None and suffix in (*WEIGHT_SUFFIXES, GGUF_SUFFIX)):
+        return True
+    return _TITLED.fullmatch(name) is not None and name.endswith((*WEIGHT_SUFFIXES, *_FOREIGN, ".onnx_data"))
+
+
+def may_be_weights(name: str) -> bool:
+    """Whether a file may hold weights, for all that its name says."""
+    return name.endswith((*LOOSE_SUFFIXES, GGUF_SUFFIX))
 
 
 def is_never_beside(name: str) -> bool:
@@ -150,3 +206,36 @@ def is_plain_weights(name: str) -> bool:
 def is_unfinished(name: str) -> bool:
     """Whether a download or a conversion left a file before it ended."""
     return name.endswith(_UNFINISHED) or (name.startswith(".") and name.endswith(PARTIAL))
+
+
+def is_familiar(name: str) -> bool:
+    """Whether checkpoints have a file of this name beside their weights: what has another name is somebody's."""
+    return any(fnmatchcase(name.lower(), pattern) for pattern in _BESIDE)
+
+
+def completes(name: str) -> bool:
+    """Whether loaders take a directory for a model by this file, so that it is to be there last."""
+    return name in _COMPLETING or is_any_index(name)
+
+
+def has_tokenizer(names: Iterable[str]) -> bool:
+    """Whether a tokenizer can be read from files of these names."""
+    return any(name.startswith(_READ) and not name.endswith(".chk") for name in names)
+
+
+# What is wanted of a repository, which may hold a model several times.
+
+
+def is_meta(names: Iterable[str]) -> bool:
+    return any(name.startswith(CONSOLIDATED) for name in names)
+
+
+def unwanted(names: Iterable[str], format: str | None) -> list[str]:
+    """Patterns of what is of no use among the files of a repository: other programs' weights, and other formats'."""
+    never = ["onnx/*", *(f"*{suffix}" for suffix in _FOREIGN)]
+    if format == "meta":
+        return [*never, "model*.safetensors", "pytorch_model*"]
+    if any(name.endswith(SUFFIXES["safetensors"]) and not name.startswith(CONSOLIDATED) for name in names):
+        others = [f"*{suffix}" for suffix in WEIGHT_SUFFIXES if suffix != SUFFIXES["safetensors"]]
+        return [*never, *others, f"{CONSOLIDATED}*", "original/*"]
+    return [*never, "original/*"]

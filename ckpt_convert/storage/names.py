@@ -12,9 +12,6 @@ from typing import Protocol, Self, TypeVar
 
 from ckpt_convert.errors import UnsafeFileError, UsageError
 
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
-"""How the names of weight files end."""
-
 LONGEST = 255
 """Bytes of a name that file systems take."""
 

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from ckpt_convert.errors import CkptConvertError
+from ckpt_convert.storage.place import Place, at
 from tests.cli.inspecting import body, document, facts, run, save, text, write_keys
 from tests.helpers import CASES, GOLDEN, bits, edit_json, read_meta, read_safetensors
 
@@ -543,11 +544,12 @@ class TestRefusals:
     def test_a_hub_id_is_asked_for_only_where_there_is_no_such_path(self, monkeypatch: pytest.MonkeyPatch) -> None:
         asked = []
 
-        def locate(path: str, revision: str | None) -> Path:
-            asked.append((path, revision))
-            return GOLDEN / "llama" / "hf"
+        def download(repo: str, revision: str | None, unwanted: object) -> Place:
+            asked.append((repo, revision))
+            return at(GOLDEN / "llama" / "hf")
 
-        monkeypatch.setattr("ckpt_convert.storage.hub.locate", locate)
+        monkeypatch.setattr("ckpt_convert.storage.hub.cached", lambda repo, revision: None)
+        monkeypatch.setattr("ckpt_convert.storage.hub.download", download)
         run(GOLDEN / "llama" / "hf")
         assert asked == []
         assert facts(text("some/model", "--revision", "v2"))["family"] == "llama (model_type 'llama')"

@@ -154,7 +154,7 @@ def test_where_there_is_none_one_notice_says_so_and_the_way(tmp_path: Path) -> N
     report = ckpt_convert.convert(source, tmp_path / "hf", to="hf", config=config)
     (said,) = [text for text in report.notices if "tokenizer" in text]
     assert NONE in said
-    assert "--like DIR" in said
+    assert "`like=DIR`" in said
     # Within its own format a checkpoint stays what it is, and nothing is to be said of it.
     assert not ckpt_convert.convert(GOLDEN / "llama" / "hf", tmp_path / "copy", to="hf").notices
 

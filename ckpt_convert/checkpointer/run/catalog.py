@@ -18,7 +18,7 @@ from typing import Any
 
 from ckpt_convert.checkpoint.record import MANIFEST, TRAINING_STATE, read_manifest, replace_manifest
 from ckpt_convert.checkpointer.run.progress import Progress
-from ckpt_convert.containers.dcp import DCP_SUFFIX, dcp
+from ckpt_convert.containers.dcp import DCP_SUFFIX, is_dcp_index
 from ckpt_convert.convert import ownership
 from ckpt_convert.errors import (
     CheckpointNotFoundError,
@@ -227,7 +227,7 @@ def finish_thinning(directory: Place) -> None:
             return
         try:
             names = [place.name for place in sorted(state.children())]
-            index = [name for name in names if dcp.is_metadata(name)]
+            index = [name for name in names if is_dcp_index(name)]
             workspace.of(state).remove(state, [*index, *(name for name in names if name.endswith(DCP_SUFFIX))])
         except (OSError, CkptConvertError) as error:
             log.warning("%s cannot be removed: %s", state, reason(error))

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckpt_convert.containers import safetensors
-from ckpt_convert.containers.dcp import DCP_INDEX, DCP_SUFFIX
+from ckpt_convert.containers.dcp import DCP_INDEX, DCP_SUFFIX, INDEX_OF_RANK
 from ckpt_convert.containers.dcp.dcp_metadata import Extent, Metadata, check_cover, load, merged
 from ckpt_convert.containers.torch_zip import torchzip
 from ckpt_convert.dtypes import DTYPES, nbytes
@@ -26,7 +26,6 @@ from ckpt_convert.storage.place import FilePool, Place
 from ckpt_convert.tensors.header import Box, Header, StoredTensor
 
 KIND = "dcp"
-_OF_RANK = re.compile(r"__(\d+)\.metadata")
 _FILE = re.compile(r"__(\d+)_\d+\.distcp")
 
 
@@ -38,11 +37,6 @@ class File:
     path: Place
     reader: RangeReader
     header: Header
-
-
-def is_metadata(name: str) -> bool:
-    """Say whether a file of this name is the metadata, or a rank's."""
-    return name == DCP_INDEX or _OF_RANK.fullmatch(name) is not None
 
 
 def is_directory(directory: Place) -> bool:
@@ -91,7 +85,7 @@ def _metadata_files(directory: Place) -> list[str]:
     """The one file for all ranks, or one for each where they were saved without talking to each other."""
     if (directory / DCP_INDEX).is_regular():
         return [DCP_INDEX]
-    ranks = {int(m[1]): entry.name for entry in directory.children() if (m := _OF_RANK.fullmatch(entry.name))}
+    ranks = {int(m[1]): entry.name for entry in directory.children() if (m := INDEX_OF_RANK.fullmatch(entry.name))}
     return [ranks[rank] for rank in sorted(ranks)]
 
 
