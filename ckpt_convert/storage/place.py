@@ -278,6 +278,10 @@ class FilePool:
         self._idle: list[tuple[Place, OpenFile]] = []
         self._lock = threading.Lock()
 
+    def __reduce__(self) -> tuple[type[FilePool], tuple[int]]:
+        """Another process opens its own."""
+        return FilePool, (self._most,)
+
     @contextmanager
     def open(self, place: Place, expected: Entry) -> Iterator[OpenFile]:
         """One of the open files of this place, or a new one; nobody else has it meanwhile."""

@@ -8,6 +8,7 @@ import os
 import stat
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -105,6 +106,10 @@ class LocalFile:
         if expected is not None and (what := expected.change(self.identity)) is not None:
             self.close()
             raise changed(path, what)
+
+    def __reduce__(self) -> tuple[partial[LocalFile], tuple[()]]:
+        """Another process opens the file anew, where it has to be what it is here: a descriptor means nothing there."""
+        return partial(LocalFile, self.path, self.name, expected=self.identity), ()
 
     def readinto(self, offset: int, buffer: memoryview) -> None:
         if self._fd < 0:

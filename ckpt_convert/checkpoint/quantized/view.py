@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -98,7 +99,7 @@ def _file(
         one = by_codes.get(tensor.key)
         shape = None if one is None else one.shape or shapes.get(one.key)
         if one is not None and shape is not None:
-            tensors.append((_described(one, shape, dtype), _make(one, dtype)))
+            tensors.append((_described(one, shape, dtype), partial(_computed, one, dtype)))
         elif tensor.key not in gone:
             tensors.append((tensor, None))
     reader = ComputedFile(file.reader, tensors)
@@ -114,21 +115,18 @@ def _described(one: Quantized, shape: tuple[int, ...], dtype: str) -> StoredTens
     return StoredTensor(one.key, dtype, shape, 0, (*strides[:-2], strides[-1], strides[-2]))
 
 
-def _make(one: Quantized, dtype: str) -> Make:
-    def make() -> Computed:
-        from ckpt_convert.checkpoint.quantized import fp8, mxfp4
-        from ckpt_convert.checkpoint.quantized.reading import Numbers, Rows
+def _computed(one: Quantized, dtype: str) -> Computed:
+    from ckpt_convert.checkpoint.quantized import fp8, mxfp4
+    from ckpt_convert.checkpoint.quantized.reading import Numbers, Rows
 
-        numbers: Numbers | None = None
-        if one.rule is schemes.MXFP4 and one.shape is not None:
-            numbers = mxfp4.numbers(one)
-        elif one.rule is schemes.FP8 and one.block is not None:
-            numbers = fp8.numbers(one)
-        if numbers is None:
-            raise ConfigError(f"{one.key}: is quantised in a way that cannot be read as numbers")
-        return Rows(numbers, dtype)
-
-    return make
+    numbers: Numbers | None = None
+    if one.rule == schemes.MXFP4 and one.shape is not None:
+        numbers = mxfp4.numbers(one)
+    elif one.rule == schemes.FP8 and one.block is not None:
+        numbers = fp8.numbers(one)
+    if numbers is None:
+        raise ConfigError(f"{one.key}: is quantised in a way that cannot be read as numbers")
+    return Rows(numbers, dtype)
 
 
 def plain(config: Mapping[str, Any]) -> dict[str, Any]:
