@@ -1,22 +1,32 @@
-"""Work on many things at once: in threads, in processes, or behind the caller. Nothing else here starts either."""
+"""Work on many things at once: in threads, in processes, or behind the caller. Nothing else here starts either.
+
+What fails is raised where the work was asked for, with its type, its text and its traceback. Processes are spawned, so
+what is handed to them is pickled, and none inherits a lock, an open file or a thread of this one.
+"""
 
 from __future__ import annotations
 
-import os
+import contextlib
+import multiprocessing
 import pickle
 import signal
-import sys
+import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
+from multiprocessing import connection as pipes
+from multiprocessing import resource_tracker
 from typing import Any, TypeVar
 
 from ckpt_convert.errors import CkptConvertError
-from ckpt_convert.tensors.progress import Meter, Progress, ProgressCallback
+from ckpt_convert.tensors.progress import Meter, Progress, ProgressCallback, StoppedError
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+Start = Callable[[Meter], Callable[[Any], Any]]
+"""Makes what does the work of one worker, with its buffers, from the meter that its bytes are added to."""
 
 _BATCH = 32 << 20
 """Bytes that a worker is given at a time: small tensors go together, so that what is said of them costs little."""
@@ -26,6 +36,9 @@ _MOST = 1 << 10
 
 _REPORT = 8 << 20
 """Bytes after which a worker says how far it is."""
+
+_WORTH = 1 << 30
+"""Bytes from which on processes are worth their start, which takes about as long as reading so many."""
 
 
 # Threads
@@ -55,6 +68,12 @@ def spread(items: Iterable[T], workers: int, meter: Meter, start: Callable[[], C
             queue.clear()
             meter.stop()
             raise
+
+
+def each(do: Callable[[T], R], items: Iterable[T], workers: int) -> list[R]:
+    """``do(item)`` for every item in a few threads, in the order of the items; raises the first error in that order."""
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(do, items))
 
 
 class Background:
@@ -125,37 +144,23 @@ def results(
 ) -> Iterator[R]:
     """``start(meter)(item)`` for each of the (item, bytes), in their order; ``start`` is called once for a worker.
 
-    The workers are forked from this process, so the items and what ``start`` refers to may be anything, open files
-    too; results have to be picklable. Where there is one worker (or no Linux, on which alone forking is safe) all is
-    done here. Raises what the work raises, and CkptConvertError where a worker was killed.
+    One worker is a thread of this process, so that work goes on while the others, which are processes, start. So
+    ``start``, items and results have to be picklable. Where there is one worker, or too little to do, all is done
+    here. Raises what the work raises, and CkptConvertError where a worker was killed.
     """
     total = sum(nbytes for _, nbytes in items)
     batches = _batches([nbytes for _, nbytes in items])
-    count = min(workers, len(batches))
-    if count < 2 or sys.platform != "linux":
-        do = start(Meter(phase, total, progress))
+    count = min(workers, len(batches)) if total >= _WORTH else 1
+    meter = Meter(phase, total, progress)
+    if count < 2:
+        do = start(meter)
         for item, _ in items:
             yield do(item)
         return
-    import multiprocessing
-
-    context = multiprocessing.get_context("fork")
-    crew: list[tuple[Any, Any]] = []
-    try:
-        for _ in range(count):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs, items, start, phase), daemon=True)
-            process.start()
-            theirs.close()  # so that nobody but the worker holds it, and its end is noticed
-            crew.append((process, ours))
-        # Not before: what shows the progress may start threads, and a process that has some is not to be forked.
-        meter = Meter(phase, total, progress)
-        yield from _collected([connection for _, connection in crew], batches, meter)
-    finally:
-        for process, connection in crew:
-            process.kill()
-            process.join()
-            connection.close()
+    work = [[item for item, _ in items[batch.start : batch.stop]] for batch in batches]
+    with contextlib.ExitStack() as stack:
+        crew = [_thread(start, phase, stack), *_processes(start, phase, count - 1, stack)]
+        yield from _collected(crew, work, meter)
 
 
 def _batches(sizes: Sequence[int]) -> list[range]:
@@ -170,29 +175,81 @@ def _batches(sizes: Sequence[int]) -> list[range]:
     return out
 
 
-def _collected(connections: list[Any], batches: Sequence[range], meter: Meter) -> Iterator[Any]:
-    from multiprocessing.connection import wait as ready_of
+def _thread(start: Start, phase: str, stack: contextlib.ExitStack) -> Any:
+    """A worker that is a thread; returns the connection to it."""
+    ours, theirs = multiprocessing.Pipe()
+    said = _Said(theirs)
+    meter = Meter(phase, 0, said)
+    thread = threading.Thread(target=_work, args=(said, start, meter), name=phase)
+    thread.start()
 
-    queue = deque(enumerate(batches))
+    def end() -> None:
+        meter.stop()
+        ours.close()
+        thread.join()
+
+    stack.callback(end)
+    return ours
+
+
+def _processes(start: Start, phase: str, count: int, stack: contextlib.ExitStack) -> Iterator[Any]:
+    """Workers that are processes; yields the connections to them."""
+    sent = pickle.dumps(start)
+    context = multiprocessing.get_context("spawn")
+    for _ in range(count):
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(theirs, phase), daemon=True)
+        with _unheard():
+            process.start()
+        theirs.close()  # so that nobody but the worker holds it, and its end is noticed
+
+        def end(process: Any = process, ours: Any = ours) -> None:
+            process.kill()
+            process.join()
+            ours.close()
+
+        stack.callback(end)
+        with contextlib.suppress(OSError):  # that it is gone is noticed, and said, where it is given work
+            ours.send_bytes(sent)
+        yield ours
+
+
+@contextlib.contextmanager
+def _unheard() -> Iterator[None]:
+    """Processes that are started meanwhile do not hear a terminal's Ctrl-C: it is for this one, which ends them."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # not below: starting it lets its caller hear all signals again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGHUP))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _collected(crew: Sequence[Any], work: Sequence[list[Any]], meter: Meter) -> Iterator[Any]:
+    """Hand out the work, and yield what comes back, in order."""
+    queue = deque(enumerate(work))
     killed = CkptConvertError(
         f"{meter.phase}: a worker process was killed, perhaps for lack of memory; try `workers=1`"
     )
 
-    def give(connection: Any) -> None:
+    def give(worker: Any) -> None:
         try:
-            connection.send(queue.popleft())
+            worker.send(queue.popleft())
         except OSError:
             raise killed from None
 
-    for connection in connections:
-        give(connection)
+    for worker in crew:
+        give(worker)
     done: dict[int, list[Any]] = {}
     turn = 0
-    while turn < len(batches):
-        ready: list[Any] = ready_of(connections)
-        for connection in ready:
+    while turn < len(work):
+        ready: list[Any] = pipes.wait(crew)
+        for worker in ready:
             try:
-                message: Any = connection.recv()
+                message: Any = worker.recv()
             except (EOFError, OSError):
                 raise killed from None
             if isinstance(message, int):
@@ -203,37 +260,54 @@ def _collected(connections: list[Any], batches: Sequence[range], meter: Meter) -
                 number, found = message
                 done[number] = found
                 if queue:
-                    give(connection)
+                    give(worker)
         while turn in done:
             yield from done.pop(turn)
             turn += 1
 
 
-def _work(connection: Any, items: Sequence[tuple[Any, int]], start: Callable[[Meter], Any], phase: str) -> None:
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # an interruption is for the parent, which ends its workers
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    said = 0
+class _Said:
+    """Tells how many bytes were worked on since it was last told."""
 
-    def report(progress: Progress) -> None:
-        nonlocal said
-        if progress.done - said >= _REPORT:
-            connection.send(progress.done - said)
-            said = progress.done
+    def __init__(self, connection: Any) -> None:
+        self.connection = connection
+        self._done = 0
 
-    meter = Meter(phase, 0, report)
-    try:
-        do = start(meter)
-        while True:
-            number, batch = connection.recv()
-            found = [do(items[at][0]) for at in batch]
-            connection.send(meter.done - said)
-            said = meter.done
-            connection.send((number, found))
-    except (EOFError, BrokenPipeError):
-        os._exit(1)  # the parent is gone
-    except BaseException as error:
-        connection.send(_portable(error, phase))
+    def __call__(self, progress: Progress) -> None:
+        if progress.done - self._done >= _REPORT:
+            self.say(progress.done)
+
+    def say(self, done: int) -> None:
+        self.connection.send(done - self._done)
+        self._done = done
+
+
+def _serve(connection: Any, phase: str) -> None:
+    """What a worker does that is a process."""
+    said = _Said(connection)
+
+    def start(meter: Meter) -> Callable[[Any], Any]:
+        sent: Start = pickle.loads(connection.recv_bytes())
+        return sent(meter)
+
+    _work(said, start, Meter(phase, 0, said))
+
+
+def _work(said: _Said, start: Start, meter: Meter) -> None:
+    """Do what comes through the connection, until it is closed at the other end."""
+    with said.connection as connection:
+        try:
+            do = start(meter)
+            while True:
+                number, batch = connection.recv()
+                found = [do(item) for item in batch]
+                said.say(meter.done)
+                connection.send((number, found))
+        except (EOFError, BrokenPipeError, StoppedError):
+            return  # nobody waits for it any more
+        except BaseException as error:
+            with contextlib.suppress(OSError):
+                connection.send(_portable(error, meter.phase))
 
 
 def _portable(error: BaseException, phase: str) -> BaseException:

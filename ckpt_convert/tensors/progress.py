@@ -24,12 +24,17 @@ class StoppedError(Exception):
 
 
 class Meter:
-    """Adds up bytes from several threads and passes them on; once stopped, it ends the work of those that add."""
+    """Adds up bytes from several threads and passes them on; once stopped, it ends the work of those that add.
+
+    The callback is called by one thread at a time, and under no lock: while one calls it, others only add, and what
+    they have added is told by that one.
+    """
 
     def __init__(self, phase: str, total: int, callback: ProgressCallback | None) -> None:
         self.phase, self.total, self.done = phase, total, 0
         self._callback = callback
         self._lock = threading.Lock()
+        self._telling = False
         self._stopped = False
         if callback is not None:
             callback(Progress(phase, 0, total))
@@ -42,5 +47,20 @@ class Meter:
             raise StoppedError
         with self._lock:
             self.done += nbytes
-            if self._callback is not None:
-                self._callback(Progress(self.phase, self.done, self.total))
+            done = self.done
+            if self._callback is None or self._telling:
+                return
+            self._telling = True
+        self._tell(self._callback, done)
+
+    def _tell(self, callback: ProgressCallback, done: int) -> None:
+        told = -1
+        try:
+            while told != done:
+                callback(Progress(self.phase, done, self.total))
+                with self._lock:
+                    told, done = done, self.done
+                    self._telling = told != done
+        except BaseException:
+            self._telling = False
+            raise

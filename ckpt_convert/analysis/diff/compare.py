@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from math import prod
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from ckpt_convert.errors import ConfigError
 from ckpt_convert.models.core.rope import read_rope
 from ckpt_convert.tensors import pool
 from ckpt_convert.tensors.blocks import Mover, Read, difference, most
+from ckpt_convert.tensors.gather import Stored
 from ckpt_convert.tensors.lazy import together
 from ckpt_convert.tensors.progress import Meter, ProgressCallback
 
@@ -179,24 +181,10 @@ def _values(
     workers: int,
     progress: ProgressCallback | None,
 ) -> list[Change]:
-    def start(meter: Meter) -> Callable[[int], tuple[Delta | None, str, _Sums]]:
-        movers = Mover(a.stored), Mover(b.stored)
-
-        def work(at: int) -> tuple[Delta | None, str, _Sums]:
-            change, pair = structure[at], pairs[at]
-            delta, note, sums = None, "", ("", "")
-            if change.a is not None and change.b is not None and _is_comparable(change):
-                delta, sums = _delta(*movers, change.a, change.b, meter)
-                if delta.differing and _is_reordered(*movers, pair):
-                    note = _ROW_ORDER
-            for side, check in pair.copies:
-                note = note if _is_copy(movers[side], check, meter) else check.message
-            return delta, note, sums
-
-        return work
-
     wanted = [at for at, pair in enumerate(pairs) if pair.copies or _is_comparable(structure[at])]
-    items = [(at, _cost(structure[at], pairs[at])) for at in wanted]
+    items = [((structure[at], pairs[at]), _cost(structure[at], pairs[at])) for at in wanted]
+    workers = 1 if in_memory((*a.files, *b.files)) else workers  # no other process is sent what torch has read whole
+    start = partial(_comparing, a.stored, b.stored)
     found = pool.results(items, start, workers=workers, phase="comparing", progress=progress)
     out, digests = list(structure), {}
     for at, (delta, note, sums) in zip(wanted, found, strict=True):
@@ -206,6 +194,24 @@ def _values(
         out[at] = Change(status, change.a, change.b, delta, note)
         digests[at] = sums
     return _exchanged(out, digests)
+
+
+def _comparing(a: Stored, b: Stored, meter: Meter) -> Callable[[tuple[Change, Pair]], tuple[Delta | None, str, _Sums]]:
+    """What compares a pair, in one worker."""
+    movers = Mover(a), Mover(b)
+
+    def work(item: tuple[Change, Pair]) -> tuple[Delta | None, str, _Sums]:
+        change, pair = item
+        delta, note, sums = None, "", ("", "")
+        if change.a is not None and change.b is not None and _is_comparable(change):
+            delta, sums = _delta(*movers, change.a, change.b, meter)
+            if delta.differing and _is_reordered(*movers, pair):
+                note = _ROW_ORDER
+        for side, check in pair.copies:
+            note = note if _is_copy(movers[side], check, meter) else check.message
+        return delta, note, sums
+
+    return work
 
 
 def _cost(change: Change, pair: Pair) -> int:

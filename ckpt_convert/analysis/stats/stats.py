@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import numpy as np
 import xxhash
@@ -11,6 +12,7 @@ import xxhash
 from ckpt_convert import dtypes
 from ckpt_convert.analysis.stats.numeric import Stats, Summary
 from ckpt_convert.checkpoint.checkpoint import Checkpoint
+from ckpt_convert.checkpoint.opening import in_memory
 from ckpt_convert.checkpoint.tensors import TensorInfo
 from ckpt_convert.errors import CorruptFileError
 from ckpt_convert.tensors import pool
@@ -41,13 +43,15 @@ def statistics(
     cannot be taken apart has a checksum, and a ``count`` of 0.
     """
     infos = [checkpoint.tensors[key] for key in keys]
-
-    def start(meter: Meter) -> Callable[[TensorInfo], TensorStats]:
-        return _Reader(checkpoint, meter).read
-
     items = [(info, _nbytes(info)) for info in infos]
+    workers = 1 if in_memory(checkpoint.files) else workers  # no other process is sent what torch has read whole
+    start = partial(_reading, checkpoint)
     found = pool.results(items, start, workers=workers, phase="reading", progress=progress)
     yield from zip((info.key for info in infos), found, strict=True)
+
+
+def _reading(checkpoint: Checkpoint, meter: Meter) -> Callable[[TensorInfo], TensorStats]:
+    return _Reader(checkpoint, meter).read
 
 
 class _Reader:
