@@ -67,7 +67,7 @@ def file(name: str, *keys: str, dtype: str = "BF16", more: Sequence[Spec] = ()) 
 
 def opened(*files: WeightFile, format: str | None = "hf", weight_map: dict[str, str] | None = None) -> OpenedFiles:
     index = "model.safetensors.index.json" if weight_map is not None else None
-    seen = {one.path: Version(one.header.size, "1") for one in files}
+    seen = {one.place: Version(one.header.size, "1") for one in files}
     path, directory = at(Path("somewhere/model.safetensors")), Directory((), index, weight_map)
     return OpenedFiles(path, format, "as asked for", directory, files, seen=seen)
 

@@ -60,4 +60,4 @@ def _located(keys: Keys, file: WeightFile) -> tuple[Header | None, RangeReader]:
         return None, file.reader  # each rank has metadata of its own, which nothing else would fit
     if file.header.objects or not all(keys.is_weight(tensor.key) for tensor in file.header.tensors):
         return None, file.reader
-    return dcp.located(dcp.File(file.name, file.path, file.reader, file.header)), file.path.open()
+    return dcp.located(dcp.File(file.name, file.place, file.reader, file.header)), file.place.open()

@@ -22,8 +22,8 @@ def dequantized(source: Source, dtype: str) -> Source:
     found = source.quantization
     if found is None:
         return source
-    raise_if_any(found.findings, str(source.path))
-    refuse_scheme(found, source.path)
+    raise_if_any(found.findings, str(source.place))
+    refuse_scheme(found, source.place)
     return source.as_numbers(found, dtype)
 
 
@@ -33,11 +33,11 @@ def requested(source: Source, dtype: str | None) -> Source:
         return source
     if source.unknown_scheme is not None:
         raise ConfigError(
-            f"{option('dequantize', dtype)}: {source.path} is quantised ({source.unknown_scheme}), which is no scheme "
+            f"{option('dequantize', dtype)}: {source.place} is quantised ({source.unknown_scheme}), which is no scheme "
             "that is known here; dequantise it with the tool that made it, or take the model that was quantised"
         )
     if source.quantization is None:
-        raise misfit("dequantize", dtype, f"{source.path} is not quantised; leave it out, or use `dtype=`")
+        raise misfit("dequantize", dtype, f"{source.place} is not quantised; leave it out, or use `dtype=`")
     return dequantized(source, dtype)
 
 
@@ -54,5 +54,5 @@ def alike(a: Source, b: Source) -> tuple[Source, Source, list[str]]:
         return a, b, []
     dtype = "float32" if other.opened.usual_dtype in ("F32", "F64") else "bfloat16"
     numbers = dequantized(quantised, dtype)
-    said = f"{quantised.path}: compared as the numbers that it stands for ({found.text}), in {dtype}"
+    said = f"{quantised.place}: compared as the numbers that it stands for ({found.text}), in {dtype}"
     return (numbers, b, [said]) if quantised is a else (a, numbers, [said])

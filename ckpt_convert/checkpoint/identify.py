@@ -66,8 +66,8 @@ class Identified:
         return cls(opened, stated(opened, hints.config), hints, record)
 
     @property
-    def path(self) -> Place:
-        return self.opened.path
+    def place(self) -> Place:
+        return self.opened.place
 
     @property
     def root(self) -> Place:
@@ -178,15 +178,15 @@ class Identified:
     def model(self) -> Model:
         """Family and config; raises ConfigError or UnsupportedFamilyError where they are not to be had."""
         if self.format is None:
-            raise AmbiguousFormatError(f"{self.path}: {self.why}; {self.advice}")
+            raise AmbiguousFormatError(f"{self.place}: {self.why}; {self.advice}")
         if (cause := diagnosis.placeholders(self.opened)) is not None:  # of any family: there are no values to move
-            raise KeyMismatchError(f"{self.path}: {cause}")
+            raise KeyMismatchError(f"{self.place}: {cause}")
         model = self._model
         if (cause := diagnosis.unmerged(self.opened)) is not None:
-            raise KeyMismatchError(f"{self.path}: {cause}")
+            raise KeyMismatchError(f"{self.place}: {cause}")
         if self.unknown_scheme is not None:
             raise UnsupportedFamilyError(
-                f"{self.path}: is quantised ({self.unknown_scheme}), which is no scheme that is known here: it can "
+                f"{self.place}: is quantised ({self.unknown_scheme}), which is no scheme that is known here: it can "
                 "only be laid out anew as it is (`to='hf'`); for anything else dequantise it with the tool that made "
                 "it, or take the model that was quantised"
             )
@@ -215,7 +215,7 @@ class Identified:
 
         if self.quantization is None:
             return carry.unquantized(model, self.format, wanted)
-        carry.refuse_formats(self.quantization, model, wanted, self.path)
+        carry.refuse_formats(self.quantization, model, wanted, self.place)
         return self._carried
 
     @cached_property
@@ -230,10 +230,10 @@ class Identified:
         from ckpt_convert.checkpoint.quantized import carry
 
         assert self.quantization is not None
-        raise_if_any(self.quantization.findings, str(self.path))
+        raise_if_any(self.quantization.findings, str(self.place))
         numbers = self.described(self.quantization, self.model)
         _, misfits = mapping.examine(self.model.family, "hf", self.model.dims, numbers.ranks)
-        raise_if_any(misfits, str(self.path))
+        raise_if_any(misfits, str(self.place))
         return carry.literal(self.quantization, self.model, self.ranks[0], numbers.names.stored)
 
     @cached_property
@@ -298,7 +298,7 @@ class Identified:
             if file.header.foreign:
                 from ckpt_convert.containers.pickle import torchpickle
 
-                raise torchpickle.refusal(str(file.path), "data.pkl", *file.header.foreign)
+                raise torchpickle.refusal(str(file.place), "data.pkl", *file.header.foreign)
 
     @property
     def params(self) -> tuple[Place, dict[str, Any]] | None:
@@ -333,7 +333,7 @@ class Identified:
     def notices(self) -> list[str]:
         """What a reader should know about the files: objects that are no tensors, files that are not used."""
         numbers = [self.dequantized.notice] if self.dequantized is not None else []
-        return [*opening.notices(self.path, self.files), *self.read_as, *self._caveats, *numbers]
+        return [*opening.notices(self.place, self.files), *self.read_as, *self._caveats, *numbers]
 
     @property
     def _caveats(self) -> tuple[str, ...]:
@@ -370,15 +370,15 @@ class Identified:
         key = info.key
         if not info.settled:
             raise AmbiguousFormatError(
-                f"{self.path}: {key} lies on {len(info.parts)} ranks, and nothing says how to join them; "
+                f"{self.place}: {key} lies on {len(info.parts)} ranks, and nothing says how to join them; "
                 "give the model's params.json (or config=)"
             )
         if info.dtype not in DTYPES:
             raise InputError(
-                f"{self.path}: {key} is {info.dtype}, which packs several numbers together; its values cannot be read"
+                f"{self.place}: {key} is {info.dtype}, which packs several numbers together; its values cannot be read"
             )
         if key in self.keys.twice:
-            raise KeyMismatchError(f"{self.path}: {self.keys.twice[key]}; give one of the files")
+            raise KeyMismatchError(f"{self.place}: {self.keys.twice[key]}; give one of the files")
         tensors = [rank[key].tensor for rank in self.keys.in_files if key in rank]
         tensors = tensors[:: info.copies]
         whole = concat(tensors, info.axis) if info.axis is not None and len(tensors) > 1 else tensors[0]

@@ -34,7 +34,7 @@ class Keys:
         """
         if self.contradictions:
             said = listing([finding.text for finding in self.contradictions])
-            raise KeyMismatchError(f"{self.opened.path}: the files contradict each other:{said}")
+            raise KeyMismatchError(f"{self.opened.place}: the files contradict each other:{said}")
         if self.has_only_weights:
             return self.in_files
         names = self.names

@@ -181,7 +181,7 @@ def candidates(config: Mapping[str, Any], format: str, wanted: str | None) -> li
 def _config(keys: Keys, stated: Stated, hints: Hints) -> Mapping[str, Any]:
     content = stated.content if stated.content is not None else from_shapes(keys, hints.family)
     if content is None:
-        path, root = keys.opened.path, keys.opened.root
+        path, root = keys.opened.place, keys.opened.root
         name, above = stated.file.below(root), diagnosis.config_above(path)
         way = "`config=` with its config.json or params.json"
         if above is not None:
@@ -203,7 +203,7 @@ def from_shapes(keys: Keys, wanted: str | None) -> dict[str, Any] | None:
         fits = [f for f in there if format in f.formats and all(f.knows(format, key) for key in stored)]
     if len(fits) != 1 or fits[0].from_shapes is None or len(keys.ranks) != 1:
         return None
-    with naming(str(opened.path)):
+    with naming(str(opened.place)):
         return fits[0].from_shapes({key: source.shape for key, source in keys.ranks[0].items()})
 
 

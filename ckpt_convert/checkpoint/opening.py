@@ -52,7 +52,7 @@ class OpenedFiles:
     directory and the record as they were before any of them was read.
     """
 
-    path: Place
+    place: Place
     format: str | None
     why: str
     directory: Directory
@@ -63,7 +63,7 @@ class OpenedFiles:
     @cached_property
     def root(self) -> Place:
         """The directory that the weight files lie in."""
-        return self.path if self.path.is_folder() else self.path.parent
+        return self.place if self.place.is_folder() else self.place.parent
 
     @cached_property
     def stored(self) -> tuple[tuple[WeightFile, StoredTensor], ...]:
@@ -196,7 +196,7 @@ def open_files(path: Place, directory: Directory) -> tuple[tuple[WeightFile, ...
         from ckpt_convert.containers.dcp import dcp
 
         found, facts = dcp.read_directory(root)
-        return tuple(WeightFile(file.name, 0, file.path, file.reader, file.header) for file in found), facts
+        return tuple(WeightFile(file.name, 0, file.place, file.reader, file.header) for file in found), facts
     if path.is_folder() and (other := another_set(path, directory)) is not None:
         raise CheckpointNotFoundError(f"{path}: {other}")
     files = tuple(_open(path, weight) for weight in directory.weights)

@@ -74,7 +74,7 @@ def stated(opened: OpenedFiles, given: Place | None) -> Stated:
         if not path.is_there():
             return Stated(path)
         if given is None:
-            opened.root.inside(own, str(opened.path))
+            opened.root.inside(own, str(opened.place))
         return Stated(path, load_json(path))
     except CkptConvertError as error:
         return Stated(path, None, error)

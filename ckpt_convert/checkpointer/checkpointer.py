@@ -131,7 +131,7 @@ class Checkpointer:
         emitter = self._saver.emitter
         found = emitter.load_source(model, self.workers, self._options.progress)
         self._loaded = True
-        log.info("loaded %s: %s", emitter.source.path, found.describe())
+        log.info("loaded %s: %s", emitter.source.place, found.describe())
         return found
 
     def load_state_dict(self, format: str | None = None) -> dict[str, torch.Tensor]:

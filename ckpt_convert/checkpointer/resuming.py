@@ -132,7 +132,7 @@ def go_on(
 def _take_layout_of(saved: Saved, saver: Saver, options: Options) -> None:
     """Let a run without a source go on in the files of the step that it is resumed from, if that is its own."""
     source, directory = saver.emitter.source, saver.directory
-    if not options.has_source and saved.place.parent == directory.path and saved.place != source.path:
+    if not options.has_source and saved.place.parent == directory.path and saved.place != source.place:
         source.close()
         saver.emitter = Emitter(_without_source([saved], options, directory), options.settings)
 
@@ -392,7 +392,7 @@ def _compare_values(before: Base, saved: Saved, emitter: Emitter, strict: bool, 
     if not changed:
         return
     text = (
-        f"{emitter.source.path}: is not the base that {saved.place} was trained on: {len(changed)} of "
+        f"{emitter.source.place}: is not the base that {saved.place} was trained on: {len(changed)} of "
         f"{len(before.tensors)} tensors have other values; give the source that the run began with (moved, re-sharded "
         f"or in another format it is the same), or strict=False to train on with this one:{listing(changed)}"
     )

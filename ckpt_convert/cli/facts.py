@@ -81,7 +81,7 @@ class Facts:
 
     def file_bytes(self) -> dict[str, int]:
         """The size of each weight file."""
-        return {file.name: file.path.identity().size for file in self.checkpoint.files}
+        return {file.name: file.place.identity().size for file in self.checkpoint.files}
 
 
 def gather(checkpoint: Checkpoint) -> Facts:
@@ -166,7 +166,7 @@ def document(facts: Facts, tensors: Sequence[TensorInfo], statistics: Statistics
     sizes = facts.file_bytes()
     return {
         "schema": SCHEMA,
-        "path": str(checkpoint.path),
+        "path": str(checkpoint.place),
         "format": checkpoint.format,
         "why": checkpoint.why,
         "family": model.family.name if model else None,
@@ -238,7 +238,7 @@ def _model(checkpoint: Checkpoint) -> tuple[Model | None, str]:
         return checkpoint.model, ""
     except CkptConvertError as error:
         # The line above says the path already.
-        return None, str(error).removeprefix(f"{checkpoint.path}: ").removeprefix(f"{checkpoint.config_file}: ")
+        return None, str(error).removeprefix(f"{checkpoint.place}: ").removeprefix(f"{checkpoint.config_file}: ")
 
 
 def _config_dims(checkpoint: Checkpoint) -> dict[str, int]:

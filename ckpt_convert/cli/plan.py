@@ -30,7 +30,7 @@ def free_space(dst: Path) -> int:
 def as_dict(plan: Plan, dst: Path, workers: int) -> dict[str, Any]:
     """The plan as JSON-ready values."""
     return {
-        "source": str(plan.source.path),
+        "source": str(plan.source.place),
         "destination": str(dst),
         "source_format": plan.source.format,
         "target_format": plan.target,
@@ -82,7 +82,7 @@ def _facts(plan: Plan, dst: Path) -> Iterator[Labelled]:
     """What goes in, and what is to come out."""
     source = plan.source
     release = f", sizes of {source.release}" if source.release else ""
-    yield _labelled("source", f"{escape(str(source.path))}  ({source.format}: {source.why})")
+    yield _labelled("source", f"{escape(str(source.place))}  ({source.format}: {source.why})")
     yield _labelled("target", f"{escape(str(dst))}  ({plan.target})")
     yield _labelled("family", f"{plan.family}{release}  ({source.evidence})")
     yield _labelled("dims", ", ".join(f"{name} {plan.dims[name]}" for name in SIZES if name in plan.dims))

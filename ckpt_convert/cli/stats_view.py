@@ -93,7 +93,7 @@ def refuse_nan(facts: Facts, statistics: Statistics) -> None:
     ]
     if found:
         count = f"{plural(len(found), 'tensor')} {'holds' if len(found) == 1 else 'hold'}"
-        raise CkptConvertError(f"{facts.checkpoint.path}: {count} NaN or infinite values:{listing(found)}")
+        raise CkptConvertError(f"{facts.checkpoint.place}: {count} NaN or infinite values:{listing(found)}")
 
 
 def _cells(

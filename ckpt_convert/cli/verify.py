@@ -99,7 +99,7 @@ def verify(
     computed: LogitsReport | None = None
     with on_stderr(hidden=quiet), Bar(hidden=quiet) as bar:
         report = check(
-            a.path,
+            a.place,
             format=from_format,
             family=family,
             config=config,

@@ -96,7 +96,7 @@ def missing(numbers: str) -> str:
 
 def _facts(facts: Facts) -> Iterator[Labelled]:
     checkpoint, model = facts.checkpoint, facts.model
-    yield Labelled("path", [escape(str(checkpoint.path))])
+    yield Labelled("path", [escape(str(checkpoint.place))])
     # What is of no format may well be known, and then says something of itself.
     is_foreign = checkpoint.format is None and any(label != "kind" for label, _ in facts.said)
     if checkpoint.format is None:

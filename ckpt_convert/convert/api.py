@@ -164,11 +164,11 @@ def _plan(
         given = Given(wanted, request, imitated)
         return wanted, planning.make(given, partial(equal, wanted) if equal is not None else None)
     except (ConfigError, KeyMismatchError, ShapeMismatchError) as error:
-        part = part_of(source.path)
+        part = part_of(source.place)
         if part is None:
             raise
         raise KeyMismatchError(
-            f"{source.path}: is {part}, and no whole model; give the directory, {source.root}"
+            f"{source.place}: is {part}, and no whole model; give the directory, {source.root}"
         ) from error
 
 
@@ -213,8 +213,8 @@ def convert(
     count = workers or WORKERS
 
     def check(source: Identified) -> None:
-        with reading(source.path):
-            place.check_destination(destination, source.path, ownership.RULES, overwrite=overwrite)
+        with reading(source.place):
+            place.check_destination(destination, source.place, ownership.RULES, overwrite=overwrite)
 
     def equal(source: Identified, pair: Equality) -> bool:
         check(source)  # before any tensor is read

@@ -111,9 +111,9 @@ def tokenizer(source: Identified, request: Request, model: Model, like: Identifi
 
 @dataclass(frozen=True)
 class TranslatedTokenizer:
-    """The tokenizer files that another format has for the one at ``path``; ``rows`` are those of the embedding."""
+    """The tokenizer files that another format has for the one at ``place``; ``rows`` are those of the embedding."""
 
-    path: Place
+    place: Place
     target: str
     spec: TiktokenSpec
     rows: int | None
@@ -122,10 +122,10 @@ class TranslatedTokenizer:
     def _made(self) -> GeneratedTokenizer:
         from ckpt_convert.tokenizer import tokenizer
 
-        data = self.path.read(JSON_LIMIT)
+        data = self.place.read(JSON_LIMIT)
         if self.target == "hf":
             return tokenizer.generated_for_hf(self.spec, data, self.rows)
-        return tokenizer.generated_for_meta(self.spec, {self.path.name: data})
+        return tokenizer.generated_for_meta(self.spec, {self.place.name: data})
 
     @property
     def files(self) -> Mapping[str, bytes]:
@@ -145,7 +145,7 @@ def tokenizer_notice(source: Identified, request: Request, model: Model, names: 
     if not needs or has_tokenizer(names):
         return ()
     return (
-        f"no tokenizer goes with it, for there is none beside {source.path}; take it from another checkpoint of the "
+        f"no tokenizer goes with it, for there is none beside {source.place}; take it from another checkpoint of the "
         "model with `like=DIR`, or copy its files there",
     )
 
@@ -246,7 +246,7 @@ def _params_of_model(
     if recorded is not None and not asked:
         return recorded, "copied" if source.format == "meta" else "restored", ()
     if model.family.params is None:
-        raise UnsupportedFamilyError(f"{source.path}: family {model.family.name} has no params.json")
+        raise UnsupportedFamilyError(f"{source.place}: family {model.family.name} has no params.json")
     with naming(str(source.root / "config.json")):
         styles = model.family.params.styles
         options = request.config if styles is None or cut is None else styles.asked(request.config, cut)

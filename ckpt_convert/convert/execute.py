@@ -86,7 +86,7 @@ def run_checks(plan: Plan, sources: Sources, progress: ProgressCallback | None =
     equal = comparing(Numbered(plan, sources), meter)
     failed = [check.message for check in plan.checks if not equal(check)]
     if failed:
-        raise TiedWeightsError(f"{plan.source.path}: tensors that have to be equal are not:{listing(failed)}")
+        raise TiedWeightsError(f"{plan.source.place}: tensors that have to be equal are not:{listing(failed)}")
 
 
 def check_losses(plan: Plan, sources: Sources) -> dict[str, int]:
@@ -99,7 +99,7 @@ def check_losses(plan: Plan, sources: Sources) -> dict[str, int]:
     lost = {key: count for key, count in counts.items() if count}
     if lost and not plan.request.allow_loss:
         raise LossyConversionError(
-            f"{plan.source.path}: {loss_text(lost)} change what the model computes, and the {plan.target} format of "
+            f"{plan.source.place}: {loss_text(lost)} change what the model computes, and the {plan.target} format of "
             f"{plan.family} has no place for them; `allow_loss=True` goes on without, and keeps them in the "
             f"record ({RECORD_FOLDER}/) for the way back",
             lost,

@@ -78,7 +78,7 @@ def finish(
     overflows = _overflows(made, done)
     if overflows and not made.request.allow_overflow:
         raise LossyConversionError(
-            f"{made.source.path}: {overflow_text(overflows)} in {made.request.dtype}; keep the dtype, choose one with "
+            f"{made.source.place}: {overflow_text(overflows)} in {made.request.dtype}; keep the dtype, choose one with "
             f"a wider range (`dtype='bfloat16'` has about float32's), or accept it with `allow_overflow=True`",
             overflows,
         )
@@ -139,14 +139,14 @@ def write_side_file(side: SideFile, folder: Folder) -> str | None:
 
     A copy may be read by nobody who could not read the original.
     """
-    if side.path is None:
+    if side.place is None:
         data = side.content
         if data is None:
             return None
         folder.write(side.name, data)
         return digest(data)
-    with side.path.open(expected=side.identity) as file:
-        folder = folder.limited(side.path.mode())
+    with side.place.open(expected=side.identity) as file:
+        folder = folder.limited(side.place.mode())
         if folder.comes_last(side.name):  # small, and written once everything else is
             data = read(file, 0, file.size)
             folder.write(side.name, data)
@@ -164,9 +164,9 @@ def write_side_file(side: SideFile, folder: Folder) -> str | None:
 
 def permissions(source: Identified) -> int:
     """The permissions that a conversion's output may have at most: those of the source's directory and weights."""
-    with reading(source.path, "looked at"):
-        mode = 0o777 if source.path.is_regular() else source.path.mode()
-        for path in {file.path for file in source.files}:
+    with reading(source.place, "looked at"):
+        mode = 0o777 if source.place.is_regular() else source.place.mode()
+        for path in {file.place for file in source.files}:
             mode &= path.mode()
     return mode
 

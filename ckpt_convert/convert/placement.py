@@ -44,7 +44,7 @@ def recorded(
     if like is not None:
         theirs = like.layout()
         if request.container not in (None, _container(theirs)):
-            raise misfit("like", like.path, f"has {_container(theirs)} files, which `container=` contradicts")
+            raise misfit("like", like.place, f"has {_container(theirs)} files, which `container=` contradicts")
         return theirs
     found = source.layout(literal=literal) if request.to == source.format and source.files else None
     if found is None and source.record is not None:
@@ -68,7 +68,7 @@ def _findable(found: Layout, source: Identified, model: Model) -> Layout | None:
         return found
     if not all(name.endswith(tuple(SUFFIXES[container] for container in HF_STEMS)) for name in names):
         return None
-    if source.path.is_folder() or is_found(names[0]) or model.family.from_shapes is not None:
+    if source.place.is_folder() or is_found(names[0]) or model.family.from_shapes is not None:
         return found
     if container_of(names[0]) == "bin":
         return None
@@ -80,7 +80,7 @@ def ranks(source: Identified, request: Request, like: Identified | None, wanted:
     if request.to != "meta":
         return 1
     if like is not None and request.model_parallel not in (None, len(like.ranks)):
-        raise misfit("like", like.path, f"has {len(like.ranks)} ranks, which `model_parallel=` contradicts")
+        raise misfit("like", like.place, f"has {len(like.ranks)} ranks, which `model_parallel=` contradicts")
     count = request.model_parallel or (wanted.ranks if wanted else 1)
     sharded = model.family.params is not None and model.family.params.sharded
     if count > 1 and sharded and _meta_container(request, model) == "safetensors":
@@ -231,7 +231,7 @@ def _assign(
     else:
         suffix = format.file_names(1, container)[0].rpartition(".")[2]
         names = [file.name for file in source.files]
-        if not all(name.endswith(f".{suffix}") for name in names) or not source.path.is_folder():
+        if not all(name.endswith(f".{suffix}") for name in names) or not source.place.is_folder():
             names = format.file_names(len(names), container)
         if names == format.file_names(len(names), container):
             names = [_called(name, request, container, model) for name in names]

@@ -65,7 +65,7 @@ class Origin:
     ``dequantized`` is the dtype of the numbers that a quantised one is read as.
     """
 
-    path: Place
+    place: Place
     format: str | None
     why: str
     family: str
@@ -208,7 +208,7 @@ class Plan:
             for tensor in file.tensors:
                 if dtypes.DTYPES[tensor.source_dtype].bits < 8 and tensor.tensor.whole is None:
                     raise ConfigError(
-                        f"{self.source.path}: {tensor.key} has dtype {tensor.source_dtype}, smaller than a byte, and "
+                        f"{self.source.place}: {tensor.key} has dtype {tensor.source_dtype}, smaller than a byte, and "
                         "would have to be put in another order; convert it to a wider dtype first"
                     )
 

@@ -176,9 +176,9 @@ def identified(given: Given) -> tuple[Model, list[str]]:
     model = source.model_for(given.read_format, request.to)
     request.check_source(str(source.format), model.family)
     if request.dtype is not None:
-        carry.refuse_cast(source.quantization, source.unknown_scheme, source.path, request.dtype)
+        carry.refuse_cast(source.quantization, source.unknown_scheme, source.place, request.dtype)
     with naming(str(source.config_file)):
-        translate.check(model, str(source.path), str(source.format), given.read_format, request.to)
+        translate.check(model, str(source.place), str(source.format), given.read_format, request.to)
     differing = _check_like(source, model, given.like) if given.like is not None else []
     sidefiles.checklist_of(source)  # a checklist that is none is an error now, not after everything was written
     return model, differing
@@ -204,7 +204,7 @@ def translated(given: Given, model: Model, equal: Equal | None) -> Translated:
     made = translate.write(
         read,
         request.to,
-        str(source.path),
+        str(source.place),
         dims=model.dims if cut is None else model.dims.with_cut(cut.axis),
         ranks=ranks,
         keep_tied=None if given.as_stored else ties.kept(model.family, request.to, places),
@@ -254,7 +254,7 @@ def beside(given: Given, found: Translated, assigned: Assigned) -> Beside:
 
 def _origin(source: Identified, model: Model) -> Origin:
     return Origin(
-        path=source.path,
+        place=source.place,
         format=source.format,
         why=source.why,
         family=model.family.name,
@@ -271,9 +271,9 @@ def _origin(source: Identified, model: Model) -> Origin:
 def _source(file: WeightFile, given: Given) -> SourceFile:
     if file.header.kind == IN_MEMORY:
         return in_memory(file.header.tensors[0].key)
-    seen = given.source.seen.get(file.path) or (given.like.seen.get(file.path) if given.like is not None else None)
+    seen = given.source.seen.get(file.place) or (given.like.seen.get(file.place) if given.like is not None else None)
     kind = COMPUTED if view.is_view(file) else file.header.kind
-    return SourceFile(file.name, kind, file.path, seen or file.path.identity())
+    return SourceFile(file.name, kind, file.place, seen or file.place.identity())
 
 
 def _computed(stored: Sequence[tuple[WeightFile, StoredTensor]]) -> frozenset[int]:
@@ -289,8 +289,8 @@ def _seen(
     """
     source, like = given.source, given.like
     seen = {**(like.seen if like is not None else {}), **source.seen}
-    out = {one.path: one.identity for one in side if one.path and one.identity}
-    paths = {file.path for file, _ in stored if file.header.kind != IN_MEMORY}
+    out = {one.place: one.identity for one in side if one.place and one.identity}
+    paths = {file.place for file, _ in stored if file.header.kind != IN_MEMORY}
     for checkpoint in (source, like) if given.live is None else ():
         if checkpoint is not None:
             own = (checkpoint.config_file, *_metadata(checkpoint), *_of_record(checkpoint))
@@ -319,7 +319,7 @@ def _read(given: Given, model: Model, equal: Equal | None) -> tuple[Reading, Log
     known = model if live is None else ties.of_memory(model, live.format, live.tensors.keys())
     template = Reading(str(source.format), Logicals({}), Ties(ties.presumed(known), told=True))
     if source.files:
-        template = translate.read(known, template.format, source.ranks, str(source.path), equal)
+        template = translate.read(known, template.format, source.ranks, str(source.place), equal)
     if live is None:
         return template, template.logicals
     reading = translate.read(known, live.format, [live.tensors], f"the model, as {live.format}")
@@ -366,7 +366,7 @@ def _refuse_partial_cast(
         return
     kinds = ", ".join(dict.fromkeys(target.dtype for target in left))
     raise UsageError(
-        f"{said(option, request.dtype)}: {len(left)} of {len(targets)} tensors of {source.path} are {kinds}, which "
+        f"{said(option, request.dtype)}: {len(left)} of {len(targets)} tensors of {source.place} are {kinds}, which "
         "cannot "
         f"be cast ({(packed or left)[0].key}); leave `{option}=` out, or decode them with the tool that made them"
     )
@@ -378,13 +378,13 @@ def _check_names(source: Identified, files: list[OutputFile], side: list[SideFil
     for name in (*(file.name for file in files), *(one.name for one in side)):
         if name in taken:
             raise CorruptFileError(
-                f"{source.path}: two files of the output would be called {name}; the record is damaged, "
+                f"{source.place}: two files of the output would be called {name}; the record is damaged, "
                 f"move the folder {source.root / RECORD_FOLDER} elsewhere to do without it"
             )
         taken.add(name)
     hidden = [file.name for file in files if file.name.startswith(f"{RECORD_FOLDER}/")]
     if hidden:
-        raise CorruptFileError(f"{source.path}: weights would be called {hidden[0]}, which is in the record's folder")
+        raise CorruptFileError(f"{source.place}: weights would be called {hidden[0]}, which is in the record's folder")
 
 
 def _edited(source: Identified) -> list[str]:
@@ -421,7 +421,7 @@ def _check_like(source: Identified, model: Model, like: Identified) -> list[str]
     except ConfigError:
         return []  # native files without a record: they give names and assignment, which the keys have to fit
     if theirs.family.name != model.family.name:
-        raise misfit("like", like.path, f"is a {theirs.family.name}, but {source.path} is a {model.family.name}")
+        raise misfit("like", like.place, f"is a {theirs.family.name}, but {source.place} is a {model.family.name}")
     if theirs.family.literal:
         return []  # the keys have to fit here, too; nothing else of such a model is understood
     differing = [
@@ -431,7 +431,7 @@ def _check_like(source: Identified, model: Model, like: Identified) -> list[str]
     ]
     if differing:
         raise ShapeMismatchError(
-            f"{said('like', like.path)}: has other sizes than {source.path}: {'; '.join(differing)}; "
+            f"{said('like', like.place)}: has other sizes than {source.place}: {'; '.join(differing)}; "
             "give a checkpoint of the same model"
         )
     rope, other_rope = read_rope(model.config), read_rope(theirs.config)
@@ -441,7 +441,7 @@ def _check_like(source: Identified, model: Model, like: Identified) -> list[str]
         **{name: (model.config.get(name), theirs.config.get(name)) for name in _COMPARED},
     }
     return [
-        f"{said('like', like.path)}: its config is taken, which says {name} {other}, where {source.path} says {mine}"
+        f"{said('like', like.place)}: its config is taken, which says {name} {other}, where {source.place} says {mine}"
         for name, (mine, other) in pairs.items()
         if mine != other
     ]

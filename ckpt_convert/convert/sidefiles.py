@@ -44,13 +44,13 @@ class Made(Protocol):
 class SideFile:
     """A file to be put beside the weights, or into the record.
 
-    ``origin`` is copied, generated, restored or carried; the content is that of ``path``, or ``data``, or what ``made``
+    ``origin`` is copied, generated, restored or carried; the content is that of ``place``, or ``data``, or what ``made``
     has under the name. ``identity`` is what the file was when it was chosen.
     """
 
     name: str
     origin: str
-    path: Place | None = None
+    place: Place | None = None
     data: bytes | None = None
     made: Made | None = None
     size: int = 0
@@ -78,18 +78,18 @@ def beside(checkpoint: Identified) -> dict[str, Place]:
 
     Raises UnsafeFileError for a link that leaves the directory.
     """
-    if not checkpoint.path.is_folder():
+    if not checkpoint.place.is_folder():
         return {}
     format = formats.ALL[str(checkpoint.format)]
     used = {file.name for file in checkpoint.files} | {checkpoint.directory.index, format.config}
     out = {}
-    for path in _walk(checkpoint.path):
-        name = path.below(checkpoint.path)
+    for path in _walk(checkpoint.place):
+        name = path.below(checkpoint.place)
         if not _is_plain(path, checkpoint) or name == RECORD_FOLDER:
             continue
         if name in used or is_never_beside(name):
             continue
-        out[name] = checkpoint.path.inside(name, str(checkpoint.path))
+        out[name] = checkpoint.place.inside(name, str(checkpoint.place))
     return out
 
 
@@ -103,7 +103,7 @@ def nearby(checkpoint: Identified) -> dict[str, Place]:
     restored = checkpoint.record.carried_side_files if checkpoint.record is not None else {}
     if has_tokenizer({**there, **restored}):
         return {}
-    places = [checkpoint.root] if checkpoint.path.is_regular() else []
+    places = [checkpoint.root] if checkpoint.place.is_regular() else []
     places += [checkpoint.hints.config.parent] if checkpoint.hints.config is not None else []
     places += [checkpoint.root.real().parent] if checkpoint.format == "meta" else []
     for place in places:
@@ -133,21 +133,21 @@ def _is_tokenizer(path: Place) -> bool:
 
 def skipped(checkpoint: Identified) -> list[str]:
     """What lies below the directory and is not taken along: links to folders or nowhere, and weights in folders."""
-    if not checkpoint.path.is_folder():
+    if not checkpoint.place.is_folder():
         return []
     out = []
-    for here, folders, files in checkpoint.path.walk(_enters):
+    for here, folders, files in checkpoint.place.walk(_enters):
         out += [folder for folder in folders if folder.link() is not None]
         out += [file for file in files if not file.is_regular() or not _is_plain(file, checkpoint)]
-        if here != checkpoint.path:
+        if here != checkpoint.place:
             out += [file for file in files if is_weights_of_any(file.name)]
-    return [path.below(checkpoint.path) for path in out]
+    return [path.below(checkpoint.place) for path in out]
 
 
 def _is_plain(path: Place, checkpoint: Identified) -> bool:
     """Whether the name is one that every system reads as the same name in the directory."""
     try:
-        check_name(path.below(checkpoint.path), str(checkpoint.path))
+        check_name(path.below(checkpoint.place), str(checkpoint.place))
     except UnsafeFileError:
         return False
     return True

@@ -98,10 +98,10 @@ class Again(Mapping[SourceFile, RangeReader]):
                 raise UsageError(f"{source.name}: lies in the memory of another process, which has to write it")
             return self._memory[key]
         if source.kind == COMPUTED:
-            return next(file.reader for file in self._as_numbers().files if file.path == source.place)
+            return next(file.reader for file in self._as_numbers().files if file.place == source.place)
         if source.kind == dcp.KIND:
             files, _ = dcp.read_directory(source.place.parent)
-            return next(file.reader for file in files if file.path == source.place)
+            return next(file.reader for file in files if file.place == source.place)
         file = source.place.open(expected=source.identity)
         return containers.parse(file)[0] if source.kind == "legacy" else file
 
@@ -110,7 +110,7 @@ class Again(Mapping[SourceFile, RangeReader]):
         if self._numbers is None:
             found, hints = self._plan.source, self._plan.source.hints
             opened = open_checkpoint(
-                found.path, format=found.format, family=hints.family, config=hints.config, options=hints.options
+                found.place, format=found.format, family=hints.family, config=hints.config, options=hints.options
             )
             self._numbers = requested(opened, found.dequantized)
         return self._numbers

@@ -32,7 +32,7 @@ def verify(
     differs or is not there.
     """
     model = output.model_for(str(plan.source.format), plan.target)
-    found = translate.read(model, str(output.format), output.ranks, str(output.path)).logicals
+    found = translate.read(model, str(output.format), output.ranks, str(output.place)).logicals
     stored, carried = _carried(plan, output)
     given = {key: Source(key, one.dtype, one.tensor, one.where) for key, one in carried.items()}
     apart = mapping.apart(model.family, str(plan.source.format), model.dims, given)
@@ -70,7 +70,7 @@ def verify(
     spread(pairs, workers, meter, start)
     if problems:
         raise VerificationError(
-            f"{plan.source.path}: the output, read again, differs in {len(problems)} tensors; "
+            f"{plan.source.place}: the output, read again, differs in {len(problems)} tensors; "
             f"the disk or memory may be faulty, or the source changed meanwhile:{listing(sorted(problems))}"
         )
     return len(pairs)

@@ -88,7 +88,7 @@ class WeightFile:
 
     name: str
     rank: int
-    path: Place
+    place: Place
     reader: RangeReader
     header: Header
 

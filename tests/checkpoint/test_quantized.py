@@ -73,7 +73,7 @@ class Computing:
             [(beside, None), (_described(one, one.shape, self.dtype), lambda: rows), (beside, None)],
         )
         file = one.codes.file
-        everything = [(WeightFile(file.name, 0, file.path, self.file, file.header), t) for t in self.file.tensors]
+        everything = [(WeightFile(file.name, 0, file.place, self.file, file.header), t) for t in self.file.tensors]
         self.gatherer = Gatherer(everything)
         self.tensor = lazy.stored(1, one.shape, self.file.tensors[1].strides)
 

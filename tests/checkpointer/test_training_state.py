@@ -187,7 +187,7 @@ def test_tensors_in_pieces_are_put_together(tmp_path: Path) -> None:
             reader.readinto(offset + self.skip, buffer)
 
     joined = training_state.Opened(
-        state.path, None, {"a": tuple(zip((Half(0), Half(24)), halves, strict=True))}, {"$": "tensor", "at": "a"}
+        state.place, None, {"a": tuple(zip((Half(0), Half(24)), halves, strict=True))}, {"$": "tensor", "at": "a"}
     )
     assert torch.equal(joined.read(), torch.arange(12.0).reshape(4, 3))
 

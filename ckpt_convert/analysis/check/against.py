@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 class Opening:
     """How a checkpoint is to be opened."""
 
-    path: Place
+    place: Place
     format: str | None = None
     family: str | None = None
     config: str | None = None
 
     def open(self) -> Checkpoint:
-        return open_checkpoint(self.path, format=self.format, family=self.family, config=self.config)
+        return open_checkpoint(self.place, format=self.format, family=self.family, config=self.config)
 
 
 def against(
@@ -50,7 +50,7 @@ def against(
             return report.with_findings("against", map(_difference, _changed(found.changes))), found.document()
     except CkptConvertError as error:
         text = f"cannot be compared: {error}"
-        return report.with_findings("against", [Finding("error", "against", text, str(b.path))]), None
+        return report.with_findings("against", [Finding("error", "against", text, str(b.place))]), None
 
 
 def computing(

@@ -64,7 +64,7 @@ def pieces(opened: Opened) -> tuple[list[Finding], list[Span]]:
             if name not in opened.lost and name not in files:
                 text = f"{name} is missing: {MANIFEST} says that it was written; copy or convert it again"
                 findings.append(Finding("error", "checksum", text, name))
-        elif (size := file.path.identity().size) != entry["size"]:
+        elif (size := file.place.identity().size) != entry["size"]:
             text = f"{name} has {size} bytes, but was written with {entry['size']} ({MANIFEST}); {_CHANGED}"
             findings.append(Finding("error", "checksum", text, name, None, str(entry["size"]), str(size)))
         elif file.name not in opened.damaged:
@@ -102,7 +102,7 @@ def _is_sound(entry: Any, kind: str) -> bool:
 def _whole(file: WeightFile, entry: Mapping[str, Any]) -> tuple[list[Finding], list[Span]]:
     """Every byte of a file: its pieces as spans, and what lies between them, which is little, at once."""
     pieces = [(str(key), int(offset), int(nbytes), str(checksum)) for key, offset, nbytes, checksum in entry["pieces"]]
-    reader = file.path.open(file.name) if file.header.kind == dcp.KIND else file.reader
+    reader = file.place.open(file.name) if file.header.kind == dcp.KIND else file.reader
     try:
         found, expected = digest(_between(reader, pieces), CRC64.name), str(entry["header"])
     except (CkptConvertError, OSError) as error:
@@ -131,7 +131,7 @@ def _located(file: Any, listed: list[Any]) -> tuple[list[Finding], list[Span]]:
     """Pieces of schema 1, which did not cover headers: they have to lie where the header says that their tensors do."""
     header, reader = file.header, file.reader
     if header.kind == dcp.KIND:
-        header, reader = dcp.located(file) or header, file.path.open()
+        header, reader = dcp.located(file) or header, file.place.open()
     tensors = {tensor.key: tensor for tensor in header.tensors}
     findings, spans = [], []
     for key, offset, nbytes, checksum in listed:
@@ -193,7 +193,7 @@ def listed(opened: Opened) -> tuple[list[Finding], list[Span]]:
     """Meta's checklist.chk: files that are missing, and the hashes of the others as spans to be read."""
     checkpoint = opened.checkpoint
     path = checkpoint.root / CHECKLIST
-    if not checkpoint.path.is_folder() or not path.is_regular():
+    if not checkpoint.place.is_folder() or not path.is_regular():
         return [], []
     try:
         entries = checklist.parse(path.read(TEXT_LIMIT).decode(errors="replace"))

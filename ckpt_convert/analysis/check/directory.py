@@ -72,7 +72,7 @@ def totals(opened: Opened) -> Iterator[Finding]:
 
 def leftovers(opened: Opened) -> Iterator[Finding]:
     """Files that look like a part of the checkpoint and are none, and what an interrupted program left behind."""
-    path = opened.checkpoint.path
+    path = opened.checkpoint.place
     if not path.is_folder():
         return
     for left in (partial_of(path.real()), replaced_of(path.real())):

@@ -78,7 +78,7 @@ def check(
         report = _report(work, workers, progress)
     finally:
         opened.checkpoint.close()
-    inner = opened.checkpoint.path / MERGED
+    inner = opened.checkpoint.place / MERGED
     if merged and "training" in report.checks and (inner / MANIFEST).is_regular():
         report = _with_merged(report, check(inner, values=values, workers=workers, progress=progress))
     return report
@@ -106,17 +106,17 @@ def _report(work: _Work, workers: int, progress: ProgressCallback | None) -> Rep
         work.done("index")
         if opened.whole and not opened.damaged:
             work.done("index", directory.totals(opened))
-    if checkpoint.path.is_folder():
+    if checkpoint.place.is_folder():
         work.done("leftover", directory.leftovers(opened))
         work.done("shards", directory.numbering(opened))
         work.done("shards", directory.names(opened))
         work.done("side-files", sidefiles.side_files(checkpoint))
-        if (found := training.files(checkpoint.path, work.values)) is not None:
+        if (found := training.files(checkpoint.place, work.values)) is not None:
             work.done("training", found)
     _against_config(work)
     nbytes_read = _read(work, workers, progress)
     return Report(
-        path=str(checkpoint.path),
+        path=str(checkpoint.place),
         format=checkpoint.format,
         family=opened.view.family,
         files=len(checkpoint.files),
@@ -139,13 +139,13 @@ def _against_config(work: _Work) -> None:
         try:
             content = load_json(path)
         except CkptConvertError as error:
-            work.done("config", [failed("config", error, relative(str(error), view.path), path.name)])
+            work.done("config", [failed("config", error, relative(str(error), view.place), path.name)])
     else:
         content = _from_shapes(work)
     if not view.stored:
         work.skip("there are no tensors to look at", "config", "keys", "tied")
         return
-    if (part := part_of(view.path)) is not None:
+    if (part := part_of(view.place)) is not None:
         work.skip(f"the file is {part}, and no whole model; give the directory for these", "config", "keys", "tied")
         return
     mixed, why = causes.ranks(work.opened, content)
@@ -179,7 +179,7 @@ def _from_shapes(work: _Work) -> dict[str, Any] | None:
     try:
         return work.opened.view.from_shapes
     except CkptConvertError as error:
-        work.done("config", [failed("config", error, relative(str(error), work.opened.view.path))])
+        work.done("config", [failed("config", error, relative(str(error), work.opened.view.place))])
         return None
 
 
@@ -201,12 +201,12 @@ def _model(work: _Work, content: Mapping[str, Any] | None) -> Model | None:
     try:
         return view.model
     except UnsupportedFamilyError as error:
-        work.skip(relative(str(error), view.path).partition("\n")[0], "keys")
+        work.skip(relative(str(error), view.place).partition("\n")[0], "keys")
     except CkptConvertError as error:
         if view.format is not None and not opened.lost:
             file = view.config_file.name
-            work.done("config", [failed("config", error, relative(str(error), view.path), file)])
-        work.skip(relative(str(error), view.path).partition("\n")[0], "keys")
+            work.done("config", [failed("config", error, relative(str(error), view.place), file)])
+        work.skip(relative(str(error), view.place).partition("\n")[0], "keys")
     return None
 
 
@@ -281,7 +281,7 @@ def _in_general(work: _Work, content: Mapping[str, Any] | None) -> None:
         for key, info in view.tensors.items()
     }
     tensors |= {names.of(key): generic.Sized(None, "") for key, file in weight_map.items() if file in opened.lost}
-    if view.path.is_folder() and (opened.whole or weight_map):
+    if view.place.is_folder() and (opened.whole or weight_map):
         hf = content if view.format == "hf" else None
         work.done("layers", generic.numbering(tensors, hf))
     if content is None or view.format != "hf":
@@ -331,5 +331,5 @@ def _read(work: _Work, workers: int, progress: ProgressCallback | None) -> int:
 
 
 def _config(view: Checkpoint) -> str:
-    above = diagnosis.config_above(view.path)
+    above = diagnosis.config_above(view.place)
     return "one with `config=`" if above is None else f"the one above with {option('config', above)}"

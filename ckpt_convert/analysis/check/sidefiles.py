@@ -31,9 +31,9 @@ _POINTER = b"version https://git-lfs"
 
 def side_files(checkpoint: Checkpoint) -> Iterator[Finding]:
     """Files beside the weights that no program can read, or that are not the files themselves."""
-    if not checkpoint.path.is_folder():
+    if not checkpoint.place.is_folder():
         return
-    for path in sorted(checkpoint.path.children()):
+    for path in sorted(checkpoint.place.children()):
         name = path.name
         if name.startswith(".") or is_never_beside(name):
             continue

@@ -302,7 +302,7 @@ def _side(checkpoint: Checkpoint, model: Model | None) -> dict[str, Any]:
     tensors = checkpoint.tensors.values()
     known = all(info.settled for info in tensors)
     return {
-        "path": str(checkpoint.path),
+        "path": str(checkpoint.place),
         "format": checkpoint.format,
         "family": model.family.name if model else None,
         "model_parallel": len(checkpoint.ranks) if checkpoint.format == "meta" else None,

@@ -86,7 +86,7 @@ def bring_together(a: Checkpoint, b: Checkpoint) -> Pairs:
     where the formats differ and nothing says how one is read as the other, KeyMismatchError for files that contradict
     each other.
     """
-    notices = [f"{checkpoint.path}: {text}" for checkpoint in (a, b) for text in checkpoint.read_as]
+    notices = [f"{checkpoint.place}: {text}" for checkpoint in (a, b) for text in checkpoint.read_as]
     models = _models(a, b, notices)
     left, right = models
     if left is not None and right is not None and left.family.name == right.family.name:
@@ -120,7 +120,7 @@ def _without_prefix(
     stripped = {name.removeprefix(prefix): half for name, half in names.items()}
     if len(stripped) != len(names):
         return names
-    notices.append(f"{checkpoint.path}: its keys are compared without {prefix!r} before them")
+    notices.append(f"{checkpoint.place}: its keys are compared without {prefix!r} before them")
     return stripped
 
 
@@ -131,7 +131,7 @@ def _through_table(a: Checkpoint, b: Checkpoint, left: Model, right: Model, noti
     for checkpoint, side in ((a, side_a), (b, side_b)):
         if side.misfits:
             notices.append(
-                f"{checkpoint.path}: {side.misfits} tensors do not fit its config; `ckpt-convert verify` lists them"
+                f"{checkpoint.place}: {side.misfits} tensors do not fit its config; `ckpt-convert verify` lists them"
             )
     pairs: list[Pair] = []
     rest_a, rest_b = dict(side_a.rest), dict(side_b.rest)
@@ -253,7 +253,7 @@ def _borrowed(checkpoint: Checkpoint, model: Model, owner: Checkpoint, notices: 
     try:
         found = model_from(
             model.config,
-            str(owner.path),
+            str(owner.place),
             checkpoint.format,
             checkpoint.ranks,
             checkpoint.hints.options,
@@ -261,7 +261,7 @@ def _borrowed(checkpoint: Checkpoint, model: Model, owner: Checkpoint, notices: 
         )
     except CkptConvertError:
         return None
-    notices.append(f"{checkpoint.path}: has no config, and is read with that of {owner.path}")
+    notices.append(f"{checkpoint.place}: has no config, and is read with that of {owner.place}")
     return found
 
 
@@ -271,30 +271,30 @@ def _refuse(a: Checkpoint, b: Checkpoint, models: tuple[Model | None, Model | No
     for checkpoint in (a, b):
         if checkpoint.directory.kind == peft.KIND:
             raise UnsupportedFamilyError(
-                f"{checkpoint.path}: is a PEFT adapter, which holds changes to a model, not its weights; merge it into "
-                "its base model first (peft's merge_and_unload), then compare that"
+                f"{checkpoint.place}: is a PEFT adapter, which holds changes to a model, not its weights; merge it "
+                "into its base model first (peft's merge_and_unload), then compare that"
             )
         is_gguf = any(file.header.kind == gguf.KIND for file in checkpoint.files)
         if checkpoint.format is None and (is_gguf or checkpoint.directory.kind is not None):
             raise UnsupportedFamilyError(
-                f"{checkpoint.path}: {checkpoint.why}, and none of its keys is one of the other side; "
+                f"{checkpoint.place}: {checkpoint.why}, and none of its keys is one of the other side; "
                 "`ckpt-convert inspect` shows the keys of each"
             )
     if left is not None and right is not None:
         raise UnsupportedFamilyError(
-            f"{a.path} is a {left.family.name} in the {a.format} format, {b.path} a {right.family.name} in the "
+            f"{a.place} is a {left.family.name} in the {a.format} format, {b.place} a {right.family.name} in the "
             f"{b.format} format: no table maps one to the other; compare checkpoints of one family, or of one format"
         )
     for checkpoint, model in ((a, left), (b, right)):
         if model is None and checkpoint.format is None:
             raise AmbiguousFormatError(
-                f"{checkpoint.path}: {checkpoint.why}, and the other side is of another layout; say which format it is "
-                "(`from_a=`, `from_b=`)"
+                f"{checkpoint.place}: {checkpoint.why}, and the other side is of another layout; say which format it "
+                "is (`from_a=`, `from_b=`)"
             )
     for checkpoint, model in ((a, left), (b, right)):
         if model is None:
             _ = checkpoint.model  # raises what is missing
-    raise ConfigError(f"{a.path}, {b.path}: nothing says how one is read as the other; give a config")
+    raise ConfigError(f"{a.place}, {b.place}: nothing says how one is read as the other; give a config")
 
 
 def _nbytes(tensor: LazyTensor, dtype: str) -> int:

@@ -63,13 +63,13 @@ def architecture(checkpoint: Checkpoint) -> Architecture:
     """
     content = checkpoint.model.config if checkpoint.format != "hf" else checkpoint.config
     if content is None:
-        raise ConfigError(f"{checkpoint.path}: has no config.json; pass `config=` with the model's")
+        raise ConfigError(f"{checkpoint.place}: has no config.json; pass `config=` with the model's")
     transformers = _transformers()
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     name = content.get("model_type")
-    where = f"{checkpoint.path}: model_type {name!r}"
+    where = f"{checkpoint.place}: model_type {name!r}"
     if not isinstance(name, str) or name not in CONFIG_MAPPING:
         own = " (its config names code of its own, which is never run)" if "auto_map" in content else ""
         raise UnsupportedFamilyError(
@@ -84,7 +84,7 @@ def architecture(checkpoint: Checkpoint) -> Architecture:
     except ImportError as error:
         raise _lacking(checkpoint, error) from error
     except Exception as error:
-        raise ConfigError(f"{checkpoint.path}: transformers refuses the config: {_said(error)}") from error
+        raise ConfigError(f"{checkpoint.place}: transformers refuses the config: {_said(error)}") from error
     vocab = getattr(text, "vocab_size", None)
     if model_class is None or not isinstance(vocab, int) or vocab < 1:
         raise UnsupportedFamilyError(
@@ -136,7 +136,7 @@ def load(checkpoint: Checkpoint, found: Architecture, progress: ProgressCallback
     except MemoryError:
         raise
     except Exception as error:
-        raise ConfigError(f"{checkpoint.path}: transformers cannot load it: {_said(error)}") from error
+        raise ConfigError(f"{checkpoint.place}: transformers cannot load it: {_said(error)}") from error
     _refuse(checkpoint, info)
     if path is not None:
         meter.add(meter.total)
@@ -148,7 +148,7 @@ def _opens(checkpoint: Checkpoint) -> bool:
     if (
         checkpoint.format != "hf"
         or not checkpoint.root.is_local
-        or not checkpoint.path.is_folder()
+        or not checkpoint.place.is_folder()
         or (checkpoint.root / ADAPTER_CONFIG).is_there()
     ):
         return False
@@ -171,7 +171,7 @@ def _as_they_are(checkpoint: Checkpoint, progress: ProgressCallback | None) -> d
 
 def _translated(checkpoint: Checkpoint, progress: ProgressCallback | None) -> tuple[dict[str, torch.Tensor], bool]:
     """The tensors under Hugging Face's keys and in its order of rows, and whether the output is the embedding."""
-    path = str(checkpoint.path)
+    path = str(checkpoint.place)
     equal = comparing(checkpoint.stored)
     made = translate(
         checkpoint.model, str(checkpoint.format), "hf", checkpoint.ranks, path, equal=equal, keep_tied=False
@@ -226,7 +226,7 @@ def _refuse(checkpoint: Checkpoint, info: Mapping[str, Any]) -> None:
     said = [f"\n  {len(lines)} {title}:{listing(lines)}" for title, lines in titles.items() if lines]
     if said:
         error = KeyMismatchError if missing or unexpected else ShapeMismatchError
-        raise error(f"{checkpoint.path}: transformers loads it, but not as its config says:{''.join(said)}")
+        raise error(f"{checkpoint.place}: transformers loads it, but not as its config says:{''.join(said)}")
 
 
 def _transformers() -> Any:
@@ -241,7 +241,7 @@ def _transformers() -> Any:
 
 
 def _lacking(checkpoint: Checkpoint, error: ImportError) -> UsageError:
-    return UsageError(f"{checkpoint.path}: transformers needs another package to load it: {_said(error)}")
+    return UsageError(f"{checkpoint.place}: transformers needs another package to load it: {_said(error)}")
 
 
 def _said(error: Exception) -> str:

@@ -116,11 +116,11 @@ def logits(
     architectures = [causal.architecture(checkpoint) for checkpoint in (a, b) if checkpoint is not None]
     for checkpoint, found in zip((a, b), architectures, strict=False):
         if checkpoint is not None and found.positions is not None and found.positions < length:
-            raise UsageError(f"{checkpoint.path}: takes at most {found.positions} tokens, {length} were asked for")
+            raise UsageError(f"{checkpoint.place}: takes at most {found.positions} tokens, {length} were asked for")
     sizes = [found.vocab_size for found in architectures]
     if b is not None and sizes[0] != sizes[1]:
         raise ShapeMismatchError(
-            f"{b.path}: has a vocabulary of {sizes[1]} tokens, {a.path} one of {sizes[0]}; "
+            f"{b.place}: has a vocabulary of {sizes[1]} tokens, {a.place} one of {sizes[0]}; "
             "their logits cannot be compared"
         )
     tokens = _tokens(sizes[0], prompts, length, seed)
@@ -131,7 +131,7 @@ def logits(
     second, theirs = _run(b, architectures[1], tokens, progress)
     if mine.shape != theirs.shape:
         raise ShapeMismatchError(
-            f"{b.path}: gives {theirs.shape[-1]} logits, {a.path} {mine.shape[-1]}; they cannot be compared"
+            f"{b.place}: gives {theirs.shape[-1]} logits, {a.place} {mine.shape[-1]}; they cannot be compared"
         )
     difference = compare(mine, theirs) if first.finite and second.finite else None
     return LogitsReport(prompts, length, seed, first, second, difference)
@@ -194,7 +194,7 @@ def _run(
     if finite and bool((made == made[..., :1]).all()):
         notices += ("all logits of a position are the same, so they say nothing of the weights",)
     outcome = Outcome(
-        path=str(checkpoint.path),
+        path=str(checkpoint.place),
         format=str(checkpoint.format),
         model_type=found.model_type,
         parameters=parameters,

@@ -69,7 +69,7 @@ def targets_of(checkpoint: Checkpoint, format: str) -> tuple[list[Target], set[s
     Raises UnsupportedFamilyError where the table has no such column, and TiedWeightsError where weights that the config
     ties differ.
     """
-    model, source, path = checkpoint.model_for(format), str(checkpoint.format), str(checkpoint.path)
+    model, source, path = checkpoint.model_for(format), str(checkpoint.format), str(checkpoint.place)
     translation.check(model, path, source, format)
     equal = comparing(checkpoint.stored)
     made = translation.translate(model, source, format, checkpoint.ranks, path, equal=equal, keep_tied=True)
@@ -132,7 +132,7 @@ def refuse_misfits(found: Fit, checkpoint: Checkpoint, format: str) -> None:
     """Raise KeyMismatchError listing everything in which a model and a checkpoint do not fit."""
     if found.problems:
         raise KeyMismatchError(
-            f"{checkpoint.path}: does not fit the model, whose keys should be those of the {format} format "
+            f"{checkpoint.place}: does not fit the model, whose keys should be those of the {format} format "
             f"(model_format={format!r}):{listing(found.problems)}"
         )
 
@@ -173,7 +173,7 @@ def load(
     if overflows:
         log.warning(
             "%s: %s in the model, whose dtype is too narrow for them",
-            checkpoint.path,
+            checkpoint.place,
             overflow_text(dict(sorted(overflows.items()))),
         )
     pairs = Counter(

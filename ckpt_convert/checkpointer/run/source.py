@@ -108,7 +108,7 @@ def _check_list(names: Sequence[str], opened: Checkpoint) -> None:
     problems += [f"{name} is listed twice" for name in sorted({name for name in names if list(names).count(name) > 1})]
     if problems:
         opened.close()
-        raise UsageError(f"{opened.path}: {'; '.join(problems)}; list all of its files, or give the directory")
+        raise UsageError(f"{opened.place}: {'; '.join(problems)}; list all of its files, or give the directory")
 
 
 def _config_file(config: Config) -> Place:

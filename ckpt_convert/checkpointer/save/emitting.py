@@ -258,7 +258,7 @@ class Emitter:
 
         def step(section: Section, files: Mapping[str, bytes]) -> Step:
             assert self.adapter is not None
-            place = str(self.source.path.absolute()) if self.source.format == "hf" else None
+            place = str(self.source.place.absolute()) if self.source.format == "hf" else None
             written = peft_files(*to_peft(parts, self.adapter, self.modules, base_model=place))
             made = self._merged(parts, settings) if merges_too else None
             whole = parts.base

@@ -40,7 +40,7 @@ def replaced(extra: Sequence[Place], plan: Plan, own: Collection[str]) -> Iterat
         there = side.get(path.name)
         if there is None or path.name in own:
             continue
-        made = there.content if there.path is None else None
-        before = digest_file(there.path) if there.path is not None else None if made is None else digest(made)
+        made = there.content if there.place is None else None
+        before = digest_file(there.place) if there.place is not None else None if made is None else digest(made)
         if before is not None and before != digest_file(path):
             yield f"extra_files: {path} takes the place of the source's {path.name} in every step"

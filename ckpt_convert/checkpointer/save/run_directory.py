@@ -56,7 +56,7 @@ class RunDirectory:
         """
         if self._lock is not None:
             return
-        with reading(source.path, "looked at"):
+        with reading(source.place, "looked at"):
             self.check(source)
             self._refuse_step(source)
             if source.files:
@@ -194,20 +194,20 @@ class RunDirectory:
 
     def check(self, source: Checkpoint) -> None:
         """Raise OutputExistsError where saving would write into the source."""
-        here, origin = self.path.real(), source.path.real()
+        here, origin = self.path.real(), source.place.real()
         if source.files and origin.is_folder() and (here == origin or here.is_below(origin)):
             raise OutputExistsError(
-                f"{self.path}: lies inside the source {source.path}, which is never written; choose another output_dir"
+                f"{self.path}: lies inside the source {source.place}, which is never written; choose another output_dir"
             )
 
     def _refuse_step(self, source: Checkpoint) -> None:
         """Raise OutputExistsError where keeping fewer steps would delete the source."""
-        root = source.path.real()
-        if not source.files or source.path == self.template:
+        root = source.place.real()
+        if not source.files or source.place == self.template:
             return
         if root.parent == self.path.real() and catalog.read(root) is not None:
             raise OutputExistsError(
-                f"{source.path}: is a step of this very output_dir, which later steps may replace; choose "
+                f"{source.place}: is a step of this very output_dir, which later steps may replace; choose "
                 "another output_dir, or resume() with the source that the run began with"
             )
 

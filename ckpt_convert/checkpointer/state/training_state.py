@@ -85,7 +85,7 @@ class Opened:
     part's ones below its name.
     """
 
-    path: Place
+    place: Place
     parts: tuple[str, ...] | None
     tensors: Mapping[str, tuple[tuple[RangeReader, StoredTensor], ...]]
     _skeletons: Any
@@ -94,12 +94,12 @@ class Opened:
         """The state, or a dict of some of its parts; only their tensors are read."""
         if self.parts is None:
             if parts is not None:
-                raise UsageError(f"{self.path}: has no parts, so none of them can be asked for; read all of it")
+                raise UsageError(f"{self.place}: has no parts, so none of them can be asked for; read all of it")
             return self._tree(self._skeletons, "")
         wanted = self.parts if parts is None else tuple(parts)
         unknown = [name for name in wanted if name not in self.parts]
         if unknown:
-            raise UsageError(f"{self.path}: has no part {', '.join(unknown)}; it has: {', '.join(self.parts)}")
+            raise UsageError(f"{self.place}: has no part {', '.join(unknown)}; it has: {', '.join(self.parts)}")
         return {name: self._tree(self._skeletons[name], part(name) + "/") for name in wanted}
 
     def shape(self, key: str) -> tuple[int, ...]:
@@ -112,7 +112,7 @@ class Opened:
         pieces = self._pieces(key)
         shape = self.shape(key)
         if into is not None and tuple(into.shape) != shape:
-            raise UsageError(f"{self.path}: {key!r} is of shape {list(shape)}, which does not fit {list(into.shape)}")
+            raise UsageError(f"{self.place}: {key!r} is of shape {list(shape)}, which does not fit {list(into.shape)}")
         if len(pieces) == 1 and into is None:
             return self._piece(*pieces[0])
         first = self._piece(*pieces[0])
@@ -130,12 +130,12 @@ class Opened:
             tensors = {at: self.tensor(prefix + at) for at in tensor_keys(skeleton)}
             return unpacked(skeleton, tensors)
         except CorruptFileError as error:
-            raise CorruptFileError(f"{self.path}: {error}") from error
+            raise CorruptFileError(f"{self.place}: {error}") from error
 
     def _pieces(self, key: str) -> tuple[tuple[RangeReader, StoredTensor], ...]:
         found = self.tensors.get(key)
         if found is None:
-            raise CorruptFileError(f"{self.path}: {key!r} should be there, but is not; {_WAY_OUT}")
+            raise CorruptFileError(f"{self.place}: {key!r} should be there, but is not; {_WAY_OUT}")
         return found
 
     def _piece(self, reader: RangeReader, stored: StoredTensor) -> torch.Tensor:

@@ -34,7 +34,7 @@ class File:
     """One ``.distcp`` file: its header, and the reader that the header's offsets refer to."""
 
     name: str
-    path: Place
+    place: Place
     reader: RangeReader
     header: Header
 
@@ -137,12 +137,12 @@ def _check_records(path: Place, pieces: Sequence[tuple[StoredTensor, Extent]]) -
 class _Part:
     """One of the files, as it was when the metadata was read; open only now and then, for there may be thousands."""
 
-    path: Place
+    place: Place
     identity: Entry
     pool: FilePool
 
     def open(self) -> AbstractContextManager[OpenFile]:
-        return self.pool.open(self.path, self.identity)
+        return self.pool.open(self.place, self.identity)
 
 
 def _in_safetensors(part: _Part, pieces: Sequence[StoredTensor]) -> tuple[StoredTensor, ...]:
@@ -156,7 +156,7 @@ def _in_safetensors(part: _Part, pieces: Sequence[StoredTensor]) -> tuple[Stored
         held = found.get(piece.key)
         if held is None or (held.dtype, held.shape) != (piece.dtype, piece.shape):
             raise CorruptFileError(
-                f"{part.path}: should hold {piece.key!r} as {piece.dtype} {list(piece.shape)}, but "
+                f"{part.place}: should hold {piece.key!r} as {piece.dtype} {list(piece.shape)}, but "
                 f"{'has no such tensor' if held is None else f'has {held.dtype} {list(held.shape)}'}; copy it again"
             )
         out.append(StoredTensor(piece.key, piece.dtype, piece.shape, start + held.offset, box=piece.box))
@@ -187,7 +187,7 @@ class _Reopened:
 
     @property
     def name(self) -> str:
-        return str(self.part.path)
+        return str(self.part.place)
 
     @property
     def size(self) -> int:
@@ -205,13 +205,13 @@ class _Reopened:
 class _Unreadable:
     """A file whose records are more than tensors in archives: what it holds can be listed, but not read."""
 
-    path: Place
+    place: Place
     size: int
     first: StoredTensor
 
     @property
     def name(self) -> str:
-        return str(self.path)
+        return str(self.place)
 
     def readinto(self, offset: int, buffer: memoryview) -> None:
         why = "compressed or otherwise transformed" if self.first.packed is None else f"of dtype {self.first.dtype}"
@@ -228,7 +228,7 @@ class _Records:
     """
 
     def __init__(self, part: _Part, pieces: Sequence[tuple[StoredTensor, Extent]]) -> None:
-        self.name = str(part.path)
+        self.name = str(part.place)
         self.size = part.identity.size
         self._part = part
         self._pieces = pieces
@@ -246,7 +246,7 @@ class _Records:
             if held.strides is None:
                 file.readinto(held.offset + within, buffer)
             elif len(buffer):
-                _gather(File(self.name, self._part.path, file, Header(KIND, file.size, ())), held, within, buffer)
+                _gather(File(self.name, self._part.place, file, Header(KIND, file.size, ())), held, within, buffer)
 
     def _at(self, number: int, file: OpenFile) -> StoredTensor:
         held = self._found.get(number)
