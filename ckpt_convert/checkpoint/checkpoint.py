@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ckpt_convert import formats
@@ -29,6 +30,11 @@ class Checkpoint(Identified):
     ``format`` is None when the files are of no format that is known; ``why`` says what the format was told by, or what
     the files are. ``facts`` are (label, text): more that the files say of themselves, such as an adapter's base model.
     """
+
+    @property
+    def path(self) -> Path:
+        """The path that was opened; raises UsageError for a checkpoint in a store that has none (see ``place``)."""
+        return self.place.local
 
     def read_bytes(self, key: str) -> bytes:
         """The bytes of one tensor, dense and row-major, ranks and pieces joined; as stored where numbers are packed.

@@ -44,8 +44,8 @@ class Made(Protocol):
 class SideFile:
     """A file to be put beside the weights, or into the record.
 
-    ``origin`` is copied, generated, restored or carried; the content is that of ``place``, or ``data``, or what ``made``
-    has under the name. ``identity`` is what the file was when it was chosen.
+    ``origin`` is copied, generated, restored or carried; the content is that of ``place``, or ``data``, or what
+    ``made`` has under the name. ``identity`` is what the file was when it was chosen.
     """
 
     name: str

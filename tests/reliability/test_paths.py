@@ -83,7 +83,7 @@ def test_a_tilde_is_the_home_directory_everywhere(tmp_path: Path, monkeypatch: p
     ckpt_convert.convert("~/model", "~/out", to="native", config="~/model/config.json")
     ckpt_convert.convert(Path("~/out"), Path("~/back"), to="hf", like="~/model")
     with ckpt_convert.open_checkpoint("~/model") as opened:
-        assert str(opened.place) == str(tmp_path / "model")
+        assert opened.path == tmp_path / "model"
     model = make_model()
     with Checkpointer("~/model", "~/runs", contents="weights", extra_files=["~/notes.txt"]) as saver:
         saver.load_model(model)

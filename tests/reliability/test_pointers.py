@@ -76,4 +76,4 @@ def test_it_leads_to_a_directory_beside_it_and_nowhere_else(pointer: Path, tmp_p
 def test_a_weight_file_is_no_pointer(pointer: Path) -> None:
     file = next(pointer.with_name("step_2").glob("*.safetensors"))
     with open_checkpoint(file) as checkpoint:
-        assert str(checkpoint.place) == str(file)
+        assert checkpoint.path == file
