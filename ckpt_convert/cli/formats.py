@@ -9,7 +9,10 @@ from typing import Any
 
 import click
 
-from ckpt_convert.cli.text import columns, echo, terminal_width
+from ckpt_convert.checkpoint.stated import no_family
+from ckpt_convert.cli import family_table
+from ckpt_convert.cli.text import columns, echo, echo_json, terminal_width
+from ckpt_convert.errors import misfit
 from ckpt_convert.formats import ALL
 from ckpt_convert.models import FAMILIES, Family, grouped
 
@@ -29,15 +32,39 @@ _GAP = "  "
     epilog="""\b
 Examples:
   ckpt-convert formats
-  ckpt-convert formats --json | jq -r '.families[].name'""",
+  ckpt-convert formats --json | jq -r '.families[].name'
+  ckpt-convert formats --family llama4 --keys
+  ckpt-convert formats --family qwen3_moe --keys --layers 2""",
 )
+@click.option("--keys", is_flag=True, help="The table of one family: keys, shapes, RoPE layout and TP axis by format.")
+@click.option("--family", metavar="NAME", help="The family whose table --keys shows.")
+@click.option("--layers", type=click.IntRange(1, 1000), metavar="N", help="With --keys: N layers, numbered.")
 @click.option("--json", "as_json", is_flag=True, help="Everything as one JSON object.")
-def formats(as_json: bool) -> None:
-    """Show which families of models can be read and written, in which formats, and what files these use."""
+def formats(keys: bool, family: str | None, layers: int | None, as_json: bool) -> None:
+    """Show which families of models can be read and written, in which formats, and what files these use.
+
+    With --family NAME --keys: each tensor of a family, its shape in the symbols of its config, and for each format its
+    key, the shape stored there where that is another one, the RoPE layout and the axis that TP ranks cut.
+    """
+    if keys != (family is not None) or (layers is not None and not keys):
+        raise click.UsageError("--keys shows the table of one --family; --layers numbers the layers of that table")
+    if family is not None:
+        _table(family, layers, as_json)
+        return
     if as_json:
         echo(json.dumps(_document(), indent=2))
         return
     echo("\n".join([*_families(terminal_width() or _WIDTH), "", *_formats()]))
+
+
+def _table(name: str, layers: int | None, as_json: bool) -> None:
+    if name not in FAMILIES:
+        raise misfit("family", name, no_family())
+    family = FAMILIES[name]
+    if as_json:
+        echo_json(family_table.document(family, layers))
+        return
+    echo("\n".join(family_table.lines(family, layers, terminal_width() or family_table.WIDTH)))
 
 
 def _document() -> dict[str, Any]:

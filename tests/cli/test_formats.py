@@ -12,6 +12,7 @@ from ckpt_convert.analysis.check.run import check
 from ckpt_convert.cli import cli
 from ckpt_convert.cli.formats import formats
 from ckpt_convert.convert.api import plan
+from ckpt_convert.errors import UsageError
 from ckpt_convert.formats import ALL
 from ckpt_convert.models import FAMILIES, Family, grouped
 from ckpt_convert.models.llama import table
@@ -106,3 +107,94 @@ def test_its_use_is_said_by_inspect_and_verify(
 def test_a_column_that_is_not_used_is_not_mentioned(doubtful: Family) -> None:
     with plan(GOLDEN / "llama" / "hf", to="meta") as made:
         assert not [notice for notice in made.notices if "nobody has such a thing" in notice]
+
+
+def table_of(*words: str) -> str:
+    result = CliRunner().invoke(cli, ["formats", "--family", *words])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def block(page: str, name: str) -> list[str]:
+    """The lines of one row."""
+    (found,) = [part for part in page.split("\n\n") if part.split()[0] == name]
+    return [" ".join(line.split()) for line in found.splitlines()]
+
+
+def test_the_table_of_a_family_says_what_each_format_does_with_a_row() -> None:
+    page = table_of("llama", "--keys")
+    assert page.startswith("llama: Llama 1")
+    assert block(page, "attention.k") == [
+        "attention.k [n_kv_heads*head_dim, dim] rotates: heads n_kv_heads",
+        "hf model.layers.{layer}.self_attn.k_proj.weight rope half",
+        "meta layers.{layer}.attention.wk.weight",
+        "rope interleaved; tp 0; copies beyond n_kv_heads",
+        "native layers.{layer}.attn.k_proj.weight rope interleaved",
+        "torchtitan layers.{layer}.attention.qkv_linear.wk.weight rope interleaved",
+    ]
+    assert block(page, "output")[:2] == [
+        "output [vocab_size, dim] may be tied to tok_embeddings",
+        "hf lm_head.weight absent if tied",
+    ]
+
+
+def test_the_table_shows_the_shape_that_is_stored() -> None:
+    """Stacked over experts, transposed, one axis with the next, fused: what a person would look for in a file."""
+    assert block(table_of("mixtral_2023", "--keys"), "moe.experts.down") == [
+        "moe.experts.down [dim, ffn_dim]",
+        "hf model.layers.{layer}.block_sparse_moe.experts.{expert}.w2.weight",
+        "meta layers.{layer}.block_sparse_moe.w2",
+        "[n_experts*ffn_dim, dim]; stacked; transposed",
+        "in memory model.layers.{layer}.mlp.experts.down_proj",
+        "[n_experts, dim, ffn_dim]; stacked",
+    ]
+    assert block(table_of("phi3", "--keys"), "attention.k")[1:3] == [
+        "hf model.layers.{layer}.self_attn.qkv_proj.weight",
+        "rope half; fused on axis 0, part 2 of 3",
+    ]
+
+
+def test_parts_are_counted_among_those_of_the_same_layers() -> None:
+    up = block(table_of("deepseek_v3", "--keys"), "mtp.moe.experts.up")
+    assert up[-1] == "[n_experts, expert_dim, dim]; stacked; fused on axis 1, part 2 of 2"
+
+
+def test_layers_are_numbered_on_request() -> None:
+    page = table_of("llama", "--keys", "--layers", "2")
+    assert "{layer}" not in page.partition("\n\n")[2]
+    names = [part.split()[0] for part in page.split("\n\n")[1:]]
+    assert names.index("ffn.up.0") < names.index("attention_norm.1")
+    assert "attention_norm.2" not in names
+    assert block(page, "ffn.up.1")[1] == "hf model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_every_table_fits_100_columns_and_names_every_row(name: str) -> None:
+    page = table_of(name, "--keys")
+    assert max(map(len, page.splitlines())) <= 100
+    assert [part.split()[0] for part in page.split("\n\n")[1:]] == [row.name for row in FAMILIES[name].rows]
+
+
+def test_json_says_the_same_of_a_table() -> None:
+    document = json.loads(table_of("llama4", "--keys", "--json"))
+    assert (document["schema"], document["family"]) == (1, "llama4")
+    rows = {row["name"]: row for row in document["rows"]}
+    assert list(rows) == [row.name for row in FAMILIES["llama4"].rows]
+    gate = {column["format"]: column for column in rows["experts.gate"]["columns"]}
+    assert gate["hf"]["shape"] == ["n_experts", "dim", "ffn_dim"]
+    assert gate["meta"]["tp"] is not None
+    numbered = json.loads(table_of("llama4", "--keys", "--json", "--layers", "1"))
+    assert "experts.gate.0" in {row["name"] for row in numbered["rows"]}
+
+
+@pytest.mark.parametrize("words", [["--keys"], ["--family", "llama"], ["--layers", "2"]])
+def test_keys_and_family_go_together(words: list[str]) -> None:
+    result = CliRunner().invoke(cli, ["formats", *words])
+    assert result.exit_code == 2
+    assert "--keys shows the table of one --family" in result.output
+
+
+def test_the_table_of_no_family_is_refused() -> None:
+    result = CliRunner().invoke(cli, ["formats", "--family", "llamas", "--keys"])
+    assert isinstance(result.exception, UsageError)
+    assert "is no family; known: " in str(result.exception)

@@ -142,7 +142,7 @@ class Family:
             yield from ([Instance(row, ())] for row in self.rows)
             return
         sets: Sets = dims.sets if isinstance(dims, Dims) else {}
-        for outer, group in groupby(self.rows, key=self._outer):
+        for outer, group in self.by_placeholder():
             rows = [row for row in group if not row.when or dims[row.when]]
             if outer is None:
                 yield from ([Instance(row, ())] for row in rows)
@@ -153,6 +153,11 @@ class Family:
                 for row in rows:
                     if row.only is None or number in members[row.only]:
                         yield [Instance(row, ((outer, number), *rest), sets) for rest in inner[row.name]]
+
+    def by_placeholder(self) -> Iterator[tuple[str | None, list[Row]]]:
+        """The rows in their order, those together that the same placeholder numbers (a layer's), with its name."""
+        for outer, group in groupby(self.rows, key=self._outer):
+            yield outer, list(group)
 
     def _inner(self, row: Row, dims: Mapping[str, int]) -> list[tuple[tuple[str, int], ...]]:
         """The numbers of a row's placeholders but the one that counts slowest, at each of its indices."""

@@ -1,0 +1,124 @@
+"""A family's table written out for people: every row, its shape in symbols, and what each column says of it.
+
+Nothing here takes part in a conversion: it shows what the table says, to be held against a library's source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ckpt_convert.models.core.rows import Key, Row
+from ckpt_convert.models.core.table import Family
+
+IN_MEMORY = "in memory"
+"""What the column of transformers' models in memory is called, where it differs from that of their files."""
+
+
+@dataclass(frozen=True)
+class ShownColumn:
+    """What one format says of a row.
+
+    ``shape`` is that of the row's own part of the stored tensor: transposed, reshaped and stacked as the format has it,
+    but without other rows that are fused with it. ``tp`` is the axis of the stored tensor that ranks cut, or the symbol
+    that holds it; ``facts`` are what else there is to say, in words.
+    """
+
+    format: str
+    key: str
+    shape: tuple[str, ...]
+    rope: str | None
+    tp: int | str | None
+    facts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ShownRow:
+    """One row: its name, its shape as the tables think of it, what holds for all columns, and each column."""
+
+    name: str
+    shape: tuple[str, ...]
+    facts: tuple[str, ...]
+    columns: tuple[ShownColumn, ...]
+
+
+def expanded(family: Family, layers: int | None = None) -> Iterator[ShownRow]:
+    """The rows of a family in the order of its table; no config is needed, so sizes are symbols.
+
+    ``layers`` writes each row that has layers so many times, with numbers in place of {layer}, those of a layer
+    together; None leaves the placeholder. Which layers of a real model have a row is up to its config.
+    """
+    for outer, rows in family.by_placeholder():
+        for number in [None] if outer is None or layers is None else range(layers):
+            yield from (_row(family, row, outer, number) for row in rows)
+
+
+def _row(family: Family, row: Row, outer: str | None, number: int | None) -> ShownRow:
+    keys = {**row.columns, **({IN_MEMORY: row.in_memory} if row.in_memory else {})}
+    return ShownRow(
+        row.name if number is None else f"{row.name}.{number}",
+        row.shape,
+        tuple(_row_facts(row)),
+        tuple(_column(family, row, format, key, outer, number) for format, key in keys.items()),
+    )
+
+
+def _row_facts(row: Row) -> Iterator[str]:
+    if row.heads is not None:
+        part = "" if row.rotary_dim is None else f", the first {row.rotary_dim} rows of each"
+        yield f"rotates: heads {row.heads}{part}"
+    if row.only is not None:
+        yield f"in layers: {row.only}"
+    if row.when is not None:
+        yield f"if {row.when}"
+    if row.tied_to is not None:
+        yield f"may be tied to {row.tied_to}"
+    if row.derived:
+        yield "derived from the config"
+    elif row.optional:
+        yield "optional" if row.group is None else f"optional, with the group {row.group}"
+    if row.zeros is not None:
+        yield f"{row.zeros} zeros where absent"
+
+
+def _column(family: Family, row: Row, format: str, key: Key, outer: str | None, number: int | None) -> ShownColumn:
+    stacked = [family.indices[name] for name in family.indices if name in row.placeholders - key.placeholders]
+    shape = list(key.shape or row.shape)
+    if key.transposed and key.shape is None:
+        shape[-2:] = shape[:-3:-1]
+    shape = [*stacked, *shape]
+    tp = key.tp
+    if isinstance(tp, int):
+        tp += len(stacked) - key.flat
+    if key.flat:
+        shape[:2] = [f"{shape[0]}*{shape[1]}"]
+    text = key.template if number is None else key.template.replace(f"{{{outer}}}", str(number))
+    return ShownColumn(format, text, tuple(shape), key.rope, tp, tuple(_facts(family, row, format, key, stacked)))
+
+
+def _facts(family: Family, row: Row, format: str, key: Key, stacked: list[str]) -> Iterator[str]:
+    if stacked:
+        yield "stacked"
+    if key.transposed:
+        yield "transposed"
+    if key.cells is not None:
+        yield f"cells {key.cells}"
+    if key.copies is not None:
+        yield f"copies beyond {key.copies}"
+    if key.fused is not None:
+        parts = _fused(family, row, format, key)
+        at = next(at for at, part in enumerate(parts, 1) if part.name == row.name)
+        yield f"fused on axis {key.fused + len(stacked)}, part {at} of {len(parts)}"
+    if key.omitted_if_tied:
+        yield "absent if tied"
+
+
+def _fused(family: Family, row: Row, format: str, key: Key) -> list[Row]:
+    """The rows of what lies under a key of this row, in their order there."""
+    held = [(each, _of(each, format)) for each in family.rows if each.only == row.only]
+    parts = [(each, other) for each, other in held if other is not None and other.template == key.template]
+    return [each for each, _ in sorted(parts, key=lambda part: part[1].place)]
+
+
+def _of(row: Row, format: str) -> Key | None:
+    return row.in_memory if format == IN_MEMORY else row.column(format)
