@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import click
 from ckpt_convert.cli.text import echo, escape, stopping_nothing
 from ckpt_convert.errors import CkptConvertError, UsageError
 from ckpt_convert.storage.names import local_path
+from ckpt_convert.storage.system import replace_file
 from ckpt_convert.words import human_bytes
 
 
@@ -50,7 +50,9 @@ def write_page(destination: str, page: str) -> None:
         if path.exists() and not path.is_file():  # /dev/stdout, a pipe: there is nothing to rename onto
             path.write_bytes(data)
         else:
-            _replace(path.resolve(), data)  # a link is written through, not replaced
+            real = path.resolve()  # a link is written through, not replaced
+            mode = real.stat().st_mode & 0o777 if real.exists() else None
+            replace_file(real, data, real.with_name(f".{real.name[:100]}.{secrets.token_hex(4)}.partial"), mode)
     except OSError as error:
         raise CkptConvertError(f"--html {path}: cannot be written: {error.strerror}; give another place") from error
     echo(f"wrote {escape(str(path))} ({human_bytes(len(data))}); open it in a browser", err=True)
@@ -66,21 +68,3 @@ def _is_page(path: Path) -> bool:
     except OSError:
         return True  # what is wrong with it is said when it is written
     return not start or start.startswith((b"<!doctype html", b"<html"))
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Write a file in the place of another, which keeps its permissions; a new one has what the umask leaves."""
-    name = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.partial")
-    mode = path.stat().st_mode & 0o777 if path.exists() else None
-    descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666 if mode is None else mode)
-    try:
-        with open(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(descriptor)
-        if mode is not None:
-            os.chmod(name, mode)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise

@@ -14,7 +14,7 @@ from ckpt_convert.errors import CheckpointNotFoundError, OutputExistsError, Unsa
 from ckpt_convert.storage import names as paths
 from ckpt_convert.storage.base import Entry, Kind, changed, refuse
 from ckpt_convert.storage.reader import Identity, LocalFile, reading, unreadable
-from ckpt_convert.storage.system import sync_directory, writing
+from ckpt_convert.storage.system import sync_directory, take_place, writing
 
 _NOTHING = {errno.ENOENT, errno.ENOTDIR, errno.EBADF, errno.ELOOP, errno.ENAMETOOLONG}
 """What the system says of a path that leads nowhere, or cannot be."""
@@ -175,23 +175,23 @@ class _Writer:
 
     def complete(self, *, create_only: bool = False) -> Entry:
         with writing(self._path):
-            os.fsync(self._fd)
             found = os.fstat(self._fd)
             if create_only:
                 self._link()
             else:
-                os.replace(self._partial, self._path)
+                take_place(self._fd, self._partial, self._path)
             self._close()
-            sync_directory(self._path.parent)
         return Identity.of(found)
 
     def _link(self) -> None:
         """Give the file its name only where nothing has it."""
+        os.fsync(self._fd)
         try:
             os.link(self._partial, self._path)
         except FileExistsError:
             raise OutputExistsError(f"{self._path}: is there already") from None
         os.unlink(self._partial)
+        sync_directory(self._path.parent)
 
     def abort(self) -> None:
         if self._fd >= 0:

@@ -10,7 +10,7 @@ from pathlib import Path
 from ckpt_convert.errors import CkptConvertError, OutputExistsError
 from ckpt_convert.storage.names import check_name
 from ckpt_convert.storage.place import Place, at
-from ckpt_convert.storage.system import UNSUPPORTED, sync_directory, write_whole
+from ckpt_convert.storage.system import UNSUPPORTED, replace_file, sync_directory
 
 SUFFIX = ".pointer"
 """How the name of a pointer that is being made ends."""
@@ -56,7 +56,8 @@ def point(output_dir: Path, name: str, target: str) -> None:
         windows = getattr(error, "winerror", None) is not None
         if isinstance(error, OSError) and error.errno not in _NO_LINKS and not windows:
             raise
-        write_whole(temporary, text(target))
+        replace_file(output_dir / name, text(target), temporary)
+        return
     os.replace(temporary, output_dir / name)
     sync_directory(output_dir)
 

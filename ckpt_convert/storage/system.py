@@ -73,24 +73,30 @@ def sync_directory(where: Path | int) -> None:
             os.close(fd)
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """Write a small file in the place of another, all of it or not at all; raises OSError."""
-    temporary = partial_of(path)
+def replace_file(path: Path, data: bytes, temporary: Path | None = None, mode: int | None = None) -> None:
+    """Write a file in the place of another, all of it or not at all; raises OSError.
+
+    Until it is whole it is called ``temporary``; its permissions are ``mode``, or what the umask leaves.
+    """
+    temporary = temporary or partial_of(path)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0)
     try:
-        write_whole(temporary, data)
-        os.replace(temporary, path)
+        with open(os.open(temporary, flags, 0o666 if mode is None else mode), "wb") as file:
+            file.write(data)
+            file.flush()
+            if mode is not None:
+                os.chmod(file.fileno(), mode)
+            take_place(file.fileno(), temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def take_place(fd: int, temporary: Path, path: Path) -> None:
+    """Give an open file that is written its name: what has that is whole, and on disk, whatever dies meanwhile."""
+    os.fsync(fd)
+    os.replace(temporary, path)
     sync_directory(path.parent)
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a small file and flush it to disk."""
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def exchange(first: Path, second: Path) -> bool:
