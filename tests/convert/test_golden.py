@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import pytest
 
 import ckpt_convert
 from ckpt_convert.convert import partition
+from ckpt_convert.storage.memory import MemoryStore
+from ckpt_convert.storage.place import Place
 from ckpt_convert.tensors import blocks, gather
 from tests.helpers import CASES, GOLDEN, assert_same, read_meta, read_safetensors, sums
 
@@ -23,6 +26,34 @@ def meta(case: str, ranks: int = 1) -> Path:
 
 def hf(case: str) -> Path:
     return GOLDEN / case / "hf"
+
+
+class Convert:
+    """``ckpt_convert.convert`` on a disk, or in a store without rename, whose files are copied to the disk then.
+
+    In the store a conversion reads what one before it has written there.
+    """
+
+    def __init__(self, store: MemoryStore | None) -> None:
+        self._store = store
+        self._written: dict[Path, Place] = {}
+
+    def __call__(self, source: Path, destination: Path, **options: Any) -> ckpt_convert.Report:
+        if self._store is None:
+            return ckpt_convert.convert(source, destination, **options)
+        place = Place(self._store, PurePosixPath(destination.name))
+        report = ckpt_convert.convert(self._written.get(source, source), place, **options)
+        self._written[destination] = place
+        for file in place.entries():
+            path = destination / file.below(place)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(file.read(1 << 30))
+        return report
+
+
+@pytest.fixture(params=["disk", "store"])
+def convert(request: pytest.FixtureRequest) -> Convert:
+    return Convert(None if request.param == "disk" else MemoryStore())
 
 
 @pytest.fixture
@@ -43,9 +74,9 @@ def without_tables(tensors: dict[str, object]) -> dict[str, object]:
 
 
 @pytest.mark.parametrize(("case", "ranks"), META)
-def test_hf_to_meta(case: str, ranks: int, tmp_path: Path) -> None:
+def test_hf_to_meta(convert: Convert, case: str, ranks: int, tmp_path: Path) -> None:
     style = "llama2" if case == "llama2" else None
-    ckpt_convert.convert(hf(case), tmp_path / "out", to="meta", model_parallel=ranks, meta_style=style, verify=True)
+    convert(hf(case), tmp_path / "out", to="meta", model_parallel=ranks, meta_style=style, verify=True)
     found = read_meta(tmp_path / "out")
     expected = read_meta(meta(case, ranks))
     assert len(found) == len(expected) == ranks
@@ -54,8 +85,8 @@ def test_hf_to_meta(case: str, ranks: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("case", "ranks"), META)
-def test_meta_to_hf(case: str, ranks: int, tmp_path: Path) -> None:
-    report = ckpt_convert.convert(meta(case, ranks), tmp_path / "out", to="hf", verify=True)
+def test_meta_to_hf(convert: Convert, case: str, ranks: int, tmp_path: Path) -> None:
+    report = convert(meta(case, ranks), tmp_path / "out", to="hf", verify=True)
     assert_same(read_safetensors(tmp_path / "out"), read_safetensors(hf(case)))
     assert len(report.files) == ranks
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -67,14 +98,14 @@ def test_meta_to_hf(case: str, ranks: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("case", "ranks"), META)
-def test_meta_to_native(case: str, ranks: int, tmp_path: Path) -> None:
-    ckpt_convert.convert(meta(case, ranks), tmp_path / "out", to="native", verify=True)
+def test_meta_to_native(convert: Convert, case: str, ranks: int, tmp_path: Path) -> None:
+    convert(meta(case, ranks), tmp_path / "out", to="native", verify=True)
     assert_same(read_safetensors(tmp_path / "out"), read_safetensors(GOLDEN / case / "native.safetensors"))
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_hf_to_native(case: str, tmp_path: Path) -> None:
-    ckpt_convert.convert(hf(case), tmp_path / "out", to="native", verify=True)
+def test_hf_to_native(convert: Convert, case: str, tmp_path: Path) -> None:
+    convert(hf(case), tmp_path / "out", to="native", verify=True)
     assert_same(read_safetensors(tmp_path / "out"), read_safetensors(GOLDEN / case / "native.safetensors"))
     names = {file.name for file in (tmp_path / "out").glob("*.safetensors")}
     assert names == {file.name for file in hf(case).glob("*.safetensors")}
@@ -82,17 +113,17 @@ def test_hf_to_native(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_native_to_hf(case: str, tmp_path: Path, native: object) -> None:
+def test_native_to_hf(convert: Convert, case: str, tmp_path: Path, native: object) -> None:
     config = hf(case) / "config.json"
-    ckpt_convert.convert(native(case), tmp_path / "out", to="hf", config=config, verify=True)  # type: ignore[operator]
+    convert(native(case), tmp_path / "out", to="hf", config=config, verify=True)  # type: ignore[operator]
     assert_same(read_safetensors(tmp_path / "out"), read_safetensors(hf(case)))
     assert (tmp_path / "out" / "config.json").read_bytes() == config.read_bytes()
 
 
 @pytest.mark.parametrize(("case", "ranks"), META)
-def test_native_to_meta(case: str, ranks: int, tmp_path: Path, native: object) -> None:
+def test_native_to_meta(convert: Convert, case: str, ranks: int, tmp_path: Path, native: object) -> None:
     source = native(case)  # type: ignore[operator]
-    ckpt_convert.convert(source, tmp_path / "out", to="meta", like=meta(case, ranks), config=meta(case) / "params.json")
+    convert(source, tmp_path / "out", to="meta", like=meta(case, ranks), config=meta(case) / "params.json")
     for mine, theirs in zip(read_meta(tmp_path / "out"), read_meta(meta(case, ranks)), strict=True):
         assert_same(mine, theirs)
     assert (tmp_path / "out" / "params.json").read_bytes() == (meta(case, ranks) / "params.json").read_bytes()
@@ -100,11 +131,9 @@ def test_native_to_meta(case: str, ranks: int, tmp_path: Path, native: object) -
 
 @pytest.mark.parametrize("case", SHARDED)
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (1, 4), (2, 4), (4, 2), (4, 1), (2, 1), (2, 2)])
-def test_reshard(case: str, before: int, after: int, tmp_path: Path) -> None:
+def test_reshard(convert: Convert, case: str, before: int, after: int, tmp_path: Path) -> None:
     style = "llama2" if case == "llama2" else None
-    ckpt_convert.convert(
-        meta(case, before), tmp_path / "out", to="meta", model_parallel=after, meta_style=style, verify=True
-    )
+    convert(meta(case, before), tmp_path / "out", to="meta", model_parallel=after, meta_style=style, verify=True)
     for mine, theirs in zip(read_meta(tmp_path / "out"), read_meta(meta(case, after)), strict=True):
         assert_same(mine, theirs)
 
@@ -120,26 +149,26 @@ def buffers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("scratch", [300, 5000, 8 << 20])
 def test_any_size_of_buffers_gives_the_same(
-    case: str, scratch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    convert: Convert, case: str, scratch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gather, "SCRATCH", scratch)
     ranks = 1 if case == "mistral" else 4
     like = meta(case, ranks)
-    ckpt_convert.convert(hf(case), tmp_path / "meta", to="meta", like=like, verify=True)
+    convert(hf(case), tmp_path / "meta", to="meta", like=like, verify=True)
     for mine, theirs in zip(read_meta(tmp_path / "meta"), read_meta(like), strict=True):
         assert_same(mine, theirs)
-    ckpt_convert.convert(tmp_path / "meta", tmp_path / "native", to="native", verify=True)
+    convert(tmp_path / "meta", tmp_path / "native", to="native", verify=True)
     assert_same(read_safetensors(tmp_path / "native"), read_safetensors(GOLDEN / case / "native.safetensors"))
-    ckpt_convert.convert(tmp_path / "native", tmp_path / "back", to="hf", verify=True)
+    convert(tmp_path / "native", tmp_path / "back", to="hf", verify=True)
     assert sums(tmp_path / "back") == sums(hf(case))
-    ckpt_convert.convert(hf(case), tmp_path / "cast", to="native", dtype="bfloat16", verify=True)
+    convert(hf(case), tmp_path / "cast", to="native", dtype="bfloat16", verify=True)
 
 
-def trip(start: Path, steps: tuple[str, ...], folder: Path) -> Path:
+def trip(convert: Convert, start: Path, steps: tuple[str, ...], folder: Path) -> Path:
     here = start
     for number, step in enumerate(steps):
         there = folder / f"{number}-{step}"
-        ckpt_convert.convert(here, there, to=step)
+        convert(here, there, to=step)
         here = there
     return here
 
@@ -148,27 +177,29 @@ def trip(start: Path, steps: tuple[str, ...], folder: Path) -> Path:
 @pytest.mark.parametrize(
     "steps", [("hf",), ("meta", "hf"), ("native", "hf"), ("meta", "native", "hf"), ("native", "meta", "hf")]
 )
-def test_hf_comes_back_file_for_file(case: str, steps: tuple[str, ...], tmp_path: Path) -> None:
-    assert sums(trip(hf(case), steps, tmp_path)) == sums(hf(case))
+def test_hf_comes_back_file_for_file(convert: Convert, case: str, steps: tuple[str, ...], tmp_path: Path) -> None:
+    assert sums(trip(convert, hf(case), steps, tmp_path)) == sums(hf(case))
 
 
 @pytest.mark.parametrize(("case", "ranks"), META)
 @pytest.mark.parametrize("steps", [("meta",), ("hf", "meta"), ("native", "meta"), ("hf", "native", "meta")])
-def test_meta_comes_back_file_for_file(case: str, ranks: int, steps: tuple[str, ...], tmp_path: Path) -> None:
-    assert sums(trip(meta(case, ranks), steps, tmp_path)) == sums(meta(case, ranks))
+def test_meta_comes_back_file_for_file(
+    convert: Convert, case: str, ranks: int, steps: tuple[str, ...], tmp_path: Path
+) -> None:
+    assert sums(trip(convert, meta(case, ranks), steps, tmp_path)) == sums(meta(case, ranks))
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("steps", [("meta", "native"), ("hf", "native"), ("hf", "meta", "native"), ("native",)])
-def test_native_comes_back_file_for_file(case: str, steps: tuple[str, ...], tmp_path: Path) -> None:
+def test_native_comes_back_file_for_file(convert: Convert, case: str, steps: tuple[str, ...], tmp_path: Path) -> None:
     start = tmp_path / "start"
-    ckpt_convert.convert(hf(case), start, to="native")
-    assert sums(trip(start, steps, tmp_path)) == sums(start)
+    convert(hf(case), start, to="native")
+    assert sums(trip(convert, start, steps, tmp_path)) == sums(start)
 
 
-def test_the_same_conversion_gives_the_same_record(tmp_path: Path) -> None:
+def test_the_same_conversion_gives_the_same_record(convert: Convert, tmp_path: Path) -> None:
     for name in ("one", "two"):
-        ckpt_convert.convert(hf("llama"), tmp_path / name, to="meta", workers=2 if name == "one" else 1)
+        convert(hf("llama"), tmp_path / name, to="meta", workers=2 if name == "one" else 1)
     first, second = (tmp_path / name / "ckpt_convert" for name in ("one", "two"))
     files = sorted(file.relative_to(first) for file in first.rglob("*") if file.is_file())
     assert files == sorted(file.relative_to(second) for file in second.rglob("*") if file.is_file())
