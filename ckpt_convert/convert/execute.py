@@ -7,11 +7,9 @@ buffers, whatever the size of the model. numpy, checksums, reading and writing a
 
 from __future__ import annotations
 
-import threading
-from collections import deque
 from collections.abc import Iterable, Mapping
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -31,6 +29,7 @@ from ckpt_convert.tensors import blocks, decode
 from ckpt_convert.tensors.blocks import Mover, Read, difference
 from ckpt_convert.tensors.gather import Stored
 from ckpt_convert.tensors.lazy import LazyTensor
+from ckpt_convert.tensors.pool import spread
 from ckpt_convert.tensors.progress import Meter, ProgressCallback
 from ckpt_convert.words import MORE, listing, some
 
@@ -157,56 +156,38 @@ def execute(
 
     Raises whatever a worker raised first; the others stop at their next block.
     """
-    execution = _Execution(plan, deque(pieces), Numbered(plan, sources), output, meter)
-    with ThreadPoolExecutor(workers, "convert") as pool:
-        futures = [pool.submit(execution.work) for _ in range(workers)]
-        try:
-            wait(futures, return_when=FIRST_EXCEPTION)
-        finally:
-            execution.stop.set()
-        for future in futures:
-            future.result()
+    queue, stored = list(pieces), Numbered(plan, sources)
+    meter = meter or Meter("converting", sum(piece.nbytes for piece in queue), None)
+    execution = _Execution(plan, output, meter)
+    spread(queue, workers, meter, lambda: partial(execution.write, Mover(stored)))
     return execution.done
 
 
 class _Execution:
-    """The pieces that are left, for several threads."""
+    """What several threads have in common that write pieces."""
 
-    def __init__(self, plan: Plan, queue: deque[Piece], stored: Stored, output: Output, meter: Meter | None) -> None:
-        self.stop = threading.Event()
+    def __init__(self, plan: Plan, output: Output, meter: Meter) -> None:
         self.done: list[Done] = []
         self._plan = plan
-        self._queue = queue
-        self._stored = stored
         self._output = output
-        self._meter = meter or Meter("converting", sum(piece.nbytes for piece in queue), None)
+        self._meter = meter
 
-    def work(self) -> None:
-        mover = Mover(self._stored)
-        while not self.stop.is_set():
-            try:
-                piece = self._queue.popleft()
-            except IndexError:
-                return
-            file = self._output.file(piece.file)
-            done = self._verified(file, piece) or self._moved(mover, file, piece)
-            if done is None:
-                return
-            self.done.append(done)
-            self._output.add(done)
+    def write(self, mover: Mover, piece: Piece) -> None:
+        file = self._output.file(piece.file)
+        done = self._verified(file, piece) or self._moved(mover, file, piece)
+        self.done.append(done)
+        self._output.add(done)
 
     def _sums(self, piece: Piece, data: memoryview, checksum: int, crc: int) -> tuple[int, int]:
         """Both checksums of a piece, with more bytes of it."""
         has_crc = self._plan.files[piece.file].layout.header.checksummed
         return CRC64.of(data, checksum), CRC32.of(data, crc) if has_crc else 0
 
-    def _moved(self, mover: Mover, file: StagedFile, piece: Piece) -> Done | None:
+    def _moved(self, mover: Mover, file: StagedFile, piece: Piece) -> Done:
         checksum = crc = done = flushed = 0
         placed, before = self._plan.files[piece.file].tensors[piece.tensor], mover.overflowed
         for part in placed.tensor.between(piece.start, piece.stop):
             for _, data in mover.blocks(part, placed.source_dtype, placed.dtype):
-                if self.stop.is_set():
-                    return None
                 checksum, crc = self._sums(piece, data, checksum, crc)
                 file.write(piece.offset + done, data)
                 self._meter.add(len(data))

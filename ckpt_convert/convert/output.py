@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +26,7 @@ from ckpt_convert.storage.place import Place
 from ckpt_convert.storage.reader import reading
 from ckpt_convert.storage.workspace import Folder, Stage
 from ckpt_convert.tensors.lazy import LazyTensor
+from ckpt_convert.tensors.pool import each
 from ckpt_convert.tensors.progress import Meter, ProgressCallback
 
 
@@ -179,8 +179,7 @@ def _check_source(list_: Checklist, workers: int, progress: ProgressCallback | N
     def findings(name: str) -> list[checklist.Finding]:
         return checklist.check(root, {name: listed[name]}, advance=meter.add)
 
-    with ThreadPoolExecutor(workers) as pool:
-        wrong = [finding for found in pool.map(findings, listed) for finding in found]
+    wrong = [finding for found in each(findings, listed, workers) for finding in found]
     if wrong:
         listing = "; ".join(f"{finding.file}: expected {finding.expected}, found {finding.found}" for finding in wrong)
         raise CorruptFileError(

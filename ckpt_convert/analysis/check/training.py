@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ckpt_convert.analysis.check.accept import accept_command, may_change
@@ -14,6 +13,7 @@ from ckpt_convert.errors import CheckpointNotFoundError, CkptConvertError
 from ckpt_convert.storage.checksums import digest_file
 from ckpt_convert.storage.place import Place
 from ckpt_convert.storage.reader import WORKERS
+from ckpt_convert.tensors.pool import each
 
 _WAY_OUT = "copy the checkpoint again, or use another step"
 
@@ -34,9 +34,8 @@ def files(directory: Place, values: bool) -> list[Finding] | None:
 
 def compare(directory: Place, listed: Mapping[str, Mapping[str, Any]], values: bool) -> list[Finding]:
     """Hold files against the size and checksum (xxh3_64) that were written down; a few are read at a time."""
-    with ThreadPoolExecutor(WORKERS) as pool:
-        found = pool.map(lambda name: _compare(directory, name, listed[name], values), listed)
-        return [finding for finding in found if finding is not None]
+    found = each(lambda name: _compare(directory, name, listed[name], values), listed, WORKERS)
+    return [finding for finding in found if finding is not None]
 
 
 def _compare(directory: Place, name: str, entry: Mapping[str, Any], values: bool) -> Finding | None:
