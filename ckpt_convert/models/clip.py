@@ -138,7 +138,7 @@ CLIP = Family(
 
 def _bare(row: Row) -> Row:
     """The row as the text model writes it that transformers 5 saves by itself: without ``text_model.``."""
-    return row.replace(hf=row.hf and row.hf.replace(template=row.hf.template.removeprefix("text_model.")))
+    return row.replace(hf=row.hf and row.hf.unprefixed("text_model."))
 
 
 CLIP_TEXT = CLIP.replace(

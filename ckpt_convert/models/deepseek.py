@@ -211,9 +211,7 @@ def _of_mtp(rows: Iterable[Row]) -> tuple[Row, ...]:
     """The same rows in the layers that predict further tokens."""
     out = []
     for row in rows:
-        torchtitan = row.torchtitan and row.torchtitan.replace(
-            template="mtp_" + row.torchtitan.template.replace("{layer}", "{layer:mtp}")
-        )
+        torchtitan = row.torchtitan and row.torchtitan.renamed("{layer}", "{layer:mtp}").prefixed("mtp_")
         only = "mtp" if row.only is None else f"mtp_{row.only}"
         optional = row.optional if row.derived else "mtp"
         out.append(row.replace(name=f"mtp.{row.name}", only=only, optional=optional, torchtitan=torchtitan))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ckpt_convert.models.core.rope import RopeOrder
@@ -46,7 +46,14 @@ def unordered(rows: Iterable[Row]) -> tuple[Row, ...]:
 
 
 def fused(rows: Iterable[Row], **templates: str) -> tuple[Row, ...]:
-    """The rows one after another along their first axis in one tensor: ``templates`` has its key for a format."""
+    """The rows one after another along their first axis in one tensor: ``templates`` has its key for a format.
+
+    Raises ValueError for a format that one of the rows has no column for.
+    """
+    rows = tuple(rows)
+    for row in rows:
+        if missing := sorted(templates.keys() - row.columns.keys()):
+            raise ValueError(f"{row.name} has no key in {', '.join(missing)} to be fused")
     return tuple(
         row.replace(
             **{
@@ -59,11 +66,22 @@ def fused(rows: Iterable[Row], **templates: str) -> tuple[Row, ...]:
     )
 
 
+def replaced(rows: Iterable[Row], **keys: Mapping[str, Key]) -> tuple[Row, ...]:
+    """The rows with other keys for a format, by the rows' names; raises ValueError for a name that no row has."""
+    rows = tuple(rows)
+    names = {row.name for row in rows}
+    for format, others in keys.items():
+        if unknown := sorted(set(others) - names):
+            raise ValueError(f"no row to change the {format} key of: {', '.join(unknown)}")
+    return tuple(
+        row.replace(**{format: others[row.name] for format, others in keys.items() if row.name in others})
+        for row in rows
+    )
+
+
 def prefixed(rows: Iterable[Row], prefix: str) -> tuple[Row, ...]:
     """The rows with something before Hugging Face's keys: of a language model that is a part of another model."""
-    return tuple(
-        row.replace(hf=row.hf.replace(template=prefix + row.hf.template)) if row.hf is not None else row for row in rows
-    )
+    return tuple(row.replace(hf=row.hf.prefixed(prefix)) if row.hf is not None else row for row in rows)
 
 
 def _ordered(row: Row, order: RopeOrder | None) -> Row:

@@ -117,6 +117,22 @@ class Key:
         """A key that differs from this one."""
         return dataclasses.replace(self, **changes)
 
+    def renamed(self, before: str, after: str) -> Key:
+        """The key with a part of its template replaced; raises ValueError for a template without that part."""
+        if before not in self.template:
+            raise ValueError(f"{self.template} has no {before!r} to be replaced")
+        return self.replace(template=self.template.replace(before, after))
+
+    def unprefixed(self, prefix: str) -> Key:
+        """The key without the beginning of its template; raises ValueError for a template that begins otherwise."""
+        if not self.template.startswith(prefix):
+            raise ValueError(f"{self.template} does not begin with {prefix!r}")
+        return self.replace(template=self.template.removeprefix(prefix))
+
+    def prefixed(self, prefix: str) -> Key:
+        """The key with something before its template."""
+        return self.replace(template=prefix + self.template)
+
     @cached_property
     def placeholders(self) -> frozenset[str]:
         return frozenset(number.name for number in self._numbers)

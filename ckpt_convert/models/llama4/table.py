@@ -317,9 +317,7 @@ VISION = (
 
 def _alone(row: Row) -> Row:
     """A row of the text model as Hugging Face has it where there is no vision model; there is no native column."""
-    return row.replace(
-        native=None, hf=row.hf and row.hf.replace(template=row.hf.template.removeprefix("language_model."))
-    )
+    return row.replace(native=None, hf=row.hf and row.hf.unprefixed("language_model."))
 
 
 LLAMA4 = Family(

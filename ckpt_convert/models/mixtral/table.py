@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ckpt_convert.models.core.picking import columns, named
+from ckpt_convert.models.core.picking import columns, named, replaced
 from ckpt_convert.models.core.table import Key, Row
 from ckpt_convert.models.mistral.table import MISTRAL, MISTRAL_PARAMS
 from ckpt_convert.models.mixtral import config, params
@@ -89,5 +89,5 @@ MIXTRAL_2023 = MIXTRAL.replace(
         from_hf=params.hf_to_params,
         to_hf=params.params_to_hf,
     ),
-    rows=lambda rows: [row.replace(meta=META_2023.get(row.name, row.meta)) for row in rows],
+    rows=lambda rows: replaced(rows, meta=META_2023),
 )

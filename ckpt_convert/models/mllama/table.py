@@ -18,16 +18,20 @@ from ckpt_convert.models.mllama import config, params, releases
 
 def _text(row: Row) -> Row:
     """Llama's row as the text model has it, those of the layers in self-attention layers only."""
-    hf, meta, native = (key.template if key else "" for key in (row.hf, row.meta, row.native))
+    native = row.native and _numbered(row.native).prefixed("decoder.")
     return row.replace(
-        hf=row.hf and row.hf.replace(template=f"language_model.{hf}", omitted_if_tied=False),
-        meta=row.meta and row.meta.replace(template="text_model." + meta.replace("{layer}", "{layer:self}")),
-        native=row.native
-        and row.native.replace(template="decoder." + native.replace("{layer}", "{layer:self}"), omitted_if_tied=False),
+        hf=row.hf and row.hf.prefixed("language_model.").replace(omitted_if_tied=False),
+        meta=row.meta and _numbered(row.meta).prefixed("text_model."),
+        native=native and native.replace(omitted_if_tied=False),
         torchtitan=None,
         only="self" if row.placeholders else None,
         tied_to=None,
     )
+
+
+def _numbered(key: Key) -> Key:
+    """The key of a layer by its number among the self-attention layers."""
+    return key.renamed("{layer}", "{layer:self}") if key.placeholders else key
 
 
 def _cross(name: str, shape: tuple[str, ...], hf: str, meta: str, native: str, tp: int | None = None) -> Row:
@@ -55,15 +59,11 @@ def _block(name: str, shape: tuple[str, ...], hf: str, meta: str, native: str, t
 
 def _global(row: Row) -> Row:
     """The same row of the transformer behind it, whose layers look at all tiles."""
-
-    def moved(key: Key | None, before: str, after: str) -> Key | None:
-        return key and key.replace(template=key.template.replace(before, after))
-
     return row.replace(
-        name=row.name.replace("vision.", "vision.global."),
-        hf=moved(row.hf, "vision_model.transformer.layers.{block}", "vision_model.global_transformer.layers.{global}"),
-        meta=moved(row.meta, "transformer.resblocks.{block}", "global_transformer.resblocks.{global}"),
-        native=moved(row.native, "encoder.clip.layers.{block}", "encoder.projection.layers.{global}"),
+        name=f"vision.global.{row.name.removeprefix('vision.')}",
+        hf=row.hf and row.hf.renamed(".transformer.layers.{block}", ".global_transformer.layers.{global}"),
+        meta=row.meta and row.meta.renamed("transformer.resblocks.{block}", "global_transformer.resblocks.{global}"),
+        native=row.native and row.native.renamed("encoder.clip.layers.{block}", "encoder.projection.layers.{global}"),
     )
 
 

@@ -242,7 +242,7 @@ def _mtp_layer(rows: Iterable[Row], group: str) -> Iterator[Row]:
     for row in rows:
         if row.hf is None:
             continue
-        key = row.hf.replace(template=row.hf.template.replace("model.layers.{layer}", "mtp.layers.{mtp}"))
+        key = row.hf.renamed("model.layers.{layer}", "mtp.layers.{mtp}")
         each = "expert" if "expert" in row.placeholders else None
         yield Row(f"{group}.{row.name}", row.shape, hf=key, when=row.when, optional=group, each=each)
 
@@ -294,8 +294,10 @@ def _under_language_model(rows: Iterable[Row]) -> Iterator[Row]:
 
 
 def _moved(key: Key) -> Key:
-    beginning, _, rest = key.template.partition(".")
-    return key.replace(template=f"model.language_model.{rest}") if beginning == "model" else key
+    """The key where the text model is a part: what lies outside of it (lm_head, mtp) stays where it is."""
+    if not key.template.startswith("model."):
+        return key
+    return key.unprefixed("model.").prefixed("model.language_model.")
 
 
 def _text_rows(*feed_forward: Row) -> tuple[Row, ...]:
