@@ -9,7 +9,6 @@ python benchmarks/look.py --repeat 5 --write
 
 from __future__ import annotations
 
-import argparse
 import os
 import shlex
 import shutil
@@ -154,19 +153,11 @@ def table(todo: list[Look], results: dict[str, Result]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dir", type=Path, default=Path("/tmp/ckpt-convert-bench"), help="where checkpoints lie")
-    parser.add_argument("--repeat", type=int, default=5, metavar="N", help="rounds (default: 5)")
-    parser.add_argument("--layers", type=int, default=16, metavar="N", help="layers of the model (default: 16, 3.0 GB)")
-    parser.add_argument("--write", action="store_true", help=f"write the table into {run.PAGE.name}, too")
-    arguments = parser.parse_args()
-    if arguments.repeat < 1 or arguments.layers < 1:
-        parser.error("--repeat and --layers are 1 or more")
-
-    paths = prepare(arguments.dir, arguments.layers)
+    arguments = run.options(__doc__, "--dir")
+    paths = prepare(arguments.work, arguments.layers)
     todo = jobs(paths)
     results = measure_all(todo, arguments.repeat)
-    facts = run.facts(arguments.dir, paths["hf"], arguments.layers, arguments.repeat)
+    facts = run.facts(arguments.work, paths["hf"], arguments.layers, arguments.repeat)
     text = table(todo, results) + "\n\n" + facts.replace("benchmarks/run.py", "benchmarks/look.py")
     print(text)
     if arguments.write:

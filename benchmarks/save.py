@@ -8,7 +8,6 @@ python benchmarks/save.py --repeat 5 --write
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shlex
@@ -155,15 +154,7 @@ def first_and_clone(results: dict[Job, list[Found]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("/tmp/ckpt-convert-bench"), help="where checkpoints lie")
-    parser.add_argument("--repeat", type=int, default=5, metavar="N", help="rounds (default: 5)")
-    parser.add_argument("--layers", type=int, default=16, metavar="N", help="layers of the model (default: 16, 3.0 GB)")
-    parser.add_argument("--write", action="store_true", help=f"write the table into {run.PAGE.name}, too")
-    arguments = parser.parse_args()
-    if arguments.repeat < 1 or arguments.layers < 1:
-        parser.error("--repeat and --layers are 1 or more")
-
+    arguments = run.options(__doc__)
     sources = prepare(arguments.work, arguments.layers)
     results = measure_all(sources, arguments.work, arguments.repeat)
     run.remove(sources[True])

@@ -166,21 +166,29 @@ def read_calls(log: Path) -> list[str]:
 
 def kills(made: Sequence[Conversion], place: Path, first: int, count: int) -> Iterator[str | None]:
     """Kill −9 at a call by chance; then the output is all or nothing, and ``--resume`` or a new start completes it."""
-    numbers: dict[int, int] = {}
-    for number in range(first, first + count):
-        chance = random.Random(number)
-        which = number % len(made)
-        one, root = made[which], place / "kill"
-        if which not in numbers:
-            numbers[which] = len(calls_of(one, root))
-        one.start(root)
-        fault = Fault(root, chance.randint(1, numbers[which]), KILL)
+    root = place / "kill"
+    for number, one, chance, fault in _at_calls(made, root, KILL, first, count):
         ended = forked.run(one.job(root), fault)
         wrong = one.wrong(root) or one.half(root)
         if ended.status not in (0, -signal.SIGKILL):
             wrong = wrong or f"ended with {ended.status}: {ended.err[-500:]}"
         wrong = wrong or one.ends_well(root, *(("--resume",) if chance.random() < 0.7 else ()))
         yield f"kill {number}: {one.words} {fault}: {wrong}" if wrong else None
+
+
+def _at_calls(
+    made: Sequence[Conversion], root: Path, kind: int, first: int, count: int
+) -> Iterator[tuple[int, Conversion, random.Random, Fault]]:
+    """A conversion each time, at its start, and a fault at one of its calls by chance."""
+    numbers: dict[int, int] = {}
+    for number in range(first, first + count):
+        chance = random.Random(number)
+        which = number % len(made)
+        one = made[which]
+        if which not in numbers:
+            numbers[which] = len(calls_of(one, root))
+        one.start(root)
+        yield number, one, chance, Fault(root, chance.randint(1, numbers[which]), kind)
 
 
 Case = tuple[int, str, int]
@@ -223,15 +231,8 @@ def faulty(ended: Ended, kind: int) -> str | None:
 
 def replaced(made: Sequence[Conversion], other: Path, place: Path, first: int, count: int) -> Iterator[str | None]:
     """Stopped at a call by chance, its source exchanged for another model's, and continued: whole, or refused."""
-    numbers: dict[int, int] = {}
-    for number in range(first, first + count):
-        chance = random.Random(number)
-        which = number % len(made)
-        one, root = made[which], place / "replaced"
-        if which not in numbers:
-            numbers[which] = len(calls_of(one, root))
-        one.start(root)
-        fault = Fault(root, chance.randint(1, numbers[which]), STOP)
+    root = place / "replaced"
+    for number, one, _, fault in _at_calls(made, root, STOP, first, count):
         child = forked.Child(one.job(root), fault)
         if child.stops():
             (root / "src").rename(root / "old")

@@ -13,6 +13,7 @@ from pathlib import PurePosixPath
 from typing import Literal
 
 from ckpt_convert.errors import CheckpointNotFoundError, CorruptFileError, UnsafeFileError
+from ckpt_convert.storage.base import blocks
 from ckpt_convert.storage.place import Place
 
 CHECKLIST = "checklist.chk"
@@ -86,7 +87,7 @@ def hash_file(path: Place, kind: Algorithm, *, advance: Callable[[int], None] | 
     """
     digest = hashlib.new(kind, usedforsecurity=False)
     with path.open() as file:
-        for block in file.blocks():
+        for block in blocks(file):
             digest.update(block)
             if advance is not None:
                 advance(len(block))

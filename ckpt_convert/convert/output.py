@@ -20,7 +20,7 @@ from ckpt_convert.errors import CorruptFileError, LossyConversionError
 from ckpt_convert.formats.base import TEXT_LIMIT
 from ckpt_convert.formats.names import CONSOLIDATED, RECORD_FOLDER
 from ckpt_convert.storage import checksums
-from ckpt_convert.storage.base import read
+from ckpt_convert.storage.base import blocks, read
 from ckpt_convert.storage.checksums import digest
 from ckpt_convert.storage.place import Place
 from ckpt_convert.storage.reader import reading
@@ -154,7 +154,7 @@ def write_side_file(side: SideFile, folder: Folder) -> str | None:
         total = checksums.new(checksums.XXH3)
         with folder.file(side.name, file.size) as out:
             offset = 0
-            for block in file.blocks():
+            for block in blocks(file):
                 total.update(block)
                 out.write(offset, block)
                 offset += len(block)

@@ -86,9 +86,6 @@ class OpenFile(RangeReader, Protocol):
     def read_many(self, ranges: Sequence[tuple[int, memoryview]]) -> None:
         """``readinto`` for several offsets and buffers; those that lie close may be read in one request."""
 
-    def blocks(self, size: int = 1 << 20) -> Iterator[memoryview]:
-        """All of the file, ``size`` bytes at a time; each is good until the next one."""
-
     def close(self) -> None: ...
 
     def __enter__(self) -> Self: ...
@@ -217,6 +214,15 @@ def read(reader: RangeReader, offset: int, nbytes: int) -> bytes:
     buffer = bytearray(nbytes)
     reader.readinto(offset, memoryview(buffer))
     return bytes(buffer)
+
+
+def blocks(reader: RangeReader, size: int = 1 << 20) -> Iterator[memoryview]:
+    """All of a file, ``size`` bytes at a time; each is good until the next one."""
+    buffer = memoryview(bytearray(min(size, reader.size)))
+    for offset in range(0, reader.size, size):
+        block = buffer[: min(size, reader.size - offset)]
+        reader.readinto(offset, block)
+        yield block
 
 
 def refuse(label: str, kind: Kind | None, said_by: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -77,13 +77,6 @@ class FarFile:
         self.readinto(first, memoryview(data))
         for offset, buffer in run:
             buffer[:] = data[offset - first :][: len(buffer)]
-
-    def blocks(self, size: int = 1 << 20) -> Iterator[memoryview]:
-        buffer = memoryview(bytearray(min(size, self.size)))
-        for offset in range(0, self.size, size):
-            block = buffer[: min(size, self.size - offset)]
-            self.readinto(offset, block)
-            yield block
 
     def close(self) -> None:
         with self._lock:

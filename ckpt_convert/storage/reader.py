@@ -129,14 +129,6 @@ class LocalFile:
         for offset, buffer in ranges:
             self.readinto(offset, buffer)
 
-    def blocks(self, size: int = 1 << 20) -> Iterator[memoryview]:
-        """All of the file, ``size`` bytes at a time; each is good until the next one."""
-        buffer = memoryview(bytearray(min(size, self.size)))
-        for offset in range(0, self.size, size):
-            block = buffer[: min(size, self.size - offset)]
-            self.readinto(offset, block)
-            yield block
-
     def close(self) -> None:
         if self._fd >= 0:
             fd, self._fd = self._fd, -1  # closed once, also where closing fails: the number may be another's by then

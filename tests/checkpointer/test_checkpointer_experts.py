@@ -11,6 +11,7 @@ import transformers
 
 from ckpt_convert import Checkpointer
 from ckpt_convert.errors import KeyMismatchError
+from tests.checkpointer.training import train_hf
 from tests.helpers import GOLDEN, sums
 
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [53, 5, 8, 9, 7, 9, 3, 2]])
@@ -90,11 +91,7 @@ def test_training_and_resuming(name: str, tmp_path: Path) -> None:
     with Checkpointer(source, tmp_path / "out", model_format="hf", save_every=1) as checkpointer:
         checkpointer.load_model(model)
         checkpointer.register(model=model, optimizer=optimizer)
-        for _ in range(2):
-            model(TOKENS, labels=TOKENS).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            checkpointer.step()
+        train_hf(checkpointer, model, optimizer, TOKENS)
     trained = logits(model.eval())
     assert not torch.allclose(trained, logits(loaded(source)))
     assert torch.equal(logits(loaded(tmp_path / "out" / "step_2")), trained)

@@ -12,7 +12,7 @@ import transformers
 
 from ckpt_convert import Checkpointer
 from recipes.native_llama import NativeLlama
-from tests.checkpointer.training import Trained, bfloat16_source, trainable
+from tests.checkpointer.training import Trained, bfloat16_source, train_hf, trainable
 from tests.helpers import GOLDEN
 
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [53, 5, 8, 9, 7, 9, 3, 2]])
@@ -92,11 +92,7 @@ def test_a_model_of_transformers_is_trained_itself(tmp_path: Path) -> None:
     with Checkpointer(source, tmp_path / "out", model_format="hf", save_every=1) as checkpointer:
         checkpointer.load_model(model)
         checkpointer.resume(model=model, optimizer=optimizer)
-        for _ in range(2):
-            model(TOKENS, labels=TOKENS).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            checkpointer.step()
+        train_hf(checkpointer, model, optimizer, TOKENS)
     theirs = from_pretrained(tmp_path / "out" / "step_2")
     with torch.no_grad():
         assert torch.equal(theirs(TOKENS).logits, model.eval()(TOKENS).logits)

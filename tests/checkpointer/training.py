@@ -55,6 +55,15 @@ def trainable(into: Path, source: Path = LLAMA, dtype: torch.dtype = torch.float
     return into
 
 
+def train_hf(checkpointer: Checkpointer, model: Any, optimizer: torch.optim.Optimizer, tokens: torch.Tensor) -> None:
+    """Two steps of a model of transformers."""
+    for _ in range(2):
+        model(tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        checkpointer.step()
+
+
 def bfloat16_source(into: Path, source: Path = LLAMA) -> Path:
     return trainable(into, source, torch.bfloat16)
 

@@ -16,7 +16,7 @@ from ckpt_convert.errors import (
     UnreadableError,
     UnsafeFileError,
 )
-from ckpt_convert.storage.base import Kind, read
+from ckpt_convert.storage.base import Kind, blocks, read
 from ckpt_convert.storage.memory import MemoryStore
 from ckpt_convert.storage.place import FilePool, Place, at, compare, locate
 
@@ -99,7 +99,7 @@ class TestReading:
             assert file.size == 256
             assert read(file, 250, 6) == bytes(range(250, 256))
             assert read(file, 256, 0) == b""
-            assert b"".join(map(bytes, file.blocks(100))) == bytes(range(256))
+            assert b"".join(map(bytes, blocks(file, 100))) == bytes(range(256))
 
     def test_many_ranges(self, folder: Place) -> None:
         wanted = [(200, 20), (0, 10), (5, 10)]
