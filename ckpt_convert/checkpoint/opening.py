@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from operator import attrgetter
@@ -137,25 +137,38 @@ def find(path: Place, wanted: str | None, found_record: Record | None, seen: Map
 def detect(path: Place, wanted: str | None, found_record: Record | None) -> tuple[str | None, str, Directory]:
     """The format of a path, what it was told by, and the weight files; raises what ``open_checkpoint`` does."""
     if path.is_regular():
-        from ckpt_convert.containers.dcp import dcp
-
-        if is_dcp_index(path.name):
-            return wanted, WRITTEN_BY_DCP, Directory((), path.name, kind=dcp.KIND)
-        adapter = peft.config(path.parent) if path.name in ADAPTER_WEIGHTS and wanted is None else None
-        if adapter is not None:
-            return None, peft.describe(adapter), Directory((WeightName(path.name),), kind=peft.KIND)
-        return wanted, "as asked for" if wanted else "a single file", Directory((WeightName(path.name),))
+        return _a_file(path, wanted)
     if not path.is_folder():
         raise CheckpointNotFoundError(f"{path}: is neither a file nor a directory")
     if wanted is not None:
-        directory = formats.ALL[wanted].find(path) or _in_common(path, wanted)
+        directory = _of_format(path, wanted)
         if directory is None:
             raise CheckpointNotFoundError(f"{path}: has no weight files of the {wanted} format{_instead(path)}")
         return wanted, "as asked for", directory
     if found_record is not None:
-        directory = formats.ALL[found_record.format].find(path) or _in_common(path, found_record.format)
+        directory = _of_format(path, found_record.format)
         if directory is not None:
             return found_record.format, f"{record.MANIFEST} says so", directory
+    return _by_names(path)
+
+
+def _a_file(path: Place, wanted: str | None) -> tuple[str | None, str, Directory]:
+    from ckpt_convert.containers.dcp import dcp
+
+    if is_dcp_index(path.name):
+        return wanted, WRITTEN_BY_DCP, Directory((), path.name, kind=dcp.KIND)
+    adapter = peft.config(path.parent) if path.name in ADAPTER_WEIGHTS and wanted is None else None
+    if adapter is not None:
+        return None, peft.describe(adapter), Directory((WeightName(path.name),), kind=peft.KIND)
+    return wanted, "as asked for" if wanted else "a single file", Directory((WeightName(path.name),))
+
+
+def _of_format(path: Place, format: str) -> Directory | None:
+    return formats.ALL[format].find(path) or _in_common(path, format)
+
+
+def _by_names(path: Place) -> tuple[str | None, str, Directory]:
+    """What the names of a directory's files tell."""
     found = formats.ALL["hf"].find(path)
     if found is not None and (path / "config.json").is_regular():
         return "hf", f"config.json and {found.index or found.weights[0].name}", found
@@ -168,17 +181,21 @@ def detect(path: Place, wanted: str | None, found_record: Record | None) -> tupl
     weights = [WeightName(name) for name in ADAPTER_WEIGHTS if (path / name).is_regular()]
     if adapter is not None and weights:
         return None, peft.describe(adapter), Directory((weights[0],), kind=peft.KIND)
-    loose = found or formats.ALL["native"].find(path)
-    names = [weight.name for weight in loose.weights] if loose is not None else everything(path)
-    if loose is None or all(name.startswith(OF_TRAINING) for name in names):
-        # What lies beside the weights is something to look at only where there are none.
-        if not names or _instead(path):
-            raise CheckpointNotFoundError(
-                f"{path}: has no weight files that are known ({', '.join('*' + suffix for suffix in WEIGHT_SUFFIXES)})"
-                f"{_instead(path)}"
-            )
-        loose = Directory(tuple(map(WeightName, names)))
-    return None, _LOOSE, loose
+    return None, _LOOSE, _loose(path, found or formats.ALL["native"].find(path))
+
+
+def _loose(path: Place, found: Directory | None) -> Directory:
+    """Weight files by their endings, which ``found`` has some of; raises CheckpointNotFoundError for none."""
+    names = [weight.name for weight in found.weights] if found is not None else everything(path)
+    if found is not None and not all(name.startswith(OF_TRAINING) for name in names):
+        return found
+    # What lies beside the weights is something to look at only where there are none.
+    if not names or _instead(path):
+        raise CheckpointNotFoundError(
+            f"{path}: has no weight files that are known ({', '.join('*' + suffix for suffix in WEIGHT_SUFFIXES)})"
+            f"{_instead(path)}"
+        )
+    return Directory(tuple(map(WeightName, names)))
 
 
 def _in_common(path: Place, format: str) -> Directory | None:
@@ -211,26 +228,13 @@ def by_keys(files: tuple[WeightFile, ...], why: str, kind: str | None = None) ->
 
     Of formats with the same keys it is one that has containers of this ``kind``.
     """
-    # Layers differ in nothing but their number, so one of each kind will do.
     beginnings = tuple(name for format in formats.ALL.values() for name in format.ignores)
     stored = [tensor.key for file in files for tensor in file.header.tensors]
-    keys = {_INDEX.sub("0", key) for key in stored if not key.startswith(beginnings)}
-    fits = {
-        format
-        for family in FAMILIES.values()
-        for format in family.formats
-        if keys and all(family.knows(format, key) for key in keys)
-    }
-    if not fits:  # a number may be a name: the blocks of an autoencoder differ in more than that
-        names = [key for key in stored if not key.startswith(beginnings)]
-        fits = {
-            format
-            for family in FAMILIES.values()
-            for format in family.formats
-            if names and all(family.knows(format, key) for key in names)
-        }
+    names = [key for key in stored if not key.startswith(beginnings)]
     others = {name for name, format in formats.ALL.items() if kind is not None and kind not in format.containers}
-    fits -= others  # torchtitan's keys were once Meta's
+    # Layers differ in nothing but their number, so one of each kind will do; but a number may be a name: the blocks of
+    # an autoencoder differ in more than that. Of other containers: torchtitan's keys were once Meta's.
+    fits = (_fitting({_INDEX.sub("0", key) for key in names}) or _fitting(names)) - others
     if len(fits) == 1:
         return fits.pop(), "its keys"
     if not fits:
@@ -243,6 +247,16 @@ def by_keys(files: tuple[WeightFile, ...], why: str, kind: str | None = None) ->
     if fits:
         return None, f"its keys fit more than one format: {', '.join(sorted(fits))}"
     return None, f"{why}, and its keys fit no format that is known"
+
+
+def _fitting(keys: Collection[str]) -> set[str]:
+    """The formats in which some family has all of these keys."""
+    return {
+        format
+        for family in FAMILIES.values()
+        for format in family.formats
+        if keys and all(family.knows(format, key) for key in keys)
+    }
 
 
 def notices(path: Place, files: Sequence[WeightFile]) -> list[str]:

@@ -4,9 +4,9 @@ A recipe iterates over its own loader, so whoever counts its batches has to be a
 Python asks the class for ``__iter__``, never the object. So the object gets a class of its own, as long as a run lasts.
 All that touches less counts something else than what the recipe has been handed:
 
-- An attribute of the object (``loader._get_iterator = ...``) is below ``__iter__``. accelerate's loaders, and many a
-  recipe's own, read a batch ahead there: the count would be one more than what was trained on. torchdata's have no such
-  method, and an object with a hook among its attributes cannot be pickled or copied as before.
+- An attribute of the object (``loader._get_iterator = ...``) is below ``__iter__``. accelerate's loaders, as may a
+  recipe's own, read a batch ahead above it: the count would be one more than what was trained on. And an object with a
+  hook among its attributes is no longer pickled or copied as before.
 - A sampler or a collate function sees what is asked for, which workers do ``prefetch_factor`` batches ahead.
 - A wrapper that is handed back would count only where the recipe iterates over that one: Trainer iterates over its own.
 - A patch of the class would reach every other loader of the process.
