@@ -1,8 +1,8 @@
 """CLIP's text encoder, alone or in a whole CLIP model.
 
-hf: transformers' CLIPModel and CLIPTextModel; native: torchtune's CLIPTextEncoder, with the keys of its converter.
-Native has no place for what is not the text encoder (the vision tower, the projections, logit_scale) nor for the
-numbers of positions that older releases stored: these are carried. Nothing rotates: positions are an embedding.
+hf: CLIPModel and CLIPTextModel of transformers 5.23; native: CLIPTextEncoder of torchtune 0.6.1, with the keys of its
+converter. Native has no place for what is not the text encoder (the vision tower, the projections, logit_scale) nor for
+the numbers of positions that older releases stored: these are carried. Nothing rotates: positions are an embedding.
 """
 
 from __future__ import annotations

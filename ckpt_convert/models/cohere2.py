@@ -1,6 +1,6 @@
 """Command R7B and Command A (Cohere 2): one norm for attention and feed-forward part, which lie side by side.
 
-hf: what transformers saves. Unlike most of Hugging Face's models, this one rotates neighbouring rows.
+hf: what transformers 5.23 saves. Unlike most of Hugging Face's models, this one rotates neighbouring rows.
 """
 
 from __future__ import annotations

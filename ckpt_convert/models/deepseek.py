@@ -6,8 +6,8 @@ has its rotating rows at the end of every head, kv_b the rows of a head's value 
 neighbouring rows in every layout, so nothing is reordered. The first layers are dense; then every layer has routed
 experts beside shared ones. Layers after the last one predict further tokens (MTP).
 
-hf: what transformers saves for deepseek_v2 and deepseek_v3, and for MTP what its MtpModel reads and the releases store;
-torchtitan: its state-dict adapter for deepseek_v3.
+hf: what transformers 5.23 saves for deepseek_v2 and deepseek_v3, and for MTP what its MtpModel reads and the releases
+store; torchtitan: the state-dict adapter for deepseek_v3 of torchtitan 0.3.0.
 """
 
 from __future__ import annotations

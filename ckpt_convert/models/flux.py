@@ -1,9 +1,10 @@
 """Flux's transformer.
 
-hf: diffusers' FluxTransformer2DModel (the ``transformer`` folder); torchtitan: its state-dict adapter for Flux, which
-fuses q, k and v, in the single blocks with the first half of the feed-forward layer. Both rotate neighbouring rows. The
-last norm's shift and scale lie in one tensor, scale first in diffusers, shift first in torchtitan, which follows the
-code that Flux was published with. torchtitan has no place for the guidance embedding of FLUX.1-dev: it is carried.
+hf: FluxTransformer2DModel of diffusers 0.42.1 (the ``transformer`` folder); torchtitan: the state-dict adapter for Flux
+of torchtitan 0.3.0, which fuses q, k and v, in the single blocks with the first half of the feed-forward layer. Both
+rotate neighbouring rows. The last norm's shift and scale lie in one tensor, scale first in diffusers, shift first in
+torchtitan, which follows the code that Flux was published with. torchtitan has no place for the guidance embedding of
+FLUX.1-dev: it is carried.
 """
 
 from __future__ import annotations

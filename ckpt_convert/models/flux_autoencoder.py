@@ -1,10 +1,11 @@
 """The image autoencoder of Flux.
 
 Two layouts are in use at Hugging Face. hf of ``flux_autoencoder``: the single file ``ae.safetensors`` as Black Forest
-Labs published it, with the keys of their code and without a config; hf of ``flux_vae``: diffusers'
-AutoencoderKL (the ``vae`` folder). native: torchtune's FluxAutoencoder, with the keys of its converter. The attention's
-projections are 1×1 convolutions in the first layout, matrices in the others. The decoder's levels are numbered from the
-image on in the first, against the order in which they run, and from the latent on in the others.
+Labs published it, with the keys of their code and without a config, which the converter of diffusers 0.42.1 reads; hf
+of ``flux_vae``: AutoencoderKL of diffusers 0.42.1 (the ``vae`` folder). native: FluxAutoencoder of torchtune 0.6.1,
+with the keys of its converter. The attention's projections are 1×1 convolutions in the first layout, matrices in the
+others. The decoder's levels are numbered from the image on in the first, against the order in which they run, and from
+the latent on in the others.
 """
 
 from __future__ import annotations

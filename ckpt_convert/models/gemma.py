@@ -4,8 +4,8 @@ Gemma 2 puts a norm behind attention and feed-forward part too, so Llama's name 
 is that of the one behind attention; Gemma 3 adds a norm over each head of q and k. What norms store is the same in
 every format: that Gemma multiplies by one more is a matter of the model's code.
 
-hf: what transformers saves. native: torchtune's converters for Gemma and Gemma 2, whose rows are interleaved. torchtune
-has no Gemma 3, torchtitan none of them.
+hf: what transformers 5.23 saves. native: the converters for Gemma and Gemma 2 of torchtune 0.6.1, whose rows are
+interleaved. torchtune has no Gemma 3, torchtitan none of them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Gemma 3 with vision: Gemma 3's text under ``language_model.``, SigLIP's tower, and a projector between them.
 
-hf: the released checkpoints, which transformers 4 writes too; what transformers 5 saves of a model that it made has the
-tower's keys without ``vision_model.``, and is a family of its own, told by its keys.
+hf: the released checkpoints, which transformers 4 writes too; what transformers 5.23 saves of a model that it made has
+the tower's keys without ``vision_model.``, and is a family of its own, told by its keys.
 """
 
 from __future__ import annotations

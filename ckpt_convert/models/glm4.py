@@ -1,7 +1,7 @@
 """GLM-4-0414: gate and up in one tensor, norms before and behind attention and feed-forward part, biases on q, k and v.
 
-hf: what transformers saves. It rotates neighbouring rows of the first half of each head, which no other column needs to
-know: its rows are not said to rotate.
+hf: what transformers 5.23 saves. It rotates neighbouring rows of the first half of each head, which no other column
+needs to know: its rows are not said to rotate.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """gpt-oss: attention with biases and a learned sink for each head, and experts with biases in every layer.
 
-A layer's experts are one tensor in every layout, and so are an expert's gate and up: their rows take turns (gate 0,
-up 0, gate 1, …). hf: what transformers saves for gpt_oss, [experts, in, out]; the releases hold the experts as MXFP4,
-which stands for these tensors. torchtitan: the parameters of its gpt_oss, [experts, out, in].
+A layer's experts are one tensor in every layout, and so are an expert's gate and up: their rows take turns (gate 0, up
+0, gate 1, …). hf: what transformers 5.23 saves for gpt_oss, [experts, in, out]; the releases hold the experts as MXFP4,
+which stands for these tensors. torchtitan: the parameters of gpt_oss in torchtitan 0.3.0, [experts, out, in].
 """
 
 from __future__ import annotations

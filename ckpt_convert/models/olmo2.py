@@ -1,6 +1,7 @@
 """OLMo 2: no norms before attention and feed-forward part but behind each, and norms over all of q and all of k.
 
-hf: what transformers saves. The weights of the q and k norms belong to the rows of q and k, whose order they share.
+hf: what transformers 5.23 saves. The weights of the q and k norms belong to the rows of q and k, whose order they
+share.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Phi-3, Phi-3.5 and Phi-4 (with Phi-4-mini): Llama's layout with q, k and v in one tensor, and gate and up in another.
 
-native: torchtune's converters for Phi-3 mini and Phi-4 14B, which split both and reorder nothing: torchtune's Phi-3
-rotates halves, as Hugging Face does. Phi-4-mini (tied, only a part of each head rotates) is written in the same layout;
-torchtune itself has no such model.
+hf: what transformers 5.23 saves. native: the converter of torchtune 0.6.1 for Phi-3 mini and Phi-4 14B, which splits
+both and reorders nothing: torchtune's Phi-3 rotates halves, as Hugging Face does. Phi-4-mini (tied, only a part of each
+head rotates) is written in the same layout; torchtune itself has no such model.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Qwen2 and Qwen2.5: Llama's layout with biases on q, k and v.
 
-native: torchtune's converter for Qwen2, which has a place for the biases, reorders no rows (its Qwen rotates halves, as
-Hugging Face does) and leaves a tied output out. Meta and torchtitan have no layout for it.
+hf: what transformers 5.23 saves. native: the converter for Qwen2 of torchtune 0.6.1, which has a place for the biases,
+reorders no rows (its Qwen rotates halves, as Hugging Face does) and leaves a tied output out. Meta and torchtitan have
+no layout for it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Qwen1.5 and Qwen2 with experts: Qwen2's attention, and experts beside one shared expert behind a gate of its own.
 
-hf: what transformers saves for qwen2_moe. Nobody else has a layout for it.
+hf: what transformers 5.23 saves for qwen2_moe. Nobody else has a layout for it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Qwen3, dense: Qwen2 with a norm over each head of q and k, a free head_dim, and biases only where the config says so.
 
-native: torchtune's converter for Qwen3; torchtitan: its state-dict adapter for qwen3. Neither reorders rows. A tied
-output is left out by native and written by torchtitan; Hugging Face's own releases do either, by size.
+hf: what transformers 5.23 saves; native: the converter of torchtune's development head (commit bd2a0fc; no release has
+Qwen3); torchtitan: the state-dict adapter for qwen3 of torchtitan 0.3.0. Neither of these reorders rows. A tied output
+is left out by native and written by torchtitan; Hugging Face's own releases do either, by size.
 """
 
 from __future__ import annotations

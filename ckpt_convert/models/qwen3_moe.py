@@ -1,6 +1,7 @@
 """Qwen3 with experts: the attention of Qwen3, and in most layers a router with experts in place of the feed-forward.
 
-hf: what transformers saves for qwen3_moe; torchtitan: its state-dict adapter for qwen3, which reorders no rows either.
+hf: what transformers 5.23 saves for qwen3_moe; torchtitan: the state-dict adapter for qwen3 of torchtitan 0.3.0, which
+reorders no rows either.
 """
 
 from __future__ import annotations

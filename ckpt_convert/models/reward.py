@@ -1,7 +1,8 @@
 """Reward models and other classifiers of texts: Llama and Mistral with a score for each label in place of lm_head.
 
-hf: what transformers saves of ``LlamaForSequenceClassification`` and its like; some trainers add a bias to the score,
-which transformers leaves unused. native: torchtune's converter for reward models, whose output layer is the score.
+hf: what transformers 5.23 saves of ``LlamaForSequenceClassification`` and its like; some trainers add a bias to the
+score, which transformers leaves unused. native: the converter for reward models of torchtune 0.6.1, whose output layer
+is the score.
 """
 
 from __future__ import annotations

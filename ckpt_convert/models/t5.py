@@ -1,9 +1,10 @@
 """T5's encoder, alone or with the decoder beside it.
 
-hf: transformers' T5EncoderModel and T5ForConditionalGeneration; native: torchtune's T5Encoder, with the keys of its
-converter. Native is the encoder alone, and that of T5 1.1: what belongs to the decoder is carried, and a feed-forward
-layer without a gate (T5 1.0) has no place there. ``shared.weight`` is the embedding of both sides; files that hold it
-once more under the encoder's or the decoder's name hold the same values. Nothing rotates: positions are a bias.
+hf: T5EncoderModel and T5ForConditionalGeneration of transformers 5.23; native: T5Encoder of torchtune 0.6.1, with the
+keys of its converter. Native is the encoder alone, and that of T5 1.1: what belongs to the decoder is carried, and a
+feed-forward layer without a gate (T5 1.0) has no place there. ``shared.weight`` is the embedding of both sides; files
+that hold it once more under the encoder's or the decoder's name hold the same values. Nothing rotates: positions are a
+bias.
 """
 
 from __future__ import annotations

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -144,3 +146,20 @@ def test_a_name_that_is_taken_and_a_table_of_two_readings_are_refused(monkeypatc
 
 def test_the_name_is_the_model_type_where_nothing_else_is_said() -> None:
     assert Listed("phi3", "phi3").model_types == ("phi3",)
+
+
+SOURCES = {
+    "hf": r"(transformers|diffusers) \d+\.\d+",
+    "meta": r"(llama-models|mistral-inference) \d+\.\d+",
+    "native": r"torchtune \d+\.\d+|commit [0-9a-f]{7}",
+    "torchtitan": r"torchtitan \d+\.\d+",
+}
+"""What a table's module says of where a format's column comes from: a release, or a commit where no release has it."""
+
+
+@pytest.mark.parametrize("name", list(LISTED))
+def test_a_table_names_the_source_of_each_column_with_its_version(name: str) -> None:
+    module = importlib.import_module(f"ckpt_convert.models.{LISTED[name].module}")
+    said = " ".join((module.__doc__ or "").split())
+    for format in FAMILIES[name].formats:
+        assert re.search(SOURCES[format], said), f"{module.__name__}: no source of the column {format}"

@@ -1,8 +1,9 @@
 """Llama 1, 2, Code Llama, 3, 3.1, 3.2 (text) and 3.3, and whatever else calls itself "llama".
 
-Meta's keys and their cut over ranks: the Llama reference code (column-parallel layers cut axis 0, row-parallel ones
-axis 1 of [out, in]); native: torchtune's key layout; torchtitan: its state-dict adapter for llama3. These three rotate
-neighbouring rows; Hugging Face rotates halves.
+hf: what transformers 5.23 saves; meta: the model and its cut over ranks in llama-models 0.3.0 (``llama3/model.py``;
+column-parallel layers cut axis 0, row-parallel ones axis 1 of [out, in]), and the code published with Llama 2; native:
+the converters of torchtune 0.6.1; torchtitan: the state-dict adapter for llama3 of torchtitan 0.3.0. The last three
+rotate neighbouring rows; Hugging Face rotates halves.
 """
 
 from __future__ import annotations

@@ -3,9 +3,10 @@
 All columns turn neighbouring rows of queries and keys, so none of them are put in another order. The logical rows are
 matrices [out, in] as everywhere, one for each expert; Hugging Face and native store experts as [in, out], stacked.
 
-Sources: Hugging Face's model, and its converter from Meta's keys; Meta's reference code (``llama4``), whose released
-files have the names that its load hooks take: a layer's queries, keys and values of one rank are one tensor, and so are
-gate and up of a dense layer. Native: torchtune's key layout, which has no text model alone.
+hf: what transformers 5.23 saves. meta: the model in llama-models 0.3.0 (``llama4``), whose released files have the
+names that its load hooks take: a layer's queries, keys and values of one rank are one tensor, and so are gate and up of
+a dense layer. native: the converter of torchtune's development head (commit bd2a0fc; no release has Llama 4), which has
+no text model alone.
 """
 
 from __future__ import annotations

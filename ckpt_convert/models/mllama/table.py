@@ -4,8 +4,8 @@
 native has a cross-attention layer under the number of the self-attention layer that follows it. Queries and keys of the
 self-attention layers are rotated, those of the others are not, nor is anything in the vision model.
 
-Sources: Hugging Face's converter from Meta's keys, and its model; Meta's reference code (``llama3/multimodal``), whose
-column-parallel layers are cut on axis 0 and row-parallel ones on axis 1; native: torchtune's key layout.
+hf: what transformers 5.23 saves; meta: the model in llama-models 0.3.0 (``llama3/multimodal``), whose column-parallel
+layers are cut on axis 0 and row-parallel ones on axis 1; native: the converters of torchtune 0.6.1.
 """
 
 from __future__ import annotations

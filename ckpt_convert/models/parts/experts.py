@@ -1,7 +1,7 @@
 """Parts of the tables of mixtures of experts: which layers have experts, and the rows of a router and its experts.
 
-hf: one key for each expert's matrix, as transformers saves qwen2_moe and all that is read like it; in memory, it has
-those of a layer in two tensors. torchtitan: its GroupedExperts, which has them in three.
+hf: one key for each expert's matrix, as transformers 5.23 saves qwen2_moe and all that is read like it; in memory, it
+has those of a layer in two tensors. torchtitan: GroupedExperts of torchtitan 0.3.0, which has them in three.
 """
 
 from __future__ import annotations

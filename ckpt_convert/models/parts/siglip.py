@@ -1,6 +1,6 @@
 """SigLIP's vision tower, a part of other models: a patch embedding, layers with biases everywhere, an optional head.
 
-hf: what transformers saves. Nothing in it rotates.
+hf: what transformers 5.23 saves. Nothing in it rotates.
 """
 
 from __future__ import annotations

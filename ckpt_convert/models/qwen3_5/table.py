@@ -5,11 +5,11 @@ The rows of q in full attention hold, for each head, its query and then its outp
 v in one projection and runs them through one convolution each, which hf keeps as one tensor and torchtitan as three.
 RoPE turns a part of each head, halves in every layout, so nothing is reordered.
 
-hf: what transformers saves for qwen3_5_text, qwen3_5, qwen3_5_moe_text and qwen3_5_moe. Its own models with experts
-have a key for each expert's matrix; the releases, and ``QWEN3_5_MOE``, have a layer's experts in two tensors, as
-transformers has them in memory. The layers that predict further tokens (mtp.*), which transformers leaves out, are as
-vLLM reads them; a release may have their experts in either way.
-torchtitan: its state-dict adapter for qwen3_5.
+hf: what transformers 5.23 saves for qwen3_5_text, qwen3_5, qwen3_5_moe_text and qwen3_5_moe. Its own models with
+experts have a key for each expert's matrix; the releases, and ``QWEN3_5_MOE``, have a layer's experts in two tensors,
+as transformers has them in memory. The layers that predict further tokens (mtp.*), which transformers leaves out, are
+as vLLM reads them; a release may have their experts in either way. torchtitan: the state-dict adapter for qwen3_5 of
+torchtitan 0.3.0.
 """
 
 from __future__ import annotations
