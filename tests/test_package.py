@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import ckpt_convert
 
 ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "ckpt_convert"
 LLAMA = ROOT / "fixtures" / "golden" / "llama" / "hf"
 HEAVY = ("torch", "transformers", "safetensors")
 """torch alone takes longer to import than a small checkpoint to convert; the others are for tests only."""
@@ -100,6 +102,39 @@ def test_imports_point_one_way() -> None:
         if (found := re.match(r"\s*(?:from|import) ckpt_convert\.(\w+)", line)) and found[1] in others
     ]
     assert wrong == []
+
+
+def called(path: Path) -> set[str]:
+    """What a module calls by a dotted name, such as os.umask, and what it assigns to by one."""
+    tree = ast.parse(path.read_text())
+    nodes: list[ast.expr] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            nodes.append(node.func)
+        elif isinstance(node, ast.Assign | ast.AugAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            nodes += [target.value if isinstance(target, ast.Subscript) else target for target in targets]
+    return {ast.unparse(node) for node in nodes if isinstance(node, ast.Attribute | ast.Name)}
+
+
+def test_threads_and_processes_are_started_in_one_module() -> None:
+    starting = {"ThreadPoolExecutor", "ProcessPoolExecutor", "threading.Thread", "Thread", "os.fork", "context.Process"}
+    found = {path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py") if called(path) & starting}
+    assert found == {"tensors/pool.py"}
+
+
+def test_only_the_command_touches_what_all_of_a_process_has() -> None:
+    """The process is the command's own; the library's is another's, which may run threads meanwhile."""
+    switches = {
+        *("gc.disable", "gc.enable", "gc.freeze", "gc.set_threshold", "os.umask", "os.chdir", "os.environ"),
+        *("os.putenv", "os.environ.setdefault", "os.environ.update", "os.environ.pop", "constants.HF_HUB_OFFLINE"),
+        *("warnings.catch_warnings", "warnings.simplefilter", "warnings.filterwarnings", "logging.disable"),
+        *("chatter.set_verbosity", "transformers.logging.set_verbosity", "sys.setrecursionlimit", "signal.signal"),
+        *("torch.set_num_threads", "torch.set_default_dtype", "torch.set_grad_enabled", "locale.setlocale"),
+    }
+    found = {path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py") if called(path) & switches}
+    asked_for = {"checkpointer/save/signals.py"}  # save_on_signal=True: handlers are all that a signal has
+    assert {name for name in found - asked_for if not name.startswith("cli/")} == {"__main__.py"}
 
 
 def test_a_cast_does_import_torch(tmp_path: Path) -> None:

@@ -11,6 +11,9 @@ All that touches less counts something else than what the recipe has been handed
 - A wrapper that is handed back would count only where the recipe iterates over that one: Trainer iterates over its own.
 - A patch of the class would reach every other loader of the process.
 
+A sampler without a state gets one, too, for as long as torchdata asks it for its iterator: several times, of which each
+is to start at the same place.
+
 The class differs in ``__iter__`` alone; what is pickled or copied is of the class from before, and so is the object
 itself, once the run is over.
 """
