@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from typing import Literal
 
@@ -110,6 +111,7 @@ def majority_of_floats(sizes: Iterable[tuple[str, int]]) -> str | None:
     return DTYPES[found].torch if found else None
 
 
+@lru_cache(maxsize=1 << 12)  # of 100,000 tensors only a few kinds are different
 def nbytes(dtype: str, shape: tuple[int, ...]) -> int:
     """Bytes of a dense tensor; elements smaller than a byte are packed and have to fill whole bytes."""
     total, rest = divmod(prod(shape) * DTYPES[dtype].bits, 8)

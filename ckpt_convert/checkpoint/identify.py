@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
 
 from ckpt_convert.checkpoint import diagnosis, mapping, opening
 from ckpt_convert.checkpoint.findings import Finding, raise_if_any
-from ckpt_convert.checkpoint.keys import Keys
+from ckpt_convert.checkpoint.keys import Keys, refuse_clashes
 from ckpt_convert.checkpoint.legacy_keys import Names
 from ckpt_convert.checkpoint.mapping import Source
 from ckpt_convert.checkpoint.model import Model, from_shapes, is_bare, model_of, names_of
@@ -126,7 +126,11 @@ class Identified:
         """The tensors by key. Those of a quantised checkpoint are left as they are: no table knows its scales."""
         if self.format is None or self.quantization is not None:
             return Keys(self.opened)
-        return Keys(self.opened, names_of(self.opened, self.stated.known, self.hints.family))
+        tensors = [(tensor.key, tensor.shape) for file in self.files for tensor in file.header.tensors]
+        return Keys(self.opened, self._names_of(tensors, self.directory.weight_map or ()))
+
+    def _names_of(self, tensors: Sequence[tuple[str, Sequence[int]]], listed: Iterable[str]) -> Names:
+        return names_of(tensors, listed, self.stated.known, str(self.format), self.hints.family)
 
     @property
     def names(self) -> Names:
@@ -230,11 +234,16 @@ class Identified:
         from ckpt_convert.checkpoint.quantized import carry
 
         assert self.quantization is not None
-        raise_if_any(self.quantization.findings, str(self.place))
-        numbers = self.described(self.quantization, self.model)
-        _, misfits = mapping.examine(self.model.family, "hf", self.model.dims, numbers.ranks)
-        raise_if_any(misfits, str(self.place))
-        return carry.literal(self.quantization, self.model, self.ranks[0], numbers.names.stored)
+        found, model, what = self.quantization, self.model, str(self.place)
+        raise_if_any(found.findings, what)
+        numbers = carry.numbers(found, self.ranks[0], self._shapes(found, model))
+        names = self._names_of([(key, one.shape) for key, one in numbers.items()], ())
+        refuse_clashes(names, self.place)
+        weights = {(name := names.of(key)): one._replace(key=name) for key, one in numbers.items() if names.keeps(key)}
+        logicals, misfits = mapping.examine(model.family, "hf", model.dims, [weights])
+        raise_if_any(misfits, what)
+        order = dict.fromkeys(names.stored.get(one.key, one.key) for one in logicals.tensors.values())
+        return carry.literal(found, model, self.ranks[0], order)
 
     @cached_property
     def unknown_scheme(self) -> str | None:
@@ -274,10 +283,13 @@ class Identified:
 
         What headers do not say of a shape is taken to be as the table has it.
         """
+        return self.as_numbers(found, "float32", self._shapes(found, model))
+
+    def _shapes(self, found: Quantization, model: Model) -> dict[str, tuple[int, ...]]:
+        """The shapes of the numbers that headers do not say, as the table has them."""
         unsaid = {key for key, one in found.tensors.items() if one.shape is None}
         entries = model.family.entries("hf", model.dims) if unsaid else ()
-        shapes = {entry.key: entry.shape("hf", model.dims) or () for entry in entries if entry.key in unsaid}
-        return self.as_numbers(found, "float32", shapes)
+        return {entry.key: entry.shape("hf", model.dims) or () for entry in entries if entry.key in unsaid}
 
     @cached_property
     def from_shapes(self) -> dict[str, Any] | None:

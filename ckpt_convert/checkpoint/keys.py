@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,6 +15,7 @@ from ckpt_convert.checkpoint.mapping import Source
 from ckpt_convert.checkpoint.opening import OpenedFiles
 from ckpt_convert.checkpoint.tensors import assembled
 from ckpt_convert.errors import KeyMismatchError
+from ckpt_convert.storage.place import Place
 from ckpt_convert.tensors.header import StoredTensor, WeightFile
 from ckpt_convert.tensors.lazy import stored
 from ckpt_convert.words import listing
@@ -33,8 +35,7 @@ class Keys:
         Raises KeyMismatchError for keys given twice or not as the index says, or that can be read in several ways.
         """
         if self.contradictions:
-            said = listing([finding.text for finding in self.contradictions])
-            raise KeyMismatchError(f"{self.opened.place}: the files contradict each other:{said}")
+            _refuse(self.opened.place, [finding.text for finding in self.contradictions])
         if self.has_only_weights:
             return self.in_files
         names = self.names
@@ -137,3 +138,13 @@ class Keys:
         count = f"{len(other):,} tensors" if len(other) != 1 else "1 tensor"
         passed = [f"passed over, as no weights: {count} of {said}"] if other else []
         return [*self.names.notices, *passed]
+
+
+def refuse_clashes(names: Names, place: Place) -> None:
+    """Raise KeyMismatchError for keys that are the same one in their format, or can be read in several ways."""
+    if names.clashes:
+        _refuse(place, [text for _, text in names.clashes])
+
+
+def _refuse(place: Place, said: Sequence[str]) -> None:
+    raise KeyMismatchError(f"{place}: the files contradict each other:{listing(said)}")

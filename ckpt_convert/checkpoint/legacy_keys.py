@@ -80,6 +80,10 @@ class Names:
         """What a stored key is called in the format."""
         return self.canonical.get(key, key)
 
+    def keeps(self, key: str) -> bool:
+        """Whether a stored key is one of the model's."""
+        return key not in self.other
+
 
 PLAIN = Names()
 

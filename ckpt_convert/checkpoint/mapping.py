@@ -95,7 +95,7 @@ def examine(
     result = Logicals({})
     known: set[str] = set()
     left_out: list[Entry] = []
-    shapes: dict[tuple[str, ...], tuple[int, ...] | None] = {}  # of a model with many layers, and many experts in each
+    shapes: dict[tuple[int, ...], tuple[int, ...] | None] = {}  # of a model with many layers, and many experts in each
     for entry in family.entries(format, dims):
         known.add(entry.key)
         found = [rank.get(entry.key) for rank in ranks]
@@ -114,7 +114,7 @@ def examine(
             text = f"{entry.key} (there on other ranks, not on rank {', '.join(absent)})"
             findings.append(Finding("error", "missing", text, key=entry.key))
             continue
-        rows = tuple(row[0].row.name for row in entry.rows)
+        rows = tuple([id(row[0].row) for row in entry.rows])
         if rows not in shapes:
             shapes[rows] = entry.shape(format, dims, len(ranks))
         result.tensors.update(_join(entry, format, dims, parts, shapes[rows], findings, result.equal))
@@ -132,14 +132,15 @@ def examine(
 
 def _as_they_are(family: Family, ranks: Sequence[Mapping[str, Source]]) -> Logicals | None:
     """The tensors of a table that was made from their headers; None for any other table, and for other tensors."""
-    if not family.literal or len(ranks) != 1 or len(ranks[0]) != len(family.rows):
+    if not family.literal or len(ranks) != 1 or len(ranks[0]) != len(family.literal):
         return None
     tensors = {}
-    for row in family.rows:
-        source = ranks[0].get(row.hf.template) if row.hf is not None else None
-        if source is None or source.shape != tuple(map(int, row.shape)):
+    shapes = {id(row): tuple(map(int, row.shape)) for row in family.rows}
+    for key, row in family.literal.items():
+        source = ranks[0].get(key)
+        if source is None or source.shape != shapes[id(row)]:
             return None
-        tensors[Instance(row, ())] = Logical(source.dtype, source.tensor, source.key, source.where)
+        tensors[Instance(row, ((key, 0),))] = Logical(source.dtype, source.tensor, source.key, source.where)
     return Logicals(tensors)
 
 

@@ -136,20 +136,24 @@ def _is_tied(family: Family, config: Mapping[str, Any]) -> bool:
         return True
 
 
-def names_of(opened: OpenedFiles, config: Mapping[str, Any], wanted: str | None) -> Names:
-    """What the keys of files are called in their format, as far as the config, or the keys, say what it is.
+def names_of(
+    tensors: Sequence[tuple[str, Sequence[int]]],
+    listed: Iterable[str],
+    config: Mapping[str, Any],
+    format: str,
+    wanted: str | None,
+) -> Names:
+    """What the keys of tensors with these shapes are called in their format, as far as config or keys say what it is.
 
-    ``wanted`` is the family that was asked for. The keys of a model that no table is of stay as they are.
+    ``listed`` are the keys that an index has, those of files that cannot be opened among them; ``wanted`` is the family
+    that was asked for. The keys of a model that no table is of stay as they are.
     """
-    if opened.format is None:
-        return legacy_keys.PLAIN
-    format, stored = opened.format, opened.keys
-    stored += opened.directory.weight_map or ()  # of files that cannot be opened, too
+    stored = [*(key for key, _ in tensors), *listed]
     likely = FAMILIES.of_params(config) if type_of(config) is None and wanted is None else []
     if any(legacy_keys.has_all(stored, family, format) for family in likely):
         return legacy_keys.PLAIN  # before the tables of all the others are imported
     families = candidates(config, format, wanted)
-    scalars = legacy_keys.loose_scalars((t.key, t.shape) for file in opened.files for t in file.header.tensors)
+    scalars = legacy_keys.loose_scalars(tensors)
     names = legacy_keys.read(stored, families, format, scalars)
     if names.plain or wanted is not None or type_of(config) is None or format != "hf":
         return names

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from operator import attrgetter
 from pathlib import PurePosixPath
@@ -129,9 +129,20 @@ def find(path: Place, wanted: str | None, found_record: Record | None, seen: Map
             close(files)
             directory = Directory(tuple(map(WeightName, names)))
             files, facts = open_files(path, directory)
+    directory = _with_keys_of(files, directory)
     if any(file.header.kind == gguf.KIND for file in files):
         name, why = None, "a GGUF file" if len(files) == 1 else "GGUF files"
     return OpenedFiles(path, name, why, directory, files, tuple(facts), seen)
+
+
+def _with_keys_of(files: Sequence[WeightFile], directory: Directory) -> Directory:
+    """The same index with the very strings that headers and file names are: of 100,000 keys each is kept once."""
+    if directory.weight_map is None:
+        return directory
+    names = {file.name: file.name for file in files}
+    keys = {tensor.key: tensor.key for file in files for tensor in file.header.tensors}
+    shared = {keys.get(key, key): names.get(name, name) for key, name in directory.weight_map.items()}
+    return replace(directory, weight_map=shared)
 
 
 def detect(path: Place, wanted: str | None, found_record: Record | None) -> tuple[str | None, str, Directory]:

@@ -1,8 +1,8 @@
 """Models of a family that no table is of: their checkpoints can be put into other files, but not into another format.
 
-A table is made from the headers, with one literal row for each tensor, so that everything which walks a table (plans,
-the checkpointer, the comparison after a conversion) needs no second path. Nothing is known of what the tensors mean: no
-row is tied, none may be absent, and the keys are taken as they are.
+A table is made from the headers, with a literal row for the tensors of each shape, so that everything which walks a
+table (plans, the checkpointer, the comparison after a conversion) needs no second path. Nothing is known of what the
+tensors mean: no row is tied, none may be absent, and the keys are taken as they are.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ def model(config: Mapping[str, Any], scheme: str | None, tensors: Iterable[Sourc
 
 def family(tensors: Iterable[Source]) -> Family:
     """The table of exactly these tensors, in Hugging Face's format alone."""
-    sizes: dict[tuple[int, ...], tuple[str, ...]] = {}  # of 100,000 tensors only a few shapes are different
-    rows = []
+    rows: dict[tuple[int, ...], Row] = {}  # of 100,000 tensors only a few shapes are different
+    literal = {}
     for tensor in tensors:
-        shape = tensor.shape
-        if shape not in sizes:
-            sizes[shape] = tuple(map(str, shape))
-        rows.append(Row(tensor.key, sizes[shape], hf=Key(tensor.key, literal=True)))
+        row = rows.get(tensor.shape)
+        if row is None:
+            row = rows[tensor.shape] = Row("tensor", tuple(map(str, tensor.shape)), hf=Key("", literal=True))
+        literal[tensor.key] = row
     return Family(
         name=NAME,
         title="any other model",
         model_types=(),
-        rows=tuple(rows),
+        rows=tuple(rows.values()),
         dims=_dims,
         indices={},
-        literal=True,
+        literal=literal,
     )
 
 

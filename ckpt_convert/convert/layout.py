@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ckpt_convert import dtypes
 from ckpt_convert.checkpoint.mapping import Equality
 from ckpt_convert.checkpoint.record import Layout
+from ckpt_convert.containers import safetensors
 from ckpt_convert.containers.build import has_pieces, of_specs
 from ckpt_convert.convert.writing import Earlier, Target
 from ckpt_convert.errors import misfit
@@ -132,8 +133,17 @@ def _as_stored(tensor: LazyTensor, place: StoredTensor) -> LazyTensor:
     return tensor.permute(sorted(range(len(strides)), key=lambda axis: -strides[axis]))
 
 
-def aliases(header: Header, targets: Mapping[str, Target], file: str) -> list[Equality]:
-    """Pairs of keys that share their bytes in a file, and so have to be equal."""
+def aliases(files: Iterable[OutputFile], targets: Sequence[Target]) -> list[Equality]:
+    """Pairs of keys that share their bytes in one of these files, and so have to be equal."""
+    out = []
+    for file in files:
+        if file.layout.header.kind != safetensors.KIND:  # in which nothing is shared
+            by_key = {target.key: target for target in targets if target.rank == file.rank}
+            out += _aliases(file.layout.header, by_key, file.name)
+    return out
+
+
+def _aliases(header: Header, targets: Mapping[str, Target], file: str) -> list[Equality]:
     first: dict[tuple[int, int], StoredTensor] = {}
     out = []
     for tensor in header.tensors:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -106,7 +106,7 @@ def files(
     wanted: Layout | None,
     count: int,
     model: Model,
-    file_of: Mapping[int, int],
+    file_of: Callable[[], Mapping[int, int]],
 ) -> tuple[list[OutputFile], bool, list[str]]:
     """The output files, whether they are the recorded layout's own, and what to say about that."""
     notices = []
@@ -209,7 +209,7 @@ def _assign(
     targets: list[Target],
     dtype_of: Mapping[str, str],
     count: int,
-    file_of: Mapping[int, int],
+    file_of: Callable[[], Mapping[int, int]],
 ) -> list[layout.Assignment]:
     format = formats.ALL[request.to]
     if request.to == "meta":
@@ -235,7 +235,7 @@ def _assign(
             names = format.file_names(len(names), container)
         if names == format.file_names(len(names), container):
             names = [_called(name, request, container, model) for name in names]
-        return layout.by_source(targets, file_of, names, container)
+        return layout.by_source(targets, file_of(), names, container)
     names = [_called(name, request, container, model) for name in format.file_names(len(groups), container)]
     return layout.in_files(groups, names, container)
 

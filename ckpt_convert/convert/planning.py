@@ -224,12 +224,17 @@ def assign(given: Given, found: Translated) -> Assigned:
     source, request, live, logicals = given.source, given.request, given.live, found.translation.logicals
     dtype_of = _dtypes(found.targets, request, found.template if live is not None else Logicals({}))
     _refuse_partial_cast(source, found.targets, dtype_of, request, "dtype" if live is None else "export_dtype")
-    file_of = _file_of(source, found.template, logicals, live)
     files, exact, notices = placement.files(
-        source, request, found.targets, dtype_of, found.wanted, found.ranks, found.model, file_of
+        source,
+        request,
+        found.targets,
+        dtype_of,
+        found.wanted,
+        found.ranks,
+        found.model,
+        lambda: _file_of(source, found.template, logicals, live),
     )
-    by_rank = [{t.key: t for t in found.targets if t.rank == rank} for rank in range(found.ranks)]
-    shared = [pair for file in files for pair in layout.aliases(file.layout.header, by_rank[file.rank], file.name)]
+    shared = layout.aliases(files, found.targets)
     family, dims = found.model.family, found.model.dims
     carried = placement.carried(family, str(source.format), found.carried, logicals, dims)
     return Assigned(files, carried, exact, [*found.translation.checks, *shared], notices)
@@ -260,7 +265,7 @@ def _origin(source: Identified, model: Model) -> Origin:
         family=model.family.name,
         evidence=model.evidence,
         release=model.release,
-        literal=model.family.literal,
+        literal=bool(model.family.literal),
         ranks=len(source.ranks),
         dims=model.dims,
         hints=source.hints,

@@ -6,7 +6,6 @@ derived from the same table, so that both say the same (the tests compare them).
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -43,13 +42,14 @@ class _Ranks(NamedTuple):
 
 def moves(plan: Plan) -> Iterator[Move]:
     """Every tensor that the plan reads or makes, in the order of the table."""
-    firsts: dict[Move | str, Move] = {}
-    counts: Counter[Move | str] = Counter()
+    counts: dict[Move | str, int] = {}
+    firsts = []
     for move in _each(plan):
         alike = move if move.target is not None else move.source
-        firsts.setdefault(alike, move)
-        counts[alike] += 1
-    for alike, move in firsts.items():
+        counts[alike] = count = counts.get(alike, 0) + 1
+        if count == 1:
+            firsts.append((alike, move))
+    for alike, move in firsts:
         count = counts[alike]
         yield move._replace(shape=(count, *move.shape), nbytes=move.nbytes * count) if count > 1 else move
 

@@ -161,9 +161,9 @@ def _omits(
 def _as_they_were(logicals: Logicals, format: str) -> Iterator[Target]:
     """The targets of a table that was made from headers."""
     for instance, logical in logicals.tensors.items():
-        column = instance.row.column(format)
-        if column is not None:
-            yield Target(instance, column.template, 0, logical.dtype, logical.tensor)
+        key = instance.key(format)
+        if key is not None:
+            yield Target(instance, key, 0, logical.dtype, logical.tensor)
 
 
 def _cut(

@@ -109,7 +109,17 @@ def render_json(content: Mapping[str, Any], *, sort_keys: bool = False) -> bytes
 def render_index(weight_map: Mapping[str, str], total_size: int, total_parameters: int) -> bytes:
     """The index of a sharded checkpoint, as ``save_pretrained`` writes it."""
     metadata = {"total_parameters": total_parameters, "total_size": total_size}
-    return render_json({"metadata": metadata, "weight_map": dict(weight_map)}, sort_keys=True)
+    empty = render_json({"metadata": metadata, "weight_map": {}}, sort_keys=True)
+    if not weight_map:
+        return empty
+    # Line by line: with indentation the library keeps a list of all that it has to say of 100,000 keys.
+    quoted = json.encoder.encode_basestring_ascii
+    before, _, after = empty.partition(b"{}")
+    out = bytearray(before + b"{")
+    for key in sorted(weight_map):
+        out += f"\n    {quoted(key)}: {quoted(weight_map[key])},".encode()
+    out[-1:] = b"\n  }" + after
+    return bytes(out)
 
 
 def dcp_directory(directory: Place) -> Directory | None:

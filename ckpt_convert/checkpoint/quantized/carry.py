@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from ckpt_convert.checkpoint import unknown
@@ -11,6 +11,7 @@ from ckpt_convert.checkpoint.model import Model
 from ckpt_convert.checkpoint.quantized.recognise import CONFIGS, Quantization
 from ckpt_convert.errors import ConfigError, UnsupportedFamilyError, misfit
 from ckpt_convert.storage.place import Place
+from ckpt_convert.tensors.lazy import stored
 
 _WAY_OUT = "pass `dequantize='bfloat16'` (or float32)"
 
@@ -82,23 +83,37 @@ def _refusal(found: Quantization) -> str:
     )
 
 
-def literal(found: Quantization, model: Model, tensors: Mapping[str, Source], names: Mapping[str, str]) -> Model:
+def numbers(
+    found: Quantization, tensors: Mapping[str, Source], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Source]:
+    """The tensors with each quantised one as the numbers that it stands for, to be held against a table.
+
+    ``shapes`` are those that headers do not say; without one, such a tensor is left out.
+    """
+    by_codes = {one.codes.tensor.key: one for one in found.tensors.values()}
+    out = {}
+    for key, source in tensors.items():
+        one = by_codes.get(key)
+        shape = None if one is None else one.shape or shapes.get(one.key)
+        if one is not None and shape is not None:
+            out[one.key] = Source(one.key, "F32", stored(min(source.tensor.sources, default=0), shape), source.where)
+        elif key not in found.owners and key not in found.extras:
+            out[key] = source
+    return out
+
+
+def literal(found: Quantization, model: Model, tensors: Mapping[str, Source], order: Iterable[str]) -> Model:
     """The model whose table is of the stored tensors themselves: codes, scales and all else under their own keys.
 
-    ``names`` has what a key of the family is called in the files, if otherwise.
+    They are in the ``order`` of the numbers that they stand for, what belongs together side by side.
     """
-    family = unknown.family(tensors[key] for key in _order(found, model, tensors, names))
+    left = dict.fromkeys(tensors)
+    keys = []
+    for key in order:
+        one = found.tensors.get(key)
+        for part in one.parts if one is not None else (key,):
+            if part in left:
+                del left[part]
+                keys.append(part)
+    family = unknown.family(tensors[key] for key in (*keys, *left))
     return replace(model, family=replace(family, name=model.family.name, title=model.family.title))
-
-
-def _order(found: Quantization, model: Model, stored: Mapping[str, Source], names: Mapping[str, str]) -> Iterator[str]:
-    """The stored keys in the order of the layers, what belongs together side by side."""
-    left = dict.fromkeys(stored)
-    for entry in model.family.entries("hf", model.dims):
-        name = names.get(entry.key, entry.key)
-        one = found.tensors.get(name)
-        for key in one.parts if one is not None else (name,):
-            if key in left:
-                del left[key]
-                yield key
-    yield from left

@@ -134,6 +134,7 @@ class _Search:
         self._stored = stored
         self._method = str(config.get("quant_method") or "")[:40]
         self._blocks = schemes.stated_blocks(config)
+        self._dtypes = {one.tensor.dtype for one in stored.values()}
         self._owners: dict[str, str] = {}
         self._extras: set[str] = set()
         self._broken: set[str] = set()
@@ -168,6 +169,8 @@ class _Search:
         """Whether the config names the scheme, or codes with a scale show it."""
         if self._method in rule.methods:
             return True
+        if rule.dtypes and self._dtypes.isdisjoint(rule.dtypes):
+            return False
         for key, one in self._stored.items():
             owner = schemes.tensor_of(rule.codes, key) if _has_codes(rule, one) else None
             if owner is not None and any(schemes.fill(scale, owner) in self._stored for scale in rule.scales):
@@ -177,7 +180,7 @@ class _Search:
     def _tensor(self, rule: Rule, owner: str, codes: str) -> Quantized | None:
         """The quantised tensor that these codes are of; claims what belongs to it."""
         parts = rule.parts(owner)
-        there = {template: key for template, key in parts.items() if key in self._stored}
+        there = {part: self._stored[key].tensor.key for part, key in parts.items() if key in self._stored}
         scale = next((there[template] for template in rule.scales if template in there), None)
         if scale is None:
             if rule.codes == "{key}" and rule is not schemes.FP8:
@@ -191,7 +194,8 @@ class _Search:
             return None
         if rule.codes != "{key}" and owner in self._stored:
             self._finding(owner, f"{owner}: is there twice, as it is and quantised, as {codes}")
-        self._owners |= dict.fromkeys(there.values(), owner)
+        for key in there.values():
+            self._owners[key] = owner
         shape, block = self._shapes(rule, owner, self._stored[codes], self._stored[scale])
         return Quantized(
             owner, rule, self._stored[codes], self._stored[scale], tuple(dict.fromkeys(there.values())), shape, block

@@ -103,7 +103,7 @@ def shared(found: Fit, tensors: Mapping[str, torch.Tensor], checkpoint: Checkpoi
     """
     seen: dict[tuple[object, ...], Target] = {}
     out = []
-    by_bytes = checkpoint.model_for(format).family.literal
+    by_bytes = bool(checkpoint.model_for(format).family.literal)
     for target in found.targets:
         tensor = tensors[target.key]
         other = seen.setdefault(_place(tensor), target)

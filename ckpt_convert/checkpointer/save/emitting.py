@@ -111,8 +111,7 @@ class Emitter:
         """
         model = self.source.model_for(self.settings.model_format)
         if model.family.literal:
-            there = {row.name for row in model.family.rows}
-            return loading.without_second_names(tensors, there)
+            return loading.without_second_names(tensors, model.family.literal.keys())
         out = dict(tensors) if self.adapter is not None else self._named(tensors, model.family)
         names = {row.name: row for row in model.family.rows}
         for row in model.family.rows:

@@ -25,7 +25,7 @@ class Instance:
     def key(self, format: str) -> str | None:
         """The key that this instance lies under in a format, or None if the format has no place for it."""
         column = self.row.column(format)
-        return column.key(dict(self.index), self.sets) if column else None
+        return column.at(self.index, self.sets) if column else None
 
     def heads(self, dims: Mapping[str, int]) -> int | None:
         turned = self.row.turned(dims)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from bisect import bisect_left
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from math import prod
@@ -96,8 +96,8 @@ class Key:
         of which the last is read; places without a cell are zeros, and so are cells without a place when they are read.
         Comes before the shape.
 
-    ``omitted_if_tied``: no such key where the weights are tied. ``literal``: the template is the key itself, whatever
-    braces are in it.
+    ``omitted_if_tied``: no such key where the weights are tied. ``literal``: the key is that of the tensor itself,
+    whatever braces are in it; the index of such a row has it for the name of a placeholder.
     """
 
     template: str
@@ -150,12 +150,22 @@ class Key:
 
     def key(self, index: Mapping[str, int], sets: Sets) -> str:
         """The key at these numbers."""
-        if self.literal or not self._numbers:
+        if self.literal:
+            return next(iter(index))
+        if not self._numbers:
             return self.template
         return self._pattern % tuple(
-            index[name] if members is None else bisect_left(sets[members], index[name])
-            for name, members in self._numbers
+            [
+                index[name] if members is None else bisect_left(sets[members], index[name])
+                for name, members in self._numbers
+            ]
         )
+
+    def at(self, index: Sequence[tuple[str, int]], sets: Sets) -> str:
+        """``key`` of an instance's index."""
+        if self.literal:
+            return index[0][0]
+        return self.key(dict(index), sets)
 
     def cut_axis(self, dims: Mapping[str, int]) -> int | None:
         """The axis of a part that is cut over ranks, for this config."""

@@ -58,7 +58,8 @@ class Family:
     ``tokens`` how many rows the embedding has. Several families may have one model_type: the keys tell them apart.
 
     ``unverified`` names the formats whose column nothing outside could be compared with, and says why. ``literal``
-    marks a table of literal keys, one row for each tensor of one checkpoint: its rows are different by themselves.
+    is a table of literal keys: the row of each tensor of one checkpoint, by its key; a row is that of all tensors of a
+    shape.
 
     Every table has a row for the rotation frequencies that old releases of Hugging Face's models stored, whether it is
     among ``rows`` or not.
@@ -78,7 +79,7 @@ class Family:
     stem: str = "model"
     tokenizer: TiktokenSpec = LLAMA_3
     tokens: Callable[[Mapping[str, int]], int] = _vocabulary
-    literal: bool = False
+    literal: Mapping[str, Row] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.literal:
@@ -139,7 +140,7 @@ class Family:
     def _runs(self, dims: Mapping[str, int]) -> Iterator[list[Instance]]:
         """``instances``, those of a row that differ in nothing but what counts fastest together (a layer's experts)."""
         if self.literal:
-            yield from ([Instance(row, ())] for row in self.rows)
+            yield from ([Instance(row, ((key, 0),))] for key, row in self.literal.items())
             return
         sets: Sets = dims.sets if isinstance(dims, Dims) else {}
         for outer, group in self.by_placeholder():
@@ -174,21 +175,31 @@ class Family:
         Raises ValueError for a config with which two rows would have one key.
         """
         if self.literal:
-            columns = ((row, row.column(format)) for row in self.rows)
-            yield from (Entry(key.template, ((Instance(row, ()),),)) for row, key in columns if key is not None)
+            known = self.literal.items() if format in self.formats else ()
+            yield from (Entry(key, ((Instance(row, ((key, 0),)),),)) for key, row in known)
             return
-        groups: dict[str, dict[str, list[Instance]]] = {}
+        groups: dict[str, Instance | dict[str, list[Instance]]] = {}
         for run in self._runs(dims):
             row = run[0].row if run else None
             column = row.column(format) if row is not None else None
             if row is None or column is None:
                 continue
+            alone = column.fused is None and row.placeholders == column.placeholders
             # A key that says nothing but the number of the layer is the same for all of them.
             together = [run] if len(column.placeholders) < 2 else [[instance] for instance in run]
             for instances in together:
-                key = column.key(dict(instances[0].index), instances[0].sets)
-                groups.setdefault(key, {}).setdefault(row.name, []).extend(instances)
+                key = column.at(instances[0].index, instances[0].sets)
+                there = groups.get(key)
+                if alone and there is None:  # as most are
+                    groups[key] = instances[0]
+                    continue
+                if there is None or isinstance(there, Instance):
+                    there = groups[key] = {} if there is None else {there.row.name: [there]}
+                there.setdefault(row.name, []).extend(instances)
         for key, rows in groups.items():
+            if isinstance(rows, Instance):
+                yield Entry(key, ((rows,),))
+                continue
             ordered = list(rows.values())
             if len(ordered) > 1:
                 ordered.sort(key=lambda row: place(row[0].row, format))
@@ -220,7 +231,7 @@ class Family:
     def knows(self, format: str, key: str) -> bool:
         """Whether some row of the column could have this key, at any index (a config is not needed)."""
         if self.literal:
-            return any(column.template == key for row in self.rows if (column := row.column(format)))
+            return format in self.formats and key in self.literal
         parts = key.split(".")
         return any(
             len(template) == len(parts) and all(matches(t, p) for t, p in zip(template, parts, strict=True))
