@@ -17,6 +17,24 @@ from ckpt_convert.dtypes import DTYPES, DType
 Array = np.ndarray[Any, Any]
 
 
+PIECE = 1 << 17
+"""Numbers that are worked on together: few enough for the cache, enough to make numpy's calls cheap."""
+
+
+class Scratch:
+    """Buffers by number, made when they are first needed: making new ones each time costs more."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[int, str], Array] = {}
+
+    def take(self, number: int, dtype: str, count: int) -> Array:
+        """``count`` elements of the dtype, good until the same are taken again."""
+        buffer = self._buffers.get((number, dtype))
+        if buffer is None or len(buffer) < count:
+            buffer = self._buffers[number, dtype] = np.empty(count, dtype)
+        return buffer if len(buffer) == count else buffer[:count]
+
+
 @dataclass(frozen=True, slots=True)
 class Codec:
     """How the elements of a dtype lie in bytes.

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ckpt_convert.analysis.stats.pieces import LARGEST, Data, Scratch, as_bytes, is_equal, norm, pieces, total
+from ckpt_convert.analysis.stats.pieces import LARGEST, Data, as_bytes, is_equal, norm, pieces, total
 from ckpt_convert.analysis.stats.summary import Stats, Summary
 from ckpt_convert.tensors import decode
-from ckpt_convert.tensors.decode import Array, Codec
+from ckpt_convert.tensors.decode import Array, Codec, Scratch
 
 __all__ = ["Comparison", "Delta", "Stats", "Summary", "comparable"]
 

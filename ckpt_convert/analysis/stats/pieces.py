@@ -8,12 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from ckpt_convert.tensors.decode import Array, Codec
+from ckpt_convert.tensors.decode import PIECE, Array, Codec
 
 Data = bytes | bytearray | memoryview | np.ndarray[Any, Any]
-
-PIECE = 1 << 17
-"""Numbers that are looked at together: few enough for the cache, enough to make numpy's calls cheap."""
 
 LARGEST = float(np.finfo(np.float64).max)
 
@@ -30,20 +27,6 @@ _SHORT = 1 << 8
 _ONES = np.ones(_SHORT, np.float32)
 _SINGLE = (1e-12, 1e15)
 """Magnitudes whose squares, and the sum of a piece's, float32 holds."""
-
-
-class Scratch:
-    """Buffers by number, made when they are first needed."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[tuple[int, str], Array] = {}
-
-    def take(self, number: int, dtype: str, count: int) -> Array:
-        """``count`` elements (at most a piece) of the dtype, good until the same are taken again."""
-        buffer = self._buffers.get((number, dtype))
-        if buffer is None or len(buffer) < count:
-            buffer = self._buffers[number, dtype] = np.empty(count, dtype)
-        return buffer if len(buffer) == count else buffer[:count]
 
 
 def pieces(codec: Codec, data: Data) -> Iterator[tuple[int, Array]]:

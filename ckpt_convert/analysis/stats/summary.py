@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ckpt_convert.analysis.stats.pieces import LARGEST, Data, Scratch, as_bytes, moments, pieces, single_moments
+from ckpt_convert.analysis.stats.pieces import LARGEST, Data, as_bytes, moments, pieces, single_moments
 from ckpt_convert.tensors import decode
-from ckpt_convert.tensors.decode import Array, Codec
+from ckpt_convert.tensors.decode import Array, Codec, Scratch
 
 _TOGETHER = 1 << 18
 """Codes that are counted together: each count costs as much as all there may be, and is of eight times their bytes."""

@@ -14,32 +14,20 @@ import numpy as np
 
 from ckpt_convert.dtypes import DTYPES
 from ckpt_convert.storage.base import RangeReader
+from ckpt_convert.tensors.decode import PIECE, Scratch
 
 Array = np.ndarray[Any, Any]
 Dims = tuple[tuple[int, int, int], ...]
-
-PIECE = 1 << 17
-"""Numbers that are computed together: few enough for the cache, enough to make numpy's calls cheap."""
 
 _WASTE = 4
 """Compute what lies between the rows that are wanted when at most this many times as many rows lie there."""
 
 
-class Scratch(threading.local):
-    """Buffers of a thread by number, good until the same is taken again; making new ones each time costs more."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[tuple[int, str], Array] = {}
-
-    def take(self, number: int, dtype: str, count: int) -> Array:
-        """``count`` elements of the dtype."""
-        buffer = self._buffers.get((number, dtype))
-        if buffer is None or len(buffer) < count:
-            buffer = self._buffers[number, dtype] = np.empty(count, dtype)
-        return buffer[:count]
+class _OfThread(Scratch, threading.local):
+    """A thread's own."""
 
 
-SCRATCH = Scratch()
+SCRATCH = _OfThread()
 
 
 class Strips(threading.local):
