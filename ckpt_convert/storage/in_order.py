@@ -154,8 +154,11 @@ class OrderedStage:
         """Remove what was written, but for what somebody else has changed or put there; what stays is no checkpoint."""
         try:
             there = self._directory.list()
-            self._directory.remove(name for name in there if self.folder.is_written(name, there[name]))
-            if JOURNAL in there:
+            ours = {name for name in there if self.folder.is_written(name, there[name])}
+            if ours and JOURNAL not in there:  # which was the last act, that failed
+                self._directory.announce(ours, removing=True)
+            self._directory.remove(ours)
+            if JOURNAL in there or ours:
                 self._directory.remove_journal()
         except CkptConvertError as error:
             log.warning("%s could not be removed, and is no checkpoint: %s", self.destination, error)

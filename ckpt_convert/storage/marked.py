@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ckpt_convert.errors import CorruptFileError
+from ckpt_convert.errors import CorruptFileError, UnwritableError
 from ckpt_convert.storage.base import Entry, Store
 from ckpt_convert.storage.names import JOURNAL
 from ckpt_convert.storage.place import Place
@@ -63,6 +63,8 @@ class Marked:
     def list(self) -> dict[str, Entry]:
         """What is there, by its name in the directory."""
         self.seen = self.place.listed()
+        if not (self.seen / JOURNAL).is_regular():
+            self._etag = None
         return {place.below(self.place): entry for place, entry in self.seen.entries().items()}
 
     def adopt(self, there: Mapping[str, Entry]) -> None:
@@ -95,6 +97,10 @@ class Marked:
             self.store.delete(group)
 
     def remove_journal(self) -> None:
-        self.store.delete([self.full(JOURNAL)])
+        try:
+            self.store.delete([self.full(JOURNAL)])
+        except UnwritableError:
+            if self.store.entry(self.full(JOURNAL)) is not None:  # else only the answer was lost
+                raise
         self._etag = None
         self.journal = Notes()

@@ -148,7 +148,10 @@ class Held(Protocol):
 
 
 class Workspace(Protocol):
-    """What a store offers to those who write: the same acts, in the way that it has for them."""
+    """What a store offers to those who write: the same acts, in the way that it has for them.
+
+    What fails is an UnwritableError or, of acts that are one call of the system, its OSError.
+    """
 
     def check_destination(self, destination: Place, source: Place, rules: Rules, *, overwrite: bool) -> None:
         """Refuse a destination that is there already, or where writing would touch the source.

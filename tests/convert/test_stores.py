@@ -150,7 +150,7 @@ def test_whatever_request_fails_nothing_half_written_is_accepted(
             if not reached:
                 break
             number += 1
-        assert number > 40
+        assert number > (20 if lost else 40)
 
 
 def test_an_attempt_is_continued_with_the_files_that_it_finished(

@@ -11,12 +11,14 @@ from ckpt_convert.storage.base import Version
 from ckpt_convert.storage.memory import MemoryStore
 
 READING = ("list", "head", "get")
+CHANGING = ("put", "complete", "delete")
 
 
 class FailingStore(MemoryStore):
     """Requests from the number ``first`` on fail, ``times`` of them (None: all); ``lost`` ones are carried out before.
 
-    Numbers count from 0, and anew after ``arm``. ``failed`` is whether any has failed.
+    Numbers count from 0, and anew after ``arm``; of those that are lost, only requests that change something count.
+    ``failed`` is whether any has failed.
     """
 
     def __init__(self, files: Mapping[str, bytes] = {}) -> None:
@@ -35,14 +37,16 @@ class FailingStore(MemoryStore):
 
     def _request(self, kind: str) -> None:
         super()._request(kind)
+        if self._lost and kind not in CHANGING:
+            return
         with self._lock:
             number, self.number = self.number, self.number + 1
             first, times = self._first, self._times
             fails = first is not None and number >= first and (times is None or number < first + times)
             self.failed |= fails
-        self._here.fails = fails and self._lost and kind not in READING
-        if fails and not self._here.fails:
+        if fails and not self._lost:
             self._fail(kind)
+        self._here.fails = fails
 
     def _fail(self, kind: str) -> None:
         error = UnreadableError if kind in READING else UnwritableError
