@@ -51,6 +51,7 @@ GROUPS: dict[str, tuple[Listed, ...]] = {
         Listed("llama", "llama.table", params=("multiple_of",)),
         Listed("mistral", "mistral.table", params=("hidden_dim",)),
         Listed("olmo2", "olmo2"),
+        Listed("olmo3", "olmo3"),
         Listed("phi3", "phi3"),
         Listed("qwen2", "qwen2"),
         Listed("qwen3", "qwen3"),

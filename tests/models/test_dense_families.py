@@ -63,6 +63,8 @@ CASES = {
     "qwen3 with biases": Case("qwen3", {"head_dim": 10, "attention_bias": True}),
     "olmo2": Case("olmo2"),
     "olmo2 with biases": Case("olmo2", {"attention_bias": True}),
+    "olmo3": Case("olmo3", {"sliding_window": 4}),
+    "olmo3 with biases": Case("olmo3", {"attention_bias": True, "layer_types": ["full_attention"] * 3}),
     "exaone4": Case("exaone4", {"sliding_window_pattern": 2}),
     "granite": Case("granite"),
     "granite with biases": Case("granite", {"attention_bias": True, "mlp_bias": True}),
@@ -162,7 +164,7 @@ def test_other_shards_load_and_compute_the_same(name: str, save: Save, tmp_path:
         assert torch.equal(logits(tmp_path / "two"), model(TOKENS).logits)
 
 
-@pytest.mark.parametrize("name", ["gemma3", "olmo2", "exaone4", "granite", "smollm3", "cohere2", "glm4"])
+@pytest.mark.parametrize("name", ["gemma3", "olmo2", "olmo3", "exaone4", "granite", "smollm3", "cohere2", "glm4"])
 def test_what_has_no_native_layout_says_so(name: str, save: Save, tmp_path: Path) -> None:
     directory, _ = save(name)
     with pytest.raises(CkptConvertError, match=f"the {CASES[name].family} table has no native column; it has hf"):
