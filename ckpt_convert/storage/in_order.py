@@ -92,7 +92,7 @@ class OrderedStage:
         kept = kept if resume and not self._directory.journal.removing else set()
         self._directory.remove(there.keys() - kept - {JOURNAL})
         self._directory.journal = Notes(self._directory.journal.first, kept, {name: whole[name] for name in kept})
-        self.folder.written.update({name: there[name] for name in kept})
+        self.folder.ledger.written.update({name: there[name] for name in kept})
         self.resumed = bool(kept)
 
     # What is written
@@ -100,11 +100,11 @@ class OrderedStage:
     @property
     def place(self) -> Place:
         """Where what was written can be read again, with what is kept back, before it is there."""
-        return replace(self.destination, store=WithKept(self._directory, self.folder.kept))
+        return replace(self.destination, store=WithKept(self._directory, self.folder.ledger.kept))
 
     def expect(self, names: Iterable[str]) -> None:
         """Names that will be written, so that they are announced with the first of them."""
-        self.folder.expected.update(names)
+        self.folder.ledger.expected.update(names)
 
     def allocated(self) -> int:
         """Bytes that are there already."""
@@ -120,11 +120,11 @@ class OrderedStage:
 
         Where none does, the journal begins anew with the line ``first``.
         """
-        gone = self.folder.written.keys() - {*keep}
+        gone = self.folder.ledger.written.keys() - {*keep}
         with self.folder.advised():
             self._directory.remove(gone)
         for name in gone:
-            self.folder.written.pop(name)
+            self.folder.ledger.written.pop(name)
             self._directory.journal.whole.pop(name)
         self._directory.journal.first = first
         return OrderedJournal(None if self._lock is None else self.folder)
@@ -137,7 +137,7 @@ class OrderedStage:
     def keeps(self, error: BaseException) -> bool:
         """Whether what is done is worth keeping after this error: it is, where resuming may succeed."""
         may_pass = isinstance(error, NotEnoughSpaceError | UnwritableError | UnreadableError)
-        return may_pass and bool(self.folder.written)
+        return may_pass and bool(self.folder.ledger.written)
 
     def commit(self) -> None:
         """Write what comes last, once everything is there and is what was written; it is complete then.
@@ -175,7 +175,7 @@ class OrderedStage:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None and not isinstance(error, CkptConvertError) and self.folder.written:
+        if error is not None and not isinstance(error, CkptConvertError) and self.folder.ledger.written:
             error.add_note(
                 f"{self.destination} holds what is done; `resume=True` continues it, a run without it starts anew"
             )

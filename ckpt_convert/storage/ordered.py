@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 
 from ckpt_convert.errors import NotEnoughSpaceError, OutputExistsError, UnwritableError, VerificationError
@@ -22,21 +23,33 @@ PART = 8 << 20
 """Bytes of a file that is appended to, in each request."""
 
 
-class OrderedFolder:
-    """What is written into a directory of such a store, or into a folder ``inside`` it."""
+@dataclass
+class _Ledger:
+    """What a folder and those below it share: the files that are there, that are kept back, that are wanted, and those
+    of which it is not known whether they are there.
+    """
 
-    def __init__(self, directory: Marked, advice: Advice, inside: str = "", whole: OrderedFolder | None = None) -> None:
-        self._directory = directory
-        self._advice = advice
-        self._inside = inside
-        self.written: dict[str, Entry] = {} if whole is None else whole.written
-        self.kept: dict[str, bytes] = {} if whole is None else whole.kept
-        self.expected: set[str] = set() if whole is None else whole.expected
-        self._attempted: set[str] = set() if whole is None else whole._attempted
-        self._lock: threading.Lock = threading.Lock() if whole is None else whole._lock
+    written: dict[str, Entry] = field(default_factory=dict)
+    kept: dict[str, bytes] = field(default_factory=dict)
+    expected: set[str] = field(default_factory=set)
+    attempted: set[str] = field(default_factory=set)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+@dataclass(frozen=True)
+class OrderedFolder:
+    """What is written into a directory of such a store, or into a folder ``inside`` it.
+
+    ``advice`` is how errors go on.
+    """
+
+    directory: Marked
+    advice: Advice
+    inside: str = ""
+    ledger: _Ledger = field(default_factory=_Ledger)
 
     def below(self, name: str) -> OrderedFolder:
-        return OrderedFolder(self._directory, self._advice, self._full(name), self)
+        return replace(self, inside=self._full(name))
 
     def limited(self, mode: int) -> OrderedFolder:
         """The same: such a store has no permissions of single files."""
@@ -44,78 +57,80 @@ class OrderedFolder:
 
     @property
     def nbytes(self) -> int:
-        return sum(entry.size for entry in self.written.values())
+        return sum(entry.size for entry in self.ledger.written.values())
 
     @property
     def place(self) -> Place:
         """Where what was written so far can be read."""
-        return self._directory.place / self._inside if self._inside else self._directory.place
+        return self.directory.place / self.inside if self.inside else self.directory.place
 
     def comes_last(self, name: str) -> bool:
         """Whether a file of this name is kept back until all others are there."""
-        return self._directory.rules.rank(self._full(name)) > 0
+        return self.directory.rules.rank(self._full(name)) > 0
 
     def file(self, name: str, size: int | None) -> OrderedFile:
         full = self._full(name)
         with self.advised():
             self._announce(full)
-            return OrderedFile(self, full, self._directory.store.create(self._directory.full(full), size))
+            return OrderedFile(self, full, self.directory.store.create(self.directory.full(full), size))
 
     def write(self, name: str, data: bytes) -> None:
         if self.comes_last(name):
-            with self._lock:
-                self.kept[self._full(name)] = data
+            with self.ledger.lock:
+                self.ledger.kept[self._full(name)] = data
         else:
             self._write(self._full(name), data)
 
     def kept_back(self, name: str) -> bytes | None:
-        return self.kept.get(self._full(name))
+        return self.ledger.kept.get(self._full(name))
 
     def write_kept(self) -> None:
         """Write what was kept back, in the order of the ranks."""
-        for name, data in sorted(self.kept.items(), key=lambda item: (self._directory.rules.rank(item[0]), item[0])):
-            self._write(name, data)
+        rank = self.directory.rules.rank
+        for name in sorted(self.ledger.kept, key=lambda name: (rank(name), name)):
+            self._write(name, self.ledger.kept[name])
 
     def refuse_changes(self, there: Mapping[str, Entry]) -> None:
         """Raise VerificationError where what is there is not what was written."""
-        changes = [f"{name} is gone" for name in self.written if name not in there]
+        written = self.ledger.written
+        changes = [f"{name} is gone" for name in written if name not in there]
         for name, entry in there.items():
-            if name in self.written and entry.etag != self.written[name].etag:
+            if name in written and entry.etag != written[name].etag:
                 changes.append(f"{name} was changed or replaced")
-            elif name not in self.written and name != JOURNAL:
+            elif name not in written and name != JOURNAL:
                 changes.append(f"{name} was put there")
         if changes:
             raise self._changed(changes)
 
     def _changed(self, changes: list[str]) -> VerificationError:
         return VerificationError(
-            f"{self._directory.place}: something else wrote there meanwhile, so that nothing was published:"
+            f"{self.directory.place}: something else wrote there meanwhile, so that nothing was published:"
             f"{listing(changes)}\nsee to it that nothing else does, and run it again"
         )
 
     def is_written(self, name: str, entry: Entry) -> bool:
         """Whether this is the very file that was written under that name; or it may be, where no answer came."""
-        known = self.written.get(name)
-        return name in self._attempted if known is None else known.etag == entry.etag
+        known = self.ledger.written.get(name)
+        return name in self.ledger.attempted if known is None else known.etag == entry.etag
 
     def finish(self, full: str, give: Callable[[], Entry]) -> None:
         """Give a file its name, and remember it."""
-        with self._lock:
-            self._attempted.add(full)
+        with self.ledger.lock:
+            self.ledger.attempted.add(full)
         try:
             with self.advised():
                 made = give()
         except OutputExistsError:
-            with self._lock:
-                self._attempted.discard(full)
+            with self.ledger.lock:
+                self.ledger.attempted.discard(full)
             raise self._changed([f"{full} was put there"]) from None
-        with self._lock:
-            self.written[full] = made
+        with self.ledger.lock:
+            self.ledger.written[full] = made
 
     def note_whole(self, full: str, line: str) -> None:
-        with self.advised(), self._lock:
-            self._directory.journal.whole[full] = self.written[full].etag, line
-            self._directory.write_journal()
+        with self.advised(), self.ledger.lock:
+            self.directory.journal.whole[full] = self.ledger.written[full].etag, line
+            self.directory.write_journal()
 
     @contextlib.contextmanager
     def advised(self) -> Iterator[None]:
@@ -123,21 +138,21 @@ class OrderedFolder:
         try:
             yield
         except NotEnoughSpaceError as error:
-            raise NotEnoughSpaceError(f"{error}; {self._advice.full}") from error
+            raise NotEnoughSpaceError(f"{error}; {self.advice.full}") from error
         except UnwritableError as error:
-            raise UnwritableError(f"{error}; {self._advice.failed}") from error
+            raise UnwritableError(f"{error}; {self.advice.failed}") from error
 
     def _write(self, full: str, data: bytes) -> None:
         with self.advised():
             self._announce(full)
-        self.finish(full, lambda: self._directory.store.put(self._directory.full(full), data, create_only=True))
+        self.finish(full, lambda: self.directory.store.put(self.directory.full(full), data, create_only=True))
 
     def _announce(self, full: str) -> None:
-        if full not in self._directory.journal.names:
-            self._directory.announce({full, *self.expected}, removing=False)
+        if full not in self.directory.journal.names:
+            self.directory.announce({full, *self.ledger.expected}, removing=False)
 
     def _full(self, name: str) -> str:
-        return f"{self._inside}/{name}" if self._inside else name
+        return f"{self.inside}/{name}" if self.inside else name
 
 
 class OrderedFile:
