@@ -202,12 +202,12 @@ transformers reads these layers but does not save them, so they may be absent, e
 """
 
 
-def _of_main(rows: Iterable[Row]) -> tuple[Row, ...]:
+def of_main(rows: Iterable[Row]) -> tuple[Row, ...]:
     """The rows of the model's own layers."""
     return tuple(row.replace(only=row.only or "main") for row in rows)
 
 
-def _of_mtp(rows: Iterable[Row]) -> tuple[Row, ...]:
+def of_mtp(rows: Iterable[Row]) -> tuple[Row, ...]:
     """The same rows in the layers that predict further tokens."""
     out = []
     for row in rows:
@@ -227,7 +227,7 @@ def dims(config: Mapping[str, Any]) -> dict[str, int]:
     return {
         **_dims(config, n_experts=256, expert_dim=2048, n_shared=1),
         "balanced": int(optional_str(config, "topk_method", CONFIG, "noaux_tc") == "noaux_tc"),
-        "n_all_layers": require_int(config, "num_hidden_layers", CONFIG) + _n_mtp(config),
+        "n_all_layers": require_int(config, "num_hidden_layers", CONFIG) + n_mtp(config),
     }
 
 
@@ -238,13 +238,18 @@ def dims_v2(config: Mapping[str, Any]) -> dict[str, int]:
 
 def sets(config: Mapping[str, Any]) -> dict[str, list[int]]:
     """The model's own layers and the MTP layers, and which of both have experts."""
+    return sets_with_mtp(config, dense=3)
+
+
+def sets_with_mtp(config: Mapping[str, Any], *, dense: int) -> dict[str, list[int]]:
+    """As ``sets``, where so many layers are dense if the config does not say how many."""
     n_layers = require_int(config, "num_hidden_layers", CONFIG)
-    main, mtp = range(n_layers), range(n_layers, n_layers + _n_mtp(config))
+    main, mtp = range(n_layers), range(n_layers, n_layers + n_mtp(config))
     return {
         "main": list(main),
-        **split(main, _with_experts(config, main, dense=3)),
+        **split(main, _with_experts(config, main, dense=dense)),
         "mtp": list(mtp),
-        **{f"mtp_{name}": at for name, at in split(mtp, _with_experts(config, mtp, dense=3)).items()},
+        **{f"mtp_{name}": at for name, at in split(mtp, _with_experts(config, mtp, dense=dense)).items()},
     }
 
 
@@ -281,7 +286,8 @@ def _dims(config: Mapping[str, Any], *, n_experts: int, expert_dim: int, n_share
     }
 
 
-def _n_mtp(config: Mapping[str, Any]) -> int:
+def n_mtp(config: Mapping[str, Any]) -> int:
+    """How many MTP layers there are; their number is one where the config does not say it."""
     return optional_count(config, "num_nextn_predict_layers", CONFIG, 1)
 
 
@@ -306,7 +312,7 @@ DEEPSEEK_V3 = Family(
     dims=dims,
     sets=sets,
     indices={"layer": "n_all_layers", "expert": "n_experts"},
-    rows=columns((*EMBEDDING, *_of_main(LAYER), *_of_mtp(LAYER), *MTP, *OUTPUT), "hf", "torchtitan"),
+    rows=columns((*EMBEDDING, *of_main(LAYER), *of_mtp(LAYER), *MTP, *OUTPUT), "hf", "torchtitan"),
 )
 
 DEEPSEEK_V2 = Family(

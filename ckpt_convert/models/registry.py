@@ -61,6 +61,7 @@ GROUPS: dict[str, tuple[Listed, ...]] = {
     "mixtures of experts": (
         Listed("deepseek_v2", "deepseek"),
         Listed("deepseek_v3", "deepseek"),
+        Listed("glm4_moe", "glm4_moe"),
         Listed("gpt_oss", "gpt_oss"),
         Listed("kimi_k2", "deepseek"),
         Listed("llama4_text", "llama4.table", params=("moe_args", "nope_layer_interval")),

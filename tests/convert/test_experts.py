@@ -39,6 +39,7 @@ MLA = {
     "qk_nope_head_dim": 10, "v_head_dim": 8, "n_routed_experts": 6, "n_group": 2, "topk_group": 1,
     "first_k_dense_replace": 1, "moe_intermediate_size": 20,
 }  # fmt: skip
+GLM = {**SIZES, "moe_intermediate_size": 20, "n_routed_experts": 6, "n_group": 2, "topk_group": 1}
 QWEN3_5 = {
     **SIZES, "linear_key_head_dim": 6, "linear_value_head_dim": 8, "linear_num_key_heads": 3,
     "linear_num_value_heads": 6,
@@ -63,6 +64,10 @@ MODELS: dict[str, Any] = {
     "deepseek_v3": lambda: transformers.DeepseekV3Config(**MLA, n_shared_experts=2),
     "deepseek_v3_bias": lambda: transformers.DeepseekV3Config(**MLA, attention_bias=True),
     "deepseek_v3_whole_q": lambda: transformers.DeepseekV3Config(**MLA | {"q_lora_rank": None}, attention_bias=True),
+    "glm4_moe": lambda: transformers.Glm4MoeConfig(**GLM),
+    "glm4_moe_bias": lambda: transformers.Glm4MoeConfig(
+        **GLM | {"first_k_dense_replace": 2, "n_shared_experts": 2}, attention_bias=True, use_qk_norm=True
+    ),
     "gpt_oss": lambda: transformers.GptOssConfig(**SIZES, num_local_experts=5),
     "gpt_oss_without_bias": lambda: transformers.GptOssConfig(**SIZES, num_local_experts=5, attention_bias=False),
     "qwen3_5_text": lambda: transformers.Qwen3_5TextConfig(**QWEN3_5),
@@ -506,6 +511,7 @@ def test_the_params_of_8x7b_do_not_say_theta() -> None:
         ("deepseek_v3", {"first_k_dense_replace": -1}, "first_k_dense_replace must be a whole number"),
         ("deepseek_v3", {"qk_rope_head_dim": 7}, "head_dim must be even"),
         ("deepseek_v2", {"moe_layer_freq": 0}, "moe_layer_freq must be a whole number"),
+        ("glm4_moe", {"n_routed_experts": 0}, "n_routed_experts must be a whole number"),
         ("mixtral", {"num_local_experts": 0}, "num_local_experts must be a whole number"),
         ("qwen3_5_text", {"layer_types": ["full_attention"]}, "layer_types must name full_attention or linear"),
     ],
@@ -548,6 +554,20 @@ def test_which_layers_have_experts() -> None:
     assert moe("deepseek_v3", first_k_dense_replace=1, moe_layer_freq=2) == (2, 4)
     assert moe("deepseek_v3", n_routed_experts=None) == ()
     assert moe("deepseek_v2") == (0, 1, 2, 3, 4, 5)
+    assert moe("glm4_moe") == (1, 2, 3, 4, 5)
+    assert moe("glm4_moe", first_k_dense_replace=3) == (3, 4, 5)
+
+
+@pytest.mark.parametrize("name", ["glm4_moe"])
+def test_what_a_config_leaves_out_is_as_in_transformers(name: str) -> None:
+    """Each key by itself, with sizes that the defaults divide."""
+    config_class = type(MODELS[name]())
+    whole = config_class(**{**SIZES, "num_attention_heads": 32, "hidden_size": 64}).to_dict()
+    required = {"hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size"}
+    for absent in whole.keys() - required - {"model_type"}:
+        content = {key: value for key, value in whole.items() if key != absent}
+        meant = config_class.from_dict(content).to_dict()
+        assert FAMILIES[name].symbols(content) == FAMILIES[name].symbols(meant), absent
 
 
 def test_the_number_of_layers_that_predict_further_tokens() -> None:
@@ -557,6 +577,38 @@ def test_the_number_of_layers_that_predict_further_tokens() -> None:
     assert mtp(num_nextn_predict_layers=2).sets["mtp"] == (4, 5)
     assert mtp(num_nextn_predict_layers=0).sets["mtp"] == ()
     assert mtp().sets["mtp"] == (4,)  # as in transformers
+
+
+def test_glm_has_the_layers_that_predict_further_tokens_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers does not save them: they are written beside, and it finds them in what comes out."""
+    source = saved("glm4_moe_bias", tmp_path / "source")
+    family, config = FAMILIES["glm4_moe"], json.loads((source / "config.json").read_text())
+    dims = family.symbols(config)
+    entries = [entry for entry in family.entries("hf", dims) if entry.first.row.group == "mtp"]
+    extra = {entry.key: torch.randn(entry.shape("hf", dims) or ()) for entry in entries}
+    safetensors.torch.save_file(extra, source / "mtp.safetensors")
+    edit_index(source, dict.fromkeys(extra, "mtp.safetensors"))
+    convert(source, tmp_path / "there", to="hf", shards=2, verify=True)
+    assert_same(read_safetensors(tmp_path / "there"), read_safetensors(source))
+    main = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "there")
+    # It looks for layer 46 or 92, as the releases have it.
+    monkeypatch.setattr(main, "_keys_to_ignore_on_load_unexpected", [r"model\.layers\.4\."])
+    (layer,) = MtpModel.from_pretrained(main).layers
+    assert torch.equal(layer.eh_proj.weight, extra["model.layers.4.eh_proj.weight"])
+    assert torch.equal(layer.post_norm.weight, extra["model.layers.4.shared_head.norm.weight"])
+    block = {name: tensor for name, tensor in layer.mtp_block.state_dict().items() if ".experts." not in name}
+    assert_same(block, {name: extra[f"model.layers.4.{name}"] for name in block})
+    experts = [extra[f"model.layers.4.mlp.experts.{number}.down_proj.weight"] for number in range(6)]
+    assert torch.equal(layer.mtp_block.mlp.experts.down_proj, torch.stack(experts))
+    assert len(extra) == len(block) + 3 * 6 + 4  # an expert has three matrices; four lie around the block
+
+
+def edit_index(directory: Path, files: Mapping[str, str]) -> None:
+    """The index with some keys more."""
+    path = directory / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"] |= files
+    path.write_text(json.dumps(index))
 
 
 # Size
