@@ -23,7 +23,7 @@ from ckpt_convert.formats.names import (
     is_weights_of_any,
 )
 from ckpt_convert.storage.base import Entry
-from ckpt_convert.storage.names import check_name
+from ckpt_convert.storage.names import stays_inside
 from ckpt_convert.storage.place import Place
 from ckpt_convert.storage.reader import reading
 
@@ -85,7 +85,7 @@ def beside(checkpoint: Identified) -> dict[str, Place]:
     out = {}
     for path in _walk(checkpoint.place):
         name = path.below(checkpoint.place)
-        if not _is_plain(path, checkpoint) or name == RECORD_FOLDER:
+        if not stays_inside(name) or name == RECORD_FOLDER:
             continue
         if name in used or is_never_beside(name):
             continue
@@ -138,19 +138,10 @@ def skipped(checkpoint: Identified) -> list[str]:
     out = []
     for here, folders, files in checkpoint.place.walk(_enters):
         out += [folder for folder in folders if folder.link() is not None]
-        out += [file for file in files if not file.is_regular() or not _is_plain(file, checkpoint)]
+        out += [file for file in files if not file.is_regular() or not stays_inside(file.below(checkpoint.place))]
         if here != checkpoint.place:
             out += [file for file in files if is_weights_of_any(file.name)]
     return [path.below(checkpoint.place) for path in out]
-
-
-def _is_plain(path: Place, checkpoint: Identified) -> bool:
-    """Whether the name is one that every system reads as the same name in the directory."""
-    try:
-        check_name(path.below(checkpoint.place), str(checkpoint.place))
-    except UnsafeFileError:
-        return False
-    return True
 
 
 def _enters(folder: str) -> bool:

@@ -56,6 +56,15 @@ def check_name(name: str, said_by: str) -> str:
     return name
 
 
+def stays_inside(name: str) -> bool:
+    """Whether every system reads a name as the same one inside the directory."""
+    try:
+        check_name(name, "")
+    except UnsafeFileError:
+        return False
+    return True
+
+
 def local_path(given: str | os.PathLike[str], what: str = "") -> Path:
     """The path that somebody gives for ``what``, with ``~`` as the home directory.
 

@@ -22,7 +22,7 @@ from ckpt_convert.formats.base import Directory, WeightName, load_json, plain_we
 from ckpt_convert.formats.hf import another_set, plain_names
 from ckpt_convert.formats.names import RANK, RECORD_FOLDER, WEIGHT_SUFFIXES, is_index
 from ckpt_convert.storage.base import OpenFile
-from ckpt_convert.storage.names import JOURNAL, check_name
+from ckpt_convert.storage.names import JOURNAL, stays_inside
 from ckpt_convert.storage.place import Location, Place
 from ckpt_convert.storage.reader import unreadable
 from ckpt_convert.tensors.header import WeightFile
@@ -165,18 +165,11 @@ def _sound_part(path: Place, index: Place) -> Directory | None:
     try:
         weight_map = load_json(index).get("weight_map")
         entries = weight_map.items() if isinstance(weight_map, dict) else ()
-        sound = plain_names({key: file for key, file in entries if isinstance(file, str) and _is_plain(file)})
+        named = plain_names({key: file for key, file in entries if isinstance(file, str)})
     except CkptConvertError:
         return None
+    sound = {key: file for key, file in named.items() if stays_inside(file)}
     return Directory(tuple(map(WeightName, sorted(set(sound.values())))), index.name, sound) if sound else None
-
-
-def _is_plain(name: str) -> bool:
-    try:
-        check_name(name.removeprefix("./"), "")
-    except CkptConvertError:
-        return False
-    return True
 
 
 def _files(path: Place, directory: Directory, state: _State) -> tuple[tuple[WeightFile, ...], list[str], list[str]]:
