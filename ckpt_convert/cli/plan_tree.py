@@ -49,8 +49,15 @@ def groups(moves: Iterable[Move]) -> list[Group]:
     examples: list[_Kind] = []
     entries = []
     for move in moves:
+        if move.target == move.source:  # as most are where only the files change
+            same = (move.target_dtype, move.steps)
+            at = kinds.setdefault(same, len(examples))
+            if at == len(examples):
+                examples.append(_Kind(move, False, None, {}))
+            entries.append(tree.Entry(move.source, move.shape, move.dtype, move.nbytes, str(at)))
+            continue
         source = tree.split(move.source)
-        target = source if move.target == move.source else tree.split(move.target) if move.target is not None else None
+        target = tree.split(move.target) if move.target is not None else None
         by_target = target is not None and len(target[1]) > len(source[1])
         key = str(move.target) if by_target else move.source
         other = source if by_target else target
@@ -67,7 +74,10 @@ def groups(moves: Iterable[Move]) -> list[Group]:
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """What the moves of a line have in common, and the numbers in the other key by the key that tells them apart."""
+    """What the moves of a line have in common, and the numbers in the other key by the key that tells them apart.
+
+    There is no ``template`` where there is no other key, or where it is the same one.
+    """
 
     move: Move
     by_target: bool
@@ -78,7 +88,8 @@ class _Kind:
 def _lines(row: tree.Row, kind: _Kind) -> Iterator[tuple[str, Group]]:
     """The groups of a line, each after what it is sorted by: one, unless the other key counts in another order."""
     if kind.template is None:
-        yield _group(row.pattern, None, next(row.members()), row, kind, row.count)
+        target = None if kind.move.target is None else row.pattern
+        yield _group(row.pattern, target, next(row.members()), row, kind, row.count)
         return
     members = list(row.members())
     numbers = [kind.numbers[key] for key in members]

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
-from ckpt_convert import dtypes, formats
+from ckpt_convert import dtypes
 from ckpt_convert.checkpoint import record
 from ckpt_convert.checkpoint.checklist import CHECKLIST
 from ckpt_convert.checkpoint.identify import Identified
@@ -38,7 +38,6 @@ from ckpt_convert.storage.place import Place
 from ckpt_convert.storage.reader import reading
 from ckpt_convert.tensors.header import IN_MEMORY, StoredTensor, WeightFile
 from ckpt_convert.words import option as said
-from ckpt_convert.words import some
 
 
 @dataclass(frozen=True)
@@ -146,8 +145,7 @@ def make(given: Given, equal: Equal | None = None) -> Planned:
         ties=tuple(found.translation.ties),
         notices=(
             *source.notices,
-            *_edited(source),
-            *_skipped(source),
+            *sidefiles.notices(source),
             *model.notices,
             *(model.family.caveats(request.to) if request.to != source.format else ()),
             *put.notices,
@@ -390,18 +388,6 @@ def _check_names(source: Identified, files: list[OutputFile], side: list[SideFil
     hidden = [file.name for file in files if file.name.startswith(f"{RECORD_FOLDER}/")]
     if hidden:
         raise CorruptFileError(f"{source.place}: weights would be called {hidden[0]}, which is in the record's folder")
-
-
-def _edited(source: Identified) -> list[str]:
-    if source.record is None:
-        return []
-    names = source.record.edited(own_config=formats.ALL[source.record.format].config is None)
-    return [f"edited or damaged since it was written, and taken as it is: {', '.join(names)}"] if names else []
-
-
-def _skipped(source: Identified) -> list[str]:
-    names = sidefiles.skipped(source)
-    return [f"not taken along: {some(names, 8, ' …')}"] if names else []
 
 
 def _dtypes(targets: Sequence[Target], request: Request, template: Logicals) -> dict[str, str]:

@@ -26,6 +26,7 @@ from ckpt_convert.storage.base import Entry
 from ckpt_convert.storage.names import stays_inside
 from ckpt_convert.storage.place import Place
 from ckpt_convert.storage.reader import reading
+from ckpt_convert.words import some
 
 
 class Made(Protocol):
@@ -129,6 +130,16 @@ def _is_tokenizer(path: Place) -> bool:
     except (UnsafeFileError, CheckpointNotFoundError):
         return False
     return True
+
+
+def notices(source: Identified) -> list[str]:
+    """What was edited since an earlier conversion wrote it, and what is not taken along."""
+    out = []
+    if source.record is not None:
+        edited = source.record.edited(own_config=formats.ALL[source.record.format].config is None)
+        out += [f"edited or damaged since it was written, and taken as it is: {', '.join(edited)}"] if edited else []
+    left = skipped(source)
+    return out + ([f"not taken along: {some(left, 8, ' …')}"] if left else [])
 
 
 def skipped(checkpoint: Identified) -> list[str]:

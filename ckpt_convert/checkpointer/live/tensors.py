@@ -147,8 +147,7 @@ class MemoryReader:
     def __init__(self, name: str, tensor: torch.Tensor) -> None:
         self.name = name
         self.offset = tensor.storage_offset() * tensor.element_size()
-        with torch.no_grad():
-            self._bytes = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+        self._bytes = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
         self.size = self._bytes.numel()
 
     def readinto(self, offset: int, buffer: memoryview) -> None:
