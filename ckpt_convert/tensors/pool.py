@@ -7,16 +7,17 @@ what is handed to them is pickled, and none inherits a lock, an open file or a t
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
+import os
 import pickle
 import signal
+import subprocess
+import sys
 import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from multiprocessing import connection as pipes
-from multiprocessing import resource_tracker
 from typing import Any, TypeVar
 
 from ckpt_convert.errors import CkptConvertError
@@ -150,7 +151,7 @@ def results(
     """
     total = sum(nbytes for _, nbytes in items)
     batches = _batches([nbytes for _, nbytes in items])
-    count = min(workers, len(batches)) if total >= _WORTH else 1
+    count = min(workers, len(batches)) if total >= _WORTH and os.name == "posix" else 1
     meter = Meter(phase, total, progress)
     if count < 2:
         do = start(meter)
@@ -177,7 +178,7 @@ def _batches(sizes: Sequence[int]) -> list[range]:
 
 def _thread(start: Start, phase: str, stack: contextlib.ExitStack) -> Any:
     """A worker that is a thread; returns the connection to it."""
-    ours, theirs = multiprocessing.Pipe()
+    ours, theirs = pipes.Pipe()
     said = _Said(theirs)
     meter = Meter(phase, 0, said)
     thread = threading.Thread(target=_work, args=(said, start, meter), name=phase)
@@ -193,23 +194,29 @@ def _thread(start: Start, phase: str, stack: contextlib.ExitStack) -> Any:
 
 
 def _processes(start: Start, phase: str, count: int, stack: contextlib.ExitStack) -> Iterator[Any]:
-    """Workers that are processes; yields the connections to them."""
+    """Workers that are processes; yields the connections to them.
+
+    They are no processes of multiprocessing, each of which runs the file that this one was started with once more:
+    a recipe without ``if __name__ == "__main__"`` would begin anew in every worker.
+    """
     sent = pickle.dumps(start)
-    context = multiprocessing.get_context("spawn")
     for _ in range(count):
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, phase), daemon=True)
+        ours, theirs = pipes.Pipe()
+        code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import serve; serve({theirs.fileno()})"
         with _unheard():
-            process.start()
+            process = subprocess.Popen(
+                [sys.executable, "-c", code], stdin=subprocess.DEVNULL, pass_fds=(theirs.fileno(),)
+            )
         theirs.close()  # so that nobody but the worker holds it, and its end is noticed
 
-        def end(process: Any = process, ours: Any = ours) -> None:
+        def end(process: subprocess.Popen[bytes] = process, ours: Any = ours) -> None:
             process.kill()
-            process.join()
+            process.wait()
             ours.close()
 
         stack.callback(end)
         with contextlib.suppress(OSError):  # that it is gone is noticed, and said, where it is given work
+            ours.send(phase)
             ours.send_bytes(sent)
         yield ours
 
@@ -217,10 +224,6 @@ def _processes(start: Start, phase: str, count: int, stack: contextlib.ExitStack
 @contextlib.contextmanager
 def _unheard() -> Iterator[None]:
     """Processes that are started meanwhile do not hear a terminal's Ctrl-C: it is for this one, which ends them."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    resource_tracker.ensure_running()  # not below: starting it lets its caller hear all signals again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGHUP))
     try:
         yield
@@ -282,15 +285,18 @@ class _Said:
         self._done = done
 
 
-def _serve(connection: Any, phase: str) -> None:
-    """What a worker does that is a process."""
-    said = _Said(connection)
+def serve(descriptor: int) -> None:
+    """What a worker does that is a process; ``descriptor`` is that of its connection."""
+    connection = pipes.Connection(descriptor)
+    with contextlib.suppress(EOFError):  # nobody waits for it any more
+        phase = connection.recv()
+        said = _Said(connection)
 
-    def start(meter: Meter) -> Callable[[Any], Any]:
-        sent: Start = pickle.loads(connection.recv_bytes())
-        return sent(meter)
+        def start(meter: Meter) -> Callable[[Any], Any]:
+            sent: Start = pickle.loads(connection.recv_bytes())
+            return sent(meter)
 
-    _work(said, start, Meter(phase, 0, said))
+        _work(said, start, Meter(phase, 0, said))
 
 
 def _work(said: _Said, start: Start, meter: Meter) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +19,7 @@ from ckpt_convert.tensors import pool
 from tests.checkpoint import quantizing
 from tests.helpers import GOLDEN, read_safetensors
 
+ROOT = Path(__file__).parent.parent.parent
 LLAMA = GOLDEN / "llama" / "hf"
 
 
@@ -64,3 +68,21 @@ def test_processes_say_what_one_does(kind: str, tmp_path: Path) -> None:
         with open_checkpoint(LLAMA) as other:
             alone, together = (compare(checkpoint, other, workers=number).document() for number in (1, 3))
             assert alone == together
+
+
+def test_what_a_process_was_started_with_is_not_run_again_in_its_workers(tmp_path: Path) -> None:
+    script = tmp_path / "recipe.py"
+    script.write_text(f"""
+from ckpt_convert.analysis.stats.stats import statistics
+from ckpt_convert.checkpoint.checkpoint import open_checkpoint
+from ckpt_convert.tensors import pool
+
+print("begun")
+pool._WORTH, pool._BATCH, pool._MOST = 0, 1, 4
+checkpoint = open_checkpoint({str(LLAMA)!r})
+found = dict(statistics(checkpoint, checkpoint.tensors, workers=3))
+print(len(found) == len(checkpoint.tensors))
+""")
+    path = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=path, check=True)
+    assert (done.stdout, done.stderr) == ("begun\nTrue\n", "")

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from ckpt_convert.errors import CkptConvertError, CorruptFileError
@@ -24,9 +24,15 @@ ITEMS = [(at, size * 8) for at, size in enumerate([0, 1, 40 * MB, 5, 70 * MB, 0,
 Work = Callable[[int], tuple[int, int]]
 
 
-def is_a_process() -> bool:
-    """Whether this is a worker that is a process: one of the workers is a thread of the test's own."""
-    return multiprocessing.parent_process() is not None
+@dataclass(frozen=True)
+class Here:
+    """Where the test runs: one of the workers is a thread there, the others are processes of their own."""
+
+    pid: int = field(default_factory=os.getpid)
+
+    @property
+    def left(self) -> bool:
+        return os.getpid() != self.pid
 
 
 def doubled(meter: Meter) -> Work:
@@ -46,12 +52,13 @@ class Shared:
     """As ``doubled``, but the thread waits, some items on, until a process has done one: so both have some."""
 
     done: Path
+    here: Here = field(default_factory=Here)
 
     def __call__(self, meter: Meter) -> Work:
         work, started = doubled(meter), time.monotonic()
 
         def do(number: int) -> tuple[int, int]:
-            if is_a_process():
+            if self.here.left:
                 self.done.touch()
             while number > 2 and not self.done.exists() and time.monotonic() < started + 60:
                 time.sleep(0.01)
@@ -95,9 +102,11 @@ def unpicklable() -> None:
 class Killed:
     """Work in which a process is killed; the thread waits for that."""
 
+    here: Here = field(default_factory=Here)
+
     def __call__(self, meter: Meter) -> Work:
         def do(number: int) -> tuple[int, int]:
-            if is_a_process():
+            if self.here.left:
                 os.kill(os.getpid(), signal.SIGKILL)
             while True:
                 meter.add(0)
@@ -111,12 +120,13 @@ class Mask:
     """The signals that are blocked in a process, none in the thread, which waits until a process has told them."""
 
     done: Path
+    here: Here = field(default_factory=Here)
 
     def __call__(self, meter: Meter) -> Callable[[int], set[int]]:
         started = time.monotonic()
 
         def do(number: int) -> set[int]:
-            if is_a_process():
+            if self.here.left:
                 self.done.touch()
                 return {int(one) for one in signal.pthread_sigmask(signal.SIG_BLOCK, ())}
             while number and not self.done.exists() and time.monotonic() < started + 60:
@@ -146,7 +156,7 @@ def test_results_are_in_order_and_all_bytes_are_reported(workers: int, tmp_path:
     processes = {process for _, process in found}
     assert os.getpid() in processes
     assert (processes == {os.getpid()}) == (workers == 1)
-    assert not multiprocessing.active_children()
+    assert not psutil.Process().children()
 
 
 def test_small_items_go_to_a_worker_together() -> None:
@@ -172,7 +182,7 @@ def test_an_error_of_the_work_is_raised_as_it_is(workers: int) -> None:
     assert str(caught.value) == "model.safetensors: ends early"
     said = "".join(traceback.format_exception(caught.value))
     assert "in damaged" in said
-    assert not multiprocessing.active_children()
+    assert not psutil.Process().children()
 
 
 def test_an_error_that_cannot_be_sent_is_told_by_its_type_and_text() -> None:
@@ -184,7 +194,7 @@ def test_an_error_that_cannot_be_sent_is_told_by_its_type_and_text() -> None:
 def test_a_worker_that_is_killed_is_an_error() -> None:
     with pytest.raises(CkptConvertError, match=r"working: a worker process was killed.*try `workers=1`"):
         run(Killed(), 2)
-    assert not multiprocessing.active_children()
+    assert not psutil.Process().children()
 
 
 def test_whoever_has_enough_leaves_no_process_and_no_thread_behind() -> None:
@@ -192,7 +202,7 @@ def test_whoever_has_enough_leaves_no_process_and_no_thread_behind() -> None:
     found = pool.results(ITEMS, doubled, workers=2, phase="working")
     assert next(found)[0] == 0
     found.close()  # type: ignore[attr-defined]
-    assert not multiprocessing.active_children()
+    assert not psutil.Process().children()
     assert threading.active_count() == threads
 
 
@@ -203,7 +213,7 @@ def test_an_interruption_ends_the_workers() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         run(doubled, 2, progress=interrupt)
-    assert not multiprocessing.active_children()
+    assert not psutil.Process().children()
 
 
 def test_what_a_terminal_sends_to_all_is_not_heard_by_processes(tmp_path: Path) -> None:
