@@ -69,6 +69,7 @@ GROUPS: dict[str, tuple[Listed, ...]] = {
         Listed("mixtral_2023", "mixtral.table", ("mixtral",), params=("num_local_experts",)),
         Listed("qwen2_moe", "qwen2_moe"),
         Listed("qwen3_moe", "qwen3_moe"),
+        Listed("qwen3_next", "qwen3_next"),
     ),
     "with vision": (
         Listed("gemma3", "gemma3_vision"),

@@ -44,6 +44,7 @@ QWEN3_5 = {
     **SIZES, "linear_key_head_dim": 6, "linear_value_head_dim": 8, "linear_num_key_heads": 3,
     "linear_num_value_heads": 6,
 }  # fmt: skip
+NEXT = {**QWEN3_5, "moe_intermediate_size": 20, "num_experts": 5, "shared_expert_intermediate_size": 18}
 VISION = {
     "depth": 2, "hidden_size": 24, "intermediate_size": 28, "num_heads": 4, "patch_size": 2, "out_hidden_size": 36,
     "num_position_embeddings": 9,
@@ -70,6 +71,10 @@ MODELS: dict[str, Any] = {
     ),
     "gpt_oss": lambda: transformers.GptOssConfig(**SIZES, num_local_experts=5),
     "gpt_oss_without_bias": lambda: transformers.GptOssConfig(**SIZES, num_local_experts=5, attention_bias=False),
+    "qwen3_next": lambda: transformers.Qwen3NextConfig(**NEXT),
+    "qwen3_next_sparse": lambda: transformers.Qwen3NextConfig(
+        **NEXT, attention_bias=True, decoder_sparse_step=2, mlp_only_layers=[3]
+    ),
     "qwen3_5_text": lambda: transformers.Qwen3_5TextConfig(**QWEN3_5),
     "qwen3_5": lambda: transformers.Qwen3_5Config(text_config=QWEN3_5 | {"attention_bias": True}, vision_config=VISION),
     "qwen3_5_moe_split": lambda: transformers.Qwen3_5MoeConfig(
@@ -361,6 +366,22 @@ def test_qwen3_5_s_further_tokens_are_carried(layout: str, tmp_path: Path) -> No
     assert sums(tmp_path / "back") == sums(source)
 
 
+def test_qwen3_next_keeps_its_further_tokens_in_other_shards(tmp_path: Path) -> None:
+    """The layer that predicts further tokens is one of full attention with experts, as the fourth is here."""
+    source = saved("qwen3_next", tmp_path / "source")
+    expected, prefix = logits(source), "model.layers.3."
+    layer = {key: tensor for key, tensor in read_safetensors(source).items() if key.startswith(prefix)}
+    extra = {f"mtp.layers.0.{key.removeprefix(prefix)}": tensor.clone() for key, tensor in layer.items()}
+    extra |= {f"mtp.{name}.weight": torch.ones(36) for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")}
+    extra["mtp.fc.weight"] = torch.randn(36, 72)
+    safetensors.torch.save_file(extra, source / "mtp.safetensors")
+    edit_index(source, dict.fromkeys(extra, "mtp.safetensors"))
+    convert(source, tmp_path / "there", to="hf", shards=2, verify=True)
+    assert_same(read_safetensors(tmp_path / "there"), read_safetensors(source))
+    assert torch.equal(logits(tmp_path / "there"), expected)
+    assert check(tmp_path / "there").findings == ()
+
+
 # Mixtral's own layouts
 
 
@@ -554,11 +575,12 @@ def test_which_layers_have_experts() -> None:
     assert moe("deepseek_v3", first_k_dense_replace=1, moe_layer_freq=2) == (2, 4)
     assert moe("deepseek_v3", n_routed_experts=None) == ()
     assert moe("deepseek_v2") == (0, 1, 2, 3, 4, 5)
+    assert moe("qwen3_next", decoder_sparse_step=2, mlp_only_layers=[3]) == (1, 5)
     assert moe("glm4_moe") == (1, 2, 3, 4, 5)
     assert moe("glm4_moe", first_k_dense_replace=3) == (3, 4, 5)
 
 
-@pytest.mark.parametrize("name", ["glm4_moe"])
+@pytest.mark.parametrize("name", ["glm4_moe", "qwen3_next"])
 def test_what_a_config_leaves_out_is_as_in_transformers(name: str) -> None:
     """Each key by itself, with sizes that the defaults divide."""
     config_class = type(MODELS[name]())

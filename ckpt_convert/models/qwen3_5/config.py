@@ -25,7 +25,7 @@ def text_dims(config: Mapping[str, Any], where: str = CONFIG) -> dict[str, int]:
     """The symbols of the text model; what is absent is as in transformers."""
     return {
         **base_dims({"head_dim": 256, **config}, kv_heads_default=4, where=where),
-        **_delta_dims(config, where),
+        **delta_dims(config, where),
     }
 
 
@@ -34,14 +34,15 @@ def text_dims_moe(config: Mapping[str, Any], where: str = CONFIG) -> dict[str, i
     width = optional_int(config, "moe_intermediate_size", where, 512)
     return {
         **base_dims({"head_dim": 256, **config, "intermediate_size": width}, kv_heads_default=2, where=where),
-        **_delta_dims(config, where),
+        **delta_dims(config, where),
         "n_experts": optional_int(config, "num_experts", where, 256),
         "expert_dim": width,
         "shared_dim": optional_int(config, "shared_expert_intermediate_size", where, 512),
     }
 
 
-def _delta_dims(config: Mapping[str, Any], where: str) -> dict[str, int]:
+def delta_dims(config: Mapping[str, Any], where: str) -> dict[str, int]:
+    """The symbols of linear attention, and what else all text models have."""
     return {
         "attention_bias": int(optional_bool(config, "attention_bias", where, False)),
         "n_mtp": optional_count(config, "mtp_num_hidden_layers", where, 1),

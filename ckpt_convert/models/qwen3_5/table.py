@@ -237,7 +237,7 @@ MTP = (
 )
 
 
-def _mtp_layer(rows: Iterable[Row], group: str) -> Iterator[Row]:
+def mtp_layer(rows: Iterable[Row], group: str) -> Iterator[Row]:
     """A layer's rows in the layers that predict further tokens, which all have full attention."""
     for row in rows:
         if row.hf is None:
@@ -310,9 +310,9 @@ def _text_rows(*feed_forward: Row) -> tuple[Row, ...]:
         *feed_forward,
         *OUTPUT,
         *MTP,
-        *_mtp_layer((*norms, *FULL_ATTENTION, *(row for row in feed_forward if row not in EXPERTS_ANYWHERE)), "mtp"),
-        *_mtp_layer((row for row in feed_forward if row in EXPERTS_ANYWHERE), "mtp_split"),
-        *_mtp_layer(_fused(row for row in feed_forward if row in EXPERTS_ANYWHERE), "mtp_fused"),
+        *mtp_layer((*norms, *FULL_ATTENTION, *(row for row in feed_forward if row not in EXPERTS_ANYWHERE)), "mtp"),
+        *mtp_layer((row for row in feed_forward if row in EXPERTS_ANYWHERE), "mtp_split"),
+        *mtp_layer(_fused(row for row in feed_forward if row in EXPERTS_ANYWHERE), "mtp_fused"),
     )
     return columns(rows, "hf", "torchtitan")
 
