@@ -18,7 +18,7 @@ def here(source: Location) -> Place | None:
     """The place of a source that is there, listed; None where there is none; raises UsageError as ``locate`` does."""
     if isinstance(source, str) and source.startswith(PREFIX):
         return None
-    place = places.locate(source).listed()
+    place = places.locate(source).noted()
     return place if place.is_there() else None
 
 

@@ -16,7 +16,7 @@ ROOT = "."
 
 def below(folder: str) -> str:
     """How the names of what lies below a folder begin."""
-    return "" if folder == ROOT else f"{folder}/"
+    return "" if folder == ROOT else f"{folder.rstrip('/')}/"
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +62,41 @@ class Listing:
                     break
                 child, kind = parent, Kind.FOLDER
         return tree
+
+
+@dataclass(frozen=True, eq=False)
+class Level:
+    """What lies right below the folder ``prefix``: its kind by its last part, and by its name what a file was.
+
+    It answers what is asked of names there, and of those below what is no folder; what its folders hold it does not
+    know.
+    """
+
+    prefix: str
+    kinds: Mapping[str, Kind | None]
+    entries: Mapping[str, Entry]
+
+    def covers(self, name: str) -> bool:
+        """Whether it is known what this name leads to."""
+        start = below(self.prefix)
+        first, _, rest = name[len(start) :].partition("/")
+        return name == self.prefix or (
+            name.startswith(start) and (not rest or self.kinds.get(first) is not Kind.FOLDER)
+        )
+
+    def kind(self, name: str) -> Kind | None:
+        return Kind.FOLDER if name == self.prefix else self.kinds.get(name[len(below(self.prefix)) :])
+
+    def entry(self, name: str) -> Entry | None:
+        return self.entries.get(name)
+
+    def list(self, prefix: str, *, deep: bool = True) -> dict[str, Entry]:
+        """Of the folder itself, not deep."""
+        return dict(self.entries)
+
+    def children(self, folder: str) -> Mapping[str, Kind | None]:
+        """Of the folder itself."""
+        return self.kinds
 
 
 def under(prefix: str, entries: Mapping[str, Entry]) -> dict[str, Entry]:

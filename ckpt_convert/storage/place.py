@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from ckpt_convert.errors import UnsafeFileError
 from ckpt_convert.storage.base import Entry, Kind, Names, OpenFile, Store, changed, read, refuse
-from ckpt_convert.storage.listing import Listing
+from ckpt_convert.storage.listing import Level, Listing
 from ckpt_convert.storage.local import LOCAL
 from ckpt_convert.storage.names import check_name, local_path
 
@@ -29,7 +29,7 @@ class Place:
 
     store: Store
     path: PurePosixPath
-    listing: Listing | None = field(default=None, compare=False, repr=False)
+    listing: Listing | Level | None = field(default=None, compare=False, repr=False)
 
     # The name
 
@@ -83,6 +83,11 @@ class Place:
         listed = self.listing is not None and self.listing.covers(str(self.path))
         return self.listing if listed and self.listing is not None else self.store
 
+    def _contents(self, *, deep: bool = False) -> Names:
+        """Who is asked for what is below."""
+        unknown = isinstance(self.listing, Level) and (deep or self.listing.prefix != str(self.path))
+        return self.store if unknown else self._names
+
     def kind(self) -> Kind | None:
         """What the name leads to, None for nothing; raises UnreadableError where that cannot be told."""
         return self._names.kind(str(self.path))
@@ -101,7 +106,7 @@ class Place:
 
     def children(self) -> list[Place]:
         """What lies right below, in no order; raises UnreadableError, also for what is no folder."""
-        return [self / name for name in self._names.children(str(self.path))]
+        return [self / name for name in self._contents().children(str(self.path))]
 
     def files(self) -> list[Place]:
         """The regular files right below, in no order; raises as ``children`` does."""
@@ -112,11 +117,11 @@ class Place:
         return self._of(Kind.FOLDER)
 
     def _of(self, wanted: Kind) -> list[Place]:
-        return [self / name for name, kind in self._names.children(str(self.path)).items() if kind is wanted]
+        return [self / name for name, kind in self._contents().children(str(self.path)).items() if kind is wanted]
 
     def entries(self, *, deep: bool = True) -> dict[Place, Entry]:
         """Every file below and what it is; without ``deep`` those right below. Raises UnreadableError."""
-        found = self._names.list(str(self.path), deep=deep)
+        found = self._contents(deep=deep).list(str(self.path), deep=deep)
         return {self._at(PurePosixPath(name)): entry for name, entry in found.items()}
 
     def walk(self, enters: Callable[[str], bool]) -> Iterator[tuple[Place, list[Place], list[Place]]]:
@@ -124,7 +129,7 @@ class Place:
 
         Folders whose name ``enters`` does not accept are left out; links to folders are listed, and not entered.
         """
-        kinds = self._names.children(str(self.path))
+        kinds = self._contents().children(str(self.path))
         folders = [self / name for name in sorted(kinds) if kinds[name] is Kind.FOLDER and enters(name)]
         yield self, folders, [self / name for name in sorted(kinds) if kinds[name] is not Kind.FOLDER]
         for folder in folders:
@@ -146,7 +151,7 @@ class Place:
         CheckpointNotFoundError where nothing is there.
         """
         found = self / check_name(name, said_by)
-        if found._names is self.store:
+        if found._names is self.store or not self.store.lists_whole:  # a listing says nothing of where links lead
             self.store.guard(str(self.path), name, said_by)
         else:
             refuse(str(found), found.kind(), said_by)
@@ -207,6 +212,16 @@ class Place:
         name = str(self.path)
         return replace(self, listing=Listing(name, self.store.list(name)))
 
+    def noted(self) -> Place:
+        """The same place with what is there noted, once: all below it as ``listed``, or what lies right below.
+
+        Raises UnreadableError.
+        """
+        name = str(self.path)
+        if self.store.lists_whole or self.listing is not None or self.store.kind(name) is not Kind.FOLDER:
+            return self.listed()
+        return replace(self, listing=Level(name, self.store.children(name), self.store.list(name, deep=False)))
+
     def anew(self) -> Place:
         """The same place without what was listed, so that it is asked for as it is now."""
         return replace(self, listing=None)
@@ -259,7 +274,7 @@ def _now(files: Mapping[Place, Entry]) -> Iterator[tuple[Place, Entry, Entry | N
     again: dict[int, Listing] = {}
     for place, before in files.items():
         known = place.listing
-        if known is None or not known.covers(str(place.path)):
+        if not isinstance(known, Listing) or not known.covers(str(place.path)):
             yield place, before, place.store.entry(str(place.path))
             continue
         if id(known) not in again:

@@ -36,10 +36,10 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
     return at(tmp_path / "llama")
 
 
-@pytest.fixture(params=["asked", "listed"])
+@pytest.fixture(params=["asked", "listed", "noted"])
 def folder(request: pytest.FixtureRequest, root: Place) -> Place:
     """The same, asked as one goes, and listed before."""
-    return root.listed() if request.param == "listed" else root
+    return {"asked": root, "listed": root.listed(), "noted": root.noted()}[request.param]
 
 
 class TestNames:
@@ -60,6 +60,16 @@ class TestNames:
 
     def test_what_lies_anywhere_below(self, folder: Place) -> None:
         assert sorted(place.below(folder) for place in folder.entries()) == sorted(FILES)
+
+    def test_what_lies_in_a_folder(self, folder: Place) -> None:
+        inner = folder / "ckpt_convert"
+        assert inner.children() == inner.folders() == [inner / "layouts"]
+        assert inner.files() == []
+        assert [*(inner / "layouts").entries()] == [inner / "layouts" / "hf" / "layout.json"]
+        assert [*(inner / "layouts" / "hf").entries(deep=False)] == [inner / "layouts" / "hf" / "layout.json"]
+        assert [here.below(folder.parent) for here, _, _ in folder.walk(lambda name: name != "hf")] == [
+            *(folder.name, f"{folder.name}/ckpt_convert", f"{folder.name}/ckpt_convert/layouts")
+        ]
 
     @pytest.mark.parametrize("name", ["config.json", "nothing"])
     def test_what_is_no_folder_has_nothing_below(self, folder: Place, name: str) -> None:

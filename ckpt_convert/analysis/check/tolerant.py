@@ -78,7 +78,7 @@ def open_tolerantly(
     there is, and UsageError or ConfigError for what was asked for.
     """
     hints = hinted(family, config)
-    path = path.listed()
+    path = path.noted()
     if path.kind() is None:
         raise CheckpointNotFoundError(f"{path}: no such file or directory")
     path = place(path)
