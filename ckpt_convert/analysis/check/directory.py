@@ -8,8 +8,8 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from ckpt_convert.analysis.check.tolerant import Opened
-from ckpt_convert.checkpoint.checkpoint import Checkpoint
 from ckpt_convert.checkpoint.findings import Finding
+from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.dtypes import CASTABLE
 from ckpt_convert.errors import CkptConvertError
 from ckpt_convert.formats.base import load_json
@@ -164,7 +164,7 @@ def names(opened: Opened) -> Iterator[Finding]:
             yield Finding("warning", "shards", text, name)
 
 
-def _width(checkpoint: Checkpoint, stem: str) -> int:
+def _width(checkpoint: Identified, stem: str) -> int:
     matches = (SHARD.fullmatch(weight.name) for weight in checkpoint.directory.weights)
     return next((len(match["number"]) for match in matches if match and match["stem"] == stem), 5)
 
@@ -173,7 +173,7 @@ def _counts(path: Place, name: str) -> bool:
     return not name.startswith((".", *OF_TRAINING)) and ((path / name).is_regular() or (path / name).link() is not None)
 
 
-def _unused(names: list[str], used: set[str], checkpoint: Checkpoint) -> Iterator[Finding]:
+def _unused(names: list[str], used: set[str], checkpoint: Identified) -> Iterator[Finding]:
     sets = {(m["stem"], m["suffix"]) for name in used if (m := SHARD.fullmatch(name))}
     suffixes = {PurePosixPath(name).suffix for name in used}
     others: dict[str, list[str]] = {}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ckpt_convert.checkpoint.checkpoint import Checkpoint
 from ckpt_convert.checkpoint.findings import Finding, failed
+from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpoint.usual import EMBEDDINGS, size_of, text_part
 from ckpt_convert.dtypes import CASTABLE, DTYPES, torch_name
 from ckpt_convert.errors import CkptConvertError
@@ -29,7 +29,7 @@ _MARK = b"\xef\xbb\xbf"
 _POINTER = b"version https://git-lfs"
 
 
-def side_files(checkpoint: Checkpoint) -> Iterator[Finding]:
+def side_files(checkpoint: Identified) -> Iterator[Finding]:
     """Files beside the weights that no program can read, or that are not the files themselves."""
     if not checkpoint.place.is_folder():
         return
@@ -73,7 +73,7 @@ def _file(path: Place) -> Iterator[Finding]:
                 yield failed("side-files", error, text, name, severity="error" if name in _LOADED else "warning")
 
 
-def tokenizer(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Iterator[Finding]:
+def tokenizer(checkpoint: Identified, config: Mapping[str, Any]) -> Iterator[Finding]:
     """Whether the tokenizer has more tokens than the embedding has rows."""
     path = checkpoint.root / "tokenizer.json"
     if not path.is_regular():
@@ -91,7 +91,7 @@ def tokenizer(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Iterator[Fin
         yield Finding("warning", "tokenizer", text, "tokenizer.json", None, str(rows), str(count))
 
 
-def dtype(checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> Iterator[Finding]:
+def dtype(checkpoint: Identified, config: Mapping[str, Any] | None) -> Iterator[Finding]:
     """Whether the config names the dtype that most weights have."""
     said = (config or {}).get("dtype", (config or {}).get("torch_dtype"))
     found = checkpoint.opened.usual_dtype
@@ -106,7 +106,7 @@ def dtype(checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> Iterator[
         yield Finding("note", "config", text, "config.json", None, said[:60], name)
 
 
-def _rows(checkpoint: Checkpoint) -> int | None:
+def _rows(checkpoint: Identified) -> int | None:
     for key, info in checkpoint.tensors.items():
         if key.endswith(EMBEDDINGS) and len(info.shape) == 2 and info.settled:
             return info.shape[0]

@@ -13,8 +13,8 @@ import numpy as np
 from ckpt_convert.analysis.check import causes, container
 from ckpt_convert.analysis.check.spans import Expected, Span
 from ckpt_convert.analysis.check.tolerant import Opened
-from ckpt_convert.checkpoint.checkpoint import Checkpoint
 from ckpt_convert.checkpoint.findings import Finding, failed
+from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.dtypes import DTYPES
 from ckpt_convert.errors import CkptConvertError
 from ckpt_convert.storage.checksums import CRC32
@@ -63,7 +63,7 @@ class _Finite:
 def read(
     spans: Sequence[Span],
     expected: Sequence[Expected],
-    checkpoint: Checkpoint,
+    checkpoint: Identified,
     *,
     workers: int,
     progress: ProgressCallback | None,

@@ -16,7 +16,7 @@ from ckpt_convert.analysis.diff.pairs import Half, Pair, bring_together
 from ckpt_convert.analysis.stats import numeric
 from ckpt_convert.analysis.stats.numeric import Delta
 from ckpt_convert.checkpoint import dequantize as requests
-from ckpt_convert.checkpoint.checkpoint import Checkpoint
+from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpoint.mapping import Equality
 from ckpt_convert.checkpoint.model import Model
 from ckpt_convert.checkpoint.opening import in_memory
@@ -89,8 +89,8 @@ class Diff:
     both configs state and that differ, which do not make the weights different.
     """
 
-    a: Checkpoint
-    b: Checkpoint
+    a: Identified
+    b: Identified
     through: str
     values: bool
     changes: Sequence[Change]
@@ -140,8 +140,8 @@ class Diff:
 
 
 def compare(
-    a: Checkpoint,
-    b: Checkpoint,
+    a: Identified,
+    b: Identified,
     *,
     values: bool = True,
     keep: Callable[..., bool] = lambda *keys: True,
@@ -174,8 +174,8 @@ def _structure(pair: Pair) -> Change:
 
 
 def _values(
-    a: Checkpoint,
-    b: Checkpoint,
+    a: Identified,
+    b: Identified,
     pairs: Sequence[Pair],
     structure: Sequence[Change],
     workers: int,
@@ -298,7 +298,7 @@ def _settings(model: Model) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _side(checkpoint: Checkpoint, model: Model | None) -> dict[str, Any]:
+def _side(checkpoint: Identified, model: Model | None) -> dict[str, Any]:
     tensors = checkpoint.tensors.values()
     known = all(info.settled for info in tensors)
     return {

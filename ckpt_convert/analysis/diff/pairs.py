@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from ckpt_convert import dtypes
 from ckpt_convert.checkpoint import mapping
-from ckpt_convert.checkpoint.checkpoint import Checkpoint
+from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpoint.mapping import Equality, Logical
 from ckpt_convert.checkpoint.model import Model, model_from
 from ckpt_convert.containers import gguf
@@ -79,7 +79,7 @@ class _Side:
     misfits: int = 0
 
 
-def bring_together(a: Checkpoint, b: Checkpoint) -> Pairs:
+def bring_together(a: Identified, b: Identified) -> Pairs:
     """Pair the tensors of two checkpoints.
 
     A side without a config is read with the other's. Raises ConfigError, AmbiguousFormatError or UnsupportedFamilyError
@@ -105,7 +105,7 @@ def bring_together(a: Checkpoint, b: Checkpoint) -> Pairs:
 
 
 def _without_prefix(
-    checkpoint: Checkpoint, names: Mapping[str, Half], others: Mapping[str, Half], notices: list[str]
+    checkpoint: Identified, names: Mapping[str, Half], others: Mapping[str, Half], notices: list[str]
 ) -> Mapping[str, Half]:
     """The names as the other side has them, where all that keeps them apart is what stands before them.
 
@@ -124,7 +124,7 @@ def _without_prefix(
     return stripped
 
 
-def _through_table(a: Checkpoint, b: Checkpoint, left: Model, right: Model, notices: list[str]) -> Pairs:
+def _through_table(a: Identified, b: Identified, left: Model, right: Model, notices: list[str]) -> Pairs:
     format = str(a.format)
     left.family.check_rotation(left.config, format, str(b.format))
     side_a, side_b = _read(a, left), _read(b, right)
@@ -171,7 +171,7 @@ def _through_table(a: Checkpoint, b: Checkpoint, left: Model, right: Model, noti
     return Pairs("mapping", pairs, (left, right), tuple(notices))
 
 
-def _read(checkpoint: Checkpoint, model: Model) -> _Side:
+def _read(checkpoint: Identified, model: Model) -> _Side:
     format = str(checkpoint.format)
     logicals, findings = mapping.examine(model.family, format, model.dims, checkpoint.ranks)
     copies: dict[str, list[Equality]] = {}
@@ -194,7 +194,7 @@ def _half(instance: Instance, format: str, model: Model, logical: Logical | None
     return Half(logical.key, tensor.shape, logical.dtype, _nbytes(tensor, logical.dtype), tensor)
 
 
-def _reordered(instance: Instance, model: Model, b: Checkpoint, half: Half | None) -> tuple[LazyTensor, ...]:
+def _reordered(instance: Instance, model: Model, b: Identified, half: Half | None) -> tuple[LazyTensor, ...]:
     turned = instance.row.turned(model.dims)
     if half is None or turned is None or half.shape != instance.row.sizes(model.dims):
         return ()
@@ -204,12 +204,12 @@ def _reordered(instance: Instance, model: Model, b: Checkpoint, half: Half | Non
     return tensor, *(reordered(tensor, *turned, inverse=inverse) for inverse in (False, True))
 
 
-def _by_key(checkpoint: Checkpoint) -> dict[str, Half]:
+def _by_key(checkpoint: Identified) -> dict[str, Half]:
     weights = filter(checkpoint.is_weight, checkpoint.tensors)
     return {name: half for key in weights for name, half in _halves(checkpoint, key)}
 
 
-def _halves(checkpoint: Checkpoint, key: str) -> list[tuple[str, Half]]:
+def _halves(checkpoint: Identified, key: str) -> list[tuple[str, Half]]:
     """A tensor by its key in the format; where nothing says how its ranks are joined, each rank's part by itself."""
     info, key = checkpoint.tensors[key], checkpoint.names.of(key)
     if info.dtype not in dtypes.DTYPES:
@@ -228,7 +228,7 @@ def _halves(checkpoint: Checkpoint, key: str) -> list[tuple[str, Half]]:
     return out
 
 
-def _models(a: Checkpoint, b: Checkpoint, notices: list[str]) -> tuple[Model | None, Model | None]:
+def _models(a: Identified, b: Identified, notices: list[str]) -> tuple[Model | None, Model | None]:
     left, right = _model(a), _model(b)
     if left is None and right is not None:
         left = _borrowed(a, right, b, notices)
@@ -237,14 +237,14 @@ def _models(a: Checkpoint, b: Checkpoint, notices: list[str]) -> tuple[Model | N
     return left, right
 
 
-def _model(checkpoint: Checkpoint) -> Model | None:
+def _model(checkpoint: Identified) -> Model | None:
     try:
         return checkpoint.model
     except CkptConvertError:
         return None
 
 
-def _borrowed(checkpoint: Checkpoint, model: Model, owner: Checkpoint, notices: list[str]) -> Model | None:
+def _borrowed(checkpoint: Identified, model: Model, owner: Identified, notices: list[str]) -> Model | None:
     """The model of a checkpoint that has no config, read with the other's."""
     if checkpoint.format is None or checkpoint.config is not None or checkpoint.params is not None:
         return None
@@ -265,7 +265,7 @@ def _borrowed(checkpoint: Checkpoint, model: Model, owner: Checkpoint, notices: 
     return found
 
 
-def _refuse(a: Checkpoint, b: Checkpoint, models: tuple[Model | None, Model | None]) -> None:
+def _refuse(a: Identified, b: Identified, models: tuple[Model | None, Model | None]) -> None:
     """Raise the error that says why two checkpoints of different layouts cannot be compared."""
     left, right = models
     for checkpoint in (a, b):

@@ -8,7 +8,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from ckpt_convert import dtypes
-from ckpt_convert.checkpoint.checkpoint import Checkpoint
+from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.convert.execute import comparing
 from ckpt_convert.convert.translate import translate
 from ckpt_convert.errors import (
@@ -55,7 +55,7 @@ class Architecture:
     positions: int | None
 
 
-def architecture(checkpoint: Checkpoint) -> Architecture:
+def architecture(checkpoint: Identified) -> Architecture:
     """What transformers makes of the checkpoint's config.
 
     Raises UsageError where transformers is not installed, UnsupportedFamilyError for what is no causal language model
@@ -95,7 +95,7 @@ def architecture(checkpoint: Checkpoint) -> Architecture:
     return Architecture(name, model_class, config, vocab, positions if isinstance(positions, int) else None)
 
 
-def load(checkpoint: Checkpoint, found: Architecture, progress: ProgressCallback | None) -> tuple[Any, tuple[str, ...]]:
+def load(checkpoint: Identified, found: Architecture, progress: ProgressCallback | None) -> tuple[Any, tuple[str, ...]]:
     """The model with its weights, and notices about it.
 
     A Hugging Face directory is opened by transformers itself. The weights of any other are translated tensor by tensor
@@ -143,7 +143,7 @@ def load(checkpoint: Checkpoint, found: Architecture, progress: ProgressCallback
     return model.eval(), notices
 
 
-def _opens(checkpoint: Checkpoint) -> bool:
+def _opens(checkpoint: Identified) -> bool:
     """Whether transformers would find just these files in the directory, and a model rather than an adapter."""
     if (
         checkpoint.format != "hf"
@@ -158,7 +158,7 @@ def _opens(checkpoint: Checkpoint) -> bool:
     return index in map(index_for, USUAL) if index else names in [[name] for name in USUAL]
 
 
-def _as_they_are(checkpoint: Checkpoint, progress: ProgressCallback | None) -> dict[str, torch.Tensor]:
+def _as_they_are(checkpoint: Identified, progress: ProgressCallback | None) -> dict[str, torch.Tensor]:
     """Every tensor of a Hugging Face checkpoint under its key in the format."""
     _ = checkpoint.ranks  # refuses keys given twice
     tensors = [
@@ -169,7 +169,7 @@ def _as_they_are(checkpoint: Checkpoint, progress: ProgressCallback | None) -> d
     return _made(checkpoint, tensors, progress)
 
 
-def _translated(checkpoint: Checkpoint, progress: ProgressCallback | None) -> tuple[dict[str, torch.Tensor], bool]:
+def _translated(checkpoint: Identified, progress: ProgressCallback | None) -> tuple[dict[str, torch.Tensor], bool]:
     """The tensors under Hugging Face's keys and in its order of rows, and whether the output is the embedding."""
     path = str(checkpoint.place)
     equal = comparing(checkpoint.stored)
@@ -184,7 +184,7 @@ def _translated(checkpoint: Checkpoint, progress: ProgressCallback | None) -> tu
 
 
 def _made(
-    checkpoint: Checkpoint, tensors: Iterable[tuple[str, Read]], progress: ProgressCallback | None
+    checkpoint: Identified, tensors: Iterable[tuple[str, Read]], progress: ProgressCallback | None
 ) -> dict[str, torch.Tensor]:
     """The tensors themselves, floating-point numbers in float32."""
     tensors = list(tensors)
@@ -209,7 +209,7 @@ def _read(mover: Mover, tensor: LazyTensor, dtype: str, meter: Meter) -> torch.T
     return elements.reshape(tensor.shape) if elements.numel() == prod(tensor.shape) else elements
 
 
-def _refuse(checkpoint: Checkpoint, info: Mapping[str, Any]) -> None:
+def _refuse(checkpoint: Identified, info: Mapping[str, Any]) -> None:
     """Raise the error that lists what transformers missed, did not expect, or could not fit in."""
     missing, unexpected = (sorted(map(str, info.get(f"{name}_keys") or ())) for name in ("missing", "unexpected"))
     misshapen = [
@@ -240,7 +240,7 @@ def _transformers() -> Any:
     return transformers
 
 
-def _lacking(checkpoint: Checkpoint, error: ImportError) -> UsageError:
+def _lacking(checkpoint: Identified, error: ImportError) -> UsageError:
     return UsageError(f"{checkpoint.place}: transformers needs another package to load it: {_said(error)}")
 
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ckpt_convert.analysis.logits import causal
-from ckpt_convert.checkpoint.checkpoint import Checkpoint
+from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.errors import ShapeMismatchError, UsageError
 from ckpt_convert.tensors.progress import Meter, ProgressCallback
 
@@ -92,8 +92,8 @@ class LogitsReport:
 
 
 def logits(
-    a: Checkpoint,
-    b: Checkpoint | None = None,
+    a: Identified,
+    b: Identified | None = None,
     *,
     prompts: int = 3,
     length: int = 16,
@@ -174,7 +174,7 @@ def _tokens(vocab: int, prompts: int, length: int, seed: int) -> torch.Tensor:
 
 
 def _run(
-    checkpoint: Checkpoint, found: causal.Architecture, tokens: torch.Tensor, progress: ProgressCallback | None
+    checkpoint: Identified, found: causal.Architecture, tokens: torch.Tensor, progress: ProgressCallback | None
 ) -> tuple[Outcome, torch.Tensor]:
     """The logits of one checkpoint, [prompts, length, tokens], and what there is to say of them."""
     import torch

@@ -11,7 +11,7 @@ import xxhash
 
 from ckpt_convert import dtypes
 from ckpt_convert.analysis.stats.numeric import Stats, Summary
-from ckpt_convert.checkpoint.checkpoint import Checkpoint
+from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpoint.opening import in_memory
 from ckpt_convert.checkpoint.tensors import TensorInfo
 from ckpt_convert.errors import CorruptFileError
@@ -35,7 +35,7 @@ class TensorStats(Stats):
 
 
 def statistics(
-    checkpoint: Checkpoint, keys: Iterable[str], *, workers: int, progress: ProgressCallback | None = None
+    checkpoint: Identified, keys: Iterable[str], *, workers: int, progress: ProgressCallback | None = None
 ) -> Iterator[tuple[str, TensorStats]]:
     """Read these tensors and yield what they hold, in the order of the keys; memory is a few MB for each worker.
 
@@ -50,14 +50,14 @@ def statistics(
     yield from zip((info.key for info in infos), found, strict=True)
 
 
-def _reading(checkpoint: Checkpoint, meter: Meter) -> Callable[[TensorInfo], TensorStats]:
+def _reading(checkpoint: Identified, meter: Meter) -> Callable[[TensorInfo], TensorStats]:
     return _Reader(checkpoint, meter).read
 
 
 class _Reader:
     """One worker's buffers."""
 
-    def __init__(self, checkpoint: Checkpoint, meter: Meter) -> None:
+    def __init__(self, checkpoint: Identified, meter: Meter) -> None:
         self._checkpoint, self._meter = checkpoint, meter
         self._files = {file.name: file for file in checkpoint.files}
         self._spread = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from ckpt_convert.checkpoint.findings import Finding
@@ -222,14 +223,7 @@ class _Search:
                 return None, None
             return schemes.unpacked(shape), None
         wide = shape if len(shape) > 1 else (1, *shape) if shape else (1, 1)
-        inverse = scale.tensor.key.endswith("_scale_inv")
-        blocks = self._blocks or ((schemes.BLOCK,) if inverse and len(scales) > 1 else ())
-        if inverse and blocks:
-            block = next((one for one in blocks if scales == schemes.grid(wide, one)), None)
-            if block is None and all(size == 1 for size in scales) and not self._blocks:
-                block = wide[-2], wide[-1]
-        else:
-            block = schemes.block_of(wide, scales, blocks)
+        blocks, block = _blocks(wide, scales, scale.tensor.key.endswith("_scale_inv"), self._blocks)
         if block is None:
             channels = f"[], [1], or {[wide[-2], 1]}"
             expected = str(list(schemes.grid(wide, blocks[0]))) if blocks else channels
@@ -266,6 +260,20 @@ class _Search:
         if file is None and key in self._stored:
             file = self._stored[key].file.name
         self._findings.append(Finding("error", CHECK, text, file, key, expected, found))
+
+
+@lru_cache(maxsize=1 << 10)  # of 100,000 tensors only a few kinds are different
+def _blocks(
+    wide: Shape, scales: Shape, inverse: bool, stated: tuple[Block, ...]
+) -> tuple[tuple[Block, ...], Block | None]:
+    """The blocks that fp8 scales of a matrix may be of, and the one that they are of, None where they fit none."""
+    blocks = stated or ((schemes.BLOCK,) if inverse and len(scales) > 1 else ())
+    if not (inverse and blocks):
+        return blocks, schemes.block_of(wide, scales, blocks)
+    block = next((one for one in blocks if scales == schemes.grid(wide, one)), None)
+    if block is None and all(size == 1 for size in scales) and not stated:
+        block = wide[-2], wide[-1]
+    return blocks, block
 
 
 def _has_codes(rule: Rule, one: Stored) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ckpt_convert.checkpoint.checkpoint import Checkpoint
+from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpointer.live import loading
 from ckpt_convert.convert.writing import Target
 from ckpt_convert.errors import CorruptFileError
@@ -90,7 +90,7 @@ def of_targets(layout: str, targets: Collection[Target], checksums: Mapping[str,
     return Base(layout, {one.key: Described(one.dtype, one.tensor.shape, known.get(one.key)) for one in targets})
 
 
-def of_source(source: Checkpoint, layout: str, keys: Collection[str], *, workers: int, values: bool) -> Base:
+def of_source(source: Identified, layout: str, keys: Collection[str], *, workers: int, values: bool) -> Base:
     """The tensors of a source under these keys, from its headers; with ``values`` all of them are read."""
     targets = [target for target in loading.targets_of(source, layout)[0] if target.key in keys]
     return of_targets(layout, targets, loading.checksums(source, targets, workers) if values else None)

@@ -12,7 +12,7 @@ import torch
 import xxhash
 
 from ckpt_convert import dtypes
-from ckpt_convert.checkpoint.checkpoint import Checkpoint
+from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpoint.mapping import Equality
 from ckpt_convert.convert import translate as translation
 from ckpt_convert.convert.execute import comparing
@@ -63,7 +63,7 @@ class Fit:
         return [*turns, *self.misfits]
 
 
-def targets_of(checkpoint: Checkpoint, format: str) -> tuple[list[Target], set[str]]:
+def targets_of(checkpoint: Identified, format: str) -> tuple[list[Target], set[str]]:
     """Every tensor of the checkpoint as ``format`` has it, and the keys of those that tied weights may do without.
 
     Raises UnsupportedFamilyError where the table has no such column, and TiedWeightsError where weights that the config
@@ -80,7 +80,7 @@ def targets_of(checkpoint: Checkpoint, format: str) -> tuple[list[Target], set[s
     return made.targets, optional
 
 
-def fit(checkpoint: Checkpoint, tensors: Mapping[str, torch.Tensor], format: str) -> Fit:
+def fit(checkpoint: Identified, tensors: Mapping[str, torch.Tensor], format: str) -> Fit:
     """Hold a checkpoint against the tensors of a model; nothing is read yet."""
     column = checkpoint.model_for(format).family.column_of(format, tensors)
     targets, optional = targets_of(checkpoint, column)
@@ -96,7 +96,7 @@ def fit(checkpoint: Checkpoint, tensors: Mapping[str, torch.Tensor], format: str
     return Fit([target for target in targets if target.key in tensors], missing, unexpected, misfits)
 
 
-def shared(found: Fit, tensors: Mapping[str, torch.Tensor], checkpoint: Checkpoint, format: str) -> list[str]:
+def shared(found: Fit, tensors: Mapping[str, torch.Tensor], checkpoint: Identified, format: str) -> list[str]:
     """What is one tensor in the model but two in the checkpoint, of which the model would lose one.
 
     Of a family that is not known nothing says what is tied: there the bytes do.
@@ -122,13 +122,13 @@ def _place(tensor: torch.Tensor) -> tuple[object, ...]:
     return tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
 
 
-def _equal(checkpoint: Checkpoint, one: Target, other: Target) -> bool:
+def _equal(checkpoint: Identified, one: Target, other: Target) -> bool:
     pair = Equality(one.tensor, other.tensor, one.dtype, "")
     same = (one.dtype, one.tensor.shape) == (other.dtype, other.tensor.shape)
     return same and comparing(checkpoint.stored)(pair)
 
 
-def refuse_misfits(found: Fit, checkpoint: Checkpoint, format: str) -> None:
+def refuse_misfits(found: Fit, checkpoint: Identified, format: str) -> None:
     """Raise KeyMismatchError listing everything in which a model and a checkpoint do not fit."""
     if found.problems:
         raise KeyMismatchError(
@@ -138,7 +138,7 @@ def refuse_misfits(found: Fit, checkpoint: Checkpoint, format: str) -> None:
 
 
 def load(
-    checkpoint: Checkpoint,
+    checkpoint: Identified,
     tensors: Mapping[str, torch.Tensor],
     found: Fit,
     *,
@@ -182,7 +182,7 @@ def load(
     return Loaded(len(targets), total, dict(pairs))
 
 
-def checksums(checkpoint: Checkpoint, targets: Collection[Target], workers: int = WORKERS) -> dict[str, str]:
+def checksums(checkpoint: Identified, targets: Collection[Target], workers: int = WORKERS) -> dict[str, str]:
     """What ``load`` gives as ``checksums``, of tensors that are read for it alone."""
     out: dict[str, str] = {}
     meter = Meter("reading", sum(dtypes.nbytes(one.dtype, one.tensor.shape) for one in targets), None)
@@ -203,7 +203,7 @@ def checksums(checkpoint: Checkpoint, targets: Collection[Target], workers: int 
     return out
 
 
-def state_dict(checkpoint: Checkpoint, format: str) -> dict[str, torch.Tensor]:
+def state_dict(checkpoint: Identified, format: str) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, converted and in its dtype; without the second key of tied weights."""
     targets, optional = targets_of(checkpoint, format)
     chosen = [target for target in targets if target.key not in optional]

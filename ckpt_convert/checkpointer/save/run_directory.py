@@ -6,7 +6,7 @@ import contextlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 
-from ckpt_convert.checkpoint.checkpoint import Checkpoint
+from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpointer.distributed.ranks import Claim
 from ckpt_convert.checkpointer.run import catalog, retention
 from ckpt_convert.checkpointer.run.catalog import Saved
@@ -48,7 +48,7 @@ class RunDirectory:
         self._superseded: tuple[Saved, ...] = ()
         self._unwritten: dict[Place, tuple[Mapping[str, float], int]] = {}
 
-    def open(self, source: Checkpoint) -> None:
+    def open(self, source: Identified) -> None:
         """Take the directory for this process, and tidy up what a killed one left; once is enough.
 
         Raises LockedError where another checkpointer has it, UsageError where another process of this run has, and
@@ -192,7 +192,7 @@ class RunDirectory:
             del self._unwritten[destination]
         return changed
 
-    def check(self, source: Checkpoint) -> None:
+    def check(self, source: Identified) -> None:
         """Raise OutputExistsError where saving would write into the source."""
         here, origin = self.path.real(), source.place.real()
         if source.files and origin.is_folder() and (here == origin or here.is_below(origin)):
@@ -200,7 +200,7 @@ class RunDirectory:
                 f"{self.path}: lies inside the source {source.place}, which is never written; choose another output_dir"
             )
 
-    def _refuse_step(self, source: Checkpoint) -> None:
+    def _refuse_step(self, source: Identified) -> None:
         """Raise OutputExistsError where keeping fewer steps would delete the source."""
         root = source.place.real()
         if not source.files or source.place == self.template:
