@@ -348,9 +348,7 @@ def everything(directory: Place) -> list[str]:
 
 def _named(directory: Place, suffixes: tuple[str, ...]) -> list[str]:
     return sorted(
-        entry.name
-        for entry in directory.children()
-        if entry.suffix in suffixes and entry.is_regular() and not entry.name.startswith(".")
+        entry.name for entry in directory.files() if entry.suffix in suffixes and not entry.name.startswith(".")
     )
 
 
@@ -358,7 +356,7 @@ def _instead(path: Place) -> str:
     from ckpt_convert.containers.dcp import dcp
 
     config = path / "config.json"
-    for folder in sorted(entry for entry in path.children() if entry.is_folder() and not entry.name.startswith(".")):
+    for folder in sorted(entry for entry in path.folders() if not entry.name.startswith(".")):
         if folder.name.startswith(OF_TRAINING):
             continue
         if any(entry.suffix in LOOSE_SUFFIXES for entry in folder.children()) or dcp.is_directory(folder):

@@ -135,7 +135,5 @@ def dcp_directory(directory: Place) -> Directory | None:
 def plain_weights(directory: Place, suffixes: Sequence[str]) -> list[str]:
     """Weight files at the root that belong to no consolidated or adapter checkpoint, sorted by name."""
     return sorted(
-        entry.name
-        for entry in directory.children()
-        if entry.suffix in suffixes and entry.is_regular() and is_plain_weights(entry.name)
+        entry.name for entry in directory.files() if entry.suffix in suffixes and is_plain_weights(entry.name)
     )

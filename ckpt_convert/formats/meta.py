@@ -13,9 +13,7 @@ from ckpt_convert.storage.place import Place
 def find(directory: Place) -> Directory | None:
     """``consolidated.NN.pth`` for each rank, ``.NN.pt`` for each part, or one file; raises on gaps in the numbers."""
     numbered = sorted(
-        (int(match[1]), entry.name)
-        for entry in directory.children()
-        if (match := names.RANK.fullmatch(entry.name)) and entry.is_regular()
+        (int(match[1]), entry.name) for entry in directory.files() if (match := names.RANK.fullmatch(entry.name))
     )
     single = [name for name in names.SINGLE_RANK if (directory / name).is_regular()]
     if not numbered and not single:
