@@ -80,6 +80,7 @@ GROUPS: dict[str, tuple[Listed, ...]] = {
         Listed("qwen3_5", "qwen3_5.table"),
         Listed("qwen3_5_moe", "qwen3_5.table"),
         Listed("qwen3_5_moe_split", "qwen3_5.table", ("qwen3_5_moe",)),
+        Listed("qwen3_vl", "qwen3_vl"),
     ),
     "reward models and classifiers": (
         Listed("llama_reward", "reward", ("llama",), ("LlamaForSequenceClassification",)),

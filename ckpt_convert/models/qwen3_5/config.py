@@ -54,7 +54,8 @@ def delta_dims(config: Mapping[str, Any], where: str) -> dict[str, int]:
     }
 
 
-def _vision_dims(config: Mapping[str, Any]) -> dict[str, int]:
+def vision_dims(config: Mapping[str, Any]) -> dict[str, int]:
+    """The symbols of the vision encoder, of the whole config."""
     part = optional_mapping(config, "vision_config", CONFIG)
     dim = optional_int(part, "hidden_size", VISION, 1152)
     merge = optional_int(part, "spatial_merge_size", VISION, 2)
@@ -73,12 +74,12 @@ def _vision_dims(config: Mapping[str, Any]) -> dict[str, int]:
 
 def dims(config: Mapping[str, Any]) -> dict[str, int]:
     """The symbols of text and vision; whether the output is the embedding is said at the top."""
-    return {**text_dims(_text(config), TEXT), **_vision_dims(config), "tied": _tied(config)}
+    return {**text_dims(_text(config), TEXT), **vision_dims(config), "tied": _tied(config)}
 
 
 def dims_moe(config: Mapping[str, Any]) -> dict[str, int]:
     """As ``dims``, with experts."""
-    return {**text_dims_moe(_text(config), TEXT), **_vision_dims(config), "tied": _tied(config)}
+    return {**text_dims_moe(_text(config), TEXT), **vision_dims(config), "tied": _tied(config)}
 
 
 def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:

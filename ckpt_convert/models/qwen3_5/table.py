@@ -253,7 +253,7 @@ def _affine(name: str, shape: tuple[str, ...], hf: str, torchtitan: str, fused: 
     return affine(name, shape, hf=key, torchtitan=f"vision_encoder.{torchtitan}")
 
 
-def _vision() -> Iterator[Row]:
+def vision() -> Iterator[Row]:
     """The vision encoder: its patches are a convolution in hf and a matrix in torchtitan."""
     hf, titan = "blocks.{block}", "layers.{block}"
     yield Row(
@@ -287,7 +287,7 @@ def _vision() -> Iterator[Row]:
     yield from _affine("vision.merger.down", ("v_out", "v_merged"), "merger.linear_fc2", "merger.linear_fc2")
 
 
-def _under_language_model(rows: Iterable[Row]) -> Iterator[Row]:
+def under_language_model(rows: Iterable[Row]) -> Iterator[Row]:
     """The text's rows under the keys that they have beside a vision encoder."""
     for row in rows:
         yield row.replace(hf=row.hf and _moved(row.hf), in_memory=row.in_memory and _moved(row.in_memory))
@@ -349,7 +349,7 @@ QWEN3_5 = Family(
     dims=config.dims,
     sets=config.sets,
     indices=INDICES,
-    rows=(*_under_language_model(_text_rows(*FFN)), *_vision()),
+    rows=(*under_language_model(_text_rows(*FFN)), *vision()),
 )
 
 QWEN3_5_MOE = Family(
@@ -359,12 +359,12 @@ QWEN3_5_MOE = Family(
     dims=config.dims_moe,
     sets=config.sets,
     indices={**INDICES, "expert": "n_experts"},
-    rows=(*_under_language_model(_fused(_text_rows(*MOE))), *_vision()),
+    rows=(*under_language_model(_fused(_text_rows(*MOE))), *vision()),
     unverified=UNVERIFIED,
 )
 
 QWEN3_5_MOE_SPLIT = QWEN3_5_MOE.replace(
     name="qwen3_5_moe_split",
     title="Qwen3.5 with experts that have keys of their own",
-    rows=(*_under_language_model(_text_rows(*MOE)), *_vision()),
+    rows=(*under_language_model(_text_rows(*MOE)), *vision()),
 )
