@@ -18,14 +18,14 @@ from ckpt_convert.checkpointer.live import loading
 from ckpt_convert.checkpointer.live.choice import PROGRESS, Choice
 from ckpt_convert.checkpointer.live.tensors import Model
 from ckpt_convert.checkpointer.run import retention
-from ckpt_convert.checkpointer.run.catalog import Saved
 from ckpt_convert.checkpointer.run.counts import Counts
 from ckpt_convert.checkpointer.run.metrics import Reported, numbers
 from ckpt_convert.checkpointer.run.progress import Progress
+from ckpt_convert.checkpointer.run.saved_steps import Saved
 from ckpt_convert.checkpointer.run.source import Config, Source
 from ckpt_convert.checkpointer.save import signals
-from ckpt_convert.checkpointer.save.emitting import Contents, Emitter
 from ckpt_convert.checkpointer.save.options import Final, Options
+from ckpt_convert.checkpointer.save.planner import Contents, Emitter
 from ckpt_convert.checkpointer.save.saver import Saver
 from ckpt_convert.checkpointer.state import parts
 from ckpt_convert.errors import OutputExistsError, UsageError

@@ -15,18 +15,18 @@ from ckpt_convert.checkpointer.live import base, loading
 from ckpt_convert.checkpointer.live.base import Base
 from ckpt_convert.checkpointer.live.choice import ADAPTER, MODEL, PROGRESS, Choice
 from ckpt_convert.checkpointer.live.tensors import Model, tensors_of
-from ckpt_convert.checkpointer.run import catalog, retention
-from ckpt_convert.checkpointer.run.catalog import Saved
+from ckpt_convert.checkpointer.run import retention, saved_steps
 from ckpt_convert.checkpointer.run.metrics import Reported
 from ckpt_convert.checkpointer.run.progress import Progress
+from ckpt_convert.checkpointer.run.saved_steps import Saved
 from ckpt_convert.checkpointer.run.source import Source, lost, open_lost, open_source
-from ckpt_convert.checkpointer.save.emitting import Emitter
 from ckpt_convert.checkpointer.save.options import Options
+from ckpt_convert.checkpointer.save.planner import Emitter
 from ckpt_convert.checkpointer.save.run_directory import RunDirectory
 from ckpt_convert.checkpointer.save.saver import Saver
 from ckpt_convert.checkpointer.state import training_state
-from ckpt_convert.checkpointer.state.pack import part
 from ckpt_convert.checkpointer.state.parts import Parts
+from ckpt_convert.checkpointer.state.serialize import part
 from ckpt_convert.errors import (
     CheckpointNotFoundError,
     CkptConvertError,
@@ -146,7 +146,7 @@ def choose(output_dir: Place, from_: Any, policy: retention.Policy, *, verify: b
     """
     if from_ == "latest":
         return newest(output_dir, verify=verify, workers=workers)
-    there = catalog.scan(output_dir)
+    there = saved_steps.scan(output_dir)
     found: Saved | None
     if from_ == "best":
         if policy.best is None:
@@ -161,7 +161,7 @@ def choose(output_dir: Place, from_: Any, policy: retention.Policy, *, verify: b
             raise CheckpointNotFoundError(f"{output_dir}: has no complete checkpoint of step {from_}; it has: {steps}")
     elif isinstance(from_, str | Path | Place):
         place = pointer.followed(locate(from_, "from_"))
-        found = catalog.read(place.real(), renamed=True)
+        found = saved_steps.read(place.real(), renamed=True)
         if found is None:
             found = newest(place, verify=verify, workers=workers)
         if found is None:
@@ -179,8 +179,8 @@ def choose(output_dir: Place, from_: Any, policy: retention.Policy, *, verify: b
 
 def newest(output_dir: Place, *, verify: bool, workers: int) -> Saved | None:
     """The newest checkpoint that is sound; None where there is none at all."""
-    there = catalog.scan(output_dir)
-    gone = [place for place in catalog.directories(output_dir) if catalog.is_damaged(place)]
+    there = saved_steps.scan(output_dir)
+    gone = [place for place in saved_steps.directories(output_dir) if saved_steps.is_damaged(place)]
     lacking = [place for place in gone if not (place / MANIFEST).is_regular()]  # of others, the scan has warned
     for path in lacking:
         log.warning("%s is damaged and passed over: its manifest is gone", path)
@@ -292,7 +292,7 @@ def _say_what_starts_anew(saved: Saved, names: list[str], strict: bool) -> None:
     """
     if not names or saved.step == 0:
         return
-    there = [one for one in catalog.scan(saved.place.parent) if one.has_training_state]
+    there = [one for one in saved_steps.scan(saved.place.parent) if one.has_training_state]
     hint = f", and from_={there[-1].step} is a step with a training state" if there else ""
     if saved.contents == "full":
         text = (

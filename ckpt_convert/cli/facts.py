@@ -9,7 +9,7 @@ from math import isfinite, prod
 from typing import TYPE_CHECKING, Any
 
 from ckpt_convert.checkpoint import diagnosis, record
-from ckpt_convert.checkpoint.usual import SIZES, size_of, text_part
+from ckpt_convert.checkpoint.conventions import SIZES, size_of, text_part
 from ckpt_convert.cli.text import plural
 from ckpt_convert.errors import CkptConvertError
 from ckpt_convert.formats import peft

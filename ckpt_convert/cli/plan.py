@@ -9,11 +9,11 @@ from typing import Any
 
 import click
 
-from ckpt_convert.checkpoint.usual import SIZES
+from ckpt_convert.checkpoint.conventions import SIZES
 from ckpt_convert.cli import colours, plan_tree
 from ckpt_convert.cli.text import Labelled, echo, echo_json, escape, labelled, plural, terminal_width
 from ckpt_convert.cli.tree import in_short
-from ckpt_convert.convert import steps
+from ckpt_convert.convert import explain
 from ckpt_convert.convert.plan import Plan
 from ckpt_convert.storage.by_rename import existing_parent
 from ckpt_convert.words import human_bytes
@@ -41,7 +41,7 @@ def as_dict(plan: Plan, dst: Path, workers: int) -> dict[str, Any]:
         "tensors": plan.tensors,
         "bytes": plan.tensor_bytes,
         "moves": dict(plan.moves),
-        "groups": [group.as_dict() for group in plan_tree.groups(steps.moves(plan))],
+        "groups": [group.as_dict() for group in plan_tree.groups(explain.moves(plan))],
         "files": [{"name": f.name, "bytes": f.size, "tensors": len(f.tensors)} for f in plan.weights],
         "side_files": {side.name: side.origin for side in plan.side if not side.name.startswith("ckpt_convert/")},
         "drops": list(plan.carried),
@@ -62,7 +62,7 @@ def show_plan(plan: Plan, dst: Path, *, as_json: bool, quiet: bool, workers: int
     if quiet:
         return
     width = terminal_width()
-    tree = plan_tree.lines(plan_tree.groups(steps.moves(plan)), width)
+    tree = plan_tree.lines(plan_tree.groups(explain.moves(plan)), width)
     shown = [
         *labelled(_facts(plan, dst), width, least=_LABEL),
         "",

@@ -9,7 +9,7 @@ from typing import Any
 
 from ckpt_convert.cli import colours, tree
 from ckpt_convert.cli.text import can_say, columns, display_width, escape, fits, number, shape_text, shorten, wrap
-from ckpt_convert.convert.steps import COPY, Move
+from ckpt_convert.convert.explain import COPY, Move
 from ckpt_convert.words import human_bytes
 
 

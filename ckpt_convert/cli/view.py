@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
-from ckpt_convert.checkpoint.usual import SIZES
+from ckpt_convert.checkpoint.conventions import SIZES
 from ckpt_convert.cli import colours, tree
 from ckpt_convert.cli import facts as looking
 from ckpt_convert.cli.facts import Count, Facts

@@ -18,9 +18,9 @@ from ckpt_convert.convert import output, ownership, planning
 from ckpt_convert.convert.execute import check_losses, comparing, loss_text, run_checks
 from ckpt_convert.convert.plan import Plan
 from ckpt_convert.convert.planning import Given
+from ckpt_convert.convert.readback import verify as verify_output
 from ckpt_convert.convert.request import Request
 from ckpt_convert.convert.sources import Planned, Sources
-from ckpt_convert.convert.verify import verify as verify_output
 from ckpt_convert.errors import (
     CkptConvertError,
     ConfigError,

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpoint.model import Model
-from ckpt_convert.convert import configs, sidefiles
+from ckpt_convert.convert import auxiliary_files, config_files
 from ckpt_convert.convert.request import Request
 from ckpt_convert.models.core.config import AXES
 from ckpt_convert.models.core.params import Styles
@@ -52,7 +52,7 @@ def _axis(
         return like.model.dims.cut, "as `like=` has it"
     if source.format == "meta" and len(source.ranks) > 1:
         return model.dims.cut, f"as its {len(source.ranks)} ranks have it"
-    own = None if request.config.drop_rope_scaling else configs.recorded_params(source)
+    own = None if request.config.drop_rope_scaling else config_files.recorded_params(source)
     if own is not None and (said := styles.of_params(json.loads(own))) is not None:
         return AXES[said[0]], f"as {said[1]}"
     recorded = recorded_cut(source.record.manifest.get("dims", {})) if source.record is not None else None
@@ -68,13 +68,13 @@ def _axis(
 
 def _tokenizer(source: Identified) -> str | None:
     """The kind of the tokenizer beside the weights."""
-    from ckpt_convert.tokenizer import tokenizer
+    from ckpt_convert.tokenizer import translation
 
-    here = sidefiles.beside(source)
+    here = auxiliary_files.beside(source)
     restored = source.record.carried_side_files if source.record is not None else {}
     for name in ("tokenizer.model", "tokenizer.json"):
         path = here.get(name) or restored.get(name)
         if path is not None:
             data = path.read(_TOKENIZER_LIMIT)
-            return tokenizer.kind_of_json(data) if name == "tokenizer.json" else tokenizer.kind(data)
+            return translation.kind_of_json(data) if name == "tokenizer.json" else translation.kind(data)
     return None

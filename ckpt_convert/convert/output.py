@@ -10,11 +10,11 @@ from typing import Any
 from ckpt_convert.checkpoint import checklist
 from ckpt_convert.checkpoint.checklist import CHECKLIST
 from ckpt_convert.checkpoint.identify import Identified
+from ckpt_convert.convert.auxiliary_files import SideFile
 from ckpt_convert.convert.execute import Done, execute, named, settled
 from ckpt_convert.convert.partition import pieces
 from ckpt_convert.convert.plan import Checklist, Plan
 from ckpt_convert.convert.publish import Staged
-from ckpt_convert.convert.sidefiles import SideFile
 from ckpt_convert.convert.sources import Sources
 from ckpt_convert.errors import CorruptFileError, LossyConversionError
 from ckpt_convert.formats.base import TEXT_LIMIT

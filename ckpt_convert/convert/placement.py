@@ -13,9 +13,9 @@ from ckpt_convert.checkpoint.model import Model
 from ckpt_convert.checkpoint.record import Layout
 from ckpt_convert.containers.dcp import DCP_INDEX, DCP_SUFFIX, dcp, dcp_build
 from ckpt_convert.convert import layout
+from ckpt_convert.convert.auxiliary_files import SideFile
 from ckpt_convert.convert.layout import OutputFile
 from ckpt_convert.convert.request import Request
-from ckpt_convert.convert.sidefiles import SideFile
 from ckpt_convert.convert.writing import Target
 from ckpt_convert.errors import ShapeMismatchError, UsageError, misfit
 from ckpt_convert.formats import hf, native

@@ -17,10 +17,10 @@ from ckpt_convert.checkpoint import record
 from ckpt_convert.checkpoint.checklist import CHECKLIST
 from ckpt_convert.checkpoint.mapping import Equality, Logicals
 from ckpt_convert.checkpoint.stated import Hints
+from ckpt_convert.convert.auxiliary_files import SideFile
 from ckpt_convert.convert.embedding import Cut
 from ckpt_convert.convert.layout import OutputFile
 from ckpt_convert.convert.request import Request
-from ckpt_convert.convert.sidefiles import SideFile
 from ckpt_convert.errors import ConfigError
 from ckpt_convert.formats.names import RECORD_FOLDER
 from ckpt_convert.models.core.table import Dims, Instance

@@ -18,12 +18,21 @@ from ckpt_convert.checkpoint.model import Model, naming
 from ckpt_convert.checkpoint.quantized import carry, view
 from ckpt_convert.checkpoint.record import Layout
 from ckpt_convert.containers.dcp import DCP_INDEX
-from ckpt_convert.convert import brought, configs, embedding, layout, placement, sidefiles, ties, translate
+from ckpt_convert.convert import (
+    auxiliary_files,
+    config_files,
+    embedding,
+    layout,
+    passthrough,
+    placement,
+    ties,
+    translate,
+)
+from ckpt_convert.convert.auxiliary_files import SideFile
 from ckpt_convert.convert.embedding import Cut
 from ckpt_convert.convert.layout import OutputFile
 from ckpt_convert.convert.plan import COMPUTED, Checklist, Origin, Plan, SourceFile, in_memory, target_dtype
 from ckpt_convert.convert.request import Request
-from ckpt_convert.convert.sidefiles import SideFile
 from ckpt_convert.convert.sources import Planned
 from ckpt_convert.convert.ties import Equal, Ties
 from ckpt_convert.convert.translate import Reading, Translation
@@ -145,7 +154,7 @@ def make(given: Given, equal: Equal | None = None) -> Planned:
         ties=tuple(found.translation.ties),
         notices=(
             *source.notices,
-            *sidefiles.notices(source),
+            *auxiliary_files.notices(source),
             *model.notices,
             *(model.family.caveats(request.to) if request.to != source.format else ()),
             *put.notices,
@@ -157,8 +166,8 @@ def make(given: Given, equal: Equal | None = None) -> Planned:
         cut=found.cut,
         checklist=Checklist(
             source.root,
-            sidefiles.checklist_of(source) if given.live is None else {},
-            sidefiles.checklist_for(source, request.to),
+            auxiliary_files.checklist_of(source) if given.live is None else {},
+            auxiliary_files.checklist_for(source, request.to),
         ),
         computed=_computed(found.stored) if source.dequantized is not None else frozenset(),
         live=given.live is not None,
@@ -178,7 +187,7 @@ def identified(given: Given) -> tuple[Model, list[str]]:
     with naming(str(source.config_file)):
         translate.check(model, str(source.place), str(source.format), given.read_format, request.to)
     differing = _check_like(source, model, given.like) if given.like is not None else []
-    sidefiles.checklist_of(source)  # a checklist that is none is an error now, not after everything was written
+    auxiliary_files.checklist_of(source)  # a checklist that is none is an error now, not after everything was written
     return model, differing
 
 
@@ -189,14 +198,14 @@ def translated(given: Given, model: Model, equal: Equal | None) -> Translated:
     model, logicals = read.model, read.logicals
     everything = list(source.stored if live is None else live.stored)
     if live is not None:
-        brought.take_derived(source, template, logicals, everything)
+        passthrough.take_derived(source, template, logicals, everything)
     literal = given.as_stored and source.is_bare
     wanted = placement.recorded(source, request, like, model, literal=literal)
     ranks = placement.ranks(source, request, like, wanted, model)
     cut = embedding.cut_of(source, request, like, model)
-    brought.bring_back(source, request, like, model, logicals, everything)
+    passthrough.bring_back(source, request, like, model, logicals, everything)
     places = {key for _, key in wanted.places} if wanted is not None else set()
-    earlier = brought.as_it_was(
+    earlier = passthrough.as_it_was(
         source, request, like, model, template if live is not None else None, logicals, everything
     )
     made = translate.write(
@@ -242,16 +251,16 @@ def beside(given: Given, found: Translated, assigned: Assigned) -> Beside:
     """Config, index, tokenizer and all other files of the output, and what the record keeps."""
     source, request, like, model = given.source, given.request, given.like, found.model
     written = _written_dtype(assigned.files)
-    made = configs.generated(source, model, request, like, written, found.ranks, found.cut and found.cut.axis)
+    made = config_files.generated(source, model, request, like, written, found.ranks, found.cut and found.cut.axis)
     index = placement.index(request, assigned.files, found.wanted, assigned.exact, model)
     generated = {side.name: side for side in (*made.files, *index)}
-    generated |= configs.tokenizer(source, request, model, like)
-    files = sidefiles.plan(source, request.to, like=like, generated=generated)
+    generated |= config_files.tokenizer(source, request, model, like)
+    files = auxiliary_files.plan(source, request.to, like=like, generated=generated)
     if source.dequantized is not None:
         files = [one for one in files if PurePosixPath(one.name).name not in view.SETTINGS]
     own = None if source.format == request.to or not source.files else source.layout()
-    files += sidefiles.recorded_layouts(source, request.to, own)
-    absent = configs.tokenizer_notice(source, request, model, (one.name for one in files))
+    files += auxiliary_files.recorded_layouts(source, request.to, own)
+    absent = config_files.tokenizer_notice(source, request, model, (one.name for one in files))
     return Beside(files, (*made.notices, *absent))
 
 

@@ -14,7 +14,7 @@ import torch
 from ckpt_convert import AdapterConfig, Checkpointer, CkptConvertError
 from ckpt_convert.checkpoint.checkpoint import open_checkpoint
 from ckpt_convert.checkpointer import resuming
-from ckpt_convert.checkpointer.run import catalog
+from ckpt_convert.checkpointer.run import saved_steps
 from ckpt_convert.errors import InputError, LockedError, OutputExistsError
 from ckpt_convert.storage import pointer
 from ckpt_convert.storage.place import Place, at
@@ -57,7 +57,7 @@ def train(source: Path, output: Place | Path, until: int, **options: Any) -> tup
 
 
 def steps(output: Place) -> list[str]:
-    return [saved.place.name for saved in catalog.scan(output)]
+    return [saved.place.name for saved in saved_steps.scan(output)]
 
 
 def step_files(output: Place, step: str) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from ckpt_convert.checkpointer.state import rng
 from ckpt_convert.checkpointer.state.dataloader import track
-from ckpt_convert.checkpointer.state.pack import pack, unpack
+from ckpt_convert.checkpointer.state.serialize import pack, unpack
 from ckpt_convert.errors import CorruptFileError, UsageError
 
 SIZE = 23

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ckpt_convert.checkpointer.run.names import LONGEST, Template
+from ckpt_convert.checkpointer.run.naming import LONGEST, Template
 from ckpt_convert.checkpointer.run.progress import Progress
 from ckpt_convert.errors import UsageError
 

@@ -12,7 +12,7 @@ import torch
 from torch.optim import SGD, AdamW
 
 from ckpt_convert.checkpointer.state import optimizers
-from ckpt_convert.checkpointer.state.pack import pack, unpack
+from ckpt_convert.checkpointer.state.serialize import pack, unpack
 from ckpt_convert.errors import UsageError
 
 Make = Callable[[list[Any]], Any]

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from ckpt_convert.checkpointer.state.pack import Packed, pack, unpack
+from ckpt_convert.checkpointer.state.serialize import Packed, pack, unpack
 from ckpt_convert.errors import CorruptFileError, UsageError
 
 Point = namedtuple("Point", "x y")

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from ckpt_convert.checkpointer.run import catalog, retention
-from ckpt_convert.checkpointer.run.catalog import Saved
+from ckpt_convert.checkpointer.run import retention, saved_steps
 from ckpt_convert.checkpointer.run.progress import Progress
 from ckpt_convert.checkpointer.run.retention import Decision, Policy
+from ckpt_convert.checkpointer.run.saved_steps import Saved
 from ckpt_convert.errors import UsageError
 from ckpt_convert.storage import removal
 from ckpt_convert.storage.place import at
@@ -54,11 +54,11 @@ def checkpoint(parent: Path, step: int, **training: Any) -> Path:
 
 
 def scan(path: Path, *arguments: Any) -> list[Saved]:
-    return catalog.scan(at(path), *arguments)
+    return saved_steps.scan(at(path), *arguments)
 
 
 def tidy(path: Path) -> None:
-    catalog.tidy(at(path))
+    saved_steps.tidy(at(path))
 
 
 def steps(parent: Path) -> list[int]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ckpt_convert.checkpointer.state import rng
-from ckpt_convert.checkpointer.state.pack import pack, unpack
+from ckpt_convert.checkpointer.state.serialize import pack, unpack
 from ckpt_convert.errors import CorruptFileError
 
 

@@ -12,7 +12,7 @@ from torch.optim import SGD
 from torch.optim import lr_scheduler as schedulers
 
 from ckpt_convert.checkpointer.state import stateful
-from ckpt_convert.checkpointer.state.pack import pack, unpack
+from ckpt_convert.checkpointer.state.serialize import pack, unpack
 from ckpt_convert.errors import UsageError
 
 

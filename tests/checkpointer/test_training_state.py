@@ -16,7 +16,7 @@ import torch.distributed.checkpoint as dcp
 
 import ckpt_convert
 from ckpt_convert.checkpointer.state import training_state
-from ckpt_convert.checkpointer.state.pack import Packed, pack
+from ckpt_convert.checkpointer.state.serialize import Packed, pack
 from ckpt_convert.checkpointer.state.training_state import DESCRIPTION, Opened
 from ckpt_convert.errors import (
     CheckpointNotFoundError,

@@ -18,7 +18,7 @@ import pytest
 from ckpt_convert.cli import plan_tree
 from ckpt_convert.cli.text import display_width
 from ckpt_convert.convert.api import plan
-from ckpt_convert.convert.steps import Move
+from ckpt_convert.convert.explain import Move
 from tests.helpers import GOLDEN
 
 HF = GOLDEN / "llama" / "hf"

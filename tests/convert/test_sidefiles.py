@@ -17,7 +17,7 @@ import ckpt_convert
 from ckpt_convert.errors import CheckpointNotFoundError, CorruptFileError
 from ckpt_convert.formats import repository
 from ckpt_convert.models.core.tokenizers import LLAMA_3
-from ckpt_convert.tokenizer.tokenizer import tiktoken_to_hf
+from ckpt_convert.tokenizer.translation import tiktoken_to_hf
 from tests.helpers import GOLDEN, edit_json, sums
 
 HF = GOLDEN / "llama" / "hf"

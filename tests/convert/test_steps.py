@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ckpt_convert.convert.api import plan
-from ckpt_convert.convert.steps import Move, moves
+from ckpt_convert.convert.explain import Move, moves
 from tests.helpers import CASES, GOLDEN, bits, read_meta, read_safetensors
 
 

@@ -24,9 +24,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 from ckpt_convert.errors import ConfigError, CorruptFileError, InputError
 from ckpt_convert.models.core.tokenizers import LLAMA_3
-from ckpt_convert.tokenizer import tokenizer
-from ckpt_convert.tokenizer.tokenizer import hf_to_tiktoken, sentencepiece_to_hf, tiktoken_to_hf
-from ckpt_convert.tokenizer.tokenizer_sentencepiece import parse_model
+from ckpt_convert.tokenizer import translation
+from ckpt_convert.tokenizer.sentencepiece_model import parse_model
+from ckpt_convert.tokenizer.translation import hf_to_tiktoken, sentencepiece_to_hf, tiktoken_to_hf
 
 # llama_models/llama3/tokenizer.py
 LLAMA3_PATTERN = (
@@ -608,7 +608,7 @@ def test_transformers_loads_the_sentencepiece_directory(llama2: bytes, tmp_path:
 
 def test_user_defined_symbols_are_found_and_said_to_differ_in_spaces(lines: list[str]) -> None:
     data = train_sentencepiece(lines, user_defined_symbols=["[REF]"])
-    made = tokenizer.generated_for_hf(LLAMA_3, data)
+    made = translation.generated_for_hf(LLAMA_3, data)
     ours = converted(made.files)
 
     assert_ids_equal_sentencepiece(data, [*TEXTS, "a[REF]"])
@@ -727,34 +727,34 @@ def test_damaged_models_are_refused_and_nothing_else_happens(llama2: bytes, data
 
 
 def test_kinds_are_told_by_their_first_bytes(llama2: bytes, small_tokens: list[bytes]) -> None:
-    assert tokenizer.kind(rank_file(small_tokens)) == "tiktoken"
-    assert tokenizer.kind(rank_file(small_tokens).replace(b"\n", b"\r\n")) == "tiktoken"
-    assert tokenizer.kind(llama2) == "sentencepiece"
+    assert translation.kind(rank_file(small_tokens)) == "tiktoken"
+    assert translation.kind(rank_file(small_tokens).replace(b"\n", b"\r\n")) == "tiktoken"
+    assert translation.kind(llama2) == "sentencepiece"
     for other in (b"", b"\n", b"{}", b"hello world\n", b"\x80\x02}", b"PK\x03\x04", b"a" * (1 << 20)):
-        assert tokenizer.kind(other) == "unknown"
+        assert translation.kind(other) == "unknown"
 
 
 def test_files_for_hf_from_ranks_come_with_what_was_assumed(small_tokens: list[bytes]) -> None:
     size = len(small_tokens) + 256
-    made = tokenizer.generated_for_hf(LLAMA_3, rank_file(small_tokens), size)
+    made = translation.generated_for_hf(LLAMA_3, rank_file(small_tokens), size)
 
     assert made.files == tiktoken_to_hf(LLAMA_3, rank_file(small_tokens))
     assert set(made.files) == {"tokenizer.json", "tokenizer_config.json"}
     assert "Llama 3.1's names" in made.notices[0]
     assert f"{len(small_tokens)} tokens where Llama 3's has 128000" in made.notices[1]
-    assert "rows behind" in tokenizer.generated_for_hf(LLAMA_3, rank_file(small_tokens), size + 64).notices[2]
+    assert "rows behind" in translation.generated_for_hf(LLAMA_3, rank_file(small_tokens), size + 64).notices[2]
 
 
 def test_files_for_hf_from_sentencepiece_need_no_notice(llama2: bytes) -> None:
-    made = tokenizer.generated_for_hf(LLAMA_3, llama2, 1200)
+    made = translation.generated_for_hf(LLAMA_3, llama2, 1200)
 
-    assert made == tokenizer.GeneratedTokenizer(sentencepiece_to_hf(llama2), ())
-    assert "1200 tokens, the embedding 1264 rows" in tokenizer.generated_for_hf(LLAMA_3, llama2, 1264).notices[0]
+    assert made == translation.GeneratedTokenizer(sentencepiece_to_hf(llama2), ())
+    assert "1200 tokens, the embedding 1264 rows" in translation.generated_for_hf(LLAMA_3, llama2, 1264).notices[0]
 
 
 @pytest.mark.parametrize("data", [b"", b"{}", b"YQ== 0\n", b"\x0a\x03\x0a\x01a"])
 def test_what_cannot_be_translated_gives_no_files_and_the_reason(data: bytes) -> None:
-    made = tokenizer.generated_for_hf(LLAMA_3, data, 1000)
+    made = translation.generated_for_hf(LLAMA_3, data, 1000)
 
     assert made.files == {}
     assert len(made.notices) == 1
@@ -764,7 +764,7 @@ def test_what_cannot_be_translated_gives_no_files_and_the_reason(data: bytes) ->
 def test_the_model_for_meta_comes_from_tokenizer_json(small_tokens: list[bytes]) -> None:
     data = rank_file(small_tokens)
 
-    assert tokenizer.generated_for_meta(LLAMA_3, tiktoken_to_hf(LLAMA_3, data)) == tokenizer.GeneratedTokenizer(
+    assert translation.generated_for_meta(LLAMA_3, tiktoken_to_hf(LLAMA_3, data)) == translation.GeneratedTokenizer(
         {"tokenizer.model": data}
     )
 
@@ -772,12 +772,12 @@ def test_the_model_for_meta_comes_from_tokenizer_json(small_tokens: list[bytes])
 def test_a_model_that_is_there_is_not_made_again(small_tokens: list[bytes]) -> None:
     files = {**tiktoken_to_hf(LLAMA_3, rank_file(small_tokens)), "tokenizer.model": b"as it was"}
 
-    assert tokenizer.generated_for_meta(LLAMA_3, files) == tokenizer.GeneratedTokenizer({})
+    assert translation.generated_for_meta(LLAMA_3, files) == translation.GeneratedTokenizer({})
 
 
 @pytest.mark.parametrize("files", [{}, {"vocab.json": b"{}"}, {"tokenizer.json": b"{}"}, {"tokenizer.json": b"\xff"}])
 def test_no_model_for_meta_comes_with_the_reason(files: dict[str, bytes]) -> None:
-    made = tokenizer.generated_for_meta(LLAMA_3, files)
+    made = translation.generated_for_meta(LLAMA_3, files)
 
     assert made.files == {}
     assert len(made.notices) == 1
@@ -785,7 +785,7 @@ def test_no_model_for_meta_comes_with_the_reason(files: dict[str, bytes]) -> Non
 
 
 def test_a_sentencepiece_tokenizer_json_gives_no_model_for_meta(llama2: bytes) -> None:
-    assert tokenizer.generated_for_meta(LLAMA_3, sentencepiece_to_hf(llama2)).files == {}
+    assert translation.generated_for_meta(LLAMA_3, sentencepiece_to_hf(llama2)).files == {}
 
 
 def test_special_tokens_that_meta_does_not_know_are_named() -> None:
@@ -793,7 +793,7 @@ def test_special_tokens_that_meta_does_not_know_are_named() -> None:
     document["added_tokens"][2]["content"] = "<|im_start|>"
     document["added_tokens"][4]["content"] = "<|reserved_special_token_2|>"  # Llama 3's name for it
     document["added_tokens"].append({"id": 512, "content": "<|image|>"})
-    made = tokenizer.generated_for_meta(LLAMA_3, {"tokenizer.json": json.dumps(document).encode()})
+    made = translation.generated_for_meta(LLAMA_3, {"tokenizer.json": json.dumps(document).encode()})
 
     assert made.files == {"tokenizer.model": rank_file(BYTES)}
     [notice] = made.notices
@@ -801,7 +801,7 @@ def test_special_tokens_that_meta_does_not_know_are_named() -> None:
 
 
 def test_nothing_heavy_is_imported() -> None:
-    code = "import sys, ckpt_convert.tokenizer.tokenizer, ckpt_convert.checkpoint.checklist; print(*sys.modules)"
+    code = "import sys, ckpt_convert.tokenizer.translation, ckpt_convert.checkpoint.checklist; print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
 
     assert {"torch", "transformers", "tokenizers", "sentencepiece", "google.protobuf"}.isdisjoint(modules)

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ckpt_convert.checkpoint.conventions import EMBEDDINGS, SIZES, called, size_of, text_part
 from ckpt_convert.checkpoint.findings import Finding, Severity
 from ckpt_convert.checkpoint.quantized.schemes import FP8
-from ckpt_convert.checkpoint.usual import EMBEDDINGS, SIZES, called, size_of, text_part
 from ckpt_convert.dtypes import CASTABLE
 from ckpt_convert.models.registry import UNLISTED
 from ckpt_convert.words import some

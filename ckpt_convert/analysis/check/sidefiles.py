@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ckpt_convert.checkpoint.conventions import EMBEDDINGS, size_of, text_part
 from ckpt_convert.checkpoint.findings import Finding, failed
 from ckpt_convert.checkpoint.identify import Identified
-from ckpt_convert.checkpoint.usual import EMBEDDINGS, size_of, text_part
 from ckpt_convert.dtypes import CASTABLE, DTYPES, torch_name
 from ckpt_convert.errors import CkptConvertError
 from ckpt_convert.formats.base import load_json

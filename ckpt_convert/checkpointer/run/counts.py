@@ -9,9 +9,9 @@ from dataclasses import replace
 from typing import Any
 
 from ckpt_convert.checkpointer.run import retention
-from ckpt_convert.checkpointer.run.catalog import Saved
 from ckpt_convert.checkpointer.run.metrics import Reported
 from ckpt_convert.checkpointer.run.progress import Progress
+from ckpt_convert.checkpointer.run.saved_steps import Saved
 from ckpt_convert.checkpointer.run.schedule import Event, Schedule
 from ckpt_convert.checkpointer.run.watch import Watch
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from ckpt_convert.checkpoint.record import TRAINING_STATE
-from ckpt_convert.checkpointer.run import catalog
-from ckpt_convert.checkpointer.run.catalog import Saved
+from ckpt_convert.checkpointer.run import saved_steps
+from ckpt_convert.checkpointer.run.saved_steps import Saved
 from ckpt_convert.errors import CkptConvertError, UsageError
 from ckpt_convert.storage import workspace
 from ckpt_convert.storage.place import Place
@@ -113,13 +113,13 @@ def _is_there(saved: Saved) -> bool:
     """Whether the directory is the checkpoint still that the decision was about."""
     if saved.place.link() is not None:
         return False
-    found = catalog.read(saved.place, saved.saver)
+    found = saved_steps.read(saved.place, saved.saver)
     return found is not None and found.sequence == saved.sequence
 
 
 def _delete(saved: Saved) -> None:
     try:
-        workspace.of(saved.place).withdraw(saved.place, catalog.RULES)
+        workspace.of(saved.place).withdraw(saved.place, saved_steps.RULES)
     except (OSError, CkptConvertError) as error:
         said = error.strerror if isinstance(error, OSError) else error
         log.warning("%s is to be kept no longer, but cannot be removed: %s", saved.place, said)
@@ -129,9 +129,9 @@ def _delete(saved: Saved) -> None:
 
 def _thin(saved: Saved) -> None:
     try:
-        catalog.amend(saved, **{TRAINING_STATE: catalog.REMOVED})
+        saved_steps.amend(saved, **{TRAINING_STATE: saved_steps.REMOVED})
     except (OSError, CkptConvertError) as error:
         log.warning("%s: its training state cannot be removed: %s", saved.place, error)
         return
-    catalog.finish_thinning(saved.place)
+    saved_steps.finish_thinning(saved.place)
     log.info("%s: training state removed, the weights are kept", saved.place)

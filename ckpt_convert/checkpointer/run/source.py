@@ -11,7 +11,7 @@ from ckpt_convert.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from ckpt_convert.checkpoint.dequantize import dequantized
 from ckpt_convert.checkpoint.opening import OpenedFiles
 from ckpt_convert.checkpoint.stated import Hints
-from ckpt_convert.checkpointer.run.catalog import Saved
+from ckpt_convert.checkpointer.run.saved_steps import Saved
 from ckpt_convert.dtypes import DEQUANTIZED, torch_name
 from ckpt_convert.errors import CheckpointNotFoundError, CkptConvertError, ConfigError, UsageError
 from ckpt_convert.formats.base import Directory, render_json

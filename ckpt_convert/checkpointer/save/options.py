@@ -14,10 +14,10 @@ from typing import Any
 from ckpt_convert import formats
 from ckpt_convert.checkpoint.checkpoint import Checkpoint
 from ckpt_convert.checkpointer.run import retention
-from ckpt_convert.checkpointer.run.names import VARIABLES, Template
+from ckpt_convert.checkpointer.run.naming import VARIABLES, Template
 from ckpt_convert.checkpointer.run.schedule import Schedule, parse
 from ckpt_convert.checkpointer.run.source import Config
-from ckpt_convert.checkpointer.save.emitting import CONTENTS, Contents, Settings
+from ckpt_convert.checkpointer.save.planner import CONTENTS, Contents, Settings
 from ckpt_convert.checkpointer.save.run_directory import RunDirectory
 from ckpt_convert.dtypes import CASTS, torch_name
 from ckpt_convert.errors import UsageError

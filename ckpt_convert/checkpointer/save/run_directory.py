@@ -8,11 +8,11 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpointer.distributed.ranks import Claim
-from ckpt_convert.checkpointer.run import catalog, retention
-from ckpt_convert.checkpointer.run.catalog import Saved
-from ckpt_convert.checkpointer.run.names import Template
+from ckpt_convert.checkpointer.run import retention, saved_steps
+from ckpt_convert.checkpointer.run.naming import Template
 from ckpt_convert.checkpointer.run.progress import Progress
-from ckpt_convert.checkpointer.save.saving import Step, in_the_way, save
+from ckpt_convert.checkpointer.run.saved_steps import Saved
+from ckpt_convert.checkpointer.save.writer import Step, in_the_way, save
 from ckpt_convert.convert.output import permissions
 from ckpt_convert.errors import CkptConvertError, OutputExistsError, reason
 from ckpt_convert.storage import pointer, workspace
@@ -69,7 +69,7 @@ class RunDirectory:
         self._claim = Claim(self.path, self._workspace.identity(self.path))
         held = f"{self.path}: another checkpointer is writing here; close() it, or choose another output_dir"
         self._lock = self._workspace.lock(self.path / LOCK, held)
-        catalog.tidy(self.path)
+        saved_steps.tidy(self.path)
         if self._latest_name is not None:
             self._workspace.check_pointer(self.path, self._latest_name)
         there = self.saved
@@ -97,7 +97,7 @@ class RunDirectory:
     @property
     def saved(self) -> list[Saved]:
         """The complete checkpoints, oldest first."""
-        return catalog.scan(self.path)
+        return saved_steps.scan(self.path)
 
     @property
     def best(self) -> Saved | None:
@@ -184,10 +184,10 @@ class RunDirectory:
         """Write the metrics that are not in their checkpoint yet; whether there were any."""
         changed = False
         for destination, (metrics, evals) in list(self._unwritten.items()):
-            saved = catalog.read(destination)
+            saved = saved_steps.read(destination)
             if saved is not None and (saved.metrics, saved.progress.evals) != (metrics, evals):
                 counted = {**saved.progress.as_dict(), "evals": evals}
-                catalog.amend(saved, metrics={**saved.metrics, **metrics}, progress=counted)
+                saved_steps.amend(saved, metrics={**saved.metrics, **metrics}, progress=counted)
                 changed = True
             del self._unwritten[destination]
         return changed
@@ -205,7 +205,7 @@ class RunDirectory:
         root = source.place.real()
         if not source.files or source.place == self.template:
             return
-        if root.parent == self.path.real() and catalog.read(root) is not None:
+        if root.parent == self.path.real() and saved_steps.read(root) is not None:
             raise OutputExistsError(
                 f"{source.place}: is a step of this very output_dir, which later steps may replace; choose "
                 "another output_dir, or resume() with the source that the run began with"

@@ -12,12 +12,12 @@ import torch
 from ckpt_convert._version import __version__
 from ckpt_convert.checkpointer.live.copies import CopyCheck
 from ckpt_convert.checkpointer.live.tensors import tensors_of
-from ckpt_convert.checkpointer.run import catalog
+from ckpt_convert.checkpointer.run import saved_steps
 from ckpt_convert.checkpointer.run.counts import Counts
 from ckpt_convert.checkpointer.run.source import CONFIG, STARTED_FROM
 from ckpt_convert.checkpointer.save.buffers import Buffers
-from ckpt_convert.checkpointer.save.emitting import Emitter, Settings
 from ckpt_convert.checkpointer.save.options import Options
+from ckpt_convert.checkpointer.save.planner import Emitter, Settings
 from ckpt_convert.checkpointer.save.run_directory import RunDirectory
 from ckpt_convert.checkpointer.state import optimizers
 from ckpt_convert.checkpointer.state.parts import Parts
@@ -160,7 +160,7 @@ class Saver:
         """What gives the manifest's section about training, with what was reported of the step until it is asked."""
         directory, progress, reported = self.directory, self.counts.progress, self.counts.reported
         section = {
-            "version": catalog.VERSION,
+            "version": saved_steps.VERSION,
             "saver": "default",
             "directory": destination.name,
             "sequence": directory.next_sequence(),

@@ -17,7 +17,7 @@ from ckpt_convert.checkpointer.live.tensors import Memory, Model, names_of, rena
 from ckpt_convert.checkpointer.state import optimizers, rng, stateful
 from ckpt_convert.checkpointer.state.dataloader import Tracked, track
 from ckpt_convert.checkpointer.state.gradients import Gradients
-from ckpt_convert.checkpointer.state.pack import Packed, pack
+from ckpt_convert.checkpointer.state.serialize import Packed, pack
 from ckpt_convert.errors import UsageError
 
 _OCCASIONAL = ("wrapper", "gradients")

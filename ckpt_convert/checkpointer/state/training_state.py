@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from ckpt_convert.analysis.check.training import compare
-from ckpt_convert.checkpointer.state.pack import Packed, part
-from ckpt_convert.checkpointer.state.unpack import tensor_keys, unpacked
-from ckpt_convert.checkpointer.state.writer import Writer
+from ckpt_convert.checkpointer.state.dcp_files import Writer
+from ckpt_convert.checkpointer.state.deserialize import tensor_keys, unpacked
+from ckpt_convert.checkpointer.state.serialize import Packed, part
 from ckpt_convert.containers.dcp import DCP_INDEX, dcp
 from ckpt_convert.dtypes import DTYPES
 from ckpt_convert.errors import (

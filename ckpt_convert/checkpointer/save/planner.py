@@ -36,8 +36,8 @@ from ckpt_convert.checkpointer.live.tensors import (
 )
 from ckpt_convert.checkpointer.save import extra_files
 from ckpt_convert.checkpointer.save.buffers import Buffers
-from ckpt_convert.checkpointer.save.saving import Step
-from ckpt_convert.checkpointer.state.pack import Packed, pack
+from ckpt_convert.checkpointer.save.writer import Step
+from ckpt_convert.checkpointer.state.serialize import Packed, pack
 from ckpt_convert.convert import planning
 from ckpt_convert.convert.plan import Plan
 from ckpt_convert.convert.planning import Given

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from ckpt_convert.errors import ConfigError
-from ckpt_convert.tokenizer.tokenizer_json import (
+from ckpt_convert.tokenizer.hugging_face import (
     TOKENIZER_MODEL,
     Json,
     added_tokens,

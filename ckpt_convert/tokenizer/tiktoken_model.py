@@ -15,8 +15,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ckpt_convert.errors import ConfigError
-from ckpt_convert.tokenizer.spec import TiktokenSpec
-from ckpt_convert.tokenizer.tokenizer_json import (
+from ckpt_convert.tokenizer.hugging_face import (
     TOKENIZER_JSON,
     TOKENIZER_MODEL,
     Json,
@@ -27,6 +26,7 @@ from ckpt_convert.tokenizer.tokenizer_json import (
     prepend,
     tokenizer_files,
 )
+from ckpt_convert.tokenizer.spec import TiktokenSpec
 from ckpt_convert.words import MORE, some
 
 # Finding the splits of a token costs its length squared; the longest token of those known has 128 bytes.

@@ -12,12 +12,12 @@ from typing import Any
 from ckpt_convert.adapters.merge import MergedReader
 from ckpt_convert.checkpoint import record
 from ckpt_convert.checkpoint.record import TRAINING_STATE
-from ckpt_convert.checkpointer.run import catalog
-from ckpt_convert.checkpointer.state import training_state, writer
-from ckpt_convert.checkpointer.state.pack import Packed
+from ckpt_convert.checkpointer.run import saved_steps
+from ckpt_convert.checkpointer.state import dcp_files, training_state
+from ckpt_convert.checkpointer.state.serialize import Packed
 from ckpt_convert.convert import output, ownership
+from ckpt_convert.convert.auxiliary_files import SideFile
 from ckpt_convert.convert.execute import check_losses, loss_text, run_checks
-from ckpt_convert.convert.sidefiles import SideFile
 from ckpt_convert.convert.sources import Planned
 from ckpt_convert.errors import CkptConvertError, OutputExistsError, SourceChangedError, UnreadableError
 from ckpt_convert.storage import workspace
@@ -59,7 +59,7 @@ class Step:
         """The files that will be written, as far as that is known before."""
         weights = PurePosixPath(self.weights_in)
         written = [str(weights / name) for name in (self.weights.plan.names if self.weights is not None else ())]
-        state = [f"{TRAINING_STATE}/{name}" for name in writer.NAMES] if self.state is not None else []
+        state = [f"{TRAINING_STATE}/{name}" for name in dcp_files.NAMES] if self.state is not None else []
         return [*written, *(self.files or ()), *(place.name for place in self.extra), *state, record.MANIFEST]
 
     @property
@@ -120,7 +120,7 @@ def in_the_way(destination: Place) -> str:
         return ""
     folder = destination.is_folder()
     there = sorted(place.name for place in destination.children()) if folder else [destination.name]
-    if there and not catalog.is_damaged(destination) and catalog.read(destination) is None:
+    if there and not saved_steps.is_damaged(destination) and saved_steps.read(destination) is None:
         return f"{destination}: is there already and is no checkpoint of this checkpointer:{listing(there)}"
     foreign = ownership.unlisted(destination) if there else []
     if not foreign:

@@ -12,9 +12,9 @@ from ckpt_convert.checkpoint import record
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpoint.model import Model, naming
 from ckpt_convert.checkpoint.quantized.recognise import CONFIGS
-from ckpt_convert.convert import sidefiles
+from ckpt_convert.convert import auxiliary_files
+from ckpt_convert.convert.auxiliary_files import SideFile
 from ckpt_convert.convert.request import Request
-from ckpt_convert.convert.sidefiles import SideFile
 from ckpt_convert.dtypes import DTYPES, majority_of_floats, torch_name
 from ckpt_convert.errors import UnsupportedFamilyError
 from ckpt_convert.formats.base import JSON_LIMIT, load_json, render_json
@@ -24,7 +24,7 @@ from ckpt_convert.storage.place import Place
 from ckpt_convert.tokenizer.spec import TiktokenSpec
 
 if TYPE_CHECKING:
-    from ckpt_convert.tokenizer.tokenizer import GeneratedTokenizer
+    from ckpt_convert.tokenizer.translation import GeneratedTokenizer
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def generated(
         files.append(SideFile.of("params.json", origin, params))
     elif source.params is not None and _is_params(source.params[1]):
         name = f"{RECORD_FOLDER}/layouts/meta/params.json"
-        files.append(sidefiles.taken(name, "carried", source.params[0]))
+        files.append(auxiliary_files.taken(name, "carried", source.params[0]))
     return Configs(tuple(files), notices)
 
 
@@ -85,9 +85,9 @@ def tokenizer(source: Identified, request: Request, model: Model, like: Identifi
 
     They are translated when they are written, which takes seconds.
     """
-    here = {**sidefiles.nearby(source), **sidefiles.beside(source)}
+    here = {**auxiliary_files.nearby(source), **auxiliary_files.beside(source)}
     restored = source.record.carried_side_files if source.record else {}
-    if like is not None and has_tokenizer(sidefiles.beside(like)):
+    if like is not None and has_tokenizer(auxiliary_files.beside(like)):
         return {}
     if request.to == source.format or request.to == "native":
         return {}
@@ -120,7 +120,7 @@ class TranslatedTokenizer:
 
     @cached_property
     def _made(self) -> GeneratedTokenizer:
-        from ckpt_convert.tokenizer import tokenizer
+        from ckpt_convert.tokenizer import translation as tokenizer
 
         data = self.place.read(JSON_LIMIT)
         if self.target == "hf":

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ckpt_convert.checkpointer.state.unpack import FACTORIES, KIND, WORD_SIZE, flattened_class, unpacked
+from ckpt_convert.checkpointer.state.deserialize import FACTORIES, KIND, WORD_SIZE, flattened_class, unpacked
 from ckpt_convert.dtypes import FROM_TORCH, torch_name
 from ckpt_convert.errors import UsageError
 

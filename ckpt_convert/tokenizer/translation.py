@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ckpt_convert.errors import InputError
+from ckpt_convert.tokenizer.hugging_face import TOKENIZER_CONFIG, TOKENIZER_JSON, TOKENIZER_MODEL
+from ckpt_convert.tokenizer.sentencepiece_model import parse_model, sentencepiece_to_hf, user_defined
 from ckpt_convert.tokenizer.spec import TiktokenSpec
-from ckpt_convert.tokenizer.tokenizer_json import TOKENIZER_CONFIG, TOKENIZER_JSON, TOKENIZER_MODEL
-from ckpt_convert.tokenizer.tokenizer_sentencepiece import parse_model, sentencepiece_to_hf, user_defined
-from ckpt_convert.tokenizer.tokenizer_tiktoken import (
+from ckpt_convert.tokenizer.tiktoken_model import (
     hf_to_tiktoken,
     parse_ranks,
     tiktoken_to_hf,
