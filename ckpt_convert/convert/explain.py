@@ -42,6 +42,10 @@ class _Ranks(NamedTuple):
 
 def moves(plan: Plan) -> Iterator[Move]:
     """Every tensor that the plan reads or makes, in the order of the table."""
+    columns = (instance.row.column(plan.target) for instance in plan.logicals.tensors)
+    if all(column is not None and column.literal for column in columns):  # nothing lies stacked
+        yield from _each(plan)
+        return
     counts: dict[Move | str, int] = {}
     firsts = []
     for move in _each(plan):

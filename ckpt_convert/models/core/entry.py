@@ -9,6 +9,9 @@ from math import prod
 from ckpt_convert.models.core.rows import Key, Row, Sets
 from ckpt_convert.tensors.lazy import LazyTensor, concat, stack
 
+_NO_SETS: Sets = {}
+"""One for all instances of tables without sets, of which a checkpoint may have 100,000."""
+
 
 @dataclass(frozen=True, slots=True)
 class Instance:
@@ -16,7 +19,7 @@ class Instance:
 
     row: Row
     index: tuple[tuple[str, int], ...]
-    sets: Sets = field(default_factory=dict, repr=False)
+    sets: Sets = field(default_factory=lambda: _NO_SETS, repr=False)
 
     @property
     def name(self) -> str:
