@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 
-_YOUNG = 100_000
+_YOUNG = 1_000_000
 """Values after which the garbage collector looks for circles; Python's own choice is 700.
 
 The process is the command's own, so this is no switch in anybody else's. Where 92,000 tensors are described, and every
