@@ -160,10 +160,20 @@ class Staging:
                 lock.close()
                 continue
             there = os.listdir(lock.fd)
-            if there and JOURNAL not in there and not self.rules.is_ours(self.place):
+            if there and JOURNAL not in there and not self._is_left():
                 lock.close()
                 raise self._in_the_way(f"holds {', '.join(sorted(there)[:3])}, and no mark that we made it")
             return lock, made
+
+    def _is_left(self) -> bool:
+        """Whether a partial directory without a mark is one that an earlier run has left: ours, or what it replaced.
+
+        A run that is killed when old and new have changed places, and before the old one has its mark, leaves a
+        checkpoint here beside an output of ours. As with the output itself, `overwrite=True` lets it be removed.
+        """
+        if self.rules.is_ours(self.place):
+            return True
+        return self.overwrite and self.rules.is_ours(at(self.destination)) and not self.rules.foreign(self.place)
 
     def _in_the_way(self, what: str) -> OutputExistsError:
         return OutputExistsError(

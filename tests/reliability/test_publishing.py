@@ -618,3 +618,22 @@ def test_a_file_that_cannot_be_looked_at_once_it_is_made_is_in_nobodys_way(
     save()
     assert sorted(path.name for path in tmp_path.iterdir() if path.name[0] != ".") == ["latest", "step_1"]
     assert not list(tmp_path.glob(".step*"))
+
+
+def test_what_was_replaced_and_has_no_mark_yet_is_removed_by_the_next_overwrite(tmp_path: Path) -> None:
+    """A writer was killed when old and new had changed places: the old one, a plain checkpoint, has no mark."""
+    source, out, partial = GOLDEN / "llama" / "hf", tmp_path / "out", tmp_path / ".out.partial"
+    ckpt_convert.convert(source, out, to="meta")
+    whole = sums(out)
+    shutil.copytree(source, partial)
+    with pytest.raises(OutputExistsError):
+        ckpt_convert.convert(source, out, to="meta")
+    assert sums(partial) == sums(source)
+    (partial / "notes.txt").write_text("mine")
+    with pytest.raises(OutputExistsError, match="in the way"):
+        ckpt_convert.convert(source, out, to="meta", overwrite=True)
+    assert (partial / "notes.txt").read_text() == "mine"
+    (partial / "notes.txt").unlink()
+    ckpt_convert.convert(source, out, to="meta", overwrite=True)
+    assert not partial.exists()
+    assert sums(out) == whole
