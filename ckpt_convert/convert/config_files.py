@@ -16,12 +16,14 @@ from ckpt_convert.convert import auxiliary_files
 from ckpt_convert.convert.auxiliary_files import SideFile
 from ckpt_convert.convert.request import Request
 from ckpt_convert.dtypes import DTYPES, majority_of_floats, torch_name
-from ckpt_convert.errors import UnsupportedFamilyError
+from ckpt_convert.errors import ConfigError, ShapeMismatchError, UnsupportedFamilyError, misfit
 from ckpt_convert.formats.base import JSON_LIMIT, load_json, render_json
 from ckpt_convert.formats.names import RECORD_FOLDER, has_tokenizer
 from ckpt_convert.models.core.config import Translated, type_of
+from ckpt_convert.models.core.rope import read_rope
 from ckpt_convert.storage.place import Place
 from ckpt_convert.tokenizer.spec import TiktokenSpec
+from ckpt_convert.words import option
 
 if TYPE_CHECKING:
     from ckpt_convert.tokenizer.translation import GeneratedTokenizer
@@ -277,3 +279,41 @@ def _is_params(content: Mapping[str, Any]) -> bool:
 
 def _render_params(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content) + "\n").encode()
+
+
+def differing(source: Identified, model: Model, like: Identified) -> list[str]:
+    """Refuse a ``like`` of another family or other sizes; returns what its config says otherwise."""
+    try:
+        theirs = like.model_for(str(like.format))
+    except ConfigError:
+        return []  # native files without a record: they give names and assignment, which the keys have to fit
+    if theirs.family.name != model.family.name:
+        raise misfit("like", like.place, f"is a {theirs.family.name}, but {source.place} is a {model.family.name}")
+    if theirs.family.literal:
+        return []  # the keys have to fit here, too; nothing else of such a model is understood
+    sizes = [
+        f"{name}: expected {value}, found {theirs.dims.get(name)}"
+        for name, value in model.dims.items()
+        if name not in model.dims.decided and theirs.dims.get(name) != value
+    ]
+    if sizes:
+        raise ShapeMismatchError(
+            f"{option('like', like.place)}: has other sizes than {source.place}: {'; '.join(sizes)}; "
+            "give a checkpoint of the same model"
+        )
+    rope, other_rope = read_rope(model.config), read_rope(theirs.config)
+    pairs = {
+        "rope theta": (rope.theta, other_rope.theta),
+        "rope scaling": ((rope.kind, rope.parameters), (other_rope.kind, other_rope.parameters)),
+        **{name: (model.config.get(name), theirs.config.get(name)) for name in _COMPARED},
+    }
+    taken = f"{option('like', like.place)}: its config is taken, which says"
+    return [
+        f"{taken} {name} {other}, where {source.place} says {mine}"
+        for name, (mine, other) in pairs.items()
+        if mine != other
+    ]
+
+
+_COMPARED = ("rms_norm_eps", "hidden_act", "sliding_window", "max_position_embeddings")
+"""What of a config changes the model's results beside the sizes and RoPE."""

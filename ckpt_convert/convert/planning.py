@@ -37,9 +37,8 @@ from ckpt_convert.convert.sources import Planned
 from ckpt_convert.convert.ties import Equal, Ties
 from ckpt_convert.convert.translate import Reading, Translation
 from ckpt_convert.convert.writing import Target
-from ckpt_convert.errors import ConfigError, CorruptFileError, ShapeMismatchError, UsageError, misfit
+from ckpt_convert.errors import CorruptFileError, UsageError
 from ckpt_convert.formats.names import RECORD_FOLDER
-from ckpt_convert.models.core.rope import read_rope
 from ckpt_convert.models.core.table import Instance
 from ckpt_convert.storage.base import Entry
 from ckpt_convert.storage.names import JOURNAL
@@ -186,7 +185,7 @@ def identified(given: Given) -> tuple[Model, list[str]]:
         carry.refuse_cast(source.quantization, source.unknown_scheme, source.place, request.dtype)
     with naming(str(source.config_file)):
         translate.check(model, str(source.place), str(source.format), given.read_format, request.to)
-    differing = _check_like(source, model, given.like) if given.like is not None else []
+    differing = config_files.differing(source, model, given.like) if given.like is not None else []
     auxiliary_files.checklist_of(source)  # a checklist that is none is an error now, not after everything was written
     return model, differing
 
@@ -379,8 +378,8 @@ def _refuse_partial_cast(
     kinds = ", ".join(dict.fromkeys(target.dtype for target in left))
     raise UsageError(
         f"{said(option, request.dtype)}: {len(left)} of {len(targets)} tensors of {source.place} are {kinds}, which "
-        "cannot "
-        f"be cast ({(packed or left)[0].key}); leave `{option}=` out, or decode them with the tool that made them"
+        f"cannot be cast ({(packed or left)[0].key}); leave `{option}=` out, or decode them with the tool that made "
+        "them"
     )
 
 
@@ -412,40 +411,3 @@ def _dtypes(targets: Sequence[Target], request: Request, template: Logicals) -> 
             dtype = like.dtype if like.dtype in dtypes.CASTABLE else dtype
         out[target.key] = dtype
     return out
-
-
-def _check_like(source: Identified, model: Model, like: Identified) -> list[str]:
-    """Refuse a ``like`` of another family or other sizes; returns what its config says otherwise."""
-    try:
-        theirs = like.model_for(str(like.format))
-    except ConfigError:
-        return []  # native files without a record: they give names and assignment, which the keys have to fit
-    if theirs.family.name != model.family.name:
-        raise misfit("like", like.place, f"is a {theirs.family.name}, but {source.place} is a {model.family.name}")
-    if theirs.family.literal:
-        return []  # the keys have to fit here, too; nothing else of such a model is understood
-    differing = [
-        f"{name}: expected {value}, found {theirs.dims.get(name)}"
-        for name, value in model.dims.items()
-        if name not in model.dims.decided and theirs.dims.get(name) != value
-    ]
-    if differing:
-        raise ShapeMismatchError(
-            f"{said('like', like.place)}: has other sizes than {source.place}: {'; '.join(differing)}; "
-            "give a checkpoint of the same model"
-        )
-    rope, other_rope = read_rope(model.config), read_rope(theirs.config)
-    pairs = {
-        "rope theta": (rope.theta, other_rope.theta),
-        "rope scaling": ((rope.kind, rope.parameters), (other_rope.kind, other_rope.parameters)),
-        **{name: (model.config.get(name), theirs.config.get(name)) for name in _COMPARED},
-    }
-    return [
-        f"{said('like', like.place)}: its config is taken, which says {name} {other}, where {source.place} says {mine}"
-        for name, (mine, other) in pairs.items()
-        if mine != other
-    ]
-
-
-_COMPARED = ("rms_norm_eps", "hidden_act", "sliding_window", "max_position_embeddings")
-"""What of a config changes the model's results beside the sizes and RoPE."""
