@@ -1,9 +1,10 @@
 """ckpt-convert moves the weights of large language models between the layouts that tools use.
 
     import ckpt_convert
-    ckpt_convert.convert("Llama-3.2-1B", "Llama-3.2-1B-meta", to="meta")
+    ckpt_convert.convert_checkpoint("Llama-3.2-1B", "Llama-3.2-1B-meta", to="meta")
 
-Everything here is loaded when it is first used; importing the package imports no torch.
+These names and ``ckpt_convert.families`` are public; every other module is private. A name is imported when it is first
+used, so that importing the package imports no torch.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ if TYPE_CHECKING:
     from ckpt_convert.adapters.config import AdapterConfig
     from ckpt_convert.checkpoint.checkpoint import Checkpoint, open_checkpoint
     from ckpt_convert.checkpointer.checkpointer import Checkpointer
+    from ckpt_convert.checkpointer.run.progress import Progress
     from ckpt_convert.checkpointer.save.options import Final
-    from ckpt_convert.checkpointer.trainer import CheckpointerCallback as CheckpointerCallback
-    from ckpt_convert.convert.api import Report, convert, plan
+    from ckpt_convert.checkpointer.trainer import CheckpointerCallback
+    from ckpt_convert.convert.api import Report, convert_checkpoint, plan_conversion
+    from ckpt_convert.convert.plan import Plan
     from ckpt_convert.convert.state_dict import convert_state_dict
     from ckpt_convert.errors import (
         AmbiguousFormatError,
@@ -44,21 +47,24 @@ if TYPE_CHECKING:
         UsageError,
         VerificationError,
     )
-    from ckpt_convert.tensors.progress import Progress
+    from ckpt_convert.tensors.progress import TransferProgress
 
-_LAZY = {
-    "Checkpoint": "ckpt_convert.checkpoint.checkpoint",
-    "AdapterConfig": "ckpt_convert.adapters.config",
-    "Checkpointer": "ckpt_convert.checkpointer.checkpointer",
-    "CheckpointerCallback": "ckpt_convert.checkpointer.trainer",  # needs transformers, so not in __all__
-    "Final": "ckpt_convert.checkpointer.save.options",
-    "Progress": "ckpt_convert.tensors.progress",
-    "Report": "ckpt_convert.convert.api",
-    "convert": "ckpt_convert.convert",  # the package is the function, too
-    "convert_state_dict": "ckpt_convert.convert.state_dict",
-    "open_checkpoint": "ckpt_convert.checkpoint.checkpoint",
-    "plan": "ckpt_convert.convert.api",
+_MODULES = {
+    "AdapterConfig": "adapters.config",
+    "Checkpoint": "checkpoint.checkpoint",
+    "Checkpointer": "checkpointer.checkpointer",
+    "CheckpointerCallback": "checkpointer.trainer",
+    "Final": "checkpointer.save.options",
+    "Plan": "convert.plan",
+    "Progress": "checkpointer.run.progress",
+    "Report": "convert.api",
+    "TransferProgress": "tensors.progress",
+    "convert_checkpoint": "convert.api",
+    "convert_state_dict": "convert.state_dict",
+    "open_checkpoint": "checkpoint.checkpoint",
+    "plan_conversion": "convert.api",
 }
+"""The module of each name that is not an error's."""
 
 __all__ = [
     "AdapterConfig",
@@ -66,6 +72,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointNotFoundError",
     "Checkpointer",
+    "CheckpointerCallback",
     "CkptConvertError",
     "ConfigError",
     "CorruptFileError",
@@ -77,31 +84,31 @@ __all__ = [
     "MissingPackageError",
     "NotEnoughSpaceError",
     "OutputExistsError",
+    "Plan",
     "Progress",
     "Report",
     "ShapeMismatchError",
     "SourceChangedError",
     "TiedWeightsError",
+    "TransferProgress",
     "UnreadableError",
     "UnsafeFileError",
     "UnsupportedFamilyError",
     "UnwritableError",
     "UsageError",
     "VerificationError",
-    "convert",
+    "convert_checkpoint",
     "convert_state_dict",
     "open_checkpoint",
-    "plan",
+    "plan_conversion",
 ]
 
+if not TYPE_CHECKING:  # a type checker would take any attribute for one that __getattr__ gives
 
-def __getattr__(name: str) -> Any:
-    if name in __all__ and name not in _LAZY:
-        return getattr(importlib.import_module("ckpt_convert.errors"), name)
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = importlib.import_module(_LAZY[name])
-    return module if name == "convert" else getattr(module, name)
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(f"{__name__}.{_MODULES.get(name, 'errors')}"), name)
 
 
 def __dir__() -> list[str]:

@@ -31,7 +31,7 @@ def conversions(into: Path) -> None:
     llama = GOLDEN / "llama" / "hf"
 
     def convert(name: str, source: Path, to: str, **options: Any) -> Path:
-        ckpt_convert.convert(source, into / name, to=to, **options)
+        ckpt_convert.convert_checkpoint(source, into / name, to=to, **options)
         return into / name
 
     meta = convert("llama-meta", llama, "meta")

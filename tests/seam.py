@@ -122,14 +122,14 @@ def interruption(there: Path) -> None:
     """A conversion that fails half way, and is continued."""
     import ckpt_convert
 
-    def stop(progress: ckpt_convert.Progress) -> None:
+    def stop(progress: ckpt_convert.TransferProgress) -> None:
         if progress.done > progress.total // 2:
             raise KeyboardInterrupt
 
     for _ in range(2):
         with contextlib.suppress(KeyboardInterrupt):
-            ckpt_convert.convert(HF, there / "out", to="meta", progress=stop, workers=1, resume=True)
-    ckpt_convert.convert(HF, there / "out", to="meta", resume=True)
+            ckpt_convert.convert_checkpoint(HF, there / "out", to="meta", progress=stop, workers=1, resume=True)
+    ckpt_convert.convert_checkpoint(HF, there / "out", to="meta", resume=True)
 
 
 def offense(there: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import os
 import re
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import ckpt_convert
+from ckpt_convert import families
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ckpt_convert"
@@ -146,6 +148,15 @@ def test_a_cast_does_import_torch(tmp_path: Path) -> None:
 def test_every_public_name_is_there(name: str) -> None:
     assert callable(getattr(ckpt_convert, name))
     assert name in dir(ckpt_convert)
+
+
+@pytest.mark.parametrize("name", families.__all__)
+def test_every_name_for_a_family_from_outside_is_there(name: str) -> None:
+    assert callable(getattr(families, name))
+
+
+def test_the_package_of_conversions_is_no_function() -> None:
+    assert not callable(importlib.import_module("ckpt_convert.convert"))
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

@@ -302,7 +302,7 @@ class TestGenerate:
     def test_reads_another_format(self, place: Path, full: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.syspath_prepend(str(RECIPES))
         load = module("generate").load
-        ckpt_convert.convert(place / "runs/full/step_10", place / "meta", to="meta", model_parallel=2)
+        ckpt_convert.convert_checkpoint(place / "runs/full/step_10", place / "meta", to="meta", model_parallel=2)
         assert_same(load(place / "meta").state_dict(), load(place / "runs/full/step_10").state_dict())
 
 

@@ -94,7 +94,7 @@ class Checkpointer:
         latest_name: the pointer to the newest checkpoint, None for none.
         overwrite: a fresh start may take the place of a run that is there.
         save_on_signal: SIGTERM and SIGINT save at the next step.
-        workers: threads that read and write. progress: called with ``Progress`` of loading.
+        workers: threads that read and write. progress: called with ``TransferProgress`` of loading.
 
         Raises UsageError for options that do not fit, and what ``open_checkpoint`` raises for the source.
         """

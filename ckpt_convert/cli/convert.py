@@ -139,11 +139,11 @@ def _convert(
         if dry_run:
             from ckpt_convert.cli.plan import show_plan
 
-            with api.plan(src, **options) as plan:
+            with api.plan_conversion(src, **options) as plan:
                 show_plan(plan, local_path(dst, "DST"), as_json=as_json, quiet=quiet, workers=workers or WORKERS)
             return None
         with Bar(hidden=quiet) as bar:
-            report = api.convert(
+            report = api.convert_checkpoint(
                 src,
                 dst,
                 verify=verify,

@@ -18,7 +18,8 @@ FLAGS = {name: _EXCEPT.get(name, f"--{name.replace('_', '-')}") for name in _OPT
 
 _QUOTES = "'\""
 _OPTION = re.compile(rf"`({'|'.join(FLAGS)})=([^`]*)`")
-_CALL = re.compile(r"`(?:convert|verify)\([^`]*\)`")
+_COMMANDS = {"convert_checkpoint": "convert", "verify_checkpoint": "verify"}
+_CALL = re.compile(rf"`(?:{'|'.join(_COMMANDS)})\([^`]*\)`")
 
 
 def in_flags(text: str) -> str:
@@ -52,7 +53,7 @@ def _command(found: re.Match[str]) -> str:
     call = _parsed(found[0].strip("`"))
     if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
         return found[0]
-    words = ["ckpt-convert", call.func.id, *map(_word, call.args)]
+    words = ["ckpt-convert", _COMMANDS[call.func.id], *map(_word, call.args)]
     for keyword in call.keywords:
         words += [FLAGS.get(str(keyword.arg), ""), _word(keyword.value)]
     is_complete = all(isinstance(argument, ast.Constant) for argument in call.args)

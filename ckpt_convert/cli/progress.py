@@ -10,7 +10,7 @@ from ckpt_convert.cli.text import echo
 from ckpt_convert.words import human_bytes
 
 if TYPE_CHECKING:
-    from ckpt_convert.tensors.progress import Progress
+    from ckpt_convert.tensors.progress import TransferProgress
 
 _STEPS = "running"
 """The phase that counts tokens of a model's run, not bytes; there are few."""
@@ -30,7 +30,7 @@ class Bar:
         self._phase = ""
         self._last = time.monotonic()
 
-    def __call__(self, progress: Progress) -> None:
+    def __call__(self, progress: TransferProgress) -> None:
         if self._hidden or progress.phase == _STEPS:
             return
         try:
@@ -41,7 +41,7 @@ class Bar:
         except OSError:
             self._hidden = True  # nobody reads standard error: that is no reason to stop
 
-    def _draw(self, progress: Progress) -> None:
+    def _draw(self, progress: TransferProgress) -> None:
         if self._bar is None:
             self._bar = _rich_bar()
             self._bar.start()
@@ -52,7 +52,7 @@ class Bar:
             self._task = self._bar.add_task(progress.phase, total=progress.total)
         self._bar.update(self._task, completed=progress.done)
 
-    def _line(self, progress: Progress) -> None:
+    def _line(self, progress: TransferProgress) -> None:
         now = time.monotonic()
         if progress.phase != self._phase or (progress.done < progress.total and now - self._last < _EVERY):
             self._phase = progress.phase

@@ -1,4 +1,4 @@
-"""``convert``: from a source to a directory that holds the same weights in another layout."""
+"""``convert_checkpoint``: from a source to a directory that holds the same weights in another layout."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Report:
 
 
 class Options(TypedDict, total=False):
-    """The options that ``plan`` and ``convert`` share; every one may be left out.
+    """The options that ``plan_conversion`` and ``convert_checkpoint`` share; every one may be left out.
 
     from_format: the format of the source, where it cannot be told. family: likewise. config: path of the config.json or
     params.json of a source that has none. revision: of a source on the Hub. dtype: "float32", "float16" or "bfloat16".
@@ -109,11 +109,12 @@ class Options(TypedDict, total=False):
 
 
 @reading()
-def plan(src: Location, *, to: str, **options: Unpack[Options]) -> Plan:
+def plan_conversion(src: Location, *, to: str, **options: Unpack[Options]) -> Plan:
     """The plan of a conversion, from headers alone: nothing is written and no tensor is read.
 
     ``src`` is a path or a Hub id, ``to`` a format; ``options`` are those of ``Options``. The plan holds no file
-    open, and can be pickled. Raises what ``convert`` raises for bad input or options that do not fit.
+    open, and can be pickled. Raises what ``convert_checkpoint`` raises for bad input or
+    options that do not fit.
     """
     _, made = _plan(src, to, options)
     made.close()
@@ -123,7 +124,7 @@ def plan(src: Location, *, to: str, **options: Unpack[Options]) -> Plan:
 def _plan(
     src: Location, to: str, options: Options, equal: Callable[[Identified, Equality], bool] | None = None
 ) -> tuple[Identified, Planned]:
-    """``plan``; ``equal`` compares two tensors of the source, where only their bytes say whether they are tied."""
+    """The plan; ``equal`` compares two tensors of the source, where only their bytes say whether they are tied."""
     unknown = options.keys() - Options.__annotations__.keys()
     if unknown:
         raise UsageError(f"unknown option {sorted(unknown)[0]!r}; known: {', '.join(Options.__annotations__)}")
@@ -180,7 +181,7 @@ def _config_of(like: Place, source: Checkpoint) -> Place | None:
         return opened.config_file if opened.config_file.is_there() else None
 
 
-def convert(
+def convert_checkpoint(
     src: Location,
     dst: Location,
     *,
@@ -196,8 +197,8 @@ def convert(
 
     ``src`` is a path or a Hub id; ``overwrite`` replaces ``dst``; ``resume`` continues an interrupted attempt;
     ``verify`` reads the output again and compares every tensor before ``dst`` appears; ``workers`` is the number of
-    threads; ``progress`` is called with ``Progress`` values, from several threads. The other options are those of
-    ``Options``.
+    threads; ``progress`` is called with ``TransferProgress`` values, from several threads. The other options are
+    those of ``Options``.
 
     Raises InputError (and what derives from it) for bad input, UsageError for options that do not fit, and
     CkptConvertError for what goes wrong while writing; ``dst`` is then as it was.

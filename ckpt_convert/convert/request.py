@@ -15,7 +15,7 @@ from ckpt_convert.words import option
 
 @dataclass(frozen=True)
 class Request:
-    """The options of a conversion, as the command line and ``convert`` spell them.
+    """The options of a conversion, as the command line and ``convert_checkpoint`` spell them.
 
     ``dtype`` is one of CASTS, ``dequantize`` one of DEQUANTIZED; ``max_shard_size`` is in bytes; ``like`` is the path
     of a checkpoint to imitate. ``allow_overflow`` accepts values that a cast makes infinite, ``allow_loss`` values that

@@ -21,7 +21,7 @@ from multiprocessing import connection as pipes
 from typing import Any, TypeVar
 
 from ckpt_convert.errors import CkptConvertError
-from ckpt_convert.tensors.progress import Meter, Progress, ProgressCallback, StoppedError
+from ckpt_convert.tensors.progress import Meter, ProgressCallback, StoppedError, TransferProgress
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -276,7 +276,7 @@ class _Said:
         self.connection = connection
         self._done = 0
 
-    def __call__(self, progress: Progress) -> None:
+    def __call__(self, progress: TransferProgress) -> None:
         if progress.done - self._done >= _REPORT:
             self.say(progress.done)
 

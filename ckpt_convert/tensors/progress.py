@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class TransferProgress:
     """How far a conversion is: bytes of ``total`` done in this ``phase`` (checking, converting, verifying)."""
 
     phase: str
@@ -16,7 +16,7 @@ class Progress:
     total: int
 
 
-ProgressCallback = Callable[[Progress], None]
+ProgressCallback = Callable[[TransferProgress], None]
 
 
 class StoppedError(Exception):
@@ -37,7 +37,7 @@ class Meter:
         self._telling = False
         self._stopped = False
         if callback is not None:
-            callback(Progress(phase, 0, total))
+            callback(TransferProgress(phase, 0, total))
 
     def stop(self) -> None:
         self._stopped = True
@@ -57,7 +57,7 @@ class Meter:
         told = -1
         try:
             while told != done:
-                callback(Progress(self.phase, done, self.total))
+                callback(TransferProgress(self.phase, done, self.total))
                 with self._lock:
                     told, done = done, self.done
                     self._telling = told != done

@@ -103,7 +103,7 @@ def _keys(file: Path) -> list[str]:
 def test_what_we_write_has_no_findings_and_its_checksums_are_checked(
     tmp_path: Path, case: str, dtype: str | None, to: str
 ) -> None:
-    ckpt_convert.convert(GOLDEN / case / "hf", tmp_path / "out", to=to, dtype=dtype)
+    ckpt_convert.convert_checkpoint(GOLDEN / case / "hf", tmp_path / "out", to=to, dtype=dtype)
     report = check(tmp_path / "out")
     assert report.findings == ()
     assert {"checksum", "record", "values", "keys", "config"} <= set(report.checks)
@@ -111,7 +111,7 @@ def test_what_we_write_has_no_findings_and_its_checksums_are_checked(
 
 
 def test_the_quick_check_reads_no_values(tmp_path: Path) -> None:
-    ckpt_convert.convert(GOLDEN / "llama" / "hf", tmp_path / "out", to="meta")
+    ckpt_convert.convert_checkpoint(GOLDEN / "llama" / "hf", tmp_path / "out", to="meta")
     report = check(tmp_path / "out", values=False)
     assert report.bytes_read == 0
     assert report.findings == ()
@@ -620,7 +620,7 @@ def test_a_key_that_one_rank_lacks(meta: Path) -> None:
 
 def test_one_flipped_bit_in_what_we_wrote(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    ckpt_convert.convert(GOLDEN / "llama" / "meta-mp2", out, to="hf", shards=2)
+    ckpt_convert.convert_checkpoint(GOLDEN / "llama" / "meta-mp2", out, to="hf", shards=2)
     name = sorted(path.name for path in out.glob("*.safetensors"))[1]
     flip(out / name, (out / name).stat().st_size - 40)
     finding = only(check(out))
@@ -633,7 +633,7 @@ def test_one_flipped_bit_in_what_we_wrote(tmp_path: Path) -> None:
 
 def test_files_that_are_not_those_that_were_written(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    ckpt_convert.convert(GOLDEN / "llama" / "hf", out, to="meta", model_parallel=2)
+    ckpt_convert.convert_checkpoint(GOLDEN / "llama" / "hf", out, to="meta", model_parallel=2)
     first, second = (out / f"consolidated.0{rank}.pth" for rank in range(2))
     whole, size = second.read_bytes(), second.stat().st_size
     second.write_bytes(whole + b"more")
@@ -661,7 +661,7 @@ def test_files_that_are_not_those_that_were_written(tmp_path: Path) -> None:
 
 def test_the_record_and_the_files_beside_the_weights(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    ckpt_convert.convert(GOLDEN / "llama" / "hf", out, to="meta")
+    ckpt_convert.convert_checkpoint(GOLDEN / "llama" / "hf", out, to="meta")
     written = (out / "params.json").read_bytes()
     edit_json(out / "params.json", norm_eps=2e-5)
     finding = only(check(out))
@@ -689,7 +689,7 @@ def test_the_record_and_the_files_beside_the_weights(tmp_path: Path) -> None:
 )
 def test_a_damaged_manifest_is_a_finding(tmp_path: Path, change: dict[str, object]) -> None:
     out = tmp_path / "out"
-    ckpt_convert.convert(GOLDEN / "llama" / "hf", out, to="meta")
+    ckpt_convert.convert_checkpoint(GOLDEN / "llama" / "hf", out, to="meta")
     edit_manifest(out, **change)
     assert {finding.check for finding in errors(check(out))} <= {"record", "checksum"}
     assert errors(check(out))

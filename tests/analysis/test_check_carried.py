@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ckpt_convert import convert
+from ckpt_convert import convert_checkpoint
 from ckpt_convert.analysis.check import check
 from tests.helpers import GOLDEN
 
@@ -16,7 +16,7 @@ CARRIED = "ckpt_convert/layouts/meta/carried.safetensors"
 @pytest.fixture
 def output(tmp_path: Path) -> Path:
     """Hugging Face's layout of a Llama 2, which has no place for Meta's rope.freqs."""
-    convert(GOLDEN / "llama2" / "meta-mp1", tmp_path / "hf", to="hf")
+    convert_checkpoint(GOLDEN / "llama2" / "meta-mp1", tmp_path / "hf", to="hf")
     assert (tmp_path / "hf" / CARRIED).is_file()
     return tmp_path / "hf"
 

@@ -132,7 +132,7 @@ def test_a_missing_last_rank_of_a_conversion_is_all_that_is_said(tmp_path: Path)
     import ckpt_convert
 
     path = tmp_path / "out"
-    ckpt_convert.convert(GOLDEN / "llama/hf", path, to="meta", model_parallel=2)
+    ckpt_convert.convert_checkpoint(GOLDEN / "llama/hf", path, to="meta", model_parallel=2)
     (path / "consolidated.01.pth").unlink()
     (found,) = check(path).findings
     assert found.text.startswith("consolidated.01.pth is missing")

@@ -17,7 +17,7 @@ import torch
 from ckpt_convert import errors
 from ckpt_convert.analysis.diff.compare import Change, Diff, compare
 from ckpt_convert.checkpoint.checkpoint import open_checkpoint
-from ckpt_convert.tensors.progress import Progress
+from ckpt_convert.tensors.progress import TransferProgress
 from tests.helpers import CASES, GOLDEN, Tensors, edit_json, read_safetensors
 
 FORMS = ("hf", "meta-mp1", "meta-mp2", "meta-mp4", "native.safetensors")
@@ -287,7 +287,7 @@ def test_the_place_in_a_tensor_of_many_blocks(tmp_path: Path) -> None:
     safetensors.torch.save_file({"x": tensor}, tmp_path / "a.safetensors")
     tensor[2, 7], tensor[3, 9] = 1, 3
     safetensors.torch.save_file({"x": tensor}, tmp_path / "b.safetensors")
-    seen: list[Progress] = []
+    seen: list[TransferProgress] = []
     (change,) = diff(tmp_path / "a.safetensors", tmp_path / "b.safetensors", progress=seen.append).changes
     assert (change.first, change.where) == ((2, 7), (3, 9))
     assert change.delta is not None
@@ -296,7 +296,7 @@ def test_the_place_in_a_tensor_of_many_blocks(tmp_path: Path) -> None:
 
 
 def test_progress_counts_the_copies_of_ranks_too() -> None:
-    seen: list[Progress] = []
+    seen: list[TransferProgress] = []
     assert diff(GOLDEN / "llama" / "meta-mp4", GOLDEN / "llama" / "hf", progress=seen.append).same
     copies = sum(value.nbytes for value in read_safetensors(GOLDEN / "llama" / "hf").values() if value.ndim == 1)
     tensors = sum(value.nbytes for value in read_safetensors(GOLDEN / "llama" / "hf").values())

@@ -101,7 +101,7 @@ def test_logits_agree_and_a_missed_reorder_would_show(
     model: LlamaForCausalLM | MistralForCausalLM, tmp_path: Path
 ) -> None:
     model.save_pretrained(tmp_path / "hf", max_shard_size="60KB")
-    ckpt_convert.convert(tmp_path / "hf", tmp_path / "meta", to="meta", verify=True)
+    ckpt_convert.convert_checkpoint(tmp_path / "hf", tmp_path / "meta", to="meta", verify=True)
     params = json.loads((tmp_path / "meta" / "params.json").read_text())
     (weights,) = read_meta(tmp_path / "meta")
     with torch.no_grad():
@@ -124,12 +124,12 @@ def test_logits_of_transformers_agree_after_meta_and_back(
     model: LlamaForCausalLM | MistralForCausalLM, tmp_path: Path
 ) -> None:
     model.save_pretrained(tmp_path / "hf")
-    ckpt_convert.convert(tmp_path / "hf", tmp_path / "meta", to="meta")
+    ckpt_convert.convert_checkpoint(tmp_path / "hf", tmp_path / "meta", to="meta")
     # Without the record, config.json is made anew from params.json and has to say the same.
     import shutil
 
     shutil.rmtree(tmp_path / "meta" / "ckpt_convert")
-    ckpt_convert.convert(tmp_path / "meta", tmp_path / "back", to="hf", max_positions=8192)
+    ckpt_convert.convert_checkpoint(tmp_path / "meta", tmp_path / "back", to="hf", max_positions=8192)
     again = type(model).from_pretrained(tmp_path / "back")
     with torch.no_grad():
         assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)

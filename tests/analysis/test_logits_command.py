@@ -33,7 +33,7 @@ from ckpt_convert.errors import (
     UnsupportedFamilyError,
     UsageError,
 )
-from ckpt_convert.tensors.progress import Progress
+from ckpt_convert.tensors.progress import TransferProgress
 from tests.helpers import GOLDEN, Tensors, edit_json, read_safetensors
 
 
@@ -301,7 +301,7 @@ def test_the_library_touches_no_switch_of_the_process_and_asks_nobody(
     before = (chatter.get_verbosity(), chatter.is_progress_bar_enabled(), constants.HF_HUB_OFFLINE, filters)
     seen = []
 
-    def look(_: Progress) -> None:
+    def look(_: TransferProgress) -> None:
         now = list(warnings.filters)
         seen.append((chatter.get_verbosity(), chatter.is_progress_bar_enabled(), constants.HF_HUB_OFFLINE, now))
 
@@ -312,7 +312,7 @@ def test_the_library_touches_no_switch_of_the_process_and_asks_nobody(
 
 
 def test_progress_comes_to_its_total(folder: Path) -> None:
-    seen: dict[str, Progress] = {}
+    seen: dict[str, TransferProgress] = {}
     with open_checkpoint(folder / "llama" / "meta-mp4") as a:
         logits(a, prompts=4, progress=lambda at: seen.update({at.phase: at}))
     assert (seen["loading"].done, seen["loading"].total) == (469728, 469728)

@@ -24,7 +24,7 @@ LLAMA = GOLDEN / "llama" / "hf"
 
 
 def dcp(path: Path) -> Path:
-    ckpt_convert.convert(LLAMA, path, to="torchtitan")
+    ckpt_convert.convert_checkpoint(LLAMA, path, to="torchtitan")
     return path
 
 

@@ -20,7 +20,7 @@ from ckpt_convert.analysis.stats.numeric import Stats
 from ckpt_convert.analysis.stats.stats import TensorStats, statistics
 from ckpt_convert.errors import CorruptFileError
 from ckpt_convert.tensors.blocks import BLOCK
-from ckpt_convert.tensors.progress import Progress
+from ckpt_convert.tensors.progress import TransferProgress
 from tests.helpers import CASES, GOLDEN, Tensors, bits, read_meta, read_safetensors
 
 
@@ -125,7 +125,7 @@ def test_the_order_is_that_of_the_keys_asked_for(tmp_path: Path) -> None:
     tensors = {f"t{number}": torch.full((1 if number % 7 else 300_000,), float(number)) for number in range(600)}
     safetensors.torch.save_file(tensors, tmp_path / "model.safetensors")
     keys = [f"t{number}" for number in range(599, 0, -2)]
-    seen: list[Progress] = []
+    seen: list[TransferProgress] = []
     with ckpt_convert.open_checkpoint(tmp_path / "model.safetensors") as checkpoint:
         found = list(statistics(checkpoint, keys, workers=4, progress=seen.append))
         assert [key for key, _ in found] == keys
@@ -151,7 +151,7 @@ def test_a_file_that_was_cut_meanwhile(tmp_path: Path) -> None:
 def test_stopping_early_ends_the_workers(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     safetensors.torch.save_file({f"t{number}": torch.zeros(1 << 20) for number in range(30)}, path)
-    seen: list[Progress] = []
+    seen: list[TransferProgress] = []
     with ckpt_convert.open_checkpoint(path) as checkpoint:
         results = statistics(checkpoint, list(checkpoint.tensors), workers=2, progress=seen.append)
         next(results)

@@ -53,7 +53,7 @@ def assert_unknown(path: Path, expected: Tensors) -> Checkpoint:
 
 def refusal(source: Path, *, to: str = "hf", **options: Any) -> str:
     with pytest.raises(CkptConvertError) as caught:
-        ckpt_convert.convert(source, source.parent / "out", to=to, **options)
+        ckpt_convert.convert_checkpoint(source, source.parent / "out", to=to, **options)
     assert not (source.parent / "out").exists()
     return str(caught.value)
 
@@ -81,7 +81,7 @@ def test_diffusers_shards_with_their_index(tmp_path: Path) -> None:
         assert_holds(checkpoint, parts[0] | parts[1])
     assert "_class_name 'UNet2DConditionModel' is no family that is known" in refusal(tmp_path, to="native")
     copied = tmp_path.parent / f"{tmp_path.name}-copied"
-    ckpt_convert.convert(tmp_path, copied, to="hf", verify=True)
+    ckpt_convert.convert_checkpoint(tmp_path, copied, to="hf", verify=True)
     assert sums(copied) == sums(tmp_path)
 
 
@@ -243,7 +243,7 @@ def test_objects_of_other_classes_are_named_and_the_file_is_not_converted(tmp_pa
         (notice,) = [notice for notice in checkpoint.notices if "asks for objects" in notice]
         assert "torch.nn.modules.linear.Linear" in notice
     with pytest.raises(UnsafeFileError, match=r"consolidated\.00\.pth.*torch\.nn\.modules\.linear\.Linear"):
-        ckpt_convert.convert(meta, tmp_path / "out", to="hf")
+        ckpt_convert.convert_checkpoint(meta, tmp_path / "out", to="hf")
     assert not (tmp_path / "out").exists()
 
 
@@ -293,4 +293,4 @@ def test_a_damaged_file_among_others_is_an_error_that_names_it(tmp_path: Path) -
 def test_a_file_of_unknown_format_is_not_converted(tmp_path: Path) -> None:
     save_file(some("a"), tmp_path / "a.safetensors")
     with pytest.raises(AmbiguousFormatError, match="`from_format=`"):
-        ckpt_convert.convert(tmp_path / "a.safetensors", tmp_path / "out", to="hf")
+        ckpt_convert.convert_checkpoint(tmp_path / "a.safetensors", tmp_path / "out", to="hf")

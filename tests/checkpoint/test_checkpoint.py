@@ -65,7 +65,7 @@ def test_a_single_file_of_each_container(tmp_path: Path) -> None:
 
 
 def test_the_record_says_what_a_native_directory_is(tmp_path: Path) -> None:
-    ckpt_convert.convert(HF, tmp_path / "native", to="native")
+    ckpt_convert.convert_checkpoint(HF, tmp_path / "native", to="native")
     with ckpt_convert.open_checkpoint(tmp_path / "native") as checkpoint:
         assert checkpoint.format == "native"
         assert "manifest.json" in checkpoint.why
@@ -83,7 +83,7 @@ def test_hf_wins_over_consolidated_files_beside_it_unless_asked(tmp_path: Path) 
     with ckpt_convert.open_checkpoint(both, format="meta") as checkpoint:
         assert checkpoint.format == "meta"
         assert "output.weight" in checkpoint.tensors
-    ckpt_convert.convert(both, tmp_path / "out", to="native", verify=True)
+    ckpt_convert.convert_checkpoint(both, tmp_path / "out", to="native", verify=True)
     assert not list((tmp_path / "out").glob("consolidated*"))
 
 
@@ -106,7 +106,7 @@ def test_a_single_file_wins_over_an_index_of_others_as_in_transformers(tmp_path:
     with ckpt_convert.open_checkpoint(both) as checkpoint:
         assert [file.name for file in checkpoint.files] == ["model.safetensors"]
         assert any("model-00001-of-00004.safetensors" in notice for notice in checkpoint.notices)
-    ckpt_convert.convert(both, tmp_path / "out", to="native", verify=True)
+    ckpt_convert.convert_checkpoint(both, tmp_path / "out", to="native", verify=True)
 
 
 def test_keys_that_fit_nothing_are_still_listed(tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def test_a_variant_gives_what_the_plain_one_gives(tmp_path: Path, format: str, n
     source = tmp_path / "weights.pth"
     torch.save(renamed(PLAIN[format], rename), source)
     target = "native" if format == "hf" else "hf"
-    report = ckpt_convert.convert(source, tmp_path / "out", to=target, config=CONFIG, verify=True)
+    report = ckpt_convert.convert_checkpoint(source, tmp_path / "out", to=target, config=CONFIG, verify=True)
     assert report.source_format == format
     assert any("keys are read with" in notice for notice in report.notices)
     assert_same(read_safetensors(tmp_path / "out"), PLAIN[target])
@@ -124,7 +124,9 @@ def test_weights_in_an_entry_of_a_training_run(
     content = nest(PLAIN[format])
     torch.save(content, tmp_path / "last.pt")
     target = "native" if format == "hf" else "hf"
-    report = ckpt_convert.convert(tmp_path / "last.pt", tmp_path / "out", to=target, config=CONFIG, verify=True)
+    report = ckpt_convert.convert_checkpoint(
+        tmp_path / "last.pt", tmp_path / "out", to=target, config=CONFIG, verify=True
+    )
     assert report.source_format == format
     assert_same(read_safetensors(tmp_path / "out"), PLAIN[target])
     said = " ".join(report.notices)
@@ -149,9 +151,9 @@ def test_the_ranks_of_metas_files_nested_under_model(tmp_path: Path) -> None:
     source = Path(shutil.copytree(GOLDEN / "llama" / "meta-mp2", tmp_path / "meta"))
     for file in source.glob("*.pth"):
         torch.save({"model": torch.load(file, weights_only=True), "iteration": 9}, file)
-    ckpt_convert.convert(source, tmp_path / "hf", to="hf", verify=True)
+    ckpt_convert.convert_checkpoint(source, tmp_path / "hf", to="hf", verify=True)
     assert_same(read_safetensors(tmp_path / "hf"), HF)
-    ckpt_convert.convert(tmp_path / "hf", tmp_path / "back", to="meta", verify=True)
+    ckpt_convert.convert_checkpoint(tmp_path / "hf", tmp_path / "back", to="meta", verify=True)
     for found, expected in zip(read_meta(tmp_path / "back"), read_meta(GOLDEN / "llama" / "meta-mp2"), strict=True):
         assert_same(found, expected)
     with ckpt_convert.open_checkpoint(source) as a, ckpt_convert.open_checkpoint(LLAMA_HF) as b:
@@ -168,9 +170,9 @@ def test_files_and_assignment_stay_and_keys_become_the_formats(tmp_path: Path) -
     content = json.loads(index.read_text())
     content["weight_map"] = {f"_orig_mod.{key}": name for key, name in content["weight_map"].items()}
     index.write_text(json.dumps(content))
-    ckpt_convert.convert(source, tmp_path / "same", to="hf", verify=True)
-    ckpt_convert.convert(source, tmp_path / "native", to="native", verify=True)
-    ckpt_convert.convert(tmp_path / "native", tmp_path / "back", to="hf", verify=True)
+    ckpt_convert.convert_checkpoint(source, tmp_path / "same", to="hf", verify=True)
+    ckpt_convert.convert_checkpoint(source, tmp_path / "native", to="native", verify=True)
+    ckpt_convert.convert_checkpoint(tmp_path / "native", tmp_path / "back", to="hf", verify=True)
     assert sums(tmp_path / "back") == sums(tmp_path / "same")
     for out in (tmp_path / "same", tmp_path / "back"):
         for file in sorted(LLAMA_HF.glob("*.safetensors")):
@@ -178,7 +180,7 @@ def test_files_and_assignment_stay_and_keys_become_the_formats(tmp_path: Path) -
         expected = json.loads((LLAMA_HF / index.name).read_text())["weight_map"]
         assert json.loads((out / index.name).read_text())["weight_map"] == expected
     again = tmp_path / "again"
-    ckpt_convert.convert(tmp_path / "same", again, to="hf")
+    ckpt_convert.convert_checkpoint(tmp_path / "same", again, to="hf")
     assert sums(again) == sums(tmp_path / "same")
 
 
@@ -186,7 +188,7 @@ def test_a_file_that_mixes_variants(tmp_path: Path) -> None:
     ways = [before(""), before("module."), before("_orig_mod."), before("state_dict.module.")]
     mixed = {ways[at % len(ways)](key): tensor for at, (key, tensor) in enumerate(HF.items())}
     source = checkpoint_of(mixed, tmp_path / "source")
-    report = ckpt_convert.convert(source, tmp_path / "out", to="hf", verify=True)
+    report = ckpt_convert.convert_checkpoint(source, tmp_path / "out", to="hf", verify=True)
     assert_same(read_safetensors(tmp_path / "out"), HF)
     assert report.notices == [
         "7 keys are read without '_orig_mod', which torch.compile put there",
@@ -213,7 +215,7 @@ def test_two_keys_that_are_one_are_refused(tmp_path: Path, more: Mapping[str, st
     source = checkpoint_of({**HF, **{key: HF[same] for key, same in more.items()}}, tmp_path / "source")
     for target in ("hf", "native"):
         with pytest.raises(KeyMismatchError, match="contradict each other") as caught:
-            ckpt_convert.convert(source, tmp_path / "out", to=target)
+            ckpt_convert.convert_checkpoint(source, tmp_path / "out", to=target)
         assert f"{words}; remove the one that is not meant" in str(caught.value)
     found = [finding.text for finding in check(source).findings if finding.severity == "error"]
     assert f"{words}; remove the one that is not meant" in found
@@ -228,15 +230,17 @@ def test_two_sets_of_weights_are_refused(tmp_path: Path) -> None:
     norm = {"model.norm.weight": HF["model.norm.weight"]}
     torch.save({"model": HF, "state_dict": norm}, tmp_path / "two.pt")
     with pytest.raises(KeyMismatchError) as caught:
-        ckpt_convert.convert(tmp_path / "two.pt", tmp_path / "out", to="native", config=CONFIG)
+        ckpt_convert.convert_checkpoint(tmp_path / "two.pt", tmp_path / "out", to="native", config=CONFIG)
     words = "model.model.norm.weight and state_dict.model.norm.weight are both model.norm.weight"
     assert words in str(caught.value)
     # An average of the weights is no entry that is known to be no weights.
     torch.save({"model": HF, "ema": HF}, tmp_path / "ema.pt")
     with pytest.raises(AmbiguousFormatError, match="fit no format"):
-        ckpt_convert.convert(tmp_path / "ema.pt", tmp_path / "out", to="native", config=CONFIG)
+        ckpt_convert.convert_checkpoint(tmp_path / "ema.pt", tmp_path / "out", to="native", config=CONFIG)
     with pytest.raises(KeyMismatchError, match="30 unexpected keys"):
-        ckpt_convert.convert(tmp_path / "ema.pt", tmp_path / "out", to="native", from_format="hf", config=CONFIG)
+        ckpt_convert.convert_checkpoint(
+            tmp_path / "ema.pt", tmp_path / "out", to="native", from_format="hf", config=CONFIG
+        )
 
 
 def test_a_key_with_two_readings_is_refused() -> None:
@@ -282,7 +286,7 @@ def test_an_unexpected_key_is_named_as_the_file_has_it(tmp_path: Path) -> None:
     tensors = renamed({**HF, "model.extra.weight": torch.ones(2)}, before("module."))
     source = checkpoint_of(tensors, tmp_path / "source")
     with pytest.raises(KeyMismatchError, match="1 unexpected key") as caught:
-        ckpt_convert.convert(source, tmp_path / "out", to="native")
+        ckpt_convert.convert_checkpoint(source, tmp_path / "out", to="native")
     assert "module.model.extra.weight [2] in model.safetensors" in str(caught.value)
 
 
@@ -341,13 +345,15 @@ class TestRealWrappers:
 
     def converts(self, state: Tensors, tmp_path: Path) -> None:
         torch.save(state, tmp_path / "model.pt")
-        ckpt_convert.convert(tmp_path / "model.pt", tmp_path / "native", to="native", config=CONFIG, verify=True)
+        ckpt_convert.convert_checkpoint(
+            tmp_path / "model.pt", tmp_path / "native", to="native", config=CONFIG, verify=True
+        )
         assert_same(read_safetensors(tmp_path / "native"), PLAIN["native"])
         found = ckpt_convert.convert_state_dict(state, CONFIG, source="hf", target="native")
         assert isinstance(found, dict)
         assert_same(found, PLAIN["native"])
         out = tmp_path / "hf"
-        ckpt_convert.convert(tmp_path / "model.pt", out, to="hf", config=CONFIG, shards=2)
+        ckpt_convert.convert_checkpoint(tmp_path / "model.pt", out, to="hf", config=CONFIG, shards=2)
         loaded, info = auto.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
         assert not any(info.values())
         assert_same(loaded.state_dict(), HF)
@@ -478,9 +484,9 @@ def test_tables_of_frequencies_are_taken_along_in_every_family(tmp_path: Path, n
         save_file({**tensors, **tables}, file, {"format": "pt"})
     (source / "model.safetensors.index.json").unlink(missing_ok=True)
     native = tmp_path / "native"
-    report = ckpt_convert.convert(source, native, to="native", verify=True)
+    report = ckpt_convert.convert_checkpoint(source, native, to="native", verify=True)
     assert len(report.drops) == config["num_hidden_layers"]
     expected = read_safetensors(GOLDEN / name / "native.safetensors")
     assert_same(read_safetensors(native), expected)
-    ckpt_convert.convert(native, tmp_path / "back", to="hf", verify=True)
+    ckpt_convert.convert_checkpoint(native, tmp_path / "back", to="hf", verify=True)
     assert sums(tmp_path / "back") == sums(source)

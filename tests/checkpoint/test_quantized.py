@@ -249,7 +249,7 @@ def test_fp8_blocks_as_torchs_own_reader_has_them(dtype: str, tmp_path: Path) ->
     assert len(expected) == 21
     reader = QuantizedHuggingFaceStorageReader(str(source), target_dtype=DTYPES[dtype], block_size=16)
     state_dict_loader.load(expected, storage_reader=reader, no_dist=True)
-    report = ckpt_convert.convert(source, tmp_path / "out", to="hf", dequantize=dtype, verify=True)
+    report = ckpt_convert.convert_checkpoint(source, tmp_path / "out", to="hf", dequantize=dtype, verify=True)
     found = read_safetensors(tmp_path / "out")
     assert_same({key: found[key] for key in expected}, expected)
     assert_same(found, cast(numbers, dtype))
@@ -261,7 +261,7 @@ def test_fp8_blocks_as_torchs_own_reader_has_them(dtype: str, tmp_path: Path) ->
 @pytest.mark.parametrize("strategy", ["channel", "tensor"])
 def test_compressed_tensors(strategy: str, dtype: str, tmp_path: Path) -> None:
     numbers = compressed_llama(tmp_path / "source", strategy)
-    ckpt_convert.convert(tmp_path / "source", tmp_path / "out", to="hf", dequantize=dtype, verify=True)
+    ckpt_convert.convert_checkpoint(tmp_path / "source", tmp_path / "out", to="hf", dequantize=dtype, verify=True)
     assert_same(read_safetensors(tmp_path / "out"), cast(numbers, dtype))
 
 
@@ -269,7 +269,7 @@ def test_compressed_tensors(strategy: str, dtype: str, tmp_path: Path) -> None:
 def test_gpt_oss_as_transformers_loads_it(dtype: str, tmp_path: Path) -> None:
     source = tmp_path / "source"
     held = gpt_oss(source)
-    report = ckpt_convert.convert(source, tmp_path / "out", to="hf", dequantize=dtype, verify=True)
+    report = ckpt_convert.convert_checkpoint(source, tmp_path / "out", to="hf", dequantize=dtype, verify=True)
     found = read_safetensors(tmp_path / "out")
     for key in found:
         if f"{key}_blocks" in held:
@@ -309,15 +309,15 @@ def test_the_way_through_the_numbers_is_the_way_of_the_codes(tmp_path: Path) -> 
     fp8_llama(source)
     first = tmp_path / "first"
     ways: dict[str, dict[str, Any]] = {"meta": {"model_parallel": 2}, "native": {}}
-    ckpt_convert.convert(source, first, to="hf", dequantize="bfloat16")
+    ckpt_convert.convert_checkpoint(source, first, to="hf", dequantize="bfloat16")
     for to, options in ways.items():
-        ckpt_convert.convert(source, tmp_path / to, to=to, dequantize="bfloat16", verify=True, **options)
-        ckpt_convert.convert(first, tmp_path / f"{to}2", to=to, **options)
+        ckpt_convert.convert_checkpoint(source, tmp_path / to, to=to, dequantize="bfloat16", verify=True, **options)
+        ckpt_convert.convert_checkpoint(first, tmp_path / f"{to}2", to=to, **options)
         if to == "meta":
             assert sums(tmp_path / to) == sums(tmp_path / f"{to}2")
         else:
             assert_same(read_safetensors(tmp_path / to), read_safetensors(tmp_path / f"{to}2"))
-        ckpt_convert.convert(tmp_path / to, tmp_path / f"{to}-back", to="hf", verify=True)
+        ckpt_convert.convert_checkpoint(tmp_path / to, tmp_path / f"{to}-back", to="hf", verify=True)
         assert sums(tmp_path / f"{to}-back") == sums(first)
     assert [len(rank) for rank in read_meta(tmp_path / "meta")] == [30, 30]
 
@@ -325,10 +325,10 @@ def test_the_way_through_the_numbers_is_the_way_of_the_codes(tmp_path: Path) -> 
 def test_gpt_oss_to_torchtitan(tmp_path: Path) -> None:
     source = tmp_path / "source"
     gpt_oss(source)
-    ckpt_convert.convert(source, tmp_path / "first", to="hf", dequantize="bfloat16")
-    ckpt_convert.convert(source, tmp_path / "one", to="torchtitan", dequantize="bfloat16", verify=True)
-    ckpt_convert.convert(tmp_path / "first", tmp_path / "two", to="torchtitan")
-    ckpt_convert.convert(tmp_path / "one", tmp_path / "back", to="hf", verify=True)
+    ckpt_convert.convert_checkpoint(source, tmp_path / "first", to="hf", dequantize="bfloat16")
+    ckpt_convert.convert_checkpoint(source, tmp_path / "one", to="torchtitan", dequantize="bfloat16", verify=True)
+    ckpt_convert.convert_checkpoint(tmp_path / "first", tmp_path / "two", to="torchtitan")
+    ckpt_convert.convert_checkpoint(tmp_path / "one", tmp_path / "back", to="hf", verify=True)
     assert_same(read_safetensors(tmp_path / "back"), read_safetensors(tmp_path / "first"))
     assert sums(tmp_path / "one") == sums(tmp_path / "two")
 
@@ -340,7 +340,7 @@ def test_the_config_says_what_the_weights_are_then(tmp_path: Path) -> None:
     fp8_llama(source)
     edit_json(source / "config.json", dtype="float16", rope_theta=1234.0)
     before = json.loads((source / "config.json").read_text())
-    report = ckpt_convert.convert(source, tmp_path / "out", to="hf", dequantize="bfloat16")
+    report = ckpt_convert.convert_checkpoint(source, tmp_path / "out", to="hf", dequantize="bfloat16")
     after = json.loads((tmp_path / "out" / "config.json").read_text())
     assert before.pop("quantization_config")["quant_method"] == "fp8"
     assert after == before | {"dtype": "bfloat16"}
@@ -363,17 +363,17 @@ def test_the_config_has_the_dtype_that_was_asked_for(tmp_path: Path) -> None:
             return {key: one}
         return {key: one.float()} if key.endswith(".weight") else {}
 
-    ckpt_convert.convert(source, tmp_path / "asked", to="hf", dequantize="float32", dtype="bfloat16")
+    ckpt_convert.convert_checkpoint(source, tmp_path / "asked", to="hf", dequantize="float32", dtype="bfloat16")
     assert json.loads((tmp_path / "asked" / "config.json").read_text())["dtype"] == "bfloat16"
     edit(source, change, {"dtype": "bfloat16"})
-    ckpt_convert.convert(source, tmp_path / "out", to="hf", dequantize="bfloat16")
+    ckpt_convert.convert_checkpoint(source, tmp_path / "out", to="hf", dequantize="bfloat16")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
 
 
 def test_a_cast_of_what_was_dequantised(tmp_path: Path) -> None:
     numbers = fp8_llama(tmp_path / "source")
     options: dict[str, Any] = {"dequantize": "float32", "dtype": "float16", "allow_overflow": True}
-    ckpt_convert.convert(tmp_path / "source", tmp_path / "out", to="hf", verify=True, **options)
+    ckpt_convert.convert_checkpoint(tmp_path / "source", tmp_path / "out", to="hf", verify=True, **options)
     found = read_safetensors(tmp_path / "out")
     assert_same(found, {key: one.to(torch.float16) for key, one in numbers.items()})
 
@@ -393,7 +393,7 @@ def test_scales_in_another_shard_than_their_weights(tmp_path: Path) -> None:
         safetensors.torch.save_file(own, file, {"format": "pt"})
         weight_map |= dict.fromkeys(own, file.name)
     write_index(source, weight_map)
-    ckpt_convert.convert(source, tmp_path / "out", to="hf", dequantize="float32", verify=True)
+    ckpt_convert.convert_checkpoint(source, tmp_path / "out", to="hf", dequantize="float32", verify=True)
     assert_same(read_safetensors(tmp_path / "out"), numbers)
     index = (tmp_path / "out" / "model.safetensors.index.json").read_text()
     assert "scale" not in index

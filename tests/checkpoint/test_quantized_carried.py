@@ -139,7 +139,7 @@ def found(path: Path) -> Quantization:
 
 
 def test_it_is_carried_file_for_file(source: Path, tmp_path: Path) -> None:
-    report = ckpt_convert.convert(source, tmp_path / "same", to="hf", verify=True)
+    report = ckpt_convert.convert_checkpoint(source, tmp_path / "same", to="hf", verify=True)
     assert sums(tmp_path / "same") == sums(source)
     assert report.moves["reordered"] == report.moves["cast"] == 0
     assert report.verified == report.tensors == len(read_safetensors(source))
@@ -147,16 +147,16 @@ def test_it_is_carried_file_for_file(source: Path, tmp_path: Path) -> None:
 
 
 def test_it_is_laid_out_anew_and_comes_back(source: Path, tmp_path: Path) -> None:
-    ckpt_convert.convert(source, tmp_path / "two", to="hf", shards=2, verify=True)
-    ckpt_convert.convert(tmp_path / "two", tmp_path / "bin", to="hf", container="bin", verify=True)
-    ckpt_convert.convert(tmp_path / "bin", tmp_path / "back", to="hf", container="safetensors", like=source)
+    ckpt_convert.convert_checkpoint(source, tmp_path / "two", to="hf", shards=2, verify=True)
+    ckpt_convert.convert_checkpoint(tmp_path / "two", tmp_path / "bin", to="hf", container="bin", verify=True)
+    ckpt_convert.convert_checkpoint(tmp_path / "bin", tmp_path / "back", to="hf", container="safetensors", like=source)
     assert len(list((tmp_path / "two").glob("*.safetensors"))) == 2
     assert sums(tmp_path / "back") == sums(source)
     assert (tmp_path / "two" / "config.json").read_bytes() == (source / "config.json").read_bytes()
 
 
 def test_codes_and_scales_stay_in_one_file(source: Path, tmp_path: Path) -> None:
-    ckpt_convert.convert(source, tmp_path / "out", to="hf", shards=3)
+    ckpt_convert.convert_checkpoint(source, tmp_path / "out", to="hf", shards=3)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
     apart = [
         one.key for one in found(source).tensors.values() if index[one.codes.tensor.key] != index[one.scale.tensor.key]
@@ -174,7 +174,7 @@ def test_it_verifies_cleanly(source: Path) -> None:
 def test_another_format_has_no_place_for_it(source: Path, tmp_path: Path) -> None:
     to = "torchtitan" if source.name == "mxfp4" else "meta"
     with pytest.raises(ConfigError) as caught:
-        ckpt_convert.convert(source, tmp_path / "out", to=to)
+        ckpt_convert.convert_checkpoint(source, tmp_path / "out", to=to)
     said = str(caught.value)
     assert f"is quantised ({found(source).text}), and the {to} format has no place for that" in said
     assert ("pass `dequantize='bfloat16'`" in said) == (source.name in READABLE)
@@ -185,21 +185,21 @@ def test_another_format_has_no_place_for_it(source: Path, tmp_path: Path) -> Non
 def test_it_is_not_cast(source: Path, tmp_path: Path) -> None:
     way_out = "pass `dequantize='bfloat16'`" if source.name in READABLE else "leave it out"
     with pytest.raises(UsageError, match=f"`dtype='float32'`: .* is quantised .* codes are not cast; {way_out}"):
-        ckpt_convert.convert(source, tmp_path / "out", to="hf", dtype="float32")
+        ckpt_convert.convert_checkpoint(source, tmp_path / "out", to="hf", dtype="float32")
 
 
 @pytest.mark.parametrize("scheme", PACKED)
 def test_what_is_packed_is_not_dequantised(scheme: str, tmp_path: Path) -> None:
     PACKED[scheme](tmp_path / "source")
     with pytest.raises(ConfigError, match="dequantise it with the tool that made it"):
-        ckpt_convert.convert(tmp_path / "source", tmp_path / "out", to="meta", dequantize="bfloat16")
+        ckpt_convert.convert_checkpoint(tmp_path / "source", tmp_path / "out", to="meta", dequantize="bfloat16")
 
 
 def test_what_is_not_quantised_is_not_dequantised(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"`dequantize='float32'`: .* is not quantised; leave it out, or use `dtype=`"):
-        ckpt_convert.convert(LLAMA, tmp_path / "out", to="meta", dequantize="float32")
+        ckpt_convert.convert_checkpoint(LLAMA, tmp_path / "out", to="meta", dequantize="float32")
     with pytest.raises(UsageError, match="`dequantize='float16'`: expected one of bfloat16, float32"):
-        ckpt_convert.convert(LLAMA, tmp_path / "out", to="meta", dequantize="float16")
+        ckpt_convert.convert_checkpoint(LLAMA, tmp_path / "out", to="meta", dequantize="float16")
 
 
 def test_what_it_says_of_itself(tmp_path: Path) -> None:
@@ -234,7 +234,7 @@ def test_the_usual_blocks_need_no_config(tmp_path: Path) -> None:
     numbers = fp8_llama(tmp_path / "source", (128, 128))
     edit_json(tmp_path / "source" / "config.json", quantization_config=None)
     assert {one.block for one in found(tmp_path / "source").tensors.values()} == {(128, 128)}
-    ckpt_convert.convert(tmp_path / "source", tmp_path / "out", to="hf", dequantize="float32")
+    ckpt_convert.convert_checkpoint(tmp_path / "source", tmp_path / "out", to="hf", dequantize="float32")
     assert_same(read_safetensors(tmp_path / "out"), numbers)
 
 
@@ -243,7 +243,7 @@ def test_narrow_numbers_without_scales_are_plain(tmp_path: Path) -> None:
     edit(tmp_path / "source", lambda key, one: {key: one.to(torch.float8_e4m3fn) if is_linear(key, one) else one}, {})
     with ckpt_convert.open_checkpoint(tmp_path / "source") as opened:
         assert opened.quantization is None
-    ckpt_convert.convert(tmp_path / "source", tmp_path / "out", to="native", verify=True)
+    ckpt_convert.convert_checkpoint(tmp_path / "source", tmp_path / "out", to="native", verify=True)
     assert [found for found in check(tmp_path / "source").findings if found.severity == "error"] == []
 
 
@@ -275,7 +275,7 @@ WRONG = [
 def test_all_that_does_not_belong_together_is_one_error(options: dict[str, Any], tmp_path: Path) -> None:
     broken(tmp_path / "source")
     with pytest.raises(KeyMismatchError) as caught:
-        ckpt_convert.convert(tmp_path / "source", tmp_path / "out", to="hf", **options)
+        ckpt_convert.convert_checkpoint(tmp_path / "source", tmp_path / "out", to="hf", **options)
     first, title, *lines = str(caught.value).splitlines()
     assert first == f"{tmp_path / 'source'} does not fit:"
     assert title == "  4 quantised weights and scales that do not belong together:"
@@ -317,7 +317,7 @@ def test_mxfp4_that_does_not_belong_together(tmp_path: Path) -> None:
     ]
     assert sorted(f.text for f in check(source).findings if f.severity == "error") == expected
     with pytest.raises(KeyMismatchError, match="3 quantised weights and scales"):
-        ckpt_convert.convert(source, tmp_path / "out", to="hf")
+        ckpt_convert.convert_checkpoint(source, tmp_path / "out", to="hf")
 
 
 @pytest.mark.parametrize("scheme", ["fp8", "mxfp4"])
@@ -327,10 +327,10 @@ def test_it_is_held_against_the_table(scheme: str, tmp_path: Path) -> None:
     ALL[scheme](source)
     edit_json(source / "config.json", num_hidden_layers=1)
     with pytest.raises(KeyMismatchError, match=r"unexpected keys:\n.*model\.layers\.1\."):
-        ckpt_convert.convert(source, tmp_path / "out", to="hf")
+        ckpt_convert.convert_checkpoint(source, tmp_path / "out", to="hf")
     edit_json(source / "config.json", num_hidden_layers=3 if scheme == "fp8" else 2, intermediate_size=64)
     with pytest.raises((ShapeMismatchError, KeyMismatchError), match=r"expected .*64.* found"):
-        ckpt_convert.convert(source, tmp_path / "out", to="hf")
+        ckpt_convert.convert_checkpoint(source, tmp_path / "out", to="hf")
 
 
 def test_a_missing_pair_is_a_missing_tensor(tmp_path: Path) -> None:
@@ -339,7 +339,7 @@ def test_a_missing_pair_is_a_missing_tensor(tmp_path: Path) -> None:
     gone = f"{LAYER}.q_proj"
     edit(source, lambda key, one: {} if key.startswith(gone) else {key: one}, {})
     with pytest.raises(KeyMismatchError, match=re.escape(f"1 missing keys:\n    {gone}.weight [72, 72]")):
-        ckpt_convert.convert(source, tmp_path / "out", to="hf")
+        ckpt_convert.convert_checkpoint(source, tmp_path / "out", to="hf")
 
 
 def test_a_zero_point_is_carried_but_not_dequantised(tmp_path: Path) -> None:
@@ -351,10 +351,10 @@ def test_a_zero_point_is_carried_but_not_dequantised(tmp_path: Path) -> None:
         return {key: one, **zero}
 
     edit(source, change, {})
-    ckpt_convert.convert(source, tmp_path / "out", to="hf", verify=True)
+    ckpt_convert.convert_checkpoint(source, tmp_path / "out", to="hf", verify=True)
     assert sums(tmp_path / "out") == sums(source)
     with pytest.raises(ConfigError, match=r"weight_zero_point shifts the codes, which cannot be dequantised here"):
-        ckpt_convert.convert(source, tmp_path / "numbers", to="hf", dequantize="bfloat16")
+        ckpt_convert.convert_checkpoint(source, tmp_path / "numbers", to="hf", dequantize="bfloat16")
 
 
 def test_scales_of_activations_and_caches_go_with_the_codes(tmp_path: Path) -> None:
@@ -367,15 +367,17 @@ def test_scales_of_activations_and_caches_go_with_the_codes(tmp_path: Path) -> N
 
     edit(source, change, {})
     assert [finding for finding in check(source).findings if finding.severity == "error"] == []
-    ckpt_convert.convert(source, tmp_path / "same", to="hf", verify=True)
+    ckpt_convert.convert_checkpoint(source, tmp_path / "same", to="hf", verify=True)
     assert sums(tmp_path / "same") == sums(source)
-    ckpt_convert.convert(source, tmp_path / "out", to="hf", dequantize="float32", verify=True)
+    ckpt_convert.convert_checkpoint(source, tmp_path / "out", to="hf", dequantize="float32", verify=True)
     assert_same(read_safetensors(tmp_path / "out"), numbers)
 
 
 def test_a_quantised_model_is_the_same_as_its_numbers(tmp_path: Path) -> None:
     fp8_llama(tmp_path / "source")
-    ckpt_convert.convert(tmp_path / "source", tmp_path / "out", to="meta", model_parallel=2, dequantize="bfloat16")
+    ckpt_convert.convert_checkpoint(
+        tmp_path / "source", tmp_path / "out", to="meta", model_parallel=2, dequantize="bfloat16"
+    )
     with ckpt_convert.open_checkpoint(tmp_path / "source") as a, ckpt_convert.open_checkpoint(tmp_path / "out") as b:
         for one, other in ((a, b), (b, a)):
             diff = compare(one, other)
@@ -390,11 +392,11 @@ def test_settings_of_a_quantisation_beside_the_weights_are_left_behind(tmp_path:
     fp8_llama(source)
     (source / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
     (source / "notes.txt").write_text("mine")
-    ckpt_convert.convert(source, tmp_path / "same", to="hf")
+    ckpt_convert.convert_checkpoint(source, tmp_path / "same", to="hf")
     assert sums(tmp_path / "same") == sums(source)
     for to in ("hf", "meta"):
-        ckpt_convert.convert(source, tmp_path / to, to=to, dequantize="bfloat16")
-    ckpt_convert.convert(tmp_path / "meta", tmp_path / "back", to="hf")
+        ckpt_convert.convert_checkpoint(source, tmp_path / to, to=to, dequantize="bfloat16")
+    ckpt_convert.convert_checkpoint(tmp_path / "meta", tmp_path / "back", to="hf")
     assert sums(tmp_path / "back") == sums(tmp_path / "hf")
     assert (tmp_path / "back" / "notes.txt").read_text() == "mine"
     assert not list(tmp_path.glob("[hbm]*/**/hf_quant_config.json"))
@@ -420,7 +422,7 @@ def test_hostile_configs(tmp_path: Path) -> None:
     ):
         edit_json(tmp_path / "source" / "config.json", quantization_config=method)
         with pytest.raises(CkptConvertError, match="quantised weights and scales"):
-            ckpt_convert.convert(tmp_path / "source", tmp_path / "out", to="hf")
+            ckpt_convert.convert_checkpoint(tmp_path / "source", tmp_path / "out", to="hf")
 
 
 def test_blocks_of_every_shape() -> None:
@@ -446,7 +448,7 @@ def test_blocks_of_every_shape() -> None:
 
 def test_reading_it_from_python(tmp_path: Path) -> None:
     fp8_llama(tmp_path / "source")
-    with ckpt_convert.plan(tmp_path / "source", to="hf", dequantize="float32") as plan:
+    with ckpt_convert.plan_conversion(tmp_path / "source", to="hf", dequantize="float32") as plan:
         assert plan.source.dequantized == "float32"
         assert plan.memory(2) > 40_000_000
         assert plan.moves["cast"] > plan.moves["copied"] > 0
@@ -459,4 +461,4 @@ def test_a_cut_file_is_found(tmp_path: Path) -> None:
     file = source / "model-00002-of-00004.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(CkptConvertError, match="model-00002"):
-        ckpt_convert.convert(source, tmp_path / "out", to="hf", dequantize="bfloat16")
+        ckpt_convert.convert_checkpoint(source, tmp_path / "out", to="hf", dequantize="bfloat16")

@@ -64,10 +64,10 @@ def loaded(path: Path, model: Any) -> Tensors:
 
 
 def test_the_same_files_come_out(gpt2: Path, tmp_path: Path) -> None:
-    report = ckpt_convert.convert(gpt2, tmp_path / "out", to="hf", verify=True)
+    report = ckpt_convert.convert_checkpoint(gpt2, tmp_path / "out", to="hf", verify=True)
     assert sums(tmp_path / "out") == sums(gpt2)
     assert (report.family, report.notices, report.verified) == ("unknown", [NOTICE], 40)
-    again = ckpt_convert.convert(tmp_path / "out", tmp_path / "again", to="hf", verify=True)
+    again = ckpt_convert.convert_checkpoint(tmp_path / "out", tmp_path / "again", to="hf", verify=True)
     assert sums(tmp_path / "again") == sums(gpt2)
     assert again.notices == [NOTICE]
 
@@ -79,14 +79,14 @@ def test_the_same_files_come_out(gpt2: Path, tmp_path: Path) -> None:
 )
 def test_other_files_hold_the_same(gpt2: Path, tmp_path: Path, model: Any, options: Any) -> None:
     out = tmp_path / "out"
-    ckpt_convert.convert(gpt2, out, to="hf", verify=True, **options)
+    ckpt_convert.convert_checkpoint(gpt2, out, to="hf", verify=True, **options)
     if options.get("container") not in ("dcp", "pt"):
         assert_same(loaded(out, model), model.state_dict())
     with ckpt_convert.open_checkpoint(gpt2) as a, ckpt_convert.open_checkpoint(out) as b:
         found = compare(a, b)
         assert found.same
         assert found.through == "keys"
-    ckpt_convert.convert(out, tmp_path / "back", to="hf", like=gpt2, verify=True)
+    ckpt_convert.convert_checkpoint(out, tmp_path / "back", to="hf", like=gpt2, verify=True)
     assert sums(tmp_path / "back") == sums(gpt2)
 
 
@@ -102,7 +102,7 @@ def test_only_numbers_of_floating_point_are_cast(tmp_path: Path) -> None:
         "h": torch.empty(0, 3),
     }
     source = made(tmp_path / "source", tensors, model_type="mystery")
-    ckpt_convert.convert(source, tmp_path / "out", to="hf", dtype="bfloat16", verify=True)
+    ckpt_convert.convert_checkpoint(source, tmp_path / "out", to="hf", dtype="bfloat16", verify=True)
     found = read_safetensors(tmp_path / "out")
     cast = {key: tensor.to(torch.bfloat16) if key in "abegh" else tensor for key, tensor in tensors.items()}
     assert_same(found, cast)
@@ -112,7 +112,7 @@ def test_only_numbers_of_floating_point_are_cast(tmp_path: Path) -> None:
 @pytest.mark.parametrize("to", ["native", "meta", "torchtitan"])
 def test_another_format_is_refused(gpt2: Path, tmp_path: Path, to: str) -> None:
     with pytest.raises(UnsupportedFamilyError) as caught:
-        ckpt_convert.convert(gpt2, tmp_path / "out", to=to)
+        ckpt_convert.convert_checkpoint(gpt2, tmp_path / "out", to=to)
     text = str(caught.value)
     assert text.startswith(f"{gpt2}/config.json: model_type 'gpt2' is no family that is known (`ckpt-convert formats`")
     assert text.endswith("; if it has the keys and row orders of one of them, say so with `family=`")
@@ -136,9 +136,9 @@ def test_keys_are_literal(tmp_path: Path) -> None:
     ]
     tensors = {key: torch.full((2, at + 1), float(at)) for at, key in enumerate(keys)}
     source = made(tmp_path / "source", tensors, model_type="mystery")
-    ckpt_convert.convert(source, tmp_path / "two", to="hf", shards=2, verify=True)
+    ckpt_convert.convert_checkpoint(source, tmp_path / "two", to="hf", shards=2, verify=True)
     assert_same(read_safetensors(tmp_path / "two"), tensors)
-    ckpt_convert.convert(tmp_path / "two", tmp_path / "back", to="hf", like=source, verify=True)
+    ckpt_convert.convert_checkpoint(tmp_path / "two", tmp_path / "back", to="hf", like=source, verify=True)
     assert sums(tmp_path / "back") == sums(source)
 
 
@@ -149,9 +149,9 @@ def test_an_output_is_carried_as_it_is(tmp_path: Path, is_stored: bool, is_tied:
     if is_stored:
         tensors["lm_head.weight"] = torch.randn(6, 4)  # another one, whatever the config says
     source = made(tmp_path / "source", tensors, model_type="mystery", tie_word_embeddings=is_tied)
-    ckpt_convert.convert(source, tmp_path / "out", to="hf", verify=True)
+    ckpt_convert.convert_checkpoint(source, tmp_path / "out", to="hf", verify=True)
     assert sums(tmp_path / "out") == sums(source)
-    ckpt_convert.convert(source, tmp_path / "bin", to="hf", container="bin", verify=True)
+    ckpt_convert.convert_checkpoint(source, tmp_path / "bin", to="hf", container="bin", verify=True)
     assert_same(torch.load(tmp_path / "bin" / "pytorch_model.bin", weights_only=True), tensors)
 
 
@@ -167,33 +167,33 @@ def test_another_head_of_a_family_with_a_table(tmp_path: Path) -> None:
     )
     model = auto.AutoModelForTokenClassification.from_config(config)
     model.save_pretrained(tmp_path / "tagger")
-    report = ckpt_convert.convert(tmp_path / "tagger", tmp_path / "out", to="hf", shards=2, verify=True)
+    report = ckpt_convert.convert_checkpoint(tmp_path / "tagger", tmp_path / "out", to="hf", shards=2, verify=True)
     why = "architectures is 'LlamaForTokenClassification', which has no table"
     assert report.notices == [f"{why}: keys are taken as they are"]
     assert_same(loaded(tmp_path / "out", model), model.state_dict())
     with pytest.raises(UnsupportedFamilyError, match=r"'score\.\w+' is no key of llama's language model"):
-        ckpt_convert.convert(tmp_path / "tagger", tmp_path / "native", to="native")
+        ckpt_convert.convert_checkpoint(tmp_path / "tagger", tmp_path / "native", to="native")
 
 
 def test_a_model_without_its_head_keeps_its_keys(tmp_path: Path) -> None:
     body = auto.AutoModel.from_pretrained(GOLDEN / "llama" / "hf")
     body.save_pretrained(tmp_path / "body")
-    report = ckpt_convert.convert(tmp_path / "body", tmp_path / "out", to="hf", verify=True)
+    report = ckpt_convert.convert_checkpoint(tmp_path / "body", tmp_path / "out", to="hf", verify=True)
     assert report.family == "unknown"
     assert sums(tmp_path / "out") == sums(tmp_path / "body")
     with pytest.raises(UnsupportedFamilyError, match="say so with `family=`"):
-        ckpt_convert.convert(tmp_path / "body", tmp_path / "native", to="native")
+        ckpt_convert.convert_checkpoint(tmp_path / "body", tmp_path / "native", to="native")
     # An embedding model of tied weights is whole without it.
     tied = auto.AutoModel.from_pretrained(GOLDEN / "llama_tied" / "hf")
     tied.save_pretrained(tmp_path / "tied")
-    ckpt_convert.convert(tmp_path / "tied", tmp_path / "native", to="native", verify=True)
+    ckpt_convert.convert_checkpoint(tmp_path / "tied", tmp_path / "native", to="native", verify=True)
     expected = read_safetensors(GOLDEN / "llama_tied" / "native.safetensors")
     assert_same(read_safetensors(tmp_path / "native"), expected)
 
 
 def test_a_config_without_a_model_type(tmp_path: Path) -> None:
     source = made(tmp_path / "source", {"down.0.weight": torch.ones(2)}, architecture="vit_tiny_patch16")
-    report = ckpt_convert.convert(source, tmp_path / "out", to="hf", verify=True)
+    report = ckpt_convert.convert_checkpoint(source, tmp_path / "out", to="hf", verify=True)
     assert report.notices == ["config.json names no model_type: keys are taken as they are"]
     assert sums(tmp_path / "out") == sums(source)
 
@@ -202,7 +202,7 @@ def test_without_a_config_nothing_says_what_it_is(tmp_path: Path) -> None:
     source = made(tmp_path / "source", {"down.0.weight": torch.ones(2)})
     (source / "config.json").unlink()
     with pytest.raises(ConfigError, match=r"has no config\.json"):
-        ckpt_convert.convert(source, tmp_path / "out", to="hf", from_format="hf")
+        ckpt_convert.convert_checkpoint(source, tmp_path / "out", to="hf", from_format="hf")
 
 
 def test_like_has_to_have_the_same_keys(gpt2: Path, tmp_path: Path) -> None:
@@ -211,20 +211,20 @@ def test_like_has_to_have_the_same_keys(gpt2: Path, tmp_path: Path) -> None:
     tensors["transformer.extra"] = torch.ones(2)
     other = made(tmp_path / "other", tensors, **content)
     with pytest.raises(ShapeMismatchError, match=r"has other keys than this model, such as transformer\.extra"):
-        ckpt_convert.convert(gpt2, tmp_path / "out", to="hf", like=other)
+        ckpt_convert.convert_checkpoint(gpt2, tmp_path / "out", to="hf", like=other)
     with pytest.raises(UsageError, match="is a llama, but"):
-        ckpt_convert.convert(gpt2, tmp_path / "out", to="hf", like=GOLDEN / "llama" / "hf")
+        ckpt_convert.convert_checkpoint(gpt2, tmp_path / "out", to="hf", like=GOLDEN / "llama" / "hf")
 
 
 def test_files_that_contradict_each_other_are_refused(gpt2: Path, tmp_path: Path) -> None:
     first, second = sorted(gpt2.glob("*.safetensors"))[:2]
     save_file({**load_file(second), **load_file(first)}, second, {"format": "pt"})
     with pytest.raises(KeyMismatchError, match="contradict each other"):
-        ckpt_convert.convert(gpt2, tmp_path / "out", to="hf")
+        ckpt_convert.convert_checkpoint(gpt2, tmp_path / "out", to="hf")
 
 
 def test_verify_goes_by_what_transformers_have_in_common(gpt2: Path, tmp_path: Path) -> None:
-    ckpt_convert.convert(gpt2, tmp_path / "out", to="hf")
+    ckpt_convert.convert_checkpoint(gpt2, tmp_path / "out", to="hf")
     report = check(tmp_path / "out")
     assert report.findings == ()
     assert report.family is None
@@ -236,7 +236,7 @@ def test_verify_goes_by_what_transformers_have_in_common(gpt2: Path, tmp_path: P
 
 def test_a_damaged_byte_is_found(gpt2: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    ckpt_convert.convert(gpt2, out, to="hf")
+    ckpt_convert.convert_checkpoint(gpt2, out, to="hf")
     file = sorted(out.glob("*.safetensors"))[0]
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
@@ -345,5 +345,5 @@ def test_a_table_of_many_keys() -> None:
 
 def test_a_copy_of_a_directory_takes_its_other_files_along(gpt2: Path, tmp_path: Path) -> None:
     (gpt2 / "modeling_own.py").write_text("x = 1\n")
-    ckpt_convert.convert(gpt2, tmp_path / "out", to="hf", shards=2)
+    ckpt_convert.convert_checkpoint(gpt2, tmp_path / "out", to="hf", shards=2)
     assert (tmp_path / "out" / "modeling_own.py").read_text() == "x = 1\n"

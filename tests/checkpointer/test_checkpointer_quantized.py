@@ -26,7 +26,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def numbers(source: Path, into: Path) -> Tensors:
-    ckpt_convert.convert(source, into, to="hf", dequantize="bfloat16")
+    ckpt_convert.convert_checkpoint(source, into, to="hf", dequantize="bfloat16")
     return read_safetensors(into)
 
 

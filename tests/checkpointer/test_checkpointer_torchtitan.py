@@ -52,7 +52,7 @@ def test_a_source_that_two_ranks_wrote(tmp_path: Path) -> None:
 
 
 def test_changed_weights_are_those_that_torch_loads(tmp_path: Path) -> None:
-    ckpt_convert.convert(HF, tmp_path / "source", to="torchtitan")
+    ckpt_convert.convert_checkpoint(HF, tmp_path / "source", to="torchtitan")
     model = empty()
     with Checkpointer(tmp_path / "source", tmp_path / "out", model_format="torchtitan", save_every=1) as checkpointer:
         checkpointer.load_model(model)

@@ -60,12 +60,15 @@ def test_every_flag_is_an_option_of_some_command() -> None:
         ("`shards=` and `max_shard_size=` exclude each other", "--shards and --max-shard-size exclude each other"),
         ("say so with `from_format=`", "say so with --from"),
         ("`rope_theta=1e+06` contradicts", "--rope-theta 1e+06 contradicts"),
-        ("with `convert(SRC, DST, to='hf')`", "with `ckpt-convert convert SRC DST --to hf`"),
-        ("or accept it: `verify('/a b', accept='x.json')`", "or accept it: ckpt-convert verify '/a b' --accept x.json"),
+        ("with `convert_checkpoint(SRC, DST, to='hf')`", "with `ckpt-convert convert SRC DST --to hf`"),
+        (
+            "or accept it: `verify_checkpoint('/a b', accept='x.json')`",
+            "or accept it: ckpt-convert verify '/a b' --accept x.json",
+        ),
         ("`export_dtype='float16'` is a recipe's", "`export_dtype='float16'` is a recipe's"),
         (
-            "a file that says `config='x`, `convert(` or `dtype=\\'`",
-            "a file that says `config='x`, `convert(` or --dtype \\'",
+            "a file that says `config='x`, `convert_checkpoint(` or `dtype=\\'`",
+            "a file that says `config='x`, `convert_checkpoint(` or --dtype \\'",
         ),
         ("runs/dtype=bf16/step_1", "runs/dtype=bf16/step_1"),
     ],
@@ -87,7 +90,7 @@ def test_documents_are_said_in_flags_throughout() -> None:
 def test_the_same_error_names_the_option_in_either_way(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     source = PACKAGE.parent / "fixtures" / "golden" / "llama" / "hf"
     with pytest.raises(UsageError, match=r"^`model_parallel=0`: expected a whole number, 1 or more$") as caught:
-        ckpt_convert.convert(source, tmp_path / "out", to="meta", model_parallel=0)
+        ckpt_convert.convert_checkpoint(source, tmp_path / "out", to="meta", model_parallel=0)
     assert caught.value.option == "model_parallel"
     with pytest.raises(SystemExit):
         main(["hf-to-meta", str(source), str(tmp_path / "out"), "--model-parallel", "0"])

@@ -11,7 +11,7 @@ import ckpt_convert
 from ckpt_convert.analysis.check.run import check
 from ckpt_convert.cli import cli
 from ckpt_convert.cli.formats import formats
-from ckpt_convert.convert.api import plan
+from ckpt_convert.convert.api import plan_conversion
 from ckpt_convert.errors import UsageError
 from ckpt_convert.formats import ALL
 from ckpt_convert.models import FAMILIES, Family, grouped
@@ -85,7 +85,7 @@ def test_a_column_that_nothing_confirms_has_a_footnote(doubtful: Family) -> None
 
 @pytest.mark.parametrize(("source", "to"), [("hf", "native"), ("native.safetensors", "hf")])
 def test_its_use_is_said_in_the_plan(source: str, to: str, doubtful: Family) -> None:
-    with plan(GOLDEN / "llama" / source, to=to, config=GOLDEN / "llama" / "hf" / "config.json") as made:
+    with plan_conversion(GOLDEN / "llama" / source, to=to, config=GOLDEN / "llama" / "hf" / "config.json") as made:
         (said,) = [notice for notice in made.notices if "nobody has such a thing" in notice]
     assert said == "llama: nothing outside the project confirms this family's native keys: nobody has such a thing."
 
@@ -93,7 +93,7 @@ def test_its_use_is_said_in_the_plan(source: str, to: str, doubtful: Family) -> 
 def test_its_use_is_said_by_inspect_and_verify(
     doubtful: Family, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    ckpt_convert.convert(GOLDEN / "llama" / "hf", tmp_path / "native", to="native")
+    ckpt_convert.convert_checkpoint(GOLDEN / "llama" / "hf", tmp_path / "native", to="native")
     with ckpt_convert.open_checkpoint(tmp_path / "native") as found:
         assert [notice for notice in found.notices if "nobody has such a thing" in notice]
     result = CliRunner().invoke(cli, ["inspect", str(tmp_path / "native")])
@@ -105,7 +105,7 @@ def test_its_use_is_said_by_inspect_and_verify(
 
 
 def test_a_column_that_is_not_used_is_not_mentioned(doubtful: Family) -> None:
-    with plan(GOLDEN / "llama" / "hf", to="meta") as made:
+    with plan_conversion(GOLDEN / "llama" / "hf", to="meta") as made:
         assert not [notice for notice in made.notices if "nobody has such a thing" in notice]
 
 

@@ -17,7 +17,7 @@ import pytest
 
 from ckpt_convert.cli import plan_tree
 from ckpt_convert.cli.text import display_width
-from ckpt_convert.convert.api import plan
+from ckpt_convert.convert.api import plan_conversion
 from ckpt_convert.convert.explain import Move
 from tests.helpers import GOLDEN
 
@@ -194,6 +194,6 @@ def test_at_most_sixteen_files_are_listed(tmp_path: Path) -> None:
 
 
 def test_memory_grows_with_the_workers_and_with_torch() -> None:
-    with plan(HF, to="meta") as made, plan(HF, to="meta", dtype="bfloat16") as cast:
+    with plan_conversion(HF, to="meta") as made, plan_conversion(HF, to="meta", dtype="bfloat16") as cast:
         assert made.memory(4) - made.memory(3) == made.memory(3) - made.memory(2) > 1 << 20
         assert cast.memory(2) > made.memory(2) + 100_000_000

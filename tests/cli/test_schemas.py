@@ -22,7 +22,7 @@ import torch.distributed.checkpoint
 from click.testing import CliRunner
 
 from ckpt_convert.cli import cli
-from ckpt_convert.convert.api import convert
+from ckpt_convert.convert.api import convert_checkpoint
 from ckpt_convert.models.core.table import FORMATS
 from tests.helpers import CASES, GOLDEN
 
@@ -161,7 +161,7 @@ class TestConversions:
     def test_reports(self, tmp_path: Path) -> None:
         words = [GOLDEN / "llama_tied" / "hf", tmp_path / "out", "--model-parallel", "2", "--verify"]
         assert check("report", "hf-to-meta", *words)["verified"] == 30
-        report = convert(tmp_path / "out", tmp_path / "back", to="hf").as_dict()
+        report = convert_checkpoint(tmp_path / "out", tmp_path / "back", to="hf").as_dict()
         jsonschema.Draft202012Validator(schema("report")).validate(report)
 
 

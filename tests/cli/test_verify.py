@@ -241,7 +241,7 @@ def test_what_cannot_be_compared_is_an_error(broken: Path) -> None:
 @pytest.mark.parametrize("name", ["model.safetensors.index.json", "config.json", "ckpt_convert/manifest.json"])
 def test_no_json_file_however_damaged_gives_a_traceback(tmp_path: Path, name: str) -> None:
     path = tmp_path / "out"
-    ckpt_convert.convert(META, path, to="hf", shards=2)
+    ckpt_convert.convert_checkpoint(META, path, to="hf", shards=2)
     good = (path / name).read_text()
     chance = random.Random(7)
     for change in [*range(25)]:

@@ -50,7 +50,7 @@ def refused(tmp_path: Path) -> Refused:
 
     def check(source: Path, error: type[Exception], to: str = "meta", **options: Any) -> str:
         with pytest.raises(error) as caught:
-            ckpt_convert.convert(source, tmp_path / "out", to=to, **options)
+            ckpt_convert.convert_checkpoint(source, tmp_path / "out", to=to, **options)
         assert not (tmp_path / "out").exists()
         assert not (tmp_path / ".out.partial").exists()
         return str(caught.value)
@@ -73,7 +73,7 @@ def test_a_missing_shard(hf: Path, refused: Refused) -> None:
 
 def test_a_stale_shard_is_not_used_and_is_named(hf: Path, tmp_path: Path) -> None:
     shutil.copy(hf / "model-00001-of-00004.safetensors", hf / "model-00001-of-00009.safetensors")
-    report = ckpt_convert.convert(hf, tmp_path / "out", to="meta")
+    report = ckpt_convert.convert_checkpoint(hf, tmp_path / "out", to="meta")
     assert any("not used: model-00001-of-00009.safetensors" in notice for notice in report.notices)
     assert report.tensors == 30
 
@@ -160,7 +160,7 @@ def test_unknown_model_type(hf: Path, refused: Refused, tmp_path: Path) -> None:
     assert "model_type 'llamb'" in message
     assert "`ckpt-convert formats` lists them" in message
     assert "`family=`" in message
-    assert ckpt_convert.convert(hf, tmp_path / "out", to="meta", family="llama").family == "llama"
+    assert ckpt_convert.convert_checkpoint(hf, tmp_path / "out", to="meta", family="llama").family == "llama"
 
 
 @pytest.mark.parametrize(
@@ -269,7 +269,7 @@ def test_biases_have_no_place_in_meta_and_native(tmp_path: Path, refused: Refuse
     for target in ("meta", "native"):
         message = refused(tmp_path / "biased", InputError, to=target)
         assert "bias" in message
-    report = ckpt_convert.convert(tmp_path / "biased", tmp_path / "out", to="hf", shards=2, verify=True)
+    report = ckpt_convert.convert_checkpoint(tmp_path / "biased", tmp_path / "out", to="hf", shards=2, verify=True)
     assert report.tensors == 2 + 1 + 2 * (9 + 7)
 
 
@@ -282,7 +282,7 @@ def test_a_head_dim_that_meta_cannot_say(tmp_path: Path, refused: Refused) -> No
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(tmp_path / "odd")
     assert "head_dim" in refused(tmp_path / "odd", ConfigError)
-    ckpt_convert.convert(tmp_path / "odd", tmp_path / "out", to="native", verify=True)
+    ckpt_convert.convert_checkpoint(tmp_path / "odd", tmp_path / "out", to="native", verify=True)
 
 
 @pytest.mark.parametrize(
@@ -299,7 +299,7 @@ def test_a_rope_scaling_that_meta_cannot_say(
 ) -> None:
     edit_json(hf / "config.json", rope_parameters=None, rope_scaling=scaling, rope_theta=500000.0)
     assert "rope" in refused(hf, ConfigError)
-    report = ckpt_convert.convert(hf, tmp_path / "out", to="meta", drop_rope_scaling=True)
+    report = ckpt_convert.convert_checkpoint(hf, tmp_path / "out", to="meta", drop_rope_scaling=True)
     assert any("rope" in notice.lower() for notice in report.notices)
 
 
@@ -359,7 +359,7 @@ def test_ranks_of_several_dtypes(meta: Path, refused: Refused) -> None:
 
 
 def test_a_recorded_layout_whose_index_leaves_the_directory(hf: Path, tmp_path: Path, refused: Refused) -> None:
-    ckpt_convert.convert(hf, tmp_path / "meta", to="meta")
+    ckpt_convert.convert_checkpoint(hf, tmp_path / "meta", to="meta")
     edit_json(tmp_path / "meta" / "ckpt_convert" / "layouts" / "hf" / "layout.json", index="../../evil.json")
     assert "is not as it was written" in refused(tmp_path / "meta", CorruptFileError, to="hf")
     edit_manifest(tmp_path / "meta", record=None)  # whoever means harm can do that, too
@@ -390,20 +390,20 @@ def test_more_options_that_do_not_fit(options: dict[str, Any], words: str, hf: P
 
 
 def test_a_record_of_no_format(hf: Path, tmp_path: Path, refused: Refused) -> None:
-    ckpt_convert.convert(hf, tmp_path / "meta", to="meta")
+    ckpt_convert.convert_checkpoint(hf, tmp_path / "meta", to="meta")
     edit_manifest(tmp_path / "meta", format="../hf")
     assert "names no format" in refused(tmp_path / "meta", ConfigError, to="hf")
 
 
 def test_a_record_of_another_version(hf: Path, tmp_path: Path, refused: Refused) -> None:
-    ckpt_convert.convert(hf, tmp_path / "meta", to="meta")
+    ckpt_convert.convert_checkpoint(hf, tmp_path / "meta", to="meta")
     for schema, words in ((3, "expected schema 2 at most, found 3"), ("2", "expected schema 1 or 2, found '2'")):
         edit_manifest(tmp_path / "meta", schema=schema)
         assert words in refused(tmp_path / "meta", ConfigError, to="hf")
 
 
 def test_a_recorded_layout_whose_bytes_lie_elsewhere(hf: Path, tmp_path: Path, refused: Refused) -> None:
-    ckpt_convert.convert(hf, tmp_path / "meta", to="meta")
+    ckpt_convert.convert_checkpoint(hf, tmp_path / "meta", to="meta")
     folder = tmp_path / "meta" / "ckpt_convert" / "layouts" / "hf"
     content = json.loads((folder / "layout.json").read_text())
     shutil.move(folder / content["files"][0]["bytes"], tmp_path / "elsewhere.bytes")
@@ -432,7 +432,7 @@ def test_a_link_to_a_folder_called_blobs_outside_of_a_cache(tmp_path: Path, refu
     "name", ["model-00002-of-00004.safetensors", "config.json", ".ckpt-convert-journal", "a/", "."]
 )
 def test_a_record_that_gives_a_file_the_name_of_another(name: str, hf: Path, tmp_path: Path, refused: Refused) -> None:
-    ckpt_convert.convert(hf, tmp_path / "meta", to="meta")
+    ckpt_convert.convert_checkpoint(hf, tmp_path / "meta", to="meta")
     folder = tmp_path / "meta" / "ckpt_convert"
     content = json.loads((folder / "layouts" / "hf" / "layout.json").read_text())
     content["files"][0]["name"] = name
@@ -442,15 +442,15 @@ def test_a_record_that_gives_a_file_the_name_of_another(name: str, hf: Path, tmp
 
 
 def test_a_side_file_of_the_record_that_is_called_like_weights(hf: Path, tmp_path: Path, refused: Refused) -> None:
-    ckpt_convert.convert(hf, tmp_path / "meta", to="meta")
+    ckpt_convert.convert_checkpoint(hf, tmp_path / "meta", to="meta")
     (tmp_path / "meta" / "ckpt_convert" / "side" / "model-00001-of-00004.safetensors").write_text("evil")
     assert "two files of the output would be called" in refused(tmp_path / "meta", CorruptFileError, to="hf")
 
 
 @pytest.mark.parametrize("place", ["side/passwd.txt", "layouts/hf/extra", "config.json"])
 def test_links_in_the_record_do_not_leave_the_directory(place: str, hf: Path, tmp_path: Path, refused: Refused) -> None:
-    ckpt_convert.convert(hf, tmp_path / "meta", to="meta")
-    ckpt_convert.convert(tmp_path / "meta", tmp_path / "native", to="native")
+    ckpt_convert.convert_checkpoint(hf, tmp_path / "meta", to="meta")
+    ckpt_convert.convert_checkpoint(tmp_path / "meta", tmp_path / "native", to="native")
     (tmp_path / "secret").write_text("{}")
     for source in ("meta", "native"):
         link = tmp_path / source / "ckpt_convert" / place
@@ -466,7 +466,7 @@ def test_links_in_the_record_do_not_leave_the_directory(place: str, hf: Path, tm
     "change", [{"side_files": None}, {"side_files": ["x"]}, {"side_files": [{}]}, {"side_files": 3}, {"dims": [1]}]
 )
 def test_a_damaged_manifest(change: dict[str, Any], hf: Path, tmp_path: Path, refused: Refused) -> None:
-    ckpt_convert.convert(hf, tmp_path / "meta", to="meta")
+    ckpt_convert.convert_checkpoint(hf, tmp_path / "meta", to="meta")
     path = tmp_path / "meta" / "ckpt_convert" / "manifest.json"
     write_manifest(path, {**json.loads(path.read_text()), **change})
     assert "move the folder ckpt_convert out of" in refused(tmp_path / "meta", ConfigError, to="hf")
@@ -484,7 +484,7 @@ def test_sizes_are_not_believed(hf: Path, meta: Path, refused: Refused) -> None:
 
 def test_files_that_are_no_regular_files(hf: Path, refused: Refused, tmp_path: Path) -> None:
     os.mkfifo(hf / "side.txt")
-    report = ckpt_convert.convert(hf, tmp_path / "fine", to="native")
+    report = ckpt_convert.convert_checkpoint(hf, tmp_path / "fine", to="native")
     assert "not taken along: side.txt" in report.notices
     (hf / "model-00002-of-00004.safetensors").unlink()
     os.mkfifo(hf / "model-00002-of-00004.safetensors")
@@ -529,5 +529,5 @@ def test_a_checklist_that_is_none_or_lists_what_is_not_there(meta: Path, refused
 def test_names_that_cannot_be(name: str, hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError):
-        ckpt_convert.convert(hf, name, to="meta", overwrite=True)
+        ckpt_convert.convert_checkpoint(hf, name, to="meta", overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]

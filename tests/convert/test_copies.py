@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ckpt_convert import ConfigError, TiedWeightsError, convert, open_checkpoint
+from ckpt_convert import ConfigError, TiedWeightsError, convert_checkpoint, open_checkpoint
 from ckpt_convert.models.core.params import Weights
 from ckpt_convert.models.llama import params as llama_params
 from ckpt_convert.models.llama import releases as llama_releases
@@ -59,7 +59,7 @@ def expected(tensors: dict[str, torch.Tensor], name: str, rank: int, ranks: int)
 
 @pytest.mark.parametrize("ranks", [4, 8])
 def test_neighbours_hold_copies_and_params_json_counts_them(ranks: int, source: Path, tmp_path: Path) -> None:
-    report = convert(source, tmp_path / "meta", to="meta", model_parallel=ranks, verify=True)
+    report = convert_checkpoint(source, tmp_path / "meta", to="meta", model_parallel=ranks, verify=True)
     tensors = read_safetensors(source)
     for rank, found in enumerate(read_meta(tmp_path / "meta")):
         for name in "kv":
@@ -69,43 +69,43 @@ def test_neighbours_hold_copies_and_params_json_counts_them(ranks: int, source: 
     params = json.loads((tmp_path / "meta" / "params.json").read_text())
     assert params["n_kv_heads"] == ranks
     assert f"params.json counts {ranks} key/value heads, one for each rank: copies of the model's 2" in report.notices
-    convert(tmp_path / "meta", tmp_path / "back", to="hf", verify=True)
+    convert_checkpoint(tmp_path / "meta", tmp_path / "back", to="hf", verify=True)
     assert sums(tmp_path / "back") == sums(source)
 
 
 @pytest.mark.usefixtures("released")
 def test_a_release_for_more_ranks_than_heads(source: Path, tmp_path: Path) -> None:
-    convert(source, tmp_path / "made", to="meta", model_parallel=8)
+    convert_checkpoint(source, tmp_path / "made", to="meta", model_parallel=8)
     meta = tmp_path / "meta"
     meta.mkdir()
     for file in [*(tmp_path / "made").glob("*.pth"), tmp_path / "made" / "params.json"]:
         file.rename(meta / file.name)
-    report = convert(meta, tmp_path / "hf", to="hf", verify=True)
+    report = convert_checkpoint(meta, tmp_path / "hf", to="hf", verify=True)
     assert_same(read_safetensors(tmp_path / "hf"), read_safetensors(source))
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["num_key_value_heads"] == KV
     assert (
         "params.json counts 8 key/value heads, one for each of 8 ranks; took 2, as in Tiny 405B, which neighbouring "
         "ranks have to hold copies of"
     ) in report.notices
-    convert(tmp_path / "hf", tmp_path / "native", to="native", verify=True)
-    convert(tmp_path / "native", tmp_path / "back", to="meta", verify=True)
+    convert_checkpoint(tmp_path / "hf", tmp_path / "native", to="native", verify=True)
+    convert_checkpoint(tmp_path / "native", tmp_path / "back", to="meta", verify=True)
     assert sums(tmp_path / "back") == sums(meta)
 
 
 @pytest.mark.usefixtures("released")
 @pytest.mark.parametrize(("before", "after"), [(8, 2), (2, 8), (8, 4), (1, 4), (4, 1)])
 def test_over_other_ranks(before: int, after: int, source: Path, tmp_path: Path) -> None:
-    convert(source, tmp_path / "before", to="meta", model_parallel=before)
-    convert(tmp_path / "before", tmp_path / "after", to="meta", model_parallel=after, verify=True)
+    convert_checkpoint(source, tmp_path / "before", to="meta", model_parallel=before)
+    convert_checkpoint(tmp_path / "before", tmp_path / "after", to="meta", model_parallel=after, verify=True)
     assert json.loads((tmp_path / "after" / "params.json").read_text())["n_kv_heads"] == max(after, KV)
-    convert(source, tmp_path / "at once", to="meta", model_parallel=after)
+    convert_checkpoint(source, tmp_path / "at once", to="meta", model_parallel=after)
     for mine, theirs in zip(read_meta(tmp_path / "after"), read_meta(tmp_path / "at once"), strict=True):
         assert_same(mine, theirs)
 
 
 @pytest.mark.usefixtures("released")
 def test_the_tensors_are_shown_as_the_model_has_them(source: Path, tmp_path: Path) -> None:
-    convert(source, tmp_path / "meta", to="meta", model_parallel=8)
+    convert_checkpoint(source, tmp_path / "meta", to="meta", model_parallel=8)
     with open_checkpoint(tmp_path / "meta") as checkpoint:
         info = checkpoint.tensors["layers.0.attention.wk.weight"]
         assert info.shape == (KV * HEAD_DIM, DIM)
@@ -116,12 +116,12 @@ def test_the_tensors_are_shown_as_the_model_has_them(source: Path, tmp_path: Pat
 
 @pytest.mark.usefixtures("released")
 def test_copies_that_differ_are_refused(source: Path, tmp_path: Path) -> None:
-    convert(source, tmp_path / "meta", to="meta", model_parallel=4)
+    convert_checkpoint(source, tmp_path / "meta", to="meta", model_parallel=4)
     rank = torch.load(tmp_path / "meta" / "consolidated.03.pth", weights_only=True)
     rank["layers.1.attention.wk.weight"][0, 0] += 1
     torch.save(rank, tmp_path / "meta" / "consolidated.03.pth")
     with pytest.raises(TiedWeightsError) as error:
-        convert(tmp_path / "meta", tmp_path / "hf", to="hf")
+        convert_checkpoint(tmp_path / "meta", tmp_path / "hf", to="hf")
     assert (
         "layers.1.attention.wk.weight: rank 3 (consolidated.03.pth) and rank 2 (consolidated.02.pth) differ, but every "
         "rank of 2 in succession has to hold the same values; the files are not of one checkpoint"
@@ -134,7 +134,7 @@ def test_copies_that_differ_are_refused(source: Path, tmp_path: Path) -> None:
 ])  # fmt: skip
 def test_ranks_that_do_not_fit(ranks: int, words: str, source: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=re.escape(words)) as error:
-        convert(source, tmp_path / "meta", to="meta", model_parallel=ranks)
+        convert_checkpoint(source, tmp_path / "meta", to="meta", model_parallel=ranks)
     assert str(error.value).endswith("`model_parallel=` may be 1, 2, 4, 8")
 
 
@@ -154,12 +154,12 @@ def test_params_json_of_the_release_for_16_ranks() -> None:
 
 def test_params_json_says_itself_how_many_heads_where_no_release_does(source: Path, tmp_path: Path) -> None:
     """Without a record nothing tells copies from heads, and the model is the same with as many heads as ranks."""
-    convert(source, tmp_path / "made", to="meta", model_parallel=4)
+    convert_checkpoint(source, tmp_path / "made", to="meta", model_parallel=4)
     meta = tmp_path / "meta"
     meta.mkdir()
     for file in [*(tmp_path / "made").glob("*.pth"), tmp_path / "made" / "params.json"]:
         file.rename(meta / file.name)
-    convert(meta, tmp_path / "hf", to="hf")
+    convert_checkpoint(meta, tmp_path / "hf", to="hf")
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["num_key_value_heads"] == 4
     models = [LlamaForCausalLM.from_pretrained(path) for path in (source, tmp_path / "hf")]
     with torch.no_grad():
@@ -169,5 +169,5 @@ def test_params_json_says_itself_how_many_heads_where_no_release_does(source: Pa
         first, second = (model(input_ids=torch.arange(10).reshape(1, 10)).logits for model in models)
     torch.testing.assert_close(first, second)
     edit_json(meta / "params.json", n_kv_heads=2)
-    convert(meta, tmp_path / "again", to="hf")
+    convert_checkpoint(meta, tmp_path / "again", to="hf")
     assert_same(read_safetensors(tmp_path / "again"), read_safetensors(source))

@@ -14,7 +14,7 @@ import torch
 import transformers
 from transformers.modeling_layers import MtpModel
 
-from ckpt_convert import convert, convert_state_dict
+from ckpt_convert import convert_checkpoint, convert_state_dict
 from ckpt_convert.analysis.check import check
 from ckpt_convert.checkpoint import mapping
 from ckpt_convert.checkpoint.mapping import Source
@@ -173,13 +173,13 @@ def test_keys_and_shapes_are_those_that_transformers_has_in_memory(name: str) ->
 )
 def test_there_and_back(name: str, to: str, tmp_path: Path) -> None:
     source = saved(name, tmp_path / "source")
-    convert(source, tmp_path / "there", to=to, verify=True)
-    convert(tmp_path / "there", tmp_path / "back", to="hf", verify=True)
+    convert_checkpoint(source, tmp_path / "there", to=to, verify=True)
+    convert_checkpoint(tmp_path / "there", tmp_path / "back", to="hf", verify=True)
     assert sums(tmp_path / "back") == sums(source)
     # Without the record nothing but the tables leads back.
     bare = without_record(tmp_path / "there")
     config = None if to == "meta" else source / "config.json"
-    convert(bare, tmp_path / "again", to="hf", config=config, max_positions=131072 if to == "meta" else None)
+    convert_checkpoint(bare, tmp_path / "again", to="hf", config=config, max_positions=131072 if to == "meta" else None)
     assert_same(read_safetensors(tmp_path / "again"), read_safetensors(source))
     expected = logits(source)
     assert expected.std() > 0.05
@@ -190,15 +190,15 @@ def test_there_and_back(name: str, to: str, tmp_path: Path) -> None:
 def test_biases_have_no_place_in_torchtitan(name: str, tmp_path: Path) -> None:
     source = saved(name, tmp_path / "source")
     with pytest.raises(KeyMismatchError, match=r"the torchtitan format of \w+ has no place for \d+ tensors: .*bias"):
-        convert(source, tmp_path / "out", to="torchtitan")
+        convert_checkpoint(source, tmp_path / "out", to="torchtitan")
 
 
 @pytest.mark.parametrize("name", ["qwen2_moe", "deepseek_v2"])
 def test_a_family_without_another_layout_says_so(name: str, tmp_path: Path) -> None:
     source = saved(name, tmp_path / "source")
     with pytest.raises(CkptConvertError, match=f"the {name} table has no torchtitan column; it has hf"):
-        convert(source, tmp_path / "out", to="torchtitan")
-    convert(source, tmp_path / "hf", to="hf", verify=True)
+        convert_checkpoint(source, tmp_path / "out", to="torchtitan")
+    convert_checkpoint(source, tmp_path / "hf", to="hf", verify=True)
     assert sums(tmp_path / "hf") == sums(source)
 
 
@@ -213,7 +213,7 @@ def test_a_missing_expert_is_named(tmp_path: Path) -> None:
     del index["weight_map"][lost]
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(KeyMismatchError, match=lost.replace(".", r"\.")):
-        convert(source, tmp_path / "out", to="torchtitan")
+        convert_checkpoint(source, tmp_path / "out", to="torchtitan")
 
 
 def test_what_torchtitan_adds_to_balance_experts_is_carried(tmp_path: Path) -> None:
@@ -224,10 +224,12 @@ def test_what_torchtitan_adds_to_balance_experts_is_carried(tmp_path: Path) -> N
     (tmp_path / "source").mkdir()
     torch.save(tensors, tmp_path / "source" / "model.pt")
     shutil.copy(GOLDEN / "qwen3_moe" / "hf" / "config.json", tmp_path / "config.json")
-    report = convert(tmp_path / "source", tmp_path / "hf", to="hf", config=tmp_path / "config.json", allow_loss=True)
+    report = convert_checkpoint(
+        tmp_path / "source", tmp_path / "hf", to="hf", config=tmp_path / "config.json", allow_loss=True
+    )
     assert report.drops == [f"layers.{at}.moe.expert_bias_E" for at in range(3)]
     assert_same(read_safetensors(tmp_path / "hf"), read_safetensors(GOLDEN / "qwen3_moe" / "hf"))
-    convert(tmp_path / "hf", tmp_path / "back", to="torchtitan")
+    convert_checkpoint(tmp_path / "hf", tmp_path / "back", to="torchtitan")
     assert sums(tmp_path / "back") == sums(tmp_path / "source")
     # In memory there is no record: a tensor that the target has no place for is left out.
     found = convert_state_dict(tensors, config, source="torchtitan", target="hf", allow_loss=True)
@@ -256,10 +258,10 @@ def with_copies(directory: Path) -> Path:
 
 def test_mtp_layers_are_renumbered_and_their_copies_carried(tmp_path: Path) -> None:
     source = with_copies(tmp_path / "source")
-    report = convert(source, tmp_path / "there", to="torchtitan", verify=True)
+    report = convert_checkpoint(source, tmp_path / "there", to="torchtitan", verify=True)
     copies = [f"model.layers.{at}.{name}.weight" for at in (2, 3) for name in ("embed_tokens", "shared_head.head")]
     assert report.drops == copies
-    convert(tmp_path / "there", tmp_path / "back", to="hf", verify=True)
+    convert_checkpoint(tmp_path / "there", tmp_path / "back", to="hf", verify=True)
     assert sums(tmp_path / "back") == sums(source)
 
 
@@ -267,7 +269,7 @@ def test_transformers_finds_the_mtp_layers_that_come_back(tmp_path: Path, monkey
     config = GOLDEN / "deepseek_mtp" / "hf" / "config.json"
     (tmp_path / "source").mkdir()
     torch.save(read_safetensors(GOLDEN / "deepseek_mtp" / "torchtitan.safetensors"), tmp_path / "source" / "model.pt")
-    convert(tmp_path / "source", tmp_path / "hf", to="hf", config=config)
+    convert_checkpoint(tmp_path / "source", tmp_path / "hf", to="hf", config=config)
     main = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     # It looks for layer 61, as the releases have it.
     monkeypatch.setattr(main, "_keys_to_ignore_on_load_unexpected", [r"model\.layers\.[23]\."])
@@ -297,7 +299,7 @@ def test_an_mtp_layer_is_there_whole_or_not_at_all() -> None:
 def test_kimi_k2_is_deepseek_v3(tmp_path: Path) -> None:
     shutil.copytree(GOLDEN / "deepseek_v3" / "hf", tmp_path / "source")
     edit_json(tmp_path / "source" / "config.json", model_type="kimi_k2", num_nextn_predict_layers=0)
-    report = convert(tmp_path / "source", tmp_path / "there", to="torchtitan", verify=True)
+    report = convert_checkpoint(tmp_path / "source", tmp_path / "there", to="torchtitan", verify=True)
     assert report.family == "kimi_k2"
     config = json.loads((tmp_path / "source" / "config.json").read_text())
     found = convert_state_dict(read_safetensors(tmp_path / "source"), config, source="hf", target="torchtitan")
@@ -322,7 +324,7 @@ def qwen3_5_releases(tmp_path: Path) -> tuple[Path, Path]:
 def test_qwen3_5_s_experts_apart_and_together(tmp_path: Path) -> None:
     split, fused = qwen3_5_releases(tmp_path)
     for name, source in (("qwen3_5_moe_split", split), ("qwen3_5_moe", fused)):
-        report = convert(source, tmp_path / name, to="torchtitan", container="pt", verify=True)
+        report = convert_checkpoint(source, tmp_path / name, to="torchtitan", container="pt", verify=True)
         assert report.family == name
     tensors = [torch.load(next((tmp_path / name).glob("*.pt"))) for name in ("qwen3_5_moe_split", "qwen3_5_moe")]
     assert_same(*tensors)
@@ -331,10 +333,12 @@ def test_qwen3_5_s_experts_apart_and_together(tmp_path: Path) -> None:
         key = f"model.language_model.layers.2.mlp.experts.4.{part}.weight"
         assert torch.equal(tensors[0][f"layers.2.moe.routed_experts.inner_experts.{name}"][4], hf[key])
     for name, source in (("qwen3_5_moe_split", split), ("qwen3_5_moe", fused)):
-        convert(tmp_path / name, tmp_path / f"{name}-back", to="hf", verify=True)
+        convert_checkpoint(tmp_path / name, tmp_path / f"{name}-back", to="hf", verify=True)
         assert sums(tmp_path / f"{name}-back") == sums(source)
     # Nothing but the record says how they were: without it they are as in the releases.
-    convert(without_record(tmp_path / "qwen3_5_moe_split"), tmp_path / "again", to="hf", config=split / "config.json")
+    convert_checkpoint(
+        without_record(tmp_path / "qwen3_5_moe_split"), tmp_path / "again", to="hf", config=split / "config.json"
+    )
     assert_same(read_safetensors(tmp_path / "again"), read_safetensors(fused))
 
 
@@ -360,9 +364,9 @@ def test_qwen3_5_s_further_tokens_are_carried(layout: str, tmp_path: Path) -> No
         safetensors.torch.save_file(read_safetensors(source) | extra, source / "model.safetensors")
     else:
         safetensors.torch.save_file(extra, source / "mtp.safetensors")
-    report = convert(source, tmp_path / "there", to="torchtitan", verify=True)
+    report = convert_checkpoint(source, tmp_path / "there", to="torchtitan", verify=True)
     assert report.drops == sorted(extra)
-    convert(tmp_path / "there", tmp_path / "back", to="hf", verify=True)
+    convert_checkpoint(tmp_path / "there", tmp_path / "back", to="hf", verify=True)
     assert sums(tmp_path / "back") == sums(source)
 
 
@@ -376,7 +380,7 @@ def test_qwen3_next_keeps_its_further_tokens_in_other_shards(tmp_path: Path) -> 
     extra["mtp.fc.weight"] = torch.randn(36, 72)
     safetensors.torch.save_file(extra, source / "mtp.safetensors")
     edit_index(source, dict.fromkeys(extra, "mtp.safetensors"))
-    convert(source, tmp_path / "there", to="hf", shards=2, verify=True)
+    convert_checkpoint(source, tmp_path / "there", to="hf", shards=2, verify=True)
     assert_same(read_safetensors(tmp_path / "there"), read_safetensors(source))
     assert torch.equal(logits(tmp_path / "there"), expected)
     assert check(tmp_path / "there").findings == ()
@@ -454,7 +458,7 @@ def test_the_files_of_december_2023(params: bool, tmp_path: Path) -> None:
     tensors, expected = published(config)
     source = write_2023(tmp_path / "source", config, tensors, params)
     given = None if params else GOLDEN / "mixtral" / "hf" / "config.json"
-    report = convert(source, tmp_path / "hf", to="hf", config=given, verify=True)
+    report = convert_checkpoint(source, tmp_path / "hf", to="hf", config=given, verify=True)
     assert report.family == "mixtral_2023"
     assert_same(read_safetensors(tmp_path / "hf"), expected)
     content = json.loads((tmp_path / "hf" / "config.json").read_text())
@@ -465,7 +469,7 @@ def test_the_files_of_december_2023(params: bool, tmp_path: Path) -> None:
     if params:
         assert content["sliding_window"] == 4096
     logits(tmp_path / "hf")  # transformers finds all it needs
-    convert(tmp_path / "hf", tmp_path / "back", to="meta", verify=True)
+    convert_checkpoint(tmp_path / "hf", tmp_path / "back", to="meta", verify=True)
     assert sums(source).items() <= sums(tmp_path / "back").items()
     assert (tmp_path / "back" / "params.json").is_file()
 
@@ -473,7 +477,7 @@ def test_the_files_of_december_2023(params: bool, tmp_path: Path) -> None:
 def test_mistral_s_layout_of_today(tmp_path: Path) -> None:
     """The modules of mistral-inference: a gate, and for each expert w1, w2 and w3 as [out, in]."""
     source = GOLDEN / "mixtral" / "hf"
-    convert(source, tmp_path / "meta", to="meta", verify=True)
+    convert_checkpoint(source, tmp_path / "meta", to="meta", verify=True)
     assert {file.name for file in (tmp_path / "meta").iterdir()} >= {"params.json", "consolidated.safetensors"}
     params = json.loads((tmp_path / "meta" / "params.json").read_text())
     assert params == {
@@ -491,7 +495,7 @@ def test_mistral_s_layout_of_today(tmp_path: Path) -> None:
         q.view(12, 3, 2, 72).transpose(1, 2).reshape(72, 72), hf["model.layers.0.self_attn.q_proj.weight"]
     )
     assert len(found) == len(hf)
-    convert(tmp_path / "meta", tmp_path / "back", to="hf", verify=True)
+    convert_checkpoint(tmp_path / "meta", tmp_path / "back", to="hf", verify=True)
     assert sums(tmp_path / "back") == sums(source)
 
 
@@ -610,7 +614,7 @@ def test_glm_has_the_layers_that_predict_further_tokens_too(tmp_path: Path, monk
     extra = {entry.key: torch.randn(entry.shape("hf", dims) or ()) for entry in entries}
     safetensors.torch.save_file(extra, source / "mtp.safetensors")
     edit_index(source, dict.fromkeys(extra, "mtp.safetensors"))
-    convert(source, tmp_path / "there", to="hf", shards=2, verify=True)
+    convert_checkpoint(source, tmp_path / "there", to="hf", shards=2, verify=True)
     assert_same(read_safetensors(tmp_path / "there"), read_safetensors(source))
     main = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "there")
     # It looks for layer 46 or 92, as the releases have it.

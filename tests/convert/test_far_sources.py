@@ -48,7 +48,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 
 def made(directory: Path, source: Path, **options: Any) -> Path:
-    ckpt_convert.convert(source, directory, **options)
+    ckpt_convert.convert_checkpoint(source, directory, **options)
     return directory
 
 
@@ -79,8 +79,8 @@ class TestConversions:
     def test_the_output_is_that_of_a_directory(self, source: Path, to: str, tmp_path: Path) -> None:
         place = stored(source)
         options: dict[str, Any] = {"dequantize": "float32"} if "fp8" in source.name else {}
-        ckpt_convert.convert(source, tmp_path / "from_directory", to=to, **options)
-        report = ckpt_convert.convert(place, tmp_path / "from_store", to=to, verify=True, **options)
+        ckpt_convert.convert_checkpoint(source, tmp_path / "from_directory", to=to, **options)
+        report = ckpt_convert.convert_checkpoint(place, tmp_path / "from_store", to=to, verify=True, **options)
         assert contents(tmp_path / "from_store") == contents(tmp_path / "from_directory")
         assert report.source == f"memory://{WHERE}"
         # All that is there, and again at the end; the folder above Meta's files, where their tokenizer may lie, twice.
@@ -105,8 +105,8 @@ class TestConversions:
     def test_from_store_to_store(self, tmp_path: Path) -> None:
         place = stored(HF)
         there, back = place.parent / "meta", place.parent / "back"
-        ckpt_convert.convert(place, there, to="meta")
-        ckpt_convert.convert(there, back, to="hf")
+        ckpt_convert.convert_checkpoint(place, there, to="meta")
+        ckpt_convert.convert_checkpoint(there, back, to="hf")
         with_record = {file.below(back): file.read(1 << 24) for file in back.entries()}
         assert {name: data for name, data in with_record.items() if not name.startswith("ckpt_convert/")} == contents(
             HF
@@ -114,8 +114,8 @@ class TestConversions:
 
     def test_a_config_and_a_checkpoint_to_imitate_may_lie_there_too(self, tmp_path: Path) -> None:
         place = stored(HF)
-        ckpt_convert.convert(META, tmp_path / "directory", to="hf", like=HF)
-        ckpt_convert.convert(META, tmp_path / "store", to="hf", like=place)
+        ckpt_convert.convert_checkpoint(META, tmp_path / "directory", to="hf", like=HF)
+        ckpt_convert.convert_checkpoint(META, tmp_path / "store", to="hf", like=place)
         assert contents(tmp_path / "store") == contents(tmp_path / "directory")
         with ckpt_convert.open_checkpoint(
             place / "model-00001-of-00004.safetensors", config=place / "config.json"
@@ -131,7 +131,7 @@ class TestConversions:
             store.put(f"{WHERE}/generation_config.json", b"{}")
 
         with pytest.raises(SourceChangedError, match=r"generation_config\.json: the source changed while it was read"):
-            ckpt_convert.convert(place, tmp_path / "out", to="meta", progress=touch)
+            ckpt_convert.convert_checkpoint(place, tmp_path / "out", to="meta", progress=touch)
         assert not (tmp_path / "out").exists()
 
     def test_an_old_torch_file_has_to_be_on_a_disk(self, tmp_path: Path) -> None:

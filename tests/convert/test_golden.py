@@ -29,7 +29,7 @@ def hf(case: str) -> Path:
 
 
 class Convert:
-    """``ckpt_convert.convert`` on a disk, or in a store without rename, whose files are copied to the disk then.
+    """``convert_checkpoint`` on a disk, or in a store without rename, whose files are copied to the disk then.
 
     In the store a conversion reads what one before it has written there.
     """
@@ -40,9 +40,9 @@ class Convert:
 
     def __call__(self, source: Path, destination: Path, **options: Any) -> ckpt_convert.Report:
         if self._store is None:
-            return ckpt_convert.convert(source, destination, **options)
+            return ckpt_convert.convert_checkpoint(source, destination, **options)
         place = Place(self._store, PurePosixPath(destination.name))
-        report = ckpt_convert.convert(self._written.get(source, source), place, **options)
+        report = ckpt_convert.convert_checkpoint(self._written.get(source, source), place, **options)
         self._written[destination] = place
         for file in place.entries():
             path = destination / file.below(place)

@@ -46,7 +46,7 @@ def check_index(directory: Path) -> None:
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 30])
 def test_shards_are_as_many_as_asked_for_and_balanced(target: str, count: int, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    report = ckpt_convert.convert(HF, out, to=target, shards=count, verify=True)
+    report = ckpt_convert.convert_checkpoint(HF, out, to=target, shards=count, verify=True)
     names = [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
     assert report.files == (names if count > 1 else ["model.safetensors"])
     sizes = [sum(t.nbytes for t in load_file(out / name).values()) for name in report.files]
@@ -58,7 +58,7 @@ def test_shards_are_as_many_as_asked_for_and_balanced(target: str, count: int, t
 
 
 def test_layers_stay_together_in_order(tmp_path: Path) -> None:
-    ckpt_convert.convert(HF, tmp_path / "out", to="hf", shards=5)
+    ckpt_convert.convert_checkpoint(HF, tmp_path / "out", to="hf", shards=5)
     found = weight_map(tmp_path / "out")
     files = [found[f"model.layers.{layer}.mlp.up_proj.weight"] for layer in range(3)]
     assert files == sorted(files)
@@ -67,17 +67,17 @@ def test_layers_stay_together_in_order(tmp_path: Path) -> None:
 
 
 def test_max_shard_size(tmp_path: Path) -> None:
-    ckpt_convert.convert(HF, tmp_path / "out", to="hf", max_shard_size=60_000, verify=True)
+    ckpt_convert.convert_checkpoint(HF, tmp_path / "out", to="hf", max_shard_size=60_000, verify=True)
     for file in (tmp_path / "out").glob("*.safetensors"):
         assert sum(t.nbytes for t in load_file(file).values()) <= 60_000
     check_index(tmp_path / "out")
-    ckpt_convert.convert(HF, tmp_path / "tiny", to="hf", max_shard_size=10_000)
+    ckpt_convert.convert_checkpoint(HF, tmp_path / "tiny", to="hf", max_shard_size=10_000)
     sizes = [len(load_file(file)) for file in (tmp_path / "tiny").glob("*.safetensors") if file.stat().st_size > 10_500]
     assert set(sizes) == {1}
 
 
 def test_hf_to_native_keeps_names_assignment_and_order(tmp_path: Path) -> None:
-    ckpt_convert.convert(HF, tmp_path / "out", to="native")
+    ckpt_convert.convert_checkpoint(HF, tmp_path / "out", to="native")
     for file in HF.glob("*.safetensors"):
         assert len(load_file(file)) == len(load_file(tmp_path / "out" / file.name))
     names = weight_map(HF)
@@ -102,10 +102,10 @@ def test_odd_names_come_from_the_index(tmp_path: Path) -> None:
     for file in source.glob("model-*.safetensors"):
         file.rename(source / file.name.replace("model-0000", "weights.part").replace("-of-00004", ""))
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
-    ckpt_convert.convert(source, tmp_path / "native", to="native")
+    ckpt_convert.convert_checkpoint(source, tmp_path / "native", to="native")
     assert (tmp_path / "native" / "weights.part2.safetensors").exists()
-    ckpt_convert.convert(tmp_path / "native", tmp_path / "meta", to="meta")
-    ckpt_convert.convert(tmp_path / "meta", tmp_path / "back", to="hf")
+    ckpt_convert.convert_checkpoint(tmp_path / "native", tmp_path / "meta", to="meta")
+    ckpt_convert.convert_checkpoint(tmp_path / "meta", tmp_path / "back", to="hf")
     assert sums(tmp_path / "back") == sums(source)
 
 
@@ -125,7 +125,7 @@ def test_casts_are_torchs(dtype: str, target: str, tmp_path: Path) -> None:
         read_safetensors(source), source / "config.json", source="hf", target=target
     )
     wanted = {key: tensor.to(getattr(torch, dtype)) for key, tensor in plain.items()}  # type: ignore[union-attr]
-    ckpt_convert.convert(source, tmp_path / "out", to=target, dtype=dtype, allow_overflow=True, verify=True)
+    ckpt_convert.convert_checkpoint(source, tmp_path / "out", to=target, dtype=dtype, allow_overflow=True, verify=True)
     found = read_meta(tmp_path / "out")[0] if target == "meta" else read_safetensors(tmp_path / "out")
     assert_same(found, wanted)
     config = json.loads((tmp_path / "out" / "ckpt_convert" / "config.json").read_text())
@@ -133,8 +133,8 @@ def test_casts_are_torchs(dtype: str, target: str, tmp_path: Path) -> None:
 
 
 def test_a_cast_checkpoint_keeps_names_and_assignment_on_the_way_back(tmp_path: Path) -> None:
-    ckpt_convert.convert(HF, tmp_path / "meta", to="meta", dtype="bfloat16")
-    ckpt_convert.convert(tmp_path / "meta", tmp_path / "back", to="hf")
+    ckpt_convert.convert_checkpoint(HF, tmp_path / "meta", to="meta", dtype="bfloat16")
+    ckpt_convert.convert_checkpoint(tmp_path / "meta", tmp_path / "back", to="hf")
     assert weight_map(tmp_path / "back") == weight_map(HF)
     check_index(tmp_path / "back")
     assert load_file(tmp_path / "back" / "model-00001-of-00004.safetensors").popitem()[1].dtype == torch.bfloat16
@@ -164,7 +164,9 @@ def every_dtype(directory: Path) -> None:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_every_dtype_and_bit_pattern_survives(ranks: int, tmp_path: Path) -> None:
     every_dtype(tmp_path / "source")
-    ckpt_convert.convert(tmp_path / "source", tmp_path / "meta", to="meta", model_parallel=ranks, verify=True)
+    ckpt_convert.convert_checkpoint(
+        tmp_path / "source", tmp_path / "meta", to="meta", model_parallel=ranks, verify=True
+    )
     expected = ckpt_convert.convert_state_dict(
         read_safetensors(tmp_path / "source"), HF / "config.json", source="hf", target="meta", model_parallel=ranks
     )
@@ -172,8 +174,8 @@ def test_every_dtype_and_bit_pattern_survives(ranks: int, tmp_path: Path) -> Non
         read_meta(tmp_path / "meta"), expected if isinstance(expected, list) else [expected], strict=True
     ):
         assert_same(mine, theirs)
-    ckpt_convert.convert(tmp_path / "meta", tmp_path / "native", to="native")
-    ckpt_convert.convert(tmp_path / "native", tmp_path / "back", to="hf")
+    ckpt_convert.convert_checkpoint(tmp_path / "meta", tmp_path / "native", to="native")
+    ckpt_convert.convert_checkpoint(tmp_path / "native", tmp_path / "back", to="hf")
     assert sums(tmp_path / "back") == sums(tmp_path / "source")
 
 
@@ -202,18 +204,18 @@ def as_bin(directory: Path, *, shared: bool = False) -> Path:
 def test_bin_comes_back_file_for_file(shared: bool, steps: tuple[str, ...], tmp_path: Path) -> None:
     here = as_bin(tmp_path / "source", shared=shared)
     for number, step in enumerate(steps):
-        ckpt_convert.convert(here, tmp_path / str(number), to=step, verify=True)
+        ckpt_convert.convert_checkpoint(here, tmp_path / str(number), to=step, verify=True)
         here = tmp_path / str(number)
     assert sums(here) == sums(tmp_path / "source")
 
 
 def test_bin_to_safetensors_and_back(tmp_path: Path) -> None:
     source = as_bin(tmp_path / "source")
-    ckpt_convert.convert(source, tmp_path / "safe", to="hf", container="safetensors", verify=True)
+    ckpt_convert.convert_checkpoint(source, tmp_path / "safe", to="hf", container="safetensors", verify=True)
     names = {file.name for file in (tmp_path / "safe").glob("*.safetensors")}
     assert names == {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
     check_index(tmp_path / "safe")
-    ckpt_convert.convert(tmp_path / "safe", tmp_path / "bin", to="hf", container="bin", verify=True)
+    ckpt_convert.convert_checkpoint(tmp_path / "safe", tmp_path / "bin", to="hf", container="bin", verify=True)
     assert set(weight_map(tmp_path / "bin")) == set(weight_map(source))
     loaded = torch.load(tmp_path / "bin" / "pytorch_model-00001-of-00002.bin", weights_only=True)
     assert_same(loaded, torch.load(source / "pytorch_model-00001-of-00002.bin", weights_only=True))
@@ -229,9 +231,9 @@ def test_transposed_and_shared_storages_as_llama_1_has_them(tmp_path: Path) -> N
         key = "layers.1.attention.wq.weight"
         tensors[key] = tensors[key].t().contiguous().t()
         torch.save(tensors, file)
-    ckpt_convert.convert(source, tmp_path / "hf", to="hf", verify=True)
+    ckpt_convert.convert_checkpoint(source, tmp_path / "hf", to="hf", verify=True)
     assert_same(read_safetensors(tmp_path / "hf"), read_safetensors(GOLDEN / "llama2" / "hf"))
-    ckpt_convert.convert(tmp_path / "hf", tmp_path / "back", to="meta", verify=True)
+    ckpt_convert.convert_checkpoint(tmp_path / "hf", tmp_path / "back", to="meta", verify=True)
     assert sums(tmp_path / "back") == sums(source)
 
 
@@ -240,10 +242,10 @@ def test_legacy_torch_files_are_read(tmp_path: Path, caplog: pytest.LogCaptureFi
     shutil.copytree(GOLDEN / "llama" / "meta-mp2", source)
     for file in source.glob("*.pth"):
         torch.save(torch.load(file, weights_only=True), file, _use_new_zipfile_serialization=False)
-    ckpt_convert.convert(source, tmp_path / "out", to="hf", verify=True)
+    ckpt_convert.convert_checkpoint(source, tmp_path / "out", to="hf", verify=True)
     assert_same(read_safetensors(tmp_path / "out"), read_safetensors(HF))
     assert "read whole" in caplog.text
-    ckpt_convert.convert(tmp_path / "out", tmp_path / "back", to="meta")
+    ckpt_convert.convert_checkpoint(tmp_path / "out", tmp_path / "back", to="meta")
     for mine, theirs in zip(read_meta(tmp_path / "back"), read_meta(source), strict=True):
         assert_same(mine, theirs)
 
@@ -253,16 +255,16 @@ def test_like_gives_names_assignment_config_and_tokenizer(tmp_path: Path) -> Non
     shutil.copytree(HF, like)
     (like / "tokenizer.json").write_text('{"of": "like"}')
     edit_json(like / "config.json", max_position_embeddings=4321)
-    ckpt_convert.convert(GOLDEN / "llama" / "meta-mp2", tmp_path / "out", to="hf", like=like, verify=True)
+    ckpt_convert.convert_checkpoint(GOLDEN / "llama" / "meta-mp2", tmp_path / "out", to="hf", like=like, verify=True)
     found = sums(tmp_path / "out")
     assert found == sums(like)
 
 
 def test_changed_weights_keep_the_layout(tmp_path: Path) -> None:
-    ckpt_convert.convert(HF, tmp_path / "native", to="native")
+    ckpt_convert.convert_checkpoint(HF, tmp_path / "native", to="native")
     for file in (tmp_path / "native").glob("*.safetensors"):
         save_file({key: tensor + 1 for key, tensor in load_file(file).items()}, file)
-    ckpt_convert.convert(tmp_path / "native", tmp_path / "back", to="hf", verify=True)
+    ckpt_convert.convert_checkpoint(tmp_path / "native", tmp_path / "back", to="hf", verify=True)
     before, after = read_safetensors(HF), read_safetensors(tmp_path / "back")
     assert weight_map(tmp_path / "back") == weight_map(HF)
     assert all(bits(after[key]) == bits(tensor + 1) for key, tensor in before.items())
@@ -274,24 +276,24 @@ def test_changed_weights_keep_the_layout(tmp_path: Path) -> None:
 def test_changed_weights_in_a_zip_have_right_checksums(tmp_path: Path) -> None:
     import zipfile
 
-    ckpt_convert.convert(GOLDEN / "llama" / "meta-mp2", tmp_path / "native", to="native")
+    ckpt_convert.convert_checkpoint(GOLDEN / "llama" / "meta-mp2", tmp_path / "native", to="native")
     for file in (tmp_path / "native").glob("*.safetensors"):
         save_file({key: tensor * 2 for key, tensor in load_file(file).items()}, file)
-    ckpt_convert.convert(tmp_path / "native", tmp_path / "back", to="meta", verify=True)
+    ckpt_convert.convert_checkpoint(tmp_path / "native", tmp_path / "back", to="meta", verify=True)
     for file in (tmp_path / "back").glob("*.pth"):
         with zipfile.ZipFile(file) as archive:
             assert archive.testzip() is None
 
 
 def test_tied_if_equal_is_decided_by_the_bytes(tmp_path: Path) -> None:
-    tied = ckpt_convert.convert(TIED / "meta-mp2", tmp_path / "tied", to="hf")
+    tied = ckpt_convert.convert_checkpoint(TIED / "meta-mp2", tmp_path / "tied", to="hf")
     assert json.loads((tmp_path / "tied" / "config.json").read_text())["tie_word_embeddings"] is True
     assert "lm_head.weight" not in read_safetensors(tmp_path / "tied")
     assert any("stored once" in tie for tie in tied.ties)
-    ckpt_convert.convert(GOLDEN / "llama" / "meta-mp2", tmp_path / "untied", to="hf")
+    ckpt_convert.convert_checkpoint(GOLDEN / "llama" / "meta-mp2", tmp_path / "untied", to="hf")
     assert json.loads((tmp_path / "untied" / "config.json").read_text())["tie_word_embeddings"] is False
     assert "lm_head.weight" in read_safetensors(tmp_path / "untied")
-    dry = ckpt_convert.plan(TIED / "meta-mp2", to="hf")
+    dry = ckpt_convert.plan_conversion(TIED / "meta-mp2", to="hf")
     assert any("tied if equal" in tie for tie in dry.ties)
 
 
@@ -305,11 +307,11 @@ def test_a_tied_head_that_is_stored_is_kept_within_hf_and_dropped_elsewhere(tmp_
         "model.embed_tokens.weight"
     ].clone()
     save_file(tensors, file, {"format": "pt"})
-    ckpt_convert.convert(source, tmp_path / "hf", to="hf", shards=2)
+    ckpt_convert.convert_checkpoint(source, tmp_path / "hf", to="hf", shards=2)
     assert "lm_head.weight" in read_safetensors(tmp_path / "hf")
-    ckpt_convert.convert(source, tmp_path / "native", to="native")
+    ckpt_convert.convert_checkpoint(source, tmp_path / "native", to="native")
     assert "output.weight" not in read_safetensors(tmp_path / "native")
-    ckpt_convert.convert(tmp_path / "native", tmp_path / "back", to="hf")
+    ckpt_convert.convert_checkpoint(tmp_path / "native", tmp_path / "back", to="hf")
     assert sums(tmp_path / "back") == sums(source)
 
 
@@ -323,7 +325,7 @@ def test_a_plan_reads_no_tensor_and_writes_nothing(tmp_path: Path, monkeypatch: 
         with file.open("r+b") as handle:  # what is left is the header over a hole
             handle.truncate(first[file.name])
             handle.truncate(size)
-    plan = ckpt_convert.plan(source, to="meta", model_parallel=2)
+    plan = ckpt_convert.plan_conversion(source, to="meta", model_parallel=2)
     assert [file.name for file in plan.files] == ["consolidated.00.pth", "consolidated.01.pth"]
     assert plan.tensor_bytes == 469728 + 7 * 72 * 4
     assert plan.disk > plan.tensor_bytes
@@ -331,8 +333,8 @@ def test_a_plan_reads_no_tensor_and_writes_nothing(tmp_path: Path, monkeypatch: 
 
 
 def test_progress_counts_every_byte(tmp_path: Path) -> None:
-    seen: list[ckpt_convert.Progress] = []
-    ckpt_convert.convert(HF, tmp_path / "out", to="meta", verify=True, progress=seen.append)
+    seen: list[ckpt_convert.TransferProgress] = []
+    ckpt_convert.convert_checkpoint(HF, tmp_path / "out", to="meta", verify=True, progress=seen.append)
     for phase in ("converting", "verifying"):
         steps = [p for p in seen if p.phase == phase]
         assert steps[-1].done == steps[-1].total == 469728
@@ -349,7 +351,7 @@ def test_tables_that_the_config_determines_are_carried(steps: tuple[str, ...], t
     save_file({**load_file(file), **tables}, file, {"format": "pt"})
     here = source
     for number, step in enumerate(steps):
-        report = ckpt_convert.convert(here, tmp_path / str(number), to=step, verify=True)
+        report = ckpt_convert.convert_checkpoint(here, tmp_path / str(number), to=step, verify=True)
         here = tmp_path / str(number)
         if number == 0:
             assert report.drops == sorted(tables)
@@ -364,8 +366,8 @@ def test_carried_tables_find_a_file_in_another_container(tmp_path: Path) -> None
     file = source / "model-00002-of-00004.safetensors"
     key = "model.layers.0.self_attn.rotary_emb.inv_freq"
     save_file({**load_file(file), key: torch.rand(3)}, file, {"format": "pt"})
-    ckpt_convert.convert(source, tmp_path / "native", to="native")
-    ckpt_convert.convert(tmp_path / "native", tmp_path / "bin", to="hf", container="bin", verify=True)
+    ckpt_convert.convert_checkpoint(source, tmp_path / "native", to="native")
+    ckpt_convert.convert_checkpoint(tmp_path / "native", tmp_path / "bin", to="hf", container="bin", verify=True)
     loaded = [torch.load(path, weights_only=True) for path in (tmp_path / "bin").glob("*.bin")]
     assert sum(key in tensors for tensors in loaded) == 1
     assert sum(map(len, loaded)) == 31
@@ -379,11 +381,11 @@ def test_llama_1s_tables_in_every_layer_are_carried(tmp_path: Path) -> None:
         freqs = tensors.pop("rope.freqs")
         tensors |= {f"layers.{n}.attention.inner_attention.rope.freqs": freqs for n in range(3)}
         torch.save(tensors, file)
-    report = ckpt_convert.convert(source, tmp_path / "hf", to="hf")
+    report = ckpt_convert.convert_checkpoint(source, tmp_path / "hf", to="hf")
     assert len(report.drops) == 3
-    ckpt_convert.convert(tmp_path / "hf", tmp_path / "back", to="meta")
+    ckpt_convert.convert_checkpoint(tmp_path / "hf", tmp_path / "back", to="meta")
     assert sums(tmp_path / "back") == sums(source)
-    ckpt_convert.convert(source, tmp_path / "four", to="meta", model_parallel=4)
+    ckpt_convert.convert_checkpoint(source, tmp_path / "four", to="meta", model_parallel=4)
     assert all("layers.2.attention.inner_attention.rope.freqs" in rank for rank in read_meta(tmp_path / "four"))
 
 
@@ -420,22 +422,22 @@ def test_keys_that_shared_their_bytes_and_differ_now_are_refused(tmp_path: Path)
     tensors = torch.load(file, weights_only=True)
     tensors["layers.1.ffn_norm.weight"] = tensors["norm.weight"]
     torch.save(tensors, file)
-    ckpt_convert.convert(source, tmp_path / "native", to="native", shards=1)
+    ckpt_convert.convert_checkpoint(source, tmp_path / "native", to="native", shards=1)
     edited = tmp_path / "native" / "model.safetensors"
     native = load_file(edited)
     native["norm.scale"] += 1
     save_file(native, edited)
     with pytest.raises(TiedWeightsError, match=r"norm.weight share their bytes in consolidated.00.pth, but"):
-        ckpt_convert.convert(tmp_path / "native", tmp_path / "back", to="meta")
+        ckpt_convert.convert_checkpoint(tmp_path / "native", tmp_path / "back", to="meta")
     assert not (tmp_path / "back").exists()
 
 
 def test_a_carried_table_of_another_size_is_left_out(tmp_path: Path) -> None:
     source = GOLDEN / "llama2" / "meta-mp1"
-    ckpt_convert.convert(source, tmp_path / "hf", to="hf")
+    ckpt_convert.convert_checkpoint(source, tmp_path / "hf", to="hf")
     carried = tmp_path / "hf" / "ckpt_convert" / "layouts" / "meta" / "carried.safetensors"
     save_file({"rope.freqs": torch.ones(5)}, carried)
-    ckpt_convert.convert(tmp_path / "hf", tmp_path / "back", to="meta")
+    ckpt_convert.convert_checkpoint(tmp_path / "hf", tmp_path / "back", to="meta")
     (found,) = read_meta(tmp_path / "back")
     assert "rope.freqs" not in found
 
@@ -444,7 +446,7 @@ def test_a_carried_table_of_another_size_is_left_out(tmp_path: Path) -> None:
 def test_meta_style_overrules_the_record_and_how_the_source_is_cut(
     style: str, cut: tuple[int, int], tmp_path: Path
 ) -> None:
-    report = ckpt_convert.convert(
+    report = ckpt_convert.convert_checkpoint(
         GOLDEN / "llama2" / "meta-mp2", tmp_path / "out", to="meta", model_parallel=2, meta_style=style, verify=True
     )
     assert {tuple(rank["tok_embeddings.weight"].shape) for rank in read_meta(tmp_path / "out")} == {cut}
@@ -453,25 +455,25 @@ def test_meta_style_overrules_the_record_and_how_the_source_is_cut(
 
 def test_the_manifest_says_whether_weights_are_tied(tmp_path: Path) -> None:
     for case, tied in (("llama", False), ("llama_tied", True)):
-        ckpt_convert.convert(GOLDEN / case / "hf", tmp_path / case, to="meta")
+        ckpt_convert.convert_checkpoint(GOLDEN / case / "hf", tmp_path / case, to="meta")
         manifest = json.loads((tmp_path / case / "ckpt_convert" / "manifest.json").read_text())
         assert manifest["tied"] is tied
 
 
 def test_other_keys_than_recorded_are_a_notice(tmp_path: Path) -> None:
-    ckpt_convert.convert(TIED / "hf", tmp_path / "native", to="native")
+    ckpt_convert.convert_checkpoint(TIED / "hf", tmp_path / "native", to="native")
     edit_json(tmp_path / "native" / "ckpt_convert" / "config.json", tie_word_embeddings=False)
     file = tmp_path / "native" / "model-00004-of-00004.safetensors"
     (tmp_path / "native" / "model.safetensors.index.json").unlink()
     save_file({**load_file(file), "output.weight": torch.ones(56, 72)}, file)
-    report = ckpt_convert.convert(tmp_path / "native", tmp_path / "back", to="hf", verify=True)
+    report = ckpt_convert.convert_checkpoint(tmp_path / "native", tmp_path / "back", to="hf", verify=True)
     assert any("the recorded hf layout has other keys (lm_head.weight)" in notice for notice in report.notices)
     assert torch.equal(read_safetensors(tmp_path / "back")["lm_head.weight"], torch.ones(56, 72))
 
 
 def test_another_number_of_ranks_than_recorded_is_no_notice(tmp_path: Path) -> None:
-    ckpt_convert.convert(GOLDEN / "llama" / "meta-mp2", tmp_path / "hf", to="hf")
-    report = ckpt_convert.convert(tmp_path / "hf", tmp_path / "four", to="meta", model_parallel=4)
+    ckpt_convert.convert_checkpoint(GOLDEN / "llama" / "meta-mp2", tmp_path / "hf", to="hf")
+    report = ckpt_convert.convert_checkpoint(tmp_path / "hf", tmp_path / "four", to="meta", model_parallel=4)
     assert [text for text in report.notices if "tokenizer" not in text] == []
 
 
@@ -481,9 +483,9 @@ def test_untied_weights_that_happen_to_be_equal_stay_untied(tmp_path: Path) -> N
     file = source / "model-00004-of-00004.safetensors"
     embedding = read_safetensors(source)["model.embed_tokens.weight"]
     save_file({**load_file(file), "lm_head.weight": embedding}, file, {"format": "pt"})
-    ckpt_convert.convert(source, tmp_path / "meta", to="meta")
+    ckpt_convert.convert_checkpoint(source, tmp_path / "meta", to="meta")
     edit_json(tmp_path / "meta" / "params.json", norm_eps=1e-3)  # so the recorded config does not count
-    ckpt_convert.convert(tmp_path / "meta", tmp_path / "back", to="hf")
+    ckpt_convert.convert_checkpoint(tmp_path / "meta", tmp_path / "back", to="hf")
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     assert (config["tie_word_embeddings"], config["rms_norm_eps"]) == (False, 1e-3)
     assert "lm_head.weight" in read_safetensors(tmp_path / "back")
@@ -496,8 +498,8 @@ def test_a_transposed_view_of_a_storage_is_no_other_value(tmp_path: Path) -> Non
     tensors = torch.load(file, weights_only=True)
     tensors["layers.1.attention.wo.weight"] = tensors["layers.0.attention.wo.weight"].t()
     torch.save(tensors, file)
-    ckpt_convert.convert(source, tmp_path / "hf", to="hf")
-    ckpt_convert.convert(tmp_path / "hf", tmp_path / "back", to="meta", verify=True)
+    ckpt_convert.convert_checkpoint(source, tmp_path / "hf", to="hf")
+    ckpt_convert.convert_checkpoint(tmp_path / "hf", tmp_path / "back", to="meta", verify=True)
     assert sums(tmp_path / "back") == sums(source)
 
 
@@ -508,15 +510,15 @@ def test_the_number_of_ranks_of_a_release_is_told(tmp_path: Path) -> None:
     from benchmarks import checkpoints
 
     checkpoints.write(tmp_path / "70b", {**config, **sizes, "head_dim": 128}, 30, sparse=True)
-    with ckpt_convert.plan(tmp_path / "70b", to="meta") as plan:
+    with ckpt_convert.plan_conversion(tmp_path / "70b", to="meta") as plan:
         assert any("Llama 3 70B was released in 8: pass `model_parallel=8`" in notice for notice in plan.notices)
-    with ckpt_convert.plan(tmp_path / "70b", to="meta", model_parallel=8) as plan:
+    with ckpt_convert.plan_conversion(tmp_path / "70b", to="meta", model_parallel=8) as plan:
         assert not any("released in" in notice for notice in plan.notices)
         assert len(plan.files) == 8
 
 
 def test_verify_compares_what_is_carried_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    report = ckpt_convert.convert(GOLDEN / "llama2" / "meta-mp2", tmp_path / "good", to="hf", verify=True)
+    report = ckpt_convert.convert_checkpoint(GOLDEN / "llama2" / "meta-mp2", tmp_path / "good", to="hf", verify=True)
     assert report.verified == 31
     real = os.pwrite
 
@@ -525,12 +527,12 @@ def test_verify_compares_what_is_carried_as_well(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(os, "pwrite", pwrite)
     with pytest.raises(VerificationError, match=r"rope.freqs: differs from rope.freqs at byte"):
-        ckpt_convert.convert(GOLDEN / "llama2" / "meta-mp2", tmp_path / "bad", to="hf", verify=True)
+        ckpt_convert.convert_checkpoint(GOLDEN / "llama2" / "meta-mp2", tmp_path / "bad", to="hf", verify=True)
     assert not (tmp_path / "bad").exists()
 
 
 def test_a_plan_that_is_undecided_has_room_for_both(tmp_path: Path) -> None:
-    with ckpt_convert.plan(GOLDEN / "llama" / "meta-mp1", to="hf") as plan:
+    with ckpt_convert.plan_conversion(GOLDEN / "llama" / "meta-mp1", to="hf") as plan:
         assert plan.tensors == 30
         assert plan.tensor_bytes == 469728
 
@@ -543,7 +545,7 @@ def test_torch_files_of_any_name_are_a_native_source(tmp_path: Path) -> None:
     torch.save({key: tensors[key] for key in keys[:9]}, source / "model-1.pt")
     torch.save({key: tensors[key] for key in keys[9:]}, source / "model-2.pt")
     config = HF / "config.json"
-    ckpt_convert.convert(source, tmp_path / "out", to="native", config=config, dtype="bfloat16", verify=True)
+    ckpt_convert.convert_checkpoint(source, tmp_path / "out", to="native", config=config, dtype="bfloat16", verify=True)
     assert weight_map(tmp_path / "out")["norm.scale"] == "model-2.pt"
-    ckpt_convert.convert(source, tmp_path / "hf", to="hf", config=config, verify=True)
+    ckpt_convert.convert_checkpoint(source, tmp_path / "hf", to="hf", config=config, verify=True)
     assert_same(read_safetensors(tmp_path / "hf"), read_safetensors(HF))

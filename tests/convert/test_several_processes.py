@@ -67,13 +67,13 @@ def fp8(directory: Path) -> Path:
 
 def recorded(directory: Path) -> Path:
     """Native weights with a record, from which Meta's table of frequencies comes back."""
-    ckpt_convert.convert(GOLDEN / "llama" / "meta-mp2", directory, to="native")
+    ckpt_convert.convert_checkpoint(GOLDEN / "llama" / "meta-mp2", directory, to="native")
     return directory
 
 
 def pieces_of_ranks(directory: Path) -> Path:
     """A directory of torch.distributed.checkpoint."""
-    ckpt_convert.convert(GOLDEN / "llama" / "hf", directory, to="torchtitan")
+    ckpt_convert.convert_checkpoint(GOLDEN / "llama" / "hf", directory, to="torchtitan")
     return directory
 
 
@@ -98,14 +98,14 @@ def test_two_processes_write_what_one_does(case: str, tmp_path: Path, monkeypatc
     monkeypatch.setattr(partition, "PIECE", 4096)
     make, options = CASES[case]
     source = make(tmp_path / "source")
-    ckpt_convert.convert(source, tmp_path / "one", **options)  # type: ignore[arg-type]
-    converted_by_two(ckpt_convert.plan(source, **options), tmp_path / "two")  # type: ignore[arg-type]
+    ckpt_convert.convert_checkpoint(source, tmp_path / "one", **options)  # type: ignore[arg-type]
+    converted_by_two(ckpt_convert.plan_conversion(source, **options), tmp_path / "two")  # type: ignore[arg-type]
     assert sums(tmp_path / "two") == sums(tmp_path / "one")
     assert not (tmp_path / ".two.partial").exists()
 
 
 def test_another_process_sees_that_a_source_was_changed(tmp_path: Path) -> None:
-    plan = ckpt_convert.plan(golden(tmp_path / "source"), to="meta")
+    plan = ckpt_convert.plan_conversion(golden(tmp_path / "source"), to="meta")
     again = pickle.loads(pickle.dumps(plan))
     path = next((tmp_path / "source").glob("*.safetensors"))
     path.write_bytes(path.read_bytes() + b" ")
@@ -116,7 +116,7 @@ def test_another_process_sees_that_a_source_was_changed(tmp_path: Path) -> None:
 
 
 def test_tensors_in_memory_are_read_by_the_process_that_has_them(tmp_path: Path) -> None:
-    plan = ckpt_convert.plan(golden(tmp_path / "source"), to="meta")
+    plan = ckpt_convert.plan_conversion(golden(tmp_path / "source"), to="meta")
     key: SourceFile = in_memory("tok.weight")
     assert key.name == "memory:tok.weight"
     with pytest.raises(UsageError, match="memory of another process"):

@@ -58,14 +58,14 @@ def kept(directory: Path) -> dict[str, str]:
 
 
 def test_what_is_copied_generated_and_carried(hf: Path, tmp_path: Path) -> None:
-    report = ckpt_convert.convert(hf, tmp_path / "meta", to="meta")
+    report = ckpt_convert.convert_checkpoint(hf, tmp_path / "meta", to="meta")
     assert names(tmp_path / "meta") == {
         "consolidated.00.pth", "params.json", "tokenizer.model", "README.md", "LICENSE.txt",
     }  # fmt: skip
     assert (tmp_path / "meta" / "tokenizer.model").read_bytes() == ranks_file()
     assert report.side_files["tokenizer.model"] == "generated"
     assert report.side_files["README.md"] == "copied"
-    ckpt_convert.convert(hf, tmp_path / "native", to="native")
+    ckpt_convert.convert_checkpoint(hf, tmp_path / "native", to="native")
     assert "config.json" not in names(tmp_path / "native")
     assert {"tokenizer.json", "figures/a.png", "modeling_llama.py"} <= names(tmp_path / "native")
 
@@ -74,35 +74,35 @@ def test_what_is_copied_generated_and_carried(hf: Path, tmp_path: Path) -> None:
 def test_everything_comes_back_byte_for_byte(hf: Path, steps: tuple[str, ...], tmp_path: Path) -> None:
     here = hf
     for number, step in enumerate(steps):
-        ckpt_convert.convert(here, tmp_path / str(number), to=step)
+        ckpt_convert.convert_checkpoint(here, tmp_path / str(number), to=step)
         here = tmp_path / str(number)
     assert sums(here) == kept(hf)
 
 
 def test_a_file_that_was_edited_on_the_way_wins(hf: Path, tmp_path: Path) -> None:
-    ckpt_convert.convert(hf, tmp_path / "meta", to="meta")
+    ckpt_convert.convert_checkpoint(hf, tmp_path / "meta", to="meta")
     (tmp_path / "meta" / "README.md").write_text("better")
     (tmp_path / "meta" / "notes.txt").write_text("new")
-    ckpt_convert.convert(tmp_path / "meta", tmp_path / "back", to="hf")
+    ckpt_convert.convert_checkpoint(tmp_path / "meta", tmp_path / "back", to="hf")
     assert (tmp_path / "back" / "README.md").read_text() == "better"
     assert (tmp_path / "back" / "notes.txt").read_text() == "new"
 
 
 def test_an_edited_params_json_is_not_overruled_by_the_record(tmp_path: Path) -> None:
-    ckpt_convert.convert(HF, tmp_path / "meta", to="meta")
+    ckpt_convert.convert_checkpoint(HF, tmp_path / "meta", to="meta")
     edit_json(tmp_path / "meta" / "params.json", rope_theta=1e6)
-    ckpt_convert.convert(tmp_path / "meta", tmp_path / "back", to="hf")
+    ckpt_convert.convert_checkpoint(tmp_path / "meta", tmp_path / "back", to="hf")
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     assert config["rope_theta"] == 1e6
 
 
 def test_an_edited_config_json_is_not_overruled_by_the_record(tmp_path: Path) -> None:
-    ckpt_convert.convert(META, tmp_path / "hf", to="hf")
+    ckpt_convert.convert_checkpoint(META, tmp_path / "hf", to="hf")
     path = tmp_path / "hf" / "config.json"
     content = json.loads(path.read_text())
     content["rms_norm_eps"] = 1e-3
     path.write_text(json.dumps(content))
-    ckpt_convert.convert(tmp_path / "hf", tmp_path / "back", to="meta")
+    ckpt_convert.convert_checkpoint(tmp_path / "hf", tmp_path / "back", to="meta")
     assert json.loads((tmp_path / "back" / "params.json").read_text())["norm_eps"] == 1e-3
 
 
@@ -114,14 +114,14 @@ def test_tokenizer_json_is_made_for_hf_and_gone_again_in_meta(tmp_path: Path) ->
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(tmp_path / "made")
     source = tmp_path / "meta"
-    ckpt_convert.convert(tmp_path / "made", source, to="meta")
+    ckpt_convert.convert_checkpoint(tmp_path / "made", source, to="meta")
     shutil.rmtree(source / "ckpt_convert")
     (source / "tokenizer.model").write_bytes(ranks_file())
-    ckpt_convert.convert(source, tmp_path / "hf", to="hf")
+    ckpt_convert.convert_checkpoint(source, tmp_path / "hf", to="hf")
     tokenizer = Tokenizer.from_file(str(tmp_path / "hf" / "tokenizer.json"))
     assert tokenizer.encode("the", add_special_tokens=False).ids
     assert (tmp_path / "hf" / "tokenizer.model").read_bytes() == ranks_file()
-    ckpt_convert.convert(tmp_path / "hf", tmp_path / "back", to="meta")
+    ckpt_convert.convert_checkpoint(tmp_path / "hf", tmp_path / "back", to="meta")
     assert sums(tmp_path / "back") == sums(source)
 
 
@@ -129,7 +129,7 @@ def test_a_tokenizer_that_cannot_be_translated_is_a_notice(tmp_path: Path) -> No
     source = tmp_path / "meta"
     shutil.copytree(META, source)
     (source / "tokenizer.model").write_bytes(b"\x00unknown")
-    report = ckpt_convert.convert(source, tmp_path / "hf", to="hf")
+    report = ckpt_convert.convert_checkpoint(source, tmp_path / "hf", to="hf")
     assert any("no tokenizer.json was made" in notice for notice in report.notices)
     assert "tokenizer.json" not in report.side_files
 
@@ -146,11 +146,11 @@ def test_a_checklist_is_checked_carried_and_made_anew(algorithm: str, tmp_path: 
     source = tmp_path / "meta"
     shutil.copytree(META, source)
     checklist(source, algorithm)
-    ckpt_convert.convert(source, tmp_path / "hf", to="hf")
+    ckpt_convert.convert_checkpoint(source, tmp_path / "hf", to="hf")
     assert "checklist.chk" not in names(tmp_path / "hf")
-    ckpt_convert.convert(tmp_path / "hf", tmp_path / "back", to="meta")
+    ckpt_convert.convert_checkpoint(tmp_path / "hf", tmp_path / "back", to="meta")
     assert sums(tmp_path / "back") == sums(source)
-    ckpt_convert.convert(source, tmp_path / "one", to="meta", model_parallel=1)
+    ckpt_convert.convert_checkpoint(source, tmp_path / "one", to="meta", model_parallel=1)
     listed = (tmp_path / "one" / "checklist.chk").read_text()
     digest = hashlib.new(algorithm, (tmp_path / "one" / "consolidated.00.pth").read_bytes()).hexdigest()
     assert f"{digest}  consolidated.00.pth" in listed
@@ -163,7 +163,7 @@ def test_a_checklist_that_does_not_fit_is_an_error(tmp_path: Path) -> None:
     checklist(source, "md5")
     edit_json(source / "params.json", norm_eps=1e-6)
     with pytest.raises(CorruptFileError, match=r"params.json: expected md5 [0-9a-f]{32}, found md5 [0-9a-f]{32}; "):
-        ckpt_convert.convert(source, tmp_path / "out", to="hf")
+        ckpt_convert.convert_checkpoint(source, tmp_path / "out", to="hf")
     assert [path.name for path in tmp_path.iterdir()] == ["meta"]
 
 
@@ -184,7 +184,7 @@ def cached(home: Path, source: Path) -> Path:
 
 def test_a_snapshot_in_the_hubs_cache(tmp_path: Path) -> None:
     snapshot = cached(tmp_path / "hub", HF)
-    ckpt_convert.convert(snapshot, tmp_path / "out", to="hf", verify=True)
+    ckpt_convert.convert_checkpoint(snapshot, tmp_path / "out", to="hf", verify=True)
     assert sums(tmp_path / "out") == sums(HF)
     assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
 
@@ -208,7 +208,7 @@ def test_a_hub_id_is_looked_up_in_the_cache_first(
     assert repository.locate(name, revision).local == snapshot
     with ckpt_convert.open_checkpoint(name) as checkpoint:
         assert checkpoint.format == "hf"
-    ckpt_convert.convert(name, tmp_path / "out", to="meta", revision=revision, verify=True)
+    ckpt_convert.convert_checkpoint(name, tmp_path / "out", to="meta", revision=revision, verify=True)
 
 
 def test_an_incomplete_snapshot_is_downloaded(hub_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,11 +252,11 @@ def test_neither_path_nor_hub_id(hub_home: Path) -> None:
 
 
 def test_a_generated_file_that_was_edited_is_kept(hf: Path, tmp_path: Path) -> None:
-    ckpt_convert.convert(hf, tmp_path / "meta", to="meta")
-    ckpt_convert.convert(tmp_path / "meta", tmp_path / "plain", to="native")
+    ckpt_convert.convert_checkpoint(hf, tmp_path / "meta", to="meta")
+    ckpt_convert.convert_checkpoint(tmp_path / "meta", tmp_path / "plain", to="native")
     assert "tokenizer.model" not in names(tmp_path / "plain")  # made for Meta's readers, as it was
     (tmp_path / "meta" / "tokenizer.model").write_bytes(ranks_file() + b"bmV3 999\n")
-    ckpt_convert.convert(tmp_path / "meta", tmp_path / "edited", to="native")
+    ckpt_convert.convert_checkpoint(tmp_path / "meta", tmp_path / "edited", to="native")
     assert (tmp_path / "edited" / "tokenizer.model").read_bytes() == ranks_file() + b"bmV3 999\n"
 
 
@@ -265,7 +265,7 @@ def test_a_checklist_lists_files_that_the_old_one_did_not(tmp_path: Path) -> Non
     shutil.copytree(GOLDEN / "llama" / "meta-mp1", source)
     digest = hashlib.md5((source / "consolidated.00.pth").read_bytes()).hexdigest()
     (source / "checklist.chk").write_text(f"{digest}  consolidated.00.pth\n")
-    ckpt_convert.convert(source, tmp_path / "two", to="meta", model_parallel=2)
+    ckpt_convert.convert_checkpoint(source, tmp_path / "two", to="meta", model_parallel=2)
     listed = dict(line.split("  ")[::-1] for line in (tmp_path / "two" / "checklist.chk").read_text().splitlines())
     for name in ("consolidated.00.pth", "consolidated.01.pth"):
         assert listed[name] == hashlib.md5((tmp_path / "two" / name).read_bytes()).hexdigest()
@@ -273,10 +273,10 @@ def test_a_checklist_lists_files_that_the_old_one_did_not(tmp_path: Path) -> Non
 
 def test_a_file_that_was_added_wins_over_the_one_that_was_carried(hf: Path, tmp_path: Path) -> None:
     (hf / "generation_config.json").write_text('{"top_k": 1}')
-    ckpt_convert.convert(hf, tmp_path / "meta", to="meta")
+    ckpt_convert.convert_checkpoint(hf, tmp_path / "meta", to="meta")
     assert "generation_config.json" not in names(tmp_path / "meta")
     (tmp_path / "meta" / "generation_config.json").write_text('{"top_k": 2}')
-    ckpt_convert.convert(tmp_path / "meta", tmp_path / "back", to="hf")
+    ckpt_convert.convert_checkpoint(tmp_path / "meta", tmp_path / "back", to="hf")
     assert (tmp_path / "back" / "generation_config.json").read_text() == '{"top_k": 2}'
 
 
@@ -286,13 +286,13 @@ def test_the_config_names_the_dtype_of_most_bytes(tmp_path: Path) -> None:
     file = source / "consolidated.00.pth"
     tensors = torch.load(file, weights_only=True)
     torch.save({k: t if "feed_forward" in k else t.bfloat16() for k, t in tensors.items()}, file)
-    ckpt_convert.convert(source, tmp_path / "hf", to="hf")
+    ckpt_convert.convert_checkpoint(source, tmp_path / "hf", to="hf")
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == "float32"
 
 
 @pytest.mark.parametrize("target", ["hf", "meta"])
 def test_a_tokenizer_that_was_made_stays_within_a_format(target: str, hf: Path, tmp_path: Path) -> None:
-    ckpt_convert.convert(hf, tmp_path / "meta", to="meta")
+    ckpt_convert.convert_checkpoint(hf, tmp_path / "meta", to="meta")
     made = {"meta": {"tokenizer.model"}, "hf": {"tokenizer.json", "tokenizer_config.json"}}[target]
     source = tmp_path / "meta"
     if target == "hf":
@@ -303,13 +303,13 @@ def test_a_tokenizer_that_was_made_stays_within_a_format(target: str, hf: Path, 
             hidden_size=24, intermediate_size=40, num_hidden_layers=1, num_attention_heads=4, vocab_size=600
         )
         LlamaForCausalLM(config).save_pretrained(tmp_path / "made")
-        ckpt_convert.convert(tmp_path / "made", tmp_path / "wide", to="meta")
+        ckpt_convert.convert_checkpoint(tmp_path / "made", tmp_path / "wide", to="meta")
         shutil.rmtree(tmp_path / "wide" / "ckpt_convert")
         shutil.copy(source / "tokenizer.model", tmp_path / "wide")
-        ckpt_convert.convert(tmp_path / "wide", tmp_path / "again", to="hf")
+        ckpt_convert.convert_checkpoint(tmp_path / "wide", tmp_path / "again", to="hf")
         source = tmp_path / "again"
     assert made <= names(source)
-    ckpt_convert.convert(source, tmp_path / "out", to=target)
+    ckpt_convert.convert_checkpoint(source, tmp_path / "out", to=target)
     assert made <= names(tmp_path / "out")
 
 
@@ -317,20 +317,20 @@ def test_a_config_given_instead_of_params_json_does_not_become_params_json(tmp_p
     source = tmp_path / "meta"
     shutil.copytree(META, source)
     (source / "params.json").unlink()
-    ckpt_convert.convert(source, tmp_path / "native", to="native", config=HF / "config.json")
-    ckpt_convert.convert(tmp_path / "native", tmp_path / "back", to="meta")
+    ckpt_convert.convert_checkpoint(source, tmp_path / "native", to="native", config=HF / "config.json")
+    ckpt_convert.convert_checkpoint(tmp_path / "native", tmp_path / "back", to="meta")
     params = json.loads((tmp_path / "back" / "params.json").read_text())
     assert params["dim"] == 72
     assert "model_type" not in params
 
 
 def test_an_edited_config_of_a_native_checkpoint_counts(tmp_path: Path) -> None:
-    ckpt_convert.convert(META, tmp_path / "native", to="native")
+    ckpt_convert.convert_checkpoint(META, tmp_path / "native", to="native")
     path = tmp_path / "native" / "ckpt_convert" / "config.json"
     content = json.loads(path.read_text())
     content["rope_theta"] = content["rope_parameters"]["rope_theta"] = 12345.0
     path.write_text(json.dumps(content))
-    ckpt_convert.convert(tmp_path / "native", tmp_path / "back", to="meta")
+    ckpt_convert.convert_checkpoint(tmp_path / "native", tmp_path / "back", to="meta")
     assert json.loads((tmp_path / "back" / "params.json").read_text())["rope_theta"] == 12345.0
 
 
@@ -342,7 +342,7 @@ def test_a_params_json_beside_hugging_face_files_comes_back(steps: tuple[str, ..
     (source / "checklist.chk").write_text("abc")
     here = source
     for number, step in enumerate(steps):
-        ckpt_convert.convert(here, tmp_path / str(number), to=step)
+        ckpt_convert.convert_checkpoint(here, tmp_path / str(number), to=step)
         here = tmp_path / str(number)
     assert sums(here) == sums(source)
 
@@ -352,7 +352,7 @@ def test_what_is_not_taken_along_is_named(hf: Path, tmp_path: Path) -> None:
     (hf / "gone").symlink_to("nowhere")
     (hf / "a\\b").write_text("odd name")
     (hf / "log 12:30.txt").write_text("fine")
-    report = ckpt_convert.convert(hf, tmp_path / "out", to="native")
+    report = ckpt_convert.convert_checkpoint(hf, tmp_path / "out", to="native")
     assert "not taken along: a\\b, gone, figures/extra.bin" in report.notices
     assert (tmp_path / "out" / "log 12:30.txt").exists()
 
@@ -361,7 +361,7 @@ def test_like_says_what_its_config_changes(tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(HF, other)
     edit_json(other / "config.json", rms_norm_eps=1e-3, rope_parameters={"rope_type": "default", "rope_theta": 7.0})
-    report = ckpt_convert.convert(HF, tmp_path / "out", to="hf", like=other, dtype="bfloat16")
+    report = ckpt_convert.convert_checkpoint(HF, tmp_path / "out", to="hf", like=other, dtype="bfloat16")
     told = " ".join(report.notices)
     assert "rope theta 7.0, where" in told
     assert "rms_norm_eps 0.001, where" in told
@@ -370,9 +370,9 @@ def test_like_says_what_its_config_changes(tmp_path: Path) -> None:
 
 
 def test_a_native_directory_without_record_can_be_imitated(tmp_path: Path) -> None:
-    ckpt_convert.convert(HF, tmp_path / "like", to="native", shards=3)
+    ckpt_convert.convert_checkpoint(HF, tmp_path / "like", to="native", shards=3)
     shutil.rmtree(tmp_path / "like" / "ckpt_convert")
-    ckpt_convert.convert(HF, tmp_path / "out", to="native", like=tmp_path / "like", verify=True)
+    ckpt_convert.convert_checkpoint(HF, tmp_path / "out", to="native", like=tmp_path / "like", verify=True)
     assert sums(tmp_path / "out") == sums(tmp_path / "like")
 
 

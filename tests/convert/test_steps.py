@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from ckpt_convert.convert.api import plan
+from ckpt_convert.convert.api import plan_conversion
 from ckpt_convert.convert.explain import Move, moves
 from tests.helpers import CASES, GOLDEN, bits, read_meta, read_safetensors
 
 
 def steps(src: Path, to: str, **options: object) -> dict[str, Move]:
     """What happens to each tensor, by the source's key (tied ones that are not stored have that of their twin)."""
-    with plan(src, to=to, **options) as made:  # type: ignore[arg-type]
+    with plan_conversion(src, to=to, **options) as made:  # type: ignore[arg-type]
         found = list(moves(made))
         assert sum(move.nbytes for move in found) == made.tensor_bytes
         assert len([move for move in found if move.target in made_keys(made)]) == made.tensors
@@ -34,7 +34,7 @@ def test_the_steps_to_meta_lead_to_the_golden_files(case: str, ranks: int) -> No
     source = read_safetensors(GOLDEN / case / "hf")
     golden = read_meta(GOLDEN / case / f"meta-mp{ranks}")
     style = "llama2" if case == "llama2" else None
-    with plan(GOLDEN / case / "hf", to="meta", model_parallel=ranks, meta_style=style) as made:
+    with plan_conversion(GOLDEN / case / "hf", to="meta", model_parallel=ranks, meta_style=style) as made:
         for move in moves(made):
             assert move.target is not None
             parts = [rank[move.target] for rank in golden]
@@ -90,7 +90,7 @@ def test_casts_come_between_reading_and_cutting() -> None:
 
 
 def test_tied_tensors(tmp_path: Path) -> None:
-    with plan(GOLDEN / "llama_tied" / "hf", to="meta") as made:
+    with plan_conversion(GOLDEN / "llama_tied" / "hf", to="meta") as made:
         (move,) = [move for move in moves(made) if move.target == "output.weight"]
     assert move.source == "model.embed_tokens.weight"
     assert move.steps == ("tied: written as well",)
@@ -106,9 +106,9 @@ def test_tied_tensors(tmp_path: Path) -> None:
 
 
 def test_what_comes_back_from_the_record_and_what_is_stored_transposed(tmp_path: Path) -> None:
-    from ckpt_convert import convert
+    from ckpt_convert import convert_checkpoint
 
-    convert(GOLDEN / "llama2" / "meta-mp1", tmp_path / "hf", to="hf")
+    convert_checkpoint(GOLDEN / "llama2" / "meta-mp1", tmp_path / "hf", to="hf")
     assert steps(tmp_path / "hf", "meta")["rope.freqs"].steps == ("brought back from the record",)
     tensors = read_safetensors(tmp_path / "hf")
     key = "model.layers.0.mlp.up_proj.weight"

@@ -65,8 +65,8 @@ def is_accepted(place: Place) -> bool:
 @pytest.mark.parametrize("way", WAYS)
 def test_the_same_bytes_as_on_a_disk(way: str, out: Place, tmp_path: Path) -> None:
     source, options = WAYS[way]
-    there = ckpt_convert.convert(source, out, verify=True, **options)
-    here = ckpt_convert.convert(source, tmp_path / "out", verify=True, **options)
+    there = ckpt_convert.convert_checkpoint(source, out, verify=True, **options)
+    here = ckpt_convert.convert_checkpoint(source, tmp_path / "out", verify=True, **options)
     assert written(out) == files(tmp_path / "out")
     assert there.verified == here.verified
     assert not [name for name in store_of(out).files if PurePosixPath(name).name.startswith(".ckpt-convert")]
@@ -76,18 +76,18 @@ def test_the_same_bytes_as_on_a_disk(way: str, out: Place, tmp_path: Path) -> No
 @pytest.mark.parametrize("way", WAYS)
 def test_and_back_from_there(way: str, out: Place, tmp_path: Path) -> None:
     source, options = WAYS[way]
-    ckpt_convert.convert(source, out, **options)
-    ckpt_convert.convert(source, tmp_path / "out", **options)
+    ckpt_convert.convert_checkpoint(source, out, **options)
+    ckpt_convert.convert_checkpoint(source, tmp_path / "out", **options)
     back = "meta" if source == META else "hf"
     again = Place(FailingStore(), PurePosixPath("back"))
-    ckpt_convert.convert(out, again, to=back)
-    ckpt_convert.convert(tmp_path / "out", tmp_path / "back", to=back)
+    ckpt_convert.convert_checkpoint(out, again, to=back)
+    ckpt_convert.convert_checkpoint(tmp_path / "out", tmp_path / "back", to=back)
     assert written(again) == files(tmp_path / "back")
 
 
 def test_requests(out: Place) -> None:
     """One for each file, three more for what is kept of each weight file, and a handful for the whole."""
-    ckpt_convert.convert(HF, out, to="hf", dtype="bfloat16", allow_overflow=True)
+    ckpt_convert.convert_checkpoint(HF, out, to="hf", dtype="bfloat16", allow_overflow=True)
     requests = store_of(out).requests
     names = written(out)
     assert len([name for name in names if name.endswith(".safetensors")]) == 4
@@ -99,21 +99,21 @@ def test_requests(out: Place) -> None:
 
 
 def test_what_is_there_is_replaced_on_request_alone(out: Place) -> None:
-    ckpt_convert.convert(HF, out, to="meta")
+    ckpt_convert.convert_checkpoint(HF, out, to="meta")
     with pytest.raises(OutputExistsError, match="exists already; pass `overwrite=True` to replace it"):
-        ckpt_convert.convert(HF, out, to="hf")
+        ckpt_convert.convert_checkpoint(HF, out, to="hf")
     assert "params.json" in written(out)
-    ckpt_convert.convert(META, out, to="hf", overwrite=True)
+    ckpt_convert.convert_checkpoint(META, out, to="hf", overwrite=True)
     assert "params.json" not in written(out)
     store_of(out).put("models/out/thesis.pdf", b"mine")
     with pytest.raises(OutputExistsError, match=r"holds more than a checkpoint.*thesis\.pdf"):
-        ckpt_convert.convert(HF, out, to="meta", overwrite=True)
+        ckpt_convert.convert_checkpoint(HF, out, to="meta", overwrite=True)
 
 
 def test_a_second_writer_is_refused_and_told_of_the_first(out: Place) -> None:
     store_of(out).put("models/.out.partial", b"process 7 on elsewhere (1)")
     with pytest.raises(LockedError, match=f"process 7 on elsewhere; if that has ended, {REMOVED}"):
-        ckpt_convert.convert(HF, out, to="meta")
+        ckpt_convert.convert_checkpoint(HF, out, to="meta")
     assert written(out) == {}
 
 
@@ -122,7 +122,7 @@ def test_whatever_request_fails_nothing_half_written_is_accepted(
 ) -> None:
     """Every request of a conversion fails once and for good, refused and unanswered; then the same is run again."""
     caplog.set_level(logging.CRITICAL)
-    ckpt_convert.convert(HF, tmp_path / "out", to="native")
+    ckpt_convert.convert_checkpoint(HF, tmp_path / "out", to="native")
     expected = files(tmp_path / "out")
     beside = {"models/other/config.json": b"{}", "models/outside": b"x"}
     for times, lost in ((1, False), (1, True), (None, False)):
@@ -133,7 +133,7 @@ def test_whatever_request_fails_nothing_half_written_is_accepted(
             store.arm(number, times, lost=lost)
             failed = False
             try:
-                ckpt_convert.convert(HF, out, to="native", workers=1)
+                ckpt_convert.convert_checkpoint(HF, out, to="native", workers=1)
             except CkptConvertError:
                 failed = True
             reached, _ = store.failed, store.arm(None)
@@ -145,7 +145,7 @@ def test_whatever_request_fails_nothing_half_written_is_accepted(
                 assert written(out) == expected, what
             store.delete(["models/.out.partial"])  # what a person is told to remove where nobody else could
             if written(out) != expected or is_accepted(out) is False:
-                ckpt_convert.convert(HF, out, to="native", workers=1, resume=number % 2 == 0)
+                ckpt_convert.convert_checkpoint(HF, out, to="native", workers=1, resume=number % 2 == 0)
             assert written(out) == expected, what
             if not reached:
                 break
@@ -158,7 +158,7 @@ def test_an_attempt_is_continued_with_the_files_that_it_finished(
 ) -> None:
     monkeypatch.setattr(partition, "PIECE", 4096)
     monkeypatch.setattr(blocks, "BLOCK", 1024)
-    ckpt_convert.convert(HF, tmp_path / "out", to="hf", container="bin")
+    ckpt_convert.convert_checkpoint(HF, tmp_path / "out", to="hf", container="bin")
     store = store_of(out)
     number = 0
     # Parts of the third file: two are finished by then.
@@ -169,13 +169,13 @@ def test_an_attempt_is_continued_with_the_files_that_it_finished(
         store.delete([name for name in store.files if name.startswith("models/out/")])
         store.arm(number, 1)
         with contextlib.suppress(UnwritableError):
-            ckpt_convert.convert(HF, out, to="hf", container="bin", workers=1)
+            ckpt_convert.convert_checkpoint(HF, out, to="hf", container="bin", workers=1)
     store.arm(None)
     finished = {name for name in written(out) if name.endswith(".bin")}
     assert finished
     assert not is_accepted(out)
     store.requests.clear()
-    report = ckpt_convert.convert(HF, out, to="hf", container="bin", resume=True, verify=True)
+    report = ckpt_convert.convert_checkpoint(HF, out, to="hf", container="bin", resume=True, verify=True)
     assert written(out) == files(tmp_path / "out")
     assert report.resumed_bytes > 0
     assert store.requests["complete"] == 5 - len(finished)  # four files and tokenizer.json
@@ -185,11 +185,11 @@ def test_an_attempt_with_other_options_begins_anew(out: Place, caplog: pytest.Lo
     store = store_of(out)
     store.arm(44, None)
     with pytest.raises(UnwritableError):
-        ckpt_convert.convert(HF, out, to="hf", dtype="bfloat16", allow_overflow=True, workers=1)
+        ckpt_convert.convert_checkpoint(HF, out, to="hf", dtype="bfloat16", allow_overflow=True, workers=1)
     store.arm(None)
     store.delete(["models/.out.partial"])
     assert [name for name in written(out) if name.endswith(".safetensors")]
-    report = ckpt_convert.convert(HF, out, to="hf", dtype="float16", allow_overflow=True, resume=True)
+    report = ckpt_convert.convert_checkpoint(HF, out, to="hf", dtype="float16", allow_overflow=True, resume=True)
     assert report.resumed_bytes == 0
     assert "the partial output is of another source or other options" in caplog.text
 
@@ -197,4 +197,4 @@ def test_an_attempt_with_other_options_begins_anew(out: Place, caplog: pytest.Lo
 def test_the_errors_say_how_to_go_on(out: Place) -> None:
     store_of(out).arm(8, None)
     with pytest.raises(UnwritableError, match="when that is mended, run again with `resume=True`"):
-        ckpt_convert.convert(HF, out, to="meta", workers=1)
+        ckpt_convert.convert_checkpoint(HF, out, to="meta", workers=1)

@@ -127,8 +127,8 @@ def test_another_layout_and_back_gives_the_same_files_and_logits(
     name: str, format: str, save: Save, tmp_path: Path
 ) -> None:
     directory, model = save(name)
-    ckpt_convert.convert(directory, tmp_path / "there", to=format, verify=True)
-    ckpt_convert.convert(tmp_path / "there", tmp_path / "back", to="hf", verify=True)
+    ckpt_convert.convert_checkpoint(directory, tmp_path / "there", to=format, verify=True)
+    ckpt_convert.convert_checkpoint(tmp_path / "there", tmp_path / "back", to="hf", verify=True)
     assert sums(tmp_path / "back") == sums(directory)
     with torch.no_grad():
         assert torch.equal(logits(tmp_path / "back"), model(TOKENS).logits)
@@ -157,7 +157,7 @@ def test_who_writes_a_tied_output(name: str, format: str, save: Save) -> None:
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.formats])
 def test_other_shards_load_and_compute_the_same(name: str, save: Save, tmp_path: Path) -> None:
     directory, model = save(name)
-    ckpt_convert.convert(directory, tmp_path / "two", to="hf", shards=2, verify=True)
+    ckpt_convert.convert_checkpoint(directory, tmp_path / "two", to="hf", shards=2, verify=True)
     assert len(list((tmp_path / "two").glob("*.safetensors"))) == 2
     assert_same(read_safetensors(tmp_path / "two"), read_safetensors(directory))
     with torch.no_grad():
@@ -168,20 +168,20 @@ def test_other_shards_load_and_compute_the_same(name: str, save: Save, tmp_path:
 def test_what_has_no_native_layout_says_so(name: str, save: Save, tmp_path: Path) -> None:
     directory, _ = save(name)
     with pytest.raises(CkptConvertError, match=f"the {CASES[name].family} table has no native column; it has hf"):
-        ckpt_convert.convert(directory, tmp_path / "native", to="native")
+        ckpt_convert.convert_checkpoint(directory, tmp_path / "native", to="native")
 
 
 @pytest.mark.parametrize("name", ["gemma with biases", "gemma2 with biases"])
 def test_biases_have_no_place_in_gemmas_native_layout(name: str, save: Save, tmp_path: Path) -> None:
     directory, _ = save(name)
     with pytest.raises(CkptConvertError, match=r"has no place for 12 tensors: .*q_proj\.bias"):
-        ckpt_convert.convert(directory, tmp_path / "native", to="native")
+        ckpt_convert.convert_checkpoint(directory, tmp_path / "native", to="native")
 
 
 def test_only_the_bias_of_o_has_no_place_in_qwen3s_native_layout(save: Save, tmp_path: Path) -> None:
     directory, _ = save("qwen3 with biases")
     with pytest.raises(CkptConvertError, match=r"no place for 3 tensors: model\.layers\.0\.self_attn\.o_proj\.bias"):
-        ckpt_convert.convert(directory, tmp_path / "native", to="native")
+        ckpt_convert.convert_checkpoint(directory, tmp_path / "native", to="native")
 
 
 @pytest.mark.parametrize("name", ["phi3", "phi-4-mini"])
@@ -210,10 +210,10 @@ def test_a_tied_output_that_is_stored_all_the_same(name: str, save: Save, tmp_pa
     directory, _ = save(name)
     add_output(directory, lambda embedding: embedding.clone())
     target = "native" if CASES[name].formats else "hf"
-    ckpt_convert.convert(directory, tmp_path / "there", to=target, verify=True)
+    ckpt_convert.convert_checkpoint(directory, tmp_path / "there", to=target, verify=True)
     keys = read_safetensors(tmp_path / "there").keys()
     assert ("output.weight" in keys or "lm_head.weight" in keys) is (target == "hf")
-    ckpt_convert.convert(tmp_path / "there", tmp_path / "back", to="hf", verify=True)
+    ckpt_convert.convert_checkpoint(tmp_path / "there", tmp_path / "back", to="hf", verify=True)
     assert sums(tmp_path / "back") == sums(directory)
 
 
@@ -222,7 +222,7 @@ def test_a_tied_output_that_differs_is_refused(name: str, save: Save, tmp_path: 
     directory, _ = save(name)
     add_output(directory, lambda embedding: embedding + 1)
     with pytest.raises(CkptConvertError, match=r"lm_head\.weight and model\.embed_tokens\.weight differ"):
-        ckpt_convert.convert(directory, tmp_path / "native", to="native")
+        ckpt_convert.convert_checkpoint(directory, tmp_path / "native", to="native")
 
 
 def add_output(directory: Path, make: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -260,7 +260,7 @@ def test_a_missing_size_is_named(save: Save, tmp_path: Path) -> None:
     directory, _ = save("qwen2")
     edit_json(directory / "config.json", hidden_size=None)
     with pytest.raises(CkptConvertError, match=r"config\.json: hidden_size must be a whole number .* no such key"):
-        ckpt_convert.convert(directory, tmp_path / "native", to="native")
+        ckpt_convert.convert_checkpoint(directory, tmp_path / "native", to="native")
 
 
 def test_a_bias_is_not_reordered_and_belongs_to_its_projection(save: Save) -> None:

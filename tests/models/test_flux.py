@@ -19,7 +19,7 @@ from click.testing import CliRunner
 import ckpt_convert
 from ckpt_convert.analysis.check.run import check
 from ckpt_convert.cli import cli
-from ckpt_convert.convert.api import plan
+from ckpt_convert.convert.api import plan_conversion
 from ckpt_convert.errors import ConfigError, KeyMismatchError, LossyConversionError, TiedWeightsError
 from ckpt_convert.models import FAMILIES
 from ckpt_convert.models.flux_autoencoder import from_shapes
@@ -43,20 +43,20 @@ def copy(case: str, tmp_path: Path) -> Path:
 
 
 def carried(source: Path, to: str) -> set[str]:
-    with plan(source, to=to) as made:
+    with plan_conversion(source, to=to) as made:
         return set(made.carried)
 
 
 @pytest.mark.parametrize(("case", "form"), PLACES)
 def test_there_and_back_file_for_file(case: str, form: str, tmp_path: Path) -> None:
-    ckpt_convert.convert(GOLDEN / case, tmp_path / "there", to=form, verify=True)
-    ckpt_convert.convert(tmp_path / "there", tmp_path / "back", to="hf", verify=True)
+    ckpt_convert.convert_checkpoint(GOLDEN / case, tmp_path / "there", to=form, verify=True)
+    ckpt_convert.convert_checkpoint(tmp_path / "there", tmp_path / "back", to="hf", verify=True)
     assert sums(tmp_path / "back") == sums(GOLDEN / case)
 
 
 @pytest.mark.parametrize("case", ["clip", "t5"])
 def test_the_encoder_of_a_whole_model_is_the_encoder(case: str, tmp_path: Path) -> None:
-    ckpt_convert.convert(WHOLE / case, tmp_path / "native", to="native")
+    ckpt_convert.convert_checkpoint(WHOLE / case, tmp_path / "native", to="native")
     assert_same(read_safetensors(tmp_path / "native"), read_safetensors(GOLDEN / case / "native.safetensors"))
     with ckpt_convert.open_checkpoint(WHOLE / case) as full:
         rest = {key for key in full if key.startswith(("vision_", "visual_", "decoder.", "lm_head"))}
@@ -70,7 +70,7 @@ def test_transformers_reads_what_comes_of_native_alone(case: str, tmp_path: Path
     scaled = {key: tensor * 1e-4 for key, tensor in read_safetensors(GOLDEN / case / "native.safetensors").items()}
     safetensors.torch.save_file(scaled, tmp_path / "native.safetensors")
     config = GOLDEN / case / "hf" / "config.json"
-    ckpt_convert.convert(tmp_path / "native.safetensors", tmp_path / "hf", to="hf", config=config)
+    ckpt_convert.convert_checkpoint(tmp_path / "native.safetensors", tmp_path / "hf", to="hf", config=config)
     found, report = kind.from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
@@ -90,20 +90,20 @@ def test_clip_as_transformers_saves_its_text_model(tmp_path: Path) -> None:
     golden = {k.removeprefix("text_model."): v for k, v in read_safetensors(GOLDEN / "clip" / "hf").items()}
     assert written.keys() == golden.keys()
     safetensors.torch.save_file(golden, tmp_path / "hf" / "model.safetensors")
-    report = ckpt_convert.convert(tmp_path / "hf", tmp_path / "native", to="native")
+    report = ckpt_convert.convert_checkpoint(tmp_path / "hf", tmp_path / "native", to="native")
     assert report.family == "clip_text"
     assert_same(read_safetensors(tmp_path / "native"), read_safetensors(GOLDEN / "clip" / "native.safetensors"))
-    ckpt_convert.convert(tmp_path / "native", tmp_path / "back", to="hf")
+    ckpt_convert.convert_checkpoint(tmp_path / "native", tmp_path / "back", to="hf")
     assert sums(tmp_path / "back") == sums(tmp_path / "hf")
 
 
 def test_a_changed_embedding_comes_back_under_all_its_names(tmp_path: Path) -> None:
-    ckpt_convert.convert(WHOLE / "t5", tmp_path / "native", to="native")
+    ckpt_convert.convert_checkpoint(WHOLE / "t5", tmp_path / "native", to="native")
     file = tmp_path / "native" / "model.safetensors"
     tensors = safetensors.torch.load_file(file)
     tensors["token_embedding.weight"] += 0.5
     safetensors.torch.save_file(tensors, file)
-    ckpt_convert.convert(tmp_path / "native", tmp_path / "back", to="hf")
+    ckpt_convert.convert_checkpoint(tmp_path / "native", tmp_path / "back", to="hf")
     back = read_safetensors(tmp_path / "back")
     for key in ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"):
         assert torch.equal(back[key], tensors["token_embedding.weight"]), key
@@ -115,8 +115,8 @@ def test_only_the_names_that_were_there_come_back(tmp_path: Path) -> None:
     tensors = safetensors.torch.load_file(file)
     tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"].clone()
     safetensors.torch.save_file(tensors, file)
-    ckpt_convert.convert(source, tmp_path / "native", to="native")
-    ckpt_convert.convert(tmp_path / "native", tmp_path / "back", to="hf")
+    ckpt_convert.convert_checkpoint(source, tmp_path / "native", to="native")
+    ckpt_convert.convert_checkpoint(tmp_path / "native", tmp_path / "back", to="hf")
     assert sums(tmp_path / "back") == sums(source)
 
 
@@ -139,7 +139,7 @@ def test_embeddings_of_t5_that_differ(tmp_path: Path) -> None:
     tensors["encoder.embed_tokens.weight"] += 1
     safetensors.torch.save_file(tensors, file)
     with pytest.raises(TiedWeightsError, match=r"encoder\.embed_tokens\.weight and shared\.weight differ"):
-        ckpt_convert.convert(source, tmp_path / "native", to="native")
+        ckpt_convert.convert_checkpoint(source, tmp_path / "native", to="native")
     assert not (tmp_path / "native").exists()
 
 
@@ -150,13 +150,13 @@ def test_t5_without_a_gate_has_no_place_in_native(tmp_path: Path) -> None:
     safetensors.torch.save_file({key.replace("wi_0", "wi"): value for key, value in tensors.items()}, file)
     edit_json(source / "config.json", feed_forward_proj="relu")
     with pytest.raises(KeyMismatchError, match=r"no place for 3 tensors: encoder\.block\.0\.layer\.1\.Dense"):
-        ckpt_convert.convert(source, tmp_path / "native", to="native")
+        ckpt_convert.convert_checkpoint(source, tmp_path / "native", to="native")
 
 
 def test_the_vision_tower_may_be_absent_although_the_config_has_one(tmp_path: Path) -> None:
     source = copy("../whole/clip", tmp_path)
     shutil.copy(GOLDEN / "clip" / "hf" / "model.safetensors", source)
-    ckpt_convert.convert(source, tmp_path / "native", to="native")
+    ckpt_convert.convert_checkpoint(source, tmp_path / "native", to="native")
     assert carried(source, "native") == set()
     assert_same(read_safetensors(tmp_path / "native"), read_safetensors(GOLDEN / "clip" / "native.safetensors"))
 
@@ -168,16 +168,16 @@ def test_an_autoencoder_without_config(family: str | None, tmp_path: Path) -> No
     with ckpt_convert.open_checkpoint(source, family=family) as found:
         assert (found.format, found.why, found.family) == ("hf", "its keys", FAMILY)
         assert found.model.evidence == ("as asked for" if family else "its keys")
-    ckpt_convert.convert(source, tmp_path / "native", to="native", **({"family": family} if family else {}))
+    ckpt_convert.convert_checkpoint(source, tmp_path / "native", to="native", **({"family": family} if family else {}))
     golden = read_safetensors(GOLDEN / "flux_autoencoder" / "native.safetensors")
     assert_same(read_safetensors(tmp_path / "native"), golden)
-    ckpt_convert.convert(tmp_path / "native", tmp_path / "back", to="hf")
+    ckpt_convert.convert_checkpoint(tmp_path / "native", tmp_path / "back", to="hf")
     assert sums(tmp_path / "back") == {"ae.safetensors": sums(GOLDEN / "flux_autoencoder" / "hf")["ae.safetensors"]}
     assert check(source, family=family).findings == ()
 
 
 def test_a_native_autoencoder_without_config(tmp_path: Path) -> None:
-    ckpt_convert.convert(GOLDEN / "flux_autoencoder" / "native.safetensors", tmp_path / "hf", to="hf")
+    ckpt_convert.convert_checkpoint(GOLDEN / "flux_autoencoder" / "native.safetensors", tmp_path / "hf", to="hf")
     assert sorted(sums(tmp_path / "hf")) == ["ae.safetensors"]
     assert_same(read_safetensors(tmp_path / "hf"), read_safetensors(GOLDEN / "flux_autoencoder" / "hf"))
 
@@ -193,7 +193,7 @@ def test_the_shapes_show_the_sizes(case: str) -> None:
 def test_what_is_no_autoencoder(tmp_path: Path) -> None:
     safetensors.torch.save_file({"encoder.conv_in.weight": torch.zeros(2, 3, 3, 3)}, tmp_path / "ae.safetensors")
     with pytest.raises(ConfigError, match="not the convolutions that a Flux autoencoder begins and ends with"):
-        ckpt_convert.convert(
+        ckpt_convert.convert_checkpoint(
             tmp_path / "ae.safetensors", tmp_path / "native", to="native", from_format="hf", family="flux_autoencoder"
         )
 
@@ -210,7 +210,7 @@ def test_configs_of_other_autoencoders(changes: dict[str, object], words: str, t
     source = copy("flux_autoencoder/hf", tmp_path)
     edit_json(source / "config.json", **changes)
     with pytest.raises(ConfigError, match=words):
-        ckpt_convert.convert(source, tmp_path / "native", to="native")
+        ckpt_convert.convert_checkpoint(source, tmp_path / "native", to="native")
 
 
 def test_the_guidance_of_flux_dev_is_carried(tmp_path: Path) -> None:
@@ -227,10 +227,10 @@ def test_the_guidance_of_flux_dev_is_carried(tmp_path: Path) -> None:
     }
     safetensors.torch.save_file({**tensors, **guidance}, file, {"format": "pt"})
     with pytest.raises(LossyConversionError):  # torchtitan's model computes without it
-        ckpt_convert.convert(source, tmp_path / "torchtitan", to="torchtitan")
-    ckpt_convert.convert(source, tmp_path / "torchtitan", to="torchtitan", allow_loss=True)
+        ckpt_convert.convert_checkpoint(source, tmp_path / "torchtitan", to="torchtitan")
+    ckpt_convert.convert_checkpoint(source, tmp_path / "torchtitan", to="torchtitan", allow_loss=True)
     assert carried(source, "torchtitan") == guidance.keys()
-    ckpt_convert.convert(tmp_path / "torchtitan", tmp_path / "back", to="hf")
+    ckpt_convert.convert_checkpoint(tmp_path / "torchtitan", tmp_path / "back", to="hf")
     assert sums(tmp_path / "back") == sums(source)
 
 
@@ -244,12 +244,12 @@ def test_the_guidance_of_flux_dev_is_carried(tmp_path: Path) -> None:
     ],
 )
 def test_files_are_called_as_the_library_calls_them(case: str, form: str, stem: str, tmp_path: Path) -> None:
-    ckpt_convert.convert(GOLDEN / case / "hf", tmp_path / "there", to=form, container="pt", shards=1)
+    ckpt_convert.convert_checkpoint(GOLDEN / case / "hf", tmp_path / "there", to=form, container="pt", shards=1)
     (weights,) = (tmp_path / "there").glob("*.pt")
     config = GOLDEN / case / "hf" / "config.json"
     for shards, names in ((1, ["{}"]), (2, ["{}-00001-of-00002", "{}-00002-of-00002"])):
         out = tmp_path / str(shards)
-        ckpt_convert.convert(weights, out, to="hf", from_format=form, config=config, shards=shards)
+        ckpt_convert.convert_checkpoint(weights, out, to="hf", from_format=form, config=config, shards=shards)
         assert sorted(file.stem for file in out.glob("*.safetensors")) == [name.format(stem) for name in names]
         assert (out / f"{stem}.safetensors.index.json").exists() is (shards == 2)
         assert_same(read_safetensors(out), read_safetensors(GOLDEN / case / "hf"))
@@ -310,7 +310,7 @@ def test_half_a_layer_of_what_is_carried(case: str, key: str, tmp_path: Path) ->
     del tensors[key]
     safetensors.torch.save_file(tensors, source / "model.safetensors")
     with pytest.raises(KeyMismatchError, match=key.replace(".", r"\.")):
-        ckpt_convert.convert(source, tmp_path / "native", to="native")
+        ckpt_convert.convert_checkpoint(source, tmp_path / "native", to="native")
 
 
 def test_an_older_clip_says_its_sizes_twice() -> None:

@@ -93,7 +93,7 @@ def test_the_table_has_the_keys_and_shapes_that_are_saved(family: str, tied: boo
 @pytest.mark.parametrize("family", [RELEASED, NEW])
 def test_other_shards_load_and_compute_the_same(family: str, tmp_path: Path) -> None:
     model = save(tmp_path / "hf", family)
-    ckpt_convert.convert(tmp_path / "hf", tmp_path / "two", to="hf", shards=2, verify=True)
+    ckpt_convert.convert_checkpoint(tmp_path / "hf", tmp_path / "two", to="hf", shards=2, verify=True)
     assert_same(read_safetensors(tmp_path / "two"), read_safetensors(tmp_path / "hf"))
     loaded: Any = transformers.Gemma3ForConditionalGeneration.from_pretrained(
         tmp_path / "two", output_loading_info=True
@@ -106,7 +106,7 @@ def test_other_shards_load_and_compute_the_same(family: str, tmp_path: Path) -> 
 
 def test_a_copy_is_the_same_files(tmp_path: Path) -> None:
     save(tmp_path / "hf", RELEASED)
-    ckpt_convert.convert(tmp_path / "hf", tmp_path / "copy", to="hf", verify=True)
+    ckpt_convert.convert_checkpoint(tmp_path / "hf", tmp_path / "copy", to="hf", verify=True)
     assert sums(tmp_path / "copy") == sums(tmp_path / "hf")
 
 
@@ -142,11 +142,11 @@ def test_a_tensor_of_the_tower_that_is_missing_is_named(tmp_path: Path) -> None:
     del tensors[gone]
     safetensors.torch.save_file(tensors, tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CkptConvertError, match=rf"{gone} \[44\]"):
-        ckpt_convert.convert(tmp_path / "hf", tmp_path / "two", to="hf", shards=2)
+        ckpt_convert.convert_checkpoint(tmp_path / "hf", tmp_path / "two", to="hf", shards=2)
 
 
 def test_a_wrong_size_is_named_with_the_part_of_the_config_that_it_is_in(tmp_path: Path) -> None:
     save(tmp_path / "hf", RELEASED)
     edit_json(tmp_path / "hf" / "config.json", text_config={**TEXT, "hidden_size": "72"})
     with pytest.raises(CkptConvertError, match=r"config\.json: text_config: hidden_size must be .* found '72'"):
-        ckpt_convert.convert(tmp_path / "hf", tmp_path / "two", to="hf", shards=2)
+        ckpt_convert.convert_checkpoint(tmp_path / "hf", tmp_path / "two", to="hf", shards=2)

@@ -97,7 +97,7 @@ def test_keys_and_shapes_are_those_of_transformers(name: str, tied: bool, tmp_pa
 @pytest.mark.parametrize("name", SETTINGS)
 def test_other_shards_load_and_compute_the_same(name: str, tmp_path: Path) -> None:
     model = save(name, tmp_path / "hf")
-    ckpt_convert.convert(tmp_path / "hf", tmp_path / "two", to="hf", shards=2, verify=True)
+    ckpt_convert.convert_checkpoint(tmp_path / "hf", tmp_path / "two", to="hf", shards=2, verify=True)
     with open_checkpoint(tmp_path / "two") as found:
         assert found.family == name
     assert_same(read_safetensors(tmp_path / "two"), read_safetensors(tmp_path / "hf"))
@@ -106,7 +106,7 @@ def test_other_shards_load_and_compute_the_same(name: str, tmp_path: Path) -> No
     assert not loaded[1]["unexpected_keys"]
     with torch.no_grad():
         assert torch.equal(loaded[0].eval()(TOKENS).logits, model(TOKENS).logits)
-    ckpt_convert.convert(tmp_path / "two", tmp_path / "back", to="hf", like=tmp_path / "hf")
+    ckpt_convert.convert_checkpoint(tmp_path / "two", tmp_path / "back", to="hf", like=tmp_path / "hf")
     assert sums(tmp_path / "back") == sums(tmp_path / "hf")
 
 

@@ -38,10 +38,10 @@ def family_of(path: Path) -> str:
 
 def test_files_to_native_and_back(case: str, tmp_path: Path) -> None:
     source = GOLDEN / case / "hf"
-    ckpt_convert.convert(source, tmp_path / "native", to="native", verify=True)
+    ckpt_convert.convert_checkpoint(source, tmp_path / "native", to="native", verify=True)
     assert_same(read_safetensors(tmp_path / "native"), read_safetensors(GOLDEN / case / "native.safetensors"))
     assert family_of(tmp_path / "native") == case
-    ckpt_convert.convert(tmp_path / "native", tmp_path / "back", to="hf", verify=True)
+    ckpt_convert.convert_checkpoint(tmp_path / "native", tmp_path / "back", to="hf", verify=True)
     assert sums(tmp_path / "back") == sums(source)
 
 
@@ -53,8 +53,8 @@ def test_scores_are_the_same_after_a_trip(tmp_path: Path) -> None:
     )
     model = transformers.LlamaForSequenceClassification(config).eval()
     model.save_pretrained(tmp_path / "hf")
-    ckpt_convert.convert(tmp_path / "hf", tmp_path / "native", to="native", verify=True)
-    ckpt_convert.convert(tmp_path / "native", tmp_path / "back", to="hf", verify=True)
+    ckpt_convert.convert_checkpoint(tmp_path / "hf", tmp_path / "native", to="native", verify=True)
+    ckpt_convert.convert_checkpoint(tmp_path / "native", tmp_path / "back", to="hf", verify=True)
     loaded: Any = transformers.LlamaForSequenceClassification.from_pretrained(
         tmp_path / "back", output_loading_info=True
     )
@@ -71,7 +71,7 @@ def test_the_config_counts_the_labels(labels: dict[str, str] | None, rows: int, 
     source = copied("llama_reward", tmp_path)
     edit_json(source / "config.json", id2label=labels, label2id=None)
     with pytest.raises(CkptConvertError, match=rf"score\.weight: expected \[{rows}, 72\], found \[1, 72\]"):
-        ckpt_convert.convert(source, tmp_path / "native", to="native")
+        ckpt_convert.convert_checkpoint(source, tmp_path / "native", to="native")
 
 
 @pytest.mark.parametrize(
@@ -92,16 +92,16 @@ def test_a_bias_that_a_trainer_added_is_carried_along(case: str, tmp_path: Path)
     safetensors.torch.save_file(tensors, shard, metadata={"format": "pt"})
     index = source / "model.safetensors.index.json"
     index.write_text(index.read_text().replace('"weight_map": {', f'"weight_map": {{"score.bias": "{shard.name}",'))
-    report = ckpt_convert.convert(source, tmp_path / "native", to="native", verify=True)
+    report = ckpt_convert.convert_checkpoint(source, tmp_path / "native", to="native", verify=True)
     assert report.drops == ["score.bias"]
     assert_same(read_safetensors(tmp_path / "native"), read_safetensors(GOLDEN / case / "native.safetensors"))
-    ckpt_convert.convert(tmp_path / "native", tmp_path / "back", to="hf", verify=True)
+    ckpt_convert.convert_checkpoint(tmp_path / "native", tmp_path / "back", to="hf", verify=True)
     assert sums(tmp_path / "back") == sums(source)
 
 
 def test_meta_has_no_place_for_a_score(case: str, tmp_path: Path) -> None:
     with pytest.raises(CkptConvertError, match=f"the {case} table has no meta column; it has hf, native"):
-        ckpt_convert.convert(GOLDEN / case / "hf", tmp_path / "meta", to="meta")
+        ckpt_convert.convert_checkpoint(GOLDEN / case / "hf", tmp_path / "meta", to="meta")
 
 
 def test_a_config_that_names_the_class_of_other_weights_is_not_believed(tmp_path: Path) -> None:
@@ -119,6 +119,6 @@ def test_the_keys_alone_make_no_reward_model(tmp_path: Path) -> None:
     with pytest.raises(
         CkptConvertError, match=r"'LlamaForTokenClassification', and 'score\.weight' is no key of llama"
     ):
-        ckpt_convert.convert(source, tmp_path / "native", to="native")
-    report = ckpt_convert.convert(source, tmp_path / "native", to="native", family="llama_reward")
+        ckpt_convert.convert_checkpoint(source, tmp_path / "native", to="native")
+    report = ckpt_convert.convert_checkpoint(source, tmp_path / "native", to="native", family="llama_reward")
     assert report.family == "llama_reward"

@@ -135,7 +135,7 @@ def test_the_same_base_in_another_place_shards_or_format_is_the_same(
         place, options = GOLDEN / "llama" / "native.safetensors", {"config": LLAMA / "config.json"}
     elif where == "two shards":
         place = tmp_path / "resharded"
-        ckpt_convert.convert(tmp_path / "moved", place, to="hf", shards=2)
+        ckpt_convert.convert_checkpoint(tmp_path / "moved", place, to="hf", shards=2)
     made = model()
     assert resume(place, tmp_path / "out", made, **options).step == 1
     assert_same(adapter_of(made), adapter_of(expected))

@@ -54,13 +54,13 @@ def test_a_cast_that_makes_values_infinite_is_refused_with_names_and_counts(to: 
     tensors = large(tmp_path / "source")
     out, ranks = tmp_path / "out", {"model_parallel": 2} if to == "meta" else {}
     with pytest.raises(ckpt_convert.LossyConversionError) as caught:
-        ckpt_convert.convert(tmp_path / "source", out, to=to, dtype="float16", verify=True, **ranks)  # type: ignore[arg-type]
+        ckpt_convert.convert_checkpoint(tmp_path / "source", out, to=to, dtype="float16", verify=True, **ranks)  # type: ignore[arg-type]
     key = "layers.1.feed_forward.w3.weight" if to == "meta" else TOO_LARGE
     assert caught.value.tensors == {key: 3}
     assert f"{key} (3)" in str(caught.value)
     assert "`allow_overflow=True`" in str(caught.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
-    report = ckpt_convert.convert(
+    report = ckpt_convert.convert_checkpoint(
         tmp_path / "source", out, to=to, dtype="float16", allow_overflow=True, verify=True, **ranks
     )  # type: ignore[arg-type]
     assert report.overflows == {key: 3}
@@ -79,7 +79,9 @@ def test_copies_on_ranks_count_once(tmp_path: Path) -> None:
 
     change(tmp_path / "source", norm)
     with pytest.raises(ckpt_convert.LossyConversionError) as caught:
-        ckpt_convert.convert(tmp_path / "source", tmp_path / "out", to="meta", dtype="float16", model_parallel=4)
+        ckpt_convert.convert_checkpoint(
+            tmp_path / "source", tmp_path / "out", to="meta", dtype="float16", model_parallel=4
+        )
     assert caught.value.tensors == {"norm.weight": 2}
 
 
@@ -100,11 +102,15 @@ def test_the_command_says_so_and_how_to_accept_it(tmp_path: Path) -> None:
 
 def test_values_that_fit_and_those_that_were_infinite_already_pass(tmp_path: Path) -> None:
     tensors = large(tmp_path / "source", 0)
-    report = ckpt_convert.convert(tmp_path / "source", tmp_path / "out", to="hf", dtype="float16", verify=True)
+    report = ckpt_convert.convert_checkpoint(
+        tmp_path / "source", tmp_path / "out", to="hf", dtype="float16", verify=True
+    )
     assert report.overflows == {}
     assert_same(read_safetensors(tmp_path / "out"), {key: tensor.half() for key, tensor in tensors.items()})
     large(tmp_path / "wide", 2)
-    assert ckpt_convert.convert(tmp_path / "wide", tmp_path / "bf16", to="hf", dtype="bfloat16").overflows == {}
+    assert (
+        ckpt_convert.convert_checkpoint(tmp_path / "wide", tmp_path / "bf16", to="hf", dtype="bfloat16").overflows == {}
+    )
 
 
 def test_what_was_written_before_an_interruption_is_counted_too(
@@ -125,9 +131,9 @@ def test_what_was_written_before_an_interruption_is_counted_too(
     with monkeypatch.context() as patched:
         patched.setattr(os, "rename", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            ckpt_convert.convert(tmp_path / "source", tmp_path / "out", allow_overflow=True, **options)
+            ckpt_convert.convert_checkpoint(tmp_path / "source", tmp_path / "out", allow_overflow=True, **options)
     with pytest.raises(ckpt_convert.LossyConversionError) as caught:
-        ckpt_convert.convert(tmp_path / "source", tmp_path / "out", resume=True, **options)
+        ckpt_convert.convert_checkpoint(tmp_path / "source", tmp_path / "out", resume=True, **options)
     assert caught.value.tensors == {TOO_LARGE: 3}
 
 
@@ -186,7 +192,7 @@ def narrow(directory: Path) -> Tensors:
 def test_fp8_without_scales_is_cast_exactly(dtype: str, tmp_path: Path) -> None:
     tensors = narrow(tmp_path / "source")
     wanted = {key: tensor.to(getattr(torch, dtype)) for key, tensor in tensors.items()}
-    ckpt_convert.convert(tmp_path / "source", tmp_path / "out", to="hf", dtype=dtype, verify=True)
+    ckpt_convert.convert_checkpoint(tmp_path / "source", tmp_path / "out", to="hf", dtype=dtype, verify=True)
     assert_same(read_safetensors(tmp_path / "out"), wanted)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == dtype
 
@@ -205,24 +211,26 @@ def test_a_cast_that_would_leave_most_weights_is_refused_with_the_count(tmp_path
     # Whole numbers beside the weights stay what they are.
     tensors["c"] = torch.ones(800)
     safetensors.torch.save_file(tensors, tmp_path / "source" / "model.safetensors", {"format": "pt"})
-    ckpt_convert.convert(tmp_path / "source", tmp_path / "out", to="hf", dtype="bfloat16")
+    ckpt_convert.convert_checkpoint(tmp_path / "source", tmp_path / "out", to="hf", dtype="bfloat16")
     assert_same(read_safetensors(tmp_path / "out"), tensors | {"c": tensors["c"].bfloat16()})
 
 
 def test_the_config_of_another_checkpoint_is_made_to_say_the_dtype_that_is_written(tmp_path: Path) -> None:
     """A run in float32 of a model whose config says bfloat16, by --config and by --like; its own config stays."""
     trainable(tmp_path / "model", dtype=torch.bfloat16)
-    ckpt_convert.convert(tmp_path / "model", tmp_path / "titan", to="torchtitan", dtype="float32")
+    ckpt_convert.convert_checkpoint(tmp_path / "model", tmp_path / "titan", to="torchtitan", dtype="float32")
     shutil.rmtree(tmp_path / "titan" / "ckpt_convert")
     config = tmp_path / "model" / "config.json"
-    ckpt_convert.convert(tmp_path / "titan", tmp_path / "by-config", to="hf", config=config)
-    ckpt_convert.convert(tmp_path / "titan", tmp_path / "by-like", to="hf", config=config, like=tmp_path / "model")
+    ckpt_convert.convert_checkpoint(tmp_path / "titan", tmp_path / "by-config", to="hf", config=config)
+    ckpt_convert.convert_checkpoint(
+        tmp_path / "titan", tmp_path / "by-like", to="hf", config=config, like=tmp_path / "model"
+    )
     for name in ("by-config", "by-like"):
         assert json.loads((tmp_path / name / "config.json").read_text())["dtype"] == "float32"
         assert {tensor.dtype for tensor in read_safetensors(tmp_path / name).values()} == {torch.float32}
     # Where the weights are as the config says, it is taken byte for byte; so is a source's own, whatever it says.
-    ckpt_convert.convert(tmp_path / "titan", tmp_path / "same", to="hf", config=config, dtype="bfloat16")
+    ckpt_convert.convert_checkpoint(tmp_path / "titan", tmp_path / "same", to="hf", config=config, dtype="bfloat16")
     assert json.loads((tmp_path / "same" / "config.json").read_text()) == json.loads(config.read_text())
     edit_json(config, dtype="float32")
-    ckpt_convert.convert(tmp_path / "model", tmp_path / "copy", to="hf", shards=2)
+    ckpt_convert.convert_checkpoint(tmp_path / "model", tmp_path / "copy", to="hf", shards=2)
     assert (tmp_path / "copy" / "config.json").read_bytes() == config.read_bytes()

@@ -24,7 +24,7 @@ LLAMA2, LLAMA3 = GOLDEN / "llama2", GOLDEN / "llama_tied"
 
 def cut(source: Path, directory: Path, **options: Any) -> tuple[int, list[Tensors]]:
     """Convert to two ranks; the axis on which they are the embedding's halves, and what they hold."""
-    ckpt_convert.convert(source, directory, to="meta", model_parallel=2, verify=True, **options)
+    ckpt_convert.convert_checkpoint(source, directory, to="meta", model_parallel=2, verify=True, **options)
     ranks = read_meta(directory)
     rows, columns = ranks[0][EMBEDDING].shape
     assert (rows, columns) in ((56, 36), (28, 72))
@@ -41,7 +41,7 @@ def dry_run(source: Path, directory: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_one_rank_of_a_llama_2_is_cut_as_its_own_code_cuts_it(ranks: int, tmp_path: Path) -> None:
     """Bit for bit what Meta's cut of the same weights is (fixtures/golden)."""
-    ckpt_convert.convert(LLAMA2 / "meta-mp1", tmp_path / "out", to="meta", model_parallel=ranks, verify=True)
+    ckpt_convert.convert_checkpoint(LLAMA2 / "meta-mp1", tmp_path / "out", to="meta", model_parallel=ranks, verify=True)
     for found, wanted in zip(read_meta(tmp_path / "out"), read_meta(LLAMA2 / f"meta-mp{ranks}"), strict=True):
         assert_same(found, wanted)
     written = json.loads((tmp_path / "out" / "params.json").read_text())
@@ -78,7 +78,7 @@ def test_the_dry_run_says_which_and_why(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("between", ["hf", "native", "torchtitan"])
 def test_the_record_says_so_on_the_way_back(between: str, tmp_path: Path) -> None:
-    ckpt_convert.convert(LLAMA2 / "meta-mp1", tmp_path / "between", to=between)
+    ckpt_convert.convert_checkpoint(LLAMA2 / "meta-mp1", tmp_path / "between", to=between)
     axis, ranks = cut(tmp_path / "between", tmp_path / "back")
     assert axis == 1
     for found, wanted in zip(ranks, read_meta(LLAMA2 / "meta-mp2"), strict=True):

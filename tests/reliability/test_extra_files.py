@@ -118,7 +118,7 @@ def test_an_empty_config_is_an_error(case: str, name: str, tmp_path: Path) -> No
     assert [one["file"] for one in findings] == [name]
     assert "is empty ({})" in findings[0]["text"]
     with pytest.raises(ConfigError, match=rf"{name}: is empty \({{}}\)"):
-        ckpt_convert.convert(path, tmp_path / "out", to="native")
+        ckpt_convert.convert_checkpoint(path, tmp_path / "out", to="native")
     with pytest.raises(ConfigError, match=rf"{name}: is empty \({{}}\)"), Checkpointer(path, tmp_path / "o") as opened:
         opened.load_model(make_model())
     with ckpt_convert.open_checkpoint(

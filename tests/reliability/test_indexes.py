@@ -30,16 +30,16 @@ def variant(tmp_path: Path) -> Path:
 
 
 def test_a_variant_is_read_by_its_index_and_comes_back(variant: Path, tmp_path: Path) -> None:
-    ckpt_convert.convert(variant, tmp_path / "native", to="native", verify=True)
+    ckpt_convert.convert_checkpoint(variant, tmp_path / "native", to="native", verify=True)
     assert not list((tmp_path / "native").glob("*fp16.json"))
-    ckpt_convert.convert(tmp_path / "native", tmp_path / "back", to="hf", verify=True)
+    ckpt_convert.convert_checkpoint(tmp_path / "native", tmp_path / "back", to="hf", verify=True)
     assert sums(tmp_path / "back") == sums(variant)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", variant="fp16")
     assert_same(dict(again.state_dict()), read_safetensors(HF))
 
 
 def test_laid_out_anew_no_index_is_left_of_shards_that_are_not_there(variant: Path, tmp_path: Path) -> None:
-    ckpt_convert.convert(variant, tmp_path / "out", to="hf", shards=2)
+    ckpt_convert.convert_checkpoint(variant, tmp_path / "out", to="hf", shards=2)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert {path.name for path in (tmp_path / "out").glob("*.index*")} == {"model.safetensors.index.json"}
     assert set(index["weight_map"].values()) == {path.name for path in (tmp_path / "out").glob("*.safetensors")}
@@ -49,7 +49,7 @@ def test_laid_out_anew_no_index_is_left_of_shards_that_are_not_there(variant: Pa
 def test_beside_the_usual_shards_it_is_not_copied(variant: Path, tmp_path: Path) -> None:
     for path in HF.iterdir():
         (variant / path.name).write_bytes(path.read_bytes())
-    ckpt_convert.convert(variant, tmp_path / "out", to="hf")
+    ckpt_convert.convert_checkpoint(variant, tmp_path / "out", to="hf")
     assert sums(tmp_path / "out") == sums(HF) | {
         name: value for name, value in sums(variant).items() if "fp16" not in name and "safetensors" not in name
     }

@@ -43,7 +43,7 @@ def loads(directory: Path, tensors: Tensors) -> None:
 @pytest.mark.parametrize("name", ["run.ckpt", "weights.pt", "final.pth", "mine.bin", "mine.safetensors"])
 def test_one_file_becomes_a_directory_that_transformers_loads(name: str, tmp_path: Path) -> None:
     source, tensors = alone(tmp_path, name)
-    report = ckpt_convert.convert(source, tmp_path / "out", to="hf", verify=True)
+    report = ckpt_convert.convert_checkpoint(source, tmp_path / "out", to="hf", verify=True)
     assert report.files == ["model.safetensors"]
     loads(tmp_path / "out", tensors)
     if name == "run.ckpt":
@@ -55,13 +55,13 @@ def test_one_file_becomes_a_directory_that_transformers_loads(name: str, tmp_pat
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
 def test_one_file_with_a_name_that_is_found_keeps_it(name: str, tmp_path: Path) -> None:
     source, _ = alone(tmp_path, name)
-    assert ckpt_convert.convert(source, tmp_path / "out", to="hf").files == [name]
+    assert ckpt_convert.convert_checkpoint(source, tmp_path / "out", to="hf").files == [name]
     assert (tmp_path / "out" / name).read_bytes() == source.read_bytes()
 
 
 def test_a_directory_keeps_its_names_and_verify_warns_of_those_that_are_not_found(tmp_path: Path) -> None:
     source, _ = alone(tmp_path, "mine.safetensors")
-    ckpt_convert.convert(source.parent, tmp_path / "out", to="hf")
+    ckpt_convert.convert_checkpoint(source.parent, tmp_path / "out", to="hf")
     assert sums(tmp_path / "out") == sums(source.parent)
     found = run("verify", tmp_path / "out", "--json")
     findings: list[dict[str, Any]] = json.loads(found.stdout)["findings"]
@@ -71,8 +71,8 @@ def test_a_directory_keeps_its_names_and_verify_warns_of_those_that_are_not_foun
 
 
 def test_a_container_that_was_asked_for_is_kept(tmp_path: Path) -> None:
-    ckpt_convert.convert(HF, tmp_path / "pt", to="hf", container="pt")
-    assert ckpt_convert.convert(tmp_path / "pt", tmp_path / "again", to="hf").files == ["model.pt"]
+    ckpt_convert.convert_checkpoint(HF, tmp_path / "pt", to="hf", container="pt")
+    assert ckpt_convert.convert_checkpoint(tmp_path / "pt", tmp_path / "again", to="hf").files == ["model.pt"]
     assert "model.pt is no name" in run("verify", tmp_path / "pt").stdout
 
 
@@ -83,6 +83,8 @@ def test_a_run_of_training_that_no_loader_finds_is_laid_out_anew(tmp_path: Path)
     edit_json(tmp_path / "run" / "config.json", model_type="other_model", architectures=["OtherModel"])
     tensors = {"a.weight": torch.ones(3, 4), "b.bias": torch.zeros(2, dtype=torch.float16)}
     torch.save(tensors, tmp_path / "run" / "last.ckpt")
-    report = ckpt_convert.convert(tmp_path / "run" / "last.ckpt", tmp_path / "out", to="hf", from_format="hf")
+    report = ckpt_convert.convert_checkpoint(
+        tmp_path / "run" / "last.ckpt", tmp_path / "out", to="hf", from_format="hf"
+    )
     assert report.files == ["model.safetensors"]
     assert_same(read_safetensors(tmp_path / "out"), tensors)

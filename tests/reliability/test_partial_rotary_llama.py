@@ -30,7 +30,7 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("to", ["native", "torchtitan", "meta"])
 def test_it_is_refused_where_rows_are_reordered(source: Path, to: str, tmp_path: Path) -> None:
     with pytest.raises(ckpt_convert.ConfigError, match="partial_rotary_factor"):
-        ckpt_convert.convert(source, tmp_path / "out", to=to)
+        ckpt_convert.convert_checkpoint(source, tmp_path / "out", to=to)
     assert not (tmp_path / "out").exists()
 
 
@@ -48,12 +48,12 @@ def test_so_it_is_in_memory_and_behind_training(source: Path, tmp_path: Path) ->
 
 
 def test_within_its_own_format_it_goes_on(source: Path, tmp_path: Path) -> None:
-    ckpt_convert.convert(source, tmp_path / "out", to="hf", verify=True)
+    ckpt_convert.convert_checkpoint(source, tmp_path / "out", to="hf", verify=True)
     assert sums(tmp_path / "out") == sums(source)
 
 
 def test_a_factor_of_one_is_no_part(tmp_path: Path) -> None:
     shutil.copytree(GOLDEN / "llama" / "hf", tmp_path / "source")
     edit_json(tmp_path / "source" / "config.json", partial_rotary_factor=1.0)
-    ckpt_convert.convert(tmp_path / "source", tmp_path / "out", to="native", verify=True)
+    ckpt_convert.convert_checkpoint(tmp_path / "source", tmp_path / "out", to="native", verify=True)
     assert run("diff", tmp_path / "source", tmp_path / "out").returncode == 0

@@ -21,11 +21,11 @@ ADDRESSES = ("s3://bucket/x", "gs://bucket/x", "az://container/x", "https://hugg
 MANGLED = (Path("s3://bucket/x"), Path("gs://bucket/x"), Path("hf://org/name"))
 
 TAKES_A_PATH: dict[str, Callable[[Any], Any]] = {
-    "DST": lambda path: ckpt_convert.convert(HF, path, to="native"),
-    "SRC": lambda path: ckpt_convert.convert(path, "out", to="native"),
-    "plan": lambda path: ckpt_convert.plan(path, to="native"),
-    "like": lambda path: ckpt_convert.plan(HF, to="hf", like=path),
-    "config": lambda path: ckpt_convert.plan(HF, to="hf", config=path),
+    "DST": lambda path: ckpt_convert.convert_checkpoint(HF, path, to="native"),
+    "SRC": lambda path: ckpt_convert.convert_checkpoint(path, "out", to="native"),
+    "plan": lambda path: ckpt_convert.plan_conversion(path, to="native"),
+    "like": lambda path: ckpt_convert.plan_conversion(HF, to="hf", like=path),
+    "config": lambda path: ckpt_convert.plan_conversion(HF, to="hf", config=path),
     "open_checkpoint": lambda path: ckpt_convert.open_checkpoint(path),
     "convert_state_dict": lambda path: ckpt_convert.convert_state_dict({}, path, source="hf", target="native"),
     "source": lambda path: Checkpointer(path, "out"),
@@ -52,7 +52,7 @@ def test_addresses_are_refused_by_name_wherever_a_path_is_taken(
 def test_a_store_is_no_destination_for_the_hub_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match=r"DST hf://org/name: .*`hf upload`"):
-        ckpt_convert.convert(HF, "hf://org/name", to="native")
+        ckpt_convert.convert_checkpoint(HF, "hf://org/name", to="native")
     with pytest.raises(UsageError, match=r"output_dir hf://org/name: "):
         Checkpointer(HF, "hf://org/name")
     for words in (
@@ -70,7 +70,7 @@ def test_a_store_is_no_destination_for_the_hub_either(tmp_path: Path, monkeypatc
 def test_names_that_only_look_like_addresses_are_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("s3", "gs:bucket", "step:3", "./s3:/x", "C:x"):
-        ckpt_convert.convert(HF, name, to="native")
+        ckpt_convert.convert_checkpoint(HF, name, to="native")
         assert (tmp_path / name / "model.safetensors.index.json").exists()
 
 
@@ -80,8 +80,8 @@ def test_a_tilde_is_the_home_directory_everywhere(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("HOME", str(tmp_path))
     shutil.copytree(HF, tmp_path / "model")
     (tmp_path / "notes.txt").write_text("mine")
-    ckpt_convert.convert("~/model", "~/out", to="native", config="~/model/config.json")
-    ckpt_convert.convert(Path("~/out"), Path("~/back"), to="hf", like="~/model")
+    ckpt_convert.convert_checkpoint("~/model", "~/out", to="native", config="~/model/config.json")
+    ckpt_convert.convert_checkpoint(Path("~/out"), Path("~/back"), to="hf", like="~/model")
     with ckpt_convert.open_checkpoint("~/model") as opened:
         assert opened.path == tmp_path / "model"
     model = make_model()
@@ -111,9 +111,9 @@ def test_an_output_dir_inside_the_source_is_refused_at_once(tmp_path: Path) -> N
 def test_names_longer_than_any_file_system_takes_are_one_sentence(tmp_path: Path) -> None:
     name = "x" * 300
     for call in (
-        lambda: ckpt_convert.convert(HF, tmp_path / name, to="native"),
-        lambda: ckpt_convert.convert(HF, tmp_path / name / "out", to="native"),
-        lambda: ckpt_convert.convert(tmp_path / name, tmp_path / "out", to="native"),
+        lambda: ckpt_convert.convert_checkpoint(HF, tmp_path / name, to="native"),
+        lambda: ckpt_convert.convert_checkpoint(HF, tmp_path / name / "out", to="native"),
+        lambda: ckpt_convert.convert_checkpoint(tmp_path / name, tmp_path / "out", to="native"),
         lambda: Checkpointer(HF, tmp_path / name),
     ):
         with pytest.raises(CkptConvertError, match="has a name of more than the 255 bytes"):
@@ -122,7 +122,7 @@ def test_names_longer_than_any_file_system_takes_are_one_sentence(tmp_path: Path
     index = source / "model.safetensors.index.json"
     edit_json(index, weight_map={"lm_head.weight": f"{name}.safetensors"})
     with pytest.raises(InputError, match=r"index\.json: names a file 'xxx.*longer than the 255 bytes"):
-        ckpt_convert.convert(source, tmp_path / "out", to="native")
+        ckpt_convert.convert_checkpoint(source, tmp_path / "out", to="native")
     found = run("verify", source)
     assert found.returncode == 1
     assert "longer than the 255 bytes" in found.stdout

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 import ckpt_convert
-from ckpt_convert import CkptConvertError, OutputExistsError, Progress
+from ckpt_convert import CkptConvertError, OutputExistsError, TransferProgress
 from ckpt_convert.convert import ownership
 from ckpt_convert.storage import staging
 from ckpt_convert.storage.names import JOURNAL
@@ -34,19 +34,21 @@ class Stopped(KeyboardInterrupt):
     """An interruption of this test's own."""
 
 
-def near_the_end(act: Callable[[], object]) -> Callable[[Progress], None]:
+def near_the_end(act: Callable[[], object]) -> Callable[[TransferProgress], None]:
     """A progress callback that does something once, when most of the weights are written."""
     left = [act]
 
-    def progress(progress: Progress) -> None:
+    def progress(progress: TransferProgress) -> None:
         if progress.phase == "converting" and progress.done > 0.9 * progress.total and left:
             left.pop()()
 
     return progress
 
 
-def convert(out: Path, progress: Callable[[Progress], None] | None = None, **options: Any) -> ckpt_convert.Report:
-    return ckpt_convert.convert(HF, out, to="native", workers=1, progress=progress, **options)
+def convert(
+    out: Path, progress: Callable[[TransferProgress], None] | None = None, **options: Any
+) -> ckpt_convert.Report:
+    return ckpt_convert.convert_checkpoint(HF, out, to="native", workers=1, progress=progress, **options)
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +194,7 @@ def test_what_makes_a_directory_a_model_is_written_last(
         return real(path, flags, *args, **options)
 
     monkeypatch.setattr(os, "open", opened)
-    ckpt_convert.convert(source, tmp_path / "out", to=to, shards=2 if to == "hf" else None)
+    ckpt_convert.convert_checkpoint(source, tmp_path / "out", to=to, shards=2 if to == "hf" else None)
     assert made[-1] == "manifest.json"
     assert set(made[-1 - len(last) : -1]) == last
 
@@ -263,7 +265,7 @@ def test_nobody_may_read_what_they_could_not_read_before(tmp_path: Path) -> None
     convert_from = {"private": 0o700, "open": 0o755}
     for name, mode in convert_from.items():
         source.chmod(mode)
-        ckpt_convert.convert(source, tmp_path / name, to="meta")
+        ckpt_convert.convert_checkpoint(source, tmp_path / name, to="meta")
         found = {path.relative_to(tmp_path / name).as_posix(): path.stat().st_mode & 0o777
                  for path in (tmp_path / name).rglob("*")}  # fmt: skip
         assert (tmp_path / name).stat().st_mode & 0o777 == mode & 0o700
@@ -271,7 +273,7 @@ def test_nobody_may_read_what_they_could_not_read_before(tmp_path: Path) -> None
     (source / FIRST).chmod(0o644)
     for path in source.iterdir():
         path.chmod(0o644)
-    ckpt_convert.convert(source, tmp_path / "usual", to="meta")
+    ckpt_convert.convert_checkpoint(source, tmp_path / "usual", to="meta")
     assert (tmp_path / "usual" / "params.json").stat().st_mode & 0o777 == 0o644 & ~_umask()
 
 
@@ -330,7 +332,7 @@ def test_an_overwrite_that_is_stopped_anywhere_leaves_one_of_both(
 ) -> None:
     if not exchange:
         monkeypatch.setattr(ctypes, "CDLL", lambda *args, **options: object())
-    ckpt_convert.convert(HF, tmp_path / "old", to="hf", shards=1)
+    ckpt_convert.convert_checkpoint(HF, tmp_path / "old", to="hf", shards=1)
     before = sums(tmp_path / "old")
     stride = 5 if error is Stopped else 8
     seen = set()
@@ -381,7 +383,7 @@ def test_an_interruption_of_the_exchange_itself(
             raise Stopped
 
     out = tmp_path / "out"
-    ckpt_convert.convert(HF, out, to="meta")
+    ckpt_convert.convert_checkpoint(HF, out, to="meta")
     before = sums(out)
     with monkeypatch.context() as patch:
         patch.setattr(ctypes, "CDLL", lambda *args, **options: Library)
@@ -398,7 +400,7 @@ def test_an_interruption_of_the_exchange_itself(
 def test_what_was_replaced_and_cannot_be_removed_is_a_warning_that_names_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, expected: dict[str, str]
 ) -> None:
-    ckpt_convert.convert(HF, tmp_path / "out", to="meta")
+    ckpt_convert.convert_checkpoint(HF, tmp_path / "out", to="meta")
 
     def refused(path: Any, *args: Any, **options: Any) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
@@ -416,7 +418,7 @@ def test_what_was_replaced_and_cannot_be_removed_is_a_warning_that_names_it(
 
 def test_files_put_into_the_destination_meanwhile_are_not_lost(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    ckpt_convert.convert(HF, out, to="meta")
+    ckpt_convert.convert_checkpoint(HF, out, to="meta")
     with pytest.raises(OutputExistsError, match=r"thesis\.tex"):
         convert(out, near_the_end(lambda: (out / "thesis.tex").write_text("mine")), overwrite=True)
     assert (out / "thesis.tex").read_text() == "mine"
@@ -508,7 +510,7 @@ def test_real_mount_points(tmp_path: Path) -> None:
 
 
 def test_what_is_removed_is_at_no_time_taken_for_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ckpt_convert.convert(HF, tmp_path / "whole", to="hf")
+    ckpt_convert.convert_checkpoint(HF, tmp_path / "whole", to="hf")
     unlink = os.unlink
     for stop in range(1, 12):
         place = tmp_path / f"at-{stop}"
@@ -524,19 +526,19 @@ def test_what_is_removed_is_at_no_time_taken_for_a_model(tmp_path: Path, monkeyp
 
         with monkeypatch.context() as patched, contextlib.suppress(KeyboardInterrupt):
             patched.setattr(os, "unlink", killed)
-            ckpt_convert.convert(HF, place / "out", to="hf", shards=2, overwrite=True)
+            ckpt_convert.convert_checkpoint(HF, place / "out", to="hf", shards=2, overwrite=True)
         partial = place / ".out.partial"
         if partial.exists() and (partial / "config.json").exists():
             assert len(list(partial.glob("*.safetensors"))) == 4
             assert (partial / "generation_config.json").exists()
-        ckpt_convert.convert(HF, place / "out", to="hf", shards=2, overwrite=True)
+        ckpt_convert.convert_checkpoint(HF, place / "out", to="hf", shards=2, overwrite=True)
         assert not partial.exists()
 
 
 def test_what_is_in_folders_is_removed_in_the_same_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ckpt_convert.convert(HF, tmp_path / "whole", to="hf")
+    ckpt_convert.convert_checkpoint(HF, tmp_path / "whole", to="hf")
     (tmp_path / "whole").rename(tmp_path / "merged")
-    ckpt_convert.convert(HF, tmp_path / "whole", to="hf")
+    ckpt_convert.convert_checkpoint(HF, tmp_path / "whole", to="hf")
     (tmp_path / "merged").rename(tmp_path / "whole" / "merged")
     unlink, gone = os.unlink, []
 
@@ -561,7 +563,7 @@ def test_what_was_moved_aside_is_removed_in_the_end_however_often_that_is_stoppe
     """Without an exchange of names, a run that is killed leaves ``.out.replaced`` to the next one; as may that one."""
     monkeypatch.setattr(ctypes, "CDLL", lambda *args, **options: object())
     out, aside = tmp_path / "out", tmp_path / ".out.replaced"
-    ckpt_convert.convert(HF, out, to="hf", shards=1)
+    ckpt_convert.convert_checkpoint(HF, out, to="hf", shards=1)
     real = os.unlink
 
     def stops(allowed: int) -> Callable[..., None]:
@@ -623,17 +625,17 @@ def test_a_file_that_cannot_be_looked_at_once_it_is_made_is_in_nobodys_way(
 def test_what_was_replaced_and_has_no_mark_yet_is_removed_by_the_next_overwrite(tmp_path: Path) -> None:
     """A writer was killed when old and new had changed places: the old one, a plain checkpoint, has no mark."""
     source, out, partial = GOLDEN / "llama" / "hf", tmp_path / "out", tmp_path / ".out.partial"
-    ckpt_convert.convert(source, out, to="meta")
+    ckpt_convert.convert_checkpoint(source, out, to="meta")
     whole = sums(out)
     shutil.copytree(source, partial)
     with pytest.raises(OutputExistsError):
-        ckpt_convert.convert(source, out, to="meta")
+        ckpt_convert.convert_checkpoint(source, out, to="meta")
     assert sums(partial) == sums(source)
     (partial / "notes.txt").write_text("mine")
     with pytest.raises(OutputExistsError, match="in the way"):
-        ckpt_convert.convert(source, out, to="meta", overwrite=True)
+        ckpt_convert.convert_checkpoint(source, out, to="meta", overwrite=True)
     assert (partial / "notes.txt").read_text() == "mine"
     (partial / "notes.txt").unlink()
-    ckpt_convert.convert(source, out, to="meta", overwrite=True)
+    ckpt_convert.convert_checkpoint(source, out, to="meta", overwrite=True)
     assert not partial.exists()
     assert sums(out) == whole

@@ -78,9 +78,9 @@ def unknown(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path, 
 
 def test_an_unknown_scheme_is_carried_by_literal_keys(unknown: tuple[str, Path, Tensors], tmp_path: Path) -> None:
     _, source, tensors = unknown
-    ckpt_convert.convert(source, tmp_path / "same", to="hf", verify=True)
+    ckpt_convert.convert_checkpoint(source, tmp_path / "same", to="hf", verify=True)
     assert sums(tmp_path / "same") == sums(source)
-    ckpt_convert.convert(source, tmp_path / "two", to="hf", shards=2, verify=True)
+    ckpt_convert.convert_checkpoint(source, tmp_path / "two", to="hf", shards=2, verify=True)
     assert_same(read_safetensors(tmp_path / "two"), tensors)
     assert (tmp_path / "two" / "config.json").read_bytes() == (source / "config.json").read_bytes()
 
@@ -94,7 +94,7 @@ def test_elsewhere_it_is_refused_by_its_name(unknown: tuple[str, Path, Tensors],
         {"to": "hf", "dtype": "float32"},
     ):
         with pytest.raises(ckpt_convert.CkptConvertError, match=name) as caught:
-            ckpt_convert.convert(source, tmp_path / "out", **options)  # type: ignore[arg-type]
+            ckpt_convert.convert_checkpoint(source, tmp_path / "out", **options)  # type: ignore[arg-type]
         assert "correct config.json" not in str(caught.value)
 
 
@@ -117,14 +117,14 @@ def test_verify_calls_it_no_broken_model(unknown: tuple[str, Path, Tensors]) -> 
 def test_headers_win_over_a_config_that_was_left(method: str, tmp_path: Path) -> None:
     shutil.copytree(HF, tmp_path / "source")
     edit_json(tmp_path / "source" / "config.json", quantization_config={"quant_method": method})
-    report = ckpt_convert.convert(tmp_path / "source", tmp_path / "meta", to="meta", verify=True)
+    report = ckpt_convert.convert_checkpoint(tmp_path / "source", tmp_path / "meta", to="meta", verify=True)
     (said,) = [text for text in report.notices if "quantiz" in text]
     assert said == "config.json has quantization_config, but no tensor is quantised: it is left out"
     assert_same(read_meta(tmp_path / "meta")[0], read_meta(GOLDEN / "llama" / "meta-mp1")[0])
-    ckpt_convert.convert(tmp_path / "meta", tmp_path / "back", to="hf", verify=True)
+    ckpt_convert.convert_checkpoint(tmp_path / "meta", tmp_path / "back", to="hf", verify=True)
     assert "quantization_config" not in json.loads((tmp_path / "back" / "config.json").read_text())
     assert_same(read_safetensors(tmp_path / "back"), read_safetensors(HF))
-    copy = ckpt_convert.convert(tmp_path / "source", tmp_path / "copy", to="hf")
+    copy = ckpt_convert.convert_checkpoint(tmp_path / "source", tmp_path / "copy", to="hf")
     assert sums(tmp_path / "copy") == sums(tmp_path / "source")
     assert any("remove it from there" in text for text in copy.notices)
 
@@ -147,10 +147,10 @@ def test_a_format_that_a_family_has_not_is_said_before_any_advice(case: str, tmp
     with ckpt_convert.open_checkpoint(tmp_path / "source") as opened:
         assert opened.quantization is not None
     with pytest.raises(ckpt_convert.UnsupportedFamilyError, match="has no meta column") as caught:
-        ckpt_convert.convert(tmp_path / "source", tmp_path / "out", to="meta")
+        ckpt_convert.convert_checkpoint(tmp_path / "source", tmp_path / "out", to="meta")
     assert "dequantize=" not in str(caught.value)
     with pytest.raises(ckpt_convert.ConfigError, match="`dequantize="):  # where it does help
-        ckpt_convert.convert(tmp_path / "source", tmp_path / "out", to="torchtitan")
+        ckpt_convert.convert_checkpoint(tmp_path / "source", tmp_path / "out", to="torchtitan")
 
 
 # Placeholders
@@ -170,7 +170,7 @@ def test_placeholders_of_zero_3_are_one_error(model_type: str, tmp_path: Path) -
     assert "zero_to_fp32.py" in error["text"]
     for to in ("native", "hf"):
         with pytest.raises(ckpt_convert.InputError, match="ZeRO-3"):
-            ckpt_convert.convert(tmp_path / "source", tmp_path / "out", to=to)
+            ckpt_convert.convert_checkpoint(tmp_path / "source", tmp_path / "out", to=to)
 
 
 def test_a_few_empty_tensors_are_none(tmp_path: Path) -> None:
@@ -179,4 +179,4 @@ def test_a_few_empty_tensors_are_none(tmp_path: Path) -> None:
     tensors = {f"layer.{at}.weight": torch.ones(2, 3) for at in range(6)} | {"empty.weight": torch.empty(0)}
     safetensors.torch.save_file(tensors, tmp_path / "source" / "model.safetensors", {"format": "pt"})
     assert run("verify", tmp_path / "source").returncode == 0
-    ckpt_convert.convert(tmp_path / "source", tmp_path / "out", to="hf")
+    ckpt_convert.convert_checkpoint(tmp_path / "source", tmp_path / "out", to="hf")

@@ -68,18 +68,18 @@ def test_every_call_of_a_conversion_that_fails_once(format: str, tmp_path: Path)
     """One error with the file, and never the advice to remove what could not be read: that may pass."""
     source, to = tmp_path / "source", "native" if format == "hf" else "hf"
     if format == "hf":
-        ckpt_convert.convert(LLAMA, tmp_path / "first", to="meta")
-        ckpt_convert.convert(tmp_path / "first", source, to="hf")
+        ckpt_convert.convert_checkpoint(LLAMA, tmp_path / "first", to="meta")
+        ckpt_convert.convert_checkpoint(tmp_path / "first", source, to="hf")
     else:
-        ckpt_convert.convert(LLAMA, source, to=format)
-    ckpt_convert.convert(source, tmp_path / "expected", to=to)
+        ckpt_convert.convert_checkpoint(LLAMA, source, to=format)
+    ckpt_convert.convert_checkpoint(source, tmp_path / "expected", to=to)
     failures = 0
     for call in CALLS:
         for number in range(1, 10**6, STEP.get(call, 41)):
             shutil.rmtree(tmp_path / "out", ignore_errors=True)
             with failing(call, number, source) as failed:
                 try:
-                    ckpt_convert.convert(source, tmp_path / "out", to=to, workers=1)
+                    ckpt_convert.convert_checkpoint(source, tmp_path / "out", to=to, workers=1)
                 except CkptConvertError as error:
                     said = str(error)
                 else:
@@ -107,7 +107,7 @@ def test_a_config_that_cannot_be_read_is_not_a_missing_one(tmp_path: Path) -> No
         with failing("open", number, source / "config.json") as failed:
             said = ""
             try:
-                ckpt_convert.convert(source, tmp_path / str(number), to="hf")
+                ckpt_convert.convert_checkpoint(source, tmp_path / str(number), to="hf")
             except UnreadableError as error:
                 said = str(error)
         if not failed:
@@ -190,8 +190,8 @@ def test_torchtunes_list_of_files_with_its_recipe_state_beside_them(tmp_path: Pa
     weights = sorted(source.glob("pytorch_model*.bin"))
     with Checkpointer(weights, tmp_path / "run") as checkpointer:
         checkpointer.load_model(Trained(LLAMA).model)
-    ckpt_convert.convert(source, tmp_path / "out", to="native", container="safetensors")
-    ckpt_convert.convert(trainable(tmp_path / "same"), tmp_path / "expected", to="native")
+    ckpt_convert.convert_checkpoint(source, tmp_path / "out", to="native", container="safetensors")
+    ckpt_convert.convert_checkpoint(trainable(tmp_path / "same"), tmp_path / "expected", to="native")
     assert_same(read_safetensors(tmp_path / "out"), read_safetensors(tmp_path / "expected"))
     epoch = tmp_path / "epoch_1"
     epoch.mkdir()
@@ -199,7 +199,7 @@ def test_torchtunes_list_of_files_with_its_recipe_state_beside_them(tmp_path: Pa
     torch.save({"epochs_run": 1, "moments": torch.ones(4)}, epoch / "recipe_state.pt")
     listed, config = [epoch / "torchtune_model_0.pt"], LLAMA / "config.json"
     Checkpointer(listed, tmp_path / "other", source_format="native", config=config).close()
-    ckpt_convert.convert(epoch, tmp_path / "back", to="hf", config=config)
+    ckpt_convert.convert_checkpoint(epoch, tmp_path / "back", to="hf", config=config)
     assert_same(read_safetensors(tmp_path / "back"), read_safetensors(tmp_path / "same"))
 
 

@@ -68,9 +68,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def outputs(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One of each container: safetensors, torch zip, torch.distributed.checkpoint; and a saved step."""
     place = tmp_path_factory.mktemp("outputs")
-    ckpt_convert.convert(source, place / "meta", to="meta", model_parallel=2)
-    ckpt_convert.convert(place / "meta", place / "hf", to="hf")
-    ckpt_convert.convert(source, place / "torchtitan", to="torchtitan")
+    ckpt_convert.convert_checkpoint(source, place / "meta", to="meta", model_parallel=2)
+    ckpt_convert.convert_checkpoint(place / "meta", place / "hf", to="hf")
+    ckpt_convert.convert_checkpoint(source, place / "torchtitan", to="torchtitan")
     (place / "recipe.yaml").write_text("lr: 0.1\n")
     trained = Trained(source)
     with Checkpointer(source, place / "run", save_every=2, extra_files=[place / "recipe.yaml"]) as checkpointer:
@@ -316,7 +316,7 @@ def full_disk(after: int) -> Iterator[None]:
 
 def test_the_same_conversion_has_the_same_manifest_whoever_writes_it(source: Path, tmp_path: Path) -> None:
     def convert(name: str, **options: Any) -> ckpt_convert.Report:
-        return ckpt_convert.convert(source, tmp_path / name, to="meta", model_parallel=2, **options)
+        return ckpt_convert.convert_checkpoint(source, tmp_path / name, to="meta", model_parallel=2, **options)
 
     convert("one", workers=1)
     convert("four", workers=4)
@@ -328,22 +328,22 @@ def test_the_same_conversion_has_the_same_manifest_whoever_writes_it(source: Pat
 
 def test_what_an_earlier_attempt_wrote_counts_only_with_its_checksum(source: Path, tmp_path: Path) -> None:
     with full_disk(8):
-        ckpt_convert.convert(source, tmp_path / "out", to="native", shards=1, workers=1)
+        ckpt_convert.convert_checkpoint(source, tmp_path / "out", to="native", shards=1, workers=1)
     (weights,) = (tmp_path / ".out.partial").glob("*.safetensors")
     written = [at for at, byte in enumerate(weights.read_bytes()) if byte]
     flip(weights, written[-100])
-    ckpt_convert.convert(source, tmp_path / "out", to="native", shards=1, resume=True)
-    ckpt_convert.convert(source, tmp_path / "plain", to="native", shards=1)
+    ckpt_convert.convert_checkpoint(source, tmp_path / "out", to="native", shards=1, resume=True)
+    ckpt_convert.convert_checkpoint(source, tmp_path / "plain", to="native", shards=1)
     assert sums(tmp_path / "out") == sums(tmp_path / "plain")
     assert (tmp_path / "out" / MANIFEST).read_bytes() == (tmp_path / "plain" / MANIFEST).read_bytes()
 
 
 def test_files_have_the_same_checksums_by_whatever_way_they_came(source: Path, tmp_path: Path) -> None:
-    ckpt_convert.convert(source, tmp_path / "native", to="native")
-    ckpt_convert.convert(source, tmp_path / "titan", to="torchtitan")
+    ckpt_convert.convert_checkpoint(source, tmp_path / "native", to="native")
+    ckpt_convert.convert_checkpoint(source, tmp_path / "titan", to="torchtitan")
     ways = {"hf": source, "native": tmp_path / "native", "torchtitan": tmp_path / "titan"}
     for name, way in ways.items():
-        ckpt_convert.convert(way, tmp_path / f"by {name}", to="meta", model_parallel=2)
+        ckpt_convert.convert_checkpoint(way, tmp_path / f"by {name}", to="meta", model_parallel=2)
     found = [manifest_of(tmp_path / f"by {name}")["files"] for name in ways]
     ranks = ("consolidated.00.pth", "consolidated.01.pth")
     assert [{rank: files[rank] for rank in ranks} for files in found] == [
@@ -367,10 +367,10 @@ def test_a_piece_is_a_fixed_range_wherever_its_bytes_come_from(tmp_path: Path) -
     values = torch.arange(rows * dim, dtype=torch.float32).remainder_(251).reshape(rows, dim)
     tensors |= {"model.norm.weight": torch.ones(dim), "model.embed_tokens.weight": values}
     safetensors.torch.save_file(tensors, hf / "model.safetensors", {"format": "pt"})
-    ckpt_convert.convert(hf, tmp_path / "meta", to="meta", model_parallel=2)
+    ckpt_convert.convert_checkpoint(hf, tmp_path / "meta", to="meta", model_parallel=2)
     found = {}
     for source in ("hf", "meta"):
-        ckpt_convert.convert(tmp_path / source, tmp_path / f"{source}-native", to="native", shards=1)
+        ckpt_convert.convert_checkpoint(tmp_path / source, tmp_path / f"{source}-native", to="native", shards=1)
         (file,) = manifest_of(tmp_path / f"{source}-native")["files"].values()
         found[source] = [piece for piece in file["pieces"] if piece[0] == "tok_embeddings.weight"]
         shutil.rmtree(tmp_path / f"{source}-native")
@@ -391,7 +391,7 @@ def test_dtypes_that_fill_no_whole_bytes_are_copied_whole(tmp_path: Path) -> Non
     text += b" " * (-len(text) % 8)
     (source / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
     (source / "config.json").write_text('{"model_type": "unheard_of", "vocab_size": 8}')
-    ckpt_convert.convert(source, tmp_path / "out", to="hf")
+    ckpt_convert.convert_checkpoint(source, tmp_path / "out", to="hf")
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
 
 
@@ -439,7 +439,7 @@ def test_a_conversion_takes_an_edited_config(output: Path, accepts: bool, tmp_pa
     edit_json(output / "params.json", norm_eps=2e-5)
     if accepts:
         assert command("verify", output, "--accept", "params.json").returncode == 0
-    report = ckpt_convert.convert(output, tmp_path / "hf", to="hf")
+    report = ckpt_convert.convert_checkpoint(output, tmp_path / "hf", to="hf")
     said = [notice for notice in report.notices if EDITED in notice]
     assert [("params.json" in notice) for notice in said] == ([] if accepts else [True])
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["rms_norm_eps"] == 2e-5
@@ -447,8 +447,8 @@ def test_a_conversion_takes_an_edited_config(output: Path, accepts: bool, tmp_pa
     edit_json(tmp_path / "hf" / "generation_config.json", temperature=0.5)
     if accepts:
         assert command("verify", tmp_path / "hf", "--accept", "generation_config.json").returncode == 0
-    ckpt_convert.convert(tmp_path / "hf", tmp_path / "native", to="native")
-    ckpt_convert.convert(tmp_path / "native", tmp_path / "back", to="hf")
+    ckpt_convert.convert_checkpoint(tmp_path / "hf", tmp_path / "native", to="native")
+    ckpt_convert.convert_checkpoint(tmp_path / "native", tmp_path / "back", to="hf")
     assert json.loads((tmp_path / "back" / "generation_config.json").read_text())["temperature"] == 0.5
 
 
@@ -483,7 +483,7 @@ def test_a_run_resumes_from_an_edited_step_once_that_is_accepted(
     with Checkpointer(source, tmp_path / "run", save_last=False) as checkpointer:
         with pytest.raises(CorruptFileError, match=EDITED) as caught:
             checkpointer.resume(**Trained(source).parts, from_=4)
-        assert f"`verify('{step}', accept='config.json')`" in str(caught.value)
+        assert f"`verify_checkpoint('{step}', accept='config.json')`" in str(caught.value)
         assert "README.md" not in str(caught.value)
         progress = checkpointer.resume(**Trained(source).parts)  # the newest that is sound
         assert (progress.step if progress else None) == 2

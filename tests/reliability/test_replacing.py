@@ -51,7 +51,7 @@ def our_own_repository(out: Path) -> None:
 
 
 def output_with_photos(out: Path) -> None:
-    ckpt_convert.convert(HF, out, to="meta")
+    ckpt_convert.convert_checkpoint(HF, out, to="meta")
     put(out, "photos/cat.jpg")
 
 
@@ -71,7 +71,7 @@ def results_beside_weights(out: Path) -> None:
 
 
 def notes_in_the_record(out: Path) -> None:
-    ckpt_convert.convert(HF, out, to="native")
+    ckpt_convert.convert_checkpoint(HF, out, to="native")
     put(out, "ckpt_convert/notes.txt")
 
 
@@ -103,7 +103,7 @@ def test_overwriting_refuses_what_it_would_lose_and_names_it(make: Callable[[Pat
     make(out)
     before = tree(out)
     with pytest.raises(OutputExistsError, match="choose another name") as refused:
-        ckpt_convert.convert(HF, out, to="meta", overwrite=True)
+        ckpt_convert.convert_checkpoint(HF, out, to="meta", overwrite=True)
     assert FOREIGN[make] in str(refused.value)
     assert tree(out) == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -147,7 +147,7 @@ def links_to_weights(out: Path) -> None:
 
 
 def an_output_that_was_edited(out: Path) -> None:
-    ckpt_convert.convert(HF, out, to="native")
+    ckpt_convert.convert_checkpoint(HF, out, to="native")
     put(out, "model.safetensors.index.json", "README.md", "ckpt_convert/manifest.json")
     (out / "empty").mkdir()
 
@@ -162,8 +162,8 @@ def test_checkpoints_of_all_kinds_are_replaced_without_a_word(
 ) -> None:
     source = sums(HF)
     make(tmp_path / "out")
-    ckpt_convert.convert(HF, tmp_path / "expected", to="native")
-    ckpt_convert.convert(HF, tmp_path / "out", to="native", overwrite=True)
+    ckpt_convert.convert_checkpoint(HF, tmp_path / "expected", to="native")
+    ckpt_convert.convert_checkpoint(HF, tmp_path / "out", to="native", overwrite=True)
     assert tree(tmp_path / "out") == tree(tmp_path / "expected")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["expected", "out"]
     assert sums(HF) == source
@@ -177,15 +177,15 @@ def test_checkpoints_of_all_kinds_are_replaced_without_a_word(
 @pytest.mark.parametrize("there", [False, True], ids=["new", "replaced"])
 def test_places_beside_the_destination_are_ours_only_with_a_mark(name: str, there: bool, tmp_path: Path) -> None:
     if there:
-        ckpt_convert.convert(HF, tmp_path / "out", to="meta")
+        ckpt_convert.convert_checkpoint(HF, tmp_path / "out", to="meta")
     put(tmp_path / name, "thesis.tex", "model.safetensors")
     before = tree(tmp_path / name)
     if name == ".out.partial":
         for resume in (False, True):
             with pytest.raises(OutputExistsError, match=r"\.out\.partial: is in the way .*thesis\.tex.*move it"):
-                ckpt_convert.convert(HF, tmp_path / "out", to="native", overwrite=True, resume=resume)
+                ckpt_convert.convert_checkpoint(HF, tmp_path / "out", to="native", overwrite=True, resume=resume)
     else:
-        ckpt_convert.convert(HF, tmp_path / "out", to="native", overwrite=True)
+        ckpt_convert.convert_checkpoint(HF, tmp_path / "out", to="native", overwrite=True)
         assert (tmp_path / "out" / "model-00001-of-00004.safetensors").exists()
     assert tree(tmp_path / name) == before
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import ckpt_convert
-from ckpt_convert import Checkpointer, Progress, SourceChangedError
+from ckpt_convert import Checkpointer, SourceChangedError, TransferProgress
 from tests.checkpointer.training import LLAMA, Trained, trainable
 from tests.helpers import sums
 
@@ -27,20 +27,20 @@ def source_of(format: str, place: Path) -> Path:
     shutil.copytree(LLAMA, first)
     (first / "README.md").write_text("a model\n")
     if format == "hf":
-        ckpt_convert.convert(first, place.with_name(f"{place.name}-native"), to="native")
-        ckpt_convert.convert(place.with_name(f"{place.name}-native"), place, to="hf")
+        ckpt_convert.convert_checkpoint(first, place.with_name(f"{place.name}-native"), to="native")
+        ckpt_convert.convert_checkpoint(place.with_name(f"{place.name}-native"), place, to="hf")
     else:
-        ckpt_convert.convert(first, place, to=format, **({"model_parallel": 2} if format == "meta" else {}))
+        ckpt_convert.convert_checkpoint(first, place, to=format, **({"model_parallel": 2} if format == "meta" else {}))
     for file in place.rglob("*"):
         os.utime(file, ns=(DAY, DAY))
     return place
 
 
-def once(act: Callable[[], object]) -> Callable[[Progress], None]:
+def once(act: Callable[[], object]) -> Callable[[TransferProgress], None]:
     """A progress callback that acts when the first bytes have been converted."""
     left = iter([act])
 
-    def called(progress: Progress) -> None:
+    def called(progress: TransferProgress) -> None:
         if progress.phase == "converting" and progress.done:
             for do in left:
                 do()
@@ -86,7 +86,7 @@ def test_each_file_of_a_source_may_not_change(format: str, tmp_path: Path) -> No
             change(source / name)
 
         with pytest.raises(SourceChangedError, match="the source changed while it was read") as caught:
-            ckpt_convert.convert(source, tmp_path / "out", to=TO[format], progress=once(act))
+            ckpt_convert.convert_checkpoint(source, tmp_path / "out", to=TO[format], progress=once(act))
         assert str(caught.value).startswith(f"{source / name}: "), (name, change)
         assert not (tmp_path / "out").exists()
         assert not (tmp_path / ".out.partial").exists()
@@ -108,7 +108,7 @@ def test_another_model_in_the_place_of_the_source(format: str, tmp_path: Path) -
         other.rename(source)
 
     with pytest.raises(SourceChangedError, match=r"replaced at .*, and was of"):
-        ckpt_convert.convert(source, tmp_path / "out", to=TO[format], progress=once(act))
+        ckpt_convert.convert_checkpoint(source, tmp_path / "out", to=TO[format], progress=once(act))
     assert not (tmp_path / "out").exists()
 
 
@@ -116,7 +116,9 @@ def test_another_model_in_the_place_of_the_source(format: str, tmp_path: Path) -
 def test_a_source_that_is_removed(format: str, tmp_path: Path) -> None:
     source = source_of(format, tmp_path / "source")
     with pytest.raises(SourceChangedError, match="it was removed"):
-        ckpt_convert.convert(source, tmp_path / "out", to=TO[format], progress=once(lambda: shutil.rmtree(source)))
+        ckpt_convert.convert_checkpoint(
+            source, tmp_path / "out", to=TO[format], progress=once(lambda: shutil.rmtree(source))
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -124,7 +126,7 @@ def test_a_source_that_is_removed(format: str, tmp_path: Path) -> None:
 def test_what_changes_no_content_is_no_change(format: str, tmp_path: Path) -> None:
     """Permissions, access times, a further link to a file, a further file beside it; a copy is only mentioned."""
     source = source_of(format, tmp_path / "source")
-    expected = ckpt_convert.convert(source, tmp_path / "expected", to=TO[format])
+    expected = ckpt_convert.convert_checkpoint(source, tmp_path / "expected", to=TO[format])
     files = [path for path in source.rglob("*") if path.is_file()]
 
     def touch() -> None:
@@ -134,7 +136,9 @@ def test_what_changes_no_content_is_no_change(format: str, tmp_path: Path) -> No
             os.link(file, tmp_path / f"link{number}")
         (source / "notes.log").write_text("somebody else's\n")
 
-    report = ckpt_convert.convert(source, tmp_path / "touched", to=TO[format], verify=True, progress=once(touch))
+    report = ckpt_convert.convert_checkpoint(
+        source, tmp_path / "touched", to=TO[format], verify=True, progress=once(touch)
+    )
     assert report.notices == expected.notices
     (source / "notes.log").unlink()
 
@@ -143,7 +147,7 @@ def test_what_changes_no_content_is_no_change(format: str, tmp_path: Path) -> No
             shutil.copy2(file, file.with_name("other"))
             os.replace(file.with_name("other"), file)
 
-    report = ckpt_convert.convert(source, tmp_path / "copied", to=TO[format], progress=once(copy_on_write))
+    report = ckpt_convert.convert_checkpoint(source, tmp_path / "copied", to=TO[format], progress=once(copy_on_write))
     assert "replaced by a copy of the same size and time" in " ".join(report.notices)
     assert sums(tmp_path / "copied") == sums(tmp_path / "touched") == sums(tmp_path / "expected")
 
@@ -151,22 +155,22 @@ def test_what_changes_no_content_is_no_change(format: str, tmp_path: Path) -> No
 def test_permissions_do_not_cost_what_an_interrupted_conversion_has_done(tmp_path: Path) -> None:
     source = source_of("hf", tmp_path / "source")
 
-    def interrupt(progress: Progress) -> None:
+    def interrupt(progress: TransferProgress) -> None:
         if progress.phase == "converting" and 2 * progress.done > progress.total:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        ckpt_convert.convert(source, tmp_path / "out", to="meta", workers=1, progress=interrupt)
+        ckpt_convert.convert_checkpoint(source, tmp_path / "out", to="meta", workers=1, progress=interrupt)
     for file in source.rglob("*.safetensors"):
         file.chmod(0o400)
-    report = ckpt_convert.convert(source, tmp_path / "out", to="meta", resume=True)
+    report = ckpt_convert.convert_checkpoint(source, tmp_path / "out", to="meta", resume=True)
     assert report.resumed_bytes > 0
 
 
 def test_parts_are_not_opened_for_every_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each opening by path may find another file; and on a network each costs a round trip."""
     source = tmp_path / "source"
-    ckpt_convert.convert(LLAMA, source, to="torchtitan", shards=2)
+    ckpt_convert.convert_checkpoint(LLAMA, source, to="torchtitan", shards=2)
     opened: list[str] = []
     real = os.open
 
@@ -175,7 +179,7 @@ def test_parts_are_not_opened_for_every_block(tmp_path: Path, monkeypatch: pytes
         return real(path, *arguments, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(os, "open", counted)
-    ckpt_convert.convert(source, tmp_path / "out", to="hf", workers=2)
+    ckpt_convert.convert_checkpoint(source, tmp_path / "out", to="hf", workers=2)
     parts = [path for path in opened if path.endswith(".distcp")]
     assert len(set(parts)) == 2
     assert len(parts) <= 2 * 3  # for the layout of the source, and for each worker

@@ -70,7 +70,7 @@ def complete(directory: Path, model: Path) -> Path:
     """The model's directory on the Hub, with a tokenizer."""
     made = meta(directory.parent / "made-from")
     shutil.copy(model, made / "tokenizer.model")
-    ckpt_convert.convert(made, directory, to="hf", shards=1)
+    ckpt_convert.convert_checkpoint(made, directory, to="hf", shards=1)
     shutil.rmtree(directory / "ckpt_convert")
     (directory / "generation_config.json").write_text('{"eos_token_id": 2}')
     return directory
@@ -89,7 +89,7 @@ def test_a_sentencepiece_model_becomes_one_that_autotokenizer_reads(name: str, m
     """Also under the name that Mistral gives it."""
     meta(tmp_path / "source", "mistral")
     shutil.copy(model, tmp_path / "source" / name)
-    report = ckpt_convert.convert(tmp_path / "source", tmp_path / "hf", to="hf")
+    report = ckpt_convert.convert_checkpoint(tmp_path / "source", tmp_path / "hf", to="hf")
     encodes(tmp_path / "hf", model)
     assert (tmp_path / "hf" / name).read_bytes() == model.read_bytes()
     assert not any(NONE in text for text in report.notices)
@@ -100,7 +100,7 @@ def test_metas_download_has_its_tokenizer_one_folder_up(to: str, model: Path, tm
     meta(tmp_path / "downloads" / "llama-2-7b")
     shutil.copy(model, tmp_path / "downloads" / "tokenizer.model")
     (tmp_path / "downloads" / "tokenizer_checklist.chk").write_text("0  tokenizer.model\n")
-    ckpt_convert.convert(tmp_path / "downloads" / "llama-2-7b", tmp_path / "out", to=to)
+    ckpt_convert.convert_checkpoint(tmp_path / "downloads" / "llama-2-7b", tmp_path / "out", to=to)
     assert (tmp_path / "out" / "tokenizer.model").read_bytes() == model.read_bytes()
     assert not (tmp_path / "out" / "tokenizer_checklist.chk").exists()
     if to == "hf":
@@ -111,7 +111,7 @@ def test_its_own_tokenizer_comes_before_one_that_lies_above(model: Path, tmp_pat
     meta(tmp_path / "downloads" / "llama")
     shutil.copy(model, tmp_path / "downloads" / "llama" / "tokenizer.model")
     (tmp_path / "downloads" / "tokenizer.model").write_bytes(b"another one")
-    ckpt_convert.convert(tmp_path / "downloads" / "llama", tmp_path / "out", to="hf")
+    ckpt_convert.convert_checkpoint(tmp_path / "downloads" / "llama", tmp_path / "out", to="hf")
     encodes(tmp_path / "out", model)
 
 
@@ -132,15 +132,15 @@ def test_torchtitan_to_hf_takes_both_from_the_model_it_is_told_of(options: str, 
 def test_a_single_file_takes_the_tokenizer_beside_it(model: Path, tmp_path: Path) -> None:
     known = complete(tmp_path / "known", model)
     (known / "model.safetensors").rename(known / "run.safetensors")
-    ckpt_convert.convert(known / "run.safetensors", tmp_path / "hf", to="hf")
+    ckpt_convert.convert_checkpoint(known / "run.safetensors", tmp_path / "hf", to="hf")
     encodes(tmp_path / "hf", model)
 
 
 def test_a_like_without_a_tokenizer_leaves_the_sources(model: Path, tmp_path: Path) -> None:
     source = meta(tmp_path / "source")
-    ckpt_convert.convert(source, tmp_path / "known", to="hf")
+    ckpt_convert.convert_checkpoint(source, tmp_path / "known", to="hf")
     shutil.copy(model, source / "tokenizer.model")
-    ckpt_convert.convert(source, tmp_path / "hf", to="hf", like=tmp_path / "known")
+    ckpt_convert.convert_checkpoint(source, tmp_path / "hf", to="hf", like=tmp_path / "known")
     encodes(tmp_path / "hf", model)
 
 
@@ -151,12 +151,12 @@ def test_where_there_is_none_one_notice_says_so_and_the_way(tmp_path: Path) -> N
     config = tmp_path / "alone" / "config.json"
     config.parent.mkdir()
     shutil.copy(GOLDEN / "llama" / "hf" / "config.json", config)
-    report = ckpt_convert.convert(source, tmp_path / "hf", to="hf", config=config)
+    report = ckpt_convert.convert_checkpoint(source, tmp_path / "hf", to="hf", config=config)
     (said,) = [text for text in report.notices if "tokenizer" in text]
     assert NONE in said
     assert "`like=DIR`" in said
     # Within its own format a checkpoint stays what it is, and nothing is to be said of it.
-    assert not ckpt_convert.convert(GOLDEN / "llama" / "hf", tmp_path / "copy", to="hf").notices
+    assert not ckpt_convert.convert_checkpoint(GOLDEN / "llama" / "hf", tmp_path / "copy", to="hf").notices
 
 
 # The Hub's cache
@@ -201,12 +201,12 @@ def test_a_cached_snapshot_without_a_tokenizer_asks_the_hub(
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", info)
-    report = ckpt_convert.convert("org/name", tmp_path / "native", to="native")
+    report = ckpt_convert.convert_checkpoint("org/name", tmp_path / "native", to="native")
     assert asked == ["org/name"]
     assert ("tokenizer.json" in report.side_files) == online
     if online:  # it is complete now, and nobody is asked
-        ckpt_convert.convert("org/name", tmp_path / "again", to="native")
+        ckpt_convert.convert_checkpoint("org/name", tmp_path / "again", to="native")
         assert asked == ["org/name"]
     else:
-        made = ckpt_convert.convert("org/name", tmp_path / "meta", to="meta")
+        made = ckpt_convert.convert_checkpoint("org/name", tmp_path / "meta", to="meta")
         assert any(NONE in text for text in made.notices)

@@ -88,10 +88,10 @@ def test_each_file_of_a_checkpoint(format: str, replace: Callable[[Path, Path], 
     """A pipe or a device in its place is never read, a link out of the directory never followed."""
     kept, source, outside = tmp_path / "kept", tmp_path / "source", tmp_path / "outside"
     if format == "hf":
-        ckpt_convert.convert(LLAMA, tmp_path / "native", to="native")
-        ckpt_convert.convert(tmp_path / "native", kept, to="hf")
+        ckpt_convert.convert_checkpoint(LLAMA, tmp_path / "native", to="native")
+        ckpt_convert.convert_checkpoint(tmp_path / "native", kept, to="hf")
     else:
-        ckpt_convert.convert(LLAMA, kept, to=format)
+        ckpt_convert.convert_checkpoint(LLAMA, kept, to=format)
     expected = "native" if format == "hf" else "hf"
     for name in [path.relative_to(kept).as_posix() for path in sorted(kept.rglob("*")) if path.is_file()]:
         if replace is not _leaving and name == "ckpt_convert/layouts/hf/index.json":
@@ -105,7 +105,7 @@ def test_each_file_of_a_checkpoint(format: str, replace: Callable[[Path, Path], 
         said = ""
         with at_most():
             try:
-                ckpt_convert.convert(source, tmp_path / "out", to=expected)
+                ckpt_convert.convert_checkpoint(source, tmp_path / "out", to=expected)
             except CkptConvertError as error:
                 said = str(error)
         if said:
@@ -135,7 +135,7 @@ def test_the_config_of_like(tmp_path: Path) -> None:
     (like / "config.json").unlink()
     os.mkfifo(like / "config.json")
     with at_most(), pytest.raises(CkptConvertError, match=r"config\.json"):
-        ckpt_convert.convert(GOLDEN / "llama" / "meta-mp2", tmp_path / "out", to="hf", like=like)
+        ckpt_convert.convert_checkpoint(GOLDEN / "llama" / "meta-mp2", tmp_path / "out", to="hf", like=like)
 
 
 def test_a_file_of_a_kind_is_of_its_size(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_a_file_of_a_kind_is_of_its_size(tmp_path: Path) -> None:
         os.truncate(source / name, 1 << 40)
         if name != "generation_config.json":
             with pytest.raises(CkptConvertError, match=f"{name}: has 1,099,511,627,776 bytes"):
-                ckpt_convert.plan(source, to="meta")
+                ckpt_convert.plan_conversion(source, to="meta")
         (source / name).write_bytes(data)
 
 
@@ -163,7 +163,7 @@ def test_names_below_the_directory_and_links_into_a_cache(tmp_path: Path) -> Non
     for number, file in enumerate(sorted(LLAMA.iterdir())):
         shutil.copyfile(file, blobs / str(number))
         (snapshot / file.name).symlink_to(Path("../../blobs") / str(number))
-    ckpt_convert.convert(snapshot, tmp_path / "cached", to="meta")
+    ckpt_convert.convert_checkpoint(snapshot, tmp_path / "cached", to="meta")
     folder = tmp_path / "folder"
     shutil.copytree(LLAMA, folder)
     (folder / "weights").mkdir()
@@ -172,8 +172,8 @@ def test_names_below_the_directory_and_links_into_a_cache(tmp_path: Path) -> Non
         shard.rename(folder / "weights" / shard.name)
     names = {key: f"./weights/{name}" for key, name in index["weight_map"].items()}
     edit_json(folder / "model.safetensors.index.json", weight_map=names)
-    ckpt_convert.convert(folder, tmp_path / "folded", to="meta")
-    ckpt_convert.convert(LLAMA, tmp_path / "plain", to="meta")
+    ckpt_convert.convert_checkpoint(folder, tmp_path / "folded", to="meta")
+    ckpt_convert.convert_checkpoint(LLAMA, tmp_path / "plain", to="meta")
     plain = sums(tmp_path / "plain")
     assert sums(tmp_path / "cached") == sums(tmp_path / "folded") == plain
     assert run("verify", folder).returncode == 0

@@ -110,13 +110,13 @@ def test_what_transformers_saves_is_sound(
         warned = {finding["check"] for finding in verdict["findings"] if finding["severity"] == "warning"}
         assert warned == ({"tied"} if model_type == "bigbird_pegasus" else set())
 
-    ckpt_convert.convert(source, again, to="hf")
+    ckpt_convert.convert_checkpoint(source, again, to="hf")
     expected = _sums(source)
     assert {name: digest for name, digest in _sums(again).items() if name in expected} == expected
 
     if verdict["tensors"] < 2:
         return
-    ckpt_convert.convert(source, sharded, to="hf", shards=2)
+    ckpt_convert.convert_checkpoint(source, sharded, to="hf", shards=2)
     assert len(list(sharded.glob("*.safetensors"))) == 2
     if ALL or not known:
         diff = run("diff", source, sharded)
@@ -137,11 +137,11 @@ def test_a_tied_model_without_its_head_keeps_its_keys(model_type: str, class_nam
     source, again, third, sharded = (tmp_path / name for name in ("source", "again", "third", "sharded"))
     model.save_pretrained(source, max_shard_size="100KB")
     assert len(list(source.glob("*.safetensors"))) > 1
-    ckpt_convert.convert(source, again, to="hf", verify=True)
-    ckpt_convert.convert(again, third, to="hf", verify=True)
+    ckpt_convert.convert_checkpoint(source, again, to="hf", verify=True)
+    ckpt_convert.convert_checkpoint(again, third, to="hf", verify=True)
     assert _sums(third) == _sums(again) == _sums(source)
 
-    ckpt_convert.convert(source, sharded, to="hf", shards=2, verify=True)
+    ckpt_convert.convert_checkpoint(source, sharded, to="hf", shards=2, verify=True)
     assert len(list(sharded.glob("*.safetensors"))) == 2
     loaded = _loaded(transformers.AutoModel, sharded)
     assert not isinstance(loaded, str)
@@ -151,16 +151,18 @@ def test_a_tied_model_without_its_head_keeps_its_keys(model_type: str, class_nam
     if class_name != "GemmaModel":  # the rest is the same for all of them
         return
     assert run("diff", source, sharded).returncode == 0
-    ckpt_convert.convert(source, tmp_path / "head", to="hf", family=model_type, verify=True)  # as the language model
-    ckpt_convert.convert(source, tmp_path / "native", to="native", verify=True)
-    ckpt_convert.convert(tmp_path / "native", tmp_path / "back", to="hf", verify=True)
+    ckpt_convert.convert_checkpoint(
+        source, tmp_path / "head", to="hf", family=model_type, verify=True
+    )  # as the language model
+    ckpt_convert.convert_checkpoint(source, tmp_path / "native", to="native", verify=True)
+    ckpt_convert.convert_checkpoint(tmp_path / "native", tmp_path / "back", to="hf", verify=True)
     for out in ("head", "back"):
         with ckpt_convert.open_checkpoint(tmp_path / out) as opened:
             assert set(opened) == {f"model.{key}" for key in model.state_dict()}
     index = json.loads((source / "model.safetensors.index.json").read_text())
     (source / index["weight_map"]["norm.weight"]).unlink()  # and what is missing is an error all the same
     with pytest.raises(ckpt_convert.InputError):
-        ckpt_convert.convert(source, tmp_path / "out", to="hf")
+        ckpt_convert.convert_checkpoint(source, tmp_path / "out", to="hf")
 
 
 def test_a_stack_that_the_config_does_not_count_is_no_wrong_number_of_layers(tmp_path: Path) -> None:

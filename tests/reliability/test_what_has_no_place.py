@@ -56,13 +56,13 @@ def trained(case: str, directory: Path) -> tuple[Path, Tensors]:
 @pytest.mark.parametrize("case", EXPERTS)
 def test_torchtitan_finds_every_key_that_its_model_has(case: str, tmp_path: Path) -> None:
     """Its loader takes nothing partial: a missing key, or another dtype or shape, raises."""
-    ckpt_convert.convert(hf(case), tmp_path / "titan", to="torchtitan", verify=True)
+    ckpt_convert.convert_checkpoint(hf(case), tmp_path / "titan", to="torchtitan", verify=True)
     wanted = in_memory(case)
     found = {key: torch.full_like(tensor, -1) for key, tensor in wanted.items()}
     dcp.state_dict_loader.load(found, checkpoint_id=tmp_path / "titan", no_dist=True)
     assert_same(found, wanted)
     assert dcp.FileSystemReader(tmp_path / "titan").read_metadata().state_dict_metadata.keys() == wanted.keys()
-    report = ckpt_convert.convert(tmp_path / "titan", tmp_path / "back", to="hf", verify=True)
+    report = ckpt_convert.convert_checkpoint(tmp_path / "titan", tmp_path / "back", to="hf", verify=True)
     assert sums(tmp_path / "back") == sums(hf(case))
     assert not [text for text in report.notices if "tokenizer" not in text]
 
@@ -83,7 +83,7 @@ def test_a_trained_bias_that_hf_has_no_place_for_is_refused(case: str, tmp_path:
     assert "as accepted" in accepted.stderr
     assert_same(read_safetensors(tmp_path / "hf"), read_safetensors(hf(case)))
     # The record has it for the way back.
-    ckpt_convert.convert(tmp_path / "hf", tmp_path / "again", to="torchtitan", verify=True)
+    ckpt_convert.convert_checkpoint(tmp_path / "hf", tmp_path / "again", to="torchtitan", verify=True)
     found = {key: torch.full_like(tensor, -1) for key, tensor in tensors.items()}
     dcp.state_dict_loader.load(found, checkpoint_id=tmp_path / "again", no_dist=True)
     assert_same(found, tensors)
@@ -91,7 +91,7 @@ def test_a_trained_bias_that_hf_has_no_place_for_is_refused(case: str, tmp_path:
 
 def test_a_bias_of_zeros_is_no_loss(tmp_path: Path) -> None:
     config = hf("qwen3_moe") / "config.json"
-    report = ckpt_convert.convert(
+    report = ckpt_convert.convert_checkpoint(
         save(in_memory("qwen3_moe"), tmp_path / "titan"), tmp_path / "hf", to="hf", config=config, verify=True
     )
     assert not [text for text in report.notices if "tokenizer" not in text]
@@ -145,8 +145,8 @@ def test_diff_counts_optional_layers_that_are_on_one_side_only(tmp_path: Path) -
 
 def test_a_checkpoint_without_the_buffer_comes_back_without_it(tmp_path: Path) -> None:
     source = save(read_safetensors(GOLDEN / "qwen3_moe" / "torchtitan.safetensors"), tmp_path / "titan")
-    ckpt_convert.convert(source, tmp_path / "hf", to="hf", config=hf("qwen3_moe") / "config.json")
-    ckpt_convert.convert(tmp_path / "hf", tmp_path / "back", to="torchtitan", verify=True)
+    ckpt_convert.convert_checkpoint(source, tmp_path / "hf", to="hf", config=hf("qwen3_moe") / "config.json")
+    ckpt_convert.convert_checkpoint(tmp_path / "hf", tmp_path / "back", to="torchtitan", verify=True)
     assert sums(tmp_path / "back") == sums(source)
 
 
@@ -209,11 +209,11 @@ def test_runs_of_torchtitan_before_its_renaming_are_read(case: str, tmp_path: Pa
     assert any(".attention.wq" in key or "output.weight" in key for key in tensors)
     source = save(tensors, tmp_path / "titan")
     config = hf(case) / "config.json"
-    report = ckpt_convert.convert(source, tmp_path / "hf", to="hf", config=config, verify=True)
+    report = ckpt_convert.convert_checkpoint(source, tmp_path / "hf", to="hf", config=config, verify=True)
     assert report.source_format == "torchtitan"
     assert any("those of an earlier release" in text for text in report.notices)
     assert_same(read_safetensors(tmp_path / "hf"), read_safetensors(hf(case)))
-    ckpt_convert.convert(tmp_path / "hf", tmp_path / "back", to="torchtitan", verify=True)
+    ckpt_convert.convert_checkpoint(tmp_path / "hf", tmp_path / "back", to="torchtitan", verify=True)
     found = {key: torch.full_like(tensor, -1) for key, tensor in in_memory(case).items()}
     dcp.state_dict_loader.load(found, checkpoint_id=tmp_path / "back", no_dist=True)
     assert_same(found, in_memory(case))
@@ -225,6 +225,6 @@ def test_a_name_that_may_be_two_is_not_guessed(tmp_path: Path) -> None:
     tensors["output.weight"] = tensors["lm_head.weight"] + 1
     source = save(tensors, tmp_path / "titan")
     with pytest.raises(ckpt_convert.KeyMismatchError, match="are both lm_head"):
-        ckpt_convert.convert(
+        ckpt_convert.convert_checkpoint(
             source, tmp_path / "hf", to="hf", config=hf("llama") / "config.json", from_format="torchtitan"
         )

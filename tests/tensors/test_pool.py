@@ -17,7 +17,7 @@ import pytest
 
 from ckpt_convert.errors import CkptConvertError, CorruptFileError
 from ckpt_convert.tensors import pool
-from ckpt_convert.tensors.progress import Meter, Progress
+from ckpt_convert.tensors.progress import Meter, TransferProgress
 
 MB = 1 << 20
 ITEMS = [(at, size * 8) for at, size in enumerate([0, 1, 40 * MB, 5, 70 * MB, 0, 3, 33 * MB, 9, 40 * MB, 2])]
@@ -154,7 +154,7 @@ def left_behind() -> LeftBehind:
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 99])
 def test_results_are_in_order_and_all_bytes_are_reported(workers: int, tmp_path: Path, left_behind: LeftBehind) -> None:
-    seen: list[Progress] = []
+    seen: list[TransferProgress] = []
     found = run(doubled if workers == 1 else Shared(tmp_path / "done"), workers, progress=seen.append)
     assert [value for value, _ in found] == [2 * number for number, _ in ITEMS]
     total = sum(size for _, size in ITEMS)
@@ -215,7 +215,7 @@ def test_whoever_has_enough_leaves_no_process_and_no_thread_behind(left_behind: 
 
 
 def test_an_interruption_ends_the_workers(left_behind: LeftBehind) -> None:
-    def interrupt(progress: Progress) -> None:
+    def interrupt(progress: TransferProgress) -> None:
         if progress.done:
             raise KeyboardInterrupt
 
@@ -238,7 +238,7 @@ def test_progress_is_told_by_one_thread_at_a_time_under_no_lock_and_never_falls(
     telling = threading.Lock()
     meter: Meter | None = None
 
-    def tell(progress: Progress) -> None:
+    def tell(progress: TransferProgress) -> None:
         assert telling.acquire(blocking=False), "two threads tell at once"
         if meter is not None and progress.done % 7 == 0:
             other = threading.Thread(target=meter.add, args=(0,))  # would wait for ever if a lock were held
@@ -255,7 +255,7 @@ def test_progress_is_told_by_one_thread_at_a_time_under_no_lock_and_never_falls(
 
 
 def test_a_callback_that_fails_ends_the_work() -> None:
-    def fail(progress: Progress) -> None:
+    def fail(progress: TransferProgress) -> None:
         if progress.done == 3:
             raise ValueError("enough")
 

@@ -27,7 +27,7 @@ class Accepted:
 
 def accept_command(directory: Place, name: str) -> str:
     """What to call to accept a file."""
-    return f"`verify({spelled(directory)}, accept={spelled(name)})`"
+    return f"`verify_checkpoint({spelled(directory)}, accept={spelled(name)})`"
 
 
 def accept(directory: Place, names: Sequence[str]) -> list[Accepted]:

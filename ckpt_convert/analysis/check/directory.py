@@ -125,7 +125,7 @@ def numbering(opened: Opened) -> Iterator[Finding]:
         if alone and opened.checkpoint.format == "hf" and len(opened.checkpoint.directory.weights) > 1:
             text = (
                 f"{index} is missing: without it, transformers and others do not find the shards; download it, or "
-                "write the checkpoint anew with `convert(SRC, DST, to='hf')`"
+                "write the checkpoint anew with `convert_checkpoint(SRC, DST, to='hf')`"
             )
             yield Finding("warning", "index", text, index)
         for total, numbers in sets.items():
@@ -158,7 +158,7 @@ def names(opened: Opened) -> Iterator[Finding]:
         if not is_found(name):
             text = (
                 f"{name} is no name that transformers and others find ({', '.join(USUAL)}): rename "
-                "it if it is safetensors, or write the checkpoint anew with `convert(SRC, DST, to='hf', "
+                "it if it is safetensors, or write the checkpoint anew with `convert_checkpoint(SRC, DST, to='hf', "
                 "container='safetensors')`"
             )
             yield Finding("warning", "shards", text, name)

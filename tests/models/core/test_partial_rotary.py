@@ -120,11 +120,11 @@ def expected(hf: Tensors) -> Tensors:
 
 
 def test_only_what_rotates_is_reordered_and_norms_follow(model: transformers.PreTrainedModel, tmp_path: Path) -> None:
-    report = ckpt_convert.convert(tmp_path / "hf", tmp_path / "native", to="native", verify=True)
+    report = ckpt_convert.convert_checkpoint(tmp_path / "hf", tmp_path / "native", to="native", verify=True)
     assert report.family == "stablelm"
     native, wanted = read_safetensors(tmp_path / "native"), expected(read_safetensors(tmp_path / "hf"))
     assert_same({key: native[key] for key in wanted}, wanted)
-    ckpt_convert.convert(tmp_path / "native", tmp_path / "back", to="hf", verify=True)
+    ckpt_convert.convert_checkpoint(tmp_path / "native", tmp_path / "back", to="hf", verify=True)
     assert sums(tmp_path / "back") == sums(tmp_path / "hf")
     in_memory = ckpt_convert.convert_state_dict(
         model.state_dict(), model.config.to_dict(), source="hf", target="native"
@@ -158,7 +158,7 @@ def scores(weights: Tensors, x: torch.Tensor, interleaved: bool) -> torch.Tensor
 
 def test_both_layouts_compute_the_same(model: transformers.PreTrainedModel, tmp_path: Path) -> None:
     """What a wrong order of rows, or of a norm, would show in; a round trip would not."""
-    ckpt_convert.convert(tmp_path / "hf", tmp_path / "native", to="native")
+    ckpt_convert.convert_checkpoint(tmp_path / "hf", tmp_path / "native", to="native")
     x = torch.randn(7, DIM, generator=torch.Generator().manual_seed(1))
     hf = scores(read_safetensors(tmp_path / "hf"), x, interleaved=False)
     native = scores(read_safetensors(tmp_path / "native"), x, interleaved=True)
@@ -173,10 +173,10 @@ def test_a_table_that_knows_of_whole_heads_alone_is_refused(
     naive = STABLELM.replace(rows=lambda rows: (row.replace(rotary_dim=None) for row in rows if not row.derived))
     monkeypatch.setitem(FAMILIES.registered, "stablelm", naive)
     with pytest.raises(ConfigError, match=r"partial_rotary_factor is 0\.5, so only a part of each head rotates"):
-        ckpt_convert.convert(tmp_path / "hf", tmp_path / "native", to="native")
+        ckpt_convert.convert_checkpoint(tmp_path / "hf", tmp_path / "native", to="native")
     with pytest.raises(ConfigError, match="partial_rotary_factor"):
         ckpt_convert.convert_state_dict(model.state_dict(), model.config.to_dict(), source="hf", target="native")
-    ckpt_convert.convert(tmp_path / "hf", tmp_path / "same", to="hf", verify=True)
+    ckpt_convert.convert_checkpoint(tmp_path / "hf", tmp_path / "same", to="hf", verify=True)
     config = model.config.to_dict()
     config["rope_parameters"]["partial_rotary_factor"] = 1.0
     ckpt_convert.convert_state_dict(model.state_dict(), config, source="hf", target="native")

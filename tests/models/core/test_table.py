@@ -145,7 +145,7 @@ def test_the_worked_example_of_the_docs(example: dict[str, Any], use_bias: bool,
         assert (found.format, found.family) == ("native", "starcoder2")
     assert check(tmp_path / "hf").findings == ()
     with pytest.raises(ckpt_convert.CkptConvertError, match="the starcoder2 table has no meta column"):
-        ckpt_convert.convert(tmp_path / "hf", tmp_path / "meta", to="meta")
+        ckpt_convert.convert_checkpoint(tmp_path / "hf", tmp_path / "meta", to="meta")
 
 
 def test_the_example_has_every_key_of_transformers_model(example: dict[str, Any]) -> None:

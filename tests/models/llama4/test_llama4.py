@@ -21,7 +21,7 @@ from transformers import (
 )
 
 import ckpt_convert
-from ckpt_convert import ConfigError, convert, convert_state_dict
+from ckpt_convert import ConfigError, convert_checkpoint, convert_state_dict
 from ckpt_convert.models import FAMILIES
 from ckpt_convert.models.core.config import ConfigOptions
 from ckpt_convert.models.core.params import Weights
@@ -190,42 +190,42 @@ def config_of(directory: Path) -> dict[str, Any]:
 )
 def test_to_meta_and_back(fixture: str, ranks: int, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     source: Path = request.getfixturevalue(fixture)
-    convert(source, tmp_path / "meta", to="meta", model_parallel=ranks, verify=True)
+    convert_checkpoint(source, tmp_path / "meta", to="meta", model_parallel=ranks, verify=True)
     found = read_meta(tmp_path / "meta")
     assert len(found) == ranks
     assert_same(merged(found, config_of(source)), read_safetensors(source))
-    convert(tmp_path / "meta", tmp_path / "back", to="hf", verify=True)
+    convert_checkpoint(tmp_path / "meta", tmp_path / "back", to="hf", verify=True)
     assert sums(tmp_path / "back") == sums(source)
     # As Meta published it: without a record.
     for path in (tmp_path / "meta" / "ckpt_convert").rglob("*"):
         if path.is_file():
             path.unlink()
-    convert(tmp_path / "meta", tmp_path / "anew", to="hf", verify=True)
+    convert_checkpoint(tmp_path / "meta", tmp_path / "anew", to="hf", verify=True)
     assert_same(read_safetensors(tmp_path / "anew"), read_safetensors(source))
-    convert(tmp_path / "anew", tmp_path / "again", to="meta", verify=True)
+    convert_checkpoint(tmp_path / "anew", tmp_path / "again", to="meta", verify=True)
     assert sums(tmp_path / "again") == sums(tmp_path / "meta")
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 4), (4, 2), (2, 1)])
 def test_over_other_ranks(before: int, after: int, whole: Path, tmp_path: Path) -> None:
-    convert(whole, tmp_path / "before", to="meta", model_parallel=before)
-    convert(tmp_path / "before", tmp_path / "after", to="meta", model_parallel=after, verify=True)
+    convert_checkpoint(whole, tmp_path / "before", to="meta", model_parallel=before)
+    convert_checkpoint(tmp_path / "before", tmp_path / "after", to="meta", model_parallel=after, verify=True)
     assert_same(merged(read_meta(tmp_path / "after"), config_of(whole)), read_safetensors(whole))
 
 
 def test_native_and_meta(whole: Path, tmp_path: Path) -> None:
-    convert(whole, tmp_path / "native", to="native", verify=True)
-    convert(tmp_path / "native", tmp_path / "meta", to="meta", model_parallel=2, verify=True)
+    convert_checkpoint(whole, tmp_path / "native", to="native", verify=True)
+    convert_checkpoint(tmp_path / "native", tmp_path / "meta", to="meta", model_parallel=2, verify=True)
     assert_same(merged(read_meta(tmp_path / "meta"), config_of(whole)), read_safetensors(whole))
-    convert(tmp_path / "meta", tmp_path / "again", to="native", verify=True)
+    convert_checkpoint(tmp_path / "meta", tmp_path / "again", to="native", verify=True)
     assert_same(read_safetensors(tmp_path / "again"), read_safetensors(tmp_path / "native"))
-    convert(tmp_path / "again", tmp_path / "back", to="hf", verify=True)
+    convert_checkpoint(tmp_path / "again", tmp_path / "back", to="hf", verify=True)
     assert sums(tmp_path / "back") == sums(whole)
 
 
 def test_the_text_model_alone_has_no_native_column(alone: Path, tmp_path: Path) -> None:
     with pytest.raises(ckpt_convert.CkptConvertError, match="the llama4_text table has no native column"):
-        convert(alone, tmp_path / "out", to="native")
+        convert_checkpoint(alone, tmp_path / "out", to="native")
 
 
 @pytest.mark.parametrize("through", ["native", "meta"])
@@ -237,12 +237,12 @@ def test_the_same_logits_after_a_trip(through: str, tmp_path: Path) -> None:
     model.eval()
     model.save_pretrained(tmp_path / "source")
     options: dict[str, Any] = {"model_parallel": 4} if through == "meta" else {}
-    convert(tmp_path / "source", tmp_path / "there", to=through, **options)
+    convert_checkpoint(tmp_path / "source", tmp_path / "there", to=through, **options)
     if through == "meta":
         for path in (tmp_path / "there" / "ckpt_convert").rglob("*"):
             if path.is_file():
                 path.unlink()  # so that the config is the one that params.json gives
-    convert(tmp_path / "there", tmp_path / "back", to="hf")
+    convert_checkpoint(tmp_path / "there", tmp_path / "back", to="hf")
     back: Any = Llama4ForConditionalGeneration.from_pretrained(tmp_path / "back")
     back.eval()
     tokens = torch.arange(24).reshape(1, 24)
@@ -254,7 +254,7 @@ def test_the_same_logits_after_a_trip(through: str, tmp_path: Path) -> None:
 
 
 def test_what_meta_s_files_have_besides_is_carried(whole: Path, tmp_path: Path) -> None:
-    convert(whole, tmp_path / "first", to="meta", model_parallel=2)
+    convert_checkpoint(whole, tmp_path / "first", to="meta", model_parallel=2)
     ranks = read_meta(tmp_path / "first")
     source = tmp_path / "meta"
     source.mkdir()
@@ -271,13 +271,13 @@ def test_what_meta_s_files_have_besides_is_carried(whole: Path, tmp_path: Path) 
             content[f"{ffn}.expert_activation_DE"] = torch.arange(216.0).reshape(72, 3) * layer
         content["vision_embeddings.vision_adapter.fc.weight"] = torch.arange(648.0).reshape(18, 36) + 1000 * number
         torch.save({**rank, **content}, source / f"consolidated.{number:02d}.pth")
-    report = convert(source, tmp_path / "hf", to="hf", verify=True)
+    report = convert_checkpoint(source, tmp_path / "hf", to="hf", verify=True)
     assert_same(read_safetensors(tmp_path / "hf"), read_safetensors(whole))
     assert {"rope.freqs", "layers.3.feed_forward.global_gate_stats_3E"} <= set(report.drops)
     assert len(report.drops) == 8
     assert any("8 entries are no tensors" in notice for notice in report.notices)
-    convert(tmp_path / "hf", tmp_path / "native", to="native", verify=True)
-    convert(tmp_path / "native", tmp_path / "back", to="meta", verify=True)
+    convert_checkpoint(tmp_path / "hf", tmp_path / "native", to="native", verify=True)
+    convert_checkpoint(tmp_path / "native", tmp_path / "back", to="meta", verify=True)
     assert sums(tmp_path / "back") == sums(source)
 
 
@@ -440,7 +440,7 @@ def test_unusable_params_are_refused(changes: dict[str, Any], message: str) -> N
 
 def test_too_many_ranks_are_refused(whole: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
-        convert(whole, tmp_path / "out", to="meta", model_parallel=8)
+        convert_checkpoint(whole, tmp_path / "out", to="meta", model_parallel=8)
     assert str(error.value) == (
         f"{whole}: cannot be cut over 8 ranks: n_heads = 12 is not divisible by 8; n_kv_heads = 4 is not divisible by "
         "8; adapter_dim = 36 is not divisible by 8; `model_parallel=` may be "
@@ -449,7 +449,7 @@ def test_too_many_ranks_are_refused(whole: Path, tmp_path: Path) -> None:
 
 
 def test_a_file_of_another_model_is_refused(whole: Path, tmp_path: Path) -> None:
-    convert(whole, tmp_path / "meta", to="meta")
+    convert_checkpoint(whole, tmp_path / "meta", to="meta")
     (ranks,) = read_meta(tmp_path / "meta")
     del ranks["layers.1.feed_forward.router_DE"]
     ranks["layers.0.attention.wqkv.weight"] = ranks["layers.0.attention.wqkv.weight"][:-6]
@@ -475,11 +475,11 @@ def test_defaults_of_an_absent_key_are_those_of_transformers() -> None:
 
 
 def test_its_tokenizer_is_not_taken_for_llama_3_s(whole: Path, tmp_path: Path) -> None:
-    convert(whole, tmp_path / "meta", to="meta")
+    convert_checkpoint(whole, tmp_path / "meta", to="meta")
     tokens = [bytes([byte]) for byte in range(256)] + [b"a%d" % number for number in range(200_000 - 256)]
     lines = b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens))
     (tmp_path / "meta" / "tokenizer.model").write_bytes(lines)
-    report = convert(tmp_path / "meta", tmp_path / "hf", to="hf")
+    report = convert_checkpoint(tmp_path / "meta", tmp_path / "hf", to="hf")
     assert (
         "no tokenizer.json was made: tokenizer.model is Llama 4's, whose pattern and special tokens are not those of "
         "Llama 3; take tokenizer.json from the model's page on the Hub"

@@ -18,7 +18,7 @@ from transformers import AutoConfig, MllamaConfig, MllamaForConditionalGeneratio
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig, MllamaVisionConfig
 
 import ckpt_convert
-from ckpt_convert import ConfigError, convert, convert_state_dict
+from ckpt_convert import ConfigError, convert_checkpoint, convert_state_dict
 from ckpt_convert.models import FAMILIES
 from ckpt_convert.models.core.params import Weights
 from ckpt_convert.models.mllama import config as mllama_config
@@ -232,24 +232,24 @@ def without_record(directory: Path, name: Path) -> Path:
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_to_meta_and_back(ranks: int, whole: Path, tmp_path: Path) -> None:
-    convert(whole, tmp_path / "meta", to="meta", model_parallel=ranks, verify=True)
+    convert_checkpoint(whole, tmp_path / "meta", to="meta", model_parallel=ranks, verify=True)
     found = read_meta(tmp_path / "meta")
     assert len(found) == ranks
     assert_same(merged(found, config_of(whole)), read_safetensors(whole))
-    convert(tmp_path / "meta", tmp_path / "back", to="hf", verify=True)
+    convert_checkpoint(tmp_path / "meta", tmp_path / "back", to="hf", verify=True)
     assert sums(tmp_path / "back") == sums(whole)
     meta = without_record(tmp_path / "meta", tmp_path / "published")
-    convert(meta, tmp_path / "anew", to="hf", verify=True)
+    convert_checkpoint(meta, tmp_path / "anew", to="hf", verify=True)
     assert_same(read_safetensors(tmp_path / "anew"), read_safetensors(whole))
-    convert(tmp_path / "anew", tmp_path / "again", to="meta", verify=True)
+    convert_checkpoint(tmp_path / "anew", tmp_path / "again", to="meta", verify=True)
     assert sums(tmp_path / "again") == sums(meta)
 
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize(("before", "after"), [(1, 4), (4, 2)])
 def test_over_other_ranks(before: int, after: int, whole: Path, tmp_path: Path) -> None:
-    convert(whole, tmp_path / "before", to="meta", model_parallel=before)
-    convert(tmp_path / "before", tmp_path / "after", to="meta", model_parallel=after, verify=True)
+    convert_checkpoint(whole, tmp_path / "before", to="meta", model_parallel=before)
+    convert_checkpoint(tmp_path / "before", tmp_path / "after", to="meta", model_parallel=after, verify=True)
     assert_same(merged(read_meta(tmp_path / "after"), config_of(whole)), read_safetensors(whole))
 
 
@@ -258,7 +258,7 @@ def test_over_other_ranks(before: int, after: int, whole: Path, tmp_path: Path) 
 
 def meta_with(whole: Path, directory: Path, change: Callable[[Grids], None]) -> Path:
     """A published meta checkpoint of two ranks whose grids are changed."""
-    convert(whole, directory / "made", to="meta", model_parallel=2)
+    convert_checkpoint(whole, directory / "made", to="meta", model_parallel=2)
     meta = without_record(directory / "made", directory / "meta")
     for file in meta.glob("*.pth"):
         tensors = torch.load(file, weights_only=True)
@@ -274,7 +274,7 @@ def numbered(grids: Grids) -> None:
 
 
 def test_a_table_that_contradicts_itself_comes_back(tables: Path, tmp_path: Path) -> None:
-    report = convert(tables, tmp_path / "native", to="native", verify=True)
+    report = convert_checkpoint(tables, tmp_path / "native", to="native", verify=True)
     assert report.drops == sorted(TABLES)
     native, source = read_safetensors(tmp_path / "native"), read_safetensors(tables)
     for key, grid in zip(TABLES, GRIDS["native"], strict=True):
@@ -285,20 +285,20 @@ def test_a_table_that_contradicts_itself_comes_back(tables: Path, tmp_path: Path
             if height * width == TILES:
                 expected[:height, :width] = source[key][number].reshape(height, width, tokens, 32)
         assert torch.equal(native[grid], expected)
-    convert(tmp_path / "native", tmp_path / "back", to="hf", verify=True)
+    convert_checkpoint(tmp_path / "native", tmp_path / "back", to="hf", verify=True)
     assert sums(tmp_path / "back") == sums(tables)
     # A second trip is no different, and neither is one over a third format.
-    convert(tmp_path / "back", tmp_path / "again", to="native", verify=True)
+    convert_checkpoint(tmp_path / "back", tmp_path / "again", to="native", verify=True)
     assert_same(read_safetensors(tmp_path / "again"), native)
-    convert(tmp_path / "again", tmp_path / "home", to="hf", verify=True)
+    convert_checkpoint(tmp_path / "again", tmp_path / "home", to="hf", verify=True)
     assert sums(tmp_path / "home") == sums(tables)
 
 
 @pytest.mark.usefixtures("small")
 def test_a_table_comes_back_over_two_formats(tables: Path, tmp_path: Path) -> None:
-    convert(tables, tmp_path / "native", to="native")
-    convert(tmp_path / "native", tmp_path / "meta", to="meta", model_parallel=4, verify=True)
-    convert(tmp_path / "meta", tmp_path / "back", to="hf", verify=True)
+    convert_checkpoint(tables, tmp_path / "native", to="native")
+    convert_checkpoint(tmp_path / "native", tmp_path / "meta", to="meta", model_parallel=4, verify=True)
+    convert_checkpoint(tmp_path / "meta", tmp_path / "back", to="hf", verify=True)
     assert sums(tmp_path / "back") == sums(tables)
 
 
@@ -306,26 +306,26 @@ def test_a_table_comes_back_over_two_formats(tables: Path, tmp_path: Path) -> No
 def test_cells_that_no_image_has_come_back(whole: Path, tmp_path: Path) -> None:
     meta = meta_with(whole, tmp_path, numbered)
     assert all(grid.all() for rank in read_meta(meta) for key, grid in rank.items() if key in GRIDS["meta"])
-    report = convert(meta, tmp_path / "hf", to="hf", verify=True)
+    report = convert_checkpoint(meta, tmp_path / "hf", to="hf", verify=True)
     assert report.drops == sorted(GRIDS["meta"])
     config = config_of(whole)
     assert_same(merged(read_meta(meta), config), read_safetensors(tmp_path / "hf"))
-    convert(tmp_path / "hf", tmp_path / "back", to="meta", verify=True)
+    convert_checkpoint(tmp_path / "hf", tmp_path / "back", to="meta", verify=True)
     assert sums(tmp_path / "back") == sums(meta)
-    convert(tmp_path / "hf", tmp_path / "native", to="native", verify=True)
+    convert_checkpoint(tmp_path / "hf", tmp_path / "native", to="native", verify=True)
     native = read_safetensors(tmp_path / "native")
     for mine, theirs in zip(GRIDS["native"], GRIDS["meta"], strict=True):
         assert torch.equal(native[mine], read_meta(meta)[0][theirs])
-    convert(tmp_path / "native", tmp_path / "home", to="meta", verify=True)
+    convert_checkpoint(tmp_path / "native", tmp_path / "home", to="meta", verify=True)
     assert sums(tmp_path / "home") == sums(meta)
 
 
 @pytest.mark.usefixtures("small")
 def test_cells_come_back_over_two_formats(whole: Path, tmp_path: Path) -> None:
     meta = meta_with(whole, tmp_path, numbered)
-    convert(meta, tmp_path / "native", to="native")
-    convert(tmp_path / "native", tmp_path / "hf", to="hf", verify=True)
-    convert(tmp_path / "hf", tmp_path / "back", to="meta", verify=True)
+    convert_checkpoint(meta, tmp_path / "native", to="native")
+    convert_checkpoint(tmp_path / "native", tmp_path / "hf", to="hf", verify=True)
+    convert_checkpoint(tmp_path / "hf", tmp_path / "back", to="meta", verify=True)
     assert sums(tmp_path / "back") == sums(meta)
 
 
@@ -337,9 +337,9 @@ def change_one(path: Path, key: str, where: tuple[int, ...], value: float) -> No
 
 
 def test_what_was_trained_since_wins_over_what_was_carried(tables: Path, tmp_path: Path) -> None:
-    convert(tables, tmp_path / "native", to="native")
+    convert_checkpoint(tables, tmp_path / "native", to="native")
     change_one(tmp_path / "native", GRIDS["native"][1], (0, 0, 0, 5), -7.0)
-    convert(tmp_path / "native", tmp_path / "hf", to="hf", verify=True)
+    convert_checkpoint(tmp_path / "native", tmp_path / "hf", to="hf", verify=True)
     found, source = read_safetensors(tmp_path / "hf"), read_safetensors(tables)
     grid = read_safetensors(tmp_path / "native")[GRIDS["native"][1]]
     assert bits(found[TABLES[1]]) == bits(table_of(grid))
@@ -351,10 +351,10 @@ def test_what_was_trained_since_wins_over_what_was_carried(tables: Path, tmp_pat
 @pytest.mark.usefixtures("small")
 def test_a_table_that_was_trained_since_wins_over_the_grid(whole: Path, tmp_path: Path) -> None:
     meta = meta_with(whole, tmp_path, numbered)
-    convert(meta, tmp_path / "hf", to="hf")
+    convert_checkpoint(meta, tmp_path / "hf", to="hf")
     number = RATIOS.index((1, 3)) + 1
     change_one(tmp_path / "hf", TABLES[2], (number, 2 * 32), -7.0)
-    convert(tmp_path / "hf", tmp_path / "back", to="meta", verify=True)
+    convert_checkpoint(tmp_path / "hf", tmp_path / "back", to="meta", verify=True)
     before, after = read_meta(meta)[0], read_meta(tmp_path / "back")[0]
     for at in (0, 1):
         assert torch.equal(before[GRIDS["meta"][at]], after[GRIDS["meta"][at]])
@@ -365,15 +365,15 @@ def test_a_table_that_was_trained_since_wins_over_the_grid(whole: Path, tmp_path
 
 
 def test_another_dtype_is_another_value(tables: Path, tmp_path: Path) -> None:
-    convert(tables, tmp_path / "native", to="native", dtype="bfloat16", verify=True)
-    convert(tmp_path / "native", tmp_path / "hf", to="hf", verify=True)
+    convert_checkpoint(tables, tmp_path / "native", to="native", dtype="bfloat16", verify=True)
+    convert_checkpoint(tmp_path / "native", tmp_path / "hf", to="hf", verify=True)
     found = read_safetensors(tmp_path / "hf")[TABLES[1]]
     assert found.dtype == torch.bfloat16
     assert bits(found.float()) == bits(table_of(read_safetensors(tmp_path / "native")[GRIDS["native"][1]].float()))
 
 
 def test_the_same_format_is_a_copy_whatever_the_tables_hold(tables: Path, tmp_path: Path) -> None:
-    convert(tables, tmp_path / "hf", to="hf", shards=1, verify=True)
+    convert_checkpoint(tables, tmp_path / "hf", to="hf", shards=1, verify=True)
     assert_same(read_safetensors(tmp_path / "hf"), read_safetensors(tables))
     found = convert_state_dict(read_safetensors(tables), config_of(tables), source="hf", target="hf")
     assert isinstance(found, dict)
@@ -405,11 +405,11 @@ def test_verify_reads_what_is_carried(tables: Path, tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(placement, "carried", shifted)
     with pytest.raises(ckpt_convert.VerificationError) as error:
-        convert(tables, tmp_path / "out", to="native", verify=True)
+        convert_checkpoint(tables, tmp_path / "out", to="native", verify=True)
     assert all(f"{key}: differs from {key} at byte " in str(error.value) for key in TABLES)
     monkeypatch.setattr(placement, "carried", lambda *arguments: [])
     with pytest.raises(ckpt_convert.VerificationError) as error:
-        convert(tables, tmp_path / "out", to="native", verify=True)
+        convert_checkpoint(tables, tmp_path / "out", to="native", verify=True)
     assert all(f"{key}: is not carried in the output's record" in str(error.value) for key in TABLES)
 
 
@@ -459,11 +459,11 @@ def test_the_same_logits_after_a_trip(through: str, tmp_path: Path) -> None:
                 tensor.copy_(table_of(torch.randn(TILES, TILES, tensor.shape[1] // (TILES * 32), 32)))
     model.save_pretrained(tmp_path / "source")
     options: dict[str, Any] = {"model_parallel": 4} if through == "meta" else {}
-    convert(tmp_path / "source", tmp_path / "there", to=through, **options)
+    convert_checkpoint(tmp_path / "source", tmp_path / "there", to=through, **options)
     there = tmp_path / "there"
     if through == "meta":
         there = without_record(there, tmp_path / "published")  # so that the config is the one that params.json gives
-    convert(there, tmp_path / "back", to="hf")
+    convert_checkpoint(there, tmp_path / "back", to="hf")
     back: Any = MllamaForConditionalGeneration.from_pretrained(tmp_path / "back")
     back.eval()
     inputs = {
@@ -636,7 +636,7 @@ def test_too_many_ranks_are_refused(whole: Path, tmp_path: Path, monkeypatch: py
     for module in (mllama_config, mllama_params):
         monkeypatch.setattr(module, "WIRED", replace(SMALL))
     with pytest.raises(ConfigError, match=r"n_heads = 12 is not divisible by 8; .*`model_parallel=` may be 1, 2, 4"):
-        convert(whole, tmp_path / "out", to="meta", model_parallel=8)
+        convert_checkpoint(whole, tmp_path / "out", to="meta", model_parallel=8)
 
 
 def test_positions_of_another_grid_are_refused(whole: Path) -> None:
