@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ckpt_convert.models.core.builders import layer_norm, linear
 from ckpt_convert.models.core.config import CONFIG, optional_int, optional_mapping
-from ckpt_convert.models.core.picking import affine
 from ckpt_convert.models.core.table import Family, Key, Row
 
 
@@ -79,19 +79,31 @@ _TEXT = (
         native=Key("position_embedding"),
     ),
     Row("position_ids", ("1", "n_positions"), derived=True, hf=Key("text_model.embeddings.position_ids")),
-    *affine("attention_norm", ("dim",), hf=f"{_HF}.layer_norm1", native="layers.{layer}.sa_norm"),
-    *affine("attention.q", ("dim", "dim"), hf=f"{_HF}.self_attn.q_proj", native="layers.{layer}.attn.q_proj"),
-    *affine("attention.k", ("dim", "dim"), hf=f"{_HF}.self_attn.k_proj", native="layers.{layer}.attn.k_proj"),
-    *affine("attention.v", ("dim", "dim"), hf=f"{_HF}.self_attn.v_proj", native="layers.{layer}.attn.v_proj"),
-    *affine("attention.o", ("dim", "dim"), hf=f"{_HF}.self_attn.out_proj", native="layers.{layer}.attn.output_proj"),
-    *affine("ffn_norm", ("dim",), hf=f"{_HF}.layer_norm2", native="layers.{layer}.mlp_norm"),
-    *affine("ffn.up", ("ffn_dim", "dim"), hf=f"{_HF}.mlp.fc1", native="layers.{layer}.mlp.w1"),
-    *affine("ffn.down", ("dim", "ffn_dim"), hf=f"{_HF}.mlp.fc2", native="layers.{layer}.mlp.w2"),
-    *affine("norm", ("dim",), hf="text_model.final_layer_norm", native="final_norm"),
+    *layer_norm("attention_norm", hf=f"{_HF}.layer_norm1", native="layers.{layer}.sa_norm"),
+    *linear(
+        "attention.q", ("dim", "dim"), bias=True, hf=f"{_HF}.self_attn.q_proj", native="layers.{layer}.attn.q_proj"
+    ),
+    *linear(
+        "attention.k", ("dim", "dim"), bias=True, hf=f"{_HF}.self_attn.k_proj", native="layers.{layer}.attn.k_proj"
+    ),
+    *linear(
+        "attention.v", ("dim", "dim"), bias=True, hf=f"{_HF}.self_attn.v_proj", native="layers.{layer}.attn.v_proj"
+    ),
+    *linear(
+        "attention.o",
+        ("dim", "dim"),
+        bias=True,
+        hf=f"{_HF}.self_attn.out_proj",
+        native="layers.{layer}.attn.output_proj",
+    ),
+    *layer_norm("ffn_norm", hf=f"{_HF}.layer_norm2", native="layers.{layer}.mlp_norm"),
+    *linear("ffn.up", ("ffn_dim", "dim"), bias=True, hf=f"{_HF}.mlp.fc1", native="layers.{layer}.mlp.w1"),
+    *linear("ffn.down", ("dim", "ffn_dim"), bias=True, hf=f"{_HF}.mlp.fc2", native="layers.{layer}.mlp.w2"),
+    *layer_norm("norm", hf="text_model.final_layer_norm", native="final_norm"),
 )
 
 _REST = (
-    Row("projection", ("projection_dim", "dim"), optional=True, hf=Key("text_projection.weight")),
+    *linear("projection", ("projection_dim", "dim"), optional=True, hf="text_projection"),
     Row("logit_scale", (), **_CARRIED, hf=Key("logit_scale")),
     Row("vision.class", ("vision_dim",), **_CARRIED, hf=Key("vision_model.embeddings.class_embedding")),
     Row(
@@ -113,16 +125,18 @@ _REST = (
         derived=True,
         hf=Key("vision_model.embeddings.position_ids"),
     ),
-    *affine("vision.pre_norm", ("vision_dim",), hf="vision_model.pre_layrnorm", **_CARRIED),  # spelt so there
-    *affine("vision.attention_norm", ("vision_dim",), hf=f"{_VISION}.layer_norm1", **_LAYER),
-    *affine("vision.attention.q", ("vision_dim", "vision_dim"), hf=f"{_VISION}.self_attn.q_proj", **_LAYER),
-    *affine("vision.attention.k", ("vision_dim", "vision_dim"), hf=f"{_VISION}.self_attn.k_proj", **_LAYER),
-    *affine("vision.attention.v", ("vision_dim", "vision_dim"), hf=f"{_VISION}.self_attn.v_proj", **_LAYER),
-    *affine("vision.attention.o", ("vision_dim", "vision_dim"), hf=f"{_VISION}.self_attn.out_proj", **_LAYER),
-    *affine("vision.ffn_norm", ("vision_dim",), hf=f"{_VISION}.layer_norm2", **_LAYER),
-    *affine("vision.ffn.up", ("vision_ffn_dim", "vision_dim"), hf=f"{_VISION}.mlp.fc1", **_LAYER),
-    *affine("vision.ffn.down", ("vision_dim", "vision_ffn_dim"), hf=f"{_VISION}.mlp.fc2", **_LAYER),
-    *affine("vision.norm", ("vision_dim",), hf="vision_model.post_layernorm", **_CARRIED),
+    *layer_norm("vision.pre_norm", "vision_dim", hf="vision_model.pre_layrnorm", **_CARRIED),  # spelt so there
+    *layer_norm("vision.attention_norm", "vision_dim", hf=f"{_VISION}.layer_norm1", **_LAYER),
+    *linear("vision.attention.q", ("vision_dim", "vision_dim"), bias=True, hf=f"{_VISION}.self_attn.q_proj", **_LAYER),
+    *linear("vision.attention.k", ("vision_dim", "vision_dim"), bias=True, hf=f"{_VISION}.self_attn.k_proj", **_LAYER),
+    *linear("vision.attention.v", ("vision_dim", "vision_dim"), bias=True, hf=f"{_VISION}.self_attn.v_proj", **_LAYER),
+    *linear(
+        "vision.attention.o", ("vision_dim", "vision_dim"), bias=True, hf=f"{_VISION}.self_attn.out_proj", **_LAYER
+    ),
+    *layer_norm("vision.ffn_norm", "vision_dim", hf=f"{_VISION}.layer_norm2", **_LAYER),
+    *linear("vision.ffn.up", ("vision_ffn_dim", "vision_dim"), bias=True, hf=f"{_VISION}.mlp.fc1", **_LAYER),
+    *linear("vision.ffn.down", ("vision_dim", "vision_ffn_dim"), bias=True, hf=f"{_VISION}.mlp.fc2", **_LAYER),
+    *layer_norm("vision.norm", "vision_dim", hf="vision_model.post_layernorm", **_CARRIED),
     Row("vision.projection", ("projection_dim", "vision_dim"), **_CARRIED, hf=Key("visual_projection.weight")),
 )
 

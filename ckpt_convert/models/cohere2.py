@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ckpt_convert.models.core.config import CONFIG, base_dims, optional_bool
-from ckpt_convert.models.core.picking import columns, interleaved, named
+from ckpt_convert.models.core.picking import columns, named, with_rope
 from ckpt_convert.models.core.table import Family
 from ckpt_convert.models.parts.decoder import ATTENTION, ATTENTION_BIAS, EMBEDDING, FFN, OUTPUT
 
@@ -27,7 +27,7 @@ COHERE2 = Family(
     title="Command R7B and Command A",
     model_types=("cohere2",),
     dims=dims,
-    rows=interleaved(
+    rows=with_rope(
         columns(
             (
                 *EMBEDDING,
@@ -37,6 +37,7 @@ COHERE2 = Family(
                 *OUTPUT,
             ),
             "hf",
-        )
+        ),
+        "interleaved",
     ),
 )

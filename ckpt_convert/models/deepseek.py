@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ckpt_convert.models.core.builders import linear, rms_norm
 from ckpt_convert.models.core.config import (
     CONFIG,
     base_dims,
@@ -32,58 +33,58 @@ from ckpt_convert.models.parts.experts import DENSE_FFN, EXPERTS, INDICES, NORM,
 
 ATTENTION = (
     *named(PLAIN_ATTENTION, "attention_norm"),
-    Row(
+    *linear(
         "attention.q_a",
         ("q_rank", "dim"),
         when="q_rank",
-        hf=Key("model.layers.{layer}.self_attn.q_a_proj.weight"),
-        torchtitan=Key("layers.{layer}.attention.wq_a.weight"),
+        hf="model.layers.{layer}.self_attn.q_a_proj",
+        torchtitan="layers.{layer}.attention.wq_a",
     ),
-    Row(
+    *rms_norm(
         "attention.q_norm",
-        ("q_rank",),
+        "q_rank",
         when="q_rank",
-        hf=Key("model.layers.{layer}.self_attn.q_a_layernorm.weight"),
-        torchtitan=Key("layers.{layer}.attention.q_norm.weight"),
+        hf="model.layers.{layer}.self_attn.q_a_layernorm",
+        torchtitan="layers.{layer}.attention.q_norm",
     ),
-    Row(
+    *linear(
         "attention.q_b",
         ("n_heads*qk_dim", "q_rank"),
         when="q_rank",
-        hf=Key("model.layers.{layer}.self_attn.q_b_proj.weight"),
-        torchtitan=Key("layers.{layer}.attention.wq_b.weight"),
+        hf="model.layers.{layer}.self_attn.q_b_proj",
+        torchtitan="layers.{layer}.attention.wq_b",
     ),
     # Smaller models have no latent for queries.
-    Row(
+    *linear(
         "attention.q",
         ("n_heads*qk_dim", "dim"),
         when="whole_q",
-        hf=Key("model.layers.{layer}.self_attn.q_proj.weight"),
-        torchtitan=Key("layers.{layer}.attention.wq.weight"),
+        hf="model.layers.{layer}.self_attn.q_proj",
+        torchtitan="layers.{layer}.attention.wq",
     ),
-    Row(
+    *linear(
         "attention.kv_a",
         ("kv_a_dim", "dim"),
-        hf=Key("model.layers.{layer}.self_attn.kv_a_proj_with_mqa.weight"),
-        torchtitan=Key("layers.{layer}.attention.wkv_a.weight"),
+        hf="model.layers.{layer}.self_attn.kv_a_proj_with_mqa",
+        torchtitan="layers.{layer}.attention.wkv_a",
     ),
-    Row(
+    *rms_norm(
         "attention.kv_norm",
-        ("kv_rank",),
-        hf=Key("model.layers.{layer}.self_attn.kv_a_layernorm.weight"),
-        torchtitan=Key("layers.{layer}.attention.kv_norm.weight"),
+        "kv_rank",
+        hf="model.layers.{layer}.self_attn.kv_a_layernorm",
+        torchtitan="layers.{layer}.attention.kv_norm",
     ),
-    Row(
+    *linear(
         "attention.kv_b",
         ("n_heads*kv_b_dim", "kv_rank"),
-        hf=Key("model.layers.{layer}.self_attn.kv_b_proj.weight"),
-        torchtitan=Key("layers.{layer}.attention.wkv_b.weight"),
+        hf="model.layers.{layer}.self_attn.kv_b_proj",
+        torchtitan="layers.{layer}.attention.wkv_b",
     ),
-    Row(
+    *linear(
         "attention.o",
         ("dim", "n_heads*v_dim"),
-        hf=Key("model.layers.{layer}.self_attn.o_proj.weight"),
-        torchtitan=Key("layers.{layer}.attention.wo.weight"),
+        hf="model.layers.{layer}.self_attn.o_proj",
+        torchtitan="layers.{layer}.attention.wo",
     ),
     Row(
         "attention.q_a.bias",
@@ -107,29 +108,29 @@ ATTENTION = (
 )
 
 SHARED = (
-    Row(
+    *linear(
         "moe.shared.gate",
         ("shared_dim", "dim"),
         only="moe",
         when="shared_dim",
-        hf=Key("model.layers.{layer}.mlp.shared_experts.gate_proj.weight"),
-        torchtitan=Key("layers.{layer}.moe.shared_experts.w1.weight"),
+        hf="model.layers.{layer}.mlp.shared_experts.gate_proj",
+        torchtitan="layers.{layer}.moe.shared_experts.w1",
     ),
-    Row(
+    *linear(
         "moe.shared.up",
         ("shared_dim", "dim"),
         only="moe",
         when="shared_dim",
-        hf=Key("model.layers.{layer}.mlp.shared_experts.up_proj.weight"),
-        torchtitan=Key("layers.{layer}.moe.shared_experts.w3.weight"),
+        hf="model.layers.{layer}.mlp.shared_experts.up_proj",
+        torchtitan="layers.{layer}.moe.shared_experts.w3",
     ),
-    Row(
+    *linear(
         "moe.shared.down",
         ("dim", "shared_dim"),
         only="moe",
         when="shared_dim",
-        hf=Key("model.layers.{layer}.mlp.shared_experts.down_proj.weight"),
-        torchtitan=Key("layers.{layer}.moe.shared_experts.w2.weight"),
+        hf="model.layers.{layer}.mlp.shared_experts.down_proj",
+        torchtitan="layers.{layer}.moe.shared_experts.w2",
     ),
 )
 
@@ -148,37 +149,34 @@ BALANCE = (
 LAYER = (*ATTENTION, *NORM, *DENSE_FFN, *ROUTER, *BALANCE, *EXPERTS, *SHARED)
 
 MTP = (
-    Row(
+    *rms_norm(
         "mtp.embedding_norm",
-        ("dim",),
         only="mtp",
         optional="mtp",
-        hf=Key("model.layers.{layer}.enorm.weight"),
-        torchtitan=Key("mtp_layers.{layer:mtp}.enorm.weight"),
+        hf="model.layers.{layer}.enorm",
+        torchtitan="mtp_layers.{layer:mtp}.enorm",
     ),
-    Row(
+    *rms_norm(
         "mtp.hidden_norm",
-        ("dim",),
         only="mtp",
         optional="mtp",
-        hf=Key("model.layers.{layer}.hnorm.weight"),
-        torchtitan=Key("mtp_layers.{layer:mtp}.hnorm.weight"),
+        hf="model.layers.{layer}.hnorm",
+        torchtitan="mtp_layers.{layer:mtp}.hnorm",
     ),
-    Row(
+    *linear(
         "mtp.projection",
         ("dim", "2*dim"),
         only="mtp",
         optional="mtp",
-        hf=Key("model.layers.{layer}.eh_proj.weight"),
-        torchtitan=Key("mtp_layers.{layer:mtp}.eh_proj.weight"),
+        hf="model.layers.{layer}.eh_proj",
+        torchtitan="mtp_layers.{layer:mtp}.eh_proj",
     ),
-    Row(
+    *rms_norm(
         "mtp.norm",
-        ("dim",),
         only="mtp",
         optional="mtp",
-        hf=Key("model.layers.{layer}.shared_head.norm.weight"),
-        torchtitan=Key("mtp_layers.{layer:mtp}.mtp_norm.weight"),
+        hf="model.layers.{layer}.shared_head.norm",
+        torchtitan="mtp_layers.{layer:mtp}.mtp_norm",
     ),
     # Copies of the model's own embedding and output, for which torchtitan, and transformers, have no use.
     Row(
@@ -188,13 +186,7 @@ MTP = (
         optional=True,
         hf=Key("model.layers.{layer}.embed_tokens.weight"),
     ),
-    Row(
-        "mtp.output",
-        ("vocab_size", "dim"),
-        only="mtp",
-        optional=True,
-        hf=Key("model.layers.{layer}.shared_head.head.weight"),
-    ),
+    *linear("mtp.output", ("vocab_size", "dim"), only="mtp", optional=True, hf="model.layers.{layer}.shared_head.head"),
 )
 """What an MTP layer has besides a layer: hf counts it on from the model's layers, torchtitan by itself.
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ckpt_convert.models.core.builders import linear, rms_norm
 from ckpt_convert.models.core.config import CONFIG, optional_bool, optional_int
-from ckpt_convert.models.core.picking import affine
 from ckpt_convert.models.core.table import Family, Key, Row
 
 
@@ -43,8 +43,12 @@ def _embedder(name: str, size: str, hf: str, torchtitan: str | None, **settings:
     """Two layers that make a vector of the model's width."""
     first, second = (f"{torchtitan}.in_layer", f"{torchtitan}.out_layer") if torchtitan else (None, None)
     return (
-        *affine(f"{name}.in", ("dim", size), hf=f"time_text_embed.{hf}.linear_1", torchtitan=first, **settings),
-        *affine(f"{name}.out", ("dim", "dim"), hf=f"time_text_embed.{hf}.linear_2", torchtitan=second, **settings),
+        *linear(
+            f"{name}.in", ("dim", size), bias=True, hf=f"time_text_embed.{hf}.linear_1", torchtitan=first, **settings
+        ),
+        *linear(
+            f"{name}.out", ("dim", "dim"), bias=True, hf=f"time_text_embed.{hf}.linear_2", torchtitan=second, **settings
+        ),
     )
 
 
@@ -53,27 +57,43 @@ def _stream(name: str, torchtitan: str, hf: Mapping[str, str]) -> tuple[Row, ...
     here, there = "transformer_blocks.{layer}", f"double_blocks.{{layer}}.{torchtitan}"
     square, qkv = ("dim", "dim"), Key(f"{there}_attn.qkv", fused=0)
     return (
-        *affine(
-            f"{name}.modulation", ("6*dim", "dim"), hf=f"{here}.{hf['norm']}.linear", torchtitan=f"{there}_mod.lin"
+        *linear(
+            f"{name}.modulation",
+            ("6*dim", "dim"),
+            bias=True,
+            hf=f"{here}.{hf['norm']}.linear",
+            torchtitan=f"{there}_mod.lin",
         ),
-        *affine(f"{name}.attention.q", square, hf=f"{here}.attn.{hf['q']}", torchtitan=qkv),
-        *affine(f"{name}.attention.k", square, hf=f"{here}.attn.{hf['k']}", torchtitan=qkv),
-        *affine(f"{name}.attention.v", square, hf=f"{here}.attn.{hf['v']}", torchtitan=qkv),
-        Row(
+        *linear(f"{name}.attention.q", square, bias=True, hf=f"{here}.attn.{hf['q']}", torchtitan=qkv),
+        *linear(f"{name}.attention.k", square, bias=True, hf=f"{here}.attn.{hf['k']}", torchtitan=qkv),
+        *linear(f"{name}.attention.v", square, bias=True, hf=f"{here}.attn.{hf['v']}", torchtitan=qkv),
+        *rms_norm(
             f"{name}.attention.q_norm",
-            ("head_dim",),
-            hf=Key(f"{here}.attn.{hf['q_norm']}.weight"),
-            torchtitan=Key(f"{there}_attn.norm.query_norm.weight"),
+            "head_dim",
+            hf=f"{here}.attn.{hf['q_norm']}",
+            torchtitan=f"{there}_attn.norm.query_norm",
         ),
-        Row(
+        *rms_norm(
             f"{name}.attention.k_norm",
-            ("head_dim",),
-            hf=Key(f"{here}.attn.{hf['k_norm']}.weight"),
-            torchtitan=Key(f"{there}_attn.norm.key_norm.weight"),
+            "head_dim",
+            hf=f"{here}.attn.{hf['k_norm']}",
+            torchtitan=f"{there}_attn.norm.key_norm",
         ),
-        *affine(f"{name}.attention.o", square, hf=f"{here}.attn.{hf['o']}", torchtitan=f"{there}_attn.proj"),
-        *affine(f"{name}.ffn.up", ("ffn_dim", "dim"), hf=f"{here}.{hf['ffn']}.net.0.proj", torchtitan=f"{there}_mlp.0"),
-        *affine(f"{name}.ffn.down", ("dim", "ffn_dim"), hf=f"{here}.{hf['ffn']}.net.2", torchtitan=f"{there}_mlp.2"),
+        *linear(f"{name}.attention.o", square, bias=True, hf=f"{here}.attn.{hf['o']}", torchtitan=f"{there}_attn.proj"),
+        *linear(
+            f"{name}.ffn.up",
+            ("ffn_dim", "dim"),
+            bias=True,
+            hf=f"{here}.{hf['ffn']}.net.0.proj",
+            torchtitan=f"{there}_mlp.0",
+        ),
+        *linear(
+            f"{name}.ffn.down",
+            ("dim", "ffn_dim"),
+            bias=True,
+            hf=f"{here}.{hf['ffn']}.net.2",
+            torchtitan=f"{there}_mlp.2",
+        ),
     )
 
 
@@ -89,10 +109,10 @@ _HF, _TITAN = "single_transformer_blocks.{single}", "single_blocks.{single}"
 _LINEAR = Key(f"{_TITAN}.linear1", fused=0)
 
 
-def _last(name: str, place: int) -> tuple[Row, Row]:
+def _last(name: str, place: int) -> tuple[Row, ...]:
     """Half of the last norm's modulation, at its place in diffusers' tensor."""
     hf, torchtitan = Key("norm_out.linear", fused=0, place=place), Key("final_layer.adaLN_modulation.1", fused=0)
-    return affine(name, ("dim", "dim"), hf=hf, torchtitan=torchtitan)
+    return linear(name, ("dim", "dim"), bias=True, hf=hf, torchtitan=torchtitan)
 
 
 FLUX = Family(
@@ -103,35 +123,37 @@ FLUX = Family(
     dims=dims,
     indices={"layer": "n_layers", "single": "n_single_layers"},
     rows=(
-        *affine("image_in", ("dim", "channels"), hf="x_embedder", torchtitan="img_in"),
-        *affine("text_in", ("dim", "text_dim"), hf="context_embedder", torchtitan="txt_in"),
+        *linear("image_in", ("dim", "channels"), bias=True, hf="x_embedder", torchtitan="img_in"),
+        *linear("text_in", ("dim", "text_dim"), bias=True, hf="context_embedder", torchtitan="txt_in"),
         *_embedder("time", "256", "timestep_embedder", "time_in"),
         *_embedder("pooled_text", "pooled_dim", "text_embedder", "vector_in"),
         *_embedder("guidance", "256", "guidance_embedder", None, when="guidance", zeros="BF16"),
         *_stream("image", "img", _IMAGE),
         *_stream("text", "txt", _TEXT),
-        *affine("single.modulation", ("3*dim", "dim"), hf=f"{_HF}.norm.linear", torchtitan=f"{_TITAN}.modulation.lin"),
-        *affine("single.attention.q", ("dim", "dim"), hf=f"{_HF}.attn.to_q", torchtitan=_LINEAR),
-        *affine("single.attention.k", ("dim", "dim"), hf=f"{_HF}.attn.to_k", torchtitan=_LINEAR),
-        *affine("single.attention.v", ("dim", "dim"), hf=f"{_HF}.attn.to_v", torchtitan=_LINEAR),
-        *affine("single.ffn.up", ("ffn_dim", "dim"), hf=f"{_HF}.proj_mlp", torchtitan=_LINEAR),
-        Row(
-            "single.attention.q_norm",
-            ("head_dim",),
-            hf=Key(f"{_HF}.attn.norm_q.weight"),
-            torchtitan=Key(f"{_TITAN}.norm.query_norm.weight"),
+        *linear(
+            "single.modulation",
+            ("3*dim", "dim"),
+            bias=True,
+            hf=f"{_HF}.norm.linear",
+            torchtitan=f"{_TITAN}.modulation.lin",
         ),
-        Row(
-            "single.attention.k_norm",
-            ("head_dim",),
-            hf=Key(f"{_HF}.attn.norm_k.weight"),
-            torchtitan=Key(f"{_TITAN}.norm.key_norm.weight"),
+        *linear("single.attention.q", ("dim", "dim"), bias=True, hf=f"{_HF}.attn.to_q", torchtitan=_LINEAR),
+        *linear("single.attention.k", ("dim", "dim"), bias=True, hf=f"{_HF}.attn.to_k", torchtitan=_LINEAR),
+        *linear("single.attention.v", ("dim", "dim"), bias=True, hf=f"{_HF}.attn.to_v", torchtitan=_LINEAR),
+        *linear("single.ffn.up", ("ffn_dim", "dim"), bias=True, hf=f"{_HF}.proj_mlp", torchtitan=_LINEAR),
+        *rms_norm(
+            "single.attention.q_norm", "head_dim", hf=f"{_HF}.attn.norm_q", torchtitan=f"{_TITAN}.norm.query_norm"
         ),
-        *affine("single.out", ("dim", "5*dim"), hf=f"{_HF}.proj_out", torchtitan=f"{_TITAN}.linear2"),
+        *rms_norm("single.attention.k_norm", "head_dim", hf=f"{_HF}.attn.norm_k", torchtitan=f"{_TITAN}.norm.key_norm"),
+        *linear("single.out", ("dim", "5*dim"), bias=True, hf=f"{_HF}.proj_out", torchtitan=f"{_TITAN}.linear2"),
         *_last("norm_out.shift", 1),
         *_last("norm_out.scale", 0),
-        *affine(
-            "output", ("patch_size*patch_size*out_channels", "dim"), hf="proj_out", torchtitan="final_layer.linear"
+        *linear(
+            "output",
+            ("patch_size*patch_size*out_channels", "dim"),
+            bias=True,
+            hf="proj_out",
+            torchtitan="final_layer.linear",
         ),
     ),
 )

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckpt_convert.errors import ConfigError
+from ckpt_convert.models.core.builders import layer_norm, linear
 from ckpt_convert.models.core.config import CONFIG, optional_int
-from ckpt_convert.models.core.picking import affine
 from ckpt_convert.models.core.table import Family, Key, Row
 
 LEVELS = 4
@@ -166,27 +166,24 @@ NATIVE = Spelling(
 )
 
 
-def _affine(
-    name: str, shape: tuple[str, ...], hf: str, native: str, when: str | None = None, convolved: bool = False
-) -> tuple[Row, Row]:
-    """A weight and its bias; ``convolved`` marks a matrix that is a 1×1 convolution in hf."""
-    return affine(name, shape, when=when, hf=Key(hf, shape=(*shape, "1", "1") if convolved else None), native=native)
-
-
 def _conv(name: str, out: str, in_: str, hf: str, native: str) -> Iterator[Row]:
-    yield from _affine(name, (out, in_, "3", "3"), hf, native)
+    yield from linear(name, (out, in_, "3", "3"), bias=True, hf=hf, native=native)
 
 
 def _resnet(spelling: Spelling, name: str, out: str, in_: str, hf: str, native: str, when: str | None) -> Iterator[Row]:
     """Norm and convolution twice, and a 1×1 convolution beside them where the width may change (``when``)."""
-    yield from _affine(f"{name}.norm1", (in_,), f"{hf}.{spelling.norm1}", f"{native}.{NATIVE.norm1}")
+    yield from layer_norm(f"{name}.norm1", in_, hf=f"{hf}.{spelling.norm1}", native=f"{native}.{NATIVE.norm1}")
     yield from _conv(f"{name}.conv1", out, in_, f"{hf}.{spelling.conv1}", f"{native}.{NATIVE.conv1}")
-    yield from _affine(f"{name}.norm2", (out,), f"{hf}.{spelling.norm2}", f"{native}.{NATIVE.norm2}")
+    yield from layer_norm(f"{name}.norm2", out, hf=f"{hf}.{spelling.norm2}", native=f"{native}.{NATIVE.norm2}")
     yield from _conv(f"{name}.conv2", out, out, f"{hf}.{spelling.conv2}", f"{native}.{NATIVE.conv2}")
     if when is not None:
-        shape = (out, in_, "1", "1")
-        yield from _affine(
-            f"{name}.shortcut", shape, f"{hf}.{spelling.shortcut}", f"{native}.{NATIVE.shortcut}", when=when
+        yield from linear(
+            f"{name}.shortcut",
+            (out, in_, "1", "1"),
+            bias=True,
+            when=when,
+            hf=f"{hf}.{spelling.shortcut}",
+            native=f"{native}.{NATIVE.shortcut}",
         )
 
 
@@ -195,18 +192,20 @@ def _middle(spelling: Spelling, side: str) -> Iterator[Row]:
     first, attention, second = spelling.mid
     yield from _resnet(spelling, f"{side}.mid.0", top, top, f"{side}.{first}", f"{side}.{NATIVE.mid[0]}", None)
     here, there = f"{side}.{attention}", f"{side}.{NATIVE.mid[1]}"
+    # The matrices of the attention are 1×1 convolutions in BFL's files.
+    shape = (top, top, "1", "1") if spelling is BFL else None
     for part, hf, native in zip(("norm", "q", "k", "v", "o"), spelling.attention, NATIVE.attention, strict=True):
-        shape = (top,) if part == "norm" else (top, top)
-        convolved = part != "norm" and spelling is BFL
-        yield from _affine(
-            f"{side}.mid.attention.{part}", shape, f"{here}.{hf}", f"{there}.{native}", convolved=convolved
-        )
+        name, module = f"{side}.mid.attention.{part}", f"{there}.{native}"
+        if part == "norm":
+            yield from layer_norm(name, top, hf=f"{here}.{hf}", native=module)
+        else:
+            yield from linear(name, (top, top), bias=True, hf=Key(f"{here}.{hf}", shape=shape), native=module)
     yield from _resnet(spelling, f"{side}.mid.1", top, top, f"{side}.{second}", f"{side}.{NATIVE.mid[2]}", None)
 
 
 def _ends(spelling: Spelling, side: str, width: str, out: str) -> Iterator[Row]:
     hf, native = f"{side}.{spelling.norm_out}", f"{side}.{NATIVE.norm_out}"
-    yield from _affine(f"{side}.norm_out", (width,), hf, native)
+    yield from layer_norm(f"{side}.norm_out", width, hf=hf, native=native)
     yield from _conv(f"{side}.conv_out", out, width, f"{side}.{spelling.conv_out}", f"{side}.{NATIVE.conv_out}")
 
 

@@ -13,9 +13,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ckpt_convert.models.core.builders import rms_norm
 from ckpt_convert.models.core.config import CONFIG, base_dims, optional_bool
 from ckpt_convert.models.core.picking import columns, named
-from ckpt_convert.models.core.table import Family, Key, Row
+from ckpt_convert.models.core.table import Family
 from ckpt_convert.models.parts.decoder import ATTENTION, ATTENTION_BIAS, EMBEDDING, FFN, OUTPUT
 
 GEMMA3_DEFAULTS: Mapping[str, Any] = {
@@ -56,29 +57,18 @@ def _dims(config: Mapping[str, Any], where: str = CONFIG) -> dict[str, int]:
 _QKVO = named(ATTENTION, "attention.q", "attention.k", "attention.v", "attention.o")
 _GATE_DOWN_UP = named(FFN, "ffn.gate", "ffn.down", "ffn.up")
 
-_POST_NORM = Row(
-    "attention.post_norm",
-    ("dim",),
-    hf=Key("model.layers.{layer}.post_attention_layernorm.weight"),
-    native=Key("layers.{layer}.sa_scale.scale"),
+_POST_NORM = rms_norm(
+    "attention.post_norm", hf="model.layers.{layer}.post_attention_layernorm", native="layers.{layer}.sa_scale"
 )
-_FFN_NORM = Row(
-    "ffn_norm",
-    ("dim",),
-    hf=Key("model.layers.{layer}.pre_feedforward_layernorm.weight"),
-    native=Key("layers.{layer}.mlp_norm.scale"),
+_FFN_NORM = rms_norm("ffn_norm", hf="model.layers.{layer}.pre_feedforward_layernorm", native="layers.{layer}.mlp_norm")
+_FFN_POST_NORM = rms_norm(
+    "ffn.post_norm", hf="model.layers.{layer}.post_feedforward_layernorm", native="layers.{layer}.mlp_scale"
 )
-_FFN_POST_NORM = Row(
-    "ffn.post_norm",
-    ("dim",),
-    hf=Key("model.layers.{layer}.post_feedforward_layernorm.weight"),
-    native=Key("layers.{layer}.mlp_scale.scale"),
-)
-_NORM = Row("norm", ("dim",), hf=Key("model.norm.weight"), native=Key("norm.rms_norm.scale"))
+_NORM = rms_norm("norm", hf="model.norm", native="norm.rms_norm")
 
 _QK_NORM = (
-    Row("attention.q_norm", ("head_dim",), hf=Key("model.layers.{layer}.self_attn.q_norm.weight")),
-    Row("attention.k_norm", ("head_dim",), hf=Key("model.layers.{layer}.self_attn.k_norm.weight")),
+    *rms_norm("attention.q_norm", "head_dim", hf="model.layers.{layer}.self_attn.q_norm"),
+    *rms_norm("attention.k_norm", "head_dim", hf="model.layers.{layer}.self_attn.k_norm"),
 )
 
 GEMMA = Family(
@@ -100,11 +90,11 @@ GEMMA2 = Family(
             *named(ATTENTION, "attention_norm"),
             *_QKVO,
             *ATTENTION_BIAS,
-            _POST_NORM,
-            _FFN_NORM,
+            *_POST_NORM,
+            *_FFN_NORM,
             *_GATE_DOWN_UP,
-            _FFN_POST_NORM,
-            _NORM,
+            *_FFN_POST_NORM,
+            *_NORM,
             *named(OUTPUT, "output"),
         ),
         "hf",
@@ -124,10 +114,10 @@ GEMMA3_TEXT = Family(
             *_QKVO,
             *ATTENTION_BIAS,
             *_QK_NORM,
-            _POST_NORM,
-            _FFN_NORM,
+            *_POST_NORM,
+            *_FFN_NORM,
             *_GATE_DOWN_UP,
-            _FFN_POST_NORM,
+            *_FFN_POST_NORM,
             *OUTPUT,
         ),
         "hf",

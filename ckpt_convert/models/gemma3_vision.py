@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ckpt_convert.models.core.builders import rms_norm
 from ckpt_convert.models.core.config import CONFIG, optional_bool, optional_mapping
 from ckpt_convert.models.core.picking import prefixed
 from ckpt_convert.models.core.table import Family, Key, Row
@@ -18,7 +19,7 @@ from ckpt_convert.models.parts import siglip
 _TEXT, _VISION = "text_config", "vision_config"
 
 _PROJECTOR = (
-    Row("projector.norm", ("vision_dim",), hf=Key("multi_modal_projector.mm_soft_emb_norm.weight")),
+    *rms_norm("projector.norm", "vision_dim", hf="multi_modal_projector.mm_soft_emb_norm"),
     # No linear layer: the matrix is [in, out].
     Row("projector", ("vision_dim", "dim"), hf=Key("multi_modal_projector.mm_input_projection_weight")),
 )
@@ -43,7 +44,7 @@ def _family(name: str, title: str, tower: str) -> Family:
         model_types=("gemma3",),
         dims=dims,
         indices={"layer": "n_layers", "vision_layer": "n_vision_layers"},
-        rows=(*prefixed(GEMMA3_TEXT.rows, "language_model."), *_PROJECTOR, *siglip.rows(tower)),
+        rows=(*prefixed(GEMMA3_TEXT.rows, hf="language_model."), *_PROJECTOR, *siglip.rows(tower)),
     )
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ckpt_convert.models.core.builders import rms_norm
 from ckpt_convert.models.core.config import CONFIG, base_dims, optional_bool
-from ckpt_convert.models.core.picking import columns, fused, named, unordered
-from ckpt_convert.models.core.table import Family, Key, Row
+from ckpt_convert.models.core.picking import columns, fused, named, with_rope
+from ckpt_convert.models.core.table import Family
 from ckpt_convert.models.parts.decoder import ATTENTION, ATTENTION_BIAS, EMBEDDING, FFN, OUTPUT
 
-_POST_NORM = Row("attention.post_norm", ("dim",), hf=Key("model.layers.{layer}.post_self_attn_layernorm.weight"))
-_FFN_POST_NORM = Row("ffn.post_norm", ("dim",), hf=Key("model.layers.{layer}.post_mlp_layernorm.weight"))
+_POST_NORM = rms_norm("attention.post_norm", hf="model.layers.{layer}.post_self_attn_layernorm")
+_FFN_POST_NORM = rms_norm("ffn.post_norm", hf="model.layers.{layer}.post_mlp_layernorm")
 
 
 def dims(config: Mapping[str, Any]) -> dict[str, int]:
@@ -31,20 +32,21 @@ GLM4 = Family(
     title="GLM-4-0414",
     model_types=("glm4",),
     dims=dims,
-    rows=unordered(
+    rows=with_rope(
         columns(
             (
                 *EMBEDDING,
                 *ATTENTION,
                 *named(ATTENTION_BIAS, "attention.q.bias", "attention.k.bias", "attention.v.bias"),
-                _POST_NORM,
+                *_POST_NORM,
                 *named(FFN, "ffn_norm"),
                 *fused(named(FFN, "ffn.gate", "ffn.up"), hf="model.layers.{layer}.mlp.gate_up_proj.weight"),
                 *named(FFN, "ffn.down"),
-                _FFN_POST_NORM,
+                *_FFN_POST_NORM,
                 *OUTPUT,
             ),
             "hf",
-        )
+        ),
+        None,
     ),
 )

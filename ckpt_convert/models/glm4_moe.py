@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ckpt_convert.models.core.config import CONFIG, base_dims, optional_bool, optional_count, optional_int, require_int
-from ckpt_convert.models.core.picking import columns, named, unordered
+from ckpt_convert.models.core.picking import columns, named, with_rope
 from ckpt_convert.models.core.table import Family
 from ckpt_convert.models.deepseek import BALANCE, MTP, SHARED, n_mtp, of_main, of_mtp, sets_with_mtp
 from ckpt_convert.models.parts.decoder import ATTENTION, ATTENTION_BIAS, EMBEDDING, OUTPUT
@@ -59,5 +59,5 @@ GLM4_MOE = Family(
     dims=dims,
     sets=sets,
     indices={"layer": "n_all_layers", "expert": "n_experts"},
-    rows=columns(unordered((*EMBEDDING, *of_main(_LAYER), *of_mtp(_LAYER), *MTP, *OUTPUT)), "hf"),
+    rows=columns(with_rope((*EMBEDDING, *of_main(_LAYER), *of_mtp(_LAYER), *MTP, *OUTPUT), None), "hf"),
 )

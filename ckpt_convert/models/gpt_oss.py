@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ckpt_convert.models.core.builders import linear
 from ckpt_convert.models.core.config import CONFIG, base_dims, optional_bool, optional_int
-from ckpt_convert.models.core.picking import columns, half
+from ckpt_convert.models.core.picking import columns, with_rope
 from ckpt_convert.models.core.table import Family, Key, Row
 from ckpt_convert.models.parts.decoder import ATTENTION, EMBEDDING, OUTPUT
 from ckpt_convert.models.parts.experts import LOAD_BALANCE, NORM
@@ -59,11 +60,11 @@ SINKS = (
 )
 
 EXPERTS = (
-    Row(
+    *linear(
         "moe.router",
         ("n_experts", "dim"),
-        hf=Key("model.layers.{layer}.mlp.router.weight"),
-        torchtitan=Key("layers.{layer}.moe.router.gate.weight"),
+        hf="model.layers.{layer}.mlp.router",
+        torchtitan="layers.{layer}.moe.router.gate",
     ),
     Row(
         "moe.router.bias",
@@ -113,7 +114,7 @@ GPT_OSS = Family(
     model_types=("gpt_oss",),
     dims=dims,
     rows=columns(
-        half(
+        with_rope(
             (
                 *EMBEDDING,
                 *ATTENTION,
@@ -123,7 +124,8 @@ GPT_OSS = Family(
                 *EXPERTS,
                 *(row.replace(only=None) for row in LOAD_BALANCE),
                 *OUTPUT,
-            )
+            ),
+            "half",
         ),
         "hf",
         "torchtitan",

@@ -9,28 +9,29 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ckpt_convert.models.core.builders import rms_norm
 from ckpt_convert.models.core.config import CONFIG, base_dims, optional_bool
 from ckpt_convert.models.core.picking import columns, named
-from ckpt_convert.models.core.table import Family, Key, Row
+from ckpt_convert.models.core.table import Family, Key
 from ckpt_convert.models.parts.decoder import ATTENTION, ATTENTION_BIAS, EMBEDDING, FFN, OUTPUT
 
 _QK_NORM = (
-    Row(
+    *rms_norm(
         "attention.q_norm",
-        ("n_heads*head_dim",),
+        "n_heads*head_dim",
         heads="n_heads",
-        hf=Key("model.layers.{layer}.self_attn.q_norm.weight", rope="half"),
+        hf=Key("model.layers.{layer}.self_attn.q_norm", rope="half"),
     ),
-    Row(
+    *rms_norm(
         "attention.k_norm",
-        ("n_kv_heads*head_dim",),
+        "n_kv_heads*head_dim",
         heads="n_kv_heads",
-        hf=Key("model.layers.{layer}.self_attn.k_norm.weight", rope="half"),
+        hf=Key("model.layers.{layer}.self_attn.k_norm", rope="half"),
     ),
 )
 
-POST_NORM = Row("attention.post_norm", ("dim",), hf=Key("model.layers.{layer}.post_attention_layernorm.weight"))
-FFN_POST_NORM = Row("ffn.post_norm", ("dim",), hf=Key("model.layers.{layer}.post_feedforward_layernorm.weight"))
+POST_NORM = rms_norm("attention.post_norm", hf="model.layers.{layer}.post_attention_layernorm")
+FFN_POST_NORM = rms_norm("ffn.post_norm", hf="model.layers.{layer}.post_feedforward_layernorm")
 
 
 def dims(config: Mapping[str, Any]) -> dict[str, int]:
@@ -52,9 +53,9 @@ OLMO2 = Family(
             *named(ATTENTION, "attention.q", "attention.k", "attention.v", "attention.o"),
             *ATTENTION_BIAS,
             *_QK_NORM,
-            POST_NORM,
+            *POST_NORM,
             *named(FFN, "ffn.gate", "ffn.down", "ffn.up"),
-            FFN_POST_NORM,
+            *FFN_POST_NORM,
             *OUTPUT,
         ),
         "hf",

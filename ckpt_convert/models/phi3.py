@@ -8,7 +8,7 @@ head rotates) is written in the same layout; torchtune itself has no such model.
 from __future__ import annotations
 
 from ckpt_convert.models.core.config import base_dims
-from ckpt_convert.models.core.picking import columns, fused, half, named
+from ckpt_convert.models.core.picking import columns, fused, named, with_rope
 from ckpt_convert.models.core.table import Family
 from ckpt_convert.models.parts.decoder import ATTENTION, EMBEDDING, FFN, OUTPUT
 
@@ -17,7 +17,7 @@ PHI3 = Family(
     title="Phi-3, Phi-3.5, Phi-4 and Phi-4-mini",
     model_types=("phi3",),
     dims=base_dims,
-    rows=half(
+    rows=with_rope(
         columns(
             (
                 *EMBEDDING,
@@ -34,6 +34,7 @@ PHI3 = Family(
             ),
             "hf",
             "native",
-        )
+        ),
+        "half",
     ),
 )

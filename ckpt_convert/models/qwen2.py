@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ckpt_convert.models.core.config import base_dims
-from ckpt_convert.models.core.picking import columns, half
+from ckpt_convert.models.core.picking import columns, with_rope
 from ckpt_convert.models.core.table import Family, Key, Row
 from ckpt_convert.models.parts.decoder import ATTENTION, EMBEDDING, FFN, OUTPUT
 
@@ -49,5 +49,5 @@ QWEN2 = Family(
     title="Qwen2 and Qwen2.5",
     model_types=("qwen2",),
     dims=dims,
-    rows=columns(half((*EMBEDDING, *ATTENTION, *QKV_BIAS, *FFN, *OUTPUT)), "hf", "native"),
+    rows=columns(with_rope((*EMBEDDING, *ATTENTION, *QKV_BIAS, *FFN, *OUTPUT), "half"), "hf", "native"),
 )

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ckpt_convert.models.core.builders import linear, rms_norm
 from ckpt_convert.models.core.config import (
     CONFIG,
     base_dims,
@@ -18,7 +19,7 @@ from ckpt_convert.models.core.config import (
     optional_int,
     optional_mapping,
 )
-from ckpt_convert.models.core.picking import affine, columns, half
+from ckpt_convert.models.core.picking import columns, with_rope
 from ckpt_convert.models.core.table import Family, Key, Row
 from ckpt_convert.models.parts.decoder import ATTENTION, EMBEDDING, FFN, OUTPUT
 from ckpt_convert.models.qwen2 import QKV_BIAS
@@ -31,16 +32,16 @@ def _vision() -> Iterator[Row]:
     patch = ("v_dim", "v_channels", "v_frames", "v_patch", "v_patch")
     block = "visual.blocks.{block}"
     yield Row("vision.patch", patch, hf=Key("visual.patch_embed.proj.weight"))
-    yield Row("vision.attention_norm", ("v_dim",), hf=Key(f"{block}.norm1.weight"))
-    yield from affine("vision.attention.qkv", ("3*v_dim", "v_dim"), hf=f"{block}.attn.qkv")
-    yield from affine("vision.attention.o", ("v_dim", "v_dim"), hf=f"{block}.attn.proj")
-    yield Row("vision.ffn_norm", ("v_dim",), hf=Key(f"{block}.norm2.weight"))
-    yield from affine("vision.ffn.gate", ("v_ffn_dim", "v_dim"), hf=f"{block}.mlp.gate_proj")
-    yield from affine("vision.ffn.up", ("v_ffn_dim", "v_dim"), hf=f"{block}.mlp.up_proj")
-    yield from affine("vision.ffn.down", ("v_dim", "v_ffn_dim"), hf=f"{block}.mlp.down_proj")
-    yield Row("vision.merger.norm", ("v_dim",), hf=Key("visual.merger.ln_q.weight"))
-    yield from affine("vision.merger.up", ("v_merged", "v_merged"), hf="visual.merger.mlp.0")
-    yield from affine("vision.merger.down", ("v_out", "v_merged"), hf="visual.merger.mlp.2")
+    yield from rms_norm("vision.attention_norm", "v_dim", hf=f"{block}.norm1")
+    yield from linear("vision.attention.qkv", ("3*v_dim", "v_dim"), bias=True, hf=f"{block}.attn.qkv")
+    yield from linear("vision.attention.o", ("v_dim", "v_dim"), bias=True, hf=f"{block}.attn.proj")
+    yield from rms_norm("vision.ffn_norm", "v_dim", hf=f"{block}.norm2")
+    yield from linear("vision.ffn.gate", ("v_ffn_dim", "v_dim"), bias=True, hf=f"{block}.mlp.gate_proj")
+    yield from linear("vision.ffn.up", ("v_ffn_dim", "v_dim"), bias=True, hf=f"{block}.mlp.up_proj")
+    yield from linear("vision.ffn.down", ("v_dim", "v_ffn_dim"), bias=True, hf=f"{block}.mlp.down_proj")
+    yield from rms_norm("vision.merger.norm", "v_dim", hf="visual.merger.ln_q")
+    yield from linear("vision.merger.up", ("v_merged", "v_merged"), bias=True, hf="visual.merger.mlp.0")
+    yield from linear("vision.merger.down", ("v_out", "v_merged"), bias=True, hf="visual.merger.mlp.2")
 
 
 def _in_memory(row: Row) -> Row:
@@ -74,7 +75,7 @@ def dims(config: Mapping[str, Any]) -> dict[str, int]:
     }
 
 
-_TEXT_ROWS = columns(half((*EMBEDDING, *ATTENTION, *QKV_BIAS, *FFN, *OUTPUT)), "hf")
+_TEXT_ROWS = columns(with_rope((*EMBEDDING, *ATTENTION, *QKV_BIAS, *FFN, *OUTPUT), "half"), "hf")
 
 QWEN2_5_VL = Family(
     name="qwen2_5_vl",

@@ -8,34 +8,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ckpt_convert.models.core.builders import linear
 from ckpt_convert.models.core.config import CONFIG, base_dims, optional_bool, optional_count, optional_int
-from ckpt_convert.models.core.picking import columns, half
-from ckpt_convert.models.core.table import Family, Key, Row
+from ckpt_convert.models.core.picking import columns, with_rope
+from ckpt_convert.models.core.table import Family
 from ckpt_convert.models.parts import experts
 from ckpt_convert.models.parts.decoder import ATTENTION, EMBEDDING, OUTPUT
 from ckpt_convert.models.parts.experts import DENSE_FFN, EXPERTS, INDICES, NORM, ROUTER
 from ckpt_convert.models.qwen2 import QKV_BIAS
 
 SHARED = (
-    Row(
-        "moe.shared.gate",
-        ("shared_dim", "dim"),
-        only="moe",
-        hf=Key("model.layers.{layer}.mlp.shared_expert.gate_proj.weight"),
+    *linear(
+        "moe.shared.gate", ("shared_dim", "dim"), only="moe", hf="model.layers.{layer}.mlp.shared_expert.gate_proj"
     ),
-    Row(
-        "moe.shared.up",
-        ("shared_dim", "dim"),
-        only="moe",
-        hf=Key("model.layers.{layer}.mlp.shared_expert.up_proj.weight"),
+    *linear("moe.shared.up", ("shared_dim", "dim"), only="moe", hf="model.layers.{layer}.mlp.shared_expert.up_proj"),
+    *linear(
+        "moe.shared.down", ("dim", "shared_dim"), only="moe", hf="model.layers.{layer}.mlp.shared_expert.down_proj"
     ),
-    Row(
-        "moe.shared.down",
-        ("dim", "shared_dim"),
-        only="moe",
-        hf=Key("model.layers.{layer}.mlp.shared_expert.down_proj.weight"),
-    ),
-    Row("moe.shared.weight", ("1", "dim"), only="moe", hf=Key("model.layers.{layer}.mlp.shared_expert_gate.weight")),
+    *linear("moe.shared.weight", ("1", "dim"), only="moe", hf="model.layers.{layer}.mlp.shared_expert_gate"),
 )
 
 
@@ -63,7 +53,7 @@ QWEN2_MOE = Family(
     sets=sets,
     indices=INDICES,
     rows=columns(
-        half(
+        with_rope(
             (
                 *EMBEDDING,
                 *ATTENTION,
@@ -74,7 +64,8 @@ QWEN2_MOE = Family(
                 *EXPERTS,
                 *SHARED,
                 *OUTPUT,
-            )
+            ),
+            "half",
         ),
         "hf",
     ),

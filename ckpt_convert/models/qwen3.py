@@ -10,26 +10,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ckpt_convert.models.core.builders import rms_norm
 from ckpt_convert.models.core.config import CONFIG, base_dims, optional_bool
-from ckpt_convert.models.core.picking import half, named
-from ckpt_convert.models.core.table import Family, Key, Row
+from ckpt_convert.models.core.picking import named, with_rope
+from ckpt_convert.models.core.table import Family
 from ckpt_convert.models.parts.decoder import ATTENTION, ATTENTION_BIAS, EMBEDDING, FFN, OUTPUT
 from ckpt_convert.models.qwen2 import QKV_BIAS
 
 QK_NORM = (
-    Row(
+    *rms_norm(
         "attention.q_norm",
-        ("head_dim",),
-        hf=Key("model.layers.{layer}.self_attn.q_norm.weight"),
-        native=Key("layers.{layer}.attn.q_norm.scale"),
-        torchtitan=Key("layers.{layer}.attention.q_norm.weight"),
+        "head_dim",
+        hf="model.layers.{layer}.self_attn.q_norm",
+        native="layers.{layer}.attn.q_norm",
+        torchtitan="layers.{layer}.attention.q_norm",
     ),
-    Row(
+    *rms_norm(
         "attention.k_norm",
-        ("head_dim",),
-        hf=Key("model.layers.{layer}.self_attn.k_norm.weight"),
-        native=Key("layers.{layer}.attn.k_norm.scale"),
-        torchtitan=Key("layers.{layer}.attention.k_norm.weight"),
+        "head_dim",
+        hf="model.layers.{layer}.self_attn.k_norm",
+        native="layers.{layer}.attn.k_norm",
+        torchtitan="layers.{layer}.attention.k_norm",
     ),
 )
 
@@ -52,5 +53,5 @@ QWEN3 = Family(
     title="Qwen3, dense",
     model_types=("qwen3",),
     dims=dims,
-    rows=half((*EMBEDDING, *ATTENTION, *QK_NORM, *QKVO_BIAS, *FFN, *OUTPUT)),
+    rows=with_rope((*EMBEDDING, *ATTENTION, *QK_NORM, *QKVO_BIAS, *FFN, *OUTPUT), "half"),
 )

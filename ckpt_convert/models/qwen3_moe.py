@@ -11,7 +11,7 @@ from typing import Any
 
 from ckpt_convert.errors import ConfigError
 from ckpt_convert.models.core.config import CONFIG, base_dims, optional_bool, optional_count, optional_int
-from ckpt_convert.models.core.picking import columns, half
+from ckpt_convert.models.core.picking import columns, with_rope
 from ckpt_convert.models.core.table import Family
 from ckpt_convert.models.parts import experts
 from ckpt_convert.models.parts.decoder import ATTENTION, EMBEDDING, OUTPUT
@@ -55,7 +55,7 @@ QWEN3_MOE = Family(
     sets=sets,
     indices=INDICES,
     rows=columns(
-        half(
+        with_rope(
             (
                 *EMBEDDING,
                 *ATTENTION,
@@ -67,7 +67,8 @@ QWEN3_MOE = Family(
                 *EXPERTS,
                 *LOAD_BALANCE,
                 *OUTPUT,
-            )
+            ),
+            "half",
         ),
         "hf",
         "torchtitan",

@@ -13,9 +13,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ckpt_convert.models.core.builders import linear
 from ckpt_convert.models.core.config import CONFIG, base_dims, optional_count, optional_int
 from ckpt_convert.models.core.picking import columns, named
-from ckpt_convert.models.core.table import Family, Key, Row
+from ckpt_convert.models.core.table import Family
 from ckpt_convert.models.parts.decoder import ATTENTION, EMBEDDING, OUTPUT
 from ckpt_convert.models.parts.experts import DENSE_FFN, EXPERTS, NORM, ROUTER, by_step
 from ckpt_convert.models.qwen2_moe import SHARED
@@ -23,15 +24,8 @@ from ckpt_convert.models.qwen3_5.config import delta_dims, text_sets
 from ckpt_convert.models.qwen3_5.table import FULL_ATTENTION, LINEAR_ATTENTION, MTP, mtp_layer
 
 _LINEAR_ATTENTION = (
-    Row(
-        "delta.qkvz",
-        ("delta_qkvz_dim", "dim"),
-        only="linear",
-        hf=Key("model.layers.{layer}.linear_attn.in_proj_qkvz.weight"),
-    ),
-    Row(
-        "delta.ba", ("2*n_delta_v", "dim"), only="linear", hf=Key("model.layers.{layer}.linear_attn.in_proj_ba.weight")
-    ),
+    *linear("delta.qkvz", ("delta_qkvz_dim", "dim"), only="linear", hf="model.layers.{layer}.linear_attn.in_proj_qkvz"),
+    *linear("delta.ba", ("2*n_delta_v", "dim"), only="linear", hf="model.layers.{layer}.linear_attn.in_proj_ba"),
     *named(
         LINEAR_ATTENTION,
         "delta.q.convolution",

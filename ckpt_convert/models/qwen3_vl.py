@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ckpt_convert.errors import ConfigError
+from ckpt_convert.models.core.builders import layer_norm, linear
 from ckpt_convert.models.core.config import CONFIG, base_dims, optional_bool, optional_mapping
-from ckpt_convert.models.core.picking import affine, columns, half
+from ckpt_convert.models.core.picking import columns, with_rope
 from ckpt_convert.models.core.table import Family, Row
 from ckpt_convert.models.parts.decoder import ATTENTION, EMBEDDING, FFN, OUTPUT
 from ckpt_convert.models.qwen3 import QK_NORM, QKVO_BIAS
@@ -25,9 +26,9 @@ _DEEPSTACK = "deepstack_visual_indexes"
 def _deepstack() -> Iterator[Row]:
     """The further mergers; their norm is over what is merged."""
     merger = "model.visual.deepstack_merger_list.{merger}"
-    yield from affine("vision.deepstack.norm", ("v_merged",), hf=f"{merger}.norm")
-    yield from affine("vision.deepstack.up", ("v_merged", "v_merged"), hf=f"{merger}.linear_fc1")
-    yield from affine("vision.deepstack.down", ("v_out", "v_merged"), hf=f"{merger}.linear_fc2")
+    yield from layer_norm("vision.deepstack.norm", "v_merged", hf=f"{merger}.norm")
+    yield from linear("vision.deepstack.up", ("v_merged", "v_merged"), bias=True, hf=f"{merger}.linear_fc1")
+    yield from linear("vision.deepstack.down", ("v_out", "v_merged"), bias=True, hf=f"{merger}.linear_fc2")
 
 
 def dims(config: Mapping[str, Any]) -> dict[str, int]:
@@ -60,7 +61,7 @@ QWEN3_VL = Family(
     indices={"layer": "n_layers", "block": "n_blocks", "merger": "n_mergers"},
     rows=columns(
         (
-            *under_language_model(half((*EMBEDDING, *ATTENTION, *QK_NORM, *QKVO_BIAS, *FFN, *OUTPUT))),
+            *under_language_model(with_rope((*EMBEDDING, *ATTENTION, *QK_NORM, *QKVO_BIAS, *FFN, *OUTPUT), "half")),
             *vision(),
             *_deepstack(),
         ),

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+from ckpt_convert.models.core.builders import linear
 from ckpt_convert.models.core.config import CONFIG, optional_int, optional_mapping
 from ckpt_convert.models.core.picking import columns
 from ckpt_convert.models.core.table import Family, Key, Row
@@ -18,7 +19,7 @@ from ckpt_convert.models.llama.table import LLAMA
 from ckpt_convert.models.mistral.table import MISTRAL
 
 _SCORE = (
-    Row("score", ("n_labels", "dim"), hf=Key("score.weight"), native=Key("output.weight")),
+    *linear("score", ("n_labels", "dim"), hf="score", native="output"),
     Row("score.bias", ("n_labels",), optional=True, hf=Key("score.bias")),
 )
 

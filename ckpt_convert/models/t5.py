@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ckpt_convert.models.core.builders import linear, rms_norm
 from ckpt_convert.models.core.config import CONFIG, optional_int, optional_str
 from ckpt_convert.models.core.table import Family, Key, Row
 
@@ -56,7 +57,7 @@ _ENCODER = (
         hf=Key("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"),
         native=Key("relative_position_bias.embedding.weight"),
     ),
-    Row("attention_norm", ("dim",), hf=Key(f"{_SELF}.layer_norm.weight"), native=Key("layers.{layer}.sa_norm.scale")),
+    *rms_norm("attention_norm", hf=f"{_SELF}.layer_norm", native="layers.{layer}.sa_norm"),
     Row("attention.q", _IN, hf=Key(f"{_SELF}.SelfAttention.q.weight"), native=Key("layers.{layer}.attn.q_proj.weight")),
     Row("attention.k", _IN, hf=Key(f"{_SELF}.SelfAttention.k.weight"), native=Key("layers.{layer}.attn.k_proj.weight")),
     Row("attention.v", _IN, hf=Key(f"{_SELF}.SelfAttention.v.weight"), native=Key("layers.{layer}.attn.v_proj.weight")),
@@ -66,36 +67,23 @@ _ENCODER = (
         hf=Key(f"{_SELF}.SelfAttention.o.weight"),
         native=Key("layers.{layer}.attn.output_proj.weight"),
     ),
-    Row("ffn_norm", ("dim",), hf=Key(f"{_FFN}.layer_norm.weight"), native=Key("layers.{layer}.mlp_norm.scale")),
-    Row(
-        "ffn.gate",
-        ("ffn_dim", "dim"),
-        when="gated",
-        hf=Key(f"{_FFN}.DenseReluDense.wi_0.weight"),
-        native=Key("layers.{layer}.mlp.w1.weight"),
+    *rms_norm("ffn_norm", hf=f"{_FFN}.layer_norm", native="layers.{layer}.mlp_norm"),
+    *linear(
+        "ffn.gate", ("ffn_dim", "dim"), when="gated", hf=f"{_FFN}.DenseReluDense.wi_0", native="layers.{layer}.mlp.w1"
     ),
-    Row(
-        "ffn.down",
-        ("dim", "ffn_dim"),
-        hf=Key(f"{_FFN}.DenseReluDense.wo.weight"),
-        native=Key("layers.{layer}.mlp.w2.weight"),
+    *linear("ffn.down", ("dim", "ffn_dim"), hf=f"{_FFN}.DenseReluDense.wo", native="layers.{layer}.mlp.w2"),
+    *linear(
+        "ffn.up", ("ffn_dim", "dim"), when="gated", hf=f"{_FFN}.DenseReluDense.wi_1", native="layers.{layer}.mlp.w3"
     ),
-    Row(
-        "ffn.up",
-        ("ffn_dim", "dim"),
-        when="gated",
-        hf=Key(f"{_FFN}.DenseReluDense.wi_1.weight"),
-        native=Key("layers.{layer}.mlp.w3.weight"),
-    ),
-    Row("ffn.in", ("ffn_dim", "dim"), when="plain", hf=Key(f"{_FFN}.DenseReluDense.wi.weight")),
-    Row("norm", ("dim",), hf=Key("encoder.final_layer_norm.weight"), native=Key("final_norm.scale")),
+    *linear("ffn.in", ("ffn_dim", "dim"), when="plain", hf=f"{_FFN}.DenseReluDense.wi"),
+    *rms_norm("norm", hf="encoder.final_layer_norm", native="final_norm"),
 )
 
 
 def _carried(name: str, shape: tuple[str, ...], hf: str, when: str | None = None) -> Row:
     """A row of the decoder, which a file may lack, but not a part of one of its layers."""
-    optional: bool | str = "decoder" if "{decoder_layer}" in hf else True
-    return Row(name, shape, optional=optional, when=when, hf=Key(f"{hf}.weight"))
+    (row,) = linear(name, shape, optional="decoder" if "{decoder_layer}" in hf else True, when=when, hf=hf)
+    return row
 
 
 def _decoder_attention(name: str, hf: str) -> tuple[Row, ...]:

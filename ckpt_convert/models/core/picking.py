@@ -1,21 +1,11 @@
-"""What makes rows in pairs, picks rows of one table for another, and changes them."""
+"""What picks rows of one table for another, and changes them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from ckpt_convert.models.core.rope import RopeOrder
 from ckpt_convert.models.core.rows import FORMATS, Key, Row
-
-
-def affine(name: str, shape: tuple[str, ...], **settings: Any) -> tuple[Row, Row]:
-    """A weight and its bias, of which each column has the key of their module, or a ``Key`` that says more of it."""
-    keys = {format: settings[format] for format in FORMATS if settings.get(format) is not None}
-    modules = {format: Key(key) if isinstance(key, str) else key for format, key in keys.items()}
-    weight = {format: key.replace(template=f"{key.template}.weight") for format, key in modules.items()}
-    bias = {format: key.replace(template=f"{key.template}.bias", shape=None) for format, key in modules.items()}
-    return Row(name, shape, **{**settings, **weight}), Row(f"{name}.bias", shape[:1], **{**settings, **bias})
 
 
 def columns(rows: Iterable[Row], *formats: str) -> tuple[Row, ...]:
@@ -30,19 +20,12 @@ def named(rows: Iterable[Row], *names: str) -> tuple[Row, ...]:
     return tuple(by_name[name] for name in names)
 
 
-def half(rows: Iterable[Row]) -> tuple[Row, ...]:
-    """The rows with their heads in rotate-half order in every column: no conversion between these reorders them."""
-    return tuple(_ordered(row, "half") if row.heads else row for row in rows)
+def with_rope(rows: Iterable[Row], layout: RopeOrder | None) -> tuple[Row, ...]:
+    """The rows that rotate with one RoPE layout in every column: no conversion between these reorders them.
 
-
-def interleaved(rows: Iterable[Row]) -> tuple[Row, ...]:
-    """The rows with their heads in interleaved order in every column: no conversion between these reorders them."""
-    return tuple(_ordered(row, "interleaved") if row.heads else row for row in rows)
-
-
-def unordered(rows: Iterable[Row]) -> tuple[Row, ...]:
-    """The rows without a word on the order of their heads' rows, which is the same in every column."""
-    return tuple(_ordered(row, None).replace(heads=None, rotary_dim=None) if row.heads else row for row in rows)
+    None says nothing of the layout, nor of heads: for a table whose formats all have the same one.
+    """
+    return tuple(_with_rope(row, layout) if row.heads else row for row in rows)
 
 
 def fused(rows: Iterable[Row], **templates: str) -> tuple[Row, ...]:
@@ -79,10 +62,13 @@ def replaced(rows: Iterable[Row], **keys: Mapping[str, Key]) -> tuple[Row, ...]:
     )
 
 
-def prefixed(rows: Iterable[Row], prefix: str) -> tuple[Row, ...]:
-    """The rows with something before Hugging Face's keys: of a language model that is a part of another model."""
-    return tuple(row.replace(hf=row.hf.prefixed(prefix)) if row.hf is not None else row for row in rows)
+def prefixed(rows: Iterable[Row], **prefixes: str) -> tuple[Row, ...]:
+    """The rows with something before their keys, by format: of a layer, or of a model that is a part of another."""
+    return tuple(
+        row.replace(**{f: key.prefixed(prefixes[f]) for f, key in row.columns.items() if f in prefixes}) for row in rows
+    )
 
 
-def _ordered(row: Row, order: RopeOrder | None) -> Row:
-    return row.replace(**{format: key.replace(rope=order) for format, key in row.columns.items()})
+def _with_rope(row: Row, layout: RopeOrder | None) -> Row:
+    columns = {format: key.replace(rope=layout) for format, key in row.columns.items()}
+    return row.replace(**columns) if layout else row.replace(**columns, heads=None, rotary_dim=None)

@@ -133,6 +133,10 @@ class Key:
         """The key with something before its template."""
         return self.replace(template=prefix + self.template)
 
+    def suffixed(self, suffix: str) -> Key:
+        """The key with something behind its template."""
+        return self.replace(template=self.template + suffix)
+
     @cached_property
     def placeholders(self) -> frozenset[str]:
         return frozenset(number.name for number in self._numbers)

@@ -11,7 +11,9 @@ no text model alone.
 
 from __future__ import annotations
 
+from ckpt_convert.models.core.builders import layer_norm, linear, rms_norm
 from ckpt_convert.models.core.params import Params
+from ckpt_convert.models.core.picking import prefixed
 from ckpt_convert.models.core.table import Family, Key, Row
 from ckpt_convert.models.llama4 import config, params, releases
 
@@ -58,12 +60,12 @@ TEXT = (
         meta=_QKV,
         native=Key("decoder.layers.{layer}.attn.v_proj.weight"),
     ),
-    Row(
+    *linear(
         "attention.o",
         ("dim", "n_heads*head_dim"),
-        hf=Key("language_model.model.layers.{layer}.self_attn.o_proj.weight"),
-        meta=Key("layers.{layer}.attention.wo.weight", tp=1),
-        native=Key("decoder.layers.{layer}.attn.output_proj.weight"),
+        hf="language_model.model.layers.{layer}.self_attn.o_proj",
+        meta=Key("layers.{layer}.attention.wo", tp=1),
+        native="decoder.layers.{layer}.attn.output_proj",
     ),
     # Biases exist only in Hugging Face's layout, where its config says so; no release has them.
     Row(
@@ -124,13 +126,12 @@ TEXT = (
         meta=Key("layers.{layer}.feed_forward.mlp.fc2_weight", tp=1),
         native=Key("decoder.layers.{layer}.mlp.w2.weight"),
     ),
-    Row(
+    *rms_norm(
         "moe.norm",
-        ("dim",),
         only="moe",
-        hf=Key("language_model.model.layers.{layer}.post_attention_layernorm.weight"),
-        meta=Key("layers.{layer}.feed_forward.norm.weight"),
-        native=Key("decoder.layers.{layer}.mlp_norm.scale"),
+        hf="language_model.model.layers.{layer}.post_attention_layernorm",
+        meta="layers.{layer}.feed_forward.norm",
+        native="decoder.layers.{layer}.mlp_norm",
     ),
     Row(
         "moe.router",
@@ -167,29 +168,29 @@ TEXT = (
         meta=Key("layers.{layer}.feed_forward.experts.moe_w_out_eF_D", transposed=True, flat=True, tp=0),
         native=Key("decoder.layers.{layer}.mlp.experts.down_proj", transposed=True),
     ),
-    Row(
+    *linear(
         "shared.gate",
         ("ffn_dim", "dim"),
         only="moe",
-        hf=Key("language_model.model.layers.{layer}.feed_forward.shared_expert.gate_proj.weight"),
-        meta=Key("layers.{layer}.feed_forward.w_in_shared_FD.weight", tp=0),
-        native=Key("decoder.layers.{layer}.mlp.shared_expert.w1.weight"),
+        hf="language_model.model.layers.{layer}.feed_forward.shared_expert.gate_proj",
+        meta=Key("layers.{layer}.feed_forward.w_in_shared_FD", tp=0),
+        native="decoder.layers.{layer}.mlp.shared_expert.w1",
     ),
-    Row(
+    *linear(
         "shared.down",
         ("dim", "ffn_dim"),
         only="moe",
-        hf=Key("language_model.model.layers.{layer}.feed_forward.shared_expert.down_proj.weight"),
-        meta=Key("layers.{layer}.feed_forward.w_out_shared_DF.weight", tp=1),
-        native=Key("decoder.layers.{layer}.mlp.shared_expert.w2.weight"),
+        hf="language_model.model.layers.{layer}.feed_forward.shared_expert.down_proj",
+        meta=Key("layers.{layer}.feed_forward.w_out_shared_DF", tp=1),
+        native="decoder.layers.{layer}.mlp.shared_expert.w2",
     ),
-    Row(
+    *linear(
         "shared.up",
         ("ffn_dim", "dim"),
         only="moe",
-        hf=Key("language_model.model.layers.{layer}.feed_forward.shared_expert.up_proj.weight"),
-        meta=Key("layers.{layer}.feed_forward.w_swiglu_FD.weight", tp=0),
-        native=Key("decoder.layers.{layer}.mlp.shared_expert.w3.weight"),
+        hf="language_model.model.layers.{layer}.feed_forward.shared_expert.up_proj",
+        meta=Key("layers.{layer}.feed_forward.w_swiglu_FD", tp=0),
+        native="decoder.layers.{layer}.mlp.shared_expert.w3",
     ),
     # What Meta's training counted; its own code has no use for it any more.
     *(
@@ -206,112 +207,111 @@ TEXT = (
             ("activation", "expert_activation_DE", ("dim", "n_experts")),
         )
     ),
-    Row(
-        "norm",
-        ("dim",),
-        hf=Key("language_model.model.norm.weight"),
-        meta=Key("norm.weight"),
-        native=Key("decoder.norm.scale"),
-    ),
-    Row(
-        "output",
-        ("vocab_size", "dim"),
-        hf=Key("language_model.lm_head.weight"),
-        meta=Key("output.weight", tp=0),
-        native=Key("decoder.output.weight"),
+    *rms_norm("norm", hf="language_model.model.norm", meta="norm", native="decoder.norm"),
+    *linear(
+        "output", ("vocab_size", "dim"), hf="language_model.lm_head", meta=Key("output", tp=0), native="decoder.output"
     ),
     Row("rotary.freqs", ("head_dim/2",), derived=True, meta=Key("rope.freqs")),
 )
 
 
-def _block(name: str, shape: tuple[str, ...], hf: str, meta: str, native: str, tp: int | None = None) -> Row:
-    """A row of the vision model's layers."""
-    return Row(
-        f"vision.{name}",
-        shape,
-        hf=Key(f"vision_model.model.layers.{{block}}.{hf}"),
-        meta=Key(f"vision_embeddings.vision_encoder.transformer.resblocks.{{block}}.{meta}", tp=tp),
-        native=Key(f"encoders.vision.clip.layers.{{block}}.{native}"),
-    )
+_IMAGE = ("vision_dim", "vision_dim")
+_BLOCK = prefixed(
+    (
+        *layer_norm("vision.attention_norm", "vision_dim", hf="input_layernorm", meta="ln_1", native="sa_norm"),
+        *linear("vision.q", _IMAGE, bias=True, hf="self_attn.q_proj", meta=Key("attn.wq", tp=0), native="attn.q_proj"),
+        *linear("vision.k", _IMAGE, bias=True, hf="self_attn.k_proj", meta=Key("attn.wk", tp=0), native="attn.k_proj"),
+        *linear("vision.v", _IMAGE, bias=True, hf="self_attn.v_proj", meta=Key("attn.wv", tp=0), native="attn.v_proj"),
+        *linear(
+            "vision.o", _IMAGE, bias=True, hf="self_attn.o_proj", meta=Key("attn.wo", tp=1), native="attn.output_proj"
+        ),
+        *layer_norm("vision.mlp_norm", "vision_dim", hf="post_attention_layernorm", meta="ln_2", native="mlp_norm"),
+        *linear(
+            "vision.mlp.in",
+            ("vision_ffn", "vision_dim"),
+            bias=True,
+            hf="mlp.fc1",
+            meta=Key("mlp.c_fc", tp=0),
+            native="mlp.w1",
+        ),
+        *linear(
+            "vision.mlp.out",
+            ("vision_dim", "vision_ffn"),
+            bias=True,
+            hf="mlp.fc2",
+            meta=Key("mlp.c_proj", tp=1),
+            native="mlp.w2",
+        ),
+    ),
+    hf="vision_model.model.layers.{block}.",
+    meta="vision_embeddings.vision_encoder.transformer.resblocks.{block}.",
+    native="encoders.vision.clip.layers.{block}.",
+)
+"""A layer of the vision model."""
 
-
-def _vision(name: str, shape: tuple[str, ...], hf: str, meta: str, native: str) -> Row:
-    """A row of the vision model outside of its layers, which every rank holds whole."""
-    return Row(
-        f"vision.{name}",
-        shape,
-        hf=Key(f"vision_model.{hf}"),
-        meta=Key(f"vision_embeddings.vision_encoder.{meta}"),
-        native=Key(f"encoders.vision.clip.{native}"),
-    )
-
+_AROUND = prefixed(
+    (
+        Row(
+            "vision.class",
+            ("vision_dim",),
+            hf=Key("class_embedding"),
+            meta=Key("class_embedding"),
+            native=Key("cls_token_embedding.weight"),
+        ),
+        Row(
+            "vision.positions",
+            ("n_tokens", "vision_dim"),
+            hf=Key("positional_embedding_vlm"),
+            meta=Key("positional_embedding_vlm"),
+            native=Key("token_pos_embedding.positional_embedding"),
+        ),
+        *layer_norm("vision.norm_before", "vision_dim", hf="layernorm_pre", meta="ln_pre", native="ln_pre"),
+        *layer_norm("vision.norm_after", "vision_dim", hf="layernorm_post", meta="ln_post", native="ln_post"),
+    ),
+    hf="vision_model.",
+    meta="vision_embeddings.vision_encoder.",
+    native="encoders.vision.clip.",
+)
+"""What comes before and after the layers of the vision model, which every rank holds whole."""
 
 VISION = (
-    Row(
+    *linear(
         "vision.patches",
         ("vision_dim", "channels*patch*patch"),
-        hf=Key("vision_model.patch_embedding.linear.weight"),
-        meta=Key("vision_embeddings.vision_encoder.conv1._linear.weight", tp=0),
-        native=Key("encoders.vision.clip.conv.weight", shape=("vision_dim", "channels", "patch", "patch")),
+        hf="vision_model.patch_embedding.linear",
+        meta=Key("vision_embeddings.vision_encoder.conv1._linear", tp=0),
+        native=Key("encoders.vision.clip.conv", shape=("vision_dim", "channels", "patch", "patch")),
     ),
-    _vision("class", ("vision_dim",), "class_embedding", "class_embedding", "cls_token_embedding.weight"),
-    _vision(
-        "positions",
-        ("n_tokens", "vision_dim"),
-        "positional_embedding_vlm",
-        "positional_embedding_vlm",
-        "token_pos_embedding.positional_embedding",
-    ),
-    _vision("norm_before", ("vision_dim",), "layernorm_pre.weight", "ln_pre.weight", "ln_pre.weight"),
-    _vision("norm_before.bias", ("vision_dim",), "layernorm_pre.bias", "ln_pre.bias", "ln_pre.bias"),
-    _vision("norm_after", ("vision_dim",), "layernorm_post.weight", "ln_post.weight", "ln_post.weight"),
-    _vision("norm_after.bias", ("vision_dim",), "layernorm_post.bias", "ln_post.bias", "ln_post.bias"),
-    _block("attention_norm", ("vision_dim",), "input_layernorm.weight", "ln_1.weight", "sa_norm.weight"),
-    _block("attention_norm.bias", ("vision_dim",), "input_layernorm.bias", "ln_1.bias", "sa_norm.bias"),
-    _block("q", ("vision_dim", "vision_dim"), "self_attn.q_proj.weight", "attn.wq.weight", "attn.q_proj.weight", 0),
-    _block("q.bias", ("vision_dim",), "self_attn.q_proj.bias", "attn.wq.bias", "attn.q_proj.bias", 0),
-    _block("k", ("vision_dim", "vision_dim"), "self_attn.k_proj.weight", "attn.wk.weight", "attn.k_proj.weight", 0),
-    _block("k.bias", ("vision_dim",), "self_attn.k_proj.bias", "attn.wk.bias", "attn.k_proj.bias", 0),
-    _block("v", ("vision_dim", "vision_dim"), "self_attn.v_proj.weight", "attn.wv.weight", "attn.v_proj.weight", 0),
-    _block("v.bias", ("vision_dim",), "self_attn.v_proj.bias", "attn.wv.bias", "attn.v_proj.bias", 0),
-    _block(
-        "o", ("vision_dim", "vision_dim"), "self_attn.o_proj.weight", "attn.wo.weight", "attn.output_proj.weight", 1
-    ),
-    _block("o.bias", ("vision_dim",), "self_attn.o_proj.bias", "attn.wo.bias", "attn.output_proj.bias"),
-    _block("mlp_norm", ("vision_dim",), "post_attention_layernorm.weight", "ln_2.weight", "mlp_norm.weight"),
-    _block("mlp_norm.bias", ("vision_dim",), "post_attention_layernorm.bias", "ln_2.bias", "mlp_norm.bias"),
-    _block("mlp.in", ("vision_ffn", "vision_dim"), "mlp.fc1.weight", "mlp.c_fc.weight", "mlp.w1.weight", 0),
-    _block("mlp.in.bias", ("vision_ffn",), "mlp.fc1.bias", "mlp.c_fc.bias", "mlp.w1.bias", 0),
-    _block("mlp.out", ("vision_dim", "vision_ffn"), "mlp.fc2.weight", "mlp.c_proj.weight", "mlp.w2.weight", 1),
-    _block("mlp.out.bias", ("vision_dim",), "mlp.fc2.bias", "mlp.c_proj.bias", "mlp.w2.bias"),
+    *_AROUND,
+    *_BLOCK,
     # What puts four neighbouring patches together, and what makes tokens of them.
-    Row(
+    *linear(
         "vision.adapter.in",
         ("adapter_dim", "vision_ffn"),
-        hf=Key("vision_model.vision_adapter.mlp.fc1.weight"),
-        meta=Key("vision_embeddings.vision_adapter.mlp.c_fc.weight", tp=0),
-        native=Key("encoders.vision.projection.output.0.weight"),
+        hf="vision_model.vision_adapter.mlp.fc1",
+        meta=Key("vision_embeddings.vision_adapter.mlp.c_fc", tp=0),
+        native="encoders.vision.projection.output.0",
     ),
-    Row(
+    *linear(
         "vision.adapter.out",
         ("adapter_dim", "adapter_dim"),
-        hf=Key("vision_model.vision_adapter.mlp.fc2.weight"),
-        meta=Key("vision_embeddings.vision_adapter.mlp.c_proj.weight", tp=1),
-        native=Key("encoders.vision.projection.output.2.weight"),
+        hf="vision_model.vision_adapter.mlp.fc2",
+        meta=Key("vision_embeddings.vision_adapter.mlp.c_proj", tp=1),
+        native="encoders.vision.projection.output.2",
     ),
     # A layer that Meta's code can put behind the adapter and no released config asks for.
-    Row(
+    *linear(
         "vision.adapter.fc",
         ("adapter_dim", "adapter_dim"),
         optional=True,
-        meta=Key("vision_embeddings.vision_adapter.fc.weight", tp=0),
+        meta=Key("vision_embeddings.vision_adapter.fc", tp=0),
     ),
-    Row(
+    *linear(
         "vision.projection",
         ("dim", "projected_dim"),
-        hf=Key("multi_modal_projector.linear_1.weight"),
-        meta=Key("vision_projection.weight", tp=0),
-        native=Key("encoders.vision.projection.output.4.weight"),
+        hf="multi_modal_projector.linear_1",
+        meta=Key("vision_projection", tp=0),
+        native="encoders.vision.projection.output.4",
     ),
 )
 

@@ -10,7 +10,9 @@ layers are cut on axis 0 and row-parallel ones on axis 1; native: the converters
 
 from __future__ import annotations
 
+from ckpt_convert.models.core.builders import layer_norm, linear, rms_norm
 from ckpt_convert.models.core.params import Params
+from ckpt_convert.models.core.picking import prefixed
 from ckpt_convert.models.core.table import Family, Key, Row
 from ckpt_convert.models.llama.table import LLAMA
 from ckpt_convert.models.mllama import config, params, releases
@@ -34,48 +36,81 @@ def _numbered(key: Key) -> Key:
     return key.renamed("{layer}", "{layer:self}") if key.placeholders else key
 
 
-def _cross(name: str, shape: tuple[str, ...], hf: str, meta: str, native: str, tp: int | None = None) -> Row:
-    """A row of the cross-attention layers."""
-    return Row(
-        f"cross.{name}",
-        shape,
-        only="cross",
-        hf=Key(f"language_model.model.layers.{{layer}}.{hf}"),
-        meta=Key(f"text_model.cross_attention_layers.{{layer:cross}}.{meta}", tp=tp),
-        native=Key(f"decoder.layers.{{layer:self}}.fusion_layer.{native}"),
-    )
+_Q, _KV = ("n_heads*head_dim", "dim"), ("n_kv_heads*head_dim", "dim")
+_CROSS = prefixed(
+    (
+        *rms_norm("cross.attention_norm", hf="input_layernorm", meta="attention_norm", native="ca_norm"),
+        *linear("cross.q", _Q, hf="cross_attn.q_proj", meta=Key("attention.wq", tp=0), native="attn.q_proj"),
+        *linear("cross.k", _KV, hf="cross_attn.k_proj", meta=Key("attention.wk", tp=0), native="attn.k_proj"),
+        *linear("cross.v", _KV, hf="cross_attn.v_proj", meta=Key("attention.wv", tp=0), native="attn.v_proj"),
+        *linear("cross.o", _Q[::-1], hf="cross_attn.o_proj", meta=Key("attention.wo", tp=1), native="attn.output_proj"),
+        *rms_norm("cross.q_norm", "head_dim", hf="cross_attn.q_norm", meta="attention.q_norm", native="attn.q_norm"),
+        *rms_norm("cross.k_norm", "head_dim", hf="cross_attn.k_norm", meta="attention.k_norm", native="attn.k_norm"),
+        Row(
+            "cross.attention_gate",
+            ("1",),
+            hf=Key("cross_attn_attn_gate"),
+            meta=Key("gate_attn"),
+            native=Key("ca_scale.scale"),
+        ),
+        *rms_norm("cross.ffn_norm", hf="post_attention_layernorm", meta="ffn_norm", native="mlp_norm"),
+        *linear(
+            "cross.ffn.gate", ("ffn_dim", "dim"), hf="mlp.gate_proj", meta=Key("feed_forward.w1", tp=0), native="mlp.w1"
+        ),
+        *linear(
+            "cross.ffn.down", ("dim", "ffn_dim"), hf="mlp.down_proj", meta=Key("feed_forward.w2", tp=1), native="mlp.w2"
+        ),
+        *linear(
+            "cross.ffn.up", ("ffn_dim", "dim"), hf="mlp.up_proj", meta=Key("feed_forward.w3", tp=0), native="mlp.w3"
+        ),
+        Row(
+            "cross.ffn_gate",
+            ("1",),
+            hf=Key("cross_attn_mlp_gate"),
+            meta=Key("gate_ffwd"),
+            native=Key("mlp_scale.scale"),
+        ),
+    ),
+    hf="language_model.model.layers.{layer}.",
+    meta="text_model.cross_attention_layers.{layer:cross}.",
+    native="decoder.layers.{layer:self}.fusion_layer.",
+)
+"""A cross-attention layer."""
 
+_IMAGE = ("vision_dim", "vision_dim")
+_BLOCK = (
+    *layer_norm("attention_norm", "vision_dim", hf="input_layernorm", meta="ln_1", native="sa_norm"),
+    *linear("q", _IMAGE, hf="self_attn.q_proj", meta=Key("attn.wq", tp=0), native="attn.q_proj"),
+    *linear("k", _IMAGE, hf="self_attn.k_proj", meta=Key("attn.wk", tp=0), native="attn.k_proj"),
+    *linear("v", _IMAGE, hf="self_attn.v_proj", meta=Key("attn.wv", tp=0), native="attn.v_proj"),
+    *linear("o", _IMAGE, hf="self_attn.o_proj", meta=Key("attn.wo", tp=1), native="attn.output_proj"),
+    *layer_norm("mlp_norm", "vision_dim", hf="post_attention_layernorm", meta="ln_2", native="mlp_norm"),
+    *linear(
+        "mlp.in", ("vision_ffn", "vision_dim"), bias=True, hf="mlp.fc1", meta=Key("mlp.c_fc", tp=0), native="mlp.w1"
+    ),
+    *linear(
+        "mlp.out", ("vision_dim", "vision_ffn"), bias=True, hf="mlp.fc2", meta=Key("mlp.c_proj", tp=1), native="mlp.w2"
+    ),
+)
+_GATES = (
+    Row("attention_gate", ("1",), hf=Key("gate_attn"), meta=Key("gate_attn"), native=Key("sa_scale.scale")),
+    Row("mlp_gate", ("1",), hf=Key("gate_ffn"), meta=Key("gate_ffn"), native=Key("mlp_scale.scale")),
+)
+_LOCAL = prefixed(
+    (row.replace(name=f"vision.{row.name}") for row in _BLOCK),
+    hf="vision_model.transformer.layers.{block}.",
+    meta="vision_model.vision_encoder.transformer.resblocks.{block}.",
+    native="encoder.clip.layers.{block}.",
+)
+"""A layer of the vision model's first transformer, which looks at one tile."""
 
-def _block(name: str, shape: tuple[str, ...], hf: str, meta: str, native: str, tp: int | None = None) -> Row:
-    """A row of the vision model's transformer, whose layers look at one tile."""
-    return Row(
-        f"vision.{name}",
-        shape,
-        hf=Key(f"vision_model.transformer.layers.{{block}}.{hf}"),
-        meta=Key(f"vision_model.vision_encoder.transformer.resblocks.{{block}}.{meta}", tp=tp),
-        native=Key(f"encoder.clip.layers.{{block}}.{native}"),
-    )
-
-
-def _global(row: Row) -> Row:
-    """The same row of the transformer behind it, whose layers look at all tiles."""
-    return row.replace(
-        name=f"vision.global.{row.name.removeprefix('vision.')}",
-        hf=row.hf and row.hf.renamed(".transformer.layers.{block}", ".global_transformer.layers.{global}"),
-        meta=row.meta and row.meta.renamed("transformer.resblocks.{block}", "global_transformer.resblocks.{global}"),
-        native=row.native and row.native.renamed("encoder.clip.layers.{block}", "encoder.projection.layers.{global}"),
-    )
-
-
-def _vision(name: str, shape: tuple[str, ...], hf: str, meta: str, native: str) -> Row:
-    """A row of the vision model outside of its layers, which every rank holds whole."""
-    return Row(
-        f"vision.{name}",
-        shape,
-        hf=Key(f"vision_model.{hf}"),
-        meta=Key(f"vision_model.vision_encoder.{meta}"),
-        native=Key(f"encoder.clip.{native}"),
-    )
+_GLOBAL = prefixed(
+    (row.replace(name=f"vision.global.{row.name}") for row in (*_BLOCK, *_GATES)),
+    hf="vision_model.global_transformer.layers.{global}.",
+    meta="vision_model.vision_encoder.global_transformer.resblocks.{global}.",
+    native="encoder.projection.layers.{global}.",
+)
+"""A layer of the transformer behind it, which looks at all tiles."""
 
 
 def _tiles(name: str, tokens: str, hf: str, meta: str, native: str) -> Row:
@@ -87,28 +122,80 @@ def _tiles(name: str, tokens: str, hf: str, meta: str, native: str) -> Row:
     return Row(
         f"vision.{name}",
         ("tiles*tiles", tokens, "vision_dim"),
-        hf=Key(f"vision_model.{hf}.weight", cells="tiles", shape=("ratios", f"tiles*{tokens}*vision_dim")),
-        meta=Key(f"vision_model.vision_encoder.{meta}", shape=grid),
-        native=Key(f"encoder.clip.{native}", shape=grid),
+        hf=Key(f"{hf}.weight", cells="tiles", shape=("ratios", f"tiles*{tokens}*vision_dim")),
+        meta=Key(meta, shape=grid),
+        native=Key(native, shape=grid),
     )
 
 
-_BLOCK = (
-    _block("attention_norm", ("vision_dim",), "input_layernorm.weight", "ln_1.weight", "sa_norm.weight"),
-    _block("attention_norm.bias", ("vision_dim",), "input_layernorm.bias", "ln_1.bias", "sa_norm.bias"),
-    _block("q", ("vision_dim", "vision_dim"), "self_attn.q_proj.weight", "attn.wq.weight", "attn.q_proj.weight", 0),
-    _block("k", ("vision_dim", "vision_dim"), "self_attn.k_proj.weight", "attn.wk.weight", "attn.k_proj.weight", 0),
-    _block("v", ("vision_dim", "vision_dim"), "self_attn.v_proj.weight", "attn.wv.weight", "attn.v_proj.weight", 0),
-    _block(
-        "o", ("vision_dim", "vision_dim"), "self_attn.o_proj.weight", "attn.wo.weight", "attn.output_proj.weight", 1
+def _gate(name: str, hf: str, meta: str, native: str) -> Row:
+    """How much of such an embedding is added."""
+    return Row(f"vision.{name}.gate", ("1",), hf=Key(hf), meta=Key(meta), native=Key(native))
+
+
+_AROUND = prefixed(
+    (
+        Row(
+            "vision.class",
+            ("vision_dim",),
+            hf=Key("class_embedding"),
+            meta=Key("class_embedding"),
+            native=Key("cls_token_embedding.weight"),
+        ),
+        Row(
+            "vision.positions",
+            ("n_tokens", "vision_dim"),
+            hf=Key("gated_positional_embedding.embedding"),
+            meta=Key("positional_embedding"),
+            native=Key("token_pos_embedding.local_token_positional_embedding"),
+        ),
+        _tiles(
+            "tiles.positions",
+            "n_tokens",
+            "gated_positional_embedding.tile_embedding",
+            "gated_positional_embedding",
+            "token_pos_embedding.global_token_positional_embedding",
+        ),
+        _gate(
+            "tiles.positions",
+            "gated_positional_embedding.gate",
+            "gated_positional_embedding_gate",
+            "token_pos_embedding.gate",
+        ),
+        _tiles(
+            "tiles.before",
+            "1",
+            "pre_tile_positional_embedding.embedding",
+            "pre_tile_pos_embed.embedding",
+            "pre_tile_pos_embed.embedding",
+        ),
+        _gate(
+            "tiles.before",
+            "pre_tile_positional_embedding.gate",
+            "pre_tile_pos_embed.gate",
+            "pre_tile_pos_embed.gate",
+        ),
+        _tiles(
+            "tiles.after",
+            "1",
+            "post_tile_positional_embedding.embedding",
+            "post_tile_pos_embed.embedding",
+            "post_tile_pos_embed.embedding",
+        ),
+        _gate(
+            "tiles.after",
+            "post_tile_positional_embedding.gate",
+            "post_tile_pos_embed.gate",
+            "post_tile_pos_embed.gate",
+        ),
+        *layer_norm("vision.norm_before", "vision_dim", hf="layernorm_pre", meta="ln_pre", native="ln_pre"),
+        *layer_norm("vision.norm_after", "vision_dim", hf="layernorm_post", meta="ln_post", native="ln_post"),
     ),
-    _block("mlp_norm", ("vision_dim",), "post_attention_layernorm.weight", "ln_2.weight", "mlp_norm.weight"),
-    _block("mlp_norm.bias", ("vision_dim",), "post_attention_layernorm.bias", "ln_2.bias", "mlp_norm.bias"),
-    _block("mlp.in", ("vision_ffn", "vision_dim"), "mlp.fc1.weight", "mlp.c_fc.weight", "mlp.w1.weight", 0),
-    _block("mlp.in.bias", ("vision_ffn",), "mlp.fc1.bias", "mlp.c_fc.bias", "mlp.w1.bias", 0),
-    _block("mlp.out", ("vision_dim", "vision_ffn"), "mlp.fc2.weight", "mlp.c_proj.weight", "mlp.w2.weight", 1),
-    _block("mlp.out.bias", ("vision_dim",), "mlp.fc2.bias", "mlp.c_proj.bias", "mlp.w2.bias"),
+    hf="vision_model.",
+    meta="vision_model.vision_encoder.",
+    native="encoder.clip.",
 )
+"""What comes before and after the layers of the vision model, which every rank holds whole."""
 
 _ROWS = tuple(_text(row) for row in LLAMA.rows if not row.name.endswith(".bias") and row.name != "rotary.layer_freqs")
 _EMBEDDING, *_LAYERS, _NORM, _OUTPUT, _FREQS = _ROWS
@@ -145,125 +232,27 @@ MLLAMA = Family(
             native=Key("decoder.tok_embeddings.fusion_embedding.weight"),
         ),
         *_LAYERS,
-        _cross("attention_norm", ("dim",), "input_layernorm.weight", "attention_norm.weight", "ca_norm.scale"),
-        _cross(
-            "q", ("n_heads*head_dim", "dim"), "cross_attn.q_proj.weight", "attention.wq.weight", "attn.q_proj.weight", 0
-        ),
-        _cross(
-            "k",
-            ("n_kv_heads*head_dim", "dim"),
-            "cross_attn.k_proj.weight",
-            "attention.wk.weight",
-            "attn.k_proj.weight",
-            0,
-        ),
-        _cross(
-            "v",
-            ("n_kv_heads*head_dim", "dim"),
-            "cross_attn.v_proj.weight",
-            "attention.wv.weight",
-            "attn.v_proj.weight",
-            0,
-        ),
-        _cross(
-            "o",
-            ("dim", "n_heads*head_dim"),
-            "cross_attn.o_proj.weight",
-            "attention.wo.weight",
-            "attn.output_proj.weight",
-            1,
-        ),
-        _cross("q_norm", ("head_dim",), "cross_attn.q_norm.weight", "attention.q_norm.weight", "attn.q_norm.scale"),
-        _cross("k_norm", ("head_dim",), "cross_attn.k_norm.weight", "attention.k_norm.weight", "attn.k_norm.scale"),
-        _cross("attention_gate", ("1",), "cross_attn_attn_gate", "gate_attn", "ca_scale.scale"),
-        _cross("ffn_norm", ("dim",), "post_attention_layernorm.weight", "ffn_norm.weight", "mlp_norm.scale"),
-        _cross("ffn.gate", ("ffn_dim", "dim"), "mlp.gate_proj.weight", "feed_forward.w1.weight", "mlp.w1.weight", 0),
-        _cross("ffn.down", ("dim", "ffn_dim"), "mlp.down_proj.weight", "feed_forward.w2.weight", "mlp.w2.weight", 1),
-        _cross("ffn.up", ("ffn_dim", "dim"), "mlp.up_proj.weight", "feed_forward.w3.weight", "mlp.w3.weight", 0),
-        _cross("ffn_gate", ("1",), "cross_attn_mlp_gate", "gate_ffwd", "mlp_scale.scale"),
+        *(row.replace(only="cross") for row in _CROSS),
         _NORM,
         _OUTPUT,
         _FREQS,
-        Row(
+        *linear(
             "vision.patches",
             ("vision_dim", "channels", "patch", "patch"),
-            hf=Key("vision_model.patch_embedding.weight"),
-            meta=Key(
-                "vision_model.vision_encoder.conv1._linear.weight", shape=("vision_dim", "channels*patch*patch"), tp=0
-            ),
-            native=Key("encoder.clip.conv.weight"),
+            hf="vision_model.patch_embedding",
+            meta=Key("vision_model.vision_encoder.conv1._linear", shape=("vision_dim", "channels*patch*patch"), tp=0),
+            native="encoder.clip.conv",
         ),
-        _vision("class", ("vision_dim",), "class_embedding", "class_embedding", "cls_token_embedding.weight"),
-        _vision(
-            "positions",
-            ("n_tokens", "vision_dim"),
-            "gated_positional_embedding.embedding",
-            "positional_embedding",
-            "token_pos_embedding.local_token_positional_embedding",
-        ),
-        _tiles(
-            "tiles.positions",
-            "n_tokens",
-            "gated_positional_embedding.tile_embedding",
-            "gated_positional_embedding",
-            "token_pos_embedding.global_token_positional_embedding",
-        ),
-        _vision(
-            "tiles.positions.gate",
-            ("1",),
-            "gated_positional_embedding.gate",
-            "gated_positional_embedding_gate",
-            "token_pos_embedding.gate",
-        ),
-        _tiles(
-            "tiles.before",
-            "1",
-            "pre_tile_positional_embedding.embedding",
-            "pre_tile_pos_embed.embedding",
-            "pre_tile_pos_embed.embedding",
-        ),
-        _vision(
-            "tiles.before.gate",
-            ("1",),
-            "pre_tile_positional_embedding.gate",
-            "pre_tile_pos_embed.gate",
-            "pre_tile_pos_embed.gate",
-        ),
-        _tiles(
-            "tiles.after",
-            "1",
-            "post_tile_positional_embedding.embedding",
-            "post_tile_pos_embed.embedding",
-            "post_tile_pos_embed.embedding",
-        ),
-        _vision(
-            "tiles.after.gate",
-            ("1",),
-            "post_tile_positional_embedding.gate",
-            "post_tile_pos_embed.gate",
-            "post_tile_pos_embed.gate",
-        ),
-        _vision("norm_before", ("vision_dim",), "layernorm_pre.weight", "ln_pre.weight", "ln_pre.weight"),
-        _vision("norm_before.bias", ("vision_dim",), "layernorm_pre.bias", "ln_pre.bias", "ln_pre.bias"),
-        _vision("norm_after", ("vision_dim",), "layernorm_post.weight", "ln_post.weight", "ln_post.weight"),
-        _vision("norm_after.bias", ("vision_dim",), "layernorm_post.bias", "ln_post.bias", "ln_post.bias"),
-        *_BLOCK,
-        *(_global(row) for row in _BLOCK),
-        _global(_block("attention_gate", ("1",), "gate_attn", "gate_attn", "sa_scale.scale")),
-        _global(_block("mlp_gate", ("1",), "gate_ffn", "gate_ffn", "mlp_scale.scale")),
-        Row(
+        *_AROUND,
+        *_LOCAL,
+        *_GLOBAL,
+        *linear(
             "vision.projection",
             ("dim", "vision_out"),
-            hf=Key("multi_modal_projector.weight"),
-            meta=Key("vision_model.vision_projection.weight", tp=0),
-            native=Key("encoder.projection.output.weight"),
-        ),
-        Row(
-            "vision.projection.bias",
-            ("dim",),
-            hf=Key("multi_modal_projector.bias"),
-            meta=Key("vision_model.vision_projection.bias", tp=0),
-            native=Key("encoder.projection.output.bias"),
+            bias=True,
+            hf="multi_modal_projector",
+            meta=Key("vision_model.vision_projection", tp=0),
+            native="encoder.projection.output",
         ),
     ),
 )

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ckpt_convert.errors import ConfigError
+from ckpt_convert.models.core.builders import linear
 from ckpt_convert.models.core.config import CONFIG, optional_int, require_int
 from ckpt_convert.models.core.picking import named
 from ckpt_convert.models.core.table import Key, Row
@@ -21,12 +22,12 @@ DENSE_FFN = tuple(row.replace(only="dense", native=None) for row in named(FFN, "
 """The feed-forward part of the layers without experts."""
 
 ROUTER = (
-    Row(
+    *linear(
         "moe.router",
         ("n_experts", "dim"),
         only="moe",
-        hf=Key("model.layers.{layer}.mlp.gate.weight"),
-        torchtitan=Key("layers.{layer}.moe.router.gate.weight"),
+        hf="model.layers.{layer}.mlp.gate",
+        torchtitan="layers.{layer}.moe.router.gate",
     ),
 )
 

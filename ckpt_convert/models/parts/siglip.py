@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ckpt_convert.models.core.builders import layer_norm, linear
 from ckpt_convert.models.core.config import optional_bool, optional_int
-from ckpt_convert.models.core.picking import affine
 from ckpt_convert.models.core.table import Key, Row
 
 _LAYER = "encoder.layers.{vision_layer}"
@@ -27,24 +27,28 @@ def _rows(tower: str) -> Iterator[Row]:
     square = ("vision_dim", "vision_dim")
     positions = ("vision_side*vision_side", "vision_dim")
     yield Row("vision.positions", positions, hf=Key(f"{tower}.embeddings.position_embedding.weight"))
-    yield from affine("vision.attention_norm", ("vision_dim",), hf=f"{tower}.{_LAYER}.layer_norm1")
-    yield from affine("vision.attention.q", square, hf=f"{tower}.{_LAYER}.self_attn.q_proj")
-    yield from affine("vision.attention.k", square, hf=f"{tower}.{_LAYER}.self_attn.k_proj")
-    yield from affine("vision.attention.v", square, hf=f"{tower}.{_LAYER}.self_attn.v_proj")
-    yield from affine("vision.attention.o", square, hf=f"{tower}.{_LAYER}.self_attn.out_proj")
-    yield from affine("vision.ffn_norm", ("vision_dim",), hf=f"{tower}.{_LAYER}.layer_norm2")
-    yield from affine("vision.ffn.up", ("vision_ffn_dim", "vision_dim"), hf=f"{tower}.{_LAYER}.mlp.fc1")
-    yield from affine("vision.ffn.down", ("vision_dim", "vision_ffn_dim"), hf=f"{tower}.{_LAYER}.mlp.fc2")
-    yield from affine("vision.norm", ("vision_dim",), hf=f"{tower}.post_layernorm")
+    yield from layer_norm("vision.attention_norm", "vision_dim", hf=f"{tower}.{_LAYER}.layer_norm1")
+    yield from linear("vision.attention.q", square, bias=True, hf=f"{tower}.{_LAYER}.self_attn.q_proj")
+    yield from linear("vision.attention.k", square, bias=True, hf=f"{tower}.{_LAYER}.self_attn.k_proj")
+    yield from linear("vision.attention.v", square, bias=True, hf=f"{tower}.{_LAYER}.self_attn.v_proj")
+    yield from linear("vision.attention.o", square, bias=True, hf=f"{tower}.{_LAYER}.self_attn.out_proj")
+    yield from layer_norm("vision.ffn_norm", "vision_dim", hf=f"{tower}.{_LAYER}.layer_norm2")
+    yield from linear("vision.ffn.up", ("vision_ffn_dim", "vision_dim"), bias=True, hf=f"{tower}.{_LAYER}.mlp.fc1")
+    yield from linear("vision.ffn.down", ("vision_dim", "vision_ffn_dim"), bias=True, hf=f"{tower}.{_LAYER}.mlp.fc2")
+    yield from layer_norm("vision.norm", "vision_dim", hf=f"{tower}.post_layernorm")
     head = f"{tower}.head"
     yield Row("vision.head.probe", ("1", "1", "vision_dim"), when="vision_head", hf=Key(f"{head}.probe"))
     qkv = "3*vision_dim"
     yield Row("vision.head.qkv", (qkv, "vision_dim"), when="vision_head", hf=Key(f"{head}.attention.in_proj_weight"))
     yield Row("vision.head.qkv.bias", (qkv,), when="vision_head", hf=Key(f"{head}.attention.in_proj_bias"))
-    yield from affine("vision.head.o", square, hf=f"{head}.attention.out_proj", when="vision_head")
-    yield from affine("vision.head.norm", ("vision_dim",), hf=f"{head}.layernorm", when="vision_head")
-    yield from affine("vision.head.up", ("vision_ffn_dim", "vision_dim"), hf=f"{head}.mlp.fc1", when="vision_head")
-    yield from affine("vision.head.down", ("vision_dim", "vision_ffn_dim"), hf=f"{head}.mlp.fc2", when="vision_head")
+    yield from linear("vision.head.o", square, bias=True, hf=f"{head}.attention.out_proj", when="vision_head")
+    yield from layer_norm("vision.head.norm", "vision_dim", hf=f"{head}.layernorm", when="vision_head")
+    yield from linear(
+        "vision.head.up", ("vision_ffn_dim", "vision_dim"), bias=True, hf=f"{head}.mlp.fc1", when="vision_head"
+    )
+    yield from linear(
+        "vision.head.down", ("vision_dim", "vision_ffn_dim"), bias=True, hf=f"{head}.mlp.fc2", when="vision_head"
+    )
 
 
 def dims(config: Mapping[str, Any], where: str) -> dict[str, int]:

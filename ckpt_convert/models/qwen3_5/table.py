@@ -16,54 +16,55 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from ckpt_convert.models.core.picking import affine, columns, named
+from ckpt_convert.models.core.builders import layer_norm, linear, rms_norm
+from ckpt_convert.models.core.picking import columns, named, prefixed
 from ckpt_convert.models.core.table import Family, Key, Row
 from ckpt_convert.models.parts.decoder import ATTENTION, EMBEDDING, OUTPUT
 from ckpt_convert.models.parts.experts import DENSE_FFN, EXPERTS, LOAD_BALANCE, NORM, ROUTER
 from ckpt_convert.models.qwen3_5 import config
 
 FULL_ATTENTION = (
-    Row(
+    *linear(
         "attention.q_gate",
         ("n_heads*2*head_dim", "dim"),
         only="full",
-        hf=Key("model.layers.{layer}.self_attn.q_proj.weight"),
-        torchtitan=Key("layers.{layer}.attn.wq.weight"),
+        hf="model.layers.{layer}.self_attn.q_proj",
+        torchtitan="layers.{layer}.attn.wq",
     ),
-    Row(
+    *linear(
         "attention.k",
         ("n_kv_heads*head_dim", "dim"),
         only="full",
-        hf=Key("model.layers.{layer}.self_attn.k_proj.weight"),
-        torchtitan=Key("layers.{layer}.attn.wk.weight"),
+        hf="model.layers.{layer}.self_attn.k_proj",
+        torchtitan="layers.{layer}.attn.wk",
     ),
-    Row(
+    *linear(
         "attention.v",
         ("n_kv_heads*head_dim", "dim"),
         only="full",
-        hf=Key("model.layers.{layer}.self_attn.v_proj.weight"),
-        torchtitan=Key("layers.{layer}.attn.wv.weight"),
+        hf="model.layers.{layer}.self_attn.v_proj",
+        torchtitan="layers.{layer}.attn.wv",
     ),
-    Row(
+    *linear(
         "attention.o",
         ("dim", "n_heads*head_dim"),
         only="full",
-        hf=Key("model.layers.{layer}.self_attn.o_proj.weight"),
-        torchtitan=Key("layers.{layer}.attn.wo.weight"),
+        hf="model.layers.{layer}.self_attn.o_proj",
+        torchtitan="layers.{layer}.attn.wo",
     ),
-    Row(
+    *rms_norm(
         "attention.q_norm",
-        ("head_dim",),
+        "head_dim",
         only="full",
-        hf=Key("model.layers.{layer}.self_attn.q_norm.weight"),
-        torchtitan=Key("layers.{layer}.attn.q_norm.weight"),
+        hf="model.layers.{layer}.self_attn.q_norm",
+        torchtitan="layers.{layer}.attn.q_norm",
     ),
-    Row(
+    *rms_norm(
         "attention.k_norm",
-        ("head_dim",),
+        "head_dim",
         only="full",
-        hf=Key("model.layers.{layer}.self_attn.k_norm.weight"),
-        torchtitan=Key("layers.{layer}.attn.k_norm.weight"),
+        hf="model.layers.{layer}.self_attn.k_norm",
+        torchtitan="layers.{layer}.attn.k_norm",
     ),
     Row(
         "attention.q_gate.bias",
@@ -96,68 +97,68 @@ FULL_ATTENTION = (
 )
 
 LINEAR_ATTENTION = (
-    Row(
+    *linear(
         "delta.q",
         ("n_delta_k*delta_k_dim", "dim"),
         only="linear",
-        hf=Key("model.layers.{layer}.linear_attn.in_proj_qkv.weight", fused=0),
-        torchtitan=Key("layers.{layer}.attn.in_proj_q.weight"),
+        hf=Key("model.layers.{layer}.linear_attn.in_proj_qkv", fused=0),
+        torchtitan="layers.{layer}.attn.in_proj_q",
     ),
-    Row(
+    *linear(
         "delta.k",
         ("n_delta_k*delta_k_dim", "dim"),
         only="linear",
-        hf=Key("model.layers.{layer}.linear_attn.in_proj_qkv.weight", fused=0),
-        torchtitan=Key("layers.{layer}.attn.in_proj_k.weight"),
+        hf=Key("model.layers.{layer}.linear_attn.in_proj_qkv", fused=0),
+        torchtitan="layers.{layer}.attn.in_proj_k",
     ),
-    Row(
+    *linear(
         "delta.v",
         ("n_delta_v*delta_v_dim", "dim"),
         only="linear",
-        hf=Key("model.layers.{layer}.linear_attn.in_proj_qkv.weight", fused=0),
-        torchtitan=Key("layers.{layer}.attn.in_proj_v.weight"),
+        hf=Key("model.layers.{layer}.linear_attn.in_proj_qkv", fused=0),
+        torchtitan="layers.{layer}.attn.in_proj_v",
     ),
-    Row(
+    *linear(
         "delta.q.convolution",
         ("n_delta_k*delta_k_dim", "1", "delta_kernel"),
         only="linear",
-        hf=Key("model.layers.{layer}.linear_attn.conv1d.weight", fused=0),
-        torchtitan=Key("layers.{layer}.attn.conv_q.weight"),
+        hf=Key("model.layers.{layer}.linear_attn.conv1d", fused=0),
+        torchtitan="layers.{layer}.attn.conv_q",
     ),
-    Row(
+    *linear(
         "delta.k.convolution",
         ("n_delta_k*delta_k_dim", "1", "delta_kernel"),
         only="linear",
-        hf=Key("model.layers.{layer}.linear_attn.conv1d.weight", fused=0),
-        torchtitan=Key("layers.{layer}.attn.conv_k.weight"),
+        hf=Key("model.layers.{layer}.linear_attn.conv1d", fused=0),
+        torchtitan="layers.{layer}.attn.conv_k",
     ),
-    Row(
+    *linear(
         "delta.v.convolution",
         ("n_delta_v*delta_v_dim", "1", "delta_kernel"),
         only="linear",
-        hf=Key("model.layers.{layer}.linear_attn.conv1d.weight", fused=0),
-        torchtitan=Key("layers.{layer}.attn.conv_v.weight"),
+        hf=Key("model.layers.{layer}.linear_attn.conv1d", fused=0),
+        torchtitan="layers.{layer}.attn.conv_v",
     ),
-    Row(
+    *linear(
         "delta.z",
         ("n_delta_v*delta_v_dim", "dim"),
         only="linear",
-        hf=Key("model.layers.{layer}.linear_attn.in_proj_z.weight"),
-        torchtitan=Key("layers.{layer}.attn.in_proj_z.weight"),
+        hf="model.layers.{layer}.linear_attn.in_proj_z",
+        torchtitan="layers.{layer}.attn.in_proj_z",
     ),
-    Row(
+    *linear(
         "delta.a",
         ("n_delta_v", "dim"),
         only="linear",
-        hf=Key("model.layers.{layer}.linear_attn.in_proj_a.weight"),
-        torchtitan=Key("layers.{layer}.attn.in_proj_a.weight"),
+        hf="model.layers.{layer}.linear_attn.in_proj_a",
+        torchtitan="layers.{layer}.attn.in_proj_a",
     ),
-    Row(
+    *linear(
         "delta.b",
         ("n_delta_v", "dim"),
         only="linear",
-        hf=Key("model.layers.{layer}.linear_attn.in_proj_b.weight"),
-        torchtitan=Key("layers.{layer}.attn.in_proj_b.weight"),
+        hf="model.layers.{layer}.linear_attn.in_proj_b",
+        torchtitan="layers.{layer}.attn.in_proj_b",
     ),
     Row(
         "delta.decay",
@@ -173,48 +174,48 @@ LINEAR_ATTENTION = (
         hf=Key("model.layers.{layer}.linear_attn.dt_bias"),
         torchtitan=Key("layers.{layer}.attn.dt_bias"),
     ),
-    Row(
+    *rms_norm(
         "delta.norm",
-        ("delta_v_dim",),
+        "delta_v_dim",
         only="linear",
-        hf=Key("model.layers.{layer}.linear_attn.norm.weight"),
-        torchtitan=Key("layers.{layer}.attn.norm.weight"),
+        hf="model.layers.{layer}.linear_attn.norm",
+        torchtitan="layers.{layer}.attn.norm",
     ),
-    Row(
+    *linear(
         "delta.o",
         ("dim", "n_delta_v*delta_v_dim"),
         only="linear",
-        hf=Key("model.layers.{layer}.linear_attn.out_proj.weight"),
-        torchtitan=Key("layers.{layer}.attn.out_proj.weight"),
+        hf="model.layers.{layer}.linear_attn.out_proj",
+        torchtitan="layers.{layer}.attn.out_proj",
     ),
 )
 
 FFN = tuple(row.replace(only=None) for row in DENSE_FFN)
 
 SHARED = (
-    Row(
+    *linear(
         "moe.shared.gate",
         ("shared_dim", "dim"),
-        hf=Key("model.layers.{layer}.mlp.shared_expert.gate_proj.weight"),
-        torchtitan=Key("layers.{layer}.moe.shared_experts.w1.weight"),
+        hf="model.layers.{layer}.mlp.shared_expert.gate_proj",
+        torchtitan="layers.{layer}.moe.shared_experts.w1",
     ),
-    Row(
+    *linear(
         "moe.shared.up",
         ("shared_dim", "dim"),
-        hf=Key("model.layers.{layer}.mlp.shared_expert.up_proj.weight"),
-        torchtitan=Key("layers.{layer}.moe.shared_experts.w3.weight"),
+        hf="model.layers.{layer}.mlp.shared_expert.up_proj",
+        torchtitan="layers.{layer}.moe.shared_experts.w3",
     ),
-    Row(
+    *linear(
         "moe.shared.down",
         ("dim", "shared_dim"),
-        hf=Key("model.layers.{layer}.mlp.shared_expert.down_proj.weight"),
-        torchtitan=Key("layers.{layer}.moe.shared_experts.w2.weight"),
+        hf="model.layers.{layer}.mlp.shared_expert.down_proj",
+        torchtitan="layers.{layer}.moe.shared_experts.w2",
     ),
-    Row(
+    *linear(
         "moe.shared.weight",
         ("1", "dim"),
-        hf=Key("model.layers.{layer}.mlp.shared_expert_gate.weight"),
-        torchtitan=Key("layers.{layer}.moe.shared_experts.gate.weight"),
+        hf="model.layers.{layer}.mlp.shared_expert_gate",
+        torchtitan="layers.{layer}.moe.shared_experts.gate",
     ),
 )
 
@@ -230,10 +231,10 @@ FUSED = {
 
 
 MTP = (
-    Row("mtp.embedding_norm", ("dim",), optional="mtp", hf=Key("mtp.pre_fc_norm_embedding.weight")),
-    Row("mtp.hidden_norm", ("dim",), optional="mtp", hf=Key("mtp.pre_fc_norm_hidden.weight")),
-    Row("mtp.projection", ("dim", "2*dim"), optional="mtp", hf=Key("mtp.fc.weight")),
-    Row("mtp.norm", ("dim",), optional="mtp", hf=Key("mtp.norm.weight")),
+    *rms_norm("mtp.embedding_norm", optional="mtp", hf="mtp.pre_fc_norm_embedding"),
+    *rms_norm("mtp.hidden_norm", optional="mtp", hf="mtp.pre_fc_norm_hidden"),
+    *linear("mtp.projection", ("dim", "2*dim"), optional="mtp", hf="mtp.fc"),
+    *rms_norm("mtp.norm", optional="mtp", hf="mtp.norm"),
 )
 
 
@@ -247,44 +248,59 @@ def mtp_layer(rows: Iterable[Row], group: str) -> Iterator[Row]:
         yield Row(f"{group}.{row.name}", row.shape, hf=key, when=row.when, optional=group, each=each)
 
 
-def _affine(name: str, shape: tuple[str, ...], hf: str, torchtitan: str, fused: int | None = None) -> tuple[Row, Row]:
-    """A weight of the vision encoder and its bias."""
-    key = Key(f"model.visual.{hf}", fused=fused)
-    return affine(name, shape, hf=key, torchtitan=f"vision_encoder.{torchtitan}")
-
-
 def vision() -> Iterator[Row]:
     """The vision encoder: its patches are a convolution in hf and a matrix in torchtitan."""
-    hf, titan = "blocks.{block}", "layers.{block}"
-    yield Row(
-        "vision.patch",
-        ("v_dim", "v_channels*v_frames*v_patch*v_patch"),
-        hf=Key("model.visual.patch_embed.proj.weight", shape=("v_dim", "v_channels", "v_frames", "v_patch", "v_patch")),
-        torchtitan=Key("vision_encoder.patch_embed.weight"),
+    patch = ("v_dim", "v_channels", "v_frames", "v_patch", "v_patch")
+    qkv, square = Key("blocks.{block}.attn.qkv", fused=0), ("v_dim", "v_dim")
+    titan = "layers.{block}"
+    rows = (
+        *linear(
+            "vision.patch",
+            ("v_dim", "v_channels*v_frames*v_patch*v_patch"),
+            bias=True,
+            hf=Key("patch_embed.proj", shape=patch),
+            torchtitan="patch_embed",
+        ),
+        Row("vision.positions", ("v_positions", "v_dim"), hf=Key("pos_embed.weight"), torchtitan=Key("pos_embed")),
+        *layer_norm("vision.attention_norm", "v_dim", hf="blocks.{block}.norm1", torchtitan=f"{titan}.norm1"),
+        *linear("vision.attention.q", square, bias=True, hf=qkv, torchtitan=f"{titan}.attn.wq"),
+        *linear("vision.attention.k", square, bias=True, hf=qkv, torchtitan=f"{titan}.attn.wk"),
+        *linear("vision.attention.v", square, bias=True, hf=qkv, torchtitan=f"{titan}.attn.wv"),
+        *linear(
+            "vision.attention.o", square, bias=True, hf="blocks.{block}.attn.proj", torchtitan=f"{titan}.attn.proj"
+        ),
+        *layer_norm("vision.ffn_norm", "v_dim", hf="blocks.{block}.norm2", torchtitan=f"{titan}.norm2"),
+        *linear(
+            "vision.ffn.up",
+            ("v_ffn_dim", "v_dim"),
+            bias=True,
+            hf="blocks.{block}.mlp.linear_fc1",
+            torchtitan=f"{titan}.mlp.linear_fc1",
+        ),
+        *linear(
+            "vision.ffn.down",
+            ("v_dim", "v_ffn_dim"),
+            bias=True,
+            hf="blocks.{block}.mlp.linear_fc2",
+            torchtitan=f"{titan}.mlp.linear_fc2",
+        ),
+        *layer_norm("vision.merger.norm", "v_dim", hf="merger.norm", torchtitan="merger.norm"),
+        *linear(
+            "vision.merger.up",
+            ("v_merged", "v_merged"),
+            bias=True,
+            hf="merger.linear_fc1",
+            torchtitan="merger.linear_fc1",
+        ),
+        *linear(
+            "vision.merger.down",
+            ("v_out", "v_merged"),
+            bias=True,
+            hf="merger.linear_fc2",
+            torchtitan="merger.linear_fc2",
+        ),
     )
-    yield Row(
-        "vision.patch.bias",
-        ("v_dim",),
-        hf=Key("model.visual.patch_embed.proj.bias"),
-        torchtitan=Key("vision_encoder.patch_embed.bias"),
-    )
-    yield Row(
-        "vision.positions",
-        ("v_positions", "v_dim"),
-        hf=Key("model.visual.pos_embed.weight"),
-        torchtitan=Key("vision_encoder.pos_embed"),
-    )
-    yield from _affine("vision.attention_norm", ("v_dim",), f"{hf}.norm1", f"{titan}.norm1")
-    yield from _affine("vision.attention.q", ("v_dim", "v_dim"), f"{hf}.attn.qkv", f"{titan}.attn.wq", fused=0)
-    yield from _affine("vision.attention.k", ("v_dim", "v_dim"), f"{hf}.attn.qkv", f"{titan}.attn.wk", fused=0)
-    yield from _affine("vision.attention.v", ("v_dim", "v_dim"), f"{hf}.attn.qkv", f"{titan}.attn.wv", fused=0)
-    yield from _affine("vision.attention.o", ("v_dim", "v_dim"), f"{hf}.attn.proj", f"{titan}.attn.proj")
-    yield from _affine("vision.ffn_norm", ("v_dim",), f"{hf}.norm2", f"{titan}.norm2")
-    yield from _affine("vision.ffn.up", ("v_ffn_dim", "v_dim"), f"{hf}.mlp.linear_fc1", f"{titan}.mlp.linear_fc1")
-    yield from _affine("vision.ffn.down", ("v_dim", "v_ffn_dim"), f"{hf}.mlp.linear_fc2", f"{titan}.mlp.linear_fc2")
-    yield from _affine("vision.merger.norm", ("v_dim",), "merger.norm", "merger.norm")
-    yield from _affine("vision.merger.up", ("v_merged", "v_merged"), "merger.linear_fc1", "merger.linear_fc1")
-    yield from _affine("vision.merger.down", ("v_out", "v_merged"), "merger.linear_fc2", "merger.linear_fc2")
+    yield from prefixed(rows, hf="model.visual.", torchtitan="vision_encoder.")
 
 
 def under_language_model(rows: Iterable[Row]) -> Iterator[Row]:
