@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping
 
 from ckpt_convert.checkpoint.identify import Identified
-from ckpt_convert.checkpointer.distributed.ranks import Claim
+from ckpt_convert.checkpointer.distributed.single_writer import Claim
 from ckpt_convert.checkpointer.run import retention, saved_steps
 from ckpt_convert.checkpointer.run.naming import Template
 from ckpt_convert.checkpointer.run.progress import Progress
