@@ -5,11 +5,13 @@ Nothing here reads or writes, and the same plan gives the same pieces everywhere
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import product
 from typing import NamedTuple
 
 from ckpt_convert import dtypes
 from ckpt_convert.convert.layout import OutputFile
+from ckpt_convert.tensors.lazy import LazyTensor, Tile, row_major
 
 PIECE = 64 << 20
 """Bytes of a piece, at most."""
@@ -63,3 +65,60 @@ def partition(files: Sequence[OutputFile], count: int) -> list[list[Piece]]:
         runs[min(int(middle * count / total), count - 1)].append(piece)
         done += piece.nbytes
     return runs
+
+
+def runs(files: Sequence[OutputFile], owns: Callable[[int], bool]) -> list[Piece]:
+    """What one of several writers has to write: the runs of bytes of each piece that come from sources which it owns.
+
+    ``owns`` is asked by the number of a source. A run is a piece as well, a shorter one, and as long as can be.
+    """
+    return [run for piece in pieces(files) for run in _owned(files, piece, owns)]
+
+
+def _owned(files: Sequence[OutputFile], piece: Piece, owns: Callable[[int], bool]) -> Iterator[Piece]:
+    placed = files[piece.file].tensors[piece.tensor]
+    bits = dtypes.DTYPES[placed.dtype].bits
+    for start, stop in _joined(spans(placed.tensor, piece.start, piece.stop, owns)):
+        offset = piece.offset + (start - piece.start) * bits // 8
+        yield piece._replace(offset=offset, nbytes=(stop - start) * bits // 8, start=start, stop=stop)
+
+
+def spans(tensor: LazyTensor, start: int, stop: int, owns: Callable[[int], bool]) -> list[tuple[int, int]]:
+    """(start, stop) of the elements between two, in row-major order, that come from sources for which ``owns`` holds.
+
+    They are in order; what follows on each other may be several spans.
+    """
+    out = []
+    for part in tensor.between(start, stop):
+        for tile in part.tiles:
+            if owns(tile.source):
+                out += [(start + first, start + last) for first, last in _spans(tile, part.shape)]
+        start += part.size
+    return sorted(out)
+
+
+def _spans(tile: Tile, shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """The elements of a tensor of this shape that a tile is, as few runs of them in row-major order."""
+    strides, sizes = row_major(shape), tile.shape
+    inner = len(shape)
+    while inner and sizes[inner - 1] == shape[inner - 1]:
+        inner -= 1
+    inner = max(inner - 1, 0)  # the first axis that is not whole is the last one along which a run goes on
+    length = sizes[inner] * strides[inner] if shape else 1
+    first = sum(at * stride for at, stride in zip(tile.origin, strides, strict=True))
+    for place in product(*(range(size) for size in sizes[:inner])):
+        at = first + sum(step * stride for step, stride in zip(place, strides, strict=False))
+        yield at, at + length
+
+
+def _joined(found: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Spans in order, those that follow on each other as one."""
+    start = stop = -1
+    for first, last in found:
+        if first != stop:
+            if start < stop:
+                yield start, stop
+            start = first
+        stop = last
+    if start < stop:
+        yield start, stop

@@ -56,6 +56,11 @@ class Slice:
         """Whether it is all of the tensor."""
         return self.local_shape == self.shape
 
+    def narrow(self, axis: int, start: int, stop: int) -> Slice:
+        """The part of it from one index of its local tensor to another."""
+        cut = _cut(self.axes[axis], start, stop)
+        return Slice(self.shape, (*self.axes[:axis], cut, *self.axes[axis + 1 :]))
+
     def regions(self) -> Iterator[Region]:
         """The boxes that it is made of; none where it is empty."""
         if not prod(self.local_shape):
@@ -73,6 +78,11 @@ class Slice:
 def whole(shape: Sequence[int]) -> Slice:
     """All of a tensor."""
     return Slice(tuple(shape), tuple(((0, size),) for size in shape))
+
+
+def nothing(shape: Sequence[int]) -> Slice:
+    """No element of a tensor; of one without axes, too."""
+    return Slice(tuple(shape), ((),) * max(1, len(shape)))
 
 
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -96,7 +106,7 @@ def slice_of(key: str, tensor: torch.Tensor) -> Slice:
     shape, mesh = tuple(tensor.shape), tensor.device_mesh
     coordinate = mesh.get_coordinate()
     if coordinate is None:
-        return Slice(shape, ((),) * len(shape))
+        return nothing(shape)
     found = Slice(shape, _axes(key, shape, tensor.placements, tuple(mesh.shape), coordinate))
     local = tuple(tensor.to_local().shape)
     if found.local_shape != local:

@@ -5,10 +5,8 @@ Field names are those of torch 2.13 (torch/distributed/checkpoint/metadata.py an
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
 from math import prod
 from typing import Any, TypeGuard
 
@@ -19,6 +17,7 @@ from ckpt_convert.dtypes import DTYPES, torch_name
 from ckpt_convert.errors import CorruptFileError
 from ckpt_convert.storage.base import read
 from ckpt_convert.storage.place import Place
+from ckpt_convert.tensors.cover import covers, cut_axes
 
 _OURS = "torch.distributed.checkpoint."
 _MAX_METADATA = 1 << 29
@@ -28,7 +27,6 @@ _MAX_CUT = 8
 """Axes that a tensor is cut across: of a mesh of devices, each axis cuts one."""
 
 Sizes = tuple[int, ...]
-_Box = tuple[Sizes, Sizes]  # origin and sizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,31 +204,12 @@ def check_cover(what: str, tensor: Tensor) -> None:
                 "it; the metadata is damaged, so copy it again"
             )
     held, wanted = sum(prod(sizes) for _, sizes in boxes), prod(shape)
-    if held != wanted or not boxes or not _tile(what, boxes, shape):
+    if held == wanted and len(cut := cut_axes(boxes, shape)) > _MAX_CUT:
+        raise CorruptFileError(
+            f"{what} of shape {list(shape)} is cut across {len(cut)} axes, expected {_MAX_CUT} at most"
+        )
+    if held != wanted or not boxes or not covers(boxes, shape):
         raise CorruptFileError(
             f"{what} of shape {list(shape)} has {wanted:,} elements, but its {len(boxes)} pieces hold {held:,}"
             f"{' and overlap' if held == wanted else ''}; the save was cut short, or a rank's metadata is missing"
         )
-
-
-def _tile(what: str, boxes: list[_Box], shape: Sizes) -> bool:
-    """Whether boxes that lie in a shape cover it, each element once; in time linear in their number.
-
-    A corner of a box counts +1 where an even number of its coordinates are those of the box's end, else -1. These sums
-    tell the elements of each box (they are its differences along every axis), so the boxes tile the shape if and only
-    if, corner by corner, theirs add up to that of the shape.
-    """
-    cut = [at for at, size in enumerate(shape) if any(one[1][at] != size for one in boxes)]
-    if len(cut) > _MAX_CUT:
-        raise CorruptFileError(
-            f"{what} of shape {list(shape)} is cut across {len(cut)} axes, expected {_MAX_CUT} at most"
-        )
-    signs = [(ends, -1 if sum(ends) % 2 else 1) for ends in product((0, 1), repeat=len(cut))]
-    corners: Counter[Sizes] = Counter()
-    for origin, sizes in boxes:
-        sides = [(origin[at], origin[at] + sizes[at]) for at in cut]
-        for ends, sign in signs:
-            corners[tuple([side[end] for side, end in zip(sides, ends, strict=True)])] += sign
-    for ends, sign in signs:
-        corners[tuple([shape[at] * end for at, end in zip(cut, ends, strict=True)])] -= sign
-    return not any(corners.values())

@@ -1,0 +1,207 @@
+"""The processes that make a checkpointer together: what they tell each other, and how all of them learn what failed.
+
+They talk through the store of torch.distributed, never by a collective: a background thread may do that while the
+training communicates, and a process that is gone is found by a deadline. The first rank hears all others and answers.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ckpt_convert import errors
+from ckpt_convert.errors import CkptConvertError, reason
+from ckpt_convert.words import listing, some
+
+DEADLINE = 600.0
+"""Seconds after which a rank that says nothing is taken to be gone."""
+
+STORE_ERRORS = (RuntimeError, ConnectionError)
+"""What torch's stores raise: ``DistError`` and its kinds are RuntimeErrors."""
+
+_OK, _FAILED = b"+", b"-"
+
+
+@dataclass
+class Ranks:
+    """This process, ``rank`` of ``count``, and the others; every method is called by all of them, in one order.
+
+    ``prefix`` are the keys of the store that are theirs. What is said in it is deleted once it was heard.
+    """
+
+    store: Any
+    rank: int
+    count: int
+    prefix: str
+    deadline: float = DEADLINE
+    _turn: int = field(default=0, init=False)
+    _answered: list[str] = field(default_factory=list, init=False)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the rank that hears the others, and writes what only one may."""
+        return self.rank == 0
+
+    def channel(self, name: str) -> Ranks:
+        """The same ranks, whose turns are counted apart: for another thread."""
+        return Ranks(self.store, self.rank, self.count, f"{self.prefix}/{name}", self.deadline)
+
+    def first(self, what: str, act: Callable[[], bytes]) -> bytes:
+        """Let the first rank do something, and all of them have its result, or raise its error.
+
+        ``what`` is it in words, for the message of a deadline.
+        """
+        turn = self._next()
+        if not self.is_first:
+            return self._heard(turn, what)
+        outcome, error = self._outcome(act)
+        self._answer(turn, [outcome])
+        return _opened(outcome, error)
+
+    def round(
+        self, what: str, mine: Callable[[], bytes], decide: Callable[[Sequence[bytes]], Sequence[bytes]]
+    ) -> bytes:
+        """Let every rank say something, and the first one ``decide`` what to answer: each, or one answer for all.
+
+        Where one of them fails, or says nothing before the deadline, all raise one error, which names it.
+        """
+        turn = self._next()
+        outcome, error = self._outcome(mine)
+        if not self.is_first:
+            self._put(f"{turn}/{self.rank}", outcome)
+            return self._heard(turn, what, error)
+        outcomes = [outcome, *self._others(turn, what)]
+        self._forget()
+        failed = [one for one in outcomes if one[:1] == _FAILED]
+        answers = [_joined(failed)]
+        if not failed:
+            try:
+                answers = [_OK + one for one in decide([one[1:] for one in outcomes])]
+            except Exception as raised:
+                answers, error = [self._failure(raised)], raised
+        self._answer(turn, answers)
+        return _opened(answers[0], error)
+
+    def _next(self) -> int:
+        self._turn += 1
+        return self._turn
+
+    def _outcome(self, act: Callable[[], bytes]) -> tuple[bytes, Exception | None]:
+        try:
+            return _OK + act(), None
+        except Exception as error:
+            return self._failure(error), error
+
+    def _failure(self, error: Exception) -> bytes:
+        return _failure(type(error).__name__, f"rank {self.rank} on {socket.gethostname()}: {reason(error)}")
+
+    def _others(self, turn: int, what: str) -> list[bytes]:
+        """What the other ranks say in this turn, in their order; in the place of those that say nothing, that."""
+        left = {rank: f"{turn}/{rank}" for rank in range(1, self.count)}
+        heard: dict[int, bytes] = {}
+        waiting = _Waiting(self.deadline)
+        while left:
+            there = [rank for rank, key in left.items() if self._has(key)]
+            for rank in there:
+                heard[rank] = self._take(left.pop(rank))
+            if not there and not waiting.more():
+                return [self._silence(sorted(left), what)]
+        return [heard[rank] for rank in sorted(heard)]
+
+    def _heard(self, turn: int, what: str, cause: Exception | None = None) -> bytes:
+        """What the first rank answers."""
+        waiting = _Waiting(2 * self.deadline)  # it waits itself for those that say nothing
+        while True:
+            for key in (f"{turn}/answer", f"{turn}/answer/{self.rank}"):
+                if self._has(key):
+                    return _opened(self._get(key), cause)
+            if not waiting.more():
+                return _opened(self._silence([0], what), cause)
+
+    def _silence(self, ranks: Sequence[int], what: str) -> bytes:
+        return _failure(
+            CkptConvertError.__name__,
+            f"rank {some(list(map(str, ranks)), 8, ' and others')}: took no part in {what} within {self.deadline:g} s; "
+            "every process makes the same calls of the checkpointer, so it has ended, or it waits elsewhere",
+        )
+
+    def _answer(self, turn: int, answers: Sequence[bytes]) -> None:
+        """Answer all with one, or each with its own."""
+        for rank, answer in enumerate(answers):
+            key = f"{turn}/answer" if len(answers) == 1 else f"{turn}/answer/{rank}"
+            self._put(key, answer)
+            self._answered.append(key)
+
+    def _forget(self) -> None:
+        """Delete what was answered in turns before: whoever takes part in this one has heard it."""
+        for key in self._answered:
+            self._call(self.store.delete_key, self._key(key))
+        self._answered.clear()
+
+    def _call(self, act: Callable[..., Any], *given: Any) -> Any:
+        try:
+            return act(*given)
+        except STORE_ERRORS as error:
+            raise CkptConvertError(
+                f"rank {self.rank}: the store of torch.distributed does not answer ({error}); the process that has it, "
+                "most often rank 0's or torchrun's, has ended"
+            ) from error
+
+    def _key(self, key: str) -> str:
+        return f"{self.prefix}/{key}"
+
+    def _has(self, key: str) -> bool:
+        return bool(self._call(self.store.check, [self._key(key)]))
+
+    def _get(self, key: str) -> bytes:
+        value = self._call(self.store.get, self._key(key))
+        return value if isinstance(value, bytes) else value.encode()
+
+    def _put(self, key: str, value: bytes) -> None:
+        self._call(self.store.set, self._key(key), value)
+
+    def _take(self, key: str) -> bytes:
+        value = self._get(key)
+        self._call(self.store.delete_key, self._key(key))
+        return value
+
+
+class _Waiting:
+    """Looks again and again, for so many seconds: a wait in the store itself would keep the training from using it."""
+
+    def __init__(self, seconds: float) -> None:
+        self._until = time.monotonic() + seconds
+        self._pause = 0.0005
+
+    def more(self) -> bool:
+        """Wait a little; False where the time is over."""
+        if time.monotonic() > self._until:
+            return False
+        time.sleep(self._pause)
+        self._pause = min(2 * self._pause, 0.05)
+        return True
+
+
+def _failure(kind: str, text: str) -> bytes:
+    return _FAILED + json.dumps([kind, text]).encode()
+
+
+def _joined(failed: Sequence[bytes]) -> bytes:
+    """Several failures as one, of the first one's kind."""
+    said = [json.loads(one[1:]) for one in failed]
+    texts = [text for _, text in said]
+    return _failure(said[0][0], texts[0] if len(texts) == 1 else listing(texts).lstrip()) if said else b""
+
+
+def _opened(outcome: bytes, cause: Exception | None = None) -> bytes:
+    """What was said; raises it where it is an error."""
+    if outcome[:1] == _OK:
+        return outcome[1:]
+    kind, text = json.loads(outcome[1:])
+    made = getattr(errors, kind, CkptConvertError)
+    simple = issubclass(made, CkptConvertError) and made is not errors.LossyConversionError
+    raise (made if simple else CkptConvertError)(text) from cause
