@@ -12,7 +12,7 @@ from ckpt_convert.adapters.config import ALL_LINEAR, fits
 from ckpt_convert.convert.state_dict import make
 from ckpt_convert.errors import UnsupportedFamilyError
 from ckpt_convert.models.core.table import Family, Instance
-from ckpt_convert.tensors.lazy import stored
+from ckpt_convert.tensors.lazy import from_source
 
 _WEIGHT = ".weight"
 
@@ -100,10 +100,10 @@ class Modules:
         here, there = instance.row.column(source), instance.row.column(target)
         if here is None or there is None:
             raise UnsupportedFamilyError(f"{self.family.name}: {instance.name} has no place in {source} or in {target}")
-        lazy = stored(0, tuple(tensor.shape), tensor.stride())
+        lazy = from_source(0, tuple(tensor.shape), tensor.stride())
         turned = instance.row.turned(self.dims)
         moved = there.rows_to_stored(here.rows_to_logical(lazy, *turned), *turned) if turned else lazy
-        return tensor.detach() if moved.whole == (0, 0) else make(moved, [tensor], tensor.dtype)
+        return tensor.detach() if moved.contiguous_source == (0, 0) else make(moved, [tensor], tensor.dtype)
 
 
 def _module(key: str) -> str:

@@ -41,22 +41,22 @@ class Checkpoint(Identified):
 
         Raises what ``joined`` does, but for packed numbers.
         """
-        from ckpt_convert.tensors.gather import Gatherer
+        from ckpt_convert.tensors.gather import StridedReader
 
         info = self.info(key)
         if info.dtype not in DTYPES and len(info.parts) == 1:
             reader = next(file.reader for file in self.files if file.name == info.parts[0].file)
             return read(reader, info.parts[0].offset, info.nbytes)
-        return Gatherer(self.stored).read(*self.joined(key))
+        return StridedReader(self.stored).read(*self.joined(key))
 
     def read(self, key: str) -> torch.Tensor:
         """One tensor, read from the file now; raises KeyError for an unknown key."""
         import torch
 
-        from ckpt_convert.tensors.gather import Gatherer
+        from ckpt_convert.tensors.gather import StridedReader
 
         info = self.info(key)
-        data = Gatherer(self.stored).read(*self.joined(key))
+        data = StridedReader(self.stored).read(*self.joined(key))
         flat = torch.frombuffer(bytearray(data) or bytearray(1), dtype=torch.uint8)[: info.nbytes]
         return flat.view(getattr(torch, DTYPES[info.dtype].torch)).reshape(info.shape)
 

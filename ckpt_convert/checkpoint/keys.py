@@ -17,7 +17,7 @@ from ckpt_convert.checkpoint.tensors import assembled
 from ckpt_convert.errors import KeyMismatchError
 from ckpt_convert.storage.place import Place
 from ckpt_convert.tensors.header import StoredTensor, WeightFile
-from ckpt_convert.tensors.lazy import stored
+from ckpt_convert.tensors.lazy import from_source
 from ckpt_convert.words import listing
 
 
@@ -79,7 +79,7 @@ class Keys:
             elif key in rank and self.is_weight(key):
                 text = f"{key} is in {rank[key].where} and in {file.name}"
                 findings.append(Finding("error", "duplicate", text, file.name, key))
-            rank[key] = Source(key, tensor.dtype, stored(number, tensor.shape, tensor.strides), file.name)
+            rank[key] = Source(key, tensor.dtype, from_source(number, tensor.shape, tensor.strides), file.name)
         for key, pieces in boxes.items():
             ranks[0][key] = ranks[0][key]._replace(tensor=assembled(pieces))
         findings += self._against_index(ranks[0])

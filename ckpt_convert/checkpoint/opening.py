@@ -33,7 +33,7 @@ from ckpt_convert.models import FAMILIES
 from ckpt_convert.storage import hub, pointer
 from ckpt_convert.storage.base import Closing, Entry
 from ckpt_convert.storage.place import Place
-from ckpt_convert.tensors.header import SLICES, StoredTensor, WeightFile
+from ckpt_convert.tensors.header import SHARDED_TENSOR_CLASSES, StoredTensor, WeightFile
 from ckpt_convert.words import option, some
 
 _INDEX = re.compile(r"(?<![^.])(?:0|[1-9][0-9]*)(?![^.])")
@@ -275,7 +275,7 @@ def notices(path: Place, files: Sequence[WeightFile]) -> list[str]:
     out = in_memory(files)
     for file in files:
         foreign, objects = file.header.foreign, file.header.objects
-        if SLICES.intersection(foreign):
+        if SHARDED_TENSOR_CLASSES.intersection(foreign):
             out.append(
                 f"{file.name}: holds what one rank has of tensors that are distributed over several (DTensor): the "
                 "shapes below are those of its parts"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from ckpt_convert.tensors.header import StoredTensor, WeightFile
-from ckpt_convert.tensors.lazy import LazyTensor, Tile, stored
+from ckpt_convert.tensors.lazy import LazyTensor, Tile, from_source
 
 
 class Part(NamedTuple):
@@ -101,6 +101,6 @@ def assembled(pieces: Iterable[tuple[int, StoredTensor]]) -> LazyTensor:
             if piece.nbytes:
                 tiles += [
                     Tile(piece.box.origin, number, tile.offset, tile.axes)
-                    for tile in stored(number, piece.shape, piece.strides).tiles
+                    for tile in from_source(number, piece.shape, piece.strides).tiles
                 ]
     return LazyTensor(shape, tuple(tiles))

@@ -8,9 +8,18 @@ from ckpt_convert.containers import gguf, safetensors
 from ckpt_convert.containers.layout import MAX_LITERALS, Recorded, capture, holes
 from ckpt_convert.errors import CorruptFileError, InputError
 from ckpt_convert.storage.base import OnDisk, RangeReader, read
-from ckpt_convert.tensors.header import Checksummed, FileLayout, Header, StoredTensor
+from ckpt_convert.tensors.header import ChecksummedRange, FileLayout, Header, StoredTensor
 
-__all__ = ["MAX_LITERALS", "Checksummed", "FileLayout", "Header", "StoredTensor", "capture", "parse", "parse_layout"]
+__all__ = [
+    "MAX_LITERALS",
+    "ChecksummedRange",
+    "FileLayout",
+    "Header",
+    "StoredTensor",
+    "capture",
+    "parse",
+    "parse_layout",
+]
 
 _KNOWN = (
     (b"version https://git-lfs", "it is a git-lfs pointer, not the file itself; run git lfs pull in its repository"),

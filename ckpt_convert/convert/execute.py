@@ -26,11 +26,11 @@ from ckpt_convert.formats.names import RECORD_FOLDER
 from ckpt_convert.storage.checksums import CRC32, CRC64
 from ckpt_convert.storage.workspace import StagedFile
 from ckpt_convert.tensors import blocks, decode
-from ckpt_convert.tensors.blocks import Mover, Read, difference
-from ckpt_convert.tensors.gather import Stored
+from ckpt_convert.tensors.blocks import BlockReader, TypedTensor, first_difference
+from ckpt_convert.tensors.gather import StoredTensors
 from ckpt_convert.tensors.lazy import LazyTensor
-from ckpt_convert.tensors.pool import spread
-from ckpt_convert.tensors.progress import Meter, ProgressCallback
+from ckpt_convert.tensors.pool import run_threaded
+from ckpt_convert.tensors.progress import ProgressCallback, ProgressCounter
 from ckpt_convert.words import MORE, listing, some
 
 WRITEBACK = 16 << 20
@@ -66,12 +66,17 @@ class Output(Protocol):
         """Take note of a piece that is written."""
 
 
-def comparing(stored: Stored, meter: Meter | None = None) -> Equal:
+def comparing(stored: StoredTensors, counter: ProgressCounter | None = None) -> Equal:
     """Whether the tensors of a pair, of these files, hold the same bytes; stops at the first difference."""
-    left, right = Mover(stored), Mover(stored)
+    left, right = BlockReader(stored), BlockReader(stored)
 
     def equal(check: Equality) -> bool:
-        return difference(left, right, Read(check.left, check.dtype), Read(check.right, check.dtype), meter) is None
+        return (
+            first_difference(
+                left, right, TypedTensor(check.left, check.dtype), TypedTensor(check.right, check.dtype), counter
+            )
+            is None
+        )
 
     return equal
 
@@ -81,8 +86,8 @@ def run_checks(plan: Plan, sources: Sources, progress: ProgressCallback | None =
     if not plan.checks:
         return
     total = sum(check.left.size * dtypes.DTYPES[check.dtype].bits // 8 for check in plan.checks)
-    meter = Meter("checking", total, progress)
-    equal = comparing(Numbered(plan, sources), meter)
+    counter = ProgressCounter("checking", total, progress)
+    equal = comparing(Numbered(plan, sources), counter)
     failed = [check.message for check in plan.checks if not equal(check)]
     if failed:
         raise TiedWeightsError(f"{plan.source.place}: tensors that have to be equal are not:{listing(failed)}")
@@ -93,7 +98,7 @@ def check_losses(plan: Plan, sources: Sources) -> dict[str, int]:
 
     Raises LossyConversionError for any, unless that was accepted.
     """
-    mover = Mover(Numbered(plan, sources))
+    mover = BlockReader(Numbered(plan, sources))
     counts = {check.key: _nonzero(mover, check.left, check.dtype) for check in plan.losses}
     lost = {key: count for key, count in counts.items() if count}
     if lost and not plan.request.allow_loss:
@@ -116,13 +121,15 @@ def named(counts: Mapping[str, int]) -> str:
     return some([f"{key} ({count:,})" for key, count in counts.items()], _NAMED, MORE)
 
 
-def _nonzero(mover: Mover, tensor: LazyTensor, dtype: str) -> int:
-    codec = decode.codec(dtype)
+def _nonzero(mover: BlockReader, tensor: LazyTensor, dtype: str) -> int:
+    codec = decode.codec_of(dtype)
     count = 0
     for _, data in mover.blocks(tensor, dtype, dtype):
         raw = np.frombuffer(data, np.uint8)
         if codec is not None:
-            raw = decode.values(codec, raw, np.empty(len(raw) * 8 // dtypes.DTYPES[dtype].bits, codec.wide))
+            raw = decode.decode_values(
+                codec, raw, np.empty(len(raw) * 8 // dtypes.DTYPES[dtype].bits, codec.value_dtype)
+            )
         count += int(np.count_nonzero(raw))
     return count
 
@@ -150,29 +157,35 @@ def _chosen(placed: Placed, equal: Equal) -> Placed:
 
 
 def execute(
-    plan: Plan, pieces: Iterable[Piece], sources: Sources, output: Output, *, workers: int, meter: Meter | None = None
+    plan: Plan,
+    pieces: Iterable[Piece],
+    sources: Sources,
+    output: Output,
+    *,
+    workers: int,
+    counter: ProgressCounter | None = None,
 ) -> list[Done]:
     """Write these pieces of a plan's files; which ones others write does not matter.
 
     Raises whatever a worker raised first; the others stop at their next block.
     """
     queue, stored = list(pieces), Numbered(plan, sources)
-    meter = meter or Meter("converting", sum(piece.nbytes for piece in queue), None)
-    execution = _Execution(plan, output, meter)
-    spread(queue, workers, meter, lambda: partial(execution.write, Mover(stored)))
+    counter = counter or ProgressCounter("converting", sum(piece.nbytes for piece in queue), None)
+    execution = _Execution(plan, output, counter)
+    run_threaded(queue, workers, counter, lambda: partial(execution.write, BlockReader(stored)))
     return execution.done
 
 
 class _Execution:
     """What several threads have in common that write pieces."""
 
-    def __init__(self, plan: Plan, output: Output, meter: Meter) -> None:
+    def __init__(self, plan: Plan, output: Output, counter: ProgressCounter) -> None:
         self.done: list[Done] = []
         self._plan = plan
         self._output = output
-        self._meter = meter
+        self._meter = counter
 
-    def write(self, mover: Mover, piece: Piece) -> None:
+    def write(self, mover: BlockReader, piece: Piece) -> None:
         file = self._output.file(piece.file)
         done = self._verified(file, piece) or self._moved(mover, file, piece)
         self.done.append(done)
@@ -183,10 +196,10 @@ class _Execution:
         has_crc = self._plan.files[piece.file].layout.header.checksummed
         return CRC64.of(data, checksum), CRC32.of(data, crc) if has_crc else 0
 
-    def _moved(self, mover: Mover, file: StagedFile, piece: Piece) -> Done:
+    def _moved(self, mover: BlockReader, file: StagedFile, piece: Piece) -> Done:
         checksum = crc = done = flushed = 0
         placed, before = self._plan.files[piece.file].tensors[piece.tensor], mover.overflowed
-        for part in placed.tensor.between(piece.start, piece.stop):
+        for part in placed.tensor.flat_range(piece.start, piece.stop):
             for _, data in mover.blocks(part, placed.source_dtype, placed.dtype):
                 checksum, crc = self._sums(piece, data, checksum, crc)
                 file.write(piece.offset + done, data)

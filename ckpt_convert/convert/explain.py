@@ -80,7 +80,7 @@ def _each(plan: Plan) -> Iterator[Move]:
             if alike not in known:
                 known[alike] = tuple(_steps(plan, instance, logical, column, cast, ranks))
             found = known[alike]
-            if not found and key in placed and placed[key].tensor.whole is None and logical.tensor.size:
+            if not found and key in placed and placed[key].tensor.contiguous_source is None and logical.tensor.size:
                 found = ("laid out row by row",)  # the source stores it transposed
             copies = ranks.after if column.cut_axis(plan.dims) is None else 1
             yield Move(logical.key, key, shape, dtype, cast, dtypes.nbytes(cast, shape) * copies, found or (COPY,))

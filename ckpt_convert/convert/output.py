@@ -26,8 +26,8 @@ from ckpt_convert.storage.place import Place
 from ckpt_convert.storage.reader import reading
 from ckpt_convert.storage.workspace import Folder, Stage
 from ckpt_convert.tensors.lazy import LazyTensor
-from ckpt_convert.tensors.pool import each
-from ckpt_convert.tensors.progress import Meter, ProgressCallback
+from ckpt_convert.tensors.pool import map_threaded
+from ckpt_convert.tensors.progress import ProgressCallback, ProgressCounter
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,12 @@ def write(
     """
     into = folder or stage.folder
     made = settled(plan, sources)
-    meter = Meter("converting", made.tensor_bytes, progress)
+    counter = ProgressCounter("converting", made.tensor_bytes, progress)
     with Staged(made, stage, into) as staged:
         left = staged.begin(pieces(made.files))
         if staged.resumed:
-            meter.add(staged.resumed)
-        done = execute(made, left, sources, staged, workers=workers, meter=meter)
+            counter.add(staged.resumed)
+        done = execute(made, left, sources, staged, workers=workers, counter=counter)
         return finish(made, done, staged, into, workers, progress)
 
 
@@ -97,7 +97,7 @@ def _overflows(made: Plan, done: Sequence[Done]) -> dict[str, int]:
     for one in done:
         if one.overflowed:
             placed = made.files[one.piece.file].tensors[one.piece.tensor]
-            found[placed.key, tuple(placed.tensor.between(one.piece.start, one.piece.stop))] = one.overflowed
+            found[placed.key, tuple(placed.tensor.flat_range(one.piece.start, one.piece.stop))] = one.overflowed
     counts: dict[str, int] = {}
     for (key, _), count in sorted(found.items(), key=lambda item: item[0][0]):
         counts[key] = counts.get(key, 0) + count
@@ -174,12 +174,12 @@ def permissions(source: Identified) -> int:
 def _check_source(list_: Checklist, workers: int, progress: ProgressCallback | None) -> None:
     """Compare the source's files with its checklist.chk; raises CorruptFileError naming those that differ."""
     root, listed = list_.root, list_.listed
-    meter = Meter("checking", sum((root / name).identity().size for name in listed), progress)
+    counter = ProgressCounter("checking", sum((root / name).identity().size for name in listed), progress)
 
     def findings(name: str) -> list[checklist.Finding]:
-        return checklist.check(root, {name: listed[name]}, advance=meter.add)
+        return checklist.check(root, {name: listed[name]}, advance=counter.add)
 
-    wrong = [finding for found in each(findings, listed, workers) for finding in found]
+    wrong = [finding for found in map_threaded(findings, listed, workers) for finding in found]
     if wrong:
         listing = "; ".join(f"{finding.file}: expected {finding.expected}, found {finding.found}" for finding in wrong)
         raise CorruptFileError(

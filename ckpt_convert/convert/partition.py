@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from ckpt_convert import dtypes
 from ckpt_convert.convert.layout import OutputFile
-from ckpt_convert.tensors.lazy import LazyTensor, Tile, row_major
+from ckpt_convert.tensors.lazy import LazyTensor, Tile, row_major_strides
 
 PIECE = 64 << 20
 """Bytes of a piece, at most."""
@@ -89,7 +89,7 @@ def spans(tensor: LazyTensor, start: int, stop: int, owns: Callable[[int], bool]
     They are in order; what follows on each other may be several spans.
     """
     out = []
-    for part in tensor.between(start, stop):
+    for part in tensor.flat_range(start, stop):
         for tile in part.tiles:
             if owns(tile.source):
                 out += [(start + first, start + last) for first, last in _spans(tile, part.shape)]
@@ -99,7 +99,7 @@ def spans(tensor: LazyTensor, start: int, stop: int, owns: Callable[[int], bool]
 
 def _spans(tile: Tile, shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
     """The elements of a tensor of this shape that a tile is, as few runs of them in row-major order."""
-    strides, sizes = row_major(shape), tile.shape
+    strides, sizes = row_major_strides(shape), tile.shape
     inner = len(shape)
     while inner and sizes[inner - 1] == shape[inner - 1]:
         inner -= 1

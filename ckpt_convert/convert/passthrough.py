@@ -13,7 +13,7 @@ from ckpt_convert.convert.request import Request
 from ckpt_convert.convert.writing import Earlier
 from ckpt_convert.models.core.table import Instance
 from ckpt_convert.tensors.header import StoredTensor, WeightFile
-from ckpt_convert.tensors.lazy import stored
+from ckpt_convert.tensors.lazy import from_source
 
 
 def take_derived(
@@ -26,7 +26,7 @@ def take_derived(
             for number in sorted(logical.tensor.sources - numbers.keys()):
                 numbers[number] = len(everything)
                 everything.append(source.stored[number])
-            logicals.tensors[instance] = replace(logical, tensor=logical.tensor.renumbered(numbers))
+            logicals.tensors[instance] = replace(logical, tensor=logical.tensor.with_sources(numbers))
 
 
 def bring_back(
@@ -51,14 +51,14 @@ def bring_back(
         file, tensor = by_key[key]
         if tensor.shape != instance.row.sizes(model.dims):
             continue
-        lazy = stored(len(everything), tensor.shape, tensor.strides)
+        lazy = from_source(len(everything), tensor.shape, tensor.strides)
         everything.append((file, tensor))
         logicals.tensors[instance] = Logical(tensor.dtype, lazy, str(key), file.name)
     if like is not None:
         return
     first = len(everything)
     left = {
-        key: Source(key, tensor.dtype, stored(first + number, tensor.shape, tensor.strides), file.name)
+        key: Source(key, tensor.dtype, from_source(first + number, tensor.shape, tensor.strides), file.name)
         for number, (key, (file, tensor)) in enumerate(by_key.items())
     }
     everything.extend(by_key.values())
@@ -104,7 +104,7 @@ def as_it_was(
             file, tensor = place
             if tensor.shape != column.part_shape(row, model.dims) or tensor.dtype != logical.dtype:
                 continue
-            lazy = stored(len(everything), tensor.shape, tensor.strides)
+            lazy = from_source(len(everything), tensor.shape, tensor.strides)
             everything.append((file, tensor))
             before = column.to_logical(lazy, row, model.dims)
             now, then = logical.tensor, before

@@ -190,7 +190,7 @@ class Plan:
         out = {"copied": 0, "reordered": 0, "cast": 0}
         for file in self.files:
             for tensor in file.tensors:
-                kind = "copied" if tensor.tensor.whole is not None or not tensor.nbytes else "reordered"
+                kind = "copied" if tensor.tensor.contiguous_source is not None or not tensor.nbytes else "reordered"
                 is_cast = tensor.dtype != tensor.source_dtype or self.is_computed(tensor.tensor)
                 out["cast" if is_cast else kind] += tensor.nbytes
         return out
@@ -206,7 +206,7 @@ class Plan:
         """Raise ConfigError for what no conversion can move: reordering elements smaller than a byte."""
         for file in self.files:
             for tensor in file.tensors:
-                if dtypes.DTYPES[tensor.source_dtype].bits < 8 and tensor.tensor.whole is None:
+                if dtypes.DTYPES[tensor.source_dtype].bits < 8 and tensor.tensor.contiguous_source is None:
                     raise ConfigError(
                         f"{self.source.place}: {tensor.key} has dtype {tensor.source_dtype}, smaller than a byte, and "
                         "would have to be put in another order; convert it to a wider dtype first"

@@ -106,7 +106,7 @@ class _File:
                 crc = CRC32.combine(crc, value, nbytes)
                 position += nbytes
                 index += 1
-            for place in member.places:
+            for place in member.crc_offsets:
                 yield place, crc
 
 

@@ -16,10 +16,10 @@ from ckpt_convert.convert.sources import Numbered, Sources
 from ckpt_convert.errors import VerificationError
 from ckpt_convert.models.core.table import Instance
 from ckpt_convert.tensors import lazy
-from ckpt_convert.tensors.blocks import Mover, Read, difference
+from ckpt_convert.tensors.blocks import BlockReader, TypedTensor, first_difference
 from ckpt_convert.tensors.header import StoredTensor, WeightFile
-from ckpt_convert.tensors.pool import spread
-from ckpt_convert.tensors.progress import Meter, ProgressCallback
+from ckpt_convert.tensors.pool import run_threaded
+from ckpt_convert.tensors.progress import ProgressCallback, ProgressCounter
 from ckpt_convert.words import listing
 
 
@@ -53,21 +53,21 @@ def verify(
         else:
             problems.append(f"{logical.key}: neither in the output nor carried in its record")
     total = sum(p.tensor.size * dtypes.DTYPES[other.dtype].bits // 8 for p, other in pairs)
-    meter = Meter("verifying", total, progress)
+    counter = ProgressCounter("verifying", total, progress)
     read = Numbered(plan, sources)
 
     def start() -> Callable[[tuple[Logical, Logical]], None]:
-        mine, theirs = Mover(read), Mover(stored)
+        mine, theirs = BlockReader(read), BlockReader(stored)
 
         def compare(pair: tuple[Logical, Logical]) -> None:
             source, other = pair
-            where = _difference(mine, theirs, source, other, meter)
+            where = _difference(mine, theirs, source, other, counter)
             if where is not None:
                 problems.append(f"{source.key}: differs from {other.key} at byte {where} of the tensor")
 
         return compare
 
-    spread(pairs, workers, meter, start)
+    run_threaded(pairs, workers, counter, start)
     if problems:
         raise VerificationError(
             f"{plan.source.place}: the output, read again, differs in {len(problems)} tensors; "
@@ -104,12 +104,16 @@ def _carried(plan: Plan, output: Identified) -> tuple[list[tuple[WeightFile, Sto
     out = {}
     path = output.record.carried(str(plan.source.format)) if output.record else None
     for file, tensor in tensors_of(path) if path is not None else []:
-        out[tensor.key] = Logical(tensor.dtype, lazy.stored(len(stored), tensor.shape), tensor.key, file.name)
+        out[tensor.key] = Logical(tensor.dtype, lazy.from_source(len(stored), tensor.shape), tensor.key, file.name)
         stored.append((file, tensor))
     return stored, out
 
 
-def _difference(mine: Mover, theirs: Mover, source: Logical, other: Logical, meter: Meter) -> int | None:
+def _difference(
+    mine: BlockReader, theirs: BlockReader, source: Logical, other: Logical, counter: ProgressCounter
+) -> int | None:
     if source.tensor.shape != other.tensor.shape:
         return 0
-    return difference(mine, theirs, Read(source.tensor, source.dtype), Read(other.tensor, other.dtype), meter)
+    return first_difference(
+        mine, theirs, TypedTensor(source.tensor, source.dtype), TypedTensor(other.tensor, other.dtype), counter
+    )

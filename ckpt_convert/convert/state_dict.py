@@ -27,7 +27,7 @@ from ckpt_convert.formats.base import load_json
 from ckpt_convert.models import FAMILIES
 from ckpt_convert.models.core.config import AXES, ConfigOptions, MetaStyle
 from ckpt_convert.storage.place import Location, Place, locate
-from ckpt_convert.tensors.lazy import ZEROS, LazyTensor, stored
+from ckpt_convert.tensors.lazy import ZEROS, LazyTensor, from_source
 from ckpt_convert.words import listing, option
 
 log = logging.getLogger("ckpt_convert")
@@ -131,7 +131,7 @@ def _sources(state_dict: StateDict, rank: int, tensors: list[torch.Tensor]) -> d
         dtype = torch_name(tensor.dtype)
         if dtype not in FROM_TORCH:
             raise KeyMismatchError(f"{key}: dtype {dtype} is not known; known: {', '.join(sorted(FROM_TORCH))}")
-        lazy = stored(len(tensors), tuple(tensor.shape), tensor.stride())
+        lazy = from_source(len(tensors), tuple(tensor.shape), tensor.stride())
         tensors.append(tensor)
         out[key] = Source(key, FROM_TORCH[dtype].name, lazy, f"rank {rank}")
     return out

@@ -1,4 +1,4 @@
-"""Axes of strided windows: one axis is nested runs of elements, cut, split and joined by arithmetic alone.
+"""Axes of strided views: an axis is nested runs of elements, sliced, split and merged by arithmetic alone.
 
 Positions, sizes and strides are in elements.
 """
@@ -21,8 +21,8 @@ def axis_size(axis: Axis) -> int:
     return size
 
 
-def joined(runs: Sequence[Run]) -> Axis:
-    """The same elements in as few runs as possible."""
+def merge_runs(runs: Sequence[Run]) -> Axis:
+    """The same elements as as few runs as possible."""
     out: list[Run] = []
     for count, stride in runs:
         if count == 1:
@@ -35,7 +35,7 @@ def joined(runs: Sequence[Run]) -> Axis:
 
 
 def split_axis(axis: Axis, sizes: Sequence[int]) -> list[Axis]:
-    """The axis as one axis for each size; ValueError when a run would have to be cut unevenly."""
+    """Split the axis into one of each size; ValueError if a run would have to be split unevenly."""
     runs = list(axis)
     parts: list[Axis] = []
     for size in reversed(sizes):
@@ -58,14 +58,14 @@ def split_axis(axis: Axis, sizes: Sequence[int]) -> list[Axis]:
     return parts
 
 
-def cut_axis(axis: Axis, start: int, size: int) -> Iterator[tuple[int, int, Axis]]:
-    """Elements ``start`` to ``start + size`` as (position in the cut, source offset, axis) pieces."""
+def slice_axis(axis: Axis, start: int, size: int) -> Iterator[tuple[int, int, Axis]]:
+    """Elements ``start`` to ``start + size`` as pieces (position in the slice, source offset, axis)."""
     if size == axis_size(axis):
         yield 0, 0, axis
         return
     stride, inner = axis[0][1], axis[1:]
     if not inner:
-        yield 0, start * stride, joined([(size, stride)])
+        yield 0, start * stride, merge_runs([(size, stride)])
         return
     step = axis_size(inner)
     end = start + size
@@ -74,17 +74,17 @@ def cut_axis(axis: Axis, start: int, size: int) -> Iterator[tuple[int, int, Axis
         index, within = divmod(at, step)
         if within == 0 and end - at >= step:
             whole = (end - at) // step
-            yield at - start, index * stride, joined([(whole, stride), *inner])
+            yield at - start, index * stride, merge_runs([(whole, stride), *inner])
             at += whole * step
         else:
             length = min(step - within, end - at)
-            for piece, shift, runs in cut_axis(inner, within, length):
+            for piece, shift, runs in slice_axis(inner, within, length):
                 yield at - start + piece, index * stride + shift, runs
             at += length
 
 
-def regrouped(old: tuple[int, ...], new: tuple[int, ...]) -> Iterator[tuple[int, int, tuple[int, ...]]]:
-    """Which axes make which: (first in ``old``, how many, their sizes in ``new``), as few at a time as possible."""
+def match_axes(old: tuple[int, ...], new: tuple[int, ...]) -> Iterator[tuple[int, int, tuple[int, ...]]]:
+    """Match axes of equal product: (first in ``old``, how many, their sizes in ``new``), the fewest at a time."""
     at = to = 0
     while at < len(old):
         start, begin = at, to
@@ -100,25 +100,25 @@ def regrouped(old: tuple[int, ...], new: tuple[int, ...]) -> Iterator[tuple[int,
         yield start, at - start, new[begin:to]
 
 
-def elements(axis: Axis) -> Iterator[tuple[int, int, Axis]]:
+def iter_elements(axis: Axis) -> Iterator[tuple[int, int, Axis]]:
     """The axis element by element, as (position, source offset, the axis of one element)."""
     for at in range(axis_size(axis)):
-        for _, shift, runs in cut_axis(axis, at, 1):
+        for _, shift, runs in slice_axis(axis, at, 1):
             yield at, shift, runs
 
 
-def whole_rows(axis: Axis, start: int, inner: int) -> Iterator[tuple[int, int, Axis]]:
-    """The axis, which starts at ``start``, cut into pieces that are whole rows of ``inner`` each, or lie within one.
+def split_rows(axis: Axis, start: int, inner: int) -> Iterator[tuple[int, int, Axis]]:
+    """Split the axis, which starts at ``start``, into pieces of whole rows of ``inner``, or within one row.
 
-    As (where the piece starts, source offset, axis).
+    Yields (start of the piece, source offset, axis).
     """
     at, size = 0, axis_size(axis)
     while at < size:
         within, left = (start + at) % inner, size - at
         count = left - left % inner if not within and left >= inner else min(inner - within, left)
-        for piece, shift, runs in cut_axis(axis, at, count):
+        for piece, shift, runs in slice_axis(axis, at, count):
             first = start + at + piece
-            if first % inner + axis_size(runs) <= inner or (first % inner == 0 and is_even(runs, inner)):
+            if first % inner + axis_size(runs) <= inner or (first % inner == 0 and splits_evenly(runs, inner)):
                 yield first, shift, runs
             else:
                 yield from ((s, shift + more, r) for s, more, r in _one_by_one(runs, first, inner))
@@ -126,16 +126,16 @@ def whole_rows(axis: Axis, start: int, inner: int) -> Iterator[tuple[int, int, A
 
 
 def _one_by_one(axis: Axis, start: int, inner: int) -> Iterator[tuple[int, int, Axis]]:
-    """The axis in pieces that each lie within one row of ``inner``."""
+    """Split the axis into pieces that are each within one row of ``inner``."""
     at, size = 0, axis_size(axis)
     while at < size:
         count = min(inner - (start + at) % inner, size - at)
-        for piece, shift, runs in cut_axis(axis, at, count):
+        for piece, shift, runs in slice_axis(axis, at, count):
             yield start + at + piece, shift, runs
         at += count
 
 
-def is_even(axis: Axis, inner: int) -> bool:
+def splits_evenly(axis: Axis, inner: int) -> bool:
     """Whether the axis can be split into rows of ``inner``."""
     try:
         split_axis(axis, (axis_size(axis) // inner, inner))

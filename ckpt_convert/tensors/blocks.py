@@ -1,4 +1,4 @@
-"""Reading lazy tensors block by block, in bounded memory, cast where asked for; comparing two of them."""
+"""Reading lazy tensors block by block in bounded memory, with a cast on request; comparing two of them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import numpy as np
 
 from ckpt_convert import dtypes
-from ckpt_convert.tensors.gather import Gatherer, Stored
-from ckpt_convert.tensors.lazy import LazyTensor, together
-from ckpt_convert.tensors.progress import Meter
+from ckpt_convert.tensors.gather import StoredTensors, StridedReader
+from ckpt_convert.tensors.lazy import LazyTensor, aligned_blocks
+from ckpt_convert.tensors.progress import ProgressCounter
 
 if TYPE_CHECKING:
     import torch
@@ -18,32 +18,32 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 BLOCK = 1 << 20
-"""Bytes of the buffer of a block."""
+"""Bytes of a block's buffer."""
 
 
-class Read(NamedTuple):
+class TypedTensor(NamedTuple):
     """A lazy tensor and the dtype of its elements."""
 
     tensor: LazyTensor
     dtype: str
 
 
-class Mover:
-    """One worker's buffers: reads a lazy tensor block by block, in the dtype of the output.
+class BlockReader:
+    """Reads lazy tensors block by block in the dtype of the output, with one worker's buffers.
 
     ``overflowed`` counts the finite values that casts have made infinite so far.
     """
 
-    def __init__(self, stored: Stored) -> None:
+    def __init__(self, stored: StoredTensors) -> None:
         self.stored = stored
         self.overflowed = 0
-        self._gatherer = Gatherer(stored)
+        self._gatherer = StridedReader(stored)
         self._buffer = np.empty(BLOCK, np.uint8)
 
     def read(self, block: LazyTensor, source: str, target: str) -> memoryview:
         """The bytes of a block of at most ``most(source, target)`` elements, good until the next call."""
         view = self._buffer[: block.size * dtypes.DTYPES[source].bits // 8]
-        self._gatherer.into(block, source, view)
+        self._gatherer.read_into(block, source, view)
         if source == target:
             return view.data
         made, overflowed = cast(view, source, target)
@@ -51,28 +51,34 @@ class Mover:
         return made.data
 
     def blocks(self, tensor: LazyTensor, source: str, target: str) -> Iterator[tuple[int, memoryview]]:
-        """(byte offset, bytes) of the tensor, in order; the bytes are only good until the next block."""
+        """(byte offset, bytes) of the tensor, in order; the bytes are valid until the next block."""
         bits = dtypes.DTYPES[target].bits
-        for offset, block in tensor.blocks(most(source, target)):
+        for offset, block in tensor.blocks(block_elements(source, target)):
             yield offset * bits // 8, self.read(block, source, target)
 
 
-def most(source: str, target: str) -> int:
-    """How many elements fit a worker's buffer, in both dtypes; they fill whole bytes."""
+def block_elements(source: str, target: str) -> int:
+    """How many elements fit a block's buffer in both dtypes; they fill whole bytes."""
     return BLOCK // max(dtypes.DTYPES[source].bits, dtypes.DTYPES[target].bits) * 8
 
 
-def difference(left: Mover, right: Mover, one: Read, other: Read, meter: Meter | None = None) -> int | None:
-    """The first byte in which two tensors of one shape differ, the first cast to the other's dtype; None if none."""
-    bits = dtypes.DTYPES[other.dtype].bits
-    for offset, (mine, theirs) in together((one.tensor, other.tensor), most(one.dtype, other.dtype)):
+def first_difference(
+    left_reader: BlockReader,
+    right_reader: BlockReader,
+    left: TypedTensor,
+    right: TypedTensor,
+    counter: ProgressCounter | None = None,
+) -> int | None:
+    """The first byte at which two tensors of one shape differ, ``left`` cast to ``right``'s dtype; None if equal."""
+    bits = dtypes.DTYPES[right.dtype].bits
+    for offset, (mine, theirs) in aligned_blocks((left.tensor, right.tensor), block_elements(left.dtype, right.dtype)):
         # As numpy arrays, which compare some twenty times faster than memoryviews.
-        expected = np.frombuffer(left.read(mine, one.dtype, other.dtype), np.uint8)
-        found = np.frombuffer(right.read(theirs, other.dtype, other.dtype), np.uint8)
+        expected = np.frombuffer(left_reader.read(mine, left.dtype, right.dtype), np.uint8)
+        found = np.frombuffer(right_reader.read(theirs, right.dtype, right.dtype), np.uint8)
         if not np.array_equal(expected, found):
             return offset * bits // 8 + int(np.not_equal(expected, found).argmax())
-        if meter is not None:
-            meter.add(len(found))
+        if counter is not None:
+            counter.add(len(found))
     return None
 
 
@@ -85,16 +91,16 @@ def cast(data: np.ndarray[Any, Any], source: str, target: str) -> tuple[np.ndarr
 
     elements = torch.from_numpy(data).view(getattr(torch, dtypes.DTYPES[source].torch))
     made = elements.to(getattr(torch, dtypes.DTYPES[target].torch))
-    return made.view(torch.uint8).numpy(), overflowed(elements, made)
+    return made.view(torch.uint8).numpy(), count_overflowed(elements, made)
 
 
-def overflowed(elements: torch.Tensor, made: torch.Tensor) -> int:
-    """How many elements are finite and have become infinite in what was made of them."""
+def count_overflowed(elements: torch.Tensor, result: torch.Tensor) -> int:
+    """How many elements are finite but have become infinite in ``result``."""
     import torch
 
-    if torch.finfo(made.dtype).max >= torch.finfo(elements.dtype).max:
+    if torch.finfo(result.dtype).max >= torch.finfo(elements.dtype).max:
         return 0
-    infinite = torch.isinf(made)
+    infinite = torch.isinf(result)
     if not infinite.any():
         return 0
     wide = elements if elements.dtype.itemsize > 1 else elements.float()  # torch asks no such thing of single bytes

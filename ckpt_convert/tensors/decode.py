@@ -1,7 +1,7 @@
-"""What the stored bytes of each dtype mean: codes, and the numbers that they stand for, as numpy arrays.
+"""Decodes the stored bytes of each dtype to numpy arrays: the raw codes, and the values they encode.
 
-The values of every dtype of 32 bits or fewer but I32 and U32 fit float32 exactly, those of F64, C128, I32 and U32
-fit float64. I64 and U64 fit neither, so whoever wants them exact takes the codes.
+float32 holds the values of every dtype of at most 32 bits exactly, except I32 and U32; float64 holds those and F64 and
+C128. Neither holds I64 and U64, so callers that need them exact use the codes.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from ckpt_convert.dtypes import DTYPES, DType
 Array = np.ndarray[Any, Any]
 
 
-PIECE = 1 << 17
-"""Numbers that are worked on together: few enough for the cache, enough to make numpy's calls cheap."""
+CHUNK = 1 << 17
+"""Values decoded per numpy call: few enough for the cache, enough to make the call overhead small."""
 
 
 class Scratch:
-    """Buffers by number, made when they are first needed: making new ones each time costs more."""
+    """Reusable buffers by number, allocated on first use: allocating a new one each time is slower."""
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[int, str], Array] = {}
 
     def take(self, number: int, dtype: str, count: int) -> Array:
-        """``count`` elements of the dtype, good until the same are taken again."""
+        """``count`` elements of the dtype, valid until the same (number, dtype) is taken again."""
         buffer = self._buffers.get((number, dtype))
         if buffer is None or len(buffer) < count:
             buffer = self._buffers[number, dtype] = np.empty(count, dtype)
@@ -37,27 +37,29 @@ class Scratch:
 
 @dataclass(frozen=True, slots=True)
 class Codec:
-    """How the elements of a dtype lie in bytes.
+    """How the elements of a dtype are encoded in bytes.
 
-    ``code`` is a numpy dtype of the stored unit and ``wide`` one that holds every value exactly (but for I64 and U64);
-    ``each`` says how many numbers lie in a unit of ``nbytes`` bytes, ``parts`` how many numbers make an element: two
-    for complex ones. ``kind`` is "float" where the sign is the highest bit and codes of one sign count upwards.
+    unit_dtype: numpy dtype of the stored unit, of ``nbytes`` bytes.
+    value_dtype: numpy dtype that holds every value exactly (except I64 and U64).
+    values_per_unit: 2 for 4-bit dtypes, else 1.
+    values_per_element: 2 for complex dtypes, else 1.
+    kind: "float" if the sign is the highest bit and the codes of one sign ascend with the magnitude.
     """
 
     dtype: str
     kind: Literal["float", "exponent", "int"]
-    code: str
-    wide: str
-    each: int = 1
-    parts: int = 1
+    unit_dtype: str
+    value_dtype: str
+    values_per_unit: int = 1
+    values_per_element: int = 1
 
     @property
     def nbytes(self) -> int:
-        return np.dtype(self.code).itemsize
+        return np.dtype(self.unit_dtype).itemsize
 
     @property
     def is_long(self) -> bool:
-        """Whether float64 does not hold every value."""
+        """Whether float64 cannot hold every value."""
         return self.kind == "int" and self.nbytes == 8
 
 
@@ -73,44 +75,44 @@ def _codec(dtype: DType) -> Codec:
 _CODECS = {dtype.name: _codec(dtype) for dtype in DTYPES.values() if dtype.bits != 6}
 
 
-def codec(dtype: str) -> Codec | None:
-    """How to read the dtype, or None: F6, of which nobody says how it is packed, and what no table knows."""
+def codec_of(dtype: str) -> Codec | None:
+    """The codec of a dtype; None for F6, whose packing nothing specifies, and for unknown dtypes."""
     return _CODECS.get(dtype)
 
 
-def codes(codec: Codec, raw: Array) -> Array:
-    """The codes of these bytes (uint8), one for each number."""
-    if codec.each == 1:
-        return raw.view(codec.code)
-    # The first of two numbers lies in the low bits, as in torch's float4_e2m1fn_x2; both end with the sign on top.
+def unpack_codes(codec: Codec, raw: Array) -> Array:
+    """The codes in ``raw`` (uint8), one for each value."""
+    if codec.values_per_unit == 1:
+        return raw.view(codec.unit_dtype)
+    # The first of two values is in the low bits, as in torch's float4_e2m1fn_x2; both end with the sign on top.
     out = np.empty(2 * len(raw), np.uint8)
     np.left_shift(raw, 4, out=out[0::2])
     np.bitwise_and(raw, 0xF0, out=out[1::2])
     return out
 
 
-def is_plain(codec: Codec) -> bool:
-    """Whether the bytes are the numbers, as numpy has them."""
+def is_native(codec: Codec) -> bool:
+    """Whether numpy has the dtype, so that the bytes need no decoding."""
     return codec.dtype in ("F64", "F32", "C128", "C64")
 
 
-def values(codec: Codec, raw: Array, scratch: Array) -> Array:
-    """The numbers of these bytes (uint8) as ``codec.wide``: ``scratch``, cut to length, or the bytes themselves."""
-    count = len(raw) // codec.nbytes * codec.each
+def decode_values(codec: Codec, raw: Array, scratch: Array) -> Array:
+    """The values in ``raw`` (uint8) as ``codec.value_dtype``: ``scratch``, cut to length, or a view of ``raw``."""
+    count = len(raw) // codec.nbytes * codec.values_per_unit
     out = scratch[:count]
-    if is_plain(codec):
-        return raw.view(codec.wide)
+    if is_native(codec):
+        return raw.view(codec.value_dtype)
     if codec.kind == "int":
-        np.copyto(out, raw.view(codec.code), casting="unsafe")
+        np.copyto(out, raw.view(codec.unit_dtype), casting="unsafe")
     elif codec.dtype == "BF16":
         bits = out.view("<u4")
         np.copyto(bits, raw.view("<u2"))
         np.left_shift(bits, 16, out=bits)
     elif codec.dtype == "F16":
         np.take(_singles("F16"), raw.view("<u2"), out=out, mode="clip")
-    elif codec.each == 2:
+    elif codec.values_per_unit == 2:
         np.take(_pairs(codec.dtype), raw, out=out.view("<u8"), mode="clip")
-    else:  # two bytes at a time, which takes half as long
+    else:  # two bytes at a time, which takes half the time
         even = count & ~1
         np.take(_pairs(codec.dtype), raw[:even].view("<u2"), out=out[:even].view("<u8"), mode="clip")
         np.take(_singles(codec.dtype), raw[even:], out=out[even:], mode="clip")
@@ -148,7 +150,7 @@ def _singles(dtype: str) -> Array:
 
 @cache
 def _pairs(dtype: str) -> Array:
-    """Two float32 for every code of twice the size, the low bits first, in 64 bits."""
+    """For every pair of codes, the first in the low bits: both values as float32, packed in 64 bits."""
     single = _singles(dtype)
     pairs = np.empty((len(single), len(single), 2), "<f4")
     pairs[..., 0], pairs[..., 1] = single[None, :], single[:, None]

@@ -12,35 +12,35 @@ from ckpt_convert import dtypes
 from ckpt_convert.tensors.header import StoredTensor
 from ckpt_convert.tensors.lazy import ZEROS, LazyTensor
 
-Dims = tuple[tuple[int, int, int], ...]
+CopyDims = tuple[tuple[int, int, int], ...]
 
-Stored = Sequence[tuple[Any, StoredTensor]]
-"""Stored tensors by number, each with a file, of which only the ``reader`` is asked for."""
+StoredTensors = Sequence[tuple[Any, StoredTensor]]
+"""Stored tensors by number, each with its file, of which only ``reader`` is used."""
 
 SCRATCH = 8 << 20
-"""Bytes of the buffer that source rows are read into before they are put in order."""
+"""Bytes of the buffer that source rows are read into before they are reordered."""
 
 _WASTE = 4
-"""Read a range whole when at most this many times as many bytes lie in it as are wanted."""
+"""Read a range whole if it has at most this many times as many bytes as are wanted."""
 
 
 @runtime_checkable
-class Gathering(Protocol):
-    """A reader that can put elements in order by itself."""
+class GatheringReader(Protocol):
+    """A reader that can copy strided elements by itself."""
 
-    def gather(self, offset: int, dims: Dims, target: np.ndarray[Any, Any], item: int) -> bool:
-        """Do what ``Gatherer`` does for such a copy; False, and nothing, where it is left to that."""
+    def gather(self, offset: int, dims: CopyDims, target: np.ndarray[Any, Any], item: int) -> bool:
+        """Do the copy; False, without doing anything, leaves it to ``StridedReader``."""
 
 
-class Gatherer:
-    """Reads lazy tensors whose sources are numbered as in ``stored``; not to be shared between threads."""
+class StridedReader:
+    """Reads lazy tensors whose sources are indices into ``stored``; not to be shared between threads."""
 
-    def __init__(self, stored: Stored, scratch: int | None = None) -> None:
+    def __init__(self, stored: StoredTensors, scratch: int | None = None) -> None:
         self._stored = stored
         self._scratch = np.empty(scratch or SCRATCH, np.uint8)
 
-    def into(self, tensor: LazyTensor, dtype: str, buffer: np.ndarray[Any, Any]) -> None:
-        """Fill ``buffer`` (bytes, exactly as many as the tensor has) with the tensor, dense and row-major."""
+    def read_into(self, tensor: LazyTensor, dtype: str, buffer: np.ndarray[Any, Any]) -> None:
+        """Fill ``buffer`` (uint8, exactly the tensor's size in bytes) with the tensor, dense and row-major."""
         bits = dtypes.DTYPES[dtype].bits
         if bits < 8:
             self._packed(tensor, bits, buffer)
@@ -64,27 +64,27 @@ class Gatherer:
     def read(self, tensor: LazyTensor, dtype: str) -> bytes:
         """The whole tensor as bytes."""
         buffer = np.empty(tensor.size * dtypes.DTYPES[dtype].bits // 8, np.uint8)
-        self.into(tensor, dtype, buffer)
+        self.read_into(tensor, dtype, buffer)
         return buffer.tobytes()
 
     def _packed(self, tensor: LazyTensor, bits: int, buffer: np.ndarray[Any, Any]) -> None:
-        """Elements smaller than a byte are moved as they lie, never taken apart."""
+        """Copy elements smaller than a byte in whole bytes; they are never unpacked."""
         for copy in tensor.copies():
             (count, *_), *rest = copy.dims or ((1, 1, 1),)
             if rest or copy.source_offset * bits % 8 or copy.target_offset * bits % 8:
-                raise ValueError("elements smaller than a byte cannot be put in another order")
+                raise ValueError("elements smaller than a byte cannot be reordered")
             file, stored = self._stored[copy.source]
             start = copy.target_offset * bits // 8
             view = buffer.data[start : start + count * bits // 8]
             file.reader.readinto(stored.offset + copy.source_offset * bits // 8, view)
 
-    def _copy(self, reader: Any, offset: int, target: np.ndarray[Any, Any], dims: Dims, item: int) -> None:
-        """Read elements at ``offset`` into the start of ``target``; both strided as ``dims`` say."""
+    def _copy(self, reader: Any, offset: int, target: np.ndarray[Any, Any], dims: CopyDims, item: int) -> None:
+        """Read elements at ``offset`` into the start of ``target``, with the strides of ``dims``."""
         if not dims or (len(dims) == 1 and dims[0][1:] == (1, 1)):
             nbytes = (dims[0][0] if dims else 1) * item
             reader.readinto(offset, target.data[:nbytes])
             return
-        if isinstance(reader, Gathering) and reader.gather(offset, dims, target, item):
+        if isinstance(reader, GatheringReader) and reader.gather(offset, dims, target, item):
             return
         span = 1 + sum((count - 1) * source for count, source, _ in dims)
         wanted = prod(count for count, _, _ in dims)
@@ -106,7 +106,7 @@ class Gatherer:
         widest = max(range(len(dims)), key=lambda axis: dims[axis][1])
         count, source, step = dims[widest]
         rest = (*dims[:widest], *dims[widest + 1 :])
-        # Half of the dimension at a time, until what is left lies close enough together.
+        # Half of the dimension at a time, until the elements left are close enough together.
         parts = (
             ((0, count // 2), (count // 2, count - count // 2))
             if count > 2 and not _far(dims, widest)
@@ -117,8 +117,8 @@ class Gatherer:
             self._copy(reader, offset + start * source * item, target[start * step * item :], inner, item)
 
 
-def _far(dims: Dims, widest: int) -> bool:
-    """Whether the elements at one index of the widest dimension lie far from those at the next."""
+def _far(dims: CopyDims, widest: int) -> bool:
+    """Whether the elements at one index of the widest dimension are far from those at the next."""
     rest = [dim for axis, dim in enumerate(dims) if axis != widest]
     span = 1 + sum((count - 1) * source for count, source, _ in rest)
     return dims[widest][1] > _WASTE * span

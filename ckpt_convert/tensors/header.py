@@ -1,4 +1,4 @@
-"""What every container says about itself without a tensor byte being read, and how one is laid out for writing."""
+"""The header of a container file, read without any tensor bytes, and the layout of one for writing."""
 
 from __future__ import annotations
 
@@ -11,33 +11,32 @@ from ckpt_convert.storage.base import RangeReader
 from ckpt_convert.storage.place import Place
 
 IN_MEMORY = "memory"
-"""The kind of what is no file, but a tensor in memory."""
+"""``Header.kind`` of tensors in memory, which are no file."""
 
 
-SLICES = frozenset(
+SHARDED_TENSOR_CLASSES = frozenset(
     (
         "torch.distributed.tensor.DTensor",
         "torch.distributed._tensor.api.DTensor",
         "torch.distributed._shard.sharded_tensor.api.ShardedTensor",
     )
 )
-"""The classes of tensors of which a pickle holds one rank's part."""
+"""Tensor classes of which a pickle holds only one rank's slice."""
 
 
 class Box(NamedTuple):
-    """Where a piece lies in its tensor: ``shape`` is that of the whole tensor, ``origin`` the piece's first element."""
+    """Where a piece is in its tensor: ``shape`` is that of the whole tensor, ``origin`` the piece's first element."""
 
     shape: tuple[int, ...]
     origin: tuple[int, ...]
 
 
-class StoredTensor(NamedTuple):  # of all values the quickest to make, and there may be 100,000 of them
+class StoredTensor(NamedTuple):  # a NamedTuple is the fastest to construct, and there may be 100,000
     """A tensor as a file stores it, or a piece of one.
 
-    ``offset`` is the absolute byte offset of element [0, …, 0]; ``strides`` are in elements, None when the tensor
-    is dense and row-major (the usual case). ``packed`` is the number of bytes where ``dtype`` is none of ``DTYPES``
-    but the name of a packing of quantised numbers (GGUF's). ``box`` says which part of a tensor this piece is, None
-    for a whole tensor.
+    ``offset`` is the absolute byte offset of element [0, …, 0]; ``strides`` are in elements, None if the tensor is
+    dense and row-major, as most are. ``packed`` is the size in bytes if ``dtype`` is not in ``DTYPES`` but names a
+    packing of quantized values (GGUF). ``box`` is the part of the tensor that this piece holds, None for all of it.
     """
 
     key: str
@@ -54,23 +53,25 @@ class StoredTensor(NamedTuple):  # of all values the quickest to make, and there
 
 
 @dataclass(frozen=True, slots=True)
-class Checksummed:
-    """A run of tensor bytes whose CRC-32 the container keeps: ``crc`` as the file says it, at each of ``places``."""
+class ChecksummedRange:
+    """A range of tensor bytes whose CRC-32 the container stores: the value ``crc``, at each of ``crc_offsets``."""
 
     offset: int
     nbytes: int
     crc: int
-    places: tuple[int, ...]
+    crc_offsets: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Header:
     """The header of one container file.
 
-    ``tensors`` in the order in which the file names them; ``metadata`` safetensors' ``__metadata__``, or what a GGUF
-    file says of itself; ``objects`` the entries that are no tensors (key → type name); ``checksummed`` the zip
-    members that hold tensors; ``foreign`` the classes that a pickle names although rebuilding tensors needs none of
-    them: nothing of them was imported or made, and such a file may be looked at, but not converted.
+    tensors: in the order in which the file lists them.
+    metadata: safetensors' ``__metadata__``, or GGUF's key-value pairs.
+    objects: the entries that are not tensors (key → type name).
+    checksummed: the zip members that hold tensors.
+    foreign: classes that a pickle names but that rebuilding tensors does not need. Nothing of them was imported or
+        constructed; such a file can be inspected but not converted.
     """
 
     kind: str
@@ -78,7 +79,7 @@ class Header:
     tensors: tuple[StoredTensor, ...]
     metadata: Mapping[str, str] = field(default_factory=dict)
     objects: Mapping[str, str] = field(default_factory=dict)
-    checksummed: tuple[Checksummed, ...] = ()
+    checksummed: tuple[ChecksummedRange, ...] = ()
     foreign: tuple[str, ...] = ()
 
 
@@ -97,7 +98,7 @@ class WeightFile:
 class FileLayout:
     """A container file ready to be filled: its header, and every byte of it that belongs to no tensor.
 
-    ``literals`` are (offset, bytes), ascending, and complement the tensors' bytes exactly.
+    ``literals`` are (offset, bytes), ascending; together with the tensors' bytes they cover the file exactly.
     """
 
     header: Header

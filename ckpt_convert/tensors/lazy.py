@@ -1,8 +1,8 @@
-"""Tensors that are described, not held: strided windows into stored tensors, moved about without touching a byte.
+"""Lazy tensors: strided views into stored tensors, rearranged without reading a byte.
 
-Every step between two layouts (a RoPE row order, a cut over ranks, a transpose) only says where elements come from.
-A ``LazyTensor`` keeps that as tiles with strides, so a step followed by its inverse cancels by itself: the strides are
-those of a plain copy again. Sizes, offsets and strides are in elements throughout.
+Every step between two layouts (a RoPE layout, a split across ranks, a transpose) only changes where elements come from.
+A ``LazyTensor`` stores that as tiles with strides, so a step followed by its inverse cancels: the strides are those of
+a plain copy again. Sizes, offsets and strides are in elements throughout.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from typing import NamedTuple, TypeVar
 from ckpt_convert.tensors.axes import (
     Axis,
     axis_size,
-    cut_axis,
-    elements,
-    is_even,
-    joined,
-    regrouped,
+    iter_elements,
+    match_axes,
+    merge_runs,
+    slice_axis,
     split_axis,
-    whole_rows,
+    split_rows,
+    splits_evenly,
 )
 
 T = TypeVar("T")
 
 ZEROS = -1
-"""The source of elements that nothing stores: they are zero."""
+"""The source of elements that are zero and stored nowhere."""
 
 
 class Tile(NamedTuple):
@@ -66,17 +66,17 @@ class LazyTensor(NamedTuple):
 
     @property
     def sources(self) -> frozenset[int]:
-        """The sources that elements come from, ZEROS not among them."""
+        """The sources that elements come from, without ZEROS."""
         return frozenset(tile.source for tile in self.tiles if tile.source != ZEROS)
 
-    def renumbered(self, numbers: Mapping[int, int]) -> LazyTensor:
-        """The same elements where the sources have other numbers."""
+    def with_sources(self, numbers: Mapping[int, int]) -> LazyTensor:
+        """The same elements with the sources renumbered; those that ``numbers`` lacks keep theirs."""
         tiles = (tile._replace(source=numbers.get(tile.source, tile.source)) for tile in self.tiles)
         return LazyTensor(self.shape, tuple(tiles))
 
     @property
-    def whole(self) -> tuple[int, int] | None:
-        """(source, offset) when this is one contiguous run of one source's elements, else None."""
+    def contiguous_source(self) -> tuple[int, int] | None:
+        """(source, offset) if this is one contiguous range of one source, else None."""
         if len(self.tiles) != 1 or self.tiles[0].source == ZEROS:
             return None
         if self.tiles[0].axes == _dense(self.shape)[1]:
@@ -97,46 +97,46 @@ class LazyTensor(NamedTuple):
             high = min(first + axis_size(tile.axes[axis]), start + size)
             if low >= high:
                 continue
-            for at, shift, runs in cut_axis(tile.axes[axis], low - first, high - low):
+            for at, shift, runs in slice_axis(tile.axes[axis], low - first, high - low):
                 origin = _replaced(tile.origin, axis, low - start + at)
                 tiles.append(Tile(origin, tile.source, tile.offset + shift, _replaced(tile.axes, axis, runs)))
         return LazyTensor(_replaced(self.shape, axis, size), tuple(tiles))
 
-    def between(self, start: int, stop: int) -> Iterator[LazyTensor]:
-        """The elements ``start`` to ``stop`` of the tensor in row-major order, as few boxes of it, in order."""
+    def flat_range(self, start: int, stop: int) -> Iterator[LazyTensor]:
+        """The elements ``start`` to ``stop`` in row-major order, as a few boxes of the tensor, in order."""
         if start >= stop:
             return
         if stop - start == self.size:
             yield self
             return
-        if self.whole is not None and len(self.shape) > 1:
-            yield from self.reshape((self.size,)).between(start, stop)
+        if self.contiguous_source is not None and len(self.shape) > 1:
+            yield from self.reshape((self.size,)).flat_range(start, stop)
             return
         row = self.size // self.shape[0]
         first, last = -(-start // row), stop // row
-        if first > last:  # all of it lies in one row
-            yield from self.one(last).between(start - last * row, stop - last * row)
+        if first > last:  # all of it is in one row
+            yield from self.select(last).flat_range(start - last * row, stop - last * row)
             return
         if start < first * row:
-            yield from self.one(first - 1).between(start - (first - 1) * row, row)
+            yield from self.select(first - 1).flat_range(start - (first - 1) * row, row)
         if first < last:
             yield self.narrow(0, first, last - first)
         if last * row < stop:
-            yield from self.one(last).between(0, stop - last * row)
+            yield from self.select(last).flat_range(0, stop - last * row)
 
-    def one(self, at: int) -> LazyTensor:
-        """What lies at this place of the first axis, which the result has no more."""
-        tensor = self.narrow(0, at, 1)
+    def select(self, index: int) -> LazyTensor:
+        """The tensor at ``index`` of the first axis, without that axis, as torch's ``select(0, index)``."""
+        tensor = self.narrow(0, index, 1)
         tiles = tuple(Tile(tile.origin[1:], tile.source, tile.offset, tile.axes[1:]) for tile in tensor.tiles)
         return LazyTensor(self.shape[1:], tiles)
 
-    def as_one(self) -> LazyTensor:
-        """The inverse of ``one``: with a new first axis, of size 1."""
+    def unsqueeze(self) -> LazyTensor:
+        """The tensor with a new first axis of size 1, as torch's ``unsqueeze(0)``."""
         tiles = tuple(Tile((0, *tile.origin), tile.source, tile.offset, ((), *tile.axes)) for tile in self.tiles)
         return LazyTensor((1, *self.shape), tiles)
 
     def permute(self, order: Sequence[int]) -> LazyTensor:
-        """The axes in another order, as numpy's and torch's ``transpose``/``permute``."""
+        """The axes in another order, as torch's ``permute``."""
         tiles = tuple(
             Tile(tuple(t.origin[a] for a in order), t.source, t.offset, tuple(t.axes[a] for a in order))
             for t in self.tiles
@@ -144,28 +144,27 @@ class LazyTensor(NamedTuple):
         return LazyTensor(tuple(self.shape[a] for a in order), tiles)
 
     def reorder(self, axis: int, sizes: Sequence[int], order: Sequence[int]) -> LazyTensor:
-        """Split ``axis`` into ``sizes``, put those in ``order``, and flatten them into one axis again.
+        """Split ``axis`` into ``sizes``, permute those to ``order``, and flatten them into one axis again.
 
-        ``sizes[0]`` stands for however many groups there are. Raises ValueError when the axis does not hold whole
-        groups.
+        ``sizes[0]`` is ignored: it is as many groups as the axis has. Raises ValueError if it does not hold whole ones.
         """
         group = prod(sizes[1:])
         if order[0] != 0:
-            raise ValueError("the outermost part, the groups, has to stay in place")
+            raise ValueError("the outermost part, the groups, must stay first")
         if self.shape[axis] % group:
-            raise ValueError(f"{self.shape[axis]} rows are no whole groups of {group}")
+            raise ValueError(f"{self.shape[axis]} rows are not a multiple of groups of {group}")
         tiles = []
         for tile in self.tiles:
             count = axis_size(tile.axes[axis])
-            if count % group or tile.origin[axis] % group or not is_even(tile.axes[axis], group):
+            if count % group or tile.origin[axis] % group or not splits_evenly(tile.axes[axis], group):
                 return self._reordered(axis, (self.shape[axis] // group, *sizes[1:]), order)
             parts = split_axis(tile.axes[axis], (count // group, *sizes[1:]))
-            runs = joined([run for part in order for run in parts[part]])
+            runs = merge_runs([run for part in order for run in parts[part]])
             tiles.append(Tile(tile.origin, tile.source, tile.offset, _replaced(tile.axes, axis, runs)))
         return LazyTensor(self.shape, tuple(tiles))
 
     def _reordered(self, axis: int, sizes: tuple[int, ...], order: Sequence[int]) -> LazyTensor:
-        """``reorder`` where a group lies in several tiles: pieces of a tensor that was cut anywhere."""
+        """``reorder`` where a group spans several tiles, as in a tensor that was split at arbitrary rows."""
         before, after = self.shape[:axis], self.shape[axis + 1 :]
         parts = self.reshape((*before, *sizes, *after))
         moved = parts.permute(
@@ -174,7 +173,7 @@ class LazyTensor(NamedTuple):
         return moved.reshape(self.shape)
 
     def reshape(self, shape: Sequence[int]) -> LazyTensor:
-        """The same elements, in row-major order, as another shape: numpy's and torch's ``reshape``.
+        """The same elements, in row-major order, in another shape, as torch's ``reshape``.
 
         Raises ValueError for a shape with another number of elements.
         """
@@ -186,13 +185,13 @@ class LazyTensor(NamedTuple):
             return LazyTensor(shape, tuple(Tile(origin, t.source, t.offset, axes) for t in self.tiles))
         tensor = self._chosen([at for at, size in enumerate(self.shape) if size != 1])
         wide = tuple(size for size in shape if size != 1)
-        for at, count, sizes in reversed(list(regrouped(tensor.shape, wide))):
+        for at, count, sizes in reversed(list(match_axes(tensor.shape, wide))):
             tensor = tensor._merge(at, count)._split(at, sizes)
         numbers = iter(range(len(wide)))
         return tensor._chosen([next(numbers) if size != 1 else None for size in shape])
 
     def _chosen(self, axes: Sequence[int | None]) -> LazyTensor:
-        """These axes, and one of size 1 for each None; those that are left out have size 1."""
+        """Select these axes, with a new one of size 1 for each None; axes left out must have size 1."""
         tiles = tuple(
             Tile(
                 tuple(0 if a is None else t.origin[a] for a in axes),
@@ -213,12 +212,12 @@ class LazyTensor(NamedTuple):
         tiles: list[Tile] = []
         for tile in tensor.tiles:
             above, below = tile.axes[at], tile.axes[at + 1]
-            # Only what fills the inner axis goes on into the next row of it.
-            rows = [(0, 0, above)] if axis_size(below) == inner else list(elements(above))
+            # Only a tile that fills the inner axis continues in its next row.
+            rows = [(0, 0, above)] if axis_size(below) == inner else list(iter_elements(above))
             for row, shift, runs in rows:
                 start = (tile.origin[at] + row) * inner + tile.origin[at + 1]
                 origin = (*tile.origin[:at], start, *tile.origin[at + 2 :])
-                axes = (*tile.axes[:at], joined((*runs, *below)), *tile.axes[at + 2 :])
+                axes = (*tile.axes[:at], merge_runs((*runs, *below)), *tile.axes[at + 2 :])
                 tiles.append(Tile(origin, tile.source, tile.offset + shift, axes))
         return LazyTensor((*tensor.shape[:at], outer * inner, *tensor.shape[at + 2 :]), tuple(tiles))
 
@@ -229,7 +228,7 @@ class LazyTensor(NamedTuple):
         outer, inner = sizes[0], prod(sizes[1:])
         tiles: list[Tile] = []
         for tile in self.tiles:
-            for start, shift, runs in whole_rows(tile.axes[at], tile.origin[at], inner):
+            for start, shift, runs in split_rows(tile.axes[at], tile.origin[at], inner):
                 row, column = divmod(start, inner)
                 size = axis_size(runs)
                 above, below = ((), runs) if size < inner else split_axis(runs, (size // inner, inner))
@@ -240,39 +239,39 @@ class LazyTensor(NamedTuple):
         return tensor._split(at + 1, sizes[1:])
 
     def copies(self) -> tuple[Copy, ...]:
-        """What to move to make this tensor, dense and row-major; dimensions that can be joined are."""
+        """The copies that make this tensor, dense and row-major, with as few dimensions as possible."""
         if not self.size:
             return tuple(Copy(tile.source, tile.offset, 0, ((0, 1, 1),)) for tile in self.tiles)
-        strides = row_major(self.shape)
+        strides = row_major_strides(self.shape)
         return tuple(_copy(tile, strides) for tile in self.tiles)
 
-    def blocks(self, most: int) -> Iterator[tuple[int, LazyTensor]]:
-        """Cut into (target offset, block) of at most ``most`` elements, each contiguous in the target, in order."""
-        for offset, (block,) in together((self,), most):
+    def blocks(self, max_elements: int) -> Iterator[tuple[int, LazyTensor]]:
+        """Split into (target offset, block) of at most ``max_elements``, each contiguous in the target, in order."""
+        for offset, (block,) in aligned_blocks((self,), max_elements):
             yield offset, block
 
 
-def together(tensors: tuple[LazyTensor, ...], most: int) -> Iterator[tuple[int, tuple[LazyTensor, ...]]]:
-    """Cut tensors of one shape at the same places, as ``LazyTensor.blocks`` cuts one."""
-    yield from _blocks(tensors, 0, 0, max(1, most))
+def aligned_blocks(tensors: tuple[LazyTensor, ...], max_elements: int) -> Iterator[tuple[int, tuple[LazyTensor, ...]]]:
+    """Split tensors of one shape at the same offsets, as ``LazyTensor.blocks`` splits one."""
+    yield from _blocks(tensors, 0, 0, max(1, max_elements))
 
 
-def stored(source: int, shape: Sequence[int], strides: Sequence[int] | None = None) -> LazyTensor:
-    """The tensor that ``source`` stores, dense and row-major unless ``strides`` says otherwise."""
+def from_source(source: int, shape: Sequence[int], strides: Sequence[int] | None = None) -> LazyTensor:
+    """The tensor stored as number ``source``, dense and row-major unless ``strides`` are given."""
     shape = tuple(shape)
     origin, axes = _dense(shape) if strides is None else _strided(shape, strides)
     return LazyTensor(shape, (Tile(origin, source, 0, axes),))
 
 
 def zeros(shape: Sequence[int]) -> LazyTensor:
-    """A tensor of zeros, which nothing stores."""
-    return stored(ZEROS, shape)
+    """A tensor of zeros, which is stored nowhere."""
+    return from_source(ZEROS, shape)
 
 
 def concat(parts: Sequence[LazyTensor], axis: int) -> LazyTensor:
-    """The parts one after another along ``axis``; their other sizes agree.
+    """Concatenate along ``axis``; all other sizes must agree.
 
-    What was cut apart and is put together again is one tile again.
+    Slices of one tile that are concatenated again become one tile again.
     """
     tiles: list[Tile] = []
     start = 0
@@ -290,12 +289,12 @@ def concat(parts: Sequence[LazyTensor], axis: int) -> LazyTensor:
 
 
 def stack(parts: Sequence[LazyTensor], sizes: Sequence[int]) -> LazyTensor:
-    """The parts, all of one shape, under new leading axes of ``sizes``, the last of them fastest."""
-    tensor = concat([part.as_one() for part in parts], 0)
+    """Stack parts of one shape under new leading axes of ``sizes``, the last of them fastest."""
+    tensor = concat([part.unsqueeze() for part in parts], 0)
     return tensor if len(sizes) == 1 else tensor.reshape((*sizes, *parts[0].shape))
 
 
-def row_major(shape: Sequence[int]) -> tuple[int, ...]:
+def row_major_strides(shape: Sequence[int]) -> tuple[int, ...]:
     """The strides of a dense tensor, last axis fastest."""
     strides = [1] * len(shape)
     for axis in range(len(shape) - 2, -1, -1):
@@ -305,8 +304,8 @@ def row_major(shape: Sequence[int]) -> tuple[int, ...]:
 
 @lru_cache(maxsize=1 << 10)
 def _dense(shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[Axis, ...]]:
-    """The origin and axes of dense tensors of this shape, of which a model has many."""
-    return _strided(shape, row_major(shape))
+    """The origin and axes of a dense tensor of this shape; cached, as a model has many of one shape."""
+    return _strided(shape, row_major_strides(shape))
 
 
 def _strided(shape: tuple[int, ...], strides: Sequence[int]) -> tuple[tuple[int, ...], tuple[Axis, ...]]:
@@ -319,7 +318,7 @@ def _replaced(values: tuple[T, ...], at: int, value: T) -> tuple[T, ...]:
 
 
 def _continued(tile: Tile, after: Tile, axis: int) -> Tile | None:
-    """Both tiles as one where the second goes on along ``axis`` as the first one ends, else None."""
+    """Both tiles as one if the second continues the first along ``axis``, else None."""
     if tile.source != after.source or tile.origin[:axis] != after.origin[:axis]:
         return None
     if tile.origin[axis + 1 :] != after.origin[axis + 1 :]:
@@ -339,7 +338,7 @@ def _continued(tile: Tile, after: Tile, axis: int) -> Tile | None:
         runs = ((ours[0][0] + 1, ours[0][1]), *theirs)
     elif theirs and theirs[1:] == ours and step == theirs[0][1]:
         runs = ((theirs[0][0] + 1, theirs[0][1]), *ours)
-    return Tile(tile.origin, tile.source, tile.offset, _replaced(tile.axes, axis, joined(runs))) if runs else None
+    return Tile(tile.origin, tile.source, tile.offset, _replaced(tile.axes, axis, merge_runs(runs))) if runs else None
 
 
 def _copy(tile: Tile, strides: Sequence[int]) -> Copy:
@@ -361,28 +360,28 @@ def _copy(tile: Tile, strides: Sequence[int]) -> Copy:
 
 
 def _blocks(
-    tensors: tuple[LazyTensor, ...], axis: int, base: int, most: int
+    tensors: tuple[LazyTensor, ...], axis: int, base: int, max_elements: int
 ) -> Iterator[tuple[int, tuple[LazyTensor, ...]]]:
     size, shape = tensors[0].size, tensors[0].shape
-    if size <= most or axis == len(shape):
+    if size <= max_elements or axis == len(shape):
         if size:
             yield base, tensors
         return
     inner = size // shape[axis]
-    step = _aligned(tensors, axis, max(1, most // inner))
+    step = _aligned(tensors, axis, max(1, max_elements // inner))
     for start, blocks in _every(tensors, axis, 0, step):
-        if blocks[0].shape[axis] * inner <= most:
+        if blocks[0].shape[axis] * inner <= max_elements:
             yield base + start * inner, blocks
         else:
-            yield from _blocks(blocks, axis + 1, base + start * inner, most)
+            yield from _blocks(blocks, axis + 1, base + start * inner, max_elements)
 
 
 def _every(
     tensors: tuple[LazyTensor, ...], axis: int, start: int, step: int
 ) -> Iterator[tuple[int, tuple[LazyTensor, ...]]]:
-    """(where it starts, part) of tensors cut along ``axis`` every ``step``.
+    """(start, part) of tensors split along ``axis`` every ``step``.
 
-    Halves are halved again, so that each cut only walks the tiles that are near: hundreds of experts are as many tiles.
+    Splits in halves, recursively, so that each split only visits the tiles nearby: stacked experts are one tile each.
     """
     size = tensors[0].shape[axis]
     if size <= step:
@@ -394,7 +393,7 @@ def _every(
 
 
 def _aligned(tensors: tuple[LazyTensor, ...], axis: int, step: int) -> int:
-    """At most ``step``, and a multiple of the axis' inner runs where that is possible, so that no group is torn."""
+    """At most ``step``, and a multiple of the axis' inner runs where possible, so that no group is split."""
     runs = max((tile.axes[axis] for tensor in tensors for tile in tensor.tiles), key=len, default=())
     for inner in range(1, len(runs)):
         group = axis_size(runs[inner:])

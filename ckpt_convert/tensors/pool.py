@@ -1,7 +1,7 @@
-"""Work on many things at once: in threads, in processes, or behind the caller. Nothing else here starts either.
+"""Runs work in threads, in processes, or in the background. No other module starts threads or processes.
 
-What fails is raised where the work was asked for, with its type, its text and its traceback. Processes are spawned, so
-what is handed to them is pickled, and none inherits a lock, an open file or a thread of this one.
+An error is raised in the caller with its type, text and traceback. Processes are spawned, so their arguments are
+pickled, and they inherit no lock, open file or thread.
 """
 
 from __future__ import annotations
@@ -21,34 +21,36 @@ from multiprocessing import connection as pipes
 from typing import Any, TypeVar
 
 from ckpt_convert.errors import CkptConvertError
-from ckpt_convert.tensors.progress import Meter, ProgressCallback, StoppedError, TransferProgress
+from ckpt_convert.tensors.progress import ProgressCallback, ProgressCounter, StoppedError, TransferProgress
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-Start = Callable[[Meter], Callable[[Any], Any]]
-"""Makes what does the work of one worker, with its buffers, from the meter that its bytes are added to."""
+Start = Callable[[ProgressCounter], Callable[[Any], Any]]
+"""Makes the function that does one worker's work, with its own buffers, from the counter that its bytes go to."""
 
 _BATCH = 32 << 20
-"""Bytes that a worker is given at a time: small tensors go together, so that what is said of them costs little."""
+"""Bytes sent to a worker at a time: small tensors are batched to keep the messages few."""
 
 _MOST = 1 << 10
-"""Tensors in a batch, however small they are."""
+"""Most tensors in a batch, however small they are."""
 
 _REPORT = 8 << 20
-"""Bytes after which a worker says how far it is."""
+"""Bytes after which a worker reports its progress."""
 
 _WORTH = 1 << 30
-"""Bytes from which on processes are worth their start, which takes about as long as reading so many."""
+"""Bytes from which starting processes pays off: a start takes about as long as reading this many."""
 
 
 # Threads
 
 
-def spread(items: Iterable[T], workers: int, meter: Meter, start: Callable[[], Callable[[T], None]]) -> None:
-    """Do ``start()(item)`` for every item in a few threads, each with a function (and buffers) of its own.
+def run_threaded(
+    items: Iterable[T], workers: int, counter: ProgressCounter, start: Callable[[], Callable[[T], None]]
+) -> None:
+    """Call ``start()(item)`` for every item in a few threads, each with its own function (and buffers).
 
-    The first error ends the others at the next bytes they add to the meter, and is raised.
+    The first error is raised; the other threads stop when they next add bytes to ``counter``.
     """
     queue = deque(items)
 
@@ -61,58 +63,58 @@ def spread(items: Iterable[T], workers: int, meter: Meter, start: Callable[[], C
                 return
             do(item)
 
-    with ThreadPoolExecutor(workers, meter.phase) as pool:
+    with ThreadPoolExecutor(workers, counter.phase) as pool:
         try:
             for future in as_completed([pool.submit(work) for _ in range(workers)]):
                 future.result()
         except BaseException:
             queue.clear()
-            meter.stop()
+            counter.stop()
             raise
 
 
-def each(do: Callable[[T], R], items: Iterable[T], workers: int) -> list[R]:
-    """``do(item)`` for every item in a few threads, in the order of the items; raises the first error in that order."""
+def map_threaded(do: Callable[[T], R], items: Iterable[T], workers: int) -> list[R]:
+    """``do(item)`` for every item in a few threads, in item order; raises the first error in that order."""
     with ThreadPoolExecutor(workers) as pool:
         return list(pool.map(do, items))
 
 
 class Background:
-    """One thread that does what it is handed in order; what fails is raised at the next call."""
+    """One thread that runs tasks in order; an error is raised at the next call."""
 
     def __init__(self) -> None:
         self._pool: ThreadPoolExecutor | None = None
         self._running: list[Future[None]] = []
 
     @property
-    def busy(self) -> bool:
+    def is_busy(self) -> bool:
         return any(not one.done() for one in self._running)
 
     def run(self, work: Callable[[], None]) -> None:
-        """Start the work once what went on before is done; raises what that raised."""
+        """Start the work once earlier work is done; raises its errors."""
         self.wait()
-        self.then(work)
+        self.enqueue(work)
 
-    def then(self, work: Callable[[], None]) -> None:
-        """Do the work after what goes on, without waiting for that."""
+    def enqueue(self, work: Callable[[], None]) -> None:
+        """Run the work after what is running, without waiting."""
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, "ckpt-convert-save")
         self._running.append(self._pool.submit(work))
 
     def check(self) -> None:
-        """Raise what failed, if anything did; never waits."""
+        """Raise the error of finished work, if any; never waits."""
         while self._running and self._running[0].done():
             self._running.pop(0).result()
 
     def wait(self) -> None:
-        """Wait until nothing goes on; raises what failed first, once everything is done."""
+        """Wait until all work is done, then raise the first error."""
         running, self._running = self._running, []
         wait(running)
         for one in running:
             one.result()
 
     def settle(self) -> Exception | None:
-        """Wait until nothing goes on; returns what failed first, instead of raising it."""
+        """As ``wait``, but returns the first error instead of raising it."""
         try:
             self.wait()
         except Exception as error:
@@ -120,7 +122,7 @@ class Background:
         return None
 
     def close(self) -> None:
-        """Wait, and end the thread; raises what failed."""
+        """Wait, and end the thread; raises the first error."""
         try:
             self.wait()
         finally:
@@ -131,41 +133,41 @@ class Background:
 
 # Processes
 #
-# Threads would do if numpy's calls were long. They take some ten microseconds on what fits a processor's cache, and so
-# often giving the interpreter to each other costs two threads more than the second core gains.
+# Threads would do if numpy's calls were long. On blocks that fit the cache they take some ten microseconds, and two
+# threads that pass the GIL back and forth that often lose more than the second core gains.
 
 
-def results(
+def run_in_processes(
     items: Sequence[tuple[T, int]],
-    start: Callable[[Meter], Callable[[T], R]],
+    start: Callable[[ProgressCounter], Callable[[T], R]],
     *,
     workers: int,
     phase: str,
     progress: ProgressCallback | None = None,
 ) -> Iterator[R]:
-    """``start(meter)(item)`` for each of the (item, bytes), in their order; ``start`` is called once for a worker.
+    """Yield ``start(counter)(item)`` for each (item, bytes), in order; ``start`` is called once per worker.
 
-    One worker is a thread of this process, so that work goes on while the others, which are processes, start. So
-    ``start``, items and results have to be picklable. Where there is one worker, or too little to do, all is done
-    here. Raises what the work raises, and CkptConvertError where a worker was killed.
+    One worker is a thread of this process, which works while the others, processes, start. ``start``, items and results
+    must be picklable. With one worker, or too little to do, everything runs in the calling thread. Raises the errors of
+    the work, and CkptConvertError if a worker was killed.
     """
     total = sum(nbytes for _, nbytes in items)
     batches = _batches([nbytes for _, nbytes in items])
     count = min(workers, len(batches)) if total >= _WORTH and os.name == "posix" else 1
-    meter = Meter(phase, total, progress)
+    counter = ProgressCounter(phase, total, progress)
     if count < 2:
-        do = start(meter)
+        do = start(counter)
         for item, _ in items:
             yield do(item)
         return
     work = [[item for item, _ in items[batch.start : batch.stop]] for batch in batches]
     with contextlib.ExitStack() as stack:
         crew = [_thread(start, phase, stack), *_processes(start, phase, count - 1, stack)]
-        yield from _collected(crew, work, meter)
+        yield from _collected(crew, work, counter)
 
 
 def _batches(sizes: Sequence[int]) -> list[range]:
-    """Runs of neighbours that are about _BATCH bytes together."""
+    """Ranges of adjacent items of about _BATCH bytes each."""
     out: list[range] = []
     first = nbytes = 0
     for at, size in enumerate(sizes):
@@ -177,15 +179,15 @@ def _batches(sizes: Sequence[int]) -> list[range]:
 
 
 def _thread(start: Start, phase: str, stack: contextlib.ExitStack) -> Any:
-    """A worker that is a thread; returns the connection to it."""
+    """Start a worker thread; returns the connection to it."""
     ours, theirs = pipes.Pipe()
-    said = _Said(theirs)
-    meter = Meter(phase, 0, said)
-    thread = threading.Thread(target=_work, args=(said, start, meter), name=phase)
+    sender = _ProgressSender(theirs)
+    counter = ProgressCounter(phase, 0, sender)
+    thread = threading.Thread(target=_work, args=(sender, start, counter), name=phase)
     thread.start()
 
     def end() -> None:
-        meter.stop()
+        counter.stop()
         ours.close()
         thread.join()
 
@@ -194,20 +196,22 @@ def _thread(start: Start, phase: str, stack: contextlib.ExitStack) -> Any:
 
 
 def _processes(start: Start, phase: str, count: int, stack: contextlib.ExitStack) -> Iterator[Any]:
-    """Workers that are processes; yields the connections to them.
+    """Start worker processes; yields the connections to them.
 
-    They are no processes of multiprocessing, each of which runs the file that this one was started with once more:
-    a recipe without ``if __name__ == "__main__"`` would begin anew in every worker.
+    Not multiprocessing's, whose workers import the main script again: a recipe without ``if __name__ == "__main__"``
+    would run from the start in every worker.
     """
     sent = pickle.dumps(start)
     for _ in range(count):
         ours, theirs = pipes.Pipe()
-        code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import serve; serve({theirs.fileno()})"
-        with _unheard():
+        code = (
+            f"import sys; sys.path[:] = {sys.path!r}; import {__name__} as pool; pool.serve_worker({theirs.fileno()})"
+        )
+        with _sigint_blocked():
             process = subprocess.Popen(
                 [sys.executable, "-c", code], stdin=subprocess.DEVNULL, pass_fds=(theirs.fileno(),)
             )
-        theirs.close()  # so that nobody but the worker holds it, and its end is noticed
+        theirs.close()  # only the worker holds it then, so that its exit closes the pipe
 
         def end(process: subprocess.Popen[bytes] = process, ours: Any = ours) -> None:
             process.kill()
@@ -215,15 +219,15 @@ def _processes(start: Start, phase: str, count: int, stack: contextlib.ExitStack
             ours.close()
 
         stack.callback(end)
-        with contextlib.suppress(OSError):  # that it is gone is noticed, and said, where it is given work
+        with contextlib.suppress(OSError):  # a dead worker is reported when it is given work
             ours.send(phase)
             ours.send_bytes(sent)
         yield ours
 
 
 @contextlib.contextmanager
-def _unheard() -> Iterator[None]:
-    """Processes that are started meanwhile do not hear a terminal's Ctrl-C: it is for this one, which ends them."""
+def _sigint_blocked() -> Iterator[None]:
+    """Processes started meanwhile ignore Ctrl-C and hang-up: this process gets the signal, and ends them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGHUP))
     try:
         yield
@@ -231,11 +235,11 @@ def _unheard() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _collected(crew: Sequence[Any], work: Sequence[list[Any]], meter: Meter) -> Iterator[Any]:
-    """Hand out the work, and yield what comes back, in order."""
+def _collected(crew: Sequence[Any], work: Sequence[list[Any]], counter: ProgressCounter) -> Iterator[Any]:
+    """Distribute the work, and yield the results in order."""
     queue = deque(enumerate(work))
     killed = CkptConvertError(
-        f"{meter.phase}: a worker process was killed, perhaps for lack of memory; try `workers=1`"
+        f"{counter.phase}: a worker process was killed, perhaps for lack of memory; try `workers=1`"
     )
 
     def give(worker: Any) -> None:
@@ -256,7 +260,7 @@ def _collected(crew: Sequence[Any], work: Sequence[list[Any]], meter: Meter) -> 
             except (EOFError, OSError):
                 raise killed from None
             if isinstance(message, int):
-                meter.add(message)
+                counter.add(message)
             elif isinstance(message, BaseException):
                 raise message
             else:
@@ -269,8 +273,8 @@ def _collected(crew: Sequence[Any], work: Sequence[list[Any]], meter: Meter) -> 
             turn += 1
 
 
-class _Said:
-    """Tells how many bytes were worked on since it was last told."""
+class _ProgressSender:
+    """Sends the number of bytes done since the last message."""
 
     def __init__(self, connection: Any) -> None:
         self.connection = connection
@@ -278,46 +282,46 @@ class _Said:
 
     def __call__(self, progress: TransferProgress) -> None:
         if progress.done - self._done >= _REPORT:
-            self.say(progress.done)
+            self.send(progress.done)
 
-    def say(self, done: int) -> None:
+    def send(self, done: int) -> None:
         self.connection.send(done - self._done)
         self._done = done
 
 
-def serve(descriptor: int) -> None:
-    """What a worker does that is a process; ``descriptor`` is that of its connection."""
+def serve_worker(descriptor: int) -> None:
+    """The main function of a worker process; ``descriptor`` is that of its connection."""
     connection = pipes.Connection(descriptor)
-    with contextlib.suppress(EOFError):  # nobody waits for it any more
+    with contextlib.suppress(EOFError):  # the parent is gone
         phase = connection.recv()
-        said = _Said(connection)
+        sender = _ProgressSender(connection)
 
-        def start(meter: Meter) -> Callable[[Any], Any]:
+        def start(counter: ProgressCounter) -> Callable[[Any], Any]:
             sent: Start = pickle.loads(connection.recv_bytes())
-            return sent(meter)
+            return sent(counter)
 
-        _work(said, start, Meter(phase, 0, said))
+        _work(sender, start, ProgressCounter(phase, 0, sender))
 
 
-def _work(said: _Said, start: Start, meter: Meter) -> None:
-    """Do what comes through the connection, until it is closed at the other end."""
-    with said.connection as connection:
+def _work(sender: _ProgressSender, start: Start, counter: ProgressCounter) -> None:
+    """Process the batches from the connection until its other end is closed."""
+    with sender.connection as connection:
         try:
-            do = start(meter)
+            do = start(counter)
             while True:
                 number, batch = connection.recv()
                 found = [do(item) for item in batch]
-                said.say(meter.done)
+                sender.send(counter.done)
                 connection.send((number, found))
         except (EOFError, BrokenPipeError, StoppedError):
-            return  # nobody waits for it any more
+            return  # the parent is gone, or stopped the work
         except BaseException as error:
             with contextlib.suppress(OSError):
-                connection.send(_portable(error, meter.phase))
+                connection.send(_portable(error, counter.phase))
 
 
 def _portable(error: BaseException, phase: str) -> BaseException:
-    """The error with its traceback, as it can be sent: what cannot be pickled, or made again, only by its text."""
+    """The error with its traceback as a note; one that does not survive pickling is replaced by its text."""
     trace = traceback.format_exc()
     try:
         pickle.loads(pickle.dumps(error))

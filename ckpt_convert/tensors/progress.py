@@ -1,4 +1,4 @@
-"""How far work is: bytes that several threads add up, told to whoever asked."""
+"""TransferProgress in bytes, added up over threads and passed to a callback."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ ProgressCallback = Callable[[TransferProgress], None]
 
 
 class StoppedError(Exception):
-    """Ends a worker's work where another one failed, or the user has had enough; it never reaches a caller."""
+    """Ends a worker's work after another one failed or the user interrupted; it never reaches a caller."""
 
 
-class Meter:
-    """Adds up bytes from several threads and passes them on; once stopped, it ends the work of those that add.
+class ProgressCounter:
+    """Adds up bytes from several threads and reports them; once stopped, ``add`` raises StoppedError.
 
-    The callback is called by one thread at a time, and under no lock: while one calls it, others only add, and what
-    they have added is told by that one.
+    The callback is called by one thread at a time, without holding the lock: while one thread calls it, others only
+    add, and that thread reports their bytes, too.
     """
 
     def __init__(self, phase: str, total: int, callback: ProgressCallback | None) -> None:
         self.phase, self.total, self.done = phase, total, 0
         self._callback = callback
         self._lock = threading.Lock()
-        self._telling = False
+        self._reporting = False
         self._stopped = False
         if callback is not None:
             callback(TransferProgress(phase, 0, total))
@@ -48,19 +48,19 @@ class Meter:
         with self._lock:
             self.done += nbytes
             done = self.done
-            if self._callback is None or self._telling:
+            if self._callback is None or self._reporting:
                 return
-            self._telling = True
-        self._tell(self._callback, done)
+            self._reporting = True
+        self._report(self._callback, done)
 
-    def _tell(self, callback: ProgressCallback, done: int) -> None:
-        told = -1
+    def _report(self, callback: ProgressCallback, done: int) -> None:
+        reported = -1
         try:
-            while told != done:
+            while reported != done:
                 callback(TransferProgress(self.phase, done, self.total))
                 with self._lock:
-                    told, done = done, self.done
-                    self._telling = told != done
+                    reported, done = done, self.done
+                    self._reporting = reported != done
         except BaseException:
-            self._telling = False
+            self._reporting = False
             raise

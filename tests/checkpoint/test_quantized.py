@@ -27,7 +27,7 @@ from ckpt_convert.checkpoint.quantized.view import _described
 from ckpt_convert.storage.place import at
 from ckpt_convert.storage.reader import LocalFile
 from ckpt_convert.tensors import lazy
-from ckpt_convert.tensors.gather import Gatherer
+from ckpt_convert.tensors.gather import StridedReader
 from ckpt_convert.tensors.header import WeightFile
 from ckpt_convert.tensors.lazy import LazyTensor
 from tests.checkpoint.quantizing import (
@@ -74,8 +74,8 @@ class Computing:
         )
         file = one.codes.file
         everything = [(WeightFile(file.name, 0, file.place, self.file, file.header), t) for t in self.file.tensors]
-        self.gatherer = Gatherer(everything)
-        self.tensor = lazy.stored(1, one.shape, self.file.tensors[1].strides)
+        self.gatherer = StridedReader(everything)
+        self.tensor = lazy.from_source(1, one.shape, self.file.tensors[1].strides)
 
     def read(self, tensor: LazyTensor) -> bytes:
         return self.gatherer.read(tensor, self.dtype)
@@ -163,7 +163,7 @@ def test_what_is_kept_of_a_matrix_turned_around_is_small_and_right(
     """Strips are kept from block to block; here they are so narrow that a block needs several, one after another."""
     monkeypatch.setattr(reading, "_STRIP", 1 << 12)
     monkeypatch.setattr(reading, "_STRIPS", 6)
-    monkeypatch.setattr(reading, "PIECE", 1 << 10)
+    monkeypatch.setattr(reading, "CHUNK", 1 << 10)
     weight = torch.randn(600, 130, generator=torch.Generator().manual_seed(2)).to(torch.float8_e4m3fn)
     scales = torch.rand(5, 2)
     found = stored(tmp_path / "x.safetensors", {"w": weight, "s": scales})
@@ -411,7 +411,7 @@ def test_memory_does_not_grow_with_a_tensor(tmp_path: Path, monkeypatch: pytest.
     tracemalloc.start()
     for tensor in (computing.tensor, computing.tensor.permute((1, 0))):
         for _, block in itertools.islice(tensor.blocks(1 << 18), 6):
-            computing.gatherer.into(block, "F32", buffer)
+            computing.gatherer.read_into(block, "F32", buffer)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 40 << 20

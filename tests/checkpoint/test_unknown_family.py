@@ -24,7 +24,7 @@ from ckpt_convert.errors import (
     UnsupportedFamilyError,
     UsageError,
 )
-from ckpt_convert.tensors.lazy import stored
+from ckpt_convert.tensors.lazy import from_source
 from tests.helpers import GOLDEN, Tensors, assert_same, bits, edit_json, read_safetensors, sums
 
 auto: Any = transformers
@@ -335,7 +335,7 @@ def saved(run: Path, step: int) -> Path:
 
 
 def test_a_table_of_many_keys() -> None:
-    tensors = [Source(f"layers.{at}.w", "BF16", stored(at, (2, 4)), "model.safetensors") for at in range(20_000)]
+    tensors = [Source(f"layers.{at}.w", "BF16", from_source(at, (2, 4)), "model.safetensors") for at in range(20_000)]
     family = unknown.family(tensors)
     assert [entry.key for entry in family.entries("hf", {})] == [tensor.key for tensor in tensors]
     assert family.formats == ("hf",)

@@ -267,13 +267,13 @@ def test_the_checksum_and_its_places_are_what_torch_wrote() -> None:
     assert [run.nbytes for run in header.checksummed] == [20, 72, 0]
     for run in header.checksummed:
         assert run.crc == zlib.crc32(data[run.offset : run.offset + run.nbytes])
-        assert len(run.places) == 2  # directory, and descriptor or (for no bytes at all) local header
-        assert {struct.unpack_from("<I", data, place)[0] for place in run.places} == {run.crc}
+        assert len(run.crc_offsets) == 2  # directory, and descriptor or (for no bytes at all) local header
+        assert {struct.unpack_from("<I", data, place)[0] for place in run.crc_offsets} == {run.crc}
     copy = bytearray(data)
     first = header.checksummed[0]
     copy[first.offset] ^= 1
     crc = zlib.crc32(copy[first.offset : first.offset + first.nbytes])
-    for place in first.places:
+    for place in first.crc_offsets:
         struct.pack_into("<I", copy, place, crc)
     assert zipfile.ZipFile(io.BytesIO(copy)).testzip() is None
     assert zipfile.ZipFile(io.BytesIO(data)).testzip() is None
@@ -284,7 +284,7 @@ def test_reads_an_archive_that_was_repacked_without_compression() -> None:
     original = zipfile.ZipFile(io.BytesIO(saved(state)))
     members = {name.partition("/")[2]: original.read(name) for name in original.namelist()}
     header = assert_reads_as(zipped(members), state)
-    assert len(header.checksummed[0].places) == 2  # directory and local header: nothing is deferred
+    assert len(header.checksummed[0].crc_offsets) == 2  # directory and local header: nothing is deferred
 
 
 # --- building -------------------------------------------------------------------------------------------------------
@@ -307,7 +307,7 @@ def filled(layout: FileLayout, contents: dict[str, bytes]) -> bytes:
         data[stored.offset : stored.offset + stored.nbytes] = contents[stored.key]
     for run in layout.header.checksummed:
         crc = zlib.crc32(data[run.offset : run.offset + run.nbytes])
-        for place in run.places:
+        for place in run.crc_offsets:
             struct.pack_into("<I", data, place, crc)
     return bytes(data)
 

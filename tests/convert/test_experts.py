@@ -25,7 +25,7 @@ from ckpt_convert.models.core.config import ConfigOptions
 from ckpt_convert.models.core.params import Weights
 from ckpt_convert.models.core.table import IN_MEMORY, Dims
 from ckpt_convert.models.mixtral import params as mixtral_params
-from ckpt_convert.tensors.lazy import stored
+from ckpt_convert.tensors.lazy import from_source
 from tests.helpers import GOLDEN, Tensors, assert_same, edit_json, read_safetensors, sums
 
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [53, 5, 8, 9, 7, 9, 3, 2]])
@@ -662,7 +662,7 @@ def test_a_model_of_that_size_is_mapped_whole() -> None:
     dims = family.symbols(DEEPSEEK_V3)
     entries = [entry for entry in family.entries("hf", dims) if not entry.first.row.derived]
     sources = {
-        entry.key: Source(entry.key, "bfloat16", stored(number, entry.shape("hf", dims) or ()), "a file")
+        entry.key: Source(entry.key, "bfloat16", from_source(number, entry.shape("hf", dims) or ()), "a file")
         for number, entry in enumerate(entries)
     }
     logicals = mapping.read(family, "hf", dims, [sources], "DeepSeek-V3")

@@ -18,7 +18,7 @@ from ckpt_convert.convert import layout
 from ckpt_convert.convert.writing import Target
 from ckpt_convert.errors import TiedWeightsError, VerificationError
 from ckpt_convert.models.llama.table import LLAMA
-from ckpt_convert.tensors.lazy import stored
+from ckpt_convert.tensors.lazy import from_source
 from tests.helpers import GOLDEN, assert_same, bits, edit_json, read_meta, read_safetensors, sums
 
 HF = GOLDEN / "llama" / "hf"
@@ -390,7 +390,7 @@ def test_llama_1s_tables_in_every_layer_are_carried(tmp_path: Path) -> None:
 
 
 def target(key: str, dtype: str, *shape: int) -> Target:
-    return Target(next(LLAMA.instances(DIMS)), key, 0, dtype, stored(0, shape))
+    return Target(next(LLAMA.instances(DIMS)), key, 0, dtype, from_source(0, shape))
 
 
 def test_a_file_is_closed_where_its_middle_would_pass_the_border() -> None:

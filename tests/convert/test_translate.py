@@ -12,7 +12,7 @@ from ckpt_convert.checkpoint.model import Model, model_from
 from ckpt_convert.convert import ties, translate
 from ckpt_convert.errors import KeyMismatchError, UnsupportedFamilyError
 from ckpt_convert.models.core.config import ConfigOptions
-from ckpt_convert.tensors.lazy import stored
+from ckpt_convert.tensors.lazy import from_source
 from tests.values import CONFIG, SHAPES
 
 OUTPUT = "lm_head.weight"
@@ -20,7 +20,7 @@ EMBEDDING = "model.embed_tokens.weight"
 
 
 def sources(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Source]:
-    return {key: Source(key, "BF16", stored(at, shape), "here") for at, (key, shape) in enumerate(shapes.items())}
+    return {key: Source(key, "BF16", from_source(at, shape), "here") for at, (key, shape) in enumerate(shapes.items())}
 
 
 def model(tied: bool | None, shapes: Mapping[str, tuple[int, ...]]) -> Model:

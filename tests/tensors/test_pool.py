@@ -17,7 +17,7 @@ import pytest
 
 from ckpt_convert.errors import CkptConvertError, CorruptFileError
 from ckpt_convert.tensors import pool
-from ckpt_convert.tensors.progress import Meter, TransferProgress
+from ckpt_convert.tensors.progress import ProgressCounter, TransferProgress
 
 MB = 1 << 20
 ITEMS = [(at, size * 8) for at, size in enumerate([0, 1, 40 * MB, 5, 70 * MB, 0, 3, 33 * MB, 9, 40 * MB, 2])]
@@ -36,13 +36,13 @@ class Here:
         return os.getpid() != self.pid
 
 
-def doubled(meter: Meter) -> Work:
+def doubled(counter: ProgressCounter) -> Work:
     """Twice the number and the process it was made in, once its bytes have been reported in two parts."""
 
     def work(number: int) -> tuple[int, int]:
         size = ITEMS[number][1]
-        meter.add(size // 2)
-        meter.add(size - size // 2)
+        counter.add(size // 2)
+        counter.add(size - size // 2)
         return 2 * number, os.getpid()
 
     return work
@@ -55,8 +55,8 @@ class Shared:
     done: Path
     here: Here = field(default_factory=Here)
 
-    def __call__(self, meter: Meter) -> Work:
-        work, started = doubled(meter), time.monotonic()
+    def __call__(self, counter: ProgressCounter) -> Work:
+        work, started = doubled(counter), time.monotonic()
 
         def do(number: int) -> tuple[int, int]:
             if self.here.left:
@@ -75,8 +75,8 @@ class Failing:
     at: int
     fail: Callable[[], None]
 
-    def __call__(self, meter: Meter) -> Work:
-        work = doubled(meter)
+    def __call__(self, counter: ProgressCounter) -> Work:
+        work = doubled(counter)
 
         def do(number: int) -> tuple[int, int]:
             if number == self.at:
@@ -105,12 +105,12 @@ class Killed:
 
     here: Here = field(default_factory=Here)
 
-    def __call__(self, meter: Meter) -> Work:
+    def __call__(self, counter: ProgressCounter) -> Work:
         def do(number: int) -> tuple[int, int]:
             if self.here.left:
                 os.kill(os.getpid(), signal.SIGKILL)
             while True:
-                meter.add(0)
+                counter.add(0)
                 time.sleep(0.01)
 
         return do
@@ -123,7 +123,7 @@ class Mask:
     done: Path
     here: Here = field(default_factory=Here)
 
-    def __call__(self, meter: Meter) -> Callable[[int], set[int]]:
+    def __call__(self, counter: ProgressCounter) -> Callable[[int], set[int]]:
         started = time.monotonic()
 
         def do(number: int) -> set[int]:
@@ -137,12 +137,12 @@ class Mask:
         return do
 
 
-def where(meter: Meter) -> Callable[[int], int]:
+def where(counter: ProgressCounter) -> Callable[[int], int]:
     return lambda _: os.getpid()
 
 
-def run(start: Callable[[Meter], Work], workers: int, **options: Any) -> list[tuple[int, int]]:
-    return list(pool.results(ITEMS, start, workers=workers, phase="working", **options))
+def run(start: Callable[[ProgressCounter], Work], workers: int, **options: Any) -> list[tuple[int, int]]:
+    return list(pool.run_in_processes(ITEMS, start, workers=workers, phase="working", **options))
 
 
 @pytest.fixture
@@ -169,18 +169,18 @@ def test_results_are_in_order_and_all_bytes_are_reported(workers: int, tmp_path:
 
 def test_small_items_go_to_a_worker_together() -> None:
     items = [(0, 1 << 18)] * 5000
-    found = list(pool.results(items, where, workers=2, phase="working"))
+    found = list(pool.run_in_processes(items, where, workers=2, phase="working"))
     assert len(found) == 5000
     assert len(set(found[:128])) == 1
 
 
 def test_what_is_not_worth_a_process_is_done_here() -> None:
     items = [(0, 100 << 20)] * 10
-    assert set(pool.results(items, where, workers=4, phase="working")) == {os.getpid()}
+    assert set(pool.run_in_processes(items, where, workers=4, phase="working")) == {os.getpid()}
 
 
 def test_nothing_to_do() -> None:
-    assert list(pool.results([], doubled, workers=4, phase="working")) == []
+    assert list(pool.run_in_processes([], doubled, workers=4, phase="working")) == []
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -207,7 +207,7 @@ def test_a_worker_that_is_killed_is_an_error(left_behind: LeftBehind) -> None:
 
 def test_whoever_has_enough_leaves_no_process_and_no_thread_behind(left_behind: LeftBehind) -> None:
     threads = set(threading.enumerate())
-    found = pool.results(ITEMS, doubled, workers=2, phase="working")
+    found = pool.run_in_processes(ITEMS, doubled, workers=2, phase="working")
     assert next(found)[0] == 0
     found.close()  # type: ignore[attr-defined]
     assert not left_behind()
@@ -227,7 +227,7 @@ def test_an_interruption_ends_the_workers(left_behind: LeftBehind) -> None:
 def test_what_a_terminal_sends_to_all_is_not_heard_by_processes(tmp_path: Path) -> None:
     mine = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     items = [(at, 128 * MB) for at in range(8)]
-    found = list(pool.results(items, Mask(tmp_path / "done"), workers=2, phase="working"))
+    found = list(pool.run_in_processes(items, Mask(tmp_path / "done"), workers=2, phase="working"))
     assert [one for one in found if one] != []
     assert all({signal.SIGINT, signal.SIGHUP} <= one for one in found if one)
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == mine
@@ -236,20 +236,20 @@ def test_what_a_terminal_sends_to_all_is_not_heard_by_processes(tmp_path: Path) 
 def test_progress_is_told_by_one_thread_at_a_time_under_no_lock_and_never_falls() -> None:
     seen: list[int] = []
     telling = threading.Lock()
-    meter: Meter | None = None
+    counter: ProgressCounter | None = None
 
     def tell(progress: TransferProgress) -> None:
         assert telling.acquire(blocking=False), "two threads tell at once"
-        if meter is not None and progress.done % 7 == 0:
-            other = threading.Thread(target=meter.add, args=(0,))  # would wait for ever if a lock were held
+        if counter is not None and progress.done % 7 == 0:
+            other = threading.Thread(target=counter.add, args=(0,))  # would wait for ever if a lock were held
             other.start()
             other.join(10)
             assert not other.is_alive()
         seen.append(progress.done)
         telling.release()
 
-    meter = Meter("working", 400, tell)
-    pool.spread(range(400), 4, meter, lambda: lambda _: meter.add(1))
+    counter = ProgressCounter("working", 400, tell)
+    pool.run_threaded(range(400), 4, counter, lambda: lambda _: counter.add(1))
     assert seen == sorted(seen)
     assert seen[-1] == 400
 
@@ -259,6 +259,6 @@ def test_a_callback_that_fails_ends_the_work() -> None:
         if progress.done == 3:
             raise ValueError("enough")
 
-    meter = Meter("working", 100, fail)
+    counter = ProgressCounter("working", 100, fail)
     with pytest.raises(ValueError, match="enough"):
-        pool.spread(range(100), 2, meter, lambda: lambda _: meter.add(1))
+        pool.run_threaded(range(100), 2, counter, lambda: lambda _: counter.add(1))

@@ -13,7 +13,7 @@ from ckpt_convert.errors import CheckpointNotFoundError, CkptConvertError
 from ckpt_convert.storage.checksums import digest_file
 from ckpt_convert.storage.place import Place
 from ckpt_convert.storage.reader import WORKERS
-from ckpt_convert.tensors.pool import each
+from ckpt_convert.tensors.pool import map_threaded
 
 _WAY_OUT = "copy the checkpoint again, or use another step"
 
@@ -34,7 +34,7 @@ def files(directory: Place, values: bool) -> list[Finding] | None:
 
 def compare(directory: Place, listed: Mapping[str, Mapping[str, Any]], values: bool) -> list[Finding]:
     """Hold files against the size and checksum (xxh3_64) that were written down; a few are read at a time."""
-    found = each(lambda name: _compare(directory, name, listed[name], values), listed, WORKERS)
+    found = map_threaded(lambda name: _compare(directory, name, listed[name], values), listed, WORKERS)
     return [finding for finding in found if finding is not None]
 
 

@@ -18,10 +18,10 @@ from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.dtypes import DTYPES
 from ckpt_convert.errors import CkptConvertError
 from ckpt_convert.storage.checksums import CRC32
-from ckpt_convert.tensors.blocks import BLOCK, Mover, Read, difference
+from ckpt_convert.tensors.blocks import BLOCK, BlockReader, TypedTensor, first_difference
 from ckpt_convert.tensors.header import StoredTensor
-from ckpt_convert.tensors.pool import spread
-from ckpt_convert.tensors.progress import Meter, ProgressCallback
+from ckpt_convert.tensors.pool import run_threaded
+from ckpt_convert.tensors.progress import ProgressCallback, ProgressCounter
 
 _EXPONENTS = {
     one.name: (f"<u{one.bits // 8}", ((1 << one.exponent) - 1) << one.mantissa, (1 << (one.bits - 1)) - 1)
@@ -74,24 +74,24 @@ def read(
     pairs = [(e.equality.dtype, prod(e.equality.left.shape)) for e in expected]
     total = sum(_end(run) - run[0].start for run in runs)
     total += sum(DTYPES[dtype].bits * count // 8 for dtype, count in pairs)
-    meter = Meter("checking", total, progress)
+    counter = ProgressCounter("checking", total, progress)
 
     def start() -> Callable[[list[Span] | Expected], None]:
         buffer = memoryview(bytearray(BLOCK))
-        movers: list[Mover] = []
+        readers: list[BlockReader] = []
 
         def work(item: list[Span] | Expected) -> None:
             if isinstance(item, Expected):
-                movers.extend(() if movers else (Mover(checkpoint.stored), Mover(checkpoint.stored)))
-                findings.extend(_compared(item, movers[0], movers[1], meter))
+                readers.extend(() if readers else (BlockReader(checkpoint.stored), BlockReader(checkpoint.stored)))
+                findings.extend(_compared(item, readers[0], readers[1], counter))
             else:
-                findings.extend(_streamed(item, buffer, meter))
+                findings.extend(_streamed(item, buffer, counter))
 
         return work
 
     items: list[list[Span] | Expected] = [*runs, *expected]
-    spread(items, workers, meter, start)
-    return findings, meter.done
+    run_threaded(items, workers, counter, start)
+    return findings, counter.done
 
 
 def finite(opened: Opened) -> Iterator[Span]:
@@ -144,10 +144,10 @@ def crcs(opened: Opened) -> Iterator[Span]:
             yield Span(file.reader, file.name, member.offset, member.offset + member.size, add, finish)
 
 
-def _compared(item: Expected, left: Mover, right: Mover, meter: Meter) -> Iterator[Finding]:
-    one, other = (Read(side, item.equality.dtype) for side in (item.equality.left, item.equality.right))
+def _compared(item: Expected, left: BlockReader, right: BlockReader, counter: ProgressCounter) -> Iterator[Finding]:
+    one, other = (TypedTensor(side, item.equality.dtype) for side in (item.equality.left, item.equality.right))
     try:
-        if difference(left, right, one, other, meter) is not None:
+        if first_difference(left, right, one, other, counter) is not None:
             yield item.differ
         elif item.equal is not None:
             yield item.equal
@@ -156,7 +156,7 @@ def _compared(item: Expected, left: Mover, right: Mover, meter: Meter) -> Iterat
         yield failed("values", error, text, item.differ.file, item.differ.key)
 
 
-def _streamed(run: list[Span], buffer: memoryview, meter: Meter) -> Iterator[Finding]:
+def _streamed(run: list[Span], buffer: memoryview, counter: ProgressCounter) -> Iterator[Finding]:
     position, end = run[0].start, _end(run)
     waiting = list(reversed(run))
     active: list[Span] = []
@@ -171,7 +171,7 @@ def _streamed(run: list[Span], buffer: memoryview, meter: Meter) -> Iterator[Fin
                 if low < high:
                     span.add(buffer[low - position : high - position])
             position += size
-            meter.add(size)
+            counter.add(size)
             for span in [span for span in active if span.end <= position]:
                 active.remove(span)
                 yield from span.finish()

@@ -23,10 +23,10 @@ from ckpt_convert.checkpoint.opening import in_memory
 from ckpt_convert.errors import ConfigError
 from ckpt_convert.models.core.rope import read_rope
 from ckpt_convert.tensors import pool
-from ckpt_convert.tensors.blocks import Mover, Read, difference, most
-from ckpt_convert.tensors.gather import Stored
-from ckpt_convert.tensors.lazy import together
-from ckpt_convert.tensors.progress import Meter, ProgressCallback
+from ckpt_convert.tensors.blocks import BlockReader, TypedTensor, block_elements, first_difference
+from ckpt_convert.tensors.gather import StoredTensors
+from ckpt_convert.tensors.lazy import aligned_blocks
+from ckpt_convert.tensors.progress import ProgressCallback, ProgressCounter
 
 SCHEMA = 1
 Status = Literal["same", "differs", "shape", "dtype", "only_a", "only_b"]
@@ -185,7 +185,7 @@ def _values(
     items = [((structure[at], pairs[at]), _cost(structure[at], pairs[at])) for at in wanted]
     workers = 1 if in_memory((*a.files, *b.files)) else workers  # no other process is sent what torch has read whole
     start = partial(_comparing, a.stored, b.stored)
-    found = pool.results(items, start, workers=workers, phase="comparing", progress=progress)
+    found = pool.run_in_processes(items, start, workers=workers, phase="comparing", progress=progress)
     out, digests = list(structure), {}
     for at, (delta, note, sums) in zip(wanted, found, strict=True):
         change = structure[at]
@@ -196,19 +196,21 @@ def _values(
     return _exchanged(out, digests)
 
 
-def _comparing(a: Stored, b: Stored, meter: Meter) -> Callable[[tuple[Change, Pair]], tuple[Delta | None, str, _Sums]]:
+def _comparing(
+    a: StoredTensors, b: StoredTensors, counter: ProgressCounter
+) -> Callable[[tuple[Change, Pair]], tuple[Delta | None, str, _Sums]]:
     """What compares a pair, in one worker."""
-    movers = Mover(a), Mover(b)
+    movers = BlockReader(a), BlockReader(b)
 
     def work(item: tuple[Change, Pair]) -> tuple[Delta | None, str, _Sums]:
         change, pair = item
         delta, note, sums = None, "", ("", "")
         if change.a is not None and change.b is not None and _is_comparable(change):
-            delta, sums = _delta(*movers, change.a, change.b, meter)
+            delta, sums = _delta(*movers, change.a, change.b, counter)
             if delta.differing and _is_reordered(*movers, pair):
                 note = _ROW_ORDER
         for side, check in pair.copies:
-            note = note if _is_copy(movers[side], check, meter) else check.message
+            note = note if _is_copy(movers[side], check, counter) else check.message
         return delta, note, sums
 
     return work
@@ -226,12 +228,14 @@ def _is_comparable(change: Change) -> bool:
     return change.a is not None and change.b is not None and numeric.comparable(change.a.dtype, change.b.dtype)
 
 
-def _delta(left: Mover, right: Mover, a: Half, b: Half, meter: Meter) -> tuple[Delta, _Sums]:
+def _delta(left: BlockReader, right: BlockReader, a: Half, b: Half, counter: ProgressCounter) -> tuple[Delta, _Sums]:
     """How far two tensors are apart; and a checksum of each, "" where they are equal."""
     counted = 0
     if a.dtype == b.dtype:
         # Most tensors of most pairs are equal, and that is told several times as quickly as how far they are apart.
-        found = difference(left, right, Read(a.tensor, a.element), Read(b.tensor, b.element), meter)
+        found = first_difference(
+            left, right, TypedTensor(a.tensor, a.element), TypedTensor(b.tensor, b.element), counter
+        )
         if found is None:
             nothing = numeric.Comparison(a.dtype, b.dtype).result()
             relative = None if a.packed else 0.0
@@ -239,24 +243,26 @@ def _delta(left: Mover, right: Mover, a: Half, b: Half, meter: Meter) -> tuple[D
         counted = found
     comparison = numeric.Comparison(a.dtype, b.dtype)
     digests = xxhash.xxh3_128(), xxhash.xxh3_128()
-    seen, block = 0, min(most(a.element, a.element), most(b.element, b.element))
-    for offset, (ours, theirs) in together((a.tensor, b.tensor), block):
+    seen, block = 0, min(block_elements(a.element, a.element), block_elements(b.element, b.element))
+    for offset, (ours, theirs) in aligned_blocks((a.tensor, b.tensor), block):
         one, other = left.read(ours, a.element, a.element), right.read(theirs, b.element, b.element)
         comparison.add(one, other, offset)
         digests[0].update(one)
         digests[1].update(other)
         seen += len(one)
         if seen > counted:
-            meter.add(len(one))
+            counter.add(len(one))
     return comparison.result(), (digests[0].hexdigest(), digests[1].hexdigest())
 
 
-def _is_reordered(left: Mover, right: Mover, pair: Pair) -> bool:
+def _is_reordered(left: BlockReader, right: BlockReader, pair: Pair) -> bool:
     """Whether b's tensor is a's with its rows in the other RoPE order: a step that was missed, or done twice."""
     if pair.a is None or pair.b is None or pair.a.dtype != pair.b.dtype:
         return False
-    one = Read(pair.a.tensor, pair.a.dtype)
-    return any(difference(left, right, one, Read(tensor, pair.b.dtype)) is None for tensor in pair.reordered)
+    one = TypedTensor(pair.a.tensor, pair.a.dtype)
+    return any(
+        first_difference(left, right, one, TypedTensor(tensor, pair.b.dtype)) is None for tensor in pair.reordered
+    )
 
 
 def _exchanged(changes: list[Change], digests: Mapping[int, _Sums]) -> list[Change]:
@@ -271,10 +277,10 @@ def _exchanged(changes: list[Change], digests: Mapping[int, _Sums]) -> list[Chan
     return out
 
 
-def _is_copy(mover: Mover, check: Equality, meter: Meter) -> bool:
+def _is_copy(mover: BlockReader, check: Equality, counter: ProgressCounter) -> bool:
     """Whether a copy on another rank is equal to the one that stands for the tensor."""
-    left, right = Read(check.left, check.dtype), Read(check.right, check.dtype)
-    return difference(mover, Mover(mover.stored), left, right, meter) is None
+    left, right = TypedTensor(check.left, check.dtype), TypedTensor(check.right, check.dtype)
+    return first_difference(mover, BlockReader(mover.stored), left, right, counter) is None
 
 
 def _config(left: Model | None, right: Model | None) -> list[tuple[str, Any, Any]]:

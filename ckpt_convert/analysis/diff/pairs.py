@@ -19,7 +19,7 @@ from ckpt_convert.errors import AmbiguousFormatError, CkptConvertError, ConfigEr
 from ckpt_convert.formats import peft
 from ckpt_convert.models.core.rope import reordered
 from ckpt_convert.models.core.table import Instance
-from ckpt_convert.tensors.lazy import LazyTensor, stored, zeros
+from ckpt_convert.tensors.lazy import LazyTensor, from_source, zeros
 from ckpt_convert.words import MORE, some
 
 
@@ -214,7 +214,7 @@ def _halves(checkpoint: Identified, key: str) -> list[tuple[str, Half]]:
     info, key = checkpoint.tensors[key], checkpoint.names.of(key)
     if info.dtype not in dtypes.DTYPES:
         number = checkpoint.ranks[0][key].tensor.tiles[0].source
-        return [(key, Half(key, info.shape, info.dtype, info.nbytes, stored(number, (info.nbytes,)), packed=True))]
+        return [(key, Half(key, info.shape, info.dtype, info.nbytes, from_source(number, (info.nbytes,)), packed=True))]
     if info.settled:
         tensor, dtype = checkpoint.joined(key)
         return [(key, Half(key, tensor.shape, dtype, info.nbytes, tensor))]

@@ -20,9 +20,9 @@ from ckpt_convert.errors import (
     UsageError,
 )
 from ckpt_convert.formats.names import ADAPTER_CONFIG, USUAL, index_for
-from ckpt_convert.tensors.blocks import Mover, Read
-from ckpt_convert.tensors.lazy import LazyTensor, stored
-from ckpt_convert.tensors.progress import Meter, ProgressCallback
+from ckpt_convert.tensors.blocks import BlockReader, TypedTensor
+from ckpt_convert.tensors.lazy import LazyTensor, from_source
+from ckpt_convert.tensors.progress import ProgressCallback, ProgressCounter
 from ckpt_convert.words import listing
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def load(checkpoint: Identified, found: Architecture, progress: ProgressCallback
     notices: tuple[str, ...] = ()
     if _opens(checkpoint):
         path: str | None = str(checkpoint.root.local)
-        meter = Meter("loading", sum(tensor.nbytes for _, tensor in checkpoint.stored), progress)
+        counter = ProgressCounter("loading", sum(tensor.nbytes for _, tensor in checkpoint.stored), progress)
     else:
         path = None
         if checkpoint.format == "hf":
@@ -139,7 +139,7 @@ def load(checkpoint: Identified, found: Architecture, progress: ProgressCallback
         raise ConfigError(f"{checkpoint.place}: transformers cannot load it: {_said(error)}") from error
     _refuse(checkpoint, info)
     if path is not None:
-        meter.add(meter.total)
+        counter.add(counter.total)
     return model.eval(), notices
 
 
@@ -162,7 +162,7 @@ def _as_they_are(checkpoint: Identified, progress: ProgressCallback | None) -> d
     """Every tensor of a Hugging Face checkpoint under its key in the format."""
     _ = checkpoint.ranks  # refuses keys given twice
     tensors = [
-        (checkpoint.names.of(tensor.key), Read(stored(number, tensor.shape, tensor.strides), tensor.dtype))
+        (checkpoint.names.of(tensor.key), TypedTensor(from_source(number, tensor.shape, tensor.strides), tensor.dtype))
         for number, (_, tensor) in enumerate(checkpoint.stored)
         if checkpoint.is_weight(tensor.key)
     ]
@@ -179,21 +179,23 @@ def _translated(checkpoint: Identified, progress: ProgressCallback | None) -> tu
     failed = [check.message for check in made.checks if not equal(check)]
     if failed:
         raise TiedWeightsError(f"{path}: tensors that have to be equal are not:{listing(failed)}")
-    tensors = [(target.key, Read(target.tensor, target.dtype)) for target in made.targets]
+    tensors = [(target.key, TypedTensor(target.tensor, target.dtype)) for target in made.targets]
     return _made(checkpoint, tensors, progress), bool(made.dims["tied"])
 
 
 def _made(
-    checkpoint: Identified, tensors: Iterable[tuple[str, Read]], progress: ProgressCallback | None
+    checkpoint: Identified, tensors: Iterable[tuple[str, TypedTensor]], progress: ProgressCallback | None
 ) -> dict[str, torch.Tensor]:
     """The tensors themselves, floating-point numbers in float32."""
     tensors = list(tensors)
-    mover = Mover(checkpoint.stored)
-    meter = Meter("loading", sum(dtypes.nbytes(one.dtype, one.tensor.shape) for _, one in tensors), progress)
-    return {key: _read(mover, one.tensor, one.dtype, meter) for key, one in tensors}
+    mover = BlockReader(checkpoint.stored)
+    counter = ProgressCounter(
+        "loading", sum(dtypes.nbytes(one.dtype, one.tensor.shape) for _, one in tensors), progress
+    )
+    return {key: _read(mover, one.tensor, one.dtype, counter) for key, one in tensors}
 
 
-def _read(mover: Mover, tensor: LazyTensor, dtype: str, meter: Meter) -> torch.Tensor:
+def _read(mover: BlockReader, tensor: LazyTensor, dtype: str, counter: ProgressCounter) -> torch.Tensor:
     import numpy as np
     import torch
 
@@ -203,7 +205,7 @@ def _read(mover: Mover, tensor: LazyTensor, dtype: str, meter: Meter) -> torch.T
     view = data.numpy()
     for offset, block in mover.blocks(tensor, dtype, target):
         view[offset : offset + len(block)] = np.frombuffer(block, np.uint8)
-        meter.add(len(block) * dtypes.DTYPES[dtype].bits // dtypes.DTYPES[target].bits)
+        counter.add(len(block) * dtypes.DTYPES[dtype].bits // dtypes.DTYPES[target].bits)
     name = dtypes.DTYPES[target].torch
     elements = data.view(getattr(torch, name)) if name else data
     return elements.reshape(tensor.shape) if elements.numel() == prod(tensor.shape) else elements

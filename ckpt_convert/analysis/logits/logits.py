@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ckpt_convert.analysis.logits import causal
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.errors import ShapeMismatchError, UsageError
-from ckpt_convert.tensors.progress import Meter, ProgressCallback
+from ckpt_convert.tensors.progress import ProgressCallback, ProgressCounter
 
 if TYPE_CHECKING:
     import torch
@@ -180,13 +180,13 @@ def _run(
     import torch
 
     model, notices = causal.load(checkpoint, found, progress)
-    meter = Meter("running", len(tokens), progress)
+    counter = ProgressCounter("running", len(tokens), progress)
     out = []
     for prompt in tokens[:, None]:
         with torch.inference_mode():
             answer = model(input_ids=prompt, attention_mask=torch.ones_like(prompt), use_cache=False)
         out.append(answer.logits.float())
-        meter.add(1)
+        counter.add(1)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     del model
     made = torch.cat(out)

@@ -51,7 +51,7 @@ class Comparison:
     def __init__(self, dtype_a: str, dtype_b: str) -> None:
         if not comparable(dtype_a, dtype_b):
             raise ValueError(f"elements of {dtype_a} and {dtype_b} cannot be compared")
-        self._a, self._b = decode.codec(dtype_a), decode.codec(dtype_b)
+        self._a, self._b = decode.codec_of(dtype_a), decode.codec_of(dtype_b)
         self._is_same = dtype_a == dtype_b
         self._has_ulp = self._is_same and self._a is not None and self._a.kind != "int"
         self._scratch = Scratch()
@@ -91,8 +91,8 @@ class Comparison:
         )
 
     def _piece(self, a: Codec, b: Codec, one: Array, other: Array, first: int) -> None:
-        numbers = len(one) // a.nbytes * a.each
-        self._count += numbers // a.parts
+        numbers = len(one) // a.nbytes * a.values_per_unit
+        self._count += numbers // a.values_per_element
         # Where the last piece differed, this one most likely does.
         self._was_equal = self._was_equal and self._is_same and is_equal(one, other)
         if self._was_equal:
@@ -109,11 +109,11 @@ class Comparison:
         # In float32 where both are of it: rounded, but not by a digit that anybody looks at.
         # In place of the right side (but never of a file's own bytes): the fewer buffers, the more of them stay in the
         # cache. What needs that side again, which is seldom, reads it again.
-        kept = self._scratch.take(2, left.dtype.str, numbers) if decode.is_plain(b) else right
+        kept = self._scratch.take(2, left.dtype.str, numbers) if decode.is_native(b) else right
         delta = np.subtract(left, right, out=kept)
         np.abs(delta, out=delta)
         if a.is_long and b.is_long:
-            delta = _distance(one.view(a.code), other.view(b.code))
+            delta = _distance(one.view(a.unit_dtype), other.view(b.unit_dtype))
         largest = float(np.maximum.reduce(delta))
         if not math.isfinite(largest):
             left, right, _ = self._read(a, b, one, other)
@@ -138,14 +138,14 @@ class Comparison:
                 left, right, _ = self._read(a, b, one, other)
                 largest = abs(float(left[at]) - float(right[at]))
             self._max = largest
-            self._at = first + at // a.parts
+            self._at = first + at // a.values_per_element
 
     def _read(self, a: Codec, b: Codec, one: Array, other: Array) -> tuple[Array, Array, Array]:
         """The numbers of both sides in a common type, and which of them differ."""
-        wide = "<f8" if "<f8" in (a.wide, b.wide) else "<f4"
+        wide = "<f8" if "<f8" in (a.value_dtype, b.value_dtype) else "<f4"
         left, right = self._values(a, one, wide, 0), self._values(b, other, wide, 1)
         if self._is_same:
-            codes, others = decode.codes(a, one), decode.codes(b, other)
+            codes, others = decode.unpack_codes(a, one), decode.unpack_codes(b, other)
             return left, right, np.not_equal(codes, others, out=self._scratch.take(6, "?", len(codes)))
         if a.is_long or b.is_long:
             return left, right, _changed_long(a, b, one, other, left, right)
@@ -153,13 +153,13 @@ class Comparison:
         return left, right, left.view(unit) != right.view(unit)
 
     def _values(self, codec: Codec, raw: Array, wide: str, number: int) -> Array:
-        numbers = len(raw) // codec.nbytes * codec.each
-        values = decode.values(codec, raw, self._scratch.take(number, codec.wide, numbers))
-        return values if codec.wide == wide else values.astype(wide)
+        numbers = len(raw) // codec.nbytes * codec.values_per_unit
+        values = decode.decode_values(codec, raw, self._scratch.take(number, codec.value_dtype, numbers))
+        return values if codec.value_dtype == wide else values.astype(wide)
 
     def _equal(self, a: Codec, raw: Array, numbers: int) -> None:
         """Equal numbers count, and add to what the difference of the others is measured against."""
-        values = decode.values(a, raw, self._scratch.take(0, a.wide, numbers))
+        values = decode.decode_values(a, raw, self._scratch.take(0, a.value_dtype, numbers))
         found = norm(values)
         if not math.isfinite(found):
             values = values[np.isfinite(values)]
@@ -169,25 +169,29 @@ class Comparison:
 
     def _differ(self, changed: Array, count: int, a: Codec, first: int) -> None:
         elements = _by_element(changed, a)
-        self._differing += count if a.parts == 1 else int(np.count_nonzero(elements))
+        self._differing += count if a.values_per_element == 1 else int(np.count_nonzero(elements))
         if self._first is None:
             self._first = first + int(elements.argmax())
 
 
 def comparable(dtype_a: str, dtype_b: str) -> bool:
     """Whether the elements of two dtypes can be compared: any numbers, but complex ones only with complex ones."""
-    a, b = decode.codec(dtype_a), decode.codec(dtype_b)
-    return dtype_a == dtype_b or (a is not None and b is not None and a.parts == b.parts)
+    a, b = decode.codec_of(dtype_a), decode.codec_of(dtype_b)
+    return dtype_a == dtype_b or (a is not None and b is not None and a.values_per_element == b.values_per_element)
 
 
 def _by_element(numbers: Array, codec: Codec) -> Array:
     """For each element, whether it holds of one of its parts."""
-    return numbers if codec.parts == 1 else np.logical_or.reduce(numbers.reshape(-1, codec.parts), axis=1)
+    return (
+        numbers
+        if codec.values_per_element == 1
+        else np.logical_or.reduce(numbers.reshape(-1, codec.values_per_element), axis=1)
+    )
 
 
 def _ulps(codec: Codec, one: Array, other: Array, scratch: Scratch) -> Array:
     """How many values of the dtype lie between two, without sign; both zeros are one value."""
-    a, b = decode.codes(codec, one), decode.codes(codec, other)
+    a, b = decode.unpack_codes(codec, one), decode.unpack_codes(codec, other)
     if codec.kind == "float":
         a, b = _ordered(a, scratch, 3), _ordered(b, scratch, 4)
     # Into memory that was used before: what is new costs more than what is done with it.
@@ -195,8 +199,8 @@ def _ulps(codec: Codec, one: Array, other: Array, scratch: Scratch) -> Array:
     np.maximum(a, b, out=found)
     np.minimum(a, b, out=rest)
     np.subtract(found, rest, out=found)
-    found = found.view(codec.code)
-    return found >> 4 if codec.each == 2 else found
+    found = found.view(codec.unit_dtype)
+    return found >> 4 if codec.values_per_unit == 2 else found
 
 
 def _ordered(codes: Array, scratch: Scratch, number: int) -> Array:
@@ -224,14 +228,14 @@ def _changed_long(a: Codec, b: Codec, one: Array, other: Array, left: Array, rig
     """Which numbers differ where float64 does not hold one side exactly."""
     found: Array
     if a.kind == b.kind == "int":
-        x, y = one.view(a.code), other.view(b.code)
+        x, y = one.view(a.unit_dtype), other.view(b.unit_dtype)
         found = ((x < 0) != (y < 0)) | (_extended(x) != _extended(y))
         return found
     # What is left of the integer in a float has to be that float, and it has to give the integer back.
-    codec, numbers, floats = (a, one.view(a.code), right) if a.is_long else (b, other.view(b.code), left)
-    low, high = (-(2.0**63), 2.0**63) if codec.code == "<i8" else (0.0, 2.0**64)
+    codec, numbers, floats = (a, one.view(a.unit_dtype), right) if a.is_long else (b, other.view(b.unit_dtype), left)
+    low, high = (-(2.0**63), 2.0**63) if codec.unit_dtype == "<i8" else (0.0, 2.0**64)
     inside = (floats >= low) & (floats < high)
-    back = np.where(inside, floats, 0.0).astype(codec.code)
+    back = np.where(inside, floats, 0.0).astype(codec.unit_dtype)
     found = (left.view("<u8") != right.view("<u8")) | ~inside | (back != numbers)
     return found
 

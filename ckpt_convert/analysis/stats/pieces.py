@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ckpt_convert.tensors.decode import PIECE, Array, Codec
+from ckpt_convert.tensors.decode import CHUNK, Array, Codec
 
 Data = bytes | bytearray | memoryview | np.ndarray[Any, Any]
 
@@ -32,9 +32,9 @@ _SINGLE = (1e-12, 1e15)
 def pieces(codec: Codec, data: Data) -> Iterator[tuple[int, Array]]:
     """(number of the first element, bytes) of each piece of a block."""
     raw = as_bytes(data)
-    step = PIECE // codec.each * codec.nbytes
+    step = CHUNK // codec.values_per_unit * codec.nbytes
     for start in range(0, len(raw), step):
-        yield start // codec.nbytes * codec.each // codec.parts, raw[start : start + step]
+        yield start // codec.nbytes * codec.values_per_unit // codec.values_per_element, raw[start : start + step]
 
 
 def as_bytes(data: Data) -> Array:

@@ -18,10 +18,10 @@ from ckpt_convert.errors import CorruptFileError
 from ckpt_convert.tensors import pool
 from ckpt_convert.tensors.blocks import BLOCK
 from ckpt_convert.tensors.decode import Array
-from ckpt_convert.tensors.gather import Gatherer
+from ckpt_convert.tensors.gather import StridedReader
 from ckpt_convert.tensors.header import WeightFile
-from ckpt_convert.tensors.lazy import LazyTensor, stored
-from ckpt_convert.tensors.progress import Meter, ProgressCallback
+from ckpt_convert.tensors.lazy import LazyTensor, from_source
+from ckpt_convert.tensors.progress import ProgressCallback, ProgressCounter
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,26 +46,26 @@ def statistics(
     items = [(info, _nbytes(info)) for info in infos]
     workers = 1 if in_memory(checkpoint.files) else workers  # no other process is sent what torch has read whole
     start = partial(_reading, checkpoint)
-    found = pool.results(items, start, workers=workers, phase="reading", progress=progress)
+    found = pool.run_in_processes(items, start, workers=workers, phase="reading", progress=progress)
     yield from zip((info.key for info in infos), found, strict=True)
 
 
-def _reading(checkpoint: Identified, meter: Meter) -> Callable[[TensorInfo], TensorStats]:
-    return _Reader(checkpoint, meter).read
+def _reading(checkpoint: Identified, counter: ProgressCounter) -> Callable[[TensorInfo], TensorStats]:
+    return _Reader(checkpoint, counter).read
 
 
 class _Reader:
     """One worker's buffers."""
 
-    def __init__(self, checkpoint: Identified, meter: Meter) -> None:
-        self._checkpoint, self._meter = checkpoint, meter
+    def __init__(self, checkpoint: Identified, counter: ProgressCounter) -> None:
+        self._checkpoint, self._meter = checkpoint, counter
         self._files = {file.name: file for file in checkpoint.files}
         self._spread = {
-            (file.name, tensor.key): stored(number, tensor.shape, tensor.strides)
+            (file.name, tensor.key): from_source(number, tensor.shape, tensor.strides)
             for number, (file, tensor) in enumerate(checkpoint.stored)
             if tensor.strides is not None
         }
-        self._gatherer = Gatherer(checkpoint.stored)
+        self._gatherer = StridedReader(checkpoint.stored)
         self._buffer = np.empty(BLOCK, np.uint8)
 
     def read(self, info: TensorInfo) -> TensorStats:
@@ -93,14 +93,14 @@ class _Reader:
 
     def _tensor(self, tensor: LazyTensor, dtype: str) -> Iterator[Array]:
         bits = dtypes.DTYPES[dtype].bits
-        if tensor.whole is not None:
-            number, first = tensor.whole
+        if tensor.contiguous_source is not None:
+            number, first = tensor.contiguous_source
             file, found = self._checkpoint.stored[number]
             yield from self._range(file, found.offset + first * bits // 8, tensor.size * bits // 8)
             return
         for _, block in tensor.blocks(BLOCK * 8 // bits):
             view = self._buffer[: block.size * bits // 8]
-            self._gatherer.into(block, dtype, view)
+            self._gatherer.read_into(block, dtype, view)
             yield view
 
     def _range(self, file: WeightFile, offset: int, nbytes: int) -> Iterator[Array]:

@@ -44,7 +44,7 @@ class Summary:
     """Adds up what a tensor holds, block by block; not to be shared between threads."""
 
     def __init__(self, dtype: str) -> None:
-        self._codec = decode.codec(dtype)
+        self._codec = decode.codec_of(dtype)
         self._scratch = Scratch()
         self._tally: Array | None = None
         self._count = self._nan = self._inf = self._zeros = self._finite = 0
@@ -61,7 +61,7 @@ class Summary:
             return
         with np.errstate(all="ignore"):
             for _, raw in pieces(codec, data):
-                self._add_long(raw.view(codec.code)) if codec.is_long else self._add(codec, raw)
+                self._add_long(raw.view(codec.unit_dtype)) if codec.is_long else self._add(codec, raw)
 
     def merge(self, other: Summary) -> None:
         """Add all that another summary has seen."""
@@ -86,8 +86,8 @@ class Summary:
         self._tally = tally.copy() if self._tally is None else np.add(self._tally, tally, out=self._tally)
 
     def _add(self, codec: Codec, raw: Array) -> None:
-        count = len(raw) // codec.nbytes * codec.each
-        values = decode.values(codec, raw, self._scratch.take(0, codec.wide, count))
+        count = len(raw) // codec.nbytes * codec.values_per_unit
+        values = decode.decode_values(codec, raw, self._scratch.take(0, codec.value_dtype, count))
         self._count += count
         low, high = float(np.minimum.reduce(values)), float(np.maximum.reduce(values))
         if not (math.isfinite(low) and math.isfinite(high)):
@@ -162,10 +162,12 @@ def _counts(codes: Array, size: int) -> Array:
 
 
 def _of_tally(codec: Codec, tally: Array) -> Stats:
-    every = np.arange(len(tally), dtype=codec.code.replace("i", "u")).view(np.uint8)
+    every = np.arange(len(tally), dtype=codec.unit_dtype.replace("i", "u")).view(np.uint8)
     with np.errstate(all="ignore"):  # among every code there are signalling NaNs
-        values = decode.values(codec, every, np.empty(len(tally) * codec.each, codec.wide)).astype(np.float64)
-    counts = np.repeat(tally, codec.each)
+        values = decode.decode_values(
+            codec, every, np.empty(len(tally) * codec.values_per_unit, codec.value_dtype)
+        ).astype(np.float64)
+    counts = np.repeat(tally, codec.values_per_unit)
     is_there = (counts > 0) & np.isfinite(values)
     some, weights = values[is_there], counts[is_there]
     nan, inf = int(counts[np.isnan(values)].sum()), int(counts[np.isinf(values)].sum())

@@ -11,7 +11,7 @@ from ckpt_convert.checkpoint.model import Model
 from ckpt_convert.checkpoint.quantized.recognise import CONFIGS, Quantization
 from ckpt_convert.errors import ConfigError, UnsupportedFamilyError, misfit
 from ckpt_convert.storage.place import Place
-from ckpt_convert.tensors.lazy import stored
+from ckpt_convert.tensors.lazy import from_source
 
 _WAY_OUT = "pass `dequantize='bfloat16'` (or float32)"
 
@@ -97,7 +97,7 @@ def numbers(
         shape = None if one is None else one.shape or shapes.get(one.key)
         if one is not None and shape is not None:
             number = source.tensor.tiles[0].source if source.tensor.tiles else 0  # nobody reads them
-            out[one.key] = Source(one.key, "F32", stored(number, shape), source.where)
+            out[one.key] = Source(one.key, "F32", from_source(number, shape), source.where)
         elif key not in found.owners and key not in found.extras:
             out[key] = source
     return out

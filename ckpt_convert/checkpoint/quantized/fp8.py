@@ -40,7 +40,7 @@ class Fp8:
         box = (first, last, start, stop)
         raw = STRIPS.read(self.codes.file.reader, self.codes.tensor.offset, self.columns, box)
         raw = contiguous(raw, 2)
-        numbers = decode.values(self.codec, raw, SCRATCH.take(0, "<f4", count * width)).reshape(count, width)
+        numbers = decode.decode_values(self.codec, raw, SCRATCH.take(0, "<f4", count * width)).reshape(count, width)
         self._scale(numbers, first, start)
         return numbers
 
@@ -86,17 +86,17 @@ def numbers_of(data: Array, dtype: str) -> Array:
     """Scales as float32; a NaN as a plain one, so that rounding leaves it one."""
     if dtype == "U8":
         return np.ldexp(np.float32(1), data.astype(np.int32) - 127)
-    codec = decode.codec(dtype)
+    codec = decode.codec_of(dtype)
     if codec is None:
         raise ValueError(f"{dtype} is no dtype of scales")
-    numbers = decode.values(codec, data, np.empty(len(data), "<f4"))
+    numbers = decode.decode_values(codec, data, np.empty(len(data), "<f4"))
     return np.where(np.isnan(numbers), np.float32(np.nan), numbers)
 
 
 def numbers(quantized: Quantized) -> Fp8:
     """The numbers of a tensor that was recognised, with the scheme of its blocks."""
     tensor = quantized.codes.tensor
-    codec = decode.codec(tensor.dtype)
+    codec = decode.codec_of(tensor.dtype)
     if quantized.block is None or codec is None:
         raise ValueError(f"{quantized.key} has no blocks that are known")
     shape = tensor.shape if len(tensor.shape) > 1 else (1, prod(tensor.shape))

@@ -41,9 +41,9 @@ class Mxfp4:
         packed = contiguous(_box(self.codes, groups * _BYTES, (first, last, low * _BYTES, high * _BYTES)), 2)
         # The codes are where other bytes are read to, unless they were copied; so the scales come after their numbers.
         out = SCRATCH.take(0, "<f4", count * (high - low) * GROUP)
-        codec = decode.codec("F4")
+        codec = decode.codec_of("F4")
         assert codec is not None
-        numbers = decode.values(codec, packed, out).reshape(-1, GROUP)
+        numbers = decode.decode_values(codec, packed, out).reshape(-1, GROUP)
         scales = contiguous(_box(self.scales, groups, (first, last, low, high)), 2)
         np.multiply(numbers, _powers()[scales][:, None], out=numbers)
         return numbers.reshape(count, -1)[:, start - low * GROUP : stop - low * GROUP]

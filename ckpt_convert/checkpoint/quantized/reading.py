@@ -14,7 +14,7 @@ import numpy as np
 
 from ckpt_convert.dtypes import DTYPES
 from ckpt_convert.storage.base import RangeReader
-from ckpt_convert.tensors.decode import PIECE, Scratch
+from ckpt_convert.tensors.decode import CHUNK, Scratch
 
 Array = np.ndarray[Any, Any]
 Dims = tuple[tuple[int, int, int], ...]
@@ -150,10 +150,10 @@ class Rows:
         done, end = 0, len(out)
         while done < end:
             row, column = divmod(first + done, columns)
-            if column or end - done < columns or columns > PIECE:
-                count, stop = 1, min(columns, column + min(end - done, PIECE))
+            if column or end - done < columns or columns > CHUNK:
+                count, stop = 1, min(columns, column + min(end - done, CHUNK))
             else:
-                count, stop = min((end - done) // columns, max(1, PIECE // columns)), columns
+                count, stop = min((end - done) // columns, max(1, CHUNK // columns)), columns
             codes = self._codes(row, row + count, column, stop)
             out[done : done + codes.size].reshape(codes.shape)[...] = codes
             done += codes.size
@@ -187,7 +187,7 @@ class Rows:
         stop = column + (count - 1) * step + 1
         rows = prod(size for size, _, _ in down)
         span = 1 + sum((size - 1) * move for size, move, _ in down)
-        if rows > 1 and (span > _WASTE * rows or span * (stop - column) > PIECE):
+        if rows > 1 and (span > _WASTE * rows or span * (stop - column) > CHUNK):
             widest = max(range(len(down)), key=lambda axis: down[axis][1] * (down[axis][0] > 1))
             size, move, jump = down[widest]
             for start, part in ((0, size // 2), (size // 2, size - size // 2)):

@@ -18,7 +18,7 @@ from ckpt_convert.dtypes import DEQUANTIZED
 from ckpt_convert.errors import ConfigError
 from ckpt_convert.formats.base import render_index
 from ckpt_convert.tensors.header import StoredTensor, WeightFile
-from ckpt_convert.tensors.lazy import row_major
+from ckpt_convert.tensors.lazy import row_major_strides
 
 SETTINGS = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 """Files beside weights that say how these are quantised; loaders believe them, also where it is no longer so."""
@@ -111,7 +111,7 @@ def _described(one: Quantized, shape: tuple[int, ...], dtype: str) -> StoredTens
     if one.rule is not schemes.MXFP4:
         return StoredTensor(one.key, dtype, shape, 0)
     *leading, columns, rows = shape  # it is stored with these two the other way round
-    strides = row_major((*leading, rows, columns))
+    strides = row_major_strides((*leading, rows, columns))
     return StoredTensor(one.key, dtype, shape, 0, (*strides[:-2], strides[-1], strides[-2]))
 
 

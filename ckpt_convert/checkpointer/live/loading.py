@@ -20,9 +20,9 @@ from ckpt_convert.convert.output import overflow_text
 from ckpt_convert.convert.writing import Target
 from ckpt_convert.errors import KeyMismatchError, TiedWeightsError
 from ckpt_convert.storage.reader import WORKERS
-from ckpt_convert.tensors.blocks import Mover, overflowed
-from ckpt_convert.tensors.pool import spread
-from ckpt_convert.tensors.progress import Meter, ProgressCallback
+from ckpt_convert.tensors.blocks import BlockReader, count_overflowed
+from ckpt_convert.tensors.pool import run_threaded
+from ckpt_convert.tensors.progress import ProgressCallback, ProgressCounter
 from ckpt_convert.words import listing
 
 log = logging.getLogger("ckpt_convert")
@@ -154,22 +154,22 @@ def load(
     misfit = {line.partition(":")[0] for line in found.misfits}
     targets = [target for target in found.targets if wanted(target.key) and target.key not in misfit]
     total = sum(dtypes.nbytes(target.dtype, target.tensor.shape) for target in targets)
-    meter = Meter("loading", total, progress)
+    counter = ProgressCounter("loading", total, progress)
     overflows: dict[str, int] = {}
 
     def start() -> Callable[[Target], None]:
-        mover = Mover(checkpoint.stored)
+        mover = BlockReader(checkpoint.stored)
 
         def fill(target: Target) -> None:
             digest = xxhash.xxh3_64() if checksums is not None else None
-            if count := _fill(mover, target, tensors[target.key], meter, digest):
+            if count := _fill(mover, target, tensors[target.key], counter, digest):
                 overflows[target.key] = count
             if checksums is not None and digest is not None:
                 checksums[target.key] = digest.hexdigest()
 
         return fill
 
-    spread(targets, workers, meter, start)
+    run_threaded(targets, workers, counter, start)
     if overflows:
         log.warning(
             "%s: %s in the model, whose dtype is too narrow for them",
@@ -185,21 +185,21 @@ def load(
 def checksums(checkpoint: Identified, targets: Collection[Target], workers: int = WORKERS) -> dict[str, str]:
     """What ``load`` gives as ``checksums``, of tensors that are read for it alone."""
     out: dict[str, str] = {}
-    meter = Meter("reading", sum(dtypes.nbytes(one.dtype, one.tensor.shape) for one in targets), None)
+    counter = ProgressCounter("reading", sum(dtypes.nbytes(one.dtype, one.tensor.shape) for one in targets), None)
 
     def start() -> Callable[[Target], None]:
-        mover = Mover(checkpoint.stored)
+        mover = BlockReader(checkpoint.stored)
 
         def read(target: Target) -> None:
             digest = xxhash.xxh3_64()
             for _, data in mover.blocks(target.tensor, target.dtype, target.dtype):
                 digest.update(data)
-                meter.add(len(data))
+                counter.add(len(data))
             out[target.key] = digest.hexdigest()
 
         return read
 
-    spread(targets, workers, meter, start)
+    run_threaded(targets, workers, counter, start)
     return out
 
 
@@ -216,7 +216,11 @@ def state_dict(checkpoint: Identified, format: str) -> dict[str, torch.Tensor]:
 
 
 def _fill(
-    mover: Mover, target: Target, tensor: torch.Tensor, meter: Meter, digest: xxhash.xxh3_64 | None = None
+    mover: BlockReader,
+    target: Target,
+    tensor: torch.Tensor,
+    counter: ProgressCounter,
+    digest: xxhash.xxh3_64 | None = None,
 ) -> int:
     """Copy a tensor in place, its bytes also into ``digest``; returns how many finite values have become infinite."""
     dtype = getattr(torch, dtypes.DTYPES[target.dtype].torch)
@@ -233,7 +237,7 @@ def _fill(
             part = flat[start : start + block.numel()]
             part.copy_(block)
             count += _overflowed(block, part)
-            meter.add(len(data))
+            counter.add(len(data))
         if dense is not into:
             into.copy_(dense)
             count += _overflowed(dense, into)
@@ -242,4 +246,4 @@ def _fill(
 
 def _overflowed(values: torch.Tensor, made: torch.Tensor) -> int:
     is_cast = values.dtype != made.dtype and values.is_floating_point() and made.is_floating_point()
-    return overflowed(values.to(made.device), made) if is_cast else 0
+    return count_overflowed(values.to(made.device), made) if is_cast else 0

@@ -18,7 +18,7 @@ from ckpt_convert.errors import KeyMismatchError, UsageError
 from ckpt_convert.storage.base import RangeReader
 from ckpt_convert.storage.place import at
 from ckpt_convert.tensors.header import IN_MEMORY, Header, StoredTensor, WeightFile
-from ckpt_convert.tensors.lazy import stored
+from ckpt_convert.tensors.lazy import from_source
 from ckpt_convert.words import listing
 
 Model = nn.Module | Mapping[str, Any]
@@ -170,7 +170,7 @@ def as_live(tensors: Mapping[str, torch.Tensor], format: str, readers: Mapping[s
         description = StoredTensor(key, dtype, shape, 0, None if dense else strides)
         reader = given or MemoryReader(key, tensor)
         file = WeightFile(WHERE, 0, at(WHERE), reader, Header(IN_MEMORY, reader.size, (description,)))
-        sources[key] = Source(key, dtype, stored(number, shape, None if dense else strides), WHERE)
+        sources[key] = Source(key, dtype, from_source(number, shape, None if dense else strides), WHERE)
         files.append((file, description))
     return Live(format, sources, tuple(files))
 

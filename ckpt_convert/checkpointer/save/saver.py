@@ -130,7 +130,7 @@ class Saver:
         self._refuse_others()
         if self._copy_check is not None:
             self._copy_check.refuse_copies(progress.step)
-        if self.background.busy:
+        if self.background.is_busy:
             log.info("step %d waits for the save before it", progress.step)
         failed = self.background.settle()
         tensors = tensors_of(parts.model)
@@ -185,8 +185,8 @@ class Saver:
         if destination is None:
             return
         evals, metrics = self.counts.reported.known
-        if self.background.busy:
-            self.background.then(lambda: directory.amend(destination, metrics, evals))
+        if self.background.is_busy:
+            self.background.enqueue(lambda: directory.amend(destination, metrics, evals))
         else:
             directory.amend(destination, metrics, evals)
 

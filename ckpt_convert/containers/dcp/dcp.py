@@ -295,15 +295,15 @@ def _gather(file: File, held: StoredTensor, start: int, buffer: memoryview) -> N
     """Bytes from ``start`` on of what a tensor that is stored in another order would be as a dense one."""
     import numpy as np
 
-    from ckpt_convert.tensors.gather import Gatherer
-    from ckpt_convert.tensors.lazy import stored
+    from ckpt_convert.tensors.gather import StridedReader
+    from ckpt_convert.tensors.lazy import from_source
 
     row = nbytes(held.dtype, held.shape[1:])
     first, last = start // row, -(-(start + len(buffer)) // row)
-    rows = stored(0, held.shape, held.strides).narrow(0, first, last - first)
+    rows = from_source(0, held.shape, held.strides).narrow(0, first, last - first)
     gathered = np.empty((last - first) * row, np.uint8)
-    gatherer = Gatherer([(file, held)])
-    gatherer.into(rows, held.dtype, gathered)
+    gatherer = StridedReader([(file, held)])
+    gatherer.read_into(rows, held.dtype, gathered)
     buffer[:] = gathered[start - first * row :][: len(buffer)].data
 
 

@@ -12,7 +12,7 @@ from ckpt_convert.containers.dcp import dcp_index
 from ckpt_convert.containers.dcp.dcp import KIND
 from ckpt_convert.containers.dcp.dcp_index import Placed
 from ckpt_convert.containers.torch_zip import torchzip_build
-from ckpt_convert.tensors.header import Checksummed, FileLayout, Header, StoredTensor
+from ckpt_convert.tensors.header import ChecksummedRange, FileLayout, Header, StoredTensor
 
 Spec = tuple[str, str, tuple[int, ...]]
 
@@ -23,15 +23,15 @@ def build(tensors: Sequence[Spec]) -> FileLayout:
     Raises UsageError for a dtype that torch does not have.
     """
     stored: list[StoredTensor] = []
-    checksummed: list[Checksummed] = []
+    checksummed: list[ChecksummedRange] = []
     literals: list[tuple[int, bytes]] = []
     position = 0
     for key, dtype, shape in tensors:
         archive = _archive(dtype, tuple(shape))
         stored.append(archive.header.tensors[0]._replace(key=key, offset=position + archive.header.tensors[0].offset))
         for member in archive.header.checksummed:
-            places = tuple(position + place for place in member.places)
-            checksummed.append(Checksummed(position + member.offset, member.nbytes, 0, places))
+            places = tuple(position + place for place in member.crc_offsets)
+            checksummed.append(ChecksummedRange(position + member.offset, member.nbytes, 0, places))
         for offset, data in archive.literals:
             _add(literals, position + offset, data)
         position += archive.header.size

@@ -29,7 +29,7 @@ from ckpt_convert.containers.pickle.pickleglobals import (
     integer,
 )
 from ckpt_convert.errors import CorruptFileError, InputError, UnsafeFileError
-from ckpt_convert.tensors.header import SLICES
+from ckpt_convert.tensors.header import SHARDED_TENSOR_CLASSES
 
 __all__ = ["Foreign", "Loaded", "Other", "Size", "Storage", "Tensor", "load"]
 
@@ -69,7 +69,7 @@ def load(name: str, data: bytes, *, foreign: bool = False, part: str = "data.pkl
 def refusal(name: str, part: str, foreign: str, *more: str) -> UnsafeFileError:
     """The error for a pickle that asks for objects of classes that are on no list."""
     asked = f"{foreign!r}" + (f" and {len(more)} others" if len(more) > 1 else f" and {more[0]!r}" if more else "")
-    if SLICES.intersection((foreign, *more)):
+    if SHARDED_TENSOR_CLASSES.intersection((foreign, *more)):
         return UnsafeFileError(
             f"{name}: holds what one rank has of tensors that are distributed over several (DTensor), so no such file "
             "is the whole, and what is saved of it is a part; nothing was executed. Save the model in a run of as many "

@@ -10,7 +10,7 @@ from ckpt_convert.containers.torch_zip.zipindex import Member, members
 from ckpt_convert.dtypes import DTYPES
 from ckpt_convert.errors import CorruptFileError
 from ckpt_convert.storage.base import RangeReader, read
-from ckpt_convert.tensors.header import Checksummed, Header, StoredTensor
+from ckpt_convert.tensors.header import ChecksummedRange, Header, StoredTensor
 
 __all__ = ["KIND", "build", "is_zip", "parse"]
 
@@ -55,7 +55,7 @@ def parse(reader: RangeReader, *, foreign: bool = False) -> Header:
         reader.size,
         tuple(stored),
         objects=objects,
-        checksummed=tuple(Checksummed(*m) for m in checksummed),
+        checksummed=tuple(ChecksummedRange(*m) for m in checksummed),
         foreign=loaded.foreign,
     )
 

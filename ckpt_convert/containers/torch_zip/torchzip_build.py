@@ -18,7 +18,7 @@ from ckpt_convert.containers.pickle import pickle_writer
 from ckpt_convert.containers.pickle.pickle_writer import Call, Global, Items, Persistent, Text
 from ckpt_convert.dtypes import DTYPES, nbytes
 from ckpt_convert.errors import KeyMismatchError, UsageError
-from ckpt_convert.tensors.header import Checksummed, FileLayout, Header, StoredTensor
+from ckpt_convert.tensors.header import ChecksummedRange, FileLayout, Header, StoredTensor
 
 KIND = "torch"
 
@@ -76,7 +76,7 @@ def build_one(dtype: str, shape: tuple[int, ...]) -> FileLayout:
 def _laid_out(tensors: Sequence[Spec], sizes: Sequence[int], data: bytes, root: str, alignment: int) -> FileLayout:
     writer = _Writer(root, alignment)
     stored: list[StoredTensor] = []
-    checksummed: list[Checksummed] = []
+    checksummed: list[ChecksummedRange] = []
     starts: list[int] = []
     for record in _records(data, sizes, alignment):
         start = writer.add(record)
@@ -85,7 +85,7 @@ def _laid_out(tensors: Sequence[Spec], sizes: Sequence[int], data: bytes, root: 
     size, places = writer.finish()
     for number, (key, dtype, shape) in enumerate(tensors):
         stored.append(StoredTensor(key, dtype, tuple(shape), starts[number]))
-        checksummed.append(Checksummed(starts[number], sizes[number], 0, tuple(sorted(places[f"data/{number}"]))))
+        checksummed.append(ChecksummedRange(starts[number], sizes[number], 0, tuple(sorted(places[f"data/{number}"]))))
     header = Header(KIND, size, tuple(stored), checksummed=tuple(checksummed))
     return FileLayout(header, tuple((offset, bytes(data)) for offset, data in writer.literals if data))
 

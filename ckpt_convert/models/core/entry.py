@@ -128,7 +128,7 @@ class Entry:
             tensor = tensor.reshape((count, *inner))
         out = {}
         for at in range(count):
-            one = tensor.one(at) if self.stacked else tensor
+            one = tensor.select(at) if self.stacked else tensor
             start, axis = 0, column.fused or 0
             for row, shape in zip(self.rows, parts, strict=True):
                 out[row[at]] = one.narrow(axis, start, shape[axis]) if len(self.rows) > 1 else one

@@ -15,8 +15,8 @@ from ckpt_convert.convert import writing
 from ckpt_convert.convert.state_dict import make
 from ckpt_convert.models.core.table import Dims, Family, Key, Row
 from ckpt_convert.models.core.table_check import check
-from ckpt_convert.tensors.gather import Gatherer
-from ckpt_convert.tensors.lazy import ZEROS, concat, stack, stored, zeros
+from ckpt_convert.tensors.gather import StridedReader
+from ckpt_convert.tensors.lazy import ZEROS, concat, from_source, stack, zeros
 
 SIZES = {"n_layers": 2, "cells": 4, "width": 3, "places": 6, "experts": 3, "rows": 5, "tied": 0}
 PLACES = {0: 1, 1: 0, 3: 2, 4: 1}
@@ -45,7 +45,7 @@ TABLE = family(
 
 def through(source: str, target: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     order = list(tensors)
-    sources = {key: Source(key, "F32", stored(at, tensors[key].shape), "here") for at, key in enumerate(order)}
+    sources = {key: Source(key, "F32", from_source(at, tensors[key].shape), "here") for at, key in enumerate(order)}
     logicals = mapping.read(TABLE, source, dims(), [sources], "toy")
     made = writing.write(TABLE, target, dims(), logicals, ranks=1, keep_tied=None, what="toy")
     assert [instance.name for instance in made.left_out] == ([] if source == target else ["grid"])
@@ -109,10 +109,10 @@ def test_a_placeholder_that_counts_nothing_is_refused() -> None:
 
 
 def test_zeros_are_made_and_not_read(tmp_path: Path) -> None:
-    lazy = concat([zeros((1, 3)), stored(0, (2, 3)), zeros((1, 3))], 0)
+    lazy = concat([zeros((1, 3)), from_source(0, (2, 3)), zeros((1, 3))], 0)
     assert lazy.sources == {0}
-    assert lazy.whole is None
-    assert zeros((2, 2)).whole is None
+    assert lazy.contiguous_source is None
+    assert zeros((2, 2)).contiguous_source is None
     assert all(tile.source == ZEROS for tile in zeros((2, 2)).reshape((4,)).permute((0,)).tiles)
     source = torch.arange(1.0, 7.0).reshape(2, 3)
     expected = torch.cat([torch.zeros(1, 3), source, torch.zeros(1, 3)])
@@ -130,10 +130,10 @@ def test_zeros_are_made_and_not_read(tmp_path: Path) -> None:
 
     from ckpt_convert.tensors.header import StoredTensor
 
-    gatherer = Gatherer([(File(), StoredTensor("w", "F32", (2, 3), 0))])
+    gatherer = StridedReader([(File(), StoredTensor("w", "F32", (2, 3), 0))])
     for tensor, wanted in ((lazy, expected), (lazy.permute((1, 0)), expected.T)):
         buffer = np.full(tensor.size * 4, 255, np.uint8)  # what was there before must not be left
-        gatherer.into(tensor, "F32", buffer)
+        gatherer.read_into(tensor, "F32", buffer)
         assert buffer.tobytes() == wanted.contiguous().numpy().tobytes()
     parts = list(lazy.blocks(3))
     assert [offset for offset, _ in parts] == [0, 3, 6, 9]

@@ -15,7 +15,7 @@ from ckpt_convert.errors import KeyMismatchError
 from ckpt_convert.models.core import table_check
 from ckpt_convert.models.core.table import Dims, Family, Key, Row
 from ckpt_convert.models.llama.table import LLAMA
-from ckpt_convert.tensors.lazy import stored
+from ckpt_convert.tensors.lazy import from_source
 from tests.tensors.test_lazy import evaluate
 
 Arrays = dict[str, np.ndarray]  # type: ignore[type-arg]
@@ -60,7 +60,7 @@ def moved(table: Family, source: str, target: str, given: list[Arrays], ranks: i
     for number, rank in enumerate(given):
         sources.append({})
         for key, array in rank.items():
-            sources[-1][key] = Source(key, "I64", stored(len(arrays), array.shape), f"rank {number}")
+            sources[-1][key] = Source(key, "I64", from_source(len(arrays), array.shape), f"rank {number}")
             arrays.append(array)
     logicals = mapping.read(table, source, DIMS, sources, "source")
     for check in logicals.equal:
@@ -226,8 +226,8 @@ def test_a_group_that_is_not_whole_is_named() -> None:
 def test_parts_of_one_tensor_have_one_dtype() -> None:
     rows = [Row(name, ("dim",), hf=Key(name), meta=Key("both", fused=0)) for name in ("a", "b")]
     sources = {
-        "a": Source("a", "F32", stored(0, (6,)), "file"),
-        "b": Source("b", "BF16", stored(1, (6,)), "file"),
+        "a": Source("a", "F32", from_source(0, (6,)), "file"),
+        "b": Source("b", "BF16", from_source(1, (6,)), "file"),
     }
     logicals = mapping.read(family(*rows), "hf", DIMS, [sources], "source")
     with pytest.raises(
