@@ -194,7 +194,7 @@ def _join(
     if entry.whole and ranks == 1:  # as most are
         row = entry.first.row
         column = entry.column(format)
-        kept = first.tensor if column.cells is not None else None
+        kept = first.tensor if column.scatter_index is not None else None
         tensor = column.to_logical(first.tensor, row, dims)
         return {entry.first: Logical(first.dtype, tensor, first.key, first.where, kept)}
     on_ranks = [entry.split(format, part.tensor, dims, ranks) for part in parts]
@@ -221,7 +221,7 @@ def _join(
             return {}
         tensor = concat(distinct, axis) if axis is not None and len(distinct) > 1 else distinct[0]
         logical = column.to_logical(tensor, instance.row, dims)
-        kept = tensor if column.cells is not None else None
+        kept = tensor if column.scatter_index is not None else None
         out[instance] = Logical(first.dtype, logical, first.key, first.where, kept)
     return out
 

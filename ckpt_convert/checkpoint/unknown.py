@@ -35,7 +35,7 @@ def family(tensors: Iterable[Source]) -> Family:
     for tensor in tensors:
         row = rows.get(tensor.shape)
         if row is None:
-            row = rows[tensor.shape] = Row("tensor", tuple(map(str, tensor.shape)), hf=Key("", literal=True))
+            row = rows[tensor.shape] = Row("tensor", tuple(map(str, tensor.shape)), hf=Key("", is_literal_key=True))
         literal[tensor.key] = row
     return Family(
         name=NAME,

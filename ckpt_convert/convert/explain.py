@@ -43,7 +43,7 @@ class _Ranks(NamedTuple):
 def moves(plan: Plan) -> Iterator[Move]:
     """Every tensor that the plan reads or makes, in the order of the table."""
     columns = (instance.row.column(plan.target) for instance in plan.logicals.tensors)
-    if all(column is not None and column.literal for column in columns):  # nothing lies stacked
+    if all(column is not None and column.is_literal_key for column in columns):  # nothing lies stacked
         yield from _each(plan)
         return
     counts: dict[Move | str, int] = {}
@@ -133,7 +133,7 @@ def _taken_apart(row: Row, source: Key, column: Key) -> Iterator[str]:
         yield "unstack"
     if source.transposed != column.transposed:
         yield "transpose"
-    if (source.shape or row.shape, source.cells) != (column.shape or row.shape, column.cells):
+    if (source.shape or row.shape, source.scatter_index) != (column.shape or row.shape, column.scatter_index):
         yield "reshape"
 
 

@@ -91,7 +91,7 @@ def as_it_was(
     out: dict[Instance, Earlier] = {}
     for instance, logical in logicals.tensors.items():
         row, target = instance.row, instance.row.column(request.to)
-        if target is None or (target.cells is None) == (logical.original is None) or row.lossy is None:
+        if target is None or (target.scatter_index is None) == (logical.original is None) or row.lossy is None:
             continue  # no more is lost on this way than the source has lost
         places = [(row.column(format), tensors.get(str(instance.key(format)))) for format, tensors in found.items()]
         if template is not None and instance in template.tensors:
@@ -99,7 +99,7 @@ def as_it_was(
             number = min((there.original or there.tensor).sources)
             places.append((row.column(str(source.format)), source.stored[number]))
         for column, place in places:
-            if column is None or place is None or (column.cells is None) != (target.cells is None):
+            if column is None or place is None or (column.scatter_index is None) != (target.scatter_index is None):
                 continue
             file, tensor = place
             if tensor.shape != column.part_shape(row, model.dims) or tensor.dtype != logical.dtype:

@@ -53,7 +53,7 @@ class Written:
 
 def as_stored(instance: Instance, logical: Logical, column: Key, dims: Mapping[str, int]) -> LazyTensor:
     """A logical tensor as a column stores it: as the source has it, where the logical layout cannot hold all of it."""
-    if column.cells is not None and logical.original is not None:
+    if column.scatter_index is not None and logical.original is not None:
         return logical.original
     return column.to_stored(logical.tensor, instance.row, dims)
 
@@ -133,7 +133,7 @@ def _leave_out(format: str, dims: Mapping[str, int], logicals: Logicals, out: Wr
     for instance, logical in logicals.tensors.items():
         row, place = instance.row, instance.row.column(format)
         if place is not None:
-            if row.lossy is not None and (place.cells is None) != (logical.original is None):
+            if row.lossy is not None and (place.scatter_index is None) != (logical.original is None):
                 out.left_out.append(instance)
         elif row.tied_to and dims["tied"]:  # the row that it is tied to stands for it
             out.equal += ties.equality(instance, logicals)
@@ -209,7 +209,7 @@ def _check_ranks(family: Family, format: str, dims: Mapping[str, int], ranks: in
     for row in family.rows:
         column = row.column(format)
         axis = column.cut_axis(dims) if column else None
-        if column is None or axis is None or (row.when and not dims[row.when]):
+        if column is None or axis is None or (row.enabled_by and not dims[row.enabled_by]):
             continue
         # Ranks hold whole heads, so where there are heads they are what has to divide.
         name = row.heads or (column.shape or row.shape)[axis]

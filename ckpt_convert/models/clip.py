@@ -62,8 +62,8 @@ def _vision(config: Mapping[str, Any]) -> dict[str, int]:
 
 _HF = "text_model.encoder.layers.{layer}"
 _VISION = "vision_model.encoder.layers.{vision_layer}"
-_CARRIED: dict[str, Any] = {"when": "vision", "optional": True}
-_LAYER: dict[str, Any] = {"when": "vision", "optional": "vision"}  # all of a layer, or nothing
+_CARRIED: dict[str, Any] = {"enabled_by": "vision", "optional": True}
+_LAYER: dict[str, Any] = {"enabled_by": "vision", "optional": "vision"}  # all of a layer, or nothing
 
 _TEXT = (
     Row(
@@ -121,7 +121,7 @@ _REST = (
     Row(
         "vision.position_ids",
         ("1", "n_patches"),
-        when="vision",
+        enabled_by="vision",
         derived=True,
         hf=Key("vision_model.embeddings.position_ids"),
     ),

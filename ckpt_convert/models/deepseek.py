@@ -36,21 +36,21 @@ ATTENTION = (
     *linear(
         "attention.q_a",
         ("q_rank", "dim"),
-        when="q_rank",
+        enabled_by="q_rank",
         hf="model.layers.{layer}.self_attn.q_a_proj",
         torchtitan="layers.{layer}.attention.wq_a",
     ),
     *rms_norm(
         "attention.q_norm",
         "q_rank",
-        when="q_rank",
+        enabled_by="q_rank",
         hf="model.layers.{layer}.self_attn.q_a_layernorm",
         torchtitan="layers.{layer}.attention.q_norm",
     ),
     *linear(
         "attention.q_b",
         ("n_heads*qk_dim", "q_rank"),
-        when="q_rank",
+        enabled_by="q_rank",
         hf="model.layers.{layer}.self_attn.q_b_proj",
         torchtitan="layers.{layer}.attention.wq_b",
     ),
@@ -58,7 +58,7 @@ ATTENTION = (
     *linear(
         "attention.q",
         ("n_heads*qk_dim", "dim"),
-        when="whole_q",
+        enabled_by="whole_q",
         hf="model.layers.{layer}.self_attn.q_proj",
         torchtitan="layers.{layer}.attention.wq",
     ),
@@ -89,16 +89,18 @@ ATTENTION = (
     Row(
         "attention.q_a.bias",
         ("q_rank",),
-        when="q_a_bias",
+        enabled_by="q_a_bias",
         hf=Key("model.layers.{layer}.self_attn.q_a_proj.bias"),
     ),
     Row(
         "attention.kv_a.bias",
         ("kv_a_dim",),
-        when="attention_bias",
+        enabled_by="attention_bias",
         hf=Key("model.layers.{layer}.self_attn.kv_a_proj_with_mqa.bias"),
     ),
-    Row("attention.o.bias", ("dim",), when="attention_bias", hf=Key("model.layers.{layer}.self_attn.o_proj.bias")),
+    Row(
+        "attention.o.bias", ("dim",), enabled_by="attention_bias", hf=Key("model.layers.{layer}.self_attn.o_proj.bias")
+    ),
     Row(
         "rotary.inv_freq",
         ("rope_dim/2",),
@@ -111,24 +113,24 @@ SHARED = (
     *linear(
         "moe.shared.gate",
         ("shared_dim", "dim"),
-        only="moe",
-        when="shared_dim",
+        layer_set="moe",
+        enabled_by="shared_dim",
         hf="model.layers.{layer}.mlp.shared_experts.gate_proj",
         torchtitan="layers.{layer}.moe.shared_experts.w1",
     ),
     *linear(
         "moe.shared.up",
         ("shared_dim", "dim"),
-        only="moe",
-        when="shared_dim",
+        layer_set="moe",
+        enabled_by="shared_dim",
         hf="model.layers.{layer}.mlp.shared_experts.up_proj",
         torchtitan="layers.{layer}.moe.shared_experts.w3",
     ),
     *linear(
         "moe.shared.down",
         ("dim", "shared_dim"),
-        only="moe",
-        when="shared_dim",
+        layer_set="moe",
+        enabled_by="shared_dim",
         hf="model.layers.{layer}.mlp.shared_experts.down_proj",
         torchtitan="layers.{layer}.moe.shared_experts.w2",
     ),
@@ -138,8 +140,8 @@ BALANCE = (
     Row(
         "moe.balance",
         ("n_experts",),
-        only="moe",
-        when="balanced",
+        layer_set="moe",
+        enabled_by="balanced",
         hf=Key("model.layers.{layer}.mlp.gate.e_score_correction_bias"),
         torchtitan=Key("layers.{layer}.moe.expert_bias_E"),
     ),
@@ -151,14 +153,14 @@ LAYER = (*ATTENTION, *NORM, *DENSE_FFN, *ROUTER, *BALANCE, *EXPERTS, *SHARED)
 MTP = (
     *rms_norm(
         "mtp.embedding_norm",
-        only="mtp",
+        layer_set="mtp",
         optional="mtp",
         hf="model.layers.{layer}.enorm",
         torchtitan="mtp_layers.{layer:mtp}.enorm",
     ),
     *rms_norm(
         "mtp.hidden_norm",
-        only="mtp",
+        layer_set="mtp",
         optional="mtp",
         hf="model.layers.{layer}.hnorm",
         torchtitan="mtp_layers.{layer:mtp}.hnorm",
@@ -166,14 +168,14 @@ MTP = (
     *linear(
         "mtp.projection",
         ("dim", "2*dim"),
-        only="mtp",
+        layer_set="mtp",
         optional="mtp",
         hf="model.layers.{layer}.eh_proj",
         torchtitan="mtp_layers.{layer:mtp}.eh_proj",
     ),
     *rms_norm(
         "mtp.norm",
-        only="mtp",
+        layer_set="mtp",
         optional="mtp",
         hf="model.layers.{layer}.shared_head.norm",
         torchtitan="mtp_layers.{layer:mtp}.mtp_norm",
@@ -182,11 +184,13 @@ MTP = (
     Row(
         "mtp.tok_embeddings",
         ("vocab_size", "dim"),
-        only="mtp",
+        layer_set="mtp",
         optional=True,
         hf=Key("model.layers.{layer}.embed_tokens.weight"),
     ),
-    *linear("mtp.output", ("vocab_size", "dim"), only="mtp", optional=True, hf="model.layers.{layer}.shared_head.head"),
+    *linear(
+        "mtp.output", ("vocab_size", "dim"), layer_set="mtp", optional=True, hf="model.layers.{layer}.shared_head.head"
+    ),
 )
 """What an MTP layer has besides a layer: hf counts it on from the model's layers, torchtitan by itself.
 
@@ -196,7 +200,7 @@ transformers reads these layers but does not save them, so they may be absent, e
 
 def of_main(rows: Iterable[Row]) -> tuple[Row, ...]:
     """The rows of the model's own layers."""
-    return tuple(row.replace(only=row.only or "main") for row in rows)
+    return tuple(row.replace(layer_set=row.layer_set or "main") for row in rows)
 
 
 def of_mtp(rows: Iterable[Row]) -> tuple[Row, ...]:
@@ -204,9 +208,9 @@ def of_mtp(rows: Iterable[Row]) -> tuple[Row, ...]:
     out = []
     for row in rows:
         torchtitan = row.torchtitan and row.torchtitan.renamed("{layer}", "{layer:mtp}").prefixed("mtp_")
-        only = "mtp" if row.only is None else f"mtp_{row.only}"
+        only = "mtp" if row.layer_set is None else f"mtp_{row.layer_set}"
         optional = row.optional if row.derived else "mtp"
-        out.append(row.replace(name=f"mtp.{row.name}", only=only, optional=optional, torchtitan=torchtitan))
+        out.append(row.replace(name=f"mtp.{row.name}", layer_set=only, optional=optional, torchtitan=torchtitan))
     return tuple(out)
 
 

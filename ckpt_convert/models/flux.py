@@ -111,7 +111,10 @@ _LINEAR = Key(f"{_TITAN}.linear1", fused=0)
 
 def _last(name: str, place: int) -> tuple[Row, ...]:
     """Half of the last norm's modulation, at its place in diffusers' tensor."""
-    hf, torchtitan = Key("norm_out.linear", fused=0, place=place), Key("final_layer.adaLN_modulation.1", fused=0)
+    hf, torchtitan = (
+        Key("norm_out.linear", fused=0, fused_position=place),
+        Key("final_layer.adaLN_modulation.1", fused=0),
+    )
     return linear(name, ("dim", "dim"), bias=True, hf=hf, torchtitan=torchtitan)
 
 
@@ -127,7 +130,7 @@ FLUX = Family(
         *linear("text_in", ("dim", "text_dim"), bias=True, hf="context_embedder", torchtitan="txt_in"),
         *_embedder("time", "256", "timestep_embedder", "time_in"),
         *_embedder("pooled_text", "pooled_dim", "text_embedder", "vector_in"),
-        *_embedder("guidance", "256", "guidance_embedder", None, when="guidance", zeros="BF16"),
+        *_embedder("guidance", "256", "guidance_embedder", None, enabled_by="guidance", zeros="BF16"),
         *_stream("image", "img", _IMAGE),
         *_stream("text", "txt", _TEXT),
         *linear(

@@ -181,7 +181,7 @@ def _resnet(spelling: Spelling, name: str, out: str, in_: str, hf: str, native: 
             f"{name}.shortcut",
             (out, in_, "1", "1"),
             bias=True,
-            when=when,
+            enabled_by=when,
             hf=f"{hf}.{spelling.shortcut}",
             native=f"{native}.{NATIVE.shortcut}",
         )

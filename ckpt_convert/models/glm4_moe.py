@@ -23,11 +23,11 @@ from ckpt_convert.models.qwen3 import QK_NORM
 _LAYER = (
     *ATTENTION,
     *named(ATTENTION_BIAS, "attention.q.bias", "attention.k.bias", "attention.v.bias"),
-    *(row.replace(when="qk_norm") for row in QK_NORM),
+    *(row.replace(enabled_by="qk_norm") for row in QK_NORM),
     *NORM,
     *DENSE_FFN,
     *ROUTER,
-    *(row.replace(when=None) for row in BALANCE),
+    *(row.replace(enabled_by=None) for row in BALANCE),
     *EXPERTS,
     *SHARED,
 )

@@ -19,13 +19,15 @@ from ckpt_convert.models.qwen2 import QKV_BIAS
 
 SHARED = (
     *linear(
-        "moe.shared.gate", ("shared_dim", "dim"), only="moe", hf="model.layers.{layer}.mlp.shared_expert.gate_proj"
+        "moe.shared.gate", ("shared_dim", "dim"), layer_set="moe", hf="model.layers.{layer}.mlp.shared_expert.gate_proj"
     ),
-    *linear("moe.shared.up", ("shared_dim", "dim"), only="moe", hf="model.layers.{layer}.mlp.shared_expert.up_proj"),
     *linear(
-        "moe.shared.down", ("dim", "shared_dim"), only="moe", hf="model.layers.{layer}.mlp.shared_expert.down_proj"
+        "moe.shared.up", ("shared_dim", "dim"), layer_set="moe", hf="model.layers.{layer}.mlp.shared_expert.up_proj"
     ),
-    *linear("moe.shared.weight", ("1", "dim"), only="moe", hf="model.layers.{layer}.mlp.shared_expert_gate"),
+    *linear(
+        "moe.shared.down", ("dim", "shared_dim"), layer_set="moe", hf="model.layers.{layer}.mlp.shared_expert.down_proj"
+    ),
+    *linear("moe.shared.weight", ("1", "dim"), layer_set="moe", hf="model.layers.{layer}.mlp.shared_expert_gate"),
 )
 
 
@@ -57,7 +59,7 @@ QWEN2_MOE = Family(
             (
                 *EMBEDDING,
                 *ATTENTION,
-                *(row.replace(when="qkv_bias") for row in QKV_BIAS),
+                *(row.replace(enabled_by="qkv_bias") for row in QKV_BIAS),
                 *NORM,
                 *DENSE_FFN,
                 *ROUTER,

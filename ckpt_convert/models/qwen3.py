@@ -35,7 +35,7 @@ QK_NORM = (
 )
 
 QKVO_BIAS = (
-    *(row.replace(when="attention_bias") for row in QKV_BIAS),
+    *(row.replace(enabled_by="attention_bias") for row in QKV_BIAS),
     *named(ATTENTION_BIAS, "attention.o.bias"),
 )
 

@@ -24,8 +24,10 @@ from ckpt_convert.models.qwen3_5.config import delta_dims, text_sets
 from ckpt_convert.models.qwen3_5.table import FULL_ATTENTION, LINEAR_ATTENTION, MTP, mtp_layer
 
 _LINEAR_ATTENTION = (
-    *linear("delta.qkvz", ("delta_qkvz_dim", "dim"), only="linear", hf="model.layers.{layer}.linear_attn.in_proj_qkvz"),
-    *linear("delta.ba", ("2*n_delta_v", "dim"), only="linear", hf="model.layers.{layer}.linear_attn.in_proj_ba"),
+    *linear(
+        "delta.qkvz", ("delta_qkvz_dim", "dim"), layer_set="linear", hf="model.layers.{layer}.linear_attn.in_proj_qkvz"
+    ),
+    *linear("delta.ba", ("2*n_delta_v", "dim"), layer_set="linear", hf="model.layers.{layer}.linear_attn.in_proj_ba"),
     *named(
         LINEAR_ATTENTION,
         "delta.q.convolution",

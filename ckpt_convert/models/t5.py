@@ -69,20 +69,28 @@ _ENCODER = (
     ),
     *rms_norm("ffn_norm", hf=f"{_FFN}.layer_norm", native="layers.{layer}.mlp_norm"),
     *linear(
-        "ffn.gate", ("ffn_dim", "dim"), when="gated", hf=f"{_FFN}.DenseReluDense.wi_0", native="layers.{layer}.mlp.w1"
+        "ffn.gate",
+        ("ffn_dim", "dim"),
+        enabled_by="gated",
+        hf=f"{_FFN}.DenseReluDense.wi_0",
+        native="layers.{layer}.mlp.w1",
     ),
     *linear("ffn.down", ("dim", "ffn_dim"), hf=f"{_FFN}.DenseReluDense.wo", native="layers.{layer}.mlp.w2"),
     *linear(
-        "ffn.up", ("ffn_dim", "dim"), when="gated", hf=f"{_FFN}.DenseReluDense.wi_1", native="layers.{layer}.mlp.w3"
+        "ffn.up",
+        ("ffn_dim", "dim"),
+        enabled_by="gated",
+        hf=f"{_FFN}.DenseReluDense.wi_1",
+        native="layers.{layer}.mlp.w3",
     ),
-    *linear("ffn.in", ("ffn_dim", "dim"), when="plain", hf=f"{_FFN}.DenseReluDense.wi"),
+    *linear("ffn.in", ("ffn_dim", "dim"), enabled_by="plain", hf=f"{_FFN}.DenseReluDense.wi"),
     *rms_norm("norm", hf="encoder.final_layer_norm", native="final_norm"),
 )
 
 
 def _carried(name: str, shape: tuple[str, ...], hf: str, when: str | None = None) -> Row:
     """A row of the decoder, which a file may lack, but not a part of one of its layers."""
-    (row,) = linear(name, shape, optional="decoder" if "{decoder_layer}" in hf else True, when=when, hf=hf)
+    (row,) = linear(name, shape, optional="decoder" if "{decoder_layer}" in hf else True, enabled_by=when, hf=hf)
     return row
 
 

@@ -192,7 +192,7 @@ def _candidates(
             for up, down in ((there, expected), (expected, there)):
                 if value is not None and value * up % down == 0:
                     yield setting, value * up // down
-    for switch in sorted({row.when for row in model.family.rows if row.when}):
+    for switch in sorted({row.enabled_by for row in model.family.rows if row.enabled_by}):
         yield switch, not dims[switch]
 
 

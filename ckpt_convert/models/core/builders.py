@@ -1,7 +1,7 @@
 """Rows of the layers that most models are made of: linear layers, RMS norms and layer norms, with their biases.
 
 Each column is given the key of the module, such as ``hf="model.layers.{layer}.self_attn.q_proj"``, or a ``Key`` of it
-that says more (``Key("layers.{layer}.attention.wq", tp=0)``); the builder adds ``.weight`` and ``.bias``.
+that says more (``Key("layers.{layer}.attention.wq", tp_dim=0)``); the builder adds ``.weight`` and ``.bias``.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ class RowSettings(TypedDict, total=False):
     heads: str | None
     rotary_dim: str | None
     tied_to: str | None
-    when: str | None
-    only: str | None
+    enabled_by: str | None
+    layer_set: str | None
     optional: bool | str
     zeros: str | None
-    each: str | None
+    stacked_over: str | None
 
 
 def linear(
@@ -41,9 +41,9 @@ def linear(
     weight = weight.replace(**{format: key.suffixed(".weight") for format, key in modules.items()})
     if not bias:
         return (weight,)
-    when = bias if isinstance(bias, str) else weight.when
+    when = bias if isinstance(bias, str) else weight.enabled_by
     biases = {format: _bias(key) for format, key in modules.items()}
-    return weight, weight.replace(name=f"{name}.bias", shape=shape[:1], when=when, **biases)
+    return weight, weight.replace(name=f"{name}.bias", shape=shape[:1], enabled_by=when, **biases)
 
 
 def layer_norm(name: str, size: str = "dim", **settings: Unpack[RowSettings]) -> tuple[Row, ...]:
@@ -68,4 +68,6 @@ def _row(name: str, shape: tuple[str, ...], settings: RowSettings) -> tuple[Row,
 
 def _bias(module: Key) -> Key:
     """The key of a bias, from that of its module: one axis, so nothing of what the weight's axes go through."""
-    return module.suffixed(".bias").replace(shape=None, transposed=False, tp=None if module.tp == 1 else module.tp)
+    return module.suffixed(".bias").replace(
+        shape=None, transposed=False, tp_dim=None if module.tp_dim == 1 else module.tp_dim
+    )

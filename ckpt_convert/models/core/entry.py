@@ -78,7 +78,7 @@ class Entry:
         if fused is not None:
             shape = (*shape[:fused], sum(part[fused] for part in parts), *shape[fused + 1 :])
         shape = (*self.stacked, *shape)
-        return (shape[0] * shape[1], *shape[2:]) if self.column(format).flat else shape
+        return (shape[0] * shape[1], *shape[2:]) if self.column(format).flatten_stacked else shape
 
     def _parts(self, format: str, dims: Mapping[str, int], ranks: int) -> list[tuple[int, ...]] | None:
         out = []
@@ -99,7 +99,7 @@ class Entry:
         axis = self.column(format).cut_axis(dims)
         if axis is None:
             return None
-        return axis + len(self.stacked) - (1 if self.column(format).flat else 0)
+        return axis + len(self.stacked) - (1 if self.column(format).flatten_stacked else 0)
 
     def join(self, format: str, parts: Mapping[Instance, LazyTensor]) -> LazyTensor:
         """The tensor that is stored under the key (of one rank), of the parts as the column orders them."""
@@ -113,7 +113,9 @@ class Entry:
         if not self.stacked:
             return fused[0]
         tensor = stack(fused, self.stacked)
-        return tensor.reshape((tensor.shape[0] * tensor.shape[1], *tensor.shape[2:])) if column.flat else tensor
+        return (
+            tensor.reshape((tensor.shape[0] * tensor.shape[1], *tensor.shape[2:])) if column.flatten_stacked else tensor
+        )
 
     def split(
         self, format: str, tensor: LazyTensor, dims: Mapping[str, int], ranks: int = 1
@@ -124,7 +126,11 @@ class Entry:
         column, parts = self.column(format), self._parts(format, dims, ranks) or []
         count = prod(self.stacked)
         if self.stacked:
-            inner = (tensor.shape[0] // count, *tensor.shape[1:]) if column.flat else tensor.shape[len(self.stacked) :]
+            inner = (
+                (tensor.shape[0] // count, *tensor.shape[1:])
+                if column.flatten_stacked
+                else tensor.shape[len(self.stacked) :]
+            )
             tensor = tensor.reshape((count, *inner))
         out = {}
         for at in range(count):
@@ -136,6 +142,6 @@ class Entry:
         return out
 
 
-def place(row: Row, format: str) -> int:
+def fused_position(row: Row, format: str) -> int:
     column = row.column(format)
-    return column.place if column is not None else 0
+    return column.fused_position if column is not None else 0

@@ -67,10 +67,10 @@ def _row_facts(row: Row) -> Iterator[str]:
     if row.heads is not None:
         part = "" if row.rotary_dim is None else f", the first {row.rotary_dim} rows of each"
         yield f"rotates: heads {row.heads}{part}"
-    if row.only is not None:
-        yield f"in layers: {row.only}"
-    if row.when is not None:
-        yield f"if {row.when}"
+    if row.layer_set is not None:
+        yield f"in layers: {row.layer_set}"
+    if row.enabled_by is not None:
+        yield f"if {row.enabled_by}"
     if row.tied_to is not None:
         yield f"may be tied to {row.tied_to}"
     if row.derived:
@@ -87,10 +87,10 @@ def _column(family: Family, row: Row, format: str, key: Key, outer: str | None, 
     if key.transposed and key.shape is None:
         shape[-2:] = shape[:-3:-1]
     shape = [*stacked, *shape]
-    tp = key.tp
+    tp = key.tp_dim
     if isinstance(tp, int):
-        tp += len(stacked) - key.flat
-    if key.flat:
+        tp += len(stacked) - key.flatten_stacked
+    if key.flatten_stacked:
         shape[:2] = [f"{shape[0]}*{shape[1]}"]
     text = key.template if number is None else key.template.replace(f"{{{outer}}}", str(number))
     return ShownColumn(format, text, tuple(shape), key.rope, tp, tuple(_facts(family, row, format, key, stacked)))
@@ -101,10 +101,10 @@ def _facts(family: Family, row: Row, format: str, key: Key, stacked: list[str]) 
         yield "stacked"
     if key.transposed:
         yield "transposed"
-    if key.cells is not None:
-        yield f"cells {key.cells}"
-    if key.copies is not None:
-        yield f"copies beyond {key.copies}"
+    if key.scatter_index is not None:
+        yield f"cells {key.scatter_index}"
+    if key.replicated_heads is not None:
+        yield f"copies beyond {key.replicated_heads}"
     if key.fused is not None:
         parts = _fused(family, row, format, key)
         at = next(at for at, part in enumerate(parts, 1) if part.name == row.name)
@@ -115,9 +115,9 @@ def _facts(family: Family, row: Row, format: str, key: Key, stacked: list[str]) 
 
 def _fused(family: Family, row: Row, format: str, key: Key) -> list[Row]:
     """The rows of what lies under a key of this row, in their order there."""
-    held = [(each, _of(each, format)) for each in family.rows if each.only == row.only]
+    held = [(each, _of(each, format)) for each in family.rows if each.layer_set == row.layer_set]
     parts = [(each, other) for each, other in held if other is not None and other.template == key.template]
-    return [each for each, _ in sorted(parts, key=lambda part: part[1].place)]
+    return [each for each, _ in sorted(parts, key=lambda part: part[1].fused_position)]
 
 
 def _of(row: Row, format: str) -> Key | None:

@@ -74,44 +74,44 @@ class _Number(NamedTuple):
 
 @dataclass(frozen=True)
 class Key:
-    """How one format stores a row, or a part of each of its rows.
+    """How one format stores a row.
 
-    ``template`` is the key, with named placeholders for whole dot-separated parts: {layer} is the number itself,
-    {layer:dense} its position among the numbers of the set. A placeholder of the row that the template lacks is stacked
-    over: the tensors lie one after another along a new first axis.
+    ``template`` is the key, with named placeholders for whole dot-separated parts: {layer} is the layer's index,
+    {layer:dense} its position among the layers of the set. A row is stacked over a placeholder that its template lacks:
+    its tensors are one tensor with a new first axis.
 
-    The steps, in the order in which they are taken towards the file:
+    The steps from the logical tensor to the stored one, in the order in which they are applied:
 
-    rope: the row order, given exactly for rows that rotate (``Row.heads``).
+    rope: the RoPE layout, given exactly for rows that rotate (``Row.heads``).
     transposed: the last two axes are swapped.
-    shape: the shape that the part then has here, where it is another one; the same elements in row-major order.
-    tp: the axis that is cut over tensor-parallel ranks: an axis, a symbol of the config that holds one, or None for a
-        tensor that every rank holds whole. copies: the symbol that counts what cannot be cut (key/value heads): over
-        more ranks than that, neighbouring ones hold the same part.
-    fused: the axis along which all rows of the same template lie one after another, in the order of the table, or of
-        ``place`` where a column has another one.
-    flat: the axis that was stacked over is one with the axis after it: [experts * rows, columns].
-    cells: the name of a set that says where each cell (what there is at one index of the row's first axis) lies in this
-        column, which has places of that size: its numbers are place * cells + cell. A cell may lie in several places,
-        of which the last is read; places without a cell are zeros, and so are cells without a place when they are read.
-        Comes before the shape.
+    shape: the shape that the tensor then has, where it is another one: the same elements, in row-major order.
+    tp_dim: the axis that is split across tensor-parallel ranks: a number, a symbol of the config that holds one, or
+        None for a tensor that every rank holds whole. replicated_heads: the symbol that counts what cannot be split
+        further (key/value heads): with more ranks than that, neighboring ranks hold replicas of one slice.
+    fused: the axis along which all rows of one template are concatenated, in the order of the table, or of
+        ``fused_position`` where a format has another order.
+    flatten_stacked: the stacked axis is merged with the axis after it: [experts * rows, columns].
+    scatter_index: the name of a set that says where this format keeps each index of the row's first axis, of n. The
+        stored tensor has places of the same size: index i is at every place p for which the set has p * n + i. Where an
+        index has several places, the last one is read; places without an index are zeros, and so is an index without a
+        place when it is read. Applied before the shape.
 
-    ``omitted_if_tied``: no such key where the weights are tied. ``literal``: the key is that of the tensor itself,
-    whatever braces are in it; the index of such a row has it for the name of a placeholder.
+    ``omitted_if_tied``: the format has no such key where the weights are tied. ``is_literal_key``: the template is the
+    key itself, whatever braces it has; it is also the name of the row's only placeholder.
     """
 
     template: str
     rope: RopeOrder | None = None
-    tp: int | str | None = None
+    tp_dim: int | str | None = None
     omitted_if_tied: bool = False
     transposed: bool = False
     shape: tuple[str, ...] | None = None
-    copies: str | None = None
+    replicated_heads: str | None = None
     fused: int | None = None
-    flat: bool = False
-    cells: str | None = None
-    literal: bool = False
-    place: int = 0
+    flatten_stacked: bool = False
+    scatter_index: str | None = None
+    is_literal_key: bool = False
+    fused_position: int = 0
 
     def replace(self, **changes: Any) -> Key:
         """A key that differs from this one."""
@@ -143,7 +143,7 @@ class Key:
 
     @cached_property
     def _numbers(self) -> tuple[_Number, ...]:
-        if self.literal:
+        if self.is_literal_key:
             return ()
         return tuple(_number(part) for part in self.template.split(".") if is_placeholder(part))
 
@@ -154,7 +154,7 @@ class Key:
 
     def key(self, index: Mapping[str, int], sets: Sets) -> str:
         """The key at these numbers."""
-        if self.literal:
+        if self.is_literal_key:
             return next(iter(index))
         if not self._numbers:
             return self.template
@@ -167,17 +167,17 @@ class Key:
 
     def at(self, index: Sequence[tuple[str, int]], sets: Sets) -> str:
         """``key`` of an instance's index."""
-        if self.literal:
+        if self.is_literal_key:
             return index[0][0]
         return self.key(dict(index), sets)
 
     def cut_axis(self, dims: Mapping[str, int]) -> int | None:
         """The axis of a part that is cut over ranks, for this config."""
-        return dims[self.tp] if isinstance(self.tp, str) else self.tp
+        return dims[self.tp_dim] if isinstance(self.tp_dim, str) else self.tp_dim
 
     def repeats(self, dims: Mapping[str, int], ranks: int) -> int:
         """How many ranks in succession hold the same part."""
-        count = dims[self.copies] if self.copies is not None else ranks
+        count = dims[self.replicated_heads] if self.replicated_heads is not None else ranks
         return ranks // count if ranks > count and ranks % count == 0 else 1
 
     def to_stored(self, tensor: LazyTensor, row: Row, dims: Mapping[str, int]) -> LazyTensor:
@@ -189,14 +189,14 @@ class Key:
         if self.shape is None:
             return tensor
         shape = self.part_shape(row, dims)
-        if self.cells is not None:
-            tensor = _spread(tensor, _set(dims, self.cells), prod(shape))
+        if self.scatter_index is not None:
+            tensor = _spread(tensor, _set(dims, self.scatter_index), prod(shape))
         return tensor.reshape(shape)
 
     def to_logical(self, tensor: LazyTensor, row: Row, dims: Mapping[str, int]) -> LazyTensor:
         """The inverse of ``to_stored``."""
-        if self.cells is not None:
-            tensor = _gathered(tensor, _set(dims, self.cells), row.sizes(dims))
+        if self.scatter_index is not None:
+            tensor = _gathered(tensor, _set(dims, self.scatter_index), row.sizes(dims))
         elif self.shape is not None:
             sizes = row.sizes(dims)
             tensor = tensor.reshape((*sizes[:-2], *sizes[:-3:-1]) if self.transposed else sizes)
@@ -226,19 +226,21 @@ class Key:
 
 @dataclass(frozen=True)
 class Row:
-    """One logical parameter and where each format keeps it (None: the format has no place for it).
+    """One logical parameter, and how each format stores it (None: the format does not have it).
 
-    ``shape`` are expressions over the config's symbols, such as "n_heads*head_dim"; ``heads`` the symbol that counts
-    the heads of a row that rotates ("1" for a norm over the rows of one head, which follow their order);
-    ``rotary_dim`` the symbol that counts the first rows of each head that rotate, where the others stay in place (None:
-    all of them rotate); ``tied_to`` names the row that this one may share its values with. ``when`` is a
-    symbol that switches the row on, ``only`` the set of numbers (of the row's first placeholder) that have the row.
-    ``optional`` marks what a checkpoint may lack: never required, and carried along where the target has no place for
-    it. Optional rows of one group, which is a name in place of True, are there together or not at all, for each number
-    of their first placeholder. ``derived`` is optional too: what the config determines (RoPE tables), which is no
-    weight to be cast. ``zeros`` is the dtype of a row without which a model computes as with zeros: a column that has
-    it is given zeros by a source that has no place for it, and a column that has none loses whatever is not zero.
-    ``each`` names a placeholder that the row has although every column stacks over it.
+    ``shape`` are expressions over the config's symbols, such as "n_heads*head_dim". ``heads`` is the symbol that counts
+    the heads of a row that rotates ("1" for a norm over one head, whose values are in the order of the head's rows);
+    ``rotary_dim`` the symbol that counts the rows of each head that rotate, where only the first ones do. ``tied_to``
+    names the row that this one may share its values with. ``in_memory`` is the key in the module that transformers
+    builds, where that is another one than in its files.
+
+    ``enabled_by`` is a symbol, 0 or 1, that switches the row on; ``layer_set`` the set of layers (of the row's first
+    placeholder) that have the row. ``optional`` marks what a checkpoint may lack: never required, and passed through
+    where the target does not have it. A name in place of True makes a group: its rows are there together or not at all,
+    for each index of their first placeholder. ``derived`` is optional too, and no weight to be cast: what the config
+    determines (RoPE tables). ``zeros`` is the dtype of a row without which a model computes as with zeros: it is
+    written as zeros where the source does not have it, and lost where the target does not, unless it is all zeros.
+    ``stacked_over`` names a placeholder that the row has although every format stacks over it.
     """
 
     name: str
@@ -251,12 +253,12 @@ class Row:
     heads: str | None = None
     rotary_dim: str | None = None
     tied_to: str | None = None
-    when: str | None = None
-    only: str | None = None
+    enabled_by: str | None = None
+    layer_set: str | None = None
     optional: bool | str = False
     derived: bool = False
     zeros: str | None = None
-    each: str | None = None
+    stacked_over: str | None = None
 
     def replace(self, **changes: Any) -> Row:
         """A row that differs from this one."""
@@ -264,13 +266,13 @@ class Row:
 
     @property
     def required(self) -> bool:
-        """Whether a format that has a place for the row cannot be without it."""
+        """Whether a format that has the row cannot be without it."""
         return not (self.optional or self.derived or self.zeros)
 
     @cached_property
     def lossy(self) -> Key | None:
-        """The column that does not hold all of the row, nor the others all of what it holds: one with cells."""
-        return next((key for key in self.columns.values() if key.cells is not None), None)
+        """The column with a scatter index: it does not hold all of the row, nor do the others hold all that it does."""
+        return next((key for key in self.columns.values() if key.scatter_index is not None), None)
 
     def held(self, tensor: LazyTensor, dims: Mapping[str, int]) -> LazyTensor:
         """What every column holds of a logical tensor, zeros in place of the rest."""
@@ -295,7 +297,7 @@ class Row:
 
     @cached_property
     def placeholders(self) -> frozenset[str]:
-        each = frozenset() if self.each is None else frozenset({self.each})
+        each = frozenset() if self.stacked_over is None else frozenset({self.stacked_over})
         return each.union(*(key.placeholders for key in self.columns.values()))
 
     def turned(self, dims: Mapping[str, int]) -> tuple[int, int | None] | None:

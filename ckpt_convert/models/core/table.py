@@ -16,7 +16,7 @@ from typing import Any
 
 from ckpt_convert.errors import ConfigError
 from ckpt_convert.models.core.config import CONFIG
-from ckpt_convert.models.core.entry import Entry, Instance, place
+from ckpt_convert.models.core.entry import Entry, Instance, fused_position
 from ckpt_convert.models.core.params import Params
 from ckpt_convert.models.core.rope import partial_rotary_factor
 from ckpt_convert.models.core.rows import CUT, FORMATS, IN_MEMORY, Dims, Key, Row, Sets, evaluate, matches
@@ -115,7 +115,7 @@ class Family:
     @property
     def cut_in_two_ways(self) -> bool:
         """Whether ranks of Meta's layout cut the embedding on an axis that no config says."""
-        return any(key.tp == CUT for row in self.rows if (key := row.meta) is not None)
+        return any(key.tp_dim == CUT for row in self.rows if (key := row.meta) is not None)
 
     def check_rotation(self, config: Mapping[str, Any], *formats: str) -> None:
         """Raise ConfigError where heads would be reordered whole although the config rotates only a part of each.
@@ -144,15 +144,15 @@ class Family:
             return
         sets: Sets = dims.sets if isinstance(dims, Dims) else {}
         for outer, group in self.by_placeholder():
-            rows = [row for row in group if not row.when or dims[row.when]]
+            rows = [row for row in group if not row.enabled_by or dims[row.enabled_by]]
             if outer is None:
                 yield from ([Instance(row, ())] for row in rows)
                 continue
             inner = {row.name: self._inner(row, dims) for row in rows}
-            members = {row.only: frozenset(sets[row.only]) for row in rows if row.only is not None}
+            members = {row.layer_set: frozenset(sets[row.layer_set]) for row in rows if row.layer_set is not None}
             for number in range(dims[self.indices[outer]]):
                 for row in rows:
-                    if row.only is None or number in members[row.only]:
+                    if row.layer_set is None or number in members[row.layer_set]:
                         yield [Instance(row, ((outer, number), *rest), sets) for rest in inner[row.name]]
 
     def by_placeholder(self) -> Iterator[tuple[str | None, list[Row]]]:
@@ -202,7 +202,7 @@ class Family:
                 continue
             ordered = list(rows.values())
             if len(ordered) > 1:
-                ordered.sort(key=lambda row: place(row[0].row, format))
+                ordered.sort(key=lambda row: fused_position(row[0].row, format))
             members = tuple(tuple(row) for row in ordered)
             first = members[0][0]
             column = first.row.column(format)

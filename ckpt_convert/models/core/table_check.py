@@ -33,8 +33,8 @@ def _check_row(row: Row, indices: list[str], where: str) -> None:
         raise ValueError(f"{where} has a placeholder that counts nothing: {set(row.placeholders)}")
     if row.zeros is not None and (row.optional or row.derived or row.tied_to is not None):
         raise ValueError(f"{where} stands for zeros where it is absent, so it is neither optional, derived nor tied")
-    if row.only is not None and not row.placeholders:
-        raise ValueError(f"{where} has no placeholder whose numbers {row.only!r} could limit")
+    if row.layer_set is not None and not row.placeholders:
+        raise ValueError(f"{where} has no placeholder whose numbers {row.layer_set!r} could limit")
     if row.rotary_dim is not None and row.heads is None:
         raise ValueError(f"{where} does not rotate, so no part of it does")
     in_memory = {IN_MEMORY: row.in_memory} if row.in_memory else {}
@@ -72,19 +72,19 @@ def _check_key(row: Row, key: Key, where: str) -> None:
         raise ValueError(f"{where}: a row with heads needs a rope order in every column")
     if key.omitted_if_tied and row.tied_to is None:
         raise ValueError(f"{where}: is tied to nothing")
-    if isinstance(key.tp, int) and key.tp >= rank:
-        raise ValueError(f"{where}: has no axis {key.tp} to cut")
+    if isinstance(key.tp_dim, int) and key.tp_dim >= rank:
+        raise ValueError(f"{where}: has no axis {key.tp_dim} to cut")
     if key.fused is not None and key.fused >= rank:
         raise ValueError(f"{where}: has no axis {key.fused} to be fused along")
     if key.transposed and len(row.shape) < 2:
         raise ValueError(f"{where}: has no two axes to transpose")
-    if key.flat and not row.placeholders - key.placeholders:
+    if key.flatten_stacked and not row.placeholders - key.placeholders:
         raise ValueError(f"{where}: is not stacked over anything, so it cannot be flat")
-    if key.place and key.fused is None:
+    if key.fused_position and key.fused is None:
         raise ValueError(f"{where}: is not fused with anything, so it has no place there")
-    if key.cells is not None and (key.shape is None or key.tp is not None or key.transposed):
+    if key.scatter_index is not None and (key.shape is None or key.tp_dim is not None or key.transposed):
         raise ValueError(f"{where}: cells need a shape, and are neither cut over ranks nor transposed")
-    if key.copies is not None and key.tp is None:
+    if key.replicated_heads is not None and key.tp_dim is None:
         raise ValueError(f"{where}: is not cut over ranks, so there are no copies of its parts")
 
 
@@ -101,11 +101,15 @@ def _check_keys(family: Family, format: str) -> None:
                 f"{family.name}: rows {row.name!r} and {other.name!r} could have the same {format} key: "
                 f"{column.template}, {clash.template}"
             )
-            if row.only is not None and other.only is not None and row.only != other.only:
+            if row.layer_set is not None and other.layer_set is not None and row.layer_set != other.layer_set:
                 continue  # of other layers; two sets that overlap are found with the config
             if column.template != clash.template or column.fused is None or column.fused != clash.fused:
                 raise ValueError(where)
-            if row.placeholders != other.placeholders or column.flat != clash.flat or row.when != other.when:
+            if (
+                row.placeholders != other.placeholders
+                or column.flatten_stacked != clash.flatten_stacked
+                or row.enabled_by != other.enabled_by
+            ):
                 raise ValueError(f"{where}; fused rows have to be alike")
 
 

@@ -17,9 +17,9 @@ from ckpt_convert.models.core.picking import prefixed
 from ckpt_convert.models.core.table import Family, Key, Row
 from ckpt_convert.models.llama4 import config, params, releases
 
-_QKV = Key("layers.{layer}.attention.wqkv.weight", tp=0, fused=0)
+_QKV = Key("layers.{layer}.attention.wqkv.weight", tp_dim=0, fused=0)
 _ROTATED = _QKV.replace(rope="interleaved")
-_GATE_UP = Key("layers.{layer}.feed_forward.mlp.fc1_weight", tp=0, fused=0)
+_GATE_UP = Key("layers.{layer}.feed_forward.mlp.fc1_weight", tp_dim=0, fused=0)
 _EXPERTS = "language_model.model.layers.{layer}.feed_forward.experts"
 
 TEXT = (
@@ -27,7 +27,7 @@ TEXT = (
         "tok_embeddings",
         ("vocab_size", "dim"),
         hf=Key("language_model.model.embed_tokens.weight"),
-        meta=Key("tok_embeddings.weight", tp=0),
+        meta=Key("tok_embeddings.weight", tp_dim=0),
         native=Key("decoder.tok_embeddings.weight"),
     ),
     Row(
@@ -64,7 +64,7 @@ TEXT = (
         "attention.o",
         ("dim", "n_heads*head_dim"),
         hf="language_model.model.layers.{layer}.self_attn.o_proj",
-        meta=Key("layers.{layer}.attention.wo", tp=1),
+        meta=Key("layers.{layer}.attention.wo", tp_dim=1),
         native="decoder.layers.{layer}.attn.output_proj",
     ),
     # Biases exist only in Hugging Face's layout, where its config says so; no release has them.
@@ -72,32 +72,32 @@ TEXT = (
         "attention.q.bias",
         ("n_heads*head_dim",),
         heads="n_heads",
-        when="attention_bias",
+        enabled_by="attention_bias",
         hf=Key("language_model.model.layers.{layer}.self_attn.q_proj.bias", rope="interleaved"),
     ),
     Row(
         "attention.k.bias",
         ("n_kv_heads*head_dim",),
         heads="n_kv_heads",
-        when="attention_bias",
+        enabled_by="attention_bias",
         hf=Key("language_model.model.layers.{layer}.self_attn.k_proj.bias", rope="interleaved"),
     ),
     Row(
         "attention.v.bias",
         ("n_kv_heads*head_dim",),
-        when="attention_bias",
+        enabled_by="attention_bias",
         hf=Key("language_model.model.layers.{layer}.self_attn.v_proj.bias"),
     ),
     Row(
         "attention.o.bias",
         ("dim",),
-        when="attention_bias",
+        enabled_by="attention_bias",
         hf=Key("language_model.model.layers.{layer}.self_attn.o_proj.bias"),
     ),
     Row(
         "ffn_norm",
         ("dim",),
-        only="dense",
+        layer_set="dense",
         hf=Key("language_model.model.layers.{layer}.post_attention_layernorm.weight"),
         meta=Key("layers.{layer}.feed_forward.mlp.layer_norm_weight"),
         native=Key("decoder.layers.{layer}.mlp_norm.scale"),
@@ -105,7 +105,7 @@ TEXT = (
     Row(
         "ffn.gate",
         ("dense_dim", "dim"),
-        only="dense",
+        layer_set="dense",
         hf=Key("language_model.model.layers.{layer}.feed_forward.gate_proj.weight"),
         meta=_GATE_UP,
         native=Key("decoder.layers.{layer}.mlp.w1.weight"),
@@ -113,7 +113,7 @@ TEXT = (
     Row(
         "ffn.up",
         ("dense_dim", "dim"),
-        only="dense",
+        layer_set="dense",
         hf=Key("language_model.model.layers.{layer}.feed_forward.up_proj.weight"),
         meta=_GATE_UP,
         native=Key("decoder.layers.{layer}.mlp.w3.weight"),
@@ -121,14 +121,14 @@ TEXT = (
     Row(
         "ffn.down",
         ("dim", "dense_dim"),
-        only="dense",
+        layer_set="dense",
         hf=Key("language_model.model.layers.{layer}.feed_forward.down_proj.weight"),
-        meta=Key("layers.{layer}.feed_forward.mlp.fc2_weight", tp=1),
+        meta=Key("layers.{layer}.feed_forward.mlp.fc2_weight", tp_dim=1),
         native=Key("decoder.layers.{layer}.mlp.w2.weight"),
     ),
     *rms_norm(
         "moe.norm",
-        only="moe",
+        layer_set="moe",
         hf="language_model.model.layers.{layer}.post_attention_layernorm",
         meta="layers.{layer}.feed_forward.norm",
         native="decoder.layers.{layer}.mlp_norm",
@@ -136,7 +136,7 @@ TEXT = (
     Row(
         "moe.router",
         ("n_experts", "dim"),
-        only="moe",
+        layer_set="moe",
         hf=Key("language_model.model.layers.{layer}.feed_forward.router.weight"),
         meta=Key("layers.{layer}.feed_forward.router_DE", transposed=True),
         native=Key("decoder.layers.{layer}.mlp.router.gate.weight"),
@@ -144,52 +144,54 @@ TEXT = (
     Row(
         "experts.gate",
         ("ffn_dim", "dim"),
-        only="moe",
-        each="expert",
+        layer_set="moe",
+        stacked_over="expert",
         hf=Key(f"{_EXPERTS}.gate_up_proj", transposed=True, fused=1),
-        meta=Key("layers.{layer}.feed_forward.experts.moe_w_in_eD_F", transposed=True, flat=True, tp=1),
+        meta=Key("layers.{layer}.feed_forward.experts.moe_w_in_eD_F", transposed=True, flatten_stacked=True, tp_dim=1),
         native=Key("decoder.layers.{layer}.mlp.experts.gate_proj", transposed=True),
     ),
     Row(
         "experts.up",
         ("ffn_dim", "dim"),
-        only="moe",
-        each="expert",
+        layer_set="moe",
+        stacked_over="expert",
         hf=Key(f"{_EXPERTS}.gate_up_proj", transposed=True, fused=1),
-        meta=Key("layers.{layer}.feed_forward.experts.moe_w_swiglu_eD_F", transposed=True, flat=True, tp=1),
+        meta=Key(
+            "layers.{layer}.feed_forward.experts.moe_w_swiglu_eD_F", transposed=True, flatten_stacked=True, tp_dim=1
+        ),
         native=Key("decoder.layers.{layer}.mlp.experts.up_proj", transposed=True),
     ),
     Row(
         "experts.down",
         ("dim", "ffn_dim"),
-        only="moe",
-        each="expert",
+        layer_set="moe",
+        stacked_over="expert",
         hf=Key(f"{_EXPERTS}.down_proj", transposed=True),
-        meta=Key("layers.{layer}.feed_forward.experts.moe_w_out_eF_D", transposed=True, flat=True, tp=0),
+        meta=Key("layers.{layer}.feed_forward.experts.moe_w_out_eF_D", transposed=True, flatten_stacked=True, tp_dim=0),
         native=Key("decoder.layers.{layer}.mlp.experts.down_proj", transposed=True),
     ),
     *linear(
         "shared.gate",
         ("ffn_dim", "dim"),
-        only="moe",
+        layer_set="moe",
         hf="language_model.model.layers.{layer}.feed_forward.shared_expert.gate_proj",
-        meta=Key("layers.{layer}.feed_forward.w_in_shared_FD", tp=0),
+        meta=Key("layers.{layer}.feed_forward.w_in_shared_FD", tp_dim=0),
         native="decoder.layers.{layer}.mlp.shared_expert.w1",
     ),
     *linear(
         "shared.down",
         ("dim", "ffn_dim"),
-        only="moe",
+        layer_set="moe",
         hf="language_model.model.layers.{layer}.feed_forward.shared_expert.down_proj",
-        meta=Key("layers.{layer}.feed_forward.w_out_shared_DF", tp=1),
+        meta=Key("layers.{layer}.feed_forward.w_out_shared_DF", tp_dim=1),
         native="decoder.layers.{layer}.mlp.shared_expert.w2",
     ),
     *linear(
         "shared.up",
         ("ffn_dim", "dim"),
-        only="moe",
+        layer_set="moe",
         hf="language_model.model.layers.{layer}.feed_forward.shared_expert.up_proj",
-        meta=Key("layers.{layer}.feed_forward.w_swiglu_FD", tp=0),
+        meta=Key("layers.{layer}.feed_forward.w_swiglu_FD", tp_dim=0),
         native="decoder.layers.{layer}.mlp.shared_expert.w3",
     ),
     # What Meta's training counted; its own code has no use for it any more.
@@ -197,7 +199,7 @@ TEXT = (
         Row(
             f"moe.{name}",
             shape,
-            only="moe",
+            layer_set="moe",
             optional=True,
             meta=Key(f"layers.{{layer}}.feed_forward.{key}"),
         )
@@ -209,7 +211,11 @@ TEXT = (
     ),
     *rms_norm("norm", hf="language_model.model.norm", meta="norm", native="decoder.norm"),
     *linear(
-        "output", ("vocab_size", "dim"), hf="language_model.lm_head", meta=Key("output", tp=0), native="decoder.output"
+        "output",
+        ("vocab_size", "dim"),
+        hf="language_model.lm_head",
+        meta=Key("output", tp_dim=0),
+        native="decoder.output",
     ),
     Row("rotary.freqs", ("head_dim/2",), derived=True, meta=Key("rope.freqs")),
 )
@@ -219,11 +225,22 @@ _IMAGE = ("vision_dim", "vision_dim")
 _BLOCK = prefixed(
     (
         *layer_norm("vision.attention_norm", "vision_dim", hf="input_layernorm", meta="ln_1", native="sa_norm"),
-        *linear("vision.q", _IMAGE, bias=True, hf="self_attn.q_proj", meta=Key("attn.wq", tp=0), native="attn.q_proj"),
-        *linear("vision.k", _IMAGE, bias=True, hf="self_attn.k_proj", meta=Key("attn.wk", tp=0), native="attn.k_proj"),
-        *linear("vision.v", _IMAGE, bias=True, hf="self_attn.v_proj", meta=Key("attn.wv", tp=0), native="attn.v_proj"),
         *linear(
-            "vision.o", _IMAGE, bias=True, hf="self_attn.o_proj", meta=Key("attn.wo", tp=1), native="attn.output_proj"
+            "vision.q", _IMAGE, bias=True, hf="self_attn.q_proj", meta=Key("attn.wq", tp_dim=0), native="attn.q_proj"
+        ),
+        *linear(
+            "vision.k", _IMAGE, bias=True, hf="self_attn.k_proj", meta=Key("attn.wk", tp_dim=0), native="attn.k_proj"
+        ),
+        *linear(
+            "vision.v", _IMAGE, bias=True, hf="self_attn.v_proj", meta=Key("attn.wv", tp_dim=0), native="attn.v_proj"
+        ),
+        *linear(
+            "vision.o",
+            _IMAGE,
+            bias=True,
+            hf="self_attn.o_proj",
+            meta=Key("attn.wo", tp_dim=1),
+            native="attn.output_proj",
         ),
         *layer_norm("vision.mlp_norm", "vision_dim", hf="post_attention_layernorm", meta="ln_2", native="mlp_norm"),
         *linear(
@@ -231,7 +248,7 @@ _BLOCK = prefixed(
             ("vision_ffn", "vision_dim"),
             bias=True,
             hf="mlp.fc1",
-            meta=Key("mlp.c_fc", tp=0),
+            meta=Key("mlp.c_fc", tp_dim=0),
             native="mlp.w1",
         ),
         *linear(
@@ -239,7 +256,7 @@ _BLOCK = prefixed(
             ("vision_dim", "vision_ffn"),
             bias=True,
             hf="mlp.fc2",
-            meta=Key("mlp.c_proj", tp=1),
+            meta=Key("mlp.c_proj", tp_dim=1),
             native="mlp.w2",
         ),
     ),
@@ -279,7 +296,7 @@ VISION = (
         "vision.patches",
         ("vision_dim", "channels*patch*patch"),
         hf="vision_model.patch_embedding.linear",
-        meta=Key("vision_embeddings.vision_encoder.conv1._linear", tp=0),
+        meta=Key("vision_embeddings.vision_encoder.conv1._linear", tp_dim=0),
         native=Key("encoders.vision.clip.conv", shape=("vision_dim", "channels", "patch", "patch")),
     ),
     *_AROUND,
@@ -289,14 +306,14 @@ VISION = (
         "vision.adapter.in",
         ("adapter_dim", "vision_ffn"),
         hf="vision_model.vision_adapter.mlp.fc1",
-        meta=Key("vision_embeddings.vision_adapter.mlp.c_fc", tp=0),
+        meta=Key("vision_embeddings.vision_adapter.mlp.c_fc", tp_dim=0),
         native="encoders.vision.projection.output.0",
     ),
     *linear(
         "vision.adapter.out",
         ("adapter_dim", "adapter_dim"),
         hf="vision_model.vision_adapter.mlp.fc2",
-        meta=Key("vision_embeddings.vision_adapter.mlp.c_proj", tp=1),
+        meta=Key("vision_embeddings.vision_adapter.mlp.c_proj", tp_dim=1),
         native="encoders.vision.projection.output.2",
     ),
     # A layer that Meta's code can put behind the adapter and no released config asks for.
@@ -304,13 +321,13 @@ VISION = (
         "vision.adapter.fc",
         ("adapter_dim", "adapter_dim"),
         optional=True,
-        meta=Key("vision_embeddings.vision_adapter.fc", tp=0),
+        meta=Key("vision_embeddings.vision_adapter.fc", tp_dim=0),
     ),
     *linear(
         "vision.projection",
         ("dim", "projected_dim"),
         hf="multi_modal_projector.linear_1",
-        meta=Key("vision_projection", tp=0),
+        meta=Key("vision_projection", tp_dim=0),
         native="encoders.vision.projection.output.4",
     ),
 )

@@ -54,9 +54,9 @@ EXPERTS = (
 
 META_2023 = {
     "moe.router": Key("layers.{layer}.block_sparse_moe.gate.weight"),
-    "moe.experts.gate": Key("layers.{layer}.block_sparse_moe.w1", flat=True),
-    "moe.experts.down": Key("layers.{layer}.block_sparse_moe.w2", flat=True, transposed=True),
-    "moe.experts.up": Key("layers.{layer}.block_sparse_moe.w3", flat=True),
+    "moe.experts.gate": Key("layers.{layer}.block_sparse_moe.w1", flatten_stacked=True),
+    "moe.experts.down": Key("layers.{layer}.block_sparse_moe.w2", flatten_stacked=True, transposed=True),
+    "moe.experts.up": Key("layers.{layer}.block_sparse_moe.w3", flatten_stacked=True),
 }
 
 MIXTRAL = MISTRAL.replace(

@@ -26,7 +26,7 @@ def _text(row: Row) -> Row:
         meta=row.meta and _numbered(row.meta).prefixed("text_model."),
         native=native and native.replace(omitted_if_tied=False),
         torchtitan=None,
-        only="self" if row.placeholders else None,
+        layer_set="self" if row.placeholders else None,
         tied_to=None,
     )
 
@@ -40,10 +40,12 @@ _Q, _KV = ("n_heads*head_dim", "dim"), ("n_kv_heads*head_dim", "dim")
 _CROSS = prefixed(
     (
         *rms_norm("cross.attention_norm", hf="input_layernorm", meta="attention_norm", native="ca_norm"),
-        *linear("cross.q", _Q, hf="cross_attn.q_proj", meta=Key("attention.wq", tp=0), native="attn.q_proj"),
-        *linear("cross.k", _KV, hf="cross_attn.k_proj", meta=Key("attention.wk", tp=0), native="attn.k_proj"),
-        *linear("cross.v", _KV, hf="cross_attn.v_proj", meta=Key("attention.wv", tp=0), native="attn.v_proj"),
-        *linear("cross.o", _Q[::-1], hf="cross_attn.o_proj", meta=Key("attention.wo", tp=1), native="attn.output_proj"),
+        *linear("cross.q", _Q, hf="cross_attn.q_proj", meta=Key("attention.wq", tp_dim=0), native="attn.q_proj"),
+        *linear("cross.k", _KV, hf="cross_attn.k_proj", meta=Key("attention.wk", tp_dim=0), native="attn.k_proj"),
+        *linear("cross.v", _KV, hf="cross_attn.v_proj", meta=Key("attention.wv", tp_dim=0), native="attn.v_proj"),
+        *linear(
+            "cross.o", _Q[::-1], hf="cross_attn.o_proj", meta=Key("attention.wo", tp_dim=1), native="attn.output_proj"
+        ),
         *rms_norm("cross.q_norm", "head_dim", hf="cross_attn.q_norm", meta="attention.q_norm", native="attn.q_norm"),
         *rms_norm("cross.k_norm", "head_dim", hf="cross_attn.k_norm", meta="attention.k_norm", native="attn.k_norm"),
         Row(
@@ -55,13 +57,21 @@ _CROSS = prefixed(
         ),
         *rms_norm("cross.ffn_norm", hf="post_attention_layernorm", meta="ffn_norm", native="mlp_norm"),
         *linear(
-            "cross.ffn.gate", ("ffn_dim", "dim"), hf="mlp.gate_proj", meta=Key("feed_forward.w1", tp=0), native="mlp.w1"
+            "cross.ffn.gate",
+            ("ffn_dim", "dim"),
+            hf="mlp.gate_proj",
+            meta=Key("feed_forward.w1", tp_dim=0),
+            native="mlp.w1",
         ),
         *linear(
-            "cross.ffn.down", ("dim", "ffn_dim"), hf="mlp.down_proj", meta=Key("feed_forward.w2", tp=1), native="mlp.w2"
+            "cross.ffn.down",
+            ("dim", "ffn_dim"),
+            hf="mlp.down_proj",
+            meta=Key("feed_forward.w2", tp_dim=1),
+            native="mlp.w2",
         ),
         *linear(
-            "cross.ffn.up", ("ffn_dim", "dim"), hf="mlp.up_proj", meta=Key("feed_forward.w3", tp=0), native="mlp.w3"
+            "cross.ffn.up", ("ffn_dim", "dim"), hf="mlp.up_proj", meta=Key("feed_forward.w3", tp_dim=0), native="mlp.w3"
         ),
         Row(
             "cross.ffn_gate",
@@ -80,16 +90,21 @@ _CROSS = prefixed(
 _IMAGE = ("vision_dim", "vision_dim")
 _BLOCK = (
     *layer_norm("attention_norm", "vision_dim", hf="input_layernorm", meta="ln_1", native="sa_norm"),
-    *linear("q", _IMAGE, hf="self_attn.q_proj", meta=Key("attn.wq", tp=0), native="attn.q_proj"),
-    *linear("k", _IMAGE, hf="self_attn.k_proj", meta=Key("attn.wk", tp=0), native="attn.k_proj"),
-    *linear("v", _IMAGE, hf="self_attn.v_proj", meta=Key("attn.wv", tp=0), native="attn.v_proj"),
-    *linear("o", _IMAGE, hf="self_attn.o_proj", meta=Key("attn.wo", tp=1), native="attn.output_proj"),
+    *linear("q", _IMAGE, hf="self_attn.q_proj", meta=Key("attn.wq", tp_dim=0), native="attn.q_proj"),
+    *linear("k", _IMAGE, hf="self_attn.k_proj", meta=Key("attn.wk", tp_dim=0), native="attn.k_proj"),
+    *linear("v", _IMAGE, hf="self_attn.v_proj", meta=Key("attn.wv", tp_dim=0), native="attn.v_proj"),
+    *linear("o", _IMAGE, hf="self_attn.o_proj", meta=Key("attn.wo", tp_dim=1), native="attn.output_proj"),
     *layer_norm("mlp_norm", "vision_dim", hf="post_attention_layernorm", meta="ln_2", native="mlp_norm"),
     *linear(
-        "mlp.in", ("vision_ffn", "vision_dim"), bias=True, hf="mlp.fc1", meta=Key("mlp.c_fc", tp=0), native="mlp.w1"
+        "mlp.in", ("vision_ffn", "vision_dim"), bias=True, hf="mlp.fc1", meta=Key("mlp.c_fc", tp_dim=0), native="mlp.w1"
     ),
     *linear(
-        "mlp.out", ("vision_dim", "vision_ffn"), bias=True, hf="mlp.fc2", meta=Key("mlp.c_proj", tp=1), native="mlp.w2"
+        "mlp.out",
+        ("vision_dim", "vision_ffn"),
+        bias=True,
+        hf="mlp.fc2",
+        meta=Key("mlp.c_proj", tp_dim=1),
+        native="mlp.w2",
     ),
 )
 _GATES = (
@@ -122,7 +137,7 @@ def _tiles(name: str, tokens: str, hf: str, meta: str, native: str) -> Row:
     return Row(
         f"vision.{name}",
         ("tiles*tiles", tokens, "vision_dim"),
-        hf=Key(f"{hf}.weight", cells="tiles", shape=("ratios", f"tiles*{tokens}*vision_dim")),
+        hf=Key(f"{hf}.weight", scatter_index="tiles", shape=("ratios", f"tiles*{tokens}*vision_dim")),
         meta=Key(meta, shape=grid),
         native=Key(native, shape=grid),
     )
@@ -222,17 +237,17 @@ MLLAMA = Family(
         # Hugging Face has the tokens that the text model alone does not know behind the others.
         _EMBEDDING.replace(
             hf=Key("language_model.model.embed_tokens.weight", fused=0),
-            meta=Key("text_model.tok_embeddings.weight", tp=0),
+            meta=Key("text_model.tok_embeddings.weight", tp_dim=0),
         ),
         Row(
             "new_embeddings",
             ("new_tokens", "dim"),
             hf=Key("language_model.model.embed_tokens.weight", fused=0),
-            meta=Key("text_model.learnable_embedding.weight", tp=0),
+            meta=Key("text_model.learnable_embedding.weight", tp_dim=0),
             native=Key("decoder.tok_embeddings.fusion_embedding.weight"),
         ),
         *_LAYERS,
-        *(row.replace(only="cross") for row in _CROSS),
+        *(row.replace(layer_set="cross") for row in _CROSS),
         _NORM,
         _OUTPUT,
         _FREQS,
@@ -240,7 +255,9 @@ MLLAMA = Family(
             "vision.patches",
             ("vision_dim", "channels", "patch", "patch"),
             hf="vision_model.patch_embedding",
-            meta=Key("vision_model.vision_encoder.conv1._linear", shape=("vision_dim", "channels*patch*patch"), tp=0),
+            meta=Key(
+                "vision_model.vision_encoder.conv1._linear", shape=("vision_dim", "channels*patch*patch"), tp_dim=0
+            ),
             native="encoder.clip.conv",
         ),
         *_AROUND,
@@ -251,7 +268,7 @@ MLLAMA = Family(
             ("dim", "vision_out"),
             bias=True,
             hf="multi_modal_projector",
-            meta=Key("vision_model.vision_projection", tp=0),
+            meta=Key("vision_model.vision_projection", tp_dim=0),
             native="encoder.projection.output",
         ),
     ),

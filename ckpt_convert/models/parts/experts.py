@@ -18,14 +18,14 @@ from ckpt_convert.models.parts.decoder import FFN
 
 NORM = named(FFN, "ffn_norm")
 
-DENSE_FFN = tuple(row.replace(only="dense", native=None) for row in named(FFN, "ffn.gate", "ffn.down", "ffn.up"))
+DENSE_FFN = tuple(row.replace(layer_set="dense", native=None) for row in named(FFN, "ffn.gate", "ffn.down", "ffn.up"))
 """The feed-forward part of the layers without experts."""
 
 ROUTER = (
     *linear(
         "moe.router",
         ("n_experts", "dim"),
-        only="moe",
+        layer_set="moe",
         hf="model.layers.{layer}.mlp.gate",
         torchtitan="layers.{layer}.moe.router.gate",
     ),
@@ -35,7 +35,7 @@ EXPERTS = (
     Row(
         "moe.experts.gate",
         ("expert_dim", "dim"),
-        only="moe",
+        layer_set="moe",
         hf=Key("model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight"),
         torchtitan=Key("layers.{layer}.moe.routed_experts.inner_experts.w1_EFD"),
         in_memory=Key("model.layers.{layer}.mlp.experts.gate_up_proj", fused=0),
@@ -43,7 +43,7 @@ EXPERTS = (
     Row(
         "moe.experts.up",
         ("expert_dim", "dim"),
-        only="moe",
+        layer_set="moe",
         hf=Key("model.layers.{layer}.mlp.experts.{expert}.up_proj.weight"),
         torchtitan=Key("layers.{layer}.moe.routed_experts.inner_experts.w3_EFD"),
         in_memory=Key("model.layers.{layer}.mlp.experts.gate_up_proj", fused=0),
@@ -51,7 +51,7 @@ EXPERTS = (
     Row(
         "moe.experts.down",
         ("dim", "expert_dim"),
-        only="moe",
+        layer_set="moe",
         hf=Key("model.layers.{layer}.mlp.experts.{expert}.down_proj.weight"),
         torchtitan=Key("layers.{layer}.moe.routed_experts.inner_experts.w2_EDF"),
         in_memory=Key("model.layers.{layer}.mlp.experts.down_proj"),
@@ -62,7 +62,7 @@ LOAD_BALANCE = (
     Row(
         "moe.balance",
         ("n_experts",),
-        only="moe",
+        layer_set="moe",
         zeros="F32",
         torchtitan=Key("layers.{layer}.moe.expert_bias_E"),
     ),

@@ -37,17 +37,19 @@ def _rows(tower: str) -> Iterator[Row]:
     yield from linear("vision.ffn.down", ("vision_dim", "vision_ffn_dim"), bias=True, hf=f"{tower}.{_LAYER}.mlp.fc2")
     yield from layer_norm("vision.norm", "vision_dim", hf=f"{tower}.post_layernorm")
     head = f"{tower}.head"
-    yield Row("vision.head.probe", ("1", "1", "vision_dim"), when="vision_head", hf=Key(f"{head}.probe"))
+    yield Row("vision.head.probe", ("1", "1", "vision_dim"), enabled_by="vision_head", hf=Key(f"{head}.probe"))
     qkv = "3*vision_dim"
-    yield Row("vision.head.qkv", (qkv, "vision_dim"), when="vision_head", hf=Key(f"{head}.attention.in_proj_weight"))
-    yield Row("vision.head.qkv.bias", (qkv,), when="vision_head", hf=Key(f"{head}.attention.in_proj_bias"))
-    yield from linear("vision.head.o", square, bias=True, hf=f"{head}.attention.out_proj", when="vision_head")
-    yield from layer_norm("vision.head.norm", "vision_dim", hf=f"{head}.layernorm", when="vision_head")
+    yield Row(
+        "vision.head.qkv", (qkv, "vision_dim"), enabled_by="vision_head", hf=Key(f"{head}.attention.in_proj_weight")
+    )
+    yield Row("vision.head.qkv.bias", (qkv,), enabled_by="vision_head", hf=Key(f"{head}.attention.in_proj_bias"))
+    yield from linear("vision.head.o", square, bias=True, hf=f"{head}.attention.out_proj", enabled_by="vision_head")
+    yield from layer_norm("vision.head.norm", "vision_dim", hf=f"{head}.layernorm", enabled_by="vision_head")
     yield from linear(
-        "vision.head.up", ("vision_ffn_dim", "vision_dim"), bias=True, hf=f"{head}.mlp.fc1", when="vision_head"
+        "vision.head.up", ("vision_ffn_dim", "vision_dim"), bias=True, hf=f"{head}.mlp.fc1", enabled_by="vision_head"
     )
     yield from linear(
-        "vision.head.down", ("vision_dim", "vision_ffn_dim"), bias=True, hf=f"{head}.mlp.fc2", when="vision_head"
+        "vision.head.down", ("vision_dim", "vision_ffn_dim"), bias=True, hf=f"{head}.mlp.fc2", enabled_by="vision_head"
     )
 
 

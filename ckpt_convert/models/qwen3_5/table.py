@@ -27,71 +27,71 @@ FULL_ATTENTION = (
     *linear(
         "attention.q_gate",
         ("n_heads*2*head_dim", "dim"),
-        only="full",
+        layer_set="full",
         hf="model.layers.{layer}.self_attn.q_proj",
         torchtitan="layers.{layer}.attn.wq",
     ),
     *linear(
         "attention.k",
         ("n_kv_heads*head_dim", "dim"),
-        only="full",
+        layer_set="full",
         hf="model.layers.{layer}.self_attn.k_proj",
         torchtitan="layers.{layer}.attn.wk",
     ),
     *linear(
         "attention.v",
         ("n_kv_heads*head_dim", "dim"),
-        only="full",
+        layer_set="full",
         hf="model.layers.{layer}.self_attn.v_proj",
         torchtitan="layers.{layer}.attn.wv",
     ),
     *linear(
         "attention.o",
         ("dim", "n_heads*head_dim"),
-        only="full",
+        layer_set="full",
         hf="model.layers.{layer}.self_attn.o_proj",
         torchtitan="layers.{layer}.attn.wo",
     ),
     *rms_norm(
         "attention.q_norm",
         "head_dim",
-        only="full",
+        layer_set="full",
         hf="model.layers.{layer}.self_attn.q_norm",
         torchtitan="layers.{layer}.attn.q_norm",
     ),
     *rms_norm(
         "attention.k_norm",
         "head_dim",
-        only="full",
+        layer_set="full",
         hf="model.layers.{layer}.self_attn.k_norm",
         torchtitan="layers.{layer}.attn.k_norm",
     ),
     Row(
         "attention.q_gate.bias",
         ("n_heads*2*head_dim",),
-        only="full",
-        when="attention_bias",
+        layer_set="full",
+        enabled_by="attention_bias",
         hf=Key("model.layers.{layer}.self_attn.q_proj.bias"),
     ),
     Row(
         "attention.k.bias",
         ("n_kv_heads*head_dim",),
-        only="full",
-        when="attention_bias",
+        layer_set="full",
+        enabled_by="attention_bias",
         hf=Key("model.layers.{layer}.self_attn.k_proj.bias"),
     ),
     Row(
         "attention.v.bias",
         ("n_kv_heads*head_dim",),
-        only="full",
-        when="attention_bias",
+        layer_set="full",
+        enabled_by="attention_bias",
         hf=Key("model.layers.{layer}.self_attn.v_proj.bias"),
     ),
     Row(
         "attention.o.bias",
         ("dim",),
-        only="full",
-        when="attention_bias",
+        layer_set="full",
+        enabled_by="attention_bias",
         hf=Key("model.layers.{layer}.self_attn.o_proj.bias"),
     ),
 )
@@ -100,97 +100,97 @@ LINEAR_ATTENTION = (
     *linear(
         "delta.q",
         ("n_delta_k*delta_k_dim", "dim"),
-        only="linear",
+        layer_set="linear",
         hf=Key("model.layers.{layer}.linear_attn.in_proj_qkv", fused=0),
         torchtitan="layers.{layer}.attn.in_proj_q",
     ),
     *linear(
         "delta.k",
         ("n_delta_k*delta_k_dim", "dim"),
-        only="linear",
+        layer_set="linear",
         hf=Key("model.layers.{layer}.linear_attn.in_proj_qkv", fused=0),
         torchtitan="layers.{layer}.attn.in_proj_k",
     ),
     *linear(
         "delta.v",
         ("n_delta_v*delta_v_dim", "dim"),
-        only="linear",
+        layer_set="linear",
         hf=Key("model.layers.{layer}.linear_attn.in_proj_qkv", fused=0),
         torchtitan="layers.{layer}.attn.in_proj_v",
     ),
     *linear(
         "delta.q.convolution",
         ("n_delta_k*delta_k_dim", "1", "delta_kernel"),
-        only="linear",
+        layer_set="linear",
         hf=Key("model.layers.{layer}.linear_attn.conv1d", fused=0),
         torchtitan="layers.{layer}.attn.conv_q",
     ),
     *linear(
         "delta.k.convolution",
         ("n_delta_k*delta_k_dim", "1", "delta_kernel"),
-        only="linear",
+        layer_set="linear",
         hf=Key("model.layers.{layer}.linear_attn.conv1d", fused=0),
         torchtitan="layers.{layer}.attn.conv_k",
     ),
     *linear(
         "delta.v.convolution",
         ("n_delta_v*delta_v_dim", "1", "delta_kernel"),
-        only="linear",
+        layer_set="linear",
         hf=Key("model.layers.{layer}.linear_attn.conv1d", fused=0),
         torchtitan="layers.{layer}.attn.conv_v",
     ),
     *linear(
         "delta.z",
         ("n_delta_v*delta_v_dim", "dim"),
-        only="linear",
+        layer_set="linear",
         hf="model.layers.{layer}.linear_attn.in_proj_z",
         torchtitan="layers.{layer}.attn.in_proj_z",
     ),
     *linear(
         "delta.a",
         ("n_delta_v", "dim"),
-        only="linear",
+        layer_set="linear",
         hf="model.layers.{layer}.linear_attn.in_proj_a",
         torchtitan="layers.{layer}.attn.in_proj_a",
     ),
     *linear(
         "delta.b",
         ("n_delta_v", "dim"),
-        only="linear",
+        layer_set="linear",
         hf="model.layers.{layer}.linear_attn.in_proj_b",
         torchtitan="layers.{layer}.attn.in_proj_b",
     ),
     Row(
         "delta.decay",
         ("n_delta_v",),
-        only="linear",
+        layer_set="linear",
         hf=Key("model.layers.{layer}.linear_attn.A_log"),
         torchtitan=Key("layers.{layer}.attn.A_log"),
     ),
     Row(
         "delta.step.bias",
         ("n_delta_v",),
-        only="linear",
+        layer_set="linear",
         hf=Key("model.layers.{layer}.linear_attn.dt_bias"),
         torchtitan=Key("layers.{layer}.attn.dt_bias"),
     ),
     *rms_norm(
         "delta.norm",
         "delta_v_dim",
-        only="linear",
+        layer_set="linear",
         hf="model.layers.{layer}.linear_attn.norm",
         torchtitan="layers.{layer}.attn.norm",
     ),
     *linear(
         "delta.o",
         ("dim", "n_delta_v*delta_v_dim"),
-        only="linear",
+        layer_set="linear",
         hf="model.layers.{layer}.linear_attn.out_proj",
         torchtitan="layers.{layer}.attn.out_proj",
     ),
 )
 
-FFN = tuple(row.replace(only=None) for row in DENSE_FFN)
+FFN = tuple(row.replace(layer_set=None) for row in DENSE_FFN)
 
 SHARED = (
     *linear(
@@ -219,8 +219,8 @@ SHARED = (
     ),
 )
 
-EXPERTS_ANYWHERE = tuple(row.replace(only=None) for row in EXPERTS)
-MOE = (*(row.replace(only=None) for row in (*ROUTER, *LOAD_BALANCE)), *EXPERTS_ANYWHERE, *SHARED)
+EXPERTS_ANYWHERE = tuple(row.replace(layer_set=None) for row in EXPERTS)
+MOE = (*(row.replace(layer_set=None) for row in (*ROUTER, *LOAD_BALANCE)), *EXPERTS_ANYWHERE, *SHARED)
 
 FUSED = {
     "moe.experts.gate": Key("model.layers.{layer}.mlp.experts.gate_up_proj", fused=0),
@@ -245,7 +245,9 @@ def mtp_layer(rows: Iterable[Row], group: str) -> Iterator[Row]:
             continue
         key = row.hf.renamed("model.layers.{layer}", "mtp.layers.{mtp}")
         each = "expert" if "expert" in row.placeholders else None
-        yield Row(f"{group}.{row.name}", row.shape, hf=key, when=row.when, optional=group, each=each)
+        yield Row(
+            f"{group}.{row.name}", row.shape, hf=key, enabled_by=row.enabled_by, optional=group, stacked_over=each
+        )
 
 
 def vision() -> Iterator[Row]:
@@ -336,7 +338,8 @@ def _text_rows(*feed_forward: Row) -> tuple[Row, ...]:
 def _fused(rows: Iterable[Row]) -> tuple[Row, ...]:
     """The rows with a layer's experts together."""
     return tuple(
-        row.replace(hf=FUSED[row.name], in_memory=None, each="expert") if row.name in FUSED else row for row in rows
+        row.replace(hf=FUSED[row.name], in_memory=None, stacked_over="expert") if row.name in FUSED else row
+        for row in rows
     )
 
 

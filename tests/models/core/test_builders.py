@@ -10,27 +10,32 @@ from ckpt_convert.models.core.rows import Key, Row
 
 
 def test_a_linear_layer_has_a_weight_in_each_of_its_formats() -> None:
-    (row,) = linear("ffn.up", ("ffn_dim", "dim"), hf="mlp.up", meta=Key("w3", tp=0), only="dense")
-    assert row == Row("ffn.up", ("ffn_dim", "dim"), only="dense", hf=Key("mlp.up.weight"), meta=Key("w3.weight", tp=0))
+    (row,) = linear("ffn.up", ("ffn_dim", "dim"), hf="mlp.up", meta=Key("w3", tp_dim=0), layer_set="dense")
+    assert row == Row(
+        "ffn.up", ("ffn_dim", "dim"), layer_set="dense", hf=Key("mlp.up.weight"), meta=Key("w3.weight", tp_dim=0)
+    )
 
 
 def test_a_bias_has_one_axis_and_rotates_with_its_weight() -> None:
     shape = ("n_heads*head_dim", "dim")
     weight, bias = linear("q", shape, bias="has_bias", heads="n_heads", hf=Key("q", rope="half", fused=0))
-    assert (weight.when, weight.shape, weight.hf) == (None, shape, Key("q.weight", rope="half", fused=0))
-    assert (bias.name, bias.when, bias.shape, bias.heads) == ("q.bias", "has_bias", shape[:1], "n_heads")
+    assert (weight.enabled_by, weight.shape, weight.hf) == (None, shape, Key("q.weight", rope="half", fused=0))
+    assert (bias.name, bias.enabled_by, bias.shape, bias.heads) == ("q.bias", "has_bias", shape[:1], "n_heads")
     assert bias.hf == Key("q.bias", rope="half", fused=0)
 
 
 def test_a_bias_that_is_always_there_is_switched_with_its_weight() -> None:
-    assert [row.when for row in linear("q", ("dim", "dim"), bias=True, when="vision", hf="q")] == ["vision", "vision"]
+    assert [row.enabled_by for row in linear("q", ("dim", "dim"), bias=True, enabled_by="vision", hf="q")] == [
+        "vision",
+        "vision",
+    ]
 
 
 @pytest.mark.parametrize(("weight", "bias"), [(0, 0), (1, None), ("axis", "axis"), (None, None)])
 def test_a_bias_is_split_over_ranks_where_the_outputs_are(weight: int | str | None, bias: int | str | None) -> None:
     """Row-parallel layers, whose inputs are split, add their bias once."""
-    rows = linear("o", ("dim", "dim"), bias=True, meta=Key("wo", tp=weight))
-    assert [row.meta and row.meta.tp for row in rows] == [weight, bias]
+    rows = linear("o", ("dim", "dim"), bias=True, meta=Key("wo", tp_dim=weight))
+    assert [row.meta and row.meta.tp_dim for row in rows] == [weight, bias]
 
 
 def test_a_bias_takes_no_part_in_what_its_weight_goes_through() -> None:

@@ -37,7 +37,7 @@ TABLE = family(
     Row(
         "grid",
         ("cells", "width"),
-        hf=Key("table", cells="spread", shape=("places/2", "2*width")),
+        hf=Key("table", scatter_index="spread", shape=("places/2", "2*width")),
         native=Key("grid", shape=("2", "2", "width")),
     )
 )
@@ -77,9 +77,9 @@ def test_a_format_is_a_copy_of_itself() -> None:
 @pytest.mark.parametrize(
     "key",
     [
-        Key("table", cells="spread"),
-        Key("table", cells="spread", shape=("places", "width"), tp=0),
-        Key("table", cells="spread", shape=("places", "width"), transposed=True),
+        Key("table", scatter_index="spread"),
+        Key("table", scatter_index="spread", shape=("places", "width"), tp_dim=0),
+        Key("table", scatter_index="spread", shape=("places", "width"), transposed=True),
     ],
 )
 def test_cells_that_would_be_cut_or_have_no_shape_are_refused(key: Key) -> None:
@@ -92,7 +92,7 @@ def test_a_row_that_every_column_stacks() -> None:
         Row(
             "w",
             ("rows", "width"),
-            each="expert",
+            stacked_over="expert",
             hf=Key("layers.{layer}.w"),
             native=Key("layers.{layer}.w_t", transposed=True),
         ),
@@ -105,7 +105,7 @@ def test_a_row_that_every_column_stacks() -> None:
 
 def test_a_placeholder_that_counts_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="has a placeholder that counts nothing"):
-        family(Row("w", ("rows",), each="expert", hf=Key("layers.{layer}.w")))
+        family(Row("w", ("rows",), stacked_over="expert", hf=Key("layers.{layer}.w")))
 
 
 def test_zeros_are_made_and_not_read(tmp_path: Path) -> None:

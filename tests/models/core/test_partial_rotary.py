@@ -46,7 +46,7 @@ def head_norm(name: str, count: str) -> Row:
         ("head_dim",),
         heads="1",
         rotary_dim="rotary_dim",
-        when="qk_norm",
+        enabled_by="qk_norm",
         hf=Key(f"model.layers.{{layer}}.self_attn.{name}_layernorm.norms.{{{count}}}.weight", rope="half"),
         native=Key(f"layers.{{layer}}.attn.{name}_norm.{{{count}}}.scale", rope="interleaved"),
     )

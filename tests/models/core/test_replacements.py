@@ -10,14 +10,14 @@ import ckpt_convert.models
 from ckpt_convert.models.core.picking import fused, named, replaced
 from ckpt_convert.models.core.table import Key, Row
 
-KEY = Key("model.layers.{layer}.norm.weight", tp=0)
+KEY = Key("model.layers.{layer}.norm.weight", tp_dim=0)
 ROW = Row("norm", ("dim",), hf=KEY)
 
 
 def test_a_part_of_a_template_is_replaced_and_the_rest_of_the_key_stays() -> None:
-    assert KEY.renamed("model.layers.{layer}", "mtp.{mtp}") == Key("mtp.{mtp}.norm.weight", tp=0)
-    assert KEY.unprefixed("model.") == Key("layers.{layer}.norm.weight", tp=0)
-    assert KEY.prefixed("a.") == Key("a.model.layers.{layer}.norm.weight", tp=0)
+    assert KEY.renamed("model.layers.{layer}", "mtp.{mtp}") == Key("mtp.{mtp}.norm.weight", tp_dim=0)
+    assert KEY.unprefixed("model.") == Key("layers.{layer}.norm.weight", tp_dim=0)
+    assert KEY.prefixed("a.") == Key("a.model.layers.{layer}.norm.weight", tp_dim=0)
 
 
 def test_a_part_that_a_template_does_not_have_is_refused() -> None:

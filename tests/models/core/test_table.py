@@ -94,7 +94,7 @@ def test_shapes_are_products_of_symbols(expression: str, value: int) -> None:
         ([Row("a", ("dim",), hf=Key("x", rope="half"))], "needs a rope order"),
         ([Row("a", ("dim",), hf=Key("x", omitted_if_tied=True))], "is tied to nothing"),
         ([Row("a", ("dim",), tied_to="b", hf=Key("x"))], "which is no row"),
-        ([Row("a", ("dim",), hf=Key("x"), meta=Key("x", tp=1))], "has no axis 1 to cut"),
+        ([Row("a", ("dim",), hf=Key("x"), meta=Key("x", tp_dim=1))], "has no axis 1 to cut"),
     ],
 )
 def test_a_table_that_could_be_read_in_two_ways_is_refused(rows: list[Row], words: str) -> None:
@@ -117,7 +117,7 @@ def test_no_table_could_be_read_in_two_ways(name: str) -> None:
 def test_every_column_holds_every_required_row(name: str) -> None:
     family = FAMILIES[name]
     for row in family.rows:
-        if row.required and not row.when and not row.tied_to:
+        if row.required and not row.enabled_by and not row.tied_to:
             assert set(row.columns) == set(family.formats), row.name
 
 

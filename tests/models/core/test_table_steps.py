@@ -105,8 +105,8 @@ def test_fused_rows_are_cut_before_they_are_fused() -> None:
         return [{"qkv": np.concatenate([cut["q"][rank], cut["k"][rank]])} for rank in range(2)]
 
     rows = [
-        Row("q", ("n_heads*head_dim", "dim"), hf=Key("q"), meta=Key("qkv", fused=0, tp=0)),
-        Row("k", ("n_kv*head_dim", "dim"), hf=Key("k"), meta=Key("qkv", fused=0, tp=0)),
+        Row("q", ("n_heads*head_dim", "dim"), hf=Key("q"), meta=Key("qkv", fused=0, tp_dim=0)),
+        Row("k", ("n_kv*head_dim", "dim"), hf=Key("k"), meta=Key("qkv", fused=0, tp_dim=0)),
     ]
     check(rows, {"q": (24, 6), "k": (12, 6)}, expected)
 
@@ -136,8 +136,11 @@ def stacked(given: Arrays, layer: int) -> Any:
     [
         (Key("layers.{layer}.w"), lambda whole: whole),
         (Key("layers.{layer}.w", transposed=True), lambda whole: whole.transpose(0, 2, 1)),
-        (Key("layers.{layer}.w", flat=True), lambda whole: whole.reshape(40, 6)),
-        (Key("layers.{layer}.w", transposed=True, flat=True), lambda whole: whole.transpose(0, 2, 1).reshape(24, 10)),
+        (Key("layers.{layer}.w", flatten_stacked=True), lambda whole: whole.reshape(40, 6)),
+        (
+            Key("layers.{layer}.w", transposed=True, flatten_stacked=True),
+            lambda whole: whole.transpose(0, 2, 1).reshape(24, 10),
+        ),
         (Key("layers.{layer}.w", shape=("2", "5", "dim")), lambda whole: whole.reshape(4, 2, 5, 6)),
     ],
 )
@@ -155,7 +158,7 @@ def test_stacked_parts_are_cut_one_by_one(axis: int, flat: bool) -> None:
                 out[rank][f"layers.{layer}.w"] = part.reshape(-1, part.shape[-1]) if flat else part
         return out
 
-    key = Key("layers.{layer}.w", transposed=True, tp=axis, flat=flat)
+    key = Key("layers.{layer}.w", transposed=True, tp_dim=axis, flatten_stacked=flat)
     check([Row("w", ("ffn", "dim"), hf=Key("layers.{layer}.experts.{expert}.w"), meta=key)], EXPERTS, expected)
 
 
@@ -170,7 +173,7 @@ def test_stacked_and_fused_as_llama_4_has_its_experts() -> None:
         return [{"layers.0.gate_up": np.stack(both)}]
 
     rows = [
-        Row(name, ("ffn", "dim"), only="dense", hf=Key("layers.{layer}.experts.{expert}." + name),
+        Row(name, ("ffn", "dim"), layer_set="dense", hf=Key("layers.{layer}.experts.{expert}." + name),
             meta=Key("layers.{layer}.gate_up", transposed=True, fused=1))
         for name in ("gate", "up")
     ]  # fmt: skip
@@ -179,8 +182,8 @@ def test_stacked_and_fused_as_llama_4_has_its_experts() -> None:
 
 def test_sets_limit_rows_and_give_positions() -> None:
     rows = [
-        Row("dense", ("dim",), only="dense", hf=Key("h.{layer}.x"), meta=Key("dense.{layer:dense}.x")),
-        Row("moe", ("dim",), only="moe", hf=Key("h.{layer}.y"), meta=Key("moe.{layer:moe}.y")),
+        Row("dense", ("dim",), layer_set="dense", hf=Key("h.{layer}.x"), meta=Key("dense.{layer:dense}.x")),
+        Row("moe", ("dim",), layer_set="moe", hf=Key("h.{layer}.y"), meta=Key("moe.{layer:moe}.y")),
     ]
     shapes = {"h.0.x": (6,), "h.1.y": (6,), "h.2.y": (6,)}
     check(
@@ -197,19 +200,19 @@ def test_ranks_in_succession_may_hold_the_same_part() -> None:
         return [{"k": first}, {"k": first}, {"k": second}, {"k": second}]
 
     row = Row("k", ("n_kv*head_dim", "dim"), heads="n_kv", hf=Key("k", rope="half"),
-              meta=Key("k", rope="half", tp=0, copies="copies"))  # fmt: skip
+              meta=Key("k", rope="half", tp_dim=0, replicated_heads="copies"))  # fmt: skip
     check([row], {"k": (12, 6)}, expected)
 
 
 def test_copies_that_differ_are_to_be_found() -> None:
-    row = Row("k", ("n_kv*head_dim", "dim"), hf=Key("k"), meta=Key("k", tp=0, copies="copies"))
+    row = Row("k", ("n_kv*head_dim", "dim"), hf=Key("k"), meta=Key("k", tp_dim=0, replicated_heads="copies"))
     half = np.arange(36).reshape(6, 6)
     with pytest.raises(AssertionError, match=r"rank 3 .* and rank 2 .* differ, but every rank of 2 in succession"):
         moved(family(row), "meta", "hf", [{"k": half}, {"k": half}, {"k": half}, {"k": half + 1}])
 
 
 def test_a_shape_of_its_own() -> None:
-    row = Row("conv", ("dim", "3*4"), hf=Key("conv", shape=("dim", "3", "2", "2")), meta=Key("linear", tp=1))
+    row = Row("conv", ("dim", "3*4"), hf=Key("conv", shape=("dim", "3", "2", "2")), meta=Key("linear", tp_dim=1))
     check([row], {"conv": (6, 3, 2, 2)}, lambda given: [
         {"linear": half} for half in np.split(given["conv"].reshape(6, 12), 2, 1)
     ])  # fmt: skip
@@ -247,12 +250,12 @@ def test_what_the_target_needs_and_the_source_has_no_place_for() -> None:
     [
         ([Row("a", ("dim",), hf=Key("x", fused=1))], "has no axis 1 to be fused along"),
         ([Row("a", ("dim",), hf=Key("x", transposed=True))], "has no two axes to transpose"),
-        ([Row("a", ("dim",), hf=Key("x.{layer}", flat=True))], "is not stacked over anything"),
-        ([Row("a", ("dim",), hf=Key("x", copies="copies"))], "no copies of its parts"),
-        ([Row("a", ("dim",), only="moe", hf=Key("x"))], "whose numbers 'moe' could limit"),
+        ([Row("a", ("dim",), hf=Key("x.{layer}", flatten_stacked=True))], "is not stacked over anything"),
+        ([Row("a", ("dim",), hf=Key("x", replicated_heads="copies"))], "no copies of its parts"),
+        ([Row("a", ("dim",), layer_set="moe", hf=Key("x"))], "whose numbers 'moe' could limit"),
         ([Row("a", ("dim",), hf=Key("x.{layer}.{expert}"), meta=Key("y.{expert}"))], "only the last of"),
         (
-            [Row("a", ("dim",), hf=Key("x", fused=0)), Row("b", ("dim",), when="tied", hf=Key("x", fused=0))],
+            [Row("a", ("dim",), hf=Key("x", fused=0)), Row("b", ("dim",), enabled_by="tied", hf=Key("x", fused=0))],
             "fused rows have to be alike",
         ),
     ],
@@ -264,8 +267,8 @@ def test_steps_that_make_no_sense_are_refused(rows: list[Row], words: str) -> No
 
 def test_two_rows_with_one_key_for_this_config_are_refused() -> None:
     rows = [
-        Row("a", ("dim",), only="dense", hf=Key("x.{layer}")),
-        Row("b", ("dim",), only="moe", hf=Key("x.{layer}")),
+        Row("a", ("dim",), layer_set="dense", hf=Key("x.{layer}")),
+        Row("b", ("dim",), layer_set="moe", hf=Key("x.{layer}")),
     ]
     assert len(list(family(*rows).entries("hf", DIMS))) == 3
     with pytest.raises(ValueError, match=r"f: a, b have one hf key: x\.0"):
