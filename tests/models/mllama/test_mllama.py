@@ -416,7 +416,7 @@ def test_verify_reads_what_is_carried(tables: Path, tmp_path: Path, monkeypatch:
 def test_the_words_of_a_plan_say_it(tables: Path) -> None:
     from ckpt_convert.convert import api, explain
 
-    with api.plan(tables, to="native") as plan:
+    with api.plan_conversion(tables, to="native") as plan:
         moves = {move.source: move for move in explain.moves(plan)}
     assert moves[TABLES[1]].steps == ("reshape",)
     assert moves["language_model.model.embed_tokens.weight"].steps == ("split off",)
