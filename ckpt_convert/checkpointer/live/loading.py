@@ -14,6 +14,7 @@ import xxhash
 from ckpt_convert import dtypes
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpoint.mapping import Equality
+from ckpt_convert.checkpointer.distributed.slices import Region, local_of, slice_of
 from ckpt_convert.convert import translate as translation
 from ckpt_convert.convert.execute import comparing
 from ckpt_convert.convert.output import overflow_text
@@ -107,18 +108,19 @@ def shared(found: Fit, tensors: Mapping[str, torch.Tensor], checkpoint: Identifi
     for target in found.targets:
         tensor = tensors[target.key]
         other = seen.setdefault(_place(tensor), target)
-        if tensor.numel() and other is not target and not (by_bytes and _equal(checkpoint, other, target)):
+        if local_of(tensor).numel() and other is not target and not (by_bytes and _equal(checkpoint, other, target)):
             out.append(f"{target.key}: is tied to {other.key} in the model, but the checkpoint does not tie them")
     return out
 
 
 def without_second_names(tensors: Mapping[str, torch.Tensor], known: Collection[str]) -> dict[str, torch.Tensor]:
     """The tensors without those that are not ``known`` and are only another name of one that is."""
-    there = {_place(tensor) for key, tensor in tensors.items() if key in known and tensor.numel()}
+    there = {_place(tensor) for key, tensor in tensors.items() if key in known and local_of(tensor).numel()}
     return {key: tensor for key, tensor in tensors.items() if key in known or _place(tensor) not in there}
 
 
 def _place(tensor: torch.Tensor) -> tuple[object, ...]:
+    tensor = local_of(tensor)
     return tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
 
 
@@ -153,7 +155,7 @@ def load(
     """
     misfit = {line.partition(":")[0] for line in found.misfits}
     targets = [target for target in found.targets if wanted(target.key) and target.key not in misfit]
-    total = sum(dtypes.nbytes(target.dtype, target.tensor.shape) for target in targets)
+    total = sum(dtypes.nbytes(target.dtype, local_of(tensors[target.key]).shape) for target in targets)
     counter = ProgressCounter("loading", total, progress)
     overflows: dict[str, int] = {}
 
@@ -222,14 +224,32 @@ def _fill(
     counter: ProgressCounter,
     digest: xxhash.xxh3_64 | None = None,
 ) -> int:
-    """Copy a tensor in place, its bytes also into ``digest``; returns how many finite values have become infinite."""
+    """Copy a tensor in place, its bytes also into ``digest``; returns how many finite values have become infinite.
+
+    Of one that is split over processes, what this process has is read, and nothing else.
+    """
+    local = local_of(tensor)
+    regions = slice_of(target.key, tensor).regions()
+    return sum(_fill_region(mover, target, region, local, counter, digest) for region in regions)
+
+
+def _fill_region(
+    mover: BlockReader,
+    target: Target,
+    region: Region,
+    local: torch.Tensor,
+    counter: ProgressCounter,
+    digest: xxhash.xxh3_64 | None,
+) -> int:
     dtype = getattr(torch, dtypes.DTYPES[target.dtype].torch)
-    into = tensor.detach()
+    source, into = target.tensor, local
+    for axis, size in enumerate(region.shape):
+        source, into = source.narrow(axis, region.origin[axis], size), into.narrow(axis, region.local[axis], size)
     dense = into if into.is_contiguous() else torch.empty(into.shape, dtype=dtype)
     flat = dense.view(-1)
     count = 0
     with torch.no_grad():
-        for offset, data in mover.blocks(target.tensor, target.dtype, target.dtype):
+        for offset, data in mover.blocks(source, target.dtype, target.dtype):
             if digest is not None:
                 digest.update(data)
             block = torch.frombuffer(data, dtype=torch.uint8).view(dtype)

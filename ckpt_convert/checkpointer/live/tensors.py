@@ -11,6 +11,7 @@ from torch import nn
 
 from ckpt_convert.checkpoint.legacy_keys import HOLDER, WRAPPERS, unwrapped
 from ckpt_convert.checkpoint.mapping import Source
+from ckpt_convert.checkpointer.distributed.slices import local_of, slice_of
 from ckpt_convert.convert.plan import SourceFile, in_memory
 from ckpt_convert.convert.planning import Live
 from ckpt_convert.dtypes import FROM_TORCH, torch_name
@@ -182,6 +183,7 @@ def as_sources(tensors: Mapping[str, torch.Tensor]) -> dict[SourceFile, RangeRea
 
 def same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two tensors are one: tied weights that a state dict names twice."""
+    one, other = local_of(one), local_of(other)
     return (
         one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
         and one.storage_offset() == other.storage_offset()
@@ -258,6 +260,7 @@ def _refuse_sharded(model: nn.Module) -> None:
 
 def _extent(tensor: torch.Tensor) -> tuple[tuple[object, ...], tuple[int, int]]:
     """The storage of a tensor, and from which byte to which of it the tensor reaches."""
+    tensor = local_of(tensor)
     if not tensor.numel():
         return (), (0, 0)
     try:
@@ -275,9 +278,8 @@ def _check(key: str, tensor: torch.Tensor) -> None:
         raise UsageError(
             f"{key}: is on the meta device, so there is nothing to load into or to save; use model.to_empty()"
         )
-    if tensor.layout != torch.strided or tensor.is_quantized:
+    if local_of(tensor).layout != torch.strided or tensor.is_quantized:
         raise UsageError(f"{key}: expected a dense tensor, found {tensor.layout}, quantised: {tensor.is_quantized}")
-    if hasattr(tensor, "full_tensor"):
-        raise UsageError(f"{key}: is sharded over processes ({type(tensor).__name__}){_GATHER}")
+    slice_of(key, tensor)
     if name not in FROM_TORCH:
         raise UsageError(f"{key}: dtype {name} is not known; known: {', '.join(sorted(FROM_TORCH))}")

@@ -1,0 +1,93 @@
+"""A few processes that have imported torch, for tests of runs of several: each test is a function that all of them do.
+
+They are forked from a server that has imported torch once, and find each other through a file. A function is called
+with the directory of the test, and finds its rank in ``torch.distributed``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+MOST = 4
+
+
+class Pool:
+    """So many processes, started with the first job; one that died is started again with the next."""
+
+    def __init__(self) -> None:
+        self._jobs = 0
+        self._workers: list[tuple[Any, Connection]] = []
+
+    def run(self, work: Callable[..., Any], here: Path, *given: Any, world: int = 2, limit: float = 100) -> list[Any]:
+        """Do ``work(here, *given)`` on ``world`` ranks; what each returned. Raises AssertionError for what one raised.
+
+        A rank that died has None.
+        """
+        self._jobs += 1
+        self._start(world)
+        store = here / f"store_{self._jobs}"
+        for rank, (_, pipe) in enumerate(self._workers[:world]):
+            pipe.send((work.__module__, work.__qualname__, store, rank, world, here, given))
+        return [self._answer(rank, limit) for rank in range(world)]
+
+    def _start(self, world: int) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch.distributed.fsdp", "ckpt_convert", "tests.checkpointer.training"])
+        for rank in range(world):
+            if rank < len(self._workers) and self._workers[rank][0].is_alive():
+                continue
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()
+            self._workers[rank : rank + 1] = [(process, ours)]
+
+    def _answer(self, rank: int, limit: float) -> Any:
+        process, pipe = self._workers[rank]
+        if not pipe.poll(limit):
+            process.kill()
+            raise AssertionError(f"rank {rank}: no answer in {limit} s")
+        try:
+            raised, result = pipe.recv()
+        except EOFError:
+            process.join()
+            return None
+        assert not raised, f"rank {rank}: {raised}"
+        return result
+
+    def close(self) -> None:
+        """End the processes."""
+        for process, pipe in self._workers:
+            pipe.close()
+            process.join(10)
+            process.kill()
+
+
+def _work(pipe: Connection) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    with suppress(EOFError, ConnectionError):
+        while True:
+            module, name, path, rank, world, here, given = pipe.recv()
+            raised, result = "", None
+            store = torch.distributed.FileStore(str(path), world)  # type: ignore[attr-defined]
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
+            try:
+                result = getattr(importlib.import_module(module), name)(here, *given)
+            except BaseException:
+                raised = traceback.format_exc()
+            with suppress(RuntimeError):
+                dist.destroy_process_group()
+            pipe.send((raised, result))
