@@ -63,16 +63,26 @@ class Slice:
 
     def regions(self) -> Iterator[Region]:
         """The boxes that it is made of; none where it is empty."""
+        for ranges, places in self._cells():
+            if None not in places:
+                yield Region(_starts(ranges), _lengths(ranges), tuple(at for at in places if at is not None))
+
+    def outside(self) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """(origin, shape) of boxes that make up the rest of the tensor."""
         if not prod(self.local_shape):
-            return
-        starts = [list(accumulate((stop - start for start, stop in axis), initial=0)) for axis in self.axes]
-        for numbers in product(*(range(len(axis)) for axis in self.axes)):
-            chosen = [axis[number] for axis, number in zip(self.axes, numbers, strict=True)]
-            yield Region(
-                tuple(start for start, _ in chosen),
-                tuple(stop - start for start, stop in chosen),
-                tuple(axis[number] for axis, number in zip(starts, numbers, strict=True)),
-            )
+            yield (0,) * len(self.shape), self.shape
+        for ranges, places in self._cells():
+            if None in places:
+                yield _starts(ranges), _lengths(ranges)
+
+    def _cells(self) -> Iterator[tuple[Ranges, tuple[int | None, ...]]]:
+        """The tensor cut where the part begins and ends, with the place of each box in the local tensor on each axis.
+
+        That is None where the box is outside of the part. Nothing of a part that is empty.
+        """
+        if prod(self.local_shape):
+            for cells in product(*(_cut_at(size, axis) for size, axis in zip(self.shape, self.axes, strict=True))):
+                yield tuple(one for one, _ in cells), tuple(at for _, at in cells)
 
 
 def whole(shape: Sequence[int]) -> Slice:
@@ -188,5 +198,26 @@ def _joined(ranges: Sequence[Range]) -> Ranges:
     return tuple(out)
 
 
+def _cut_at(size: int, ranges: Ranges) -> Iterator[tuple[Range, int | None]]:
+    """The ranges with their places in the local tensor, and what is between them with None, in order."""
+    places = accumulate((stop - start for start, stop in ranges), initial=0)
+    at = 0
+    for (start, stop), place in sorted(zip(ranges, places, strict=False)):
+        if at < start:
+            yield (at, start), None
+        yield (start, stop), place
+        at = stop
+    if at < size:
+        yield (at, size), None
+
+
+def _starts(ranges: Ranges) -> tuple[int, ...]:
+    return tuple(start for start, _ in ranges)
+
+
+def _lengths(ranges: Ranges) -> tuple[int, ...]:
+    return tuple(stop - start for start, stop in ranges)
+
+
 def _length(ranges: Ranges) -> int:
-    return sum(stop - start for start, stop in ranges)
+    return sum(_lengths(ranges))
