@@ -134,7 +134,9 @@ def _take_layout_of(saved: Saved, saver: Saver, options: Options) -> None:
     source, directory = saver.emitter.source, saver.directory
     if not options.has_source and saved.place.parent == directory.path and saved.place != source.place:
         source.close()
-        saver.emitter = Emitter(_without_source([saved], options, directory), options.settings)
+        saver.emitter = Emitter(
+            _without_source([saved], options, directory), options.settings, claims=saver.emitter.claims
+        )
 
 
 def choose(output_dir: Place, from_: Any, policy: retention.Policy, *, verify: bool, workers: int) -> Saved | None:

@@ -97,7 +97,8 @@ class Plan:
     it computes with instead; ``undecided`` is the pair that decides whether weights are tied, where no file says it.
     ``cut`` is how ranks cut the embedding and why, where there is a choice.
     ``carried`` names the tensors that the target has no place for and that go into the record. ``live`` is whether
-    tensors in memory are written in the place of the source's. ``seen`` are the files that are read, as they were
+    tensors in memory are written in the place of the source's; ``elsewhere`` are those of them that other processes
+    have, and write. ``seen`` are the files that are read, as they were
     before that.
     """
 
@@ -119,6 +120,7 @@ class Plan:
     checklist: Checklist
     computed: frozenset[int] = frozenset()
     live: bool = False
+    elsewhere: frozenset[int] = frozenset()
     seen: Mapping[Place, Entry] = field(default_factory=dict, repr=False)
 
     def close(self) -> None:

@@ -6,7 +6,7 @@ What comes out is a ``Plan``. Each stage takes values and gives one, and nothing
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 
 from ckpt_convert import dtypes
@@ -53,11 +53,13 @@ class Live:
     """Tensors in memory, of a model that is being trained: they go out as the source lies, in its place.
 
     ``format`` is that of their keys, ``tensors`` are by key, and ``stored`` is what their lazy tensors are numbered by.
+    ``elsewhere`` are the numbers of what other processes have, each with that of what this one has of the same tensor.
     """
 
     format: str
     tensors: Mapping[str, Source]
     stored: tuple[tuple[WeightFile, StoredTensor], ...]
+    elsewhere: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,7 @@ def make(given: Given, equal: Equal | None = None) -> Planned:
         ),
         computed=_computed(found.stored) if source.dequantized is not None else frozenset(),
         live=given.live is not None,
+        elsewhere=frozenset(given.live.elsewhere if given.live is not None else ()),
         seen=_seen(given, found.stored, put.files),
     )
     return Planned(plan, {one: file.reader for one, file in zip(sources, numbers, strict=True)})
@@ -349,6 +352,8 @@ def _file_of(source: Identified, template: Logicals, logicals: Logicals, live: L
         origin = template.tensors.get(instance)
         if origin is not None:
             out[_first(logical)] = of_source[_first(origin)]
+    for other, own in live.elsewhere.items():
+        out |= {number: out[one] for number, one in ((own, other), (other, own)) if one in out}
     return out
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,8 @@ from torch import nn
 
 from ckpt_convert.checkpoint.legacy_keys import HOLDER, WRAPPERS, unwrapped
 from ckpt_convert.checkpoint.mapping import Source
-from ckpt_convert.checkpointer.distributed.slices import local_of, slice_of
+from ckpt_convert.checkpointer.distributed.claims import Owned
+from ckpt_convert.checkpointer.distributed.slices import Slice, local_of, slice_of, whole
 from ckpt_convert.convert.plan import SourceFile, in_memory
 from ckpt_convert.convert.planning import Live
 from ckpt_convert.dtypes import FROM_TORCH, torch_name
@@ -19,7 +20,7 @@ from ckpt_convert.errors import KeyMismatchError, UsageError
 from ckpt_convert.storage.base import RangeReader
 from ckpt_convert.storage.place import at
 from ckpt_convert.tensors.header import IN_MEMORY, Header, StoredTensor, WeightFile
-from ckpt_convert.tensors.lazy import from_source
+from ckpt_convert.tensors.lazy import LazyTensor, Tile, from_source
 from ckpt_convert.words import listing
 
 Model = nn.Module | Mapping[str, Any]
@@ -112,6 +113,14 @@ def trained_parameters(model: Model) -> dict[str, torch.Tensor]:
     return {names[id(parameter)]: parameter for parameter in model.parameters() if parameter.requires_grad}
 
 
+def all_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, Owned]:
+    """The tensors as one process writes all of them; raises UsageError for one that is split over several."""
+    for key, tensor in tensors.items():
+        if hasattr(tensor, "full_tensor") and not slice_of(key, tensor).is_whole:
+            raise UsageError(f"{key}: is sharded over processes ({type(tensor).__name__}){_GATHER}")
+    return {key: Owned(local_of(tensor), whole(tensor.shape)) for key, tensor in tensors.items()}
+
+
 class Memory:
     """The memory of some tensors, to tell whether another one is of it: the same, a view, or a larger one."""
 
@@ -137,9 +146,9 @@ def copies_in(model: Model, tensors: Mapping[str, torch.Tensor]) -> list[str]:
     return [key for key, tensor in tensors.items() if tensor not in memory]
 
 
-def signature(tensors: Mapping[str, torch.Tensor]) -> tuple[Any, ...]:
+def signature(tensors: Mapping[str, Owned]) -> tuple[Any, ...]:
     """What a plan for these tensors depends on, which is everything but their values and where they lie."""
-    return tuple((key, t.dtype, tuple(t.shape), t.stride()) for key, t in tensors.items())
+    return tuple((key, t.dtype, tuple(t.shape), t.stride(), part) for key, (t, part) in tensors.items())
 
 
 class MemoryReader:
@@ -153,32 +162,64 @@ class MemoryReader:
 
     def readinto(self, offset: int, buffer: memoryview) -> None:
         start = self.offset + offset
+        if start + len(buffer) > self.size:
+            raise UsageError(f"{self.name}: this part of it lies in the memory of another process")
         np.copyto(np.frombuffer(buffer, np.uint8), self._bytes[start : start + len(buffer)].cpu().numpy())
 
 
-def as_live(tensors: Mapping[str, torch.Tensor], format: str, readers: Mapping[str, RangeReader] | None = None) -> Live:
+def as_live(tensors: Mapping[str, Owned], format: str, readers: Mapping[str, RangeReader] | None = None) -> Live:
     """The tensors as a plan takes them; they are read when the plan is carried out.
 
     ``readers`` give the bytes of some of them instead, dense and row-major.
     """
     sources: dict[str, Source] = {}
     files: list[tuple[WeightFile, StoredTensor]] = []
-    for number, (key, tensor) in enumerate(tensors.items()):
+    elsewhere: dict[int, int] = {}
+    for key, (tensor, part) in tensors.items():
         dtype = FROM_TORCH[torch_name(tensor.dtype)].name
         shape, strides = tuple(tensor.shape), tensor.stride()
         given = (readers or {}).get(key)
         dense = tensor.is_contiguous() or given is not None
-        description = StoredTensor(key, dtype, shape, 0, None if dense else strides)
+        own = StoredTensor(key, dtype, shape, 0, None if dense else strides)
         reader = given or MemoryReader(key, tensor)
-        file = WeightFile(WHERE, 0, at(WHERE), reader, Header(IN_MEMORY, reader.size, (description,)))
-        sources[key] = Source(key, dtype, from_source(number, shape, None if dense else strides), WHERE)
-        files.append((file, description))
-    return Live(format, sources, tuple(files))
+        file = WeightFile(WHERE, 0, at(WHERE), reader, Header(IN_MEMORY, reader.size, (own,)))
+        number = len(files)
+        lazy = from_source(number, shape, None if dense else strides)
+        files.append((file, own))
+        if not part.is_whole:
+            lazy = _sliced(part, lazy, from_source(number + 1, part.shape))
+            elsewhere[number + 1] = number
+            files.append((file, StoredTensor(key, dtype, part.shape, reader.size)))  # past the end: never read
+        sources[key] = Source(key, dtype, lazy, WHERE)
+    return Live(format, sources, tuple(files), elsewhere)
 
 
-def as_sources(tensors: Mapping[str, torch.Tensor]) -> dict[SourceFile, RangeReader]:
+def _sliced(part: Slice, own: LazyTensor, other: LazyTensor) -> LazyTensor:
+    """A tensor of which this process has a part, and others the rest."""
+    tiles = []
+    for origin, shape, local in part.regions():
+        tiles += _moved(_box(own, local, shape), origin)
+    for origin, shape in part.outside():
+        tiles += _moved(_box(other, origin, shape), origin)
+    return LazyTensor(part.shape, tuple(tiles))
+
+
+def _box(tensor: LazyTensor, origin: Sequence[int], shape: Sequence[int]) -> LazyTensor:
+    for axis, (start, size) in enumerate(zip(origin, shape, strict=True)):
+        tensor = tensor.narrow(axis, start, size)
+    return tensor
+
+
+def _moved(tensor: LazyTensor, by: Sequence[int]) -> list[Tile]:
+    return [
+        tile._replace(origin=tuple(start + step for start, step in zip(tile.origin, by, strict=True)))
+        for tile in tensor.tiles
+    ]
+
+
+def as_sources(tensors: Mapping[str, Owned]) -> dict[SourceFile, RangeReader]:
     """The tensors as sources of a plan that was made for others of the same ``signature``."""
-    return {in_memory(key): MemoryReader(key, tensor) for key, tensor in tensors.items()}
+    return {in_memory(key): MemoryReader(key, tensor) for key, (tensor, _) in tensors.items()}
 
 
 def same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:

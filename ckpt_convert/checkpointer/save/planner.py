@@ -19,6 +19,7 @@ from ckpt_convert.adapters.peft_files import files as peft_files
 from ckpt_convert.adapters.peft_files import from_peft, load_into, to_peft
 from ckpt_convert.checkpoint import legacy_keys, record
 from ckpt_convert.checkpoint.checkpoint import Checkpoint
+from ckpt_convert.checkpointer.distributed.claims import Claims, Owned
 from ckpt_convert.checkpointer.live import base, loading
 from ckpt_convert.checkpointer.live.base import Base
 from ckpt_convert.checkpointer.live.choice import ADAPTER, MODEL
@@ -26,6 +27,7 @@ from ckpt_convert.checkpointer.live.tensors import (
     WHERE,
     Memory,
     Model,
+    all_of,
     as_live,
     as_sources,
     copies_in,
@@ -77,10 +79,13 @@ class Settings:
 class Emitter:
     """Plans what is written of a model, in the format of a source and in its files."""
 
-    def __init__(self, source: Checkpoint, settings: Settings, adapter: Any = None) -> None:
+    def __init__(
+        self, source: Checkpoint, settings: Settings, adapter: Any = None, claims: Claims | None = None
+    ) -> None:
         self.source = source
         self.settings = settings
         self.adapter = None if adapter is None else AdapterConfig.of(adapter)
+        self.claims = claims
         self._plans: dict[tuple[Any, ...], Planned] = {}
         self._base: Base | None = None
 
@@ -198,7 +203,7 @@ class Emitter:
             extra_files.check(settings.extra, None)
             to_peft(parts, self.adapter, self.modules)
             return list(self._merged(parts, settings).plan.notices) if _merges(settings) else []
-        made = self._plan(parts.base, settings).plan
+        made = self._plan(self._owned(parts.base), settings).plan
         casts = Counter(
             (DTYPES[tensor.source_dtype].torch, DTYPES[tensor.dtype].torch)
             for file in made.weights
@@ -227,16 +232,21 @@ class Emitter:
         state = dict(state) if state is not None else None
         if self.adapter is not None:
             return self._adapter_job(parts, state, settings, buffers)
+        owned = self._owned(parts.base)
         if state is not None:
-            exact = _inexact(self._plan(parts.base, settings).plan)
+            exact = _inexact(self._plan(owned, settings).plan)
             if exact:
                 state[MODEL] = pack({key: tensor for key, tensor in parts.base.items() if key in exact}, MODEL)
-        chosen = parts.base
         if buffers is not None:
-            chosen, state = _staged(chosen, state, buffers)
-        made = self._plan(chosen, settings)
-        planned = Planned(made.plan, {**made.sources, **as_sources(chosen)})
+            copies, state = _staged({key: tensor for key, (tensor, _) in owned.items()}, state, buffers)
+            owned = {key: Owned(copies[key], part) for key, (_, part) in owned.items()}
+        made = self._plan(owned, settings)
+        planned = Planned(made.plan, {**made.sources, **as_sources(owned)})
         return lambda section, files: Step(planned, section, state, files, settings.extra)
+
+    def _owned(self, tensors: Tensors) -> dict[str, Owned]:
+        """What this process writes of the tensors of a model: all, unless other ranks have a part of it as well."""
+        return all_of(tensors) if self.claims is None else self.claims.of(tensors)
 
     def _adapter_job(
         self, parts: Split, state: dict[str, Packed] | None, settings: Settings, buffers: Buffers | None
@@ -277,7 +287,7 @@ class Emitter:
             key: MergedReader(key, whole[key], merge)
             for key, merge in merges(parts, self.adapter, self.modules).items()
         }
-        given = Given(self.source, self._request(settings), live=self._live(whole, settings, readers))
+        given = Given(self.source, self._request(settings), live=self._live(all_of(whole), settings, readers))
         made = planning.make(given)
         made.plan.refuse_unreadable()
         return made
@@ -306,7 +316,7 @@ class Emitter:
                 f"freeze them (requires_grad_(False)), or hand over the optimizer that trains them:{listing(lost)}"
             )
 
-    def _plan(self, tensors: Tensors, settings: Settings) -> Planned:
+    def _plan(self, tensors: Mapping[str, Owned], settings: Settings) -> Planned:
         """The plan for tensors like these; its sources are files alone, for it is used again with other tensors."""
         request = self._request(settings)
         key = (request, settings.model_format, settings.extra, signature(tensors))
@@ -326,7 +336,7 @@ class Emitter:
         return self._plans[key]
 
     def _live(
-        self, tensors: Tensors, settings: Settings, readers: Mapping[str, RangeReader] | None = None
+        self, tensors: Mapping[str, Owned], settings: Settings, readers: Mapping[str, RangeReader] | None = None
     ) -> planning.Live:
         family = self.source.model_for(settings.model_format).family
         return as_live(tensors, family.column_of(settings.model_format, tensors), readers)
