@@ -227,8 +227,6 @@ def convert_checkpoint(
     try:
         check(source)
         made.refuse_unreadable()
-        if made.needs_torch is not None:
-            require("torch", made.needs_torch)
         run_checks(made, sources, progress)
         lost = check_losses(made, sources)
         mode = output.permissions(source)

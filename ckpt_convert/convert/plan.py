@@ -36,7 +36,10 @@ _BASE_MEMORY = 40_000_000
 """Bytes of the interpreter with the modules that a conversion and its progress bar need, as measured."""
 
 _TORCH_MEMORY = 220_000_000
-"""Bytes that importing torch adds, which only casts and old torch files need."""
+"""Bytes that importing torch adds, which only old torch files need."""
+
+_CASTING = 2_000_000
+"""Bytes of the buffers in which one worker casts."""
 
 _COMPUTING = 8_000_000
 """Bytes of the buffers in which one worker dequantises."""
@@ -170,17 +173,12 @@ class Plan:
         """Bytes of the source that had to be read whole: old torch files without zip."""
         return sum(tensor.nbytes for at, tensor in self.stored if self.sources[at].kind == "legacy")
 
-    @property
-    def needs_torch(self) -> str | None:
-        """What of it is done with torch, None for nothing."""
-        casts = any(t.dtype != t.source_dtype for file in self.files for t in file.tensors)
-        return "casting" if casts else None
-
     def memory(self, workers: int) -> int:
         """About how many bytes of memory the conversion takes at most."""
-        torch = _TORCH_MEMORY if self.request.dtype or self.in_memory else 0
+        torch = _TORCH_MEMORY if self.in_memory else 0
+        casting = _CASTING if self.request.dtype else 0
         computing = _COMPUTING if self.source.dequantized is not None else 0
-        return _BASE_MEMORY + workers * (BLOCK + SCRATCH + computing) + torch + self.in_memory
+        return _BASE_MEMORY + workers * (BLOCK + SCRATCH + casting + computing) + torch + self.in_memory
 
     def is_computed(self, tensor: LazyTensor) -> bool:
         """Whether numbers are dequantised for this tensor."""

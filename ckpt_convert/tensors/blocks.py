@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from ckpt_convert import dtypes
+from ckpt_convert.tensors.casts import Caster
 from ckpt_convert.tensors.gather import StoredTensors, StridedReader
 from ckpt_convert.tensors.lazy import LazyTensor, aligned_blocks
 from ckpt_convert.tensors.progress import ProgressCounter
-
-if TYPE_CHECKING:
-    import torch
 
 T = TypeVar("T")
 
@@ -38,6 +36,7 @@ class BlockReader:
         self.stored = stored
         self.overflowed = 0
         self._gatherer = StridedReader(stored)
+        self._caster = Caster()
         self._buffer = np.empty(BLOCK, np.uint8)
 
     def read(self, block: LazyTensor, source: str, target: str) -> memoryview:
@@ -46,7 +45,7 @@ class BlockReader:
         self._gatherer.read_into(block, source, view)
         if source == target:
             return view.data
-        made, overflowed = cast(view, source, target)
+        made, overflowed = self._caster.cast(view, source, target)
         self.overflowed += overflowed
         return made.data
 
@@ -80,28 +79,3 @@ def first_difference(
         if counter is not None:
             counter.add(len(found))
     return None
-
-
-def cast(data: np.ndarray[Any, Any], source: str, target: str) -> tuple[np.ndarray[Any, Any], int]:
-    """The elements in another floating-point dtype, rounded to nearest even, as torch does it.
-
-    Also how many of them are finite, but too large for it, so that they have become infinite.
-    """
-    import torch
-
-    elements = torch.from_numpy(data).view(getattr(torch, dtypes.DTYPES[source].torch))
-    made = elements.to(getattr(torch, dtypes.DTYPES[target].torch))
-    return made.view(torch.uint8).numpy(), count_overflowed(elements, made)
-
-
-def count_overflowed(elements: torch.Tensor, result: torch.Tensor) -> int:
-    """How many elements are finite but have become infinite in ``result``."""
-    import torch
-
-    if torch.finfo(result.dtype).max >= torch.finfo(elements.dtype).max:
-        return 0
-    infinite = torch.isinf(result)
-    if not infinite.any():
-        return 0
-    wide = elements if elements.dtype.itemsize > 1 else elements.float()  # torch asks no such thing of single bytes
-    return int((infinite & torch.isfinite(wide)).sum())

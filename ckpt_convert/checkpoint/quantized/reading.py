@@ -14,6 +14,7 @@ import numpy as np
 
 from ckpt_convert.dtypes import DTYPES
 from ckpt_convert.storage.base import RangeReader
+from ckpt_convert.tensors.casts import round_to_bfloat16
 from ckpt_convert.tensors.decode import CHUNK, Scratch
 
 Array = np.ndarray[Any, Any]
@@ -214,11 +215,6 @@ def bfloat16(numbers: Array) -> Array:
 
     A NaN has to be a plain one: rounding must not carry into its sign.
     """
-    codes = numbers.view("<u4")
     out = SCRATCH.take(9, "<u4", numbers.size).reshape(numbers.shape)
-    np.right_shift(codes, 16, out=out)
-    np.bitwise_and(out, 1, out=out)
-    np.add(out, 0x7FFF, out=out)
-    np.add(out, codes, out=out)
-    np.right_shift(out, 16, out=out)
+    round_to_bfloat16(numbers.view("<u4"), out)
     return out

@@ -21,7 +21,7 @@ from ckpt_convert.convert.output import overflow_text
 from ckpt_convert.convert.writing import Target
 from ckpt_convert.errors import KeyMismatchError, TiedWeightsError
 from ckpt_convert.storage.reader import WORKERS
-from ckpt_convert.tensors.blocks import BlockReader, count_overflowed
+from ckpt_convert.tensors.blocks import BlockReader
 from ckpt_convert.tensors.pool import run_threaded
 from ckpt_convert.tensors.progress import ProgressCallback, ProgressCounter
 from ckpt_convert.words import listing
@@ -265,5 +265,12 @@ def _fill_region(
 
 
 def _overflowed(values: torch.Tensor, made: torch.Tensor) -> int:
+    """How many elements are finite and have become infinite in what was made of them."""
     is_cast = values.dtype != made.dtype and values.is_floating_point() and made.is_floating_point()
-    return count_overflowed(values.to(made.device), made) if is_cast else 0
+    if not is_cast or torch.finfo(made.dtype).max >= torch.finfo(values.dtype).max:
+        return 0
+    infinite = torch.isinf(made)
+    if not infinite.any():
+        return 0
+    wide = values if values.dtype.itemsize > 1 else values.float()  # torch asks no such thing of single bytes
+    return int((infinite & torch.isfinite(wide.to(made.device))).sum())
