@@ -108,7 +108,13 @@ if not TYPE_CHECKING:  # a type checker would take any attribute for one that __
     def __getattr__(name: str) -> Any:
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(importlib.import_module(f"{__name__}.{_MODULES.get(name, 'errors')}"), name)
+        try:
+            module = importlib.import_module(f"{__name__}.{_MODULES.get(name, 'errors')}")
+        except ModuleNotFoundError as error:
+            from ckpt_convert.errors import missing
+
+            raise missing(error.name or "of that name", name, error) from None
+        return getattr(module, name)
 
 
 def __dir__() -> list[str]:

@@ -121,12 +121,24 @@ class LockedError(CkptConvertError):
     """Another process is writing the same destination."""
 
 
-class MissingPackageError(CkptConvertError):
-    """A package that is needed for what was asked for is not installed."""
+class MissingPackageError(CkptConvertError, ImportError):
+    """A package that is needed for what was asked for is not installed; the message says how to install it."""
 
 
 class VerificationError(CkptConvertError):
     """The output, looked at again, is not what was written, or not what the source says."""
+
+
+_EXTRAS = {"torch": "train", "safetensors": "train", "transformers": "hf"}
+"""The extra of this package that brings another package."""
+
+
+def missing(package: str, purpose: str, error: ImportError) -> MissingPackageError:
+    """The error for what cannot be done because importing a package has failed."""
+    install = f"'ckpt-convert[{_EXTRAS[package]}]'" if package in _EXTRAS else package
+    return MissingPackageError(
+        f"{purpose} needs the package {package}, which cannot be imported ({error}): pip install {install}"
+    )
 
 
 def require(package: str, purpose: str) -> None:
@@ -134,6 +146,4 @@ def require(package: str, purpose: str) -> None:
     try:
         importlib.import_module(package)
     except ImportError as error:
-        raise MissingPackageError(
-            f"{purpose} needs the package {package}, which cannot be imported ({error}): pip install {package}"
-        ) from error
+        raise missing(package, purpose, error) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
 import os
 import re
 import subprocess
@@ -142,7 +143,7 @@ def test_only_the_command_touches_what_all_of_a_process_has() -> None:
 
 def test_what_runs_a_model_does_import_torch() -> None:
     """So the tests above can fail."""
-    assert "torch" in imports(COMMAND_LINE, "diff", str(LLAMA), str(LLAMA), "--logits")
+    assert "torch" in imports(COMMAND_LINE, "verify", str(LLAMA), "--logits")
 
 
 @pytest.mark.parametrize("name", ckpt_convert.__all__)
@@ -158,6 +159,36 @@ def test_every_name_for_a_family_from_outside_is_there(name: str) -> None:
 
 def test_the_package_of_conversions_is_no_function() -> None:
     assert not callable(importlib.import_module("ckpt_convert.convert"))
+
+
+WITHOUT_TORCH = """
+import json, sys
+sys.modules["torch"] = None
+import ckpt_convert
+found = {}
+for name in ckpt_convert.__all__:
+    try:
+        getattr(ckpt_convert, name)
+    except ImportError as error:
+        assert isinstance(error, ckpt_convert.MissingPackageError), error
+        assert error.__suppress_context__  # a traceback has nothing but this line
+        found[name] = str(error)
+print(json.dumps(found))
+"""
+
+
+def test_without_torch_what_trains_says_in_a_sentence_how_to_install_it() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        check=True,
+    )
+    found = json.loads(done.stdout)
+    assert set(found) == {"Checkpointer", "CheckpointerCallback", "Final", "convert_state_dict"}
+    for name, text in found.items():
+        assert text.startswith(f"{name} needs the package torch, which cannot be imported (")
+        assert text.endswith("): pip install 'ckpt-convert[train]'")
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

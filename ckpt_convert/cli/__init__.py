@@ -18,7 +18,7 @@ from typing import Any
 import click
 
 from ckpt_convert._version import __version__
-from ckpt_convert.errors import CkptConvertError
+from ckpt_convert.errors import CkptConvertError, missing
 from ckpt_convert.models.core.table import FORMATS
 
 GROUPS = (
@@ -150,8 +150,7 @@ def _run(words: list[str], debug: bool) -> int:
         )
         return _failed(error if debug else RuntimeError(what), 1, debug)
     except ModuleNotFoundError as error:
-        what = f"the package {error.name} is needed for this, but cannot be imported: pip install {error.name}"
-        return _failed(error if debug else RuntimeError(what), 1, debug)
+        return _failed(error if debug else missing(error.name or "of that name", "this command", error), 1, debug)
     except Exception as error:
         if debug:
             raise

@@ -92,6 +92,10 @@ def verify(
     from ckpt_convert.formats import repository
     from ckpt_convert.storage.place import locate
 
+    if with_logits:
+        from ckpt_convert.analysis.logits.causal import require_packages
+
+        require_packages()
     renewed = accept(place(locate(path)), accepted) if accepted else []
     a = Opening(repository.locate(path, revision), from_format, family, config)
     b = Opening(repository.locate(other), None, family) if other is not None else None

@@ -30,7 +30,6 @@ from ckpt_convert.errors import (
     UsageError,
     VerificationError,
     misfit,
-    require,
 )
 from ckpt_convert.formats import repository
 from ckpt_convert.models.core.config import ConfigOptions, MetaStyle

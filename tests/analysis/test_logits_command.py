@@ -7,6 +7,7 @@ value decides, so that the outside converters' order of rows and cut over ranks 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -29,6 +30,7 @@ from ckpt_convert.errors import (
     CkptConvertError,
     ConfigError,
     KeyMismatchError,
+    MissingPackageError,
     ShapeMismatchError,
     UnsupportedFamilyError,
     UsageError,
@@ -256,7 +258,7 @@ def test_two_vocabularies_cannot_be_compared(folder: Path, hf: Path) -> None:
 
 def test_without_transformers_it_says_what_to_install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(UsageError, match="pip install transformers"):
+    with pytest.raises(MissingPackageError, match=re.escape("pip install 'ckpt-convert[hf]'")):
         run(folder / "llama" / "hf")
 
 

@@ -18,6 +18,7 @@ from ckpt_convert.errors import (
     TiedWeightsError,
     UnsupportedFamilyError,
     UsageError,
+    require,
 )
 from ckpt_convert.formats.names import ADAPTER_CONFIG, USUAL, index_for
 from ckpt_convert.tensors.blocks import BlockReader, TypedTensor
@@ -55,16 +56,23 @@ class Architecture:
     positions: int | None
 
 
+def require_packages() -> None:
+    """Raise MissingPackageError where what computes logits is not installed."""
+    for package in ("torch", "transformers"):
+        require(package, "computing logits")
+
+
 def architecture(checkpoint: Identified) -> Architecture:
     """What transformers makes of the checkpoint's config.
 
-    Raises UsageError where transformers is not installed, UnsupportedFamilyError for what is no causal language model
-    that it knows, ConfigError for a config that it refuses.
+    Raises MissingPackageError without transformers, UnsupportedFamilyError for what is no causal language model that it
+    knows, ConfigError for a config that it refuses.
     """
     content = checkpoint.model.config if checkpoint.format != "hf" else checkpoint.config
     if content is None:
         raise ConfigError(f"{checkpoint.place}: has no config.json; pass `config=` with the model's")
-    transformers = _transformers()
+    require_packages()
+    import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -229,17 +237,6 @@ def _refuse(checkpoint: Identified, info: Mapping[str, Any]) -> None:
     if said:
         error = KeyMismatchError if missing or unexpected else ShapeMismatchError
         raise error(f"{checkpoint.place}: transformers loads it, but not as its config says:{''.join(said)}")
-
-
-def _transformers() -> Any:
-    """The package; raises UsageError that says what to install."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise UsageError(
-            f"logits are computed by transformers, which is missing ({error}): pip install transformers"
-        ) from error
-    return transformers
 
 
 def _lacking(checkpoint: Identified, error: ImportError) -> UsageError:

@@ -106,7 +106,7 @@ def logits(
     out as transformers expects is translated on the way, without a file in between. No code of a checkpoint is run and
     nothing is downloaded. This is a sanity check; ``diff`` is the proof.
 
-    Raises UsageError where transformers is not installed, UnsupportedFamilyError for a model that it does not know or
+    Raises MissingPackageError without transformers, UnsupportedFamilyError for a model that it does not know or
     that predicts no next token, KeyMismatchError or ShapeMismatchError for weights that do not fit their config, and
     ShapeMismatchError for two vocabularies of different sizes.
     """
