@@ -10,16 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.command import run
 from tests.helpers import GOLDEN, edit_json, sums
 
 HF = GOLDEN / "llama" / "hf"
 META = GOLDEN / "llama" / "meta-mp2"
 ROOT = Path(__file__).parent.parent.parent
-
-
-def run(*words: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "ckpt_convert", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
 
 
 def test_the_session_of_the_readme(tmp_path: Path) -> None:

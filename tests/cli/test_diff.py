@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from click.testing import CliRunner, Result
 from ckpt_convert.cli import diff as module
 from ckpt_convert.cli.diff import diff
 from ckpt_convert.errors import UsageError
+from tests import command
 from tests.helpers import GOLDEN, edit_json, read_safetensors
 
 HF, META = GOLDEN / "llama" / "hf", GOLDEN / "llama" / "meta-mp2"
@@ -218,8 +217,6 @@ def test_hostile_keys_are_escaped(tmp_path: Path) -> None:
     ],
 )
 def test_exit_codes(arguments: tuple[Path, ...], code: int, message: str) -> None:
-    words = [sys.executable, "-m", "ckpt_convert", "diff", *map(str, arguments)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert done.returncode == code, done.stderr
+    done = command.run("diff", *arguments, code=code)
     assert message in done.stdout + done.stderr
     assert "Traceback" not in done.stderr

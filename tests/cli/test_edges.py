@@ -8,16 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.command import run
 from tests.helpers import GOLDEN
 
 
-def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "ckpt_convert", *words],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **environment},
-    )
+def encoded(encoding: str) -> str:
+    """What ``inspect`` prints where the streams of its process have this encoding."""
+    command = [sys.executable, "-m", "ckpt_convert", "inspect", str(GOLDEN / "llama/hf")]
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
 
 
 def test_a_page_does_not_replace_a_config(tmp_path: Path) -> None:
@@ -39,13 +38,10 @@ def test_a_page_replaces_a_page(tmp_path: Path) -> None:
 
 
 def test_columns_stay_in_line_in_ascii(tmp_path: Path) -> None:
-    source = str(GOLDEN / "llama/hf")
-    plain = run("inspect", source, PYTHONIOENCODING="ascii").stdout
+    plain = encoded("ascii")
     assert plain.isascii()
     assert "\\x" not in plain
-    assert list(map(len, plain.splitlines())) == list(
-        map(len, run("inspect", source, PYTHONIOENCODING="utf-8").stdout.splitlines())
-    )
+    assert list(map(len, plain.splitlines())) == list(map(len, encoded("utf-8").splitlines()))
 
 
 def test_a_link_that_leads_nowhere_is_called_one(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 
 from ckpt_convert.errors import CkptConvertError
 from ckpt_convert.storage.place import Place, at
+from tests import command
 from tests.cli.inspecting import body, document, facts, run, save, text, write_keys
 from tests.helpers import CASES, GOLDEN, bits, edit_json, read_meta, read_safetensors
 
@@ -593,8 +594,6 @@ class TestProcess:
 
     @pytest.mark.parametrize(("arguments", "code"), [(["/nowhere"], 3), (["--sort", "colour", "."], 2)])
     def test_exit_codes(self, arguments: list[str], code: int) -> None:
-        command = [sys.executable, "-m", "ckpt_convert", "inspect", *arguments]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        assert done.returncode == code
+        done = command.run("inspect", *arguments, code=code)
         assert done.stdout == ""
         assert "Traceback" not in done.stderr

@@ -19,6 +19,7 @@ from ckpt_convert.cli import plan_tree
 from ckpt_convert.cli.text import display_width
 from ckpt_convert.convert.api import plan_conversion
 from ckpt_convert.convert.explain import Move
+from tests import command
 from tests.helpers import GOLDEN
 
 HF = GOLDEN / "llama" / "hf"
@@ -55,8 +56,7 @@ def plain(line: str) -> str:
 
 
 def run(*words: object) -> str:
-    command = [sys.executable, "-m", "ckpt_convert", *map(str, words), "--dry-run"]
-    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    return command.run(*words, "--dry-run", code=0).stdout
 
 
 def test_one_line_for_each_group_where_there_is_no_terminal(tmp_path: Path) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +13,7 @@ import xxhash
 
 from ckpt_convert.analysis.stats.numeric import Stats, Summary
 from ckpt_convert.cli.stats_view import pooled
+from tests import command
 from tests.cli.inspecting import body, document, run, text
 from tests.helpers import GOLDEN, bits, read_safetensors
 
@@ -144,9 +143,7 @@ def test_nothing_to_read_is_no_error(tmp_path: Path) -> None:
 
 class TestFailOnNan:
     def test_names_the_keys_after_printing(self, sick: Path) -> None:
-        command = [sys.executable, "-m", "ckpt_convert", "inspect", str(sick), "--fail-on-nan"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 1
+        done = command.run("inspect", sick, "--fail-on-nan", code=1)
         assert "in 2 tensors" in done.stdout
         assert done.stderr.splitlines()[-3:] == [
             f"error: {sick}: 2 tensors hold NaN or infinite values:",
@@ -167,15 +164,7 @@ class TestFailOnNan:
 
     def test_an_escape_in_a_key_stays_one(self, tmp_path: Path) -> None:
         safetensors.torch.save_file({"\x1b[31m": torch.tensor([float("nan")])}, tmp_path / "a.safetensors")
-        command = [
-            sys.executable,
-            "-m",
-            "ckpt_convert",
-            "inspect",
-            str(tmp_path / "a.safetensors"),
-            "--fail-on-nan",
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = command.run("inspect", tmp_path / "a.safetensors", "--fail-on-nan", code=1)
         assert "\x1b" not in done.stderr
         assert "\\x1b[31m: 1 NaN" in done.stderr
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import subprocess
@@ -20,6 +19,7 @@ from click.testing import CliRunner, Result
 import ckpt_convert
 from ckpt_convert.cli.verify import verify
 from ckpt_convert.errors import CkptConvertError
+from tests import command
 from tests.helpers import CASES, GOLDEN, edit_json, read_safetensors
 
 ROOT = Path(__file__).parent.parent.parent
@@ -38,17 +38,6 @@ def run(*arguments: object, code: int = 0) -> Result:
 def document(*arguments: object, code: int = 0) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(run(*arguments, "--json", code=code).stdout)
     return found
-
-
-def program(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "ckpt_convert", "verify", *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 @pytest.fixture
@@ -96,12 +85,11 @@ def test_the_exit_code_is_zero_as_long_as_there_is_no_error(tmp_path: Path) -> N
 
 
 def test_nothing_to_check_is_an_error_of_its_own(tmp_path: Path) -> None:
-    done = program(tmp_path / "gone")
-    assert done.returncode == 3
+    done = command.run("verify", tmp_path / "gone", code=3)
     assert "no such file or directory" in done.stderr
     assert "Traceback" not in done.stderr
-    assert program(HF, "--config", tmp_path / "gone").returncode == 3
-    assert program(HF, "--family", "gone").returncode == 2
+    command.run("verify", HF, "--config", tmp_path / "gone", code=3)
+    command.run("verify", HF, "--family", "gone", code=2)
 
 
 def test_quiet_prints_errors_alone(broken: Path) -> None:
@@ -121,7 +109,7 @@ def test_colours_are_for_terminals_and_names_are_escaped(tmp_path: Path) -> None
     path = tmp_path / "a"
     shutil.copytree(HF, path)
     (path / "evil\x1b[31m.json").write_text("{")
-    done = program(path)
+    done = command.run("verify", path)
     assert "\x1b" not in done.stdout
     assert "evil\\x1b[31m.json" in done.stdout
 

@@ -18,8 +18,8 @@ import torch
 import ckpt_convert
 from ckpt_convert import Checkpointer
 from tests.checkpointer.training import LLAMA, Trained, trainable
+from tests.command import run
 from tests.helpers import Tensors, assert_same, bits, edit_json, read_meta, read_safetensors
-from tests.reliability.commands import run
 
 TOO_LARGE = "model.layers.1.mlp.up_proj.weight"
 FP8 = torch.float8_e4m3fn

@@ -15,8 +15,8 @@ import sentencepiece
 import torch
 
 import ckpt_convert
+from tests.command import run
 from tests.helpers import GOLDEN, Tensors, assert_same, edit_json, read_meta
-from tests.reliability.commands import run
 
 EMBEDDING = "tok_embeddings.weight"
 LLAMA2, LLAMA3 = GOLDEN / "llama2", GOLDEN / "llama_tied"

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import pytest
 import ckpt_convert
 from ckpt_convert import AdapterConfig, Checkpointer, ConfigError, UsageError
 from tests.checkpointer.training import LLAMA, make_model
+from tests.command import run
 from tests.helpers import GOLDEN, sums
 
 TOKENIZER = '{"model": {"vocab": {}}}'
@@ -111,10 +110,8 @@ def test_other_files_and_the_same_file_are_copied_without_a_word(
 def test_an_empty_config_is_an_error(case: str, name: str, tmp_path: Path) -> None:
     path = shutil.copytree(GOLDEN / case, tmp_path / "checkpoint")
     (path / name).write_text("{}\n")
-    command = [sys.executable, "-m", "ckpt_convert", "verify", str(path), "--json"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = run("verify", path, "--json", code=1)
     findings = [one for one in json.loads(found.stdout)["findings"] if one["severity"] == "error"]
-    assert found.returncode == 1
     assert [one["file"] for one in findings] == [name]
     assert "is empty ({})" in findings[0]["text"]
     with pytest.raises(ConfigError, match=rf"{name}: is empty \({{}}\)"):
@@ -130,5 +127,4 @@ def test_an_empty_config_is_an_error(case: str, name: str, tmp_path: Path) -> No
 def test_a_file_beside_the_weights_that_may_be_empty_is_no_error(tmp_path: Path) -> None:
     path = shutil.copytree(LLAMA, tmp_path / "checkpoint")
     (path / "special_tokens_map.json").write_text("{}")
-    command = [sys.executable, "-m", "ckpt_convert", "verify", "--quick", str(path)]
-    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+    run("verify", "--quick", path, code=0)

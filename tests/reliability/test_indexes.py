@@ -12,8 +12,8 @@ import pytest
 import transformers
 
 import ckpt_convert
+from tests.command import run
 from tests.helpers import GOLDEN, assert_same, read_safetensors, sums
-from tests.reliability.commands import run
 
 HF = GOLDEN / "llama" / "hf"
 INDEX = "model.safetensors.index.fp16.json"

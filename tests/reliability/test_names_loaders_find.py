@@ -13,8 +13,8 @@ import torch
 import transformers
 
 import ckpt_convert
+from tests.command import run
 from tests.helpers import GOLDEN, Tensors, assert_same, edit_json, read_safetensors, sums
-from tests.reliability.commands import run
 
 HF = GOLDEN / "llama" / "hf"
 

@@ -11,8 +11,8 @@ import pytest
 import ckpt_convert
 from ckpt_convert import Checkpointer
 from tests.checkpointer.training import Trained
+from tests.command import run
 from tests.helpers import GOLDEN, edit_json, sums
-from tests.reliability.commands import run
 
 SPELLINGS: list[dict[str, Any]] = [
     {"partial_rotary_factor": 0.5},

@@ -13,8 +13,8 @@ import pytest
 import ckpt_convert
 from ckpt_convert import AdapterConfig, Checkpointer, CkptConvertError, InputError, OutputExistsError, UsageError
 from tests.checkpointer.training import make_model
+from tests.command import run
 from tests.helpers import GOLDEN, edit_json, sums
-from tests.reliability.commands import run
 
 HF = GOLDEN / "llama" / "hf"
 ADDRESSES = ("s3://bucket/x", "gs://bucket/x", "az://container/x", "https://huggingface.co/org/name", "file:///tmp/x")

@@ -11,8 +11,8 @@ import pytest
 
 from ckpt_convert import Checkpointer, CkptConvertError, open_checkpoint
 from tests.checkpointer.training import LLAMA, Trained, make_model
+from tests.command import run
 from tests.helpers import assert_same
-from tests.reliability.commands import run
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ import torch
 
 import ckpt_convert
 from tests.checkpoint.quantizing import fp8_blocks
+from tests.command import run
 from tests.helpers import GOLDEN, Tensors, assert_same, edit_json, read_meta, read_safetensors, sums
-from tests.reliability.commands import run
 
 HF = GOLDEN / "llama" / "hf"
 

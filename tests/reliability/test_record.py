@@ -21,8 +21,8 @@ import ckpt_convert
 from ckpt_convert import Checkpointer, CorruptFileError, NotEnoughSpaceError
 from recipes.native_llama import add_lora
 from tests.checkpointer.training import Trained, make_model
+from tests.command import run as command
 from tests.helpers import crc64, edit_json, sums, write_manifest
-from tests.reliability.commands import run as command
 
 EARLIER = Path(__file__).parent.parent.parent / "fixtures" / "schema1"
 """What was written before manifests had a checksum of themselves: a source, what was made of it, and a saved step."""

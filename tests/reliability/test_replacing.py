@@ -6,8 +6,6 @@ import contextlib
 import logging
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +16,7 @@ import torch.distributed.checkpoint as dcp
 import ckpt_convert
 from ckpt_convert import Checkpointer, OutputExistsError
 from recipes.native_llama import add_lora
+from tests import command
 from tests.checkpointer.training import make_model
 from tests.helpers import GOLDEN, sums
 
@@ -111,9 +110,7 @@ def test_overwriting_refuses_what_it_would_lose_and_names_it(make: Callable[[Pat
 
 def test_the_command_line_refuses_it_too(tmp_path: Path) -> None:
     firmware(tmp_path / "out")
-    command = [sys.executable, "-m", "ckpt_convert", "hf-to-meta", str(HF), str(tmp_path / "out"), "--overwrite"]
-    refused = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert refused.returncode == 2
+    refused = command.run("hf-to-meta", HF, tmp_path / "out", "--overwrite", code=2)
     assert "firmware.bin, photos/" in refused.stderr
     assert (tmp_path / "out" / "photos" / "cat.jpg").exists()
 

@@ -17,8 +17,8 @@ import torch.distributed.checkpoint as dcp
 import transformers
 
 import ckpt_convert
+from tests.command import run
 from tests.helpers import GOLDEN, Tensors, edit_json, read_meta, read_safetensors
-from tests.reliability.commands import run
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 

@@ -13,8 +13,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from tests.command import run
 from tests.helpers import GOLDEN, edit_json, read_safetensors
-from tests.reliability.commands import run
 
 INDEX = "model.safetensors.index.json"
 

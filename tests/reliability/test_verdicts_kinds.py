@@ -15,8 +15,8 @@ from torch import nn
 from ckpt_convert import AdapterConfig, Checkpointer
 from recipes.native_llama import NativeLlama, add_lora
 from tests.checkpointer.training import make_model, trainable
+from tests.command import run
 from tests.helpers import GOLDEN, read_safetensors
-from tests.reliability.commands import run
 
 INDEX = "model.safetensors.index.json"
 

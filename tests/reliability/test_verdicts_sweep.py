@@ -21,8 +21,8 @@ import torch
 import transformers
 
 import ckpt_convert
+from tests.command import run
 from tests.reliability import tiny_models
-from tests.reliability.commands import run
 
 ALL = os.environ.get("CKPT_CONVERT_SWEEP") == "all"
 

@@ -16,8 +16,8 @@ import torch.distributed.checkpoint as dcp
 
 import ckpt_convert
 from ckpt_convert import Checkpointer
+from tests.command import run
 from tests.helpers import GOLDEN, Tensors, assert_same, bits, read_safetensors, sums
-from tests.reliability.commands import run
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 

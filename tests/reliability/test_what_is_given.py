@@ -10,8 +10,8 @@ import pytest
 
 import ckpt_convert
 from ckpt_convert import CheckpointNotFoundError, InputError, KeyMismatchError
+from tests.command import run
 from tests.helpers import GOLDEN, edit_json, sums
-from tests.reliability.commands import run
 
 HF = GOLDEN / "llama" / "hf"
 INDEX = "model.safetensors.index.json"
