@@ -3,20 +3,27 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check clean
+.PHONY: help demo test test-fast slow check clean
 
 help: ## Show this help
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(INSTALLED) ## Convert a Hugging Face Llama to Meta's layout and back, and compare every file
 	@$(BIN)/python recipes/demo.py
 
-test: $(INSTALLED) ## Run the tests
+test: $(INSTALLED) ## Run the tests, but for the slow ones; at most 14 CPU-minutes
 	@tests/browser.sh --install >/dev/null || true  # the tests that need it fail with the same words
 	@tests/compiler.sh --install >/dev/null || true
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(BIN)/python -m tests.budget 840 $(PYTEST) -m "not slow" --numprocesses auto --dist loadfile
+
+test-fast: $(INSTALLED) ## Run the tests of single modules; at most 60 CPU-seconds
+	$(BIN)/python -m tests.budget 60 $(PYTEST) -m fast
+
+slow: $(INSTALLED) ## Run the tests that kill, fail and restart processes at every call
+	$(PYTEST) -m slow --numprocesses auto
 
 check: $(INSTALLED) ## Check style (ruff), types (mypy) and who imports whom (import-linter)
 	$(BIN)/ruff check .

@@ -1,0 +1,107 @@
+"""Gives every test its kind, one of the markers in pyproject.toml: by its file, unless the test itself is marked.
+
+``make test-fast`` imports no file of another kind: collecting all of them takes half a minute.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent
+KINDS = ("fast", "cli", "train", "browser", "slow")
+
+FOLDERS = {
+    ".": "cli",
+    "adapters": "train",
+    "analysis": "cli",
+    "checkpoint": "cli",
+    "checkpointer": "train",
+    "cli": "cli",
+    "containers": "fast",
+    "convert": "cli",
+    "models": "cli",
+    "models/core": "fast",
+    "models/llama": "fast",
+    "models/llama4": "cli",
+    "models/mistral": "fast",
+    "models/mllama": "cli",
+    "reliability": "cli",
+    "storage": "fast",
+    "tensors": "fast",
+    "tokenizer": "cli",
+}
+"""The kind of the files of each folder, but for those of FILES."""
+
+FILES = {
+    "fast": (
+        "analysis/test_pairs.py",
+        "checkpoint/test_checklist.py",
+        "checkpoint/test_identify.py",
+        "checkpointer/test_names.py",
+        "checkpointer/test_pack.py",
+        "checkpointer/test_progress.py",
+        "checkpointer/test_retention.py",
+        "checkpointer/test_rng.py",
+        "checkpointer/test_schedule.py",
+        "checkpointer/test_tiles.py",
+        "cli/test_formats.py",
+        "cli/test_modules.py",
+        "cli/test_text.py",
+        "cli/test_tree.py",
+        "convert/test_planning.py",
+        "convert/test_translate.py",
+        "models/test_families.py",
+        "models/test_names.py",
+        "models/test_tables.py",
+        "test_project.py",
+    ),
+    "train": (
+        "reliability/test_adapter_base.py",
+        "reliability/test_copies.py",
+        "reliability/test_data_identity.py",
+        "reliability/test_final.py",
+        "reliability/test_lost_source.py",
+        "reliability/test_metrics.py",
+        "reliability/test_options.py",
+        "reliability/test_processes.py",
+        "reliability/test_resume_choices.py",
+        "reliability/test_schedules.py",
+        "reliability/test_trainer.py",
+        "reliability/test_training_state.py",
+        "reliability/test_unreadable_steps.py",
+        "reliability/test_wrappers.py",
+        "test_recipes.py",
+    ),
+    "browser": ("cli/test_html.py",),
+    "slow": ("reliability/test_endurance.py", "reliability/test_restarts.py"),
+}
+_KIND_OF = {name: kind for kind, names in FILES.items() for name in names}
+
+
+def kind(path: Path) -> str:
+    """The kind of the tests of a file; a folder that FOLDERS lacks is an error."""
+    name = path.relative_to(ROOT)
+    folder = name.parent.as_posix()
+    if folder not in FOLDERS:
+        raise pytest.UsageError(
+            f"tests/{folder}: add the folder to FOLDERS in tests/conftest.py, with the kind of its tests"
+        )
+    return _KIND_OF.get(name.as_posix(), FOLDERS[folder])
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    fast_alone = config.getoption("markexpr") == "fast"
+    return (fast_alone and collection_path.match("test_*.py") and kind(collection_path) != "fast") or None
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are left out by their markers
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        of_file = kind(item.path)
+        marked = {mark.name for mark in item.iter_markers() if mark.name in KINDS}
+        if len(marked) > 1 or ("fast" in marked and of_file != "fast"):
+            raise pytest.UsageError(f"{item.nodeid}: has one kind, and a fast test is in a file of fast tests")
+        if not marked:
+            item.add_marker(of_file)
