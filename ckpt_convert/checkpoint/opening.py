@@ -33,7 +33,7 @@ from ckpt_convert.models import FAMILIES
 from ckpt_convert.storage import hub, pointer
 from ckpt_convert.storage.base import Closing, Entry
 from ckpt_convert.storage.place import Place
-from ckpt_convert.tensors.header import SHARDED_TENSOR_CLASSES, StoredTensor, WeightFile
+from ckpt_convert.tensors.header import SHARDED_TENSOR_CLASSES, FileTensor, StoredTensor, WeightFile
 from ckpt_convert.words import option, some
 
 _INDEX = re.compile(r"(?<![^.])(?:0|[1-9][0-9]*)(?![^.])")
@@ -66,10 +66,14 @@ class OpenedFiles:
         return self.place if self.place.is_folder() else self.place.parent
 
     @cached_property
-    def stored(self) -> tuple[tuple[WeightFile, StoredTensor], ...]:
+    def stored(self) -> tuple[FileTensor, ...]:
         """Every stored tensor with its file, in file and offset order; the position is its number as a source."""
         return tuple(
-            [(file, tensor) for file in self.files for tensor in sorted(file.header.tensors, key=attrgetter("offset"))]
+            [
+                FileTensor(file, tensor)
+                for file in self.files
+                for tensor in sorted(file.header.tensors, key=attrgetter("offset"))
+            ]
         )
 
     @property

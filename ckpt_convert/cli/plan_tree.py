@@ -45,16 +45,22 @@ def groups(moves: Iterable[Move]) -> list[Group]:
 
     Lines are told apart by whichever key has more numbers; those in the other one go with them.
     """
-    kinds: dict[tuple[object, ...], int] = {}
     examples: list[_Kind] = []
-    entries = []
+    rows = tree.collapse(_entries(moves, examples))
+    out = [found for row in rows for found in _lines(row, examples[int(row.note)])]
+    return [group for _, group in sorted(out, key=lambda found: found[0])]
+
+
+def _entries(moves: Iterable[Move], examples: list[_Kind]) -> Iterator[tree.Entry]:
+    """The moves by the key that tells those of a line apart, each with the number of its kind in ``examples``."""
+    kinds: dict[tuple[object, ...], int] = {}
     for move in moves:
         if move.target == move.source:  # as most are where only the files change
             same = (move.target_dtype, move.steps)
             at = kinds.setdefault(same, len(examples))
             if at == len(examples):
                 examples.append(_Kind(move, False, None, {}))
-            entries.append(tree.Entry(move.source, move.shape, move.dtype, move.nbytes, str(at)))
+            yield tree.Entry(move.source, move.shape, move.dtype, move.nbytes, str(at))
             continue
         source = tree.split(move.source)
         target = tree.split(move.target) if move.target is not None else None
@@ -67,9 +73,7 @@ def groups(moves: Iterable[Move]) -> list[Group]:
             examples.append(_Kind(move, by_target, other[0] if other is not None else None, {}))
         if other is not None:
             examples[at].numbers[key] = other[1]
-        entries.append(tree.Entry(key, move.shape, move.dtype, move.nbytes, str(at)))
-    out = [found for row in tree.collapse(entries) for found in _lines(row, examples[int(row.note)])]
-    return [group for _, group in sorted(out, key=lambda found: found[0])]
+        yield tree.Entry(key, move.shape, move.dtype, move.nbytes, str(at))
 
 
 @dataclass(frozen=True, slots=True)

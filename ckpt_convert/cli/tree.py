@@ -125,12 +125,13 @@ def collapse(entries: Iterable[Entry], numbering: Numbering | None = None) -> li
 
     ``numbering`` is that of all keys, where ``entries`` are only some: what lies elsewhere is not missing.
     """
-    entries = list(entries)
+    keys = []
     groups: dict[Template, dict[_Kind, list[Index]]] = defaultdict(lambda: defaultdict(list))
     for key, shape, dtype, nbytes, note in entries:
+        keys.append(key)
         template, index = split(key)
         groups[template][shape, dtype, nbytes, note].append(index)
-    numbering = numbering or Numbering([entry.key for entry in entries])
+    numbering = numbering or Numbering(keys)
     found = [
         (template, axes, kind)
         for template, kinds in groups.items()

@@ -14,11 +14,9 @@ from ckpt_convert.checkpoint.dequantize import requested
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpoint.mapping import Equality
 from ckpt_convert.checkpoint.opening import part_of
-from ckpt_convert.convert import output, ownership, planning
-from ckpt_convert.convert.execute import check_losses, comparing, loss_text, run_checks
+from ckpt_convert.convert import ownership, planning
 from ckpt_convert.convert.plan import Plan
 from ckpt_convert.convert.planning import Given
-from ckpt_convert.convert.readback import verify as verify_output
 from ckpt_convert.convert.request import Request
 from ckpt_convert.convert.sources import Planned, Sources
 from ckpt_convert.errors import (
@@ -202,6 +200,8 @@ def convert_checkpoint(
     Raises InputError (and what derives from it) for bad input, UsageError for options that do not fit, and
     CkptConvertError for what goes wrong while writing; ``dst`` is then as it was.
     """
+    from ckpt_convert.convert import execute, output  # not before: they need NumPy, and a plan does not
+
     started = time.monotonic()
     if workers is not None and workers < 1:
         raise misfit("workers", workers, "expected 1 or more")
@@ -218,7 +218,7 @@ def convert_checkpoint(
 
     def equal(source: Identified, pair: Equality) -> bool:
         check(source)  # before any tensor is read
-        return comparing(source.stored)(pair)
+        return execute.comparing(source.stored)(pair)
 
     with reading():
         source, planned = _plan(src, to, options, equal)
@@ -226,8 +226,8 @@ def convert_checkpoint(
     try:
         check(source)
         made.refuse_unreadable()
-        run_checks(made, sources, progress)
-        lost = check_losses(made, sources)
+        execute.run_checks(made, sources, progress)
+        lost = execute.check_losses(made, sources)
         mode = output.permissions(source)
         with place.stage(destination, ownership.RULES, overwrite=overwrite, resume=resume, mode=mode) as staging:
             try:
@@ -271,14 +271,18 @@ def convert_checkpoint(
 
 def _accepted(made: Plan, lost: dict[str, int], overflows: dict[str, int]) -> list[str]:
     """What the output has lost as its user accepted."""
-    said = [f"{loss_text(lost)} are kept in the record alone, as accepted"] if lost else []
+    from ckpt_convert.convert import execute, output
+
+    said = [f"{execute.loss_text(lost)} are kept in the record alone, as accepted"] if lost else []
     return said + ([f"{output.overflow_text(overflows)} in {made.request.dtype}, as accepted"] if overflows else [])
 
 
 def _verify(made: Plan, sources: Sources, staging: Stage, workers: int, progress: ProgressCallback | None) -> int:
+    from ckpt_convert.convert import readback
+
     family = None if made.source.literal else made.family
     try:
         with read_checkpoint(staging.place.listed(), format=made.target, family=family) as written:
-            return verify_output(made, sources, written, workers=workers, progress=progress)
+            return readback.verify(made, sources, written, workers=workers, progress=progress)
     except InputError as error:
         raise VerificationError(f"{staging.destination}: the output cannot be read again: {error}") from error

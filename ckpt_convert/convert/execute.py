@@ -25,10 +25,10 @@ from ckpt_convert.errors import LossyConversionError, TiedWeightsError
 from ckpt_convert.formats.names import RECORD_FOLDER
 from ckpt_convert.storage.checksums import CRC32, CRC64
 from ckpt_convert.storage.workspace import StagedFile
-from ckpt_convert.tensors import blocks, decode
+from ckpt_convert.tensors import decode
 from ckpt_convert.tensors.blocks import BlockReader, TypedTensor, first_difference
 from ckpt_convert.tensors.gather import StoredTensors
-from ckpt_convert.tensors.lazy import LazyTensor
+from ckpt_convert.tensors.lazy import BLOCK, LazyTensor
 from ckpt_convert.tensors.pool import run_threaded
 from ckpt_convert.tensors.progress import ProgressCallback, ProgressCounter
 from ckpt_convert.words import MORE, listing, some
@@ -216,9 +216,9 @@ class _Execution:
         if expected is None:
             return None
         checksum = crc = 0
-        buffer = np.empty(min(blocks.BLOCK, piece.nbytes), np.uint8)
-        for start in range(0, piece.nbytes, blocks.BLOCK):
-            view = buffer.data[: min(blocks.BLOCK, piece.nbytes - start)]
+        buffer = np.empty(min(BLOCK, piece.nbytes), np.uint8)
+        for start in range(0, piece.nbytes, BLOCK):
+            view = buffer.data[: min(BLOCK, piece.nbytes - start)]
             file.readinto(piece.offset + start, view)
             checksum, crc = self._sums(piece, view, checksum, crc)
         if checksum != expected:

@@ -60,7 +60,9 @@ def moves(plan: Plan) -> Iterator[Move]:
 
 def _each(plan: Plan) -> Iterator[Move]:
     ranks = _Ranks(plan.source.ranks, max(file.rank for file in plan.weights) + 1)
-    placed = {tensor.key: tensor for file in plan.weights for tensor in file.tensors}
+    scattered = {
+        tensor.key for file in plan.weights for tensor in file.tensors if tensor.tensor.contiguous_source is None
+    }
     written = {tensor.key for file in plan.weights for tensor in file.layout.header.tensors}
     known: dict[tuple[object, ...], tuple[str, ...]] = {}  # the same in every layer, and for every expert
     for instance, logical in plan.logicals.tensors.items():
@@ -80,7 +82,7 @@ def _each(plan: Plan) -> Iterator[Move]:
             if alike not in known:
                 known[alike] = tuple(_steps(plan, instance, logical, column, cast, ranks))
             found = known[alike]
-            if not found and key in placed and placed[key].tensor.contiguous_source is None and logical.tensor.size:
+            if not found and key in scattered and logical.tensor.size:
                 found = ("laid out row by row",)  # the source stores it transposed
             copies = ranks.after if column.cut_axis(plan.dims) is None else 1
             yield Move(logical.key, key, shape, dtype, cast, dtypes.nbytes(cast, shape) * copies, found or (COPY,))

@@ -196,9 +196,8 @@ def index(
     if wanted is not None and wanted.index is not None:
         name = wanted.index[0]
     weight_map = {tensor.key: file.name for file in outputs for tensor in file.layout.header.tensors}
-    tensors = [tensor for file in outputs for tensor in file.tensors]
-    total = sum(tensor.nbytes for tensor in tensors)
-    content = render_index(weight_map, total, sum(tensor.tensor.size for tensor in tensors))
+    total = sum(tensor.nbytes for file in outputs for tensor in file.tensors)
+    content = render_index(weight_map, total, sum(tensor.tensor.size for file in outputs for tensor in file.tensors))
     return [SideFile.of(name, "generated", content)]
 
 

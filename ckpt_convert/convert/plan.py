@@ -27,10 +27,8 @@ from ckpt_convert.models.core.table import Dims, Instance
 from ckpt_convert.storage.base import Entry
 from ckpt_convert.storage.checksums import digest
 from ckpt_convert.storage.place import Place, compare
-from ckpt_convert.tensors.blocks import BLOCK
-from ckpt_convert.tensors.gather import SCRATCH
 from ckpt_convert.tensors.header import IN_MEMORY, StoredTensor
-from ckpt_convert.tensors.lazy import LazyTensor
+from ckpt_convert.tensors.lazy import BLOCK, SCRATCH, LazyTensor
 
 _BASE_MEMORY = 40_000_000
 """Bytes of the interpreter with the modules that a conversion and its progress bar need, as measured."""
@@ -94,11 +92,11 @@ class Checklist:
 class Plan:
     """A conversion that can be carried out.
 
-    ``stored`` numbers the stored tensors that lazy tensors are made of, each with the number of its file among
-    ``sources``; ``computed`` are those of them that are worked out where they are read. ``checks`` are pairs that have
-    to be equal before anything is written; ``losses`` are tensors that the target has no place for, with the zeros that
-    it computes with instead; ``undecided`` is the pair that decides whether weights are tied, where no file says it.
-    ``cut`` is how ranks cut the embedding and why, where there is a choice.
+    ``stored`` numbers the stored tensors that lazy tensors are made of, and ``stored_in`` has for each the number of
+    its file among ``sources``; ``computed`` are those of them that are worked out where they are read. ``checks`` are
+    pairs that have to be equal before anything is written; ``losses`` are tensors that the target has no place for,
+    with the zeros that it computes with instead; ``undecided`` is the pair that decides whether weights are tied, where
+    no file says it. ``cut`` is how ranks cut the embedding and why, where there is a choice.
     ``carried`` names the tensors that the target has no place for and that go into the record. ``live`` is whether
     tensors in memory are written in the place of the source's; ``elsewhere`` are those of them that other processes
     have, and write. ``seen`` are the files that are read, as they were
@@ -110,7 +108,8 @@ class Plan:
     files: tuple[OutputFile, ...]
     side: tuple[SideFile, ...]
     sources: tuple[SourceFile, ...]
-    stored: tuple[tuple[int, StoredTensor], ...]
+    stored: tuple[StoredTensor, ...]
+    stored_in: tuple[int, ...]
     logicals: Logicals
     checks: tuple[Equality, ...]
     losses: tuple[Equality, ...]
@@ -171,7 +170,11 @@ class Plan:
     @property
     def in_memory(self) -> int:
         """Bytes of the source that had to be read whole: old torch files without zip."""
-        return sum(tensor.nbytes for at, tensor in self.stored if self.sources[at].kind == "legacy")
+        return sum(
+            tensor.nbytes
+            for file, tensor in zip(self.stored_in, self.stored, strict=True)
+            if self.sources[file].kind == "legacy"
+        )
 
     def memory(self, workers: int) -> int:
         """About how many bytes of memory the conversion takes at most."""

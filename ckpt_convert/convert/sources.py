@@ -43,7 +43,7 @@ class Numbered(Sequence[tuple[Opened, StoredTensor]]):
     def __getitem__(self, number: int | slice) -> tuple[Opened, StoredTensor] | list[tuple[Opened, StoredTensor]]:
         if isinstance(number, slice):
             return [self[at] for at in range(len(self))[number]]
-        file, tensor = self._plan.stored[number]
+        file, tensor = self._plan.stored_in[number], self._plan.stored[number]
         opened = self._opened[file]
         if opened is None:
             opened = self._opened[file] = Opened(self._sources[self._plan.sources[file]])

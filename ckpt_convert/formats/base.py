@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -112,14 +113,22 @@ def render_index(weight_map: Mapping[str, str], total_size: int, total_parameter
     empty = render_json({"metadata": metadata, "weight_map": {}}, sort_keys=True)
     if not weight_map:
         return empty
-    # Line by line: with indentation the library keeps a list of all that it has to say of 100,000 keys.
+    # Line by line: with indentation the library keeps a list of all that it has to say of 100,000 keys. Into a buffer
+    # of the right size: one that grows is copied, and so is a bytearray at the end.
     quoted = json.encoder.encode_basestring_ascii
     before, _, after = empty.partition(b"{}")
-    out = bytearray(before + b"{")
+    size = sum(len(quoted(key)) + len(quoted(name)) + len("\n    : ,") for key, name in weight_map.items())
+    out = io.BytesIO()
+    out.seek(len(before) + size + len("\n  }") + len(after) - 1)
+    out.write(b"\n")
+    out.seek(0)
+    out.write(before)
+    start = b"{"
     for key in sorted(weight_map):
-        out += f"\n    {quoted(key)}: {quoted(weight_map[key])},".encode()
-    out[-1:] = b"\n  }" + after
-    return bytes(out)
+        out.write(start + f"\n    {quoted(key)}: {quoted(weight_map[key])}".encode())
+        start = b","
+    out.write(b"\n  }" + after)
+    return out.getvalue()
 
 
 def dcp_directory(directory: Place) -> Directory | None:

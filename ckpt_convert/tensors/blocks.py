@@ -10,13 +10,10 @@ import numpy as np
 from ckpt_convert import dtypes
 from ckpt_convert.tensors.casts import Caster
 from ckpt_convert.tensors.gather import StoredTensors, StridedReader
-from ckpt_convert.tensors.lazy import LazyTensor, aligned_blocks
+from ckpt_convert.tensors.lazy import BLOCK, LazyTensor, aligned_blocks
 from ckpt_convert.tensors.progress import ProgressCounter
 
 T = TypeVar("T")
-
-BLOCK = 1 << 20
-"""Bytes of a block's buffer."""
 
 
 class TypedTensor(NamedTuple):

@@ -10,15 +10,12 @@ import numpy as np
 
 from ckpt_convert import dtypes
 from ckpt_convert.tensors.header import StoredTensor
-from ckpt_convert.tensors.lazy import ZEROS, LazyTensor
+from ckpt_convert.tensors.lazy import SCRATCH, ZEROS, LazyTensor
 
 CopyDims = tuple[tuple[int, int, int], ...]
 
 StoredTensors = Sequence[tuple[Any, StoredTensor]]
 """Stored tensors by number, each with its file, of which only ``reader`` is used."""
-
-SCRATCH = 8 << 20
-"""Bytes of the buffer that source rows are read into before they are reordered."""
 
 _WASTE = 4
 """Read a range whole if it has at most this many times as many bytes as are wanted."""

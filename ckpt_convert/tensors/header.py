@@ -94,6 +94,13 @@ class WeightFile:
     header: Header
 
 
+class FileTensor(NamedTuple):
+    """A stored tensor with its file."""
+
+    file: WeightFile
+    tensor: StoredTensor
+
+
 @dataclass(frozen=True)
 class FileLayout:
     """A container file ready to be filled: its header, and every byte of it that belongs to no tensor.

@@ -30,6 +30,12 @@ T = TypeVar("T")
 ZEROS = -1
 """The source of elements that are zero and stored nowhere."""
 
+BLOCK = 1 << 20
+"""Bytes of the buffer of a block, by which tensors are moved."""
+
+SCRATCH = 8 << 20
+"""Bytes of the buffer that source rows are read into before they are put in order."""
+
 
 class Tile(NamedTuple):
     """A box of a lazy tensor that comes from one source: at ``origin``, starting at element ``offset`` there."""

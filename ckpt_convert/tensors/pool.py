@@ -10,14 +10,12 @@ import contextlib
 import os
 import pickle
 import signal
-import subprocess
 import sys
 import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
-from multiprocessing import connection as pipes
 from typing import Any, TypeVar
 
 from ckpt_convert.errors import CkptConvertError
@@ -180,6 +178,8 @@ def _batches(sizes: Sequence[int]) -> list[range]:
 
 def _thread(start: Start, phase: str, stack: contextlib.ExitStack) -> Any:
     """Start a worker thread; returns the connection to it."""
+    from multiprocessing import connection as pipes  # not at module level: it imports much that only workers need
+
     ours, theirs = pipes.Pipe()
     sender = _ProgressSender(theirs)
     counter = ProgressCounter(phase, 0, sender)
@@ -201,6 +201,9 @@ def _processes(start: Start, phase: str, count: int, stack: contextlib.ExitStack
     Not multiprocessing's, whose workers import the main script again: a recipe without ``if __name__ == "__main__"``
     would run from the start in every worker.
     """
+    import subprocess
+    from multiprocessing import connection as pipes
+
     sent = pickle.dumps(start)
     for _ in range(count):
         ours, theirs = pipes.Pipe()
@@ -237,6 +240,8 @@ def _sigint_blocked() -> Iterator[None]:
 
 def _collected(crew: Sequence[Any], work: Sequence[list[Any]], counter: ProgressCounter) -> Iterator[Any]:
     """Distribute the work, and yield the results in order."""
+    from multiprocessing import connection as pipes
+
     queue = deque(enumerate(work))
     killed = CkptConvertError(
         f"{counter.phase}: a worker process was killed, perhaps for lack of memory; try `workers=1`"
@@ -291,6 +296,8 @@ class _ProgressSender:
 
 def serve_worker(descriptor: int) -> None:
     """The main function of a worker process; ``descriptor`` is that of its connection."""
+    from multiprocessing import connection as pipes
+
     connection = pipes.Connection(descriptor)
     with contextlib.suppress(EOFError):  # the parent is gone
         phase = connection.recv()

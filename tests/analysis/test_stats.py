@@ -19,7 +19,7 @@ import ckpt_convert
 from ckpt_convert.analysis.stats.numeric import Stats
 from ckpt_convert.analysis.stats.stats import TensorStats, statistics
 from ckpt_convert.errors import CorruptFileError
-from ckpt_convert.tensors.blocks import BLOCK
+from ckpt_convert.tensors.lazy import BLOCK
 from ckpt_convert.tensors.progress import TransferProgress
 from tests.helpers import CASES, GOLDEN, Tensors, bits, read_meta, read_safetensors
 

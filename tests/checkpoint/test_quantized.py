@@ -22,13 +22,13 @@ from ckpt_convert.checkpoint.dequantize import dequantized
 from ckpt_convert.checkpoint.quantized import fp8, mxfp4, reading, schemes
 from ckpt_convert.checkpoint.quantized.files import ComputedFile
 from ckpt_convert.checkpoint.quantized.reading import Rows, bfloat16
-from ckpt_convert.checkpoint.quantized.recognise import Quantized, Stored
+from ckpt_convert.checkpoint.quantized.recognise import Quantized
 from ckpt_convert.checkpoint.quantized.view import _described
 from ckpt_convert.storage.place import at
 from ckpt_convert.storage.reader import LocalFile
 from ckpt_convert.tensors import lazy
 from ckpt_convert.tensors.gather import StridedReader
-from ckpt_convert.tensors.header import WeightFile
+from ckpt_convert.tensors.header import FileTensor, WeightFile
 from ckpt_convert.tensors.lazy import LazyTensor
 from tests.checkpoint.quantizing import (
     compressed_llama,
@@ -50,13 +50,13 @@ def cast(numbers: Tensors, dtype: str) -> Tensors:
     return {key: one.to(DTYPES[dtype]) if is_linear(key, one) else one for key, one in numbers.items()}
 
 
-def stored(path: Path, tensors: Tensors) -> dict[str, Stored]:
+def stored(path: Path, tensors: Tensors) -> dict[str, FileTensor]:
     safetensors.torch.save_file(tensors, path)
     from ckpt_convert import containers
 
     reader, header = containers.parse(LocalFile(path))
     file = WeightFile(path.name, 0, at(path), reader, header)
-    return {tensor.key: Stored(file, tensor) for tensor in header.tensors}
+    return {tensor.key: FileTensor(file, tensor) for tensor in header.tensors}
 
 
 class Computing:

@@ -194,7 +194,7 @@ def _elements(tensor: LazyTensor, plan: Plan, read: list[Bytes]) -> bytes:
     """The bytes of two-byte elements, one by one."""
     out = bytearray(tensor.size * 2)
     for copy in tensor.copies():
-        at, stored = plan.stored[copy.source]
+        at, stored = plan.stored_in[copy.source], plan.stored[copy.source]
         steps = [(0, 0)]
         for count, source, target in copy.dims:
             steps = [(s + n * source, t + n * target) for s, t in steps for n in range(count)]

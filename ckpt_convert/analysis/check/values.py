@@ -18,8 +18,9 @@ from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.dtypes import DTYPES
 from ckpt_convert.errors import CkptConvertError
 from ckpt_convert.storage.checksums import CRC32
-from ckpt_convert.tensors.blocks import BLOCK, BlockReader, TypedTensor, first_difference
+from ckpt_convert.tensors.blocks import BlockReader, TypedTensor, first_difference
 from ckpt_convert.tensors.header import StoredTensor
+from ckpt_convert.tensors.lazy import BLOCK
 from ckpt_convert.tensors.pool import run_threaded
 from ckpt_convert.tensors.progress import ProgressCallback, ProgressCounter
 

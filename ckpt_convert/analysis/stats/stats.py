@@ -16,11 +16,10 @@ from ckpt_convert.checkpoint.opening import in_memory
 from ckpt_convert.checkpoint.tensors import TensorInfo
 from ckpt_convert.errors import CorruptFileError
 from ckpt_convert.tensors import pool
-from ckpt_convert.tensors.blocks import BLOCK
 from ckpt_convert.tensors.decode import Array
 from ckpt_convert.tensors.gather import StridedReader
 from ckpt_convert.tensors.header import WeightFile
-from ckpt_convert.tensors.lazy import LazyTensor, from_source
+from ckpt_convert.tensors.lazy import BLOCK, LazyTensor, from_source
 from ckpt_convert.tensors.progress import ProgressCallback, ProgressCounter
 
 

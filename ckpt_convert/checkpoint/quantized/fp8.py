@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from ckpt_convert.checkpoint.quantized.reading import SCRATCH, STRIPS, contiguous
-from ckpt_convert.checkpoint.quantized.recognise import Quantized, Stored
+from ckpt_convert.checkpoint.quantized.recognise import Quantized
 from ckpt_convert.dtypes import DTYPES
 from ckpt_convert.storage.base import read
 from ckpt_convert.tensors import decode
+from ckpt_convert.tensors.header import FileTensor
 
 Array = np.ndarray[Any, Any]
 
@@ -25,8 +26,8 @@ Array = np.ndarray[Any, Any]
 class Fp8:
     """The numbers of one tensor; ``height`` is the number of rows that a matrix of it has."""
 
-    codes: Stored
-    scales: Stored
+    codes: FileTensor
+    scales: FileTensor
     rows: int
     columns: int
     height: int

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from ckpt_convert.checkpoint.quantized.reading import SCRATCH, STRIPS, contiguous
-from ckpt_convert.checkpoint.quantized.recognise import Quantized, Stored
+from ckpt_convert.checkpoint.quantized.recognise import Quantized
 from ckpt_convert.tensors import decode
+from ckpt_convert.tensors.header import FileTensor
 
 Array = np.ndarray[Any, Any]
 
@@ -28,8 +29,8 @@ _BYTES = 16
 class Mxfp4:
     """The numbers of one tensor."""
 
-    codes: Stored
-    scales: Stored
+    codes: FileTensor
+    scales: FileTensor
     rows: int
     columns: int
     short: bool = True
@@ -49,7 +50,7 @@ class Mxfp4:
         return numbers.reshape(count, -1)[:, start - low * GROUP : stop - low * GROUP]
 
 
-def _box(stored: Stored, pitch: int, box: tuple[int, int, int, int]) -> Array:
+def _box(stored: FileTensor, pitch: int, box: tuple[int, int, int, int]) -> Array:
     return STRIPS.read(stored.file.reader, stored.tensor.offset, pitch, box)
 
 

@@ -6,13 +6,13 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 from ckpt_convert.checkpoint.findings import Finding
 from ckpt_convert.checkpoint.opening import OpenedFiles
 from ckpt_convert.checkpoint.quantized import schemes
 from ckpt_convert.checkpoint.quantized.schemes import Block, Rule, Shape
-from ckpt_convert.tensors.header import StoredTensor, WeightFile
+from ckpt_convert.tensors.header import FileTensor
 
 CHECK = "quantised"
 """The check that findings are of."""
@@ -25,27 +25,25 @@ _LIKELY = frozenset(dtype for rule in schemes.RULES for dtype in rule.dtypes)
 """The dtypes of what a rule may take for codes."""
 
 
-class Stored(NamedTuple):
-    """A stored tensor with its file."""
-
-    file: WeightFile
-    tensor: StoredTensor
-
-
 @dataclass(frozen=True, slots=True)
 class Quantized:
-    """One quantised tensor: ``key`` is that of the numbers, ``parts`` every stored tensor that belongs to it.
+    """One quantised tensor: ``key`` is that of the numbers, ``others`` what belongs to it beside codes and scale.
 
     ``shape`` is that of the numbers, None where headers do not say it; ``block`` that of fp8's blocks.
     """
 
     key: str
     rule: Rule
-    codes: Stored
-    scale: Stored
-    parts: tuple[str, ...]
+    codes: FileTensor
+    scale: FileTensor
+    others: tuple[str, ...]
     shape: Shape | None
     block: Block | None = None
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The keys of all that is stored of it."""
+        return self.codes.tensor.key, self.scale.tensor.key, *self.others
 
     @property
     def how(self) -> str:
@@ -95,7 +93,7 @@ def quantization_of(opened: OpenedFiles, config: Mapping[str, Any]) -> Quantizat
     """
     if opened.format != "hf":
         return None
-    stored = {t.key: Stored(f, t) for f, t in opened.stored if t.box is None and t.packed is None}
+    stored = {one.tensor.key: one for one in opened.stored if one.tensor.box is None and one.tensor.packed is None}
     said = quantization_config(config)
     found = _Search(stored, said).result() if said or _is_likely(stored) else None
     if found is not None and found.findings and unknown_scheme(config) is not None:
@@ -123,7 +121,7 @@ def quantization_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return {}
 
 
-def _is_likely(stored: Mapping[str, Stored]) -> bool:
+def _is_likely(stored: Mapping[str, FileTensor]) -> bool:
     """Whether the dtypes leave room for quantised tensors, without a config that says so."""
     return any(one.tensor.dtype in _LIKELY for one in stored.values())
 
@@ -131,7 +129,7 @@ def _is_likely(stored: Mapping[str, Stored]) -> bool:
 class _Search:
     """One look through the keys of a checkpoint."""
 
-    def __init__(self, stored: Mapping[str, Stored], config: Mapping[str, Any]) -> None:
+    def __init__(self, stored: Mapping[str, FileTensor], config: Mapping[str, Any]) -> None:
         self._stored = stored
         self._method = str(config.get("quant_method") or "")[:40]
         self._blocks = schemes.stated_blocks(config)
@@ -198,11 +196,12 @@ class _Search:
         for key in there.values():
             self._owners[key] = owner
         shape, block = self._shapes(rule, owner, self._stored[codes], self._stored[scale])
-        return Quantized(
-            owner, rule, self._stored[codes], self._stored[scale], tuple(dict.fromkeys(there.values())), shape, block
-        )
+        others = tuple([key for key in there.values() if key not in (codes, scale)])
+        return Quantized(owner, rule, self._stored[codes], self._stored[scale], others, shape, block)
 
-    def _shapes(self, rule: Rule, owner: str, codes: Stored, scale: Stored) -> tuple[Shape | None, Block | None]:
+    def _shapes(
+        self, rule: Rule, owner: str, codes: FileTensor, scale: FileTensor
+    ) -> tuple[Shape | None, Block | None]:
         """The shape of the numbers and of fp8's blocks, as far as headers say them."""
         shape, scales = codes.tensor.shape, scale.tensor.shape
         if rule.refusal is not None:
@@ -276,5 +275,5 @@ def _blocks(
     return blocks, block
 
 
-def _has_codes(rule: Rule, one: Stored) -> bool:
+def _has_codes(rule: Rule, one: FileTensor) -> bool:
     return not rule.dtypes or one.tensor.dtype in rule.dtypes

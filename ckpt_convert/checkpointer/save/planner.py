@@ -377,7 +377,7 @@ def _inexact(made: Plan) -> set[str]:
     for file in made.weights:
         for tensor in file.tensors:
             if tensor.dtype != tensor.source_dtype:
-                keys |= {made.stored[number][1].key for number in tensor.tensor.sources}
+                keys |= {made.stored[number].key for number in tensor.tensor.sources}
     return keys
 
 
