@@ -17,6 +17,7 @@ from ckpt_convert._version import __version__ as __version__
 if TYPE_CHECKING:
     from ckpt_convert.adapters.config import AdapterConfig
     from ckpt_convert.checkpoint.checkpoint import Checkpoint, open_checkpoint
+    from ckpt_convert.checkpoint.tensor import CheckpointTensor
     from ckpt_convert.checkpointer.checkpointer import Checkpointer
     from ckpt_convert.checkpointer.run.progress import Progress
     from ckpt_convert.checkpointer.save.options import Final
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "AdapterConfig": "adapters.config",
     "Checkpoint": "checkpoint.checkpoint",
+    "CheckpointTensor": "checkpoint.tensor",
     "Checkpointer": "checkpointer.checkpointer",
     "CheckpointerCallback": "checkpointer.trainer",
     "Final": "checkpointer.save.options",
@@ -71,6 +73,7 @@ __all__ = [
     "AmbiguousFormatError",
     "Checkpoint",
     "CheckpointNotFoundError",
+    "CheckpointTensor",
     "Checkpointer",
     "CheckpointerCallback",
     "CkptConvertError",

@@ -25,7 +25,7 @@ def load(path: Path) -> NativeLlama:
         if checkpoint.config is None:
             raise SystemExit(f"{path}: holds no config")
         model = NativeLlama.from_config(checkpoint.config)
-        weights = {key: checkpoint[key] for key in checkpoint}  # Meta's ranks joined
+        weights = {key: tensor.torch() for key, tensor in checkpoint.items()}  # Meta's ranks joined
         native = ckpt_convert.convert_state_dict(
             weights, checkpoint.config, source=str(checkpoint.format), target="native"
         )

@@ -11,7 +11,8 @@ import torch
 from ckpt_convert.adapters.config import AdapterConfig
 from ckpt_convert.adapters.modules import Modules
 from ckpt_convert.adapters.parameters import PEFT_PREFIX, Adapter, Split, split, translated
-from ckpt_convert.checkpoint.checkpoint import open_checkpoint
+from ckpt_convert.checkpoint.checkpoint import open_identified
+from ckpt_convert.checkpoint.tensor import CheckpointTensor
 from ckpt_convert.containers import safetensors
 from ckpt_convert.dtypes import FROM_TORCH, torch_name
 from ckpt_convert.errors import CheckpointNotFoundError, ConfigError, KeyMismatchError, ShapeMismatchError
@@ -81,12 +82,12 @@ def from_peft(directory: Place, modules: Modules, config: AdapterConfig | None =
             f"{directory}: is no PEFT adapter, which has {ADAPTER_WEIGHTS[0]} and {ADAPTER_CONFIG}"
         )
     said = AdapterConfig.of(directory / ADAPTER_CONFIG)
-    with open_checkpoint(path) as checkpoint:
+    with open_identified(path) as checkpoint:
         checkpoint.refuse_foreign()
         others = [f"{key}: {kind}" for file in checkpoint.files for key, kind in file.header.objects.items()]
         if others:
             raise KeyMismatchError(f"{path}: holds more than tensors:{listing(others)}")
-        tensors = {key: checkpoint.read(key) for key in checkpoint}
+        tensors = {key: CheckpointTensor(checkpoint, info).torch() for key, info in checkpoint.tensors.items()}
     foreign = sorted(key for key in tensors if not key.startswith(PEFT_PREFIX))
     if foreign:
         raise KeyMismatchError(f"{path}: not all keys start with {PEFT_PREFIX}, as PEFT's do:{listing(foreign)}")

@@ -1,75 +1,99 @@
-"""Opening a checkpoint, and reading its tensors: what people hold in their hands."""
+"""Opening a checkpoint; and ``Checkpoint``, what a caller of the library holds: a mapping from keys to tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from ckpt_convert import formats
 from ckpt_convert.checkpoint import opening, record
-from ckpt_convert.checkpoint.identify import Identified
+from ckpt_convert.checkpoint.identify import Identified, identify
 from ckpt_convert.checkpoint.stated import hinted
-from ckpt_convert.dtypes import DTYPES
+from ckpt_convert.checkpoint.tensor import CheckpointTensor
+from ckpt_convert.dtypes import majority
 from ckpt_convert.errors import CheckpointNotFoundError, CorruptFileError
 from ckpt_convert.formats import repository
+from ckpt_convert.formats.base import FormatName
 from ckpt_convert.formats.names import RECORD_FOLDER
 from ckpt_convert.models.core.config import ConfigOptions
-from ckpt_convert.storage.base import read
 from ckpt_convert.storage.names import JOURNAL
 from ckpt_convert.storage.place import Location, Place, identities
 from ckpt_convert.storage.reader import reading
-
-if TYPE_CHECKING:
-    import torch
+from ckpt_convert.words import human_bytes
 
 
-class Checkpoint(Identified):
-    """A checkpoint whose headers were read; no tensor was. Close it, or use it as a context manager.
+class Checkpoint(Mapping[str, CheckpointTensor]):
+    """The tensors of a checkpoint by key, from its headers alone: no value is read before a tensor is asked for it.
 
-    ``format`` is None when the files are of no format that is known; ``why`` says what the format was told by, or what
-    the files are. ``facts`` are (label, text): more that the files say of themselves, such as an adapter's base model.
+        with open_checkpoint("Llama-3.2-1B") as checkpoint:
+            checkpoint["model.norm.weight"].torch()
+            checkpoint["model.embed_tokens.weight"][0:10].numpy()  # reads these ten rows
+
+    Keys are those of the files; tensors of several ranks or pieces are joined. A context manager; else close it.
     """
+
+    def __init__(self, identified: Identified) -> None:
+        self._identified = identified
 
     @property
     def path(self) -> Path:
-        """The path that was opened; raises UsageError for a checkpoint in a store that has none (see ``place``)."""
-        return self.place.local
+        """The path that was opened; raises UsageError for a checkpoint in a store, which has none."""
+        return self._identified.place.local
 
-    def read_bytes(self, key: str) -> bytes:
-        """The bytes of one tensor, dense and row-major, ranks and pieces joined; as stored where numbers are packed.
+    @property
+    def format(self) -> str | None:
+        """hf, meta, native or torchtitan; None for files of no known format."""
+        return self._identified.format
 
-        Raises what ``joined`` does, but for packed numbers.
-        """
-        from ckpt_convert.tensors.gather import StridedReader
+    @property
+    def family(self) -> str | None:
+        """The architecture, such as "llama"; None where no table fits."""
+        return self._identified.family
 
-        info = self.info(key)
-        if info.dtype not in DTYPES and len(info.parts) == 1:
-            reader = next(file.reader for file in self.files if file.name == info.parts[0].file)
-            return read(reader, info.parts[0].offset, info.nbytes)
-        return StridedReader(self.stored).read(*self.joined(key))
+    @property
+    def config(self) -> Mapping[str, Any] | None:
+        """The config as Hugging Face's config.json spells it, whatever the format; None where there is none."""
+        return self._identified.config
 
-    def read(self, key: str) -> torch.Tensor:
-        """One tensor, read from the file now; raises KeyError for an unknown key."""
-        import torch
+    @property
+    def notices(self) -> list[str]:
+        """What to know about the files: objects that are no tensors, files that are not used."""
+        return self._identified.notices
 
-        from ckpt_convert.tensors.gather import StridedReader
-
-        info = self.info(key)
-        data = StridedReader(self.stored).read(*self.joined(key))
-        flat = torch.frombuffer(bytearray(data) or bytearray(1), dtype=torch.uint8)[: info.nbytes]
-        return flat.view(getattr(torch, DTYPES[info.dtype].torch)).reshape(info.shape)
-
-    __getitem__ = read
+    def __getitem__(self, key: str) -> CheckpointTensor:
+        return CheckpointTensor(self._identified, self._identified.info(key))
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.tensors)
+        return iter(self._identified.tensors)
 
     def __len__(self) -> int:
-        return len(self.tensors)
+        return len(self._identified.tensors)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __repr__(self) -> str:
+        tensors = self._identified.tensors.values()
+        dtype = majority((info.dtype, info.nbytes) for info in tensors)
+        known = all(info.settled for info in tensors)
+        count = f"{sum(prod(info.shape) for info in tensors):,} parameters" if known else f"{len(tensors):,} tensors"
+        what = [self.format or self._identified.why, self.family, count, dtype]
+        shards = len(self._identified.files)
+        stored = sum(part.nbytes for info in tensors for part in info.parts)
+        return (
+            f"Checkpoint({str(self._identified.place)!r})\n"
+            f"  {', '.join(filter(None, what))}\n"
+            f"  {shards:,} shard{'s' * (shards != 1)}, {human_bytes(stored)}"
+        )
 
     def close(self) -> None:
-        opening.close(self.files)
+        """Close the files."""
+        self._identified.close()
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -78,46 +102,75 @@ class Checkpoint(Identified):
         self.close()
 
 
-@reading()
 def open_checkpoint(
+    path: Location,
+    *,
+    format: FormatName | None = None,
+    family: str | None = None,
+    config: Location | None = None,
+    revision: str | None = None,
+) -> Checkpoint:
+    """Open a checkpoint from its headers alone; no tensor is read.
+
+    Args:
+        path: a directory, a weight file of any container, or a Hub id such as "meta-llama/Llama-3.2-1B".
+        format: "hf", "meta", "native" or "torchtitan", where it cannot be detected.
+        family: the name of the architecture, such as "llama", where it cannot be detected.
+        config: a config.json or params.json to use instead of the checkpoint's own.
+        revision: branch, tag or commit of a Hub id.
+
+    Raises:
+        CheckpointNotFoundError: there is nothing at ``path``.
+        CorruptFileError: headers and files disagree, or a conversion to ``path`` was interrupted.
+        UnsafeFileError: a file would run code, or names a path outside its directory.
+        UsageError: no such format or family.
+
+    A family that no table describes is not an error here.
+    """
+    return Checkpoint(open_identified(path, format=format, family=family, config=config, revision=revision))
+
+
+def identified_of(checkpoint: Checkpoint) -> Identified:
+    """What the library's own modules work with."""
+    return checkpoint._identified
+
+
+@reading()
+def open_identified(
     path: Location,
     *,
     format: str | None = None,
     family: str | None = None,
     config: Location | None = None,
+    revision: str | None = None,
     options: ConfigOptions | None = None,
-) -> Checkpoint:
-    """Open a checkpoint directory, one file of any container, or a Hub id, from its headers alone.
-
-    ``format`` and ``family`` settle what detection cannot; ``config`` is a config.json or params.json to use.
-    Raises CheckpointNotFoundError, CorruptFileError or UnsafeFileError; an unknown family is not an error here.
-    """
-    path = opening.place(repository.locate(path, format=format))
+) -> Identified:
+    """``open_checkpoint`` for the library's own modules; ``options`` say what a params.json leaves open."""
+    path = opening.place(repository.locate(path, revision, format=format))
     if path.is_folder() and (path / JOURNAL).is_there():
         raise CorruptFileError(
             f"{path}: is the unfinished output of a conversion; run that again with `resume=True`, or without to "
             "start anew"
         )
-    return read_checkpoint(path, format=format, family=family, config=config, options=options)
+    return open_unfinished(path, format=format, family=family, config=config, options=options)
 
 
 @reading()
-def read_checkpoint(
+def open_unfinished(
     path: Place,
     *,
     format: str | None = None,
     family: str | None = None,
     config: Location | None = None,
     options: ConfigOptions | None = None,
-) -> Checkpoint:
-    """``open_checkpoint`` for any directory, also one that is still being written."""
+) -> Identified:
+    """``open_identified`` for any directory, also one that is still being written."""
     formats.refuse_unknown(format, "format")
     hints = hinted(family, config, options)
     if not path.is_there():
         raise CheckpointNotFoundError(f"{path}: no such file or directory")
     seen = identities(path, RECORD_FOLDER) if path.is_folder() else {path: path.identity()}
     found_record = record.load(path) if path.is_folder() else None
-    opened = opening.find(path, format, found_record, seen)
-    found = Checkpoint.of(opened, hints, found_record)
+    found = identify(opening.find(path, format, found_record, seen), hints, found_record)
     _ = found.stated.known  # what is wrong with it is said where it is needed, that it cannot be read at once
     return found

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
-
 from ckpt_convert.checkpoint.findings import raise_if_any
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpoint.quantized.carry import refuse_scheme
 from ckpt_convert.errors import ConfigError, misfit
 from ckpt_convert.words import option
 
-Source = TypeVar("Source", bound=Identified)
 
-
-def dequantized(source: Source, dtype: str) -> Source:
+def dequantized(source: Identified, dtype: str) -> Identified:
     """A checkpoint with its quantised tensors as numbers of ``dtype``; itself where nothing is quantised.
 
     Raises KeyMismatchError where codes and scales do not belong together, and ConfigError for a scheme that can only
@@ -27,7 +23,7 @@ def dequantized(source: Source, dtype: str) -> Source:
     return source.as_numbers(found, dtype)
 
 
-def requested(source: Source, dtype: str | None) -> Source:
+def requested(source: Identified, dtype: str | None) -> Identified:
     """``dequantized`` where somebody asked for it; raises UsageError where nothing is quantised."""
     if dtype is None:
         return source
@@ -41,7 +37,7 @@ def requested(source: Source, dtype: str | None) -> Source:
     return dequantized(source, dtype)
 
 
-def alike(a: Source, b: Source) -> tuple[Source, Source, list[str]]:
+def alike(a: Identified, b: Identified) -> tuple[Identified, Identified, list[str]]:
     """Two checkpoints to be compared, and what to say: where one alone is quantised, as the numbers it stands for.
 
     They are of the other side's dtype, so that what was dequantised once is the same, bit for bit.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from ckpt_convert.checkpoint import diagnosis, mapping, opening
 from ckpt_convert.checkpoint.findings import Finding, raise_if_any
@@ -59,11 +59,14 @@ class Identified:
     record: Record | None = None
     dequantized: Dequantized | None = None
 
-    @classmethod
-    def of(cls, opened: OpenedFiles, hints: Hints | None = None, record: Record | None = None) -> Self:
-        """As ``identify``."""
-        hints = hints or Hints()
-        return cls(opened, stated(opened, hints.config), hints, record)
+    def close(self) -> None:
+        opening.close(self.files)
+
+    def __enter__(self) -> Identified:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     @property
     def place(self) -> Place:
@@ -262,7 +265,9 @@ class Identified:
         _, misfits = mapping.examine(model.family, str(self.format), model.dims, self.ranks)
         return scheme if misfits else None
 
-    def as_numbers(self, found: Quantization, dtype: str, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Self:
+    def as_numbers(
+        self, found: Quantization, dtype: str, shapes: Mapping[str, tuple[int, ...]] | None = None
+    ) -> Identified:
         """The same with quantised tensors as numbers of ``dtype``; config and model say nothing of a quantisation.
 
         What does not belong together, or cannot be read, is at least described, in ``shapes`` where headers do not say
@@ -278,7 +283,7 @@ class Identified:
             dequantized=view.Dequantized(dtype, found.text),
         )
 
-    def described(self, found: Quantization, model: Model) -> Self:
+    def described(self, found: Quantization, model: Model) -> Identified:
         """The same with each quantised tensor as one of numbers, to be looked at: not all of them can be read.
 
         What headers do not say of a shape is taken to be as the table has it.
@@ -399,4 +404,5 @@ class Identified:
 
 def identify(opened: OpenedFiles, hints: Hints | None = None, record: Record | None = None) -> Identified:
     """What opened files are, with the config that was given or lies beside them, and what an earlier record says."""
-    return Identified.of(opened, hints, record)
+    hints = hints or Hints()
+    return Identified(opened, stated(opened, hints.config), hints, record)

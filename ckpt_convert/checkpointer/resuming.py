@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_convert.analysis.check import check as check_weights
-from ckpt_convert.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from ckpt_convert.checkpoint.checkpoint import open_identified
+from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpoint.record import MANIFEST, TRAINING_STATE
 from ckpt_convert.checkpointer.live import base, loading
 from ckpt_convert.checkpointer.live.base import Base
@@ -49,7 +50,7 @@ _PREFIX = f"{MODEL}/"
 _NOT_GIVEN = "once that is mended run again, or resume from an older step (from_=)"
 
 
-def source_of(given: Source | None, format: str | None, options: Options, run: RunDirectory | None) -> Checkpoint:
+def source_of(given: Source | None, format: str | None, options: Options, run: RunDirectory | None) -> Identified:
     """Open what a checkpointer was given as its source; in place of None, what the run's own steps know of it.
 
     Raises what ``open_source`` and ``open_lost`` do, and OutputExistsError where steps would go into the source.
@@ -60,7 +61,7 @@ def source_of(given: Source | None, format: str | None, options: Options, run: R
     return opened
 
 
-def _opened(given: Source | None, format: str | None, options: Options, run: RunDirectory | None) -> Checkpoint:
+def _opened(given: Source | None, format: str | None, options: Options, run: RunDirectory | None) -> Identified:
     if given is None:
         return _without_source(run.saved if run is not None and not options.overwrite else [], options, run)
     try:
@@ -69,7 +70,7 @@ def _opened(given: Source | None, format: str | None, options: Options, run: Run
         raise lost(error, run.saved if run is not None else []) from error
 
 
-def _without_source(there: Sequence[Saved], options: Options, run: RunDirectory | None) -> Checkpoint:
+def _without_source(there: Sequence[Saved], options: Options, run: RunDirectory | None) -> Identified:
     opened, step = open_lost(there, options.config, options.family)
     if step is not None and run is not None:
         log.info("there is no source: files, dtypes and config are those of %s", step)
@@ -338,7 +339,7 @@ def _weights(
             f"{saved.place}: holds tensors as a model in the {layout} layout has them; resume with "
             f"model_format={layout!r}, or make the checkpoint the source of a new run"
         )
-    checkpoint = stack.enter_context(open_checkpoint(saved.place, family=emitter.source.hints.family))
+    checkpoint = stack.enter_context(open_identified(saved.place, family=emitter.source.hints.family))
     fit = loading.fit(checkpoint, tensors, emitter.settings.model_format)
 
     def load_them() -> str:

@@ -127,7 +127,7 @@ def diff(
     together through the family's table, with RoPE row orders and cuts undone. Nothing is written.
     """
     from ckpt_convert.analysis.diff.compare import compare
-    from ckpt_convert.checkpoint.checkpoint import open_checkpoint
+    from ckpt_convert.checkpoint.checkpoint import open_identified
     from ckpt_convert.cli.html import diff_page
     from ckpt_convert.cli.notices import on_stderr
     from ckpt_convert.cli.pages import check_page, write_page
@@ -142,8 +142,8 @@ def diff(
 
     with (
         on_stderr(hidden=quiet),
-        open_checkpoint(repository.locate(a, revision_a), format=from_a, family=family, config=config_a) as left,
-        open_checkpoint(repository.locate(b, revision_b), format=from_b, family=family, config=config_b) as right,
+        open_identified(repository.locate(a, revision_a), format=from_a, family=family, config=config_a) as left,
+        open_identified(repository.locate(b, revision_b), format=from_b, family=family, config=config_b) as right,
         Bar(hidden=quiet) as bar,
     ):
         found = compare(left, right, values=values, keep=keep, workers=workers or WORKERS, progress=bar)

@@ -16,7 +16,7 @@ from ckpt_convert.formats import peft
 
 if TYPE_CHECKING:
     from ckpt_convert.analysis.stats.stats import TensorStats
-    from ckpt_convert.checkpoint.checkpoint import Checkpoint
+    from ckpt_convert.checkpoint.identify import Identified
     from ckpt_convert.checkpoint.model import Model
     from ckpt_convert.checkpoint.tensors import Part, TensorInfo
 
@@ -54,7 +54,7 @@ class Facts:
     tensors torch had to load. ``said`` is what only this kind of checkpoint has to say: (label, text).
     """
 
-    checkpoint: Checkpoint
+    checkpoint: Identified
     model: Model | None
     problem: str
     ranks: int | None
@@ -84,7 +84,7 @@ class Facts:
         return {file.name: file.place.identity().size for file in self.checkpoint.files}
 
 
-def gather(checkpoint: Checkpoint) -> Facts:
+def gather(checkpoint: Identified) -> Facts:
     """Look at everything that can be known without reading a tensor."""
     model, problem = _model(checkpoint)
     ranks = max((file.rank for file in checkpoint.files), default=0) + 1 if checkpoint.format == "meta" else None
@@ -125,13 +125,13 @@ def gather(checkpoint: Checkpoint) -> Facts:
     )
 
 
-def _kind(checkpoint: Checkpoint) -> list[tuple[str, str]]:
+def _kind(checkpoint: Identified) -> list[tuple[str, str]]:
     """What the files are where they are no model's alone; an adapter of PEFT's has a line of its own."""
     text = diagnosis.kind(checkpoint.keys, checkpoint.tensors) if checkpoint.directory.kind != peft.KIND else None
     return [("kind", text)] if text else []
 
 
-def _quantised(checkpoint: Checkpoint) -> list[tuple[str, str]]:
+def _quantised(checkpoint: Identified) -> list[tuple[str, str]]:
     found = checkpoint.quantization
     if found is None:
         return []
@@ -139,7 +139,7 @@ def _quantised(checkpoint: Checkpoint) -> list[tuple[str, str]]:
     return [("quantised", f"{found.text}{broken}")]
 
 
-def trained(checkpoint: Checkpoint) -> list[tuple[str, str]]:
+def trained(checkpoint: Identified) -> list[tuple[str, str]]:
     """How far the training run had come that saved this step, as (label, text); none for anything else."""
     found = record.training(checkpoint.root)
     progress, metrics = (found or {}).get("progress"), (found or {}).get("metrics")
@@ -152,7 +152,7 @@ def trained(checkpoint: Checkpoint) -> list[tuple[str, str]]:
     return [("trained", ", ".join(counts))]
 
 
-def converted_from(checkpoint: Checkpoint) -> str | None:
+def converted_from(checkpoint: Identified) -> str | None:
     """The format that an earlier conversion made this checkpoint from, as its record says."""
     if checkpoint.record is None or "training" in checkpoint.record.manifest:
         return None
@@ -233,7 +233,7 @@ def _stats(stats: TensorStats) -> dict[str, Any]:
     }
 
 
-def _model(checkpoint: Checkpoint) -> tuple[Model | None, str]:
+def _model(checkpoint: Identified) -> tuple[Model | None, str]:
     try:
         return checkpoint.model, ""
     except CkptConvertError as error:
@@ -241,7 +241,7 @@ def _model(checkpoint: Checkpoint) -> tuple[Model | None, str]:
         return None, str(error).removeprefix(f"{checkpoint.place}: ").removeprefix(f"{checkpoint.config_file}: ")
 
 
-def _config_dims(checkpoint: Checkpoint) -> dict[str, int]:
+def _config_dims(checkpoint: Identified) -> dict[str, int]:
     """The sizes that the config of a family that is not known says under one of the usual names."""
     try:
         config = checkpoint.config or {}
@@ -252,6 +252,6 @@ def _config_dims(checkpoint: Checkpoint) -> dict[str, int]:
     return {symbol: size for symbol, size in found.items() if size is not None}
 
 
-def _config_source(checkpoint: Checkpoint) -> str | None:
+def _config_source(checkpoint: Identified) -> str | None:
     path = checkpoint.config_file
     return str(path) if path.is_regular() else None

@@ -82,10 +82,10 @@ def inspect(path: str, revision: str | None, from_format: str | None, **options:
 
 
 def _look(path: Place, from_format: str | None, **options: Any) -> None:
-    from ckpt_convert.checkpoint.checkpoint import open_checkpoint
+    from ckpt_convert.checkpoint.checkpoint import open_identified
 
     family, config = options["family"], options["config"]
-    with open_checkpoint(path, format=from_format, family=family, config=config) as checkpoint:
+    with open_identified(path, format=from_format, family=family, config=config) as checkpoint:
         _show(looking.gather(checkpoint), **options)
 
 

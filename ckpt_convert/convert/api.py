@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, TypedDict, Unpack
 
 from ckpt_convert.checkpoint import record
-from ckpt_convert.checkpoint.checkpoint import Checkpoint, open_checkpoint, read_checkpoint
+from ckpt_convert.checkpoint.checkpoint import open_identified, open_unfinished
 from ckpt_convert.checkpoint.dequantize import requested
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpoint.mapping import Equality
@@ -152,13 +152,13 @@ def _plan(
     from_format = options.get("from_format")
     where = repository.locate(src, options.get("revision"), format=from_format)
     family = options.get("family")
-    source = open_checkpoint(where, format=from_format, family=family, config=options.get("config"), options=settings)
+    source = open_identified(where, format=from_format, family=family, config=options.get("config"), options=settings)
     if request.like is not None and (config := _config_of(request.like, source)) is not None:
         source.close()
-        source = open_checkpoint(where, format=from_format, family=family, config=config, options=settings)
+        source = open_identified(where, format=from_format, family=family, config=config, options=settings)
     try:
         wanted = requested(source, request.dequantize)
-        imitated = open_checkpoint(request.like, format=to) if request.like is not None else None
+        imitated = open_identified(request.like, format=to) if request.like is not None else None
         given = Given(wanted, request, imitated)
         return wanted, planning.make(given, partial(equal, wanted) if equal is not None else None)
     except (ConfigError, KeyMismatchError, ShapeMismatchError) as error:
@@ -170,11 +170,11 @@ def _plan(
         ) from error
 
 
-def _config_of(like: Place, source: Checkpoint) -> Place | None:
+def _config_of(like: Place, source: Identified) -> Place | None:
     """The config of the checkpoint to imitate, where the source has none of its own."""
     if source.format is None or source.config_file.is_there() or source.from_shapes is not None:
         return None
-    with open_checkpoint(like) as opened:
+    with open_identified(like) as opened:
         return opened.config_file if opened.config_file.is_there() else None
 
 
@@ -282,7 +282,7 @@ def _verify(made: Plan, sources: Sources, staging: Stage, workers: int, progress
 
     family = None if made.source.literal else made.family
     try:
-        with read_checkpoint(staging.place.listed(), format=made.target, family=family) as written:
+        with open_unfinished(staging.place.listed(), format=made.target, family=family) as written:
             return readback.verify(made, sources, written, workers=workers, progress=progress)
     except InputError as error:
         raise VerificationError(f"{staging.destination}: the output cannot be read again: {error}") from error

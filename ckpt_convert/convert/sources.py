@@ -8,8 +8,9 @@ from threading import Lock
 from typing import NamedTuple, overload
 
 from ckpt_convert import containers
-from ckpt_convert.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from ckpt_convert.checkpoint.checkpoint import open_identified
 from ckpt_convert.checkpoint.dequantize import requested
+from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.containers.dcp import dcp
 from ckpt_convert.convert.plan import COMPUTED, Plan, SourceFile
 from ckpt_convert.errors import UsageError
@@ -76,7 +77,7 @@ class Again(Mapping[SourceFile, RangeReader]):
         self._plan = plan
         self._memory = memory or {}
         self._open: dict[SourceFile, RangeReader] = {}
-        self._numbers: Checkpoint | None = None
+        self._numbers: Identified | None = None
         self._lock = Lock()
 
     def __getitem__(self, source: SourceFile) -> RangeReader:
@@ -105,11 +106,11 @@ class Again(Mapping[SourceFile, RangeReader]):
         file = source.place.open(expected=source.identity)
         return containers.parse(file)[0] if source.kind == "legacy" else file
 
-    def _as_numbers(self) -> Checkpoint:
+    def _as_numbers(self) -> Identified:
         """The quantised checkpoint that the plan reads as numbers."""
         if self._numbers is None:
             found, hints = self._plan.source, self._plan.source.hints
-            opened = open_checkpoint(
+            opened = open_identified(
                 found.place, format=found.format, family=hints.family, config=hints.config, options=hints.options
             )
             self._numbers = requested(opened, found.dequantized)

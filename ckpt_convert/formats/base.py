@@ -6,13 +6,15 @@ import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any, Literal, TypeGuard
 
 from ckpt_convert.containers.dcp import DCP_INDEX
 from ckpt_convert.errors import ConfigError
 from ckpt_convert.formats.names import is_plain_weights
 from ckpt_convert.storage.base import Entry
 from ckpt_convert.storage.place import Place
+
+FormatName = Literal["hf", "meta", "native", "torchtitan"]
 
 JSON_LIMIT = 1 << 28
 TEXT_LIMIT = 1 << 24

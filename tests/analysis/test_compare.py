@@ -16,7 +16,7 @@ import torch
 
 from ckpt_convert import errors
 from ckpt_convert.analysis.diff.compare import Change, Diff, compare
-from ckpt_convert.checkpoint.checkpoint import open_checkpoint
+from ckpt_convert.checkpoint.checkpoint import open_identified
 from ckpt_convert.tensors.progress import TransferProgress
 from tests.helpers import CASES, GOLDEN, Tensors, edit_json, read_safetensors
 
@@ -31,7 +31,7 @@ Q = "model.layers.0.self_attn.q_proj.weight"
 
 
 def diff(a: Path, b: Path, **options: Any) -> Diff:
-    with open_checkpoint(a) as left, open_checkpoint(b) as right:
+    with open_identified(a) as left, open_identified(b) as right:
         return compare(left, right, **options)
 
 
@@ -420,7 +420,7 @@ def test_two_files_without_any_config(tmp_path: Path) -> None:
 
 def test_a_file_that_ends_early_is_an_error_that_names_it(hf: Path) -> None:
     file = max(hf.glob("*.safetensors"))
-    with open_checkpoint(GOLDEN / "llama" / "meta-mp2") as a, open_checkpoint(hf) as b:
+    with open_identified(GOLDEN / "llama" / "meta-mp2") as a, open_identified(hf) as b:
         with file.open("rb+") as opened:
             opened.truncate(file.stat().st_size - 1000)
         with pytest.raises(errors.CorruptFileError, match=file.name):

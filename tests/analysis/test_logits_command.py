@@ -24,7 +24,7 @@ from transformers.utils import logging as chatter
 
 from ckpt_convert.analysis.logits import logits as logits_module
 from ckpt_convert.analysis.logits.logits import LogitsReport, logits
-from ckpt_convert.checkpoint.checkpoint import open_checkpoint
+from ckpt_convert.checkpoint.checkpoint import open_checkpoint, open_identified
 from ckpt_convert.cli.notices import silent_transformers
 from ckpt_convert.errors import (
     CkptConvertError,
@@ -69,10 +69,10 @@ def hf(folder: Path, tmp_path: Path) -> Path:
 
 
 def run(a: Path, b: Path | None = None, *, config: Path | None = None, **options: int) -> LogitsReport:
-    with open_checkpoint(a) as one:
+    with open_identified(a) as one:
         if b is None:
             return logits(one, **options)
-        with open_checkpoint(b, config=config) as other:
+        with open_identified(b, config=config) as other:
             return logits(one, other, **options)
 
 
@@ -307,7 +307,7 @@ def test_the_library_touches_no_switch_of_the_process_and_asks_nobody(
         now = list(warnings.filters)
         seen.append((chatter.get_verbosity(), chatter.is_progress_bar_enabled(), constants.HF_HUB_OFFLINE, now))
 
-    with open_checkpoint(folder / "llama" / "hf") as a, open_checkpoint(folder / "llama" / "meta-mp2") as b:
+    with open_identified(folder / "llama" / "hf") as a, open_identified(folder / "llama" / "meta-mp2") as b:
         logits(a, b, progress=look)
     assert seen
     assert all(one == before for one in seen)
@@ -315,7 +315,7 @@ def test_the_library_touches_no_switch_of_the_process_and_asks_nobody(
 
 def test_progress_comes_to_its_total(folder: Path) -> None:
     seen: dict[str, TransferProgress] = {}
-    with open_checkpoint(folder / "llama" / "meta-mp4") as a:
+    with open_identified(folder / "llama" / "meta-mp4") as a:
         logits(a, prompts=4, progress=lambda at: seen.update({at.phase: at}))
     assert (seen["loading"].done, seen["loading"].total) == (469728, 469728)
     assert (seen["running"].done, seen["running"].total) == (4, 4)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import ckpt_convert
 from ckpt_convert.analysis.diff.compare import compare
+from ckpt_convert.checkpoint.checkpoint import open_identified
 from ckpt_convert.errors import UnsupportedFamilyError
 from tests.helpers import GOLDEN
 
@@ -20,7 +20,7 @@ def test_the_state_of_a_training_run_is_compared_with_the_model_in_it(tmp_path: 
     save_file(model, tmp_path / "model.safetensors")
     torch.save({"model": model, "epoch": torch.tensor(3)}, tmp_path / "run.pt")
     for one, other in (("model.safetensors", "run.pt"), ("run.pt", "model.safetensors")):
-        with ckpt_convert.open_checkpoint(tmp_path / one) as a, ckpt_convert.open_checkpoint(tmp_path / other) as b:
+        with open_identified(tmp_path / one) as a, open_identified(tmp_path / other) as b:
             found = compare(a, b)
         assert sorted(change.status for change in found.changes) == sorted(
             ["same", "same", "only_b" if other == "run.pt" else "only_a"]
@@ -32,8 +32,8 @@ def test_an_adapter_is_told_from_a_model(tmp_path: Path) -> None:
     save_file({"base_model.model.x.lora_A.weight": torch.ones(1, 2)}, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1}))
     with (
-        ckpt_convert.open_checkpoint(tmp_path) as a,
-        ckpt_convert.open_checkpoint(GOLDEN / "llama/hf") as b,
+        open_identified(tmp_path) as a,
+        open_identified(GOLDEN / "llama/hf") as b,
         pytest.raises(UnsupportedFamilyError, match="merge_and_unload"),
     ):
         compare(a, b)

@@ -14,7 +14,7 @@ import torch
 import ckpt_convert
 from ckpt_convert.analysis.diff.compare import compare
 from ckpt_convert.analysis.stats.stats import statistics
-from ckpt_convert.checkpoint.checkpoint import open_checkpoint
+from ckpt_convert.checkpoint.checkpoint import open_identified
 from ckpt_convert.tensors import pool
 from tests.checkpoint import quantizing
 from tests.helpers import GOLDEN, read_safetensors
@@ -62,10 +62,10 @@ def _everything_is_worth_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_processes_say_what_one_does(kind: str, tmp_path: Path) -> None:
-    with open_checkpoint(KINDS[kind](tmp_path / "made")) as checkpoint:
+    with open_identified(KINDS[kind](tmp_path / "made")) as checkpoint:
         one, several = (dict(statistics(checkpoint, checkpoint.tensors, workers=number)) for number in (1, 3))
         assert one == several
-        with open_checkpoint(LLAMA) as other:
+        with open_identified(LLAMA) as other:
             alone, together = (compare(checkpoint, other, workers=number).document() for number in (1, 3))
             assert alone == together
 

@@ -15,9 +15,9 @@ import safetensors.torch
 import torch
 import xxhash
 
-import ckpt_convert
 from ckpt_convert.analysis.stats.numeric import Stats
 from ckpt_convert.analysis.stats.stats import TensorStats, statistics
+from ckpt_convert.checkpoint.checkpoint import open_identified
 from ckpt_convert.errors import CorruptFileError
 from ckpt_convert.tensors.lazy import BLOCK
 from ckpt_convert.tensors.progress import TransferProgress
@@ -25,7 +25,7 @@ from tests.helpers import CASES, GOLDEN, Tensors, bits, read_meta, read_safetens
 
 
 def summed(path: Path, workers: int = 2) -> dict[str, TensorStats]:
-    with ckpt_convert.open_checkpoint(path) as checkpoint:
+    with open_identified(path) as checkpoint:
         keys = list(checkpoint.tensors)
         found = list(statistics(checkpoint, keys, workers=workers))
     assert [key for key, _ in found] == keys
@@ -126,7 +126,7 @@ def test_the_order_is_that_of_the_keys_asked_for(tmp_path: Path) -> None:
     safetensors.torch.save_file(tensors, tmp_path / "model.safetensors")
     keys = [f"t{number}" for number in range(599, 0, -2)]
     seen: list[TransferProgress] = []
-    with ckpt_convert.open_checkpoint(tmp_path / "model.safetensors") as checkpoint:
+    with open_identified(tmp_path / "model.safetensors") as checkpoint:
         found = list(statistics(checkpoint, keys, workers=4, progress=seen.append))
         assert [key for key, _ in found] == keys
         assert all(stats.mean == float(key[1:]) for key, stats in found)
@@ -140,7 +140,7 @@ def test_the_order_is_that_of_the_keys_asked_for(tmp_path: Path) -> None:
 def test_a_file_that_was_cut_meanwhile(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     safetensors.torch.save_file({"a": torch.zeros(10), "b": torch.zeros(1 << 20)}, path)
-    with ckpt_convert.open_checkpoint(path) as checkpoint:
+    with open_identified(path) as checkpoint:
         os.truncate(path, path.stat().st_size - 5)
         results = statistics(checkpoint, ["a", "b", "a"], workers=2)
         assert next(results)[0] == "a"
@@ -152,7 +152,7 @@ def test_stopping_early_ends_the_workers(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     safetensors.torch.save_file({f"t{number}": torch.zeros(1 << 20) for number in range(30)}, path)
     seen: list[TransferProgress] = []
-    with ckpt_convert.open_checkpoint(path) as checkpoint:
+    with open_identified(path) as checkpoint:
         results = statistics(checkpoint, list(checkpoint.tensors), workers=2, progress=seen.append)
         next(results)
         results.close()
@@ -178,7 +178,8 @@ def test_memory_does_not_grow_with_the_tensor(tmp_path: Path) -> None:
 def test_torch_is_not_needed() -> None:
     code = (
         "import sys, ckpt_convert; from ckpt_convert.analysis.stats.stats import statistics\n"
-        "with ckpt_convert.open_checkpoint(sys.argv[1]) as c: print(len(list(statistics(c, list(c), workers=2))))\n"
+        "from ckpt_convert.checkpoint.checkpoint import open_identified\n"
+        "with open_identified(sys.argv[1]) as c: print(len(list(statistics(c, list(c.tensors), workers=2))))\n"
         "print('torch' in sys.modules)"
     )
     command = [sys.executable, "-c", code, str(GOLDEN / "llama" / "meta-mp2")]

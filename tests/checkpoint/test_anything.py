@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ckpt_convert
-from ckpt_convert.checkpoint.checkpoint import Checkpoint
+from ckpt_convert.checkpoint.checkpoint import Checkpoint, open_identified
+from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.errors import (
     AmbiguousFormatError,
     CheckpointNotFoundError,
@@ -34,18 +35,18 @@ def some(*names: str) -> Tensors:
     return dict(zip(names, sizes, strict=True))
 
 
-def assert_holds(checkpoint: Checkpoint, expected: Tensors) -> None:
+def assert_holds(checkpoint: Identified, expected: Tensors) -> None:
     assert {key: info.shape for key, info in checkpoint.tensors.items()} == {
         key: tuple(tensor.shape) for key, tensor in expected.items()
     }
     for key, tensor in expected.items():
-        assert checkpoint.read_bytes(key) == bits(tensor), key
+        assert Checkpoint(checkpoint)[key].tobytes() == bits(tensor), key
         lazy, dtype = checkpoint.joined(key)
         assert (lazy.shape, checkpoint.tensors[key].dtype) == (tuple(tensor.shape), dtype)
 
 
-def assert_unknown(path: Path, expected: Tensors) -> Checkpoint:
-    with ckpt_convert.open_checkpoint(path) as checkpoint:
+def assert_unknown(path: Path, expected: Tensors) -> Identified:
+    with open_identified(path) as checkpoint:
         assert (checkpoint.format, checkpoint.family) == (None, None)
         assert_holds(checkpoint, expected)
         return checkpoint
@@ -76,7 +77,7 @@ def test_diffusers_shards_with_their_index(tmp_path: Path) -> None:
     index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     assert_unknown(tmp_path, parts[0] | parts[1])
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DConditionModel"}))
-    with ckpt_convert.open_checkpoint(tmp_path) as checkpoint:
+    with open_identified(tmp_path) as checkpoint:
         assert checkpoint.family is None
         assert_holds(checkpoint, parts[0] | parts[1])
     assert "_class_name 'UNet2DConditionModel' is no family that is known" in refusal(tmp_path, to="native")
@@ -90,7 +91,7 @@ def test_variants_of_one_file_are_not_mixed(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "diffusion_pytorch_model.safetensors")
     save_file({"down.0.weight": tensors["down.0.weight"].half()}, tmp_path / "diffusion_pytorch_model.fp16.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DConditionModel"}))
-    with ckpt_convert.open_checkpoint(tmp_path) as checkpoint:
+    with open_identified(tmp_path) as checkpoint:
         assert_holds(checkpoint, tensors)
         assert any("fp16" in notice for notice in checkpoint.notices)
 
@@ -139,8 +140,8 @@ def test_a_key_twice_in_shards_of_a_known_format_is_a_contradiction(tmp_path: Pa
     save_file({**load_file(files[1]), again: load_file(files[0])[again]}, files[1])
     with ckpt_convert.open_checkpoint(both) as checkpoint:
         with pytest.raises(KeyMismatchError, match=again):
-            checkpoint.read(again)
-        assert checkpoint.read("model.norm.weight").shape == (72,)
+            checkpoint[again].torch()
+        assert checkpoint["model.norm.weight"].torch().shape == (72,)
 
 
 # --- PEFT adapters --------------------------------------------------------------------------------------------------
@@ -216,7 +217,7 @@ def test_recipe_states_and_lightning_checkpoints(tmp_path: Path) -> None:
     module, optimizer = trained()
     recipe = {"optimizer": optimizer.state_dict(), "seed": 1, "epochs_run": 2, "max_steps_per_epoch": None}
     torch.save(recipe, tmp_path / "recipe_state.pt")
-    with ckpt_convert.open_checkpoint(tmp_path / "recipe_state.pt") as checkpoint:
+    with open_identified(tmp_path / "recipe_state.pt") as checkpoint:
         assert "optimizer.state.1.exp_avg" in checkpoint.tensors
         assert checkpoint.files[0].header.objects["epochs_run"] == "int"
     lightning = {
@@ -225,8 +226,8 @@ def test_recipe_states_and_lightning_checkpoints(tmp_path: Path) -> None:
         "optimizer_states": [optimizer.state_dict()], "hparams_name": "kwargs",
     }  # fmt: skip
     torch.save(lightning, tmp_path / "last.ckpt")
-    with ckpt_convert.open_checkpoint(tmp_path / "last.ckpt") as checkpoint:
-        assert bits(checkpoint.read("state_dict.weight")) == bits(module.weight)
+    with open_identified(tmp_path / "last.ckpt") as checkpoint:
+        assert bits(Checkpoint(checkpoint)["state_dict.weight"].torch()) == bits(module.weight)
         assert checkpoint.tensors["optimizer_states.0.state.0.exp_avg"].shape == (3, 4)
         assert not any("nothing was executed" in notice for notice in checkpoint.notices)
 
@@ -236,9 +237,9 @@ def test_objects_of_other_classes_are_named_and_the_file_is_not_converted(tmp_pa
     shutil.copytree(GOLDEN / "llama" / "meta-mp1", meta)
     state = torch.load(meta / "consolidated.00.pth", weights_only=True)
     torch.save({**state, "module": torch.nn.Linear(2, 2)}, meta / "consolidated.00.pth")
-    with ckpt_convert.open_checkpoint(meta) as checkpoint:
+    with open_identified(meta) as checkpoint:
         assert checkpoint.files[0].header.foreign == ("torch.nn.modules.linear.Linear",)
-        assert bits(checkpoint.read("norm.weight")) == bits(state["norm.weight"])
+        assert bits(Checkpoint(checkpoint)["norm.weight"].torch()) == bits(state["norm.weight"])
         assert checkpoint.tensors["module.weight"].shape == (2, 2)
         (notice,) = [notice for notice in checkpoint.notices if "asks for objects" in notice]
         assert "torch.nn.modules.linear.Linear" in notice

@@ -18,6 +18,7 @@ import ckpt_convert
 from ckpt_convert.analysis.check.run import check
 from ckpt_convert.analysis.diff.compare import compare
 from ckpt_convert.checkpoint import legacy_keys
+from ckpt_convert.checkpoint.checkpoint import Checkpoint, open_identified
 from ckpt_convert.errors import AmbiguousFormatError, KeyMismatchError
 from ckpt_convert.models import FAMILIES
 from ckpt_convert.models.core.table import Family, Key, Row
@@ -135,16 +136,16 @@ def test_weights_in_an_entry_of_a_training_run(
 
 def test_what_is_passed_over_is_named(tmp_path: Path) -> None:
     torch.save({"model": HF, "optimizer": OPTIMIZER, "rng_state": torch.ones(2), "epoch": 3}, tmp_path / "last.pt")
-    with ckpt_convert.open_checkpoint(tmp_path / "last.pt", config=CONFIG) as checkpoint:
+    with open_identified(tmp_path / "last.pt", config=CONFIG) as checkpoint:
         assert checkpoint.why == "its keys, as the notices say"
         assert checkpoint.notices[1:] == [
             "30 keys are read without 'model.' before them",
             "passed over, as no weights: 3 tensors of optimizer, rng_state",
         ]
         # What is passed over can be looked at all the same, under the keys of the file.
-        assert checkpoint.read_bytes("rng_state") == bits(torch.ones(2))
-        assert checkpoint.read_bytes("model.lm_head.weight") == bits(HF["lm_head.weight"])
-        assert checkpoint.read_bytes("lm_head.weight") == bits(HF["lm_head.weight"])
+        assert Checkpoint(checkpoint)["rng_state"].tobytes() == bits(torch.ones(2))
+        assert Checkpoint(checkpoint)["model.lm_head.weight"].tobytes() == bits(HF["lm_head.weight"])
+        assert Checkpoint(checkpoint)["lm_head.weight"].tobytes() == bits(HF["lm_head.weight"])
 
 
 def test_the_ranks_of_metas_files_nested_under_model(tmp_path: Path) -> None:
@@ -156,7 +157,7 @@ def test_the_ranks_of_metas_files_nested_under_model(tmp_path: Path) -> None:
     ckpt_convert.convert_checkpoint(tmp_path / "hf", tmp_path / "back", to="meta", verify=True)
     for found, expected in zip(read_meta(tmp_path / "back"), read_meta(GOLDEN / "llama" / "meta-mp2"), strict=True):
         assert_same(found, expected)
-    with ckpt_convert.open_checkpoint(source) as a, ckpt_convert.open_checkpoint(LLAMA_HF) as b:
+    with open_identified(source) as a, open_identified(LLAMA_HF) as b:
         assert a.tensors["model.layers.0.attention.wq.weight"].shape == (72, 72)  # ranks joined
         assert compare(a, b).same
     assert [finding.text for finding in check(source).findings] == []
@@ -374,7 +375,7 @@ def test_verify_and_diff_read_them_too(tmp_path: Path) -> None:
     assert report.findings == ()
     assert {"keys", "config", "tied"} <= set(report.checks)
     for other in (LLAMA_HF, GOLDEN / "llama" / "meta-mp2"):
-        with ckpt_convert.open_checkpoint(source) as a, ckpt_convert.open_checkpoint(other) as b:
+        with open_identified(source) as a, open_identified(other) as b:
             found = compare(a, b)
             assert found.same
             assert found.through == "mapping"
@@ -399,7 +400,7 @@ def test_logits_are_those_of_the_plain_one(tmp_path: Path) -> None:
     from ckpt_convert.analysis.logits.logits import logits
 
     source = checkpoint_of(renamed(HF, before("module._orig_mod.")), tmp_path / "source")
-    with ckpt_convert.open_checkpoint(source) as a, ckpt_convert.open_checkpoint(LLAMA_HF) as b:
+    with open_identified(source) as a, open_identified(LLAMA_HF) as b:
         found = logits(a, b)
     assert found.difference is not None
     assert found.difference.agreement == 1

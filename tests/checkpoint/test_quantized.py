@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.quantized_hf_storage import QuantizedHuggingFa
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import ckpt_convert
+from ckpt_convert.checkpoint.checkpoint import Checkpoint, open_identified
 from ckpt_convert.checkpoint.dequantize import dequantized
 from ckpt_convert.checkpoint.quantized import fp8, mxfp4, reading, schemes
 from ckpt_convert.checkpoint.quantized.files import ComputedFile
@@ -220,10 +221,10 @@ def test_scales_in_other_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
         return {key: tensor.to(dtype) if key.endswith("_scale_inv") else tensor}
 
     edit(source, change, {})
-    with ckpt_convert.open_checkpoint(source) as opened:
-        stored = {key: opened[key] for key in opened}
+    with open_identified(source) as opened:
+        stored = {key: tensor.torch() for key, tensor in Checkpoint(opened).items()}
         view = dequantized(opened, "float32")
-        found = {key: view[key] for key in view}
+        found = {key: Checkpoint(view)[key].torch() for key in view.tensors}
     for key in numbers:
         if is_linear(key, numbers[key]):
             numbers[key] = from_fp8(stored[key], stored[f"{key}_scale_inv"])
@@ -294,13 +295,13 @@ def test_mxfp4_as_torchs_own_reader_computes_it(tmp_path: Path) -> None:
     source = tmp_path / "source"
     held = gpt_oss(source)
     reader = QuantizedHuggingFaceStorageReader(str(source))
-    with ckpt_convert.open_checkpoint(source) as opened:
+    with open_identified(source) as opened:
         view = dequantized(opened, "float32")
         for key in (key for key in held if key.endswith("_blocks")):
             name, blocks = key.removesuffix("_blocks"), held[key]
             whole: Any = SimpleNamespace(storage_offsets=(0, 0, 0), lengths=(*blocks.shape[:2], blocks.shape[2] * 32))
             expected = reader._dequantize_tensor_mxfp4(blocks, held[f"{name}_scales"], whole, 0, 0)
-            assert bits(view[name]) == bits(expected.transpose(1, 2))
+            assert bits(Checkpoint(view)[name].torch()) == bits(expected.transpose(1, 2))
 
 
 def test_the_way_through_the_numbers_is_the_way_of_the_codes(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import torch
 import ckpt_convert
 from ckpt_convert.analysis.check import check
 from ckpt_convert.analysis.diff.compare import compare
+from ckpt_convert.checkpoint.checkpoint import open_identified
 from ckpt_convert.checkpoint.quantized import schemes
 from ckpt_convert.checkpoint.quantized.recognise import Quantization
 from ckpt_convert.errors import CkptConvertError, ConfigError, KeyMismatchError, ShapeMismatchError, UsageError
@@ -133,7 +134,7 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def found(path: Path) -> Quantization:
-    with ckpt_convert.open_checkpoint(path) as opened:
+    with open_identified(path) as opened:
         assert opened.quantization is not None
         return opened.quantization
 
@@ -241,7 +242,7 @@ def test_the_usual_blocks_need_no_config(tmp_path: Path) -> None:
 def test_narrow_numbers_without_scales_are_plain(tmp_path: Path) -> None:
     shutil.copytree(LLAMA, tmp_path / "source")
     edit(tmp_path / "source", lambda key, one: {key: one.to(torch.float8_e4m3fn) if is_linear(key, one) else one}, {})
-    with ckpt_convert.open_checkpoint(tmp_path / "source") as opened:
+    with open_identified(tmp_path / "source") as opened:
         assert opened.quantization is None
     ckpt_convert.convert_checkpoint(tmp_path / "source", tmp_path / "out", to="native", verify=True)
     assert [found for found in check(tmp_path / "source").findings if found.severity == "error"] == []
@@ -378,7 +379,7 @@ def test_a_quantised_model_is_the_same_as_its_numbers(tmp_path: Path) -> None:
     ckpt_convert.convert_checkpoint(
         tmp_path / "source", tmp_path / "out", to="meta", model_parallel=2, dequantize="bfloat16"
     )
-    with ckpt_convert.open_checkpoint(tmp_path / "source") as a, ckpt_convert.open_checkpoint(tmp_path / "out") as b:
+    with open_identified(tmp_path / "source") as a, open_identified(tmp_path / "out") as b:
         for one, other in ((a, b), (b, a)):
             diff = compare(one, other)
             assert diff.same

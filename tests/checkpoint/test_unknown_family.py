@@ -16,6 +16,7 @@ from ckpt_convert.adapters.config import AdapterConfig
 from ckpt_convert.analysis.check.run import check
 from ckpt_convert.analysis.diff.compare import compare
 from ckpt_convert.checkpoint import unknown
+from ckpt_convert.checkpoint.checkpoint import open_identified
 from ckpt_convert.checkpoint.mapping import Source
 from ckpt_convert.errors import (
     ConfigError,
@@ -82,7 +83,7 @@ def test_other_files_hold_the_same(gpt2: Path, tmp_path: Path, model: Any, optio
     ckpt_convert.convert_checkpoint(gpt2, out, to="hf", verify=True, **options)
     if options.get("container") not in ("dcp", "pt"):
         assert_same(loaded(out, model), model.state_dict())
-    with ckpt_convert.open_checkpoint(gpt2) as a, ckpt_convert.open_checkpoint(out) as b:
+    with open_identified(gpt2) as a, open_identified(out) as b:
         found = compare(a, b)
         assert found.same
         assert found.through == "keys"
@@ -242,7 +243,7 @@ def test_a_damaged_byte_is_found(gpt2: Path, tmp_path: Path) -> None:
     data[-1] ^= 1
     file.write_bytes(data)
     assert [finding.check for finding in check(out).findings] == ["checksum"]
-    with ckpt_convert.open_checkpoint(gpt2) as a, ckpt_convert.open_checkpoint(out) as b:
+    with open_identified(gpt2) as a, open_identified(out) as b:
         assert compare(a, b).counts["differs"] == 1
 
 

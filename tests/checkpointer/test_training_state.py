@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-import ckpt_convert
+from ckpt_convert.checkpoint.checkpoint import open_identified
 from ckpt_convert.checkpointer.state import training_state
 from ckpt_convert.checkpointer.state.serialize import Packed, pack
 from ckpt_convert.checkpointer.state.training_state import DESCRIPTION, Opened
@@ -128,7 +128,7 @@ def test_torch_loads_it(saved: Path) -> None:
 
 
 def test_inspect_shows_it(saved: Path) -> None:
-    with ckpt_convert.open_checkpoint(saved) as checkpoint:
+    with open_identified(saved) as checkpoint:
         shapes = {key: tuple(info.shape) for key, info in checkpoint.tensors.items()}
     assert shapes["optimizer/state/tok/exp_avg"] == (5, 2)
     assert shapes["optimizer/state/layers.0.attn.q_proj.weight/step"] == ()

@@ -28,7 +28,8 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 import ckpt_convert
-from ckpt_convert.checkpoint.checkpoint import Checkpoint
+from ckpt_convert.checkpoint.checkpoint import Checkpoint, open_identified
+from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.errors import (
     AmbiguousFormatError,
     CheckpointNotFoundError,
@@ -103,15 +104,15 @@ def written(
     return directory
 
 
-def assert_holds(checkpoint: Checkpoint, expected: dict[str, torch.Tensor]) -> None:
+def assert_holds(checkpoint: Identified, expected: dict[str, torch.Tensor]) -> None:
     assert {key: info.shape for key, info in checkpoint.tensors.items()} == {
         key: tuple(tensor.shape) for key, tensor in expected.items()
     }
     for key, tensor in expected.items():
         info = checkpoint.tensors[key]
         assert info.nbytes == tensor.nbytes, key
-        assert checkpoint.read_bytes(key) == bits(tensor), key
-        assert checkpoint.read(key).dtype == tensor.dtype, key
+        assert Checkpoint(checkpoint)[key].tobytes() == bits(tensor), key
+        assert Checkpoint(checkpoint)[key].torch().dtype == tensor.dtype, key
         assert sum(part.nbytes for part in info.parts) == info.nbytes
         assert checkpoint.joined(key)[0].shape == info.shape
 
@@ -123,7 +124,7 @@ def columns(total: int, width: int, rows: int) -> Iterable[Box]:
 def test_a_model_and_its_optimizer(tmp_path: Path) -> None:
     saved = state()
     dcp.save(saved, checkpoint_id=tmp_path / "dcp", no_dist=True)
-    with ckpt_convert.open_checkpoint(tmp_path / "dcp") as checkpoint:
+    with open_identified(tmp_path / "dcp") as checkpoint:
         assert checkpoint.format is None
         assert checkpoint.family is None
         assert "torch.distributed.checkpoint" in checkpoint.why
@@ -139,7 +140,7 @@ def test_a_model_and_its_optimizer(tmp_path: Path) -> None:
 
 def test_the_metadata_file_stands_for_its_directory(tmp_path: Path) -> None:
     dcp.save({"w": torch.arange(6.0)}, checkpoint_id=tmp_path / "dcp", no_dist=True)
-    with ckpt_convert.open_checkpoint(tmp_path / "dcp" / ".metadata") as checkpoint:
+    with open_identified(tmp_path / "dcp" / ".metadata") as checkpoint:
         assert_holds(checkpoint, {"w": torch.arange(6.0)})
 
 
@@ -147,7 +148,7 @@ def test_every_dtype(tmp_path: Path) -> None:
     names = "float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2 complex64 int64 int32 int16 int8 uint8 bool"
     saved = {name: torch.arange(5).to(torch.float32).to(getattr(torch, name)) for name in names.split()}
     dcp.save({**saved, "scalar": torch.tensor(2.5)}, checkpoint_id=tmp_path / "dcp", no_dist=True)
-    with ckpt_convert.open_checkpoint(tmp_path / "dcp") as checkpoint:
+    with open_identified(tmp_path / "dcp") as checkpoint:
         assert_holds(checkpoint, {**saved, "scalar": torch.tensor(2.5)})
 
 
@@ -180,7 +181,7 @@ def test_pieces_are_joined(tmp_path: Path, layout: str, serialization: Serializa
         "b": (torch.arange(4, dtype=torch.int16), [(0, ((0,), (4,)))]),
     }
     written(tmp_path / "dcp", tensors, serialization)
-    with ckpt_convert.open_checkpoint(tmp_path / "dcp") as checkpoint:
+    with open_identified(tmp_path / "dcp") as checkpoint:
         assert_holds(checkpoint, {key: tensor for key, (tensor, _) in tensors.items()})
         parts = checkpoint.tensors["w"].parts
         assert [(part.origin, part.shape) for part in parts] == sorted(box for _, box in boxes)
@@ -197,7 +198,7 @@ def test_pieces_that_were_saved_in_another_order(tmp_path: Path) -> None:
         {"t": (tensor, [(0, ((0, 0), (6, 4)))]), "c": (cube, [(1, ((0, 0, 0), (5, 3, 4)))])},
         clone=False,
     )
-    with ckpt_convert.open_checkpoint(tmp_path / "dcp") as checkpoint:
+    with open_identified(tmp_path / "dcp") as checkpoint:
         assert_holds(checkpoint, {"t": tensor, "c": cube})
         file, stored = next(piece for piece in checkpoint.stored if piece[1].key == "c")
         whole = bits(cube)
@@ -244,7 +245,7 @@ def test_two_processes_with_tensors_that_are_cut(tmp_path: Path) -> None:
         "model.copied": torch.arange(6.0),
     }
     for name in ("together", "apart"):  # "apart" has metadata for each rank
-        with ckpt_convert.open_checkpoint(tmp_path / "dcp" / name) as checkpoint:
+        with open_identified(tmp_path / "dcp" / name) as checkpoint:
             assert_holds(checkpoint, expected)
             assert len(checkpoint.tensors["model.rows"].parts) == 2
             assert len(checkpoint.tensors["model.few"].parts) == 1
@@ -356,7 +357,7 @@ def test_metadata_never_runs_anything(tmp_path: Path) -> None:
     sentinel = tmp_path / "sentinel"
     edited(two_ranks(tmp_path / "dcp"), lambda m: setattr(m, "planner_data", Runs(f"touch {sentinel}")))
     with ckpt_convert.open_checkpoint(tmp_path / "dcp") as checkpoint:
-        assert checkpoint.read("w").sum() == 595
+        assert checkpoint["w"].torch().sum() == 595
         assert any("system" in notice for notice in checkpoint.notices)
     assert not sentinel.exists()
 
@@ -364,19 +365,19 @@ def test_metadata_never_runs_anything(tmp_path: Path) -> None:
 def test_a_record_that_holds_something_else(tmp_path: Path) -> None:
     directory = two_ranks(tmp_path)
     edited(directory, lambda m: setattr(m.state_dict_metadata["w"].properties, "dtype", torch.int32))
-    with ckpt_convert.open_checkpoint(directory) as checkpoint:
+    with open_identified(directory) as checkpoint:
         assert checkpoint.tensors["w"].dtype == "I32"  # a listing reads no more than the metadata
         with pytest.raises(CorruptFileError, match=r"__0_0\.distcp.*'w'.*I32.*F32"):
-            checkpoint.read("w")
+            Checkpoint(checkpoint)["w"].torch()
 
 
 def test_records_that_were_transformed_are_listed_but_not_read(tmp_path: Path) -> None:
     directory = two_ranks(tmp_path)
     edited(directory, lambda m: moved(m, 0, transform_descriptors=["stream.zstd"]))
-    with ckpt_convert.open_checkpoint(directory) as checkpoint:
+    with open_identified(directory) as checkpoint:
         assert checkpoint.tensors["w"].shape == (5, 7)
         with pytest.raises(InputError, match="compressed"):
-            checkpoint.read("w")
+            Checkpoint(checkpoint)["w"].torch()
 
 
 def test_many_pieces_are_checked_quickly(tmp_path: Path) -> None:
@@ -403,8 +404,8 @@ def test_a_flipped_byte_is_refused_or_harmless(tmp_path_factory: pytest.TempPath
     cut = data.draw(st.sampled_from([len(whole)] * 5 + [len(whole) // 2, len(whole) - 1]))
     (directory / ".metadata").write_bytes(whole[:cut])
     try:
-        with ckpt_convert.open_checkpoint(directory) as checkpoint:
+        with open_identified(directory) as checkpoint:
             for key, info in checkpoint.tensors.items():
-                assert len(checkpoint.read_bytes(key)) == info.nbytes
+                assert len(Checkpoint(checkpoint)[key].tobytes()) == info.nbytes
     except CkptConvertError:
         return

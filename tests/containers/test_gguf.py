@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import ckpt_convert
 from ckpt_convert import containers
+from ckpt_convert.checkpoint.checkpoint import Checkpoint, open_identified
 from ckpt_convert.errors import AmbiguousFormatError, CkptConvertError, CorruptFileError, InputError
 
 KINDS = gguf.GGMLQuantizationType
@@ -48,7 +49,7 @@ def write(path: Path, alignment: int | None = None) -> Path:
 @pytest.mark.parametrize("alignment", [None, 64])
 def test_keys_shapes_types_and_bytes_are_those_of_the_package(tmp_path: Path, alignment: int | None) -> None:
     theirs = gguf.GGUFReader(write(tmp_path / "m.gguf", alignment))
-    with ckpt_convert.open_checkpoint(tmp_path / "m.gguf") as checkpoint:
+    with open_identified(tmp_path / "m.gguf") as checkpoint:
         assert list(checkpoint.tensors) == [tensor.name for tensor in theirs.tensors]
         for tensor in theirs.tensors:
             info = checkpoint.tensors[tensor.name]
@@ -56,14 +57,14 @@ def test_keys_shapes_types_and_bytes_are_those_of_the_package(tmp_path: Path, al
             assert info.dtype == tensor.tensor_type.name
             assert info.nbytes == tensor.n_bytes
             assert info.parts[0].offset == tensor.data_offset
-            assert checkpoint.read_bytes(tensor.name) == tensor.data.tobytes()
-        assert (checkpoint.read("token_embd.weight").numpy() == theirs.tensors[0].data).all()
+            assert Checkpoint(checkpoint)[tensor.name].tobytes() == tensor.data.tobytes()
+        assert (Checkpoint(checkpoint)["token_embd.weight"].torch().numpy() == theirs.tensors[0].data).all()
         assert checkpoint.files[0].header.metadata["llama.rope.freq_base"] == "10000.0"
 
 
 def test_what_the_file_says_of_itself(tmp_path: Path) -> None:
     write(tmp_path / "m.gguf")
-    with ckpt_convert.open_checkpoint(tmp_path / "m.gguf") as checkpoint:
+    with open_identified(tmp_path / "m.gguf") as checkpoint:
         assert (checkpoint.format, checkpoint.family) == (None, None)
         assert "GGUF" in checkpoint.why
         facts = dict(checkpoint.facts)
@@ -71,17 +72,17 @@ def test_what_the_file_says_of_itself(tmp_path: Path) -> None:
         assert facts["name"] == "Tiny Llama"
         assert facts["quantised"].startswith("Q4_K_M ")
         with pytest.raises(InputError, match="Q4_K"):
-            checkpoint.read("blk.0.ffn_up.weight")
+            Checkpoint(checkpoint)["blk.0.ffn_up.weight"].torch()
         with pytest.raises(AmbiguousFormatError, match="original checkpoint"):
             _ = checkpoint.model
-    with ckpt_convert.open_checkpoint(tmp_path / "m.gguf", format="hf") as checkpoint:
+    with open_identified(tmp_path / "m.gguf", format="hf") as checkpoint:
         assert checkpoint.format is None
 
 
 def test_a_directory_of_nothing_else(tmp_path: Path) -> None:
     write(tmp_path / "m-Q4.gguf")
     write(tmp_path / "m-Q8.gguf")
-    with ckpt_convert.open_checkpoint(tmp_path) as checkpoint:
+    with open_identified(tmp_path) as checkpoint:
         assert len(checkpoint.files) == 2
         assert {"m-Q4.gguf:norm", "m-Q8.gguf:norm"} <= set(checkpoint.tensors)
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ckpt_convert import ConfigError, TiedWeightsError, convert_checkpoint, open_checkpoint
+from ckpt_convert import ConfigError, TiedWeightsError, convert_checkpoint
+from ckpt_convert.checkpoint.checkpoint import Checkpoint, open_identified
 from ckpt_convert.models.core.params import Weights
 from ckpt_convert.models.llama import params as llama_params
 from ckpt_convert.models.llama import releases as llama_releases
@@ -106,11 +107,11 @@ def test_over_other_ranks(before: int, after: int, source: Path, tmp_path: Path)
 @pytest.mark.usefixtures("released")
 def test_the_tensors_are_shown_as_the_model_has_them(source: Path, tmp_path: Path) -> None:
     convert_checkpoint(source, tmp_path / "meta", to="meta", model_parallel=8)
-    with open_checkpoint(tmp_path / "meta") as checkpoint:
+    with open_identified(tmp_path / "meta") as checkpoint:
         info = checkpoint.tensors["layers.0.attention.wk.weight"]
         assert info.shape == (KV * HEAD_DIM, DIM)
         assert len(info.parts) == 8
-        whole = checkpoint["layers.1.attention.wv.weight"]
+        whole = Checkpoint(checkpoint)["layers.1.attention.wv.weight"].torch()
     assert torch.equal(whole, read_safetensors(source)["model.layers.1.self_attn.v_proj.weight"])
 
 

@@ -16,6 +16,7 @@ import ckpt_convert
 from ckpt_convert.analysis.check import check
 from ckpt_convert.analysis.diff.compare import compare
 from ckpt_convert.analysis.stats.stats import statistics
+from ckpt_convert.checkpoint.checkpoint import Checkpoint, open_identified
 from ckpt_convert.cli import facts
 from ckpt_convert.errors import CheckpointNotFoundError, CorruptFileError, InputError, SourceChangedError
 from ckpt_convert.storage.memory import MemoryStore
@@ -98,7 +99,7 @@ class TestConversions:
         (tmp_path / "model" / "config.json").write_text("{}")
         with ckpt_convert.open_checkpoint(place) as opened:
             before = requests(place)["get"]
-            opened.read("b.weight")
+            opened["b.weight"].torch()
         mebibytes = weight.nbytes >> 20
         assert 1 <= requests(place)["get"] - before <= mebibytes + 1
 
@@ -143,7 +144,7 @@ class TestConversions:
 class TestOpening:
     def test_few_requests(self, source: Path) -> None:
         place = stored(source)
-        with ckpt_convert.open_checkpoint(place) as opened:
+        with open_identified(place) as opened:
             small = {"config.json", "params.json", "manifest.json", "model.safetensors.index.json", ".metadata"}
             read = [
                 name for name in contents(source) if PurePosixPath(name).name in small or name.endswith(".index.json")
@@ -153,19 +154,19 @@ class TestOpening:
             assert requests(place)["get"] <= 2 * len(opened.files) + len(read)
 
     def test_it_is_what_a_directory_is(self, source: Path) -> None:
-        with ckpt_convert.open_checkpoint(stored(source)) as far, ckpt_convert.open_checkpoint(source) as near:
+        with open_identified(stored(source)) as far, open_identified(source) as near:
             assert document(far) == document(near)
-            for key in list(near)[:4]:
-                assert far.read_bytes(key) == near.read_bytes(key)
+            for key in list(near.tensors)[:4]:
+                assert Checkpoint(far)[key].tobytes() == Checkpoint(near)[key].tobytes()
 
     def test_an_index_a_file_and_a_pointer(self) -> None:
         place = stored(HF)
-        with ckpt_convert.open_checkpoint(place / "model.safetensors.index.json") as opened:
+        with open_identified(place / "model.safetensors.index.json") as opened:
             assert len(opened.files) == 4
-        with ckpt_convert.open_checkpoint(place / "model-00001-of-00004.safetensors") as opened:
+        with open_identified(place / "model-00001-of-00004.safetensors") as opened:
             assert len(opened.files) == 1
         place.store.put(str(WHERE.parent / "latest"), b"x\n")
-        with ckpt_convert.open_checkpoint(place.parent / "latest") as opened:
+        with open_identified(place.parent / "latest") as opened:
             assert len(opened.files) == 4
 
     def test_nothing_is_there(self) -> None:
@@ -174,8 +175,8 @@ class TestOpening:
 
     def test_statistics(self) -> None:
         def all_of(place: Any) -> list[Any]:
-            with ckpt_convert.open_checkpoint(place) as opened:
-                return list(statistics(opened, opened, workers=2))
+            with open_identified(place) as opened:
+                return list(statistics(opened, opened.tensors, workers=2))
 
         assert all_of(stored(HF)) == all_of(HF)
 
@@ -238,5 +239,5 @@ def said(report: Any, place: str) -> list[str]:
 
 def test_diff(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
-    with ckpt_convert.open_checkpoint(stored(HF)) as far, ckpt_convert.open_checkpoint(META) as near:
+    with open_identified(stored(HF)) as far, open_identified(META) as near:
         assert compare(far, near).same

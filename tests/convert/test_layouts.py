@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import ckpt_convert
+from ckpt_convert.checkpoint.checkpoint import open_identified
 from ckpt_convert.convert import layout
 from ckpt_convert.convert.writing import Target
 from ckpt_convert.errors import TiedWeightsError, VerificationError
@@ -89,7 +90,7 @@ def test_hf_to_native_keeps_names_assignment_and_order(tmp_path: Path) -> None:
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
-    with ckpt_convert.open_checkpoint(path) as checkpoint:
+    with open_identified(path) as checkpoint:
         return [{"key": t.key, "offset": t.parts[0].offset} for t in checkpoint.tensors.values()]
 
 
@@ -318,7 +319,7 @@ def test_a_tied_head_that_is_stored_is_kept_within_hf_and_dropped_elsewhere(tmp_
 def test_a_plan_reads_no_tensor_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tmp_path / "source"
     shutil.copytree(HF, source)
-    with ckpt_convert.open_checkpoint(source) as checkpoint:
+    with open_identified(source) as checkpoint:
         first = {f.name: min(t.offset for t in f.header.tensors) for f in checkpoint.files}
     for file in source.glob("*.safetensors"):
         size = file.stat().st_size

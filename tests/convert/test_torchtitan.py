@@ -13,6 +13,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 import ckpt_convert
+from ckpt_convert.checkpoint.checkpoint import open_identified
 from ckpt_convert.checkpoint.record import load
 from ckpt_convert.errors import ConfigError, KeyMismatchError, UsageError
 from ckpt_convert.storage.place import at
@@ -174,7 +175,7 @@ def test_without_a_record_keys_tell_the_format(form: str, tmp_path: Path) -> Non
     save(expected, tmp_path / "dcp")
     torch.save(expected, tmp_path / "one.pt")
     for path in (tmp_path / "dcp", tmp_path / "dcp" / ".metadata", tmp_path / "one.pt"):
-        with ckpt_convert.open_checkpoint(path) as opened:
+        with open_identified(path) as opened:
             assert (opened.format, opened.why) == (form, "its keys")
     with pytest.raises(ConfigError, match="so the model's sizes are not known; pass `config="):
         ckpt_convert.convert_checkpoint(tmp_path / "dcp", tmp_path / "hf", to="hf")

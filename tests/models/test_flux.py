@@ -18,6 +18,7 @@ from click.testing import CliRunner
 
 import ckpt_convert
 from ckpt_convert.analysis.check.run import check
+from ckpt_convert.checkpoint.checkpoint import open_identified
 from ckpt_convert.cli import cli
 from ckpt_convert.convert.api import plan_conversion
 from ckpt_convert.errors import ConfigError, KeyMismatchError, LossyConversionError, TiedWeightsError
@@ -165,7 +166,7 @@ def test_the_vision_tower_may_be_absent_although_the_config_has_one(tmp_path: Pa
 def test_an_autoencoder_without_config(family: str | None, tmp_path: Path) -> None:
     source = tmp_path / "ae.safetensors"
     shutil.copy(GOLDEN / "flux_autoencoder" / "hf" / "ae.safetensors", source)
-    with ckpt_convert.open_checkpoint(source, family=family) as found:
+    with open_identified(source, family=family) as found:
         assert (found.format, found.why, found.family) == ("hf", "its keys", FAMILY)
         assert found.model.evidence == ("as asked for" if family else "its keys")
     ckpt_convert.convert_checkpoint(source, tmp_path / "native", to="native", **({"family": family} if family else {}))

@@ -11,7 +11,8 @@ import torch
 import transformers
 
 import ckpt_convert
-from ckpt_convert import CkptConvertError, open_checkpoint
+from ckpt_convert import CkptConvertError
+from ckpt_convert.checkpoint.checkpoint import open_identified
 from ckpt_convert.models import FAMILIES
 from ckpt_convert.models.parts.siglip import dims as siglip_dims
 from tests.helpers import assert_same, edit_json, read_safetensors, sums
@@ -86,7 +87,7 @@ def test_the_table_has_the_keys_and_shapes_that_are_saved(family: str, tied: boo
     if tied:
         del found["language_model.lm_head.weight"]
     assert found == {key: tuple(tensor.shape) for key, tensor in read_safetensors(tmp_path).items()}
-    with open_checkpoint(tmp_path) as checkpoint:
+    with open_identified(tmp_path) as checkpoint:
         assert checkpoint.model.family.name == family
 
 

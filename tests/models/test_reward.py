@@ -15,7 +15,8 @@ import torch
 import transformers
 
 import ckpt_convert
-from ckpt_convert import CkptConvertError, open_checkpoint
+from ckpt_convert import CkptConvertError
+from ckpt_convert.checkpoint.checkpoint import open_identified
 from ckpt_convert.models import FAMILIES
 from tests.helpers import GOLDEN, assert_same, edit_json, read_safetensors, sums
 
@@ -32,7 +33,7 @@ def copied(case: str, tmp_path: Path) -> Path:
 
 
 def family_of(path: Path) -> str:
-    with open_checkpoint(path) as checkpoint:
+    with open_identified(path) as checkpoint:
         return checkpoint.model.family.name
 
 

@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 
 import ckpt_convert
+from ckpt_convert.checkpoint.checkpoint import open_identified
 from tests.checkpoint.quantizing import fp8_blocks
 from tests.command import run
 from tests.helpers import GOLDEN, Tensors, assert_same, edit_json, read_meta, read_safetensors, sums
@@ -144,7 +145,7 @@ def test_a_format_that_a_family_has_not_is_said_before_any_advice(case: str, tmp
         safetensors.torch.save_file(tensors, file, {"format": "pt"})
     (tmp_path / "source" / "model.safetensors.index.json").unlink()
     edit_json(tmp_path / "source" / "config.json", quantization_config={"quant_method": "fp8"})
-    with ckpt_convert.open_checkpoint(tmp_path / "source") as opened:
+    with open_identified(tmp_path / "source") as opened:
         assert opened.quantization is not None
     with pytest.raises(ckpt_convert.UnsupportedFamilyError, match="has no meta column") as caught:
         ckpt_convert.convert_checkpoint(tmp_path / "source", tmp_path / "out", to="meta")

@@ -231,4 +231,4 @@ def test_storages_that_are_called_by_whole_numbers(tmp_path: Path) -> None:
         archive.writestr("lit_model/version", "3\n")
     assert_same(torch.load(tmp_path / "lit_model.pth"), tensors)  # torch reads it
     with ckpt_convert.open_checkpoint(tmp_path / "lit_model.pth") as checkpoint:
-        assert_same({key: checkpoint.read(key) for key in checkpoint}, tensors)
+        assert_same({key: checkpoint[key].torch() for key in checkpoint}, tensors)

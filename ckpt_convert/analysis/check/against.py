@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ckpt_convert.analysis.check.report import Report, Skipped
-from ckpt_convert.checkpoint.checkpoint import open_checkpoint
+from ckpt_convert.checkpoint.checkpoint import open_identified
 from ckpt_convert.checkpoint.findings import Finding
 from ckpt_convert.errors import CkptConvertError, UnsupportedFamilyError, UsageError
 from ckpt_convert.storage.place import Place
@@ -15,7 +15,7 @@ from ckpt_convert.storage.place import Place
 if TYPE_CHECKING:
     from ckpt_convert.analysis.diff.compare import Change
     from ckpt_convert.analysis.logits.logits import LogitsReport
-    from ckpt_convert.checkpoint.checkpoint import Checkpoint
+    from ckpt_convert.checkpoint.identify import Identified
     from ckpt_convert.tensors.progress import ProgressCallback
 
 
@@ -28,8 +28,8 @@ class Opening:
     family: str | None = None
     config: str | None = None
 
-    def open(self) -> Checkpoint:
-        return open_checkpoint(self.place, format=self.format, family=self.family, config=self.config)
+    def open(self) -> Identified:
+        return open_identified(self.place, format=self.format, family=self.family, config=self.config)
 
 
 def against(

@@ -12,8 +12,8 @@ from ckpt_convert.analysis.check.report import Report, Skipped, by_severity
 from ckpt_convert.analysis.check.spans import Expected
 from ckpt_convert.analysis.check.tolerant import Opened, open_tolerantly, relative
 from ckpt_convert.checkpoint import diagnosis
-from ckpt_convert.checkpoint.checkpoint import Checkpoint
 from ckpt_convert.checkpoint.findings import Finding, Severity, failed
+from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpoint.mapping import Equality, Logicals
 from ckpt_convert.checkpoint.model import Model
 from ckpt_convert.checkpoint.opening import part_of
@@ -44,7 +44,7 @@ class _Work:
     checks: list[str] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     expected: list[Expected] = field(default_factory=list)
-    described: Checkpoint | None = None
+    described: Identified | None = None
 
     def done(self, check: str, findings: Iterable[Finding] = ()) -> None:
         self.findings.extend(findings)
@@ -330,6 +330,6 @@ def _read(work: _Work, workers: int, progress: ProgressCallback | None) -> int:
     return nbytes
 
 
-def _config(view: Checkpoint) -> str:
+def _config(view: Identified) -> str:
     above = diagnosis.config_above(view.place)
     return "one with `config=`" if above is None else f"the one above with {option('config', above)}"

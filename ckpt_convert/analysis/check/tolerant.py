@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from ckpt_convert.analysis.check.container import survey
 from ckpt_convert.checkpoint import record
-from ckpt_convert.checkpoint.checkpoint import Checkpoint
 from ckpt_convert.checkpoint.findings import Finding, failed
+from ckpt_convert.checkpoint.identify import Identified, identify
 from ckpt_convert.checkpoint.opening import OpenedFiles, by_keys, detect, everything, open_files, place
 from ckpt_convert.checkpoint.stated import hinted
 from ckpt_convert.containers.dcp import DCP_INDEX
@@ -41,8 +41,8 @@ class Opened:
     bytes are not what their header says, ``gone`` the ranks that have no file.
     """
 
-    checkpoint: Checkpoint
-    view: Checkpoint
+    checkpoint: Identified
+    view: Identified
     findings: tuple[Finding, ...]
     lost: frozenset[str]
     damaged: frozenset[str]
@@ -103,7 +103,7 @@ def open_tolerantly(
             del state.findings[before:]  # the same files are among those that are looked at now
             files, lost, damaged = _files(path, directory, state)
     files_there = OpenedFiles(path, name, why, directory, files)
-    checkpoint = Checkpoint.of(files_there, hints, found_record)
+    checkpoint = identify(files_there, hints, found_record)
     once, plain = _each_key_once(checkpoint), replace(directory, index=None, weight_map=None)
     view = replace(checkpoint, opened=replace(files_there, files=once, directory=plain))
     return Opened(checkpoint, view, tuple(state.findings), frozenset(lost), frozenset(damaged), state.gone)
@@ -242,7 +242,7 @@ def _absent(local: Place, name: str, directory: Directory) -> tuple[str, str]:
     return f"{name} is missing: {said}; download or copy it again", "no such file"
 
 
-def _each_key_once(checkpoint: Checkpoint) -> tuple[WeightFile, ...]:
+def _each_key_once(checkpoint: Identified) -> tuple[WeightFile, ...]:
     """The files with every key in one of them only: where the index says it lies, else in the first.
 
     Of keys that are the same one in the format the first is left, of one that may be several keys nothing.

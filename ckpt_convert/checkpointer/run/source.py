@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ckpt_convert.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from ckpt_convert.checkpoint.checkpoint import Checkpoint, identified_of, open_identified
 from ckpt_convert.checkpoint.dequantize import dequantized
+from ckpt_convert.checkpoint.identify import Identified, identify
 from ckpt_convert.checkpoint.opening import OpenedFiles
 from ckpt_convert.checkpoint.stated import Hints
 from ckpt_convert.checkpointer.run.saved_steps import Saved
@@ -25,7 +26,7 @@ Source = str | Path | Place | Sequence[str | Path | Place] | Checkpoint
 Config = str | Path | Place | Mapping[str, Any]
 
 
-def open_source(source: Source, *, format: str | None, family: str | None, config: Config | None) -> Checkpoint:
+def open_source(source: Source, *, format: str | None, family: str | None, config: Config | None) -> Identified:
     """Open what a recipe calls its source: a path, a Hub id, or the weight files of a directory, in any order.
 
     A checkpoint that is open already is taken as it is. A quantised one is taken for the numbers that it stands for, in
@@ -33,17 +34,17 @@ def open_source(source: Source, *, format: str | None, family: str | None, confi
     UsageError for a list that is not all of one checkpoint's files.
     """
     if isinstance(source, Checkpoint):
-        return _as_numbers(source)
+        return _as_numbers(identified_of(source))
     place = None if config is None else _config_file(config)
     if isinstance(source, str | Path | Place):
-        return _as_numbers(open_checkpoint(source, format=format, family=family, config=place))
+        return _as_numbers(open_identified(source, format=format, family=family, config=place))
     files = [locate(file, "source") for file in source]
-    opened = open_checkpoint(_directory(files), format=format, family=family, config=place)
+    opened = open_identified(_directory(files), format=format, family=family, config=place)
     _check_list([file.name for file in files], opened)
     return _as_numbers(opened)
 
 
-def open_lost(there: Sequence[Saved], config: Config | None, family: str | None) -> tuple[Checkpoint, Place | None]:
+def open_lost(there: Sequence[Saved], config: Config | None, family: str | None) -> tuple[Identified, Place | None]:
     """What a run without a source goes on from, and the step that this is: the newest that has weights, or the config.
 
     A run that began with a checkpoint keeps its files and its config that way, after the checkpoint is lost. One that
@@ -72,16 +73,16 @@ def lost(error: CheckpointNotFoundError, there: Sequence[Saved]) -> CheckpointNo
     )
 
 
-def from_config(config: Config, *, format: str, family: str | None) -> Checkpoint:
+def from_config(config: Config, *, format: str, family: str | None) -> Identified:
     """A checkpoint without weights, of which only the config is known: what pretraining starts from."""
     place = _config_file(config)
     if not place.is_regular():
         raise ConfigError(f"{place}: no such file; config= takes a config.json, or what one says as a dict")
     nothing = OpenedFiles(place, format, "a config without weights", Directory(()), ())
-    return Checkpoint.of(nothing, Hints(family, place))
+    return identify(nothing, Hints(family, place))
 
 
-def _as_numbers(opened: Checkpoint) -> Checkpoint:
+def _as_numbers(opened: Identified) -> Identified:
     if opened.quantization is None:
         return opened
     config = opened.config or {}
@@ -100,7 +101,7 @@ def _directory(files: Sequence[Place]) -> Place:
     return folders[0]
 
 
-def _check_list(names: Sequence[str], opened: Checkpoint) -> None:
+def _check_list(names: Sequence[str], opened: Identified) -> None:
     there = {file.name for file in opened.files}
     missing, other = sorted(there - set(names)), sorted(set(names) - there)
     problems = [f"{name} belongs to the checkpoint, but is not listed" for name in missing]

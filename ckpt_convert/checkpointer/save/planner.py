@@ -18,7 +18,7 @@ from ckpt_convert.adapters.parameters import Adapter, Split, split
 from ckpt_convert.adapters.peft_files import files as peft_files
 from ckpt_convert.adapters.peft_files import from_peft, load_into, to_peft
 from ckpt_convert.checkpoint import legacy_keys, record
-from ckpt_convert.checkpoint.checkpoint import Checkpoint
+from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpointer.distributed.claims import Claims, Owned
 from ckpt_convert.checkpointer.live import base, loading
 from ckpt_convert.checkpointer.live.base import Base
@@ -80,7 +80,7 @@ class Emitter:
     """Plans what is written of a model, in the format of a source and in its files."""
 
     def __init__(
-        self, source: Checkpoint, settings: Settings, adapter: Any = None, claims: Claims | None = None
+        self, source: Identified, settings: Settings, adapter: Any = None, claims: Claims | None = None
     ) -> None:
         self.source = source
         self.settings = settings

@@ -19,6 +19,7 @@ from transformers.models.mllama.configuration_mllama import MllamaTextConfig, Ml
 
 import ckpt_convert
 from ckpt_convert import ConfigError, convert_checkpoint, convert_state_dict
+from ckpt_convert.checkpoint.checkpoint import open_identified
 from ckpt_convert.models import FAMILIES
 from ckpt_convert.models.core.params import Weights
 from ckpt_convert.models.mllama import config as mllama_config
@@ -383,7 +384,7 @@ def test_the_same_format_is_a_copy_whatever_the_tables_hold(tables: Path, tmp_pa
 def test_a_difference_in_what_repeats_itself_is_a_difference(tables: Path, tmp_path: Path) -> None:
     shutil.copytree(tables, tmp_path / "other")
     change_one(tmp_path / "other", TABLES[1], (0, 0), -7.0)  # the row of no aspect ratio
-    with ckpt_convert.open_checkpoint(tables) as one, ckpt_convert.open_checkpoint(tmp_path / "other") as other:
+    with open_identified(tables) as one, open_identified(tmp_path / "other") as other:
         from ckpt_convert.analysis.diff.compare import compare
 
         found = compare(one, other)
