@@ -354,7 +354,7 @@ class Identified:
 
     @property
     def _caveats(self) -> tuple[str, ...]:
-        family = FAMILIES.get(self.family or "")
+        family = FAMILIES.get(self.family) if self.family else None
         return family.caveats(str(self.format)) if family is not None else ()
 
     def layout(self, *, literal: bool = False) -> Layout:

@@ -152,7 +152,7 @@ def names_of(
     likely = FAMILIES.of_params(config) if type_of(config) is None and wanted is None else []
     if any(legacy_keys.has_all(stored, family, format) for family in likely):
         return legacy_keys.PLAIN  # before the tables of all the others are imported
-    families = candidates(config, format, wanted)
+    families = candidates(config, format, wanted, stored)
     scalars = legacy_keys.loose_scalars(tensors)
     names = legacy_keys.read(stored, families, format, scalars)
     if names.plain or wanted is not None or type_of(config) is None or format != "hf":
@@ -173,13 +173,28 @@ def is_bare(names: Names, config: Mapping[str, Any], format: str | None, wanted:
     return shortened and _architectures(config)[0].endswith("Model")
 
 
-def candidates(config: Mapping[str, Any], format: str, wanted: str | None) -> list[Family]:
-    """The families with this format that a config may be of: the one ``wanted``, those of its model_type, or all."""
+def candidates(config: Mapping[str, Any], format: str, wanted: str | None, keys: Iterable[str]) -> list[Family]:
+    """The families with this format that a config may be of: the one ``wanted``, those of its model_type, or all.
+
+    Families from outside are left out where a built-in one has all of the ``keys``.
+    """
     if wanted is not None:
         return [FAMILIES[wanted]] if wanted in FAMILIES and format in FAMILIES[wanted].formats else []
     model_type = type_of(config)
-    found = FAMILIES.values() if model_type is None else FAMILIES.of_type(model_type, _architectures(config))
-    return [family for family in found if format in family.formats]
+    if model_type is not None:
+        return [f for f in FAMILIES.of_type(model_type, _architectures(config)) if format in f.formats]
+    built_in = [family for family in FAMILIES.built_in if format in family.formats]
+    return [*built_in, *_outside(keys, format)]
+
+
+def _outside(keys: Iterable[str], format: str) -> list[Family]:
+    """The families from outside with this format that keys without a config may be of: none where a built-in one fits.
+
+    No package is imported for a checkpoint that does not need it, and none makes such a checkpoint ambiguous.
+    """
+    if any(legacy_keys.has_all(keys, family, format) for family in FAMILIES.built_in):
+        return []
+    return [family for family in FAMILIES.outside.values() if format in family.formats]
 
 
 def _config(keys: Keys, stated: Stated, hints: Hints) -> Mapping[str, Any]:
@@ -199,12 +214,13 @@ def from_shapes(keys: Keys, wanted: str | None) -> dict[str, Any] | None:
 
     It is the family that was asked for, else the only one of these that knows every key.
     """
-    there, opened = FAMILIES.with_shapes, keys.opened
+    opened = keys.opened
     if wanted is not None:
-        fits = [family for family in there if family.name == wanted]
+        fits = [FAMILIES[wanted]] if wanted in FAMILIES else []
     else:
-        format, stored = opened.format, opened.keys
-        fits = [f for f in there if format in f.formats and all(f.knows(format, key) for key in stored)]
+        format, stored = str(opened.format), opened.keys
+        likely = [*(f for f in FAMILIES.with_shapes if format in f.formats), *_outside(stored, format)]
+        fits = [f for f in likely if f.from_shapes is not None and all(f.knows(format, key) for key in stored)]
     if len(fits) != 1 or fits[0].from_shapes is None or len(keys.ranks) != 1:
         return None
     with naming(str(opened.place)):

@@ -29,7 +29,7 @@ from ckpt_convert.formats.names import (
     SHARD,
     WEIGHT_SUFFIXES,
 )
-from ckpt_convert.models import FAMILIES
+from ckpt_convert.models import FAMILIES, Family
 from ckpt_convert.storage import hub, pointer
 from ckpt_convert.storage.base import Closing, Entry
 from ckpt_convert.storage.place import Place
@@ -249,7 +249,9 @@ def by_keys(files: tuple[WeightFile, ...], why: str, kind: str | None = None) ->
     others = {name for name, format in formats.ALL.items() if kind is not None and kind not in format.containers}
     # Layers differ in nothing but their number, so one of each kind will do; but a number may be a name: the blocks of
     # an autoencoder differ in more than that. Of other containers: torchtitan's keys were once Meta's.
-    fits = (_fitting({_INDEX.sub("0", key) for key in names}) or _fitting(names)) - others
+    patterns = {_INDEX.sub("0", key) for key in names}
+    fits = (_fitting(FAMILIES.built_in, patterns) or _fitting(FAMILIES.built_in, names)) - others
+    fits = fits or _fitting(FAMILIES.outside.values(), names) - others
     if len(fits) == 1:
         return fits.pop(), "its keys"
     if not fits:
@@ -264,11 +266,11 @@ def by_keys(files: tuple[WeightFile, ...], why: str, kind: str | None = None) ->
     return None, f"{why}, and its keys fit no format that is known"
 
 
-def _fitting(keys: Collection[str]) -> set[str]:
-    """The formats in which some family has all of these keys."""
+def _fitting(families: Iterable[Family], keys: Collection[str]) -> set[str]:
+    """The formats in which one of the families has all of these keys."""
     return {
         format
-        for family in FAMILIES.values()
+        for family in families
         for format in family.formats
         if keys and all(family.knows(format, key) for key in keys)
     }

@@ -11,6 +11,7 @@ import click
 
 from ckpt_convert.checkpoint.stated import no_family
 from ckpt_convert.cli import family_table
+from ckpt_convert.cli.notices import on_stderr
 from ckpt_convert.cli.text import columns, echo, echo_json, terminal_width
 from ckpt_convert.errors import misfit
 from ckpt_convert.formats import ALL
@@ -48,13 +49,13 @@ def formats(keys: bool, family: str | None, layers: int | None, as_json: bool) -
     """
     if keys != (family is not None) or (layers is not None and not keys):
         raise click.UsageError("--keys shows the table of one --family; --layers numbers the layers of that table")
-    if family is not None:
-        _table(family, layers, as_json)
-        return
-    if as_json:
-        echo(json.dumps(_document(), indent=2))
-        return
-    echo("\n".join([*_families(terminal_width() or _WIDTH), "", *_formats()]))
+    with on_stderr():
+        if family is not None:
+            _table(family, layers, as_json)
+        elif as_json:
+            echo(json.dumps(_document(), indent=2))
+        else:
+            echo("\n".join([*_families(terminal_width() or _WIDTH), "", *_formats()]))
 
 
 def _table(name: str, layers: int | None, as_json: bool) -> None:
@@ -75,6 +76,7 @@ def _document() -> dict[str, Any]:
                 "name": family.name,
                 "title": family.title,
                 "group": group,
+                "package": FAMILIES.origins.get(family.name),
                 "model_types": list(family.model_types),
                 "formats": list(family.formats),
                 "unverified": dict(family.unverified),

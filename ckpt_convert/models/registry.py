@@ -1,17 +1,23 @@
-"""The families that there are, and what tells them: a table is imported when a checkpoint may be of its family.
+"""All families, and what a config has to say to be of one: a table is imported when a checkpoint may be of its family.
 
-A start knows this list and no table. Tests hold it against the tables.
+``GROUPS`` lists the built-in families without importing their tables; tests compare the two. Families of other
+distributions (``entry_points``) are loaded when no built-in one fits, or when all families are listed.
 """
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
 from ckpt_convert.models.core.table import Family
-from ckpt_convert.models.core.table_check import check
+from ckpt_convert.models.core.table_check import check_table
+from ckpt_convert.models.entry_points import plugins
+
+log = logging.getLogger("ckpt_convert")
 
 
 @dataclass(frozen=True)
@@ -102,78 +108,134 @@ UNLISTED = frozenset({"flex_olmo", "olmo", "olmoe"})
 """Model types that no table is of, and that are known to be built as Llama is: what misfits in them is an error."""
 
 
+OUTSIDE = "from other packages"
+"""The group of the families that are not built in."""
+
+
 class Families(Mapping[str, Family]):
-    """Families by name: looking one up imports its table, going through their values imports all of them."""
+    """Families by name: looking one up imports its table, going through their values imports all of them.
+
+    ``registered`` are those from outside, ``origins`` the distributions of those that came as entry points. A built-in
+    family wins: what is of outside is only looked at where no built-in family has the name, the model_type, the
+    params.json or the keys.
+    """
 
     def __init__(self, listed: Iterable[Listed]) -> None:
         self._listed = {each.name: each for each in listed}
         self.registered: dict[str, Family] = {}
+        self.origins: dict[str, str] = {}
+        self._loaded = False
+        self._lock = threading.RLock()
 
     def __getitem__(self, name: str) -> Family:
-        return self._listed[name].load() if name in self._listed else self.registered[name]
+        return self._listed[name].load() if name in self._listed else self.outside[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._listed or name in self.registered
+        return name in self._listed or name in self.outside
 
     def __iter__(self) -> Iterator[str]:
         yield from self._listed
-        yield from self.registered
+        yield from self.outside
 
     def __len__(self) -> int:
-        return len(self._listed) + len(self.registered)
+        return len(self._listed) + len(self.outside)
 
     @property
-    def _said(self) -> list[Listed | Family]:
-        """What says of each family which configs are of it."""
-        return [*self._listed.values(), *self.registered.values()]
+    def built_in(self) -> Iterator[Family]:
+        """The built-in families, each imported when its turn comes."""
+        return (each.load() for each in self._listed.values())
+
+    @property
+    def outside(self) -> Mapping[str, Family]:
+        """The registered families; the first call loads the entry points, and logs a warning for each that fails."""
+        with self._lock:
+            if not self._loaded:
+                self._loaded = True  # first, for plugins that look up families while they are imported
+                self._load()
+        return self.registered
+
+    def _load(self) -> None:
+        for plugin in plugins():
+            problems = [plugin.problem] if plugin.problem is not None else []
+            for family in plugin.families:
+                try:
+                    self.add(family)
+                except ValueError as error:
+                    problems.append(str(error))
+                else:
+                    self.origins[family.name] = plugin.origin
+            for problem in problems:
+                log.warning("the family %r of the package %s is left out: %s", plugin.name, plugin.origin, problem)
+
+    def add(self, family: Family) -> None:
+        """As ``register``."""
+        if self.registered.get(family.name) is family:
+            return
+        if family.name in self._listed or family.name in self.registered:
+            raise ValueError(f"{family.name}: there is a family of this name")
+        taken = [each.name for each in self._listed.values() if set(each.model_types) & set(family.model_types)]
+        if taken:
+            raise ValueError(
+                f"{family.name}: its model_types are those of the built-in family {taken[0]}, which would always be "
+                "taken; give model_types=() and choose the family by its name"
+            )
+        check_table(family)
+        self.registered[family.name] = family
 
     def of_type(self, model_type: object, architectures: Iterable[str]) -> list[Family]:
         """The families that have a config's model_type, and one of its classes where they ask for one."""
         classes = set(architectures)
         return [
             self[each.name]
-            for each in self._said
-            if model_type in each.model_types and (not each.architectures or classes & set(each.architectures))
+            for each in self._with_type(model_type)
+            if not each.architectures or classes & set(each.architectures)
         ]
 
     def has_type(self, model_type: object) -> bool:
         """Whether a family has this model_type."""
-        return any(model_type in each.model_types for each in self._said)
+        return bool(self._with_type(model_type))
+
+    def _with_type(self, model_type: object) -> list[Listed] | list[Family]:
+        listed = [each for each in self._listed.values() if model_type in each.model_types]
+        return listed or [family for family in self.outside.values() if model_type in family.model_types]
 
     def of_params(self, params: Mapping[str, Any]) -> list[Family]:
         """The families that a params.json may be of by its keys; each says for itself whether it is."""
         inner = params.get("model")
         keys = {*params, *(inner if isinstance(inner, Mapping) else ())}
         likely = [each.load() for each in self._listed.values() if not keys.isdisjoint(each.params)]
-        return [*likely, *(family for family in self.registered.values() if family.params is not None)]
+        if not params or any(family.params is not None and family.params.evidence(params) for family in likely):
+            return likely
+        return [*likely, *(family for family in self.outside.values() if family.params is not None)]
 
     @property
     def with_params(self) -> list[str]:
         """The names of the families that have a params.json."""
         listed = [name for name, each in self._listed.items() if each.params]
-        return [*listed, *(name for name, family in self.registered.items() if family.params is not None)]
+        return [*listed, *(name for name, family in self.outside.items() if family.params is not None)]
 
     @property
     def with_shapes(self) -> list[Family]:
-        """The families whose files may come without a config: their tensors show it."""
-        listed = [each.load() for each in self._listed.values() if each.from_shapes]
-        return [*listed, *(family for family in self.registered.values() if family.from_shapes is not None)]
+        """The built-in families whose files may come without a config: their tensors show it."""
+        return [each.load() for each in self._listed.values() if each.from_shapes]
 
 
 FAMILIES = Families(listed for group in GROUPS.values() for listed in group)
 
 
 def grouped() -> dict[str, tuple[Family, ...]]:
-    """The families of the list by group, all tables imported."""
-    return {group: tuple(listed.load() for listed in families) for group, families in GROUPS.items()}
+    """All families by group, all tables imported; those from outside are a group of their own, where there are any."""
+    built_in = {group: tuple(listed.load() for listed in families) for group, families in GROUPS.items()}
+    outside = tuple(FAMILIES.outside.values())
+    return {**built_in, OUTSIDE: outside} if outside else built_in
 
 
 def register(family: Family) -> None:
-    """Let a family from outside take part in everything that goes by its name, its config or its keys.
+    """Add a family from outside to this process: it then takes part in everything that goes by name, config or keys.
 
-    Raises ValueError for a name that a family has, and for a table that could be read in two ways.
+    An installed package does it for every process, with an entry point of the group ``ckpt_convert.families``.
+
+    Raises ValueError for a name or a model_type that a family has, and for a table that makes no sense, naming its row
+    and column.
     """
-    if family.name in FAMILIES:
-        raise ValueError(f"{family.name}: there is a family of this name")
-    check(family)
-    FAMILIES.registered[family.name] = family
+    FAMILIES.add(family)

@@ -27,7 +27,7 @@ with contextlib.redirect_stdout(io.StringIO()):
     cli(sys.argv[1:], standalone_mode=False)
 print(json.dumps([name for name in sys.modules if name.startswith("ckpt_convert.models.")]))
 """
-SHARED = ("core", "lazy", "registry")
+SHARED = ("core", "entry_points", "lazy", "registry")
 SIZES = {"dim": 8, "n_layers": 2, "n_heads": 2}
 PARAMS = [
     ("llama", {**SIZES, "multiple_of": 256}),

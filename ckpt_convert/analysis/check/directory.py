@@ -148,7 +148,7 @@ def names(opened: Opened) -> Iterator[Finding]:
     """Weight files beside a config.json that loaders do not find, for they have no index and another name."""
     checkpoint = opened.checkpoint
     used = [weight.name for weight in checkpoint.directory.weights]
-    family = FAMILIES.get(opened.view.family or "")
+    family = FAMILIES.get(opened.view.family) if opened.view.family else None
     alone = checkpoint.format == "hf" and checkpoint.directory.index is None and checkpoint.directory.kind is None
     if family is not None and family.from_shapes is not None:
         return  # its loaders take a file, whatever it is called

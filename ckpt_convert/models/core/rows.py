@@ -142,6 +142,12 @@ class Key:
         return frozenset(number.name for number in self._numbers)
 
     @cached_property
+    def sets(self) -> frozenset[str]:
+        """The sets that the key names."""
+        named = {number.set for number in self._numbers} | {self.scatter_index}
+        return frozenset(name for name in named if name is not None)
+
+    @cached_property
     def _numbers(self) -> tuple[_Number, ...]:
         if self.is_literal_key:
             return ()
@@ -260,6 +266,13 @@ class Row:
     zeros: str | None = None
     stacked_over: str | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.shape, tuple):
+            raise TypeError(f"row {self.name!r}: the shape is a tuple of strings, found {self.shape!r}")
+        for format in (*FORMATS, "in_memory"):
+            if not isinstance(key := getattr(self, format), Key | None):
+                raise TypeError(f"row {self.name!r}, column {format}: must be a Key or None, found {key!r}")
+
     def replace(self, **changes: Any) -> Row:
         """A row that differs from this one."""
         return dataclasses.replace(self, **changes)
@@ -299,6 +312,19 @@ class Row:
     def placeholders(self) -> frozenset[str]:
         each = frozenset() if self.stacked_over is None else frozenset({self.stacked_over})
         return each.union(*(key.placeholders for key in self.columns.values()))
+
+    @cached_property
+    def symbols(self) -> frozenset[str]:
+        """The symbols of the config that the row needs."""
+        texts = (*self.shape, self.heads, self.rotary_dim, self.enabled_by)
+        terms = (term for text in texts if text is not None for part in _parsed(text) for term in part)
+        return frozenset(term for term in terms if isinstance(term, str))
+
+    @cached_property
+    def sets(self) -> frozenset[str]:
+        """The sets of layers that the row and its keys name."""
+        own = frozenset() if self.layer_set is None else frozenset({self.layer_set})
+        return own.union(*(key.sets for key in self.columns.values()))
 
     def turned(self, dims: Mapping[str, int]) -> tuple[int, int | None] | None:
         """How many heads rotate, and how many rows of each (None: all); None for a row that does not rotate."""

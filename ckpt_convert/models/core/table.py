@@ -50,7 +50,7 @@ class Family:
 
     ``indices`` says how far each placeholder counts: {"layer": "n_layers"}. ``sets`` gives the sets of numbers that
     rows and templates name, from the config. ``architectures`` are the classes of which a config has to name one to be
-    of this family, where others have the same model_type. What no table may say is in ``table_check``.
+    of this family, where others have the same model_type. What a table must not say is in ``table_check``.
 
     ``from_shapes`` gives the config that the shapes of the stored tensors show, of a family whose files come without
     one; such a config is no file of any format. ``stem`` is what its safetensors files are called in Hugging Face's
@@ -103,7 +103,23 @@ class Family:
 
     def symbols(self, config: Mapping[str, Any]) -> Dims:
         """What the config says, under the names that the table has for it; raises ConfigError."""
-        return Dims(self.dims(config), self.sets(config) if self.sets is not None else None)
+        dims = Dims(self.dims(config), self.sets(config) if self.sets is not None else None)
+        self._check_symbols(dims)
+        return dims
+
+    def _check_symbols(self, dims: Dims) -> None:
+        """Raise ConfigError, naming the row, where the table needs a symbol or a set that the config did not give."""
+        for row in self.rows:
+            if row.enabled_by is not None and not dims.get(row.enabled_by, True):
+                continue
+            counts = [self.indices[name] for name in row.placeholders if not self.literal]
+            symbols = {*row.symbols, *counts} - dims.keys()
+            missing = [*sorted(symbols), *sorted(row.sets - dims.sets.keys())]
+            if missing:
+                raise ConfigError(
+                    f"{CONFIG}: the table of {self.name} needs {missing[0]!r} for its row {row.name!r}, which the "
+                    "family's dims and sets do not give for this config"
+                )
 
     @cached_property
     def formats(self) -> tuple[str, ...]:

@@ -1,18 +1,27 @@
-"""What no table may say: anything that could be read in two ways, or that makes no sense.
+"""What a table must not say: anything that could be read in two ways, or that makes no sense.
 
-Tests check every table of ours, and ``register`` those that come from outside; a start checks none.
+Tests check the built-in tables, ``register`` those that come from outside.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from itertools import combinations
+from typing import get_args
 
+from ckpt_convert.dtypes import DTYPES
+from ckpt_convert.models.core.rope import RopeOrder
 from ckpt_convert.models.core.rows import FORMATS, IN_MEMORY, Key, Row, is_index, is_placeholder, matches
 from ckpt_convert.models.core.table import Family
 
+_EXPRESSION = re.compile(r"\w+(\*\w+)*(/\w+)*")
+_PLACEHOLDER = re.compile(r"\{[a-z]\w*(:[a-z]\w*)?\}")
 
-def check(family: Family) -> None:
-    """Refuse a table that could be read in two ways; raises ValueError naming the rows."""
+
+def check_table(family: Family) -> None:
+    """Raise ValueError for a table that could be read in two ways or that makes no sense, naming row and column."""
+    _check_family(family)
     names = [row.name for row in family.rows]
     for row in family.rows:
         where = f"{family.name}: row {row.name!r}"
@@ -21,9 +30,26 @@ def check(family: Family) -> None:
         if row.tied_to is not None and row.tied_to not in names:
             raise ValueError(f"{where} is tied to {row.tied_to!r}, which is no row")
         _check_row(row, list(family.indices), where)
+        _check_sets(family, row, where)
     _check_norms(family)
     for format in (*FORMATS, IN_MEMORY):
         _check_keys(family, format)
+
+
+def _check_family(family: Family) -> None:
+    texts = {"model_types": family.model_types, "architectures": family.architectures}
+    for name, texts_of in texts.items():
+        if not isinstance(texts_of, tuple) or not all(isinstance(text, str) for text in texts_of):
+            raise ValueError(f"{family.name}: {name} is a tuple of strings, found {texts_of!r}")
+    if not family.rows:
+        raise ValueError(f"{family.name}: has no rows")
+    if unknown := sorted(set(family.unverified) - set(FORMATS)):
+        raise ValueError(f"{family.name}: unverified names {', '.join(unknown)}, which is no format")
+    with_meta = [row.name for row in family.rows if row.meta is not None]
+    if with_meta and family.params is None:
+        raise ValueError(
+            f"{family.name}: row {with_meta[0]!r}, column meta: needs `params`, which translate params.json"
+        )
 
 
 def _check_row(row: Row, indices: list[str], where: str) -> None:
@@ -33,14 +59,35 @@ def _check_row(row: Row, indices: list[str], where: str) -> None:
         raise ValueError(f"{where} has a placeholder that counts nothing: {set(row.placeholders)}")
     if row.zeros is not None and (row.optional or row.derived or row.tied_to is not None):
         raise ValueError(f"{where} stands for zeros where it is absent, so it is neither optional, derived nor tied")
+    if row.zeros is not None and row.zeros not in DTYPES:
+        raise ValueError(f"{where} has zeros of the dtype {row.zeros!r}, which is none of {', '.join(DTYPES)}")
     if row.layer_set is not None and not row.placeholders:
         raise ValueError(f"{where} has no placeholder whose numbers {row.layer_set!r} could limit")
     if row.rotary_dim is not None and row.heads is None:
         raise ValueError(f"{where} does not rotate, so no part of it does")
+    _check_expressions((*row.shape, *(text for text in (row.heads, row.rotary_dim) if text is not None)), where)
     in_memory = {IN_MEMORY: row.in_memory} if row.in_memory else {}
     for format, key in (row.columns | in_memory).items():
         _check_key(row, key, f"{where}, column {format}")
         _check_stacking(key, [name for name in indices if name in row.placeholders], f"{where}, column {format}")
+
+
+def _check_sets(family: Family, row: Row, where: str) -> None:
+    if family.sets is not None:
+        return
+    for format, key in row.columns.items():
+        if named := sorted(key.sets):
+            raise ValueError(f"{where}, column {format}: names the set {named[0]!r}, but the family has no `sets`")
+    if row.layer_set is not None:
+        raise ValueError(f"{where} names the set {row.layer_set!r}, but the family has no `sets`")
+
+
+def _check_expressions(expressions: Iterable[str], where: str) -> None:
+    for expression in expressions:
+        if not _EXPRESSION.fullmatch(expression):
+            raise ValueError(
+                f"{where}: {expression!r} is no product of symbols and numbers, such as 'n_heads*head_dim'"
+            )
 
 
 def _check_stacking(key: Key, ordered: list[str], where: str) -> None:
@@ -67,25 +114,39 @@ def _check_norms(family: Family) -> None:
 
 
 def _check_key(row: Row, key: Key, where: str) -> None:
+    if not key.is_literal_key:
+        _check_template(key.template, where)
+    _check_expressions(key.shape or (), where)
+    if key.rope not in (None, *get_args(RopeOrder)):
+        raise ValueError(f"{where}: rope is {' or '.join(map(repr, get_args(RopeOrder)))}, found {key.rope!r}")
     rank = len(key.shape or row.shape)
     if (key.rope is None) != (row.heads is None):
         raise ValueError(f"{where}: a row with heads needs a rope order in every column")
     if key.omitted_if_tied and row.tied_to is None:
         raise ValueError(f"{where}: is tied to nothing")
     if isinstance(key.tp_dim, int) and key.tp_dim >= rank:
-        raise ValueError(f"{where}: has no axis {key.tp_dim} to cut")
+        raise ValueError(f"{where}: has no axis {key.tp_dim} to split")
     if key.fused is not None and key.fused >= rank:
         raise ValueError(f"{where}: has no axis {key.fused} to be fused along")
     if key.transposed and len(row.shape) < 2:
         raise ValueError(f"{where}: has no two axes to transpose")
     if key.flatten_stacked and not row.placeholders - key.placeholders:
-        raise ValueError(f"{where}: is not stacked over anything, so it cannot be flat")
+        raise ValueError(f"{where}: is not stacked over anything, so there is nothing to flatten")
     if key.fused_position and key.fused is None:
-        raise ValueError(f"{where}: is not fused with anything, so it has no place there")
+        raise ValueError(f"{where}: is not fused with anything, so it has no position")
     if key.scatter_index is not None and (key.shape is None or key.tp_dim is not None or key.transposed):
-        raise ValueError(f"{where}: cells need a shape, and are neither cut over ranks nor transposed")
+        raise ValueError(f"{where}: a scatter_index needs a shape, and is neither split across ranks nor transposed")
     if key.replicated_heads is not None and key.tp_dim is None:
-        raise ValueError(f"{where}: is not cut over ranks, so there are no copies of its parts")
+        raise ValueError(f"{where}: is not split across ranks, so no heads are replicated")
+
+
+def _check_template(template: str, where: str) -> None:
+    for part in template.split("."):
+        if not part or (set("{}") & set(part) and not _PLACEHOLDER.fullmatch(part)):
+            raise ValueError(
+                f"{where}: {template!r} has the part {part!r} between its dots; a placeholder is a whole part, as "
+                "{layer} or {layer:set} is, and no part is empty"
+            )
 
 
 def _check_keys(family: Family, format: str) -> None:

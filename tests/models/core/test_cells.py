@@ -14,7 +14,7 @@ from ckpt_convert.checkpoint.mapping import Source
 from ckpt_convert.convert import writing
 from ckpt_convert.convert.state_dict import make
 from ckpt_convert.models.core.table import Dims, Family, Key, Row
-from ckpt_convert.models.core.table_check import check
+from ckpt_convert.models.core.table_check import check_table
 from ckpt_convert.tensors.gather import StridedReader
 from ckpt_convert.tensors.lazy import ZEROS, concat, from_source, stack, zeros
 
@@ -24,8 +24,8 @@ PLACES = {0: 1, 1: 0, 3: 2, 4: 1}
 
 
 def family(*rows: Row, **settings: Any) -> Family:
-    made = Family("toy", "Toy", ("toy",), rows, dims=lambda config: dict(SIZES), **settings)
-    check(made)
+    made = Family("toy", "Toy", ("toy",), rows, lambda config: dict(SIZES), sets=lambda config: dims().sets, **settings)
+    check_table(made)
     return made
 
 
@@ -83,7 +83,9 @@ def test_a_format_is_a_copy_of_itself() -> None:
     ],
 )
 def test_cells_that_would_be_cut_or_have_no_shape_are_refused(key: Key) -> None:
-    with pytest.raises(ValueError, match="cells need a shape, and are neither cut over ranks nor transposed"):
+    with pytest.raises(
+        ValueError, match="a scatter_index needs a shape, and is neither split across ranks nor transposed"
+    ):
         family(Row("grid", ("cells", "width"), hf=key))
 
 

@@ -18,7 +18,7 @@ from ckpt_convert.models.core.config import CONFIG, base_dims, optional_bool
 from ckpt_convert.models.core.picking import columns
 from ckpt_convert.models.core.rope import rotary_dim
 from ckpt_convert.models.core.table import Family, Key, Row
-from ckpt_convert.models.core.table_check import check
+from ckpt_convert.models.core.table_check import check_table
 from ckpt_convert.models.parts.decoder import ATTENTION, EMBEDDING, FFN, OUTPUT
 from tests.helpers import Tensors, assert_same, read_safetensors, sums
 
@@ -188,7 +188,7 @@ def test_a_norm_that_does_not_follow_its_rows_is_refused() -> None:
         return row.replace(heads=None, rotary_dim=None, **keys) if row.name == "attention.q_norm" else row
 
     with pytest.raises(ValueError, match=r"is in the order of the rows of 'attention\.q'"):
-        check(STABLELM.replace(rows=lambda rows: (unfit(row) for row in rows if not row.derived)))
+        check_table(STABLELM.replace(rows=lambda rows: (unfit(row) for row in rows if not row.derived)))
 
 
 @pytest.mark.parametrize("factor", [0.24, 1.5, 0.0])

@@ -26,7 +26,7 @@ DOCS = Path(__file__).parents[3] / "docs"
 
 def family(*rows: Row, **settings: Any) -> Family:
     made = Family("toy", "Toy", ("toy",), rows, dims=lambda config: dict(DIMS), **settings)
-    table_check.check(made)
+    table_check.check_table(made)
     return made
 
 
@@ -88,13 +88,13 @@ def test_shapes_are_products_of_symbols(expression: str, value: int) -> None:
         ([Row("a", ("dim",), hf=Key("x")), Row("b", ("dim",), hf=Key("x"))], "could have the same hf key"),
         ([Row("a", ("dim",), hf=Key("x")), Row("a", ("dim",), hf=Key("y"))], "is there twice"),
         ([Row("a", ("dim",))], "has no column"),
-        ([Row("a", ("dim",), hf=Key("x.{layer}"), meta=Key("y"))], "one tensor for every layer"),
+        ([Row("a", ("dim",), hf=Key("x.{layer}"), native=Key("y"))], "one tensor for every layer"),
         ([Row("a", ("dim",), hf=Key("x.{expert}"))], "counts nothing"),
         ([Row("a", ("dim",), heads="n_heads", hf=Key("x"))], "needs a rope order"),
         ([Row("a", ("dim",), hf=Key("x", rope="half"))], "needs a rope order"),
         ([Row("a", ("dim",), hf=Key("x", omitted_if_tied=True))], "is tied to nothing"),
         ([Row("a", ("dim",), tied_to="b", hf=Key("x"))], "which is no row"),
-        ([Row("a", ("dim",), hf=Key("x"), meta=Key("x", tp_dim=1))], "has no axis 1 to cut"),
+        ([Row("a", ("dim",), hf=Key("x"), native=Key("x", tp_dim=1))], "has no axis 1 to split"),
     ],
 )
 def test_a_table_that_could_be_read_in_two_ways_is_refused(rows: list[Row], words: str) -> None:
@@ -110,7 +110,7 @@ def test_mistral_is_llama_without_biases() -> None:
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_no_table_could_be_read_in_two_ways(name: str) -> None:
-    table_check.check(FAMILIES[name])
+    table_check.check_table(FAMILIES[name])
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))

@@ -39,7 +39,7 @@ def family(*rows: Row) -> Family:
     made = Family(
         "f", "F", ("f",), rows, lambda config: SIZES, LLAMA.params, indices=INDICES, sets=lambda config: DIMS.sets
     )
-    table_check.check(made)
+    table_check.check_table(made)
     return made
 
 
@@ -251,7 +251,7 @@ def test_what_the_target_needs_and_the_source_has_no_place_for() -> None:
         ([Row("a", ("dim",), hf=Key("x", fused=1))], "has no axis 1 to be fused along"),
         ([Row("a", ("dim",), hf=Key("x", transposed=True))], "has no two axes to transpose"),
         ([Row("a", ("dim",), hf=Key("x.{layer}", flatten_stacked=True))], "is not stacked over anything"),
-        ([Row("a", ("dim",), hf=Key("x", replicated_heads="copies"))], "no copies of its parts"),
+        ([Row("a", ("dim",), hf=Key("x", replicated_heads="copies"))], "no heads are replicated"),
         ([Row("a", ("dim",), layer_set="moe", hf=Key("x"))], "whose numbers 'moe' could limit"),
         ([Row("a", ("dim",), hf=Key("x.{layer}.{expert}"), meta=Key("y.{expert}"))], "only the last of"),
         (
