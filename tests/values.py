@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ckpt_convert.checkpoint.hints import Hints, Stated
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpoint.opening import OpenedFiles
-from ckpt_convert.checkpoint.stated import Hints, Stated
 from ckpt_convert.containers.build import Spec, of_specs
 from ckpt_convert.formats.base import Directory
 from ckpt_convert.storage.base import Version

@@ -9,8 +9,8 @@ from typing import Any
 
 from ckpt_convert import formats
 from ckpt_convert.checkpoint import opening, record
+from ckpt_convert.checkpoint.hints import hinted
 from ckpt_convert.checkpoint.identify import Identified, identify
-from ckpt_convert.checkpoint.stated import hinted
 from ckpt_convert.checkpoint.tensor import CheckpointTensor
 from ckpt_convert.dtypes import majority
 from ckpt_convert.errors import CheckpointNotFoundError, CorruptFileError

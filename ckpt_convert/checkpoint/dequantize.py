@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ckpt_convert.checkpoint.findings import raise_if_any
 from ckpt_convert.checkpoint.identify import Identified
-from ckpt_convert.checkpoint.quantized.carry import refuse_scheme
+from ckpt_convert.checkpoint.quantized.as_stored import refuse_scheme
 from ckpt_convert.errors import ConfigError, misfit
 from ckpt_convert.words import option
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from ckpt_convert.checkpoint import legacy_keys
 from ckpt_convert.checkpoint.keys import Keys
 from ckpt_convert.checkpoint.opening import OpenedFiles
-from ckpt_convert.checkpoint.tensors import TensorInfo
+from ckpt_convert.checkpoint.tensor_info import TensorInfo
 from ckpt_convert.formats import peft
 from ckpt_convert.formats.names import ADAPTER_CONFIG
 from ckpt_convert.storage.place import Place

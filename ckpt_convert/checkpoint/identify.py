@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from ckpt_convert.checkpoint import diagnosis, mapping, opening
 from ckpt_convert.checkpoint.findings import Finding, raise_if_any
+from ckpt_convert.checkpoint.hints import Hints, Stated, stated
 from ckpt_convert.checkpoint.keys import Keys, refuse_clashes
 from ckpt_convert.checkpoint.legacy_keys import Names
 from ckpt_convert.checkpoint.mapping import Source
 from ckpt_convert.checkpoint.model import Model, from_shapes, is_bare, model_of, names_of
 from ckpt_convert.checkpoint.opening import OpenedFiles
 from ckpt_convert.checkpoint.record import Layout, Record
-from ckpt_convert.checkpoint.stated import Hints, Stated, stated
-from ckpt_convert.checkpoint.tensors import TensorInfo, describe
+from ckpt_convert.checkpoint.tensor_info import TensorInfo, describe
 from ckpt_convert.dtypes import DTYPES
 from ckpt_convert.errors import (
     AmbiguousFormatError,
@@ -33,7 +33,7 @@ from ckpt_convert.tensors.header import StoredTensor, WeightFile
 from ckpt_convert.tensors.lazy import LazyTensor, concat
 
 if TYPE_CHECKING:
-    from ckpt_convert.checkpoint.quantized.recognise import Quantization
+    from ckpt_convert.checkpoint.quantized.detect import Quantization
     from ckpt_convert.checkpoint.quantized.view import Dequantized
 
 _ADVICE = {
@@ -120,7 +120,7 @@ class Identified:
         """What of it is quantised, None for nothing; told from headers and config."""
         if self.dequantized is not None or self.format != "hf":
             return None
-        from ckpt_convert.checkpoint.quantized.recognise import quantization_of
+        from ckpt_convert.checkpoint.quantized.detect import quantization_of
 
         return quantization_of(self.opened, self.stated.known)
 
@@ -218,42 +218,42 @@ class Identified:
             if wanted != {"hf"} or not self.files:
                 raise
             return self._unknown
-        from ckpt_convert.checkpoint.quantized import carry
+        from ckpt_convert.checkpoint.quantized import as_stored
 
         if self.quantization is None:
-            return carry.unquantized(model, self.format, wanted)
-        carry.refuse_formats(self.quantization, model, wanted, self.place)
+            return as_stored.unquantized(model, self.format, wanted)
+        as_stored.refuse_formats(self.quantization, model, wanted, self.place)
         return self._carried
 
     @cached_property
     def _unknown(self) -> Model:
-        from ckpt_convert.checkpoint import unknown
+        from ckpt_convert.checkpoint import generic_model
 
-        return unknown.model(self.config or {}, self.unknown_scheme, self.ranks[0].values())
+        return generic_model.model(self.config or {}, self.unknown_scheme, self.ranks[0].values())
 
     @cached_property
     def _carried(self) -> Model:
         """The model of quantised tensors as they are, once they were held against the table of the family."""
-        from ckpt_convert.checkpoint.quantized import carry
+        from ckpt_convert.checkpoint.quantized import as_stored
 
         assert self.quantization is not None
         found, model, what = self.quantization, self.model, str(self.place)
         raise_if_any(found.findings, what)
-        numbers = carry.numbers(found, self.ranks[0], self._shapes(found, model))
+        numbers = as_stored.numbers(found, self.ranks[0], self._shapes(found, model))
         names = self._names_of([(key, one.shape) for key, one in numbers.items()], ())
         refuse_clashes(names, self.place)
         weights = {(name := names.of(key)): one._replace(key=name) for key, one in numbers.items() if names.keeps(key)}
         logicals, misfits = mapping.examine(model.family, "hf", model.dims, [weights])
         raise_if_any(misfits, what)
         order = dict.fromkeys(names.stored.get(one.key, one.key) for one in logicals.tensors.values())
-        return carry.literal(found, model, self.ranks[0], order)
+        return as_stored.literal(found, model, self.ranks[0], order)
 
     @cached_property
     def unknown_scheme(self) -> str | None:
         """The config's word for how the weights are quantised, where no rule knows it and the headers show it."""
         if self.format != "hf" or self.dequantized is not None or self.quantization is not None:
             return None
-        from ckpt_convert.checkpoint.quantized.recognise import unknown_scheme
+        from ckpt_convert.checkpoint.quantized.detect import unknown_scheme
 
         scheme = unknown_scheme(self.stated.known)
         if scheme is None or self.contradictions:
@@ -367,7 +367,7 @@ class Identified:
             from ckpt_convert.checkpoint.quantized import view
 
             return view.layout_of(self.opened)
-        from ckpt_convert.checkpoint.captured import layout_of  # not needed to look at a checkpoint
+        from ckpt_convert.checkpoint.snapshot import layout_of  # not needed to look at a checkpoint
 
         return layout_of(self.keys, literal=literal or self.keys.has_only_weights)
 

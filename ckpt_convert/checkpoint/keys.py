@@ -13,7 +13,7 @@ from ckpt_convert.checkpoint.findings import Finding
 from ckpt_convert.checkpoint.legacy_keys import PLAIN, Names
 from ckpt_convert.checkpoint.mapping import Source
 from ckpt_convert.checkpoint.opening import OpenedFiles
-from ckpt_convert.checkpoint.tensors import assembled
+from ckpt_convert.checkpoint.tensor_info import assembled
 from ckpt_convert.errors import KeyMismatchError
 from ckpt_convert.storage.place import Place
 from ckpt_convert.tensors.header import StoredTensor, WeightFile

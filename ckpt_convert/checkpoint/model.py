@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ckpt_convert.checkpoint import diagnosis, legacy_keys
+from ckpt_convert.checkpoint.hints import Hints, Stated
 from ckpt_convert.checkpoint.keys import Keys
 from ckpt_convert.checkpoint.legacy_keys import Names
 from ckpt_convert.checkpoint.mapping import Source
 from ckpt_convert.checkpoint.opening import OpenedFiles
 from ckpt_convert.checkpoint.record import Record
-from ckpt_convert.checkpoint.stated import Hints, Stated
 from ckpt_convert.errors import ConfigError, KeyMismatchError, UnsupportedFamilyError
 from ckpt_convert.formats.base import load_json
 from ckpt_convert.models import FAMILIES, Family

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckpt_convert import dtypes
 from ckpt_convert.checkpoint.identify import Identified
-from ckpt_convert.checkpoint.tensors import TensorInfo
+from ckpt_convert.checkpoint.tensor_info import TensorInfo
 from ckpt_convert.dtypes import DTYPES, DType
 from ckpt_convert.errors import InputError, require
 from ckpt_convert.storage.base import read

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ckpt_convert.analysis.stats.stats import TensorStats
     from ckpt_convert.checkpoint.identify import Identified
     from ckpt_convert.checkpoint.model import Model
-    from ckpt_convert.checkpoint.tensors import Part, TensorInfo
+    from ckpt_convert.checkpoint.tensor_info import Part, TensorInfo
 
 SCHEMA = 1
 

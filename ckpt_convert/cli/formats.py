@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from ckpt_convert.checkpoint.stated import no_family
+from ckpt_convert.checkpoint.hints import no_family
 from ckpt_convert.cli import family_table
 from ckpt_convert.cli.notices import on_stderr
 from ckpt_convert.cli.text import columns, echo, echo_json, terminal_width

@@ -14,7 +14,7 @@ from ckpt_convert.errors import CkptConvertError
 from ckpt_convert.words import human_bytes
 
 if TYPE_CHECKING:
-    from ckpt_convert.checkpoint.tensors import TensorInfo
+    from ckpt_convert.checkpoint.tensor_info import TensorInfo
     from ckpt_convert.tensors.header import StoredTensor, WeightFile
 
 

@@ -17,7 +17,7 @@ from ckpt_convert.formats.names import RECORD_FOLDER
 from ckpt_convert.words import human_bytes
 
 if TYPE_CHECKING:
-    from ckpt_convert.checkpoint.tensors import TensorInfo
+    from ckpt_convert.checkpoint.tensor_info import TensorInfo
 
 SORTS = {"name": False, "size": True, "offset": False}
 """What can be sorted by, and whether the largest comes first unless asked otherwise."""

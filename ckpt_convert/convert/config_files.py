@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ckpt_convert.checkpoint import record
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpoint.model import Model, naming
-from ckpt_convert.checkpoint.quantized.recognise import CONFIGS
+from ckpt_convert.checkpoint.quantized.detect import CONFIGS
 from ckpt_convert.convert import auxiliary_files
 from ckpt_convert.convert.auxiliary_files import SideFile
 from ckpt_convert.convert.request import Request

@@ -15,8 +15,8 @@ from ckpt_convert import dtypes
 from ckpt_convert._version import __version__
 from ckpt_convert.checkpoint import record
 from ckpt_convert.checkpoint.checklist import CHECKLIST
+from ckpt_convert.checkpoint.hints import Hints
 from ckpt_convert.checkpoint.mapping import Equality, Logicals
-from ckpt_convert.checkpoint.stated import Hints
 from ckpt_convert.convert.auxiliary_files import SideFile
 from ckpt_convert.convert.embedding import Cut
 from ckpt_convert.convert.layout import OutputFile

@@ -15,7 +15,7 @@ from ckpt_convert.checkpoint.checklist import CHECKLIST
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpoint.mapping import Equality, Logical, Logicals, Source
 from ckpt_convert.checkpoint.model import Model, naming
-from ckpt_convert.checkpoint.quantized import carry, view
+from ckpt_convert.checkpoint.quantized import as_stored, view
 from ckpt_convert.checkpoint.record import Layout
 from ckpt_convert.containers.dcp import DCP_INDEX
 from ckpt_convert.convert import (
@@ -24,7 +24,7 @@ from ckpt_convert.convert import (
     embedding,
     layout,
     passthrough,
-    placement,
+    shards,
     ties,
     translate,
 )
@@ -167,7 +167,7 @@ def make(given: Given, equal: Equal | None = None) -> Planned:
             *put.notices,
             *assigned.notices,
             *differing,
-            *placement.rank_notice(request, model, found.ranks, found.wanted),
+            *shards.rank_notice(request, model, found.ranks, found.wanted),
         ),
         dims=found.translation.dims,
         cut=found.cut,
@@ -191,7 +191,7 @@ def identified(given: Given) -> tuple[Model, list[str]]:
     model = source.model_for(given.read_format, request.to)
     request.check_source(str(source.format), model.family)
     if request.dtype is not None:
-        carry.refuse_cast(source.quantization, source.unknown_scheme, source.place, request.dtype)
+        as_stored.refuse_cast(source.quantization, source.unknown_scheme, source.place, request.dtype)
     with naming(str(source.config_file)):
         translate.check(model, str(source.place), str(source.format), given.read_format, request.to)
     differing = config_files.differing(source, model, given.like) if given.like is not None else []
@@ -208,8 +208,8 @@ def translated(given: Given, model: Model, equal: Equal | None) -> Translated:
     if live is not None:
         passthrough.take_derived(source, template, logicals, everything)
     literal = given.as_stored and source.is_bare
-    wanted = placement.recorded(source, request, like, model, literal=literal)
-    ranks = placement.ranks(source, request, like, wanted, model)
+    wanted = shards.recorded(source, request, like, model, literal=literal)
+    ranks = shards.ranks(source, request, like, wanted, model)
     cut = embedding.cut_of(source, request, like, model)
     passthrough.bring_back(source, request, like, model, logicals, everything)
     places = {key for _, key in wanted.places} if wanted is not None else set()
@@ -239,7 +239,7 @@ def assign(given: Given, found: Translated) -> Assigned:
     source, request, live, logicals = given.source, given.request, given.live, found.translation.logicals
     dtype_of = _dtypes(found.targets, request, found.template if live is not None else Logicals({}))
     _refuse_partial_cast(source, found.targets, dtype_of, request, "dtype" if live is None else "export_dtype")
-    files, exact, notices = placement.files(
+    files, exact, notices = shards.files(
         source,
         request,
         found.targets,
@@ -251,7 +251,7 @@ def assign(given: Given, found: Translated) -> Assigned:
     )
     shared = layout.aliases(files, found.targets)
     family, dims = found.model.family, found.model.dims
-    carried = placement.carried(family, str(source.format), found.carried, logicals, dims)
+    carried = shards.carried(family, str(source.format), found.carried, logicals, dims)
     return Assigned(files, carried, exact, [*found.translation.checks, *shared], notices)
 
 
@@ -260,7 +260,7 @@ def beside(given: Given, found: Translated, assigned: Assigned) -> Beside:
     source, request, like, model = given.source, given.request, given.like, found.model
     written = _written_dtype(assigned.files)
     made = config_files.generated(source, model, request, like, written, found.ranks, found.cut and found.cut.axis)
-    index = placement.index(request, assigned.files, found.wanted, assigned.exact, model)
+    index = shards.index(request, assigned.files, found.wanted, assigned.exact, model)
     generated = {side.name: side for side in (*made.files, *index)}
     generated |= config_files.tokenizer(source, request, model, like)
     files = auxiliary_files.plan(source, request.to, like=like, generated=generated)

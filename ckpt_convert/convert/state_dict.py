@@ -11,9 +11,9 @@ import torch
 
 from ckpt_convert import formats
 from ckpt_convert.checkpoint import legacy_keys
+from ckpt_convert.checkpoint.hints import no_family
 from ckpt_convert.checkpoint.mapping import Equality, Source
 from ckpt_convert.checkpoint.model import Model, candidates, model_from
-from ckpt_convert.checkpoint.stated import no_family
 from ckpt_convert.convert.translate import translate
 from ckpt_convert.dtypes import DTYPES, FROM_TORCH, torch_name
 from ckpt_convert.errors import (

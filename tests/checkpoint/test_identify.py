@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from ckpt_convert.checkpoint.hints import Hints
 from ckpt_convert.checkpoint.keys import Keys
-from ckpt_convert.checkpoint.stated import Hints
 from ckpt_convert.errors import AmbiguousFormatError, ConfigError, KeyMismatchError
 from tests.values import CONFIG, SHAPES, file, identified, opened
 

@@ -20,10 +20,10 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 import ckpt_convert
 from ckpt_convert.checkpoint.checkpoint import Checkpoint, open_identified
 from ckpt_convert.checkpoint.dequantize import dequantized
-from ckpt_convert.checkpoint.quantized import fp8, mxfp4, reading, schemes
-from ckpt_convert.checkpoint.quantized.files import ComputedFile
-from ckpt_convert.checkpoint.quantized.reading import Rows, bfloat16
-from ckpt_convert.checkpoint.quantized.recognise import Quantized
+from ckpt_convert.checkpoint.quantized import fp8, mxfp4, row_reader, schemes
+from ckpt_convert.checkpoint.quantized.computed_file import ComputedFile
+from ckpt_convert.checkpoint.quantized.detect import Quantized
+from ckpt_convert.checkpoint.quantized.row_reader import Rows, bfloat16
 from ckpt_convert.checkpoint.quantized.view import _described
 from ckpt_convert.storage.place import at
 from ckpt_convert.storage.reader import LocalFile
@@ -162,9 +162,9 @@ def test_what_is_kept_of_a_matrix_turned_around_is_small_and_right(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Strips are kept from block to block; here they are so narrow that a block needs several, one after another."""
-    monkeypatch.setattr(reading, "_STRIP", 1 << 12)
-    monkeypatch.setattr(reading, "_STRIPS", 6)
-    monkeypatch.setattr(reading, "CHUNK", 1 << 10)
+    monkeypatch.setattr(row_reader, "_STRIP", 1 << 12)
+    monkeypatch.setattr(row_reader, "_STRIPS", 6)
+    monkeypatch.setattr(row_reader, "CHUNK", 1 << 10)
     weight = torch.randn(600, 130, generator=torch.Generator().manual_seed(2)).to(torch.float8_e4m3fn)
     scales = torch.rand(5, 2)
     found = stored(tmp_path / "x.safetensors", {"w": weight, "s": scales})
@@ -175,7 +175,7 @@ def test_what_is_kept_of_a_matrix_turned_around_is_small_and_right(
     for offset, block in turned.blocks(3000):
         size = block.size
         assert computing.read(block) == bits(expected.reshape(-1)[offset : offset + size])
-    kept = sum(strip.nbytes for _, _, strip in reading.STRIPS._kept.values())
+    kept = sum(strip.nbytes for _, _, strip in row_reader.STRIPS._kept.values())
     assert 0 < kept <= 6 * (1 << 12)
 
 
@@ -184,7 +184,7 @@ def test_what_is_kept_of_another_file_is_not_taken(tmp_path: Path) -> None:
     codes = torch.arange(4000, dtype=torch.int32).to(torch.uint8).reshape(2000, 2).view(torch.float8_e4m3fn)
     found = stored(tmp_path / "x.safetensors", {"w": codes})["w"]
     reader, offset = found.file.reader, found.tensor.offset
-    strips = reading.Strips()
+    strips = row_reader.Strips()
     strips._kept[(id(reader), offset, 0, 2000)] = (
         LocalFile(tmp_path / "x.safetensors"),
         0,

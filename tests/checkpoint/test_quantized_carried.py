@@ -19,7 +19,7 @@ from ckpt_convert.analysis.check import check
 from ckpt_convert.analysis.diff.compare import compare
 from ckpt_convert.checkpoint.checkpoint import open_identified
 from ckpt_convert.checkpoint.quantized import schemes
-from ckpt_convert.checkpoint.quantized.recognise import Quantization
+from ckpt_convert.checkpoint.quantized.detect import Quantization
 from ckpt_convert.errors import CkptConvertError, ConfigError, KeyMismatchError, ShapeMismatchError, UsageError
 from tests.checkpoint.quantizing import compressed_llama, edit, fp8_llama, gpt_oss, is_linear, write_index
 from tests.helpers import GOLDEN, Tensors, assert_same, edit_json, read_safetensors, sums
@@ -408,7 +408,7 @@ def test_headers_alone_need_no_numpy(command: list[str], tmp_path: Path) -> None
     fp8_llama(tmp_path / "source")
     arguments = [sys.executable, "-X", "importtime", "-m", "ckpt_convert", *command, str(tmp_path / "source")]
     done = subprocess.run(arguments, capture_output=True, text=True, check=True)
-    assert "ckpt_convert.checkpoint.quantized.recognise" in done.stderr
+    assert "ckpt_convert.checkpoint.quantized.detect" in done.stderr
     assert not re.search(r"\| +(numpy|torch)$", done.stderr, re.MULTILINE)
 
 

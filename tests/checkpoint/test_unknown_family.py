@@ -15,7 +15,7 @@ import ckpt_convert
 from ckpt_convert.adapters.config import AdapterConfig
 from ckpt_convert.analysis.check.run import check
 from ckpt_convert.analysis.diff.compare import compare
-from ckpt_convert.checkpoint import unknown
+from ckpt_convert.checkpoint import generic_model
 from ckpt_convert.checkpoint.checkpoint import open_identified
 from ckpt_convert.checkpoint.mapping import Source
 from ckpt_convert.errors import (
@@ -337,7 +337,7 @@ def saved(run: Path, step: int) -> Path:
 
 def test_a_table_of_many_keys() -> None:
     tensors = [Source(f"layers.{at}.w", "BF16", from_source(at, (2, 4)), "model.safetensors") for at in range(20_000)]
-    family = unknown.family(tensors)
+    family = generic_model.family(tensors)
     assert [entry.key for entry in family.entries("hf", {})] == [tensor.key for tensor in tensors]
     assert family.formats == ("hf",)
     assert family.knows("hf", "layers.7.w")

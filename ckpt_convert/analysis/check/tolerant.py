@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from ckpt_convert.analysis.check.container import survey
 from ckpt_convert.checkpoint import record
 from ckpt_convert.checkpoint.findings import Finding, failed
+from ckpt_convert.checkpoint.hints import hinted
 from ckpt_convert.checkpoint.identify import Identified, identify
 from ckpt_convert.checkpoint.opening import OpenedFiles, by_keys, detect, everything, open_files, place
-from ckpt_convert.checkpoint.stated import hinted
 from ckpt_convert.containers.dcp import DCP_INDEX
 from ckpt_convert.errors import (
     CheckpointNotFoundError,

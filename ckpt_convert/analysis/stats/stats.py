@@ -13,7 +13,7 @@ from ckpt_convert import dtypes
 from ckpt_convert.analysis.stats.numeric import Stats, Summary
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpoint.opening import in_memory
-from ckpt_convert.checkpoint.tensors import TensorInfo
+from ckpt_convert.checkpoint.tensor_info import TensorInfo
 from ckpt_convert.errors import CorruptFileError
 from ckpt_convert.tensors import pool
 from ckpt_convert.tensors.decode import Array

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from ckpt_convert.checkpoint.quantized.reading import SCRATCH, STRIPS, contiguous
-from ckpt_convert.checkpoint.quantized.recognise import Quantized
+from ckpt_convert.checkpoint.quantized.detect import Quantized
+from ckpt_convert.checkpoint.quantized.row_reader import SCRATCH, STRIPS, contiguous
 from ckpt_convert.tensors import decode
 from ckpt_convert.tensors.header import FileTensor
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from ckpt_convert.checkpoint.opening import OpenedFiles
 from ckpt_convert.checkpoint.quantized import schemes
-from ckpt_convert.checkpoint.quantized.files import Computed, ComputedFile, Make
-from ckpt_convert.checkpoint.quantized.recognise import CONFIGS, Quantization, Quantized
+from ckpt_convert.checkpoint.quantized.computed_file import Computed, ComputedFile, Make
+from ckpt_convert.checkpoint.quantized.detect import CONFIGS, Quantization, Quantized
 from ckpt_convert.checkpoint.record import Layout, LayoutFile
 from ckpt_convert.containers.build import of_specs
 from ckpt_convert.dtypes import DEQUANTIZED
@@ -117,7 +117,7 @@ def _described(one: Quantized, shape: tuple[int, ...], dtype: str) -> StoredTens
 
 def _computed(one: Quantized, dtype: str) -> Computed:
     from ckpt_convert.checkpoint.quantized import fp8, mxfp4
-    from ckpt_convert.checkpoint.quantized.reading import Numbers, Rows
+    from ckpt_convert.checkpoint.quantized.row_reader import Numbers, Rows
 
     numbers: Numbers | None = None
     if one.rule == schemes.MXFP4 and one.shape is not None:

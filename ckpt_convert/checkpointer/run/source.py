@@ -9,9 +9,9 @@ from typing import Any
 
 from ckpt_convert.checkpoint.checkpoint import Checkpoint, identified_of, open_identified
 from ckpt_convert.checkpoint.dequantize import dequantized
+from ckpt_convert.checkpoint.hints import Hints
 from ckpt_convert.checkpoint.identify import Identified, identify
 from ckpt_convert.checkpoint.opening import OpenedFiles
-from ckpt_convert.checkpoint.stated import Hints
 from ckpt_convert.checkpointer.run.saved_steps import Saved
 from ckpt_convert.dtypes import DEQUANTIZED, torch_name
 from ckpt_convert.errors import CheckpointNotFoundError, CkptConvertError, ConfigError, UsageError

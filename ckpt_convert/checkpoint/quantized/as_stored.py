@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from ckpt_convert.checkpoint import unknown
+from ckpt_convert.checkpoint import generic_model
 from ckpt_convert.checkpoint.mapping import Source
 from ckpt_convert.checkpoint.model import Model
-from ckpt_convert.checkpoint.quantized.recognise import CONFIGS, Quantization
+from ckpt_convert.checkpoint.quantized.detect import CONFIGS, Quantization
 from ckpt_convert.errors import ConfigError, UnsupportedFamilyError, misfit
 from ckpt_convert.storage.place import Place
 from ckpt_convert.tensors.lazy import from_source
@@ -116,5 +116,5 @@ def literal(found: Quantization, model: Model, tensors: Mapping[str, Source], or
             if part in left:
                 del left[part]
                 keys.append(part)
-    family = unknown.family(tensors[key] for key in (*keys, *left))
+    family = generic_model.family(tensors[key] for key in (*keys, *left))
     return replace(model, family=replace(family, name=model.family.name, title=model.family.title))
