@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ckpt_convert.checkpoint.mapping import Source
+from ckpt_convert.checkpoint.mapping import SourceTensor
 from ckpt_convert.checkpoint.model import Model
 from ckpt_convert.models import FAMILIES, Family
 from ckpt_convert.models.core.config import type_of
@@ -19,7 +19,7 @@ from ckpt_convert.models.core.table import Dims, Key, Row
 NAME = "unknown"
 
 
-def model(config: Mapping[str, Any], scheme: str | None, tensors: Iterable[Source]) -> Model:
+def model(config: Mapping[str, Any], scheme: str | None, tensors: Iterable[SourceTensor]) -> Model:
     """The model of a Hugging Face checkpoint whose family is not known; ``scheme`` is how it is quantised, if so."""
     why = _why(config) if scheme is None else f"quantised ({scheme}), which no table reads"
     made = family(tensors)
@@ -28,7 +28,7 @@ def model(config: Mapping[str, Any], scheme: str | None, tensors: Iterable[Sourc
     return Model(made, why, config, dims, tied, (f"{why}: keys are taken as they are",))
 
 
-def family(tensors: Iterable[Source]) -> Family:
+def family(tensors: Iterable[SourceTensor]) -> Family:
     """The table of exactly these tensors, in Hugging Face's format alone."""
     rows: dict[tuple[int, ...], Row] = {}  # of 100,000 tensors only a few shapes are different
     literal = {}

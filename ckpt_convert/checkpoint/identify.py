@@ -12,7 +12,7 @@ from ckpt_convert.checkpoint.findings import Finding, raise_if_any
 from ckpt_convert.checkpoint.hints import Hints, Stated, stated
 from ckpt_convert.checkpoint.keys import Keys, refuse_clashes
 from ckpt_convert.checkpoint.legacy_keys import Names
-from ckpt_convert.checkpoint.mapping import Source
+from ckpt_convert.checkpoint.mapping import SourceTensor
 from ckpt_convert.checkpoint.model import Model, from_shapes, is_bare, model_of, names_of
 from ckpt_convert.checkpoint.opening import OpenedFiles
 from ckpt_convert.checkpoint.record import Layout, Record
@@ -141,7 +141,7 @@ class Identified:
         return self.keys.names
 
     @property
-    def ranks(self) -> list[dict[str, Source]]:
+    def ranks(self) -> list[dict[str, SourceTensor]]:
         """As ``Keys.ranks``."""
         return self.keys.ranks
 

@@ -11,7 +11,7 @@ from ckpt_convert import formats
 from ckpt_convert.checkpoint import legacy_keys
 from ckpt_convert.checkpoint.findings import Finding
 from ckpt_convert.checkpoint.legacy_keys import PLAIN, Names
-from ckpt_convert.checkpoint.mapping import Source
+from ckpt_convert.checkpoint.mapping import SourceTensor
 from ckpt_convert.checkpoint.opening import OpenedFiles
 from ckpt_convert.checkpoint.tensor_info import assembled
 from ckpt_convert.errors import KeyMismatchError
@@ -29,7 +29,7 @@ class Keys:
     names: Names = PLAIN
 
     @cached_property
-    def ranks(self) -> list[dict[str, Source]]:
+    def ranks(self) -> list[dict[str, SourceTensor]]:
         """For each rank, its tensors by the keys of the format.
 
         Raises KeyMismatchError for keys given twice or not as the index says, or that can be read in several ways.
@@ -45,7 +45,7 @@ class Keys:
         ]
 
     @property
-    def in_files(self) -> list[dict[str, Source]]:
+    def in_files(self) -> list[dict[str, SourceTensor]]:
         """For each rank, its tensors by the keys of the files; of keys given twice the last."""
         return self._found[0]
 
@@ -61,12 +61,12 @@ class Keys:
         return {str(finding.key): finding.text for finding in found}
 
     @cached_property
-    def _found(self) -> tuple[list[dict[str, Source]], list[Finding]]:
+    def _found(self) -> tuple[list[dict[str, SourceTensor]], list[Finding]]:
         return self._find()
 
-    def _find(self) -> tuple[list[dict[str, Source]], list[Finding]]:
+    def _find(self) -> tuple[list[dict[str, SourceTensor]], list[Finding]]:
         files = self.opened.files
-        ranks: list[dict[str, Source]] = [{} for _ in range(max((f.rank for f in files), default=0) + 1)]
+        ranks: list[dict[str, SourceTensor]] = [{} for _ in range(max((f.rank for f in files), default=0) + 1)]
         findings = []
         boxes: dict[str, list[tuple[int, StoredTensor]]] = {}
         for number, (file, tensor) in enumerate(self.opened.stored):
@@ -77,16 +77,16 @@ class Keys:
                 if len(boxes[key]) > 1:
                     continue
             elif key in rank and self.is_weight(key):
-                text = f"{key} is in {rank[key].where} and in {file.name}"
+                text = f"{key} is in {rank[key].location} and in {file.name}"
                 findings.append(Finding("error", "duplicate", text, file.name, key))
-            rank[key] = Source(key, tensor.dtype, from_source(number, tensor.shape, tensor.strides), file.name)
+            rank[key] = SourceTensor(key, tensor.dtype, from_source(number, tensor.shape, tensor.strides), file.name)
         for key, pieces in boxes.items():
             ranks[0][key] = ranks[0][key]._replace(tensor=assembled(pieces))
         findings += self._against_index(ranks[0])
         findings += [Finding("error", "duplicate", text, None, key) for key, text in self.names.clashes]
         return ranks, findings
 
-    def _against_index(self, found: dict[str, Source]) -> list[Finding]:
+    def _against_index(self, found: dict[str, SourceTensor]) -> list[Finding]:
         index, weight_map = self.opened.directory.index, self.opened.directory.weight_map or {}
         findings = []
         for key, name in weight_map.items():
@@ -94,13 +94,13 @@ class Keys:
             if source is None:
                 text = f"{key} is missing: {index} says that it lies in {name}"
                 findings.append(Finding("error", "index", text, name, key, name))
-            elif source.where != name:
-                text = f"{key} lies in {source.where}, but {index} says {name}"
-                findings.append(Finding("error", "index", text, source.where, key, name, source.where))
+            elif source.location != name:
+                text = f"{key} lies in {source.location}, but {index} says {name}"
+                findings.append(Finding("error", "index", text, source.location, key, name, source.location))
         for key, source in found.items() if weight_map else ():
             if key not in weight_map:
-                text = f"{key} lies in {source.where}, but {index} does not list it"
-                findings.append(Finding("error", "index", text, source.where, key, None, source.where))
+                text = f"{key} lies in {source.location}, but {index} does not list it"
+                findings.append(Finding("error", "index", text, source.location, key, None, source.location))
         return findings
 
     def is_weight(self, key: str) -> bool:

@@ -16,13 +16,13 @@ from ckpt_convert.tensors.lazy import LazyTensor, concat
 _LISTED = 20
 
 
-class Source(NamedTuple):
-    """A stored tensor as the mapping sees it: ``where`` is the file (or rank) that a message names."""
+class SourceTensor(NamedTuple):
+    """A stored tensor as the mapping sees it: ``location`` is the file (or rank) that a message names."""
 
     key: str
     dtype: str
     tensor: LazyTensor
-    where: str
+    location: str
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -30,8 +30,8 @@ class Source(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Logical:
-    """A row of the table at an index, in the logical layout; ``key`` and ``where`` are those of its first part.
+class LogicalTensor:
+    """A row of the table at an index, in the logical layout; ``key`` and ``location`` are those of its first part.
 
     ``original`` is what the source has, where the logical layout cannot hold all of it (``Row.lossy``).
     """
@@ -39,7 +39,7 @@ class Logical:
     dtype: str
     tensor: LazyTensor
     key: str
-    where: str
+    location: str
     original: LazyTensor | None = None
 
 
@@ -55,21 +55,21 @@ class Equality:
 
 
 @dataclass(frozen=True)
-class Logicals:
+class LogicalTensors:
     """A checkpoint read through its column.
 
-    ``equal`` are the copies that every rank holds of a tensor that is not cut; ``omitted`` the tied rows that the
+    ``replica_checks`` are the copies that every rank holds of a tensor that is not cut; ``omitted_ties`` the tied rows that the
     source does not store.
     """
 
-    tensors: dict[Instance, Logical]
-    equal: list[Equality] = field(default_factory=list)
-    omitted: set[Instance] = field(default_factory=set)
+    tensors: dict[Instance, LogicalTensor]
+    replica_checks: list[Equality] = field(default_factory=list)
+    omitted_ties: set[Instance] = field(default_factory=set)
 
 
 def read(
-    family: Family, format: str, dims: Mapping[str, int], ranks: Sequence[Mapping[str, Source]], what: str
-) -> Logicals:
+    family: Family, format: str, dims: Mapping[str, int], ranks: Sequence[Mapping[str, SourceTensor]], what: str
+) -> LogicalTensors:
     """Claim every source key exactly once and return the logical tensors.
 
     ``ranks`` has one mapping for each tensor-parallel rank (one in all for formats that are not cut).
@@ -81,8 +81,8 @@ def read(
 
 
 def examine(
-    family: Family, format: str, dims: Mapping[str, int], ranks: Sequence[Mapping[str, Source]]
-) -> tuple[Logicals, list[Finding]]:
+    family: Family, format: str, dims: Mapping[str, int], ranks: Sequence[Mapping[str, SourceTensor]]
+) -> tuple[LogicalTensors, list[Finding]]:
     """What ``read`` returns, as far as the source has it, and everything that does not fit.
 
     The findings are of the checks ``missing``, ``unexpected`` and ``shape``, all of them errors.
@@ -92,7 +92,7 @@ def examine(
     if (same := _as_they_are(family, ranks)) is not None:
         return same, []
     findings: list[Finding] = []
-    result = Logicals({})
+    result = LogicalTensors({})
     known: set[str] = set()
     left_out: list[Entry] = []
     shapes: dict[tuple[int, ...], tuple[int, ...] | None] = {}  # of a model with many layers, and many experts in each
@@ -104,7 +104,7 @@ def examine(
                 left_out.append(entry)
                 continue
             if entry.column(format).omitted_if_tied and dims["tied"]:
-                result.omitted.add(entry.first)
+                result.omitted_ties.add(entry.first)
                 continue
             findings.append(_missing(entry, format, dims))
             continue
@@ -117,20 +117,20 @@ def examine(
         rows = tuple([id(row[0].row) for row in entry.rows])
         if rows not in shapes:
             shapes[rows] = entry.shape(format, dims, len(ranks))
-        result.tensors.update(_join(entry, format, dims, parts, shapes[rows], findings, result.equal))
+        result.tensors.update(_join(entry, format, dims, parts, shapes[rows], findings, result.replica_checks))
     groups = {_group(instance) for instance in (result.tensors if left_out else ())} - {None}
     findings.extend(_missing(entry, format, dims) for entry in left_out if _group(entry.first) in groups)
     findings.extend(_unexpected(ranks, known, family, format))
     if dims["tied"] and any(row.tied_to and row.column(format) is None for row in family.rows):
-        result.omitted.update(i for i in family.instances(dims) if i.row.tied_to and i.row.column(format) is None)
-    for instance in result.omitted:
+        result.omitted_ties.update(i for i in family.instances(dims) if i.row.tied_to and i.row.column(format) is None)
+    for instance in result.omitted_ties:
         tied = tied_to(instance, result.tensors)
         if tied is not None:
             result.tensors[instance] = tied
     return result, findings
 
 
-def _as_they_are(family: Family, ranks: Sequence[Mapping[str, Source]]) -> Logicals | None:
+def _as_they_are(family: Family, ranks: Sequence[Mapping[str, SourceTensor]]) -> LogicalTensors | None:
     """The tensors of a table that was made from their headers; None for any other table, and for other tensors."""
     if not family.literal or len(ranks) != 1 or len(ranks[0]) != len(family.literal):
         return None
@@ -140,15 +140,15 @@ def _as_they_are(family: Family, ranks: Sequence[Mapping[str, Source]]) -> Logic
         source = ranks[0].get(key)
         if source is None or source.shape != shapes[id(row)]:
             return None
-        tensors[Instance(row, ((key, 0),))] = Logical(source.dtype, source.tensor, source.key, source.where)
-    return Logicals(tensors)
+        tensors[Instance(row, ((key, 0),))] = LogicalTensor(source.dtype, source.tensor, source.key, source.location)
+    return LogicalTensors(tensors)
 
 
 def apart(
-    family: Family, format: str, dims: Mapping[str, int], sources: Mapping[str, Source]
-) -> dict[Instance, Logical]:
+    family: Family, format: str, dims: Mapping[str, int], sources: Mapping[str, SourceTensor]
+) -> dict[Instance, LogicalTensor]:
     """What lies in one stored tensor with others, of these tensors."""
-    out: dict[Instance, Logical] = {}
+    out: dict[Instance, LogicalTensor] = {}
     for entry in family.entries(format, dims) if sources else ():
         source = sources.get(entry.key)
         if entry.whole or source is None or source.shape != entry.shape(format, dims):
@@ -156,7 +156,7 @@ def apart(
         for instance, part in entry.split(format, source.tensor, dims).items():
             column = instance.row.column(format) or entry.column(format)
             tensor = column.to_logical(part, instance.row, dims)
-            out[instance] = Logical(source.dtype, tensor, source.key, source.where)
+            out[instance] = LogicalTensor(source.dtype, tensor, source.key, source.location)
     return out
 
 
@@ -164,18 +164,18 @@ def _join(
     entry: Entry,
     format: str,
     dims: Mapping[str, int],
-    parts: Sequence[Source],
+    parts: Sequence[SourceTensor],
     wanted: tuple[int, ...] | None,
     findings: list[Finding],
     equal: list[Equality],
-) -> dict[Instance, Logical]:
+) -> dict[Instance, LogicalTensor]:
     """The instances that lie under a key, of what every rank has there, whose shape should be ``wanted``."""
     first = parts[0]
     ranks = len(parts)
 
-    def misfit(part: Source, text: str, expected: object = None, found: object = None) -> None:
+    def misfit(part: SourceTensor, text: str, expected: object = None, found: object = None) -> None:
         said = [None if value is None else str(value) for value in (expected, found)]
-        findings.append(Finding("error", "shape", text, part.where, part.key, *said))
+        findings.append(Finding("error", "shape", text, part.location, part.key, *said))
 
     for rank, part in enumerate(parts):
         at = f" on rank {rank}" if ranks > 1 else ""
@@ -185,7 +185,7 @@ def _join(
             return {}
         if part.shape != wanted:
             expected, found = list(wanted), list(part.shape)
-            misfit(part, f"{part.key}{at}: expected {expected}, found {found} in {part.where}", expected, found)
+            misfit(part, f"{part.key}{at}: expected {expected}, found {found} in {part.location}", expected, found)
             return {}
         if part.dtype != first.dtype:
             text = f"{part.key}{at}: expected {first.dtype} as on rank 0, found {part.dtype}"
@@ -196,7 +196,7 @@ def _join(
         column = entry.column(format)
         kept = first.tensor if column.scatter_index is not None else None
         tensor = column.to_logical(first.tensor, row, dims)
-        return {entry.first: Logical(first.dtype, tensor, first.key, first.where, kept)}
+        return {entry.first: LogicalTensor(first.dtype, tensor, first.key, first.location, kept)}
     on_ranks = [entry.split(format, part.tensor, dims, ranks) for part in parts]
     out = {}
     for instance in entry.instances:
@@ -208,7 +208,7 @@ def _join(
             if rank != original:
                 here, there = parts[rank], parts[original]
                 message = (
-                    f"{here.key}: rank {rank} ({here.where}) and rank {original} ({there.where}) differ, but every "
+                    f"{here.key}: rank {rank} ({here.location}) and rank {original} ({there.location}) differ, but every "
                     f"rank{'' if axis is None else f' of {same} in succession'} has to hold the same values; the files "
                     "are not of one checkpoint"
                 )
@@ -222,11 +222,11 @@ def _join(
         tensor = concat(distinct, axis) if axis is not None and len(distinct) > 1 else distinct[0]
         logical = column.to_logical(tensor, instance.row, dims)
         kept = tensor if column.scatter_index is not None else None
-        out[instance] = Logical(first.dtype, logical, first.key, first.where, kept)
+        out[instance] = LogicalTensor(first.dtype, logical, first.key, first.location, kept)
     return out
 
 
-def tied_to(instance: Instance, tensors: Mapping[Instance, Logical]) -> Logical | None:
+def tied_to(instance: Instance, tensors: Mapping[Instance, LogicalTensor]) -> LogicalTensor | None:
     """The tensor that a tied row shares its values with."""
     return next((logical for other, logical in tensors.items() if other.row.name == instance.row.tied_to), None)
 
@@ -247,7 +247,7 @@ def _missing(entry: Entry, format: str, dims: Mapping[str, int]) -> Finding:
 
 
 def _unexpected(
-    ranks: Sequence[Mapping[str, Source]], known: set[str], family: Family, format: str
+    ranks: Sequence[Mapping[str, SourceTensor]], known: set[str], family: Family, format: str
 ) -> Iterator[Finding]:
     hints = 0
     for rank in ranks:
@@ -264,5 +264,5 @@ def _unexpected(
                 near = difflib.get_close_matches(key, known, 1, 0.8)
                 hint = f"; the nearest known key is {near[0]}" if near else ""
             shape = str(list(source.shape))
-            text = f"{key} {shape} in {source.where}{hint}"
-            yield Finding("error", "unexpected", text, source.where, key, found=shape)
+            text = f"{key} {shape} in {source.location}{hint}"
+            yield Finding("error", "unexpected", text, source.location, key, found=shape)

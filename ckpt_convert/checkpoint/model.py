@@ -11,7 +11,7 @@ from ckpt_convert.checkpoint import diagnosis, legacy_keys
 from ckpt_convert.checkpoint.hints import Hints, Stated
 from ckpt_convert.checkpoint.keys import Keys
 from ckpt_convert.checkpoint.legacy_keys import Names
-from ckpt_convert.checkpoint.mapping import Source
+from ckpt_convert.checkpoint.mapping import SourceTensor
 from ckpt_convert.checkpoint.opening import OpenedFiles
 from ckpt_convert.checkpoint.record import Record
 from ckpt_convert.errors import ConfigError, KeyMismatchError, UnsupportedFamilyError
@@ -23,7 +23,7 @@ from ckpt_convert.models.core.rows import recorded_cut
 from ckpt_convert.models.core.table import Dims
 from ckpt_convert.words import option
 
-Ranks = Sequence[Mapping[str, Source]]
+Ranks = Sequence[Mapping[str, SourceTensor]]
 
 
 @dataclass(frozen=True)

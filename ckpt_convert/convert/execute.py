@@ -143,17 +143,17 @@ def settled(plan: Plan, sources: Sources) -> Plan:
     equal: Equal | None = None
     files = list(plan.files)
     for number, file in enumerate(files):
-        if any(placed.earlier for placed in file.tensors):
+        if any(placed.original for placed in file.tensors):
             equal = equal or comparing(Numbered(plan, sources))
             files[number] = replace(file, tensors=tuple([_chosen(placed, equal) for placed in file.tensors]))
     return replace(plan, files=tuple(files)) if equal is not None else plan
 
 
 def _chosen(placed: Placed, equal: Equal) -> Placed:
-    if placed.earlier is None:
+    if placed.original is None:
         return placed
-    same = equal(placed.earlier.unchanged)
-    return replace(placed, tensor=placed.earlier.tensor if same else placed.tensor, earlier=None)
+    same = equal(placed.original.unchanged)
+    return replace(placed, tensor=placed.original.tensor if same else placed.tensor, original=None)
 
 
 def execute(

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ckpt_convert import dtypes
-from ckpt_convert.checkpoint.mapping import Logical
+from ckpt_convert.checkpoint.mapping import LogicalTensor
 from ckpt_convert.convert.plan import Plan, target_dtype
 from ckpt_convert.models.core.table import Instance, Key, Row
 
@@ -69,7 +69,7 @@ def _each(plan: Plan) -> Iterator[Move]:
         shape, dtype = logical.tensor.shape, logical.dtype
         column, key = instance.row.column(plan.target), instance.key(plan.target)
         if column is None and instance.row.tied_to and plan.dims["tied"]:
-            if instance not in plan.logicals.omitted:
+            if instance not in plan.logicals.omitted_ties:
                 yield Move(logical.key, None, shape, dtype, dtype, 0, ("tied: stored once",))
         elif column is None:
             how = (
@@ -78,7 +78,7 @@ def _each(plan: Plan) -> Iterator[Move]:
             yield Move(logical.key, None, shape, dtype, dtype, dtypes.nbytes(dtype, shape), (how,))
         elif key in written:
             cast = target_dtype(dtype, instance, plan.request)
-            alike = instance.row.name, dtype, plan.is_computed(logical.tensor), instance in plan.logicals.omitted
+            alike = instance.row.name, dtype, plan.is_computed(logical.tensor), instance in plan.logicals.omitted_ties
             if alike not in known:
                 known[alike] = tuple(_steps(plan, instance, logical, column, cast, ranks))
             found = known[alike]
@@ -86,15 +86,17 @@ def _each(plan: Plan) -> Iterator[Move]:
                 found = ("laid out row by row",)  # the source stores it transposed
             copies = ranks.after if column.cut_axis(plan.dims) is None else 1
             yield Move(logical.key, key, shape, dtype, cast, dtypes.nbytes(cast, shape) * copies, found or (COPY,))
-        elif instance not in plan.logicals.omitted:
+        elif instance not in plan.logicals.omitted_ties:
             yield Move(logical.key, None, shape, dtype, dtype, 0, ("tied: stored once",))
 
 
-def _steps(plan: Plan, instance: Instance, logical: Logical, column: Key, dtype: str, ranks: _Ranks) -> Iterator[str]:
+def _steps(
+    plan: Plan, instance: Instance, logical: LogicalTensor, column: Key, dtype: str, ranks: _Ranks
+) -> Iterator[str]:
     if plan.is_computed(logical.tensor):
         yield f"dequantise to {logical.dtype}"
     source = instance.row.column(str(plan.source.format))
-    if instance in plan.logicals.omitted:
+    if instance in plan.logicals.omitted_ties:
         yield "tied: written as well"
     elif plan.undecided is not None and instance.row.tied_to:
         yield "tied if equal"

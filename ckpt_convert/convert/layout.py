@@ -10,7 +10,7 @@ from ckpt_convert.checkpoint.mapping import Equality
 from ckpt_convert.checkpoint.record import Layout
 from ckpt_convert.containers import safetensors
 from ckpt_convert.containers.build import has_pieces, of_specs
-from ckpt_convert.convert.writing import Earlier, Target
+from ckpt_convert.convert.writing import Original, TargetTensor
 from ckpt_convert.errors import misfit
 from ckpt_convert.tensors.header import FileLayout, Header, StoredTensor
 from ckpt_convert.tensors.lazy import LazyTensor
@@ -20,7 +20,7 @@ from ckpt_convert.tensors.lazy import LazyTensor
 class Placed:
     """A tensor at its place in an output file; ``dtype`` is that of the file, ``source_dtype`` that of the source.
 
-    ``tensor`` is in the order in which the file stores the elements; so is that of ``earlier``, which is written
+    ``tensor`` is in the order in which the file stores the elements; so is that of ``original``, which is written
     instead if nothing has changed since.
     """
 
@@ -30,7 +30,7 @@ class Placed:
     offset: int
     tensor: LazyTensor
     nbytes: int
-    earlier: Earlier | None = None
+    original: Original | None = None
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,12 @@ class Assignment:
     name: str
     rank: int
     container: str
-    targets: tuple[Target, ...]
+    targets: tuple[TargetTensor, ...]
     metadata: Mapping[str, str]
 
 
 def like(
-    layout: Layout, targets: Sequence[Target], dtype_of: Mapping[str, str]
+    layout: Layout, targets: Sequence[TargetTensor], dtype_of: Mapping[str, str]
 ) -> tuple[list[OutputFile], bool] | None:
     """The files as ``layout`` has them, and whether byte for byte; None when it names other keys than the targets.
 
@@ -106,7 +106,7 @@ def build(assignment: Assignment, dtype_of: Mapping[str, str]) -> FileLayout:
     return of_specs(assignment.name, assignment.container, specs, assignment.metadata)
 
 
-def _placed(name: str, rank: int, layout: FileLayout, targets: Mapping[str, Target]) -> OutputFile:
+def _placed(name: str, rank: int, layout: FileLayout, targets: Mapping[str, TargetTensor]) -> OutputFile:
     placed = []
     taken: set[tuple[int, int]] = set()
     for tensor in sorted(layout.header.tensors, key=lambda tensor: tensor.offset):
@@ -115,7 +115,7 @@ def _placed(name: str, rank: int, layout: FileLayout, targets: Mapping[str, Targ
             continue  # one of two names of the same bytes; ``aliases`` has both compared
         taken.add(place)
         target = targets[tensor.key]
-        lazy, earlier = _as_stored(target.tensor, tensor), target.earlier
+        lazy, earlier = _as_stored(target.tensor, tensor), target.original
         if earlier is not None:
             earlier = replace(earlier, tensor=_as_stored(earlier.tensor, tensor))
         placed.append(Placed(tensor.key, tensor.dtype, target.dtype, tensor.offset, lazy, nbytes, earlier))
@@ -133,7 +133,7 @@ def _as_stored(tensor: LazyTensor, place: StoredTensor) -> LazyTensor:
     return tensor.permute(sorted(range(len(strides)), key=lambda axis: -strides[axis]))
 
 
-def aliases(files: Iterable[OutputFile], targets: Sequence[Target]) -> list[Equality]:
+def aliases(files: Iterable[OutputFile], targets: Sequence[TargetTensor]) -> list[Equality]:
     """Pairs of keys that share their bytes in one of these files, and so have to be equal."""
     out = []
     for file in files:
@@ -143,7 +143,7 @@ def aliases(files: Iterable[OutputFile], targets: Sequence[Target]) -> list[Equa
     return out
 
 
-def _aliases(header: Header, targets: Mapping[str, Target], file: str) -> list[Equality]:
+def _aliases(header: Header, targets: Mapping[str, TargetTensor], file: str) -> list[Equality]:
     first: dict[tuple[int, int], StoredTensor] = {}
     out = []
     for tensor in header.tensors:
@@ -162,14 +162,14 @@ def _aliases(header: Header, targets: Mapping[str, Target], file: str) -> list[E
 
 
 def by_source(
-    targets: Sequence[Target], file_of: Mapping[int, int], names: Sequence[str], container: str
+    targets: Sequence[TargetTensor], file_of: Mapping[int, int], names: Sequence[str], container: str
 ) -> list[Assignment]:
     """One file for each of the source's, holding what came from it, in the order in which it lay there.
 
     ``file_of`` gives the number of the file of each source tensor (what came from elsewhere, the record, goes into the
     first); ``names`` the new name of each file.
     """
-    groups: dict[int, list[tuple[int, Target]]] = {}
+    groups: dict[int, list[tuple[int, TargetTensor]]] = {}
     for target in targets:
         first = min(target.tensor.sources, default=len(file_of))
         groups.setdefault(file_of.get(first, 0), []).append((first, target))
@@ -179,7 +179,7 @@ def by_source(
     ]
 
 
-def balanced(targets: Sequence[Target], count: int, dtype_of: Mapping[str, str]) -> list[list[Target]]:
+def balanced(targets: Sequence[TargetTensor], count: int, dtype_of: Mapping[str, str]) -> list[list[TargetTensor]]:
     """``count`` runs of about the same number of bytes, in the order of the layers.
 
     Raises UsageError when there are fewer tensors than files.
@@ -188,7 +188,7 @@ def balanced(targets: Sequence[Target], count: int, dtype_of: Mapping[str, str])
         raise misfit("shards", count, f"there are only {len(targets)} tensors; choose fewer files")
     sizes = [dtypes.nbytes(dtype_of[target.key], target.tensor.shape) for target in targets]
     total = sum(sizes)
-    groups: list[list[Target]] = [[]]
+    groups: list[list[TargetTensor]] = [[]]
     done = 0
     for at, (target, size) in enumerate(zip(targets, sizes, strict=True)):
         left = len(targets) - at
@@ -202,9 +202,9 @@ def balanced(targets: Sequence[Target], count: int, dtype_of: Mapping[str, str])
     return groups
 
 
-def limited(targets: Sequence[Target], limit: int, dtype_of: Mapping[str, str]) -> list[list[Target]]:
+def limited(targets: Sequence[TargetTensor], limit: int, dtype_of: Mapping[str, str]) -> list[list[TargetTensor]]:
     """Files of at most ``limit`` bytes of tensors, in order; a larger tensor has a file of its own."""
-    groups: list[list[Target]] = []
+    groups: list[list[TargetTensor]] = []
     room = 0
     for target in targets:
         size = dtypes.nbytes(dtype_of[target.key], target.tensor.shape)
@@ -216,12 +216,12 @@ def limited(targets: Sequence[Target], limit: int, dtype_of: Mapping[str, str]) 
     return groups
 
 
-def in_files(groups: Sequence[Sequence[Target]], names: Sequence[str], container: str) -> list[Assignment]:
+def in_files(groups: Sequence[Sequence[TargetTensor]], names: Sequence[str], container: str) -> list[Assignment]:
     """The groups under these names."""
     return [Assignment(name, 0, container, tuple(group), _FORMAT_PT) for name, group in zip(names, groups, strict=True)]
 
 
-def by_rank(targets: Sequence[Target], names: Sequence[str], container: str) -> list[Assignment]:
+def by_rank(targets: Sequence[TargetTensor], names: Sequence[str], container: str) -> list[Assignment]:
     """One file for each rank."""
     return [
         Assignment(name, rank, container, tuple(target for target in targets if target.rank == rank), _FORMAT_PT)

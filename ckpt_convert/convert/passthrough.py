@@ -6,18 +6,21 @@ from dataclasses import replace
 
 from ckpt_convert.checkpoint import mapping
 from ckpt_convert.checkpoint.identify import Identified
-from ckpt_convert.checkpoint.mapping import Equality, Logical, Logicals, Source
+from ckpt_convert.checkpoint.mapping import Equality, LogicalTensor, LogicalTensors, SourceTensor
 from ckpt_convert.checkpoint.model import Model
 from ckpt_convert.checkpoint.opening import tensors_of
 from ckpt_convert.convert.request import Request
-from ckpt_convert.convert.writing import Earlier
+from ckpt_convert.convert.writing import Original
 from ckpt_convert.models.core.table import Instance
 from ckpt_convert.tensors.header import StoredTensor, WeightFile
 from ckpt_convert.tensors.lazy import from_source
 
 
 def take_derived(
-    source: Identified, template: Logicals, logicals: Logicals, everything: list[tuple[WeightFile, StoredTensor]]
+    source: Identified,
+    template: LogicalTensors,
+    logicals: LogicalTensors,
+    everything: list[tuple[WeightFile, StoredTensor]],
 ) -> None:
     """Add what a model in memory works out for itself (RoPE tables) or does without, as the source has it."""
     numbers: dict[int, int] = {}
@@ -34,7 +37,7 @@ def bring_back(
     request: Request,
     like: Identified | None,
     model: Model,
-    logicals: Logicals,
+    logicals: LogicalTensors,
     everything: list[tuple[WeightFile, StoredTensor]],
 ) -> None:
     """Add what was carried along for the target's format: tensors that the config determines (RoPE tables)."""
@@ -53,12 +56,12 @@ def bring_back(
             continue
         lazy = from_source(len(everything), tensor.shape, tensor.strides)
         everything.append((file, tensor))
-        logicals.tensors[instance] = Logical(tensor.dtype, lazy, str(key), file.name)
+        logicals.tensors[instance] = LogicalTensor(tensor.dtype, lazy, str(key), file.name)
     if like is not None:
         return
     first = len(everything)
     left = {
-        key: Source(key, tensor.dtype, from_source(first + number, tensor.shape, tensor.strides), file.name)
+        key: SourceTensor(key, tensor.dtype, from_source(first + number, tensor.shape, tensor.strides), file.name)
         for number, (key, (file, tensor)) in enumerate(by_key.items())
     }
     everything.extend(by_key.values())
@@ -72,10 +75,10 @@ def as_it_was(
     request: Request,
     like: Identified | None,
     model: Model,
-    template: Logicals | None,
-    logicals: Logicals,
+    template: LogicalTensors | None,
+    logicals: LogicalTensors,
     everything: list[tuple[WeightFile, StoredTensor]],
-) -> dict[Instance, Earlier]:
+) -> dict[Instance, Original]:
     """What a format cannot hold of a row (``Row.lossy``), as it was before: in the record, ``like`` or the source.
 
     ``template`` is what the source has where a model in memory is written. Only as long as nothing has changed: the
@@ -88,7 +91,7 @@ def as_it_was(
         for format in model.family.formats:
             path = source.record.carried(format)
             found[format] = {tensor.key: (file, tensor) for file, tensor in tensors_of(path)} if path else {}
-    out: dict[Instance, Earlier] = {}
+    out: dict[Instance, Original] = {}
     for instance, logical in logicals.tensors.items():
         row, target = instance.row, instance.row.column(request.to)
         if target is None or (target.scatter_index is None) == (logical.original is None) or row.lossy is None:
@@ -111,6 +114,6 @@ def as_it_was(
             if logical.original is not None:
                 now, then = logical.original, row.lossy.to_stored(before, row, model.dims)
             written = lazy if column == target else target.to_stored(before, row, model.dims)
-            out[instance] = Earlier(written, Equality(now, then, logical.dtype, "", logical.key))
+            out[instance] = Original(written, Equality(now, then, logical.dtype, "", logical.key))
             break
     return out

@@ -16,7 +16,7 @@ from ckpt_convert._version import __version__
 from ckpt_convert.checkpoint import record
 from ckpt_convert.checkpoint.checklist import CHECKLIST
 from ckpt_convert.checkpoint.hints import Hints
-from ckpt_convert.checkpoint.mapping import Equality, Logicals
+from ckpt_convert.checkpoint.mapping import Equality, LogicalTensors
 from ckpt_convert.convert.auxiliary_files import SideFile
 from ckpt_convert.convert.embedding import Cut
 from ckpt_convert.convert.layout import OutputFile
@@ -110,7 +110,7 @@ class Plan:
     sources: tuple[SourceFile, ...]
     stored: tuple[StoredTensor, ...]
     stored_in: tuple[int, ...]
-    logicals: Logicals
+    logicals: LogicalTensors
     checks: tuple[Equality, ...]
     losses: tuple[Equality, ...]
     undecided: Equality | None

@@ -13,7 +13,7 @@ from ckpt_convert import dtypes
 from ckpt_convert.checkpoint import record
 from ckpt_convert.checkpoint.checklist import CHECKLIST
 from ckpt_convert.checkpoint.identify import Identified
-from ckpt_convert.checkpoint.mapping import Equality, Logical, Logicals, Source
+from ckpt_convert.checkpoint.mapping import Equality, LogicalTensor, LogicalTensors, SourceTensor
 from ckpt_convert.checkpoint.model import Model, naming
 from ckpt_convert.checkpoint.quantized import as_stored, view
 from ckpt_convert.checkpoint.record import Layout
@@ -35,8 +35,8 @@ from ckpt_convert.convert.plan import COMPUTED, Checklist, Origin, Plan, SourceF
 from ckpt_convert.convert.request import Request
 from ckpt_convert.convert.sources import Planned
 from ckpt_convert.convert.ties import Equal, Ties
-from ckpt_convert.convert.translate import Reading, Translation
-from ckpt_convert.convert.writing import Target
+from ckpt_convert.convert.translate import SourceReading, Translation
+from ckpt_convert.convert.writing import TargetTensor
 from ckpt_convert.errors import CorruptFileError, UsageError
 from ckpt_convert.formats.names import RECORD_FOLDER
 from ckpt_convert.models.core.table import Instance
@@ -57,7 +57,7 @@ class Live:
     """
 
     format: str
-    tensors: Mapping[str, Source]
+    tensors: Mapping[str, SourceTensor]
     stored: tuple[tuple[WeightFile, StoredTensor], ...]
     elsewhere: Mapping[int, int] = field(default_factory=dict)
 
@@ -94,9 +94,9 @@ class Translated:
     """
 
     translation: Translation
-    template: Logicals
+    template: LogicalTensors
     stored: tuple[tuple[WeightFile, StoredTensor], ...]
-    targets: list[Target]
+    targets: list[TargetTensor]
     carried: list[Instance]
     wanted: Layout | None
     ranks: int
@@ -226,7 +226,7 @@ def translated(given: Given, model: Model, equal: Equal | None) -> Translated:
         wanted=lambda key: wanted is None or key in places,
         earlier=earlier,
     )
-    targets, carried = made.targets, made.left_out
+    targets, carried = made.targets, made.unmapped
     if literal:
         targets = [replace(target, key=source.names.stored.get(target.key, target.key)) for target in targets]
     if live is not None:  # the training state has them
@@ -237,7 +237,7 @@ def translated(given: Given, model: Model, equal: Equal | None) -> Translated:
 def assign(given: Given, found: Translated) -> Assigned:
     """Which tensor lies in which file of the output, at which place and in which dtype."""
     source, request, live, logicals = given.source, given.request, given.live, found.translation.logicals
-    dtype_of = _dtypes(found.targets, request, found.template if live is not None else Logicals({}))
+    dtype_of = _dtypes(found.targets, request, found.template if live is not None else LogicalTensors({}))
     _refuse_partial_cast(source, found.targets, dtype_of, request, "dtype" if live is None else "export_dtype")
     files, exact, notices = shards.files(
         source,
@@ -333,11 +333,11 @@ def _of_record(checkpoint: Identified) -> list[Place]:
     return [path for path in files if path != manifest or "training" not in checkpoint.record.manifest]
 
 
-def _read(given: Given, model: Model, equal: Equal | None) -> tuple[Reading, Logicals]:
+def _read(given: Given, model: Model, equal: Equal | None) -> tuple[SourceReading, LogicalTensors]:
     """What is to be written, and what the source has of it: the same, but where a model in memory is written."""
     source, live = given.source, given.live
     known = model if live is None else ties.of_memory(model, live.format, live.tensors.keys())
-    template = Reading(str(source.format), Logicals({}), Ties(ties.presumed(known), told=True))
+    template = SourceReading(str(source.format), LogicalTensors({}), Ties(ties.presumed(known), told=True))
     if source.files:
         template = translate.read(known, template.format, source.ranks, str(source.place), equal)
     if live is None:
@@ -347,7 +347,9 @@ def _read(given: Given, model: Model, equal: Equal | None) -> tuple[Reading, Log
     return replace(reading, ties=told), template.logicals
 
 
-def _file_of(source: Identified, template: Logicals, logicals: Logicals, live: Live | None) -> dict[int, int]:
+def _file_of(
+    source: Identified, template: LogicalTensors, logicals: LogicalTensors, live: Live | None
+) -> dict[int, int]:
     """For the number of each stored tensor, the number of the source's file that it, or its model, lies in."""
     numbers = {file: number for number, file in enumerate(source.files)}
     of_source = {at: numbers[file] for at, (file, _) in enumerate(source.stored)}
@@ -363,7 +365,7 @@ def _file_of(source: Identified, template: Logicals, logicals: Logicals, live: L
     return out
 
 
-def _first(logical: Logical) -> int:
+def _first(logical: LogicalTensor) -> int:
     return min(logical.tensor.sources)
 
 
@@ -373,7 +375,7 @@ def _written_dtype(files: Sequence[OutputFile]) -> str | None:
 
 
 def _refuse_partial_cast(
-    source: Identified, targets: Sequence[Target], dtype_of: Mapping[str, str], request: Request, option: str
+    source: Identified, targets: Sequence[TargetTensor], dtype_of: Mapping[str, str], request: Request, option: str
 ) -> None:
     """Raise UsageError for a cast that would leave most weights, or weights packed into less than a byte, as they are.
 
@@ -409,7 +411,7 @@ def _check_names(source: Identified, files: list[OutputFile], side: list[SideFil
         raise CorruptFileError(f"{source.place}: weights would be called {hidden[0]}, which is in the record's folder")
 
 
-def _dtypes(targets: Sequence[Target], request: Request, template: Logicals) -> dict[str, str]:
+def _dtypes(targets: Sequence[TargetTensor], request: Request, template: LogicalTensors) -> dict[str, str]:
     """The dtype of every target: what was asked for, else as the template has it, else as it is.
 
     A template's tensors that are quantised say nothing of what a model in memory is to be written as.

@@ -8,7 +8,7 @@ from dataclasses import replace
 from ckpt_convert import dtypes
 from ckpt_convert.checkpoint import mapping
 from ckpt_convert.checkpoint.identify import Identified
-from ckpt_convert.checkpoint.mapping import Logical, Source
+from ckpt_convert.checkpoint.mapping import LogicalTensor, SourceTensor
 from ckpt_convert.checkpoint.opening import tensors_of
 from ckpt_convert.convert import translate
 from ckpt_convert.convert.plan import Plan, target_dtype
@@ -34,9 +34,9 @@ def verify(
     model = output.model_for(str(plan.source.format), plan.target)
     found = translate.read(model, str(output.format), output.ranks, str(output.place)).logicals
     stored, carried = _carried(plan, output)
-    given = {key: Source(key, one.dtype, one.tensor, one.where) for key, one in carried.items()}
+    given = {key: SourceTensor(key, one.dtype, one.tensor, one.location) for key, one in carried.items()}
     apart = mapping.apart(model.family, str(plan.source.format), model.dims, given)
-    pairs: list[tuple[Logical, Logical]] = []
+    pairs: list[tuple[LogicalTensor, LogicalTensor]] = []
     problems = []
     for instance, logical in plan.logicals.tensors.items():
         other = found.tensors.get(instance) or apart.get(instance) or carried.get(logical.key)
@@ -56,10 +56,10 @@ def verify(
     counter = ProgressCounter("verifying", total, progress)
     read = Numbered(plan, sources)
 
-    def start() -> Callable[[tuple[Logical, Logical]], None]:
+    def start() -> Callable[[tuple[LogicalTensor, LogicalTensor]], None]:
         mine, theirs = BlockReader(read), BlockReader(stored)
 
-        def compare(pair: tuple[Logical, Logical]) -> None:
+        def compare(pair: tuple[LogicalTensor, LogicalTensor]) -> None:
             source, other = pair
             where = _difference(mine, theirs, source, other, counter)
             if where is not None:
@@ -78,12 +78,12 @@ def verify(
 
 def _halves(
     instance: Instance,
-    logical: Logical,
-    other: Logical,
-    carried: Logical | None,
+    logical: LogicalTensor,
+    other: LogicalTensor,
+    carried: LogicalTensor | None,
     source: str,
     dims: Mapping[str, int],
-) -> Iterator[tuple[Logical, Logical]]:
+) -> Iterator[tuple[LogicalTensor, LogicalTensor]]:
     """What has to be equal of a row of which some column loses something: what all hold, and what is carried."""
     row, column = instance.row, instance.row.column(source)
     stored = logical.original or (column.to_stored(logical.tensor, row, dims) if column else logical.tensor)
@@ -98,19 +98,21 @@ def _halves(
         yield one, another
 
 
-def _carried(plan: Plan, output: Identified) -> tuple[list[tuple[WeightFile, StoredTensor]], dict[str, Logical]]:
+def _carried(plan: Plan, output: Identified) -> tuple[list[tuple[WeightFile, StoredTensor]], dict[str, LogicalTensor]]:
     """The output's stored tensors with those that its record carries for the source's format, and the latter by key."""
     stored = list(output.stored)
     out = {}
     path = output.record.carried(str(plan.source.format)) if output.record else None
     for file, tensor in tensors_of(path) if path is not None else []:
-        out[tensor.key] = Logical(tensor.dtype, lazy.from_source(len(stored), tensor.shape), tensor.key, file.name)
+        out[tensor.key] = LogicalTensor(
+            tensor.dtype, lazy.from_source(len(stored), tensor.shape), tensor.key, file.name
+        )
         stored.append((file, tensor))
     return stored, out
 
 
 def _difference(
-    mine: BlockReader, theirs: BlockReader, source: Logical, other: Logical, counter: ProgressCounter
+    mine: BlockReader, theirs: BlockReader, source: LogicalTensor, other: LogicalTensor, counter: ProgressCounter
 ) -> int | None:
     if source.tensor.shape != other.tensor.shape:
         return 0

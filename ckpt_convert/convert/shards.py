@@ -8,7 +8,7 @@ from functools import cached_property
 
 from ckpt_convert import formats
 from ckpt_convert.checkpoint.identify import Identified
-from ckpt_convert.checkpoint.mapping import Logicals
+from ckpt_convert.checkpoint.mapping import LogicalTensors
 from ckpt_convert.checkpoint.model import Model
 from ckpt_convert.checkpoint.record import Layout
 from ckpt_convert.containers.dcp import DCP_INDEX, DCP_SUFFIX, dcp, dcp_build
@@ -16,7 +16,7 @@ from ckpt_convert.convert import layout
 from ckpt_convert.convert.auxiliary_files import SideFile
 from ckpt_convert.convert.layout import OutputFile
 from ckpt_convert.convert.request import Request
-from ckpt_convert.convert.writing import Target
+from ckpt_convert.convert.writing import TargetTensor
 from ckpt_convert.errors import ShapeMismatchError, UsageError, misfit
 from ckpt_convert.formats import hf, native
 from ckpt_convert.formats.base import render_index
@@ -101,7 +101,7 @@ def rank_notice(request: Request, model: Model, count: int, wanted: Layout | Non
 def files(
     source: Identified,
     request: Request,
-    targets: list[Target],
+    targets: list[TargetTensor],
     dtype_of: Mapping[str, str],
     wanted: Layout | None,
     count: int,
@@ -127,7 +127,7 @@ def files(
 
 
 def carried(
-    family: Family, source_format: str, instances: Sequence[Instance], logicals: Logicals, dims: Mapping[str, int]
+    family: Family, source_format: str, instances: Sequence[Instance], logicals: LogicalTensors, dims: Mapping[str, int]
 ) -> list[OutputFile]:
     """The tensors that the target has no place for, in one file of the record."""
     if not instances:
@@ -140,21 +140,21 @@ def carried(
             stacked = instance.row.column(source_format) or entry.column(source_format)
             parts[instance] = stacked.to_stored(logicals.tensors[instance].tensor, instance.row, dims)
         dtype = logicals.tensors[entry.first].dtype
-        targets.append(Target(entry.first, entry.key, 0, dtype, entry.join(source_format, parts)))
+        targets.append(TargetTensor(entry.first, entry.key, 0, dtype, entry.join(source_format, parts)))
     joined = {instance for entry in together for instance in entry.instances}
     for instance in (instance for instance in instances if instance not in joined):
         found, column = logicals.tensors[instance], instance.row.column(source_format)
         tensor = found.original or found.tensor
         if instance.row.lossy is not None and found.original is None and column is not None:
             tensor = column.to_stored(found.tensor, instance.row, dims)
-        targets.append(Target(instance, found.key, 0, found.dtype, tensor))
+        targets.append(TargetTensor(instance, found.key, 0, found.dtype, tensor))
     name = f"{RECORD_FOLDER}/layouts/{source_format}/carried.safetensors"
     dtype_of = {target.key: target.dtype for target in targets}
     return layout.afresh(layout.in_files([targets], [name], "safetensors"), dtype_of)
 
 
 def _together(
-    family: Family, format: str, instances: Sequence[Instance], logicals: Logicals, dims: Mapping[str, int]
+    family: Family, format: str, instances: Sequence[Instance], logicals: LogicalTensors, dims: Mapping[str, int]
 ) -> list[Entry]:
     """What of these lies in one stored tensor with others."""
     if len({logicals.tensors[instance].key for instance in instances}) == len(instances):
@@ -205,7 +205,7 @@ def _assign(
     source: Identified,
     request: Request,
     model: Model,
-    targets: list[Target],
+    targets: list[TargetTensor],
     dtype_of: Mapping[str, str],
     count: int,
     file_of: Callable[[], Mapping[int, int]],

@@ -12,7 +12,7 @@ import torch
 from ckpt_convert import formats
 from ckpt_convert.checkpoint import legacy_keys
 from ckpt_convert.checkpoint.hints import no_family
-from ckpt_convert.checkpoint.mapping import Equality, Source
+from ckpt_convert.checkpoint.mapping import Equality, SourceTensor
 from ckpt_convert.checkpoint.model import Model, candidates, model_from
 from ckpt_convert.convert.translate import translate
 from ckpt_convert.dtypes import DTYPES, FROM_TORCH, torch_name
@@ -123,7 +123,7 @@ def _torch(name: str) -> torch.dtype:
     return found
 
 
-def _sources(state_dict: StateDict, rank: int, tensors: list[torch.Tensor]) -> dict[str, Source]:
+def _sources(state_dict: StateDict, rank: int, tensors: list[torch.Tensor]) -> dict[str, SourceTensor]:
     out = {}
     for key, tensor in state_dict.items():
         if not isinstance(tensor, torch.Tensor):
@@ -133,13 +133,13 @@ def _sources(state_dict: StateDict, rank: int, tensors: list[torch.Tensor]) -> d
             raise KeyMismatchError(f"{key}: dtype {dtype} is not known; known: {', '.join(sorted(FROM_TORCH))}")
         lazy = from_source(len(tensors), tuple(tensor.shape), tensor.stride())
         tensors.append(tensor)
-        out[key] = Source(key, FROM_TORCH[dtype].name, lazy, f"rank {rank}")
+        out[key] = SourceTensor(key, FROM_TORCH[dtype].name, lazy, f"rank {rank}")
     return out
 
 
 def _named(
-    ranks: list[dict[str, Source]], content: Mapping[str, Any], family: str | None, format: str
-) -> list[dict[str, Source]]:
+    ranks: list[dict[str, SourceTensor]], content: Mapping[str, Any], family: str | None, format: str
+) -> list[dict[str, SourceTensor]]:
     """The tensors by the keys of the format, without what torch.compile and the like have put into them."""
     keys = dict.fromkeys(key for rank in ranks for key in rank)
     names = legacy_keys.read(keys, candidates(content, format, family, keys), format)
@@ -154,7 +154,7 @@ def _named(
 def _model(
     content: Mapping[str, Any],
     family: str | None,
-    ranks: list[dict[str, Source]],
+    ranks: list[dict[str, SourceTensor]],
     source: str,
     meta_style: MetaStyle | None,
 ) -> Model:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from ckpt_convert.checkpoint.mapping import Equality, Logicals, tied_to
+from ckpt_convert.checkpoint.mapping import Equality, LogicalTensors, tied_to
 from ckpt_convert.checkpoint.model import Model
 from ckpt_convert.models.core.table import Family, Instance
 
@@ -48,7 +48,7 @@ def of_memory(model: Model, format: str, keys: Collection[str]) -> Model:
     return model.with_tied(any(column is not None and column.template not in keys for column in columns))
 
 
-def decide(model: Model, logicals: Logicals, equal: Equal | None) -> Ties:
+def decide(model: Model, logicals: LogicalTensors, equal: Equal | None) -> Ties:
     """What is tied of weights that were read as those of the ``presumed`` model.
 
     Without ``equal``, no byte is read.
@@ -61,16 +61,16 @@ def decide(model: Model, logicals: Logicals, equal: Equal | None) -> Ties:
     return Ties(model.with_tied(equal(found)), told=False)
 
 
-def pair(logicals: Logicals) -> Equality | None:
+def pair(logicals: LogicalTensors) -> Equality | None:
     """The two stored tensors that are the same where weights are tied, None where only one is stored."""
     for instance, logical in logicals.tensors.items():
-        if instance.row.tied_to and instance not in logicals.omitted:
+        if instance.row.tied_to and instance not in logicals.omitted_ties:
             other = tied_to(instance, logicals.tensors)
             return Equality(other.tensor, logical.tensor, logical.dtype, "") if other is not None else None
     return None
 
 
-def equality(instance: Instance, logicals: Logicals) -> list[Equality]:
+def equality(instance: Instance, logicals: LogicalTensors) -> list[Equality]:
     """What has to hold of a tied row that is stored all the same; nothing where the row it is tied to is not there."""
     logical, other = logicals.tensors[instance], tied_to(instance, logicals.tensors)
     if other is None:
@@ -89,7 +89,9 @@ def kept(family: Family, format: str, keys: Collection[str]) -> frozenset[str]:
     return frozenset(column.template for column in columns if column.template in keys)
 
 
-def described(ties: Ties, dims: Mapping[str, int], logicals: Logicals, written: Collection[Instance]) -> list[str]:
+def described(
+    ties: Ties, dims: Mapping[str, int], logicals: LogicalTensors, written: Collection[Instance]
+) -> list[str]:
     """A line for each tied row: what becomes of it; ``written`` is what the output has a key for."""
     out = []
     for instance in logicals.tensors:

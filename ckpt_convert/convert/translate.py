@@ -9,24 +9,24 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from ckpt_convert.checkpoint import mapping
-from ckpt_convert.checkpoint.mapping import Equality, Logicals, Source
+from ckpt_convert.checkpoint.mapping import Equality, LogicalTensors, SourceTensor
 from ckpt_convert.checkpoint.model import Model
 from ckpt_convert.convert import ties, writing
 from ckpt_convert.convert.ties import Equal, Ties
-from ckpt_convert.convert.writing import Earlier, Target
+from ckpt_convert.convert.writing import Original, TargetTensor
 from ckpt_convert.errors import UnsupportedFamilyError
 from ckpt_convert.models.core.table import Dims, Instance
 from ckpt_convert.tensors.lazy import zeros
 
-Ranks = Sequence[Mapping[str, Source]]
+Ranks = Sequence[Mapping[str, SourceTensor]]
 
 
 @dataclass(frozen=True)
-class Reading:
+class SourceReading:
     """Tensors that were read through the column of ``format``, and what is known of their ties."""
 
     format: str
-    logicals: Logicals
+    logicals: LogicalTensors
     ties: Ties
 
     @property
@@ -39,20 +39,20 @@ class Reading:
 class Translation:
     """Tensors on their way into another layout.
 
-    ``targets`` are in the order of the table; ``left_out`` is what the target has no place for. ``checks`` are pairs
+    ``targets`` are in the order of the table; ``unmapped`` is what the target has no place for. ``checks`` are pairs
     that have to be equal for the translation to be true, ``losses`` pairs of what is left out although models compute
     with it, and of the zeros that they compute with instead. ``dims`` are those of the target.
     """
 
-    reading: Reading
+    reading: SourceReading
     dims: Dims
-    targets: list[Target]
-    left_out: list[Instance]
+    targets: list[TargetTensor]
+    unmapped: list[Instance]
     checks: list[Equality]
     losses: list[Equality]
 
     @property
-    def logicals(self) -> Logicals:
+    def logicals(self) -> LogicalTensors:
         return self.reading.logicals
 
     @property
@@ -73,18 +73,18 @@ def check(model: Model, what: str, *formats: str) -> None:
     family.check_rotation(model.config, *formats)
 
 
-def read(model: Model, format: str, ranks: Ranks, what: str, equal: Equal | None = None) -> Reading:
+def read(model: Model, format: str, ranks: Ranks, what: str, equal: Equal | None = None) -> SourceReading:
     """Read stored tensors through their column; ``equal`` compares the bytes of two where these decide about ties.
 
     Raises KeyMismatchError or ShapeMismatchError naming every missing, unexpected and misshapen tensor.
     """
     known = ties.presumed(model)
     logicals = mapping.read(known.family, format, known.dims, ranks, what)
-    return Reading(format, logicals, ties.decide(model, logicals, equal))
+    return SourceReading(format, logicals, ties.decide(model, logicals, equal))
 
 
 def write(
-    reading: Reading,
+    reading: SourceReading,
     format: str,
     what: str,
     *,
@@ -92,7 +92,7 @@ def write(
     ranks: int = 1,
     keep_tied: bool | Collection[str] | None = None,
     wanted: Callable[[str], bool] = lambda key: True,
-    earlier: Mapping[Instance, Earlier] | None = None,
+    earlier: Mapping[Instance, Original] | None = None,
 ) -> Translation:
     """Write what was read through another column.
 
@@ -106,10 +106,10 @@ def write(
     if format != reading.format:
         writing.fill_zeros(family, format, dims, logicals, wanted)
     made = writing.write(family, format, dims, logicals, ranks=ranks, keep_tied=keep_tied, what=what, earlier=earlier)
-    checks = [*logicals.equal, *reading.ties.checks(made.equal)]
-    lost = [logicals.tensors[instance] for instance in made.left_out if instance.row.zeros is not None]
+    checks = [*logicals.replica_checks, *reading.ties.checks(made.tie_checks)]
+    lost = [logicals.tensors[instance] for instance in made.unmapped if instance.row.zeros is not None]
     losses = [Equality(one.tensor, zeros(one.tensor.shape), one.dtype, "", one.key) for one in lost]
-    return Translation(reading, dims, made.targets, made.left_out, checks, losses)
+    return Translation(reading, dims, made.targets, made.unmapped, checks, losses)
 
 
 def translate(

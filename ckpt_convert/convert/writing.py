@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from ckpt_convert.checkpoint.mapping import Equality, Logical, Logicals
+from ckpt_convert.checkpoint.mapping import Equality, LogicalTensor, LogicalTensors
 from ckpt_convert.convert import ties
 from ckpt_convert.errors import ConfigError, KeyMismatchError, misfit
 from ckpt_convert.models.core.table import Entry, Family, Instance, Key, evaluate
@@ -16,7 +16,7 @@ _LISTED = 20
 
 
 @dataclass(frozen=True, slots=True)
-class Earlier:
+class Original:
     """A tensor as it was before a conversion that lost something of it, and what has to be equal for it to be valid."""
 
     tensor: LazyTensor
@@ -24,10 +24,10 @@ class Earlier:
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class TargetTensor:
     """One tensor to be written: under ``key`` into the file or dict of ``rank``.
 
-    ``earlier`` is what is written instead if nothing has changed since.
+    ``original`` is what is written instead if nothing has changed since.
     """
 
     instance: Instance
@@ -35,23 +35,23 @@ class Target:
     rank: int
     dtype: str
     tensor: LazyTensor
-    earlier: Earlier | None = None
+    original: Original | None = None
 
 
 @dataclass
-class Written:
-    """The target's tensors in the order of the table; ``left_out`` is what the target has no place for.
+class ColumnTensors:
+    """The target's tensors in the order of the table; ``unmapped`` is what the target has no place for.
 
-    ``equal`` are the ties that have to hold. Rows of which the target loses something (``Row.lossy``) are left out, and
+    ``tie_checks`` are the ties that have to hold. Rows of which the target loses something (``Row.lossy``) are left out, and
     written as well.
     """
 
-    targets: list[Target] = field(default_factory=list)
-    left_out: list[Instance] = field(default_factory=list)
-    equal: list[Equality] = field(default_factory=list)
+    targets: list[TargetTensor] = field(default_factory=list)
+    unmapped: list[Instance] = field(default_factory=list)
+    tie_checks: list[Equality] = field(default_factory=list)
 
 
-def as_stored(instance: Instance, logical: Logical, column: Key, dims: Mapping[str, int]) -> LazyTensor:
+def as_stored(instance: Instance, logical: LogicalTensor, column: Key, dims: Mapping[str, int]) -> LazyTensor:
     """A logical tensor as a column stores it: as the source has it, where the logical layout cannot hold all of it."""
     if column.scatter_index is not None and logical.original is not None:
         return logical.original
@@ -62,7 +62,7 @@ def fill_zeros(
     family: Family,
     format: str,
     dims: Mapping[str, int],
-    logicals: Logicals,
+    logicals: LogicalTensors,
     wanted: Callable[[str], bool] = lambda key: True,
 ) -> None:
     """Add the rows that a format has and that stand for zeros where the source has none (``Row.zeros``).
@@ -75,20 +75,20 @@ def fill_zeros(
         dtype = instance.row.zeros
         key = instance.key(format) if dtype is not None else None
         if dtype is not None and key is not None and instance not in logicals.tensors and wanted(key):
-            logicals.tensors[instance] = Logical(dtype, zeros(instance.row.sizes(dims)), key, "")
+            logicals.tensors[instance] = LogicalTensor(dtype, zeros(instance.row.sizes(dims)), key, "")
 
 
 def write(
     family: Family,
     format: str,
     dims: Mapping[str, int],
-    logicals: Logicals,
+    logicals: LogicalTensors,
     *,
     ranks: int,
     keep_tied: bool | Collection[str] | None,
     what: str,
-    earlier: Mapping[Instance, Earlier] | None = None,
-) -> Written:
+    earlier: Mapping[Instance, Original] | None = None,
+) -> ColumnTensors:
     """Every tensor of a target in this format.
 
     ``keep_tied`` says whether rows that the column omits when tied are written all the same, or which keys of them are
@@ -97,8 +97,8 @@ def write(
     """
     _check_ranks(family, format, dims, ranks, what)
     if family.literal:
-        return Written([*_as_they_were(logicals, format)])
-    out = Written()
+        return ColumnTensors([*_as_they_were(logicals, format)])
+    out = ColumnTensors()
     no_place = _leave_out(format, dims, logicals, out)
     missing: list[str] = []
     for entry in family.entries(format, dims):
@@ -112,7 +112,7 @@ def write(
             continue
         made = _cut(entry, format, dims, logicals.tensors, ranks)
         before = (earlier or {}).get(entry.first)
-        out.targets.extend(made if before is None else (replace(target, earlier=before) for target in made))
+        out.targets.extend(made if before is None else (replace(target, original=before) for target in made))
     if no_place:
         raise KeyMismatchError(
             f"{what}: the {format} format of {family.name} has no place for {len(no_place)} tensors: "
@@ -127,52 +127,54 @@ def write(
     return out
 
 
-def _leave_out(format: str, dims: Mapping[str, int], logicals: Logicals, out: Written) -> list[str]:
+def _leave_out(format: str, dims: Mapping[str, int], logicals: LogicalTensors, out: ColumnTensors) -> list[str]:
     """Note what the format has no place for, and what stands for it; returns the keys of what it cannot do without."""
     no_place = []
     for instance, logical in logicals.tensors.items():
         row, place = instance.row, instance.row.column(format)
         if place is not None:
             if row.lossy is not None and (place.scatter_index is None) != (logical.original is None):
-                out.left_out.append(instance)
+                out.unmapped.append(instance)
         elif row.tied_to and dims["tied"]:  # the row that it is tied to stands for it
-            out.equal += ties.equality(instance, logicals)
+            out.tie_checks += ties.equality(instance, logicals)
         elif row.required:
             no_place.append(logical.key)
         else:
-            out.left_out.append(instance)
+            out.unmapped.append(instance)
     return no_place
 
 
 def _omits(
-    entry: Entry, format: str, logicals: Logicals, keep_tied: bool | Collection[str] | None, out: Written
+    entry: Entry, format: str, logicals: LogicalTensors, keep_tied: bool | Collection[str] | None, out: ColumnTensors
 ) -> bool:
     """Whether a key of a model that is tied is left out, as its weights are those of another one."""
     instance = entry.first
-    if instance.row.tied_to and keep_tied is not None and instance not in logicals.omitted:
-        out.equal += ties.equality(instance, logicals)
+    if instance.row.tied_to and keep_tied is not None and instance not in logicals.omitted_ties:
+        out.tie_checks += ties.equality(instance, logicals)
     if not entry.column(format).omitted_if_tied:
         return False
     if keep_tied is None:
-        return instance in logicals.omitted
+        return instance in logicals.omitted_ties
     return not (keep_tied if isinstance(keep_tied, bool) else entry.key in keep_tied)
 
 
-def _as_they_were(logicals: Logicals, format: str) -> Iterator[Target]:
+def _as_they_were(logicals: LogicalTensors, format: str) -> Iterator[TargetTensor]:
     """The targets of a table that was made from headers."""
     for instance, logical in logicals.tensors.items():
         key = instance.key(format)
         if key is not None:
-            yield Target(instance, key, 0, logical.dtype, logical.tensor)
+            yield TargetTensor(instance, key, 0, logical.dtype, logical.tensor)
 
 
 def _cut(
-    entry: Entry, format: str, dims: Mapping[str, int], logicals: Mapping[Instance, Logical], ranks: int
-) -> Iterator[Target]:
+    entry: Entry, format: str, dims: Mapping[str, int], logicals: Mapping[Instance, LogicalTensor], ranks: int
+) -> Iterator[TargetTensor]:
     """What every rank stores under a key."""
     first = logicals[entry.first]
     if entry.whole and ranks == 1:  # as most are
-        yield Target(entry.first, entry.key, 0, first.dtype, as_stored(entry.first, first, entry.column(format), dims))
+        yield TargetTensor(
+            entry.first, entry.key, 0, first.dtype, as_stored(entry.first, first, entry.column(format), dims)
+        )
         return
     parts: dict[Instance, tuple[LazyTensor, int | None, int]] = {}
     for instance in entry.instances:
@@ -194,7 +196,7 @@ def _cut(
             else:
                 step = tensor.shape[axis] * same // ranks
                 shares[instance] = tensor.narrow(axis, rank // same * step, step)
-        yield Target(entry.first, entry.key, rank, first.dtype, entry.join(format, shares))
+        yield TargetTensor(entry.first, entry.key, rank, first.dtype, entry.join(format, shares))
 
 
 def _check_ranks(family: Family, format: str, dims: Mapping[str, int], ranks: int, what: str) -> None:

@@ -17,7 +17,7 @@ from ckpt_convert.analysis.check.run import check
 from ckpt_convert.analysis.diff.compare import compare
 from ckpt_convert.checkpoint import generic_model
 from ckpt_convert.checkpoint.checkpoint import open_identified
-from ckpt_convert.checkpoint.mapping import Source
+from ckpt_convert.checkpoint.mapping import SourceTensor
 from ckpt_convert.errors import (
     ConfigError,
     KeyMismatchError,
@@ -336,7 +336,9 @@ def saved(run: Path, step: int) -> Path:
 
 
 def test_a_table_of_many_keys() -> None:
-    tensors = [Source(f"layers.{at}.w", "BF16", from_source(at, (2, 4)), "model.safetensors") for at in range(20_000)]
+    tensors = [
+        SourceTensor(f"layers.{at}.w", "BF16", from_source(at, (2, 4)), "model.safetensors") for at in range(20_000)
+    ]
     family = generic_model.family(tensors)
     assert [entry.key for entry in family.entries("hf", {})] == [tensor.key for tensor in tensors]
     assert family.formats == ("hf",)

@@ -17,7 +17,7 @@ from transformers.modeling_layers import MtpModel
 from ckpt_convert import convert_checkpoint, convert_state_dict
 from ckpt_convert.analysis.check import check
 from ckpt_convert.checkpoint import mapping
-from ckpt_convert.checkpoint.mapping import Source
+from ckpt_convert.checkpoint.mapping import SourceTensor
 from ckpt_convert.convert import writing
 from ckpt_convert.errors import CkptConvertError, ConfigError, KeyMismatchError
 from ckpt_convert.models import FAMILIES
@@ -662,12 +662,12 @@ def test_a_model_of_that_size_is_mapped_whole() -> None:
     dims = family.symbols(DEEPSEEK_V3)
     entries = [entry for entry in family.entries("hf", dims) if not entry.first.row.derived]
     sources = {
-        entry.key: Source(entry.key, "bfloat16", from_source(number, entry.shape("hf", dims) or ()), "a file")
+        entry.key: SourceTensor(entry.key, "bfloat16", from_source(number, entry.shape("hf", dims) or ()), "a file")
         for number, entry in enumerate(entries)
     }
     logicals = mapping.read(family, "hf", dims, [sources], "DeepSeek-V3")
     made = writing.write(family, "torchtitan", dims, logicals, ranks=1, keep_tied=None, what="it")
-    targets, carried = made.targets, made.left_out
+    targets, carried = made.targets, made.unmapped
     assert len(targets) == 3 * 12 + 58 * 17 + (17 + 4) + 3
     assert len(carried) == 2
     assert targets[-4].tensor.shape == (7168, 14336)

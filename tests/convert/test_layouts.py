@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import ckpt_convert
 from ckpt_convert.checkpoint.checkpoint import open_identified
 from ckpt_convert.convert import layout
-from ckpt_convert.convert.writing import Target
+from ckpt_convert.convert.writing import TargetTensor
 from ckpt_convert.errors import TiedWeightsError, VerificationError
 from ckpt_convert.models.llama.table import LLAMA
 from ckpt_convert.tensors.lazy import from_source
@@ -390,8 +390,8 @@ def test_llama_1s_tables_in_every_layer_are_carried(tmp_path: Path) -> None:
     assert all("layers.2.attention.inner_attention.rope.freqs" in rank for rank in read_meta(tmp_path / "four"))
 
 
-def target(key: str, dtype: str, *shape: int) -> Target:
-    return Target(next(LLAMA.instances(DIMS)), key, 0, dtype, from_source(0, shape))
+def target(key: str, dtype: str, *shape: int) -> TargetTensor:
+    return TargetTensor(next(LLAMA.instances(DIMS)), key, 0, dtype, from_source(0, shape))
 
 
 def test_a_file_is_closed_where_its_middle_would_pass_the_border() -> None:

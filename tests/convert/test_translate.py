@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ckpt_convert.checkpoint.mapping import Equality, Source
+from ckpt_convert.checkpoint.mapping import Equality, SourceTensor
 from ckpt_convert.checkpoint.model import Model, model_from
 from ckpt_convert.convert import ties, translate
 from ckpt_convert.errors import KeyMismatchError, UnsupportedFamilyError
@@ -19,8 +19,10 @@ OUTPUT = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
 
 
-def sources(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Source]:
-    return {key: Source(key, "BF16", from_source(at, shape), "here") for at, (key, shape) in enumerate(shapes.items())}
+def sources(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, SourceTensor]:
+    return {
+        key: SourceTensor(key, "BF16", from_source(at, shape), "here") for at, (key, shape) in enumerate(shapes.items())
+    }
 
 
 def model(tied: bool | None, shapes: Mapping[str, tuple[int, ...]]) -> Model:
@@ -56,7 +58,7 @@ def test_every_tensor_goes_from_one_column_into_the_other() -> None:
     made, compared = translated(False, BOTH, "meta")
     assert len(made.targets) == len(BOTH)
     assert {"tok_embeddings.weight", "output.weight", "layers.0.attention.wq.weight"} <= keys(made)
-    assert not made.left_out
+    assert not made.unmapped
     assert not made.checks
     assert not made.losses
     assert not compared

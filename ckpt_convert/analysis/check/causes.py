@@ -51,7 +51,7 @@ def ranks(opened: Opened, config: Mapping[str, Any] | None) -> tuple[list[Findin
     odd = _odd(view.ranks)
     if odd is not None:
         key, at, shape, usual = odd
-        name = view.ranks[at][key].where
+        name = view.ranks[at][key].location
         text = (
             f"{name} holds {list(shape)} of {key}, but other ranks hold {list(usual)}: files of checkpoints that are "
             "cut over different numbers of ranks were mixed; fetch the files of one of them"

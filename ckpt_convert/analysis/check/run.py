@@ -14,7 +14,7 @@ from ckpt_convert.analysis.check.tolerant import Opened, open_tolerantly, relati
 from ckpt_convert.checkpoint import diagnosis
 from ckpt_convert.checkpoint.findings import Finding, Severity, failed
 from ckpt_convert.checkpoint.identify import Identified
-from ckpt_convert.checkpoint.mapping import Equality, Logicals
+from ckpt_convert.checkpoint.mapping import Equality, LogicalTensors
 from ckpt_convert.checkpoint.model import Model
 from ckpt_convert.checkpoint.opening import part_of
 from ckpt_convert.checkpoint.record import MANIFEST, MERGED
@@ -230,19 +230,19 @@ def _through_table(work: _Work, model: Model, content: Mapping[str, Any], where:
     _ties(work, model, logicals)
     if len(view.ranks) > 1 and work.values:
         work.done("replicas")
-        work.expected += [_replica(equality) for equality in logicals.equal]
+        work.expected += [_replica(equality) for equality in logicals.replica_checks]
 
 
-def _ties(work: _Work, model: Model, logicals: Logicals) -> None:
+def _ties(work: _Work, model: Model, logicals: LogicalTensors) -> None:
     pair = ties.pair(logicals) if model.tied is True else None
     if pair is None:
         work.done("tied")
         return
-    output = next(i for i in logicals.tensors if i.row.tied_to and i not in logicals.omitted)
+    output = next(i for i in logicals.tensors if i.row.tied_to and i not in logicals.omitted_ties)
     column = output.row.column(str(work.opened.view.format))
     key = logicals.tensors[output].key
     if pair.left.shape == pair.right.shape:
-        _tie(work, pair, key, logicals.tensors[output].where, column is not None and column.omitted_if_tied)
+        _tie(work, pair, key, logicals.tensors[output].location, column is not None and column.omitted_if_tied)
 
 
 def _tie(
@@ -294,7 +294,9 @@ def _in_general(work: _Work, content: Mapping[str, Any] | None) -> None:
         embedding, output = (view.ranks[0][key] for key in pair)
         # Some classes tie nothing, whatever their config says (BigBirdPegasusForCausalLM).
         severity: Severity = "error" if generic.is_sure(content) else "warning"
-        _tie(work, Equality(embedding.tensor, output.tensor, output.dtype, ""), pair[1], output.where, True, severity)
+        _tie(
+            work, Equality(embedding.tensor, output.tensor, output.dtype, ""), pair[1], output.location, True, severity
+        )
 
 
 def _read(work: _Work, workers: int, progress: ProgressCallback | None) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 from ckpt_convert.checkpoint import mapping
 from ckpt_convert.checkpoint.findings import Finding
-from ckpt_convert.checkpoint.mapping import Logicals, Source
+from ckpt_convert.checkpoint.mapping import LogicalTensors, SourceTensor
 from ckpt_convert.checkpoint.model import Model
 from ckpt_convert.errors import CkptConvertError
 from ckpt_convert.models.core.config import type_of
@@ -59,7 +59,7 @@ class Stored:
     """What is to be explained: full shapes by key, and the keys of files that cannot be opened."""
 
     format: str
-    ranks: Sequence[Mapping[str, Source]]
+    ranks: Sequence[Mapping[str, SourceTensor]]
     shapes: Mapping[str, Shape]
     lost: frozenset[str]
 
@@ -75,7 +75,9 @@ class _Cause:
     dims: Dims
 
 
-def examine(model: Model, stored: Stored, content: Mapping[str, Any], where: str) -> tuple[Logicals, list[Finding]]:
+def examine(
+    model: Model, stored: Stored, content: Mapping[str, Any], where: str
+) -> tuple[LogicalTensors, list[Finding]]:
     """The tensors as the table reads them, as far as they fit, and what does not: causes before single tensors.
 
     ``content`` is the config as ``where`` has it, in whose words the findings speak.

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from ckpt_convert import dtypes
 from ckpt_convert.checkpoint import mapping
 from ckpt_convert.checkpoint.identify import Identified
-from ckpt_convert.checkpoint.mapping import Equality, Logical
+from ckpt_convert.checkpoint.mapping import Equality, LogicalTensor
 from ckpt_convert.checkpoint.model import Model, model_from
 from ckpt_convert.containers import gguf
 from ckpt_convert.convert.writing import as_stored
@@ -72,7 +72,7 @@ class Pairs:
 class _Side:
     """One checkpoint read through a table: its tensors by row, what fits no row by key, the copies on ranks by key."""
 
-    tensors: Mapping[Instance, Logical]
+    tensors: Mapping[Instance, LogicalTensor]
     rest: Mapping[str, Half]
     omitted: frozenset[Instance]
     copies: Mapping[str, Sequence[Equality]] = field(default_factory=dict)
@@ -175,17 +175,17 @@ def _read(checkpoint: Identified, model: Model) -> _Side:
     format = str(checkpoint.format)
     logicals, findings = mapping.examine(model.family, format, model.dims, checkpoint.ranks)
     copies: dict[str, list[Equality]] = {}
-    for check in logicals.equal:
+    for check in logicals.replica_checks:
         copies.setdefault(check.key, []).append(check)
     fit = {instance.key(format) for instance in logicals.tensors}
     names = checkpoint.names
     loose = [key for key in checkpoint.tensors if names.of(key) not in fit and checkpoint.is_weight(key)]
     rest = {name: half for key in loose for name, half in _halves(checkpoint, key)}
     misfits = sum(finding.check == "shape" for finding in findings)
-    return _Side(logicals.tensors, rest, frozenset(logicals.omitted), copies, misfits)
+    return _Side(logicals.tensors, rest, frozenset(logicals.omitted_ties), copies, misfits)
 
 
-def _half(instance: Instance, format: str, model: Model, logical: Logical | None) -> Half | None:
+def _half(instance: Instance, format: str, model: Model, logical: LogicalTensor | None) -> Half | None:
     """A logical tensor in the order in which ``format`` stores it."""
     if logical is None:
         return None

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from ckpt_convert.checkpoint import generic_model
-from ckpt_convert.checkpoint.mapping import Source
+from ckpt_convert.checkpoint.mapping import SourceTensor
 from ckpt_convert.checkpoint.model import Model
 from ckpt_convert.checkpoint.quantized.detect import CONFIGS, Quantization
 from ckpt_convert.errors import ConfigError, UnsupportedFamilyError, misfit
@@ -84,8 +84,8 @@ def _refusal(found: Quantization) -> str:
 
 
 def numbers(
-    found: Quantization, tensors: Mapping[str, Source], shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, Source]:
+    found: Quantization, tensors: Mapping[str, SourceTensor], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, SourceTensor]:
     """The tensors with each quantised one as the numbers that it stands for, to be held against a table.
 
     ``shapes`` are those that headers do not say; without one, such a tensor is left out.
@@ -97,13 +97,13 @@ def numbers(
         shape = None if one is None else one.shape or shapes.get(one.key)
         if one is not None and shape is not None:
             number = source.tensor.tiles[0].source if source.tensor.tiles else 0  # nobody reads them
-            out[one.key] = Source(one.key, "F32", from_source(number, shape), source.where)
+            out[one.key] = SourceTensor(one.key, "F32", from_source(number, shape), source.location)
         elif key not in found.owners and key not in found.extras:
             out[key] = source
     return out
 
 
-def literal(found: Quantization, model: Model, tensors: Mapping[str, Source], order: Iterable[str]) -> Model:
+def literal(found: Quantization, model: Model, tensors: Mapping[str, SourceTensor], order: Iterable[str]) -> Model:
     """The model whose table is of the stored tensors themselves: codes, scales and all else under their own keys.
 
     They are in the ``order`` of the numbers that they stand for, what belongs together side by side.

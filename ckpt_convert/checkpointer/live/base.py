@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpointer.live import loading
-from ckpt_convert.convert.writing import Target
+from ckpt_convert.convert.writing import TargetTensor
 from ckpt_convert.errors import CorruptFileError
 
 SECTION = "base"
@@ -84,7 +84,7 @@ def recorded(training: Mapping[str, Any], where: str) -> Base | None:
         raise CorruptFileError(f"{where}: what it says of the adapter's base is damaged ({error})") from error
 
 
-def of_targets(layout: str, targets: Collection[Target], checksums: Mapping[str, str] | None = None) -> Base:
+def of_targets(layout: str, targets: Collection[TargetTensor], checksums: Mapping[str, str] | None = None) -> Base:
     """The base that these tensors of a source are."""
     known = checksums or {}
     return Base(layout, {one.key: Described(one.dtype, one.tensor.shape, known.get(one.key)) for one in targets})

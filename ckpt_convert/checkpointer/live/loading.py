@@ -18,7 +18,7 @@ from ckpt_convert.checkpointer.distributed.slices import Region, local_of, slice
 from ckpt_convert.convert import translate as translation
 from ckpt_convert.convert.execute import comparing
 from ckpt_convert.convert.output import overflow_text
-from ckpt_convert.convert.writing import Target
+from ckpt_convert.convert.writing import TargetTensor
 from ckpt_convert.errors import KeyMismatchError, TiedWeightsError
 from ckpt_convert.storage.reader import WORKERS
 from ckpt_convert.tensors.blocks import BlockReader
@@ -50,7 +50,7 @@ class Loaded:
 class Fit:
     """A checkpoint held against a model: what goes where, and everything that does not fit."""
 
-    targets: list[Target]
+    targets: list[TargetTensor]
     missing: list[str]
     unexpected: list[str]
     misfits: list[str]
@@ -64,7 +64,7 @@ class Fit:
         return [*turns, *self.misfits]
 
 
-def targets_of(checkpoint: Identified, format: str) -> tuple[list[Target], set[str]]:
+def targets_of(checkpoint: Identified, format: str) -> tuple[list[TargetTensor], set[str]]:
     """Every tensor of the checkpoint as ``format`` has it, and the keys of those that tied weights may do without.
 
     Raises UnsupportedFamilyError where the table has no such column, and TiedWeightsError where weights that the config
@@ -102,7 +102,7 @@ def shared(found: Fit, tensors: Mapping[str, torch.Tensor], checkpoint: Identifi
 
     Of a family that is not known nothing says what is tied: there the bytes do.
     """
-    seen: dict[tuple[object, ...], Target] = {}
+    seen: dict[tuple[object, ...], TargetTensor] = {}
     out = []
     by_bytes = bool(checkpoint.model_for(format).family.literal)
     for target in found.targets:
@@ -124,7 +124,7 @@ def _place(tensor: torch.Tensor) -> tuple[object, ...]:
     return tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
 
 
-def _equal(checkpoint: Identified, one: Target, other: Target) -> bool:
+def _equal(checkpoint: Identified, one: TargetTensor, other: TargetTensor) -> bool:
     pair = Equality(one.tensor, other.tensor, one.dtype, "")
     same = (one.dtype, one.tensor.shape) == (other.dtype, other.tensor.shape)
     return same and comparing(checkpoint.stored)(pair)
@@ -159,10 +159,10 @@ def load(
     counter = ProgressCounter("loading", total, progress)
     overflows: dict[str, int] = {}
 
-    def start() -> Callable[[Target], None]:
+    def start() -> Callable[[TargetTensor], None]:
         mover = BlockReader(checkpoint.stored)
 
-        def fill(target: Target) -> None:
+        def fill(target: TargetTensor) -> None:
             digest = xxhash.xxh3_64() if checksums is not None else None
             if count := _fill(mover, target, tensors[target.key], counter, digest):
                 overflows[target.key] = count
@@ -184,15 +184,15 @@ def load(
     return Loaded(len(targets), total, dict(pairs))
 
 
-def checksums(checkpoint: Identified, targets: Collection[Target], workers: int = WORKERS) -> dict[str, str]:
+def checksums(checkpoint: Identified, targets: Collection[TargetTensor], workers: int = WORKERS) -> dict[str, str]:
     """What ``load`` gives as ``checksums``, of tensors that are read for it alone."""
     out: dict[str, str] = {}
     counter = ProgressCounter("reading", sum(dtypes.nbytes(one.dtype, one.tensor.shape) for one in targets), None)
 
-    def start() -> Callable[[Target], None]:
+    def start() -> Callable[[TargetTensor], None]:
         mover = BlockReader(checkpoint.stored)
 
-        def read(target: Target) -> None:
+        def read(target: TargetTensor) -> None:
             digest = xxhash.xxh3_64()
             for _, data in mover.blocks(target.tensor, target.dtype, target.dtype):
                 digest.update(data)
@@ -219,7 +219,7 @@ def state_dict(checkpoint: Identified, format: str) -> dict[str, torch.Tensor]:
 
 def _fill(
     mover: BlockReader,
-    target: Target,
+    target: TargetTensor,
     tensor: torch.Tensor,
     counter: ProgressCounter,
     digest: xxhash.xxh3_64 | None = None,
@@ -235,7 +235,7 @@ def _fill(
 
 def _fill_region(
     mover: BlockReader,
-    target: Target,
+    target: TargetTensor,
     region: Region,
     local: torch.Tensor,
     counter: ProgressCounter,

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ckpt_convert.checkpoint.legacy_keys import HOLDER, WRAPPERS, unwrapped
-from ckpt_convert.checkpoint.mapping import Source
+from ckpt_convert.checkpoint.mapping import SourceTensor
 from ckpt_convert.checkpointer.distributed.claims import Owned
 from ckpt_convert.checkpointer.distributed.slices import Slice, local_of, slice_of, whole
 from ckpt_convert.convert.plan import SourceFile, in_memory
@@ -172,7 +172,7 @@ def as_live(tensors: Mapping[str, Owned], format: str, readers: Mapping[str, Ran
 
     ``readers`` give the bytes of some of them instead, dense and row-major.
     """
-    sources: dict[str, Source] = {}
+    sources: dict[str, SourceTensor] = {}
     files: list[tuple[WeightFile, StoredTensor]] = []
     elsewhere: dict[int, int] = {}
     for key, (tensor, part) in tensors.items():
@@ -190,7 +190,7 @@ def as_live(tensors: Mapping[str, Owned], format: str, readers: Mapping[str, Ran
             lazy = _sliced(part, lazy, from_source(number + 1, part.shape))
             elsewhere[number + 1] = number
             files.append((file, StoredTensor(key, dtype, part.shape, reader.size)))  # past the end: never read
-        sources[key] = Source(key, dtype, lazy, WHERE)
+        sources[key] = SourceTensor(key, dtype, lazy, WHERE)
     return Live(format, sources, tuple(files), elsewhere)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ckpt_convert.checkpoint import mapping
-from ckpt_convert.checkpoint.mapping import Source
+from ckpt_convert.checkpoint.mapping import SourceTensor
 from ckpt_convert.convert import writing
 from ckpt_convert.convert.state_dict import make
 from ckpt_convert.models.core.table import Dims, Family, Key, Row
@@ -45,10 +45,12 @@ TABLE = family(
 
 def through(source: str, target: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     order = list(tensors)
-    sources = {key: Source(key, "F32", from_source(at, tensors[key].shape), "here") for at, key in enumerate(order)}
+    sources = {
+        key: SourceTensor(key, "F32", from_source(at, tensors[key].shape), "here") for at, key in enumerate(order)
+    }
     logicals = mapping.read(TABLE, source, dims(), [sources], "toy")
     made = writing.write(TABLE, target, dims(), logicals, ranks=1, keep_tied=None, what="toy")
-    assert [instance.name for instance in made.left_out] == ([] if source == target else ["grid"])
+    assert [instance.name for instance in made.unmapped] == ([] if source == target else ["grid"])
     return {target.key: make(target.tensor, list(tensors.values())) for target in made.targets}
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ckpt_convert.checkpoint import mapping
-from ckpt_convert.checkpoint.mapping import Source
+from ckpt_convert.checkpoint.mapping import SourceTensor
 from ckpt_convert.convert import writing
 from ckpt_convert.errors import KeyMismatchError
 from ckpt_convert.models.core import table_check
@@ -56,14 +56,14 @@ def coded(shapes: Mapping[str, tuple[int, ...]]) -> Arrays:
 def moved(table: Family, source: str, target: str, given: list[Arrays], ranks: int = 1) -> list[Arrays]:
     """The arrays of each rank, converted."""
     arrays: list[Any] = []
-    sources: list[dict[str, Source]] = []
+    sources: list[dict[str, SourceTensor]] = []
     for number, rank in enumerate(given):
         sources.append({})
         for key, array in rank.items():
-            sources[-1][key] = Source(key, "I64", from_source(len(arrays), array.shape), f"rank {number}")
+            sources[-1][key] = SourceTensor(key, "I64", from_source(len(arrays), array.shape), f"rank {number}")
             arrays.append(array)
     logicals = mapping.read(table, source, DIMS, sources, "source")
-    for check in logicals.equal:
+    for check in logicals.replica_checks:
         assert (evaluate(check.left, *arrays) == evaluate(check.right, *arrays)).all(), check.message
     made = writing.write(table, target, DIMS, logicals, ranks=ranks, keep_tied=None, what="source")
     out: list[Arrays] = [{} for _ in range(ranks)]
@@ -229,8 +229,8 @@ def test_a_group_that_is_not_whole_is_named() -> None:
 def test_parts_of_one_tensor_have_one_dtype() -> None:
     rows = [Row(name, ("dim",), hf=Key(name), meta=Key("both", fused=0)) for name in ("a", "b")]
     sources = {
-        "a": Source("a", "F32", from_source(0, (6,)), "file"),
-        "b": Source("b", "BF16", from_source(1, (6,)), "file"),
+        "a": SourceTensor("a", "F32", from_source(0, (6,)), "file"),
+        "b": SourceTensor("b", "BF16", from_source(1, (6,)), "file"),
     }
     logicals = mapping.read(family(*rows), "hf", DIMS, [sources], "source")
     with pytest.raises(
