@@ -243,7 +243,7 @@ class Identified:
         names = self._names_of([(key, one.shape) for key, one in numbers.items()], ())
         refuse_clashes(names, self.place)
         weights = {(name := names.of(key)): one._replace(key=name) for key, one in numbers.items() if names.keeps(key)}
-        logicals, misfits = mapping.examine(model.family, "hf", model.dims, [weights])
+        logicals, misfits = mapping.examine_column(model.family, "hf", model.dims, [weights])
         raise_if_any(misfits, what)
         order = dict.fromkeys(names.stored.get(one.key, one.key) for one in logicals.tensors.values())
         return as_stored.literal(found, model, self.ranks[0], order)
@@ -262,7 +262,7 @@ class Identified:
             model = self._model
         except CkptConvertError:
             return scheme
-        _, misfits = mapping.examine(model.family, str(self.format), model.dims, self.ranks)
+        _, misfits = mapping.examine_column(model.family, str(self.format), model.dims, self.ranks)
         return scheme if misfits else None
 
     def as_numbers(

@@ -67,20 +67,20 @@ class LogicalTensors:
     omitted_ties: set[Instance] = field(default_factory=set)
 
 
-def read(
-    family: Family, format: str, dims: Mapping[str, int], ranks: Sequence[Mapping[str, SourceTensor]], what: str
+def read_column(
+    family: Family, format: str, dims: Mapping[str, int], ranks: Sequence[Mapping[str, SourceTensor]], source_name: str
 ) -> LogicalTensors:
     """Claim every source key exactly once and return the logical tensors.
 
     ``ranks`` has one mapping for each tensor-parallel rank (one in all for formats that are not cut).
     Raises KeyMismatchError or ShapeMismatchError naming every missing, unexpected and misshapen tensor.
     """
-    logicals, findings = examine(family, format, dims, ranks)
-    raise_if_any(findings, what)
+    logicals, findings = examine_column(family, format, dims, ranks)
+    raise_if_any(findings, source_name)
     return logicals
 
 
-def examine(
+def examine_column(
     family: Family, format: str, dims: Mapping[str, int], ranks: Sequence[Mapping[str, SourceTensor]]
 ) -> tuple[LogicalTensors, list[Finding]]:
     """What ``read`` returns, as far as the source has it, and everything that does not fit.
@@ -124,7 +124,7 @@ def examine(
     if dims["tied"] and any(row.tied_to and row.column(format) is None for row in family.rows):
         result.omitted_ties.update(i for i in family.instances(dims) if i.row.tied_to and i.row.column(format) is None)
     for instance in result.omitted_ties:
-        tied = tied_to(instance, result.tensors)
+        tied = tied_partner(instance, result.tensors)
         if tied is not None:
             result.tensors[instance] = tied
     return result, findings
@@ -144,7 +144,7 @@ def _as_they_are(family: Family, ranks: Sequence[Mapping[str, SourceTensor]]) ->
     return LogicalTensors(tensors)
 
 
-def apart(
+def split_fused(
     family: Family, format: str, dims: Mapping[str, int], sources: Mapping[str, SourceTensor]
 ) -> dict[Instance, LogicalTensor]:
     """What lies in one stored tensor with others, of these tensors."""
@@ -226,7 +226,7 @@ def _join(
     return out
 
 
-def tied_to(instance: Instance, tensors: Mapping[Instance, LogicalTensor]) -> LogicalTensor | None:
+def tied_partner(instance: Instance, tensors: Mapping[Instance, LogicalTensor]) -> LogicalTensor | None:
     """The tensor that a tied row shares its values with."""
     return next((logical for other, logical in tensors.items() if other.row.name == instance.row.tied_to), None)
 

@@ -65,7 +65,7 @@ def bring_back(
         for number, (key, (file, tensor)) in enumerate(by_key.items())
     }
     everything.extend(by_key.values())
-    for instance, logical in mapping.apart(model.family, request.to, model.dims, left).items():
+    for instance, logical in mapping.split_fused(model.family, request.to, model.dims, left).items():
         if not instance.row.required:
             logicals.tensors.setdefault(instance, logical)
 

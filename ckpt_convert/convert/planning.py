@@ -193,7 +193,7 @@ def identified(given: Given) -> tuple[Model, list[str]]:
     if request.dtype is not None:
         as_stored.refuse_cast(source.quantization, source.unknown_scheme, source.place, request.dtype)
     with naming(str(source.config_file)):
-        translate.check(model, str(source.place), str(source.format), given.read_format, request.to)
+        translate.check_formats(model, str(source.place), str(source.format), given.read_format, request.to)
     differing = config_files.differing(source, model, given.like) if given.like is not None else []
     auxiliary_files.checklist_of(source)  # a checklist that is none is an error now, not after everything was written
     return model, differing
@@ -216,15 +216,15 @@ def translated(given: Given, model: Model, equal: Equal | None) -> Translated:
     earlier = passthrough.as_it_was(
         source, request, like, model, template if live is not None else None, logicals, everything
     )
-    made = translate.write(
+    made = translate.write_target(
         read,
         request.to,
         str(source.place),
         dims=model.dims if cut is None else model.dims.with_cut(cut.axis),
         ranks=ranks,
         keep_tied=None if given.as_stored else ties.kept(model.family, request.to, places),
-        wanted=lambda key: wanted is None or key in places,
-        earlier=earlier,
+        wants_key=lambda key: wanted is None or key in places,
+        originals=earlier,
     )
     targets, carried = made.targets, made.unmapped
     if literal:
@@ -339,10 +339,10 @@ def _read(given: Given, model: Model, equal: Equal | None) -> tuple[SourceReadin
     known = model if live is None else ties.of_memory(model, live.format, live.tensors.keys())
     template = SourceReading(str(source.format), LogicalTensors({}), Ties(ties.presumed(known), told=True))
     if source.files:
-        template = translate.read(known, template.format, source.ranks, str(source.place), equal)
+        template = translate.read_source(known, template.format, source.ranks, str(source.place), equal)
     if live is None:
         return template, template.logicals
-    reading = translate.read(known, live.format, [live.tensors], f"the model, as {live.format}")
+    reading = translate.read_source(known, live.format, [live.tensors], f"the model, as {live.format}")
     told = replace(reading.ties, told=model.tied is not None)
     return replace(reading, ties=told), template.logicals
 

@@ -32,10 +32,10 @@ def verify(
     differs or is not there.
     """
     model = output.model_for(str(plan.source.format), plan.target)
-    found = translate.read(model, str(output.format), output.ranks, str(output.place)).logicals
+    found = translate.read_source(model, str(output.format), output.ranks, str(output.place)).logicals
     stored, carried = _carried(plan, output)
     given = {key: SourceTensor(key, one.dtype, one.tensor, one.location) for key, one in carried.items()}
-    apart = mapping.apart(model.family, str(plan.source.format), model.dims, given)
+    apart = mapping.split_fused(model.family, str(plan.source.format), model.dims, given)
     pairs: list[tuple[LogicalTensor, LogicalTensor]] = []
     problems = []
     for instance, logical in plan.logicals.tensors.items():

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from ckpt_convert.checkpoint.mapping import Equality, LogicalTensors, tied_to
+from ckpt_convert.checkpoint.mapping import Equality, LogicalTensors, tied_partner
 from ckpt_convert.checkpoint.model import Model
 from ckpt_convert.models.core.table import Family, Instance
 
@@ -65,14 +65,14 @@ def pair(logicals: LogicalTensors) -> Equality | None:
     """The two stored tensors that are the same where weights are tied, None where only one is stored."""
     for instance, logical in logicals.tensors.items():
         if instance.row.tied_to and instance not in logicals.omitted_ties:
-            other = tied_to(instance, logicals.tensors)
+            other = tied_partner(instance, logicals.tensors)
             return Equality(other.tensor, logical.tensor, logical.dtype, "") if other is not None else None
     return None
 
 
 def equality(instance: Instance, logicals: LogicalTensors) -> list[Equality]:
     """What has to hold of a tied row that is stored all the same; nothing where the row it is tied to is not there."""
-    logical, other = logicals.tensors[instance], tied_to(instance, logicals.tensors)
+    logical, other = logicals.tensors[instance], tied_partner(instance, logicals.tensors)
     if other is None:
         return []
     message = (

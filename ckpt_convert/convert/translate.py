@@ -62,50 +62,52 @@ class Translation:
         return ties.described(self.reading.ties, self.dims, self.logicals, written)
 
 
-def check(model: Model, what: str, *formats: str) -> None:
+def check_formats(model: Model, source_name: str, *formats: str) -> None:
     """Raise where a family has no way between these formats: UnsupportedFamilyError, or ConfigError for a rotation."""
     family = model.family
     for format in formats:
         if not family.has(format):
             raise UnsupportedFamilyError(
-                f"{what}: the {family.name} table has no {format} column; it has {', '.join(family.formats)}"
+                f"{source_name}: the {family.name} table has no {format} column; it has {', '.join(family.formats)}"
             )
     family.check_rotation(model.config, *formats)
 
 
-def read(model: Model, format: str, ranks: Ranks, what: str, equal: Equal | None = None) -> SourceReading:
+def read_source(model: Model, format: str, ranks: Ranks, source_name: str, equal: Equal | None = None) -> SourceReading:
     """Read stored tensors through their column; ``equal`` compares the bytes of two where these decide about ties.
 
     Raises KeyMismatchError or ShapeMismatchError naming every missing, unexpected and misshapen tensor.
     """
     known = ties.presumed(model)
-    logicals = mapping.read(known.family, format, known.dims, ranks, what)
+    logicals = mapping.read_column(known.family, format, known.dims, ranks, source_name)
     return SourceReading(format, logicals, ties.decide(model, logicals, equal))
 
 
-def write(
+def write_target(
     reading: SourceReading,
     format: str,
-    what: str,
+    source_name: str,
     *,
     dims: Dims | None = None,
     ranks: int = 1,
     keep_tied: bool | Collection[str] | None = None,
-    wanted: Callable[[str], bool] = lambda key: True,
-    earlier: Mapping[Instance, Original] | None = None,
+    wants_key: Callable[[str], bool] = lambda key: True,
+    originals: Mapping[Instance, Original] | None = None,
 ) -> Translation:
     """Write what was read through another column.
 
     ``dims`` are those of the target where they are not the model's; ``keep_tied`` is whether keys that the format
-    leaves out of tied weights are there all the same, or which of them (None: as the source has it); ``wanted`` says of
-    a key that stands for zeros whether it is to be there; ``earlier`` goes into the targets. Raises what
+    leaves out of tied weights are there all the same, or which of them (None: as the source has it); ``wants_key`` says of
+    a key that stands for zeros whether it is to be there; ``originals`` goes into the targets. Raises what
     ``writing.write`` does.
     """
     family, logicals = reading.model.family, reading.logicals
     dims = dims or reading.model.dims
     if format != reading.format:
-        writing.fill_zeros(family, format, dims, logicals, wanted)
-    made = writing.write(family, format, dims, logicals, ranks=ranks, keep_tied=keep_tied, what=what, earlier=earlier)
+        writing.fill_zeros(family, format, dims, logicals, wants_key)
+    made = writing.write_column(
+        family, format, dims, logicals, ranks=ranks, keep_tied=keep_tied, source_name=source_name, originals=originals
+    )
     checks = [*logicals.replica_checks, *reading.ties.checks(made.tie_checks)]
     lost = [logicals.tensors[instance] for instance in made.unmapped if instance.row.zeros is not None]
     losses = [Equality(one.tensor, zeros(one.tensor.shape), one.dtype, "", one.key) for one in lost]
@@ -117,7 +119,7 @@ def translate(
     source: str,
     target: str,
     stored: Ranks,
-    what: str,
+    source_name: str,
     *,
     equal: Equal | None,
     dims: Callable[[Dims], Dims] = lambda dims: dims,
@@ -125,5 +127,5 @@ def translate(
     keep_tied: bool | None = None,
 ) -> Translation:
     """``read`` and ``write`` in one, of tensors to which nothing else is added; raises what these do."""
-    reading = read(model, source, stored, what, equal)
-    return write(reading, target, what, dims=dims(reading.model.dims), ranks=ranks, keep_tied=keep_tied)
+    reading = read_source(model, source, stored, source_name, equal)
+    return write_target(reading, target, source_name, dims=dims(reading.model.dims), ranks=ranks, keep_tied=keep_tied)

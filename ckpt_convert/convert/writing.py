@@ -51,7 +51,7 @@ class ColumnTensors:
     tie_checks: list[Equality] = field(default_factory=list)
 
 
-def as_stored(instance: Instance, logical: LogicalTensor, column: Key, dims: Mapping[str, int]) -> LazyTensor:
+def to_stored(instance: Instance, logical: LogicalTensor, column: Key, dims: Mapping[str, int]) -> LazyTensor:
     """A logical tensor as a column stores it: as the source has it, where the logical layout cannot hold all of it."""
     if column.scatter_index is not None and logical.original is not None:
         return logical.original
@@ -63,22 +63,22 @@ def fill_zeros(
     format: str,
     dims: Mapping[str, int],
     logicals: LogicalTensors,
-    wanted: Callable[[str], bool] = lambda key: True,
+    wants_key: Callable[[str], bool] = lambda key: True,
 ) -> None:
     """Add the rows that a format has and that stand for zeros where the source has none (``Row.zeros``).
 
-    ``wanted`` says of a key whether it is to be there.
+    ``wants_key`` says of a key whether it is to be there.
     """
     if not any(row.zeros for row in family.rows):
         return
     for instance in family.instances(dims):
         dtype = instance.row.zeros
         key = instance.key(format) if dtype is not None else None
-        if dtype is not None and key is not None and instance not in logicals.tensors and wanted(key):
+        if dtype is not None and key is not None and instance not in logicals.tensors and wants_key(key):
             logicals.tensors[instance] = LogicalTensor(dtype, zeros(instance.row.sizes(dims)), key, "")
 
 
-def write(
+def write_column(
     family: Family,
     format: str,
     dims: Mapping[str, int],
@@ -86,16 +86,16 @@ def write(
     *,
     ranks: int,
     keep_tied: bool | Collection[str] | None,
-    what: str,
-    earlier: Mapping[Instance, Original] | None = None,
+    source_name: str,
+    originals: Mapping[Instance, Original] | None = None,
 ) -> ColumnTensors:
     """Every tensor of a target in this format.
 
     ``keep_tied`` says whether rows that the column omits when tied are written all the same, or which keys of them are
-    (None: as the source). ``earlier`` goes into the targets. Raises KeyMismatchError for tensors that the target cannot
+    (None: as the source). ``originals`` goes into the targets. Raises KeyMismatchError for tensors that the target cannot
     hold, ConfigError for sizes that do not divide over the ranks.
     """
-    _check_ranks(family, format, dims, ranks, what)
+    _check_ranks(family, format, dims, ranks, source_name)
     if family.literal:
         return ColumnTensors([*_as_they_were(logicals, format)])
     out = ColumnTensors()
@@ -111,17 +111,17 @@ def write(
         if entry.whole and dims["tied"] and _omits(entry, format, logicals, keep_tied, out):
             continue
         made = _cut(entry, format, dims, logicals.tensors, ranks)
-        before = (earlier or {}).get(entry.first)
+        before = (originals or {}).get(entry.first)
         out.targets.extend(made if before is None else (replace(target, original=before) for target in made))
     if no_place:
         raise KeyMismatchError(
-            f"{what}: the {format} format of {family.name} has no place for {len(no_place)} tensors: "
+            f"{source_name}: the {format} format of {family.name} has no place for {len(no_place)} tensors: "
             f"{some(no_place, _LISTED, ' …')}. "
             "Convert to a format that has one (hf), or remove them first if they are all zero."
         )
     if missing:
         raise KeyMismatchError(
-            f"{what}: the {format} format of {family.name} needs {some(missing, _LISTED, ' …')}, "
+            f"{source_name}: the {format} format of {family.name} needs {some(missing, _LISTED, ' …')}, "
             "which the source has nothing for"
         )
     return out
@@ -173,13 +173,13 @@ def _cut(
     first = logicals[entry.first]
     if entry.whole and ranks == 1:  # as most are
         yield TargetTensor(
-            entry.first, entry.key, 0, first.dtype, as_stored(entry.first, first, entry.column(format), dims)
+            entry.first, entry.key, 0, first.dtype, to_stored(entry.first, first, entry.column(format), dims)
         )
         return
     parts: dict[Instance, tuple[LazyTensor, int | None, int]] = {}
     for instance in entry.instances:
         column = instance.row.column(format) or entry.column(format)
-        tensor = as_stored(instance, logicals[instance], column, dims)
+        tensor = to_stored(instance, logicals[instance], column, dims)
         axis = column.cut_axis(dims) if ranks > 1 else None
         parts[instance] = tensor, axis, column.repeats(dims, ranks)
         if logicals[instance].dtype != first.dtype:

@@ -665,8 +665,8 @@ def test_a_model_of_that_size_is_mapped_whole() -> None:
         entry.key: SourceTensor(entry.key, "bfloat16", from_source(number, entry.shape("hf", dims) or ()), "a file")
         for number, entry in enumerate(entries)
     }
-    logicals = mapping.read(family, "hf", dims, [sources], "DeepSeek-V3")
-    made = writing.write(family, "torchtitan", dims, logicals, ranks=1, keep_tied=None, what="it")
+    logicals = mapping.read_column(family, "hf", dims, [sources], "DeepSeek-V3")
+    made = writing.write_column(family, "torchtitan", dims, logicals, ranks=1, keep_tied=None, source_name="it")
     targets, carried = made.targets, made.unmapped
     assert len(targets) == 3 * 12 + 58 * 17 + (17 + 4) + 3
     assert len(carried) == 2

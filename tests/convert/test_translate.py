@@ -75,8 +75,8 @@ def test_a_config_that_ties_is_held_against_the_bytes_later() -> None:
     made, compared = translated(True, BOTH, "hf", same=False)
     assert not compared
     assert not made.checks  # as the source has it: both are written, and neither stands for the other
-    reading = translate.read(model(True, BOTH), "hf", [sources(BOTH)], "it")
-    (check,) = translate.write(reading, "hf", "it", keep_tied=False).checks
+    reading = translate.read_source(model(True, BOTH), "hf", [sources(BOTH)], "it")
+    (check,) = translate.write_target(reading, "hf", "it", keep_tied=False).checks
     assert OUTPUT in check.message
 
 
@@ -111,4 +111,4 @@ def test_all_that_does_not_fit_is_one_error() -> None:
 
 def test_a_format_that_a_family_has_not_is_refused() -> None:
     with pytest.raises(UnsupportedFamilyError, match="has no nowhere column"):
-        translate.check(model(False, BOTH), "it", "hf", "nowhere")
+        translate.check_formats(model(False, BOTH), "it", "hf", "nowhere")

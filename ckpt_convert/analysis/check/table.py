@@ -82,7 +82,7 @@ def examine(
 
     ``content`` is the config as ``where`` has it, in whose words the findings speak.
     """
-    logicals, found = mapping.examine(model.family, stored.format, model.dims, stored.ranks)
+    logicals, found = mapping.examine_column(model.family, stored.format, model.dims, stored.ranks)
     if not found:
         return logicals, []
     causes: list[Finding] = []
@@ -95,7 +95,7 @@ def examine(
         causes.append(_finding(model, stored, cause, others, dims, content, where))
         config, dims, left = dict(cause.config), cause.dims, cause.score
     if causes:
-        logicals, found = mapping.examine(model.family, stored.format, dims, stored.ranks)
+        logicals, found = mapping.examine_column(model.family, stored.format, dims, stored.ranks)
     rest = [finding for finding in found if not (finding.check == "missing" and finding.key in stored.lost)]
     return logicals, [*causes, *_tied(model, stored, rest, where)]
 

@@ -14,7 +14,7 @@ from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpoint.mapping import Equality, LogicalTensor
 from ckpt_convert.checkpoint.model import Model, model_from
 from ckpt_convert.containers import gguf
-from ckpt_convert.convert.writing import as_stored
+from ckpt_convert.convert.writing import to_stored
 from ckpt_convert.errors import AmbiguousFormatError, CkptConvertError, ConfigError, UnsupportedFamilyError
 from ckpt_convert.formats import peft
 from ckpt_convert.models.core.rope import reordered
@@ -173,7 +173,7 @@ def _through_table(a: Identified, b: Identified, left: Model, right: Model, noti
 
 def _read(checkpoint: Identified, model: Model) -> _Side:
     format = str(checkpoint.format)
-    logicals, findings = mapping.examine(model.family, format, model.dims, checkpoint.ranks)
+    logicals, findings = mapping.examine_column(model.family, format, model.dims, checkpoint.ranks)
     copies: dict[str, list[Equality]] = {}
     for check in logicals.replica_checks:
         copies.setdefault(check.key, []).append(check)
@@ -190,7 +190,7 @@ def _half(instance: Instance, format: str, model: Model, logical: LogicalTensor 
     if logical is None:
         return None
     column = instance.row.column(format)
-    tensor = as_stored(instance, logical, column, model.dims) if column else logical.tensor
+    tensor = to_stored(instance, logical, column, model.dims) if column else logical.tensor
     return Half(logical.key, tensor.shape, logical.dtype, _nbytes(tensor, logical.dtype), tensor)
 
 

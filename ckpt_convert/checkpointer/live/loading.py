@@ -71,7 +71,7 @@ def targets_of(checkpoint: Identified, format: str) -> tuple[list[TargetTensor],
     ties differ.
     """
     model, source, path = checkpoint.model_for(format), str(checkpoint.format), str(checkpoint.place)
-    translation.check(model, path, source, format)
+    translation.check_formats(model, path, source, format)
     equal = comparing(checkpoint.stored)
     made = translation.translate(model, source, format, checkpoint.ranks, path, equal=equal, keep_tied=True)
     for check in made.checks:

@@ -48,8 +48,8 @@ def through(source: str, target: str, tensors: dict[str, torch.Tensor]) -> dict[
     sources = {
         key: SourceTensor(key, "F32", from_source(at, tensors[key].shape), "here") for at, key in enumerate(order)
     }
-    logicals = mapping.read(TABLE, source, dims(), [sources], "toy")
-    made = writing.write(TABLE, target, dims(), logicals, ranks=1, keep_tied=None, what="toy")
+    logicals = mapping.read_column(TABLE, source, dims(), [sources], "toy")
+    made = writing.write_column(TABLE, target, dims(), logicals, ranks=1, keep_tied=None, source_name="toy")
     assert [instance.name for instance in made.unmapped] == ([] if source == target else ["grid"])
     return {target.key: make(target.tensor, list(tensors.values())) for target in made.targets}
 

@@ -62,10 +62,10 @@ def moved(table: Family, source: str, target: str, given: list[Arrays], ranks: i
         for key, array in rank.items():
             sources[-1][key] = SourceTensor(key, "I64", from_source(len(arrays), array.shape), f"rank {number}")
             arrays.append(array)
-    logicals = mapping.read(table, source, DIMS, sources, "source")
+    logicals = mapping.read_column(table, source, DIMS, sources, "source")
     for check in logicals.replica_checks:
         assert (evaluate(check.left, *arrays) == evaluate(check.right, *arrays)).all(), check.message
-    made = writing.write(table, target, DIMS, logicals, ranks=ranks, keep_tied=None, what="source")
+    made = writing.write_column(table, target, DIMS, logicals, ranks=ranks, keep_tied=None, source_name="source")
     out: list[Arrays] = [{} for _ in range(ranks)]
     for item in made.targets:
         out[item.rank][item.key] = evaluate(item.tensor, *arrays)
@@ -232,11 +232,11 @@ def test_parts_of_one_tensor_have_one_dtype() -> None:
         "a": SourceTensor("a", "F32", from_source(0, (6,)), "file"),
         "b": SourceTensor("b", "BF16", from_source(1, (6,)), "file"),
     }
-    logicals = mapping.read(family(*rows), "hf", DIMS, [sources], "source")
+    logicals = mapping.read_column(family(*rows), "hf", DIMS, [sources], "source")
     with pytest.raises(
         KeyMismatchError, match="b: has dtype BF16, but a has F32, and the meta format has both in one tensor"
     ):
-        writing.write(family(*rows), "meta", DIMS, logicals, ranks=1, keep_tied=None, what="source")
+        writing.write_column(family(*rows), "meta", DIMS, logicals, ranks=1, keep_tied=None, source_name="source")
 
 
 def test_what_the_target_needs_and_the_source_has_no_place_for() -> None:
