@@ -20,7 +20,7 @@ from ckpt_convert.convert.layout import Placed
 from ckpt_convert.convert.partition import Piece
 from ckpt_convert.convert.plan import Plan
 from ckpt_convert.convert.sources import Numbered, Sources
-from ckpt_convert.convert.ties import Equal
+from ckpt_convert.convert.ties import EqualBytes
 from ckpt_convert.errors import LossyConversionError, TiedWeightsError
 from ckpt_convert.formats.names import RECORD_FOLDER
 from ckpt_convert.storage.checksums import CRC32, CRC64
@@ -66,7 +66,7 @@ class Output(Protocol):
         """Take note of a piece that is written."""
 
 
-def comparing(stored: StoredTensors, counter: ProgressCounter | None = None) -> Equal:
+def comparing(stored: StoredTensors, counter: ProgressCounter | None = None) -> EqualBytes:
     """Whether the tensors of a pair, of these files, hold the same bytes; stops at the first difference."""
     left, right = BlockReader(stored), BlockReader(stored)
 
@@ -140,7 +140,7 @@ def settled(plan: Plan, sources: Sources) -> Plan:
     Decided when the plan is carried out: the tensors may be those of a model in memory, which other plans are not made
     for at every save.
     """
-    equal: Equal | None = None
+    equal: EqualBytes | None = None
     files = list(plan.files)
     for number, file in enumerate(files):
         if any(placed.original for placed in file.tensors):
@@ -149,7 +149,7 @@ def settled(plan: Plan, sources: Sources) -> Plan:
     return replace(plan, files=tuple(files)) if equal is not None else plan
 
 
-def _chosen(placed: Placed, equal: Equal) -> Placed:
+def _chosen(placed: Placed, equal: EqualBytes) -> Placed:
     if placed.original is None:
         return placed
     same = equal(placed.original.unchanged)

@@ -34,7 +34,7 @@ from ckpt_convert.convert.layout import OutputFile
 from ckpt_convert.convert.plan import COMPUTED, Checklist, Origin, Plan, SourceFile, in_memory, target_dtype
 from ckpt_convert.convert.request import Request
 from ckpt_convert.convert.sources import Planned
-from ckpt_convert.convert.ties import Equal, Ties
+from ckpt_convert.convert.ties import EqualBytes, Ties
 from ckpt_convert.convert.translate import SourceReading, Translation
 from ckpt_convert.convert.writing import TargetTensor
 from ckpt_convert.errors import CorruptFileError, UsageError
@@ -131,7 +131,7 @@ class Beside:
 
 
 @reading()
-def make(given: Given, equal: Equal | None = None) -> Planned:
+def make(given: Given, equal: EqualBytes | None = None) -> Planned:
     """Plan a conversion; ``equal`` compares two tensors of the source where their bytes decide whether they are tied.
 
     Raises the error that says everything wrong with the input, or with the request, at once.
@@ -199,7 +199,7 @@ def identified(given: Given) -> tuple[Model, list[str]]:
     return model, differing
 
 
-def translated(given: Given, model: Model, equal: Equal | None) -> Translated:
+def translated(given: Given, model: Model, equal: EqualBytes | None) -> Translated:
     """Every tensor of the output, with what comes from elsewhere than the weights that are read."""
     source, request, like, live = given.source, given.request, given.like, given.live
     read, template = _read(given, model, equal)
@@ -222,7 +222,7 @@ def translated(given: Given, model: Model, equal: Equal | None) -> Translated:
         str(source.place),
         dims=model.dims if cut is None else model.dims.with_cut(cut.axis),
         ranks=ranks,
-        keep_tied=None if given.as_stored else ties.kept(model.family, request.to, places),
+        keep_tied=None if given.as_stored else ties.kept_tied_keys(model.family, request.to, places),
         wants_key=lambda key: wanted is None or key in places,
         originals=earlier,
     )
@@ -333,17 +333,17 @@ def _of_record(checkpoint: Identified) -> list[Place]:
     return [path for path in files if path != manifest or "training" not in checkpoint.record.manifest]
 
 
-def _read(given: Given, model: Model, equal: Equal | None) -> tuple[SourceReading, LogicalTensors]:
+def _read(given: Given, model: Model, equal: EqualBytes | None) -> tuple[SourceReading, LogicalTensors]:
     """What is to be written, and what the source has of it: the same, but where a model in memory is written."""
     source, live = given.source, given.live
-    known = model if live is None else ties.of_memory(model, live.format, live.tensors.keys())
-    template = SourceReading(str(source.format), LogicalTensors({}), Ties(ties.presumed(known), told=True))
+    known = model if live is None else ties.tied_in_memory(model, live.format, live.tensors.keys())
+    template = SourceReading(str(source.format), LogicalTensors({}), Ties(ties.presumed_untied(known), is_stated=True))
     if source.files:
         template = translate.read_source(known, template.format, source.ranks, str(source.place), equal)
     if live is None:
         return template, template.logicals
     reading = translate.read_source(known, live.format, [live.tensors], f"the model, as {live.format}")
-    told = replace(reading.ties, told=model.tied is not None)
+    told = replace(reading.ties, is_stated=model.tied is not None)
     return replace(reading, ties=told), template.logicals
 
 

@@ -13,7 +13,7 @@ from ckpt_convert.checkpoint.mapping import Equality, LogicalTensors, tied_partn
 from ckpt_convert.checkpoint.model import Model
 from ckpt_convert.models.core.table import Family, Instance
 
-Equal = Callable[[Equality], bool]
+EqualBytes = Callable[[Equality], bool]
 """Compares the bytes of two tensors, which reads them."""
 
 
@@ -21,26 +21,26 @@ Equal = Callable[[Equality], bool]
 class Ties:
     """What is decided: ``model`` says of itself whether it is tied.
 
-    ``told`` is whether a file had said so, and the weights have yet to be held against it. ``undecided`` is the pair
+    ``is_stated`` is whether a file had said so, and the weights have yet to be held against it. ``undecided`` is the pair
     whose bytes decide, where nobody was there to compare them: the model is then taken for one that is not tied, which
     is never too little room.
     """
 
     model: Model
-    told: bool
+    is_stated: bool
     undecided: Equality | None = None
 
     def checks(self, ties: Iterable[Equality]) -> list[Equality]:
         """Of equalities that ties demand, those that are left to be checked."""
-        return list(ties) if self.told else []
+        return list(ties) if self.is_stated else []
 
 
-def presumed(model: Model) -> Model:
+def presumed_untied(model: Model) -> Model:
     """The model as its weights are read before it is known whether they are tied."""
     return model if model.tied is not None else model.with_tied(False)
 
 
-def of_memory(model: Model, format: str, keys: Collection[str]) -> Model:
+def tied_in_memory(model: Model, format: str, keys: Collection[str]) -> Model:
     """The model with what one in memory says, which has a key in this format for its output or has none."""
     if model.tied is not None:
         return model
@@ -48,20 +48,20 @@ def of_memory(model: Model, format: str, keys: Collection[str]) -> Model:
     return model.with_tied(any(column is not None and column.template not in keys for column in columns))
 
 
-def decide(model: Model, logicals: LogicalTensors, equal: Equal | None) -> Ties:
+def decide_ties(model: Model, logicals: LogicalTensors, equal: EqualBytes | None) -> Ties:
     """What is tied of weights that were read as those of the ``presumed`` model.
 
     Without ``equal``, no byte is read.
     """
     if model.tied is not None:
-        return Ties(model, told=True)
-    found = pair(logicals)
+        return Ties(model, is_stated=True)
+    found = tied_pair(logicals)
     if equal is None or found is None:
         return Ties(model.with_tied(False), found is None, found)
-    return Ties(model.with_tied(equal(found)), told=False)
+    return Ties(model.with_tied(equal(found)), is_stated=False)
 
 
-def pair(logicals: LogicalTensors) -> Equality | None:
+def tied_pair(logicals: LogicalTensors) -> Equality | None:
     """The two stored tensors that are the same where weights are tied, None where only one is stored."""
     for instance, logical in logicals.tensors.items():
         if instance.row.tied_to and instance not in logicals.omitted_ties:
@@ -70,7 +70,7 @@ def pair(logicals: LogicalTensors) -> Equality | None:
     return None
 
 
-def equality(instance: Instance, logicals: LogicalTensors) -> list[Equality]:
+def tie_checks(instance: Instance, logicals: LogicalTensors) -> list[Equality]:
     """What has to hold of a tied row that is stored all the same; nothing where the row it is tied to is not there."""
     logical, other = logicals.tensors[instance], tied_partner(instance, logicals.tensors)
     if other is None:
@@ -83,13 +83,13 @@ def equality(instance: Instance, logicals: LogicalTensors) -> list[Equality]:
     return [Equality(other.tensor, logical.tensor, logical.dtype, message, logical.key)]
 
 
-def kept(family: Family, format: str, keys: Collection[str]) -> frozenset[str]:
+def kept_tied_keys(family: Family, format: str, keys: Collection[str]) -> frozenset[str]:
     """Which of these keys are those of weights that the format leaves out where they are tied."""
     columns = [column for row in family.rows if (column := row.column(format)) and column.omitted_if_tied]
     return frozenset(column.template for column in columns if column.template in keys)
 
 
-def described(
+def describe_ties(
     ties: Ties, dims: Mapping[str, int], logicals: LogicalTensors, written: Collection[Instance]
 ) -> list[str]:
     """A line for each tied row: what becomes of it; ``written`` is what the output has a key for."""

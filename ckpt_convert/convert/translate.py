@@ -12,7 +12,7 @@ from ckpt_convert.checkpoint import mapping
 from ckpt_convert.checkpoint.mapping import Equality, LogicalTensors, SourceTensor
 from ckpt_convert.checkpoint.model import Model
 from ckpt_convert.convert import ties, writing
-from ckpt_convert.convert.ties import Equal, Ties
+from ckpt_convert.convert.ties import EqualBytes, Ties
 from ckpt_convert.convert.writing import Original, TargetTensor
 from ckpt_convert.errors import UnsupportedFamilyError
 from ckpt_convert.models.core.table import Dims, Instance
@@ -59,7 +59,7 @@ class Translation:
     def ties(self) -> list[str]:
         """A line for each tied row: what becomes of it."""
         written = {target.instance for target in self.targets}
-        return ties.described(self.reading.ties, self.dims, self.logicals, written)
+        return ties.describe_ties(self.reading.ties, self.dims, self.logicals, written)
 
 
 def check_formats(model: Model, source_name: str, *formats: str) -> None:
@@ -73,14 +73,16 @@ def check_formats(model: Model, source_name: str, *formats: str) -> None:
     family.check_rotation(model.config, *formats)
 
 
-def read_source(model: Model, format: str, ranks: Ranks, source_name: str, equal: Equal | None = None) -> SourceReading:
+def read_source(
+    model: Model, format: str, ranks: Ranks, source_name: str, equal: EqualBytes | None = None
+) -> SourceReading:
     """Read stored tensors through their column; ``equal`` compares the bytes of two where these decide about ties.
 
     Raises KeyMismatchError or ShapeMismatchError naming every missing, unexpected and misshapen tensor.
     """
-    known = ties.presumed(model)
+    known = ties.presumed_untied(model)
     logicals = mapping.read_column(known.family, format, known.dims, ranks, source_name)
-    return SourceReading(format, logicals, ties.decide(model, logicals, equal))
+    return SourceReading(format, logicals, ties.decide_ties(model, logicals, equal))
 
 
 def write_target(
@@ -121,7 +123,7 @@ def translate(
     stored: Ranks,
     source_name: str,
     *,
-    equal: Equal | None,
+    equal: EqualBytes | None,
     dims: Callable[[Dims], Dims] = lambda dims: dims,
     ranks: int = 1,
     keep_tied: bool | None = None,

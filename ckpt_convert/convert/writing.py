@@ -136,7 +136,7 @@ def _leave_out(format: str, dims: Mapping[str, int], logicals: LogicalTensors, o
             if row.lossy is not None and (place.scatter_index is None) != (logical.original is None):
                 out.unmapped.append(instance)
         elif row.tied_to and dims["tied"]:  # the row that it is tied to stands for it
-            out.tie_checks += ties.equality(instance, logicals)
+            out.tie_checks += ties.tie_checks(instance, logicals)
         elif row.required:
             no_place.append(logical.key)
         else:
@@ -150,7 +150,7 @@ def _omits(
     """Whether a key of a model that is tied is left out, as its weights are those of another one."""
     instance = entry.first
     if instance.row.tied_to and keep_tied is not None and instance not in logicals.omitted_ties:
-        out.tie_checks += ties.equality(instance, logicals)
+        out.tie_checks += ties.tie_checks(instance, logicals)
     if not entry.column(format).omitted_if_tied:
         return False
     if keep_tied is None:

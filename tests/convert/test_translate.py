@@ -98,9 +98,9 @@ def test_where_nobody_compares_it_stays_undecided_and_room_is_kept_for_both() ->
 
 
 def test_a_model_in_memory_decides_by_what_it_has() -> None:
-    assert ties.of_memory(model(None, BOTH), "hf", SHAPES.keys()).tied is True
-    assert ties.of_memory(model(None, BOTH), "hf", BOTH.keys()).tied is False
-    assert ties.of_memory(model(True, BOTH), "hf", BOTH.keys()).tied is True
+    assert ties.tied_in_memory(model(None, BOTH), "hf", SHAPES.keys()).tied is True
+    assert ties.tied_in_memory(model(None, BOTH), "hf", BOTH.keys()).tied is False
+    assert ties.tied_in_memory(model(True, BOTH), "hf", BOTH.keys()).tied is True
 
 
 def test_all_that_does_not_fit_is_one_error() -> None:

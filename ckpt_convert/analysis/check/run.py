@@ -234,7 +234,7 @@ def _through_table(work: _Work, model: Model, content: Mapping[str, Any], where:
 
 
 def _ties(work: _Work, model: Model, logicals: LogicalTensors) -> None:
-    pair = ties.pair(logicals) if model.tied is True else None
+    pair = ties.tied_pair(logicals) if model.tied is True else None
     if pair is None:
         work.done("tied")
         return
