@@ -69,7 +69,7 @@ def opened(*files: WeightFile, format: str | None = "hf", weight_map: dict[str, 
     index = "model.safetensors.index.json" if weight_map is not None else None
     seen = {one.place: Version(one.header.size, "1") for one in files}
     path, directory = at(Path("somewhere/model.safetensors")), Directory((), index, weight_map)
-    return OpenedFiles(path, format, "as asked for", directory, files, seen=seen)
+    return OpenedFiles(path, format, "as asked for", directory, files, identities=seen)
 
 
 def identified(files: OpenedFiles, config: dict[str, Any] | None, hints: Hints | None = None) -> Identified:

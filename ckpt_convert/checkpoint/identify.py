@@ -93,9 +93,9 @@ class Identified:
         return self.opened.facts
 
     @property
-    def seen(self) -> Mapping[Place, Entry]:
+    def identities(self) -> Mapping[Place, Entry]:
         """The files of the directory and the record as they were before any of them was read."""
-        return self.opened.seen
+        return self.opened.identities
 
     @property
     def directory(self) -> Directory:

@@ -48,7 +48,7 @@ class OpenedFiles:
     """The weight files that lie at a path, open, with their headers, and what they are; no tensor was read.
 
     ``format`` is None when they are of none that is known; ``why`` says what it was told by, or what the files are.
-    ``facts`` are (label, text), worth a line each: more that the files say of themselves. ``seen`` are the files of the
+    ``facts`` are (label, text), worth a line each: more that the files say of themselves. ``identities`` are the files of the
     directory and the record as they were before any of them was read.
     """
 
@@ -58,7 +58,7 @@ class OpenedFiles:
     directory: Directory
     files: tuple[WeightFile, ...]
     facts: tuple[tuple[str, str], ...] = ()
-    seen: Mapping[Place, Entry] = field(default_factory=dict, repr=False)
+    identities: Mapping[Place, Entry] = field(default_factory=dict, repr=False)
 
     @cached_property
     def root(self) -> Place:

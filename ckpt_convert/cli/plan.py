@@ -40,13 +40,17 @@ def as_dict(plan: Plan, dst: Path, workers: int) -> dict[str, Any]:
         "dims": dict(plan.dims),
         "tensors": plan.tensors,
         "bytes": plan.tensor_bytes,
-        "moves": dict(plan.moves),
-        "groups": [group.as_dict() for group in plan_tree.groups(explain.moves(plan))],
+        "moves": dict(plan.bytes_by_kind),
+        "groups": [group.as_dict() for group in plan_tree.groups(explain.explain_plan(plan))],
         "files": [{"name": f.name, "bytes": f.size, "tensors": len(f.tensors)} for f in plan.weights],
-        "side_files": {side.name: side.origin for side in plan.side if not side.name.startswith("ckpt_convert/")},
-        "drops": list(plan.carried),
+        "side_files": {
+            side.name: side.origin for side in plan.auxiliary_files if not side.name.startswith("ckpt_convert/")
+        },
+        "drops": list(plan.passthrough),
         "ties": list(plan.ties),
-        "embedding": {"axis": plan.cut.axis, "why": plan.cut.why} if plan.cut is not None else None,
+        "embedding": {"axis": plan.embedding_split.axis, "why": plan.embedding_split.reason}
+        if plan.embedding_split is not None
+        else None,
         "notices": list(plan.notices),
         "disk": plan.disk,
         "disk_free": free_space(dst),
@@ -62,7 +66,7 @@ def show_plan(plan: Plan, dst: Path, *, as_json: bool, quiet: bool, workers: int
     if quiet:
         return
     width = terminal_width()
-    tree = plan_tree.lines(plan_tree.groups(explain.moves(plan)), width)
+    tree = plan_tree.lines(plan_tree.groups(explain.explain_plan(plan)), width)
     shown = [
         *labelled(_facts(plan, dst), width, least=_LABEL),
         "",
@@ -86,9 +90,11 @@ def _facts(plan: Plan, dst: Path) -> Iterator[Labelled]:
     yield _labelled("target", f"{escape(str(dst))}  ({plan.target})")
     yield _labelled("family", f"{plan.family}{release}  ({source.evidence})")
     yield _labelled("dims", ", ".join(f"{name} {plan.dims[name]}" for name in SIZES if name in plan.dims))
-    if plan.cut is not None:
-        yield _labelled("embedding", f"ranks cut its {plan.cut.way}  ({escape(plan.cut.why)})")
-    moves = ", ".join(f"{human_bytes(size)} {kind}" for kind, size in plan.moves.items() if size)
+    if plan.embedding_split is not None:
+        yield _labelled(
+            "embedding", f"ranks cut its {plan.embedding_split.description}  ({escape(plan.embedding_split.reason)})"
+        )
+    moves = ", ".join(f"{human_bytes(size)} {kind}" for kind, size in plan.bytes_by_kind.items() if size)
     yield _labelled("tensors", f"{plan.tensors}, {human_bytes(plan.tensor_bytes)}: {moves}")
 
 
@@ -100,12 +106,18 @@ def _output(plan: Plan, dst: Path, workers: int) -> Iterator[Labelled]:
     if len(plan.weights) > 16:
         yield _labelled("", f"… and {len(plan.weights) - 16} more")
     for origin in ("copied", "generated", "restored"):
-        names = [side.name for side in plan.side if side.origin == origin and not side.name.startswith("ckpt_convert/")]
+        names = [
+            side.name
+            for side in plan.auxiliary_files
+            if side.origin == origin and not side.name.startswith("ckpt_convert/")
+        ]
         if names:
             yield _labelled(origin, escape(", ".join(names)))
     for tie in plan.ties:
         yield _labelled("tied", escape(tie))
-    carried = escape(in_short(plan.carried)) if plan.carried else "nothing: the target has a place for everything"
+    carried = (
+        escape(in_short(plan.passthrough)) if plan.passthrough else "nothing: the target has a place for everything"
+    )
     yield _labelled("carried", carried)
     free = free_space(dst)
     lacking = click.style("  not enough", fg="red") if free < plan.disk else ""

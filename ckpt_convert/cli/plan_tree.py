@@ -9,7 +9,7 @@ from typing import Any
 
 from ckpt_convert.cli import colours, tree
 from ckpt_convert.cli.text import can_say, columns, display_width, escape, fits, number, shape_text, shorten, wrap
-from ckpt_convert.convert.explain import COPY, Move
+from ckpt_convert.convert.explain import COPY, TensorTransform
 from ckpt_convert.words import human_bytes
 
 
@@ -40,7 +40,7 @@ class Group:
         }
 
 
-def groups(moves: Iterable[Move]) -> list[Group]:
+def groups(moves: Iterable[TensorTransform]) -> list[Group]:
     """The moves collapsed, in the natural order of the source's keys.
 
     Lines are told apart by whichever key has more numbers; those in the other one go with them.
@@ -51,7 +51,7 @@ def groups(moves: Iterable[Move]) -> list[Group]:
     return [group for _, group in sorted(out, key=lambda found: found[0])]
 
 
-def _entries(moves: Iterable[Move], examples: list[_Kind]) -> Iterator[tree.Entry]:
+def _entries(moves: Iterable[TensorTransform], examples: list[_Kind]) -> Iterator[tree.Entry]:
     """The moves by the key that tells those of a line apart, each with the number of its kind in ``examples``."""
     kinds: dict[tuple[object, ...], int] = {}
     for move in moves:
@@ -83,7 +83,7 @@ class _Kind:
     There is no ``template`` where there is no other key, or where it is the same one.
     """
 
-    move: Move
+    move: TensorTransform
     by_target: bool
     template: tree.Template | None
     numbers: dict[str, tuple[int, ...]]

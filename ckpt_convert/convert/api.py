@@ -16,9 +16,9 @@ from ckpt_convert.checkpoint.mapping import Equality
 from ckpt_convert.checkpoint.opening import part_of
 from ckpt_convert.convert import ownership, planning
 from ckpt_convert.convert.plan import Plan
-from ckpt_convert.convert.planning import Given
+from ckpt_convert.convert.planning import PlanInputs
 from ckpt_convert.convert.request import Request
-from ckpt_convert.convert.sources import Planned, Sources
+from ckpt_convert.convert.sources import OpenPlan, Sources
 from ckpt_convert.errors import (
     CkptConvertError,
     ConfigError,
@@ -120,7 +120,7 @@ def plan_conversion(src: Location, *, to: str, **options: Unpack[Options]) -> Pl
 
 def _plan(
     src: Location, to: str, options: Options, equal: Callable[[Identified, Equality], bool] | None = None
-) -> tuple[Identified, Planned]:
+) -> tuple[Identified, OpenPlan]:
     """The plan; ``equal`` compares two tensors of the source, where only their bytes say whether they are tied."""
     unknown = options.keys() - Options.__annotations__.keys()
     if unknown:
@@ -159,8 +159,8 @@ def _plan(
     try:
         wanted = requested(source, request.dequantize)
         imitated = open_identified(request.like, format=to) if request.like is not None else None
-        given = Given(wanted, request, imitated)
-        return wanted, planning.make(given, partial(equal, wanted) if equal is not None else None)
+        given = PlanInputs(wanted, request, imitated)
+        return wanted, planning.make_plan(given, partial(equal, wanted) if equal is not None else None)
     except (ConfigError, KeyMismatchError, ShapeMismatchError) as error:
         part = part_of(source.place)
         if part is None:
@@ -257,11 +257,11 @@ def convert_checkpoint(
         files=[file.name for file in made.weights],
         tensors=made.tensors,
         bytes=sum(tensor.nbytes for file in made.weights for tensor in file.tensors),
-        drops=list(made.carried),
+        drops=list(made.passthrough),
         ties=list(made.ties),
         notices=[*made.notices, *written.notices, *replaced, *_accepted(made, lost, written.overflows)],
         side_files={str(entry["name"]): str(entry["origin"]) for entry in written.manifest["side_files"]},
-        moves=dict(made.moves),
+        moves=dict(made.bytes_by_kind),
         resumed_bytes=written.resumed,
         verified=verified,
         overflows=written.overflows,

@@ -21,21 +21,23 @@ from ckpt_convert.models.core.rows import recorded_cut
 _TOKENIZER_LIMIT = 1 << 28
 
 
-class Cut(NamedTuple):
+class EmbeddingSplit(NamedTuple):
     """The axis, why it is that one, and what to call this way of cutting, in words."""
 
     axis: int
-    why: str
-    way: str
+    reason: str
+    description: str
 
 
-def cut_of(source: Identified, request: Request, like: Identified | None, model: Model) -> Cut | None:
+def embedding_split(
+    source: Identified, request: Request, like: Identified | None, model: Model
+) -> EmbeddingSplit | None:
     """What the output's embedding is cut by; None where the family, or the target, leaves no choice."""
     styles = model.family.params.styles if model.family.params is not None else None
     if request.to != "meta" or styles is None:
         return None
     axis, why = _axis(source, request, like, model, styles)
-    return Cut(axis, why, styles.ways[axis])
+    return EmbeddingSplit(axis, why, styles.ways[axis])
 
 
 def _axis(

@@ -19,7 +19,7 @@ from ckpt_convert.checkpoint.mapping import Equality
 from ckpt_convert.convert.layout import Placed
 from ckpt_convert.convert.partition import Piece
 from ckpt_convert.convert.plan import Plan
-from ckpt_convert.convert.sources import Numbered, Sources
+from ckpt_convert.convert.sources import NumberedTensors, Sources
 from ckpt_convert.convert.ties import EqualBytes
 from ckpt_convert.errors import LossyConversionError, TiedWeightsError
 from ckpt_convert.formats.names import RECORD_FOLDER
@@ -87,7 +87,7 @@ def run_checks(plan: Plan, sources: Sources, progress: ProgressCallback | None =
         return
     total = sum(check.left.size * dtypes.DTYPES[check.dtype].bits // 8 for check in plan.checks)
     counter = ProgressCounter("checking", total, progress)
-    equal = comparing(Numbered(plan, sources), counter)
+    equal = comparing(NumberedTensors(plan, sources), counter)
     failed = [check.message for check in plan.checks if not equal(check)]
     if failed:
         raise TiedWeightsError(f"{plan.source.place}: tensors that have to be equal are not:{listing(failed)}")
@@ -98,7 +98,7 @@ def check_losses(plan: Plan, sources: Sources) -> dict[str, int]:
 
     Raises LossyConversionError for any, unless that was accepted.
     """
-    mover = BlockReader(Numbered(plan, sources))
+    mover = BlockReader(NumberedTensors(plan, sources))
     counts = {check.key: _nonzero(mover, check.left, check.dtype) for check in plan.losses}
     lost = {key: count for key, count in counts.items() if count}
     if lost and not plan.request.allow_loss:
@@ -144,7 +144,7 @@ def settled(plan: Plan, sources: Sources) -> Plan:
     files = list(plan.files)
     for number, file in enumerate(files):
         if any(placed.original for placed in file.tensors):
-            equal = equal or comparing(Numbered(plan, sources))
+            equal = equal or comparing(NumberedTensors(plan, sources))
             files[number] = replace(file, tensors=tuple([_chosen(placed, equal) for placed in file.tensors]))
     return replace(plan, files=tuple(files)) if equal is not None else plan
 
@@ -169,7 +169,7 @@ def execute(
 
     Raises whatever a worker raised first; the others stop at their next block.
     """
-    queue, stored = list(pieces), Numbered(plan, sources)
+    queue, stored = list(pieces), NumberedTensors(plan, sources)
     counter = counter or ProgressCounter("converting", sum(piece.nbytes for piece in queue), None)
     execution = _Execution(plan, output, counter)
     run_threaded(queue, workers, counter, lambda: partial(execution.write, BlockReader(stored)))

@@ -18,7 +18,7 @@ COPY = "copy"
 """The only step of a tensor whose elements stay as they are."""
 
 
-class Move(NamedTuple):
+class TensorTransform(NamedTuple):
     """One logical tensor on its way from the key ``source`` to ``target`` (None: it has no place of its own there).
 
     ``shape`` is the whole tensor's, ranks joined; several that lie together on both sides, stacked, are one, with their
@@ -40,13 +40,13 @@ class _Ranks(NamedTuple):
     after: int
 
 
-def moves(plan: Plan) -> Iterator[Move]:
+def explain_plan(plan: Plan) -> Iterator[TensorTransform]:
     """Every tensor that the plan reads or makes, in the order of the table."""
     columns = (instance.row.column(plan.target) for instance in plan.logicals.tensors)
     if all(column is not None and column.is_literal_key for column in columns):  # nothing lies stacked
         yield from _each(plan)
         return
-    counts: dict[Move | str, int] = {}
+    counts: dict[TensorTransform | str, int] = {}
     firsts = []
     for move in _each(plan):
         alike = move if move.target is not None else move.source
@@ -58,7 +58,7 @@ def moves(plan: Plan) -> Iterator[Move]:
         yield move._replace(shape=(count, *move.shape), nbytes=move.nbytes * count) if count > 1 else move
 
 
-def _each(plan: Plan) -> Iterator[Move]:
+def _each(plan: Plan) -> Iterator[TensorTransform]:
     ranks = _Ranks(plan.source.ranks, max(file.rank for file in plan.weights) + 1)
     scattered = {
         tensor.key for file in plan.weights for tensor in file.tensors if tensor.tensor.contiguous_source is None
@@ -70,12 +70,12 @@ def _each(plan: Plan) -> Iterator[Move]:
         column, key = instance.row.column(plan.target), instance.key(plan.target)
         if column is None and instance.row.tied_to and plan.dims["tied"]:
             if instance not in plan.logicals.omitted_ties:
-                yield Move(logical.key, None, shape, dtype, dtype, 0, ("tied: stored once",))
+                yield TensorTransform(logical.key, None, shape, dtype, dtype, 0, ("tied: stored once",))
         elif column is None:
             how = (
                 "carried in the record" if instance.row.zeros is None else "carried in the record, refused if not zero"
             )
-            yield Move(logical.key, None, shape, dtype, dtype, dtypes.nbytes(dtype, shape), (how,))
+            yield TensorTransform(logical.key, None, shape, dtype, dtype, dtypes.nbytes(dtype, shape), (how,))
         elif key in written:
             cast = target_dtype(dtype, instance, plan.request)
             alike = instance.row.name, dtype, plan.is_computed(logical.tensor), instance in plan.logicals.omitted_ties
@@ -85,9 +85,11 @@ def _each(plan: Plan) -> Iterator[Move]:
             if not found and key in scattered and logical.tensor.size:
                 found = ("laid out row by row",)  # the source stores it transposed
             copies = ranks.after if column.cut_axis(plan.dims) is None else 1
-            yield Move(logical.key, key, shape, dtype, cast, dtypes.nbytes(cast, shape) * copies, found or (COPY,))
+            yield TensorTransform(
+                logical.key, key, shape, dtype, cast, dtypes.nbytes(cast, shape) * copies, found or (COPY,)
+            )
         elif instance not in plan.logicals.omitted_ties:
-            yield Move(logical.key, None, shape, dtype, dtype, 0, ("tied: stored once",))
+            yield TensorTransform(logical.key, None, shape, dtype, dtype, 0, ("tied: stored once",))
 
 
 def _steps(
@@ -98,7 +100,7 @@ def _steps(
     source = instance.row.column(str(plan.source.format))
     if instance in plan.logicals.omitted_ties:
         yield "tied: written as well"
-    elif plan.undecided is not None and instance.row.tied_to:
+    elif plan.undecided_tie is not None and instance.row.tied_to:
         yield "tied if equal"
     if not logical.tensor.sources:
         yield "zeros, as the source has none"

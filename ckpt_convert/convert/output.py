@@ -83,7 +83,7 @@ def finish(
             overflows,
         )
     side, kept = _write_side_files(made, folder, workers, progress)
-    together = {id(one.made): one.made for one in made.side if one.made is not None}
+    together = {id(one.made): one.made for one in made.auxiliary_files if one.made is not None}
     notices = [text for files in together.values() for text in files.notices]
     return Written(made.manifest(staged.described(), side, kept), staged.resumed, overflows, tuple(notices))
 
@@ -117,7 +117,7 @@ def _write_side_files(
     """Write everything beside the weights; returns the manifest's entries of it, and the checksums of the record."""
     written = []
     kept = {}
-    for side in made.side:
+    for side in made.auxiliary_files:
         checksum = write_side_file(side, folder)
         if checksum is None:
             continue

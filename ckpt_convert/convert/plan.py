@@ -18,7 +18,7 @@ from ckpt_convert.checkpoint.checklist import CHECKLIST
 from ckpt_convert.checkpoint.hints import Hints
 from ckpt_convert.checkpoint.mapping import Equality, LogicalTensors
 from ckpt_convert.convert.auxiliary_files import SideFile
-from ckpt_convert.convert.embedding import Cut
+from ckpt_convert.convert.embedding import EmbeddingSplit
 from ckpt_convert.convert.layout import OutputFile
 from ckpt_convert.convert.request import Request
 from ckpt_convert.errors import ConfigError
@@ -60,7 +60,7 @@ class SourceFile:
 
 
 @dataclass(frozen=True)
-class Origin:
+class SourceInfo:
     """What is converted: where it lies, what it was told to be and by what, and the symbols of its config.
 
     ``dequantized`` is the dtype of the numbers that a quantised one is read as.
@@ -95,35 +95,35 @@ class Plan:
     ``stored`` numbers the stored tensors that lazy tensors are made of, and ``stored_in`` has for each the number of
     its file among ``sources``; ``computed`` are those of them that are worked out where they are read. ``checks`` are
     pairs that have to be equal before anything is written; ``losses`` are tensors that the target has no place for,
-    with the zeros that it computes with instead; ``undecided`` is the pair that decides whether weights are tied, where
-    no file says it. ``cut`` is how ranks cut the embedding and why, where there is a choice.
-    ``carried`` names the tensors that the target has no place for and that go into the record. ``live`` is whether
+    with the zeros that it computes with instead; ``undecided_tie`` is the pair that decides whether weights are tied, where
+    no file says it. ``embedding_split`` is how ranks cut the embedding and why, where there is a choice.
+    ``passthrough`` names the tensors that the target has no place for and that go into the record. ``from_memory`` is whether
     tensors in memory are written in the place of the source's; ``elsewhere`` are those of them that other processes
-    have, and write. ``seen`` are the files that are read, as they were
+    have, and write. ``identities`` are the files that are read, as they were
     before that.
     """
 
-    source: Origin
+    source: SourceInfo
     request: Request
     files: tuple[OutputFile, ...]
-    side: tuple[SideFile, ...]
+    auxiliary_files: tuple[SideFile, ...]
     sources: tuple[SourceFile, ...]
     stored: tuple[StoredTensor, ...]
     stored_in: tuple[int, ...]
     logicals: LogicalTensors
     checks: tuple[Equality, ...]
     losses: tuple[Equality, ...]
-    undecided: Equality | None
-    carried: tuple[str, ...]
+    undecided_tie: Equality | None
+    passthrough: tuple[str, ...]
     ties: tuple[str, ...]
     notices: tuple[str, ...]
     dims: Dims
-    cut: Cut | None
+    embedding_split: EmbeddingSplit | None
     checklist: Checklist
     computed: frozenset[int] = frozenset()
-    live: bool = False
+    from_memory: bool = False
     elsewhere: frozenset[int] = frozenset()
-    seen: Mapping[Place, Entry] = field(default_factory=dict, repr=False)
+    identities: Mapping[Place, Entry] = field(default_factory=dict, repr=False)
 
     def close(self) -> None:
         """Nothing: a plan holds no file open. It can be used like what does."""
@@ -159,16 +159,16 @@ class Plan:
     @property
     def names(self) -> list[str]:
         """The files that will be written, as far as that is known before."""
-        beside = [side.name for side in self.side]
+        beside = [side.name for side in self.auxiliary_files]
         return [*(file.name for file in self.files), *beside, CHECKLIST, record.MANIFEST]
 
     @property
     def disk(self) -> int:
         """Bytes of everything that will be written."""
-        return sum(file.size for file in self.files) + sum(side.size for side in self.side)
+        return sum(file.size for file in self.files) + sum(side.size for side in self.auxiliary_files)
 
     @property
-    def in_memory(self) -> int:
+    def legacy_bytes(self) -> int:
         """Bytes of the source that had to be read whole: old torch files without zip."""
         return sum(
             tensor.nbytes
@@ -178,17 +178,17 @@ class Plan:
 
     def memory(self, workers: int) -> int:
         """About how many bytes of memory the conversion takes at most."""
-        torch = _TORCH_MEMORY if self.in_memory else 0
+        torch = _TORCH_MEMORY if self.legacy_bytes else 0
         casting = _CASTING if self.request.dtype else 0
         computing = _COMPUTING if self.source.dequantized is not None else 0
-        return _BASE_MEMORY + workers * (BLOCK + SCRATCH + casting + computing) + torch + self.in_memory
+        return _BASE_MEMORY + workers * (BLOCK + SCRATCH + casting + computing) + torch + self.legacy_bytes
 
     def is_computed(self, tensor: LazyTensor) -> bool:
         """Whether numbers are dequantised for this tensor."""
         return bool(self.computed) and not self.computed.isdisjoint(tensor.sources)
 
     @property
-    def moves(self) -> Mapping[str, int]:
+    def bytes_by_kind(self) -> Mapping[str, int]:
         """How many bytes are copied as they lie, put in another order, and cast (or dequantised)."""
         out = {"copied": 0, "reordered": 0, "cast": 0}
         for file in self.files:
@@ -203,7 +203,7 @@ class Plan:
 
         Raises SourceChangedError; that a file was replaced by its like is only said.
         """
-        return compare(self.seen)
+        return compare(self.identities)
 
     def refuse_unreadable(self) -> None:
         """Raise ConfigError for what no conversion can move: reordering elements smaller than a byte."""
@@ -235,7 +235,7 @@ class Plan:
 
     def fingerprint(self) -> str:
         """A checksum of all that decides the output's bytes, to tell whether a partial output can be resumed."""
-        if self.live:
+        if self.from_memory:
             return "tensors in memory"  # never the same again
         casts = [self.request.dtype, self.request.dequantize]
         dims = sorted(self.dims.items())
@@ -251,7 +251,7 @@ class Plan:
         return digest(json.dumps(parts).encode())
 
 
-def in_memory(key: str) -> SourceFile:
+def memory_source(key: str) -> SourceFile:
     """A tensor that only the process which has it can read."""
     return SourceFile(f"memory:{key}", IN_MEMORY)
 

@@ -29,11 +29,11 @@ from ckpt_convert.convert import (
     translate,
 )
 from ckpt_convert.convert.auxiliary_files import SideFile
-from ckpt_convert.convert.embedding import Cut
+from ckpt_convert.convert.embedding import EmbeddingSplit
 from ckpt_convert.convert.layout import OutputFile
-from ckpt_convert.convert.plan import COMPUTED, Checklist, Origin, Plan, SourceFile, in_memory, target_dtype
+from ckpt_convert.convert.plan import COMPUTED, Checklist, Plan, SourceFile, SourceInfo, memory_source, target_dtype
 from ckpt_convert.convert.request import Request
-from ckpt_convert.convert.sources import Planned
+from ckpt_convert.convert.sources import OpenPlan
 from ckpt_convert.convert.ties import EqualBytes, Ties
 from ckpt_convert.convert.translate import SourceReading, Translation
 from ckpt_convert.convert.writing import TargetTensor
@@ -49,7 +49,7 @@ from ckpt_convert.words import option as said
 
 
 @dataclass(frozen=True)
-class Live:
+class InMemorySource:
     """Tensors in memory, of a model that is being trained: they go out as the source lies, in its place.
 
     ``format`` is that of their keys, ``tensors`` are by key, and ``stored`` is what their lazy tensors are numbered by.
@@ -63,32 +63,32 @@ class Live:
 
 
 @dataclass(frozen=True)
-class Given:
+class PlanInputs:
     """What is to be converted, and how: ``like`` is the checkpoint to imitate.
 
-    With ``live``, the tensors in memory are written as a conversion would write the source's: in its files, each in the
+    With ``in_memory``, the tensors in memory are written as a conversion would write the source's: in its files, each in the
     dtype that it has there. A source without files is only a config; the files are then laid out afresh.
     """
 
     source: Identified
     request: Request
     like: Identified | None = None
-    live: Live | None = None
+    in_memory: InMemorySource | None = None
 
     @property
     def read_format(self) -> str:
         """The format that the weights are read in."""
-        return self.live.format if self.live is not None else str(self.source.format)
+        return self.in_memory.format if self.in_memory is not None else str(self.source.format)
 
     @property
     def as_stored(self) -> bool:
         """Whether the output is what the source is, in its own keys."""
-        return self.live is None and self.source.format == self.request.to and self.like is None
+        return self.in_memory is None and self.source.format == self.request.to and self.like is None
 
 
 @dataclass(frozen=True)
 class Translated:
-    """The tensors of the output; ``wanted`` is the layout that they should have, ``ranks`` how many files share them.
+    """The tensors of the output; ``target_layout`` is the layout that they should have, ``ranks`` how many files share them.
 
     ``template`` is what the source has of tensors in memory. ``stored`` is what lazy tensors are numbered by.
     """
@@ -97,10 +97,10 @@ class Translated:
     template: LogicalTensors
     stored: tuple[tuple[WeightFile, StoredTensor], ...]
     targets: list[TargetTensor]
-    carried: list[Instance]
-    wanted: Layout | None
+    passthrough: list[Instance]
+    target_layout: Layout | None
     ranks: int
-    cut: Cut | None
+    embedding_split: EmbeddingSplit | None
 
     @property
     def model(self) -> Model:
@@ -116,14 +116,14 @@ class Assigned:
     """The output's files; ``exact`` is whether they are those of the wanted layout, byte for byte."""
 
     files: list[OutputFile]
-    carried: list[OutputFile]
+    passthrough: list[OutputFile]
     exact: bool
     checks: list[Equality]
     notices: list[str]
 
 
 @dataclass(frozen=True)
-class Beside:
+class AuxiliaryFiles:
     """What lies beside the weights, and in the record."""
 
     files: list[SideFile]
@@ -131,33 +131,33 @@ class Beside:
 
 
 @reading()
-def make(given: Given, equal: EqualBytes | None = None) -> Planned:
+def make_plan(inputs: PlanInputs, equal: EqualBytes | None = None) -> OpenPlan:
     """Plan a conversion; ``equal`` compares two tensors of the source where their bytes decide whether they are tied.
 
     Raises the error that says everything wrong with the input, or with the request, at once.
     """
-    model, differing = identified(given)
-    found = translated(given, model, equal)
-    assigned = assign(given, found)
+    model, differing = identify_model(inputs)
+    found = translate_tensors(inputs, model, equal)
+    assigned = assign_files(inputs, found)
     found = found.without_targets()
-    put = beside(given, found, assigned)
-    _check_names(given.source, assigned.files, put.files)
-    source, request, model = given.source, given.request, found.model
+    put = plan_auxiliary(inputs, found, assigned)
+    _check_names(inputs.source, assigned.files, put.files)
+    source, request, model = inputs.source, inputs.request, found.model
     numbers = {file: number for number, file in enumerate(dict.fromkeys(file for file, _ in found.stored))}
-    sources = [_source(file, given) for file in numbers]
+    sources = [_source(file, inputs) for file in numbers]
     plan = Plan(
         source=_origin(source, model),
         request=request,
-        files=(*assigned.files, *assigned.carried),
-        side=tuple(put.files),
+        files=(*assigned.files, *assigned.passthrough),
+        auxiliary_files=tuple(put.files),
         sources=tuple(sources),
         stored=tuple([tensor for _, tensor in found.stored]),
         stored_in=tuple([numbers[file] for file, _ in found.stored]),
         logicals=found.translation.logicals,
         checks=tuple(assigned.checks),
         losses=tuple(found.translation.losses),
-        undecided=found.translation.reading.ties.undecided,
-        carried=tuple(sorted({found.translation.logicals.tensors[instance].key for instance in found.carried})),
+        undecided_tie=found.translation.reading.ties.undecided,
+        passthrough=tuple(sorted({found.translation.logicals.tensors[instance].key for instance in found.passthrough})),
         ties=tuple(found.translation.ties),
         notices=(
             *source.notices,
@@ -167,50 +167,50 @@ def make(given: Given, equal: EqualBytes | None = None) -> Planned:
             *put.notices,
             *assigned.notices,
             *differing,
-            *shards.rank_notice(request, model, found.ranks, found.wanted),
+            *shards.rank_notice(request, model, found.ranks, found.target_layout),
         ),
         dims=found.translation.dims,
-        cut=found.cut,
+        embedding_split=found.embedding_split,
         checklist=Checklist(
             source.root,
-            auxiliary_files.checklist_of(source) if given.live is None else {},
+            auxiliary_files.checklist_of(source) if inputs.in_memory is None else {},
             auxiliary_files.checklist_for(source, request.to),
         ),
         computed=_computed(found.stored) if source.dequantized is not None else frozenset(),
-        live=given.live is not None,
-        elsewhere=frozenset(given.live.elsewhere if given.live is not None else ()),
-        seen=_seen(given, found.stored, put.files),
+        from_memory=inputs.in_memory is not None,
+        elsewhere=frozenset(inputs.in_memory.elsewhere if inputs.in_memory is not None else ()),
+        identities=_seen(inputs, found.stored, put.files),
     )
-    return Planned(plan, {one: file.reader for one, file in zip(sources, numbers, strict=True)})
+    return OpenPlan(plan, {one: file.reader for one, file in zip(sources, numbers, strict=True)})
 
 
-def identified(given: Given) -> tuple[Model, list[str]]:
+def identify_model(inputs: PlanInputs) -> tuple[Model, list[str]]:
     """What the weights are weights of, and what is to be said of ``like``; refuses what has no way into the target."""
-    source, request = given.source, given.request
+    source, request = inputs.source, inputs.request
     source.refuse_foreign()
-    model = source.model_for(given.read_format, request.to)
+    model = source.model_for(inputs.read_format, request.to)
     request.check_source(str(source.format), model.family)
     if request.dtype is not None:
         as_stored.refuse_cast(source.quantization, source.unknown_scheme, source.place, request.dtype)
     with naming(str(source.config_file)):
-        translate.check_formats(model, str(source.place), str(source.format), given.read_format, request.to)
-    differing = config_files.differing(source, model, given.like) if given.like is not None else []
+        translate.check_formats(model, str(source.place), str(source.format), inputs.read_format, request.to)
+    differing = config_files.differing(source, model, inputs.like) if inputs.like is not None else []
     auxiliary_files.checklist_of(source)  # a checklist that is none is an error now, not after everything was written
     return model, differing
 
 
-def translated(given: Given, model: Model, equal: EqualBytes | None) -> Translated:
+def translate_tensors(inputs: PlanInputs, model: Model, equal: EqualBytes | None) -> Translated:
     """Every tensor of the output, with what comes from elsewhere than the weights that are read."""
-    source, request, like, live = given.source, given.request, given.like, given.live
-    read, template = _read(given, model, equal)
+    source, request, like, live = inputs.source, inputs.request, inputs.like, inputs.in_memory
+    read, template = _read(inputs, model, equal)
     model, logicals = read.model, read.logicals
     everything = list(source.stored if live is None else live.stored)
     if live is not None:
         passthrough.take_derived(source, template, logicals, everything)
-    literal = given.as_stored and source.is_bare
+    literal = inputs.as_stored and source.is_bare
     wanted = shards.recorded(source, request, like, model, literal=literal)
     ranks = shards.ranks(source, request, like, wanted, model)
-    cut = embedding.cut_of(source, request, like, model)
+    cut = embedding.embedding_split(source, request, like, model)
     passthrough.bring_back(source, request, like, model, logicals, everything)
     places = {key for _, key in wanted.places} if wanted is not None else set()
     earlier = passthrough.as_it_was(
@@ -222,7 +222,7 @@ def translated(given: Given, model: Model, equal: EqualBytes | None) -> Translat
         str(source.place),
         dims=model.dims if cut is None else model.dims.with_cut(cut.axis),
         ranks=ranks,
-        keep_tied=None if given.as_stored else ties.kept_tied_keys(model.family, request.to, places),
+        keep_tied=None if inputs.as_stored else ties.kept_tied_keys(model.family, request.to, places),
         wants_key=lambda key: wanted is None or key in places,
         originals=earlier,
     )
@@ -234,33 +234,41 @@ def translated(given: Given, model: Model, equal: EqualBytes | None) -> Translat
     return Translated(made, template, tuple(everything), targets, carried, wanted, ranks, cut)
 
 
-def assign(given: Given, found: Translated) -> Assigned:
+def assign_files(inputs: PlanInputs, translated: Translated) -> Assigned:
     """Which tensor lies in which file of the output, at which place and in which dtype."""
-    source, request, live, logicals = given.source, given.request, given.live, found.translation.logicals
-    dtype_of = _dtypes(found.targets, request, found.template if live is not None else LogicalTensors({}))
-    _refuse_partial_cast(source, found.targets, dtype_of, request, "dtype" if live is None else "export_dtype")
+    source, request, live, logicals = inputs.source, inputs.request, inputs.in_memory, translated.translation.logicals
+    dtype_of = _dtypes(translated.targets, request, translated.template if live is not None else LogicalTensors({}))
+    _refuse_partial_cast(source, translated.targets, dtype_of, request, "dtype" if live is None else "export_dtype")
     files, exact, notices = shards.files(
         source,
         request,
-        found.targets,
+        translated.targets,
         dtype_of,
-        found.wanted,
-        found.ranks,
-        found.model,
-        lambda: _file_of(source, found.template, logicals, live),
+        translated.target_layout,
+        translated.ranks,
+        translated.model,
+        lambda: _file_of(source, translated.template, logicals, live),
     )
-    shared = layout.aliases(files, found.targets)
-    family, dims = found.model.family, found.model.dims
-    carried = shards.carried(family, str(source.format), found.carried, logicals, dims)
-    return Assigned(files, carried, exact, [*found.translation.checks, *shared], notices)
+    shared = layout.aliases(files, translated.targets)
+    family, dims = translated.model.family, translated.model.dims
+    carried = shards.carried(family, str(source.format), translated.passthrough, logicals, dims)
+    return Assigned(files, carried, exact, [*translated.translation.checks, *shared], notices)
 
 
-def beside(given: Given, found: Translated, assigned: Assigned) -> Beside:
+def plan_auxiliary(inputs: PlanInputs, translated: Translated, assigned: Assigned) -> AuxiliaryFiles:
     """Config, index, tokenizer and all other files of the output, and what the record keeps."""
-    source, request, like, model = given.source, given.request, given.like, found.model
+    source, request, like, model = inputs.source, inputs.request, inputs.like, translated.model
     written = _written_dtype(assigned.files)
-    made = config_files.generated(source, model, request, like, written, found.ranks, found.cut and found.cut.axis)
-    index = shards.index(request, assigned.files, found.wanted, assigned.exact, model)
+    made = config_files.generated(
+        source,
+        model,
+        request,
+        like,
+        written,
+        translated.ranks,
+        translated.embedding_split and translated.embedding_split.axis,
+    )
+    index = shards.index(request, assigned.files, translated.target_layout, assigned.exact, model)
     generated = {side.name: side for side in (*made.files, *index)}
     generated |= config_files.tokenizer(source, request, model, like)
     files = auxiliary_files.plan(source, request.to, like=like, generated=generated)
@@ -269,11 +277,11 @@ def beside(given: Given, found: Translated, assigned: Assigned) -> Beside:
     own = None if source.format == request.to or not source.files else source.layout()
     files += auxiliary_files.recorded_layouts(source, request.to, own)
     absent = config_files.tokenizer_notice(source, request, model, (one.name for one in files))
-    return Beside(files, (*made.notices, *absent))
+    return AuxiliaryFiles(files, (*made.notices, *absent))
 
 
-def _origin(source: Identified, model: Model) -> Origin:
-    return Origin(
+def _origin(source: Identified, model: Model) -> SourceInfo:
+    return SourceInfo(
         place=source.place,
         format=source.format,
         why=source.why,
@@ -288,10 +296,12 @@ def _origin(source: Identified, model: Model) -> Origin:
     )
 
 
-def _source(file: WeightFile, given: Given) -> SourceFile:
+def _source(file: WeightFile, given: PlanInputs) -> SourceFile:
     if file.header.kind == IN_MEMORY:
-        return in_memory(file.header.tensors[0].key)
-    seen = given.source.seen.get(file.place) or (given.like.seen.get(file.place) if given.like is not None else None)
+        return memory_source(file.header.tensors[0].key)
+    seen = given.source.identities.get(file.place) or (
+        given.like.identities.get(file.place) if given.like is not None else None
+    )
     kind = COMPUTED if view.is_view(file) else file.header.kind
     return SourceFile(file.name, kind, file.place, seen or file.place.identity())
 
@@ -301,20 +311,20 @@ def _computed(stored: Sequence[tuple[WeightFile, StoredTensor]]) -> frozenset[in
 
 
 def _seen(
-    given: Given, stored: Sequence[tuple[WeightFile, StoredTensor]], side: Sequence[SideFile]
+    given: PlanInputs, stored: Sequence[tuple[WeightFile, StoredTensor]], side: Sequence[SideFile]
 ) -> dict[Place, Entry]:
     """The files that an output is made from, as they were when they were first looked at.
 
     Of a model in memory's source, those that every save reads again; the rest was read once and for all.
     """
     source, like = given.source, given.like
-    seen = {**(like.seen if like is not None else {}), **source.seen}
+    seen = {**(like.identities if like is not None else {}), **source.identities}
     out = {one.place: one.identity for one in side if one.place and one.identity}
     paths = {file.place for file, _ in stored if file.header.kind != IN_MEMORY}
-    for checkpoint in (source, like) if given.live is None else ():
+    for checkpoint in (source, like) if given.in_memory is None else ():
         if checkpoint is not None:
             own = (checkpoint.config_file, *_metadata(checkpoint), *_of_record(checkpoint))
-            paths |= {path for path in own if path in checkpoint.seen or path == checkpoint.hints.config}
+            paths |= {path for path in own if path in checkpoint.identities or path == checkpoint.hints.config}
     return out | {path: seen.get(path) or path.identity() for path in sorted(paths)}
 
 
@@ -329,13 +339,13 @@ def _of_record(checkpoint: Identified) -> list[Place]:
     if checkpoint.record is None:
         return []
     folder, manifest = checkpoint.record.folder, checkpoint.root / record.MANIFEST
-    files = [path for path in checkpoint.seen if path.is_below(folder)]
+    files = [path for path in checkpoint.identities if path.is_below(folder)]
     return [path for path in files if path != manifest or "training" not in checkpoint.record.manifest]
 
 
-def _read(given: Given, model: Model, equal: EqualBytes | None) -> tuple[SourceReading, LogicalTensors]:
+def _read(given: PlanInputs, model: Model, equal: EqualBytes | None) -> tuple[SourceReading, LogicalTensors]:
     """What is to be written, and what the source has of it: the same, but where a model in memory is written."""
-    source, live = given.source, given.live
+    source, live = given.source, given.in_memory
     known = model if live is None else ties.tied_in_memory(model, live.format, live.tensors.keys())
     template = SourceReading(str(source.format), LogicalTensors({}), Ties(ties.presumed_untied(known), is_stated=True))
     if source.files:
@@ -348,7 +358,7 @@ def _read(given: Given, model: Model, equal: EqualBytes | None) -> tuple[SourceR
 
 
 def _file_of(
-    source: Identified, template: LogicalTensors, logicals: LogicalTensors, live: Live | None
+    source: Identified, template: LogicalTensors, logicals: LogicalTensors, live: InMemorySource | None
 ) -> dict[int, int]:
     """For the number of each stored tensor, the number of the source's file that it, or its model, lies in."""
     numbers = {file: number for number, file in enumerate(source.files)}

@@ -12,7 +12,7 @@ from ckpt_convert.checkpoint.mapping import LogicalTensor, SourceTensor
 from ckpt_convert.checkpoint.opening import tensors_of
 from ckpt_convert.convert import translate
 from ckpt_convert.convert.plan import Plan, target_dtype
-from ckpt_convert.convert.sources import Numbered, Sources
+from ckpt_convert.convert.sources import NumberedTensors, Sources
 from ckpt_convert.errors import VerificationError
 from ckpt_convert.models.core.table import Instance
 from ckpt_convert.tensors import lazy
@@ -45,7 +45,7 @@ def verify(
                 pairs.append((logical, other))
             else:
                 kept = carried.get(logical.key)
-                if kept is None and logical.key in plan.carried:
+                if kept is None and logical.key in plan.passthrough:
                     problems.append(f"{logical.key}: is not carried in the output's record")
                 pairs += _halves(instance, logical, other, kept, str(plan.source.format), model.dims)
         elif other is not None:
@@ -54,7 +54,7 @@ def verify(
             problems.append(f"{logical.key}: neither in the output nor carried in its record")
     total = sum(p.tensor.size * dtypes.DTYPES[other.dtype].bits // 8 for p, other in pairs)
     counter = ProgressCounter("verifying", total, progress)
-    read = Numbered(plan, sources)
+    read = NumberedTensors(plan, sources)
 
     def start() -> Callable[[tuple[LogicalTensor, LogicalTensor]], None]:
         mine, theirs = BlockReader(read), BlockReader(stored)

@@ -21,33 +21,35 @@ Sources = Mapping[SourceFile, RangeReader]
 """Gives a source of a plan, open for reading."""
 
 
-class Opened(NamedTuple):
+class OpenSource(NamedTuple):
     """A source that can be read."""
 
     reader: RangeReader
 
 
-class Numbered(Sequence[tuple[Opened, StoredTensor]]):
+class NumberedTensors(Sequence[tuple[OpenSource, StoredTensor]]):
     """The stored tensors of a plan by number, each with its source, which is opened when it is asked for."""
 
     def __init__(self, plan: Plan, sources: Sources) -> None:
         self._plan = plan
         self._sources = sources
-        self._opened: list[Opened | None] = [None] * len(plan.sources)
+        self._opened: list[OpenSource | None] = [None] * len(plan.sources)
 
     @overload
-    def __getitem__(self, number: int) -> tuple[Opened, StoredTensor]: ...
+    def __getitem__(self, number: int) -> tuple[OpenSource, StoredTensor]: ...
 
     @overload
-    def __getitem__(self, number: slice) -> list[tuple[Opened, StoredTensor]]: ...
+    def __getitem__(self, number: slice) -> list[tuple[OpenSource, StoredTensor]]: ...
 
-    def __getitem__(self, number: int | slice) -> tuple[Opened, StoredTensor] | list[tuple[Opened, StoredTensor]]:
+    def __getitem__(
+        self, number: int | slice
+    ) -> tuple[OpenSource, StoredTensor] | list[tuple[OpenSource, StoredTensor]]:
         if isinstance(number, slice):
             return [self[at] for at in range(len(self))[number]]
         file, tensor = self._plan.stored_in[number], self._plan.stored[number]
         opened = self._opened[file]
         if opened is None:
-            opened = self._opened[file] = Opened(self._sources[self._plan.sources[file]])
+            opened = self._opened[file] = OpenSource(self._sources[self._plan.sources[file]])
         return opened, tensor
 
     def __len__(self) -> int:
@@ -55,7 +57,7 @@ class Numbered(Sequence[tuple[Opened, StoredTensor]]):
 
 
 @dataclass(frozen=True)
-class Planned:
+class OpenPlan:
     """A plan with its sources, open."""
 
     plan: Plan
@@ -63,10 +65,10 @@ class Planned:
 
     def close(self) -> None:
         """Close every file that the plan reads from."""
-        close(self.sources)
+        close_sources(self.sources)
 
 
-class Again(Mapping[SourceFile, RangeReader]):
+class ReopenedSources(Mapping[SourceFile, RangeReader]):
     """The files that a plan reads from, opened again by their places as they are asked for; close it in the end.
 
     ``memory`` has the tensors that lie in this process, by key. Raises SourceChangedError for a file that is not what
@@ -118,10 +120,10 @@ class Again(Mapping[SourceFile, RangeReader]):
 
     def close(self) -> None:
         """Close every file that was opened."""
-        close(self._open)
+        close_sources(self._open)
 
 
-def close(sources: Sources) -> None:
+def close_sources(sources: Sources) -> None:
     for reader in sources.values():
         if isinstance(reader, Closing):
             reader.close()

@@ -18,7 +18,7 @@ import pytest
 from ckpt_convert.cli import plan_tree
 from ckpt_convert.cli.text import display_width
 from ckpt_convert.convert.api import plan_conversion
-from ckpt_convert.convert.explain import Move
+from ckpt_convert.convert.explain import TensorTransform
 from tests import command
 from tests.helpers import GOLDEN
 
@@ -125,8 +125,10 @@ def test_the_groups_are_in_the_json(tmp_path: Path) -> None:
     } in found["groups"]
 
 
-def move(source: str, target: str | None, *steps: str, dtype: str = "F32", shape: tuple[int, ...] = (4,)) -> Move:
-    return Move(source, target, shape, dtype, dtype, 16, steps or ("copy",))
+def move(
+    source: str, target: str | None, *steps: str, dtype: str = "F32", shape: tuple[int, ...] = (4,)
+) -> TensorTransform:
+    return TensorTransform(source, target, shape, dtype, dtype, 16, steps or ("copy",))
 
 
 def test_what_differs_is_not_collapsed() -> None:

@@ -13,7 +13,7 @@ from ckpt_convert.convert import planning
 from ckpt_convert.convert.execute import Done, execute
 from ckpt_convert.convert.partition import Piece, partition, pieces
 from ckpt_convert.convert.plan import Plan, SourceFile
-from ckpt_convert.convert.planning import Given
+from ckpt_convert.convert.planning import PlanInputs
 from ckpt_convert.convert.request import Request
 from ckpt_convert.errors import ShapeMismatchError, UsageError
 from ckpt_convert.models.core.config import ConfigOptions
@@ -23,13 +23,13 @@ from tests.values import CONFIG, SHAPES, file, identified, opened
 KEYS = tuple(SHAPES)
 
 
-def given(to: str, stated: dict[str, object] = CONFIG, **request: object) -> Given:
+def given(to: str, stated: dict[str, object] = CONFIG, **request: object) -> PlanInputs:
     files = opened(file("a.safetensors", *KEYS[:6]), file("b.safetensors", *KEYS[6:]))
-    return Given(identified(files, stated), Request(to=to, **request))  # type: ignore[arg-type]
+    return PlanInputs(identified(files, stated), Request(to=to, **request))  # type: ignore[arg-type]
 
 
 def planned(to: str, **request: object) -> Plan:
-    return planning.make(given(to, **request)).plan
+    return planning.make_plan(given(to, **request)).plan
 
 
 class Bytes:
@@ -83,27 +83,27 @@ def written(plan: Plan, runs: list[list[Piece]]) -> tuple[list[bytes], list[Done
 
 
 def test_identify_says_whose_weights_they_are_and_refuses_what_has_no_way() -> None:
-    model, said = planning.identified(given("meta"))
+    model, said = planning.identify_model(given("meta"))
     assert (model.family.name, said) == ("llama", [])
     with pytest.raises(UsageError, match="does not fit a hf source"):
-        planning.identified(given("native", config=ConfigOptions(rope_factor=8.0)))
+        planning.identify_model(given("native", config=ConfigOptions(rope_factor=8.0)))
 
 
 def test_translate_makes_every_tensor_of_the_target_once() -> None:
     one = given("meta", model_parallel=2)
-    model, _ = planning.identified(one)
-    found = planning.translated(one, model, None)
+    model, _ = planning.identify_model(one)
+    found = planning.translate_tensors(one, model, None)
     keys = [(target.rank, target.key) for target in found.targets]
     assert len(keys) == len(set(keys)) == 2 * (len(SHAPES) + 1)  # Meta's layout has an output of its own
     assert found.ranks == 2
-    assert found.wanted is None
+    assert found.target_layout is None
 
 
 def test_assign_gives_every_tensor_its_place_in_a_file() -> None:
     one = given("hf", shards=3)
-    model, _ = planning.identified(one)
-    found = planning.translated(one, model, None)
-    assigned = planning.assign(one, found)
+    model, _ = planning.identify_model(one)
+    found = planning.translate_tensors(one, model, None)
+    assigned = planning.assign_files(one, found)
     assert [made.name for made in assigned.files] == [f"model-{n:05d}-of-00003.safetensors" for n in (1, 2, 3)]
     for made in assigned.files:
         ends = [placed.offset + placed.nbytes for placed in made.tensors]
@@ -113,9 +113,9 @@ def test_assign_gives_every_tensor_its_place_in_a_file() -> None:
 
 def test_what_lies_beside_is_said_with_its_origin() -> None:
     one = given("hf", shards=2)
-    model, _ = planning.identified(one)
-    found = planning.translated(one, model, None)
-    put = planning.beside(one, found, planning.assign(one, found))
+    model, _ = planning.identify_model(one)
+    found = planning.translate_tensors(one, model, None)
+    put = planning.plan_auxiliary(one, found, planning.assign_files(one, found))
     assert {side.name: side.origin for side in put.files} == {
         "ckpt_convert/config.json": "generated",
         "config.json": "generated",
@@ -126,7 +126,7 @@ def test_what_lies_beside_is_said_with_its_origin() -> None:
 
 def test_all_that_is_wrong_is_said_before_anything_is_planned() -> None:
     with pytest.raises(ShapeMismatchError, match="shapes that disagree with the config"):
-        planning.make(given("meta", {**CONFIG, "intermediate_size": 32}))
+        planning.make_plan(given("meta", {**CONFIG, "intermediate_size": 32}))
 
 
 def test_a_plan_is_a_value() -> None:
@@ -144,7 +144,7 @@ def test_the_plan_of_a_model_in_memory_holds_none_of_its_tensors() -> None:
     one = given("hf")
     tensors = {key: torch.zeros(shape, dtype=torch.bfloat16) for key, shape in SHAPES.items()}
     live = as_live(tensors, "hf")
-    made = planning.make(Given(one.source, one.request, live=live))
+    made = planning.make_plan(PlanInputs(one.source, one.request, in_memory=live))
     assert [source.name for source in made.plan.sources] == [f"memory:{key}" for key in SHAPES]
     assert pickle.loads(pickle.dumps(made.plan)) == made.plan
     later = {key: tensor + 1 for key, tensor in tensors.items()}

@@ -84,7 +84,7 @@ def test_a_plan_takes_every_key_and_writes_every_parameter_once(name: str, to: s
         assert len(plan.stored) == len(tensors)
         assert_everything_is_taken_once(plan)
         assert written(plan) == numbers(tensors)
-        assert not plan.carried
+        assert not plan.passthrough
 
 
 @pytest.mark.parametrize("name", IN_RANKS)
@@ -157,5 +157,5 @@ def assert_dequantised(source: Path, tensors: released.Tensors, release: Release
     with ckpt_convert.plan_conversion(source, to="torchtitan", dequantize="bfloat16") as plan:
         assert_everything_is_taken_once(plan)
         assert {tensor.key for tensor in plan.stored} == stands_for.keys()
-        assert plan.carried == tuple(own)
+        assert plan.passthrough == tuple(own)
         assert written(plan) == sum(stands_for.values()) - sum(stands_for[key] for key in own)

@@ -15,9 +15,9 @@ from ckpt_convert.checkpoint.record import MANIFEST, render_manifest
 from ckpt_convert.convert import ownership, partition
 from ckpt_convert.convert.execute import Done, execute, settled
 from ckpt_convert.convert.output import finish
-from ckpt_convert.convert.plan import Plan, SourceFile, in_memory
+from ckpt_convert.convert.plan import Plan, SourceFile, memory_source
 from ckpt_convert.convert.publish import Joined, Staged
-from ckpt_convert.convert.sources import Again
+from ckpt_convert.convert.sources import ReopenedSources
 from ckpt_convert.errors import SourceChangedError, UsageError
 from ckpt_convert.storage import by_rename
 from ckpt_convert.storage.folder import Folder
@@ -29,7 +29,7 @@ from tests.helpers import GOLDEN, sums
 def part(data: bytes, folder: str) -> list[Done]:
     """Write some pieces of a plan into files that another process has made."""
     plan, pieces = pickle.loads(data)
-    sources = Again(plan)
+    sources = ReopenedSources(plan)
     with Folder.joined(Path(folder)) as directory:
         joined = Joined(plan, directory)
         done = execute(plan, pieces, sources, joined, workers=1)
@@ -39,7 +39,7 @@ def part(data: bytes, folder: str) -> list[Done]:
 
 
 def converted_by_two(plan: Plan, destination: Path) -> None:
-    plan = settled(plan, Again(plan))
+    plan = settled(plan, ReopenedSources(plan))
     with (
         by_rename.stage(at(destination), ownership.RULES) as stage,
         Staged(plan, stage, stage.folder) as staged,
@@ -109,7 +109,7 @@ def test_another_process_sees_that_a_source_was_changed(tmp_path: Path) -> None:
     again = pickle.loads(pickle.dumps(plan))
     path = next((tmp_path / "source").glob("*.safetensors"))
     path.write_bytes(path.read_bytes() + b" ")
-    sources = Again(again)
+    sources = ReopenedSources(again)
     with pytest.raises(SourceChangedError):
         _ = [sources[source] for source in again.sources]
     sources.close()
@@ -117,9 +117,9 @@ def test_another_process_sees_that_a_source_was_changed(tmp_path: Path) -> None:
 
 def test_tensors_in_memory_are_read_by_the_process_that_has_them(tmp_path: Path) -> None:
     plan = ckpt_convert.plan_conversion(golden(tmp_path / "source"), to="meta")
-    key: SourceFile = in_memory("tok.weight")
+    key: SourceFile = memory_source("tok.weight")
     assert key.name == "memory:tok.weight"
     with pytest.raises(UsageError, match="memory of another process"):
-        _ = Again(plan)[key]
+        _ = ReopenedSources(plan)[key]
     reader = object()
-    assert Again(plan, {"tok.weight": reader})[key] is reader  # type: ignore[dict-item]
+    assert ReopenedSources(plan, {"tok.weight": reader})[key] is reader  # type: ignore[dict-item]

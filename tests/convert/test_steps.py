@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from ckpt_convert.convert.api import plan_conversion
-from ckpt_convert.convert.explain import Move, moves
+from ckpt_convert.convert.explain import TensorTransform, explain_plan
 from tests.helpers import CASES, GOLDEN, bits, read_meta, read_safetensors
 
 
-def steps(src: Path, to: str, **options: object) -> dict[str, Move]:
+def steps(src: Path, to: str, **options: object) -> dict[str, TensorTransform]:
     """What happens to each tensor, by the source's key (tied ones that are not stored have that of their twin)."""
     with plan_conversion(src, to=to, **options) as made:  # type: ignore[arg-type]
-        found = list(moves(made))
+        found = list(explain_plan(made))
         assert sum(move.nbytes for move in found) == made.tensor_bytes
         assert len([move for move in found if move.target in made_keys(made)]) == made.tensors
     return {move.source: move for move in found}
@@ -35,7 +35,7 @@ def test_the_steps_to_meta_lead_to_the_golden_files(case: str, ranks: int) -> No
     golden = read_meta(GOLDEN / case / f"meta-mp{ranks}")
     style = "llama2" if case == "llama2" else None
     with plan_conversion(GOLDEN / case / "hf", to="meta", model_parallel=ranks, meta_style=style) as made:
-        for move in moves(made):
+        for move in explain_plan(made):
             assert move.target is not None
             parts = [rank[move.target] for rank in golden]
             tensor = source[move.source]
@@ -91,7 +91,7 @@ def test_casts_come_between_reading_and_cutting() -> None:
 
 def test_tied_tensors(tmp_path: Path) -> None:
     with plan_conversion(GOLDEN / "llama_tied" / "hf", to="meta") as made:
-        (move,) = [move for move in moves(made) if move.target == "output.weight"]
+        (move,) = [move for move in explain_plan(made) if move.target == "output.weight"]
     assert move.source == "model.embed_tokens.weight"
     assert move.steps == ("tied: written as well",)
     assert "lm_head.weight" not in {move.target for move in steps(GOLDEN / "llama_tied" / "hf", "native").values()}

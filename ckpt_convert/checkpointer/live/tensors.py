@@ -13,8 +13,8 @@ from ckpt_convert.checkpoint.legacy_keys import HOLDER, WRAPPERS, unwrapped
 from ckpt_convert.checkpoint.mapping import SourceTensor
 from ckpt_convert.checkpointer.distributed.claims import Owned
 from ckpt_convert.checkpointer.distributed.slices import Slice, local_of, slice_of, whole
-from ckpt_convert.convert.plan import SourceFile, in_memory
-from ckpt_convert.convert.planning import Live
+from ckpt_convert.convert.plan import SourceFile, memory_source
+from ckpt_convert.convert.planning import InMemorySource
 from ckpt_convert.dtypes import FROM_TORCH, torch_name
 from ckpt_convert.errors import KeyMismatchError, UsageError
 from ckpt_convert.storage.base import RangeReader
@@ -167,7 +167,9 @@ class MemoryReader:
         np.copyto(np.frombuffer(buffer, np.uint8), self._bytes[start : start + len(buffer)].cpu().numpy())
 
 
-def as_live(tensors: Mapping[str, Owned], format: str, readers: Mapping[str, RangeReader] | None = None) -> Live:
+def as_live(
+    tensors: Mapping[str, Owned], format: str, readers: Mapping[str, RangeReader] | None = None
+) -> InMemorySource:
     """The tensors as a plan takes them; they are read when the plan is carried out.
 
     ``readers`` give the bytes of some of them instead, dense and row-major.
@@ -191,7 +193,7 @@ def as_live(tensors: Mapping[str, Owned], format: str, readers: Mapping[str, Ran
             elsewhere[number + 1] = number
             files.append((file, StoredTensor(key, dtype, part.shape, reader.size)))  # past the end: never read
         sources[key] = SourceTensor(key, dtype, lazy, WHERE)
-    return Live(format, sources, tuple(files), elsewhere)
+    return InMemorySource(format, sources, tuple(files), elsewhere)
 
 
 def _sliced(part: Slice, own: LazyTensor, other: LazyTensor) -> LazyTensor:
@@ -219,7 +221,7 @@ def _moved(tensor: LazyTensor, by: Sequence[int]) -> list[Tile]:
 
 def as_sources(tensors: Mapping[str, Owned]) -> dict[SourceFile, RangeReader]:
     """The tensors as sources of a plan that was made for others of the same ``signature``."""
-    return {in_memory(key): MemoryReader(key, tensor) for key, (tensor, _) in tensors.items()}
+    return {memory_source(key): MemoryReader(key, tensor) for key, (tensor, _) in tensors.items()}
 
 
 def same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:

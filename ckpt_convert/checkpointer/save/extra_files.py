@@ -22,7 +22,7 @@ def check(extra: Sequence[Place], plan: Plan | None) -> None:
     taken = {RECORD_FOLDER, TRAINING_STATE, MERGED, ADAPTER_CONFIG, *ADAPTER_WEIGHTS}
     if plan is not None:
         taken |= {file.name for file in plan.files} | {DCP_INDEX, formats.ALL[plan.target].config or ""}
-        taken |= {side.name for side in plan.side if is_index(side.name)}
+        taken |= {side.name for side in plan.auxiliary_files if is_index(side.name)}
     names = [path.name for path in extra]
     wrong = [f"{name} would take the place of a file that every step has" for name in names if name in taken]
     wrong += [f"two of them are called {name}" for name in sorted({name for name in names if names.count(name) > 1})]
@@ -35,7 +35,7 @@ def replaced(extra: Sequence[Place], plan: Plan, own: Collection[str]) -> Iterat
 
     ``own`` are the names of what an earlier run had copied into a step that is now the source.
     """
-    side = {one.name: one for one in plan.side}
+    side = {one.name: one for one in plan.auxiliary_files}
     for path in extra:
         there = side.get(path.name)
         if there is None or path.name in own:

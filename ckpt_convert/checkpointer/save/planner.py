@@ -42,9 +42,9 @@ from ckpt_convert.checkpointer.save.writer import Step
 from ckpt_convert.checkpointer.state.serialize import Packed, pack
 from ckpt_convert.convert import planning
 from ckpt_convert.convert.plan import Plan
-from ckpt_convert.convert.planning import Given
+from ckpt_convert.convert.planning import PlanInputs
 from ckpt_convert.convert.request import Request
-from ckpt_convert.convert.sources import Planned
+from ckpt_convert.convert.sources import OpenPlan
 from ckpt_convert.dtypes import DTYPES
 from ckpt_convert.errors import CkptConvertError, KeyMismatchError, UsageError, reason
 from ckpt_convert.models import Family
@@ -86,7 +86,7 @@ class Emitter:
         self.settings = settings
         self.adapter = None if adapter is None else AdapterConfig.of(adapter)
         self.claims = claims
-        self._plans: dict[tuple[Any, ...], Planned] = {}
+        self._plans: dict[tuple[Any, ...], OpenPlan] = {}
         self._base: Base | None = None
 
     @cached_property
@@ -241,7 +241,7 @@ class Emitter:
             copies, state = _staged({key: tensor for key, (tensor, _) in owned.items()}, state, buffers)
             owned = {key: Owned(copies[key], part) for key, (_, part) in owned.items()}
         made = self._plan(owned, settings)
-        planned = Planned(made.plan, {**made.sources, **as_sources(owned)})
+        planned = OpenPlan(made.plan, {**made.sources, **as_sources(owned)})
         return lambda section, files: Step(planned, section, state, files, settings.extra)
 
     def _owned(self, tensors: Tensors) -> dict[str, Owned]:
@@ -279,7 +279,7 @@ class Emitter:
 
         return step
 
-    def _merged(self, parts: Split, settings: Settings) -> Planned:
+    def _merged(self, parts: Split, settings: Settings) -> OpenPlan:
         """The plan of the full weights; they are computed as they are read."""
         assert self.adapter is not None
         whole = parts.base | parts.saved
@@ -287,8 +287,8 @@ class Emitter:
             key: MergedReader(key, whole[key], merge)
             for key, merge in merges(parts, self.adapter, self.modules).items()
         }
-        given = Given(self.source, self._request(settings), live=self._live(all_of(whole), settings, readers))
-        made = planning.make(given)
+        given = PlanInputs(self.source, self._request(settings), in_memory=self._live(all_of(whole), settings, readers))
+        made = planning.make_plan(given)
         made.plan.refuse_unreadable()
         return made
 
@@ -316,12 +316,12 @@ class Emitter:
                 f"freeze them (requires_grad_(False)), or hand over the optimizer that trains them:{listing(lost)}"
             )
 
-    def _plan(self, tensors: Mapping[str, Owned], settings: Settings) -> Planned:
+    def _plan(self, tensors: Mapping[str, Owned], settings: Settings) -> OpenPlan:
         """The plan for tensors like these; its sources are files alone, for it is used again with other tensors."""
         request = self._request(settings)
         key = (request, settings.model_format, settings.extra, signature(tensors))
         if key not in self._plans:
-            planned = planning.make(Given(self.source, request, live=self._live(tensors, settings)))
+            planned = planning.make_plan(PlanInputs(self.source, request, in_memory=self._live(tensors, settings)))
             made = planned.plan
             made.refuse_unreadable()
             extra_files.check(settings.extra, made)
@@ -329,15 +329,15 @@ class Emitter:
             earlier = record.training(self.source.root) or {}
             said = extra_files.replaced(settings.extra, made, earlier.get("extra_files") or ())
             names = {path.name for path in settings.extra} | (earlier.get("files") or {}).keys()
-            side = tuple(side for side in made.side if side.name not in names)
-            made = replace(made, side=side, notices=(*made.notices, *said))
+            side = tuple(side for side in made.auxiliary_files if side.name not in names)
+            made = replace(made, auxiliary_files=side, notices=(*made.notices, *said))
             files = {one: reader for one, reader in planned.sources.items() if one.kind != IN_MEMORY}
-            self._plans[key] = Planned(made, files)
+            self._plans[key] = OpenPlan(made, files)
         return self._plans[key]
 
     def _live(
         self, tensors: Mapping[str, Owned], settings: Settings, readers: Mapping[str, RangeReader] | None = None
-    ) -> planning.Live:
+    ) -> planning.InMemorySource:
         family = self.source.model_for(settings.model_format).family
         return as_live(tensors, family.column_of(settings.model_format, tensors), readers)
 

@@ -18,7 +18,7 @@ from ckpt_convert.checkpointer.state.serialize import Packed
 from ckpt_convert.convert import output, ownership
 from ckpt_convert.convert.auxiliary_files import SideFile
 from ckpt_convert.convert.execute import check_losses, loss_text, run_checks
-from ckpt_convert.convert.sources import Planned
+from ckpt_convert.convert.sources import OpenPlan
 from ckpt_convert.errors import CkptConvertError, OutputExistsError, SourceChangedError, UnreadableError
 from ckpt_convert.storage import workspace
 from ckpt_convert.storage.checksums import digest
@@ -47,7 +47,7 @@ class Step:
     when the manifest is written, as metrics may arrive until then.
     """
 
-    weights: Planned | None
+    weights: OpenPlan | None
     training: Callable[[], Mapping[str, Any]]
     state: Mapping[str, Packed] | None = None
     files: Mapping[str, bytes] | None = None
@@ -145,7 +145,7 @@ def _write(step: Step, staging: Stage, workers: int) -> None:
     staging.folder.write(record.MANIFEST, record.render_manifest(manifest))
 
 
-def _weights(step: Step, planned: Planned, staging: Stage, folder: Folder, workers: int) -> dict[str, Any]:
+def _weights(step: Step, planned: OpenPlan, staging: Stage, folder: Folder, workers: int) -> dict[str, Any]:
     plan, sources = planned.plan, planned.sources
     plan.refuse_unreadable()
     run_checks(plan, sources)
