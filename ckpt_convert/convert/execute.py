@@ -16,7 +16,7 @@ import numpy as np
 
 from ckpt_convert import dtypes
 from ckpt_convert.checkpoint.mapping import Equality
-from ckpt_convert.convert.layout import Placed
+from ckpt_convert.convert.layout import PlacedTensor
 from ckpt_convert.convert.partition import Piece
 from ckpt_convert.convert.plan import Plan
 from ckpt_convert.convert.sources import NumberedTensors, Sources
@@ -149,7 +149,7 @@ def settled(plan: Plan, sources: Sources) -> Plan:
     return replace(plan, files=tuple(files)) if equal is not None else plan
 
 
-def _chosen(placed: Placed, equal: EqualBytes) -> Placed:
+def _chosen(placed: PlacedTensor, equal: EqualBytes) -> PlacedTensor:
     if placed.original is None:
         return placed
     same = equal(placed.original.unchanged)

@@ -17,7 +17,7 @@ from ckpt_convert.tensors.lazy import LazyTensor
 
 
 @dataclass(frozen=True, slots=True)
-class Placed:
+class PlacedTensor:
     """A tensor at its place in an output file; ``dtype`` is that of the file, ``source_dtype`` that of the source.
 
     ``tensor`` is in the order in which the file stores the elements; so is that of ``original``, which is written
@@ -40,7 +40,7 @@ class OutputFile:
     name: str
     rank: int
     layout: FileLayout
-    tensors: tuple[Placed, ...]
+    tensors: tuple[PlacedTensor, ...]
 
     @property
     def size(self) -> int:
@@ -58,7 +58,7 @@ class Assignment:
     metadata: Mapping[str, str]
 
 
-def like(
+def layout_like(
     layout: Layout, targets: Sequence[TargetTensor], dtype_of: Mapping[str, str]
 ) -> tuple[list[OutputFile], bool] | None:
     """The files as ``layout`` has them, and whether byte for byte; None when it names other keys than the targets.
@@ -88,19 +88,20 @@ def like(
             exactly = False
             container = "torch" if file.header.kind == "legacy" else file.header.kind
             metadata = file.header.metadata
-            exact = build(Assignment(file.name, file.rank, container, tuple(chosen), metadata), dtype_of)
+            exact = new_file_layout(Assignment(file.name, file.rank, container, tuple(chosen), metadata), dtype_of)
         out.append(_placed(file.name, file.rank, exact, {target.key: target for target in chosen}))
     return out, exactly
 
 
-def afresh(assignments: Sequence[Assignment], dtype_of: Mapping[str, str]) -> list[OutputFile]:
+def new_layout(assignments: Sequence[Assignment], dtype_of: Mapping[str, str]) -> list[OutputFile]:
     """New files for an assignment."""
     return [
-        _placed(a.name, a.rank, build(a, dtype_of), {target.key: target for target in a.targets}) for a in assignments
+        _placed(a.name, a.rank, new_file_layout(a, dtype_of), {target.key: target for target in a.targets})
+        for a in assignments
     ]
 
 
-def build(assignment: Assignment, dtype_of: Mapping[str, str]) -> FileLayout:
+def new_file_layout(assignment: Assignment, dtype_of: Mapping[str, str]) -> FileLayout:
     """Everything of a new container file that is no tensor."""
     specs = [(target.key, dtype_of[target.key], target.tensor.shape) for target in assignment.targets]
     return of_specs(assignment.name, assignment.container, specs, assignment.metadata)
@@ -118,7 +119,7 @@ def _placed(name: str, rank: int, layout: FileLayout, targets: Mapping[str, Targ
         lazy, earlier = _as_stored(target.tensor, tensor), target.original
         if earlier is not None:
             earlier = replace(earlier, tensor=_as_stored(earlier.tensor, tensor))
-        placed.append(Placed(tensor.key, tensor.dtype, target.dtype, tensor.offset, lazy, nbytes, earlier))
+        placed.append(PlacedTensor(tensor.key, tensor.dtype, target.dtype, tensor.offset, lazy, nbytes, earlier))
     return OutputFile(name, rank, layout, tuple(placed))
 
 
@@ -133,7 +134,7 @@ def _as_stored(tensor: LazyTensor, place: StoredTensor) -> LazyTensor:
     return tensor.permute(sorted(range(len(strides)), key=lambda axis: -strides[axis]))
 
 
-def aliases(files: Iterable[OutputFile], targets: Sequence[TargetTensor]) -> list[Equality]:
+def alias_checks(files: Iterable[OutputFile], targets: Sequence[TargetTensor]) -> list[Equality]:
     """Pairs of keys that share their bytes in one of these files, and so have to be equal."""
     out = []
     for file in files:
@@ -161,7 +162,7 @@ def _aliases(header: Header, targets: Mapping[str, TargetTensor], file: str) -> 
     return out
 
 
-def by_source(
+def assign_by_source(
     targets: Sequence[TargetTensor], file_of: Mapping[int, int], names: Sequence[str], container: str
 ) -> list[Assignment]:
     """One file for each of the source's, holding what came from it, in the order in which it lay there.
@@ -179,7 +180,9 @@ def by_source(
     ]
 
 
-def balanced(targets: Sequence[TargetTensor], count: int, dtype_of: Mapping[str, str]) -> list[list[TargetTensor]]:
+def balanced_groups(
+    targets: Sequence[TargetTensor], count: int, dtype_of: Mapping[str, str]
+) -> list[list[TargetTensor]]:
     """``count`` runs of about the same number of bytes, in the order of the layers.
 
     Raises UsageError when there are fewer tensors than files.
@@ -202,7 +205,7 @@ def balanced(targets: Sequence[TargetTensor], count: int, dtype_of: Mapping[str,
     return groups
 
 
-def limited(targets: Sequence[TargetTensor], limit: int, dtype_of: Mapping[str, str]) -> list[list[TargetTensor]]:
+def groups_up_to(targets: Sequence[TargetTensor], limit: int, dtype_of: Mapping[str, str]) -> list[list[TargetTensor]]:
     """Files of at most ``limit`` bytes of tensors, in order; a larger tensor has a file of its own."""
     groups: list[list[TargetTensor]] = []
     room = 0
@@ -216,12 +219,12 @@ def limited(targets: Sequence[TargetTensor], limit: int, dtype_of: Mapping[str, 
     return groups
 
 
-def in_files(groups: Sequence[Sequence[TargetTensor]], names: Sequence[str], container: str) -> list[Assignment]:
+def assign_groups(groups: Sequence[Sequence[TargetTensor]], names: Sequence[str], container: str) -> list[Assignment]:
     """The groups under these names."""
     return [Assignment(name, 0, container, tuple(group), _FORMAT_PT) for name, group in zip(names, groups, strict=True)]
 
 
-def by_rank(targets: Sequence[TargetTensor], names: Sequence[str], container: str) -> list[Assignment]:
+def assign_by_rank(targets: Sequence[TargetTensor], names: Sequence[str], container: str) -> list[Assignment]:
     """One file for each rank."""
     return [
         Assignment(name, rank, container, tuple(target for target in targets if target.rank == rank), _FORMAT_PT)

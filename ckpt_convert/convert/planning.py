@@ -208,8 +208,8 @@ def translate_tensors(inputs: PlanInputs, model: Model, equal: EqualBytes | None
     if live is not None:
         passthrough.take_derived(source, template, logicals, everything)
     literal = inputs.as_stored and source.is_bare
-    wanted = shards.recorded(source, request, like, model, literal=literal)
-    ranks = shards.ranks(source, request, like, wanted, model)
+    wanted = shards.recorded_layout(source, request, like, model, literal=literal)
+    ranks = shards.count_ranks(source, request, like, wanted, model)
     cut = embedding.embedding_split(source, request, like, model)
     passthrough.bring_back(source, request, like, model, logicals, everything)
     places = {key for _, key in wanted.places} if wanted is not None else set()
@@ -239,7 +239,7 @@ def assign_files(inputs: PlanInputs, translated: Translated) -> Assigned:
     source, request, live, logicals = inputs.source, inputs.request, inputs.in_memory, translated.translation.logicals
     dtype_of = _dtypes(translated.targets, request, translated.template if live is not None else LogicalTensors({}))
     _refuse_partial_cast(source, translated.targets, dtype_of, request, "dtype" if live is None else "export_dtype")
-    files, exact, notices = shards.files(
+    files, exact, notices = shards.assign_shards(
         source,
         request,
         translated.targets,
@@ -249,9 +249,9 @@ def assign_files(inputs: PlanInputs, translated: Translated) -> Assigned:
         translated.model,
         lambda: _file_of(source, translated.template, logicals, live),
     )
-    shared = layout.aliases(files, translated.targets)
+    shared = layout.alias_checks(files, translated.targets)
     family, dims = translated.model.family, translated.model.dims
-    carried = shards.carried(family, str(source.format), translated.passthrough, logicals, dims)
+    carried = shards.passthrough_files(family, str(source.format), translated.passthrough, logicals, dims)
     return Assigned(files, carried, exact, [*translated.translation.checks, *shared], notices)
 
 
@@ -268,7 +268,7 @@ def plan_auxiliary(inputs: PlanInputs, translated: Translated, assigned: Assigne
         translated.ranks,
         translated.embedding_split and translated.embedding_split.axis,
     )
-    index = shards.index(request, assigned.files, translated.target_layout, assigned.exact, model)
+    index = shards.index_files(request, assigned.files, translated.target_layout, assigned.exact, model)
     generated = {side.name: side for side in (*made.files, *index)}
     generated |= config_files.tokenizer(source, request, model, like)
     files = auxiliary_files.plan(source, request.to, like=like, generated=generated)

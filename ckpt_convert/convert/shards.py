@@ -32,7 +32,7 @@ _USUAL_SHARD = 5_000_000_000
 """Bytes of a file where nothing says how many there should be, as on the Hub."""
 
 
-def recorded(
+def recorded_layout(
     source: Identified, request: Request, like: Identified | None, model: Model, *, literal: bool
 ) -> Layout | None:
     """The layout that the target should have: of ``like``, of the source itself, or as an earlier conversion recorded.
@@ -75,7 +75,9 @@ def _findable(found: Layout, source: Identified, model: Model) -> Layout | None:
     return replace(found, files=(replace(found.files[0], name=f"{model.family.stem}.safetensors"),))
 
 
-def ranks(source: Identified, request: Request, like: Identified | None, wanted: Layout | None, model: Model) -> int:
+def count_ranks(
+    source: Identified, request: Request, like: Identified | None, wanted: Layout | None, model: Model
+) -> int:
     """How many tensor-parallel ranks the output has; raises UsageError where that does not fit the family."""
     if request.to != "meta":
         return 1
@@ -98,7 +100,7 @@ def rank_notice(request: Request, model: Model, count: int, wanted: Layout | Non
     ]
 
 
-def files(
+def assign_shards(
     source: Identified,
     request: Request,
     targets: list[TargetTensor],
@@ -111,7 +113,7 @@ def files(
     """The output files, whether they are the recorded layout's own, and what to say about that."""
     notices = []
     if wanted is not None:
-        found = layout.like(wanted, targets, dtype_of)
+        found = layout.layout_like(wanted, targets, dtype_of)
         if found is not None:
             return *found, []
         other = wanted.places ^ {(target.rank, target.key) for target in targets}
@@ -123,10 +125,10 @@ def files(
         why = f"has other keys ({example})" if example is not None else "cuts tensors into pieces"
         notices.append(f"the recorded {request.to} layout {why}, so new files are laid out")
     assignments = _assign(source, request, model, targets, dtype_of, count, file_of)
-    return layout.afresh(assignments, dtype_of), False, notices
+    return layout.new_layout(assignments, dtype_of), False, notices
 
 
-def carried(
+def passthrough_files(
     family: Family, source_format: str, instances: Sequence[Instance], logicals: LogicalTensors, dims: Mapping[str, int]
 ) -> list[OutputFile]:
     """The tensors that the target has no place for, in one file of the record."""
@@ -150,7 +152,7 @@ def carried(
         targets.append(TargetTensor(instance, found.key, 0, found.dtype, tensor))
     name = f"{RECORD_FOLDER}/layouts/{source_format}/carried.safetensors"
     dtype_of = {target.key: target.dtype for target in targets}
-    return layout.afresh(layout.in_files([targets], [name], "safetensors"), dtype_of)
+    return layout.new_layout(layout.assign_groups([targets], [name], "safetensors"), dtype_of)
 
 
 def _together(
@@ -164,7 +166,7 @@ def _together(
 
 
 @dataclass(frozen=True)
-class Metadata:
+class DcpMetadata:
     """What torch.distributed.checkpoint keeps of all files of a directory."""
 
     pieces: tuple[tuple[str, FileLayout], ...]
@@ -175,7 +177,7 @@ class Metadata:
         return {DCP_INDEX: dcp_build.metadata(self.pieces)}
 
 
-def index(
+def index_files(
     request: Request, outputs: Sequence[OutputFile], wanted: Layout | None, exact: bool, model: Model
 ) -> list[SideFile]:
     """The index beside several files: the layout's own where nothing changed, else a new one."""
@@ -188,11 +190,11 @@ def index(
         name, data = wanted.index
         return [SideFile.of(name, "restored", data)]
     if pieces:
-        return [SideFile(DCP_INDEX, "generated", made=Metadata(tuple(pieces)))]
+        return [SideFile(DCP_INDEX, "generated", made=DcpMetadata(tuple(pieces)))]
     if len(outputs) == 1:
         return []
     container = outputs[0].name.rpartition(".")[2]
-    name = _called((hf if request.to == "hf" else native).index_name(container), request, container, model)
+    name = _shard_name((hf if request.to == "hf" else native).index_name(container), request, container, model)
     if wanted is not None and wanted.index is not None:
         name = wanted.index[0]
     weight_map = {tensor.key: file.name for file in outputs for tensor in file.layout.header.tensors}
@@ -213,33 +215,33 @@ def _assign(
     format = formats.ALL[request.to]
     if request.to == "meta":
         container = _meta_container(request, model)
-        return layout.by_rank(targets, format.file_names(count, container), container)
+        return layout.assign_by_rank(targets, format.file_names(count, container), container)
     container = request.container or format.containers[0]
     # Those of torch.distributed.checkpoint are files of ranks, and say nothing of how many there should be.
     by_ranks = source.directory.kind == "dcp"
     if container == "pt":
         groups = [list(targets)]
     elif request.shards is not None:
-        groups = layout.balanced(targets, request.shards, dtype_of)
+        groups = layout.balanced_groups(targets, request.shards, dtype_of)
     elif request.max_shard_size is not None:
-        groups = layout.limited(targets, request.max_shard_size, dtype_of)
+        groups = layout.groups_up_to(targets, request.max_shard_size, dtype_of)
     elif not source.files or by_ranks:
-        groups = layout.limited(targets, _USUAL_SHARD, dtype_of)
+        groups = layout.groups_up_to(targets, _USUAL_SHARD, dtype_of)
     elif source.format == "meta":
-        groups = layout.balanced(targets, min(len(source.files), len(targets)), dtype_of)
+        groups = layout.balanced_groups(targets, min(len(source.files), len(targets)), dtype_of)
     else:
         suffix = format.file_names(1, container)[0].rpartition(".")[2]
         names = [file.name for file in source.files]
         if not all(name.endswith(f".{suffix}") for name in names) or not source.place.is_folder():
             names = format.file_names(len(names), container)
         if names == format.file_names(len(names), container):
-            names = [_called(name, request, container, model) for name in names]
-        return layout.by_source(targets, file_of(), names, container)
-    names = [_called(name, request, container, model) for name in format.file_names(len(groups), container)]
-    return layout.in_files(groups, names, container)
+            names = [_shard_name(name, request, container, model) for name in names]
+        return layout.assign_by_source(targets, file_of(), names, container)
+    names = [_shard_name(name, request, container, model) for name in format.file_names(len(groups), container)]
+    return layout.assign_groups(groups, names, container)
 
 
-def _called(name: str, request: Request, container: str, model: Model) -> str:
+def _shard_name(name: str, request: Request, container: str, model: Model) -> str:
     """A file's name as the family's library calls it."""
     if request.to != "hf" or container != "safetensors":
         return name

@@ -397,19 +397,19 @@ def target(key: str, dtype: str, *shape: int) -> TargetTensor:
 def test_a_file_is_closed_where_its_middle_would_pass_the_border() -> None:
     targets = [target(str(size), "U8", size) for size in (4, 2, 10, 1)]
     dtypes = {target.key: target.dtype for target in targets}
-    groups = layout.balanced(targets, 2, dtypes)
+    groups = layout.balanced_groups(targets, 2, dtypes)
     assert [[target.key for target in group] for group in groups] == [["4", "2"], ["10", "1"]]
 
 
 def test_a_file_may_be_exactly_as_large_as_the_limit() -> None:
     targets = [target(str(size), "U8", size) for size in (4, 6, 11, 1, 9)]
-    groups = layout.limited(targets, 10, {target.key: target.dtype for target in targets})
+    groups = layout.groups_up_to(targets, 10, {target.key: target.dtype for target in targets})
     assert [[target.key for target in group] for group in groups] == [["4", "6"], ["11"], ["1", "9"]]
 
 
 def test_tensors_of_several_dtypes_are_aligned() -> None:
     targets = [target("a", "U8", 3), target("b", "F32", 2), target("c", "BF16", 1), target("d", "F64", 1)]
-    built = layout.build(
+    built = layout.new_file_layout(
         layout.Assignment("m.safetensors", 0, "safetensors", tuple(targets), {}), {t.key: t.dtype for t in targets}
     )
     sizes = {"a": 1, "b": 4, "c": 2, "d": 8}

@@ -394,7 +394,7 @@ def test_a_difference_in_what_repeats_itself_is_a_difference(tables: Path, tmp_p
 def test_verify_reads_what_is_carried(tables: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ckpt_convert.convert import shards
 
-    usual = shards.carried
+    usual = shards.passthrough_files
 
     def shifted(*arguments: Any) -> list[Any]:
         files = usual(*arguments)
@@ -404,11 +404,11 @@ def test_verify_reads_what_is_carried(tables: Path, tmp_path: Path, monkeypatch:
         rows = tensor.shape[0]
         return concat([tensor.narrow(0, 1, rows - 1), tensor.narrow(0, 0, 1)], 0)
 
-    monkeypatch.setattr(shards, "carried", shifted)
+    monkeypatch.setattr(shards, "passthrough_files", shifted)
     with pytest.raises(ckpt_convert.VerificationError) as error:
         convert_checkpoint(tables, tmp_path / "out", to="native", verify=True)
     assert all(f"{key}: differs from {key} at byte " in str(error.value) for key in TABLES)
-    monkeypatch.setattr(shards, "carried", lambda *arguments: [])
+    monkeypatch.setattr(shards, "passthrough_files", lambda *arguments: [])
     with pytest.raises(ckpt_convert.VerificationError) as error:
         convert_checkpoint(tables, tmp_path / "out", to="native", verify=True)
     assert all(f"{key}: is not carried in the output's record" in str(error.value) for key in TABLES)
