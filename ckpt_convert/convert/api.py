@@ -228,12 +228,12 @@ def convert_checkpoint(
         made.refuse_unreadable()
         execute.run_checks(made, sources, progress)
         lost = execute.check_losses(made, sources)
-        mode = output.permissions(source)
+        mode = output.output_permissions(source)
         with place.stage(destination, ownership.RULES, overwrite=overwrite, resume=resume, mode=mode) as staging:
             try:
                 place.check_space(destination, made.disk - staging.allocated())
                 staging.expect(made.names)
-                written = output.write(made, sources, staging, count, progress)
+                written = output.write_output(made, sources, staging, count, progress)
                 staging.folder.write(record.MANIFEST, record.render_manifest(written.manifest))
                 staging.complete()
                 verified = _verify(made, sources, staging, count, progress) if verify else None

@@ -29,7 +29,7 @@ from ckpt_convert.storage.reader import reading
 from ckpt_convert.words import some
 
 
-class Made(Protocol):
+class GeneratedFiles(Protocol):
     """Files that are only made when they are written, all of them at once. A value: it is the same anywhere."""
 
     @property
@@ -42,39 +42,39 @@ class Made(Protocol):
 
 
 @dataclass(frozen=True)
-class SideFile:
+class AuxiliaryFile:
     """A file to be put beside the weights, or into the record.
 
     ``origin`` is copied, generated, restored or carried; the content is that of ``place``, or ``data``, or what
-    ``made`` has under the name. ``identity`` is what the file was when it was chosen.
+    ``generated`` has under the name. ``identity`` is what the file was when it was chosen.
     """
 
     name: str
     origin: str
     place: Place | None = None
     data: bytes | None = None
-    made: Made | None = None
+    generated: GeneratedFiles | None = None
     size: int = 0
     identity: Entry | None = None
 
     @classmethod
-    def of(cls, name: str, origin: str, data: bytes) -> SideFile:
+    def of(cls, name: str, origin: str, data: bytes) -> AuxiliaryFile:
         """A file of known content."""
         return cls(name, origin, data=data, size=len(data))
 
     @property
     def content(self) -> bytes | None:
         """The bytes of a file that is no copy; None where there is nothing to write after all."""
-        return self.made.files.get(self.name) if self.made is not None else self.data
+        return self.generated.files.get(self.name) if self.generated is not None else self.data
 
 
-def taken(name: str, origin: str, path: Place) -> SideFile:
+def file_from(name: str, origin: str, path: Place) -> AuxiliaryFile:
     """A file that is taken from ``path`` as it is now."""
     found = path.identity()
-    return SideFile(name, origin, path, size=found.size, identity=found)
+    return AuxiliaryFile(name, origin, path, size=found.size, identity=found)
 
 
-def beside(checkpoint: Identified) -> dict[str, Place]:
+def find_auxiliary(checkpoint: Identified) -> dict[str, Place]:
     """The side files of a checkpoint: everything in its directory but weights, indexes, its config and the record.
 
     Raises UnsafeFileError for a link that leaves the directory.
@@ -94,13 +94,13 @@ def beside(checkpoint: Identified) -> dict[str, Place]:
     return out
 
 
-def nearby(checkpoint: Identified) -> dict[str, Place]:
+def find_nearby_tokenizer(checkpoint: Identified) -> dict[str, Place]:
     """Tokenizer files of a checkpoint that has none beside it, where its user has them.
 
     That is beside a single weight file, beside the config that was given, and one folder above Meta's own files, as its
     download script puts it.
     """
-    there = beside(checkpoint)
+    there = find_auxiliary(checkpoint)
     restored = checkpoint.record.carried_side_files if checkpoint.record is not None else {}
     if has_tokenizer({**there, **restored}):
         return {}
@@ -132,17 +132,17 @@ def _is_tokenizer(path: Place) -> bool:
     return True
 
 
-def notices(source: Identified) -> list[str]:
+def auxiliary_notices(source: Identified) -> list[str]:
     """What was edited since an earlier conversion wrote it, and what is not taken along."""
     out = []
     if source.record is not None:
         edited = source.record.edited(own_config=formats.ALL[source.record.format].config is None)
         out += [f"edited or damaged since it was written, and taken as it is: {', '.join(edited)}"] if edited else []
-    left = skipped(source)
+    left = skipped_files(source)
     return out + ([f"not taken along: {some(left, 8, ' …')}"] if left else [])
 
 
-def skipped(checkpoint: Identified) -> list[str]:
+def skipped_files(checkpoint: Identified) -> list[str]:
     """What lies below the directory and is not taken along: links to folders or nowhere, and weights in folders."""
     if not checkpoint.place.is_folder():
         return []
@@ -164,20 +164,20 @@ def _walk(directory: Place) -> Iterator[Place]:
         yield from (file for file in files if file.is_regular())
 
 
-def plan(
+def choose_auxiliary(
     source: Identified,
     target: str,
     *,
     like: Identified | None,
-    generated: Mapping[str, SideFile],
-) -> list[SideFile]:
+    generated: Mapping[str, AuxiliaryFile],
+) -> list[AuxiliaryFile]:
     """What becomes of every side file, and what is made new; in the order of the names.
 
     ``generated`` are files that the target needs (config, index); they win over copies of the same name.
     """
     format = formats.ALL[target]
     own = {format.config, CHECKLIST} if format.ranks else {format.config}  # the target's own are made new
-    out: dict[str, SideFile] = dict(generated)
+    out: dict[str, AuxiliaryFile] = dict(generated)
 
     def keep(name: str, path: Place, origin: str) -> None:
         if name == CHECKLIST and source.format == "meta" and origin == "copied":
@@ -186,9 +186,9 @@ def plan(
             name, origin = f"{RECORD_FOLDER}/layouts/meta/{name}", "carried"
         elif name in own or not format.uses(name):
             name, origin = f"{RECORD_FOLDER}/side/{name}", "carried"
-        out.setdefault(name, taken(name, origin, path))
+        out.setdefault(name, file_from(name, origin, path))
 
-    here = {**nearby(source), **beside(source)}
+    here = {**find_nearby_tokenizer(source), **find_auxiliary(source)}
     for name, path in here.items():
         # Within a format nothing is made anew, so what was made for it once is copied as everything else.
         if target == source.format or not _made_by_us(source.record, name):
@@ -196,28 +196,28 @@ def plan(
     for name, path in (source.record.carried_side_files if source.record else {}).items():
         keep(name, path, "restored")
     if like is not None:
-        for name, path in beside(like).items():
+        for name, path in find_auxiliary(like).items():
             if name.startswith(TOKENIZERS) or name == "generation_config.json":
-                out[name] = taken(name, "copied", path)
+                out[name] = file_from(name, "copied", path)
     return [out[name] for name in sorted(out)]
 
 
-def recorded_layouts(source: Identified, target: str, own: Layout | None) -> list[SideFile]:
+def layout_record_files(source: Identified, target: str, own: Layout | None) -> list[AuxiliaryFile]:
     """The record's files that keep how the weights lay in other formats, the source's own among them."""
     out = []
     if source.record is not None:
         for name in source.record.layouts:
             if name not in (target, source.format):
-                out += [taken(file, "carried", path) for file, path in source.record.files_of_layout(name)]
+                out += [file_from(file, "carried", path) for file, path in source.record.files_of_layout(name)]
     if own is not None and own.format != target:
         folder = f"{RECORD_FOLDER}/layouts/{own.format}"
         for name, data in record.layout_files(own).items():
-            out.append(SideFile.of(f"{folder}/{name}", "carried", data))
+            out.append(AuxiliaryFile.of(f"{folder}/{name}", "carried", data))
     return out
 
 
 @reading()
-def checklist_for(source: Identified, target: str) -> Place | None:
+def checklist_template(source: Identified, target: str) -> Place | None:
     """The checklist.chk whose lines the output's files should be listed by."""
     if target != "meta":
         return None
@@ -234,7 +234,7 @@ def _made_by_us(found: Record | None, name: str) -> bool:
 
 
 @reading()
-def checklist_of(source: Identified) -> dict[str, str]:
+def source_checklist(source: Identified) -> dict[str, str]:
     """What the source's checklist.chk says of the files that are there, {} if there is none.
 
     Raises CorruptFileError when it is no checklist, or lists weight files that are not there.

@@ -13,7 +13,7 @@ from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpoint.model import Model, naming
 from ckpt_convert.checkpoint.quantized.detect import CONFIGS
 from ckpt_convert.convert import auxiliary_files
-from ckpt_convert.convert.auxiliary_files import SideFile
+from ckpt_convert.convert.auxiliary_files import AuxiliaryFile
 from ckpt_convert.convert.request import Request
 from ckpt_convert.dtypes import DTYPES, majority_of_floats, torch_name
 from ckpt_convert.errors import ConfigError, ShapeMismatchError, UnsupportedFamilyError, misfit
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Configs:
+class ConfigFiles:
     """The config files to write, and what has to be said about them."""
 
-    files: tuple[SideFile, ...]
+    files: tuple[AuxiliaryFile, ...]
     notices: tuple[str, ...] = ()
 
 
-def generated(
+def choose_configs(
     source: Identified,
     model: Model,
     request: Request,
@@ -45,24 +45,24 @@ def generated(
     written: str | None = None,
     ranks: int = 1,
     cut: int | None = None,
-) -> Configs:
+) -> ConfigFiles:
     """The target's config, and config.json for the record; raises ConfigError for what the target cannot express.
 
     ``written`` is the dtype that most weights are written in, in torch's words; ``ranks`` how many params.json is
     for, which cut the embedding on the axis ``cut`` where there is a choice.
     """
     config, origin = _config(source, model, request, like, written)
-    files = [SideFile.of(record.CONFIG, origin, config)]
+    files = [AuxiliaryFile.of(record.CONFIG, origin, config)]
     notices: tuple[str, ...] = _token_notice(model) if source.format == "meta" and origin == "generated" else ()
     if request.to == "hf" and not _shown_by_shapes(source, model):
-        files.append(SideFile.of("config.json", origin, config))
+        files.append(AuxiliaryFile.of("config.json", origin, config))
     if request.to == "meta":
         params, origin, notices = _params(source, model, request, like, ranks, cut)
-        files.append(SideFile.of("params.json", origin, params))
+        files.append(AuxiliaryFile.of("params.json", origin, params))
     elif source.params is not None and _is_params(source.params[1]):
         name = f"{RECORD_FOLDER}/layouts/meta/params.json"
-        files.append(auxiliary_files.taken(name, "carried", source.params[0]))
-    return Configs(tuple(files), notices)
+        files.append(auxiliary_files.file_from(name, "carried", source.params[0]))
+    return ConfigFiles(tuple(files), notices)
 
 
 def _shown_by_shapes(source: Identified, model: Model) -> bool:
@@ -82,14 +82,16 @@ def _token_notice(model: Model) -> tuple[str, ...]:
     )
 
 
-def tokenizer(source: Identified, request: Request, model: Model, like: Identified | None) -> dict[str, SideFile]:
+def translated_tokenizer(
+    source: Identified, request: Request, model: Model, like: Identified | None
+) -> dict[str, AuxiliaryFile]:
     """Tokenizer files that the target's readers need and the source has in another form.
 
     They are translated when they are written, which takes seconds.
     """
-    here = {**auxiliary_files.nearby(source), **auxiliary_files.beside(source)}
+    here = {**auxiliary_files.find_nearby_tokenizer(source), **auxiliary_files.find_auxiliary(source)}
     restored = source.record.carried_side_files if source.record else {}
-    if like is not None and has_tokenizer(auxiliary_files.beside(like)):
+    if like is not None and has_tokenizer(auxiliary_files.find_auxiliary(like)):
         return {}
     if request.to == source.format or request.to == "native":
         return {}
@@ -108,7 +110,7 @@ def tokenizer(source: Identified, request: Request, model: Model, like: Identifi
 
     rows = model.family.tokens(model.dims) if request.to == "hf" else None
     made = TranslatedTokenizer(path, request.to, model.family.tokenizer, rows)
-    return {name: SideFile(name, "generated", made=made) for name in names}
+    return {name: AuxiliaryFile(name, "generated", generated=made) for name in names}
 
 
 @dataclass(frozen=True)
@@ -281,7 +283,7 @@ def _render_params(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content) + "\n").encode()
 
 
-def differing(source: Identified, model: Model, like: Identified) -> list[str]:
+def check_like(source: Identified, model: Model, like: Identified) -> list[str]:
     """Refuse a ``like`` of another family or other sizes; returns what its config says otherwise."""
     try:
         theirs = like.model_for(str(like.format))

@@ -72,7 +72,7 @@ def _tokenizer(source: Identified) -> str | None:
     """The kind of the tokenizer beside the weights."""
     from ckpt_convert.tokenizer import translation
 
-    here = auxiliary_files.beside(source)
+    here = auxiliary_files.find_auxiliary(source)
     restored = source.record.carried_side_files if source.record is not None else {}
     for name in ("tokenizer.model", "tokenizer.json"):
         path = here.get(name) or restored.get(name)

@@ -10,7 +10,7 @@ from typing import Any
 from ckpt_convert.checkpoint import checklist
 from ckpt_convert.checkpoint.checklist import CHECKLIST
 from ckpt_convert.checkpoint.identify import Identified
-from ckpt_convert.convert.auxiliary_files import SideFile
+from ckpt_convert.convert.auxiliary_files import AuxiliaryFile
 from ckpt_convert.convert.execute import Done, execute, named, settled
 from ckpt_convert.convert.partition import pieces
 from ckpt_convert.convert.plan import Checklist, Plan
@@ -31,7 +31,7 @@ from ckpt_convert.tensors.progress import ProgressCallback, ProgressCounter
 
 
 @dataclass(frozen=True)
-class Written:
+class WriteResult:
     """What ``write`` wrote: the manifest, which is still to be written, and how many bytes were there already.
 
     ``overflows`` has how many finite values of each tensor have become infinite; ``notices`` are those of what was only
@@ -44,14 +44,14 @@ class Written:
     notices: tuple[str, ...] = ()
 
 
-def write(
+def write_output(
     plan: Plan,
     sources: Sources,
     stage: Stage,
     workers: int,
     progress: ProgressCallback | None,
     folder: Folder | None = None,
-) -> Written:
+) -> WriteResult:
     """Write the weights and everything beside them, flushed to disk, into the staging directory or a ``folder`` of it.
 
     The manifest is the caller's to write. Raises LossyConversionError where a cast has made finite values infinite and
@@ -65,12 +65,12 @@ def write(
         if staged.resumed:
             counter.add(staged.resumed)
         done = execute(made, left, sources, staged, workers=workers, counter=counter)
-        return finish(made, done, staged, into, workers, progress)
+        return finish_output(made, done, staged, into, workers, progress)
 
 
-def finish(
+def finish_output(
     made: Plan, done: Sequence[Done], staged: Staged, folder: Folder, workers: int, progress: ProgressCallback | None
-) -> Written:
+) -> WriteResult:
     """Write everything beside the weights, whose pieces are ``done``, whoever wrote them; ``staged`` knows of them all.
 
     Raises LossyConversionError where a cast has made finite values infinite and nobody accepted that.
@@ -83,9 +83,9 @@ def finish(
             overflows,
         )
     side, kept = _write_side_files(made, folder, workers, progress)
-    together = {id(one.made): one.made for one in made.auxiliary_files if one.made is not None}
+    together = {id(one.generated): one.generated for one in made.auxiliary_files if one.generated is not None}
     notices = [text for files in together.values() for text in files.notices]
-    return Written(made.manifest(staged.described(), side, kept), staged.resumed, overflows, tuple(notices))
+    return WriteResult(made.manifest(staged.described(), side, kept), staged.resumed, overflows, tuple(notices))
 
 
 def _overflows(made: Plan, done: Sequence[Done]) -> dict[str, int]:
@@ -118,7 +118,7 @@ def _write_side_files(
     written = []
     kept = {}
     for side in made.auxiliary_files:
-        checksum = write_side_file(side, folder)
+        checksum = write_auxiliary_file(side, folder)
         if checksum is None:
             continue
         if side.name.startswith(f"{RECORD_FOLDER}/"):
@@ -134,7 +134,7 @@ def _write_side_files(
     return written, kept
 
 
-def write_side_file(side: SideFile, folder: Folder) -> str | None:
+def write_auxiliary_file(side: AuxiliaryFile, folder: Folder) -> str | None:
     """Write one file; returns its checksum, None where there was nothing to write.
 
     A copy may be read by nobody who could not read the original.
@@ -162,7 +162,7 @@ def write_side_file(side: SideFile, folder: Folder) -> str | None:
     return total.hexdigest()
 
 
-def permissions(source: Identified) -> int:
+def output_permissions(source: Identified) -> int:
     """The permissions that a conversion's output may have at most: those of the source's directory and weights."""
     with reading(source.place, "looked at"):
         mode = 0o777 if source.place.is_regular() else source.place.mode()

@@ -17,7 +17,7 @@ from ckpt_convert.checkpoint import record
 from ckpt_convert.checkpoint.checklist import CHECKLIST
 from ckpt_convert.checkpoint.hints import Hints
 from ckpt_convert.checkpoint.mapping import Equality, LogicalTensors
-from ckpt_convert.convert.auxiliary_files import SideFile
+from ckpt_convert.convert.auxiliary_files import AuxiliaryFile
 from ckpt_convert.convert.embedding import EmbeddingSplit
 from ckpt_convert.convert.layout import OutputFile
 from ckpt_convert.convert.request import Request
@@ -106,7 +106,7 @@ class Plan:
     source: SourceInfo
     request: Request
     files: tuple[OutputFile, ...]
-    auxiliary_files: tuple[SideFile, ...]
+    auxiliary_files: tuple[AuxiliaryFile, ...]
     sources: tuple[SourceFile, ...]
     stored: tuple[StoredTensor, ...]
     stored_in: tuple[int, ...]

@@ -28,7 +28,7 @@ from ckpt_convert.convert import (
     ties,
     translate,
 )
-from ckpt_convert.convert.auxiliary_files import SideFile
+from ckpt_convert.convert.auxiliary_files import AuxiliaryFile
 from ckpt_convert.convert.embedding import EmbeddingSplit
 from ckpt_convert.convert.layout import OutputFile
 from ckpt_convert.convert.plan import COMPUTED, Checklist, Plan, SourceFile, SourceInfo, memory_source, target_dtype
@@ -126,7 +126,7 @@ class Assigned:
 class AuxiliaryFiles:
     """What lies beside the weights, and in the record."""
 
-    files: list[SideFile]
+    files: list[AuxiliaryFile]
     notices: tuple[str, ...]
 
 
@@ -161,7 +161,7 @@ def make_plan(inputs: PlanInputs, equal: EqualBytes | None = None) -> OpenPlan:
         ties=tuple(found.translation.ties),
         notices=(
             *source.notices,
-            *auxiliary_files.notices(source),
+            *auxiliary_files.auxiliary_notices(source),
             *model.notices,
             *(model.family.caveats(request.to) if request.to != source.format else ()),
             *put.notices,
@@ -173,8 +173,8 @@ def make_plan(inputs: PlanInputs, equal: EqualBytes | None = None) -> OpenPlan:
         embedding_split=found.embedding_split,
         checklist=Checklist(
             source.root,
-            auxiliary_files.checklist_of(source) if inputs.in_memory is None else {},
-            auxiliary_files.checklist_for(source, request.to),
+            auxiliary_files.source_checklist(source) if inputs.in_memory is None else {},
+            auxiliary_files.checklist_template(source, request.to),
         ),
         computed=_computed(found.stored) if source.dequantized is not None else frozenset(),
         from_memory=inputs.in_memory is not None,
@@ -194,8 +194,10 @@ def identify_model(inputs: PlanInputs) -> tuple[Model, list[str]]:
         as_stored.refuse_cast(source.quantization, source.unknown_scheme, source.place, request.dtype)
     with naming(str(source.config_file)):
         translate.check_formats(model, str(source.place), str(source.format), inputs.read_format, request.to)
-    differing = config_files.differing(source, model, inputs.like) if inputs.like is not None else []
-    auxiliary_files.checklist_of(source)  # a checklist that is none is an error now, not after everything was written
+    differing = config_files.check_like(source, model, inputs.like) if inputs.like is not None else []
+    auxiliary_files.source_checklist(
+        source
+    )  # a checklist that is none is an error now, not after everything was written
     return model, differing
 
 
@@ -259,7 +261,7 @@ def plan_auxiliary(inputs: PlanInputs, translated: Translated, assigned: Assigne
     """Config, index, tokenizer and all other files of the output, and what the record keeps."""
     source, request, like, model = inputs.source, inputs.request, inputs.like, translated.model
     written = _written_dtype(assigned.files)
-    made = config_files.generated(
+    made = config_files.choose_configs(
         source,
         model,
         request,
@@ -270,12 +272,12 @@ def plan_auxiliary(inputs: PlanInputs, translated: Translated, assigned: Assigne
     )
     index = shards.index_files(request, assigned.files, translated.target_layout, assigned.exact, model)
     generated = {side.name: side for side in (*made.files, *index)}
-    generated |= config_files.tokenizer(source, request, model, like)
-    files = auxiliary_files.plan(source, request.to, like=like, generated=generated)
+    generated |= config_files.translated_tokenizer(source, request, model, like)
+    files = auxiliary_files.choose_auxiliary(source, request.to, like=like, generated=generated)
     if source.dequantized is not None:
         files = [one for one in files if PurePosixPath(one.name).name not in view.SETTINGS]
     own = None if source.format == request.to or not source.files else source.layout()
-    files += auxiliary_files.recorded_layouts(source, request.to, own)
+    files += auxiliary_files.layout_record_files(source, request.to, own)
     absent = config_files.tokenizer_notice(source, request, model, (one.name for one in files))
     return AuxiliaryFiles(files, (*made.notices, *absent))
 
@@ -311,7 +313,7 @@ def _computed(stored: Sequence[tuple[WeightFile, StoredTensor]]) -> frozenset[in
 
 
 def _seen(
-    given: PlanInputs, stored: Sequence[tuple[WeightFile, StoredTensor]], side: Sequence[SideFile]
+    given: PlanInputs, stored: Sequence[tuple[WeightFile, StoredTensor]], side: Sequence[AuxiliaryFile]
 ) -> dict[Place, Entry]:
     """The files that an output is made from, as they were when they were first looked at.
 
@@ -406,7 +408,7 @@ def _refuse_partial_cast(
     )
 
 
-def _check_names(source: Identified, files: list[OutputFile], side: list[SideFile]) -> None:
+def _check_names(source: Identified, files: list[OutputFile], side: list[AuxiliaryFile]) -> None:
     """Refuse an output in which two files would have one name, or one would have a name of ours."""
     taken = {record.MANIFEST, JOURNAL}
     for name in (*(file.name for file in files), *(one.name for one in side)):

@@ -13,7 +13,7 @@ from ckpt_convert.checkpoint.model import Model
 from ckpt_convert.checkpoint.record import Layout
 from ckpt_convert.containers.dcp import DCP_INDEX, DCP_SUFFIX, dcp, dcp_build
 from ckpt_convert.convert import layout
-from ckpt_convert.convert.auxiliary_files import SideFile
+from ckpt_convert.convert.auxiliary_files import AuxiliaryFile
 from ckpt_convert.convert.layout import OutputFile
 from ckpt_convert.convert.request import Request
 from ckpt_convert.convert.writing import TargetTensor
@@ -179,7 +179,7 @@ class DcpMetadata:
 
 def index_files(
     request: Request, outputs: Sequence[OutputFile], wanted: Layout | None, exact: bool, model: Model
-) -> list[SideFile]:
+) -> list[AuxiliaryFile]:
     """The index beside several files: the layout's own where nothing changed, else a new one."""
     if request.to == "meta":
         return []
@@ -188,9 +188,9 @@ def index_files(
         if wanted.index is None:
             return []
         name, data = wanted.index
-        return [SideFile.of(name, "restored", data)]
+        return [AuxiliaryFile.of(name, "restored", data)]
     if pieces:
-        return [SideFile(DCP_INDEX, "generated", made=DcpMetadata(tuple(pieces)))]
+        return [AuxiliaryFile(DCP_INDEX, "generated", generated=DcpMetadata(tuple(pieces)))]
     if len(outputs) == 1:
         return []
     container = outputs[0].name.rpartition(".")[2]
@@ -200,7 +200,7 @@ def index_files(
     weight_map = {tensor.key: file.name for file in outputs for tensor in file.layout.header.tensors}
     total = sum(tensor.nbytes for file in outputs for tensor in file.tensors)
     content = render_index(weight_map, total, sum(tensor.tensor.size for file in outputs for tensor in file.tensors))
-    return [SideFile.of(name, "generated", content)]
+    return [AuxiliaryFile.of(name, "generated", content)]
 
 
 def _assign(

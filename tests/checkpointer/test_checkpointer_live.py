@@ -78,7 +78,7 @@ def test_values_are_those_at_the_call_whatever_training_does_meanwhile(
 
     from ckpt_convert.convert import output
 
-    true_output = output.write
+    true_output = output.write_output
 
     def held_output(*args: Any) -> Any:
         assert go_on.wait(60)
@@ -96,7 +96,7 @@ def test_values_are_those_at_the_call_whatever_training_does_meanwhile(
         weights = {key: tensor.clone() for key, tensor in trained.model.state_dict().items()}
         moments = [one["exp_avg"].clone() for one in trained.optimizer.state_dict()["state"].values()]
         monkeypatch.setattr(training_state, "write", held)
-        monkeypatch.setattr(output, "write", held_output)
+        monkeypatch.setattr(output, "write_output", held_output)
         checkpointer.save()
         trained.go(checkpointer, 4)
         go_on.set()

@@ -14,7 +14,7 @@ import ckpt_convert
 from ckpt_convert.checkpoint.record import MANIFEST, render_manifest
 from ckpt_convert.convert import ownership, partition
 from ckpt_convert.convert.execute import Done, execute, settled
-from ckpt_convert.convert.output import finish
+from ckpt_convert.convert.output import finish_output
 from ckpt_convert.convert.plan import Plan, SourceFile, memory_source
 from ckpt_convert.convert.publish import Joined, Staged
 from ckpt_convert.convert.sources import ReopenedSources
@@ -54,7 +54,7 @@ def converted_by_two(plan: Plan, destination: Path) -> None:
             done = [one for half in pool.map(part, sent, [str(stage.path)] * 2) for one in half]
         for one in done:
             staged.add(one)
-        written = finish(plan, done, staged, stage.folder, 1, None)
+        written = finish_output(plan, done, staged, stage.folder, 1, None)
         stage.folder.write(MANIFEST, render_manifest(written.manifest))
         plan.check_sources()
         stage.commit()

@@ -13,7 +13,7 @@ from ckpt_convert.checkpointer.run.naming import Template
 from ckpt_convert.checkpointer.run.progress import Progress
 from ckpt_convert.checkpointer.run.saved_steps import Saved
 from ckpt_convert.checkpointer.save.writer import Step, in_the_way, save
-from ckpt_convert.convert.output import permissions
+from ckpt_convert.convert.output import output_permissions
 from ckpt_convert.errors import CkptConvertError, OutputExistsError, reason
 from ckpt_convert.storage import pointer, workspace
 from ckpt_convert.storage.place import Place
@@ -60,7 +60,7 @@ class RunDirectory:
             self.check(source)
             self._refuse_step(source)
             if source.files:
-                self._mode = permissions(source)
+                self._mode = output_permissions(source)
         with writing(self.path, "opened for saving"):
             self._take()
 

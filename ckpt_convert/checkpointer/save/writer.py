@@ -16,7 +16,7 @@ from ckpt_convert.checkpointer.run import saved_steps
 from ckpt_convert.checkpointer.state import dcp_files, training_state
 from ckpt_convert.checkpointer.state.serialize import Packed
 from ckpt_convert.convert import output, ownership
-from ckpt_convert.convert.auxiliary_files import SideFile
+from ckpt_convert.convert.auxiliary_files import AuxiliaryFile
 from ckpt_convert.convert.execute import check_losses, loss_text, run_checks
 from ckpt_convert.convert.sources import OpenPlan
 from ckpt_convert.errors import CkptConvertError, OutputExistsError, SourceChangedError, UnreadableError
@@ -153,7 +153,7 @@ def _weights(step: Step, planned: OpenPlan, staging: Stage, folder: Folder, work
     if lost := check_losses(plan, sources):
         text = "%s: %s change what the model computes, and its files have no place for them; %s"
         log.warning(text, staging.destination, loss_text(lost), kept)
-    written = output.write(plan, sources, staging, workers, None, folder)
+    written = output.write_output(plan, sources, staging, workers, None, folder)
     merged = {reader.name: reader.overflowed for reader in sources.values() if isinstance(reader, MergedReader)}
     overflows = written.overflows | {key: count for key, count in merged.items() if count}
     if overflows:
@@ -168,5 +168,5 @@ def _file(name: str, data: bytes, staging: Stage) -> dict[str, Any]:
 
 
 def _copy(place: Place, staging: Stage) -> dict[str, Any]:
-    checksum = output.write_side_file(SideFile(place.name, "copied", place), staging.folder)
+    checksum = output.write_auxiliary_file(AuxiliaryFile(place.name, "copied", place), staging.folder)
     return {"size": place.identity().size, "checksum": checksum}
