@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 
 from ckpt_convert.adapters.config import ALL_LINEAR, fits
-from ckpt_convert.convert.state_dict import make
+from ckpt_convert.convert.state_dict import materialize
 from ckpt_convert.errors import UnsupportedFamilyError
 from ckpt_convert.models.core.table import Family, Instance
 from ckpt_convert.tensors.lazy import from_source
@@ -103,7 +103,7 @@ class Modules:
         lazy = from_source(0, tuple(tensor.shape), tensor.stride())
         turned = instance.row.turned(self.dims)
         moved = there.rows_to_stored(here.rows_to_logical(lazy, *turned), *turned) if turned else lazy
-        return tensor.detach() if moved.contiguous_source == (0, 0) else make(moved, [tensor], tensor.dtype)
+        return tensor.detach() if moved.contiguous_source == (0, 0) else materialize(moved, [tensor], tensor.dtype)
 
 
 def _module(key: str) -> str:

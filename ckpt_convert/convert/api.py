@@ -218,7 +218,7 @@ def convert_checkpoint(
 
     def equal(source: Identified, pair: Equality) -> bool:
         check(source)  # before any tensor is read
-        return execute.comparing(source.stored)(pair)
+        return execute.byte_comparer(source.stored)(pair)
 
     with reading():
         source, planned = _plan(src, to, options, equal)
@@ -283,6 +283,6 @@ def _verify(made: Plan, sources: Sources, staging: Stage, workers: int, progress
     family = None if made.source.literal else made.family
     try:
         with open_unfinished(staging.place.listed(), format=made.target, family=family) as written:
-            return readback.verify(made, sources, written, workers=workers, progress=progress)
+            return readback.verify_output(made, sources, written, workers=workers, progress=progress)
     except InputError as error:
         raise VerificationError(f"{staging.destination}: the output cannot be read again: {error}") from error

@@ -39,7 +39,7 @@ _NAMED = 8
 """How many tensors a message names."""
 
 
-class Done(NamedTuple):
+class FinishedPiece(NamedTuple):
     """A finished piece: its CRC-64 and, where the container keeps one, its CRC-32.
 
     ``overflowed`` is how many of its values the cast has made infinite; ``resumed`` is whether an earlier attempt wrote
@@ -53,20 +53,20 @@ class Done(NamedTuple):
     resumed: bool = False
 
 
-class Output(Protocol):
+class PieceOutput(Protocol):
     """Where pieces go: the staged files of a plan, by number."""
 
     def file(self, number: int) -> StagedFile:
         """A file, open for writing at any place."""
 
-    def earlier(self, piece: Piece) -> int | None:
+    def earlier_checksum(self, piece: Piece) -> int | None:
         """The checksum of what an earlier attempt says to have written there."""
 
-    def add(self, done: Done) -> None:
+    def add(self, done: FinishedPiece) -> None:
         """Take note of a piece that is written."""
 
 
-def comparing(stored: StoredTensors, counter: ProgressCounter | None = None) -> EqualBytes:
+def byte_comparer(stored: StoredTensors, counter: ProgressCounter | None = None) -> EqualBytes:
     """Whether the tensors of a pair, of these files, hold the same bytes; stops at the first difference."""
     left, right = BlockReader(stored), BlockReader(stored)
 
@@ -87,7 +87,7 @@ def run_checks(plan: Plan, sources: Sources, progress: ProgressCallback | None =
         return
     total = sum(check.left.size * dtypes.DTYPES[check.dtype].bits // 8 for check in plan.checks)
     counter = ProgressCounter("checking", total, progress)
-    equal = comparing(NumberedTensors(plan, sources), counter)
+    equal = byte_comparer(NumberedTensors(plan, sources), counter)
     failed = [check.message for check in plan.checks if not equal(check)]
     if failed:
         raise TiedWeightsError(f"{plan.source.place}: tensors that have to be equal are not:{listing(failed)}")
@@ -113,10 +113,10 @@ def check_losses(plan: Plan, sources: Sources) -> dict[str, int]:
 
 def loss_text(lost: Mapping[str, int]) -> str:
     """In a few words: which tensors lose values, and how many."""
-    return f"{sum(lost.values()):,} values of {named(lost)}"
+    return f"{sum(lost.values()):,} values of {list_counts(lost)}"
 
 
-def named(counts: Mapping[str, int]) -> str:
+def list_counts(counts: Mapping[str, int]) -> str:
     """Tensors with a count of values each, the first few of them."""
     return some([f"{key} ({count:,})" for key, count in counts.items()], _NAMED, MORE)
 
@@ -134,7 +134,7 @@ def _nonzero(mover: BlockReader, tensor: LazyTensor, dtype: str) -> int:
     return count
 
 
-def settled(plan: Plan, sources: Sources) -> Plan:
+def settle_originals(plan: Plan, sources: Sources) -> Plan:
     """The plan with tensors as they were earlier wherever nothing has changed since.
 
     Decided when the plan is carried out: the tensors may be those of a model in memory, which other plans are not made
@@ -144,7 +144,7 @@ def settled(plan: Plan, sources: Sources) -> Plan:
     files = list(plan.files)
     for number, file in enumerate(files):
         if any(placed.original for placed in file.tensors):
-            equal = equal or comparing(NumberedTensors(plan, sources))
+            equal = equal or byte_comparer(NumberedTensors(plan, sources))
             files[number] = replace(file, tensors=tuple([_chosen(placed, equal) for placed in file.tensors]))
     return replace(plan, files=tuple(files)) if equal is not None else plan
 
@@ -160,11 +160,11 @@ def execute(
     plan: Plan,
     pieces: Iterable[Piece],
     sources: Sources,
-    output: Output,
+    output: PieceOutput,
     *,
     workers: int,
     counter: ProgressCounter | None = None,
-) -> list[Done]:
+) -> list[FinishedPiece]:
     """Write these pieces of a plan's files; which ones others write does not matter.
 
     Raises whatever a worker raised first; the others stop at their next block.
@@ -179,8 +179,8 @@ def execute(
 class _Execution:
     """What several threads have in common that write pieces."""
 
-    def __init__(self, plan: Plan, output: Output, counter: ProgressCounter) -> None:
-        self.done: list[Done] = []
+    def __init__(self, plan: Plan, output: PieceOutput, counter: ProgressCounter) -> None:
+        self.done: list[FinishedPiece] = []
         self._plan = plan
         self._output = output
         self._meter = counter
@@ -196,7 +196,7 @@ class _Execution:
         has_crc = self._plan.files[piece.file].layout.header.checksummed
         return CRC64.of(data, checksum), CRC32.of(data, crc) if has_crc else 0
 
-    def _moved(self, mover: BlockReader, file: StagedFile, piece: Piece) -> Done:
+    def _moved(self, mover: BlockReader, file: StagedFile, piece: Piece) -> FinishedPiece:
         checksum = crc = done = flushed = 0
         placed, before = self._plan.files[piece.file].tensors[piece.tensor], mover.overflowed
         for part in placed.tensor.flat_range(piece.start, piece.stop):
@@ -208,11 +208,11 @@ class _Execution:
                 if done - flushed >= WRITEBACK or done == piece.nbytes:
                     file.start_writeback(piece.offset + flushed, done - flushed)
                     flushed = done
-        return Done(piece, checksum, crc, mover.overflowed - before)
+        return FinishedPiece(piece, checksum, crc, mover.overflowed - before)
 
-    def _verified(self, file: StagedFile, piece: Piece) -> Done | None:
+    def _verified(self, file: StagedFile, piece: Piece) -> FinishedPiece | None:
         """A piece that an earlier attempt wrote, if its bytes are really there."""
-        expected = self._output.earlier(piece)
+        expected = self._output.earlier_checksum(piece)
         if expected is None:
             return None
         checksum = crc = 0
@@ -224,4 +224,4 @@ class _Execution:
         if checksum != expected:
             return None
         self._meter.add(piece.nbytes)
-        return Done(piece, checksum, crc, resumed=True)
+        return FinishedPiece(piece, checksum, crc, resumed=True)

@@ -11,10 +11,10 @@ from ckpt_convert.checkpoint import checklist
 from ckpt_convert.checkpoint.checklist import CHECKLIST
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.convert.auxiliary_files import AuxiliaryFile
-from ckpt_convert.convert.execute import Done, execute, named, settled
-from ckpt_convert.convert.partition import pieces
+from ckpt_convert.convert.execute import FinishedPiece, execute, list_counts, settle_originals
+from ckpt_convert.convert.partition import split_into_pieces
 from ckpt_convert.convert.plan import Checklist, Plan
-from ckpt_convert.convert.publish import Staged
+from ckpt_convert.convert.publish import StagedOutput
 from ckpt_convert.convert.sources import Sources
 from ckpt_convert.errors import CorruptFileError, LossyConversionError
 from ckpt_convert.formats.base import TEXT_LIMIT
@@ -58,10 +58,10 @@ def write_output(
     nobody accepted that.
     """
     into = folder or stage.folder
-    made = settled(plan, sources)
+    made = settle_originals(plan, sources)
     counter = ProgressCounter("converting", made.tensor_bytes, progress)
-    with Staged(made, stage, into) as staged:
-        left = staged.begin(pieces(made.files))
+    with StagedOutput(made, stage, into) as staged:
+        left = staged.begin(split_into_pieces(made.files))
         if staged.resumed:
             counter.add(staged.resumed)
         done = execute(made, left, sources, staged, workers=workers, counter=counter)
@@ -69,7 +69,12 @@ def write_output(
 
 
 def finish_output(
-    made: Plan, done: Sequence[Done], staged: Staged, folder: Folder, workers: int, progress: ProgressCallback | None
+    made: Plan,
+    done: Sequence[FinishedPiece],
+    staged: StagedOutput,
+    folder: Folder,
+    workers: int,
+    progress: ProgressCallback | None,
 ) -> WriteResult:
     """Write everything beside the weights, whose pieces are ``done``, whoever wrote them; ``staged`` knows of them all.
 
@@ -88,7 +93,7 @@ def finish_output(
     return WriteResult(made.manifest(staged.described(), side, kept), staged.resumed, overflows, tuple(notices))
 
 
-def _overflows(made: Plan, done: Sequence[Done]) -> dict[str, int]:
+def _overflows(made: Plan, done: Sequence[FinishedPiece]) -> dict[str, int]:
     """How many finite values of each tensor have become infinite, by its key in the output.
 
     What is counted is what was read: ranks may hold copies of it.
@@ -108,7 +113,7 @@ def overflow_text(overflows: Mapping[str, int]) -> str:
     """In a few words: which tensors have values that are too large, and how many."""
     count = sum(overflows.values())
     values = f"{count:,} finite values become" if count != 1 else "1 finite value becomes"
-    return f"{values} infinite, of {named(overflows)},"
+    return f"{values} infinite, of {list_counts(overflows)},"
 
 
 def _write_side_files(

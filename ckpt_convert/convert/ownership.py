@@ -43,7 +43,7 @@ _RECORD = re.compile(
 """The files of the record, below its folder, but for those of ``side/``."""
 
 
-def foreign(directory: Place) -> list[str]:
+def foreign_files(directory: Place) -> list[str]:
     """What is in a directory and would be lost if a checkpoint took its place; the name of a folder ends in a slash.
 
     Where there are no weights, no index and no record, nothing is a checkpoint's. Raises UnreadableError.
@@ -57,7 +57,7 @@ def foreign(directory: Place) -> list[str]:
     return [place.name for place in there]
 
 
-def unlisted(directory: Place) -> list[str]:
+def unlisted_files(directory: Place) -> list[str]:
     """What is in a directory and not in its manifest; what is ``foreign`` where there is none.
 
     Raises UnreadableError.
@@ -65,11 +65,11 @@ def unlisted(directory: Place) -> list[str]:
     directory = directory.listed()
     listed = record.listed(directory)
     if not listed:
-        return foreign(directory)
+        return foreign_files(directory)
     return list(_others(directory, listed, lambda name, path: name in listed or name.startswith(f"{_HUB}/")))
 
 
-def rank(name: str) -> int:
+def publish_order(name: str) -> int:
     """How late a file is written: the manifest last, before it what makes loaders take a directory for a model."""
     if name.endswith(record.MANIFEST):
         return 2
@@ -81,10 +81,10 @@ def rank(name: str) -> int:
 
 _MARKS = (f"{record.MERGED}/{record.MANIFEST}", record.MANIFEST)
 
-RULES = Rules(foreign, record.is_recorded, rank, record.listed, _MARKS)
+RULES = Rules(foreign_files, record.is_recorded, publish_order, record.listed, _MARKS)
 """For the output of a conversion."""
 
-STEP_RULES = replace(RULES, foreign=unlisted)
+STEP_RULES = replace(RULES, foreign=unlisted_files)
 """For saved steps: every file of theirs is listed, so whatever else is in one was put there by somebody."""
 
 

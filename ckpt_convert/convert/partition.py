@@ -31,7 +31,7 @@ class Piece(NamedTuple):
     stop: int
 
 
-def pieces(files: Sequence[OutputFile]) -> list[Piece]:
+def split_into_pieces(files: Sequence[OutputFile]) -> list[Piece]:
     """Every piece, in the order in which the source is read best.
 
     Files are written one after another, each in offset order; only where the files are ranks they are written side by
@@ -54,9 +54,9 @@ def _of_tensor(file: OutputFile, number: int, at: int) -> Iterator[Piece]:
         yield Piece(number, at, placed.offset + start * bits // 8, (stop - start) * bits // 8, start, stop)
 
 
-def partition(files: Sequence[OutputFile], count: int) -> list[list[Piece]]:
+def partition_pieces(files: Sequence[OutputFile], count: int) -> list[list[Piece]]:
     """The pieces in ``count`` runs of about the same number of bytes, for as many writers; a run may be empty."""
-    everything = pieces(files)
+    everything = split_into_pieces(files)
     total = sum(piece.nbytes for piece in everything)
     runs: list[list[Piece]] = [[] for _ in range(count)]
     done = 0
@@ -72,7 +72,7 @@ def runs(files: Sequence[OutputFile], owns: Callable[[int], bool]) -> list[Piece
 
     ``owns`` is asked by the number of a source. A run is a piece as well, a shorter one, and as long as can be.
     """
-    return [run for piece in pieces(files) for run in _owned(files, piece, owns)]
+    return [run for piece in split_into_pieces(files) for run in _owned(files, piece, owns)]
 
 
 def _owned(files: Sequence[OutputFile], piece: Piece, owns: Callable[[int], bool]) -> Iterator[Piece]:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Any, Self
 
-from ckpt_convert.convert.execute import Done
+from ckpt_convert.convert.execute import FinishedPiece
 from ckpt_convert.convert.layout import OutputFile
 from ckpt_convert.convert.partition import Piece
 from ckpt_convert.convert.plan import Plan
@@ -31,7 +31,7 @@ class _File:
     def __init__(self, output: OutputFile, folder: Folder) -> None:
         self.output = output
         self.left = 0
-        self.done: list[Done] = []
+        self.done: list[FinishedPiece] = []
         self._header = 0
         self._folder = folder
         self._staged: StagedFile | None = None
@@ -77,7 +77,7 @@ class _File:
         self._described = described
         return sum(int(nbytes) for _, _, nbytes, _ in described["pieces"])
 
-    def leave(self) -> None:
+    def create(self) -> None:
         """Make the file, for others to write into; it is opened again when it is finished."""
         self.staged.close()
         self._staged = None
@@ -110,7 +110,7 @@ class _File:
                 yield place, crc
 
 
-class Staged:
+class StagedOutput:
     """The files of a plan in a staging directory, or a folder of it; a context manager.
 
     ``resumed`` are the bytes that an earlier attempt had written.
@@ -139,21 +139,21 @@ class Staged:
                 self._finish(number)
         return left
 
-    def make(self) -> None:
+    def create_files(self) -> None:
         """Make every file, with its room, for others to join."""
         for file in self._files:
             if file.left:
-                file.leave()
+                file.create()
 
     def file(self, number: int) -> StagedFile:
         """A file, open for writing at any place."""
         return self._files[number].staged
 
-    def earlier(self, piece: Piece) -> int | None:
+    def earlier_checksum(self, piece: Piece) -> int | None:
         """The checksum of what an earlier attempt says to have written there."""
         return self._earlier.get((piece.file, piece.offset))
 
-    def add(self, done: Done) -> None:
+    def add(self, done: FinishedPiece) -> None:
         """Take note of a piece that is written; the last one of a file completes it."""
         if not done.resumed:
             self._note(done)
@@ -190,7 +190,7 @@ class Staged:
         self._journal = self._stage.begin(mine, names if self._earlier or whole else ())
         return whole
 
-    def _note(self, done: Done) -> None:
+    def _note(self, done: FinishedPiece) -> None:
         if done.overflowed:
             return  # an attempt that continues this one has to count these, too
         with self._lock:
@@ -209,7 +209,7 @@ class Staged:
                 stack.callback(file.close)
 
 
-class Joined:
+class JoinedOutput:
     """The files of a plan that another process has made, to write some of their pieces; close it in the end."""
 
     def __init__(self, plan: Plan, folder: Folder) -> None:
@@ -226,10 +226,10 @@ class Joined:
                 self._open[number] = self._folder.file(output.name, output.size)
             return self._open[number]
 
-    def earlier(self, piece: Piece) -> None:
+    def earlier_checksum(self, piece: Piece) -> None:
         """Nothing: whoever made the files knows of earlier attempts."""
 
-    def add(self, done: Done) -> None:
+    def add(self, done: FinishedPiece) -> None:
         """Nothing: what is done is handed to whoever made the files."""
 
     def close(self) -> None:

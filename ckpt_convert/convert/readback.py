@@ -23,7 +23,7 @@ from ckpt_convert.tensors.progress import ProgressCallback, ProgressCounter
 from ckpt_convert.words import listing
 
 
-def verify(
+def verify_output(
     plan: Plan, sources: Sources, output: Identified, *, workers: int, progress: ProgressCallback | None = None
 ) -> int:
     """Compare every logical tensor of the plan's source with the output, and return how many there were.

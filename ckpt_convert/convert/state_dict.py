@@ -96,11 +96,11 @@ def convert_state_dict(
     _check_losses(made.losses, tensors, f"the {target} format of {model.family.name}", allow_loss)
     out: list[dict[str, torch.Tensor]] = [{} for _ in range(model_parallel)]
     for item in made.targets:
-        out[item.rank][item.key] = make(item.tensor, tensors, _torch(item.dtype))
+        out[item.rank][item.key] = materialize(item.tensor, tensors, _torch(item.dtype))
     return out if model_parallel > 1 else out[0]
 
 
-def make(tensor: LazyTensor, sources: Sequence[torch.Tensor], dtype: torch.dtype | None = None) -> torch.Tensor:
+def materialize(tensor: LazyTensor, sources: Sequence[torch.Tensor], dtype: torch.dtype | None = None) -> torch.Tensor:
     """The tensor itself: new memory, dense, on the device (and in the dtype, if none is given) of its first source."""
     first = sources[min(tensor.sources, default=0)]
     has_zeros = any(tile.source == ZEROS for tile in tensor.tiles)
@@ -166,7 +166,7 @@ def _model(
 
 def _check_losses(losses: Sequence[Equality], tensors: Sequence[torch.Tensor], where: str, allowed: bool) -> None:
     """Raise LossyConversionError for values that change what the model computes and are left out."""
-    counts = {one.key: int(make(one.left, tensors, _torch(one.dtype)).count_nonzero()) for one in losses}
+    counts = {one.key: int(materialize(one.left, tensors, _torch(one.dtype)).count_nonzero()) for one in losses}
     lost = {key: count for key, count in counts.items() if count}
     if lost and not allowed:
         said = listing([f"{key}: {count:,} values other than zero" for key, count in lost.items()])
@@ -177,7 +177,7 @@ def _check_losses(losses: Sequence[Equality], tensors: Sequence[torch.Tensor], w
 
 
 def _same(check: Equality, tensors: Sequence[torch.Tensor]) -> bool:
-    left, right = (_bits(make(side, tensors, _torch(check.dtype))) for side in (check.left, check.right))
+    left, right = (_bits(materialize(side, tensors, _torch(check.dtype))) for side in (check.left, check.right))
     return torch.equal(left, right)
 
 

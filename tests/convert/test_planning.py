@@ -10,8 +10,8 @@ import torch
 
 from ckpt_convert.checkpointer.live.tensors import as_live, as_sources
 from ckpt_convert.convert import planning
-from ckpt_convert.convert.execute import Done, execute
-from ckpt_convert.convert.partition import Piece, partition, pieces
+from ckpt_convert.convert.execute import FinishedPiece, execute
+from ckpt_convert.convert.partition import Piece, partition_pieces, split_into_pieces
 from ckpt_convert.convert.plan import Plan, SourceFile
 from ckpt_convert.convert.planning import PlanInputs
 from ckpt_convert.convert.request import Request
@@ -59,7 +59,7 @@ class Memory:
 
     def __init__(self, plan: Plan) -> None:
         self.files = [Kept(one.name, one.size) for one in plan.files]
-        self.done: list[Done] = []
+        self.done: list[FinishedPiece] = []
 
     def file(self, number: int) -> Kept:
         return self.files[number]
@@ -67,7 +67,7 @@ class Memory:
     def earlier(self, piece: Piece) -> None:
         return None
 
-    def add(self, done: Done) -> None:
+    def add(self, done: FinishedPiece) -> None:
         self.done.append(done)
 
 
@@ -75,7 +75,7 @@ def sources(plan: Plan) -> dict[SourceFile, Bytes]:
     return {source: Bytes(source.name, number) for number, source in enumerate(plan.sources)}
 
 
-def written(plan: Plan, runs: list[list[Piece]]) -> tuple[list[bytes], list[Done]]:
+def written(plan: Plan, runs: list[list[Piece]]) -> tuple[list[bytes], list[FinishedPiece]]:
     output = Memory(plan)
     for run in runs:
         execute(plan, run, sources(plan), output, workers=2)  # type: ignore[arg-type]
@@ -149,7 +149,7 @@ def test_the_plan_of_a_model_in_memory_holds_none_of_its_tensors() -> None:
     assert pickle.loads(pickle.dumps(made.plan)) == made.plan
     later = {key: tensor + 1 for key, tensor in tensors.items()}
     output = Memory(made.plan)
-    execute(made.plan, pieces(made.plan.files), as_sources(later), output, workers=1)  # type: ignore[arg-type]
+    execute(made.plan, split_into_pieces(made.plan.files), as_sources(later), output, workers=1)  # type: ignore[arg-type]
     placed = made.plan.files[0].tensors[0]
     assert (
         output.files[0].data[placed.offset :][:2] == later[placed.key].flatten()[:1].view(torch.uint8).numpy().tobytes()
@@ -163,9 +163,9 @@ def test_a_partition_covers_every_byte_of_every_tensor_once(
 ) -> None:
     monkeypatch.setattr("ckpt_convert.convert.partition.PIECE", 100)
     plan = planned(to)
-    runs = partition(plan.files, count)
+    runs = partition_pieces(plan.files, count)
     assert len(runs) == count
-    assert [piece for run in runs for piece in run] == pieces(plan.files)
+    assert [piece for run in runs for piece in run] == split_into_pieces(plan.files)
     for number, made in enumerate(plan.files):
         taken = [at for run in runs for p in run if p.file == number for at in range(p.offset, p.offset + p.nbytes)]
         of_tensors = [at for placed in made.tensors for at in range(placed.offset, placed.offset + placed.nbytes)]
@@ -175,15 +175,15 @@ def test_a_partition_covers_every_byte_of_every_tensor_once(
 def test_pieces_written_apart_are_those_written_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ckpt_convert.convert.partition.PIECE", 96)
     plan = planned("meta", model_parallel=2)
-    whole, done = written(plan, [pieces(plan.files)])
-    parts, in_parts = written(plan, list(reversed(partition(plan.files, 3))))
+    whole, done = written(plan, [split_into_pieces(plan.files)])
+    parts, in_parts = written(plan, list(reversed(partition_pieces(plan.files, 3))))
     assert whole == parts
     assert {one.piece: one.checksum for one in done} == {one.piece: one.checksum for one in in_parts}
 
 
 def test_what_is_written_is_what_lazy_tensors_say() -> None:
     plan = planned("meta")
-    (data, *_), _ = written(plan, [pieces(plan.files)])
+    (data, *_), _ = written(plan, [split_into_pieces(plan.files)])
     read = [Bytes(source.name, number) for number, source in enumerate(plan.sources)]
     for placed in plan.files[0].tensors:
         wanted = _elements(placed.tensor, plan, read)

@@ -13,10 +13,10 @@ import pytest
 import ckpt_convert
 from ckpt_convert.checkpoint.record import MANIFEST, render_manifest
 from ckpt_convert.convert import ownership, partition
-from ckpt_convert.convert.execute import Done, execute, settled
+from ckpt_convert.convert.execute import FinishedPiece, execute, settle_originals
 from ckpt_convert.convert.output import finish_output
 from ckpt_convert.convert.plan import Plan, SourceFile, memory_source
-from ckpt_convert.convert.publish import Joined, Staged
+from ckpt_convert.convert.publish import JoinedOutput, StagedOutput
 from ckpt_convert.convert.sources import ReopenedSources
 from ckpt_convert.errors import SourceChangedError, UsageError
 from ckpt_convert.storage import by_rename
@@ -26,12 +26,12 @@ from tests.checkpoint.quantizing import fp8_llama
 from tests.helpers import GOLDEN, sums
 
 
-def part(data: bytes, folder: str) -> list[Done]:
+def part(data: bytes, folder: str) -> list[FinishedPiece]:
     """Write some pieces of a plan into files that another process has made."""
     plan, pieces = pickle.loads(data)
     sources = ReopenedSources(plan)
     with Folder.joined(Path(folder)) as directory:
-        joined = Joined(plan, directory)
+        joined = JoinedOutput(plan, directory)
         done = execute(plan, pieces, sources, joined, workers=1)
         joined.close()
     sources.close()
@@ -39,16 +39,16 @@ def part(data: bytes, folder: str) -> list[Done]:
 
 
 def converted_by_two(plan: Plan, destination: Path) -> None:
-    plan = settled(plan, ReopenedSources(plan))
+    plan = settle_originals(plan, ReopenedSources(plan))
     with (
         by_rename.stage(at(destination), ownership.RULES) as stage,
-        Staged(plan, stage, stage.folder) as staged,
+        StagedOutput(plan, stage, stage.folder) as staged,
     ):
-        left = staged.begin(partition.pieces(plan.files))
-        halves = partition.partition(plan.files, 2)
+        left = staged.begin(partition.split_into_pieces(plan.files))
+        halves = partition.partition_pieces(plan.files, 2)
         assert sorted(left) == sorted(piece for half in halves for piece in half)
         assert all(halves)
-        staged.make()
+        staged.create_files()
         sent = [pickle.dumps((plan, half)) for half in halves]
         with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
             done = [one for half in pool.map(part, sent, [str(stage.path)] * 2) for one in half]

@@ -548,11 +548,11 @@ def test_what_is_in_folders_is_removed_in_the_same_order(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(os, "unlink", noted)
     fd = os.open(tmp_path / "whole", os.O_RDONLY)
-    staging.remove(fd, tmp_path / "whole", ownership.rank)
+    staging.remove(fd, tmp_path / "whole", ownership.publish_order)
     os.close(fd)
     assert not (tmp_path / "whole").exists()
     assert gone[-1] == JOURNAL
-    ranks = [ownership.rank(name) for name in gone]
+    ranks = [ownership.publish_order(name) for name in gone]
     assert ranks == sorted(ranks, reverse=True)
     assert {"merged/config.json", "config.json"} <= {*gone[:8]}
 

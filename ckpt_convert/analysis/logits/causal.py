@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckpt_convert import dtypes
 from ckpt_convert.checkpoint.identify import Identified
-from ckpt_convert.convert.execute import comparing
+from ckpt_convert.convert.execute import byte_comparer
 from ckpt_convert.convert.translate import translate
 from ckpt_convert.errors import (
     ConfigError,
@@ -180,7 +180,7 @@ def _as_they_are(checkpoint: Identified, progress: ProgressCallback | None) -> d
 def _translated(checkpoint: Identified, progress: ProgressCallback | None) -> tuple[dict[str, torch.Tensor], bool]:
     """The tensors under Hugging Face's keys and in its order of rows, and whether the output is the embedding."""
     path = str(checkpoint.place)
-    equal = comparing(checkpoint.stored)
+    equal = byte_comparer(checkpoint.stored)
     made = translate(
         checkpoint.model, str(checkpoint.format), "hf", checkpoint.ranks, path, equal=equal, keep_tied=False
     )

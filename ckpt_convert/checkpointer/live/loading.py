@@ -16,7 +16,7 @@ from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpoint.mapping import Equality
 from ckpt_convert.checkpointer.distributed.slices import Region, local_of, slice_of
 from ckpt_convert.convert import translate as translation
-from ckpt_convert.convert.execute import comparing
+from ckpt_convert.convert.execute import byte_comparer
 from ckpt_convert.convert.output import overflow_text
 from ckpt_convert.convert.writing import TargetTensor
 from ckpt_convert.errors import KeyMismatchError, TiedWeightsError
@@ -72,7 +72,7 @@ def targets_of(checkpoint: Identified, format: str) -> tuple[list[TargetTensor],
     """
     model, source, path = checkpoint.model_for(format), str(checkpoint.format), str(checkpoint.place)
     translation.check_formats(model, path, source, format)
-    equal = comparing(checkpoint.stored)
+    equal = byte_comparer(checkpoint.stored)
     made = translation.translate(model, source, format, checkpoint.ranks, path, equal=equal, keep_tied=True)
     for check in made.checks:
         if not equal(check):
@@ -127,7 +127,7 @@ def _place(tensor: torch.Tensor) -> tuple[object, ...]:
 def _equal(checkpoint: Identified, one: TargetTensor, other: TargetTensor) -> bool:
     pair = Equality(one.tensor, other.tensor, one.dtype, "")
     same = (one.dtype, one.tensor.shape) == (other.dtype, other.tensor.shape)
-    return same and comparing(checkpoint.stored)(pair)
+    return same and byte_comparer(checkpoint.stored)(pair)
 
 
 def refuse_misfits(found: Fit, checkpoint: Identified, format: str) -> None:

@@ -122,7 +122,7 @@ def in_the_way(destination: Place) -> str:
     there = sorted(place.name for place in destination.children()) if folder else [destination.name]
     if there and not saved_steps.is_damaged(destination) and saved_steps.read(destination) is None:
         return f"{destination}: is there already and is no checkpoint of this checkpointer:{listing(there)}"
-    foreign = ownership.unlisted(destination) if there else []
+    foreign = ownership.unlisted_files(destination) if there else []
     if not foreign:
         return ""
     return f"{destination}: is to be saved again, and holds what is none of its files:{listing(foreign)}"

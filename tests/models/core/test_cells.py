@@ -12,7 +12,7 @@ import torch
 from ckpt_convert.checkpoint import mapping
 from ckpt_convert.checkpoint.mapping import SourceTensor
 from ckpt_convert.convert import writing
-from ckpt_convert.convert.state_dict import make
+from ckpt_convert.convert.state_dict import materialize
 from ckpt_convert.models.core.table import Dims, Family, Key, Row
 from ckpt_convert.models.core.table_check import check_table
 from ckpt_convert.tensors.gather import StridedReader
@@ -51,7 +51,7 @@ def through(source: str, target: str, tensors: dict[str, torch.Tensor]) -> dict[
     logicals = mapping.read_column(TABLE, source, dims(), [sources], "toy")
     made = writing.write_column(TABLE, target, dims(), logicals, ranks=1, keep_tied=None, source_name="toy")
     assert [instance.name for instance in made.unmapped] == ([] if source == target else ["grid"])
-    return {target.key: make(target.tensor, list(tensors.values())) for target in made.targets}
+    return {target.key: materialize(target.tensor, list(tensors.values())) for target in made.targets}
 
 
 def test_a_cell_lies_in_every_place_of_its_own() -> None:
@@ -120,10 +120,10 @@ def test_zeros_are_made_and_not_read(tmp_path: Path) -> None:
     assert all(tile.source == ZEROS for tile in zeros((2, 2)).reshape((4,)).permute((0,)).tiles)
     source = torch.arange(1.0, 7.0).reshape(2, 3)
     expected = torch.cat([torch.zeros(1, 3), source, torch.zeros(1, 3)])
-    assert torch.equal(make(lazy, [source]), expected)
-    assert torch.equal(make(lazy.permute((1, 0)), [source]), expected.T)
-    assert torch.equal(make(lazy.narrow(0, 2, 2), [source]), expected[2:])
-    assert torch.equal(make(stack([lazy, lazy], (2,)), [source]), torch.stack([expected, expected]))
+    assert torch.equal(materialize(lazy, [source]), expected)
+    assert torch.equal(materialize(lazy.permute((1, 0)), [source]), expected.T)
+    assert torch.equal(materialize(lazy.narrow(0, 2, 2), [source]), expected[2:])
+    assert torch.equal(materialize(stack([lazy, lazy], (2,)), [source]), torch.stack([expected, expected]))
 
     class Stored:
         def readinto(self, offset: int, buffer: memoryview) -> None:
