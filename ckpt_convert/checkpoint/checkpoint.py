@@ -170,7 +170,7 @@ def open_unfinished(
     if not path.is_there():
         raise CheckpointNotFoundError(f"{path}: no such file or directory")
     seen = identities(path, RECORD_FOLDER) if path.is_folder() else {path: path.identity()}
-    found_record = record.load(path) if path.is_folder() else None
+    found_record = record.load_record(path) if path.is_folder() else None
     found = identify(opening.find(path, format, found_record, seen), hints, found_record)
     _ = found.stated.known  # what is wrong with it is said where it is needed, that it cannot be read at once
     return found

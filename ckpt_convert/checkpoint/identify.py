@@ -367,9 +367,9 @@ class Identified:
             from ckpt_convert.checkpoint.quantized import view
 
             return view.layout_of(self.opened)
-        from ckpt_convert.checkpoint.snapshot import layout_of  # not needed to look at a checkpoint
+        from ckpt_convert.checkpoint.snapshot import snapshot_layout  # not needed to look at a checkpoint
 
-        return layout_of(self.keys, literal=literal or self.keys.has_only_weights)
+        return snapshot_layout(self.keys, literal=literal or self.keys.has_only_weights)
 
     def info(self, key: str) -> TensorInfo:
         """What is known of a tensor, by its key in the files or in the format; raises KeyError for an unknown key."""

@@ -84,7 +84,7 @@ class Layout:
         return max((file.rank for file in self.files), default=0) + 1
 
     @property
-    def places(self) -> set[tuple[int, str]]:
+    def ranked_keys(self) -> set[tuple[int, str]]:
         """Every key with its rank."""
         return {(file.rank, tensor.key) for file in self.files for tensor in file.header.tensors}
 
@@ -124,11 +124,11 @@ class Record:
         return tuple(sorted(entry.name for entry in folder.children())) if folder.is_folder() else ()
 
     @cached_property
-    def side_files(self) -> dict[str, dict[str, str]]:
+    def auxiliary_files(self) -> dict[str, dict[str, str]]:
         """Name → origin and checksum of each side file that was written beside the weights."""
         return {str(entry["name"]): entry for entry in self.manifest.get("side_files", [])}
 
-    def own(self, name: str) -> Place | None:
+    def meta_file(self, name: str) -> Place | None:
         """A file of Meta's layout (params.json, checklist.chk) as it was when the weights were in it."""
         return self._kept(f"layouts/meta/{name}")
 
@@ -149,11 +149,13 @@ class Record:
 
     def edited(self, *, own_config: bool) -> list[str]:
         """The files beside the weights that differ from their checksums; of the record its config, where asked for."""
-        return [name for name in (*self.side_files, *([CONFIG] if own_config else ())) if self.matches(name) is False]
+        return [
+            name for name in (*self.auxiliary_files, *([CONFIG] if own_config else ())) if self.matches(name) is False
+        ]
 
     def matches(self, name: str) -> bool | None:
         """Whether a file has the checksum that the manifest lists; None where it lists none, or there is no file."""
-        entry = self.side_files.get(name)
+        entry = self.auxiliary_files.get(name)
         checksum = entry["checksum"] if entry else self.checksums.get(name)
         if checksum is None:
             return None
@@ -182,12 +184,12 @@ class Record:
                 )
         return read_layout(self.folder / "layouts" / format)
 
-    def carried(self, format: str) -> Place | None:
+    def passthrough_tensors(self, format: str) -> Place | None:
         """The tensors that only this format has a place for."""
         return self._kept(f"layouts/{format}/carried.safetensors")
 
     @cached_property
-    def carried_side_files(self) -> dict[str, Place]:
+    def passthrough_files(self) -> dict[str, Place]:
         """The side files that this format has no use for, kept for one that has."""
         folder = self.folder / "side"
         if not folder.is_folder():
@@ -259,7 +261,7 @@ def replace_manifest(directory: Place, manifest: Mapping[str, Any]) -> None:
     workspace.of(place).replace_file(place, render_manifest(manifest), etag)
 
 
-def load(directory: Place) -> Record | None:
+def load_record(directory: Place) -> Record | None:
     """The record of a directory, None if it has none (of weights).
 
     Raises what ``read_manifest`` does, and ConfigError where what it says is no record.
@@ -285,7 +287,7 @@ def load(directory: Place) -> Record | None:
     return Record(directory, manifest)
 
 
-def training(directory: Place) -> dict[str, Any] | None:
+def read_training(directory: Place) -> dict[str, Any] | None:
     """What the manifest of a saved step says of its training run; None where this is none, or it cannot be read."""
     try:
         found = read_manifest(directory).get("training") if (directory / MANIFEST).is_regular() else None
@@ -301,7 +303,7 @@ def is_recorded(directory: Place) -> bool:
     return isinstance(_manifest(directory, lambda at: load_json(at / MANIFEST)).get("schema"), int)
 
 
-def listed(directory: Place) -> frozenset[str]:
+def listed_files(directory: Place) -> frozenset[str]:
     """Every file that the manifest of a directory lists, and itself; none where there is none that can be believed.
 
     Raises UnreadableError.

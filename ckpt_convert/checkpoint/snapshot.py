@@ -14,7 +14,7 @@ from ckpt_convert.storage.base import RangeReader
 from ckpt_convert.tensors.header import Header, WeightFile
 
 
-def layout_of(keys: Keys, *, literal: bool) -> Layout:
+def snapshot_layout(keys: Keys, *, literal: bool) -> Layout:
     """How the files lie, ``literal`` where nothing is renamed or left out; else how the weights alone would lie."""
     files = []
     for file in keys.opened.files:

@@ -141,7 +141,7 @@ def _quantised(checkpoint: Identified) -> list[tuple[str, str]]:
 
 def trained(checkpoint: Identified) -> list[tuple[str, str]]:
     """How far the training run had come that saved this step, as (label, text); none for anything else."""
-    found = record.training(checkpoint.root)
+    found = record.read_training(checkpoint.root)
     progress, metrics = (found or {}).get("progress"), (found or {}).get("metrics")
     if not isinstance(progress, dict):
         return []

@@ -101,7 +101,7 @@ def find_nearby_tokenizer(checkpoint: Identified) -> dict[str, Place]:
     download script puts it.
     """
     there = find_auxiliary(checkpoint)
-    restored = checkpoint.record.carried_side_files if checkpoint.record is not None else {}
+    restored = checkpoint.record.passthrough_files if checkpoint.record is not None else {}
     if has_tokenizer({**there, **restored}):
         return {}
     places = [checkpoint.root] if checkpoint.place.is_regular() else []
@@ -193,7 +193,7 @@ def choose_auxiliary(
         # Within a format nothing is made anew, so what was made for it once is copied as everything else.
         if target == source.format or not _made_by_us(source.record, name):
             keep(name, path, "copied")
-    for name, path in (source.record.carried_side_files if source.record else {}).items():
+    for name, path in (source.record.passthrough_files if source.record else {}).items():
         keep(name, path, "restored")
     if like is not None:
         for name, path in find_auxiliary(like).items():
@@ -224,12 +224,12 @@ def checklist_template(source: Identified, target: str) -> Place | None:
     if source.format == "meta":
         path = source.root / CHECKLIST
         return path if path.is_regular() else None
-    return source.record.own(CHECKLIST) if source.record else None
+    return source.record.meta_file(CHECKLIST) if source.record else None
 
 
 def _made_by_us(found: Record | None, name: str) -> bool:
     """Whether a file was generated for this format by an earlier conversion, and nobody changed it since."""
-    entry = found.side_files.get(name) if found else None
+    entry = found.auxiliary_files.get(name) if found else None
     return entry is not None and entry["origin"] == "generated" and found is not None and found.unchanged(name)
 
 

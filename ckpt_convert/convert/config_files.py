@@ -90,7 +90,7 @@ def translated_tokenizer(
     They are translated when they are written, which takes seconds.
     """
     here = {**auxiliary_files.find_nearby_tokenizer(source), **auxiliary_files.find_auxiliary(source)}
-    restored = source.record.carried_side_files if source.record else {}
+    restored = source.record.passthrough_files if source.record else {}
     if like is not None and has_tokenizer(auxiliary_files.find_auxiliary(like)):
         return {}
     if request.to == source.format or request.to == "native":
@@ -267,7 +267,7 @@ def recorded_params(source: Identified) -> bytes | None:
         return source.params[0].read(JSON_LIMIT) if source.params and is_own else None
     if source.record is None or source.hints.config is not None:
         return None
-    path = source.record.own("params.json")
+    path = source.record.meta_file("params.json")
     config = "config.json" if source.format == "hf" else record.CONFIG
     if path is None or not source.record.unchanged(config):
         return None

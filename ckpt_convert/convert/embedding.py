@@ -73,7 +73,7 @@ def _tokenizer(source: Identified) -> str | None:
     from ckpt_convert.tokenizer import translation
 
     here = auxiliary_files.find_auxiliary(source)
-    restored = source.record.carried_side_files if source.record is not None else {}
+    restored = source.record.passthrough_files if source.record is not None else {}
     for name in ("tokenizer.model", "tokenizer.json"):
         path = here.get(name) or restored.get(name)
         if path is not None:

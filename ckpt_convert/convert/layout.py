@@ -67,7 +67,7 @@ def layout_like(
     also where pieces of tensors lay in several files, and the files cannot be as they were.
     """
     wanted = {(target.rank, target.key): target for target in targets}
-    if layout.places != wanted.keys():
+    if layout.ranked_keys != wanted.keys():
         return None
     out = []
     exactly = True

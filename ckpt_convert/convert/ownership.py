@@ -49,7 +49,7 @@ def foreign_files(directory: Place) -> list[str]:
     Where there are no weights, no index and no record, nothing is a checkpoint's. Raises UnreadableError.
     """
     directory = directory.listed()
-    listed = record.listed(directory)
+    listed = record.listed_files(directory)
     found = list(_others(directory, listed, lambda name, place: name in listed or _is_known(name, place)))
     there = sorted(directory.children())
     if found or listed or any(_is_weights(place) or is_any_index(place.name) for place in there):
@@ -63,7 +63,7 @@ def unlisted_files(directory: Place) -> list[str]:
     Raises UnreadableError.
     """
     directory = directory.listed()
-    listed = record.listed(directory)
+    listed = record.listed_files(directory)
     if not listed:
         return foreign_files(directory)
     return list(_others(directory, listed, lambda name, path: name in listed or name.startswith(f"{_HUB}/")))
@@ -81,7 +81,7 @@ def publish_order(name: str) -> int:
 
 _MARKS = (f"{record.MERGED}/{record.MANIFEST}", record.MANIFEST)
 
-RULES = Rules(foreign_files, record.is_recorded, publish_order, record.listed, _MARKS)
+RULES = Rules(foreign_files, record.is_recorded, publish_order, record.listed_files, _MARKS)
 """For the output of a conversion."""
 
 STEP_RULES = replace(RULES, foreign=unlisted_files)

@@ -44,7 +44,7 @@ def bring_back(
     found: list[tuple[WeightFile, StoredTensor]] = []
     if like is not None:
         found = [(file, tensor) for file, tensor in like.stored if file.rank == 0]
-    elif source.record is not None and (path := source.record.carried(request.to)) is not None:
+    elif source.record is not None and (path := source.record.passthrough_tensors(request.to)) is not None:
         found = tensors_of(path)
     by_key = {tensor.key: (file, tensor) for file, tensor in found}
     for instance in model.family.instances(model.dims) if by_key else ():
@@ -89,7 +89,7 @@ def as_it_was(
         found[request.to] = {tensor.key: (file, tensor) for file, tensor in like.stored if file.rank == 0}
     elif source.record is not None:
         for format in model.family.formats:
-            path = source.record.carried(format)
+            path = source.record.passthrough_tensors(format)
             found[format] = {tensor.key: (file, tensor) for file, tensor in tensors_of(path)} if path else {}
     out: dict[Instance, Original] = {}
     for instance, logical in logicals.tensors.items():

@@ -214,7 +214,7 @@ def translate_tensors(inputs: PlanInputs, model: Model, equal: EqualBytes | None
     ranks = shards.count_ranks(source, request, like, wanted, model)
     cut = embedding.embedding_split(source, request, like, model)
     passthrough.bring_back(source, request, like, model, logicals, everything)
-    places = {key for _, key in wanted.places} if wanted is not None else set()
+    places = {key for _, key in wanted.ranked_keys} if wanted is not None else set()
     earlier = passthrough.as_it_was(
         source, request, like, model, template if live is not None else None, logicals, everything
     )

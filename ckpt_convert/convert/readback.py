@@ -102,7 +102,7 @@ def _carried(plan: Plan, output: Identified) -> tuple[list[tuple[WeightFile, Sto
     """The output's stored tensors with those that its record carries for the source's format, and the latter by key."""
     stored = list(output.stored)
     out = {}
-    path = output.record.carried(str(plan.source.format)) if output.record else None
+    path = output.record.passthrough_tensors(str(plan.source.format)) if output.record else None
     for file, tensor in tensors_of(path) if path is not None else []:
         out[tensor.key] = LogicalTensor(
             tensor.dtype, lazy.from_source(len(stored), tensor.shape), tensor.key, file.name

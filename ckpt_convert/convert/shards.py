@@ -116,7 +116,7 @@ def assign_shards(
         found = layout.layout_like(wanted, targets, dtype_of)
         if found is not None:
             return *found, []
-        other = wanted.places ^ {(target.rank, target.key) for target in targets}
+        other = wanted.ranked_keys ^ {(target.rank, target.key) for target in targets}
         example = min((key for _, key in other), default=None)
         if request.like is not None and example is not None:
             raise ShapeMismatchError(

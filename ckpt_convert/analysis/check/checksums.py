@@ -163,7 +163,7 @@ def side_files(record: Record | None) -> Iterator[Finding]:
     """Files beside the weights, and of the record, that are not as they were written."""
     if record is None:
         return
-    for name in record.side_files:
+    for name in record.auxiliary_files:
         yield from _changed(record, name)
     for name in record.checksums:
         for one in _changed(record, name):
@@ -171,8 +171,8 @@ def side_files(record: Record | None) -> Iterator[Finding]:
 
 
 def _changed(record: Record, name: str) -> Iterator[Finding]:
-    beside = name in record.side_files
-    expected = record.side_files[name]["checksum"] if beside else record.checksums[name]
+    beside = name in record.auxiliary_files
+    expected = record.auxiliary_files[name]["checksum"] if beside else record.checksums[name]
     try:
         found = digest_file(record.directory.inside(name, MANIFEST))
     except CkptConvertError as error:

@@ -116,7 +116,7 @@ def _record(path: Place, state: _State) -> Record | None:
         text = f"{record.MANIFEST} is missing, so nothing says what was written; copy it again, or move the folder away"
         state.findings.append(Finding("warning", "record", text, record.MANIFEST))
     try:
-        return record.load(path)
+        return record.load_record(path)
     except CkptConvertError as error:
         state.error("record", error, path, record.MANIFEST)
     except OSError as error:

@@ -20,7 +20,7 @@ _WAY_OUT = "copy the checkpoint again, or use another step"
 
 def files(directory: Place, values: bool) -> list[Finding] | None:
     """What is missing or changed of a saved step's files; without ``values`` by size only. None: no saved step."""
-    training = record.training(directory)
+    training = record.read_training(directory)
     if training is None:
         return None
     state = training.get(TRAINING_STATE)

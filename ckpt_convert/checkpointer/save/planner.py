@@ -326,7 +326,7 @@ class Emitter:
             made.refuse_unreadable()
             extra_files.check(settings.extra, made)
             # A source that is a saved step itself has files of its own run beside the weights (Trainer's state).
-            earlier = record.training(self.source.root) or {}
+            earlier = record.read_training(self.source.root) or {}
             said = extra_files.replaced(settings.extra, made, earlier.get("extra_files") or ())
             names = {path.name for path in settings.extra} | (earlier.get("files") or {}).keys()
             side = tuple(side for side in made.auxiliary_files if side.name not in names)
