@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ckpt_convert.checkpoint.hints import Hints, Stated
+from ckpt_convert.checkpoint.hints import ConfigFile, Hints
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpoint.opening import OpenedFiles
 from ckpt_convert.containers.build import Spec, of_specs
@@ -73,4 +73,4 @@ def opened(*files: WeightFile, format: str | None = "hf", weight_map: dict[str, 
 
 
 def identified(files: OpenedFiles, config: dict[str, Any] | None, hints: Hints | None = None) -> Identified:
-    return Identified(files, Stated(at(Path("somewhere/config.json")), config), hints or Hints())
+    return Identified(files, ConfigFile(at(Path("somewhere/config.json")), config), hints or Hints())

@@ -9,7 +9,7 @@ from typing import Any
 
 from ckpt_convert import formats
 from ckpt_convert.checkpoint import opening, record
-from ckpt_convert.checkpoint.hints import hinted
+from ckpt_convert.checkpoint.hints import make_hints
 from ckpt_convert.checkpoint.identify import Identified, identify
 from ckpt_convert.checkpoint.tensor import CheckpointTensor
 from ckpt_convert.dtypes import majority
@@ -146,7 +146,7 @@ def open_identified(
     options: ConfigOptions | None = None,
 ) -> Identified:
     """``open_checkpoint`` for the library's own modules; ``options`` say what a params.json leaves open."""
-    path = opening.place(repository.locate(path, revision, format=format))
+    path = opening.checkpoint_place(repository.locate(path, revision, format=format))
     if path.is_folder() and (path / JOURNAL).is_there():
         raise CorruptFileError(
             f"{path}: is the unfinished output of a conversion; run that again with `resume=True`, or without to "
@@ -166,11 +166,13 @@ def open_unfinished(
 ) -> Identified:
     """``open_identified`` for any directory, also one that is still being written."""
     formats.refuse_unknown(format, "format")
-    hints = hinted(family, config, options)
+    hints = make_hints(family, config, options)
     if not path.is_there():
         raise CheckpointNotFoundError(f"{path}: no such file or directory")
     seen = identities(path, RECORD_FOLDER) if path.is_folder() else {path: path.identity()}
     found_record = record.load_record(path) if path.is_folder() else None
-    found = identify(opening.find(path, format, found_record, seen), hints, found_record)
-    _ = found.stated.known  # what is wrong with it is said where it is needed, that it cannot be read at once
+    found = identify(opening.open_weights(path, format, found_record, seen), hints, found_record)
+    _ = (
+        found.stated_config.content_or_empty
+    )  # what is wrong with it is said where it is needed, that it cannot be read at once
     return found

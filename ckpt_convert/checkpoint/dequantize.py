@@ -48,7 +48,7 @@ def alike(a: Identified, b: Identified) -> tuple[Identified, Identified, list[st
     found = quantised.quantization
     if found is None or found.findings or found.refusal is not None:
         return a, b, []
-    dtype = "float32" if other.opened.usual_dtype in ("F32", "F64") else "bfloat16"
+    dtype = "float32" if other.opened.majority_dtype in ("F32", "F64") else "bfloat16"
     numbers = dequantized(quantised, dtype)
     said = f"{quantised.place}: compared as the numbers that it stands for ({found.text}), in {dtype}"
     return (numbers, b, [said]) if quantised is a else (a, numbers, [said])

@@ -28,7 +28,7 @@ _SLOTS = frozenset(
 _LIGHTNING = "pytorch-lightning_version"
 
 
-def not_weights(known: Keys, tensors: Mapping[str, TensorInfo]) -> frozenset[str]:
+def non_weight_keys(known: Keys, tensors: Mapping[str, TensorInfo]) -> frozenset[str]:
     """The keys of tensors that are no weights: what an optimizer keeps, and the rest of a training run's state."""
     if known.opened.format is not None and known.has_only_weights:
         return frozenset()
@@ -38,7 +38,7 @@ def not_weights(known: Keys, tensors: Mapping[str, TensorInfo]) -> frozenset[str
     return frozenset(key for key in tensors if legacy_keys.is_other(key, scalars) or _is_slot(key))
 
 
-def kind(known: Keys, tensors: Mapping[str, TensorInfo]) -> str | None:
+def describe_files(known: Keys, tensors: Mapping[str, TensorInfo]) -> str | None:
     """What the files are, in a few words, where they are more, or something else, than a model's weights."""
     opened = known.opened
     if opened.directory.kind == peft.KIND:
@@ -67,7 +67,7 @@ def _is_slot(key: str) -> bool:
     return last in _SLOTS and "state" in parts
 
 
-def unmerged(opened: OpenedFiles) -> str | None:
+def unmerged_adapter(opened: OpenedFiles) -> str | None:
     """That an adapter's weights are stored beside those of its base model, which PEFT's wrappers renamed; else None."""
     keys = opened.keys
     base = next((key for key in keys if _BASE in key), None)
@@ -81,13 +81,13 @@ def unmerged(opened: OpenedFiles) -> str | None:
     )
 
 
-def config_above(directory: Place) -> Place | None:
+def parent_config(directory: Place) -> Place | None:
     """A config.json in the directory above: a Trainer's, whose weights are in a directory of their own (FSDP)."""
     path = directory.absolute().parent / "config.json"
     return path if directory.is_folder() and path.is_regular() else None
 
 
-def placeholders(opened: OpenedFiles) -> str | None:
+def zero3_placeholders(opened: OpenedFiles) -> str | None:
     """What is wrong, and the way out, where most weights are what DeepSpeed's ZeRO-3 leaves of a partitioned one."""
     weights = [tensor for _, tensor in opened.stored if tensor.key.endswith("weight")]
     empty = [tensor.key for tensor in weights if tensor.shape == (0,)]

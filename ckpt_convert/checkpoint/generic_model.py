@@ -19,16 +19,16 @@ from ckpt_convert.models.core.table import Dims, Key, Row
 NAME = "unknown"
 
 
-def model(config: Mapping[str, Any], scheme: str | None, tensors: Iterable[SourceTensor]) -> Model:
+def generic_model(config: Mapping[str, Any], scheme: str | None, tensors: Iterable[SourceTensor]) -> Model:
     """The model of a Hugging Face checkpoint whose family is not known; ``scheme`` is how it is quantised, if so."""
     why = _why(config) if scheme is None else f"quantised ({scheme}), which no table reads"
-    made = family(tensors)
+    made = generic_family(tensors)
     tied = config.get("tie_word_embeddings") is True  # for the record alone: no row is tied to another
     dims = Dims({"tied": int(tied)}).with_cut(0)
     return Model(made, why, config, dims, tied, (f"{why}: keys are taken as they are",))
 
 
-def family(tensors: Iterable[SourceTensor]) -> Family:
+def generic_family(tensors: Iterable[SourceTensor]) -> Family:
     """The table of exactly these tensors, in Hugging Face's format alone."""
     rows: dict[tuple[int, ...], Row] = {}  # of 100,000 tensors only a few shapes are different
     literal = {}

@@ -28,27 +28,27 @@ class Hints:
     options: ConfigOptions = field(default_factory=ConfigOptions)
 
 
-def hinted(family: str | None, config: Location | None, options: ConfigOptions | None = None) -> Hints:
+def make_hints(family: str | None, config: Location | None, options: ConfigOptions | None = None) -> Hints:
     """What a user says, where it can be; raises UsageError for an unknown family, ConfigError for no such config."""
     if family is not None and family not in FAMILIES:
-        raise misfit("family", family, no_family())
+        raise misfit("family", family, unknown_family())
     place = locate(config, "config") if config is not None else None
     if place is not None and not place.is_regular():
         raise ConfigError(f"{place}: no such file; `config=` takes a config.json or params.json")
     return Hints(family, place, options or ConfigOptions())
 
 
-def no_family() -> str:
+def unknown_family() -> str:
     """What is wrong with the name of no family."""
     return f"is no family; known: {', '.join(FAMILIES)}"
 
 
 @dataclass(frozen=True)
-class Stated:
-    """What a config file says: ``said`` is None where there is none at its place, ``problem`` why it cannot be read."""
+class ConfigFile:
+    """What a config file says: ``loaded`` is None where there is none at its place, ``problem`` why it cannot be read."""
 
     file: Place
-    said: dict[str, Any] | None = None
+    loaded: dict[str, Any] | None = None
     problem: CkptConvertError | None = None
 
     @property
@@ -56,25 +56,25 @@ class Stated:
         """What it says, None where there is no such file; raises what keeps it from being read."""
         if self.problem is not None:
             raise self.problem.with_traceback(None)
-        return self.said
+        return self.loaded
 
     @property
-    def known(self) -> Mapping[str, Any]:
+    def content_or_empty(self) -> Mapping[str, Any]:
         """What it says, {} where it is not there or is no config; raises what the system does not give."""
         if isinstance(self.problem, (ConfigError, UnsafeFileError)):
             return {}
         return self.content or {}
 
 
-def stated(opened: OpenedFiles, given: Place | None) -> Stated:
+def read_config(opened: OpenedFiles, chosen: Place | None) -> ConfigFile:
     """Read the config that was given, else the format's own beside the weights."""
     own = (formats.ALL[opened.format].config or record.CONFIG) if opened.format else "config.json"
-    path = given or opened.root / own
+    path = chosen or opened.root / own
     try:
         if not path.is_there():
-            return Stated(path)
-        if given is None:
+            return ConfigFile(path)
+        if chosen is None:
             opened.root.inside(own, str(opened.place))
-        return Stated(path, load_json(path))
+        return ConfigFile(path, load_json(path))
     except CkptConvertError as error:
-        return Stated(path, None, error)
+        return ConfigFile(path, None, error)

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from ckpt_convert.checkpoint import diagnosis, mapping, opening
 from ckpt_convert.checkpoint.findings import Finding, raise_if_any
-from ckpt_convert.checkpoint.hints import Hints, Stated, stated
+from ckpt_convert.checkpoint.hints import ConfigFile, Hints, read_config
 from ckpt_convert.checkpoint.keys import Keys, refuse_clashes
 from ckpt_convert.checkpoint.legacy_keys import Names
 from ckpt_convert.checkpoint.mapping import SourceTensor
 from ckpt_convert.checkpoint.model import Model, from_shapes, is_bare, model_of, names_of
 from ckpt_convert.checkpoint.opening import OpenedFiles
 from ckpt_convert.checkpoint.record import Layout, Record
-from ckpt_convert.checkpoint.tensor_info import TensorInfo, describe
+from ckpt_convert.checkpoint.tensor_info import TensorInfo, describe_tensors
 from ckpt_convert.dtypes import DTYPES
 from ckpt_convert.errors import (
     AmbiguousFormatError,
@@ -54,13 +54,13 @@ class Identified:
     """
 
     opened: OpenedFiles
-    stated: Stated
+    stated_config: ConfigFile
     hints: Hints = field(default_factory=Hints)
     record: Record | None = None
     dequantized: Dequantized | None = None
 
     def close(self) -> None:
-        opening.close(self.files)
+        opening.close_files(self.files)
 
     def __enter__(self) -> Identified:
         return self
@@ -113,7 +113,7 @@ class Identified:
     @property
     def config_file(self) -> Place:
         """The config that was given, else the place of the format's own, where there may be none."""
-        return self.stated.file
+        return self.stated_config.file
 
     @cached_property
     def quantization(self) -> Quantization | None:
@@ -122,7 +122,7 @@ class Identified:
             return None
         from ckpt_convert.checkpoint.quantized.detect import quantization_of
 
-        return quantization_of(self.opened, self.stated.known)
+        return quantization_of(self.opened, self.stated_config.content_or_empty)
 
     @cached_property
     def keys(self) -> Keys:
@@ -133,7 +133,7 @@ class Identified:
         return Keys(self.opened, self._names_of(tensors, self.directory.weight_map or ()))
 
     def _names_of(self, tensors: Sequence[tuple[str, Sequence[int]]], listed: Iterable[str]) -> Names:
-        return names_of(tensors, listed, self.stated.known, str(self.format), self.hints.family)
+        return names_of(tensors, listed, self.stated_config.content_or_empty, str(self.format), self.hints.family)
 
     @property
     def names(self) -> Names:
@@ -162,7 +162,7 @@ class Identified:
     @cached_property
     def is_bare(self) -> bool:
         """Whether the keys are those of a model without its head, which an output of the same format keeps."""
-        known = self.stated.known if self.format is not None else {}
+        known = self.stated_config.content_or_empty if self.format is not None else {}
         return is_bare(self.names, known, self.format, self.hints.family)
 
     @cached_property
@@ -179,17 +179,19 @@ class Identified:
         try:
             return self.model.config
         except CkptConvertError:
-            return self.stated.content if self.config_file.name != "params.json" else None
+            return self.stated_config.content if self.config_file.name != "params.json" else None
 
     @cached_property
     def model(self) -> Model:
         """Family and config; raises ConfigError or UnsupportedFamilyError where they are not to be had."""
         if self.format is None:
             raise AmbiguousFormatError(f"{self.place}: {self.why}; {self.advice}")
-        if (cause := diagnosis.placeholders(self.opened)) is not None:  # of any family: there are no values to move
+        if (
+            cause := diagnosis.zero3_placeholders(self.opened)
+        ) is not None:  # of any family: there are no values to move
             raise KeyMismatchError(f"{self.place}: {cause}")
         model = self._model
-        if (cause := diagnosis.unmerged(self.opened)) is not None:
+        if (cause := diagnosis.unmerged_adapter(self.opened)) is not None:
             raise KeyMismatchError(f"{self.place}: {cause}")
         if self.unknown_scheme is not None:
             raise UnsupportedFamilyError(
@@ -202,7 +204,7 @@ class Identified:
     @cached_property
     def _model(self) -> Model:
         """What the config describes, whatever it is that the files hold."""
-        return model_of(self.keys, self.stated, self.hints, self.record)
+        return model_of(self.keys, self.stated_config, self.hints, self.record)
 
     def model_for(self, *formats: str) -> Model:
         """``model``, for what has to do with these formats alone.
@@ -229,7 +231,7 @@ class Identified:
     def _unknown(self) -> Model:
         from ckpt_convert.checkpoint import generic_model
 
-        return generic_model.model(self.config or {}, self.unknown_scheme, self.ranks[0].values())
+        return generic_model.generic_model(self.config or {}, self.unknown_scheme, self.ranks[0].values())
 
     @cached_property
     def _carried(self) -> Model:
@@ -255,7 +257,7 @@ class Identified:
             return None
         from ckpt_convert.checkpoint.quantized.detect import unknown_scheme
 
-        scheme = unknown_scheme(self.stated.known)
+        scheme = unknown_scheme(self.stated_config.content_or_empty)
         if scheme is None or self.contradictions:
             return None
         try:
@@ -275,11 +277,11 @@ class Identified:
         """
         from ckpt_convert.checkpoint.quantized import view
 
-        said = self.stated.said
+        said = self.stated_config.loaded
         return replace(
             self,
             opened=view.as_numbers(self.opened, found, dtype, shapes),
-            stated=self.stated if said is None else replace(self.stated, said=view.plain(said)),
+            stated_config=self.stated_config if said is None else replace(self.stated_config, loaded=view.plain(said)),
             dequantized=view.Dequantized(dtype, found.text),
         )
 
@@ -320,9 +322,9 @@ class Identified:
     @property
     def params(self) -> tuple[Place, dict[str, Any]] | None:
         """params.json of a meta checkpoint, or what was given instead of it."""
-        if self.format != "meta" or self.stated.content is None:
+        if self.format != "meta" or self.stated_config.content is None:
             return None
-        return self.stated.file, self.stated.content
+        return self.stated_config.file, self.stated_config.content
 
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
@@ -332,7 +334,7 @@ class Identified:
         """
         cuts = self._cuts() if len(self.files) > 1 and self.format == "meta" else {}
         cuts = {self.names.stored.get(key, key): cut for key, cut in cuts.items()}
-        return describe(self.stored, self.keys.in_file, cuts, self.format == "meta")
+        return describe_tensors(self.stored, self.keys.in_file, cuts, self.format == "meta")
 
     def _cuts(self) -> dict[str, tuple[int | None, int]]:
         """The axis of each key that ranks cut, and how many of them in succession hold the same part."""
@@ -350,7 +352,7 @@ class Identified:
     def notices(self) -> list[str]:
         """What a reader should know about the files: objects that are no tensors, files that are not used."""
         numbers = [self.dequantized.notice] if self.dequantized is not None else []
-        return [*opening.notices(self.place, self.files), *self.read_as, *self._caveats, *numbers]
+        return [*opening.file_notices(self.place, self.files), *self.read_as, *self._caveats, *numbers]
 
     @property
     def _caveats(self) -> tuple[str, ...]:
@@ -405,4 +407,4 @@ class Identified:
 def identify(opened: OpenedFiles, hints: Hints | None = None, record: Record | None = None) -> Identified:
     """What opened files are, with the config that was given or lies beside them, and what an earlier record says."""
     hints = hints or Hints()
-    return Identified(opened, stated(opened, hints.config), hints, record)
+    return Identified(opened, read_config(opened, hints.config), hints, record)

@@ -13,7 +13,7 @@ from ckpt_convert.checkpoint.findings import Finding
 from ckpt_convert.checkpoint.legacy_keys import PLAIN, Names
 from ckpt_convert.checkpoint.mapping import SourceTensor
 from ckpt_convert.checkpoint.opening import OpenedFiles
-from ckpt_convert.checkpoint.tensor_info import assembled
+from ckpt_convert.checkpoint.tensor_info import join_boxes
 from ckpt_convert.errors import KeyMismatchError
 from ckpt_convert.storage.place import Place
 from ckpt_convert.tensors.header import StoredTensor, WeightFile
@@ -81,7 +81,7 @@ class Keys:
                 findings.append(Finding("error", "duplicate", text, file.name, key))
             rank[key] = SourceTensor(key, tensor.dtype, from_source(number, tensor.shape, tensor.strides), file.name)
         for key, pieces in boxes.items():
-            ranks[0][key] = ranks[0][key]._replace(tensor=assembled(pieces))
+            ranks[0][key] = ranks[0][key]._replace(tensor=join_boxes(pieces))
         findings += self._against_index(ranks[0])
         findings += [Finding("error", "duplicate", text, None, key) for key, text in self.names.clashes]
         return ranks, findings

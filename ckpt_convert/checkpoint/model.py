@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ckpt_convert.checkpoint import diagnosis, legacy_keys
-from ckpt_convert.checkpoint.hints import Hints, Stated
+from ckpt_convert.checkpoint.hints import ConfigFile, Hints
 from ckpt_convert.checkpoint.keys import Keys
 from ckpt_convert.checkpoint.legacy_keys import Names
 from ckpt_convert.checkpoint.mapping import SourceTensor
@@ -61,7 +61,7 @@ class Recorded:
     family: str | None = None
 
 
-def model_of(keys: Keys, stated: Stated, hints: Hints, record: Record | None = None) -> Model:
+def model_of(keys: Keys, stated: ConfigFile, hints: Hints, record: Record | None = None) -> Model:
     """The model that a checkpoint's config describes.
 
     Raises what ``model_from`` does, and ConfigError where there is no config or it cannot be read.
@@ -197,11 +197,11 @@ def _outside(keys: Iterable[str], format: str) -> list[Family]:
     return [family for family in FAMILIES.outside.values() if format in family.formats]
 
 
-def _config(keys: Keys, stated: Stated, hints: Hints) -> Mapping[str, Any]:
+def _config(keys: Keys, stated: ConfigFile, hints: Hints) -> Mapping[str, Any]:
     content = stated.content if stated.content is not None else from_shapes(keys, hints.family)
     if content is None:
         path, root = keys.opened.place, keys.opened.root
-        name, above = stated.file.below(root), diagnosis.config_above(path)
+        name, above = stated.file.below(root), diagnosis.parent_config(path)
         way = "`config=` with its config.json or params.json"
         if above is not None:
             way = f"{option('config', above)}, which is that of the run"
@@ -227,7 +227,7 @@ def from_shapes(keys: Keys, wanted: str | None) -> dict[str, Any] | None:
         return fits[0].from_shapes({key: source.shape for key, source in keys.ranks[0].items()})
 
 
-def _recorded(opened: OpenedFiles, stated: Stated, hints: Hints, found: Record | None) -> Recorded:
+def _recorded(opened: OpenedFiles, stated: ConfigFile, hints: Hints, found: Record | None) -> Recorded:
     """What the record says; the config in it counts as long as nobody changed the params.json made from it."""
     if found is None:
         return Recorded()

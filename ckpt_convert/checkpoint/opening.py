@@ -82,12 +82,12 @@ class OpenedFiles:
         return [tensor.key for file in self.files for tensor in file.header.tensors]
 
     @property
-    def usual_dtype(self) -> str:
+    def majority_dtype(self) -> str:
         """The dtype that holds most bytes."""
         return majority((tensor.dtype, tensor.nbytes) for _, tensor in self.stored) or "F32"
 
 
-def place(path: Place) -> Place:
+def checkpoint_place(path: Place) -> Place:
     """Where a checkpoint lies whose index, pointer, or folder in the Hub's cache was given; any other path as it is.
 
     Raises CheckpointNotFoundError for an index that is not the one that its directory is read by.
@@ -105,7 +105,7 @@ def place(path: Place) -> Place:
     )
 
 
-def part_of(path: Place) -> str | None:
+def describe_part(path: Place) -> str | None:
     """Which part of a checkpoint a single weight file is, by its name and the files beside it; None for none."""
     if not path.is_regular():
         return None
@@ -117,26 +117,28 @@ def part_of(path: Place) -> str | None:
     return None
 
 
-def find(path: Place, wanted: str | None, found_record: Record | None, seen: Mapping[Place, Entry]) -> OpenedFiles:
+def open_weights(
+    path: Place, wanted: str | None, recorded: Record | None, identities: Mapping[Place, Entry]
+) -> OpenedFiles:
     """Find and open what lies at a path; ``wanted`` is the format that was asked for.
 
     Files that fit no format are opened all the same, with None as format. Raises CheckpointNotFoundError where there
     are no weight files, and what reading a header raises.
     """
-    name, why, directory = detect(path, wanted, found_record)
+    name, why, directory = detect_format(path, wanted, recorded)
     files, facts = open_files(path, directory)
     if name is None and directory.kind in (None, "dcp"):
-        name, why = by_keys(files, why, directory.kind)
+        name, why = format_from_keys(files, why, directory.kind)
         loose = path.is_folder() and directory.index is None and directory.kind is None
-        names = everything(path) if name is None and loose else []
+        names = all_weight_files(path) if name is None and loose else []
         if names and names != [weight.name for weight in directory.weights]:
-            close(files)
+            close_files(files)
             directory = Directory(tuple(map(WeightName, names)))
             files, facts = open_files(path, directory)
     directory = _with_keys_of(files, directory)
     if any(file.header.kind == gguf.KIND for file in files):
         name, why = None, "a GGUF file" if len(files) == 1 else "GGUF files"
-    return OpenedFiles(path, name, why, directory, files, tuple(facts), seen)
+    return OpenedFiles(path, name, why, directory, files, tuple(facts), identities)
 
 
 def _with_keys_of(files: Sequence[WeightFile], directory: Directory) -> Directory:
@@ -149,7 +151,7 @@ def _with_keys_of(files: Sequence[WeightFile], directory: Directory) -> Director
     return replace(directory, weight_map=shared)
 
 
-def detect(path: Place, wanted: str | None, found_record: Record | None) -> tuple[str | None, str, Directory]:
+def detect_format(path: Place, wanted: str | None, recorded: Record | None) -> tuple[str | None, str, Directory]:
     """The format of a path, what it was told by, and the weight files; raises what ``open_checkpoint`` does."""
     if path.is_regular():
         return _a_file(path, wanted)
@@ -160,10 +162,10 @@ def detect(path: Place, wanted: str | None, found_record: Record | None) -> tupl
         if directory is None:
             raise CheckpointNotFoundError(f"{path}: has no weight files of the {wanted} format{_instead(path)}")
         return wanted, "as asked for", directory
-    if found_record is not None:
-        directory = _of_format(path, found_record.format)
+    if recorded is not None:
+        directory = _of_format(path, recorded.format)
         if directory is not None:
-            return found_record.format, f"{record.MANIFEST} says so", directory
+            return recorded.format, f"{record.MANIFEST} says so", directory
     return _by_names(path)
 
 
@@ -201,7 +203,7 @@ def _by_names(path: Place) -> tuple[str | None, str, Directory]:
 
 def _loose(path: Place, found: Directory | None) -> Directory:
     """Weight files by their endings, which ``found`` has some of; raises CheckpointNotFoundError for none."""
-    names = [weight.name for weight in found.weights] if found is not None else everything(path)
+    names = [weight.name for weight in found.weights] if found is not None else all_weight_files(path)
     if found is not None and not all(name.startswith(OF_TRAINING) for name in names):
         return found
     # What lies beside the weights is something to look at only where there are none.
@@ -238,7 +240,7 @@ def open_files(path: Place, directory: Directory) -> tuple[tuple[WeightFile, ...
     return files, facts
 
 
-def by_keys(files: tuple[WeightFile, ...], why: str, kind: str | None = None) -> tuple[str | None, str]:
+def format_from_keys(files: tuple[WeightFile, ...], why: str, kind: str | None = None) -> tuple[str | None, str]:
     """The format that all keys fit, and what it was told by; None where that is not exactly one.
 
     Of formats with the same keys it is one that has containers of this ``kind``.
@@ -276,9 +278,9 @@ def _fitting(families: Iterable[Family], keys: Collection[str]) -> set[str]:
     }
 
 
-def notices(path: Place, files: Sequence[WeightFile]) -> list[str]:
+def file_notices(path: Place, files: Sequence[WeightFile]) -> list[str]:
     """What a reader should know about the files: objects that are no tensors, files that are not used."""
-    out = in_memory(files)
+    out = legacy_notices(files)
     for file in files:
         foreign, objects = file.header.foreign, file.header.objects
         if SHARDED_TENSOR_CLASSES.intersection(foreign):
@@ -313,7 +315,7 @@ def _grouped(objects: Mapping[str, str]) -> list[str]:
     ]
 
 
-def in_memory(files: Iterable[WeightFile]) -> list[str]:
+def legacy_notices(files: Iterable[WeightFile]) -> list[str]:
     """A notice for each file that torch has to read whole."""
     return [
         f"{file.name}: an old torch file without zip, read whole into memory"
@@ -322,7 +324,7 @@ def in_memory(files: Iterable[WeightFile]) -> list[str]:
     ]
 
 
-def close(files: Iterable[WeightFile]) -> None:
+def close_files(files: Iterable[WeightFile]) -> None:
     for file in files:
         if isinstance(file.reader, Closing):
             file.reader.close()
@@ -334,14 +336,14 @@ def _open(path: Place, weight: WeightName) -> WeightFile:
     return WeightFile(weight.name, weight.rank, file, reader, header)
 
 
-def tensors_of(path: Place) -> list[tuple[WeightFile, StoredTensor]]:
+def tensors_in_file(path: Place) -> list[tuple[WeightFile, StoredTensor]]:
     """The tensors of a single file, such as those that the record carries."""
     reader, header = containers.parse(path.open())
     file = WeightFile(path.name, 0, path, reader, header)
     return [(file, tensor) for tensor in header.tensors]
 
 
-def everything(directory: Place) -> list[str]:
+def all_weight_files(directory: Place) -> list[str]:
     """All weight files, but for those that are there in safetensors as well; GGUF files where there are no others."""
     names = _named(directory, LOOSE_SUFFIXES)
     stems = {PurePosixPath(name).stem for name in names if name.endswith(".safetensors")}

@@ -43,15 +43,15 @@ class TensorInfo(NamedTuple):
     copies: int = 1
 
 
-def describe(
+def describe_tensors(
     pieces: Iterable[tuple[WeightFile, StoredTensor]],
     name: Callable[[WeightFile, StoredTensor], str],
-    cuts: Mapping[str, tuple[int | None, int]],
-    is_cut: bool,
+    splits: Mapping[str, tuple[int | None, int]],
+    on_ranks: bool,
 ) -> dict[str, TensorInfo]:
-    """Every tensor by key; ``is_cut`` says that there are cuts beside those that are known.
+    """Every tensor by key; ``on_ranks`` says that there are cuts beside those that are known.
 
-    ``cuts`` gives the axis of a tensor that ranks cut, and how many ranks in succession hold the same part.
+    ``splits`` gives the axis of a tensor that ranks cut, and how many ranks in succession hold the same part.
     """
     found: dict[str, TensorInfo] = {}
     parts: dict[str, list[Part]] = {}
@@ -71,8 +71,8 @@ def describe(
         else:
             parts[key] = [*found[key].parts, part]
     for key, several in parts.items():
-        axis, copies = cuts.get(key, (None, 1))
-        found[key] = _joined(found[key]._replace(axis=axis, copies=copies), several, not is_cut or key in cuts)
+        axis, copies = splits.get(key, (None, 1))
+        found[key] = _joined(found[key]._replace(axis=axis, copies=copies), several, not on_ranks or key in splits)
     return found
 
 
@@ -91,7 +91,7 @@ def _joined(first: TensorInfo, parts: list[Part], settled: bool) -> TensorInfo:
     return TensorInfo(key, shape, dtype, nbytes, tuple(parts), axis, settled, copies)
 
 
-def assembled(pieces: Iterable[tuple[int, StoredTensor]]) -> LazyTensor:
+def join_boxes(pieces: Iterable[tuple[int, StoredTensor]]) -> LazyTensor:
     """The tensor that numbered pieces with boxes make up."""
     tiles = []
     shape: tuple[int, ...] = ()

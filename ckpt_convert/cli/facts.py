@@ -99,7 +99,7 @@ def gather(checkpoint: Identified) -> Facts:
         dtypes[info.dtype] = dtypes.get(info.dtype, Count()).plus(1, None, sum(part.nbytes for part in info.parts))
     for count_ in dtypes.values():
         total = total.plus(count_.tensors, count_.parameters, count_.bytes)
-    others = [checkpoint.tensors[key] for key in diagnosis.not_weights(checkpoint.keys, checkpoint.tensors)]
+    others = [checkpoint.tensors[key] for key in diagnosis.non_weight_keys(checkpoint.keys, checkpoint.tensors)]
     besides = Count(len(others), sum(prod(info.shape) for info in others), sum(info.nbytes for info in others))
     notices = list(checkpoint.notices)
     if unsettled:
@@ -127,7 +127,11 @@ def gather(checkpoint: Identified) -> Facts:
 
 def _kind(checkpoint: Identified) -> list[tuple[str, str]]:
     """What the files are where they are no model's alone; an adapter of PEFT's has a line of its own."""
-    text = diagnosis.kind(checkpoint.keys, checkpoint.tensors) if checkpoint.directory.kind != peft.KIND else None
+    text = (
+        diagnosis.describe_files(checkpoint.keys, checkpoint.tensors)
+        if checkpoint.directory.kind != peft.KIND
+        else None
+    )
     return [("kind", text)] if text else []
 
 

@@ -86,7 +86,7 @@ def verify(
     from ckpt_convert.analysis.check import check
     from ckpt_convert.analysis.check.accept import accept
     from ckpt_convert.analysis.check.against import Opening, against, computing
-    from ckpt_convert.checkpoint.opening import place
+    from ckpt_convert.checkpoint.opening import checkpoint_place
     from ckpt_convert.cli.notices import on_stderr, silent_transformers
     from ckpt_convert.cli.progress import Bar
     from ckpt_convert.formats import repository
@@ -96,7 +96,7 @@ def verify(
         from ckpt_convert.analysis.logits.causal import require_packages
 
         require_packages()
-    renewed = accept(place(locate(path)), accepted) if accepted else []
+    renewed = accept(checkpoint_place(locate(path)), accepted) if accepted else []
     a = Opening(repository.locate(path, revision), from_format, family, config)
     b = Opening(repository.locate(other), None, family) if other is not None else None
     compared: dict[str, Any] | None = None

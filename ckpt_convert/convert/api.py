@@ -13,7 +13,7 @@ from ckpt_convert.checkpoint.checkpoint import open_identified, open_unfinished
 from ckpt_convert.checkpoint.dequantize import requested
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpoint.mapping import Equality
-from ckpt_convert.checkpoint.opening import part_of
+from ckpt_convert.checkpoint.opening import describe_part
 from ckpt_convert.convert import ownership, planning
 from ckpt_convert.convert.plan import Plan
 from ckpt_convert.convert.planning import PlanInputs
@@ -162,7 +162,7 @@ def _plan(
         given = PlanInputs(wanted, request, imitated)
         return wanted, planning.make_plan(given, partial(equal, wanted) if equal is not None else None)
     except (ConfigError, KeyMismatchError, ShapeMismatchError) as error:
-        part = part_of(source.place)
+        part = describe_part(source.place)
         if part is None:
             raise
         raise KeyMismatchError(

@@ -170,7 +170,7 @@ def _config(
         return verbatim, origin
     if verbatim is None and source.format != "hf":
         content = dict(sorted(content.items()))
-    return _with_dtype(content, written or DTYPES[source.opened.usual_dtype].torch), "generated"
+    return _with_dtype(content, written or DTYPES[source.opened.majority_dtype].torch), "generated"
 
 
 def _stands(

@@ -8,7 +8,7 @@ from ckpt_convert.checkpoint import mapping
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpoint.mapping import Equality, LogicalTensor, LogicalTensors, SourceTensor
 from ckpt_convert.checkpoint.model import Model
-from ckpt_convert.checkpoint.opening import tensors_of
+from ckpt_convert.checkpoint.opening import tensors_in_file
 from ckpt_convert.convert.request import Request
 from ckpt_convert.convert.writing import Original
 from ckpt_convert.models.core.table import Instance
@@ -45,7 +45,7 @@ def bring_back(
     if like is not None:
         found = [(file, tensor) for file, tensor in like.stored if file.rank == 0]
     elif source.record is not None and (path := source.record.passthrough_tensors(request.to)) is not None:
-        found = tensors_of(path)
+        found = tensors_in_file(path)
     by_key = {tensor.key: (file, tensor) for file, tensor in found}
     for instance in model.family.instances(model.dims) if by_key else ():
         key = instance.key(request.to)
@@ -90,7 +90,7 @@ def as_it_was(
     elif source.record is not None:
         for format in model.family.formats:
             path = source.record.passthrough_tensors(format)
-            found[format] = {tensor.key: (file, tensor) for file, tensor in tensors_of(path)} if path else {}
+            found[format] = {tensor.key: (file, tensor) for file, tensor in tensors_in_file(path)} if path else {}
     out: dict[Instance, Original] = {}
     for instance, logical in logicals.tensors.items():
         row, target = instance.row, instance.row.column(request.to)

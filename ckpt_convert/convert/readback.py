@@ -9,7 +9,7 @@ from ckpt_convert import dtypes
 from ckpt_convert.checkpoint import mapping
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpoint.mapping import LogicalTensor, SourceTensor
-from ckpt_convert.checkpoint.opening import tensors_of
+from ckpt_convert.checkpoint.opening import tensors_in_file
 from ckpt_convert.convert import translate
 from ckpt_convert.convert.plan import Plan, target_dtype
 from ckpt_convert.convert.sources import NumberedTensors, Sources
@@ -103,7 +103,7 @@ def _carried(plan: Plan, output: Identified) -> tuple[list[tuple[WeightFile, Sto
     stored = list(output.stored)
     out = {}
     path = output.record.passthrough_tensors(str(plan.source.format)) if output.record else None
-    for file, tensor in tensors_of(path) if path is not None else []:
+    for file, tensor in tensors_in_file(path) if path is not None else []:
         out[tensor.key] = LogicalTensor(
             tensor.dtype, lazy.from_source(len(stored), tensor.shape), tensor.key, file.name
         )

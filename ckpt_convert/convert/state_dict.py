@@ -11,7 +11,7 @@ import torch
 
 from ckpt_convert import formats
 from ckpt_convert.checkpoint import legacy_keys
-from ckpt_convert.checkpoint.hints import no_family
+from ckpt_convert.checkpoint.hints import unknown_family
 from ckpt_convert.checkpoint.mapping import Equality, SourceTensor
 from ckpt_convert.checkpoint.model import Model, candidates, model_from
 from ckpt_convert.convert.translate import translate
@@ -159,7 +159,7 @@ def _model(
     meta_style: MetaStyle | None,
 ) -> Model:
     if family is not None and family not in FAMILIES:
-        raise UnsupportedFamilyError(f"{option('family', family)}: {no_family()}")
+        raise UnsupportedFamilyError(f"{option('family', family)}: {unknown_family()}")
     options = ConfigOptions(meta_style=meta_style)
     return model_from(content, "config", source, ranks, options, family=family)
 

@@ -339,7 +339,7 @@ def test_a_table_of_many_keys() -> None:
     tensors = [
         SourceTensor(f"layers.{at}.w", "BF16", from_source(at, (2, 4)), "model.safetensors") for at in range(20_000)
     ]
-    family = generic_model.family(tensors)
+    family = generic_model.generic_family(tensors)
     assert [entry.key for entry in family.entries("hf", {})] == [tensor.key for tensor in tensors]
     assert family.formats == ("hf",)
     assert family.knows("hf", "layers.7.w")

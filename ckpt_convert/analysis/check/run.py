@@ -16,7 +16,7 @@ from ckpt_convert.checkpoint.findings import Finding, Severity, failed
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpoint.mapping import Equality, LogicalTensors
 from ckpt_convert.checkpoint.model import Model
-from ckpt_convert.checkpoint.opening import part_of
+from ckpt_convert.checkpoint.opening import describe_part
 from ckpt_convert.checkpoint.record import MANIFEST, MERGED
 from ckpt_convert.convert import ties
 from ckpt_convert.errors import CkptConvertError, UnsupportedFamilyError
@@ -126,7 +126,7 @@ def _report(work: _Work, workers: int, progress: ProgressCallback | None) -> Rep
         skipped=tuple(work.skipped),
         findings=by_severity(work.findings),
         bytes_read=nbytes_read,
-        kind=diagnosis.kind(opened.view.keys, opened.view.tensors),
+        kind=diagnosis.describe_files(opened.view.keys, opened.view.tensors),
     )
 
 
@@ -145,7 +145,7 @@ def _against_config(work: _Work) -> None:
     if not view.stored:
         work.skip("there are no tensors to look at", "config", "keys", "tied")
         return
-    if (part := part_of(view.place)) is not None:
+    if (part := describe_part(view.place)) is not None:
         work.skip(f"the file is {part}, and no whole model; give the directory for these", "config", "keys", "tied")
         return
     mixed, why = causes.ranks(work.opened, content)
@@ -153,11 +153,11 @@ def _against_config(work: _Work) -> None:
         work.done("shards", mixed)
         work.skip(f"the ranks are not those of one checkpoint: {why}", "config", "keys", "tied", "replicas")
         return
-    if (cause := diagnosis.unmerged(work.opened.view.opened)) is not None:
+    if (cause := diagnosis.unmerged_adapter(work.opened.view.opened)) is not None:
         work.done("keys", [Finding("error", "keys", cause)])
         work.skip("an adapter was not merged", "config", "tied")
         return
-    if (cause := diagnosis.placeholders(work.opened.view.opened)) is not None:
+    if (cause := diagnosis.zero3_placeholders(work.opened.view.opened)) is not None:
         work.done("keys", [Finding("error", "keys", cause)])
         work.skip("the weights are placeholders", "config", "tied")
         return
@@ -333,5 +333,5 @@ def _read(work: _Work, workers: int, progress: ProgressCallback | None) -> int:
 
 
 def _config(view: Identified) -> str:
-    above = diagnosis.config_above(view.place)
+    above = diagnosis.parent_config(view.place)
     return "one with `config=`" if above is None else f"the one above with {option('config', above)}"

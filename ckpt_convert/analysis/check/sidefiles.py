@@ -94,7 +94,7 @@ def tokenizer(checkpoint: Identified, config: Mapping[str, Any]) -> Iterator[Fin
 def dtype(checkpoint: Identified, config: Mapping[str, Any] | None) -> Iterator[Finding]:
     """Whether the config names the dtype that most weights have."""
     said = (config or {}).get("dtype", (config or {}).get("torch_dtype"))
-    found = checkpoint.opened.usual_dtype
+    found = checkpoint.opened.majority_dtype
     if not isinstance(said, str) or found not in CASTABLE or not checkpoint.stored:
         return
     name = DTYPES[found].torch

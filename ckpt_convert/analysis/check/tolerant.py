@@ -8,9 +8,16 @@ from typing import TYPE_CHECKING
 from ckpt_convert.analysis.check.container import survey
 from ckpt_convert.checkpoint import record
 from ckpt_convert.checkpoint.findings import Finding, failed
-from ckpt_convert.checkpoint.hints import hinted
+from ckpt_convert.checkpoint.hints import make_hints
 from ckpt_convert.checkpoint.identify import Identified, identify
-from ckpt_convert.checkpoint.opening import OpenedFiles, by_keys, detect, everything, open_files, place
+from ckpt_convert.checkpoint.opening import (
+    OpenedFiles,
+    all_weight_files,
+    checkpoint_place,
+    detect_format,
+    format_from_keys,
+    open_files,
+)
 from ckpt_convert.containers.dcp import DCP_INDEX
 from ckpt_convert.errors import (
     CheckpointNotFoundError,
@@ -77,11 +84,11 @@ def open_tolerantly(
     Raises CheckpointNotFoundError where there is nothing to open, UnreadableError where the system does not say what
     there is, and UsageError or ConfigError for what was asked for.
     """
-    hints = hinted(family, config)
+    hints = make_hints(family, config)
     path = path.noted()
     if path.kind() is None:
         raise CheckpointNotFoundError(f"{path}: no such file or directory")
-    path = place(path)
+    path = checkpoint_place(path)
     state = _State()
     found_record = _record(path, state)
     try:
@@ -97,9 +104,9 @@ def open_tolerantly(
     before = len(state.findings)
     files, lost, damaged = _files(path, directory, state)
     if name is None and directory.kind in (None, "dcp"):
-        name, why = by_keys(files, why, directory.kind)
+        name, why = format_from_keys(files, why, directory.kind)
         if name is None and path.is_folder() and directory.index is None and directory.kind is None and not lost:
-            directory = Directory(tuple(map(WeightName, everything(path))))
+            directory = Directory(tuple(map(WeightName, all_weight_files(path))))
             del state.findings[before:]  # the same files are among those that are looked at now
             files, lost, damaged = _files(path, directory, state)
     files_there = OpenedFiles(path, name, why, directory, files)
@@ -129,7 +136,7 @@ def _directory(
 ) -> tuple[str | None, str, Directory]:
     """What ``detect`` says; where it refuses the directory, the weight files that lie there."""
     try:
-        return detect(path, wanted, found_record)
+        return detect_format(path, wanted, found_record)
     except CkptConvertError as error:
         rescued = _rescued(path, state, error) if path.is_folder() else None
         if rescued is None:

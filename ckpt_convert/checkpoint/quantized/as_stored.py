@@ -116,5 +116,5 @@ def literal(found: Quantization, model: Model, tensors: Mapping[str, SourceTenso
             if part in left:
                 del left[part]
                 keys.append(part)
-    family = generic_model.family(tensors[key] for key in (*keys, *left))
+    family = generic_model.generic_family(tensors[key] for key in (*keys, *left))
     return replace(model, family=replace(family, name=model.family.name, title=model.family.title))
