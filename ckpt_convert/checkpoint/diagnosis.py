@@ -35,7 +35,7 @@ def non_weight_keys(known: Keys, tensors: Mapping[str, TensorInfo]) -> frozenset
     if known.opened.format is not None:
         return frozenset(key for key in tensors if not known.is_weight(key))
     scalars = legacy_keys.loose_scalars((key, info.shape) for key, info in tensors.items())
-    return frozenset(key for key in tensors if legacy_keys.is_other(key, scalars) or _is_slot(key))
+    return frozenset(key for key in tensors if legacy_keys.is_training_entry(key, scalars) or _is_slot(key))
 
 
 def describe_files(known: Keys, tensors: Mapping[str, TensorInfo]) -> str | None:

@@ -11,7 +11,7 @@ from ckpt_convert.checkpoint import diagnosis, mapping, opening
 from ckpt_convert.checkpoint.findings import Finding, raise_if_any
 from ckpt_convert.checkpoint.hints import ConfigFile, Hints, read_config
 from ckpt_convert.checkpoint.keys import Keys, refuse_clashes
-from ckpt_convert.checkpoint.legacy_keys import Names
+from ckpt_convert.checkpoint.legacy_keys import KeyNames
 from ckpt_convert.checkpoint.mapping import SourceTensor
 from ckpt_convert.checkpoint.model import Model, from_shapes, is_bare, model_of, names_of
 from ckpt_convert.checkpoint.opening import OpenedFiles
@@ -132,11 +132,11 @@ class Identified:
         tensors = [(tensor.key, tensor.shape) for file in self.files for tensor in file.header.tensors]
         return Keys(self.opened, self._names_of(tensors, self.directory.weight_map or ()))
 
-    def _names_of(self, tensors: Sequence[tuple[str, Sequence[int]]], listed: Iterable[str]) -> Names:
+    def _names_of(self, tensors: Sequence[tuple[str, Sequence[int]]], listed: Iterable[str]) -> KeyNames:
         return names_of(tensors, listed, self.stated_config.content_or_empty, str(self.format), self.hints.family)
 
     @property
-    def names(self) -> Names:
+    def names(self) -> KeyNames:
         """What the keys of the files are called in their format; ``tensors`` and ``stored`` have those of the files."""
         return self.keys.names
 
@@ -155,9 +155,9 @@ class Identified:
         return self.keys.is_weight(key)
 
     @property
-    def read_as(self) -> list[str]:
+    def key_notices(self) -> list[str]:
         """How keys are read that are not those of the format, and what is passed over as it is no weight."""
-        return self.keys.read_as
+        return self.keys.notices
 
     @cached_property
     def is_bare(self) -> bool:
@@ -244,7 +244,9 @@ class Identified:
         numbers = as_stored.numbers(found, self.ranks[0], self._shapes(found, model))
         names = self._names_of([(key, one.shape) for key, one in numbers.items()], ())
         refuse_clashes(names, self.place)
-        weights = {(name := names.of(key)): one._replace(key=name) for key, one in numbers.items() if names.keeps(key)}
+        weights = {
+            (name := names.of(key)): one._replace(key=name) for key, one in numbers.items() if names.is_weight(key)
+        }
         logicals, misfits = mapping.examine_column(model.family, "hf", model.dims, [weights])
         raise_if_any(misfits, what)
         order = dict.fromkeys(names.stored.get(one.key, one.key) for one in logicals.tensors.values())
@@ -334,7 +336,7 @@ class Identified:
         """
         cuts = self._cuts() if len(self.files) > 1 and self.format == "meta" else {}
         cuts = {self.names.stored.get(key, key): cut for key, cut in cuts.items()}
-        return describe_tensors(self.stored, self.keys.in_file, cuts, self.format == "meta")
+        return describe_tensors(self.stored, self.keys.key_in_file, cuts, self.format == "meta")
 
     def _cuts(self) -> dict[str, tuple[int | None, int]]:
         """The axis of each key that ranks cut, and how many of them in succession hold the same part."""
@@ -352,7 +354,7 @@ class Identified:
     def notices(self) -> list[str]:
         """What a reader should know about the files: objects that are no tensors, files that are not used."""
         numbers = [self.dequantized.notice] if self.dequantized is not None else []
-        return [*opening.file_notices(self.place, self.files), *self.read_as, *self._caveats, *numbers]
+        return [*opening.file_notices(self.place, self.files), *self.key_notices, *self._caveats, *numbers]
 
     @property
     def _caveats(self) -> tuple[str, ...]:
@@ -396,9 +398,9 @@ class Identified:
             raise InputError(
                 f"{self.place}: {key} is {info.dtype}, which packs several numbers together; its values cannot be read"
             )
-        if key in self.keys.twice:
-            raise KeyMismatchError(f"{self.place}: {self.keys.twice[key]}; give one of the files")
-        tensors = [rank[key].tensor for rank in self.keys.in_files if key in rank]
+        if key in self.keys.duplicates:
+            raise KeyMismatchError(f"{self.place}: {self.keys.duplicates[key]}; give one of the files")
+        tensors = [rank[key].tensor for rank in self.keys.stored_ranks if key in rank]
         tensors = tensors[:: info.copies]
         whole = concat(tensors, info.axis) if info.axis is not None and len(tensors) > 1 else tensors[0]
         return whole, info.dtype

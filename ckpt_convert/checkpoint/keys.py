@@ -10,7 +10,7 @@ from functools import cached_property
 from ckpt_convert import formats
 from ckpt_convert.checkpoint import legacy_keys
 from ckpt_convert.checkpoint.findings import Finding
-from ckpt_convert.checkpoint.legacy_keys import PLAIN, Names
+from ckpt_convert.checkpoint.legacy_keys import PLAIN, KeyNames
 from ckpt_convert.checkpoint.mapping import SourceTensor
 from ckpt_convert.checkpoint.opening import OpenedFiles
 from ckpt_convert.checkpoint.tensor_info import join_boxes
@@ -26,7 +26,7 @@ class Keys:
     """Opened files, and what their keys are called in their format; tensors are numbered as ``OpenedFiles.stored``."""
 
     opened: OpenedFiles
-    names: Names = PLAIN
+    names: KeyNames = PLAIN
 
     @cached_property
     def ranks(self) -> list[dict[str, SourceTensor]]:
@@ -37,15 +37,15 @@ class Keys:
         if self.contradictions:
             _refuse(self.opened.place, [finding.text for finding in self.contradictions])
         if self.has_only_weights:
-            return self.in_files
+            return self.stored_ranks
         names = self.names
         return [
             {(name := names.of(key)): source._replace(key=name) for key, source in rank.items() if self.is_weight(key)}
-            for rank in self.in_files
+            for rank in self.stored_ranks
         ]
 
     @property
-    def in_files(self) -> list[dict[str, SourceTensor]]:
+    def stored_ranks(self) -> list[dict[str, SourceTensor]]:
         """For each rank, its tensors by the keys of the files; of keys given twice the last."""
         return self._found[0]
 
@@ -55,7 +55,7 @@ class Keys:
         return self._found[1]
 
     @cached_property
-    def twice(self) -> dict[str, str]:
+    def duplicates(self) -> dict[str, str]:
         """The keys that several files have, and what to say of each."""
         found = (finding for finding in self.contradictions if finding.check == "duplicate" and finding.file)
         return {str(finding.key): finding.text for finding in found}
@@ -70,7 +70,7 @@ class Keys:
         findings = []
         boxes: dict[str, list[tuple[int, StoredTensor]]] = {}
         for number, (file, tensor) in enumerate(self.opened.stored):
-            key = self.in_file(file, tensor)
+            key = self.key_in_file(file, tensor)
             rank = ranks[file.rank]
             if tensor.box is not None:
                 boxes.setdefault(key, []).append((number, tensor))
@@ -105,7 +105,7 @@ class Keys:
 
     def is_weight(self, key: str) -> bool:
         """Whether a key is one of the model's, and not of what else its training run has saved."""
-        return key not in self.names.other and not key.startswith(self._ignores)
+        return key not in self.names.non_weights and not key.startswith(self._ignores)
 
     @cached_property
     def _ignores(self) -> tuple[str, ...]:
@@ -114,9 +114,9 @@ class Keys:
     @property
     def has_only_weights(self) -> bool:
         """Whether every key is one of the format's own, so that nothing is renamed or passed over."""
-        return self.names.plain and not self._ignores
+        return self.names.is_identity and not self._ignores
 
-    def in_file(self, file: WeightFile, tensor: StoredTensor) -> str:
+    def key_in_file(self, file: WeightFile, tensor: StoredTensor) -> str:
         """The key of a stored tensor, with its file's name before it where files of no known format share it."""
         return f"{file.name}:{tensor.key}" if tensor.key in self._shared else tensor.key
 
@@ -130,17 +130,17 @@ class Keys:
         return frozenset(key for key, count in keys.items() if count > 1)
 
     @property
-    def read_as(self) -> list[str]:
+    def notices(self) -> list[str]:
         """How keys are read that are not those of the format, and what is passed over as it is no weight."""
         stored_keys = () if self.has_only_weights else (tensor.key for _, tensor in self.opened.stored)
         other = [key for key in stored_keys if not self.is_weight(key)]
-        said = ", ".join(sorted(set(map(legacy_keys.entry, other))))
+        said = ", ".join(sorted(set(map(legacy_keys.top_level_entry, other))))
         count = f"{len(other):,} tensors" if len(other) != 1 else "1 tensor"
         passed = [f"passed over, as no weights: {count} of {said}"] if other else []
         return [*self.names.notices, *passed]
 
 
-def refuse_clashes(names: Names, place: Place) -> None:
+def refuse_clashes(names: KeyNames, place: Place) -> None:
     """Raise KeyMismatchError for keys that are the same one in their format, or can be read in several ways."""
     if names.clashes:
         _refuse(place, [text for _, text in names.clashes])

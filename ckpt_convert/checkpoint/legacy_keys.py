@@ -54,22 +54,22 @@ _NUMBER = re.compile(r"(?<![^.\n])(?:0|[1-9][0-9]*)(?![^.\n])")
 
 
 @dataclass(frozen=True)
-class Names:
+class KeyNames:
     """What stored keys are called in their format.
 
-    ``canonical`` has those that are called otherwise; ``other`` are the keys of what is no weight; ``clashes`` has keys
+    ``canonical`` has those that are called otherwise; ``non_weights`` are the keys of what is no weight; ``clashes`` has keys
     that another one is the same as, or that can be read in several ways, and says so. ``notices`` say what was read.
     """
 
     canonical: Mapping[str, str] = field(default_factory=dict)
-    other: frozenset[str] = frozenset()
+    non_weights: frozenset[str] = frozenset()
     clashes: tuple[tuple[str, str], ...] = ()
     notices: tuple[str, ...] = ()
 
     @property
-    def plain(self) -> bool:
+    def is_identity(self) -> bool:
         """Whether every key is called what it is called in the files."""
-        return not (self.canonical or self.other)
+        return not (self.canonical or self.non_weights)
 
     @cached_property
     def stored(self) -> dict[str, str]:
@@ -80,12 +80,12 @@ class Names:
         """What a stored key is called in the format."""
         return self.canonical.get(key, key)
 
-    def keeps(self, key: str) -> bool:
+    def is_weight(self, key: str) -> bool:
         """Whether a stored key is one of the model's."""
-        return key not in self.other
+        return key not in self.non_weights
 
 
-PLAIN = Names()
+PLAIN = KeyNames()
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class _Reading:
     renamed: tuple[str, str] | None = None
 
     def of(self, key: str) -> str:
-        name = self.prefix + ".".join(unwrapped(key)[self.parts :])
+        name = self.prefix + ".".join(without_wrappers(key)[self.parts :])
         return name if self.renamed is None else name.replace(*self.renamed)
 
 
@@ -123,7 +123,9 @@ def loose_scalars(tensors: Iterable[tuple[str, Sequence[int]]]) -> frozenset[str
     return frozenset(key for key, shape in found if nested and not len(shape) and "." not in key)
 
 
-def read(keys: Iterable[str], families: Iterable[Family], format: str, scalars: Collection[str] = frozenset()) -> Names:
+def read_keys(
+    keys: Iterable[str], families: Iterable[Family], format: str, scalars: Collection[str] = frozenset()
+) -> KeyNames:
     """Read the keys of a checkpoint as those of a format; ``scalars`` are no weights where no table knows them.
 
     ``families`` are those that it may be of; the keys are read by the table that knows most of them, and are left as
@@ -148,19 +150,19 @@ def read(keys: Iterable[str], families: Iterable[Family], format: str, scalars: 
     return names
 
 
-def has_all(keys: Iterable[str], family: Family, format: str) -> bool:
+def knows_all(keys: Iterable[str], family: Family, format: str) -> bool:
     """Whether a family has all the keys as they are stored, in this format."""
     return format in family.formats and _without_digits(keys) <= _without_digits(_table(family, format))
 
 
-def formats(keys: Iterable[str], families: Iterable[Family], *, former: bool = False) -> set[str]:
+def matching_formats(keys: Iterable[str], families: Iterable[Family], *, former: bool = False) -> set[str]:
     """The formats all of whose weights are known, once the keys are read; ``former`` names count as well if asked."""
     patterns = _patterns(keys)
     out = set()
     for family in families:
         for format in family.formats:
             table = _table(family, format)
-            weights = [pattern for pattern in patterns if pattern in table or not is_other(pattern)]
+            weights = [pattern for pattern in patterns if pattern in table or not is_training_entry(pattern)]
             names = ALL[format].former if former else ()
             if weights and all(pattern in table or _possible(pattern, table, names) for pattern in weights):
                 out.add(format)
@@ -195,7 +197,7 @@ def _pattern(key: str) -> str:
     return _NUMBER.sub("0", key)
 
 
-def unwrapped(key: str) -> list[str]:
+def without_wrappers(key: str) -> list[str]:
     """The parts of a key that no wrapper has put there."""
     return [part for part in key.split(".") if part not in _WRAPPED_BY]
 
@@ -227,7 +229,7 @@ def _possible(pattern: str, table: Collection[str], former: _Former) -> list[_Re
 
 
 def _under(pattern: str, table: Collection[str], renamed: tuple[str, str] | None) -> list[_Reading]:
-    parts = unwrapped(pattern if renamed is None else pattern.replace(*renamed))
+    parts = without_wrappers(pattern if renamed is None else pattern.replace(*renamed))
     if ".".join(parts) in table:
         return [_Reading(renamed=renamed)]
     found: dict[str, _Reading] = {}
@@ -241,17 +243,17 @@ def _under(pattern: str, table: Collection[str], renamed: tuple[str, str] | None
     return list(found.values())
 
 
-def entry(key: str) -> str:
+def top_level_entry(key: str) -> str:
     """What a key that no table knows belongs to: its first part that is none of those that weights are nested in."""
-    return next((part for part in unwrapped(key) if part not in _NESTS), "")
+    return next((part for part in without_wrappers(key) if part not in _NESTS), "")
 
 
-def is_other(key: str, scalars: Collection[str] = frozenset()) -> bool:
+def is_training_entry(key: str, scalars: Collection[str] = frozenset()) -> bool:
     """Whether a key that no table knows is of an entry of a training run that is no weight."""
-    return entry(key) in _OTHER or key in scalars
+    return top_level_entry(key) in _OTHER or key in scalars
 
 
-def _names(keys: Sequence[str], readings: _Readings, scalars: Collection[str]) -> Names:
+def _names(keys: Sequence[str], readings: _Readings, scalars: Collection[str]) -> KeyNames:
     canonical: dict[str, str] = {}
     other = set()
     said = _Said()
@@ -260,7 +262,7 @@ def _names(keys: Sequence[str], readings: _Readings, scalars: Collection[str]) -
     for key in dict.fromkeys(keys):
         ways = readings.by_pattern.get(_pattern(key))
         if ways is None:
-            if is_other(key, scalars):
+            if is_training_entry(key, scalars):
                 other.add(key)
             continue
         if len(ways) > 1:
@@ -276,7 +278,7 @@ def _names(keys: Sequence[str], readings: _Readings, scalars: Collection[str]) -
         if name != key:
             canonical[key] = name
             said.add(key, ways[0])
-    return Names(canonical, frozenset(other), tuple(clashes), tuple(said.lines()))
+    return KeyNames(canonical, frozenset(other), tuple(clashes), tuple(said.lines()))
 
 
 class _Said:
@@ -291,7 +293,7 @@ class _Said:
         for part in set(key.split(".")) & _WRAPPED_BY.keys():
             self._wrapped[part] = self._wrapped.get(part, 0) + 1
         self._renamed += reading.renamed is not None
-        before = "".join(f"{part}." for part in unwrapped(key)[: reading.parts])
+        before = "".join(f"{part}." for part in without_wrappers(key)[: reading.parts])
         if before != reading.prefix:
             self._moved[before, reading.prefix] = self._moved.get((before, reading.prefix), 0) + 1
 

@@ -10,7 +10,7 @@ from typing import Any
 from ckpt_convert.checkpoint import diagnosis, legacy_keys
 from ckpt_convert.checkpoint.hints import ConfigFile, Hints
 from ckpt_convert.checkpoint.keys import Keys
-from ckpt_convert.checkpoint.legacy_keys import Names
+from ckpt_convert.checkpoint.legacy_keys import KeyNames
 from ckpt_convert.checkpoint.mapping import SourceTensor
 from ckpt_convert.checkpoint.opening import OpenedFiles
 from ckpt_convert.checkpoint.record import Record
@@ -142,7 +142,7 @@ def names_of(
     config: Mapping[str, Any],
     format: str,
     wanted: str | None,
-) -> Names:
+) -> KeyNames:
     """What the keys of tensors with these shapes are called in their format, as far as config or keys say what it is.
 
     ``listed`` are the keys that an index has, those of files that cannot be opened among them; ``wanted`` is the family
@@ -150,24 +150,24 @@ def names_of(
     """
     stored = [*(key for key, _ in tensors), *listed]
     likely = FAMILIES.of_params(config) if type_of(config) is None and wanted is None else []
-    if any(legacy_keys.has_all(stored, family, format) for family in likely):
+    if any(legacy_keys.knows_all(stored, family, format) for family in likely):
         return legacy_keys.PLAIN  # before the tables of all the others are imported
     families = candidates(config, format, wanted, stored)
     scalars = legacy_keys.loose_scalars(tensors)
-    names = legacy_keys.read(stored, families, format, scalars)
-    if names.plain or wanted is not None or type_of(config) is None or format != "hf":
+    names = legacy_keys.read_keys(stored, families, format, scalars)
+    if names.is_identity or wanted is not None or type_of(config) is None or format != "hf":
         return names
-    keys = [names.of(key) for key in stored if key not in names.other]
+    keys = [names.of(key) for key in stored if key not in names.non_weights]
     heads = [_other_head(family, config, keys) for family in families]
     return legacy_keys.PLAIN if None not in heads else names
 
 
-def is_bare(names: Names, config: Mapping[str, Any], format: str | None, wanted: str | None) -> bool:
+def is_bare(names: KeyNames, config: Mapping[str, Any], format: str | None, wanted: str | None) -> bool:
     """Whether transformers saved the model without the class that holds its head: keys are without ``model.``.
 
     Its own class finds the weights under these keys alone.
     """
-    if format != "hf" or wanted is not None or _is_language_model(config) or names.other:
+    if format != "hf" or wanted is not None or _is_language_model(config) or names.non_weights:
         return False
     shortened = bool(names.canonical) and all(name == f"model.{key}" for key, name in names.canonical.items())
     return shortened and _architectures(config)[0].endswith("Model")
@@ -192,7 +192,7 @@ def _outside(keys: Iterable[str], format: str) -> list[Family]:
 
     No package is imported for a checkpoint that does not need it, and none makes such a checkpoint ambiguous.
     """
-    if any(legacy_keys.has_all(keys, family, format) for family in FAMILIES.built_in):
+    if any(legacy_keys.knows_all(keys, family, format) for family in FAMILIES.built_in):
         return []
     return [family for family in FAMILIES.outside.values() if format in family.formats]
 

@@ -259,8 +259,8 @@ def format_from_keys(files: tuple[WeightFile, ...], why: str, kind: str | None =
     if not fits:
         scalars = legacy_keys.loose_scalars((t.key, t.shape) for file in files for t in file.header.tensors)
         nested = [key for key in stored if key not in scalars]
-        fits = legacy_keys.formats(nested, FAMILIES.values()) - others
-        fits = fits or legacy_keys.formats(nested, FAMILIES.values(), former=True) - others
+        fits = legacy_keys.matching_formats(nested, FAMILIES.values()) - others
+        fits = fits or legacy_keys.matching_formats(nested, FAMILIES.values(), former=True) - others
         if len(fits) == 1:
             return fits.pop(), "its keys, as the notices say"
     if fits:

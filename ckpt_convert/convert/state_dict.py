@@ -142,7 +142,7 @@ def _named(
 ) -> list[dict[str, SourceTensor]]:
     """The tensors by the keys of the format, without what torch.compile and the like have put into them."""
     keys = dict.fromkeys(key for rank in ranks for key in rank)
-    names = legacy_keys.read(keys, candidates(content, format, family, keys), format)
+    names = legacy_keys.read_keys(keys, candidates(content, format, family, keys), format)
     if names.clashes:
         said = listing([text for _, text in names.clashes])
         raise KeyMismatchError(f"the state dict: its keys contradict each other:{said}")

@@ -41,7 +41,7 @@ def test_keys_behind_wrappers_are_those_of_the_format() -> None:
     found = identified(opened(file("model.safetensors", *wrapped)), CONFIG)
     assert found.ranks[0].keys() == SHAPES.keys()
     assert found.tensors.keys() == set(wrapped)
-    assert "read without 'module.' before them" in found.read_as[0]
+    assert "read without 'module.' before them" in found.key_notices[0]
 
 
 def test_files_that_contradict_each_other_are_told_all_at_once() -> None:

@@ -252,7 +252,7 @@ def test_a_key_with_two_readings_is_refused() -> None:
         dims=lambda config: {"tied": 0, "dim": 4, "n_layers": 1},
         rows=(Row("a", ("dim",), hf=Key("model.head.weight")), Row("b", ("dim",), hf=Key("head.weight"))),
     )
-    names = legacy_keys.read(["module.head.weight"], [family], "hf")
+    names = legacy_keys.read_keys(["module.head.weight"], [family], "hf")
     assert names.canonical == {}
     assert names.clashes == (
         (
@@ -260,7 +260,7 @@ def test_a_key_with_two_readings_is_refused() -> None:
             "module.head.weight may be head.weight or model.head.weight; rename it to the one that is meant",
         ),
     )
-    assert legacy_keys.read(["model.head.weight", "head.weight"], [family], "hf") is legacy_keys.PLAIN
+    assert legacy_keys.read_keys(["model.head.weight", "head.weight"], [family], "hf") is legacy_keys.PLAIN
 
 
 @pytest.mark.parametrize(
@@ -278,8 +278,8 @@ def test_a_key_with_two_readings_is_refused() -> None:
     ],
 )
 def test_what_is_no_key_of_the_table_stays_as_it_is(key: str) -> None:
-    names = legacy_keys.read([key, *HF], [LLAMA], "hf")
-    assert names.plain
+    names = legacy_keys.read_keys([key, *HF], [LLAMA], "hf")
+    assert names.is_identity
     assert names.notices == ()
 
 
@@ -303,10 +303,10 @@ def test_the_vision_models_of_transformers_before_and_after_they_were_renamed() 
             return key.replace("language_model.model.", "model.language_model.")
         return f"model.{key}"
 
-    names = legacy_keys.read(map(new, old), [family], "hf")
+    names = legacy_keys.read_keys(map(new, old), [family], "hf")
     assert [names.of(new(key)) for key in old] == old
     assert names.clashes == ()
-    assert legacy_keys.read(old, [family], "hf") is legacy_keys.PLAIN
+    assert legacy_keys.read_keys(old, [family], "hf") is legacy_keys.PLAIN
 
 
 class _AnyDims(dict[str, int]):

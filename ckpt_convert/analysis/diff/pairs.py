@@ -86,7 +86,7 @@ def bring_together(a: Identified, b: Identified) -> Pairs:
     where the formats differ and nothing says how one is read as the other, KeyMismatchError for files that contradict
     each other.
     """
-    notices = [f"{checkpoint.place}: {text}" for checkpoint in (a, b) for text in checkpoint.read_as]
+    notices = [f"{checkpoint.place}: {text}" for checkpoint in (a, b) for text in checkpoint.key_notices]
     models = _models(a, b, notices)
     left, right = models
     if left is not None and right is not None and left.family.name == right.family.name:

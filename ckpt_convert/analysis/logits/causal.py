@@ -160,7 +160,7 @@ def _opens(checkpoint: Identified) -> bool:
         or (checkpoint.root / ADAPTER_CONFIG).is_there()
     ):
         return False
-    if checkpoint.read_as:
+    if checkpoint.key_notices:
         return False
     index, names = checkpoint.directory.index, [file.name for file in checkpoint.files]
     return index in map(index_for, USUAL) if index else names in [[name] for name in USUAL]

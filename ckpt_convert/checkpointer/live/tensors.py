@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ckpt_convert.checkpoint.legacy_keys import HOLDER, WRAPPERS, unwrapped
+from ckpt_convert.checkpoint.legacy_keys import HOLDER, WRAPPERS, without_wrappers
 from ckpt_convert.checkpoint.mapping import SourceTensor
 from ckpt_convert.checkpointer.distributed.claims import Owned
 from ckpt_convert.checkpointer.distributed.slices import Slice, local_of, slice_of, whole
@@ -99,7 +99,7 @@ def renamed(model: Model) -> Callable[[str], str]:
         called = {_plain(model, name)[0]: names[id(one)] for name, one in model.named_parameters()}
 
     def key(name: str) -> str:
-        plain = ".".join(unwrapped(name))
+        plain = ".".join(without_wrappers(name))
         return called.get(plain, plain)
 
     return key
@@ -257,7 +257,7 @@ def _state_of_module(model: nn.Module) -> Iterator[tuple[str, Any, bool]]:
 
 
 def _state_of_mapping(state: Mapping[str, Any]) -> Iterator[tuple[str, Any, bool]]:
-    keys = {name: unwrapped(name) for name in state}
+    keys = {name: without_wrappers(name) for name in state}
     module = all(parts[0] == HOLDER for parts in keys.values() if parts != [_COUNT])
     for name, parts in keys.items():
         own = module and parts == [_COUNT]
@@ -275,7 +275,7 @@ def _plain(model: nn.Module, name: str) -> tuple[str, bool]:
     for part in name.split("."):
         while (inner := _wrapped(module)) and module is not None and part not in {**module._modules, **module._buffers}:
             module = module._modules[inner]
-        if part != inner and unwrapped(part):
+        if part != inner and without_wrappers(part):
             own = inner is not None
             parts.append(part)
         module = module._modules.get(part) if module is not None else None

@@ -131,7 +131,7 @@ class Emitter:
 
     def _named(self, tensors: Tensors, family: Family) -> dict[str, torch.Tensor]:
         """The tensors by the keys of the model's format, as transformers' newer classes have others in memory."""
-        names = legacy_keys.read(tensors, [family], self.settings.model_format)
+        names = legacy_keys.read_keys(tensors, [family], self.settings.model_format)
         if names.clashes:
             said = listing([text for _, text in names.clashes])
             raise KeyMismatchError(f"{WHERE}: its keys contradict each other:{said}")
