@@ -20,10 +20,10 @@ def dequantized(source: Identified, dtype: str) -> Identified:
         return source
     raise_if_any(found.findings, str(source.place))
     refuse_scheme(found, source.place)
-    return source.as_numbers(found, dtype)
+    return source.with_values(found, dtype)
 
 
-def requested(source: Identified, dtype: str | None) -> Identified:
+def dequantize_if_asked(source: Identified, dtype: str | None) -> Identified:
     """``dequantized`` where somebody asked for it; raises UsageError where nothing is quantised."""
     if dtype is None:
         return source
@@ -37,7 +37,7 @@ def requested(source: Identified, dtype: str | None) -> Identified:
     return dequantized(source, dtype)
 
 
-def alike(a: Identified, b: Identified) -> tuple[Identified, Identified, list[str]]:
+def dequantize_to_compare(a: Identified, b: Identified) -> tuple[Identified, Identified, list[str]]:
     """Two checkpoints to be compared, and what to say: where one alone is quantised, as the numbers it stands for.
 
     They are of the other side's dtype, so that what was dequantised once is the same, bit for bit.

@@ -120,9 +120,9 @@ class Identified:
         """What of it is quantised, None for nothing; told from headers and config."""
         if self.dequantized is not None or self.format != "hf":
             return None
-        from ckpt_convert.checkpoint.quantized.detect import quantization_of
+        from ckpt_convert.checkpoint.quantized.detect import detect_quantization
 
-        return quantization_of(self.opened, self.stated_config.content_or_empty)
+        return detect_quantization(self.opened, self.stated_config.content_or_empty)
 
     @cached_property
     def keys(self) -> Keys:
@@ -241,7 +241,7 @@ class Identified:
         assert self.quantization is not None
         found, model, what = self.quantization, self.model, str(self.place)
         raise_if_any(found.findings, what)
-        numbers = as_stored.numbers(found, self.ranks[0], self._shapes(found, model))
+        numbers = as_stored.dequantized_tensors(found, self.ranks[0], self._shapes(found, model))
         names = self._names_of([(key, one.shape) for key, one in numbers.items()], ())
         refuse_clashes(names, self.place)
         weights = {
@@ -250,7 +250,7 @@ class Identified:
         logicals, misfits = mapping.examine_column(model.family, "hf", model.dims, [weights])
         raise_if_any(misfits, what)
         order = dict.fromkeys(names.stored.get(one.key, one.key) for one in logicals.tensors.values())
-        return as_stored.literal(found, model, self.ranks[0], order)
+        return as_stored.passthrough_model(found, model, self.ranks[0], order)
 
     @cached_property
     def unknown_scheme(self) -> str | None:
@@ -269,7 +269,7 @@ class Identified:
         _, misfits = mapping.examine_column(model.family, str(self.format), model.dims, self.ranks)
         return scheme if misfits else None
 
-    def as_numbers(
+    def with_values(
         self, found: Quantization, dtype: str, shapes: Mapping[str, tuple[int, ...]] | None = None
     ) -> Identified:
         """The same with quantised tensors as numbers of ``dtype``; config and model say nothing of a quantisation.
@@ -282,17 +282,19 @@ class Identified:
         said = self.stated_config.loaded
         return replace(
             self,
-            opened=view.as_numbers(self.opened, found, dtype, shapes),
-            stated_config=self.stated_config if said is None else replace(self.stated_config, loaded=view.plain(said)),
+            opened=view.dequantized_files(self.opened, found, dtype, shapes),
+            stated_config=self.stated_config
+            if said is None
+            else replace(self.stated_config, loaded=view.without_quantization(said)),
             dequantized=view.Dequantized(dtype, found.text),
         )
 
-    def described(self, found: Quantization, model: Model) -> Identified:
+    def describe_dequantized(self, found: Quantization, model: Model) -> Identified:
         """The same with each quantised tensor as one of numbers, to be looked at: not all of them can be read.
 
         What headers do not say of a shape is taken to be as the table has it.
         """
-        return self.as_numbers(found, "float32", self._shapes(found, model))
+        return self.with_values(found, "float32", self._shapes(found, model))
 
     def _shapes(self, found: Quantization, model: Model) -> dict[str, tuple[int, ...]]:
         """The shapes of the numbers that headers do not say, as the table has them."""
@@ -370,7 +372,7 @@ class Identified:
         if self.dequantized is not None:
             from ckpt_convert.checkpoint.quantized import view
 
-            return view.layout_of(self.opened)
+            return view.dequantized_layout(self.opened)
         from ckpt_convert.checkpoint.snapshot import snapshot_layout  # not needed to look at a checkpoint
 
         return snapshot_layout(self.keys, literal=literal or self.keys.has_only_weights)

@@ -10,7 +10,7 @@ from typing import Any, TypedDict, Unpack
 
 from ckpt_convert.checkpoint import record
 from ckpt_convert.checkpoint.checkpoint import open_identified, open_unfinished
-from ckpt_convert.checkpoint.dequantize import requested
+from ckpt_convert.checkpoint.dequantize import dequantize_if_asked
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpoint.mapping import Equality
 from ckpt_convert.checkpoint.opening import describe_part
@@ -157,7 +157,7 @@ def _plan(
         source.close()
         source = open_identified(where, format=from_format, family=family, config=config, options=settings)
     try:
-        wanted = requested(source, request.dequantize)
+        wanted = dequantize_if_asked(source, request.dequantize)
         imitated = open_identified(request.like, format=to) if request.like is not None else None
         given = PlanInputs(wanted, request, imitated)
         return wanted, planning.make_plan(given, partial(equal, wanted) if equal is not None else None)

@@ -9,7 +9,7 @@ from typing import NamedTuple, overload
 
 from ckpt_convert import containers
 from ckpt_convert.checkpoint.checkpoint import open_identified
-from ckpt_convert.checkpoint.dequantize import requested
+from ckpt_convert.checkpoint.dequantize import dequantize_if_asked
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.containers.dcp import dcp
 from ckpt_convert.convert.plan import COMPUTED, Plan, SourceFile
@@ -115,7 +115,7 @@ class ReopenedSources(Mapping[SourceFile, RangeReader]):
             opened = open_identified(
                 found.place, format=found.format, family=hints.family, config=hints.config, options=hints.options
             )
-            self._numbers = requested(opened, found.dequantized)
+            self._numbers = dequantize_if_asked(opened, found.dequantized)
         return self._numbers
 
     def close(self) -> None:

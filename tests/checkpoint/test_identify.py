@@ -63,7 +63,7 @@ def test_quantised_tensors_are_told_from_headers_and_read_as_numbers() -> None:
     found = identified(opened(file("model.safetensors", *SHAPES, dtype="F8_E4M3", more=scales)), config)
     assert found.quantization is not None
     assert len(found.quantization.tensors) == len(scales)
-    numbers = found.as_numbers(found.quantization, "bfloat16")
+    numbers = found.with_values(found.quantization, "bfloat16")
     assert numbers.quantization is None
     assert numbers.ranks[0].keys() == SHAPES.keys()
     assert "quantization_config" not in numbers.model.config

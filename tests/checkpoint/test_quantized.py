@@ -23,7 +23,7 @@ from ckpt_convert.checkpoint.dequantize import dequantized
 from ckpt_convert.checkpoint.quantized import fp8, mxfp4, row_reader, schemes
 from ckpt_convert.checkpoint.quantized.computed_file import ComputedFile
 from ckpt_convert.checkpoint.quantized.detect import Quantized
-from ckpt_convert.checkpoint.quantized.row_reader import Rows, bfloat16
+from ckpt_convert.checkpoint.quantized.row_reader import MatrixBytes, bfloat16
 from ckpt_convert.checkpoint.quantized.view import _described
 from ckpt_convert.storage.place import at
 from ckpt_convert.storage.reader import LocalFile
@@ -64,10 +64,10 @@ class Computing:
     """One computed tensor behind two others, and what reads it."""
 
     def __init__(self, one: Quantized, dtype: str) -> None:
-        numbers: Any = mxfp4.numbers(one) if one.rule is schemes.MXFP4 else fp8.numbers(one)
+        numbers: Any = mxfp4.mxfp4_values(one) if one.rule is schemes.MXFP4 else fp8.fp8_values(one)
         assert one.shape is not None
         self.dtype = NAMES[dtype]
-        rows = Rows(numbers, self.dtype)
+        rows = MatrixBytes(numbers, self.dtype)
         beside = one.scale.tensor
         self.file = ComputedFile(
             one.codes.file.reader,

@@ -219,7 +219,7 @@ def _through_table(work: _Work, model: Model, content: Mapping[str, Any], where:
         return
     broken: Collection[str] = ()
     if (quantization := view.quantization) is not None:
-        view = work.described = view.described(quantization, model)
+        view = work.described = view.describe_dequantized(quantization, model)
         work.done("quantised", quantization.findings)
         names, broken = view.names, {view.names.of(key) for key in quantization.broken}
     shapes = {names.of(key): info.shape for key, info in view.tensors.items() if view.is_weight(key)}

@@ -155,7 +155,7 @@ def compare(
     numbers that it stands for are compared. Raises what ``pairs.bring_together`` raises, and CorruptFileError for a
     file that cannot be read to its end.
     """
-    a, b, said = requests.alike(a, b)
+    a, b, said = requests.dequantize_to_compare(a, b)
     found = bring_together(a, b)
     pairs = [pair for pair in found.pairs if keep(*(half.key for half in (pair.a, pair.b) if half is not None))]
     changes = [_structure(pair) for pair in pairs]

@@ -83,7 +83,7 @@ def _refusal(found: Quantization) -> str:
     )
 
 
-def numbers(
+def dequantized_tensors(
     found: Quantization, tensors: Mapping[str, SourceTensor], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, SourceTensor]:
     """The tensors with each quantised one as the numbers that it stands for, to be held against a table.
@@ -103,7 +103,9 @@ def numbers(
     return out
 
 
-def literal(found: Quantization, model: Model, tensors: Mapping[str, SourceTensor], order: Iterable[str]) -> Model:
+def passthrough_model(
+    found: Quantization, model: Model, tensors: Mapping[str, SourceTensor], order: Iterable[str]
+) -> Model:
     """The model whose table is of the stored tensors themselves: codes, scales and all else under their own keys.
 
     They are in the ``order`` of the numbers that they stand for, what belongs together side by side.

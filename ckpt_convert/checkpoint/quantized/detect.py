@@ -86,7 +86,7 @@ class Quantization:
         return next((one.rule.refusal for one in self.tensors.values() if one.rule.refusal), None)
 
 
-def quantization_of(opened: OpenedFiles, config: Mapping[str, Any]) -> Quantization | None:
+def detect_quantization(opened: OpenedFiles, config: Mapping[str, Any]) -> Quantization | None:
     """What of a Hugging Face checkpoint is quantised, None where nothing is; from headers and config alone.
 
     Numbers in a narrow dtype without a scale, and without a config that says so, are plain numbers.
@@ -145,7 +145,7 @@ class _Search:
         rules = [rule for rule in schemes.RULES if self._is_used(rule)]
         for rule in rules:
             for key in list(self._stored):
-                owner = schemes.tensor_of(rule.codes, key)
+                owner = schemes.owner_key(rule.codes, key)
                 if owner is None or key in self._owners or owner in tensors or not _has_codes(rule, self._stored[key]):
                     continue
                 found = self._tensor(rule, owner, key)
@@ -171,8 +171,8 @@ class _Search:
         if rule.dtypes and self._dtypes.isdisjoint(rule.dtypes):
             return False
         for key, one in self._stored.items():
-            owner = schemes.tensor_of(rule.codes, key) if _has_codes(rule, one) else None
-            if owner is not None and any(schemes.fill(scale, owner) in self._stored for scale in rule.scales):
+            owner = schemes.owner_key(rule.codes, key) if _has_codes(rule, one) else None
+            if owner is not None and any(schemes.fill_template(scale, owner) in self._stored for scale in rule.scales):
                 return True
         return False
 
@@ -225,7 +225,7 @@ class _Search:
         blocks, block = _blocks(wide, scales, scale.tensor.key.endswith("_scale_inv"), self._blocks)
         if block is None:
             channels = f"[], [1], or {[wide[-2], 1]}"
-            expected = str(list(schemes.grid(wide, blocks[0]))) if blocks else channels
+            expected = str(list(schemes.scale_grid(wide, blocks[0]))) if blocks else channels
             how = f" for blocks of {blocks[0][0]} × {blocks[0][1]}" if blocks else ""
             text = f"{scale.tensor.key}: expected {expected}{how} of {owner} {list(shape)}, found {list(scales)}"
             self._finding(scale.tensor.key, text, expected, str(list(scales)), scale.file.name)
@@ -240,16 +240,16 @@ class _Search:
                 self._extras.add(key)
                 continue
             for rule in rules:
-                owner = next((o for scale in rule.scales if (o := schemes.tensor_of(scale, key)) is not None), None)
+                owner = next((o for scale in rule.scales if (o := schemes.owner_key(scale, key)) is not None), None)
                 if owner is not None:
-                    codes = schemes.fill(rule.codes, owner) or owner
+                    codes = schemes.fill_template(rule.codes, owner) or owner
                     there = self._stored.get(codes)
                     lacks = f"there is no {codes}" if there is None else f"{codes} is {there.tensor.dtype}"
                     self._finding(key, f"{key}: is a scale of {rule.name}, but {lacks}", codes, file=one.file.name)
                     self._owners[key] = owner
                     self._broken.add(owner)
                     break
-                if any(schemes.tensor_of(other, key) in self._stored for other in rule.others):
+                if any(schemes.owner_key(other, key) in self._stored for other in rule.others):
                     self._extras.add(key)
                     break
 
@@ -269,7 +269,7 @@ def _blocks(
     blocks = stated or ((schemes.BLOCK,) if inverse and len(scales) > 1 else ())
     if not (inverse and blocks):
         return blocks, schemes.block_of(wide, scales, blocks)
-    block = next((one for one in blocks if scales == schemes.grid(wide, one)), None)
+    block = next((one for one in blocks if scales == schemes.scale_grid(wide, one)), None)
     if block is None and all(size == 1 for size in scales) and not stated:
         block = wide[-2], wide[-1]
     return blocks, block

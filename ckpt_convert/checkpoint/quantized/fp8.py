@@ -33,7 +33,7 @@ class Fp8:
     height: int
     block: tuple[int, int]
     codec: decode.Codec = field(repr=False)
-    short: bool = False
+    fits_bfloat16: bool = False
 
     def read(self, first: int, last: int, start: int, stop: int) -> Array:
         """Rows ``first`` to ``last`` of columns ``start`` to ``stop``, in memory that is used again."""
@@ -80,10 +80,10 @@ class Fp8:
         data = np.frombuffer(
             read(file.reader, tensor.offset + first * width * item, (last - first) * width * item), np.uint8
         )
-        return numbers_of(data, tensor.dtype).reshape(last - first, width)[:, start:stop]
+        return scale_values(data, tensor.dtype).reshape(last - first, width)[:, start:stop]
 
 
-def numbers_of(data: Array, dtype: str) -> Array:
+def scale_values(data: Array, dtype: str) -> Array:
     """Scales as float32; a NaN as a plain one, so that rounding leaves it one."""
     if dtype == "U8":
         return np.ldexp(np.float32(1), data.astype(np.int32) - 127)
@@ -94,7 +94,7 @@ def numbers_of(data: Array, dtype: str) -> Array:
     return np.where(np.isnan(numbers), np.float32(np.nan), numbers)
 
 
-def numbers(quantized: Quantized) -> Fp8:
+def fp8_values(quantized: Quantized) -> Fp8:
     """The numbers of a tensor that was recognised, with the scheme of its blocks."""
     tensor = quantized.codes.tensor
     codec = decode.codec_of(tensor.dtype)

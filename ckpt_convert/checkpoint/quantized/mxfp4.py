@@ -33,7 +33,7 @@ class Mxfp4:
     scales: FileTensor
     rows: int
     columns: int
-    short: bool = True
+    fits_bfloat16: bool = True
 
     def read(self, first: int, last: int, start: int, stop: int) -> Array:
         """Rows ``first`` to ``last`` of columns ``start`` to ``stop``, in memory that is used again."""
@@ -61,7 +61,7 @@ def _powers() -> Array:
         return np.ldexp(np.float32(1), np.arange(256) - 127)
 
 
-def numbers(quantized: Quantized) -> Mxfp4:
+def mxfp4_values(quantized: Quantized) -> Mxfp4:
     """The numbers of a tensor that was recognised."""
     *rows, groups, _ = quantized.codes.tensor.shape
     return Mxfp4(quantized.codes, quantized.scale, prod(rows), groups * GROUP)

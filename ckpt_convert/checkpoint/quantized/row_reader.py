@@ -104,10 +104,10 @@ def contiguous(box: Array, number: int) -> Array:
     return out
 
 
-class Numbers(Protocol):
+class ValueMatrix(Protocol):
     """A matrix whose numbers are computed: all axes but the last are its rows.
 
-    ``short`` is whether all of them fit bfloat16, so that nothing is to be rounded.
+    ``fits_bfloat16`` is whether all of them fit bfloat16, so that nothing is to be rounded.
     """
 
     @property
@@ -117,17 +117,17 @@ class Numbers(Protocol):
     def columns(self) -> int: ...
 
     @property
-    def short(self) -> bool: ...
+    def fits_bfloat16(self) -> bool: ...
 
     def read(self, first: int, last: int, start: int, stop: int) -> Array:
         """Rows ``first`` to ``last`` of columns ``start`` to ``stop``, as float32 in new or reused memory."""
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class MatrixBytes:
     """Numbers as the bytes of a dtype (BF16 or F32), dense and row-major."""
 
-    numbers: Numbers
+    matrix: ValueMatrix
     dtype: str
 
     @property
@@ -147,7 +147,7 @@ class Rows:
             self._fill(first, target)
 
     def _fill(self, first: int, target: Array) -> None:
-        columns, out = self.numbers.columns, target.view(f"<u{self.item}")
+        columns, out = self.matrix.columns, target.view(f"<u{self.item}")
         done, end = 0, len(out)
         while done < end:
             row, column = divmod(first + done, columns)
@@ -164,7 +164,7 @@ class Rows:
 
         False, and nothing done, where the elements are no box of rows and columns.
         """
-        columns = self.numbers.columns
+        columns = self.matrix.columns
         row, column = divmod(first, columns)
         down: list[tuple[int, int, int]] = []
         across: list[tuple[int, int, int]] = []
@@ -204,10 +204,10 @@ class Rows:
 
     def _codes(self, first: int, last: int, start: int, stop: int) -> Array:
         """Numbers as unsigned integers, of which the low bits are the codes in the dtype."""
-        numbers = self.numbers.read(first, last, start, stop)
+        numbers = self.matrix.read(first, last, start, stop)
         if self.dtype == "F32":
             return numbers.view("<u4")
-        return numbers.view("<u2")[:, 1::2] if self.numbers.short else bfloat16(numbers)
+        return numbers.view("<u2")[:, 1::2] if self.matrix.fits_bfloat16 else bfloat16(numbers)
 
 
 def bfloat16(numbers: Array) -> Array:

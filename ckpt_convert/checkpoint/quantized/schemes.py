@@ -51,14 +51,14 @@ class Rule:
         return tuple((t, t.startswith("{key}"), t.removeprefix("{key}").removeprefix("{module}")) for t in templates)
 
 
-def fill(template: str, key: str) -> str | None:
+def fill_template(template: str, key: str) -> str | None:
     """The key that a template gives, None for a template of modules and a key that is no module's weight."""
     if template.startswith("{key}"):
         return key + template.removeprefix("{key}")
     return key.removesuffix(WEIGHT) + template.removeprefix("{module}") if key.endswith(WEIGHT) else None
 
 
-def tensor_of(template: str, key: str) -> str | None:
+def owner_key(template: str, key: str) -> str | None:
     """The inverse of ``fill``: the tensor that ``key`` would belong to, None where it does not fit the template."""
     start, end = ("{key}", "") if template.startswith("{key}") else ("{module}", WEIGHT)
     suffix = template.removeprefix(start)
@@ -172,7 +172,7 @@ def _block(stated: object) -> Block | None:
     return (rows, columns) if is_sound else None
 
 
-def grid(shape: Shape, block: Block) -> Shape:
+def scale_grid(shape: Shape, block: Block) -> Shape:
     """The shape of the scales of blocks: one for each, those at the edge included that are only partly there."""
     return (*shape[:-2], -(-shape[-2] // block[0]), -(-shape[-1] // block[1]))
 
@@ -184,7 +184,7 @@ def block_of(shape: Shape, scales: Shape, stated: tuple[Block, ...]) -> Block | 
     """
     rows, columns = shape[-2:]
     for block in stated:
-        if scales == grid(shape, block):
+        if scales == scale_grid(shape, block):
             return block
     if all(size == 1 for size in scales):
         return rows, columns

@@ -36,7 +36,7 @@ class Dequantized:
         return f"dequantised to {self.dtype} ({self.text}); config.json no longer says that the weights are quantised"
 
 
-def as_numbers(
+def dequantized_files(
     opened: OpenedFiles, found: Quantization, dtype: str, shapes: Mapping[str, tuple[int, ...]] | None = None
 ) -> OpenedFiles:
     """The same files with other headers: each quantised tensor is one of ``dtype``, under the key of its numbers.
@@ -59,7 +59,7 @@ def as_numbers(
     return replace(opened, files=files, directory=replace(opened.directory, weight_map=weight_map))
 
 
-def layout_of(opened: OpenedFiles) -> Layout:
+def dequantized_layout(opened: OpenedFiles) -> Layout:
     """How numbers would lie in files if somebody had saved them in those of the original."""
     files: list[LayoutFile] = []
     weight_map: dict[str, str] = {}
@@ -117,19 +117,19 @@ def _described(one: Quantized, shape: tuple[int, ...], dtype: str) -> StoredTens
 
 def _computed(one: Quantized, dtype: str) -> Computed:
     from ckpt_convert.checkpoint.quantized import fp8, mxfp4
-    from ckpt_convert.checkpoint.quantized.row_reader import Numbers, Rows
+    from ckpt_convert.checkpoint.quantized.row_reader import MatrixBytes, ValueMatrix
 
-    numbers: Numbers | None = None
+    numbers: ValueMatrix | None = None
     if one.rule == schemes.MXFP4 and one.shape is not None:
-        numbers = mxfp4.numbers(one)
+        numbers = mxfp4.mxfp4_values(one)
     elif one.rule == schemes.FP8 and one.block is not None:
-        numbers = fp8.numbers(one)
+        numbers = fp8.fp8_values(one)
     if numbers is None:
         raise ConfigError(f"{one.key}: is quantised in a way that cannot be read as numbers")
-    return Rows(numbers, dtype)
+    return MatrixBytes(numbers, dtype)
 
 
-def plain(config: Mapping[str, Any]) -> dict[str, Any]:
+def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config that says nothing of a quantisation."""
     out = {name: value for name, value in config.items() if name not in CONFIGS}
     text = out.get("text_config")
