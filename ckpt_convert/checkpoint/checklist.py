@@ -25,7 +25,7 @@ _ALGORITHMS: dict[int, Algorithm] = {32: "md5", 64: "sha256"}
 
 
 @dataclass(frozen=True)
-class Finding:
+class HashMismatch:
     """One listed file that is not what the list says; ``found`` says what is there instead."""
 
     file: str
@@ -36,7 +36,7 @@ class Finding:
         return f"{self.file}: expected {self.expected}, found {self.found}; download it again"
 
 
-def parse(text: str) -> dict[str, str]:
+def parse_checklist(text: str) -> dict[str, str]:
     """Read a checklist into hashes (lower case) by file name, in the order of the lines.
 
     Raises CorruptFileError for a line that is not `<hash>  <file>` with an md5 or sha256, for a file with two hashes,
@@ -54,11 +54,11 @@ def parse(text: str) -> dict[str, str]:
         _check_name(name)
         if entries.setdefault(name, digest) != digest:
             raise _corrupt(f"line {number}: expected one hash for {name!r}, found {entries[name]} and {digest}")
-    algorithm(entries)
+    hash_algorithm(entries)
     return entries
 
 
-def algorithm(parsed: Mapping[str, str]) -> Algorithm:
+def hash_algorithm(parsed: Mapping[str, str]) -> Algorithm:
     """Tell which hash a checklist holds; md5, Meta's usual one, where it holds none.
 
     Raises CorruptFileError when the hashes are of neither kind, or of both.
@@ -69,13 +69,13 @@ def algorithm(parsed: Mapping[str, str]) -> Algorithm:
     return _ALGORITHMS[lengths.pop()]
 
 
-def render(entries: Mapping[str, str]) -> bytes:
+def render_checklist(entries: Mapping[str, str]) -> bytes:
     """Write a checklist, in the order of ``entries`` (file names to hashes); what it writes, ``parse`` reads.
 
     Raises as ``parse`` does for names and hashes that a checklist cannot hold.
     """
     text = "".join(f"{digest}  {name}\n" for name, digest in entries.items())
-    if parse(text) != {name.removeprefix("./"): digest.lower() for name, digest in entries.items()}:
+    if parse_checklist(text) != {name.removeprefix("./"): digest.lower() for name, digest in entries.items()}:
         raise _corrupt(f"expected names that fit on a line, found {list(entries)[:4]!r}")
     return text.encode()
 
@@ -105,9 +105,9 @@ def hash_files(directory: Place, names: Iterable[str], kind: Algorithm = "md5") 
     return {name: hash_file(directory / name, kind) for name in listed}
 
 
-def check(
+def check_hashes(
     directory: Place, entries: Mapping[str, str] | None = None, *, advance: Callable[[int], None] | None = None
-) -> list[Finding]:
+) -> list[HashMismatch]:
     """Hash the files that a checklist names and return those that are missing or differ; none is as it should be.
 
     ``entries`` are those of the directory's own checklist.chk unless given. Raises CheckpointNotFoundError when there
@@ -116,9 +116,9 @@ def check(
     listed = _read(directory / CHECKLIST) if entries is None else entries
     for name in listed:
         _check_name(name)
-    kind = algorithm(listed)
+    kind = hash_algorithm(listed)
     return [
-        Finding(name, f"{kind} {expected.lower()}", found)
+        HashMismatch(name, f"{kind} {expected.lower()}", found)
         for name, expected in listed.items()
         if (found := _found(directory, name, kind, advance)) != f"{kind} {expected.lower()}"
     ]
@@ -140,7 +140,7 @@ def _read(path: Place) -> dict[str, str]:
         )
     data = path.read(_LIMIT)
     try:
-        return parse(data.decode())
+        return parse_checklist(data.decode())
     except UnicodeDecodeError:
         raise _corrupt(f"expected UTF-8 text, found {data[:40]!r}") from None
 

@@ -32,12 +32,12 @@ def size_of(config: Mapping[str, Any], *names: str) -> int | None:
     return None
 
 
-def called(config: Mapping[str, Any], symbol: str) -> str:
+def setting_name(config: Mapping[str, Any], symbol: str) -> str:
     """The name under which the config has a size, the most usual one where it has none."""
     return next((name for name in SIZES[symbol] if size_of(config, name) is not None), SIZES[symbol][0])
 
 
-def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The settings of the language model: its own part of a multimodal config where the top has no layers."""
     if size_of(config, *SIZES["n_layers"]) is None:
         for name in _TEXT:

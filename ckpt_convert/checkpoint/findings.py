@@ -38,7 +38,7 @@ class Finding:
     unreadable: bool = field(default=False, kw_only=True)
 
 
-def failed(
+def failed_check(
     check: str,
     error: CkptConvertError | OSError,
     text: str,
@@ -70,6 +70,6 @@ def raise_if_any(findings: Sequence[Finding], what: str) -> None:
     raise error(f"{what} does not fit:{''.join(parts)}{way}")
 
 
-def errors(findings: Iterable[Finding]) -> list[Finding]:
+def errors_only(findings: Iterable[Finding]) -> list[Finding]:
     """The findings that make a checkpoint unusable."""
     return [finding for finding in findings if finding.severity == "error"]

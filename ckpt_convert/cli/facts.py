@@ -9,7 +9,7 @@ from math import isfinite, prod
 from typing import TYPE_CHECKING, Any
 
 from ckpt_convert.checkpoint import diagnosis, record
-from ckpt_convert.checkpoint.conventions import SIZES, size_of, text_part
+from ckpt_convert.checkpoint.conventions import SIZES, size_of, text_config
 from ckpt_convert.cli.text import plural
 from ckpt_convert.errors import CkptConvertError
 from ckpt_convert.formats import peft
@@ -251,7 +251,7 @@ def _config_dims(checkpoint: Identified) -> dict[str, int]:
         config = checkpoint.config or {}
     except CkptConvertError:
         return {}
-    content = {**text_part(config), **config}
+    content = {**text_config(config), **config}
     found = {symbol: size_of(content, *names) for symbol, names in SIZES.items()}
     return {symbol: size for symbol, size in found.items() if size is not None}
 

@@ -243,7 +243,7 @@ def source_checklist(source: Identified) -> dict[str, str]:
     if source.format != "meta" or not path.is_regular():
         return {}
     try:
-        listed = checklist.parse(path.read(TEXT_LIMIT).decode(errors="replace"))
+        listed = checklist.parse_checklist(path.read(TEXT_LIMIT).decode(errors="replace"))
     except InputError as error:
         raise type(error)(f"{source.root}: {error}") from error
     absent = [name for name in listed if is_weights(name) and not (source.root / name).is_regular()]

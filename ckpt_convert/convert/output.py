@@ -181,8 +181,8 @@ def _check_source(list_: Checklist, workers: int, progress: ProgressCallback | N
     root, listed = list_.root, list_.listed
     counter = ProgressCounter("checking", sum((root / name).identity().size for name in listed), progress)
 
-    def findings(name: str) -> list[checklist.Finding]:
-        return checklist.check(root, {name: listed[name]}, advance=counter.add)
+    def findings(name: str) -> list[checklist.HashMismatch]:
+        return checklist.check_hashes(root, {name: listed[name]}, advance=counter.add)
 
     wrong = [finding for found in map_threaded(findings, listed, workers) for finding in found]
     if wrong:
@@ -195,8 +195,8 @@ def _check_source(list_: Checklist, workers: int, progress: ProgressCallback | N
 
 def _checklist(template: Place, folder: Folder) -> bytes:
     """The checklist of the files that were written, in the order and with the hash of the one that came along."""
-    listed = checklist.parse(template.read(TEXT_LIMIT).decode(errors="replace"))
-    kind = checklist.algorithm(listed)
+    listed = checklist.parse_checklist(template.read(TEXT_LIMIT).decode(errors="replace"))
+    kind = checklist.hash_algorithm(listed)
     late = {name: data for name in listed if (data := folder.kept_back(name)) is not None}
     written = folder.place.listed()
     names = [name for name in listed if name in late or (written / name).is_regular()]
@@ -204,4 +204,4 @@ def _checklist(template: Place, folder: Folder) -> bytes:
     names += [name for name in weights if name not in listed]
     hashes = checklist.hash_files(written, (name for name in names if name not in late), kind)
     hashes |= {name: hashlib.new(kind, data).hexdigest() for name, data in late.items()}
-    return checklist.render({name: hashes[name] for name in names})
+    return checklist.render_checklist({name: hashes[name] for name in names})

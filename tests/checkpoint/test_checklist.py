@@ -18,14 +18,14 @@ SHA256 = "82e9d31979e92ab929cd544440f129d9ecd797b69e327f80f17e1c50d5551b55"
 
 
 def test_a_checklist_of_md5_hashes_is_read_in_its_order() -> None:
-    entries = checklist.parse(f"{MD5}  params.json\n{OTHER_MD5}  consolidated.00.pth\n")
+    entries = checklist.parse_checklist(f"{MD5}  params.json\n{OTHER_MD5}  consolidated.00.pth\n")
 
     assert list(entries.items()) == [("params.json", MD5), ("consolidated.00.pth", OTHER_MD5)]
-    assert checklist.algorithm(entries) == "md5"
+    assert checklist.hash_algorithm(entries) == "md5"
 
 
 def test_a_checklist_of_sha256_hashes_is_told_by_their_length() -> None:
-    assert checklist.algorithm(checklist.parse(f"{SHA256}  tokenizer.model\n")) == "sha256"
+    assert checklist.hash_algorithm(checklist.parse_checklist(f"{SHA256}  tokenizer.model\n")) == "sha256"
 
 
 @pytest.mark.parametrize(
@@ -39,16 +39,16 @@ def test_a_checklist_of_sha256_hashes_is_told_by_their_length() -> None:
     ],
 )
 def test_other_spellings_of_the_same_list_are_read(text: str) -> None:
-    assert checklist.parse(text) == {"params.json": MD5}
+    assert checklist.parse_checklist(text) == {"params.json": MD5}
 
 
 def test_an_empty_checklist_lists_nothing() -> None:
-    assert checklist.parse("") == {}
-    assert checklist.algorithm({}) == "md5"
+    assert checklist.parse_checklist("") == {}
+    assert checklist.hash_algorithm({}) == "md5"
 
 
 def test_names_with_spaces_and_folders_are_kept() -> None:
-    assert list(checklist.parse(f"{MD5}  a folder/a  file.pth\n")) == ["a folder/a  file.pth"]
+    assert list(checklist.parse_checklist(f"{MD5}  a folder/a  file.pth\n")) == ["a folder/a  file.pth"]
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_names_with_spaces_and_folders_are_kept() -> None:
 )
 def test_what_is_no_checklist_is_refused_and_the_line_named(text: str, named: str) -> None:
     with pytest.raises(CorruptFileError, match=named):
-        checklist.parse(text)
+        checklist.parse_checklist(text)
 
 
 UNSAFE = ["/etc/passwd", "../params.json", "a/../../params.json", "..", ".", "..\\params.json", "C:\\a", "a\x1b[2J"]
@@ -73,11 +73,11 @@ UNSAFE = ["/etc/passwd", "../params.json", "a/../../params.json", "..", ".", "..
 @pytest.mark.parametrize("name", UNSAFE)
 def test_names_that_leave_the_directory_are_refused_everywhere(name: str, tmp_path: Path) -> None:
     with pytest.raises(UnsafeFileError):
-        checklist.parse(f"{MD5}  {name}\n")
+        checklist.parse_checklist(f"{MD5}  {name}\n")
     with pytest.raises(UnsafeFileError):
-        checklist.check(at(tmp_path), {name: MD5})
+        checklist.check_hashes(at(tmp_path), {name: MD5})
     with pytest.raises(UnsafeFileError):
-        checklist.render({name: MD5})
+        checklist.render_checklist({name: MD5})
     with pytest.raises(UnsafeFileError):
         checklist.hash_files(at(tmp_path), [name])
 
@@ -85,13 +85,13 @@ def test_names_that_leave_the_directory_are_refused_everywhere(name: str, tmp_pa
 def test_rendering_gives_metas_lines_back() -> None:
     text = f"{MD5}  params.json\n{OTHER_MD5}  consolidated.00.pth\n"
 
-    assert checklist.render(checklist.parse(text)) == text.encode()
+    assert checklist.render_checklist(checklist.parse_checklist(text)) == text.encode()
 
 
 @pytest.mark.parametrize("entries", [{"a": "123"}, {"a": MD5, "b": SHA256}, {"a ": MD5}, {"a\nb": MD5}])
 def test_what_a_checklist_cannot_hold_is_not_rendered(entries: dict[str, str]) -> None:
     with pytest.raises(CorruptFileError):
-        checklist.render(entries)
+        checklist.render_checklist(entries)
 
 
 @pytest.fixture
@@ -106,16 +106,16 @@ def checkpoint(tmp_path: Path) -> Path:
 def test_whole_files_give_no_finding(checkpoint: Path, kind: checklist.Algorithm) -> None:
     names = ["consolidated.00.pth", "params.json", "empty"]
     entries = checklist.hash_files(at(checkpoint), names, kind)
-    (checkpoint / "checklist.chk").write_bytes(checklist.render(entries))
+    (checkpoint / "checklist.chk").write_bytes(checklist.render_checklist(entries))
 
     assert entries == {name: hashlib.new(kind, (checkpoint / name).read_bytes()).hexdigest() for name in names}
-    assert checklist.check(at(checkpoint)) == []
+    assert checklist.check_hashes(at(checkpoint)) == []
 
 
 @pytest.mark.parametrize("kind", ["md5", "sha256"])
 def test_coreutils_reads_what_is_rendered(checkpoint: Path, kind: checklist.Algorithm) -> None:
     entries = checklist.hash_files(at(checkpoint), ["consolidated.00.pth", "params.json"], kind)
-    (checkpoint / "checklist.chk").write_bytes(checklist.render(entries))
+    (checkpoint / "checklist.chk").write_bytes(checklist.render_checklist(entries))
 
     subprocess.run([f"{kind}sum", "--check", "--strict", "checklist.chk"], cwd=checkpoint, check=True)
 
@@ -126,7 +126,7 @@ def test_a_flipped_bit_is_found_with_both_hashes(checkpoint: Path) -> None:
     damaged[-1] ^= 1
     (checkpoint / "consolidated.00.pth").write_bytes(damaged)
 
-    [finding] = checklist.check(at(checkpoint), entries)
+    [finding] = checklist.check_hashes(at(checkpoint), entries)
 
     assert finding.file == "consolidated.00.pth"
     assert finding.expected == f"md5 {entries['consolidated.00.pth']}"
@@ -139,7 +139,7 @@ def test_missing_files_and_other_things_under_the_name_are_findings(checkpoint: 
     (checkpoint / "folder").mkdir()
     names = ["gone.pth", "params.json/below", "pipe", "folder"]
 
-    findings = checklist.check(at(checkpoint), dict.fromkeys(names, MD5))
+    findings = checklist.check_hashes(at(checkpoint), dict.fromkeys(names, MD5))
 
     assert [finding.file for finding in findings] == names
     assert [finding.found for finding in findings[:2]] == ["no such file"] * 2
@@ -148,14 +148,14 @@ def test_missing_files_and_other_things_under_the_name_are_findings(checkpoint: 
 
 def test_a_directory_without_a_checklist_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointNotFoundError, match=r"checklist\.chk"):
-        checklist.check(at(tmp_path))
+        checklist.check_hashes(at(tmp_path))
 
 
 def test_a_checklist_that_is_not_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "checklist.chk").write_bytes(b"\xff\xfe\x00")
 
     with pytest.raises(CorruptFileError, match="UTF-8"):
-        checklist.check(at(tmp_path))
+        checklist.check_hashes(at(tmp_path))
 
 
 def test_memory_does_not_grow_with_the_file_and_every_byte_is_reported(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from ckpt_convert.analysis.check.spans import Span, hashed
 from ckpt_convert.analysis.check.tolerant import Opened, relative
 from ckpt_convert.checkpoint import checklist
 from ckpt_convert.checkpoint.checklist import CHECKLIST
-from ckpt_convert.checkpoint.findings import Finding, Severity, failed
+from ckpt_convert.checkpoint.findings import Finding, Severity, failed_check
 from ckpt_convert.checkpoint.record import MANIFEST, Record
 from ckpt_convert.containers.dcp import dcp
 from ckpt_convert.errors import CkptConvertError, UnsafeFileError
@@ -53,7 +53,7 @@ def pieces(opened: Opened) -> tuple[list[Finding], list[Span]]:
             except OSError:
                 continue  # it is not there, which is said below
             except CkptConvertError as error:
-                findings.append(failed("record", error, relative(str(error), record.directory), name))
+                findings.append(failed_check("record", error, relative(str(error), record.directory), name))
                 files[name] = None
     for name, entry in record.manifest["files"].items():
         file = files.get(name)
@@ -107,7 +107,7 @@ def _whole(file: WeightFile, entry: Mapping[str, Any]) -> tuple[list[Finding], l
         found, expected = digest(_between(reader, pieces), CRC64.name), str(entry["header"])
     except (CkptConvertError, OSError) as error:
         text = f"{file.name}: its header cannot be read: {error}; the disk may be faulty"
-        return [failed("checksum", error, text, file.name)], []
+        return [failed_check("checksum", error, text, file.name)], []
     findings = []
     if found != expected:
         text = (
@@ -177,10 +177,10 @@ def _changed(record: Record, name: str) -> Iterator[Finding]:
         found = digest_file(record.directory.inside(name, MANIFEST))
     except CkptConvertError as error:
         severity: Severity = "error" if isinstance(error, UnsafeFileError) else "warning"
-        yield failed("checksum", error, relative(str(error), record.directory), name, severity=severity)
+        yield failed_check("checksum", error, relative(str(error), record.directory), name, severity=severity)
         return
     except OSError as error:
-        yield failed("checksum", error, f"{name}: cannot be read: {error.strerror}", name, severity="warning")
+        yield failed_check("checksum", error, f"{name}: cannot be read: {error.strerror}", name, severity="warning")
         return
     if found != expected:
         text = f"{name} was edited or damaged: checksum {found}, expected {expected} ({MANIFEST})"
@@ -196,10 +196,10 @@ def listed(opened: Opened) -> tuple[list[Finding], list[Span]]:
     if not checkpoint.place.is_folder() or not path.is_regular():
         return [], []
     try:
-        entries = checklist.parse(path.read(TEXT_LIMIT).decode(errors="replace"))
-        kind = checklist.algorithm(entries)
+        entries = checklist.parse_checklist(path.read(TEXT_LIMIT).decode(errors="replace"))
+        kind = checklist.hash_algorithm(entries)
     except (CkptConvertError, OSError) as error:
-        return [failed("checklist", error, str(error), CHECKLIST)], []
+        return [failed_check("checklist", error, str(error), CHECKLIST)], []
     findings, spans = [], []
     # Files that are open already are read once for all checks; but legacy ones are open as what torch made of them.
     opened_files = {file.name: file.reader for file in checkpoint.files if isinstance(file.reader, OpenFile)}
@@ -210,7 +210,9 @@ def listed(opened: Opened) -> tuple[list[Finding], list[Span]]:
         except (CkptConvertError, OSError) as error:
             if name not in opened.lost:
                 text = f"{name} is missing, or cannot be read, but {CHECKLIST} lists it; download it again"
-                findings.append(failed("checklist", error, text, name, severity="error" if weights else "warning"))
+                findings.append(
+                    failed_check("checklist", error, text, name, severity="error" if weights else "warning")
+                )
             continue
         spans.append(hashed(reader, name, 0, reader.size, kind, _wrong(name, kind, expected)))
     return findings, spans

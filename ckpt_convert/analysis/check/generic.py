@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ckpt_convert.checkpoint.conventions import EMBEDDINGS, SIZES, called, size_of, text_part
+from ckpt_convert.checkpoint.conventions import EMBEDDINGS, SIZES, setting_name, size_of, text_config
 from ckpt_convert.checkpoint.findings import Finding, Severity
 from ckpt_convert.checkpoint.quantized.schemes import FP8
 from ckpt_convert.dtypes import CASTABLE
@@ -65,13 +65,13 @@ def numbering(keys: Iterable[str], config: Mapping[str, Any] | None) -> Iterator
         yield from _gaps(prefix, numbers)
         yield from _holes(prefix, numbers)
     if config is not None:
-        yield from _layer_count(layers, text_part(config))
-    yield from _experts(experts, text_part(config or {}))
+        yield from _layer_count(layers, text_config(config))
+    yield from _experts(experts, text_config(config or {}))
 
 
 def shapes(tensors: Mapping[str, Sized], config: Mapping[str, Any]) -> Iterator[Finding]:
     """Sizes that the config states against the shapes; ``tensors`` by key."""
-    text = text_part(config)
+    text = text_config(config)
     own = {
         key: tensor.shape
         for key, tensor in tensors.items()
@@ -88,16 +88,16 @@ def shapes(tensors: Mapping[str, Sized], config: Mapping[str, Any]) -> Iterator[
     norms = [(key, own[key], 0) for key in own if key.endswith(_NORMS) and len(own[key]) == 1]
     widths = {*(shape[0] for _, shape, _ in norms), *(own[key][1] for key in embeddings)}
     if likely == "error" or len(widths) == 1:  # else some are wider than the model by design
-        yield from _differ("error", called(text, "dim"), hidden, norms)
+        yield from _differ("error", setting_name(text, "dim"), hidden, norms)
     yield from _blocks(own, text, hidden, likely)
     experts = size_of(text, *SIZES["n_experts"])
     fused = [(k, s, 0) for k, s in own.items() if re.search(r"\.experts\.[a-z_]+(\.weight)?\Z", k) and len(s) > 2]
-    yield from _differ("error", called(text, "n_experts"), experts, fused)
+    yield from _differ("error", setting_name(text, "n_experts"), experts, fused)
 
 
 def tied(tensors: Mapping[str, Sized], config: Mapping[str, Any]) -> tuple[list[Finding], tuple[str, str] | None]:
     """An output that should be there, and the pair of tensors that the config says are the same."""
-    said = config.get("tie_word_embeddings", text_part(config).get("tie_word_embeddings"))
+    said = config.get("tie_word_embeddings", text_config(config).get("tie_word_embeddings"))
     embedding = min((key for key in tensors if key.endswith(EMBEDDINGS) and not _is_other(key)), key=len, default=None)
     output = next((key for key in tensors if key == "lm_head.weight" or key.endswith(".lm_head.weight")), None)
     architectures = config.get("architectures")
@@ -241,7 +241,7 @@ def _experts(found: Lists, text: Mapping[str, Any]) -> Iterator[Finding]:
     count = usual if stated is None else stated
     if stated is not None and usual < stated and 2 * counts[usual] > len(found) and len(found) > 1:
         said = (
-            f"{called(text, 'n_experts')} is {stated} in config.json, but {counts[usual]} of {len(found)} layers have "
+            f"{setting_name(text, 'n_experts')} is {stated} in config.json, but {counts[usual]} of {len(found)} layers have "
             f"{usual} experts; correct config.json, or find the files that are missing"
         )
         yield Finding("error", "config", said, "config.json", None, str(stated), str(usual))

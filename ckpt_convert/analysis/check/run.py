@@ -12,7 +12,7 @@ from ckpt_convert.analysis.check.report import Report, Skipped, by_severity
 from ckpt_convert.analysis.check.spans import Expected
 from ckpt_convert.analysis.check.tolerant import Opened, open_tolerantly, relative
 from ckpt_convert.checkpoint import diagnosis
-from ckpt_convert.checkpoint.findings import Finding, Severity, failed
+from ckpt_convert.checkpoint.findings import Finding, Severity, failed_check
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpoint.mapping import Equality, LogicalTensors
 from ckpt_convert.checkpoint.model import Model
@@ -139,7 +139,7 @@ def _against_config(work: _Work) -> None:
         try:
             content = load_json(path)
         except CkptConvertError as error:
-            work.done("config", [failed("config", error, relative(str(error), view.place), path.name)])
+            work.done("config", [failed_check("config", error, relative(str(error), view.place), path.name)])
     else:
         content = _from_shapes(work)
     if not view.stored:
@@ -179,7 +179,7 @@ def _from_shapes(work: _Work) -> dict[str, Any] | None:
     try:
         return work.opened.view.from_shapes
     except CkptConvertError as error:
-        work.done("config", [failed("config", error, relative(str(error), work.opened.view.place))])
+        work.done("config", [failed_check("config", error, relative(str(error), work.opened.view.place))])
         return None
 
 
@@ -205,7 +205,7 @@ def _model(work: _Work, content: Mapping[str, Any] | None) -> Model | None:
     except CkptConvertError as error:
         if view.format is not None and not opened.lost:
             file = view.config_file.name
-            work.done("config", [failed("config", error, relative(str(error), view.place), file)])
+            work.done("config", [failed_check("config", error, relative(str(error), view.place), file)])
         work.skip(relative(str(error), view.place).partition("\n")[0], "keys")
     return None
 

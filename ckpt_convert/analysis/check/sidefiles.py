@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ckpt_convert.checkpoint.conventions import EMBEDDINGS, size_of, text_part
-from ckpt_convert.checkpoint.findings import Finding, failed
+from ckpt_convert.checkpoint.conventions import EMBEDDINGS, size_of, text_config
+from ckpt_convert.checkpoint.findings import Finding, failed_check
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.dtypes import CASTABLE, DTYPES, torch_name
 from ckpt_convert.errors import CkptConvertError
@@ -53,7 +53,7 @@ def _file(path: Place) -> Iterator[Finding]:
         with path.open() as file:
             start = read(file, 0, min(file.size, 64))
     except CkptConvertError as error:
-        yield failed("side-files", error, str(error).replace(str(path), name), name)
+        yield failed_check("side-files", error, str(error).replace(str(path), name), name)
         return
     if not start and not name.startswith("__init__"):
         text = f"{name}: the file is empty; download or copy it again"
@@ -70,7 +70,7 @@ def _file(path: Place) -> Iterator[Finding]:
             text = str(error).replace(str(path), name)
             lists = name not in _LOADED and "expected a JSON object" in text
             if not lists:
-                yield failed("side-files", error, text, name, severity="error" if name in _LOADED else "warning")
+                yield failed_check("side-files", error, text, name, severity="error" if name in _LOADED else "warning")
 
 
 def tokenizer(checkpoint: Identified, config: Mapping[str, Any]) -> Iterator[Finding]:
@@ -78,7 +78,7 @@ def tokenizer(checkpoint: Identified, config: Mapping[str, Any]) -> Iterator[Fin
     path = checkpoint.root / "tokenizer.json"
     if not path.is_regular():
         return
-    rows = _rows(checkpoint) or size_of(text_part(config), "vocab_size")
+    rows = _rows(checkpoint) or size_of(text_config(config), "vocab_size")
     try:
         count = _tokens(load_json(path))
     except CkptConvertError:

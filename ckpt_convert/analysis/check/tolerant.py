@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ckpt_convert.analysis.check.container import survey
 from ckpt_convert.checkpoint import record
-from ckpt_convert.checkpoint.findings import Finding, failed
+from ckpt_convert.checkpoint.findings import Finding, failed_check
 from ckpt_convert.checkpoint.hints import make_hints
 from ckpt_convert.checkpoint.identify import Identified, identify
 from ckpt_convert.checkpoint.opening import (
@@ -67,7 +67,7 @@ class _State:
     gone: tuple[int, ...] = ()
 
     def error(self, check: str, error: CkptConvertError | OSError, path: Place, file: str | None = None) -> None:
-        self.findings.append(failed(check, error, relative(reason(error), path), file))
+        self.findings.append(failed_check(check, error, relative(reason(error), path), file))
 
 
 def relative(text: str, path: Place) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ckpt_convert.analysis.check.accept import accept_command, may_change
 from ckpt_convert.checkpoint import record
-from ckpt_convert.checkpoint.findings import Finding, failed
+from ckpt_convert.checkpoint.findings import Finding, failed_check
 from ckpt_convert.checkpoint.record import MANIFEST, TRAINING_STATE
 from ckpt_convert.errors import CheckpointNotFoundError, CkptConvertError
 from ckpt_convert.storage.checksums import digest_file
@@ -56,7 +56,7 @@ def _compare(directory: Place, name: str, entry: Mapping[str, Any], values: bool
     except CheckpointNotFoundError:
         return finding(f"is missing: {MANIFEST} says that it was written")
     except CkptConvertError as error:
-        return failed("training", error, str(error).replace(f"{directory}/", ""), name)
+        return failed_check("training", error, str(error).replace(f"{directory}/", ""), name)
     return None
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from ckpt_convert.analysis.check import causes, container
 from ckpt_convert.analysis.check.spans import Expected, Span
 from ckpt_convert.analysis.check.tolerant import Opened
-from ckpt_convert.checkpoint.findings import Finding, failed
+from ckpt_convert.checkpoint.findings import Finding, failed_check
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.dtypes import DTYPES
 from ckpt_convert.errors import CkptConvertError
@@ -154,7 +154,7 @@ def _compared(item: Expected, left: BlockReader, right: BlockReader, counter: Pr
             yield item.equal
     except (CkptConvertError, OSError) as error:
         text = f"{item.differ.key}: cannot be read: {error}"
-        yield failed("values", error, text, item.differ.file, item.differ.key)
+        yield failed_check("values", error, text, item.differ.file, item.differ.key)
 
 
 def _streamed(run: list[Span], buffer: memoryview, counter: ProgressCounter) -> Iterator[Finding]:
@@ -179,7 +179,7 @@ def _streamed(run: list[Span], buffer: memoryview, counter: ProgressCounter) -> 
     except (CkptConvertError, OSError) as error:
         said = error.strerror if isinstance(error, OSError) else str(error)
         text = f"{run[0].file}: cannot be read from byte {position} on: {said}; the disk may be faulty"
-        yield failed("values", error, text, run[0].file)
+        yield failed_check("values", error, text, run[0].file)
 
 
 def _runs(spans: Iterable[Span]) -> Iterator[list[Span]]:
