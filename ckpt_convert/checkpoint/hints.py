@@ -45,7 +45,7 @@ def unknown_family() -> str:
 
 @dataclass(frozen=True)
 class ConfigFile:
-    """What a config file says: ``loaded`` is None where there is none at its place, ``problem`` why it cannot be read."""
+    """A config file and its content: ``loaded`` is None if there is no such file, ``problem`` why it cannot be read."""
 
     file: Place
     loaded: dict[str, Any] | None = None

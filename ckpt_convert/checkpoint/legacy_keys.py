@@ -57,8 +57,9 @@ _NUMBER = re.compile(r"(?<![^.\n])(?:0|[1-9][0-9]*)(?![^.\n])")
 class KeyNames:
     """What stored keys are called in their format.
 
-    ``canonical`` has those that are called otherwise; ``non_weights`` are the keys of what is no weight; ``clashes`` has keys
-    that another one is the same as, or that can be read in several ways, and says so. ``notices`` say what was read.
+    ``canonical`` maps stored keys to the format's keys where they differ; ``non_weights`` are keys of other state;
+    ``clashes`` are (key, message) for keys that name the same tensor as another key, or that could name several.
+    ``notices`` report which keys were read under other names.
     """
 
     canonical: Mapping[str, str] = field(default_factory=dict)

@@ -58,8 +58,8 @@ class Equality:
 class LogicalTensors:
     """A checkpoint read through its column.
 
-    ``replica_checks`` are the copies that every rank holds of a tensor that is not cut; ``omitted_ties`` the tied rows that the
-    source does not store.
+    ``replica_checks`` compare the replicas of tensors that tensor-parallel ranks do not split; ``omitted_ties`` are the
+    tied rows that the source does not store.
     """
 
     tensors: dict[Instance, LogicalTensor]
@@ -208,9 +208,9 @@ def _join(
             if rank != original:
                 here, there = parts[rank], parts[original]
                 message = (
-                    f"{here.key}: rank {rank} ({here.location}) and rank {original} ({there.location}) differ, but every "
-                    f"rank{'' if axis is None else f' of {same} in succession'} has to hold the same values; the files "
-                    "are not of one checkpoint"
+                    f"{here.key}: rank {rank} ({here.location}) and rank {original} ({there.location}) differ, but "
+                    f"every rank{'' if axis is None else f' of {same} in succession'} has to hold the same values; the "
+                    "files are not of one checkpoint"
                 )
                 left, right = on_ranks[original][instance], on_ranks[rank][instance]
                 equal.append(Equality(left, right, first.dtype, message, here.key))

@@ -45,11 +45,11 @@ WRITTEN_BY_DCP = "written by torch.distributed.checkpoint"
 
 @dataclass(frozen=True, eq=False)
 class OpenedFiles:
-    """The weight files that lie at a path, open, with their headers, and what they are; no tensor was read.
+    """The weight files at a path, open, with their parsed headers and the format that was detected; no tensor is read.
 
-    ``format`` is None when they are of none that is known; ``why`` says what it was told by, or what the files are.
-    ``facts`` are (label, text), worth a line each: more that the files say of themselves. ``identities`` are the files of the
-    directory and the record as they were before any of them was read.
+    ``format`` is None when no known format fits; ``why`` is the evidence for the format, or says what the files are.
+    ``facts`` are (label, text) pairs from the files' own metadata. ``identities`` are the files of the directory and of
+    the record, with size and etag before any of them was read.
     """
 
     place: Place

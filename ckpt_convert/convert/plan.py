@@ -90,17 +90,16 @@ class Checklist:
 
 @dataclass(frozen=True)
 class Plan:
-    """A conversion that can be carried out.
+    """A conversion that can be executed.
 
-    ``stored`` numbers the stored tensors that lazy tensors are made of, and ``stored_in`` has for each the number of
-    its file among ``sources``; ``computed`` are those of them that are worked out where they are read. ``checks`` are
-    pairs that have to be equal before anything is written; ``losses`` are tensors that the target has no place for,
-    with the zeros that it computes with instead; ``undecided_tie`` is the pair that decides whether weights are tied, where
-    no file says it. ``embedding_split`` is how ranks cut the embedding and why, where there is a choice.
-    ``passthrough`` names the tensors that the target has no place for and that go into the record. ``from_memory`` is whether
-    tensors in memory are written in the place of the source's; ``elsewhere`` are those of them that other processes
-    have, and write. ``identities`` are the files that are read, as they were
-    before that.
+    ``stored`` numbers the stored tensors that lazy tensors refer to, each with the index of its file in ``sources``;
+    ``computed`` are the numbers of those that are dequantized on read. ``checks`` are pairs of tensors that must be
+    equal before anything is written; ``losses`` pair each tensor that the target cannot hold with the zeros that the
+    target computes with instead; ``undecided_tie`` is the pair whose bytes decide whether weights are tied, where no
+    file states it. ``embedding_split`` says how tensor-parallel ranks split the embedding and why, where there is a
+    choice. ``passthrough`` names the tensors that only the record keeps. ``from_memory`` is whether tensors in memory
+    replace those of the source; ``elsewhere`` are those of them that other processes hold and write. ``identities`` are
+    the files that are read, with size and etag before reading.
     """
 
     source: SourceInfo

@@ -64,10 +64,10 @@ class InMemorySource:
 
 @dataclass(frozen=True)
 class PlanInputs:
-    """What is to be converted, and how: ``like`` is the checkpoint to imitate.
+    """What to convert, and how: ``like`` is the checkpoint whose layout the output takes.
 
-    With ``in_memory``, the tensors in memory are written as a conversion would write the source's: in its files, each in the
-    dtype that it has there. A source without files is only a config; the files are then laid out afresh.
+    With ``in_memory``, tensors in memory are written in place of the source's: into the same files, each in the dtype
+    that the source has. A source without weight files is only a config; the output then has a new layout.
     """
 
     source: Identified
@@ -88,9 +88,9 @@ class PlanInputs:
 
 @dataclass(frozen=True)
 class Translated:
-    """The tensors of the output; ``target_layout`` is the layout that they should have, ``ranks`` how many files share them.
+    """The tensors of the output, the layout that they should have, and the number of tensor-parallel ranks.
 
-    ``template`` is what the source has of tensors in memory. ``stored`` is what lazy tensors are numbered by.
+    ``template`` are the source's tensors where a model in memory is written; lazy tensors index into ``stored``.
     """
 
     translation: Translation

@@ -19,11 +19,11 @@ EqualBytes = Callable[[Equality], bool]
 
 @dataclass(frozen=True)
 class Ties:
-    """What is decided: ``model`` says of itself whether it is tied.
+    """The decision: ``model.tied`` holds it.
 
-    ``is_stated`` is whether a file had said so, and the weights have yet to be held against it. ``undecided`` is the pair
-    whose bytes decide, where nobody was there to compare them: the model is then taken for one that is not tied, which
-    is never too little room.
+    ``is_stated`` is whether a file states it, so that the weights still have to be checked against it. ``undecided`` is
+    the pair whose bytes decide, where nothing compared them: the model then counts as not tied, which never reserves
+    too little disk.
     """
 
     model: Model

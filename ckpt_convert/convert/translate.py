@@ -98,10 +98,9 @@ def write_target(
 ) -> Translation:
     """Write what was read through another column.
 
-    ``dims`` are those of the target where they are not the model's; ``keep_tied`` is whether keys that the format
-    leaves out of tied weights are there all the same, or which of them (None: as the source has it); ``wants_key`` says of
-    a key that stands for zeros whether it is to be there; ``originals`` goes into the targets. Raises what
-    ``writing.write`` does.
+    ``dims`` are those of the target where they differ from the model's; ``keep_tied`` is whether to write keys that the
+    format omits when weights are tied, or which of them (None: as in the source); ``wants_key`` decides for each
+    all-zeros key whether to write it; ``originals`` goes into the targets. Raises what ``writing.write_column`` does.
     """
     family, logicals = reading.model.family, reading.logicals
     dims = dims or reading.model.dims

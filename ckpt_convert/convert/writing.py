@@ -40,10 +40,10 @@ class TargetTensor:
 
 @dataclass
 class ColumnTensors:
-    """The target's tensors in the order of the table; ``unmapped`` is what the target has no place for.
+    """The target's tensors in the order of the table; ``unmapped`` are those that the target has no key for.
 
-    ``tie_checks`` are the ties that have to hold. Rows of which the target loses something (``Row.lossy``) are left out, and
-    written as well.
+    ``tie_checks`` are the pairs that tied weights require to be equal. Rows that the target stores with a loss
+    (``Row.lossy``) are in both lists.
     """
 
     targets: list[TargetTensor] = field(default_factory=list)
@@ -91,9 +91,9 @@ def write_column(
 ) -> ColumnTensors:
     """Every tensor of a target in this format.
 
-    ``keep_tied`` says whether rows that the column omits when tied are written all the same, or which keys of them are
-    (None: as the source). ``originals`` goes into the targets. Raises KeyMismatchError for tensors that the target cannot
-    hold, ConfigError for sizes that do not divide over the ranks.
+    ``keep_tied`` is whether to write rows that the column omits when tied, or which keys of them (None: as in the
+    source). ``originals`` goes into the targets. Raises KeyMismatchError for tensors that the target cannot hold,
+    ConfigError for sizes that the ranks do not divide.
     """
     _check_ranks(family, format, dims, ranks, source_name)
     if family.literal:

@@ -64,7 +64,7 @@ class Memory:
     def file(self, number: int) -> Kept:
         return self.files[number]
 
-    def earlier(self, piece: Piece) -> None:
+    def earlier_checksum(self, piece: Piece) -> None:
         return None
 
     def add(self, done: FinishedPiece) -> None:

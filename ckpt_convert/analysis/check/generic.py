@@ -241,8 +241,8 @@ def _experts(found: Lists, text: Mapping[str, Any]) -> Iterator[Finding]:
     count = usual if stated is None else stated
     if stated is not None and usual < stated and 2 * counts[usual] > len(found) and len(found) > 1:
         said = (
-            f"{setting_name(text, 'n_experts')} is {stated} in config.json, but {counts[usual]} of {len(found)} layers have "
-            f"{usual} experts; correct config.json, or find the files that are missing"
+            f"{setting_name(text, 'n_experts')} is {stated} in config.json, but {counts[usual]} of {len(found)} layers "
+            f"have {usual} experts; correct config.json, or find the files that are missing"
         )
         yield Finding("error", "config", said, "config.json", None, str(stated), str(usual))
         count = usual
