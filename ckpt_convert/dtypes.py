@@ -12,6 +12,8 @@ from typing import Literal
 from ckpt_convert.errors import CorruptFileError
 
 Kind = Literal["float", "exponent", "complex", "int"]
+OutputDType = Literal["float32", "float16", "bfloat16"]
+DequantizedDType = Literal["bfloat16", "float32"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Any, TypedDict, Unpack
+from typing import Any
 
 from ckpt_convert.checkpoint import record
 from ckpt_convert.checkpoint.checkpoint import open_identified, open_unfinished
@@ -19,6 +19,7 @@ from ckpt_convert.convert.plan import Plan
 from ckpt_convert.convert.planning import PlanInputs
 from ckpt_convert.convert.request import Request
 from ckpt_convert.convert.sources import OpenPlan, Sources
+from ckpt_convert.dtypes import DequantizedDType, OutputDType
 from ckpt_convert.errors import (
     CkptConvertError,
     ConfigError,
@@ -30,6 +31,7 @@ from ckpt_convert.errors import (
     misfit,
 )
 from ckpt_convert.formats import repository
+from ckpt_convert.formats.base import ContainerName, FormatName
 from ckpt_convert.models.core.config import ConfigOptions, MetaStyle
 from ckpt_convert.storage import workspace
 from ckpt_convert.storage.place import Location, Place, at, locate
@@ -71,94 +73,117 @@ class Report:
         return asdict(self)
 
 
-class Options(TypedDict, total=False):
-    """The options that ``plan_conversion`` and ``convert_checkpoint`` share; every one may be left out.
+@dataclass(frozen=True)
+class Origin:
+    """The source of a conversion, and what its caller says of it."""
 
-    from_format: the format of the source, where it cannot be told. family: likewise. config: path of the config.json or
-    params.json of a source that has none. revision: of a source on the Hub. dtype: "float32", "float16" or "bfloat16".
-    dequantize: "bfloat16" or "float32", for a quantised source. shards: the number of files. max_shard_size: bytes.
-    model_parallel: the number of ranks of a meta output. container: one that the format has ("safetensors", "bin",
-    "pth", "dcp", "pt"). like: a checkpoint
-    whose file names, assignment, config and tokenizer are taken. rope_factor, rope_theta, max_positions: what
-    params.json does not say. meta_style: "llama2" or "llama3". drop_rope_scaling: leave out a RoPE scaling that the
-    target cannot say. allow_overflow: write values that are too large for ``dtype`` as infinite, instead of refusing.
-    allow_loss: keep in the record alone what changes the model's outputs and has no place in the target.
-    """
-
-    from_format: str | None
+    path: Location
+    format: str | None
     family: str | None
     config: Location | None
     revision: str | None
-    dtype: str | None
-    dequantize: str | None
-    shards: int | None
-    max_shard_size: int | None
-    model_parallel: int | None
-    container: str | None
-    like: Location | None
-    rope_factor: float | None
-    rope_theta: float | None
-    max_positions: int | None
-    meta_style: MetaStyle | None
-    drop_rope_scaling: bool
-    allow_overflow: bool
-    allow_loss: bool
 
 
 @reading()
-def plan_conversion(src: Location, *, to: str, **options: Unpack[Options]) -> Plan:
-    """The plan of a conversion, from headers alone: nothing is written and no tensor is read.
+def plan_conversion(
+    src: Location,
+    *,
+    to: FormatName,
+    from_format: FormatName | None = None,
+    family: str | None = None,
+    config: Location | None = None,
+    revision: str | None = None,
+    dtype: OutputDType | None = None,
+    dequantize: DequantizedDType | None = None,
+    shards: int | None = None,
+    max_shard_size: int | None = None,
+    model_parallel: int | None = None,
+    container: ContainerName | None = None,
+    like: Location | None = None,
+    rope_factor: float | None = None,
+    rope_theta: float | None = None,
+    max_positions: int | None = None,
+    meta_style: MetaStyle | None = None,
+    drop_rope_scaling: bool = False,
+    allow_overflow: bool = False,
+    allow_loss: bool = False,
+) -> Plan:
+    """Plan a conversion from headers alone: no tensor is read, nothing is written.
 
-    ``src`` is a path or a Hub id, ``to`` a format; ``options`` are those of ``Options``. The plan holds no file
-    open, and can be pickled. Raises what ``convert_checkpoint`` raises for bad input or
-    options that do not fit.
+        plan = plan_conversion("Llama-3.2-1B", to="meta", model_parallel=2)
+        print(plan.names, plan.disk)
+
+    The plan holds no open file and can be pickled.
+
+    Args:
+        src: a directory, a weight file, or a Hub id such as "meta-llama/Llama-3.2-1B".
+        to: the target format: "hf", "meta", "native" or "torchtitan".
+        from_format: the format of ``src``, where it cannot be detected.
+        family: the name of the architecture, such as "llama", where it cannot be detected.
+        config: the config.json or params.json of a ``src`` that has none.
+        revision: branch, tag or commit, where ``src`` is a Hub id.
+        dtype: "float32", "float16" or "bfloat16": cast every floating-point tensor; by default none is cast.
+        dequantize: "bfloat16" or "float32": write the values of fp8 and MXFP4 weights, not their codes and scales.
+        shards: the number of files, about equal in bytes.
+        max_shard_size: the most bytes of a file.
+        model_parallel: the number of tensor-parallel ranks of a "meta" output, one file each.
+        container: "safetensors", "bin", "pth", "pt" or "dcp", as far as the target has it; safetensors by default for
+            "hf" and "native", pth for "meta", dcp for "torchtitan".
+        like: a checkpoint whose file names, key-to-file assignment, config and tokenizer the output takes.
+        rope_factor: the factor of a Llama 3 RoPE scaling, which a params.json does not hold.
+        rope_theta: the RoPE base, where a params.json does not hold it.
+        max_positions: max_position_embeddings, which a params.json does not hold.
+        meta_style: "llama2" or "llama3": whose params.json to write, and which axis of the embedding ranks split.
+        drop_rope_scaling: leave out a RoPE scaling that the target's config cannot express, instead of refusing.
+        allow_overflow: write finite values that ``dtype`` cannot hold as infinite, instead of refusing.
+        allow_loss: leave values that the target has no place for in the record alone, even if the model's outputs
+            change, instead of refusing.
+
+    Raises:
+        InputError: the source cannot be read, or does not fit its config; see ``ckpt_convert.errors``.
+        UsageError: options that do not fit each other, the source or the target.
     """
-    _, made = _plan(src, to, options)
-    made.close()
-    return made.plan
+    origin = Origin(src, from_format, family, config, revision)
+    settings = ConfigOptions(
+        rope_factor=rope_factor,
+        rope_theta=rope_theta,
+        max_positions=max_positions,
+        meta_style=meta_style,
+        drop_rope_scaling=drop_rope_scaling,
+    )
+    request = Request(
+        to=to,
+        dtype=dtype,
+        dequantize=dequantize,
+        shards=shards,
+        max_shard_size=max_shard_size,
+        model_parallel=model_parallel,
+        container=container,
+        like=None if like is None else at(like),
+        allow_overflow=allow_overflow,
+        allow_loss=allow_loss,
+        config=settings,
+    )
+    _, planned = _plan(origin, request)
+    planned.close()
+    return planned.plan
 
 
 def _plan(
-    src: Location, to: str, options: Options, equal: Callable[[Identified, Equality], bool] | None = None
+    origin: Origin, request: Request, equal: Callable[[Identified, Equality], bool] | None = None
 ) -> tuple[Identified, OpenPlan]:
     """The plan; ``equal`` compares two tensors of the source, where only their bytes say whether they are tied."""
-    unknown = options.keys() - Options.__annotations__.keys()
-    if unknown:
-        raise UsageError(f"unknown option {sorted(unknown)[0]!r}; known: {', '.join(Options.__annotations__)}")
-    settings = ConfigOptions(
-        rope_factor=options.get("rope_factor"),
-        rope_theta=options.get("rope_theta"),
-        max_positions=options.get("max_positions"),
-        meta_style=options.get("meta_style"),
-        drop_rope_scaling=options.get("drop_rope_scaling", False),
-    )
-    like = options.get("like")
-    request = Request(
-        to=to,
-        dtype=options.get("dtype"),
-        dequantize=options.get("dequantize"),
-        shards=options.get("shards"),
-        max_shard_size=options.get("max_shard_size"),
-        model_parallel=options.get("model_parallel"),
-        container=options.get("container"),
-        like=at(like) if like is not None else None,
-        allow_overflow=options.get("allow_overflow", False),
-        allow_loss=options.get("allow_loss", False),
-        config=settings,
-    )
     request.check()
-    if like is not None:
-        request = replace(request, like=repository.locate(like, format=to))
-    from_format = options.get("from_format")
-    where = repository.locate(src, options.get("revision"), format=from_format)
-    family = options.get("family")
-    source = open_identified(where, format=from_format, family=family, config=options.get("config"), options=settings)
+    if request.like is not None:
+        request = replace(request, like=repository.locate(request.like, format=request.to))
+    place = repository.locate(origin.path, origin.revision, format=origin.format)
+    source = _open(origin, place, origin.config, request.config)
     if request.like is not None and (config := _config_of(request.like, source)) is not None:
         source.close()
-        source = open_identified(where, format=from_format, family=family, config=config, options=settings)
+        source = _open(origin, place, config, request.config)
     try:
         wanted = dequantize_if_asked(source, request.dequantize)
-        imitated = open_identified(request.like, format=to) if request.like is not None else None
+        imitated = open_identified(request.like, format=request.to) if request.like is not None else None
         given = PlanInputs(wanted, request, imitated)
         return wanted, planning.make_plan(given, partial(equal, wanted) if equal is not None else None)
     except (ConfigError, KeyMismatchError, ShapeMismatchError) as error:
@@ -168,6 +193,10 @@ def _plan(
         raise KeyMismatchError(
             f"{source.place}: is {part}, and no whole model; give the directory, {source.root}"
         ) from error
+
+
+def _open(origin: Origin, place: Place, config: Location | None, settings: ConfigOptions) -> Identified:
+    return open_identified(place, format=origin.format, family=origin.family, config=config, options=settings)
 
 
 def _config_of(like: Place, source: Identified) -> Place | None:
@@ -182,30 +211,118 @@ def convert_checkpoint(
     src: Location,
     dst: Location,
     *,
-    to: str,
+    to: FormatName,
     overwrite: bool = False,
     resume: bool = False,
     verify: bool = False,
     workers: int | None = None,
     progress: ProgressCallback | None = None,
-    **options: Unpack[Options],
+    from_format: FormatName | None = None,
+    family: str | None = None,
+    config: Location | None = None,
+    revision: str | None = None,
+    dtype: OutputDType | None = None,
+    dequantize: DequantizedDType | None = None,
+    shards: int | None = None,
+    max_shard_size: int | None = None,
+    model_parallel: int | None = None,
+    container: ContainerName | None = None,
+    like: Location | None = None,
+    rope_factor: float | None = None,
+    rope_theta: float | None = None,
+    max_positions: int | None = None,
+    meta_style: MetaStyle | None = None,
+    drop_rope_scaling: bool = False,
+    allow_overflow: bool = False,
+    allow_loss: bool = False,
 ) -> Report:
-    """Convert the checkpoint ``src`` to the format ``to`` in the directory ``dst``, which appears whole or not at all.
+    """Convert a checkpoint to another format, or re-shard it in its own; ``dst`` appears complete or not at all.
 
-    ``src`` is a path or a Hub id; ``overwrite`` replaces ``dst``; ``resume`` continues an interrupted attempt;
-    ``verify`` reads the output again and compares every tensor before ``dst`` appears; ``workers`` is the number of
-    threads; ``progress`` is called with ``TransferProgress`` values, from several threads. The other options are
-    those of ``Options``.
+        report = convert_checkpoint("Llama-3.2-1B", "Llama-3.2-1B-meta", to="meta", model_parallel=2, verify=True)
+        print(report.files, report.tensors, report.notices)
 
-    Raises InputError (and what derives from it) for bad input, UsageError for options that do not fit, and
-    CkptConvertError for what goes wrong while writing; ``dst`` is then as it was.
+    Tensors are streamed: memory does not grow with the model.
+
+    Args:
+        src: a directory, a weight file, or a Hub id such as "meta-llama/Llama-3.2-1B".
+        dst: the directory to write; its parent is created.
+        to: the target format: "hf", "meta", "native" or "torchtitan".
+        overwrite: replace a checkpoint at ``dst``, once the new one is complete.
+        resume: continue an interrupted conversion with the same source and options.
+        verify: read the output again and compare every tensor with the source, bit for bit, before ``dst`` appears.
+        workers: the number of threads; by default one for each core, from 2 to 4.
+        progress: called with ``TransferProgress`` values, from several threads, one at a time.
+        from_format: the format of ``src``, where it cannot be detected.
+        family: the name of the architecture, such as "llama", where it cannot be detected.
+        config: the config.json or params.json of a ``src`` that has none.
+        revision: branch, tag or commit, where ``src`` is a Hub id.
+        dtype: "float32", "float16" or "bfloat16": cast every floating-point tensor; by default none is cast.
+        dequantize: "bfloat16" or "float32": write the values of fp8 and MXFP4 weights, not their codes and scales.
+        shards: the number of files, about equal in bytes.
+        max_shard_size: the most bytes of a file.
+        model_parallel: the number of tensor-parallel ranks of a "meta" output, one file each.
+        container: "safetensors", "bin", "pth", "pt" or "dcp", as far as the target has it; safetensors by default for
+            "hf" and "native", pth for "meta", dcp for "torchtitan".
+        like: a checkpoint whose file names, key-to-file assignment, config and tokenizer the output takes.
+        rope_factor: the factor of a Llama 3 RoPE scaling, which a params.json does not hold.
+        rope_theta: the RoPE base, where a params.json does not hold it.
+        max_positions: max_position_embeddings, which a params.json does not hold.
+        meta_style: "llama2" or "llama3": whose params.json to write, and which axis of the embedding ranks split.
+        drop_rope_scaling: leave out a RoPE scaling that the target's config cannot express, instead of refusing.
+        allow_overflow: write finite values that ``dtype`` cannot hold as infinite, instead of refusing.
+        allow_loss: leave values that the target has no place for in the record alone, even if the model's outputs
+            change, instead of refusing.
+
+    Raises:
+        InputError: the source cannot be read, or does not fit its config; its subclasses say what is wrong.
+        UsageError: options that do not fit each other, the source or the target.
+        OutputExistsError: something is at ``dst`` that ``overwrite`` does not allow to replace.
+        LossyConversionError: the output would lose values; see ``allow_overflow`` and ``allow_loss``.
+        NotEnoughSpaceError, UnwritableError, LockedError: ``dst`` cannot be written.
+        VerificationError: the output is not what was written.
+
+    After an error ``dst`` is unchanged, and ``resume`` continues where that is possible.
     """
+    origin = Origin(src, from_format, family, config, revision)
+    settings = ConfigOptions(
+        rope_factor=rope_factor,
+        rope_theta=rope_theta,
+        max_positions=max_positions,
+        meta_style=meta_style,
+        drop_rope_scaling=drop_rope_scaling,
+    )
+    request = Request(
+        to=to,
+        dtype=dtype,
+        dequantize=dequantize,
+        shards=shards,
+        max_shard_size=max_shard_size,
+        model_parallel=model_parallel,
+        container=container,
+        like=None if like is None else at(like),
+        allow_overflow=allow_overflow,
+        allow_loss=allow_loss,
+        config=settings,
+    )
+    return _convert(origin, dst, request, overwrite, resume, verify, workers, progress)
+
+
+def _convert(
+    origin: Origin,
+    dst: Location,
+    request: Request,
+    overwrite: bool,
+    resume: bool,
+    verify: bool,
+    workers: int | None,
+    progress: ProgressCallback | None,
+) -> Report:
     from ckpt_convert.convert import execute, output  # not before: they need NumPy, and a plan does not
 
     started = time.monotonic()
     if workers is not None and workers < 1:
         raise misfit("workers", workers, "expected 1 or more")
-    for name, given in (("SRC", src), ("DST", dst)):
+    for name, given in (("SRC", origin.path), ("DST", dst)):
         if not str(given):
             raise UsageError(f"{name} is empty; give a path")
     destination = locate(dst, "DST")
@@ -221,7 +338,7 @@ def convert_checkpoint(
         return execute.byte_comparer(source.stored)(pair)
 
     with reading():
-        source, planned = _plan(src, to, options, equal)
+        source, planned = _plan(origin, request, equal)
     made, sources = planned.plan, planned.sources
     try:
         check(source)
@@ -249,7 +366,7 @@ def convert_checkpoint(
     finally:
         planned.close()
     return Report(
-        source=str(src),
+        source=str(origin.path),
         destination=str(dst),
         source_format=str(source.format),
         target_format=made.target,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 
@@ -23,7 +23,7 @@ from ckpt_convert.errors import (
     UnsupportedFamilyError,
     UsageError,
 )
-from ckpt_convert.formats.base import load_json
+from ckpt_convert.formats.base import FormatName, load_json
 from ckpt_convert.models import FAMILIES
 from ckpt_convert.models.core.config import AXES, ConfigOptions, MetaStyle
 from ckpt_convert.storage.place import Location, Place, locate
@@ -35,12 +35,54 @@ log = logging.getLogger("ckpt_convert")
 StateDict = Mapping[str, torch.Tensor]
 
 
+@overload
 def convert_state_dict(
     state_dict: StateDict | Sequence[StateDict],
     config: Mapping[str, Any] | Location,
     *,
-    source: str,
-    target: str,
+    source: FormatName,
+    target: FormatName,
+    model_parallel: Literal[1] = ...,
+    family: str | None = ...,
+    meta_style: MetaStyle | None = ...,
+    allow_loss: bool = ...,
+) -> dict[str, torch.Tensor]: ...
+
+
+@overload
+def convert_state_dict(
+    state_dict: StateDict | Sequence[StateDict],
+    config: Mapping[str, Any] | Location,
+    *,
+    source: FormatName,
+    target: FormatName,
+    model_parallel: Literal[2, 4, 8, 16],
+    family: str | None = ...,
+    meta_style: MetaStyle | None = ...,
+    allow_loss: bool = ...,
+) -> list[dict[str, torch.Tensor]]: ...
+
+
+@overload
+def convert_state_dict(
+    state_dict: StateDict | Sequence[StateDict],
+    config: Mapping[str, Any] | Location,
+    *,
+    source: FormatName,
+    target: FormatName,
+    model_parallel: int,
+    family: str | None = ...,
+    meta_style: MetaStyle | None = ...,
+    allow_loss: bool = ...,
+) -> dict[str, torch.Tensor] | list[dict[str, torch.Tensor]]: ...
+
+
+def convert_state_dict(
+    state_dict: StateDict | Sequence[StateDict],
+    config: Mapping[str, Any] | Location,
+    *,
+    source: FormatName,
+    target: FormatName,
     model_parallel: int = 1,
     family: str | None = None,
     meta_style: MetaStyle | None = None,
@@ -48,13 +90,26 @@ def convert_state_dict(
 ) -> dict[str, torch.Tensor] | list[dict[str, torch.Tensor]]:
     """Convert tensors in memory from one format to another; the input is untouched, no memory is shared.
 
-    ``config`` is the content, or the path, of HF's config.json or Meta's params.json. A ``source`` of "meta" that is
-    cut over ranks is a list of dicts in the order of the ranks; ``model_parallel`` above 1 returns such a list.
-    Tensors stay on their device and keep their dtype. Tables that the config determines (rope.freqs) are dropped
-    where the target has no place for them; what changes the model's outputs only with ``allow_loss``.
+        state_dict = convert_state_dict(model.state_dict(), "Llama-3.2-1B/config.json", source="native", target="hf")
 
-    Raises KeyMismatchError, ShapeMismatchError or TiedWeightsError, listing everything that does not fit, and
-    LossyConversionError where the target has no place for values that change the model's outputs.
+    Tensors stay on their device and keep their dtype.
+
+    Args:
+        state_dict: tensors by key; of a "meta" source that is split across ranks a list of them, by rank.
+        config: Hugging Face's config.json or Meta's params.json: its path, or its content.
+        source: the format of ``state_dict``: "hf", "meta", "native" or "torchtitan".
+        target: the format to convert to.
+        model_parallel: the number of tensor-parallel ranks of a "meta" target; above 1 a list of dicts is returned.
+        family: the name of the architecture, such as "llama", where config and keys do not tell.
+        meta_style: "llama2" or "llama3": which axis of the embedding ranks split, where the config does not tell.
+        allow_loss: leave out values that the target has no place for even if the model's outputs change. Tables that
+            the config determines (rope.freqs) are left out in any case.
+
+    Raises:
+        KeyMismatchError, ShapeMismatchError, TiedWeightsError: tensors do not fit the config; lists all that do not.
+        LossyConversionError: the target has no place for values that change the model's outputs.
+        UnsupportedFamilyError: no table describes the architecture, or none in this format.
+        UsageError: options that do not fit each other.
     """
     dicts = [state_dict] if isinstance(state_dict, Mapping) else list(state_dict)
     for name, format in (("source", source), ("target", target)):

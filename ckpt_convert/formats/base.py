@@ -15,6 +15,7 @@ from ckpt_convert.storage.base import Entry
 from ckpt_convert.storage.place import Place
 
 FormatName = Literal["hf", "meta", "native", "torchtitan"]
+ContainerName = Literal["safetensors", "bin", "pth", "pt", "dcp"]
 
 JSON_LIMIT = 1 << 28
 TEXT_LIMIT = 1 << 24

@@ -500,13 +500,18 @@ def test_files_that_are_no_regular_files(hf: Path, refused: Refused, tmp_path: P
         ("llama/hf", "native", {"drop_rope_scaling": True}, "`drop_rope_scaling=` does not fit hf to native"),
         ("llama/hf", "meta", {"meta_style": "llama9"}, "must be llama2 or llama3"),
         ("llama/hf", "meta", {"from_format": "x"}, "no such format"),
-        ("llama/hf", "meta", {"modelparallel": 2}, "unknown option 'modelparallel'"),
         ("llama/hf", "meta", {"like": GOLDEN / "llama" / "meta-mp1", "container": "safetensors"}, "contradicts"),
         ("llama/hf", "meta", {"like": GOLDEN / "llama" / "meta-mp1", "meta_style": "llama2"}, "does not go with it"),
     ],
 )
 def test_no_option_is_ignored(case: str, to: str, options: dict[str, Any], words: str, refused: Refused) -> None:
     assert words in refused(GOLDEN / case, UsageError, to=to, **options)
+
+
+def test_an_option_that_is_none_is_a_type_error(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"modelparallel": 2}
+    with pytest.raises(TypeError, match="modelparallel"):
+        ckpt_convert.convert_checkpoint(GOLDEN / "llama" / "hf", tmp_path / "out", to="meta", **options)
 
 
 def test_tied_weights_that_differ_are_refused_towards_meta_too(tmp_path: Path, refused: Refused) -> None:
