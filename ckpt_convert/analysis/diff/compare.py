@@ -12,7 +12,7 @@ from typing import Any, Literal
 import xxhash
 
 from ckpt_convert import dtypes
-from ckpt_convert.analysis.diff.pairs import Half, Pair, bring_together
+from ckpt_convert.analysis.diff.pairs import AlignedTensor, TensorSide, align
 from ckpt_convert.analysis.stats import numeric
 from ckpt_convert.analysis.stats.numeric import Delta
 from ckpt_convert.checkpoint import dequantize as requests
@@ -47,8 +47,8 @@ class Change:
     """
 
     status: Status
-    a: Half | None
-    b: Half | None
+    a: TensorSide | None
+    b: TensorSide | None
     delta: Delta | None = None
     note: str = ""
 
@@ -74,7 +74,7 @@ class Change:
         return _index(self.delta.first, self.shape) if self.delta else None
 
     @property
-    def _half(self) -> Half:
+    def _half(self) -> TensorSide:
         half = self.a or self.b
         if half is None:
             raise ValueError("a change is of a tensor that one side has at least")
@@ -152,11 +152,11 @@ def compare(
 
     ``values`` reads and compares every element, in memory that does not depend on the size of the tensors; ``keep`` is
     asked with a tensor's keys in a and in b whether it is compared at all. Where only one side is quantised, the
-    numbers that it stands for are compared. Raises what ``pairs.bring_together`` raises, and CorruptFileError for a
+    numbers that it stands for are compared. Raises what ``alignment.align`` raises, and CorruptFileError for a
     file that cannot be read to its end.
     """
     a, b, said = requests.dequantize_to_compare(a, b)
-    found = bring_together(a, b)
+    found = align(a, b)
     pairs = [pair for pair in found.pairs if keep(*(half.key for half in (pair.a, pair.b) if half is not None))]
     changes = [_structure(pair) for pair in pairs]
     if values:
@@ -165,7 +165,7 @@ def compare(
     return Diff(a, b, found.through, values, changes, found.models, _config(*found.models), notices)
 
 
-def _structure(pair: Pair) -> Change:
+def _structure(pair: AlignedTensor) -> Change:
     if pair.a is None or pair.b is None:
         return Change("only_a" if pair.b is None else "only_b", pair.a, pair.b)
     if pair.a.shape != pair.b.shape:
@@ -176,12 +176,12 @@ def _structure(pair: Pair) -> Change:
 def _values(
     a: Identified,
     b: Identified,
-    pairs: Sequence[Pair],
+    pairs: Sequence[AlignedTensor],
     structure: Sequence[Change],
     workers: int,
     progress: ProgressCallback | None,
 ) -> list[Change]:
-    wanted = [at for at, pair in enumerate(pairs) if pair.copies or _is_comparable(structure[at])]
+    wanted = [at for at, pair in enumerate(pairs) if pair.replicas or _is_comparable(structure[at])]
     items = [((structure[at], pairs[at]), _cost(structure[at], pairs[at])) for at in wanted]
     workers = (
         1 if legacy_notices((*a.files, *b.files)) else workers
@@ -199,28 +199,28 @@ def _values(
 
 
 def _comparing(
-    a: StoredTensors, b: StoredTensors, counter: ProgressCounter
-) -> Callable[[tuple[Change, Pair]], tuple[Delta | None, str, _Sums]]:
+    a: Stored, b: Stored, meter: Meter
+) -> Callable[[tuple[Change, AlignedTensor]], tuple[Delta | None, str, _Sums]]:
     """What compares a pair, in one worker."""
     movers = BlockReader(a), BlockReader(b)
 
-    def work(item: tuple[Change, Pair]) -> tuple[Delta | None, str, _Sums]:
+    def work(item: tuple[Change, AlignedTensor]) -> tuple[Delta | None, str, _Sums]:
         change, pair = item
         delta, note, sums = None, "", ("", "")
         if change.a is not None and change.b is not None and _is_comparable(change):
             delta, sums = _delta(*movers, change.a, change.b, counter)
             if delta.differing and _is_reordered(*movers, pair):
                 note = _ROW_ORDER
-        for side, check in pair.copies:
-            note = note if _is_copy(movers[side], check, counter) else check.message
+        for side, check in pair.replicas:
+            note = note if _is_copy(movers[side], check, meter) else check.message
         return delta, note, sums
 
     return work
 
 
-def _cost(change: Change, pair: Pair) -> int:
+def _cost(change: Change, pair: AlignedTensor) -> int:
     """The bytes of a that are read, and those of the copies that are compared."""
-    copies = sum(dtypes.nbytes(check.dtype, check.left.shape) for _, check in pair.copies)
+    copies = sum(dtypes.nbytes(check.dtype, check.left.shape) for _, check in pair.replicas)
     return copies + (change.nbytes if _is_comparable(change) else 0)
 
 
@@ -230,7 +230,7 @@ def _is_comparable(change: Change) -> bool:
     return change.a is not None and change.b is not None and numeric.comparable(change.a.dtype, change.b.dtype)
 
 
-def _delta(left: BlockReader, right: BlockReader, a: Half, b: Half, counter: ProgressCounter) -> tuple[Delta, _Sums]:
+def _delta(left: Mover, right: Mover, a: TensorSide, b: TensorSide, meter: Meter) -> tuple[Delta, _Sums]:
     """How far two tensors are apart; and a checksum of each, "" where they are equal."""
     counted = 0
     if a.dtype == b.dtype:
@@ -257,7 +257,7 @@ def _delta(left: BlockReader, right: BlockReader, a: Half, b: Half, counter: Pro
     return comparison.result(), (digests[0].hexdigest(), digests[1].hexdigest())
 
 
-def _is_reordered(left: BlockReader, right: BlockReader, pair: Pair) -> bool:
+def _is_reordered(left: Mover, right: Mover, pair: AlignedTensor) -> bool:
     """Whether b's tensor is a's with its rows in the other RoPE order: a step that was missed, or done twice."""
     if pair.a is None or pair.b is None or pair.a.dtype != pair.b.dtype:
         return False

@@ -24,7 +24,7 @@ from ckpt_convert.words import MORE, some
 
 
 @dataclass(frozen=True, slots=True)
-class Half:
+class TensorSide:
     """A tensor as one side has it: its key there, its whole shape (ranks joined), and where its elements lie.
 
     Numbers that are packed in a way that cannot be taken apart (GGUF's blocks) are read as ``packed`` bytes.
@@ -44,7 +44,7 @@ class Half:
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class AlignedTensor:
     """The same tensor on both sides, None where a side has none.
 
     The two tensors are in one order of elements, that in which side a stores them. ``copies`` are pairs within one side
@@ -52,18 +52,18 @@ class Pair:
     its rows as they lie in its files, and put from there into either RoPE order.
     """
 
-    a: Half | None
-    b: Half | None
-    copies: tuple[tuple[int, Equality], ...] = ()
+    a: TensorSide | None
+    b: TensorSide | None
+    replicas: tuple[tuple[int, Equality], ...] = ()
     reordered: tuple[LazyTensor, ...] = ()
 
 
 @dataclass(frozen=True)
-class Pairs:
+class Alignment:
     """Two checkpoints tensor by tensor. ``through`` says how they were brought together: "mapping" or "keys"."""
 
     through: str
-    pairs: Sequence[Pair]
+    pairs: Sequence[AlignedTensor]
     models: tuple[Model | None, Model | None]
     notices: tuple[str, ...] = ()
 
@@ -73,13 +73,13 @@ class _Side:
     """One checkpoint read through a table: its tensors by row, what fits no row by key, the copies on ranks by key."""
 
     tensors: Mapping[Instance, LogicalTensor]
-    rest: Mapping[str, Half]
+    rest: Mapping[str, TensorSide]
     omitted: frozenset[Instance]
     copies: Mapping[str, Sequence[Equality]] = field(default_factory=dict)
     misfits: int = 0
 
 
-def bring_together(a: Identified, b: Identified) -> Pairs:
+def align(a: Identified, b: Identified) -> Alignment:
     """Pair the tensors of two checkpoints.
 
     A side without a config is read with the other's. Raises ConfigError, AmbiguousFormatError or UnsupportedFamilyError
@@ -91,22 +91,22 @@ def bring_together(a: Identified, b: Identified) -> Pairs:
     left, right = models
     if left is not None and right is not None and left.family.name == right.family.name:
         return _through_table(a, b, left, right, notices)
-    names_a: Mapping[str, Half] = _by_key(a)
-    names_b: Mapping[str, Half] = _by_key(b)
+    names_a: Mapping[str, TensorSide] = _by_key(a)
+    names_b: Mapping[str, TensorSide] = _by_key(b)
     if not names_a.keys() & names_b.keys():
         names_a = _without_prefix(a, names_a, names_b, notices)
         names_b = _without_prefix(b, names_b, names_a, notices)
     unknown = a.format is None or b.format is None
     if a.format != b.format and not (unknown and names_a.keys() & names_b.keys()):
         _refuse(a, b, models)
-    pairs = [Pair(half, names_b.get(name)) for name, half in names_a.items()]
-    pairs += [Pair(None, half) for name, half in names_b.items() if name not in names_a]
-    return Pairs("keys", pairs, models, tuple(notices))
+    pairs = [AlignedTensor(half, names_b.get(name)) for name, half in names_a.items()]
+    pairs += [AlignedTensor(None, half) for name, half in names_b.items() if name not in names_a]
+    return Alignment("keys", pairs, models, tuple(notices))
 
 
 def _without_prefix(
-    checkpoint: Identified, names: Mapping[str, Half], others: Mapping[str, Half], notices: list[str]
-) -> Mapping[str, Half]:
+    checkpoint: Identified, names: Mapping[str, TensorSide], others: Mapping[str, TensorSide], notices: list[str]
+) -> Mapping[str, TensorSide]:
     """The names as the other side has them, where all that keeps them apart is what stands before them.
 
     So it is with the state of a whole training run ("model.…"), and with a model without its head (no "model.").
@@ -124,7 +124,7 @@ def _without_prefix(
     return stripped
 
 
-def _through_table(a: Identified, b: Identified, left: Model, right: Model, notices: list[str]) -> Pairs:
+def _through_table(a: Identified, b: Identified, left: Model, right: Model, notices: list[str]) -> Alignment:
     format = str(a.format)
     left.family.check_rotation(left.config, format, str(b.format))
     side_a, side_b = _read(a, left), _read(b, right)
@@ -133,7 +133,7 @@ def _through_table(a: Identified, b: Identified, left: Model, right: Model, noti
             notices.append(
                 f"{checkpoint.place}: {side.misfits} tensors do not fit its config; `ckpt-convert verify` lists them"
             )
-    pairs: list[Pair] = []
+    pairs: list[AlignedTensor] = []
     rest_a, rest_b = dict(side_a.rest), dict(side_b.rest)
     as_zeros: dict[str, list[str]] = {"a": [], "b": []}
     for instance in dict.fromkeys([*side_a.tensors, *side_b.tensors]):
@@ -158,17 +158,17 @@ def _through_table(a: Identified, b: Identified, left: Model, right: Model, noti
         half_b = _half(instance, format, left, theirs) or rest_b.pop(str(instance.key(str(b.format))), None)
         copies = [(0, check) for check in side_a.copies.get(half_a.key, ())] if half_a else []
         copies += [(1, check) for check in side_b.copies.get(half_b.key, ())] if half_b else []
-        pairs.append(Pair(half_a, half_b, tuple(copies), _reordered(instance, left, b, half_b)))
+        pairs.append(AlignedTensor(half_a, half_b, tuple(copies), _reordered(instance, left, b, half_b)))
     if a.format == b.format:
-        pairs += [Pair(half, rest_b.pop(key, None)) for key, half in rest_a.items()]
+        pairs += [AlignedTensor(half, rest_b.pop(key, None)) for key, half in rest_a.items()]
         rest_a = {}
-    pairs += [Pair(half, None) for half in rest_a.values()]
-    pairs += [Pair(None, half) for half in rest_b.values()]
+    pairs += [AlignedTensor(half, None) for half in rest_a.values()]
+    pairs += [AlignedTensor(None, half) for half in rest_b.values()]
     for where, keys in as_zeros.items():
         if keys:
             what = f"{some(keys, 1, MORE)}, only in {where}"
             notices.append(f"compared with zeros, which the other side computes with: {what}")
-    return Pairs("mapping", pairs, (left, right), tuple(notices))
+    return Alignment("mapping", pairs, (left, right), tuple(notices))
 
 
 def _read(checkpoint: Identified, model: Model) -> _Side:
@@ -185,16 +185,16 @@ def _read(checkpoint: Identified, model: Model) -> _Side:
     return _Side(logicals.tensors, rest, frozenset(logicals.omitted_ties), copies, misfits)
 
 
-def _half(instance: Instance, format: str, model: Model, logical: LogicalTensor | None) -> Half | None:
+def _half(instance: Instance, format: str, model: Model, logical: LogicalTensor | None) -> TensorSide | None:
     """A logical tensor in the order in which ``format`` stores it."""
     if logical is None:
         return None
     column = instance.row.column(format)
     tensor = to_stored(instance, logical, column, model.dims) if column else logical.tensor
-    return Half(logical.key, tensor.shape, logical.dtype, _nbytes(tensor, logical.dtype), tensor)
+    return TensorSide(logical.key, tensor.shape, logical.dtype, _nbytes(tensor, logical.dtype), tensor)
 
 
-def _reordered(instance: Instance, model: Model, b: Identified, half: Half | None) -> tuple[LazyTensor, ...]:
+def _reordered(instance: Instance, model: Model, b: Identified, half: TensorSide | None) -> tuple[LazyTensor, ...]:
     turned = instance.row.turned(model.dims)
     if half is None or turned is None or half.shape != instance.row.sizes(model.dims):
         return ()
@@ -204,26 +204,31 @@ def _reordered(instance: Instance, model: Model, b: Identified, half: Half | Non
     return tensor, *(reordered(tensor, *turned, inverse=inverse) for inverse in (False, True))
 
 
-def _by_key(checkpoint: Identified) -> dict[str, Half]:
+def _by_key(checkpoint: Identified) -> dict[str, TensorSide]:
     weights = filter(checkpoint.is_weight, checkpoint.tensors)
     return {name: half for key in weights for name, half in _halves(checkpoint, key)}
 
 
-def _halves(checkpoint: Identified, key: str) -> list[tuple[str, Half]]:
+def _halves(checkpoint: Identified, key: str) -> list[tuple[str, TensorSide]]:
     """A tensor by its key in the format; where nothing says how its ranks are joined, each rank's part by itself."""
     info, key = checkpoint.tensors[key], checkpoint.names.of(key)
     if info.dtype not in dtypes.DTYPES:
         number = checkpoint.ranks[0][key].tensor.tiles[0].source
-        return [(key, Half(key, info.shape, info.dtype, info.nbytes, from_source(number, (info.nbytes,)), packed=True))]
+        return [
+            (key, TensorSide(key, info.shape, info.dtype, info.nbytes, stored(number, (info.nbytes,)), packed=True))
+        ]
     if info.settled:
         tensor, dtype = checkpoint.joined(key)
-        return [(key, Half(key, tensor.shape, dtype, info.nbytes, tensor))]
+        return [(key, TensorSide(key, tensor.shape, dtype, info.nbytes, tensor))]
     out = []
     for rank, tensors in enumerate(checkpoint.ranks):
         if (source := tensors.get(key)) is not None:
             name = f"{key} (rank {rank})"
             out.append(
-                (name, Half(name, source.shape, source.dtype, _nbytes(source.tensor, source.dtype), source.tensor))
+                (
+                    name,
+                    TensorSide(name, source.shape, source.dtype, _nbytes(source.tensor, source.dtype), source.tensor),
+                )
             )
     return out
 
