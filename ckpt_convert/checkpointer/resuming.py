@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ckpt_convert.analysis.check import check as check_weights
+from ckpt_convert.analysis.check_checkpoint import check_checkpoint as check_weights
 from ckpt_convert.checkpoint.checkpoint import open_identified
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpoint.record import MANIFEST, TRAINING_STATE

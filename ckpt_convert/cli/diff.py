@@ -126,7 +126,7 @@ def diff(
     A and B are directories, weight files or Hub ids, in any formats and over any number of ranks: tensors are brought
     together through the family's table, with RoPE row orders and cuts undone. Nothing is written.
     """
-    from ckpt_convert.analysis.diff.compare import compare
+    from ckpt_convert.analysis.diff.compare_checkpoints import compare_checkpoints
     from ckpt_convert.checkpoint.checkpoint import open_identified
     from ckpt_convert.cli.html import diff_page
     from ckpt_convert.cli.notices import on_stderr
@@ -146,7 +146,9 @@ def diff(
         open_identified(repository.locate(b, revision_b), format=from_b, family=family, config=config_b) as right,
         Bar(hidden=quiet) as bar,
     ):
-        found = compare(left, right, values=values, keep=keep, workers=workers or WORKERS, progress=bar)
+        found = compare_checkpoints(
+            left, right, values=values, is_wanted=keep, workers=workers or WORKERS, progress=bar
+        )
         bar.stop()
         if html is not None:
             write_page(html, diff_page(found.document()))
@@ -190,7 +192,9 @@ def _header(found: Diff) -> Iterator[Labelled]:
             words.append(f"{human_count(side['parameters'])} parameters")
         words += [plural(side["tensors"], "tensor"), human_bytes(side["bytes"])]
         yield Labelled(name, [escape(side["path"]), *f"({', '.join(words)})".split()])
-    how = "through the family's table: row orders and cuts are undone" if found.through == "mapping" else "key by key"
+    how = (
+        "through the family's table: row orders and cuts are undone" if found.aligned_by == "mapping" else "key by key"
+    )
     if found.values:
         yield Labelled("compared", f"{human_bytes(found.compared)} of a with b, {how}".split())
     else:

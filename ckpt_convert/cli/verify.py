@@ -83,9 +83,9 @@ def verify(
     written, except with --accept: before the checks, the checksums of these files beside the weights are renewed in
     ckpt_convert/manifest.json.
     """
-    from ckpt_convert.analysis.check import check
-    from ckpt_convert.analysis.check.accept import accept
-    from ckpt_convert.analysis.check.against import Opening, against, computing
+    from ckpt_convert.analysis.check_checkpoint import check_checkpoint
+    from ckpt_convert.analysis.check_checkpoint.accept_files import accept_files
+    from ckpt_convert.analysis.check_checkpoint.compare_with import Opening, compare_with, check_logits
     from ckpt_convert.checkpoint.opening import checkpoint_place
     from ckpt_convert.cli.notices import on_stderr, silent_transformers
     from ckpt_convert.cli.progress import Bar
@@ -96,13 +96,13 @@ def verify(
         from ckpt_convert.analysis.logits.causal import require_packages
 
         require_packages()
-    renewed = accept(checkpoint_place(locate(path)), accepted) if accepted else []
+    renewed = accept_files(checkpoint_place(locate(path)), accepted) if accepted else []
     a = Opening(repository.locate(path, revision), from_format, family, config)
     b = Opening(repository.locate(other), None, family) if other is not None else None
     compared: dict[str, Any] | None = None
     computed: LogitsReport | None = None
     with on_stderr(hidden=quiet), Bar(hidden=quiet) as bar:
-        report = check(
+        report = check_checkpoint(
             a.place,
             format=from_format,
             family=family,
@@ -112,10 +112,10 @@ def verify(
             progress=bar,
         )
         if b is not None:
-            report, compared = against(report, a, b, values=not quick, workers=workers or WORKERS, progress=bar)
+            report, compared = compare_with(report, a, b, values=not quick, workers=workers or WORKERS, progress=bar)
         if with_logits:
             with silent_transformers():
-                report, computed = computing(report, a, b, progress=bar)
+                report, computed = check_logits(report, a, b, progress=bar)
     if as_json:
         document = report.as_dict()
         document |= {"accepted": [asdict(one) for one in renewed]} if accepted else {}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ckpt_convert import convert_checkpoint
-from ckpt_convert.analysis.check import check
+from ckpt_convert.analysis.check import check_checkpoint
 from tests.helpers import GOLDEN
 
 CARRIED = "ckpt_convert/layouts/meta/carried.safetensors"
@@ -22,7 +22,7 @@ def output(tmp_path: Path) -> Path:
 
 
 def problems(path: Path) -> list[tuple[str, str]]:
-    return [(finding.check, finding.text) for finding in check(path).findings if finding.severity == "error"]
+    return [(finding.check, finding.text) for finding in check_checkpoint(path).findings if finding.severity == "error"]
 
 
 def test_what_is_carried_is_found_and_read(output: Path) -> None:

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 import transformers
 
-from ckpt_convert.analysis.check import check
+from ckpt_convert.analysis.check import check_checkpoint
 from tests.helpers import GOLDEN, edit_json
 
 SIZES = {
@@ -50,12 +50,12 @@ def test_what_transformers_saves_has_no_findings(
     model: Callable[[], transformers.PreTrainedModel], tmp_path: Path
 ) -> None:
     model().save_pretrained(tmp_path)
-    assert check(tmp_path).findings == ()
+    assert check_checkpoint(tmp_path).findings == ()
 
 
 def test_a_classifier_of_tokens_is_no_language_model_of_its_family(tmp_path: Path) -> None:
     transformers.LlamaForTokenClassification(LLAMA).save_pretrained(tmp_path)
-    report = check(tmp_path)
+    report = check_checkpoint(tmp_path)
     assert report.family is None
     assert "LlamaForTokenClassification" in next(skip.why for skip in report.skipped if skip.check == "keys")
 
@@ -64,7 +64,7 @@ def test_too_few_layers_of_a_decoder_are_found(tmp_path: Path) -> None:
     config = transformers.MT5Config(**T5)
     transformers.MT5ForConditionalGeneration(config).save_pretrained(tmp_path)
     edit_json(tmp_path / "config.json", num_decoder_layers=4)
-    (found,) = check(tmp_path).findings
+    (found,) = check_checkpoint(tmp_path).findings
     assert "num_decoder_layers is 4 in config.json, but the files have 3 layers" in found.text
 
 
@@ -74,7 +74,7 @@ def test_a_shard_that_ends_in_zeros_is_one_finding(tmp_path: Path) -> None:
     size = shard.stat().st_size
     os.truncate(shard, size // 2)
     os.truncate(shard, size)
-    (found,) = check(path).findings
+    (found,) = check_checkpoint(path).findings
     assert (found.severity, found.check, found.file) == ("warning", "values", shard.name)
     assert "not downloaded to its end" in found.text
     assert found.text.count(".weight") == 1
@@ -83,7 +83,7 @@ def test_a_shard_that_ends_in_zeros_is_one_finding(tmp_path: Path) -> None:
 def test_a_matrix_of_zeros_in_the_middle_is_said_by_its_key(tmp_path: Path) -> None:
     tensors = {"a.weight": torch.ones(2, 2), "b.weight": torch.zeros(2, 2), "c.weight": torch.ones(2, 2)}
     safetensors.torch.save_file(tensors, tmp_path / "some.safetensors")
-    (found,) = check(tmp_path / "some.safetensors").findings
+    (found,) = check_checkpoint(tmp_path / "some.safetensors").findings
     assert found.key == "b.weight"
     assert "not downloaded" not in found.text
 
@@ -94,7 +94,7 @@ def test_exchanged_names_of_two_shards_are_one_finding(tmp_path: Path) -> None:
     one.rename(path / "aside")
     other.rename(one)
     (path / "aside").rename(other)
-    (found,) = check(path).findings
+    (found,) = check_checkpoint(path).findings
     assert found.check == "index"
     assert one.name in found.text
     assert other.name in found.text
@@ -104,14 +104,14 @@ def test_exchanged_names_of_two_shards_are_one_finding(tmp_path: Path) -> None:
 def test_shards_without_an_index_are_a_warning(tmp_path: Path) -> None:
     path = copied("llama/hf", tmp_path)
     (path / "model.safetensors.index.json").unlink()
-    (found,) = check(path).findings
+    (found,) = check_checkpoint(path).findings
     assert (found.severity, found.file) == ("warning", "model.safetensors.index.json")
 
 
 def test_a_rank_of_another_cut_is_said_instead_of_a_wrong_config(tmp_path: Path) -> None:
     path = copied("llama/meta-mp4", tmp_path)
     shutil.copy(GOLDEN / "llama/meta-mp2/consolidated.01.pth", path / "consolidated.01.pth")
-    report = check(path)
+    report = check_checkpoint(path)
     (found,) = (finding for finding in report.findings if finding.severity == "error")
     assert (found.check, found.file) == ("shards", "consolidated.01.pth")
     assert "were mixed" in found.text
@@ -124,7 +124,7 @@ def test_a_missing_last_rank_is_said_by_its_name(tmp_path: Path) -> None:
     vocab = json.loads((path / "params.json").read_text())["vocab_size"]
     assert vocab == 4 * rows
     (path / "consolidated.03.pth").unlink()
-    (found,) = (finding for finding in check(path).findings if finding.severity == "error")
+    (found,) = (finding for finding in check_checkpoint(path).findings if finding.severity == "error")
     assert found.text.startswith("consolidated.03.pth is missing")
 
 
@@ -134,5 +134,5 @@ def test_a_missing_last_rank_of_a_conversion_is_all_that_is_said(tmp_path: Path)
     path = tmp_path / "out"
     ckpt_convert.convert_checkpoint(GOLDEN / "llama/hf", path, to="meta", model_parallel=2)
     (path / "consolidated.01.pth").unlink()
-    (found,) = check(path).findings
+    (found,) = check_checkpoint(path).findings
     assert found.text.startswith("consolidated.01.pth is missing")

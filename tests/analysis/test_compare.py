@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 
 from ckpt_convert import errors
-from ckpt_convert.analysis.diff.compare import Change, Diff, compare
+from ckpt_convert.analysis.diff.compare_checkpoints import Change, Diff, compare_checkpoints
 from ckpt_convert.checkpoint.checkpoint import open_identified
 from ckpt_convert.tensors.progress import TransferProgress
 from tests.helpers import CASES, GOLDEN, Tensors, edit_json, read_safetensors
@@ -32,7 +32,7 @@ Q = "model.layers.0.self_attn.q_proj.weight"
 
 def diff(a: Path, b: Path, **options: Any) -> Diff:
     with open_identified(a) as left, open_identified(b) as right:
-        return compare(left, right, **options)
+        return compare_checkpoints(left, right, **options)
 
 
 def changed(found: Diff) -> dict[str, Change]:
@@ -59,14 +59,14 @@ def test_golden_forms_of_a_case_are_the_same(case: str, one: str, other: str) ->
     assert found.compared == sum(change.nbytes for change in found.changes)
     assert len(found.changes) >= len(read_safetensors(GOLDEN / case / "hf")) - 1
     if one != other:
-        assert found.through == "mapping"
+        assert found.aligned_by == "mapping"
 
 
 def test_a_family_without_a_table_is_compared_by_key(hf: Path) -> None:
     edit_json(hf / "config.json", model_type="of_another_kind")
     found = diff(hf, hf)
     assert found.same
-    assert found.through == "keys"
+    assert found.aligned_by == "keys"
     assert {change.key for change in found.changes} == set(read_safetensors(hf))
 
 
@@ -389,7 +389,7 @@ def test_formats_that_no_table_connects_are_refused() -> None:
 
 def test_another_family_of_the_same_format_is_compared_by_key() -> None:
     found = diff(GOLDEN / "llama" / "hf", GOLDEN / "mistral" / "hf")
-    assert (found.through, found.same) == ("keys", False)
+    assert (found.aligned_by, found.same) == ("keys", False)
 
 
 def test_a_file_of_no_known_format_is_compared_with_one_that_shares_its_keys(tmp_path: Path) -> None:
@@ -397,7 +397,7 @@ def test_a_file_of_no_known_format_is_compared_with_one_that_shares_its_keys(tmp
     tensors = read_safetensors(native) | {"extra.scale": torch.ones(2)}
     safetensors.torch.save_file(tensors, tmp_path / "more.safetensors")
     found = diff(native, tmp_path / "more.safetensors")
-    assert found.through == "keys"
+    assert found.aligned_by == "keys"
     assert {key: change.status for key, change in changed(found).items()} == {"extra.scale": "only_b"}
     safetensors.torch.save_file({"extra.scale": torch.ones(2)}, tmp_path / "other.safetensors")
     for sides in ((native, tmp_path / "other.safetensors"), (tmp_path / "other.safetensors", native)):
@@ -411,7 +411,7 @@ def test_two_files_without_any_config(tmp_path: Path) -> None:
             {"x": torch.full((3,), value), "y": torch.ones(2)}, tmp_path / f"{name}.safetensors"
         )
     found = diff(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
-    assert found.through == "keys"
+    assert found.aligned_by == "keys"
     (change,) = changed(found).values()
     assert change.key == "x"
     assert change.delta is not None
@@ -424,7 +424,7 @@ def test_a_file_that_ends_early_is_an_error_that_names_it(hf: Path) -> None:
         with file.open("rb+") as opened:
             opened.truncate(file.stat().st_size - 1000)
         with pytest.raises(errors.CorruptFileError, match=file.name):
-            compare(a, b)
+            compare_checkpoints(a, b)
 
 
 def test_the_document_says_all_of_it(hf: Path) -> None:

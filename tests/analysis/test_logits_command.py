@@ -23,7 +23,7 @@ import transformers
 from transformers.utils import logging as chatter
 
 from ckpt_convert.analysis.logits import logits as logits_module
-from ckpt_convert.analysis.logits.logits import LogitsReport, logits
+from ckpt_convert.analysis.compare_logits.compare_logits import LogitsReport, compare_logits
 from ckpt_convert.checkpoint.checkpoint import open_checkpoint, open_identified
 from ckpt_convert.cli.notices import silent_transformers
 from ckpt_convert.errors import (
@@ -71,9 +71,9 @@ def hf(folder: Path, tmp_path: Path) -> Path:
 def run(a: Path, b: Path | None = None, *, config: Path | None = None, **options: int) -> LogitsReport:
     with open_identified(a) as one:
         if b is None:
-            return logits(one, **options)
+            return compare_logits(one, **options)
         with open_identified(b, config=config) as other:
-            return logits(one, other, **options)
+            return compare_logits(one, other, **options)
 
 
 def respell(hf: Path, change: Callable[[Tensors], None]) -> None:
@@ -145,7 +145,7 @@ def test_the_figures_of_a_difference() -> None:
     torch.manual_seed(0)
     a, b = torch.randn(3, 50, 7), torch.randn(3, 50, 7)
     b[2, 17, 4] = a[2, 17, 4] + 20
-    found = logits_module.compare(a, b)
+    found = logits_module.logits_difference(a, b)
     delta = (a.double() - b.double()).abs()
     kl = torch.nn.functional.kl_div(
         b.double().log_softmax(-1), a.double().log_softmax(-1), reduction="none", log_target=True
@@ -156,7 +156,7 @@ def test_the_figures_of_a_difference() -> None:
     assert found.kl_max == pytest.approx(kl.max().item())
     assert found.agreement == pytest.approx((a.argmax(-1) == b.argmax(-1)).double().mean().item())
     assert (found.at.prompt, found.at.position, found.at.token) == (2, 17, 4)
-    same = logits_module.compare(a, a.clone())
+    same = logits_module.logits_difference(a, a.clone())
     assert (same.max_abs, same.mean_abs, same.kl_mean, same.kl_max, same.agreement) == (0, 0, 0, 0, 1)
 
 
@@ -278,7 +278,7 @@ def test_transformers_is_silent_meanwhile_and_itself_again_afterwards(
     seen: list[tuple[str, bool]] = []
     first, second = open_checkpoint(folder / "llama" / "hf"), open_checkpoint(folder / "llama" / "meta-mp2")
     with first as a, second as b, silent_transformers():
-        logits(a, b, progress=lambda at: seen.append((at.phase, constants.HF_HUB_OFFLINE)))
+        compare_logits(a, b, progress=lambda at: seen.append((at.phase, constants.HF_HUB_OFFLINE)))
     assert capfd.readouterr() == ("", "")
     assert {phase for phase, _ in seen} == {"loading", "running"}
     assert all(offline for _, offline in seen)
@@ -308,7 +308,7 @@ def test_the_library_touches_no_switch_of_the_process_and_asks_nobody(
         seen.append((chatter.get_verbosity(), chatter.is_progress_bar_enabled(), constants.HF_HUB_OFFLINE, now))
 
     with open_identified(folder / "llama" / "hf") as a, open_identified(folder / "llama" / "meta-mp2") as b:
-        logits(a, b, progress=look)
+        compare_logits(a, b, progress=look)
     assert seen
     assert all(one == before for one in seen)
 
@@ -316,6 +316,6 @@ def test_the_library_touches_no_switch_of_the_process_and_asks_nobody(
 def test_progress_comes_to_its_total(folder: Path) -> None:
     seen: dict[str, TransferProgress] = {}
     with open_identified(folder / "llama" / "meta-mp4") as a:
-        logits(a, prompts=4, progress=lambda at: seen.update({at.phase: at}))
+        compare_logits(a, prompts=4, progress=lambda at: seen.update({at.phase: at}))
     assert (seen["loading"].done, seen["loading"].total) == (469728, 469728)
     assert (seen["running"].done, seen["running"].total) == (4, 4)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ckpt_convert.analysis.diff.compare import compare
+from ckpt_convert.analysis.diff.compare_checkpoints import compare_checkpoints
 from ckpt_convert.checkpoint.checkpoint import open_identified
 from ckpt_convert.errors import UnsupportedFamilyError
 from tests.helpers import GOLDEN
@@ -21,7 +21,7 @@ def test_the_state_of_a_training_run_is_compared_with_the_model_in_it(tmp_path: 
     torch.save({"model": model, "epoch": torch.tensor(3)}, tmp_path / "run.pt")
     for one, other in (("model.safetensors", "run.pt"), ("run.pt", "model.safetensors")):
         with open_identified(tmp_path / one) as a, open_identified(tmp_path / other) as b:
-            found = compare(a, b)
+            found = compare_checkpoints(a, b)
         assert sorted(change.status for change in found.changes) == sorted(
             ["same", "same", "only_b" if other == "run.pt" else "only_a"]
         )
@@ -36,4 +36,4 @@ def test_an_adapter_is_told_from_a_model(tmp_path: Path) -> None:
         open_identified(GOLDEN / "llama/hf") as b,
         pytest.raises(UnsupportedFamilyError, match="merge_and_unload"),
     ):
-        compare(a, b)
+        compare_checkpoints(a, b)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import ckpt_convert
-from ckpt_convert.analysis.diff.compare import compare
+from ckpt_convert.analysis.diff.compare import compare_checkpoints
 from ckpt_convert.analysis.stats.stats import statistics
 from ckpt_convert.checkpoint.checkpoint import open_identified
 from ckpt_convert.tensors import pool
@@ -66,7 +66,7 @@ def test_processes_say_what_one_does(kind: str, tmp_path: Path) -> None:
         one, several = (dict(statistics(checkpoint, checkpoint.tensors, workers=number)) for number in (1, 3))
         assert one == several
         with open_identified(LLAMA) as other:
-            alone, together = (compare(checkpoint, other, workers=number).document() for number in (1, 3))
+            alone, together = (compare_checkpoints(checkpoint, other, workers=number).document() for number in (1, 3))
             assert alone == together
 
 

@@ -15,8 +15,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import ckpt_convert
-from ckpt_convert.analysis.check.run import check
-from ckpt_convert.analysis.diff.compare import compare
+from ckpt_convert.analysis.check.run import check_checkpoint
+from ckpt_convert.analysis.diff.compare import compare_checkpoints
 from ckpt_convert.checkpoint import legacy_keys
 from ckpt_convert.checkpoint.checkpoint import Checkpoint, open_identified
 from ckpt_convert.errors import AmbiguousFormatError, KeyMismatchError
@@ -159,8 +159,8 @@ def test_the_ranks_of_metas_files_nested_under_model(tmp_path: Path) -> None:
         assert_same(found, expected)
     with open_identified(source) as a, open_identified(LLAMA_HF) as b:
         assert a.tensors["model.layers.0.attention.wq.weight"].shape == (72, 72)  # ranks joined
-        assert compare(a, b).same
-    assert [finding.text for finding in check(source).findings] == []
+        assert compare_checkpoints(a, b).same
+    assert [finding.text for finding in check_checkpoint(source).findings] == []
 
 
 def test_files_and_assignment_stay_and_keys_become_the_formats(tmp_path: Path) -> None:
@@ -218,7 +218,7 @@ def test_two_keys_that_are_one_are_refused(tmp_path: Path, more: Mapping[str, st
         with pytest.raises(KeyMismatchError, match="contradict each other") as caught:
             ckpt_convert.convert_checkpoint(source, tmp_path / "out", to=target)
         assert f"{words}; remove the one that is not meant" in str(caught.value)
-    found = [finding.text for finding in check(source).findings if finding.severity == "error"]
+    found = [finding.text for finding in check_checkpoint(source).findings if finding.severity == "error"]
     assert f"{words}; remove the one that is not meant" in found
     assert len(found) == len(more)
     with pytest.raises(KeyMismatchError, match=r"lm_head|norm"):
@@ -371,14 +371,14 @@ def test_inspect_shows_the_files_keys_and_says_how_they_are_read(tmp_path: Path)
 
 def test_verify_and_diff_read_them_too(tmp_path: Path) -> None:
     source = checkpoint_of(renamed(HF, before("module.")), tmp_path / "source")
-    report = check(source)
+    report = check_checkpoint(source)
     assert report.findings == ()
     assert {"keys", "config", "tied"} <= set(report.checks)
     for other in (LLAMA_HF, GOLDEN / "llama" / "meta-mp2"):
         with open_identified(source) as a, open_identified(other) as b:
-            found = compare(a, b)
+            found = compare_checkpoints(a, b)
             assert found.same
-            assert found.through == "mapping"
+            assert found.aligned_by == "mapping"
             assert list(found.notices) == [f"{source}: 30 keys are read without 'module.' before them"]
 
 
@@ -392,16 +392,16 @@ def test_a_missing_shard_is_named_by_the_formats_keys(tmp_path: Path) -> None:
     for file in files:
         save_file(renamed(load_file(file), before("module.")), file, {"format": "pt"})
     files[1].unlink()
-    found = [finding for finding in check(source).findings if finding.severity == "error"]
+    found = [finding for finding in check_checkpoint(source).findings if finding.severity == "error"]
     assert [finding.file for finding in found] == [files[1].name]
 
 
 def test_logits_are_those_of_the_plain_one(tmp_path: Path) -> None:
-    from ckpt_convert.analysis.logits.logits import logits
+    from ckpt_convert.analysis.logits.logits import compare_logits
 
     source = checkpoint_of(renamed(HF, before("module._orig_mod.")), tmp_path / "source")
     with open_identified(source) as a, open_identified(LLAMA_HF) as b:
-        found = logits(a, b)
+        found = compare_logits(a, b)
     assert found.difference is not None
     assert found.difference.agreement == 1
 

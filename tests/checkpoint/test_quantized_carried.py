@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import ckpt_convert
-from ckpt_convert.analysis.check import check
-from ckpt_convert.analysis.diff.compare import compare
+from ckpt_convert.analysis.check_checkpoint import check_checkpoint
+from ckpt_convert.analysis.diff.compare_checkpoints import compare_checkpoints
 from ckpt_convert.checkpoint.checkpoint import open_identified
 from ckpt_convert.checkpoint.quantized import schemes
 from ckpt_convert.checkpoint.quantized.detect import Quantization
@@ -166,7 +166,7 @@ def test_codes_and_scales_stay_in_one_file(source: Path, tmp_path: Path) -> None
 
 
 def test_it_verifies_cleanly(source: Path) -> None:
-    report = check(source)
+    report = check_checkpoint(source)
     assert [finding for finding in report.findings if finding.severity == "error"] == []
     assert "quantised" in report.checks
     assert "keys" in report.checks
@@ -245,7 +245,7 @@ def test_narrow_numbers_without_scales_are_plain(tmp_path: Path) -> None:
     with open_identified(tmp_path / "source") as opened:
         assert opened.quantization is None
     ckpt_convert.convert_checkpoint(tmp_path / "source", tmp_path / "out", to="native", verify=True)
-    assert [found for found in check(tmp_path / "source").findings if found.severity == "error"] == []
+    assert [found for found in check_checkpoint(tmp_path / "source").findings if found.severity == "error"] == []
 
 
 def broken(directory: Path) -> None:
@@ -285,7 +285,7 @@ def test_all_that_does_not_belong_together_is_one_error(options: dict[str, Any],
 
 def test_verify_finds_the_same_and_nothing_else(tmp_path: Path) -> None:
     broken(tmp_path / "source")
-    report = check(tmp_path / "source")
+    report = check_checkpoint(tmp_path / "source")
     errors = [finding for finding in report.findings if finding.severity == "error"]
     assert sorted(finding.text for finding in errors) == WRONG
     assert {finding.check for finding in errors} == {"quantised"}
@@ -316,7 +316,7 @@ def test_mxfp4_that_does_not_belong_together(tmp_path: Path) -> None:
         f"{experts.format(1, 'down_proj_scales')}: expected [3, 64, 3] for {experts.format(1, 'down_proj_blocks')} "
         "[3, 64, 3, 16], found [3, 64, 2]",
     ]
-    assert sorted(f.text for f in check(source).findings if f.severity == "error") == expected
+    assert sorted(f.text for f in check_checkpoint(source).findings if f.severity == "error") == expected
     with pytest.raises(KeyMismatchError, match="3 quantised weights and scales"):
         ckpt_convert.convert_checkpoint(source, tmp_path / "out", to="hf")
 
@@ -367,7 +367,7 @@ def test_scales_of_activations_and_caches_go_with_the_codes(tmp_path: Path) -> N
         return {key: one, **(extra if key == "model.norm.weight" else {})}
 
     edit(source, change, {})
-    assert [finding for finding in check(source).findings if finding.severity == "error"] == []
+    assert [finding for finding in check_checkpoint(source).findings if finding.severity == "error"] == []
     ckpt_convert.convert_checkpoint(source, tmp_path / "same", to="hf", verify=True)
     assert sums(tmp_path / "same") == sums(source)
     ckpt_convert.convert_checkpoint(source, tmp_path / "out", to="hf", dequantize="float32", verify=True)
@@ -381,11 +381,11 @@ def test_a_quantised_model_is_the_same_as_its_numbers(tmp_path: Path) -> None:
     )
     with open_identified(tmp_path / "source") as a, open_identified(tmp_path / "out") as b:
         for one, other in ((a, b), (b, a)):
-            diff = compare(one, other)
+            diff = compare_checkpoints(one, other)
             assert diff.same
             assert "compared as the numbers that it stands for" in diff.notices[0]
-        assert compare(a, a).same
-        assert compare(a, a).counts["same"] == 51
+        assert compare_checkpoints(a, a).same
+        assert compare_checkpoints(a, a).counts["same"] == 51
 
 
 def test_settings_of_a_quantisation_beside_the_weights_are_left_behind(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import ckpt_convert
 from ckpt_convert.adapters.config import AdapterConfig
-from ckpt_convert.analysis.check.run import check
-from ckpt_convert.analysis.diff.compare import compare
+from ckpt_convert.analysis.check_checkpoint.run import check_checkpoint
+from ckpt_convert.analysis.diff.compare_checkpoints import compare_checkpoints
 from ckpt_convert.checkpoint import generic_model
 from ckpt_convert.checkpoint.checkpoint import open_identified
 from ckpt_convert.checkpoint.mapping import SourceTensor
@@ -84,9 +84,9 @@ def test_other_files_hold_the_same(gpt2: Path, tmp_path: Path, model: Any, optio
     if options.get("container") not in ("dcp", "pt"):
         assert_same(loaded(out, model), model.state_dict())
     with open_identified(gpt2) as a, open_identified(out) as b:
-        found = compare(a, b)
+        found = compare_checkpoints(a, b)
         assert found.same
-        assert found.through == "keys"
+        assert found.aligned_by == "keys"
     ckpt_convert.convert_checkpoint(out, tmp_path / "back", to="hf", like=gpt2, verify=True)
     assert sums(tmp_path / "back") == sums(gpt2)
 
@@ -226,13 +226,13 @@ def test_files_that_contradict_each_other_are_refused(gpt2: Path, tmp_path: Path
 
 def test_verify_goes_by_what_transformers_have_in_common(gpt2: Path, tmp_path: Path) -> None:
     ckpt_convert.convert_checkpoint(gpt2, tmp_path / "out", to="hf")
-    report = check(tmp_path / "out")
+    report = check_checkpoint(tmp_path / "out")
     assert report.findings == ()
     assert report.family is None
     assert {"layers", "checksum", "record"} <= set(report.checks)
     assert [skip.check for skip in report.skipped] == ["keys"]
     edit_json(gpt2 / "config.json", n_layer=5)
-    assert [(finding.check, finding.expected) for finding in check(gpt2).findings] == [("config", "5")]
+    assert [(finding.check, finding.expected) for finding in check_checkpoint(gpt2).findings] == [("config", "5")]
 
 
 def test_a_damaged_byte_is_found(gpt2: Path, tmp_path: Path) -> None:
@@ -242,9 +242,9 @@ def test_a_damaged_byte_is_found(gpt2: Path, tmp_path: Path) -> None:
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    assert [finding.check for finding in check(out).findings] == ["checksum"]
+    assert [finding.check_checkpoint for finding in check_checkpoint(out).findings] == ["checksum"]
     with open_identified(gpt2) as a, open_identified(out) as b:
-        assert compare(a, b).counts["differs"] == 1
+        assert compare_checkpoints(a, b).counts["differs"] == 1
 
 
 class TestCheckpointer:

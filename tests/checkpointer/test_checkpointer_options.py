@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ckpt_convert import Checkpointer
-from ckpt_convert.analysis.check import check
+from ckpt_convert.analysis.check import check_checkpoint
 from ckpt_convert.checkpointer.run.progress import Progress
 from ckpt_convert.errors import CkptConvertError, KeyMismatchError, OutputExistsError, UsageError
 from recipes.native_llama import NativeLlama
@@ -366,7 +366,7 @@ def test_a_saved_step_is_a_source_whose_own_runs_files_do_not_come_along(tmp_pat
     assert (step / "recipe.yaml").read_text() == "lr: 2"
     assert not (step / "trainer_state.json").exists()
     assert not (step / "training_state").exists()
-    assert check(step).findings == ()
+    assert check_checkpoint(step).findings == ()
     assert {name: value for name, value in sums(step).items() if name != "recipe.yaml"} == sums(LLAMA)
 
 

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 import ckpt_convert
-from ckpt_convert.analysis.check.run import check
+from ckpt_convert.analysis.check.run import check_checkpoint
 from ckpt_convert.cli import cli
 from ckpt_convert.cli.formats import formats
 from ckpt_convert.convert.api import plan_conversion
@@ -99,7 +99,7 @@ def test_its_use_is_said_by_inspect_and_verify(
     result = CliRunner().invoke(cli, ["inspect", str(tmp_path / "native")])
     assert "nobody has such a thing" in result.output
     with caplog.at_level(logging.WARNING):
-        report = check(tmp_path / "native")
+        report = check_checkpoint(tmp_path / "native")
     assert report.findings == ()
     assert [record for record in caplog.records if "nobody has such a thing" in record.getMessage()]
 

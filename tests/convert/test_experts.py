@@ -15,7 +15,7 @@ import transformers
 from transformers.modeling_layers import MtpModel
 
 from ckpt_convert import convert_checkpoint, convert_state_dict
-from ckpt_convert.analysis.check import check
+from ckpt_convert.analysis.check import check_checkpoint
 from ckpt_convert.checkpoint import mapping
 from ckpt_convert.checkpoint.mapping import SourceTensor
 from ckpt_convert.convert import writing
@@ -383,7 +383,7 @@ def test_qwen3_next_keeps_its_further_tokens_in_other_shards(tmp_path: Path) -> 
     convert_checkpoint(source, tmp_path / "there", to="hf", shards=2, verify=True)
     assert_same(read_safetensors(tmp_path / "there"), read_safetensors(source))
     assert torch.equal(logits(tmp_path / "there"), expected)
-    assert check(tmp_path / "there").findings == ()
+    assert check_checkpoint(tmp_path / "there").findings == ()
 
 
 # Mixtral's own layouts
@@ -562,7 +562,7 @@ def test_the_setting_to_blame_is_named(case: str, setting: str, wrong: int, tmp_
     shutil.copytree(GOLDEN / case / "hf", tmp_path / "source")
     right = json.loads((tmp_path / "source" / "config.json").read_text())[setting]
     edit_json(tmp_path / "source" / "config.json", **{setting: wrong})
-    (finding,) = check(tmp_path / "source").findings
+    (finding,) = check_checkpoint(tmp_path / "source").findings
     assert finding.text.startswith(f"{setting} is {wrong} in config.json, but model.layers.")
     assert (finding.check, finding.expected, finding.found) == ("config", str(wrong), str(right))
 

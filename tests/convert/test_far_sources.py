@@ -13,8 +13,8 @@ import safetensors.torch
 import torch
 
 import ckpt_convert
-from ckpt_convert.analysis.check import check
-from ckpt_convert.analysis.diff.compare import compare
+from ckpt_convert.analysis.check import check_checkpoint
+from ckpt_convert.analysis.diff.compare import compare_checkpoints
 from ckpt_convert.analysis.stats.stats import statistics
 from ckpt_convert.checkpoint.checkpoint import Checkpoint, open_identified
 from ckpt_convert.cli import facts
@@ -206,7 +206,7 @@ def damage(directory: Path) -> Iterator[tuple[str, bytes | None]]:
 class TestVerify:
     def test_it_is_what_a_directory_is(self, source: Path) -> None:
         place = stored(source)
-        far, near = check(place), check(source)
+        far, near = check_checkpoint(place), check_checkpoint(source)
         assert replace(far, path="") == replace(near, path="")
         assert requests(place)["list"] <= 3, "all that is there, and twice what a writer may have left beside it"
 
@@ -217,7 +217,7 @@ class TestVerify:
         (broken / name).unlink(missing_ok=True)
         if data is not None:
             (broken / name).write_bytes(data)
-        far, near = check(stored(broken)), check(broken)
+        far, near = check_checkpoint(stored(broken)), check_checkpoint(broken)
         assert said(far, f"memory://{WHERE}") == said(near, str(broken))
         assert [one.check for one in far.skipped] == [one.check for one in near.skipped]
 
@@ -228,7 +228,9 @@ class TestVerify:
             data = (directory / name).read_bytes().replace(b"4", b"5")
             place.store.put(f"{WHERE}/{name}", data)
             (directory / name).write_bytes(data)
-            assert said(check(place), f"memory://{WHERE}") == said(check(directory), str(directory))
+            assert said(check_checkpoint(place), f"memory://{WHERE}") == said(
+                check_checkpoint(directory), str(directory)
+            )
         with pytest.raises(CorruptFileError, match="was edited or damaged"):
             ckpt_convert.open_checkpoint(place)
 
@@ -240,4 +242,4 @@ def said(report: Any, place: str) -> list[str]:
 def test_diff(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
     with open_identified(stored(HF)) as far, open_identified(META) as near:
-        assert compare(far, near).same
+        assert compare_checkpoints(far, near).same

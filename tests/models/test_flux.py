@@ -17,7 +17,7 @@ import transformers
 from click.testing import CliRunner
 
 import ckpt_convert
-from ckpt_convert.analysis.check.run import check
+from ckpt_convert.analysis.check_checkpoint.run import check_checkpoint
 from ckpt_convert.checkpoint.checkpoint import open_identified
 from ckpt_convert.cli import cli
 from ckpt_convert.convert.api import plan_conversion
@@ -174,7 +174,7 @@ def test_an_autoencoder_without_config(family: str | None, tmp_path: Path) -> No
     assert_same(read_safetensors(tmp_path / "native"), golden)
     ckpt_convert.convert_checkpoint(tmp_path / "native", tmp_path / "back", to="hf")
     assert sums(tmp_path / "back") == {"ae.safetensors": sums(GOLDEN / "flux_autoencoder" / "hf")["ae.safetensors"]}
-    assert check(source, family=family).findings == ()
+    assert check_checkpoint(source, family=family).findings == ()
 
 
 def test_a_native_autoencoder_without_config(tmp_path: Path) -> None:
@@ -324,11 +324,11 @@ def test_every_key_that_transformers_writes_is_known(feed_forward: str, tmp_path
     sizes = {"d_model": 24, "d_kv": 6, "d_ff": 40, "num_layers": 3, "num_decoder_layers": 2, "num_heads": 4}
     config = transformers.T5Config(**sizes, vocab_size=23, feed_forward_proj=feed_forward)
     transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
-    assert check(tmp_path / "t5").findings == ()
+    assert check_checkpoint(tmp_path / "t5").findings == ()
     vision = {"hidden_size": 18, "intermediate_size": 30, "num_hidden_layers": 2, "num_attention_heads": 3}
     text = json.loads((GOLDEN / "clip" / "hf" / "config.json").read_text())
     whole = transformers.CLIPConfig(text_config=text, vision_config={**vision, "image_size": 12, "patch_size": 4})
     transformers.CLIPModel(whole).save_pretrained(tmp_path / "clip")
-    assert check(tmp_path / "clip").findings == ()
+    assert check_checkpoint(tmp_path / "clip").findings == ()
     transformers.CLIPTextModelWithProjection(whole.text_config).save_pretrained(tmp_path / "projected")
-    assert check(tmp_path / "projected").findings == ()
+    assert check_checkpoint(tmp_path / "projected").findings == ()

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from ckpt_convert.analysis.check.report import Report, Skipped
-from ckpt_convert.analysis.check.run import check
+from ckpt_convert.analysis.check.run import check_checkpoint
 
-__all__ = ["Report", "Skipped", "check"]
+__all__ = ["Report", "Skipped", "check_checkpoint"]

@@ -30,7 +30,7 @@ def accept_command(directory: Place, name: str) -> str:
     return f"`verify_checkpoint({spelled(directory)}, accept={spelled(name)})`"
 
 
-def accept(directory: Place, names: Sequence[str]) -> list[Accepted]:
+def accept_files(directory: Place, names: Sequence[str]) -> list[Accepted]:
     """Renew the checksums of these files in the directory's manifest, all or none; returns those that had changed.
 
     A conversion from the directory takes an accepted file as it takes any that was edited: as its user's own.
@@ -73,16 +73,16 @@ def _listed(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     training = manifest.get("training")
     if isinstance(training, dict):
         entries |= {**(training.get("files") or {}), **(training.get("extra_files") or {})}
-    return {name: entry for name, entry in entries.items() if may_change(name)}
+    return {name: entry for name, entry in entries.items() if is_acceptable(name)}
 
 
-def may_change(name: str) -> bool:
+def is_acceptable(name: str) -> bool:
     """Whether a file may be edited on purpose: it holds no weights, nor is it the header of files that do."""
     return not name.endswith((*WEIGHT_SUFFIXES, DCP_SUFFIX)) and PurePosixPath(name).name != DCP_INDEX
 
 
 def _why(name: str, listed: Mapping[str, Any]) -> str:
-    if not may_change(name):
+    if not is_acceptable(name):
         return "only files beside the weights can be accepted; of weights that changed nothing says what they should be"
     return f"is none of the files beside the weights that {MANIFEST} lists: {', '.join(sorted(listed)) or 'none'}"
 

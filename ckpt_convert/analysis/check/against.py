@@ -32,7 +32,7 @@ class Opening:
         return open_identified(self.place, format=self.format, family=self.family, config=self.config)
 
 
-def against(
+def compare_with(
     report: Report,
     a: Opening,
     b: Opening,
@@ -42,30 +42,30 @@ def against(
     progress: ProgressCallback | None = None,
 ) -> tuple[Report, dict[str, Any] | None]:
     """The report with an error for every tensor in which a and b differ, and the comparison as a document."""
-    from ckpt_convert.analysis.diff.compare import compare
+    from ckpt_convert.analysis.diff.compare import compare_checkpoints
 
     try:
         with a.open() as left, b.open() as right:
-            found = compare(left, right, values=values, workers=workers, progress=progress)
+            found = compare_checkpoints(left, right, values=values, workers=workers, progress=progress)
             return report.with_findings("against", map(_difference, _changed(found.changes))), found.document()
     except CkptConvertError as error:
         text = f"cannot be compared: {error}"
         return report.with_findings("against", [Finding("error", "against", text, str(b.place))]), None
 
 
-def computing(
+def check_logits(
     report: Report, a: Opening, b: Opening | None, *, progress: ProgressCallback | None = None
 ) -> tuple[Report, LogitsReport | None]:
     """The report with what running the checkpoint (and another one) through transformers showed."""
-    from ckpt_convert.analysis.logits.logits import logits
+    from ckpt_convert.analysis.logits.logits import compare_logits
 
     try:
         with a.open() as left:
             if b is None:
-                found = logits(left, None, progress=progress)
+                found = compare_logits(left, None, progress=progress)
             else:
                 with b.open() as right:
-                    found = logits(left, right, progress=progress)
+                    found = compare_logits(left, right, progress=progress)
     except (UsageError, UnsupportedFamilyError) as error:
         return replace(report, skipped=(*report.skipped, Skipped("logits", str(error)))), None
     except CkptConvertError as error:

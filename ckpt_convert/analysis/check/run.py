@@ -55,7 +55,7 @@ class _Work:
         self.skipped.extend(Skipped(check, why) for check in checks)
 
 
-def check(
+def check_checkpoint(
     path: Location,
     *,
     format: str | None = None,
@@ -80,7 +80,7 @@ def check(
         opened.checkpoint.close()
     inner = opened.checkpoint.place / MERGED
     if merged and "training" in report.checks and (inner / MANIFEST).is_regular():
-        report = _with_merged(report, check(inner, values=values, workers=workers, progress=progress))
+        report = _with_merged(report, check_checkpoint(inner, values=values, workers=workers, progress=progress))
     return report
 
 

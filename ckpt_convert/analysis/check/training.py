@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ckpt_convert.analysis.check.accept import accept_command, may_change
+from ckpt_convert.analysis.check.accept import accept_command, is_acceptable
 from ckpt_convert.checkpoint import record
 from ckpt_convert.checkpoint.findings import Finding, failed_check
 from ckpt_convert.checkpoint.record import MANIFEST, TRAINING_STATE
@@ -43,7 +43,9 @@ def _compare(directory: Place, name: str, entry: Mapping[str, Any], values: bool
         said = [None if value is None else str(value) for value in (expected, found)]
         return Finding("error", "training", f"{name}: {text}; {way}", name, None, *said)
 
-    changed = f"put it back, or accept it as it is: {accept_command(directory, name)}" if may_change(name) else _WAY_OUT
+    changed = (
+        f"put it back, or accept it as it is: {accept_command(directory, name)}" if is_acceptable(name) else _WAY_OUT
+    )
     try:
         path = directory.inside(name, MANIFEST)
         size = path.identity().size

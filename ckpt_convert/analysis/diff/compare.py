@@ -91,7 +91,7 @@ class Diff:
 
     a: Identified
     b: Identified
-    through: str
+    aligned_by: str
     values: bool
     changes: Sequence[Change]
     models: tuple[Model | None, Model | None]
@@ -131,7 +131,7 @@ class Diff:
             "b": b,
             "same": self.same,
             "values": self.values,
-            "through": self.through,
+            "through": self.aligned_by,
             "counts": dict(self.counts),
             "config": [{"name": name, "a": ours, "b": theirs} for name, ours, theirs in self.config],
             "notices": list(self.notices),
@@ -139,12 +139,12 @@ class Diff:
         }
 
 
-def compare(
+def compare_checkpoints(
     a: Identified,
     b: Identified,
     *,
     values: bool = True,
-    keep: Callable[..., bool] = lambda *keys: True,
+    is_wanted: Callable[..., bool] = lambda *keys: True,
     workers: int = 2,
     progress: ProgressCallback | None = None,
 ) -> Diff:
@@ -157,12 +157,12 @@ def compare(
     """
     a, b, said = requests.dequantize_to_compare(a, b)
     found = align(a, b)
-    pairs = [pair for pair in found.pairs if keep(*(half.key for half in (pair.a, pair.b) if half is not None))]
+    pairs = [pair for pair in found.pairs if is_wanted(*(half.key for half in (pair.a, pair.b) if half is not None))]
     changes = [_structure(pair) for pair in pairs]
     if values:
         changes = _values(a, b, pairs, changes, workers, progress)
     notices = [*said, *legacy_notices(a.files), *legacy_notices(b.files), *found.notices]
-    return Diff(a, b, found.through, values, changes, found.models, _config(*found.models), notices)
+    return Diff(a, b, found.aligned_by, values, changes, found.models, _config(*found.models), notices)
 
 
 def _structure(pair: AlignedTensor) -> Change:

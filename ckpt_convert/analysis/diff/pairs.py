@@ -62,7 +62,7 @@ class AlignedTensor:
 class Alignment:
     """Two checkpoints tensor by tensor. ``through`` says how they were brought together: "mapping" or "keys"."""
 
-    through: str
+    aligned_by: str
     pairs: Sequence[AlignedTensor]
     models: tuple[Model | None, Model | None]
     notices: tuple[str, ...] = ()

@@ -62,7 +62,7 @@ def require_packages() -> None:
         require(package, "computing logits")
 
 
-def architecture(checkpoint: Identified) -> Architecture:
+def read_architecture(checkpoint: Identified) -> Architecture:
     """What transformers makes of the checkpoint's config.
 
     Raises MissingPackageError without transformers, UnsupportedFamilyError for what is no causal language model that it
@@ -103,7 +103,9 @@ def architecture(checkpoint: Identified) -> Architecture:
     return Architecture(name, model_class, config, vocab, positions if isinstance(positions, int) else None)
 
 
-def load(checkpoint: Identified, found: Architecture, progress: ProgressCallback | None) -> tuple[Any, tuple[str, ...]]:
+def load_model(
+    checkpoint: Identified, architecture: Architecture, progress: ProgressCallback | None
+) -> tuple[Any, tuple[str, ...]]:
     """The model with its weights, and notices about it.
 
     A Hugging Face directory is opened by transformers itself. The weights of any other are translated tensor by tensor
@@ -112,7 +114,7 @@ def load(checkpoint: Identified, found: Architecture, progress: ProgressCallback
     """
     import torch
 
-    config = found.config
+    config = architecture.config
     options: dict[str, Any] = {}
     notices: tuple[str, ...] = ()
     if _opens(checkpoint):
@@ -127,7 +129,7 @@ def load(checkpoint: Identified, found: Architecture, progress: ProgressCallback
             config.tie_word_embeddings = tied
             notices = checkpoint.model.notices
     try:
-        model, info = found.model_class.from_pretrained(
+        model, info = architecture.model_class.from_pretrained(
             path,
             config=config,
             torch_dtype=torch.float32,

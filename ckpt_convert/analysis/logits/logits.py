@@ -25,7 +25,7 @@ _AT_ONCE = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class LogitsRun:
     """What one checkpoint computed; it loaded with nothing missing and nothing unexpected, or there was an error.
 
     ``finite`` is whether no logit is NaN or infinite; only then are there figures: ``entropy`` is the mean entropy of
@@ -46,7 +46,7 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class LogitPosition:
     """One logit: of which prompt, behind how many of its tokens (from 0), for which next token."""
 
     prompt: int
@@ -55,7 +55,7 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
+class LogitsDifference:
     """How far the logits of b are from those of a.
 
     ``max_abs`` (at ``at``) and ``mean_abs`` are over all logits; ``kl_mean`` and ``kl_max`` are KL(a‖b) over the
@@ -67,7 +67,7 @@ class Difference:
     kl_mean: float
     kl_max: float
     agreement: float
-    at: Place
+    at: LogitPosition
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +77,9 @@ class LogitsReport:
     prompts: int
     length: int
     seed: int
-    a: Outcome
-    b: Outcome | None = None
-    difference: Difference | None = None
+    a: LogitsRun
+    b: LogitsRun | None = None
+    difference: LogitsDifference | None = None
 
     @property
     def finite(self) -> bool:
@@ -91,7 +91,7 @@ class LogitsReport:
         return asdict(self)
 
 
-def logits(
+def compare_logits(
     a: Identified,
     b: Identified | None = None,
     *,
@@ -113,7 +113,7 @@ def logits(
     for name, value in (("prompts", prompts), ("length", length)):
         if value < 1:
             raise UsageError(f"{name} {value}: expected 1 or more")
-    architectures = [causal.architecture(checkpoint) for checkpoint in (a, b) if checkpoint is not None]
+    architectures = [causal.read_architecture(checkpoint) for checkpoint in (a, b) if checkpoint is not None]
     for checkpoint, found in zip((a, b), architectures, strict=False):
         if checkpoint is not None and found.positions is not None and found.positions < length:
             raise UsageError(f"{checkpoint.place}: takes at most {found.positions} tokens, {length} were asked for")
@@ -133,11 +133,11 @@ def logits(
         raise ShapeMismatchError(
             f"{b.place}: gives {theirs.shape[-1]} logits, {a.place} {mine.shape[-1]}; they cannot be compared"
         )
-    difference = compare(mine, theirs) if first.finite and second.finite else None
+    difference = logits_difference(mine, theirs) if first.finite and second.finite else None
     return LogitsReport(prompts, length, seed, first, second, difference)
 
 
-def compare(a: torch.Tensor, b: torch.Tensor) -> Difference:
+def logits_difference(a: torch.Tensor, b: torch.Tensor) -> LogitsDifference:
     """The difference between finite logits of one shape, [prompts, length, tokens]."""
     import torch
 
@@ -157,13 +157,13 @@ def compare(a: torch.Tensor, b: torch.Tensor) -> Difference:
         agreeing += int((mine.argmax(-1) == theirs.argmax(-1)).sum())
     every = torch.cat(kl)
     position, token = divmod(where, vocab)
-    return Difference(
+    return LogitsDifference(
         max_abs=largest,
         mean_abs=total / a.numel(),
         kl_mean=float(every.mean()),
         kl_max=float(every.max()),
         agreement=agreeing / len(every),
-        at=Place(position // length, position % length, token),
+        at=LogitPosition(position // length, position % length, token),
     )
 
 
@@ -175,12 +175,12 @@ def _tokens(vocab: int, prompts: int, length: int, seed: int) -> torch.Tensor:
 
 def _run(
     checkpoint: Identified, found: causal.Architecture, tokens: torch.Tensor, progress: ProgressCallback | None
-) -> tuple[Outcome, torch.Tensor]:
+) -> tuple[LogitsRun, torch.Tensor]:
     """The logits of one checkpoint, [prompts, length, tokens], and what there is to say of them."""
     import torch
 
-    model, notices = causal.load(checkpoint, found, progress)
-    counter = ProgressCounter("running", len(tokens), progress)
+    model, notices = causal.load_model(checkpoint, found, progress)
+    meter = Meter("running", len(tokens), progress)
     out = []
     for prompt in tokens[:, None]:
         with torch.inference_mode():
@@ -193,7 +193,7 @@ def _run(
     finite = bool(made.isfinite().all())
     if finite and bool((made == made[..., :1]).all()):
         notices += ("all logits of a position are the same, so they say nothing of the weights",)
-    outcome = Outcome(
+    outcome = LogitsRun(
         path=str(checkpoint.place),
         format=str(checkpoint.format),
         model_type=found.model_type,

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 import ckpt_convert
-from ckpt_convert.analysis.check.run import check
+from ckpt_convert.analysis.check.run import check_checkpoint
 from ckpt_convert.models import FAMILIES
 from ckpt_convert.models.core import table_check
 from ckpt_convert.models.core.table import Family, Key, Row, evaluate
@@ -143,7 +143,7 @@ def test_the_worked_example_of_the_docs(example: dict[str, Any], use_bias: bool,
     example["test_starcoder2"](tmp_path, use_bias, tied)
     with ckpt_convert.open_checkpoint(tmp_path / "native") as found:
         assert (found.format, found.family) == ("native", "starcoder2")
-    assert check(tmp_path / "hf").findings == ()
+    assert check_checkpoint(tmp_path / "hf").findings == ()
     with pytest.raises(ckpt_convert.CkptConvertError, match="the starcoder2 table has no meta column"):
         ckpt_convert.convert_checkpoint(tmp_path / "hf", tmp_path / "meta", to="meta")
 
