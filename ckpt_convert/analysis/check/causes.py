@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ckpt_convert.analysis.check.tolerant import Opened
+from ckpt_convert.analysis.check.tolerant import LenientCheckpoint
 from ckpt_convert.checkpoint.findings import Finding
 from ckpt_convert.checkpoint.record import MANIFEST
 from ckpt_convert.formats import peft
@@ -27,13 +27,13 @@ _NEVER_ZERO = re.compile(r"\.lora_A\.")
 _MOST_RANKS = 128
 
 
-def ranks(opened: Opened, config: Mapping[str, Any] | None) -> tuple[list[Finding], str]:
+def ranks(opened: LenientCheckpoint, config: Mapping[str, Any] | None) -> tuple[list[Finding], str]:
     """Whether the files of a Meta checkpoint are the ranks of one cut, all of them; and why not, in a few words.
 
     Where they are not, joined tensors have sizes that nothing in the config is to blame for.
     """
     view = opened.view
-    if view.format != "meta" or opened.lost or opened.gone:
+    if view.format != "meta" or opened.unreadable_files or opened.missing_ranks:
         return [], ""
     names = [file.name for file in opened.checkpoint.files]
     record = opened.checkpoint.record
@@ -71,7 +71,7 @@ def _odd(stored: Sequence[Mapping[str, Any]]) -> tuple[str, int, tuple[int, ...]
     return None
 
 
-def _last_ranks(opened: Opened, config: Mapping[str, Any]) -> tuple[list[Finding], str]:
+def _last_ranks(opened: LenientCheckpoint, config: Mapping[str, Any]) -> tuple[list[Finding], str]:
     """Whether more ranks of this size make up the vocabulary that params.json states."""
     stored = opened.view.ranks
     vocab, dim = config.get("vocab_size"), config.get("dim")
@@ -118,7 +118,7 @@ class _Stored:
     """Whether it may be that zeros are what was meant to be saved."""
 
 
-def zeros(findings: Iterable[Finding], opened: Opened) -> list[Finding]:
+def zeros(findings: Iterable[Finding], opened: LenientCheckpoint) -> list[Finding]:
     """Findings, with those of tensors of zeros as one for each file whose end was never written.
 
     Norms may be zeros where they are stored less one (Gemma); these are told from a file that was cut short by where

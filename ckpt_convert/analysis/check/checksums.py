@@ -9,7 +9,7 @@ from typing import Any
 from ckpt_convert import containers
 from ckpt_convert.analysis.check.accept import accept_command
 from ckpt_convert.analysis.check.spans import Span, hashed
-from ckpt_convert.analysis.check.tolerant import Opened, relative
+from ckpt_convert.analysis.check.tolerant import LenientCheckpoint, without_directory
 from ckpt_convert.checkpoint import checklist
 from ckpt_convert.checkpoint.checklist import CHECKLIST
 from ckpt_convert.checkpoint.findings import Finding, Severity, failed_check
@@ -31,7 +31,7 @@ _FOR_PEOPLE = (".md", ".rst", "LICENSE", "NOTICE", "USE_POLICY", ".gitattributes
 """How the names of files end that no program reads to run the model: they are edited as a matter of course."""
 
 
-def pieces(opened: Opened) -> tuple[list[Finding], list[Span]]:
+def pieces(opened: LenientCheckpoint) -> tuple[list[Finding], list[Span]]:
     """What the manifest says of the weight files: sizes now, and the checksums of pieces as spans to be read."""
     record = opened.checkpoint.record
     findings: list[Finding] = []
@@ -53,7 +53,7 @@ def pieces(opened: Opened) -> tuple[list[Finding], list[Span]]:
             except OSError:
                 continue  # it is not there, which is said below
             except CkptConvertError as error:
-                findings.append(failed_check("record", error, relative(str(error), record.directory), name))
+                findings.append(failed_check("record", error, without_directory(str(error), record.directory), name))
                 files[name] = None
     for name, entry in record.manifest["files"].items():
         file = files.get(name)
@@ -61,13 +61,13 @@ def pieces(opened: Opened) -> tuple[list[Finding], list[Span]]:
             text = f"{MANIFEST} says of {name!r} what it never says of a file; it is damaged, so convert again"
             findings.append(Finding("error", "record", text, MANIFEST))
         elif file is None:
-            if name not in opened.lost and name not in files:
+            if name not in opened.unreadable_files and name not in files:
                 text = f"{name} is missing: {MANIFEST} says that it was written; copy or convert it again"
                 findings.append(Finding("error", "checksum", text, name))
         elif (size := file.place.identity().size) != entry["size"]:
             text = f"{name} has {size} bytes, but was written with {entry['size']} ({MANIFEST}); {_CHANGED}"
             findings.append(Finding("error", "checksum", text, name, None, str(entry["size"]), str(size)))
-        elif file.name not in opened.damaged:
+        elif file.name not in opened.damaged_files:
             found, readable = _whole(file, entry) if "header" in entry else _located(file, entry["pieces"])
             findings += found
             spans += readable
@@ -177,7 +177,7 @@ def _changed(record: Record, name: str) -> Iterator[Finding]:
         found = digest_file(record.directory.inside(name, MANIFEST))
     except CkptConvertError as error:
         severity: Severity = "error" if isinstance(error, UnsafeFileError) else "warning"
-        yield failed_check("checksum", error, relative(str(error), record.directory), name, severity=severity)
+        yield failed_check("checksum", error, without_directory(str(error), record.directory), name, severity=severity)
         return
     except OSError as error:
         yield failed_check("checksum", error, f"{name}: cannot be read: {error.strerror}", name, severity="warning")
@@ -189,7 +189,7 @@ def _changed(record: Record, name: str) -> Iterator[Finding]:
         yield Finding("warning" if name.endswith(_FOR_PEOPLE) else "error", "checksum", text, name)
 
 
-def listed(opened: Opened) -> tuple[list[Finding], list[Span]]:
+def listed(opened: LenientCheckpoint) -> tuple[list[Finding], list[Span]]:
     """Meta's checklist.chk: files that are missing, and the hashes of the others as spans to be read."""
     checkpoint = opened.checkpoint
     path = checkpoint.root / CHECKLIST
@@ -208,7 +208,7 @@ def listed(opened: Opened) -> tuple[list[Finding], list[Span]]:
         try:
             reader = opened_files.get(name) or checkpoint.root.inside(name, CHECKLIST).open(name)
         except (CkptConvertError, OSError) as error:
-            if name not in opened.lost:
+            if name not in opened.unreadable_files:
                 text = f"{name} is missing, or cannot be read, but {CHECKLIST} lists it; download it again"
                 findings.append(
                     failed_check("checklist", error, text, name, severity="error" if weights else "warning")

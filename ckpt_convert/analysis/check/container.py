@@ -24,7 +24,7 @@ _MAX_PICKLE = 1 << 24
 
 
 @dataclass(frozen=True)
-class Surveyed:
+class SurveyedFile:
     """A file as far as it can be read: ``reader`` is the one that the header's offsets refer to."""
 
     reader: RangeReader
@@ -42,31 +42,31 @@ class _Shortened:
         self._reader.readinto(offset, buffer)
 
 
-def survey(reader: OpenFile) -> Surveyed:
+def survey_file(reader: OpenFile) -> SurveyedFile:
     """Read the header of a file of any kind; what is wrong becomes a problem, in words. Raises UnreadableError."""
     try:
         start = read(reader, 0, min(reader.size, 32))
         length = int.from_bytes(start[:8], "little")
         if start[8:9] == b"{" and length <= safetensors.MAX_HEADER:
             header, problems = safetensors.survey(reader)
-            return Surveyed(reader, header, tuple(problems))
+            return SurveyedFile(reader, header, tuple(problems))
         if torchzip.is_zip(reader):
             return _zip(reader)
-        return Surveyed(*containers.parse(reader), ())
+        return SurveyedFile(*containers.parse(reader), ())
     except UnreadableError:
         raise
     except CkptConvertError as error:
-        return Surveyed(reader, None, (str(error),))
+        return SurveyedFile(reader, None, (str(error),))
     except OSError as error:
         raise unreadable(error, reader.name) from error
 
 
-def members(reader: RangeReader) -> list[zipindex.Member]:
+def zip_members(reader: RangeReader) -> list[zipindex.Member]:
     """The members of a torch zip file that was surveyed."""
     return list(zipindex.members(reader).values())
 
 
-def _zip(reader: OpenFile) -> Surveyed:
+def _zip(reader: OpenFile) -> SurveyedFile:
     try:
         return _named(reader, torchzip.parse(reader, foreign=True))
     except UnreadableError:
@@ -75,9 +75,9 @@ def _zip(reader: OpenFile) -> Surveyed:
         end = _end(reader)
         if end is None:
             text = f"{reader.name}: is truncated: it ends before the zip directory{_lacking(reader)}"
-            return Surveyed(reader, None, (f"{text}; download or copy it again",))
+            return SurveyedFile(reader, None, (f"{text}; download or copy it again",))
         if end == reader.size:
-            return Surveyed(reader, None, (str(error),))
+            return SurveyedFile(reader, None, (str(error),))
         text = (
             f"{reader.name}: has {reader.size - end} bytes after the end of the zip archive; download or copy it again"
         )
@@ -87,13 +87,13 @@ def _zip(reader: OpenFile) -> Surveyed:
         except UnreadableError:
             raise
         except CkptConvertError as other:
-            return Surveyed(reader, None, (text, str(other)))
+            return SurveyedFile(reader, None, (text, str(other)))
 
 
-def _named(reader: RangeReader, header: Header, *problems: str) -> Surveyed:
+def _named(reader: RangeReader, header: Header, *problems: str) -> SurveyedFile:
     """The file, with what its pickle asks for although no tensor needs it."""
     asked = (str(torchpickle.refusal(reader.name, "data.pkl", *header.foreign)),) if header.foreign else ()
-    return Surveyed(reader, header, (*problems, *asked))
+    return SurveyedFile(reader, header, (*problems, *asked))
 
 
 def _end(reader: RangeReader) -> int | None:

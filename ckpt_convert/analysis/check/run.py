@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ckpt_convert.analysis.check import causes, checksums, directory, generic, sidefiles, table, training
 from ckpt_convert.analysis.check.report import Report, Skipped, by_severity
 from ckpt_convert.analysis.check.spans import Expected
-from ckpt_convert.analysis.check.tolerant import Opened, open_tolerantly, relative
+from ckpt_convert.analysis.check.tolerant import LenientCheckpoint, open_leniently, without_directory
 from ckpt_convert.checkpoint import diagnosis
 from ckpt_convert.checkpoint.findings import Finding, Severity, failed_check
 from ckpt_convert.checkpoint.identify import Identified
@@ -38,7 +38,7 @@ class _Work:
     the numbers that it stands for.
     """
 
-    opened: Opened
+    opened: LenientCheckpoint
     values: bool
     findings: list[Finding] = field(default_factory=list)
     checks: list[str] = field(default_factory=list)
@@ -72,7 +72,7 @@ def check_checkpoint(
     beside an adapter, too. What is wrong with the checkpoint is in the report; raised is only
     CheckpointNotFoundError, UsageError or ConfigError where nothing can be checked.
     """
-    opened = open_tolerantly(locate(path), format=format, family=family, config=config)
+    opened = open_leniently(locate(path), format=format, family=family, config=config)
     work = _Work(opened, values)
     try:
         report = _report(work, workers, progress)
@@ -104,7 +104,7 @@ def _report(work: _Work, workers: int, progress: ProgressCallback | None) -> Rep
     work.done("duplicate", causes.exchanged(directory.contradictions(opened), "index"))
     if checkpoint.directory.index is not None:
         work.done("index")
-        if opened.whole and not opened.damaged:
+        if opened.has_all_headers and not opened.damaged_files:
             work.done("index", directory.totals(opened))
     if checkpoint.place.is_folder():
         work.done("leftover", directory.leftovers(opened))
@@ -139,7 +139,7 @@ def _against_config(work: _Work) -> None:
         try:
             content = load_json(path)
         except CkptConvertError as error:
-            work.done("config", [failed_check("config", error, relative(str(error), view.place), path.name)])
+            work.done("config", [failed_check("config", error, without_directory(str(error), view.place), path.name)])
     else:
         content = _from_shapes(work)
     if not view.stored:
@@ -179,15 +179,15 @@ def _from_shapes(work: _Work) -> dict[str, Any] | None:
     try:
         return work.opened.view.from_shapes
     except CkptConvertError as error:
-        work.done("config", [failed_check("config", error, relative(str(error), work.opened.view.place))])
+        work.done("config", [failed_check("config", error, without_directory(str(error), work.opened.view.place))])
         return None
 
 
 def _model(work: _Work, content: Mapping[str, Any] | None) -> Model | None:
     """Family and sizes; a config that contradicts itself or the weights is a finding, an unknown family is not."""
     opened, view = work.opened, work.opened.view
-    if opened.gone:
-        gone = ", ".join(map(str, opened.gone))
+    if opened.missing_ranks:
+        gone = ", ".join(map(str, opened.missing_ranks))
         work.skip(f"rank {gone} has no file", "keys", "replicas", "tied")
         return None
     if content is None:
@@ -201,20 +201,24 @@ def _model(work: _Work, content: Mapping[str, Any] | None) -> Model | None:
     try:
         return view.model
     except UnsupportedFamilyError as error:
-        work.skip(relative(str(error), view.place).partition("\n")[0], "keys")
+        work.skip(without_directory(str(error), view.place).partition("\n")[0], "keys")
     except CkptConvertError as error:
-        if view.format is not None and not opened.lost:
+        if view.format is not None and not opened.unreadable_files:
             file = view.config_file.name
-            work.done("config", [failed_check("config", error, relative(str(error), view.place), file)])
-        work.skip(relative(str(error), view.place).partition("\n")[0], "keys")
+            work.done("config", [failed_check("config", error, without_directory(str(error), view.place), file)])
+        work.skip(without_directory(str(error), view.place).partition("\n")[0], "keys")
     return None
 
 
 def _through_table(work: _Work, model: Model, content: Mapping[str, Any], where: str) -> None:
     opened, view = work.opened, work.opened.view
     names = opened.checkpoint.names
-    lost = [names.of(k) for k, file in (opened.checkpoint.directory.weight_map or {}).items() if file in opened.lost]
-    if opened.lost and not lost:
+    lost = [
+        names.of(k)
+        for k, file in (opened.checkpoint.directory.weight_map or {}).items()
+        if file in opened.unreadable_files
+    ]
+    if opened.unreadable_files and not lost:
         work.skip("files cannot be opened, and nothing says what is in them", "keys", "tied", "replicas")
         return
     broken: Collection[str] = ()
@@ -280,8 +284,10 @@ def _in_general(work: _Work, content: Mapping[str, Any] | None) -> None:
         names.of(key): generic.Sized(info.shape if info.settled else None, info.dtype)
         for key, info in view.tensors.items()
     }
-    tensors |= {names.of(key): generic.Sized(None, "") for key, file in weight_map.items() if file in opened.lost}
-    if view.place.is_folder() and (opened.whole or weight_map):
+    tensors |= {
+        names.of(key): generic.Sized(None, "") for key, file in weight_map.items() if file in opened.unreadable_files
+    }
+    if view.place.is_folder() and (opened.has_all_headers or weight_map):
         hf = content if view.format == "hf" else None
         work.done("layers", generic.numbering(tensors, hf))
     if content is None or view.format != "hf":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from ckpt_convert.analysis.check.container import survey
+from ckpt_convert.analysis.check.container import survey_file
 from ckpt_convert.checkpoint import record
 from ckpt_convert.checkpoint.findings import Finding, failed_check
 from ckpt_convert.checkpoint.hints import make_hints
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Opened:
+class LenientCheckpoint:
     """A checkpoint as far as it can be opened.
 
     ``checkpoint`` may contradict itself; ``view`` is the same with every key once and without an index, so that its
@@ -51,14 +51,14 @@ class Opened:
     checkpoint: Identified
     view: Identified
     findings: tuple[Finding, ...]
-    lost: frozenset[str]
-    damaged: frozenset[str]
-    gone: tuple[int, ...] = ()
+    unreadable_files: frozenset[str]
+    damaged_files: frozenset[str]
+    missing_ranks: tuple[int, ...] = ()
 
     @property
-    def whole(self) -> bool:
+    def has_all_headers(self) -> bool:
         """Whether every weight file's header was read."""
-        return not self.lost and not self.gone
+        return not self.unreadable_files and not self.missing_ranks
 
 
 @dataclass
@@ -67,18 +67,18 @@ class _State:
     gone: tuple[int, ...] = ()
 
     def error(self, check: str, error: CkptConvertError | OSError, path: Place, file: str | None = None) -> None:
-        self.findings.append(failed_check(check, error, relative(reason(error), path), file))
+        self.findings.append(failed_check(check, error, without_directory(reason(error), path), file))
 
 
-def relative(text: str, path: Place) -> str:
+def without_directory(text: str, path: Place) -> str:
     """A message without the directory that the reader knows already."""
     folder = str(path if path.is_folder() else path.parent)
     return text.replace(f"{folder}/", "").removeprefix(f"{folder}: ")
 
 
-def open_tolerantly(
+def open_leniently(
     path: Place, *, format: str | None = None, family: str | None = None, config: Location | None = None
-) -> Opened:
+) -> LenientCheckpoint:
     """Open what there is of a checkpoint.
 
     Raises CheckpointNotFoundError where there is nothing to open, UnreadableError where the system does not say what
@@ -113,7 +113,7 @@ def open_tolerantly(
     checkpoint = identify(files_there, hints, found_record)
     once, plain = _each_key_once(checkpoint), replace(directory, index=None, weight_map=None)
     view = replace(checkpoint, opened=replace(files_there, files=once, directory=plain))
-    return Opened(checkpoint, view, tuple(state.findings), frozenset(lost), frozenset(damaged), state.gone)
+    return LenientCheckpoint(checkpoint, view, tuple(state.findings), frozenset(lost), frozenset(damaged), state.gone)
 
 
 def _record(path: Place, state: _State) -> Record | None:
@@ -202,7 +202,7 @@ def _files(path: Place, directory: Directory, state: _State) -> tuple[tuple[Weig
             continue
         reader, local = opened
         try:
-            found = survey(reader)
+            found = survey_file(reader)
         except UnreadableError as error:
             state.error("container", error, path, weight.name)
             lost.append(weight.name)

@@ -12,7 +12,7 @@ import numpy as np
 
 from ckpt_convert.analysis.check import causes, container
 from ckpt_convert.analysis.check.spans import Expected, Span
-from ckpt_convert.analysis.check.tolerant import Opened
+from ckpt_convert.analysis.check.tolerant import LenientCheckpoint
 from ckpt_convert.checkpoint.findings import Finding, failed_check
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.dtypes import DTYPES
@@ -95,7 +95,7 @@ def read(
     return findings, counter.done
 
 
-def finite(opened: Opened) -> Iterator[Span]:
+def finite(opened: LenientCheckpoint) -> Iterator[Span]:
     """Spans that look for NaN and infinity in every floating-point tensor; others are read all the same."""
     for file, tensor in opened.view.stored:
         size = _extent(tensor)
@@ -117,13 +117,13 @@ def finite(opened: Opened) -> Iterator[Span]:
         yield Span(file.reader, file.name, tensor.offset, tensor.offset + size, add, finish)
 
 
-def crcs(opened: Opened) -> Iterator[Span]:
+def crcs(opened: LenientCheckpoint) -> Iterator[Span]:
     """Spans that compare each member of a torch zip file with the CRC-32 that the archive keeps of it."""
     for file in opened.checkpoint.files:
         if file.header.kind != "torch":
             continue
         try:
-            members = container.members(file.reader)
+            members = container.zip_members(file.reader)
         except CkptConvertError:
             continue  # found when the file was opened
         for member in members:
