@@ -15,7 +15,7 @@ from ckpt_convert.formats import peft
 from ckpt_convert.formats.names import rank_name
 from ckpt_convert.words import some
 
-ZEROS = "nothing but zeros"
+ALL_ZEROS = "nothing but zeros"
 """What ``zeros`` looks for in ``found`` of a finding."""
 
 _STARTS_AT_ZERO = re.compile(r"(?:\A|\.)(?:lora_B|lora_embedding_A|lora_up)\.")
@@ -27,7 +27,7 @@ _NEVER_ZERO = re.compile(r"\.lora_A\.")
 _MOST_RANKS = 128
 
 
-def ranks(opened: LenientCheckpoint, config: Mapping[str, Any] | None) -> tuple[list[Finding], str]:
+def check_ranks(opened: LenientCheckpoint, config: Mapping[str, Any] | None) -> tuple[list[Finding], str]:
     """Whether the files of a Meta checkpoint are the ranks of one cut, all of them; and why not, in a few words.
 
     Where they are not, joined tensors have sizes that nothing in the config is to blame for.
@@ -90,7 +90,7 @@ def _last_ranks(opened: LenientCheckpoint, config: Mapping[str, Any]) -> tuple[l
     return [Finding("error", "shards", text, lacking[0], None, str(count), str(len(stored)))], "ranks are missing"
 
 
-def exchanged(findings: Iterable[Finding], check: str) -> list[Finding]:
+def merge_exchanged_files(findings: Iterable[Finding], check: str) -> list[Finding]:
     """Findings, with those of two files that hold each other's tensors as one."""
     kept = list(findings)
     wrong = [finding for finding in kept if finding.check == check and finding.expected and finding.found]
@@ -118,7 +118,7 @@ class _Stored:
     """Whether it may be that zeros are what was meant to be saved."""
 
 
-def zeros(findings: Iterable[Finding], opened: LenientCheckpoint) -> list[Finding]:
+def merge_zero_tensors(findings: Iterable[Finding], opened: LenientCheckpoint) -> list[Finding]:
     """Findings, with those of tensors of zeros as one for each file whose end was never written.
 
     Norms may be zeros where they are stored less one (Gemma); these are told from a file that was cut short by where
@@ -126,7 +126,7 @@ def zeros(findings: Iterable[Finding], opened: LenientCheckpoint) -> list[Findin
     """
     kept, empty = [], set()
     for finding in findings:
-        if finding.found == ZEROS:
+        if finding.found == ALL_ZEROS:
             empty.add((finding.file, finding.key))
         else:
             kept.append(finding)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ckpt_convert import containers
 from ckpt_convert.analysis.check.accept import accept_command
-from ckpt_convert.analysis.check.spans import Span, hashed
+from ckpt_convert.analysis.check.spans import Span, hashed_span
 from ckpt_convert.analysis.check.tolerant import LenientCheckpoint, without_directory
 from ckpt_convert.checkpoint import checklist
 from ckpt_convert.checkpoint.checklist import CHECKLIST
@@ -31,7 +31,7 @@ _FOR_PEOPLE = (".md", ".rst", "LICENSE", "NOTICE", "USE_POLICY", ".gitattributes
 """How the names of files end that no program reads to run the model: they are edited as a matter of course."""
 
 
-def pieces(opened: LenientCheckpoint) -> tuple[list[Finding], list[Span]]:
+def check_manifest(opened: LenientCheckpoint) -> tuple[list[Finding], list[Span]]:
     """What the manifest says of the weight files: sizes now, and the checksums of pieces as spans to be read."""
     record = opened.checkpoint.record
     findings: list[Finding] = []
@@ -156,10 +156,10 @@ def _piece(file: WeightFile, reader: RangeReader, piece: tuple[str, int, int, st
             )
             yield Finding("error", "checksum", text, file.name, key, checksum, found)
 
-    return hashed(reader, file.name, offset, offset + nbytes, kind, done)
+    return hashed_span(reader, file.name, offset, offset + nbytes, kind, done)
 
 
-def side_files(record: Record | None) -> Iterator[Finding]:
+def check_auxiliary_files(record: Record | None) -> Iterator[Finding]:
     """Files beside the weights, and of the record, that are not as they were written."""
     if record is None:
         return
@@ -189,7 +189,7 @@ def _changed(record: Record, name: str) -> Iterator[Finding]:
         yield Finding("warning" if name.endswith(_FOR_PEOPLE) else "error", "checksum", text, name)
 
 
-def listed(opened: LenientCheckpoint) -> tuple[list[Finding], list[Span]]:
+def check_checklist(opened: LenientCheckpoint) -> tuple[list[Finding], list[Span]]:
     """Meta's checklist.chk: files that are missing, and the hashes of the others as spans to be read."""
     checkpoint = opened.checkpoint
     path = checkpoint.root / CHECKLIST
@@ -214,7 +214,7 @@ def listed(opened: LenientCheckpoint) -> tuple[list[Finding], list[Span]]:
                     failed_check("checklist", error, text, name, severity="error" if weights else "warning")
                 )
             continue
-        spans.append(hashed(reader, name, 0, reader.size, kind, _wrong(name, kind, expected)))
+        spans.append(hashed_span(reader, name, 0, reader.size, kind, _wrong(name, kind, expected)))
     return findings, spans
 
 

@@ -33,14 +33,14 @@ from ckpt_convert.storage.place import Place
 from ckpt_convert.words import quoted, some
 
 
-def contradictions(opened: LenientCheckpoint) -> Iterator[Finding]:
+def check_index(opened: LenientCheckpoint) -> Iterator[Finding]:
     """Where index and headers disagree, but for what lies in files that could not be opened."""
     for finding in opened.checkpoint.contradictions:
         if finding.check != "index" or finding.expected not in opened.unreadable_files:
             yield finding
 
 
-def totals(opened: LenientCheckpoint) -> Iterator[Finding]:
+def check_index_totals(opened: LenientCheckpoint) -> Iterator[Finding]:
     """The sums that an index states, against those of the tensors."""
     checkpoint = opened.checkpoint
     index = checkpoint.directory.index
@@ -70,7 +70,7 @@ def totals(opened: LenientCheckpoint) -> Iterator[Finding]:
             yield Finding("warning", "index", text, index, None, quoted(stated[name], 60), str(found))
 
 
-def leftovers(opened: LenientCheckpoint) -> Iterator[Finding]:
+def check_leftovers(opened: LenientCheckpoint) -> Iterator[Finding]:
     """Files that look like a part of the checkpoint and are none, and what an interrupted program left behind."""
     path = opened.checkpoint.place
     if not path.is_folder():
@@ -100,7 +100,7 @@ def leftovers(opened: LenientCheckpoint) -> Iterator[Finding]:
         yield Finding("note", "leftover", text, unused[0])
 
 
-def numbering(opened: LenientCheckpoint) -> Iterator[Finding]:
+def check_shard_numbers(opened: LenientCheckpoint) -> Iterator[Finding]:
     """Whether the numbers in the names of the files that are used are those of one set."""
     totals: dict[tuple[str, str], dict[int, list[int]]] = {}
     for weight in opened.checkpoint.directory.weights:
@@ -144,7 +144,7 @@ def numbering(opened: LenientCheckpoint) -> Iterator[Finding]:
                 yield Finding("warning", "shards", text, opened.checkpoint.directory.index)
 
 
-def names(opened: LenientCheckpoint) -> Iterator[Finding]:
+def check_file_names(opened: LenientCheckpoint) -> Iterator[Finding]:
     """Weight files beside a config.json that loaders do not find, for they have no index and another name."""
     checkpoint = opened.checkpoint
     used = [weight.name for weight in checkpoint.directory.weights]

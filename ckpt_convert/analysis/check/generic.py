@@ -45,7 +45,7 @@ _FEW = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Sized:
+class StoredShape:
     """A stored tensor: shape and dtype, None where only its key is known (its file cannot be opened)."""
 
     shape: tuple[int, ...] | None
@@ -56,7 +56,7 @@ Lists = Mapping[str, Mapping[int, frozenset[str]]]
 """What stands before a number in keys, dot included → number → what stands behind it (experts' numbers as *)."""
 
 
-def numbering(keys: Iterable[str], config: Mapping[str, Any] | None) -> Iterator[Finding]:
+def check_layers(keys: Iterable[str], config: Mapping[str, Any] | None) -> Iterator[Finding]:
     """Layers, experts, and parts of them that others of their kind have and they have not."""
     found = _lists(keys)
     experts = {prefix: numbers for prefix, numbers in found.items() if _name(prefix) == "experts"}
@@ -69,7 +69,7 @@ def numbering(keys: Iterable[str], config: Mapping[str, Any] | None) -> Iterator
     yield from _experts(experts, text_config(config or {}))
 
 
-def shapes(tensors: Mapping[str, Sized], config: Mapping[str, Any]) -> Iterator[Finding]:
+def check_shapes(tensors: Mapping[str, StoredShape], config: Mapping[str, Any]) -> Iterator[Finding]:
     """Sizes that the config states against the shapes; ``tensors`` by key."""
     text = text_config(config)
     own = {
@@ -77,7 +77,7 @@ def shapes(tensors: Mapping[str, Sized], config: Mapping[str, Any]) -> Iterator[
         for key, tensor in tensors.items()
         if tensor.shape and tensor.dtype in _WEIGHTS and not _is_other(key)
     }
-    likely: Severity = "error" if is_sure(config) else "warning"
+    likely: Severity = "error" if is_llama_like(config) else "warning"
     hidden = size_of(text, *SIZES["dim"])
     vocab = size_of(text, "vocab_size")
     embeddings = [key for key in own if key.endswith(EMBEDDINGS) and len(own[key]) == 2]
@@ -95,7 +95,9 @@ def shapes(tensors: Mapping[str, Sized], config: Mapping[str, Any]) -> Iterator[
     yield from _differ("error", setting_name(text, "n_experts"), experts, fused)
 
 
-def tied(tensors: Mapping[str, Sized], config: Mapping[str, Any]) -> tuple[list[Finding], tuple[str, str] | None]:
+def check_tied(
+    tensors: Mapping[str, StoredShape], config: Mapping[str, Any]
+) -> tuple[list[Finding], tuple[str, str] | None]:
     """An output that should be there, and the pair of tensors that the config says are the same."""
     said = config.get("tie_word_embeddings", text_config(config).get("tie_word_embeddings"))
     embedding = min((key for key in tensors if key.endswith(EMBEDDINGS) and not _is_other(key)), key=len, default=None)
@@ -114,12 +116,12 @@ def tied(tensors: Mapping[str, Sized], config: Mapping[str, Any]) -> tuple[list[
     return [], (embedding, output) if ours == theirs and ours.shape is not None else None
 
 
-def is_sure(config: Mapping[str, Any]) -> bool:
+def is_llama_like(config: Mapping[str, Any]) -> bool:
     """Whether the model is one that is known to be built in the usual way, so that what misfits is an error."""
     return str(config.get("model_type")) in UNLISTED
 
 
-def _projects(tensors: Mapping[str, Sized], embedding: str) -> bool:
+def _projects(tensors: Mapping[str, StoredShape], embedding: str) -> bool:
     """Whether some other matrix, or one that cannot be looked at, has a row for each token: the output by any name."""
     shape = tensors[embedding].shape
     return shape is None or any(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckpt_convert.analysis.check import causes, checksums, directory, generic, sidefiles, table, training
 from ckpt_convert.analysis.check.report import Report, Skipped, by_severity
-from ckpt_convert.analysis.check.spans import Expected
+from ckpt_convert.analysis.check.spans import ExpectedEqual
 from ckpt_convert.analysis.check.tolerant import LenientCheckpoint, open_leniently, without_directory
 from ckpt_convert.checkpoint import diagnosis
 from ckpt_convert.checkpoint.findings import Finding, Severity, failed_check
@@ -43,7 +43,7 @@ class _Work:
     findings: list[Finding] = field(default_factory=list)
     checks: list[str] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
-    expected: list[Expected] = field(default_factory=list)
+    expected: list[ExpectedEqual] = field(default_factory=list)
     described: Identified | None = None
 
     def done(self, check: str, findings: Iterable[Finding] = ()) -> None:
@@ -101,17 +101,17 @@ def _report(work: _Work, workers: int, progress: ProgressCallback | None) -> Rep
     opened, checkpoint = work.opened, work.opened.checkpoint
     work.done("files", opened.findings)
     work.done("container")
-    work.done("duplicate", causes.exchanged(directory.contradictions(opened), "index"))
+    work.done("duplicate", causes.merge_exchanged_files(directory.check_index(opened), "index"))
     if checkpoint.directory.index is not None:
         work.done("index")
         if opened.has_all_headers and not opened.damaged_files:
-            work.done("index", directory.totals(opened))
+            work.done("index", directory.check_index_totals(opened))
     if checkpoint.place.is_folder():
-        work.done("leftover", directory.leftovers(opened))
-        work.done("shards", directory.numbering(opened))
-        work.done("shards", directory.names(opened))
-        work.done("side-files", sidefiles.side_files(checkpoint))
-        if (found := training.files(checkpoint.place, work.values)) is not None:
+        work.done("leftover", directory.check_leftovers(opened))
+        work.done("shards", directory.check_shard_numbers(opened))
+        work.done("shards", directory.check_file_names(opened))
+        work.done("side-files", sidefiles.check_auxiliary_files(checkpoint))
+        if (found := training.check_saved_step(checkpoint.place, work.values)) is not None:
             work.done("training", found)
     _against_config(work)
     nbytes_read = _read(work, workers, progress)
@@ -148,7 +148,7 @@ def _against_config(work: _Work) -> None:
     if (part := describe_part(view.place)) is not None:
         work.skip(f"the file is {part}, and no whole model; give the directory for these", "config", "keys", "tied")
         return
-    mixed, why = causes.ranks(work.opened, content)
+    mixed, why = causes.check_ranks(work.opened, content)
     if why:
         work.done("shards", mixed)
         work.skip(f"the ranks are not those of one checkpoint: {why}", "config", "keys", "tied", "replicas")
@@ -169,9 +169,9 @@ def _against_config(work: _Work) -> None:
     else:
         _in_general(work, content)
     if checked := model.config if model is not None else content:
-        work.done("tokenizer", sidefiles.tokenizer(view, checked))
+        work.done("tokenizer", sidefiles.check_tokenizer(view, checked))
         if view.format == "hf":
-            work.done("config", sidefiles.dtype(view, content))
+            work.done("config", sidefiles.check_config_dtype(view, content))
 
 
 def _from_shapes(work: _Work) -> dict[str, Any] | None:
@@ -227,8 +227,8 @@ def _through_table(work: _Work, model: Model, content: Mapping[str, Any], where:
         work.done("quantised", quantization.findings)
         names, broken = view.names, {view.names.of(key) for key in quantization.broken}
     shapes = {names.of(key): info.shape for key, info in view.tensors.items() if view.is_weight(key)}
-    stored = table.Stored(str(view.format), view.ranks, shapes, frozenset(lost))
-    logicals, findings = table.examine(model, stored, content, where)
+    stored = table.StoredShapes(str(view.format), view.ranks, shapes, frozenset(lost))
+    logicals, findings = table.check_table(model, stored, content, where)
     work.done("config", [finding for finding in findings if finding.key not in broken])
     work.done("keys")
     _ties(work, model, logicals)
@@ -262,7 +262,7 @@ def _tie(
     )
     equal = f"{key} is stored although it is tied to the embedding and the same; loaders have no need of it"
     work.expected.append(
-        Expected(
+        ExpectedEqual(
             pair,
             Finding(severity, "tied", different, file, key),
             Finding("note", "tied", equal, file, key) if should_be_absent else None,
@@ -270,9 +270,9 @@ def _tie(
     )
 
 
-def _replica(equality: Equality) -> Expected:
+def _replica(equality: Equality) -> ExpectedEqual:
     text = equality.message
-    return Expected(equality, Finding("error", "replicas", text, None, equality.key or None))
+    return ExpectedEqual(equality, Finding("error", "replicas", text, None, equality.key or None))
 
 
 def _in_general(work: _Work, content: Mapping[str, Any] | None) -> None:
@@ -281,25 +281,27 @@ def _in_general(work: _Work, content: Mapping[str, Any] | None) -> None:
     weight_map = opened.checkpoint.directory.weight_map or {}
     names = opened.checkpoint.names
     tensors = {
-        names.of(key): generic.Sized(info.shape if info.settled else None, info.dtype)
+        names.of(key): generic.StoredShape(info.shape if info.settled else None, info.dtype)
         for key, info in view.tensors.items()
     }
     tensors |= {
-        names.of(key): generic.Sized(None, "") for key, file in weight_map.items() if file in opened.unreadable_files
+        names.of(key): generic.StoredShape(None, "")
+        for key, file in weight_map.items()
+        if file in opened.unreadable_files
     }
     if view.place.is_folder() and (opened.has_all_headers or weight_map):
         hf = content if view.format == "hf" else None
-        work.done("layers", generic.numbering(tensors, hf))
+        work.done("layers", generic.check_layers(tensors, hf))
     if content is None or view.format != "hf":
         return
-    work.done("config", generic.shapes(tensors, content))
-    findings, pair = generic.tied(tensors, content)
+    work.done("config", generic.check_shapes(tensors, content))
+    findings, pair = generic.check_tied(tensors, content)
     if pair is None:
         work.done("tied", findings)
     else:
         embedding, output = (view.ranks[0][key] for key in pair)
         # Some classes tie nothing, whatever their config says (BigBirdPegasusForCausalLM).
-        severity: Severity = "error" if generic.is_sure(content) else "warning"
+        severity: Severity = "error" if generic.is_llama_like(content) else "warning"
         _tie(
             work, Equality(embedding.tensor, output.tensor, output.dtype, ""), pair[1], output.location, True, severity
         )
@@ -308,10 +310,10 @@ def _in_general(work: _Work, content: Mapping[str, Any] | None) -> None:
 def _read(work: _Work, workers: int, progress: ProgressCallback | None) -> int:
     """The checks that read what the tensors hold, and the files of the record."""
     record = work.opened.checkpoint.record
-    manifest, pieces = checksums.pieces(work.opened)
-    listing, hashes = checksums.listed(work.opened)
+    manifest, pieces = checksums.check_manifest(work.opened)
+    listing, hashes = checksums.check_checklist(work.opened)
     if record is not None:
-        work.done("record", [*checksums.side_files(record), *manifest])
+        work.done("record", [*checksums.check_auxiliary_files(record), *manifest])
     if listing or hashes:
         work.done("checklist", listing)
     if not work.values:
@@ -321,11 +323,11 @@ def _read(work: _Work, workers: int, progress: ProgressCallback | None) -> int:
         return 0
     from ckpt_convert.analysis.check import values
 
-    crcs = list(values.crcs(work.opened))
-    spans = [*values.finite(work.opened), *crcs, *pieces, *hashes]
+    crcs = list(values.crc_spans(work.opened))
+    spans = [*values.finite_spans(work.opened), *crcs, *pieces, *hashes]
     compared = work.described or work.opened.view
-    found, nbytes = values.read(spans, work.expected, compared, workers=workers, progress=progress)
-    work.done("values", causes.zeros(found, work.opened))
+    found, nbytes = values.read_spans(spans, work.expected, compared, workers=workers, progress=progress)
+    work.done("values", causes.merge_zero_tensors(found, work.opened))
     if crcs:
         work.done("crc")
     if record is not None:

@@ -29,7 +29,7 @@ _MARK = b"\xef\xbb\xbf"
 _POINTER = b"version https://git-lfs"
 
 
-def side_files(checkpoint: Identified) -> Iterator[Finding]:
+def check_auxiliary_files(checkpoint: Identified) -> Iterator[Finding]:
     """Files beside the weights that no program can read, or that are not the files themselves."""
     if not checkpoint.place.is_folder():
         return
@@ -73,7 +73,7 @@ def _file(path: Place) -> Iterator[Finding]:
                 yield failed_check("side-files", error, text, name, severity="error" if name in _LOADED else "warning")
 
 
-def tokenizer(checkpoint: Identified, config: Mapping[str, Any]) -> Iterator[Finding]:
+def check_tokenizer(checkpoint: Identified, config: Mapping[str, Any]) -> Iterator[Finding]:
     """Whether the tokenizer has more tokens than the embedding has rows."""
     path = checkpoint.root / "tokenizer.json"
     if not path.is_regular():
@@ -91,7 +91,7 @@ def tokenizer(checkpoint: Identified, config: Mapping[str, Any]) -> Iterator[Fin
         yield Finding("warning", "tokenizer", text, "tokenizer.json", None, str(rows), str(count))
 
 
-def dtype(checkpoint: Identified, config: Mapping[str, Any] | None) -> Iterator[Finding]:
+def check_config_dtype(checkpoint: Identified, config: Mapping[str, Any] | None) -> Iterator[Finding]:
     """Whether the config names the dtype that most weights have."""
     said = (config or {}).get("dtype", (config or {}).get("torch_dtype"))
     found = checkpoint.opened.majority_dtype

@@ -24,7 +24,7 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
-class Expected:
+class ExpectedEqual:
     """Two tensors that should hold the same bytes: what to say where they do not, and where they do."""
 
     equality: Equality
@@ -32,7 +32,7 @@ class Expected:
     equal: Finding | None = None
 
 
-def hashed(
+def hashed_span(
     reader: RangeReader, name: str, start: int, end: int, kind: str, done: Callable[[str], Iterable[Finding]]
 ) -> Span:
     """A span whose checksum (of any kind that ``checksums.new`` knows) is handed to ``done``."""

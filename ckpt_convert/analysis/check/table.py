@@ -55,13 +55,13 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredShapes:
     """What is to be explained: full shapes by key, and the keys of files that cannot be opened."""
 
     format: str
     ranks: Sequence[Mapping[str, SourceTensor]]
     shapes: Mapping[str, Shape]
-    lost: frozenset[str]
+    unreadable_keys: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,8 @@ class _Cause:
     dims: Dims
 
 
-def examine(
-    model: Model, stored: Stored, content: Mapping[str, Any], where: str
+def check_table(
+    model: Model, stored: StoredShapes, content: Mapping[str, Any], where: str
 ) -> tuple[LogicalTensors, list[Finding]]:
     """The tensors as the table reads them, as far as they fit, and what does not: causes before single tensors.
 
@@ -96,11 +96,11 @@ def examine(
         config, dims, left = dict(cause.config), cause.dims, cause.score
     if causes:
         logicals, found = mapping.examine_column(model.family, stored.format, dims, stored.ranks)
-    rest = [finding for finding in found if not (finding.check == "missing" and finding.key in stored.lost)]
+    rest = [finding for finding in found if not (finding.check == "missing" and finding.key in stored.unreadable_keys)]
     return logicals, [*causes, *_tied(model, stored, rest, where)]
 
 
-def _tied(model: Model, stored: Stored, found: list[Finding], where: str) -> Iterator[Finding]:
+def _tied(model: Model, stored: StoredShapes, found: list[Finding], where: str) -> Iterator[Finding]:
     """The findings, with the missing output of a model that is not tied under a check of its own."""
     outputs = {
         entry.key
@@ -137,7 +137,7 @@ def _tied(model: Model, stored: Stored, found: list[Finding], where: str) -> Ite
         yield finding
 
 
-def _misfits(model: Model, stored: Stored, dims: Dims) -> list[tuple[str, Shape | None]]:
+def _misfits(model: Model, stored: StoredShapes, dims: Dims) -> list[tuple[str, Shape | None]]:
     """Keys that are missing, of another shape (with the one expected), or not expected at all."""
     out: list[tuple[str, Shape | None]] = []
     known = set()
@@ -152,12 +152,18 @@ def _misfits(model: Model, stored: Stored, dims: Dims) -> list[tuple[str, Shape 
                 sizes[rows] = entry.shape(format, dims)
             if sizes[rows] != shape:
                 out.append((entry.key, sizes[rows]))
-        elif entry.key not in stored.lost and entry.first.row.required and not entry.column(format).omitted_if_tied:
+        elif (
+            entry.key not in stored.unreadable_keys
+            and entry.first.row.required
+            and not entry.column(format).omitted_if_tied
+        ):
             out.append((entry.key, None))
     return out + [(key, None) for key in stored.shapes if key not in known]
 
 
-def _best(model: Model, stored: Stored, config: Mapping[str, Any], dims: Dims) -> tuple[_Cause | None, list[_Cause]]:
+def _best(
+    model: Model, stored: StoredShapes, config: Mapping[str, Any], dims: Dims
+) -> tuple[_Cause | None, list[_Cause]]:
     """The change of one setting that leaves fewest misfits, and others that leave as few."""
     causes = []
     most = min(_MOST_CANDIDATES, max(20, _MOST_TRIED // (len(stored.shapes) or 1)))
@@ -175,7 +181,7 @@ def _best(model: Model, stored: Stored, config: Mapping[str, Any], dims: Dims) -
 
 
 def _candidates(
-    model: Model, stored: Stored, config: Mapping[str, Any], dims: Dims
+    model: Model, stored: StoredShapes, config: Mapping[str, Any], dims: Dims
 ) -> Iterator[tuple[str, int | bool]]:
     """Settings that would scale a size that is wrong to the one that is there, the number of layers, and switches."""
     ratios: dict[tuple[int, int], None] = {}
@@ -198,7 +204,7 @@ def _candidates(
         yield switch, not dims[switch]
 
 
-def _layers(model: Model, stored: Stored) -> set[int]:
+def _layers(model: Model, stored: StoredShapes) -> set[int]:
     """The numbers of the layers that some key of the format's column is in."""
     out = set()
     heads = {
@@ -206,7 +212,7 @@ def _layers(model: Model, stored: Stored) -> set[int]:
         for row in model.family.rows
         if (key := row.column(stored.format)) is not None and "layer" in key.placeholders
     }
-    for name in [*stored.shapes, *stored.lost]:
+    for name in [*stored.shapes, *stored.unreadable_keys]:
         for head in heads:
             number = name.removeprefix(head).partition(".")[0]
             if name.startswith(head) and number.isdecimal() and number.isascii() and len(number) < 7:
@@ -216,7 +222,7 @@ def _layers(model: Model, stored: Stored) -> set[int]:
 
 def _finding(
     model: Model,
-    stored: Stored,
+    stored: StoredShapes,
     cause: _Cause,
     others: Sequence[_Cause],
     dims: Dims,

@@ -18,7 +18,7 @@ from ckpt_convert.tensors.pool import map_threaded
 _WAY_OUT = "copy the checkpoint again, or use another step"
 
 
-def files(directory: Place, values: bool) -> list[Finding] | None:
+def check_saved_step(directory: Place, values: bool) -> list[Finding] | None:
     """What is missing or changed of a saved step's files; without ``values`` by size only. None: no saved step."""
     training = record.read_training(directory)
     if training is None:
@@ -29,10 +29,10 @@ def files(directory: Place, values: bool) -> list[Finding] | None:
         **(training.get("extra_files") or {}),
         **{f"{TRAINING_STATE}/{name}": entry for name, entry in _entries(state)},
     }
-    return compare(directory, listed, values)
+    return compare_files(directory, listed, values)
 
 
-def compare(directory: Place, listed: Mapping[str, Mapping[str, Any]], values: bool) -> list[Finding]:
+def compare_files(directory: Place, listed: Mapping[str, Mapping[str, Any]], values: bool) -> list[Finding]:
     """Hold files against the size and checksum (xxh3_64) that were written down; a few are read at a time."""
     found = map_threaded(lambda name: _compare(directory, name, listed[name], values), listed, WORKERS)
     return [finding for finding in found if finding is not None]

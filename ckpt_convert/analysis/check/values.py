@@ -11,7 +11,7 @@ from math import prod
 import numpy as np
 
 from ckpt_convert.analysis.check import causes, container
-from ckpt_convert.analysis.check.spans import Expected, Span
+from ckpt_convert.analysis.check.spans import ExpectedEqual, Span
 from ckpt_convert.analysis.check.tolerant import LenientCheckpoint
 from ckpt_convert.checkpoint.findings import Finding, failed_check
 from ckpt_convert.checkpoint.identify import Identified
@@ -61,9 +61,9 @@ class _Finite:
             self.nan += len(odd) - infinite
 
 
-def read(
+def read_spans(
     spans: Sequence[Span],
-    expected: Sequence[Expected],
+    expected: Sequence[ExpectedEqual],
     checkpoint: Identified,
     *,
     workers: int,
@@ -77,25 +77,25 @@ def read(
     total += sum(DTYPES[dtype].bits * count // 8 for dtype, count in pairs)
     counter = ProgressCounter("checking", total, progress)
 
-    def start() -> Callable[[list[Span] | Expected], None]:
+    def start() -> Callable[[list[Span] | ExpectedEqual], None]:
         buffer = memoryview(bytearray(BLOCK))
         readers: list[BlockReader] = []
 
-        def work(item: list[Span] | Expected) -> None:
-            if isinstance(item, Expected):
-                readers.extend(() if readers else (BlockReader(checkpoint.stored), BlockReader(checkpoint.stored)))
-                findings.extend(_compared(item, readers[0], readers[1], counter))
+        def work(item: list[Span] | ExpectedEqual) -> None:
+            if isinstance(item, ExpectedEqual):
+                movers.extend(() if movers else (Mover(checkpoint.stored), Mover(checkpoint.stored)))
+                findings.extend(_compared(item, movers[0], movers[1], meter))
             else:
                 findings.extend(_streamed(item, buffer, counter))
 
         return work
 
-    items: list[list[Span] | Expected] = [*runs, *expected]
-    run_threaded(items, workers, counter, start)
-    return findings, counter.done
+    items: list[list[Span] | ExpectedEqual] = [*runs, *expected]
+    spread(items, workers, meter, start)
+    return findings, meter.done
 
 
-def finite(opened: LenientCheckpoint) -> Iterator[Span]:
+def finite_spans(opened: LenientCheckpoint) -> Iterator[Span]:
     """Spans that look for NaN and infinity in every floating-point tensor; others are read all the same."""
     for file, tensor in opened.view.stored:
         size = _extent(tensor)
@@ -111,13 +111,15 @@ def finite(opened: LenientCheckpoint) -> Iterator[Span]:
                 text = f"{key} in {name} has {said} of {count:,} numbers; no model computes anything with these"
                 yield Finding("warning", "values", text, name, key, "0", str(it.nan + it.inf))
             elif it is not None and it.is_zero and count > 1 and key.endswith("weight"):
-                yield Finding("warning", "values", "", name, key, None, causes.ZEROS)  # put in words with all others
+                yield Finding(
+                    "warning", "values", "", name, key, None, causes.ALL_ZEROS
+                )  # put in words with all others
 
         add = counter.add if counter is not None else _ignore
         yield Span(file.reader, file.name, tensor.offset, tensor.offset + size, add, finish)
 
 
-def crcs(opened: LenientCheckpoint) -> Iterator[Span]:
+def crc_spans(opened: LenientCheckpoint) -> Iterator[Span]:
     """Spans that compare each member of a torch zip file with the CRC-32 that the archive keeps of it."""
     for file in opened.checkpoint.files:
         if file.header.kind != "torch":
@@ -145,8 +147,8 @@ def crcs(opened: LenientCheckpoint) -> Iterator[Span]:
             yield Span(file.reader, file.name, member.offset, member.offset + member.size, add, finish)
 
 
-def _compared(item: Expected, left: BlockReader, right: BlockReader, counter: ProgressCounter) -> Iterator[Finding]:
-    one, other = (TypedTensor(side, item.equality.dtype) for side in (item.equality.left, item.equality.right))
+def _compared(item: ExpectedEqual, left: Mover, right: Mover, meter: Meter) -> Iterator[Finding]:
+    one, other = (Read(side, item.equality.dtype) for side in (item.equality.left, item.equality.right))
     try:
         if first_difference(left, right, one, other, counter) is not None:
             yield item.differ

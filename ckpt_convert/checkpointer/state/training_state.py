@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ckpt_convert.analysis.check.training import compare
+from ckpt_convert.analysis.check.training import compare_files
 from ckpt_convert.checkpointer.state.dcp_files import Writer
 from ckpt_convert.checkpointer.state.deserialize import tensor_keys, unpacked
 from ckpt_convert.checkpointer.state.serialize import Packed, part
@@ -65,7 +65,7 @@ def check(directory: Place, files: Mapping[str, Mapping[str, Any]], checksums: b
     Without ``checksums`` only names and sizes are looked at, and no file is read.
     """
 
-    return [finding.text for finding in compare(directory, files, checksums)]
+    return [finding.text for finding in compare_files(directory, files, checksums)]
 
 
 def read(directory: Place, parts: Iterable[str] | None = None) -> Any:
