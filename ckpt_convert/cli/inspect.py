@@ -157,12 +157,12 @@ def _check(**options: Any) -> None:
 
 
 def _statistics(facts: Facts, view: View, workers: int | None) -> Statistics:
-    from ckpt_convert.analysis.stats.stats import statistics
+    from ckpt_convert.analysis.stats.stats import tensor_statistics
     from ckpt_convert.cli.progress import Bar
 
     keys = [info.key for info in matching(facts, view)]
     with Bar() as bar:
-        return dict(statistics(facts.checkpoint, keys, workers=workers or WORKERS, progress=bar))
+        return dict(tensor_statistics(facts.checkpoint, keys, workers=workers or WORKERS, progress=bar))
 
 
 def _body(facts: Facts, view: View, statistics: Statistics | None) -> Iterator[str]:

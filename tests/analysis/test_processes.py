@@ -13,7 +13,7 @@ import torch
 
 import ckpt_convert
 from ckpt_convert.analysis.diff.compare import compare_checkpoints
-from ckpt_convert.analysis.stats.stats import statistics
+from ckpt_convert.analysis.stats.stats import tensor_statistics
 from ckpt_convert.checkpoint.checkpoint import open_identified
 from ckpt_convert.tensors import pool
 from tests.checkpoint import quantizing
@@ -63,7 +63,7 @@ def _everything_is_worth_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_processes_say_what_one_does(kind: str, tmp_path: Path) -> None:
     with open_identified(KINDS[kind](tmp_path / "made")) as checkpoint:
-        one, several = (dict(statistics(checkpoint, checkpoint.tensors, workers=number)) for number in (1, 3))
+        one, several = (dict(tensor_statistics(checkpoint, checkpoint.tensors, workers=number)) for number in (1, 3))
         assert one == several
         with open_identified(LLAMA) as other:
             alone, together = (compare_checkpoints(checkpoint, other, workers=number).document() for number in (1, 3))

@@ -16,7 +16,7 @@ import torch
 import xxhash
 
 from ckpt_convert.analysis.stats.numeric import Stats
-from ckpt_convert.analysis.stats.stats import TensorStats, statistics
+from ckpt_convert.analysis.stats.stats import TensorStats, tensor_statistics
 from ckpt_convert.checkpoint.checkpoint import open_identified
 from ckpt_convert.errors import CorruptFileError
 from ckpt_convert.tensors.lazy import BLOCK
@@ -27,7 +27,7 @@ from tests.helpers import CASES, GOLDEN, Tensors, bits, read_meta, read_safetens
 def summed(path: Path, workers: int = 2) -> dict[str, TensorStats]:
     with open_identified(path) as checkpoint:
         keys = list(checkpoint.tensors)
-        found = list(statistics(checkpoint, keys, workers=workers))
+        found = list(tensor_statistics(checkpoint, keys, workers=workers))
     assert [key for key, _ in found] == keys
     return dict(found)
 
@@ -127,11 +127,11 @@ def test_the_order_is_that_of_the_keys_asked_for(tmp_path: Path) -> None:
     keys = [f"t{number}" for number in range(599, 0, -2)]
     seen: list[TransferProgress] = []
     with open_identified(tmp_path / "model.safetensors") as checkpoint:
-        found = list(statistics(checkpoint, keys, workers=4, progress=seen.append))
+        found = list(tensor_statistics(checkpoint, keys, workers=4, progress=seen.append))
         assert [key for key, _ in found] == keys
         assert all(stats.mean == float(key[1:]) for key, stats in found)
         with pytest.raises(KeyError):
-            next(statistics(checkpoint, ["t600"], workers=1))
+            next(tensor_statistics(checkpoint, ["t600"], workers=1))
     total = sum(tensors[key].nbytes for key in keys)
     assert {progress.phase for progress in seen} == {"reading"}
     assert (seen[0].done, seen[-1].done, seen[-1].total) == (0, total, total)
@@ -142,7 +142,7 @@ def test_a_file_that_was_cut_meanwhile(tmp_path: Path) -> None:
     safetensors.torch.save_file({"a": torch.zeros(10), "b": torch.zeros(1 << 20)}, path)
     with open_identified(path) as checkpoint:
         os.truncate(path, path.stat().st_size - 5)
-        results = statistics(checkpoint, ["a", "b", "a"], workers=2)
+        results = tensor_statistics(checkpoint, ["a", "b", "a"], workers=2)
         assert next(results)[0] == "a"
         with pytest.raises(CorruptFileError, match=r"b: .*model\.safetensors: ends at byte"):
             next(results)
@@ -153,7 +153,7 @@ def test_stopping_early_ends_the_workers(tmp_path: Path) -> None:
     safetensors.torch.save_file({f"t{number}": torch.zeros(1 << 20) for number in range(30)}, path)
     seen: list[TransferProgress] = []
     with open_identified(path) as checkpoint:
-        results = statistics(checkpoint, list(checkpoint.tensors), workers=2, progress=seen.append)
+        results = tensor_statistics(checkpoint, list(checkpoint.tensors), workers=2, progress=seen.append)
         next(results)
         results.close()
         done = len(seen)

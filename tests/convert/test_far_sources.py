@@ -15,7 +15,7 @@ import torch
 import ckpt_convert
 from ckpt_convert.analysis.check import check_checkpoint
 from ckpt_convert.analysis.diff.compare import compare_checkpoints
-from ckpt_convert.analysis.stats.stats import statistics
+from ckpt_convert.analysis.stats.stats import tensor_statistics
 from ckpt_convert.checkpoint.checkpoint import Checkpoint, open_identified
 from ckpt_convert.cli import facts
 from ckpt_convert.errors import CheckpointNotFoundError, CorruptFileError, InputError, SourceChangedError
@@ -176,7 +176,7 @@ class TestOpening:
     def test_statistics(self) -> None:
         def all_of(place: Any) -> list[Any]:
             with open_identified(place) as opened:
-                return list(statistics(opened, opened.tensors, workers=2))
+                return list(tensor_statistics(opened, opened.tensors, workers=2))
 
         assert all_of(stored(HF)) == all_of(HF)
 

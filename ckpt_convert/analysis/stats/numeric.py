@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ckpt_convert.analysis.stats.pieces import LARGEST, Data, as_bytes, is_equal, norm, pieces, total
+from ckpt_convert.analysis.stats.pieces import LARGEST, Data, as_bytes, cache_blocks, norm, same_bytes, total
 from ckpt_convert.analysis.stats.summary import Stats, Summary
 from ckpt_convert.tensors import decode
 from ckpt_convert.tensors.decode import Array, Codec, Scratch
@@ -69,7 +69,7 @@ class Comparison:
             self._differing += int(np.count_nonzero(one != other))
             return
         with np.errstate(all="ignore"):
-            for (at, one), (_, other) in zip(pieces(self._a, a), pieces(self._b, b), strict=True):
+            for (at, one), (_, other) in zip(cache_blocks(self._a, a), cache_blocks(self._b, b), strict=True):
                 self._piece(self._a, self._b, one, other, first_element + at)
 
     def result(self) -> Delta:
@@ -94,7 +94,7 @@ class Comparison:
         numbers = len(one) // a.nbytes * a.values_per_unit
         self._count += numbers // a.values_per_element
         # Where the last piece differed, this one most likely does.
-        self._was_equal = self._was_equal and self._is_same and is_equal(one, other)
+        self._was_equal = self._was_equal and self._is_same and same_bytes(one, other)
         if self._was_equal:
             self._equal(a, one, numbers)
             return

@@ -29,7 +29,7 @@ _SINGLE = (1e-12, 1e15)
 """Magnitudes whose squares, and the sum of a piece's, float32 holds."""
 
 
-def pieces(codec: Codec, data: Data) -> Iterator[tuple[int, Array]]:
+def cache_blocks(codec: Codec, data: Data) -> Iterator[tuple[int, Array]]:
     """(number of the first element, bytes) of each piece of a block."""
     raw = as_bytes(data)
     step = CHUNK // codec.values_per_unit * codec.nbytes
@@ -41,7 +41,7 @@ def as_bytes(data: Data) -> Array:
     return data.reshape(-1).view(np.uint8) if isinstance(data, np.ndarray) else np.frombuffer(data, np.uint8)
 
 
-def is_equal(one: Array, other: Array) -> bool:
+def same_bytes(one: Array, other: Array) -> bool:
     """Whether two pieces (uint8) of equal length hold the same bytes."""
     whole = len(one) & ~7
     return np.array_equal(one[:whole].view("<u8"), other[:whole].view("<u8")) and np.array_equal(

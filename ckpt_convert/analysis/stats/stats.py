@@ -33,7 +33,7 @@ class TensorStats(Stats):
     checksum: str = ""
 
 
-def statistics(
+def tensor_statistics(
     checkpoint: Identified, keys: Iterable[str], *, workers: int, progress: ProgressCallback | None = None
 ) -> Iterator[tuple[str, TensorStats]]:
     """Read these tensors and yield what they hold, in the order of the keys; memory is a few MB for each worker.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ckpt_convert.analysis.stats.pieces import LARGEST, Data, as_bytes, moments, pieces, single_moments
+from ckpt_convert.analysis.stats.pieces import LARGEST, Data, as_bytes, cache_blocks, moments, single_moments
 from ckpt_convert.tensors import decode
 from ckpt_convert.tensors.decode import Array, Codec, Scratch
 
@@ -60,8 +60,8 @@ class Summary:
             self._count_codes(_tallied(codec, as_bytes(data)))
             return
         with np.errstate(all="ignore"):
-            for _, raw in pieces(codec, data):
-                self._add_long(raw.view(codec.unit_dtype)) if codec.is_long else self._add(codec, raw)
+            for _, raw in cache_blocks(codec, data):
+                self._add_long(raw.view(codec.code)) if codec.is_long else self._add(codec, raw)
 
     def merge(self, other: Summary) -> None:
         """Add all that another summary has seen."""
