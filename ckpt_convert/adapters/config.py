@@ -121,7 +121,7 @@ class AdapterConfig:
         return self.alpha_of(*names) / (math.sqrt(rank) if self.use_rslora else rank)
 
 
-def fits(word: str, *names: str) -> bool:
+def is_module_name(word: str, *names: str) -> bool:
     """Whether a word is one of the names, or the end of one from a dot on."""
     return any(name == word or name.endswith(f".{word}") for name in names)
 
@@ -134,7 +134,7 @@ def plain_pattern(pattern: str) -> str | None:
 
 def _pattern(patterns: Mapping[str, T], names: Sequence[str], default: T) -> T:
     for pattern, value in patterns.items():
-        if fits(plain_pattern(pattern) or pattern, *names):
+        if is_module_name(plain_pattern(pattern) or pattern, *names):
             return value
     return default
 

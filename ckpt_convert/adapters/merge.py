@@ -11,13 +11,13 @@ import torch
 
 from ckpt_convert.adapters.config import AdapterConfig
 from ckpt_convert.adapters.modules import Modules
-from ckpt_convert.adapters.parameters import Split
+from ckpt_convert.adapters.parameters import SplitTensors
 from ckpt_convert.errors import ConfigError
 from ckpt_convert.words import listing
 
-Numbers = np.ndarray[Any, Any]
+Array = np.ndarray[Any, Any]
 
-ROWS = 32
+BLOCK_ROWS = 32
 """Rows that are computed together. What a matrix product or a sum rounds to may depend on the shape, so all is done in
 blocks of this many rows that start at multiples of it, whatever lies in the rows that nobody asked for."""
 
@@ -26,7 +26,7 @@ blocks of this many rows that start at multiples of it, whatever lies in the row
 _TILE = 1 << 18
 _PIECE = (1 << 15) - 1
 
-_READ = 2 * ROWS
+_READ = 2 * BLOCK_ROWS
 """Rows that a reader computes at once."""
 
 
@@ -44,21 +44,21 @@ class Merge:
         return merged_rows(weight, self.a, self.b, self.scale, self.magnitude, start=start)
 
 
-def merges(found: Split, config: AdapterConfig, modules: Modules) -> dict[str, Merge]:
+def plan_merges(parts: SplitTensors, config: AdapterConfig, modules: Modules) -> dict[str, Merge]:
     """What is to be merged into each base weight, by its plain key.
 
     The full model has ``found.saved`` in place of ``found.base`` where it is there, then these merged.
     Raises ConfigError for an adapter on an output layer that is tied to the embedding, which would be changed as well.
     """
-    tied = [module for module in found.adapters if modules.tied and modules.linear[module].row.tied_to is not None]
+    tied = [module for module in parts.adapters if modules.is_tied and modules.linear[module].row.tied_to is not None]
     if tied:
         raise ConfigError(
             f"adapters cannot be merged into weights that are tied to the embedding:{listing(tied)}\n"
             "  save the adapter alone, or untie the model first"
         )
     return {
-        f"{module}.weight": Merge(a, b, config.scale_of(*modules.names(module)), magnitude)
-        for module, (a, b, magnitude) in found.adapters.items()
+        f"{module}.weight": Merge(a, b, config.scale_of(*modules.both_names(module)), magnitude)
+        for module, (a, b, magnitude) in parts.adapters.items()
     }
 
 
@@ -80,12 +80,12 @@ def merged_rows(
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     count, columns = weight.shape
     out = torch.empty((count, columns), dtype=weight.dtype)
-    base, left = torch.zeros((ROWS, columns), dtype=dtype), torch.zeros((ROWS, len(a)), dtype=dtype)
-    lengths = torch.zeros(ROWS, dtype=dtype)
-    right, merged = _numbers(a, dtype), np.empty((ROWS, columns), base.numpy().dtype)
+    base, left = torch.zeros((BLOCK_ROWS, columns), dtype=dtype), torch.zeros((BLOCK_ROWS, len(a)), dtype=dtype)
+    lengths = torch.zeros(BLOCK_ROWS, dtype=dtype)
+    right, merged = _numbers(a, dtype), np.empty((BLOCK_ROWS, columns), base.numpy().dtype)
     with np.errstate(all="ignore"):  # as torch, which says nothing of what becomes infinite or NaN
-        for first in range(start - start % ROWS, start + count, ROWS):
-            low, high = max(first, start), min(first + ROWS, start + count)
+        for first in range(start - start % BLOCK_ROWS, start + count, BLOCK_ROWS):
+            low, high = max(first, start), min(first + BLOCK_ROWS, start + count)
             within = slice(low - first, high - first)
             _copy(base[within], weight[low - start : high - start].detach())
             left[within] = b[low:high].detach().to("cpu", dtype)
@@ -139,7 +139,7 @@ class MergedReader:
         return kept[1]
 
 
-def _product(left: Numbers, right: Numbers, out: Numbers) -> None:
+def _product(left: Array, right: Array, out: Array) -> None:
     """Left · right, in tiles that a BLAS has no use for several threads for."""
     step = max(1, _TILE // left.size)
     for first in range(0, right.shape[1], step):
@@ -153,6 +153,6 @@ def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
         target[first : first + step].copy_(source[first : first + step])
 
 
-def _numbers(tensor: torch.Tensor, dtype: torch.dtype) -> Numbers:
-    found: Numbers = tensor.detach().to("cpu", dtype).contiguous().numpy()
+def _numbers(tensor: torch.Tensor, dtype: torch.dtype) -> Array:
+    found: Array = tensor.detach().to("cpu", dtype).contiguous().numpy()
     return found

@@ -8,7 +8,7 @@ from functools import cached_property
 
 import torch
 
-from ckpt_convert.adapters.config import ALL_LINEAR, fits
+from ckpt_convert.adapters.config import ALL_LINEAR, is_module_name
 from ckpt_convert.convert.state_dict import materialize
 from ckpt_convert.errors import UnsupportedFamilyError
 from ckpt_convert.models.core.table import Family, Instance
@@ -55,7 +55,7 @@ class Modules:
         }
 
     @property
-    def tied(self) -> bool:
+    def is_tied(self) -> bool:
         """Whether the output layer is the embedding, as the config says."""
         return bool(self.dims.get("tied"))
 
@@ -67,7 +67,7 @@ class Modules:
         """What Hugging Face calls a linear layer."""
         return str(self.linear[module].key("hf")).removesuffix(_WEIGHT)
 
-    def names(self, module: str) -> tuple[str, str]:
+    def both_names(self, module: str) -> tuple[str, str]:
         """Both names of a linear layer."""
         return self.hf_name(module), module
 
@@ -76,26 +76,31 @@ class Modules:
         rows, columns = self.linear[module].row.sizes(self.dims)
         return rows, columns
 
-    def called(self, words: Iterable[str] | str) -> tuple[list[str], list[str]]:
+    def match_linear(self, words: Iterable[str] | str) -> tuple[list[str], list[str]]:
         """The linear layers that a config's words mean, and the words that mean none."""
         if words == ALL_LINEAR:
             return [module for module, one in self.linear.items() if one.row.tied_to is None], []
         words = list(words)
-        found = {word: [module for module in self.linear if fits(word, *self.names(module))] for word in words}
+        found = {
+            word: [module for module in self.linear if is_module_name(word, *self.both_names(module))] for word in words
+        }
         chosen = {module for modules in found.values() for module in modules}
         return [module for module in self.linear if module in chosen], [word for word in words if not found[word]]
 
-    def saved(self, words: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
+    def match_any(self, words: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
         """For each word, the keys of the modules that it means, linear or not."""
         for word in words:
-            yield word, [key for key in self.keys if fits(word, *map(_module, (key, self.hf_key(key) or key)))]
+            yield (
+                word,
+                [key for key in self.keys if is_module_name(word, *map(_module, (key, self.hf_key(key) or key)))],
+            )
 
-    def near(self, module: str) -> str:
+    def suggestion(self, module: str) -> str:
         """A hint for a name that is none."""
         near = difflib.get_close_matches(module, self.linear, 1, 0.8)
         return f"; the nearest linear layer is {near[0]}" if near else ""
 
-    def reordered(self, tensor: torch.Tensor, instance: Instance, source: str, target: str) -> torch.Tensor:
+    def reorder_rows(self, tensor: torch.Tensor, instance: Instance, source: str, target: str) -> torch.Tensor:
         """A tensor with the rows of an instance in another layout's order; the same memory where both orders agree."""
         here, there = instance.row.column(source), instance.row.column(target)
         if here is None or there is None:

@@ -41,7 +41,7 @@ class Adapter(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Split:
+class SplitTensors:
     """A model's tensors, taken apart; they are the model's own, not copies.
 
     base: the base weights by plain key (layers.0.attn.q_proj.weight), ``names`` the keys that the model has for them.
@@ -52,7 +52,7 @@ class Split:
 
     base: dict[str, torch.Tensor]
     adapters: dict[str, Adapter]
-    saved: dict[str, torch.Tensor] = field(default_factory=dict)
+    trained_whole: dict[str, torch.Tensor] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
 
 
@@ -69,14 +69,14 @@ class _Problems:
             raise kind(f"{what}: the adapter does not fit:{listing(lines)}")
 
 
-def split(
-    live: Mapping[str, torch.Tensor],
+def split_adapters(
+    tensors_by_key: Mapping[str, torch.Tensor],
     config: AdapterConfig | None,
     modules: Modules,
     *,
     what: str = "the model in memory",
     has_base: bool = True,
-) -> Split:
+) -> SplitTensors:
     """Tell base weights and adapter parameters apart, and check the adapters against the table and the config.
 
     ``modules`` are those of the training layout. ``has_base=False`` is for a file, which has no base weights beside
@@ -84,8 +84,8 @@ def split(
     that does not fit, ConfigError for words in the config that name no module.
     """
     problems = _Problems()
-    prefix = PEFT_PREFIX if live and all(key.startswith(PEFT_PREFIX) for key in live) else ""
-    tensors = {key.removeprefix(prefix): tensor for key, tensor in live.items()}
+    prefix = PEFT_PREFIX if tensors_by_key and all(key.startswith(PEFT_PREFIX) for key in tensors_by_key) else ""
+    tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors_by_key.items()}
     found = _assembled(_parts(tensors, problems), tensors, prefix, problems)
     order = {module: at for at, module in enumerate(modules.linear)}
     adapters = {module: found.adapters[module] for module in sorted(found.adapters, key=lambda m: order.get(m, -1))}
@@ -93,11 +93,11 @@ def split(
         if module not in modules.linear:
             problems.keys.append(
                 f"{module}: is no linear layer of {modules.family.name} in the {modules.format} layout"
-                f"{modules.near(module)}"
+                f"{modules.suggestion(module)}"
             )
         elif has_base and f"{module}.weight" not in found.base and not _is_omitted(module, modules):
             problems.keys.append(f"{module}: has an adapter, but there is no {module}.weight to adapt")
-    base, saved = dict(found.base), dict(found.saved)
+    base, saved = dict(found.base), dict(found.trained_whole)
     if not has_base:
         saved |= {key: base.pop(key) for key in found.base if found.names[key].removeprefix(PEFT_PREFIX) == key}
     if config is not None:
@@ -115,10 +115,10 @@ def split(
             has = "has no magnitude" if config.use_dora else "has a magnitude"
             problems.keys.append(f"{module}: {has}, but the config says use_dora={config.use_dora}")
     problems.raise_if_any(what)
-    return Split(base, adapters, saved, found.names)
+    return SplitTensors(base, adapters, saved, found.names)
 
 
-def translated(
+def translate_adapters(
     adapters: Mapping[str, Adapter], modules: Modules, *, source: str, target: str
 ) -> Iterator[tuple[str, Adapter]]:
     """(name in the target layout, adapter) with rows as the target layout has those of the base; A never changes.
@@ -132,8 +132,8 @@ def translated(
             str(instance.key(target)).removesuffix(".weight"),
             Adapter(
                 a.detach(),
-                modules.reordered(b, instance, source, target),
-                None if magnitude is None else modules.reordered(magnitude, instance, source, target),
+                modules.reorder_rows(b, instance, source, target),
+                None if magnitude is None else modules.reorder_rows(magnitude, instance, source, target),
             ),
         )
 
@@ -163,7 +163,7 @@ def _assembled(
     tensors: Mapping[str, torch.Tensor],
     prefix: str,
     problems: _Problems,
-) -> Split:
+) -> SplitTensors:
     adapters: dict[str, Adapter] = {}
     for module, kinds in parts.items():
         twice = [keys for keys in kinds.values() if len(keys) > 1]
@@ -188,7 +188,7 @@ def _assembled(
         into[plain] = tensor
         if not trained:
             names[plain] = prefix + key
-    return Split(base, adapters, saved, names)
+    return SplitTensors(base, adapters, saved, names)
 
 
 def _plain(key: str, adapted: Mapping[str, object]) -> tuple[str, bool]:
@@ -205,17 +205,19 @@ def _plain(key: str, adapted: Mapping[str, object]) -> tuple[str, bool]:
 
 def _is_omitted(module: str, modules: Modules) -> bool:
     """Whether the layer's weight is the embedding, which tied models need not name twice."""
-    return modules.tied and modules.linear[module].row.tied_to is not None
+    return modules.is_tied and modules.linear[module].row.tied_to is not None
 
 
 def _check_config(config: AdapterConfig, modules: Modules) -> None:
-    words = [] if config.target_modules is None else modules.called(config.target_modules)[1]
-    lost = [f"target_modules: {word!r} names no linear layer{modules.near(word)}" for word in words]
+    words = [] if config.target_modules is None else modules.match_linear(config.target_modules)[1]
+    lost = [f"target_modules: {word!r} names no linear layer{modules.suggestion(word)}" for word in words]
     for name, pattern in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
-        unknown = modules.called([plain_pattern(key) or key for key in pattern or {}])[1]
-        lost += [f"{name}: {word!r} names no linear layer{modules.near(word)}" for word in unknown]
+        unknown = modules.match_linear([plain_pattern(key) or key for key in pattern or {}])[1]
+        lost += [f"{name}: {word!r} names no linear layer{modules.suggestion(word)}" for word in unknown]
     lost += [
-        f"modules_to_save: {word!r} names no module" for word, keys in modules.saved(config.modules_to_save) if not keys
+        f"modules_to_save: {word!r} names no module"
+        for word, keys in modules.match_any(config.modules_to_save)
+        if not keys
     ]
     if lost:
         raise ConfigError(
@@ -224,19 +226,19 @@ def _check_config(config: AdapterConfig, modules: Modules) -> None:
 
 
 def _whole_modules(
-    config: AdapterConfig, modules: Modules, found: Split, problems: _Problems
+    config: AdapterConfig, modules: Modules, found: SplitTensors, problems: _Problems
 ) -> dict[str, torch.Tensor]:
     """What modules_to_save names; in a model that PEFT does not wrap these are base weights."""
     out: dict[str, torch.Tensor] = {}
-    for word, keys in modules.saved(config.modules_to_save):
-        have = [key for key in keys if key in found.saved or key in found.base]
+    for word, keys in modules.match_any(config.modules_to_save):
+        have = [key for key in keys if key in found.trained_whole or key in found.base]
         if not have:
             problems.keys.append(f"{word}: is to be saved whole (modules_to_save), but the model has no {keys[0]}")
         for key in have:
-            if key not in found.saved:
+            if key not in found.trained_whole:
                 out[key] = found.base[key]
                 row = modules.keys[key].row
-                if modules.tied and (row.tied_to or any(other.tied_to == row.name for other in modules.family.rows)):
+                if modules.is_tied and (row.tied_to or any(other.tied_to == row.name for other in modules.family.rows)):
                     problems.keys.append(
                         f"{key}: cannot be saved whole (modules_to_save): it is tied, and PEFT would load it into the "
                         "embedding or the output layer, but not into both"
@@ -249,7 +251,7 @@ def _against_targets(
 ) -> Iterator[str]:
     if config.target_modules is None:
         return
-    wanted = [name for name in modules.called(config.target_modules)[0] if f"{name}.weight" not in saved]
+    wanted = [name for name in modules.match_linear(config.target_modules)[0] if f"{name}.weight" not in saved]
     for module in wanted:
         if module not in adapters:
             yield f"{module}: has no adapter, but the config's target_modules name it"
@@ -263,7 +265,7 @@ def _shapes(module: str, adapter: Adapter, config: AdapterConfig | None, modules
         return
     rows, columns = modules.sizes(module)
     a, b, magnitude = adapter
-    rank = config.rank_of(*modules.names(module)) if config is not None else a.shape[0] if a.dim() else 0
+    rank = config.rank_of(*modules.both_names(module)) if config is not None else a.shape[0] if a.dim() else 0
     expected: dict[str, tuple[torch.Tensor, tuple[int, ...]]] = {"A": (a, (rank, columns)), "B": (b, (rows, rank))}
     if magnitude is not None:
         expected["magnitude"] = (magnitude, (rows,))

@@ -10,7 +10,7 @@ import torch
 
 from ckpt_convert.adapters.config import AdapterConfig
 from ckpt_convert.adapters.modules import Modules
-from ckpt_convert.adapters.parameters import PEFT_PREFIX, Adapter, Split, split, translated
+from ckpt_convert.adapters.parameters import PEFT_PREFIX, Adapter, SplitTensors, split_adapters, translate_adapters
 from ckpt_convert.checkpoint.checkpoint import open_identified
 from ckpt_convert.checkpoint.tensor import CheckpointTensor
 from ckpt_convert.containers import safetensors
@@ -23,7 +23,7 @@ from ckpt_convert.words import listing
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedAdapter:
     """An adapter that was read, under the training layout's names and in its row order.
 
     adapters: by module. saved: weights that take the place of the base's, by key (PEFT's modules_to_save, and an
@@ -32,13 +32,13 @@ class Loaded:
     """
 
     adapters: dict[str, Adapter]
-    saved: dict[str, torch.Tensor]
+    trained_whole: dict[str, torch.Tensor]
     base: dict[str, torch.Tensor]
     config: AdapterConfig
 
 
 def to_peft(
-    found: Split, config: AdapterConfig, modules: Modules, *, base_model: str | None = None
+    parts: SplitTensors, config: AdapterConfig, modules: Modules, *, base_model: str | None = None
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The tensors of adapter_model.safetensors by key, and the content of adapter_config.json.
 
@@ -47,21 +47,21 @@ def to_peft(
     calls its base, where the config does not say it.
     """
     tensors: dict[str, torch.Tensor] = {}
-    for name, (a, b, magnitude) in translated(found.adapters, modules, source=modules.format, target="hf"):
+    for name, (a, b, magnitude) in translate_adapters(parts.adapters, modules, source=modules.format, target="hf"):
         tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = a
         tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = b
         if magnitude is not None:
             tensors[f"{PEFT_PREFIX}{name}.lora_magnitude_vector"] = magnitude
     whole = []
-    for key, tensor in found.saved.items():
+    for key, tensor in parts.trained_whole.items():
         _check_whole(key, tensor, modules)
         theirs = str(modules.hf_key(key))
         whole.append(theirs.rpartition(".")[0])
-        tensors[PEFT_PREFIX + theirs] = modules.reordered(tensor, modules.keys[key], modules.format, "hf")
-    return tensors, _config(list(found.adapters), whole, config, modules, base_model)
+        tensors[PEFT_PREFIX + theirs] = modules.reorder_rows(tensor, modules.keys[key], modules.format, "hf")
+    return tensors, _config(list(parts.adapters), whole, config, modules, base_model)
 
 
-def files(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> dict[str, bytes]:
+def render_files(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> dict[str, bytes]:
     """The two files by name, byte for byte as PEFT writes the same tensors; they are whole in memory."""
     described = [(key, FROM_TORCH[torch_name(one.dtype)].name, tuple(one.shape)) for key, one in tensors.items()]
     layout = safetensors.build(safetensors.usual_order(described), {"format": "pt"})
@@ -70,7 +70,7 @@ def files(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> dic
     return {ADAPTER_WEIGHTS[0]: b"".join(parts), ADAPTER_CONFIG: render_json(config, sort_keys=True)}
 
 
-def from_peft(directory: Place, modules: Modules, config: AdapterConfig | None = None) -> Loaded:
+def from_peft(directory: Place, modules: Modules, config: AdapterConfig | None = None) -> LoadedAdapter:
     """Read a PEFT adapter from a directory into the layout of ``modules``; safetensors win over .bin.
 
     ``config`` is that of the training model: a file that scales its adapter otherwise does not fit it. Raises
@@ -92,34 +92,36 @@ def from_peft(directory: Place, modules: Modules, config: AdapterConfig | None =
     if foreign:
         raise KeyMismatchError(f"{path}: not all keys start with {PEFT_PREFIX}, as PEFT's do:{listing(foreign)}")
     theirs = modules.as_hf()
-    found = split(tensors, _without_strangers(said, theirs), theirs, what=str(path), has_base=False)
-    adapters = dict(translated(found.adapters, theirs, source="hf", target=modules.format))
+    found = split_adapters(tensors, _without_strangers(said, theirs), theirs, what=str(path), has_base=False)
+    adapters = dict(translate_adapters(found.adapters, theirs, source="hf", target=modules.format))
     if config is not None:
         _check_scales(adapters, said, config, modules, str(path))
-    unknown = sorted(key for key in (*found.saved, *found.base) if _ours(key, theirs, modules) is None)
+    unknown = sorted(key for key in (*found.trained_whole, *found.base) if _ours(key, theirs, modules) is None)
     if unknown:
         raise KeyMismatchError(
             f"{path}: has weights that the {modules.format} layout has no place for:{listing(unknown)}"
         )
     whole = []
-    for weights in (found.saved, found.base):
+    for weights in (found.trained_whole, found.base):
         moved = {}
         for key, tensor in weights.items():
             _check_whole(key, tensor, theirs)
-            moved[str(_ours(key, theirs, modules))] = modules.reordered(tensor, theirs.keys[key], "hf", modules.format)
+            moved[str(_ours(key, theirs, modules))] = modules.reorder_rows(
+                tensor, theirs.keys[key], "hf", modules.format
+            )
         whole.append(moved)
-    return Loaded(adapters, whole[0], whole[1], said)
+    return LoadedAdapter(adapters, whole[0], whole[1], said)
 
 
-def load_into(found: Split, loaded: Loaded) -> list[str]:
+def load_into(parts: SplitTensors, loaded: LoadedAdapter) -> list[str]:
     """Copy an adapter into the tensors of a training model, in place; returns what there is to say of dtypes.
 
     Weights of ``loaded.saved`` go where ``found.saved`` has them, those of ``loaded.base`` into the base. Raises
     KeyMismatchError or ShapeMismatchError, before anything is copied, with all that does not fit.
     """
     pairs: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-    base = {key: tensor for key, tensor in found.base.items() if key in loaded.base}
-    here, there = _flat(found) | base, _flat(loaded) | {key: loaded.base[key] for key in base}
+    base = {key: tensor for key, tensor in parts.base.items() if key in loaded.base}
+    here, there = _flat(parts) | base, _flat(loaded) | {key: loaded.base[key] for key in base}
     problems = [f"{key}: the model has it, the adapter does not" for key in here if key not in there]
     problems += [f"{key}: the adapter has it, the model does not" for key in there if key not in here]
     if problems:
@@ -142,8 +144,8 @@ def load_into(found: Split, loaded: Loaded) -> list[str]:
     return left + [f"the adapter's {source} is held as {target}" for source, target in casts if source != target]
 
 
-def _flat(of: Split | Loaded) -> dict[str, torch.Tensor]:
-    out = dict(of.saved)
+def _flat(of: SplitTensors | LoadedAdapter) -> dict[str, torch.Tensor]:
+    out = dict(of.trained_whole)
     for module, (a, b, magnitude) in of.adapters.items():
         out |= {f"{module}: A": a, f"{module}: B": b}
         if magnitude is not None:
@@ -157,8 +159,8 @@ def _config(
     """adapter_config.json. Options that are not here have the values that PEFT takes where they are absent."""
     all_of_them = {modules.hf_name(module): module for module in modules.linear}
     names = [modules.hf_name(module) for module in adapted]
-    ranks = {modules.hf_name(module): config.rank_of(*modules.names(module)) for module in adapted}
-    alphas = {modules.hf_name(module): config.alpha_of(*modules.names(module)) for module in adapted}
+    ranks = {modules.hf_name(module): config.rank_of(*modules.both_names(module)) for module in adapted}
+    alphas = {modules.hf_name(module): config.alpha_of(*modules.both_names(module)) for module in adapted}
     return {
         "alpha_pattern": _patterns(alphas, config.alpha),
         "auto_mapping": None,
@@ -237,7 +239,7 @@ def _without_strangers(said: AdapterConfig, theirs: Modules) -> AdapterConfig:
     """A file's config without words that mean nothing in this model, which PEFT passes over."""
 
     def known(word: str) -> bool:
-        return not theirs.called([word])[1]
+        return not theirs.match_linear([word])[1]
 
     targets = said.target_modules
     return AdapterConfig(
@@ -260,7 +262,7 @@ def _check_scales(
     if said.use_dora != config.use_dora:
         problems.append(f"use_dora: the file says {said.use_dora}, the training model's config {config.use_dora}")
     for module in adapters:
-        theirs, ours = _scale(said, modules.names(module)), _scale(config, modules.names(module))
+        theirs, ours = _scale(said, modules.both_names(module)), _scale(config, modules.both_names(module))
         if theirs != ours:
             problems.append(f"{module}: the file says {theirs[2]}, the training model's config {ours[2]}")
     if problems:

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from ckpt_convert.adapters.config import AdapterConfig
-from ckpt_convert.adapters.merge import Merge, MergedReader, merged_rows, merges
+from ckpt_convert.adapters.merge import Merge, MergedReader, merged_rows, plan_merges
 from ckpt_convert.adapters.modules import Modules
-from ckpt_convert.adapters.parameters import split
-from ckpt_convert.adapters.peft_files import Loaded, files, from_peft, load_into, to_peft
+from ckpt_convert.adapters.parameters import split_adapters
+from ckpt_convert.adapters.peft_files import LoadedAdapter, from_peft, load_into, render_files, to_peft
 from ckpt_convert.errors import (
     CheckpointNotFoundError,
     CkptConvertError,
@@ -54,7 +54,7 @@ def layer(module: str = Q, rank: int = 2, **names: str) -> Tensors:
 def test_every_spelling_means_the_same(weight: str, ending: str, case: str) -> None:
     a, b = ("lora_a", "lora_b") if case == "lower" else ("lora_A", "lora_B")
     live = layer(weight=weight, a=a + ending, b=b + ending)
-    found = split(live, CONFIG_OF, modules())
+    found = split_adapters(live, CONFIG_OF, modules())
     assert list(found.base) == [f"{Q}.weight"]
     assert found.names == {f"{Q}.weight": f"{Q}.{weight}"}
     assert found.base[f"{Q}.weight"] is live[f"{Q}.{weight}"]
@@ -76,28 +76,28 @@ def test_every_spelling_means_the_same(weight: str, ending: str, case: str) -> N
 )
 def test_every_spelling_of_the_magnitude(name: str) -> None:
     live = layer(magnitude=name)
-    found = split(live, AdapterConfig(2, 4, use_dora=True), modules())
+    found = split_adapters(live, AdapterConfig(2, 4, use_dora=True), modules())
     assert found.adapters[Q].magnitude is live[f"{Q}.{name}"]
 
 
 def test_keys_of_a_model_that_peft_wraps() -> None:
     inner = layer(weight="base_layer.weight", a="lora_A.default.weight", b="lora_B.default.weight")
     inner |= {"output.original_module.weight": torch.zeros(1), "output.modules_to_save.default.weight": torch.ones(1)}
-    found = split({f"base_model.model.{key}": tensor for key, tensor in inner.items()}, None, modules())
+    found = split_adapters({f"base_model.model.{key}": tensor for key, tensor in inner.items()}, None, modules())
     assert sorted(found.base) == [f"{Q}.weight", "output.weight"]
     assert found.names[f"{Q}.weight"] == f"base_model.model.{Q}.base_layer.weight"
     assert found.names["output.weight"] == "base_model.model.output.original_module.weight"
-    assert {key: tensor.item() for key, tensor in found.saved.items()} == {"output.weight": 1}
+    assert {key: tensor.item() for key, tensor in found.trained_whole.items()} == {"output.weight": 1}
 
 
 def test_a_module_that_is_called_linear_is_no_wrapper_without_an_adapter() -> None:
-    found = split({**layer(), "head.linear.weight": torch.zeros(1)}, CONFIG_OF, modules())
+    found = split_adapters({**layer(), "head.linear.weight": torch.zeros(1)}, CONFIG_OF, modules())
     assert sorted(found.base) == ["head.linear.weight", f"{Q}.weight"]
 
 
 def test_adapters_come_in_the_order_of_the_model() -> None:
     live = {**layer("output"), **layer("layers.1.attn.q_proj"), **layer(V), **layer(Q)}
-    assert list(split(live, CONFIG_OF, modules()).adapters) == [Q, V, "layers.1.attn.q_proj", "output"]
+    assert list(split_adapters(live, CONFIG_OF, modules()).adapters) == [Q, V, "layers.1.attn.q_proj", "output"]
 
 
 def test_everything_that_is_wrong_with_the_keys_is_said_at_once() -> None:
@@ -115,7 +115,7 @@ def test_everything_that_is_wrong_with_the_keys_is_said_at_once() -> None:
         f"{V}.lora_A.other.weight": torch.ones(2, 72),
     }
     with pytest.raises(KeyMismatchError) as error:
-        split(live, CONFIG_OF, modules())
+        split_adapters(live, CONFIG_OF, modules())
     said = str(error.value)
     for line in (
         f"{Q}: has one parameter under 2 names: {Q}.lora_a.weight, {Q}.lora_A.default.weight",
@@ -135,7 +135,7 @@ def test_everything_that_is_wrong_with_the_keys_is_said_at_once() -> None:
 def test_only_linear_layers_of_the_table_have_adapters(module: str) -> None:
     live = {f"{module}.{name}": torch.ones(2, 2) for name in ("weight", "lora_a", "lora_b")}
     with pytest.raises(KeyMismatchError, match=f"{module}: is no linear layer of llama in the native layout"):
-        split(live, CONFIG_OF, modules())
+        split_adapters(live, CONFIG_OF, modules())
 
 
 def test_shapes_are_those_of_the_config_and_of_the_rank() -> None:
@@ -143,35 +143,35 @@ def test_shapes_are_those_of_the_config_and_of_the_rank() -> None:
     live[f"{V}.magnitude"] = torch.ones(1, 24)
     live[f"{V}.lora_a.weight"] = torch.ones(2, 70)
     with pytest.raises(ShapeMismatchError) as error:
-        split(live, None, modules())
+        split_adapters(live, None, modules())
     assert f"{V}: A: expected [2, 72], found [2, 70]" in str(error.value)
     assert f"{V}: magnitude: expected [24], found [1, 24]" in str(error.value)
     assert Q not in str(error.value)
     with pytest.raises(
         ShapeMismatchError, match=rf"{Q}: A: expected \[2, 72\] \(the config says rank 2\), found \[3, 72\]"
     ):
-        split(layer(Q, rank=3), CONFIG_OF, modules())
-    assert split(layer(Q, rank=3), AdapterConfig(2, 4, rank_pattern={"q_proj": 3}), modules()).adapters
+        split_adapters(layer(Q, rank=3), CONFIG_OF, modules())
+    assert split_adapters(layer(Q, rank=3), AdapterConfig(2, 4, rank_pattern={"q_proj": 3}), modules()).adapters
 
 
 def test_integers_are_no_adapter() -> None:
     live = layer()
     live[f"{Q}.lora_a.weight"] = live[f"{Q}.lora_a.weight"].to(torch.int8)
     with pytest.raises(ShapeMismatchError, match=r"expected floating-point numbers, found torch.int8"):
-        split(live, CONFIG_OF, modules())
+        split_adapters(live, CONFIG_OF, modules())
 
 
 @pytest.mark.parametrize("dora", [False, True])
 def test_dora_is_what_the_config_says_it_is(dora: bool) -> None:
     live = layer() if dora else layer(magnitude="magnitude")
     with pytest.raises(KeyMismatchError, match=f"the config says use_dora={dora}"):
-        split(live, AdapterConfig(2, 4, use_dora=dora), modules())
+        split_adapters(live, AdapterConfig(2, 4, use_dora=dora), modules())
 
 
 def test_a_model_without_adapters_is_told_what_they_are_called() -> None:
     with pytest.raises(KeyMismatchError, match=r"there is none: no key ends as an adapter's does: lora_a, lora_A"):
-        split({f"{Q}.weight": torch.zeros(72, 72)}, CONFIG_OF, modules())
-    assert split({f"{Q}.weight": torch.zeros(72, 72)}, None, modules()).adapters == {}
+        split_adapters({f"{Q}.weight": torch.zeros(72, 72)}, CONFIG_OF, modules())
+    assert split_adapters({f"{Q}.weight": torch.zeros(72, 72)}, None, modules()).adapters == {}
 
 
 @pytest.mark.parametrize(
@@ -179,21 +179,21 @@ def test_a_model_without_adapters_is_told_what_they_are_called() -> None:
     [("native", ["q_proj"]), ("native", ["self_attn.q_proj"]), ("meta", ["wq"]), ("meta", ["q_proj"])],
 )
 def test_targets_in_the_words_of_either_layout(format: str, words: list[str]) -> None:
-    meant, unknown = modules(format).called(words)
+    meant, unknown = modules(format).match_linear(words)
     ours = {"native": "layers.{}.attn.q_proj", "meta": "layers.{}.attention.wq"}[format]
     assert (meant, unknown) == ([ours.format(at) for at in range(3)], [])
 
 
 def test_all_linear_leaves_out_the_output_layer_as_peft_does() -> None:
-    assert len(modules().called("all-linear")[0]) == 3 * 7
+    assert len(modules().match_linear("all-linear")[0]) == 3 * 7
     assert "output" in modules().linear
-    assert "output" not in modules().called("all-linear")[0]
+    assert "output" not in modules().match_linear("all-linear")[0]
 
 
 def test_targets_and_adapters_have_to_agree() -> None:
     config = AdapterConfig(2, 4, ["q_proj", "layers.0.attn.k_proj"])
     with pytest.raises(KeyMismatchError) as error:
-        split({**layer(Q), **layer(V)}, config, modules())
+        split_adapters({**layer(Q), **layer(V)}, config, modules())
     said = str(error.value)
     assert f"{V}: has an adapter, but the config's target_modules do not name it" in said
     assert f"{K}: has no adapter, but the config's target_modules name it" in said
@@ -204,14 +204,14 @@ def test_targets_and_adapters_have_to_agree() -> None:
 def test_words_that_mean_nothing_are_refused() -> None:
     config = AdapterConfig(2, 4, ["q_proj", "wq"], rank_pattern={"w9": 3}, modules_to_save=["head"])
     with pytest.raises(ConfigError) as error:
-        split(layer(), config, modules())
+        split_adapters(layer(), config, modules())
     for word in ("target_modules: 'wq'", "rank_pattern: 'w9'", "modules_to_save: 'head'"):
         assert f"{word} names no" in str(error.value)
 
 
 def test_a_module_that_is_trained_whole_has_no_adapter() -> None:
     with pytest.raises(KeyMismatchError, match=f"{Q}: is trained whole .* and has an adapter"):
-        split(layer(), AdapterConfig(2, 4, modules_to_save=[Q]), modules())
+        split_adapters(layer(), AdapterConfig(2, 4, modules_to_save=[Q]), modules())
 
 
 @pytest.mark.parametrize("word", ["tok_embeddings", "embed_tokens"])
@@ -219,20 +219,20 @@ def test_tied_embeddings_cannot_be_trained_whole(word: str) -> None:
     live = {**layer(), "tok_embeddings.weight": torch.zeros(56, 72)}
     config = AdapterConfig(2, 4, modules_to_save=[word])
     with pytest.raises(KeyMismatchError, match=r"tok_embeddings.weight: cannot be saved whole .* it is tied"):
-        split(live, config, modules(case="llama_tied"))
-    assert list(split(live, config, modules()).saved) == ["tok_embeddings.weight"]
+        split_adapters(live, config, modules(case="llama_tied"))
+    assert list(split_adapters(live, config, modules()).trained_whole) == ["tok_embeddings.weight"]
 
 
 def test_a_tied_output_layer_may_have_an_adapter_but_not_be_merged() -> None:
     live = {key: tensor for key, tensor in layer("output").items() if "lora" in key}
     tied = modules(case="llama_tied")
-    found = split(live, CONFIG_OF, tied)
+    found = split_adapters(live, CONFIG_OF, tied)
     assert list(to_peft(found, CONFIG_OF, tied)[0]) == [
         "base_model.model.lm_head.lora_A.weight",
         "base_model.model.lm_head.lora_B.weight",
     ]
     with pytest.raises(ConfigError, match="cannot be merged into weights that are tied"):
-        merges(found, CONFIG_OF, tied)
+        plan_merges(found, CONFIG_OF, tied)
 
 
 class TestConfig:
@@ -390,13 +390,13 @@ class TestMerging:
 
 
 class TestLoading:
-    def loaded(self, tmp_path: Path, config: AdapterConfig = CONFIG_OF) -> Loaded:
+    def loaded(self, tmp_path: Path, config: AdapterConfig = CONFIG_OF) -> LoadedAdapter:
         live = {**layer(Q), **layer(V)}
         live = {
             key: torch.arange(tensor.numel(), dtype=torch.float32).view(tensor.shape) for key, tensor in live.items()
         }
-        found = split(live, config, modules())
-        for name, content in files(*to_peft(found, config, modules())).items():
+        found = split_adapters(live, config, modules())
+        for name, content in render_files(*to_peft(found, config, modules())).items():
             (tmp_path / name).write_bytes(content)
         loaded = from_peft(at(tmp_path), modules(), config)
         for module, adapter in found.adapters.items():
@@ -408,7 +408,7 @@ class TestLoading:
     def test_into_live_tensors_in_place(self, tmp_path: Path) -> None:
         loaded = self.loaded(tmp_path)
         live = {key: torch.nn.Parameter(tensor.bfloat16()) for key, tensor in {**layer(Q), **layer(V)}.items()}
-        assert load_into(split(live, CONFIG_OF, modules()), loaded) == [
+        assert load_into(split_adapters(live, CONFIG_OF, modules()), loaded) == [
             "the adapter's torch.float32 is held as torch.bfloat16"
         ]
         assert bits(live[f"{Q}.lora_b.weight"]) == bits(loaded.adapters[Q].b.bfloat16())
@@ -418,12 +418,12 @@ class TestLoading:
         loaded = self.loaded(tmp_path)
         live = {**layer(Q), **layer(K)}
         with pytest.raises(KeyMismatchError) as error:
-            load_into(split(live, CONFIG_OF, modules()), loaded)
+            load_into(split_adapters(live, CONFIG_OF, modules()), loaded)
         assert f"{K}: A: the model has it, the adapter does not" in str(error.value)
         assert f"{V}: B: the adapter has it, the model does not" in str(error.value)
         live = {**layer(Q, rank=3), **layer(V)}
         with pytest.raises(ShapeMismatchError, match=rf"{Q}: A: expected \[3, 72\], found \[2, 72\]"):
-            load_into(split(live, None, modules()), loaded)
+            load_into(split_adapters(live, None, modules()), loaded)
         assert live[f"{V}.lora_b.weight"].eq(1).all()
 
     def test_what_is_no_adapter(self, tmp_path: Path) -> None:
@@ -457,7 +457,9 @@ class TestLoading:
     def test_keys_without_pefts_prefix(self, tmp_path: Path) -> None:
         self.loaded(tmp_path)
         content = json.loads((tmp_path / ADAPTER_CONFIG).read_text())
-        for name, data in files({"model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 72)}, content).items():
+        for name, data in render_files(
+            {"model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 72)}, content
+        ).items():
             (tmp_path / name).write_bytes(data)
         with pytest.raises(KeyMismatchError, match=r"not all keys start with base_model.model."):
             from_peft(at(tmp_path), modules())
@@ -471,5 +473,5 @@ class TestLoading:
         assert content["lora_alpha"] == 4
         assert content["target_modules"] == ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"]
         assert content["base_model_name_or_path"] is None
-        found = split(layer(), CONFIG_OF, modules())
+        found = split_adapters(layer(), CONFIG_OF, modules())
         assert to_peft(found, CONFIG_OF, modules(), base_model="a/b")[1]["base_model_name_or_path"] == "a/b"

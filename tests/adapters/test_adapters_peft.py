@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from ckpt_convert.adapters.config import AdapterConfig
-from ckpt_convert.adapters.merge import merges
+from ckpt_convert.adapters.merge import plan_merges
 from ckpt_convert.adapters.modules import Modules
-from ckpt_convert.adapters.parameters import Adapter, Split, split
-from ckpt_convert.adapters.peft_files import files, from_peft, load_into, to_peft
+from ckpt_convert.adapters.parameters import Adapter, SplitTensors, split_adapters
+from ckpt_convert.adapters.peft_files import from_peft, load_into, render_files, to_peft
 from ckpt_convert.errors import ConfigError, KeyMismatchError
 from ckpt_convert.formats.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ckpt_convert.models import FAMILIES
@@ -175,9 +175,9 @@ def merged_logits(library: SimpleNamespace, family: str, adapters: dict[str, Ada
         return model(library.tokens).logits
 
 
-def save(directory: Path, found: Split, config: AdapterConfig, modules: Modules) -> Path:
+def save(directory: Path, found: SplitTensors, config: AdapterConfig, modules: Modules) -> Path:
     directory.mkdir(exist_ok=True)
-    for name, content in files(*to_peft(found, config, modules)).items():
+    for name, content in render_files(*to_peft(found, config, modules)).items():
         (directory / name).write_bytes(content)
     return directory
 
@@ -204,7 +204,7 @@ def test_peft_gives_the_logits_of_the_training_model(
     adapters = adapted(library, family, dora=dora)
     config = AdapterConfig(RANK, ALPHA, use_dora=dora)
     modules = modules_of(library, family, format)
-    found = split(live_of(library, family, format, adapters), config, modules)
+    found = split_adapters(live_of(library, family, format, adapters), config, modules)
     expected = merged_logits(library, family, adapters, ALPHA / RANK)
     assert (expected - fresh(library, family)(library.tokens).logits).abs().max() > 0.5  # the adapter does something
     assert_close(peft_logits(library, family, save(tmp_path, found, config, modules)), expected)
@@ -215,11 +215,11 @@ def test_rows_in_the_wrong_order_would_show(library: SimpleNamespace, tmp_path: 
     adapters = adapted(library, "llama", ("q_proj", "k_proj"), dora=False)
     config = AdapterConfig(RANK, ALPHA)
     modules = modules_of(library, "llama", "native")
-    found = split(live_of(library, "llama", "native", adapters), config, modules)
+    found = split_adapters(live_of(library, "llama", "native", adapters), config, modules)
     tensors, content = to_peft(found, config, modules)
     for name, adapter in adapters.items():
         tensors[f"base_model.model.{name}.lora_B.weight"] = adapter.b
-    for file, data in files(tensors, content).items():
+    for file, data in render_files(tensors, content).items():
         (tmp_path / file).write_bytes(data)
     expected = merged_logits(library, "llama", adapters, ALPHA / RANK)
     assert (peft_logits(library, "llama", tmp_path) - expected).abs().max() > 0.1
@@ -231,7 +231,7 @@ def test_only_rows_that_rotate_are_reordered(library: SimpleNamespace, family: s
     adapters = adapted(library, family, dora=dora)
     config = AdapterConfig(RANK, ALPHA, use_dora=dora)
     modules = modules_of(library, family, "native")
-    found, _ = to_peft(split(live_of(library, family, "native", adapters), config, modules), config, modules)
+    found, _ = to_peft(split_adapters(live_of(library, family, "native", adapters), config, modules), config, modules)
     expected = {}
     for name, (a, b, magnitude) in adapters.items():
         expected[f"base_model.model.{name}.lora_A.weight"] = a
@@ -262,7 +262,7 @@ def test_an_adapter_of_pefts_own_comes_in_and_goes_out_byte_for_byte(
     for module in loaded.adapters:
         live[f"{module}.weight"] = torch.zeros(modules.sizes(module))
     config = AdapterConfig.of(theirs)
-    found = split(live, config, modules)
+    found = split_adapters(live, config, modules)
     assert load_into(found, loaded) == []
     ours = save(tmp_path / "ours", found, config, modules)
     assert (ours / ADAPTER_WEIGHTS[0]).read_bytes() == (tmp_path / "theirs" / ADAPTER_WEIGHTS[0]).read_bytes()
@@ -308,21 +308,21 @@ def test_a_model_that_peft_wraps_is_split_and_written_as_peft_writes_it(
     modules = modules_of(library, "llama", "hf")
     config = AdapterConfig.of(theirs)
     live = dict(model.state_dict())
-    found = split(live, config, modules)
+    found = split_adapters(live, config, modules)
     assert sorted(found.base) == sorted(library.models["llama"].state_dict())
     assert_same(found.base, dict(library.models["llama"].state_dict()))
     assert {key: live[name].data_ptr() for key, name in found.names.items()} == {
         key: tensor.data_ptr() for key, tensor in found.base.items()
     }
-    assert list(found.saved) == ["lm_head.weight"]
-    assert bits(found.saved["lm_head.weight"]) != bits(found.base["lm_head.weight"])
+    assert list(found.trained_whole) == ["lm_head.weight"]
+    assert bits(found.trained_whole["lm_head.weight"]) != bits(found.base["lm_head.weight"])
     ours = save(tmp_path / "ours", found, config, modules)
     assert (ours / ADAPTER_WEIGHTS[0]).read_bytes() == (tmp_path / "theirs" / ADAPTER_WEIGHTS[0]).read_bytes()
     with torch.no_grad():
         expected = model(library.tokens).logits
     assert_close(peft_logits(library, "llama", ours), expected)
     loaded = from_peft(at(ours), modules, config)
-    assert list(loaded.saved) == ["lm_head.weight"]
+    assert list(loaded.trained_whole) == ["lm_head.weight"]
     assert (loaded.config.rank_pattern, loaded.config.alpha_pattern, loaded.config.modules_to_save) == (
         {"model.layers.1.self_attn.q_proj": 2},
         {"down_proj": 5},
@@ -336,9 +336,9 @@ def test_merging_is_what_pefts_merging_is(library: SimpleNamespace, tmp_path: Pa
     adapters = adapted(library, family, dora=dora)
     config = AdapterConfig(RANK, ALPHA, use_dora=dora)
     modules = modules_of(library, family, "native")
-    found = split(live_of(library, family, "native", adapters), config, modules)
+    found = split_adapters(live_of(library, family, "native", adapters), config, modules)
     model = fresh(library, family)
-    merged = merges(found, config, modules)
+    merged = plan_merges(found, config, modules)
     for name in adapters:
         key = f"{live_name(name, 'native')}.weight"
         weight = in_hf_order(name, merged[key].rows(found.base[key]), family)
@@ -362,8 +362,8 @@ def test_modules_trained_whole_in_a_training_layout(library: SimpleNamespace, tm
     live["norm.scale"] = torch.linspace(0.5, 1.5, 48)
     live["output.weight"] = live["output.weight"].flip(0)
     live["layers.1.attn.k_proj.weight"] = live["layers.1.attn.k_proj.weight"] + 0.5
-    found = split(live, config, modules)
-    assert sorted(found.saved) == ["layers.1.attn.k_proj.weight", "norm.scale", "output.weight"]
+    found = split_adapters(live, config, modules)
+    assert sorted(found.trained_whole) == ["layers.1.attn.k_proj.weight", "norm.scale", "output.weight"]
     save(tmp_path, found, config, modules)
     said = json.loads((tmp_path / ADAPTER_CONFIG).read_text())
     assert said["modules_to_save"] == ["lm_head", "model.layers.1.self_attn.k_proj", "model.norm"]
@@ -377,7 +377,7 @@ def test_modules_trained_whole_in_a_training_layout(library: SimpleNamespace, tm
             weight.copy_(merged_by_hand(weight, name, adapter, ALPHA / RANK))
         assert_close(peft_logits(library, "llama", tmp_path), model(library.tokens).logits)
     loaded = from_peft(at(tmp_path), modules, config)
-    assert_same(loaded.saved, found.saved)
+    assert_same(loaded.trained_whole, found.trained_whole)
 
 
 def test_layers_with_adapters_of_their_own_are_named_in_full(library: SimpleNamespace, tmp_path: Path) -> None:
@@ -385,7 +385,7 @@ def test_layers_with_adapters_of_their_own_are_named_in_full(library: SimpleName
     del adapters["model.layers.0.self_attn.q_proj"]
     config = AdapterConfig(RANK, ALPHA, ["layers.1.attn.q_proj", "v_proj"])
     modules = modules_of(library, "llama", "native")
-    found = split(live_of(library, "llama", "native", adapters), config, modules)
+    found = split_adapters(live_of(library, "llama", "native", adapters), config, modules)
     save(tmp_path, found, config, modules)
     assert json.loads((tmp_path / ADAPTER_CONFIG).read_text())["target_modules"] == [
         "model.layers.0.self_attn.v_proj",
@@ -404,10 +404,10 @@ def test_an_adapter_on_lm_head_and_its_base_beside_it(library: SimpleNamespace, 
         model.save_pretrained(tmp_path)
     modules = modules_of(library, "llama", "native")
     loaded = from_peft(at(tmp_path), modules)
-    assert (list(loaded.adapters), list(loaded.base), list(loaded.saved)) == (["output"], ["output.weight"], [])
+    assert (list(loaded.adapters), list(loaded.base), list(loaded.trained_whole)) == (["output"], ["output.weight"], [])
     live = {"output.weight": torch.zeros(58, 48), "output.lora_a": torch.zeros(RANK, 48)}
     live["output.lora_b"] = torch.ones(58, RANK)
-    load_into(split(live, AdapterConfig.of(tmp_path), modules), loaded)
+    load_into(split_adapters(live, AdapterConfig.of(tmp_path), modules), loaded)
     assert bits(live["output.weight"]) == bits(library.models["llama"].lm_head.weight)
     assert live["output.lora_b"].eq(0).all()
 
@@ -427,7 +427,7 @@ def test_a_file_that_scales_otherwise_is_refused_with_both_numbers(library: Simp
     adapters = adapted(library, "llama", ("q_proj",), dora=False)
     config = AdapterConfig(RANK, ALPHA)
     modules = modules_of(library, "llama", "native")
-    save(tmp_path, split(live_of(library, "llama", "native", adapters), config, modules), config, modules)
+    save(tmp_path, split_adapters(live_of(library, "llama", "native", adapters), config, modules), config, modules)
     assert from_peft(at(tmp_path), modules, config).config == replace(config, target_modules=("q_proj",))
     for other, said in (
         (replace(config, alpha=6), r"scale 4 \(alpha 12\), the training model's config rank 3, scale 2 \(alpha 6\)"),
@@ -443,13 +443,13 @@ def test_files_that_do_not_fit_the_model(library: SimpleNamespace, tmp_path: Pat
     adapters = adapted(library, "llama", ("q_proj", "v_proj"), dora=False)
     config = AdapterConfig(RANK, ALPHA)
     modules = modules_of(library, "llama", "native")
-    found = split(live_of(library, "llama", "native", adapters), config, modules)
+    found = split_adapters(live_of(library, "llama", "native", adapters), config, modules)
     tensors, content = to_peft(found, config, modules)
     prefix = "base_model.model.model.layers"
     del tensors[f"{prefix}.0.self_attn.q_proj.lora_B.weight"]
     del tensors[f"{prefix}.1.self_attn.v_proj.lora_A.weight"], tensors[f"{prefix}.1.self_attn.v_proj.lora_B.weight"]
     tensors[f"{prefix}.0.mlp.fc1.lora_A.weight"] = tensors[f"{prefix}.0.mlp.fc1.lora_B.weight"] = torch.zeros(3, 3)
-    for name, data in files(tensors, content).items():
+    for name, data in render_files(tensors, content).items():
         (tmp_path / name).write_bytes(data)
     with pytest.raises(KeyMismatchError) as error:
         from_peft(at(tmp_path), modules)
@@ -473,6 +473,6 @@ def test_what_was_read_belongs_to_the_safetensors_library_too(library: SimpleNam
     config = AdapterConfig(RANK, ALPHA, use_dora=True)
     modules = modules_of(library, "mistral", "native")
     live = {key: t.bfloat16() for key, t in live_of(library, "mistral", "native", adapters).items()}
-    found = split(live, config, modules)
+    found = split_adapters(live, config, modules)
     save(tmp_path, found, config, modules)
     assert_same(read_safetensors(tmp_path / ADAPTER_WEIGHTS[0]), to_peft(found, config, modules)[0])

@@ -12,11 +12,11 @@ from typing import Any, Literal
 import torch
 
 from ckpt_convert.adapters.config import AdapterConfig
-from ckpt_convert.adapters.merge import MergedReader, merges
+from ckpt_convert.adapters.merge import MergedReader, plan_merges
 from ckpt_convert.adapters.modules import Modules
-from ckpt_convert.adapters.parameters import Adapter, Split, split
-from ckpt_convert.adapters.peft_files import files as peft_files
+from ckpt_convert.adapters.parameters import Adapter, SplitTensors, split_adapters
 from ckpt_convert.adapters.peft_files import from_peft, load_into, to_peft
+from ckpt_convert.adapters.peft_files import render_files as peft_files
 from ckpt_convert.checkpoint import legacy_keys, record
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpointer.distributed.claims import Claims, Owned
@@ -102,11 +102,11 @@ class Emitter:
             return [ADAPTER]
         return [f"{MODEL}/{key}" for key in self.split(tensors_of(model)).base]
 
-    def split(self, tensors: Tensors, *, strict: bool = True) -> Split:
+    def split(self, tensors: Tensors, *, strict: bool = True) -> SplitTensors:
         """A model's tensors, those of an adapter apart; ``strict`` is whether it has to be as the config says."""
         if self.adapter is None:
-            return Split(self._distinct(tensors), {})
-        found = split(tensors, self.adapter if strict else None, self.modules)
+            return SplitTensors(self._distinct(tensors), {})
+        found = split_adapters(tensors, self.adapter if strict else None, self.modules)
         return replace(found, base=self._distinct(found.base))
 
     def _distinct(self, tensors: Tensors) -> dict[str, torch.Tensor]:
@@ -140,13 +140,13 @@ class Emitter:
     def load_source(self, model: Model, workers: int, progress: ProgressCallback | None) -> loading.Loaded:
         """Fill a model from the source, an adapter aside; raises KeyMismatchError where they do not fit."""
         parts = self.split(tensors_of(model), strict=False)  # DoRA starts from the base: the adapter may come later
-        _refuse_copies(model, parts.base | parts.saved)
+        _refuse_copies(model, parts.base | parts.trained_whole)
         found = loading.fit(self.source, parts.base, self.settings.model_format)
         found = replace(
             found, misfits=[*found.misfits, *loading.shared(found, parts.base, self.source, self.settings.model_format)]
         )
         loading.refuse_misfits(found, self.source, self.settings.model_format)
-        whole = {key: tensor for key, tensor in parts.saved.items() if not same_memory(tensor, parts.base[key])}
+        whole = {key: tensor for key, tensor in parts.trained_whole.items() if not same_memory(tensor, parts.base[key])}
         loading.load(self.source, whole, replace(found, targets=[one for one in found.targets if one.key in whole]))
         checksums: dict[str, str] | None = None if self.adapter is None else {}
         loaded = loading.load(self.source, parts.base, found, workers=workers, progress=progress, checksums=checksums)
@@ -187,7 +187,7 @@ class Emitter:
         for notice in load_into(parts, loaded):
             log.info("%s: %s", path, notice)
         return sum(len([one for one in adapter if one is not None]) for adapter in loaded.adapters.values()) + len(
-            loaded.saved
+            loaded.trained_whole
         )
 
     def prepare(self, model: Model, settings: Settings, others: Sequence[torch.Tensor] = ()) -> list[str]:
@@ -249,19 +249,19 @@ class Emitter:
         return all_of(tensors) if self.claims is None else self.claims.of(tensors)
 
     def _adapter_job(
-        self, parts: Split, state: dict[str, Packed] | None, settings: Settings, buffers: Buffers | None
+        self, parts: SplitTensors, state: dict[str, Packed] | None, settings: Settings, buffers: Buffers | None
     ) -> Callable[[Section, Mapping[str, bytes]], Step]:
         merges_too = _merges(settings)
         if buffers is not None:
-            names = {f"saved/{key}": tensor for key, tensor in parts.saved.items()}
+            names = {f"saved/{key}": tensor for key, tensor in parts.trained_whole.items()}
             names |= {f"base/{key}": tensor for key, tensor in parts.base.items() if merges_too}
             for module, adapter in parts.adapters.items():
                 names |= {f"{module}/{name}": one for name, one in adapter._asdict().items() if one is not None}
             copies, state = _staged(names, state, buffers)
-            parts = Split(
+            parts = SplitTensors(
                 {key: copies.get(f"base/{key}", tensor) for key, tensor in parts.base.items()},
                 {m: Adapter(*(copies.get(f"{m}/{name}") for name in Adapter._fields)) for m in parts.adapters},  # type: ignore[arg-type]
-                {key: copies[f"saved/{key}"] for key in parts.saved},
+                {key: copies[f"saved/{key}"] for key in parts.trained_whole},
                 parts.names,
             )
 
@@ -279,20 +279,20 @@ class Emitter:
 
         return step
 
-    def _merged(self, parts: Split, settings: Settings) -> OpenPlan:
+    def _merged(self, parts: SplitTensors, settings: Settings) -> OpenPlan:
         """The plan of the full weights; they are computed as they are read."""
         assert self.adapter is not None
-        whole = parts.base | parts.saved
+        whole = parts.base | parts.trained_whole
         readers = {
             key: MergedReader(key, whole[key], merge)
-            for key, merge in merges(parts, self.adapter, self.modules).items()
+            for key, merge in plan_merges(parts, self.adapter, self.modules).items()
         }
         given = PlanInputs(self.source, self._request(settings), in_memory=self._live(all_of(whole), settings, readers))
         made = planning.make_plan(given)
         made.plan.refuse_unreadable()
         return made
 
-    def _refuse_unsaved(self, model: Model, parts: Split, others: Sequence[torch.Tensor]) -> None:
+    def _refuse_unsaved(self, model: Model, parts: SplitTensors, others: Sequence[torch.Tensor]) -> None:
         """Raise UsageError for what training changes but no save would hold; ``others`` are an optimizer's parameters.
 
         What an optimizer has beside the model is saved with its state.
@@ -347,7 +347,7 @@ class Emitter:
         return Request(to=form, dtype=settings.export_dtype, allow_overflow=True, allow_loss=True)
 
 
-def _trained_beside(parts: Split) -> dict[str, torch.Tensor]:
+def _trained_beside(parts: SplitTensors) -> dict[str, torch.Tensor]:
     """What a model with an adapter trains: the adapter, and what is saved whole."""
     adapters = {
         f"{module}.{name}": one
@@ -355,7 +355,7 @@ def _trained_beside(parts: Split) -> dict[str, torch.Tensor]:
         for name, one in adapter._asdict().items()
         if one is not None
     }
-    return adapters | parts.saved
+    return adapters | parts.trained_whole
 
 
 def _refuse_copies(model: Model, tensors: Tensors) -> None:
