@@ -25,7 +25,7 @@ from ckpt_convert.checkpointer.run.saved_steps import Saved
 from ckpt_convert.checkpointer.run.source import Config, Source
 from ckpt_convert.checkpointer.save import signals
 from ckpt_convert.checkpointer.save.options import Final, Options
-from ckpt_convert.checkpointer.save.planner import Contents, Emitter
+from ckpt_convert.checkpointer.save.planner import Contents, SavePlanner
 from ckpt_convert.checkpointer.save.saver import Saver
 from ckpt_convert.checkpointer.state import parts
 from ckpt_convert.errors import OutputExistsError, UsageError
@@ -104,7 +104,7 @@ class Checkpointer:
         self.workers = chosen.workers
         self._options = chosen
         self._counts = Counts(chosen.schedule, chosen.policy, save_first=save_first, save_best=save_best)
-        self._saver = Saver(chosen, Emitter(opened, chosen.settings, adapter), run, self._counts)
+        self._saver = Saver(chosen, SavePlanner(opened, chosen.settings, adapter), run, self._counts)
         self._signals = signals.Signals() if save_on_signal else None
         self._loaded = self._signal_saved = self._over = self._closed = False
 
@@ -116,7 +116,7 @@ class Checkpointer:
     @property
     def config(self) -> Mapping[str, Any]:
         """The source's config in the words of Hugging Face's config.json, whatever its format."""
-        return self._saver.emitter.source.model_for(self._options.settings.model_format).config
+        return self._saver.planner.source.model_for(self._options.settings.model_format).config
 
     # Loading
 
@@ -128,17 +128,17 @@ class Checkpointer:
         self._refuse_closed()
         if not self._options.has_source:
             raise UsageError("source=None: there are no weights to load; initialise the model, then register() it")
-        emitter = self._saver.emitter
-        found = emitter.load_source(model, self.workers, self._options.progress)
+        planner = self._saver.planner
+        found = planner.load_source(model, self.workers, self._options.progress)
         self._loaded = True
-        log.info("loaded %s: %s", emitter.source.place, found.describe())
+        log.info("loaded %s: %s", planner.source.place, found.describe())
         return found
 
     def load_state_dict(self, format: str | None = None) -> dict[str, torch.Tensor]:
         """The source's weights, converted (``model_format`` unless said otherwise), in the dtypes of the source."""
         self._refuse_closed()
         formats.refuse_unknown(format, "format")
-        return loading.state_dict(self._saver.emitter.source, format or self._options.settings.model_format)
+        return loading.state_dict(self._saver.planner.source, format or self._options.settings.model_format)
 
     def load_best(self, model: Model) -> Saved | None:
         """Fill a model, in place, with the weights of the best checkpoint; returns it, None where none has the metric.
@@ -151,7 +151,7 @@ class Checkpointer:
     def load_adapter(self, path: str | Path, model: Model) -> int:
         """Fill a model's adapter from a PEFT directory, in place; returns the number of tensors."""
         self._refuse_closed()
-        return self._saver.emitter.load_adapter(pointer.followed(locate(path)), model)
+        return self._saver.planner.load_adapter(pointer.followed(locate(path)), model)
 
     # Beginning
 
@@ -189,7 +189,7 @@ class Checkpointer:
         directory = self._saver.directory
         saved = resuming.choose(directory.path, from_, directory.policy, verify=verify, workers=self.workers)
         if saved is None:
-            wanted.check([*made.entries(), *self._saver.emitter.names(model)])
+            wanted.check([*made.entries(), *self._saver.planner.loadable_names(model)])
             log.info("%s: holds no checkpoint: fresh start", directory.path)
             self._start(0, [])
             return None
@@ -224,7 +224,7 @@ class Checkpointer:
         counts.progress = progress or Progress()
         counts.reported = Reported(counts.progress.evals)
         counts.started_from = None if progress is None else progress.step
-        self._saver.directory.supersede(there if progress is None or self._options.overwrite else ())
+        self._saver.directory.replace_later(there if progress is None or self._options.overwrite else ())
         self._start(self.progress.step, [] if progress is None else there)
 
     # Counting
@@ -251,7 +251,7 @@ class Checkpointer:
         """
         made = self._require("step()")
         self._counts.step(int(tokens), int(samples))
-        self._saver.look_at_state(made)
+        self._saver.after_step(made)
         signalled = self.interrupted is not None and not self._signal_saved
         if signalled:
             self._signal_saved = True
@@ -281,7 +281,9 @@ class Checkpointer:
         due = counts.due("eval") | counts.is_new_best(found)
         if saver.saved_step == self.progress.step:
             saver.amend()
-            saver.held |= saver.holding and self._signal_saved  # what the evaluation drew is to be saved as well
+            saver.is_save_held |= (
+                saver.holds_saves and self._signal_saved
+            )  # what the evaluation drew is to be saved as well
         elif due:
             saver.save_or_hold()
         counts.say_of_report(wrong, changed, saver.saved_step)
@@ -330,7 +332,7 @@ class Checkpointer:
         For trainers that evaluate after a step is counted and draw random numbers for it: what would be saved before
         is not what the run goes on from.
         """
-        self._saver.holding = True
+        self._saver.holds_saves = True
 
     def save_held(self) -> None:
         """Save the step now if a save was due since the last one."""
@@ -405,7 +407,7 @@ class Checkpointer:
             self.wait()  # what is in flight is finished; the step that failed is not saved
         except Exception:
             log.exception("a checkpoint could not be saved")
-        trouble = self._saver.trouble
+        trouble = self._saver.conflict
         self._release()
         if trouble is not None and trouble != str(error):  # the connection to the process that was refused is dead
             raise UsageError(trouble) from error
@@ -427,13 +429,13 @@ class Checkpointer:
     def _start(self, step: int, there: Sequence[Saved]) -> None:
         """Plan what comes after this step; ``there`` are the checkpoints that the run goes on from."""
         self._saver.plan_ahead()
-        self._saver.directory.warn_ahead(step)
+        self._saver.directory.warn_of_obstacles(step)
         self._counts.begin_watch(there)
 
     def _release(self) -> None:
         self._closed = True
         with contextlib.ExitStack() as stack:
-            stack.callback(self._saver.emitter.source.close)
+            stack.callback(self._saver.planner.source.close)
             stack.callback(self._let_go)
 
     def _let_go(self) -> None:

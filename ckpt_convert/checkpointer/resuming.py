@@ -22,7 +22,7 @@ from ckpt_convert.checkpointer.run.progress import Progress
 from ckpt_convert.checkpointer.run.saved_steps import Saved
 from ckpt_convert.checkpointer.run.source import Source, lost, open_lost, open_source
 from ckpt_convert.checkpointer.save.options import Options
-from ckpt_convert.checkpointer.save.planner import Emitter
+from ckpt_convert.checkpointer.save.planner import SavePlanner
 from ckpt_convert.checkpointer.save.run_directory import RunDirectory
 from ckpt_convert.checkpointer.save.saver import Saver
 from ckpt_convert.checkpointer.state import training_state
@@ -74,7 +74,7 @@ def _without_source(there: Sequence[Saved], options: Options, run: RunDirectory 
     opened, step = open_lost(there, options.config, options.family)
     if step is not None and run is not None:
         log.info("there is no source: files, dtypes and config are those of %s", step)
-        run.template = step
+        run.stand_in = step
     return opened
 
 
@@ -105,7 +105,7 @@ def go_on(
     load(
         saved,
         parts,
-        saver.emitter,
+        saver.planner,
         wanted=wanted,
         strict=strict,
         workers=options.workers,
@@ -125,18 +125,18 @@ def go_on(
             counts.end_epoch()
     saver.plan_ahead()
     if wanted.progress:
-        directory.go_on_from(saved)
-    directory.warn_ahead(counts.progress.step)
+        directory.after_resume(saved)
+    directory.warn_of_obstacles(counts.progress.step)
     counts.begin_watch(directory.saved)
 
 
 def _take_layout_of(saved: Saved, saver: Saver, options: Options) -> None:
     """Let a run without a source go on in the files of the step that it is resumed from, if that is its own."""
-    source, directory = saver.emitter.source, saver.directory
+    source, directory = saver.planner.source, saver.directory
     if not options.has_source and saved.place.parent == directory.path and saved.place != source.place:
         source.close()
-        saver.emitter = Emitter(
-            _without_source([saved], options, directory), options.settings, claims=saver.emitter.claims
+        saver.planner = SavePlanner(
+            _without_source([saved], options, directory), options.settings, claims=saver.planner.claims
         )
 
 
@@ -228,7 +228,7 @@ def check(saved: Saved, *, verify: bool, workers: int) -> list[str]:
 def load(
     saved: Saved,
     parts: Parts,
-    emitter: Emitter,
+    planner: SavePlanner,
     *,
     wanted: Choice,
     strict: bool,
@@ -249,11 +249,11 @@ def load(
     problems = parts.compare(trees, wanted) if state is not None else []
     with contextlib.ExitStack() as stack:
         load_weights: Callable[[], str]
-        if emitter.adapter is not None:
+        if planner.adapter is not None:
             keys = [ADAPTER]
-            found, load_weights = _adapter(saved, parts, emitter, strict, workers, progress, base_loaded)
+            found, load_weights = _adapter(saved, parts, planner, strict, workers, progress, base_loaded)
         else:
-            keys, found, load_weights = _weights(saved, parts, emitter, state, wanted, workers, progress, stack)
+            keys, found, load_weights = _weights(saved, parts, planner, state, wanted, workers, progress, stack)
         wanted.check([*parts.entries(), *(state.parts or () if state is not None else ()), *keys])
         problems = [*found, *problems]
         if problems and strict:
@@ -261,7 +261,7 @@ def load(
                 f"{saved.place}: does not fit what it is loaded into (strict=False loads what does, exclude= leaves "
                 f"parts out):{listing(problems)}"
             )
-        said = load_weights() if emitter.adapter is None or wanted(ADAPTER) else "nothing of the model"
+        said = load_weights() if planner.adapter is None or wanted(ADAPTER) else "nothing of the model"
     problems += parts.restore(trees, wanted)
     if problems:
         log.warning("%s: what did not fit was left as it was:%s", saved.place, listing(problems))
@@ -277,7 +277,7 @@ def load_best(saver: Saver, model: Model, options: Options) -> Saved | None:
     load(
         found,
         Parts(model),
-        saver.emitter,
+        saver.planner,
         wanted=Choice(weights_only=True),
         strict=True,
         workers=options.workers,
@@ -322,7 +322,7 @@ def _say_what_starts_anew(saved: Saved, names: list[str], strict: bool) -> None:
 def _weights(
     saved: Saved,
     parts: Parts,
-    emitter: Emitter,
+    planner: SavePlanner,
     state: training_state.Opened | None,
     wanted: Choice,
     workers: int,
@@ -330,17 +330,17 @@ def _weights(
     stack: contextlib.ExitStack,
 ) -> tuple[list[str], list[str], Callable[[], str]]:
     """The names of the weights of both sides, what does not fit, and how to load: as they were in memory if kept."""
-    tensors = emitter.split(tensors_of(parts.model)).base
+    tensors = planner.split(tensors_of(parts.model)).base
     kept = {at for at in state.tensors if at.startswith(_PREFIX)} if state is not None else set()
     exact = {key: at for key in tensors if (at := f"{_PREFIX}{part(key)}") in kept}
     layout = saved.manifest["training"].get("model_format")
-    if kept - set(exact.values()) and layout != emitter.settings.model_format:
+    if kept - set(exact.values()) and layout != planner.settings.model_format:
         raise UsageError(
             f"{saved.place}: holds tensors as a model in the {layout} layout has them; resume with "
             f"model_format={layout!r}, or make the checkpoint the source of a new run"
         )
-    checkpoint = stack.enter_context(open_identified(saved.place, family=emitter.source.hints.family))
-    fit = loading.fit(checkpoint, tensors, emitter.settings.model_format)
+    checkpoint = stack.enter_context(open_identified(saved.place, family=planner.source.hints.family))
+    fit = loading.fit(checkpoint, tensors, planner.settings.model_format)
 
     def load_them() -> str:
         files = loading.load(
@@ -365,7 +365,7 @@ def _weights(
 def _adapter(
     saved: Saved,
     parts: Parts,
-    emitter: Emitter,
+    planner: SavePlanner,
     strict: bool,
     workers: int,
     progress: ProgressCallback | None,
@@ -381,21 +381,21 @@ def _adapter(
         log.warning("%s: does not say which base it was trained on, so the source is taken for it", saved.place)
 
     def load_them() -> str:
-        said = "" if base_loaded else f"{emitter.load_source(parts.model, workers, progress).describe()} and "
+        said = "" if base_loaded else f"{planner.load_source(parts.model, workers, progress).describe()} and "
         if before is not None:
-            _compare_values(before, saved, emitter, strict, workers)
-        return f"{said}{emitter.load_adapter(saved.place, parts.model)} tensors of the adapter"
+            _compare_values(before, saved, planner, strict, workers)
+        return f"{said}{planner.load_adapter(saved.place, parts.model)} tensors of the adapter"
 
-    return [] if before is None else before.unlike(emitter.base_as(before, workers, values=False)), load_them
+    return [] if before is None else before.unlike(planner.current_base(before, workers, values=False)), load_them
 
 
-def _compare_values(before: Base, saved: Saved, emitter: Emitter, strict: bool, workers: int) -> None:
+def _compare_values(before: Base, saved: Saved, planner: SavePlanner, strict: bool, workers: int) -> None:
     """Raise InputError where the values of the base are not those that the adapter was trained on."""
-    changed = before.changed(emitter.base_as(before, workers, values=True)) if before.is_read else []
+    changed = before.changed(planner.current_base(before, workers, values=True)) if before.is_read else []
     if not changed:
         return
     text = (
-        f"{emitter.source.place}: is not the base that {saved.place} was trained on: {len(changed)} of "
+        f"{planner.source.place}: is not the base that {saved.place} was trained on: {len(changed)} of "
         f"{len(before.tensors)} tensors have other values; give the source that the run began with (moved, re-sharded "
         f"or in another format it is the same), or strict=False to train on with this one:{listing(changed)}"
     )

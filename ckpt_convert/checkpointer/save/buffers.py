@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 
-class Buffers:
+class CopyBuffers:
     """One buffer for each name, as long as shape and dtype stay; pinned where there is an accelerator."""
 
     def __init__(self) -> None:

@@ -14,7 +14,7 @@ from ckpt_convert.storage.checksums import digest, digest_file
 from ckpt_convert.storage.place import Place
 
 
-def check(extra: Sequence[Place], plan: Plan | None) -> None:
+def check_extra_files(extra: Sequence[Place], plan: Plan | None) -> None:
     """Refuse names that what is written has: weights, their index, the config, an adapter's files, our own folders.
 
     ``plan`` writes the weights, None where there are none beside these files. Raises UsageError.
@@ -30,7 +30,7 @@ def check(extra: Sequence[Place], plan: Plan | None) -> None:
         raise UsageError(f"extra_files: {'; '.join(wrong)}; rename it, or leave it out")
 
 
-def replaced(extra: Sequence[Place], plan: Plan, own: Collection[str]) -> Iterator[str]:
+def replaced_files(extra: Sequence[Place], plan: Plan, own: Collection[str]) -> Iterator[str]:
     """A line for each of the source's files, tokenizers above all, that a step has another one for.
 
     ``own`` are the names of what an earlier run had copied into a step that is now the source.

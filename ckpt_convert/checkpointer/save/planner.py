@@ -37,8 +37,8 @@ from ckpt_convert.checkpointer.live.tensors import (
     trained_parameters,
 )
 from ckpt_convert.checkpointer.save import extra_files
-from ckpt_convert.checkpointer.save.buffers import Buffers
-from ckpt_convert.checkpointer.save.writer import Step
+from ckpt_convert.checkpointer.save.buffers import CopyBuffers
+from ckpt_convert.checkpointer.save.writer import StepContents
 from ckpt_convert.checkpointer.state.serialize import Packed, pack
 from ckpt_convert.convert import planning
 from ckpt_convert.convert.plan import Plan
@@ -76,7 +76,7 @@ class Settings:
     merged: bool = False
 
 
-class Emitter:
+class SavePlanner:
     """Plans what is written of a model, in the format of a source and in its files."""
 
     def __init__(
@@ -96,7 +96,7 @@ class Emitter:
         model.family.check_rotation(model.config, self.settings.model_format, "hf")
         return Modules(model.family, self.settings.model_format, model.dims)
 
-    def names(self, model: Model) -> list[str]:
+    def loadable_names(self, model: Model) -> list[str]:
         """What of a model can be loaded or left out: each tensor by its key, or the adapter, which is loaded whole."""
         if self.adapter is not None:
             return [ADAPTER]
@@ -154,7 +154,7 @@ class Emitter:
             self._base = base.of_targets(self._layout(parts.base), found.targets, checksums)
         return loaded
 
-    def base_as(self, recorded: Base, workers: int, *, values: bool) -> Base:
+    def current_base(self, recorded: Base, workers: int, *, values: bool) -> Base:
         """The base that the source is now, in the layout of one that was written down; ``values`` reads all of it."""
         if self._base is not None and self._base.layout == recorded.layout:
             return self._base
@@ -190,7 +190,7 @@ class Emitter:
             loaded.trained_whole
         )
 
-    def prepare(self, model: Model, settings: Settings, others: Sequence[torch.Tensor] = ()) -> list[str]:
+    def plan_ahead(self, model: Model, settings: Settings, others: Sequence[torch.Tensor] = ()) -> list[str]:
         """Plan a save of this model; returns what there is to warn of, for every save.
 
         ``others`` are the parameters of its optimizers. Raises the error that says everything in which they do not fit
@@ -200,7 +200,7 @@ class Emitter:
         _refuse_copies(model, parts.base if self.adapter is None else _trained_beside(parts))
         self._refuse_unsaved(model, parts, others)
         if self.adapter is not None:
-            extra_files.check(settings.extra, None)
+            extra_files.check_extra_files(settings.extra, None)
             to_peft(parts, self.adapter, self.modules)
             return list(self._merged(parts, settings).plan.notices) if _merges(settings) else []
         made = self._plan(self._owned(parts.base), settings).plan
@@ -221,9 +221,9 @@ class Emitter:
             log.info("%s", text)
         return list(made.notices)
 
-    def job(
-        self, tensors: Tensors, state: Mapping[str, Packed] | None, settings: Settings, buffers: Buffers | None
-    ) -> Callable[[Section, Mapping[str, bytes]], Step]:
+    def prepare_save(
+        self, tensors: Tensors, state: Mapping[str, Packed] | None, settings: Settings, buffers: CopyBuffers | None
+    ) -> Callable[[Section, Mapping[str, bytes]], StepContents]:
         """What is to be written, of the values as they are now: with ``buffers``, they may change afterwards.
 
         Takes what gives the manifest's section about training, and small files by name, to give the step.
@@ -242,15 +242,15 @@ class Emitter:
             owned = {key: Owned(copies[key], part) for key, (_, part) in owned.items()}
         made = self._plan(owned, settings)
         planned = OpenPlan(made.plan, {**made.sources, **as_sources(owned)})
-        return lambda section, files: Step(planned, section, state, files, settings.extra)
+        return lambda section, files: StepContents(planned, section, state, files, settings.extra)
 
     def _owned(self, tensors: Tensors) -> dict[str, Owned]:
         """What this process writes of the tensors of a model: all, unless other ranks have a part of it as well."""
         return all_of(tensors) if self.claims is None else self.claims.of(tensors)
 
     def _adapter_job(
-        self, parts: SplitTensors, state: dict[str, Packed] | None, settings: Settings, buffers: Buffers | None
-    ) -> Callable[[Section, Mapping[str, bytes]], Step]:
+        self, parts: SplitTensors, state: dict[str, Packed] | None, settings: Settings, buffers: CopyBuffers | None
+    ) -> Callable[[Section, Mapping[str, bytes]], StepContents]:
         merges_too = _merges(settings)
         if buffers is not None:
             names = {f"saved/{key}": tensor for key, tensor in parts.trained_whole.items()}
@@ -265,7 +265,7 @@ class Emitter:
                 parts.names,
             )
 
-        def step(section: Section, files: Mapping[str, bytes]) -> Step:
+        def step(section: Section, files: Mapping[str, bytes]) -> StepContents:
             assert self.adapter is not None
             place = str(self.source.place.absolute()) if self.source.format == "hf" else None
             written = peft_files(*to_peft(parts, self.adapter, self.modules, base_model=place))
@@ -275,7 +275,7 @@ class Emitter:
             def training() -> Mapping[str, Any]:
                 return {**section(), **self._base_section(whole)}
 
-            return Step(made, training, state, {**written, **files}, settings.extra, record.MERGED)
+            return StepContents(made, training, state, {**written, **files}, settings.extra, record.MERGED)
 
         return step
 
@@ -324,10 +324,10 @@ class Emitter:
             planned = planning.make_plan(PlanInputs(self.source, request, in_memory=self._live(tensors, settings)))
             made = planned.plan
             made.refuse_unreadable()
-            extra_files.check(settings.extra, made)
+            extra_files.check_extra_files(settings.extra, made)
             # A source that is a saved step itself has files of its own run beside the weights (Trainer's state).
             earlier = record.read_training(self.source.root) or {}
-            said = extra_files.replaced(settings.extra, made, earlier.get("extra_files") or ())
+            said = extra_files.replaced_files(settings.extra, made, earlier.get("extra_files") or ())
             names = {path.name for path in settings.extra} | (earlier.get("files") or {}).keys()
             side = tuple(side for side in made.auxiliary_files if side.name not in names)
             made = replace(made, auxiliary_files=side, notices=(*made.notices, *said))
@@ -382,7 +382,7 @@ def _inexact(made: Plan) -> set[str]:
 
 
 def _staged(
-    tensors: Tensors, state: Mapping[str, Packed] | None, buffers: Buffers
+    tensors: Tensors, state: Mapping[str, Packed] | None, buffers: CopyBuffers
 ) -> tuple[dict[str, torch.Tensor], dict[str, Packed] | None]:
     """Everything in memory of our own, copied in one go; a tensor that is there twice once."""
     names = {f"{MODEL}/{key}": tensor for key, tensor in tensors.items()}

@@ -12,7 +12,7 @@ from ckpt_convert.checkpointer.run import retention, saved_steps
 from ckpt_convert.checkpointer.run.naming import Template
 from ckpt_convert.checkpointer.run.progress import Progress
 from ckpt_convert.checkpointer.run.saved_steps import Saved
-from ckpt_convert.checkpointer.save.writer import Step, in_the_way, save
+from ckpt_convert.checkpointer.write_step.writer import StepContents, obstacle, write_step
 from ckpt_convert.convert.output import output_permissions
 from ckpt_convert.errors import CkptConvertError, OutputExistsError, reason
 from ckpt_convert.storage import pointer, workspace
@@ -43,7 +43,7 @@ class RunDirectory:
         self._mode = 0o777
         self._claim: Claim | None = None
         self._sequence = 0
-        self.template: Place | None = None
+        self.stand_in: Place | None = None
         """The step that stands in for a source that is lost: it stays as long as the run goes on."""
         self._superseded: tuple[Saved, ...] = ()
         self._unwritten: dict[Place, tuple[Mapping[str, float], int]] = {}
@@ -82,7 +82,7 @@ class RunDirectory:
         return workspace.of(self.path)
 
     @property
-    def trouble(self) -> str | None:
+    def conflict(self) -> str | None:
         """Why nothing may be written here: another process of this run wants to. None where all is well."""
         return self._claim.trouble() if self._claim is not None else None
 
@@ -104,9 +104,9 @@ class RunDirectory:
         """The best one by the metric that was asked for, None where none has it."""
         return retention.best(self.saved, self.policy)
 
-    def supersede(self, there: Iterable[Saved]) -> None:
+    def replace_later(self, steps: Iterable[Saved]) -> None:
         """Let these go once the next checkpoint is complete: they are of a run that was started anew."""
-        self._superseded = tuple(there)
+        self._superseded = tuple(steps)
 
     def destination(self, progress: Progress) -> Place:
         """The directory of a step."""
@@ -117,9 +117,9 @@ class RunDirectory:
         self._sequence += 1
         return self._sequence
 
-    def write(self, step: Step, destination: Place, workers: int) -> None:
+    def write(self, step: StepContents, destination: Place, workers: int) -> None:
         """Write a step; once it is complete, point at it, and let go what the policy does not keep."""
-        save(step, destination, workers=workers, mode=self._mode, alone=True)
+        write_step(step, destination, workers=workers, mode=self._mode, alone=True)
         self._unwritten.pop(destination, None)
         self._point_at(destination)
         with _only_warned(f"{destination} is saved, but earlier checkpoints cannot be looked through"):
@@ -143,7 +143,7 @@ class RunDirectory:
             if self._write_metrics():
                 self._prune()
 
-    def warn_ahead(self, step: int) -> None:
+    def warn_of_obstacles(self, step: int) -> None:
         """Say now which later steps' directories hold what is not ours: saving there is refused, hours later."""
         found: list[str] = []
         with _only_warned(f"{self.path}: what lies in the way of later steps cannot be looked at"):
@@ -152,7 +152,7 @@ class RunDirectory:
                 if place not in steps and (named := self._template.step_of(place.name, self.run_name)) is not None:
                     steps[place] = named
             ahead = sorted((at, place) for place, at in steps.items() if at > step)
-            found = [said for _, place in ahead if (said := in_the_way(place))]
+            found = [said for _, place in ahead if (said := obstacle(place))]
         if found:
             log.warning(
                 "this run is at step %d, and a later step will not be saved over what is in its way; move that "
@@ -161,7 +161,7 @@ class RunDirectory:
                 listing(found),
             )
 
-    def go_on_from(self, resumed: Saved) -> None:
+    def after_resume(self, resumed: Saved) -> None:
         """Let go what a killed run had no time to, but for the checkpoint that was resumed; say what that one lacks."""
         there = [saved for saved in self.saved if saved.place != resumed.place]
         if self.policy.best is not None and (metric := self.policy.best[0]) not in resumed.metrics:
@@ -178,7 +178,7 @@ class RunDirectory:
 
     def _prune(self, resumed: Place | None = None) -> None:
         self._write_metrics()
-        retention.apply(retention.decide(self.saved, self.policy, {resumed, self.template}))
+        retention.apply(retention.decide(self.saved, self.policy, {resumed, self.stand_in}))
 
     def _write_metrics(self) -> bool:
         """Write the metrics that are not in their checkpoint yet; whether there were any."""
@@ -203,7 +203,7 @@ class RunDirectory:
     def _refuse_step(self, source: Identified) -> None:
         """Raise OutputExistsError where keeping fewer steps would delete the source."""
         root = source.place.real()
-        if not source.files or source.place == self.template:
+        if not source.files or source.place == self.stand_in:
             return
         if root.parent == self.path.real() and saved_steps.read(root) is not None:
             raise OutputExistsError(

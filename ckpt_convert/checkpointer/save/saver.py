@@ -15,9 +15,9 @@ from ckpt_convert.checkpointer.live.tensors import tensors_of
 from ckpt_convert.checkpointer.run import saved_steps
 from ckpt_convert.checkpointer.run.counts import Counts
 from ckpt_convert.checkpointer.run.source import CONFIG, STARTED_FROM
-from ckpt_convert.checkpointer.save.buffers import Buffers
+from ckpt_convert.checkpointer.save.buffers import CopyBuffers
 from ckpt_convert.checkpointer.save.options import Options
-from ckpt_convert.checkpointer.save.planner import Emitter, Settings
+from ckpt_convert.checkpointer.save.planner import SavePlanner, Settings
 from ckpt_convert.checkpointer.save.run_directory import RunDirectory
 from ckpt_convert.checkpointer.state import optimizers
 from ckpt_convert.checkpointer.state.parts import Parts
@@ -35,8 +35,8 @@ class Saver:
     last, and ``saved_at`` its directory.
     """
 
-    def __init__(self, options: Options, emitter: Emitter, run: RunDirectory | None, counts: Counts) -> None:
-        self.emitter = emitter
+    def __init__(self, options: Options, planner: SavePlanner, run: RunDirectory | None, counts: Counts) -> None:
+        self.planner = planner
         self.counts = counts
         self.parts: Parts | None = None
         self.saved_step: int | None = None
@@ -45,10 +45,10 @@ class Saver:
         """Whether the step that was resumed is none that ``final=`` asks for."""
         self.more_files: Callable[[], Mapping[str, bytes]] = dict
         self.background = Background()
-        self.holding = self.held = False
+        self.holds_saves = self.is_save_held = False
         self._options, self._run = options, run
         self._settings, self._last = options.settings, options.last
-        self._buffers = Buffers()
+        self._buffers = CopyBuffers()
         self._copy_check: CopyCheck | None = None
         self._captured_trained = False
 
@@ -72,8 +72,8 @@ class Saver:
         for path in self._settings.extra:
             if not path.is_regular():
                 raise UsageError(f"{path}: no such file; extra_files are copied into every checkpoint")
-        self.directory.open(self.emitter.source)
-        self.held = self.lacks_final = self._captured_trained = False
+        self.directory.open(self.planner.source)
+        self.is_save_held = self.lacks_final = self._captured_trained = False
         self.saved_step = None
 
     def begin(self, parts: Parts) -> None:
@@ -88,7 +88,7 @@ class Saver:
         parts = self.require("plan_ahead()")
         trained = list(optimizers.tensors(parts.optimizer))
         for settings in dict.fromkeys((self._settings, self._last)):
-            for notice in self.emitter.prepare(parts.model, settings, trained):
+            for notice in self.planner.plan_ahead(parts.model, settings, trained):
                 log.warning("%s", notice)
         if self._saves_state:
             parts.capture()  # what cannot be saved is told now, not at the first save
@@ -101,7 +101,7 @@ class Saver:
     def _saves_state(self) -> bool:
         return "full" in (self._settings.contents, self._last.contents)
 
-    def look_at_state(self, parts: Parts) -> None:
+    def after_step(self, parts: Parts) -> None:
         """After each step: which gradients were used; after the first: whether what training has made can be saved."""
         if not self._saves_state:
             return
@@ -112,20 +112,20 @@ class Saver:
 
     def save_or_hold(self) -> None:
         """Save what is due: now, or where saves are held, at ``save_held``."""
-        if self.holding:
-            self.held = True
+        if self.holds_saves:
+            self.is_save_held = True
         else:
             self.save()
 
     def save_held(self) -> None:
         """Save the step now if a save was due since the last one."""
-        if self.held:
+        if self.is_save_held:
             self.save()
 
     def save(self, settings: Settings | None = None) -> None:
         """Take everything as it is now, and write it: behind the training, or before this returns."""
         parts, progress = self.require("save()"), self.counts.progress
-        settings, self.held = settings or self._settings, False
+        settings, self.is_save_held = settings or self._settings, False
         self.counts.watch.saved(progress.step)
         self._refuse_others()
         if self._copy_check is not None:
@@ -136,7 +136,7 @@ class Saver:
         tensors = tensors_of(parts.model)
         state = parts.capture() if settings.contents == "full" else None
         destination = self.directory.destination(progress)
-        job = self.emitter.job(tensors, state, settings, self._buffers if self._options.asynchronous else None)
+        job = self.planner.prepare_save(tensors, state, settings, self._buffers if self._options.asynchronous else None)
         files = dict(self.more_files())
         training = self._training(settings, destination)
         previous, self.saved_step, self.saved_at = self.saved_step, progress.step, destination
@@ -168,7 +168,7 @@ class Saver:
             "model_format": settings.model_format,
             "run_name": directory.run_name,
             "versions": {"ckpt_convert": __version__, "torch": str(torch.__version__)},
-            STARTED_FROM: "checkpoint" if self.emitter.source.files else CONFIG,
+            STARTED_FROM: "checkpoint" if self.planner.source.files else CONFIG,
         }
         if settings is self._last and settings != self._settings:
             section["final"] = True
@@ -210,13 +210,13 @@ class Saver:
             raise failed
 
     @property
-    def trouble(self) -> str | None:
+    def conflict(self) -> str | None:
         """Why nothing may be written: another process of this run wants to. None where all is well."""
-        return self._run.trouble if self._run is not None else None
+        return self._run.conflict if self._run is not None else None
 
     def _refuse_others(self) -> None:
         """Raise UsageError where another process of this run has a checkpointer for the same directory."""
-        if (trouble := self.trouble) is not None:
+        if (trouble := self.conflict) is not None:
             raise UsageError(trouble)
 
     def release(self, also: Callable[[], None]) -> None:

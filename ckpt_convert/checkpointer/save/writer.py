@@ -38,7 +38,7 @@ _ADVICE = Advice(
 
 
 @dataclass(frozen=True)
-class Step:
+class StepContents:
     """What goes into the directory of a step.
 
     ``weights`` is the plan that writes these, below ``weights_in`` (the directory itself, or the folder beside an
@@ -71,7 +71,9 @@ class Step:
         return state + files + extra + (self.weights.plan.disk if self.weights is not None else 0)
 
 
-def save(step: Step, destination: Place, *, workers: int = WORKERS, mode: int = 0o777, alone: bool = False) -> int:
+def write_step(
+    step: StepContents, destination: Place, *, workers: int = WORKERS, mode: int = 0o777, alone: bool = False
+) -> int:
     """Write a step into ``destination``, which appears complete; one of ours that is there is replaced.
 
     ``mode`` are the permissions that its files and folders may have at most; ``alone`` says that the directory above is
@@ -81,7 +83,7 @@ def save(step: Step, destination: Place, *, workers: int = WORKERS, mode: int = 
     """
     started = time.monotonic()
     try:
-        if found := in_the_way(destination):
+        if found := obstacle(destination):
             raise OutputExistsError(f"{found}\nmove that elsewhere, or choose another directory name or output_dir")
         store = workspace.of(destination)
         rules = ownership.STEP_RULES
@@ -109,7 +111,7 @@ def save(step: Step, destination: Place, *, workers: int = WORKERS, mode: int = 
     return nbytes
 
 
-def in_the_way(destination: Place) -> str:
+def obstacle(destination: Place) -> str:
     """What keeps a step from being saved in a place, in words; "" for nothing. Raises UnreadableError.
 
     It is what is no checkpoint of ours, or what somebody has put into one. What damage has left of one may be replaced
@@ -128,7 +130,7 @@ def in_the_way(destination: Place) -> str:
     return f"{destination}: is to be saved again, and holds what is none of its files:{listing(foreign)}"
 
 
-def _write(step: Step, staging: Stage, workers: int) -> None:
+def _write(step: StepContents, staging: Stage, workers: int) -> None:
     manifest: dict[str, Any] = {"schema": record.SCHEMA, "checksum": record.ALGORITHMS}
     if step.weights is not None and not step.weights_in:
         manifest = _weights(step, step.weights, staging, staging.folder, workers)
@@ -145,7 +147,7 @@ def _write(step: Step, staging: Stage, workers: int) -> None:
     staging.folder.write(record.MANIFEST, record.render_manifest(manifest))
 
 
-def _weights(step: Step, planned: OpenPlan, staging: Stage, folder: Folder, workers: int) -> dict[str, Any]:
+def _weights(step: StepContents, planned: OpenPlan, staging: Stage, folder: Folder, workers: int) -> dict[str, Any]:
     plan, sources = planned.plan, planned.sources
     plan.refuse_unreadable()
     run_checks(plan, sources)
