@@ -21,7 +21,7 @@ from ckpt_convert.checkpointer.run import retention
 from ckpt_convert.checkpointer.run.counts import Counts
 from ckpt_convert.checkpointer.run.metrics import Reported, numbers
 from ckpt_convert.checkpointer.run.progress import Progress
-from ckpt_convert.checkpointer.run.saved_steps import Saved
+from ckpt_convert.checkpointer.run.saved_steps import SavedStep
 from ckpt_convert.checkpointer.run.source import Config, Source
 from ckpt_convert.checkpointer.save import signals
 from ckpt_convert.checkpointer.save.options import Final, Options
@@ -140,7 +140,7 @@ class Checkpointer:
         formats.refuse_unknown(format, "format")
         return loading.state_dict(self._saver.planner.source, format or self._options.settings.model_format)
 
-    def load_best(self, model: Model) -> Saved | None:
+    def load_best(self, model: Model) -> SavedStep | None:
         """Fill a model, in place, with the weights of the best checkpoint; returns it, None where none has the metric.
 
         Of a model with an adapter, the base has to be loaded. Raises CorruptFileError for a damaged checkpoint.
@@ -353,11 +353,11 @@ class Checkpointer:
         self._saver.background.wait()
 
     @property
-    def saved(self) -> list[Saved]:
+    def saved(self) -> list[SavedStep]:
         """The complete checkpoints, oldest first."""
         return self._saver.directory.saved
 
-    def newest(self) -> Saved | None:
+    def newest(self) -> SavedStep | None:
         """The newest complete checkpoint whose files are as they were written, None where there is none."""
         return resuming.newest(self._saver.directory.path, verify=True, workers=self.workers)
 
@@ -366,12 +366,12 @@ class Checkpointer:
         self._saver.more_files = make
 
     @property
-    def best(self) -> Saved | None:
+    def best(self) -> SavedStep | None:
         """The best complete checkpoint by the metric of ``best=``, None where none has it."""
         return self._saver.directory.best
 
     @property
-    def best_metric(self) -> retention.Best | None:
+    def best_metric(self) -> retention.BestMetric | None:
         """What ``best=`` asks for: the metric, and "min" or "max"."""
         return self._options.policy.best
 
@@ -426,7 +426,7 @@ class Checkpointer:
         self._saver.begin(made)
         return made
 
-    def _start(self, step: int, there: Sequence[Saved]) -> None:
+    def _start(self, step: int, there: Sequence[SavedStep]) -> None:
         """Plan what comes after this step; ``there`` are the checkpoints that the run goes on from."""
         self._saver.plan_ahead()
         self._saver.directory.warn_of_obstacles(step)

@@ -19,7 +19,7 @@ from ckpt_convert.checkpointer.live.tensors import Model, tensors_of
 from ckpt_convert.checkpointer.run import retention, saved_steps
 from ckpt_convert.checkpointer.run.metrics import Reported
 from ckpt_convert.checkpointer.run.progress import Progress
-from ckpt_convert.checkpointer.run.saved_steps import Saved
+from ckpt_convert.checkpointer.run.saved_steps import SavedStep
 from ckpt_convert.checkpointer.run.source import Source, lost, open_lost, open_source
 from ckpt_convert.checkpointer.save.options import Options
 from ckpt_convert.checkpointer.save.planner import SavePlanner
@@ -70,7 +70,7 @@ def _opened(given: Source | None, format: str | None, options: Options, run: Run
         raise lost(error, run.saved if run is not None else []) from error
 
 
-def _without_source(there: Sequence[Saved], options: Options, run: RunDirectory | None) -> Identified:
+def _without_source(there: Sequence[SavedStep], options: Options, run: RunDirectory | None) -> Identified:
     opened, step = open_lost(there, options.config, options.family)
     if step is not None and run is not None:
         log.info("there is no source: files, dtypes and config are those of %s", step)
@@ -93,7 +93,7 @@ def refuse_restart(wanted: Choice, saver: Saver, options: Options) -> None:
 
 
 def go_on(
-    saved: Saved, saver: Saver, parts: Parts, options: Options, wanted: Choice, *, strict: bool, base_loaded: bool
+    saved: SavedStep, saver: Saver, parts: Parts, options: Options, wanted: Choice, *, strict: bool, base_loaded: bool
 ) -> None:
     """Let a run that has begun go on from a checkpoint: load it, count on, and plan what comes next.
 
@@ -130,7 +130,7 @@ def go_on(
     counts.begin_watch(directory.saved)
 
 
-def _take_layout_of(saved: Saved, saver: Saver, options: Options) -> None:
+def _take_layout_of(saved: SavedStep, saver: Saver, options: Options) -> None:
     """Let a run without a source go on in the files of the step that it is resumed from, if that is its own."""
     source, directory = saver.planner.source, saver.directory
     if not options.has_source and saved.place.parent == directory.path and saved.place != source.place:
@@ -140,7 +140,9 @@ def _take_layout_of(saved: Saved, saver: Saver, options: Options) -> None:
         )
 
 
-def choose(output_dir: Place, from_: Any, policy: retention.Policy, *, verify: bool, workers: int) -> Saved | None:
+def choose(
+    output_dir: Place, from_: Any, policy: retention.RetentionPolicy, *, verify: bool, workers: int
+) -> SavedStep | None:
     """The checkpoint that ``from_`` means; None where "latest" finds an empty directory.
 
     "latest" passes over damaged ones with a warning. Raises CheckpointNotFoundError for one that is not there,
@@ -149,12 +151,12 @@ def choose(output_dir: Place, from_: Any, policy: retention.Policy, *, verify: b
     """
     if from_ == "latest":
         return newest(output_dir, verify=verify, workers=workers)
-    there = saved_steps.scan(output_dir)
-    found: Saved | None
+    there = saved_steps.scan_steps(output_dir)
+    found: SavedStep | None
     if from_ == "best":
         if policy.best is None:
             raise UsageError('from_="best": best by what? Give the checkpointer best=, such as best="val_loss:min"')
-        found = retention.best(there, policy)
+        found = retention.best_step(there, policy)
         if found is None:
             raise CheckpointNotFoundError(f"{output_dir}: no checkpoint has the metric {policy.best[0]!r}")
     elif isinstance(from_, int) and not isinstance(from_, bool):
@@ -164,7 +166,7 @@ def choose(output_dir: Place, from_: Any, policy: retention.Policy, *, verify: b
             raise CheckpointNotFoundError(f"{output_dir}: has no complete checkpoint of step {from_}; it has: {steps}")
     elif isinstance(from_, str | Path | Place):
         place = pointer.followed(locate(from_, "from_"))
-        found = saved_steps.read(place.real(), renamed=True)
+        found = saved_steps.read_step(place.real(), renamed=True)
         if found is None:
             found = newest(place, verify=verify, workers=workers)
         if found is None:
@@ -180,10 +182,10 @@ def choose(output_dir: Place, from_: Any, policy: retention.Policy, *, verify: b
     return found
 
 
-def newest(output_dir: Place, *, verify: bool, workers: int) -> Saved | None:
+def newest(output_dir: Place, *, verify: bool, workers: int) -> SavedStep | None:
     """The newest checkpoint that is sound; None where there is none at all."""
-    there = saved_steps.scan(output_dir)
-    gone = [place for place in saved_steps.directories(output_dir) if saved_steps.is_damaged(place)]
+    there = saved_steps.scan_steps(output_dir)
+    gone = [place for place in saved_steps.list_directories(output_dir) if saved_steps.is_damaged(place)]
     lacking = [place for place in gone if not (place / MANIFEST).is_regular()]  # of others, the scan has warned
     for path in lacking:
         log.warning("%s is damaged and passed over: its manifest is gone", path)
@@ -203,7 +205,7 @@ def newest(output_dir: Place, *, verify: bool, workers: int) -> Saved | None:
     return None
 
 
-def check(saved: Saved, *, verify: bool, workers: int) -> list[str]:
+def check(saved: SavedStep, *, verify: bool, workers: int) -> list[str]:
     """Everything that is wrong with a checkpoint; ``verify`` reads all of it, else names, sizes and headers count.
 
     Raises UnreadableError where the system does not give a file of it: it may be sound, so no other may take its place.
@@ -226,7 +228,7 @@ def check(saved: Saved, *, verify: bool, workers: int) -> list[str]:
 
 
 def load(
-    saved: Saved,
+    saved: SavedStep,
     parts: Parts,
     planner: SavePlanner,
     *,
@@ -268,7 +270,7 @@ def load(
     log.info("loaded %s", said)
 
 
-def load_best(saver: Saver, model: Model, options: Options) -> Saved | None:
+def load_best(saver: Saver, model: Model, options: Options) -> SavedStep | None:
     """Fill a model with the weights of the best checkpoint, None where none has the metric; see ``load``."""
     if saver.directory.best is None:
         return None
@@ -288,14 +290,14 @@ def load_best(saver: Saver, model: Model, options: Options) -> Saved | None:
     return found
 
 
-def _say_what_starts_anew(saved: Saved, names: list[str], strict: bool) -> None:
+def _say_what_starts_anew(saved: SavedStep, names: list[str], strict: bool) -> None:
     """Say which parts a checkpoint without training state has nothing for.
 
     Raises KeyMismatchError where it had one: the run would go on, and not be the run that it was. A seed is a start.
     """
     if not names or saved.step == 0:
         return
-    there = [one for one in saved_steps.scan(saved.place.parent) if one.has_training_state]
+    there = [one for one in saved_steps.scan_steps(saved.place.parent) if one.has_training_state]
     hint = f", and from_={there[-1].step} is a step with a training state" if there else ""
     if saved.contents == "full":
         text = (
@@ -320,7 +322,7 @@ def _say_what_starts_anew(saved: Saved, names: list[str], strict: bool) -> None:
 
 
 def _weights(
-    saved: Saved,
+    saved: SavedStep,
     parts: Parts,
     planner: SavePlanner,
     state: training_state.Opened | None,
@@ -363,7 +365,7 @@ def _weights(
 
 
 def _adapter(
-    saved: Saved,
+    saved: SavedStep,
     parts: Parts,
     planner: SavePlanner,
     strict: bool,
@@ -389,7 +391,7 @@ def _adapter(
     return [] if before is None else before.unlike(planner.current_base(before, workers, values=False)), load_them
 
 
-def _compare_values(before: Base, saved: Saved, planner: SavePlanner, strict: bool, workers: int) -> None:
+def _compare_values(before: Base, saved: SavedStep, planner: SavePlanner, strict: bool, workers: int) -> None:
     """Raise InputError where the values of the base are not those that the adapter was trained on."""
     changed = before.changed(planner.current_base(before, workers, values=True)) if before.is_read else []
     if not changed:

@@ -13,7 +13,7 @@ import pytest
 
 from ckpt_convert.checkpointer.run import saved_steps
 from ckpt_convert.checkpointer.run.progress import Progress
-from ckpt_convert.checkpointer.run.saved_steps import Saved
+from ckpt_convert.checkpointer.run.saved_steps import SavedStep
 from ckpt_convert.errors import CheckpointNotFoundError, ConfigError, OutputExistsError, UsageError
 from ckpt_convert.storage import pointer, removal, workspace
 from ckpt_convert.storage.lock import Lock
@@ -50,16 +50,16 @@ def checkpoint(parent: Path, name: str, sequence: int = 1, *, into: str | None =
     return path
 
 
-def read(path: Path, *arguments: Any, **options: Any) -> Saved | None:
-    return saved_steps.read(at(path), *arguments, **options)
+def read(path: Path, *arguments: Any, **options: Any) -> SavedStep | None:
+    return saved_steps.read_step(at(path), *arguments, **options)
 
 
-def scan(path: Path, *arguments: Any) -> list[Saved]:
-    return saved_steps.scan(at(path), *arguments)
+def scan(path: Path, *arguments: Any) -> list[SavedStep]:
+    return saved_steps.scan_steps(at(path), *arguments)
 
 
 def tidy(path: Path) -> None:
-    saved_steps.tidy(at(path))
+    saved_steps.clean_up(at(path))
 
 
 def edit_training(path: Path, **changes: Any) -> None:
@@ -239,7 +239,7 @@ class TestAmend:
         saved = read(path)
         assert saved is not None
         before = json.loads((path / MANIFEST).read_text())
-        amended = saved_steps.amend(saved, metrics={"val_loss": 0.5})
+        amended = saved_steps.amend_step(saved, metrics={"val_loss": 0.5})
         assert amended.metrics == {"val_loss": 0.5}
         assert saved.metrics == {}
         assert read(path) == amended
@@ -251,8 +251,8 @@ class TestAmend:
         saved, other = read(path), read(path)
         assert saved is not None
         assert other is not None
-        saved_steps.amend(other, training_state="removed")
-        amended = saved_steps.amend(saved, metrics={"val_loss": 0.5})
+        saved_steps.amend_step(other, training_state="removed")
+        amended = saved_steps.amend_step(saved, metrics={"val_loss": 0.5})
         assert not amended.has_training_state
 
     def test_it_leaves_no_other_file(self, tmp_path: Path) -> None:
@@ -260,7 +260,7 @@ class TestAmend:
         before = tree(tmp_path)
         saved = read(path)
         assert saved is not None
-        saved_steps.amend(saved, metrics={"a": 1.0})
+        saved_steps.amend_step(saved, metrics={"a": 1.0})
         assert tree(tmp_path).keys() == before.keys()
 
     def test_flushed_before_it_takes_the_name_and_the_folder_after(
@@ -282,7 +282,7 @@ class TestAmend:
 
         monkeypatch.setattr(os, "fsync", noted_fsync)
         monkeypatch.setattr(os, "replace", noted_replace)
-        saved_steps.amend(saved, metrics={"a": 1.0})
+        saved_steps.amend_step(saved, metrics={"a": 1.0})
         assert order == ["fsync .manifest.json.partial", "replace manifest.json", "fsync ckpt_convert"]
 
     def test_failing_leaves_it_as_it_was(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,7 +295,7 @@ class TestAmend:
 
         monkeypatch.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="No space left"):
-            saved_steps.amend(saved, metrics={"a": 1.0})
+            saved_steps.amend_step(saved, metrics={"a": 1.0})
         assert tree(tmp_path) == before
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), "low", None, True])
@@ -304,7 +304,7 @@ class TestAmend:
         assert saved is not None
         before = tree(tmp_path)
         with pytest.raises(UsageError, match=r"metric 'val_loss' is .*; expected a finite number"):
-            saved_steps.amend(saved, metrics={"acc": 1.0, "val_loss": value})
+            saved_steps.amend_step(saved, metrics={"acc": 1.0, "val_loss": value})
         assert tree(tmp_path) == before
 
     def test_one_that_is_gone(self, tmp_path: Path) -> None:
@@ -313,7 +313,7 @@ class TestAmend:
         assert saved is not None
         shutil.rmtree(path)
         with pytest.raises(CheckpointNotFoundError, match="no complete checkpoint any more"):
-            saved_steps.amend(saved, metrics={"a": 1.0})
+            saved_steps.amend_step(saved, metrics={"a": 1.0})
         assert not path.exists()
 
 

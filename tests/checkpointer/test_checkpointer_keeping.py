@@ -50,9 +50,9 @@ def test_keep_last_goes_on_after_a_restart(tmp_path: Path) -> None:
 
 def test_one_is_only_removed_once_its_successor_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     there: list[list[int]] = []
-    true = retention.apply
+    true = retention.apply_retention
 
-    def apply(decision: retention.Decision) -> None:
+    def apply(decision: retention.RetentionDecision) -> None:
         if decision.delete:
             there.append([saved.step for saved in Checkpointer(LLAMA, tmp_path).saved])
         true(decision)

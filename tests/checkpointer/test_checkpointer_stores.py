@@ -57,7 +57,7 @@ def train(source: Path, output: Place | Path, until: int, **options: Any) -> tup
 
 
 def steps(output: Place) -> list[str]:
-    return [saved.place.name for saved in saved_steps.scan(output)]
+    return [saved.place.name for saved in saved_steps.scan_steps(output)]
 
 
 def step_files(output: Place, step: str) -> dict[str, Any]:

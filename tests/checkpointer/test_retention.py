@@ -13,22 +13,22 @@ import pytest
 
 from ckpt_convert.checkpointer.run import retention, saved_steps
 from ckpt_convert.checkpointer.run.progress import Progress
-from ckpt_convert.checkpointer.run.retention import Decision, Policy
-from ckpt_convert.checkpointer.run.saved_steps import Saved
+from ckpt_convert.checkpointer.run.retention import RetentionDecision, RetentionPolicy
+from ckpt_convert.checkpointer.run.saved_steps import SavedStep
 from ckpt_convert.errors import UsageError
 from ckpt_convert.storage import removal
 from ckpt_convert.storage.place import at
 
 MANIFEST = "ckpt_convert/manifest.json"
-LOSS: retention.Best = ("val_loss", "min")
-ACCURACY: retention.Best = ("acc", "max")
+LOSS: retention.BestMetric = ("val_loss", "min")
+ACCURACY: retention.BestMetric = ("acc", "max")
 
 
-def saved(sequence: int, *, state: bool = True, step: int | None = None, **metrics: float) -> Saved:
+def saved(sequence: int, *, state: bool = True, step: int | None = None, **metrics: float) -> SavedStep:
     """A checkpoint that is only thought of; its path is its sequence."""
     path = at(f"{sequence}")
     progress = Progress(step=sequence if step is None else step)
-    return Saved(path, progress, metrics, "full", sequence, state, "default", {})
+    return SavedStep(path, progress, metrics, "full", sequence, state, "default", {})
 
 
 def checkpoint(parent: Path, step: int, **training: Any) -> Path:
@@ -53,24 +53,24 @@ def checkpoint(parent: Path, step: int, **training: Any) -> Path:
     return path
 
 
-def scan(path: Path, *arguments: Any) -> list[Saved]:
-    return saved_steps.scan(at(path), *arguments)
+def scan(path: Path, *arguments: Any) -> list[SavedStep]:
+    return saved_steps.scan_steps(at(path), *arguments)
 
 
 def tidy(path: Path) -> None:
-    saved_steps.tidy(at(path))
+    saved_steps.clean_up(at(path))
 
 
 def steps(parent: Path) -> list[int]:
     return [one.step for one in scan(parent)]
 
 
-def deleted(all_saved: list[Saved], policy: Policy) -> list[int]:
-    return [one.sequence for one in retention.decide(all_saved, policy).delete]
+def deleted(all_saved: list[SavedStep], policy: RetentionPolicy) -> list[int]:
+    return [one.sequence for one in retention.decide_retention(all_saved, policy).delete]
 
 
-def thinned(all_saved: list[Saved], policy: Policy) -> list[int]:
-    return [one.sequence for one in retention.decide(all_saved, policy).thin]
+def thinned(all_saved: list[SavedStep], policy: RetentionPolicy) -> list[int]:
+    return [one.sequence for one in retention.decide_retention(all_saved, policy).drop_state]
 
 
 class TestPolicy:
@@ -79,17 +79,17 @@ class TestPolicy:
     def test_a_number_from_one_on(self, name: str, value: Any) -> None:
         options: dict[str, Any] = {"best": LOSS, name: value}
         with pytest.raises(UsageError, match=f"^{name}={value!r}: expected a whole number from 1 on, or None"):
-            Policy(**options)
+            RetentionPolicy(**options)
 
     def test_keep_best_needs_a_metric(self) -> None:
         with pytest.raises(UsageError, match="Give best= too"):
-            Policy(keep_best=1)
+            RetentionPolicy(keep_best=1)
 
     @pytest.mark.parametrize(
         ("text", "expected"),
         [("val_loss:min", LOSS), ("acc:max", ACCURACY), ("eval/loss:0:min", ("eval/loss:0", "min"))],
     )
-    def test_best_as_a_text(self, text: str, expected: retention.Best) -> None:
+    def test_best_as_a_text(self, text: str, expected: retention.BestMetric) -> None:
         assert retention.parse_best(text) == expected
 
     @pytest.mark.parametrize("text", ["val_loss", "", ":min", "val_loss:", "val_loss:low", "val_loss :min", " :min", 5])
@@ -100,67 +100,74 @@ class TestPolicy:
 
 class TestDecide:
     def test_without_limits_everything_stays(self) -> None:
-        assert retention.decide([saved(n) for n in range(9)], Policy()) == Decision()
-        assert retention.decide([saved(n, val_loss=n) for n in range(9)], Policy(best=LOSS, keep_best=1)) == Decision()
+        assert retention.decide_retention([saved(n) for n in range(9)], RetentionPolicy()) == RetentionDecision()
+        assert (
+            retention.decide_retention(
+                [saved(n, val_loss=n) for n in range(9)], RetentionPolicy(best=LOSS, keep_best=1)
+            )
+            == RetentionDecision()
+        )
 
     def test_the_last_n_stay(self) -> None:
-        assert deleted([saved(n) for n in (1, 2, 3, 4, 5)], Policy(keep_last=2)) == [1, 2, 3]
-        assert deleted([saved(n) for n in (1, 2)], Policy(keep_last=2)) == []
-        assert deleted([], Policy(keep_last=2)) == []
+        assert deleted([saved(n) for n in (1, 2, 3, 4, 5)], RetentionPolicy(keep_last=2)) == [1, 2, 3]
+        assert deleted([saved(n) for n in (1, 2)], RetentionPolicy(keep_last=2)) == []
+        assert deleted([], RetentionPolicy(keep_last=2)) == []
 
     def test_newest_is_written_last_whatever_its_step_and_the_order_given(self) -> None:
         after_resume = [saved(7, step=20), saved(5, step=50), saved(6, step=60)]
-        assert deleted(after_resume, Policy(keep_last=1)) == [5, 6]
+        assert deleted(after_resume, RetentionPolicy(keep_last=1)) == [5, 6]
 
     def test_the_best_stay_beside_the_last(self) -> None:
         losses = [saved(1, val_loss=0.3), saved(2, val_loss=0.1), saved(3, val_loss=0.2), saved(4, val_loss=0.9)]
-        assert deleted(losses, Policy(keep_last=1, best=LOSS, keep_best=1)) == [1, 3]
-        assert deleted(losses, Policy(keep_last=1, best=LOSS, keep_best=2)) == [1]
-        assert deleted(losses, Policy(keep_last=1, best=("val_loss", "max"), keep_best=1)) == [1, 2, 3]
+        assert deleted(losses, RetentionPolicy(keep_last=1, best=LOSS, keep_best=1)) == [1, 3]
+        assert deleted(losses, RetentionPolicy(keep_last=1, best=LOSS, keep_best=2)) == [1]
+        assert deleted(losses, RetentionPolicy(keep_last=1, best=("val_loss", "max"), keep_best=1)) == [1, 2, 3]
 
     def test_the_best_one_stays_where_no_number_is_said(self) -> None:
         losses = [saved(1, val_loss=0.3), saved(2, val_loss=0.1), saved(3), saved(4)]
-        assert deleted(losses, Policy(keep_last=1, best=LOSS)) == [1, 3]
+        assert deleted(losses, RetentionPolicy(keep_last=1, best=LOSS)) == [1, 3]
 
     def test_zero_is_a_value(self) -> None:
-        assert deleted([saved(1, val_loss=0.0), saved(2, val_loss=0.1), saved(3)], Policy(1, LOSS, 1)) == [2]
-        assert deleted([saved(1, acc=-0.5), saved(2, acc=0.0), saved(3)], Policy(1, ACCURACY, 1)) == [1]
+        assert deleted([saved(1, val_loss=0.0), saved(2, val_loss=0.1), saved(3)], RetentionPolicy(1, LOSS, 1)) == [2]
+        assert deleted([saved(1, acc=-0.5), saved(2, acc=0.0), saved(3)], RetentionPolicy(1, ACCURACY, 1)) == [1]
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
     @pytest.mark.parametrize("mode", ["min", "max"])
     def test_what_is_no_finite_number_is_never_the_best(self, value: float, mode: Any) -> None:
-        policy = Policy(1, ("val_loss", mode), 1)
+        policy = RetentionPolicy(1, ("val_loss", mode), 1)
         assert deleted([saved(1, val_loss=value), saved(2, val_loss=0.5), saved(3)], policy) == [1]
-        assert retention.best([saved(1, val_loss=value)], policy) is None
+        assert retention.best_step([saved(1, val_loss=value)], policy) is None
 
     def test_without_the_metric_it_is_no_candidate(self) -> None:
-        assert deleted([saved(1, acc=0.1), saved(2), saved(3)], Policy(1, LOSS, 2)) == [1, 2]
+        assert deleted([saved(1, acc=0.1), saved(2), saved(3)], RetentionPolicy(1, LOSS, 2)) == [1, 2]
 
     def test_of_equal_ones_the_newer_stays(self) -> None:
         equal = [saved(1, val_loss=0.5), saved(3, val_loss=0.5), saved(2, val_loss=0.5), saved(4)]
-        assert deleted(equal, Policy(1, LOSS, 1)) == [1, 2]
-        best = retention.best(equal, Policy(best=LOSS))
+        assert deleted(equal, RetentionPolicy(1, LOSS, 1)) == [1, 2]
+        best = retention.best_step(equal, RetentionPolicy(best=LOSS))
         assert best is not None
         assert best.sequence == 3
 
     def test_the_best_of_none(self) -> None:
-        assert retention.best([], Policy(best=LOSS)) is None
-        assert retention.best([saved(1)], Policy(best=LOSS)) is None
-        assert retention.best([saved(1, val_loss=1.0)], Policy()) is None
+        assert retention.best_step([], RetentionPolicy(best=LOSS)) is None
+        assert retention.best_step([saved(1)], RetentionPolicy(best=LOSS)) is None
+        assert retention.best_step([saved(1, val_loss=1.0)], RetentionPolicy()) is None
 
     def test_only_the_last_keep_their_training_state(self) -> None:
-        assert thinned([saved(n) for n in (1, 2, 3, 4)], Policy(keep_last_training_state=1)) == [1, 2, 3]
-        assert thinned([saved(n) for n in (1, 2, 3, 4)], Policy(keep_last=3, keep_last_training_state=2)) == [2]
+        assert thinned([saved(n) for n in (1, 2, 3, 4)], RetentionPolicy(keep_last_training_state=1)) == [1, 2, 3]
+        assert thinned([saved(n) for n in (1, 2, 3, 4)], RetentionPolicy(keep_last=3, keep_last_training_state=2)) == [
+            2
+        ]
 
     def test_the_best_lose_their_training_state_too(self) -> None:
         losses = [saved(1, val_loss=0.1), saved(2, val_loss=0.2), saved(3, val_loss=0.3)]
-        decision = retention.decide(losses, Policy(1, LOSS, 1, keep_last_training_state=1))
+        decision = retention.decide_retention(losses, RetentionPolicy(1, LOSS, 1, keep_last_training_state=1))
         assert [one.sequence for one in decision.delete] == [2]
-        assert [one.sequence for one in decision.thin] == [1]
+        assert [one.sequence for one in decision.drop_state] == [1]
 
     def test_the_newest_training_state_stays_where_the_newest_checkpoint_has_none(self) -> None:
         final = [saved(1), saved(2), saved(3, state=False)]
-        assert thinned(final, Policy(keep_last_training_state=1)) == [1]
+        assert thinned(final, RetentionPolicy(keep_last_training_state=1)) == [1]
 
     def test_whatever_the_policy_newest_and_best_stay_and_nothing_is_both(self) -> None:
         chance = random.Random(4)
@@ -170,17 +177,17 @@ class TestDecide:
             all_saved = [
                 saved(n, state=chance.random() < 0.7, **value) for n, value in zip(numbers, values, strict=True)
             ]
-            policy = Policy(
+            policy = RetentionPolicy(
                 chance.choice([None, 1, 2, 5]), LOSS, chance.choice([None, 1, 3]), chance.choice([None, 1, 2])
             )
-            decision = retention.decide(all_saved, policy)
-            gone, thin = {one.sequence for one in decision.delete}, {one.sequence for one in decision.thin}
-            best = retention.best(all_saved, policy)
+            decision = retention.decide_retention(all_saved, policy)
+            gone, thin = {one.sequence for one in decision.delete}, {one.sequence for one in decision.drop_state}
+            best = retention.best_step(all_saved, policy)
             assert max(numbers) not in gone
             assert best is None or best.sequence not in gone
             assert not gone & thin
             left = [one for one in all_saved if one.sequence not in gone]
-            again = retention.decide(left, policy)
+            again = retention.decide_retention(left, policy)
             assert again.delete == ()
 
 
@@ -188,7 +195,9 @@ class TestApply:
     def test_deleting_and_thinning(self, tmp_path: Path) -> None:
         for step in (10, 20, 30, 40):
             checkpoint(tmp_path, step)
-        retention.apply(retention.decide(scan(tmp_path), Policy(keep_last=3, keep_last_training_state=1)))
+        retention.apply_retention(
+            retention.decide_retention(scan(tmp_path), RetentionPolicy(keep_last=3, keep_last_training_state=1))
+        )
         assert sorted(path.name for path in tmp_path.iterdir()) == ["step_20", "step_30", "step_40"]
         assert [one.has_training_state for one in scan(tmp_path)] == [False, False, True]
         for path in tmp_path.iterdir():
@@ -206,7 +215,9 @@ class TestApply:
         (tmp_path / "my-step-5-notes").mkdir()
         (tmp_path / "step_5").mkdir()
         (tmp_path / "step_5" / "file").write_text("mine")
-        retention.apply(retention.decide(scan(tmp_path), Policy(keep_last=1, keep_last_training_state=1)))
+        retention.apply_retention(
+            retention.decide_retention(scan(tmp_path), RetentionPolicy(keep_last=1, keep_last_training_state=1))
+        )
         expected = ["my-step-5-notes", "step_10_best", "step_15", "step_20", "step_5"]
         assert sorted(path.name for path in tmp_path.iterdir()) == expected
         assert (tmp_path / "step_15" / "training_state").exists()
@@ -215,7 +226,7 @@ class TestApply:
     def test_what_is_no_longer_what_was_decided_on_stays(self, change: str, tmp_path: Path) -> None:
         path = checkpoint(tmp_path / "runs", 10)
         checkpoint(tmp_path / "runs", 20)
-        decision = retention.decide(scan(tmp_path / "runs"), Policy(keep_last=1))
+        decision = retention.decide_retention(scan(tmp_path / "runs"), RetentionPolicy(keep_last=1))
         if change == "journal":
             (path / ".ckpt-convert-journal").touch()
         else:
@@ -225,7 +236,7 @@ class TestApply:
         elif change == "link":
             path.symlink_to(tmp_path / "step_10")
         before = sorted(tmp_path.rglob("*"))
-        retention.apply(decision)
+        retention.apply_retention(decision)
         assert sorted(tmp_path.rglob("*")) == before
 
     def test_the_files_that_a_link_inside_leads_to_stay(self, tmp_path: Path) -> None:
@@ -233,7 +244,7 @@ class TestApply:
         (tmp_path / "base" / "file").write_text("shared")
         (checkpoint(tmp_path / "runs", 10) / "base").symlink_to(tmp_path / "base")
         checkpoint(tmp_path / "runs", 20)
-        retention.apply(retention.decide(scan(tmp_path / "runs"), Policy(keep_last=1)))
+        retention.apply_retention(retention.decide_retention(scan(tmp_path / "runs"), RetentionPolicy(keep_last=1)))
         assert (tmp_path / "base" / "file").read_text() == "shared"
         # The link is none of the checkpoint's files, so it stays as well.
         assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["step_10", "step_20"]
@@ -253,10 +264,10 @@ class TestApply:
 
         with monkeypatch.context() as patch:
             patch.setattr(os, "rename", rename)
-            retention.apply(retention.decide(scan(tmp_path), Policy(keep_last=1)))
+            retention.apply_retention(retention.decide_retention(scan(tmp_path), RetentionPolicy(keep_last=1)))
         assert steps(tmp_path) == [10, 30]
         assert "step_10 is to be kept no longer, but cannot be removed: Permission denied" in caplog.text
-        retention.apply(retention.decide(scan(tmp_path), Policy(keep_last=1)))
+        retention.apply_retention(retention.decide_retention(scan(tmp_path), RetentionPolicy(keep_last=1)))
         assert steps(tmp_path) == [30]
 
     def test_a_thinning_that_fails_is_a_warning(
@@ -271,7 +282,9 @@ class TestApply:
             raise PermissionError(13, "Permission denied")
 
         monkeypatch.setattr(os, "replace", replace)
-        retention.apply(retention.decide(scan(tmp_path), Policy(keep_last_training_state=1)))
+        retention.apply_retention(
+            retention.decide_retention(scan(tmp_path), RetentionPolicy(keep_last_training_state=1))
+        )
         assert [one.has_training_state for one in scan(tmp_path)] == [True, True]
         assert (tmp_path / "step_10" / "training_state" / "0.distcp").exists()
         (message,) = caplog.messages
@@ -282,7 +295,7 @@ class TestApply:
         checkpoint(tmp_path, 10)
         checkpoint(tmp_path, 20)
         (removal.removal_name(tmp_path / "step_10") / "stuck").mkdir(parents=True)
-        retention.apply(retention.decide(scan(tmp_path), Policy(keep_last=1)))
+        retention.apply_retention(retention.decide_retention(scan(tmp_path), RetentionPolicy(keep_last=1)))
         assert [path.name for path in tmp_path.iterdir()] == ["step_20"]
 
 
@@ -294,16 +307,16 @@ CALLS = ("rename", "replace", "unlink", "rmdir", "fsync")
 
 
 class TestInterruptions:
-    @pytest.mark.parametrize("policy", [Policy(keep_last=1), Policy(keep_last_training_state=1)])
+    @pytest.mark.parametrize("policy", [RetentionPolicy(keep_last=1), RetentionPolicy(keep_last_training_state=1)])
     def test_at_every_moment_a_checkpoint_is_whole_or_none(
-        self, policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, policy: RetentionPolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         moment = 0
         while True:
             runs = tmp_path / f"{moment}"
             for step in (10, 20):
                 checkpoint(runs, step)
-            decision = retention.decide(scan(runs), policy)
+            decision = retention.decide_retention(scan(runs), policy)
             if not self._killed_after(moment, decision, monkeypatch):
                 break
             for one in scan(runs):
@@ -313,13 +326,13 @@ class TestInterruptions:
             assert steps(runs)[-1] == 20
 
             tidy(runs)
-            retention.apply(retention.decide(scan(runs), policy))
+            retention.apply_retention(retention.decide_retention(scan(runs), policy))
             self._finished(runs, policy)
             moment += 1
         self._finished(runs, policy)
         assert moment >= 4  # it was interrupted at all
 
-    def _killed_after(self, moment: int, decision: Decision, monkeypatch: pytest.MonkeyPatch) -> bool:
+    def _killed_after(self, moment: int, decision: RetentionDecision, monkeypatch: pytest.MonkeyPatch) -> bool:
         left = iter(range(moment))
 
         def killing(real: Any) -> Any:
@@ -334,12 +347,12 @@ class TestInterruptions:
             for name in CALLS:
                 patch.setattr(os, name, killing(getattr(os, name)))
             try:
-                retention.apply(decision)
+                retention.apply_retention(decision)
             except Killed:
                 return True
         return False
 
-    def _finished(self, runs: Path, policy: Policy) -> None:
+    def _finished(self, runs: Path, policy: RetentionPolicy) -> None:
         if policy.keep_last:
             assert [path.name for path in runs.iterdir()] == ["step_20"]
         else:

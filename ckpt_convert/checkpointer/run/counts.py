@@ -11,7 +11,7 @@ from typing import Any
 from ckpt_convert.checkpointer.run import retention
 from ckpt_convert.checkpointer.run.metrics import Reported
 from ckpt_convert.checkpointer.run.progress import Progress
-from ckpt_convert.checkpointer.run.saved_steps import Saved
+from ckpt_convert.checkpointer.run.saved_steps import SavedStep
 from ckpt_convert.checkpointer.run.schedule import Event, Schedule
 from ckpt_convert.checkpointer.run.watch import Watch
 
@@ -21,7 +21,9 @@ log = logging.getLogger("ckpt_convert")
 class Counts:
     """The progress and the metrics of a run, held against its schedule. What they were before is kept for ``due``."""
 
-    def __init__(self, schedule: Schedule, policy: retention.Policy, *, save_first: bool, save_best: bool) -> None:
+    def __init__(
+        self, schedule: Schedule, policy: retention.RetentionPolicy, *, save_first: bool, save_best: bool
+    ) -> None:
         self.progress, self.reported = Progress(), Reported()
         self.started_from: int | None = None
         """The step that the run was at when it began, None for a fresh start."""
@@ -42,9 +44,9 @@ class Counts:
         """The time until the next step counts from now on."""
         self._clock = time.monotonic()
 
-    def begin_watch(self, there: Sequence[Saved]) -> None:
+    def begin_watch(self, there: Sequence[SavedStep]) -> None:
         """What is there already counts for what is the best so far, and for what ever took effect."""
-        found = retention.best(there, self._policy)
+        found = retention.best_step(there, self._policy)
         self._best_value = found.metrics[self._policy.best[0]] if found and self._policy.best else None
         self.watch.begin(self.progress, [saved.metrics for saved in there])
 

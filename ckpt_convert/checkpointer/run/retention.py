@@ -10,18 +10,18 @@ from typing import Literal, TypeAlias
 
 from ckpt_convert.checkpoint.record import TRAINING_STATE
 from ckpt_convert.checkpointer.run import saved_steps
-from ckpt_convert.checkpointer.run.saved_steps import Saved
+from ckpt_convert.checkpointer.run.saved_steps import SavedStep
 from ckpt_convert.errors import CkptConvertError, UsageError
 from ckpt_convert.storage import workspace
 from ckpt_convert.storage.place import Place
 
 log = logging.getLogger("ckpt_convert")
 
-Best: TypeAlias = tuple[str, Literal["min", "max"]]
+BestMetric: TypeAlias = tuple[str, Literal["min", "max"]]
 
 
 @dataclass(frozen=True, slots=True)
-class Policy:
+class RetentionPolicy:
     """How many checkpoints to keep; None is no limit.
 
     ``keep_last`` counts the newest, which always stays. The ``keep_best`` best ones by ``best``, a metric and whether
@@ -31,7 +31,7 @@ class Policy:
     """
 
     keep_last: int | None = None
-    best: Best | None = None
+    best: BestMetric | None = None
     keep_best: int | None = None
     keep_last_training_state: int | None = None
 
@@ -51,14 +51,14 @@ class Policy:
 
 
 @dataclass(frozen=True, slots=True)
-class Decision:
+class RetentionDecision:
     """The checkpoints to delete, and those that only lose their training state; oldest first."""
 
-    delete: tuple[Saved, ...] = ()
-    thin: tuple[Saved, ...] = ()
+    delete: tuple[SavedStep, ...] = ()
+    drop_state: tuple[SavedStep, ...] = ()
 
 
-def parse_best(text: str) -> Best:
+def parse_best(text: str) -> BestMetric:
     """The metric and the direction of a text such as "val_loss:min"; raises UsageError for any other."""
     metric, _, mode = text.rpartition(":") if isinstance(text, str) else ("", "", "")
     if metric.strip() != metric or not metric or mode not in ("min", "max"):
@@ -68,7 +68,9 @@ def parse_best(text: str) -> Best:
     return metric, "min" if mode == "min" else "max"
 
 
-def decide(saved: Sequence[Saved], policy: Policy, needed: Collection[Place | None] = ()) -> Decision:
+def decide_retention(
+    saved: Sequence[SavedStep], policy: RetentionPolicy, needed: Collection[Place | None] = ()
+) -> RetentionDecision:
     """What of these complete checkpoints a policy does not keep; those that are ``needed`` stay as they are."""
     newest = sorted(saved, key=lambda one: one.sequence, reverse=True)
     kept = {one.place for one in newest[: policy.keep_last]} | {one.place for one in _ranked(saved, policy)}
@@ -76,15 +78,17 @@ def decide(saved: Sequence[Saved], policy: Policy, needed: Collection[Place | No
     heavy = [one for one in staying if one.has_training_state]
     too_many = heavy[policy.keep_last_training_state :] if policy.keep_last_training_state else []
     gone = [one for one in newest if one.place not in kept]
-    return Decision(*(tuple(one for one in reversed(found) if one.place not in needed) for found in (gone, too_many)))
+    return RetentionDecision(
+        *(tuple(one for one in reversed(found) if one.place not in needed) for found in (gone, too_many))
+    )
 
 
-def best(saved: Sequence[Saved], policy: Policy) -> Saved | None:
+def best_step(saved: Sequence[SavedStep], policy: RetentionPolicy) -> SavedStep | None:
     """The best checkpoint by the policy's metric, the newer of equal ones; None where none has the metric."""
     return next(iter(_ranked(saved, policy)), None)
 
 
-def _ranked(saved: Sequence[Saved], policy: Policy) -> list[Saved]:
+def _ranked(saved: Sequence[SavedStep], policy: RetentionPolicy) -> list[SavedStep]:
     """The best checkpoints, as many as are kept, the best first; one without the metric is no candidate."""
     if policy.best is None:
         return []
@@ -94,8 +98,8 @@ def _ranked(saved: Sequence[Saved], policy: Policy) -> list[Saved]:
     return sorted(candidates, key=lambda one: (sign * one.metrics[metric], -one.sequence))[: policy.keep_best or 1]
 
 
-def apply(decision: Decision) -> None:
-    """Delete and thin; what fails is warned of, and left for the next decision or ``catalog.tidy``.
+def apply_retention(decision: RetentionDecision) -> None:
+    """Delete and thin; what fails is warned of, and left for the next decision or ``saved_steps.clean_up``.
 
     An interruption leaves no checkpoint that is taken for complete and is not: the manifest first says that a training
     state is removed, and a directory first loses its name. Whatever is no longer the checkpoint that was decided on is
@@ -104,20 +108,20 @@ def apply(decision: Decision) -> None:
     for saved in decision.delete:
         if _is_there(saved):
             _delete(saved)
-    for saved in decision.thin:
+    for saved in decision.drop_state:
         if _is_there(saved):
             _thin(saved)
 
 
-def _is_there(saved: Saved) -> bool:
+def _is_there(saved: SavedStep) -> bool:
     """Whether the directory is the checkpoint still that the decision was about."""
     if saved.place.link() is not None:
         return False
-    found = saved_steps.read(saved.place, saved.saver)
+    found = saved_steps.read_step(saved.place, saved.saver)
     return found is not None and found.sequence == saved.sequence
 
 
-def _delete(saved: Saved) -> None:
+def _delete(saved: SavedStep) -> None:
     try:
         workspace.of(saved.place).withdraw(saved.place, saved_steps.RULES)
     except (OSError, CkptConvertError) as error:
@@ -127,11 +131,11 @@ def _delete(saved: Saved) -> None:
         log.info("%s removed: not among those to keep", saved.place)
 
 
-def _thin(saved: Saved) -> None:
+def _thin(saved: SavedStep) -> None:
     try:
-        saved_steps.amend(saved, **{TRAINING_STATE: saved_steps.REMOVED})
+        saved_steps.amend_step(saved, **{TRAINING_STATE: saved_steps.REMOVED})
     except (OSError, CkptConvertError) as error:
         log.warning("%s: its training state cannot be removed: %s", saved.place, error)
         return
-    saved_steps.finish_thinning(saved.place)
+    saved_steps.finish_state_removal(saved.place)
     log.info("%s: training state removed, the weights are kept", saved.place)

@@ -48,7 +48,7 @@ _amending = threading.Lock()
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedStep:
     """A complete checkpoint; ``sequence`` counts the saves of a run, so the newest has the highest.
 
     ``contents`` is "full", "weights" or "adapter"; ``manifest`` is everything that its manifest says.
@@ -111,7 +111,7 @@ def is_damaged(directory: Place) -> bool:
     return not (directory / MANIFEST).is_regular()
 
 
-def read(directory: Place, saver: str = "default", *, renamed: bool = False) -> Saved | None:
+def read_step(directory: Place, saver: str = "default", *, renamed: bool = False) -> SavedStep | None:
     """The checkpoint in a directory; None if there is no complete one, or if another saver wrote it.
 
     ``renamed`` takes one that was copied or moved to another name, too. Damage is warned of. Raises NewerVersionError
@@ -140,22 +140,22 @@ def read(directory: Place, saver: str = "default", *, renamed: bool = False) -> 
         return None
 
 
-def scan(output_dir: Place, saver: str = "default") -> list[Saved]:
+def scan_steps(output_dir: Place, saver: str = "default") -> list[SavedStep]:
     """The complete checkpoints of a saver, oldest first; links, files and hidden directories are passed over.
 
     Raises NewerVersionError for one that a newer version wrote.
     """
-    found = (read(place, saver) for place in directories(output_dir) if not place.name.startswith("."))
+    found = (read_step(place, saver) for place in list_directories(output_dir) if not place.name.startswith("."))
     return sorted((saved for saved in found if saved is not None), key=lambda saved: saved.sequence)
 
 
-def directories(output_dir: Place) -> list[Place]:
+def list_directories(output_dir: Place) -> list[Place]:
     """What lies in an output directory that is a directory and no link to one, in order of the names."""
     here = output_dir.anew().listed()
     return sorted(place for place in here.folders() if place.link() is None) if here.is_folder() else []
 
 
-def amend(saved: Saved, **changes: Any) -> Saved:
+def amend_step(saved: SavedStep, **changes: Any) -> SavedStep:
     """Replace entries of the manifest's part about training, all or none; returns the checkpoint as it is now.
 
     What else the manifest says now stays, whatever ``saved`` knew of it. Raises CheckpointNotFoundError when the
@@ -177,7 +177,7 @@ def amend(saved: Saved, **changes: Any) -> Saved:
     return amended
 
 
-def _saved(directory: Place, manifest: Mapping[str, Any], training: Mapping[str, Any]) -> Saved:
+def _saved(directory: Place, manifest: Mapping[str, Any], training: Mapping[str, Any]) -> SavedStep:
     said_by = str(directory / MANIFEST)
     progress, metrics, sequence = (training.get(name) for name in ("progress", "metrics", "sequence"))
     state = training.get(TRAINING_STATE)
@@ -194,7 +194,7 @@ def _saved(directory: Place, manifest: Mapping[str, Any], training: Mapping[str,
     ]
     if problems or not isinstance(progress, Mapping):
         raise CorruptFileError(f"{said_by}: is damaged: {'; '.join(problems)}")
-    return Saved(
+    return SavedStep(
         directory.anew(),
         Progress.from_dict(progress, said_by),
         {str(name): float(value) for name, value in (metrics or {}).items()},
@@ -206,14 +206,14 @@ def _saved(directory: Place, manifest: Mapping[str, Any], training: Mapping[str,
     )
 
 
-def tidy(output_dir: Place) -> None:
+def clean_up(output_dir: Place) -> None:
     """Clear away what interrupted writers left, also of training states that were being removed."""
     workspace.of(output_dir).tidy(output_dir, RULES)
-    for directory in directories(output_dir):
-        finish_thinning(directory)
+    for directory in list_directories(output_dir):
+        finish_state_removal(directory)
 
 
-def finish_thinning(directory: Place) -> None:
+def finish_state_removal(directory: Place) -> None:
     """Remove the training state of a checkpoint whose manifest says that it is removed; failing is warned of.
 
     What else was put beside its files is left.

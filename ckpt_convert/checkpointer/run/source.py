@@ -12,7 +12,7 @@ from ckpt_convert.checkpoint.dequantize import dequantized
 from ckpt_convert.checkpoint.hints import Hints
 from ckpt_convert.checkpoint.identify import Identified, identify
 from ckpt_convert.checkpoint.opening import OpenedFiles
-from ckpt_convert.checkpointer.run.saved_steps import Saved
+from ckpt_convert.checkpointer.run.saved_steps import SavedStep
 from ckpt_convert.dtypes import DEQUANTIZED, torch_name
 from ckpt_convert.errors import CheckpointNotFoundError, CkptConvertError, ConfigError, UsageError
 from ckpt_convert.formats.base import Directory, render_json
@@ -44,7 +44,7 @@ def open_source(source: Source, *, format: str | None, family: str | None, confi
     return _as_numbers(opened)
 
 
-def open_lost(there: Sequence[Saved], config: Config | None, family: str | None) -> tuple[Identified, Place | None]:
+def open_lost(there: Sequence[SavedStep], config: Config | None, family: str | None) -> tuple[Identified, Place | None]:
     """What a run without a source goes on from, and the step that this is: the newest that has weights, or the config.
 
     A run that began with a checkpoint keeps its files and its config that way, after the checkpoint is lost. One that
@@ -62,7 +62,7 @@ def open_lost(there: Sequence[Saved], config: Config | None, family: str | None)
     return from_config(config, format="hf", family=family), None
 
 
-def lost(error: CheckpointNotFoundError, there: Sequence[Saved]) -> CheckpointNotFoundError:
+def lost(error: CheckpointNotFoundError, there: Sequence[SavedStep]) -> CheckpointNotFoundError:
     """The error about a source that is not there, with the way to go on without it where a run can."""
     steps = [saved for saved in there if "format" in saved.manifest]
     if not steps:

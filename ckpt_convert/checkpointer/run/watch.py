@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from ckpt_convert.checkpointer.run.progress import Progress
-from ckpt_convert.checkpointer.run.retention import Best
+from ckpt_convert.checkpointer.run.retention import BestMetric
 from ckpt_convert.checkpointer.run.schedule import Every, Schedule
 
 log = logging.getLogger("ckpt_convert")
@@ -33,7 +33,7 @@ class Watch:
     """
 
     schedule: Schedule
-    best: Best | None
+    best: BestMetric | None
     _start: Progress = field(default_factory=Progress)
     _names: set[str] = field(default_factory=set)
     _reports: int = 0

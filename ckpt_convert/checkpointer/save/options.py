@@ -65,7 +65,7 @@ class Options:
 
     output_dir: Place | None
     schedule: Schedule
-    policy: retention.Policy
+    policy: retention.RetentionPolicy
     template: Template
     settings: Settings
     last: Settings
@@ -86,7 +86,7 @@ class Options:
         final = check(given)
         best, output_dir = given["best"], given["output_dir"]
         schedule = parse(given["save_every"])
-        policy = retention.Policy(
+        policy = retention.RetentionPolicy(
             given["keep_last"],
             None if best is None else retention.parse_best(best),
             given["keep_best"],

@@ -11,7 +11,7 @@ from ckpt_convert.checkpointer.distributed.single_writer import Claim
 from ckpt_convert.checkpointer.run import retention, saved_steps
 from ckpt_convert.checkpointer.run.naming import Template
 from ckpt_convert.checkpointer.run.progress import Progress
-from ckpt_convert.checkpointer.run.saved_steps import Saved
+from ckpt_convert.checkpointer.run.saved_steps import SavedStep
 from ckpt_convert.checkpointer.write_step.writer import StepContents, obstacle, write_step
 from ckpt_convert.convert.output import output_permissions
 from ckpt_convert.errors import CkptConvertError, OutputExistsError, reason
@@ -31,7 +31,12 @@ class RunDirectory:
     """Where the directories of the steps go, and which of them stay."""
 
     def __init__(
-        self, path: Place, template: Template, run_name: str | None, latest_name: str | None, policy: retention.Policy
+        self,
+        path: Place,
+        template: Template,
+        run_name: str | None,
+        latest_name: str | None,
+        policy: retention.RetentionPolicy,
     ) -> None:
         self.path = path
         self.policy = policy
@@ -45,7 +50,7 @@ class RunDirectory:
         self._sequence = 0
         self.stand_in: Place | None = None
         """The step that stands in for a source that is lost: it stays as long as the run goes on."""
-        self._superseded: tuple[Saved, ...] = ()
+        self._superseded: tuple[SavedStep, ...] = ()
         self._unwritten: dict[Place, tuple[Mapping[str, float], int]] = {}
 
     def open(self, source: Identified) -> None:
@@ -69,7 +74,7 @@ class RunDirectory:
         self._claim = Claim(self.path, self._workspace.identity(self.path))
         held = f"{self.path}: another checkpointer is writing here; close() it, or choose another output_dir"
         self._lock = self._workspace.lock(self.path / LOCK, held)
-        saved_steps.tidy(self.path)
+        saved_steps.clean_up(self.path)
         if self._latest_name is not None:
             self._workspace.check_pointer(self.path, self._latest_name)
         there = self.saved
@@ -95,16 +100,16 @@ class RunDirectory:
             self._claim = None
 
     @property
-    def saved(self) -> list[Saved]:
+    def saved(self) -> list[SavedStep]:
         """The complete checkpoints, oldest first."""
-        return saved_steps.scan(self.path)
+        return saved_steps.scan_steps(self.path)
 
     @property
-    def best(self) -> Saved | None:
+    def best(self) -> SavedStep | None:
         """The best one by the metric that was asked for, None where none has it."""
-        return retention.best(self.saved, self.policy)
+        return retention.best_step(self.saved, self.policy)
 
-    def replace_later(self, steps: Iterable[Saved]) -> None:
+    def replace_later(self, steps: Iterable[SavedStep]) -> None:
         """Let these go once the next checkpoint is complete: they are of a run that was started anew."""
         self._superseded = tuple(steps)
 
@@ -124,7 +129,9 @@ class RunDirectory:
         self._point_at(destination)
         with _only_warned(f"{destination} is saved, but earlier checkpoints cannot be looked through"):
             gone, self._superseded = self._superseded, ()
-            retention.apply(retention.Decision(delete=tuple(one for one in gone if one.place != destination)))
+            retention.apply_retention(
+                retention.RetentionDecision(delete=tuple(one for one in gone if one.place != destination))
+            )
             self._prune()
 
     def _point_at(self, newest: Place) -> None:
@@ -161,7 +168,7 @@ class RunDirectory:
                 listing(found),
             )
 
-    def after_resume(self, resumed: Saved) -> None:
+    def after_resume(self, resumed: SavedStep) -> None:
         """Let go what a killed run had no time to, but for the checkpoint that was resumed; say what that one lacks."""
         there = [saved for saved in self.saved if saved.place != resumed.place]
         if self.policy.best is not None and (metric := self.policy.best[0]) not in resumed.metrics:
@@ -178,16 +185,16 @@ class RunDirectory:
 
     def _prune(self, resumed: Place | None = None) -> None:
         self._write_metrics()
-        retention.apply(retention.decide(self.saved, self.policy, {resumed, self.stand_in}))
+        retention.apply_retention(retention.decide_retention(self.saved, self.policy, {resumed, self.stand_in}))
 
     def _write_metrics(self) -> bool:
         """Write the metrics that are not in their checkpoint yet; whether there were any."""
         changed = False
         for destination, (metrics, evals) in list(self._unwritten.items()):
-            saved = saved_steps.read(destination)
+            saved = saved_steps.read_step(destination)
             if saved is not None and (saved.metrics, saved.progress.evals) != (metrics, evals):
                 counted = {**saved.progress.as_dict(), "evals": evals}
-                saved_steps.amend(saved, metrics={**saved.metrics, **metrics}, progress=counted)
+                saved_steps.amend_step(saved, metrics={**saved.metrics, **metrics}, progress=counted)
                 changed = True
             del self._unwritten[destination]
         return changed
@@ -205,7 +212,7 @@ class RunDirectory:
         root = source.place.real()
         if not source.files or source.place == self.stand_in:
             return
-        if root.parent == self.path.real() and saved_steps.read(root) is not None:
+        if root.parent == self.path.real() and saved_steps.read_step(root) is not None:
             raise OutputExistsError(
                 f"{source.place}: is a step of this very output_dir, which later steps may replace; choose "
                 "another output_dir, or resume() with the source that the run began with"

@@ -122,7 +122,7 @@ def obstacle(destination: Place) -> str:
         return ""
     folder = destination.is_folder()
     there = sorted(place.name for place in destination.children()) if folder else [destination.name]
-    if there and not saved_steps.is_damaged(destination) and saved_steps.read(destination) is None:
+    if there and not saved_steps.is_damaged(destination) and saved_steps.read_step(destination) is None:
         return f"{destination}: is there already and is no checkpoint of this checkpointer:{listing(there)}"
     foreign = ownership.unlisted_files(destination) if there else []
     if not foreign:
