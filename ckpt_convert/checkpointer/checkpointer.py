@@ -18,8 +18,8 @@ from ckpt_convert.checkpointer.live import loading
 from ckpt_convert.checkpointer.live.choice import PROGRESS, Choice
 from ckpt_convert.checkpointer.live.tensors import Model
 from ckpt_convert.checkpointer.run import retention
-from ckpt_convert.checkpointer.run.counts import Counts
-from ckpt_convert.checkpointer.run.metrics import Reported, numbers
+from ckpt_convert.checkpointer.run.counts import RunCounters
+from ckpt_convert.checkpointer.run.metrics import StepMetrics, finite_metrics
 from ckpt_convert.checkpointer.run.progress import Progress
 from ckpt_convert.checkpointer.run.saved_steps import SavedStep
 from ckpt_convert.checkpointer.run.source import Config, Source
@@ -103,7 +103,7 @@ class Checkpointer:
         opened = resuming.source_of(source, source_format, chosen, run)
         self.workers = chosen.workers
         self._options = chosen
-        self._counts = Counts(chosen.schedule, chosen.policy, save_first=save_first, save_best=save_best)
+        self._counts = RunCounters(chosen.schedule, chosen.policy, save_first=save_first, save_best=save_best)
         self._saver = Saver(chosen, SavePlanner(opened, chosen.settings, adapter), run, self._counts)
         self._signals = signals.Signals() if save_on_signal else None
         self._loaded = self._signal_saved = self._over = self._closed = False
@@ -222,7 +222,7 @@ class Checkpointer:
         self._begin(model, optimizer, lr_scheduler, grad_scaler, dataloader, extra)
         counts = self._counts
         counts.progress = progress or Progress()
-        counts.reported = Reported(counts.progress.evals)
+        counts.step_metrics = StepMetrics(counts.progress.evals)
         counts.started_from = None if progress is None else progress.step
         self._saver.directory.replace_later(there if progress is None or self._options.overwrite else ())
         self._start(self.progress.step, [] if progress is None else there)
@@ -263,7 +263,7 @@ class Checkpointer:
             self._saver.save_or_hold()
         else:
             self._saver.background.check()
-        self._counts.watch.look(self.progress)
+        self._counts.watch.warn_missed(self.progress)
         if signalled:
             self.wait()
             log.warning("saved step %d; end the loop where checkpointer.should_stop says so", self.progress.step)
@@ -276,7 +276,7 @@ class Checkpointer:
         """
         self._require("report()")
         saver, counts = self._saver, self._counts
-        found, wrong = numbers(metrics)
+        found, wrong = finite_metrics(metrics)
         changed = counts.report(found, metrics)
         due = counts.due("eval") | counts.is_new_best(found)
         if saver.saved_step == self.progress.step:
@@ -286,7 +286,7 @@ class Checkpointer:
             )  # what the evaluation drew is to be saved as well
         elif due:
             saver.save_or_hold()
-        counts.say_of_report(wrong, changed, saver.saved_step)
+        counts.warn_of_report(wrong, changed, saver.saved_step)
         saver.background.check()
 
     def end_epoch(self) -> None:
@@ -296,7 +296,7 @@ class Checkpointer:
         made.end_epoch()
         if self._counts.due("epoch") and self._saver.saved_step != self.progress.step:
             self._saver.save_or_hold()
-        self._counts.watch.look(self.progress)
+        self._counts.watch.warn_missed(self.progress)
         self._saver.background.check()
 
     def epochs(self, count: int | None = None) -> Iterator[int]:

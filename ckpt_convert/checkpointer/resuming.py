@@ -17,10 +17,10 @@ from ckpt_convert.checkpointer.live.base import Base
 from ckpt_convert.checkpointer.live.choice import ADAPTER, MODEL, PROGRESS, Choice
 from ckpt_convert.checkpointer.live.tensors import Model, tensors_of
 from ckpt_convert.checkpointer.run import retention, saved_steps
-from ckpt_convert.checkpointer.run.metrics import Reported
+from ckpt_convert.checkpointer.run.metrics import StepMetrics
 from ckpt_convert.checkpointer.run.progress import Progress
 from ckpt_convert.checkpointer.run.saved_steps import SavedStep
-from ckpt_convert.checkpointer.run.source import Source, lost, open_lost, open_source
+from ckpt_convert.checkpointer.run.source import Source, missing_source_error, open_source, open_without_source
 from ckpt_convert.checkpointer.save.options import Options
 from ckpt_convert.checkpointer.save.planner import SavePlanner
 from ckpt_convert.checkpointer.save.run_directory import RunDirectory
@@ -67,11 +67,11 @@ def _opened(given: Source | None, format: str | None, options: Options, run: Run
     try:
         return open_source(given, format=format, family=options.family, config=options.config)
     except CheckpointNotFoundError as error:
-        raise lost(error, run.saved if run is not None else []) from error
+        raise missing_source_error(error, run.saved if run is not None else []) from error
 
 
 def _without_source(there: Sequence[SavedStep], options: Options, run: RunDirectory | None) -> Identified:
-    opened, step = open_lost(there, options.config, options.family)
+    opened, step = open_without_source(there, options.config, options.family)
     if step is not None and run is not None:
         log.info("there is no source: files, dtypes and config are those of %s", step)
         run.stand_in = step
@@ -112,9 +112,9 @@ def go_on(
         progress=options.progress,
         base_loaded=base_loaded,
     )
-    counts.progress, counts.reported = Progress(), Reported()
+    counts.progress, counts.step_metrics = Progress(), StepMetrics()
     if wanted.progress:
-        counts.progress, counts.reported = saved.progress, Reported(saved.progress.evals, saved.metrics)
+        counts.progress, counts.step_metrics = saved.progress, StepMetrics(saved.progress.evals, saved.metrics)
         if any(one.place.real() == saved.place.real() for one in directory.saved):
             saver.saved_step, saver.saved_at = saved.step, saved.place
             saver.lacks_final = not saved.manifest["training"].get("final")

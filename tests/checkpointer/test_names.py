@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ckpt_convert.checkpointer.run.naming import LONGEST, Template
+from ckpt_convert.checkpointer.run.naming import MAX_NAME_BYTES, DirectoryTemplate
 from ckpt_convert.checkpointer.run.progress import Progress
 from ckpt_convert.errors import UsageError
 
@@ -27,11 +27,11 @@ SOME = Progress(step=40, epoch=2, tokens=5000, samples=320, evals=3, seconds=12.
     ],
 )
 def test_variables_and_format_specifications(text: str, name: str) -> None:
-    assert Template(text).format(SOME, "alpaca") == name
+    assert DirectoryTemplate(text).format(SOME, "alpaca") == name
 
 
 def test_the_usual_name() -> None:
-    assert Template().format(SOME) == "step_40"
+    assert DirectoryTemplate().format(SOME) == "step_40"
 
 
 @pytest.mark.parametrize(
@@ -64,44 +64,44 @@ def test_the_usual_name() -> None:
         ("C:{step}", "no plain name"),
         ("a\n{step}", "no plain name"),
         (".step_{step}", "dot in front"),
-        ("x" * LONGEST + "{step}", "expected at most"),
+        ("x" * MAX_NAME_BYTES + "{step}", "expected at most"),
     ],
 )
 def test_what_gives_no_name_is_refused_at_once(text: str, why: str) -> None:
     with pytest.raises(UsageError, match=why) as caught:
-        Template(text)
+        DirectoryTemplate(text)
     assert repr(text) in str(caught.value)
     assert "variables are {step}, {epoch}, {tokens}, {samples}, {evals}, {run_name}" in str(caught.value)
 
 
-@pytest.mark.parametrize("run_name", ["a/b", "..", "a\\b", "a\0b", "x" * LONGEST])
+@pytest.mark.parametrize("run_name", ["a/b", "..", "a\\b", "a\0b", "x" * MAX_NAME_BYTES])
 def test_a_run_name_does_not_lead_elsewhere(run_name: str) -> None:
     with pytest.raises(UsageError, match=r"^the directory name '\{run_name\}\{step\}': gives"):
-        Template("{run_name}{step}").format(SOME, run_name)
+        DirectoryTemplate("{run_name}{step}").format(SOME, run_name)
 
 
 def test_a_run_name_that_is_asked_for_and_not_given() -> None:
     with pytest.raises(UsageError, match="pass run_name="):
-        Template("{run_name}_{step}").format(SOME)
+        DirectoryTemplate("{run_name}_{step}").format(SOME)
 
 
 def test_the_name_of_the_pointer_is_taken() -> None:
     with pytest.raises(UsageError, match="name of the pointer"):
-        Template("step_{step}", latest_name="step_40")
+        DirectoryTemplate("step_{step}", latest_name="step_40")
     with pytest.raises(UsageError, match="name of the pointer"):
-        Template("{run_name}_{step}", latest_name="best_40").format(SOME, "best")
-    Template("step_{step}", latest_name=None)
-    Template("step_{step:04d}", latest_name="step_40")
+        DirectoryTemplate("{run_name}_{step}", latest_name="best_40").format(SOME, "best")
+    DirectoryTemplate("step_{step}", latest_name=None)
+    DirectoryTemplate("step_{step:04d}", latest_name="step_40")
 
 
 def test_names_of_steps_have_room_for_the_endings_of_what_is_unfinished() -> None:
-    text = "x" * (LONGEST - 16) + "{step}"
-    name = Template(text).format(Progress(step=10**15))
-    assert len(name) == LONGEST
+    text = "x" * (MAX_NAME_BYTES - 16) + "{step}"
+    name = DirectoryTemplate(text).format(Progress(step=10**15))
+    assert len(name) == MAX_NAME_BYTES
     assert len(f".{name}.deleted.partial") <= 255
 
 
 def test_equal_templates_are_equal() -> None:
-    first: Any = Template("a{step}")
-    assert first == Template("a{step}")
-    assert first != Template("b{step}")
+    first: Any = DirectoryTemplate("a{step}")
+    assert first == DirectoryTemplate("a{step}")
+    assert first != DirectoryTemplate("b{step}")

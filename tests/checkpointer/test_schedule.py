@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ckpt_convert.checkpointer.run.progress import Progress
-from ckpt_convert.checkpointer.run.schedule import Event, Schedule, parse
+from ckpt_convert.checkpointer.run.schedule import Event, Schedule, parse_schedule
 from ckpt_convert.errors import UsageError
 
 ALL = {"step": "step", "epoch": "epoch", "evals": "eval", "tokens": "step", "samples": "step", "seconds": "step"}
@@ -19,7 +19,9 @@ ALL = {"step": "step", "epoch": "epoch", "evals": "eval", "tokens": "step", "sam
 
 def due(every: Any, counter: str, before: float, now: float, on: Event | None = None) -> bool:
     event: Any = on or ALL[counter]
-    return parse(every).due(replace(Progress(), **{counter: before}), replace(Progress(), **{counter: now}), event)
+    return parse_schedule(every).due(
+        replace(Progress(), **{counter: before}), replace(Progress(), **{counter: now}), event
+    )
 
 
 @pytest.mark.parametrize(
@@ -78,7 +80,7 @@ def test_a_counter_is_looked_at_on_its_own_event_only(counter: str, own: str) ->
 
 def test_other_counters_do_not_matter() -> None:
     before = Progress(step=1)
-    assert not parse("10 tokens").due(before, Progress(step=100, samples=100, seconds=100.0), "step")
+    assert not parse_schedule("10 tokens").due(before, Progress(step=100, samples=100, seconds=100.0), "step")
 
 
 def test_a_multiple_that_is_stepped_over_counts() -> None:
@@ -103,7 +105,7 @@ def test_a_function_sees_the_progress_after_each_step() -> None:
         seen.append(progress)
         return progress.step == 7
 
-    schedule = parse(at_seven)
+    schedule = parse_schedule(at_seven)
     now = Progress(step=7, tokens=70)
     assert schedule.due(Progress(step=6), now, "step")
     assert not schedule.due(Progress(step=7), Progress(step=8), "step")
@@ -119,7 +121,7 @@ def test_a_function_is_asked_on_every_event(event: Any) -> None:
         return on == "epoch"
 
     # It is asked where another rule suffices, too: it may count.
-    schedules = parse(decides), parse([lambda progress: True, decides])
+    schedules = parse_schedule(decides), parse_schedule([lambda progress: True, decides])
     assert [schedule.due(Progress(), now, event) for schedule in schedules] == [event == "epoch", True]
     assert seen == [(now, event)] * 2
 
@@ -143,7 +145,7 @@ class _Rule:
 )
 def test_a_function_may_want_the_event(decides: Any, expected: list[bool]) -> None:
     events: list[Any] = ["step", "eval"]
-    assert [parse(decides).due(Progress(), Progress(step=1), event) for event in events] == expected
+    assert [parse_schedule(decides).due(Progress(), Progress(step=1), event) for event in events] == expected
 
 
 async def _waits(progress: Progress) -> bool:
@@ -153,7 +155,7 @@ async def _waits(progress: Progress) -> bool:
 @pytest.mark.parametrize("decides", [lambda: True, lambda a, b, c: True, lambda progress, *, key: True, _Rule, _waits])
 def test_a_function_that_cannot_be_asked_is_refused(decides: Any) -> None:
     with pytest.raises(UsageError, match="save_every"):
-        parse(decides)
+        parse_schedule(decides)
 
 
 def test_of_a_list_one_suffices() -> None:
@@ -165,16 +167,16 @@ def test_of_a_list_one_suffices() -> None:
 
 
 def test_none_is_never() -> None:
-    assert parse(None) == Schedule()
+    assert parse_schedule(None) == Schedule()
     events: list[Any] = ["step", "eval", "epoch"]
     after = Progress(10**9, 10**9, 10**9, 10**9, 10**9, 1e9)
-    assert not any(parse(None).due(Progress(), after, event) for event in events)
+    assert not any(parse_schedule(None).due(Progress(), after, event) for event in events)
 
 
 def test_a_schedule_is_taken_as_it_is() -> None:
-    schedule = parse("3 steps")
-    assert parse(schedule) is schedule
-    assert parse([schedule, "1 epoch"]) == parse(["3 steps", "1 epoch"])
+    schedule = parse_schedule("3 steps")
+    assert parse_schedule(schedule) is schedule
+    assert parse_schedule([schedule, "1 epoch"]) == parse_schedule(["3 steps", "1 epoch"])
 
 
 @pytest.mark.parametrize(
@@ -208,7 +210,7 @@ def test_a_schedule_is_taken_as_it_is() -> None:
 )
 def test_anything_else_is_refused_with_what_may_be_said(every: Any) -> None:
     with pytest.raises(UsageError) as caught:
-        parse(every)
+        parse_schedule(every)
     wrong = "often" if isinstance(every, list) else every
     assert str(caught.value).startswith(f"save_every={wrong!r}: is no schedule; give 500")
     for example in ('"1 epoch"', '"30 min"', '"500ba"', "a function", "None"):
@@ -218,23 +220,23 @@ def test_anything_else_is_refused_with_what_may_be_said(every: Any) -> None:
 @pytest.mark.parametrize("every", [0, -1, "0 steps", "0", "0.0 s", "0ep"])
 def test_an_interval_of_nothing_is_refused(every: Any) -> None:
     with pytest.raises(UsageError, match="more than 0; give None"):
-        parse(every)
+        parse_schedule(every)
 
 
 @pytest.mark.parametrize("every", ["1.5 steps", "0.5 epochs", "2.0"])
 def test_only_times_have_fractions(every: str) -> None:
     with pytest.raises(UsageError, match="only times have fractions"):
-        parse(every)
+        parse_schedule(every)
 
 
 def test_an_empty_list_is_refused() -> None:
     with pytest.raises(UsageError, match="is empty; give None"):
-        parse([])
+        parse_schedule([])
 
 
 def test_a_message_names_the_option() -> None:
     with pytest.raises(UsageError, match=r"^weights_every='often'"):
-        parse("often", "weights_every")
+        parse_schedule("often", "weights_every")
 
 
 @pytest.mark.parametrize(
@@ -249,7 +251,7 @@ def test_a_message_names_the_option() -> None:
     ],
 )
 def test_it_can_be_said_in_words(every: Any, words: str) -> None:
-    assert parse(every).describe() == words
+    assert parse_schedule(every).describe() == words
 
 
 def test_a_function_is_described_by_its_name() -> None:
@@ -260,11 +262,11 @@ def test_a_function_is_described_by_its_name() -> None:
         def __call__(self, progress: Progress) -> bool:
             return True
 
-    assert parse(loss_is_low).describe().endswith("loss_is_low says so")
-    assert parse(Rule()).describe().endswith("Rule says so")
+    assert parse_schedule(loss_is_low).describe().endswith("loss_is_low says so")
+    assert parse_schedule(Rule()).describe().endswith("Rule says so")
 
 
 @pytest.mark.parametrize("every", ["30 min", "2_000 tokens", "1 epoch", "0.5 s", "7"])
 def test_its_words_are_a_schedule_again(every: str) -> None:
-    words = parse(every).describe().removeprefix("every ")
-    assert parse(words if words[0].isdigit() else f"1 {words}") == parse(every)
+    words = parse_schedule(every).describe().removeprefix("every ")
+    assert parse_schedule(words if words[0].isdigit() else f"1 {words}") == parse_schedule(every)

@@ -9,25 +9,25 @@ from dataclasses import replace
 from typing import Any
 
 from ckpt_convert.checkpointer.run import retention
-from ckpt_convert.checkpointer.run.metrics import Reported
+from ckpt_convert.checkpointer.run.metrics import StepMetrics
 from ckpt_convert.checkpointer.run.progress import Progress
 from ckpt_convert.checkpointer.run.saved_steps import SavedStep
 from ckpt_convert.checkpointer.run.schedule import Event, Schedule
-from ckpt_convert.checkpointer.run.watch import Watch
+from ckpt_convert.checkpointer.run.watch import UnusedOptions
 
 log = logging.getLogger("ckpt_convert")
 
 
-class Counts:
+class RunCounters:
     """The progress and the metrics of a run, held against its schedule. What they were before is kept for ``due``."""
 
     def __init__(
         self, schedule: Schedule, policy: retention.RetentionPolicy, *, save_first: bool, save_best: bool
     ) -> None:
-        self.progress, self.reported = Progress(), Reported()
+        self.progress, self.step_metrics = Progress(), StepMetrics()
         self.started_from: int | None = None
         """The step that the run was at when it began, None for a fresh start."""
-        self.watch = Watch(schedule, policy.best)
+        self.watch = UnusedOptions(schedule, policy.best)
         self._before = self.progress
         self._schedule, self._policy = schedule, policy
         self._save_first, self._save_best = save_first, save_best
@@ -44,11 +44,11 @@ class Counts:
         """The time until the next step counts from now on."""
         self._clock = time.monotonic()
 
-    def begin_watch(self, there: Sequence[SavedStep]) -> None:
+    def begin_watch(self, steps: Sequence[SavedStep]) -> None:
         """What is there already counts for what is the best so far, and for what ever took effect."""
-        found = retention.best_step(there, self._policy)
+        found = retention.best_step(steps, self._policy)
         self._best_value = found.metrics[self._policy.best[0]] if found and self._policy.best else None
-        self.watch.begin(self.progress, [saved.metrics for saved in there])
+        self.watch.begin(self.progress, [saved.metrics for saved in steps])
 
     def step(self, tokens: int, samples: int) -> None:
         """Count an optimizer step."""
@@ -60,12 +60,12 @@ class Counts:
             seconds=self.progress.seconds + now - self._clock,
         )
         self._clock = now
-        self.reported = Reported(self.progress.evals)
+        self.step_metrics = StepMetrics(self.progress.evals)
 
-    def report(self, found: Mapping[str, float], names: Mapping[str, Any]) -> dict[str, str]:
+    def report(self, metrics: Mapping[str, float], names: Mapping[str, Any]) -> dict[str, str]:
         """Count an evaluation that found these numbers, of all that it names; by name, how one differs from before."""
         self._count(evals=self.progress.evals + 1)
-        changed = self.reported.add(found)
+        changed = self.step_metrics.add(metrics)
         self.watch.reported(self.progress.step, names)
         return changed
 
@@ -91,7 +91,7 @@ class Counts:
         self._best_value = value
         return True
 
-    def say_of_report(self, wrong: Mapping[str, str], changed: Mapping[str, str], saved_step: int | None) -> None:
+    def warn_of_report(self, wrong: Mapping[str, str], changed: Mapping[str, str], saved_step: int | None) -> None:
         """Warn of metrics that do nothing, or not what they seem to; of each name once."""
         step = self.progress.step
         for name, why in wrong.items():

@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 
-class Reported:
+class StepMetrics:
     """The metrics of one step and the evaluations so far; training may add to them while the step is being written."""
 
     def __init__(self, evals: int = 0, metrics: Mapping[str, float] | None = None) -> None:
         self._known: tuple[int, Mapping[str, float]] = (evals, dict(metrics or {}))
 
     @property
-    def known(self) -> tuple[int, Mapping[str, float]]:
+    def snapshot(self) -> tuple[int, Mapping[str, float]]:
         """Evaluations and metrics, of one moment."""
         return self._known
 
@@ -33,7 +33,7 @@ class Reported:
         }
 
 
-def numbers(values: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, str]]:
+def finite_metrics(values: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, str]]:
     """The finite numbers among these values, and by name why each other one is none of them.
 
     A value that is no number ends no training: it is left out, as what tells no model from another.

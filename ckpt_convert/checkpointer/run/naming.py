@@ -16,14 +16,14 @@ from ckpt_convert.storage.pointer import SUFFIX
 VARIABLES = ("step", "epoch", "tokens", "samples", "evals", "run_name")
 """What a template may name in braces."""
 
-LONGEST = 200
+MAX_NAME_BYTES = 200
 """Bytes of a name; file systems take 255, of which an unfinished or a removed directory's name needs some."""
 
 _SAMPLE = Progress(step=10**15, epoch=3, tokens=2 * 10**12, samples=10**9, evals=7)
 
 
 @dataclass(frozen=True)
-class Template:
+class DirectoryTemplate:
     """A template for names, such as ``step_{step}`` or ``{run_name}-{epoch}-{step:06d}``.
 
     The variables are those of ``VARIABLES``, with Python's format specifications; ``{step}`` has to be among them.
@@ -67,7 +67,7 @@ class Template:
                     return int(digits)
         return None
 
-    def check(self, run_name: str) -> None:
+    def check_run_name(self, run_name: str) -> None:
         """Raise UsageError where the names would be none for a run of this name."""
         self.format(_SAMPLE, run_name)
 
@@ -99,8 +99,8 @@ class Template:
                 f"gives {name!r}; names that end in {PARTIAL}, {REPLACED} or {DELETED} are for what is being written, "
                 "replaced or removed, and are cleared away at the next start"
             )
-        if len(os.fsencode(name)) > LONGEST:
-            raise self._wrong(f"gives a name of {len(os.fsencode(name))} bytes, expected at most {LONGEST}")
+        if len(os.fsencode(name)) > MAX_NAME_BYTES:
+            raise self._wrong(f"gives a name of {len(os.fsencode(name))} bytes, expected at most {MAX_NAME_BYTES}")
         if name == self.latest_name:
             raise self._wrong(f"gives {name!r}, which is the name of the pointer to the newest checkpoint")
 

@@ -31,23 +31,23 @@ class Progress:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], said_by: str = "the progress") -> Progress:
+    def from_dict(cls, values: Mapping[str, Any], origin: str = "the progress") -> Progress:
         """The inverse of ``as_dict``; a counter that is missing is 0, names of no counter are ignored.
 
         ``said_by`` is the place for the message. Raises CorruptFileError for a value that counts nothing, and where
         the step is missing.
         """
         if "step" not in values:
-            raise CorruptFileError(f"{said_by}: has no step; the checkpoint is damaged, use another one")
+            raise CorruptFileError(f"{origin}: has no step; the checkpoint is damaged, use another one")
         counters: dict[str, Any] = {}
         for field in fields(cls):
             value = values.get(field.name, field.default)
             if field.name == "seconds":
                 if not is_number(value) or not 0 <= value < math.inf:
-                    raise _damaged(said_by, field.name, value, "a number of seconds from 0 on")
+                    raise _damaged(origin, field.name, value, "a number of seconds from 0 on")
                 value = float(value)
             elif not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise _damaged(said_by, field.name, value, "a whole number from 0 on")
+                raise _damaged(origin, field.name, value, "a whole number from 0 on")
             counters[field.name] = value
         return cls(**counters)
 

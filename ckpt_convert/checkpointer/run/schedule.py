@@ -49,7 +49,7 @@ _INTERVAL = re.compile(r"\s*([0-9]+(?:_[0-9]+)*(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
 
 
 @dataclass(frozen=True, slots=True)
-class Every:
+class Interval:
     """An interval: due when its counter passes a multiple of it."""
 
     amount: int | float
@@ -65,7 +65,7 @@ class Every:
 
 
 @dataclass(frozen=True, slots=True)
-class When:
+class Predicate:
     """A function that decides after each step, each evaluation and each epoch; it may want to know which."""
 
     decides: Callable[..., bool]
@@ -82,7 +82,7 @@ class When:
 class Schedule:
     """Any number of rules, of which one suffices; none means never."""
 
-    rules: tuple[Every | When, ...] = ()
+    rules: tuple[Interval | Predicate, ...] = ()
 
     def due(self, before: Progress, now: Progress, on: Event) -> bool:
         """Whether to save now: ``on`` is what just happened, ``before`` the progress before it.
@@ -98,7 +98,7 @@ class Schedule:
         return " or ".join(rule.describe() for rule in self.rules) or "never"
 
 
-def parse(every: Any, option: str = "save_every") -> Schedule:
+def parse_schedule(every: Any, option: str = "save_every") -> Schedule:
     """The schedule that a recipe asks for; ``option`` is what it calls it.
 
     Takes a number of optimizer steps, a text ("500 steps", "30 min", "500ba"), a function of the progress or of the
@@ -108,7 +108,7 @@ def parse(every: Any, option: str = "save_every") -> Schedule:
     return every if isinstance(every, Schedule) else Schedule(tuple(_rules(every, option)))
 
 
-def _rules(every: Any, option: str) -> Iterator[Every | When]:
+def _rules(every: Any, option: str) -> Iterator[Interval | Predicate]:
     if every is None:
         return
     if isinstance(every, Schedule):
@@ -123,7 +123,7 @@ def _rules(every: Any, option: str) -> Iterator[Every | When]:
         for one in every:
             yield from _rules(one, option)
     elif callable(every) and not isinstance(every, type):
-        yield When(every, _takes_event(every, option))
+        yield Predicate(every, _takes_event(every, option))
     else:
         raise _unknown(every, option)
 
@@ -155,7 +155,7 @@ def _accepts(signature: inspect.Signature, count: int) -> bool:
     return True
 
 
-def _text(text: str, option: str) -> Every:
+def _text(text: str, option: str) -> Interval:
     match = _INTERVAL.fullmatch(text)
     unit = _BY_WORD.get(match[2].lower()) if match else None
     if match is None or unit is None:
@@ -167,10 +167,10 @@ def _text(text: str, option: str) -> Every:
     return _interval(float(match[1]), unit, text, option)
 
 
-def _interval(amount: int | float, unit: Unit, given: object, option: str) -> Every:
+def _interval(amount: int | float, unit: Unit, given: object, option: str) -> Interval:
     if amount <= 0:
         raise UsageError(f"{option}={given!r}: an interval is more than 0; give None to save never on schedule")
-    return Every(amount, unit)
+    return Interval(amount, unit)
 
 
 def _unknown(given: object, option: str) -> UsageError:

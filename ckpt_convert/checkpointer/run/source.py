@@ -44,13 +44,13 @@ def open_source(source: Source, *, format: str | None, family: str | None, confi
     return _as_numbers(opened)
 
 
-def open_lost(there: Sequence[SavedStep], config: Config | None, family: str | None) -> tuple[Identified, Place | None]:
+def open_without_source(steps: Sequence[SavedStep], config: Config | None, family: str | None) -> tuple[Identified, Place | None]:
     """What a run without a source goes on from, and the step that this is: the newest that has weights, or the config.
 
     A run that began with a checkpoint keeps its files and its config that way, after the checkpoint is lost. One that
     began with a config alone has nothing of its own to keep. Raises UsageError where there is neither.
     """
-    for saved in reversed(there):
+    for saved in reversed(steps):
         if "format" not in saved.manifest:
             continue  # an adapter: its base is what is missing
         if saved.manifest["training"].get(STARTED_FROM) == CONFIG and config is not None:
@@ -59,12 +59,12 @@ def open_lost(there: Sequence[SavedStep], config: Config | None, family: str | N
             return open_source(saved.place, format=None, family=family, config=None), saved.place
     if config is None:
         raise UsageError("source=None: give config= with the model's config.json, to start from nothing")
-    return from_config(config, format="hf", family=family), None
+    return open_config(config, format="hf", family=family), None
 
 
-def lost(error: CheckpointNotFoundError, there: Sequence[SavedStep]) -> CheckpointNotFoundError:
+def missing_source_error(error: CheckpointNotFoundError, saved_steps_: Sequence[SavedStep]) -> CheckpointNotFoundError:
     """The error about a source that is not there, with the way to go on without it where a run can."""
-    steps = [saved for saved in there if "format" in saved.manifest]
+    steps = [saved for saved in saved_steps_ if "format" in saved.manifest]
     if not steps:
         return error
     return CheckpointNotFoundError(
@@ -73,7 +73,7 @@ def lost(error: CheckpointNotFoundError, there: Sequence[SavedStep]) -> Checkpoi
     )
 
 
-def from_config(config: Config, *, format: str, family: str | None) -> Identified:
+def open_config(config: Config, *, format: str, family: str | None) -> Identified:
     """A checkpoint without weights, of which only the config is known: what pretraining starts from."""
     place = _config_file(config)
     if not place.is_regular():

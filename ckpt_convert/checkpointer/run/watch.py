@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from ckpt_convert.checkpointer.run.progress import Progress
 from ckpt_convert.checkpointer.run.retention import BestMetric
-from ckpt_convert.checkpointer.run.schedule import Every, Schedule
+from ckpt_convert.checkpointer.run.schedule import Interval, Schedule
 
 log = logging.getLogger("ckpt_convert")
 
@@ -24,7 +24,7 @@ _COUNTED = {
 
 
 @dataclass
-class Watch:
+class UnusedOptions:
     """What a run has counted, reported and saved, held against what it was asked to save and keep.
 
     Tokens and samples are missed after 100 steps, or at the end of the first epoch. Evaluations may be far apart:
@@ -55,15 +55,15 @@ class Watch:
             self._reports, self._reported_at = self._reports + 1, step
             self._met |= step == self._saved_at
 
-    def saved(self, step: int) -> None:
+    def step_saved(self, step: int) -> None:
         self._saves, self._saved_at = self._saves + 1, step
         self._met |= step == self._reported_at
 
-    def look(self, now: Progress) -> None:
+    def warn_missed(self, now: Progress) -> None:
         """Warn of what should have been counted or reported by now; of each once."""
         self._say(self._missed(now, over=False), again=False)
 
-    def end(self, now: Progress) -> None:
+    def warn_at_end(self, now: Progress) -> None:
         """Warn of everything that never took effect."""
         self._say(self._missed(now, over=True), again=True)
 
@@ -80,7 +80,7 @@ class Watch:
         waited, epoch_over = steps >= PATIENCE, now.epoch > self._start.epoch
         soon, late = over or waited or epoch_over, over or (waited and epoch_over)
         for rule in self.schedule.rules:
-            counter = rule.unit.counter if isinstance(rule, Every) else ""
+            counter = rule.unit.counter if isinstance(rule, Interval) else ""
             counted_since = self._start if counter in ("tokens", "samples") else Progress()
             missed = {"tokens": soon, "samples": soon, "evals": late, "epoch": over}.get(counter, False)
             if missed and getattr(now, counter) == getattr(counted_since, counter):

@@ -14,8 +14,8 @@ from typing import Any
 from ckpt_convert import formats
 from ckpt_convert.checkpoint.checkpoint import Checkpoint
 from ckpt_convert.checkpointer.run import retention
-from ckpt_convert.checkpointer.run.naming import VARIABLES, Template
-from ckpt_convert.checkpointer.run.schedule import Schedule, parse
+from ckpt_convert.checkpointer.run.naming import VARIABLES, DirectoryTemplate
+from ckpt_convert.checkpointer.run.schedule import Schedule, parse_schedule
 from ckpt_convert.checkpointer.run.source import Config
 from ckpt_convert.checkpointer.save.planner import CONTENTS, Contents, Settings
 from ckpt_convert.checkpointer.save.run_directory import RunDirectory
@@ -66,7 +66,7 @@ class Options:
     output_dir: Place | None
     schedule: Schedule
     policy: retention.RetentionPolicy
-    template: Template
+    template: DirectoryTemplate
     settings: Settings
     last: Settings
     config: Config | None
@@ -85,14 +85,14 @@ class Options:
         """What was given, by name; raises UsageError for what does not fit, and lists what does not fit together."""
         final = check(given)
         best, output_dir = given["best"], given["output_dir"]
-        schedule = parse(given["save_every"])
+        schedule = parse_schedule(given["save_every"])
         policy = retention.RetentionPolicy(
             given["keep_last"],
             None if best is None else retention.parse_best(best),
             given["keep_best"],
             given["keep_last_training_state"],
         )
-        template = Template(given["directory"], given["latest_name"])
+        template = DirectoryTemplate(given["directory"], given["latest_name"])
         place = None if output_dir is None else locate(output_dir, "output_dir")
         settings = Settings(
             contents=given["contents"],

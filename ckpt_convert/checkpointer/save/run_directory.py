@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpointer.distributed.single_writer import Claim
 from ckpt_convert.checkpointer.run import retention, saved_steps
-from ckpt_convert.checkpointer.run.naming import Template
+from ckpt_convert.checkpointer.run.naming import DirectoryTemplate
 from ckpt_convert.checkpointer.run.progress import Progress
 from ckpt_convert.checkpointer.run.saved_steps import SavedStep
 from ckpt_convert.checkpointer.write_step.writer import StepContents, obstacle, write_step
@@ -33,7 +33,7 @@ class RunDirectory:
     def __init__(
         self,
         path: Place,
-        template: Template,
+        template: DirectoryTemplate,
         run_name: str | None,
         latest_name: str | None,
         policy: retention.RetentionPolicy,
@@ -42,7 +42,7 @@ class RunDirectory:
         self.policy = policy
         self._template = template
         self.run_name = run_name or path.absolute().name
-        template.check(self.run_name)
+        template.check_run_name(self.run_name)
         self._latest_name = latest_name
         self._lock: Held | None = None
         self._mode = 0o777

@@ -13,7 +13,7 @@ from ckpt_convert._version import __version__
 from ckpt_convert.checkpointer.live.copies import CopyCheck
 from ckpt_convert.checkpointer.live.tensors import tensors_of
 from ckpt_convert.checkpointer.run import saved_steps
-from ckpt_convert.checkpointer.run.counts import Counts
+from ckpt_convert.checkpointer.run.counts import RunCounters
 from ckpt_convert.checkpointer.run.source import CONFIG, STARTED_FROM
 from ckpt_convert.checkpointer.save.buffers import CopyBuffers
 from ckpt_convert.checkpointer.save.options import Options
@@ -35,7 +35,7 @@ class Saver:
     last, and ``saved_at`` its directory.
     """
 
-    def __init__(self, options: Options, planner: SavePlanner, run: RunDirectory | None, counts: Counts) -> None:
+    def __init__(self, options: Options, planner: SavePlanner, run: RunDirectory | None, counts: RunCounters) -> None:
         self.planner = planner
         self.counts = counts
         self.parts: Parts | None = None
@@ -126,7 +126,7 @@ class Saver:
         """Take everything as it is now, and write it: behind the training, or before this returns."""
         parts, progress = self.require("save()"), self.counts.progress
         settings, self.is_save_held = settings or self._settings, False
-        self.counts.watch.saved(progress.step)
+        self.counts.watch.step_saved(progress.step)
         self._refuse_others()
         if self._copy_check is not None:
             self._copy_check.refuse_copies(progress.step)
@@ -158,7 +158,7 @@ class Saver:
 
     def _training(self, settings: Settings, destination: Place) -> Callable[[], dict[str, Any]]:
         """What gives the manifest's section about training, with what was reported of the step until it is asked."""
-        directory, progress, reported = self.directory, self.counts.progress, self.counts.reported
+        directory, progress, reported = self.directory, self.counts.progress, self.counts.step_metrics
         section = {
             "version": saved_steps.VERSION,
             "saver": "default",
@@ -174,7 +174,7 @@ class Saver:
             section["final"] = True
 
         def training() -> dict[str, Any]:
-            evals, metrics = reported.known
+            evals, metrics = reported.snapshot
             return {**section, "progress": {**progress.as_dict(), "evals": evals}, "metrics": dict(metrics)}
 
         return training
@@ -184,9 +184,9 @@ class Saver:
         directory, destination = self.directory, self.saved_at
         if destination is None:
             return
-        evals, metrics = self.counts.reported.known
-        if self.background.is_busy:
-            self.background.enqueue(lambda: directory.amend(destination, metrics, evals))
+        evals, metrics = self.counts.step_metrics.snapshot
+        if self.background.busy:
+            self.background.then(lambda: directory.amend(destination, metrics, evals))
         else:
             directory.amend(destination, metrics, evals)
 
@@ -204,7 +204,7 @@ class Saver:
         else:
             self.save_held()
         if trained and not stopped:
-            self.counts.watch.end(self.counts.progress)
+            self.counts.watch.warn_at_end(self.counts.progress)
         self.background.wait()
         if failed is not None:
             raise failed
