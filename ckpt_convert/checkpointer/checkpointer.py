@@ -15,7 +15,7 @@ import torch
 from ckpt_convert import formats
 from ckpt_convert.checkpointer import resuming
 from ckpt_convert.checkpointer.live import loading
-from ckpt_convert.checkpointer.live.choice import PROGRESS, Choice
+from ckpt_convert.checkpointer.live.choice import PROGRESS, Selection
 from ckpt_convert.checkpointer.live.tensors import Model
 from ckpt_convert.checkpointer.run import retention
 from ckpt_convert.checkpointer.run.counts import RunCounters
@@ -120,7 +120,7 @@ class Checkpointer:
 
     # Loading
 
-    def load_model(self, model: Model) -> loading.Loaded:
+    def load_model(self, model: Model) -> loading.LoadReport:
         """Fill a model from the source, in place, tensor by tensor; returns how many tensors, and their dtypes.
 
         Raises KeyMismatchError listing everything that does not fit.
@@ -138,7 +138,7 @@ class Checkpointer:
         """The source's weights, converted (``model_format`` unless said otherwise), in the dtypes of the source."""
         self._refuse_closed()
         formats.refuse_unknown(format, "format")
-        return loading.state_dict(self._saver.planner.source, format or self._options.settings.model_format)
+        return loading.read_state_dict(self._saver.planner.source, format or self._options.settings.model_format)
 
     def load_best(self, model: Model) -> SavedStep | None:
         """Fill a model, in place, with the weights of the best checkpoint; returns it, None where none has the metric.
@@ -183,7 +183,7 @@ class Checkpointer:
         for is a CorruptFileError, and one that the system does not give now an UnreadableError. Nothing is loaded where
         the report is an error. Raises UsageError for a glob that matches nothing.
         """
-        wanted = Choice.of(include, exclude, weights_only)
+        wanted = Selection.of(include, exclude, weights_only)
         resuming.refuse_restart(wanted, self._saver, self._options)
         made = self._begin(model, optimizer, lr_scheduler, grad_scaler, dataloader, extra)
         directory = self._saver.directory

@@ -13,9 +13,9 @@ from ckpt_convert.checkpoint.checkpoint import open_identified
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpoint.record import MANIFEST, TRAINING_STATE
 from ckpt_convert.checkpointer.live import base, loading
-from ckpt_convert.checkpointer.live.base import Base
-from ckpt_convert.checkpointer.live.choice import ADAPTER, MODEL, PROGRESS, Choice
-from ckpt_convert.checkpointer.live.tensors import Model, tensors_of
+from ckpt_convert.checkpointer.live.base import AdapterBase
+from ckpt_convert.checkpointer.live.choice import ADAPTER, MODEL, PROGRESS, Selection
+from ckpt_convert.checkpointer.live.tensors import Model, model_tensors
 from ckpt_convert.checkpointer.run import retention, saved_steps
 from ckpt_convert.checkpointer.run.metrics import StepMetrics
 from ckpt_convert.checkpointer.run.progress import Progress
@@ -78,7 +78,7 @@ def _without_source(there: Sequence[SavedStep], options: Options, run: RunDirect
     return opened
 
 
-def refuse_restart(wanted: Choice, saver: Saver, options: Options) -> None:
+def refuse_restart(wanted: Selection, saver: Saver, options: Options) -> None:
     """Raise UsageError for the option of a fresh start, OutputExistsError for one over steps that are there."""
     if options.overwrite:
         raise UsageError(
@@ -93,7 +93,14 @@ def refuse_restart(wanted: Choice, saver: Saver, options: Options) -> None:
 
 
 def go_on(
-    saved: SavedStep, saver: Saver, parts: Parts, options: Options, wanted: Choice, *, strict: bool, base_loaded: bool
+    saved: SavedStep,
+    saver: Saver,
+    parts: Parts,
+    options: Options,
+    wanted: Selection,
+    *,
+    strict: bool,
+    base_loaded: bool,
 ) -> None:
     """Let a run that has begun go on from a checkpoint: load it, count on, and plan what comes next.
 
@@ -232,7 +239,7 @@ def load(
     parts: Parts,
     planner: SavePlanner,
     *,
-    wanted: Choice,
+    wanted: Selection,
     strict: bool,
     workers: int,
     progress: ProgressCallback | None,
@@ -280,7 +287,7 @@ def load_best(saver: Saver, model: Model, options: Options) -> SavedStep | None:
         found,
         Parts(model),
         saver.planner,
-        wanted=Choice(weights_only=True),
+        wanted=Selection(weights_only=True),
         strict=True,
         workers=options.workers,
         progress=options.progress,
@@ -326,13 +333,13 @@ def _weights(
     parts: Parts,
     planner: SavePlanner,
     state: training_state.Opened | None,
-    wanted: Choice,
+    wanted: Selection,
     workers: int,
     progress: ProgressCallback | None,
     stack: contextlib.ExitStack,
 ) -> tuple[list[str], list[str], Callable[[], str]]:
     """The names of the weights of both sides, what does not fit, and how to load: as they were in memory if kept."""
-    tensors = planner.split(tensors_of(parts.model)).base
+    tensors = planner.split(model_tensors(parts.model)).base
     kept = {at for at in state.tensors if at.startswith(_PREFIX)} if state is not None else set()
     exact = {key: at for key in tensors if (at := f"{_PREFIX}{part(key)}") in kept}
     layout = saved.manifest["training"].get("model_format")
@@ -342,14 +349,14 @@ def _weights(
             f"model_format={layout!r}, or make the checkpoint the source of a new run"
         )
     checkpoint = stack.enter_context(open_identified(saved.place, family=planner.source.hints.family))
-    fit = loading.fit(checkpoint, tensors, planner.settings.model_format)
+    match_model = loading.match_model(checkpoint, tensors, planner.settings.model_format)
 
     def load_them() -> str:
-        files = loading.load(
+        files = loading.load_tensors(
             checkpoint,
             tensors,
             fit,
-            wanted=lambda key: wanted(_PREFIX + key) and key not in exact,
+            is_wanted=lambda key: wanted(_PREFIX + key) and key not in exact,
             workers=workers,
             progress=progress,
         )
@@ -378,7 +385,7 @@ def _adapter(
     The base comes from the source, unless it is there, and is compared once its values were read; the adapter from the
     checkpoint.
     """
-    before = base.recorded(saved.manifest["training"], str(saved.place / MANIFEST))
+    before = base.read_base(saved.manifest["training"], str(saved.place / MANIFEST))
     if before is None:
         log.warning("%s: does not say which base it was trained on, so the source is taken for it", saved.place)
 
@@ -388,12 +395,16 @@ def _adapter(
             _compare_values(before, saved, planner, strict, workers)
         return f"{said}{planner.load_adapter(saved.place, parts.model)} tensors of the adapter"
 
-    return [] if before is None else before.unlike(planner.current_base(before, workers, values=False)), load_them
+    return [] if before is None else before.structure_differences(
+        planner.current_base(before, workers, values=False)
+    ), load_them
 
 
-def _compare_values(before: Base, saved: SavedStep, planner: SavePlanner, strict: bool, workers: int) -> None:
+def _compare_values(before: AdapterBase, saved: SavedStep, planner: SavePlanner, strict: bool, workers: int) -> None:
     """Raise InputError where the values of the base are not those that the adapter was trained on."""
-    changed = before.changed(planner.current_base(before, workers, values=True)) if before.is_read else []
+    changed = (
+        before.value_differences(planner.current_base(before, workers, values=True)) if before.has_checksums else []
+    )
     if not changed:
         return
     text = (

@@ -20,7 +20,7 @@ SECTION = "base"
 """The name under which the manifest's part about training has it."""
 
 
-class Described(NamedTuple):
+class TensorFingerprint(NamedTuple):
     """One tensor; the checksum (xxh3_64, hex) is None where its values were not read."""
 
     dtype: str
@@ -29,14 +29,14 @@ class Described(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Base:
+class AdapterBase:
     """The tensors of a base model by key, in the ``layout`` (a column of the family's table) of a training model."""
 
     layout: str
-    tensors: Mapping[str, Described]
+    tensors: Mapping[str, TensorFingerprint]
 
     @property
-    def is_read(self) -> bool:
+    def has_checksums(self) -> bool:
         """Whether the values are known."""
         return all(tensor.checksum is not None for tensor in self.tensors.values())
 
@@ -48,7 +48,7 @@ class Base:
             "tensors": {key: tensor._asdict() for key, tensor in sorted(self.tensors.items())},
         }
 
-    def unlike(self, now: Base) -> list[str]:
+    def structure_differences(self, now: AdapterBase) -> list[str]:
         """A line for each tensor that another base does not have, or not with this dtype and shape."""
         lines = []
         for key, (dtype, shape, _) in self.tensors.items():
@@ -58,7 +58,7 @@ class Base:
                 lines.append(f"{key}: expected {dtype} {list(shape)} as in the adapter's base, found {found}")
         return lines
 
-    def changed(self, now: Base) -> list[str]:
+    def value_differences(self, now: AdapterBase) -> list[str]:
         """The keys of the tensors whose values differ, as far as both are known."""
         return [
             key
@@ -69,28 +69,32 @@ class Base:
         ]
 
 
-def recorded(training: Mapping[str, Any], where: str) -> Base | None:
+def read_base(training: Mapping[str, Any], where: str) -> AdapterBase | None:
     """The base in a manifest's part about training, None where it says nothing of one; raises CorruptFileError."""
     content = training.get(SECTION)
     if content is None:
         return None
     try:
         tensors = {
-            str(key): Described(str(one["dtype"]), tuple(map(int, one["shape"])), one.get("checksum"))
+            str(key): TensorFingerprint(str(one["dtype"]), tuple(map(int, one["shape"])), one.get("checksum"))
             for key, one in content["tensors"].items()
         }
-        return Base(str(content["layout"]), tensors)
+        return AdapterBase(str(content["layout"]), tensors)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CorruptFileError(f"{where}: what it says of the adapter's base is damaged ({error})") from error
 
 
-def of_targets(layout: str, targets: Collection[TargetTensor], checksums: Mapping[str, str] | None = None) -> Base:
+def base_from_targets(layout: str, targets: Collection[TargetTensor], checksums: Mapping[str, str] | None = None) -> AdapterBase:
     """The base that these tensors of a source are."""
     known = checksums or {}
-    return Base(layout, {one.key: Described(one.dtype, one.tensor.shape, known.get(one.key)) for one in targets})
+    return AdapterBase(
+        layout, {one.key: TensorFingerprint(one.dtype, one.tensor.shape, known.get(one.key)) for one in targets}
+    )
 
 
-def of_source(source: Identified, layout: str, keys: Collection[str], *, workers: int, values: bool) -> Base:
+def base_from_source(
+    source: Identified, layout: str, keys: Collection[str], *, workers: int, values: bool
+) -> AdapterBase:
     """The tensors of a source under these keys, from its headers; with ``values`` all of them are read."""
-    targets = [target for target in loading.targets_of(source, layout)[0] if target.key in keys]
-    return of_targets(layout, targets, loading.checksums(source, targets, workers) if values else None)
+    targets = [target for target in loading.source_targets(source, layout)[0] if target.key in keys]
+    return base_from_targets(layout, targets, loading.read_checksums(source, targets, workers) if values else None)

@@ -18,7 +18,7 @@ KNOWN = (MODEL, "optimizer", "lr_scheduler", "grad_scaler", "dataloader", "extra
 
 
 @dataclass(frozen=True)
-class Choice:
+class Selection:
     """Whether something is to be loaded, by its name: a glob denotes the name, or a part of its path from the left."""
 
     include: tuple[str, ...] | None = None
@@ -26,7 +26,9 @@ class Choice:
     weights_only: bool = False
 
     @classmethod
-    def of(cls, include: Sequence[str] | str | None, exclude: Sequence[str] | str | None, weights_only: bool) -> Choice:
+    def of(
+        cls, include: Sequence[str] | str | None, exclude: Sequence[str] | str | None, weights_only: bool
+    ) -> Selection:
         """The choice that ``resume`` was asked for; one glob may be given as it is."""
         given = [(one,) if isinstance(one, str) else one for one in (include, exclude)]
         return cls(None if given[0] is None else tuple(given[0]), tuple(given[1] or ()), weights_only)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ckpt_convert.checkpointer.live.tensors import Memory
+from ckpt_convert.checkpointer.live.tensors import MemoryRanges
 from ckpt_convert.errors import UsageError
 
 _SAMPLES = 256
@@ -29,15 +29,15 @@ class CopyCheck:
         self._model = model
         self._trained = None if parameters is None else [one for one in parameters if one.requires_grad]
         tensors = list(_tensors(model).values())
-        memory = Memory(map(_local, tensors))
+        memory = MemoryRanges(map(_local, tensors))
         self._live = (
             any(tensor.requires_grad for tensor in tensors)
             or (self._trained is None and _are_shared(tensors))
             or (self._trained is not None and not self._is_trained_apart(tensors, memory))
         )
-        self.start(0)
+        self.restart(0)
 
-    def start(self, step: int) -> None:
+    def restart(self, step: int) -> None:
         """From this step on the tensors have to change."""
         self._step = step
         self._before = {} if self._live else {key: _Look(one) for key, one in _tensors(self._model).items()}
@@ -66,7 +66,7 @@ class CopyCheck:
                 "save: register(model=THEM, progress=checkpointer.progress), then save()"
             )
 
-    def _is_trained_apart(self, tensors: list[torch.Tensor], memory: Memory) -> bool:
+    def _is_trained_apart(self, tensors: list[torch.Tensor], memory: MemoryRanges) -> bool:
         """Whether what is trained is the size of the model or has its shapes, but not its memory.
 
         A small module that is trained beside a frozen model is no reason to suspect copies.

@@ -30,7 +30,7 @@ log = logging.getLogger("ckpt_convert")
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadReport:
     """What was loaded: ``dtypes`` counts the tensors by (dtype in the files, dtype in memory)."""
 
     tensors: int
@@ -47,13 +47,13 @@ class Loaded:
 
 
 @dataclass(frozen=True)
-class Fit:
+class ModelMatch:
     """A checkpoint held against a model: what goes where, and everything that does not fit."""
 
     targets: list[TargetTensor]
     missing: list[str]
     unexpected: list[str]
-    misfits: list[str]
+    mismatched: list[str]
 
     @property
     def problems(self) -> list[str]:
@@ -61,10 +61,10 @@ class Fit:
         there = [f"{key}: the checkpoint has it, the model has not" for key in self.unexpected]
         here = [f"{key}: the model has it, the checkpoint has not" for key in self.missing]
         turns = [line for pair in zip_longest(there, here) for line in pair if line is not None]
-        return [*turns, *self.misfits]
+        return [*turns, *self.mismatched]
 
 
-def targets_of(checkpoint: Identified, format: str) -> tuple[list[TargetTensor], set[str]]:
+def source_targets(checkpoint: Identified, format: str) -> tuple[list[TargetTensor], set[str]]:
     """Every tensor of the checkpoint as ``format`` has it, and the keys of those that tied weights may do without.
 
     Raises UnsupportedFamilyError where the table has no such column, and TiedWeightsError where weights that the config
@@ -81,10 +81,10 @@ def targets_of(checkpoint: Identified, format: str) -> tuple[list[TargetTensor],
     return made.targets, optional
 
 
-def fit(checkpoint: Identified, tensors: Mapping[str, torch.Tensor], format: str) -> Fit:
+def match_model(checkpoint: Identified, tensors: Mapping[str, torch.Tensor], format: str) -> ModelMatch:
     """Hold a checkpoint against the tensors of a model; nothing is read yet."""
     column = checkpoint.model_for(format).family.column_of(format, tensors)
-    targets, optional = targets_of(checkpoint, column)
+    targets, optional = source_targets(checkpoint, column)
     optional |= {target.key for target in targets if not target.instance.row.required}
     known = {target.key: target for target in targets}
     missing = [key for key in tensors if key not in known]
@@ -94,10 +94,12 @@ def fit(checkpoint: Identified, tensors: Mapping[str, torch.Tensor], format: str
         shape = tuple(tensors[key].shape) if key in tensors else target.tensor.shape
         if shape != target.tensor.shape:
             misfits.append(f"{key}: expected {list(target.tensor.shape)}, found {list(shape)} in the model")
-    return Fit([target for target in targets if target.key in tensors], missing, unexpected, misfits)
+    return ModelMatch([target for target in targets if target.key in tensors], missing, unexpected, misfits)
 
 
-def shared(found: Fit, tensors: Mapping[str, torch.Tensor], checkpoint: Identified, format: str) -> list[str]:
+def untied_sources(
+    match: ModelMatch, tensors: Mapping[str, torch.Tensor], checkpoint: Identified, format: str
+) -> list[str]:
     """What is one tensor in the model but two in the checkpoint, of which the model would lose one.
 
     Of a family that is not known nothing says what is tied: there the bytes do.
@@ -105,7 +107,7 @@ def shared(found: Fit, tensors: Mapping[str, torch.Tensor], checkpoint: Identifi
     seen: dict[tuple[object, ...], TargetTensor] = {}
     out = []
     by_bytes = bool(checkpoint.model_for(format).family.literal)
-    for target in found.targets:
+    for target in match.targets:
         tensor = tensors[target.key]
         other = seen.setdefault(_place(tensor), target)
         if local_of(tensor).numel() and other is not target and not (by_bytes and _equal(checkpoint, other, target)):
@@ -113,7 +115,7 @@ def shared(found: Fit, tensors: Mapping[str, torch.Tensor], checkpoint: Identifi
     return out
 
 
-def without_second_names(tensors: Mapping[str, torch.Tensor], known: Collection[str]) -> dict[str, torch.Tensor]:
+def without_tied_aliases(tensors: Mapping[str, torch.Tensor], known: Collection[str]) -> dict[str, torch.Tensor]:
     """The tensors without those that are not ``known`` and are only another name of one that is."""
     there = {_place(tensor) for key, tensor in tensors.items() if key in known and local_of(tensor).numel()}
     return {key: tensor for key, tensor in tensors.items() if key in known or _place(tensor) not in there}
@@ -130,31 +132,31 @@ def _equal(checkpoint: Identified, one: TargetTensor, other: TargetTensor) -> bo
     return same and byte_comparer(checkpoint.stored)(pair)
 
 
-def refuse_misfits(found: Fit, checkpoint: Identified, format: str) -> None:
+def refuse_mismatch(match: ModelMatch, checkpoint: Identified, format: str) -> None:
     """Raise KeyMismatchError listing everything in which a model and a checkpoint do not fit."""
-    if found.problems:
+    if match.problems:
         raise KeyMismatchError(
             f"{checkpoint.place}: does not fit the model, whose keys should be those of the {format} format "
-            f"(model_format={format!r}):{listing(found.problems)}"
+            f"(model_format={format!r}):{listing(match.problems)}"
         )
 
 
-def load(
+def load_tensors(
     checkpoint: Identified,
     tensors: Mapping[str, torch.Tensor],
-    found: Fit,
+    match: ModelMatch,
     *,
-    wanted: Callable[[str], bool] = lambda key: True,
+    is_wanted: Callable[[str], bool] = lambda key: True,
     workers: int = WORKERS,
     progress: ProgressCallback | None = None,
     checksums: dict[str, str] | None = None,
-) -> Loaded:
+) -> LoadReport:
     """Copy what fits into the tensors, in place, converted and block by block; returns what was loaded.
 
     ``checksums`` takes the checksum of each tensor's values as they are read (in the source's dtype), by key.
     """
-    misfit = {line.partition(":")[0] for line in found.misfits}
-    targets = [target for target in found.targets if wanted(target.key) and target.key not in misfit]
+    misfit = {line.partition(":")[0] for line in match.mismatched}
+    targets = [target for target in match.targets if is_wanted(target.key) and target.key not in misfit]
     total = sum(dtypes.nbytes(target.dtype, local_of(tensors[target.key]).shape) for target in targets)
     counter = ProgressCounter("loading", total, progress)
     overflows: dict[str, int] = {}
@@ -181,10 +183,10 @@ def load(
     pairs = Counter(
         (dtypes.DTYPES[target.dtype].torch, dtypes.torch_name(tensors[target.key].dtype)) for target in targets
     )
-    return Loaded(len(targets), total, dict(pairs))
+    return LoadReport(len(targets), total, dict(pairs))
 
 
-def checksums(checkpoint: Identified, targets: Collection[TargetTensor], workers: int = WORKERS) -> dict[str, str]:
+def read_checksums(checkpoint: Identified, targets: Collection[TargetTensor], workers: int = WORKERS) -> dict[str, str]:
     """What ``load`` gives as ``checksums``, of tensors that are read for it alone."""
     out: dict[str, str] = {}
     counter = ProgressCounter("reading", sum(dtypes.nbytes(one.dtype, one.tensor.shape) for one in targets), None)
@@ -205,15 +207,15 @@ def checksums(checkpoint: Identified, targets: Collection[TargetTensor], workers
     return out
 
 
-def state_dict(checkpoint: Identified, format: str) -> dict[str, torch.Tensor]:
+def read_state_dict(checkpoint: Identified, format: str) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, converted and in its dtype; without the second key of tied weights."""
-    targets, optional = targets_of(checkpoint, format)
+    targets, optional = source_targets(checkpoint, format)
     chosen = [target for target in targets if target.key not in optional]
     out = {
         target.key: torch.empty(target.tensor.shape, dtype=getattr(torch, dtypes.DTYPES[target.dtype].torch))
         for target in chosen
     }
-    load(checkpoint, out, Fit(chosen, [], [], []))
+    load_tensors(checkpoint, out, ModelMatch(chosen, [], [], []))
     return out
 
 

@@ -26,7 +26,7 @@ from ckpt_convert.words import listing
 Model = nn.Module | Mapping[str, Any]
 """A model, or its state dict, whose tensors training goes on to change in place."""
 
-WHERE = "the model in memory"
+MODEL_IN_MEMORY = "the model in memory"
 
 _GATHER = (
     ", and whole tensors are what is saved; gather them anew for every save (get_model_state_dict with "
@@ -45,7 +45,7 @@ _COUNT = "n_averaged"
 """The only tensor that one of these wrappers has of its own: how many models an AveragedModel is the average of."""
 
 
-def tensors_of(model: Model) -> dict[str, torch.Tensor]:
+def model_tensors(model: Model) -> dict[str, torch.Tensor]:
     """The persistent tensors by key, without what torch's wrappers put before them and have themselves; no copies.
 
     Raises KeyMismatchError for entries that are no tensors, and UsageError for tensors that cannot be read as they are.
@@ -62,7 +62,7 @@ def tensors_of(model: Model) -> dict[str, torch.Tensor]:
         else:
             out[key] = tensor.detach()
     if problems:
-        raise KeyMismatchError(f"{WHERE}: not everything in its state dict can be saved:{listing(problems)}")
+        raise KeyMismatchError(f"{MODEL_IN_MEMORY}: not everything in its state dict can be saved:{listing(problems)}")
     for key, tensor in out.items():
         _check(key, tensor)
     return out
@@ -75,7 +75,7 @@ def wrapper_tensors(model: Model) -> dict[str, torch.Tensor]:
     return {key: one for name, one in model.named_buffers() for key, own in (_plain(model, name),) if own}
 
 
-def names_of(model: Model) -> dict[int, str]:
+def parameter_names(model: Model) -> dict[int, str]:
     """The key of each parameter, by the ``id`` of the parameter itself; {} for a state dict of detached tensors.
 
     It is the key that the state dict has for this very parameter, whatever ``named_parameters`` calls it.
@@ -91,9 +91,9 @@ def names_of(model: Model) -> dict[int, str]:
     return names
 
 
-def renamed(model: Model) -> Callable[[str], str]:
+def key_finder(model: Model) -> Callable[[str], str]:
     """From a name that a checkpoint may have for a parameter, such as ``named_parameters`` gives it, to its key."""
-    names = names_of(model)
+    names = parameter_names(model)
     called = {}
     if isinstance(model, nn.Module):
         called = {_plain(model, name)[0]: names[id(one)] for name, one in model.named_parameters()}
@@ -109,7 +109,7 @@ def trained_parameters(model: Model) -> dict[str, torch.Tensor]:
     """The parameters that have gradients, by key; of a state dict those tensors that are not detached."""
     if not isinstance(model, nn.Module):
         return {key: one for key, one, _ in _state_of(model) if isinstance(one, torch.Tensor) and one.requires_grad}
-    names = names_of(model)
+    names = parameter_names(model)
     return {names[id(parameter)]: parameter for parameter in model.parameters() if parameter.requires_grad}
 
 
@@ -121,7 +121,7 @@ def all_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, Owned]:
     return {key: Owned(local_of(tensor), whole(tensor.shape)) for key, tensor in tensors.items()}
 
 
-class Memory:
+class MemoryRanges:
     """The memory of some tensors, to tell whether another one is of it: the same, a view, or a larger one."""
 
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
@@ -138,15 +138,15 @@ class Memory:
         return start == end or (start, end) in there or any(first < end and start < last for first, last in there)
 
 
-def copies_in(model: Model, tensors: Mapping[str, torch.Tensor]) -> list[str]:
+def detached_copies(model: Model, tensors: Mapping[str, torch.Tensor]) -> list[str]:
     """The keys of tensors that a module's state dict makes anew: what is loaded into them does not reach the module."""
     if not isinstance(model, nn.Module):
         return []
-    memory = Memory((*model.parameters(), *model.buffers()))
+    memory = MemoryRanges((*model.parameters(), *model.buffers()))
     return [key for key, tensor in tensors.items() if tensor not in memory]
 
 
-def signature(tensors: Mapping[str, Owned]) -> tuple[Any, ...]:
+def tensors_signature(tensors: Mapping[str, Owned]) -> tuple[Any, ...]:
     """What a plan for these tensors depends on, which is everything but their values and where they lie."""
     return tuple((key, t.dtype, tuple(t.shape), t.stride(), part) for key, (t, part) in tensors.items())
 
@@ -167,7 +167,7 @@ class MemoryReader:
         np.copyto(np.frombuffer(buffer, np.uint8), self._bytes[start : start + len(buffer)].cpu().numpy())
 
 
-def as_live(
+def as_planning_source(
     tensors: Mapping[str, Owned], format: str, readers: Mapping[str, RangeReader] | None = None
 ) -> InMemorySource:
     """The tensors as a plan takes them; they are read when the plan is carried out.
@@ -184,7 +184,7 @@ def as_live(
         dense = tensor.is_contiguous() or given is not None
         own = StoredTensor(key, dtype, shape, 0, None if dense else strides)
         reader = given or MemoryReader(key, tensor)
-        file = WeightFile(WHERE, 0, at(WHERE), reader, Header(IN_MEMORY, reader.size, (own,)))
+        file = WeightFile(MODEL_IN_MEMORY, 0, at(MODEL_IN_MEMORY), reader, Header(IN_MEMORY, reader.size, (own,)))
         number = len(files)
         lazy = from_source(number, shape, None if dense else strides)
         files.append((file, own))
@@ -192,7 +192,7 @@ def as_live(
             lazy = _sliced(part, lazy, from_source(number + 1, part.shape))
             elsewhere[number + 1] = number
             files.append((file, StoredTensor(key, dtype, part.shape, reader.size)))  # past the end: never read
-        sources[key] = SourceTensor(key, dtype, lazy, WHERE)
+        sources[key] = SourceTensor(key, dtype, lazy, MODEL_IN_MEMORY)
     return InMemorySource(format, sources, tuple(files), elsewhere)
 
 
@@ -219,7 +219,7 @@ def _moved(tensor: LazyTensor, by: Sequence[int]) -> list[Tile]:
     ]
 
 
-def as_sources(tensors: Mapping[str, Owned]) -> dict[SourceFile, RangeReader]:
+def memory_readers(tensors: Mapping[str, Owned]) -> dict[SourceFile, RangeReader]:
     """The tensors as sources of a plan that was made for others of the same ``signature``."""
     return {memory_source(key): MemoryReader(key, tensor) for key, (tensor, _) in tensors.items()}
 
@@ -246,7 +246,7 @@ def _state_of_module(model: nn.Module) -> Iterator[tuple[str, Any, bool]]:
     _refuse_sharded(model)
     state = [(*_plain(model, name), value) for name, value in model.state_dict(keep_vars=True).items()]
     live: Mapping[str, torch.Tensor] = {}
-    if copies_in(model, {key: value for key, _, value in state if isinstance(value, torch.Tensor)}):
+    if detached_copies(model, {key: value for key, _, value in state if isinstance(value, torch.Tensor)}):
         # FullyShardedDataParallel's state dict has copies, also where nothing is sharded.
         members = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
         live = {_plain(model, name)[0]: one for name, one in members}
@@ -294,10 +294,12 @@ def _refuse_sharded(model: nn.Module) -> None:
         if _wrapped(module) != _WRAPPED["FullyShardedDataParallel"]:
             continue
         if module.sharding_strategy.name != "NO_SHARD":  # type: ignore[union-attr]
-            raise UsageError(f"{WHERE}: FullyShardedDataParallel shards its parameters over processes{_GATHER}")
+            raise UsageError(
+                f"{MODEL_IN_MEMORY}: FullyShardedDataParallel shards its parameters over processes{_GATHER}"
+            )
         if not module._use_orig_params:
             raise UsageError(
-                f"{WHERE}: FullyShardedDataParallel has flattened its parameters; make it with use_orig_params=True"
+                f"{MODEL_IN_MEMORY}: FullyShardedDataParallel has flattened its parameters; make it with use_orig_params=True"
             )
 
 

@@ -21,19 +21,18 @@ from ckpt_convert.checkpoint import legacy_keys, record
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpointer.distributed.claims import Claims, Owned
 from ckpt_convert.checkpointer.live import base, loading
-from ckpt_convert.checkpointer.live.base import Base
+from ckpt_convert.checkpointer.live.base import AdapterBase
 from ckpt_convert.checkpointer.live.choice import ADAPTER, MODEL
 from ckpt_convert.checkpointer.live.tensors import (
-    WHERE,
-    Memory,
+    MODEL_IN_MEMORY,
+    MemoryRanges,
     Model,
     all_of,
-    as_live,
-    as_sources,
-    copies_in,
+    as_planning_source,
+    memory_readers,
+    detached_copies,
     same_memory,
-    signature,
-    tensors_of,
+    tensors_signature,
     trained_parameters,
 )
 from ckpt_convert.checkpointer.save import extra_files
@@ -87,7 +86,7 @@ class SavePlanner:
         self.adapter = None if adapter is None else AdapterConfig.of(adapter)
         self.claims = claims
         self._plans: dict[tuple[Any, ...], OpenPlan] = {}
-        self._base: Base | None = None
+        self._base: AdapterBase | None = None
 
     @cached_property
     def modules(self) -> Modules:
@@ -100,7 +99,7 @@ class SavePlanner:
         """What of a model can be loaded or left out: each tensor by its key, or the adapter, which is loaded whole."""
         if self.adapter is not None:
             return [ADAPTER]
-        return [f"{MODEL}/{key}" for key in self.split(tensors_of(model)).base]
+        return [f"{MODEL}/{key}" for key in self.split(model_tensors(model)).base]
 
     def split(self, tensors: Tensors, *, strict: bool = True) -> SplitTensors:
         """A model's tensors, those of an adapter apart; ``strict`` is whether it has to be as the config says."""
@@ -116,7 +115,7 @@ class SavePlanner:
         """
         model = self.source.model_for(self.settings.model_format)
         if model.family.literal:
-            return loading.without_second_names(tensors, model.family.literal.keys())
+            return loading.without_tied_aliases(tensors, model.family.literal.keys())
         out = dict(tensors) if self.adapter is not None else self._named(tensors, model.family)
         names = {row.name: row for row in model.family.rows}
         for row in model.family.rows:
@@ -134,31 +133,41 @@ class SavePlanner:
         names = legacy_keys.read_keys(tensors, [family], self.settings.model_format)
         if names.clashes:
             said = listing([text for _, text in names.clashes])
-            raise KeyMismatchError(f"{WHERE}: its keys contradict each other:{said}")
+            raise KeyMismatchError(f"{MODEL_IN_MEMORY}: its keys contradict each other:{said}")
         return {names.of(key): tensor for key, tensor in tensors.items()}
 
-    def load_source(self, model: Model, workers: int, progress: ProgressCallback | None) -> loading.Loaded:
+    def load_source(self, model: Model, workers: int, progress: ProgressCallback | None) -> loading.LoadReport:
         """Fill a model from the source, an adapter aside; raises KeyMismatchError where they do not fit."""
-        parts = self.split(tensors_of(model), strict=False)  # DoRA starts from the base: the adapter may come later
+        parts = self.split(model_tensors(model), strict=False)  # DoRA starts from the base: the adapter may come later
         _refuse_copies(model, parts.base | parts.trained_whole)
-        found = loading.fit(self.source, parts.base, self.settings.model_format)
+        found = loading.match_model(self.source, parts.base, self.settings.model_format)
         found = replace(
-            found, misfits=[*found.misfits, *loading.shared(found, parts.base, self.source, self.settings.model_format)]
+            found,
+            misfits=[
+                *found.mismatched,
+                *loading.untied_sources(found, parts.base, self.source, self.settings.model_format),
+            ],
         )
-        loading.refuse_misfits(found, self.source, self.settings.model_format)
+        loading.refuse_mismatch(found, self.source, self.settings.model_format)
         whole = {key: tensor for key, tensor in parts.trained_whole.items() if not same_memory(tensor, parts.base[key])}
-        loading.load(self.source, whole, replace(found, targets=[one for one in found.targets if one.key in whole]))
+        loading.load_tensors(
+            self.source, whole, replace(found, targets=[one for one in found.targets if one.key in whole])
+        )
         checksums: dict[str, str] | None = None if self.adapter is None else {}
-        loaded = loading.load(self.source, parts.base, found, workers=workers, progress=progress, checksums=checksums)
+        loaded = loading.load_tensors(
+            self.source, parts.base, found, workers=workers, progress=progress, checksums=checksums
+        )
         if checksums is not None:
-            self._base = base.of_targets(self._layout(parts.base), found.targets, checksums)
+            self._base = base.base_from_targets(self._layout(parts.base), found.targets, checksums)
         return loaded
 
-    def current_base(self, recorded: Base, workers: int, *, values: bool) -> Base:
+    def current_base(self, recorded: AdapterBase, workers: int, *, values: bool) -> AdapterBase:
         """The base that the source is now, in the layout of one that was written down; ``values`` reads all of it."""
         if self._base is not None and self._base.layout == recorded.layout:
             return self._base
-        return base.of_source(self.source, recorded.layout, recorded.tensors.keys(), workers=workers, values=values)
+        return base.base_from_source(
+            self.source, recorded.layout, recorded.tensors.keys(), workers=workers, values=values
+        )
 
     def _layout(self, tensors: Tensors) -> str:
         format = self.settings.model_format
@@ -171,7 +180,7 @@ class SavePlanner:
         if self._base is None:
             layout = self._layout(tensors)
             try:
-                self._base = base.of_source(self.source, layout, tensors.keys(), workers=WORKERS, values=True)
+                self._base = base.base_from_source(self.source, layout, tensors.keys(), workers=WORKERS, values=True)
             except (OSError, CkptConvertError) as error:
                 log.warning("the base that the adapter is of is not written down with it: %s", reason(error))
                 return {}
@@ -182,7 +191,7 @@ class SavePlanner:
         if self.adapter is None:
             raise UsageError("there is no adapter to load into; give adapter=AdapterConfig(rank=..., alpha=...)")
         loaded = from_peft(path, self.modules, self.adapter)
-        parts = self.split(tensors_of(model))
+        parts = self.split(model_tensors(model))
         _refuse_copies(model, _trained_beside(parts))
         for notice in load_into(parts, loaded):
             log.info("%s: %s", path, notice)
@@ -196,7 +205,7 @@ class SavePlanner:
         ``others`` are the parameters of its optimizers. Raises the error that says everything in which they do not fit
         the source, or what is asked for.
         """
-        parts = self.split(tensors_of(model))
+        parts = self.split(model_tensors(model))
         _refuse_copies(model, parts.base if self.adapter is None else _trained_beside(parts))
         self._refuse_unsaved(model, parts, others)
         if self.adapter is not None:
@@ -241,7 +250,7 @@ class SavePlanner:
             copies, state = _staged({key: tensor for key, (tensor, _) in owned.items()}, state, buffers)
             owned = {key: Owned(copies[key], part) for key, (_, part) in owned.items()}
         made = self._plan(owned, settings)
-        planned = OpenPlan(made.plan, {**made.sources, **as_sources(owned)})
+        planned = OpenPlan(made.plan, {**made.sources, **memory_readers(owned)})
         return lambda section, files: StepContents(planned, section, state, files, settings.extra)
 
     def _owned(self, tensors: Tensors) -> dict[str, Owned]:
@@ -299,11 +308,11 @@ class SavePlanner:
         """
         trained = trained_parameters(model)
         if not isinstance(model, torch.nn.Module):  # of a detached state dict, the optimizer says what is trained
-            updated = Memory(one for one in others if one.requires_grad)
+            updated = MemoryRanges(one for one in others if one.requires_grad)
             trained |= {parts.names.get(key, key): one for key, one in parts.base.items() if one in updated}
-        held = Memory((parts.base if self.adapter is None else _trained_beside(parts)).values())
-        base = Memory(parts.base.values())
-        beside = Memory(others)
+        held = MemoryRanges((parts.base if self.adapter is None else _trained_beside(parts)).values())
+        base = MemoryRanges(parts.base.values())
+        beside = MemoryRanges(others)
         lost = sorted(key for key, one in trained.items() if one not in held and (one in base or one not in beside))
         if lost and self.adapter is not None:
             raise UsageError(
@@ -312,14 +321,14 @@ class SavePlanner:
             )
         if lost:
             raise UsageError(
-                f"{WHERE}: has parameters that are trained, but that its state dict does not hold, so no save would: "
+                f"{MODEL_IN_MEMORY}: has parameters that are trained, but that its state dict does not hold, so no save would: "
                 f"freeze them (requires_grad_(False)), or hand over the optimizer that trains them:{listing(lost)}"
             )
 
     def _plan(self, tensors: Mapping[str, Owned], settings: Settings) -> OpenPlan:
         """The plan for tensors like these; its sources are files alone, for it is used again with other tensors."""
         request = self._request(settings)
-        key = (request, settings.model_format, settings.extra, signature(tensors))
+        key = (request, settings.model_format, settings.extra, tensors_signature(tensors))
         if key not in self._plans:
             planned = planning.make_plan(PlanInputs(self.source, request, in_memory=self._live(tensors, settings)))
             made = planned.plan
@@ -339,7 +348,7 @@ class SavePlanner:
         self, tensors: Mapping[str, Owned], settings: Settings, readers: Mapping[str, RangeReader] | None = None
     ) -> planning.InMemorySource:
         family = self.source.model_for(settings.model_format).family
-        return as_live(tensors, family.column_of(settings.model_format, tensors), readers)
+        return as_planning_source(tensors, family.column_of(settings.model_format, tensors), readers)
 
     def _request(self, settings: Settings) -> Request:
         # A value never ends a training run: what its file cannot hold is said, and kept in the training state.
@@ -359,10 +368,10 @@ def _trained_beside(parts: SplitTensors) -> dict[str, torch.Tensor]:
 
 
 def _refuse_copies(model: Model, tensors: Tensors) -> None:
-    copies = copies_in(model, tensors)
+    copies = detached_copies(model, tensors)
     if copies:
         raise UsageError(
-            f"{WHERE}: its state dict makes these tensors anew each time, so nothing that is loaded into them would "
+            f"{MODEL_IN_MEMORY}: its state dict makes these tensors anew each time, so nothing that is loaded into them would "
             f"reach the model; hand over the module that has them as parameters or buffers:{listing(copies)}"
         )
 

@@ -11,7 +11,7 @@ import torch
 
 from ckpt_convert._version import __version__
 from ckpt_convert.checkpointer.live.copies import CopyCheck
-from ckpt_convert.checkpointer.live.tensors import tensors_of
+from ckpt_convert.checkpointer.live.tensors import model_tensors
 from ckpt_convert.checkpointer.run import saved_steps
 from ckpt_convert.checkpointer.run.counts import RunCounters
 from ckpt_convert.checkpointer.run.source import CONFIG, STARTED_FROM
@@ -93,7 +93,7 @@ class Saver:
         if self._saves_state:
             parts.capture()  # what cannot be saved is told now, not at the first save
         if self._copy_check is not None:
-            self._copy_check.start(self.counts.progress.step)
+            self._copy_check.restart(self.counts.progress.step)
         self._refuse_others()
         self.counts.start_clock()
 
@@ -133,7 +133,7 @@ class Saver:
         if self.background.is_busy:
             log.info("step %d waits for the save before it", progress.step)
         failed = self.background.settle()
-        tensors = tensors_of(parts.model)
+        tensors = model_tensors(parts.model)
         state = parts.capture() if settings.contents == "full" else None
         destination = self.directory.destination(progress)
         job = self.planner.prepare_save(tensors, state, settings, self._buffers if self._options.asynchronous else None)

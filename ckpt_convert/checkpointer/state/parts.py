@@ -13,7 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ckpt_convert.checkpointer.live.tensors import Memory, Model, names_of, renamed, tensors_of, wrapper_tensors
+from ckpt_convert.checkpointer.live.tensors import (
+    MemoryRanges,
+    Model,
+    key_finder,
+    model_tensors,
+    parameter_names,
+    wrapper_tensors,
+)
 from ckpt_convert.checkpointer.state import optimizers, rng, stateful
 from ckpt_convert.checkpointer.state.dataloader import Tracked, track
 from ckpt_convert.checkpointer.state.gradients import Gradients
@@ -50,7 +57,7 @@ class Parts:
 
     def parameters(self) -> dict[str, torch.Tensor]:
         """The parameters of the model and of the optimizers, by name."""
-        names = names_of(self.model)
+        names = parameter_names(self.model)
         own = {names[id(one)]: one for one in self.model.parameters()} if isinstance(self.model, nn.Module) else {}
         return {**own, **(optimizers.parameters(self.optimizer, names) if self.optimizer is not None else {})}
 
@@ -155,12 +162,12 @@ def make(model: Model, optimizer: Any, lr_scheduler: Any, grad_scaler: Any, data
 
 
 def _optimizer(optimizer: Any, model: Model) -> Entry:
-    names = names_of(model)
+    names = parameter_names(model)
     unnamed = any(id(one) not in names for one in optimizers.parameters(optimizer, names).values())
-    memory = Memory(tensors_of(model).values() if unnamed else ())
+    memory = MemoryRanges(model_tensors(model).values() if unnamed else ())
 
     def called_as_now(state: Any) -> Any:
-        return optimizers.renamed(state, renamed(model))
+        return optimizers.renamed(state, key_finder(model))
 
     return Entry(
         lambda: optimizers.capture(optimizer, names, model=memory),
