@@ -27,7 +27,7 @@ from ckpt_convert.checkpointer.save.run_directory import RunDirectory
 from ckpt_convert.checkpointer.save.saver import Saver
 from ckpt_convert.checkpointer.state import training_state
 from ckpt_convert.checkpointer.state.parts import Parts
-from ckpt_convert.checkpointer.state.serialize import part
+from ckpt_convert.checkpointer.state.serialize import path_segment
 from ckpt_convert.errors import (
     CheckpointNotFoundError,
     CkptConvertError,
@@ -332,7 +332,7 @@ def _weights(
     saved: SavedStep,
     parts: Parts,
     planner: SavePlanner,
-    state: training_state.Opened | None,
+    state: training_state.StateReader | None,
     wanted: Selection,
     workers: int,
     progress: ProgressCallback | None,
@@ -341,7 +341,7 @@ def _weights(
     """The names of the weights of both sides, what does not fit, and how to load: as they were in memory if kept."""
     tensors = planner.split(model_tensors(parts.model)).base
     kept = {at for at in state.tensors if at.startswith(_PREFIX)} if state is not None else set()
-    exact = {key: at for key in tensors if (at := f"{_PREFIX}{part(key)}") in kept}
+    exact = {key: at for key in tensors if (at := f"{_PREFIX}{path_segment(key)}") in kept}
     layout = saved.manifest["training"].get("model_format")
     if kept - set(exact.values()) and layout != planner.settings.model_format:
         raise UsageError(

@@ -70,7 +70,7 @@ def test_values_are_those_at_the_call_whatever_training_does_meanwhile(
 ) -> None:
     """The writer is held up until the weights and the optimizer have changed; the first save's buffers serve again."""
     go_on = threading.Event()
-    true = training_state.write
+    true = training_state.write_state
 
     def held(*args: Any) -> Any:
         assert go_on.wait(60)

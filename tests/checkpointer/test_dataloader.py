@@ -26,7 +26,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from ckpt_convert.checkpointer.state import rng
 from ckpt_convert.checkpointer.state.dataloader import track
-from ckpt_convert.checkpointer.state.serialize import pack, unpack
+from ckpt_convert.checkpointer.state.serialize import deserialize, serialize
 from ckpt_convert.errors import CorruptFileError, UsageError
 
 SIZE = 23
@@ -139,7 +139,9 @@ def train(
     saved = None
 
     def save() -> Any:
-        return copy.deepcopy(pack({"loader": tracked.state(), "rng": rng.capture(), "seen": len(seen), "epoch": epoch}))
+        return copy.deepcopy(
+            serialize({"loader": tracked.state(), "rng": rng.capture(), "seen": len(seen), "epoch": epoch})
+        )
 
     if save_at == 0:
         saved = save()
@@ -165,7 +167,7 @@ def check(name: str, save_at: int, breaks: bool = False) -> None:
     seed(99)
     loader = LOADERS[name]()
     again = track(loader)
-    state = unpack(saved)
+    state = deserialize(saved)
     again.load(state["loader"])
     rng.restore(state["rng"])
     done = max(state["seen"] - state["epoch"] * BREAK, 0) if breaks else 0
@@ -230,7 +232,7 @@ def test_a_resumed_run_that_saves_again_can_be_resumed() -> None:
         seed(total)
         loader = LOADERS["shuffled"]()
         tracked = track(loader)
-        state = unpack(saved)
+        state = deserialize(saved)
         tracked.load(state["loader"])
         assert tracked.state()["position"] == state["loader"]["position"]  # saved again before anything was taken
         rng.restore(state["rng"])
@@ -402,7 +404,7 @@ def test_loaders_of_accelerate(stateful: bool, save_at: int) -> None:
     seed(1)
     loader = make()
     tracked = track(loader)
-    state = unpack(saved)
+    state = deserialize(saved)
     tracked.load(state["loader"])
     rng.restore(state["rng"])
     rest, _ = train(loader, tracked, state["epoch"])

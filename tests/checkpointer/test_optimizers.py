@@ -12,7 +12,7 @@ import torch
 from torch.optim import SGD, AdamW
 
 from ckpt_convert.checkpointer.state import optimizers
-from ckpt_convert.checkpointer.state.serialize import pack, unpack
+from ckpt_convert.checkpointer.state.serialize import deserialize, serialize
 from ckpt_convert.errors import UsageError
 
 Make = Callable[[list[Any]], Any]
@@ -54,7 +54,7 @@ def train(model: Model, optimizer: Any, steps: int) -> list[torch.Tensor]:
 
 def saved(optimizer: Any, model: Model) -> Any:
     """What a checkpoint would give back."""
-    return copy.deepcopy(unpack(pack(optimizers.capture(optimizer, model.names))))
+    return copy.deepcopy(deserialize(serialize(optimizers.capture(optimizer, model.names))))
 
 
 def equal(found: Any, expected: Any) -> bool:
@@ -199,7 +199,7 @@ def test_state_is_by_name() -> None:
     tree = optimizers.capture(optimizer, {**model.names, id(model.proj.bias): "b"})
     assert list(tree["state"]) == ["tok", "proj.weight", "b"]
     assert [group["params"] for group in tree["groups"]] == [["tok"], ["proj.weight", "b"]]
-    assert "optimizer/state/tok/exp_avg" in {f"optimizer/{path}" for path in pack(tree).tensors}
+    assert "optimizer/state/tok/exp_avg" in {f"optimizer/{path}" for path in serialize(tree).tensors}
     assert list(optimizers.capture(optimizer, {})["state"]) == ["param_0_0", "param_1_0", "param_1_1"]
 
 
@@ -207,7 +207,7 @@ def test_captured_tensors_are_references() -> None:
     model = Model()
     optimizer = AdamW(model.parameters())
     train(model, optimizer, 1)
-    captured = pack(optimizers.capture(optimizer, model.names)).tensors["state/tok/exp_avg"]
+    captured = serialize(optimizers.capture(optimizer, model.names)).tensors["state/tok/exp_avg"]
     assert captured.data_ptr() == optimizer.state[model.tok]["exp_avg"].data_ptr()
 
 

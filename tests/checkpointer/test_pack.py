@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from ckpt_convert.checkpointer.state.serialize import Packed, pack, unpack
+from ckpt_convert.checkpointer.state.serialize import SerializedState, deserialize, serialize
 from ckpt_convert.errors import CorruptFileError, UsageError
 
 Point = namedtuple("Point", "x y")
@@ -29,8 +29,8 @@ class Twice(torch.Tensor):
 
 
 def through_json(tree: Any) -> Any:
-    packed = pack(tree)
-    return unpack(Packed(json.loads(json.dumps(packed.skeleton, allow_nan=False)), packed.tensors))
+    packed = serialize(tree)
+    return deserialize(SerializedState(json.loads(json.dumps(packed.skeleton, allow_nan=False)), packed.tensors))
 
 
 def same(found: Any, expected: Any) -> bool:
@@ -122,7 +122,7 @@ def test_tensors_that_are_views() -> None:
 def test_tensors_are_references_and_detached() -> None:
     parameter = torch.nn.Parameter(torch.ones(3))
     tensor = torch.ones(2, requires_grad=True)
-    packed = pack([parameter, tensor])
+    packed = serialize([parameter, tensor])
     assert packed.tensors["0"].data_ptr() == parameter.data_ptr()
     assert type(packed.tensors["0"]) is torch.Tensor
     assert not any(found.requires_grad for found in packed.tensors.values())
@@ -161,7 +161,7 @@ def test_paths_are_readable() -> None:
         0: torch.ones(2),
         ("a", 1): np.ones(2),
     }
-    assert list(pack(tree).tensors) == [
+    assert list(serialize(tree).tensors) == [
         "state/layers.0.attn.q_proj.weight/exp_avg",
         "state/layers.0.attn.q_proj.weight/step",
         "groups/0/lr",
@@ -176,19 +176,19 @@ def test_paths_are_unique() -> None:
         "a%2Fb": torch.tensor(4), "": torch.tensor(5), "%": torch.tensor(6), "\n": torch.tensor(7),
         "\ud800": torch.tensor(8),
     }  # fmt: skip
-    packed = pack(tree)
+    packed = serialize(tree)
     assert list(packed.tensors) == ["1", "1~2", "a%2Fb", "a/b", "a%252Fb", "%", "%25", "%0A", "%ED%A0%80"]
     assert same(through_json(tree), tree)
 
 
 def test_a_lone_tensor_has_a_path() -> None:
-    assert list(pack(torch.ones(2)).tensors) == ["value"]
+    assert list(serialize(torch.ones(2)).tensors) == ["value"]
 
 
 def test_the_same_set_gives_the_same_skeleton() -> None:
     one, other = {8, 0}, {0, 8}  # in a table of 8, the one that came first is first
     assert list(one) != list(other)
-    assert pack(one).skeleton == pack(other).skeleton
+    assert serialize(one).skeleton == serialize(other).skeleton
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_the_same_set_gives_the_same_skeleton() -> None:
 )
 def test_anything_else_is_refused_by_name(value: object, what: str) -> None:
     with pytest.raises(UsageError) as caught:
-        pack({"a": [{"b": value}]}, "extra")
+        serialize({"a": [{"b": value}]}, "extra")
     assert str(caught.value).startswith("extra/a/0/b: is a")
     assert what in str(caught.value)
     assert "give plain values, tensors, numpy arrays, or an object with state_dict()" in str(caught.value)
@@ -222,7 +222,7 @@ def test_a_container_that_holds_itself_is_refused() -> None:
     tree: dict[str, Any] = {"a": []}
     tree["a"].append(tree)
     with pytest.raises(UsageError, match="a/0: is a container that holds itself"):
-        pack(tree)
+        serialize(tree)
     twice = [1]
     assert through_json([twice, twice]) == [[1], [1]]
 
@@ -232,7 +232,7 @@ def test_nested_too_deeply_is_refused() -> None:
     for _ in range(100_000):
         tree = [tree]
     with pytest.raises(UsageError, match="nested too deeply"):
-        pack(tree)
+        serialize(tree)
 
 
 @pytest.mark.parametrize(
@@ -259,4 +259,4 @@ def test_nested_too_deeply_is_refused() -> None:
 )
 def test_a_foreign_skeleton_is_refused(skeleton: object) -> None:
     with pytest.raises(CorruptFileError):
-        unpack(Packed([skeleton], {"t": torch.zeros(3)}))
+        deserialize(SerializedState([skeleton], {"t": torch.zeros(3)}))

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ckpt_convert.checkpointer.state import rng
-from ckpt_convert.checkpointer.state.serialize import pack, unpack
+from ckpt_convert.checkpointer.state.serialize import deserialize, serialize
 from ckpt_convert.errors import CorruptFileError
 
 
@@ -29,7 +29,7 @@ def draw() -> list[Any]:
 
 def test_every_generator_goes_on_as_it_did() -> None:
     draw()  # both gauss() and normal() keep a second number for the next call
-    state = unpack(pack(rng.capture()))
+    state = deserialize(serialize(rng.capture()))
     expected = [draw(), draw()]
     draw()
     rng.restore(state)
@@ -94,7 +94,7 @@ def use(monkeypatch: pytest.MonkeyPatch, device: Any, count: int, kind: str = "c
 def test_every_device_is_restored(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     device = Device(3)
     use(monkeypatch, device, 3)
-    state = unpack(pack(rng.capture()))
+    state = deserialize(serialize(rng.capture()))
     assert "accelerators" not in rng.capture(accelerators=False)
     device.states = [torch.tensor([9], dtype=torch.uint8)] * 3
     rng.restore(state)

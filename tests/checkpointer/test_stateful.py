@@ -12,7 +12,7 @@ from torch.optim import SGD
 from torch.optim import lr_scheduler as schedulers
 
 from ckpt_convert.checkpointer.state import stateful
-from ckpt_convert.checkpointer.state.serialize import pack, unpack
+from ckpt_convert.checkpointer.state.serialize import deserialize, serialize
 from ckpt_convert.errors import UsageError
 
 
@@ -31,7 +31,7 @@ class Ema:
 
 
 def saved(obj: Any) -> Any:
-    return copy.deepcopy(unpack(pack(stateful.capture(obj))))
+    return copy.deepcopy(deserialize(serialize(stateful.capture(obj))))
 
 
 class Falling:
@@ -180,4 +180,4 @@ def test_what_has_no_state_is_refused() -> None:
     with pytest.raises(UsageError, match=r"extra: a builtins\.list has no state.*give an object with state_dict"):
         stateful.capture([1], "extra")
     with pytest.raises(UsageError, match=r"extra/f: is a builtins\.function"):
-        pack(stateful.capture({"f": lambda: 1})["values"], "extra")
+        serialize(stateful.capture({"f": lambda: 1})["values"], "extra")

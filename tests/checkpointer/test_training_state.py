@@ -16,8 +16,8 @@ import torch.distributed.checkpoint as dcp
 
 from ckpt_convert.checkpoint.checkpoint import open_identified
 from ckpt_convert.checkpointer.state import training_state
-from ckpt_convert.checkpointer.state.serialize import Packed, pack
-from ckpt_convert.checkpointer.state.training_state import DESCRIPTION, Opened
+from ckpt_convert.checkpointer.state.serialize import SerializedState, serialize
+from ckpt_convert.checkpointer.state.training_state import DESCRIPTION, StateReader
 from ckpt_convert.errors import (
     CheckpointNotFoundError,
     CkptConvertError,
@@ -36,19 +36,19 @@ from ckpt_convert.tensors.header import Box
 def write(path: Path, state: Any) -> dict[str, dict[str, Any]]:
     path.mkdir(exist_ok=True)
     with Folder.at(path) as folder:
-        return training_state.write(folder, state)
+        return training_state.write_state(folder, state)
 
 
 def read(path: Path, parts: Any = None) -> Any:
-    return training_state.read(at(path), parts)
+    return training_state.read_state(at(path), parts)
 
 
-def open_state(path: Path) -> Opened:
+def open_state(path: Path) -> StateReader:
     return training_state.open_state(at(path))
 
 
 def check(path: Path, files: Any, checksums: bool = True) -> list[str]:
-    return training_state.check(at(path), files, checksums)
+    return training_state.check_state(at(path), files, checksums)
 
 
 def optimizer() -> dict[str, Any]:
@@ -67,7 +67,7 @@ def optimizer() -> dict[str, Any]:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    parts = {"optimizer": pack(optimizer()), "a/b": pack({0: torch.ones(2)}), "plain": pack({"step": 3})}
+    parts = {"optimizer": serialize(optimizer()), "a/b": serialize({0: torch.ones(2)}), "plain": serialize({"step": 3})}
     write(tmp_path / "state", parts)
     return tmp_path / "state"
 
@@ -99,7 +99,7 @@ def test_every_kind_of_tensor_comes_back_bit_for_bit(tmp_path: Path) -> None:
         "uint64": torch.tensor([2**64 - 1], dtype=torch.uint64),
         "scalar": torch.tensor(True),
     }
-    write(tmp_path / "s", pack(tree))
+    write(tmp_path / "s", serialize(tree))
     found = read(tmp_path / "s")
     assert list(found) == list(tree)
     for key, tensor in tree.items():
@@ -111,7 +111,7 @@ def test_every_kind_of_tensor_comes_back_bit_for_bit(tmp_path: Path) -> None:
 
 def test_only_the_bytes_of_a_view_are_written(tmp_path: Path) -> None:
     big = torch.zeros(1_000_000)
-    write(tmp_path / "s", pack({"a": big[:10], "b": big[500:520].view(4, 5)}))
+    write(tmp_path / "s", serialize({"a": big[:10], "b": big[500:520].view(4, 5)}))
     assert sum(file.stat().st_size for file in (tmp_path / "s").iterdir()) < 20_000
 
 
@@ -136,13 +136,13 @@ def test_inspect_shows_it(saved: Path) -> None:
 
 def test_some_parts_are_read_without_the_others(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    original = training_state.Opened.tensor
+    original = training_state.StateReader.tensor
 
     def recorded(self: Any, key: str, into: Any = None) -> torch.Tensor:
         asked.append(key)
         return original(self, key, into)
 
-    monkeypatch.setattr(training_state.Opened, "tensor", recorded)
+    monkeypatch.setattr(training_state.StateReader, "tensor", recorded)
     assert list(read(saved, ["a/b", "plain"])) == ["a/b", "plain"]
     assert asked == [DESCRIPTION, "a%2Fb/0"]
     with pytest.raises(UsageError, match="has no part scheduler; it has: optimizer, a/b, plain"):
@@ -161,20 +161,20 @@ def test_one_tensor_can_be_read_into_another(saved: Path) -> None:
 
 
 def test_a_state_without_parts(tmp_path: Path) -> None:
-    write(tmp_path / "s", pack([1, torch.ones(1)]))
+    write(tmp_path / "s", serialize([1, torch.ones(1)]))
     assert read(tmp_path / "s")[0] == 1
     with pytest.raises(UsageError, match="has no parts"):
         read(tmp_path / "s", ["a"])
 
 
 def test_the_same_state_gives_the_same_files(tmp_path: Path) -> None:
-    one, other = (write(tmp_path / name, {"o": pack({"a": torch.ones(3), "b": {1, "x"}})}) for name in "ab")
+    one, other = (write(tmp_path / name, {"o": serialize({"a": torch.ones(3), "b": {1, "x"}})}) for name in "ab")
     assert one == other
 
 
 def test_tensors_in_pieces_are_put_together(tmp_path: Path) -> None:
     """As several ranks will write them: here one file holds two halves under one key."""
-    write(tmp_path / "s", pack({"a": torch.arange(12.0).reshape(4, 3)}))
+    write(tmp_path / "s", serialize({"a": torch.arange(12.0).reshape(4, 3)}))
     state = open_state(tmp_path / "s")
     reader, stored = state.tensors["a"][0]
     halves = [stored._replace(shape=(2, 3), box=Box((4, 3), (row, 0))) for row in (0, 2)]
@@ -186,7 +186,7 @@ def test_tensors_in_pieces_are_put_together(tmp_path: Path) -> None:
         def readinto(self, offset: int, buffer: memoryview) -> None:
             reader.readinto(offset + self.skip, buffer)
 
-    joined = training_state.Opened(
+    joined = training_state.StateReader(
         state.place, None, {"a": tuple(zip((Half(0), Half(24)), halves, strict=True))}, {"$": "tensor", "at": "a"}
     )
     assert torch.equal(joined.read(), torch.arange(12.0).reshape(4, 3))
@@ -194,16 +194,16 @@ def test_tensors_in_pieces_are_put_together(tmp_path: Path) -> None:
 
 def test_written_once(saved: Path) -> None:
     with pytest.raises(UnwritableError, match="cannot be made: File exists"):
-        write(saved, pack({}))
+        write(saved, serialize({}))
 
 
 def test_the_name_of_the_description_is_taken(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="call yours something else"):
-        write(tmp_path / "s", pack({DESCRIPTION: torch.ones(1)}))
+        write(tmp_path / "s", serialize({DESCRIPTION: torch.ones(1)}))
 
 
 def test_check_finds_what_is_wrong(tmp_path: Path) -> None:
-    files = write(tmp_path / "s", pack({"a": torch.ones(1000)}))
+    files = write(tmp_path / "s", serialize({"a": torch.ones(1000)}))
     assert sorted(files) == [".metadata", "__0_0.distcp"]
     assert check(tmp_path / "s", files) == []
     data = tmp_path / "s" / "__0_0.distcp"
@@ -273,7 +273,7 @@ def test_nothing_is_unpickled(saved: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_writing_warns_of_nothing(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
-    write(tmp_path / "s", {"a": pack({"b": torch.ones(1), "c": torch.empty(0)}), "e": Packed({}, {})})
+    write(tmp_path / "s", {"a": serialize({"b": torch.ones(1), "c": torch.empty(0)}), "e": SerializedState({}, {})})
     assert list(recwarn) == []
     assert read(tmp_path / "s")["e"] == {}
 
@@ -284,14 +284,14 @@ def test_a_full_disk_leaves_no_metadata(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(os, "write", full)
     with pytest.raises(NotEnoughSpaceError, match=r"__0_0.distcp: cannot be written: No space left"):
-        write(tmp_path / "s", pack({"a": torch.ones(10)}))
+        write(tmp_path / "s", serialize({"a": torch.ones(10)}))
     assert not (tmp_path / "s" / ".metadata").exists()
 
 
 def _with_description(directory: Path, content: object) -> None:
     text = torch.frombuffer(bytearray(json.dumps(content).encode()), dtype=torch.uint8)
     with Folder.at(_made(directory)) as folder:
-        training_state.Writer(folder).save({DESCRIPTION: text})
+        training_state.DcpWriter(folder).save({DESCRIPTION: text})
 
 
 def _made(directory: Path) -> Path:

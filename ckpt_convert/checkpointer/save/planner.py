@@ -38,7 +38,7 @@ from ckpt_convert.checkpointer.live.tensors import (
 from ckpt_convert.checkpointer.save import extra_files
 from ckpt_convert.checkpointer.save.buffers import CopyBuffers
 from ckpt_convert.checkpointer.save.writer import StepContents
-from ckpt_convert.checkpointer.state.serialize import Packed, pack
+from ckpt_convert.checkpointer.state.serialize import SerializedState, serialize
 from ckpt_convert.convert import planning
 from ckpt_convert.convert.plan import Plan
 from ckpt_convert.convert.planning import PlanInputs
@@ -231,7 +231,11 @@ class SavePlanner:
         return list(made.notices)
 
     def prepare_save(
-        self, tensors: Tensors, state: Mapping[str, Packed] | None, settings: Settings, buffers: CopyBuffers | None
+        self,
+        tensors: Tensors,
+        state: Mapping[str, SerializedState] | None,
+        settings: Settings,
+        buffers: CopyBuffers | None,
     ) -> Callable[[Section, Mapping[str, bytes]], StepContents]:
         """What is to be written, of the values as they are now: with ``buffers``, they may change afterwards.
 
@@ -245,7 +249,7 @@ class SavePlanner:
         if state is not None:
             exact = _inexact(self._plan(owned, settings).plan)
             if exact:
-                state[MODEL] = pack({key: tensor for key, tensor in parts.base.items() if key in exact}, MODEL)
+                state[MODEL] = serialize({key: tensor for key, tensor in parts.base.items() if key in exact}, MODEL)
         if buffers is not None:
             copies, state = _staged({key: tensor for key, (tensor, _) in owned.items()}, state, buffers)
             owned = {key: Owned(copies[key], part) for key, (_, part) in owned.items()}
@@ -258,7 +262,11 @@ class SavePlanner:
         return all_of(tensors) if self.claims is None else self.claims.of(tensors)
 
     def _adapter_job(
-        self, parts: SplitTensors, state: dict[str, Packed] | None, settings: Settings, buffers: CopyBuffers | None
+        self,
+        parts: SplitTensors,
+        state: dict[str, SerializedState] | None,
+        settings: Settings,
+        buffers: CopyBuffers | None,
     ) -> Callable[[Section, Mapping[str, bytes]], StepContents]:
         merges_too = _merges(settings)
         if buffers is not None:
@@ -391,8 +399,8 @@ def _inexact(made: Plan) -> set[str]:
 
 
 def _staged(
-    tensors: Tensors, state: Mapping[str, Packed] | None, buffers: CopyBuffers
-) -> tuple[dict[str, torch.Tensor], dict[str, Packed] | None]:
+    tensors: Tensors, state: Mapping[str, SerializedState] | None, buffers: CopyBuffers
+) -> tuple[dict[str, torch.Tensor], dict[str, SerializedState] | None]:
     """Everything in memory of our own, copied in one go; a tensor that is there twice once."""
     names = {f"{MODEL}/{key}": tensor for key, tensor in tensors.items()}
     for part, packed in (state or {}).items():
@@ -401,7 +409,7 @@ def _staged(
     staged = None
     if state is not None:
         staged = {
-            part: Packed(packed.skeleton, {at: copies[f"state/{part}/{at}"] for at in packed.tensors})
+            part: SerializedState(packed.skeleton, {at: copies[f"state/{part}/{at}"] for at in packed.tensors})
             for part, packed in state.items()
         }
     return {key: copies[f"{MODEL}/{key}"] for key in tensors}, staged

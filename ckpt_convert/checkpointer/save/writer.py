@@ -14,7 +14,7 @@ from ckpt_convert.checkpoint import record
 from ckpt_convert.checkpoint.record import TRAINING_STATE
 from ckpt_convert.checkpointer.run import saved_steps
 from ckpt_convert.checkpointer.state import dcp_files, training_state
-from ckpt_convert.checkpointer.state.serialize import Packed
+from ckpt_convert.checkpointer.state.serialize import SerializedState
 from ckpt_convert.convert import output, ownership
 from ckpt_convert.convert.auxiliary_files import AuxiliaryFile
 from ckpt_convert.convert.execute import check_losses, loss_text, run_checks
@@ -49,7 +49,7 @@ class StepContents:
 
     weights: OpenPlan | None
     training: Callable[[], Mapping[str, Any]]
-    state: Mapping[str, Packed] | None = None
+    state: Mapping[str, SerializedState] | None = None
     files: Mapping[str, bytes] | None = None
     extra: Sequence[Place] = ()
     weights_in: str = ""
@@ -142,7 +142,7 @@ def _write(step: StepContents, staging: Stage, workers: int) -> None:
     extra = {place.name: _copy(place, staging) for place in step.extra}
     state = None
     if step.state is not None:
-        state = {"files": training_state.write(staging.folder.below(TRAINING_STATE), step.state)}
+        state = {"files": training_state.write_state(staging.folder.below(TRAINING_STATE), step.state)}
     manifest["training"] = {**step.training(), "training_state": state, "extra_files": extra, "files": files}
     staging.folder.write(record.MANIFEST, record.render_manifest(manifest))
 

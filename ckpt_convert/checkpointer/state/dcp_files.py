@@ -38,7 +38,7 @@ As measured: with 8 MB, which no processor's nearer caches hold from summing to 
 sooner, and often took twice as long."""
 
 
-class Writer:
+class DcpWriter:
     """Writes one state from one process into a directory."""
 
     def __init__(self, folder: Folder) -> None:

@@ -33,7 +33,7 @@ FACTORIES: dict[str, Any] = {
 Tensors = Mapping[str, torch.Tensor]
 
 
-def unpacked(skeleton: Any, tensors: Tensors) -> Any:
+def rebuild(skeleton: Any, tensors: Tensors) -> Any:
     """Make the state that ``skeleton`` describes; raises CorruptFileError when it is not one of ours."""
     try:
         return _node(skeleton, tensors)
@@ -98,7 +98,7 @@ def _tensor(node: dict[str, Any], tensors: Tensors) -> torch.Tensor:
     return tensor.view(dtype).reshape(shape) if tensor.numel() else torch.empty(shape, dtype=dtype)
 
 
-def flattened_class(module: str, name: str) -> Any:
+def flattening_class(module: str, name: str) -> Any:
     """The class of tensors of this name that takes its tensors apart and puts them together; None where there is none.
 
     Only what is imported already is looked at.
@@ -113,7 +113,7 @@ def flattened_class(module: str, name: str) -> Any:
 
 
 def _subclass(node: dict[str, Any], tensors: Tensors) -> torch.Tensor:
-    kind = flattened_class(node["module"], node["class"])
+    kind = flattening_class(node["module"], node["class"])
     if kind is None:
         raise UsageError(
             f"the state has tensors of the class {node['module']}.{node['class']}, which this program has not "

@@ -24,7 +24,7 @@ from ckpt_convert.checkpointer.live.tensors import (
 from ckpt_convert.checkpointer.state import optimizers, rng, stateful
 from ckpt_convert.checkpointer.state.dataloader import Tracked, track
 from ckpt_convert.checkpointer.state.gradients import Gradients
-from ckpt_convert.checkpointer.state.serialize import Packed, pack
+from ckpt_convert.checkpointer.state.serialize import SerializedState, serialize
 from ckpt_convert.errors import UsageError
 
 _OCCASIONAL = ("wrapper", "gradients")
@@ -90,10 +90,10 @@ class Parts:
         """The names of the entries that every training state has."""
         return [name for name in self.entries() if name not in _OCCASIONAL]
 
-    def capture(self) -> dict[str, Packed]:
+    def capture(self) -> dict[str, SerializedState]:
         """The state of every entry, by name; tensors are those in use, not copies."""
         taken = {name: entry.take() for name, entry in self.entries().items()}
-        return {name: pack(state, name) for name, state in taken.items() if state or name not in _OCCASIONAL}
+        return {name: serialize(state, name) for name, state in taken.items() if state or name not in _OCCASIONAL}
 
     def compare(self, state: Mapping[str, Any], wanted: Callable[[str], bool]) -> list[str]:
         """What of the wanted entries is missing, unexpected or does not fit; nothing is changed."""

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ckpt_convert.checkpointer.state.deserialize import FACTORIES, KIND, WORD_SIZE, flattened_class, unpacked
+from ckpt_convert.checkpointer.state.deserialize import FACTORIES, KIND, WORD_SIZE, flattening_class, rebuild
 from ckpt_convert.dtypes import FROM_TORCH, torch_name
 from ckpt_convert.errors import UsageError
 
@@ -27,28 +27,28 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
 @dataclass(frozen=True)
-class Packed:
+class SerializedState:
     """``skeleton`` is what ``json`` takes; ``tensors`` are by readable path, and share the memory of the state's."""
 
     skeleton: Any
     tensors: dict[str, torch.Tensor]
 
 
-def pack(tree: Any, name: str = "") -> Packed:
+def serialize(tree: Any, name: str = "") -> SerializedState:
     """Take a nested state apart; ``name`` is what messages call it.
 
     Raises UsageError, naming the path and the type, for anything that could not be given back exactly.
     """
     packer = _Packer(name)
-    return Packed(packer.node(tree, ()), packer.tensors)
+    return SerializedState(packer.node(tree, ()), packer.tensors)
 
 
-def unpack(packed: Packed) -> Any:
+def deserialize(packed: SerializedState) -> Any:
     """Give the state back, with the tensors that ``packed`` holds; raises CorruptFileError for a foreign skeleton."""
-    return unpacked(packed.skeleton, packed.tensors)
+    return rebuild(packed.skeleton, packed.tensors)
 
 
-def part(key: object) -> str:
+def path_segment(key: object) -> str:
     """A key as one part of a path: readable, without a slash or a character that does not print."""
     text = key if isinstance(key, str) else repr(key)
     escaped = "".join(c if c.isprintable() and c not in "/%" else _escape(c) for c in text)
@@ -111,11 +111,14 @@ class _Packer:
         return [self.node(item, (*path, str(number))) for number, item in enumerate(values)]
 
     def pairs(self, value: Mapping[Any, Any], path: tuple[str, ...]) -> list[Any]:
-        return [[self.node(key, (*path, "keys")), self.node(item, (*path, part(key)))] for key, item in value.items()]
+        return [
+            [self.node(key, (*path, "keys")), self.node(item, (*path, path_segment(key)))]
+            for key, item in value.items()
+        ]
 
     def mapping(self, value: Mapping[Any, Any], path: tuple[str, ...]) -> Any:
         if all(type(key) is str for key in value) and KIND not in value:
-            return {key: self.node(item, (*path, part(key))) for key, item in value.items()}
+            return {key: self.node(item, (*path, path_segment(key))) for key, item in value.items()}
         return {KIND: "dict", "of": self.pairs(value, path)}
 
     def members(self, value: Iterable[Any], path: tuple[str, ...]) -> list[Any]:
@@ -147,7 +150,7 @@ class _Packer:
         """A tensor that is made of others, as 8-bit optimizers have them: what it is made of, and its class's name."""
         kind: Any = type(value)
         module, name = kind.__module__, kind.__qualname__
-        if hasattr(kind, "full_tensor") or flattened_class(module, name) is not kind:
+        if hasattr(kind, "full_tensor") or flattening_class(module, name) is not kind:
             raise self._refused(path, f"a tensor of class {module}.{name}")
         parts, context = value.__tensor_flatten__()  # type: ignore[attr-defined]
         return {

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from ckpt_convert.analysis.check.training import compare_files
-from ckpt_convert.checkpointer.state.dcp_files import Writer
-from ckpt_convert.checkpointer.state.deserialize import tensor_keys, unpacked
-from ckpt_convert.checkpointer.state.serialize import Packed, part
+from ckpt_convert.checkpointer.state.dcp_files import DcpWriter
+from ckpt_convert.checkpointer.state.deserialize import rebuild, tensor_keys
+from ckpt_convert.checkpointer.state.serialize import SerializedState, path_segment
 from ckpt_convert.containers.dcp import DCP_INDEX, dcp
 from ckpt_convert.dtypes import DTYPES
 from ckpt_convert.errors import (
@@ -41,25 +41,27 @@ _WAY_OUT = "copy the checkpoint again, or resume from another one"
 Files = dict[str, dict[str, Any]]
 
 
-def write(folder: Folder, packed: Mapping[str, Packed] | Packed) -> Files:
+def write_state(folder: Folder, packed: Mapping[str, SerializedState] | SerializedState) -> Files:
     """Write a state, or several by name, into a new folder; its files are on disk afterwards.
 
     Returns size (bytes) and checksum (xxh3_64, hex) of each file by name. No copy of the state is made: of tensors
     that are not on the CPU, or not contiguous, one at a time.
     """
-    if isinstance(packed, Packed):
+    if isinstance(packed, SerializedState):
         content: dict[str, Any] = {"version": VERSION, "tree": packed.skeleton}
         tensors = dict(packed.tensors)
     else:
         content = {"version": VERSION, "parts": {name: one.skeleton for name, one in packed.items()}}
-        tensors = {f"{part(name)}/{at}": tensor for name, one in packed.items() for at, tensor in one.tensors.items()}
+        tensors = {
+            f"{path_segment(name)}/{at}": tensor for name, one in packed.items() for at, tensor in one.tensors.items()
+        }
     if DESCRIPTION in tensors:
         raise UsageError(f"{DESCRIPTION!r} is the name of the description of the state; call yours something else")
     text = json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
-    return Writer(folder).save({DESCRIPTION: torch.frombuffer(bytearray(text), dtype=torch.uint8)} | tensors)
+    return DcpWriter(folder).save({DESCRIPTION: torch.frombuffer(bytearray(text), dtype=torch.uint8)} | tensors)
 
 
-def check(directory: Place, files: Mapping[str, Mapping[str, Any]], checksums: bool = True) -> list[str]:
+def check_state(directory: Place, files: Mapping[str, Mapping[str, Any]], checksums: bool = True) -> list[str]:
     """Compare the directory with what ``write`` returned; the problems, none when all is well.
 
     Without ``checksums`` only names and sizes are looked at, and no file is read.
@@ -68,7 +70,7 @@ def check(directory: Place, files: Mapping[str, Mapping[str, Any]], checksums: b
     return [finding.text for finding in compare_files(directory, files, checksums)]
 
 
-def read(directory: Place, parts: Iterable[str] | None = None) -> Any:
+def read_state(directory: Place, parts: Iterable[str] | None = None) -> Any:
     """Give back what was written: the state, or a dict of those named ``parts`` (None: all of them), on the CPU.
 
     Raises CheckpointNotFoundError when there is none, UsageError for a part that was not written, ConfigError for one
@@ -78,7 +80,7 @@ def read(directory: Place, parts: Iterable[str] | None = None) -> Any:
 
 
 @dataclass(frozen=True)
-class Opened:
+class StateReader:
     """A state whose description was read; no tensor was.
 
     ``parts`` are the names that it was written under, None for a single state; ``tensors`` all tensors by path, a
@@ -100,7 +102,7 @@ class Opened:
         unknown = [name for name in wanted if name not in self.parts]
         if unknown:
             raise UsageError(f"{self.place}: has no part {', '.join(unknown)}; it has: {', '.join(self.parts)}")
-        return {name: self._tree(self._skeletons[name], part(name) + "/") for name in wanted}
+        return {name: self._tree(self._skeletons[name], path_segment(name) + "/") for name in wanted}
 
     def shape(self, key: str) -> tuple[int, ...]:
         """The shape of a tensor."""
@@ -128,7 +130,7 @@ class Opened:
     def _tree(self, skeleton: Any, prefix: str) -> Any:
         try:
             tensors = {at: self.tensor(prefix + at) for at in tensor_keys(skeleton)}
-            return unpacked(skeleton, tensors)
+            return rebuild(skeleton, tensors)
         except CorruptFileError as error:
             raise CorruptFileError(f"{self.place}: {error}") from error
 
@@ -148,7 +150,7 @@ class Opened:
         return out
 
 
-def open_state(directory: Place) -> Opened:
+def open_state(directory: Place) -> StateReader:
     """Read the description of a state; raises as ``read`` does."""
     directory = directory.listed()
     if not (directory / DCP_INDEX).is_regular():
@@ -166,12 +168,12 @@ def open_state(directory: Place) -> Opened:
     content = _description(directory, tensors)
     parts = content.get("parts")
     if parts is None and "tree" in content:
-        return Opened(directory, None, tensors, content["tree"])
+        return StateReader(directory, None, tensors, content["tree"])
     if not isinstance(parts, dict):
         raise CorruptFileError(
             f"{directory}: {DESCRIPTION} should hold the parts of the state, but does not; {_WAY_OUT}"
         )
-    return Opened(directory, tuple(parts), tensors, parts)
+    return StateReader(directory, tuple(parts), tensors, parts)
 
 
 def _description(
@@ -182,7 +184,7 @@ def _description(
             f"{directory}: has no {DESCRIPTION!r}, so it was not written by a Checkpointer; load it with "
             "torch.distributed.checkpoint instead"
         )
-    raw = Opened(directory, None, tensors, None).tensor(DESCRIPTION)
+    raw = StateReader(directory, None, tensors, None).tensor(DESCRIPTION)
     try:
         content = json.loads(raw.numpy().tobytes())
         version = content["version"]
