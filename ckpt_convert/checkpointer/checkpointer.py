@@ -416,13 +416,13 @@ class Checkpointer:
 
     def _begin(
         self, model: Model, optimizer: Any, lr_scheduler: Any, grad_scaler: Any, dataloader: Any, extra: Any
-    ) -> parts.Parts:
+    ) -> parts.TrainingParts:
         self._refuse_closed()
         self._saver.open()
         if self._signals is not None:
             self._signals.install()
         self._signal_saved = self._over = False
-        made = parts.make(model, optimizer, lr_scheduler, grad_scaler, dataloader, extra)
+        made = parts.make_parts(model, optimizer, lr_scheduler, grad_scaler, dataloader, extra)
         self._saver.begin(made)
         return made
 
@@ -441,7 +441,7 @@ class Checkpointer:
     def _let_go(self) -> None:
         self._saver.release(self._signals.restore if self._signals is not None else lambda: None)
 
-    def _require(self, what: str) -> parts.Parts:
+    def _require(self, what: str) -> parts.TrainingParts:
         self._refuse_closed()
         return self._saver.require(what)
 

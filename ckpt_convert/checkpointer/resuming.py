@@ -26,7 +26,7 @@ from ckpt_convert.checkpointer.save.planner import SavePlanner
 from ckpt_convert.checkpointer.save.run_directory import RunDirectory
 from ckpt_convert.checkpointer.save.saver import Saver
 from ckpt_convert.checkpointer.state import training_state
-from ckpt_convert.checkpointer.state.parts import Parts
+from ckpt_convert.checkpointer.state.parts import TrainingParts
 from ckpt_convert.checkpointer.state.serialize import path_segment
 from ckpt_convert.errors import (
     CheckpointNotFoundError,
@@ -95,7 +95,7 @@ def refuse_restart(wanted: Selection, saver: Saver, options: Options) -> None:
 def go_on(
     saved: SavedStep,
     saver: Saver,
-    parts: Parts,
+    parts: TrainingParts,
     options: Options,
     wanted: Selection,
     *,
@@ -107,7 +107,7 @@ def go_on(
     Raises what ``load`` does, and UsageError for what could not be saved.
     """
     counts, directory = saver.counts, saver.directory
-    parts.begin_at(saved.step)
+    parts.start_at(saved.step)
     _take_layout_of(saved, saver, options)
     load(
         saved,
@@ -236,7 +236,7 @@ def check(saved: SavedStep, *, verify: bool, workers: int) -> list[str]:
 
 def load(
     saved: SavedStep,
-    parts: Parts,
+    parts: TrainingParts,
     planner: SavePlanner,
     *,
     wanted: Selection,
@@ -254,8 +254,8 @@ def load(
     names = [name for name in (state.parts or () if state is not None else ()) if name != MODEL and wanted(name)]
     trees = state.read(names) if state is not None else {}
     if state is None:
-        _say_what_starts_anew(saved, [name for name in parts.always if wanted(name)], strict)
-    problems = parts.compare(trees, wanted) if state is not None else []
+        _say_what_starts_anew(saved, [name for name in parts.required_entries if wanted(name)], strict)
+    problems = parts.compare_state(trees, wanted) if state is not None else []
     with contextlib.ExitStack() as stack:
         load_weights: Callable[[], str]
         if planner.adapter is not None:
@@ -271,7 +271,7 @@ def load(
                 f"parts out):{listing(problems)}"
             )
         said = load_weights() if planner.adapter is None or wanted(ADAPTER) else "nothing of the model"
-    problems += parts.restore(trees, wanted)
+    problems += parts.set_state(trees, wanted)
     if problems:
         log.warning("%s: what did not fit was left as it was:%s", saved.place, listing(problems))
     log.info("loaded %s", said)
@@ -285,7 +285,7 @@ def load_best(saver: Saver, model: Model, options: Options) -> SavedStep | None:
     assert found is not None
     load(
         found,
-        Parts(model),
+        TrainingParts(model),
         saver.planner,
         wanted=Selection(weights_only=True),
         strict=True,
@@ -330,7 +330,7 @@ def _say_what_starts_anew(saved: SavedStep, names: list[str], strict: bool) -> N
 
 def _weights(
     saved: SavedStep,
-    parts: Parts,
+    parts: TrainingParts,
     planner: SavePlanner,
     state: training_state.StateReader | None,
     wanted: Selection,
@@ -373,7 +373,7 @@ def _weights(
 
 def _adapter(
     saved: SavedStep,
-    parts: Parts,
+    parts: TrainingParts,
     planner: SavePlanner,
     strict: bool,
     workers: int,

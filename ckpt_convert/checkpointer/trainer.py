@@ -70,7 +70,7 @@ class CheckpointerCallback(TrainerCallback):
         else:
             self._resume(parts, state.global_step)
             # Trainer draws random numbers while it goes to its place in the data: they are put back after that.
-            self._random = rng.capture()
+            self._random = rng.get_rng_state()
             batches: Any = kwargs.get("train_dataloader")
             per_epoch = math.ceil(len(batches) / args.gradient_accumulation_steps) if has_length(batches) else 0
             self._within_epoch = not per_epoch or state.global_step % per_epoch != 0
@@ -169,7 +169,7 @@ class CheckpointerCallback(TrainerCallback):
 
     def _put_back(self) -> None:
         if self._random is not None:
-            rng.restore(self._random)
+            rng.set_rng_state(self._random)
             self._random = None
 
 

@@ -25,7 +25,7 @@ from torch.utils.data import (
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from ckpt_convert.checkpointer.state import rng
-from ckpt_convert.checkpointer.state.dataloader import track
+from ckpt_convert.checkpointer.state.dataloader import track_loader
 from ckpt_convert.checkpointer.state.serialize import deserialize, serialize
 from ckpt_convert.errors import CorruptFileError, UsageError
 
@@ -140,7 +140,7 @@ def train(
 
     def save() -> Any:
         return copy.deepcopy(
-            serialize({"loader": tracked.state(), "rng": rng.capture(), "seen": len(seen), "epoch": epoch})
+            serialize({"loader": tracked.state(), "rng": rng.get_rng_state(), "seen": len(seen), "epoch": epoch})
         )
 
     if save_at == 0:
@@ -163,13 +163,13 @@ def train(
 def check(name: str, save_at: int, breaks: bool = False) -> None:
     seed(1)
     loader = LOADERS[name]()
-    whole, saved = train(loader, track(loader), save_at=save_at, breaks=breaks)
+    whole, saved = train(loader, track_loader(loader), save_at=save_at, breaks=breaks)
     seed(99)
     loader = LOADERS[name]()
-    again = track(loader)
+    again = track_loader(loader)
     state = deserialize(saved)
     again.load(state["loader"])
-    rng.restore(state["rng"])
+    rng.set_rng_state(state["rng"])
     done = max(state["seen"] - state["epoch"] * BREAK, 0) if breaks else 0
     rest, _ = train(loader, again, state["epoch"], breaks=breaks, done=done)
     assert rest == whole[state["seen"] :]
@@ -206,7 +206,7 @@ def test_tracking_changes_nothing_that_a_run_sees() -> None:
     expected = [(batch.tolist(), torch.rand(()).item()) for _ in range(2) for batch in plain]
     seed(1)
     tracked = DataLoader(Numbers(), batch_size=4, shuffle=True)
-    place = track(tracked)
+    place = track_loader(tracked)
     found = []
     for _ in range(2):
         for batch in tracked:
@@ -219,23 +219,23 @@ def test_asking_torchdata_before_its_first_epoch_draws_nothing() -> None:
     seed(1)
     loader = StatefulDataLoader(Numbers(), shuffle=True)
     before = torch.get_rng_state()
-    track(loader).state()
+    track_loader(loader).state()
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_resumed_run_that_saves_again_can_be_resumed() -> None:
     seed(1)
     loader = LOADERS["shuffled"]()
-    whole, saved = train(loader, track(loader), save_at=2)
+    whole, saved = train(loader, track_loader(loader), save_at=2)
     done = 2
     for total in (4, 5, 9):
         seed(total)
         loader = LOADERS["shuffled"]()
-        tracked = track(loader)
+        tracked = track_loader(loader)
         state = deserialize(saved)
         tracked.load(state["loader"])
         assert tracked.state()["position"] == state["loader"]["position"]  # saved again before anything was taken
-        rng.restore(state["rng"])
+        rng.set_rng_state(state["rng"])
         rest, saved = train(loader, tracked, state["epoch"], save_at=total - done)
         assert rest == whole[done:]
         done = total
@@ -244,7 +244,7 @@ def test_a_resumed_run_that_saves_again_can_be_resumed() -> None:
 def test_a_loader_iterated_by_hand_whose_first_batch_comes_late() -> None:
     seed(1)
     loader = LOADERS["shuffled"]()
-    tracked = track(loader)
+    tracked = track_loader(loader)
     batches = iter(loader)
     torch.rand(7)  # the sampler draws its seed at the first batch, so after this
     seen = [(next(batches).tolist(), torch.rand(()).item()) for _ in range(3)]
@@ -252,14 +252,14 @@ def test_a_loader_iterated_by_hand_whose_first_batch_comes_late() -> None:
     seen += [(batch.tolist(), torch.rand(()).item()) for batch in batches]
     seed(2)
     loader = LOADERS["shuffled"]()
-    track(loader).load(state)
+    track_loader(loader).load(state)
     assert [(batch.tolist(), torch.rand(()).item()) for batch in loader] == seen[3:]
 
 
 def test_a_look_at_one_batch_does_not_lose_the_place() -> None:
     seed(1)
     loader = LOADERS["shuffled"]()
-    tracked = track(loader)
+    tracked = track_loader(loader)
     batches = iter(loader)
     next(batches)
     next(batches)
@@ -271,7 +271,7 @@ def test_a_look_at_one_batch_does_not_lose_the_place() -> None:
 def test_the_loader_stays_what_it_was() -> None:
     for loader in (DataLoader(Numbers(), batch_size=4), StatefulDataLoader(Numbers(), batch_size=4)):
         kind = type(loader)
-        tracked = track(loader)
+        tracked = track_loader(loader)
         assert isinstance(loader, kind)
         assert type(loader).__name__ == kind.__name__
         assert type(loader).__qualname__ == kind.__qualname__
@@ -290,7 +290,7 @@ def test_the_loader_stays_what_it_was() -> None:
 
 def test_a_tracked_loader_ends_when_nothing_holds_it() -> None:
     loader = DataLoader(Numbers(), batch_size=4)
-    tracked = track(loader)
+    tracked = track_loader(loader)
     batches = iter(loader)
     gone = weakref.ref(loader)
     del loader
@@ -303,7 +303,7 @@ def test_a_tracked_loader_ends_when_nothing_holds_it() -> None:
 
 def test_workers_end_when_the_training_loop_drops_the_iterator() -> None:
     loader = DataLoader(Numbers(), batch_size=2, num_workers=1)
-    track(loader)
+    track_loader(loader)
     batches = iter(loader)
     next(batches)
     worker = batches._workers[0]
@@ -315,13 +315,13 @@ def test_workers_end_when_the_training_loop_drops_the_iterator() -> None:
 
 def test_fast_forward_is_announced(caplog: pytest.LogCaptureFixture) -> None:
     loader = LOADERS["shuffled"]()
-    tracked = track(loader)
+    tracked = track_loader(loader)
     batches = iter(loader)
     next(batches)
     next(batches)
     state = tracked.state()
     with caplog.at_level(logging.INFO, "ckpt_convert"):
-        track(other := LOADERS["shuffled"]()).load(state)
+        track_loader(other := LOADERS["shuffled"]()).load(state)
         list(other)
         list(other)
     assert [record.levelname for record in caplog.records] == ["INFO", "INFO"]
@@ -330,7 +330,7 @@ def test_fast_forward_is_announced(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_torchdata_goes_there_without_reading() -> None:
     loader = LOADERS["torchdata"]()
-    tracked = track(loader)
+    tracked = track_loader(loader)
     batches = iter(loader)
     next(batches)
     next(batches)
@@ -342,50 +342,50 @@ def test_torchdata_goes_there_without_reading() -> None:
             return super().__getitem__(index)
 
     other = StatefulDataLoader(Recorded(), batch_size=4, shuffle=True)
-    track(other).load(tracked.state())
+    track_loader(other).load(tracked.state())
     assert len(list(other)) == 4
     assert len(read) == SIZE - 8
 
 
 def test_data_that_became_too_short_is_refused() -> None:
     loader = LOADERS["in order"]()
-    tracked = track(loader)
+    tracked = track_loader(loader)
     batches = iter(loader)
     for _ in range(5):
         next(batches)
     shorter = DataLoader(Numbers(), batch_size=10)
-    track(shorter).load(tracked.state())
+    track_loader(shorter).load(tracked.state())
     with pytest.raises(UsageError, match=r"should give at least the 5 batches .* but gave 3"):
         iter(shorter)
 
 
 def test_what_has_no_state_is_refused() -> None:
     with pytest.raises(UsageError, match=r"train_loader: a builtins\.list has no state.*wrap the data in a torch"):
-        track([1, 2, 3], "train_loader")
+        track_loader([1, 2, 3], "train_loader")
 
 
 def test_the_state_of_another_kind_of_loader_is_refused() -> None:
     torchdata = LOADERS["torchdata"]()
-    tracked = track(torchdata)
+    tracked = track_loader(torchdata)
     next(iter(torchdata))
     for loader in (LOADERS["shuffled"](), Counting()):
         with pytest.raises(UsageError, match="another kind of loader"):
-            track(loader).load(tracked.state())
+            track_loader(loader).load(tracked.state())
     with pytest.raises(CorruptFileError, match="no state of a loader"):
-        track(LOADERS["shuffled"]()).load({"kind": "counted"})
+        track_loader(LOADERS["shuffled"]()).load({"kind": "counted"})
 
 
 def test_plain_state_fits_torchdata() -> None:
     """The other way round is fine: batches are dropped."""
     seed(1)
     loader = DataLoader(Numbers(augment=False), batch_size=4)
-    tracked = track(loader)
+    tracked = track_loader(loader)
     batches = iter(loader)
     next(batches)
     state = copy.deepcopy(tracked.state())
     expected = [batch.tolist() for batch in batches]
     other = StatefulDataLoader(Numbers(augment=False), batch_size=4)
-    track(other).load(state)
+    track_loader(other).load(state)
     assert [batch.tolist() for batch in other] == expected
 
 
@@ -400,12 +400,12 @@ def test_loaders_of_accelerate(stateful: bool, save_at: int) -> None:
 
     seed(1)
     loader = make()
-    whole, saved = train(loader, track(loader), save_at=save_at)
+    whole, saved = train(loader, track_loader(loader), save_at=save_at)
     seed(1)
     loader = make()
-    tracked = track(loader)
+    tracked = track_loader(loader)
     state = deserialize(saved)
     tracked.load(state["loader"])
-    rng.restore(state["rng"])
+    rng.set_rng_state(state["rng"])
     rest, _ = train(loader, tracked, state["epoch"])
     assert rest == whole[state["seen"] :]

@@ -54,7 +54,7 @@ def train(model: Model, optimizer: Any, steps: int) -> list[torch.Tensor]:
 
 def saved(optimizer: Any, model: Model) -> Any:
     """What a checkpoint would give back."""
-    return copy.deepcopy(deserialize(serialize(optimizers.capture(optimizer, model.names))))
+    return copy.deepcopy(deserialize(serialize(optimizers.get_optimizer_state(optimizer, model.names))))
 
 
 def equal(found: Any, expected: Any) -> bool:
@@ -99,7 +99,7 @@ def test_training_goes_on_bit_for_bit(name: str, dtype: torch.dtype) -> None:
     other = Model(dtype)
     other.load_state_dict(weights)
     resumed = make(list(other.parameters()))
-    assert optimizers.restore(resumed, state, other.names) == []
+    assert optimizers.set_optimizer_state(resumed, state, other.names) == []
     assert equal(resumed.state_dict()["state"], live["state"])
     assert equal(resumed.state_dict()["param_groups"], live["param_groups"])
     for one, expected in zip(train(other, resumed, 3), train(model, optimizer, 3), strict=True):
@@ -137,7 +137,7 @@ def test_moments_in_another_dtype_than_the_parameter_stay_exact() -> None:
     other = Model(torch.bfloat16)
     other.load_state_dict(model.state_dict())
     resumed = FloatMoments(other.parameters())
-    assert optimizers.restore(resumed, state, other.names) == []
+    assert optimizers.set_optimizer_state(resumed, state, other.names) == []
     held = resumed.state[other.tok]
     assert held["moment"].dtype == torch.float32
     assert held["wide"][0].dtype == torch.float64
@@ -155,7 +155,7 @@ def test_parameters_of_another_dtype_get_state_in_theirs(caplog: pytest.LogCaptu
     other = Model(torch.bfloat16)
     resumed = AdamW(other.parameters())
     with caplog.at_level(logging.WARNING, "ckpt_convert"):
-        assert optimizers.restore(resumed, saved(optimizer, model), other.names) == []
+        assert optimizers.set_optimizer_state(resumed, saved(optimizer, model), other.names) == []
     assert resumed.state[other.tok]["exp_avg"].dtype == torch.bfloat16
     assert "3 parameters (tok first) have another dtype than in the checkpoint" in caplog.text
 
@@ -187,7 +187,7 @@ def test_an_optimizer_that_loads_by_itself() -> None:
     model, other = Model(torch.bfloat16), Model(torch.bfloat16)
     optimizer, resumed = EightBit(model.parameters()), EightBit(other.parameters())
     optimizer.step()
-    assert optimizers.restore(resumed, saved(optimizer, model), other.names) == []
+    assert optimizers.set_optimizer_state(resumed, saved(optimizer, model), other.names) == []
     assert resumed.loads == 1
     assert equal(resumed.state_dict()["state"], optimizer.state_dict()["state"])
 
@@ -196,18 +196,18 @@ def test_state_is_by_name() -> None:
     model = Model()
     optimizer = AdamW([{"params": [model.tok]}, {"params": model.proj.parameters(), "lr": 0.5}])
     train(model, optimizer, 1)
-    tree = optimizers.capture(optimizer, {**model.names, id(model.proj.bias): "b"})
+    tree = optimizers.get_optimizer_state(optimizer, {**model.names, id(model.proj.bias): "b"})
     assert list(tree["state"]) == ["tok", "proj.weight", "b"]
     assert [group["params"] for group in tree["groups"]] == [["tok"], ["proj.weight", "b"]]
     assert "optimizer/state/tok/exp_avg" in {f"optimizer/{path}" for path in serialize(tree).tensors}
-    assert list(optimizers.capture(optimizer, {})["state"]) == ["param_0_0", "param_1_0", "param_1_1"]
+    assert list(optimizers.get_optimizer_state(optimizer, {})["state"]) == ["param_0_0", "param_1_0", "param_1_1"]
 
 
 def test_captured_tensors_are_references() -> None:
     model = Model()
     optimizer = AdamW(model.parameters())
     train(model, optimizer, 1)
-    captured = serialize(optimizers.capture(optimizer, model.names)).tensors["state/tok/exp_avg"]
+    captured = serialize(optimizers.get_optimizer_state(optimizer, model.names)).tensors["state/tok/exp_avg"]
     assert captured.data_ptr() == optimizer.state[model.tok]["exp_avg"].data_ptr()
 
 
@@ -216,7 +216,7 @@ def test_the_order_of_parameters_does_not_matter() -> None:
     optimizer = AdamW(model.named_parameters())
     train(model, optimizer, 2)
     resumed = AdamW(reversed(list(other.named_parameters())))
-    assert optimizers.restore(resumed, saved(optimizer, model), other.names) == []
+    assert optimizers.set_optimizer_state(resumed, saved(optimizer, model), other.names) == []
     for name, param in other.named_parameters():
         assert equal(resumed.state.get(param), optimizer.state.get(dict(model.named_parameters())[name]))
     assert resumed.param_groups[0]["param_names"] == ["proj.bias", "proj.weight", "unused", "tok"]
@@ -229,7 +229,7 @@ def test_options_of_groups_come_back_as_they_were() -> None:
     )
     torch.optim.lr_scheduler.StepLR(optimizer, 1)
     resumed = AdamW([{"params": [other.tok]}, {"params": [other.unused]}], lr=7.0, betas=(0.1, 0.2))
-    assert optimizers.restore(resumed, saved(optimizer, model), other.names) == []
+    assert optimizers.set_optimizer_state(resumed, saved(optimizer, model), other.names) == []
     found, _ = resumed.param_groups
     assert (found["lr"], found["initial_lr"], found["betas"]) == (0.3, 0.3, (0.9, 0.999))
     assert (found["name"], found["mine"]) == ("embedding", (1, [2]))
@@ -244,7 +244,7 @@ def test_problems_are_reported_together_and_nothing_is_loaded() -> None:
     other.tok = torch.nn.Parameter(torch.ones(7, 4))
     resumed = AdamW([{"params": [other.tok, other.proj.weight]}, {"params": [extra, other.proj.bias]}], lr=9.0)
     names = {**other.names, id(extra): "extra"}
-    problems = optimizers.restore(resumed, saved(optimizer, model), names, "opt")
+    problems = optimizers.set_optimizer_state(resumed, saved(optimizer, model), names, "opt")
     assert problems == [
         "opt: tok is of shape [7, 4], but [7, 5] in the checkpoint",
         "opt: proj.weight is in parameter group 0, but in group 1 in the checkpoint",
@@ -253,7 +253,7 @@ def test_problems_are_reported_together_and_nothing_is_loaded() -> None:
     ]
     assert not resumed.state
     assert resumed.param_groups[0]["lr"] == 9.0
-    assert optimizers.compare(resumed, saved(optimizer, model), names, "opt") == problems
+    assert optimizers.compare_optimizer_state(resumed, saved(optimizer, model), names, "opt") == problems
 
 
 def test_without_strict_all_that_fits_is_loaded() -> None:
@@ -266,7 +266,7 @@ def test_without_strict_all_that_fits_is_loaded() -> None:
     fresh.grad = torch.ones(1)
     resumed.step()
     kept = copy.deepcopy(resumed.state[fresh])
-    problems = optimizers.restore(resumed, saved(optimizer, model), other.names, strict=False)
+    problems = optimizers.set_optimizer_state(resumed, saved(optimizer, model), other.names, strict=False)
     assert problems[0] == "optimizer: has 2 parameter groups, but 1 in the checkpoint"
     assert equal(resumed.state[other.proj.weight], optimizer.state[model.proj.weight])
     assert equal(resumed.state[other.proj.bias], optimizer.state[model.proj.bias])
@@ -284,14 +284,19 @@ def test_several_optimizers() -> None:
     for one in given.values():
         train(model, one, 2)
     state = saved(given, model)
-    assert optimizers.restore(resumed, state, other.names) == []
+    assert optimizers.set_optimizer_state(resumed, state, other.names) == []
     for key, one in given.items():
         assert equal(resumed[key].state_dict(), one.state_dict())
     del state["optimizers"]["rest"]
-    assert optimizers.restore(resumed, state, other.names) == ["optimizer/rest: is not in the checkpoint"]
-    assert optimizers.restore({}, state, other.names) == ["optimizer/tok: is in the checkpoint, but was not given"]
-    assert "a dict of them" in optimizers.restore(resumed["tok"], state, other.names)[0]
-    assert "a dict of them was given" in optimizers.restore(resumed, saved(given["tok"], model), other.names)[0]
+    assert optimizers.set_optimizer_state(resumed, state, other.names) == ["optimizer/rest: is not in the checkpoint"]
+    assert optimizers.set_optimizer_state({}, state, other.names) == [
+        "optimizer/tok: is in the checkpoint, but was not given"
+    ]
+    assert "a dict of them" in optimizers.set_optimizer_state(resumed["tok"], state, other.names)[0]
+    assert (
+        "a dict of them was given"
+        in optimizers.set_optimizer_state(resumed, saved(given["tok"], model), other.names)[0]
+    )
 
 
 def test_accelerate_wraps() -> None:
@@ -301,10 +306,10 @@ def test_accelerate_wraps() -> None:
     optimizer = accelerator.prepare(AdamW(model.parameters()))
     train(model, optimizer, 2)
     resumed = accelerator.prepare(AdamW(other.parameters()))
-    assert optimizers.restore(resumed, saved(optimizer, model), other.names) == []
+    assert optimizers.set_optimizer_state(resumed, saved(optimizer, model), other.names) == []
     assert equal(resumed.state_dict(), optimizer.state_dict())
     plain = AdamW(other.parameters())
-    assert optimizers.restore(plain, saved(optimizer, model), other.names) == []
+    assert optimizers.set_optimizer_state(plain, saved(optimizer, model), other.names) == []
 
 
 class Lookahead:
@@ -328,10 +333,10 @@ def test_a_state_of_another_make_goes_through_untouched() -> None:
     train(model, optimizer.inner, 2)
     optimizer.slow += 1
     state = saved(optimizer, model)
-    assert optimizers.restore(resumed, state, other.names) == []
+    assert optimizers.set_optimizer_state(resumed, state, other.names) == []
     assert torch.equal(resumed.slow, optimizer.slow)
     assert equal(resumed.inner.state_dict(), optimizer.inner.state_dict())
-    (problem,) = optimizers.restore(resumed.inner, state, other.names)
+    (problem,) = optimizers.set_optimizer_state(resumed.inner, state, other.names)
     assert "another kind of optimizer" in problem
 
 
@@ -339,9 +344,9 @@ def test_two_parameters_of_one_name_are_refused() -> None:
     model = Model()
     names = dict.fromkeys(model.names, "same")
     with pytest.raises(UsageError, match="several parameters are called same"):
-        optimizers.capture(AdamW(model.parameters()), names)
+        optimizers.get_optimizer_state(AdamW(model.parameters()), names)
 
 
 def test_what_is_no_optimizer_is_refused() -> None:
     with pytest.raises(UsageError, match=r"opt: a int has no state_dict\(\)"):
-        optimizers.capture(3, {}, "opt")
+        optimizers.get_optimizer_state(3, {}, "opt")

@@ -31,7 +31,7 @@ class Ema:
 
 
 def saved(obj: Any) -> Any:
-    return copy.deepcopy(deserialize(serialize(stateful.capture(obj))))
+    return copy.deepcopy(deserialize(serialize(stateful.get_state(obj))))
 
 
 class Falling:
@@ -84,7 +84,7 @@ def test_schedulers_go_on_as_they_did(name: str) -> None:
     expected = advance(optimizer, scheduler, 10)
     optimizer, scheduler = make(name)
     optimizer.load_state_dict(groups)
-    assert stateful.restore(scheduler, state) == []
+    assert stateful.set_state(scheduler, state) == []
     assert advance(optimizer, scheduler, 10) == expected
 
 
@@ -100,7 +100,7 @@ def test_reduce_on_plateau() -> None:
     state = saved(scheduler)
     expected = run(scheduler, [2.0, 2.0, 2.0])
     scheduler = plateau()
-    assert stateful.restore(scheduler, state) == []
+    assert stateful.set_state(scheduler, state) == []
     assert run(scheduler, [2.0, 2.0, 2.0]) == expected
 
 
@@ -108,24 +108,24 @@ def test_a_scaler(caplog: pytest.LogCaptureFixture) -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=7)
     state = saved(scaler)
     other = torch.amp.GradScaler("cpu")
-    assert stateful.restore(other, state) == []
+    assert stateful.set_state(other, state) == []
     assert other.state_dict() == scaler.state_dict()
     assert not caplog.records
 
 
 def test_a_scaler_that_is_not_enabled(caplog: pytest.LogCaptureFixture) -> None:
     off = torch.amp.GradScaler("cpu", enabled=False)
-    assert stateful.restore(torch.amp.GradScaler("cpu", enabled=False), saved(off)) == []
+    assert stateful.set_state(torch.amp.GradScaler("cpu", enabled=False), saved(off)) == []
     assert not caplog.records
     with caplog.at_level(logging.WARNING, "ckpt_convert"):
-        assert stateful.restore(torch.amp.GradScaler("cpu"), saved(off), "grad_scaler") == []
+        assert stateful.set_state(torch.amp.GradScaler("cpu"), saved(off), "grad_scaler") == []
     assert "grad_scaler: was not enabled when the checkpoint was saved" in caplog.text
 
 
 def test_a_dict_is_updated_in_place() -> None:
     state = saved({"best": 0.5, "history": [1, 2], "note": None})
     live: dict[str, Any] = {"best": 9.0, "mine": 1}
-    assert stateful.restore(live, state) == []
+    assert stateful.set_state(live, state) == []
     assert live == {"best": 0.5, "history": [1, 2], "note": None, "mine": 1}
 
 
@@ -134,7 +134,7 @@ def test_objects_and_values_may_be_mixed_and_nested() -> None:
     state = saved(given)
     live: dict[Any, Any] = {"ema": Ema(), "plain": {}, "more": {"ema": Ema(), "count": 0}, 5: Ema()}
     objects = live["ema"], live["more"]["ema"], live[5]
-    assert stateful.restore(live, state) == []
+    assert stateful.set_state(live, state) == []
     assert [found.value.item() for found in objects] == [2.0, 3.0, 5.0]
     assert live["plain"] == {"a": 1}
     assert live["more"]["count"] == 4
@@ -143,14 +143,14 @@ def test_objects_and_values_may_be_mixed_and_nested() -> None:
 
 def test_a_module_has_state_too() -> None:
     module, other = torch.nn.Linear(2, 3), torch.nn.Linear(2, 3)
-    assert stateful.restore(other, saved(module)) == []
+    assert stateful.set_state(other, saved(module)) == []
     assert torch.equal(other.weight, module.weight)
 
 
 def test_missing_and_unexpected_objects_are_reported_together() -> None:
     state = saved({"a": Ema(1.0), "b": Ema(), "in": {"x": Ema()}, "n": 1})
     live = {"a": Ema(), "c": Ema(), "in": {"y": Ema()}}
-    problems = stateful.restore(live, state, "extra")
+    problems = stateful.set_state(live, state, "extra")
     assert problems == [
         "extra/c: is not in the checkpoint",
         "extra/b: is in the checkpoint, but was not given",
@@ -159,25 +159,25 @@ def test_missing_and_unexpected_objects_are_reported_together() -> None:
     ]
     assert live["a"].value.item() == 0.0
     assert "n" not in live
-    assert stateful.compare(live, state, "extra") == problems
-    assert stateful.restore(live, state, "extra", strict=False) == problems
+    assert stateful.compare_state(live, state, "extra") == problems
+    assert stateful.set_state(live, state, "extra", strict=False) == problems
     assert live["a"].value.item() == 1.0
     assert live["n"] == 1
 
 
 def test_one_object_where_there_were_several() -> None:
-    assert stateful.restore({"a": Ema()}, saved(Ema()), "lr_scheduler") == [
+    assert stateful.set_state({"a": Ema()}, saved(Ema()), "lr_scheduler") == [
         "lr_scheduler: a dict was given, but the checkpoint has the state of a single object"
     ]
 
 
 def test_what_an_object_refuses_is_a_problem() -> None:
-    (problem,) = stateful.restore({"ema": Ema(broken=True)}, saved({"ema": Ema()}), "extra")
+    (problem,) = stateful.set_state({"ema": Ema(broken=True)}, saved({"ema": Ema()}), "extra")
     assert problem == "extra/ema: Ema.load_state_dict() refused the state: size mismatch for value"
 
 
 def test_what_has_no_state_is_refused() -> None:
     with pytest.raises(UsageError, match=r"extra: a builtins\.list has no state.*give an object with state_dict"):
-        stateful.capture([1], "extra")
+        stateful.get_state([1], "extra")
     with pytest.raises(UsageError, match=r"extra/f: is a builtins\.function"):
-        serialize(stateful.capture({"f": lambda: 1})["values"], "extra")
+        serialize(stateful.get_state({"f": lambda: 1})["values"], "extra")

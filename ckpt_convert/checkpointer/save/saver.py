@@ -20,7 +20,7 @@ from ckpt_convert.checkpointer.save.options import Options
 from ckpt_convert.checkpointer.save.planner import SavePlanner, Settings
 from ckpt_convert.checkpointer.save.run_directory import RunDirectory
 from ckpt_convert.checkpointer.state import optimizers
-from ckpt_convert.checkpointer.state.parts import Parts
+from ckpt_convert.checkpointer.state.parts import TrainingParts
 from ckpt_convert.errors import UsageError
 from ckpt_convert.storage.place import Place
 from ckpt_convert.tensors.pool import Background
@@ -38,7 +38,7 @@ class Saver:
     def __init__(self, options: Options, planner: SavePlanner, run: RunDirectory | None, counts: RunCounters) -> None:
         self.planner = planner
         self.counts = counts
-        self.parts: Parts | None = None
+        self.parts: TrainingParts | None = None
         self.saved_step: int | None = None
         self.saved_at: Place | None = None
         self.lacks_final = False
@@ -59,7 +59,7 @@ class Saver:
             raise UsageError("there is no output_dir, so nothing can be saved or resumed; give one")
         return self._run
 
-    def require(self, what: str) -> Parts:
+    def require(self, what: str) -> TrainingParts:
         """What the run is made of; raises UsageError for a call before there is one."""
         if self.parts is None:
             raise UsageError(f"{what}: nothing says what to save; call resume(model=..., ...) or register(...) first")
@@ -76,22 +76,22 @@ class Saver:
         self.is_save_held = self.lacks_final = self._captured_trained = False
         self.saved_step = None
 
-    def begin(self, parts: Parts) -> None:
+    def begin(self, parts: TrainingParts) -> None:
         """Take what a run is made of."""
         self.parts = parts
-        given = None if parts.optimizer is None else optimizers.tensors(parts.optimizer)
+        given = None if parts.optimizer is None else optimizers.optimizer_parameters(parts.optimizer)
         self._copy_check = CopyCheck(parts.model, given) if isinstance(parts.model, Mapping) else None
         self.counts.start_clock()
 
     def plan_ahead(self) -> None:
         """Find out now what could not be saved later, and say once what the saved steps will be."""
         parts = self.require("plan_ahead()")
-        trained = list(optimizers.tensors(parts.optimizer))
+        trained = list(optimizers.optimizer_parameters(parts.optimizer))
         for settings in dict.fromkeys((self._settings, self._last)):
             for notice in self.planner.plan_ahead(parts.model, settings, trained):
                 log.warning("%s", notice)
         if self._saves_state:
-            parts.capture()  # what cannot be saved is told now, not at the first save
+            parts.get_state()  # what cannot be saved is told now, not at the first save
         if self._copy_check is not None:
             self._copy_check.restart(self.counts.progress.step)
         self._refuse_others()
@@ -101,14 +101,14 @@ class Saver:
     def _saves_state(self) -> bool:
         return "full" in (self._settings.contents, self._last.contents)
 
-    def after_step(self, parts: Parts) -> None:
+    def after_step(self, parts: TrainingParts) -> None:
         """After each step: which gradients were used; after the first: whether what training has made can be saved."""
         if not self._saves_state:
             return
-        parts.updated()
+        parts.mark_gradients_used()
         if not self._captured_trained:
             self._captured_trained = True
-            parts.capture()
+            parts.get_state()
 
     def save_or_hold(self) -> None:
         """Save what is due: now, or where saves are held, at ``save_held``."""
@@ -134,7 +134,7 @@ class Saver:
             log.info("step %d waits for the save before it", progress.step)
         failed = self.background.settle()
         tensors = model_tensors(parts.model)
-        state = parts.capture() if settings.contents == "full" else None
+        state = parts.get_state() if settings.contents == "full" else None
         destination = self.directory.destination(progress)
         job = self.planner.prepare_save(tensors, state, settings, self._buffers if self._options.asynchronous else None)
         files = dict(self.more_files())

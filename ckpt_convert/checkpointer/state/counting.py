@@ -30,7 +30,7 @@ State = dict[str, Any]
 
 
 @dataclass
-class Place:
+class EpochPosition:
     """Where in an epoch a run is.
 
     ``start`` is the random state before the loader's iterator was made, ``first`` the one before its first batch,
@@ -43,7 +43,7 @@ class Place:
     ended: bool = False
 
 
-class Counted(Iterator[Any]):
+class CountingIterator(Iterator[Any]):
     """An iterator over a loader that counts; everything else is asked of the loader's own iterator.
 
     Nothing but the training loop holds on to it, so workers end when the loop drops it, as ever.
@@ -53,15 +53,15 @@ class Counted(Iterator[Any]):
         self,
         loader: object,
         inner: Iterator[Any],
-        place: Place,
+        place: EpochPosition,
         snapshot: Callable[[], State],
-        told: Callable[[Place], None],
+        on_batch: Callable[[EpochPosition], None],
     ) -> None:
         self._loader = loader  # the tracker holds it but weakly
         self._inner = inner
         self._place = place
         self._snapshot = snapshot
-        self._told = told
+        self._told = on_batch
 
     def __next__(self) -> Any:
         place = self._place

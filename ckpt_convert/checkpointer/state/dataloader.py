@@ -25,7 +25,7 @@ from typing import Any
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from ckpt_convert.checkpointer.state import generators, rng
-from ckpt_convert.checkpointer.state.counting import TRACKER, Counted, Place, counting_class, set_class
+from ckpt_convert.checkpointer.state.counting import TRACKER, CountingIterator, EpochPosition, counting_class, set_class
 from ckpt_convert.checkpointer.state.stateful import has_state
 from ckpt_convert.errors import CorruptFileError, UsageError
 from ckpt_convert.words import listing
@@ -37,14 +37,14 @@ State = dict[str, Any]
 _KEYS = {"own": {"kind", "own"}, "counted": {"kind", "position", "epoch_start", "first_batch", "now", "own"}}
 
 
-def track(loader: Any, name: str = "dataloader") -> Tracked:
+def track_loader(loader: Any, name: str = "dataloader") -> LoaderTracker:
     """Record from now on where a loader is.
 
     The loader stays the object that it is, and what it gives is untouched; until ``untrack`` its class is one made
     from its own. A loader that is tracked already has one tracker, which all share; it ends with the last of them.
     What of it cannot be tracked is said. Raises UsageError for an iterable whose place in its data cannot be known.
     """
-    shared: Tracked | None = getattr(type(loader), TRACKER, None)
+    shared: LoaderTracker | None = getattr(type(loader), TRACKER, None)
     if shared is not None:
         shared.users += 1
         return shared
@@ -55,12 +55,12 @@ def track(loader: Any, name: str = "dataloader") -> Tracked:
             "go on where it was; wrap the data in a torch.utils.data.DataLoader, or give the loader state_dict() and "
             "load_state_dict()"
         )
-    if plain and (lines := generators.untracked(loader)):
+    if plain and (lines := generators.untrackable_sources(loader)):
         log.warning("%s: a resumed run may see other data than an uninterrupted one:%s", name, listing(lines))
-    return Tracked(loader, name, counts=plain)
+    return LoaderTracker(loader, name, counts=plain)
 
 
-class Tracked:
+class LoaderTracker:
     """A loader that is being tracked; ``track`` makes them."""
 
     def __init__(self, loader: Any, name: str, *, counts: bool) -> None:
@@ -72,13 +72,13 @@ class Tracked:
         """The step that a checkpointer resumed from, until the loader is iterated."""
         self._counts = counts
         self._has_state = _has_own_state(loader)
-        self._place: Place | None = None
+        self._place: EpochPosition | None = None
         self._pending: State | None = None
         self._original = type(loader)
         self._counters: dict[str, int] = {}
         self._moving: list[str] = []
         if counts:
-            self._counters = generators.counters(loader)
+            self._counters = generators.sampler_counters(loader)
             set_class(loader, counting_class(self._original, self._iterate, self))
 
     @property
@@ -140,7 +140,7 @@ class Tracked:
             return
         self._pending = dict(state)
         self._moving = state["now"].get("moving", [])
-        unknown = generators.generators(self.loader).keys() - state["now"]["generators"].keys()
+        unknown = generators.find_generators(self.loader).keys() - state["now"]["generators"].keys()
         if unknown:
             log.warning(
                 "%s: the checkpoint does not have the state of %s, so what is drawn from there will differ",
@@ -197,22 +197,22 @@ class Tracked:
         return self._same_epoch(state)
 
     def _start(self) -> Iterator[Any]:
-        place = Place(self._snapshot())
+        place = EpochPosition(self._snapshot())
         return self._counted(self._original.__iter__(self.loader), place)
 
-    def _counted(self, inner: Iterator[Any], place: Place) -> Iterator[Any]:
+    def _counted(self, inner: Iterator[Any], place: EpochPosition) -> Iterator[Any]:
         self._told(place)
-        return Counted(self.loader, inner, place, self._snapshot, self._told)
+        return CountingIterator(self.loader, inner, place, self._snapshot, self._told)
 
-    def _told(self, place: Place) -> None:
+    def _told(self, place: EpochPosition) -> None:
         self._place = place
 
     def _next_epoch(self, state: State) -> Iterator[Any]:
         if state["now"]["workers_kept"] if state["own"] is None else self._is_torchdata:
             # This iterator is of the epoch that ended: only the one after it starts an epoch as in the other run.
-            before = rng.capture()
+            before = rng.get_rng_state()
             self._original.__iter__(self.loader)
-            rng.restore(before)
+            rng.set_rng_state(before)
             self._set_own(state["now"])
         return self._start()
 
@@ -227,7 +227,7 @@ class Tracked:
                 self._set(first)
             self._drop(inner, position)
         self._set(state["now"])
-        return self._counted(inner, Place(start, first, position))
+        return self._counted(inner, EpochPosition(start, first, position))
 
     def _gone_to_place(self, start: State) -> Iterator[Any]:
         """The iterator of a loader that goes to its place itself.
@@ -269,9 +269,11 @@ class Tracked:
     def _snapshot(self, accelerators: bool = False) -> State:
         """The generators that an iterator may draw from; loaders draw from none of an accelerator's."""
         return {
-            "rng": rng.capture(accelerators=accelerators),
-            "generators": {at: generators.state_of(one) for at, one in generators.generators(self.loader).items()},
-            "counters": (counters := generators.counters(self.loader)),
+            "rng": rng.get_rng_state(accelerators=accelerators),
+            "generators": {
+                at: generators.get_generator_state(one) for at, one in generators.find_generators(self.loader).items()
+            },
+            "counters": (counters := generators.sampler_counters(self.loader)),
             # Others, such as the number of examples, are for each run to say.
             "moving": [place for place, number in counters.items() if self._counters.get(place, number) != number],
             "iteration": getattr(self.loader, "iteration", None),  # accelerate seeds each epoch with it
@@ -279,21 +281,23 @@ class Tracked:
         }
 
     def _set(self, snapshot: State) -> None:
-        rng.restore(snapshot["rng"])
+        rng.set_rng_state(snapshot["rng"])
         self._set_own(snapshot)
 
     def _set_own(self, snapshot: State) -> None:
         """Set what the loader has of its own; of an older checkpoint, what that knows."""
-        for place, generator in generators.generators(self.loader).items():
+        for place, generator in generators.find_generators(self.loader).items():
             states = snapshot["generators"]
-            if place in states and not generators.set_state(generator, states[place]):
+            if place in states and not generators.set_generator_state(generator, states[place]):
                 raise UsageError(
                     f"{self.name}: {place} is a {type(generator).__qualname__}, but the checkpoint has the state of "
                     "another kind of generator; give the loader the same, or resume without it "
                     f'(exclude=["{self.name}*"])'
                 )
         counters = snapshot.get("counters", {})
-        generators.set_counters(self.loader, {place: counters[place] for place in self._moving if place in counters})
+        generators.set_sampler_counters(
+            self.loader, {place: counters[place] for place in self._moving if place in counters}
+        )
         if snapshot["iteration"] is not None and hasattr(self.loader, "iteration"):
             self.loader.iteration = snapshot["iteration"]
 

@@ -34,7 +34,7 @@ _WIDTH = 100
 """Objects that are looked at, in all and of one container: a dataset may hold all of its examples."""
 
 
-def generators(loader: Any) -> dict[str, Any]:
+def find_generators(loader: Any) -> dict[str, Any]:
     """The generators of a loader, each once, by where they are."""
     found: dict[str, Any] = {}
     seen: set[int] = set()
@@ -45,7 +45,7 @@ def generators(loader: Any) -> dict[str, Any]:
     return found
 
 
-def untracked(loader: Any) -> list[str]:
+def untrackable_sources(loader: Any) -> list[str]:
     """What of a loader decides about its order or its values, and cannot be saved; a line for each."""
     lines = []
     batches = getattr(loader, "batch_sampler", None)
@@ -53,7 +53,7 @@ def untracked(loader: Any) -> list[str]:
         lines = [
             f"{place}: torchdata asks a batch_sampler without state_dict() for its order too late; give it one, or use "
             "torch's DataLoader"
-            for place in generators(loader)
+            for place in find_generators(loader)
             if place.startswith("batch_sampler")
         ]
     workers = loader.num_workers > 0 and loader.persistent_workers
@@ -69,7 +69,7 @@ def untracked(loader: Any) -> list[str]:
     return lines
 
 
-def counters(loader: Any) -> dict[str, int]:
+def sampler_counters(loader: Any) -> dict[str, int]:
     """The whole numbers that samplers have as attributes, such as an epoch that they count themselves."""
     return {
         f"{place}.{name}": number
@@ -79,7 +79,7 @@ def counters(loader: Any) -> dict[str, int]:
     }
 
 
-def set_counters(loader: Any, values: Mapping[str, int]) -> None:
+def set_sampler_counters(loader: Any, values: Mapping[str, int]) -> None:
     """Set these, where the samplers still have them."""
     for place, sampler in _samplers(loader):
         for name, number in vars(sampler).items():
@@ -87,18 +87,18 @@ def set_counters(loader: Any, values: Mapping[str, int]) -> None:
                 setattr(sampler, name, values[f"{place}.{name}"])
 
 
-def state_of(generator: Any) -> Any:
+def get_generator_state(generator: Any) -> Any:
     """The state of a generator, as a tree that ``pack`` takes."""
     if isinstance(generator, torch.Generator):
         return generator.get_state()
     if isinstance(generator, random.Random):
-        return {"python": rng.python_state(generator)}
+        return {"python": rng.get_python_state(generator)}
     if isinstance(generator, np.random.Generator):
         return {"numpy": generator.bit_generator.state}
     return {"numpy_legacy": generator.get_state(legacy=False)}
 
 
-def set_state(generator: Any, state: Any) -> bool:
+def set_generator_state(generator: Any, state: Any) -> bool:
     """Set a generator to a state; whether the state is of such a generator."""
     try:
         if isinstance(generator, torch.Generator):

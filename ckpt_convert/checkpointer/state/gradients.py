@@ -17,18 +17,18 @@ Tree = dict[str, Any]
 Parameters = Mapping[str, torch.Tensor]
 
 
-class Gradients:
+class PendingGradients:
     """Which gradients were used; the rest is pending."""
 
     def __init__(self) -> None:
         self._used: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
 
-    def use(self, parameters: Iterable[torch.Tensor]) -> None:
+    def mark_used(self, parameters: Iterable[torch.Tensor]) -> None:
         """Remember that the gradients as they are now have been used."""
         gradients = [one.grad for one in parameters if one.grad is not None]
         self._used = {id(one): (weakref.ref(one), one._version) for one in gradients}
 
-    def take(self, parameters: Parameters) -> Tree:
+    def get_state(self, parameters: Parameters) -> Tree:
         """What is pending, as a tree that ``pack`` takes; {} where nothing is."""
         gradients = {name: one.grad for name, one in parameters.items() if one.grad is not None}
         pending = {name: one for name, one in gradients.items() if not self._is_used(one)}
@@ -36,7 +36,7 @@ class Gradients:
         values = {name: _taken(one) for name, one in pending.items() if name not in zeros}
         return {"zeros": zeros, "values": values} if pending else {}
 
-    def compare(self, parameters: Parameters, tree: Tree) -> list[str]:
+    def compare_state(self, parameters: Parameters, tree: Tree) -> list[str]:
         """What of a state does not fit the parameters."""
         problems = []
         for name, value in tree["values"].items():
@@ -48,7 +48,7 @@ class Gradients:
                 problems.append(f"gradients: {name} is of shape {found}, but {list(shape)} in the checkpoint")
         return problems
 
-    def put(self, parameters: Parameters, tree: Tree) -> list[str]:
+    def set_state(self, parameters: Parameters, tree: Tree) -> list[str]:
         """Give the parameters the gradients that were pending; returns what did not fit."""
         for name, one in parameters.items():
             if not one.requires_grad:
@@ -57,7 +57,7 @@ class Gradients:
                 one.grad = torch.zeros_like(one)
             elif name in tree["values"] and _shape(tree["values"][name]) == tuple(one.shape):
                 one.grad = _given(tree["values"][name]).to(one.device)
-        return self.compare(parameters, tree)
+        return self.compare_state(parameters, tree)
 
     def _is_used(self, gradient: torch.Tensor) -> bool:
         known, version = self._used.get(id(gradient), (None, 0))

@@ -23,7 +23,7 @@ Tree = dict[str, Any]
 Names = Mapping[int, str]
 
 
-def unwrapped(optimizer: Any) -> Any:
+def unwrap_optimizer(optimizer: Any) -> Any:
     """The optimizer inside of wrappers such as accelerate's, which have it as ``.optimizer``."""
     while not (isinstance(optimizer, torch.optim.Optimizer) and "param_groups" in vars(optimizer)):
         inner = getattr(optimizer, "optimizer", None)
@@ -33,33 +33,35 @@ def unwrapped(optimizer: Any) -> Any:
     return optimizer
 
 
-def tensors(optimizer: Any) -> Iterator[torch.Tensor]:
+def optimizer_parameters(optimizer: Any) -> Iterator[torch.Tensor]:
     """The parameters of an optimizer, or of a dict of them; none for None and for one of another make."""
     if isinstance(optimizer, Mapping):
         for one in optimizer.values():
-            yield from tensors(one)
+            yield from optimizer_parameters(one)
         return
-    groups = getattr(unwrapped(optimizer), "param_groups", None)
+    groups = getattr(unwrap_optimizer(optimizer), "param_groups", None)
     for group in groups if isinstance(groups, list) else ():
         yield from group["params"]
 
 
-def parameters(optimizer: Any, names: Names, name: str = "optimizer") -> dict[str, torch.Tensor]:
+def named_parameters(optimizer: Any, names: Names, name: str = "optimizer") -> dict[str, torch.Tensor]:
     """The same by name: the model's, or one below that of the optimizer for a parameter that is not the model's."""
     if isinstance(optimizer, Mapping):
-        every = [parameters(one, names, f"{name}/{key}") for key, one in optimizer.items()]
+        every = [named_parameters(one, names, f"{name}/{key}") for key, one in optimizer.items()]
         return {called: param for one in every for called, param in one.items()}
-    optimizer = unwrapped(optimizer)
+    optimizer = unwrap_optimizer(optimizer)
     if not isinstance(getattr(optimizer, "param_groups", None), list):
         return {}
     called = (one for group in _named(optimizer, names, name) for one in group)
     return {
         one if id(param) in names else f"{name}/{one}": param
-        for one, param in zip(called, tensors(optimizer), strict=True)
+        for one, param in zip(called, optimizer_parameters(optimizer), strict=True)
     }
 
 
-def capture(optimizer: Any, names: Names, name: str = "optimizer", model: Container[torch.Tensor] = ()) -> Tree:
+def get_optimizer_state(
+    optimizer: Any, names: Names, name: str = "optimizer", model: Container[torch.Tensor] = ()
+) -> Tree:
     """The state of an optimizer, or of a dict of them, as a tree that ``pack`` takes.
 
     ``names`` are those of the parameters by ``id``; one without a name is called "param_{group}_{index}". Tensors are
@@ -67,8 +69,12 @@ def capture(optimizer: Any, names: Names, name: str = "optimizer", model: Contai
     ``model`` are kept. Raises UsageError when two parameters have one name.
     """
     if isinstance(optimizer, Mapping):
-        return {"optimizers": {key: capture(one, names, f"{name}/{key}", model) for key, one in optimizer.items()}}
-    optimizer = unwrapped(optimizer)
+        return {
+            "optimizers": {
+                key: get_optimizer_state(one, names, f"{name}/{key}", model) for key, one in optimizer.items()
+            }
+        }
+    optimizer = unwrap_optimizer(optimizer)
     if not hasattr(optimizer, "state_dict"):
         raise UsageError(f"{name}: a {type(optimizer).__qualname__} has no state_dict(); give the optimizer itself")
     state = optimizer.state_dict()
@@ -98,10 +104,10 @@ def capture(optimizer: Any, names: Names, name: str = "optimizer", model: Contai
     }
 
 
-def renamed(tree: Mapping[str, Any], key: Callable[[str], str]) -> Mapping[str, Any]:
+def rename_parameters(tree: Mapping[str, Any], key: Callable[[str], str]) -> Mapping[str, Any]:
     """A captured state with other names for its parameters: an older version called some as their wrappers do."""
     if "optimizers" in tree:
-        return {"optimizers": {name: renamed(one, key) for name, one in tree["optimizers"].items()}}
+        return {"optimizers": {name: rename_parameters(one, key) for name, one in tree["optimizers"].items()}}
     if "groups" not in tree:
         return tree
     by_name = {
@@ -113,7 +119,7 @@ def renamed(tree: Mapping[str, Any], key: Callable[[str], str]) -> Mapping[str, 
     return {**tree, **by_name, "groups": groups}
 
 
-def restore(
+def set_optimizer_state(
     optimizer: Any,
     tree: Mapping[str, Any],
     names: Names,
@@ -127,13 +133,15 @@ def restore(
     (learning rates, betas, whatever a scheduler put there) become those of the state. The optimizer may keep the
     tree's tensors as its own.
     """
-    problems = compare(optimizer, tree, names, name)
+    problems = compare_optimizer_state(optimizer, tree, names, name)
     if not problems or not strict:
         _put(optimizer, tree, names, name, model)
     return problems
 
 
-def compare(optimizer: Any, tree: Mapping[str, Any], names: Names, name: str = "optimizer") -> list[str]:
+def compare_optimizer_state(
+    optimizer: Any, tree: Mapping[str, Any], names: Names, name: str = "optimizer"
+) -> list[str]:
     """What a captured state lacks, or has too much of, for an optimizer; nothing is loaded."""
     if isinstance(optimizer, Mapping) != ("optimizers" in tree):
         here, there = ("a dict of them", "one") if isinstance(optimizer, Mapping) else ("one", "a dict of them")
@@ -143,9 +151,9 @@ def compare(optimizer: Any, tree: Mapping[str, Any], names: Names, name: str = "
         problems = [f"{name}/{key}: is not in the checkpoint" for key in optimizer if key not in saved]
         problems += [f"{name}/{key}: is in the checkpoint, but was not given" for key in saved if key not in optimizer]
         for key, one in optimizer.items():
-            problems += compare(one, saved[key], names, f"{name}/{key}") if key in saved else []
+            problems += compare_optimizer_state(one, saved[key], names, f"{name}/{key}") if key in saved else []
         return problems
-    optimizer = unwrapped(optimizer)
+    optimizer = unwrap_optimizer(optimizer)
     usual = hasattr(optimizer, "param_groups")
     if "opaque" in tree or not usual:
         fits = "opaque" in tree and not (usual and _is_usual(optimizer, optimizer.state_dict()))
@@ -179,7 +187,7 @@ def _put(optimizer: Any, tree: Mapping[str, Any], names: Names, name: str, model
             if key in tree.get("optimizers", {}):
                 _put(one, tree["optimizers"][key], names, f"{name}/{key}", model)
         return
-    optimizer = unwrapped(optimizer)
+    optimizer = unwrap_optimizer(optimizer)
     if "opaque" in tree:
         optimizer.load_state_dict(tree["opaque"])
         return

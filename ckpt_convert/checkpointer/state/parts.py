@@ -22,8 +22,8 @@ from ckpt_convert.checkpointer.live.tensors import (
     wrapper_tensors,
 )
 from ckpt_convert.checkpointer.state import optimizers, rng, stateful
-from ckpt_convert.checkpointer.state.dataloader import Tracked, track
-from ckpt_convert.checkpointer.state.gradients import Gradients
+from ckpt_convert.checkpointer.state.dataloader import LoaderTracker, track_loader
+from ckpt_convert.checkpointer.state.gradients import PendingGradients
 from ckpt_convert.checkpointer.state.serialize import SerializedState, serialize
 from ckpt_convert.errors import UsageError
 
@@ -31,16 +31,16 @@ _OCCASIONAL = ("wrapper", "gradients")
 
 
 @dataclass(frozen=True)
-class Entry:
+class StateEntry:
     """One entry of the training state: how it is taken, held against a state (problems), and put back (problems)."""
 
-    take: Callable[[], Any]
+    get: Callable[[], Any]
     compare: Callable[[Any], list[str]]
-    put: Callable[[Any], list[str]]
+    set: Callable[[Any], list[str]]
 
 
 @dataclass(frozen=True)
-class Parts:
+class TrainingParts:
     """What a recipe handed over to be saved and loaded, as its own objects.
 
     A dict of several optimizers, schedulers, scalers or data loaders goes for one; ``loaders`` are the data loaders,
@@ -51,51 +51,53 @@ class Parts:
     optimizer: Any = None
     lr_scheduler: Any = None
     grad_scaler: Any = None
-    loaders: Mapping[str, Tracked] = field(default_factory=dict)
+    loaders: Mapping[str, LoaderTracker] = field(default_factory=dict)
     extra: Any = None
-    gradients: Gradients = field(default_factory=Gradients)
+    gradients: PendingGradients = field(default_factory=PendingGradients)
 
     def parameters(self) -> dict[str, torch.Tensor]:
         """The parameters of the model and of the optimizers, by name."""
         names = parameter_names(self.model)
         own = {names[id(one)]: one for one in self.model.parameters()} if isinstance(self.model, nn.Module) else {}
-        return {**own, **(optimizers.parameters(self.optimizer, names) if self.optimizer is not None else {})}
+        return {**own, **(optimizers.named_parameters(self.optimizer, names) if self.optimizer is not None else {})}
 
-    def updated(self) -> None:
+    def mark_gradients_used(self) -> None:
         """Say that the optimizer has just taken its step: the gradients that there are were used."""
         own = self.model.parameters() if isinstance(self.model, nn.Module) else ()
-        self.gradients.use(own if self.optimizer is None else optimizers.tensors(self.optimizer))
+        self.gradients.mark_used(own if self.optimizer is None else optimizers.optimizer_parameters(self.optimizer))
 
-    def entries(self) -> dict[str, Entry]:
+    def entries(self) -> dict[str, StateEntry]:
         """Each entry of the training state by name."""
-        out: dict[str, Entry] = {}
+        out: dict[str, StateEntry] = {}
         if self.optimizer is not None:
             out["optimizer"] = _optimizer(self.optimizer, self.model)
         for name in ("lr_scheduler", "grad_scaler", "extra"):
             if (one := getattr(self, name)) is not None:
                 out[name] = _stateful(name, one)
         for name, loader in self.loaders.items():
-            out[name] = Entry(loader.state, lambda state: [], _quiet(loader.load))
-        out["wrapper"] = Entry(lambda: wrapper_tensors(self.model), lambda state: [], self._put_into_wrapper)
-        out["gradients"] = Entry(
-            lambda: self.gradients.take(self.parameters()),
-            lambda state: self.gradients.compare(self.parameters(), state),
-            lambda state: self.gradients.put(self.parameters(), state),
+            out[name] = StateEntry(loader.state, lambda state: [], _quiet(loader.load))
+        out["wrapper"] = StateEntry(lambda: wrapper_tensors(self.model), lambda state: [], self._put_into_wrapper)
+        out["gradients"] = StateEntry(
+            lambda: self.gradients.get_state(self.parameters()),
+            lambda state: self.gradients.compare_state(self.parameters(), state),
+            lambda state: self.gradients.set_state(self.parameters(), state),
         )
-        out["rng"] = Entry(rng.capture, lambda state: [], _quiet(rng.restore))  # last: putting others back may draw
+        out["rng"] = StateEntry(
+            rng.get_rng_state, lambda state: [], _quiet(rng.set_rng_state)
+        )  # last: putting others back may draw
         return out
 
     @property
-    def always(self) -> list[str]:
+    def required_entries(self) -> list[str]:
         """The names of the entries that every training state has."""
         return [name for name in self.entries() if name not in _OCCASIONAL]
 
-    def capture(self) -> dict[str, SerializedState]:
+    def get_state(self) -> dict[str, SerializedState]:
         """The state of every entry, by name; tensors are those in use, not copies."""
-        taken = {name: entry.take() for name, entry in self.entries().items()}
+        taken = {name: entry.get() for name, entry in self.entries().items()}
         return {name: serialize(state, name) for name, state in taken.items() if state or name not in _OCCASIONAL}
 
-    def compare(self, state: Mapping[str, Any], wanted: Callable[[str], bool]) -> list[str]:
+    def compare_state(self, state: Mapping[str, Any], wanted: Callable[[str], bool]) -> list[str]:
         """What of the wanted entries is missing, unexpected or does not fit; nothing is changed."""
         entries = self.entries()
         problems = [
@@ -108,12 +110,12 @@ class Parts:
                 problems.append(f"{name}: is not in the checkpoint")
         return problems
 
-    def restore(self, state: Mapping[str, Any], wanted: Callable[[str], bool]) -> list[str]:
+    def set_state(self, state: Mapping[str, Any], wanted: Callable[[str], bool]) -> list[str]:
         """Put back every wanted entry that is there; returns what did not fit."""
         problems = []
         for name, entry in self.entries().items():
             if wanted(name) and name in state:
-                problems += entry.put(state[name])
+                problems += entry.set(state[name])
         return problems
 
     @property
@@ -127,7 +129,7 @@ class Parts:
                 tensor.copy_(state[name])
         return []
 
-    def begin_at(self, step: int) -> None:
+    def start_at(self, step: int) -> None:
         """Say which step is about to be resumed; raises UsageError for a loader that another saver took elsewhere."""
         for name, loader in self.loaders.items():
             if loader.resumed_at not in (None, step):
@@ -149,7 +151,9 @@ class Parts:
             loader.untrack()
 
 
-def make(model: Model, optimizer: Any, lr_scheduler: Any, grad_scaler: Any, dataloader: Any, extra: Any) -> Parts:
+def make_parts(
+    model: Model, optimizer: Any, lr_scheduler: Any, grad_scaler: Any, dataloader: Any, extra: Any
+) -> TrainingParts:
     """The parts, with the data loaders made to count; raises UsageError for a loader whose place cannot be known."""
     if dataloader is None:
         loaders: dict[str, Any] = {}
@@ -157,30 +161,32 @@ def make(model: Model, optimizer: Any, lr_scheduler: Any, grad_scaler: Any, data
         loaders = {f"dataloader/{name}": one for name, one in dataloader.items()}
     else:
         loaders = {"dataloader": dataloader}
-    tracked = {name: track(one) for name, one in loaders.items()}
-    return Parts(model, optimizer, lr_scheduler, grad_scaler, tracked, extra)
+    tracked = {name: track_loader(one) for name, one in loaders.items()}
+    return TrainingParts(model, optimizer, lr_scheduler, grad_scaler, tracked, extra)
 
 
-def _optimizer(optimizer: Any, model: Model) -> Entry:
+def _optimizer(optimizer: Any, model: Model) -> StateEntry:
     names = parameter_names(model)
-    unnamed = any(id(one) not in names for one in optimizers.parameters(optimizer, names).values())
+    unnamed = any(id(one) not in names for one in optimizers.named_parameters(optimizer, names).values())
     memory = MemoryRanges(model_tensors(model).values() if unnamed else ())
 
     def called_as_now(state: Any) -> Any:
-        return optimizers.renamed(state, key_finder(model))
+        return optimizers.rename_parameters(state, key_finder(model))
 
-    return Entry(
-        lambda: optimizers.capture(optimizer, names, model=memory),
-        lambda state: optimizers.compare(optimizer, called_as_now(state), names),
-        lambda state: optimizers.restore(optimizer, called_as_now(state), names, strict=False, model=memory),
+    return StateEntry(
+        lambda: optimizers.get_optimizer_state(optimizer, names, model=memory),
+        lambda state: optimizers.compare_optimizer_state(optimizer, called_as_now(state), names),
+        lambda state: optimizers.set_optimizer_state(
+            optimizer, called_as_now(state), names, strict=False, model=memory
+        ),
     )
 
 
-def _stateful(name: str, one: Any) -> Entry:
-    return Entry(
-        lambda: stateful.capture(one, name),
-        lambda state: stateful.compare(one, state, name),
-        lambda state: stateful.restore(one, state, name, strict=False),
+def _stateful(name: str, one: Any) -> StateEntry:
+    return StateEntry(
+        lambda: stateful.get_state(one, name),
+        lambda state: stateful.compare_state(one, state, name),
+        lambda state: stateful.set_state(one, state, name, strict=False),
     )
 
 

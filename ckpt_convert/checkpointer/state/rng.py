@@ -17,10 +17,10 @@ log = logging.getLogger("ckpt_convert")
 State = dict[str, Any]
 
 
-def capture(accelerators: bool = True) -> State:
+def get_rng_state(accelerators: bool = True) -> State:
     """The state of every global generator, as a tree that ``pack`` takes; nothing is drawn and no device set up."""
     state: State = {
-        "python": python_state(random),
+        "python": get_python_state(random),
         "numpy": np.random.get_state(legacy=False),
         "torch": torch.get_rng_state(),
     }
@@ -31,7 +31,7 @@ def capture(accelerators: bool = True) -> State:
     return state
 
 
-def restore(state: Mapping[str, Any]) -> None:
+def set_rng_state(state: Mapping[str, Any]) -> None:
     """Set every generator that ``state`` has to what it was.
 
     A device that is not there any more is named in a warning; the others are set. Raises CorruptFileError for what is
@@ -53,7 +53,7 @@ def restore(state: Mapping[str, Any]) -> None:
         ) from error
 
 
-def python_state(generator: Any) -> State:
+def get_python_state(generator: Any) -> State:
     """The state of a ``random.Random``, or of the module itself."""
     version, words, gauss = generator.getstate()
     return {"version": version, "words": torch.tensor(words, dtype=torch.int64), "gauss": gauss}

@@ -18,7 +18,7 @@ def has_state(obj: object) -> bool:
     return callable(getattr(obj, "state_dict", None)) and callable(getattr(obj, "load_state_dict", None))
 
 
-def capture(obj: Any, name: str = "state") -> Any:
+def get_state(obj: Any, name: str = "state") -> Any:
     """The state of an object with state_dict() and load_state_dict(), or of a dict of objects and plain values.
 
     Tensors are those of the object, not copies. Raises UsageError for anything else; ``name`` is what it is called.
@@ -31,29 +31,29 @@ def capture(obj: Any, name: str = "state") -> Any:
             "with state_dict() and load_state_dict(), or a dict of such objects or of plain values"
         )
     return {
-        "objects": {key: capture(value, f"{name}/{key}") for key, value in obj.items() if _is_object(value)},
+        "objects": {key: get_state(value, f"{name}/{key}") for key, value in obj.items() if _is_object(value)},
         "values": {key: value for key, value in obj.items() if not _is_object(value)},
     }
 
 
-def restore(obj: Any, state: Any, name: str = "state", strict: bool = True) -> list[str]:
+def set_state(obj: Any, state: Any, name: str = "state", strict: bool = True) -> list[str]:
     """Put a captured state back, a dict's values in place; returns the problems, none when all was restored.
 
     With ``strict``, nothing is changed where objects are missing on either side. What an object's own
     load_state_dict() refuses is a problem too, and leaves the object as that made it.
     """
-    problems = compare(obj, state, name)
+    problems = compare_state(obj, state, name)
     if problems and strict:
         return problems
     return problems + _put(obj, state, name)
 
 
-def compare(obj: Any, state: Any, name: str = "state") -> list[str]:
+def compare_state(obj: Any, state: Any, name: str = "state") -> list[str]:
     """What a state lacks, or has too much of, for an object; nothing is changed."""
     if has_state(obj):
         return []
     if type(obj) is not dict:
-        capture(obj, name)  # says what is wrong with it
+        get_state(obj, name)  # says what is wrong with it
     if not _is_captured_dict(state):
         return [f"{name}: a dict was given, but the checkpoint has the state of a single object"]
     live = {key: value for key, value in obj.items() if _is_object(value)}
@@ -63,7 +63,7 @@ def compare(obj: Any, state: Any, name: str = "state") -> list[str]:
     ]
     for key, value in live.items():
         if key in state["objects"]:
-            problems += compare(value, state["objects"][key], f"{name}/{key}")
+            problems += compare_state(value, state["objects"][key], f"{name}/{key}")
     return problems
 
 
