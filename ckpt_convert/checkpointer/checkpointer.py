@@ -100,7 +100,7 @@ class Checkpointer:
         """
         chosen = Options.of({name: value for name, value in locals().items() if name != "self"})
         run = chosen.run_directory()
-        opened = resuming.source_of(source, source_format, chosen, run)
+        opened = resuming.open_run_source(source, source_format, chosen, run)
         self.workers = chosen.workers
         self._options = chosen
         self._counts = RunCounters(chosen.schedule, chosen.policy, save_first=save_first, save_best=save_best)
@@ -187,13 +187,13 @@ class Checkpointer:
         resuming.refuse_restart(wanted, self._saver, self._options)
         made = self._begin(model, optimizer, lr_scheduler, grad_scaler, dataloader, extra)
         directory = self._saver.directory
-        saved = resuming.choose(directory.path, from_, directory.policy, verify=verify, workers=self.workers)
+        saved = resuming.choose_step(directory.path, from_, directory.policy, verify=verify, workers=self.workers)
         if saved is None:
             wanted.check([*made.entries(), *self._saver.planner.loadable_names(model)])
             log.info("%s: holds no checkpoint: fresh start", directory.path)
             self._start(0, [])
             return None
-        resuming.go_on(saved, self._saver, made, self._options, wanted, strict=strict, base_loaded=self._loaded)
+        resuming.continue_from(saved, self._saver, made, self._options, wanted, strict=strict, base_loaded=self._loaded)
         offer = f"; exclude=[{PROGRESS!r}] counts from 0" if weights_only and wanted.progress else ""
         log.info("resumed from %s, at step %d%s", saved.place, self.progress.step, offer)
         return self.progress
@@ -359,7 +359,7 @@ class Checkpointer:
 
     def newest(self) -> SavedStep | None:
         """The newest complete checkpoint whose files are as they were written, None where there is none."""
-        return resuming.newest(self._saver.directory.path, verify=True, workers=self.workers)
+        return resuming.newest_sound_step(self._saver.directory.path, verify=True, workers=self.workers)
 
     def add_files(self, make: Callable[[], Mapping[str, bytes]]) -> None:
         """Write more small files into every directory: ``make`` gives their content, by name, at each save."""

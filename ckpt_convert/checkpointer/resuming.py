@@ -50,7 +50,7 @@ _PREFIX = f"{MODEL}/"
 _NOT_GIVEN = "once that is mended run again, or resume from an older step (from_=)"
 
 
-def source_of(given: Source | None, format: str | None, options: Options, run: RunDirectory | None) -> Identified:
+def open_run_source(given: Source | None, format: str | None, options: Options, run: RunDirectory | None) -> Identified:
     """Open what a checkpointer was given as its source; in place of None, what the run's own steps know of it.
 
     Raises what ``open_source`` and ``open_lost`` do, and OutputExistsError where steps would go into the source.
@@ -78,26 +78,26 @@ def _without_source(there: Sequence[SavedStep], options: Options, run: RunDirect
     return opened
 
 
-def refuse_restart(wanted: Selection, saver: Saver, options: Options) -> None:
+def refuse_restart(selection: Selection, saver: Saver, options: Options) -> None:
     """Raise UsageError for the option of a fresh start, OutputExistsError for one over steps that are there."""
     if options.overwrite:
         raise UsageError(
             "overwrite=True is for register(), which starts anew where checkpoints are; resume() goes on "
             "from them: leave it out"
         )
-    if not wanted.progress and (there := saver.directory.saved):
+    if not selection.progress and (there := saver.directory.saved):
         raise OutputExistsError(
             f"{options.output_dir}: holds {len(there)} checkpoints, up to step {there[-1].step}, which a run that "
             f"counts from 0 (exclude={PROGRESS!r}) would replace; choose another output_dir, or go on without it"
         )
 
 
-def go_on(
+def continue_from(
     saved: SavedStep,
     saver: Saver,
     parts: TrainingParts,
     options: Options,
-    wanted: Selection,
+    selection: Selection,
     *,
     strict: bool,
     base_loaded: bool,
@@ -109,18 +109,18 @@ def go_on(
     counts, directory = saver.counts, saver.directory
     parts.start_at(saved.step)
     _take_layout_of(saved, saver, options)
-    load(
+    load_step(
         saved,
         parts,
         saver.planner,
-        wanted=wanted,
+        selection=selection,
         strict=strict,
         workers=options.workers,
         progress=options.progress,
         base_loaded=base_loaded,
     )
     counts.progress, counts.step_metrics = Progress(), StepMetrics()
-    if wanted.progress:
+    if selection.progress:
         counts.progress, counts.step_metrics = saved.progress, StepMetrics(saved.progress.evals, saved.metrics)
         if any(one.place.real() == saved.place.real() for one in directory.saved):
             saver.saved_step, saver.saved_at = saved.step, saved.place
@@ -128,10 +128,10 @@ def go_on(
     counts.started_from = counts.progress.step
     if parts.epoch_is_over:  # its last batch was saved, but a kill came before its end was counted
         parts.end_epoch()
-        if wanted.progress:
+        if selection.progress:
             counts.end_epoch()
     saver.plan_ahead()
-    if wanted.progress:
+    if selection.progress:
         directory.after_resume(saved)
     directory.warn_of_obstacles(counts.progress.step)
     counts.begin_watch(directory.saved)
@@ -147,7 +147,7 @@ def _take_layout_of(saved: SavedStep, saver: Saver, options: Options) -> None:
         )
 
 
-def choose(
+def choose_step(
     output_dir: Place, from_: Any, policy: retention.RetentionPolicy, *, verify: bool, workers: int
 ) -> SavedStep | None:
     """The checkpoint that ``from_`` means; None where "latest" finds an empty directory.
@@ -157,7 +157,7 @@ def choose(
     not give it.
     """
     if from_ == "latest":
-        return newest(output_dir, verify=verify, workers=workers)
+        return newest_sound_step(output_dir, verify=verify, workers=workers)
     there = saved_steps.scan_steps(output_dir)
     found: SavedStep | None
     if from_ == "best":
@@ -175,7 +175,7 @@ def choose(
         place = pointer.followed(locate(from_, "from_"))
         found = saved_steps.read_step(place.real(), renamed=True)
         if found is None:
-            found = newest(place, verify=verify, workers=workers)
+            found = newest_sound_step(place, verify=verify, workers=workers)
         if found is None:
             raise CheckpointNotFoundError(
                 f"{from_}: is no complete checkpoint of a checkpointer, nor a directory of them; to start from weights "
@@ -183,13 +183,13 @@ def choose(
             )
     else:
         raise UsageError(f'from_={from_!r}: expected "latest", "best", a step, or the path of a checkpoint')
-    problems = check(found, verify=verify, workers=workers)
+    problems = check_step(found, verify=verify, workers=workers)
     if problems:
         raise CorruptFileError(f"{found.place}: cannot be resumed from:{listing(problems)}")
     return found
 
 
-def newest(output_dir: Place, *, verify: bool, workers: int) -> SavedStep | None:
+def newest_sound_step(output_dir: Place, *, verify: bool, workers: int) -> SavedStep | None:
     """The newest checkpoint that is sound; None where there is none at all."""
     there = saved_steps.scan_steps(output_dir)
     gone = [place for place in saved_steps.list_directories(output_dir) if saved_steps.is_damaged(place)]
@@ -198,7 +198,7 @@ def newest(output_dir: Place, *, verify: bool, workers: int) -> SavedStep | None
         log.warning("%s is damaged and passed over: its manifest is gone", path)
     said = []
     for saved in reversed(there):
-        problems = check(saved, verify=verify, workers=workers)
+        problems = check_step(saved, verify=verify, workers=workers)
         if not problems:
             return saved
         said += problems
@@ -212,7 +212,7 @@ def newest(output_dir: Place, *, verify: bool, workers: int) -> SavedStep | None
     return None
 
 
-def check(saved: SavedStep, *, verify: bool, workers: int) -> list[str]:
+def check_step(saved: SavedStep, *, verify: bool, workers: int) -> list[str]:
     """Everything that is wrong with a checkpoint; ``verify`` reads all of it, else names, sizes and headers count.
 
     Raises UnreadableError where the system does not give a file of it: it may be sound, so no other may take its place.
@@ -234,12 +234,12 @@ def check(saved: SavedStep, *, verify: bool, workers: int) -> list[str]:
     return missing + [finding.text for finding in found]
 
 
-def load(
+def load_step(
     saved: SavedStep,
     parts: TrainingParts,
     planner: SavePlanner,
     *,
-    wanted: Selection,
+    selection: Selection,
     strict: bool,
     workers: int,
     progress: ProgressCallback | None,
@@ -251,27 +251,27 @@ def load(
     that names nothing.
     """
     state = training_state.open_state(saved.place / TRAINING_STATE) if saved.has_training_state else None
-    names = [name for name in (state.parts or () if state is not None else ()) if name != MODEL and wanted(name)]
+    names = [name for name in (state.parts or () if state is not None else ()) if name != MODEL and selection(name)]
     trees = state.read(names) if state is not None else {}
     if state is None:
-        _say_what_starts_anew(saved, [name for name in parts.required_entries if wanted(name)], strict)
-    problems = parts.compare_state(trees, wanted) if state is not None else []
+        _say_what_starts_anew(saved, [name for name in parts.required_entries if selection(name)], strict)
+    problems = parts.compare_state(trees, selection) if state is not None else []
     with contextlib.ExitStack() as stack:
         load_weights: Callable[[], str]
         if planner.adapter is not None:
             keys = [ADAPTER]
             found, load_weights = _adapter(saved, parts, planner, strict, workers, progress, base_loaded)
         else:
-            keys, found, load_weights = _weights(saved, parts, planner, state, wanted, workers, progress, stack)
-        wanted.check([*parts.entries(), *(state.parts or () if state is not None else ()), *keys])
+            keys, found, load_weights = _weights(saved, parts, planner, state, selection, workers, progress, stack)
+        selection.check([*parts.entries(), *(state.parts or () if state is not None else ()), *keys])
         problems = [*found, *problems]
         if problems and strict:
             raise KeyMismatchError(
                 f"{saved.place}: does not fit what it is loaded into (strict=False loads what does, exclude= leaves "
                 f"parts out):{listing(problems)}"
             )
-        said = load_weights() if planner.adapter is None or wanted(ADAPTER) else "nothing of the model"
-    problems += parts.set_state(trees, wanted)
+        said = load_weights() if planner.adapter is None or selection(ADAPTER) else "nothing of the model"
+    problems += parts.set_state(trees, selection)
     if problems:
         log.warning("%s: what did not fit was left as it was:%s", saved.place, listing(problems))
     log.info("loaded %s", said)
@@ -281,13 +281,13 @@ def load_best(saver: Saver, model: Model, options: Options) -> SavedStep | None:
     """Fill a model with the weights of the best checkpoint, None where none has the metric; see ``load``."""
     if saver.directory.best is None:
         return None
-    found = choose(saver.directory.path, "best", options.policy, verify=True, workers=options.workers)
+    found = choose_step(saver.directory.path, "best", options.policy, verify=True, workers=options.workers)
     assert found is not None
-    load(
+    load_step(
         found,
         TrainingParts(model),
         saver.planner,
-        wanted=Selection(weights_only=True),
+        selection=Selection(weights_only=True),
         strict=True,
         workers=options.workers,
         progress=options.progress,
