@@ -323,7 +323,7 @@ def test_structure_alone_reads_no_tensor(hf: Path) -> None:
 
 
 def test_only_the_keys_asked_for_are_compared(hf: Path) -> None:
-    found = diff(hf, GOLDEN / "llama" / "meta-mp2", keep=lambda *keys: any("wq" in key for key in keys))
+    found = diff(hf, GOLDEN / "llama" / "meta-mp2", is_wanted=lambda *keys: any("wq" in key for key in keys))
     assert [change.key for change in found.changes] == [Q.replace(".0.", f".{layer}.") for layer in range(3)]
 
 

@@ -125,7 +125,7 @@ def test_the_training_state_cannot_be_written(
         raise RuntimeError("no training state today")
 
     with monkeypatch.context() as patch:
-        patch.setattr(training_state, "write", fails)
+        patch.setattr(training_state, "write_state", fails)
         with pytest.raises(RuntimeError, match="no training state today"):
             advance(trained, checkpointer)
     assert [saved.step for saved in checkpointer.saved] == [1]

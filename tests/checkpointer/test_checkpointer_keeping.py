@@ -57,7 +57,7 @@ def test_one_is_only_removed_once_its_successor_is_complete(tmp_path: Path, monk
             there.append([saved.step for saved in Checkpointer(LLAMA, tmp_path).saved])
         true(decision)
 
-    monkeypatch.setattr(retention, "apply", apply)
+    monkeypatch.setattr(retention, "apply_retention", apply)
     run(tmp_path, [None] * 3, keep_last=1)
     assert there == [[1, 2], [2, 3]]
 

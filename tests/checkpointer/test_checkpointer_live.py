@@ -95,7 +95,7 @@ def test_values_are_those_at_the_call_whatever_training_does_meanwhile(
         trained.go(checkpointer, 2)
         weights = {key: tensor.clone() for key, tensor in trained.model.state_dict().items()}
         moments = [one["exp_avg"].clone() for one in trained.optimizer.state_dict()["state"].values()]
-        monkeypatch.setattr(training_state, "write", held)
+        monkeypatch.setattr(training_state, "write_state", held)
         monkeypatch.setattr(output, "write_output", held_output)
         checkpointer.save()
         trained.go(checkpointer, 4)

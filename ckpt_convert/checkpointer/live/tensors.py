@@ -299,7 +299,8 @@ def _refuse_sharded(model: nn.Module) -> None:
             )
         if not module._use_orig_params:
             raise UsageError(
-                f"{MODEL_IN_MEMORY}: FullyShardedDataParallel has flattened its parameters; make it with use_orig_params=True"
+                f"{MODEL_IN_MEMORY}: FullyShardedDataParallel has flattened its parameters; make it with "
+                "use_orig_params=True"
             )
 
 

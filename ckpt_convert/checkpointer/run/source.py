@@ -62,14 +62,14 @@ def open_without_source(steps: Sequence[SavedStep], config: Config | None, famil
     return open_config(config, format="hf", family=family), None
 
 
-def missing_source_error(error: CheckpointNotFoundError, saved_steps_: Sequence[SavedStep]) -> CheckpointNotFoundError:
+def missing_source_error(error: CheckpointNotFoundError, steps: Sequence[SavedStep]) -> CheckpointNotFoundError:
     """The error about a source that is not there, with the way to go on without it where a run can."""
-    steps = [saved for saved in saved_steps_ if "format" in saved.manifest]
-    if not steps:
+    with_weights = [saved for saved in steps if "format" in saved.manifest]
+    if not with_weights:
         return error
     return CheckpointNotFoundError(
         f"{error}\nif it is lost, pass source=None: files, dtypes and config are then those of the newest step, "
-        f"{steps[-1].place}"
+        f"{with_weights[-1].place}"
     )
 
 

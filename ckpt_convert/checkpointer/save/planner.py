@@ -143,7 +143,7 @@ class SavePlanner:
         found = loading.match_model(self.source, parts.base, self.settings.model_format)
         found = replace(
             found,
-            misfits=[
+            mismatched=[
                 *found.mismatched,
                 *loading.untied_sources(found, parts.base, self.source, self.settings.model_format),
             ],
@@ -329,8 +329,9 @@ class SavePlanner:
             )
         if lost:
             raise UsageError(
-                f"{MODEL_IN_MEMORY}: has parameters that are trained, but that its state dict does not hold, so no save would: "
-                f"freeze them (requires_grad_(False)), or hand over the optimizer that trains them:{listing(lost)}"
+                f"{MODEL_IN_MEMORY}: has parameters that are trained, but that its state dict does not hold, so no "
+                "save would: freeze them (requires_grad_(False)), or hand over the optimizer that trains them:"
+                f"{listing(lost)}"
             )
 
     def _plan(self, tensors: Mapping[str, Owned], settings: Settings) -> OpenPlan:
@@ -379,8 +380,8 @@ def _refuse_copies(model: Model, tensors: Tensors) -> None:
     copies = detached_copies(model, tensors)
     if copies:
         raise UsageError(
-            f"{MODEL_IN_MEMORY}: its state dict makes these tensors anew each time, so nothing that is loaded into them would "
-            f"reach the model; hand over the module that has them as parameters or buffers:{listing(copies)}"
+            f"{MODEL_IN_MEMORY}: its state dict makes these tensors anew each time, so nothing that is loaded into "
+            f"them would reach the model; hand over the module that has them as parameters or buffers:{listing(copies)}"
         )
 
 
