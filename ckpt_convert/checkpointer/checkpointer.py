@@ -13,12 +13,12 @@ from typing import Any, Literal
 import torch
 
 from ckpt_convert import formats
-from ckpt_convert.checkpointer import resuming
+from ckpt_convert.checkpointer import resume as resuming
 from ckpt_convert.checkpointer.live import loading
-from ckpt_convert.checkpointer.live.choice import PROGRESS, Selection
+from ckpt_convert.checkpointer.live.selection import PROGRESS, Selection
 from ckpt_convert.checkpointer.live.tensors import Model
 from ckpt_convert.checkpointer.run import retention
-from ckpt_convert.checkpointer.run.counts import RunCounters
+from ckpt_convert.checkpointer.run.counters import RunCounters
 from ckpt_convert.checkpointer.run.metrics import StepMetrics, finite_metrics
 from ckpt_convert.checkpointer.run.progress import Progress
 from ckpt_convert.checkpointer.run.saved_steps import SavedStep

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from ckpt_convert import Checkpointer
-from ckpt_convert.checkpointer.run import counts as module
+from ckpt_convert.checkpointer.run import counters as module
 from ckpt_convert.checkpointer.run.progress import Progress
 from ckpt_convert.errors import UsageError
 from tests.checkpointer.training import LLAMA, Trained, make_model

@@ -8,8 +8,8 @@ from typing import Any
 
 from ckpt_convert import containers
 from ckpt_convert.analysis.check.accept import accept_command
+from ckpt_convert.analysis.check.lenient_open import LenientCheckpoint, without_directory
 from ckpt_convert.analysis.check.spans import Span, hashed_span
-from ckpt_convert.analysis.check.tolerant import LenientCheckpoint, without_directory
 from ckpt_convert.checkpoint import checklist
 from ckpt_convert.checkpoint.checklist import CHECKLIST
 from ckpt_convert.checkpoint.findings import Finding, Severity, failed_check

@@ -7,7 +7,7 @@ from math import prod
 from pathlib import PurePosixPath
 from typing import Any
 
-from ckpt_convert.analysis.check.tolerant import LenientCheckpoint
+from ckpt_convert.analysis.check.lenient_open import LenientCheckpoint
 from ckpt_convert.checkpoint.findings import Finding
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.dtypes import CASTABLE

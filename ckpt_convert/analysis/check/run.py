@@ -7,10 +7,10 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from ckpt_convert.analysis.check import causes, checksums, directory, generic, sidefiles, table, training
+from ckpt_convert.analysis.check import auxiliary_files, checksums, directory, generic, root_causes, table, training
+from ckpt_convert.analysis.check.lenient_open import LenientCheckpoint, open_leniently, without_directory
 from ckpt_convert.analysis.check.report import Report, Skipped, by_severity
 from ckpt_convert.analysis.check.spans import ExpectedEqual
-from ckpt_convert.analysis.check.tolerant import LenientCheckpoint, open_leniently, without_directory
 from ckpt_convert.checkpoint import diagnosis
 from ckpt_convert.checkpoint.findings import Finding, Severity, failed_check
 from ckpt_convert.checkpoint.identify import Identified
@@ -101,7 +101,7 @@ def _report(work: _Work, workers: int, progress: ProgressCallback | None) -> Rep
     opened, checkpoint = work.opened, work.opened.checkpoint
     work.done("files", opened.findings)
     work.done("container")
-    work.done("duplicate", causes.merge_exchanged_files(directory.check_index(opened), "index"))
+    work.done("duplicate", root_causes.merge_exchanged_files(directory.check_index(opened), "index"))
     if checkpoint.directory.index is not None:
         work.done("index")
         if opened.has_all_headers and not opened.damaged_files:
@@ -110,7 +110,7 @@ def _report(work: _Work, workers: int, progress: ProgressCallback | None) -> Rep
         work.done("leftover", directory.check_leftovers(opened))
         work.done("shards", directory.check_shard_numbers(opened))
         work.done("shards", directory.check_file_names(opened))
-        work.done("side-files", sidefiles.check_auxiliary_files(checkpoint))
+        work.done("side-files", auxiliary_files.check_auxiliary_files(checkpoint))
         if (found := training.check_saved_step(checkpoint.place, work.values)) is not None:
             work.done("training", found)
     _against_config(work)
@@ -148,7 +148,7 @@ def _against_config(work: _Work) -> None:
     if (part := describe_part(view.place)) is not None:
         work.skip(f"the file is {part}, and no whole model; give the directory for these", "config", "keys", "tied")
         return
-    mixed, why = causes.check_ranks(work.opened, content)
+    mixed, why = root_causes.check_ranks(work.opened, content)
     if why:
         work.done("shards", mixed)
         work.skip(f"the ranks are not those of one checkpoint: {why}", "config", "keys", "tied", "replicas")
@@ -169,9 +169,9 @@ def _against_config(work: _Work) -> None:
     else:
         _in_general(work, content)
     if checked := model.config if model is not None else content:
-        work.done("tokenizer", sidefiles.check_tokenizer(view, checked))
+        work.done("tokenizer", auxiliary_files.check_tokenizer(view, checked))
         if view.format == "hf":
-            work.done("config", sidefiles.check_config_dtype(view, content))
+            work.done("config", auxiliary_files.check_config_dtype(view, content))
 
 
 def _from_shapes(work: _Work) -> dict[str, Any] | None:
@@ -327,7 +327,7 @@ def _read(work: _Work, workers: int, progress: ProgressCallback | None) -> int:
     spans = [*values.finite_spans(work.opened), *crcs, *pieces, *hashes]
     compared = work.described or work.opened.view
     found, nbytes = values.read_spans(spans, work.expected, compared, workers=workers, progress=progress)
-    work.done("values", causes.merge_zero_tensors(found, work.opened))
+    work.done("values", root_causes.merge_zero_tensors(found, work.opened))
     if crcs:
         work.done("crc")
     if record is not None:

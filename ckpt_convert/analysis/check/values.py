@@ -10,7 +10,8 @@ from math import prod
 
 import numpy as np
 
-from ckpt_convert.analysis.check import causes, container
+from ckpt_convert.analysis.check import container, root_causes
+from ckpt_convert.analysis.check.lenient_open import LenientCheckpoint
 from ckpt_convert.analysis.check.spans import ExpectedEqual, Span
 from ckpt_convert.analysis.check.tolerant import LenientCheckpoint
 from ckpt_convert.checkpoint.findings import Finding, failed_check
@@ -112,7 +113,7 @@ def finite_spans(opened: LenientCheckpoint) -> Iterator[Span]:
                 yield Finding("warning", "values", text, name, key, "0", str(it.nan + it.inf))
             elif it is not None and it.is_zero and count > 1 and key.endswith("weight"):
                 yield Finding(
-                    "warning", "values", "", name, key, None, causes.ALL_ZEROS
+                    "warning", "values", "", name, key, None, root_causes.ALL_ZEROS
                 )  # put in words with all others
 
         add = counter.add if counter is not None else _ignore

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import xxhash
 
 from ckpt_convert import dtypes
-from ckpt_convert.analysis.diff.pairs import AlignedTensor, TensorSide, align
+from ckpt_convert.analysis.diff.alignment import AlignedTensor, TensorSide, align
 from ckpt_convert.analysis.stats import numeric
 from ckpt_convert.analysis.stats.numeric import Delta
 from ckpt_convert.checkpoint import dequantize as requests

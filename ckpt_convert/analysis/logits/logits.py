@@ -12,7 +12,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from ckpt_convert.analysis.logits import causal
+from ckpt_convert.analysis.logits import model as causal
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.errors import ShapeMismatchError, UsageError
 from ckpt_convert.tensors.progress import ProgressCallback, ProgressCounter

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from ckpt_convert._version import __version__
-from ckpt_convert.checkpointer.live.copies import CopyCheck
+from ckpt_convert.checkpointer.live.copy_check import CopyCheck
 from ckpt_convert.checkpointer.live.tensors import model_tensors
 from ckpt_convert.checkpointer.run import saved_steps
-from ckpt_convert.checkpointer.run.counts import RunCounters
+from ckpt_convert.checkpointer.run.counters import RunCounters
 from ckpt_convert.checkpointer.run.source import CONFIG, STARTED_FROM
 from ckpt_convert.checkpointer.save.buffers import CopyBuffers
 from ckpt_convert.checkpointer.save.options import Options

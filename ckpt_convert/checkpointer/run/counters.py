@@ -13,7 +13,7 @@ from ckpt_convert.checkpointer.run.metrics import StepMetrics
 from ckpt_convert.checkpointer.run.progress import Progress
 from ckpt_convert.checkpointer.run.saved_steps import SavedStep
 from ckpt_convert.checkpointer.run.schedule import Event, Schedule
-from ckpt_convert.checkpointer.run.watch import UnusedOptions
+from ckpt_convert.checkpointer.run.unused_options import UnusedOptions
 
 log = logging.getLogger("ckpt_convert")
 

@@ -12,9 +12,9 @@ from ckpt_convert.analysis.check_checkpoint import check_checkpoint as check_wei
 from ckpt_convert.checkpoint.checkpoint import open_identified
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpoint.record import MANIFEST, TRAINING_STATE
-from ckpt_convert.checkpointer.live import base, loading
-from ckpt_convert.checkpointer.live.base import AdapterBase
-from ckpt_convert.checkpointer.live.choice import ADAPTER, MODEL, PROGRESS, Selection
+from ckpt_convert.checkpointer.live import adapter_base, loading
+from ckpt_convert.checkpointer.live.adapter_base import AdapterBase
+from ckpt_convert.checkpointer.live.selection import ADAPTER, MODEL, PROGRESS, Selection
 from ckpt_convert.checkpointer.live.tensors import Model, model_tensors
 from ckpt_convert.checkpointer.run import retention, saved_steps
 from ckpt_convert.checkpointer.run.metrics import StepMetrics
@@ -385,7 +385,7 @@ def _adapter(
     The base comes from the source, unless it is there, and is compared once its values were read; the adapter from the
     checkpoint.
     """
-    before = base.read_base(saved.manifest["training"], str(saved.place / MANIFEST))
+    before = adapter_base.read_base(saved.manifest["training"], str(saved.place / MANIFEST))
     if before is None:
         log.warning("%s: does not say which base it was trained on, so the source is taken for it", saved.place)
 

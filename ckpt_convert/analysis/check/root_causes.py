@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ckpt_convert.analysis.check.tolerant import LenientCheckpoint
+from ckpt_convert.analysis.check.lenient_open import LenientCheckpoint
 from ckpt_convert.checkpoint.findings import Finding
 from ckpt_convert.checkpoint.record import MANIFEST
 from ckpt_convert.formats import peft
