@@ -84,16 +84,16 @@ def read_spans(
 
         def work(item: list[Span] | ExpectedEqual) -> None:
             if isinstance(item, ExpectedEqual):
-                movers.extend(() if movers else (Mover(checkpoint.stored), Mover(checkpoint.stored)))
-                findings.extend(_compared(item, movers[0], movers[1], meter))
+                readers.extend(() if readers else (BlockReader(checkpoint.stored), BlockReader(checkpoint.stored)))
+                findings.extend(_compared(item, readers[0], readers[1], counter))
             else:
                 findings.extend(_streamed(item, buffer, counter))
 
         return work
 
     items: list[list[Span] | ExpectedEqual] = [*runs, *expected]
-    spread(items, workers, meter, start)
-    return findings, meter.done
+    run_threaded(items, workers, counter, start)
+    return findings, counter.done
 
 
 def finite_spans(opened: LenientCheckpoint) -> Iterator[Span]:
@@ -148,8 +148,10 @@ def crc_spans(opened: LenientCheckpoint) -> Iterator[Span]:
             yield Span(file.reader, file.name, member.offset, member.offset + member.size, add, finish)
 
 
-def _compared(item: ExpectedEqual, left: Mover, right: Mover, meter: Meter) -> Iterator[Finding]:
-    one, other = (Read(side, item.equality.dtype) for side in (item.equality.left, item.equality.right))
+def _compared(
+    item: ExpectedEqual, left: BlockReader, right: BlockReader, counter: ProgressCounter
+) -> Iterator[Finding]:
+    one, other = (TypedTensor(side, item.equality.dtype) for side in (item.equality.left, item.equality.right))
     try:
         if first_difference(left, right, one, other, counter) is not None:
             yield item.differ

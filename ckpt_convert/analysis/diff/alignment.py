@@ -215,7 +215,10 @@ def _halves(checkpoint: Identified, key: str) -> list[tuple[str, TensorSide]]:
     if info.dtype not in dtypes.DTYPES:
         number = checkpoint.ranks[0][key].tensor.tiles[0].source
         return [
-            (key, TensorSide(key, info.shape, info.dtype, info.nbytes, stored(number, (info.nbytes,)), packed=True))
+            (
+                key,
+                TensorSide(key, info.shape, info.dtype, info.nbytes, from_source(number, (info.nbytes,)), packed=True),
+            )
         ]
     if info.settled:
         tensor, dtype = checkpoint.joined(key)

@@ -199,7 +199,7 @@ def _values(
 
 
 def _comparing(
-    a: Stored, b: Stored, meter: Meter
+    a: StoredTensors, b: StoredTensors, counter: ProgressCounter
 ) -> Callable[[tuple[Change, AlignedTensor]], tuple[Delta | None, str, _Sums]]:
     """What compares a pair, in one worker."""
     movers = BlockReader(a), BlockReader(b)
@@ -212,7 +212,7 @@ def _comparing(
             if delta.differing and _is_reordered(*movers, pair):
                 note = _ROW_ORDER
         for side, check in pair.replicas:
-            note = note if _is_copy(movers[side], check, meter) else check.message
+            note = note if _is_copy(movers[side], check, counter) else check.message
         return delta, note, sums
 
     return work
@@ -230,7 +230,9 @@ def _is_comparable(change: Change) -> bool:
     return change.a is not None and change.b is not None and numeric.comparable(change.a.dtype, change.b.dtype)
 
 
-def _delta(left: Mover, right: Mover, a: TensorSide, b: TensorSide, meter: Meter) -> tuple[Delta, _Sums]:
+def _delta(
+    left: BlockReader, right: BlockReader, a: TensorSide, b: TensorSide, counter: ProgressCounter
+) -> tuple[Delta, _Sums]:
     """How far two tensors are apart; and a checksum of each, "" where they are equal."""
     counted = 0
     if a.dtype == b.dtype:
@@ -257,7 +259,7 @@ def _delta(left: Mover, right: Mover, a: TensorSide, b: TensorSide, meter: Meter
     return comparison.result(), (digests[0].hexdigest(), digests[1].hexdigest())
 
 
-def _is_reordered(left: Mover, right: Mover, pair: AlignedTensor) -> bool:
+def _is_reordered(left: BlockReader, right: BlockReader, pair: AlignedTensor) -> bool:
     """Whether b's tensor is a's with its rows in the other RoPE order: a step that was missed, or done twice."""
     if pair.a is None or pair.b is None or pair.a.dtype != pair.b.dtype:
         return False

@@ -180,7 +180,7 @@ def _run(
     import torch
 
     model, notices = causal.load_model(checkpoint, found, progress)
-    meter = Meter("running", len(tokens), progress)
+    counter = ProgressCounter("running", len(tokens), progress)
     out = []
     for prompt in tokens[:, None]:
         with torch.inference_mode():

@@ -61,7 +61,7 @@ class Summary:
             return
         with np.errstate(all="ignore"):
             for _, raw in cache_blocks(codec, data):
-                self._add_long(raw.view(codec.code)) if codec.is_long else self._add(codec, raw)
+                self._add_long(raw.view(codec.unit_dtype)) if codec.is_long else self._add(codec, raw)
 
     def merge(self, other: Summary) -> None:
         """Add all that another summary has seen."""

@@ -185,8 +185,8 @@ class Saver:
         if destination is None:
             return
         evals, metrics = self.counts.step_metrics.snapshot
-        if self.background.busy:
-            self.background.then(lambda: directory.amend(destination, metrics, evals))
+        if self.background.is_busy:
+            self.background.enqueue(lambda: directory.amend(destination, metrics, evals))
         else:
             directory.amend(destination, metrics, evals)
 
