@@ -18,7 +18,7 @@ from tests.helpers import bits
 
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E4M3FNUZ", "F8_E5M2", "F8_E5M2FNUZ", "F8_E8M0")
 INTEGERS = ("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
-SIZES = (1, 2, 3, 255, blocked_sums.PIECE - 1, blocked_sums.PIECE, blocked_sums.PIECE + 1, 3 * blocked_sums.PIECE + 5)
+SIZES = (1, 2, 3, 255, blocked_sums.CHUNK - 1, blocked_sums.CHUNK, blocked_sums.CHUNK + 1, 3 * blocked_sums.CHUNK + 5)
 F4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 
@@ -144,7 +144,7 @@ def test_what_cannot_be_taken_apart_has_no_statistics(dtype: str) -> None:
 @pytest.mark.parametrize("dtype", ["F64", "F32", "I64", "I32", "U64"])
 def test_a_mean_far_larger_than_the_spread(dtype: str) -> None:
     """Sums of squares alone would leave no digit of it; the integers beyond 2**53 are not even floats."""
-    count = 3 * blocked_sums.PIECE + 7
+    count = 3 * blocked_sums.CHUNK + 7
     steps = np.random.default_rng(0).integers(0, 5, count)
     start = {"F64": 1e12, "F32": 8e6, "I32": 2_000_000_000}.get(dtype, 2**62 + 1)
     data = (np.array(start, DTYPES[dtype].numpy) + steps.astype(DTYPES[dtype].numpy)).tobytes()
@@ -179,7 +179,7 @@ def test_blocks_of_any_size_and_merged_summaries_say_the_same() -> None:
     numbers = np.random.default_rng(0).normal(3, 2, 100_003).astype(np.float32)
     numbers[[5, 70_000]] = np.nan, np.inf
     data = numbers.tobytes()
-    for block in (4, 4000, 4 * blocked_sums.PIECE, 1 << 20):
+    for block in (4, 4000, 4 * blocked_sums.CHUNK, 1 << 20):
         assert_stats(
             summarised("F32", data[:100_000] if block == 4 else data, block),
             numbers[: 25_000 if block == 4 else None].astype(np.float64),
