@@ -73,14 +73,14 @@ def test_processes_say_what_one_does(kind: str, tmp_path: Path) -> None:
 def test_what_a_process_was_started_with_is_not_run_again_in_its_workers(tmp_path: Path) -> None:
     script = tmp_path / "recipe.py"
     script.write_text(f"""
-from ckpt_convert.analysis.stats.stats import statistics
+from ckpt_convert.analysis.stats.stats import tensor_statistics
 from ckpt_convert.checkpoint.checkpoint import open_checkpoint
 from ckpt_convert.tensors import pool
 
 print("begun")
 pool._WORTH, pool._BATCH, pool._MOST = 0, 1, 4
 checkpoint = open_checkpoint({str(LLAMA)!r})
-found = dict(statistics(checkpoint, checkpoint.tensors, workers=3))
+found = dict(tensor_statistics(checkpoint, checkpoint.tensors, workers=3))
 print(len(found) == len(checkpoint.tensors))
 """)
     path = {**os.environ, "PYTHONPATH": str(ROOT)}

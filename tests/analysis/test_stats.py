@@ -177,9 +177,9 @@ def test_memory_does_not_grow_with_the_tensor(tmp_path: Path) -> None:
 
 def test_torch_is_not_needed() -> None:
     code = (
-        "import sys, ckpt_convert; from ckpt_convert.analysis.stats.stats import statistics\n"
+        "import sys, ckpt_convert; from ckpt_convert.analysis.stats.stats import tensor_statistics\n"
         "from ckpt_convert.checkpoint.checkpoint import open_identified\n"
-        "with open_identified(sys.argv[1]) as c: print(len(list(statistics(c, list(c.tensors), workers=2))))\n"
+        "with open_identified(sys.argv[1]) as c: print(len(list(tensor_statistics(c, list(c.tensors), workers=2))))\n"
         "print('torch' in sys.modules)"
     )
     command = [sys.executable, "-c", code, str(GOLDEN / "llama" / "meta-mp2")]
