@@ -93,7 +93,7 @@ def verify(
     from ckpt_convert.storage.place import locate
 
     if with_logits:
-        from ckpt_convert.analysis.logits.causal import require_packages
+        from ckpt_convert.analysis.logits.model import require_packages
 
         require_packages()
     renewed = accept_files(checkpoint_place(locate(path)), accepted) if accepted else []

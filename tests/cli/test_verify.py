@@ -286,7 +286,8 @@ def looked_at(path: Path, change: int) -> None:
 
 def test_a_quick_check_is_quick_to_start(tmp_path: Path) -> None:
     code = (
-        "import sys; from ckpt_convert.analysis.check import check_checkpoint; check_checkpoint(sys.argv[1], values=False); "
+        "import sys; from ckpt_convert.analysis.check import check_checkpoint; "
+        "check_checkpoint(sys.argv[1], values=False); "
         "print(sorted({'torch', 'numpy', 'rich', 'transformers'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code, str(HF)], capture_output=True, text=True, check=True, cwd=ROOT)

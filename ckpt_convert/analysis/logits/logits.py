@@ -12,7 +12,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from ckpt_convert.analysis.logits import model as causal
+from ckpt_convert.analysis.logits.model import Architecture, load_model, read_architecture
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.errors import ShapeMismatchError, UsageError
 from ckpt_convert.tensors.progress import ProgressCallback, ProgressCounter
@@ -113,7 +113,7 @@ def compare_logits(
     for name, value in (("prompts", prompts), ("length", length)):
         if value < 1:
             raise UsageError(f"{name} {value}: expected 1 or more")
-    architectures = [causal.read_architecture(checkpoint) for checkpoint in (a, b) if checkpoint is not None]
+    architectures = [read_architecture(checkpoint) for checkpoint in (a, b) if checkpoint is not None]
     for checkpoint, found in zip((a, b), architectures, strict=False):
         if checkpoint is not None and found.positions is not None and found.positions < length:
             raise UsageError(f"{checkpoint.place}: takes at most {found.positions} tokens, {length} were asked for")
@@ -174,12 +174,12 @@ def _tokens(vocab: int, prompts: int, length: int, seed: int) -> torch.Tensor:
 
 
 def _run(
-    checkpoint: Identified, found: causal.Architecture, tokens: torch.Tensor, progress: ProgressCallback | None
+    checkpoint: Identified, found: Architecture, tokens: torch.Tensor, progress: ProgressCallback | None
 ) -> tuple[LogitsRun, torch.Tensor]:
     """The logits of one checkpoint, [prompts, length, tokens], and what there is to say of them."""
     import torch
 
-    model, notices = causal.load_model(checkpoint, found, progress)
+    model, notices = load_model(checkpoint, found, progress)
     counter = ProgressCounter("running", len(tokens), progress)
     out = []
     for prompt in tokens[:, None]:

@@ -15,22 +15,22 @@ from ckpt_convert.adapters.config import AdapterConfig
 from ckpt_convert.adapters.merge import MergedReader, plan_merges
 from ckpt_convert.adapters.modules import Modules
 from ckpt_convert.adapters.parameters import Adapter, SplitTensors, split_adapters
-from ckpt_convert.adapters.peft_files import from_peft, load_into, to_peft
-from ckpt_convert.adapters.peft_files import render_files as peft_files
+from ckpt_convert.adapters.peft_files import from_peft, load_into, render_files, to_peft
 from ckpt_convert.checkpoint import legacy_keys, record
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpointer.distributed.claims import Claims, Owned
-from ckpt_convert.checkpointer.live import base, loading
-from ckpt_convert.checkpointer.live.base import AdapterBase
-from ckpt_convert.checkpointer.live.choice import ADAPTER, MODEL
+from ckpt_convert.checkpointer.live import adapter_base, loading
+from ckpt_convert.checkpointer.live.adapter_base import AdapterBase
+from ckpt_convert.checkpointer.live.selection import ADAPTER, MODEL
 from ckpt_convert.checkpointer.live.tensors import (
     MODEL_IN_MEMORY,
     MemoryRanges,
     Model,
     all_of,
     as_planning_source,
-    memory_readers,
     detached_copies,
+    memory_readers,
+    model_tensors,
     same_memory,
     tensors_signature,
     trained_parameters,
@@ -158,14 +158,14 @@ class SavePlanner:
             self.source, parts.base, found, workers=workers, progress=progress, checksums=checksums
         )
         if checksums is not None:
-            self._base = base.base_from_targets(self._layout(parts.base), found.targets, checksums)
+            self._base = adapter_base.base_from_targets(self._layout(parts.base), found.targets, checksums)
         return loaded
 
     def current_base(self, recorded: AdapterBase, workers: int, *, values: bool) -> AdapterBase:
         """The base that the source is now, in the layout of one that was written down; ``values`` reads all of it."""
         if self._base is not None and self._base.layout == recorded.layout:
             return self._base
-        return base.base_from_source(
+        return adapter_base.base_from_source(
             self.source, recorded.layout, recorded.tensors.keys(), workers=workers, values=values
         )
 
@@ -180,11 +180,13 @@ class SavePlanner:
         if self._base is None:
             layout = self._layout(tensors)
             try:
-                self._base = base.base_from_source(self.source, layout, tensors.keys(), workers=WORKERS, values=True)
+                self._base = adapter_base.base_from_source(
+                    self.source, layout, tensors.keys(), workers=WORKERS, values=True
+                )
             except (OSError, CkptConvertError) as error:
                 log.warning("the base that the adapter is of is not written down with it: %s", reason(error))
                 return {}
-        return {base.SECTION: self._base.as_json()}
+        return {adapter_base.SECTION: self._base.as_json()}
 
     def load_adapter(self, path: Place, model: Model) -> int:
         """Fill a model's adapter from PEFT's files; returns the number of tensors."""
@@ -285,7 +287,7 @@ class SavePlanner:
         def step(section: Section, files: Mapping[str, bytes]) -> StepContents:
             assert self.adapter is not None
             place = str(self.source.place.absolute()) if self.source.format == "hf" else None
-            written = peft_files(*to_peft(parts, self.adapter, self.modules, base_model=place))
+            written = render_files(*to_peft(parts, self.adapter, self.modules, base_model=place))
             made = self._merged(parts, settings) if merges_too else None
             whole = parts.base
 
