@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ckpt_convert.analysis.check_checkpoint import check_checkpoint as check_weights
+from ckpt_convert.analysis.check import check_checkpoint as check_weights
 from ckpt_convert.checkpoint.checkpoint import open_identified
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpoint.record import MANIFEST, TRAINING_STATE
@@ -349,7 +349,7 @@ def _weights(
             f"model_format={layout!r}, or make the checkpoint the source of a new run"
         )
     checkpoint = stack.enter_context(open_identified(saved.place, family=planner.source.hints.family))
-    match_model = loading.match_model(checkpoint, tensors, planner.settings.model_format)
+    fit = loading.match_model(checkpoint, tensors, planner.settings.model_format)
 
     def load_them() -> str:
         files = loading.load_tensors(

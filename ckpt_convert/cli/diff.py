@@ -126,7 +126,7 @@ def diff(
     A and B are directories, weight files or Hub ids, in any formats and over any number of ranks: tensors are brought
     together through the family's table, with RoPE row orders and cuts undone. Nothing is written.
     """
-    from ckpt_convert.analysis.diff.compare_checkpoints import compare_checkpoints
+    from ckpt_convert.analysis.diff.compare import compare_checkpoints
     from ckpt_convert.checkpoint.checkpoint import open_identified
     from ckpt_convert.cli.html import diff_page
     from ckpt_convert.cli.notices import on_stderr

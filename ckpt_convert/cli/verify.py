@@ -83,9 +83,9 @@ def verify(
     written, except with --accept: before the checks, the checksums of these files beside the weights are renewed in
     ckpt_convert/manifest.json.
     """
-    from ckpt_convert.analysis.check_checkpoint import check_checkpoint
-    from ckpt_convert.analysis.check_checkpoint.accept_files import accept_files
-    from ckpt_convert.analysis.check_checkpoint.compare_with import Opening, compare_with, check_logits
+    from ckpt_convert.analysis.check import check_checkpoint
+    from ckpt_convert.analysis.check.accept import accept_files
+    from ckpt_convert.analysis.check.cross_checks import Opening, check_logits, compare_with
     from ckpt_convert.checkpoint.opening import checkpoint_place
     from ckpt_convert.cli.notices import on_stderr, silent_transformers
     from ckpt_convert.cli.progress import Bar

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ckpt_convert.analysis.diff.compare_checkpoints import compare_checkpoints
+from ckpt_convert.analysis.diff.compare import compare_checkpoints
 from ckpt_convert.checkpoint.checkpoint import open_identified
 from ckpt_convert.errors import UnsupportedFamilyError
 from tests.helpers import GOLDEN

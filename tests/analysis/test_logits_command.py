@@ -23,7 +23,7 @@ import transformers
 from transformers.utils import logging as chatter
 
 from ckpt_convert.analysis.logits import logits as logits_module
-from ckpt_convert.analysis.compare_logits.compare_logits import LogitsReport, compare_logits
+from ckpt_convert.analysis.logits.logits import LogitsReport, compare_logits
 from ckpt_convert.checkpoint.checkpoint import open_checkpoint, open_identified
 from ckpt_convert.cli.notices import silent_transformers
 from ckpt_convert.errors import (

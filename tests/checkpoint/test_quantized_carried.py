@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import ckpt_convert
-from ckpt_convert.analysis.check_checkpoint import check_checkpoint
-from ckpt_convert.analysis.diff.compare_checkpoints import compare_checkpoints
+from ckpt_convert.analysis.check import check_checkpoint
+from ckpt_convert.analysis.diff.compare import compare_checkpoints
 from ckpt_convert.checkpoint.checkpoint import open_identified
 from ckpt_convert.checkpoint.quantized import schemes
 from ckpt_convert.checkpoint.quantized.detect import Quantization

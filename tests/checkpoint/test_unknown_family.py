@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import ckpt_convert
 from ckpt_convert.adapters.config import AdapterConfig
-from ckpt_convert.analysis.check_checkpoint.run import check_checkpoint
-from ckpt_convert.analysis.diff.compare_checkpoints import compare_checkpoints
+from ckpt_convert.analysis.check.run import check_checkpoint
+from ckpt_convert.analysis.diff.compare import compare_checkpoints
 from ckpt_convert.checkpoint import generic_model
 from ckpt_convert.checkpoint.checkpoint import open_identified
 from ckpt_convert.checkpoint.mapping import SourceTensor
@@ -242,7 +242,7 @@ def test_a_damaged_byte_is_found(gpt2: Path, tmp_path: Path) -> None:
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    assert [finding.check_checkpoint for finding in check_checkpoint(out).findings] == ["checksum"]
+    assert [finding.check for finding in check_checkpoint(out).findings] == ["checksum"]
     with open_identified(gpt2) as a, open_identified(out) as b:
         assert compare_checkpoints(a, b).counts["differs"] == 1
 

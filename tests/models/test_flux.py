@@ -17,7 +17,7 @@ import transformers
 from click.testing import CliRunner
 
 import ckpt_convert
-from ckpt_convert.analysis.check_checkpoint.run import check_checkpoint
+from ckpt_convert.analysis.check.run import check_checkpoint
 from ckpt_convert.checkpoint.checkpoint import open_identified
 from ckpt_convert.cli import cli
 from ckpt_convert.convert.api import plan_conversion

@@ -13,7 +13,6 @@ import numpy as np
 from ckpt_convert.analysis.check import container, root_causes
 from ckpt_convert.analysis.check.lenient_open import LenientCheckpoint
 from ckpt_convert.analysis.check.spans import ExpectedEqual, Span
-from ckpt_convert.analysis.check.tolerant import LenientCheckpoint
 from ckpt_convert.checkpoint.findings import Finding, failed_check
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.dtypes import DTYPES

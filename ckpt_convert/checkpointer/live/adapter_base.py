@@ -84,7 +84,9 @@ def read_base(training: Mapping[str, Any], where: str) -> AdapterBase | None:
         raise CorruptFileError(f"{where}: what it says of the adapter's base is damaged ({error})") from error
 
 
-def base_from_targets(layout: str, targets: Collection[TargetTensor], checksums: Mapping[str, str] | None = None) -> AdapterBase:
+def base_from_targets(
+    layout: str, targets: Collection[TargetTensor], checksums: Mapping[str, str] | None = None
+) -> AdapterBase:
     """The base that these tensors of a source are."""
     known = checksums or {}
     return AdapterBase(

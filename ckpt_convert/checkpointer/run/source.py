@@ -44,7 +44,9 @@ def open_source(source: Source, *, format: str | None, family: str | None, confi
     return _as_numbers(opened)
 
 
-def open_without_source(steps: Sequence[SavedStep], config: Config | None, family: str | None) -> tuple[Identified, Place | None]:
+def open_without_source(
+    steps: Sequence[SavedStep], config: Config | None, family: str | None
+) -> tuple[Identified, Place | None]:
     """What a run without a source goes on from, and the step that this is: the newest that has weights, or the config.
 
     A run that began with a checkpoint keeps its files and its config that way, after the checkpoint is lost. One that

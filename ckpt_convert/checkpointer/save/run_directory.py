@@ -12,7 +12,7 @@ from ckpt_convert.checkpointer.run import retention, saved_steps
 from ckpt_convert.checkpointer.run.naming import DirectoryTemplate
 from ckpt_convert.checkpointer.run.progress import Progress
 from ckpt_convert.checkpointer.run.saved_steps import SavedStep
-from ckpt_convert.checkpointer.write_step.writer import StepContents, obstacle, write_step
+from ckpt_convert.checkpointer.save.writer import StepContents, obstacle, write_step
 from ckpt_convert.convert.output import output_permissions
 from ckpt_convert.errors import CkptConvertError, OutputExistsError, reason
 from ckpt_convert.storage import pointer, workspace

@@ -385,7 +385,7 @@ def test_a_difference_in_what_repeats_itself_is_a_difference(tables: Path, tmp_p
     shutil.copytree(tables, tmp_path / "other")
     change_one(tmp_path / "other", TABLES[1], (0, 0), -7.0)  # the row of no aspect ratio
     with open_identified(tables) as one, open_identified(tmp_path / "other") as other:
-        from ckpt_convert.analysis.diff.compare_checkpoints import compare_checkpoints
+        from ckpt_convert.analysis.diff.compare import compare_checkpoints
 
         found = compare_checkpoints(one, other)
     assert [change.key for change in found.changes if change.status != "same"] == [TABLES[1]]
