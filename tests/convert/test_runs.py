@@ -8,7 +8,7 @@ from math import prod
 import pytest
 
 from ckpt_convert.convert.partition import spans
-from ckpt_convert.tensors.lazy import LazyTensor, concat, stored
+from ckpt_convert.tensors.lazy import LazyTensor, concat, from_source
 
 
 def owners(tensor: LazyTensor) -> list[int]:
@@ -31,7 +31,7 @@ def made(random: random.Random) -> LazyTensor:
     parts = []
     for source in range(3):
         shape[axis] = random.randint(1, 4)
-        parts.append(stored(source, shape))
+        parts.append(from_source(source, shape))
     tensor = concat(parts, axis)
     order = list(range(len(shape)))
     random.shuffle(order)
@@ -53,5 +53,5 @@ def test_the_runs_of_a_writer_are_the_elements_that_it_owns(seed: int) -> None:
 
 
 def test_a_slice_of_rows_is_one_run() -> None:
-    tensor = concat([stored(0, (3, 5)), stored(1, (4, 5))], 0)
+    tensor = concat([from_source(0, (3, 5)), from_source(1, (4, 5))], 0)
     assert spans(tensor, 0, 35, lambda source: source == 1) == [(15, 35)]
