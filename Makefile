@@ -3,13 +3,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+NOTORCH := .venv-notorch/bin/python
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast slow check clean
+.PHONY: help demo test test-fast slow check check-notorch clean
 
 help: ## Show this help
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(INSTALLED) ## Convert a Hugging Face Llama to Meta's layout and back, and compare every file
 	@$(BIN)/python recipes/demo.py
@@ -31,8 +32,14 @@ check: $(INSTALLED) ## Check style (ruff), types (mypy) and who imports whom (im
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache --no-logo
 
-clean: ## Remove .venv, what the demo and the recipes wrote, and all caches
-	rm -rf .venv demo runs build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
+check-notorch: $(INSTALLED) ## Run every command in .venv-notorch, without torch, and compare what it prints and writes
+	@test -x $(NOTORCH) || $(PYTHON) -m venv .venv-notorch
+	@$(NOTORCH) -m pip install -q --disable-pip-version-check -c constraints.txt .
+	@! $(NOTORCH) -c 'import torch' 2>/dev/null
+	$(BIN)/python -m tests.without_torch $(NOTORCH)
+
+clean: ## Remove .venv and .venv-notorch, what the demo and the recipes wrote, and all caches
+	rm -rf .venv .venv-notorch demo runs build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last, so an interrupted installation is done again.

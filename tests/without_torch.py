@@ -1,0 +1,151 @@
+"""Every command in an environment without torch: it prints and writes there what it does with torch.
+
+python -m tests.without_torch .venv-notorch/bin/python    # make check-notorch, which also makes that environment
+
+Python runs this file once in each of the two environments: a process for each command would take minutes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from importlib.util import find_spec
+from itertools import permutations
+from pathlib import Path
+
+FORMATS = ("hf", "meta", "native", "torchtitan")
+DTYPES = ("float32", "float16", "bfloat16")
+LLAMA, FP8, F64 = "../input/llama", "../input/fp8", "../input/float64"
+
+COMMANDS: list[tuple[str, ...]] = [
+    *(
+        (
+            f"{source}-to-{target}",
+            LLAMA if source == "hf" else f"hf-to-{source}",
+            f"{source}-to-{target}",
+            "--verify",
+            "-q",
+        )
+        for source, target in permutations(FORMATS, 2)
+    ),
+    *(
+        ("convert", source, f"{name}{dtype}", "--to", "native", "--dtype", dtype, "--allow-overflow", "-q")
+        for source, name in ((F64, ""), *((dtype, f"{dtype}-") for dtype in DTYPES))
+        for dtype in DTYPES
+    ),
+    ("convert", LLAMA, "planned", "--to", "meta", "--model-parallel", "2", "--dry-run"),
+    ("convert", LLAMA, "dcp", "--to", "torchtitan", "--container", "dcp", "-q"),
+    ("convert", "dcp", "back", "--to", "hf", "--like", LLAMA, "-q"),
+    ("convert", FP8, "dequantized", "--to", "meta", "--dequantize", "bfloat16", "-q"),
+    ("inspect", LLAMA, "--stats"),
+    ("inspect", "hf-to-meta", "--json"),
+    ("inspect", FP8, "--tree"),
+    ("verify", LLAMA, "--json"),
+    ("verify", "hf-to-torchtitan", "--against", LLAMA),
+    ("diff", LLAMA, "hf-to-meta", "--json"),
+    ("diff", F64, "float16", "--ignore-dtype"),
+    ("formats", "--json"),
+]
+"""The words of each command, run in this order in an empty directory beside ``input``."""
+
+
+def main(python: str) -> None:
+    """Run everything in this environment and in the other one, and compare."""
+    with tempfile.TemporaryDirectory() as folder:
+        make_inputs(Path(folder) / "input")
+        found = [
+            run_in(program, Path(folder) / name) for program, name in ((sys.executable, "with"), (python, "without"))
+        ]
+    different = [name for name in found[0] | found[1] if found[0].get(name) != found[1].get(name)]
+    if different:
+        sys.exit("\n".join(["with and without torch differ:", *(f"  {name}" for name in different)]))
+    print(f"{len(COMMANDS)} commands print and write the same without torch: {len(found[0])} outputs and files")
+
+
+def make_inputs(directory: Path) -> None:
+    """Checkpoints as others write them, which takes torch: a Llama, one in float64, and one in fp8."""
+    import shutil
+
+    import safetensors.torch
+
+    from tests.checkpoint.quantizing import LLAMA, fp8_llama
+    from tests.helpers import edit_json
+
+    shutil.copytree(LLAMA, directory / "llama")
+    fp8_llama(directory / "fp8")
+    shutil.copytree(LLAMA, directory / "float64")
+    edit_json(directory / "float64" / "config.json", dtype="float64", torch_dtype=None)
+    for file in (directory / "float64").glob("*.safetensors"):
+        # From what is subnormal in bfloat16 to what is too large for it, with no value that float32 has exactly.
+        wide = {key: tensor.double() ** 5 * 1e-40 / 3 for key, tensor in safetensors.torch.load_file(file).items()}
+        safetensors.torch.save_file(wide, file, {"format": "pt"})
+
+
+def run_in(python: str, directory: Path) -> dict[str, str]:
+    """What each command printed and ended with, and the sha256 of each file, in the environment of this Python."""
+    directory.mkdir()
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [python, "-P", str(Path(__file__).resolve())]
+    done = subprocess.run(command, cwd=directory, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, str] = json.loads(done.stdout)
+    files = {path.relative_to(directory).as_posix(): path for path in sorted(directory.rglob("*")) if path.is_file()}
+    return found | {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
+
+
+def run_here() -> dict[str, str]:
+    """Run everything in this process, and read through the library; returns what was printed, and read."""
+    if find_spec("torch") is None:
+        refuse_training()
+    return {" ".join(words): run(words) for words in COMMANDS} | {"open_checkpoint": read(FP8)}
+
+
+def run(words: tuple[str, ...]) -> str:
+    """The exit code of a command, and what it printed."""
+    from ckpt_convert.cli import main
+
+    printed, code = io.TextIOWrapper(io.BytesIO(), "utf-8"), None
+    with contextlib.redirect_stdout(printed):
+        try:
+            main(words)
+        except SystemExit as end:
+            code = end.code
+    if code not in (None, 0) and not (code == 1 and words[0] == "diff"):
+        sys.exit(f"{' '.join(words)}: exit code {code}")
+    printed.seek(0)
+    return f"{code}\n{re.sub(r', .* free', '', printed.read())}"  # how much of the disk is free, changes
+
+
+def refuse_training() -> None:
+    """Without torch, what trains has to say how to install it."""
+    import ckpt_convert
+
+    try:
+        ckpt_convert.Checkpointer  # noqa: B018
+    except ckpt_convert.MissingPackageError as error:
+        if str(error).endswith("pip install 'ckpt-convert[train]'"):
+            return
+        raise
+    sys.exit("Checkpointer was imported without torch")
+
+
+def read(path: str) -> str:
+    """The sha256 of a checkpoint's tensors as numpy arrays."""
+    import ckpt_convert
+
+    with ckpt_convert.open_checkpoint(path) as checkpoint:
+        arrays = {key: tensor.numpy() for key, tensor in checkpoint.items()}
+    return "\n".join(f"{key} {a.dtype} {hashlib.sha256(a.tobytes()).hexdigest()}" for key, a in arrays.items())
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 2:
+        main(os.path.abspath(sys.argv[1]))
+    else:
+        print(json.dumps(run_here()))
