@@ -139,8 +139,8 @@ def _convert(
         if dry_run:
             from ckpt_convert.cli.plan import show_plan
 
-            with api.plan_conversion(src, **options) as plan:
-                show_plan(plan, local_path(dst, "DST"), as_json=as_json, quiet=quiet, workers=workers or WORKERS)
+            plan = api.plan_conversion(src, **options)
+            show_plan(plan, local_path(dst, "DST"), as_json=as_json, quiet=quiet, workers=workers or WORKERS)
             return None
         with Bar(hidden=quiet) as bar:
             report = api.convert_checkpoint(

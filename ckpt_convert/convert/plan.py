@@ -124,15 +124,6 @@ class Plan:
     elsewhere: frozenset[int] = frozenset()
     identities: Mapping[Place, Entry] = field(default_factory=dict, repr=False)
 
-    def close(self) -> None:
-        """Nothing: a plan holds no file open. It can be used like what does."""
-
-    def __enter__(self) -> Plan:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
     @property
     def target(self) -> str:
         return self.request.to

@@ -85,8 +85,8 @@ def test_a_column_that_nothing_confirms_has_a_footnote(doubtful: Family) -> None
 
 @pytest.mark.parametrize(("source", "to"), [("hf", "native"), ("native.safetensors", "hf")])
 def test_its_use_is_said_in_the_plan(source: str, to: str, doubtful: Family) -> None:
-    with plan_conversion(GOLDEN / "llama" / source, to=to, config=GOLDEN / "llama" / "hf" / "config.json") as made:
-        (said,) = [notice for notice in made.notices if "nobody has such a thing" in notice]
+    made = plan_conversion(GOLDEN / "llama" / source, to=to, config=GOLDEN / "llama" / "hf" / "config.json")
+    (said,) = [notice for notice in made.notices if "nobody has such a thing" in notice]
     assert said == "llama: nothing outside the project confirms this family's native keys: nobody has such a thing."
 
 
@@ -105,8 +105,8 @@ def test_its_use_is_said_by_inspect_and_verify(
 
 
 def test_a_column_that_is_not_used_is_not_mentioned(doubtful: Family) -> None:
-    with plan_conversion(GOLDEN / "llama" / "hf", to="meta") as made:
-        assert not [notice for notice in made.notices if "nobody has such a thing" in notice]
+    made = plan_conversion(GOLDEN / "llama" / "hf", to="meta")
+    assert not [notice for notice in made.notices if "nobody has such a thing" in notice]
 
 
 def table_of(*words: str) -> str:

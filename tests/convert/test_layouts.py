@@ -511,11 +511,11 @@ def test_the_number_of_ranks_of_a_release_is_told(tmp_path: Path) -> None:
     from benchmarks import checkpoints
 
     checkpoints.write(tmp_path / "70b", {**config, **sizes, "head_dim": 128}, 30, sparse=True)
-    with ckpt_convert.plan_conversion(tmp_path / "70b", to="meta") as plan:
-        assert any("Llama 3 70B was released in 8: pass `model_parallel=8`" in notice for notice in plan.notices)
-    with ckpt_convert.plan_conversion(tmp_path / "70b", to="meta", model_parallel=8) as plan:
-        assert not any("released in" in notice for notice in plan.notices)
-        assert len(plan.files) == 8
+    plan = ckpt_convert.plan_conversion(tmp_path / "70b", to="meta")
+    assert any("Llama 3 70B was released in 8: pass `model_parallel=8`" in notice for notice in plan.notices)
+    plan = ckpt_convert.plan_conversion(tmp_path / "70b", to="meta", model_parallel=8)
+    assert not any("released in" in notice for notice in plan.notices)
+    assert len(plan.files) == 8
 
 
 def test_verify_compares_what_is_carried_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -533,9 +533,9 @@ def test_verify_compares_what_is_carried_as_well(tmp_path: Path, monkeypatch: py
 
 
 def test_a_plan_that_is_undecided_has_room_for_both(tmp_path: Path) -> None:
-    with ckpt_convert.plan_conversion(GOLDEN / "llama" / "meta-mp1", to="hf") as plan:
-        assert plan.tensors == 30
-        assert plan.tensor_bytes == 469728
+    plan = ckpt_convert.plan_conversion(GOLDEN / "llama" / "meta-mp1", to="hf")
+    assert plan.tensors == 30
+    assert plan.tensor_bytes == 469728
 
 
 def test_torch_files_of_any_name_are_a_native_source(tmp_path: Path) -> None:

@@ -80,11 +80,11 @@ def test_a_plan_takes_every_key_and_writes_every_parameter_once(name: str, to: s
     release = with_few_layers(RELEASES[name])
     tensors = released.tensors(release.config)
     checkpoints.write_described(tmp_path / "hf", release.config, tensors, release.files)
-    with ckpt_convert.plan_conversion(tmp_path / "hf", to=to) as plan:
-        assert len(plan.stored) == len(tensors)
-        assert_everything_is_taken_once(plan)
-        assert written(plan) == numbers(tensors)
-        assert not plan.passthrough
+    plan = ckpt_convert.plan_conversion(tmp_path / "hf", to=to)
+    assert len(plan.stored) == len(tensors)
+    assert_everything_is_taken_once(plan)
+    assert written(plan) == numbers(tensors)
+    assert not plan.passthrough
 
 
 @pytest.mark.parametrize("name", IN_RANKS)
@@ -92,19 +92,19 @@ def test_a_plan_for_as_many_ranks_as_were_released_cuts_or_copies_every_tensor(n
     release = with_few_layers(RELEASES[name])
     tensors = released.tensors(release.config)
     checkpoints.write_described(tmp_path / "hf", release.config, tensors, release.files)
-    with ckpt_convert.plan_conversion(tmp_path / "hf", to="meta", model_parallel=1) as plan:
-        assert_everything_is_taken_once(plan)
-        whole = {tensor.key: prod(tensor.shape) for tensor in plan.weights[0].layout.header.tensors}
-        assert sum(whole.values()) == numbers(tensors)
-    with ckpt_convert.plan_conversion(tmp_path / "hf", to="meta", model_parallel=release.ranks) as plan:
-        assert len(plan.weights) == release.ranks
-        shares = [{tensor.key: prod(tensor.shape) for tensor in file.layout.header.tensors} for file in plan.weights]
-        for key, size in whole.items():
-            found = [share[key] for share in shares]
-            assert found in ([size] * release.ranks, [size // release.ranks] * release.ranks)
-        cut = [key for key, size in whole.items() if shares[0][key] < size]
-        assert all(share.keys() == whole.keys() for share in shares)
-        assert sum(whole[key] for key in cut) > 0.98 * sum(whole.values())
+    plan = ckpt_convert.plan_conversion(tmp_path / "hf", to="meta", model_parallel=1)
+    assert_everything_is_taken_once(plan)
+    whole = {tensor.key: prod(tensor.shape) for tensor in plan.weights[0].layout.header.tensors}
+    assert sum(whole.values()) == numbers(tensors)
+    plan = ckpt_convert.plan_conversion(tmp_path / "hf", to="meta", model_parallel=release.ranks)
+    assert len(plan.weights) == release.ranks
+    shares = [{tensor.key: prod(tensor.shape) for tensor in file.layout.header.tensors} for file in plan.weights]
+    for key, size in whole.items():
+        found = [share[key] for share in shares]
+        assert found in ([size] * release.ranks, [size // release.ranks] * release.ranks)
+    cut = [key for key, size in whole.items() if shares[0][key] < size]
+    assert all(share.keys() == whole.keys() for share in shares)
+    assert sum(whole[key] for key in cut) > 0.98 * sum(whole.values())
 
 
 @pytest.mark.parametrize("name", QUANTIZED)
@@ -112,10 +112,10 @@ def test_a_release_in_fewer_bits_is_laid_out_anew_as_it_is(name: str, tmp_path: 
     release = with_few_layers(RELEASES[name])
     config, tensors = released.published(release)
     checkpoints.write_described(tmp_path / "hf", config, tensors, release.files)
-    with ckpt_convert.plan_conversion(tmp_path / "hf", to="hf", shards=2) as plan:
-        assert_everything_is_taken_once(plan)
-        out = {t.key: (t.dtype, t.shape) for file in plan.weights for t in file.layout.header.tensors}
-        assert out == tensors
+    plan = ckpt_convert.plan_conversion(tmp_path / "hf", to="hf", shards=2)
+    assert_everything_is_taken_once(plan)
+    out = {t.key: (t.dtype, t.shape) for file in plan.weights for t in file.layout.header.tensors}
+    assert out == tensors
 
 
 @pytest.mark.parametrize("name", QUANTIZED)
@@ -130,10 +130,10 @@ def test_the_whole_of_deepseek_v3(tmp_path: Path) -> None:
     release = RELEASES["deepseek-v3"]
     tensors = released.tensors(release.config)
     checkpoints.write_described(tmp_path / "hf", release.config, tensors, release.files)
-    with ckpt_convert.plan_conversion(tmp_path / "hf", to="torchtitan") as plan:
-        assert len(plan.stored) == len(tensors) == 45_395
-        assert_everything_is_taken_once(plan)
-        assert (plan.tensors, written(plan)) == (1_025, release.parameters)
+    plan = ckpt_convert.plan_conversion(tmp_path / "hf", to="torchtitan")
+    assert len(plan.stored) == len(tensors) == 45_395
+    assert_everything_is_taken_once(plan)
+    assert (plan.tensors, written(plan)) == (1_025, release.parameters)
 
 
 def test_deepseek_v3_has_as_many_tensors_as_are_published() -> None:
@@ -154,8 +154,8 @@ def assert_dequantised(source: Path, tensors: released.Tensors, release: Release
         for key in stands_for
         if ".shared_head.head." in key or (key.startswith("model.layers.") and ".embed_tokens." in key)
     ]
-    with ckpt_convert.plan_conversion(source, to="torchtitan", dequantize="bfloat16") as plan:
-        assert_everything_is_taken_once(plan)
-        assert {tensor.key for tensor in plan.stored} == stands_for.keys()
-        assert plan.passthrough == tuple(own)
-        assert written(plan) == sum(stands_for.values()) - sum(stands_for[key] for key in own)
+    plan = ckpt_convert.plan_conversion(source, to="torchtitan", dequantize="bfloat16")
+    assert_everything_is_taken_once(plan)
+    assert {tensor.key for tensor in plan.stored} == stands_for.keys()
+    assert plan.passthrough == tuple(own)
+    assert written(plan) == sum(stands_for.values()) - sum(stands_for[key] for key in own)

@@ -16,10 +16,10 @@ from tests.helpers import CASES, GOLDEN, bits, read_meta, read_safetensors
 
 def steps(src: Path, to: str, **options: object) -> dict[str, TensorTransform]:
     """What happens to each tensor, by the source's key (tied ones that are not stored have that of their twin)."""
-    with plan_conversion(src, to=to, **options) as made:  # type: ignore[arg-type]
-        found = list(explain_plan(made))
-        assert sum(move.nbytes for move in found) == made.tensor_bytes
-        assert len([move for move in found if move.target in made_keys(made)]) == made.tensors
+    made = plan_conversion(src, to=to, **options)  # type: ignore[arg-type]
+    found = list(explain_plan(made))
+    assert sum(move.nbytes for move in found) == made.tensor_bytes
+    assert len([move for move in found if move.target in made_keys(made)]) == made.tensors
     return {move.source: move for move in found}
 
 
@@ -34,20 +34,20 @@ def test_the_steps_to_meta_lead_to_the_golden_files(case: str, ranks: int) -> No
     source = read_safetensors(GOLDEN / case / "hf")
     golden = read_meta(GOLDEN / case / f"meta-mp{ranks}")
     style = "llama2" if case == "llama2" else None
-    with plan_conversion(GOLDEN / case / "hf", to="meta", model_parallel=ranks, meta_style=style) as made:
-        for move in explain_plan(made):
-            assert move.target is not None
-            parts = [rank[move.target] for rank in golden]
-            tensor = source[move.source]
-            assert (move.shape, move.dtype, move.target_dtype) == (tuple(tensor.shape), "F32", "F32")
-            said = ", ".join(move.steps)
-            cut = re.search(rf"split over {ranks} ranks on axis (\d)", said)
-            if ranks > 1:
-                assert (cut is None) == (f"replicated on {ranks} ranks" in said), said
-            whole = torch.cat(parts, int(cut[1])) if cut else parts[0]
-            assert cut or all(torch.equal(part, whole) for part in parts)
-            assert (bits(whole) == bits(tensor)) == ("rope half→interleaved" not in said), move
-            assert (said == "copy") == (ranks == 1 and bits(whole) == bits(tensor) and "tied" not in said)
+    made = plan_conversion(GOLDEN / case / "hf", to="meta", model_parallel=ranks, meta_style=style)
+    for move in explain_plan(made):
+        assert move.target is not None
+        parts = [rank[move.target] for rank in golden]
+        tensor = source[move.source]
+        assert (move.shape, move.dtype, move.target_dtype) == (tuple(tensor.shape), "F32", "F32")
+        said = ", ".join(move.steps)
+        cut = re.search(rf"split over {ranks} ranks on axis (\d)", said)
+        if ranks > 1:
+            assert (cut is None) == (f"replicated on {ranks} ranks" in said), said
+        whole = torch.cat(parts, int(cut[1])) if cut else parts[0]
+        assert cut or all(torch.equal(part, whole) for part in parts)
+        assert (bits(whole) == bits(tensor)) == ("rope half→interleaved" not in said), move
+        assert (said == "copy") == (ranks == 1 and bits(whole) == bits(tensor) and "tied" not in said)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -90,8 +90,8 @@ def test_casts_come_between_reading_and_cutting() -> None:
 
 
 def test_tied_tensors(tmp_path: Path) -> None:
-    with plan_conversion(GOLDEN / "llama_tied" / "hf", to="meta") as made:
-        (move,) = [move for move in explain_plan(made) if move.target == "output.weight"]
+    made = plan_conversion(GOLDEN / "llama_tied" / "hf", to="meta")
+    (move,) = [move for move in explain_plan(made) if move.target == "output.weight"]
     assert move.source == "model.embed_tokens.weight"
     assert move.steps == ("tied: written as well",)
     assert "lm_head.weight" not in {move.target for move in steps(GOLDEN / "llama_tied" / "hf", "native").values()}

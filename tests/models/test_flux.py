@@ -44,8 +44,8 @@ def copy(case: str, tmp_path: Path) -> Path:
 
 
 def carried(source: Path, to: str) -> set[str]:
-    with plan_conversion(source, to=to) as made:
-        return set(made.passthrough)
+    made = plan_conversion(source, to=to)
+    return set(made.passthrough)
 
 
 @pytest.mark.parametrize(("case", "form"), PLACES)

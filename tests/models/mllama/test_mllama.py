@@ -417,8 +417,8 @@ def test_verify_reads_what_is_carried(tables: Path, tmp_path: Path, monkeypatch:
 def test_the_words_of_a_plan_say_it(tables: Path) -> None:
     from ckpt_convert.convert import api, explain
 
-    with api.plan_conversion(tables, to="native") as plan:
-        moves = {move.source: move for move in explain.explain_plan(plan)}
+    plan = api.plan_conversion(tables, to="native")
+    moves = {move.source: move for move in explain.explain_plan(plan)}
     assert moves[TABLES[1]].steps == ("reshape",)
     assert moves["language_model.model.embed_tokens.weight"].steps == ("split off",)
     assert moves["language_model.model.layers.0.self_attn.q_proj.weight"].steps == ("rope half→interleaved",)
