@@ -7,7 +7,8 @@ neighbouring rows in every layout, so nothing is reordered. The first layers are
 experts beside shared ones. Layers after the last one predict further tokens (MTP).
 
 hf: what transformers 5.23 saves for deepseek_v2 and deepseek_v3, and for MTP what its MtpModel reads and the releases
-store; torchtitan: the state-dict adapter for deepseek_v3 of torchtitan 0.3.0.
+store; torchtitan: the state-dict adapter for deepseek_v3 of torchtitan 0.3.0, whose flavors "16B" and "236B" are
+DeepSeek-V2-Lite and DeepSeek-V2: their routers choose by softmax and have a balancing bias, of zeros in what V2 saved.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from ckpt_convert.models.core.picking import columns, named
 from ckpt_convert.models.core.table import Family, Key, Row
 from ckpt_convert.models.parts.decoder import ATTENTION as PLAIN_ATTENTION
 from ckpt_convert.models.parts.decoder import EMBEDDING, OUTPUT
-from ckpt_convert.models.parts.experts import DENSE_FFN, EXPERTS, INDICES, NORM, ROUTER, split
+from ckpt_convert.models.parts.experts import DENSE_FFN, EXPERTS, INDICES, LOAD_BALANCE, NORM, ROUTER, split
 
 ATTENTION = (
     *named(PLAIN_ATTENTION, "attention_norm"),
@@ -318,7 +319,11 @@ DEEPSEEK_V2 = Family(
     dims=dims_v2,
     sets=sets_v2,
     indices=INDICES,
-    rows=columns((*EMBEDDING, *ATTENTION, *NORM, *DENSE_FFN, *ROUTER, *EXPERTS, *SHARED, *OUTPUT), "hf"),
+    rows=columns(
+        (*EMBEDDING, *ATTENTION, *NORM, *DENSE_FFN, *ROUTER, *LOAD_BALANCE, *EXPERTS, *SHARED, *OUTPUT),
+        "hf",
+        "torchtitan",
+    ),
 )
 
 KIMI_K2 = DEEPSEEK_V3.replace(

@@ -167,6 +167,8 @@ def test_keys_and_shapes_are_those_that_transformers_has_in_memory(name: str) ->
         ("mixtral_tied", "meta"),
         ("qwen3_moe", "torchtitan"),
         ("qwen3_moe_sparse", "torchtitan"),
+        ("deepseek_v2", "torchtitan"),
+        ("deepseek_v2_lite", "torchtitan"),
         ("deepseek_v3", "torchtitan"),
         ("gpt_oss", "torchtitan"),
     ],
@@ -193,7 +195,7 @@ def test_biases_have_no_place_in_torchtitan(name: str, tmp_path: Path) -> None:
         convert_checkpoint(source, tmp_path / "out", to="torchtitan")
 
 
-@pytest.mark.parametrize("name", ["qwen2_moe", "deepseek_v2"])
+@pytest.mark.parametrize("name", ["qwen2_moe", "glm4_moe"])
 def test_a_family_without_another_layout_says_so(name: str, tmp_path: Path) -> None:
     source = saved(name, tmp_path / "source")
     with pytest.raises(CkptConvertError, match=f"the {name} table has no torchtitan column; it has hf"):
