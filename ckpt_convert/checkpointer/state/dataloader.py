@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from ckpt_convert.checkpointer.state import generators, rng
 from ckpt_convert.checkpointer.state.counting import TRACKER, CountingIterator, EpochPosition, counting_class, set_class
+from ckpt_convert.checkpointer.state.sharding import Elsewhere, Target, sharding_of, target
 from ckpt_convert.checkpointer.state.stateful import has_state
 from ckpt_convert.errors import CorruptFileError, UsageError
 from ckpt_convert.words import listing
@@ -107,6 +108,7 @@ class LoaderTracker:
             "first_batch": place.first if place is not None and within else None,
             "now": self._snapshot(accelerators=True),
             "own": self._own(),
+            "sharding": sharding_of(self.loader).as_dict(),
         }
 
     def _own(self) -> Any:
@@ -120,12 +122,24 @@ class LoaderTracker:
     def _is_torchdata(self) -> bool:
         return hasattr(self.loader, "next_iter_state")
 
-    def load(self, state: Mapping[str, Any]) -> None:
+    def compare(self, state: Mapping[str, Any], elsewhere: Elsewhere = "exact") -> list[str]:
+        """Why the loader cannot go on where ``state`` was taken, by as many ranks or batches of another size."""
+        problem = self._target(state, elsewhere).problem
+        return [] if problem is None else [problem]
+
+    def _target(self, state: Mapping[str, Any], elsewhere: Elsewhere) -> Target:
+        position, saved = state.get("position"), state.get("sharding")
+        if position is None or saved is None or not self._counts:
+            return Target(position)
+        return target(position, saved, sharding_of(self.loader), elsewhere, self.name)
+
+    def load(self, state: Mapping[str, Any], elsewhere: Elsewhere = "exact") -> None:
         """Go on where ``state`` was taken: the next iterator of the loader starts there.
 
-        Raises UsageError when it is that of another kind of loader.
+        ``elsewhere`` is what to do where as many ranks, or batches of this size, cannot. Raises UsageError for that,
+        and when it is the state of another kind of loader.
         """
-        if not _KEYS.get(state.get("kind", ""), {"kind"}) == set(state):
+        if not _KEYS.get(state.get("kind", ""), {"kind"}) == set(state) - {"sharding"}:  # older ones have none
             raise CorruptFileError(f"{self.name}: is no state of a loader; resume from another checkpoint")
         counted = state["kind"] == "counted"
         if counted != self._counts or (counted and not self._has_state and state["own"] is not None):
@@ -138,7 +152,7 @@ class LoaderTracker:
         if not counted:
             self.loader.load_state_dict(state["own"])
             return
-        self._pending = dict(state)
+        state = self._pending = self._resharded(state, elsewhere)
         self._moving = state["now"].get("moving", [])
         unknown = generators.find_generators(self.loader).keys() - state["now"]["generators"].keys()
         if unknown:
@@ -155,6 +169,23 @@ class LoaderTracker:
                 "read again and dropped; torchdata's StatefulDataLoader would go there directly",
                 *(self.name, state["position"]),
             )
+
+    def _resharded(self, state: Mapping[str, Any], elsewhere: Elsewhere) -> State:
+        """The state of this loader that follows from one of other ranks, or of batches of another size."""
+        goal = self._target(state, elsewhere)
+        if goal.problem is not None:
+            raise UsageError(goal.problem)
+        saved = state.get("sharding")
+        if saved is None or saved == sharding_of(self.loader).as_dict():
+            return dict(state)
+        if goal.position != state["position"]:
+            log.info(
+                "%s: goes on after %s batches of this epoch, where it was after %d of those that the checkpoint had",
+                *(self.name, goal.position if goal.position is not None else "all", state["position"]),
+            )
+        # What a loader's own state counts are the batches of before, and the random state is that of another rank.
+        state = {**state, "position": goal.position, "own": None, "now": {**state["now"], "rng": {}}}
+        return state if goal.position is not None else {**state, "epoch_start": None, "first_batch": None}
 
     @property
     def epoch_is_over(self) -> bool:
@@ -218,6 +249,7 @@ class LoaderTracker:
 
     def _same_epoch(self, state: State) -> Iterator[Any]:
         start, first, position = state["epoch_start"], state["first_batch"], state["position"]
+        now = state["now"] if state["now"]["rng"] else {**state["now"], "rng": rng.capture(accelerators=False)}
         if start["workers_kept"] and state["own"] is None:
             self._original.__iter__(self.loader)  # or making it would draw what only an epoch's first one draws
         self._set(start)
@@ -226,7 +258,7 @@ class LoaderTracker:
             if first is not None:
                 self._set(first)
             self._drop(inner, position)
-        self._set(state["now"])
+        self._set(now)
         return self._counted(inner, EpochPosition(start, first, position))
 
     def _gone_to_place(self, start: State) -> Iterator[Any]:
