@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -28,7 +28,8 @@ from ckpt_convert.checkpointer.save.options import Final, Options
 from ckpt_convert.checkpointer.save.planner import Contents, SavePlanner
 from ckpt_convert.checkpointer.save.saver import Saver
 from ckpt_convert.checkpointer.state import parts
-from ckpt_convert.errors import OutputExistsError, UsageError
+from ckpt_convert.checkpointer.state.sharding import Elsewhere
+from ckpt_convert.errors import OutputExistsError, UsageError, misfit
 from ckpt_convert.storage import pointer
 from ckpt_convert.storage.place import Place, locate
 from ckpt_convert.tensors.progress import ProgressCallback
@@ -170,6 +171,7 @@ class Checkpointer:
         strict: bool = True,
         weights_only: bool = False,
         verify: bool = True,
+        data: Elsewhere = "exact",
     ) -> Progress | None:
         """Go on from the newest complete checkpoint; returns its progress, or None for a fresh start.
 
@@ -178,14 +180,19 @@ class Checkpointer:
         "optimizer", "rng", …; to exclude "progress" is to count from 0, in an output_dir that holds no steps yet.
         strict: missing and unexpected entries are an error, listed as one report (else a warning). weights_only: the
         model only, and the progress. verify: compare checksums, not only names and sizes, before anything is loaded.
+        data: what a data loader does where other ranks, or batches of another size, cannot go on right behind the
+        samples that were seen: "exact" is an error, "restart" begins the epoch again, "skip" leaves out as few samples
+        as possible.
 
         A newest checkpoint that is damaged is passed over, with a warning, for the one before it; one that was asked
         for is a CorruptFileError, and one that the system does not give now an UnreadableError. Nothing is loaded where
         the report is an error. Raises UsageError for a glob that matches nothing.
         """
         wanted = Selection.of(include, exclude, weights_only)
+        if data not in get_args(Elsewhere):
+            raise misfit("data", data, f"expected {', '.join(get_args(Elsewhere))}")
         resuming.refuse_restart(wanted, self._saver, self._options)
-        made = self._begin(model, optimizer, lr_scheduler, grad_scaler, dataloader, extra)
+        made = self._begin(model, optimizer, lr_scheduler, grad_scaler, dataloader, extra, data)
         directory = self._saver.directory
         saved = resuming.choose_step(directory.path, from_, directory.policy, verify=verify, workers=self.workers)
         if saved is None:
@@ -415,14 +422,21 @@ class Checkpointer:
     # Inside
 
     def _begin(
-        self, model: Model, optimizer: Any, lr_scheduler: Any, grad_scaler: Any, dataloader: Any, extra: Any
+        self,
+        model: Model,
+        optimizer: Any,
+        lr_scheduler: Any,
+        grad_scaler: Any,
+        dataloader: Any,
+        extra: Any,
+        data: Elsewhere = "exact",
     ) -> parts.TrainingParts:
         self._refuse_closed()
         self._saver.open()
         if self._signals is not None:
             self._signals.install()
         self._signal_saved = self._over = False
-        made = parts.make_parts(model, optimizer, lr_scheduler, grad_scaler, dataloader, extra)
+        made = parts.make_parts(model, optimizer, lr_scheduler, grad_scaler, dataloader, extra, data)
         self._saver.begin(made)
         return made
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,12 +11,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, RandomSampler, Sampler, SequentialSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from ckpt_convert import Checkpointer
 from ckpt_convert.checkpointer.state import rng, sharding
-from ckpt_convert.checkpointer.state.dataloader import Tracked, track
-from ckpt_convert.checkpointer.state.serialize import pack, unpack
-from ckpt_convert.errors import UsageError
-
-pytestmark = pytest.mark.train
+from ckpt_convert.checkpointer.state.dataloader import LoaderTracker, track_loader
+from ckpt_convert.checkpointer.state.serialize import deserialize, serialize
+from ckpt_convert.errors import KeyMismatchError, UsageError
+from tests.checkpointer.training import LLAMA, make_model
 
 
 class Numbers(Dataset[int]):
@@ -37,7 +38,7 @@ class Rank:
         self.sampler = DistributedSampler(data, ranks, rank, seed=3, **options)
         self.sampler.set_epoch(2)
         self.loader = kind(data, batch_size=batch, sampler=self.sampler, num_workers=0)
-        self.tracked = track(self.loader)
+        self.tracked = track_loader(self.loader)
 
     def batches(self, count: int | None = None) -> list[list[int]]:
         taken = []
@@ -52,8 +53,8 @@ def run(size: int, ranks: int, batch: int, **options: Any) -> list[Rank]:
     return [Rank(size, ranks, rank, batch, **options) for rank in range(ranks)]
 
 
-def saved(tracked: Tracked) -> Any:
-    return unpack(pack(tracked.state()))
+def saved(tracked: LoaderTracker) -> Any:
+    return deserialize(serialize(tracked.state()))
 
 
 def dealt(batches: list[list[list[int]]]) -> list[int]:
@@ -167,14 +168,13 @@ def test_a_sampler_that_does_not_say_how_it_deals_is_refused_on_other_ranks(
         return DataLoader(Numbers(40), batch_size=2, sampler=Own(40))
 
     first = made()
-    tracked = track(first)
+    tracked = track_loader(first)
     for _, _ in zip(range(7), first, strict=False):
         pass
     state = saved(tracked)
     second = made()
-    other = track(second)
-    monkeypatch.setattr(sharding.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(sharding.dist, "get_world_size", lambda: 2)
+    other = track_loader(second)
+    monkeypatch.setattr(sharding, "world", lambda: 2)
     (problem,) = other.compare(state)
     assert problem.startswith(
         "dataloader: was saved by 1 rank with batches of 2, and is now on 2 ranks with batches of 2, so which samples "
@@ -196,11 +196,11 @@ def test_one_rank_goes_on_with_batches_of_another_size(sampler: Any, batch: int)
 
     whole = [sample for one in made(4) for sample in one.tolist()]
     first = made(4)
-    tracked = track(first)
+    tracked = track_loader(first)
     seen = [sample for _, one in zip(range(6), first, strict=False) for sample in one.tolist()]
     state = saved(tracked)
     second = made(batch)
-    track(second).load(state)
+    track_loader(second).load(state)
     rest = [sample for one in second for sample in one.tolist()]
     assert seen + rest == whole
 
@@ -214,9 +214,9 @@ def test_a_rank_keeps_the_random_numbers_that_it_has() -> None:
     later = Rank(96, 4, 1, 4)
     later.tracked.load(state)
     torch.manual_seed(123)
-    expected = rng.capture()
+    expected = rng.get_rng_state()
     iterator = iter(later.loader)
-    assert torch.equal(rng.capture()["torch"], expected["torch"])
+    assert torch.equal(rng.get_rng_state()["torch"], expected["torch"])
     assert next(iterator) is not None
 
 
@@ -228,3 +228,33 @@ def test_a_state_from_before_shardings_were_saved_is_loaded_as_ever() -> None:
     later = Rank(50, 2, 0, 3)
     later.tracked.load(state)
     assert seen + later.batches() == Rank(50, 2, 0, 3).batches()
+
+
+def test_a_checkpointer_goes_on_with_batches_of_another_size(tmp_path: Path) -> None:
+    def parts(batch: int) -> dict[str, Any]:
+        torch.manual_seed(0)
+        model = make_model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        return {"model": model, "optimizer": optimizer, "dataloader": DataLoader(Numbers(24), batch_size=batch)}
+
+    seen = []
+    with Checkpointer(LLAMA, tmp_path, save_every=3) as checkpointer:
+        given = parts(4)
+        checkpointer.resume(**given)
+        for number, batch in enumerate(given["dataloader"]):
+            seen += batch.tolist()
+            checkpointer.step()
+            if number == 2:
+                break
+    with Checkpointer(LLAMA, tmp_path) as checkpointer, pytest.raises(KeyMismatchError, match="take 8 at once, which"):
+        checkpointer.resume(**parts(8))
+    with (
+        Checkpointer(LLAMA, tmp_path) as checkpointer,
+        pytest.raises(UsageError, match="expected exact, restart, skip"),
+    ):
+        checkpointer.resume(**parts(8), data="again")  # type: ignore[arg-type]
+    for batch_size, data, first in ((6, "exact", 12), (8, "skip", 16), (8, "restart", 0)):
+        with Checkpointer(LLAMA, tmp_path) as checkpointer:
+            given = parts(batch_size)
+            assert checkpointer.resume(**given, data=data) is not None  # type: ignore[arg-type]
+            assert [one for batch in given["dataloader"] for one in batch.tolist()] == list(range(first, 24))

@@ -249,7 +249,7 @@ class LoaderTracker:
 
     def _same_epoch(self, state: State) -> Iterator[Any]:
         start, first, position = state["epoch_start"], state["first_batch"], state["position"]
-        now = state["now"] if state["now"]["rng"] else {**state["now"], "rng": rng.capture(accelerators=False)}
+        now = state["now"] if state["now"]["rng"] else {**state["now"], "rng": rng.get_rng_state(accelerators=False)}
         if start["workers_kept"] and state["own"] is None:
             self._original.__iter__(self.loader)  # or making it would draw what only an epoch's first one draws
         self._set(start)

@@ -25,6 +25,7 @@ from ckpt_convert.checkpointer.state import optimizers, rng, stateful
 from ckpt_convert.checkpointer.state.dataloader import LoaderTracker, track_loader
 from ckpt_convert.checkpointer.state.gradients import PendingGradients
 from ckpt_convert.checkpointer.state.serialize import SerializedState, serialize
+from ckpt_convert.checkpointer.state.sharding import Elsewhere
 from ckpt_convert.errors import UsageError
 
 _OCCASIONAL = ("wrapper", "gradients")
@@ -44,7 +45,7 @@ class TrainingParts:
     """What a recipe handed over to be saved and loaded, as its own objects.
 
     A dict of several optimizers, schedulers, scalers or data loaders goes for one; ``loaders`` are the data loaders,
-    made to count what they hand out.
+    made to count their batches; ``data`` says what they do where they cannot go on exactly.
     """
 
     model: Model
@@ -54,6 +55,7 @@ class TrainingParts:
     loaders: Mapping[str, LoaderTracker] = field(default_factory=dict)
     extra: Any = None
     gradients: PendingGradients = field(default_factory=PendingGradients)
+    data: Elsewhere = "exact"
 
     def parameters(self) -> dict[str, torch.Tensor]:
         """The parameters of the model and of the optimizers, by name."""
@@ -75,7 +77,7 @@ class TrainingParts:
             if (one := getattr(self, name)) is not None:
                 out[name] = _stateful(name, one)
         for name, loader in self.loaders.items():
-            out[name] = StateEntry(loader.state, lambda state: [], _quiet(loader.load))
+            out[name] = _loader(loader, self.data)
         out["wrapper"] = StateEntry(lambda: wrapper_tensors(self.model), lambda state: [], self._put_into_wrapper)
         out["gradients"] = StateEntry(
             lambda: self.gradients.get_state(self.parameters()),
@@ -152,7 +154,13 @@ class TrainingParts:
 
 
 def make_parts(
-    model: Model, optimizer: Any, lr_scheduler: Any, grad_scaler: Any, dataloader: Any, extra: Any
+    model: Model,
+    optimizer: Any,
+    lr_scheduler: Any,
+    grad_scaler: Any,
+    dataloader: Any,
+    extra: Any,
+    data: Elsewhere = "exact",
 ) -> TrainingParts:
     """The parts, with the data loaders made to count; raises UsageError for a loader whose place cannot be known."""
     if dataloader is None:
@@ -162,7 +170,7 @@ def make_parts(
     else:
         loaders = {"dataloader": dataloader}
     tracked = {name: track_loader(one) for name, one in loaders.items()}
-    return TrainingParts(model, optimizer, lr_scheduler, grad_scaler, tracked, extra)
+    return TrainingParts(model, optimizer, lr_scheduler, grad_scaler, tracked, extra, data=data)
 
 
 def _optimizer(optimizer: Any, model: Model) -> StateEntry:
@@ -180,6 +188,16 @@ def _optimizer(optimizer: Any, model: Model) -> StateEntry:
             optimizer, called_as_now(state), names, strict=False, model=memory
         ),
     )
+
+
+def _loader(loader: LoaderTracker, data: Elsewhere) -> StateEntry:
+    def put(state: Any) -> list[str]:
+        problems = loader.compare(state, data)
+        if not problems:
+            loader.load(state, data)
+        return problems
+
+    return StateEntry(loader.state, lambda state: loader.compare(state, data), put)
 
 
 def _stateful(name: str, one: Any) -> StateEntry:

@@ -44,6 +44,11 @@ class Sharding:
         return asdict(self)
 
 
+def world() -> int:
+    """The number of ranks of this run."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def sharding_of(loader: Any) -> Sharding:
     """How a ``DataLoader`` deals out its samples."""
     batches = loader.batch_sampler
@@ -58,7 +63,7 @@ def sharding_of(loader: Any) -> Sharding:
         replicas,
         batches.batch_size if _is_plain(batches) else None,
         length,
-        dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1,
+        world(),
     )
 
 
