@@ -11,7 +11,7 @@ from typing import Literal
 
 from ckpt_convert.errors import CorruptFileError
 
-Kind = Literal["float", "exponent", "complex", "int"]
+DTypeKind = Literal["float", "exponent", "complex", "int"]
 OutputDType = Literal["float32", "float16", "bfloat16"]
 DequantizedDType = Literal["bfloat16", "float32"]
 
@@ -36,7 +36,7 @@ class DType:
     storage: str | None
     numpy: str
     order: int | None
-    kind: Kind = "int"
+    kind: DTypeKind = "int"
     mantissa: int = 0
     special: Literal["ieee", "last", "zero"] | None = None
 
@@ -90,7 +90,7 @@ CAST_FROM = tuple(dtype.name for dtype in _TABLE if dtype.is_number and dtype.bi
 CASTS = {DTYPES[name].torch: name for name in CASTABLE if DTYPES[name].bits <= 32}
 """What may be asked for as the dtype of an output, in torch's words, and the dtype that it is."""
 
-DEQUANTIZED = {DTYPES[name].torch: name for name in ("BF16", "F32")}
+DEQUANTIZED_DTYPES = {DTYPES[name].torch: name for name in ("BF16", "F32")}
 """The same of numbers that are worked out of codes and scales: what has the range of these."""
 
 
@@ -99,7 +99,7 @@ def torch_name(dtype: object) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def majority(sizes: Iterable[tuple[str, int]]) -> str | None:
+def majority_dtype(sizes: Iterable[tuple[str, int]]) -> str | None:
     """The dtype of most bytes, of (dtype, bytes); None where there is none."""
     counts: Counter[str] = Counter()
     for dtype, nbytes in sizes:
@@ -107,9 +107,9 @@ def majority(sizes: Iterable[tuple[str, int]]) -> str | None:
     return counts.most_common(1)[0][0] if counts else None
 
 
-def majority_of_floats(sizes: Iterable[tuple[str, int]]) -> str | None:
+def majority_float_dtype(sizes: Iterable[tuple[str, int]]) -> str | None:
     """The floating-point dtype of most bytes, in torch's words; None where there is none."""
-    found = majority((name, nbytes) for name, nbytes in sizes if name in DTYPES and DTYPES[name].is_number)
+    found = majority_dtype((name, nbytes) for name, nbytes in sizes if name in DTYPES and DTYPES[name].is_number)
     return DTYPES[found].torch if found else None
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 
-from ckpt_convert.words import option
+from ckpt_convert.wording import option_text
 
 
-def reason(error: BaseException) -> str:
+def error_text(error: BaseException) -> str:
     """What an error says; of one of the system's, the file that it is about and its words."""
     if not isinstance(error, OSError) or error.strerror is None:
         return str(error)
@@ -38,9 +38,9 @@ class UsageError(CkptConvertError):
         self.option = option
 
 
-def misfit(name: str, value: object, problem: str) -> UsageError:
+def option_error(name: str, value: object, problem: str) -> UsageError:
     """The error for a single option with a value that cannot be taken."""
-    return UsageError(f"{option(name, value)}: {problem}", name)
+    return UsageError(f"{option_text(name, value)}: {problem}", name)
 
 
 class OutputExistsError(UsageError):
@@ -141,7 +141,7 @@ def missing(package: str, purpose: str, error: ImportError) -> MissingPackageErr
     )
 
 
-def require(package: str, purpose: str) -> None:
+def require_package(package: str, purpose: str) -> None:
     """Import a package now, rather than after hours; raises MissingPackageError where that fails."""
     try:
         importlib.import_module(package)

@@ -14,7 +14,7 @@ import pytest
 
 import ckpt_convert
 from ckpt_convert import formats
-from ckpt_convert.dtypes import CASTS, DEQUANTIZED, DequantizedDType, OutputDType
+from ckpt_convert.dtypes import CASTS, DEQUANTIZED_DTYPES, DequantizedDType, OutputDType
 from ckpt_convert.formats.base import ContainerName, FormatName
 from ckpt_convert.models import FORMATS
 from ckpt_convert.models.core.config import AXES, MetaStyle
@@ -85,7 +85,7 @@ def test_the_names_that_are_literals_are_those_of_the_tables() -> None:
     assert get_args(FormatName) == tuple(formats.ALL) == FORMATS
     assert set(get_args(ContainerName)) == {name for each in formats.ALL.values() for name in each.containers}
     assert set(get_args(OutputDType)) == set(CASTS)
-    assert set(get_args(DequantizedDType)) == set(DEQUANTIZED)
+    assert set(get_args(DequantizedDType)) == set(DEQUANTIZED_DTYPES)
     assert set(get_args(MetaStyle)) == set(AXES)
 
 

@@ -9,10 +9,10 @@ from typing import Any
 from ckpt_convert.checkpoint.hints import ConfigFile, Hints
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpoint.opening import OpenedFiles
-from ckpt_convert.containers.build import Spec, of_specs
-from ckpt_convert.formats.base import Directory
+from ckpt_convert.containers.build import TensorSpec, layout_from_specs
+from ckpt_convert.formats.base import WeightDirectory
 from ckpt_convert.storage.base import Version
-from ckpt_convert.storage.place import at
+from ckpt_convert.storage.place import as_place
 from ckpt_convert.tensors.header import FileLayout, WeightFile
 
 CONFIG = {
@@ -58,19 +58,19 @@ class HeaderAlone:
         raise AssertionError(f"{self.name}: a tensor was read, at {offset}")
 
 
-def file(name: str, *keys: str, dtype: str = "BF16", more: Sequence[Spec] = ()) -> WeightFile:
+def file(name: str, *keys: str, dtype: str = "BF16", more: Sequence[TensorSpec] = ()) -> WeightFile:
     """A safetensors file of these tensors, and ``more``."""
     specs = [(key, dtype, SHAPES[key.removeprefix("module.")]) for key in keys]
-    made = of_specs(name, "safetensors", [*specs, *more], {"format": "pt"})
-    return WeightFile(name, 0, at(Path(name)), HeaderAlone(name, made), made.header)
+    made = layout_from_specs(name, "safetensors", [*specs, *more], {"format": "pt"})
+    return WeightFile(name, 0, as_place(Path(name)), HeaderAlone(name, made), made.header)
 
 
 def opened(*files: WeightFile, format: str | None = "hf", weight_map: dict[str, str] | None = None) -> OpenedFiles:
     index = "model.safetensors.index.json" if weight_map is not None else None
     seen = {one.place: Version(one.header.size, "1") for one in files}
-    path, directory = at(Path("somewhere/model.safetensors")), Directory((), index, weight_map)
+    path, directory = as_place(Path("somewhere/model.safetensors")), WeightDirectory((), index, weight_map)
     return OpenedFiles(path, format, "as asked for", directory, files, identities=seen)
 
 
 def identified(files: OpenedFiles, config: dict[str, Any] | None, hints: Hints | None = None) -> Identified:
-    return Identified(files, ConfigFile(at(Path("somewhere/config.json")), config), hints or Hints())
+    return Identified(files, ConfigFile(as_place(Path("somewhere/config.json")), config), hints or Hints())

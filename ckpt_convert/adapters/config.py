@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 from ckpt_convert.errors import ConfigError
 from ckpt_convert.formats.base import is_number, load_json
 from ckpt_convert.formats.names import ADAPTER_CONFIG
-from ckpt_convert.storage.place import Place, locate
-from ckpt_convert.words import listing
+from ckpt_convert.storage.place import Place, checked_place
+from ckpt_convert.wording import indented_list
 
 T = TypeVar("T")
 
@@ -69,7 +69,7 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         problems = [*_numbers(self), *_names(self)]
         if problems:
-            raise ConfigError(f"the adapter's config does not fit:{listing(problems)}")
+            raise ConfigError(f"the adapter's config does not fit:{indented_list(problems)}")
         if not isinstance(self.target_modules, str | None):
             object.__setattr__(self, "target_modules", tuple(sorted(self.target_modules)))
         object.__setattr__(self, "modules_to_save", tuple(sorted(self.modules_to_save)))
@@ -87,7 +87,7 @@ class AdapterConfig:
         if isinstance(given, AdapterConfig):
             return given
         if isinstance(given, str | os.PathLike | Place):
-            path = locate(given, "adapter")
+            path = checked_place(given, "adapter")
             path = path / ADAPTER_CONFIG if path.is_folder() else path
             return _of_peft(load_json(path), str(path))
         content = given.to_dict() if hasattr(given, "to_dict") else given
@@ -102,7 +102,7 @@ class AdapterConfig:
             if unknown or lacking:
                 said = [f"{name}: is no option" for name in unknown] + [f"{name}: is missing" for name in lacking]
                 raise ConfigError(
-                    f"the adapter's config does not fit:{listing(said)}\n  known: {', '.join(sorted(own))}"
+                    f"the adapter's config does not fit:{indented_list(said)}\n  known: {', '.join(sorted(own))}"
                 )
             return cls(**content)
         return _of_peft(content, "the adapter's config")
@@ -158,7 +158,7 @@ def _of_peft(content: Mapping[str, Any], where: str) -> AdapterConfig:
         if key not in _NO_MATTER and not _is_unset(value)
     ]
     if problems:
-        raise ConfigError(f"{where}: has options that are not supported:{listing(sorted(problems))}")
+        raise ConfigError(f"{where}: has options that are not supported:{indented_list(sorted(problems))}")
     targets = known.get("target_modules")
     if narrowed or (isinstance(targets, str) and targets != ALL_LINEAR):
         known["target_modules"] = None

@@ -13,7 +13,7 @@ from ckpt_convert.adapters.config import AdapterConfig
 from ckpt_convert.adapters.modules import Modules
 from ckpt_convert.adapters.parameters import SplitTensors
 from ckpt_convert.errors import ConfigError
-from ckpt_convert.words import listing
+from ckpt_convert.wording import indented_list
 
 Array = np.ndarray[Any, Any]
 
@@ -53,7 +53,7 @@ def plan_merges(parts: SplitTensors, config: AdapterConfig, modules: Modules) ->
     tied = [module for module in parts.adapters if modules.is_tied and modules.linear[module].row.tied_to is not None]
     if tied:
         raise ConfigError(
-            f"adapters cannot be merged into weights that are tied to the embedding:{listing(tied)}\n"
+            f"adapters cannot be merged into weights that are tied to the embedding:{indented_list(tied)}\n"
             "  save the adapter alone, or untie the model first"
         )
     return {

@@ -11,7 +11,7 @@ import torch
 from ckpt_convert.adapters.config import AdapterConfig, plain_pattern
 from ckpt_convert.adapters.modules import Modules
 from ckpt_convert.errors import CkptConvertError, ConfigError, KeyMismatchError, ShapeMismatchError
-from ckpt_convert.words import listing
+from ckpt_convert.wording import indented_list
 
 PEFT_PREFIX = "base_model.model."
 """What PEFT's wrapper puts before every key."""
@@ -66,7 +66,7 @@ class _Problems:
     def raise_if_any(self, what: str) -> None:
         kind: type[CkptConvertError] = KeyMismatchError if self.keys else ShapeMismatchError
         if lines := [*self.keys, *self.shapes]:
-            raise kind(f"{what}: the adapter does not fit:{listing(lines)}")
+            raise kind(f"{what}: the adapter does not fit:{indented_list(lines)}")
 
 
 def split_adapters(
@@ -221,7 +221,8 @@ def _check_config(config: AdapterConfig, modules: Modules) -> None:
     ]
     if lost:
         raise ConfigError(
-            f"the adapter's config does not fit {modules.family.name} in the {modules.format} layout:{listing(lost)}"
+            f"the adapter's config does not fit {modules.family.name} in the {modules.format} layout:"
+            f"{indented_list(lost)}"
         )
 
 

@@ -19,7 +19,7 @@ from ckpt_convert.errors import CheckpointNotFoundError, ConfigError, KeyMismatc
 from ckpt_convert.formats.base import render_json
 from ckpt_convert.formats.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ckpt_convert.storage.place import Place
-from ckpt_convert.words import listing
+from ckpt_convert.wording import indented_list
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def to_peft(
 def render_files(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> dict[str, bytes]:
     """The two files by name, byte for byte as PEFT writes the same tensors; they are whole in memory."""
     described = [(key, FROM_TORCH[torch_name(one.dtype)].name, tuple(one.shape)) for key, one in tensors.items()]
-    layout = safetensors.build(safetensors.usual_order(described), {"format": "pt"})
+    layout = safetensors.build(safetensors.library_order(described), {"format": "pt"})
     parts = [content for _, content in layout.literals]
     parts += [_bytes(tensors[stored.key]) for stored in layout.header.tensors]
     return {ADAPTER_WEIGHTS[0]: b"".join(parts), ADAPTER_CONFIG: render_json(config, sort_keys=True)}
@@ -76,8 +76,8 @@ def from_peft(directory: Place, modules: Modules, config: AdapterConfig | None =
     ``config`` is that of the training model: a file that scales its adapter otherwise does not fit it. Raises
     CheckpointNotFoundError, ConfigError, KeyMismatchError or ShapeMismatchError, which say all that does not fit.
     """
-    path = next((directory / name for name in ADAPTER_WEIGHTS if (directory / name).is_regular()), None)
-    if path is None or not (directory / ADAPTER_CONFIG).is_regular():
+    path = next((directory / name for name in ADAPTER_WEIGHTS if (directory / name).is_regular_file()), None)
+    if path is None or not (directory / ADAPTER_CONFIG).is_regular_file():
         raise CheckpointNotFoundError(
             f"{directory}: is no PEFT adapter, which has {ADAPTER_WEIGHTS[0]} and {ADAPTER_CONFIG}"
         )
@@ -86,11 +86,11 @@ def from_peft(directory: Place, modules: Modules, config: AdapterConfig | None =
         checkpoint.refuse_foreign()
         others = [f"{key}: {kind}" for file in checkpoint.files for key, kind in file.header.objects.items()]
         if others:
-            raise KeyMismatchError(f"{path}: holds more than tensors:{listing(others)}")
+            raise KeyMismatchError(f"{path}: holds more than tensors:{indented_list(others)}")
         tensors = {key: CheckpointTensor(checkpoint, info).torch() for key, info in checkpoint.tensors.items()}
     foreign = sorted(key for key in tensors if not key.startswith(PEFT_PREFIX))
     if foreign:
-        raise KeyMismatchError(f"{path}: not all keys start with {PEFT_PREFIX}, as PEFT's do:{listing(foreign)}")
+        raise KeyMismatchError(f"{path}: not all keys start with {PEFT_PREFIX}, as PEFT's do:{indented_list(foreign)}")
     theirs = modules.as_hf()
     found = split_adapters(tensors, _without_strangers(said, theirs), theirs, what=str(path), has_base=False)
     adapters = dict(translate_adapters(found.adapters, theirs, source="hf", target=modules.format))
@@ -99,7 +99,7 @@ def from_peft(directory: Place, modules: Modules, config: AdapterConfig | None =
     unknown = sorted(key for key in (*found.trained_whole, *found.base) if _ours(key, theirs, modules) is None)
     if unknown:
         raise KeyMismatchError(
-            f"{path}: has weights that the {modules.format} layout has no place for:{listing(unknown)}"
+            f"{path}: has weights that the {modules.format} layout has no place for:{indented_list(unknown)}"
         )
     whole = []
     for weights in (found.trained_whole, found.base):
@@ -125,13 +125,13 @@ def load_into(parts: SplitTensors, loaded: LoadedAdapter) -> list[str]:
     problems = [f"{key}: the model has it, the adapter does not" for key in here if key not in there]
     problems += [f"{key}: the adapter has it, the model does not" for key in there if key not in here]
     if problems:
-        raise KeyMismatchError(f"the adapter does not fit the model:{listing(problems)}")
+        raise KeyMismatchError(f"the adapter does not fit the model:{indented_list(problems)}")
     for key, tensor in here.items():
         pairs[key] = tensor, there[key]
         if tensor.shape != there[key].shape:
             problems.append(f"{key}: expected {list(tensor.shape)}, found {list(there[key].shape)}")
     if problems:
-        raise ShapeMismatchError(f"the adapter does not fit the model:{listing(problems)}")
+        raise ShapeMismatchError(f"the adapter does not fit the model:{indented_list(problems)}")
     with torch.no_grad():
         for target, source in pairs.values():
             target.copy_(source)
@@ -266,7 +266,7 @@ def _check_scales(
         if theirs != ours:
             problems.append(f"{module}: the file says {theirs[2]}, the training model's config {ours[2]}")
     if problems:
-        raise ConfigError(f"{where}: the adapter is not that of the training model:{listing(problems)}")
+        raise ConfigError(f"{where}: the adapter is not that of the training model:{indented_list(problems)}")
 
 
 def _scale(config: AdapterConfig, names: tuple[str, str]) -> tuple[int, float, str]:

@@ -13,7 +13,7 @@ from pathlib import PurePosixPath
 from typing import Literal
 
 from ckpt_convert.errors import CheckpointNotFoundError, CorruptFileError, UnsafeFileError
-from ckpt_convert.storage.base import blocks
+from ckpt_convert.storage.base import read_blocks
 from ckpt_convert.storage.place import Place
 
 CHECKLIST = "checklist.chk"
@@ -87,7 +87,7 @@ def hash_file(path: Place, kind: Algorithm, *, advance: Callable[[int], None] | 
     """
     digest = hashlib.new(kind, usedforsecurity=False)
     with path.open() as file:
-        for block in blocks(file):
+        for block in read_blocks(file):
             digest.update(block)
             if advance is not None:
                 advance(len(block))
@@ -126,15 +126,19 @@ def check_hashes(
 
 def _found(directory: Place, name: str, kind: Algorithm, advance: Callable[[int], None] | None) -> str:
     try:
-        return f"{kind} {hash_file(directory.inside(name, CHECKLIST), kind, advance=advance)}"
+        return f"{kind} {hash_file(directory.resolve_member(name, CHECKLIST), kind, advance=advance)}"
     except CheckpointNotFoundError:
         return "no such file"
     except UnsafeFileError:
-        return "a link that leaves the directory" if (directory / name).is_regular() else "something that is not a file"
+        return (
+            "a link that leaves the directory"
+            if (directory / name).is_regular_file()
+            else "something that is not a file"
+        )
 
 
 def _read(path: Place) -> dict[str, str]:
-    if not path.is_there():
+    if not path.is_present():
         raise CheckpointNotFoundError(
             f"{path}: expected a list of hashes, found no such file; without one there is nothing to check against"
         )

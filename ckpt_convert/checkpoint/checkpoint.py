@@ -12,16 +12,16 @@ from ckpt_convert.checkpoint import opening, record
 from ckpt_convert.checkpoint.hints import make_hints
 from ckpt_convert.checkpoint.identify import Identified, identify
 from ckpt_convert.checkpoint.tensor import CheckpointTensor
-from ckpt_convert.dtypes import majority
+from ckpt_convert.dtypes import majority_dtype
 from ckpt_convert.errors import CheckpointNotFoundError, CorruptFileError
 from ckpt_convert.formats import repository
 from ckpt_convert.formats.base import FormatName
 from ckpt_convert.formats.names import RECORD_FOLDER
 from ckpt_convert.models.core.config import ConfigOptions
 from ckpt_convert.storage.names import JOURNAL
-from ckpt_convert.storage.place import Location, Place, identities
+from ckpt_convert.storage.place import Location, Place, list_identities
 from ckpt_convert.storage.reader import reading
-from ckpt_convert.words import human_bytes
+from ckpt_convert.wording import human_bytes
 
 
 class Checkpoint(Mapping[str, CheckpointTensor]):
@@ -79,7 +79,7 @@ class Checkpoint(Mapping[str, CheckpointTensor]):
 
     def __repr__(self) -> str:
         tensors = self._identified.tensors.values()
-        dtype = majority((info.dtype, info.nbytes) for info in tensors)
+        dtype = majority_dtype((info.dtype, info.nbytes) for info in tensors)
         known = all(info.settled for info in tensors)
         count = f"{sum(prod(info.shape) for info in tensors):,} parameters" if known else f"{len(tensors):,} tensors"
         what = [self.format or self._identified.why, self.family, count, dtype]
@@ -146,8 +146,8 @@ def open_identified(
     options: ConfigOptions | None = None,
 ) -> Identified:
     """``open_checkpoint`` for the library's own modules; ``options`` say what a params.json leaves open."""
-    path = opening.checkpoint_place(repository.locate(path, revision, format=format))
-    if path.is_folder() and (path / JOURNAL).is_there():
+    path = opening.checkpoint_place(repository.locate_checkpoint(path, revision, format=format))
+    if path.is_folder() and (path / JOURNAL).is_present():
         raise CorruptFileError(
             f"{path}: is the unfinished output of a conversion; run that again with `resume=True`, or without to "
             "start anew"
@@ -165,11 +165,11 @@ def open_unfinished(
     options: ConfigOptions | None = None,
 ) -> Identified:
     """``open_identified`` for any directory, also one that is still being written."""
-    formats.refuse_unknown(format, "format")
+    formats.check_format_name(format, "format")
     hints = make_hints(family, config, options)
-    if not path.is_there():
+    if not path.is_present():
         raise CheckpointNotFoundError(f"{path}: no such file or directory")
-    seen = identities(path, RECORD_FOLDER) if path.is_folder() else {path: path.identity()}
+    seen = list_identities(path, RECORD_FOLDER) if path.is_folder() else {path: path.identity()}
     found_record = record.load_record(path) if path.is_folder() else None
     found = identify(opening.open_weights(path, format, found_record, seen), hints, found_record)
     _ = (

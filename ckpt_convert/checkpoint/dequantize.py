@@ -5,8 +5,8 @@ from __future__ import annotations
 from ckpt_convert.checkpoint.findings import raise_if_any
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpoint.quantized.as_stored import refuse_scheme
-from ckpt_convert.errors import ConfigError, misfit
-from ckpt_convert.words import option
+from ckpt_convert.errors import ConfigError, option_error
+from ckpt_convert.wording import option_text
 
 
 def dequantized(source: Identified, dtype: str) -> Identified:
@@ -29,11 +29,11 @@ def dequantize_if_asked(source: Identified, dtype: str | None) -> Identified:
         return source
     if source.unknown_scheme is not None:
         raise ConfigError(
-            f"{option('dequantize', dtype)}: {source.place} is quantised ({source.unknown_scheme}), which is no scheme "
-            "that is known here; dequantise it with the tool that made it, or take the model that was quantised"
+            f"{option_text('dequantize', dtype)}: {source.place} is quantised ({source.unknown_scheme}), which is no "
+            "scheme that is known here; dequantise it with the tool that made it, or take the model that was quantised"
         )
     if source.quantization is None:
-        raise misfit("dequantize", dtype, f"{source.place} is not quantised; leave it out, or use `dtype=`")
+        raise option_error("dequantize", dtype, f"{source.place} is not quantised; leave it out, or use `dtype=`")
     return dequantized(source, dtype)
 
 

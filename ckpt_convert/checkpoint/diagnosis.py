@@ -84,7 +84,7 @@ def unmerged_adapter(opened: OpenedFiles) -> str | None:
 def parent_config(directory: Place) -> Place | None:
     """A config.json in the directory above: a Trainer's, whose weights are in a directory of their own (FSDP)."""
     path = directory.absolute().parent / "config.json"
-    return path if directory.is_folder() and path.is_regular() else None
+    return path if directory.is_folder() and path.is_regular_file() else None
 
 
 def zero3_placeholders(opened: OpenedFiles) -> str | None:

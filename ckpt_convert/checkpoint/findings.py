@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ckpt_convert.errors import CkptConvertError, KeyMismatchError, ShapeMismatchError, UnreadableError
-from ckpt_convert.words import listing
+from ckpt_convert.wording import indented_list
 
 Severity = Literal["error", "warning", "note"]
 
@@ -54,7 +54,7 @@ def failed_check(
 def raise_if_any(findings: Sequence[Finding], what: str) -> None:
     """Raise KeyMismatchError or ShapeMismatchError that lists every finding (at most a screenful of each kind)."""
     parts = [
-        f"\n  {len(lines)} {title}:{listing(lines)}"
+        f"\n  {len(lines)} {title}:{indented_list(lines)}"
         for check, title in _TITLES.items()
         if (lines := [finding.text for finding in findings if finding.check == check])
     ]

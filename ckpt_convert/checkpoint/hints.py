@@ -9,11 +9,11 @@ from typing import Any
 from ckpt_convert import formats
 from ckpt_convert.checkpoint import record
 from ckpt_convert.checkpoint.opening import OpenedFiles
-from ckpt_convert.errors import CkptConvertError, ConfigError, UnsafeFileError, misfit
+from ckpt_convert.errors import CkptConvertError, ConfigError, UnsafeFileError, option_error
 from ckpt_convert.formats.base import load_json
 from ckpt_convert.models import FAMILIES
 from ckpt_convert.models.core.config import ConfigOptions
-from ckpt_convert.storage.place import Location, Place, locate
+from ckpt_convert.storage.place import Location, Place, checked_place
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Hints:
 def make_hints(family: str | None, config: Location | None, options: ConfigOptions | None = None) -> Hints:
     """What a user says, where it can be; raises UsageError for an unknown family, ConfigError for no such config."""
     if family is not None and family not in FAMILIES:
-        raise misfit("family", family, unknown_family())
-    place = locate(config, "config") if config is not None else None
-    if place is not None and not place.is_regular():
+        raise option_error("family", family, unknown_family())
+    place = checked_place(config, "config") if config is not None else None
+    if place is not None and not place.is_regular_file():
         raise ConfigError(f"{place}: no such file; `config=` takes a config.json or params.json")
     return Hints(family, place, options or ConfigOptions())
 
@@ -71,10 +71,10 @@ def read_config(opened: OpenedFiles, chosen: Place | None) -> ConfigFile:
     own = (formats.ALL[opened.format].config or record.CONFIG) if opened.format else "config.json"
     path = chosen or opened.root / own
     try:
-        if not path.is_there():
+        if not path.is_present():
             return ConfigFile(path)
         if chosen is None:
-            opened.root.inside(own, str(opened.place))
+            opened.root.resolve_member(own, str(opened.place))
         return ConfigFile(path, load_json(path))
     except CkptConvertError as error:
         return ConfigFile(path, None, error)

@@ -25,7 +25,7 @@ from ckpt_convert.errors import (
     KeyMismatchError,
     UnsupportedFamilyError,
 )
-from ckpt_convert.formats.base import Directory
+from ckpt_convert.formats.base import WeightDirectory
 from ckpt_convert.models import FAMILIES
 from ckpt_convert.storage.base import Entry
 from ckpt_convert.storage.place import Place
@@ -98,7 +98,7 @@ class Identified:
         return self.opened.identities
 
     @property
-    def directory(self) -> Directory:
+    def directory(self) -> WeightDirectory:
         return self.opened.directory
 
     @property
@@ -321,7 +321,7 @@ class Identified:
             if file.header.foreign:
                 from ckpt_convert.containers.pickle import torchpickle
 
-                raise torchpickle.refusal(str(file.place), "data.pkl", *file.header.foreign)
+                raise torchpickle.refusal_error(str(file.place), "data.pkl", *file.header.foreign)
 
     @property
     def params(self) -> tuple[Place, dict[str, Any]] | None:

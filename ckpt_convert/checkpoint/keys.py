@@ -18,7 +18,7 @@ from ckpt_convert.errors import KeyMismatchError
 from ckpt_convert.storage.place import Place
 from ckpt_convert.tensors.header import StoredTensor, WeightFile
 from ckpt_convert.tensors.lazy import from_source
-from ckpt_convert.words import listing
+from ckpt_convert.wording import indented_list
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +109,7 @@ class Keys:
 
     @cached_property
     def _ignores(self) -> tuple[str, ...]:
-        return formats.ALL[self.opened.format].ignores if self.opened.format is not None else ()
+        return formats.ALL[self.opened.format].ignored_prefixes if self.opened.format is not None else ()
 
     @property
     def has_only_weights(self) -> bool:
@@ -147,4 +147,4 @@ def refuse_clashes(names: KeyNames, place: Place) -> None:
 
 
 def _refuse(place: Place, said: Sequence[str]) -> None:
-    raise KeyMismatchError(f"{place}: the files contradict each other:{listing(said)}")
+    raise KeyMismatchError(f"{place}: the files contradict each other:{indented_list(said)}")

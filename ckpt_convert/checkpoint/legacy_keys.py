@@ -141,7 +141,7 @@ def read_keys(
     if any(shapes <= _without_digits(table) for table in tables):
         return PLAIN
     patterns = _patterns(stored)
-    former = ALL[format].former if format in ALL else ()
+    former = ALL[format].renamed_key_parts if format in ALL else ()
     found = [_read(patterns, table, former) for table in tables]
     fewest = min(readings.unread for readings in found)
     best = [readings for readings in found if readings.unread == fewest]
@@ -164,7 +164,7 @@ def matching_formats(keys: Iterable[str], families: Iterable[Family], *, former:
         for format in family.formats:
             table = _table(family, format)
             weights = [pattern for pattern in patterns if pattern in table or not is_training_entry(pattern)]
-            names = ALL[format].former if former else ()
+            names = ALL[format].renamed_key_parts if former else ()
             if weights and all(pattern in table or _possible(pattern, table, names) for pattern in weights):
                 out.add(format)
     return out

@@ -21,7 +21,7 @@ from ckpt_convert.models.core.config import AXES, ConfigOptions, type_of
 from ckpt_convert.models.core.params import Weights
 from ckpt_convert.models.core.rows import recorded_cut
 from ckpt_convert.models.core.table import Dims
-from ckpt_convert.words import option
+from ckpt_convert.wording import option_text
 
 Ranks = Sequence[Mapping[str, SourceTensor]]
 
@@ -89,7 +89,7 @@ def model_of(keys: Keys, stated: ConfigFile, hints: Hints, record: Record | None
         family=hints.family,
         recorded=_recorded(opened, stated, hints, record),
     )
-    return model if stated.file.is_regular() or hints.family else replace(model, evidence="its keys")
+    return model if stated.file.is_regular_file() or hints.family else replace(model, evidence="its keys")
 
 
 def _refuse_other_head(keys: Keys, family: Family, config: Mapping[str, Any], where: str) -> None:
@@ -201,10 +201,10 @@ def _config(keys: Keys, stated: ConfigFile, hints: Hints) -> Mapping[str, Any]:
     content = stated.content if stated.content is not None else from_shapes(keys, hints.family)
     if content is None:
         path, root = keys.opened.place, keys.opened.root
-        name, above = stated.file.below(root), diagnosis.parent_config(path)
+        name, above = stated.file.relative_name(root), diagnosis.parent_config(path)
         way = "`config=` with its config.json or params.json"
         if above is not None:
-            way = f"{option('config', above)}, which is that of the run"
+            way = f"{option_text('config', above)}, which is that of the run"
         raise ConfigError(f"{path}: has no {name}, so the model's sizes are not known; pass {way}")
     return content
 

@@ -14,27 +14,27 @@ from ckpt_convert.checkpoint import legacy_keys, record
 from ckpt_convert.checkpoint.record import Record
 from ckpt_convert.containers import gguf
 from ckpt_convert.containers.dcp import is_dcp_index
-from ckpt_convert.dtypes import majority
+from ckpt_convert.dtypes import majority_dtype
 from ckpt_convert.errors import CheckpointNotFoundError
 from ckpt_convert.formats import peft
-from ckpt_convert.formats.base import Directory, WeightName, dcp_directory, plain_weights
-from ckpt_convert.formats.hf import another_set
+from ckpt_convert.formats.base import WeightDirectory, WeightName, dcp_directory, plain_weights
+from ckpt_convert.formats.hf import alternative_set_advice
 from ckpt_convert.formats.names import (
     ADAPTER_WEIGHTS,
     GGUF_SUFFIX,
     INDEX_SUFFIX,
     LOOSE_SUFFIXES,
-    OF_TRAINING,
     RANK,
     SHARD,
+    TRAINING_PREFIXES,
     WEIGHT_SUFFIXES,
 )
 from ckpt_convert.models import FAMILIES, Family
 from ckpt_convert.storage import hub, pointer
-from ckpt_convert.storage.base import Closing, Entry
+from ckpt_convert.storage.base import Closable, Entry
 from ckpt_convert.storage.place import Place
 from ckpt_convert.tensors.header import SHARDED_TENSOR_CLASSES, FileTensor, StoredTensor, WeightFile
-from ckpt_convert.words import option, some
+from ckpt_convert.wording import first_few, option_text
 
 _INDEX = re.compile(r"(?<![^.])(?:0|[1-9][0-9]*)(?![^.])")
 """A part of a key that is a number."""
@@ -55,7 +55,7 @@ class OpenedFiles:
     place: Place
     format: str | None
     why: str
-    directory: Directory
+    directory: WeightDirectory
     files: tuple[WeightFile, ...]
     facts: tuple[tuple[str, str], ...] = ()
     identities: Mapping[Place, Entry] = field(default_factory=dict, repr=False)
@@ -84,7 +84,7 @@ class OpenedFiles:
     @property
     def majority_dtype(self) -> str:
         """The dtype that holds most bytes."""
-        return majority((tensor.dtype, tensor.nbytes) for _, tensor in self.stored) or "F32"
+        return majority_dtype((tensor.dtype, tensor.nbytes) for _, tensor in self.stored) or "F32"
 
 
 def checkpoint_place(path: Place) -> Place:
@@ -92,11 +92,11 @@ def checkpoint_place(path: Place) -> Place:
 
     Raises CheckpointNotFoundError for an index that is not the one that its directory is read by.
     """
-    path = hub.snapshot(pointer.followed(path))
-    if not path.name.endswith(INDEX_SUFFIX) or not path.is_regular():
+    path = hub.resolve_snapshot(pointer.follow_pointer(path))
+    if not path.name.endswith(INDEX_SUFFIX) or not path.is_regular_file():
         return path
     for format in ("hf", "native"):
-        found = formats.ALL[format].find(path.parent)
+        found = formats.ALL[format].find_weights(path.parent)
         if found is not None and found.index == path.name:
             return path.parent
     raise CheckpointNotFoundError(
@@ -107,7 +107,7 @@ def checkpoint_place(path: Place) -> Place:
 
 def describe_part(path: Place) -> str | None:
     """Which part of a checkpoint a single weight file is, by its name and the files beside it; None for none."""
-    if not path.is_regular():
+    if not path.is_regular_file():
         return None
     if (match := SHARD.fullmatch(path.name)) is not None and int(match["total"]) > 1:
         return f"shard {int(match['number'])} of {int(match['total'])}"
@@ -133,7 +133,7 @@ def open_weights(
         names = all_weight_files(path) if name is None and loose else []
         if names and names != [weight.name for weight in directory.weights]:
             close_files(files)
-            directory = Directory(tuple(map(WeightName, names)))
+            directory = WeightDirectory(tuple(map(WeightName, names)))
             files, facts = open_files(path, directory)
     directory = _with_keys_of(files, directory)
     if any(file.header.kind == gguf.KIND for file in files):
@@ -141,7 +141,7 @@ def open_weights(
     return OpenedFiles(path, name, why, directory, files, tuple(facts), identities)
 
 
-def _with_keys_of(files: Sequence[WeightFile], directory: Directory) -> Directory:
+def _with_keys_of(files: Sequence[WeightFile], directory: WeightDirectory) -> WeightDirectory:
     """The same index with the very strings that headers and file names are: of 100,000 keys each is kept once."""
     if directory.weight_map is None:
         return directory
@@ -151,9 +151,9 @@ def _with_keys_of(files: Sequence[WeightFile], directory: Directory) -> Director
     return replace(directory, weight_map=shared)
 
 
-def detect_format(path: Place, wanted: str | None, recorded: Record | None) -> tuple[str | None, str, Directory]:
+def detect_format(path: Place, wanted: str | None, recorded: Record | None) -> tuple[str | None, str, WeightDirectory]:
     """The format of a path, what it was told by, and the weight files; raises what ``open_checkpoint`` does."""
-    if path.is_regular():
+    if path.is_regular_file():
         return _a_file(path, wanted)
     if not path.is_folder():
         raise CheckpointNotFoundError(f"{path}: is neither a file nor a directory")
@@ -169,42 +169,42 @@ def detect_format(path: Place, wanted: str | None, recorded: Record | None) -> t
     return _by_names(path)
 
 
-def _a_file(path: Place, wanted: str | None) -> tuple[str | None, str, Directory]:
+def _a_file(path: Place, wanted: str | None) -> tuple[str | None, str, WeightDirectory]:
     from ckpt_convert.containers.dcp import dcp
 
     if is_dcp_index(path.name):
-        return wanted, WRITTEN_BY_DCP, Directory((), path.name, kind=dcp.KIND)
-    adapter = peft.config(path.parent) if path.name in ADAPTER_WEIGHTS and wanted is None else None
+        return wanted, WRITTEN_BY_DCP, WeightDirectory((), path.name, kind=dcp.KIND)
+    adapter = peft.read_adapter_config(path.parent) if path.name in ADAPTER_WEIGHTS and wanted is None else None
     if adapter is not None:
-        return None, peft.describe(adapter), Directory((WeightName(path.name),), kind=peft.KIND)
-    return wanted, "as asked for" if wanted else "a single file", Directory((WeightName(path.name),))
+        return None, peft.describe_adapter(adapter), WeightDirectory((WeightName(path.name),), kind=peft.KIND)
+    return wanted, "as asked for" if wanted else "a single file", WeightDirectory((WeightName(path.name),))
 
 
-def _of_format(path: Place, format: str) -> Directory | None:
-    return formats.ALL[format].find(path) or _in_common(path, format)
+def _of_format(path: Place, format: str) -> WeightDirectory | None:
+    return formats.ALL[format].find_weights(path) or _in_common(path, format)
 
 
-def _by_names(path: Place) -> tuple[str | None, str, Directory]:
+def _by_names(path: Place) -> tuple[str | None, str, WeightDirectory]:
     """What the names of a directory's files tell."""
-    found = formats.ALL["hf"].find(path)
-    if found is not None and (path / "config.json").is_regular():
+    found = formats.ALL["hf"].find_weights(path)
+    if found is not None and (path / "config.json").is_regular_file():
         return "hf", f"config.json and {found.index or found.weights[0].name}", found
-    ranks = formats.ALL["meta"].find(path) if found is None else None
+    ranks = formats.ALL["meta"].find_weights(path) if found is None else None
     if ranks is not None:
         return "meta", ranks.weights[0].name, ranks
     if (pieces := dcp_directory(path)) is not None:
         return None, WRITTEN_BY_DCP, pieces
-    adapter = peft.config(path) if found is None else None
-    weights = [WeightName(name) for name in ADAPTER_WEIGHTS if (path / name).is_regular()]
+    adapter = peft.read_adapter_config(path) if found is None else None
+    weights = [WeightName(name) for name in ADAPTER_WEIGHTS if (path / name).is_regular_file()]
     if adapter is not None and weights:
-        return None, peft.describe(adapter), Directory((weights[0],), kind=peft.KIND)
-    return None, _LOOSE, _loose(path, found or formats.ALL["native"].find(path))
+        return None, peft.describe_adapter(adapter), WeightDirectory((weights[0],), kind=peft.KIND)
+    return None, _LOOSE, _loose(path, found or formats.ALL["native"].find_weights(path))
 
 
-def _loose(path: Place, found: Directory | None) -> Directory:
+def _loose(path: Place, found: WeightDirectory | None) -> WeightDirectory:
     """Weight files by their endings, which ``found`` has some of; raises CheckpointNotFoundError for none."""
     names = [weight.name for weight in found.weights] if found is not None else all_weight_files(path)
-    if found is not None and not all(name.startswith(OF_TRAINING) for name in names):
+    if found is not None and not all(name.startswith(TRAINING_PREFIXES) for name in names):
         return found
     # What lies beside the weights is something to look at only where there are none.
     if not names or _instead(path):
@@ -212,29 +212,29 @@ def _loose(path: Place, found: Directory | None) -> Directory:
             f"{path}: has no weight files that are known ({', '.join('*' + suffix for suffix in WEIGHT_SUFFIXES)})"
             f"{_instead(path)}"
         )
-    return Directory(tuple(map(WeightName, names)))
+    return WeightDirectory(tuple(map(WeightName, names)))
 
 
-def _in_common(path: Place, format: str) -> Directory | None:
+def _in_common(path: Place, format: str) -> WeightDirectory | None:
     """The weights of a directory of this format in a container that is not the format's own."""
     if "dcp" in formats.ALL[format].containers and (found := dcp_directory(path)) is not None:
         return found
     names = plain_weights(path, (".pt",)) if "pt" in formats.ALL[format].containers else []
-    return Directory(tuple(WeightName(name) for name in names)) if names else None
+    return WeightDirectory(tuple(WeightName(name) for name in names)) if names else None
 
 
-def open_files(path: Place, directory: Directory) -> tuple[tuple[WeightFile, ...], list[tuple[str, str]]]:
+def open_files(path: Place, directory: WeightDirectory) -> tuple[tuple[WeightFile, ...], list[tuple[str, str]]]:
     """Open the weight files and read their headers; also what they say of themselves."""
     root = path if path.is_folder() else path.parent
     if directory.kind == "dcp":
         from ckpt_convert.containers.dcp import dcp
 
-        found, facts = dcp.read_directory(root)
+        found, facts = dcp.read_dcp_directory(root)
         return tuple(WeightFile(file.name, 0, file.place, file.reader, file.header) for file in found), facts
-    if path.is_folder() and (other := another_set(path, directory)) is not None:
+    if path.is_folder() and (other := alternative_set_advice(path, directory)) is not None:
         raise CheckpointNotFoundError(f"{path}: {other}")
     files = tuple(_open(path, weight) for weight in directory.weights)
-    facts = peft.facts(root) if directory.kind == peft.KIND else []
+    facts = peft.adapter_facts(root) if directory.kind == peft.KIND else []
     if len(files) == 1 and files[0].header.kind == gguf.KIND:
         facts += gguf.facts(files[0].header)
     return files, facts
@@ -245,7 +245,7 @@ def format_from_keys(files: tuple[WeightFile, ...], why: str, kind: str | None =
 
     Of formats with the same keys it is one that has containers of this ``kind``.
     """
-    beginnings = tuple(name for format in formats.ALL.values() for name in format.ignores)
+    beginnings = tuple(name for format in formats.ALL.values() for name in format.ignored_prefixes)
     stored = [tensor.key for file in files for tensor in file.header.tensors]
     names = [key for key in stored if not key.startswith(beginnings)]
     others = {name for name, format in formats.ALL.items() if kind is not None and kind not in format.containers}
@@ -290,17 +290,17 @@ def file_notices(path: Place, files: Sequence[WeightFile]) -> list[str]:
             )
         elif foreign:
             out.append(
-                f"{file.name}: asks for objects of {some(foreign, 5, ' …')}, which tensors do not need; none was made, "
-                "nothing was executed, and convert refuses the file"
+                f"{file.name}: asks for objects of {first_few(foreign, 5, ' …')}, which tensors do not need; none was "
+                "made, nothing was executed, and convert refuses the file"
             )
         if objects:
-            names = some(_grouped(objects), 8, " …")
+            names = first_few(_grouped(objects), 8, " …")
             said = "1 entry is no tensor" if len(objects) == 1 else f"{len(objects)} entries are no tensors"
             out.append(f"{file.name}: {said}: {names}")
     used = {file.name for file in files}
     there = path.children() if path.is_folder() else ()
     if unused := sorted(entry.name for entry in there if entry.suffix in WEIGHT_SUFFIXES and entry.name not in used):
-        out.append(f"not used: {some(unused, 8, ' …')}")
+        out.append(f"not used: {first_few(unused, 8, ' …')}")
     return out
 
 
@@ -326,19 +326,19 @@ def legacy_notices(files: Iterable[WeightFile]) -> list[str]:
 
 def close_files(files: Iterable[WeightFile]) -> None:
     for file in files:
-        if isinstance(file.reader, Closing):
+        if isinstance(file.reader, Closable):
             file.reader.close()
 
 
 def _open(path: Place, weight: WeightName) -> WeightFile:
-    file = path if path.is_regular() else path.inside(weight.name, str(path))
-    reader, header = containers.parse(file.open(), foreign=True)
+    file = path if path.is_regular_file() else path.resolve_member(weight.name, str(path))
+    reader, header = containers.parse_header(file.open(), foreign=True)
     return WeightFile(weight.name, weight.rank, file, reader, header)
 
 
 def tensors_in_file(path: Place) -> list[tuple[WeightFile, StoredTensor]]:
     """The tensors of a single file, such as those that the record carries."""
-    reader, header = containers.parse(path.open())
+    reader, header = containers.parse_header(path.open())
     file = WeightFile(path.name, 0, path, reader, header)
     return [(file, tensor) for tensor in header.tensors]
 
@@ -365,9 +365,9 @@ def _instead(path: Place) -> str:
 
     config = path / "config.json"
     for folder in sorted(entry for entry in path.folders() if not entry.name.startswith(".")):
-        if folder.name.startswith(OF_TRAINING):
+        if folder.name.startswith(TRAINING_PREFIXES):
             continue
-        if any(entry.suffix in LOOSE_SUFFIXES for entry in folder.children()) or dcp.is_directory(folder):
-            how = f": give that, with {option('config', config)}" if config.is_regular() else ""
+        if any(entry.suffix in LOOSE_SUFFIXES for entry in folder.children()) or dcp.is_dcp_directory(folder):
+            how = f": give that, with {option_text('config', config)}" if config.is_regular_file() else ""
             return f"; there are some in {folder}{how}"
     return ""

@@ -29,7 +29,7 @@ from ckpt_convert.formats.names import RECORD_FOLDER
 from ckpt_convert.models import FORMATS
 from ckpt_convert.storage import workspace
 from ckpt_convert.storage.checksums import CRC64, XXH3, digest, digest_file
-from ckpt_convert.storage.names import check_name, partial_of
+from ckpt_convert.storage.names import check_name, partial_path
 from ckpt_convert.storage.place import Place
 from ckpt_convert.tensors.header import Box, FileLayout, Header, StoredTensor
 
@@ -139,9 +139,9 @@ class Record:
 
     def _kept(self, name: str) -> Place | None:
         """A file of the record, if it is there; raises UnsafeFileError for a link that leaves the directory."""
-        if not (self.folder / name).is_regular():
+        if not (self.folder / name).is_regular_file():
             return None
-        return self.directory.inside(f"{RECORD_FOLDER}/{name}", MANIFEST)
+        return self.directory.resolve_member(f"{RECORD_FOLDER}/{name}", MANIFEST)
 
     def unchanged(self, name: str) -> bool:
         """Whether a file beside the weights, or of the record, is still as it was written."""
@@ -160,7 +160,7 @@ class Record:
         if checksum is None:
             return None
         try:
-            return digest_file(self.directory.inside(name, MANIFEST)) == checksum
+            return digest_file(self.directory.resolve_member(name, MANIFEST)) == checksum
         except UnreadableError:
             raise  # which says nothing of what is in it
         except CkptConvertError:
@@ -194,16 +194,19 @@ class Record:
         folder = self.folder / "side"
         if not folder.is_folder():
             return {}
-        return {path.below(folder): path for path in self._files(folder)}
+        return {path.relative_name(folder): path for path in self._files(folder)}
 
     def _files(self, folder: Place) -> list[Place]:
         """The files below a folder of the record; raises UnsafeFileError for a link that leaves the directory."""
-        return [self.directory.inside(path.below(self.directory), MANIFEST) for path in sorted(folder.entries())]
+        return [
+            self.directory.resolve_member(path.relative_name(self.directory), MANIFEST)
+            for path in sorted(folder.entries())
+        ]
 
     def files_of_layout(self, format: str) -> Iterator[tuple[str, Place]]:
         """Every file of a recorded layout with its name in an output, to take along."""
         for path in self._files(self.folder / "layouts" / format):
-            yield path.below(self.directory), path
+            yield path.relative_name(self.directory), path
 
 
 def read_manifest(directory: Place) -> dict[str, Any]:
@@ -258,7 +261,7 @@ def replace_manifest(directory: Place, manifest: Mapping[str, Any]) -> None:
     """
     place = directory / MANIFEST
     etag = place.identity().etag if place.listing is not None else None
-    workspace.of(place).replace_file(place, render_manifest(manifest), etag)
+    workspace.workspace_of(place).replace_file(place, render_manifest(manifest), etag)
 
 
 def load_record(directory: Place) -> Record | None:
@@ -267,7 +270,7 @@ def load_record(directory: Place) -> Record | None:
     Raises what ``read_manifest`` does, and ConfigError where what it says is no record.
     """
     path = directory / MANIFEST
-    if not path.is_regular():
+    if not path.is_regular_file():
         return None
     manifest = read_manifest(directory)
     if manifest.get("schema") not in (1, SCHEMA):
@@ -290,7 +293,7 @@ def load_record(directory: Place) -> Record | None:
 def read_training(directory: Place) -> dict[str, Any] | None:
     """What the manifest of a saved step says of its training run; None where this is none, or it cannot be read."""
     try:
-        found = read_manifest(directory).get("training") if (directory / MANIFEST).is_regular() else None
+        found = read_manifest(directory).get("training") if (directory / MANIFEST).is_regular_file() else None
     except UnreadableError:
         raise
     except InputError:
@@ -320,7 +323,7 @@ def _listed(manifest: Mapping[str, Any]) -> list[str]:
     state = _mapping(_mapping(training.get(TRAINING_STATE)).get("files"))
     sides = manifest.get("side_files")
     return [
-        *(MANIFEST, str(partial_of(PurePosixPath(MANIFEST)))),
+        *(MANIFEST, str(partial_path(PurePosixPath(MANIFEST)))),
         *_mapping(manifest.get("files")),
         *(str(side.get("name")) for side in (sides if isinstance(sides, list) else ()) if isinstance(side, dict)),
         *_mapping(manifest.get("record")),
@@ -332,7 +335,7 @@ def _listed(manifest: Mapping[str, Any]) -> list[str]:
 
 def _manifest(directory: Place, load: Callable[[Place], Mapping[str, Any]]) -> Mapping[str, Any]:
     try:
-        return load(directory) if (directory / MANIFEST).is_regular() else {}
+        return load(directory) if (directory / MANIFEST).is_regular_file() else {}
     except UnreadableError:
         raise
     except CkptConvertError:
@@ -377,7 +380,7 @@ def read_layout(folder: Place) -> Layout:
             raise CorruptFileError("its ranks have gaps")
         index = None
         if "index" in content:
-            index = (check_name(content["index"], str(path)), folder.read_inside("index.json", str(path), JSON_LIMIT))
+            index = (check_name(content["index"], str(path)), folder.read_member("index.json", str(path), JSON_LIMIT))
         return Layout(str(content["format"]), files, index)
     except UnreadableError:
         raise  # which says nothing of what is in the file
@@ -393,7 +396,7 @@ def _read_file(folder: Place, entry: Mapping[str, Any]) -> LayoutFile:
     if "tensors" in entry:
         tensors = tuple(StoredTensor(key, dtype, tuple(shape), 0) for key, dtype, shape in entry["tensors"])
         return LayoutFile(name, entry["rank"], Header(entry["kind"], entry["size"], tensors), None)
-    data = folder.read_inside(entry["bytes"], str(folder), containers.MAX_LITERALS)
+    data = folder.read_member(entry["bytes"], str(folder), containers.MAX_LITERALS)
     literals = []
     start = 0
     for offset, size in entry["literals"]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from ckpt_convert import containers
 from ckpt_convert.checkpoint.keys import Keys
 from ckpt_convert.checkpoint.record import Layout, LayoutFile
-from ckpt_convert.containers.build import anew
+from ckpt_convert.containers.build import new_layout
 from ckpt_convert.containers.dcp import DCP_INDEX, dcp
 from ckpt_convert.formats.base import JSON_LIMIT, load_json, render_json
 from ckpt_convert.storage.base import RangeReader
@@ -21,9 +21,9 @@ def snapshot_layout(keys: Keys, *, literal: bool) -> Layout:
         weights = file.header if literal else _weights(keys, file.header)
         header, reader = _located(keys, file)
         if weights is file.header:
-            captured = containers.capture(reader, header) if header is not None else None
+            captured = containers.capture_layout(reader, header) if header is not None else None
         else:
-            captured = anew(file.name, weights)
+            captured = new_layout(file.name, weights)
             header = captured.header if captured is not None else None
         files.append(LayoutFile(file.name, file.rank, header or weights, captured.literals if captured else None))
     return Layout(str(keys.opened.format), tuple(files), _index(keys, literal))
@@ -60,4 +60,4 @@ def _located(keys: Keys, file: WeightFile) -> tuple[Header | None, RangeReader]:
         return None, file.reader  # each rank has metadata of its own, which nothing else would fit
     if file.header.objects or not all(keys.is_weight(tensor.key) for tensor in file.header.tensors):
         return None, file.reader
-    return dcp.located(dcp.File(file.name, file.place, file.reader, file.header)), file.place.open()
+    return dcp.resolve_offsets(dcp.DcpFile(file.name, file.place, file.reader, file.header)), file.place.open()

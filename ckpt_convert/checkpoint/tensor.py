@@ -9,8 +9,8 @@ from ckpt_convert import dtypes
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpoint.tensor_info import TensorInfo
 from ckpt_convert.dtypes import DTYPES, DType
-from ckpt_convert.errors import InputError, require
-from ckpt_convert.storage.base import read
+from ckpt_convert.errors import InputError, require_package
+from ckpt_convert.storage.base import read_range
 from ckpt_convert.tensors.lazy import LazyTensor
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class CheckpointTensor:
 
     def torch(self) -> torch.Tensor:
         """The values as a torch tensor, read now; raises MissingPackageError without torch."""
-        require("torch", f"{self.key}.torch()")
+        require_package("torch", f"{self.key}.torch()")
         import torch
 
         values = torch.empty(self.shape, dtype=getattr(torch, self._element.torch))
@@ -69,7 +69,7 @@ class CheckpointTensor:
         dtype = self._element
         if not dtype.is_number or dtype.numpy[1] == "f":
             return self._read().view(dtype.numpy).reshape(self.shape)
-        require("ml_dtypes", f"{self.key}.numpy() of {self.dtype}")
+        require_package("ml_dtypes", f"{self.key}.numpy() of {self.dtype}")
         import ml_dtypes
 
         values: np.ndarray[Any, Any] = self._read().view(getattr(ml_dtypes, dtype.torch))
@@ -80,7 +80,7 @@ class CheckpointTensor:
         if self._window is None and self.dtype not in DTYPES and len(self._info.parts) == 1:
             (part,) = self._info.parts
             reader = next(file.reader for file in self._source.files if file.name == part.file)
-            return read(reader, part.offset, self.nbytes)
+            return read_range(reader, part.offset, self.nbytes)
         return self._read().tobytes()
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:

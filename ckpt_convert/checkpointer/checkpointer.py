@@ -29,9 +29,9 @@ from ckpt_convert.checkpointer.save.planner import Contents, SavePlanner
 from ckpt_convert.checkpointer.save.saver import Saver
 from ckpt_convert.checkpointer.state import parts
 from ckpt_convert.checkpointer.state.sharding import Elsewhere
-from ckpt_convert.errors import OutputExistsError, UsageError, misfit
+from ckpt_convert.errors import OutputExistsError, UsageError, option_error
 from ckpt_convert.storage import pointer
-from ckpt_convert.storage.place import Place, locate
+from ckpt_convert.storage.place import Place, checked_place
 from ckpt_convert.tensors.progress import ProgressCallback
 
 log = logging.getLogger("ckpt_convert")
@@ -138,7 +138,7 @@ class Checkpointer:
     def load_state_dict(self, format: str | None = None) -> dict[str, torch.Tensor]:
         """The source's weights, converted (``model_format`` unless said otherwise), in the dtypes of the source."""
         self._refuse_closed()
-        formats.refuse_unknown(format, "format")
+        formats.check_format_name(format, "format")
         return loading.read_state_dict(self._saver.planner.source, format or self._options.settings.model_format)
 
     def load_best(self, model: Model) -> SavedStep | None:
@@ -152,7 +152,7 @@ class Checkpointer:
     def load_adapter(self, path: str | Path, model: Model) -> int:
         """Fill a model's adapter from a PEFT directory, in place; returns the number of tensors."""
         self._refuse_closed()
-        return self._saver.planner.load_adapter(pointer.followed(locate(path)), model)
+        return self._saver.planner.load_adapter(pointer.follow_pointer(checked_place(path)), model)
 
     # Beginning
 
@@ -190,7 +190,7 @@ class Checkpointer:
         """
         wanted = Selection.of(include, exclude, weights_only)
         if data not in get_args(Elsewhere):
-            raise misfit("data", data, f"expected {', '.join(get_args(Elsewhere))}")
+            raise option_error("data", data, f"expected {', '.join(get_args(Elsewhere))}")
         resuming.refuse_restart(wanted, self._saver, self._options)
         made = self._begin(model, optimizer, lr_scheduler, grad_scaler, dataloader, extra, data)
         directory = self._saver.directory

@@ -39,10 +39,10 @@ from ckpt_convert.errors import (
     UsageError,
 )
 from ckpt_convert.storage import pointer
-from ckpt_convert.storage.place import Place, locate
+from ckpt_convert.storage.place import Place, checked_place
 from ckpt_convert.storage.reader import reading
 from ckpt_convert.tensors.progress import ProgressCallback
-from ckpt_convert.words import listing
+from ckpt_convert.wording import indented_list
 
 log = logging.getLogger("ckpt_convert")
 
@@ -172,7 +172,7 @@ def choose_step(
             steps = ", ".join(str(saved.step) for saved in there) or "none"
             raise CheckpointNotFoundError(f"{output_dir}: has no complete checkpoint of step {from_}; it has: {steps}")
     elif isinstance(from_, str | Path | Place):
-        place = pointer.followed(locate(from_, "from_"))
+        place = pointer.follow_pointer(checked_place(from_, "from_"))
         found = saved_steps.read_step(place.real(), renamed=True)
         if found is None:
             found = newest_sound_step(place, verify=verify, workers=workers)
@@ -185,7 +185,7 @@ def choose_step(
         raise UsageError(f'from_={from_!r}: expected "latest", "best", a step, or the path of a checkpoint')
     problems = check_step(found, verify=verify, workers=workers)
     if problems:
-        raise CorruptFileError(f"{found.place}: cannot be resumed from:{listing(problems)}")
+        raise CorruptFileError(f"{found.place}: cannot be resumed from:{indented_list(problems)}")
     return found
 
 
@@ -193,7 +193,7 @@ def newest_sound_step(output_dir: Place, *, verify: bool, workers: int) -> Saved
     """The newest checkpoint that is sound; None where there is none at all."""
     there = saved_steps.scan_steps(output_dir)
     gone = [place for place in saved_steps.list_directories(output_dir) if saved_steps.is_damaged(place)]
-    lacking = [place for place in gone if not (place / MANIFEST).is_regular()]  # of others, the scan has warned
+    lacking = [place for place in gone if not (place / MANIFEST).is_regular_file()]  # of others, the scan has warned
     for path in lacking:
         log.warning("%s is damaged and passed over: its manifest is gone", path)
     said = []
@@ -207,7 +207,7 @@ def newest_sound_step(output_dir: Place, *, verify: bool, workers: int) -> Saved
     if said:
         raise CorruptFileError(
             f"{output_dir}: holds {len(there) + len(gone)} checkpoints, but none that is sound; move them elsewhere, "
-            f"or choose another output_dir, to start anew:{listing(said)}"
+            f"or choose another output_dir, to start anew:{indented_list(said)}"
         )
     return None
 
@@ -223,7 +223,7 @@ def check_step(saved: SavedStep, *, verify: bool, workers: int) -> list[str]:
     try:
         with reading(saved.place):
             report = check_weights(here, values=verify, merged=False, workers=workers)
-            missing = [f"{path}: is missing" for path in beside if not path.is_regular()]
+            missing = [f"{path}: is missing" for path in beside if not path.is_regular_file()]
     except UnreadableError as error:
         raise UnreadableError(f"{error}; {_NOT_GIVEN}") from error
     except CkptConvertError as error:
@@ -268,12 +268,12 @@ def load_step(
         if problems and strict:
             raise KeyMismatchError(
                 f"{saved.place}: does not fit what it is loaded into (strict=False loads what does, exclude= leaves "
-                f"parts out):{listing(problems)}"
+                f"parts out):{indented_list(problems)}"
             )
         said = load_weights() if planner.adapter is None or selection(ADAPTER) else "nothing of the model"
     problems += parts.set_state(trees, selection)
     if problems:
-        log.warning("%s: what did not fit was left as it was:%s", saved.place, listing(problems))
+        log.warning("%s: what did not fit was left as it was:%s", saved.place, indented_list(problems))
     log.info("loaded %s", said)
 
 
@@ -410,7 +410,7 @@ def _compare_values(before: AdapterBase, saved: SavedStep, planner: SavePlanner,
     text = (
         f"{planner.source.place}: is not the base that {saved.place} was trained on: {len(changed)} of "
         f"{len(before.tensors)} tensors have other values; give the source that the run began with (moved, re-sharded "
-        f"or in another format it is the same), or strict=False to train on with this one:{listing(changed)}"
+        f"or in another format it is the same), or strict=False to train on with this one:{indented_list(changed)}"
     )
     if strict:
         raise InputError(text)

@@ -13,12 +13,12 @@ from ckpt_convert.cli.notices import notice, on_stderr
 from ckpt_convert.cli.progress import Bar
 from ckpt_convert.cli.text import echo, escape, json_text, plural
 from ckpt_convert.cli.tree import in_short
-from ckpt_convert.dtypes import CASTS, DEQUANTIZED
+from ckpt_convert.dtypes import CASTS, DEQUANTIZED_DTYPES
 from ckpt_convert.errors import UsageError
 from ckpt_convert.models.core.config import AXES
 from ckpt_convert.storage.names import local_path
-from ckpt_convert.storage.reader import WORKERS
-from ckpt_convert.words import human_bytes
+from ckpt_convert.storage.reader import DEFAULT_WORKERS
+from ckpt_convert.wording import human_bytes
 
 if TYPE_CHECKING:
     from ckpt_convert.convert.api import Report
@@ -53,7 +53,7 @@ def _options(source: str | None, to: str | None) -> list[click.Option]:
 
     names = click.Choice(list(FORMAT_TITLES))
     dtypes = click.Choice(list(CASTS))
-    dequantized, quantized = click.Choice(list(DEQUANTIZED)), source in (None, "hf")
+    dequantized, quantized = click.Choice(list(DEQUANTIZED_DTYPES)), source in (None, "hf")
     styles = click.Choice(list(AXES))
     general = [
         option("--to", type=names, required=True, help="Format of DST."),
@@ -140,7 +140,7 @@ def _convert(
             from ckpt_convert.cli.plan import show_plan
 
             plan = api.plan_conversion(src, **options)
-            show_plan(plan, local_path(dst, "DST"), as_json=as_json, quiet=quiet, workers=workers or WORKERS)
+            show_plan(plan, local_path(dst, "DST"), as_json=as_json, quiet=quiet, workers=workers or DEFAULT_WORKERS)
             return None
         with Bar(hidden=quiet) as bar:
             report = api.convert_checkpoint(

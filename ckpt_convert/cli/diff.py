@@ -29,8 +29,8 @@ from ckpt_convert.cli.text import (
     terminal_width,
 )
 from ckpt_convert.cli.tree import Entry, Numbering
-from ckpt_convert.storage.reader import WORKERS
-from ckpt_convert.words import human_bytes
+from ckpt_convert.storage.reader import DEFAULT_WORKERS
+from ckpt_convert.wording import human_bytes
 
 if TYPE_CHECKING:
     from ckpt_convert.analysis.diff.compare import Change, Diff, Status
@@ -142,12 +142,16 @@ def diff(
 
     with (
         on_stderr(hidden=quiet),
-        open_identified(repository.locate(a, revision_a), format=from_a, family=family, config=config_a) as left,
-        open_identified(repository.locate(b, revision_b), format=from_b, family=family, config=config_b) as right,
+        open_identified(
+            repository.locate_checkpoint(a, revision_a), format=from_a, family=family, config=config_a
+        ) as left,
+        open_identified(
+            repository.locate_checkpoint(b, revision_b), format=from_b, family=family, config=config_b
+        ) as right,
         Bar(hidden=quiet) as bar,
     ):
         found = compare_checkpoints(
-            left, right, values=values, is_wanted=keep, workers=workers or WORKERS, progress=bar
+            left, right, values=values, is_wanted=keep, workers=workers or DEFAULT_WORKERS, progress=bar
         )
         bar.stop()
         if html is not None:

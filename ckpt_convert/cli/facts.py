@@ -258,4 +258,4 @@ def _config_dims(checkpoint: Identified) -> dict[str, int]:
 
 def _config_source(checkpoint: Identified) -> str | None:
     path = checkpoint.config_file
-    return str(path) if path.is_regular() else None
+    return str(path) if path.is_regular_file() else None

@@ -13,7 +13,7 @@ from ckpt_convert.checkpoint.hints import unknown_family
 from ckpt_convert.cli import family_table
 from ckpt_convert.cli.notices import on_stderr
 from ckpt_convert.cli.text import columns, echo, echo_json, terminal_width
-from ckpt_convert.errors import misfit
+from ckpt_convert.errors import option_error
 from ckpt_convert.formats import ALL
 from ckpt_convert.models import FAMILIES, Family, grouped
 
@@ -60,7 +60,7 @@ def formats(keys: bool, family: str | None, layers: int | None, as_json: bool) -
 
 def _table(name: str, layers: int | None, as_json: bool) -> None:
     if name not in FAMILIES:
-        raise misfit("family", name, unknown_family())
+        raise option_error("family", name, unknown_family())
     family = FAMILIES[name]
     if as_json:
         echo_json(family_table.document(family, layers))

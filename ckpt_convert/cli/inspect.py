@@ -14,7 +14,7 @@ from ckpt_convert.cli.listing import body
 from ckpt_convert.cli.text import echo, echo_json, terminal_width
 from ckpt_convert.cli.view import SORTS, Order, View, header, matching, ordered
 from ckpt_convert.storage.place import Place
-from ckpt_convert.storage.reader import WORKERS
+from ckpt_convert.storage.reader import DEFAULT_WORKERS
 
 
 def _order(context: click.Context, parameter: click.Parameter, value: str) -> Order:
@@ -162,7 +162,7 @@ def _statistics(facts: Facts, view: View, workers: int | None) -> Statistics:
 
     keys = [info.key for info in matching(facts, view)]
     with Bar() as bar:
-        return dict(tensor_statistics(facts.checkpoint, keys, workers=workers or WORKERS, progress=bar))
+        return dict(tensor_statistics(facts.checkpoint, keys, workers=workers or DEFAULT_WORKERS, progress=bar))
 
 
 def _body(facts: Facts, view: View, statistics: Statistics | None) -> Iterator[str]:
@@ -176,4 +176,4 @@ def _body(facts: Facts, view: View, statistics: Statistics | None) -> Iterator[s
 def _locate(path: str, revision: str | None) -> Place:
     from ckpt_convert.formats import repository
 
-    return repository.locate(path, revision)
+    return repository.locate_checkpoint(path, revision)

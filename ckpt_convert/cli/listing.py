@@ -11,7 +11,7 @@ from ckpt_convert.cli.text import columns, escape, fits, number, plural, shape_t
 from ckpt_convert.cli.tree import Entry, Numbering, Row
 from ckpt_convert.cli.view import Order, View, matching, missing, ordered, shares
 from ckpt_convert.errors import CkptConvertError
-from ckpt_convert.words import human_bytes
+from ckpt_convert.wording import human_bytes
 
 if TYPE_CHECKING:
     from ckpt_convert.checkpoint.tensor_info import TensorInfo

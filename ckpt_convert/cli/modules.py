@@ -11,7 +11,7 @@ from ckpt_convert.cli.facts import Count
 from ckpt_convert.cli.text import can_say, columns, escape, human_count, number, plural, shape_text
 from ckpt_convert.cli.tree import Entry, is_number, missing_between, natural, numbers_text
 from ckpt_convert.cli.view import Order, View, missing, shares
-from ckpt_convert.words import human_bytes
+from ckpt_convert.wording import human_bytes
 
 _DEEPEST = 64
 """Levels of modules; what lies deeper in a key (no model's does) belongs to the name of the tensor."""

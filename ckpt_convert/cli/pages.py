@@ -11,7 +11,7 @@ from ckpt_convert.cli.text import echo, escape, stopping_nothing
 from ckpt_convert.errors import CkptConvertError, UsageError
 from ckpt_convert.storage.names import local_path
 from ckpt_convert.storage.system import replace_file
-from ckpt_convert.words import human_bytes
+from ckpt_convert.wording import human_bytes
 
 
 def check_page(destination: str, *, with_json: bool = False) -> None:

@@ -16,7 +16,7 @@ from ckpt_convert.cli.tree import in_short
 from ckpt_convert.convert import explain
 from ckpt_convert.convert.plan import Plan
 from ckpt_convert.storage.by_rename import existing_parent
-from ckpt_convert.words import human_bytes
+from ckpt_convert.wording import human_bytes
 
 _LABEL = len("generated") + 2
 """The width of the column of labels, above the tree and below it."""

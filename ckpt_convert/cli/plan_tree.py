@@ -10,7 +10,7 @@ from typing import Any
 from ckpt_convert.cli import colours, tree
 from ckpt_convert.cli.text import can_say, columns, display_width, escape, fits, number, shape_text, shorten, wrap
 from ckpt_convert.convert.explain import COPY, TensorTransform
-from ckpt_convert.words import human_bytes
+from ckpt_convert.wording import human_bytes
 
 
 @dataclass(frozen=True, slots=True)

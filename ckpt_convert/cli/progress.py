@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from ckpt_convert.cli.text import echo
-from ckpt_convert.words import human_bytes
+from ckpt_convert.wording import human_bytes
 
 if TYPE_CHECKING:
     from ckpt_convert.tensors.progress import TransferProgress

@@ -15,7 +15,7 @@ from ckpt_convert.cli.text import columns, escape, number, percent, plural, real
 from ckpt_convert.cli.tree import Numbering
 from ckpt_convert.cli.view import View, matching, ordered
 from ckpt_convert.errors import CkptConvertError
-from ckpt_convert.words import listing
+from ckpt_convert.wording import indented_list
 
 if TYPE_CHECKING:
     from ckpt_convert.analysis.stats.numeric import Stats
@@ -93,7 +93,7 @@ def refuse_nan(facts: Facts, statistics: Statistics) -> None:
     ]
     if found:
         count = f"{plural(len(found), 'tensor')} {'holds' if len(found) == 1 else 'hold'}"
-        raise CkptConvertError(f"{facts.checkpoint.place}: {count} NaN or infinite values:{listing(found)}")
+        raise CkptConvertError(f"{facts.checkpoint.place}: {count} NaN or infinite values:{indented_list(found)}")
 
 
 def _cells(

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TextIO
 import click
 
 from ckpt_convert.cli.flags import document_in_flags, in_flags
-from ckpt_convert.words import scaled
+from ckpt_convert.wording import with_unit
 
 _GAP = "  "
 _LEAST = 28
@@ -51,7 +51,7 @@ def escape(text: str) -> str:
 
 def human_count(count: int) -> str:
     """A count in three digits: "56", "34.5 K", "1.24 B"."""
-    return scaled(count, ("", "K", "M", "B", "T")).rstrip()
+    return with_unit(count, ("", "K", "M", "B", "T")).rstrip()
 
 
 def number(value: int) -> str:

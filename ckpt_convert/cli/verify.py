@@ -10,8 +10,8 @@ import click
 
 from ckpt_convert.cli import colours, options
 from ckpt_convert.cli.text import Labelled, echo, echo_json, escape, labelled, plural, terminal_width, wrap
-from ckpt_convert.storage.reader import WORKERS
-from ckpt_convert.words import human_bytes
+from ckpt_convert.storage.reader import DEFAULT_WORKERS
+from ckpt_convert.wording import human_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -90,15 +90,15 @@ def verify(
     from ckpt_convert.cli.notices import on_stderr, silent_transformers
     from ckpt_convert.cli.progress import Bar
     from ckpt_convert.formats import repository
-    from ckpt_convert.storage.place import locate
+    from ckpt_convert.storage.place import checked_place
 
     if with_logits:
         from ckpt_convert.analysis.logits.model import require_packages
 
         require_packages()
-    renewed = accept_files(checkpoint_place(locate(path)), accepted) if accepted else []
-    a = Opening(repository.locate(path, revision), from_format, family, config)
-    b = Opening(repository.locate(other), None, family) if other is not None else None
+    renewed = accept_files(checkpoint_place(checked_place(path)), accepted) if accepted else []
+    a = Opening(repository.locate_checkpoint(path, revision), from_format, family, config)
+    b = Opening(repository.locate_checkpoint(other), None, family) if other is not None else None
     compared: dict[str, Any] | None = None
     computed: LogitsReport | None = None
     with on_stderr(hidden=quiet), Bar(hidden=quiet) as bar:
@@ -108,11 +108,13 @@ def verify(
             family=family,
             config=config,
             values=not quick,
-            workers=workers or WORKERS,
+            workers=workers or DEFAULT_WORKERS,
             progress=bar,
         )
         if b is not None:
-            report, compared = compare_with(report, a, b, values=not quick, workers=workers or WORKERS, progress=bar)
+            report, compared = compare_with(
+                report, a, b, values=not quick, workers=workers or DEFAULT_WORKERS, progress=bar
+            )
         if with_logits:
             with silent_transformers():
                 report, computed = check_logits(report, a, b, progress=bar)

@@ -14,7 +14,7 @@ from ckpt_convert.cli.facts import Count, Facts
 from ckpt_convert.cli.flags import in_flags
 from ckpt_convert.cli.text import Labelled, bar, escape, human_count, labelled, number, percent, plural
 from ckpt_convert.formats.names import RECORD_FOLDER
-from ckpt_convert.words import human_bytes
+from ckpt_convert.wording import human_bytes
 
 if TYPE_CHECKING:
     from ckpt_convert.checkpoint.tensor_info import TensorInfo

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ckpt_convert.containers import gguf, safetensors
-from ckpt_convert.containers.layout import MAX_LITERALS, Recorded, capture, holes
+from ckpt_convert.containers.layout import MAX_LITERALS, RecordedFile, capture_layout, find_gaps
 from ckpt_convert.errors import CorruptFileError, InputError
-from ckpt_convert.storage.base import OnDisk, RangeReader, read
+from ckpt_convert.storage.base import OnDisk, RangeReader, read_range
 from ckpt_convert.tensors.header import ChecksummedRange, FileLayout, Header, StoredTensor
 
 __all__ = [
@@ -16,8 +16,8 @@ __all__ = [
     "FileLayout",
     "Header",
     "StoredTensor",
-    "capture",
-    "parse",
+    "capture_layout",
+    "parse_header",
     "parse_layout",
 ]
 
@@ -28,7 +28,7 @@ _KNOWN = (
 )
 
 
-def parse(reader: RangeReader, *, foreign: bool = False) -> tuple[RangeReader, Header]:
+def parse_header(reader: RangeReader, *, foreign: bool = False) -> tuple[RangeReader, Header]:
     """Read the header of a container file of any kind, told by its content.
 
     Returns the reader that the header's offsets refer to: ``reader`` itself, but for a legacy torch file (which has to
@@ -36,7 +36,7 @@ def parse(reader: RangeReader, *, foreign: bool = False) -> tuple[RangeReader, H
     ``foreign``, read around them. Raises CorruptFileError when the file is of no known kind, and whatever the parser of
     its kind raises.
     """
-    start = read(reader, 0, min(reader.size, 32))
+    start = read_range(reader, 0, min(reader.size, 32))
     # The first bytes of a safetensors file are a number, and may be the magic of anything: look at the brace first.
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= safetensors.MAX_HEADER:
         return reader, safetensors.parse(reader)
@@ -57,9 +57,9 @@ def parse_layout(name: str, size: int, literals: Sequence[tuple[int, bytes]]) ->
     Raises CorruptFileError when a byte that the header needs is missing, or when ``literals`` are not exactly the
     bytes of the file (``size`` bytes, called ``name``) that belong to no tensor.
     """
-    recorded = Recorded(name, size, literals)
-    _, header = parse(recorded)
-    gaps = holes(header)
+    recorded = RecordedFile(name, size, literals)
+    _, header = parse_header(recorded)
+    gaps = find_gaps(header)
     if gaps is None or gaps != [(start, start + len(data)) for start, data in recorded.runs]:
         raise CorruptFileError(
             f"{name}: the recorded bytes should be those that belong to no tensor, but are not; "

@@ -11,11 +11,13 @@ from ckpt_convert.containers.dcp import dcp_build
 from ckpt_convert.containers.torch_zip import torchzip
 from ckpt_convert.tensors.header import FileLayout, Header
 
-Spec = tuple[str, str, tuple[int, ...]]
+TensorSpec = tuple[str, str, tuple[int, ...]]
 """Key, dtype and shape of a tensor."""
 
 
-def of_specs(name: str, container: str, specs: Sequence[Spec], metadata: Mapping[str, str]) -> FileLayout:
+def layout_from_specs(
+    name: str, container: str, specs: Sequence[TensorSpec], metadata: Mapping[str, str]
+) -> FileLayout:
     """Everything of a new container file, called ``name``, for tensors of these keys, dtypes and shapes."""
     if container == "safetensors":
         # Wider elements first, so that every tensor is aligned to its element size.
@@ -25,12 +27,12 @@ def of_specs(name: str, container: str, specs: Sequence[Spec], metadata: Mapping
     return torchzip.build(specs, root=PurePosixPath(name).stem)
 
 
-def anew(name: str, header: Header) -> FileLayout | None:
+def new_layout(name: str, header: Header) -> FileLayout | None:
     """A new file for the tensors of a header, in its order; None for pieces, which are nothing by themselves."""
     if has_pieces(header):
         return None
     specs = [(tensor.key, tensor.dtype, tensor.shape) for tensor in header.tensors]
-    return of_specs(name, "torch" if header.kind == "legacy" else header.kind, specs, header.metadata)
+    return layout_from_specs(name, "torch" if header.kind == "legacy" else header.kind, specs, header.metadata)
 
 
 def has_pieces(header: Header) -> bool:

@@ -6,7 +6,7 @@ import reprlib
 from collections.abc import Mapping
 from typing import Any, TypeVar, cast
 
-from ckpt_convert.containers.pickle.pickleglobals import Foreign
+from ckpt_convert.containers.pickle.pickleglobals import ForeignObject
 from ckpt_convert.errors import CorruptFileError, KeyMismatchError
 
 _MAX_DEPTH = 100
@@ -55,7 +55,7 @@ def flatten(name: str, root: object, leaf: type[T], limit: int) -> tuple[dict[st
             continue
         children: list[_Pending] = []
         kind = _kind(value)
-        if isinstance(value, Foreign):
+        if isinstance(value, ForeignObject):
             children = _parts("" if value is root else f"{path}.", value, depth + 1)
         elif isinstance(value, list | tuple) and type(value) in _PLAIN and _is_plain(value):
             kind = f"{kind} of {len(value)}"
@@ -64,7 +64,7 @@ def flatten(name: str, root: object, leaf: type[T], limit: int) -> tuple[dict[st
             children = _children(path + ".", value, depth + 1, is_inside)
         pending += children
         left -= len(children)
-        if not is_inside and (isinstance(value, Foreign) or not children):
+        if not is_inside and (isinstance(value, ForeignObject) or not children):
             objects["(all)" if value is root else path] = kind
     return tensors, objects
 
@@ -84,7 +84,7 @@ def _children(prefix: str, value: Any, depth: int, is_inside: bool) -> list[_Pen
     return children
 
 
-def _parts(prefix: str, value: Foreign, depth: int) -> list[_Pending]:
+def _parts(prefix: str, value: ForeignObject, depth: int) -> list[_Pending]:
     """What a pickle gave an object: attributes, items, members, and the arguments that it was made from."""
     attributes = value.attributes
     inner = [attributes[name] for name in _MODULE if isinstance(attributes.get(name), dict)]
@@ -94,7 +94,7 @@ def _parts(prefix: str, value: Foreign, depth: int) -> list[_Pending]:
 
 
 def _name(key: object) -> str:
-    if isinstance(key, Foreign):
+    if isinstance(key, ForeignObject):
         return key.name
     # Of a tuple or the like, what a line holds: a pickle nests them as deep, and shares them as often, as it likes.
     return str(key) if isinstance(key, _ATOMS) else reprlib.repr(key)

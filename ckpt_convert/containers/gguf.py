@@ -12,7 +12,7 @@ from math import prod
 
 from ckpt_convert.dtypes import DTYPES
 from ckpt_convert.errors import CorruptFileError, InputError
-from ckpt_convert.storage.base import RangeReader, read
+from ckpt_convert.storage.base import RangeReader, read_range
 from ckpt_convert.tensors.header import Header, StoredTensor
 
 KIND = "gguf"
@@ -81,7 +81,7 @@ class _Cursor:
     def _need(self, size: int) -> None:
         self._check(size)
         self._start = self.position
-        self._window = read(self.reader, self.position, min(max(size, _WINDOW), self.limit - self.position))
+        self._window = read_range(self.reader, self.position, min(max(size, _WINDOW), self.limit - self.position))
 
     def _check(self, size: int) -> None:
         if self.position + size > self.limit:

@@ -6,13 +6,13 @@ from bisect import bisect_right
 from collections.abc import Iterable
 
 from ckpt_convert.errors import CorruptFileError
-from ckpt_convert.storage.base import RangeReader, read
+from ckpt_convert.storage.base import RangeReader, read_range
 from ckpt_convert.tensors.header import FileLayout, Header, StoredTensor
 
 MAX_LITERALS = 1 << 30
 
 
-def capture(reader: RangeReader, header: Header) -> FileLayout | None:
+def capture_layout(reader: RangeReader, header: Header) -> FileLayout | None:
     """Read every byte of the file that belongs to no tensor.
 
     A tensor whose strides are a permutation of dense ones covers its whole extent. Returns None when the rest of the
@@ -20,14 +20,14 @@ def capture(reader: RangeReader, header: Header) -> FileLayout | None:
     bytes under two keys are fine) or are views with holes or repetitions, and when more than ``MAX_LITERALS`` bytes
     belong to no tensor (storages of which only a part is used).
     """
-    gaps = holes(header)
+    gaps = find_gaps(header)
     if gaps is None or sum(end - start for start, end in gaps) > MAX_LITERALS:
         return None
-    return FileLayout(header, tuple((start, read(reader, start, end - start)) for start, end in gaps))
+    return FileLayout(header, tuple((start, read_range(reader, start, end - start)) for start, end in gaps))
 
 
-def holes(header: Header) -> list[tuple[int, int]] | None:
-    """Return the (start, end) of each byte range that belongs to no tensor, or None where ``capture`` does."""
+def find_gaps(header: Header) -> list[tuple[int, int]] | None:
+    """Return the (start, end) of each byte range that belongs to no tensor, or None where ``capture_layout`` does."""
     if header.kind == "legacy":
         return None
     extents = set()
@@ -64,7 +64,7 @@ def _dense(tensor: StoredTensor) -> bool:
     return True
 
 
-class Recorded:
+class RecordedFile:
     """A file of which only some byte ranges are known; reading any other is an error."""
 
     def __init__(self, name: str, size: int, literals: Iterable[tuple[int, bytes]]) -> None:

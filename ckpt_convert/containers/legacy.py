@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ckpt_convert.containers.flatten import flatten
 from ckpt_convert.dtypes import FROM_TORCH, torch_name
-from ckpt_convert.errors import CorruptFileError, InputError, UnsafeFileError, require
+from ckpt_convert.errors import CorruptFileError, InputError, UnsafeFileError, require_package
 from ckpt_convert.storage.base import OnDisk, RangeReader
 from ckpt_convert.tensors.header import Header, StoredTensor
 
@@ -60,7 +60,7 @@ def open_legacy(reader: OnDisk) -> tuple[RangeReader, Header]:
         reader.name,
         reader.size / 1e6,
     )
-    require("torch", f"{reader.name}: an old torch file")
+    require_package("torch", f"{reader.name}: an old torch file")
     state = _load(reader)
     import torch
 

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from ckpt_convert.dtypes import DTYPES, nbytes
 from ckpt_convert.errors import CorruptFileError, KeyMismatchError, UsageError
-from ckpt_convert.storage.base import RangeReader, read
+from ckpt_convert.storage.base import RangeReader, read_range
 from ckpt_convert.tensors.header import FileLayout, Header, StoredTensor
 
 KIND = "safetensors"
@@ -45,7 +45,7 @@ def parse(reader: RangeReader) -> Header:
     file disagree.
     """
     length = _header_length(reader)
-    raw = read(reader, 8, length)
+    raw = read_range(reader, 8, length)
     try:
         metadata, entries = _decode(raw)
         tensors = _tensors(entries, 8 + length)
@@ -61,14 +61,14 @@ def parse(reader: RangeReader) -> Header:
     return Header(KIND, reader.size, tuple(tensors), metadata)
 
 
-def survey(reader: RangeReader) -> tuple[Header | None, list[str]]:
+def parse_leniently(reader: RangeReader) -> tuple[Header | None, list[str]]:
     """What ``parse`` returns, as far as a damaged file has it, and everything that is wrong with the file, in words.
 
     Tensors of the header may then lie where the file has no bytes. Without a header that can be read it is None.
     """
     try:
         length = _header_length(reader)
-        metadata, entries = _decode(read(reader, 8, length))
+        metadata, entries = _decode(read_range(reader, 8, length))
     except CorruptFileError as error:
         return None, [str(error)]
     except _OddError as odd:
@@ -111,7 +111,7 @@ def build(
 ) -> FileLayout:
     """Lay out a file that holds ``tensors`` (key, dtype, shape) in the order given.
 
-    The header is the one that the safetensors library writes for tensors in ``usual_order``: compact JSON, padded
+    The header is the one that the safetensors library writes for tensors in ``library_order``: compact JSON, padded
     with spaces so that the tensors start at a multiple of ``alignment`` bytes (the library's is 8). Raises
     KeyMismatchError for a key given twice, UsageError for what the format cannot express.
     """
@@ -144,7 +144,7 @@ def build(
     return FileLayout(header, ((0, len(text).to_bytes(8, "little") + text),))
 
 
-def usual_order(
+def library_order(
     tensors: Iterable[tuple[str, str, tuple[int, ...]]],
 ) -> list[tuple[str, str, tuple[int, ...]]]:
     """Sort (key, dtype, shape) as the safetensors library does before it writes: by dtype, wide ones first, then key.
@@ -168,7 +168,7 @@ def _header_length(reader: RangeReader) -> int:
             f"{reader.name}: a safetensors file starts with 8 bytes of header length, but the file has {reader.size}; "
             "it is truncated, so download or copy it again"
         )
-    length = int.from_bytes(read(reader, 0, 8), "little")
+    length = int.from_bytes(read_range(reader, 0, 8), "little")
     if length > MAX_HEADER:
         raise CorruptFileError(
             f"{reader.name}: the header should be {length} bytes long, but safetensors allows {MAX_HEADER}; "

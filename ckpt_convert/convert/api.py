@@ -28,14 +28,14 @@ from ckpt_convert.errors import (
     ShapeMismatchError,
     UsageError,
     VerificationError,
-    misfit,
+    option_error,
 )
 from ckpt_convert.formats import repository
 from ckpt_convert.formats.base import ContainerName, FormatName
 from ckpt_convert.models.core.config import ConfigOptions, MetaStyle
 from ckpt_convert.storage import workspace
-from ckpt_convert.storage.place import Location, Place, at, locate
-from ckpt_convert.storage.reader import WORKERS, reading
+from ckpt_convert.storage.place import Location, Place, as_place, checked_place
+from ckpt_convert.storage.reader import DEFAULT_WORKERS, reading
 from ckpt_convert.storage.workspace import Stage
 from ckpt_convert.tensors.progress import ProgressCallback
 
@@ -159,7 +159,7 @@ def plan_conversion(
         max_shard_size=max_shard_size,
         model_parallel=model_parallel,
         container=container,
-        like=None if like is None else at(like),
+        like=None if like is None else as_place(like),
         allow_overflow=allow_overflow,
         allow_loss=allow_loss,
         config=settings,
@@ -175,8 +175,8 @@ def _plan(
     """The plan; ``equal`` compares two tensors of the source, where only their bytes say whether they are tied."""
     request.check()
     if request.like is not None:
-        request = replace(request, like=repository.locate(request.like, format=request.to))
-    place = repository.locate(origin.path, origin.revision, format=origin.format)
+        request = replace(request, like=repository.locate_checkpoint(request.like, format=request.to))
+    place = repository.locate_checkpoint(origin.path, origin.revision, format=origin.format)
     source = _open(origin, place, origin.config, request.config)
     if request.like is not None and (config := _config_of(request.like, source)) is not None:
         source.close()
@@ -201,10 +201,10 @@ def _open(origin: Origin, place: Place, config: Location | None, settings: Confi
 
 def _config_of(like: Place, source: Identified) -> Place | None:
     """The config of the checkpoint to imitate, where the source has none of its own."""
-    if source.format is None or source.config_file.is_there() or source.from_shapes is not None:
+    if source.format is None or source.config_file.is_present() or source.from_shapes is not None:
         return None
     with open_identified(like) as opened:
-        return opened.config_file if opened.config_file.is_there() else None
+        return opened.config_file if opened.config_file.is_present() else None
 
 
 def convert_checkpoint(
@@ -299,7 +299,7 @@ def convert_checkpoint(
         max_shard_size=max_shard_size,
         model_parallel=model_parallel,
         container=container,
-        like=None if like is None else at(like),
+        like=None if like is None else as_place(like),
         allow_overflow=allow_overflow,
         allow_loss=allow_loss,
         config=settings,
@@ -321,13 +321,13 @@ def _convert(
 
     started = time.monotonic()
     if workers is not None and workers < 1:
-        raise misfit("workers", workers, "expected 1 or more")
+        raise option_error("workers", workers, "expected 1 or more")
     for name, given in (("SRC", origin.path), ("DST", dst)):
         if not str(given):
             raise UsageError(f"{name} is empty; give a path")
-    destination = locate(dst, "DST")
-    place = workspace.of(destination)
-    count = workers or WORKERS
+    destination = checked_place(dst, "DST")
+    place = workspace.workspace_of(destination)
+    count = workers or DEFAULT_WORKERS
 
     def check(source: Identified) -> None:
         with reading(source.place):
@@ -357,7 +357,7 @@ def _convert(
                 replaced = made.check_sources()
                 staging.commit()
             except CkptConvertError as error:
-                if not staging.keeps(error):
+                if not staging.is_resumable_after(error):
                     staging.discard()
                 raise
     except (InputError, VerificationError):

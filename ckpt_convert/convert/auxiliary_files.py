@@ -16,17 +16,17 @@ from ckpt_convert.formats.base import TEXT_LIMIT
 from ckpt_convert.formats.names import (
     NEVER_ENTERED,
     RECORD_FOLDER,
-    TOKENIZERS,
+    TOKENIZER_PREFIXES,
     has_tokenizer,
-    is_never_beside,
+    is_any_weights,
+    is_never_auxiliary,
     is_weights,
-    is_weights_of_any,
 )
 from ckpt_convert.storage.base import Entry
-from ckpt_convert.storage.names import stays_inside
+from ckpt_convert.storage.names import is_safe_name
 from ckpt_convert.storage.place import Place
 from ckpt_convert.storage.reader import reading
-from ckpt_convert.words import some
+from ckpt_convert.wording import first_few
 
 
 class GeneratedFiles(Protocol):
@@ -85,12 +85,12 @@ def find_auxiliary(checkpoint: Identified) -> dict[str, Place]:
     used = {file.name for file in checkpoint.files} | {checkpoint.directory.index, format.config}
     out = {}
     for path in _walk(checkpoint.place):
-        name = path.below(checkpoint.place)
-        if not stays_inside(name) or name == RECORD_FOLDER:
+        name = path.relative_name(checkpoint.place)
+        if not is_safe_name(name) or name == RECORD_FOLDER:
             continue
-        if name in used or is_never_beside(name):
+        if name in used or is_never_auxiliary(name):
             continue
-        out[name] = checkpoint.place.inside(name, str(checkpoint.place))
+        out[name] = checkpoint.place.resolve_member(name, str(checkpoint.place))
     return out
 
 
@@ -104,7 +104,7 @@ def find_nearby_tokenizer(checkpoint: Identified) -> dict[str, Place]:
     restored = checkpoint.record.passthrough_files if checkpoint.record is not None else {}
     if has_tokenizer({**there, **restored}):
         return {}
-    places = [checkpoint.root] if checkpoint.place.is_regular() else []
+    places = [checkpoint.root] if checkpoint.place.is_regular_file() else []
     places += [checkpoint.hints.config.parent] if checkpoint.hints.config is not None else []
     places += [checkpoint.root.real().parent] if checkpoint.format == "meta" else []
     for place in places:
@@ -121,12 +121,12 @@ def find_nearby_tokenizer(checkpoint: Identified) -> dict[str, Place]:
 def _is_tokenizer(path: Place) -> bool:
     """Whether a file is one of a tokenizer by its name, and lies in its directory."""
     name = path.name
-    if not (name.startswith(TOKENIZERS) or name == "generation_config.json"):
+    if not (name.startswith(TOKENIZER_PREFIXES) or name == "generation_config.json"):
         return False
-    if not path.is_regular() or is_weights(name) or name.endswith((".chk", ".py")):
+    if not path.is_regular_file() or is_weights(name) or name.endswith((".chk", ".py")):
         return False
     try:
-        path.parent.inside(name, str(path.parent))
+        path.parent.resolve_member(name, str(path.parent))
     except (UnsafeFileError, CheckpointNotFoundError):
         return False
     return True
@@ -139,7 +139,7 @@ def auxiliary_notices(source: Identified) -> list[str]:
         edited = source.record.edited(own_config=formats.ALL[source.record.format].config is None)
         out += [f"edited or damaged since it was written, and taken as it is: {', '.join(edited)}"] if edited else []
     left = skipped_files(source)
-    return out + ([f"not taken along: {some(left, 8, ' …')}"] if left else [])
+    return out + ([f"not taken along: {first_few(left, 8, ' …')}"] if left else [])
 
 
 def skipped_files(checkpoint: Identified) -> list[str]:
@@ -149,10 +149,14 @@ def skipped_files(checkpoint: Identified) -> list[str]:
     out = []
     for here, folders, files in checkpoint.place.walk(_enters):
         out += [folder for folder in folders if folder.link() is not None]
-        out += [file for file in files if not file.is_regular() or not stays_inside(file.below(checkpoint.place))]
+        out += [
+            file
+            for file in files
+            if not file.is_regular_file() or not is_safe_name(file.relative_name(checkpoint.place))
+        ]
         if here != checkpoint.place:
-            out += [file for file in files if is_weights_of_any(file.name)]
-    return [path.below(checkpoint.place) for path in out]
+            out += [file for file in files if is_any_weights(file.name)]
+    return [path.relative_name(checkpoint.place) for path in out]
 
 
 def _enters(folder: str) -> bool:
@@ -161,7 +165,7 @@ def _enters(folder: str) -> bool:
 
 def _walk(directory: Place) -> Iterator[Place]:
     for _, _, files in directory.walk(_enters):
-        yield from (file for file in files if file.is_regular())
+        yield from (file for file in files if file.is_regular_file())
 
 
 def choose_auxiliary(
@@ -176,7 +180,7 @@ def choose_auxiliary(
     ``generated`` are files that the target needs (config, index); they win over copies of the same name.
     """
     format = formats.ALL[target]
-    own = {format.config, CHECKLIST} if format.ranks else {format.config}  # the target's own are made new
+    own = {format.config, CHECKLIST} if format.has_ranks else {format.config}  # the target's own are made new
     out: dict[str, AuxiliaryFile] = dict(generated)
 
     def keep(name: str, path: Place, origin: str) -> None:
@@ -184,7 +188,7 @@ def choose_auxiliary(
             if target == "meta":
                 return  # made anew for the files that are written
             name, origin = f"{RECORD_FOLDER}/layouts/meta/{name}", "carried"
-        elif name in own or not format.uses(name):
+        elif name in own or not format.uses_auxiliary(name):
             name, origin = f"{RECORD_FOLDER}/side/{name}", "carried"
         out.setdefault(name, file_from(name, origin, path))
 
@@ -197,7 +201,7 @@ def choose_auxiliary(
         keep(name, path, "restored")
     if like is not None:
         for name, path in find_auxiliary(like).items():
-            if name.startswith(TOKENIZERS) or name == "generation_config.json":
+            if name.startswith(TOKENIZER_PREFIXES) or name == "generation_config.json":
                 out[name] = file_from(name, "copied", path)
     return [out[name] for name in sorted(out)]
 
@@ -223,7 +227,7 @@ def checklist_template(source: Identified, target: str) -> Place | None:
         return None
     if source.format == "meta":
         path = source.root / CHECKLIST
-        return path if path.is_regular() else None
+        return path if path.is_regular_file() else None
     return source.record.meta_file(CHECKLIST) if source.record else None
 
 
@@ -240,16 +244,16 @@ def source_checklist(source: Identified) -> dict[str, str]:
     Raises CorruptFileError when it is no checklist, or lists weight files that are not there.
     """
     path = source.root / CHECKLIST
-    if source.format != "meta" or not path.is_regular():
+    if source.format != "meta" or not path.is_regular_file():
         return {}
     try:
         listed = checklist.parse_checklist(path.read(TEXT_LIMIT).decode(errors="replace"))
     except InputError as error:
         raise type(error)(f"{source.root}: {error}") from error
-    absent = [name for name in listed if is_weights(name) and not (source.root / name).is_regular()]
+    absent = [name for name in listed if is_weights(name) and not (source.root / name).is_regular_file()]
     if absent:
         raise CorruptFileError(
             f"{path}: lists {', '.join(absent)}, which {'is' if len(absent) == 1 else 'are'} not there; "
             "download again what is missing, or remove the checklist if this is all there should be"
         )
-    return {name: value for name, value in listed.items() if (source.root / name).is_regular()}
+    return {name: value for name, value in listed.items() if (source.root / name).is_regular_file()}

@@ -15,15 +15,15 @@ from ckpt_convert.checkpoint.quantized.detect import CONFIGS
 from ckpt_convert.convert import auxiliary_files
 from ckpt_convert.convert.auxiliary_files import AuxiliaryFile
 from ckpt_convert.convert.request import Request
-from ckpt_convert.dtypes import DTYPES, majority_of_floats, torch_name
-from ckpt_convert.errors import ConfigError, ShapeMismatchError, UnsupportedFamilyError, misfit
+from ckpt_convert.dtypes import DTYPES, majority_float_dtype, torch_name
+from ckpt_convert.errors import ConfigError, ShapeMismatchError, UnsupportedFamilyError, option_error
 from ckpt_convert.formats.base import JSON_LIMIT, load_json, render_json
 from ckpt_convert.formats.names import RECORD_FOLDER, has_tokenizer
 from ckpt_convert.models.core.config import Translated, type_of
 from ckpt_convert.models.core.rope import read_rope
 from ckpt_convert.storage.place import Place
 from ckpt_convert.tokenizer.spec import TiktokenSpec
-from ckpt_convert.words import option
+from ckpt_convert.wording import option_text
 
 if TYPE_CHECKING:
     from ckpt_convert.tokenizer.translation import GeneratedTokenizer
@@ -190,7 +190,7 @@ def _stands(
     if said is None:
         return True
     own = like is None and source.hints.config is None
-    return own and written == majority_of_floats((tensor.dtype, tensor.nbytes) for _, tensor in source.stored)
+    return own and written == majority_float_dtype((tensor.dtype, tensor.nbytes) for _, tensor in source.stored)
 
 
 def _with_dtype(config: Mapping[str, Any], dtype: str) -> bytes:
@@ -222,7 +222,7 @@ def _verbatim_config(source: Identified, model: Model) -> bytes | None:
     """The bytes of the config.json that the model was read from, None when it was translated from params.json."""
     own = "config.json" if source.format == "hf" else record.CONFIG
     for path in (source.hints.config, source.root / own):
-        if path is not None and path.is_regular() and load_json(path) == model.config:
+        if path is not None and path.is_regular_file() and load_json(path) == model.config:
             return path.read(JSON_LIMIT)
     return None
 
@@ -290,7 +290,9 @@ def check_like(source: Identified, model: Model, like: Identified) -> list[str]:
     except ConfigError:
         return []  # native files without a record: they give names and assignment, which the keys have to fit
     if theirs.family.name != model.family.name:
-        raise misfit("like", like.place, f"is a {theirs.family.name}, but {source.place} is a {model.family.name}")
+        raise option_error(
+            "like", like.place, f"is a {theirs.family.name}, but {source.place} is a {model.family.name}"
+        )
     if theirs.family.literal:
         return []  # the keys have to fit here, too; nothing else of such a model is understood
     sizes = [
@@ -300,7 +302,7 @@ def check_like(source: Identified, model: Model, like: Identified) -> list[str]:
     ]
     if sizes:
         raise ShapeMismatchError(
-            f"{option('like', like.place)}: has other sizes than {source.place}: {'; '.join(sizes)}; "
+            f"{option_text('like', like.place)}: has other sizes than {source.place}: {'; '.join(sizes)}; "
             "give a checkpoint of the same model"
         )
     rope, other_rope = read_rope(model.config), read_rope(theirs.config)
@@ -309,7 +311,7 @@ def check_like(source: Identified, model: Model, like: Identified) -> list[str]:
         "rope scaling": ((rope.kind, rope.parameters), (other_rope.kind, other_rope.parameters)),
         **{name: (model.config.get(name), theirs.config.get(name)) for name in _COMPARED},
     }
-    taken = f"{option('like', like.place)}: its config is taken, which says"
+    taken = f"{option_text('like', like.place)}: its config is taken, which says"
     return [
         f"{taken} {name} {other}, where {source.place} says {mine}"
         for name, (mine, other) in pairs.items()

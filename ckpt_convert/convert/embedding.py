@@ -78,5 +78,7 @@ def _tokenizer(source: Identified) -> str | None:
         path = here.get(name) or restored.get(name)
         if path is not None:
             data = path.read(_TOKENIZER_LIMIT)
-            return translation.kind_of_json(data) if name == "tokenizer.json" else translation.kind(data)
+            return (
+                translation.tokenizer_json_kind(data) if name == "tokenizer.json" else translation.tokenizer_kind(data)
+            )
     return None

@@ -31,7 +31,7 @@ from ckpt_convert.tensors.gather import StoredTensors
 from ckpt_convert.tensors.lazy import BLOCK, LazyTensor
 from ckpt_convert.tensors.pool import run_threaded
 from ckpt_convert.tensors.progress import ProgressCallback, ProgressCounter
-from ckpt_convert.words import MORE, listing, some
+from ckpt_convert.wording import MORE, first_few, indented_list
 
 WRITEBACK = 16 << 20
 
@@ -90,7 +90,7 @@ def run_checks(plan: Plan, sources: Sources, progress: ProgressCallback | None =
     equal = byte_comparer(NumberedTensors(plan, sources), counter)
     failed = [check.message for check in plan.checks if not equal(check)]
     if failed:
-        raise TiedWeightsError(f"{plan.source.place}: tensors that have to be equal are not:{listing(failed)}")
+        raise TiedWeightsError(f"{plan.source.place}: tensors that have to be equal are not:{indented_list(failed)}")
 
 
 def check_losses(plan: Plan, sources: Sources) -> dict[str, int]:
@@ -118,7 +118,7 @@ def loss_text(lost: Mapping[str, int]) -> str:
 
 def list_counts(counts: Mapping[str, int]) -> str:
     """Tensors with a count of values each, the first few of them."""
-    return some([f"{key} ({count:,})" for key, count in counts.items()], _NAMED, MORE)
+    return first_few([f"{key} ({count:,})" for key, count in counts.items()], _NAMED, MORE)
 
 
 def _nonzero(mover: BlockReader, tensor: LazyTensor, dtype: str) -> int:

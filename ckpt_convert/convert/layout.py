@@ -9,9 +9,9 @@ from ckpt_convert import dtypes
 from ckpt_convert.checkpoint.mapping import Equality
 from ckpt_convert.checkpoint.record import Layout
 from ckpt_convert.containers import safetensors
-from ckpt_convert.containers.build import has_pieces, of_specs
+from ckpt_convert.containers.build import has_pieces, layout_from_specs
 from ckpt_convert.convert.writing import Original, TargetTensor
-from ckpt_convert.errors import misfit
+from ckpt_convert.errors import option_error
 from ckpt_convert.tensors.header import FileLayout, Header, StoredTensor
 from ckpt_convert.tensors.lazy import LazyTensor
 
@@ -104,7 +104,7 @@ def new_layout(assignments: Sequence[Assignment], dtype_of: Mapping[str, str]) -
 def new_file_layout(assignment: Assignment, dtype_of: Mapping[str, str]) -> FileLayout:
     """Everything of a new container file that is no tensor."""
     specs = [(target.key, dtype_of[target.key], target.tensor.shape) for target in assignment.targets]
-    return of_specs(assignment.name, assignment.container, specs, assignment.metadata)
+    return layout_from_specs(assignment.name, assignment.container, specs, assignment.metadata)
 
 
 def _placed(name: str, rank: int, layout: FileLayout, targets: Mapping[str, TargetTensor]) -> OutputFile:
@@ -188,7 +188,7 @@ def balanced_groups(
     Raises UsageError when there are fewer tensors than files.
     """
     if count > len(targets):
-        raise misfit("shards", count, f"there are only {len(targets)} tensors; choose fewer files")
+        raise option_error("shards", count, f"there are only {len(targets)} tensors; choose fewer files")
     sizes = [dtypes.nbytes(dtype_of[target.key], target.tensor.shape) for target in targets]
     total = sum(sizes)
     groups: list[list[TargetTensor]] = [[]]

@@ -20,7 +20,7 @@ from ckpt_convert.errors import CorruptFileError, LossyConversionError
 from ckpt_convert.formats.base import TEXT_LIMIT
 from ckpt_convert.formats.names import CONSOLIDATED, RECORD_FOLDER
 from ckpt_convert.storage import checksums
-from ckpt_convert.storage.base import blocks, read
+from ckpt_convert.storage.base import read_blocks, read_range
 from ckpt_convert.storage.checksums import digest
 from ckpt_convert.storage.place import Place
 from ckpt_convert.storage.reader import reading
@@ -151,15 +151,15 @@ def write_auxiliary_file(side: AuxiliaryFile, folder: Folder) -> str | None:
         folder.write(side.name, data)
         return digest(data)
     with side.place.open(expected=side.identity) as file:
-        folder = folder.limited(side.place.mode())
+        folder = folder.with_mode(side.place.mode())
         if folder.comes_last(side.name):  # small, and written once everything else is
-            data = read(file, 0, file.size)
+            data = read_range(file, 0, file.size)
             folder.write(side.name, data)
             return digest(data)
         total = checksums.new(checksums.XXH3)
         with folder.file(side.name, file.size) as out:
             offset = 0
-            for block in blocks(file):
+            for block in read_blocks(file):
                 total.update(block)
                 out.write(offset, block)
                 offset += len(block)
@@ -170,7 +170,7 @@ def write_auxiliary_file(side: AuxiliaryFile, folder: Folder) -> str | None:
 def output_permissions(source: Identified) -> int:
     """The permissions that a conversion's output may have at most: those of the source's directory and weights."""
     with reading(source.place, "looked at"):
-        mode = 0o777 if source.place.is_regular() else source.place.mode()
+        mode = 0o777 if source.place.is_regular_file() else source.place.mode()
         for path in {file.place for file in source.files}:
             mode &= path.mode()
     return mode
@@ -199,7 +199,7 @@ def _checklist(template: Place, folder: Folder) -> bytes:
     kind = checklist.hash_algorithm(listed)
     late = {name: data for name in listed if (data := folder.kept_back(name)) is not None}
     written = folder.place.listed()
-    names = [name for name in listed if name in late or (written / name).is_regular()]
+    names = [name for name in listed if name in late or (written / name).is_regular_file()]
     weights = sorted(place.name for place in written.children() if place.name.startswith(f"{CONSOLIDATED}."))
     names += [name for name in weights if name not in listed]
     hashes = checklist.hash_files(written, (name for name in names if name not in late), kind)

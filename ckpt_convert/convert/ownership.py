@@ -15,13 +15,13 @@ from ckpt_convert.checkpoint import record
 from ckpt_convert.errors import InputError
 from ckpt_convert.formats.names import (
     RECORD_FOLDER,
-    completes,
     is_any_index,
-    is_familiar,
-    is_surely_weights,
+    is_certainly_weights,
+    is_known_auxiliary,
+    makes_loadable,
     may_be_weights,
 )
-from ckpt_convert.storage.base import read
+from ckpt_convert.storage.base import read_range
 from ckpt_convert.storage.place import Place
 from ckpt_convert.storage.rules import Rules
 
@@ -76,7 +76,7 @@ def publish_order(name: str) -> int:
     *folders, last = PurePosixPath(name).parts
     if RECORD_FOLDER in folders:
         return 0
-    return int(completes(last))
+    return int(makes_loadable(last))
 
 
 _MARKS = (f"{record.MERGED}/{record.MANIFEST}", record.MANIFEST)
@@ -121,21 +121,21 @@ def _is_known(name: str, place: Place) -> bool:
             return _is_known(inner.removeprefix("side/"), place)
         return _RECORD.fullmatch(inner) is not None
     last = PurePosixPath(name).name
-    return _is_weights(place) or is_any_index(last) or is_familiar(last)
+    return _is_weights(place) or is_any_index(last) or is_known_auxiliary(last)
 
 
 def _is_weights(place: Place) -> bool:
     """Whether a file, or a link to one, is named like weights, or begins like some."""
-    regular = place.is_regular()
+    regular = place.is_regular_file()
     if not regular and place.link() is None:
         return False
-    if is_surely_weights(place.name):
+    if is_certainly_weights(place.name):
         return True
     if not regular or not may_be_weights(place.name):
         return False
     try:
         with place.open() as file:
-            start = read(file, 0, min(file.size, 9))
+            start = read_range(file, 0, min(file.size, 9))
     except InputError:
         return False
     return not start or start.startswith((_ZIP, _PICKLE, _GGUF)) or start[8:] == b"{"

@@ -26,7 +26,7 @@ from ckpt_convert.formats.names import RECORD_FOLDER
 from ckpt_convert.models.core.table import Dims, Instance
 from ckpt_convert.storage.base import Entry
 from ckpt_convert.storage.checksums import digest
-from ckpt_convert.storage.place import Place, compare
+from ckpt_convert.storage.place import Place, check_unchanged
 from ckpt_convert.tensors.header import IN_MEMORY, StoredTensor
 from ckpt_convert.tensors.lazy import BLOCK, SCRATCH, LazyTensor
 
@@ -193,7 +193,7 @@ class Plan:
 
         Raises SourceChangedError; that a file was replaced by its like is only said.
         """
-        return compare(self.identities)
+        return check_unchanged(self.identities)
 
     def refuse_unreadable(self) -> None:
         """Raise ConfigError for what no conversion can move: reordering elements smaller than a byte."""

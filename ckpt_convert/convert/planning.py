@@ -45,7 +45,7 @@ from ckpt_convert.storage.names import JOURNAL
 from ckpt_convert.storage.place import Place
 from ckpt_convert.storage.reader import reading
 from ckpt_convert.tensors.header import IN_MEMORY, StoredTensor, WeightFile
-from ckpt_convert.words import option as said
+from ckpt_convert.wording import option_text as said
 
 
 @dataclass(frozen=True)
@@ -341,7 +341,7 @@ def _of_record(checkpoint: Identified) -> list[Place]:
     if checkpoint.record is None:
         return []
     folder, manifest = checkpoint.record.folder, checkpoint.root / record.MANIFEST
-    files = [path for path in checkpoint.identities if path.is_below(folder)]
+    files = [path for path in checkpoint.identities if path.is_inside(folder)]
     return [path for path in files if path != manifest or "training" not in checkpoint.record.manifest]
 
 
@@ -383,7 +383,7 @@ def _first(logical: LogicalTensor) -> int:
 
 def _written_dtype(files: Sequence[OutputFile]) -> str | None:
     """The floating-point dtype of most bytes that are written, in torch's words."""
-    return dtypes.majority_of_floats((tensor.dtype, tensor.nbytes) for file in files for tensor in file.tensors)
+    return dtypes.majority_float_dtype((tensor.dtype, tensor.nbytes) for file in files for tensor in file.tensors)
 
 
 def _refuse_partial_cast(

@@ -173,7 +173,7 @@ class StagedOutput:
     def _finish(self, number: int) -> None:
         file = self._files[number]
         file.finish()
-        self._journal.whole(file.staged.name, json.dumps([number, file.described()]))
+        self._journal.note_file(file.staged.name, json.dumps([number, file.described()]))
 
     def _open_journal(self) -> dict[int, dict[str, Any]]:
         """Start or continue the journal; returns what is said of whole files that an earlier attempt has finished."""

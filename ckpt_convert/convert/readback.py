@@ -20,7 +20,7 @@ from ckpt_convert.tensors.blocks import BlockReader, TypedTensor, first_differen
 from ckpt_convert.tensors.header import StoredTensor, WeightFile
 from ckpt_convert.tensors.pool import run_threaded
 from ckpt_convert.tensors.progress import ProgressCallback, ProgressCounter
-from ckpt_convert.words import listing
+from ckpt_convert.wording import indented_list
 
 
 def verify_output(
@@ -71,7 +71,7 @@ def verify_output(
     if problems:
         raise VerificationError(
             f"{plan.source.place}: the output, read again, differs in {len(problems)} tensors; "
-            f"the disk or memory may be faulty, or the source changed meanwhile:{listing(sorted(problems))}"
+            f"the disk or memory may be faulty, or the source changed meanwhile:{indented_list(sorted(problems))}"
         )
     return len(pairs)
 

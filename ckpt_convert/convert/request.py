@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ckpt_convert import formats
-from ckpt_convert.dtypes import CASTS, DEQUANTIZED
-from ckpt_convert.errors import UsageError, misfit
+from ckpt_convert.dtypes import CASTS, DEQUANTIZED_DTYPES
+from ckpt_convert.errors import UsageError, option_error
 from ckpt_convert.models import Family
 from ckpt_convert.models.core.config import ConfigOptions
 from ckpt_convert.storage.place import Place
-from ckpt_convert.words import option
+from ckpt_convert.wording import option_text
 
 
 @dataclass(frozen=True)
@@ -41,15 +41,15 @@ class Request:
 
     def check(self) -> None:
         """Raise UsageError for options that exclude each other or that the target has no use for."""
-        formats.refuse_unknown(self.to, "to")
+        formats.check_format_name(self.to, "to")
         target = formats.ALL[self.to]
         if self.dtype is not None and self.dtype not in CASTS:
-            raise misfit("dtype", self.dtype, f"expected one of {', '.join(CASTS)}")
-        if self.dequantize is not None and self.dequantize not in DEQUANTIZED:
-            raise misfit("dequantize", self.dequantize, f"expected one of {', '.join(DEQUANTIZED)}")
+            raise option_error("dtype", self.dtype, f"expected one of {', '.join(CASTS)}")
+        if self.dequantize is not None and self.dequantize not in DEQUANTIZED_DTYPES:
+            raise option_error("dequantize", self.dequantize, f"expected one of {', '.join(DEQUANTIZED_DTYPES)}")
         if self.shards is not None and self.max_shard_size is not None:
             raise UsageError("`shards=` and `max_shard_size=` exclude each other; give one")
-        if self.new_layout and target.ranks:
+        if self.new_layout and target.has_ranks:
             raise UsageError(
                 f"`shards=` and `max_shard_size=` do not fit {self.to}: its files are ranks; use `model_parallel=`"
             )
@@ -60,15 +60,15 @@ class Request:
         for name in ("shards", "max_shard_size", "model_parallel"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
-                raise misfit(name, value, "expected a whole number, 1 or more")
-        if self.model_parallel is not None and not target.ranks:
+                raise option_error(name, value, "expected a whole number, 1 or more")
+        if self.model_parallel is not None and not target.has_ranks:
             raise UsageError(f"`model_parallel=` does not fit {self.to}: only meta is cut over ranks")
         if self.container is not None and self.container not in target.containers:
             raise UsageError(
-                f"{option('container', self.container)} does not fit {self.to}; expected "
+                f"{option_text('container', self.container)} does not fit {self.to}; expected "
                 f"{' or '.join(target.containers)}"
             )
-        if self.config.meta_style is not None and not target.ranks:
+        if self.config.meta_style is not None and not target.has_ranks:
             raise UsageError(f"`meta_style=` does not fit {self.to}: it is about params.json and the embedding's cut")
 
     def check_source(self, source_format: str, family: Family) -> None:

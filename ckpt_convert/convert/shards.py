@@ -17,15 +17,22 @@ from ckpt_convert.convert.auxiliary_files import AuxiliaryFile
 from ckpt_convert.convert.layout import OutputFile
 from ckpt_convert.convert.request import Request
 from ckpt_convert.convert.writing import TargetTensor
-from ckpt_convert.errors import ShapeMismatchError, UsageError, misfit
+from ckpt_convert.errors import ShapeMismatchError, UsageError, option_error
 from ckpt_convert.formats import hf, native
 from ckpt_convert.formats.base import render_index
-from ckpt_convert.formats.names import HF_STEMS, RECORD_FOLDER, SUFFIXES, common_names, container_of, is_found
+from ckpt_convert.formats.names import (
+    HF_STEMS,
+    RECORD_FOLDER,
+    SUFFIXES,
+    common_file_names,
+    container_of,
+    is_found_without_index,
+)
 from ckpt_convert.models.core.table import Entry, Family, Instance
 from ckpt_convert.tensors.header import FileLayout
-from ckpt_convert.words import option
+from ckpt_convert.wording import option_text
 
-_OURS = frozenset(common_names(1, "pt") or ())
+_OURS = frozenset(common_file_names(1, "pt") or ())
 """Names that ``container`` gives, for torch.load and no loader of directories."""
 
 _USUAL_SHARD = 5_000_000_000
@@ -44,7 +51,7 @@ def recorded_layout(
     if like is not None:
         theirs = like.layout()
         if request.container not in (None, _container(theirs)):
-            raise misfit("like", like.place, f"has {_container(theirs)} files, which `container=` contradicts")
+            raise option_error("like", like.place, f"has {_container(theirs)} files, which `container=` contradicts")
         return theirs
     found = source.layout(literal=literal) if request.to == source.format and source.files else None
     if found is None and source.record is not None:
@@ -68,7 +75,7 @@ def _findable(found: Layout, source: Identified, model: Model) -> Layout | None:
         return found
     if not all(name.endswith(tuple(SUFFIXES[container] for container in HF_STEMS)) for name in names):
         return None
-    if source.place.is_folder() or is_found(names[0]) or model.family.from_shapes is not None:
+    if source.place.is_folder() or is_found_without_index(names[0]) or model.family.from_shapes is not None:
         return found
     if container_of(names[0]) == "bin":
         return None
@@ -82,7 +89,7 @@ def count_ranks(
     if request.to != "meta":
         return 1
     if like is not None and request.model_parallel not in (None, len(like.ranks)):
-        raise misfit("like", like.place, f"has {len(like.ranks)} ranks, which `model_parallel=` contradicts")
+        raise option_error("like", like.place, f"has {len(like.ranks)} ranks, which `model_parallel=` contradicts")
     count = request.model_parallel or (wanted.ranks if wanted else 1)
     sharded = model.family.params is not None and model.family.params.sharded
     if count > 1 and sharded and _meta_container(request, model) == "safetensors":
@@ -120,7 +127,7 @@ def assign_shards(
         example = min((key for _, key in other), default=None)
         if request.like is not None and example is not None:
             raise ShapeMismatchError(
-                f"{option('like', request.like)}: has other keys than this model, such as {example}"
+                f"{option_text('like', request.like)}: has other keys than this model, such as {example}"
             )
         why = f"has other keys ({example})" if example is not None else "cuts tensors into pieces"
         notices.append(f"the recorded {request.to} layout {why}, so new files are laid out")
@@ -174,7 +181,7 @@ class DcpMetadata:
 
     @cached_property
     def files(self) -> Mapping[str, bytes]:
-        return {DCP_INDEX: dcp_build.metadata(self.pieces)}
+        return {DCP_INDEX: dcp_build.build_metadata(self.pieces)}
 
 
 def index_files(

@@ -14,7 +14,7 @@ from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.containers.dcp import dcp
 from ckpt_convert.convert.plan import COMPUTED, Plan, SourceFile
 from ckpt_convert.errors import UsageError
-from ckpt_convert.storage.base import Closing, RangeReader
+from ckpt_convert.storage.base import Closable, RangeReader
 from ckpt_convert.tensors.header import IN_MEMORY, StoredTensor
 
 Sources = Mapping[SourceFile, RangeReader]
@@ -103,10 +103,10 @@ class ReopenedSources(Mapping[SourceFile, RangeReader]):
         if source.kind == COMPUTED:
             return next(file.reader for file in self._as_numbers().files if file.place == source.place)
         if source.kind == dcp.KIND:
-            files, _ = dcp.read_directory(source.place.parent)
+            files, _ = dcp.read_dcp_directory(source.place.parent)
             return next(file.reader for file in files if file.place == source.place)
         file = source.place.open(expected=source.identity)
-        return containers.parse(file)[0] if source.kind == "legacy" else file
+        return containers.parse_header(file)[0] if source.kind == "legacy" else file
 
     def _as_numbers(self) -> Identified:
         """The quantised checkpoint that the plan reads as numbers."""
@@ -125,5 +125,5 @@ class ReopenedSources(Mapping[SourceFile, RangeReader]):
 
 def close_sources(sources: Sources) -> None:
     for reader in sources.values():
-        if isinstance(reader, Closing):
+        if isinstance(reader, Closable):
             reader.close()

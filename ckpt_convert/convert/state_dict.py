@@ -26,9 +26,9 @@ from ckpt_convert.errors import (
 from ckpt_convert.formats.base import FormatName, load_json
 from ckpt_convert.models import FAMILIES
 from ckpt_convert.models.core.config import AXES, ConfigOptions, MetaStyle
-from ckpt_convert.storage.place import Location, Place, locate
+from ckpt_convert.storage.place import Location, Place, checked_place
 from ckpt_convert.tensors.lazy import ZEROS, LazyTensor, from_source
-from ckpt_convert.words import listing, option
+from ckpt_convert.wording import indented_list, option_text
 
 log = logging.getLogger("ckpt_convert")
 
@@ -113,18 +113,18 @@ def convert_state_dict(
     """
     dicts = [state_dict] if isinstance(state_dict, Mapping) else list(state_dict)
     for name, format in (("source", source), ("target", target)):
-        formats.refuse_unknown(format, name)
+        formats.check_format_name(format, name)
     if not dicts:
         raise UsageError("the list of state dicts is empty; give one for each rank")
     if model_parallel != 1 and target != "meta":
         raise UsageError(
-            f"{option('model_parallel', model_parallel)} does not fit {target}: only meta is cut over ranks"
+            f"{option_text('model_parallel', model_parallel)} does not fit {target}: only meta is cut over ranks"
         )
     if len(dicts) != 1 and source != "meta":
         raise UsageError(f"{len(dicts)} state dicts do not fit {source}: only meta is cut over ranks")
     tensors: list[torch.Tensor] = []
     ranks = [_sources(rank, number, tensors) for number, rank in enumerate(dicts)]
-    content = load_json(locate(config, "config")) if isinstance(config, str | os.PathLike | Place) else config
+    content = load_json(checked_place(config, "config")) if isinstance(config, str | os.PathLike | Place) else config
     if not isinstance(content, Mapping):
         raise UsageError(f"config: expected a dict or a path, found {type(content).__name__}; try config.to_dict()")
     ranks = _named(ranks, content, family, source)
@@ -199,7 +199,7 @@ def _named(
     keys = dict.fromkeys(key for rank in ranks for key in rank)
     names = legacy_keys.read_keys(keys, candidates(content, format, family, keys), format)
     if names.clashes:
-        said = listing([text for _, text in names.clashes])
+        said = indented_list([text for _, text in names.clashes])
         raise KeyMismatchError(f"the state dict: its keys contradict each other:{said}")
     for notice in names.notices:
         log.info("the state dict: %s", notice)
@@ -214,7 +214,7 @@ def _model(
     meta_style: MetaStyle | None,
 ) -> Model:
     if family is not None and family not in FAMILIES:
-        raise UnsupportedFamilyError(f"{option('family', family)}: {unknown_family()}")
+        raise UnsupportedFamilyError(f"{option_text('family', family)}: {unknown_family()}")
     options = ConfigOptions(meta_style=meta_style)
     return model_from(content, "config", source, ranks, options, family=family)
 
@@ -224,7 +224,7 @@ def _check_losses(losses: Sequence[Equality], tensors: Sequence[torch.Tensor], w
     counts = {one.key: int(materialize(one.left, tensors, _torch(one.dtype)).count_nonzero()) for one in losses}
     lost = {key: count for key, count in counts.items() if count}
     if lost and not allowed:
-        said = listing([f"{key}: {count:,} values other than zero" for key, count in lost.items()])
+        said = indented_list([f"{key}: {count:,} values other than zero" for key, count in lost.items()])
         raise LossyConversionError(
             f"{where} has no place for what changes what the model computes (allow_loss=True goes on without):{said}",
             lost,

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 
 from ckpt_convert.checkpoint.mapping import Equality, LogicalTensor, LogicalTensors
 from ckpt_convert.convert import ties
-from ckpt_convert.errors import ConfigError, KeyMismatchError, misfit
+from ckpt_convert.errors import ConfigError, KeyMismatchError, option_error
 from ckpt_convert.models.core.table import Entry, Family, Instance, Key, evaluate
 from ckpt_convert.tensors.lazy import LazyTensor, zeros
-from ckpt_convert.words import some
+from ckpt_convert.wording import first_few
 
 _LISTED = 20
 
@@ -116,12 +116,12 @@ def write_column(
     if no_place:
         raise KeyMismatchError(
             f"{source_name}: the {format} format of {family.name} has no place for {len(no_place)} tensors: "
-            f"{some(no_place, _LISTED, ' …')}. "
+            f"{first_few(no_place, _LISTED, ' …')}. "
             "Convert to a format that has one (hf), or remove them first if they are all zero."
         )
     if missing:
         raise KeyMismatchError(
-            f"{source_name}: the {format} format of {family.name} needs {some(missing, _LISTED, ' …')}, "
+            f"{source_name}: the {format} format of {family.name} needs {first_few(missing, _LISTED, ' …')}, "
             "which the source has nothing for"
         )
     return out
@@ -204,9 +204,11 @@ def _check_ranks(family: Family, format: str, dims: Mapping[str, int], ranks: in
     if ranks == 1:
         return
     if ranks < 1:
-        raise misfit("model_parallel", ranks, "expected 1 or more")
+        raise option_error("model_parallel", ranks, "expected 1 or more")
     if family.params is None or not family.params.sharded:
-        raise misfit("model_parallel", ranks, f"{family.name}'s consolidated layout is one file, not cut over ranks")
+        raise option_error(
+            "model_parallel", ranks, f"{family.name}'s consolidated layout is one file, not cut over ranks"
+        )
     cut: dict[str, tuple[int, Key]] = {}
     for row in family.rows:
         column = row.column(format)

@@ -34,7 +34,7 @@ class WeightName:
 
 
 @dataclass(frozen=True)
-class Directory:
+class WeightDirectory:
     """The weight files of a directory; ``index`` names the index file and ``weight_map`` is what it says.
 
     ``kind`` is "dcp" for torch.distributed.checkpoint's directories, of whatever format: their own metadata names the
@@ -49,25 +49,27 @@ class Directory:
 
 @dataclass(frozen=True)
 class Format:
-    """One format's habits.
+    """The directory layout of one format.
 
-    ``find`` lists the weight files of a directory, None if there are none of this format. ``file_names`` gives the
-    names of n new files in a container; ``containers`` are those it may use, the usual one first; ``config`` is the
-    config file at the root. ``uses`` says whether a file that lies beside the weights is of use to readers of the
-    format; ``ranks`` whether files are tensor-parallel ranks; ``ignores`` the beginnings of keys that are no weights
-    but the rest of what a training run saves. ``former`` are parts of keys that earlier releases called otherwise, with
-    what they are called now.
+    find_weights: lists the weight files of a directory; None if it has none of this format.
+    file_names: the names of n new files in a container.
+    containers: the containers it may use, the default first.
+    config: the config file at the root, None if the format has none there.
+    uses_auxiliary: whether readers of the format use an auxiliary file of this name.
+    has_ranks: whether each file holds one tensor-parallel rank.
+    ignored_prefixes: prefixes of keys that are not weights but other state of a training run.
+    renamed_key_parts: (old, new) parts of keys that earlier releases named differently.
     """
 
     name: str
-    find: Callable[[Place], Directory | None]
+    find_weights: Callable[[Place], WeightDirectory | None]
     file_names: Callable[[int, str], list[str]]
     containers: tuple[str, ...]
     config: str | None
-    uses: Callable[[str], bool]
-    ranks: bool = False
-    ignores: tuple[str, ...] = ()
-    former: tuple[tuple[str, str], ...] = ()
+    uses_auxiliary: Callable[[str], bool]
+    has_ranks: bool = False
+    ignored_prefixes: tuple[str, ...] = ()
+    renamed_key_parts: tuple[tuple[str, str], ...] = ()
 
 
 def load_json(path: Place, *, expected: Entry | None = None) -> dict[str, Any]:
@@ -75,7 +77,7 @@ def load_json(path: Place, *, expected: Entry | None = None) -> dict[str, Any]:
 
     Raises what ``Place.read`` does for a file that cannot be read: that says nothing of what is in it.
     """
-    if not path.is_there():
+    if not path.is_present():
         raise ConfigError(f"{path}: cannot be read: there is no such file")
     try:
         content = parse_json(path.read(JSON_LIMIT, expected=expected))
@@ -134,14 +136,14 @@ def render_index(weight_map: Mapping[str, str], total_size: int, total_parameter
     return out.getvalue()
 
 
-def dcp_directory(directory: Place) -> Directory | None:
+def dcp_directory(directory: Place) -> WeightDirectory | None:
     """The directory as torch.distributed.checkpoint's, None where it is none."""
     from ckpt_convert.containers.dcp import dcp  # not before: the usual directories have no need of it
 
-    if not dcp.is_directory(directory):
+    if not dcp.is_dcp_directory(directory):
         return None
-    index = DCP_INDEX if (directory / DCP_INDEX).is_regular() else None
-    return Directory((), index, kind=dcp.KIND)
+    index = DCP_INDEX if (directory / DCP_INDEX).is_regular_file() else None
+    return WeightDirectory((), index, kind=dcp.KIND)
 
 
 def plain_weights(directory: Place, suffixes: Sequence[str]) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import PurePosixPath
 
 from ckpt_convert.errors import CorruptFileError
-from ckpt_convert.formats.base import Directory, Format, WeightName, load_json, plain_weights
+from ckpt_convert.formats.base import Format, WeightDirectory, WeightName, load_json, plain_weights
 from ckpt_convert.formats.names import (
     ADAPTER,
     CONSOLIDATED,
@@ -15,57 +15,57 @@ from ckpt_convert.formats.names import (
     INDEX_SUFFIX,
     SHARD,
     SUFFIXES,
-    USUAL,
-    common_names,
+    TRANSFORMERS_NAMES,
+    common_file_names,
     index_for,
+    indexed_weights,
     is_variant,
-    numbered,
-    weights_of,
+    numbered_names,
 )
 from ckpt_convert.storage.names import check_name
 from ckpt_convert.storage.place import Place
 
 
-def find(directory: Place) -> Directory | None:
+def find(directory: Place) -> WeightDirectory | None:
     """The weights that transformers would load: safetensors before .bin, a single file before an index without it."""
     for container, stem in HF_STEMS.items():
         suffix = SUFFIXES[container]
         single = stem + suffix
         index = _index(directory, single)
-        found = from_index(directory, index) if index is not None else None
+        found = weights_from_index(directory, index) if index is not None else None
         names = plain_weights(directory, (suffix,))
         if single in names and (found is None or single not in {weight.name for weight in found.weights}):
-            return Directory((WeightName(single),))
+            return WeightDirectory((WeightName(single),))
         if found is not None:
             return found
         if names and container == "safetensors":
-            return Directory(tuple(WeightName(name) for name in names if not is_variant(name, names)))
+            return WeightDirectory(tuple(WeightName(name) for name in names if not is_variant(name, names)))
         shards = [name for name in names if name.startswith(stem)]
         if shards:
-            return Directory(tuple(WeightName(name) for name in shards))
+            return WeightDirectory(tuple(WeightName(name) for name in shards))
     return None
 
 
-def from_index(directory: Place, name: str) -> Directory:
+def weights_from_index(directory: Place, name: str) -> WeightDirectory:
     """The files that an index names, each once, sorted; raises CorruptFileError when the index is no index."""
-    path = directory.inside(name, str(directory))
+    path = directory.resolve_member(name, str(directory))
     weight_map = load_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CorruptFileError(f"{path}: has no weight_map, so it is no index; download or copy it again")
     if not all(isinstance(file, str) for file in weight_map.values()):
         raise CorruptFileError(f"{path}: its weight_map has values that are no file names; download or copy it again")
-    weight_map = plain_names(weight_map)
+    weight_map = normalized_weight_map(weight_map)
     files = sorted(check_name(file, str(path)) for file in set(weight_map.values()))
-    return Directory(tuple(WeightName(file) for file in files), name, weight_map)
+    return WeightDirectory(tuple(WeightName(file) for file in files), name, weight_map)
 
 
-def plain_names(weight_map: Mapping[str, str]) -> dict[str, str]:
+def normalized_weight_map(weight_map: Mapping[str, str]) -> dict[str, str]:
     """An index's weight_map with "./name" as the "name" that it is."""
     return {key: file.removeprefix("./") for key, file in weight_map.items()}
 
 
 def file_names(count: int, container: str) -> list[str]:
-    return common_names(count, container) or numbered(count, HF_STEMS[container], SUFFIXES[container])
+    return common_file_names(count, container) or numbered_names(count, HF_STEMS[container], SUFFIXES[container])
 
 
 def index_name(container: str) -> str:
@@ -73,7 +73,7 @@ def index_name(container: str) -> str:
     return index_for(HF_STEMS[container] + SUFFIXES[container])
 
 
-def another_set(directory: Place, found: Directory) -> str | None:
+def alternative_set_advice(directory: Place, found: WeightDirectory) -> str | None:
     """What to do where files that an index names are missing, but those of another set are all there; else None.
 
     Nothing here says which of the two is meant, so both ways are said.
@@ -86,7 +86,7 @@ def another_set(directory: Place, found: Directory) -> str | None:
     whole = [files for files in _whole_sets(names) if not used.issuperset(files)]
     if not whole:
         return None
-    suffix, sets = PurePosixPath(weights_of(found.index)).suffix, " and ".join(map(_set, whole))
+    suffix, sets = PurePosixPath(indexed_weights(found.index)).suffix, " and ".join(map(_set, whole))
     mixed = sorted(name for name in used & names if name.endswith(suffix) and all(name not in files for files in whole))
     aside = " ".join([found.index, *mixed])
     return (
@@ -100,7 +100,7 @@ def another_set(directory: Place, found: Directory) -> str | None:
 
 def _whole_sets(names: Collection[str]) -> list[list[str]]:
     """The weight files of a directory that are a model by their names: single ones, and all shards of a number."""
-    found = [[name] for name in USUAL if name in names]
+    found = [[name] for name in TRANSFORMERS_NAMES if name in names]
     suffixes = {SUFFIXES[container] for container in HF_STEMS}
     sets: dict[tuple[str, int, str], dict[int, str]] = {}
     for name in names:
@@ -121,7 +121,7 @@ def _set(names: Sequence[str]) -> str:
 def _index(directory: Place, weights: str) -> str | None:
     """The index of a container: the usual one, else the only other one, else that of a variant that is alone there."""
     usual = weights + INDEX_SUFFIX
-    if (directory / usual).is_regular():
+    if (directory / usual).is_regular_file():
         return usual
     suffix = PurePosixPath(weights).suffix
     names = [entry.name for entry in directory.children()]
@@ -129,7 +129,7 @@ def _index(directory: Place, weights: str) -> str | None:
         others = sorted(fnmatch.filter(names, pattern))
         others = [name for name in others if not name.startswith((CONSOLIDATED, ADAPTER))]
         if others:
-            return others[0] if len(others) == 1 and not (directory / weights).is_regular() else None
+            return others[0] if len(others) == 1 and not (directory / weights).is_regular_file() else None
     return None
 
 

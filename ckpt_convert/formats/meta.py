@@ -6,16 +6,16 @@ from pathlib import PurePosixPath
 
 from ckpt_convert.errors import AmbiguousFormatError, CheckpointNotFoundError
 from ckpt_convert.formats import names
-from ckpt_convert.formats.base import Directory, Format, WeightName
+from ckpt_convert.formats.base import Format, WeightDirectory, WeightName
 from ckpt_convert.storage.place import Place
 
 
-def find(directory: Place) -> Directory | None:
+def find(directory: Place) -> WeightDirectory | None:
     """``consolidated.NN.pth`` for each rank, ``.NN.pt`` for each part, or one file; raises on gaps in the numbers."""
     numbered = sorted(
         (int(match[1]), entry.name) for entry in directory.files() if (match := names.RANK.fullmatch(entry.name))
     )
-    single = [name for name in names.SINGLE_RANK if (directory / name).is_regular()]
+    single = [name for name in names.SINGLE_RANK if (directory / name).is_regular_file()]
     if not numbered and not single:
         return None
     if len(single) + bool(numbered) > 1:
@@ -24,7 +24,7 @@ def find(directory: Place) -> Directory | None:
             f"{directory}: has several consolidated checkpoints, {found}; give the file that is meant, or move the rest"
         )
     if single:
-        return Directory((WeightName(single[0]),))
+        return WeightDirectory((WeightName(single[0]),))
     ranks = [rank for rank, _ in numbered]
     if ranks != list(range(len(ranks))):
         first = next(at for at, rank in enumerate([*ranks, -1]) if at != rank)
@@ -35,7 +35,7 @@ def find(directory: Place) -> Directory | None:
             "Every rank's file is needed, once; download or copy it again"
         )
     # Files named .pt are no ranks: Mixtral's, of December 2023, hold some of the whole tensors each.
-    return Directory(tuple(WeightName(name, 0 if name.endswith(".pt") else rank) for rank, name in numbered))
+    return WeightDirectory(tuple(WeightName(name, 0 if name.endswith(".pt") else rank) for rank, name in numbered))
 
 
 def file_names(count: int, container: str) -> list[str]:
@@ -46,8 +46,8 @@ def file_names(count: int, container: str) -> list[str]:
 
 def _uses(name: str) -> bool:
     file = PurePosixPath(name).name.lower()
-    documents = file.startswith(names.DOCUMENTS) or file.endswith((".md", ".txt"))
+    documents = file.startswith(names.DOCUMENT_PREFIXES) or file.endswith((".md", ".txt"))
     return documents or file.startswith("tokenizer.model") or file == "tekken.json"
 
 
-FORMAT = Format("meta", find, file_names, ("pth", "safetensors"), "params.json", _uses, ranks=True)
+FORMAT = Format("meta", find, file_names, ("pth", "safetensors"), "params.json", _uses, has_ranks=True)

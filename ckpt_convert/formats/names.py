@@ -33,7 +33,7 @@ NEVER_ENTERED = ("original", ".git", ".cache", "onnx", RECORD_FOLDER, "training_
 ADAPTER = "adapter"
 """How the names of an adapter's files begin."""
 
-OF_TRAINING = (
+TRAINING_PREFIXES = (
     *(f"{ADAPTER}_", "training_args", "optimizer", "optim.", "scheduler", "rng_state", "scaler.", "recipe_state"),
     *("random_states", "sampler", "zero_pp_rank", "dl_state_dict"),
 )
@@ -44,7 +44,7 @@ _TITLED = re.compile(r"((pytorch_|tf_|flax_|rust_|adapter_)?model|consolidated|d
 
 _PIECES = re.compile(rf".+{re.escape(DCP_SUFFIX)}")
 
-TOKENIZERS = (
+TOKENIZER_PREFIXES = (
     *("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "tekken", "chat_template", "spiece"),
     "sentencepiece",
 )
@@ -53,7 +53,7 @@ TOKENIZERS = (
 _READ = ("tokenizer.json", "tokenizer.model", "tekken", "vocab", "spiece", "sentencepiece")
 """How those begin that one can be read from."""
 
-DOCUMENTS = ("readme", "license", "use_policy", "notice", "model_card", "responsible")
+DOCUMENT_PREFIXES = ("readme", "license", "use_policy", "notice", "model_card", "responsible")
 """How model cards and licenses begin, in small letters."""
 
 _BESIDE = (
@@ -67,7 +67,7 @@ _BESIDE = (
     *("modeling_*.py", "configuration_*.py", "tokenization_*.py", "processing_*.py", "modular_*.py"),
     *("image_processing_*.py", "video_processing_*.py", "feature_extraction_*.py", "generation_utils.py"),
     # model card and licenses
-    *(*(f"{name}*" for name in DOCUMENTS), "licence*", "copying*", "*acceptable_use*", ".gitattributes"),
+    *(*(f"{name}*" for name in DOCUMENT_PREFIXES), "licence*", "copying*", "*acceptable_use*", ".gitattributes"),
 )
 """What lies beside weights, in small letters."""
 
@@ -93,7 +93,7 @@ _FOUND = re.compile(
 HF_STEMS = {"safetensors": "model", "bin": "pytorch_model"}
 """What transformers calls the weights of a model, by their container."""
 
-USUAL = tuple(stem + SUFFIXES[container] for container, stem in HF_STEMS.items())
+TRANSFORMERS_NAMES = tuple(stem + SUFFIXES[container] for container, stem in HF_STEMS.items())
 """The names, or with .index.json behind them the indices, under which transformers finds weights, in its order."""
 
 ADAPTER_CONFIG = f"{ADAPTER}_config.json"
@@ -109,7 +109,7 @@ def shard_name(stem: str, number: int, total: int, suffix: str, width: int = 5) 
     return f"{stem}-{number:0{width}d}-of-{total:0{width}d}{suffix}"
 
 
-def numbered(count: int, stem: str, suffix: str) -> list[str]:
+def numbered_names(count: int, stem: str, suffix: str) -> list[str]:
     """``model.safetensors``, or ``model-00001-of-00004.safetensors`` and so on."""
     if count == 1:
         return [f"{stem}{suffix}"]
@@ -121,14 +121,14 @@ def rank_name(rank: int) -> str:
     return f"{CONSOLIDATED}.{rank:02d}.pth"
 
 
-def common_names(count: int, container: str) -> list[str] | None:
+def common_file_names(count: int, container: str) -> list[str] | None:
     """The names of new files in the containers that several formats have; None for any other."""
     if container == "dcp":
         return [f"__0_{number}{DCP_SUFFIX}" for number in range(count)]
-    return numbered(count, "model", ".pt") if container == "pt" else None
+    return numbered_names(count, "model", ".pt") if container == "pt" else None
 
 
-def is_found(name: str) -> bool:
+def is_found_without_index(name: str) -> bool:
     """Whether loaders find a weight file of this name without an index."""
     return _FOUND.fullmatch(name) is not None
 
@@ -157,7 +157,7 @@ def index_for(weights: str) -> str:
     return f"{stem}.{suffix}.index{dot}{variant}.json"
 
 
-def weights_of(index: str) -> str:
+def indexed_weights(index: str) -> str:
     """The name, without a number, of the files that an index maps keys to."""
     return index.partition(".index.")[0]
 
@@ -175,12 +175,12 @@ def is_weights(name: str) -> bool:
     return name.endswith(WEIGHT_SUFFIXES)
 
 
-def is_weights_of_any(name: str) -> bool:
+def is_any_weights(name: str) -> bool:
     """The same, or those of another program."""
     return name.endswith((*WEIGHT_SUFFIXES, *_FOREIGN))
 
 
-def is_surely_weights(name: str) -> bool:
+def is_certainly_weights(name: str) -> bool:
     """Whether a file holds weights by its name alone, which no other file would have."""
     shard, suffix = SHARD.fullmatch(name), PurePosixPath(name).suffix
     if _PIECES.fullmatch(name) or (shard is not None and suffix in (*WEIGHT_SUFFIXES, GGUF_SUFFIX)):
@@ -193,14 +193,14 @@ def may_be_weights(name: str) -> bool:
     return name.endswith((*LOOSE_SUFFIXES, GGUF_SUFFIX))
 
 
-def is_never_beside(name: str) -> bool:
+def is_never_auxiliary(name: str) -> bool:
     """Whether a file is none of those beside the weights, whatever it is: weights of any program, or an index."""
-    return is_index(name) or is_weights_of_any(name)
+    return is_index(name) or is_any_weights(name)
 
 
 def is_plain_weights(name: str) -> bool:
     """Whether weights belong to no consolidated or adapter checkpoint, and to no trainer."""
-    return not name.startswith((CONSOLIDATED, ".", *OF_TRAINING))
+    return not name.startswith((CONSOLIDATED, ".", *TRAINING_PREFIXES))
 
 
 def is_unfinished(name: str) -> bool:
@@ -208,12 +208,12 @@ def is_unfinished(name: str) -> bool:
     return name.endswith(_UNFINISHED) or (name.startswith(".") and name.endswith(PARTIAL))
 
 
-def is_familiar(name: str) -> bool:
+def is_known_auxiliary(name: str) -> bool:
     """Whether checkpoints have a file of this name beside their weights: what has another name is somebody's."""
     return any(fnmatchcase(name.lower(), pattern) for pattern in _BESIDE)
 
 
-def completes(name: str) -> bool:
+def makes_loadable(name: str) -> bool:
     """Whether loaders take a directory for a model by this file, so that it is to be there last."""
     return name in _COMPLETING or is_any_index(name)
 
@@ -230,7 +230,7 @@ def is_meta(names: Iterable[str]) -> bool:
     return any(name.startswith(CONSOLIDATED) for name in names)
 
 
-def unwanted(names: Iterable[str], format: str | None) -> list[str]:
+def unwanted_patterns(names: Iterable[str], format: str | None) -> list[str]:
     """Patterns of what is of no use among the files of a repository: other programs' weights, and other formats'."""
     never = ["onnx/*", *(f"*{suffix}" for suffix in _FOREIGN)]
     if format == "meta":

@@ -6,25 +6,25 @@ Without a config.json no Hugging Face loader takes such a directory for its own;
 from __future__ import annotations
 
 from ckpt_convert.formats import hf
-from ckpt_convert.formats.base import Directory, Format, WeightName, plain_weights
-from ckpt_convert.formats.names import INDEX_SUFFIX, SUFFIXES, common_names, index_for, numbered
+from ckpt_convert.formats.base import Format, WeightDirectory, WeightName, plain_weights
+from ckpt_convert.formats.names import INDEX_SUFFIX, SUFFIXES, common_file_names, index_for, numbered_names
 from ckpt_convert.storage.place import Place
 
 
-def find(directory: Place) -> Directory | None:
+def find(directory: Place) -> WeightDirectory | None:
     """Indexed shards, or every plain weight file of the first suffix that there is one of."""
     for suffix in (".safetensors", ".pt", ".pth", ".bin"):
         index = f"model{suffix}{INDEX_SUFFIX}"
-        if (directory / index).is_there():
-            return hf.from_index(directory, index)
+        if (directory / index).is_present():
+            return hf.weights_from_index(directory, index)
         names = plain_weights(directory, (suffix,))
         if names:
-            return Directory(tuple(WeightName(name) for name in names))
+            return WeightDirectory(tuple(WeightName(name) for name in names))
     return None
 
 
 def file_names(count: int, container: str) -> list[str]:
-    return common_names(count, container) or numbered(count, "model", SUFFIXES[container])
+    return common_file_names(count, container) or numbered_names(count, "model", SUFFIXES[container])
 
 
 def index_name(container: str) -> str:

@@ -13,15 +13,15 @@ from ckpt_convert.storage.place import Place
 KIND = "peft"
 
 
-def config(directory: Place) -> dict[str, Any] | None:
+def read_adapter_config(directory: Place) -> dict[str, Any] | None:
     """What adapter_config.json says; None where there is none that can be read."""
     try:
-        return load_json(directory / ADAPTER_CONFIG) if (directory / ADAPTER_CONFIG).is_regular() else None
+        return load_json(directory / ADAPTER_CONFIG) if (directory / ADAPTER_CONFIG).is_regular_file() else None
     except ConfigError:
         return None
 
 
-def describe(said: Mapping[str, Any]) -> str:
+def describe_adapter(said: Mapping[str, Any]) -> str:
     """The adapter in a line: its kind, its rank and alpha where it has them, and the model that it was made for."""
     sizes = [
         f"{label}={said[name]}" for name, label in (("r", "r"), ("lora_alpha", "alpha")) if is_number(said.get(name))
@@ -32,12 +32,12 @@ def describe(said: Mapping[str, Any]) -> str:
     return f"{what} for {base}" if isinstance(base, str) and base else what
 
 
-def facts(directory: Place) -> list[tuple[str, str]]:
+def adapter_facts(directory: Place) -> list[tuple[str, str]]:
     """What is worth saying of an adapter, as (label, text)."""
-    said = config(directory)
+    said = read_adapter_config(directory)
     if said is None:
         return []
-    found = [("adapter", describe(said))]
+    found = [("adapter", describe_adapter(said))]
     modules = said.get("target_modules")
     if isinstance(modules, str) and modules:
         found.append(("targets", modules))

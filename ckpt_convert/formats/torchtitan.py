@@ -8,27 +8,27 @@ whose modules and dimensions had other names but the same order and shapes, are 
 from __future__ import annotations
 
 from ckpt_convert.formats.base import (
-    Directory,
     Format,
+    WeightDirectory,
     WeightName,
     dcp_directory,
     plain_weights,
 )
-from ckpt_convert.formats.names import SUFFIXES, common_names, numbered
+from ckpt_convert.formats.names import SUFFIXES, common_file_names, numbered_names
 from ckpt_convert.storage.place import Place
 
 
-def find(directory: Place) -> Directory | None:
+def find(directory: Place) -> WeightDirectory | None:
     """The directory of torch.distributed.checkpoint, else every plain torch file."""
     found = dcp_directory(directory)
     if found is not None:
         return found
     names = plain_weights(directory, (".pt",))
-    return Directory(tuple(WeightName(name) for name in names)) if names else None
+    return WeightDirectory(tuple(WeightName(name) for name in names)) if names else None
 
 
 def file_names(count: int, container: str) -> list[str]:
-    return common_names(count, container) or numbered(count, "model", SUFFIXES[container])
+    return common_file_names(count, container) or numbered_names(count, "model", SUFFIXES[container])
 
 
 FORMAT = Format(
@@ -38,8 +38,8 @@ FORMAT = Format(
     ("dcp", "pt"),
     None,
     lambda name: name != "config.json",
-    ignores=("optimizer.", "lr_scheduler.", "dataloader.", "train_state."),
-    former=(
+    ignored_prefixes=("optimizer.", "lr_scheduler.", "dataloader.", "train_state."),
+    renamed_key_parts=(
         ("attention.w", "attention.qkv_linear.w"),
         ("output.weight", "lm_head.weight"),
         ("moe.experts.w1", "moe.routed_experts.inner_experts.w1_EFD"),

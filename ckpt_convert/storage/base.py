@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol, Self, runtime_checkable
 from ckpt_convert.errors import CheckpointNotFoundError, CorruptFileError, SourceChangedError, UnsafeFileError
 
 
-class Kind(Enum):
+class FileKind(Enum):
     """What lies under a name. A folder is a name that others begin with; a store may have none that are empty."""
 
     FILE = "a regular file"
@@ -67,7 +67,7 @@ class RangeReader(Protocol):
 
 
 @runtime_checkable
-class Closing(Protocol):
+class Closable(Protocol):
     """A reader that holds a file open until it is closed."""
 
     def close(self) -> None: ...
@@ -118,10 +118,10 @@ class Writer(Protocol):
     def abort(self) -> None: ...
 
 
-class Names(Protocol):
+class NameLookup(Protocol):
     """What is asked of the names in a store; a listing of it answers the same without asking it again."""
 
-    def kind(self, name: str) -> Kind | None:
+    def kind(self, name: str) -> FileKind | None:
         """What a name leads to, None for nothing. Raises UnreadableError where that cannot be told."""
 
     def entry(self, name: str) -> Entry | None:
@@ -130,18 +130,18 @@ class Names(Protocol):
     def list(self, prefix: str, *, deep: bool = True) -> dict[str, Entry]:
         """Every file of this name or below it; without ``deep`` only those right below. Raises UnreadableError."""
 
-    def children(self, folder: str) -> Mapping[str, Kind | None]:
+    def children(self, folder: str) -> Mapping[str, FileKind | None]:
         """What lies right below a folder, by its last part; None for a link that leads nowhere.
 
         Raises UnreadableError, also for what is no folder.
         """
 
 
-class Store(Names, Protocol):
+class Store(NameLookup, Protocol):
     """A place where files lie. A value: equal for the same place, hashable and picklable."""
 
     @property
-    def lists_whole(self) -> bool:
+    def prefers_listing(self) -> bool:
         """Whether one listing of all that is below a name costs less than asking twice."""
 
     def open(self, name: str, expected: Entry | None = None, called: str | None = None) -> OpenFile:
@@ -194,14 +194,14 @@ class Store(Names, Protocol):
         """The permissions that a copy of a file may have."""
 
 
-def changed(path: object, what: str) -> SourceChangedError:
+def source_changed(path: object, what: str) -> SourceChangedError:
     return SourceChangedError(
         f"{path}: the source changed while it was read: {what}; nothing was published: put it back as it was, or run "
         "again once nobody changes it any more"
     )
 
 
-def read(reader: RangeReader, offset: int, nbytes: int) -> bytes:
+def read_range(reader: RangeReader, offset: int, nbytes: int) -> bytes:
     """Return exactly ``nbytes`` bytes from ``offset`` on.
 
     Raises CorruptFileError, before anything is allocated, when the range does not lie within the file.
@@ -216,7 +216,7 @@ def read(reader: RangeReader, offset: int, nbytes: int) -> bytes:
     return bytes(buffer)
 
 
-def blocks(reader: RangeReader, size: int = 1 << 20) -> Iterator[memoryview]:
+def read_blocks(reader: RangeReader, size: int = 1 << 20) -> Iterator[memoryview]:
     """All of a file, ``size`` bytes at a time; each is good until the next one."""
     buffer = memoryview(bytearray(min(size, reader.size)))
     for offset in range(0, reader.size, size):
@@ -225,9 +225,9 @@ def blocks(reader: RangeReader, size: int = 1 << 20) -> Iterator[memoryview]:
         yield block
 
 
-def refuse(label: str, kind: Kind | None, said_by: str) -> None:
+def require_regular_file(label: str, kind: FileKind | None, said_by: str) -> None:
     """Raise for a file that another one names where it is not there, or no file."""
     if kind is None:
         raise CheckpointNotFoundError(f"{label}: is not there, though {said_by} needs it; download or copy it again")
-    if kind is not Kind.FILE:
+    if kind is not FileKind.FILE:
         raise UnsafeFileError(f"{label}: is no regular file; move it elsewhere, and put the file itself there")

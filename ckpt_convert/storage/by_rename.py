@@ -10,7 +10,7 @@ from pathlib import Path
 from ckpt_convert.errors import NotEnoughSpaceError, OutputExistsError
 from ckpt_convert.storage import pointer, removal, system
 from ckpt_convert.storage.lock import Lock
-from ckpt_convert.storage.names import partial_of, replaced_of
+from ckpt_convert.storage.names import partial_path, replaced_path
 from ckpt_convert.storage.place import Place
 from ckpt_convert.storage.rules import Rules
 from ckpt_convert.storage.staging import Staging, refuse_replacing
@@ -23,7 +23,7 @@ def check_destination(destination: Place, source: Place, rules: Rules, *, overwr
     Raises OutputExistsError.
     """
     path = destination.local
-    if len(os.fsencode(partial_of(path.absolute()).name)) > 253:
+    if len(os.fsencode(partial_path(path.absolute()).name)) > 253:
         raise OutputExistsError(f"{destination}: the name is too long for the file system; choose a shorter one")
     target = path.resolve()
     if source.store == destination.store:
@@ -42,7 +42,7 @@ def check_destination(destination: Place, source: Place, rules: Rules, *, overwr
 
 
 def _refuse_overlap(destination: Place, target: Path, source: Place, origin: Path) -> None:
-    if origin.name in (partial_of(target).name, replaced_of(target).name) and origin.parent == target.parent:
+    if origin.name in (partial_path(target).name, replaced_path(target).name) and origin.parent == target.parent:
         raise OutputExistsError(
             f"{source}: has the name that {destination} has while it is written; rename it, or choose another output"
         )
@@ -129,7 +129,7 @@ def withdraw(directory: Place, rules: Rules) -> None:
     removal.withdraw(directory.local, rules)
 
 
-def is_left(directory: Place) -> bool:
+def is_leftover(directory: Place) -> bool:
     """Nothing is ever left under the name of a directory."""
     return False
 

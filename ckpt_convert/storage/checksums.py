@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import xxhash
 from fastcrc import crc32, crc64
 
-from ckpt_convert.storage.base import blocks
+from ckpt_convert.storage.base import read_blocks
 from ckpt_convert.storage.place import Place
 
 _BLOCK = 1 << 20
@@ -119,6 +119,6 @@ def digest_file(place: Place) -> str:
     """``digest`` of a file, in little memory; raises what ``Place.open`` does where it cannot be read."""
     total = new(XXH3)
     with place.open() as file:
-        for block in blocks(file):
+        for block in read_blocks(file):
             total.update(block)
     return total.hexdigest()

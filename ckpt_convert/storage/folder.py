@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import NamedTuple
 
-from ckpt_convert.storage.place import Place, at
+from ckpt_convert.storage.place import Place, as_place
 from ckpt_convert.storage.reader import pread_into
 from ckpt_convert.storage.system import Advice, sync_directory, writing
 
@@ -51,7 +51,7 @@ class _Ledger:
 
 @dataclass(frozen=True)
 class Folder:
-    """A directory, open as ``fd``, or a folder ``below`` it.
+    """A directory, open as ``fd``, or a folder ``subfolder`` it.
 
     ``mode`` are the permissions that files and folders may have at most; the umask takes from them. ``rank`` says of
     a file's name how late it is written: 0 at once, the others by ``complete``, those of the highest rank at the very
@@ -87,9 +87,9 @@ class Folder:
     @property
     def place(self) -> Place:
         """Where what was written can be read."""
-        return at(self.root / self.inside)
+        return as_place(self.root / self.inside)
 
-    def limited(self, mode: int) -> Folder:
+    def with_mode(self, mode: int) -> Folder:
         """The same, for files that have these permissions at most."""
         return replace(self, mode=self.mode & mode)
 
@@ -97,7 +97,7 @@ class Folder:
         """Whether a file of this name is kept back until all others are there."""
         return self.rank(self._full(name)) > 0
 
-    def below(self, name: str) -> Folder:
+    def subfolder(self, name: str) -> Folder:
         """A folder of this one, made with its first file, that is written as if it were a directory of its own."""
         return replace(self, inside=self._full(name))
 
@@ -223,8 +223,8 @@ class Folder:
                 at = stack.enter_context(_opened(folder, at))
             known = self._ledger.continued or full in self._ledger.written
             there = lstat(last, at)
-            if there is not None and known and not is_plain(there):
-                remove_one(last, there, at)
+            if there is not None and known and not is_regular_file(there):
+                remove_entry(last, there, at)
                 there = None
             flags = _FILE if there is not None and known else _FILE | os.O_EXCL
             fd = os.open(last, flags, 0o666 & self.mode, dir_fd=at)
@@ -313,7 +313,7 @@ def remove_all(fd: int, rank: Callable[[str], int], but: str | None = None) -> N
         (os.rmdir if is_folder else os.unlink)(name, dir_fd=fd)
 
 
-def is_plain(found: os.stat_result) -> bool:
+def is_regular_file(found: os.stat_result) -> bool:
     """Whether this is a regular file with no other name, so that nothing else changes with it."""
     return stat.S_ISREG(found.st_mode) and found.st_nlink == 1
 
@@ -335,7 +335,7 @@ def lstat(name: str, within: int) -> os.stat_result | None:
         return None
 
 
-def remove_one(name: str, found: os.stat_result, within: int) -> None:
+def remove_entry(name: str, found: os.stat_result, within: int) -> None:
     """Remove what ``lstat`` has found under a name in an open directory; raises OSError."""
     if stat.S_ISDIR(found.st_mode):
         shutil.rmtree(name, dir_fd=within)

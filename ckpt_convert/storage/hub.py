@@ -8,32 +8,32 @@ from pathlib import Path
 
 from ckpt_convert.errors import CheckpointNotFoundError
 from ckpt_convert.storage import place as places
-from ckpt_convert.storage.place import Location, Place, at
+from ckpt_convert.storage.place import Location, Place, as_place
 
 PREFIX = "hf://"
 _REPO = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def here(source: Location) -> Place | None:
+def find_existing(source: Location) -> Place | None:
     """The place of a source that is there, listed; None where there is none; raises UsageError as ``locate`` does."""
     if isinstance(source, str) and source.startswith(PREFIX):
         return None
-    place = places.locate(source).noted()
-    return place if place.is_there() else None
+    place = places.checked_place(source).with_listing()
+    return place if place.is_present() else None
 
 
-def named(source: Location) -> str:
+def repo_id(source: Location) -> str:
     """The repository (``org/name``) that a source which is not there names; raises CheckpointNotFoundError for none."""
     text = str(source)
     repo = text.removeprefix(PREFIX)
     if not _REPO.fullmatch(repo) or not isinstance(source, str):
-        if places.locate(source).link() is not None:
+        if places.checked_place(source).link() is not None:
             raise CheckpointNotFoundError(f"{source}: is a link that leads nowhere")
         raise CheckpointNotFoundError(f"{source}: no such file or directory, and no Hub id (org/name) either")
     return repo
 
 
-def snapshot(path: Place) -> Place:
+def resolve_snapshot(path: Place) -> Place:
     """The snapshot in a model's folder of the Hub's cache (``models--org--name``); any other path as it is.
 
     It is the one that ``main`` is, or the only one; raises CheckpointNotFoundError where that leaves a choice.
@@ -43,7 +43,7 @@ def snapshot(path: Place) -> Place:
         return path
     there = sorted(folder.folders())
     main = path / "refs" / "main"
-    if main.is_regular():
+    if main.is_regular_file():
         commit = main.read(256).decode(errors="replace").strip()
         there = [entry for entry in there if entry.name == commit] or there
     if len(there) == 1:
@@ -54,18 +54,18 @@ def snapshot(path: Place) -> Place:
     )
 
 
-def cached(repo: str, revision: str | None) -> Place | None:
+def cached_snapshot(repo: str, revision: str | None) -> Place | None:
     """What the cache has of a repository, which may be a few of its files; None where it has nothing."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        return at(Path(snapshot_download(repo, revision=revision, local_files_only=True)))
+        return as_place(Path(snapshot_download(repo, revision=revision, local_files_only=True)))
     except (LocalEntryNotFoundError, HFValidationError, OSError):
         return None
 
 
-def download(repo: str, revision: str | None, unwanted: Callable[[Sequence[str]], Sequence[str]]) -> Place:
+def download_snapshot(repo: str, revision: str | None, unwanted: Callable[[Sequence[str]], Sequence[str]]) -> Place:
     """A repository's files, but for what ``unwanted`` gives patterns of, told the names that there are.
 
     Raises CheckpointNotFoundError where they cannot be had.
@@ -75,7 +75,7 @@ def download(repo: str, revision: str | None, unwanted: Callable[[Sequence[str]]
     try:
         # Unlike list_repo_files, this asks once: a mistyped path is to be told at once, not after half a minute.
         names = [file.rfilename for file in HfApi().model_info(repo, revision=revision, timeout=30).siblings or []]
-        return at(Path(snapshot_download(repo, revision=revision, ignore_patterns=list(unwanted(names)))))
+        return as_place(Path(snapshot_download(repo, revision=revision, ignore_patterns=list(unwanted(names)))))
     except Exception as error:  # whatever the network and the Hub come up with
         raise CheckpointNotFoundError(
             f"{repo}: no such path, and the Hub does not give it: {_first_line(error)}; "

@@ -23,13 +23,13 @@ from ckpt_convert.errors import (
     UnwritableError,
 )
 from ckpt_convert.storage import pointer
-from ckpt_convert.storage.base import Kind
-from ckpt_convert.storage.marked import Marked, Notes
+from ckpt_convert.storage.base import FileKind
+from ckpt_convert.storage.journaled import JournalContent, JournaledDirectory
 from ckpt_convert.storage.names import JOURNAL
-from ckpt_convert.storage.ordered import OrderedFolder, OrderedJournal, WithKept
+from ckpt_convert.storage.ordered import OrderedFolder, OrderedJournal, OverlayStore
 from ckpt_convert.storage.place import Place
 from ckpt_convert.storage.rules import Rules, refuse_existing
-from ckpt_convert.storage.store_lock import StoreLock, lock_of, stale
+from ckpt_convert.storage.store_lock import StoreLock, lock_place, stale
 from ckpt_convert.storage.system import Advice
 
 log = logging.getLogger("ckpt_convert")
@@ -58,12 +58,12 @@ class OrderedStage:
         alone: bool = False,
     ) -> None:
         """``alone`` says that a lock above keeps other writers away already."""
-        self.destination = destination.anew()
+        self.destination = destination.without_listing()
         self.resumed = False
         self.advice = advice or _KEPT
-        self._directory = Marked(destination, rules)
+        self._directory = JournaledDirectory(destination, rules)
         held = f"{destination}: another process is writing it; wait for it, or choose another destination"
-        self._lock = None if alone else StoreLock(lock_of(destination), held)
+        self._lock = None if alone else StoreLock(lock_place(destination), held)
         self.folder = OrderedFolder(self._directory, self.advice)
         try:
             with self.folder.advised():
@@ -91,7 +91,9 @@ class OrderedStage:
         kept = {name for name, (etag, _) in whole.items() if name in there and there[name].etag == etag}
         kept = kept if resume and not self._directory.journal.removing else set()
         self._directory.remove(there.keys() - kept - {JOURNAL})
-        self._directory.journal = Notes(self._directory.journal.first, kept, {name: whole[name] for name in kept})
+        self._directory.journal = JournalContent(
+            self._directory.journal.first, kept, {name: whole[name] for name in kept}
+        )
         self.folder.ledger.written.update({name: there[name] for name in kept})
         self.resumed = bool(kept)
 
@@ -100,7 +102,7 @@ class OrderedStage:
     @property
     def place(self) -> Place:
         """Where what was written can be read again, with what is kept back, before it is there."""
-        return replace(self.destination, store=WithKept(self._directory, self.folder.ledger.kept))
+        return replace(self.destination, store=OverlayStore(self._directory, self.folder.ledger.kept))
 
     def expect(self, names: Iterable[str]) -> None:
         """Names that will be written, so that they are announced with the first of them."""
@@ -134,7 +136,7 @@ class OrderedStage:
     def complete(self) -> None:
         """Nothing: what comes last is kept back until ``commit``, and ``place`` shows it."""
 
-    def keeps(self, error: BaseException) -> bool:
+    def is_resumable_after(self, error: BaseException) -> bool:
         """Whether what is done is worth keeping after this error: it is, where resuming may succeed."""
         may_pass = isinstance(error, NotEnoughSpaceError | UnwritableError | UnreadableError)
         return may_pass and bool(self.folder.ledger.written)
@@ -186,16 +188,16 @@ def check_destination(destination: Place, source: Place, rules: Rules, *, overwr
     """``Workspace.check_destination``."""
     if source.store == destination.store:
         _refuse_overlap(destination, source)
-    there = destination.anew().listed()
-    if there.kind() is Kind.FILE:
+    there = destination.without_listing().listed()
+    if there.kind() is FileKind.FILE:
         raise OutputExistsError(f"{destination}: is a file, but the output is a directory; choose another name")
-    if there.is_folder() and not is_left(there):
+    if there.is_folder() and not is_leftover(there):
         _refuse_existing(there, [place.name for place in there.children()], rules, overwrite=overwrite)
 
 
 def _refuse_overlap(destination: Place, source: Place) -> None:
     target, origin = destination.path, source.path
-    if target.is_relative_to(origin) or (source.is_regular() and target == origin.parent):
+    if target.is_relative_to(origin) or (source.is_regular_file() and target == origin.parent):
         raise OutputExistsError(
             f"{destination}: lies inside the source {source}; the source is never written, choose another place"
         )
@@ -241,9 +243,9 @@ def identity(folder: Place) -> str:
     return str(folder)
 
 
-def is_left(directory: Place) -> bool:
-    """``Workspace.is_left``."""
-    return (directory / JOURNAL).is_regular()
+def is_leftover(directory: Place) -> bool:
+    """``Workspace.is_leftover``."""
+    return (directory / JOURNAL).is_regular_file()
 
 
 def replace_file(place: Place, data: bytes, etag: str | None = None) -> None:
@@ -259,18 +261,18 @@ def remove(folder: Place, names: Iterable[str]) -> None:
 
 def check_pointer(parent: Place, name: str) -> None:
     """``Workspace.check_pointer``."""
-    place = (parent / name).anew().listed()
-    if place.is_there() and pointer.target_of(place) is None:
+    place = (parent / name).without_listing().listed()
+    if place.is_present() and pointer.read_pointer(place) is None:
         raise pointer.in_the_way(place)
 
 
 def point(parent: Place, name: str, target: str) -> None:
     """``Workspace.point``: a small file, created or replaced as it was found."""
     check_pointer(parent, name)
-    place = (parent / name).anew()
+    place = (parent / name).without_listing()
     found = place.store.entry(str(place.path))
     etag = None if found is None else found.etag
-    place.store.put(str(place.path), pointer.text(target), create_only=found is None, if_match=etag)
+    place.store.put(str(place.path), pointer.pointer_text(target), create_only=found is None, if_match=etag)
 
 
 def withdraw(place: Place, rules: Rules) -> None:
@@ -278,20 +280,20 @@ def withdraw(place: Place, rules: Rules) -> None:
 
     What somebody else put beside them stays, and is told of. Raises CorruptFileError where what lists them is damaged.
     """
-    directory = Marked(place, rules)
+    directory = JournaledDirectory(place, rules)
     there = directory.list()
     if JOURNAL in there:
         directory.adopt(there)
         listed = frozenset(directory.journal.names)
     else:
-        listed = rules.listed(directory.seen)
-        if not listed and (mark := rules.marks[-1]) in there:
+        listed = rules.listed_files(directory.seen)
+        if not listed and (mark := rules.manifests[-1]) in there:
             raise CorruptFileError(f"{place / mark}: is damaged, so nothing says which files are to be removed")
     directory.announce(listed & there.keys(), removing=True)
     _finish(directory, there.keys() - {JOURNAL})
 
 
-def _finish(directory: Marked, there: Collection[str]) -> None:
+def _finish(directory: JournaledDirectory, there: Collection[str]) -> None:
     names = directory.journal.names
     directory.remove(name for name in there if name in names)
     directory.remove_journal()
@@ -308,11 +310,11 @@ def tidy(parent: Place, rules: Rules) -> None:
 
     What a lock lies beside is left, and told of. Logs a line for each, and a warning for what cannot be removed.
     """
-    listed = parent.anew().listed()
+    listed = parent.without_listing().listed()
     if not listed.is_folder():
         return
     for place in sorted(listed.folders()):
-        if not (place / JOURNAL).is_regular():
+        if not (place / JOURNAL).is_regular_file():
             continue
         try:
             _tidy(place, rules)
@@ -321,13 +323,13 @@ def tidy(parent: Place, rules: Rules) -> None:
 
 
 def _tidy(place: Place, rules: Rules) -> None:
-    if (lock := lock_of(place)).is_there():
+    if (lock := lock_place(place)).is_present():
         log.warning("%s is being written, or was when its writer ended; %s", place, stale(lock))
         return
-    directory = Marked(place, rules)
+    directory = JournaledDirectory(place, rules)
     there = directory.list()
     directory.adopt(there)
-    if rules.marks[-1] in there and not directory.journal.removing:
+    if rules.manifests[-1] in there and not directory.journal.removing:
         directory.remove_journal()
         log.info("%s is complete: its writer was interrupted after the last file", place)
         return

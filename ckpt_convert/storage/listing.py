@@ -8,13 +8,13 @@ from functools import cached_property
 from pathlib import PurePosixPath
 
 from ckpt_convert.errors import UnreadableError
-from ckpt_convert.storage.base import Entry, Kind
+from ckpt_convert.storage.base import Entry, FileKind
 
 ROOT = "."
 """The name of a store's uppermost folder, as ``PurePosixPath`` has it."""
 
 
-def below(folder: str) -> str:
+def name_prefix(folder: str) -> str:
     """How the names of what lies below a folder begin."""
     return "" if folder == ROOT else f"{folder.rstrip('/')}/"
 
@@ -28,44 +28,48 @@ class Listing:
 
     def covers(self, name: str) -> bool:
         """Whether all that there is under this name is in the listing."""
-        return name == self.prefix or name.startswith(below(self.prefix))
+        return name == self.prefix or name.startswith(name_prefix(self.prefix))
 
-    def kind(self, name: str) -> Kind | None:
+    def kind(self, name: str) -> FileKind | None:
         if name in self.entries:
-            return Kind.FILE
-        return Kind.FOLDER if name in self._tree else None
+            return FileKind.FILE
+        return FileKind.FOLDER if name in self._tree else None
 
     def entry(self, name: str) -> Entry | None:
         return self.entries.get(name)
 
     def list(self, prefix: str, *, deep: bool = True) -> dict[str, Entry]:
         if not deep:
-            start = below(prefix)
-            return {name: entry for name, entry in under(prefix, self.entries).items() if "/" not in name[len(start) :]}
-        return under(prefix, self.entries)
+            start = name_prefix(prefix)
+            return {
+                name: entry
+                for name, entry in entries_under(prefix, self.entries).items()
+                if "/" not in name[len(start) :]
+            }
+        return entries_under(prefix, self.entries)
 
-    def children(self, folder: str) -> Mapping[str, Kind | None]:
+    def children(self, folder: str) -> Mapping[str, FileKind | None]:
         if folder not in self._tree:
             raise UnreadableError(f"{folder}: cannot be listed: it is no folder, or not there (any more)")
         return self._tree[folder]
 
     @cached_property
-    def _tree(self) -> dict[str, dict[str, Kind | None]]:
+    def _tree(self) -> dict[str, dict[str, FileKind | None]]:
         """What lies right below each folder, by its last part."""
-        tree: dict[str, dict[str, Kind | None]] = {}
+        tree: dict[str, dict[str, FileKind | None]] = {}
         for name in self.entries:
-            child, kind = PurePosixPath(name), Kind.FILE
+            child, kind = PurePosixPath(name), FileKind.FILE
             for parent in child.parents:
                 known = str(parent) in tree
                 tree.setdefault(str(parent), {})[child.name] = kind
                 if known:
                     break
-                child, kind = parent, Kind.FOLDER
+                child, kind = parent, FileKind.FOLDER
         return tree
 
 
 @dataclass(frozen=True, eq=False)
-class Level:
+class FolderListing:
     """What lies right below the folder ``prefix``: its kind by its last part, and by its name what a file was.
 
     It answers what is asked of names there, and of those below what is no folder; what its folders hold it does not
@@ -73,19 +77,19 @@ class Level:
     """
 
     prefix: str
-    kinds: Mapping[str, Kind | None]
+    kinds: Mapping[str, FileKind | None]
     entries: Mapping[str, Entry]
 
     def covers(self, name: str) -> bool:
         """Whether it is known what this name leads to."""
-        start = below(self.prefix)
+        start = name_prefix(self.prefix)
         first, _, rest = name[len(start) :].partition("/")
         return name == self.prefix or (
-            name.startswith(start) and (not rest or self.kinds.get(first) is not Kind.FOLDER)
+            name.startswith(start) and (not rest or self.kinds.get(first) is not FileKind.FOLDER)
         )
 
-    def kind(self, name: str) -> Kind | None:
-        return Kind.FOLDER if name == self.prefix else self.kinds.get(name[len(below(self.prefix)) :])
+    def kind(self, name: str) -> FileKind | None:
+        return FileKind.FOLDER if name == self.prefix else self.kinds.get(name[len(name_prefix(self.prefix)) :])
 
     def entry(self, name: str) -> Entry | None:
         return self.entries.get(name)
@@ -94,12 +98,12 @@ class Level:
         """Of the folder itself, not deep."""
         return dict(self.entries)
 
-    def children(self, folder: str) -> Mapping[str, Kind | None]:
+    def children(self, folder: str) -> Mapping[str, FileKind | None]:
         """Of the folder itself."""
         return self.kinds
 
 
-def under(prefix: str, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+def entries_under(prefix: str, entries: Mapping[str, Entry]) -> dict[str, Entry]:
     """Those of the entries that have this name or lie below it."""
-    start = below(prefix)
+    start = name_prefix(prefix)
     return {name: entry for name, entry in entries.items() if name == prefix or name.startswith(start)}

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from ckpt_convert.errors import CheckpointNotFoundError, OutputExistsError, UnsafeFileError
 from ckpt_convert.storage import names as paths
-from ckpt_convert.storage.base import Entry, Kind, changed, refuse
-from ckpt_convert.storage.reader import Identity, LocalFile, reading, unreadable
+from ckpt_convert.storage.base import Entry, FileKind, require_regular_file, source_changed
+from ckpt_convert.storage.reader import FileIdentity, LocalFile, reading, unreadable_error
 from ckpt_convert.storage.system import sync_directory, take_place, writing
 
 _NOTHING = {errno.ENOENT, errno.ENOTDIR, errno.EBADF, errno.ELOOP, errno.ENAMETOOLONG}
@@ -25,23 +25,23 @@ class LocalStore:
     """The files of this machine; a name is a path, absolute or from the working directory on."""
 
     @property
-    def lists_whole(self) -> bool:
+    def prefers_listing(self) -> bool:
         return False
 
-    def kind(self, name: str) -> Kind | None:
+    def kind(self, name: str) -> FileKind | None:
         try:
             return _kind(os.stat(name).st_mode)
         except OSError as error:
             if error.errno not in _NOTHING:
-                raise unreadable(error, name, "looked at") from error
+                raise unreadable_error(error, name, "looked at") from error
         except ValueError:  # a null byte
             pass
         return None
 
-    def entry(self, name: str) -> Identity | None:
+    def entry(self, name: str) -> FileIdentity | None:
         with reading(name, "looked at"):
             try:
-                return Identity.of(os.stat(name))
+                return FileIdentity.of(os.stat(name))
             except (FileNotFoundError, NotADirectoryError):
                 return None
 
@@ -57,17 +57,17 @@ class LocalStore:
                     else:
                         with contextlib.suppress(FileNotFoundError):  # a link that leads nowhere
                             if entry.is_file():
-                                out[_joined(folder, entry.name)] = Identity.of(entry.stat())
+                                out[_joined(folder, entry.name)] = FileIdentity.of(entry.stat())
         return out
 
-    def children(self, folder: str) -> Mapping[str, Kind | None]:
+    def children(self, folder: str) -> Mapping[str, FileKind | None]:
         with reading(folder, "listed"), os.scandir(folder) as entries:
             return {entry.name: self._kind_of(entry) for entry in entries}
 
-    def _kind_of(self, entry: os.DirEntry[str]) -> Kind | None:
+    def _kind_of(self, entry: os.DirEntry[str]) -> FileKind | None:
         if entry.is_file(follow_symlinks=False):
-            return Kind.FILE
-        return Kind.FOLDER if entry.is_dir(follow_symlinks=False) else self.kind(entry.path)
+            return FileKind.FILE
+        return FileKind.FOLDER if entry.is_dir(follow_symlinks=False) else self.kind(entry.path)
 
     def open(self, name: str, expected: Entry | None = None, called: str | None = None) -> LocalFile:
         return LocalFile(Path(name), called, expected=expected)
@@ -121,7 +121,7 @@ class LocalStore:
         kind = self.kind(str(path))
         if kind is None and self.link(str(path)) is not None:
             raise CheckpointNotFoundError(f"{path}: is a link that leads nowhere; download or copy the file again")
-        refuse(str(path), kind, said_by)
+        require_regular_file(str(path), kind, said_by)
         with reading(path, "looked at"):
             real, roots = path.resolve(), [Path(folder).resolve()]
         roots += [above.parent / "blobs" for above in roots[0].parents if above.name == "snapshots"]
@@ -136,16 +136,16 @@ class LocalStore:
             try:
                 return stat.S_IMODE(os.stat(name).st_mode) & 0o777 | 0o700
             except (FileNotFoundError, NotADirectoryError):
-                raise changed(name, "it was removed") from None
+                raise source_changed(name, "it was removed") from None
 
 
 LOCAL = LocalStore()
 
 
-def _kind(mode: int) -> Kind:
+def _kind(mode: int) -> FileKind:
     if stat.S_ISREG(mode):
-        return Kind.FILE
-    return Kind.FOLDER if stat.S_ISDIR(mode) else Kind.OTHER
+        return FileKind.FILE
+    return FileKind.FOLDER if stat.S_ISDIR(mode) else FileKind.OTHER
 
 
 def _joined(folder: str, name: str) -> str:
@@ -157,7 +157,7 @@ class _Writer:
 
     def __init__(self, path: Path, size: int | None) -> None:
         self._path = path
-        self._partial = paths.partial_of(path)
+        self._partial = paths.partial_path(path)
         with writing(path):
             self._fd = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
@@ -181,7 +181,7 @@ class _Writer:
             else:
                 take_place(self._fd, self._partial, self._path)
             self._close()
-        return Identity.of(found)
+        return FileIdentity.of(found)
 
     def _link(self) -> None:
         """Give the file its name only where nothing has it."""

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from ckpt_convert.errors import CkptConvertError, OutputExistsError, UnsafeFileError, UnwritableError
-from ckpt_convert.storage.base import Entry, Kind, Version, changed
-from ckpt_convert.storage.far import FarFile, FarStore
+from ckpt_convert.storage.base import Entry, FileKind, Version, source_changed
 from ckpt_convert.storage.listing import Listing
+from ckpt_convert.storage.object_store import ObjectFile, ObjectStore
 
 
 class _Object(NamedTuple):
@@ -19,7 +19,7 @@ class _Object(NamedTuple):
     version: Version
 
 
-class MemoryStore(FarStore):
+class MemoryStore(ObjectStore):
     """Files in memory under their names, the same for as long as this object is.
 
     Every request takes ``latency`` seconds: they are added up in ``waited``, and with ``sleeping`` spent as well.
@@ -41,7 +41,7 @@ class MemoryStore(FarStore):
             entries: dict[str, Entry] = {name: found.version for name, found in self._objects.items()}
         return Listing(prefix, entries).list(prefix, deep=deep)
 
-    def children(self, folder: str) -> Mapping[str, Kind | None]:
+    def children(self, folder: str) -> Mapping[str, FileKind | None]:
         self._request("list")
         with self._lock:
             return Listing(folder, {name: found.version for name, found in self._objects.items()}).children(folder)
@@ -51,7 +51,7 @@ class MemoryStore(FarStore):
         found = self._objects.get(name)
         return found.version if found is not None else None
 
-    def open(self, name: str, expected: Entry | None = None, called: str | None = None) -> FarFile:
+    def open(self, name: str, expected: Entry | None = None, called: str | None = None) -> ObjectFile:
         """As ``Store.open``; what was expected is only asked for with the first bytes."""
         identity = expected or self.entry(name)
         if identity is None:
@@ -62,10 +62,10 @@ class MemoryStore(FarStore):
             found = self._objects.get(name)
             what = "it was removed" if found is None else identity.change(found.version)
             if found is None or what is not None:
-                raise changed(self.label(name), str(what))
+                raise source_changed(self.label(name), str(what))
             return found.data[offset : offset + nbytes]
 
-        return FarFile(called or self.label(name), identity, fetch)
+        return ObjectFile(called or self.label(name), identity, fetch)
 
     def put(self, name: str, data: bytes, *, create_only: bool = False, if_match: str | None = None) -> Entry:
         self._request("put")

@@ -12,7 +12,7 @@ from typing import Protocol, Self, TypeVar
 
 from ckpt_convert.errors import UnsafeFileError, UsageError
 
-LONGEST = 255
+MAX_NAME_BYTES = 255
 """Bytes of a name that file systems take."""
 
 _DRIVE = re.compile(r"[A-Za-z]:")
@@ -48,15 +48,15 @@ def check_name(name: str, said_by: str) -> str:
             f"{said_by}: names the file {name!r}, which is no plain name inside the directory; "
             "the checkpoint is damaged or hostile, do not use it"
         )
-    if any(len(part.encode("utf-8", "surrogatepass")) > LONGEST for part in path.parts):
+    if any(len(part.encode("utf-8", "surrogatepass")) > MAX_NAME_BYTES for part in path.parts):
         raise UnsafeFileError(
-            f"{said_by}: names a file {name[:60]!r}…, which is longer than the {LONGEST} bytes that file systems take; "
-            "rename it where it was made, or download it again"
+            f"{said_by}: names a file {name[:60]!r}…, which is longer than the {MAX_NAME_BYTES} bytes that file "
+            "systems take; rename it where it was made, or download it again"
         )
     return name
 
 
-def stays_inside(name: str) -> bool:
+def is_safe_name(name: str) -> bool:
     """Whether every system reads a name as the same one inside the directory."""
     try:
         check_name(name, "")
@@ -82,8 +82,8 @@ def local_path(given: str | os.PathLike[str], what: str = "") -> Path:
             way = "use a directory of this machine, and copy it from there or to there with the store's own tools"
         raise UsageError(f"{label}: {scheme}:// addresses are not supported; {way}")
     path = Path(os.path.expanduser(text))
-    if any(len(os.fsencode(part)) > LONGEST for part in path.parts):
-        raise UsageError(f"{label[:60]}…: has a name of more than the {LONGEST} bytes that file systems take")
+    if any(len(os.fsencode(part)) > MAX_NAME_BYTES for part in path.parts):
+        raise UsageError(f"{label[:60]}…: has a name of more than the {MAX_NAME_BYTES} bytes that file systems take")
     return path
 
 
@@ -99,11 +99,11 @@ class _Named(Protocol):
 _Name = TypeVar("_Name", bound=_Named)
 
 
-def partial_of(destination: _Name) -> _Name:
+def partial_path(destination: _Name) -> _Name:
     """The directory beside ``destination`` that its output is written into."""
     return destination.with_name(f".{destination.name}{PARTIAL}")
 
 
-def replaced_of(destination: _Name) -> _Name:
+def replaced_path(destination: _Name) -> _Name:
     """The place beside ``destination`` that an old output is moved to while a new one takes its name."""
     return destination.with_name(f".{destination.name}{REPLACED}")

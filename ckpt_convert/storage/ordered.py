@@ -11,13 +11,13 @@ from types import TracebackType
 from ckpt_convert.errors import NotEnoughSpaceError, OutputExistsError, UnwritableError, VerificationError
 from ckpt_convert.storage.base import Entry, OpenFile, Version, Writer
 from ckpt_convert.storage.checksums import digest
-from ckpt_convert.storage.far import FarFile, FarStore
+from ckpt_convert.storage.journaled import JournaledDirectory
 from ckpt_convert.storage.listing import Listing
-from ckpt_convert.storage.marked import Marked
 from ckpt_convert.storage.names import JOURNAL
+from ckpt_convert.storage.object_store import ObjectFile, ObjectStore
 from ckpt_convert.storage.place import Place
 from ckpt_convert.storage.system import Advice
-from ckpt_convert.words import listing
+from ckpt_convert.wording import indented_list
 
 PART = 8 << 20
 """Bytes of a file that is appended to, in each request."""
@@ -43,15 +43,15 @@ class OrderedFolder:
     ``advice`` is how errors go on.
     """
 
-    directory: Marked
+    directory: JournaledDirectory
     advice: Advice
     inside: str = ""
     ledger: _Ledger = field(default_factory=_Ledger)
 
-    def below(self, name: str) -> OrderedFolder:
+    def subfolder(self, name: str) -> OrderedFolder:
         return replace(self, inside=self._full(name))
 
-    def limited(self, mode: int) -> OrderedFolder:
+    def with_mode(self, mode: int) -> OrderedFolder:
         """The same: such a store has no permissions of single files."""
         return self
 
@@ -72,7 +72,7 @@ class OrderedFolder:
         full = self._full(name)
         with self.advised():
             self._announce(full)
-            return OrderedFile(self, full, self.directory.store.create(self.directory.full(full), size))
+            return OrderedFile(self, full, self.directory.store.create(self.directory.full_name(full), size))
 
     def write(self, name: str, data: bytes) -> None:
         if self.comes_last(name):
@@ -105,7 +105,7 @@ class OrderedFolder:
     def _changed(self, changes: list[str]) -> VerificationError:
         return VerificationError(
             f"{self.directory.place}: something else wrote there meanwhile, so that nothing was published:"
-            f"{listing(changes)}\nsee to it that nothing else does, and run it again"
+            f"{indented_list(changes)}\nsee to it that nothing else does, and run it again"
         )
 
     def is_written(self, name: str, entry: Entry) -> bool:
@@ -145,7 +145,7 @@ class OrderedFolder:
     def _write(self, full: str, data: bytes) -> None:
         with self.advised():
             self._announce(full)
-        self.finish(full, lambda: self.directory.store.put(self.directory.full(full), data, create_only=True))
+        self.finish(full, lambda: self.directory.store.put(self.directory.full_name(full), data, create_only=True))
 
     def _announce(self, full: str) -> None:
         if full not in self.directory.journal.names:
@@ -221,7 +221,7 @@ class OrderedJournal:
     def note(self, line: str) -> None:
         """Nothing: a piece does not outlive an attempt."""
 
-    def whole(self, name: str, line: str) -> None:
+    def note_file(self, name: str, line: str) -> None:
         if self._folder is not None:
             self._folder.note_whole(name, line)
 
@@ -229,12 +229,12 @@ class OrderedJournal:
         """Nothing is held."""
 
 
-class WithKept(FarStore):
+class OverlayStore(ObjectStore):
     """A directory as it will be: with the files that are kept back."""
 
-    def __init__(self, directory: Marked, kept: Mapping[str, bytes]) -> None:
+    def __init__(self, directory: JournaledDirectory, kept: Mapping[str, bytes]) -> None:
         self._store = directory.store
-        self._kept = {directory.full(name): data for name, data in kept.items()}
+        self._kept = {directory.full_name(name): data for name, data in kept.items()}
 
     def list(self, prefix: str, *, deep: bool = True) -> dict[str, Entry]:
         found = self._store.list(prefix)
@@ -249,7 +249,7 @@ class WithKept(FarStore):
         data = self._kept.get(name)
         if data is None:
             return self._store.open(name, expected, called)
-        return FarFile(called or self.label(name), _entry_of(data), lambda offset, nbytes: data[offset:][:nbytes])
+        return ObjectFile(called or self.label(name), _entry_of(data), lambda offset, nbytes: data[offset:][:nbytes])
 
     def label(self, name: str) -> str:
         return self._store.label(name)

@@ -13,8 +13,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from ckpt_convert.errors import UnsafeFileError
-from ckpt_convert.storage.base import Entry, Kind, Names, OpenFile, Store, changed, read, refuse
-from ckpt_convert.storage.listing import Level, Listing
+from ckpt_convert.storage.base import (
+    Entry,
+    FileKind,
+    NameLookup,
+    OpenFile,
+    Store,
+    read_range,
+    require_regular_file,
+    source_changed,
+)
+from ckpt_convert.storage.listing import FolderListing, Listing
 from ckpt_convert.storage.local import LOCAL
 from ckpt_convert.storage.names import check_name, local_path
 
@@ -29,7 +38,7 @@ class Place:
 
     store: Store
     path: PurePosixPath
-    listing: Listing | Level | None = field(default=None, compare=False, repr=False)
+    listing: Listing | FolderListing | None = field(default=None, compare=False, repr=False)
 
     # The name
 
@@ -61,11 +70,11 @@ class Place:
     def with_name(self, name: str) -> Place:
         return self._at(self.path.with_name(name))
 
-    def below(self, folder: Place) -> str:
+    def relative_name(self, folder: Place) -> str:
         """The name from a folder on; raises ValueError for what does not lie below it."""
         return self.path.relative_to(folder.path).as_posix()
 
-    def is_below(self, folder: Place) -> bool:
+    def is_inside(self, folder: Place) -> bool:
         """Whether the name says that this lies in a folder, or in one of its own."""
         return self.store == folder.store and folder.path in self.path.parents
 
@@ -79,28 +88,28 @@ class Place:
     # What is there
 
     @property
-    def _names(self) -> Names:
+    def _names(self) -> NameLookup:
         listed = self.listing is not None and self.listing.covers(str(self.path))
         return self.listing if listed and self.listing is not None else self.store
 
-    def _contents(self, *, deep: bool = False) -> Names:
+    def _contents(self, *, deep: bool = False) -> NameLookup:
         """Who is asked for what is below."""
-        unknown = isinstance(self.listing, Level) and (deep or self.listing.prefix != str(self.path))
+        unknown = isinstance(self.listing, FolderListing) and (deep or self.listing.prefix != str(self.path))
         return self.store if unknown else self._names
 
-    def kind(self) -> Kind | None:
+    def kind(self) -> FileKind | None:
         """What the name leads to, None for nothing; raises UnreadableError where that cannot be told."""
         return self._names.kind(str(self.path))
 
-    def is_regular(self) -> bool:
+    def is_regular_file(self) -> bool:
         """Whether a regular file is there, be it by a link."""
-        return self.kind() is Kind.FILE
+        return self.kind() is FileKind.FILE
 
     def is_folder(self) -> bool:
         """Whether there is something below this name."""
-        return self.kind() is Kind.FOLDER
+        return self.kind() is FileKind.FOLDER
 
-    def is_there(self) -> bool:
+    def is_present(self) -> bool:
         """Whether anything is there; what the store fails to say is no answer, but raises UnreadableError."""
         return self.kind() is not None or self._names.entry(str(self.path)) is not None
 
@@ -110,13 +119,13 @@ class Place:
 
     def files(self) -> list[Place]:
         """The regular files right below, in no order; raises as ``children`` does."""
-        return self._of(Kind.FILE)
+        return self._of(FileKind.FILE)
 
     def folders(self) -> list[Place]:
         """The folders right below, in no order; raises as ``children`` does."""
-        return self._of(Kind.FOLDER)
+        return self._of(FileKind.FOLDER)
 
-    def _of(self, wanted: Kind) -> list[Place]:
+    def _of(self, wanted: FileKind) -> list[Place]:
         return [self / name for name, kind in self._contents().children(str(self.path)).items() if kind is wanted]
 
     def entries(self, *, deep: bool = True) -> dict[Place, Entry]:
@@ -130,8 +139,8 @@ class Place:
         Folders whose name ``enters`` does not accept are left out; links to folders are listed, and not entered.
         """
         kinds = self._contents().children(str(self.path))
-        folders = [self / name for name in sorted(kinds) if kinds[name] is Kind.FOLDER and enters(name)]
-        yield self, folders, [self / name for name in sorted(kinds) if kinds[name] is not Kind.FOLDER]
+        folders = [self / name for name in sorted(kinds) if kinds[name] is FileKind.FOLDER and enters(name)]
+        yield self, folders, [self / name for name in sorted(kinds) if kinds[name] is not FileKind.FOLDER]
         for folder in folders:
             if folder.link() is None:
                 yield from folder.walk(enters)
@@ -144,17 +153,17 @@ class Place:
         """The same place by its one name, whatever links lead to it."""
         return self._at(PurePosixPath(self.store.real(str(self.path))))
 
-    def inside(self, name: str, said_by: str) -> Place:
+    def resolve_member(self, name: str, said_by: str) -> Place:
         """A file below this folder whose name another file (``said_by``) says: it stays in the folder.
 
         Raises UnsafeFileError for a name or a link that leaves it and for what is no regular file,
         CheckpointNotFoundError where nothing is there.
         """
         found = self / check_name(name, said_by)
-        if found._names is self.store or not self.store.lists_whole:  # a listing says nothing of where links lead
+        if found._names is self.store or not self.store.prefers_listing:  # a listing says nothing of where links lead
             self.store.guard(str(self.path), name, said_by)
         else:
-            refuse(str(found), found.kind(), said_by)
+            require_regular_file(str(found), found.kind(), said_by)
         return found
 
     # What is in it
@@ -173,7 +182,7 @@ class Place:
         """The file as it is; raises SourceChangedError where it is not there any more, UnreadableError."""
         found = self._names.entry(str(self.path))
         if found is None:
-            raise changed(self, "it was removed")
+            raise source_changed(self, "it was removed")
         return found
 
     def open(self, called: str | None = None, *, expected: Entry | None = None) -> OpenFile:
@@ -185,19 +194,19 @@ class Place:
             expected = self._names.entry(str(self.path))
         return self.store.open(str(self.path), expected, called)
 
-    def read(self, most: int, *, expected: Entry | None = None) -> bytes:
-        """A small file, whole; raises what ``open`` does, and UnsafeFileError for one of more than ``most`` bytes."""
+    def read(self, max_bytes: int, *, expected: Entry | None = None) -> bytes:
+        """A small file, whole; raises what ``open`` does, and UnsafeFileError for a file of more than ``max_bytes``."""
         with self.open(expected=expected) as file:
-            if file.size > most:
+            if file.size > max_bytes:
                 raise UnsafeFileError(
-                    f"{self}: has {file.size:,} bytes, where a file of its kind has {most:,} at most; "
+                    f"{self}: has {file.size:,} bytes, where a file of its kind has {max_bytes:,} at most; "
                     "is this the right file?"
                 )
-            return read(file, 0, file.size)
+            return read_range(file, 0, file.size)
 
-    def read_inside(self, name: str, said_by: str, most: int) -> bytes:
+    def read_member(self, name: str, said_by: str, most: int) -> bytes:
         """A small file below this folder whose name another file says; raises what ``inside`` and ``read`` do."""
-        return self.inside(name, said_by).read(most)
+        return self.resolve_member(name, said_by).read(most)
 
     def mode(self) -> int:
         """The permissions that a copy may have: nobody may do with it what they could not do with the original."""
@@ -207,22 +216,22 @@ class Place:
 
     def listed(self) -> Place:
         """The same place with all that is below it listed, in one request; as it is where asking costs nothing."""
-        if not self.store.lists_whole or self.listing is not None:
+        if not self.store.prefers_listing or self.listing is not None:
             return self
         name = str(self.path)
         return replace(self, listing=Listing(name, self.store.list(name)))
 
-    def noted(self) -> Place:
+    def with_listing(self) -> Place:
         """The same place with what is there noted, once: all below it as ``listed``, or what lies right below.
 
         Raises UnreadableError.
         """
         name = str(self.path)
-        if self.store.lists_whole or self.listing is not None or self.store.kind(name) is not Kind.FOLDER:
+        if self.store.prefers_listing or self.listing is not None or self.store.kind(name) is not FileKind.FOLDER:
             return self.listed()
-        return replace(self, listing=Level(name, self.store.children(name), self.store.list(name, deep=False)))
+        return replace(self, listing=FolderListing(name, self.store.children(name), self.store.list(name, deep=False)))
 
-    def anew(self) -> Place:
+    def without_listing(self) -> Place:
         """The same place without what was listed, so that it is asked for as it is now."""
         return replace(self, listing=None)
 
@@ -231,28 +240,28 @@ Location = str | os.PathLike[str] | Place
 """How somebody gives a place: a path, or a place in any store."""
 
 
-def locate(given: Location, what: str = "") -> Place:
+def checked_place(given: Location, what: str = "") -> Place:
     """The place that somebody gives for ``what``, with ``~`` as the home directory of a local one.
 
     Raises UsageError for the address of a store or a web server, and for a name that no file system takes.
     """
-    return given if isinstance(given, Place) else at(local_path(os.fspath(given), what))
+    return given if isinstance(given, Place) else as_place(local_path(os.fspath(given), what))
 
 
-def at(path: Location) -> Place:
+def as_place(path: Location) -> Place:
     """A local path, or a place, as it is."""
     return path if isinstance(path, Place) else Place(LOCAL, PurePosixPath(path))
 
 
-def identities(folder: Place, *inner: str) -> dict[Place, Entry]:
+def list_identities(folder: Place, *inner: str) -> dict[Place, Entry]:
     """Every file right below a folder as it is now, and every file below some folders in it; links are followed."""
     found = folder.entries(deep=False)
     for name in inner:
-        found |= (folder / name).entries() if (folder / name).is_there() else {}
+        found |= (folder / name).entries() if (folder / name).is_present() else {}
     return found
 
 
-def compare(files: Mapping[Place, Entry]) -> list[str]:
+def check_unchanged(files: Mapping[Place, Entry]) -> list[str]:
     """Hold files against what they were: those that are the same, in size and time, but lie in another place.
 
     Raises SourceChangedError for one that was changed, replaced or removed.
@@ -260,10 +269,10 @@ def compare(files: Mapping[Place, Entry]) -> list[str]:
     moved = []
     for place, before, now in _now(files):
         if now is None:
-            raise changed(place, "it was removed")
+            raise source_changed(place, "it was removed")
         what = before.change(now)
         if what is not None:
-            raise changed(place, what)
+            raise source_changed(place, what)
         if now != before:
             moved.append(f"{place}: was replaced by a copy of the same size and time while it was read")
     return moved
@@ -288,8 +297,8 @@ class FilePool:
     Each is what it was when it was first identified, or reading it raises SourceChangedError.
     """
 
-    def __init__(self, most: int = 64) -> None:
-        self._most = most
+    def __init__(self, max_open: int = 64) -> None:
+        self._most = max_open
         self._idle: list[tuple[Place, OpenFile]] = []
         self._lock = threading.Lock()
 

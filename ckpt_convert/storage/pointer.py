@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ckpt_convert.errors import CkptConvertError, OutputExistsError
 from ckpt_convert.storage.names import check_name
-from ckpt_convert.storage.place import Place, at
+from ckpt_convert.storage.place import Place, as_place
 from ckpt_convert.storage.system import UNSUPPORTED, replace_file, sync_directory
 
 SUFFIX = ".pointer"
@@ -25,8 +25,8 @@ _LONGEST_POINTER = 1024
 def check_pointer(output_dir: Path, name: str) -> None:
     """Refuse a pointer of this name where something else has it; raises OutputExistsError."""
     path = output_dir / name
-    if os.path.lexists(path) and target_of(at(path)) is None:
-        raise in_the_way(at(path))
+    if os.path.lexists(path) and read_pointer(as_place(path)) is None:
+        raise in_the_way(as_place(path))
 
 
 def in_the_way(place: Place) -> OutputExistsError:
@@ -37,7 +37,7 @@ def in_the_way(place: Place) -> OutputExistsError:
     )
 
 
-def text(target: str) -> bytes:
+def pointer_text(target: str) -> bytes:
     """What a pointer says that is no link."""
     return f"{target}\n".encode()
 
@@ -56,34 +56,34 @@ def point(output_dir: Path, name: str, target: str) -> None:
         windows = getattr(error, "winerror", None) is not None
         if isinstance(error, OSError) and error.errno not in _NO_LINKS and not windows:
             raise
-        replace_file(output_dir / name, text(target), temporary)
+        replace_file(output_dir / name, pointer_text(target), temporary)
         return
     os.replace(temporary, output_dir / name)
     sync_directory(output_dir)
 
 
-def pointed(parent: Place, name: str) -> Place | None:
+def pointer_target(parent: Place, name: str) -> Place | None:
     """The directory that a pointer leads to; None where there is no pointer, or nothing that it leads to."""
-    target = target_of(parent / name)
+    target = read_pointer(parent / name)
     return parent / target if target is not None and (parent / target).is_folder() else None
 
 
-def followed(place: Place) -> Place:
+def follow_pointer(place: Place) -> Place:
     """The directory beside a text file that is a pointer to it; any other place as it is: links, the system follows.
 
     Raises UnreadableError.
     """
-    found = pointed(place.parent, place.name) if place.is_regular() and place.link() is None else None
+    found = pointer_target(place.parent, place.name) if place.is_regular_file() and place.link() is None else None
     # Where links can be made, the pointer is one: a text never leads through another, out of its directory.
     return found if found is not None and found.link() is None else place
 
 
-def target_of(place: Place) -> str | None:
+def read_pointer(place: Place) -> str | None:
     """What a pointer says, None if this is none of ours: ours hold the plain name of a directory beside them."""
     with contextlib.suppress(CkptConvertError, ValueError):
         place = place.listed()
         said = place.link()
-        if said is None and place.is_regular() and place.identity().size <= _LONGEST_POINTER:
+        if said is None and place.is_regular_file() and place.identity().size <= _LONGEST_POINTER:
             said = place.read(_LONGEST_POINTER).decode().removesuffix("\n")
         if said and "/" not in said and not said.startswith("."):
             return check_name(said, str(place))

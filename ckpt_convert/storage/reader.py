@@ -14,13 +14,13 @@ from types import TracebackType
 from typing import NamedTuple
 
 from ckpt_convert.errors import CorruptFileError, UnreadableError, UnsafeFileError
-from ckpt_convert.storage.base import Entry, changed
+from ckpt_convert.storage.base import Entry, source_changed
 
-WORKERS = max(2, min(4, os.cpu_count() or 2))
+DEFAULT_WORKERS = max(2, min(4, os.cpu_count() or 2))
 """Workers by default: two keep a disk busy; more than four only help where many cores feed a very fast one."""
 
 
-class Identity(NamedTuple):
+class FileIdentity(NamedTuple):
     """Which file this is, and since when it is as it is: a file that was changed or replaced has another one.
 
     Permissions and access times are no part of it.
@@ -32,7 +32,7 @@ class Identity(NamedTuple):
     mtime_ns: int
 
     @classmethod
-    def of(cls, found: os.stat_result) -> Identity:
+    def of(cls, found: os.stat_result) -> FileIdentity:
         return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
     @property
@@ -43,7 +43,7 @@ class Identity(NamedTuple):
         """What has changed since in the content, in words; None where size and time are what they were."""
         if now.size != self.size:
             return f"it had {self.size:,} bytes and has {now.size:,} now"
-        if isinstance(now, Identity) and now.mtime_ns != self.mtime_ns:
+        if isinstance(now, FileIdentity) and now.mtime_ns != self.mtime_ns:
             what = "written to" if now[:2] == self[:2] else "replaced"
             return f"it was {what} at {_time(now.mtime_ns)}, and was of {_time(self.mtime_ns)} before"
         return None
@@ -60,10 +60,10 @@ def reading(path: object = None, operation: str = "read") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise unreadable(error, path, operation) from error
+        raise unreadable_error(error, path, operation) from error
 
 
-def unreadable(error: OSError, path: object = None, operation: str = "read") -> UnreadableError:
+def unreadable_error(error: OSError, path: object = None, operation: str = "read") -> UnreadableError:
     """The error for a file-system call that failed on ``path``, where the error does not name it itself."""
     if error.errno in (errno.EACCES, errno.EPERM):
         advice = "look at its permissions"
@@ -96,16 +96,16 @@ class LocalFile:
             except (FileNotFoundError, NotADirectoryError):
                 if expected is None:
                     raise
-                raise changed(path, "it was removed") from None
+                raise source_changed(path, "it was removed") from None
             found = os.fstat(self._fd)
         if not stat.S_ISREG(found.st_mode):
             self.close()
             raise UnsafeFileError(f"{self.name}: is no regular file; move it elsewhere, and put the file itself there")
-        self.identity = Identity.of(found)
+        self.identity = FileIdentity.of(found)
         self.size = self.identity.size
         if expected is not None and (what := expected.change(self.identity)) is not None:
             self.close()
-            raise changed(path, what)
+            raise source_changed(path, what)
 
     def __reduce__(self) -> tuple[partial[LocalFile], tuple[()]]:
         """Another process opens the file anew, where it has to be what it is here: a descriptor means nothing there."""

@@ -13,12 +13,12 @@ from pathlib import Path
 
 from ckpt_convert.errors import CkptConvertError, CorruptFileError, LockedError
 from ckpt_convert.storage.lock import Lock
-from ckpt_convert.storage.names import DELETED, JOURNAL, PARTIAL, REPLACED, partial_of
-from ckpt_convert.storage.place import at
-from ckpt_convert.storage.pointer import SUFFIX, target_of
+from ckpt_convert.storage.names import DELETED, JOURNAL, PARTIAL, REPLACED, partial_path
+from ckpt_convert.storage.place import as_place
+from ckpt_convert.storage.pointer import SUFFIX, read_pointer
 from ckpt_convert.storage.reader import reading
 from ckpt_convert.storage.rules import Rules
-from ckpt_convert.storage.staging import remove
+from ckpt_convert.storage.staging import remove_staged
 from ckpt_convert.storage.system import sync_directory
 
 log = logging.getLogger("ckpt_convert")
@@ -36,7 +36,7 @@ def withdraw(path: Path, rules: Rules) -> None:
 
 def removal_name(path: Path) -> Path:
     """Where a directory goes to be removed: a name under which nobody takes it for complete, and ``tidy`` knows it."""
-    return partial_of(path.with_name(f"{path.name}{DELETED}"))
+    return partial_path(path.with_name(f"{path.name}{DELETED}"))
 
 
 def finish_removal(hidden: Path, original: Path, rules: Rules) -> None:
@@ -48,12 +48,12 @@ def finish_removal(hidden: Path, original: Path, rules: Rules) -> None:
     journal = hidden / JOURNAL
     journal.touch()
     sync_directory(hidden)
-    listed = rules.listed(at(hidden))
-    mark = rules.marks[-1]
+    listed = rules.listed_files(as_place(hidden))
+    mark = rules.manifests[-1]
     if not listed and os.path.lexists(hidden / mark):
         raise CorruptFileError(f"{hidden / mark}: is damaged, so nothing says which files are to be removed")
-    _remove_files(hidden, listed.difference(rules.marks), rules)
-    for name in rules.marks:
+    _remove_files(hidden, listed.difference(rules.manifests), rules)
+    for name in rules.manifests:
         if name in listed:
             (hidden / name).unlink(missing_ok=True)
     _remove_files(hidden, frozenset(), rules)  # folders that are empty now
@@ -111,16 +111,16 @@ def tidy(parent: Path, rules: Rules) -> None:
                 _tidy_partial(path, rules)
             elif path.name.endswith(REPLACED):
                 _tidy_replaced(path, rules)
-            elif target_of(at(path)) is not None or not os.lstat(path).st_size:
+            elif read_pointer(as_place(path)) is not None or not os.lstat(path).st_size:
                 path.unlink()
                 log.info("half-written pointer %s removed", path)
         except (OSError, CkptConvertError) as error:
             said = error.strerror if isinstance(error, OSError) else error
             log.warning("%s is left over and cannot be removed: %s", path, said)
-    half_written = partial_of(Path(rules.marks[-1]))
+    half_written = partial_path(Path(rules.manifests[-1]))
     for path in parent.glob(f"*/{half_written}"):
         directory = path.parents[len(half_written.parts) - 1]
-        if not directory.is_symlink() and rules.is_complete(at(directory), directory.name):
+        if not directory.is_symlink() and rules.is_complete(as_place(directory), directory.name):
             _remove_half_written(path)
 
 
@@ -135,19 +135,23 @@ def _tidy_partial(path: Path, rules: Rules) -> None:
     name = path.name[1 : -len(PARTIAL)]
     removed = name.removesuffix(DELETED)
     with contextlib.suppress(LockedError), Lock.directory(path, "it is being written") as lock:
-        if not os.path.lexists(path / JOURNAL) and any(path.iterdir()) and not rules.is_complete(at(path), removed):
+        if (
+            not os.path.lexists(path / JOURNAL)
+            and any(path.iterdir())
+            and not rules.is_complete(as_place(path), removed)
+        ):
             return
         if removed != name:
             finish_removal(path, path.with_name(removed), rules)
         else:
-            remove(lock.fd, path, rules.rank)
+            remove_staged(lock.fd, path, rules.rank)
             log.warning("half-written %s removed", path)
 
 
 def _tidy_replaced(path: Path, rules: Rules) -> None:
     original = path.with_name(path.name[1 : -len(REPLACED)])
-    ours = rules.is_complete(at(path), original.name)
-    if rules.is_complete(at(original), original.name) and (os.path.lexists(path / JOURNAL) or ours):
+    ours = rules.is_complete(as_place(path), original.name)
+    if rules.is_complete(as_place(original), original.name) and (os.path.lexists(path / JOURNAL) or ours):
         finish_removal(path, original, rules)
         log.warning("%s removed: %s, which replaced it, is complete", path, original.name)
     elif not os.path.lexists(original) and ours:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ckpt_convert.errors import OutputExistsError
 from ckpt_convert.storage.place import Place
-from ckpt_convert.words import MORE, some
+from ckpt_convert.wording import MORE, first_few
 
 
 def _everything(directory: Place) -> list[str]:
@@ -16,20 +16,21 @@ def _everything(directory: Place) -> list[str]:
 
 @dataclass(frozen=True)
 class Rules:
-    """Whose a directory is, and what comes last in it.
+    """Who owns a directory, and which of its files are written last.
 
-    ``foreign`` names what is in a directory and would be lost to its owner if that were replaced: nothing, for one that
-    is wholly ours or wholly a checkpoint. ``is_ours`` says whether what is in a directory says that we wrote it;
-    ``rank`` of a file's name how late it is written (see ``Folder``). ``listed`` are the files that a directory itself
-    says were written into it; ``marks`` the names of those that say so, the one of the whole last. ``is_complete`` says
-    whether a directory was completed under this name.
+    foreign: the files in a directory that replacing it would destroy; none if all of it is ours or a checkpoint's.
+    is_ours: whether the content of a directory shows that we wrote it.
+    rank: how late a file of this name is written (see ``Folder``).
+    listed_files: the files that a directory's own manifests list.
+    manifests: the names of those manifests, that of the whole directory last.
+    is_complete: whether a directory was completed under this name.
     """
 
     foreign: Callable[[Place], Sequence[str]] = _everything
     is_ours: Callable[[Place], bool] = lambda place: False
     rank: Callable[[str], int] = lambda name: 0
-    listed: Callable[[Place], frozenset[str]] = lambda place: frozenset()
-    marks: tuple[str, ...] = ()
+    listed_files: Callable[[Place], frozenset[str]] = lambda place: frozenset()
+    manifests: tuple[str, ...] = ()
     is_complete: Callable[[Place, str], bool] = lambda place, name: False
 
 
@@ -45,7 +46,7 @@ def refuse_existing(destination: Place, there: Collection[str], rules: Rules, *,
     foreign = rules.foreign(destination)
     if not foreign:
         return
-    shown = some(foreign, 8, MORE)
+    shown = first_few(foreign, 8, MORE)
     if {name.rstrip("/") for name in foreign} >= {*there}:
         raise OutputExistsError(
             f"{destination}: holds no checkpoint, but {shown}, so `overwrite=True` does not remove it; choose another "

@@ -25,13 +25,13 @@ from ckpt_convert.errors import (
     UnwritableError,
     VerificationError,
 )
-from ckpt_convert.storage.folder import Folder, is_plain, lstat, remove_all, remove_one
+from ckpt_convert.storage.folder import Folder, is_regular_file, lstat, remove_all, remove_entry
 from ckpt_convert.storage.lock import Lock
-from ckpt_convert.storage.names import JOURNAL, partial_of, replaced_of
-from ckpt_convert.storage.place import Place, at
+from ckpt_convert.storage.names import JOURNAL, partial_path, replaced_path
+from ckpt_convert.storage.place import Place, as_place
 from ckpt_convert.storage.rules import Rules, refuse_existing
 from ckpt_convert.storage.system import Advice, exchange, sync_directory, writing
-from ckpt_convert.words import listing
+from ckpt_convert.wording import indented_list
 
 log = logging.getLogger("ckpt_convert")
 
@@ -39,7 +39,7 @@ log = logging.getLogger("ckpt_convert")
 def refuse_replacing(destination: Path, rules: Rules, *, overwrite: bool) -> None:
     """``refuse_existing`` for what has the name of a destination now."""
     with writing(destination, "looked at"):
-        refuse_existing(at(destination), os.listdir(destination), rules, overwrite=overwrite)
+        refuse_existing(as_place(destination), os.listdir(destination), rules, overwrite=overwrite)
 
 
 class Journal:
@@ -54,7 +54,7 @@ class Journal:
         with writing(self._path, "written", self._advice):
             self._file.write(f"{line}\n")
 
-    def whole(self, name: str, line: str) -> None:
+    def note_file(self, name: str, line: str) -> None:
         """Nothing: what is done of a file was noted piece by piece."""
 
     def close(self) -> None:
@@ -84,8 +84,8 @@ class Staging:
         self.destination = destination.resolve() if destination.is_dir() else destination.absolute()
         self.rules = rules or Rules()
         self.overwrite = overwrite
-        self.path = partial_of(self.destination)
-        self._aside = replaced_of(self.destination)
+        self.path = partial_path(self.destination)
+        self._aside = replaced_path(self.destination)
         self._old: Lock | None = None
         what = f"what is done lies in {self.path.name}"
         self.advice = advice or Advice(
@@ -127,11 +127,11 @@ class Staging:
         if not aside.is_dir() or aside.is_symlink():
             return
         begun = os.path.lexists(aside / JOURNAL)  # its removal, so what replaced it was complete
-        ours = self.rules.is_ours(at(aside))
+        ours = self.rules.is_ours(as_place(aside))
         with self._writing(aside, "put back"):
-            if begun or (ours and os.path.lexists(self.destination) and not self.rules.foreign(at(aside))):
+            if begun or (ours and os.path.lexists(self.destination) and not self.rules.foreign(as_place(aside))):
                 with Folder.at(aside) as old:
-                    remove(old.fd, aside, self.rules.rank)
+                    remove_staged(old.fd, aside, self.rules.rank)
             elif not os.path.lexists(self.destination) and (ours or self.rules.is_ours(self.place)):
                 os.rename(aside, self.destination)
 
@@ -173,7 +173,7 @@ class Staging:
         """
         if self.rules.is_ours(self.place):
             return True
-        return self.overwrite and self.rules.is_ours(at(self.destination)) and not self.rules.foreign(self.place)
+        return self.overwrite and self.rules.is_ours(as_place(self.destination)) and not self.rules.foreign(self.place)
 
     def _in_the_way(self, what: str) -> OutputExistsError:
         return OutputExistsError(
@@ -189,7 +189,7 @@ class Staging:
     @property
     def place(self) -> Place:
         """The partial directory: what was written can be read from it."""
-        return at(self.path)
+        return as_place(self.path)
 
     def expect(self, names: Iterable[str]) -> None:
         """Nothing: all that is in the partial directory is this writer's."""
@@ -226,7 +226,7 @@ class Staging:
         """Write the files that come last; all is there then, to be read again, but under no name yet."""
         self.folder.complete()
 
-    def keeps(self, error: BaseException) -> bool:
+    def is_resumable_after(self, error: BaseException) -> bool:
         """Whether the partial directory is worth keeping after this error: it is, where resuming may succeed."""
         may_pass = isinstance(error, NotEnoughSpaceError | UnwritableError | UnreadableError)
         return may_pass and self._holds_work()
@@ -270,8 +270,8 @@ class Staging:
             changes.append("the directory itself was moved, removed or replaced")
         if changes:
             raise VerificationError(
-                f"{self.path}: something else wrote there meanwhile, so that nothing was published:{listing(changes)}\n"
-                "see to it that nothing else does, and run it again"
+                f"{self.path}: something else wrote there meanwhile, so that nothing was published:"
+                f"{indented_list(changes)}\nsee to it that nothing else does, and run it again"
             )
 
     def _publish(self) -> None:
@@ -327,7 +327,7 @@ class Staging:
         if place is None or old is None:
             return
         try:
-            remove(old.fd, place, self.rules.rank)
+            remove_staged(old.fd, place, self.rules.rank)
         except OSError as error:
             log.warning(
                 "%s is complete, but what it replaced is still in %s (%s): remove that",
@@ -395,7 +395,7 @@ _NO_DIRECTORY = (errno.ENOTDIR, errno.ELOOP)
 """What the system says where a directory is to be opened, and something else or a link has its name."""
 
 
-def remove(fd: int, path: Path, rank: Callable[[str], int]) -> None:
+def remove_staged(fd: int, path: Path, rank: Callable[[str], int]) -> None:
     """Remove an open directory; what an interruption leaves of it is known as ours, and taken for no model.
 
     Raises OSError.
@@ -410,7 +410,7 @@ def remove(fd: int, path: Path, rank: Callable[[str], int]) -> None:
 def _journal(fd: int) -> str:
     """The journal in an open directory; nothing where there is none, or none that nothing else changes with."""
     found = lstat(JOURNAL, fd)
-    if found is None or not is_plain(found):
+    if found is None or not is_regular_file(found):
         return ""
     with os.fdopen(os.open(JOURNAL, os.O_RDONLY | _SAFELY, dir_fd=fd), encoding="utf-8", errors="replace") as file:
         return file.read()
@@ -419,8 +419,8 @@ def _journal(fd: int) -> str:
 def _mark(fd: int, text: str) -> None:
     """Write a journal into an open directory, in the place of whatever has its name."""
     found = lstat(JOURNAL, fd)
-    if found is not None and not is_plain(found):
-        remove_one(JOURNAL, found, fd)
+    if found is not None and not is_regular_file(found):
+        remove_entry(JOURNAL, found, fd)
         found = None
     flags = os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if found is not None else os.O_EXCL) | _SAFELY
     with os.fdopen(os.open(JOURNAL, flags, 0o666, dir_fd=fd), "w", encoding="utf-8") as file:

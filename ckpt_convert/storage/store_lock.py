@@ -25,7 +25,7 @@ class StoreLock:
     """
 
     def __init__(self, place: Place, message: str) -> None:
-        self._place = place.anew()
+        self._place = place.without_listing()
         self._text = f"process {os.getpid()} on {socket.gethostname()} ({uuid.uuid4().hex})".encode()
         self._held = True
         self._etag: str | None = None
@@ -63,6 +63,6 @@ def stale(place: Place) -> str:
     return f"the lock is that of {owner}; if that has ended, delete {place}, and run again"
 
 
-def lock_of(destination: Place) -> Place:
+def lock_place(destination: Place) -> Place:
     """The file beside a destination that keeps other writers away."""
-    return destination.anew().with_name(f".{destination.name}{PARTIAL}")
+    return destination.without_listing().with_name(f".{destination.name}{PARTIAL}")

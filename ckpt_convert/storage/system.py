@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckpt_convert.errors import CkptConvertError, NotEnoughSpaceError, UnwritableError
-from ckpt_convert.storage.names import partial_of
+from ckpt_convert.storage.names import partial_path
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 """What the system says when the disk, the quota or the size limit of a file is used up."""
@@ -42,10 +42,10 @@ def writing(path: object, operation: str = "written", advice: Advice | str = Adv
     try:
         yield
     except OSError as error:
-        raise unwritable(error, path, operation, advice) from error
+        raise unwritable_error(error, path, operation, advice) from error
 
 
-def unwritable(
+def unwritable_error(
     error: OSError, path: object, operation: str = "written", advice: Advice | str = Advice()
 ) -> CkptConvertError:
     """The error for a call of the system that failed."""
@@ -78,7 +78,7 @@ def replace_file(path: Path, data: bytes, temporary: Path | None = None, mode: i
 
     Until it is whole it is called ``temporary``; its permissions are ``mode``, or what the umask leaves.
     """
-    temporary = temporary or partial_of(path)
+    temporary = temporary or partial_path(path)
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0)
     try:
         with open(os.open(temporary, flags, 0o666 if mode is None else mode), "wb") as file:

@@ -58,10 +58,10 @@ class Folder(Protocol):
     def place(self) -> Place:
         """Where what was written can be read, before it is published."""
 
-    def below(self, name: str) -> Folder:
+    def subfolder(self, name: str) -> Folder:
         """A folder of this one, that is written as if it were a directory of its own."""
 
-    def limited(self, mode: int) -> Folder:
+    def with_mode(self, mode: int) -> Folder:
         """The same, for files that have these permissions at most."""
 
     def file(self, name: str, size: int | None) -> StagedFile:
@@ -83,7 +83,7 @@ class Journal(Protocol):
     def note(self, line: str) -> None:
         """A part of a file is written."""
 
-    def whole(self, name: str, line: str) -> None:
+    def note_file(self, name: str, line: str) -> None:
         """A file is written, and there for good."""
 
     def close(self) -> None: ...
@@ -122,7 +122,7 @@ class Stage(Protocol):
     def complete(self) -> None:
         """Everything was written: let it be read again, under no name yet."""
 
-    def keeps(self, error: BaseException) -> bool:
+    def is_resumable_after(self, error: BaseException) -> bool:
         """Whether what is done is worth keeping after this error."""
 
     def commit(self) -> None:
@@ -141,7 +141,7 @@ class Stage(Protocol):
     ) -> None: ...
 
 
-class Held(Protocol):
+class HeldLock(Protocol):
     """A lock that this process holds until it is closed."""
 
     def close(self) -> None: ...
@@ -182,7 +182,7 @@ class Workspace(Protocol):
     def make_folder(self, folder: Place) -> None:
         """See that a folder is there, and those above it."""
 
-    def lock(self, place: Place, message: str) -> Held:
+    def lock(self, place: Place, message: str) -> HeldLock:
         """Keep others away by a file; raises LockedError with ``message``."""
 
     def identity(self, folder: Place) -> str:
@@ -200,7 +200,7 @@ class Workspace(Protocol):
     def withdraw(self, directory: Place, rules: Rules) -> None:
         """Remove the files that a directory lists; at no time the rest is taken for complete."""
 
-    def is_left(self, directory: Place) -> bool:
+    def is_leftover(self, directory: Place) -> bool:
         """Whether an interrupted writer left this under the name of a directory, for the next one to replace."""
 
     def tidy(self, parent: Place, rules: Rules) -> None:
@@ -213,7 +213,7 @@ class Workspace(Protocol):
         """Let the pointer ``name`` lead to the directory ``target`` beside it; raises as ``check_pointer`` does."""
 
 
-def of(place: Place) -> Workspace:
+def workspace_of(place: Place) -> Workspace:
     """How it is written where this lies."""
     # Imported here, for most of what is run only reads.
     if isinstance(place.store, LocalStore):

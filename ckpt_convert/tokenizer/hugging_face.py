@@ -57,7 +57,7 @@ def added_tokens(ids: Mapping[str, int], *, special: Iterable[str], plain: Itera
     ]
 
 
-def prepend(token: str, index: int) -> Json:
+def prepend_post_processor(token: str, index: int) -> Json:
     """The post-processor that puts one special token before each sequence."""
 
     def special(type_id: int) -> Json:

@@ -21,10 +21,10 @@ from ckpt_convert.tokenizer.hugging_face import (
     check_fits,
     corrupt_model,
     merge_lines,
-    prepend,
+    prepend_post_processor,
     tokenizer_files,
 )
-from ckpt_convert.words import MORE, some
+from ckpt_convert.wording import MORE, first_few
 
 _SPACE = "▁"
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
@@ -46,7 +46,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Model:
+class SentencePieceModel:
     """A SentencePiece model, as far as ids depend on it; ids below 0 say that there is no such token."""
 
     pieces: tuple[Piece, ...]
@@ -64,7 +64,7 @@ class Model:
     escape_whitespaces: bool
 
 
-def parse_model(data: bytes) -> Model:
+def parse_model(data: bytes) -> SentencePieceModel:
     """Read a serialized ModelProto.
 
     Raises CorruptFileError when the bytes are no ModelProto, or its pieces are not unique, too long, without a finite
@@ -80,7 +80,7 @@ def parse_model(data: bytes) -> Model:
             trainer.update(_fields(_bytes(value)))
         elif number == 3:
             normalizer.update(_fields(_bytes(value)))
-    model = Model(
+    model = SentencePieceModel(
         pieces=tuple(pieces),
         model_type=_int(trainer, 3, 1),
         byte_fallback=bool(_int(trainer, 35, 0)),
@@ -165,7 +165,7 @@ def _piece(index: int, data: bytes) -> Piece:
     return Piece(text, struct.unpack("<f", score)[0], _int(fields, 3, _NORMAL))
 
 
-def _check_pieces(model: Model) -> None:
+def _check_pieces(model: SentencePieceModel) -> None:
     twice = [text for text, count in Counter(piece.text for piece in model.pieces).items() if count > 1]
     if not model.pieces or twice:
         raise corrupt_model(f"expected pieces, each once, found {len(model.pieces)}, repeated: {twice[:4]}")
@@ -183,7 +183,7 @@ def _check_pieces(model: Model) -> None:
         raise corrupt_model("expected a piece for each of the 256 bytes, since bytes are the fallback, found others")
 
 
-def _joinable(model: Model) -> dict[str, float]:
+def _joinable(model: SentencePieceModel) -> dict[str, float]:
     """The scores of the pieces that can come from joining, or be joined.
 
     Control and byte pieces take no part: text that spells them is text. Nor do pieces with a space in them, which no
@@ -192,12 +192,12 @@ def _joinable(model: Model) -> dict[str, float]:
     return {piece.text: piece.score for piece in model.pieces if piece.type == _NORMAL and " " not in piece.text}
 
 
-def user_defined(model: Model) -> list[str]:
+def user_defined(model: SentencePieceModel) -> list[str]:
     """The symbols that SentencePiece takes out of text whole before it joins anything."""
     return [piece.text for piece in model.pieces if piece.type == _USER_DEFINED]
 
 
-def score_merges(model: Model) -> list[tuple[str, str]]:
+def score_merges(model: SentencePieceModel) -> list[tuple[str, str]]:
     """All splits of every normal piece into two, by the score of the piece, then the longer left and right part first.
 
     The lengths decide only where scores are equal, see ``_tied``.
@@ -241,7 +241,7 @@ def sentencepiece_to_hf(data: bytes, *, vocab_size: int | None = None) -> dict[s
         "added_tokens": added_tokens(ids, special=special, plain=symbols),
         "normalizer": _normalizer(model),
         "pre_tokenizer": None,
-        "post_processor": prepend(bos, ids[bos]) if bos is not None else None,
+        "post_processor": prepend_post_processor(bos, ids[bos]) if bos is not None else None,
         "decoder": _decoder(model),
         "model": {
             "type": "BPE",
@@ -259,20 +259,20 @@ def sentencepiece_to_hf(data: bytes, *, vocab_size: int | None = None) -> dict[s
     return tokenizer_files(pipeline, named, padding_side="left")
 
 
-def _normalizer(model: Model) -> Json:
+def _normalizer(model: SentencePieceModel) -> Json:
     """Not the pre-tokenizer Metaspace: that adds no prefix to text which begins with a space, SentencePiece does."""
     spaces: Json = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
     prefix: list[Json] = [{"type": "Prepend", "prepend": _SPACE}] if model.dummy_prefix else []
     return {"type": "Sequence", "normalizers": [*prefix, spaces]}
 
 
-def _decoder(model: Model) -> Json:
+def _decoder(model: SentencePieceModel) -> Json:
     spaces: Json = {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "}
     prefix: list[Json] = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if model.dummy_prefix else []
     return {"type": "Sequence", "decoders": [spaces, {"type": "ByteFallback"}, {"type": "Fuse"}, *prefix]}
 
 
-def _setting_problems(model: Model) -> Iterator[str]:
+def _setting_problems(model: SentencePieceModel) -> Iterator[str]:
     if model.model_type != _BPE:
         yield f"a model of type {_MODEL_TYPES.get(model.model_type, model.model_type)} instead of BPE"
     if model.has_charsmap:
@@ -285,20 +285,20 @@ def _setting_problems(model: Model) -> Iterator[str]:
         yield "`treat_whitespace_as_suffix`, so a space belongs to the word before it"
 
 
-def _piece_problems(model: Model, merges: list[tuple[str, str]]) -> Iterator[str]:
+def _piece_problems(model: SentencePieceModel, merges: list[tuple[str, str]]) -> Iterator[str]:
     unused = [piece.text for piece in model.pieces if piece.type == _UNUSED]
     if unused:
-        yield f"unused pieces, which come apart again after joining: {some(map(repr, unused), 4, MORE)}"
+        yield f"unused pieces, which come apart again after joining: {first_few(map(repr, unused), 4, MORE)}"
     spaced = [text for text in user_defined(model) if not {" ", _SPACE}.isdisjoint(text)]
     if spaced:
-        yield f"user-defined symbols with spaces in them: {some(map(repr, spaced), 4, MORE)}"
+        yield f"user-defined symbols with spaces in them: {first_few(map(repr, spaced), 4, MORE)}"
     scores = _joinable(model)
     alone = sorted({char for text in scores for char in text} - set(scores))
     if alone:
-        yield f"pieces made of characters that are no pieces: {some(map(repr, alone), 4, MORE)}"
+        yield f"pieces made of characters that are no pieces: {first_few(map(repr, alone), 4, MORE)}"
     tied = _tied({left + right: scores[left + right] for left, right in merges})
     if tied:
-        yield f"pieces with equal scores, whose order only SentencePiece knows: {some(map(repr, tied), 4, MORE)}"
+        yield f"pieces with equal scores, whose order only SentencePiece knows: {first_few(map(repr, tied), 4, MORE)}"
 
 
 def _tied(joined: Mapping[str, float]) -> list[str]:

@@ -10,30 +10,35 @@ from dataclasses import dataclass, field
 class TiktokenSpec:
     """A tokenizer whose tokenizer.model holds tiktoken ranks and nothing else.
 
-    ``title`` is what messages call it, ``tokens`` how many ranks it has, ``pattern`` the regular expression that splits
-    texts. Behind the ranks follow so many ``specials``; ``names`` are those that have one, by their position, which are
-    ``names_of`` a release; ``also_named`` what other releases call them. ``begin`` and ``end`` are the names of the
-    tokens around a text, ``turn`` of the one at the end of a turn. ``others`` are tokenizers with other patterns and
-    special tokens, by how many ranks they have.
+    title: its name in messages.
+    n_ranks: how many ranks the file has.
+    pattern: the regular expression that splits texts.
+    n_special_tokens: how many special tokens follow the ranks.
+    special_names: their names by position, where they have one; the others are reserved tokens.
+    names_from: the release that uses these names.
+    bos, eos: the special tokens at the beginning and the end of a text.
+    end_of_turn: the special token at the end of a turn.
+    alternative_names: the names that other releases give the special tokens.
+    other_tokenizers: tokenizers with another pattern and other special tokens, by their number of ranks.
     """
 
     title: str
-    tokens: int
+    n_ranks: int
     pattern: str
-    specials: int
-    names: Mapping[int, str]
-    names_of: str
-    begin: str
-    end: str
-    turn: str
-    also_named: tuple[Mapping[int, str], ...] = ()
-    others: Mapping[int, str] = field(default_factory=dict)
+    n_special_tokens: int
+    special_names: Mapping[int, str]
+    names_from: str
+    bos: str
+    eos: str
+    end_of_turn: str
+    alternative_names: tuple[Mapping[int, str], ...] = ()
+    other_tokenizers: Mapping[int, str] = field(default_factory=dict)
 
-    def special_names(self, named: Mapping[int, str]) -> tuple[str, ...]:
+    def special_token_names(self, named: Mapping[int, str]) -> tuple[str, ...]:
         """The names of the special tokens behind the ranks, the ids without a name numbered as reserved ones."""
         names: list[str] = []
         reserved = 0
-        for index in range(self.specials):
+        for index in range(self.n_special_tokens):
             names.append(named.get(index, f"<|reserved_special_token_{reserved}|>"))
             reserved += index not in named
         return tuple(names)

@@ -23,11 +23,11 @@ from ckpt_convert.tokenizer.hugging_face import (
     check_fits,
     corrupt_model,
     merge_lines,
-    prepend,
+    prepend_post_processor,
     tokenizer_files,
 )
 from ckpt_convert.tokenizer.spec import TiktokenSpec
-from ckpt_convert.words import MORE, some
+from ckpt_convert.wording import MORE, first_few
 
 # Finding the splits of a token costs its length squared; the longest token of those known has 128 bytes.
 _LONGEST_TOKEN = 4096
@@ -111,22 +111,22 @@ def tiktoken_to_hf(spec: TiktokenSpec, data: bytes, *, vocab_size: int | None = 
     has fewer rows, or when the number of tokens is that of another tokenizer.
     """
     tokens = parse_ranks(data)
-    if (other := spec.others.get(len(tokens))) is not None:
+    if (other := spec.other_tokenizers.get(len(tokens))) is not None:
         raise ConfigError(
             f"{TOKENIZER_MODEL}: expected {spec.title}'s tokens, found {len(tokens)}, which are {other}'s: it splits "
             "text by another pattern and has other special tokens; "
             f"take {TOKENIZER_JSON} from the model's Hugging Face release"
         )
-    check_fits(len(tokens) + spec.specials, vocab_size)
+    check_fits(len(tokens) + spec.n_special_tokens, vocab_size)
     alphabet = byte_alphabet()
     vocab = {"".join([alphabet[byte] for byte in token]): rank for rank, token in enumerate(tokens)}
-    specials = {name: len(tokens) + index for index, name in enumerate(spec.special_names(spec.names))}
-    begin, end = spec.begin, spec.end
+    specials = {name: len(tokens) + index for index, name in enumerate(spec.special_token_names(spec.special_names))}
+    begin, end = spec.bos, spec.eos
     pipeline: Json = {
         "added_tokens": added_tokens(specials, special=specials),
         "normalizer": None,
         "pre_tokenizer": _pre_tokenizer(spec),
-        "post_processor": prepend(begin, specials[begin]),
+        "post_processor": prepend_post_processor(begin, specials[begin]),
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
         "model": {
             "type": "BPE",
@@ -174,12 +174,12 @@ def unexpressed_specials(spec: TiktokenSpec, tokenizer_json: bytes) -> list[str]
     """
     document = _load(tokenizer_json)
     base = len(_base_vocab(document))
-    lists = [spec.special_names(names) for names in (spec.names, *spec.also_named)]
-    known = [{names[index] for names in lists} for index in range(spec.specials)]
+    lists = [spec.special_token_names(names) for names in (spec.special_names, *spec.alternative_names)]
+    known = [{names[index] for names in lists} for index in range(spec.n_special_tokens)]
     return [
         f"{name} ({index})"
         for name, index in sorted(_added_tokens(document).items(), key=lambda item: item[1])
-        if not base <= index < base + spec.specials or name not in known[index - base]
+        if not base <= index < base + spec.n_special_tokens or name not in known[index - base]
     ]
 
 
@@ -298,7 +298,7 @@ def _merges(document: Json) -> list[tuple[str, str]]:
 
 
 def _some(items: list[Any]) -> str:
-    return some(map(repr, items), 4, MORE) or "none"
+    return first_few(map(repr, items), 4, MORE) or "none"
 
 
 def _short(value: object) -> str:

@@ -21,7 +21,7 @@ from ckpt_convert.tokenizer.tiktoken_model import (
     tiktoken_to_hf,
     unexpressed_specials,
 )
-from ckpt_convert.words import some
+from ckpt_convert.wording import first_few
 
 __all__ = [
     "TOKENIZER_CONFIG",
@@ -31,9 +31,9 @@ __all__ = [
     "generated_for_hf",
     "generated_for_meta",
     "hf_to_tiktoken",
-    "kind",
     "sentencepiece_to_hf",
     "tiktoken_to_hf",
+    "tokenizer_kind",
 ]
 
 _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]+\r?\n?")
@@ -48,7 +48,7 @@ class GeneratedTokenizer:
     notices: tuple[str, ...] = ()
 
 
-def kind(data: bytes) -> Literal["tiktoken", "sentencepiece", "unknown"]:
+def tokenizer_kind(data: bytes) -> Literal["tiktoken", "sentencepiece", "unknown"]:
     """Tell what a tokenizer.model is from how it begins; whether the rest is whole, only its translation finds out."""
     first_line = data[: data.find(b"\n", 0, 1 << 16) + 1] or data[: 1 << 16]
     if _TIKTOKEN_LINE.fullmatch(first_line):
@@ -59,7 +59,7 @@ def kind(data: bytes) -> Literal["tiktoken", "sentencepiece", "unknown"]:
     return "unknown"
 
 
-def kind_of_json(data: bytes) -> Literal["tiktoken", "sentencepiece", "unknown"]:
+def tokenizer_json_kind(data: bytes) -> Literal["tiktoken", "sentencepiece", "unknown"]:
     """Tell what a tokenizer.json was made of: bytes as tokens of their own (byte_fallback) are SentencePiece's way."""
     if re.search(rb'"byte_fallback"\s*:\s*true', data):
         return "sentencepiece"
@@ -71,9 +71,9 @@ def generated_for_hf(spec: TiktokenSpec, data: bytes, vocab_size: int | None = N
 
     Raises nothing for input it cannot translate: no files then, and the reason as a notice.
     """
-    found = kind(data)
+    found = tokenizer_kind(data)
     try:
-        other = spec.others.get(len(parse_ranks(data))) if found == "tiktoken" else None
+        other = spec.other_tokenizers.get(len(parse_ranks(data))) if found == "tiktoken" else None
         if other is not None:
             reason = f"{TOKENIZER_MODEL} is {other}'s, whose pattern and special tokens are not those of {spec.title}"
             return _nothing(TOKENIZER_JSON, f"{reason}; take {TOKENIZER_JSON} from the model's page on the Hub")
@@ -109,7 +109,7 @@ def generated_for_meta(spec: TiktokenSpec, files: Mapping[str, bytes]) -> Genera
     if unexpressed:
         notices = (
             f"{TOKENIZER_MODEL} holds no special tokens, and Meta's loader names them by itself: "
-            f"{some(unexpressed, 8, ' …')} of {TOKENIZER_JSON} "
+            f"{first_few(unexpressed, 8, ' …')} of {TOKENIZER_JSON} "
             f"{'is' if len(unexpressed) == 1 else 'are'} unknown to it",
         )
     return GeneratedTokenizer({TOKENIZER_MODEL: model}, notices)
@@ -122,15 +122,16 @@ def _nothing(name: str, reason: str) -> GeneratedTokenizer:
 def _tiktoken_notices(spec: TiktokenSpec, data: bytes, vocab_size: int | None) -> tuple[str, ...]:
     tokens = len(parse_ranks(data))
     notices = [
-        f"{TOKENIZER_JSON}: {TOKENIZER_MODEL} holds no names of special tokens, nor a chat template; {spec.names_of}'s "
-        f"names were taken, with {spec.end} as the end (instruct models end a turn with {spec.turn})"
+        f"{TOKENIZER_JSON}: {TOKENIZER_MODEL} holds no names of special tokens, nor a chat template; "
+        f"{spec.names_from}'s names were taken, with {spec.eos} as the end (instruct models end a turn with "
+        f"{spec.end_of_turn})"
     ]
-    if tokens != spec.tokens:
+    if tokens != spec.n_ranks:
         notices.append(
-            f"{TOKENIZER_JSON}: {TOKENIZER_MODEL} has {tokens} tokens where {spec.title}'s has {spec.tokens}; "
+            f"{TOKENIZER_JSON}: {TOKENIZER_MODEL} has {tokens} tokens where {spec.title}'s has {spec.n_ranks}; "
             f"it was taken to split text by {spec.title}'s pattern"
         )
-    return (*notices, *_padding_notice(tokens + spec.specials, vocab_size))
+    return (*notices, *_padding_notice(tokens + spec.n_special_tokens, vocab_size))
 
 
 def _sentencepiece_notices(data: bytes, vocab_size: int | None) -> tuple[str, ...]:

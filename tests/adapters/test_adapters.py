@@ -26,7 +26,7 @@ from ckpt_convert.errors import (
 )
 from ckpt_convert.formats.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ckpt_convert.models import FAMILIES
-from ckpt_convert.storage.place import at
+from ckpt_convert.storage.place import as_place
 from tests.helpers import GOLDEN, Tensors, assert_same, bits
 
 Q, K, V = (f"layers.0.attn.{name}_proj" for name in "qkv")
@@ -398,7 +398,7 @@ class TestLoading:
         found = split_adapters(live, config, modules())
         for name, content in render_files(*to_peft(found, config, modules())).items():
             (tmp_path / name).write_bytes(content)
-        loaded = from_peft(at(tmp_path), modules(), config)
+        loaded = from_peft(as_place(tmp_path), modules(), config)
         for module, adapter in found.adapters.items():
             assert_same(
                 {"a": loaded.adapters[module].a, "b": loaded.adapters[module].b}, {"a": adapter.a, "b": adapter.b}
@@ -428,31 +428,31 @@ class TestLoading:
 
     def test_what_is_no_adapter(self, tmp_path: Path) -> None:
         with pytest.raises(CheckpointNotFoundError, match="is no PEFT adapter"):
-            from_peft(at(tmp_path), modules())
+            from_peft(as_place(tmp_path), modules())
         self.loaded(tmp_path)
         (tmp_path / ADAPTER_CONFIG).unlink()
         with pytest.raises(CheckpointNotFoundError, match="is no PEFT adapter"):
-            from_peft(at(tmp_path), modules())
+            from_peft(as_place(tmp_path), modules())
 
     def test_a_damaged_file(self, tmp_path: Path) -> None:
         self.loaded(tmp_path)
         (tmp_path / ADAPTER_WEIGHTS[0]).write_bytes((tmp_path / ADAPTER_WEIGHTS[0]).read_bytes()[:-3])
         with pytest.raises(CkptConvertError, match="truncated"):
-            from_peft(at(tmp_path), modules())
+            from_peft(as_place(tmp_path), modules())
 
     def test_a_pickle_that_asks_for_more_than_tensors(self, tmp_path: Path) -> None:
         self.loaded(tmp_path)
         (tmp_path / ADAPTER_WEIGHTS[0]).unlink()
         torch.save({"base_model.model.x": random.Random(0)}, tmp_path / "adapter_model.bin")
         with pytest.raises(UnsafeFileError):
-            from_peft(at(tmp_path), modules())
+            from_peft(as_place(tmp_path), modules())
 
     def test_a_pickle_with_more_than_tensors(self, tmp_path: Path) -> None:
         self.loaded(tmp_path)
         (tmp_path / ADAPTER_WEIGHTS[0]).unlink()
         torch.save({"base_model.model.x": torch.ones(1), "epoch": 3}, tmp_path / "adapter_model.bin")
         with pytest.raises(KeyMismatchError, match=r"adapter_model.bin: holds more than tensors:\n    epoch: int"):
-            from_peft(at(tmp_path), modules())
+            from_peft(as_place(tmp_path), modules())
 
     def test_keys_without_pefts_prefix(self, tmp_path: Path) -> None:
         self.loaded(tmp_path)
@@ -462,7 +462,7 @@ class TestLoading:
         ).items():
             (tmp_path / name).write_bytes(data)
         with pytest.raises(KeyMismatchError, match=r"not all keys start with base_model.model."):
-            from_peft(at(tmp_path), modules())
+            from_peft(as_place(tmp_path), modules())
 
     def test_the_config_is_deterministic_json(self, tmp_path: Path) -> None:
         self.loaded(tmp_path)

@@ -23,7 +23,7 @@ from ckpt_convert.adapters.peft_files import from_peft, load_into, render_files,
 from ckpt_convert.errors import ConfigError, KeyMismatchError
 from ckpt_convert.formats.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ckpt_convert.models import FAMILIES
-from ckpt_convert.storage.place import at
+from ckpt_convert.storage.place import as_place
 from tests.helpers import Tensors, assert_same, bits, read_safetensors
 
 HEADS, KV_HEADS, HEAD_DIM = 12, 4, 6
@@ -257,7 +257,7 @@ def test_an_adapter_of_pefts_own_comes_in_and_goes_out_byte_for_byte(
     model.save_pretrained(tmp_path / "theirs")
 
     modules = modules_of(library, "llama", format)
-    loaded = from_peft(at(tmp_path / "theirs"), modules)
+    loaded = from_peft(as_place(tmp_path / "theirs"), modules)
     live = {key: torch.zeros_like(tensor) for key, tensor in _live_of(loaded.adapters).items()}
     for module in loaded.adapters:
         live[f"{module}.weight"] = torch.zeros(modules.sizes(module))
@@ -321,7 +321,7 @@ def test_a_model_that_peft_wraps_is_split_and_written_as_peft_writes_it(
     with torch.no_grad():
         expected = model(library.tokens).logits
     assert_close(peft_logits(library, "llama", ours), expected)
-    loaded = from_peft(at(ours), modules, config)
+    loaded = from_peft(as_place(ours), modules, config)
     assert list(loaded.trained_whole) == ["lm_head.weight"]
     assert (loaded.config.rank_pattern, loaded.config.alpha_pattern, loaded.config.modules_to_save) == (
         {"model.layers.1.self_attn.q_proj": 2},
@@ -376,7 +376,7 @@ def test_modules_trained_whole_in_a_training_layout(library: SimpleNamespace, tm
             weight = model.get_submodule(name).weight
             weight.copy_(merged_by_hand(weight, name, adapter, ALPHA / RANK))
         assert_close(peft_logits(library, "llama", tmp_path), model(library.tokens).logits)
-    loaded = from_peft(at(tmp_path), modules, config)
+    loaded = from_peft(as_place(tmp_path), modules, config)
     assert_same(loaded.trained_whole, found.trained_whole)
 
 
@@ -403,7 +403,7 @@ def test_an_adapter_on_lm_head_and_its_base_beside_it(library: SimpleNamespace, 
     with pytest.warns(UserWarning, match="save_embedding_layers"):
         model.save_pretrained(tmp_path)
     modules = modules_of(library, "llama", "native")
-    loaded = from_peft(at(tmp_path), modules)
+    loaded = from_peft(as_place(tmp_path), modules)
     assert (list(loaded.adapters), list(loaded.base), list(loaded.trained_whole)) == (["output"], ["output.weight"], [])
     live = {"output.weight": torch.zeros(58, 48), "output.lora_a": torch.zeros(RANK, 48)}
     live["output.lora_b"] = torch.ones(58, RANK)
@@ -419,7 +419,7 @@ def test_a_pickled_adapter_comes_in_too(library: SimpleNamespace, tmp_path: Path
     model.save_pretrained(tmp_path / "pickled", safe_serialization=False)
     assert not (tmp_path / "pickled" / ADAPTER_WEIGHTS[0]).exists()
     modules = modules_of(library, "llama", "native")
-    safe, pickled = (from_peft(at(tmp_path / name), modules).adapters for name in ("safe", "pickled"))
+    safe, pickled = (from_peft(as_place(tmp_path / name), modules).adapters for name in ("safe", "pickled"))
     assert_same(_live_of(pickled), _live_of(safe))
 
 
@@ -428,7 +428,7 @@ def test_a_file_that_scales_otherwise_is_refused_with_both_numbers(library: Simp
     config = AdapterConfig(RANK, ALPHA)
     modules = modules_of(library, "llama", "native")
     save(tmp_path, split_adapters(live_of(library, "llama", "native", adapters), config, modules), config, modules)
-    assert from_peft(at(tmp_path), modules, config).config == replace(config, target_modules=("q_proj",))
+    assert from_peft(as_place(tmp_path), modules, config).config == replace(config, target_modules=("q_proj",))
     for other, said in (
         (replace(config, alpha=6), r"scale 4 \(alpha 12\), the training model's config rank 3, scale 2 \(alpha 6\)"),
         (replace(config, use_rslora=True), r"scale 6.9282 \(alpha 12, rslora\)"),
@@ -436,7 +436,7 @@ def test_a_file_that_scales_otherwise_is_refused_with_both_numbers(library: Simp
         (replace(config, use_dora=True), "use_dora: the file says False"),
     ):
         with pytest.raises(ConfigError, match=said):
-            from_peft(at(tmp_path), modules, other)
+            from_peft(as_place(tmp_path), modules, other)
 
 
 def test_files_that_do_not_fit_the_model(library: SimpleNamespace, tmp_path: Path) -> None:
@@ -452,7 +452,7 @@ def test_files_that_do_not_fit_the_model(library: SimpleNamespace, tmp_path: Pat
     for name, data in render_files(tensors, content).items():
         (tmp_path / name).write_bytes(data)
     with pytest.raises(KeyMismatchError) as error:
-        from_peft(at(tmp_path), modules)
+        from_peft(as_place(tmp_path), modules)
     said = str(error.value)
     assert "model.layers.0.self_attn.q_proj: has no LoRA B beside" in said
     assert "model.layers.1.self_attn.v_proj: has no adapter, but the config's target_modules name it" in said
@@ -464,7 +464,7 @@ def test_words_of_a_file_that_mean_nothing_here_are_passed_over(library: SimpleN
         r=RANK, lora_alpha=ALPHA, target_modules=["q_proj", "c_attn"], rank_pattern={"w9": 4}, task_type="CAUSAL_LM"
     )
     library.peft.get_peft_model(fresh(library, "llama"), theirs).save_pretrained(tmp_path)
-    loaded = from_peft(at(tmp_path), modules_of(library, "llama", "native"))
+    loaded = from_peft(as_place(tmp_path), modules_of(library, "llama", "native"))
     assert sorted(loaded.adapters) == ["layers.0.attn.q_proj", "layers.1.attn.q_proj"]
 
 

@@ -20,7 +20,7 @@ import ckpt_convert
 from ckpt_convert.analysis.check import Report, check_checkpoint
 from ckpt_convert.checkpoint.findings import Finding
 from ckpt_convert.errors import CheckpointNotFoundError
-from ckpt_convert.storage.names import replaced_of
+from ckpt_convert.storage.names import replaced_path
 from ckpt_convert.storage.reader import LocalFile
 from tests.helpers import GOLDEN, bits, edit_json, edit_manifest, read_meta, read_safetensors
 
@@ -388,8 +388,8 @@ def test_what_may_lie_beside_the_weights(hf: Path, name: str, content: bytes, se
 
 
 def test_what_an_overwritten_conversion_left(hf: Path) -> None:
-    replaced_of(hf).mkdir()
-    assert only(check_checkpoint(hf), "warning").file == replaced_of(hf).name
+    replaced_path(hf).mkdir()
+    assert only(check_checkpoint(hf), "warning").file == replaced_path(hf).name
 
 
 def test_a_side_file_that_is_a_link_to_nowhere(hf: Path) -> None:

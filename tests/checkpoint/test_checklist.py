@@ -10,7 +10,7 @@ import pytest
 
 from ckpt_convert.checkpoint import checklist
 from ckpt_convert.errors import CheckpointNotFoundError, CorruptFileError, UnsafeFileError
-from ckpt_convert.storage.place import at
+from ckpt_convert.storage.place import as_place
 
 MD5 = "0804c42ca65584f50234a86d71e6916a"
 OTHER_MD5 = "016017be6040da87604f77703b92f2bc"
@@ -75,11 +75,11 @@ def test_names_that_leave_the_directory_are_refused_everywhere(name: str, tmp_pa
     with pytest.raises(UnsafeFileError):
         checklist.parse_checklist(f"{MD5}  {name}\n")
     with pytest.raises(UnsafeFileError):
-        checklist.check_hashes(at(tmp_path), {name: MD5})
+        checklist.check_hashes(as_place(tmp_path), {name: MD5})
     with pytest.raises(UnsafeFileError):
         checklist.render_checklist({name: MD5})
     with pytest.raises(UnsafeFileError):
-        checklist.hash_files(at(tmp_path), [name])
+        checklist.hash_files(as_place(tmp_path), [name])
 
 
 def test_rendering_gives_metas_lines_back() -> None:
@@ -105,28 +105,28 @@ def checkpoint(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("kind", ["md5", "sha256"])
 def test_whole_files_give_no_finding(checkpoint: Path, kind: checklist.Algorithm) -> None:
     names = ["consolidated.00.pth", "params.json", "empty"]
-    entries = checklist.hash_files(at(checkpoint), names, kind)
+    entries = checklist.hash_files(as_place(checkpoint), names, kind)
     (checkpoint / "checklist.chk").write_bytes(checklist.render_checklist(entries))
 
     assert entries == {name: hashlib.new(kind, (checkpoint / name).read_bytes()).hexdigest() for name in names}
-    assert checklist.check_hashes(at(checkpoint)) == []
+    assert checklist.check_hashes(as_place(checkpoint)) == []
 
 
 @pytest.mark.parametrize("kind", ["md5", "sha256"])
 def test_coreutils_reads_what_is_rendered(checkpoint: Path, kind: checklist.Algorithm) -> None:
-    entries = checklist.hash_files(at(checkpoint), ["consolidated.00.pth", "params.json"], kind)
+    entries = checklist.hash_files(as_place(checkpoint), ["consolidated.00.pth", "params.json"], kind)
     (checkpoint / "checklist.chk").write_bytes(checklist.render_checklist(entries))
 
     subprocess.run([f"{kind}sum", "--check", "--strict", "checklist.chk"], cwd=checkpoint, check=True)
 
 
 def test_a_flipped_bit_is_found_with_both_hashes(checkpoint: Path) -> None:
-    entries = checklist.hash_files(at(checkpoint), ["params.json", "consolidated.00.pth"])
+    entries = checklist.hash_files(as_place(checkpoint), ["params.json", "consolidated.00.pth"])
     damaged = bytearray((checkpoint / "consolidated.00.pth").read_bytes())
     damaged[-1] ^= 1
     (checkpoint / "consolidated.00.pth").write_bytes(damaged)
 
-    [finding] = checklist.check_hashes(at(checkpoint), entries)
+    [finding] = checklist.check_hashes(as_place(checkpoint), entries)
 
     assert finding.file == "consolidated.00.pth"
     assert finding.expected == f"md5 {entries['consolidated.00.pth']}"
@@ -139,7 +139,7 @@ def test_missing_files_and_other_things_under_the_name_are_findings(checkpoint: 
     (checkpoint / "folder").mkdir()
     names = ["gone.pth", "params.json/below", "pipe", "folder"]
 
-    findings = checklist.check_hashes(at(checkpoint), dict.fromkeys(names, MD5))
+    findings = checklist.check_hashes(as_place(checkpoint), dict.fromkeys(names, MD5))
 
     assert [finding.file for finding in findings] == names
     assert [finding.found for finding in findings[:2]] == ["no such file"] * 2
@@ -148,14 +148,14 @@ def test_missing_files_and_other_things_under_the_name_are_findings(checkpoint: 
 
 def test_a_directory_without_a_checklist_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointNotFoundError, match=r"checklist\.chk"):
-        checklist.check_hashes(at(tmp_path))
+        checklist.check_hashes(as_place(tmp_path))
 
 
 def test_a_checklist_that_is_not_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "checklist.chk").write_bytes(b"\xff\xfe\x00")
 
     with pytest.raises(CorruptFileError, match="UTF-8"):
-        checklist.check_hashes(at(tmp_path))
+        checklist.check_hashes(as_place(tmp_path))
 
 
 def test_memory_does_not_grow_with_the_file_and_every_byte_is_reported(tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_memory_does_not_grow_with_the_file_and_every_byte_is_reported(tmp_path:
     seen: list[int] = []
     tracemalloc.start()
     try:
-        digest = checklist.hash_file(at(tmp_path / "large.pth"), "md5", advance=seen.append)
+        digest = checklist.hash_file(as_place(tmp_path / "large.pth"), "md5", advance=seen.append)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

@@ -25,7 +25,7 @@ from ckpt_convert.checkpoint.quantized.computed_file import ComputedFile
 from ckpt_convert.checkpoint.quantized.detect import Quantized
 from ckpt_convert.checkpoint.quantized.row_reader import MatrixBytes, bfloat16
 from ckpt_convert.checkpoint.quantized.view import _described
-from ckpt_convert.storage.place import at
+from ckpt_convert.storage.place import as_place
 from ckpt_convert.storage.reader import LocalFile
 from ckpt_convert.tensors import lazy
 from ckpt_convert.tensors.gather import StridedReader
@@ -55,8 +55,8 @@ def stored(path: Path, tensors: Tensors) -> dict[str, FileTensor]:
     safetensors.torch.save_file(tensors, path)
     from ckpt_convert import containers
 
-    reader, header = containers.parse(LocalFile(path))
-    file = WeightFile(path.name, 0, at(path), reader, header)
+    reader, header = containers.parse_header(LocalFile(path))
+    file = WeightFile(path.name, 0, as_place(path), reader, header)
     return {tensor.key: FileTensor(file, tensor) for tensor in header.tensors}
 
 

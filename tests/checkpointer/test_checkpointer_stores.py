@@ -17,7 +17,7 @@ from ckpt_convert.checkpointer import resume
 from ckpt_convert.checkpointer.run import saved_steps
 from ckpt_convert.errors import InputError, LockedError, OutputExistsError
 from ckpt_convert.storage import pointer
-from ckpt_convert.storage.place import Place, at
+from ckpt_convert.storage.place import Place, as_place
 from recipes.native_llama import NativeLlama, add_lora
 from tests.checkpointer.training import Trained, trainable
 from tests.storage.failing import FailingStore
@@ -39,7 +39,9 @@ def run() -> Place:
 
 @pytest.fixture(params=["local", "memory"])
 def anywhere(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
-    return at(tmp_path / "mine") if request.param == "local" else Place(FailingStore(), PurePosixPath("runs/mine"))
+    return (
+        as_place(tmp_path / "mine") if request.param == "local" else Place(FailingStore(), PurePosixPath("runs/mine"))
+    )
 
 
 def store_of(place: Place) -> FailingStore:
@@ -62,8 +64,8 @@ def steps(output: Place) -> list[str]:
 
 def step_files(output: Place, step: str) -> dict[str, Any]:
     """The files of a step; of the manifest what it says, without the time that was trained."""
-    place = (output / step).anew()
-    found: dict[str, Any] = {file.below(place): file.read(1 << 26) for file in place.entries()}
+    place = (output / step).without_listing()
+    found: dict[str, Any] = {file.relative_name(place): file.read(1 << 26) for file in place.entries()}
     manifest = json.loads(found[MANIFEST])
     del manifest["training"]["progress"]["seconds"], manifest["manifest_checksum"]
     return {**found, MANIFEST: manifest}
@@ -84,10 +86,10 @@ def test_every_step_is_as_on_a_disk(options: dict[str, Any], source: Path, run: 
     _, there = train(source, run, 7, **options)
     _, here = train(source, tmp_path / "mine", 7, **options)
     assert there == here
-    assert steps(run) == steps(at(tmp_path / "mine"))
+    assert steps(run) == steps(as_place(tmp_path / "mine"))
     for step in steps(run):
-        assert step_files(run, step) == step_files(at(tmp_path / "mine"), step)
-    found = pointer.pointed(run, "latest")
+        assert step_files(run, step) == step_files(as_place(tmp_path / "mine"), step)
+    found = pointer.pointer_target(run, "latest")
     assert found is not None
     assert found.name == steps(run)[-1]
     others = [name for name in store_of(run).files if PurePosixPath(name).parts[2] not in steps(run)]
@@ -130,7 +132,7 @@ def test_an_adapter(merged: bool, source: Path, anywhere: Place) -> None:
         assert progress.step == 1
     for (key, one), other in zip(first.state_dict().items(), second.state_dict().values(), strict=True):
         assert torch.equal(one, other), key
-    names = {place.below(anywhere / "step_1") for place in (anywhere / "step_1").anew().entries()}
+    names = {place.relative_name(anywhere / "step_1") for place in (anywhere / "step_1").without_listing().entries()}
     assert "adapter_model.safetensors" in names
     assert ("merged/config.json" in names) is merged
 

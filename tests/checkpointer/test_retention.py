@@ -17,7 +17,7 @@ from ckpt_convert.checkpointer.run.retention import RetentionDecision, Retention
 from ckpt_convert.checkpointer.run.saved_steps import SavedStep
 from ckpt_convert.errors import UsageError
 from ckpt_convert.storage import removal
-from ckpt_convert.storage.place import at
+from ckpt_convert.storage.place import as_place
 
 MANIFEST = "ckpt_convert/manifest.json"
 LOSS: retention.BestMetric = ("val_loss", "min")
@@ -26,7 +26,7 @@ ACCURACY: retention.BestMetric = ("acc", "max")
 
 def saved(sequence: int, *, state: bool = True, step: int | None = None, **metrics: float) -> SavedStep:
     """A checkpoint that is only thought of; its path is its sequence."""
-    path = at(f"{sequence}")
+    path = as_place(f"{sequence}")
     progress = Progress(step=sequence if step is None else step)
     return SavedStep(path, progress, metrics, "full", sequence, state, "default", {})
 
@@ -54,11 +54,11 @@ def checkpoint(parent: Path, step: int, **training: Any) -> Path:
 
 
 def scan(path: Path, *arguments: Any) -> list[SavedStep]:
-    return saved_steps.scan_steps(at(path), *arguments)
+    return saved_steps.scan_steps(as_place(path), *arguments)
 
 
 def tidy(path: Path) -> None:
-    saved_steps.clean_up(at(path))
+    saved_steps.clean_up(as_place(path))
 
 
 def steps(parent: Path) -> list[int]:

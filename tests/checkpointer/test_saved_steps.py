@@ -17,7 +17,7 @@ from ckpt_convert.checkpointer.run.saved_steps import SavedStep
 from ckpt_convert.errors import CheckpointNotFoundError, ConfigError, OutputExistsError, UsageError
 from ckpt_convert.storage import pointer, removal, workspace
 from ckpt_convert.storage.lock import Lock
-from ckpt_convert.storage.place import at
+from ckpt_convert.storage.place import as_place
 
 JOURNAL = ".ckpt-convert-journal"
 MANIFEST = "ckpt_convert/manifest.json"
@@ -51,15 +51,15 @@ def checkpoint(parent: Path, name: str, sequence: int = 1, *, into: str | None =
 
 
 def read(path: Path, *arguments: Any, **options: Any) -> SavedStep | None:
-    return saved_steps.read_step(at(path), *arguments, **options)
+    return saved_steps.read_step(as_place(path), *arguments, **options)
 
 
 def scan(path: Path, *arguments: Any) -> list[SavedStep]:
-    return saved_steps.scan_steps(at(path), *arguments)
+    return saved_steps.scan_steps(as_place(path), *arguments)
 
 
 def tidy(path: Path) -> None:
-    saved_steps.clean_up(at(path))
+    saved_steps.clean_up(as_place(path))
 
 
 def edit_training(path: Path, **changes: Any) -> None:
@@ -82,16 +82,16 @@ def tree(path: Path) -> dict[str, bytes | str | None]:
 
 
 def point(parent: Path, name: str, target: str | Path) -> None:
-    workspace.of(at(parent)).point(at(parent), name, Path(target).name)
+    workspace.workspace_of(as_place(parent)).point(as_place(parent), name, Path(target).name)
 
 
 def pointed(parent: Path, name: str) -> Path | None:
-    found = pointer.pointed(at(parent), name)
+    found = pointer.pointer_target(as_place(parent), name)
     return None if found is None else found.local
 
 
 def check_pointer(parent: Path, name: str) -> None:
-    workspace.of(at(parent)).check_pointer(at(parent), name)
+    workspace.workspace_of(as_place(parent)).check_pointer(as_place(parent), name)
 
 
 def names(path: Path) -> list[str]:

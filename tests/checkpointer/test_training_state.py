@@ -29,7 +29,7 @@ from ckpt_convert.errors import (
     UsageError,
 )
 from ckpt_convert.storage.folder import Folder
-from ckpt_convert.storage.place import at
+from ckpt_convert.storage.place import as_place
 from ckpt_convert.tensors.header import Box
 
 
@@ -40,15 +40,15 @@ def write(path: Path, state: Any) -> dict[str, dict[str, Any]]:
 
 
 def read(path: Path, parts: Any = None) -> Any:
-    return training_state.read_state(at(path), parts)
+    return training_state.read_state(as_place(path), parts)
 
 
 def open_state(path: Path) -> StateReader:
-    return training_state.open_state(at(path))
+    return training_state.open_state(as_place(path))
 
 
 def check(path: Path, files: Any, checksums: bool = True) -> list[str]:
-    return training_state.check_state(at(path), files, checksums)
+    return training_state.check_state(as_place(path), files, checksums)
 
 
 def optimizer() -> dict[str, Any]:

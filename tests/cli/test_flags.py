@@ -14,7 +14,7 @@ import ckpt_convert
 from ckpt_convert.cli import cli, main
 from ckpt_convert.cli.flags import FLAGS, document_in_flags, in_flags
 from ckpt_convert.errors import UsageError
-from ckpt_convert.words import option
+from ckpt_convert.wording import option_text
 
 PACKAGE = Path(__file__).parents[2] / "ckpt_convert"
 LIBRARY = sorted(path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).parts[0] != "cli")
@@ -79,7 +79,7 @@ def test_a_message_is_said_in_flags(said: str, typed: str) -> None:
 
 @pytest.mark.parametrize("value", ["/a b/c'd", 'x"y', "a`b", "line\nbreak", "\\x60"])
 def test_a_value_is_said_as_it_is(value: str) -> None:
-    assert in_flags(option("like", value)) == f"--like {value}"
+    assert in_flags(option_text("like", value)) == f"--like {value}"
 
 
 def test_documents_are_said_in_flags_throughout() -> None:

@@ -20,7 +20,7 @@ from ckpt_convert.cli.diff import diff
 from ckpt_convert.cli.html import diff_page, inspect_page
 from ckpt_convert.cli.inspect import inspect
 from ckpt_convert.cli.text import escape
-from ckpt_convert.words import human_bytes
+from ckpt_convert.wording import human_bytes
 from tests.cli.pages import (
     CONTRAST,
     bad_colour,

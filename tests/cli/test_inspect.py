@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from ckpt_convert.errors import CkptConvertError
-from ckpt_convert.storage.place import Place, at
+from ckpt_convert.storage.place import Place, as_place
 from tests import command
 from tests.cli.inspecting import body, document, facts, run, save, text, write_keys
 from tests.helpers import CASES, GOLDEN, bits, edit_json, read_meta, read_safetensors
@@ -547,10 +547,10 @@ class TestRefusals:
 
         def download(repo: str, revision: str | None, unwanted: object) -> Place:
             asked.append((repo, revision))
-            return at(GOLDEN / "llama" / "hf")
+            return as_place(GOLDEN / "llama" / "hf")
 
-        monkeypatch.setattr("ckpt_convert.storage.hub.cached", lambda repo, revision: None)
-        monkeypatch.setattr("ckpt_convert.storage.hub.download", download)
+        monkeypatch.setattr("ckpt_convert.storage.hub.cached_snapshot", lambda repo, revision: None)
+        monkeypatch.setattr("ckpt_convert.storage.hub.download_snapshot", download)
         run(GOLDEN / "llama" / "hf")
         assert asked == []
         assert facts(text("some/model", "--revision", "v2"))["family"] == "llama (model_type 'llama')"

@@ -20,7 +20,7 @@ from ckpt_convert.cli.text import (
     shorten,
     wrap,
 )
-from ckpt_convert.words import human_bytes
+from ckpt_convert.wording import human_bytes
 
 
 @pytest.mark.parametrize(

@@ -383,13 +383,13 @@ def test_records_that_were_transformed_are_listed_but_not_read(tmp_path: Path) -
 def test_many_pieces_are_checked_quickly(tmp_path: Path) -> None:
     """20,000 boxes in a checkerboard: comparing each with each would take minutes."""
     boxes = {(row, 2 * column): (1, 2) for row in range(200) for column in range(100)}
-    from ckpt_convert.containers.dcp.dcp_metadata import Extent, Tensor, check_cover
+    from ckpt_convert.containers.dcp.dcp_metadata import DcpTensor, Extent, check_cover
 
     place = Extent("__0_0.distcp", 0, 8, True)
-    check_cover("w", Tensor("F32", (200, 200), {origin: (sizes, place) for origin, sizes in boxes.items()}))
+    check_cover("w", DcpTensor("F32", (200, 200), {origin: (sizes, place) for origin, sizes in boxes.items()}))
     boxes[199, 197] = boxes.pop((199, 198))
     with pytest.raises(CorruptFileError, match="overlap"):
-        check_cover("w", Tensor("F32", (200, 200), {origin: (sizes, place) for origin, sizes in boxes.items()}))
+        check_cover("w", DcpTensor("F32", (200, 200), {origin: (sizes, place) for origin, sizes in boxes.items()}))
 
 
 @settings(deadline=None, max_examples=200)

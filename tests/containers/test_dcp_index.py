@@ -15,13 +15,13 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from ckpt_convert.containers.dcp import dcp_index
-from ckpt_convert.containers.dcp.dcp_index import Placed
+from ckpt_convert.containers.dcp.dcp_index import PlacedTensor
 from ckpt_convert.dtypes import DTYPES
 
 OF_TORCH = [name for name, dtype in DTYPES.items() if dtype.torch and dtype.bits >= 8]
 
 
-def planned(tensors: Sequence[Placed]) -> Metadata:
+def planned(tensors: Sequence[PlacedTensor]) -> Metadata:
     """What torch makes of them."""
     planner = DefaultSavePlanner()
     state = {
@@ -59,24 +59,37 @@ shapes = st.lists(
 sizes = st.one_of(st.integers(0, 1 << 17), st.integers(0, (1 << 63) - 1))
 keys = st.one_of(st.text(max_size=12), st.sampled_from(["offset", "torch", "Size", "ключ.вес", "k" * 255, "k" * 300]))
 tensors = st.builds(
-    Placed, keys, st.sampled_from(OF_TORCH), shapes, st.sampled_from(["__0_0.distcp", "__1_0.distcp"]), sizes, sizes
+    PlacedTensor,
+    keys,
+    st.sampled_from(OF_TORCH),
+    shapes,
+    st.sampled_from(["__0_0.distcp", "__1_0.distcp"]),
+    sizes,
+    sizes,
 )
 
 
-def many(count: int) -> list[Placed]:
+def many(count: int) -> list[PlacedTensor]:
     """Tensors of a model of so many, in files of 100."""
     return [
-        Placed(f"layers.{n}.weight", OF_TORCH[n % 3], (n, n % 7), f"__{n // 100}_0.distcp", 1 << (n % 50), 1500 + n)
+        PlacedTensor(
+            f"layers.{n}.weight", OF_TORCH[n % 3], (n, n % 7), f"__{n // 100}_0.distcp", 1 << (n % 50), 1500 + n
+        )
         for n in range(count)
     ]
 
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(tensors, max_size=30, unique_by=lambda one: one.key))
-@example([Placed("k" * 70_000, "BF16", (2,), "__0_0.distcp", 0, 5), Placed("norm", "F32", (), "__0_0.distcp", 5, 5)])
-def test_what_torch_reads_is_what_its_planner_makes(placed: list[Placed]) -> None:
+@example(
+    [
+        PlacedTensor("k" * 70_000, "BF16", (2,), "__0_0.distcp", 0, 5),
+        PlacedTensor("norm", "F32", (), "__0_0.distcp", 5, 5),
+    ]
+)
+def test_what_torch_reads_is_what_its_planner_makes(placed: list[PlacedTensor]) -> None:
     expected = planned(placed)
-    data = dcp_index.metadata(placed)
+    data = dcp_index.render_metadata(placed)
     assert_same(data, expected)
     if not {one.key for one in placed} & {"offset", "torch", "Size"}:  # whether these are one object is Python's choice
         assert data == pickle.dumps(expected, protocol=4)
@@ -85,7 +98,7 @@ def test_what_torch_reads_is_what_its_planner_makes(placed: list[Placed]) -> Non
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 255, 256, 999, 1000, 1001, 2000, 2500])
 def test_any_number_of_tensors(count: int) -> None:
     expected = planned(many(count))
-    data = dcp_index.metadata(many(count))
+    data = dcp_index.render_metadata(many(count))
     assert_same(data, expected)
     assert data == pickle.dumps(expected, protocol=4)
 
@@ -93,7 +106,7 @@ def test_any_number_of_tensors(count: int) -> None:
 @pytest.mark.parametrize("dtype", OF_TORCH)
 def test_every_dtype(dtype: str) -> None:
     placed = [
-        Placed("one", dtype, (3, 4), "__0_0.distcp", 0, 1200),
-        Placed("other", dtype, (), "__0_0.distcp", 1200, 9),
+        PlacedTensor("one", dtype, (3, 4), "__0_0.distcp", 0, 1200),
+        PlacedTensor("other", dtype, (), "__0_0.distcp", 1200, 9),
     ]
-    assert_same(dcp_index.metadata(placed), planned(placed))
+    assert_same(dcp_index.render_metadata(placed), planned(placed))

@@ -11,10 +11,10 @@ from safetensors import deserialize
 from safetensors.torch import save
 
 from ckpt_convert import containers
-from ckpt_convert.containers.safetensors import MAX_HEADER, build, parse, usual_order
+from ckpt_convert.containers.safetensors import MAX_HEADER, build, library_order, parse
 from ckpt_convert.dtypes import DTYPES, FROM_TORCH, nbytes
 from ckpt_convert.errors import CkptConvertError, CorruptFileError, KeyMismatchError, UsageError
-from ckpt_convert.storage.base import read
+from ckpt_convert.storage.base import read_range
 from ckpt_convert.storage.reader import LocalFile
 from ckpt_convert.tensors.header import FileLayout, StoredTensor
 
@@ -99,7 +99,7 @@ def test_reads_what_the_library_wrote() -> None:
     assert header.kind == "safetensors"
     assert header.size == len(data)
     assert header.metadata == {"format": "pt"}
-    assert {t.key: read(Bytes(data), t.offset, t.nbytes) for t in header.tensors} == {
+    assert {t.key: read_range(Bytes(data), t.offset, t.nbytes) for t in header.tensors} == {
         k: raw(v) for k, v in STATE.items()
     }
     assert {t.key: (t.dtype, t.shape) for t in header.tensors} == {k: (d, s) for k, d, s in spec(STATE)}
@@ -114,7 +114,7 @@ def test_tensors_come_in_offset_order_and_empty_ones_in_header_order() -> None:
 def test_writes_what_the_library_writes() -> None:
     for metadata in ({}, {"format": "pt"}, {"a\n": 'é"\x1f'}):
         expected = save(STATE, metadata or None)
-        layout = build(usual_order(spec(STATE)), metadata)
+        layout = build(library_order(spec(STATE)), metadata)
         assert filled(layout, {k: raw(v) for k, v in STATE.items()}) == expected
 
 
@@ -129,7 +129,7 @@ def test_escapes_names_as_the_library_does(name: str) -> None:
 def test_orders_every_dtype_as_the_library_does() -> None:
     state = {f"{name}.{n}": coded(name, (3, 2), n) for n in (10, 9) for name in KNOWN}
     expected = save(state)
-    assert filled(build(usual_order(spec(state)), {}), {k: raw(v) for k, v in state.items()}) == expected
+    assert filled(build(library_order(spec(state)), {}), {k: raw(v) for k, v in state.items()}) == expected
     assert parse(Bytes(expected)).size == len(expected)
 
 
@@ -148,9 +148,9 @@ def test_what_is_built_reads_back(
     layout = build([(key, *value) for key, value in tensors.items()], metadata, alignment=alignment)
     values = {key: raw(coded(*value)) for key, value in tensors.items()}
     data = filled(layout, values)
-    reader, header = containers.parse(Bytes(data))
+    reader, header = containers.parse_header(Bytes(data))
     assert header == layout.header
-    assert containers.capture(reader, header) == layout
+    assert containers.capture_layout(reader, header) == layout
     assert containers.parse_layout("record", len(data), layout.literals) == layout
     assert (8 + int.from_bytes(data[:8], "little")) % alignment == 0
     assert {key: bytes(found["data"]) for key, found in deserialize(data)} == values
@@ -167,7 +167,7 @@ def test_capture_and_parse_layout_keep_a_foreign_header_byte_for_byte() -> None:
         b'{ "b":{"shape":[2],"dtype":"U8","data_offsets":[0,2]},\n"a":{"dtype":"U8","shape":[1],"data_offsets":[2,3]}} '
     )
     data = file(text, b"xyz")
-    layout = containers.capture(*containers.parse(Bytes(data)))
+    layout = containers.capture_layout(*containers.parse_header(Bytes(data)))
     assert layout is not None
     assert layout.literals == ((0, data[:-3]),)
     assert filled(layout, {"a": b"z", "b": b"xy"}) == data
@@ -268,7 +268,7 @@ def test_no_truncation_is_ever_read(data: st.DataObject) -> None:
     whole = save(STATE)
     length = data.draw(st.integers(0, len(whole) - 1))
     with pytest.raises(CorruptFileError):
-        containers.parse(Bytes(whole[:length]))
+        containers.parse_header(Bytes(whole[:length]))
 
 
 @given(st.integers(0, 400), st.integers(0, 255))
@@ -276,7 +276,7 @@ def test_a_flipped_byte_is_refused_or_read_within_the_file(position: int, value:
     data = bytearray(save(STATE))
     data[position] = value
     try:
-        header = containers.parse(Bytes(bytes(data)))[1]
+        header = containers.parse_header(Bytes(bytes(data)))[1]
     except CkptConvertError:
         return
     assert sum(t.nbytes for t in header.tensors) == sum(len(raw(v)) for v in STATE.values())
@@ -314,10 +314,12 @@ def test_91000_tensors_read_back() -> None:
 )
 def test_says_what_a_file_of_no_known_kind_is(data: bytes, word: str) -> None:
     with pytest.raises(CorruptFileError, match=word):
-        containers.parse(Bytes(data))
+        containers.parse_header(Bytes(data))
 
 
 def test_a_header_length_that_looks_like_a_pickle_is_still_safetensors() -> None:
     for length in (0x0280, 0x0480):  # the bytes 80 02 and 80 04, as a pickle starts
         text = json.dumps({"a": entry(0, 1)}).encode().ljust(length)
-        assert containers.parse(Bytes(file(text, b"x")))[1].tensors == (StoredTensor("a", "U8", (1,), 8 + length),)
+        assert containers.parse_header(Bytes(file(text, b"x")))[1].tensors == (
+            StoredTensor("a", "U8", (1,), 8 + length),
+        )

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from ckpt_convert.containers.torch_zip.torchzip import parse
 from ckpt_convert.errors import CkptConvertError, CorruptFileError, UnsafeFileError
-from ckpt_convert.storage.base import read
+from ckpt_convert.storage.base import read_range
 from ckpt_convert.tensors.header import Header
 
 
@@ -54,7 +54,7 @@ def assert_holds(reader: Bytes, header: Header, expected: dict[str, torch.Tensor
     assert {tensor.key: tensor.shape for tensor in header.tensors} == {k: tuple(v.shape) for k, v in expected.items()}
     for tensor in header.tensors:
         raw = expected[tensor.key].detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        assert read(reader, tensor.offset, tensor.nbytes) == raw
+        assert read_range(reader, tensor.offset, tensor.nbytes) == raw
 
 
 def stepped() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
@@ -252,7 +252,7 @@ def test_a_flipped_byte_is_refused_or_read_within_the_file(data: st.DataObject) 
         return
     for tensor in header.tensors:
         if tensor.strides is None:
-            read(reader, tensor.offset, tensor.nbytes)
+            read_range(reader, tensor.offset, tensor.nbytes)
 
 
 def _everything() -> dict[str, Any]:

@@ -27,7 +27,7 @@ from ckpt_convert.errors import (
     UnsafeFileError,
     UsageError,
 )
-from ckpt_convert.storage.base import read
+from ckpt_convert.storage.base import read_range
 from ckpt_convert.storage.reader import LocalFile
 from ckpt_convert.tensors.header import FileLayout, Header
 
@@ -61,12 +61,12 @@ def values(reader: Any, header: Header) -> dict[str, bytes]:
     for tensor in header.tensors:
         item = max(DTYPES[tensor.dtype].bits // 8, 1)
         if tensor.strides is None:
-            found[tensor.key] = read(reader, tensor.offset, tensor.nbytes)
+            found[tensor.key] = read_range(reader, tensor.offset, tensor.nbytes)
             continue
         places = [tensor.offset]
         for size, stride in zip(tensor.shape, tensor.strides, strict=True):
             places = [place + n * stride * item for place in places for n in range(size)]
-        found[tensor.key] = b"".join(read(reader, place, item) for place in places)
+        found[tensor.key] = b"".join(read_range(reader, place, item) for place in places)
     return found
 
 
@@ -384,10 +384,10 @@ def test_what_is_built_reads_back(tensors: dict[str, tuple[str, tuple[int, ...]]
     assert containers.parse_layout("record", layout.header.size, layout.literals) == layout
     contents = {key: bytes(n % 251 for n in range(nbytes(*value))) for key, value in tensors.items()}
     data = filled(layout, contents)
-    reader, header = containers.parse(Bytes(data))
+    reader, header = containers.parse_header(Bytes(data))
     assert values(reader, header) == contents
     assert all(stored.offset % alignment == 0 for stored in header.tensors)
-    captured = containers.capture(reader, header)
+    captured = containers.capture_layout(reader, header)
     assert captured is not None
     assert filled(captured, contents) == data
     assert containers.parse_layout("record", len(data), captured.literals) == captured
@@ -441,7 +441,7 @@ def test_more_than_4_gib_are_written_as_torch_writes_them(tmp_path: Path) -> Non
         torch.save(state, tmp_path / "big.pth")
     with LocalFile(tmp_path / "big.pth") as reader:
         assert parse(reader) == layout.header
-        theirs = containers.capture(reader, layout.header)
+        theirs = containers.capture_layout(reader, layout.header)
         assert theirs is not None
         assert theirs.literals[:-1] == layout.literals[:-1]
         assert len(theirs.literals[-1][1]) == len(layout.literals[-1][1])
@@ -452,7 +452,7 @@ def test_more_than_4_gib_read_back(tmp_path: Path) -> None:
     sparse(tmp_path / "big.pth", layout)
     with LocalFile(tmp_path / "big.pth") as reader:
         assert parse(reader) == layout.header
-        assert containers.capture(reader, layout.header) == layout
+        assert containers.capture_layout(reader, layout.header) == layout
     with zipfile.ZipFile(tmp_path / "big.pth") as archive:
         sizes = {info.filename: info.file_size for info in archive.infolist()}
         assert sizes["big/data/0"] == (1 << 32) + 5
@@ -471,7 +471,7 @@ def test_more_than_65535_tensors_read_back() -> None:
 
 
 def captured(state: object) -> FileLayout | None:
-    return containers.capture(*containers.parse(Bytes(saved(state))))
+    return containers.capture_layout(*containers.parse_header(Bytes(saved(state))))
 
 
 def test_capture_covers_transposed_tensors_and_shared_ones_once() -> None:
@@ -867,7 +867,7 @@ def test_a_file_cut_anywhere_is_refused() -> None:
     whole = saved({"a": torch.arange(100.0), "b": torch.ones(3)})
     for length in range(len(whole)):
         with pytest.raises(CorruptFileError, match=r"model\.pth"):
-            containers.parse(Bytes(whole[:length]))
+            containers.parse_header(Bytes(whole[:length]))
 
 
 @settings(deadline=None, max_examples=300)
@@ -877,7 +877,7 @@ def test_a_flipped_byte_is_refused_or_read_within_the_file(data: st.DataObject) 
     whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
     reader = Bytes(bytes(whole))
     try:
-        header = containers.parse(reader)[1]
+        header = containers.parse_header(reader)[1]
     except CkptConvertError:
         return
     values(reader, header)

@@ -108,7 +108,7 @@ class TestConversions:
         there, back = place.parent / "meta", place.parent / "back"
         ckpt_convert.convert_checkpoint(place, there, to="meta")
         ckpt_convert.convert_checkpoint(there, back, to="hf")
-        with_record = {file.below(back): file.read(1 << 24) for file in back.entries()}
+        with_record = {file.relative_name(back): file.read(1 << 24) for file in back.entries()}
         assert {name: data for name, data in with_record.items() if not name.startswith("ckpt_convert/")} == contents(
             HF
         )

@@ -45,7 +45,7 @@ class Convert:
         report = ckpt_convert.convert_checkpoint(self._written.get(source, source), place, **options)
         self._written[destination] = place
         for file in place.entries():
-            path = destination / file.below(place)
+            path = destination / file.relative_name(place)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(file.read(1 << 30))
         return report

@@ -21,7 +21,7 @@ from ckpt_convert.convert.sources import ReopenedSources
 from ckpt_convert.errors import SourceChangedError, UsageError
 from ckpt_convert.storage import by_rename
 from ckpt_convert.storage.folder import Folder
-from ckpt_convert.storage.place import at
+from ckpt_convert.storage.place import as_place
 from tests.checkpoint.quantizing import fp8_llama
 from tests.helpers import GOLDEN, sums
 
@@ -41,7 +41,7 @@ def part(data: bytes, folder: str) -> list[FinishedPiece]:
 def converted_by_two(plan: Plan, destination: Path) -> None:
     plan = settle_originals(plan, ReopenedSources(plan))
     with (
-        by_rename.stage(at(destination), ownership.RULES) as stage,
+        by_rename.stage(as_place(destination), ownership.RULES) as stage,
         StagedOutput(plan, stage, stage.folder) as staged,
     ):
         left = staged.begin(partition.split_into_pieces(plan.files))

@@ -16,7 +16,7 @@ import ckpt_convert
 from ckpt_convert.checkpoint.checkpoint import open_identified
 from ckpt_convert.checkpoint.record import load_record
 from ckpt_convert.errors import ConfigError, KeyMismatchError, UsageError
-from ckpt_convert.storage.place import at
+from ckpt_convert.storage.place import as_place
 from tests.containers.test_dcp import Box, written
 from tests.helpers import GOLDEN, Tensors, assert_same, edit_json, read_safetensors, sums
 
@@ -186,7 +186,7 @@ def test_shards_become_files_of_one_rank(tmp_path: Path) -> None:
     ckpt_convert.convert_checkpoint(hf(), tmp_path / "titan", to="torchtitan", shards=3)
     assert {path.name for path in (tmp_path / "titan").glob("*.distcp")} == {f"__0_{n}.distcp" for n in range(3)}
     assert_same(by_torch(tmp_path / "titan", golden()), golden())
-    record = load_record(at(tmp_path / "titan"))
+    record = load_record(as_place(tmp_path / "titan"))
     assert record is not None
     assert record.manifest["format"] == "torchtitan"
 

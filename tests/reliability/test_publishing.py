@@ -548,7 +548,7 @@ def test_what_is_in_folders_is_removed_in_the_same_order(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(os, "unlink", noted)
     fd = os.open(tmp_path / "whole", os.O_RDONLY)
-    staging.remove(fd, tmp_path / "whole", ownership.publish_order)
+    staging.remove_staged(fd, tmp_path / "whole", ownership.publish_order)
     os.close(fd)
     assert not (tmp_path / "whole").exists()
     assert gone[-1] == JOURNAL

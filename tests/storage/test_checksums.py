@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ckpt_convert.storage import checksums
 from ckpt_convert.storage.checksums import CRC32, CRC64, Crc
-from ckpt_convert.storage.place import at
+from ckpt_convert.storage.place import as_place
 from tests.helpers import crc64
 
 BOTH = pytest.mark.parametrize("crc", [CRC32, CRC64], ids=lambda crc: crc.name)
@@ -80,4 +80,4 @@ def test_a_running_checksum_is_that_of_all(kind: str, tmp_path: Path) -> None:
     expected = plain.get(kind) or hashlib.new(kind, data).hexdigest()
     assert total.hexdigest() == checksums.digest(parts, kind) == checksums.digest(data, kind) == expected
     (tmp_path / "file").write_bytes(data)
-    assert checksums.digest_file(at(tmp_path / "file")) == checksums.digest(data)
+    assert checksums.digest_file(as_place(tmp_path / "file")) == checksums.digest(data)

@@ -16,9 +16,9 @@ from ckpt_convert.errors import (
     UnreadableError,
     UnsafeFileError,
 )
-from ckpt_convert.storage.base import Kind, blocks, read
+from ckpt_convert.storage.base import FileKind, read_blocks, read_range
 from ckpt_convert.storage.memory import MemoryStore
-from ckpt_convert.storage.place import FilePool, Place, at, compare, locate
+from ckpt_convert.storage.place import FilePool, Place, as_place, check_unchanged, checked_place
 
 FILES = {"config.json": b"{}", "model.safetensors": bytes(range(256)), "ckpt_convert/layouts/hf/layout.json": b"[]"}
 
@@ -33,23 +33,23 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
     for name, data in FILES.items():
         (tmp_path / "llama" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "llama" / name).write_bytes(data)
-    return at(tmp_path / "llama")
+    return as_place(tmp_path / "llama")
 
 
 @pytest.fixture(params=["asked", "listed", "noted"])
 def folder(request: pytest.FixtureRequest, root: Place) -> Place:
     """The same, asked as one goes, and listed before."""
-    return {"asked": root, "listed": root.listed(), "noted": root.noted()}[request.param]
+    return {"asked": root, "listed": root.listed(), "noted": root.with_listing()}[request.param]
 
 
 class TestNames:
     def test_what_is_there(self, folder: Place) -> None:
-        assert folder.kind() is Kind.FOLDER
-        assert (folder / "config.json").kind() is Kind.FILE
+        assert folder.kind() is FileKind.FOLDER
+        assert (folder / "config.json").kind() is FileKind.FILE
         assert (folder / "ckpt_convert").is_folder()
         assert (folder / "ckpt_convert/layouts").is_folder()
-        assert not (folder / "config").is_there()
-        assert not (folder / "config.json" / "x").is_there()
+        assert not (folder / "config").is_present()
+        assert not (folder / "config.json" / "x").is_present()
 
     def test_what_lies_right_below(self, folder: Place) -> None:
         assert sorted(folder.children()) == [
@@ -59,7 +59,7 @@ class TestNames:
         assert folder.folders() == [folder / "ckpt_convert"]
 
     def test_what_lies_anywhere_below(self, folder: Place) -> None:
-        assert sorted(place.below(folder) for place in folder.entries()) == sorted(FILES)
+        assert sorted(place.relative_name(folder) for place in folder.entries()) == sorted(FILES)
 
     def test_what_lies_in_a_folder(self, folder: Place) -> None:
         inner = folder / "ckpt_convert"
@@ -67,7 +67,7 @@ class TestNames:
         assert inner.files() == []
         assert [*(inner / "layouts").entries()] == [inner / "layouts" / "hf" / "layout.json"]
         assert [*(inner / "layouts" / "hf").entries(deep=False)] == [inner / "layouts" / "hf" / "layout.json"]
-        assert [here.below(folder.parent) for here, _, _ in folder.walk(lambda name: name != "hf")] == [
+        assert [here.relative_name(folder.parent) for here, _, _ in folder.walk(lambda name: name != "hf")] == [
             *(folder.name, f"{folder.name}/ckpt_convert", f"{folder.name}/ckpt_convert/layouts")
         ]
 
@@ -92,14 +92,14 @@ class TestNames:
         assert (folder / "a.b.json").parent == folder
         assert (folder / "a.b.json").suffix == ".json"
         assert (folder / "a.b.json").stem == "a.b"
-        assert locate(folder) is folder
+        assert checked_place(folder) is folder
 
     def test_another_store_is_another_place(self) -> None:
-        assert Place(MemoryStore(), PurePosixPath("a")) != Place(MemoryStore(), PurePosixPath("a")) != at("a")
+        assert Place(MemoryStore(), PurePosixPath("a")) != Place(MemoryStore(), PurePosixPath("a")) != as_place("a")
 
     def test_it_goes_to_another_process(self, folder: Place) -> None:
         there = pickle.loads(pickle.dumps(folder / "config.json"))
-        assert there.is_regular()
+        assert there.is_regular_file()
         assert there.read(10) == b"{}"
 
 
@@ -107,9 +107,9 @@ class TestReading:
     def test_ranges(self, folder: Place) -> None:
         with (folder / "model.safetensors").open() as file:
             assert file.size == 256
-            assert read(file, 250, 6) == bytes(range(250, 256))
-            assert read(file, 256, 0) == b""
-            assert b"".join(map(bytes, blocks(file, 100))) == bytes(range(256))
+            assert read_range(file, 250, 6) == bytes(range(250, 256))
+            assert read_range(file, 256, 0) == b""
+            assert b"".join(map(bytes, read_blocks(file, 100))) == bytes(range(256))
 
     def test_many_ranges(self, folder: Place) -> None:
         wanted = [(200, 20), (0, 10), (5, 10)]
@@ -136,10 +136,10 @@ class TestReading:
             (folder / name).open()
 
     def test_a_pool_gives_what_was_expected(self, folder: Place) -> None:
-        pool = FilePool(most=1)
+        pool = FilePool(max_open=1)
         place = folder / "config.json"
         with pool.open(place, place.identity()) as first:
-            assert read(first, 0, 2) == b"{}"
+            assert read_range(first, 0, 2) == b"{}"
         with pool.open(place, place.identity()) as second:
             assert second is first
         pool.close()
@@ -147,18 +147,18 @@ class TestReading:
 
 class TestSafety:
     def test_a_name_stays_inside(self, folder: Place) -> None:
-        assert folder.inside("config.json", "the index") == folder / "config.json"
+        assert folder.resolve_member("config.json", "the index") == folder / "config.json"
         for name in ("../x", "/x", "a/../b", ".", ""):
             with pytest.raises(UnsafeFileError, match="the index: names the file"):
-                folder.inside(name, "the index")
+                folder.resolve_member(name, "the index")
 
     def test_what_is_missing_is_named(self, folder: Place) -> None:
         with pytest.raises(CheckpointNotFoundError, match=r"x\.bin: is not there, though the index needs it"):
-            folder.inside("x.bin", "the index")
+            folder.resolve_member("x.bin", "the index")
 
     def test_a_folder_is_no_file(self, folder: Place) -> None:
         with pytest.raises(UnsafeFileError, match="is no regular file"):
-            folder.inside("ckpt_convert", "the index")
+            folder.resolve_member("ckpt_convert", "the index")
 
 
 class TestChanges:
@@ -174,13 +174,13 @@ class TestChanges:
     def test_a_file_that_changes_is_told(self, folder: Place, change: Callable[[Place], Any], said: str) -> None:
         place = folder / "config.json"
         before = place.identity()
-        assert compare({place: before}) == []
+        assert check_unchanged({place: before}) == []
         change(place)
         told = f"changed while it was read: {said}"
         with pytest.raises(SourceChangedError, match=told):
-            compare({place: before})
+            check_unchanged({place: before})
         with pytest.raises(SourceChangedError, match=told), place.open(expected=before) as file:
-            read(file, 0, 1)
+            read_range(file, 0, 1)
 
 
 class TestWriting:
@@ -209,7 +209,7 @@ class TestWriting:
     def test_ranges_in_any_order(self, root: Place) -> None:
         writer = root.store.create(str(root.path / "new"), 6)
         writer.write(3, memoryview(b"def"))
-        assert not (root / "new").is_there()
+        assert not (root / "new").is_present()
         writer.write(0, memoryview(b"abc"))
         made = writer.complete()
         assert (root / "new").read(10) == b"abcdef"
@@ -219,11 +219,11 @@ class TestWriting:
         writer = root.store.create(str(root.path / "new"), 6)
         writer.write(0, memoryview(b"abc"))
         writer.abort()
-        assert sorted(place.below(root) for place in root.entries()) == sorted(FILES)
+        assert sorted(place.relative_name(root) for place in root.entries()) == sorted(FILES)
 
     def test_delete(self, root: Place) -> None:
         root.store.delete([str(root.path / name) for name in ("config.json", "nothing")])
-        assert not (root / "config.json").is_there()
+        assert not (root / "config.json").is_present()
 
 
 class TestMemory:
@@ -232,19 +232,19 @@ class TestMemory:
     def test_a_listing_answers_without_requests(self) -> None:
         store = MemoryStore({f"a/{name}": data for name, data in FILES.items()})
         folder = Place(store, PurePosixPath("a")).listed()
-        assert (folder / "config.json").is_regular()
-        assert not (folder / "nothing").is_there()
+        assert (folder / "config.json").is_regular_file()
+        assert not (folder / "nothing").is_present()
         assert len(folder.children()) == 3
-        assert folder.inside("config.json", "me").identity().size == 2
+        assert folder.resolve_member("config.json", "me").identity().size == 2
         assert store.requests == {"list": 1}
 
     def test_small_reads_that_are_close_are_one_request(self) -> None:
         store = MemoryStore({"a": bytes(1 << 20)})
         with Place(store, PurePosixPath("a")).listed().open() as file:
             for offset in (0, 8, 16, 4096):
-                read(file, offset, 8)
+                read_range(file, offset, 8)
             assert store.requests["get"] == 1
-            read(file, 0, 1 << 19)
+            read_range(file, 0, 1 << 19)
             assert store.requests["get"] == 2
             file.read_many([(offset, memoryview(bytearray(1 << 12))) for offset in range(1 << 19, 1 << 20, 1 << 16)])
             assert store.requests["get"] == 3
@@ -262,6 +262,6 @@ class TestMemory:
 
 def test_a_local_place_is_called_as_it_was_given() -> None:
     for text in ("a/b", "./a//b", "/a/b", ".", "a"):
-        assert str(at(text)) == str(Path(text))
-        assert str(at(text) / "c") == str(Path(text) / "c")
-        assert str(at(text).parent) == str(Path(text).parent)
+        assert str(as_place(text)) == str(Path(text))
+        assert str(as_place(text) / "c") == str(Path(text) / "c")
+        assert str(as_place(text).parent) == str(Path(text).parent)

@@ -16,7 +16,7 @@ from ckpt_convert.storage import pointer, workspace
 from ckpt_convert.storage.base import Version
 from ckpt_convert.storage.local import LOCAL
 from ckpt_convert.storage.names import JOURNAL
-from ckpt_convert.storage.place import Place, at
+from ckpt_convert.storage.place import Place, as_place
 from ckpt_convert.storage.rules import Rules
 from ckpt_convert.storage.workspace import Stage
 from tests.storage.failing import FailingStore
@@ -26,7 +26,7 @@ MARK = "record/mark.json"
 
 def listed(directory: Place) -> frozenset[str]:
     mark = directory / MARK
-    return frozenset(mark.read(1000).decode().split()) if mark.is_regular() else frozenset()
+    return frozenset(mark.read(1000).decode().split()) if mark.is_regular_file() else frozenset()
 
 
 def rank(name: str) -> int:
@@ -34,12 +34,12 @@ def rank(name: str) -> int:
 
 
 def foreign(directory: Place) -> list[str]:
-    names = [place.below(directory) for place in directory.entries()]
+    names = [place.relative_name(directory) for place in directory.entries()]
     return sorted(set(names) - listed(directory))
 
 
 def is_complete(directory: Place, name: str) -> bool:
-    return (directory / MARK).is_regular() and not (directory / JOURNAL).is_there()
+    return (directory / MARK).is_regular_file() and not (directory / JOURNAL).is_present()
 
 
 RULES = Rules(foreign, lambda place: bool(listed(place)), rank, listed, (MARK,), is_complete)
@@ -48,7 +48,7 @@ FILES = {"config.json": b"{}", "weights.bin": bytes(range(256)) * 9, "state/data
 
 @pytest.fixture(params=["local", "memory"])
 def parent(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
-    return Place(FailingStore(), PurePosixPath("runs")) if request.param == "memory" else at(tmp_path)
+    return Place(FailingStore(), PurePosixPath("runs")) if request.param == "memory" else as_place(tmp_path)
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def fill(stage: Stage, **more: bytes) -> None:
                 file.write(0, memoryview(data)[:1000])
                 file.sync()
         elif name == "state/data":
-            with stage.folder.below("state").file("data", None) as file:
+            with stage.folder.subfolder("state").file("data", None) as file:
                 for at_ in range(len(data)):
                     file.append(memoryview(data)[at_ : at_ + 1])
                 file.sync()
@@ -82,7 +82,7 @@ def fill(stage: Stage, **more: bytes) -> None:
 
 
 def make(directory: Place, *, overwrite: bool = False, resume: bool = False, **more: bytes) -> None:
-    with workspace.of(directory).stage(directory, RULES, overwrite=overwrite, resume=resume) as stage:
+    with workspace.workspace_of(directory).stage(directory, RULES, overwrite=overwrite, resume=resume) as stage:
         fill(stage, **more)
         stage.complete()
         stage.commit()
@@ -90,7 +90,7 @@ def make(directory: Place, *, overwrite: bool = False, resume: bool = False, **m
 
 def leave_half_written(directory: Place) -> None:
     """What a writer leaves that is interrupted."""
-    with contextlib.suppress(KeyboardInterrupt), workspace.of(directory).stage(directory, RULES) as stage:
+    with contextlib.suppress(KeyboardInterrupt), workspace.workspace_of(directory).stage(directory, RULES) as stage:
         fill(stage)
         raise KeyboardInterrupt
 
@@ -105,19 +105,21 @@ def put(directory: Place, name: str, data: bytes = b"mine") -> None:
 
 
 def contents(directory: Place) -> dict[str, bytes]:
-    return {place.below(directory): place.read(1 << 20) for place in sorted(directory.anew().entries())}
+    return {
+        place.relative_name(directory): place.read(1 << 20) for place in sorted(directory.without_listing().entries())
+    }
 
 
 def below(parent: Place) -> list[str]:
     """Every file that is anywhere."""
-    there = parent.anew()
-    return sorted(place.below(there) for place in there.entries()) if there.is_folder() else []
+    there = parent.without_listing()
+    return sorted(place.relative_name(there) for place in there.entries()) if there.is_folder() else []
 
 
 class TestStage:
     def test_a_directory_appears_whole(self, parent: Place) -> None:
         out = parent / "out"
-        with workspace.of(out).stage(out, RULES) as stage:
+        with workspace.workspace_of(out).stage(out, RULES) as stage:
             fill(stage)
             assert not is_complete(out, "out")
             stage.complete()
@@ -130,15 +132,18 @@ class TestStage:
 
     def test_what_is_given_up_is_gone(self, parent: Place) -> None:
         out = parent / "out"
-        with workspace.of(out).stage(out, RULES) as stage:
+        with workspace.workspace_of(out).stage(out, RULES) as stage:
             fill(stage)
             stage.discard()
         assert below(parent) == []
 
     def test_a_second_writer_is_refused(self, parent: Place) -> None:
         out = parent / "out"
-        with workspace.of(out).stage(out, RULES), pytest.raises(LockedError, match="another process is writing it"):
-            workspace.of(out).stage(out, RULES)
+        with (
+            workspace.workspace_of(out).stage(out, RULES),
+            pytest.raises(LockedError, match="another process is writing it"),
+        ):
+            workspace.workspace_of(out).stage(out, RULES)
         make(out)
 
     def test_one_that_is_there_is_replaced_only_on_request(self, parent: Place) -> None:
@@ -169,7 +174,7 @@ class TestStage:
     @pytest.mark.parametrize("name", ["mine.txt", "weights.bin"])
     def test_what_appears_meanwhile_is_an_error_and_stays(self, name: str, parent: Place) -> None:
         out = parent / "out"
-        with workspace.of(out).stage(out, RULES) as stage:
+        with workspace.workspace_of(out).stage(out, RULES) as stage:
             fill(stage)
             put(stage.place, name)
             with pytest.raises(VerificationError, match="something else wrote there meanwhile, so that nothing was"):
@@ -183,32 +188,32 @@ class TestStage:
 
 class TestDestination:
     def test_a_new_one_is_fine(self, parent: Place) -> None:
-        workspace.of(parent).check_destination(parent / "out", parent / "source", RULES, overwrite=False)
+        workspace.workspace_of(parent).check_destination(parent / "out", parent / "source", RULES, overwrite=False)
 
     def test_the_source_is_never_written(self, parent: Place) -> None:
         put(parent / "source", "config.json")
         for out in (parent / "source", parent / "source" / "out"):
             with pytest.raises(OutputExistsError, match="lies inside the source"):
-                workspace.of(parent).check_destination(out, parent / "source", RULES, overwrite=True)
+                workspace.workspace_of(parent).check_destination(out, parent / "source", RULES, overwrite=True)
         with pytest.raises(OutputExistsError, match="holds the source"):
-            workspace.of(parent).check_destination(parent, parent / "source", RULES, overwrite=True)
+            workspace.workspace_of(parent).check_destination(parent, parent / "source", RULES, overwrite=True)
 
     def test_a_file_is_in_the_way(self, parent: Place) -> None:
         put(parent, "out")
         with pytest.raises(OutputExistsError, match="is a file, but the output is a directory"):
-            workspace.of(parent).check_destination(parent / "out", parent / "source", RULES, overwrite=True)
+            workspace.workspace_of(parent).check_destination(parent / "out", parent / "source", RULES, overwrite=True)
 
 
 class TestRemoving:
     def test_what_is_listed_goes(self, parent: Place) -> None:
         make(parent / "out")
-        workspace.of(parent).withdraw(parent / "out", RULES)
+        workspace.workspace_of(parent).withdraw(parent / "out", RULES)
         assert below(parent) == []
 
     def test_what_somebody_put_there_stays(self, parent: Place, caplog: pytest.LogCaptureFixture) -> None:
         make(parent / "out")
         put(parent / "out", "mine.txt")
-        workspace.of(parent).withdraw(parent / "out", RULES)
+        workspace.workspace_of(parent).withdraw(parent / "out", RULES)
         assert contents(parent / "out") == {"mine.txt": b"mine"}
         assert "was removed, and mine.txt, which it did not write, is kept there" in caplog.text
 
@@ -216,16 +221,16 @@ class TestRemoving:
         make(parent / "out")
         put(parent / "out", MARK, b"")
         with pytest.raises(CkptConvertError, match=r"mark\.json: is damaged, so nothing says which files"):
-            workspace.of(parent).withdraw(parent / "out", RULES)
+            workspace.workspace_of(parent).withdraw(parent / "out", RULES)
         assert len(below(parent)) >= len(FILES)
 
     def test_some_files_of_a_folder(self, parent: Place) -> None:
         put(parent / "state", "a")
         put(parent / "state", "b")
-        workspace.of(parent).remove(parent / "state", ["a"])
+        workspace.workspace_of(parent).remove(parent / "state", ["a"])
         assert below(parent) == ["state/b"]
-        workspace.of(parent).remove(parent / "state", ["b"])
-        assert not (parent / "state").is_there()
+        workspace.workspace_of(parent).remove(parent / "state", ["b"])
+        assert not (parent / "state").is_present()
 
     def test_what_an_interrupted_writer_left_is_cleared_away(
         self, parent: Place, caplog: pytest.LogCaptureFixture
@@ -233,7 +238,7 @@ class TestRemoving:
         make(parent / "whole")
         put(parent / "notes", "mine.txt")
         leave_half_written(parent / "half")
-        workspace.of(parent).tidy(parent, RULES)
+        workspace.workspace_of(parent).tidy(parent, RULES)
         assert {PurePosixPath(name).parts[0] for name in below(parent)} == {"whole", "notes"}
         assert re.search("half-written .*half.* removed", caplog.text)
 
@@ -243,24 +248,24 @@ class TestPointer:
         make(parent / "step_1")
         make(parent / "step_2")
         for step in ("step_1", "step_1", "step_2"):
-            workspace.of(parent).point(parent, "latest", step)
-            assert pointer.pointed(parent, "latest") == parent / step
-        assert pointer.pointed(parent, "none") is None
+            workspace.workspace_of(parent).point(parent, "latest", step)
+            assert pointer.pointer_target(parent, "latest") == parent / step
+        assert pointer.pointer_target(parent, "none") is None
 
     @pytest.mark.parametrize("data", [b"", b"a/b\n", b".hidden\n", b"\xff\n", b"x" * 2000])
     def test_something_else_of_that_name_is_left_alone(self, data: bytes, parent: Place) -> None:
         put(parent, "latest", data)
         with pytest.raises(OutputExistsError, match="is in the way of the pointer to the newest"):
-            workspace.of(parent).check_pointer(parent, "latest")
+            workspace.workspace_of(parent).check_pointer(parent, "latest")
         with pytest.raises(OutputExistsError, match="is in the way of the pointer to the newest"):
-            workspace.of(parent).point(parent, "latest", "step_1")
+            workspace.workspace_of(parent).point(parent, "latest", "step_1")
         assert (parent / "latest").read(5000) == data
 
 
 class TestSmallFiles:
     def test_one_is_replaced_whole(self, parent: Place) -> None:
         put(parent, "mark", b"before")
-        workspace.of(parent).replace_file(parent / "mark", b"after")
+        workspace.workspace_of(parent).replace_file(parent / "mark", b"after")
         assert contents(parent) == {"mark": b"after"}
 
     def test_not_where_it_is_another_one_by_now(self, parent: Place) -> None:
@@ -268,29 +273,29 @@ class TestSmallFiles:
         etag = (parent / "mark").identity().etag
         put(parent, "mark", b"meanwhile")
         with pytest.raises(OutputExistsError, match="was written by something else meanwhile"):
-            workspace.of(parent).replace_file(parent / "mark", b"after", etag)
+            workspace.workspace_of(parent).replace_file(parent / "mark", b"after", etag)
         assert contents(parent) == {"mark": b"meanwhile"}
 
 
 class TestLock:
     def test_one_holder_at_a_time(self, parent: Place) -> None:
-        held = workspace.of(parent).lock(parent / "lock", "in use")
+        held = workspace.workspace_of(parent).lock(parent / "lock", "in use")
         with pytest.raises(LockedError, match=r"^in use"):
-            workspace.of(parent).lock(parent / "lock", "in use")
+            workspace.workspace_of(parent).lock(parent / "lock", "in use")
         held.close()
         held.close()
-        workspace.of(parent).lock(parent / "lock", "in use").close()
+        workspace.workspace_of(parent).lock(parent / "lock", "in use").close()
 
     def test_a_stale_one_is_told_how_to_be_removed(self, memory: Place) -> None:
-        held = workspace.of(memory).lock(memory / "lock", "in use")
+        held = workspace.workspace_of(memory).lock(memory / "lock", "in use")
         with pytest.raises(
             LockedError, match=r"the lock is that of process \d+ on .*; if that has ended, delete memory"
         ):
-            workspace.of(memory).lock(memory / "lock", "in use")
+            workspace.workspace_of(memory).lock(memory / "lock", "in use")
         held.close()
 
     def test_that_of_somebody_else_is_left(self, memory: Place) -> None:
-        held = workspace.of(memory).lock(memory / "lock", "in use")
+        held = workspace.workspace_of(memory).lock(memory / "lock", "in use")
         put(memory, "lock", b"another one")
         held.close()
         assert contents(memory) == {"lock": b"another one"}
@@ -334,19 +339,19 @@ class TestInOrder:
             "-runs/.out.partial",
         ]
         order.seen.clear()
-        workspace.of(memory).withdraw(memory / "out", RULES)
+        workspace.workspace_of(memory).withdraw(memory / "out", RULES)
         assert order.seen[:3] == [f"runs/out/{JOURNAL}", f"-runs/out/{MARK}", "-runs/out/config.json"]
         assert order.seen[-1] == f"-runs/out/{JOURNAL}"
 
     def test_requests(self, memory: Place) -> None:
         store = store_of(memory)
-        with workspace.of(memory).stage(memory / "out", RULES) as stage:
+        with workspace.workspace_of(memory).stage(memory / "out", RULES) as stage:
             fill(stage)
             stage.commit()
         # A lock, a journal, two small files, those that come last; the lock is looked at before it is removed.
         assert store.requests == {"list": 2, "put": 5, "part": 3, "complete": 2, "delete": 2, "head": 1}
         store.requests.clear()
-        workspace.of(memory).withdraw(memory / "out", RULES)
+        workspace.workspace_of(memory).withdraw(memory / "out", RULES)
         assert store.requests == {"list": 1, "get": 1, "put": 1, "delete": 4}
 
     def test_whatever_request_fails_nothing_half_written_counts(self, caplog: pytest.LogCaptureFixture) -> None:
@@ -358,7 +363,7 @@ class TestInOrder:
             store.arm(first, times, lost=lost)
             failed = None
             try:
-                with workspace.of(memory).stage(memory / "out", RULES) as stage:
+                with workspace.workspace_of(memory).stage(memory / "out", RULES) as stage:
                     try:
                         fill(stage)
                         stage.commit()
@@ -391,7 +396,7 @@ class TestInOrder:
             store.arm(first, times, lost=lost)
             failed = False
             try:
-                workspace.of(memory).withdraw(memory / "out", RULES)
+                workspace.workspace_of(memory).withdraw(memory / "out", RULES)
             except CkptConvertError:
                 failed = True
             store.arm(None)
@@ -399,28 +404,28 @@ class TestInOrder:
                 assert failed
                 assert contents(memory / "out").keys() == {*FILES, MARK, "mine.txt"}
                 continue
-            workspace.of(memory).tidy(memory, RULES)
+            workspace.workspace_of(memory).tidy(memory, RULES)
             assert contents(memory / "out") == {"mine.txt": b"mine"}
 
     def test_whole_files_of_an_earlier_attempt_are_not_written_again(self, memory: Place) -> None:
         out, data = memory / "out", b"weights"
-        with contextlib.suppress(KeyboardInterrupt), workspace.of(out).stage(out, RULES) as stage:
+        with contextlib.suppress(KeyboardInterrupt), workspace.workspace_of(out).stage(out, RULES) as stage:
             journal = stage.begin("a plan")
             for name in ("a.bin", "b.bin"):
                 with stage.folder.file(name, len(data)) as file:
                     file.write(0, memoryview(data))
                     file.sync()
-                journal.whole(file.name, f"about {name}")
+                journal.note_file(file.name, f"about {name}")
             with stage.folder.file("c.bin", len(data)) as file:
                 file.write(0, memoryview(data[:3]))
                 raise KeyboardInterrupt
-        assert not (out / "c.bin").is_there()
+        assert not (out / "c.bin").is_present()
         put(out, "b.bin", b"changed")
-        with workspace.of(out).stage(out, RULES, resume=True) as stage:
+        with workspace.workspace_of(out).stage(out, RULES, resume=True) as stage:
             assert stage.resumed
             assert stage.journal() == ["a plan", "about a.bin"]
             assert stage.allocated() == len(data)
-            assert not (out / "b.bin").is_there()
+            assert not (out / "b.bin").is_present()
             stage.begin("a plan", ["a.bin"])
             stage.folder.write("b.bin", data)
             stage.commit()
@@ -431,13 +436,13 @@ class TestInOrder:
         put(memory / "out", "mine.txt")
         with pytest.raises(OutputExistsError, match=r"holds mine\.txt beside what an interrupted writer left"):
             make(memory / "out", overwrite=True)
-        workspace.of(memory).tidy(memory, RULES)
+        workspace.workspace_of(memory).tidy(memory, RULES)
         assert contents(memory / "out") == {"mine.txt": b"mine"}
 
     def test_what_a_lock_lies_beside_is_left(self, memory: Place, caplog: pytest.LogCaptureFixture) -> None:
-        stage = workspace.of(memory).stage(memory / "out", RULES)
+        stage = workspace.workspace_of(memory).stage(memory / "out", RULES)
         fill(stage)
-        workspace.of(memory).tidy(memory, RULES)
+        workspace.workspace_of(memory).tidy(memory, RULES)
         assert "is being written, or was when its writer ended; the lock is that of process" in caplog.text
         stage.commit()
         assert is_complete(memory / "out", "out")

@@ -727,11 +727,11 @@ def test_damaged_models_are_refused_and_nothing_else_happens(llama2: bytes, data
 
 
 def test_kinds_are_told_by_their_first_bytes(llama2: bytes, small_tokens: list[bytes]) -> None:
-    assert translation.kind(rank_file(small_tokens)) == "tiktoken"
-    assert translation.kind(rank_file(small_tokens).replace(b"\n", b"\r\n")) == "tiktoken"
-    assert translation.kind(llama2) == "sentencepiece"
+    assert translation.tokenizer_kind(rank_file(small_tokens)) == "tiktoken"
+    assert translation.tokenizer_kind(rank_file(small_tokens).replace(b"\n", b"\r\n")) == "tiktoken"
+    assert translation.tokenizer_kind(llama2) == "sentencepiece"
     for other in (b"", b"\n", b"{}", b"hello world\n", b"\x80\x02}", b"PK\x03\x04", b"a" * (1 << 20)):
-        assert translation.kind(other) == "unknown"
+        assert translation.tokenizer_kind(other) == "unknown"
 
 
 def test_files_for_hf_from_ranks_come_with_what_was_assumed(small_tokens: list[bytes]) -> None:

@@ -9,11 +9,11 @@ from typing import Any
 
 from ckpt_convert.checkpoint.record import ACCEPTED, MANIFEST, read_manifest, replace_manifest
 from ckpt_convert.containers.dcp import DCP_INDEX, DCP_SUFFIX
-from ckpt_convert.errors import CheckpointNotFoundError, CkptConvertError, misfit
+from ckpt_convert.errors import CheckpointNotFoundError, CkptConvertError, option_error
 from ckpt_convert.formats.names import WEIGHT_SUFFIXES
 from ckpt_convert.storage.checksums import digest_file
 from ckpt_convert.storage.place import Place
-from ckpt_convert.words import spelled
+from ckpt_convert.wording import python_literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Accepted:
 
 def accept_command(directory: Place, name: str) -> str:
     """What to call to accept a file."""
-    return f"`verify_checkpoint({spelled(directory)}, accept={spelled(name)})`"
+    return f"`verify_checkpoint({python_literal(directory)}, accept={python_literal(name)})`"
 
 
 def accept_files(directory: Place, names: Sequence[str]) -> list[Accepted]:
@@ -37,7 +37,7 @@ def accept_files(directory: Place, names: Sequence[str]) -> list[Accepted]:
     Raises CheckpointNotFoundError where there is no manifest or no such file, UsageError for a name that it does not
     list as a file beside the weights, and what ``record.read_manifest`` does.
     """
-    if not (directory / MANIFEST).is_regular():
+    if not (directory / MANIFEST).is_regular_file():
         raise CheckpointNotFoundError(
             f"{directory}: has no {MANIFEST}, so nothing says what its files should be, and there is nothing to accept"
         )
@@ -45,10 +45,10 @@ def accept_files(directory: Place, names: Sequence[str]) -> list[Accepted]:
     listed = _listed(manifest)
     refused = [name for name in names if name not in listed]
     if refused:
-        raise misfit("accept", refused[0], f"{_why(refused[0], listed)} (nothing was changed)")
+        raise option_error("accept", refused[0], f"{_why(refused[0], listed)} (nothing was changed)")
     out = []
     for name in dict.fromkeys(names):
-        path = directory.inside(name, MANIFEST)
+        path = directory.resolve_member(name, MANIFEST)
         expected, found = str(listed[name].get("checksum")), _digest(path)
         if found == expected:
             continue

@@ -11,8 +11,8 @@ from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.dtypes import CASTABLE, DTYPES, torch_name
 from ckpt_convert.errors import CkptConvertError
 from ckpt_convert.formats.base import load_json
-from ckpt_convert.formats.names import is_never_beside
-from ckpt_convert.storage.base import read
+from ckpt_convert.formats.names import is_never_auxiliary
+from ckpt_convert.storage.base import read_range
 from ckpt_convert.storage.place import Place
 
 _LOADED = (
@@ -35,11 +35,11 @@ def check_auxiliary_files(checkpoint: Identified) -> Iterator[Finding]:
         return
     for path in sorted(checkpoint.place.children()):
         name = path.name
-        if name.startswith(".") or is_never_beside(name):
+        if name.startswith(".") or is_never_auxiliary(name):
             continue
         if path.kind() is None and (target := path.link()) is not None:
             yield _error(name, f"is a link that leads nowhere (to {target}); download or copy the file again")
-        elif path.is_regular():
+        elif path.is_regular_file():
             yield from _file(path)
         elif not path.is_folder():
             yield _error(
@@ -51,7 +51,7 @@ def _file(path: Place) -> Iterator[Finding]:
     name = path.name
     try:
         with path.open() as file:
-            start = read(file, 0, min(file.size, 64))
+            start = read_range(file, 0, min(file.size, 64))
     except CkptConvertError as error:
         yield failed_check("side-files", error, str(error).replace(str(path), name), name)
         return
@@ -76,7 +76,7 @@ def _file(path: Place) -> Iterator[Finding]:
 def check_tokenizer(checkpoint: Identified, config: Mapping[str, Any]) -> Iterator[Finding]:
     """Whether the tokenizer has more tokens than the embedding has rows."""
     path = checkpoint.root / "tokenizer.json"
-    if not path.is_regular():
+    if not path.is_regular_file():
         return
     rows = _rows(checkpoint) or size_of(text_config(config), "vocab_size")
     try:

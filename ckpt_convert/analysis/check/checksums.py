@@ -18,7 +18,7 @@ from ckpt_convert.containers.dcp import dcp
 from ckpt_convert.errors import CkptConvertError, UnsafeFileError
 from ckpt_convert.formats.base import TEXT_LIMIT
 from ckpt_convert.formats.names import RECORD_FOLDER, is_weights
-from ckpt_convert.storage.base import OpenFile, RangeReader, read
+from ckpt_convert.storage.base import OpenFile, RangeReader, read_range
 from ckpt_convert.storage.checksums import CRC64, XXH3, digest, digest_file
 from ckpt_convert.tensors.header import WeightFile
 
@@ -47,8 +47,8 @@ def check_manifest(opened: LenientCheckpoint) -> tuple[list[Finding], list[Span]
     for name in record.manifest["files"]:
         if name.startswith(f"{RECORD_FOLDER}/"):
             try:
-                path = record.directory.inside(name, MANIFEST)
-                reader, header = containers.parse(path.open())
+                path = record.directory.resolve_member(name, MANIFEST)
+                reader, header = containers.parse_header(path.open())
                 files[name] = WeightFile(name, 0, path, reader, header)
             except OSError:
                 continue  # it is not there, which is said below
@@ -123,7 +123,7 @@ def _between(reader: RangeReader, pieces: Sequence[tuple[str, int, int, str]]) -
     start = 0
     for _, offset, nbytes, _ in (*pieces, ("", reader.size, 0, "")):
         for at in range(start, offset, _BLOCK):
-            yield read(reader, at, min(_BLOCK, offset - at))
+            yield read_range(reader, at, min(_BLOCK, offset - at))
         start = offset + nbytes
 
 
@@ -131,7 +131,7 @@ def _located(file: Any, listed: list[Any]) -> tuple[list[Finding], list[Span]]:
     """Pieces of schema 1, which did not cover headers: they have to lie where the header says that their tensors do."""
     header, reader = file.header, file.reader
     if header.kind == dcp.KIND:
-        header, reader = dcp.located(file) or header, file.place.open()
+        header, reader = dcp.resolve_offsets(file) or header, file.place.open()
     tensors = {tensor.key: tensor for tensor in header.tensors}
     findings, spans = [], []
     for key, offset, nbytes, checksum in listed:
@@ -174,7 +174,7 @@ def _changed(record: Record, name: str) -> Iterator[Finding]:
     beside = name in record.auxiliary_files
     expected = record.auxiliary_files[name]["checksum"] if beside else record.checksums[name]
     try:
-        found = digest_file(record.directory.inside(name, MANIFEST))
+        found = digest_file(record.directory.resolve_member(name, MANIFEST))
     except CkptConvertError as error:
         severity: Severity = "error" if isinstance(error, UnsafeFileError) else "warning"
         yield failed_check("checksum", error, without_directory(str(error), record.directory), name, severity=severity)
@@ -193,7 +193,7 @@ def check_checklist(opened: LenientCheckpoint) -> tuple[list[Finding], list[Span
     """Meta's checklist.chk: files that are missing, and the hashes of the others as spans to be read."""
     checkpoint = opened.checkpoint
     path = checkpoint.root / CHECKLIST
-    if not checkpoint.place.is_folder() or not path.is_regular():
+    if not checkpoint.place.is_folder() or not path.is_regular_file():
         return [], []
     try:
         entries = checklist.parse_checklist(path.read(TEXT_LIMIT).decode(errors="replace"))
@@ -206,7 +206,7 @@ def check_checklist(opened: LenientCheckpoint) -> tuple[list[Finding], list[Span
     for name, expected in entries.items():
         weights = is_weights(name)
         try:
-            reader = opened_files.get(name) or checkpoint.root.inside(name, CHECKLIST).open(name)
+            reader = opened_files.get(name) or checkpoint.root.resolve_member(name, CHECKLIST).open(name)
         except (CkptConvertError, OSError) as error:
             if name not in opened.unreadable_files:
                 text = f"{name} is missing, or cannot be read, but {CHECKLIST} lists it; download it again"

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from ckpt_convert import containers
 from ckpt_convert.containers import safetensors
 from ckpt_convert.containers.pickle import torchpickle
-from ckpt_convert.containers.pickle.torchpickle import Storage, Tensor
+from ckpt_convert.containers.pickle.torchpickle import PickledStorage, PickledTensor
 from ckpt_convert.containers.torch_zip import torchzip, zipindex
 from ckpt_convert.errors import CkptConvertError, UnreadableError
-from ckpt_convert.storage.base import OpenFile, RangeReader, read
-from ckpt_convert.storage.reader import unreadable
+from ckpt_convert.storage.base import OpenFile, RangeReader, read_range
+from ckpt_convert.storage.reader import unreadable_error
 from ckpt_convert.tensors.header import Header
 
 _END = b"PK\5\6"
@@ -45,25 +45,25 @@ class _Shortened:
 def survey_file(reader: OpenFile) -> SurveyedFile:
     """Read the header of a file of any kind; what is wrong becomes a problem, in words. Raises UnreadableError."""
     try:
-        start = read(reader, 0, min(reader.size, 32))
+        start = read_range(reader, 0, min(reader.size, 32))
         length = int.from_bytes(start[:8], "little")
         if start[8:9] == b"{" and length <= safetensors.MAX_HEADER:
-            header, problems = safetensors.survey(reader)
+            header, problems = safetensors.parse_leniently(reader)
             return SurveyedFile(reader, header, tuple(problems))
         if torchzip.is_zip(reader):
             return _zip(reader)
-        return SurveyedFile(*containers.parse(reader), ())
+        return SurveyedFile(*containers.parse_header(reader), ())
     except UnreadableError:
         raise
     except CkptConvertError as error:
         return SurveyedFile(reader, None, (str(error),))
     except OSError as error:
-        raise unreadable(error, reader.name) from error
+        raise unreadable_error(error, reader.name) from error
 
 
 def zip_members(reader: RangeReader) -> list[zipindex.Member]:
     """The members of a torch zip file that was surveyed."""
-    return list(zipindex.members(reader).values())
+    return list(zipindex.list_members(reader).values())
 
 
 def _zip(reader: OpenFile) -> SurveyedFile:
@@ -92,14 +92,14 @@ def _zip(reader: OpenFile) -> SurveyedFile:
 
 def _named(reader: RangeReader, header: Header, *problems: str) -> SurveyedFile:
     """The file, with what its pickle asks for although no tensor needs it."""
-    asked = (str(torchpickle.refusal(reader.name, "data.pkl", *header.foreign)),) if header.foreign else ()
+    asked = (str(torchpickle.refusal_error(reader.name, "data.pkl", *header.foreign)),) if header.foreign else ()
     return SurveyedFile(reader, header, (*problems, *asked))
 
 
 def _end(reader: RangeReader) -> int | None:
     """Where the last end record of an archive ends, None where there is none."""
     size = min(reader.size, _MAX_COMMENT + _END_SIZE)
-    tail = read(reader, reader.size - size, size)
+    tail = read_range(reader, reader.size - size, size)
     at = tail.rfind(_END)
     return None if at < 0 or at + _END_SIZE > len(tail) else reader.size - size + at + _END_SIZE
 
@@ -107,17 +107,19 @@ def _end(reader: RangeReader) -> int | None:
 def _lacking(reader: RangeReader) -> str:
     """How many bytes at least are missing, as far as the pickle that torch puts first says what has to follow."""
     try:
-        magic, *_, name_size, extra = _LOCAL.unpack(read(reader, 0, min(_LOCAL.size, reader.size)))
+        magic, *_, name_size, extra = _LOCAL.unpack(read_range(reader, 0, min(_LOCAL.size, reader.size)))
         start = _LOCAL.size + name_size + extra
-        if magic != b"PK\3\4" or not read(reader, _LOCAL.size, name_size).endswith(b"/data.pkl"):
+        if magic != b"PK\3\4" or not read_range(reader, _LOCAL.size, name_size).endswith(b"/data.pkl"):
             return ""
-        data = read(reader, start, min(reader.size - start, _MAX_PICKLE))
+        data = read_range(reader, start, min(reader.size - start, _MAX_PICKLE))
         end = data.find(_DESCRIPTOR)
         while end >= 0 and data[end + 8 : end + 12] != end.to_bytes(4, "little"):
             end = data.find(_DESCRIPTOR, end + 1)
         if end < 0:
             return ""
-        needed = start + end + sum(_storages(torchpickle.load(reader.name, data[:end], foreign=True).value).values())
+        needed = (
+            start + end + sum(_storages(torchpickle.load_pickle(reader.name, data[:end], foreign=True).value).values())
+        )
     except (CkptConvertError, struct.error, ValueError):
         return ""
     return f", and at least {needed - reader.size} bytes are missing" if needed > reader.size else ""
@@ -131,8 +133,8 @@ def _storages(value: object) -> dict[str, int]:
         if id(item) in seen:  # a pickle may name one list a million times
             continue
         seen.add(id(item))
-        if isinstance(item, Tensor):
-            storage: Storage = item.storage
+        if isinstance(item, PickledTensor):
+            storage: PickledStorage = item.storage
             found[storage.key] = storage.nbytes
         elif isinstance(item, dict):
             pending.extend(item.values())

@@ -13,24 +13,24 @@ from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.dtypes import CASTABLE
 from ckpt_convert.errors import CkptConvertError
 from ckpt_convert.formats.base import load_json
-from ckpt_convert.formats.hf import another_set
+from ckpt_convert.formats.hf import alternative_set_advice
 from ckpt_convert.formats.names import (
     ADAPTER,
     CONSOLIDATED,
-    OF_TRAINING,
     SHARD,
-    USUAL,
+    TRAINING_PREFIXES,
+    TRANSFORMERS_NAMES,
     index_for,
-    is_found,
+    is_found_without_index,
     is_index,
     is_unfinished,
     is_weights,
     shard_name,
 )
 from ckpt_convert.models import FAMILIES
-from ckpt_convert.storage.names import partial_of, replaced_of
+from ckpt_convert.storage.names import partial_path, replaced_path
 from ckpt_convert.storage.place import Place
-from ckpt_convert.words import quoted, some
+from ckpt_convert.wording import first_few, short_repr
 
 
 def check_index(opened: LenientCheckpoint) -> Iterator[Finding]:
@@ -64,10 +64,10 @@ def check_index_totals(opened: LenientCheckpoint) -> Iterator[Finding]:
         if name in stated and said not in (found, sum(map(size, distinct.values()))):
             unit = " bytes" if name == "total_size" else ""
             text = (
-                f"{name} is {quoted(stated[name], 60)} in {index}, but the tensors have {found}{unit} together; "
+                f"{name} is {short_repr(stated[name], 60)} in {index}, but the tensors have {found}{unit} together; "
                 "the index was not made for these files, or was edited: correct it, or save the model again"
             )
-            yield Finding("warning", "index", text, index, None, quoted(stated[name], 60), str(found))
+            yield Finding("warning", "index", text, index, None, short_repr(stated[name], 60), str(found))
 
 
 def check_leftovers(opened: LenientCheckpoint) -> Iterator[Finding]:
@@ -75,7 +75,7 @@ def check_leftovers(opened: LenientCheckpoint) -> Iterator[Finding]:
     path = opened.checkpoint.place
     if not path.is_folder():
         return
-    for left in (partial_of(path.real()), replaced_of(path.real())):
+    for left in (partial_path(path.real()), replaced_path(path.real())):
         if left.is_folder():  # False where the name, longer than that of the directory, cannot be
             text = (
                 f"{left.name} beside the directory was left by a conversion that did not end; run that again with "
@@ -94,8 +94,10 @@ def check_leftovers(opened: LenientCheckpoint) -> Iterator[Finding]:
     unused = [name for name in names if is_weights(name) and name not in used and _counts(path, name)]
     if used.issubset(names):
         yield from _unused(unused, used, opened.checkpoint)
-    elif unused and another_set(path, opened.checkpoint.directory) is None:  # it may be all the weights there are
-        shown = some(unused, 3)
+    elif (
+        unused and alternative_set_advice(path, opened.checkpoint.directory) is None
+    ):  # it may be all the weights there are
+        shown = first_few(unused, 3)
         text = f"{shown}: not used, and not checked; keep what is here until the files that are missing are found"
         yield Finding("note", "leftover", text, unused[0])
 
@@ -121,7 +123,7 @@ def check_shard_numbers(opened: LenientCheckpoint) -> Iterator[Finding]:
             yield Finding("warning" if indexed else "error", "shards", text)
             continue
         index = index_for(f"{stem}{suffix}")
-        alone = not (opened.checkpoint.root / index).is_there()  # one that is broken is found where it is read
+        alone = not (opened.checkpoint.root / index).is_present()  # one that is broken is found where it is read
         if alone and opened.checkpoint.format == "hf" and len(opened.checkpoint.directory.weights) > 1:
             text = (
                 f"{index} is missing: without it, transformers and others do not find the shards; download it, or "
@@ -134,7 +136,9 @@ def check_shard_numbers(opened: LenientCheckpoint) -> Iterator[Finding]:
             if lacking and not indexed:
                 width = _width(opened.checkpoint, stem)
                 files = [shard_name(stem, number, total, suffix, width) for number in lacking[:6]]
-                text = f"{len(lacking)} of {total} shards missing: {some(files, 5)}; download or copy what is missing"
+                text = (
+                    f"{len(lacking)} of {total} shards missing: {first_few(files, 5)}; download or copy what is missing"
+                )
                 yield Finding("error", "shards", text, None, None, str(total), str(len(numbers)))
             elif lacking:
                 text = (
@@ -152,12 +156,12 @@ def check_file_names(opened: LenientCheckpoint) -> Iterator[Finding]:
     alone = checkpoint.format == "hf" and checkpoint.directory.index is None and checkpoint.directory.kind is None
     if family is not None and family.from_shapes is not None:
         return  # its loaders take a file, whatever it is called
-    if not alone or not (checkpoint.root / "config.json").is_regular() or any(map(SHARD.fullmatch, used)):
+    if not alone or not (checkpoint.root / "config.json").is_regular_file() or any(map(SHARD.fullmatch, used)):
         return
     for name in used:
-        if not is_found(name):
+        if not is_found_without_index(name):
             text = (
-                f"{name} is no name that transformers and others find ({', '.join(USUAL)}): rename "
+                f"{name} is no name that transformers and others find ({', '.join(TRANSFORMERS_NAMES)}): rename "
                 "it if it is safetensors, or write the checkpoint anew with `convert_checkpoint(SRC, DST, to='hf', "
                 "container='safetensors')`"
             )
@@ -170,7 +174,9 @@ def _width(checkpoint: Identified, stem: str) -> int:
 
 
 def _counts(path: Place, name: str) -> bool:
-    return not name.startswith((".", *OF_TRAINING)) and ((path / name).is_regular() or (path / name).link() is not None)
+    return not name.startswith((".", *TRAINING_PREFIXES)) and (
+        (path / name).is_regular_file() or (path / name).link() is not None
+    )
 
 
 def _unused(names: list[str], used: set[str], checkpoint: Identified) -> Iterator[Finding]:
@@ -194,7 +200,7 @@ def _unused(names: list[str], used: set[str], checkpoint: Identified) -> Iterato
             text = f"{name} is not used: {said} names it; move it elsewhere if it does not belong here"
             yield Finding("warning", "leftover", text, name)
     for what, group in others.items():
-        text = f"{some(group, 3)}: {what}; not used, and not checked (give the file to check it)"
+        text = f"{first_few(group, 3)}: {what}; not used, and not checked (give the file to check it)"
         yield Finding("note", "leftover", text, group[0])
 
 
@@ -204,7 +210,7 @@ def _other_index(path: Place, name: str, used: set[str]) -> Iterator[Finding]:
     except CkptConvertError:
         weight_map = None
     files = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
-    absent = sorted(file for file in files if not (path / file).is_regular())  # False for a name that cannot be
+    absent = sorted(file for file in files if not (path / file).is_regular_file())  # False for a name that cannot be
     if name.startswith((CONSOLIDATED, ADAPTER)) and not absent:
         return
     if absent:

@@ -18,7 +18,7 @@ from ckpt_convert.checkpoint.findings import Finding, Severity
 from ckpt_convert.checkpoint.quantized.schemes import FP8
 from ckpt_convert.dtypes import CASTABLE
 from ckpt_convert.models.registry import UNLISTED
-from ckpt_convert.words import some
+from ckpt_convert.wording import first_few
 
 _NUMBER = re.compile(r"(?:(?<=\.)|\A)(0|[1-9][0-9]{0,5})(?=\.)")
 _LISTS = ("layers", "layer", "h", "blocks", "block", "experts")
@@ -251,7 +251,7 @@ def _experts(found: Lists, text: Mapping[str, Any]) -> Iterator[Finding]:
     for prefix, numbers in found.items():
         lacking = sorted(set(range(min(count, 100_000))) - set(numbers))
         if lacking:
-            named = some(lacking, 8)
+            named = first_few(lacking, 8)
             said = (
                 f"{prefix[:-1]} has {len(set(numbers) & set(range(count)))} of {count} experts: expert {named} "
                 f"{'is' if len(lacking) == 1 else 'are'} missing; find the file that holds "

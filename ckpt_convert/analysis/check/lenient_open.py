@@ -23,17 +23,17 @@ from ckpt_convert.errors import (
     CheckpointNotFoundError,
     CkptConvertError,
     UnreadableError,
-    reason,
+    error_text,
 )
-from ckpt_convert.formats.base import Directory, WeightName, load_json, plain_weights
-from ckpt_convert.formats.hf import another_set, plain_names
+from ckpt_convert.formats.base import WeightDirectory, WeightName, load_json, plain_weights
+from ckpt_convert.formats.hf import alternative_set_advice, normalized_weight_map
 from ckpt_convert.formats.names import RANK, RECORD_FOLDER, WEIGHT_SUFFIXES, is_index
 from ckpt_convert.storage.base import OpenFile
-from ckpt_convert.storage.names import JOURNAL, stays_inside
+from ckpt_convert.storage.names import JOURNAL, is_safe_name
 from ckpt_convert.storage.place import Location, Place
-from ckpt_convert.storage.reader import unreadable
+from ckpt_convert.storage.reader import unreadable_error
 from ckpt_convert.tensors.header import WeightFile
-from ckpt_convert.words import some
+from ckpt_convert.wording import first_few
 
 if TYPE_CHECKING:
     from ckpt_convert.checkpoint.record import Record
@@ -67,7 +67,7 @@ class _State:
     gone: tuple[int, ...] = ()
 
     def error(self, check: str, error: CkptConvertError | OSError, path: Place, file: str | None = None) -> None:
-        self.findings.append(failed_check(check, error, without_directory(reason(error), path), file))
+        self.findings.append(failed_check(check, error, without_directory(error_text(error), path), file))
 
 
 def without_directory(text: str, path: Place) -> str:
@@ -85,7 +85,7 @@ def open_leniently(
     there is, and UsageError or ConfigError for what was asked for.
     """
     hints = make_hints(family, config)
-    path = path.noted()
+    path = path.with_listing()
     if path.kind() is None:
         raise CheckpointNotFoundError(f"{path}: no such file or directory")
     path = checkpoint_place(path)
@@ -94,8 +94,8 @@ def open_leniently(
     try:
         name, why, directory = _directory(path, format, found_record, state)
     except OSError as error:
-        raise unreadable(error, path) from error
-    if (path / JOURNAL).is_there():
+        raise unreadable_error(error, path) from error
+    if (path / JOURNAL).is_present():
         text = (
             f"{path.name} is the unfinished output of a conversion; run that again with `resume=True`, or remove it "
             "and convert anew"
@@ -106,7 +106,7 @@ def open_leniently(
     if name is None and directory.kind in (None, "dcp"):
         name, why = format_from_keys(files, why, directory.kind)
         if name is None and path.is_folder() and directory.index is None and directory.kind is None and not lost:
-            directory = Directory(tuple(map(WeightName, all_weight_files(path))))
+            directory = WeightDirectory(tuple(map(WeightName, all_weight_files(path))))
             del state.findings[before:]  # the same files are among those that are looked at now
             files, lost, damaged = _files(path, directory, state)
     files_there = OpenedFiles(path, name, why, directory, files)
@@ -119,7 +119,7 @@ def open_leniently(
 def _record(path: Place, state: _State) -> Record | None:
     if not path.is_folder():
         return None
-    if (path / RECORD_FOLDER).is_folder() and not (path / record.MANIFEST).is_there():
+    if (path / RECORD_FOLDER).is_folder() and not (path / record.MANIFEST).is_present():
         text = f"{record.MANIFEST} is missing, so nothing says what was written; copy it again, or move the folder away"
         state.findings.append(Finding("warning", "record", text, record.MANIFEST))
     try:
@@ -127,13 +127,13 @@ def _record(path: Place, state: _State) -> Record | None:
     except CkptConvertError as error:
         state.error("record", error, path, record.MANIFEST)
     except OSError as error:
-        state.error("record", unreadable(error, path / record.MANIFEST), path, record.MANIFEST)
+        state.error("record", unreadable_error(error, path / record.MANIFEST), path, record.MANIFEST)
     return None
 
 
 def _directory(
     path: Place, wanted: str | None, found_record: Record | None, state: _State
-) -> tuple[str | None, str, Directory]:
+) -> tuple[str | None, str, WeightDirectory]:
     """What ``detect`` says; where it refuses the directory, the weight files that lie there."""
     try:
         return detect_format(path, wanted, found_record)
@@ -144,8 +144,8 @@ def _directory(
         return rescued
 
 
-def _rescued(path: Place, state: _State, error: CkptConvertError) -> tuple[str | None, str, Directory] | None:
-    said = "hf" if (path / "config.json").is_regular() else None
+def _rescued(path: Place, state: _State, error: CkptConvertError) -> tuple[str | None, str, WeightDirectory] | None:
+    said = "hf" if (path / "config.json").is_regular_file() else None
     indexes = sorted(entry for entry in path.children() if is_index(entry.name))
     if indexes and f"{indexes[0].parent}/" in str(error):
         named = [index for index in indexes if str(index) in str(error)] or indexes
@@ -153,7 +153,7 @@ def _rescued(path: Place, state: _State, error: CkptConvertError) -> tuple[str |
         directory = _sound_part(path, named[0])
         names = [name for suffix in WEIGHT_SUFFIXES if (name := plain_weights(path, (suffix,)))]
         if directory is None and names:
-            directory = Directory(tuple(WeightName(name) for name in names[0]))
+            directory = WeightDirectory(tuple(WeightName(name) for name in names[0]))
         return None if directory is None else (said, "weight files beside a broken index", directory)
     ranks = ((RANK.fullmatch(entry.name), entry.name) for entry in path.children())
     numbered = sorted((int(match[1]), name) for match, name in ranks if match is not None and len(match[1]) <= 4)
@@ -164,22 +164,24 @@ def _rescued(path: Place, state: _State, error: CkptConvertError) -> tuple[str |
     most = max(by_rank) + 1 if max(by_rank) < 4 * len(by_rank) + 16 else len(by_rank)
     state.gone = tuple(rank for rank in range(most) if rank not in by_rank)
     kept = [WeightName(by_rank[rank], rank) for rank in sorted(by_rank) if rank < most]
-    return "meta", kept[0].name, Directory(tuple(kept))
+    return "meta", kept[0].name, WeightDirectory(tuple(kept))
 
 
-def _sound_part(path: Place, index: Place) -> Directory | None:
+def _sound_part(path: Place, index: Place) -> WeightDirectory | None:
     """The entries of an index that name plain files, where it has any."""
     try:
         weight_map = load_json(index).get("weight_map")
         entries = weight_map.items() if isinstance(weight_map, dict) else ()
-        named = plain_names({key: file for key, file in entries if isinstance(file, str)})
+        named = normalized_weight_map({key: file for key, file in entries if isinstance(file, str)})
     except CkptConvertError:
         return None
-    sound = {key: file for key, file in named.items() if stays_inside(file)}
-    return Directory(tuple(map(WeightName, sorted(set(sound.values())))), index.name, sound) if sound else None
+    sound = {key: file for key, file in named.items() if is_safe_name(file)}
+    return WeightDirectory(tuple(map(WeightName, sorted(set(sound.values())))), index.name, sound) if sound else None
 
 
-def _files(path: Place, directory: Directory, state: _State) -> tuple[tuple[WeightFile, ...], list[str], list[str]]:
+def _files(
+    path: Place, directory: WeightDirectory, state: _State
+) -> tuple[tuple[WeightFile, ...], list[str], list[str]]:
     """The files that can be opened, the names of those that cannot, and of those that are damaged."""
     files, lost, damaged = [], [], []
     if directory.kind == "dcp":
@@ -188,7 +190,7 @@ def _files(path: Place, directory: Directory, state: _State) -> tuple[tuple[Weig
         except (CkptConvertError, OSError) as error:
             state.error("container", error, path)
             return (), [DCP_INDEX], []
-    other = another_set(path, directory) if path.is_folder() else None
+    other = alternative_set_advice(path, directory) if path.is_folder() else None
     if other is not None:  # one cause, whatever number of files it is that are missing
         state.findings.append(Finding("error", "files", other, directory.index))
     there = {entry.name for entry in path.children()} if other is not None else set()
@@ -217,11 +219,11 @@ def _files(path: Place, directory: Directory, state: _State) -> tuple[tuple[Weig
     return tuple(files), lost, damaged
 
 
-def _open(path: Place, weight: WeightName, directory: Directory, state: _State) -> tuple[OpenFile, Place] | None:
-    local = path if path.is_regular() else path / weight.name
+def _open(path: Place, weight: WeightName, directory: WeightDirectory, state: _State) -> tuple[OpenFile, Place] | None:
+    local = path if path.is_regular_file() else path / weight.name
     try:
         if path.is_folder():
-            path.inside(weight.name, directory.index or path.name)
+            path.resolve_member(weight.name, directory.index or path.name)
         return local.open(weight.name), local
     except CheckpointNotFoundError:
         text, found = _absent(local, weight.name, directory)
@@ -229,15 +231,15 @@ def _open(path: Place, weight: WeightName, directory: Directory, state: _State) 
     except CkptConvertError as error:
         state.error("files", error, path, weight.name)
     except OSError as error:
-        state.error("files", unreadable(error, local), path, weight.name)
+        state.error("files", unreadable_error(error, local), path, weight.name)
     return None
 
 
-def _absent(local: Place, name: str, directory: Directory) -> tuple[str, str]:
+def _absent(local: Place, name: str, directory: WeightDirectory) -> tuple[str, str]:
     keys = [key for key, file in (directory.weight_map or {}).items() if file == name]
     said = (
         f"{directory.index} says that {len(keys)} tensor{'s lie' if len(keys) != 1 else ' lies'} in it "
-        f"({some(keys, 2)})"
+        f"({first_few(keys, 2)})"
         if keys
         else "it should be there"
     )

@@ -13,7 +13,7 @@ from ckpt_convert.checkpoint.findings import Finding
 from ckpt_convert.checkpoint.record import MANIFEST
 from ckpt_convert.formats import peft
 from ckpt_convert.formats.names import rank_name
-from ckpt_convert.words import some
+from ckpt_convert.wording import first_few
 
 ALL_ZEROS = "nothing but zeros"
 """What ``zeros`` looks for in ``found`` of a finding."""
@@ -83,7 +83,7 @@ def _last_ranks(opened: LenientCheckpoint, config: Mapping[str, Any]) -> tuple[l
         return [], ""
     lacking = [rank_name(number) for number in range(len(stored), count)]
     text = (
-        f"{some(lacking, 4)} {'is' if len(lacking) == 1 else 'are'} missing: vocab_size {vocab} in params.json is "
+        f"{first_few(lacking, 4)} {'is' if len(lacking) == 1 else 'are'} missing: vocab_size {vocab} in params.json is "
         f"that of {count} ranks with {output.shape[0]} rows each, but there are {len(stored)}; download or copy what "
         "is missing"
     )

@@ -21,8 +21,8 @@ from ckpt_convert.checkpoint.record import MANIFEST, MERGED
 from ckpt_convert.convert import ties
 from ckpt_convert.errors import CkptConvertError, UnsupportedFamilyError
 from ckpt_convert.formats.base import load_json
-from ckpt_convert.storage.place import Location, locate
-from ckpt_convert.words import option
+from ckpt_convert.storage.place import Location, checked_place
+from ckpt_convert.wording import option_text
 
 if TYPE_CHECKING:
     from ckpt_convert.tensors.progress import ProgressCallback
@@ -72,14 +72,14 @@ def check_checkpoint(
     beside an adapter, too. What is wrong with the checkpoint is in the report; raised is only
     CheckpointNotFoundError, UsageError or ConfigError where nothing can be checked.
     """
-    opened = open_leniently(locate(path), format=format, family=family, config=config)
+    opened = open_leniently(checked_place(path), format=format, family=family, config=config)
     work = _Work(opened, values)
     try:
         report = _report(work, workers, progress)
     finally:
         opened.checkpoint.close()
     inner = opened.checkpoint.place / MERGED
-    if merged and "training" in report.checks and (inner / MANIFEST).is_regular():
+    if merged and "training" in report.checks and (inner / MANIFEST).is_regular_file():
         report = _with_merged(report, check_checkpoint(inner, values=values, workers=workers, progress=progress))
     return report
 
@@ -135,7 +135,7 @@ def _against_config(work: _Work) -> None:
     view = work.opened.view
     path = view.config_file
     content = None
-    if path.is_regular():
+    if path.is_regular_file():
         try:
             content = load_json(path)
         except CkptConvertError as error:
@@ -334,7 +334,7 @@ def _read(work: _Work, workers: int, progress: ProgressCallback | None) -> int:
         work.done("checksum")
     elif not hashes and "training" not in work.checks:
         why = f"no checksums came with it ({MANIFEST}, checklist.chk)"
-        if (work.opened.checkpoint.root / MANIFEST).is_regular():
+        if (work.opened.checkpoint.root / MANIFEST).is_regular_file():
             why = f"{MANIFEST} cannot be relied on"
         work.skip(why, "checksum")
     return nbytes
@@ -342,4 +342,4 @@ def _read(work: _Work, workers: int, progress: ProgressCallback | None) -> int:
 
 def _config(view: Identified) -> str:
     above = diagnosis.parent_config(view.place)
-    return "one with `config=`" if above is None else f"the one above with {option('config', above)}"
+    return "one with `config=`" if above is None else f"the one above with {option_text('config', above)}"

@@ -12,7 +12,7 @@ from ckpt_convert.checkpoint.record import MANIFEST, TRAINING_STATE
 from ckpt_convert.errors import CheckpointNotFoundError, CkptConvertError
 from ckpt_convert.storage.checksums import digest_file
 from ckpt_convert.storage.place import Place
-from ckpt_convert.storage.reader import WORKERS
+from ckpt_convert.storage.reader import DEFAULT_WORKERS
 from ckpt_convert.tensors.pool import map_threaded
 
 _WAY_OUT = "copy the checkpoint again, or use another step"
@@ -34,7 +34,7 @@ def check_saved_step(directory: Place, values: bool) -> list[Finding] | None:
 
 def compare_files(directory: Place, listed: Mapping[str, Mapping[str, Any]], values: bool) -> list[Finding]:
     """Hold files against the size and checksum (xxh3_64) that were written down; a few are read at a time."""
-    found = map_threaded(lambda name: _compare(directory, name, listed[name], values), listed, WORKERS)
+    found = map_threaded(lambda name: _compare(directory, name, listed[name], values), listed, DEFAULT_WORKERS)
     return [finding for finding in found if finding is not None]
 
 
@@ -47,7 +47,7 @@ def _compare(directory: Place, name: str, entry: Mapping[str, Any], values: bool
         f"put it back, or accept it as it is: {accept_command(directory, name)}" if is_acceptable(name) else _WAY_OUT
     )
     try:
-        path = directory.inside(name, MANIFEST)
+        path = directory.resolve_member(name, MANIFEST)
         size = path.identity().size
         if size != entry.get("size"):
             text = f"was edited or damaged: should have {entry.get('size')} bytes, but has {size}"

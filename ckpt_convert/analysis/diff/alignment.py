@@ -20,7 +20,7 @@ from ckpt_convert.formats import peft
 from ckpt_convert.models.core.rope import reordered
 from ckpt_convert.models.core.table import Instance
 from ckpt_convert.tensors.lazy import LazyTensor, from_source, zeros
-from ckpt_convert.words import MORE, some
+from ckpt_convert.wording import MORE, first_few
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +166,7 @@ def _through_table(a: Identified, b: Identified, left: Model, right: Model, noti
     pairs += [AlignedTensor(None, half) for half in rest_b.values()]
     for where, keys in as_zeros.items():
         if keys:
-            what = f"{some(keys, 1, MORE)}, only in {where}"
+            what = f"{first_few(keys, 1, MORE)}, only in {where}"
             notices.append(f"compared with zeros, which the other side computes with: {what}")
     return Alignment("mapping", pairs, (left, right), tuple(notices))
 

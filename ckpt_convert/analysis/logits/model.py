@@ -18,13 +18,13 @@ from ckpt_convert.errors import (
     TiedWeightsError,
     UnsupportedFamilyError,
     UsageError,
-    require,
+    require_package,
 )
-from ckpt_convert.formats.names import ADAPTER_CONFIG, USUAL, index_for
+from ckpt_convert.formats.names import ADAPTER_CONFIG, TRANSFORMERS_NAMES, index_for
 from ckpt_convert.tensors.blocks import BlockReader, TypedTensor
 from ckpt_convert.tensors.lazy import LazyTensor, from_source
 from ckpt_convert.tensors.progress import ProgressCallback, ProgressCounter
-from ckpt_convert.words import listing
+from ckpt_convert.wording import indented_list
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +59,7 @@ class Architecture:
 def require_packages() -> None:
     """Raise MissingPackageError where what computes logits is not installed."""
     for package in ("torch", "transformers"):
-        require(package, "computing logits")
+        require_package(package, "computing logits")
 
 
 def read_architecture(checkpoint: Identified) -> Architecture:
@@ -159,13 +159,13 @@ def _opens(checkpoint: Identified) -> bool:
         checkpoint.format != "hf"
         or not checkpoint.root.is_local
         or not checkpoint.place.is_folder()
-        or (checkpoint.root / ADAPTER_CONFIG).is_there()
+        or (checkpoint.root / ADAPTER_CONFIG).is_present()
     ):
         return False
     if checkpoint.key_notices:
         return False
     index, names = checkpoint.directory.index, [file.name for file in checkpoint.files]
-    return index in map(index_for, USUAL) if index else names in [[name] for name in USUAL]
+    return index in map(index_for, TRANSFORMERS_NAMES) if index else names in [[name] for name in TRANSFORMERS_NAMES]
 
 
 def _as_they_are(checkpoint: Identified, progress: ProgressCallback | None) -> dict[str, torch.Tensor]:
@@ -188,7 +188,7 @@ def _translated(checkpoint: Identified, progress: ProgressCallback | None) -> tu
     )
     failed = [check.message for check in made.checks if not equal(check)]
     if failed:
-        raise TiedWeightsError(f"{path}: tensors that have to be equal are not:{listing(failed)}")
+        raise TiedWeightsError(f"{path}: tensors that have to be equal are not:{indented_list(failed)}")
     tensors = [(target.key, TypedTensor(target.tensor, target.dtype)) for target in made.targets]
     return _made(checkpoint, tensors, progress), bool(made.dims["tied"])
 
@@ -235,7 +235,7 @@ def _refuse(checkpoint: Identified, info: Mapping[str, Any]) -> None:
         "shapes that disagree with the config": misshapen,
         "other problems": other,
     }
-    said = [f"\n  {len(lines)} {title}:{listing(lines)}" for title, lines in titles.items() if lines]
+    said = [f"\n  {len(lines)} {title}:{indented_list(lines)}" for title, lines in titles.items() if lines]
     if said:
         error = KeyMismatchError if missing or unexpected else ShapeMismatchError
         raise error(f"{checkpoint.place}: transformers loads it, but not as its config says:{''.join(said)}")

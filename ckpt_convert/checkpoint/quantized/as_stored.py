@@ -9,7 +9,7 @@ from ckpt_convert.checkpoint import generic_model
 from ckpt_convert.checkpoint.mapping import SourceTensor
 from ckpt_convert.checkpoint.model import Model
 from ckpt_convert.checkpoint.quantized.detect import CONFIGS, Quantization
-from ckpt_convert.errors import ConfigError, UnsupportedFamilyError, misfit
+from ckpt_convert.errors import ConfigError, UnsupportedFamilyError, option_error
 from ckpt_convert.storage.place import Place
 from ckpt_convert.tensors.lazy import from_source
 
@@ -73,7 +73,7 @@ def refuse_cast(found: Quantization | None, scheme: str | None, path: Place, dty
         return
     what = found.text if found is not None else scheme
     way = _WAY_OUT if found is not None and not found.refusal else "leave it out"
-    raise misfit("dtype", dtype, f"{path} is quantised ({what}), and codes are not cast; {way}")
+    raise option_error("dtype", dtype, f"{path} is quantised ({what}), and codes are not cast; {way}")
 
 
 def _refusal(found: Quantization) -> str:

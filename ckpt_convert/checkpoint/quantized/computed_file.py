@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from ckpt_convert.dtypes import DTYPES
 from ckpt_convert.errors import CorruptFileError
-from ckpt_convert.storage.base import Closing, RangeReader
+from ckpt_convert.storage.base import Closable, RangeReader
 from ckpt_convert.tensors.header import StoredTensor
 
 Dims = tuple[tuple[int, int, int], ...]
@@ -100,7 +100,7 @@ class ComputedFile:
         return tensor.nbytes > 0 and self._run(tensor.offset, 1).make is not None
 
     def close(self) -> None:
-        if isinstance(self.reader, Closing):
+        if isinstance(self.reader, Closable):
             self.reader.close()
 
     def _computed(self, run: _Run, make: Make) -> Computed:

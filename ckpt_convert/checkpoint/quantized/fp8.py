@@ -15,7 +15,7 @@ import numpy as np
 from ckpt_convert.checkpoint.quantized.detect import Quantized
 from ckpt_convert.checkpoint.quantized.row_reader import SCRATCH, STRIPS, contiguous
 from ckpt_convert.dtypes import DTYPES
-from ckpt_convert.storage.base import read
+from ckpt_convert.storage.base import read_range
 from ckpt_convert.tensors import decode
 from ckpt_convert.tensors.header import FileTensor
 
@@ -78,7 +78,7 @@ class Fp8:
         tensor, file = self.scales.tensor, self.scales.file
         item = DTYPES[tensor.dtype].bits // 8
         data = np.frombuffer(
-            read(file.reader, tensor.offset + first * width * item, (last - first) * width * item), np.uint8
+            read_range(file.reader, tensor.offset + first * width * item, (last - first) * width * item), np.uint8
         )
         return scale_values(data, tensor.dtype).reshape(last - first, width)[:, start:stop]
 

@@ -13,8 +13,8 @@ from ckpt_convert.checkpoint.quantized import schemes
 from ckpt_convert.checkpoint.quantized.computed_file import Computed, ComputedFile, Make
 from ckpt_convert.checkpoint.quantized.detect import CONFIGS, Quantization, Quantized
 from ckpt_convert.checkpoint.record import Layout, LayoutFile
-from ckpt_convert.containers.build import of_specs
-from ckpt_convert.dtypes import DEQUANTIZED
+from ckpt_convert.containers.build import layout_from_specs
+from ckpt_convert.dtypes import DEQUANTIZED_DTYPES
 from ckpt_convert.errors import ConfigError
 from ckpt_convert.formats.base import render_index
 from ckpt_convert.tensors.header import StoredTensor, WeightFile
@@ -49,7 +49,7 @@ def dequantized_files(
         by_file.setdefault(one.codes.file.name, {})[one.codes.tensor.key] = one
     gone = found.owners.keys() | found.extras
     files = tuple(
-        _file(file, by_file.get(file.name, {}), gone, DEQUANTIZED[dtype], shapes or {}) for file in opened.files
+        _file(file, by_file.get(file.name, {}), gone, DEQUANTIZED_DTYPES[dtype], shapes or {}) for file in opened.files
     )
     weight_map = opened.directory.weight_map
     if weight_map is not None:
@@ -67,7 +67,7 @@ def dequantized_layout(opened: OpenedFiles) -> Layout:
         header = file.header
         container = "safetensors" if header.kind == "safetensors" else "torch"
         specs = [(tensor.key, tensor.dtype, tensor.shape) for tensor in header.tensors]
-        made = of_specs(file.name, container, specs, header.metadata)
+        made = layout_from_specs(file.name, container, specs, header.metadata)
         files.append(LayoutFile(file.name, file.rank, made.header, made.literals))
         weight_map |= dict.fromkeys((tensor.key for tensor in header.tensors), file.name)
     name = opened.directory.index

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ckpt_convert import errors
-from ckpt_convert.errors import CkptConvertError, reason
-from ckpt_convert.words import listing, some
+from ckpt_convert.errors import CkptConvertError, error_text
+from ckpt_convert.wording import first_few, indented_list
 
 DEADLINE = 600.0
 """Seconds after which a rank that says nothing is taken to be gone."""
@@ -97,7 +97,7 @@ class Ranks:
             return self._failure(error), error
 
     def _failure(self, error: Exception) -> bytes:
-        return _failure(type(error).__name__, f"rank {self.rank} on {socket.gethostname()}: {reason(error)}")
+        return _failure(type(error).__name__, f"rank {self.rank} on {socket.gethostname()}: {error_text(error)}")
 
     def _others(self, turn: int, what: str) -> list[bytes]:
         """What the other ranks say in this turn, in their order; in the place of those that say nothing, that."""
@@ -125,8 +125,9 @@ class Ranks:
     def _silence(self, ranks: Sequence[int], what: str) -> bytes:
         return _failure(
             CkptConvertError.__name__,
-            f"rank {some(list(map(str, ranks)), 8, ' and others')}: took no part in {what} within {self.deadline:g} s; "
-            "every process makes the same calls of the checkpointer, so it has ended, or it waits elsewhere",
+            f"rank {first_few(list(map(str, ranks)), 8, ' and others')}: took no part in {what} within "
+            f"{self.deadline:g} s; every process makes the same calls of the checkpointer, so it has ended, or it "
+            "waits elsewhere",
         )
 
     def _answer(self, turn: int, answers: Sequence[bytes]) -> None:
@@ -194,7 +195,7 @@ def _joined(failed: Sequence[bytes]) -> bytes:
     """Several failures as one, of the first one's kind."""
     said = [json.loads(one[1:]) for one in failed]
     texts = [text for _, text in said]
-    return _failure(said[0][0], texts[0] if len(texts) == 1 else listing(texts).lstrip()) if said else b""
+    return _failure(said[0][0], texts[0] if len(texts) == 1 else indented_list(texts).lstrip()) if said else b""
 
 
 def _opened(outcome: bytes, cause: Exception | None = None) -> bytes:

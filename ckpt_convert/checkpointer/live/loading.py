@@ -20,11 +20,11 @@ from ckpt_convert.convert.execute import byte_comparer
 from ckpt_convert.convert.output import overflow_text
 from ckpt_convert.convert.writing import TargetTensor
 from ckpt_convert.errors import KeyMismatchError, TiedWeightsError
-from ckpt_convert.storage.reader import WORKERS
+from ckpt_convert.storage.reader import DEFAULT_WORKERS
 from ckpt_convert.tensors.blocks import BlockReader
 from ckpt_convert.tensors.pool import run_threaded
 from ckpt_convert.tensors.progress import ProgressCallback, ProgressCounter
-from ckpt_convert.words import listing
+from ckpt_convert.wording import indented_list
 
 log = logging.getLogger("ckpt_convert")
 
@@ -137,7 +137,7 @@ def refuse_mismatch(match: ModelMatch, checkpoint: Identified, format: str) -> N
     if match.problems:
         raise KeyMismatchError(
             f"{checkpoint.place}: does not fit the model, whose keys should be those of the {format} format "
-            f"(model_format={format!r}):{listing(match.problems)}"
+            f"(model_format={format!r}):{indented_list(match.problems)}"
         )
 
 
@@ -147,7 +147,7 @@ def load_tensors(
     match: ModelMatch,
     *,
     is_wanted: Callable[[str], bool] = lambda key: True,
-    workers: int = WORKERS,
+    workers: int = DEFAULT_WORKERS,
     progress: ProgressCallback | None = None,
     checksums: dict[str, str] | None = None,
 ) -> LoadReport:
@@ -186,7 +186,9 @@ def load_tensors(
     return LoadReport(len(targets), total, dict(pairs))
 
 
-def read_checksums(checkpoint: Identified, targets: Collection[TargetTensor], workers: int = WORKERS) -> dict[str, str]:
+def read_checksums(
+    checkpoint: Identified, targets: Collection[TargetTensor], workers: int = DEFAULT_WORKERS
+) -> dict[str, str]:
     """What ``load`` gives as ``checksums``, of tensors that are read for it alone."""
     out: dict[str, str] = {}
     counter = ProgressCounter("reading", sum(dtypes.nbytes(one.dtype, one.tensor.shape) for one in targets), None)

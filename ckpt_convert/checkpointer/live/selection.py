@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from ckpt_convert.errors import UsageError
-from ckpt_convert.words import listing
+from ckpt_convert.wording import indented_list
 
 MODEL, PROGRESS = "model", "progress"
 ADAPTER = f"{MODEL}/adapter"
@@ -71,4 +71,4 @@ def _hint(glob: str, names: Sequence[str]) -> str:
     other = [name for name in names if _head(name) != MODEL]
     keys = [name for name in names if name.startswith(f"{MODEL}/")]
     shown = sorted({MODEL, *other}) + keys[:3] + ([f"{len(keys) - 3} more of {MODEL}/"] if len(keys) > 3 else [])
-    return (f" (did you mean {', '.join(near)}?)" if near else "") + f"; the names are:{listing(shown)}"
+    return (f" (did you mean {', '.join(near)}?)" if near else "") + f"; the names are:{indented_list(shown)}"

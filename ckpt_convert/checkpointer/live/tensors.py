@@ -18,10 +18,10 @@ from ckpt_convert.convert.planning import InMemorySource
 from ckpt_convert.dtypes import FROM_TORCH, torch_name
 from ckpt_convert.errors import KeyMismatchError, UsageError
 from ckpt_convert.storage.base import RangeReader
-from ckpt_convert.storage.place import at
+from ckpt_convert.storage.place import as_place
 from ckpt_convert.tensors.header import IN_MEMORY, Header, StoredTensor, WeightFile
 from ckpt_convert.tensors.lazy import LazyTensor, Tile, from_source
-from ckpt_convert.words import listing
+from ckpt_convert.wording import indented_list
 
 Model = nn.Module | Mapping[str, Any]
 """A model, or its state dict, whose tensors training goes on to change in place."""
@@ -62,7 +62,9 @@ def model_tensors(model: Model) -> dict[str, torch.Tensor]:
         else:
             out[key] = tensor.detach()
     if problems:
-        raise KeyMismatchError(f"{MODEL_IN_MEMORY}: not everything in its state dict can be saved:{listing(problems)}")
+        raise KeyMismatchError(
+            f"{MODEL_IN_MEMORY}: not everything in its state dict can be saved:{indented_list(problems)}"
+        )
     for key, tensor in out.items():
         _check(key, tensor)
     return out
@@ -184,7 +186,7 @@ def as_planning_source(
         dense = tensor.is_contiguous() or given is not None
         own = StoredTensor(key, dtype, shape, 0, None if dense else strides)
         reader = given or MemoryReader(key, tensor)
-        file = WeightFile(MODEL_IN_MEMORY, 0, at(MODEL_IN_MEMORY), reader, Header(IN_MEMORY, reader.size, (own,)))
+        file = WeightFile(MODEL_IN_MEMORY, 0, as_place(MODEL_IN_MEMORY), reader, Header(IN_MEMORY, reader.size, (own,)))
         number = len(files)
         lazy = from_source(number, shape, None if dense else strides)
         files.append((file, own))

@@ -123,7 +123,7 @@ def _is_there(saved: SavedStep) -> bool:
 
 def _delete(saved: SavedStep) -> None:
     try:
-        workspace.of(saved.place).withdraw(saved.place, saved_steps.RULES)
+        workspace.workspace_of(saved.place).withdraw(saved.place, saved_steps.RULES)
     except (OSError, CkptConvertError) as error:
         said = error.strerror if isinstance(error, OSError) else error
         log.warning("%s is to be kept no longer, but cannot be removed: %s", saved.place, said)

@@ -27,7 +27,7 @@ from ckpt_convert.errors import (
     CorruptFileError,
     NewerVersionError,
     UsageError,
-    reason,
+    error_text,
 )
 from ckpt_convert.formats.base import is_number
 from ckpt_convert.formats.names import RECORD_FOLDER
@@ -78,7 +78,7 @@ def _section(directory: Place, name: str | None) -> tuple[dict[str, Any], dict[s
 
     Raises ConfigError when the manifest cannot be read, CorruptFileError when it was edited or damaged.
     """
-    if (directory / JOURNAL).is_there() or not (directory / MANIFEST).is_regular():
+    if (directory / JOURNAL).is_present() or not (directory / MANIFEST).is_regular_file():
         return None
     manifest = read_manifest(directory)
     training = manifest.get("training")
@@ -100,7 +100,11 @@ RULES = replace(ownership.STEP_RULES, is_complete=_is_complete)
 def is_damaged(directory: Place) -> bool:
     """Whether this was a checkpoint of some saver, by its record, but its manifest is gone or cannot be read."""
     directory = directory.listed()
-    if directory.link() is not None or not (directory / RECORD_FOLDER).is_folder() or (directory / JOURNAL).is_there():
+    if (
+        directory.link() is not None
+        or not (directory / RECORD_FOLDER).is_folder()
+        or (directory / JOURNAL).is_present()
+    ):
         return False
     try:
         found = _section(directory, directory.name)
@@ -108,7 +112,7 @@ def is_damaged(directory: Place) -> bool:
             _saved(directory, *found)
     except (ConfigError, CorruptFileError):
         return True
-    return not (directory / MANIFEST).is_regular()
+    return not (directory / MANIFEST).is_regular_file()
 
 
 def read_step(directory: Place, saver: str = "default", *, renamed: bool = False) -> SavedStep | None:
@@ -151,7 +155,7 @@ def scan_steps(output_dir: Place, saver: str = "default") -> list[SavedStep]:
 
 def list_directories(output_dir: Place) -> list[Place]:
     """What lies in an output directory that is a directory and no link to one, in order of the names."""
-    here = output_dir.anew().listed()
+    here = output_dir.without_listing().listed()
     return sorted(place for place in here.folders() if place.link() is None) if here.is_folder() else []
 
 
@@ -195,7 +199,7 @@ def _saved(directory: Place, manifest: Mapping[str, Any], training: Mapping[str,
     if problems or not isinstance(progress, Mapping):
         raise CorruptFileError(f"{said_by}: is damaged: {'; '.join(problems)}")
     return SavedStep(
-        directory.anew(),
+        directory.without_listing(),
         Progress.from_dict(progress, said_by),
         {str(name): float(value) for name, value in (metrics or {}).items()},
         str(training["contents"]),
@@ -208,7 +212,7 @@ def _saved(directory: Place, manifest: Mapping[str, Any], training: Mapping[str,
 
 def clean_up(output_dir: Place) -> None:
     """Clear away what interrupted writers left, also of training states that were being removed."""
-    workspace.of(output_dir).tidy(output_dir, RULES)
+    workspace.workspace_of(output_dir).tidy(output_dir, RULES)
     for directory in list_directories(output_dir):
         finish_state_removal(directory)
 
@@ -228,6 +232,8 @@ def finish_state_removal(directory: Place) -> None:
         try:
             names = [place.name for place in sorted(state.children())]
             index = [name for name in names if is_dcp_index(name)]
-            workspace.of(state).remove(state, [*index, *(name for name in names if name.endswith(DCP_SUFFIX))])
+            workspace.workspace_of(state).remove(
+                state, [*index, *(name for name in names if name.endswith(DCP_SUFFIX))]
+            )
         except (OSError, CkptConvertError) as error:
-            log.warning("%s cannot be removed: %s", state, reason(error))
+            log.warning("%s cannot be removed: %s", state, error_text(error))

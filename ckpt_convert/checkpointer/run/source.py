@@ -13,11 +13,11 @@ from ckpt_convert.checkpoint.hints import Hints
 from ckpt_convert.checkpoint.identify import Identified, identify
 from ckpt_convert.checkpoint.opening import OpenedFiles
 from ckpt_convert.checkpointer.run.saved_steps import SavedStep
-from ckpt_convert.dtypes import DEQUANTIZED, torch_name
+from ckpt_convert.dtypes import DEQUANTIZED_DTYPES, torch_name
 from ckpt_convert.errors import CheckpointNotFoundError, CkptConvertError, ConfigError, UsageError
-from ckpt_convert.formats.base import Directory, render_json
+from ckpt_convert.formats.base import WeightDirectory, render_json
 from ckpt_convert.storage.memory import MemoryStore
-from ckpt_convert.storage.place import Place, locate
+from ckpt_convert.storage.place import Place, checked_place
 
 STARTED_FROM, CONFIG = "started_from", "config"
 """What the manifest says of a run that began with a config alone."""
@@ -38,7 +38,7 @@ def open_source(source: Source, *, format: str | None, family: str | None, confi
     place = None if config is None else _config_file(config)
     if isinstance(source, str | Path | Place):
         return _as_numbers(open_identified(source, format=format, family=family, config=place))
-    files = [locate(file, "source") for file in source]
+    files = [checked_place(file, "source") for file in source]
     opened = open_identified(_directory(files), format=format, family=family, config=place)
     _check_list([file.name for file in files], opened)
     return _as_numbers(opened)
@@ -78,9 +78,9 @@ def missing_source_error(error: CheckpointNotFoundError, steps: Sequence[SavedSt
 def open_config(config: Config, *, format: str, family: str | None) -> Identified:
     """A checkpoint without weights, of which only the config is known: what pretraining starts from."""
     place = _config_file(config)
-    if not place.is_regular():
+    if not place.is_regular_file():
         raise ConfigError(f"{place}: no such file; config= takes a config.json, or what one says as a dict")
-    nothing = OpenedFiles(place, format, "a config without weights", Directory(()), ())
+    nothing = OpenedFiles(place, format, "a config without weights", WeightDirectory(()), ())
     return identify(nothing, Hints(family, place))
 
 
@@ -89,7 +89,7 @@ def _as_numbers(opened: Identified) -> Identified:
         return opened
     config = opened.config or {}
     stated = torch_name(config.get("dtype") or config.get("torch_dtype"))
-    return dequantized(opened, stated if stated in DEQUANTIZED else "bfloat16")
+    return dequantized(opened, stated if stated in DEQUANTIZED_DTYPES else "bfloat16")
 
 
 def _directory(files: Sequence[Place]) -> Place:
@@ -98,7 +98,7 @@ def _directory(files: Sequence[Place]) -> Place:
         found = ", ".join(map(str, folders)) or "none"
         raise UsageError(f"source: expected the weight files of one directory, found files of {found}")
     for file in files:
-        if not file.is_regular():
+        if not file.is_regular_file():
             raise CheckpointNotFoundError(f"{file}: no such file; source= takes a checkpoint, or a list of its files")
     return folders[0]
 
@@ -117,7 +117,7 @@ def _check_list(names: Sequence[str], opened: Identified) -> None:
 def _config_file(config: Config) -> Place:
     """Where a config lies: in memory, where it is given as a dict."""
     if isinstance(config, str | Path | Place):
-        place = locate(config, "config")
+        place = checked_place(config, "config")
         return place / "config.json" if place.is_folder() else place
     if not isinstance(config, Mapping):
         to_dict = getattr(config, "to_dict", None)

@@ -22,10 +22,10 @@ from ckpt_convert.checkpointer.save.run_directory import RunDirectory
 from ckpt_convert.dtypes import CASTS, torch_name
 from ckpt_convert.errors import UsageError
 from ckpt_convert.models import FAMILIES
-from ckpt_convert.storage.place import Place, locate
-from ckpt_convert.storage.reader import WORKERS
+from ckpt_convert.storage.place import Place, checked_place
+from ckpt_convert.storage.reader import DEFAULT_WORKERS
 from ckpt_convert.tensors.progress import ProgressCallback
-from ckpt_convert.words import listing
+from ckpt_convert.wording import indented_list
 
 _VARIABLE = re.compile(rf"{{(?:{'|'.join(VARIABLES)})(?::[^{{}}]*)?}}")
 _BRACES = "has braces, but only directory= is a template; write it out, or put the variable into directory="
@@ -93,7 +93,7 @@ class Options:
             given["keep_last_training_state"],
         )
         template = DirectoryTemplate(given["directory"], given["latest_name"])
-        place = None if output_dir is None else locate(output_dir, "output_dir")
+        place = None if output_dir is None else checked_place(output_dir, "output_dir")
         settings = Settings(
             contents=given["contents"],
             export_dtype=dtype_of(given["export_dtype"]),
@@ -111,7 +111,7 @@ class Options:
             settings=settings,
             last=replace(settings, **final.changes),
             has_source=given["source"] is not None,
-            workers=given["workers"] or WORKERS,
+            workers=given["workers"] or DEFAULT_WORKERS,
             **{name: given[name] for name in same},
         )
 
@@ -130,7 +130,7 @@ def check(given: Mapping[str, Any]) -> Final:
     final = Final.of(given["final"])
     problems = [*_alone(given, final), *_together(given, final)]
     if problems:
-        raise UsageError(problems[0] if len(problems) == 1 else f"the options do not fit:{listing(problems)}")
+        raise UsageError(problems[0] if len(problems) == 1 else f"the options do not fit:{indented_list(problems)}")
     return replace(final, export_dtype=dtype_of(final.export_dtype))
 
 
@@ -197,4 +197,4 @@ def _together(given: Mapping[str, Any], final: Final) -> Iterator[str]:
 
 def _extra_files(given: Any) -> tuple[Place, ...]:
     """The paths of ``extra_files``, of which one may be given as it is."""
-    return tuple(locate(path, "extra_files") for path in ((given,) if isinstance(given, str | Path) else given))
+    return tuple(checked_place(path, "extra_files") for path in ((given,) if isinstance(given, str | Path) else given))

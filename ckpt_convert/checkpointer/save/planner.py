@@ -45,14 +45,14 @@ from ckpt_convert.convert.planning import PlanInputs
 from ckpt_convert.convert.request import Request
 from ckpt_convert.convert.sources import OpenPlan
 from ckpt_convert.dtypes import DTYPES
-from ckpt_convert.errors import CkptConvertError, KeyMismatchError, UsageError, reason
+from ckpt_convert.errors import CkptConvertError, KeyMismatchError, UsageError, error_text
 from ckpt_convert.models import Family
 from ckpt_convert.storage.base import RangeReader
 from ckpt_convert.storage.place import Place
-from ckpt_convert.storage.reader import WORKERS
+from ckpt_convert.storage.reader import DEFAULT_WORKERS
 from ckpt_convert.tensors.header import IN_MEMORY
 from ckpt_convert.tensors.progress import ProgressCallback
-from ckpt_convert.words import listing
+from ckpt_convert.wording import indented_list
 
 log = logging.getLogger("ckpt_convert")
 
@@ -132,7 +132,7 @@ class SavePlanner:
         """The tensors by the keys of the model's format, as transformers' newer classes have others in memory."""
         names = legacy_keys.read_keys(tensors, [family], self.settings.model_format)
         if names.clashes:
-            said = listing([text for _, text in names.clashes])
+            said = indented_list([text for _, text in names.clashes])
             raise KeyMismatchError(f"{MODEL_IN_MEMORY}: its keys contradict each other:{said}")
         return {names.of(key): tensor for key, tensor in tensors.items()}
 
@@ -181,10 +181,10 @@ class SavePlanner:
             layout = self._layout(tensors)
             try:
                 self._base = adapter_base.base_from_source(
-                    self.source, layout, tensors.keys(), workers=WORKERS, values=True
+                    self.source, layout, tensors.keys(), workers=DEFAULT_WORKERS, values=True
                 )
             except (OSError, CkptConvertError) as error:
-                log.warning("the base that the adapter is of is not written down with it: %s", reason(error))
+                log.warning("the base that the adapter is of is not written down with it: %s", error_text(error))
                 return {}
         return {adapter_base.SECTION: self._base.as_json()}
 
@@ -327,13 +327,13 @@ class SavePlanner:
         if lost and self.adapter is not None:
             raise UsageError(
                 "base weights are trained beside the adapter, whose files would not hold them: freeze them "
-                f"(requires_grad_(False)), or name them in modules_to_save:{listing(lost)}"
+                f"(requires_grad_(False)), or name them in modules_to_save:{indented_list(lost)}"
             )
         if lost:
             raise UsageError(
                 f"{MODEL_IN_MEMORY}: has parameters that are trained, but that its state dict does not hold, so no "
                 "save would: freeze them (requires_grad_(False)), or hand over the optimizer that trains them:"
-                f"{listing(lost)}"
+                f"{indented_list(lost)}"
             )
 
     def _plan(self, tensors: Mapping[str, Owned], settings: Settings) -> OpenPlan:
@@ -383,7 +383,8 @@ def _refuse_copies(model: Model, tensors: Tensors) -> None:
     if copies:
         raise UsageError(
             f"{MODEL_IN_MEMORY}: its state dict makes these tensors anew each time, so nothing that is loaded into "
-            f"them would reach the model; hand over the module that has them as parameters or buffers:{listing(copies)}"
+            f"them would reach the model; hand over the module that has them as parameters or buffers:"
+            f"{indented_list(copies)}"
         )
 
 

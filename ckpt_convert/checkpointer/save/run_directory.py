@@ -14,13 +14,13 @@ from ckpt_convert.checkpointer.run.progress import Progress
 from ckpt_convert.checkpointer.run.saved_steps import SavedStep
 from ckpt_convert.checkpointer.save.writer import StepContents, obstacle, write_step
 from ckpt_convert.convert.output import output_permissions
-from ckpt_convert.errors import CkptConvertError, OutputExistsError, reason
+from ckpt_convert.errors import CkptConvertError, OutputExistsError, error_text
 from ckpt_convert.storage import pointer, workspace
 from ckpt_convert.storage.place import Place
 from ckpt_convert.storage.reader import reading
 from ckpt_convert.storage.system import writing
-from ckpt_convert.storage.workspace import Held, Workspace
-from ckpt_convert.words import listing
+from ckpt_convert.storage.workspace import HeldLock, Workspace
+from ckpt_convert.wording import indented_list
 
 log = logging.getLogger("ckpt_convert")
 
@@ -44,7 +44,7 @@ class RunDirectory:
         self.run_name = run_name or path.absolute().name
         template.check_run_name(self.run_name)
         self._latest_name = latest_name
-        self._lock: Held | None = None
+        self._lock: HeldLock | None = None
         self._mode = 0o777
         self._claim: Claim | None = None
         self._sequence = 0
@@ -84,7 +84,7 @@ class RunDirectory:
 
     @property
     def _workspace(self) -> Workspace:
-        return workspace.of(self.path)
+        return workspace.workspace_of(self.path)
 
     @property
     def conflict(self) -> str | None:
@@ -137,7 +137,7 @@ class RunDirectory:
     def _point_at(self, newest: Place) -> None:
         if self._latest_name is not None:
             with _only_warned(f"{newest} is saved, but {self._latest_name} cannot be made to lead to it"):
-                if pointer.pointed(self.path, self._latest_name) != newest:
+                if pointer.pointer_target(self.path, self._latest_name) != newest:
                     self._workspace.point(self.path, self._latest_name, newest.name)
 
     def amend(self, destination: Place, metrics: Mapping[str, float], evals: int) -> None:
@@ -165,7 +165,7 @@ class RunDirectory:
                 "this run is at step %d, and a later step will not be saved over what is in its way; move that "
                 "elsewhere before the run comes to it:%s",
                 step,
-                listing(found),
+                indented_list(found),
             )
 
     def after_resume(self, resumed: SavedStep) -> None:
@@ -202,7 +202,7 @@ class RunDirectory:
     def check(self, source: Identified) -> None:
         """Raise OutputExistsError where saving would write into the source."""
         here, origin = self.path.real(), source.place.real()
-        if source.files and origin.is_folder() and (here == origin or here.is_below(origin)):
+        if source.files and origin.is_folder() and (here == origin or here.is_inside(origin)):
             raise OutputExistsError(
                 f"{self.path}: lies inside the source {source.place}, which is never written; choose another output_dir"
             )
@@ -225,4 +225,4 @@ def _only_warned(what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, CkptConvertError) as error:
-        log.warning("%s: %s", what, reason(error))
+        log.warning("%s: %s", what, error_text(error))

@@ -70,7 +70,7 @@ class Saver:
         if self.parts is not None:
             self.parts.untrack()
         for path in self._settings.extra:
-            if not path.is_regular():
+            if not path.is_regular_file():
                 raise UsageError(f"{path}: no such file; extra_files are copied into every checkpoint")
         self.directory.open(self.planner.source)
         self.is_save_held = self.lacks_final = self._captured_trained = False

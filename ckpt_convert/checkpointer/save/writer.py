@@ -23,10 +23,10 @@ from ckpt_convert.errors import CkptConvertError, OutputExistsError, SourceChang
 from ckpt_convert.storage import workspace
 from ckpt_convert.storage.checksums import digest
 from ckpt_convert.storage.place import Place
-from ckpt_convert.storage.reader import WORKERS
+from ckpt_convert.storage.reader import DEFAULT_WORKERS
 from ckpt_convert.storage.system import Advice
 from ckpt_convert.storage.workspace import Folder, Stage
-from ckpt_convert.words import human_bytes, listing
+from ckpt_convert.wording import human_bytes, indented_list
 
 log = logging.getLogger("ckpt_convert")
 
@@ -72,7 +72,7 @@ class StepContents:
 
 
 def write_step(
-    step: StepContents, destination: Place, *, workers: int = WORKERS, mode: int = 0o777, alone: bool = False
+    step: StepContents, destination: Place, *, workers: int = DEFAULT_WORKERS, mode: int = 0o777, alone: bool = False
 ) -> int:
     """Write a step into ``destination``, which appears complete; one of ours that is there is replaced.
 
@@ -85,7 +85,7 @@ def write_step(
     try:
         if found := obstacle(destination):
             raise OutputExistsError(f"{found}\nmove that elsewhere, or choose another directory name or output_dir")
-        store = workspace.of(destination)
+        store = workspace.workspace_of(destination)
         rules = ownership.STEP_RULES
         with store.stage(destination, rules, overwrite=True, mode=mode, advice=_ADVICE, alone=alone) as staging:
             try:
@@ -118,16 +118,18 @@ def obstacle(destination: Place) -> str:
     by the run that comes back to it.
     """
     destination = destination.listed()
-    if (not destination.is_there() and destination.link() is None) or workspace.of(destination).is_left(destination):
+    if (not destination.is_present() and destination.link() is None) or workspace.workspace_of(destination).is_leftover(
+        destination
+    ):
         return ""
     folder = destination.is_folder()
     there = sorted(place.name for place in destination.children()) if folder else [destination.name]
     if there and not saved_steps.is_damaged(destination) and saved_steps.read_step(destination) is None:
-        return f"{destination}: is there already and is no checkpoint of this checkpointer:{listing(there)}"
+        return f"{destination}: is there already and is no checkpoint of this checkpointer:{indented_list(there)}"
     foreign = ownership.unlisted_files(destination) if there else []
     if not foreign:
         return ""
-    return f"{destination}: is to be saved again, and holds what is none of its files:{listing(foreign)}"
+    return f"{destination}: is to be saved again, and holds what is none of its files:{indented_list(foreign)}"
 
 
 def _write(step: StepContents, staging: Stage, workers: int) -> None:
@@ -135,14 +137,14 @@ def _write(step: StepContents, staging: Stage, workers: int) -> None:
     if step.weights is not None and not step.weights_in:
         manifest = _weights(step, step.weights, staging, staging.folder, workers)
     elif step.weights is not None:
-        inner = staging.folder.below(step.weights_in)
+        inner = staging.folder.subfolder(step.weights_in)
         weights = _weights(step, step.weights, staging, inner, workers)
         inner.write(record.MANIFEST, record.render_manifest(weights))
     files = {name: _file(name, data, staging) for name, data in (step.files or {}).items()}
     extra = {place.name: _copy(place, staging) for place in step.extra}
     state = None
     if step.state is not None:
-        state = {"files": training_state.write_state(staging.folder.below(TRAINING_STATE), step.state)}
+        state = {"files": training_state.write_state(staging.folder.subfolder(TRAINING_STATE), step.state)}
     manifest["training"] = {**step.training(), "training_state": state, "extra_files": extra, "files": files}
     staging.folder.write(record.MANIFEST, record.render_manifest(manifest))
 

@@ -29,7 +29,7 @@ from ckpt_convert.checkpointer.state.counting import TRACKER, CountingIterator, 
 from ckpt_convert.checkpointer.state.sharding import Elsewhere, Target, sharding_of, target
 from ckpt_convert.checkpointer.state.stateful import has_state
 from ckpt_convert.errors import CorruptFileError, UsageError
-from ckpt_convert.words import listing
+from ckpt_convert.wording import indented_list
 
 log = logging.getLogger("ckpt_convert")
 
@@ -57,7 +57,7 @@ def track_loader(loader: Any, name: str = "dataloader") -> LoaderTracker:
             "load_state_dict()"
         )
     if plain and (lines := generators.untrackable_sources(loader)):
-        log.warning("%s: a resumed run may see other data than an uninterrupted one:%s", name, listing(lines))
+        log.warning("%s: a resumed run may see other data than an uninterrupted one:%s", name, indented_list(lines))
     return LoaderTracker(loader, name, counts=plain)
 
 

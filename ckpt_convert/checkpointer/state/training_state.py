@@ -153,13 +153,13 @@ class StateReader:
 def open_state(directory: Place) -> StateReader:
     """Read the description of a state; raises as ``read`` does."""
     directory = directory.listed()
-    if not (directory / DCP_INDEX).is_regular():
+    if not (directory / DCP_INDEX).is_regular_file():
         raise CheckpointNotFoundError(
             f"{directory}: should hold {DCP_INDEX}, which is written last, but does not; the save was cut short or the "
             "directory was removed, so resume from another checkpoint"
         )
     with reading(directory):
-        files, _ = dcp.read_directory(directory)
+        files, _ = dcp.read_dcp_directory(directory)
     pieces: dict[str, list[tuple[RangeReader, StoredTensor]]] = {}
     for file in files:
         for stored in file.header.tensors:

@@ -17,7 +17,7 @@ from typing import Any
 
 from ckpt_convert.containers import safetensors
 from ckpt_convert.containers.dcp import DCP_INDEX, DCP_SUFFIX, INDEX_OF_RANK
-from ckpt_convert.containers.dcp.dcp_metadata import Extent, Metadata, check_cover, load, merged
+from ckpt_convert.containers.dcp.dcp_metadata import DcpMetadata, Extent, check_cover, load_metadata, merge_metadata
 from ckpt_convert.containers.torch_zip import torchzip
 from ckpt_convert.dtypes import DTYPES, nbytes
 from ckpt_convert.errors import CheckpointNotFoundError, CorruptFileError, InputError
@@ -30,7 +30,7 @@ _FILE = re.compile(r"__(\d+)_\d+\.distcp")
 
 
 @dataclass(frozen=True)
-class File:
+class DcpFile:
     """One ``.distcp`` file: its header, and the reader that the header's offsets refer to."""
 
     name: str
@@ -39,12 +39,12 @@ class File:
     header: Header
 
 
-def is_directory(directory: Place) -> bool:
+def is_dcp_directory(directory: Place) -> bool:
     """Say whether a directory looks like one that torch.distributed.checkpoint wrote."""
     return bool(_metadata_files(directory)) or any(entry.name.endswith(DCP_SUFFIX) for entry in directory.children())
 
 
-def read_directory(directory: Place) -> tuple[list[File], list[tuple[str, str]]]:
+def read_dcp_directory(directory: Place) -> tuple[list[DcpFile], list[tuple[str, str]]]:
     """The files with their headers, and what is worth saying of the whole as (label, text).
 
     A piece's ``offset`` is that of its record, and refers to the reader that comes with it; no file but the metadata
@@ -59,7 +59,7 @@ def read_directory(directory: Place) -> tuple[list[File], list[tuple[str, str]]]
             "the save was cut short, or the file was not copied (its name starts with a dot)"
         )
     said = str(directory / names[0])
-    metadata = merged([load(directory.inside(name, str(directory))) for name in names], said)
+    metadata = merge_metadata([load_metadata(directory.resolve_member(name, str(directory))) for name in names], said)
     pieces: dict[str, list[tuple[StoredTensor, Extent]]] = {}
     for key, tensor in metadata.tensors.items():
         check_cover(f"{said}: {key!r}", tensor)
@@ -83,7 +83,7 @@ def read_directory(directory: Place) -> tuple[list[File], list[tuple[str, str]]]
 
 def _metadata_files(directory: Place) -> list[str]:
     """The one file for all ranks, or one for each where they were saved without talking to each other."""
-    if (directory / DCP_INDEX).is_regular():
+    if (directory / DCP_INDEX).is_regular_file():
         return [DCP_INDEX]
     ranks = {int(m[1]): entry.name for entry in directory.children() if (m := INDEX_OF_RANK.fullmatch(entry.name))}
     return [ranks[rank] for rank in sorted(ranks)]
@@ -97,8 +97,8 @@ def _file(
     objects: Mapping[str, str],
     foreign: tuple[str, ...],
     pool: FilePool,
-) -> File:
-    path = directory.inside(name, said)
+) -> DcpFile:
+    path = directory.resolve_member(name, said)
     part = _Part(path, path.identity(), pool)
     size = part.identity.size
     for stored, place in pieces:
@@ -119,7 +119,7 @@ def _file(
     else:
         _check_records(path, pieces)
         reader = _Records(part, pieces)
-    return File(name, path, reader, Header(KIND, size, tensors, objects=objects, foreign=foreign))
+    return DcpFile(name, path, reader, Header(KIND, size, tensors, objects=objects, foreign=foreign))
 
 
 def _check_records(path: Place, pieces: Sequence[tuple[StoredTensor, Extent]]) -> None:
@@ -246,7 +246,7 @@ class _Records:
             if held.strides is None:
                 file.readinto(held.offset + within, buffer)
             elif len(buffer):
-                _gather(File(self.name, self._part.place, file, Header(KIND, file.size, ())), held, within, buffer)
+                _gather(DcpFile(self.name, self._part.place, file, Header(KIND, file.size, ())), held, within, buffer)
 
     def _at(self, number: int, file: OpenFile) -> StoredTensor:
         held = self._found.get(number)
@@ -268,7 +268,7 @@ class _Records:
         return Header(KIND, self.size, tuple(tensors), objects=header.objects, foreign=header.foreign)
 
 
-def located(file: File) -> Header | None:
+def resolve_offsets(file: DcpFile) -> Header | None:
     """The header with the true offsets of the tensors' bytes in the file, which is read for it; None if it cannot be.
 
     Raises CorruptFileError where an archive is not what the metadata says.
@@ -291,7 +291,7 @@ def _held(file: RangeReader, stored: StoredTensor, place: Extent) -> StoredTenso
     return StoredTensor(held.key, held.dtype, held.shape, place.offset + held.offset, held.strides)
 
 
-def _gather(file: File, held: StoredTensor, start: int, buffer: memoryview) -> None:
+def _gather(file: DcpFile, held: StoredTensor, start: int, buffer: memoryview) -> None:
     """Bytes from ``start`` on of what a tensor that is stored in another order would be as a dense one."""
     import numpy as np
 
@@ -307,7 +307,7 @@ def _gather(file: File, held: StoredTensor, start: int, buffer: memoryview) -> N
     buffer[:] = gathered[start - first * row :][: len(buffer)].data
 
 
-def _facts(metadata: Metadata, names: Sequence[str], files: Sequence[File]) -> list[tuple[str, str]]:
+def _facts(metadata: DcpMetadata, names: Sequence[str], files: Sequence[DcpFile]) -> list[tuple[str, str]]:
     version = f" {metadata.version}" if metadata.version else ""
     ranks = {match[1] for file in files if (match := _FILE.fullmatch(file.name))}
     pieces = sum(len(file.header.tensors) for file in files)

@@ -10,7 +10,7 @@ from functools import lru_cache
 
 from ckpt_convert.containers.dcp import dcp_index
 from ckpt_convert.containers.dcp.dcp import KIND
-from ckpt_convert.containers.dcp.dcp_index import Placed
+from ckpt_convert.containers.dcp.dcp_index import PlacedTensor
 from ckpt_convert.containers.torch_zip import torchzip_build
 from ckpt_convert.tensors.header import ChecksummedRange, FileLayout, Header, StoredTensor
 
@@ -38,19 +38,19 @@ def build(tensors: Sequence[Spec]) -> FileLayout:
     return FileLayout(Header(KIND, position, tuple(stored), checksummed=tuple(checksummed)), tuple(literals))
 
 
-def metadata(files: Sequence[tuple[str, FileLayout]]) -> bytes:
+def build_metadata(files: Sequence[tuple[str, FileLayout]]) -> bytes:
     """The content of ``.metadata`` for files made by ``build``, by name."""
-    return dcp_index.metadata(list(_placed(files)))
+    return dcp_index.render_metadata(list(_placed(files)))
 
 
-def _placed(files: Sequence[tuple[str, FileLayout]]) -> Iterator[Placed]:
+def _placed(files: Sequence[tuple[str, FileLayout]]) -> Iterator[PlacedTensor]:
     """Every tensor with the place of its archive."""
     for name, layout in files:
         position = 0
         for tensor in layout.header.tensors:
             size = _archive(tensor.dtype, tensor.shape).header.size
             shape = torchzip_build.counted(tensor.dtype, tensor.shape)
-            yield Placed(tensor.key, tensor.dtype, shape, name, position, size)
+            yield PlacedTensor(tensor.key, tensor.dtype, shape, name, position, size)
             position += size
 
 

@@ -25,7 +25,7 @@ _CONTIGUOUS = Constant(Global(_METADATA, "_MEM_FORMAT_ENCODING"), (0,))
 _DTYPES = {name: Global("torch", dtype.torch) for name, dtype in DTYPES.items()}
 
 
-class Placed(NamedTuple):
+class PlacedTensor(NamedTuple):
     """A whole tensor, its shape as torch counts, and the record that holds it: ``length`` bytes at ``offset``."""
 
     key: str
@@ -36,7 +36,7 @@ class Placed(NamedTuple):
     length: int
 
 
-def metadata(tensors: Sequence[Placed]) -> bytes:
+def render_metadata(tensors: Sequence[PlacedTensor]) -> bytes:
     """The content of ``.metadata`` for these tensors, whose keys differ."""
     keys = [Text(tensor.key) for tensor in tensors]
     files = {name: Text(name) for name in dict.fromkeys(tensor.file for tensor in tensors)}
@@ -50,7 +50,7 @@ def metadata(tensors: Sequence[Placed]) -> bytes:
     return pickle_writer.dumps(Instance(Global(_METADATA, "Metadata"), found))
 
 
-def _described(tensor: Placed) -> Instance:
+def _described(tensor: PlacedTensor) -> Instance:
     """Its dtype, its shape, and the one chunk that all of it is."""
     properties = (_DTYPES[tensor.dtype], _STRIDED, False, _CONTIGUOUS, False)
     chunk = {"offsets": _size(_origin(tensor)), "sizes": _size(tensor.shape)}
@@ -65,7 +65,7 @@ def _described(tensor: Placed) -> Instance:
 
 
 def _places(
-    keys: Sequence[Text], files: dict[str, Text], tensors: Sequence[Placed]
+    keys: Sequence[Text], files: dict[str, Text], tensors: Sequence[PlacedTensor]
 ) -> Iterator[tuple[Instance, Instance]]:
     for key, tensor in zip(keys, tensors, strict=True):
         index = {"fqn": key, "index": 0, "offset": _size(_origin(tensor))}
@@ -73,7 +73,7 @@ def _places(
         yield Instance(_METADATA_INDEX, index), Instance(_STORAGE_INFO, place)
 
 
-def _origin(tensor: Placed) -> tuple[int, ...]:
+def _origin(tensor: PlacedTensor) -> tuple[int, ...]:
     return (0,) * len(tensor.shape)
 
 

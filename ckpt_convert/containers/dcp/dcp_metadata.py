@@ -12,10 +12,10 @@ from typing import Any, TypeGuard
 
 from ckpt_convert.containers.dcp import DCP_INDEX
 from ckpt_convert.containers.pickle import torchpickle
-from ckpt_convert.containers.pickle.pickleglobals import DTypeName, Foreign, Global
+from ckpt_convert.containers.pickle.pickleglobals import DTypeName, ForeignObject, Global
 from ckpt_convert.dtypes import DTYPES, torch_name
 from ckpt_convert.errors import CorruptFileError
-from ckpt_convert.storage.base import read
+from ckpt_convert.storage.base import read_range
 from ckpt_convert.storage.place import Place
 from ckpt_convert.tensors.cover import covers, cut_axes
 
@@ -40,7 +40,7 @@ class Extent:
 
 
 @dataclass(frozen=True, slots=True)
-class Tensor:
+class DcpTensor:
     """A tensor's dtype and full shape, and its pieces: origin → (sizes, place)."""
 
     dtype: str
@@ -49,23 +49,23 @@ class Tensor:
 
 
 @dataclass(frozen=True)
-class Metadata:
+class DcpMetadata:
     """What the metadata says: the tensors, and the keys of all else, with their places."""
 
-    tensors: dict[str, Tensor]
+    tensors: dict[str, DcpTensor]
     objects: dict[str, Extent | None]
     foreign: tuple[str, ...]
     version: str | None
 
 
-def load(path: Place) -> Metadata:
+def load_metadata(path: Place) -> DcpMetadata:
     """Read one metadata file; raises CorruptFileError when it does not say what torch's does."""
     with path.open() as file:
         if file.size > _MAX_METADATA:
             raise CorruptFileError(
                 f"{path}: {file.size:,} bytes are far more than any checkpoint's metadata; is this the right file?"
             )
-        loaded = torchpickle.load(file.name, read(file, 0, file.size), foreign=True, part=DCP_INDEX)
+        loaded = torchpickle.load_pickle(file.name, read_range(file, 0, file.size), foreign=True, part=DCP_INDEX)
     try:
         return _metadata(loaded)
     except _OddError as odd:
@@ -75,10 +75,10 @@ def load(path: Place) -> Metadata:
 
 
 class _OddError(ValueError):
-    """Something that no writer of metadata would write; ``load`` adds the file's name."""
+    """Something that no writer of metadata would write; ``load_metadata`` adds the file's name."""
 
 
-def _metadata(loaded: torchpickle.Loaded) -> Metadata:
+def _metadata(loaded: torchpickle.LoadedPickle) -> DcpMetadata:
     root = _attributes(loaded.value, "metadata.Metadata")
     places: dict[tuple[str, Sizes | None], Extent] = {}
     for index, info in _dict(root.get("storage_data"), "storage_data").items():
@@ -88,16 +88,16 @@ def _metadata(loaded: torchpickle.Loaded) -> Metadata:
     tensors = {}
     objects = {}
     for key, entry in _dict(root.get("state_dict_metadata"), "state_dict_metadata").items():
-        if isinstance(entry, Foreign) and entry.name == _OURS + "metadata.BytesStorageMetadata":
+        if isinstance(entry, ForeignObject) and entry.name == _OURS + "metadata.BytesStorageMetadata":
             objects[_text(key)] = places.get((key, None))
         else:
             tensors[_text(key)] = _tensor(key, _attributes(entry, "metadata.TensorStorageMetadata"), places)
     foreign = tuple(name for name in loaded.foreign if not name.startswith(_OURS))
     version = root.get("version")
-    return Metadata(tensors, objects, foreign, version if isinstance(version, str) else None)
+    return DcpMetadata(tensors, objects, foreign, version if isinstance(version, str) else None)
 
 
-def _tensor(key: str, entry: Mapping[str, Any], places: Mapping[tuple[str, Sizes | None], Extent]) -> Tensor:
+def _tensor(key: str, entry: Mapping[str, Any], places: Mapping[tuple[str, Sizes | None], Extent]) -> DcpTensor:
     dtype = _dtype(entry.get("properties"))
     shape = _sizes(entry.get("size"))
     chunks = entry.get("chunks")
@@ -117,7 +117,7 @@ def _tensor(key: str, entry: Mapping[str, Any], places: Mapping[tuple[str, Sizes
         shape, boxes = _double(shape), {_double(at): (_double(sizes), place) for at, (sizes, place) in boxes.items()}
     if prod(shape) * (DTYPES[dtype].bits if dtype in DTYPES else 8) >= _MAX_BYTES:
         raise _OddError(f"{key!r} of shape {list(shape)} is larger than anything")
-    return Tensor(dtype, shape, boxes)
+    return DcpTensor(dtype, shape, boxes)
 
 
 def _double(shape: Sizes) -> Sizes:
@@ -125,7 +125,7 @@ def _double(shape: Sizes) -> Sizes:
 
 
 def _dtype(properties: object) -> str:
-    if not isinstance(properties, Foreign) or properties.name != _OURS + "metadata.TensorProperties":
+    if not isinstance(properties, ForeignObject) or properties.name != _OURS + "metadata.TensorProperties":
         raise _OddError("a tensor should have TensorProperties")
     state = properties.state
     found = state[0] if isinstance(state, tuple) and state else properties.attributes.get("dtype")
@@ -145,8 +145,8 @@ def _place(info: object) -> Extent:
 
 
 def _attributes(value: object, kind: str) -> Mapping[str, Any]:
-    if not isinstance(value, Foreign) or value.name != _OURS + kind:
-        what = value.name if isinstance(value, Foreign) else type(value).__name__
+    if not isinstance(value, ForeignObject) or value.name != _OURS + kind:
+        what = value.name if isinstance(value, ForeignObject) else type(value).__name__
         raise _OddError(f"expected {_OURS}{kind}, found {what}")
     return value.attributes
 
@@ -173,12 +173,12 @@ def _is_size(value: object) -> TypeGuard[int]:
     return type(value) is int and 0 <= value < _MAX_BYTES
 
 
-def merged(found: Sequence[Metadata], what: str) -> Metadata:
+def merge_metadata(found: Sequence[DcpMetadata], what: str) -> DcpMetadata:
     """The metadata of all ranks as one; of what several of them hold, the first one's is taken."""
     first, *rest = found
     for other in rest:
         for key, tensor in other.tensors.items():
-            known = first.tensors.setdefault(key, Tensor(tensor.dtype, tensor.shape, {}))
+            known = first.tensors.setdefault(key, DcpTensor(tensor.dtype, tensor.shape, {}))
             if (known.dtype, known.shape) != (tensor.dtype, tensor.shape):
                 raise CorruptFileError(
                     f"{what}: {key!r} is {known.dtype} {list(known.shape)} on one rank and {tensor.dtype} "
@@ -189,10 +189,10 @@ def merged(found: Sequence[Metadata], what: str) -> Metadata:
         for name, place in other.objects.items():
             first.objects.setdefault(name, place)
     foreign = dict.fromkeys(name for metadata in found for name in metadata.foreign)
-    return Metadata(first.tensors, first.objects, tuple(foreign), first.version)
+    return DcpMetadata(first.tensors, first.objects, tuple(foreign), first.version)
 
 
-def check_cover(what: str, tensor: Tensor) -> None:
+def check_cover(what: str, tensor: DcpTensor) -> None:
     """Raise CorruptFileError for pieces that do not make up their tensor, each element once."""
     shape = tensor.shape
     boxes = [(origin, sizes) for origin, (sizes, _) in tensor.pieces.items()]

@@ -20,10 +20,10 @@ _MOST_BITS = 1024
 
 
 class MalformedError(ValueError):
-    """The pickle is not one that a writer of checkpoints makes; ``torchpickle.load`` adds the file's name."""
+    """The pickle is not one that a writer of checkpoints makes; ``torchpickle.load_pickle`` adds the file's name."""
 
 
-class Storage(NamedTuple):
+class PickledStorage(NamedTuple):
     """A reference to the member ``data/<key>``: ``numel`` elements of ``dtype`` (bytes where it is untyped)."""
 
     key: str
@@ -36,10 +36,10 @@ class Storage(NamedTuple):
         return self.numel * DTYPES[self.dtype].bits // 8
 
 
-class Tensor(NamedTuple):
+class PickledTensor(NamedTuple):
     """A view of a storage; offset, shape and strides in elements, as the pickle says them: unchecked but for type."""
 
-    storage: Storage
+    storage: PickledStorage
     dtype: str
     offset: int
     shape: tuple[int, ...]
@@ -64,7 +64,7 @@ class OrderedDict(dict[Any, Any]):
     __slots__ = ()
 
 
-class Foreign:
+class ForeignObject:
     """An object of a class that is on no list: its name, and the parts that the pickle gives it. Hashed by identity."""
 
     __slots__ = ("arguments", "items", "members", "name", "state")
@@ -129,19 +129,19 @@ def integers(values: object) -> tuple[int, ...]:
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> object:
-    if isinstance(storage, Foreign):
-        return Foreign(storage.name, (storage,))
-    if not isinstance(storage, Storage) or len(rest) > 3:
+    if isinstance(storage, ForeignObject):
+        return ForeignObject(storage.name, (storage,))
+    if not isinstance(storage, PickledStorage) or len(rest) > 3:
         raise MalformedError(f"a tensor should be rebuilt from a storage, not from {type(storage).__name__}")
     _refuse_lazy(rest[2] if len(rest) > 2 else None)
-    return Tensor(storage, storage.dtype, integer(offset), integers(shape), integers(strides))
+    return PickledTensor(storage, storage.dtype, integer(offset), integers(shape), integers(strides))
 
 
 def _tensor_v3(storage: Any, offset: Any, shape: Any, strides: Any, grad: Any, hooks: Any, *rest: Any) -> object:
     if not rest or not isinstance(rest[0], DTypeName):
         raise MalformedError("a tensor of an untyped storage should name a dtype")
     made = _tensor(storage, offset, shape, strides, grad, hooks, *rest[1:])
-    return made._replace(dtype=rest[0].name) if isinstance(made, Tensor) else made
+    return made._replace(dtype=rest[0].name) if isinstance(made, PickledTensor) else made
 
 
 def _refuse_lazy(metadata: object) -> None:
@@ -158,7 +158,7 @@ def _refuse_lazy(metadata: object) -> None:
 
 
 def _parameter(tensor: Any, requires_grad: Any, hooks: Any, state: Any = None) -> object:
-    if not isinstance(tensor, Tensor | Foreign):
+    if not isinstance(tensor, PickledTensor | ForeignObject):
         raise MalformedError(f"a parameter should be made from a tensor, not from {type(tensor).__name__}")
     return tensor
 
@@ -167,9 +167,9 @@ def _typed(function: Any, kind: Any, arguments: Any, state: Any) -> object:
     """A tensor of a class of its own; its attributes are not kept, as those of a dict are not."""
     if not isinstance(function, Global) or not isinstance(kind, Global) or type(arguments) is not tuple:
         raise MalformedError("a tensor of a class should be rebuilt by a function from arguments")
-    made = make(function, arguments)
-    if isinstance(made, Foreign):
-        made = Foreign(kind.name, arguments)
+    made = call_global(function, arguments)
+    if isinstance(made, ForeignObject):
+        made = ForeignObject(kind.name, arguments)
         made.state = state
     return made
 
@@ -177,7 +177,7 @@ def _typed(function: Any, kind: Any, arguments: Any, state: Any) -> object:
 def _reconstructed(kind: Any, *rest: Any) -> object:
     if not isinstance(kind, Global):
         raise MalformedError(f"an object should be made of a class, not of {type(kind).__name__}")
-    return Foreign(kind.name) if kind.foreign else Other(_last(kind.name))
+    return ForeignObject(kind.name) if kind.foreign else Other(_last(kind.name))
 
 
 def _dict(*values: Any) -> object:
@@ -254,16 +254,16 @@ _VALUES: dict[str, object] = {
 _KINDS = {"encode": "bytes", "_reconstruct": "ndarray", "_frombuffer": "ndarray", "_get_layout": "layout"}
 
 
-def find(name: str) -> object | None:
+def find_global(name: str) -> object | None:
     """What a name on the lists stands for; None for any other."""
     found = _VALUES.get(name)
     return Global(name) if found is None and name.startswith("numpy.dtypes.") and name.count(".") == 2 else found
 
 
-def make(function: Global, arguments: tuple[Any, ...]) -> object:
+def call_global(function: Global, arguments: tuple[Any, ...]) -> object:
     """What calling a global with these arguments stands for; raises TypeError where it cannot be called with them."""
     if function.foreign:
-        return Foreign(function.name, arguments)
+        return ForeignObject(function.name, arguments)
     call = _CALLS.get(function.name)
     if call is None:
         return Other(_last(function.name))

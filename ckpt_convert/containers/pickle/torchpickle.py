@@ -17,21 +17,21 @@ from typing import Any
 
 from ckpt_convert.containers.pickle import pickleglobals
 from ckpt_convert.containers.pickle.pickleglobals import (
-    Foreign,
+    ForeignObject,
     Global,
     MalformedError,
     OrderedDict,
     Other,
+    PickledStorage,
+    PickledTensor,
     Size,
-    Storage,
     StorageType,
-    Tensor,
     integer,
 )
 from ckpt_convert.errors import CorruptFileError, InputError, UnsafeFileError
 from ckpt_convert.tensors.header import SHARDED_TENSOR_CLASSES
 
-__all__ = ["Foreign", "Loaded", "Other", "Size", "Storage", "Tensor", "load"]
+__all__ = ["ForeignObject", "LoadedPickle", "Other", "PickledStorage", "PickledTensor", "Size", "load_pickle"]
 
 _MAX_KEY_PARTS = 64
 _MAX_ARGUMENTS = 1 << 10
@@ -40,14 +40,14 @@ _MAX_NAME = 1 << 10
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
+class LoadedPickle:
     """What a pickle holds, and the names that it asks for although no list has them."""
 
     value: Any
     foreign: tuple[str, ...]
 
 
-def load(name: str, data: bytes, *, foreign: bool = False, part: str = "data.pkl") -> Loaded:
+def load_pickle(name: str, data: bytes, *, foreign: bool = False, part: str = "data.pkl") -> LoadedPickle:
     """Read a pickle, with Tensor and Storage for torch's.
 
     Objects of classes that are on no list are Foreign where ``foreign`` allows them; without it, a pickle that names
@@ -56,7 +56,7 @@ def load(name: str, data: bytes, *, foreign: bool = False, part: str = "data.pkl
     """
     machine = _Machine(name, data, part, foreign)
     try:
-        return Loaded(_run(machine), tuple(machine.foreign))
+        return LoadedPickle(_run(machine), tuple(machine.foreign))
     except (ValueError, TypeError, LookupError, struct.error, OverflowError, MemoryError) as error:
         problem = str(error) if isinstance(error, MalformedError) else f"{type(error).__name__}: {error}"
         what = "rebuild a dict of tensors" if part == "data.pkl" else "say what the checkpoint holds"
@@ -66,7 +66,7 @@ def load(name: str, data: bytes, *, foreign: bool = False, part: str = "data.pkl
         ) from None
 
 
-def refusal(name: str, part: str, foreign: str, *more: str) -> UnsafeFileError:
+def refusal_error(name: str, part: str, foreign: str, *more: str) -> UnsafeFileError:
     """The error for a pickle that asks for objects of classes that are on no list."""
     asked = f"{foreign!r}" + (f" and {len(more)} others" if len(more) > 1 else f" and {more[0]!r}" if more else "")
     if SHARDED_TENSOR_CLASSES.intersection((foreign, *more)):
@@ -86,7 +86,7 @@ def _call(name: str, function: object, arguments: object) -> object:
     if not isinstance(function, Global) or type(arguments) is not tuple:
         raise MalformedError(f"REDUCE calls {type(function).__name__} with {type(arguments).__name__}")
     try:
-        return pickleglobals.make(function, arguments)
+        return pickleglobals.call_global(function, arguments)
     except TypeError as error:
         raise MalformedError(f"{function.name} with {len(arguments)} arguments: {error}") from None
     except InputError as error:
@@ -99,18 +99,18 @@ def _storage(reference: object) -> object:
         raise MalformedError("a persistent id should be a storage")
     _, kind, key, _, numel = reference
     if isinstance(kind, Global) and kind.foreign:
-        return Foreign(kind.name)
+        return ForeignObject(kind.name)
     # torch reads a key that is a number as well; litgpt writes such.
     if not isinstance(kind, StorageType) or not (isinstance(key, str) or type(key) is int):
         raise MalformedError("a storage should have a type and a key")
     if isinstance(key, str) and len(key) > _MAX_NAME:
         raise MalformedError(f"the key of a storage has {len(key)} letters")
-    return Storage(key if isinstance(key, str) else str(integer(key)), kind.dtype, integer(numel), kind.kind)
+    return PickledStorage(key if isinstance(key, str) else str(integer(key)), kind.dtype, integer(numel), kind.kind)
 
 
 def _key(value: object) -> object:
     """Let only keys pass whose hash is cheap and whose text is plain."""
-    if _plain(value) or isinstance(value, Foreign):  # which is hashed by identity
+    if _plain(value) or isinstance(value, ForeignObject):  # which is hashed by identity
         return value
     if type(value) is tuple and len(value) <= _MAX_KEY_PARTS and all(map(_plain, value)):
         return value
@@ -126,7 +126,7 @@ def _plain(value: object) -> bool:
 
 
 def _fill(target: object, items: list[object]) -> None:
-    filled = target.items if isinstance(target, Foreign) else target
+    filled = target.items if isinstance(target, ForeignObject) else target
     if len(items) % 2 or not isinstance(filled, dict):
         raise MalformedError("SETITEMS without a dict or without a value")
     for position in range(0, len(items), 2):
@@ -134,7 +134,7 @@ def _fill(target: object, items: list[object]) -> None:
 
 
 def _extend(target: object, items: list[object]) -> None:
-    extended = target.members if isinstance(target, Foreign) else target
+    extended = target.members if isinstance(target, ForeignObject) else target
     if type(extended) is not list:
         raise MalformedError("APPENDS without a list")
     extended += items
@@ -208,10 +208,10 @@ class _Machine:
         if len(module) + len(attribute) > _MAX_NAME:
             raise MalformedError(f"the name of a global has {len(module) + len(attribute)} letters")
         full = f"{module}.{attribute}"
-        found = pickleglobals.find(full)
+        found = pickleglobals.find_global(full)
         if found is None:
             if not self.allowed:
-                raise refusal(self.name, self.part, full)
+                raise refusal_error(self.name, self.part, full)
             self.foreign[full] = None
             found = Global(full, foreign=True)
         self.push(found)
@@ -234,7 +234,7 @@ class _Machine:
 
     def build(self) -> None:
         target, state = self.last(2)
-        if isinstance(target, Foreign):
+        if isinstance(target, ForeignObject):
             target.state = state
         elif not isinstance(target, OrderedDict | Other):
             raise MalformedError(f"BUILD sets the state of {type(target).__name__}")

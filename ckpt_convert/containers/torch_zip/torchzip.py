@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from ckpt_convert.containers.flatten import flatten
 from ckpt_convert.containers.pickle import torchpickle
-from ckpt_convert.containers.pickle.torchpickle import Storage, Tensor
+from ckpt_convert.containers.pickle.torchpickle import PickledStorage, PickledTensor
 from ckpt_convert.containers.torch_zip.torchzip_build import KIND, build
-from ckpt_convert.containers.torch_zip.zipindex import Member, members
+from ckpt_convert.containers.torch_zip.zipindex import Member, list_members
 from ckpt_convert.dtypes import DTYPES
 from ckpt_convert.errors import CorruptFileError
-from ckpt_convert.storage.base import RangeReader, read
+from ckpt_convert.storage.base import RangeReader, read_range
 from ckpt_convert.tensors.header import ChecksummedRange, Header, StoredTensor
 
 __all__ = ["KIND", "build", "is_zip", "parse"]
@@ -20,7 +20,7 @@ _MAX_BYTES = 1 << 63
 
 def is_zip(reader: RangeReader) -> bool:
     """Say whether the file starts as a zip file does."""
-    return reader.size >= 4 and read(reader, 0, 4) in (b"PK\3\4", b"PK\5\6")
+    return reader.size >= 4 and read_range(reader, 0, 4) in (b"PK\3\4", b"PK\5\6")
 
 
 def parse(reader: RangeReader, *, foreign: bool = False) -> Header:
@@ -30,7 +30,7 @@ def parse(reader: RangeReader, *, foreign: bool = False) -> Header:
     CorruptFileError when archive, pickle and sizes disagree, UnsafeFileError when the pickle asks for more than
     tensors and plain data; with ``foreign``, the header names what it asks for instead.
     """
-    found = members(reader)
+    found = list_members(reader)
     root = _root(reader, found)
     _check_byteorder(reader, found.get(f"{root}/byteorder"))
     record = found[f"{root}/data.pkl"]
@@ -39,10 +39,10 @@ def parse(reader: RangeReader, *, foreign: bool = False) -> Header:
             f"{reader.name}: data.pkl has {record.size} bytes, far more than the {_MAX_PICKLE} that any checkpoint "
             "needs; it holds more than tensors, so save a plain state dict"
         )
-    data = read(reader, record.offset, record.size)
-    loaded = torchpickle.load(reader.name, data, foreign=foreign)
+    data = read_range(reader, record.offset, record.size)
+    loaded = torchpickle.load_pickle(reader.name, data, foreign=foreign)
     # Every value takes a byte at least, so whatever unfolds to more than that was folded to do harm.
-    tensors, objects = flatten(reader.name, loaded.value, Tensor, len(data))
+    tensors, objects = flatten(reader.name, loaded.value, PickledTensor, len(data))
     used: dict[str, Member] = {}
     stored = []
     for key, tensor in tensors.items():
@@ -74,7 +74,7 @@ def _root(reader: RangeReader, found: dict[str, Member]) -> str:
 def _check_byteorder(reader: RangeReader, record: Member | None) -> None:
     if record is None:  # torch before 2.1 did not say
         return
-    order = read(reader, record.offset, min(record.size, 16))
+    order = read_range(reader, record.offset, min(record.size, 16))
     if order != b"little":
         raise CorruptFileError(
             f"{reader.name}: the byte order should be 'little', but is {order!r}; load the file with torch on the "
@@ -82,7 +82,7 @@ def _check_byteorder(reader: RangeReader, record: Member | None) -> None:
         )
 
 
-def _member(reader: RangeReader, found: dict[str, Member], name: str, key: str, storage: Storage) -> Member:
+def _member(reader: RangeReader, found: dict[str, Member], name: str, key: str, storage: PickledStorage) -> Member:
     member = found.get(name)
     if member is None:
         raise CorruptFileError(
@@ -96,7 +96,7 @@ def _member(reader: RangeReader, found: dict[str, Member], name: str, key: str, 
     return member
 
 
-def _view(reader: RangeReader, key: str, tensor: Tensor, start: int) -> StoredTensor:
+def _view(reader: RangeReader, key: str, tensor: PickledTensor, start: int) -> StoredTensor:
     """Check that a view lies within its storage, which starts at byte ``start``."""
     storage, dtype, offset, shape, strides = tensor
     # torch counts pairs of 4-bit numbers, safetensors the numbers themselves

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ckpt_convert.errors import CorruptFileError, UnsafeFileError
-from ckpt_convert.storage.base import RangeReader, read
+from ckpt_convert.storage.base import RangeReader, read_range
 
 _LOCAL = struct.Struct("<4s5H3I2H")
 _CENTRAL = struct.Struct("<4s6H3I5H2I")
@@ -50,14 +50,14 @@ class _Entry:
     place: int
 
 
-def members(reader: RangeReader) -> dict[str, Member]:
+def list_members(reader: RangeReader) -> dict[str, Member]:
     """Return the members by name, in the order of their bytes.
 
     Raises CorruptFileError when the directory, the local headers and the size of the file do not agree, when members
     overlap, share a name or are compressed; UnsafeFileError when they are encrypted.
     """
     start, size, count = _find_directory(reader)
-    raw = read(reader, start, size)
+    raw = read_range(reader, start, size)
     entries = sorted(_entries(reader.name, raw, start), key=lambda entry: entry.local)
     if len(entries) != count:
         raise _corrupt(reader, f"the zip directory should list {count} members, but lists {len(entries)}")
@@ -83,14 +83,14 @@ def _find_directory(reader: RangeReader) -> tuple[int, int, int]:
     place = reader.size - _END.size
     if place < 0:
         raise _corrupt(reader, f"a zip file ends with a record of {_END.size} bytes, but the file has {reader.size}")
-    magic, disk, first_disk, here, count, size, start, comment = _END.unpack(read(reader, place, _END.size))
+    magic, disk, first_disk, here, count, size, start, comment = _END.unpack(read_range(reader, place, _END.size))
     if magic != b"PK\5\6" or comment:
         raise _corrupt(reader, f"a zip end record should fill the last {_END.size} bytes, but does not")
     if disk or first_disk or here != count:
         raise _corrupt(reader, "the zip file should be in one part, but is one of several")
     end = place
     locator = place - _LOCATOR.size
-    if locator >= 0 and (raw := read(reader, locator, _LOCATOR.size)).startswith(b"PK\6\7"):
+    if locator >= 0 and (raw := read_range(reader, locator, _LOCATOR.size)).startswith(b"PK\6\7"):
         _, disk, end, disks = _LOCATOR.unpack(raw)
         if disk or disks > 1 or end + _END64.size != locator:
             raise _corrupt(reader, "the zip64 end record should stand right before its locator, but does not")
@@ -101,7 +101,9 @@ def _find_directory(reader: RangeReader) -> tuple[int, int, int]:
 
 
 def _end64(reader: RangeReader, place: int, plain: tuple[int, int, int]) -> tuple[int, int, int]:
-    magic, length, _, _, disk, first_disk, here, count, size, start = _END64.unpack(read(reader, place, _END64.size))
+    magic, length, _, _, disk, first_disk, here, count, size, start = _END64.unpack(
+        read_range(reader, place, _END64.size)
+    )
     if magic != b"PK\6\6" or length != _END64.size - 12 or disk or first_disk or here != count:
         raise _corrupt(reader, f"a zip64 end record should stand at byte {place}, but does not")
     wide = (start, size, count)
@@ -167,7 +169,7 @@ def _locate(reader: RangeReader, entry: _Entry, limit: int) -> Member:
     if start > limit:
         raise _corrupt(reader, f"{entry.name!r} overlaps the next member")
     magic, _, flags, method, _, _, crc, _, size, name_len, extra_len = _LOCAL.unpack(
-        read(reader, entry.local, _LOCAL.size)
+        read_range(reader, entry.local, _LOCAL.size)
     )
     if magic != b"PK\3\4" or method or flags & _ENCRYPTED or name_len != len(entry.name):
         raise _corrupt(reader, f"{entry.name!r} should have a local header at byte {entry.local}, but has not")
@@ -177,7 +179,7 @@ def _locate(reader: RangeReader, entry: _Entry, limit: int) -> Member:
             reader, f"{entry.name!r} should end by byte {limit}, where the next thing starts, "
             f"but takes {entry.size} bytes from {data} on"
         )  # fmt: skip
-    if read(reader, start, name_len) != entry.name:
+    if read_range(reader, start, name_len) != entry.name:
         raise _corrupt(reader, f"{entry.name!r} has another name in its local header")
     places = [entry.place]
     deferred = flags & _DEFERRED
@@ -188,7 +190,7 @@ def _locate(reader: RangeReader, entry: _Entry, limit: int) -> Member:
     if not deferred and size not in (entry.size, _FULL32):
         raise _corrupt(reader, f"{entry.name!r} has {entry.size} bytes, but {size} in its local header")
     end = data + entry.size
-    if deferred and end + 16 <= limit and read(reader, end, 8) == b"PK\7\x08" + entry.crc.to_bytes(4, "little"):
+    if deferred and end + 16 <= limit and read_range(reader, end, 8) == b"PK\7\x08" + entry.crc.to_bytes(4, "little"):
         places.append(end + _CRC_IN_DESCRIPTOR)
     return Member(_decode(reader, entry), data, entry.size, entry.crc, tuple(sorted(places)))
 

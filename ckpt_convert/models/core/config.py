@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ckpt_convert.errors import ConfigError, UsageError
-from ckpt_convert.words import quoted
+from ckpt_convert.wording import short_repr
 
 CONFIG = "config.json"
 PARAMS = "params.json"
@@ -232,7 +232,7 @@ def check_not_quantized(content: Mapping[str, Any], keys: tuple[str, ...], where
     """Raise ConfigError for a config that describes quantized weights, whose keys and shapes are others."""
     for key in keys:
         if content.get(key):
-            found = quoted(content[key])
+            found = short_repr(content[key])
             raise ConfigError(
                 f"{where}: {key} must be absent for {target}, found {found}; dequantize the weights first"
             )
@@ -247,7 +247,7 @@ def unused_keys(content: Mapping[str, Any], known: frozenset[str], where: str, t
 
 
 def _unfit(config: Mapping[str, Any], key: str, where: str, expected: str) -> ConfigError:
-    found = quoted(config[key]) if key in config else "no such key"
+    found = short_repr(config[key]) if key in config else "no such key"
     return ConfigError(f"{where}: {key} must be {expected}, found {found}; correct {where}")
 
 

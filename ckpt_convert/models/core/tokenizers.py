@@ -16,19 +16,19 @@ _NAMES_OF_CODE = {**_NAMES_31, 5: "<|step_id|>", 11: "<|image|>"}
 
 LLAMA_3 = TiktokenSpec(
     title="Llama 3",
-    tokens=128_000,
+    n_ranks=128_000,
     pattern=(
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
         r"|\s*[\r\n]+|\s+(?!\S)|\s+"
     ),
-    specials=256,
-    names=_NAMES_31,
-    names_of="Llama 3.1",
-    begin=_NAMES_31[0],
-    end=_NAMES_31[1],
-    turn=_NAMES_31[9],
-    also_named=(_NAMES_3, _NAMES_OF_CODE),
-    others={200_000: "Llama 4"},
+    n_special_tokens=256,
+    special_names=_NAMES_31,
+    names_from="Llama 3.1",
+    bos=_NAMES_31[0],
+    eos=_NAMES_31[1],
+    end_of_turn=_NAMES_31[9],
+    alternative_names=(_NAMES_3, _NAMES_OF_CODE),
+    other_tokenizers={200_000: "Llama 4"},
 )
 """Pattern and number of special tokens are those of ``llama_models/llama3/tokenizer.py``, the number of Llama 4's ranks
 that of ``llama4/tokenizer.py``, which has 2,048 special tokens behind them. tokenizer.model does not hold the names.

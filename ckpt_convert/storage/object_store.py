@@ -10,8 +10,8 @@ from types import TracebackType
 from typing import Self
 
 from ckpt_convert.errors import CorruptFileError, UsageError
-from ckpt_convert.storage.base import Entry, Kind, refuse
-from ckpt_convert.storage.listing import Listing, below
+from ckpt_convert.storage.base import Entry, FileKind, require_regular_file
+from ckpt_convert.storage.listing import Listing, name_prefix
 
 WINDOW = 1 << 18
 """Bytes that a small read brings in one request: a header is read in several steps, and most have less than this."""
@@ -23,7 +23,7 @@ _GAP = 1 << 18
 """Ranges that lie no further apart are read in one request: the bytes between them cost less than another one."""
 
 
-class FarFile:
+class ObjectFile:
     """A file of which each range is a request to ``fetch`` (offset, number of bytes)."""
 
     def __init__(self, name: str, identity: Entry, fetch: Callable[[int, int], bytes]) -> None:
@@ -91,11 +91,11 @@ class FarFile:
         self.close()
 
 
-class FarStore(ABC):
+class ObjectStore(ABC):
     """Answers what is asked of folders from names alone; a store adds the rest of ``Store``."""
 
     @property
-    def lists_whole(self) -> bool:
+    def prefers_listing(self) -> bool:
         return True
 
     @abstractmethod
@@ -104,10 +104,10 @@ class FarStore(ABC):
     @abstractmethod
     def label(self, name: str) -> str: ...
 
-    def kind(self, name: str) -> Kind | None:
+    def kind(self, name: str) -> FileKind | None:
         return Listing(name, self.list(name)).kind(name)
 
-    def children(self, folder: str) -> Mapping[str, Kind | None]:
+    def children(self, folder: str) -> Mapping[str, FileKind | None]:
         return Listing(folder, self.list(folder)).children(folder)
 
     def local(self, name: str) -> Path:
@@ -123,8 +123,8 @@ class FarStore(ABC):
         return None
 
     def guard(self, folder: str, name: str, said_by: str) -> None:
-        full = f"{below(folder)}{name}"
-        refuse(self.label(full), self.kind(full), said_by)
+        full = f"{name_prefix(folder)}{name}"
+        require_regular_file(self.label(full), self.kind(full), said_by)
 
     def mode(self, name: str) -> int:
         return 0o777

@@ -11,43 +11,43 @@ from collections.abc import Iterable, Sequence
 MORE = " and {} more"
 
 
-def listing(lines: Sequence[str], most: int = 20) -> str:
+def indented_list(lines: Sequence[str], limit: int = 20) -> str:
     """The lines of a message, one below the other and indented; at most a screenful of them."""
-    shown = "".join(f"\n    {line}" for line in lines[:most])
-    return shown + (f"\n    … and {len(lines) - most} more" if len(lines) > most else "")
+    shown = "".join(f"\n    {line}" for line in lines[:limit])
+    return shown + (f"\n    … and {len(lines) - limit} more" if len(lines) > limit else "")
 
 
-def some(names: Iterable[object], most: int, more: str = ", …") -> str:
+def first_few(names: Iterable[object], limit: int, more: str = ", …") -> str:
     """The first few names on one line, and ``more`` where there are others, whose number may stand in it."""
     texts = [str(name) for name in names]
-    return ", ".join(texts[:most]) + (more.format(len(texts) - most) if len(texts) > most else "")
+    return ", ".join(texts[:limit]) + (more.format(len(texts) - limit) if len(texts) > limit else "")
 
 
-def quoted(value: object, most: int = 80) -> str:
+def short_repr(value: object, limit: int = 80) -> str:
     """A value that a file says, in short: a hostile file must not fill the terminal."""
     try:
         text = repr(value)
     except ValueError:  # Python refuses to print an integer of thousands of digits
         return "a very large number"
-    return text if len(text) <= most else text[: most - 3] + "..."
+    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
-def option(name: str, value: object) -> str:
+def option_text(name: str, value: object) -> str:
     """An option that was given, or is to be, with its value."""
-    return f"`{name}={spelled(value)}`"
+    return f"`{name}={python_literal(value)}`"
 
 
-def spelled(value: object) -> str:
+def python_literal(value: object) -> str:
     """A value as Python spells it, for an option or an argument in backticks."""
     return repr(value if isinstance(value, int | float) else str(value)).replace("`", r"\x60")
 
 
 def human_bytes(size: int) -> str:
     """Bytes in decimal units, as on the Hub, in three digits: "288 B", "16.1 kB", "134 MB", "3.0 GB"."""
-    return scaled(size, ("B", "kB", "MB", "GB", "TB", "PB", "EB"))
+    return with_unit(size, ("B", "kB", "MB", "GB", "TB", "PB", "EB"))
 
 
-def scaled(value: int, units: Sequence[str]) -> str:
+def with_unit(value: int, units: Sequence[str]) -> str:
     """A number in three digits of the unit that fits, each a thousand times the one before."""
     size: float = value
     for unit in units:

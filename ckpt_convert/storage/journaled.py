@@ -19,7 +19,7 @@ _LONGEST = 1 << 28
 
 
 @dataclass
-class Notes:
+class JournalContent:
     """What the journal says: ``first``, which plan this is; the ``names`` that are the writer's; of the files that are
     ``whole`` the etag and what was noted. ``removing`` is whether the directory is being removed.
     """
@@ -34,7 +34,7 @@ class Notes:
         return json.dumps(content, separators=(",", ":")).encode()
 
     @classmethod
-    def read(cls, place: Place) -> Notes:
+    def read(cls, place: Place) -> JournalContent:
         """Raises CorruptFileError for a journal that nobody here wrote, so that nothing says what may be removed."""
         try:
             said = json.loads(place.read(_LONGEST))
@@ -46,30 +46,30 @@ class Notes:
             ) from error
 
 
-class Marked:
+class JournaledDirectory:
     """A directory of a store with its journal, which is known to be what this process last wrote."""
 
     def __init__(self, place: Place, rules: Rules) -> None:
-        self.place = self.seen = place.anew()
+        self.place = self.seen = place.without_listing()
         self.store: Store = place.store
         self.rules = rules
-        self.journal = Notes()
+        self.journal = JournalContent()
         self._etag: str | None = None
         self._lock = threading.RLock()
 
-    def full(self, name: str) -> str:
+    def full_name(self, name: str) -> str:
         return str(self.place.path / name)
 
     def list(self) -> dict[str, Entry]:
         """What is there, by its name in the directory."""
         self.seen = self.place.listed()
-        if not (self.seen / JOURNAL).is_regular():
+        if not (self.seen / JOURNAL).is_regular_file():
             self._etag = None
-        return {place.below(self.place): entry for place, entry in self.seen.entries().items()}
+        return {place.relative_name(self.place): entry for place, entry in self.seen.entries().items()}
 
     def adopt(self, there: Mapping[str, Entry]) -> None:
         """Take the journal that is there for this process's own."""
-        self.journal = Notes.read(self.seen / JOURNAL)
+        self.journal = JournalContent.read(self.seen / JOURNAL)
         self._etag = there[JOURNAL].etag
 
     def announce(self, names: Collection[str], **changes: Any) -> None:
@@ -84,7 +84,7 @@ class Marked:
         with self._lock:
             new = self._etag is None
             made = self.store.put(
-                self.full(JOURNAL), self.journal.render(), create_only=new, if_match=None if new else self._etag
+                self.full_name(JOURNAL), self.journal.render(), create_only=new, if_match=None if new else self._etag
             )
             self._etag = made.etag
 
@@ -92,15 +92,15 @@ class Marked:
         """Remove files, first what makes loaders take the directory for a model."""
         ranks: dict[int, list[str]] = {}
         for name in sorted(names):
-            ranks.setdefault(self.rules.rank(name), []).append(self.full(name))
+            ranks.setdefault(self.rules.rank(name), []).append(self.full_name(name))
         for _, group in sorted(ranks.items(), reverse=True):
             self.store.delete(group)
 
     def remove_journal(self) -> None:
         try:
-            self.store.delete([self.full(JOURNAL)])
+            self.store.delete([self.full_name(JOURNAL)])
         except UnwritableError:
-            if self.store.entry(self.full(JOURNAL)) is not None:  # else only the answer was lost
+            if self.store.entry(self.full_name(JOURNAL)) is not None:  # else only the answer was lost
                 raise
         self._etag = None
-        self.journal = Notes()
+        self.journal = JournalContent()
