@@ -225,6 +225,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.cli
 def test_two_processes_with_tensors_that_are_cut(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     running = [

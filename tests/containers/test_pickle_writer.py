@@ -85,6 +85,7 @@ def by_python(value: Any, protocol: Literal[2, 4] = 4) -> bytes:
     return pickle.dumps(fresh(value, own), protocol)
 
 
+@pytest.mark.cli
 @settings(max_examples=300, deadline=None)
 @given(values)
 @example([None] * 1001)

@@ -297,6 +297,7 @@ def test_build_refuses(tensors: list[tuple[str, str, tuple[int, ...]]], error: t
         build(tensors, {})
 
 
+@pytest.mark.cli
 def test_91000_tensors_read_back() -> None:
     layout = build([(f"model.layers.{n}.weight", "BF16", (n % 3, 2)) for n in range(91_000)], {"format": "pt"})
     assert parse(Huge(layout.literals[0][1], layout.header.size)) == layout.header

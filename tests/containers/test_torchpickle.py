@@ -83,7 +83,7 @@ def test_an_optimizer_with_its_groups(protocol: int) -> None:
 @PROTOCOLS
 def test_random_number_generators_as_trainers_save_them(protocol: int) -> None:
     state = {
-        "python": random.getstate(),
+        "python": random.Random(3).getstate(),
         "numpy": np.random.get_state(),
         "generator": np.random.default_rng(3),
         "bits": np.random.default_rng(3).bit_generator.state,

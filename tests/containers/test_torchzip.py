@@ -460,6 +460,7 @@ def test_more_than_4_gib_read_back(tmp_path: Path) -> None:
     assert {key: tuple(value.shape) for key, value in loaded.items()} == {key: shape for key, _, shape in BIG}
 
 
+@pytest.mark.cli
 def test_more_than_65535_tensors_read_back() -> None:
     layout = build([(f"w{n}", "U8", (1,)) for n in range(66_000)], root="r")
     data = filled(layout, {stored.key: b"x" for stored in layout.header.tensors})

@@ -86,11 +86,12 @@ def model_types() -> list[str]:
 
 def classes(model_type: str) -> Iterator[str]:
     """The names of the classes of its models: the language model, those of other kinds, the bare one."""
+    there = frozenset(dir(transformers))  # asking for an attribute imports its module
     seen = set()
     for mapping in (*(f"MODEL_FOR_{kind}_MAPPING_NAMES" for kind in _KINDS), "MODEL_MAPPING_NAMES"):
         found = getattr(modeling_auto, mapping).get(model_type, ())
         for name in (found,) if isinstance(found, str) else found[:1]:
-            if name not in seen and hasattr(transformers, name):
+            if name not in seen and name in there:
                 seen.add(name)
                 yield name
 
