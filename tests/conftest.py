@@ -56,6 +56,7 @@ FILES = {
         "models/test_names.py",
         "models/test_tables.py",
         "test_project.py",
+        "test_promises.py",
     ),
     "train": (
         "reliability/test_adapter_base.py",

@@ -32,7 +32,7 @@ def commands() -> list[str]:
     """The lines of CONTRIBUTING that a shell runs, and the commands within its sentences."""
     blocks = re.findall(r"^ {4}(\S.*)$", CONTRIBUTING, re.MULTILINE)
     spans = [span for span in re.findall(r"`([^`\n]+)`", CONTRIBUTING) if re.match(r"(make|\.venv/\S+|python) ", span)]
-    return [line.partition("  #")[0].rstrip() for line in blocks + spans]
+    return [line.partition(" #")[0].rstrip() for line in blocks + spans]
 
 
 def defined(path: Path) -> set[str]:
