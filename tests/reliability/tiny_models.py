@@ -79,6 +79,10 @@ _SETTINGS: Mapping[str, Mapping[str, Any]] = {
 """What a model_type needs besides."""
 
 
+_PUBLIC = frozenset(dir(transformers))
+"""Asked for by this: asking for an attribute imports its module."""
+
+
 def model_types() -> list[str]:
     """Every model_type of the installed transformers that there is a model of."""
     return sorted(name for name in CONFIG_MAPPING_NAMES if any(classes(name)))
@@ -86,12 +90,11 @@ def model_types() -> list[str]:
 
 def classes(model_type: str) -> Iterator[str]:
     """The names of the classes of its models: the language model, those of other kinds, the bare one."""
-    there = frozenset(dir(transformers))  # asking for an attribute imports its module
     seen = set()
     for mapping in (*(f"MODEL_FOR_{kind}_MAPPING_NAMES" for kind in _KINDS), "MODEL_MAPPING_NAMES"):
         found = getattr(modeling_auto, mapping).get(model_type, ())
         for name in (found,) if isinstance(found, str) else found[:1]:
-            if name not in seen and name in there:
+            if name not in seen and name in _PUBLIC:
                 seen.add(name)
                 yield name
 
