@@ -16,7 +16,12 @@ from ckpt_convert._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from ckpt_convert.adapters.config import AdapterConfig
+    from ckpt_convert.analysis.check.api import verify_checkpoint
+    from ckpt_convert.analysis.check.report import Verification
+    from ckpt_convert.analysis.diff.api import diff_checkpoints
+    from ckpt_convert.analysis.diff.compare import Diff
     from ckpt_convert.checkpoint.checkpoint import Checkpoint, open_checkpoint
+    from ckpt_convert.checkpoint.findings import Finding
     from ckpt_convert.checkpoint.tensor import CheckpointTensor
     from ckpt_convert.checkpointer.checkpointer import Checkpointer
     from ckpt_convert.checkpointer.run.progress import Progress
@@ -56,15 +61,20 @@ _MODULES = {
     "CheckpointTensor": "checkpoint.tensor",
     "Checkpointer": "checkpointer.checkpointer",
     "CheckpointerCallback": "checkpointer.trainer",
+    "Diff": "analysis.diff.compare",
     "Final": "checkpointer.save.options",
+    "Finding": "checkpoint.findings",
     "Plan": "convert.plan",
     "Progress": "checkpointer.run.progress",
     "Report": "convert.api",
     "TransferProgress": "tensors.progress",
+    "Verification": "analysis.check.report",
     "convert_checkpoint": "convert.api",
     "convert_state_dict": "convert.state_dict",
+    "diff_checkpoints": "analysis.diff.api",
     "open_checkpoint": "checkpoint.checkpoint",
     "plan_conversion": "convert.api",
+    "verify_checkpoint": "analysis.check.api",
 }
 """The module of each name that is not an error's."""
 
@@ -79,7 +89,9 @@ __all__ = [
     "CkptConvertError",
     "ConfigError",
     "CorruptFileError",
+    "Diff",
     "Final",
+    "Finding",
     "InputError",
     "KeyMismatchError",
     "LockedError",
@@ -99,11 +111,14 @@ __all__ = [
     "UnsupportedFamilyError",
     "UnwritableError",
     "UsageError",
+    "Verification",
     "VerificationError",
     "convert_checkpoint",
     "convert_state_dict",
+    "diff_checkpoints",
     "open_checkpoint",
     "plan_conversion",
+    "verify_checkpoint",
 ]
 
 if not TYPE_CHECKING:  # a type checker would take any attribute for one that __getattr__ gives

@@ -96,8 +96,10 @@ def arguments(function: Any) -> dict[str, str]:
     return dict(re.findall(r"^    (\w+): ((?:.*)(?:\n        .*)*)", lines, re.MULTILINE))
 
 
-FUNCTIONS = [ckpt_convert.convert_checkpoint, ckpt_convert.convert_state_dict, ckpt_convert.open_checkpoint,
-             ckpt_convert.plan_conversion]  # fmt: skip
+FUNCTIONS = [
+    *(ckpt_convert.convert_checkpoint, ckpt_convert.convert_state_dict, ckpt_convert.diff_checkpoints),
+    *(ckpt_convert.open_checkpoint, ckpt_convert.plan_conversion, ckpt_convert.verify_checkpoint),
+]
 
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: str(function.__name__))

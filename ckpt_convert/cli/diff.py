@@ -6,7 +6,6 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 import click
@@ -29,11 +28,11 @@ from ckpt_convert.cli.text import (
     terminal_width,
 )
 from ckpt_convert.cli.tree import Entry, Numbering
-from ckpt_convert.storage.reader import DEFAULT_WORKERS
 from ckpt_convert.wording import human_bytes
 
 if TYPE_CHECKING:
     from ckpt_convert.analysis.diff.compare import Change, Diff, Status
+    from ckpt_convert.formats.base import FormatName
 
 
 @dataclass(frozen=True)
@@ -111,8 +110,8 @@ def diff(
     ignore_dtype: bool,
     as_json: bool,
     html: str | None,
-    from_a: str | None,
-    from_b: str | None,
+    from_a: FormatName | None,
+    from_b: FormatName | None,
     family: str | None,
     config_a: str | None,
     config_b: str | None,
@@ -126,38 +125,35 @@ def diff(
     A and B are directories, weight files or Hub ids, in any formats and over any number of ranks: tensors are brought
     together through the family's table, with RoPE row orders and cuts undone. Nothing is written.
     """
-    from ckpt_convert.analysis.diff.compare import compare_checkpoints
-    from ckpt_convert.checkpoint.checkpoint import open_identified
+    from ckpt_convert.analysis.diff.api import diff_checkpoints
     from ckpt_convert.cli.html import diff_page
     from ckpt_convert.cli.notices import on_stderr
     from ckpt_convert.cli.pages import check_page, write_page
     from ckpt_convert.cli.progress import Bar
-    from ckpt_convert.formats import repository
 
     if html is not None:
         check_page(html, with_json=as_json)
-
-    def keep(*keys: str) -> bool:
-        return not filters or any(fnmatchcase(key, glob) for key in keys for glob in filters)
-
-    with (
-        on_stderr(hidden=quiet),
-        open_identified(
-            repository.locate_checkpoint(a, revision_a), format=from_a, family=family, config=config_a
-        ) as left,
-        open_identified(
-            repository.locate_checkpoint(b, revision_b), format=from_b, family=family, config=config_b
-        ) as right,
-        Bar(hidden=quiet) as bar,
-    ):
-        found = compare_checkpoints(
-            left, right, values=values, is_wanted=keep, workers=workers or DEFAULT_WORKERS, progress=bar
+    with on_stderr(hidden=quiet), Bar(hidden=quiet) as bar:
+        found = diff_checkpoints(
+            a,
+            b,
+            values=values,
+            filters=filters,
+            format_a=from_a,
+            format_b=from_b,
+            family=family,
+            config_a=config_a,
+            config_b=config_b,
+            revision_a=revision_a,
+            revision_b=revision_b,
+            workers=workers,
+            progress=bar,
         )
         bar.stop()
         if html is not None:
-            write_page(html, diff_page(found.document()))
+            write_page(html, diff_page(found.as_dict()))
         if as_json:
-            echo_json(found.document())
+            echo_json(found.as_dict())
         elif not quiet and html != "-":
             echo("\n".join(_lines(found, full=full, width=terminal_width())))
         return int(not found.is_same(ignore_dtype=ignore_dtype))

@@ -7,11 +7,11 @@ import re
 import shlex
 from typing import Any
 
-_EXCEPT = {"from_format": "--from", "format": "--from"}
+_EXCEPT = {"from_format": "--from", "format": "--from", "format_a": "--from-a", "format_b": "--from-b"}
 _OPTIONS = (
     *("accept", "allow_loss", "allow_overflow", "config", "container", "dequantize", "drop_rope_scaling", "dtype"),
-    *("family", "format", "from_a", "from_b", "from_format", "like", "max_positions", "max_shard_size", "meta_style"),
-    *("model_parallel", "overwrite", "resume", "rope_factor", "rope_theta", "shards", "to", "workers"),
+    *("family", "format", "format_a", "format_b", "from_format", "like", "max_positions", "max_shard_size"),
+    *("meta_style", "model_parallel", "overwrite", "resume", "rope_factor", "rope_theta", "shards", "to", "workers"),
 )
 FLAGS = {name: _EXCEPT.get(name, f"--{name.replace('_', '-')}") for name in _OPTIONS}
 """What the options that messages name are called here."""

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from ckpt_convert.cli import colours, options
 from ckpt_convert.cli.text import Labelled, echo, echo_json, escape, labelled, plural, terminal_width, wrap
-from ckpt_convert.storage.reader import DEFAULT_WORKERS
 from ckpt_convert.wording import human_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ckpt_convert.analysis.check import Report
-    from ckpt_convert.analysis.check.accept import Accepted
+    from ckpt_convert.analysis.check import Verification
     from ckpt_convert.analysis.logits.logits import LogitsReport
     from ckpt_convert.checkpoint.findings import Finding
+    from ckpt_convert.formats.base import FormatName
+    from ckpt_convert.storage.place import Location
 
 _COLOURS = {"error": colours.BAD, "warning": colours.WARNING, "note": "cyan"}
 _LABEL = 9
@@ -70,7 +70,7 @@ def verify(
     full: bool,
     strict: bool,
     as_json: bool,
-    from_format: str | None,
+    from_format: FormatName | None,
     family: str | None,
     config: str | None,
     revision: str | None,
@@ -83,65 +83,51 @@ def verify(
     written, except with --accept: before the checks, the checksums of these files beside the weights are renewed in
     ckpt_convert/manifest.json.
     """
-    from ckpt_convert.analysis.check import check_checkpoint
-    from ckpt_convert.analysis.check.accept import accept_files
-    from ckpt_convert.analysis.check.cross_checks import Opening, check_logits, compare_with
-    from ckpt_convert.checkpoint.opening import checkpoint_place
+    from ckpt_convert.analysis.check.api import verify_checkpoint
     from ckpt_convert.cli.notices import on_stderr, silent_transformers
     from ckpt_convert.cli.progress import Bar
     from ckpt_convert.formats import repository
-    from ckpt_convert.storage.place import checked_place
 
-    if with_logits:
-        from ckpt_convert.analysis.logits.model import require_packages
-
-        require_packages()
-    renewed = accept_files(checkpoint_place(checked_place(path)), accepted) if accepted else []
-    a = Opening(repository.locate_checkpoint(path, revision), from_format, family, config)
-    b = Opening(repository.locate_checkpoint(other), None, family) if other is not None else None
-    compared: dict[str, Any] | None = None
-    computed: LogitsReport | None = None
-    with on_stderr(hidden=quiet), Bar(hidden=quiet) as bar:
-        report = check_checkpoint(
-            a.place,
+    place: Location = path
+    against: Location | None = other
+    quietly: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if with_logits:  # transformers is kept off the network, so that all that comes from the Hub has to be here before
+        place, quietly = repository.locate_checkpoint(path, revision), silent_transformers()
+        against = repository.locate_checkpoint(other) if other is not None else None
+    with on_stderr(hidden=quiet), Bar(hidden=quiet) as bar, quietly:
+        report = verify_checkpoint(
+            place,
+            values=not quick,
+            against=against,
+            logits=with_logits,
+            accept=accepted,
             format=from_format,
             family=family,
             config=config,
-            values=not quick,
-            workers=workers or DEFAULT_WORKERS,
+            revision=revision,
+            workers=workers,
             progress=bar,
         )
-        if b is not None:
-            report, compared = compare_with(
-                report, a, b, values=not quick, workers=workers or DEFAULT_WORKERS, progress=bar
-            )
-        if with_logits:
-            with silent_transformers():
-                report, computed = check_logits(report, a, b, progress=bar)
     if as_json:
-        document = report.as_dict()
-        document |= {"accepted": [asdict(one) for one in renewed]} if accepted else {}
-        document |= {"against": compared} if other is not None else {}
-        document |= {"logits": computed.as_dict() if computed is not None else None} if with_logits else {}
-        echo_json(document)
+        echo_json(report.as_dict())
     else:
         width = terminal_width()
         lines = [
-            *(() if quiet else labelled(_header(report, renewed), width, least=_LABEL)),
+            *(() if quiet else labelled(_header(report), width, least=_LABEL)),
             *_findings(report, width, full=full, quiet=quiet, strict=strict),
         ]
-        lines += () if quiet else [*_logits(computed, width), _summary(report)]
+        lines += () if quiet else [*_logits(report.logits, width), _summary(report)]
         if lines:
             echo("\n".join(lines))
-    return 1 if report.counts["errors"] or (strict and report.counts["warnings"]) else 0
+    return 0 if report.ok and not (strict and report.counts["warnings"]) else 1
 
 
-def _header(report: Report, renewed: Sequence[Accepted]) -> Iterator[Labelled]:
+def _header(report: Verification) -> Iterator[Labelled]:
     what = ", ".join(filter(None, (report.format or report.kind or "unknown format", report.family)))
     yield Labelled("path", escape(report.path).split(" "))
     size = f"{plural(report.files, 'file')}, {plural(report.tensors, 'tensor')}, {human_bytes(report.nbytes)}"
     yield Labelled("what", escape(f"{what}: {size}").split())
-    for one in renewed:
+    for one in report.accepted or ():
         yield Labelled("accepted", escape(f"{one.file}: checksum {one.found}, was {one.expected}").split(" "))
     by_reason: dict[str, list[str]] = {}
     for skipped in report.skipped:
@@ -150,7 +136,7 @@ def _header(report: Report, renewed: Sequence[Accepted]) -> Iterator[Labelled]:
         yield Labelled("skipped", escape(f"{', '.join(checks)}: {why.splitlines()[0]}").split(" "))
 
 
-def _findings(report: Report, width: int | None, *, full: bool, quiet: bool, strict: bool) -> Iterator[str]:
+def _findings(report: Verification, width: int | None, *, full: bool, quiet: bool, strict: bool) -> Iterator[str]:
     """A line for each finding, errors first; of many that one check found, the first few."""
     counting = ("error", "warning") if strict else ("error",)
     groups: dict[tuple[str, str], list[Finding]] = {}
@@ -222,7 +208,7 @@ def _computed(found: LogitsReport) -> Iterator[Labelled]:
         yield Labelled("", text.split(" "))
 
 
-def _summary(report: Report) -> str:
+def _summary(report: Verification) -> str:
     """The last line: how many problems there are, or what was found to be in order."""
     counts = report.counts
     words = [plural(counts[f"{name}s"], name) for name in _COLOURS if counts[f"{name}s"]]

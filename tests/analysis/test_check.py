@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 
 import ckpt_convert
-from ckpt_convert.analysis.check import Report, check_checkpoint
+from ckpt_convert.analysis.check import Verification, check_checkpoint
 from ckpt_convert.checkpoint.findings import Finding
 from ckpt_convert.errors import CheckpointNotFoundError
 from ckpt_convert.storage.names import replaced_path
@@ -45,11 +45,11 @@ def copied(name: str, tmp_path: Path) -> Path:
     return target
 
 
-def errors(report: Report) -> list[Finding]:
+def errors(report: Verification) -> list[Finding]:
     return [finding for finding in report.findings if finding.severity == "error"]
 
 
-def only(report: Report, severity: str = "error") -> Finding:
+def only(report: Verification, severity: str = "error") -> Finding:
     """The one finding there is, of this severity."""
     assert [finding.severity for finding in report.findings] == [severity], report.findings
     return report.findings[0]

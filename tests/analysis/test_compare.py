@@ -433,7 +433,7 @@ def test_the_document_says_all_of_it(hf: Path) -> None:
             tensors[Q].view(torch.int32)[1, 7] ^= 1
 
     rewrite(hf, flip)
-    document = diff(GOLDEN / "llama" / "meta-mp2", hf).document()
+    document = diff(GOLDEN / "llama" / "meta-mp2", hf).as_dict()
     assert json.loads(json.dumps(document)) == document
     assert document["same"] is False
     assert document["counts"] == {"same": 29, "differs": 1, "shape": 0, "dtype": 0, "only_a": 0, "only_b": 0}
@@ -452,7 +452,7 @@ def test_the_document_says_what_each_side_has(hf: Path) -> None:
             tensors["lm_head.weight"] = tensors["lm_head.weight"][:-1].clone()
 
     rewrite(hf, change)
-    document = diff(GOLDEN / "llama" / "hf", hf).document()
+    document = diff(GOLDEN / "llama" / "hf", hf).as_dict()
     entries = {entry["key_a"]: entry for entry in document["tensors"]}
     norm, output = entries["model.norm.weight"], entries["lm_head.weight"]
     assert (norm["status"], norm["dtype_a"], norm["dtype_b"]) == ("dtype", "F32", "F64")
@@ -467,7 +467,7 @@ def test_the_document_has_the_notes(hf: Path) -> None:
         tensors.update({key: values[{one: other, other: one}[key]].clone() for key in values if key in tensors})
 
     rewrite(hf, swap)
-    notes = {entry["key_b"]: entry["note"] for entry in diff(GOLDEN / "llama" / "hf", hf).document()["tensors"]}
+    notes = {entry["key_b"]: entry["note"] for entry in diff(GOLDEN / "llama" / "hf", hf).as_dict()["tensors"]}
     assert {key: note for key, note in notes.items() if note} == {
         one: f"b has here what a has as {other}",
         other: f"b has here what a has as {one}",

@@ -66,7 +66,7 @@ def test_processes_say_what_one_does(kind: str, tmp_path: Path) -> None:
         one, several = (dict(tensor_statistics(checkpoint, checkpoint.tensors, workers=number)) for number in (1, 3))
         assert one == several
         with open_identified(LLAMA) as other:
-            alone, together = (compare_checkpoints(checkpoint, other, workers=number).document() for number in (1, 3))
+            alone, together = (compare_checkpoints(checkpoint, other, workers=number).as_dict() for number in (1, 3))
             assert alone == together
 
 

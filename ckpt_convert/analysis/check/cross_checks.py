@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ckpt_convert.analysis.check.report import Report, Skipped
+from ckpt_convert.analysis.check.report import Skipped, Verification
 from ckpt_convert.checkpoint.checkpoint import open_identified
 from ckpt_convert.checkpoint.findings import Finding
 from ckpt_convert.errors import CkptConvertError, UnsupportedFamilyError, UsageError
-from ckpt_convert.storage.place import Place
+from ckpt_convert.storage.place import Location, Place
 
 if TYPE_CHECKING:
     from ckpt_convert.analysis.diff.compare import Change
@@ -26,36 +26,37 @@ class Opening:
     place: Place
     format: str | None = None
     family: str | None = None
-    config: str | None = None
+    config: Location | None = None
 
     def open(self) -> Identified:
         return open_identified(self.place, format=self.format, family=self.family, config=self.config)
 
 
 def compare_with(
-    report: Report,
+    report: Verification,
     a: Opening,
     b: Opening,
     *,
     values: bool = True,
     workers: int = 2,
     progress: ProgressCallback | None = None,
-) -> tuple[Report, dict[str, Any] | None]:
-    """The report with an error for every tensor in which a and b differ, and the comparison as a document."""
+) -> Verification:
+    """The report with an error for every tensor in which a and b differ, and with their comparison."""
     from ckpt_convert.analysis.diff.compare import compare_checkpoints
 
     try:
         with a.open() as left, b.open() as right:
             found = compare_checkpoints(left, right, values=values, workers=workers, progress=progress)
-            return report.with_findings("against", map(_difference, _changed(found.changes))), found.document()
+            report = replace(report, against=found.as_dict())
+            return report.with_findings("against", map(_difference, _changed(found.changes)))
     except CkptConvertError as error:
         text = f"cannot be compared: {error}"
-        return report.with_findings("against", [Finding("error", "against", text, str(b.place))]), None
+        return report.with_findings("against", [Finding("error", "against", text, str(b.place))])
 
 
 def check_logits(
-    report: Report, a: Opening, b: Opening | None, *, progress: ProgressCallback | None = None
-) -> tuple[Report, LogitsReport | None]:
+    report: Verification, a: Opening, b: Opening | None, *, progress: ProgressCallback | None = None
+) -> Verification:
     """The report with what running the checkpoint (and another one) through transformers showed."""
     from ckpt_convert.analysis.logits.logits import compare_logits
 
@@ -67,11 +68,11 @@ def check_logits(
                 with b.open() as right:
                     found = compare_logits(left, right, progress=progress)
     except (UsageError, UnsupportedFamilyError) as error:
-        return replace(report, skipped=(*report.skipped, Skipped("logits", str(error)))), None
+        return replace(report, skipped=(*report.skipped, Skipped("logits", str(error))))
     except CkptConvertError as error:
         text = f"cannot be computed: {error}"
-        return report.with_findings("logits", [Finding("error", "logits", text)]), None
-    return report.with_findings("logits", _said(found)), found
+        return report.with_findings("logits", [Finding("error", "logits", text)])
+    return replace(report, logits=found).with_findings("logits", _said(found))
 
 
 def _said(found: LogitsReport) -> Iterator[Finding]:

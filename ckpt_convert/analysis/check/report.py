@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ckpt_convert.analysis.check.accept import Accepted
 from ckpt_convert.checkpoint.findings import Finding
+
+if TYPE_CHECKING:
+    from ckpt_convert.analysis.logits.logits import LogitsReport
 
 SCHEMA = 1
 _ORDER = ("error", "warning", "note")
@@ -22,8 +26,14 @@ class Skipped:
 
 
 @dataclass(frozen=True)
-class Report:
-    """What a check found, errors first; ``checks`` are those that were done, ``nbytes`` the bytes of all tensors."""
+class Verification:
+    """The result of ``verify_checkpoint``: its findings, errors first.
+
+    ``checks`` are those that were done, ``skipped`` those that were not, and why; ``nbytes`` are the bytes of all
+    tensors. ``accepted`` are the files whose checksums were renewed, ``against`` is the comparison with another
+    checkpoint as docs/json.md describes it, ``logits`` what both compute; each is None where it was not asked for or
+    not possible.
+    """
 
     path: str
     format: str | None
@@ -37,6 +47,14 @@ class Report:
     bytes_read: int
     kind: str | None = None
     """What the files are, in a few words, where they are no model's weights alone."""
+    accepted: tuple[Accepted, ...] | None = None
+    against: Mapping[str, Any] | None = None
+    logits: LogitsReport | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether there is no error; warnings and notes may be there."""
+        return not self.counts["errors"]
 
     @property
     def counts(self) -> Mapping[str, int]:
@@ -44,12 +62,20 @@ class Report:
         found = Counter(finding.severity for finding in self.findings)
         return {"errors": found["error"], "warnings": found["warning"], "notes": found["note"]}
 
-    def with_findings(self, check: str, findings: Iterable[Finding]) -> Report:
+    def with_findings(self, check: str, findings: Iterable[Finding]) -> Verification:
         """The report with those of one more check."""
         return replace(self, checks=(*self.checks, check), findings=by_severity([*self.findings, *findings]))
 
     def as_dict(self) -> dict[str, Any]:
         """The report as JSON-ready values."""
+        done = {*self.checks, *(skipped.check for skipped in self.skipped)}
+        more: dict[str, Any] = {}
+        if self.accepted is not None:
+            more["accepted"] = [asdict(file) for file in self.accepted]
+        if "against" in done:
+            more["against"] = self.against
+        if "logits" in done:
+            more["logits"] = self.logits.as_dict() if self.logits is not None else None
         return {
             "schema": SCHEMA,
             "path": self.path,
@@ -64,6 +90,7 @@ class Report:
             **self.counts,
             "bytes_read": self.bytes_read,
             "kind": self.kind,
+            **more,
         }
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckpt_convert.analysis.check import auxiliary_files, checksums, directory, generic, root_causes, table, training
 from ckpt_convert.analysis.check.lenient_open import LenientCheckpoint, open_leniently, without_directory
-from ckpt_convert.analysis.check.report import Report, Skipped, by_severity
+from ckpt_convert.analysis.check.report import Skipped, Verification, by_severity
 from ckpt_convert.analysis.check.spans import ExpectedEqual
 from ckpt_convert.checkpoint import diagnosis
 from ckpt_convert.checkpoint.findings import Finding, Severity, failed_check
@@ -65,7 +65,7 @@ def check_checkpoint(
     merged: bool = True,
     workers: int = 2,
     progress: ProgressCallback | None = None,
-) -> Report:
+) -> Verification:
     """Check a checkpoint: a directory, or one weight file.
 
     ``values`` reads every byte; without it only headers and small files are read. ``merged`` checks the full weights
@@ -84,7 +84,7 @@ def check_checkpoint(
     return report
 
 
-def _with_merged(report: Report, inner: Report) -> Report:
+def _with_merged(report: Verification, inner: Verification) -> Verification:
     """The report with what was found in the folder of the full weights."""
     findings = (
         replace(one, text=f"{MERGED}/: {one.text}", file=f"{MERGED}/{one.file or ''}") for one in inner.findings
@@ -97,7 +97,7 @@ def _with_merged(report: Report, inner: Report) -> Report:
     )
 
 
-def _report(work: _Work, workers: int, progress: ProgressCallback | None) -> Report:
+def _report(work: _Work, workers: int, progress: ProgressCallback | None) -> Verification:
     opened, checkpoint = work.opened, work.opened.checkpoint
     work.done("files", opened.findings)
     work.done("container")
@@ -115,7 +115,7 @@ def _report(work: _Work, workers: int, progress: ProgressCallback | None) -> Rep
             work.done("training", found)
     _against_config(work)
     nbytes_read = _read(work, workers, progress)
-    return Report(
+    return Verification(
         path=str(checkpoint.place),
         format=checkpoint.format,
         family=opened.view.family,

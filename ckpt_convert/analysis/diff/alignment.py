@@ -297,7 +297,7 @@ def _refuse(a: Identified, b: Identified, models: tuple[Model | None, Model | No
         if model is None and checkpoint.format is None:
             raise AmbiguousFormatError(
                 f"{checkpoint.place}: {checkpoint.why}, and the other side is of another layout; say which format it "
-                "is (`from_a=`, `from_b=`)"
+                "is (`format_a=`, `format_b=`)"
             )
     for checkpoint, model in ((a, left), (b, right)):
         if model is None:

@@ -122,7 +122,7 @@ class Diff:
         """What a and b are, as JSON-ready values."""
         return _side(self.a, self.models[0]), _side(self.b, self.models[1])
 
-    def document(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         """The comparison as JSON-ready values."""
         a, b = self.sides()
         return {
