@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Mapping, Sequence
 from itertools import product
 
+import numpy as np
 import pytest
 
 from ckpt_convert import UsageError
-from ckpt_convert.checkpointer.distributed.claims import Held, Share, share_out
+from ckpt_convert.checkpointer.distributed import claims
+from ckpt_convert.checkpointer.distributed.claims import Claim, Held, Share, divide
 from ckpt_convert.checkpointer.distributed.slices import Slice, nothing, whole
 
 
@@ -19,17 +23,29 @@ def replica(*shape: int) -> Held:
     return Held("float32", whole(shape))
 
 
+def share_out(every: Sequence[Mapping[str, Held]]) -> tuple[tuple[str, ...], list[list[Share]]]:
+    """All names, and what each rank writes of each of them."""
+    every_claim = []
+    for held in every:
+        kinds = list(dict.fromkeys(held.values()))
+        every_claim.append(
+            Claim(tuple(held), tuple(kinds), np.array([kinds.index(one) for one in held.values()], np.int32))
+        )
+    found = divide(every_claim)
+    return found.names, [[shares[group] for group in found.groups] for shares in found.shares]
+
+
 def test_replicas_share_and_slices_are_written_by_those_that_have_them() -> None:
     shape = (6, 2)
     every = [{"norm": replica(4), "weight": rows(shape, (0, 3))}, {"norm": replica(4), "weight": rows(shape, (3, 6))}]
     names, shares = share_out(every)
-    assert [key for key, _ in names] == ["norm", "weight"]
+    assert names == ("norm", "weight")
     assert shares == [[Share(0, 2), Share(0, 1)], [Share(1, 2), Share(0, 1)]]
 
 
 def test_pipeline_stages_have_tensors_of_their_own() -> None:
     names, shares = share_out([{"first": replica(4)}, {"last": replica(4)}])
-    assert [key for key, _ in names] == ["first", "last"]
+    assert names == ("first", "last")
     assert shares == [[Share(0, 1), Share(0, 0)], [Share(0, 0), Share(0, 1)]]
 
 
@@ -60,3 +76,19 @@ def test_slices_over_two_axes() -> None:
     assert [shares[0] for shares in share_out(every)[1]] == [Share(0, 2), *[Share(0, 1)] * 3, Share(1, 2)]
     with pytest.raises(UsageError, match="leave something out"):
         share_out(every[1:4])
+
+
+@pytest.mark.parametrize("table", [1 << 22, 1])
+def test_tensors_that_are_held_alike_are_divided_alike(table: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claims, "_TABLE", table)
+    generator = random.Random(4)
+    kinds = [lambda rank: replica(4), lambda rank: rows((6, 2), (3 * rank, 3 * rank + 3)), lambda rank: replica(5)]
+    order = [generator.randrange(3) for _ in range(200)]
+    every = [{f"t{at}": kinds[kind](rank) for at, kind in enumerate(order)} for rank in (0, 1)]
+    names, shares = share_out(every)
+    assert names == tuple(f"t{at}" for at in range(200))
+    for rank in (0, 1):
+        assert shares[rank] == [Share(0, 1) if kind == 1 else Share(rank, 2) for kind in order]
+    every[1]["t17"] = replica(7)
+    with pytest.raises(UsageError, match="t17"):
+        share_out(every)

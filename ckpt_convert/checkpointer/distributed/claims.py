@@ -1,8 +1,11 @@
-"""Who holds what of a model, and which of those that hold the same writes which part of it.
+"""Which rank holds which slice of a model, and which of those that hold the same slice writes which part of it.
 
-What placements say is not all: under FSDP2 over tensor parallelism norms lie on a part of the mesh, with a copy on
-every tensor-parallel rank, and pipeline stages have other layers. So the ranks tell each other what they hold, once for
-each layout of the model; the first rank shares it out, and sees that nothing is left over or written twice.
+Placements do not say everything: under FSDP2 over tensor parallelism, norms live on a sub-mesh and are replicated on
+every tensor-parallel rank, and pipeline stages have different layers. So the ranks exchange what they hold, once for
+each layout of the model. Rank 0 divides it among them and proves that every element is written exactly once.
+
+Of 100,000 tensors on 1,000 ranks few are different: each rank sends its different slices and, run-length coded, which
+tensor has which of them. Tensors that are alike on every rank are a group, and all else is done once for each group.
 """
 
 from __future__ import annotations
@@ -10,10 +13,12 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import groupby
+from itertools import chain
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 
 from ckpt_convert.checkpointer.distributed.ranks import Ranks
 from ckpt_convert.checkpointer.distributed.slices import Slice, local_of, nothing, slice_of
@@ -21,15 +26,30 @@ from ckpt_convert.dtypes import torch_name
 from ckpt_convert.errors import UsageError
 from ckpt_convert.storage.checksums import digest
 from ckpt_convert.tensors.cover import covers
+from ckpt_convert.wording import first_few
 
-SAME, OTHER = b"same", b"other"
+Numbers = np.ndarray[Any, np.dtype[np.int32]]
+
+SAME, OTHER, NAMES = b"same", b"other", b"names"
+"""Nothing has changed since the last time; other slices, under the same keys; other keys on different ranks."""
+
+_TABLE = 1 << 22
+"""Entries of a lookup table, at most; where more would be needed, numbers are sorted instead."""
 
 
 class Held(NamedTuple):
-    """What one rank has of a tensor: its dtype, in torch's words, and which part."""
+    """What one rank has of a tensor: its dtype, in torch's words, and which slice."""
 
     dtype: str
     part: Slice
+
+
+class Claim(NamedTuple):
+    """What one rank holds: ``kinds`` are different, and ``which`` has the number of one for each name, or -1."""
+
+    names: tuple[str, ...]
+    kinds: tuple[Held, ...]
+    which: Numbers
 
 
 class Share(NamedTuple):
@@ -37,6 +57,18 @@ class Share(NamedTuple):
 
     number: int
     holders: int
+
+
+class Division(NamedTuple):
+    """Who writes what: ``groups`` has for each name the number of its group, ``shares`` each rank's for each group.
+
+    ``tensors`` has the dtype and shape of each group's.
+    """
+
+    names: tuple[str, ...]
+    groups: Numbers
+    tensors: list[tuple[str, tuple[int, ...]]]
+    shares: list[list[Share]]
 
 
 class Owned(NamedTuple):
@@ -52,63 +84,143 @@ class Claims:
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
         self._agreed = ""
-        self._names: list[tuple[str, Held]] = []
-        self._shares: list[Share] = []
+        self._known: dict[Any, int] = {}
+        self._kinds: list[Held] = []
+        self._sizes: list[tuple[int, ...]] = []
+        self._division: Division | None = None
 
     def of(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Owned]:
         """What this process writes of each tensor of the model: also of those that only other ranks have, nothing.
 
-        Every rank asks at the same time. Raises UsageError for what cannot be shared out, on all of them.
+        Every rank asks at the same time. Raises UsageError, on all of them, for what cannot be divided.
         """
-        held = {key: Held(torch_name(tensor.dtype), slice_of(key, tensor)) for key, tensor in tensors.items()}
-        data = _packed([[key, one.dtype, one.part.shape, one.part.axes] for key, one in held.items()])
-        mine = digest(data)
-        same = self._ranks.round("comparing who holds what", lambda: _said(mine == self._agreed), _whether_all)
-        if same != SAME:
-            answer = self._ranks.round("sharing out what is written", lambda: data, _shared_out)
-            names, shares = _unpacked(answer)
-            self._names = [(key, Held(dtype, _slice(shape, axes))) for key, dtype, shape, axes in names]
-            self._shares = [Share(number, holders) for number, holders, times in shares for _ in range(times)]
+        claim = self._claim(tensors)
+        names, data = "\n".join(claim.names), _packed([_kinds_as_json(claim.kinds), _runs(claim.which)])
+        mine = digest(names.encode() + data)
+        said = b"%d %s" % (mine == self._agreed, digest(names.encode()).encode())
+        state = self._ranks.round("comparing who holds what", lambda: said, _what_differs)
+        if state != SAME:
+            listed = list(claim.names) if state == NAMES else None
+            answer = self._ranks.round(
+                "dividing what is written",
+                lambda: _packed([listed, *_unpacked(data)]),
+                lambda every: _answers(divide([_claim_of(one, claim.names) for one in every]), listed is not None),
+            )
+            self._division = _division_of(answer, claim.names)
             self._agreed = mine
-        known = self._names or list(held.items())
-        return {
-            key: _owned(tensors.get(key), held.get(key, one), share)
-            for (key, one), share in zip(known, self._shares, strict=True)
-        }
+        division = self._division
+        if division is None:
+            raise UsageError("the ranks agree on what they have never told each other")
+        with torch.no_grad():
+            return self._owned(tensors, claim, division)
+
+    def _owned(self, tensors: Mapping[str, torch.Tensor], claim: Claim, division: Division) -> dict[str, Owned]:
+        kinds = dict(zip(claim.names, claim.which.tolist(), strict=True))
+        (mine,) = division.shares
+        out = {}
+        for key, group in zip(division.names, division.groups.tolist(), strict=True):
+            kind = kinds.get(key, -1)
+            if kind >= 0:
+                out[key] = _owned(tensors[key], claim.kinds[kind], mine[group])
+            else:
+                dtype, shape = division.tensors[group]
+                out[key] = _nothing(dtype, shape)
+        return out
+
+    @torch.no_grad()
+    def _claim(self, tensors: Mapping[str, torch.Tensor]) -> Claim:
+        """What this rank holds. Tensors of one placement, shape and dtype hold the same, so each is looked at once."""
+        which = np.empty(len(tensors), np.int32)
+        for at, (key, tensor) in enumerate(tensors.items()):
+            place: tuple[Any, ...] = (tensor.shape, tensor.dtype)
+            if isinstance(tensor, DTensor):
+                place = (*place, tensor.device_mesh, tensor.placements)
+            number = self._known.get(place)
+            if number is None or hasattr(tensor, "ds_id") or tuple(local_of(tensor).shape) != self._sizes[number]:
+                held = Held(torch_name(tensor.dtype), slice_of(key, tensor))
+                number = self._known[place] = len(self._kinds)
+                self._kinds.append(held)
+                self._sizes.append(held.part.local_shape)
+            which[at] = number
+        return Claim(tuple(tensors), tuple(self._kinds), which)
 
 
-def share_out(every: Sequence[Mapping[str, Held]]) -> tuple[list[tuple[str, Held]], list[list[Share]]]:
-    """All tensors by name, and for each rank its share of each of them; ``every`` is what each rank holds.
+def divide(every: Sequence[Claim]) -> Division:
+    """Who writes what of what each rank holds; those that hold the same slice share it.
 
     Raises UsageError where ranks contradict each other, and for tensors of which something is held by nobody, or twice
-    in different slices.
+    in different slices. Its time is linear in the number of tensors times that of ranks.
     """
-    names: dict[str, Held] = {}
-    holders: dict[str, dict[Slice, list[int]]] = {}
-    problems = []
-    for rank, held in enumerate(every):
-        for key, one in held.items():
-            known = names.setdefault(key, one)
+    names, rows = _aligned(every)
+    groups, first = _groups(rows, len(names))
+    tensors: list[tuple[str, tuple[int, ...]]] = []
+    shares = [[Share(0, 0)] * len(first) for _ in every]
+    problems: list[str] = []
+    sizes = np.bincount(groups, minlength=len(first)).tolist()
+    for group, at in enumerate(first):
+        key = names[at] if sizes[group] == 1 else f"{names[at]}, and {sizes[group] - 1} more that are held alike"
+        holders: dict[Slice, list[int]] = {}
+        known: Held | None = None
+        for rank, (claim, row) in enumerate(zip(every, rows, strict=True)):
+            if row[at] < 0:
+                continue
+            one = claim.kinds[row[at]]
+            known = known or one
             if (known.dtype, known.part.shape) != (one.dtype, one.part.shape):
                 there, here = (f"{have.dtype} {list(have.part.shape)}" for have in (known, one))
                 problems.append(f"{key}: rank {rank} has {here}, ranks before it {there}")
-            holders.setdefault(key, {}).setdefault(one.part, []).append(rank)
-    problems += [text for key, one in names.items() for text in _uncovered(key, one.part.shape, holders[key])]
+                break
+            holders.setdefault(one.part, []).append(rank)
+        if known is None:
+            continue
+        tensors.append((known.dtype, known.part.shape))
+        problems += _uncovered(key, known.part.shape, holders)
+        for ranks in holders.values():
+            for place, rank in enumerate(ranks):
+                shares[rank][group] = Share(place, len(ranks))
     if problems:
         raise UsageError("the ranks do not hold one model together:" + "".join(f"\n    {one}" for one in problems[:20]))
-    shares = [[Share(0, 0)] * len(names) for _ in every]
-    for number, key in enumerate(names):
-        for ranks in holders[key].values():
-            for place, rank in enumerate(ranks):
-                shares[rank][number] = Share(place, len(ranks))
-    return list(names.items()), shares
+    return Division(names, groups, tensors, shares)
+
+
+def _aligned(every: Sequence[Claim]) -> tuple[tuple[str, ...], list[Numbers]]:
+    """All names, and for each rank the number of what it has of each of them."""
+    if all(claim.names == every[0].names for claim in every):
+        return every[0].names, [claim.which for claim in every]
+    places = {key: at for at, key in enumerate(dict.fromkeys(chain.from_iterable(claim.names for claim in every)))}
+    rows = []
+    for claim in every:
+        row = np.full(len(places), -1, np.int32)
+        row[[places[key] for key in claim.names]] = claim.which
+        rows.append(row)
+    return tuple(places), rows
+
+
+def _groups(rows: Sequence[Numbers], count: int) -> tuple[Numbers, list[int]]:
+    """Names that have the same numbers in all rows: for each name the number of its group, and the first one of each.
+
+    Row by row, each group is split by what its names have there.
+    """
+    groups, number = np.zeros(count, np.int64), 1
+    for row in rows:
+        width = int(row.max(initial=-1)) + 2
+        pairs = groups * width + row + 1
+        if number * width > _TABLE:
+            found, groups = np.unique(pairs, return_inverse=True)
+            number = len(found)
+            continue
+        there = np.zeros(number * width, bool)
+        there[pairs] = True
+        groups = (np.cumsum(there) - 1)[pairs]
+        number = int(there.sum())
+    return groups.astype(np.int32), np.unique(groups, return_index=True)[1].tolist()
 
 
 def _uncovered(key: str, shape: tuple[int, ...], holders: Mapping[Slice, Sequence[int]]) -> Iterator[str]:
     """What is wrong where the slices of a tensor that ranks hold do not make it up, each element once."""
     boxes = [(region.origin, region.shape) for part in holders for region in part.regions()]
     if 0 not in shape and not covers(boxes, shape):
-        parts = "; ".join(f"rank {ranks[0]} {_text(part)}" for part, ranks in list(holders.items())[:4])
+        parts = first_few([f"rank {ranks[0]} {_text(part)}" for part, ranks in holders.items()], 4, " and others")
         yield f"{key} {list(shape)}: its slices leave something out, or overlap in part ({parts})"
 
 
@@ -116,44 +228,75 @@ def _text(part: Slice) -> str:
     return "×".join("+".join(f"{start}:{stop}" for start, stop in axis) or "nothing" for axis in part.axes)
 
 
-def _owned(tensor: torch.Tensor | None, held: Held, share: Share) -> Owned:
+def _owned(tensor: torch.Tensor, held: Held, share: Share) -> Owned:
     """The part of a held slice that is a rank's share: rows of it, or columns where there are too few."""
-    if tensor is None or not share.holders:
-        part = nothing(held.part.shape)
-        return Owned(torch.empty(part.local_shape, dtype=getattr(torch, held.dtype)), part)
-    local, sizes = local_of(tensor), held.part.local_shape
+    if not share.holders:
+        return _nothing(held.dtype, held.part.shape)
+    local = local_of(tensor)
     if share.holders == 1:
         return Owned(local, held.part)
+    sizes = held.part.local_shape
     if not sizes:
-        return Owned(local, held.part) if not share.number else _owned(None, held, share)
+        return Owned(local, held.part) if not share.number else _nothing(held.dtype, held.part.shape)
     axis = next((axis for axis, size in enumerate(sizes) if size >= share.holders), sizes.index(max(sizes)))
     start, stop = (sizes[axis] * number // share.holders for number in (share.number, share.number + 1))
     return Owned(local.narrow(axis, start, stop - start), held.part.narrow(axis, start, stop))
 
 
-def _whether_all(said: Sequence[bytes]) -> list[bytes]:
-    return [_said(all(one == SAME for one in said))]
+def _nothing(dtype: str, shape: tuple[int, ...]) -> Owned:
+    part = nothing(shape)
+    return Owned(torch.empty(part.local_shape, dtype=getattr(torch, dtype)), part)
 
 
-def _said(same: bool) -> bytes:
-    return SAME if same else OTHER
+# What ranks send
 
 
-def _shared_out(said: Sequence[bytes]) -> list[bytes]:
-    """The answer to each rank: the names where not all have the same, and the shares, equal ones in a row as one."""
-    every = [_held(one) for one in said]
-    names, shares = share_out(every)
-    alike = all(list(held) == [key for key, _ in names] for held in every)
-    listed = [] if alike else [[key, one.dtype, one.part.shape, nothing(one.part.shape).axes] for key, one in names]
-    return [_packed([listed, [[*share, len(list(run))] for share, run in groupby(mine)]]) for mine in shares]
+def _what_differs(said: Sequence[bytes]) -> list[bytes]:
+    unchanged, names = zip(*(one.split(b" ") for one in said), strict=True)
+    if set(unchanged) == {b"1"}:
+        return [SAME]
+    return [OTHER if len(set(names)) == 1 else NAMES]
 
 
-def _held(data: bytes) -> dict[str, Held]:
-    return {key: Held(dtype, _slice(shape, axes)) for key, dtype, shape, axes in _unpacked(data)}
+def _claim_of(data: bytes, names: tuple[str, ...]) -> Claim:
+    """What a rank says it holds; its ``names`` are those of the rank that asks, unless it says others."""
+    listed, kinds, runs = _unpacked(data)
+    held = tuple(Held(dtype, _slice(shape, axes)) for dtype, shape, axes in kinds)
+    return Claim(names if listed is None else tuple(listed), held, _numbers(runs))
+
+
+def _answers(division: Division, with_names: bool) -> list[bytes]:
+    """The answer to each rank: what is the same for all, and its own shares."""
+    common = _packed([division.names if with_names else None, _runs(division.groups), division.tensors])
+    return [len(common).to_bytes(8, "little") + common + _packed(shares) for shares in division.shares]
+
+
+def _division_of(answer: bytes, names: tuple[str, ...]) -> Division:
+    """An answer of ``_answers``, with the shares of this rank alone."""
+    end = 8 + int.from_bytes(answer[:8], "little")
+    listed, runs, tensors = _unpacked(answer[8:end])
+    mine = [Share(*share) for share in _unpacked(answer[end:])]
+    sizes = [(dtype, tuple(shape)) for dtype, shape in tensors]
+    return Division(names if listed is None else tuple(listed), _numbers(runs), sizes, [mine])
+
+
+def _kinds_as_json(kinds: Sequence[Held]) -> list[Any]:
+    return [[one.dtype, one.part.shape, one.part.axes] for one in kinds]
 
 
 def _slice(shape: Sequence[int], axes: Sequence[Sequence[Sequence[int]]]) -> Slice:
     return Slice(tuple(shape), tuple(tuple((start, stop) for start, stop in axis) for axis in axes))
+
+
+def _runs(numbers: Numbers) -> list[list[int]]:
+    """The numbers run-length coded: each with how often it follows itself."""
+    ends = np.flatnonzero(np.diff(numbers, append=-2))
+    return [numbers[ends].tolist(), np.diff(ends, prepend=-1).tolist()]
+
+
+def _numbers(runs: Sequence[Sequence[int]]) -> Numbers:
+    values, counts = runs
+    return np.repeat(np.array(values, np.int32), np.array(counts, np.int64))
 
 
 def _packed(content: Any) -> bytes:
