@@ -75,6 +75,7 @@ class Checkpointer:
         save_on_signal: bool = False,
         workers: int | None = None,
         progress: ProgressCallback | None = None,
+        process_group: Any = None,
     ) -> None:
         """Open the source and check every option; nothing is written, no tensor is read.
 
@@ -85,7 +86,7 @@ class Checkpointer:
         family, source_format: what cannot be told from the source.
         save_every: see ``schedule.parse``; save_first: also after the first step; save_last: also in ``close``;
         save_best: also where an evaluation is better than that of every step saved before, by the metric of ``best``.
-        keep_last, best, keep_best, keep_last_training_state: see ``retention.Policy``.
+        keep_last, best, keep_best, keep_last_training_state: see ``retention.RetentionPolicy``.
         contents: "full", "weights", or "adapter". final: what is different about the last save.
         asynchronous: write behind the training, which waits for one copy in memory.
         export_dtype: float32, float16 or bfloat16 for all weights. output_format: instead of the source's.
@@ -105,7 +106,7 @@ class Checkpointer:
         self.workers = chosen.workers
         self._options = chosen
         self._counts = RunCounters(chosen.schedule, chosen.policy, save_first=save_first, save_best=save_best)
-        self._saver = Saver(chosen, SavePlanner(opened, chosen.settings, adapter), run, self._counts)
+        self._saver = Saver(chosen, SavePlanner(opened, chosen.settings, adapter, chosen.ranks), run, self._counts)
         self._signals = signals.Signals() if save_on_signal else None
         self._loaded = self._signal_saved = self._over = self._closed = False
 
@@ -194,7 +195,9 @@ class Checkpointer:
         resuming.refuse_restart(wanted, self._saver, self._options)
         made = self._begin(model, optimizer, lr_scheduler, grad_scaler, dataloader, extra, data)
         directory = self._saver.directory
-        saved = resuming.choose_step(directory.path, from_, directory.policy, verify=verify, workers=self.workers)
+        saved = resuming.choose_together(
+            directory, from_, verify=verify, workers=self.workers, ranks=self._options.ranks
+        )
         if saved is None:
             wanted.check([*made.entries(), *self._saver.planner.loadable_names(model)])
             log.info("%s: holds no checkpoint: fresh start", directory.path)

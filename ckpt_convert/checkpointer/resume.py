@@ -12,6 +12,7 @@ from ckpt_convert.analysis.check import check_checkpoint as check_weights
 from ckpt_convert.checkpoint.checkpoint import open_identified
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpoint.record import MANIFEST, TRAINING_STATE
+from ckpt_convert.checkpointer.distributed.ranks import Ranks
 from ckpt_convert.checkpointer.live import adapter_base, loading
 from ckpt_convert.checkpointer.live.adapter_base import AdapterBase
 from ckpt_convert.checkpointer.live.selection import ADAPTER, MODEL, PROGRESS, Selection
@@ -25,7 +26,7 @@ from ckpt_convert.checkpointer.save.options import Options
 from ckpt_convert.checkpointer.save.planner import SavePlanner
 from ckpt_convert.checkpointer.save.run_directory import RunDirectory
 from ckpt_convert.checkpointer.save.saver import Saver
-from ckpt_convert.checkpointer.state import training_state
+from ckpt_convert.checkpointer.state import optimizers, rng, training_state
 from ckpt_convert.checkpointer.state.parts import TrainingParts
 from ckpt_convert.checkpointer.state.serialize import path_segment
 from ckpt_convert.errors import (
@@ -143,8 +144,24 @@ def _take_layout_of(saved: SavedStep, saver: Saver, options: Options) -> None:
     if not options.has_source and saved.place.parent == directory.path and saved.place != source.place:
         source.close()
         saver.planner = SavePlanner(
-            _without_source([saved], options, directory), options.settings, claims=saver.planner.claims
+            _without_source([saved], options, directory), options.settings, ranks=saver.planner.ranks
         )
+
+
+def choose_together(
+    directory: RunDirectory, from_: Any, *, verify: bool, workers: int, ranks: Ranks | None
+) -> SavedStep | None:
+    """``choose_step``, by the first of several ranks for all of them."""
+
+    def chosen() -> SavedStep | None:
+        return choose_step(directory.path, from_, directory.policy, verify=verify, workers=workers)
+
+    if ranks is None:
+        return chosen()
+    answer = ranks.first(
+        "choosing a checkpoint", lambda: str(found.place.absolute()).encode() if (found := chosen()) else None
+    )
+    return saved_steps.read_step(checked_place(answer.decode()), renamed=True) if answer else None
 
 
 def choose_step(
@@ -250,12 +267,17 @@ def load_step(
     ``base_loaded`` says that the base weights of an adapter are in the model already. Raises UsageError for a choice
     that names nothing.
     """
-    state = training_state.open_state(saved.place / TRAINING_STATE) if saved.has_training_state else None
+    state = _opened_state(saved, planner.ranks) if saved.has_training_state else None
     names = [name for name in (state.parts or () if state is not None else ()) if name != MODEL and selection(name)]
-    trees = state.read(names) if state is not None else {}
+    trees = state.read(names, optimizers.split_as(parts.parameters())) if state is not None else {}
+    resharded = state is not None and state.written_by != _count(planner.ranks)
+    if state is not None and resharded and selection("rng"):
+        trees["rng"] = _derived_rng(state, planner.ranks)
     if state is None:
         _say_what_starts_anew(saved, [name for name in parts.required_entries if selection(name)], strict)
     problems = parts.compare_state(trees, selection) if state is not None else []
+    if state is not None and resharded:
+        problems = [_on_other_ranks(line, state.written_by, _count(planner.ranks)) for line in problems]
     with contextlib.ExitStack() as stack:
         load_weights: Callable[[], str]
         if planner.adapter is not None:
@@ -325,6 +347,35 @@ def _say_what_starts_anew(saved: SavedStep, names: list[str], strict: bool) -> N
         ", ".join(names),
         saved.step,
         hint,
+    )
+
+
+def _opened_state(saved: SavedStep, ranks: Ranks | None) -> training_state.StateReader:
+    state = training_state.open_state(saved.place / TRAINING_STATE)
+    return state.of_rank(0 if ranks is None else ranks.rank, _count(ranks))
+
+
+def _count(ranks: Ranks | None) -> int:
+    return 1 if ranks is None else ranks.count
+
+
+def _derived_rng(state: training_state.StateReader, ranks: Ranks | None) -> dict[str, Any]:
+    """The random numbers of a rank where another number of them have saved theirs."""
+    if ranks is None or ranks.is_first:
+        text = "%s: was saved by %d processes, and this run has %d: random numbers are derived from those of before"
+        log.info(text, state.place, state.written_by, _count(ranks))
+    before = state.first_of_all().read(["rng"])["rng"]
+    return rng.derived(before, 0 if ranks is None else ranks.rank, _count(ranks))
+
+
+def _on_other_ranks(problem: str, before: int, now: int) -> str:
+    """What is wrong, where it is that the place in the data was saved by another number of processes."""
+    name, _, text = problem.partition(": ")
+    if not training_state.is_of_each_rank(name) or text != "is not in the checkpoint":
+        return problem
+    return (
+        f"{name}: was saved by {before} processes, each at a place of its own, and this run has {now}; "
+        f'exclude=["{name}"] begins the data anew'
     )
 
 

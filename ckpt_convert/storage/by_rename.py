@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ckpt_convert.errors import NotEnoughSpaceError, OutputExistsError
 from ckpt_convert.storage import pointer, removal, system
+from ckpt_convert.storage.folder import Folder
 from ckpt_convert.storage.lock import Lock
 from ckpt_convert.storage.names import partial_path, replaced_path
 from ckpt_convert.storage.place import Place
@@ -89,6 +91,15 @@ def stage(
 ) -> Staging:
     """``Workspace.stage``; the lock is that on the partial directory, which a killed writer gives up."""
     return Staging(destination.local, rules, overwrite=overwrite, resume=resume, mode=mode, advice=advice)
+
+
+@contextlib.contextmanager
+def join(staged: Place) -> Iterator[Folder]:
+    """``Workspace.join``."""
+    with contextlib.ExitStack() as stack:
+        with writing(staged.local, "opened"):
+            folder = stack.enter_context(Folder.joined(staged.local))
+        yield folder
 
 
 def make_folder(folder: Place) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import PurePosixPath
 from types import TracebackType
@@ -21,6 +22,7 @@ from ckpt_convert.errors import (
     OutputExistsError,
     UnreadableError,
     UnwritableError,
+    UsageError,
 )
 from ckpt_convert.storage import pointer
 from ckpt_convert.storage.base import FileKind
@@ -31,6 +33,7 @@ from ckpt_convert.storage.place import Place
 from ckpt_convert.storage.rules import Rules, refuse_existing
 from ckpt_convert.storage.store_lock import StoreLock, lock_place, stale
 from ckpt_convert.storage.system import Advice
+from ckpt_convert.storage.workspace import Folder
 
 log = logging.getLogger("ckpt_convert")
 
@@ -227,6 +230,14 @@ def stage(
 ) -> OrderedStage:
     """``Workspace.stage``; what is to be replaced is removed first, as there is nothing to exchange it with."""
     return OrderedStage(destination, rules, overwrite=overwrite, resume=resume, advice=advice, alone=alone)
+
+
+def join(staged: Place) -> AbstractContextManager[Folder]:
+    """``Workspace.join``: a file of such a store is written by one process."""
+    raise UsageError(
+        f"{staged}: several processes cannot write one file in this store; choose an output_dir on a file system that "
+        "all of them see"
+    )
 
 
 def make_folder(folder: Place) -> None:

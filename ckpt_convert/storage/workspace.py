@@ -7,6 +7,7 @@ without rename gets the files in order under their own names, and what completes
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -177,6 +178,12 @@ class Workspace(Protocol):
 
         ``mode`` are the permissions that it may have at most; ``advice`` is how errors go on; ``alone`` says that a
         lock above keeps others away. Raises OutputExistsError, LockedError, UnwritableError.
+        """
+
+    def join(self, staged: Place) -> AbstractContextManager[Folder]:
+        """The ``Stage.place`` of another process, to write into the files that it has made.
+
+        Raises UnwritableError, and UsageError where only one process can write a directory.
         """
 
     def make_folder(self, folder: Place) -> None:

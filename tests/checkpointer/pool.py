@@ -17,7 +17,14 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-MOST = 4
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from recipes.native_llama import NativeLlama
 
 
 class Pool:
@@ -72,11 +79,29 @@ class Pool:
             process.kill()
 
 
+def split(model: NativeLlama, how: str) -> NativeLlama:
+    """The model over all processes: "ddp", "fsdp", "hsdp", "tp" or "fsdp x tp"."""
+    world = dist.get_world_size()
+    if how == "ddp":
+        return nn.parallel.DistributedDataParallel(model)  # type: ignore[return-value]
+    sizes = {"fsdp": (world,), "tp": (world,)}.get(how, (2, world // 2))
+    names = {"fsdp": ("dp",), "tp": ("tp",), "hsdp": ("replicas", "dp")}.get(how, ("dp", "tp"))
+    mesh = init_device_mesh("cpu", sizes, mesh_dim_names=names)
+    if "tp" in names:
+        for layer in model.layers:
+            plan = {"attn.q_proj": ColwiseParallel(), "attn.output_proj": RowwiseParallel()}
+            plan |= {"mlp.w1": ColwiseParallel(), "mlp.w3": ColwiseParallel(), "mlp.w2": RowwiseParallel()}
+            parallelize_module(layer, mesh["tp"], plan)
+    if how != "tp":
+        sharded = mesh if how == "hsdp" else mesh["dp"]
+        for layer in model.layers:
+            fully_shard(layer, mesh=sharded)
+        fully_shard(model, mesh=sharded)
+    return model
+
+
 def _work(pipe: Connection) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
-    import torch
-    import torch.distributed as dist
-
     torch.set_num_threads(1)
     with suppress(EOFError, ConnectionError):
         while True:

@@ -2,50 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from ckpt_convert import Checkpointer
-from recipes.native_llama import NativeLlama
-from tests.checkpointer.pool import Pool
+from tests.checkpointer.pool import Pool, split
 from tests.checkpointer.training import LLAMA, make_model
-
-
-@pytest.fixture(scope="session")
-def pool() -> Iterator[Pool]:
-    pool = Pool()
-    yield pool
-    pool.close()
-
-
-def split(model: NativeLlama, how: str) -> NativeLlama:
-    """The model over all processes: "ddp", "fsdp", "hsdp", "tp" or "fsdp x tp"."""
-    world = dist.get_world_size()
-    if how == "ddp":
-        return nn.parallel.DistributedDataParallel(model)  # type: ignore[return-value]
-    sizes = {"fsdp": (world,), "tp": (world,)}.get(how, (2, world // 2))
-    names = {"fsdp": ("dp",), "tp": ("tp",), "hsdp": ("replicas", "dp")}.get(how, ("dp", "tp"))
-    mesh = init_device_mesh("cpu", sizes, mesh_dim_names=names)
-    if "tp" in names:
-        for layer in model.layers:
-            plan = {"attn.q_proj": ColwiseParallel(), "attn.output_proj": RowwiseParallel()}
-            plan |= {"mlp.w1": ColwiseParallel(), "mlp.w3": ColwiseParallel(), "mlp.w2": RowwiseParallel()}
-            parallelize_module(layer, mesh["tp"], plan)
-    if how != "tp":
-        sharded = mesh if how == "hsdp" else mesh["dp"]
-        for layer in model.layers:
-            fully_shard(layer, mesh=sharded)
-        fully_shard(model, mesh=sharded)
-    return model
 
 
 def load(here: Path, how: str, source: Path, meta: bool) -> int:

@@ -245,8 +245,8 @@ def test_damage_anywhere_is_an_error_of_ours_or_changes_a_value(saved: Path, tmp
 
 
 def test_a_newer_version_is_refused(tmp_path: Path) -> None:
-    _with_description(tmp_path / "s", {"version": 2, "tree": None})
-    with pytest.raises(ConfigError, match="of version 2, and this ckpt-convert knows versions up to 1; update it"):
+    _with_description(tmp_path / "s", {"version": 3, "tree": None})
+    with pytest.raises(ConfigError, match="of version 3, and this ckpt-convert knows versions up to 2; update it"):
         read(tmp_path / "s")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from tests.checkpointer.training import loss_of, make_model, trainable
 from tests.helpers import assert_same, read_safetensors
 from tests.reliability.processes import COUNT, run
 
+ALONE: dict[str, Any] = {"process_group": "rank0", "contents": "weights"}
 TOKENS = torch.arange(28).reshape(4, 7) * 5 % 56
 
 
@@ -38,7 +40,7 @@ class Run:
 
 def on_each_process(here: Path, rank: int) -> None:
     training = Run(here, rank)
-    with Checkpointer(here / "source", here / "out", save_every=2) as checkpointer:
+    with Checkpointer(here / "source", here / "out", save_every=2, process_group="rank0") as checkpointer:
         checkpointer.load_model(training.inner)
         checkpointer.resume(model=training.model, optimizer=training.optimizer)
         while True:
@@ -63,7 +65,7 @@ def on_one_process(here: Path, rank: int) -> None:
         loading = stack.enter_context(Checkpointer(here / "source"))  # without an output_dir: on every process
         loading.load_model(training.inner)
         checkpointers = [
-            stack.enter_context(Checkpointer(here / "source", here / name, save_every=2, contents="weights"))
+            stack.enter_context(Checkpointer(here / "source", here / name, **ALONE, save_every=2))
             for name in (["out", "own_0"] if rank == 0 else ["own_1"])
         ]
         for one in checkpointers:
@@ -74,7 +76,7 @@ def on_one_process(here: Path, rank: int) -> None:
                 one.step()
     dist.barrier()
     if rank == 1:  # the other one has closed its own
-        with Checkpointer(here / "source", here / "out") as checkpointer:
+        with Checkpointer(here / "source", here / "out", process_group="rank0") as checkpointer:
             checkpointer.register(model=training.model, progress=checkpointer.saved[-1].progress)
             assert checkpointer.progress.step == 2
 
@@ -99,7 +101,7 @@ def sharded(here: Path, rank: int) -> None:
 
     once = gathered()
     if rank == 0:
-        checkpointer = Checkpointer(here / "source", here / "out", contents="weights", save_last=False)
+        checkpointer = Checkpointer(here / "source", here / "out", **ALONE, save_last=False)
         with pytest.raises(UsageError, match="gather them anew for every save"):
             checkpointer.register(model=model)
         checkpointer.register(model=once, optimizer=optimizer)

@@ -6,6 +6,7 @@ training communicates, and a process that is gone is found by a deadline. The fi
 
 from __future__ import annotations
 
+import hashlib
 import json
 import socket
 import time
@@ -13,8 +14,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch.distributed as dist
+
 from ckpt_convert import errors
-from ckpt_convert.errors import CkptConvertError, error_text
+from ckpt_convert.errors import CkptConvertError, UsageError, error_text
 from ckpt_convert.wording import first_few, indented_list
 
 DEADLINE = 600.0
@@ -24,6 +27,34 @@ STORE_ERRORS = (RuntimeError, ConnectionError)
 """What torch's stores raise: ``DistError`` and its kinds are RuntimeErrors."""
 
 _OK, _FAILED = b"+", b"-"
+
+
+def of_group(process_group: Any) -> Ranks | None:
+    """The ranks of a process group, or of the default one (None), where there are several; None for a single process.
+
+    Raises UsageError for what is no group, and for one that this process is not in.
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        if process_group is not None:
+            raise UsageError("process_group: torch.distributed is not initialized")
+        return None
+    if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
+        raise UsageError(f'process_group={process_group!r}: expected a group, None for the default one, or "rank0"')
+    rank, count = dist.get_rank(process_group), dist.get_world_size(process_group)
+    if rank < 0:
+        raise UsageError("process_group: this process is not in it; make the checkpointer on those that are")
+    if count == 1:
+        return None
+    store = store_of_group()
+    members = ",".join(map(str, dist.get_process_group_ranks(process_group)))
+    group = f"ckpt_convert/ranks/{hashlib.sha256(members.encode()).hexdigest()[:16]}"
+    number = store.add(f"{group}/made_by/{rank}", 1)  # the same on all of them, which make the same checkpointers
+    return Ranks(store, rank, count, f"{group}/{number}")
+
+
+def store_of_group() -> Any:
+    """The store that the default group was made with; there is no public way to it."""
+    return dist.distributed_c10d._get_default_store()
 
 
 @dataclass
@@ -50,7 +81,7 @@ class Ranks:
         """The same ranks, whose turns are counted apart: for another thread."""
         return Ranks(self.store, self.rank, self.count, f"{self.prefix}/{name}", self.deadline)
 
-    def first(self, what: str, act: Callable[[], bytes]) -> bytes:
+    def first(self, what: str, act: Callable[[], bytes | None]) -> bytes:
         """Let the first rank do something, and all of them have its result, or raise its error.
 
         ``what`` is it in words, for the message of a deadline.
@@ -90,9 +121,9 @@ class Ranks:
         self._turn += 1
         return self._turn
 
-    def _outcome(self, act: Callable[[], bytes]) -> tuple[bytes, Exception | None]:
+    def _outcome(self, act: Callable[[], bytes | None]) -> tuple[bytes, Exception | None]:
         try:
-            return _OK + act(), None
+            return _OK + (act() or b""), None
         except Exception as error:
             return self._failure(error), error
 

@@ -1,4 +1,4 @@
-"""One checkpointer for one directory, also where a run has several processes.
+"""One checkpointer for one directory where each process of a run writes alone (``process_group="rank0"``).
 
 Processes tell each other through the store of torch.distributed, never by a collective: a checkpointer may be made on
 one process alone, and the others must not have to wait for it.
@@ -12,9 +12,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from ckpt_convert.checkpointer.distributed.ranks import STORE_ERRORS, store_of_group
 from ckpt_convert.errors import UsageError
-
-_BROKEN = (RuntimeError, ConnectionError)  # torch's errors of a store are RuntimeErrors
 
 
 class Claim:
@@ -38,7 +37,7 @@ class Claim:
         """That another process was refused since, of which this one learns here; None where all is well."""
         if self._store is None:
             return None
-        with contextlib.suppress(*_BROKEN):
+        with contextlib.suppress(*STORE_ERRORS):
             if self._store.check([self._refused]):
                 return self._message(self._rank, _text(self._store.get(self._refused)))
         return None
@@ -47,23 +46,23 @@ class Claim:
         """Let another process have the directory."""
         store, self._store = self._store, None
         if store is not None:
-            with contextlib.suppress(*_BROKEN):
+            with contextlib.suppress(*STORE_ERRORS):
                 store.delete_key(self._refused)
                 store.delete_key(self._key)
 
     def _message(self, holder: str, other: str) -> str:
         return (
             f"{self._directory}: process {holder} and process {other} each made a checkpointer for this output_dir, "
-            "and would write the same directories; make it on one process (if torch.distributed.get_rank() == 0), "
-            "leave output_dir out on those that only load, or give each process an output_dir of its own"
+            'and would write the same directories alone (process_group="rank0"); leave process_group out, so that all '
+            "save together, make it on one process (if torch.distributed.get_rank() == 0), and without output_dir on "
+            "those that only load, or give each process an output_dir of its own"
         )
 
 
 def _store() -> Any:
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return None
-    get = getattr(dist.distributed_c10d, "_get_default_store", None)  # there is no public way to it
-    return get() if get is not None else None
+    return store_of_group()
 
 
 def _text(value: bytes | str) -> str:

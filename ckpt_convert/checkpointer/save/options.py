@@ -13,6 +13,8 @@ from typing import Any
 
 from ckpt_convert import formats
 from ckpt_convert.checkpoint.checkpoint import Checkpoint
+from ckpt_convert.checkpointer.distributed import ranks
+from ckpt_convert.checkpointer.distributed.ranks import Ranks
 from ckpt_convert.checkpointer.run import retention
 from ckpt_convert.checkpointer.run.naming import VARIABLES, DirectoryTemplate
 from ckpt_convert.checkpointer.run.schedule import Schedule, parse_schedule
@@ -26,6 +28,9 @@ from ckpt_convert.storage.place import Place, checked_place
 from ckpt_convert.storage.reader import DEFAULT_WORKERS
 from ckpt_convert.tensors.progress import ProgressCallback
 from ckpt_convert.wording import indented_list
+
+SINGLE_WRITER = "rank0"
+"""``process_group`` of a checkpointer that one process makes, for a model of which it has all."""
 
 _VARIABLE = re.compile(rf"{{(?:{'|'.join(VARIABLES)})(?::[^{{}}]*)?}}")
 _BRACES = "has braces, but only directory= is a template; write it out, or put the variable into directory="
@@ -79,6 +84,7 @@ class Options:
     asynchronous: bool
     workers: int
     progress: ProgressCallback | None
+    ranks: Ranks | None
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Options:
@@ -112,6 +118,7 @@ class Options:
             last=replace(settings, **final.changes),
             has_source=given["source"] is not None,
             workers=given["workers"] or DEFAULT_WORKERS,
+            ranks=_ranks(given["process_group"]) if place is not None else None,
             **{name: given[name] for name in same},
         )
 
@@ -119,7 +126,7 @@ class Options:
         """Where the steps go; raises UsageError for a name that no directory of a step can have."""
         if self.output_dir is None:
             return None
-        return RunDirectory(self.output_dir, self.template, self.run_name, self.latest_name, self.policy)
+        return RunDirectory(self.output_dir, self.template, self.run_name, self.latest_name, self.policy, self.ranks)
 
 
 def check(given: Mapping[str, Any]) -> Final:
@@ -132,6 +139,11 @@ def check(given: Mapping[str, Any]) -> Final:
     if problems:
         raise UsageError(problems[0] if len(problems) == 1 else f"the options do not fit:{indented_list(problems)}")
     return replace(final, export_dtype=dtype_of(final.export_dtype))
+
+
+def _ranks(given: Any) -> Ranks | None:
+    """The ranks that write together; None where one process writes alone."""
+    return None if given == SINGLE_WRITER else ranks.of_group(given)
 
 
 def dtype_of(given: Any) -> str | None:

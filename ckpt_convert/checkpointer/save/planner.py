@@ -19,6 +19,7 @@ from ckpt_convert.adapters.peft_files import from_peft, load_into, render_files,
 from ckpt_convert.checkpoint import legacy_keys, record
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpointer.distributed.claims import Claims, Owned
+from ckpt_convert.checkpointer.distributed.ranks import Ranks
 from ckpt_convert.checkpointer.live import adapter_base, loading
 from ckpt_convert.checkpointer.live.adapter_base import AdapterBase
 from ckpt_convert.checkpointer.live.selection import ADAPTER, MODEL
@@ -39,6 +40,7 @@ from ckpt_convert.checkpointer.save import extra_files
 from ckpt_convert.checkpointer.save.buffers import CopyBuffers
 from ckpt_convert.checkpointer.save.writer import StepContents
 from ckpt_convert.checkpointer.state.serialize import SerializedState, serialize
+from ckpt_convert.checkpointer.state.shared_state import SharedState, share
 from ckpt_convert.convert import planning
 from ckpt_convert.convert.plan import Plan
 from ckpt_convert.convert.planning import PlanInputs
@@ -60,6 +62,7 @@ Contents = Literal["full", "weights", "adapter"]
 CONTENTS = ("full", "weights", "adapter")
 
 Tensors = Mapping[str, torch.Tensor]
+State = Mapping[str, SerializedState] | SharedState
 Section = Callable[[], Mapping[str, Any]]
 
 
@@ -78,13 +81,17 @@ class Settings:
 class SavePlanner:
     """Plans what is written of a model, in the format of a source and in its files."""
 
-    def __init__(
-        self, source: Identified, settings: Settings, adapter: Any = None, claims: Claims | None = None
-    ) -> None:
+    def __init__(self, source: Identified, settings: Settings, adapter: Any = None, ranks: Ranks | None = None) -> None:
         self.source = source
         self.settings = settings
         self.adapter = None if adapter is None else AdapterConfig.of(adapter)
-        self.claims = claims
+        if ranks is not None and self.adapter is not None:
+            raise UsageError(
+                'adapter: is saved by one process; make the checkpointer on rank 0 alone, with process_group="rank0"'
+            )
+        self.ranks = ranks
+        self._claims = None if ranks is None else Claims(ranks)
+        self._state_claims = None if ranks is None else Claims(ranks)
         self._plans: dict[tuple[Any, ...], OpenPlan] = {}
         self._base: AdapterBase | None = None
 
@@ -252,16 +259,24 @@ class SavePlanner:
             exact = _inexact(self._plan(owned, settings).plan)
             if exact:
                 state[MODEL] = serialize({key: tensor for key, tensor in parts.base.items() if key in exact}, MODEL)
+        written = self._shared(state)
         if buffers is not None:
-            copies, state = _staged({key: tensor for key, (tensor, _) in owned.items()}, state, buffers)
-            owned = {key: Owned(copies[key], part) for key, (_, part) in owned.items()}
+            owned, written = _staged(owned, written, buffers)
         made = self._plan(owned, settings)
         planned = OpenPlan(made.plan, {**made.sources, **memory_readers(owned)})
-        return lambda section, files: StepContents(planned, section, state, files, settings.extra)
+        return lambda section, files: StepContents(planned, section, written, files, settings.extra)
+
+    def _shared(self, state: Mapping[str, SerializedState] | None) -> State | None:
+        """A training state as this process writes it: all of it, or what it owns where other ranks write as well."""
+        if state is None:
+            return None
+        if self.ranks is not None and self._state_claims is not None:
+            return share(state, self.ranks.rank, self.ranks.count, self._state_claims)
+        return {name: SerializedState(one.skeleton, _local(one.tensors)) for name, one in state.items()}
 
     def _owned(self, tensors: Tensors) -> dict[str, Owned]:
         """What this process writes of the tensors of a model: all, unless other ranks have a part of it as well."""
-        return all_of(tensors) if self.claims is None else self.claims.of(tensors)
+        return all_of(tensors) if self._claims is None else self._claims.of(tensors)
 
     def _adapter_job(
         self,
@@ -271,12 +286,14 @@ class SavePlanner:
         buffers: CopyBuffers | None,
     ) -> Callable[[Section, Mapping[str, bytes]], StepContents]:
         merges_too = _merges(settings)
+        written = self._shared(state)
         if buffers is not None:
             names = {f"saved/{key}": tensor for key, tensor in parts.trained_whole.items()}
             names |= {f"base/{key}": tensor for key, tensor in parts.base.items() if merges_too}
             for module, adapter in parts.adapters.items():
                 names |= {f"{module}/{name}": one for name, one in adapter._asdict().items() if one is not None}
-            copies, state = _staged(names, state, buffers)
+            staged, written = _staged(all_of(names), written, buffers)
+            copies = {name: tensor for name, (tensor, _) in staged.items()}
             parts = SplitTensors(
                 {key: copies.get(f"base/{key}", tensor) for key, tensor in parts.base.items()},
                 {m: Adapter(*(copies.get(f"{m}/{name}") for name in Adapter._fields)) for m in parts.adapters},  # type: ignore[arg-type]
@@ -287,14 +304,14 @@ class SavePlanner:
         def step(section: Section, files: Mapping[str, bytes]) -> StepContents:
             assert self.adapter is not None
             place = str(self.source.place.absolute()) if self.source.format == "hf" else None
-            written = render_files(*to_peft(parts, self.adapter, self.modules, base_model=place))
+            own = render_files(*to_peft(parts, self.adapter, self.modules, base_model=place))
             made = self._merged(parts, settings) if merges_too else None
             whole = parts.base
 
             def training() -> Mapping[str, Any]:
                 return {**section(), **self._base_section(whole)}
 
-            return StepContents(made, training, state, {**written, **files}, settings.extra, record.MERGED)
+            return StepContents(made, training, written, {**own, **files}, settings.extra, record.MERGED)
 
         return step
 
@@ -402,18 +419,28 @@ def _inexact(made: Plan) -> set[str]:
     return keys
 
 
+def _local(tensors: Tensors) -> dict[str, torch.Tensor]:
+    return {key: tensor for key, (tensor, _) in all_of(tensors).items()}
+
+
 def _staged(
-    tensors: Tensors, state: Mapping[str, SerializedState] | None, buffers: CopyBuffers
-) -> tuple[dict[str, torch.Tensor], dict[str, SerializedState] | None]:
+    owned: Mapping[str, Owned], state: State | None, buffers: CopyBuffers
+) -> tuple[dict[str, Owned], State | None]:
     """Everything in memory of our own, copied in one go; a tensor that is there twice once."""
-    names = {f"{MODEL}/{key}": tensor for key, tensor in tensors.items()}
-    for part, packed in (state or {}).items():
-        names |= {f"state/{part}/{at}": tensor for at, tensor in packed.tensors.items()}
+    names = {f"{MODEL}/{key}": tensor for key, (tensor, _) in owned.items()}
+    if isinstance(state, SharedState):
+        names |= {f"state/{key}": tensor for key, (tensor, _) in state.tensors.items()}
+    else:
+        for part, packed in (state or {}).items():
+            names |= {f"state/{part}/{at}": tensor for at, tensor in packed.tensors.items()}
     copies = buffers.copy(names)
-    staged = None
-    if state is not None:
+    staged: State | None = None
+    if isinstance(state, SharedState):
+        held = {key: Owned(copies[f"state/{key}"], part) for key, (_, part) in state.tensors.items()}
+        staged = replace(state, tensors=held)
+    elif state is not None:
         staged = {
             part: SerializedState(packed.skeleton, {at: copies[f"state/{part}/{at}"] for at in packed.tensors})
             for part, packed in state.items()
         }
-    return {key: copies[f"{MODEL}/{key}"] for key in tensors}, staged
+    return {key: Owned(copies[f"{MODEL}/{key}"], part) for key, (_, part) in owned.items()}, staged

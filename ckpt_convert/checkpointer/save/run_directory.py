@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 
 from ckpt_convert.checkpoint.identify import Identified
+from ckpt_convert.checkpointer.distributed.ranks import Ranks
 from ckpt_convert.checkpointer.distributed.single_writer import Claim
 from ckpt_convert.checkpointer.run import retention, saved_steps
 from ckpt_convert.checkpointer.run.naming import DirectoryTemplate
 from ckpt_convert.checkpointer.run.progress import Progress
 from ckpt_convert.checkpointer.run.saved_steps import SavedStep
+from ckpt_convert.checkpointer.save import shared
 from ckpt_convert.checkpointer.save.writer import StepContents, obstacle, write_step
 from ckpt_convert.convert.output import output_permissions
 from ckpt_convert.errors import CkptConvertError, OutputExistsError, error_text
@@ -37,14 +40,19 @@ class RunDirectory:
         run_name: str | None,
         latest_name: str | None,
         policy: retention.RetentionPolicy,
+        ranks: Ranks | None = None,
     ) -> None:
         self.path = path
+        self.ranks = ranks
+        """The processes that write it together, of which only the first changes anything but their weights and state;
+        None where one process writes it alone."""
         self.policy = policy
         self._template = template
         self.run_name = run_name or path.absolute().name
         template.check_run_name(self.run_name)
         self._latest_name = latest_name
         self._lock: HeldLock | None = None
+        self._is_open = False
         self._mode = 0o777
         self._claim: Claim | None = None
         self._sequence = 0
@@ -59,8 +67,15 @@ class RunDirectory:
         Raises LockedError where another checkpointer has it, UsageError where another process of this run has, and
         OutputExistsError where saving would touch the source.
         """
-        if self._lock is not None:
+        if self._is_open:
             return
+        if self.ranks is None:
+            self._open(source)
+        else:
+            self.ranks.first(f"opening {self.path}", lambda: self._open(source))
+        self._is_open = True
+
+    def _open(self, source: Identified) -> None:
         with reading(source.place, "looked at"):
             self.check(source)
             self._refuse_step(source)
@@ -92,6 +107,7 @@ class RunDirectory:
         return self._claim.trouble() if self._claim is not None else None
 
     def close(self) -> None:
+        self._is_open = False
         if self._lock is not None:
             self._lock.close()
             self._lock = None
@@ -124,7 +140,14 @@ class RunDirectory:
 
     def write(self, step: StepContents, destination: Place, workers: int) -> None:
         """Write a step; once it is complete, point at it, and let go what the policy does not keep."""
-        write_step(step, destination, workers=workers, mode=self._mode, alone=True)
+        if self.ranks is not None:
+            published = partial(self._published, destination)
+            shared.save(step, destination, self.ranks, workers=workers, mode=self._mode, published=published)
+        else:
+            write_step(step, destination, workers=workers, mode=self._mode, alone=True)
+            self._published(destination)
+
+    def _published(self, destination: Place) -> None:
         self._unwritten.pop(destination, None)
         self._point_at(destination)
         with _only_warned(f"{destination} is saved, but earlier checkpoints cannot be looked through"):
@@ -133,6 +156,11 @@ class RunDirectory:
                 retention.RetentionDecision(delete=tuple(one for one in gone if one.place != destination))
             )
             self._prune()
+
+    @property
+    def is_followed(self) -> bool:
+        """Whether another rank changes the directory, and this one does not."""
+        return self.ranks is not None and not self.ranks.is_first
 
     def _point_at(self, newest: Place) -> None:
         if self._latest_name is not None:
@@ -145,6 +173,8 @@ class RunDirectory:
 
         What cannot be written is warned of, and tried again before any checkpoint is removed.
         """
+        if self.is_followed:
+            return
         self._unwritten[destination] = metrics, evals
         with _only_warned(f"{destination} is saved, but its metrics cannot be written now"):
             if self._write_metrics():
@@ -153,6 +183,8 @@ class RunDirectory:
     def warn_of_obstacles(self, step: int) -> None:
         """Say now which later steps' directories hold what is not ours: saving there is refused, hours later."""
         found: list[str] = []
+        if self.is_followed:
+            return
         with _only_warned(f"{self.path}: what lies in the way of later steps cannot be looked at"):
             steps = {one.place: one.step for one in self.saved if self.destination(one.progress) == one.place}
             for place in self.path.listed().children():
@@ -170,6 +202,8 @@ class RunDirectory:
 
     def after_resume(self, resumed: SavedStep) -> None:
         """Let go what a killed run had no time to, but for the checkpoint that was resumed; say what that one lacks."""
+        if self.is_followed:
+            return
         there = [saved for saved in self.saved if saved.place != resumed.place]
         if self.policy.best is not None and (metric := self.policy.best[0]) not in resumed.metrics:
             # Where every other checkpoint has it, this one was most likely lost between the save and the report.

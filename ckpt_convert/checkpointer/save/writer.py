@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -15,6 +16,7 @@ from ckpt_convert.checkpoint.record import TRAINING_STATE
 from ckpt_convert.checkpointer.run import saved_steps
 from ckpt_convert.checkpointer.state import dcp_files, training_state
 from ckpt_convert.checkpointer.state.serialize import SerializedState
+from ckpt_convert.checkpointer.state.shared_state import SharedState
 from ckpt_convert.convert import output, ownership
 from ckpt_convert.convert.auxiliary_files import AuxiliaryFile
 from ckpt_convert.convert.execute import check_losses, loss_text, run_checks
@@ -49,7 +51,7 @@ class StepContents:
 
     weights: OpenPlan | None
     training: Callable[[], Mapping[str, Any]]
-    state: Mapping[str, SerializedState] | None = None
+    state: Mapping[str, SerializedState] | SharedState | None = None
     files: Mapping[str, bytes] | None = None
     extra: Sequence[Place] = ()
     weights_in: str = ""
@@ -59,13 +61,17 @@ class StepContents:
         """The files that will be written, as far as that is known before."""
         weights = PurePosixPath(self.weights_in)
         written = [str(weights / name) for name in (self.weights.plan.names if self.weights is not None else ())]
-        state = [f"{TRAINING_STATE}/{name}" for name in dcp_files.NAMES] if self.state is not None else []
+        names = self.state.names if isinstance(self.state, SharedState) else dcp_files.NAMES
+        state = [f"{TRAINING_STATE}/{name}" for name in names] if self.state is not None else []
         return [*written, *(self.files or ()), *(place.name for place in self.extra), *state, record.MANIFEST]
 
     @property
     def nbytes(self) -> int:
-        packed = self.state.values() if self.state is not None else ()
-        state = sum(tensor.nbytes for one in packed for tensor in one.tensors.values())
+        if isinstance(self.state, SharedState):
+            state = self.state.nbytes
+        else:
+            packed = self.state.values() if self.state is not None else ()
+            state = sum(tensor.nbytes for one in packed for tensor in one.tensors.values())
         files = sum(map(len, self.files.values())) if self.files else 0
         extra = sum(place.identity().size for place in self.extra)
         return state + files + extra + (self.weights.plan.disk if self.weights is not None else 0)
@@ -73,16 +79,24 @@ class StepContents:
 
 def write_step(
     step: StepContents, destination: Place, *, workers: int = DEFAULT_WORKERS, mode: int = 0o777, alone: bool = False
-) -> int:
+) -> None:
     """Write a step into ``destination``, which appears complete; one of ours that is there is replaced.
 
     ``mode`` are the permissions that its files and folders may have at most; ``alone`` says that the directory above is
     locked. Where nothing can be renamed, what is replaced is removed first.
-    Returns the number of bytes. Raises OutputExistsError where something else has the name, and CkptConvertError for
-    what goes wrong while writing: ``destination`` is then as it was, and nothing half-written is left.
+    Raises OutputExistsError where something else has the name, and CkptConvertError for what goes wrong while writing:
+    ``destination`` is then as it was, and nothing half-written is left.
     """
+    with staged(step, destination, mode=mode, alone=alone) as staging:
+        weights = _weights(step, step.weights, staging, workers) if step.weights is not None else None
+        complete(step, staging, weights, _state(step, staging))
+
+
+@contextlib.contextmanager
+def staged(step: StepContents, destination: Place, *, mode: int = 0o777, alone: bool = False) -> Iterator[Stage]:
+    """A directory to write a step into, which appears complete at the end of the block; raises what ``save`` does."""
     started = time.monotonic()
-    try:
+    with explained(destination):
         if found := obstacle(destination):
             raise OutputExistsError(f"{found}\nmove that elsewhere, or choose another directory name or output_dir")
         store = workspace.workspace_of(destination)
@@ -91,7 +105,7 @@ def write_step(
             try:
                 store.check_space(destination, step.nbytes)
                 staging.expect(step.names)
-                _write(step, staging, workers)
+                yield staging
                 if step.weights is not None:
                     step.weights.plan.check_sources()
                 staging.commit()
@@ -99,6 +113,14 @@ def write_step(
             except BaseException:
                 staging.discard()
                 raise
+    log.info("saved %s (%s in %.1f s)", destination, human_bytes(nbytes), time.monotonic() - started)
+
+
+@contextlib.contextmanager
+def explained(destination: Place) -> Iterator[None]:
+    """Say of what fails while a step is written that this step was not saved, and earlier ones are untouched."""
+    try:
+        yield
     except OSError as error:
         raise CkptConvertError(
             f"{error.filename or destination}: cannot be written: {error.strerror or error}; {destination.name} was "
@@ -106,9 +128,6 @@ def write_step(
         ) from error
     except (UnreadableError, SourceChangedError) as error:
         raise type(error)(f"{error}; {destination} was not saved, earlier steps are untouched") from error
-    seconds = time.monotonic() - started
-    log.info("saved %s (%s in %.1f s)", destination, human_bytes(nbytes), seconds)
-    return nbytes
 
 
 def obstacle(destination: Place) -> str:
@@ -132,38 +151,53 @@ def obstacle(destination: Place) -> str:
     return f"{destination}: is to be saved again, and holds what is none of its files:{indented_list(foreign)}"
 
 
-def _write(step: StepContents, staging: Stage, workers: int) -> None:
+def weights_folder(step: StepContents, staging: Stage) -> Folder:
+    """Where the weights of a step go."""
+    return staging.folder.subfolder(step.weights_in) if step.weights_in else staging.folder
+
+
+def _state(step: StepContents, staging: Stage) -> training_state.Files | None:
+    if step.state is None or isinstance(step.state, SharedState):
+        return None
+    return training_state.write_state(staging.folder.subfolder(TRAINING_STATE), step.state)
+
+
+def complete(
+    step: StepContents, staging: Stage, weights: dict[str, Any] | None, state: training_state.Files | None
+) -> None:
+    """Write everything beside weights and training state, which are there, and last the manifest of them all."""
     manifest: dict[str, Any] = {"schema": record.SCHEMA, "checksum": record.ALGORITHMS}
-    if step.weights is not None and not step.weights_in:
-        manifest = _weights(step, step.weights, staging, staging.folder, workers)
-    elif step.weights is not None:
-        inner = staging.folder.subfolder(step.weights_in)
-        weights = _weights(step, step.weights, staging, inner, workers)
-        inner.write(record.MANIFEST, record.render_manifest(weights))
+    if weights is not None and not step.weights_in:
+        manifest = weights
+    elif weights is not None:
+        weights_folder(step, staging).write(record.MANIFEST, record.render_manifest(weights))
     files = {name: _file(name, data, staging) for name, data in (step.files or {}).items()}
     extra = {place.name: _copy(place, staging) for place in step.extra}
-    state = None
-    if step.state is not None:
-        state = {"files": training_state.write_state(staging.folder.subfolder(TRAINING_STATE), step.state)}
-    manifest["training"] = {**step.training(), "training_state": state, "extra_files": extra, "files": files}
+    kept = None if state is None else {"files": state}
+    manifest["training"] = {**step.training(), "training_state": kept, "extra_files": extra, "files": files}
     staging.folder.write(record.MANIFEST, record.render_manifest(manifest))
 
 
-def _weights(step: StepContents, planned: OpenPlan, staging: Stage, folder: Folder, workers: int) -> dict[str, Any]:
+def _weights(step: StepContents, planned: OpenPlan, staging: Stage, workers: int) -> dict[str, Any]:
     plan, sources = planned.plan, planned.sources
     plan.refuse_unreadable()
     run_checks(plan, sources)
+    lost = check_losses(plan, sources)
+    written = output.write_output(plan, sources, staging, workers, None, weights_folder(step, staging))
+    merged = {reader.name: reader.overflowed for reader in sources.values() if isinstance(reader, MergedReader)}
+    warn_of_losses(step, staging, lost, written.overflows | {key: count for key, count in merged.items() if count})
+    return written.manifest
+
+
+def warn_of_losses(step: StepContents, staging: Stage, lost: Mapping[str, int], overflows: Mapping[str, int]) -> None:
+    """Say which tensors have values without a place in the files, and which have values that are too large for them."""
     kept = "training_state keeps them exact" if step.state is not None else "nothing keeps them exact"
-    if lost := check_losses(plan, sources):
+    if lost:
         text = "%s: %s change what the model computes, and its files have no place for them; %s"
         log.warning(text, staging.destination, loss_text(lost), kept)
-    written = output.write_output(plan, sources, staging, workers, None, folder)
-    merged = {reader.name: reader.overflowed for reader in sources.values() if isinstance(reader, MergedReader)}
-    overflows = written.overflows | {key: count for key, count in merged.items() if count}
     if overflows:
         text = "%s: %s in the files, whose dtype is too narrow for them; %s"
         log.warning(text, staging.destination, output.overflow_text(overflows), kept)
-    return written.manifest
 
 
 def _file(name: str, data: bytes, staging: Stage) -> dict[str, Any]:

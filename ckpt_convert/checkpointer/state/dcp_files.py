@@ -11,16 +11,22 @@ them looks at it, and the checksum of the file covers them.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
-from typing import IO, Any, cast
+from collections.abc import Iterable, Mapping, Sequence
+from typing import IO, Any, NamedTuple, cast
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
 # _StorageInfo is private by name, but every ``.metadata`` is a pickle that names it: it can neither move nor change.
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
-from torch.distributed.checkpoint.metadata import MetadataIndex
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.utils.serialization import config
 
 from ckpt_convert.containers.dcp import DCP_INDEX, DCP_SUFFIX
@@ -62,18 +68,69 @@ class DcpWriter:
 
     def _write(self, plan: SavePlan, planner: SavePlanner) -> tuple[dict[MetadataIndex, _StorageInfo], dict[str, Any]]:
         """Write the tensors; where each lies, and the size and checksum of their file."""
-        places = {}
-        with self._folder.file(DATA, None) as staged:
-            file = _File(staged)
-            for item in plan.items:
-                start = file.size
-                tensor = planner.resolve_data(item)
-                if not isinstance(tensor, torch.Tensor):
-                    raise TypeError(f"{item.index.fqn}: only tensors are written, not {type(tensor).__name__}")
-                _save_tensor(_dense(tensor), file)
-                places[item.index] = _StorageInfo(DATA, start, file.size - start)
-            staged.sync()
-        return places, {"size": file.size, "checksum": file.digest.hexdigest()}
+
+        def tensor(item: WriteItem) -> torch.Tensor:
+            found = planner.resolve_data(item)
+            if not isinstance(found, torch.Tensor):
+                raise TypeError(f"{item.index.fqn}: only tensors are written, not {type(found).__name__}")
+            return found
+
+        places, written = write_data(self._folder, DATA, map(tensor, plan.items))
+        return {item.index: _StorageInfo(DATA, *at) for item, at in zip(plan.items, places, strict=True)}, written
+
+
+class Piece(NamedTuple):
+    """A box of a tensor, written as one record: ``shape`` is that of the whole tensor, ``length`` bytes at ``offset``.
+
+    ``dtype`` is in torch's words.
+    """
+
+    key: str
+    dtype: str
+    shape: Sequence[int]
+    origin: Sequence[int]
+    sizes: Sequence[int]
+    file: str
+    offset: int
+    length: int
+
+
+def data_name(rank: int, number: int = 0) -> str:
+    """The file in which torch.distributed.checkpoint writes what a rank has."""
+    return f"__{rank}_{number}{DCP_SUFFIX}"
+
+
+def write_data(
+    folder: Folder, name: str, tensors: Iterable[torch.Tensor]
+) -> tuple[list[tuple[int, int]], dict[str, Any]]:
+    """Write and flush a file of tensors: (offset, bytes) of each, and the size and checksum of the file."""
+    places = []
+    with folder.file(name, None) as staged:
+        file = _File(staged)
+        for tensor in tensors:
+            start = file.size
+            _save_tensor(_dense(tensor), file)
+            places.append((start, file.size - start))
+        staged.sync()
+    return places, {"size": file.size, "checksum": file.digest.hexdigest()}
+
+
+def write_metadata(folder: Folder, pieces: Sequence[Piece]) -> dict[str, Any]:
+    """Write the metadata of what several ranks have written; its size and checksum."""
+    tensors: dict[str, Any] = {}
+    storage = {}
+    for piece in pieces:
+        properties = TensorProperties(dtype=getattr(torch, piece.dtype))
+        known = tensors.setdefault(piece.key, TensorStorageMetadata(properties, torch.Size(piece.shape), []))
+        origin = torch.Size(piece.origin)
+        storage[MetadataIndex(piece.key, origin, len(known.chunks))] = _StorageInfo(
+            piece.file, piece.offset, piece.length
+        )
+        known.chunks.append(ChunkStorageMetadata(origin, torch.Size(piece.sizes)))
+    names = {key: (key,) for key in tensors}
+    data = pickle.dumps(Metadata(tensors, names, storage, None, CURRENT_DCP_VERSION))
+    folder.write(DCP_INDEX, data)
+    return {"size": len(data), "checksum": digest(data)}
 
 
 def _dense(tensor: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,9 @@ from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
+from ckpt_convert.checkpointer.state.serialize import path_segment
 from ckpt_convert.errors import UsageError
 
 log = logging.getLogger("ckpt_convert")
@@ -102,6 +104,17 @@ def get_optimizer_state(
         "other": {key: value for key, value in state.items() if key not in ("state", "param_groups")},
         **({"values": values} if (values := dict(_beside(optimizer, groups, names, model))) else {}),
     }
+
+
+def split_as(parameters: Mapping[str, torch.Tensor]) -> Callable[[str, tuple[int, ...]], torch.Tensor | None]:
+    """For the key of a tensor in a training state: the parameter, split over processes, that it is as large as."""
+    split = {path_segment(name): one.detach() for name, one in parameters.items() if isinstance(one, DTensor)}
+
+    def like(key: str, shape: tuple[int, ...]) -> torch.Tensor | None:
+        named = (split[one] for one in key.split("/") if one in split)
+        return next((one for one in named if tuple(one.shape) == shape), None)
+
+    return like
 
 
 def rename_parameters(tree: Mapping[str, Any], key: Callable[[str], str]) -> Mapping[str, Any]:

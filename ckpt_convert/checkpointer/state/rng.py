@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ckpt_convert.errors import CorruptFileError
+from ckpt_convert.storage.checksums import digest
 
 log = logging.getLogger("ckpt_convert")
 
@@ -51,6 +52,20 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
             f"rng: is no state of the random number generators ({error}); resume from another checkpoint, "
             'or without it (exclude=["rng*"])'
         ) from error
+
+
+def derived(state: Mapping[str, Any], rank: int, count: int) -> State:
+    """What one of ``count`` ranks goes on with after another number of them: the same each time, another for each rank.
+
+    ``state`` is that of the first rank of before.
+    """
+    drawn = digest(b"".join([state["torch"].numpy().tobytes(), f"{rank} of {count}".encode()]))
+    seed = int(drawn, 16)
+    return {
+        "python": get_python_state(random.Random(seed)),
+        "numpy": np.random.RandomState(seed % 2**32).get_state(legacy=False),
+        "torch": torch.Generator().manual_seed(seed).get_state(),
+    }
 
 
 def get_python_state(generator: Any) -> State:

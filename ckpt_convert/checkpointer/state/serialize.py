@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 
+from ckpt_convert.checkpointer.distributed.slices import local_of
 from ckpt_convert.checkpointer.state.deserialize import FACTORIES, KIND, WORD_SIZE, flattening_class, rebuild
 from ckpt_convert.dtypes import FROM_TORCH, torch_name
 from ckpt_convert.errors import UsageError
@@ -132,16 +134,18 @@ class _Packer:
         return {KIND: "defaultdict", "factory": names[0], "of": self.pairs(value, path)}
 
     def _tensor(self, value: torch.Tensor, path: tuple[str, ...]) -> Any:
-        if type(value) not in _PLAIN:
+        if type(value) not in _PLAIN and not isinstance(value, DTensor):
             return self._subclass(value, path)
-        if value.layout != torch.strided or value.is_quantized or value.device.type == "meta":
+        if local_of(value).layout != torch.strided or value.is_quantized or value.device.type == "meta":
             what = "a quantized" if value.is_quantized else f"a {value.layout} {value.device.type}"
             raise self._refused(path, f"{what} tensor instead of a dense one with values")
         dtype = torch_name(value.dtype)
-        kept = value.detach().resolve_conj().resolve_neg()
+        kept = value.detach() if isinstance(value, DTensor) else value.detach().resolve_conj().resolve_neg()
         known = FROM_TORCH.get(dtype)
         if known is not None and known.bits >= 8:
             return {KIND: "tensor", "at": self._keep(kept, path)}
+        if isinstance(value, DTensor):
+            raise self._refused(path, f"a {dtype} tensor that is split over processes")
         # readers of the files know fewer dtypes than torch has: such a tensor is kept as its bytes
         data = kept.contiguous().reshape(-1).view(torch.uint8)
         return {KIND: "tensor", "at": self._keep(data, path), "dtype": dtype, "shape": list(value.shape)}

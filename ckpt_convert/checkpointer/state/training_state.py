@@ -7,13 +7,14 @@ no tensor is described in one of them, JSON as bytes under the key ``DESCRIPTION
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 
 from ckpt_convert.analysis.check.training import compare_files
+from ckpt_convert.checkpointer.distributed.slices import Region, local_of, slice_of
 from ckpt_convert.checkpointer.state.dcp_files import DcpWriter
 from ckpt_convert.checkpointer.state.deserialize import rebuild, tensor_keys
 from ckpt_convert.checkpointer.state.serialize import SerializedState, path_segment
@@ -33,12 +34,24 @@ from ckpt_convert.storage.workspace import Folder
 from ckpt_convert.tensors.header import StoredTensor
 
 VERSION = 1
+SHARED_VERSION = 2
+"""The version of a state that several ranks have written: in ``ranks`` it has what each of them had of its own."""
 DESCRIPTION = "ckpt_convert.json"
 """The key of the tensor whose bytes describe the state."""
 
 _WAY_OUT = "copy the checkpoint again, or resume from another one"
 
 Files = dict[str, dict[str, Any]]
+
+Like = Callable[[str, tuple[int, ...]], "torch.Tensor | None"]
+"""Gives, for a key and a shape, a tensor that is split over processes as the one that is read is to be."""
+
+
+class _OfRank(NamedTuple):
+    """The description of what one rank had of its own."""
+
+    rank: int
+    skeleton: Any
 
 
 def write_state(folder: Folder, packed: Mapping[str, SerializedState] | SerializedState) -> Files:
@@ -52,16 +65,24 @@ def write_state(folder: Folder, packed: Mapping[str, SerializedState] | Serializ
         tensors = dict(packed.tensors)
     else:
         content = {"version": VERSION, "parts": {name: one.skeleton for name, one in packed.items()}}
-        tensors = {
-            f"{path_segment(name)}/{at}": tensor for name, one in packed.items() for at, tensor in one.tensors.items()
-        }
+        tensors = {prefix_of(name) + at: tensor for name, one in packed.items() for at, tensor in one.tensors.items()}
     if DESCRIPTION in tensors:
         raise UsageError(f"{DESCRIPTION!r} is the name of the description of the state; call yours something else")
     text = json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
     return DcpWriter(folder).save({DESCRIPTION: torch.frombuffer(bytearray(text), dtype=torch.uint8)} | tensors)
 
 
-def check_state(directory: Place, files: Mapping[str, Mapping[str, Any]], checksums: bool = True) -> list[str]:
+def prefix_of(name: str, rank: int | None = None) -> str:
+    """How the keys of the tensors of a part begin; with ``rank``, of a part that one rank of several has."""
+    return f"{path_segment(name)}/" if rank is None else f"ranks/{rank}/{path_segment(name)}/"
+
+
+def is_of_each_rank(name: str) -> bool:
+    """Whether each of several ranks has a part of its own: its random numbers, and its place in the data."""
+    return name.partition("/")[0] in ("rng", "dataloader")
+
+
+def check(directory: Place, files: Mapping[str, Mapping[str, Any]], checksums: bool = True) -> list[str]:
     """Compare the directory with what ``write`` returned; the problems, none when all is well.
 
     Without ``checksums`` only names and sizes are looked at, and no file is read.
@@ -91,9 +112,33 @@ class StateReader:
     parts: tuple[str, ...] | None
     tensors: Mapping[str, tuple[tuple[RangeReader, StoredTensor], ...]]
     _skeletons: Any
+    ranks: tuple[Mapping[str, Any], ...] = ()
+    """For each of the ranks that wrote it, the parts that it had of its own; nothing where one process wrote it."""
 
-    def read(self, parts: Iterable[str] | None = None) -> Any:
-        """The state, or a dict of some of its parts; only their tensors are read."""
+    @property
+    def written_by(self) -> int:
+        """How many ranks have written it."""
+        return len(self.ranks) or 1
+
+    def first_of_all(self) -> StateReader:
+        """The state as the first of the ranks had it that wrote it."""
+        whole = replace(self, parts=None if self.parts is None else tuple(self._skeletons))
+        return whole.of_rank(0, self.written_by)
+
+    def of_rank(self, rank: int, count: int) -> StateReader:
+        """The state as one of so many ranks has it: with its own parts where as many have written it, else without."""
+        if self.parts is None:
+            return self
+        if self.written_by != count:
+            return replace(self, parts=tuple(name for name in self.parts if not is_of_each_rank(name)))
+        own = {name: _OfRank(rank, skeleton) for name, skeleton in (self.ranks[rank] if self.ranks else {}).items()}
+        return replace(self, parts=(*self.parts, *own), _skeletons=self._skeletons | own)
+
+    def read(self, parts: Iterable[str] | None = None, like: Like | None = None) -> Any:
+        """The state, or a dict of some of its parts; only their tensors are read.
+
+        Of a tensor for which ``like`` gives one that is split over processes, this process reads its part.
+        """
         if self.parts is None:
             if parts is not None:
                 raise UsageError(f"{self.place}: has no parts, so none of them can be asked for; read all of it")
@@ -102,7 +147,13 @@ class StateReader:
         unknown = [name for name in wanted if name not in self.parts]
         if unknown:
             raise UsageError(f"{self.place}: has no part {', '.join(unknown)}; it has: {', '.join(self.parts)}")
-        return {name: self._tree(self._skeletons[name], path_segment(name) + "/") for name in wanted}
+        return {name: self._part(name, like) for name in wanted}
+
+    def _part(self, name: str, like: Like | None) -> Any:
+        skeleton = self._skeletons[name]
+        if isinstance(skeleton, _OfRank):
+            return self._tree(skeleton.skeleton, prefix_of(name, skeleton.rank))
+        return self._tree(skeleton, prefix_of(name), like)
 
     def shape(self, key: str) -> tuple[int, ...]:
         """The shape of a tensor."""
@@ -110,26 +161,43 @@ class StateReader:
         return stored.box.shape if stored.box is not None else stored.shape
 
     def tensor(self, key: str, into: torch.Tensor | None = None) -> torch.Tensor:
-        """Read one tensor: a new one, or ``into`` a tensor of the same shape, cast and moved where that differs."""
+        """Read one tensor: a new one, or ``into`` a tensor of the same shape, cast and moved where that differs.
+
+        Of one that is split over processes, this process reads its part.
+        """
         pieces = self._pieces(key)
         shape = self.shape(key)
         if into is not None and tuple(into.shape) != shape:
             raise UsageError(f"{self.place}: {key!r} is of shape {list(shape)}, which does not fit {list(into.shape)}")
         if len(pieces) == 1 and into is None:
             return self._piece(*pieces[0])
-        first = self._piece(*pieces[0])
-        out = torch.empty(shape, dtype=first.dtype) if into is None else into
+        out = into if into is not None else torch.empty(shape, dtype=self._dtype(*pieces[0]))
+        local, wanted = local_of(out), list(slice_of(key, out).regions())
         with torch.no_grad():
-            for number, (reader, stored) in enumerate(pieces):
-                window = out
-                for axis, start in enumerate(stored.box.origin if stored.box is not None else ()):
-                    window = window.narrow(axis, start, stored.shape[axis])
-                window.copy_(first if number == 0 else self._piece(reader, stored))
+            for reader, stored in pieces:
+                origin = stored.box.origin if stored.box is not None else (0,) * len(shape)
+                common = [one for region in wanted if (one := _common(region, origin, stored.shape)) is not None]
+                if common:
+                    piece = self._piece(reader, stored)
+                for region in common:
+                    from_, to = piece, local
+                    for axis, size in enumerate(region.shape):
+                        from_ = from_.narrow(axis, region.origin[axis] - origin[axis], size)
+                        to = to.narrow(axis, region.local[axis], size)
+                    to.copy_(from_)
         return out
 
-    def _tree(self, skeleton: Any, prefix: str) -> Any:
+    def _tree(self, skeleton: Any, prefix: str, like: Like | None = None) -> Any:
+        def tensor(key: str) -> torch.Tensor:
+            split = like(key, self.shape(key)) if like is not None else None
+            if split is None:
+                return self.tensor(key)
+            return self.tensor(
+                key, into=torch.empty_like(split, dtype=self._dtype(*self._pieces(key)[0]), device="cpu")
+            )
+
         try:
-            tensors = {at: self.tensor(prefix + at) for at in tensor_keys(skeleton)}
+            tensors = {at: tensor(prefix + at) for at in tensor_keys(skeleton)}
             return rebuild(skeleton, tensors)
         except CorruptFileError as error:
             raise CorruptFileError(f"{self.place}: {error}") from error
@@ -140,14 +208,29 @@ class StateReader:
             raise CorruptFileError(f"{self.place}: {key!r} should be there, but is not; {_WAY_OUT}")
         return found
 
-    def _piece(self, reader: RangeReader, stored: StoredTensor) -> torch.Tensor:
+    def _dtype(self, reader: RangeReader, stored: StoredTensor) -> torch.dtype:
         dtype = DTYPES.get(stored.dtype)
         if dtype is None or not dtype.torch or stored.packed is not None:
             raise CorruptFileError(f"{reader.name}: {stored.key!r} is of dtype {stored.dtype}, which is never written")
-        out = torch.empty(stored.shape, dtype=getattr(torch, dtype.torch))
+        found: torch.dtype = getattr(torch, dtype.torch)
+        return found
+
+    def _piece(self, reader: RangeReader, stored: StoredTensor) -> torch.Tensor:
+        out = torch.empty(stored.shape, dtype=self._dtype(reader, stored))
         if out.numel():
             reader.readinto(stored.offset, out.reshape(-1).view(torch.uint8).numpy().data)
         return out
+
+
+def _common(region: Region, origin: Sequence[int], shape: Sequence[int]) -> Region | None:
+    """What two boxes have in common, None for nothing."""
+    starts = [max(one, other) for one, other in zip(region.origin, origin, strict=True)]
+    ends = [min(a + m, b + n) for a, m, b, n in zip(region.origin, region.shape, origin, shape, strict=True)]
+    if any(start >= end for start, end in zip(starts, ends, strict=True)):
+        return None
+    sizes = tuple(end - start for start, end in zip(starts, ends, strict=True))
+    local = tuple(at + start - first for at, start, first in zip(region.local, starts, region.origin, strict=True))
+    return Region(tuple(starts), sizes, local)
 
 
 def open_state(directory: Place) -> StateReader:
@@ -173,7 +256,8 @@ def open_state(directory: Place) -> StateReader:
         raise CorruptFileError(
             f"{directory}: {DESCRIPTION} should hold the parts of the state, but does not; {_WAY_OUT}"
         )
-    return StateReader(directory, tuple(parts), tensors, parts)
+    ranks = content.get("ranks") or ()
+    return StateReader(directory, tuple(parts), tensors, parts, tuple(ranks))
 
 
 def _description(
@@ -194,8 +278,9 @@ def _description(
         raise CorruptFileError(
             f"{directory}: {DESCRIPTION} is no description of a state ({error}); {_WAY_OUT}"
         ) from error
-    if version > VERSION:
+    if version > SHARED_VERSION:
         raise ConfigError(
-            f"{directory}: is of version {version}, and this ckpt-convert knows versions up to {VERSION}; update it"
+            f"{directory}: is of version {version}, and this ckpt-convert knows versions up to {SHARED_VERSION}; "
+            "update it"
         )
     return dict(content)

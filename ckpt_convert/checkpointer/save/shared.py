@@ -1,0 +1,147 @@
+"""Writing the directory of one saved step from several ranks: the directory that one process would write.
+
+The first rank makes the directory and its files. Every rank then writes what it owns at its place in them, flushes it,
+and hands in the checksums of its runs of bytes, or its error. The first one combines them to those of the pieces, which
+proves that every byte was written once, writes the manifest, and publishes. All of them learn how that ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ckpt_convert.checkpoint.record import TRAINING_STATE
+from ckpt_convert.checkpointer.distributed.ranks import Ranks
+from ckpt_convert.checkpointer.save.writer import (
+    StepContents,
+    complete,
+    explained,
+    staged,
+    warn_of_losses,
+    weights_folder,
+)
+from ckpt_convert.checkpointer.state import shared_state
+from ckpt_convert.checkpointer.state.shared_state import SharedState
+from ckpt_convert.convert import output
+from ckpt_convert.convert.execute import FinishedPiece, execute, whole_pieces
+from ckpt_convert.convert.partition import Piece, runs, split_into_pieces
+from ckpt_convert.convert.plan import Plan
+from ckpt_convert.convert.publish import JoinedOutput, StagedOutput
+from ckpt_convert.convert.sources import OpenPlan
+from ckpt_convert.storage import workspace
+from ckpt_convert.storage.place import Place
+from ckpt_convert.storage.workspace import Folder, Stage
+from ckpt_convert.tensors.header import IN_MEMORY
+from ckpt_convert.tensors.lazy import ZEROS
+
+
+def save(
+    step: StepContents, destination: Place, ranks: Ranks, *, workers: int, mode: int, published: Callable[[], None]
+) -> None:
+    """Write a step together with the other ranks, which do the same; ``published`` is what the first one does then.
+
+    Raises what ``writer.save`` does, on all ranks with one text, which names the rank that failed.
+    """
+    what = f"the save of {destination.name}"
+    with _Shared(step, destination, ranks, workers, mode) as shared:
+        begun = ranks.first(what, shared.begin)
+        ranks.round(what, lambda: shared.write(begun), lambda reports: shared.finish(reports, published))
+
+
+class _Shared(contextlib.ExitStack):
+    """What one rank does for a step. What is half-written when it is left is removed."""
+
+    _staging: Stage
+    _staged: StagedOutput
+
+    def __init__(self, step: StepContents, destination: Place, ranks: Ranks, workers: int, mode: int) -> None:
+        super().__init__()
+        self._step = step
+        self._destination = destination
+        self._ranks = ranks
+        self._workers = workers
+        self._mode = mode
+
+    def begin(self) -> bytes:
+        """Make the directory and its files; returns its name until it is published."""
+        self._staging = self.enter_context(staged(self._step, self._destination, mode=self._mode, alone=True))
+        if self._step.weights is not None:
+            plan = self._step.weights.plan
+            self._staged = self.enter_context(
+                StagedOutput(plan, self._staging, weights_folder(self._step, self._staging))
+            )
+            self._staged.begin(split_into_pieces(plan.files))
+            self._staged.create_files()
+        if isinstance(self._step.state, SharedState):
+            shared_state.make_files(self._staging.folder.subfolder(TRAINING_STATE), self._ranks.count)
+        return self._staging.place.name.encode()
+
+    def write(self, begun: bytes) -> bytes:
+        """Write what this rank owns into the files that are there; returns what was written where."""
+        place = self._destination.parent / begun.decode()
+        with explained(self._destination), workspace.workspace_of(place).join(place) as folder:
+            done, state = [], None
+            if self._step.weights is not None:
+                inner = folder.subfolder(self._step.weights_in) if self._step.weights_in else folder
+                done = self._write_weights(self._step.weights, inner)
+            if isinstance(self._step.state, SharedState):
+                state = shared_state.write_own(folder.subfolder(TRAINING_STATE), self._step.state)
+        return _packed([[[*one.piece, one.checksum, one.crc, one.overflowed] for one in done], state])
+
+    def _write_weights(self, planned: OpenPlan, folder: Folder) -> list[FinishedPiece]:
+        plan = planned.plan
+        joined = JoinedOutput(plan, folder)
+        try:
+            mine = runs(plan.files, lambda source: _owns(plan, source, first=self._ranks.is_first))
+            return execute(plan, mine, planned.sources, joined, workers=self._workers)
+        finally:
+            joined.close()
+
+    def finish(self, reports: Sequence[bytes], published: Callable[[], None]) -> list[bytes]:
+        """Put together what all ranks have written, and publish it."""
+        with explained(self._destination):
+            said = [_unpacked(report) for report in reports]
+            done = [_done(one) for runs_of_rank, _ in said for one in runs_of_rank]
+            weights = self._finish_weights(self._step.weights, done) if self._step.weights is not None else None
+            state = None
+            if isinstance(self._step.state, SharedState):
+                inner = self._staging.folder.subfolder(TRAINING_STATE)
+                state = shared_state.finish(inner, self._step.state, [state for _, state in said])
+            complete(self._step, self._staging, weights, state)
+            self.close()
+        published()
+        return [b""]
+
+    def _finish_weights(self, planned: OpenPlan, done: Sequence[FinishedPiece]) -> dict[str, Any]:
+        plan = planned.plan
+        whole = whole_pieces(split_into_pieces(plan.files), done)
+        for one in whole:
+            self._staged.add(one)
+        folder = weights_folder(self._step, self._staging)
+        written = output.finish_output(plan, whole, self._staged, folder, self._workers, None)
+        warn_of_losses(self._step, self._staging, {}, written.overflows)
+        return written.manifest
+
+
+def _owns(plan: Plan, source: int, first: bool) -> bool:
+    """Whether a rank writes what comes from a source: what it has in memory, and the first one what is nobody's."""
+    if source == ZEROS:
+        return first
+    kind = plan.sources[plan.stored_in[source]].kind
+    return source not in plan.elsewhere if kind == IN_MEMORY else first
+
+
+def _done(entry: Sequence[int]) -> FinishedPiece:
+    *piece, checksum, crc, overflowed = entry
+    return FinishedPiece(Piece(*piece), checksum, crc, overflowed)
+
+
+def _packed(content: Any) -> bytes:
+    return zlib.compress(json.dumps(content, separators=(",", ":")).encode(), 1)
+
+
+def _unpacked(data: bytes) -> Any:
+    return json.loads(zlib.decompress(data))

@@ -1,0 +1,134 @@
+"""The training state of a run of several ranks: one directory of torch.distributed.checkpoint that all of them write.
+
+Each writes what it owns of the tensors of the optimizer, as the boxes that they are, and what only it has: its random
+numbers and its place in the data. The first one writes the description and the metadata of all of it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+
+from ckpt_convert.checkpointer.distributed.claims import Claims, Owned
+from ckpt_convert.checkpointer.state import dcp_files
+from ckpt_convert.checkpointer.state.dcp_files import Piece
+from ckpt_convert.checkpointer.state.serialize import SerializedState
+from ckpt_convert.checkpointer.state.training_state import (
+    DESCRIPTION,
+    SHARED_VERSION,
+    Files,
+    is_of_each_rank,
+    prefix_of,
+)
+from ckpt_convert.containers.dcp import DCP_INDEX
+from ckpt_convert.dtypes import torch_name
+from ckpt_convert.errors import CorruptFileError
+from ckpt_convert.storage.workspace import Folder
+from ckpt_convert.tensors.cover import covers
+
+
+@dataclass(frozen=True)
+class SharedState:
+    """What one rank has of a state: ``parts`` describe those that all have, by name, ``own`` those of this rank alone.
+
+    ``tensors`` are what it writes of all of them.
+    """
+
+    rank: int
+    count: int
+    parts: Mapping[str, Any]
+    own: Mapping[str, Any]
+    tensors: Mapping[str, Owned]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors that all ranks write."""
+        return sum(tensor.element_size() * prod(part.shape) for tensor, part in self.tensors.values())
+
+    @property
+    def names(self) -> list[str]:
+        """The files that are written."""
+        ranks = [dcp_files.data_name(rank) for rank in range(self.count)]
+        return [*ranks, dcp_files.data_name(0, 1), DCP_INDEX]
+
+
+def share(state: Mapping[str, SerializedState], rank: int, count: int, claims: Claims) -> SharedState:
+    """Find out which rank writes what of a state; all ranks ask at the same time."""
+    own = {name for name in state if is_of_each_rank(name)}
+    tensors: dict[str, torch.Tensor] = {}
+    for name, packed in state.items():
+        prefix = prefix_of(name, rank if name in own else None)
+        tensors |= {prefix + at: tensor for at, tensor in packed.tensors.items()}
+    skeletons = {name: packed.skeleton for name, packed in state.items()}
+    return SharedState(
+        rank,
+        count,
+        {name: one for name, one in skeletons.items() if name not in own},
+        {name: one for name, one in skeletons.items() if name in own},
+        claims.of(tensors),
+    )
+
+
+def make_files(folder: Folder, count: int) -> None:
+    """Make the files that other ranks write."""
+    for rank in range(count):
+        folder.file(dcp_files.data_name(rank), 0).close()
+
+
+def write_own(folder: Folder, state: SharedState) -> dict[str, Any]:
+    """Write what one rank owns; returns what the first one has to know of it."""
+    name = dcp_files.data_name(state.rank)
+    boxes = list(_boxes(state.tensors))
+    places, written = dcp_files.write_data(folder, name, (tensor for _, tensor in boxes))
+    pieces = [[*box, name, *at] for (box, _), at in zip(boxes, places, strict=True)]
+    return {"own": state.own, "pieces": pieces, "file": written}
+
+
+def finish(folder: Folder, state: SharedState, reports: Sequence[Mapping[str, Any]]) -> Files:
+    """Describe what all ranks have written; size and checksum of each file by name."""
+    files: Files = {}
+    for rank, report in enumerate(reports):
+        name = dcp_files.data_name(rank)
+        folder.file(name, report["file"]["size"]).close()  # as its rank has left it
+        files[name] = dict(report["file"])
+    content = {"version": SHARED_VERSION, "parts": state.parts, "ranks": [report["own"] for report in reports]}
+    text = json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
+    described = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    name = dcp_files.data_name(0, 1)
+    (place,), files[name] = dcp_files.write_data(folder, name, [described])
+    every = [Piece(*piece) for report in reports for piece in report["pieces"]]
+    pieces = list({(one.key, 0 in one.shape or tuple(one.origin)): one for one in every}.values())
+    _check(pieces)
+    pieces.append(Piece(DESCRIPTION, "uint8", described.shape, (0,), described.shape, name, *place))
+    files[DCP_INDEX] = dcp_files.write_metadata(folder, pieces)
+    return files
+
+
+def _boxes(tensors: Mapping[str, Owned]) -> Iterator[tuple[tuple[Any, ...], torch.Tensor]]:
+    """The boxes that this rank writes: key, dtype, shape of the whole, origin and sizes, and the tensor."""
+    for key, (tensor, part) in tensors.items():
+        if 0 in part.shape:  # every rank says so, and the first one hears it once
+            nowhere = (0,) * len(part.shape)
+            yield (key, torch_name(tensor.dtype), part.shape, nowhere, part.shape), tensor.new_empty(part.shape)
+        for origin, sizes, local in part.regions():
+            window = tensor
+            for axis, (start, size) in enumerate(zip(local, sizes, strict=True)):
+                window = window.narrow(axis, start, size)
+            yield (key, torch_name(tensor.dtype), part.shape, origin, sizes), window
+
+
+def _check(pieces: Sequence[Piece]) -> None:
+    """Raise CorruptFileError where what was written does not make up a tensor."""
+    boxes: dict[str, list[tuple[tuple[int, ...], tuple[int, ...]]]] = {}
+    shapes = {}
+    for piece in pieces:
+        boxes.setdefault(piece.key, []).append((tuple(piece.origin), tuple(piece.sizes)))
+        shapes[piece.key] = tuple(piece.shape)
+    wrong = [key for key, found in boxes.items() if 0 not in shapes[key] and not covers(found, shapes[key])]
+    if wrong:
+        raise CorruptFileError(f"{wrong[0]}: what the ranks have written of it leaves something out, or overlaps")

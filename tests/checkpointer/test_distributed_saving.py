@@ -1,0 +1,122 @@
+"""Saving a model that is split over processes: the directory that one process would have written, file for file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from ckpt_convert import Checkpointer
+from ckpt_convert.checkpoint.record import MANIFEST
+from tests.checkpointer.pool import Pool, split
+from tests.checkpointer.training import LLAMA, make_model, trainable
+from tests.helpers import assert_same, sums
+
+WEIGHTS = {"contents": "weights", "save_every": 1}
+
+
+def update(model: nn.Module) -> None:
+    """What a step of training might do, in numbers that do not depend on how the model is split."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            local.add_(torch.sin(local) / 8)
+
+
+def train(out: Path, model: nn.Module, source: Path, **options: Any) -> None:
+    """Two steps, both saved."""
+    config = None if source.is_dir() else LLAMA / "config.json"
+    with Checkpointer(source, out, config=config, **{**WEIGHTS, **options}) as checkpointer:
+        checkpointer.load_model(model)
+        checkpointer.register(model=model)
+        for _ in range(2):
+            checkpointer.step()
+            update(model)
+
+
+def train_split(here: Path, how: str, source: Path, options: dict[str, Any]) -> None:
+    train(here / "out", split(make_model(), how), source, **options)
+
+
+def check(here: Path, source: Path, **options: Any) -> None:
+    """Hold all files against those of a run of one process."""
+    train(here / "alone", make_model(), source, **options)
+    for step in ("step_1", "step_2"):
+        assert sums(here / "out" / step) == sums(here / "alone" / step)
+        manifests = [json.loads((here / run / step / MANIFEST).read_text()) for run in ("out", "alone")]
+        assert manifests[0]["files"] == manifests[1]["files"]
+    assert (here / "out" / "latest").resolve().name == "step_2"
+    assert not list((here / "out").glob(".*partial"))
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_every_world(pool: Pool, how: str, world: int, tmp_path: Path) -> None:
+    pool.run(train_split, tmp_path, how, LLAMA, {}, world=world)
+    check(tmp_path, LLAMA)
+
+
+@pytest.mark.parametrize("how", ["tp", "hsdp", "fsdp x tp"])
+def test_every_mesh(pool: Pool, how: str, tmp_path: Path) -> None:
+    pool.run(train_split, tmp_path, how, LLAMA, {}, world=4)
+    check(tmp_path, LLAMA)
+
+
+# Training state
+
+
+def optimize(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """An optimizer step with gradients that do not depend on how the model is split."""
+    for parameter in model.parameters():
+        parameter.grad = torch.sin(parameter.detach())
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def train_full(out: Path, model: nn.Module, source: Path, until: int, **options: Any) -> dict[str, torch.Tensor]:
+    """Go on from what is there until a step, all of them saved; what the optimizer has then, whole, by name."""
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    with Checkpointer(source, out, save_every=1, **options) as checkpointer:
+        checkpointer.load_model(model)
+        checkpointer.resume(model=model, optimizer=optimizer)
+        while checkpointer.progress.step < until:
+            optimize(model, optimizer)
+            checkpointer.step()
+    return {
+        f"{name.removeprefix('module.')}/{key}": one.full_tensor() if isinstance(one, DTensor) else one
+        for name, parameter in model.named_parameters()
+        for key, one in optimizer.state[parameter].items()
+    }
+
+
+def train_full_split(
+    here: Path, how: str, source: Path, until: int, options: dict[str, Any]
+) -> dict[str, torch.Tensor]:
+    return train_full(here / "out", split(make_model(), how), source, until, **options)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("worlds", [(2, 3, 4), (4, 2, 1)], ids=str)
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_resumed_by_other_worlds(
+    pool: Pool, how: str, worlds: tuple[int, ...], asynchronous: bool, tmp_path: Path
+) -> None:
+    """Weights, optimizer and step go on exactly, as in a run of one process that is never interrupted."""
+    source = trainable(tmp_path / "source")
+    options = {"asynchronous": asynchronous}
+    expected = train_full(tmp_path / "alone", make_model(), source, 2 * len(worlds))
+    for number, world in enumerate(worlds, 1):
+        for state in pool.run(train_full_split, tmp_path, how, source, 2 * number, options, world=world):
+            found = state
+    assert_same(found, expected)
+    for step in range(1, 2 * len(worlds) + 1):
+        kept = [
+            {name: one for name, one in sums(tmp_path / run / f"step_{step}").items() if "training_state" not in name}
+            for run in ("out", "alone")
+        ]
+        assert kept[0] == kept[1]
