@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import transformers
 
-import ckpt_convert
-from ckpt_convert.analysis.check.run import check_checkpoint
 from ckpt_convert.models import FAMILIES
 from ckpt_convert.models.core import table_check
 from ckpt_convert.models.core.table import Family, Key, Row, evaluate
@@ -119,57 +113,3 @@ def test_every_column_holds_every_required_row(name: str) -> None:
     for row in family.rows:
         if row.required and not row.enabled_by and not row.tied_to:
             assert set(row.columns) == set(family.formats), row.name
-
-
-PAGE = (DOCS / "adding-a-family.md").read_text()
-
-
-@pytest.fixture
-def example(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What the page's code defines, its family registered and nothing else done."""
-    space: dict[str, Any] = {}
-    for number, code in enumerate(re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)):
-        exec(compile(code, f"adding-a-family.md, code {number}", "exec"), space)
-    monkeypatch.setitem(FAMILIES.registered, "starcoder2", space["STARCODER2"])
-    return space
-
-
-def test_the_example_of_the_docs_is_not_built_in() -> None:
-    assert not any("starcoder2" in family.model_types for family in FAMILIES.values())
-
-
-@pytest.mark.parametrize(("use_bias", "tied"), [(True, True), (True, False), (False, True), (False, False)])
-def test_the_worked_example_of_the_docs(example: dict[str, Any], use_bias: bool, tied: bool, tmp_path: Path) -> None:
-    example["test_starcoder2"](tmp_path, use_bias, tied)
-    with ckpt_convert.open_checkpoint(tmp_path / "native") as found:
-        assert (found.format, found.family) == ("native", "starcoder2")
-    assert check_checkpoint(tmp_path / "hf").findings == ()
-    with pytest.raises(ckpt_convert.CkptConvertError, match="the starcoder2 table has no meta column"):
-        ckpt_convert.convert_checkpoint(tmp_path / "hf", tmp_path / "meta", to="meta")
-
-
-def test_the_example_has_every_key_of_transformers_model(example: dict[str, Any]) -> None:
-    config = transformers.Starcoder2Config(hidden_size=72, num_attention_heads=12, num_hidden_layers=3, vocab_size=56)
-    with torch.device("meta"):
-        model = transformers.Starcoder2ForCausalLM(config)
-    family = example["STARCODER2"]
-    dims = family.symbols({**config.to_dict(), "model_type": "starcoder2"})
-    found = {e.key: e.shape("hf", dims) for e in family.entries("hf", dims) if e.first.row.required}
-    assert found == {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-
-
-def test_the_defaults_of_the_example_are_those_of_transformers(example: dict[str, Any]) -> None:
-    sizes = {"hidden_size": 72, "intermediate_size": 104, "num_hidden_layers": 2, "num_attention_heads": 12}
-    found = example["dims"]({**sizes, "vocab_size": 56})
-    config = transformers.Starcoder2Config(**sizes)
-    assert found["n_kv_heads"] == config.num_key_value_heads
-    assert found["tied"] == config.tie_word_embeddings
-    assert found["use_bias"] == config.use_bias
-
-
-@pytest.mark.parametrize("kind", [Row, Key, Family])
-def test_the_page_explains_every_field(kind: type) -> None:
-    part = PAGE.partition("## What a row can say")[2]
-    table = next(text for text in part.split("\n\n") if text.startswith(f"| `{kind.__name__}` |"))
-    said = {name for line in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", line.split("|")[1])}
-    assert said == {field.name for field in dataclasses.fields(kind)}
