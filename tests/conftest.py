@@ -5,9 +5,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+"""Before torch is imported, here or in a process that a test starts: threads of tiny models wait for each other."""
 
 ROOT = Path(__file__).parent
 KINDS = ("fast", "cli", "train", "browser", "slow")
