@@ -6,8 +6,6 @@ import importlib.util
 import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import pytest
 import torch
 
 from ckpt_convert.models import FAMILIES, FORMATS
+from tests.command import run
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -52,8 +51,8 @@ def test_the_sessions_run_and_say_what_they_show(
 ) -> None:
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "hf").symlink_to(folder / "demo" / "hf")
+    monkeypatch.chdir(tmp_path)
     if page.name == "quantised.md":
-        monkeypatch.chdir(tmp_path)
         (code,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
         exec(compile(code, page.name, "exec"), {})
     sessions = re.findall(r"```console\n(.*?)```", page.read_text(), re.DOTALL)
@@ -63,13 +62,7 @@ def test_the_sessions_run_and_say_what_they_show(
         command, _, shown = step.partition("\n")
         program, name, *words = shlex.split(command)
         assert program == "ckpt-convert"
-        done = subprocess.run(
-            [sys.executable, "-m", "ckpt_convert", name, *words],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = run(name, *words)
         # What checks and compares says with 1 that something is wrong, or different.
         assert done.returncode in ((0, 1) if name in ("diff", "verify") else (0,)), done.stderr
         found = done.stdout + done.stderr
