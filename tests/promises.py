@@ -7,15 +7,16 @@ Other sentences stand anywhere in the README.
 from __future__ import annotations
 
 PROMISES: dict[str, tuple[str, ...]] = {
-    "It streams, so memory does not grow with the model (45 MB for 3 GB as for 10 GB), and what goes there and back "
-    "comes back file for file, bit for bit.": (
+    "Tensors are streamed, so memory does not grow with the model (45 MB for 3 GB as for 10 GB), and a round trip "
+    "restores every file, bit for bit.": (
         "convert/test_memory.py::test_a_model_of_several_times_the_budget_takes_no_more_memory",
         "convert/test_golden.py::test_hf_comes_back_file_for_file",
         "convert/test_golden.py::test_meta_comes_back_file_for_file",
         "convert/test_golden.py::test_native_comes_back_file_for_file",
         "convert/test_sidefiles.py::test_everything_comes_back_byte_for_byte",
     ),
-    "Behind a training loop it saves each step in the format that the run started from, and resumes exactly.": (
+    "In a training loop, its `Checkpointer` saves each step in the format that the run started from, and resumes "
+    "exactly.": (
         "checkpointer/test_checkpointer_identity.py::test_huggingface_safetensors",
         "checkpointer/test_checkpointer_identity.py::test_meta_tensor_parallel",
         "checkpointer/test_checkpointer_resume.py::test_from_a_bfloat16_source",
@@ -31,7 +32,7 @@ PROMISES: dict[str, tuple[str, ...]] = {
         "reliability/test_casts.py::test_a_cast_that_makes_values_infinite_is_refused_with_names_and_counts",
         "reliability/test_casts.py::test_values_that_fit_and_those_that_were_infinite_already_pass",
     ),
-    "Every key is accounted for before a byte is read.": (
+    "Every key is accounted for before a tensor is read.": (
         "convert/test_bad_input.py::test_missing_and_unexpected_keys_are_all_listed",
         "convert/test_layouts.py::test_a_plan_reads_no_tensor_and_writes_nothing",
     ),
@@ -41,8 +42,8 @@ PROMISES: dict[str, tuple[str, ...]] = {
         "convert/test_bad_input.py::test_biases_have_no_place_in_meta_and_native",
         "reliability/test_what_has_no_place.py::test_a_trained_bias_that_hf_has_no_place_for_is_refused",
     ),
-    "In the format that it came from, a checkpoint has the same file names, the same key in the same file, the same "
-    "headers, config and tokenizer: unchanged weights give files with the same sha256.": (
+    "Converted back to its original format, a checkpoint has the same file names, the same key in the same file, the "
+    "same headers, config and tokenizer: unchanged weights give files with the same sha256.": (
         "convert/test_golden.py::test_hf_comes_back_file_for_file",
         "convert/test_layouts.py::test_changed_weights_keep_the_layout",
         "convert/test_layouts.py::test_bin_comes_back_file_for_file",
@@ -62,26 +63,26 @@ PROMISES: dict[str, tuple[str, ...]] = {
         "reliability/test_replacing.py::test_overwriting_refuses_what_it_would_lose_and_names_it",
         "reliability/test_replacing.py::test_checkpoints_of_all_kinds_are_replaced_without_a_word",
     ),
-    "The folder `ckpt_convert/` in each output holds a manifest with checksums, and what makes the way back exact.": (
+    "The folder `ckpt_convert/` in each output holds a manifest with checksums, and what an exact round trip needs.": (
         "reliability/test_record.py::test_a_flipped_bit_in_any_file_is_found",
         "reliability/test_record.py::test_whatever_is_edited_renamed_or_removed_in_the_manifest_is_noticed",
         "convert/test_sidefiles.py::test_everything_comes_back_byte_for_byte",
     ),
-    "A checkpoint without it works all the same.": (
+    "A checkpoint without it works, too.": (
         "reliability/test_record.py::test_without_an_edited_manifest_the_weights_can_be_converted_as_the_message_says",
         "convert/test_golden.py::test_meta_to_hf",
     ),
-    "Unknown families, differing tied weights, a RoPE scaling that the target cannot say: a clear error with the way "
-    "out.": (
+    "Unknown families, differing tied weights, a RoPE scaling that the target's config cannot express: a clear error "
+    "with the way out.": (
         "convert/test_bad_input.py::test_unknown_model_type",
         "convert/test_bad_input.py::test_tied_weights_that_differ_are_refused_towards_meta_too",
         "convert/test_bad_input.py::test_a_rope_scaling_that_meta_cannot_say",
     ),
-    "Where the files truly do not hold a fact (Llama 3.1's rope factor), a documented rule and a notice.": (
+    "Where no file holds a fact (Llama 3.1's rope factor), a documented rule and a notice.": (
         "models/llama/test_config.py::test_the_rope_factor_is_always_noticed",
         "models/llama/test_config.py::test_the_positions_of_an_unknown_shape_follow_the_documented_rule",
     ),
-    "No pickle runs code, no name or link leaves the directory, no size is believed unchecked.": (
+    "No pickle runs code, no name or link leaves the directory, no size is used unchecked.": (
         "convert/test_bad_input.py::test_a_malicious_pickle_runs_nothing",
         "containers/test_torchpickle.py::test_what_is_not_on_the_list_is_named_and_never_run",
         "reliability/test_untrusted_names.py::test_each_file_of_a_checkpoint",
@@ -89,12 +90,12 @@ PROMISES: dict[str, tuple[str, ...]] = {
         "convert/test_bad_input.py::test_sizes_are_not_believed",
         "reliability/test_linear.py::test_what_no_call_shows",
     ),
-    "With `--dry-run` they show the whole plan, and write nothing:": (
+    "`--dry-run` shows the whole plan and writes nothing:": (
         "convert/test_layouts.py::test_a_plan_reads_no_tensor_and_writes_nothing",
         "cli/test_plan.py::test_one_line_for_each_group_where_there_is_no_terminal",
     ),
-    "All of them print one JSON document with `--json` ([docs/json.md](docs/json.md)) and say with their exit code "
-    "whether all is well.": (
+    "All of them print one JSON document with `--json` ([docs/json.md](docs/json.md)), and their exit code says "
+    "whether they found a problem or a difference.": (
         "cli/test_schemas.py::test_inspect_of_every_form",
         "cli/test_schemas.py::test_reports",
         "reliability/test_verdicts.py::test_verify",
