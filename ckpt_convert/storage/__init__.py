@@ -1,1 +1,1 @@
-"""Where checkpoints lie: reading ranges of files, and writing a directory that appears whole or not at all."""
+"""Storage: reading ranges of files, and writing directories that appear complete or not at all."""

@@ -1,7 +1,7 @@
-"""What a store is: a place where files lie under names, read in ranges and written whole.
+"""The protocols of a store: files by name, read in ranges and written whole.
 
-Nothing above this package knows more of where its files lie. A local directory is one store, memory another
-(``local``, ``memory``); a name is text, its folders parted by "/", and what it means is the store's affair.
+Code above this package knows nothing else about where its files are. The local file system is one store, memory
+another (``local``, ``memory``). A name is a string with "/" between folders; how it is interpreted is up to the store.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ckpt_convert.errors import CheckpointNotFoundError, CorruptFileError, Sourc
 
 
 class FileKind(Enum):
-    """What lies under a name. A folder is a name that others begin with; a store may have none that are empty."""
+    """What a name refers to. A folder is a prefix of other names; a store may have no empty folders."""
 
     FILE = "a regular file"
     FOLDER = "a folder"
@@ -24,7 +24,7 @@ class FileKind(Enum):
 
 
 class Entry(Protocol):
-    """A file as a store lists it: its size, and a mark that is another one once the file has changed."""
+    """A file as a store lists it: its size, and an etag that differs once the file has changed."""
 
     @property
     def size(self) -> int: ...
@@ -33,11 +33,11 @@ class Entry(Protocol):
     def etag(self) -> str: ...
 
     def change(self, now: Entry, /) -> str | None:
-        """What has changed since in the content, in words; None where it is what it was."""
+        """A description of what has changed in the content since; None if nothing has."""
 
 
 class Version(NamedTuple):
-    """An entry of a store that says no more than the size and a mark."""
+    """An entry of a store that knows only size and etag."""
 
     size: int
     etag: str
@@ -45,46 +45,46 @@ class Version(NamedTuple):
     def change(self, now: Entry, /) -> str | None:
         if now.size != self.size:
             return f"it had {self.size:,} bytes and has {now.size:,} now"
-        return f"it was written anew (its etag was {self.etag}, and is {now.etag})" if now.etag != self.etag else None
+        return f"it was rewritten (its etag was {self.etag}, and is {now.etag})" if now.etag != self.etag else None
 
 
 class RangeReader(Protocol):
-    """A file of known size that can be read anywhere, from several threads at once."""
+    """A file of known size that can be read at any offset, from several threads at once."""
 
     @property
     def name(self) -> str:
-        """How messages call the file."""
+        """The file's name in messages."""
 
     @property
     def size(self) -> int:
-        """Bytes in the file."""
+        """Size of the file in bytes."""
 
     def readinto(self, offset: int, buffer: memoryview) -> None:
-        """Fill ``buffer`` (writable, one byte an item) from ``offset`` on.
+        """Fill ``buffer`` (writable, of bytes) with the file's bytes from ``offset`` on.
 
-        Raises CorruptFileError when the file ends before the buffer is full.
+        Raises CorruptFileError if the file ends before the buffer is full.
         """
 
 
 @runtime_checkable
 class Closable(Protocol):
-    """A reader that holds a file open until it is closed."""
+    """A reader that keeps a file open until it is closed."""
 
     def close(self) -> None: ...
 
 
 @runtime_checkable
 class OpenFile(RangeReader, Protocol):
-    """A file of a store that is open for reading; a context manager.
+    """A file of a store, open for reading; a context manager.
 
-    ``identity`` is what it is; it stays that while it is open, or reading raises SourceChangedError.
+    If the file stops matching ``identity`` while it is open, reading raises SourceChangedError.
     """
 
     @property
     def identity(self) -> Entry: ...
 
     def read_many(self, ranges: Sequence[tuple[int, memoryview]]) -> None:
-        """``readinto`` for several offsets and buffers; those that lie close may be read in one request."""
+        """``readinto`` for several offsets and buffers; adjacent ranges may be read in one request."""
 
     def close(self) -> None: ...
 
@@ -97,7 +97,7 @@ class OpenFile(RangeReader, Protocol):
 
 @runtime_checkable
 class OnDisk(Protocol):
-    """A reader of a file of this machine, which libraries that take nothing else can be given by its path."""
+    """A reader of a local file; its path can be passed to libraries that accept only paths."""
 
     path: Path
     name: str
@@ -105,89 +105,88 @@ class OnDisk(Protocol):
 
 
 class Writer(Protocol):
-    """A file that is being written, at any place and from several threads; every byte comes once.
+    """A file being written, at any offset and from several threads; every byte must be written once.
 
-    It has its name once ``complete`` returns, and not before; ``abort`` leaves nothing of it.
+    The file appears under its name when ``complete`` returns, not before; ``abort`` leaves nothing behind.
     """
 
     def write(self, offset: int, data: memoryview) -> None: ...
 
     def complete(self, *, create_only: bool = False) -> Entry:
-        """Give the file its name; raises OutputExistsError with ``create_only`` where that is taken."""
+        """Publish the file under its name; raises OutputExistsError if ``create_only`` and the name is taken."""
 
     def abort(self) -> None: ...
 
 
 class NameLookup(Protocol):
-    """What is asked of the names in a store; a listing of it answers the same without asking it again."""
+    """Queries about the names in a store; a listing answers them without further requests."""
 
     def kind(self, name: str) -> FileKind | None:
-        """What a name leads to, None for nothing. Raises UnreadableError where that cannot be told."""
+        """What a name refers to, None if nothing; links are followed. Raises UnreadableError."""
 
     def entry(self, name: str) -> Entry | None:
-        """The file that a name leads to as it is now, None where there is none. Raises UnreadableError."""
+        """The current entry of a file, None if there is none; links are followed. Raises UnreadableError."""
 
     def list(self, prefix: str, *, deep: bool = True) -> dict[str, Entry]:
-        """Every file of this name or below it; without ``deep`` only those right below. Raises UnreadableError."""
+        """Every file of this name or below it; without ``deep`` only direct children. Raises UnreadableError."""
 
     def children(self, folder: str) -> Mapping[str, FileKind | None]:
-        """What lies right below a folder, by its last part; None for a link that leads nowhere.
+        """The direct children of a folder by their last part; None for a dangling link.
 
-        Raises UnreadableError, also for what is no folder.
+        Raises UnreadableError, also for what is not a folder.
         """
 
 
 class Store(NameLookup, Protocol):
-    """A place where files lie. A value: equal for the same place, hashable and picklable."""
+    """A place that holds files. A value: equal for the same place, hashable and picklable."""
 
     @property
     def prefers_listing(self) -> bool:
-        """Whether one listing of all that is below a name costs less than asking twice."""
+        """Whether listing everything below a name costs less than two queries."""
 
     def open(self, name: str, expected: Entry | None = None, called: str | None = None) -> OpenFile:
-        """Open a file for reading. ``expected`` is what it was when it was first looked at, ``called`` its name in
-        messages.
+        """Open a file for reading.
 
-        Raises UnsafeFileError for what is no regular file, UnreadableError for what the store does not give, and
-        SourceChangedError for another file than was expected.
+        ``expected`` is its entry when it was first seen, ``called`` its name in messages. Raises UnsafeFileError if it
+        is not a regular file, UnreadableError if it cannot be opened, SourceChangedError if it is not as expected.
         """
 
     def put(self, name: str, data: bytes, *, create_only: bool = False, if_match: str | None = None) -> Entry:
-        """Write a small file, whole or not at all, and durably.
+        """Write a small file atomically and durably.
 
-        Raises OutputExistsError with ``create_only`` where the name is taken, or, with the etag ``if_match``, where
-        the file is another one by now; UnwritableError.
+        Raises OutputExistsError if ``create_only`` and the name is taken, or if the file's etag is no longer
+        ``if_match``; UnwritableError.
         """
 
     def create(self, name: str, size: int | None) -> Writer:
-        """A file of ``size`` bytes to be written in ranges, of as many as are written for None.
+        """Create a file of ``size`` bytes to be written in ranges; None if the size is not known yet.
 
         Raises UnwritableError.
         """
 
     def delete(self, names: Iterable[str]) -> None:
-        """Remove files; one that is not there is no error. Raises UnwritableError."""
+        """Remove files; a missing one is no error. Raises UnwritableError."""
 
     def label(self, name: str) -> str:
-        """How messages call a file."""
+        """The name of a file in messages."""
 
     def local(self, name: str) -> Path:
-        """The path of a file for libraries that know nothing else; raises UsageError where it has none."""
+        """The path of a file, for libraries that accept only paths; raises UsageError if it has none."""
 
     def real(self, name: str) -> str:
-        """The one name that a file has, whatever links lead to it."""
+        """The name with all links resolved."""
 
     def absolute(self, name: str) -> str:
-        """The name as it is said from anywhere."""
+        """The absolute name."""
 
     def link(self, name: str) -> str | None:
-        """Where a name leads that is a link, as it says so itself; None for what is none."""
+        """The target of a link, as stored in it; None if the name is not a link."""
 
     def guard(self, folder: str, name: str, said_by: str) -> None:
-        """See that a file whose name (below ``folder``) another file says lies there, and is a regular one.
+        """Check that a file below ``folder``, named by the file ``said_by``, is a regular file inside it.
 
-        Raises UnsafeFileError for a link that leaves the folder and for what is no regular file,
-        CheckpointNotFoundError where nothing is there.
+        Raises UnsafeFileError for a link that leaves the folder and for what is not a regular file,
+        CheckpointNotFoundError if it is missing.
         """
 
     def mode(self, name: str) -> int:
@@ -196,15 +195,15 @@ class Store(NameLookup, Protocol):
 
 def source_changed(path: object, what: str) -> SourceChangedError:
     return SourceChangedError(
-        f"{path}: the source changed while it was read: {what}; nothing was published: put it back as it was, or run "
-        "again once nobody changes it any more"
+        f"{path}: the source changed while it was read: {what}; nothing was published: restore it, or run again once "
+        "nothing changes it any more"
     )
 
 
 def read_range(reader: RangeReader, offset: int, nbytes: int) -> bytes:
-    """Return exactly ``nbytes`` bytes from ``offset`` on.
+    """Read exactly ``nbytes`` bytes from ``offset`` on.
 
-    Raises CorruptFileError, before anything is allocated, when the range does not lie within the file.
+    Raises CorruptFileError, before anything is allocated, if the range is not within the file.
     """
     if offset < 0 or nbytes < 0 or offset + nbytes > reader.size:
         raise CorruptFileError(
@@ -217,7 +216,7 @@ def read_range(reader: RangeReader, offset: int, nbytes: int) -> bytes:
 
 
 def read_blocks(reader: RangeReader, size: int = 1 << 20) -> Iterator[memoryview]:
-    """All of a file, ``size`` bytes at a time; each is good until the next one."""
+    """Read a whole file, ``size`` bytes at a time; each block is valid until the next one."""
     buffer = memoryview(bytearray(min(size, reader.size)))
     for offset in range(0, reader.size, size):
         block = buffer[: min(size, reader.size - offset)]
@@ -226,7 +225,7 @@ def read_blocks(reader: RangeReader, size: int = 1 << 20) -> Iterator[memoryview
 
 
 def require_regular_file(label: str, kind: FileKind | None, said_by: str) -> None:
-    """Raise for a file that another one names where it is not there, or no file."""
+    """Raise if a file that ``said_by`` names is missing or not a regular file."""
     if kind is None:
         raise CheckpointNotFoundError(f"{label}: is not there, though {said_by} needs it; download or copy it again")
     if kind is not FileKind.FILE:

@@ -1,4 +1,4 @@
-"""Writing on a file system: under another name, which is then exchanged for the right one (see ``staging``)."""
+"""Publishing on a file system: written under a temporary name, then renamed (see ``staging``)."""
 
 from __future__ import annotations
 
@@ -20,10 +20,7 @@ from ckpt_convert.storage.system import Advice, is_mount_point, writing
 
 
 def check_destination(destination: Place, source: Place, rules: Rules, *, overwrite: bool) -> None:
-    """Refuse a destination that is there already, that cannot be renamed, or where writing would touch the source.
-
-    Raises OutputExistsError.
-    """
+    """Refuse a destination that exists, cannot be renamed, or overlaps with the source; raises OutputExistsError."""
     path = destination.local
     if len(os.fsencode(partial_path(path.absolute()).name)) > 253:
         raise OutputExistsError(f"{destination}: the name is too long for the file system; choose a shorter one")
@@ -46,21 +43,22 @@ def check_destination(destination: Place, source: Place, rules: Rules, *, overwr
 def _refuse_overlap(destination: Place, target: Path, source: Place, origin: Path) -> None:
     if origin.name in (partial_path(target).name, replaced_path(target).name) and origin.parent == target.parent:
         raise OutputExistsError(
-            f"{source}: has the name that {destination} has while it is written; rename it, or choose another output"
+            f"{source}: has the temporary name of {destination} while it is written; rename it, or choose another "
+            "output"
         )
     beside = origin.is_file() and target == origin.parent
     if beside or target == origin or (origin.is_dir() and target.is_relative_to(origin)):
         raise OutputExistsError(
-            f"{destination}: lies inside the source {source}; the source is never written, choose another place"
+            f"{destination}: is inside the source {source}; the source is never written, choose another directory"
         )
     if origin.is_relative_to(target):
         raise OutputExistsError(
-            f"{destination}: holds the source {source}, which writing it would replace; choose another place"
+            f"{destination}: contains the source {source}, which writing it would replace; choose another directory"
         )
 
 
 def check_space(destination: Place, needed: int) -> None:
-    """Refuse to start what cannot end: raises NotEnoughSpaceError when fewer than ``needed`` bytes are free."""
+    """Raise NotEnoughSpaceError if fewer than ``needed`` bytes are free."""
     parent = existing_parent(destination.local)
     with writing(parent, "looked at"):
         free = shutil.disk_usage(parent).free
@@ -89,7 +87,7 @@ def stage(
     advice: Advice | None = None,
     alone: bool = False,
 ) -> Staging:
-    """``Workspace.stage``; the lock is that on the partial directory, which a killed writer gives up."""
+    """``Workspace.stage``; the lock is on the partial directory, and is released if the writer is killed."""
     return Staging(destination.local, rules, overwrite=overwrite, resume=resume, mode=mode, advice=advice)
 
 
@@ -115,7 +113,7 @@ def lock(place: Place, message: str) -> Lock:
 def identity(folder: Place) -> str:
     """``Workspace.identity``; raises OSError.
 
-    A path may mean another directory on another machine, which its number tells nearly always.
+    The inode number nearly always distinguishes directories of one path on different machines.
     """
     return f"{folder.local.resolve()}\0{folder.local.stat().st_ino}"
 
@@ -141,7 +139,7 @@ def withdraw(directory: Place, rules: Rules) -> None:
 
 
 def is_leftover(directory: Place) -> bool:
-    """Nothing is ever left under the name of a directory."""
+    """Never: an interrupted writer leaves nothing under the final name."""
     return False
 
 

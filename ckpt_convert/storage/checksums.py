@@ -1,8 +1,8 @@
-"""Checksums of bytes: which there are, and how those of neighboring ranges are combined.
+"""Checksums, and how those of adjacent ranges are combined.
 
-What several writers may write in ranges has a CRC: that of a whole follows from those of its parts, however it was cut.
-Weight files have CRC-64/XZ, which xz and 7-Zip keep, and Go's hash/crc64 calls ECMA; members of zip archives have the
-CRC-32 that these ask for. Files that one writer writes from front to back have XXH3.
+Bytes that several writers may write in ranges have a CRC, since that of a whole follows from those of its parts. Weight
+files have CRC-64/XZ, as xz and 7-Zip use (Go's hash/crc64 calls it ECMA); members of zip archives have CRC-32, as the
+format requires. Files with one sequential writer have XXH3.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _BLOCK = 1 << 20
 
 @dataclass(frozen=True, eq=False)
 class Crc:
-    """A cyclic redundancy check, bit-reflected, whose register starts as all ones and is inverted at the end.
+    """A bit-reflected CRC whose register starts as all ones and is inverted at the end.
 
-    ``polynomial`` is without its highest term, bit ``bits`` - 1 being the coefficient of x^0. ``of`` takes bytes and
-    the checksum of those before them (0 for none), and gives that of all; it lets other threads run meanwhile.
+    ``polynomial`` lacks its highest term; bit ``bits`` - 1 is the coefficient of x^0. ``of(data, before)`` returns the
+    checksum of data appended to bytes with the checksum ``before`` (0 for none), and releases the GIL.
     """
 
     name: str
@@ -38,16 +38,16 @@ class Crc:
     def combine(self, first: int, second: int, nbytes: int) -> int:
         """The checksum of A + B, given those of A and of B, and the length of B in bytes.
 
-        Appending n bytes multiplies the checksum of what stands before them by x^(8n), modulo the polynomial (as
-        zlib's crc32_combine does). Start and inversion, which are equal, cancel.
+        Appending n bytes multiplies the checksum of the bytes before them by x^(8n), modulo the polynomial (as zlib's
+        crc32_combine does). The initial value and the inversion, which are equal, cancel.
         """
         return self._multiply(first, self._shift(nbytes)) ^ second if first else second
 
     def hex(self, value: int) -> str:
-        """As a manifest says it."""
+        """The checksum as manifests write it."""
         return f"{value:0{self.bits // 4}x}"
 
-    @lru_cache(maxsize=1024)  # noqa: B019 - pieces of one length come in long rows, and there are two of these for good
+    @lru_cache(maxsize=1024)  # noqa: B019 - most pieces have one length, and there are only two instances
     def _shift(self, nbytes: int) -> int:
         """x^(8 · nbytes)."""
         factor, power = self._one, self._one >> 8
@@ -79,7 +79,7 @@ XXH3 = "xxh3_64"
 
 
 class Digest(Protocol):
-    """A checksum to which bytes are added in order, as those of hashlib."""
+    """A running checksum, as hashlib's."""
 
     def update(self, data: Any, /) -> None: ...
 
@@ -101,14 +101,14 @@ class _Running:
 
 
 def new(kind: str) -> Digest:
-    """A checksum of no bytes yet: "crc64_xz", "xxh3_64", or one of hashlib's; raises ValueError for any other."""
+    """A new running checksum: "crc64_xz", "xxh3_64", or one of hashlib's; raises ValueError for any other."""
     if kind == CRC64.name:
         return _Running(CRC64)
     return xxhash.xxh3_64() if kind == XXH3 else hashlib.new(kind, usedforsecurity=False)
 
 
 def digest(data: bytes | Iterable[bytes], kind: str = XXH3) -> str:
-    """The checksum of bytes, or of several runs of them one after another."""
+    """The checksum of bytes, or of several concatenated."""
     total = new(kind)
     for part in (data,) if isinstance(data, bytes) else data:
         total.update(part)
@@ -116,7 +116,7 @@ def digest(data: bytes | Iterable[bytes], kind: str = XXH3) -> str:
 
 
 def digest_file(place: Place) -> str:
-    """``digest`` of a file, in little memory; raises what ``Place.open`` does where it cannot be read."""
+    """``digest`` of a file, read in blocks; raises as ``Place.open`` does."""
     total = new(XXH3)
     with place.open() as file:
         for block in read_blocks(file):

@@ -1,7 +1,7 @@
-"""An open directory that files are written into by name: no link is followed, and what was written is remembered.
+"""An open directory into which files are written: links are not followed, and all files written are recorded.
 
-Everything goes through the directory's descriptor, so that nothing lands elsewhere when its name is given to something
-else meanwhile; and what lies in it at the end can be held against what was written.
+Everything goes through the directory's descriptor, so that renaming the directory meanwhile cannot redirect a write;
+at the end, its content is compared with the record.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _FILE = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_C
 
 
 class _Identity(NamedTuple):
-    """Which file this is, and since when it is as it is."""
+    """Identifies a file and its content."""
 
     device: int
     inode: int
@@ -41,7 +41,7 @@ class _Identity(NamedTuple):
 
 @dataclass
 class _Ledger:
-    """What a folder and those below it share: the files that were written, and those that are kept back."""
+    """Shared by a folder and its subfolders: the files written, and those that are held back."""
 
     written: dict[str, _Identity | None] = field(default_factory=dict)
     kept_back: dict[str, tuple[bytes, int]] = field(default_factory=dict)
@@ -51,11 +51,11 @@ class _Ledger:
 
 @dataclass(frozen=True)
 class Folder:
-    """A directory, open as ``fd``, or a folder ``subfolder`` it.
+    """A directory, open as ``fd``, or the folder ``inside`` it.
 
-    ``mode`` are the permissions that files and folders may have at most; the umask takes from them. ``rank`` says of
-    a file's name how late it is written: 0 at once, the others by ``complete``, those of the highest rank at the very
-    end. ``advice`` is how errors go on.
+    mode: limits the permissions of files and folders, in addition to the umask.
+    rank: how late a file of this name is written: 0 at once, others in ``complete``, the highest rank last.
+    advice: ends the messages of errors.
     """
 
     fd: int
@@ -69,7 +69,7 @@ class Folder:
     @classmethod
     @contextlib.contextmanager
     def at(cls, path: Path) -> Iterator[Folder]:
-        """A directory that is there, while it is written into; raises OSError."""
+        """Open an existing directory to write into it; raises OSError."""
         fd = os.open(path, _DIRECTORY)
         try:
             yield cls(fd, path)
@@ -79,37 +79,37 @@ class Folder:
     @classmethod
     @contextlib.contextmanager
     def joined(cls, path: Path) -> Iterator[Folder]:
-        """A directory that another process writes, to write into the files that it has made; raises OSError."""
+        """Open a directory that another process writes, to write into the files that it created; raises OSError."""
         with cls.at(path) as folder:
             folder._ledger.continued = True
             yield folder
 
     @property
     def place(self) -> Place:
-        """Where what was written can be read."""
+        """Where the files written can be read."""
         return as_place(self.root / self.inside)
 
     def with_mode(self, mode: int) -> Folder:
-        """The same, for files that have these permissions at most."""
+        """The same folder, for files with at most these permissions."""
         return replace(self, mode=self.mode & mode)
 
     def comes_last(self, name: str) -> bool:
-        """Whether a file of this name is kept back until all others are there."""
+        """Whether a file of this name is held back until all others are written."""
         return self.rank(self._full(name)) > 0
 
     def subfolder(self, name: str) -> Folder:
-        """A folder of this one, made with its first file, that is written as if it were a directory of its own."""
+        """A subfolder, created with its first file and written as if it were a directory of its own."""
         return replace(self, inside=self._full(name))
 
     def file(self, name: str, size: int | None) -> StagedFile:
-        """Open a file for writing at any place, or for appending (None); folders in its name are made."""
+        """Open a file for writing at any offset, or for appending (None); folders in its name are created."""
         full = self._full(name)
         with self.writing(full, "made"):
             fd = self._open(full)
         return StagedFile(self, full, fd, size or 0)
 
     def write(self, name: str, data: bytes) -> None:
-        """Write a small file: at once and flushed, or in ``complete`` where its name says that it comes last."""
+        """Write a small file: at once and flushed, or in ``complete`` if ``comes_last``."""
         full = self._full(name)
         if self.comes_last(name):
             with self._ledger.lock:
@@ -118,7 +118,7 @@ class Folder:
             self._write(full, data)
 
     def complete(self) -> None:
-        """Write what was kept back, in the order of the ranks."""
+        """Write the files held back, in the order of their ranks."""
         with self._ledger.lock:
             waiting = sorted(self._ledger.kept_back.items(), key=lambda item: (self.rank(item[0]), item[0]))
             self._ledger.kept_back.clear()
@@ -126,25 +126,22 @@ class Folder:
             replace(self, mode=mode)._write(full, data)
 
     def kept_back(self, name: str) -> bytes | None:
-        """The content of a file that is still to be written."""
+        """The content of a file that is held back."""
         with self._ledger.lock:
             data, _ = self._ledger.kept_back.get(self._full(name), (None, 0))
         return data
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the files that were written."""
+        """Total bytes of the files written."""
         return sum(found.size for found in self._ledger.written.values() if found is not None)
 
     def contents(self) -> Iterator[tuple[str, os.stat_result]]:
-        """Every file and folder that is there, by name; a folder comes after what it holds, and links are not followed.
-
-        Raises OSError.
-        """
+        """Every file and folder by name, a folder after its content; links are not followed. Raises OSError."""
         yield from _walk(self.fd)
 
     def keep_only(self, names: Iterable[str], besides: str) -> None:
-        """Remove all but these files of an earlier attempt, which are continued, and one more; raises OSError."""
+        """Keep only these files of an earlier attempt, to be continued, and ``besides``; raises OSError."""
         kept = {*names, besides}
         self._ledger.continued = True
         for name, found in self.contents():
@@ -152,13 +149,13 @@ class Folder:
                 if name not in kept:
                     os.unlink(name, dir_fd=self.fd)
             else:
-                with contextlib.suppress(OSError):  # it holds files that are kept
+                with contextlib.suppress(OSError):  # it is not empty
                     os.rmdir(name, dir_fd=self.fd)
 
     def changes(self, besides: Iterable[str] = ()) -> list[str]:
-        """What is not as it was written: files that are gone, changed or replaced, and what nobody wrote.
+        """Differences from what was written: files gone, changed or replaced, and foreign files.
 
-        ``besides`` are names that may be there all the same. Raises OSError.
+        ``besides`` are foreign names to be ignored. Raises OSError.
         """
         there = dict(self.contents())
         written = self._ledger.written
@@ -173,7 +170,7 @@ class Folder:
         return out + [f"{name} was put there" for name in there if name not in {*written, *folders, *besides}]
 
     def is_written(self, name: str, found: os.stat_result) -> bool:
-        """Whether this is the very file that was written under that name, whatever has become of its content."""
+        """Whether this is the very file that was written under this name, even if its content has changed."""
         identity = self._ledger.written.get(name)
         return identity is not None and identity[:2] == (found.st_dev, found.st_ino)
 
@@ -189,14 +186,14 @@ class Folder:
         return writing(self.root / full, operation, self.advice)
 
     def note(self, full: str, fd: int | None) -> None:
-        """Remember a file: the one that is open, or, once it is closed, as it lies under its name then."""
+        """Record a file's identity from its open descriptor, or by its name once it is closed."""
         if fd is not None:
             found = os.fstat(fd)
-        else:  # some network file systems set size and time as a file is closed
+        else:  # some network file systems set size and time only when a file is closed
             try:
                 found = os.stat(full, dir_fd=self.fd, follow_symlinks=False)
             except FileNotFoundError:
-                return  # which ``changes`` will tell
+                return  # ``changes`` will report it
             if not self.is_written(full, found):
                 return
         with self._ledger.lock:
@@ -213,7 +210,7 @@ class Folder:
         return f"{self.inside}/{name}" if self.inside else name
 
     def _open(self, full: str) -> int:
-        """Open a file that is new, or one of an earlier attempt; whatever else has its name there is removed."""
+        """Open a new file, or one of an earlier attempt; anything else of its name is removed."""
         *folders, last = PurePosixPath(full).parts
         with contextlib.ExitStack() as stack:
             at = self.fd
@@ -235,7 +232,7 @@ class Folder:
                     os.fchmod(fd, mode & self.mode)
             except BaseException:
                 os.close(fd)
-                if flags & os.O_EXCL:  # a file that is not noted would be taken for somebody else's
+                if flags & os.O_EXCL:  # a file that is not recorded would count as foreign
                     with contextlib.suppress(OSError):
                         os.unlink(last, dir_fd=at)
                 raise
@@ -243,7 +240,7 @@ class Folder:
 
 
 class StagedFile:
-    """A file of known size, written at any place and from several threads."""
+    """A file of known size, written at any offset and from several threads."""
 
     def __init__(self, folder: Folder, name: str, fd: int, size: int) -> None:
         self.name = name
@@ -263,7 +260,7 @@ class StagedFile:
                 done += os.pwrite(self._fd, data[done:], offset + done)
 
     def append(self, data: memoryview) -> None:
-        """Write at the end, for a file that is written from front to back."""
+        """Write at the end, for a file that is written sequentially."""
         done = 0
         with self._folder.writing(self.name, "written"):
             while done < len(data):
@@ -274,7 +271,7 @@ class StagedFile:
             return pread_into(self._fd, buffer, offset)
 
     def start_writeback(self, offset: int, nbytes: int) -> None:
-        """Let the system begin to write these bytes to disk, so that the flush at the end has less to wait for."""
+        """Let the system start to write these bytes to disk, which shortens the flush at the end."""
         if hasattr(os, "posix_fadvise"):
             with contextlib.suppress(OSError):  # the flush is what counts
                 os.posix_fadvise(self._fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
@@ -284,14 +281,14 @@ class StagedFile:
             os.fsync(self._fd)
 
     def close(self) -> None:
-        """Close the file; once is enough. Raises UnwritableError, for some systems tell of failed writes only now."""
+        """Close the file; idempotent. Raises UnwritableError, as some systems report failed writes only now."""
         if self._fd >= 0:
             with self._folder.writing(self.name, "closed"):
                 self._close()
                 self._folder.note(self.name, None)
 
     def _close(self) -> None:
-        # Where closing fails the number may be another file's by now, so it is not closed again.
+        # Not closed again if closing fails: the descriptor may be reused by then.
         fd, self._fd = self._fd, -1
         os.close(fd)
 
@@ -305,8 +302,9 @@ class StagedFile:
 
 
 def remove_all(fd: int, rank: Callable[[str], int], but: str | None = None) -> None:
-    """Remove everything in an open directory, except the file ``but``: what is written last goes first, in folders
-    too, so that at no time the rest is taken for a model. Raises OSError.
+    """Remove everything in an open directory except the file ``but``; raises OSError.
+
+    Files that are written last are removed first, so that the rest never looks like a model.
     """
     contents = [(name, stat.S_ISDIR(found.st_mode)) for name, found in _walk(fd) if name != but]
     for name, is_folder in sorted(contents, key=lambda one: (one[1], 0 if one[1] else -rank(one[0]))):
@@ -314,7 +312,7 @@ def remove_all(fd: int, rank: Callable[[str], int], but: str | None = None) -> N
 
 
 def is_regular_file(found: os.stat_result) -> bool:
-    """Whether this is a regular file with no other name, so that nothing else changes with it."""
+    """Whether this is a regular file without other hard links, which writing it would change, too."""
     return stat.S_ISREG(found.st_mode) and found.st_nlink == 1
 
 
@@ -328,7 +326,7 @@ def _opened(name: str, within: int) -> Iterator[int]:
 
 
 def lstat(name: str, within: int) -> os.stat_result | None:
-    """What lies under a name in an open directory, None for nothing; a link is not followed. Raises OSError."""
+    """The status of a name in an open directory, None if missing; links are not followed. Raises OSError."""
     try:
         return os.stat(name, dir_fd=within, follow_symlinks=False)
     except FileNotFoundError:
@@ -336,7 +334,7 @@ def lstat(name: str, within: int) -> os.stat_result | None:
 
 
 def remove_entry(name: str, found: os.stat_result, within: int) -> None:
-    """Remove what ``lstat`` has found under a name in an open directory; raises OSError."""
+    """Remove a file or a tree in an open directory, given its ``lstat``; raises OSError."""
     if stat.S_ISDIR(found.st_mode):
         shutil.rmtree(name, dir_fd=within)
     else:

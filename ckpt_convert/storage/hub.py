@@ -1,4 +1,4 @@
-"""Sources that are no local path: repositories of the Hugging Face Hub, through its local cache."""
+"""Sources on the Hugging Face Hub, read through its local cache."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _REPO = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def find_existing(source: Location) -> Place | None:
-    """The place of a source that is there, listed; None where there is none; raises UsageError as ``locate`` does."""
+    """The place of a source, with a listing; None if it does not exist. Raises UsageError as ``checked_place`` does."""
     if isinstance(source, str) and source.startswith(PREFIX):
         return None
     place = places.checked_place(source).with_listing()
@@ -23,7 +23,7 @@ def find_existing(source: Location) -> Place | None:
 
 
 def repo_id(source: Location) -> str:
-    """The repository (``org/name``) that a source which is not there names; raises CheckpointNotFoundError for none."""
+    """The Hub repository (``org/name``) that a source names; raises CheckpointNotFoundError if it cannot be one."""
     text = str(source)
     repo = text.removeprefix(PREFIX)
     if not _REPO.fullmatch(repo) or not isinstance(source, str):
@@ -34,9 +34,9 @@ def repo_id(source: Location) -> str:
 
 
 def resolve_snapshot(path: Place) -> Place:
-    """The snapshot in a model's folder of the Hub's cache (``models--org--name``); any other path as it is.
+    """The snapshot in a model's folder of the Hub's cache (``models--org--name``); any other path unchanged.
 
-    It is the one that ``main`` is, or the only one; raises CheckpointNotFoundError where that leaves a choice.
+    It is that of the ref ``main``, or the only one; raises CheckpointNotFoundError if that is ambiguous.
     """
     folder = path / "snapshots"
     if not path.name.startswith("models--") or not folder.is_folder():
@@ -50,12 +50,12 @@ def resolve_snapshot(path: Place) -> Place:
         return there[0]
     found = ", ".join(map(str, there[:4])) or "none"
     raise CheckpointNotFoundError(
-        f"{path}: is a folder of the Hub's cache, and does not say which snapshot is meant; give one of them ({found})"
+        f"{path}: is a folder of the Hub's cache and does not say which snapshot is meant; give one of them ({found})"
     )
 
 
 def cached_snapshot(repo: str, revision: str | None) -> Place | None:
-    """What the cache has of a repository, which may be a few of its files; None where it has nothing."""
+    """The cached snapshot of a repository, which may be incomplete; None if nothing is cached."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -66,19 +66,19 @@ def cached_snapshot(repo: str, revision: str | None) -> Place | None:
 
 
 def download_snapshot(repo: str, revision: str | None, unwanted: Callable[[Sequence[str]], Sequence[str]]) -> Place:
-    """A repository's files, but for what ``unwanted`` gives patterns of, told the names that there are.
+    """Download a repository's files, except those that match the patterns which ``unwanted`` returns for their names.
 
-    Raises CheckpointNotFoundError where they cannot be had.
+    Raises CheckpointNotFoundError if they cannot be downloaded.
     """
     from huggingface_hub import HfApi, snapshot_download
 
     try:
-        # Unlike list_repo_files, this asks once: a mistyped path is to be told at once, not after half a minute.
+        # Unlike list_repo_files, this does not retry: a mistyped path fails at once, not after half a minute.
         names = [file.rfilename for file in HfApi().model_info(repo, revision=revision, timeout=30).siblings or []]
         return as_place(Path(snapshot_download(repo, revision=revision, ignore_patterns=list(unwanted(names)))))
-    except Exception as error:  # whatever the network and the Hub come up with
+    except Exception as error:  # whatever the network and the Hub raise
         raise CheckpointNotFoundError(
-            f"{repo}: no such path, and the Hub does not give it: {_first_line(error)}; "
+            f"{repo}: no such path, and it cannot be downloaded from the Hub: {_first_line(error)}; "
             "check the name, your connection, and (for gated models) `hf auth login`"
         ) from error
 

@@ -1,9 +1,9 @@
-"""Writing a directory of a store that renames nothing: files under their own names, what completes them last.
+"""Publishing in a store without rename: files get their final names, those that complete the directory last.
 
-A journal comes first into the directory and goes last. As long as it is there nobody takes the directory for complete,
-and it says which names are the writer's: what an attempt leaves is told from what somebody else put there. Everything
-is created where nothing has its name, or replaced only where it is what was read before. Removing goes the other way:
-the journal first, then what makes the directory complete, then the rest, the journal again at the end.
+A journal is written first and removed last. While it exists, the directory counts as incomplete, and the journal lists
+the writer's files, which distinguishes the remains of an attempt from foreign files. Files are created only where their
+name is free, or replaced only if their etag is the expected one. Removal writes the journal, then removes the files
+that make the directory complete, the rest, and at last the journal.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ from ckpt_convert.storage.workspace import Folder
 log = logging.getLogger("ckpt_convert")
 
 _KEPT = Advice(
-    "what is done is kept, free some space and run again with `resume=True`",
-    "what is done is kept; when that is mended, run again with `resume=True`",
+    "finished files are kept, free some space and run again with `resume=True`",
+    "finished files are kept; when that is fixed, run again with `resume=True`",
 )
 
 
 class OrderedStage:
-    """One destination in such a store, locked; a context manager that leaves what is done when left early.
+    """A locked destination in such a store; a context manager that keeps finished files on early exit.
 
-    ``resume`` keeps the weight files that an earlier attempt finished. Raises OutputExistsError where something else is
-    in the way, LockedError, and UnwritableError.
+    ``resume`` keeps the weight files that an earlier attempt finished. Raises OutputExistsError if something else is in
+    the way, LockedError, and UnwritableError.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class OrderedStage:
         advice: Advice | None = None,
         alone: bool = False,
     ) -> None:
-        """``alone`` says that a lock above keeps other writers away already."""
+        """``alone`` means that a lock of the caller already excludes other writers."""
         self.destination = destination.without_listing()
         self.resumed = False
         self.advice = advice or _KEPT
@@ -104,27 +104,24 @@ class OrderedStage:
 
     @property
     def place(self) -> Place:
-        """Where what was written can be read again, with what is kept back, before it is there."""
+        """Where the output can be read back, including the files that are held back."""
         return replace(self.destination, store=OverlayStore(self._directory, self.folder.ledger.kept))
 
     def expect(self, names: Iterable[str]) -> None:
-        """Names that will be written, so that they are announced with the first of them."""
+        """Announce names that will be written, together with the first of them."""
         self.folder.ledger.expected.update(names)
 
     def allocated(self) -> int:
-        """Bytes that are there already."""
+        """Bytes written by an earlier attempt."""
         return self.folder.nbytes
 
     def journal(self) -> list[str]:
-        """What an earlier attempt noted of files that are there still; nothing where this is the first."""
+        """The journal lines of an earlier attempt for files that still exist; empty for a first attempt."""
         journal = self._directory.journal
         return [journal.first, *(line for _, line in journal.whole.values())] if self.resumed else []
 
     def begin(self, first: str, keep: Collection[str] = ()) -> OrderedJournal:
-        """Open the journal, to note in it what is done; of an earlier attempt only the files ``keep`` stay.
-
-        Where none does, the journal begins anew with the line ``first``.
-        """
+        """Open the journal with the line ``first``; of an earlier attempt only the files ``keep`` are kept."""
         gone = self.folder.ledger.written.keys() - {*keep}
         with self.folder.advised():
             self._directory.remove(gone)
@@ -137,17 +134,17 @@ class OrderedStage:
     # The end
 
     def complete(self) -> None:
-        """Nothing: what comes last is kept back until ``commit``, and ``place`` shows it."""
+        """Nothing: the files that come last are held back until ``commit``, and ``place`` includes them."""
 
     def is_resumable_after(self, error: BaseException) -> bool:
-        """Whether what is done is worth keeping after this error: it is, where resuming may succeed."""
+        """Whether the finished files are worth keeping after this error, since resuming may succeed."""
         may_pass = isinstance(error, NotEnoughSpaceError | UnwritableError | UnreadableError)
         return may_pass and bool(self.folder.ledger.written)
 
     def commit(self) -> None:
-        """Write what comes last, once everything is there and is what was written; it is complete then.
+        """Check that all files are as written, then write those that complete the directory.
 
-        Raises VerificationError for what somebody else has changed, UnwritableError.
+        Raises VerificationError if something else changed the files, UnwritableError.
         """
         with self.folder.advised():
             self.folder.refuse_changes(self._directory.list())
@@ -156,11 +153,11 @@ class OrderedStage:
         self.release()
 
     def discard(self) -> None:
-        """Remove what was written, but for what somebody else has changed or put there; what stays is no checkpoint."""
+        """Remove what was written, except files that something else changed or created; the rest is no checkpoint."""
         try:
             there = self._directory.list()
             ours = {name for name in there if self.folder.is_written(name, there[name])}
-            if ours and JOURNAL not in there:  # which was the last act, that failed
+            if ours and JOURNAL not in there:  # removing the journal was the last step
                 self._directory.announce(ours, removing=True)
             self._directory.remove(ours)
             if JOURNAL in there or ours:
@@ -170,7 +167,7 @@ class OrderedStage:
         self.release()
 
     def release(self) -> None:
-        """Give up the lock, leaving what is done as it is."""
+        """Release the lock; files are left as they are."""
         if self._lock is not None:
             self._lock.close()
 
@@ -182,7 +179,7 @@ class OrderedStage:
     ) -> None:
         if error is not None and not isinstance(error, CkptConvertError) and self.folder.ledger.written:
             error.add_note(
-                f"{self.destination} holds what is done; `resume=True` continues it, a run without it starts anew"
+                f"{self.destination} keeps the finished files; `resume=True` continues, a run without it starts over"
             )
         self.release()
 
@@ -202,11 +199,11 @@ def _refuse_overlap(destination: Place, source: Place) -> None:
     target, origin = destination.path, source.path
     if target.is_relative_to(origin) or (source.is_regular_file() and target == origin.parent):
         raise OutputExistsError(
-            f"{destination}: lies inside the source {source}; the source is never written, choose another place"
+            f"{destination}: is inside the source {source}; the source is never written, choose another place"
         )
     if origin.is_relative_to(target):
         raise OutputExistsError(
-            f"{destination}: holds the source {source}, which writing it would replace; choose another place"
+            f"{destination}: contains the source {source}, which writing it would replace; choose another place"
         )
 
 
@@ -215,7 +212,7 @@ def _refuse_existing(destination: Place, there: Iterable[str], rules: Rules, *, 
 
 
 def check_space(destination: Place, needed: int) -> None:
-    """Nothing: such a store does not say how much room it has."""
+    """Nothing: such a store does not report free space."""
 
 
 def stage(
@@ -228,7 +225,7 @@ def stage(
     advice: Advice | None = None,
     alone: bool = False,
 ) -> OrderedStage:
-    """``Workspace.stage``; what is to be replaced is removed first, as there is nothing to exchange it with."""
+    """``Workspace.stage``; an old output is removed first, as such a store cannot exchange directories."""
     return OrderedStage(destination, rules, overwrite=overwrite, resume=resume, advice=advice, alone=alone)
 
 
@@ -241,7 +238,7 @@ def join(staged: Place) -> AbstractContextManager[Folder]:
 
 
 def make_folder(folder: Place) -> None:
-    """Nothing: a folder is no more than how names begin."""
+    """Nothing: a folder is only a prefix of names."""
 
 
 def lock(place: Place, message: str) -> StoreLock:
@@ -265,7 +262,7 @@ def replace_file(place: Place, data: bytes, etag: str | None = None) -> None:
 
 
 def remove(folder: Place, names: Iterable[str]) -> None:
-    """``Workspace.remove``; a request for each, as several are removed in no order."""
+    """``Workspace.remove``; one request for each, as a request for several removes them in no order."""
     for name in names:
         folder.store.delete([str((folder / name).path)])
 
@@ -278,7 +275,7 @@ def check_pointer(parent: Place, name: str) -> None:
 
 
 def point(parent: Place, name: str, target: str) -> None:
-    """``Workspace.point``: a small file, created or replaced as it was found."""
+    """``Workspace.point``: a small file, created, or replaced if it has not changed since."""
     check_pointer(parent, name)
     place = (parent / name).without_listing()
     found = place.store.entry(str(place.path))
@@ -287,9 +284,9 @@ def point(parent: Place, name: str, target: str) -> None:
 
 
 def withdraw(place: Place, rules: Rules) -> None:
-    """Remove the files that a directory lists; what makes it complete goes first. Raises UnwritableError.
+    """Remove the files that a directory's manifests list, first those that complete it. Raises UnwritableError.
 
-    What somebody else put beside them stays, and is told of. Raises CorruptFileError where what lists them is damaged.
+    Foreign files are kept, with a warning. Raises CorruptFileError if the manifest is damaged.
     """
     directory = JournaledDirectory(place, rules)
     there = directory.list()
@@ -317,9 +314,9 @@ def _finish(directory: JournaledDirectory, there: Collection[str]) -> None:
 
 
 def tidy(parent: Place, rules: Rules) -> None:
-    """Clear away what interrupted writers left below a place, and complete what lacked nothing but that it was said.
+    """Clean up after interrupted writers below a place; a directory that only lacked the last step is completed.
 
-    What a lock lies beside is left, and told of. Logs a line for each, and a warning for what cannot be removed.
+    Directories with a lock are left, with a warning. Logs a line for each, and a warning for what cannot be removed.
     """
     listed = parent.without_listing().listed()
     if not listed.is_folder():

@@ -1,4 +1,4 @@
-"""A directory of a store without rename, and its journal: that it is unfinished, and what may be removed of it."""
+"""A directory of a store without rename, with a journal that marks it as unfinished and lists what may be removed."""
 
 from __future__ import annotations
 
@@ -15,13 +15,17 @@ from ckpt_convert.storage.place import Place
 from ckpt_convert.storage.rules import Rules
 
 _LONGEST = 1 << 28
-"""Bytes of a journal, which describes every weight file that is whole."""
+"""Size limit of a journal in bytes; it describes every complete weight file."""
 
 
 @dataclass
 class JournalContent:
-    """What the journal says: ``first``, which plan this is; the ``names`` that are the writer's; of the files that are
-    ``whole`` the etag and what was noted. ``removing`` is whether the directory is being removed.
+    """The content of a journal.
+
+    first: identifies the plan.
+    names: the files that belong to the writer.
+    whole: the etag and the noted line of each complete file.
+    removing: whether the directory is being removed.
     """
 
     first: str = ""
@@ -35,19 +39,19 @@ class JournalContent:
 
     @classmethod
     def read(cls, place: Place) -> JournalContent:
-        """Raises CorruptFileError for a journal that nobody here wrote, so that nothing says what may be removed."""
+        """Raises CorruptFileError for a journal that is not ours: it cannot say what may be removed."""
         try:
             said = json.loads(place.read(_LONGEST))
             whole = {str(name): (str(etag), str(line)) for name, (etag, line) in said["whole"].items()}
             return cls(str(said["first"]), {str(name) for name in said["names"]}, whole, bool(said["removing"]))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise CorruptFileError(
-                f"{place}: is no journal of an interrupted writer; look at what lies there"
+                f"{place}: is no journal of an interrupted writer; look at what is in the directory"
             ) from error
 
 
 class JournaledDirectory:
-    """A directory of a store with its journal, which is known to be what this process last wrote."""
+    """A directory of a store and its journal, as this process last wrote it."""
 
     def __init__(self, place: Place, rules: Rules) -> None:
         self.place = self.seen = place.without_listing()
@@ -61,19 +65,19 @@ class JournaledDirectory:
         return str(self.place.path / name)
 
     def list(self) -> dict[str, Entry]:
-        """What is there, by its name in the directory."""
+        """The files in the directory by their relative names."""
         self.seen = self.place.listed()
         if not (self.seen / JOURNAL).is_regular_file():
             self._etag = None
         return {place.relative_name(self.place): entry for place, entry in self.seen.entries().items()}
 
     def adopt(self, there: Mapping[str, Entry]) -> None:
-        """Take the journal that is there for this process's own."""
+        """Take over the existing journal."""
         self.journal = JournalContent.read(self.seen / JOURNAL)
         self._etag = there[JOURNAL].etag
 
     def announce(self, names: Collection[str], **changes: Any) -> None:
-        """Say that these names are this writer's, before anything is there."""
+        """Record that these names belong to this writer, before any of the files exists."""
         with self._lock:
             if names <= self.journal.names and not changes:  # type: ignore[operator]
                 return
@@ -89,7 +93,7 @@ class JournaledDirectory:
             self._etag = made.etag
 
     def remove(self, names: Iterable[str]) -> None:
-        """Remove files, first what makes loaders take the directory for a model."""
+        """Remove files, starting with those that make loaders accept the directory as a model."""
         ranks: dict[int, list[str]] = {}
         for name in sorted(names):
             ranks.setdefault(self.rules.rank(name), []).append(self.full_name(name))

@@ -1,4 +1,4 @@
-"""A part of a store, listed once: the value that stands for it from then on."""
+"""Listings: part of a store, listed once and then queried without further requests."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from ckpt_convert.errors import UnreadableError
 from ckpt_convert.storage.base import Entry, FileKind
 
 ROOT = "."
-"""The name of a store's uppermost folder, as ``PurePosixPath`` has it."""
+"""The name of a store's root folder, as ``PurePosixPath`` spells it."""
 
 
 def name_prefix(folder: str) -> str:
-    """How the names of what lies below a folder begin."""
+    """The common prefix of all names below a folder."""
     return "" if folder == ROOT else f"{folder.rstrip('/')}/"
 
 
 @dataclass(frozen=True, eq=False)
 class Listing:
-    """Every file of the name ``prefix`` or below it, with what it was; it answers what is asked of names there."""
+    """Every file of the name ``prefix`` or below it with its entry; answers the queries of ``NameLookup``."""
 
     prefix: str
     entries: Mapping[str, Entry]
 
     def covers(self, name: str) -> bool:
-        """Whether all that there is under this name is in the listing."""
+        """Whether everything below this name is in the listing."""
         return name == self.prefix or name.startswith(name_prefix(self.prefix))
 
     def kind(self, name: str) -> FileKind | None:
@@ -55,7 +55,7 @@ class Listing:
 
     @cached_property
     def _tree(self) -> dict[str, dict[str, FileKind | None]]:
-        """What lies right below each folder, by its last part."""
+        """The direct children of each folder, by their last part."""
         tree: dict[str, dict[str, FileKind | None]] = {}
         for name in self.entries:
             child, kind = PurePosixPath(name), FileKind.FILE
@@ -70,10 +70,10 @@ class Listing:
 
 @dataclass(frozen=True, eq=False)
 class FolderListing:
-    """What lies right below the folder ``prefix``: its kind by its last part, and by its name what a file was.
+    """The direct children of the folder ``prefix``: kinds by last part, and entries of its files by name.
 
-    It answers what is asked of names there, and of those below what is no folder; what its folders hold it does not
-    know.
+    Answers queries about these names and about names below a child that is not a folder; it does not know the content
+    of subfolders.
     """
 
     prefix: str
@@ -81,7 +81,7 @@ class FolderListing:
     entries: Mapping[str, Entry]
 
     def covers(self, name: str) -> bool:
-        """Whether it is known what this name leads to."""
+        """Whether it is known what this name refers to."""
         start = name_prefix(self.prefix)
         first, _, rest = name[len(start) :].partition("/")
         return name == self.prefix or (
@@ -95,15 +95,15 @@ class FolderListing:
         return self.entries.get(name)
 
     def list(self, prefix: str, *, deep: bool = True) -> dict[str, Entry]:
-        """Of the folder itself, not deep."""
+        """The files of the folder itself, not deep."""
         return dict(self.entries)
 
     def children(self, folder: str) -> Mapping[str, FileKind | None]:
-        """Of the folder itself."""
+        """The children of the folder itself."""
         return self.kinds
 
 
 def entries_under(prefix: str, entries: Mapping[str, Entry]) -> dict[str, Entry]:
-    """Those of the entries that have this name or lie below it."""
+    """The entries that have this name or are below it."""
     start = name_prefix(prefix)
     return {name: entry for name, entry in entries.items() if name == prefix or name.startswith(start)}

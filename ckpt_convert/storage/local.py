@@ -1,4 +1,4 @@
-"""The store that a local directory is: names are paths, and links are followed."""
+"""The store of local files: names are paths, and links are followed."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ckpt_convert.storage.reader import FileIdentity, LocalFile, reading, unread
 from ckpt_convert.storage.system import sync_directory, take_place, writing
 
 _NOTHING = {errno.ENOENT, errno.ENOTDIR, errno.EBADF, errno.ELOOP, errno.ENAMETOOLONG}
-"""What the system says of a path that leads nowhere, or cannot be."""
+"""Errors for a path that refers to nothing, or cannot exist."""
 
 
 @dataclass(frozen=True)
 class LocalStore:
-    """The files of this machine; a name is a path, absolute or from the working directory on."""
+    """The files of this machine; a name is a path, absolute or relative to the working directory."""
 
     @property
     def prefers_listing(self) -> bool:
@@ -73,7 +73,7 @@ class LocalStore:
         return LocalFile(Path(name), called, expected=expected)
 
     def put(self, name: str, data: bytes, *, create_only: bool = False, if_match: str | None = None) -> Entry:
-        """As ``Store.put``; that the file is the one that was expected is looked at right before it is replaced."""
+        """As ``Store.put``; ``if_match`` is checked right before the file is replaced, not atomically."""
         path = Path(name)
         writer = self.create(name, len(data))
         try:
@@ -116,7 +116,7 @@ class LocalStore:
                 raise
 
     def guard(self, folder: str, name: str, said_by: str) -> None:
-        """As ``Store.guard``; in a snapshot of the Hub's cache, links may lead into its ``blobs``, too."""
+        """As ``Store.guard``; in a snapshot of the Hub's cache, links may also lead into its ``blobs``."""
         path = Path(folder) / name
         kind = self.kind(str(path))
         if kind is None and self.link(str(path)) is not None:
@@ -127,8 +127,8 @@ class LocalStore:
         roots += [above.parent / "blobs" for above in roots[0].parents if above.name == "snapshots"]
         if not any(real.is_relative_to(root) for root in roots):
             raise UnsafeFileError(
-                f"{path}: is a link that leaves the directory, to {real}; copy the file in, or give the place "
-                "it lies in"
+                f"{path}: is a link that leaves the directory, to {real}; copy the file in, or give the directory "
+                "that it is in"
             )
 
     def mode(self, name: str) -> int:
@@ -153,7 +153,7 @@ def _joined(folder: str, name: str) -> str:
 
 
 class _Writer:
-    """A file that is written beside its name, and takes it when it is complete."""
+    """A file that is written under a temporary name, and renamed when it is complete."""
 
     def __init__(self, path: Path, size: int | None) -> None:
         self._path = path
@@ -184,7 +184,7 @@ class _Writer:
         return FileIdentity.of(found)
 
     def _link(self) -> None:
-        """Give the file its name only where nothing has it."""
+        """Publish the file only if its name is free."""
         os.fsync(self._fd)
         try:
             os.link(self._partial, self._path)

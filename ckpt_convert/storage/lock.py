@@ -1,7 +1,7 @@
-"""A lock that refuses a second writer, and that nobody but its taker holds.
+"""A lock that refuses a second writer, and that forked children do not inherit.
 
-The system ties ``flock`` to the open file, which a forked child shares: a child that outlives a killed taker, such as
-a data loading worker, would hold the lock on. So children close what they were given, first thing after the fork.
+``flock`` belongs to the open file, which a forked child shares: a child that outlives its killed parent, such as a
+data loader worker, would keep the lock. So children close inherited locks right after the fork.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from ckpt_convert.errors import LockedError
 
 try:
     import fcntl
-except ImportError:  # Windows has no flock; a second writer is then not noticed
+except ImportError:  # Windows has no flock: a second writer is not detected
     fcntl = None  # type: ignore[assignment]
 
 log = logging.getLogger("ckpt_convert")
 
 _HELD = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}
-"""What the system says when somebody else has the lock; anything else means that this file system has no locks."""
+"""Errors when another process has the lock; any other error means that the file system has no locks."""
 
 
 class Lock:
-    """An exclusive lock on an open file or directory, taken at once or not at all; a context manager.
+    """An exclusive, non-blocking lock on an open file or directory; a context manager.
 
-    Takes over the descriptor ``fd``. Raises LockedError with ``message`` where another process, or another ``Lock`` of
-    this one, holds it. Where the system or the file system has no such locks, a second writer is not noticed.
+    Owns the descriptor ``fd``. Raises LockedError with ``message`` if another process, or another ``Lock`` of this one,
+    holds it. Without locks in the system or the file system, a second writer is not detected.
     """
 
     def __init__(self, fd: int, message: str) -> None:
@@ -51,7 +51,7 @@ class Lock:
 
     @classmethod
     def file(cls, path: Path, message: str) -> Lock:
-        """Lock a file, which is made (empty) if it is not there and never removed; raises LockedError, OSError."""
+        """Lock a file, created empty if it is missing and never removed; raises LockedError, OSError."""
         while True:
             lock = cls._at(path, os.O_RDWR | os.O_CREAT, message)
             if lock.is_at(path):
@@ -60,40 +60,40 @@ class Lock:
 
     @classmethod
     def directory(cls, path: Path, message: str) -> Lock:
-        """Lock a directory that is there, and no link to one; raises LockedError, OSError.
+        """Lock an existing directory, not through a link; raises LockedError, OSError.
 
-        Its holder may have renamed or removed it between opening and locking; ``is_at`` tells.
+        Its previous holder may have renamed or removed it between opening and locking; see ``is_at``.
         """
         return cls._at(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0), message)
 
     @classmethod
     def _at(cls, path: Path, flags: int, message: str) -> Lock:
-        with _forking:  # keeps a fork away until the descriptor is known to be a lock's
+        with _forking:  # no fork until the descriptor is registered as a lock's
             flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
             return cls(os.open(path, flags, 0o666), message)
 
     @property
     def fd(self) -> int:
-        """The descriptor of what is locked."""
+        """The descriptor of the locked file or directory."""
         return self._fd
 
     @property
     def held(self) -> bool:
-        """Whether this process has the lock still: not after ``close``, nor in a forked child."""
+        """Whether this process still has the lock: not after ``close``, nor in a forked child."""
         return self._fd >= 0
 
     def is_at(self, path: Path) -> bool:
-        """Whether what is locked lies at ``path``, and not behind a link: it may have been renamed or removed."""
+        """Whether ``path`` is (still) the locked file or directory, not through a link."""
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             return os.path.samestat(os.fstat(self._fd), os.lstat(path))
         return False
 
     def close(self) -> None:
-        """Give up the lock; once is enough."""
+        """Release the lock; idempotent."""
         with _forking:
             fd, self._fd = self._fd, -1
             if fd >= 0:
-                with contextlib.suppress(OSError):  # nothing was written through it, so nothing can be lost
+                with contextlib.suppress(OSError):  # nothing was written through it
                     os.close(fd)
 
     def __del__(self) -> None:
@@ -110,7 +110,7 @@ class Lock:
 
 _open: weakref.WeakSet[Lock] = weakref.WeakSet()
 _forking = threading.RLock()
-"""Held over a fork, so that no other thread is half-way through opening or closing a lock then."""
+"""Held during a fork, so that no other thread is in the middle of opening or closing a lock."""
 
 
 def _close_in_child() -> None:

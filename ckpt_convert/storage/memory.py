@@ -1,4 +1,4 @@
-"""A store in memory: the model of an object store. It has no folders, no links, no rename; every look is a request."""
+"""A store in memory that behaves as an object store: no folders, no links, no rename; every query is a request."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class _Object(NamedTuple):
 
 
 class MemoryStore(ObjectStore):
-    """Files in memory under their names, the same for as long as this object is.
+    """Files in memory by name.
 
-    Every request takes ``latency`` seconds: they are added up in ``waited``, and with ``sleeping`` spent as well.
+    Every request takes ``latency`` seconds, which are added up in ``waited`` and, with ``sleeping``, really spent.
     ``requests`` counts them by kind: list, head, get, put, part, complete, delete.
     """
 
@@ -52,7 +52,7 @@ class MemoryStore(ObjectStore):
         return found.version if found is not None else None
 
     def open(self, name: str, expected: Entry | None = None, called: str | None = None) -> ObjectFile:
-        """As ``Store.open``; what was expected is only asked for with the first bytes."""
+        """As ``Store.open``; ``expected`` is compared with the first read, not here."""
         identity = expected or self.entry(name)
         if identity is None:
             raise UnsafeFileError(f"{self.label(name)}: is no regular file, or not there (any more)")
@@ -84,7 +84,7 @@ class MemoryStore(ObjectStore):
         return f"memory://{name}"
 
     def __getstate__(self) -> dict[str, Any]:
-        """What another process gets: a copy, which counts for itself."""
+        """Another process gets a copy, with its own counters."""
         return {name: value for name, value in vars(self).items() if name != "_lock"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -113,7 +113,7 @@ class MemoryStore(ObjectStore):
 
 
 class _Upload:
-    """A file on its way into memory; its bytes may come in any order, and have to come once."""
+    """An upload in progress; its ranges may be written in any order, each once."""
 
     def __init__(self, store: MemoryStore, name: str, size: int | None) -> None:
         self._store = store
@@ -126,12 +126,12 @@ class _Upload:
         if self._data is not None and self._grows:
             self._data.extend(bytes(max(0, offset + len(data) - len(self._data))))
         if self._data is None or offset + len(data) > len(self._data):
-            raise self._refusal("more than its size was written, or after its end")
+            raise self._refusal("more than its size was written, or past its end")
         self._data[offset : offset + len(data)] = data
 
     def complete(self, *, create_only: bool = False) -> Entry:
         if self._data is None:
-            raise self._refusal("it was completed or given up before")
+            raise self._refusal("it was completed or aborted before")
         self._store._request("complete")
         data, self._data = bytes(self._data), None
         return self._store._store(self._name, data, create_only=create_only)

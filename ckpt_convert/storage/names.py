@@ -1,6 +1,6 @@
-"""Names that come from files stay inside their directory, and paths that people give are of this machine.
+"""Checks of names: those in files must stay inside their directory, paths from users must be local.
 
-Also what the parts of an unfinished output are called.
+Also the names of the parts of an unfinished output.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Protocol, Self, TypeVar
 from ckpt_convert.errors import UnsafeFileError, UsageError
 
 MAX_NAME_BYTES = 255
-"""Bytes of a name that file systems take."""
+"""The longest name that file systems accept, in bytes."""
 
 _DRIVE = re.compile(r"[A-Za-z]:")
 
@@ -21,14 +21,14 @@ _ADDRESS = re.compile(
     r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://"
     r"|(?P<known>s3a?|gs|gcs|az|abfss?|adl|wasbs?|r2|oss|hdfs|dbfs|hf|https?|s?ftp|file|memory):/"
 )
-"""An address of something else than a file; ``Path`` makes one slash of two."""
+"""A URL, also after ``Path`` has collapsed its two slashes to one."""
 
 JOURNAL = ".ckpt-convert-journal"
-"""Lies in a directory as long as it is being written: which pieces are done, and their checksums."""
+"""A file in every directory that is being written: the finished pieces and their checksums."""
 
 
 PARTIAL, REPLACED, DELETED = ".partial", ".replaced", ".deleted"
-"""How the names of directories end, behind a dot in front, that are being written, replaced and removed."""
+"""Suffixes of the hidden directories in which an output is written, replaced and removed."""
 
 
 def check_name(name: str, said_by: str) -> str:
@@ -46,7 +46,7 @@ def check_name(name: str, said_by: str) -> str:
     if bad or any(ord(char) < 32 or ord(char) == 127 for char in name):
         raise UnsafeFileError(
             f"{said_by}: names the file {name!r}, which is no plain name inside the directory; "
-            "the checkpoint is damaged or hostile, do not use it"
+            "the checkpoint is damaged or malicious, do not use it"
         )
     if any(len(part.encode("utf-8", "surrogatepass")) > MAX_NAME_BYTES for part in path.parts):
         raise UnsafeFileError(
@@ -57,7 +57,7 @@ def check_name(name: str, said_by: str) -> str:
 
 
 def is_safe_name(name: str) -> bool:
-    """Whether every system reads a name as the same one inside the directory."""
+    """Whether a name refers to the same file inside its directory on every system."""
     try:
         check_name(name, "")
     except UnsafeFileError:
@@ -100,10 +100,10 @@ _Name = TypeVar("_Name", bound=_Named)
 
 
 def partial_path(destination: _Name) -> _Name:
-    """The directory beside ``destination`` that its output is written into."""
+    """The directory beside ``destination`` in which the output is written."""
     return destination.with_name(f".{destination.name}{PARTIAL}")
 
 
 def replaced_path(destination: _Name) -> _Name:
-    """The place beside ``destination`` that an old output is moved to while a new one takes its name."""
+    """The directory beside ``destination`` to which the old output is moved while the new one takes its name."""
     return destination.with_name(f".{destination.name}{REPLACED}")

@@ -1,4 +1,4 @@
-"""What stores have in common where every look is a request, and there are neither folders nor links."""
+"""What object stores have in common: every query is a request, and there are neither folders nor links."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from ckpt_convert.storage.base import Entry, FileKind, require_regular_file
 from ckpt_convert.storage.listing import Listing, name_prefix
 
 WINDOW = 1 << 18
-"""Bytes that a small read brings in one request: a header is read in several steps, and most have less than this."""
+"""Bytes fetched by a small read: a header is read in several steps, and most are smaller than this."""
 
 _WINDOWS = 4
-"""Windows that are kept: one for the start of a file, one for the end, where zip archives have their directory."""
+"""Windows that are cached, such as the start of a file and the end, where zip archives have their directory."""
 
 _GAP = 1 << 18
-"""Ranges that lie no further apart are read in one request: the bytes between them cost less than another one."""
+"""Ranges no further apart than this are read in one request: the bytes between cost less than another request."""
 
 
 class ObjectFile:
-    """A file of which each range is a request to ``fetch`` (offset, number of bytes)."""
+    """A file that is read with one request to ``fetch`` (offset, number of bytes) per range."""
 
     def __init__(self, name: str, identity: Entry, fetch: Callable[[int, int], bytes]) -> None:
         self.name = name
@@ -92,7 +92,7 @@ class ObjectFile:
 
 
 class ObjectStore(ABC):
-    """Answers what is asked of folders from names alone; a store adds the rest of ``Store``."""
+    """Answers queries about folders from names alone; a subclass adds the rest of ``Store``."""
 
     @property
     def prefers_listing(self) -> bool:

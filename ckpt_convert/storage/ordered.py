@@ -1,4 +1,4 @@
-"""What is written into a directory of a store that renames nothing: each file under its name, some of them last."""
+"""Files and folders as written by ``in_order``: each file under its final name, some of them last."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from ckpt_convert.storage.system import Advice
 from ckpt_convert.wording import indented_list
 
 PART = 8 << 20
-"""Bytes of a file that is appended to, in each request."""
+"""Bytes per request of a file that is appended to."""
 
 
 @dataclass
 class _Ledger:
-    """What a folder and those below it share: the files that are there, that are kept back, that are wanted, and those
-    of which it is not known whether they are there.
+    """Shared by a folder and its subfolders: files written, files held back, names announced, and files whose upload
+    was attempted without an answer.
     """
 
     written: dict[str, Entry] = field(default_factory=dict)
@@ -38,10 +38,7 @@ class _Ledger:
 
 @dataclass(frozen=True)
 class OrderedFolder:
-    """What is written into a directory of such a store, or into a folder ``inside`` it.
-
-    ``advice`` is how errors go on.
-    """
+    """A directory of such a store being written, or the folder ``inside`` it; ``advice`` ends messages of errors."""
 
     directory: JournaledDirectory
     advice: Advice
@@ -52,7 +49,7 @@ class OrderedFolder:
         return replace(self, inside=self._full(name))
 
     def with_mode(self, mode: int) -> OrderedFolder:
-        """The same: such a store has no permissions of single files."""
+        """The same folder: such a store has no permissions of single files."""
         return self
 
     @property
@@ -61,11 +58,11 @@ class OrderedFolder:
 
     @property
     def place(self) -> Place:
-        """Where what was written so far can be read."""
+        """Where the files written so far can be read."""
         return self.directory.place / self.inside if self.inside else self.directory.place
 
     def comes_last(self, name: str) -> bool:
-        """Whether a file of this name is kept back until all others are there."""
+        """Whether a file of this name is held back until all others are written."""
         return self.directory.rules.rank(self._full(name)) > 0
 
     def file(self, name: str, size: int | None) -> OrderedFile:
@@ -85,13 +82,13 @@ class OrderedFolder:
         return self.ledger.kept.get(self._full(name))
 
     def write_kept(self) -> None:
-        """Write what was kept back, in the order of the ranks."""
+        """Write the files held back, in the order of their ranks."""
         rank = self.directory.rules.rank
         for name in sorted(self.ledger.kept, key=lambda name: (rank(name), name)):
             self._write(name, self.ledger.kept[name])
 
     def refuse_changes(self, there: Mapping[str, Entry]) -> None:
-        """Raise VerificationError where what is there is not what was written."""
+        """Raise VerificationError if the directory's content is not what was written."""
         written = self.ledger.written
         changes = [f"{name} is gone" for name in written if name not in there]
         for name, entry in there.items():
@@ -109,12 +106,12 @@ class OrderedFolder:
         )
 
     def is_written(self, name: str, entry: Entry) -> bool:
-        """Whether this is the very file that was written under that name; or it may be, where no answer came."""
+        """Whether this is the very file that was written under this name, or may be, if the answer was lost."""
         known = self.ledger.written.get(name)
         return name in self.ledger.attempted if known is None else known.etag == entry.etag
 
     def finish(self, full: str, give: Callable[[], Entry]) -> None:
-        """Give a file its name, and remember it."""
+        """Publish a file under its name, and record it."""
         with self.ledger.lock:
             self.ledger.attempted.add(full)
         try:
@@ -134,7 +131,7 @@ class OrderedFolder:
 
     @contextlib.contextmanager
     def advised(self) -> Iterator[None]:
-        """Let what a store says of a failure go on with what is to be done."""
+        """Append the advice to a store's errors."""
         try:
             yield
         except NotEnoughSpaceError as error:
@@ -156,7 +153,7 @@ class OrderedFolder:
 
 
 class OrderedFile:
-    """A file that has its name once it is ``sync``ed; one that is closed before leaves nothing."""
+    """A file that appears under its name in ``sync``; closing it earlier leaves nothing."""
 
     def __init__(self, folder: OrderedFolder, name: str, writer: Writer) -> None:
         self.name = name
@@ -181,10 +178,10 @@ class OrderedFile:
         self._end += len(part)
 
     def readinto(self, offset: int, buffer: memoryview) -> int:
-        raise NotImplementedError  # what an earlier attempt has finished is known by its etag
+        raise NotImplementedError  # files that an earlier attempt finished are identified by their etag
 
     def start_writeback(self, offset: int, nbytes: int) -> None:
-        """Nothing: what is written is on its way."""
+        """Nothing: writes are uploaded right away."""
 
     def sync(self) -> None:
         if self._part:
@@ -212,10 +209,10 @@ class OrderedFile:
 
 
 class OrderedJournal:
-    """What is noted of what is done: whole files, for what is written of others is lost with the attempt."""
+    """Records complete files; what is written of others is lost with the attempt."""
 
     def __init__(self, folder: OrderedFolder | None) -> None:
-        """``folder`` is None where nothing is ever continued."""
+        """``folder`` is None if no attempt is ever resumed."""
         self._folder = folder
 
     def note(self, line: str) -> None:
@@ -230,7 +227,7 @@ class OrderedJournal:
 
 
 class OverlayStore(ObjectStore):
-    """A directory as it will be: with the files that are kept back."""
+    """A directory as it will be, including the files that are held back."""
 
     def __init__(self, directory: JournaledDirectory, kept: Mapping[str, bytes]) -> None:
         self._store = directory.store

@@ -1,6 +1,6 @@
-"""A place: a name in a store, and what can be asked of it.
+"""Places: a name in a store, with the queries that a path has.
 
-It is what everything above this package holds instead of a path.
+Everything above this package holds places instead of paths.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from ckpt_convert.storage.names import check_name, local_path
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A name in a store: a file, a folder, or nothing. A value, to be compared, hashed and pickled.
+    """A name in a store: a file, a folder, or nothing. A value: comparable, hashable and picklable.
 
-    ``path`` is the whole name. ``listing`` is what a part of the store held when it was listed; what is asked of names
-    in it is answered from there. As text it is what messages call it: of a local file, its path as it was given.
+    ``path`` is the full name. ``listing``, if present, answers queries about the names that it covers. ``str`` gives
+    the name for messages: for a local file the path as the user gave it.
     """
 
     store: Store
@@ -71,18 +71,18 @@ class Place:
         return self._at(self.path.with_name(name))
 
     def relative_name(self, folder: Place) -> str:
-        """The name from a folder on; raises ValueError for what does not lie below it."""
+        """The name relative to a folder; raises ValueError if it is not below it."""
         return self.path.relative_to(folder.path).as_posix()
 
     def is_inside(self, folder: Place) -> bool:
-        """Whether the name says that this lies in a folder, or in one of its own."""
+        """Whether this is below a folder, by name alone."""
         return self.store == folder.store and folder.path in self.path.parents
 
     def _at(self, path: PurePosixPath) -> Place:
         return Place(self.store, path, self.listing)
 
     def absolute(self) -> Place:
-        """The same place by a name that does not depend on where this process is."""
+        """The same place by its absolute name."""
         return self._at(PurePosixPath(self.store.absolute(str(self.path))))
 
     # What is there
@@ -93,50 +93,50 @@ class Place:
         return self.listing if listed and self.listing is not None else self.store
 
     def _contents(self, *, deep: bool = False) -> NameLookup:
-        """Who is asked for what is below."""
+        """What answers queries about the names below this one."""
         unknown = isinstance(self.listing, FolderListing) and (deep or self.listing.prefix != str(self.path))
         return self.store if unknown else self._names
 
     def kind(self) -> FileKind | None:
-        """What the name leads to, None for nothing; raises UnreadableError where that cannot be told."""
+        """What the name refers to, None if nothing; raises UnreadableError."""
         return self._names.kind(str(self.path))
 
     def is_regular_file(self) -> bool:
-        """Whether a regular file is there, be it by a link."""
+        """Whether this is a regular file, or a link to one."""
         return self.kind() is FileKind.FILE
 
     def is_folder(self) -> bool:
-        """Whether there is something below this name."""
+        """Whether this is a folder, or a link to one."""
         return self.kind() is FileKind.FOLDER
 
     def is_present(self) -> bool:
-        """Whether anything is there; what the store fails to say is no answer, but raises UnreadableError."""
+        """Whether the name refers to anything; raises UnreadableError if the store cannot tell."""
         return self.kind() is not None or self._names.entry(str(self.path)) is not None
 
     def children(self) -> list[Place]:
-        """What lies right below, in no order; raises UnreadableError, also for what is no folder."""
+        """The direct children, in no order; raises UnreadableError, also for what is not a folder."""
         return [self / name for name in self._contents().children(str(self.path))]
 
     def files(self) -> list[Place]:
-        """The regular files right below, in no order; raises as ``children`` does."""
+        """The regular files among the direct children, in no order; raises as ``children`` does."""
         return self._of(FileKind.FILE)
 
     def folders(self) -> list[Place]:
-        """The folders right below, in no order; raises as ``children`` does."""
+        """The folders among the direct children, in no order; raises as ``children`` does."""
         return self._of(FileKind.FOLDER)
 
     def _of(self, wanted: FileKind) -> list[Place]:
         return [self / name for name, kind in self._contents().children(str(self.path)).items() if kind is wanted]
 
     def entries(self, *, deep: bool = True) -> dict[Place, Entry]:
-        """Every file below and what it is; without ``deep`` those right below. Raises UnreadableError."""
+        """Every file below with its entry; without ``deep`` only direct children. Raises UnreadableError."""
         found = self._contents(deep=deep).list(str(self.path), deep=deep)
         return {self._at(PurePosixPath(name)): entry for name, entry in found.items()}
 
     def walk(self, enters: Callable[[str], bool]) -> Iterator[tuple[Place, list[Place], list[Place]]]:
-        """Each folder from this one on, with the folders and with all else right below it, in order of their names.
+        """Walk the tree as ``os.walk``: (folder, subfolders, everything else in it), in order of names.
 
-        Folders whose name ``enters`` does not accept are left out; links to folders are listed, and not entered.
+        Folders whose name ``enters`` rejects are left out; links to folders are listed but not entered.
         """
         kinds = self._contents().children(str(self.path))
         folders = [self / name for name in sorted(kinds) if kinds[name] is FileKind.FOLDER and enters(name)]
@@ -146,21 +146,21 @@ class Place:
                 yield from folder.walk(enters)
 
     def link(self) -> str | None:
-        """Where a link leads, as it says so itself; None for what is none."""
+        """The target of a link, as stored in it; None if this is not a link."""
         return self.store.link(str(self.path))
 
     def real(self) -> Place:
-        """The same place by its one name, whatever links lead to it."""
+        """The same place with all links resolved."""
         return self._at(PurePosixPath(self.store.real(str(self.path))))
 
     def resolve_member(self, name: str, said_by: str) -> Place:
-        """A file below this folder whose name another file (``said_by``) says: it stays in the folder.
+        """The file below this folder that the file ``said_by`` names, checked to be inside the folder.
 
-        Raises UnsafeFileError for a name or a link that leaves it and for what is no regular file,
-        CheckpointNotFoundError where nothing is there.
+        Raises UnsafeFileError for a name or a link that leaves the folder and for what is not a regular file,
+        CheckpointNotFoundError if it is missing.
         """
         found = self / check_name(name, said_by)
-        if found._names is self.store or not self.store.prefers_listing:  # a listing says nothing of where links lead
+        if found._names is self.store or not self.store.prefers_listing:  # a listing does not know the targets of links
             self.store.guard(str(self.path), name, said_by)
         else:
             require_regular_file(str(found), found.kind(), said_by)
@@ -170,32 +170,32 @@ class Place:
 
     @property
     def is_local(self) -> bool:
-        """Whether it is a path of this machine, be there something or not."""
+        """Whether this is a path of this machine, existing or not."""
         return self.store == LOCAL
 
     @property
     def local(self) -> Path:
-        """The path, for libraries that know nothing else; raises UsageError where the store is no local one."""
+        """The path, for libraries that accept only paths; raises UsageError if the store is not local."""
         return self.store.local(str(self.path))
 
     def identity(self) -> Entry:
-        """The file as it is; raises SourceChangedError where it is not there any more, UnreadableError."""
+        """The file's current entry; raises SourceChangedError if it is gone, UnreadableError."""
         found = self._names.entry(str(self.path))
         if found is None:
             raise source_changed(self, "it was removed")
         return found
 
     def open(self, called: str | None = None, *, expected: Entry | None = None) -> OpenFile:
-        """Open the file for reading; ``called`` is its name in messages, ``expected`` what it was before.
+        """Open the file for reading; ``called`` is its name in messages, ``expected`` its earlier entry.
 
-        Raises UnsafeFileError for what is no regular file, UnreadableError, and SourceChangedError for another file.
+        Raises UnsafeFileError if it is not a regular file, UnreadableError, SourceChangedError if it has changed.
         """
         if expected is None and self._names is not self.store:
             expected = self._names.entry(str(self.path))
         return self.store.open(str(self.path), expected, called)
 
     def read(self, max_bytes: int, *, expected: Entry | None = None) -> bytes:
-        """A small file, whole; raises what ``open`` does, and UnsafeFileError for a file of more than ``max_bytes``."""
+        """Read a small file whole; raises as ``open`` does, and UnsafeFileError if it exceeds ``max_bytes``."""
         with self.open(expected=expected) as file:
             if file.size > max_bytes:
                 raise UnsafeFileError(
@@ -205,24 +205,24 @@ class Place:
             return read_range(file, 0, file.size)
 
     def read_member(self, name: str, said_by: str, most: int) -> bytes:
-        """A small file below this folder whose name another file says; raises what ``inside`` and ``read`` do."""
+        """Read a small file below this folder that another file names; raises as ``resolve_member`` and ``read`` do."""
         return self.resolve_member(name, said_by).read(most)
 
     def mode(self) -> int:
-        """The permissions that a copy may have: nobody may do with it what they could not do with the original."""
+        """The permissions of a copy: at most those of the original."""
         return self.store.mode(str(self.path))
 
     # Listed once
 
     def listed(self) -> Place:
-        """The same place with all that is below it listed, in one request; as it is where asking costs nothing."""
+        """The same place with a listing of everything below it, made in one request; unchanged for cheap stores."""
         if not self.store.prefers_listing or self.listing is not None:
             return self
         name = str(self.path)
         return replace(self, listing=Listing(name, self.store.list(name)))
 
     def with_listing(self) -> Place:
-        """The same place with what is there noted, once: all below it as ``listed``, or what lies right below.
+        """The same place with a listing: of everything below it where ``listed`` makes one, else of direct children.
 
         Raises UnreadableError.
         """
@@ -232,29 +232,29 @@ class Place:
         return replace(self, listing=FolderListing(name, self.store.children(name), self.store.list(name, deep=False)))
 
     def without_listing(self) -> Place:
-        """The same place without what was listed, so that it is asked for as it is now."""
+        """The same place without a listing, so that queries see the current state."""
         return replace(self, listing=None)
 
 
 Location = str | os.PathLike[str] | Place
-"""How somebody gives a place: a path, or a place in any store."""
+"""How a caller gives a place: a path, or a place in any store."""
 
 
 def checked_place(given: Location, what: str = "") -> Place:
-    """The place that somebody gives for ``what``, with ``~`` as the home directory of a local one.
+    """The place that a caller gives for ``what``, with ``~`` expanded.
 
-    Raises UsageError for the address of a store or a web server, and for a name that no file system takes.
+    Raises UsageError for the URL of a store or a web server, and for a name that is too long for any file system.
     """
     return given if isinstance(given, Place) else as_place(local_path(os.fspath(given), what))
 
 
 def as_place(path: Location) -> Place:
-    """A local path, or a place, as it is."""
+    """A path as a place of the local store; a place unchanged."""
     return path if isinstance(path, Place) else Place(LOCAL, PurePosixPath(path))
 
 
 def list_identities(folder: Place, *inner: str) -> dict[Place, Entry]:
-    """Every file right below a folder as it is now, and every file below some folders in it; links are followed."""
+    """The current entries of a folder's direct files and of all files below some folders in it; links are followed."""
     found = folder.entries(deep=False)
     for name in inner:
         found |= (folder / name).entries() if (folder / name).is_present() else {}
@@ -262,9 +262,9 @@ def list_identities(folder: Place, *inner: str) -> dict[Place, Entry]:
 
 
 def check_unchanged(files: Mapping[Place, Entry]) -> list[str]:
-    """Hold files against what they were: those that are the same, in size and time, but lie in another place.
+    """Compare files with their earlier entries; returns a notice for each that was replaced by an identical copy.
 
-    Raises SourceChangedError for one that was changed, replaced or removed.
+    Raises SourceChangedError for a file that was changed, replaced or removed.
     """
     moved = []
     for place, before, now in _now(files):
@@ -279,7 +279,7 @@ def check_unchanged(files: Mapping[Place, Entry]) -> list[str]:
 
 
 def _now(files: Mapping[Place, Entry]) -> Iterator[tuple[Place, Entry, Entry | None]]:
-    """Each file as it was and as it is, what was listed listed again, once."""
+    """Each file with its earlier and its current entry; a listing is made again once."""
     again: dict[int, Listing] = {}
     for place, before in files.items():
         known = place.listing
@@ -292,9 +292,9 @@ def _now(files: Mapping[Place, Entry]) -> Iterator[tuple[Place, Entry, Entry | N
 
 
 class FilePool:
-    """Files that are opened when they are read, and kept open, though only so many: there may be thousands of them.
+    """Opens files on demand and keeps a limited number open, for there may be thousands.
 
-    Each is what it was when it was first identified, or reading it raises SourceChangedError.
+    A file that has changed since it was first identified raises SourceChangedError when it is read.
     """
 
     def __init__(self, max_open: int = 64) -> None:
@@ -303,12 +303,12 @@ class FilePool:
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[type[FilePool], tuple[int]]:
-        """Another process opens its own."""
+        """Another process gets an empty pool."""
         return FilePool, (self._most,)
 
     @contextmanager
     def open(self, place: Place, expected: Entry) -> Iterator[OpenFile]:
-        """One of the open files of this place, or a new one; nobody else has it meanwhile."""
+        """Borrow an open file of this place, opened if none is idle; no other thread uses it meanwhile."""
         with self._lock:
             index = next((index for index, (known, _) in enumerate(self._idle) if known == place), None)
             file = self._idle.pop(index)[1] if index is not None else None

@@ -13,24 +13,24 @@ from ckpt_convert.storage.place import Place, as_place
 from ckpt_convert.storage.system import UNSUPPORTED, replace_file, sync_directory
 
 SUFFIX = ".pointer"
-"""How the name of a pointer that is being made ends."""
+"""Suffix of a pointer that is being written."""
 
 _NO_LINKS = UNSUPPORTED | {errno.EPERM}
-"""What the system says where a file system has no links: Linux EPERM, others that there is no such call."""
+"""Errors of file systems without symbolic links: EPERM on Linux, unsupported call on others."""
 
 _LONGEST_POINTER = 1024
-"""Bytes; a text file with more says something else."""
+"""In bytes; a longer text file is no pointer."""
 
 
 def check_pointer(output_dir: Path, name: str) -> None:
-    """Refuse a pointer of this name where something else has it; raises OutputExistsError."""
+    """Raise OutputExistsError if something other than a pointer has this name."""
     path = output_dir / name
     if os.path.lexists(path) and read_pointer(as_place(path)) is None:
         raise in_the_way(as_place(path))
 
 
 def in_the_way(place: Place) -> OutputExistsError:
-    """The error for a name that something else than a pointer has."""
+    """The error for a name that something other than a pointer has."""
     return OutputExistsError(
         f"{place}: is in the way of the pointer to the newest checkpoint; move it elsewhere, or choose another "
         "latest_name (None for no pointer)"
@@ -38,7 +38,7 @@ def in_the_way(place: Place) -> OutputExistsError:
 
 
 def pointer_text(target: str) -> bytes:
-    """What a pointer says that is no link."""
+    """The content of a pointer that is a text file."""
     return f"{target}\n".encode()
 
 
@@ -63,23 +63,23 @@ def point(output_dir: Path, name: str, target: str) -> None:
 
 
 def pointer_target(parent: Place, name: str) -> Place | None:
-    """The directory that a pointer leads to; None where there is no pointer, or nothing that it leads to."""
+    """The directory that a pointer refers to; None if there is no pointer or no such directory."""
     target = read_pointer(parent / name)
     return parent / target if target is not None and (parent / target).is_folder() else None
 
 
 def follow_pointer(place: Place) -> Place:
-    """The directory beside a text file that is a pointer to it; any other place as it is: links, the system follows.
+    """The directory that a pointer as a text file refers to; any other place unchanged (the system follows links).
 
     Raises UnreadableError.
     """
     found = pointer_target(place.parent, place.name) if place.is_regular_file() and place.link() is None else None
-    # Where links can be made, the pointer is one: a text never leads through another, out of its directory.
+    # A text pointer must not lead through a link, out of its directory: where there are links, the pointer is one.
     return found if found is not None and found.link() is None else place
 
 
 def read_pointer(place: Place) -> str | None:
-    """What a pointer says, None if this is none of ours: ours hold the plain name of a directory beside them."""
+    """The target of a pointer; None if it is none of ours, which hold the plain name of a sibling directory."""
     with contextlib.suppress(CkptConvertError, ValueError):
         place = place.listed()
         said = place.link()

@@ -1,4 +1,4 @@
-"""Files of this machine, open for reading, and how what the system says of them is told."""
+"""Local files open for reading, and messages for the errors of the system."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ckpt_convert.errors import CorruptFileError, UnreadableError, UnsafeFileErr
 from ckpt_convert.storage.base import Entry, source_changed
 
 DEFAULT_WORKERS = max(2, min(4, os.cpu_count() or 2))
-"""Workers by default: two keep a disk busy; more than four only help where many cores feed a very fast one."""
+"""Two workers keep a disk busy; more than four only help where many cores feed a very fast one."""
 
 
 class FileIdentity(NamedTuple):
-    """Which file this is, and since when it is as it is: a file that was changed or replaced has another one.
+    """Identifies a file and its content: a file that was changed or replaced has another identity.
 
-    Permissions and access times are no part of it.
+    Permissions and access times are not part of it.
     """
 
     device: int
@@ -40,7 +40,7 @@ class FileIdentity(NamedTuple):
         return f"{self.size:x}-{self.mtime_ns:x}"
 
     def change(self, now: Entry, /) -> str | None:
-        """What has changed since in the content, in words; None where size and time are what they were."""
+        """A description of what has changed in the content since; None if size and time are the same."""
         if now.size != self.size:
             return f"it had {self.size:,} bytes and has {now.size:,} now"
         if isinstance(now, FileIdentity) and now.mtime_ns != self.mtime_ns:
@@ -56,7 +56,7 @@ def _time(mtime_ns: int) -> str:
 
 @contextlib.contextmanager
 def reading(path: object = None, operation: str = "read") -> Iterator[None]:
-    """Turn what the system says of a file that is read into UnreadableError, naming the file and what was tried."""
+    """Turn OSError into UnreadableError, which names the file and the operation that failed."""
     try:
         yield
     except OSError as error:
@@ -64,7 +64,7 @@ def reading(path: object = None, operation: str = "read") -> Iterator[None]:
 
 
 def unreadable_error(error: OSError, path: object = None, operation: str = "read") -> UnreadableError:
-    """The error for a file-system call that failed on ``path``, where the error does not name it itself."""
+    """The UnreadableError for a failed call; ``path`` is named if the error does not name a file itself."""
     if error.errno in (errno.EACCES, errno.EPERM):
         advice = "look at its permissions"
     elif error.errno in (errno.EMFILE, errno.ENFILE):
@@ -80,10 +80,10 @@ def unreadable_error(error: OSError, path: object = None, operation: str = "read
 
 
 class LocalFile:
-    """A local file, opened for reading ranges.
+    """A local file, open for reading ranges.
 
-    ``expected`` is what it was when it was first looked at. Raises UnsafeFileError for anything but a regular file (a
-    pipe would never end), UnreadableError where the system does not give it, SourceChangedError where it is another.
+    ``expected`` is its entry when it was first seen. Raises UnsafeFileError for anything but a regular file (a pipe
+    would never end), UnreadableError if it cannot be opened, SourceChangedError if it is not as expected.
     """
 
     def __init__(self, path: Path, name: str | None = None, *, expected: Entry | None = None) -> None:
@@ -108,7 +108,7 @@ class LocalFile:
             raise source_changed(path, what)
 
     def __reduce__(self) -> tuple[partial[LocalFile], tuple[()]]:
-        """Another process opens the file anew, where it has to be what it is here: a descriptor means nothing there."""
+        """Another process opens the file itself, since descriptors are not shared; it must still be the same file."""
         return partial(LocalFile, self.path, self.name, expected=self.identity), ()
 
     def readinto(self, offset: int, buffer: memoryview) -> None:
@@ -131,8 +131,8 @@ class LocalFile:
 
     def close(self) -> None:
         if self._fd >= 0:
-            fd, self._fd = self._fd, -1  # closed once, also where closing fails: the number may be another's by then
-            with contextlib.suppress(OSError):  # what was read was read
+            fd, self._fd = self._fd, -1  # closed once, even if closing fails: the number may be reused by then
+            with contextlib.suppress(OSError):  # nothing can be lost by reading
                 os.close(fd)
 
     def __del__(self) -> None:
@@ -150,7 +150,7 @@ class LocalFile:
 
 
 def pread_into(fd: int, buffer: memoryview, offset: int) -> int:
-    """Read what the system gives at once into the buffer; returns the number of bytes, 0 at the end of the file."""
+    """Read once into the buffer; returns the number of bytes, 0 at the end of the file."""
     if hasattr(os, "preadv"):
         return os.preadv(fd, [buffer], offset)
     data = os.pread(fd, len(buffer), offset)  # macOS before 11 has no preadv

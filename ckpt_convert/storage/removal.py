@@ -1,7 +1,7 @@
-"""Removing directories that were written here, and clearing away what interrupted writers left of others.
+"""Removing directories that we wrote, and cleaning up after interrupted writers.
 
-What is removed first gets a name under which nobody takes it for complete; what somebody else put beside its files
-stays, under the name that they know.
+A directory is renamed before its files are removed, so that it never looks complete; foreign files in it are kept,
+under the original name.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ log = logging.getLogger("ckpt_convert")
 
 
 def withdraw(path: Path, rules: Rules) -> None:
-    """Remove the files that a directory lists; it loses its name first. Raises as ``finish_removal`` does."""
+    """Remove the files that a directory's manifests list; it is renamed first. Raises as ``finish_removal`` does."""
     hidden = removal_name(path)
-    if hidden.is_dir():  # what an earlier attempt could not remove
+    if hidden.is_dir():  # left by an earlier attempt
         finish_removal(hidden, path, rules)
     os.rename(path, hidden)
     sync_directory(hidden.parent)
@@ -35,15 +35,15 @@ def withdraw(path: Path, rules: Rules) -> None:
 
 
 def removal_name(path: Path) -> Path:
-    """Where a directory goes to be removed: a name under which nobody takes it for complete, and ``tidy`` knows it."""
+    """The name of a directory while it is removed: no loader accepts it, and ``tidy`` recognizes it."""
     return partial_path(path.with_name(f"{path.name}{DELETED}"))
 
 
 def finish_removal(hidden: Path, original: Path, rules: Rules) -> None:
-    """Remove the files of a directory that has lost its name, and give that back to what somebody put beside them.
+    """Remove the files of a renamed directory; if foreign files are left, it gets its original name back.
 
-    The files are those that its marks list, which go last, so that what an attempt leaves is listed still. Raises
-    OSError, UnreadableError, and CorruptFileError where the mark is damaged.
+    Removes the files that its manifests list, and the manifests last, so that an interrupted removal can be continued.
+    Raises OSError, UnreadableError, and CorruptFileError if the manifest is damaged.
     """
     journal = hidden / JOURNAL
     journal.touch()
@@ -56,7 +56,7 @@ def finish_removal(hidden: Path, original: Path, rules: Rules) -> None:
     for name in rules.manifests:
         if name in listed:
             (hidden / name).unlink(missing_ok=True)
-    _remove_files(hidden, frozenset(), rules)  # folders that are empty now
+    _remove_files(hidden, frozenset(), rules)  # empty folders
     kept = sorted(entry.name for entry in hidden.iterdir() if entry != journal)
     if not kept:
         journal.unlink()
@@ -73,7 +73,7 @@ def finish_removal(hidden: Path, original: Path, rules: Rules) -> None:
 
 
 def _remove_files(directory: Path, names: frozenset[str], rules: Rules) -> None:
-    """Remove these files, without following links on the way, and the folders that are empty then."""
+    """Remove these files without following links, then empty folders."""
     for folder, _, _ in os.walk(directory, topdown=False):
         here = Path(folder)
         for entry in sorted(here.iterdir(), key=lambda entry: rules.rank(entry.name), reverse=True):
@@ -84,7 +84,7 @@ def _remove_files(directory: Path, names: frozenset[str], rules: Rules) -> None:
 
 
 def leftovers(parent: Path) -> list[Path]:
-    """What looks like an interrupted writer's: ``.X.partial``, ``.X.replaced``, half-made pointers."""
+    """Paths that an interrupted writer may have left: ``.X.partial``, ``.X.replaced``, unfinished pointers."""
     with reading(parent, "listed"):
         if not parent.is_dir():
             return []
@@ -99,11 +99,11 @@ def _is_leftover(name: str, is_directory: bool) -> bool:
 
 
 def tidy(parent: Path, rules: Rules) -> None:
-    """Clear away what interrupted writers left, and put back what one of them had moved aside.
+    """Clean up after interrupted writers, and restore an output that one of them had moved aside.
 
-    Removes unfinished directories that are known to be a writer's, by their journal or their mark, or empty, and that
-    nobody is writing; half-made pointers, and marks that were to replace others. Logs a line for each, and a warning
-    for what cannot be removed. Touches nothing else.
+    Removes unfinished directories that are unlocked and either empty or ours by their journal or manifest, unfinished
+    pointers, and manifests that were to replace others. Logs a line for each, and a warning for what cannot be removed.
+    Touches nothing else.
     """
     for path in leftovers(parent):
         try:

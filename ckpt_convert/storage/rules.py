@@ -1,4 +1,4 @@
-"""What has to be known of the directories that are written and removed; storage itself knows no format."""
+"""What storage must know about the directories that it writes and removes; it knows no format itself."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class Rules:
 
 
 def refuse_existing(destination: Place, there: Collection[str], rules: Rules, *, overwrite: bool) -> None:
-    """Raise OutputExistsError for a directory that is not to be replaced, or that holds what is not to be lost.
+    """Raise OutputExistsError for a directory that may not be replaced, or that holds foreign files.
 
-    ``there`` are the names right below it.
+    ``there`` are the names of its direct children.
     """
     if there and not overwrite:
         raise OutputExistsError(

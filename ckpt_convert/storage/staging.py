@@ -1,8 +1,8 @@
 """Writing a directory that appears under its name complete or not at all.
 
-Everything is written into ``.NAME.partial`` beside the destination, flushed to disk, held against what was written, and
-renamed. The partial directory is locked while it is written, so a second writer of the same destination is refused; and
-a journal in it marks it as ours.
+Everything is written into ``.NAME.partial`` beside the destination, flushed to disk, compared with the record of what
+was written, and renamed. The partial directory is locked while it is written, so that a second writer of the same
+destination is refused; a journal in it marks it as ours.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ log = logging.getLogger("ckpt_convert")
 
 
 def refuse_replacing(destination: Path, rules: Rules, *, overwrite: bool) -> None:
-    """``refuse_existing`` for what has the name of a destination now."""
+    """``refuse_existing`` for the current content of a destination."""
     with writing(destination, "looked at"):
         refuse_existing(as_place(destination), os.listdir(destination), rules, overwrite=overwrite)
 
 
 class Journal:
-    """What is noted, line by line, of what is done."""
+    """A text file with one line for each finished piece."""
 
     def __init__(self, file: TextIO, path: Path, advice: Advice) -> None:
         self._file = file
@@ -55,7 +55,7 @@ class Journal:
             self._file.write(f"{line}\n")
 
     def note_file(self, name: str, line: str) -> None:
-        """Nothing: what is done of a file was noted piece by piece."""
+        """Nothing: files are recorded piece by piece."""
 
     def close(self) -> None:
         with writing(self._path, "closed", self._advice):
@@ -63,11 +63,10 @@ class Journal:
 
 
 class Staging:
-    """The partial directory of one destination, locked; a context manager that leaves it when left early.
+    """The locked partial directory of a destination; a context manager that keeps its files on early exit.
 
-    ``resume`` keeps what an earlier attempt left there, otherwise that is removed first. ``mode`` are the permissions
-    that what is written may have at most. Raises OutputExistsError where something else is in the way, LockedError, and
-    what ``writing`` raises.
+    ``resume`` keeps the files of an earlier attempt, which are removed otherwise. ``mode`` limits the permissions of
+    the output. Raises OutputExistsError if something else is in the way, LockedError, and as ``writing`` does.
     """
 
     def __init__(
@@ -80,17 +79,17 @@ class Staging:
         mode: int = 0o777,
         advice: Advice | None = None,
     ) -> None:
-        # Of a link to a directory, the directory is replaced and the link stays.
+        # If the destination is a link to a directory, the directory is replaced and the link is kept.
         self.destination = destination.resolve() if destination.is_dir() else destination.absolute()
         self.rules = rules or Rules()
         self.overwrite = overwrite
         self.path = partial_path(self.destination)
         self._aside = replaced_path(self.destination)
         self._old: Lock | None = None
-        what = f"what is done lies in {self.path.name}"
+        what = f"finished files are kept in {self.path.name}"
         self.advice = advice or Advice(
             f"{what}, free some space and run again with `resume=True`",
-            f"{what}; when that is mended, run again with `resume=True`",
+            f"{what}; when that is fixed, run again with `resume=True`",
         )
         with self._writing(self.destination.parent, "made"):
             self.destination.parent.mkdir(parents=True, exist_ok=True)
@@ -110,10 +109,10 @@ class Staging:
             raise
 
     def _start(self, resume: bool) -> bool:
-        """Mark the directory as ours, and empty it unless there is something to be resumed; whether there is."""
+        """Mark the directory as ours, and empty it unless an attempt is resumed; returns whether one is."""
         there = os.listdir(self._lock.fd)
         resumed = resume and bool(there) and (there != [JOURNAL] or bool(_journal(self._lock.fd)))
-        # The mark comes first and goes last, so that whatever is left here is known as ours.
+        # The journal is written first and removed last, so that whatever is left here is recognized as ours.
         if not resumed or JOURNAL not in there:
             _mark(self._lock.fd, "")
         if not resumed:
@@ -122,11 +121,11 @@ class Staging:
         return resumed
 
     def _put_back(self) -> None:
-        """Put back, or remove, the old output that an earlier run had moved aside when it was killed."""
+        """Restore, or remove, the old output that a killed run had moved aside."""
         aside = self._aside
         if not aside.is_dir() or aside.is_symlink():
             return
-        begun = os.path.lexists(aside / JOURNAL)  # its removal, so what replaced it was complete
+        begun = os.path.lexists(aside / JOURNAL)  # its removal had begun, so its replacement was complete
         ours = self.rules.is_ours(as_place(aside))
         with self._writing(aside, "put back"):
             if begun or (ours and os.path.lexists(self.destination) and not self.rules.foreign(as_place(aside))):
@@ -136,7 +135,7 @@ class Staging:
                 os.rename(aside, self.destination)
 
     def _acquire(self, mode: int) -> tuple[Lock, bool]:
-        """The lock on the partial directory, and whether that was made for it."""
+        """Lock the partial directory; also returns whether it was created for that."""
         made = False
         while True:
             with self._writing(self.path, "made"), contextlib.suppress(FileExistsError):
@@ -155,7 +154,7 @@ class Staging:
                     if error.errno not in _NO_DIRECTORY:
                         raise
                     raise self._in_the_way("is no directory") from error
-            # Between opening and locking, the holder before us may have renamed or removed the directory.
+            # The previous holder may have renamed or removed the directory before we got the lock.
             if not lock.is_at(self.path):
                 lock.close()
                 continue
@@ -166,10 +165,10 @@ class Staging:
             return lock, made
 
     def _is_left(self) -> bool:
-        """Whether a partial directory without a mark is one that an earlier run has left: ours, or what it replaced.
+        """Whether a partial directory without a journal was left by an earlier run: its output, or what it replaced.
 
-        A run that is killed when old and new have changed places, and before the old one has its mark, leaves a
-        checkpoint here beside an output of ours. As with the output itself, `overwrite=True` lets it be removed.
+        A run that is killed after exchanging old and new, before the old one is marked, leaves a checkpoint here beside
+        an output of ours. As for the output itself, `overwrite=True` allows to remove it.
         """
         if self.rules.is_ours(self.place):
             return True
@@ -188,26 +187,26 @@ class Staging:
 
     @property
     def place(self) -> Place:
-        """The partial directory: what was written can be read from it."""
+        """The partial directory, from which the output can be read."""
         return as_place(self.path)
 
     def expect(self, names: Iterable[str]) -> None:
-        """Nothing: all that is in the partial directory is this writer's."""
+        """Nothing: everything in the partial directory belongs to this writer."""
 
     def allocated(self) -> int:
-        """Bytes that the partial directory takes on the disk already."""
+        """Bytes that the partial directory already takes on disk."""
         with self._writing(self.path, "looked at"):
             return sum(found.st_blocks * 512 for _, found in self.folder.contents())
 
     def journal(self) -> list[str]:
-        """What an earlier attempt noted; nothing where this is the first."""
+        """The lines of an earlier attempt's journal; empty for a first attempt."""
         with self._writing(self.path / JOURNAL, "read"):
             return _journal(self._lock.fd).splitlines() if self.resumed else []
 
     def begin(self, first: str, keep: Iterable[str] = ()) -> Journal:
-        """Open the journal, to note in it what is done; of an earlier attempt only the files ``keep`` stay.
+        """Open the journal for appending; of an earlier attempt only the files ``keep`` are kept.
 
-        Where none does, the journal begins anew with the line ``first``.
+        If none is, the journal is rewritten with the line ``first``.
         """
         kept = [*keep]
         with self._writing(self.path / JOURNAL, "written"):
@@ -223,11 +222,11 @@ class Staging:
     # The end
 
     def complete(self) -> None:
-        """Write the files that come last; all is there then, to be read again, but under no name yet."""
+        """Write the files that come last; the output can then be read back, but is not published yet."""
         self.folder.complete()
 
     def is_resumable_after(self, error: BaseException) -> bool:
-        """Whether the partial directory is worth keeping after this error: it is, where resuming may succeed."""
+        """Whether the partial directory is worth keeping after this error, since resuming may succeed."""
         may_pass = isinstance(error, NotEnoughSpaceError | UnwritableError | UnreadableError)
         return may_pass and self._holds_work()
 
@@ -237,10 +236,10 @@ class Staging:
         return False
 
     def commit(self) -> None:
-        """Give the directory its name, once everything is flushed and is what was written; what was there is replaced.
+        """Flush and check everything, then rename the directory, replacing an old output.
 
-        Raises VerificationError for what somebody else has changed, OutputExistsError for what has the name meanwhile,
-        UnwritableError. That what was replaced cannot be removed is only warned of.
+        Raises VerificationError if something else changed the files, OutputExistsError if something else took the name,
+        UnwritableError. Failing to remove the old output is only a warning.
         """
         self.complete()
         with self._writing(self.path, "flushed to disk"):
@@ -275,7 +274,7 @@ class Staging:
             )
 
     def _publish(self) -> None:
-        """Rename the directory; what has its name is kept open, and moved out of the way."""
+        """Rename the directory; an old output is kept open, and moved out of the way."""
         if not self.destination.exists() or not os.listdir(self.destination):
             with self._writing(self.destination, "given its name"):
                 os.rename(self.path, self.destination)
@@ -283,7 +282,7 @@ class Staging:
             raise OutputExistsError(f"{self.destination}: appeared while it was being written; it was left alone")
         else:
             refuse_replacing(self.destination, self.rules, overwrite=True)
-            # Locked, what is replaced cannot become another writer's partial directory while it is removed.
+            # The lock keeps another writer from taking the old output for its partial directory during the removal.
             held = f"{self.destination}: another process has it; wait for it, and run again"
             with self._writing(self.destination, "replaced"):
                 self._old = Lock.directory(self.destination, held)
@@ -291,7 +290,7 @@ class Staging:
         self._refuse_exchanged()
 
     def _replace(self, old: Lock) -> None:
-        """Let old and new change places, in one act where the system can."""
+        """Exchange old and new, atomically if the system supports it."""
         try:
             if exchange(self.path, self.destination):
                 return
@@ -302,14 +301,14 @@ class Staging:
             os.rename(self.destination, self._aside)
             os.rename(self.path, self.destination)
         except BaseException:
-            # What stands under the name now decides, for an interruption says nothing of what was done before it.
+            # An interruption does not tell what was done before it, so look at the disk.
             if old.is_at(self._aside) and not os.path.lexists(self.destination):
                 os.rename(self._aside, self.destination)
             raise
 
     @property
     def _old_place(self) -> Path | None:
-        """Where what was replaced is now; None where nothing was, or is any more."""
+        """Where the replaced output is now; None if there is none (any more)."""
         if self._old is None or not self._old.held:
             return None
         return next((place for place in (self.path, self._aside) if self._old.is_at(place)), None)
@@ -322,7 +321,7 @@ class Staging:
             )
 
     def _remove_old(self) -> None:
-        """Remove what was replaced; failing is a warning, for the output is complete."""
+        """Remove the replaced output; a failure is a warning, as the new output is complete."""
         place, old = self._old_place, self._old
         if place is None or old is None:
             return
@@ -337,7 +336,7 @@ class Staging:
             )
 
     def discard(self) -> None:
-        """Remove the partial directory, but for what somebody else has put there meanwhile."""
+        """Remove the partial directory, except foreign files in it."""
         with contextlib.suppress(OSError):
             if self._lock.held and self._lock.is_at(self.path):
                 self._remove_ours()
@@ -345,12 +344,12 @@ class Staging:
         self.release()
 
     def _remove_ours(self) -> None:
-        # The mark goes last, and first what makes loaders take a directory for a model.
+        # The journal is removed last; files that make loaders accept the directory as a model first.
         contents = sorted(self.folder.contents(), key=lambda found: (found[0] == JOURNAL, -self.rules.rank(found[0])))
         for name, there in contents:
             with contextlib.suppress(OSError):
                 if stat.S_ISDIR(there.st_mode):
-                    os.rmdir(name, dir_fd=self._lock.fd)  # stays where something of somebody else's is in it
+                    os.rmdir(name, dir_fd=self._lock.fd)  # fails if foreign files are in it
                 elif name == JOURNAL or name in self._found or self.folder.is_written(name, there):
                     os.unlink(name, dir_fd=self._lock.fd)
 
@@ -371,7 +370,7 @@ class Staging:
         self.release()
 
     def _left(self) -> str | None:
-        """What an interruption leaves, as the disk has it."""
+        """A note on what an interruption left on disk."""
         if not self._lock.held:
             return None
         old = self._old_place
@@ -384,19 +383,19 @@ class Staging:
         if not os.path.lexists(self.destination) and old is not None:
             return f"{old} holds what was there before: rename it to {self.destination}, or let the next run do so"
         if self._holds_work():
-            return f"{self.path} holds what is done; `resume=True` continues it, a run without it starts anew"
+            return f"{self.path} holds what is done; `resume=True` continues it, a run without it starts over"
         return None
 
 
 _SAFELY = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
-"""How a journal is opened: no link is followed, and nobody is waited for."""
+"""Flags to open a journal without following links or blocking."""
 
 _NO_DIRECTORY = (errno.ENOTDIR, errno.ELOOP)
-"""What the system says where a directory is to be opened, and something else or a link has its name."""
+"""Errors when the name to be opened as a directory is something else, or a link."""
 
 
 def remove_staged(fd: int, path: Path, rank: Callable[[str], int]) -> None:
-    """Remove an open directory; what an interruption leaves of it is known as ours, and taken for no model.
+    """Remove an open directory; an interrupted removal is recognized as ours and does not look like a model.
 
     Raises OSError.
     """
@@ -408,7 +407,7 @@ def remove_staged(fd: int, path: Path, rank: Callable[[str], int]) -> None:
 
 
 def _journal(fd: int) -> str:
-    """The journal in an open directory; nothing where there is none, or none that nothing else changes with."""
+    """The journal in an open directory; empty if there is none, or if it is a link or has other hard links."""
     found = lstat(JOURNAL, fd)
     if found is None or not is_regular_file(found):
         return ""
@@ -417,7 +416,7 @@ def _journal(fd: int) -> str:
 
 
 def _mark(fd: int, text: str) -> None:
-    """Write a journal into an open directory, in the place of whatever has its name."""
+    """Write a journal into an open directory, replacing anything of its name."""
     found = lstat(JOURNAL, fd)
     if found is not None and not is_regular_file(found):
         remove_entry(JOURNAL, found, fd)

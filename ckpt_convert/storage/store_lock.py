@@ -1,4 +1,4 @@
-"""A lock in a store that has none: a file that one writer creates and removes."""
+"""A lock file, for stores without locks."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ckpt_convert.storage.place import Place
 log = logging.getLogger("ckpt_convert")
 
 _LONGEST = 1 << 16
-"""Bytes of what a lock says."""
+"""Size limit of a lock file in bytes."""
 
 
 class StoreLock:
-    """A file that one writer creates and removes: whoever finds it does not write. It says whose it is.
+    """A file that one writer creates and removes, which names its owner; raises LockedError if it exists.
 
-    Nothing ends it but its owner, or a person: a store does not tell that a process is gone. Raises LockedError.
+    Only its owner or a person removes it: a store cannot tell whether a process has ended.
     """
 
     def __init__(self, place: Place, message: str) -> None:
@@ -33,12 +33,12 @@ class StoreLock:
             self._etag = place.store.put(str(place.path), self._text, create_only=True).etag
         except OutputExistsError:
             raise LockedError(f"{message}\n{stale(place)}") from None
-        except BaseException:  # it may be there all the same, where only the answer was lost
+        except BaseException:  # it may have been created, if only the answer was lost
             self.close()
             raise
 
     def close(self) -> None:
-        """Give up the lock; once is enough. What cannot be removed is warned of: it keeps others away."""
+        """Release the lock; idempotent. Warns if the file cannot be removed, as it keeps blocking others."""
         held, self._held = self._held, False
         if not held:
             return
@@ -56,13 +56,13 @@ class StoreLock:
 
 
 def stale(place: Place) -> str:
-    """Who holds a lock, and how it is removed when that is nobody any more."""
+    """A message that names the holder of a lock, and how to remove a stale one."""
     owner = "somebody"
     with contextlib.suppress(CkptConvertError):
         owner = place.read(_LONGEST).decode(errors="replace").partition(" (")[0]
-    return f"the lock is that of {owner}; if that has ended, delete {place}, and run again"
+    return f"the lock belongs to {owner}; if that has ended, delete {place}, and run again"
 
 
 def lock_place(destination: Place) -> Place:
-    """The file beside a destination that keeps other writers away."""
+    """The lock file beside a destination."""
     return destination.without_listing().with_name(f".{destination.name}{PARTIAL}")

@@ -1,4 +1,4 @@
-"""What the system is asked for when something is written, and how its refusals are told."""
+"""System calls for writing, and messages for their errors."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from ckpt_convert.errors import CkptConvertError, NotEnoughSpaceError, Unwritabl
 from ckpt_convert.storage.names import partial_path
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-"""What the system says when the disk, the quota or the size limit of a file is used up."""
+"""Errors when the disk, the quota or the file size limit is exhausted."""
 
 UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
-"""What the system says of a call that a file system does not have, as opposed to one that failed."""
+"""Errors for calls that a file system does not support, as opposed to calls that failed."""
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -27,7 +27,7 @@ _MOUNTS = Path("/proc/self/mountinfo")
 
 @dataclass(frozen=True)
 class Advice:
-    """How the errors of writing go on: where there is no room, and where something else fails."""
+    """What to do about an error of writing: ``full`` if there is no space left, ``failed`` for any other."""
 
     full: str = "free some space, and run it again"
     failed: str = "look at its permissions, the disk and the connection to it, and run it again"
@@ -35,9 +35,9 @@ class Advice:
 
 @contextlib.contextmanager
 def writing(path: object, operation: str = "written", advice: Advice | str = Advice()) -> Iterator[None]:
-    """Turn what the system says while ``path`` is ``operation`` into one error that names both, and says ``advice``.
+    """Turn OSError into an error that names ``path`` and ``operation``, and ends with ``advice``.
 
-    Raises NotEnoughSpaceError where there is no room left, UnwritableError for everything else.
+    Raises NotEnoughSpaceError if there is no space left, UnwritableError for any other OSError.
     """
     try:
         yield
@@ -48,7 +48,7 @@ def writing(path: object, operation: str = "written", advice: Advice | str = Adv
 def unwritable_error(
     error: OSError, path: object, operation: str = "written", advice: Advice | str = Advice()
 ) -> CkptConvertError:
-    """The error for a call of the system that failed."""
+    """The error for a failed system call."""
     what = os.strerror(error.errno) if error.errno else str(error)
     full = error.errno in FULL
     if isinstance(advice, Advice):
@@ -58,9 +58,9 @@ def unwritable_error(
 
 
 def sync_directory(where: Path | int) -> None:
-    """Flush the entries of a directory, given by path or open, to disk; nothing where a file system has no such call.
+    """Flush the entries of a directory, given by path or descriptor, to disk, if the file system supports that.
 
-    Raises OSError where flushing fails, for then nobody knows what is on the disk.
+    Raises OSError if flushing fails.
     """
     fd = os.open(where, os.O_RDONLY) if isinstance(where, Path) else where
     try:
@@ -74,9 +74,9 @@ def sync_directory(where: Path | int) -> None:
 
 
 def replace_file(path: Path, data: bytes, temporary: Path | None = None, mode: int | None = None) -> None:
-    """Write a file in the place of another, all of it or not at all; raises OSError.
+    """Write or replace a file atomically; raises OSError.
 
-    Until it is whole it is called ``temporary``; its permissions are ``mode``, or what the umask leaves.
+    It is written as ``temporary`` first; its permissions are ``mode``, or the default of the umask.
     """
     temporary = temporary or partial_path(path)
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0)
@@ -93,17 +93,14 @@ def replace_file(path: Path, data: bytes, temporary: Path | None = None, mode: i
 
 
 def take_place(fd: int, temporary: Path, path: Path) -> None:
-    """Give an open file that is written its name: what has that is whole, and on disk, whatever dies meanwhile."""
+    """Flush an open file and rename it, so that its name always refers to a complete file, also after a crash."""
     os.fsync(fd)
     os.replace(temporary, path)
     sync_directory(path.parent)
 
 
 def exchange(first: Path, second: Path) -> bool:
-    """Let two directories change names in one act; False where the system or the file system cannot.
-
-    Raises OSError where it can, but failed.
-    """
+    """Exchange the names of two directories atomically; False if that is not supported. Raises OSError if it failed."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError):  # macOS, an old libc
@@ -117,10 +114,10 @@ def exchange(first: Path, second: Path) -> bool:
 
 
 def is_mount_point(directory: Path) -> bool:
-    """Whether another file system, or another part of this one, hangs on a directory: then it cannot be renamed."""
+    """Whether a directory is a mount point, also of a bind mount: it cannot be renamed then."""
     if os.path.ismount(directory):
         return True
-    try:  # a part of the same file system that is mounted here (a bind mount) is told by nothing else
+    try:  # only this shows bind mounts
         lines = _MOUNTS.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError:
         return False

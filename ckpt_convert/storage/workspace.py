@@ -1,7 +1,8 @@
-"""What it takes to write where others may read: directories that appear whole or not at all, locks, pointers.
+"""Protocols for publishing: directories that appear atomically, locks, pointers.
 
-There are two strategies. A file system renames a directory that was written under another name (``by_rename``); a store
-without rename gets the files in order under their own names, and what completes them last (``in_order``).
+There are two strategies. On a file system, a directory is written under a temporary name and renamed (``by_rename``).
+In a store without rename, files are written in order under their final names, those that complete it last
+(``in_order``).
 """
 
 from __future__ import annotations
@@ -18,26 +19,26 @@ from ckpt_convert.storage.system import Advice
 
 
 class StagedFile(Protocol):
-    """A file that is being written; a context manager. One that is closed without ``sync`` is no part of the output."""
+    """A file being written; a context manager. One that is closed without ``sync`` is not part of the output."""
 
     @property
     def name(self) -> str:
-        """In the whole directory."""
+        """Its name relative to the staged directory."""
 
     def write(self, offset: int, data: memoryview) -> None:
-        """From any thread, at any place; every byte once."""
+        """Write at any offset, from any thread; every byte once."""
 
     def append(self, data: memoryview) -> None:
-        """Write at the end, for a file that is written from front to back."""
+        """Write at the end, for a file that is written sequentially."""
 
     def readinto(self, offset: int, buffer: memoryview) -> int:
         """Read what an earlier attempt wrote."""
 
     def start_writeback(self, offset: int, nbytes: int) -> None:
-        """These bytes will not change any more."""
+        """Hint that these bytes are final and may be flushed."""
 
     def sync(self) -> None:
-        """All is written: let it be there for good."""
+        """Make the complete file durable."""
 
     def close(self) -> None: ...
 
@@ -49,91 +50,91 @@ class StagedFile(Protocol):
 
 
 class Folder(Protocol):
-    """A directory that is being written, or a folder of it, by the names of its files."""
+    """A directory being written, or a subfolder of it."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the files that were written."""
+        """Total bytes of the files written."""
 
     @property
     def place(self) -> Place:
-        """Where what was written can be read, before it is published."""
+        """Where the written files can be read before they are published."""
 
     def subfolder(self, name: str) -> Folder:
-        """A folder of this one, that is written as if it were a directory of its own."""
+        """A subfolder, written as if it were a directory of its own."""
 
     def with_mode(self, mode: int) -> Folder:
-        """The same, for files that have these permissions at most."""
+        """The same folder, for files with at most these permissions."""
 
     def file(self, name: str, size: int | None) -> StagedFile:
-        """A file to be written; ``size`` is None for one that is appended to."""
+        """Create a file to be written; ``size`` is None for one that is appended to."""
 
     def write(self, name: str, data: bytes) -> None:
-        """Write a small file: at once, or where its name says that it comes last, when all others are there."""
+        """Write a small file: now, or after all others if ``comes_last``."""
 
     def comes_last(self, name: str) -> bool:
-        """Whether a file of this name is kept back until then."""
+        """Whether a file of this name is held back until all others are written."""
 
     def kept_back(self, name: str) -> bytes | None:
-        """The content of a file that is kept back still."""
+        """The content of a file that is still held back."""
 
 
 class Journal(Protocol):
-    """What is noted of what is done, for an attempt that continues this one."""
+    """Records finished work, for a later attempt that resumes this one."""
 
     def note(self, line: str) -> None:
-        """A part of a file is written."""
+        """Record that a part of a file is written."""
 
     def note_file(self, name: str, line: str) -> None:
-        """A file is written, and there for good."""
+        """Record that a file is complete and durable."""
 
     def close(self) -> None: ...
 
 
 class Stage(Protocol):
-    """A directory that is being written and appears in ``commit``; a context manager, which leaves it as it is."""
+    """A directory being written that ``commit`` publishes; a context manager, which keeps the files on early exit."""
 
     @property
     def destination(self) -> object:
-        """How messages call what is written."""
+        """The name of the output in messages."""
 
     @property
     def folder(self) -> Folder: ...
 
     @property
     def resumed(self) -> bool:
-        """Whether there is something of an earlier attempt."""
+        """Whether files of an earlier attempt were found."""
 
     @property
     def place(self) -> Place:
-        """Where the output can be read again after ``complete``."""
+        """Where the output can be read back after ``complete``."""
 
     def expect(self, names: Iterable[str]) -> None:
-        """What files are wanted, as far as that is known before any is written."""
+        """Announce the files that will be written, as far as they are known."""
 
     def allocated(self) -> int:
-        """Bytes that are taken by an earlier attempt."""
+        """Bytes on disk of an earlier attempt."""
 
     def journal(self) -> list[str]:
-        """What an earlier attempt noted: the line that it began with, and the others."""
+        """The journal of an earlier attempt: its first line, then the others."""
 
     def begin(self, first: str, keep: Collection[str] = ()) -> Journal:
-        """Open the journal; of an earlier attempt only the files ``keep`` stay."""
+        """Open the journal; of an earlier attempt only the files ``keep`` are kept."""
 
     def complete(self) -> None:
-        """Everything was written: let it be read again, under no name yet."""
+        """Write the files that come last, so that the output can be read back; it is not published yet."""
 
     def is_resumable_after(self, error: BaseException) -> bool:
-        """Whether what is done is worth keeping after this error."""
+        """Whether the finished work is worth keeping after this error."""
 
     def commit(self) -> None:
-        """Publish the directory, if it is what was written.
+        """Publish the directory if its files are what was written.
 
-        Raises VerificationError for what somebody else has changed, OutputExistsError, UnwritableError.
+        Raises VerificationError if something else changed them, OutputExistsError, UnwritableError.
         """
 
     def discard(self) -> None:
-        """Remove what was written, but for what somebody else has put there."""
+        """Remove what was written, but nothing that something else put there."""
 
     def __enter__(self) -> Self: ...
 
@@ -149,19 +150,16 @@ class HeldLock(Protocol):
 
 
 class Workspace(Protocol):
-    """What a store offers to those who write: the same acts, in the way that it has for them.
+    """The operations that a store offers to writers.
 
-    What fails is an UnwritableError or, of acts that are one call of the system, its OSError.
+    Failures are UnwritableError or, for operations that are a single system call, its OSError.
     """
 
     def check_destination(self, destination: Place, source: Place, rules: Rules, *, overwrite: bool) -> None:
-        """Refuse a destination that is there already, or where writing would touch the source.
-
-        Raises OutputExistsError.
-        """
+        """Refuse a destination that exists or overlaps with the source; raises OutputExistsError."""
 
     def check_space(self, destination: Place, needed: int) -> None:
-        """Refuse to start what cannot end; raises NotEnoughSpaceError."""
+        """Raise NotEnoughSpaceError if fewer than ``needed`` bytes are free."""
 
     def stage(
         self,
@@ -174,10 +172,10 @@ class Workspace(Protocol):
         advice: Advice | None = None,
         alone: bool = False,
     ) -> Stage:
-        """Begin to write a directory, or continue (``resume``) what an earlier attempt left of it.
+        """Start to write a directory, or with ``resume`` continue an earlier attempt.
 
-        ``mode`` are the permissions that it may have at most; ``advice`` is how errors go on; ``alone`` says that a
-        lock above keeps others away. Raises OutputExistsError, LockedError, UnwritableError.
+        ``mode`` limits its permissions; ``advice`` ends the messages of errors; ``alone`` means that a lock of the
+        caller already excludes other writers. Raises OutputExistsError, LockedError, UnwritableError.
         """
 
     def join(self, staged: Place) -> AbstractContextManager[Folder]:
@@ -187,42 +185,39 @@ class Workspace(Protocol):
         """
 
     def make_folder(self, folder: Place) -> None:
-        """See that a folder is there, and those above it."""
+        """Create a folder and its parents if they are missing."""
 
     def lock(self, place: Place, message: str) -> HeldLock:
-        """Keep others away by a file; raises LockedError with ``message``."""
+        """Exclude other writers with a lock file; raises LockedError with ``message``."""
 
     def identity(self, folder: Place) -> str:
-        """A text that is another one for every other folder."""
+        """A string that identifies a folder."""
 
     def replace_file(self, place: Place, data: bytes, etag: str | None = None) -> None:
-        """Write a small file in the place of another, all of it or not at all.
-
-        Raises OutputExistsError where that is not the one with this etag any more.
-        """
+        """Replace a small file atomically; raises OutputExistsError if its etag is no longer ``etag``."""
 
     def remove(self, folder: Place, names: Iterable[str]) -> None:
-        """Remove files of a folder, in this order, and the folder where it is empty then."""
+        """Remove files of a folder, in this order, then the folder if it is empty."""
 
     def withdraw(self, directory: Place, rules: Rules) -> None:
-        """Remove the files that a directory lists; at no time the rest is taken for complete."""
+        """Remove the files that a directory's manifests list; a partial removal never looks complete."""
 
     def is_leftover(self, directory: Place) -> bool:
-        """Whether an interrupted writer left this under the name of a directory, for the next one to replace."""
+        """Whether an interrupted writer left this directory under its final name, for the next one to replace."""
 
     def tidy(self, parent: Place, rules: Rules) -> None:
-        """Clear away what interrupted writers left below a place."""
+        """Clean up after interrupted writers below a place."""
 
     def check_pointer(self, parent: Place, name: str) -> None:
-        """Raise OutputExistsError where something else has the name of a pointer."""
+        """Raise OutputExistsError if something other than a pointer has this name."""
 
     def point(self, parent: Place, name: str, target: str) -> None:
-        """Let the pointer ``name`` lead to the directory ``target`` beside it; raises as ``check_pointer`` does."""
+        """Let the pointer ``name`` refer to the sibling directory ``target``; raises as ``check_pointer`` does."""
 
 
 def workspace_of(place: Place) -> Workspace:
-    """How it is written where this lies."""
-    # Imported here, for most of what is run only reads.
+    """The workspace of a place's store."""
+    # Imported here, since most commands only read.
     if isinstance(place.store, LocalStore):
         from ckpt_convert.storage import by_rename
 

@@ -319,7 +319,7 @@ def test_state_that_cannot_be_saved_is_told_at_the_start(tmp_path: Path) -> None
 def test_an_output_inside_the_source_is_refused(tmp_path: Path) -> None:
     source = shutil.copytree(LLAMA, tmp_path / "source")
     for place in (source, source / "runs"):
-        with pytest.raises(OutputExistsError, match="lies inside the source"):
+        with pytest.raises(OutputExistsError, match="is inside the source"):
             Checkpointer(source, place)
     assert sums(source) == sums(LLAMA)
 

@@ -95,7 +95,7 @@ def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
         (("convert", HF, "OUT"), 2, "--to"),
         (("nonsense",), 2, "No such command"),
         (("hf-to-meta", HF, "OUT", "--dtype", "int8"), 2, "int8"),
-        (("hf-to-meta", HF, HF), 2, "lies inside the source"),
+        (("hf-to-meta", HF, HF), 2, "is inside the source"),
         (("hf-to-meta", "/nowhere/at/all", "OUT"), 3, "no such file"),
         (("meta-to-hf", HF, "OUT"), 3, "no weight files of the meta format"),
         (("hf-to-meta", HF, "OUT", "--family", "gpt"), 2, "is no family"),

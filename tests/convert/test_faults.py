@@ -252,9 +252,9 @@ def test_the_input_is_never_written(where: str, tmp_path: Path) -> None:
     source = tmp_path / "source"
     shutil.copytree(HF, source)
     before = sums(source)
-    with pytest.raises(OutputExistsError, match="lies inside the source"):
+    with pytest.raises(OutputExistsError, match="is inside the source"):
         ckpt_convert.convert_checkpoint(source, source / where, to="meta", overwrite=True)
-    with pytest.raises(OutputExistsError, match="holds the source"):
+    with pytest.raises(OutputExistsError, match="contains the source"):
         ckpt_convert.convert_checkpoint(source, tmp_path, to="meta", overwrite=True)
     assert sums(source) == before
     assert [path.name for path in tmp_path.iterdir()] == ["source"]

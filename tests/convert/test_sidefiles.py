@@ -245,7 +245,9 @@ def test_a_path_comes_before_a_hub_id(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_neither_path_nor_hub_id(hub_home: Path) -> None:
-    with pytest.raises(CheckpointNotFoundError, match=r"nobody/nothing: no such path.*the Hub does not give it"):
+    with pytest.raises(
+        CheckpointNotFoundError, match=r"nobody/nothing: no such path.*cannot be downloaded from the Hub"
+    ):
         repository.locate_checkpoint("nobody/nothing")
     with pytest.raises(CheckpointNotFoundError, match="and no Hub id"):
         repository.locate_checkpoint("a/b/c")

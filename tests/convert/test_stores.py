@@ -196,5 +196,5 @@ def test_an_attempt_with_other_options_begins_anew(out: Place, caplog: pytest.Lo
 
 def test_the_errors_say_how_to_go_on(out: Place) -> None:
     store_of(out).arm(8, None)
-    with pytest.raises(UnwritableError, match="when that is mended, run again with `resume=True`"):
+    with pytest.raises(UnwritableError, match="when that is fixed, run again with `resume=True`"):
         ckpt_convert.convert_checkpoint(HF, out, to="meta", workers=1)

@@ -102,7 +102,7 @@ def test_a_tilde_is_the_home_directory_everywhere(tmp_path: Path, monkeypatch: p
 def test_an_output_dir_inside_the_source_is_refused_at_once(tmp_path: Path) -> None:
     source = shutil.copytree(HF, tmp_path / "source")
     for place in (source, source / "runs"):
-        with pytest.raises(OutputExistsError, match="lies inside the source"):
+        with pytest.raises(OutputExistsError, match="is inside the source"):
             Checkpointer(source, place)
     Checkpointer(source, tmp_path / "runs").close()
     assert sums(source) == sums(HF)

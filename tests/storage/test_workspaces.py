@@ -193,9 +193,9 @@ class TestDestination:
     def test_the_source_is_never_written(self, parent: Place) -> None:
         put(parent / "source", "config.json")
         for out in (parent / "source", parent / "source" / "out"):
-            with pytest.raises(OutputExistsError, match="lies inside the source"):
+            with pytest.raises(OutputExistsError, match="is inside the source"):
                 workspace.workspace_of(parent).check_destination(out, parent / "source", RULES, overwrite=True)
-        with pytest.raises(OutputExistsError, match="holds the source"):
+        with pytest.raises(OutputExistsError, match="contains the source"):
             workspace.workspace_of(parent).check_destination(parent, parent / "source", RULES, overwrite=True)
 
     def test_a_file_is_in_the_way(self, parent: Place) -> None:
@@ -289,7 +289,7 @@ class TestLock:
     def test_a_stale_one_is_told_how_to_be_removed(self, memory: Place) -> None:
         held = workspace.workspace_of(memory).lock(memory / "lock", "in use")
         with pytest.raises(
-            LockedError, match=r"the lock is that of process \d+ on .*; if that has ended, delete memory"
+            LockedError, match=r"the lock belongs to process \d+ on .*; if that has ended, delete memory"
         ):
             workspace.workspace_of(memory).lock(memory / "lock", "in use")
         held.close()
@@ -443,6 +443,6 @@ class TestInOrder:
         stage = workspace.workspace_of(memory).stage(memory / "out", RULES)
         fill(stage)
         workspace.workspace_of(memory).tidy(memory, RULES)
-        assert "is being written, or was when its writer ended; the lock is that of process" in caplog.text
+        assert "is being written, or was when its writer ended; the lock belongs to process" in caplog.text
         stage.commit()
         assert is_complete(memory / "out", "out")

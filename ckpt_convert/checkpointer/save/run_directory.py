@@ -238,7 +238,7 @@ class RunDirectory:
         here, origin = self.path.real(), source.place.real()
         if source.files and origin.is_folder() and (here == origin or here.is_inside(origin)):
             raise OutputExistsError(
-                f"{self.path}: lies inside the source {source.place}, which is never written; choose another output_dir"
+                f"{self.path}: is inside the source {source.place}, which is never written; choose another output_dir"
             )
 
     def _refuse_step(self, source: Identified) -> None:
