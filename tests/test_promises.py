@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -15,6 +16,7 @@ ROOT = TESTS.parent
 SENTENCES = re.compile(r"(?<=\.)\s+(?=[A-Z`])")
 
 
+@functools.cache
 def names(path: Path) -> set[str]:
     """The test functions of a file."""
     found = ast.walk(ast.parse(path.read_text()))
