@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 import ckpt_convert
+from tests import conftest
 
 ROOT = Path(__file__).parent.parent
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
@@ -73,6 +74,15 @@ def test_make_help_shows_every_target() -> None:
     shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert all(text for text in targets().values())
     assert dict(re.findall(r"^  make (\S+) +(.*)$", shown, re.MULTILINE)) == targets()
+
+
+def test_every_kind_of_test_is_a_marker_and_every_file_that_has_one_is_there() -> None:
+    markers = dict(line.split(": ", 1) for line in PROJECT["tool"]["pytest"]["ini_options"]["markers"])
+    assert tuple(markers) == conftest.KINDS
+    assert dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", CONTRIBUTING, re.MULTILINE)) == markers
+    listed = [name for names in conftest.FILES.values() for name in names]
+    assert [name for name in (*listed, *conftest.FOLDERS) if not (ROOT / "tests" / name).exists()] == []
+    assert len(listed) == len(set(listed))
 
 
 def test_the_newest_entry_of_the_changelog_is_this_version() -> None:
