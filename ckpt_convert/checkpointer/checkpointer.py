@@ -24,12 +24,23 @@ from ckpt_convert.checkpointer.run.progress import Progress
 from ckpt_convert.checkpointer.run.saved_steps import SavedStep
 from ckpt_convert.checkpointer.run.source import Config, Source
 from ckpt_convert.checkpointer.save import signals
-from ckpt_convert.checkpointer.save.options import Final, Options
+from ckpt_convert.checkpointer.save.options import (
+    Arguments,
+    DirectoryOptions,
+    Final,
+    Options,
+    RetentionOptions,
+    ScheduleOptions,
+    SourceOptions,
+    WeightOptions,
+)
 from ckpt_convert.checkpointer.save.planner import Contents, SavePlanner
 from ckpt_convert.checkpointer.save.saver import Saver
 from ckpt_convert.checkpointer.state import parts
 from ckpt_convert.checkpointer.state.sharding import Elsewhere
+from ckpt_convert.dtypes import OutputDType
 from ckpt_convert.errors import OutputExistsError, UsageError, option_error
+from ckpt_convert.formats.base import FormatName
 from ckpt_convert.storage import pointer
 from ckpt_convert.storage.place import Place, checked_place
 from ckpt_convert.tensors.progress import ProgressCallback
@@ -48,10 +59,10 @@ class Checkpointer:
         source: Source | None,
         output_dir: str | Path | Place | None = None,
         *,
-        model_format: str = "native",
+        model_format: FormatName = "native",
         config: Config | None = None,
         family: str | None = None,
-        source_format: str | None = None,
+        source_format: FormatName | None = None,
         save_every: Any = None,
         save_first: bool = False,
         save_last: bool = True,
@@ -63,9 +74,9 @@ class Checkpointer:
         contents: Contents = "full",
         final: Final | Mapping[str, Any] | None = None,
         asynchronous: bool = False,
-        export_dtype: str | torch.dtype | None = None,
-        output_format: str | None = None,
-        extra_files: Sequence[str | Path] = (),
+        export_dtype: OutputDType | torch.dtype | None = None,
+        output_format: FormatName | None = None,
+        extra_files: str | Path | Sequence[str | Path] = (),
         adapter: Any = None,
         merged: bool = False,
         directory: str = "step_{step}",
@@ -79,28 +90,58 @@ class Checkpointer:
     ) -> None:
         """Open the source and check every option; nothing is written, no tensor is read.
 
-        source: a directory, file or Hub id of any format, a list of the weight files of one, or None with ``config``.
-        output_dir: where the directories of the steps go; may be left out to load only.
-        model_format: the layout of the training model's state dict: native, hf, torchtitan or meta.
-        config: a config.json, or its content, for a source that has none.
-        family, source_format: what cannot be told from the source.
-        save_every: see ``schedule.parse``; save_first: also after the first step; save_last: also in ``close``;
-        save_best: also where an evaluation is better than that of every step saved before, by the metric of ``best``.
-        keep_last, best, keep_best, keep_last_training_state: see ``retention.RetentionPolicy``.
-        contents: "full", "weights", or "adapter". final: what is different about the last save.
-        asynchronous: write behind the training, which waits for one copy in memory.
-        export_dtype: float32, float16 or bfloat16 for all weights. output_format: instead of the source's.
-        extra_files: copied into every directory.
-        adapter: an ``AdapterConfig``, or PEFT's. merged: write the full weights beside the adapter.
-        directory: how a step's directory is called, see ``names.Template``. run_name: for {run_name} in it.
-        latest_name: the pointer to the newest checkpoint, None for none.
-        overwrite: a fresh start may take the place of a run that is there.
-        save_on_signal: SIGTERM and SIGINT save at the next step.
-        workers: threads that read and write. progress: called with ``TransferProgress`` of loading.
+        Args:
+            source: a directory, weight file or Hub id of any format, a list of the weight files of a directory, an open
+                ``Checkpoint``, or None to start from ``config`` without weights.
+            output_dir: the directory of the saved steps; None for a checkpointer that only loads.
+            model_format: the format of the training model's state dict: "native", "hf", "torchtitan" or "meta".
+            config: a config.json (a path, or its content) for a source that has none.
+            family: the name of the architecture, such as "llama", where it cannot be detected.
+            source_format: the format of ``source``, where it cannot be detected.
+            save_every: "500 steps", "1 epoch", "10M tokens", "30 minutes", a list of these, or a function of the
+                progress; None to save only where another option says so.
+            save_first: also save after the first step.
+            save_last: also save in ``close``.
+            save_best: also save where an evaluation is the best so far, by the metric of ``best``.
+            keep_last: how many of the newest steps to keep; None keeps all.
+            best: the metric that is the best by, such as "val_loss:min".
+            keep_best: how many of the best steps to keep as well.
+            keep_last_training_state: how many of the newest steps keep their training state; the others keep weights.
+            contents: "full", "weights" (no training state) or "adapter" (adapter and training state).
+            final: what differs in the last save: ``Final(contents=..., export_dtype=..., output_format=...)``.
+            asynchronous: write in the background; the training waits only while the tensors are copied in memory.
+            export_dtype: "float32", "float16" or "bfloat16" for all weights; by default each keeps the source's dtype.
+            output_format: the format of the saved steps, instead of the source's.
+            extra_files: files to copy into every step.
+            adapter: an ``AdapterConfig``, or PEFT's config, of a model with a LoRA or DoRA adapter.
+            merged: also write the full weights with the adapter merged in.
+            directory: the name of a step's directory, from {step}, {epoch}, {tokens}, {samples}, {evals}, {run_name}.
+            run_name: what {run_name} in ``directory`` is.
+            latest_name: the name of the link to the newest step; None for none.
+            overwrite: a fresh start may replace the run that is in ``output_dir``.
+            save_on_signal: on SIGTERM and SIGINT, save at the next step.
+            workers: the number of threads that read and write; by default one for each core, from 2 to 4.
+            progress: called with ``TransferProgress`` values while weights are loaded.
+            process_group: the ranks that save together, by default torch's default group where it is initialized;
+                "rank0" where this process alone makes a checkpointer, of a model of which it holds all.
 
-        Raises UsageError for options that do not fit, and what ``open_checkpoint`` raises for the source.
+        Raises:
+            UsageError: options that do not fit, all in one message.
+            InputError: the source cannot be read; its subclasses say why.
         """
-        chosen = Options.of({name: value for name, value in locals().items() if name != "self"})
+        arguments = Arguments(
+            SourceOptions(source, source_format, config, family),
+            ScheduleOptions(save_every, save_last, save_best),
+            RetentionOptions(keep_last, best, keep_best, keep_last_training_state),
+            WeightOptions(model_format, contents, export_dtype, output_format, adapter, merged),
+            DirectoryOptions(output_dir, directory, run_name, latest_name, overwrite, extra_files),
+            final,
+            asynchronous,
+            workers,
+            progress,
+            process_group,
+        )
+        chosen = Options.of(arguments)
         run = chosen.run_directory()
         opened = resuming.open_run_source(source, source_format, chosen, run)
         self.workers = chosen.workers

@@ -1,4 +1,4 @@
-"""The options of a checkpointer, each alone and held against each other: what contradicts or does nothing is refused.
+"""The options of a checkpointer, checked alone and against each other: what contradicts or does nothing is refused.
 
 Everything that can be known without opening the source is known here, hours before it would matter.
 """
@@ -6,10 +6,10 @@ Everything that can be known without opening the source is known here, hours bef
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ckpt_convert import formats
 from ckpt_convert.checkpoint.checkpoint import Checkpoint
@@ -18,7 +18,7 @@ from ckpt_convert.checkpointer.distributed.ranks import Ranks
 from ckpt_convert.checkpointer.run import retention
 from ckpt_convert.checkpointer.run.naming import VARIABLES, DirectoryTemplate
 from ckpt_convert.checkpointer.run.schedule import Schedule, parse_schedule
-from ckpt_convert.checkpointer.run.source import Config
+from ckpt_convert.checkpointer.run.source import Config, Source
 from ckpt_convert.checkpointer.save.planner import CONTENTS, Contents, Settings
 from ckpt_convert.checkpointer.save.run_directory import RunDirectory
 from ckpt_convert.dtypes import CASTS, torch_name
@@ -28,6 +28,9 @@ from ckpt_convert.storage.place import Place, checked_place
 from ckpt_convert.storage.reader import DEFAULT_WORKERS
 from ckpt_convert.tensors.progress import ProgressCallback
 from ckpt_convert.wording import indented_list
+
+if TYPE_CHECKING:
+    import torch
 
 SINGLE_WRITER = "rank0"
 """``process_group`` of a checkpointer that one process makes, for a model of which it has all."""
@@ -62,8 +65,77 @@ class Final:
 
 
 @dataclass(frozen=True)
+class SourceOptions:
+    """What a run starts from."""
+
+    source: Source | None
+    source_format: str | None
+    config: Config | None
+    family: str | None
+
+
+@dataclass(frozen=True)
+class ScheduleOptions:
+    """When to save; ``save_first`` needs no check."""
+
+    save_every: Any
+    save_last: bool
+    save_best: bool
+
+
+@dataclass(frozen=True)
+class RetentionOptions:
+    """Which steps to keep."""
+
+    keep_last: int | None
+    best: str | None
+    keep_best: int | None
+    keep_last_training_state: int | None
+
+
+@dataclass(frozen=True)
+class WeightOptions:
+    """What to write of the model, and how."""
+
+    model_format: str
+    contents: Contents
+    export_dtype: str | torch.dtype | None
+    output_format: str | None
+    adapter: Any
+    merged: bool
+
+
+@dataclass(frozen=True)
+class DirectoryOptions:
+    """Where the steps go, and what else goes there."""
+
+    output_dir: str | Path | Place | None
+    directory: str
+    run_name: str | None
+    latest_name: str | None
+    overwrite: bool
+    extra_files: str | Path | Sequence[str | Path]
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What a ``Checkpointer`` was called with."""
+
+    source: SourceOptions
+    schedule: ScheduleOptions
+    retention: RetentionOptions
+    weights: WeightOptions
+    directory: DirectoryOptions
+    final: Final | Mapping[str, Any] | None
+    asynchronous: bool
+    workers: int | None
+    progress: ProgressCallback | None
+    process_group: Any
+
+
+@dataclass(frozen=True)
 class Options:
-    """All that a ``Checkpointer`` was given, each option alone and held against the others.
+    """The options of a ``Checkpointer``, checked alone and against each other.
 
     ``last`` are the settings of the last save, ``output_dir`` is None for a checkpointer that only loads.
     """
@@ -87,28 +159,26 @@ class Options:
     ranks: Ranks | None
 
     @classmethod
-    def of(cls, given: Mapping[str, Any]) -> Options:
-        """What was given, by name; raises UsageError for what does not fit, and lists what does not fit together."""
+    def of(cls, given: Arguments) -> Options:
+        """The checked options; raises UsageError, which lists everything that does not fit."""
         final = check(given)
-        best, output_dir = given["best"], given["output_dir"]
-        schedule = parse_schedule(given["save_every"])
+        schedule = parse_schedule(given.schedule.save_every)
         policy = retention.RetentionPolicy(
-            given["keep_last"],
-            None if best is None else retention.parse_best(best),
-            given["keep_best"],
-            given["keep_last_training_state"],
+            given.retention.keep_last,
+            None if given.retention.best is None else retention.parse_best(given.retention.best),
+            given.retention.keep_best,
+            given.retention.keep_last_training_state,
         )
-        template = DirectoryTemplate(given["directory"], given["latest_name"])
-        place = None if output_dir is None else checked_place(output_dir, "output_dir")
+        template = DirectoryTemplate(given.directory.directory, given.directory.latest_name)
+        place = None if given.directory.output_dir is None else checked_place(given.directory.output_dir, "output_dir")
         settings = Settings(
-            contents=given["contents"],
-            export_dtype=dtype_of(given["export_dtype"]),
-            output_format=given["output_format"],
-            model_format=given["model_format"],
-            extra=_extra_files(given["extra_files"]),
-            merged=given["merged"],
+            contents=given.weights.contents,
+            export_dtype=dtype_of(given.weights.export_dtype),
+            output_format=given.weights.output_format,
+            model_format=given.weights.model_format,
+            extra=_extra_files(given.directory.extra_files),
+            merged=given.weights.merged,
         )
-        same = ("config", "family", "run_name", "latest_name", "save_last", "overwrite", "asynchronous", "progress")
         return cls(
             output_dir=place,
             schedule=schedule,
@@ -116,10 +186,17 @@ class Options:
             template=template,
             settings=settings,
             last=replace(settings, **final.changes),
-            has_source=given["source"] is not None,
-            workers=given["workers"] or DEFAULT_WORKERS,
-            ranks=_ranks(given["process_group"]) if place is not None else None,
-            **{name: given[name] for name in same},
+            has_source=given.source.source is not None,
+            ranks=_ranks(given.process_group) if place is not None else None,
+            workers=given.workers or DEFAULT_WORKERS,
+            config=given.source.config,
+            family=given.source.family,
+            run_name=given.directory.run_name,
+            latest_name=given.directory.latest_name,
+            save_last=given.schedule.save_last,
+            overwrite=given.directory.overwrite,
+            asynchronous=given.asynchronous,
+            progress=given.progress,
         )
 
     def run_directory(self) -> RunDirectory | None:
@@ -129,12 +206,12 @@ class Options:
         return RunDirectory(self.output_dir, self.template, self.run_name, self.latest_name, self.policy, self.ranks)
 
 
-def check(given: Mapping[str, Any]) -> Final:
-    """Check all that a ``Checkpointer`` was given, by the names of its options; returns what ``final`` denotes.
+def check(given: Arguments) -> Final:
+    """Check the arguments of a ``Checkpointer``; returns the options of the last save.
 
     Raises UsageError, which lists everything that is wrong.
     """
-    final = Final.of(given["final"])
+    final = Final.of(given.final)
     problems = [*_alone(given, final), *_together(given, final)]
     if problems:
         raise UsageError(problems[0] if len(problems) == 1 else f"the options do not fit:{indented_list(problems)}")
@@ -151,15 +228,15 @@ def dtype_of(given: Any) -> str | None:
     return None if given is None else torch_name(given)
 
 
-def _alone(given: Mapping[str, Any], final: Final) -> Iterator[str]:
+def _alone(given: Arguments, final: Final) -> Iterator[str]:
     """What is wrong with an option whatever the others are."""
     known: dict[str, tuple[Any, Any]] = {
-        "model_format": (given["model_format"], formats.ALL),
-        "family": (given["family"], FAMILIES),
-        "source_format": (given["source_format"], formats.ALL),
-        "output_format": (given["output_format"], formats.ALL),
-        "contents": (given["contents"], CONTENTS),
-        "export_dtype": (dtype_of(given["export_dtype"]), CASTS),
+        "model_format": (given.weights.model_format, formats.ALL),
+        "family": (given.source.family, FAMILIES),
+        "source_format": (given.source.source_format, formats.ALL),
+        "output_format": (given.weights.output_format, formats.ALL),
+        "contents": (given.weights.contents, CONTENTS),
+        "export_dtype": (dtype_of(given.weights.export_dtype), CASTS),
         "final: contents": (final.contents, CONTENTS),
         "final: export_dtype": (dtype_of(final.export_dtype), CASTS),
         "final: output_format": (final.output_format, formats.ALL),
@@ -167,43 +244,44 @@ def _alone(given: Mapping[str, Any], final: Final) -> Iterator[str]:
     for option, (value, values) in known.items():
         if value is not None and value not in values:
             yield f"{option}={value!r}: expected one of {', '.join(values)}"
-    workers = given["workers"]
+    workers = given.workers
     if workers is not None and (type(workers) is not int or workers < 1):
         yield f"workers={workers!r}: expected a whole number from 1 on, or None to let it be chosen"
-    for option in ("latest_name", "run_name"):
-        if isinstance(given[option], str) and set("{}") & set(given[option]):
-            yield f"{option}={given[option]!r}: {_BRACES}"
-    if given["output_dir"] is not None and _VARIABLE.search(str(given["output_dir"])):
-        yield f"output_dir={str(given['output_dir'])!r}: {_BRACES}"
+    for option, name in (("latest_name", given.directory.latest_name), ("run_name", given.directory.run_name)):
+        if isinstance(name, str) and set("{}") & set(name):
+            yield f"{option}={name!r}: {_BRACES}"
+    if given.directory.output_dir is not None and _VARIABLE.search(str(given.directory.output_dir)):
+        yield f"output_dir={str(given.directory.output_dir)!r}: {_BRACES}"
 
 
-def _together(given: Mapping[str, Any], final: Final) -> Iterator[str]:
+def _together(given: Arguments, final: Final) -> Iterator[str]:
     """Options that contradict each other, and those of which another one makes that they do nothing."""
-    contents = {given["contents"], final.contents or given["contents"]}
-    merges = given["merged"] and contents != {"adapter"}
-    if given["adapter"] is None:
-        asked = ["merged=True"] * bool(given["merged"]) + ['contents="adapter"'] * ("adapter" in contents)
+    contents = {given.weights.contents, final.contents or given.weights.contents}
+    merges = given.weights.merged and contents != {"adapter"}
+    if given.weights.adapter is None:
+        asked = ["merged=True"] * bool(given.weights.merged) + ['contents="adapter"'] * ("adapter" in contents)
         for option in asked:
             yield f"{option}: there is no adapter; give adapter=AdapterConfig(rank=..., alpha=...)"
-    elif given["merged"] and not merges:
+    elif given.weights.merged and not merges:
         yield 'merged=True, contents="adapter": that is the adapter\'s files alone; take contents="full" or "weights"'
-    if given["adapter"] is not None and not given["merged"]:
+    if given.weights.adapter is not None and not given.weights.merged:
         for option in ("export_dtype", "output_format"):
-            if given[option] is not None or getattr(final, option) is not None:
+            if getattr(given.weights, option) is not None or getattr(final, option) is not None:
                 yield f"{option}: does nothing for an adapter, whose files are PEFT's; it is for merged=True"
-    if given["keep_best"] is not None and given["keep_last"] is None and given["best"] is not None:
-        yield f"keep_best={given['keep_best']}: does nothing without keep_last=, which keeps all where it is not given"
-    if given["save_best"] and given["best"] is None:
+    keeping = given.retention
+    if keeping.keep_best is not None and keeping.keep_last is None and keeping.best is not None:
+        yield f"keep_best={keeping.keep_best}: does nothing without keep_last=, which keeps all where it is not given"
+    if given.schedule.save_best and keeping.best is None:
         yield 'save_best=True: best by what? Give best= too, such as best="val_loss:min"'
-    if given["keep_last_training_state"] is not None and given["contents"] in ("weights", "adapter"):
-        yield f'keep_last_training_state: contents="{given["contents"]}" saves without a training state'
-    if final.changes and not given["save_last"]:
+    if keeping.keep_last_training_state is not None and given.weights.contents in ("weights", "adapter"):
+        yield f'keep_last_training_state: contents="{given.weights.contents}" saves without a training state'
+    if final.changes and not given.schedule.save_last:
         yield "final: does nothing with save_last=False, which leaves the last save out"
-    if given["source"] is None and given["source_format"] is not None:
+    if given.source.source is None and given.source.source_format is not None:
         yield "source_format: there is no source that could be of it"
-    if isinstance(given["source"], Checkpoint):
+    if isinstance(given.source.source, Checkpoint):
         for option in ("family", "source_format", "config"):
-            if given[option] is not None:
+            if getattr(given.source, option) is not None:
                 yield f"{option}: does nothing for a source that is open already; give it to open_checkpoint"
 
 
