@@ -20,8 +20,8 @@ from ckpt_convert.errors import (
     KeyMismatchError,
     LossyConversionError,
     TiedWeightsError,
-    UnsupportedFamilyError,
     UsageError,
+    option_error,
 )
 from ckpt_convert.formats.base import FormatName, load_json
 from ckpt_convert.models import FAMILIES
@@ -109,7 +109,7 @@ def convert_state_dict(
         KeyMismatchError, ShapeMismatchError, TiedWeightsError: tensors do not fit the config; lists all that do not.
         LossyConversionError: the target has no place for values that change the model's outputs.
         UnsupportedFamilyError: no table describes the architecture, or none in this format.
-        UsageError: options that do not fit each other.
+        UsageError: no such family, or options that do not fit each other.
     """
     dicts = [state_dict] if isinstance(state_dict, Mapping) else list(state_dict)
     for name, format in (("source", source), ("target", target)):
@@ -214,7 +214,7 @@ def _model(
     meta_style: MetaStyle | None,
 ) -> Model:
     if family is not None and family not in FAMILIES:
-        raise UnsupportedFamilyError(f"{option_text('family', family)}: {unknown_family()}")
+        raise option_error("family", family, unknown_family())
     options = ConfigOptions(meta_style=meta_style)
     return model_from(content, "config", source, ranks, options, family=family)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -172,3 +174,21 @@ def test_ties_are_decided_by_the_values_where_no_config_says_it(case: str) -> No
     params = GOLDEN / case / "meta-mp1" / "params.json"
     found = ckpt_convert.convert_state_dict(expected(case, "meta"), params, source="meta", target="hf")
     assert_same(found, expected(case, "hf"))  # type: ignore[arg-type]
+
+
+def test_a_family_that_is_none_is_refused_alike_wherever_it_is_given(tmp_path: Path) -> None:
+    """The request is wrong, not the input: one exception, with the name of the option."""
+    hf = GOLDEN / "llama" / "hf"
+    calls: list[Callable[[], object]] = [
+        lambda: ckpt_convert.open_checkpoint(hf, family="lama"),
+        lambda: ckpt_convert.convert_checkpoint(hf, tmp_path / "out", to="meta", family="lama"),
+        lambda: ckpt_convert.plan_conversion(hf, to="meta", family="lama"),
+        lambda: ckpt_convert.verify_checkpoint(hf, family="lama"),
+        lambda: ckpt_convert.diff_checkpoints(hf, hf, family="lama"),
+        lambda: ckpt_convert.convert_state_dict({}, hf / "config.json", source="hf", target="meta", family="lama"),
+        lambda: ckpt_convert.Checkpointer(hf, tmp_path / "run", family="lama"),
+    ]
+    for call in calls:
+        with pytest.raises(UsageError, match=r"family='lama'.*llama") as caught:
+            call()
+        assert type(caught.value) is UsageError

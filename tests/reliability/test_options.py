@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+import ckpt_convert
 from ckpt_convert import AdapterConfig, Checkpointer, Final, UsageError
-from ckpt_convert.checkpoint.checkpoint import open_identified
 from tests.checkpointer.training import LLAMA, make_model
 
 ADAPTER = {"adapter": AdapterConfig(rank=2, alpha=4)}
@@ -151,7 +151,7 @@ def test_everything_that_is_wrong_is_listed_at_once(tmp_path: Path) -> None:
 
 
 def test_options_for_opening_do_nothing_for_an_open_source(tmp_path: Path) -> None:
-    with open_identified(LLAMA) as source:
+    with ckpt_convert.open_checkpoint(LLAMA) as source:
         for options in ({"family": "llama"}, {"source_format": "hf"}, {"config": LLAMA / "config.json"}):
             with pytest.raises(UsageError, match="for a source that is open already"):
                 made(tmp_path, **{"source": source, **options})
@@ -172,5 +172,5 @@ def test_a_last_save_in_a_dtype_of_torchs(tmp_path: Path) -> None:
     with made(tmp_path, final=Final(export_dtype=torch.float16)) as checkpointer:  # type: ignore[arg-type]
         checkpointer.register(model=make_model().requires_grad_(False).half())
         checkpointer.step()
-    with open_identified(tmp_path / "out" / "step_1") as step:
-        assert {tensor.dtype for tensor in step.tensors.values()} == {"F16"}
+    with ckpt_convert.open_checkpoint(tmp_path / "out" / "step_1") as step:
+        assert {tensor.dtype for tensor in step.values()} == {"F16"}
