@@ -131,7 +131,8 @@ if not TYPE_CHECKING:  # a type checker would take any attribute for one that __
         except ModuleNotFoundError as error:
             from ckpt_convert.errors import missing
 
-            raise missing(error.name or "of that name", name, error) from None
+            package = (error.name or "of that name").partition(".")[0]
+            raise missing(package, name, error) from None
         return getattr(module, name)
 
 
