@@ -1,4 +1,4 @@
-"""Quantised checkpoints as the numbers that they stand for, where somebody asked for these or compares with them."""
+"""Quantized checkpoints as the numbers that they stand for, where somebody asked for these or compares with them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ckpt_convert.wording import option_text
 
 
 def dequantized(source: Identified, dtype: str) -> Identified:
-    """A checkpoint with its quantised tensors as numbers of ``dtype``; itself where nothing is quantised.
+    """A checkpoint with its quantized tensors as numbers of ``dtype``; itself where nothing is quantized.
 
     Raises KeyMismatchError where codes and scales do not belong together, and ConfigError for a scheme that can only
     be carried.
@@ -24,31 +24,31 @@ def dequantized(source: Identified, dtype: str) -> Identified:
 
 
 def dequantize_if_asked(source: Identified, dtype: str | None) -> Identified:
-    """``dequantized`` where somebody asked for it; raises UsageError where nothing is quantised."""
+    """``dequantized`` where somebody asked for it; raises UsageError where nothing is quantized."""
     if dtype is None:
         return source
     if source.unknown_scheme is not None:
         raise ConfigError(
-            f"{option_text('dequantize', dtype)}: {source.place} is quantised ({source.unknown_scheme}), which is no "
-            "scheme that is known here; dequantise it with the tool that made it, or take the model that was quantised"
+            f"{option('dequantize', dtype)}: {source.place} is quantized ({source.unknown_scheme}), which is no scheme "
+            "that is known here; dequantize it with the tool that made it, or take the model that was quantized"
         )
     if source.quantization is None:
-        raise option_error("dequantize", dtype, f"{source.place} is not quantised; leave it out, or use `dtype=`")
+        raise misfit("dequantize", dtype, f"{source.place} is not quantized; leave it out, or use `dtype=`")
     return dequantized(source, dtype)
 
 
 def dequantize_to_compare(a: Identified, b: Identified) -> tuple[Identified, Identified, list[str]]:
-    """Two checkpoints to be compared, and what to say: where one alone is quantised, as the numbers it stands for.
+    """Two checkpoints to be compared, and what to say: where one alone is quantized, as the numbers it stands for.
 
-    They are of the other side's dtype, so that what was dequantised once is the same, bit for bit.
+    They are of the other side's dtype, so that what was dequantized once is the same, bit for bit.
     """
     if (a.quantization is None) == (b.quantization is None):
         return a, b, []
-    quantised, other = (a, b) if a.quantization is not None else (b, a)
-    found = quantised.quantization
+    quantized, other = (a, b) if a.quantization is not None else (b, a)
+    found = quantized.quantization
     if found is None or found.findings or found.refusal is not None:
         return a, b, []
     dtype = "float32" if other.opened.majority_dtype in ("F32", "F64") else "bfloat16"
-    numbers = dequantized(quantised, dtype)
-    said = f"{quantised.place}: compared as the numbers that it stands for ({found.text}), in {dtype}"
-    return (numbers, b, [said]) if quantised is a else (a, numbers, [said])
+    numbers = dequantized(quantized, dtype)
+    said = f"{quantized.place}: compared as the numbers that it stands for ({found.text}), in {dtype}"
+    return (numbers, b, [said]) if quantized is a else (a, numbers, [said])

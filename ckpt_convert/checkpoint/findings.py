@@ -15,7 +15,7 @@ _TITLES = {
     "missing": "missing keys",
     "unexpected": "unexpected keys",
     "shape": "shapes that disagree with the config",
-    "quantised": "quantised weights and scales that do not belong together",
+    "quantised": "quantized weights and scales that do not belong together",
 }
 
 

@@ -20,8 +20,8 @@ NAME = "unknown"
 
 
 def generic_model(config: Mapping[str, Any], scheme: str | None, tensors: Iterable[SourceTensor]) -> Model:
-    """The model of a Hugging Face checkpoint whose family is not known; ``scheme`` is how it is quantised, if so."""
-    why = _why(config) if scheme is None else f"quantised ({scheme}), which no table reads"
+    """The model of a Hugging Face checkpoint whose family is not known; ``scheme`` is how it is quantized, if so."""
+    why = _why(config) if scheme is None else f"quantized ({scheme}), which no table reads"
     made = generic_family(tensors)
     tied = config.get("tie_word_embeddings") is True  # for the record alone: no row is tied to another
     dims = Dims({"tied": int(tied)}).with_cut(0)

@@ -1,4 +1,4 @@
-"""Opened files with what they are: their keys, what of them is quantised, the family, the config, the record."""
+"""Opened files with what they are: their keys, what of them is quantized, the family, the config, the record."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Identified:
     """Opened files, and what is told of them from headers, config and record alone.
 
     All of it is worked out when it is first asked for: a listing has no need of a family. ``dequantized`` says that the
-    files are those of a quantised checkpoint, read as numbers.
+    files are those of a quantized checkpoint, read as numbers.
     """
 
     opened: OpenedFiles
@@ -117,7 +117,7 @@ class Identified:
 
     @cached_property
     def quantization(self) -> Quantization | None:
-        """What of it is quantised, None for nothing; told from headers and config."""
+        """What of it is quantized, None for nothing; told from headers and config."""
         if self.dequantized is not None or self.format != "hf":
             return None
         from ckpt_convert.checkpoint.quantized.detect import detect_quantization
@@ -126,7 +126,7 @@ class Identified:
 
     @cached_property
     def keys(self) -> Keys:
-        """The tensors by key. Those of a quantised checkpoint are left as they are: no table knows its scales."""
+        """The tensors by key. Those of a quantized checkpoint are left as they are: no table knows its scales."""
         if self.format is None or self.quantization is not None:
             return Keys(self.opened)
         tensors = [(tensor.key, tensor.shape) for file in self.files for tensor in file.header.tensors]
@@ -195,9 +195,9 @@ class Identified:
             raise KeyMismatchError(f"{self.place}: {cause}")
         if self.unknown_scheme is not None:
             raise UnsupportedFamilyError(
-                f"{self.place}: is quantised ({self.unknown_scheme}), which is no scheme that is known here: it can "
-                "only be laid out anew as it is (`to='hf'`); for anything else dequantise it with the tool that made "
-                "it, or take the model that was quantised"
+                f"{self.place}: is quantized ({self.unknown_scheme}), which is no scheme that is known here: it can "
+                "only be laid out anew as it is (`to='hf'`); for anything else dequantize it with the tool that made "
+                "it, or take the model that was quantized"
             )
         return model
 
@@ -210,8 +210,8 @@ class Identified:
         """``model``, for what has to do with these formats alone.
 
         Where Hugging Face's is the only one, a family that is not known does not matter: its keys are taken as they
-        are, and so are those of quantised tensors. Raises what ``model`` does for anything else, and what does not fit
-        of a quantised checkpoint.
+        are, and so are those of quantized tensors. Raises what ``model`` does for anything else, and what does not fit
+        of a quantized checkpoint.
         """
         wanted = frozenset((str(self.format), *formats))
         try:
@@ -235,7 +235,7 @@ class Identified:
 
     @cached_property
     def _carried(self) -> Model:
-        """The model of quantised tensors as they are, once they were held against the table of the family."""
+        """The model of quantized tensors as they are, once they were held against the table of the family."""
         from ckpt_convert.checkpoint.quantized import as_stored
 
         assert self.quantization is not None
@@ -254,7 +254,7 @@ class Identified:
 
     @cached_property
     def unknown_scheme(self) -> str | None:
-        """The config's word for how the weights are quantised, where no rule knows it and the headers show it."""
+        """The config's word for how the weights are quantized, where no rule knows it and the headers show it."""
         if self.format != "hf" or self.dequantized is not None or self.quantization is not None:
             return None
         from ckpt_convert.checkpoint.quantized.detect import unknown_scheme
@@ -272,7 +272,7 @@ class Identified:
     def with_values(
         self, found: Quantization, dtype: str, shapes: Mapping[str, tuple[int, ...]] | None = None
     ) -> Identified:
-        """The same with quantised tensors as numbers of ``dtype``; config and model say nothing of a quantisation.
+        """The same with quantized tensors as numbers of ``dtype``; config and model say nothing of a quantization.
 
         What does not belong together, or cannot be read, is at least described, in ``shapes`` where headers do not say
         them.
@@ -290,7 +290,7 @@ class Identified:
         )
 
     def describe_dequantized(self, found: Quantization, model: Model) -> Identified:
-        """The same with each quantised tensor as one of numbers, to be looked at: not all of them can be read.
+        """The same with each quantized tensor as one of numbers, to be looked at: not all of them can be read.
 
         What headers do not say of a shape is taken to be as the table has it.
         """

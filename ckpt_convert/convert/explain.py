@@ -96,7 +96,7 @@ def _steps(
     plan: Plan, instance: Instance, logical: LogicalTensor, column: Key, dtype: str, ranks: _Ranks
 ) -> Iterator[str]:
     if plan.is_computed(logical.tensor):
-        yield f"dequantise to {logical.dtype}"
+        yield f"dequantize to {logical.dtype}"
     source = instance.row.column(str(plan.source.format))
     if instance in plan.logicals.omitted_ties:
         yield "tied: written as well"

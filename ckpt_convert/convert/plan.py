@@ -40,7 +40,7 @@ _CASTING = 2_000_000
 """Bytes of the buffers in which one worker casts."""
 
 _COMPUTING = 8_000_000
-"""Bytes of the buffers in which one worker dequantises."""
+"""Bytes of the buffers in which one worker dequantizes."""
 
 COMPUTED = "computed"
 """The kind of a file in which tensors are computed where they are read."""
@@ -50,7 +50,7 @@ COMPUTED = "computed"
 class SourceFile:
     """Where tensors are read from: a file by its place, and what it was; or a tensor in memory, called ``memory:KEY``.
 
-    ``kind`` is that of its header, or ``COMPUTED`` for a quantised file that is read as numbers.
+    ``kind`` is that of its header, or ``COMPUTED`` for a quantized file that is read as numbers.
     """
 
     name: str
@@ -63,7 +63,7 @@ class SourceFile:
 class SourceInfo:
     """What is converted: where it lies, what it was told to be and by what, and the symbols of its config.
 
-    ``dequantized`` is the dtype of the numbers that a quantised one is read as.
+    ``dequantized`` is the dtype of the numbers that a quantized one is read as.
     """
 
     place: Place
@@ -174,12 +174,12 @@ class Plan:
         return _BASE_MEMORY + workers * (BLOCK + SCRATCH + casting + computing) + torch + self.legacy_bytes
 
     def is_computed(self, tensor: LazyTensor) -> bool:
-        """Whether numbers are dequantised for this tensor."""
+        """Whether numbers are dequantized for this tensor."""
         return bool(self.computed) and not self.computed.isdisjoint(tensor.sources)
 
     @property
     def bytes_by_kind(self) -> Mapping[str, int]:
-        """How many bytes are copied as they lie, put in another order, and cast (or dequantised)."""
+        """How many bytes are copied as they lie, put in another order, and cast (or dequantized)."""
         out = {"copied": 0, "reordered": 0, "cast": 0}
         for file in self.files:
             for tensor in file.tensors:

@@ -426,7 +426,7 @@ def _check_names(source: Identified, files: list[OutputFile], side: list[Auxilia
 def _dtypes(targets: Sequence[TargetTensor], request: Request, template: LogicalTensors) -> dict[str, str]:
     """The dtype of every target: what was asked for, else as the template has it, else as it is.
 
-    A template's tensors that are quantised say nothing of what a model in memory is to be written as.
+    A template's tensors that are quantized say nothing of what a model in memory is to be written as.
     """
     out = {}
     for target in targets:

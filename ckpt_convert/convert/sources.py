@@ -109,7 +109,7 @@ class ReopenedSources(Mapping[SourceFile, RangeReader]):
         return containers.parse_header(file)[0] if source.kind == "legacy" else file
 
     def _as_numbers(self) -> Identified:
-        """The quantised checkpoint that the plan reads as numbers."""
+        """The quantized checkpoint that the plan reads as numbers."""
         if self._numbers is None:
             found, hints = self._plan.source, self._plan.source.hints
             opened = open_identified(

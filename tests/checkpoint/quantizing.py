@@ -1,4 +1,4 @@
-"""Quantised checkpoints made of plain ones, with torch alone."""
+"""Quantized checkpoints made of plain ones, with torch alone."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def is_linear(key: str, tensor: torch.Tensor) -> bool:
 def fp8_llama(directory: Path, block: tuple[int, int] = BLOCK, source: Path = LLAMA) -> Tensors:
     """The golden Llama with its projections in fp8 blocks, as DeepSeek's and Qwen's releases have them.
 
-    Returns what it stands for: every tensor, dequantised to float32 by torch where it is quantised.
+    Returns what it stands for: every tensor, dequantized to float32 by torch where it is quantized.
     """
     shutil.copytree(source, directory)
     numbers: Tensors = {}

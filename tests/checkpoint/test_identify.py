@@ -57,7 +57,7 @@ def test_files_that_contradict_each_other_are_told_all_at_once() -> None:
         _ = keys.ranks
 
 
-def test_quantised_tensors_are_told_from_headers_and_read_as_numbers() -> None:
+def test_quantized_tensors_are_told_from_headers_and_read_as_numbers() -> None:
     scales = [(f"{key}_scale_inv", "F32", (1, 1)) for key, shape in SHAPES.items() if len(shape) == 2]
     config = {**CONFIG, "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
     found = identified(opened(file("model.safetensors", *SHAPES, dtype="F8_E4M3", more=scales)), config)
@@ -67,5 +67,5 @@ def test_quantised_tensors_are_told_from_headers_and_read_as_numbers() -> None:
     assert numbers.quantization is None
     assert numbers.ranks[0].keys() == SHAPES.keys()
     assert "quantization_config" not in numbers.model.config
-    assert "dequantised to bfloat16" in numbers.notices[-1]
+    assert "dequantized to bfloat16" in numbers.notices[-1]
     assert found.ranks[0].keys() > SHAPES.keys()

@@ -1,4 +1,4 @@
-"""Quantised weights as numbers: against torch's float8, its own readers, and transformers, bit for bit."""
+"""Quantized weights as numbers: against torch's float8, its own readers, and transformers, bit for bit."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ NAMES = {"bfloat16": "BF16", "float32": "F32"}
 
 
 def cast(numbers: Tensors, dtype: str) -> Tensors:
-    """What was quantised in this dtype, the rest as it is."""
+    """What was quantized in this dtype, the rest as it is."""
     return {key: one.to(DTYPES[dtype]) if is_linear(key, one) else one for key, one in numbers.items()}
 
 
@@ -305,7 +305,7 @@ def test_mxfp4_as_torchs_own_reader_computes_it(tmp_path: Path) -> None:
 
 
 def test_the_way_through_the_numbers_is_the_way_of_the_codes(tmp_path: Path) -> None:
-    """Dequantised on the way to another format is the same as dequantised first."""
+    """Dequantized on the way to another format is the same as dequantized first."""
     source = tmp_path / "source"
     fp8_llama(source)
     first = tmp_path / "first"
@@ -347,13 +347,13 @@ def test_the_config_says_what_the_weights_are_then(tmp_path: Path) -> None:
     assert after == before | {"dtype": "bfloat16"}
     assert list(after) == list(before)
     (said,) = report.notices
-    assert said.startswith("dequantised to bfloat16 (fp8 in blocks of 16 × 24: 21 of 30 tensors)")
+    assert said.startswith("dequantized to bfloat16 (fp8 in blocks of 16 × 24: 21 of 30 tensors)")
     assert "config.json no longer says" in said
     assert json.loads((tmp_path / "out" / "ckpt_convert" / "config.json").read_text()) == after
 
 
 def test_the_config_has_the_dtype_that_was_asked_for(tmp_path: Path) -> None:
-    """But where most of the weights were never quantised, and are in another one: then it has theirs."""
+    """But where most of the weights were never quantized, and are in another one: then it has theirs."""
     import json
 
     source = tmp_path / "source"
@@ -371,7 +371,7 @@ def test_the_config_has_the_dtype_that_was_asked_for(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
 
 
-def test_a_cast_of_what_was_dequantised(tmp_path: Path) -> None:
+def test_a_cast_of_what_was_dequantized(tmp_path: Path) -> None:
     numbers = fp8_llama(tmp_path / "source")
     options: dict[str, Any] = {"dequantize": "float32", "dtype": "float16", "allow_overflow": True}
     ckpt_convert.convert_checkpoint(tmp_path / "source", tmp_path / "out", to="hf", verify=True, **options)

@@ -1,4 +1,4 @@
-"""Quantised checkpoints that are carried, refused and checked: what belongs together, and what does not."""
+"""Quantized checkpoints that are carried, refused and checked: what belongs together, and what does not."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def awq(directory: Path) -> None:
 
 
 def bitsandbytes(directory: Path) -> None:
-    """As bitsandbytes has them with NF4 and its scales quantised in turn."""
+    """As bitsandbytes has them with NF4 and its scales quantized in turn."""
     pack(
         directory,
         {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
@@ -177,7 +177,7 @@ def test_another_format_has_no_place_for_it(source: Path, tmp_path: Path) -> Non
     with pytest.raises(ConfigError) as caught:
         ckpt_convert.convert_checkpoint(source, tmp_path / "out", to=to)
     said = str(caught.value)
-    assert f"is quantised ({found(source).text}), and the {to} format has no place for that" in said
+    assert f"is quantized ({found(source).text}), and the {to} format has no place for that" in said
     assert ("pass `dequantize='bfloat16'`" in said) == (source.name in READABLE)
     assert ("it can only be laid out anew as it is" in said) == (source.name in PACKED)
     assert list(tmp_path.iterdir()) == []
@@ -185,19 +185,19 @@ def test_another_format_has_no_place_for_it(source: Path, tmp_path: Path) -> Non
 
 def test_it_is_not_cast(source: Path, tmp_path: Path) -> None:
     way_out = "pass `dequantize='bfloat16'`" if source.name in READABLE else "leave it out"
-    with pytest.raises(UsageError, match=f"`dtype='float32'`: .* is quantised .* codes are not cast; {way_out}"):
+    with pytest.raises(UsageError, match=f"`dtype='float32'`: .* is quantized .* codes are not cast; {way_out}"):
         ckpt_convert.convert_checkpoint(source, tmp_path / "out", to="hf", dtype="float32")
 
 
 @pytest.mark.parametrize("scheme", PACKED)
-def test_what_is_packed_is_not_dequantised(scheme: str, tmp_path: Path) -> None:
+def test_what_is_packed_is_not_dequantized(scheme: str, tmp_path: Path) -> None:
     PACKED[scheme](tmp_path / "source")
-    with pytest.raises(ConfigError, match="dequantise it with the tool that made it"):
+    with pytest.raises(ConfigError, match="dequantize it with the tool that made it"):
         ckpt_convert.convert_checkpoint(tmp_path / "source", tmp_path / "out", to="meta", dequantize="bfloat16")
 
 
-def test_what_is_not_quantised_is_not_dequantised(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"`dequantize='float32'`: .* is not quantised; leave it out, or use `dtype=`"):
+def test_what_is_not_quantized_is_not_dequantized(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"`dequantize='float32'`: .* is not quantized; leave it out, or use `dtype=`"):
         ckpt_convert.convert_checkpoint(LLAMA, tmp_path / "out", to="meta", dequantize="float32")
     with pytest.raises(UsageError, match="`dequantize='float16'`: expected one of bfloat16, float32"):
         ckpt_convert.convert_checkpoint(LLAMA, tmp_path / "out", to="meta", dequantize="float16")
@@ -249,7 +249,7 @@ def test_narrow_numbers_without_scales_are_plain(tmp_path: Path) -> None:
 
 
 def broken(directory: Path) -> None:
-    """A scale too few, a weight too few, a scale of a wrong shape, and one of a weight that is not quantised."""
+    """A scale too few, a weight too few, a scale of a wrong shape, and one of a weight that is not quantized."""
     fp8_llama(directory)
 
     def change(key: str, tensor: torch.Tensor) -> Tensors:
@@ -272,14 +272,14 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize("options", [{}, {"dequantize": "bfloat16"}], ids=["carried", "dequantised"])
+@pytest.mark.parametrize("options", [{}, {"dequantize": "bfloat16"}], ids=["carried", "dequantized"])
 def test_all_that_does_not_belong_together_is_one_error(options: dict[str, Any], tmp_path: Path) -> None:
     broken(tmp_path / "source")
     with pytest.raises(KeyMismatchError) as caught:
         ckpt_convert.convert_checkpoint(tmp_path / "source", tmp_path / "out", to="hf", **options)
     first, title, *lines = str(caught.value).splitlines()
     assert first == f"{tmp_path / 'source'} does not fit:"
-    assert title == "  4 quantised weights and scales that do not belong together:"
+    assert title == "  4 quantized weights and scales that do not belong together:"
     assert sorted(map(str.strip, lines)) == WRONG
 
 
@@ -317,7 +317,7 @@ def test_mxfp4_that_does_not_belong_together(tmp_path: Path) -> None:
         "[3, 64, 3, 16], found [3, 64, 2]",
     ]
     assert sorted(f.text for f in check_checkpoint(source).findings if f.severity == "error") == expected
-    with pytest.raises(KeyMismatchError, match="3 quantised weights and scales"):
+    with pytest.raises(KeyMismatchError, match="3 quantized weights and scales"):
         ckpt_convert.convert_checkpoint(source, tmp_path / "out", to="hf")
 
 
@@ -343,7 +343,7 @@ def test_a_missing_pair_is_a_missing_tensor(tmp_path: Path) -> None:
         ckpt_convert.convert_checkpoint(source, tmp_path / "out", to="hf")
 
 
-def test_a_zero_point_is_carried_but_not_dequantised(tmp_path: Path) -> None:
+def test_a_zero_point_is_carried_but_not_dequantized(tmp_path: Path) -> None:
     source = tmp_path / "source"
     compressed_llama(source, "channel")
 
@@ -354,7 +354,7 @@ def test_a_zero_point_is_carried_but_not_dequantised(tmp_path: Path) -> None:
     edit(source, change, {})
     ckpt_convert.convert_checkpoint(source, tmp_path / "out", to="hf", verify=True)
     assert sums(tmp_path / "out") == sums(source)
-    with pytest.raises(ConfigError, match=r"weight_zero_point shifts the codes, which cannot be dequantised here"):
+    with pytest.raises(ConfigError, match=r"weight_zero_point shifts the codes, which cannot be dequantized here"):
         ckpt_convert.convert_checkpoint(source, tmp_path / "numbers", to="hf", dequantize="bfloat16")
 
 
@@ -374,7 +374,7 @@ def test_scales_of_activations_and_caches_go_with_the_codes(tmp_path: Path) -> N
     assert_same(read_safetensors(tmp_path / "out"), numbers)
 
 
-def test_a_quantised_model_is_the_same_as_its_numbers(tmp_path: Path) -> None:
+def test_a_quantized_model_is_the_same_as_its_numbers(tmp_path: Path) -> None:
     fp8_llama(tmp_path / "source")
     ckpt_convert.convert_checkpoint(
         tmp_path / "source", tmp_path / "out", to="meta", model_parallel=2, dequantize="bfloat16"
@@ -388,7 +388,7 @@ def test_a_quantised_model_is_the_same_as_its_numbers(tmp_path: Path) -> None:
         assert compare_checkpoints(a, a).counts["same"] == 51
 
 
-def test_settings_of_a_quantisation_beside_the_weights_are_left_behind(tmp_path: Path) -> None:
+def test_settings_of_a_quantization_beside_the_weights_are_left_behind(tmp_path: Path) -> None:
     source = tmp_path / "source"
     fp8_llama(source)
     (source / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
@@ -422,7 +422,7 @@ def test_hostile_configs(tmp_path: Path) -> None:
         {"quant_method": ["fp8"]},
     ):
         edit_json(tmp_path / "source" / "config.json", quantization_config=method)
-        with pytest.raises(CkptConvertError, match="quantised weights and scales"):
+        with pytest.raises(CkptConvertError, match="quantized weights and scales"):
             ckpt_convert.convert_checkpoint(tmp_path / "source", tmp_path / "out", to="hf")
 
 

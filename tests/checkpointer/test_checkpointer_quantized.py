@@ -1,4 +1,4 @@
-"""A run from a quantised source trains its numbers, and saves these in the source's files."""
+"""A run from a quantized source trains its numbers, and saves these in the source's files."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_what_is_loaded_and_saved_are_the_numbers(
     assert_same(read_safetensors(tmp_path / "out" / "latest"), expected)
     plain = sums(tmp_path / "numbers")
     assert {name: digest for name, digest in sums(tmp_path / "out" / "latest").items() if name in plain} == plain
-    said = [record.message for record in caplog.records if record.message.startswith("dequantised to bfloat16")]
+    said = [record.message for record in caplog.records if record.message.startswith("dequantized to bfloat16")]
     assert len(said) == 1
     config = json.loads((tmp_path / "out" / "latest" / "config.json").read_text())
     assert config == {k: v for k, v in json.loads((source / "config.json").read_text()).items() if "quant" not in k}
@@ -71,5 +71,5 @@ def test_the_dtype_is_that_of_the_config(source: Path, tmp_path: Path) -> None:
     edit_json(source / "config.json", dtype="float32")
     with Checkpointer(source) as checkpointer:
         loaded = checkpointer.load_model(NativeLlama.from_config(source / "config.json"))
-    # What was not quantised is as it is.
+    # What was not quantized is as it is.
     assert dict(loaded.dtypes) == {("float32", "float32"): 21, ("bfloat16", "float32"): 9}

@@ -123,7 +123,7 @@ def test_a_release_in_fewer_bits_as_the_numbers_that_it_stands_for(name: str, tm
     release = with_few_layers(RELEASES[name])
     config, tensors = released.published(release)
     checkpoints.write_described(tmp_path / "hf", config, tensors, release.files)
-    assert_dequantised(tmp_path / "hf", tensors, release)
+    assert_dequantized(tmp_path / "hf", tensors, release)
 
 
 def test_the_whole_of_deepseek_v3(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_deepseek_v3_has_as_many_tensors_as_are_published() -> None:
     assert len(released.published(RELEASES["deepseek-v3"])[1]) == 91_991
 
 
-def assert_dequantised(source: Path, tensors: released.Tensors, release: Release) -> None:
+def assert_dequantized(source: Path, tensors: released.Tensors, release: Release) -> None:
     """A plan into torchtitan's layout takes every number that codes and scales stand for once."""
     stands_for = {
         key.removesuffix("_blocks"): prod(shape) * (2 if key.endswith("_blocks") else 1)

@@ -86,7 +86,7 @@ CASES = {
     "ranks in zip files": (golden, {"to": "meta", "model_parallel": 2}),
     "shards": (golden, {"to": "native", "shards": 3}),
     "cast": (golden, {"to": "hf", "dtype": "bfloat16"}),
-    "dequantised": (fp8, {"to": "hf", "dequantize": "bfloat16"}),
+    "dequantized": (fp8, {"to": "hf", "dequantize": "bfloat16"}),
     "back from the record": (recorded, {"to": "meta"}),
     "out of torch.distributed.checkpoint": (pieces_of_ranks, {"to": "hf"}),
     "into torch.distributed.checkpoint": (golden, {"to": "torchtitan"}),

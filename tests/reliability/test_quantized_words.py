@@ -120,7 +120,7 @@ def test_headers_win_over_a_config_that_was_left(method: str, tmp_path: Path) ->
     edit_json(tmp_path / "source" / "config.json", quantization_config={"quant_method": method})
     report = ckpt_convert.convert_checkpoint(tmp_path / "source", tmp_path / "meta", to="meta", verify=True)
     (said,) = [text for text in report.notices if "quantiz" in text]
-    assert said == "config.json has quantization_config, but no tensor is quantised: it is left out"
+    assert said == "config.json has quantization_config, but no tensor is quantized: it is left out"
     assert_same(read_meta(tmp_path / "meta")[0], read_meta(GOLDEN / "llama" / "meta-mp1")[0])
     ckpt_convert.convert_checkpoint(tmp_path / "meta", tmp_path / "back", to="hf", verify=True)
     assert "quantization_config" not in json.loads((tmp_path / "back" / "config.json").read_text())

@@ -34,7 +34,7 @@ log = logging.getLogger("ckpt_convert")
 class _Work:
     """What is done so far; ``values`` is whether tensors are to be read, ``expected`` which are to be compared.
 
-    ``described`` is the checkpoint that these are numbered in, where it is not the view itself: a quantised one as
+    ``described`` is the checkpoint that these are numbered in, where it is not the view itself: a quantized one as
     the numbers that it stands for.
     """
 

@@ -151,7 +151,7 @@ def compare_checkpoints(
     """Compare two checkpoints, of the same format or not, over as many ranks or not, tensor by tensor.
 
     ``values`` reads and compares every element, in memory that does not depend on the size of the tensors; ``keep`` is
-    asked with a tensor's keys in a and in b whether it is compared at all. Where only one side is quantised, the
+    asked with a tensor's keys in a and in b whether it is compared at all. Where only one side is quantized, the
     numbers that it stands for are compared. Raises what ``alignment.align`` raises, and CorruptFileError for a
     file that cannot be read to its end.
     """

@@ -1,4 +1,4 @@
-"""Telling from headers and config which tensors are quantised, and what belongs to each."""
+"""Telling from headers and config which tensors are quantized, and what belongs to each."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CHECK = "quantised"
 """The check that findings are of."""
 
 CONFIGS = ("quantization_config", "compression_config")
-"""Where a config.json says how the weights are quantised."""
+"""Where a config.json says how the weights are quantized."""
 
 
 _LIKELY = frozenset(dtype for rule in schemes.RULES for dtype in rule.dtypes)
@@ -27,7 +27,7 @@ _LIKELY = frozenset(dtype for rule in schemes.RULES for dtype in rule.dtypes)
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
-    """One quantised tensor: ``key`` is that of the numbers, ``others`` what belongs to it beside codes and scale.
+    """One quantized tensor: ``key`` is that of the numbers, ``others`` what belongs to it beside codes and scale.
 
     ``shape`` is that of the numbers, None where headers do not say it; ``block`` that of fp8's blocks.
     """
@@ -58,10 +58,10 @@ class Quantized:
 
 @dataclass(frozen=True)
 class Quantization:
-    """What of a checkpoint is quantised, and how.
+    """What of a checkpoint is quantized, and how.
 
     ``tensors`` are by key. ``owners`` say which of them a stored tensor belongs to; ``extras`` are stored tensors that
-    serve the quantisation and belong to no weight (scales of activations and caches). ``findings`` say what does not
+    serve the quantization and belong to no weight (scales of activations and caches). ``findings`` say what does not
     belong together, ``broken`` names the tensors that they are about. ``method`` is the config's word for it.
     """
 
@@ -82,12 +82,12 @@ class Quantization:
 
     @property
     def refusal(self) -> str | None:
-        """Why the tensors cannot be dequantised, None where they can."""
+        """Why the tensors cannot be dequantized, None where they can."""
         return next((one.rule.refusal for one in self.tensors.values() if one.rule.refusal), None)
 
 
 def detect_quantization(opened: OpenedFiles, config: Mapping[str, Any]) -> Quantization | None:
-    """What of a Hugging Face checkpoint is quantised, None where nothing is; from headers and config alone.
+    """What of a Hugging Face checkpoint is quantized, None where nothing is; from headers and config alone.
 
     Numbers in a narrow dtype without a scale, and without a config that says so, are plain numbers.
     """
@@ -102,7 +102,7 @@ def detect_quantization(opened: OpenedFiles, config: Mapping[str, Any]) -> Quant
 
 
 def unknown_scheme(config: Mapping[str, Any]) -> str | None:
-    """What config.json calls a quantisation that no rule is of: a quant_method, or MLX, which has a key of its own."""
+    """What config.json calls a quantization that no rule is of: a quant_method, or MLX, which has a key of its own."""
     method = quantization_config(config).get("quant_method")
     if isinstance(method, str):
         known = any(method in rule.methods for rule in schemes.RULES)
@@ -111,7 +111,7 @@ def unknown_scheme(config: Mapping[str, Any]) -> str | None:
 
 
 def quantization_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What config.json says of the quantisation, {} where it says nothing."""
+    """What config.json says of the quantization, {} where it says nothing."""
     text = config.get("text_config")
     for part in (config, text if isinstance(text, dict) else {}):
         for name in CONFIGS:
@@ -122,7 +122,7 @@ def quantization_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _is_likely(stored: Mapping[str, FileTensor]) -> bool:
-    """Whether the dtypes leave room for quantised tensors, without a config that says so."""
+    """Whether the dtypes leave room for quantized tensors, without a config that says so."""
     return any(one.tensor.dtype in _LIKELY for one in stored.values())
 
 
@@ -177,7 +177,7 @@ class _Search:
         return False
 
     def _tensor(self, rule: Rule, owner: str, codes: str) -> Quantized | None:
-        """The quantised tensor that these codes are of; claims what belongs to it."""
+        """The quantized tensor that these codes are of; claims what belongs to it."""
         parts = rule.parts(owner)
         there = {part: self._stored[key].tensor.key for part, key in parts.items() if key in self._stored}
         scale = next((there[template] for template in rule.scales if template in there), None)
@@ -192,7 +192,7 @@ class _Search:
                 self._owners[codes] = owner
             return None
         if rule.codes != "{key}" and owner in self._stored:
-            self._finding(owner, f"{owner}: is there twice, as it is and quantised, as {codes}")
+            self._finding(owner, f"{owner}: is there twice, as it is and quantized, as {codes}")
         for key in there.values():
             self._owners[key] = owner
         shape, block = self._shapes(rule, owner, self._stored[codes], self._stored[scale])
@@ -232,7 +232,7 @@ class _Search:
         return shape, block
 
     def _orphans(self, rules: list[Rule]) -> None:
-        """Scales, and whatever else serves a quantisation, of tensors that are not there or not quantised."""
+        """Scales, and whatever else serves a quantization, of tensors that are not there or not quantized."""
         for key, one in self._stored.items():
             if key in self._owners or not rules:
                 continue

@@ -1,4 +1,4 @@
-"""Under which keys each scheme keeps a quantised tensor, and what its headers say of it.
+"""Under which keys each scheme keeps a quantized tensor, and what its headers say of it.
 
 A rule has templates of keys: {key} is that of the tensor that the numbers are of, {module} the same without its
 ".weight". A template stands for whole keys, so what is claimed by it is claimed for exactly one tensor.
@@ -26,7 +26,7 @@ class Rule:
     """A scheme: ``codes`` is the template of the codes, whose dtype is one of ``dtypes`` (any where there are none).
 
     ``scales`` are templates of which one has to be there, ``others`` of what may be. ``methods`` are the words for it
-    in quantization_config's quant_method. ``refusal`` says why it cannot be dequantised, None where it can.
+    in quantization_config's quant_method. ``refusal`` says why it cannot be dequantized, None where it can.
     """
 
     name: str
@@ -69,7 +69,7 @@ _ACTIVATIONS = tuple(
     "{module}." + name
     for name in ("input_scale", "input_zero_point", "input_scale_ub", "output_scale", "k_scale", "v_scale", "q_scale")
 )
-"""What belongs to the numbers that flow through a module: of no use once its weight is no longer quantised."""
+"""What belongs to the numbers that flow through a module: of no use once its weight is no longer quantized."""
 
 CACHE = (".k_scale", ".v_scale", ".q_scale", ".kv_scale")
 """The ends of keys that hold scales of an attention's cache, which belong to no weight."""

@@ -1,4 +1,4 @@
-"""Quantised files as files of ordinary tensors: each is computed where it is read."""
+"""Quantized files as files of ordinary tensors: each is computed where it is read."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from ckpt_convert.tensors.header import StoredTensor, WeightFile
 from ckpt_convert.tensors.lazy import row_major_strides
 
 SETTINGS = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
-"""Files beside weights that say how these are quantised; loaders believe them, also where it is no longer so."""
+"""Files beside weights that say how these are quantized; loaders believe them, also where it is no longer so."""
 
 
 @dataclass(frozen=True)
 class Dequantized:
-    """That quantised tensors are read as numbers of ``dtype`` (bfloat16 or float32); ``text`` says how they lie."""
+    """That quantized tensors are read as numbers of ``dtype`` (bfloat16 or float32); ``text`` says how they lie."""
 
     dtype: str
     text: str
 
     @property
     def notice(self) -> str:
-        return f"dequantised to {self.dtype} ({self.text}); config.json no longer says that the weights are quantised"
+        return f"dequantized to {self.dtype} ({self.text}); config.json no longer says that the weights are quantized"
 
 
 def dequantized_files(
     opened: OpenedFiles, found: Quantization, dtype: str, shapes: Mapping[str, tuple[int, ...]] | None = None
 ) -> OpenedFiles:
-    """The same files with other headers: each quantised tensor is one of ``dtype``, under the key of its numbers.
+    """The same files with other headers: each quantized tensor is one of ``dtype``, under the key of its numbers.
 
     What does not belong together, or cannot be read, is at least described. ``shapes`` are those of tensors whose
     headers do not say them; without one, such a tensor is left out.
@@ -125,12 +125,12 @@ def _computed(one: Quantized, dtype: str) -> Computed:
     elif one.rule == schemes.FP8 and one.block is not None:
         numbers = fp8.fp8_values(one)
     if numbers is None:
-        raise ConfigError(f"{one.key}: is quantised in a way that cannot be read as numbers")
+        raise ConfigError(f"{one.key}: is quantized in a way that cannot be read as numbers")
     return MatrixBytes(numbers, dtype)
 
 
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config that says nothing of a quantisation."""
+    """A config that says nothing of a quantization."""
     out = {name: value for name, value in config.items() if name not in CONFIGS}
     text = out.get("text_config")
     if isinstance(text, Mapping):

@@ -29,7 +29,7 @@ Config = str | Path | Place | Mapping[str, Any]
 def open_source(source: Source, *, format: str | None, family: str | None, config: Config | None) -> Identified:
     """Open what a recipe calls its source: a path, a Hub id, or the weight files of a directory, in any order.
 
-    A checkpoint that is open already is taken as it is. A quantised one is taken for the numbers that it stands for, in
+    A checkpoint that is open already is taken as it is. A quantized one is taken for the numbers that it stands for, in
     the dtype that its config names, as training needs them. Raises what ``open_checkpoint`` does, and
     UsageError for a list that is not all of one checkpoint's files.
     """
