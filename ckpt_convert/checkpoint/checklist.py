@@ -26,7 +26,7 @@ _ALGORITHMS: dict[int, Algorithm] = {32: "md5", 64: "sha256"}
 
 @dataclass(frozen=True)
 class HashMismatch:
-    """One listed file that is not what the list says; ``found`` says what is there instead."""
+    """One listed file whose hash differs; ``found`` is its hash, or says what is there instead."""
 
     file: str
     expected: str
@@ -59,7 +59,7 @@ def parse_checklist(text: str) -> dict[str, str]:
 
 
 def hash_algorithm(parsed: Mapping[str, str]) -> Algorithm:
-    """Tell which hash a checklist holds; md5, Meta's usual one, where it holds none.
+    """The hash algorithm of a checklist; md5, Meta's default, for an empty one.
 
     Raises CorruptFileError when the hashes are of neither kind, or of both.
     """
@@ -70,9 +70,9 @@ def hash_algorithm(parsed: Mapping[str, str]) -> Algorithm:
 
 
 def render_checklist(entries: Mapping[str, str]) -> bytes:
-    """Write a checklist, in the order of ``entries`` (file names to hashes); what it writes, ``parse`` reads.
+    """The bytes of a checklist, in the order of ``entries`` (file name to hash); the inverse of ``parse_checklist``.
 
-    Raises as ``parse`` does for names and hashes that a checklist cannot hold.
+    Raises what ``parse_checklist`` does for names and hashes that a checklist cannot hold.
     """
     text = "".join(f"{digest}  {name}\n" for name, digest in entries.items())
     if parse_checklist(text) != {name.removeprefix("./"): digest.lower() for name, digest in entries.items()}:
@@ -81,9 +81,9 @@ def render_checklist(entries: Mapping[str, str]) -> bytes:
 
 
 def hash_file(path: Place, kind: Algorithm, *, advance: Callable[[int], None] | None = None) -> str:
-    """Hash a file in blocks of 1 MiB; ``advance`` is told the bytes of each.
+    """Hash a file in blocks of 1 MiB; ``advance`` is called with the bytes of each.
 
-    hashlib lets other threads run meanwhile. Raises what ``Place.open`` does when the file cannot be read.
+    hashlib releases the GIL. Raises what ``Place.open`` does when the file cannot be read.
     """
     digest = hashlib.new(kind, usedforsecurity=False)
     with path.open() as file:
@@ -95,7 +95,7 @@ def hash_file(path: Place, kind: Algorithm, *, advance: Callable[[int], None] | 
 
 
 def hash_files(directory: Place, names: Iterable[str], kind: Algorithm = "md5") -> dict[str, str]:
-    """The entries of a checklist for files that are there, to be rendered.
+    """The entries of a checklist for existing files.
 
     Raises UnsafeFileError for a name that leaves the directory.
     """
@@ -108,10 +108,10 @@ def hash_files(directory: Place, names: Iterable[str], kind: Algorithm = "md5") 
 def check_hashes(
     directory: Place, entries: Mapping[str, str] | None = None, *, advance: Callable[[int], None] | None = None
 ) -> list[HashMismatch]:
-    """Hash the files that a checklist names and return those that are missing or differ; none is as it should be.
+    """Hash the files that a checklist names and return those that are missing or differ.
 
-    ``entries`` are those of the directory's own checklist.chk unless given. Raises CheckpointNotFoundError when there
-    is no checklist, and as ``parse`` does.
+    ``entries`` default to the directory's checklist.chk. Raises CheckpointNotFoundError when there is no checklist, and
+    what ``parse_checklist`` does.
     """
     listed = _read(directory / CHECKLIST) if entries is None else entries
     for name in listed:
@@ -150,7 +150,7 @@ def _read(path: Place) -> dict[str, str]:
 
 
 def _check_name(name: str) -> None:
-    """A name is joined to the directory as it is: it must not lead out of it, on any system."""
+    """Raise UnsafeFileError for a name that could leave the directory that it is joined to, on any system."""
     parts = PurePosixPath(name.replace("\\", "/")).parts
     if not parts or parts[0] == "/" or ".." in parts or ":" in parts[0] or not name.isprintable():
         raise UnsafeFileError(

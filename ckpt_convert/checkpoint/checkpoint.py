@@ -131,7 +131,7 @@ def open_checkpoint(
 
 
 def identified_of(checkpoint: Checkpoint) -> Identified:
-    """What the library's own modules work with."""
+    """The identified files behind a ``Checkpoint``, for the library's own modules."""
     return checkpoint._identified
 
 
@@ -145,12 +145,12 @@ def open_identified(
     revision: str | None = None,
     options: ConfigOptions | None = None,
 ) -> Identified:
-    """``open_checkpoint`` for the library's own modules; ``options`` say what a params.json leaves open."""
-    path = opening.checkpoint_place(repository.locate_checkpoint(path, revision, format=format))
-    if path.is_folder() and (path / JOURNAL).is_present():
+    """``open_checkpoint`` for the library's own modules; ``options`` give what a params.json does not state."""
+    path = opening.checkpoint_place(repository.locate(path, revision, format=format))
+    if path.is_folder() and (path / JOURNAL).is_there():
         raise CorruptFileError(
-            f"{path}: is the unfinished output of a conversion; run that again with `resume=True`, or without to "
-            "start anew"
+            f"{path}: is the unfinished output of a conversion; run that again with `resume=True`, or without it to "
+            "start over"
         )
     return open_unfinished(path, format=format, family=family, config=config, options=options)
 
@@ -172,7 +172,5 @@ def open_unfinished(
     seen = list_identities(path, RECORD_FOLDER) if path.is_folder() else {path: path.identity()}
     found_record = record.load_record(path) if path.is_folder() else None
     found = identify(opening.open_weights(path, format, found_record, seen), hints, found_record)
-    _ = (
-        found.stated_config.content_or_empty
-    )  # what is wrong with it is said where it is needed, that it cannot be read at once
+    _ = found.stated_config.content_or_empty  # raises now if the config cannot be read; errors in it are raised on use
     return found

@@ -1,4 +1,4 @@
-"""What the configs and keys of most transformers have in common, for models of which there is no table."""
+"""Config settings and keys that most transformers models share, for models without a table."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ SIZES = {
     "n_experts": ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts"),
     "vocab_size": ("vocab_size",),
 }
-"""What a config.json may call the sizes, by the symbols of our tables; the first one that is there counts."""
+"""The config.json settings of each size, by its name in our tables; the first one that is present counts."""
 
 EMBEDDINGS = ("embed_tokens.weight", "tok_embeddings.weight", "wte.weight", "word_embeddings.weight")
-"""How the key of an input embedding ends."""
+"""Suffixes of the key of an input embedding."""
 
 _TEXT = ("text_config", "llm_config", "language_config", "decoder")
 
 
 def size_of(config: Mapping[str, Any], *names: str) -> int | None:
-    """The first of these settings that is a plain size."""
+    """The first of these settings that is a positive integer."""
     for name in names:
         value = config.get(name)
         if type(value) is int and 0 < value < 1 << 53:
@@ -33,12 +33,12 @@ def size_of(config: Mapping[str, Any], *names: str) -> int | None:
 
 
 def setting_name(config: Mapping[str, Any], symbol: str) -> str:
-    """The name under which the config has a size, the most usual one where it has none."""
+    """The setting in which the config has a size; the most common name where it has none."""
     return next((name for name in SIZES[symbol] if size_of(config, name) is not None), SIZES[symbol][0])
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The settings of the language model: its own part of a multimodal config where the top has no layers."""
+    """The settings of the language model: its sub-config in a multimodal config without layers at the top level."""
     if size_of(config, *SIZES["n_layers"]) is None:
         for name in _TEXT:
             inner = config.get(name)

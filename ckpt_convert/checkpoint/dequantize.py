@@ -1,4 +1,4 @@
-"""Quantized checkpoints as the numbers that they stand for, where somebody asked for these or compares with them."""
+"""Quantized checkpoints as dequantized values, on request or for a comparison."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from ckpt_convert.wording import option_text
 
 
 def dequantized(source: Identified, dtype: str) -> Identified:
-    """A checkpoint with its quantized tensors as numbers of ``dtype``; itself where nothing is quantized.
+    """The checkpoint with its quantized tensors as values of ``dtype``; the same one where nothing is quantized.
 
     Raises KeyMismatchError where codes and scales do not belong together, and ConfigError for a scheme that can only
-    be carried.
+    pass through.
     """
     found = source.quantization
     if found is None:
@@ -24,7 +24,7 @@ def dequantized(source: Identified, dtype: str) -> Identified:
 
 
 def dequantize_if_asked(source: Identified, dtype: str | None) -> Identified:
-    """``dequantized`` where somebody asked for it; raises UsageError where nothing is quantized."""
+    """``dequantized`` unless ``dtype`` is None; raises UsageError where nothing is quantized."""
     if dtype is None:
         return source
     if source.unknown_scheme is not None:
@@ -38,9 +38,9 @@ def dequantize_if_asked(source: Identified, dtype: str | None) -> Identified:
 
 
 def dequantize_to_compare(a: Identified, b: Identified) -> tuple[Identified, Identified, list[str]]:
-    """Two checkpoints to be compared, and what to say: where one alone is quantized, as the numbers it stands for.
+    """Two checkpoints to compare, and notices: if only one of them is quantized, it is dequantized.
 
-    They are of the other side's dtype, so that what was dequantized once is the same, bit for bit.
+    It gets the other side's dtype, so that a checkpoint equals its own dequantized output bit for bit.
     """
     if (a.quantization is None) == (b.quantization is None):
         return a, b, []
@@ -50,5 +50,5 @@ def dequantize_to_compare(a: Identified, b: Identified) -> tuple[Identified, Ide
         return a, b, []
     dtype = "float32" if other.opened.majority_dtype in ("F32", "F64") else "bfloat16"
     numbers = dequantized(quantized, dtype)
-    said = f"{quantized.place}: compared as the numbers that it stands for ({found.text}), in {dtype}"
+    said = f"{quantized.place}: compared as dequantized values ({found.text}), in {dtype}"
     return (numbers, b, [said]) if quantized is a else (a, numbers, [said])

@@ -1,4 +1,4 @@
-"""What files are that are not simply a model's weights, and what to do about it: one cause instead of its symptoms."""
+"""Diagnosing files that are not plain model weights: one cause with its way out, instead of many symptoms."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _SLOTS = frozenset(
         *("state1", "state2", "absmax1", "absmax2", "qmap1", "qmap2", "prev_step_size", "step_size"),
     )
 )
-"""What optimizers keep of each parameter."""
+"""Names of the state that optimizers keep for each parameter."""
 
 _LIGHTNING = "pytorch-lightning_version"
 
 
 def non_weight_keys(known: Keys, tensors: Mapping[str, TensorInfo]) -> frozenset[str]:
-    """The keys of tensors that are no weights: what an optimizer keeps, and the rest of a training run's state."""
+    """The keys of tensors that are no weights: optimizer state, and other training state."""
     if known.opened.format is not None and known.has_only_weights:
         return frozenset()
     if known.opened.format is not None:
@@ -39,7 +39,7 @@ def non_weight_keys(known: Keys, tensors: Mapping[str, TensorInfo]) -> frozenset
 
 
 def describe_files(known: Keys, tensors: Mapping[str, TensorInfo]) -> str | None:
-    """What the files are, in a few words, where they are more, or something else, than a model's weights."""
+    """What the files are, where they are not a model's weights, or more than these; None for weights alone."""
     opened = known.opened
     if opened.directory.kind == peft.KIND:
         return opened.why
@@ -68,27 +68,27 @@ def _is_slot(key: str) -> bool:
 
 
 def unmerged_adapter(opened: OpenedFiles) -> str | None:
-    """That an adapter's weights are stored beside those of its base model, which PEFT's wrappers renamed; else None."""
+    """The message for an unmerged PEFT adapter stored together with its base model; None for other files."""
     keys = opened.keys
     base = next((key for key in keys if _BASE in key), None)
     adapter = next((key for part in _ADAPTERS for key in keys if part in key), None)
     if base is None or adapter is None or opened.directory.kind == peft.KIND:
-        return None  # an adapter may well have an embedding of its base along
+        return None  # an adapter may contain its base model's embedding
     return (
-        f"the weights are those of a PEFT model that was saved whole, its adapter not merged ({base}, {adapter}); "
+        f"the weights are those of a whole PEFT model with an unmerged adapter ({base}, {adapter}); "
         "where it was saved, merge it and save that: model.merge_and_unload().save_pretrained(DIR); or save the "
         "adapter alone: model.save_pretrained(DIR)"
     )
 
 
 def parent_config(directory: Place) -> Place | None:
-    """A config.json in the directory above: a Trainer's, whose weights are in a directory of their own (FSDP)."""
+    """A config.json in the parent directory: a Trainer's, which saves FSDP weights in a subdirectory."""
     path = directory.absolute().parent / "config.json"
     return path if directory.is_folder() and path.is_regular_file() else None
 
 
 def zero3_placeholders(opened: OpenedFiles) -> str | None:
-    """What is wrong, and the way out, where most weights are what DeepSpeed's ZeRO-3 leaves of a partitioned one."""
+    """The message for weights that are empty placeholders of DeepSpeed's ZeRO-3; None for other files."""
     weights = [tensor for _, tensor in opened.stored if tensor.key.endswith("weight")]
     empty = [tensor.key for tensor in weights if tensor.shape == (0,)]
     if 4 * len(empty) <= len(weights):

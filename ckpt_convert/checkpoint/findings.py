@@ -1,4 +1,4 @@
-"""What a check finds wrong: values that can be listed, counted and shown, and raised where somebody has to stop."""
+"""Findings of checks: values to list, count and print, or to raise together as one error."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _TITLES = {
 class Finding:
     """One thing that is wrong, or worth knowing.
 
-    ``check`` names the rule that it breaks; ``text`` says all of it in one line for people; ``file``, ``key``,
-    ``expected`` and ``found`` say it to programs, as far as the rule has such a thing. ``unreadable`` says that the
-    system did not give the file, which says nothing of what is in it.
+    ``check`` is the id of the check; ``text`` is the whole message in one line; ``file``, ``key``, ``expected`` and
+    ``found`` are its facts for programs, as far as the check has them. ``unreadable`` is set where the system could not
+    read the file, which does not mean that its content is wrong.
     """
 
     severity: Severity
@@ -47,7 +47,7 @@ def failed_check(
     *,
     severity: Severity = "error",
 ) -> Finding:
-    """What kept a check from going on, in the words of ``text``; whether it is the system's failure is kept."""
+    """The finding that ``error`` stopped a check; ``unreadable`` is set for errors of the system."""
     return Finding(severity, check, text, file, key, unreadable=isinstance(error, UnreadableError | OSError))
 
 

@@ -1,8 +1,8 @@
-"""Models of a family that no table is of: their checkpoints can be put into other files, but not into another format.
+"""Models of a family without a table: their checkpoints can be re-sharded, but not converted to another format.
 
-A table is made from the headers, with a literal row for the tensors of each shape, so that everything which walks a
-table (plans, the checkpointer, the comparison after a conversion) needs no second path. Nothing is known of what the
-tensors mean: no row is tied, none may be absent, and the keys are taken as they are.
+A table is made from the headers, with one literal row for the tensors of each shape, so that everything that walks a
+table (plans, the checkpointer, verification) needs no second path. The tensors have no meaning: no row is tied, none
+is optional, and keys stay as stored.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ NAME = "unknown"
 
 
 def generic_model(config: Mapping[str, Any], scheme: str | None, tensors: Iterable[SourceTensor]) -> Model:
-    """The model of a Hugging Face checkpoint whose family is not known; ``scheme`` is how it is quantized, if so."""
+    """The model of a Hugging Face checkpoint of an unknown family; ``scheme`` names an unknown quantization, if any."""
     why = _why(config) if scheme is None else f"quantized ({scheme}), which no table reads"
     made = generic_family(tensors)
-    tied = config.get("tie_word_embeddings") is True  # for the record alone: no row is tied to another
+    tied = config.get("tie_word_embeddings") is True  # for the record only: no row is tied
     dims = Dims({"tied": int(tied)}).with_cut(0)
     return Model(made, why, config, dims, tied, (f"{why}: keys are taken as they are",))
 

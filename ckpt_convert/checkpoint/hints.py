@@ -1,4 +1,4 @@
-"""What is said of a checkpoint beside its weights: by its user, and by its config file."""
+"""What the user and the config file state about a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from ckpt_convert.storage.place import Location, Place, checked_place
 
 @dataclass(frozen=True)
 class Hints:
-    """What a user says of a checkpoint, which counts before all that is told from it.
+    """What a user states about a checkpoint, which overrides detection.
 
-    ``config`` is a config.json or params.json to use; ``options`` say what a params.json leaves open.
+    ``config`` is a config.json or params.json to use; ``options`` give what a params.json does not state.
     """
 
     family: str | None = None
@@ -29,7 +29,7 @@ class Hints:
 
 
 def make_hints(family: str | None, config: Location | None, options: ConfigOptions | None = None) -> Hints:
-    """What a user says, where it can be; raises UsageError for an unknown family, ConfigError for no such config."""
+    """The hints of a user; raises UsageError for an unknown family, ConfigError where ``config`` is no file."""
     if family is not None and family not in FAMILIES:
         raise option_error("family", family, unknown_family())
     place = checked_place(config, "config") if config is not None else None
@@ -39,7 +39,7 @@ def make_hints(family: str | None, config: Location | None, options: ConfigOptio
 
 
 def unknown_family() -> str:
-    """What is wrong with the name of no family."""
+    """The message for an unknown family."""
     return f"is no family; known: {', '.join(FAMILIES)}"
 
 
@@ -53,21 +53,21 @@ class ConfigFile:
 
     @property
     def content(self) -> dict[str, Any] | None:
-        """What it says, None where there is no such file; raises what keeps it from being read."""
+        """The content, None where there is no such file; raises the error of reading it."""
         if self.problem is not None:
             raise self.problem.with_traceback(None)
         return self.loaded
 
     @property
     def content_or_empty(self) -> Mapping[str, Any]:
-        """What it says, {} where it is not there or is no config; raises what the system does not give."""
+        """The content, {} where there is no file or no valid config; raises errors of the system."""
         if isinstance(self.problem, (ConfigError, UnsafeFileError)):
             return {}
         return self.content or {}
 
 
 def read_config(opened: OpenedFiles, chosen: Place | None) -> ConfigFile:
-    """Read the config that was given, else the format's own beside the weights."""
+    """Read the config that was passed, else the format's own beside the weights."""
     own = (formats.ALL[opened.format].config or record.CONFIG) if opened.format else "config.json"
     path = chosen or opened.root / own
     try:

@@ -1,4 +1,4 @@
-"""Opened files with what they are: their keys, what of them is quantized, the family, the config, the record."""
+"""Identifying opened files: their keys, quantization, family, config and record."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ _ADVICE = {
     "ckpt_convert/",
     "gguf": "it can be looked at, not converted; take the original checkpoint",
 }
-"""What to do about what is no format, by kind."""
+"""The way out for files of no known format, by kind."""
 
 
 @dataclass(frozen=True, eq=False)
 class Identified:
-    """Opened files, and what is told of them from headers, config and record alone.
+    """Opened files, and what headers, config and record say about them.
 
-    All of it is worked out when it is first asked for: a listing has no need of a family. ``dequantized`` says that the
-    files are those of a quantized checkpoint, read as numbers.
+    Everything is computed on first use, so that a listing does not look for a family. ``dequantized`` is set where the
+    files are those of a quantized checkpoint, read as dequantized values.
     """
 
     opened: OpenedFiles
@@ -74,27 +74,27 @@ class Identified:
 
     @property
     def root(self) -> Place:
-        """The directory that the weight files lie in."""
+        """The directory of the weight files."""
         return self.opened.root
 
     @property
     def format(self) -> str | None:
-        """None when the files are of no format that is known."""
+        """None when the files are of no known format."""
         return self.opened.format
 
     @property
     def why(self) -> str:
-        """What the format was told by, or what the files are."""
+        """The evidence for the format, or what the files are."""
         return self.opened.why
 
     @property
     def facts(self) -> tuple[tuple[str, str], ...]:
-        """(label, text): more that the files say of themselves, such as an adapter's base model."""
+        """(label, text) pairs from the files' own metadata, such as an adapter's base model."""
         return self.opened.facts
 
     @property
     def identities(self) -> Mapping[Place, Entry]:
-        """The files of the directory and the record as they were before any of them was read."""
+        """The files of the directory and of the record, with size and etag before any of them was read."""
         return self.opened.identities
 
     @property
@@ -107,17 +107,17 @@ class Identified:
 
     @property
     def stored(self) -> tuple[tuple[WeightFile, StoredTensor], ...]:
-        """Every stored tensor with its file, in file and offset order; the position is its number as a source."""
+        """Every stored tensor with its file, in file and offset order; lazy tensors refer to them by position."""
         return self.opened.stored
 
     @property
     def config_file(self) -> Place:
-        """The config that was given, else the place of the format's own, where there may be none."""
+        """The config that was passed, else the place of the format's own config, which need not exist."""
         return self.stated_config.file
 
     @cached_property
     def quantization(self) -> Quantization | None:
-        """What of it is quantized, None for nothing; told from headers and config."""
+        """The quantization, detected from headers and config; None where nothing is quantized."""
         if self.dequantized is not None or self.format != "hf":
             return None
         from ckpt_convert.checkpoint.quantized.detect import detect_quantization
@@ -126,7 +126,7 @@ class Identified:
 
     @cached_property
     def keys(self) -> Keys:
-        """The tensors by key. Those of a quantized checkpoint are left as they are: no table knows its scales."""
+        """The tensors by key. The keys of a quantized checkpoint stay as stored: no table has its scales."""
         if self.format is None or self.quantization is not None:
             return Keys(self.opened)
         tensors = [(tensor.key, tensor.shape) for file in self.files for tensor in file.header.tensors]
@@ -137,12 +137,12 @@ class Identified:
 
     @property
     def names(self) -> KeyNames:
-        """What the keys of the files are called in their format; ``tensors`` and ``stored`` have those of the files."""
+        """Maps stored keys to the format's keys; ``tensors`` and ``stored`` have stored keys."""
         return self.keys.names
 
     @property
     def ranks(self) -> list[dict[str, SourceTensor]]:
-        """As ``Keys.ranks``."""
+        """See ``Keys.ranks``."""
         return self.keys.ranks
 
     @property
@@ -151,23 +151,23 @@ class Identified:
         return self.keys.contradictions
 
     def is_weight(self, key: str) -> bool:
-        """Whether a key is one of the model's, and not of what else its training run has saved."""
+        """Whether a key is one of the model's weights, and not of other training state."""
         return self.keys.is_weight(key)
 
     @property
     def key_notices(self) -> list[str]:
-        """How keys are read that are not those of the format, and what is passed over as it is no weight."""
+        """Which keys are read under other names, and which are skipped because they are no weights."""
         return self.keys.notices
 
     @cached_property
     def is_bare(self) -> bool:
-        """Whether the keys are those of a model without its head, which an output of the same format keeps."""
+        """Whether the keys are those of a model without its head class; an output of the same format keeps them."""
         known = self.stated_config.content_or_empty if self.format is not None else {}
         return is_bare(self.names, known, self.format, self.hints.family)
 
     @cached_property
     def family(self) -> str | None:
-        """The name of the family, None when it is not known (``model`` says why, and has its table)."""
+        """The name of the family, None when it is unknown; ``model`` then raises the reason."""
         try:
             return self.model.family.name
         except CkptConvertError:
@@ -175,7 +175,7 @@ class Identified:
 
     @cached_property
     def config(self) -> Mapping[str, Any] | None:
-        """The config in the words of Hugging Face's config.json, None when there is none."""
+        """The config with the keys of Hugging Face's config.json, None when there is none."""
         try:
             return self.model.config
         except CkptConvertError:
@@ -183,35 +183,33 @@ class Identified:
 
     @cached_property
     def model(self) -> Model:
-        """Family and config; raises ConfigError or UnsupportedFamilyError where they are not to be had."""
+        """Family and config; raises ConfigError or UnsupportedFamilyError where they cannot be determined."""
         if self.format is None:
             raise AmbiguousFormatError(f"{self.place}: {self.why}; {self.advice}")
-        if (
-            cause := diagnosis.zero3_placeholders(self.opened)
-        ) is not None:  # of any family: there are no values to move
+        if (cause := diagnosis.zero3_placeholders(self.opened)) is not None:  # of any family: there are no values
             raise KeyMismatchError(f"{self.place}: {cause}")
         model = self._model
         if (cause := diagnosis.unmerged_adapter(self.opened)) is not None:
             raise KeyMismatchError(f"{self.place}: {cause}")
         if self.unknown_scheme is not None:
             raise UnsupportedFamilyError(
-                f"{self.place}: is quantized ({self.unknown_scheme}), which is no scheme that is known here: it can "
-                "only be laid out anew as it is (`to='hf'`); for anything else dequantize it with the tool that made "
-                "it, or take the model that was quantized"
+                f"{self.place}: is quantized ({self.unknown_scheme}), an unknown scheme: it can only be re-sharded "
+                "(`to='hf'`); for anything else dequantize it with the tool that made it, or convert the original "
+                "model"
             )
         return model
 
     @cached_property
     def _model(self) -> Model:
-        """What the config describes, whatever it is that the files hold."""
+        """The model that the config describes, before the files are checked against it."""
         return model_of(self.keys, self.stated_config, self.hints, self.record)
 
     def model_for(self, *formats: str) -> Model:
-        """``model``, for what has to do with these formats alone.
+        """``model`` for reading and writing these formats only.
 
-        Where Hugging Face's is the only one, a family that is not known does not matter: its keys are taken as they
-        are, and so are those of quantized tensors. Raises what ``model`` does for anything else, and what does not fit
-        of a quantized checkpoint.
+        If Hugging Face's is the only format, an unknown family gets a generic table of its stored keys, and so does a
+        quantized checkpoint. Otherwise raises what ``model`` does, and KeyMismatchError or ShapeMismatchError for
+        quantized tensors that do not fit the family's table.
         """
         wanted = frozenset((str(self.format), *formats))
         try:
@@ -235,7 +233,7 @@ class Identified:
 
     @cached_property
     def _carried(self) -> Model:
-        """The model of quantized tensors as they are, once they were held against the table of the family."""
+        """The model with quantized tensors as stored, after checking them against the family's table."""
         from ckpt_convert.checkpoint.quantized import as_stored
 
         assert self.quantization is not None
@@ -254,7 +252,7 @@ class Identified:
 
     @cached_property
     def unknown_scheme(self) -> str | None:
-        """The config's word for how the weights are quantized, where no rule knows it and the headers show it."""
+        """The config's quant_method, where no rule knows it and the stored tensors do not fit the family's table."""
         if self.format != "hf" or self.dequantized is not None or self.quantization is not None:
             return None
         from ckpt_convert.checkpoint.quantized.detect import unknown_scheme
@@ -272,10 +270,10 @@ class Identified:
     def with_values(
         self, found: Quantization, dtype: str, shapes: Mapping[str, tuple[int, ...]] | None = None
     ) -> Identified:
-        """The same with quantized tensors as numbers of ``dtype``; config and model say nothing of a quantization.
+        """The same with quantized tensors as values of ``dtype``, and a config without its quantization.
 
-        What does not belong together, or cannot be read, is at least described, in ``shapes`` where headers do not say
-        them.
+        Tensors that cannot be dequantized are described, but raise when they are read. ``shapes`` are those that
+        headers do not give.
         """
         from ckpt_convert.checkpoint.quantized import view
 
@@ -290,33 +288,33 @@ class Identified:
         )
 
     def describe_dequantized(self, found: Quantization, model: Model) -> Identified:
-        """The same with each quantized tensor as one of numbers, to be looked at: not all of them can be read.
+        """The same with each quantized tensor described as dequantized, for inspection: not all can be read.
 
-        What headers do not say of a shape is taken to be as the table has it.
+        Shapes that headers do not give are those of the table.
         """
         return self.with_values(found, "float32", self._shapes(found, model))
 
     def _shapes(self, found: Quantization, model: Model) -> dict[str, tuple[int, ...]]:
-        """The shapes of the numbers that headers do not say, as the table has them."""
+        """The dequantized shapes that headers do not give, from the table."""
         unsaid = {key for key, one in found.tensors.items() if one.shape is None}
         entries = model.family.entries("hf", model.dims) if unsaid else ()
         return {entry.key: entry.shape("hf", model.dims) or () for entry in entries if entry.key in unsaid}
 
     @cached_property
     def from_shapes(self) -> dict[str, Any] | None:
-        """The config that the tensors themselves show, of a family whose files come without one."""
+        """The config derived from tensor shapes, of a family whose files come without one."""
         return from_shapes(self.keys, self.hints.family)
 
     @property
     def advice(self) -> str:
-        """What to do about files that are of no format."""
+        """The way out for files of no known format."""
         kinds = {self.directory.kind, *(file.header.kind for file in self.files)}
         return next(
             (advice for kind, advice in _ADVICE.items() if kind in kinds), "say which format it is with `from_format=`"
         )
 
     def refuse_foreign(self) -> None:
-        """Raise UnsafeFileError where a pickle asks for more than tensors and plain data: that can only be shown."""
+        """Raise UnsafeFileError for a pickle with other objects than tensors and plain data: it can only be shown."""
         for file in self.files:
             if file.header.foreign:
                 from ckpt_convert.containers.pickle import torchpickle
@@ -325,23 +323,23 @@ class Identified:
 
     @property
     def params(self) -> tuple[Place, dict[str, Any]] | None:
-        """params.json of a meta checkpoint, or what was given instead of it."""
+        """params.json of a meta checkpoint, or the config that was passed instead of it, with its content."""
         if self.format != "meta" or self.stated_config.content is None:
             return None
         return self.stated_config.file, self.stated_config.content
 
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
-        """Every tensor by key, ranks and pieces joined: full shape, dtype, bytes, and the parts it lies in.
+        """Every tensor by key, ranks and pieces joined: full shape, dtype, bytes, and its parts in files.
 
-        Where several files of no known format have a key, theirs are called ``file:key``.
+        Keys that several files of no known format have become ``file:key``.
         """
         cuts = self._cuts() if len(self.files) > 1 and self.format == "meta" else {}
         cuts = {self.names.stored.get(key, key): cut for key, cut in cuts.items()}
         return describe_tensors(self.stored, self.keys.key_in_file, cuts, self.format == "meta")
 
     def _cuts(self) -> dict[str, tuple[int | None, int]]:
-        """The axis of each key that ranks cut, and how many of them in succession hold the same part."""
+        """For each key the axis that ranks split, and the number of consecutive ranks with equal replicas."""
         try:
             model = self.model
         except CkptConvertError:
@@ -354,7 +352,7 @@ class Identified:
 
     @property
     def notices(self) -> list[str]:
-        """What a reader should know about the files: objects that are no tensors, files that are not used."""
+        """What a user should know about the files: objects that are no tensors, files that are not used."""
         numbers = [self.dequantized.notice] if self.dequantized is not None else []
         return [*opening.file_notices(self.place, self.files), *self.key_notices, *self._caveats, *numbers]
 
@@ -364,41 +362,41 @@ class Identified:
         return family.caveats(str(self.format)) if family is not None else ()
 
     def layout(self, *, literal: bool = False) -> Layout:
-        """How this checkpoint lies in its files, to be recorded or imitated.
+        """The layout of this checkpoint in its files, to record it or to write others like it.
 
-        With keys that are not those of the format, or with more than weights: how the weights alone would lie there,
-        under the keys of the format; ``literal`` takes everything as it is.
+        If keys are not those of the format, or there is more than weights, it is the layout of the weights alone under
+        the keys of the format; ``literal`` keeps everything as stored.
         """
         if self.dequantized is not None:
             from ckpt_convert.checkpoint.quantized import view
 
             return view.dequantized_layout(self.opened)
-        from ckpt_convert.checkpoint.snapshot import snapshot_layout  # not needed to look at a checkpoint
+        from ckpt_convert.checkpoint.snapshot import snapshot_layout  # inspecting a checkpoint does not need it
 
         return snapshot_layout(self.keys, literal=literal or self.keys.has_only_weights)
 
     def info(self, key: str) -> TensorInfo:
-        """What is known of a tensor, by its key in the files or in the format; raises KeyError for an unknown key."""
+        """Shape, dtype and parts of a tensor, by its stored key or the format's; raises KeyError for an unknown key."""
         return self.tensors[key if key in self.tensors else self.names.stored.get(key, key)]
 
     def joined(self, key: str) -> tuple[LazyTensor, str]:
-        """A tensor by its key in the files, or in the format: ranks and pieces joined, and its dtype.
+        """A tensor with ranks and pieces joined, by its stored key or the format's, and its dtype.
 
-        Its tiles are numbered as ``stored``.
+        Its tiles refer to ``stored`` by position.
 
-        Raises KeyError for an unknown key, AmbiguousFormatError where nothing says how ranks are joined,
-        KeyMismatchError where two files have the key, and InputError for a packing whose numbers cannot be told apart.
+        Raises KeyError for an unknown key, AmbiguousFormatError where it is not known how ranks are joined,
+        KeyMismatchError where two files have the key, and InputError for packed values that cannot be separated.
         """
         info = self.info(key)
         key = info.key
         if not info.settled:
             raise AmbiguousFormatError(
-                f"{self.place}: {key} lies on {len(info.parts)} ranks, and nothing says how to join them; "
+                f"{self.place}: {key} is on {len(info.parts)} ranks, and nothing says how to join them; "
                 "give the model's params.json (or config=)"
             )
         if info.dtype not in DTYPES:
             raise InputError(
-                f"{self.place}: {key} is {info.dtype}, which packs several numbers together; its values cannot be read"
+                f"{self.place}: {key} is {info.dtype}, which packs several values together and cannot be read by value"
             )
         if key in self.keys.duplicates:
             raise KeyMismatchError(f"{self.place}: {self.keys.duplicates[key]}; give one of the files")
@@ -409,6 +407,6 @@ class Identified:
 
 
 def identify(opened: OpenedFiles, hints: Hints | None = None, record: Record | None = None) -> Identified:
-    """What opened files are, with the config that was given or lies beside them, and what an earlier record says."""
+    """Identify opened files, with the config that was passed or the one beside them, and the record of a conversion."""
     hints = hints or Hints()
     return Identified(opened, read_config(opened, hints.config), hints, record)

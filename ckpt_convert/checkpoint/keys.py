@@ -1,4 +1,4 @@
-"""The tensors of opened files by key: as the files have them, and as their format calls them."""
+"""The tensors of opened files by key: as stored, and by the keys of their format."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ckpt_convert.wording import indented_list
 
 @dataclass(frozen=True, eq=False)
 class Keys:
-    """Opened files, and what their keys are called in their format; tensors are numbered as ``OpenedFiles.stored``."""
+    """Opened files, and the format's names of their keys; lazy tensors refer to ``OpenedFiles.stored`` by position."""
 
     opened: OpenedFiles
     names: KeyNames = PLAIN
@@ -32,7 +32,7 @@ class Keys:
     def ranks(self) -> list[dict[str, SourceTensor]]:
         """For each rank, its tensors by the keys of the format.
 
-        Raises KeyMismatchError for keys given twice or not as the index says, or that can be read in several ways.
+        Raises KeyMismatchError for duplicate keys, ambiguous keys, and keys that contradict the index.
         """
         if self.contradictions:
             _refuse(self.opened.place, [finding.text for finding in self.contradictions])
@@ -46,7 +46,7 @@ class Keys:
 
     @property
     def stored_ranks(self) -> list[dict[str, SourceTensor]]:
-        """For each rank, its tensors by the keys of the files; of keys given twice the last."""
+        """For each rank, its tensors by stored key; of duplicates the last."""
         return self._found[0]
 
     @property
@@ -56,7 +56,7 @@ class Keys:
 
     @cached_property
     def duplicates(self) -> dict[str, str]:
-        """The keys that several files have, and what to say of each."""
+        """The keys that several files have, with a message for each."""
         found = (finding for finding in self.contradictions if finding.check == "duplicate" and finding.file)
         return {str(finding.key): finding.text for finding in found}
 
@@ -92,19 +92,19 @@ class Keys:
         for key, name in weight_map.items():
             source = found.get(key)
             if source is None:
-                text = f"{key} is missing: {index} says that it lies in {name}"
+                text = f"{key} is missing: {index} says that it is in {name}"
                 findings.append(Finding("error", "index", text, name, key, name))
             elif source.location != name:
-                text = f"{key} lies in {source.location}, but {index} says {name}"
+                text = f"{key} is in {source.location}, but {index} says {name}"
                 findings.append(Finding("error", "index", text, source.location, key, name, source.location))
         for key, source in found.items() if weight_map else ():
             if key not in weight_map:
-                text = f"{key} lies in {source.location}, but {index} does not list it"
+                text = f"{key} is in {source.location}, but {index} does not list it"
                 findings.append(Finding("error", "index", text, source.location, key, None, source.location))
         return findings
 
     def is_weight(self, key: str) -> bool:
-        """Whether a key is one of the model's, and not of what else its training run has saved."""
+        """Whether a stored key is one of the model's weights, and not of other training state."""
         return key not in self.names.non_weights and not key.startswith(self._ignores)
 
     @cached_property
@@ -113,16 +113,16 @@ class Keys:
 
     @property
     def has_only_weights(self) -> bool:
-        """Whether every key is one of the format's own, so that nothing is renamed or passed over."""
+        """Whether every key is one of the format's, so that nothing is renamed or skipped."""
         return self.names.is_identity and not self._ignores
 
     def key_in_file(self, file: WeightFile, tensor: StoredTensor) -> str:
-        """The key of a stored tensor, with its file's name before it where files of no known format share it."""
+        """The key of a stored tensor, as ``file:key`` where several files of no known format have the key."""
         return f"{file.name}:{tensor.key}" if tensor.key in self._shared else tensor.key
 
     @cached_property
     def _shared(self) -> frozenset[str]:
-        """Keys that several files have, each for itself: nothing says that the files are one checkpoint."""
+        """Keys that several unrelated files have: nothing says that the files are one checkpoint."""
         opened = self.opened
         if opened.format is not None or opened.directory.index is not None or len(opened.files) == 1:
             return frozenset()
@@ -131,17 +131,17 @@ class Keys:
 
     @property
     def notices(self) -> list[str]:
-        """How keys are read that are not those of the format, and what is passed over as it is no weight."""
+        """Which keys are read under other names, and which are skipped because they are no weights."""
         stored_keys = () if self.has_only_weights else (tensor.key for _, tensor in self.opened.stored)
         other = [key for key in stored_keys if not self.is_weight(key)]
         said = ", ".join(sorted(set(map(legacy_keys.top_level_entry, other))))
         count = f"{len(other):,} tensors" if len(other) != 1 else "1 tensor"
-        passed = [f"passed over, as no weights: {count} of {said}"] if other else []
+        passed = [f"skipped, as they are no weights: {count} of {said}"] if other else []
         return [*self.names.notices, *passed]
 
 
 def refuse_clashes(names: KeyNames, place: Place) -> None:
-    """Raise KeyMismatchError for keys that are the same one in their format, or can be read in several ways."""
+    """Raise KeyMismatchError for stored keys that name the same tensor of the format, or could name several."""
     if names.clashes:
         _refuse(place, [text for _, text in names.clashes])
 

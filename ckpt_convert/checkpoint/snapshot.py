@@ -1,4 +1,4 @@
-"""How a checkpoint lies in its files, captured to be recorded or imitated."""
+"""Snapshots of a checkpoint's layout in its files, to record it or to write others like it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ckpt_convert.tensors.header import Header, WeightFile
 
 
 def snapshot_layout(keys: Keys, *, literal: bool) -> Layout:
-    """How the files lie, ``literal`` where nothing is renamed or left out; else how the weights alone would lie."""
+    """The layout of the files: ``literal`` keeps all under stored keys, else only weights under the format's."""
     files = []
     for file in keys.opened.files:
         weights = file.header if literal else _weights(keys, file.header)
@@ -41,12 +41,12 @@ def _index(keys: Keys, literal: bool) -> tuple[str, bytes] | None:
         named = {keys.names.of(k): name for k, name in weight_map.items() if keys.is_weight(k)}
         return index, render_json({**load_json(opened.root / index), "weight_map": named}, sort_keys=True)
     if weight_map is None and any(_weights(keys, file.header) is not file.header for file in keys.opened.files):
-        return None  # what torch.distributed.checkpoint's metadata says is true of its own files alone
+        return None  # torch.distributed.checkpoint's metadata fits its own files only
     return index, (opened.root / index).read(JSON_LIMIT)
 
 
 def _weights(keys: Keys, header: Header) -> Header:
-    """The header with the weights alone, under the keys of the format; itself where it has just these."""
+    """The header with the weights alone, under the keys of the format; the same object where nothing changes."""
     kept = [t._replace(key=keys.names.of(t.key)) for t in header.tensors if keys.is_weight(t.key)]
     return header if kept == list(header.tensors) else replace(header, tensors=tuple(kept))
 
@@ -57,7 +57,7 @@ def _located(keys: Keys, file: WeightFile) -> tuple[Header | None, RangeReader]:
     if directory.kind != dcp.KIND:
         return file.header, file.reader
     if directory.index != DCP_INDEX:
-        return None, file.reader  # each rank has metadata of its own, which nothing else would fit
+        return None, file.reader  # each rank has its own metadata, which fits no other file
     if file.header.objects or not all(keys.is_weight(tensor.key) for tensor in file.header.tensors):
         return None, file.reader
     return dcp.resolve_offsets(dcp.DcpFile(file.name, file.place, file.reader, file.header)), file.place.open()

@@ -1,4 +1,4 @@
-"""What a checkpoint says of each of its tensors, whatever number of files or pieces it lies in."""
+"""Descriptions of a checkpoint's tensors, whatever number of files, ranks or pieces each is stored in."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from ckpt_convert.tensors.lazy import LazyTensor, Tile, from_source
 
 
 class Part(NamedTuple):
-    """Where a tensor, or one rank's part of it, lies: ``offset`` and ``nbytes`` are bytes in the file.
+    """The stored part of a tensor, on one rank or in one piece: ``offset`` and ``nbytes`` are bytes in the file.
 
-    ``origin`` is where the part starts in the whole tensor, where the files say it (torch.distributed.checkpoint);
-    ``offset`` is then that of the record that holds the part.
+    ``origin`` is the index in the whole tensor at which the part starts, where the files state it
+    (torch.distributed.checkpoint); ``offset`` is then that of the zip record with the part.
     """
 
     file: str
@@ -25,12 +25,12 @@ class Part(NamedTuple):
 
 
 class TensorInfo(NamedTuple):
-    """A tensor of a checkpoint: its full shape, its dtype as safetensors spells it, and the parts it lies in.
+    """A tensor of a checkpoint: its full shape, its dtype as safetensors spells it, and its stored parts.
 
-    A dtype that safetensors does not have is spelt as the file spells it (GGUF's Q4_K). ``axis`` is the one that ranks
-    cut, None where each holds the whole. ``settled`` is False where nothing says which of the two it is (no config, or
-    a key of no table): ``shape`` and ``nbytes`` are then those of one rank's part. ``copies`` is how many ranks in
-    succession hold the same part of a tensor that is cut.
+    A dtype that safetensors lacks is spelled as in the file (GGUF's Q4_K). ``axis`` is the one that ranks split, None
+    where each has the whole tensor. ``settled`` is False where that is unknown (no config, or a key of no table):
+    ``shape`` and ``nbytes`` are then those of one rank. ``copies`` is the number of consecutive ranks that hold equal
+    replicas of a split tensor's slice.
     """
 
     key: str
@@ -49,13 +49,13 @@ def describe_tensors(
     splits: Mapping[str, tuple[int | None, int]],
     on_ranks: bool,
 ) -> dict[str, TensorInfo]:
-    """Every tensor by key; ``on_ranks`` says that there are cuts beside those that are known.
+    """Every tensor by key; ``on_ranks`` is whether ranks may also split tensors that are not in ``splits``.
 
-    ``splits`` gives the axis of a tensor that ranks cut, and how many ranks in succession hold the same part.
+    ``splits`` gives for a key the axis that ranks split, and the number of consecutive ranks with equal replicas.
     """
     found: dict[str, TensorInfo] = {}
     parts: dict[str, list[Part]] = {}
-    # Of 100,000 tensors only a few kinds are different.
+    # 100,000 tensors have only a few dtypes and shapes.
     sizes: dict[tuple[str, tuple[int, ...]], int] = {}
     for file, tensor in pieces:
         key = name(file, tensor)
@@ -77,7 +77,7 @@ def describe_tensors(
 
 
 def _joined(first: TensorInfo, parts: list[Part], settled: bool) -> TensorInfo:
-    """``first``, which is that of the first part, with all parts."""
+    """``first``, which describes the first part, with all parts."""
     key, shape, dtype, nbytes, _, axis, _, copies = first
     if parts[0].origin is not None:
         parts.sort(key=lambda part: part.origin or ())
@@ -92,7 +92,7 @@ def _joined(first: TensorInfo, parts: list[Part], settled: bool) -> TensorInfo:
 
 
 def join_boxes(pieces: Iterable[tuple[int, StoredTensor]]) -> LazyTensor:
-    """The tensor that numbered pieces with boxes make up."""
+    """The tensor that consists of these numbered pieces with boxes."""
     tiles = []
     shape: tuple[int, ...] = ()
     for number, piece in pieces:

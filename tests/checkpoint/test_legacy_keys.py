@@ -131,7 +131,7 @@ def test_weights_in_an_entry_of_a_training_run(
     assert report.source_format == format
     assert_same(read_safetensors(tmp_path / "out"), PLAIN[target])
     said = " ".join(report.notices)
-    assert ("passed over, as no weights: " in said) == ("optim" in str(content.keys()) or "state" in content)
+    assert ("skipped, as they are no weights: " in said) == ("optim" in str(content.keys()) or "state" in content)
 
 
 def test_what_is_passed_over_is_named(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_what_is_passed_over_is_named(tmp_path: Path) -> None:
         assert checkpoint.why == "its keys, as the notices say"
         assert checkpoint.notices[1:] == [
             "30 keys are read without 'model.' before them",
-            "passed over, as no weights: 3 tensors of optimizer, rng_state",
+            "skipped, as they are no weights: 3 tensors of optimizer, rng_state",
         ]
         # What is passed over can be looked at all the same, under the keys of the file.
         assert Checkpoint(checkpoint)["rng_state"].tobytes() == bits(torch.ones(2))

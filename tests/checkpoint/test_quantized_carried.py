@@ -179,7 +179,7 @@ def test_another_format_has_no_place_for_it(source: Path, tmp_path: Path) -> Non
     said = str(caught.value)
     assert f"is quantized ({found(source).text}), and the {to} format has no place for that" in said
     assert ("pass `dequantize='bfloat16'`" in said) == (source.name in READABLE)
-    assert ("it can only be laid out anew as it is" in said) == (source.name in PACKED)
+    assert ("it can only be re-sharded" in said) == (source.name in PACKED)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -383,7 +383,7 @@ def test_a_quantized_model_is_the_same_as_its_numbers(tmp_path: Path) -> None:
         for one, other in ((a, b), (b, a)):
             diff = compare_checkpoints(one, other)
             assert diff.same
-            assert "compared as the numbers that it stands for" in diff.notices[0]
+            assert "compared as dequantized values" in diff.notices[0]
         assert compare_checkpoints(a, a).same
         assert compare_checkpoints(a, a).counts["same"] == 51
 

@@ -85,11 +85,10 @@ def test_index_and_files_that_contradict_each_other(hf: Path, refused: Refused) 
     del index["weight_map"]["model.norm.weight"]
     (hf / "model.safetensors.index.json").write_text(json.dumps(index))
     message = refused(hf, KeyMismatchError)
-    assert "lm_head.weight lies in model-00004-of-00004.safetensors" in message
+    assert "lm_head.weight is in model-00004-of-00004.safetensors" in message
     assert "model.extra.weight is missing" in message
     assert (
-        "model.norm.weight lies in model-00004-of-00004.safetensors, but model.safetensors.index.json does not"
-        in message
+        "model.norm.weight is in model-00004-of-00004.safetensors, but model.safetensors.index.json does not" in message
     )
 
 

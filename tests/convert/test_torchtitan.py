@@ -145,7 +145,7 @@ def test_a_checkpoint_of_a_training_run_is_read_for_its_weights(tmp_path: Path) 
     save(state, tmp_path / "step-3")
     report = ckpt_convert.convert_checkpoint(tmp_path / "step-3", tmp_path / "hf", to="hf", config=hf() / "config.json")
     assert_same(read_safetensors(tmp_path / "hf"), read_safetensors(hf()))
-    assert "passed over, as no weights: 3 tensors of optimizer, train_state" in report.notices
+    assert "skipped, as they are no weights: 3 tensors of optimizer, train_state" in report.notices
     ckpt_convert.convert_checkpoint(tmp_path / "hf", tmp_path / "back", to="torchtitan")
     assert_same(by_torch(tmp_path / "back", weights), weights)
 

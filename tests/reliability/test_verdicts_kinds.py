@@ -127,7 +127,7 @@ def test_a_number_beside_the_weights_is_passed_over(tmp_path: Path) -> None:
     config = ("--config", GOLDEN / "llama" / "hf" / "config.json")
     found = json.loads(run("inspect", path, "--json", *config).stdout)
     assert (found["format"], found["family"]) == ("hf", "llama")
-    assert "passed over, as no weights: 1 tensor of best_val_loss" in found["notices"]
+    assert "skipped, as they are no weights: 1 tensor of best_val_loss" in found["notices"]
     assert found["parameters"] == sum(tensor.numel() for tensor in tensors.values())
     done = run("convert", path, tmp_path / "out", "--to", "native", "-q", *config)
     assert done.returncode == 0, done.stderr

@@ -1,7 +1,7 @@
-"""Quantized checkpoints: telling them, carrying them as they are, and reading them as the numbers that they stand for.
+"""Quantized checkpoints: detecting them, passing them through, and reading them as dequantized values.
 
-A quantized tensor is several stored ones: codes, and what turns them into numbers again. ``recognise`` says which
-belong together. Laid out anew in their own format, they are carried bit for bit (``carry``). For everything else,
-``view`` gives files in which each of them is one ordinary tensor, computed where it is read: no table of a family, no
-plan and no check has to know of quantization.
+A quantized tensor is several stored tensors: codes, and the scales that turn codes into values. ``detect`` says which
+belong together. Re-sharded within their own format, they pass through bit for bit (``as_stored``). For everything else
+``view`` gives files in which each is one ordinary tensor that is dequantized on read, so that no table of a family, no
+plan and no check deals with quantization.
 """

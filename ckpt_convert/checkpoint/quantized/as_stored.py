@@ -1,4 +1,4 @@
-"""Quantized tensors carried as they are, within their own format, and the reasons where that is not enough."""
+"""Quantized tensors that pass through as stored, within their own format, and errors where that is not possible."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _WAY_OUT = "pass `dequantize='bfloat16'` (or float32)"
 
 
 def unquantized(model: Model, format: str | None, formats: frozenset[str]) -> Model:
-    """The model of weights that are not quantized, in ``format``, whatever its config says of that.
+    """The model of weights that are not quantized, in ``format``, whatever its config states.
 
-    Outside of Hugging Face's format, what it says is left out: the headers are right.
+    The headers decide: in an output of another format than Hugging Face's the config's quantization is removed.
     """
     stated = [name for name in (*CONFIGS, "quantization") if isinstance(model.config.get(name), Mapping)]
     if format != "hf" or not stated:
@@ -32,12 +32,12 @@ def unquantized(model: Model, format: str | None, formats: frozenset[str]) -> Mo
 
 
 def refuse_formats(found: Quantization, model: Model, formats: frozenset[str], path: Place) -> None:
-    """Raise where quantized tensors cannot be carried between these formats.
+    """Raise where quantized tensors cannot pass through between these formats.
 
-    Raises UnsupportedFamilyError for a format that the family has not, ConfigError for one without a place for scales.
+    Raises UnsupportedFamilyError for a format that the family lacks, ConfigError for a format that cannot hold scales.
     """
     for format in sorted(formats):
-        if not model.family.has(format):  # whatever is done about the quantization
+        if not model.family.has(format):  # dequantizing would not help
             raise UnsupportedFamilyError(
                 f"{path}: the {model.family.name} table has no {format} column; it has "
                 f"{', '.join(model.family.formats)}"
@@ -51,7 +51,7 @@ def refuse_formats(found: Quantization, model: Model, formats: frozenset[str], p
 
 
 def refuse_scheme(found: Quantization, path: Place) -> None:
-    """Raise ConfigError for a scheme that can be carried, but not dequantized."""
+    """Raise ConfigError for a scheme that passes through, but cannot be dequantized."""
     if found.refusal is not None:
         raise ConfigError(f"{path}: is quantized ({found.text}); {_refusal(found)}")
     parts = [part.tensor for one in found.tensors.values() for part in (one.codes, one.scale)]
@@ -65,9 +65,9 @@ def refuse_scheme(found: Quantization, path: Place) -> None:
 
 
 def refuse_cast(found: Quantization | None, scheme: str | None, path: Place, dtype: str) -> None:
-    """Raise UsageError for a cast of a quantized source, of which only what is not quantized would be cast.
+    """Raise UsageError for a cast of a quantized source: it would only cast the tensors that are not quantized.
 
-    ``scheme`` is one that no rule is of.
+    ``scheme`` is the name of a quantization scheme that no rule knows.
     """
     if found is None and scheme is None:
         return
@@ -78,17 +78,17 @@ def refuse_cast(found: Quantization | None, scheme: str | None, path: Place, dty
 
 def _refusal(found: Quantization) -> str:
     return (
-        f"{found.refusal}, so it can only be laid out anew as it is (`to='hf'`): dequantize it with the tool that made "
-        "it, or take the model that was quantized"
+        f"{found.refusal}, so it can only be re-sharded (`to='hf'`): dequantize it with the tool that made it, or "
+        "convert the original model"
     )
 
 
 def dequantized_tensors(
     found: Quantization, tensors: Mapping[str, SourceTensor], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, SourceTensor]:
-    """The tensors with each quantized one as the numbers that it stands for, to be held against a table.
+    """The tensors with each quantized one replaced by its dequantized shape, to be checked against a table.
 
-    ``shapes`` are those that headers do not say; without one, such a tensor is left out.
+    ``shapes`` are those that headers do not give; a tensor whose shape neither gives is left out.
     """
     by_codes = {one.codes.tensor.key: one for one in found.tensors.values()}
     out = {}
@@ -96,7 +96,7 @@ def dequantized_tensors(
         one = by_codes.get(key)
         shape = None if one is None else one.shape or shapes.get(one.key)
         if one is not None and shape is not None:
-            number = source.tensor.tiles[0].source if source.tensor.tiles else 0  # nobody reads them
+            number = source.tensor.tiles[0].source if source.tensor.tiles else 0  # never read
             out[one.key] = SourceTensor(one.key, "F32", from_source(number, shape), source.location)
         elif key not in found.owners and key not in found.extras:
             out[key] = source
@@ -106,9 +106,9 @@ def dequantized_tensors(
 def passthrough_model(
     found: Quantization, model: Model, tensors: Mapping[str, SourceTensor], order: Iterable[str]
 ) -> Model:
-    """The model whose table is of the stored tensors themselves: codes, scales and all else under their own keys.
+    """The model with a table of the stored tensors themselves: codes, scales and all others under their own keys.
 
-    They are in the ``order`` of the numbers that they stand for, what belongs together side by side.
+    They are in the ``order`` of the dequantized keys, the parts of one tensor next to each other.
     """
     left = dict.fromkeys(tensors)
     keys = []

@@ -1,6 +1,6 @@
-"""Files in which some tensors are computed: readers whose bytes are those of the numbers, not those of a file.
+"""Files in which some tensors are computed on read: a reader whose bytes are dequantized values.
 
-Nothing here computes: a listing, or a check of headers alone, needs no numpy.
+This module computes nothing itself, so that listing tensors or checking headers does not import numpy.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ Dims = tuple[tuple[int, int, int], ...]
 
 
 class Computed(Protocol):
-    """The bytes of a tensor that is computed, dense and row-major."""
+    """A tensor that is computed on read: its bytes, dense and row-major."""
 
     def readinto(self, offset: int, buffer: memoryview) -> None:
         """Fill the buffer with the bytes from ``offset`` on."""
 
     def gather(self, first: int, dims: Dims, target: Any) -> bool:
-        """Put elements from ``first`` on into ``target``, strided as ``dims`` (count, step, step there) say.
+        """Copy elements from ``first`` on into ``target``; ``dims`` are (count, source stride, target stride).
 
-        False, and nothing done, where that is left to the caller.
+        Returns False, with nothing copied, where the caller has to read the elements one run at a time.
         """
 
 
@@ -36,7 +36,7 @@ Make = Callable[[], Computed]
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """Bytes of the file: moved as they are from ``origin`` on, or what ``make`` computes, of ``item`` bytes each."""
+    """A range of the file: copied from ``origin``, or computed by ``make`` in elements of ``item`` bytes."""
 
     start: int
     end: int
@@ -46,13 +46,13 @@ class _Run:
 
 
 class ComputedFile:
-    """A file with computed tensors: ``tensors`` has all with their places, in the order in which they were given.
+    """A file with computed tensors; ``tensors`` are all of its tensors with their offsets, in the given order.
 
-    Each is given with what makes its numbers, None for one that is read as it is. It is made when it is first read.
+    Each comes with the function that computes it, None for a tensor that is copied. It is called on the first read.
     """
 
     def __init__(self, reader: RangeReader, tensors: Sequence[tuple[StoredTensor, Make | None]]) -> None:
-        """``tensors`` are in the order of their offsets, as far as they are read as they are."""
+        """``tensors`` that are copied are in offset order."""
         self.reader = reader
         self.name = reader.name
         self._runs: list[_Run] = []
@@ -70,7 +70,7 @@ class ComputedFile:
             if last is None:
                 last = _Run(end, end + high - low, low)
                 self._runs.append(last)
-            else:  # what lies together stays so: tensors may share their bytes
+            else:  # adjacent tensors stay in one run: they may share bytes
                 size = max(last.end - last.start, high - last.origin)
                 last = self._runs[-1] = _Run(last.start, last.start + size, last.origin)
             out.append(tensor._replace(offset=last.start + low - last.origin))
@@ -89,14 +89,14 @@ class ComputedFile:
             self._computed(run, run.make).readinto(offset - run.start, buffer)
 
     def gather(self, offset: int, dims: Dims, target: Any, item: int) -> bool:
-        """As ``Computed.gather``, for a tensor that is computed; False for any other."""
+        """``Computed.gather`` of a computed tensor; False for any other."""
         run = self._run(offset, 1)
         if run.make is None or run.item != item:
             return False
         return self._computed(run, run.make).gather((offset - run.start) // item, dims, target)
 
     def is_computed(self, tensor: StoredTensor) -> bool:
-        """Whether the numbers of one of ``tensors`` are computed."""
+        """Whether one of ``tensors`` is computed."""
         return tensor.nbytes > 0 and self._run(tensor.offset, 1).make is not None
 
     def close(self) -> None:
@@ -115,7 +115,7 @@ class ComputedFile:
 
 
 def _extent(tensor: StoredTensor) -> int:
-    """How many bytes from its first element on a tensor reaches."""
+    """The number of bytes that a tensor spans from its first element to its last."""
     if tensor.strides is None or not tensor.nbytes:
         return tensor.nbytes
     spanned = 1 + sum((count - 1) * step for count, step in zip(tensor.shape, tensor.strides, strict=True))

@@ -1,4 +1,4 @@
-"""Telling from headers and config which tensors are quantized, and what belongs to each."""
+"""Detecting from headers and config which tensors are quantized, and which stored tensors belong to each."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from ckpt_convert.checkpoint.quantized.schemes import Block, Rule, Shape
 from ckpt_convert.tensors.header import FileTensor
 
 CHECK = "quantised"
-"""The check that findings are of."""
+"""The check id of all findings here."""
 
 CONFIGS = ("quantization_config", "compression_config")
-"""Where a config.json says how the weights are quantized."""
+"""The keys of config.json that hold the quantization config."""
 
 
 _LIKELY = frozenset(dtype for rule in schemes.RULES for dtype in rule.dtypes)
-"""The dtypes of what a rule may take for codes."""
+"""The dtypes that codes may have."""
 
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
-    """One quantized tensor: ``key`` is that of the numbers, ``others`` what belongs to it beside codes and scale.
+    """One quantized tensor: ``key`` is that of the dequantized tensor, ``others`` its parts beside codes and scale.
 
-    ``shape`` is that of the numbers, None where headers do not say it; ``block`` that of fp8's blocks.
+    ``shape`` is the dequantized shape, None where headers do not give it; ``block`` is the shape of fp8's blocks.
     """
 
     key: str
@@ -42,12 +42,12 @@ class Quantized:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The keys of all that is stored of it."""
+        """The keys of all stored tensors of it."""
         return self.codes.tensor.key, self.scale.tensor.key, *self.others
 
     @property
     def how(self) -> str:
-        """In a few words: the scheme, and what has one scale."""
+        """The scheme and the granularity of its scales, for messages."""
         if self.block is None or self.shape is None:
             return self.rule.name
         rows, columns = self.block
@@ -58,11 +58,11 @@ class Quantized:
 
 @dataclass(frozen=True)
 class Quantization:
-    """What of a checkpoint is quantized, and how.
+    """Which tensors of a checkpoint are quantized, and how.
 
-    ``tensors`` are by key. ``owners`` say which of them a stored tensor belongs to; ``extras`` are stored tensors that
-    serve the quantization and belong to no weight (scales of activations and caches). ``findings`` say what does not
-    belong together, ``broken`` names the tensors that they are about. ``method`` is the config's word for it.
+    ``tensors`` are by key. ``owners`` maps the key of a stored tensor to the quantized tensor it belongs to; ``extras``
+    are stored tensors of the quantization that belong to no weight (scales of activations and caches). ``findings``
+    report missing and mismatched parts, of the tensors in ``broken``. ``method`` is the config's quant_method.
     """
 
     method: str
@@ -75,7 +75,7 @@ class Quantization:
 
     @property
     def text(self) -> str:
-        """In a line: how, and how many of the tensors."""
+        """The schemes and the number of quantized tensors, in one line."""
         kinds = Counter(quantized.how for quantized in self.tensors.values())
         how = "; ".join(kind for kind, _ in kinds.most_common(3))
         return f"{how or self.method}: {len(self.tensors)} of {self.total} tensors"
@@ -87,9 +87,9 @@ class Quantization:
 
 
 def detect_quantization(opened: OpenedFiles, config: Mapping[str, Any]) -> Quantization | None:
-    """What of a Hugging Face checkpoint is quantized, None where nothing is; from headers and config alone.
+    """The quantization of a Hugging Face checkpoint, from headers and config alone; None where nothing is quantized.
 
-    Numbers in a narrow dtype without a scale, and without a config that says so, are plain numbers.
+    A tensor of a narrow dtype without a scale counts as not quantized, unless the config states a quantization.
     """
     if opened.format != "hf":
         return None
@@ -97,12 +97,12 @@ def detect_quantization(opened: OpenedFiles, config: Mapping[str, Any]) -> Quant
     said = quantization_config(config)
     found = _Search(stored, said).result() if said or _is_likely(stored) else None
     if found is not None and found.findings and unknown_scheme(config) is not None:
-        return None  # of another scheme, whose tensors only look like these
+        return None  # an unknown scheme, whose tensors only look like these
     return found if found is not None and (found.tensors or found.findings) else None
 
 
 def unknown_scheme(config: Mapping[str, Any]) -> str | None:
-    """What config.json calls a quantization that no rule is of: a quant_method, or MLX, which has a key of its own."""
+    """The config's name of a scheme that no rule knows: its quant_method, or MLX, which uses another config key."""
     method = quantization_config(config).get("quant_method")
     if isinstance(method, str):
         known = any(method in rule.methods for rule in schemes.RULES)
@@ -111,7 +111,7 @@ def unknown_scheme(config: Mapping[str, Any]) -> str | None:
 
 
 def quantization_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What config.json says of the quantization, {} where it says nothing."""
+    """The quantization config in config.json, {} where there is none."""
     text = config.get("text_config")
     for part in (config, text if isinstance(text, dict) else {}):
         for name in CONFIGS:
@@ -122,12 +122,12 @@ def quantization_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _is_likely(stored: Mapping[str, FileTensor]) -> bool:
-    """Whether the dtypes leave room for quantized tensors, without a config that says so."""
+    """Whether any tensor has a dtype that codes may have."""
     return any(one.tensor.dtype in _LIKELY for one in stored.values())
 
 
 class _Search:
-    """One look through the keys of a checkpoint."""
+    """One search through the keys of a checkpoint."""
 
     def __init__(self, stored: Mapping[str, FileTensor], config: Mapping[str, Any]) -> None:
         self._stored = stored
@@ -140,7 +140,7 @@ class _Search:
         self._findings: list[Finding] = []
 
     def result(self) -> Quantization | None:
-        """Everything that belongs together, and what does not."""
+        """All quantized tensors with their parts, and the findings."""
         tensors: dict[str, Quantized] = {}
         rules = [rule for rule in schemes.RULES if self._is_used(rule)]
         for rule in rules:
@@ -165,7 +165,7 @@ class _Search:
         )
 
     def _is_used(self, rule: Rule) -> bool:
-        """Whether the config names the scheme, or codes with a scale show it."""
+        """Whether the config names the scheme, or some codes have a scale."""
         if self._method in rule.methods:
             return True
         if rule.dtypes and self._dtypes.isdisjoint(rule.dtypes):
@@ -177,13 +177,13 @@ class _Search:
         return False
 
     def _tensor(self, rule: Rule, owner: str, codes: str) -> Quantized | None:
-        """The quantized tensor that these codes are of; claims what belongs to it."""
+        """The quantized tensor of these codes; claims its parts."""
         parts = rule.parts(owner)
         there = {part: self._stored[key].tensor.key for part, key in parts.items() if key in self._stored}
         scale = next((there[template] for template in rule.scales if template in there), None)
         if scale is None:
             if rule.codes == "{key}" and rule is not schemes.FP8:
-                return None  # integers may be what they are
+                return None  # integers need not be codes
             names = " or ".join(parts[template] for template in rule.scales if template in parts)
             text = f"{codes}: is {rule.name} ({self._stored[codes].tensor.dtype}), but there is no {names}"
             self._finding(codes, text, names)
@@ -202,7 +202,7 @@ class _Search:
     def _shapes(
         self, rule: Rule, owner: str, codes: FileTensor, scale: FileTensor
     ) -> tuple[Shape | None, Block | None]:
-        """The shape of the numbers and of fp8's blocks, as far as headers say them."""
+        """The dequantized shape and the shape of fp8's blocks, as far as headers give them."""
         shape, scales = codes.tensor.shape, scale.tensor.shape
         if rule.refusal is not None:
             return (shape if rule is schemes.INT8 else None), None
@@ -232,7 +232,7 @@ class _Search:
         return shape, block
 
     def _orphans(self, rules: list[Rule]) -> None:
-        """Scales, and whatever else serves a quantization, of tensors that are not there or not quantized."""
+        """Find scales and other parts whose codes are missing or not quantized."""
         for key, one in self._stored.items():
             if key in self._owners or not rules:
                 continue
@@ -265,7 +265,7 @@ class _Search:
 def _blocks(
     wide: Shape, scales: Shape, inverse: bool, stated: tuple[Block, ...]
 ) -> tuple[tuple[Block, ...], Block | None]:
-    """The blocks that fp8 scales of a matrix may be of, and the one that they are of, None where they fit none."""
+    """The block shapes that fp8 scales of a matrix may have, and the one that fits, None where none does."""
     blocks = stated or ((schemes.BLOCK,) if inverse and len(scales) > 1 else ())
     if not (inverse and blocks):
         return blocks, schemes.block_of(wide, scales, blocks)

@@ -1,7 +1,7 @@
-"""Eight-bit floating-point numbers with a scale for each block: number = code * scale, in float32.
+"""FP8 with a scale for each block: value = code * scale, in float32.
 
-A block is of any size, up to a whole channel or tensor. At the edge of a matrix blocks are cut off. The names differ
-(weight_scale_inv, weight_scale), but each is what codes are multiplied by.
+A block has any size, up to a whole channel or tensor; blocks at the edges of a matrix are smaller. Scales have
+different names (weight_scale_inv, weight_scale), but codes are always multiplied by them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True, slots=True)
 class Fp8:
-    """The numbers of one tensor; ``height`` is the number of rows that a matrix of it has."""
+    """The values of one tensor, flattened to ``rows``; ``height`` is the number of rows of each of its matrices."""
 
     codes: FileTensor
     scales: FileTensor
@@ -36,7 +36,7 @@ class Fp8:
     fits_bfloat16: bool = False
 
     def read(self, first: int, last: int, start: int, stop: int) -> Array:
-        """Rows ``first`` to ``last`` of columns ``start`` to ``stop``, in memory that is used again."""
+        """Rows ``first`` to ``last`` of columns ``start`` to ``stop``, in a reused buffer."""
         count, width = last - first, stop - start
         box = (first, last, start, stop)
         raw = STRIPS.read(self.codes.file.reader, self.codes.tensor.offset, self.columns, box)
@@ -46,10 +46,10 @@ class Fp8:
         return numbers
 
     def _scale(self, numbers: Array, first: int, start: int) -> None:
-        """Multiply each number by the scale of its block."""
+        """Multiply each value by the scale of its block."""
         down, across = self.block
         grid = -(-self.height // down), -(-self.columns // across)
-        planes = prod(self.scales.tensor.shape) // prod(grid)  # 1 where all matrices have one scale between them
+        planes = prod(self.scales.tensor.shape) // prod(grid)  # 1 where all matrices share their scales
         rows = np.arange(first, first + len(numbers))
         places = rows % self.height // down
         if planes > 1:
@@ -59,7 +59,7 @@ class Fp8:
         if high - low == 1:
             np.multiply(numbers, scales, out=numbers)
             return
-        head = -start % across  # numbers of the first block, where it is only partly there
+        head = -start % across  # columns of a partial first block
         whole = (numbers.shape[1] - head) // across
         end = head + whole * across
         at = 1 if head else 0
@@ -84,7 +84,7 @@ class Fp8:
 
 
 def scale_values(data: Array, dtype: str) -> Array:
-    """Scales as float32; a NaN as a plain one, so that rounding leaves it one."""
+    """Scales as float32; every NaN with the default payload, which rounding keeps a NaN."""
     if dtype == "U8":
         return np.ldexp(np.float32(1), data.astype(np.int32) - 127)
     codec = decode.codec_of(dtype)
@@ -95,7 +95,7 @@ def scale_values(data: Array, dtype: str) -> Array:
 
 
 def fp8_values(quantized: Quantized) -> Fp8:
-    """The numbers of a tensor that was recognised, with the scheme of its blocks."""
+    """The values of a detected tensor, with the shape of its blocks."""
     tensor = quantized.codes.tensor
     codec = decode.codec_of(tensor.dtype)
     if quantized.block is None or codec is None:

@@ -1,8 +1,7 @@
-"""MXFP4: two 4-bit numbers in a byte, the low half first, and for 32 of them a power of two (bias 127) as their scale.
+"""MXFP4: two 4-bit floats in a byte, the low half first, and for each group of 32 a power of two (bias 127) as scale.
 
-What is packed is [..., rows, groups, 16]; the numbers are read as [..., rows, groups * 32]. transformers has them with
-the last two axes swapped, which is left to whoever places them. All of them fit bfloat16 exactly, but for what
-overflows.
+The packed tensor is [..., rows, groups, 16]; the values are read as [..., rows, groups * 32]. transformers has the last
+two axes swapped, which the strides of the computed tensor say. Every value fits bfloat16 exactly, unless it overflows.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ _BYTES = 16
 
 @dataclass(frozen=True, slots=True)
 class Mxfp4:
-    """The numbers of one tensor."""
+    """The values of one tensor."""
 
     codes: FileTensor
     scales: FileTensor
@@ -36,11 +35,11 @@ class Mxfp4:
     fits_bfloat16: bool = True
 
     def read(self, first: int, last: int, start: int, stop: int) -> Array:
-        """Rows ``first`` to ``last`` of columns ``start`` to ``stop``, in memory that is used again."""
+        """Rows ``first`` to ``last`` of columns ``start`` to ``stop``, in a reused buffer."""
         low, high = start // GROUP, -(-stop // GROUP)
         count, groups = last - first, self.columns // GROUP
         packed = contiguous(_box(self.codes, groups * _BYTES, (first, last, low * _BYTES, high * _BYTES)), 2)
-        # The codes are where other bytes are read to, unless they were copied; so the scales come after their numbers.
+        # Codes may still be in the buffer that the next read fills, so scales are read after the codes are decoded.
         out = SCRATCH.take(0, "<f4", count * (high - low) * GROUP)
         codec = decode.codec_of("F4")
         assert codec is not None
@@ -56,12 +55,12 @@ def _box(stored: FileTensor, pitch: int, box: tuple[int, int, int, int]) -> Arra
 
 @cache
 def _powers() -> Array:
-    """The scale of every code; the last one is infinite, as it is to transformers and torch."""
+    """The scale of every exponent; the last one is infinite, as in transformers and torch."""
     with np.errstate(over="ignore"):
         return np.ldexp(np.float32(1), np.arange(256) - 127)
 
 
 def mxfp4_values(quantized: Quantized) -> Mxfp4:
-    """The numbers of a tensor that was recognised."""
+    """The values of a detected tensor."""
     *rows, groups, _ = quantized.codes.tensor.shape
     return Mxfp4(quantized.codes, quantized.scale, prod(rows), groups * GROUP)

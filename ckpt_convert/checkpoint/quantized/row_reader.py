@@ -1,6 +1,6 @@
-"""Numbers that are computed where they are read: rows and columns of a matrix, as the bytes of a dtype.
+"""Dequantizing on read: rows and columns of a matrix, as the bytes of a dtype.
 
-What is asked for is computed, row by row and in pieces that stay in the processor's cache; none of it is kept.
+Only the requested values are computed, row by row in blocks that fit the processor's cache; nothing is kept.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ Array = np.ndarray[Any, Any]
 Dims = tuple[tuple[int, int, int], ...]
 
 _WASTE = 4
-"""Compute what lies between the rows that are wanted when at most this many times as many rows lie there."""
+"""Read a span of rows as one when it has at most this many times the bytes that are needed."""
 
 
 class _OfThread(Scratch, threading.local):
-    """A thread's own."""
+    """Scratch buffers of one thread."""
 
 
 SCRATCH = _OfThread()
 
 
 class Strips(threading.local):
-    """Reads a box of bytes, so many of each of some rows, for a thread.
+    """Reads a range of columns of some rows, with a cache for each thread.
 
-    Where a matrix is wanted the other way round, every block of it is a few columns of all rows. More of the columns
-    are then read than are wanted now, and kept for the next blocks.
+    Where a matrix is read transposed, each block is a few columns of all rows. More columns than the block needs are
+    then read at once and kept for the next blocks.
     """
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class Strips(threading.local):
     def read(self, reader: RangeReader, offset: int, pitch: int, box: tuple[int, int, int, int]) -> Array:
         """Bytes ``start`` to ``stop`` of rows ``first`` to ``last``, of ``pitch`` bytes each from ``offset`` on.
 
-        The array is good until the next one, and may be a part of a larger one.
+        The array is valid until the next call, and may be a view of a larger one.
         """
         first, last, start, stop = box
         count, width = last - first, stop - start
@@ -68,16 +68,16 @@ class Strips(threading.local):
 
 
 _TALL = 4
-"""How many times as many rows as bytes of each there have to be for a strip to be kept."""
+"""A strip is cached when the box has at least this many times as many rows as bytes in a row."""
 
 _STRIP, _STRIPS = 2 << 20, 8
-"""Bytes of a strip, about, and how many are kept: a block has two to eight of them."""
+"""Approximate bytes of a strip, and how many are cached: a block needs two to eight."""
 
 _NOTHING = np.empty((0, 0), np.uint8)
 
 
 def _rows(reader: RangeReader, at: int, pitch: int, out: Array) -> Array:
-    """Fill ``out`` with the bytes from ``at`` on of each row: with all between them, where that is not much more."""
+    """Fill ``out`` with the bytes of each row from ``at`` on; rows that are close are read as one span."""
     count, width = out.shape
     if pitch <= _WASTE * width:
         step = max(1, _STRIP // pitch)
@@ -96,7 +96,7 @@ STRIPS = Strips()
 
 
 def contiguous(box: Array, number: int) -> Array:
-    """The bytes of a box one after another: its own, or copied into the buffer of this number."""
+    """The bytes of a box as one dimension: a view, or a copy in the scratch buffer of this number."""
     if box.flags.c_contiguous:
         return box.reshape(-1)
     out = SCRATCH.take(number, "|u1", box.size)
@@ -105,9 +105,9 @@ def contiguous(box: Array, number: int) -> Array:
 
 
 class ValueMatrix(Protocol):
-    """A matrix whose numbers are computed: all axes but the last are its rows.
+    """A matrix whose values are computed: all axes but the last are its rows.
 
-    ``fits_bfloat16`` is whether all of them fit bfloat16, so that nothing is to be rounded.
+    ``fits_bfloat16`` is whether every value is exact in bfloat16, so that nothing has to be rounded.
     """
 
     @property
@@ -125,7 +125,7 @@ class ValueMatrix(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class MatrixBytes:
-    """Numbers as the bytes of a dtype (BF16 or F32), dense and row-major."""
+    """A matrix as the bytes of a dtype (BF16 or F32), dense and row-major."""
 
     matrix: ValueMatrix
     dtype: str
@@ -139,7 +139,7 @@ class MatrixBytes:
         item = self.item
         first, last = offset // item, -(-(offset + len(buffer)) // item)
         target = np.frombuffer(buffer, np.uint8)
-        if first * item != offset or (last - first) * item != len(buffer):  # it starts or ends within a number
+        if first * item != offset or (last - first) * item != len(buffer):  # starts or ends within an element
             whole = np.empty((last - first) * item, np.uint8)
             self._fill(first, whole)
             target[:] = whole[offset - first * item :][: len(buffer)]
@@ -160,9 +160,9 @@ class MatrixBytes:
             done += codes.size
 
     def gather(self, first: int, dims: Dims, target: Array) -> bool:
-        """Put elements from ``first`` on into ``target``, strided as ``dims`` (count, step, step there) say.
+        """Copy elements from ``first`` on into ``target``; ``dims`` are (count, source stride, target stride).
 
-        False, and nothing done, where the elements are no box of rows and columns.
+        Returns False, with nothing copied, where the elements are not a box of rows and columns.
         """
         columns = self.matrix.columns
         row, column = divmod(first, columns)
@@ -170,7 +170,7 @@ class MatrixBytes:
         across: list[tuple[int, int, int]] = []
         for count, step, there in dims:
             if step == 1 and column == 0 and count > columns and count % columns == 0:
-                down.append((count // columns, 1, columns * there))  # whole rows, which follow on each other
+                down.append((count // columns, 1, columns * there))  # whole consecutive rows
                 across.append((columns, 1, there))
             elif step % columns == 0 and (step or not count):
                 down.append((count, step // columns, there))
@@ -203,7 +203,7 @@ class MatrixBytes:
         np.lib.stride_tricks.as_strided(out, shape, jumps)[...] = chosen
 
     def _codes(self, first: int, last: int, start: int, stop: int) -> Array:
-        """Numbers as unsigned integers, of which the low bits are the codes in the dtype."""
+        """Values as unsigned integers whose low bits are the encoding in the dtype."""
         numbers = self.matrix.read(first, last, start, stop)
         if self.dtype == "F32":
             return numbers.view("<u4")
@@ -211,9 +211,9 @@ class MatrixBytes:
 
 
 def bfloat16(numbers: Array) -> Array:
-    """The codes of float32 numbers as bfloat16, rounded to the nearest, in memory that is used again.
+    """The bfloat16 encoding of float32 values, rounded to nearest even, in a reused buffer.
 
-    A NaN has to be a plain one: rounding must not carry into its sign.
+    A NaN has to have the default payload, or rounding could carry into its sign.
     """
     out = SCRATCH.take(9, "<u4", numbers.size).reshape(numbers.shape)
     round_to_bfloat16(numbers.view("<u4"), out)

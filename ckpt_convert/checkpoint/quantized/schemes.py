@@ -1,7 +1,7 @@
-"""Under which keys each scheme keeps a quantized tensor, and what its headers say of it.
+"""The keys under which each scheme stores a quantized tensor, and what its headers determine.
 
-A rule has templates of keys: {key} is that of the tensor that the numbers are of, {module} the same without its
-".weight". A template stands for whole keys, so what is claimed by it is claimed for exactly one tensor.
+A rule has key templates: {key} is the key of the dequantized tensor, {module} the same without its ".weight". A
+template matches whole keys, so that each stored tensor is claimed for exactly one quantized tensor.
 
 Facts: transformers 5.23 (integrations/finegrained_fp8.py, integrations/mxfp4.py, integrations/bitsandbytes.py),
 compressed-tensors' compressors, AutoGPTQ's and AutoAWQ's linear layers.
@@ -16,17 +16,17 @@ from typing import Any
 
 Shape = tuple[int, ...]
 Block = tuple[int, int]
-"""How many rows and columns have one scale."""
+"""The rows and columns that share one scale."""
 
 WEIGHT = ".weight"
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A scheme: ``codes`` is the template of the codes, whose dtype is one of ``dtypes`` (any where there are none).
+    """A scheme: ``codes`` is the template of the codes, whose dtype is one of ``dtypes`` (empty for any).
 
-    ``scales`` are templates of which one has to be there, ``others`` of what may be. ``methods`` are the words for it
-    in quantization_config's quant_method. ``refusal`` says why it cannot be dequantized, None where it can.
+    One of the ``scales`` templates has to be present, ``others`` are optional. ``methods`` are its names in
+    quantization_config's quant_method. ``refusal`` says why it cannot be dequantized, None where it can.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Rule:
     refusal: str | None = None
 
     def parts(self, key: str) -> dict[str, str]:
-        """Template → key, for everything that may belong to the tensor ``key``."""
+        """Template → key, for every possible part of the tensor ``key``."""
         module = key.removesuffix(WEIGHT) if key.endswith(WEIGHT) else None
         return {
             template: start + suffix for template, of_key, suffix in self._ends if (start := key if of_key else module)
@@ -46,20 +46,20 @@ class Rule:
 
     @cached_property
     def _ends(self) -> tuple[tuple[str, bool, str], ...]:
-        """Each template, whether it is one of keys (else of modules), and what it ends in."""
+        """(template, whether it starts with {key} rather than {module}, its suffix)."""
         templates = (self.codes, *self.scales, *self.others)
         return tuple((t, t.startswith("{key}"), t.removeprefix("{key}").removeprefix("{module}")) for t in templates)
 
 
 def fill_template(template: str, key: str) -> str | None:
-    """The key that a template gives, None for a template of modules and a key that is no module's weight."""
+    """The key that a template gives, None for a {module} template and a key that does not end in ".weight"."""
     if template.startswith("{key}"):
         return key + template.removeprefix("{key}")
     return key.removesuffix(WEIGHT) + template.removeprefix("{module}") if key.endswith(WEIGHT) else None
 
 
 def owner_key(template: str, key: str) -> str | None:
-    """The inverse of ``fill``: the tensor that ``key`` would belong to, None where it does not fit the template."""
+    """The inverse of ``fill_template``: the tensor that ``key`` would belong to, None where it does not match."""
     start, end = ("{key}", "") if template.startswith("{key}") else ("{module}", WEIGHT)
     suffix = template.removeprefix(start)
     return key.removesuffix(suffix) + end if key.endswith(suffix) and len(key) > len(suffix) else None
@@ -69,10 +69,10 @@ _ACTIVATIONS = tuple(
     "{module}." + name
     for name in ("input_scale", "input_zero_point", "input_scale_ub", "output_scale", "k_scale", "v_scale", "q_scale")
 )
-"""What belongs to the numbers that flow through a module: of no use once its weight is no longer quantized."""
+"""Scales of a module's activations: unused once its weight is dequantized."""
 
 CACHE = (".k_scale", ".v_scale", ".q_scale", ".kv_scale")
-"""The ends of keys that hold scales of an attention's cache, which belong to no weight."""
+"""Suffixes of keys with scales of the KV cache, which belong to no weight."""
 
 FP8 = Rule(
     "fp8",
@@ -142,17 +142,17 @@ NVFP4 = Rule(
     refusal="its weights are packed, two to a byte, with scales of scales",
 )
 RULES = (MXFP4, GPTQ, PACKED, NVFP4, FP8, INT8, BITSANDBYTES)
-"""In the order in which keys are claimed: what has keys of its own before what has the weight's."""
+"""In the order in which keys are claimed: schemes with their own keys before those that reuse the weight's key."""
 
 SCALES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
-"""The dtypes of scales; a U8 is an exponent of two with bias 127, as F8_E8M0 is."""
+"""The dtypes of scales; U8 holds exponents of two with bias 127, as F8_E8M0 does."""
 
 BLOCK = (128, 128)
-"""The size of fp8's blocks where no config says one, as transformers takes it."""
+"""The shape of fp8's blocks where the config states none, the default of transformers."""
 
 
 def stated_blocks(config: Mapping[str, Any]) -> tuple[Block, ...]:
-    """The sizes of blocks that a quantization_config states, in fp8's words or in compressed-tensors'."""
+    """The block shapes that a quantization_config states, under fp8's keys or compressed-tensors'."""
     found = [_block(config.get("weight_block_size"))]
     groups = config.get("config_groups")
     for group in groups.values() if isinstance(groups, Mapping) else ():
@@ -173,14 +173,14 @@ def _block(stated: object) -> Block | None:
 
 
 def scale_grid(shape: Shape, block: Block) -> Shape:
-    """The shape of the scales of blocks: one for each, those at the edge included that are only partly there."""
+    """The shape of block scales: one for each block, partial blocks at the edges included."""
     return (*shape[:-2], -(-shape[-2] // block[0]), -(-shape[-1] // block[1]))
 
 
 def block_of(shape: Shape, scales: Shape, stated: tuple[Block, ...]) -> Block | None:
-    """The size of the blocks that scales of this shape are of: stated, or one for a tensor, a channel or a group.
+    """The block shape of scales with this shape: as stated, or a whole tensor, a channel or a group.
 
-    None where the shapes do not fit. ``shape`` has two axes or more; the scale of a channel may lack its last axis.
+    None where the shapes do not fit. ``shape`` has two axes or more; channel scales may lack the last axis.
     """
     rows, columns = shape[-2:]
     for block in stated:
@@ -199,6 +199,6 @@ def block_of(shape: Shape, scales: Shape, stated: tuple[Block, ...]) -> Block | 
 
 
 def unpacked(shape: Shape) -> Shape:
-    """The shape of MXFP4's numbers as transformers has it: the last two axes of what is packed, and then swapped."""
+    """The dequantized shape of MXFP4 in transformers: the packed axes flattened, then the last two axes swapped."""
     *leading, rows, groups, packed = shape
     return (*leading, groups * packed * 2, rows)

@@ -1,4 +1,4 @@
-"""Quantized files as files of ordinary tensors: each is computed where it is read."""
+"""Quantized files as files of ordinary tensors, each dequantized on read."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from ckpt_convert.tensors.header import StoredTensor, WeightFile
 from ckpt_convert.tensors.lazy import row_major_strides
 
 SETTINGS = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
-"""Files beside weights that say how these are quantized; loaders believe them, also where it is no longer so."""
+"""Auxiliary files that describe a quantization; loaders trust them, so a dequantized output must not have them."""
 
 
 @dataclass(frozen=True)
 class Dequantized:
-    """That quantized tensors are read as numbers of ``dtype`` (bfloat16 or float32); ``text`` says how they lie."""
+    """Quantized tensors are read as values of ``dtype`` (bfloat16 or float32); ``text`` describes the stored ones."""
 
     dtype: str
     text: str
@@ -39,10 +39,10 @@ class Dequantized:
 def dequantized_files(
     opened: OpenedFiles, found: Quantization, dtype: str, shapes: Mapping[str, tuple[int, ...]] | None = None
 ) -> OpenedFiles:
-    """The same files with other headers: each quantized tensor is one of ``dtype``, under the key of its numbers.
+    """The same files with other headers: each quantized tensor is one of ``dtype``, under its dequantized key.
 
-    What does not belong together, or cannot be read, is at least described. ``shapes`` are those of tensors whose
-    headers do not say them; without one, such a tensor is left out.
+    Tensors that cannot be dequantized are described, but raise when they are read. ``shapes`` are those that headers do
+    not give; a tensor without a shape is left out.
     """
     by_file: dict[str, dict[str, Quantized]] = {}
     for one in found.tensors.values():
@@ -60,7 +60,7 @@ def dequantized_files(
 
 
 def dequantized_layout(opened: OpenedFiles) -> Layout:
-    """How numbers would lie in files if somebody had saved them in those of the original."""
+    """The layout of the dequantized tensors in files with the original's names and assignment."""
     files: list[LayoutFile] = []
     weight_map: dict[str, str] = {}
     for file in opened.files:
@@ -78,12 +78,12 @@ def dequantized_layout(opened: OpenedFiles) -> Layout:
 
 
 def is_view(file: WeightFile) -> bool:
-    """Whether a file is one in which tensors are computed."""
+    """Whether a file has computed tensors."""
     return isinstance(file.reader, ComputedFile)
 
 
 def is_computed(file: WeightFile, tensor: StoredTensor) -> bool:
-    """Whether the numbers of a stored tensor are computed where it is read."""
+    """Whether a stored tensor is computed on read."""
     return isinstance(file.reader, ComputedFile) and file.reader.is_computed(tensor)
 
 
@@ -110,7 +110,7 @@ def _file(
 def _described(one: Quantized, shape: tuple[int, ...], dtype: str) -> StoredTensor:
     if one.rule is not schemes.MXFP4:
         return StoredTensor(one.key, dtype, shape, 0)
-    *leading, columns, rows = shape  # it is stored with these two the other way round
+    *leading, columns, rows = shape  # stored with the last two axes swapped
     strides = row_major_strides((*leading, rows, columns))
     return StoredTensor(one.key, dtype, shape, 0, (*strides[:-2], strides[-1], strides[-2]))
 
@@ -125,12 +125,12 @@ def _computed(one: Quantized, dtype: str) -> Computed:
     elif one.rule == schemes.FP8 and one.block is not None:
         numbers = fp8.fp8_values(one)
     if numbers is None:
-        raise ConfigError(f"{one.key}: is quantized in a way that cannot be read as numbers")
+        raise ConfigError(f"{one.key}: is quantized in a way that cannot be dequantized")
     return MatrixBytes(numbers, dtype)
 
 
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config that says nothing of a quantization."""
+    """The config without its quantization."""
     out = {name: value for name, value in config.items() if name not in CONFIGS}
     text = out.get("text_config")
     if isinstance(text, Mapping):
