@@ -1,9 +1,9 @@
-"""Keys as they are stored, read as the keys of a format: without what wrappers, nestings and releases made of them.
+"""Reading stored keys as keys of a format, without the prefixes of wrappers, nested state dicts and old releases.
 
-A table knows the keys of a format. A key that it does not know may be one of them all the same: behind the names that
-torch.compile, DistributedDataParallel and the like put into it, below the entry of a file in which a training loop has
-its weights, or with a prefix that another release of transformers has elsewhere. It is read as the one key of the table
-that it can be; where it can be several, or two keys can be the same one, nothing is guessed.
+A table has the keys of a format. A stored key that it lacks may be one of them with the prefix of a wrapper
+(torch.compile, DistributedDataParallel), below the entry in which a training loop saves its weights, or with a prefix
+that another release of transformers uses. It is read as the only key of the table that it can be; a key that can be
+several, and two keys that can be the same one, are errors.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from ckpt_convert.formats import ALL
 from ckpt_convert.models.core.table import Family
 
 HOLDER = "module"
-"""What DistributedDataParallel and others that hold a whole model put before its keys."""
+"""The prefix of DistributedDataParallel, and of other classes that wrap a whole model."""
 
 WRAPPERS = {
-    # class of torch's: part of the keys, who puts it there
+    # torch's class: (part of the key, what inserts it)
     "OptimizedModule": ("_orig_mod", "torch.compile"),
     "FullyShardedDataParallel": ("_fsdp_wrapped_module", "FullyShardedDataParallel"),
     "ActivationWrapper": ("_checkpoint_wrapped_module", "activation checkpointing"),
 }
-"""What a wrapper around a module puts before the keys of the module, wherever it stands in the model."""
+"""The prefix that each wrapper inserts before the keys of its module, anywhere in the model."""
 
 _WRAPPED_BY = dict(WRAPPERS.values())
 _NESTS = ("model", HOLDER, "state_dict", "state", "language_model")
-"""Parts that may stand before keys: DistributedDataParallel's, entries of a file, and modules that hold the model."""
+"""Possible prefixes: of DistributedDataParallel, of entries in a file, and of modules that contain the model."""
 
 _PREFIXES = ("", "model.", "language_model.", "language_model.model.", "model.language_model.")
-"""What the tables have before the keys of a model of texts, or of the other parts of a model that holds one."""
+"""Prefixes of the tables' keys: of a language model alone, and of the parts of a multimodal model."""
 
 # fmt: off
 _OTHER = frozenset((
@@ -43,11 +43,11 @@ _OTHER = frozenset((
     "rng_state_dict", "rng_states", "scaler", "scheduler", "scheduler_state_dict", "schedulers", "step", "timestamp",
     "torch_rng_state", "train_metrics", "train_state", "trainer_state", "training_state",
 ))
-"""What training loops call the entries that they keep beside the weights."""
+"""Names of the entries that training loops save beside the weights."""
 # fmt: on
 
 _Former = Sequence[tuple[str, str]]
-"""Parts of keys as a format called them, and as it calls them now."""
+"""(old, new) parts of keys that a format has renamed."""
 
 _DIGITS = dict.fromkeys(map(ord, "0123456789"))
 _NUMBER = re.compile(r"(?<![^.\n])(?:0|[1-9][0-9]*)(?![^.\n])")
@@ -55,7 +55,7 @@ _NUMBER = re.compile(r"(?<![^.\n])(?:0|[1-9][0-9]*)(?![^.\n])")
 
 @dataclass(frozen=True)
 class KeyNames:
-    """What stored keys are called in their format.
+    """The names of stored keys in their format.
 
     ``canonical`` maps stored keys to the format's keys where they differ; ``non_weights`` are keys of other state;
     ``clashes`` are (key, message) for keys that name the same tensor as another key, or that could name several.
@@ -69,20 +69,20 @@ class KeyNames:
 
     @property
     def is_identity(self) -> bool:
-        """Whether every key is called what it is called in the files."""
+        """Whether every key is the same in the files and in the format."""
         return not (self.canonical or self.non_weights)
 
     @cached_property
     def stored(self) -> dict[str, str]:
-        """The key in the files of each that is called otherwise in the format."""
+        """The stored key of each key of the format that differs."""
         return {name: key for key, name in self.canonical.items()}
 
     def of(self, key: str) -> str:
-        """What a stored key is called in the format."""
+        """The format's key of a stored key."""
         return self.canonical.get(key, key)
 
     def is_weight(self, key: str) -> bool:
-        """Whether a stored key is one of the model's."""
+        """Whether a stored key is one of the model's weights."""
         return key not in self.non_weights
 
 
@@ -91,9 +91,9 @@ PLAIN = KeyNames()
 
 @dataclass(frozen=True)
 class _Reading:
-    """How a key is read: without wrappers, so many parts at its beginning, and with another beginning instead.
+    """How a key is read: wrappers and the first ``parts`` parts are removed, and ``prefix`` is put before the rest.
 
-    ``renamed`` is a part that the format called otherwise, and what it calls it now.
+    ``renamed`` is an (old, new) part of the key.
     """
 
     parts: int = 0
@@ -107,7 +107,7 @@ class _Reading:
 
 @dataclass(frozen=True)
 class _Readings:
-    """How the keys of each pattern (a key with 0 for every number) are read by a table."""
+    """The readings of each pattern (a key with 0 for every number) in a table."""
 
     by_pattern: Mapping[str, Sequence[_Reading]]
     unknown: frozenset[str]
@@ -118,7 +118,7 @@ class _Readings:
 
 
 def loose_scalars(tensors: Iterable[tuple[str, Sequence[int]]]) -> frozenset[str]:
-    """Keys of single numbers that stand beside nested ones, as a loop's best loss beside a model's state dict does."""
+    """Top-level keys of scalars where other keys are nested, such as a best loss beside a model's state dict."""
     found = list(tensors)
     nested = any("." in key for key, _ in found)
     return frozenset(key for key, shape in found if nested and not len(shape) and "." not in key)
@@ -127,16 +127,16 @@ def loose_scalars(tensors: Iterable[tuple[str, Sequence[int]]]) -> frozenset[str
 def read_keys(
     keys: Iterable[str], families: Iterable[Family], format: str, scalars: Collection[str] = frozenset()
 ) -> KeyNames:
-    """Read the keys of a checkpoint as those of a format; ``scalars`` are no weights where no table knows them.
+    """Read the keys of a checkpoint as keys of a format; ``scalars`` are no weights unless a table has them.
 
-    ``families`` are those that it may be of; the keys are read by the table that knows most of them, and are left as
-    they are where two tables that know as many would read them differently.
+    ``families`` are the candidates; the table that knows most keys is used. Keys stay as stored where two tables know
+    equally many and read them differently.
     """
     stored = list(keys)
     tables = [_table(family, format) for family in families]
     if not stored or not tables:
         return PLAIN
-    # The usual case in no time: of 100,000 keys only a few dozen are different without their digits.
+    # Fast path for the common case: without digits, 100,000 keys are a few dozen.
     shapes = _without_digits(stored)
     if any(shapes <= _without_digits(table) for table in tables):
         return PLAIN
@@ -152,12 +152,12 @@ def read_keys(
 
 
 def knows_all(keys: Iterable[str], family: Family, format: str) -> bool:
-    """Whether a family has all the keys as they are stored, in this format."""
+    """Whether a family has all stored keys, unchanged, in this format."""
     return format in family.formats and _without_digits(keys) <= _without_digits(_table(family, format))
 
 
 def matching_formats(keys: Iterable[str], families: Iterable[Family], *, former: bool = False) -> set[str]:
-    """The formats all of whose weights are known, once the keys are read; ``former`` names count as well if asked."""
+    """The formats in which some table knows every weight; with ``former``, keys of earlier releases count as known."""
     patterns = _patterns(keys)
     out = set()
     for family in families:
@@ -177,7 +177,7 @@ def _table(family: Family, format: str) -> frozenset[str]:
 
 
 class _Any(dict[str, tuple[int, ...]]):
-    """Sets of numbers, all of them empty: only patterns are asked for."""
+    """Layer sets that are all empty: patterns do not depend on them."""
 
     def __missing__(self, name: str) -> tuple[int, ...]:
         return ()
@@ -199,7 +199,7 @@ def _pattern(key: str) -> str:
 
 
 def without_wrappers(key: str) -> list[str]:
-    """The parts of a key that no wrapper has put there."""
+    """The parts of a key without those of wrappers."""
     return [part for part in key.split(".") if part not in _WRAPPED_BY]
 
 
@@ -217,9 +217,9 @@ def _read(patterns: Collection[str], table: Collection[str], former: _Former) ->
 
 
 def _possible(pattern: str, table: Collection[str], former: _Former) -> list[_Reading]:
-    """Every way to read a key as one that the table has; different readings are of different keys.
+    """Every way to read a key as a key of the table; each reading gives another key.
 
-    What it has as it stands comes before what was called otherwise.
+    Keys of earlier releases are only tried where the key itself does not match.
     """
     for renamed in (None, *former):
         if renamed is None or renamed[0] in pattern:
@@ -245,19 +245,19 @@ def _under(pattern: str, table: Collection[str], renamed: tuple[str, str] | None
 
 
 def top_level_entry(key: str) -> str:
-    """What a key that no table knows belongs to: its first part that is none of those that weights are nested in."""
+    """The entry of a training checkpoint that an unknown key belongs to: its first part that is no known prefix."""
     return next((part for part in without_wrappers(key) if part not in _NESTS), "")
 
 
 def is_training_entry(key: str, scalars: Collection[str] = frozenset()) -> bool:
-    """Whether a key that no table knows is of an entry of a training run that is no weight."""
+    """Whether an unknown key belongs to training state rather than to the weights."""
     return top_level_entry(key) in _OTHER or key in scalars
 
 
 def _names(keys: Sequence[str], readings: _Readings, scalars: Collection[str]) -> KeyNames:
     canonical: dict[str, str] = {}
     other = set()
-    said = _Said()
+    notices = _Notices()
     clashes: list[tuple[str, str]] = []
     owners: dict[str, str] = {}
     for key in dict.fromkeys(keys):
@@ -278,12 +278,12 @@ def _names(keys: Sequence[str], readings: _Readings, scalars: Collection[str]) -
         owners[name] = key
         if name != key:
             canonical[key] = name
-            said.add(key, ways[0])
-    return KeyNames(canonical, frozenset(other), tuple(clashes), tuple(said.lines()))
+            notices.add(key, ways[0])
+    return KeyNames(canonical, frozenset(other), tuple(clashes), tuple(notices.lines()))
 
 
-class _Said:
-    """What is to be said of the keys that are read as others."""
+class _Notices:
+    """Counts the keys that are read under other names, and reports them."""
 
     def __init__(self) -> None:
         self._wrapped: dict[str, int] = {}

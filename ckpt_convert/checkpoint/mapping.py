@@ -1,6 +1,6 @@
 """Reading stored tensors through one column of a family's table.
 
-Nothing here touches a byte: tensors are lazy (``tensors.lazy``), so the same code serves files and tensors in memory.
+No bytes are read here: tensors are lazy (``tensors.lazy``), so the same code serves files and tensors in memory.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _LISTED = 20
 
 
 class SourceTensor(NamedTuple):
-    """A stored tensor as the mapping sees it: ``location`` is the file (or rank) that a message names."""
+    """A stored tensor to be mapped: ``location`` is the file (or rank) for messages."""
 
     key: str
     dtype: str
@@ -33,7 +33,7 @@ class SourceTensor(NamedTuple):
 class LogicalTensor:
     """A row of the table at an index, in the logical layout; ``key`` and ``location`` are those of its first part.
 
-    ``original`` is what the source has, where the logical layout cannot hold all of it (``Row.lossy``).
+    ``original`` is the source's tensor, where the logical layout loses some of its values (``Row.lossy``).
     """
 
     dtype: str
@@ -45,7 +45,7 @@ class LogicalTensor:
 
 @dataclass(frozen=True, slots=True)
 class Equality:
-    """Two tensors that have to hold the same bytes, what to say if they do not, and the key that it is said of."""
+    """Two tensors that must hold the same bytes, with the error message if they differ, and the key for it."""
 
     left: LazyTensor
     right: LazyTensor
@@ -72,7 +72,7 @@ def read_column(
 ) -> LogicalTensors:
     """Claim every source key exactly once and return the logical tensors.
 
-    ``ranks`` has one mapping for each tensor-parallel rank (one in all for formats that are not cut).
+    ``ranks`` has one mapping for each tensor-parallel rank (a single one for formats without ranks).
     Raises KeyMismatchError or ShapeMismatchError naming every missing, unexpected and misshapen tensor.
     """
     logicals, findings = examine_column(family, format, dims, ranks)
@@ -83,11 +83,10 @@ def read_column(
 def examine_column(
     family: Family, format: str, dims: Mapping[str, int], ranks: Sequence[Mapping[str, SourceTensor]]
 ) -> tuple[LogicalTensors, list[Finding]]:
-    """What ``read`` returns, as far as the source has it, and everything that does not fit.
+    """What ``read_column`` returns, as far as the source has it, and a finding for everything that does not fit.
 
-    The findings are of the checks ``missing``, ``unexpected`` and ``shape``, all of them errors.
-
-    A tied row that is not stored is among the tensors only if the row it is tied to is.
+    The findings are errors of the checks ``missing``, ``unexpected`` and ``shape``. A tied row that is not stored is
+    among the tensors only if the row it is tied to is.
     """
     if (same := _as_they_are(family, ranks)) is not None:
         return same, []
@@ -95,7 +94,7 @@ def examine_column(
     result = LogicalTensors({})
     known: set[str] = set()
     left_out: list[Entry] = []
-    shapes: dict[tuple[int, ...], tuple[int, ...] | None] = {}  # of a model with many layers, and many experts in each
+    shapes: dict[tuple[int, ...], tuple[int, ...] | None] = {}  # the same for all layers and experts
     for entry in family.entries(format, dims):
         known.add(entry.key)
         found = [rank.get(entry.key) for rank in ranks]
@@ -111,7 +110,7 @@ def examine_column(
         parts = [source for source in found if source is not None]
         absent = [str(rank) for rank, source in enumerate(found) if source is None]
         if absent:
-            text = f"{entry.key} (there on other ranks, not on rank {', '.join(absent)})"
+            text = f"{entry.key} (on other ranks, but not on rank {', '.join(absent)})"
             findings.append(Finding("error", "missing", text, key=entry.key))
             continue
         rows = tuple([id(row[0].row) for row in entry.rows])
@@ -131,7 +130,7 @@ def examine_column(
 
 
 def _as_they_are(family: Family, ranks: Sequence[Mapping[str, SourceTensor]]) -> LogicalTensors | None:
-    """The tensors of a table that was made from their headers; None for any other table, and for other tensors."""
+    """The tensors of a table that was made from exactly these headers; None for other tables and other tensors."""
     if not family.literal or len(ranks) != 1 or len(ranks[0]) != len(family.literal):
         return None
     tensors = {}
@@ -147,7 +146,7 @@ def _as_they_are(family: Family, ranks: Sequence[Mapping[str, SourceTensor]]) ->
 def split_fused(
     family: Family, format: str, dims: Mapping[str, int], sources: Mapping[str, SourceTensor]
 ) -> dict[Instance, LogicalTensor]:
-    """What lies in one stored tensor with others, of these tensors."""
+    """The logical tensors that share a stored tensor (fused or stacked) with others, taken out of it."""
     out: dict[Instance, LogicalTensor] = {}
     for entry in family.entries(format, dims) if sources else ():
         source = sources.get(entry.key)
@@ -169,7 +168,7 @@ def _join(
     findings: list[Finding],
     equal: list[Equality],
 ) -> dict[Instance, LogicalTensor]:
-    """The instances that lie under a key, of what every rank has there, whose shape should be ``wanted``."""
+    """The instances stored under a key, joined from every rank's part, whose shape should be ``wanted``."""
     first = parts[0]
     ranks = len(parts)
 
@@ -181,7 +180,7 @@ def _join(
         at = f" on rank {rank}" if ranks > 1 else ""
         if wanted is None:
             sizes = list(entry.shape(format, dims) or ())
-            misfit(part, f"{part.key}{at}: {sizes} does not divide over {ranks} ranks", found=sizes)
+            misfit(part, f"{part.key}{at}: {sizes} does not divide by {ranks} ranks", found=sizes)
             return {}
         if part.shape != wanted:
             expected, found = list(wanted), list(part.shape)
@@ -191,7 +190,7 @@ def _join(
             text = f"{part.key}{at}: expected {first.dtype} as on rank 0, found {part.dtype}"
             misfit(part, text, first.dtype, part.dtype)
             return {}
-    if entry.whole and ranks == 1:  # as most are
+    if entry.whole and ranks == 1:  # the common case
         row = entry.first.row
         column = entry.column(format)
         kept = first.tensor if column.scatter_index is not None else None
@@ -210,14 +209,14 @@ def _join(
                 message = (
                     f"{here.key}: rank {rank} ({here.location}) and rank {original} ({there.location}) differ, but "
                     f"every rank{'' if axis is None else f' of {same} in succession'} has to hold the same values; the "
-                    "files are not of one checkpoint"
+                    "files are not from one checkpoint"
                 )
                 left, right = on_ranks[original][instance], on_ranks[rank][instance]
                 equal.append(Equality(left, right, first.dtype, message, here.key))
         distinct = [tensors[instance] for tensors in on_ranks[::same]]
         heads = instance.heads(dims) if axis is not None else None
         if heads is not None and heads % len(distinct):
-            misfit(first, f"{first.key}: {heads} heads on {len(distinct)} ranks; heads have to lie whole on a rank")
+            misfit(first, f"{first.key}: {heads} heads on {len(distinct)} ranks; a rank has to hold whole heads")
             return {}
         tensor = concat(distinct, axis) if axis is not None and len(distinct) > 1 else distinct[0]
         logical = column.to_logical(tensor, instance.row, dims)
@@ -227,12 +226,12 @@ def _join(
 
 
 def tied_partner(instance: Instance, tensors: Mapping[Instance, LogicalTensor]) -> LogicalTensor | None:
-    """The tensor that a tied row shares its values with."""
+    """The tensor that a tied row is equal to."""
     return next((logical for other, logical in tensors.items() if other.row.name == instance.row.tied_to), None)
 
 
 def _group(instance: Instance) -> tuple[str, int | None] | None:
-    """What an optional tensor is there with: the group of its row, at its layer."""
+    """The group that an optional tensor belongs to: its row's group at its layer."""
     if instance.row.group is None:
         return None
     return instance.row.group, instance.index[0][1] if instance.index else None

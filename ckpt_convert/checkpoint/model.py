@@ -1,4 +1,4 @@
-"""Telling what weights are weights of: the family, the config in Hugging Face's words, and the table's symbols."""
+"""Determining the model of some weights: family, config with Hugging Face's keys, and the table's dimensions."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ Ranks = Sequence[Mapping[str, SourceTensor]]
 
 @dataclass(frozen=True)
 class Model:
-    """What the weights are weights of: the family, why it is that one, the config in Hugging Face's words, its symbols.
+    """The model of some weights: family, evidence for it, config with Hugging Face's keys, and its dimensions.
 
-    ``tied`` is None where only the bytes can tell whether output and embedding are tied.
+    ``tied`` is None where only the bytes decide whether output and embedding are tied.
     """
 
     family: Family
@@ -53,7 +53,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Recorded:
-    """What an earlier conversion wrote down about a checkpoint, where it did."""
+    """What the record of an earlier conversion states about a checkpoint."""
 
     tied: bool | None = None
     cut: int | None = None
@@ -70,12 +70,12 @@ def model_of(keys: Keys, stated: ConfigFile, hints: Hints, record: Record | None
     content = _config(keys, stated, hints)
     if not content:
         raise ConfigError(
-            f"{where}: is empty ({{}}), so it says nothing of the model; put the model's own back, or pass another "
+            f"{where}: is empty ({{}}), so it does not describe the model; put the model's own back, or pass another "
             "with `config=`"
         )
     before = str(record.manifest.get("family")) if record is not None else None
     if type_of(content) is not None:
-        # Told first: the tensors of a large model take a while to describe, in vain where the family is not known.
+        # First, since describing the tensors of a large model takes a while, in vain if the family is unknown.
         names = (keys.names.of(key) for key in opened.keys)
         family, _ = by_model_type(content, where, hints.family, str(opened.format), names, before)
         if hints.family is None:
@@ -93,24 +93,22 @@ def model_of(keys: Keys, stated: ConfigFile, hints: Hints, record: Record | None
 
 
 def _refuse_other_head(keys: Keys, family: Family, config: Mapping[str, Any], where: str) -> None:
-    """Raise UnsupportedFamilyError for a classifier, say, of a family whose table is that of its language model.
+    """Raise UnsupportedFamilyError for a classifier or other head of a family whose table has its language model.
 
-    Both the config's word for it and the keys have to say so: many a config names a class that its weights are not of.
+    Both architectures in the config and the keys have to show it: configs often name a class that does not fit the
+    weights.
     """
     if keys.opened.format != "hf" or _is_language_model(config):
         return
     why = _other_head(family, config, [keys.names.of(key) for key in keys.opened.keys if keys.is_weight(key)])
     if why is not None:
         raise UnsupportedFamilyError(
-            f"{where}: {why}, which is what its table is of; if it should be one all the same, say so with `family=`"
+            f"{where}: {why}, which is what its table describes; if it is one all the same, pass `family=`"
         )
 
 
 def _other_head(family: Family, config: Mapping[str, Any], keys: Sequence[str]) -> str | None:
-    """Why a model is none of the family's language models, as its config and its keys (in Hugging Face's format) say.
-
-    None where they do not, both.
-    """
+    """Why a model is not the family's language model, where config and keys (in Hugging Face's format) both show it."""
     if _is_language_model(config):
         return None
     names = _architectures(config)
@@ -124,7 +122,7 @@ def _other_head(family: Family, config: Mapping[str, Any], keys: Sequence[str]) 
 
 
 def _is_language_model(config: Mapping[str, Any]) -> bool:
-    """Whether a config says so, or nothing else."""
+    """Whether the config names a language model class, or no class at all."""
     names = _architectures(config)
     return not names or any("CausalLM" in name or "LMHead" in name for name in names)
 
@@ -143,10 +141,10 @@ def names_of(
     format: str,
     wanted: str | None,
 ) -> KeyNames:
-    """What the keys of tensors with these shapes are called in their format, as far as config or keys say what it is.
+    """The format's names of stored keys with these shapes, as far as config or keys determine the family.
 
-    ``listed`` are the keys that an index has, those of files that cannot be opened among them; ``wanted`` is the family
-    that was asked for. The keys of a model that no table is of stay as they are.
+    ``listed`` are the keys in an index, including those of files that cannot be opened; ``wanted`` is the requested
+    family. Keys of a model without a table stay as stored.
     """
     stored = [*(key for key, _ in tensors), *listed]
     likely = FAMILIES.of_params(config) if type_of(config) is None and wanted is None else []
@@ -163,9 +161,9 @@ def names_of(
 
 
 def is_bare(names: KeyNames, config: Mapping[str, Any], format: str | None, wanted: str | None) -> bool:
-    """Whether transformers saved the model without the class that holds its head: keys are without ``model.``.
+    """Whether transformers saved the base model without its head class, so that keys lack the prefix ``model.``.
 
-    Its own class finds the weights under these keys alone.
+    The base model class only loads these keys.
     """
     if format != "hf" or wanted is not None or _is_language_model(config) or names.non_weights:
         return False
@@ -204,15 +202,15 @@ def _config(keys: Keys, stated: ConfigFile, hints: Hints) -> Mapping[str, Any]:
         name, above = stated.file.relative_name(root), diagnosis.parent_config(path)
         way = "`config=` with its config.json or params.json"
         if above is not None:
-            way = f"{option_text('config', above)}, which is that of the run"
+            way = f"{option('config', above)}, the run's config"
         raise ConfigError(f"{path}: has no {name}, so the model's sizes are not known; pass {way}")
     return content
 
 
 def from_shapes(keys: Keys, wanted: str | None) -> dict[str, Any] | None:
-    """The config that the tensors themselves show, of a family whose files come without one.
+    """The config derived from tensor shapes, of a family whose files come without one.
 
-    It is the family that was asked for, else the only one of these that knows every key.
+    The family is the requested one, else the only one of these that knows every key.
     """
     opened = keys.opened
     if wanted is not None:
@@ -228,7 +226,7 @@ def from_shapes(keys: Keys, wanted: str | None) -> dict[str, Any] | None:
 
 
 def _recorded(opened: OpenedFiles, stated: ConfigFile, hints: Hints, found: Record | None) -> Recorded:
-    """What the record says; the config in it counts as long as nobody changed the params.json made from it."""
+    """What the record states; its config counts only while the params.json made from it is unchanged."""
     if found is None:
         return Recorded()
     cut = recorded_cut(found.manifest.get("dims", {}))
@@ -250,9 +248,9 @@ def model_from(
     family: str | None = None,
     recorded: Recorded | None = None,
 ) -> Model:
-    """The model that a config.json's or params.json's content describes; ``where`` is what messages call it.
+    """The model that the content of a config.json or params.json describes; ``where`` names the file in messages.
 
-    ``ranks`` are the stored tensors, whose shapes give what params.json leaves open; ``family`` overrides detection.
+    ``ranks`` are the stored tensors, whose shapes give what params.json does not state; ``family`` overrides detection.
     Raises UnsupportedFamilyError, ConfigError, or KeyMismatchError for weights without an embedding.
     """
     with naming(where):
@@ -261,7 +259,7 @@ def model_from(
 
 @contextlib.contextmanager
 def naming(path: str) -> Iterator[None]:
-    """Let a ConfigError of a family's translation, which knows no files, name the file by its path."""
+    """Add the path of the file to a ConfigError of a family's translation, which only knows the file's name."""
     try:
         yield
     except ConfigError as error:
@@ -327,10 +325,10 @@ def by_model_type(
     keys: Iterable[str],
     before: str | None = None,
 ) -> tuple[Family, str]:
-    """The family that a config.json names, and in what words; raises UnsupportedFamilyError where none is known.
+    """The family that a config.json names, and the evidence; raises UnsupportedFamilyError for an unknown one.
 
-    Where several families have the model_type, it is the one that knows the most of the ``keys`` in ``format``; of
-    those that know as many, the one that the weights were of ``before``, else one whose class the config names.
+    Of several families with the model_type it is the one that knows most of the ``keys`` in ``format``; of equals, the
+    family recorded ``before``, else one whose class the config names.
     """
     if wanted is not None:
         return FAMILIES[wanted], "as asked for"
@@ -350,7 +348,7 @@ def by_model_type(
         return found[0], f"{name} {model_type!r}"
     raise UnsupportedFamilyError(
         f"{where}: {name} {model_type!r} is no family that is known (`ckpt-convert formats` lists them); if it has the "
-        "keys and row orders of one of them, say so with `family=`"
+        "keys and RoPE layout of one of them, say so with `family=`"
     )
 
 
@@ -379,7 +377,7 @@ def _by_params(params: Mapping[str, Any], where: str, wanted: str | None) -> tup
 
 
 def _first_part(family: Family, row: str, format: str, ranks: Ranks) -> tuple[int, ...] | None:
-    """The shape of a row's tensor on rank 0 (the first of a list), None where it is not there alone or no matrix."""
+    """The shape of a row's tensor on rank 0 (the first of a list), None where it is fused, missing or no matrix."""
     column = next((r.column(format) for r in family.rows if r.name == row), None)
     if column is None or column.fused is not None:
         return None
@@ -389,7 +387,7 @@ def _first_part(family: Family, row: str, format: str, ranks: Ranks) -> tuple[in
 
 
 def _sizes(family: Family, where: str, format: str, ranks: Ranks) -> dict[str, int]:
-    """What params.json leaves to the shapes: the rows of the vocabulary and the width of the feed-forward layers."""
+    """The sizes that params.json leaves to the shapes: the vocabulary and the width of the feed-forward layers."""
     output = _first_part(family, "output", format, ranks)
     embedding = _first_part(family, "tok_embeddings", format, ranks)
     gate = _first_part(family, "ffn.gate", format, ranks)
@@ -400,7 +398,7 @@ def _sizes(family: Family, where: str, format: str, ranks: Ranks) -> dict[str, i
         sizes["vocab_size"] = embedding[0]
     else:
         raise KeyMismatchError(
-            f"{where}: the weights have neither an embedding nor an output in the {format} format, so they are no "
+            f"{where}: the weights have neither an embedding nor an output in the {format} format, so they are not a "
             "whole checkpoint of that format; check the keys with `ckpt-convert inspect`"
         )
     if gate is not None:
@@ -416,7 +414,7 @@ def _cut(
     options: ConfigOptions,
     recorded: Recorded,
 ) -> int:
-    """The axis over which ranks cut the embedding: as the shapes show, else as recorded, else as released."""
+    """The axis on which ranks split the embedding: from the shapes, else as recorded, else as released."""
     if family.params is None or not family.cut_in_two_ways:
         return 0
     embedding = _first_part(family, "tok_embeddings", format, ranks)

@@ -116,7 +116,7 @@ def test_another_format_is_refused(gpt2: Path, tmp_path: Path, to: str) -> None:
         ckpt_convert.convert_checkpoint(gpt2, tmp_path / "out", to=to)
     text = str(caught.value)
     assert text.startswith(f"{gpt2}/config.json: model_type 'gpt2' is no family that is known (`ckpt-convert formats`")
-    assert text.endswith("; if it has the keys and row orders of one of them, say so with `family=`")
+    assert text.endswith("; if it has the keys and RoPE layout of one of them, say so with `family=`")
     assert not (tmp_path / "out").exists()
 
 

@@ -223,7 +223,7 @@ def test_a_key_that_one_rank_lacks(meta: Path, refused: Refused) -> None:
     tensors = torch.load(meta / "consolidated.01.pth", weights_only=True)
     del tensors["layers.1.ffn_norm.weight"]
     torch.save(tensors, meta / "consolidated.01.pth")
-    assert "layers.1.ffn_norm.weight (there on other ranks, not on rank 1)" in refused(meta, KeyMismatchError, to="hf")
+    assert "layers.1.ffn_norm.weight (on other ranks, but not on rank 1)" in refused(meta, KeyMismatchError, to="hf")
 
 
 def test_two_consolidated_checkpoints(meta: Path, refused: Refused) -> None:

@@ -125,7 +125,7 @@ def test_copies_that_differ_are_refused(source: Path, tmp_path: Path) -> None:
         convert_checkpoint(tmp_path / "meta", tmp_path / "hf", to="hf")
     assert (
         "layers.1.attention.wk.weight: rank 3 (consolidated.03.pth) and rank 2 (consolidated.02.pth) differ, but every "
-        "rank of 2 in succession has to hold the same values; the files are not of one checkpoint"
+        "rank of 2 in succession has to hold the same values; the files are not from one checkpoint"
     ) in str(error.value)
 
 
