@@ -172,9 +172,9 @@ def is_bare(names: KeyNames, config: Mapping[str, Any], format: str | None, want
 
 
 def candidates(config: Mapping[str, Any], format: str, wanted: str | None, keys: Iterable[str]) -> list[Family]:
-    """The families with this format that a config may be of: the one ``wanted``, those of its model_type, or all.
+    """The candidate families with this format: the one ``wanted``, those of the config's model_type, or all.
 
-    Families from outside are left out where a built-in one has all of the ``keys``.
+    Families from other packages are left out where a built-in one has all of the ``keys``.
     """
     if wanted is not None:
         return [FAMILIES[wanted]] if wanted in FAMILIES and format in FAMILIES[wanted].formats else []
@@ -347,7 +347,7 @@ def by_model_type(
     if found:
         return found[0], f"{name} {model_type!r}"
     raise UnsupportedFamilyError(
-        f"{where}: {name} {model_type!r} is no family that is known (`ckpt-convert formats` lists them); if it has the "
+        f"{where}: {name} {model_type!r} is no known family (`ckpt-convert formats` lists them); if it has the "
         "keys and RoPE layout of one of them, say so with `family=`"
     )
 

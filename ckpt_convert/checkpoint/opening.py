@@ -1,4 +1,4 @@
-"""Finding a checkpoint's weight files, reading their headers, and telling the format from what is there."""
+"""Finding a checkpoint's weight files, reading their headers, and detecting the format."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from ckpt_convert.tensors.header import SHARDED_TENSOR_CLASSES, FileTensor, Stor
 from ckpt_convert.wording import first_few, option_text
 
 _INDEX = re.compile(r"(?<![^.])(?:0|[1-9][0-9]*)(?![^.])")
-"""A part of a key that is a number."""
+"""A layer or expert index in a key."""
 
 _LOOSE = "weight files without config.json"
 WRITTEN_BY_DCP = "written by torch.distributed.checkpoint"
@@ -62,12 +62,12 @@ class OpenedFiles:
 
     @cached_property
     def root(self) -> Place:
-        """The directory that the weight files lie in."""
+        """The directory of the weight files."""
         return self.place if self.place.is_folder() else self.place.parent
 
     @cached_property
     def stored(self) -> tuple[FileTensor, ...]:
-        """Every stored tensor with its file, in file and offset order; the position is its number as a source."""
+        """Every stored tensor with its file, in file and offset order; lazy tensors refer to them by position."""
         return tuple(
             [
                 FileTensor(file, tensor)
@@ -78,7 +78,7 @@ class OpenedFiles:
 
     @property
     def keys(self) -> list[str]:
-        """The keys as the headers have them, file by file."""
+        """The stored keys, file by file."""
         return [tensor.key for file in self.files for tensor in file.header.tensors]
 
     @property
@@ -88,7 +88,7 @@ class OpenedFiles:
 
 
 def checkpoint_place(path: Place) -> Place:
-    """Where a checkpoint lies whose index, pointer, or folder in the Hub's cache was given; any other path as it is.
+    """The place of a checkpoint from its index, a pointer file or its folder in the Hub's cache; other paths unchanged.
 
     Raises CheckpointNotFoundError for an index that is not the one that its directory is read by.
     """
@@ -106,8 +106,8 @@ def checkpoint_place(path: Place) -> Place:
 
 
 def describe_part(path: Place) -> str | None:
-    """Which part of a checkpoint a single weight file is, by its name and the files beside it; None for none."""
-    if not path.is_regular_file():
+    """Describe a single weight file as shard or rank of a checkpoint, by its name; None for a whole checkpoint."""
+    if not path.is_regular():
         return None
     if (match := SHARD.fullmatch(path.name)) is not None and int(match["total"]) > 1:
         return f"shard {int(match['number'])} of {int(match['total'])}"
@@ -120,7 +120,7 @@ def describe_part(path: Place) -> str | None:
 def open_weights(
     path: Place, wanted: str | None, recorded: Record | None, identities: Mapping[Place, Entry]
 ) -> OpenedFiles:
-    """Find and open what lies at a path; ``wanted`` is the format that was asked for.
+    """Find and open the weight files at a path; ``wanted`` is the requested format.
 
     Files that fit no format are opened all the same, with None as format. Raises CheckpointNotFoundError where there
     are no weight files, and what reading a header raises.
@@ -141,8 +141,8 @@ def open_weights(
     return OpenedFiles(path, name, why, directory, files, tuple(facts), identities)
 
 
-def _with_keys_of(files: Sequence[WeightFile], directory: WeightDirectory) -> WeightDirectory:
-    """The same index with the very strings that headers and file names are: of 100,000 keys each is kept once."""
+def _with_keys_of(files: Sequence[WeightFile], directory: Directory) -> Directory:
+    """The same index, sharing its strings with headers and file names: 100,000 keys are kept once."""
     if directory.weight_map is None:
         return directory
     names = {file.name: file.name for file in files}
@@ -151,9 +151,9 @@ def _with_keys_of(files: Sequence[WeightFile], directory: WeightDirectory) -> We
     return replace(directory, weight_map=shared)
 
 
-def detect_format(path: Place, wanted: str | None, recorded: Record | None) -> tuple[str | None, str, WeightDirectory]:
-    """The format of a path, what it was told by, and the weight files; raises what ``open_checkpoint`` does."""
-    if path.is_regular_file():
+def detect_format(path: Place, wanted: str | None, recorded: Record | None) -> tuple[str | None, str, Directory]:
+    """The format of a path, the evidence for it, and the weight files; raises what ``open_checkpoint`` does."""
+    if path.is_regular():
         return _a_file(path, wanted)
     if not path.is_folder():
         raise CheckpointNotFoundError(f"{path}: is neither a file nor a directory")
@@ -184,10 +184,10 @@ def _of_format(path: Place, format: str) -> WeightDirectory | None:
     return formats.ALL[format].find_weights(path) or _in_common(path, format)
 
 
-def _by_names(path: Place) -> tuple[str | None, str, WeightDirectory]:
-    """What the names of a directory's files tell."""
-    found = formats.ALL["hf"].find_weights(path)
-    if found is not None and (path / "config.json").is_regular_file():
+def _by_names(path: Place) -> tuple[str | None, str, Directory]:
+    """The format of a directory by the names of its files."""
+    found = formats.ALL["hf"].find(path)
+    if found is not None and (path / "config.json").is_regular():
         return "hf", f"config.json and {found.index or found.weights[0].name}", found
     ranks = formats.ALL["meta"].find_weights(path) if found is None else None
     if ranks is not None:
@@ -201,12 +201,12 @@ def _by_names(path: Place) -> tuple[str | None, str, WeightDirectory]:
     return None, _LOOSE, _loose(path, found or formats.ALL["native"].find_weights(path))
 
 
-def _loose(path: Place, found: WeightDirectory | None) -> WeightDirectory:
-    """Weight files by their endings, which ``found`` has some of; raises CheckpointNotFoundError for none."""
+def _loose(path: Place, found: Directory | None) -> Directory:
+    """Weight files by their suffixes, or those ``found``; raises CheckpointNotFoundError for none."""
     names = [weight.name for weight in found.weights] if found is not None else all_weight_files(path)
     if found is not None and not all(name.startswith(TRAINING_PREFIXES) for name in names):
         return found
-    # What lies beside the weights is something to look at only where there are none.
+    # Training state beside the weights is only opened where there are no weights.
     if not names or _instead(path):
         raise CheckpointNotFoundError(
             f"{path}: has no weight files that are known ({', '.join('*' + suffix for suffix in WEIGHT_SUFFIXES)})"
@@ -215,16 +215,16 @@ def _loose(path: Place, found: WeightDirectory | None) -> WeightDirectory:
     return WeightDirectory(tuple(map(WeightName, names)))
 
 
-def _in_common(path: Place, format: str) -> WeightDirectory | None:
-    """The weights of a directory of this format in a container that is not the format's own."""
+def _in_common(path: Place, format: str) -> Directory | None:
+    """The weights of a directory of this format in a container that several formats share."""
     if "dcp" in formats.ALL[format].containers and (found := dcp_directory(path)) is not None:
         return found
     names = plain_weights(path, (".pt",)) if "pt" in formats.ALL[format].containers else []
     return WeightDirectory(tuple(WeightName(name) for name in names)) if names else None
 
 
-def open_files(path: Place, directory: WeightDirectory) -> tuple[tuple[WeightFile, ...], list[tuple[str, str]]]:
-    """Open the weight files and read their headers; also what they say of themselves."""
+def open_files(path: Place, directory: Directory) -> tuple[tuple[WeightFile, ...], list[tuple[str, str]]]:
+    """Open the weight files and read their headers; returns also facts from the files' own metadata."""
     root = path if path.is_folder() else path.parent
     if directory.kind == "dcp":
         from ckpt_convert.containers.dcp import dcp
@@ -241,7 +241,7 @@ def open_files(path: Place, directory: WeightDirectory) -> tuple[tuple[WeightFil
 
 
 def format_from_keys(files: tuple[WeightFile, ...], why: str, kind: str | None = None) -> tuple[str | None, str]:
-    """The format that all keys fit, and what it was told by; None where that is not exactly one.
+    """The format that all keys fit, and the evidence for it; None where that is not exactly one.
 
     Of formats with the same keys it is one that has containers of this ``kind``.
     """
@@ -249,8 +249,8 @@ def format_from_keys(files: tuple[WeightFile, ...], why: str, kind: str | None =
     stored = [tensor.key for file in files for tensor in file.header.tensors]
     names = [key for key in stored if not key.startswith(beginnings)]
     others = {name for name, format in formats.ALL.items() if kind is not None and kind not in format.containers}
-    # Layers differ in nothing but their number, so one of each kind will do; but a number may be a name: the blocks of
-    # an autoencoder differ in more than that. Of other containers: torchtitan's keys were once Meta's.
+    # Layers differ only in their index, so one of each kind is enough; but where they differ in more (the blocks of an
+    # autoencoder) all keys are tried. `others` have other containers: torchtitan's keys were once Meta's.
     patterns = {_INDEX.sub("0", key) for key in names}
     fits = (_fitting(FAMILIES.built_in, patterns) or _fitting(FAMILIES.built_in, names)) - others
     fits = fits or _fitting(FAMILIES.outside.values(), names) - others
@@ -269,7 +269,7 @@ def format_from_keys(files: tuple[WeightFile, ...], why: str, kind: str | None =
 
 
 def _fitting(families: Iterable[Family], keys: Collection[str]) -> set[str]:
-    """The formats in which one of the families has all of these keys."""
+    """The formats in which some family has all of these keys."""
     return {
         format
         for family in families
@@ -279,7 +279,7 @@ def _fitting(families: Iterable[Family], keys: Collection[str]) -> set[str]:
 
 
 def file_notices(path: Place, files: Sequence[WeightFile]) -> list[str]:
-    """What a reader should know about the files: objects that are no tensors, files that are not used."""
+    """What a user should know about the files: objects that are no tensors, files that are not used."""
     out = legacy_notices(files)
     for file in files:
         foreign, objects = file.header.foreign, file.header.objects
@@ -305,7 +305,7 @@ def file_notices(path: Place, files: Sequence[WeightFile]) -> list[str]:
 
 
 def _grouped(objects: Mapping[str, str]) -> list[str]:
-    """Entries with their type; those below one of a file by that one's name, and how many there are."""
+    """Entries with their types; nested entries by their top-level name and their number."""
     groups: dict[str, list[str]] = {}
     for key in objects:
         groups.setdefault(key.partition(".")[0], []).append(key)
@@ -316,7 +316,7 @@ def _grouped(objects: Mapping[str, str]) -> list[str]:
 
 
 def legacy_notices(files: Iterable[WeightFile]) -> list[str]:
-    """A notice for each file that torch has to read whole."""
+    """A notice for each legacy file, which torch has to read whole."""
     return [
         f"{file.name}: an old torch file without zip, read whole into memory"
         for file in files
@@ -337,14 +337,14 @@ def _open(path: Place, weight: WeightName) -> WeightFile:
 
 
 def tensors_in_file(path: Place) -> list[tuple[WeightFile, StoredTensor]]:
-    """The tensors of a single file, such as those that the record carries."""
-    reader, header = containers.parse_header(path.open())
+    """The tensors of a single file, such as the record's passthrough tensors."""
+    reader, header = containers.parse(path.open())
     file = WeightFile(path.name, 0, path, reader, header)
     return [(file, tensor) for tensor in header.tensors]
 
 
 def all_weight_files(directory: Place) -> list[str]:
-    """All weight files, but for those that are there in safetensors as well; GGUF files where there are no others."""
+    """All weight files, without those that exist as safetensors as well; GGUF files where there are no others."""
     names = _named(directory, LOOSE_SUFFIXES)
     stems = {PurePosixPath(name).stem for name in names if name.endswith(".safetensors")}
     if any(stem.startswith("model") for stem in stems):

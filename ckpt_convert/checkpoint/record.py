@@ -1,9 +1,9 @@
-"""The folder ``ckpt_convert/`` in an output: what it is, and how it looked in the formats it came from.
+"""The record, the folder ``ckpt_convert/`` in an output: a manifest, and the layouts of the formats it came from.
 
-``manifest.json`` describes the directory it lies in; ``config.json`` is the model's config in Hugging Face's words;
-``layouts/FORMAT/`` keeps, for each format that the weights were in before, every byte of its files that belongs to no
-tensor, the tensors that a later format had no place for, and Meta's params.json and checklist.chk; ``side/`` the side
-files that this format has no use for. With these A → B → A gives A back.
+``manifest.json`` describes the output directory; ``config.json`` is the model's config with Hugging Face's keys;
+``layouts/FORMAT/`` keeps, for each earlier format of the weights, every byte of its files that belongs to no tensor,
+the tensors that a later format could not hold, and Meta's params.json and checklist.chk; ``side/`` keeps auxiliary
+files that this format does not use. With these the round trip A → B → A reproduces A.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ from ckpt_convert.storage.place import Place
 from ckpt_convert.tensors.header import Box, FileLayout, Header, StoredTensor
 
 SCHEMA = 2
-"""That of manifests. Those of 1 have no checksum of themselves nor of headers, and XXH3 of pieces that lie anywhere."""
+"""The schema of manifests. Schema 1 has no checksum of itself nor of headers, and XXH3 of pieces at any offset."""
 
 ACCEPTED = "accepted"
-"""Where the manifest lists files that were edited on purpose: they have their checksums, but are not as written."""
+"""The manifest's list of files that were edited on purpose: their checksums match, but are not those as written."""
 
 LAYOUT_SCHEMA = 1
-"""That of ``layout.json``."""
+"""The schema of ``layout.json``."""
 
 CHECKSUM = "manifest_checksum"
-"""What the manifest says of itself: the XXH3 of all else that it says, as JSON without spaces, its keys sorted."""
+"""The manifest's key for its own checksum: the XXH3 of everything else, as JSON without spaces with sorted keys."""
 
 ALGORITHMS = {"weights": CRC64.name, "files": XXH3}
-"""The checksums of weight files (their pieces and headers), and of all others."""
+"""The checksum algorithms of weight files (pieces and headers), and of all other files."""
 
 MANIFEST = f"{RECORD_FOLDER}/manifest.json"
 CONFIG = f"{RECORD_FOLDER}/config.json"
 TRAINING_STATE = "training_state"
-"""The folder of what a saved step holds beside the weights."""
+"""The folder of a saved step's training state."""
 
 MERGED = "merged"
 """The folder of the full weights beside an adapter, with a manifest of its own."""
@@ -73,7 +73,7 @@ class LayoutFile:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a checkpoint lies in its files: which key in which file, in which order, under which header."""
+    """The layout of a checkpoint: which key is in which file, in which order, under which header."""
 
     format: str
     files: tuple[LayoutFile, ...]
@@ -85,7 +85,7 @@ class Layout:
 
     @property
     def ranked_keys(self) -> set[tuple[int, str]]:
-        """Every key with its rank."""
+        """(rank, key) of every tensor."""
         return {(file.rank, tensor.key) for file in self.files for tensor in file.header.tensors}
 
 
@@ -106,7 +106,7 @@ class Record:
 
     @property
     def weights_checksum(self) -> str | None:
-        """The kind of checksum that pieces of weight files have; None where the manifest says none that is known."""
+        """The checksum algorithm of pieces of weight files; None where the manifest names no known one."""
         said = self.manifest.get("checksum")
         if self.manifest["schema"] == 1:
             return XXH3 if said == XXH3 else None
@@ -125,36 +125,36 @@ class Record:
 
     @cached_property
     def auxiliary_files(self) -> dict[str, dict[str, str]]:
-        """Name → origin and checksum of each side file that was written beside the weights."""
+        """Name → manifest entry (origin and checksum) of each auxiliary file."""
         return {str(entry["name"]): entry for entry in self.manifest.get("side_files", [])}
 
     def meta_file(self, name: str) -> Place | None:
-        """A file of Meta's layout (params.json, checklist.chk) as it was when the weights were in it."""
+        """The original params.json or checklist.chk, from when the weights were in Meta's format."""
         return self._kept(f"layouts/meta/{name}")
 
     @property
     def config(self) -> Place | None:
-        """The model's config in Hugging Face's words."""
+        """The model's config with Hugging Face's keys."""
         return self._kept("config.json")
 
     def _kept(self, name: str) -> Place | None:
-        """A file of the record, if it is there; raises UnsafeFileError for a link that leaves the directory."""
-        if not (self.folder / name).is_regular_file():
+        """A file of the record, if it exists; raises UnsafeFileError for a link that leaves the directory."""
+        if not (self.folder / name).is_regular():
             return None
         return self.directory.resolve_member(f"{RECORD_FOLDER}/{name}", MANIFEST)
 
     def unchanged(self, name: str) -> bool:
-        """Whether a file beside the weights, or of the record, is still as it was written."""
+        """Whether an auxiliary file, or a file of the record, is unchanged since it was written."""
         return name not in self.manifest.get(ACCEPTED, ()) and self.matches(name) is True
 
     def edited(self, *, own_config: bool) -> list[str]:
-        """The files beside the weights that differ from their checksums; of the record its config, where asked for."""
+        """The auxiliary files that differ from their checksums, with ``own_config`` also the record's config."""
         return [
             name for name in (*self.auxiliary_files, *([CONFIG] if own_config else ())) if self.matches(name) is False
         ]
 
     def matches(self, name: str) -> bool | None:
-        """Whether a file has the checksum that the manifest lists; None where it lists none, or there is no file."""
+        """Whether a file has its checksum in the manifest; None where that has none, or there is no file."""
         entry = self.auxiliary_files.get(name)
         checksum = entry["checksum"] if entry else self.checksums.get(name)
         if checksum is None:
@@ -162,7 +162,7 @@ class Record:
         try:
             return digest_file(self.directory.resolve_member(name, MANIFEST)) == checksum
         except UnreadableError:
-            raise  # which says nothing of what is in it
+            raise  # its content may be right
         except CkptConvertError:
             return None
 
@@ -173,24 +173,24 @@ class Record:
         return found if isinstance(found, dict) else {}
 
     def layout(self, format: str) -> Layout | None:
-        """The recorded layout of a format, if there is one; raises CorruptFileError when it is damaged."""
+        """The recorded layout of a format, if any; raises CorruptFileError when it is damaged."""
         if format not in self.layouts:
             return None
         for name, path in self.files_of_layout(format):
             if name in self.checksums and path.suffix != ".safetensors" and not self.unchanged(name):
                 raise CorruptFileError(
-                    f"{path}: is not as it was written (edited or damaged); put it back, or move the folder "
-                    f"{path.parent} elsewhere to do without this layout"
+                    f"{path}: was edited or damaged; put it back, or move the folder {path.parent} elsewhere to do "
+                    "without this layout"
                 )
         return read_layout(self.folder / "layouts" / format)
 
     def passthrough_tensors(self, format: str) -> Place | None:
-        """The tensors that only this format has a place for."""
+        """The file of the tensors that only this format can hold."""
         return self._kept(f"layouts/{format}/carried.safetensors")
 
     @cached_property
     def passthrough_files(self) -> dict[str, Place]:
-        """The side files that this format has no use for, kept for one that has."""
+        """The auxiliary files that the output's format does not use, by name."""
         folder = self.folder / "side"
         if not folder.is_folder():
             return {}
@@ -204,16 +204,16 @@ class Record:
         ]
 
     def files_of_layout(self, format: str) -> Iterator[tuple[str, Place]]:
-        """Every file of a recorded layout with its name in an output, to take along."""
+        """Every file of a recorded layout, with its name in an output."""
         for path in self._files(self.folder / "layouts" / format):
             yield path.relative_name(self.directory), path
 
 
 def read_manifest(directory: Place) -> dict[str, Any]:
-    """What the manifest of a directory says, its own checksum compared.
+    """The manifest of a directory, with its own checksum verified.
 
     Raises ConfigError where it cannot be read, NewerVersionError where a newer version wrote it, and CorruptFileError
-    where it was edited or damaged since it was written.
+    where it was edited or damaged.
     """
     path = directory / MANIFEST
     manifest = load_json(path)
@@ -226,14 +226,14 @@ def read_manifest(directory: Place) -> dict[str, Any]:
     found = manifest_checksum(manifest)
     if said != found and (schema == SCHEMA or said is not None):
         raise CorruptFileError(
-            f"{path}: was edited or damaged: expected the checksum {said} of what it says, found {found}; put it back "
-            f"as it was written, or {_without(directory)}"
+            f"{path}: was edited or damaged: expected its checksum {said}, found {found}; put it back as it was "
+            f"written, or {_without(directory)}"
         )
     return manifest
 
 
 def _without(directory: Place) -> str:
-    """The way out where a manifest is of no use, which loses nothing."""
+    """The way out where a manifest is unusable; it loses no data."""
     return (
         f"move the folder {RECORD_FOLDER} out of {directory} to use the weights without their record (where they come "
         "with no config of their own, it is config.json in that folder: `config=`)"
@@ -241,13 +241,13 @@ def _without(directory: Place) -> str:
 
 
 def manifest_checksum(manifest: Mapping[str, Any]) -> str:
-    """The checksum of what a manifest says, whatever its order and spaces."""
+    """The checksum of a manifest's content, independent of key order and white space."""
     said = {name: value for name, value in manifest.items() if name != CHECKSUM}
     return digest(json.dumps(said, sort_keys=True, separators=(",", ":")).encode())
 
 
 def render_manifest(manifest: Mapping[str, Any]) -> bytes:
-    """The content of ``manifest.json``, with its checksum of itself unless it is of a schema that had none."""
+    """The bytes of ``manifest.json``, with its own checksum unless its schema has none."""
     if manifest.get("schema") != SCHEMA:
         return render_json(manifest)
     said = {name: value for name, value in manifest.items() if name != CHECKSUM}
@@ -255,9 +255,9 @@ def render_manifest(manifest: Mapping[str, Any]) -> bytes:
 
 
 def replace_manifest(directory: Place, manifest: Mapping[str, Any]) -> None:
-    """Write the manifest of a complete directory again, all of it or not at all.
+    """Atomically replace the manifest of a complete directory.
 
-    Where ``directory`` was listed it has to be the manifest of then, else OutputExistsError. Raises OSError.
+    Raises OutputExistsError if ``directory`` was listed and its manifest has changed since, and OSError.
     """
     place = directory / MANIFEST
     etag = place.identity().etag if place.listing is not None else None
@@ -267,7 +267,7 @@ def replace_manifest(directory: Place, manifest: Mapping[str, Any]) -> None:
 def load_record(directory: Place) -> Record | None:
     """The record of a directory, None if it has none (of weights).
 
-    Raises what ``read_manifest`` does, and ConfigError where what it says is no record.
+    Raises what ``read_manifest`` does, and ConfigError for an invalid record.
     """
     path = directory / MANIFEST
     if not path.is_regular_file():
@@ -291,7 +291,7 @@ def load_record(directory: Place) -> Record | None:
 
 
 def read_training(directory: Place) -> dict[str, Any] | None:
-    """What the manifest of a saved step says of its training run; None where this is none, or it cannot be read."""
+    """The training section of a saved step's manifest; None where there is none, or the manifest is invalid."""
     try:
         found = read_manifest(directory).get("training") if (directory / MANIFEST).is_regular_file() else None
     except UnreadableError:
@@ -302,12 +302,12 @@ def read_training(directory: Place) -> dict[str, Any] | None:
 
 
 def is_recorded(directory: Place) -> bool:
-    """Whether a manifest of ours lies in a directory, of whatever schema."""
+    """Whether a directory has a manifest of this package, of any schema."""
     return isinstance(_manifest(directory, lambda at: load_json(at / MANIFEST)).get("schema"), int)
 
 
 def listed_files(directory: Place) -> frozenset[str]:
-    """Every file that the manifest of a directory lists, and itself; none where there is none that can be believed.
+    """Every file that the manifest of a directory lists, and the manifest; empty without a valid manifest.
 
     Raises UnreadableError.
     """
@@ -347,7 +347,7 @@ def _mapping(found: object) -> Mapping[str, Any]:
 
 
 def layout_files(layout: Layout) -> dict[str, bytes]:
-    """The files, by name below ``layouts/FORMAT/``, that keep a layout."""
+    """The files that store a layout, by name below ``layouts/FORMAT/``."""
     out: dict[str, bytes] = {}
     files = []
     for number, file in enumerate(layout.files):
@@ -358,7 +358,7 @@ def layout_files(layout: Layout) -> dict[str, bytes]:
         else:
             entry["bytes"] = f"{number:05d}.bytes"
             entry["literals"] = [[offset, len(data)] for offset, data in file.literals]
-            if file.header.kind == "dcp":  # whose header lies in another file, .metadata
+            if file.header.kind == "dcp":  # its header is in another file, .metadata
                 entry["pieces"] = [list(tensor) for tensor in file.header.tensors]
             out[entry["bytes"]] = b"".join(data for _, data in file.literals)
         files.append(entry)
@@ -383,7 +383,7 @@ def read_layout(folder: Place) -> Layout:
             index = (check_name(content["index"], str(path)), folder.read_member("index.json", str(path), JSON_LIMIT))
         return Layout(str(content["format"]), files, index)
     except UnreadableError:
-        raise  # which says nothing of what is in the file
+        raise  # its content may be right
     except (CkptConvertError, KeyError, ValueError, TypeError) as error:
         raise CorruptFileError(
             f"{path}: the recorded layout is damaged ({type(error).__name__}: {error}); "

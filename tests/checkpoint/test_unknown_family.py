@@ -115,7 +115,7 @@ def test_another_format_is_refused(gpt2: Path, tmp_path: Path, to: str) -> None:
     with pytest.raises(UnsupportedFamilyError) as caught:
         ckpt_convert.convert_checkpoint(gpt2, tmp_path / "out", to=to)
     text = str(caught.value)
-    assert text.startswith(f"{gpt2}/config.json: model_type 'gpt2' is no family that is known (`ckpt-convert formats`")
+    assert text.startswith(f"{gpt2}/config.json: model_type 'gpt2' is no known family (`ckpt-convert formats`")
     assert text.endswith("; if it has the keys and RoPE layout of one of them, say so with `family=`")
     assert not (tmp_path / "out").exists()
 
@@ -326,7 +326,7 @@ class TestCheckpointer:
 
     def test_another_layout_of_the_model_and_adapters_need_a_table(self, gpt2: Path, model: Any) -> None:
         for layout, adapter in (("native", None), ("hf", AdapterConfig(rank=2, alpha=4))):
-            with pytest.raises(UnsupportedFamilyError, match="model_type 'gpt2' is no family that is known"):
+            with pytest.raises(UnsupportedFamilyError, match="model_type 'gpt2' is no known family"):
                 ckpt_convert.Checkpointer(source=gpt2, model_format=layout, adapter=adapter).load_model(model)
 
 

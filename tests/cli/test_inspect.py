@@ -226,7 +226,7 @@ class TestWithoutFamily:
 
     def test_of_an_unknown_model_type(self, checkpoint: Path) -> None:
         output = text(checkpoint)
-        assert "model_type 'gpt_\\x1b[31moss' is no family that is known" in facts(output)["family"]
+        assert "model_type 'gpt_\\x1b[31moss' is no known family" in facts(output)["family"]
         assert facts(output)["tied"] == "unknown"
         assert body(output) == ["h.{0..2}.w  [2]  F32  ×3  24 B"]
         found = document(checkpoint)

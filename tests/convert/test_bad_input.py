@@ -360,7 +360,7 @@ def test_ranks_of_several_dtypes(meta: Path, refused: Refused) -> None:
 def test_a_recorded_layout_whose_index_leaves_the_directory(hf: Path, tmp_path: Path, refused: Refused) -> None:
     ckpt_convert.convert_checkpoint(hf, tmp_path / "meta", to="meta")
     edit_json(tmp_path / "meta" / "ckpt_convert" / "layouts" / "hf" / "layout.json", index="../../evil.json")
-    assert "is not as it was written" in refused(tmp_path / "meta", CorruptFileError, to="hf")
+    assert "was edited or damaged" in refused(tmp_path / "meta", CorruptFileError, to="hf")
     edit_manifest(tmp_path / "meta", record=None)  # whoever means harm can do that, too
     message = refused(tmp_path / "meta", CorruptFileError, to="hf")
     assert "the recorded layout is damaged" in message
