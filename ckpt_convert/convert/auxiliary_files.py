@@ -1,4 +1,4 @@
-"""The files beside the weights: what is copied, generated, restored from the record, or carried in it."""
+"""Auxiliary files beside the weights: copied, generated, restored from the record, or passed through in it."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ from ckpt_convert.wording import first_few
 
 
 class GeneratedFiles(Protocol):
-    """Files that are only made when they are written, all of them at once. A value: it is the same anywhere."""
+    """Files that are generated together when they are written. A picklable value."""
 
     @property
     def files(self) -> Mapping[str, bytes]:
-        """Their contents by name, without those that cannot be made."""
+        """Contents by name, without files that cannot be generated."""
 
     @property
     def notices(self) -> tuple[str, ...]:
-        """What there is to say of that."""
+        """Notices about generating them."""
 
 
 @dataclass(frozen=True)
 class AuxiliaryFile:
-    """A file to be put beside the weights, or into the record.
+    """A file to write beside the weights, or into the record.
 
-    ``origin`` is copied, generated, restored or carried; the content is that of ``place``, or ``data``, or what
-    ``generated`` has under the name. ``identity`` is what the file was when it was chosen.
+    ``origin`` is "copied", "generated", "restored" or "carried"; the content is that of ``place``, or ``data``, or what
+    ``generated`` has under the name. ``identity`` is the size and etag of ``place`` when the file was chosen.
     """
 
     name: str
@@ -64,18 +64,18 @@ class AuxiliaryFile:
 
     @property
     def content(self) -> bytes | None:
-        """The bytes of a file that is no copy; None where there is nothing to write after all."""
+        """The bytes of a file that is not a copy; None where nothing could be generated."""
         return self.generated.files.get(self.name) if self.generated is not None else self.data
 
 
 def file_from(name: str, origin: str, path: Place) -> AuxiliaryFile:
-    """A file that is taken from ``path`` as it is now."""
+    """A file with the current content of ``path``."""
     found = path.identity()
     return AuxiliaryFile(name, origin, path, size=found.size, identity=found)
 
 
 def find_auxiliary(checkpoint: Identified) -> dict[str, Place]:
-    """The side files of a checkpoint: everything in its directory but weights, indexes, its config and the record.
+    """The auxiliary files of a checkpoint: everything in its directory but weights, index, config and record.
 
     Raises UnsafeFileError for a link that leaves the directory.
     """
@@ -95,10 +95,10 @@ def find_auxiliary(checkpoint: Identified) -> dict[str, Place]:
 
 
 def find_nearby_tokenizer(checkpoint: Identified) -> dict[str, Place]:
-    """Tokenizer files of a checkpoint that has none beside it, where its user has them.
+    """Tokenizer files near a checkpoint that has none of its own.
 
-    That is beside a single weight file, beside the config that was given, and one folder above Meta's own files, as its
-    download script puts it.
+    Searched are the directory of a single weight file, the directory of the config that was passed, and the parent of
+    Meta's weights, where its download script puts the tokenizer.
     """
     there = find_auxiliary(checkpoint)
     restored = checkpoint.record.passthrough_files if checkpoint.record is not None else {}
@@ -110,7 +110,7 @@ def find_nearby_tokenizer(checkpoint: Identified) -> dict[str, Place]:
     for place in places:
         try:
             entries = sorted(place.children())
-        except UnreadableError:  # a folder that is none of the checkpoint's
+        except UnreadableError:  # not a directory of the checkpoint
             continue
         found = {path.name: path for path in entries if _is_tokenizer(path)}
         if has_tokenizer(found):
@@ -119,7 +119,7 @@ def find_nearby_tokenizer(checkpoint: Identified) -> dict[str, Place]:
 
 
 def _is_tokenizer(path: Place) -> bool:
-    """Whether a file is one of a tokenizer by its name, and lies in its directory."""
+    """Whether a file has the name of a tokenizer file, and does not link out of its directory."""
     name = path.name
     if not (name.startswith(TOKENIZER_PREFIXES) or name == "generation_config.json"):
         return False
@@ -133,17 +133,17 @@ def _is_tokenizer(path: Place) -> bool:
 
 
 def auxiliary_notices(source: Identified) -> list[str]:
-    """What was edited since an earlier conversion wrote it, and what is not taken along."""
+    """Notices about files that were edited since an earlier conversion wrote them, and files that are not copied."""
     out = []
     if source.record is not None:
         edited = source.record.edited(own_config=formats.ALL[source.record.format].config is None)
-        out += [f"edited or damaged since it was written, and taken as it is: {', '.join(edited)}"] if edited else []
+        out += [f"edited or damaged since it was written, and used as it is: {', '.join(edited)}"] if edited else []
     left = skipped_files(source)
-    return out + ([f"not taken along: {first_few(left, 8, ' …')}"] if left else [])
+    return out + ([f"not copied: {some(left, 8, ' …')}"] if left else [])
 
 
 def skipped_files(checkpoint: Identified) -> list[str]:
-    """What lies below the directory and is not taken along: links to folders or nowhere, and weights in folders."""
+    """The files below the directory that are not copied: links to folders or nowhere, and weights in subfolders."""
     if not checkpoint.place.is_folder():
         return []
     out = []
@@ -175,18 +175,18 @@ def choose_auxiliary(
     like: Identified | None,
     generated: Mapping[str, AuxiliaryFile],
 ) -> list[AuxiliaryFile]:
-    """What becomes of every side file, and what is made new; in the order of the names.
+    """The auxiliary files of the output, copied and generated, sorted by name.
 
-    ``generated`` are files that the target needs (config, index); they win over copies of the same name.
+    ``generated`` are files that the target needs (config, index); they replace copies of the same name.
     """
     format = formats.ALL[target]
-    own = {format.config, CHECKLIST} if format.has_ranks else {format.config}  # the target's own are made new
+    own = {format.config, CHECKLIST} if format.ranks else {format.config}  # generated for the target
     out: dict[str, AuxiliaryFile] = dict(generated)
 
     def keep(name: str, path: Place, origin: str) -> None:
         if name == CHECKLIST and source.format == "meta" and origin == "copied":
             if target == "meta":
-                return  # made anew for the files that are written
+                return  # generated from the files that are written
             name, origin = f"{RECORD_FOLDER}/layouts/meta/{name}", "carried"
         elif name in own or not format.uses_auxiliary(name):
             name, origin = f"{RECORD_FOLDER}/side/{name}", "carried"
@@ -194,7 +194,7 @@ def choose_auxiliary(
 
     here = {**find_nearby_tokenizer(source), **find_auxiliary(source)}
     for name, path in here.items():
-        # Within a format nothing is made anew, so what was made for it once is copied as everything else.
+        # Within a format nothing is generated, so files that were generated earlier are copied like all others.
         if target == source.format or not _made_by_us(source.record, name):
             keep(name, path, "copied")
     for name, path in (source.record.passthrough_files if source.record else {}).items():
@@ -207,7 +207,7 @@ def choose_auxiliary(
 
 
 def layout_record_files(source: Identified, target: str, own: Layout | None) -> list[AuxiliaryFile]:
-    """The record's files that keep how the weights lay in other formats, the source's own among them."""
+    """The record's files with the layouts of the weights in other formats, including the source's own."""
     out = []
     if source.record is not None:
         for name in source.record.layouts:
@@ -222,7 +222,7 @@ def layout_record_files(source: Identified, target: str, own: Layout | None) -> 
 
 @reading()
 def checklist_template(source: Identified, target: str) -> Place | None:
-    """The checklist.chk whose lines the output's files should be listed by."""
+    """The checklist.chk that determines order and hash algorithm of the output's checklist."""
     if target != "meta":
         return None
     if source.format == "meta":
@@ -232,16 +232,16 @@ def checklist_template(source: Identified, target: str) -> Place | None:
 
 
 def _made_by_us(found: Record | None, name: str) -> bool:
-    """Whether a file was generated for this format by an earlier conversion, and nobody changed it since."""
+    """Whether a file was generated by an earlier conversion and is unchanged."""
     entry = found.auxiliary_files.get(name) if found else None
     return entry is not None and entry["origin"] == "generated" and found is not None and found.unchanged(name)
 
 
 @reading()
 def source_checklist(source: Identified) -> dict[str, str]:
-    """What the source's checklist.chk says of the files that are there, {} if there is none.
+    """The hashes in the source's checklist.chk of files that exist, {} if there is no checklist.
 
-    Raises CorruptFileError when it is no checklist, or lists weight files that are not there.
+    Raises CorruptFileError when it is invalid, or lists weight files that do not exist.
     """
     path = source.root / CHECKLIST
     if source.format != "meta" or not path.is_regular_file():

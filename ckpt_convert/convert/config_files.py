@@ -1,4 +1,4 @@
-"""Config and tokenizer files of an output, taken over byte for byte or translated."""
+"""Config and tokenizer files of an output, copied byte for byte or translated."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ConfigFiles:
-    """The config files to write, and what has to be said about them."""
+    """The config files to write, and notices about them."""
 
     files: tuple[AuxiliaryFile, ...]
     notices: tuple[str, ...] = ()
@@ -48,8 +48,8 @@ def choose_configs(
 ) -> ConfigFiles:
     """The target's config, and config.json for the record; raises ConfigError for what the target cannot express.
 
-    ``written`` is the dtype that most weights are written in, in torch's words; ``ranks`` how many params.json is
-    for, which cut the embedding on the axis ``cut`` where there is a choice.
+    ``written`` is torch's name of the dtype of most weights in the output; ``ranks`` is the number of ranks that
+    params.json is for, which split the embedding on the axis ``cut`` where there is a choice.
     """
     config, origin = _config(source, model, request, like, written)
     files = [AuxiliaryFile.of(record.CONFIG, origin, config)]
@@ -66,7 +66,7 @@ def choose_configs(
 
 
 def _shown_by_shapes(source: Identified, model: Model) -> bool:
-    """Whether the config says no more than the shapes do, of a family whose files come without one."""
+    """Whether the config adds nothing to the shapes, of a family whose files come without one."""
     from_shapes = model.family.from_shapes
     if from_shapes is None or not source.files:
         return False
@@ -77,15 +77,15 @@ def _shown_by_shapes(source: Identified, model: Model) -> bool:
 def _token_notice(model: Model) -> tuple[str, ...]:
     ids = {name: model.config.get(f"{name}_token_id") for name in ("bos", "eos")}
     return (
-        f"params.json does not hold the ids of tokens: took {ids['bos']} as bos and {ids['eos']} as eos, as the base "
-        "models have them; for an instruct model, put its own eos_token_id into config.json and generation_config.json",
+        f"params.json does not have token ids: took {ids['bos']} as bos and {ids['eos']} as eos, as in base models; "
+        "for an instruct model, put its own eos_token_id into config.json and generation_config.json",
     )
 
 
 def translated_tokenizer(
     source: Identified, request: Request, model: Model, like: Identified | None
 ) -> dict[str, AuxiliaryFile]:
-    """Tokenizer files that the target's readers need and the source has in another form.
+    """Tokenizer files that loaders of the target need and the source has in another form.
 
     They are translated when they are written, which takes seconds.
     """
@@ -115,7 +115,7 @@ def translated_tokenizer(
 
 @dataclass(frozen=True)
 class TranslatedTokenizer:
-    """The tokenizer files that another format has for the one at ``place``; ``rows`` are those of the embedding."""
+    """The target's tokenizer files for the tokenizer at ``place``; ``rows`` are the rows of the embedding."""
 
     place: Place
     target: str
@@ -141,16 +141,16 @@ class TranslatedTokenizer:
 
 
 def tokenizer_notice(source: Identified, request: Request, model: Model, names: Iterable[str]) -> tuple[str, ...]:
-    """What to say where files for another format go without a tokenizer; ``names`` are the files beside the weights.
+    """A notice for an output in another format without a tokenizer; ``names`` are its auxiliary files.
 
-    Within a format a checkpoint stays as complete as it was.
+    Within a format a missing tokenizer is not reported.
     """
     needs = request.to in ("hf", "meta") and request.to != source.format and "vocab_size" in model.dims
     if not needs or has_tokenizer(names):
         return ()
     return (
-        f"no tokenizer goes with it, for there is none beside {source.place}; take it from another checkpoint of the "
-        "model with `like=DIR`, or copy its files there",
+        f"the output has no tokenizer, since {source.place} has none; take it from another checkpoint of the model with "
+        "`like=DIR`, or copy its files there",
     )
 
 
@@ -176,13 +176,13 @@ def _config(
 def _stands(
     config: Mapping[str, Any], source: Identified, request: Request, like: Identified | None, written: str | None
 ) -> bool:
-    """Whether a config may be taken as it is: its own beside weights that keep their dtype, else one that says theirs.
+    """Whether the config's dtype may stay: it is that of the output, or the source's own config and dtype are kept.
 
-    What came with the weights is not put right; what comes from elsewhere (``config``, ``like``) never was.
+    A wrong dtype in the source's own config is not corrected; one in another config (``config``, ``like``) is.
     """
     said = config.get("dtype", config.get("torch_dtype"))
     if source.quantization is not None:
-        return True  # of codes a config says what they are computed in
+        return True  # for codes, the config's dtype is that of the computation
     if written is None or torch_name(said) == written:
         return True
     if request.dtype is not None or not source.files or source.dequantized is not None:
@@ -194,9 +194,9 @@ def _stands(
 
 
 def _with_dtype(config: Mapping[str, Any], dtype: str) -> bytes:
-    """config.json with this dtype, under the keys that it has for it (transformers 4 and 5 differ), else under both.
+    """config.json with this dtype, under its own key for it (transformers 4 and 5 differ), else under both keys.
 
-    So with the parts of a config (text_config) that say one.
+    The same in sub-configs (text_config) that state a dtype.
     """
     content = _saying(config, dtype)
     if not any(key in content for key in _DTYPE_KEYS):
@@ -219,7 +219,7 @@ def _is_part(key: str, value: object) -> bool:
 
 
 def _verbatim_config(source: Identified, model: Model) -> bytes | None:
-    """The bytes of the config.json that the model was read from, None when it was translated from params.json."""
+    """The bytes of the config.json that describes the model, None when it was translated from params.json."""
     own = "config.json" if source.format == "hf" else record.CONFIG
     for path in (source.hints.config, source.root / own):
         if path is not None and path.is_regular_file() and load_json(path) == model.config:
@@ -230,7 +230,7 @@ def _verbatim_config(source: Identified, model: Model) -> bytes | None:
 def _params(
     source: Identified, model: Model, request: Request, like: Identified | None, ranks: int, cut: int | None
 ) -> tuple[bytes, str, tuple[str, ...]]:
-    """params.json for so many ranks, where it comes from, and what to say of it."""
+    """params.json for this number of ranks, its origin, and notices."""
     if like is not None and like.params is not None:
         return like.params[0].read(JSON_LIMIT), "copied", ()
     data, origin, notices = _params_of_model(source, model, request, cut)
@@ -255,13 +255,13 @@ def _params_of_model(
         styles = model.family.params.styles
         options = request.config if styles is None or cut is None else styles.asked(request.config, cut)
         translated = model.family.params.from_hf(model.config, options)
-    beside = " (not needed as long as the folder ckpt_convert lies beside it)"
+    beside = " (not needed as long as the folder ckpt_convert is beside it)"
     notices = tuple(text + beside if "on the way back" in text else text for text in translated.notices)
     return _render_params(translated.content), "generated", notices
 
 
 def recorded_params(source: Identified) -> bytes | None:
-    """params.json as it was, as long as the config that was made from it is unchanged."""
+    """The original params.json, as long as the config that was made from it is unchanged."""
     if source.format == "meta":
         is_own = source.params is not None and _is_params(source.params[1])
         return source.params[0].read(JSON_LIMIT) if source.params and is_own else None
@@ -275,7 +275,7 @@ def recorded_params(source: Identified) -> bytes | None:
 
 
 def _is_params(content: Mapping[str, Any]) -> bool:
-    """Whether this is a params.json, and no config.json that was given instead of one."""
+    """Whether this is a params.json, and not a config.json that was passed instead of one."""
     return type_of(content) is None
 
 
@@ -284,17 +284,17 @@ def _render_params(content: Mapping[str, Any]) -> bytes:
 
 
 def check_like(source: Identified, model: Model, like: Identified) -> list[str]:
-    """Refuse a ``like`` of another family or other sizes; returns what its config says otherwise."""
+    """Refuse a ``like`` of another family or other sizes; returns notices where its config differs."""
     try:
         theirs = like.model_for(str(like.format))
     except ConfigError:
-        return []  # native files without a record: they give names and assignment, which the keys have to fit
+        return []  # native files without a record: only names and assignment are used, which the keys have to fit
     if theirs.family.name != model.family.name:
         raise option_error(
             "like", like.place, f"is a {theirs.family.name}, but {source.place} is a {model.family.name}"
         )
     if theirs.family.literal:
-        return []  # the keys have to fit here, too; nothing else of such a model is understood
+        return []  # the keys have to fit, too; nothing else of such a model is known
     sizes = [
         f"{name}: expected {value}, found {theirs.dims.get(name)}"
         for name, value in model.dims.items()
@@ -320,4 +320,4 @@ def check_like(source: Identified, model: Model, like: Identified) -> list[str]:
 
 
 _COMPARED = ("rms_norm_eps", "hidden_act", "sliding_window", "max_position_embeddings")
-"""What of a config changes the model's results beside the sizes and RoPE."""
+"""Settings that change the model's results beside the sizes and RoPE."""

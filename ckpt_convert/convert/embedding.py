@@ -1,7 +1,7 @@
-"""On which axis the ranks of a Meta output cut the embedding, and what says so.
+"""The axis on which tensor-parallel ranks of a Meta output split the embedding, and the evidence for it.
 
-Meta's code of one generation cuts its columns, that of the next its rows (``Params.styles``); each takes the
-params.json and the tokenizer that are written for it. Where no file says it, the releases do.
+Meta's Llama 2 code splits its columns, the Llama 3 code its rows (``Params.styles``); each expects its own params.json
+and tokenizer. Where no file shows it, the known releases do.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _TOKENIZER_LIMIT = 1 << 28
 
 
 class EmbeddingSplit(NamedTuple):
-    """The axis, why it is that one, and what to call this way of cutting, in words."""
+    """The axis, the evidence for it, and a description of this split."""
 
     axis: int
     reason: str
@@ -32,7 +32,7 @@ class EmbeddingSplit(NamedTuple):
 def embedding_split(
     source: Identified, request: Request, like: Identified | None, model: Model
 ) -> EmbeddingSplit | None:
-    """What the output's embedding is cut by; None where the family, or the target, leaves no choice."""
+    """The split of the output's embedding; None where the family, or the target, leaves no choice."""
     styles = model.family.params.styles if model.family.params is not None else None
     if request.to != "meta" or styles is None:
         return None
@@ -43,10 +43,10 @@ def embedding_split(
 def _axis(
     source: Identified, request: Request, like: Identified | None, model: Model, styles: Styles
 ) -> tuple[int, str]:
-    """The axis, and what says so.
+    """The axis, and the evidence for it.
 
-    What is asked for, ``like``, and how the source is cut come first; then the params.json that goes with the output,
-    the record, the release of these sizes, and the tokenizer.
+    In this order: the request, ``like``, the source's own split, the params.json of the output, the record, the release
+    with these sizes, and the tokenizer.
     """
     if request.config.meta_style is not None:
         return AXES[request.config.meta_style], "as asked for"
@@ -69,7 +69,7 @@ def _axis(
 
 
 def _tokenizer(source: Identified) -> str | None:
-    """The kind of the tokenizer beside the weights."""
+    """The kind of the source's tokenizer."""
     from ckpt_convert.tokenizer import translation
 
     here = auxiliary_files.find_auxiliary(source)

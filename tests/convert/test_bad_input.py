@@ -484,7 +484,7 @@ def test_sizes_are_not_believed(hf: Path, meta: Path, refused: Refused) -> None:
 def test_files_that_are_no_regular_files(hf: Path, refused: Refused, tmp_path: Path) -> None:
     os.mkfifo(hf / "side.txt")
     report = ckpt_convert.convert_checkpoint(hf, tmp_path / "fine", to="native")
-    assert "not taken along: side.txt" in report.notices
+    assert "not copied: side.txt" in report.notices
     (hf / "model-00002-of-00004.safetensors").unlink()
     os.mkfifo(hf / "model-00002-of-00004.safetensors")
     assert "is no regular file" in refused(hf, UnsafeFileError)

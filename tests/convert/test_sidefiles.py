@@ -355,7 +355,7 @@ def test_what_is_not_taken_along_is_named(hf: Path, tmp_path: Path) -> None:
     (hf / "a\\b").write_text("odd name")
     (hf / "log 12:30.txt").write_text("fine")
     report = ckpt_convert.convert_checkpoint(hf, tmp_path / "out", to="native")
-    assert "not taken along: a\\b, gone, figures/extra.bin" in report.notices
+    assert "not copied: a\\b, gone, figures/extra.bin" in report.notices
     assert (tmp_path / "out" / "log 12:30.txt").exists()
 
 

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 TEXT = "one two  three four 5 seven"
 ROWS = 340
-NONE = "no tokenizer goes with it"
+NONE = "the output has no tokenizer"
 
 
 @pytest.fixture(scope="module")
