@@ -146,8 +146,8 @@ def open_identified(
     options: ConfigOptions | None = None,
 ) -> Identified:
     """``open_checkpoint`` for the library's own modules; ``options`` give what a params.json does not state."""
-    path = opening.checkpoint_place(repository.locate(path, revision, format=format))
-    if path.is_folder() and (path / JOURNAL).is_there():
+    path = opening.checkpoint_place(repository.locate_checkpoint(path, revision, format=format))
+    if path.is_folder() and (path / JOURNAL).is_present():
         raise CorruptFileError(
             f"{path}: is the unfinished output of a conversion; run that again with `resume=True`, or without it to "
             "start over"

@@ -29,11 +29,11 @@ def dequantize_if_asked(source: Identified, dtype: str | None) -> Identified:
         return source
     if source.unknown_scheme is not None:
         raise ConfigError(
-            f"{option('dequantize', dtype)}: {source.place} is quantized ({source.unknown_scheme}), which is no scheme "
-            "that is known here; dequantize it with the tool that made it, or take the model that was quantized"
+            f"{option_text('dequantize', dtype)}: {source.place} is quantized ({source.unknown_scheme}), an unknown "
+            "scheme; dequantize it with the tool that made it, or use the original model"
         )
     if source.quantization is None:
-        raise misfit("dequantize", dtype, f"{source.place} is not quantized; leave it out, or use `dtype=`")
+        raise option_error("dequantize", dtype, f"{source.place} is not quantized; leave it out, or use `dtype=`")
     return dequantized(source, dtype)
 
 

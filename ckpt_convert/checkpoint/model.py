@@ -202,7 +202,7 @@ def _config(keys: Keys, stated: ConfigFile, hints: Hints) -> Mapping[str, Any]:
         name, above = stated.file.relative_name(root), diagnosis.parent_config(path)
         way = "`config=` with its config.json or params.json"
         if above is not None:
-            way = f"{option('config', above)}, the run's config"
+            way = f"{option_text('config', above)}, the run's config"
         raise ConfigError(f"{path}: has no {name}, so the model's sizes are not known; pass {way}")
     return content
 

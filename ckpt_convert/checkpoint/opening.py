@@ -107,7 +107,7 @@ def checkpoint_place(path: Place) -> Place:
 
 def describe_part(path: Place) -> str | None:
     """Describe a single weight file as shard or rank of a checkpoint, by its name; None for a whole checkpoint."""
-    if not path.is_regular():
+    if not path.is_regular_file():
         return None
     if (match := SHARD.fullmatch(path.name)) is not None and int(match["total"]) > 1:
         return f"shard {int(match['number'])} of {int(match['total'])}"
@@ -141,7 +141,7 @@ def open_weights(
     return OpenedFiles(path, name, why, directory, files, tuple(facts), identities)
 
 
-def _with_keys_of(files: Sequence[WeightFile], directory: Directory) -> Directory:
+def _with_keys_of(files: Sequence[WeightFile], directory: WeightDirectory) -> WeightDirectory:
     """The same index, sharing its strings with headers and file names: 100,000 keys are kept once."""
     if directory.weight_map is None:
         return directory
@@ -151,9 +151,9 @@ def _with_keys_of(files: Sequence[WeightFile], directory: Directory) -> Director
     return replace(directory, weight_map=shared)
 
 
-def detect_format(path: Place, wanted: str | None, recorded: Record | None) -> tuple[str | None, str, Directory]:
+def detect_format(path: Place, wanted: str | None, recorded: Record | None) -> tuple[str | None, str, WeightDirectory]:
     """The format of a path, the evidence for it, and the weight files; raises what ``open_checkpoint`` does."""
-    if path.is_regular():
+    if path.is_regular_file():
         return _a_file(path, wanted)
     if not path.is_folder():
         raise CheckpointNotFoundError(f"{path}: is neither a file nor a directory")
@@ -184,10 +184,10 @@ def _of_format(path: Place, format: str) -> WeightDirectory | None:
     return formats.ALL[format].find_weights(path) or _in_common(path, format)
 
 
-def _by_names(path: Place) -> tuple[str | None, str, Directory]:
+def _by_names(path: Place) -> tuple[str | None, str, WeightDirectory]:
     """The format of a directory by the names of its files."""
-    found = formats.ALL["hf"].find(path)
-    if found is not None and (path / "config.json").is_regular():
+    found = formats.ALL["hf"].find_weights(path)
+    if found is not None and (path / "config.json").is_regular_file():
         return "hf", f"config.json and {found.index or found.weights[0].name}", found
     ranks = formats.ALL["meta"].find_weights(path) if found is None else None
     if ranks is not None:
@@ -201,7 +201,7 @@ def _by_names(path: Place) -> tuple[str | None, str, Directory]:
     return None, _LOOSE, _loose(path, found or formats.ALL["native"].find_weights(path))
 
 
-def _loose(path: Place, found: Directory | None) -> Directory:
+def _loose(path: Place, found: WeightDirectory | None) -> WeightDirectory:
     """Weight files by their suffixes, or those ``found``; raises CheckpointNotFoundError for none."""
     names = [weight.name for weight in found.weights] if found is not None else all_weight_files(path)
     if found is not None and not all(name.startswith(TRAINING_PREFIXES) for name in names):
@@ -215,7 +215,7 @@ def _loose(path: Place, found: Directory | None) -> Directory:
     return WeightDirectory(tuple(map(WeightName, names)))
 
 
-def _in_common(path: Place, format: str) -> Directory | None:
+def _in_common(path: Place, format: str) -> WeightDirectory | None:
     """The weights of a directory of this format in a container that several formats share."""
     if "dcp" in formats.ALL[format].containers and (found := dcp_directory(path)) is not None:
         return found
@@ -223,7 +223,7 @@ def _in_common(path: Place, format: str) -> Directory | None:
     return WeightDirectory(tuple(WeightName(name) for name in names)) if names else None
 
 
-def open_files(path: Place, directory: Directory) -> tuple[tuple[WeightFile, ...], list[tuple[str, str]]]:
+def open_files(path: Place, directory: WeightDirectory) -> tuple[tuple[WeightFile, ...], list[tuple[str, str]]]:
     """Open the weight files and read their headers; returns also facts from the files' own metadata."""
     root = path if path.is_folder() else path.parent
     if directory.kind == "dcp":
@@ -338,7 +338,7 @@ def _open(path: Place, weight: WeightName) -> WeightFile:
 
 def tensors_in_file(path: Place) -> list[tuple[WeightFile, StoredTensor]]:
     """The tensors of a single file, such as the record's passthrough tensors."""
-    reader, header = containers.parse(path.open())
+    reader, header = containers.parse_header(path.open())
     file = WeightFile(path.name, 0, path, reader, header)
     return [(file, tensor) for tensor in header.tensors]
 

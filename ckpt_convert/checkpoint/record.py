@@ -139,7 +139,7 @@ class Record:
 
     def _kept(self, name: str) -> Place | None:
         """A file of the record, if it exists; raises UnsafeFileError for a link that leaves the directory."""
-        if not (self.folder / name).is_regular():
+        if not (self.folder / name).is_regular_file():
             return None
         return self.directory.resolve_member(f"{RECORD_FOLDER}/{name}", MANIFEST)
 

@@ -139,7 +139,7 @@ def auxiliary_notices(source: Identified) -> list[str]:
         edited = source.record.edited(own_config=formats.ALL[source.record.format].config is None)
         out += [f"edited or damaged since it was written, and used as it is: {', '.join(edited)}"] if edited else []
     left = skipped_files(source)
-    return out + ([f"not copied: {some(left, 8, ' …')}"] if left else [])
+    return out + ([f"not copied: {first_few(left, 8, ' …')}"] if left else [])
 
 
 def skipped_files(checkpoint: Identified) -> list[str]:
@@ -180,7 +180,7 @@ def choose_auxiliary(
     ``generated`` are files that the target needs (config, index); they replace copies of the same name.
     """
     format = formats.ALL[target]
-    own = {format.config, CHECKLIST} if format.ranks else {format.config}  # generated for the target
+    own = {format.config, CHECKLIST} if format.has_ranks else {format.config}  # generated for the target
     out: dict[str, AuxiliaryFile] = dict(generated)
 
     def keep(name: str, path: Place, origin: str) -> None:

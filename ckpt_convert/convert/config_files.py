@@ -149,8 +149,8 @@ def tokenizer_notice(source: Identified, request: Request, model: Model, names: 
     if not needs or has_tokenizer(names):
         return ()
     return (
-        f"the output has no tokenizer, since {source.place} has none; take it from another checkpoint of the model with "
-        "`like=DIR`, or copy its files there",
+        f"the output has no tokenizer, since {source.place} has none; take one from another checkpoint of the model "
+        "with `like=DIR`, or copy its files there",
     )
 
 

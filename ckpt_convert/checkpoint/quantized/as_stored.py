@@ -73,7 +73,7 @@ def refuse_cast(found: Quantization | None, scheme: str | None, path: Place, dty
         return
     what = found.text if found is not None else scheme
     way = _WAY_OUT if found is not None and not found.refusal else "leave it out"
-    raise misfit("dtype", dtype, f"{path} is quantized ({what}), and codes are not cast; {way}")
+    raise option_error("dtype", dtype, f"{path} is quantized ({what}), and codes are not cast; {way}")
 
 
 def _refusal(found: Quantization) -> str:
