@@ -81,6 +81,7 @@ GROUPS: dict[str, tuple[Listed, ...]] = {
         Listed("gemma3", "gemma3_vision"),
         Listed("gemma3_v5", "gemma3_vision", ("gemma3",)),
         Listed("llama4", "llama4.table", params=("moe_args", "nope_layer_interval")),
+        Listed("mistral3", "mistral3.table", params=("vision_encoder",)),
         Listed("mllama", "mllama.table", params=("vision_num_cross_attention_layers",)),
         Listed("qwen2_5_vl", "qwen2_5_vl"),
         Listed("qwen3_5", "qwen3_5.table"),

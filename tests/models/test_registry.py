@@ -32,6 +32,7 @@ SIZES = {"dim": 8, "n_layers": 2, "n_heads": 2}
 PARAMS = [
     ("llama", {**SIZES, "multiple_of": 256}),
     ("mistral", {**SIZES, "hidden_dim": 16}),
+    ("mistral3", {**SIZES, "hidden_dim": 16, "vision_encoder": {"mm_projector_id": "patch_merge"}}),
     ("mixtral", {**SIZES, "hidden_dim": 16, "moe": {"num_experts": 2}}),
     ("mixtral", {**SIZES, "hidden_dim": 16, "hidden_size": 8, "num_local_experts": 2}),
     ("mixtral_2023", {"hidden_size": 8, "num_hidden_layers": 2, "num_local_experts": 2}),
