@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from textwrap import wrap
 from typing import Any
@@ -53,7 +52,7 @@ def formats(keys: bool, family: str | None, layers: int | None, as_json: bool) -
         if family is not None:
             _table(family, layers, as_json)
         elif as_json:
-            echo(json.dumps(_document(), indent=2))
+            echo_json(_document())
         else:
             echo("\n".join([*_families(terminal_width() or _WIDTH), "", *_formats()]))
 

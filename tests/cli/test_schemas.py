@@ -23,6 +23,7 @@ from click.testing import CliRunner
 
 from ckpt_convert.cli import cli
 from ckpt_convert.convert.api import convert_checkpoint
+from ckpt_convert.models import FAMILIES
 from ckpt_convert.models.core.table import FORMATS
 from tests.helpers import CASES, GOLDEN
 
@@ -163,6 +164,25 @@ class TestConversions:
         assert check("report", "hf-to-meta", *words)["verified"] == 30
         report = convert_checkpoint(tmp_path / "out", tmp_path / "back", to="hf").as_dict()
         jsonschema.Draft202012Validator(schema("report")).validate(report)
+
+
+class TestFamilies:
+    def test_families_and_formats(self) -> None:
+        document = check("formats", "formats")
+        assert [family["name"] for family in document["families"]] == list(FAMILIES)
+        assert [format["name"] for format in document["formats"]] == list(FORMATS)
+
+    @pytest.mark.parametrize("name", list(FAMILIES))
+    def test_the_table_of_every_family(self, name: str) -> None:
+        document = check("table", "formats", "--family", name, "--keys")
+        assert [row["name"] for row in document["rows"]] == [row.name for row in FAMILIES[name].rows]
+
+    def test_a_table_with_numbered_layers(self) -> None:
+        rows = check("table", "formats", "--family", "llama", "--keys", "--layers", "2")["rows"]
+        assert [row["name"] for row in rows if row["name"].startswith("ffn.up.") and "bias" not in row["name"]] == [
+            "ffn.up.0",
+            "ffn.up.1",
+        ]
 
 
 class TestPage:
