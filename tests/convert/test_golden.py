@@ -138,7 +138,10 @@ def test_reshard(convert: Convert, case: str, before: int, after: int, tmp_path:
         assert_same(mine, theirs)
 
 
-@pytest.fixture(params=[(1 << 20, 64 << 20), (640, 2048), (4096, 4096)], ids=["usual", "tiny", "small"])
+SMALLEST = (640, 2048)
+
+
+@pytest.fixture(params=[(1 << 20, 64 << 20), SMALLEST, (4096, 4096)], ids=["usual", "tiny", "small"])
 def buffers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Golden tensors are small: with small buffers, they are moved in many blocks and pieces as large ones are."""
     monkeypatch.setattr(blocks, "BLOCK", request.param[0])
@@ -148,10 +151,27 @@ def buffers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.usefixtures("buffers")
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("scratch", [300, 5000, 8 << 20])
+@pytest.mark.parametrize("convert", ["disk"], indirect=True)
 def test_any_size_of_buffers_gives_the_same(
     convert: Convert, case: str, scratch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gather, "SCRATCH", scratch)
+    check_all_directions(convert, case, tmp_path)
+
+
+@pytest.mark.usefixtures("buffers")
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("convert", ["store"], indirect=True)
+@pytest.mark.parametrize("buffers", [SMALLEST], indirect=True, ids=["tiny"])
+def test_small_buffers_give_the_same_in_a_store(
+    convert: Convert, case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a store does with many small pieces; how they are filled does not depend on where they go."""
+    monkeypatch.setattr(gather, "SCRATCH", 300)
+    check_all_directions(convert, case, tmp_path)
+
+
+def check_all_directions(convert: Convert, case: str, tmp_path: Path) -> None:
     ranks = 1 if case == "mistral" else 4
     like = meta(case, ranks)
     convert(hf(case), tmp_path / "meta", to="meta", like=like, verify=True)
