@@ -129,10 +129,9 @@ if not TYPE_CHECKING:  # a type checker would take any attribute for one that __
         try:
             module = importlib.import_module(f"{__name__}.{_MODULES.get(name, 'errors')}")
         except ModuleNotFoundError as error:
-            from ckpt_convert.errors import missing
+            from ckpt_convert.errors import missing_package_error
 
-            package = (error.name or "of that name").partition(".")[0]
-            raise missing(package, name, error) from None
+            raise missing_package_error(error.name or "of that name", name, error) from None
         return getattr(module, name)
 
 

@@ -133,8 +133,9 @@ _EXTRAS = {"torch": "train", "safetensors": "train", "transformers": "hf"}
 """The extra of this package that brings another package."""
 
 
-def missing(package: str, purpose: str, error: ImportError) -> MissingPackageError:
-    """The error for what cannot be done because importing a package has failed."""
+def missing_package_error(package: str, purpose: str, error: ImportError) -> MissingPackageError:
+    """The error for what cannot be done because importing a package, or a module of one, has failed."""
+    package = package.partition(".")[0]
     install = f"'ckpt-convert[{_EXTRAS[package]}]'" if package in _EXTRAS else package
     return MissingPackageError(
         f"{purpose} needs the package {package}, which cannot be imported ({error}): pip install {install}"
@@ -146,4 +147,4 @@ def require_package(package: str, purpose: str) -> None:
     try:
         importlib.import_module(package)
     except ImportError as error:
-        raise missing(package, purpose, error) from None
+        raise missing_package_error(package, purpose, error) from None

@@ -22,7 +22,7 @@ from pathlib import Path
 
 FORMATS = ("hf", "meta", "native", "torchtitan")
 DTYPES = ("float32", "float16", "bfloat16")
-LLAMA, FP8, F64 = "../input/llama", "../input/fp8", "../input/float64"
+LLAMA, FP8, F64, OLD = (f"../input/{name}" for name in ("llama", "fp8", "float64", "before-1.6"))
 
 COMMANDS: list[tuple[str, ...]] = [
     *(
@@ -43,9 +43,11 @@ COMMANDS: list[tuple[str, ...]] = [
     ("convert", LLAMA, "planned", "--to", "meta", "--model-parallel", "2", "--dry-run"),
     ("convert", LLAMA, "dcp", "--to", "torchtitan", "--container", "dcp", "-q"),
     ("convert", "dcp", "back", "--to", "hf", "--like", LLAMA, "-q"),
+    ("convert", OLD, "from-before-1.6", "--to", "hf", "-q"),
     ("convert", FP8, "dequantized", "--to", "meta", "--dequantize", "bfloat16", "-q"),
     ("inspect", LLAMA, "--stats"),
     ("inspect", "hf-to-meta", "--json"),
+    ("inspect", OLD, "--stats"),
     ("inspect", FP8, "--tree"),
     ("verify", LLAMA, "--json"),
     ("verify", "hf-to-torchtitan", "--against", LLAMA),
@@ -70,16 +72,20 @@ def main(python: str) -> None:
 
 
 def make_inputs(directory: Path) -> None:
-    """Checkpoints as others write them, which takes torch: a Llama, one in float64, and one in fp8."""
+    """Checkpoints as others write them, which takes torch: a Llama, also in float64, in fp8, and in old files."""
     import shutil
 
     import safetensors.torch
+    import torch
 
     from tests.checkpoint.quantizing import LLAMA, fp8_llama
-    from tests.helpers import edit_json
+    from tests.helpers import GOLDEN, edit_json
 
     shutil.copytree(LLAMA, directory / "llama")
     fp8_llama(directory / "fp8")
+    shutil.copytree(GOLDEN / "llama" / "meta-mp2", directory / "before-1.6")
+    for file in (directory / "before-1.6").glob("*.pth"):
+        torch.save(torch.load(file, weights_only=True), file, _use_new_zipfile_serialization=False)
     shutil.copytree(LLAMA, directory / "float64")
     edit_json(directory / "float64" / "config.json", dtype="float64", torch_dtype=None)
     for file in (directory / "float64").glob("*.safetensors"):

@@ -280,7 +280,7 @@ def _fitting(families: Iterable[Family], keys: Collection[str]) -> set[str]:
 
 def file_notices(path: Place, files: Sequence[WeightFile]) -> list[str]:
     """What a user should know about the files: objects that are no tensors, files that are not used."""
-    out = legacy_notices(files)
+    out: list[str] = []
     for file in files:
         foreign, objects = file.header.foreign, file.header.objects
         if SHARDED_TENSOR_CLASSES.intersection(foreign):
@@ -312,15 +312,6 @@ def _grouped(objects: Mapping[str, str]) -> list[str]:
     return [
         f"{keys[0]} ({objects[keys[0]]})" if len(keys) == 1 else f"{name} ({len(keys)} of its entries)"
         for name, keys in groups.items()
-    ]
-
-
-def legacy_notices(files: Iterable[WeightFile]) -> list[str]:
-    """A notice for each legacy file, which torch has to read whole."""
-    return [
-        f"{file.name}: an old torch file without zip, read whole into memory"
-        for file in files
-        if file.header.kind == "legacy"
     ]
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import click
 
 from ckpt_convert._version import __version__
-from ckpt_convert.errors import CkptConvertError, missing
+from ckpt_convert.errors import CkptConvertError, missing_package_error
 from ckpt_convert.models.core.table import FORMATS
 
 GROUPS = (
@@ -150,7 +150,9 @@ def _run(words: list[str], debug: bool) -> int:
         )
         return _failed(error if debug else RuntimeError(what), 1, debug)
     except ModuleNotFoundError as error:
-        return _failed(error if debug else missing(error.name or "of that name", "this command", error), 1, debug)
+        return _failed(
+            error if debug else missing_package_error(error.name or "of that name", "this command", error), 1, debug
+        )
     except Exception as error:
         if debug:
             raise

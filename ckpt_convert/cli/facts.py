@@ -50,8 +50,8 @@ class Facts:
     ``problem`` says why ``model`` is None. ``ranks`` is the tensor-parallel degree of a meta checkpoint, else None.
     ``dims`` are the sizes of the model, as far as its config says them. ``total`` and ``dtypes`` count each tensor
     once, whether it is cut over ranks, held by all of them, or neither. ``open_keys`` are the tensors on several ranks
-    of which nothing says whether they are cut, so their full shapes are not known; ``in_memory`` the files whose
-    tensors torch had to load. ``said`` is what only this kind of checkpoint has to say: (label, text).
+    of which nothing says whether they are cut, so their full shapes are not known. ``said`` is what only this
+    kind of checkpoint has to say: (label, text).
     """
 
     checkpoint: Identified
@@ -63,7 +63,6 @@ class Facts:
     total: Count
     dtypes: Mapping[str, Count]
     strides: Strides
-    in_memory: frozenset[str]
     open_keys: frozenset[str]
     said: tuple[tuple[str, str], ...]
     notices: tuple[str, ...]
@@ -117,7 +116,6 @@ def gather(checkpoint: Identified) -> Facts:
         total=total,
         dtypes=dict(sorted(dtypes.items(), key=lambda item: (-item[1].bytes, item[0]))),
         strides={(f.name, t.key): t.strides for f, t in checkpoint.stored if t.strides is not None},
-        in_memory=frozenset(file.name for file in checkpoint.files if file.header.kind == "legacy"),
         open_keys=frozenset(info.key for info in unsettled),
         said=(*_kind(checkpoint), *checkpoint.facts, *_quantised(checkpoint), *trained(checkpoint)),
         besides=besides,
@@ -208,13 +206,11 @@ def _tensor(facts: Facts, info: TensorInfo, statistics: Statistics | None) -> di
     if len(info.parts) > 1 or first.origin is not None or (first.file, info.key) in facts.strides:
         return {**out, "parts": [_part(facts, info.key, part) for part in info.parts]}
     out["file"] = first.file
-    # What torch had to load has no place in the file that anybody could read it from.
-    return out if first.file in facts.in_memory else {**out, "offset": first.offset}
+    return {**out, "offset": first.offset}
 
 
 def _part(facts: Facts, key: str, part: Part) -> dict[str, Any]:
-    offset = None if part.file in facts.in_memory else part.offset
-    out: dict[str, Any] = {"file": part.file, "offset": offset, "nbytes": part.nbytes}
+    out: dict[str, Any] = {"file": part.file, "offset": part.offset, "nbytes": part.nbytes}
     strides = facts.strides.get((part.file, key))
     spread = {} if strides is None else {"strides": list(strides)}
     placed = {} if part.origin is None else {"origin": list(part.origin)}

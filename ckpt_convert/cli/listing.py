@@ -182,7 +182,7 @@ def _pieces(
             shape_text(tensor.shape),
             escape(tensor.dtype),
             human_bytes(tensor.nbytes),
-            "-" if file.name in facts.in_memory else str(tensor.offset),
+            str(tensor.offset),
             escape(file.name) if with_file else "",
             "strided" if tensor.strides else "",
         )

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from ckpt_convert.containers import gguf, safetensors
 from ckpt_convert.containers.layout import MAX_LITERALS, RecordedFile, capture_layout, find_gaps
-from ckpt_convert.errors import CorruptFileError, InputError
-from ckpt_convert.storage.base import OnDisk, RangeReader, read_range
+from ckpt_convert.errors import CorruptFileError
+from ckpt_convert.storage.base import RangeReader, read_range
 from ckpt_convert.tensors.header import ChecksummedRange, FileLayout, Header, StoredTensor
 
 __all__ = [
@@ -31,10 +31,8 @@ _KNOWN = (
 def parse_header(reader: RangeReader, *, foreign: bool = False) -> tuple[RangeReader, Header]:
     """Read the header of a container file of any kind, told by its content.
 
-    Returns the reader that the header's offsets refer to: ``reader`` itself, but for a legacy torch file (which has to
-    be ``OnDisk``) the tensors' bytes in memory. A pickle that asks for objects of unknown classes is refused, or, with
-    ``foreign``, read around them. Raises CorruptFileError when the file is of no known kind, and whatever the parser of
-    its kind raises.
+    Returns the reader with it. A pickle that asks for objects of unknown classes is refused, or, with ``foreign``, read
+    around them. Raises CorruptFileError when the file is of no known kind, and whatever the parser of its kind raises.
     """
     start = read_range(reader, 0, min(reader.size, 32))
     # The first bytes of a safetensors file are a number, and may be the magic of anything: look at the brace first.
@@ -47,7 +45,9 @@ def parse_header(reader: RangeReader, *, foreign: bool = False) -> tuple[RangeRe
     if torchzip.is_zip(reader):
         return reader, torchzip.parse(reader, foreign=foreign)
     if start[:1] == b"\x80" and start[1:2] in (b"\2", b"\3", b"\4", b"\5"):
-        return _legacy(reader)
+        from ckpt_convert.containers import legacy
+
+        return reader, legacy.parse(reader, foreign=foreign)
     raise CorruptFileError(f"{reader.name}: {_guess(start)}")
 
 
@@ -66,14 +66,6 @@ def parse_layout(name: str, size: int, literals: Sequence[tuple[int, bytes]]) ->
             "the record is damaged, so convert the original checkpoint again"
         )
     return FileLayout(header, tuple(recorded.runs))
-
-
-def _legacy(reader: RangeReader) -> tuple[RangeReader, Header]:
-    from ckpt_convert.containers.legacy import open_legacy
-
-    if not isinstance(reader, OnDisk):
-        raise InputError(f"{reader.name}: a torch file from before 1.6 has to be local to be read; download it first")
-    return open_legacy(reader)
 
 
 def _guess(start: bytes) -> str:

@@ -1,124 +1,87 @@
-"""torch's files from before 1.6, which are a row of pickles: torch itself reads them, whole."""
+"""torch's files from before 1.6, read without torch: a row of pickles, then the storages, one after another.
+
+The pickles are a magic number, the protocol, what the machine was, the object, and the keys of its storages in the
+order in which they follow. Each storage is the number of its elements, in eight bytes, and the elements
+(torch 2.13, torch/serialization.py, ``_legacy_save``).
+"""
 
 from __future__ import annotations
 
-import logging
-import pickle
-from bisect import bisect_right
-from typing import TYPE_CHECKING
-
 from ckpt_convert.containers.flatten import flatten
-from ckpt_convert.dtypes import FROM_TORCH, torch_name
-from ckpt_convert.errors import CorruptFileError, InputError, UnsafeFileError, require_package
-from ckpt_convert.storage.base import OnDisk, RangeReader
-from ckpt_convert.tensors.header import Header, StoredTensor
-
-if TYPE_CHECKING:
-    import torch
+from ckpt_convert.containers.pickle import torchpickle
+from ckpt_convert.containers.pickle.torchpickle import LoadedPickle, PickledStorage, PickledTensor
+from ckpt_convert.containers.torch_zip.torchzip import view
+from ckpt_convert.errors import CorruptFileError
+from ckpt_convert.storage.base import RangeReader, read_range
+from ckpt_convert.tensors.header import Header
 
 KIND = "legacy"
 
-_log = logging.getLogger("ckpt_convert")
+_MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
+_PICKLES = 5
+_WINDOW, _MAX_WINDOW = 1 << 20, 1 << 29
+"""Bytes that are read for the pickles at first, and at most: nothing says where they end."""
 
 
-class _Memory:
-    """The bytes of tensors one after another, without being joined."""
+def parse(reader: RangeReader, *, foreign: bool = False) -> Header:
+    """Read and check the header; the tensors come in the order of the pickle, nested keys joined with ".".
 
-    def __init__(self, name: str, pieces: list[memoryview]) -> None:
-        self.name = name
-        self._pieces = [piece for piece in pieces if len(piece)]
-        self._starts = []
-        self.size = 0
-        for piece in self._pieces:
-            self._starts.append(self.size)
-            self.size += len(piece)
-
-    def readinto(self, offset: int, buffer: memoryview) -> None:
-        if offset < 0 or offset + len(buffer) > self.size:
-            raise CorruptFileError(
-                f"{self.name}: bytes {offset} to {offset + len(buffer)} are needed, but its tensors have {self.size}"
-            )
-        number = bisect_right(self._starts, offset) - 1
-        done = 0
-        while done < len(buffer):
-            begin = offset + done - self._starts[number]
-            piece = self._pieces[number][begin : begin + len(buffer) - done]
-            buffer[done : done + len(piece)] = piece
-            done += len(piece)
-            number += 1
-
-
-def open_legacy(reader: OnDisk) -> tuple[RangeReader, Header]:
-    """Load a legacy file with ``torch.load(weights_only=True)`` and return its tensors' bytes and their header.
-
-    The bytes are dense and row-major, in the order of the keys, in memory; a tensor that stands under two keys is
-    there twice. Logs a warning, because memory grows with the file. Raises UnsafeFileError when torch refuses what
-    the pickle asks for, CorruptFileError when the file cannot be loaded for any other reason.
+    Raises CorruptFileError where pickles, storages and size disagree, UnsafeFileError where a pickle asks for more than
+    tensors and plain data; with ``foreign``, the header names what it asks for instead.
     """
-    _log.warning(
-        "%s is in torch's format from before 1.6: it is read whole into memory (%.1f MB)",
-        reader.name,
-        reader.size / 1e6,
-    )
-    require_package("torch", f"{reader.name}: an old torch file")
-    state = _load(reader)
-    import torch
-
-    # Tensors may share a file's bytes, so a value is no promise of a byte here: the limit only has to end the walk.
-    tensors, objects = flatten(reader.name, state, torch.Tensor, 10_000_000)
-    stored = []
-    pieces = []
-    position = 0
-    for key, tensor in tensors.items():
-        dtype, shape = _describe(reader, key, tensor)
-        piece = _bytes(tensor)
-        stored.append(StoredTensor(key, dtype, shape, position))
-        pieces.append(piece)
-        position += len(piece)
-    memory = _Memory(reader.name, pieces)
-    return memory, Header(KIND, position, tuple(stored), objects=objects)
-
-
-def _load(reader: OnDisk) -> object:
-    import torch
-
-    try:
-        return torch.load(reader.path, weights_only=True, map_location="cpu")
-    except pickle.UnpicklingError as error:
-        raise UnsafeFileError(
-            f"{reader.name}: torch.load(weights_only=True) refuses it, and nothing weaker is tried: {_reason(error)}. "
-            "If you trust the file, load it with torch and save a plain state dict, or better a safetensors file"
-        ) from error
-    except Exception as error:  # torch raises whatever the damage makes of its parsing
+    (_, protocol, machine, root, keys), end = _pickles(reader, foreign)
+    if protocol.value != _PROTOCOL:
+        raise CorruptFileError(f"{reader.name}: its protocol should be {_PROTOCOL}; torch reads no other either")
+    if not isinstance(machine.value, dict) or machine.value.get("little_endian") is not True:
         raise CorruptFileError(
-            f"{reader.name}: torch cannot load it ({type(error).__name__}: {str(error)[:200]}); the file is damaged, "
-            "so download or copy it again"
-        ) from error
-
-
-def _reason(error: Exception) -> str:
-    """What torch's message says was wrong, without its advice to switch the check off."""
-    lines = [line.strip().rstrip(".") for line in str(error).splitlines()]
-    found = [line for line in lines if "global" in line.lower() or line.startswith("WeightsUnpickler")]
-    return (" ".join(found) or type(error).__name__)[:300]
-
-
-def _describe(reader: OnDisk, key: str, tensor: torch.Tensor) -> tuple[str, tuple[int, ...]]:
-    name = torch_name(tensor.dtype)
-    if str(tensor.layout) != "torch.strided" or tensor.is_quantized or name not in FROM_TORCH:
-        raise InputError(
-            f"{reader.name}: {key!r} should be a dense tensor of plain numbers, but is {tensor.layout} {name}; "
-            "load it with torch and save it as a dense one"
+            f"{reader.name}: its byte order should be little; load the file with torch on the machine that wrote it, "
+            "and save it again"
         )
-    dtype = FROM_TORCH[name]
-    shape = tuple(tensor.shape)
-    if dtype.bits < 8:  # torch counts bytes where safetensors counts the numbers packed in them
-        shape = (*shape[:-1], shape[-1] * 8 // dtype.bits)
-    return dtype.name, shape
+    starts = _starts(reader, root, keys.value, end)
+    # Every value takes a byte at least, so whatever unfolds to more than that was folded to do harm.
+    tensors, objects = flatten(reader.name, root.value, PickledTensor, end)
+    stored = []
+    for key, tensor in tensors.items():
+        start = starts.get(tensor.storage.key)
+        if start is None or tensor.storage.nbytes != root.storages[tensor.storage.key].nbytes:
+            raise _damaged(reader, f"{key!r} should lie in a storage that the file has")
+        stored.append(view(reader, key, tensor, start))
+    return Header(KIND, reader.size, tuple(stored), objects=objects, foreign=root.foreign)
 
 
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    import torch
+def _pickles(reader: RangeReader, foreign: bool) -> tuple[list[LoadedPickle], int]:
+    """The pickles, and where the storages begin: from twice as many bytes each time that they do not end in them."""
+    window = min(reader.size, _WINDOW)
+    (first,), _ = torchpickle.load_row(reader.name, read_range(reader, 0, window), 1)
+    if first.value != _MAGIC:
+        raise CorruptFileError(f"{reader.name}: is a pickle, but none that torch.save wrote, so it is no checkpoint")
+    while True:
+        try:
+            return torchpickle.load_row(reader.name, read_range(reader, 0, window), _PICKLES, foreign=foreign)
+        except CorruptFileError:
+            if window == min(reader.size, _MAX_WINDOW):
+                raise
+            window = min(reader.size, _MAX_WINDOW, 2 * window)
 
-    dense = tensor.detach().resolve_conj().resolve_neg().contiguous()
-    return dense.reshape(-1).view(torch.uint8).numpy().data
+
+def _starts(reader: RangeReader, root: LoadedPickle, keys: object, position: int) -> dict[str, int]:
+    """Where the bytes of each storage start, by its key."""
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or len(set(keys)) != len(keys):
+        raise _damaged(reader, "the last pickle should be the keys of the storages")
+    starts = {}
+    for key in keys:
+        storage: PickledStorage | None = root.storages.get(key)
+        if storage is None:
+            raise _damaged(reader, f"storage {key!r} should be one that the object uses")
+        end = position + 8 + storage.nbytes
+        if end > reader.size:
+            raise _damaged(reader, f"storage {key!r} should end at byte {end}, but the file has {reader.size}")
+        count = int.from_bytes(read_range(reader, position, 8), "little")
+        if count != storage.numel:
+            raise _damaged(reader, f"storage {key!r} should have {storage.numel} elements, but has {count}")
+        starts[key], position = position + 8, end
+    return starts
+
+
+def _damaged(reader: RangeReader, problem: str) -> CorruptFileError:
+    return CorruptFileError(f"{reader.name}: {problem}; the file is damaged, so download or copy it again")

@@ -33,9 +33,6 @@ from ckpt_convert.tensors.lazy import BLOCK, SCRATCH, LazyTensor
 _BASE_MEMORY = 40_000_000
 """Bytes of the interpreter with the modules that a conversion and its progress bar need, as measured."""
 
-_TORCH_MEMORY = 220_000_000
-"""Bytes that importing torch adds, which only old torch files need."""
-
 _CASTING = 2_000_000
 """Bytes of the buffers in which one worker casts."""
 
@@ -157,21 +154,11 @@ class Plan:
         """Bytes of everything that will be written."""
         return sum(file.size for file in self.files) + sum(side.size for side in self.auxiliary_files)
 
-    @property
-    def legacy_bytes(self) -> int:
-        """Bytes of the source that had to be read whole: old torch files without zip."""
-        return sum(
-            tensor.nbytes
-            for file, tensor in zip(self.stored_in, self.stored, strict=True)
-            if self.sources[file].kind == "legacy"
-        )
-
     def memory(self, workers: int) -> int:
         """About how many bytes of memory the conversion takes at most."""
-        torch = _TORCH_MEMORY if self.legacy_bytes else 0
         casting = _CASTING if self.request.dtype else 0
         computing = _COMPUTING if self.source.dequantized is not None else 0
-        return _BASE_MEMORY + workers * (BLOCK + SCRATCH + casting + computing) + torch + self.legacy_bytes
+        return _BASE_MEMORY + workers * (BLOCK + SCRATCH + casting + computing)
 
     def is_computed(self, tensor: LazyTensor) -> bool:
         """Whether numbers are dequantized for this tensor."""

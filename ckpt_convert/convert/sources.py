@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from threading import Lock
 from typing import NamedTuple, overload
 
-from ckpt_convert import containers
 from ckpt_convert.checkpoint.checkpoint import open_identified
 from ckpt_convert.checkpoint.dequantize import dequantize_if_asked
 from ckpt_convert.checkpoint.identify import Identified
@@ -105,8 +104,7 @@ class ReopenedSources(Mapping[SourceFile, RangeReader]):
         if source.kind == dcp.KIND:
             files, _ = dcp.read_dcp_directory(source.place.parent)
             return next(file.reader for file in files if file.place == source.place)
-        file = source.place.open(expected=source.identity)
-        return containers.parse_header(file)[0] if source.kind == "legacy" else file
+        return source.place.open(expected=source.identity)
 
     def _as_numbers(self) -> Identified:
         """The quantized checkpoint that the plan reads as numbers."""

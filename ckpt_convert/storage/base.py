@@ -95,15 +95,6 @@ class OpenFile(RangeReader, Protocol):
     ) -> None: ...
 
 
-@runtime_checkable
-class OnDisk(Protocol):
-    """A reader of a local file; its path can be passed to libraries that accept only paths."""
-
-    path: Path
-    name: str
-    size: int
-
-
 class Writer(Protocol):
     """A file being written, at any offset and from several threads; every byte must be written once.
 

@@ -631,11 +631,11 @@ def test_a_checkpoint_without_tensors(show: Open) -> None:
 
 
 def test_what_is_not_known_is_said_to_be_unknown(show: Open) -> None:
-    """Shapes that no table tells, no place in a file that torch had to load, no format, tensors without elements."""
+    """Shapes that no table tells, no place in a file, no format, tensors without elements."""
     found = document({"layers.0.wq": [4, 4], "layers.1.wq": [4, 4], "empty": [0, 3], "scalar": []}, stats=True)
-    unknown, legacy, *_ = found["tensors"]
+    unknown, elsewhere, *_ = found["tensors"]
     unknown["shape"] = None
-    del legacy["offset"]
+    del elsewhere["offset"]
     found.update(format=None, why="no such layout", family=None, dims=None, parameters=None, tied=None)
     page = show(inspect_page(found))
     text = page.locator("section").first.inner_text()

@@ -201,7 +201,7 @@ def check_checklist(opened: LenientCheckpoint) -> tuple[list[Finding], list[Span
     except (CkptConvertError, OSError) as error:
         return [failed_check("checklist", error, str(error), CHECKLIST)], []
     findings, spans = [], []
-    # Files that are open already are read once for all checks; but legacy ones are open as what torch made of them.
+    # Files that are open already are read once for all checks.
     opened_files = {file.name: file.reader for file in checkpoint.files if isinstance(file.reader, OpenFile)}
     for name, expected in entries.items():
         weights = is_weights(name)

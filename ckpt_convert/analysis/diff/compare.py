@@ -19,7 +19,6 @@ from ckpt_convert.checkpoint import dequantize as requests
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpoint.mapping import Equality
 from ckpt_convert.checkpoint.model import Model
-from ckpt_convert.checkpoint.opening import legacy_notices
 from ckpt_convert.errors import ConfigError
 from ckpt_convert.models.core.rope import read_rope
 from ckpt_convert.tensors import pool
@@ -161,7 +160,7 @@ def compare_checkpoints(
     changes = [_structure(pair) for pair in pairs]
     if values:
         changes = _values(a, b, pairs, changes, workers, progress)
-    notices = [*said, *legacy_notices(a.files), *legacy_notices(b.files), *found.notices]
+    notices = [*said, *found.notices]
     return Diff(a, b, found.aligned_by, values, changes, found.models, _config(*found.models), notices)
 
 
@@ -183,9 +182,6 @@ def _values(
 ) -> list[Change]:
     wanted = [at for at, pair in enumerate(pairs) if pair.replicas or _is_comparable(structure[at])]
     items = [((structure[at], pairs[at]), _cost(structure[at], pairs[at])) for at in wanted]
-    workers = (
-        1 if legacy_notices((*a.files, *b.files)) else workers
-    )  # no other process is sent what torch has read whole
     start = partial(_comparing, a.stored, b.stored)
     found = pool.run_in_processes(items, start, workers=workers, phase="comparing", progress=progress)
     out, digests = list(structure), {}

@@ -12,7 +12,6 @@ import xxhash
 from ckpt_convert import dtypes
 from ckpt_convert.analysis.stats.numeric import Stats, Summary
 from ckpt_convert.checkpoint.identify import Identified
-from ckpt_convert.checkpoint.opening import legacy_notices
 from ckpt_convert.checkpoint.tensor_info import TensorInfo
 from ckpt_convert.errors import CorruptFileError
 from ckpt_convert.tensors import pool
@@ -43,7 +42,6 @@ def tensor_statistics(
     """
     infos = [checkpoint.tensors[key] for key in keys]
     items = [(info, _nbytes(info)) for info in infos]
-    workers = 1 if legacy_notices(checkpoint.files) else workers  # no other process is sent what torch has read whole
     start = partial(_reading, checkpoint)
     found = pool.run_in_processes(items, start, workers=workers, phase="reading", progress=progress)
     yield from zip((info.key for info in infos), found, strict=True)

@@ -1,4 +1,4 @@
-"""The pickle inside torch's zip files, read without torch and without running anything.
+"""The pickles inside torch's files, read without torch and without running anything.
 
 This is an interpreter of its own for the opcodes of pickle's protocols 2 to 5, not a subclass of pickle's Unpickler:
 there, what BUILD and REDUCE do is up to the objects on the stack, one opcode can claim gigabytes for the memo, and
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import pickle
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,29 +41,51 @@ _MAX_NAME = 1 << 10
 
 @dataclass(frozen=True, slots=True)
 class LoadedPickle:
-    """What a pickle holds, and the names that it asks for although no list has them."""
+    """What a pickle holds, the names that it asks for although no list has them, and its storages by key."""
 
     value: Any
     foreign: tuple[str, ...]
+    storages: Mapping[str, PickledStorage]
 
 
 def load_pickle(name: str, data: bytes, *, foreign: bool = False, part: str = "data.pkl") -> LoadedPickle:
-    """Read a pickle, with Tensor and Storage for torch's.
+    """Read a pickle, with PickledTensor and PickledStorage for torch's.
 
     Objects of classes that are on no list are Foreign where ``foreign`` allows them; without it, a pickle that names
     such a class raises UnsafeFileError, as does an opcode that goes past the names. Raises CorruptFileError when the
     pickle is malformed; ``name`` is the file's, for the message, and ``part`` what the pickle is called in it.
     """
-    machine = _Machine(name, data, part, foreign)
+    loaded, end = _load(_Machine(name, data, part, foreign))
+    if end != len(data):
+        raise _malformed(name, part, "it does not end where it stops")
+    return loaded
+
+
+def load_row(name: str, data: bytes, count: int, *, foreign: bool = False) -> tuple[list[LoadedPickle], int]:
+    """So many pickles, one after another from the start of the data, and where the last one ends; otherwise as load."""
+    out, end = [], 0
+    for _ in range(count):
+        loaded, end = _load(_Machine(name, data, "its pickle", foreign, end))
+        out.append(loaded)
+    return out, end
+
+
+def _load(machine: _Machine) -> tuple[LoadedPickle, int]:
+    """What a pickle holds, and where it ends."""
     try:
-        return LoadedPickle(_run(machine), tuple(machine.foreign))
+        value = _run(machine)
     except (ValueError, TypeError, LookupError, struct.error, OverflowError, MemoryError) as error:
         problem = str(error) if isinstance(error, MalformedError) else f"{type(error).__name__}: {error}"
-        what = "rebuild a dict of tensors" if part == "data.pkl" else "say what the checkpoint holds"
-        raise CorruptFileError(
-            f"{name}: {part} should {what}, but is malformed ({problem:.300}); "
-            "the file is damaged, so download or copy it again"
-        ) from None
+        raise _malformed(machine.name, machine.part, problem) from None
+    return LoadedPickle(value, tuple(machine.foreign), machine.storages), machine.position
+
+
+def _malformed(name: str, part: str, problem: str) -> CorruptFileError:
+    what = "rebuild a dict of tensors" if part == "data.pkl" else "say what the checkpoint holds"
+    return CorruptFileError(
+        f"{name}: {part} should {what}, but is malformed ({problem:.300}); "
+        "the file is damaged, so download or copy it again"
+    )
 
 
 def refusal_error(name: str, part: str, foreign: str, *more: str) -> UnsafeFileError:
@@ -94,10 +116,12 @@ def _call(name: str, function: object, arguments: object) -> object:
 
 
 def _storage(reference: object) -> object:
-    """Resolve a persistent id: ("storage", type, key, location, number of elements)."""
-    if type(reference) is not tuple or len(reference) != 5 or reference[0] != "storage":
+    """Resolve a persistent id: ("storage", type, key, location, number of elements), and None in old files."""
+    if type(reference) is not tuple or len(reference) not in (5, 6) or reference[0] != "storage":
         raise MalformedError("a persistent id should be a storage")
-    _, kind, key, _, numel = reference
+    _, kind, key, _, numel, *view = reference
+    if view not in ([], [None]):
+        raise MalformedError("a storage is a part of another, as torch before 0.4 wrote them")
     if isinstance(kind, Global) and kind.foreign:
         return ForeignObject(kind.name)
     # torch reads a key that is a number as well; litgpt writes such.
@@ -143,15 +167,16 @@ def _extend(target: object, items: list[object]) -> None:
 class _Machine:
     """The state of a run: the stack, the stacks below each mark, and the memo."""
 
-    __slots__ = ("allowed", "data", "foreign", "marked", "memo", "name", "part", "position", "stack")
+    __slots__ = ("allowed", "data", "foreign", "marked", "memo", "name", "part", "position", "stack", "storages")
 
-    def __init__(self, name: str, data: bytes, part: str, allowed: bool) -> None:
+    def __init__(self, name: str, data: bytes, part: str, allowed: bool, position: int = 0) -> None:
         self.name = name
         self.data = data
         self.part = part
         self.allowed = allowed
         self.foreign: dict[str, None] = {}  # in the order in which they are asked for
-        self.position = 0
+        self.position = position
+        self.storages: dict[str, PickledStorage] = {}
         self.stack: list[Any] = []
         self.marked: list[list[Any]] = []
         self.memo: dict[int, object] = {}  # a dict: an index out of the blue costs nothing
@@ -220,6 +245,12 @@ class _Machine:
         self.resolve(self.line(), self.line())
         raise MalformedError("it makes an instance of a class as only protocols 0 and 1 do")
 
+    def persistent(self) -> None:
+        storage = _storage(self.stack.pop())
+        if isinstance(storage, PickledStorage):
+            self.storages.setdefault(storage.key, storage)
+        self.push(storage)
+
     def call(self) -> None:
         function, arguments = self.last(2)
         self.push(_call(self.name, function, arguments))
@@ -253,6 +284,7 @@ _OPCODES: dict[bytes, Callable[[_Machine], None]] = {
     pickle.LONG1: lambda m: m.push(m.signed(m.byte())),
     pickle.LONG4: lambda m: m.push(m.signed(m.number(4))),
     pickle.BINFLOAT: lambda m: m.push(struct.unpack(">d", m.take(8))[0]),
+    pickle.SHORT_BINSTRING: lambda m: m.push(m.take(m.byte()).decode()),  # what Python 2 wrote
     pickle.SHORT_BINUNICODE: lambda m: m.push(m.take(m.byte()).decode()),
     pickle.BINUNICODE: lambda m: m.push(m.take(m.number(4)).decode()),
     pickle.BINUNICODE8: lambda m: m.push(m.take(m.number(8)).decode()),
@@ -284,7 +316,7 @@ _OPCODES: dict[bytes, Callable[[_Machine], None]] = {
     pickle.NEWOBJ: _Machine.call,
     pickle.NEWOBJ_EX: _Machine.call_with_names,
     pickle.BUILD: _Machine.build,
-    pickle.BINPERSID: lambda m: m.push(_storage(m.stack.pop())),
+    pickle.BINPERSID: _Machine.persistent,
 }
 _BY_CODE = {opcode[0]: action for opcode, action in _OPCODES.items()}
 _STOP, _PUT, _MEMOIZE = pickle.STOP[0], pickle.BINPUT[0], pickle.MEMOIZE[0]
@@ -328,8 +360,9 @@ def _run(machine: _Machine) -> object:
                 "needs; nothing was executed. If you trust the file, load it with torch and save a plain state dict"
             )
         action(machine)
+    machine.position += 1
     (result,) = machine.stack
-    if machine.marked or machine.position != len(data) - 1:
+    if machine.marked:
         raise MalformedError("it does not end where it stops")
     return result
 

@@ -12,7 +12,7 @@ from ckpt_convert.errors import CorruptFileError
 from ckpt_convert.storage.base import RangeReader, read_range
 from ckpt_convert.tensors.header import ChecksummedRange, Header, StoredTensor
 
-__all__ = ["KIND", "build", "is_zip", "parse"]
+__all__ = ["KIND", "build", "is_zip", "parse", "view"]
 
 _MAX_PICKLE = 1 << 29
 _MAX_BYTES = 1 << 63
@@ -48,7 +48,7 @@ def parse(reader: RangeReader, *, foreign: bool = False) -> Header:
     for key, tensor in tensors.items():
         member = _member(reader, found, f"{root}/data/{tensor.storage.key}", key, tensor.storage)
         used[member.name] = member
-        stored.append(_view(reader, key, tensor, member.offset))
+        stored.append(view(reader, key, tensor, member.offset))
     checksummed = sorted((m.offset, m.size, m.crc, m.places) for m in used.values())
     return Header(
         KIND,
@@ -96,7 +96,7 @@ def _member(reader: RangeReader, found: dict[str, Member], name: str, key: str, 
     return member
 
 
-def _view(reader: RangeReader, key: str, tensor: PickledTensor, start: int) -> StoredTensor:
+def view(reader: RangeReader, key: str, tensor: PickledTensor, start: int) -> StoredTensor:
     """Check that a view lies within its storage, which starts at byte ``start``."""
     storage, dtype, offset, shape, strides = tensor
     # torch counts pairs of 4-bit numbers, safetensors the numbers themselves
