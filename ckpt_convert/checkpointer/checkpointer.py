@@ -163,19 +163,36 @@ class Checkpointer:
 
     # Loading
 
-    def load_model(self, model: Model) -> loading.LoadReport:
-        """Fill a model from the source, in place, tensor by tensor; returns how many tensors, and their dtypes.
+    def load_model(
+        self,
+        model: Model,
+        strict: bool = True,
+        *,
+        include: Sequence[str] | str | None = None,
+        exclude: Sequence[str] | str | None = None,
+    ) -> loading.LoadReport:
+        """Fill a model from the source, in place, tensor by tensor; returns what was loaded, and what was left out.
 
-        Raises KeyMismatchError listing everything that does not fit.
+        model: a module, or its state dict; what is not loaded keeps its values.
+        strict: every key has to be on both sides, in one shape. False loads what fits by key and shape: the rest is in
+        the report, each key with its reason, and in a warning.
+        include, exclude: globs of keys ("lm_head.weight", "*.mlp.*"), or of modules ("model.layers.0", "score"). What
+        they leave out is no mismatch, whatever ``strict`` is.
+
+        Raises KeyMismatchError listing everything that does not fit, and with strict=False where nothing does;
+        UsageError for a glob that matches no key of either side. Nothing is loaded then.
         """
         self._refuse_closed()
         if not self._options.has_source:
             raise UsageError("source=None: there are no weights to load; initialise the model, then register() it")
         planner = self._saver.planner
-        found = planner.load_source(model, self.workers, self._options.progress)
+        report = planner.load_source(
+            model, self.workers, self._options.progress, strict=strict, include=include, exclude=exclude
+        )
         self._loaded = True
-        log.info("loaded %s: %s", planner.source.place, found.describe())
-        return found
+        unfit = len(report.left_out) > len(report.excluded)
+        log.log(logging.WARNING if unfit else logging.INFO, "%s: %s", planner.source.place, report)
+        return report
 
     def load_state_dict(self, format: str | None = None) -> dict[str, torch.Tensor]:
         """The source's weights, converted (``model_format`` unless said otherwise), in the dtypes of the source."""
@@ -208,6 +225,7 @@ class Checkpointer:
         dataloader: Any = None,
         extra: Any = None,
         from_: Literal["latest", "best"] | int | str | Path | Place = "latest",
+        from_dir: str | Path | Place | None = None,
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
         strict: bool = True,
@@ -215,20 +233,23 @@ class Checkpointer:
         verify: bool = True,
         data: Elsewhere = "exact",
     ) -> Progress | None:
-        """Go on from the newest complete checkpoint; returns its progress, or None for a fresh start.
+        """Continue from the newest complete checkpoint; returns its progress, or None for a fresh start.
 
-        What is given here is also what is saved from now on. from_: "latest", "best", a step, or the path of a
-        checkpoint, whatever its name, or of a directory of them. include, exclude: globs of what to load: "model/*",
-        "optimizer", "rng", …; to exclude "progress" is to count from 0, in an output_dir that holds no steps yet.
-        strict: missing and unexpected entries are an error, listed as one report (else a warning). weights_only: the
-        model only, and the progress. verify: compare checksums, not only names and sizes, before anything is loaded.
-        data: what a data loader does where other ranks, or batches of another size, cannot go on right behind the
+        The objects given here are also what is saved from now on.
+        from_: "latest", "best", a step, or the path of a checkpoint, whatever its name, or of a directory of them.
+        from_dir: the output_dir of another run, in which "latest", "best" (by ``best=`` here) or a step is looked up.
+        include, exclude: globs of what to load: "model/*", "optimizer", "rng", …; exclude=["progress"] counts from 0,
+        in an output_dir that holds no steps yet.
+        strict: missing and unexpected entries are one error that lists them (False: a warning).
+        weights_only: load the model and the progress only.
+        verify: compare checksums, not only names and sizes, before anything is loaded.
+        data: what a data loader does where other ranks, or batches of another size, cannot continue right behind the
         samples that were seen: "exact" is an error, "restart" begins the epoch again, "skip" leaves out as few samples
         as possible.
 
-        A newest checkpoint that is damaged is passed over, with a warning, for the one before it; one that was asked
-        for is a CorruptFileError, and one that the system does not give now an UnreadableError. Nothing is loaded where
-        the report is an error. Raises UsageError for a glob that matches nothing.
+        "latest" skips a damaged checkpoint with a warning and takes the one before it; a damaged one that was asked for
+        is a CorruptFileError, and one that the system cannot read now an UnreadableError. Nothing is loaded if anything
+        is an error. Raises UsageError for a glob that matches nothing.
         """
         wanted = Selection.of(include, exclude, weights_only)
         if data not in get_args(Elsewhere):
@@ -237,7 +258,7 @@ class Checkpointer:
         made = self._begin(model, optimizer, lr_scheduler, grad_scaler, dataloader, extra, data)
         directory = self._saver.directory
         saved = resuming.choose_together(
-            directory, from_, verify=verify, workers=self.workers, ranks=self._options.ranks
+            directory, from_, from_dir=from_dir, verify=verify, workers=self.workers, ranks=self._options.ranks
         )
         if saved is None:
             wanted.check([*made.entries(), *self._saver.planner.loadable_names(model)])

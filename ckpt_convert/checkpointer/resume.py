@@ -149,12 +149,12 @@ def _take_layout_of(saved: SavedStep, saver: Saver, options: Options) -> None:
 
 
 def choose_together(
-    directory: RunDirectory, from_: Any, *, verify: bool, workers: int, ranks: Ranks | None
+    directory: RunDirectory, from_: Any, *, from_dir: Any, verify: bool, workers: int, ranks: Ranks | None
 ) -> SavedStep | None:
     """``choose_step``, by the first of several ranks for all of them."""
 
     def chosen() -> SavedStep | None:
-        return choose_step(directory.path, from_, directory.policy, verify=verify, workers=workers)
+        return choose_step(directory.path, from_, directory.policy, from_dir=from_dir, verify=verify, workers=workers)
 
     if ranks is None:
         return chosen()
@@ -165,16 +165,30 @@ def choose_together(
 
 
 def choose_step(
-    output_dir: Place, from_: Any, policy: retention.RetentionPolicy, *, verify: bool, workers: int
+    output_dir: Place,
+    from_: Any,
+    policy: retention.RetentionPolicy,
+    *,
+    from_dir: Any = None,
+    verify: bool,
+    workers: int,
 ) -> SavedStep | None:
-    """The checkpoint that ``from_`` means; None where "latest" finds an empty directory.
+    """The checkpoint that ``from_`` means; None where "latest" finds an empty ``output_dir``.
 
+    ``from_dir`` is the directory of another run, in which it is looked for instead.
     "latest" passes over damaged ones with a warning. Raises CheckpointNotFoundError for one that is not there,
     CorruptFileError where what was asked for, or all there is, is damaged, and UnreadableError where the system does
     not give it.
     """
+    if from_dir is not None:
+        output_dir = checked_place(from_dir, "from_dir")
+        if not (from_ in ("latest", "best") or isinstance(from_, int)):
+            raise UsageError(f'from_dir={str(from_dir)!r}: expected from_="latest", "best" or a step, found {from_!r}')
     if from_ == "latest":
-        return newest_sound_step(output_dir, verify=verify, workers=workers)
+        newest = newest_sound_step(output_dir, verify=verify, workers=workers)
+        if newest is None and from_dir is not None:
+            raise CheckpointNotFoundError(f"{output_dir}: holds no complete checkpoint of a checkpointer")
+        return newest
     there = saved_steps.scan_steps(output_dir)
     found: SavedStep | None
     if from_ == "best":
@@ -400,14 +414,14 @@ def _weights(
             f"model_format={layout!r}, or make the checkpoint the source of a new run"
         )
     checkpoint = stack.enter_context(open_identified(saved.place, family=planner.source.hints.family))
-    fit = loading.match_model(checkpoint, tensors, planner.settings.model_format)
+    whole = loading.match_model(checkpoint, tensors, planner.settings.model_format)
+    fit = whole.select(lambda key: wanted(_PREFIX + key))
 
     def load_them() -> str:
         files = loading.load_tensors(
             checkpoint,
             tensors,
-            fit,
-            is_wanted=lambda key: wanted(_PREFIX + key) and key not in exact,
+            fit.select(lambda key: key not in exact),
             workers=workers,
             progress=progress,
         )
@@ -418,8 +432,7 @@ def _weights(
         exactly = f"{len(taken)} tensors as they were in memory" if taken else ""
         return " and ".join(filter(None, (files.describe() if files.tensors else "", exactly))) or "nothing"
 
-    names = [_PREFIX + key for key in (*tensors, *fit.unexpected)]
-    return names, [line for line in fit.problems if wanted(_PREFIX + line.partition(":")[0])], load_them
+    return [_PREFIX + key for key in whole.keys], fit.problems, load_them
 
 
 def _adapter(

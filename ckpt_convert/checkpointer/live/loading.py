@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 
 import torch
@@ -31,11 +31,32 @@ log = logging.getLogger("ckpt_convert")
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What was loaded: ``dtypes`` counts the tensors by (dtype in the files, dtype in memory)."""
+    """What was loaded into a model, and what the model keeps as it was.
+
+    tensors, bytes: how many tensors were loaded, and their size in the dtypes of the files.
+    dtypes: the tensors by (dtype in the files, dtype in memory).
+    missing: keys of the model that the checkpoint lacks. unexpected: keys of the checkpoint that the model lacks.
+    mismatched: keys of both that do not fit, such as another shape, each with the reason.
+    excluded: keys that ``include`` and ``exclude`` leave out.
+    """
 
     tensors: int
     bytes: int
     dtypes: Mapping[tuple[str, str], int]
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    mismatched: Mapping[str, str] = field(default_factory=dict)
+    excluded: tuple[str, ...] = ()
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Every key that was not loaded, with the reason."""
+        return {
+            **dict.fromkeys(self.missing, "the model has it, the checkpoint has not"),
+            **dict.fromkeys(self.unexpected, "the checkpoint has it, the model has not"),
+            **self.mismatched,
+            **dict.fromkeys(self.excluded, "left out by include= or exclude="),
+        }
 
     def describe(self) -> str:
         """In a line: how many tensors, and in which dtypes."""
@@ -45,15 +66,37 @@ class LoadReport:
         )
         return f"{self.tensors} tensors ({said})"
 
+    def __str__(self) -> str:
+        lines = [f"{key}: {reason}" for key, reason in self.left_out.items()]
+        return f"loaded {self.describe()}" + (f"; {len(lines)} left out:{indented_list(lines)}" if lines else "")
+
 
 @dataclass(frozen=True)
 class ModelMatch:
-    """A checkpoint held against a model: what goes where, and everything that does not fit."""
+    """How the tensors of a checkpoint match those of a model.
+
+    ``targets`` are the tensors that both have, ``missing`` the keys that only the model has, ``unexpected`` those that
+    only the checkpoint has; ``mismatched`` says of keys that both have why they do not fit.
+    """
 
     targets: list[TargetTensor]
     missing: list[str]
     unexpected: list[str]
-    mismatched: list[str]
+    mismatched: Mapping[str, str]
+
+    @property
+    def keys(self) -> list[str]:
+        """The keys of both sides."""
+        return [*(target.key for target in self.targets), *self.missing, *self.unexpected]
+
+    def select(self, is_wanted: Callable[[str], bool]) -> ModelMatch:
+        """The same for some of the keys."""
+        return ModelMatch(
+            [target for target in self.targets if is_wanted(target.key)],
+            [key for key in self.missing if is_wanted(key)],
+            [key for key in self.unexpected if is_wanted(key)],
+            {key: reason for key, reason in self.mismatched.items() if is_wanted(key)},
+        )
 
     @property
     def problems(self) -> list[str]:
@@ -61,7 +104,7 @@ class ModelMatch:
         there = [f"{key}: the checkpoint has it, the model has not" for key in self.unexpected]
         here = [f"{key}: the model has it, the checkpoint has not" for key in self.missing]
         turns = [line for pair in zip_longest(there, here) for line in pair if line is not None]
-        return [*turns, *self.mismatched]
+        return [*turns, *(f"{key}: {reason}" for key, reason in self.mismatched.items())]
 
 
 def source_targets(checkpoint: Identified, format: str) -> tuple[list[TargetTensor], set[str]]:
@@ -86,32 +129,57 @@ def match_model(checkpoint: Identified, tensors: Mapping[str, torch.Tensor], for
     column = checkpoint.model_for(format).family.column_of(format, tensors)
     targets, optional = source_targets(checkpoint, column)
     optional |= {target.key for target in targets if not target.instance.row.required}
-    known = {target.key: target for target in targets}
+    known = {target.key: target for target in _with_prefix_of(tensors, targets)}
     missing = [key for key in tensors if key not in known]
     unexpected = [key for key in known if key not in tensors and key not in optional]
-    misfits = []
-    for key, target in known.items():
-        shape = tuple(tensors[key].shape) if key in tensors else target.tensor.shape
-        if shape != target.tensor.shape:
-            misfits.append(f"{key}: expected {list(target.tensor.shape)}, found {list(shape)} in the model")
-    return ModelMatch([target for target in targets if target.key in tensors], missing, unexpected, misfits)
+    mismatched = {
+        key: f"expected {list(target.tensor.shape)}, found {list(tensors[key].shape)} in the model"
+        for key, target in known.items()
+        if key in tensors and tuple(tensors[key].shape) != target.tensor.shape
+    }
+    return ModelMatch([target for target in known.values() if target.key in tensors], missing, unexpected, mismatched)
+
+
+def _with_prefix_of(keys: Collection[str], targets: list[TargetTensor]) -> list[TargetTensor]:
+    """The targets under the keys of the model, where these have a prefix more or less.
+
+    A base model (LlamaModel, BertModel) is saved without the "model." or "bert." that a model with a head has.
+    """
+    known = {target.key for target in targets}
+    if not known.isdisjoint(keys):
+        return targets
+    if added := _prefix_before(keys, known):
+        return [replace(target, key=added + target.key) for target in targets]
+    removed = _prefix_before(known, keys)
+    return [replace(target, key=target.key.removeprefix(removed)) for target in targets]
+
+
+def _prefix_before(keys: Collection[str], others: Collection[str]) -> str:
+    """What most of ``keys`` have before a key of ``others``; "" where no key ends in one of them."""
+    counts = Counter(
+        key[: at + 1]
+        for key in keys
+        for at, character in enumerate(key)
+        if character == "." and key[at + 1 :] in others
+    )
+    return counts.most_common(1)[0][0] if counts else ""
 
 
 def untied_sources(
     match: ModelMatch, tensors: Mapping[str, torch.Tensor], checkpoint: Identified, format: str
-) -> list[str]:
-    """What is one tensor in the model but two in the checkpoint, of which the model would lose one.
+) -> dict[str, str]:
+    """What is one tensor in the model but two in the checkpoint, of which the model would lose one: key and reason.
 
     Of a family that is not known nothing says what is tied: there the bytes do.
     """
     seen: dict[tuple[object, ...], TargetTensor] = {}
-    out = []
+    out = {}
     by_bytes = bool(checkpoint.model_for(format).family.literal)
     for target in match.targets:
         tensor = tensors[target.key]
         other = seen.setdefault(_place(tensor), target)
         if local_of(tensor).numel() and other is not target and not (by_bytes and _equal(checkpoint, other, target)):
-            out.append(f"{target.key}: is tied to {other.key} in the model, but the checkpoint does not tie them")
+            out[target.key] = f"is tied to {other.key} in the model, but the checkpoint does not tie them"
     return out
 
 
@@ -137,7 +205,8 @@ def refuse_mismatch(match: ModelMatch, checkpoint: Identified, format: str) -> N
     if match.problems:
         raise KeyMismatchError(
             f"{checkpoint.place}: does not fit the model, whose keys should be those of the {format} format "
-            f"(model_format={format!r}):{indented_list(match.problems)}"
+            f"(model_format={format!r}); strict=False loads what fits, exclude= leaves keys out:"
+            f"{indented_list(match.problems)}"
         )
 
 
@@ -146,7 +215,6 @@ def load_tensors(
     tensors: Mapping[str, torch.Tensor],
     match: ModelMatch,
     *,
-    is_wanted: Callable[[str], bool] = lambda key: True,
     workers: int = DEFAULT_WORKERS,
     progress: ProgressCallback | None = None,
     checksums: dict[str, str] | None = None,
@@ -155,8 +223,7 @@ def load_tensors(
 
     ``checksums`` takes the checksum of each tensor's values as they are read (in the source's dtype), by key.
     """
-    misfit = {line.partition(":")[0] for line in match.mismatched}
-    targets = [target for target in match.targets if is_wanted(target.key) and target.key not in misfit]
+    targets = [target for target in match.targets if target.key not in match.mismatched]
     total = sum(dtypes.nbytes(target.dtype, local_of(tensors[target.key]).shape) for target in targets)
     counter = ProgressCounter("loading", total, progress)
     overflows: dict[str, int] = {}
@@ -217,7 +284,7 @@ def read_state_dict(checkpoint: Identified, format: str) -> dict[str, torch.Tens
         target.key: torch.empty(target.tensor.shape, dtype=getattr(torch, dtypes.DTYPES[target.dtype].torch))
         for target in chosen
     }
-    load_tensors(checkpoint, out, ModelMatch(chosen, [], [], []))
+    load_tensors(checkpoint, out, ModelMatch(chosen, [], [], {}))
     return out
 
 

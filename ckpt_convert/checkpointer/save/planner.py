@@ -22,7 +22,7 @@ from ckpt_convert.checkpointer.distributed.claims import Claims, Owned
 from ckpt_convert.checkpointer.distributed.ranks import Ranks
 from ckpt_convert.checkpointer.live import adapter_base, loading
 from ckpt_convert.checkpointer.live.adapter_base import AdapterBase
-from ckpt_convert.checkpointer.live.selection import ADAPTER, MODEL
+from ckpt_convert.checkpointer.live.selection import ADAPTER, MODEL, select_keys
 from ckpt_convert.checkpointer.live.tensors import (
     MODEL_IN_MEMORY,
     MemoryRanges,
@@ -143,19 +143,28 @@ class SavePlanner:
             raise KeyMismatchError(f"{MODEL_IN_MEMORY}: its keys contradict each other:{said}")
         return {names.of(key): tensor for key, tensor in tensors.items()}
 
-    def load_source(self, model: Model, workers: int, progress: ProgressCallback | None) -> loading.LoadReport:
-        """Fill a model from the source, an adapter aside; raises KeyMismatchError where they do not fit."""
+    def load_source(
+        self,
+        model: Model,
+        workers: int,
+        progress: ProgressCallback | None,
+        *,
+        strict: bool = True,
+        include: Sequence[str] | str | None = None,
+        exclude: Sequence[str] | str | None = None,
+    ) -> loading.LoadReport:
+        """Fill a model from the source, an adapter aside; see ``Checkpointer.load_model``."""
         parts = self.split(model_tensors(model), strict=False)  # DoRA starts from the base: the adapter may come later
         _refuse_copies(model, parts.base | parts.trained_whole)
-        found = loading.match_model(self.source, parts.base, self.settings.model_format)
+        format = self.settings.model_format
+        every = loading.match_model(self.source, parts.base, format)
+        is_wanted = select_keys(every.keys, include, exclude)
+        found = every.select(is_wanted)
         found = replace(
-            found,
-            mismatched=[
-                *found.mismatched,
-                *loading.untied_sources(found, parts.base, self.source, self.settings.model_format),
-            ],
+            found, mismatched={**found.mismatched, **loading.untied_sources(found, parts.base, self.source, format)}
         )
-        loading.refuse_mismatch(found, self.source, self.settings.model_format)
+        if strict or len(found.targets) == len(found.mismatched):
+            loading.refuse_mismatch(found, self.source, format)
         whole = {key: tensor for key, tensor in parts.trained_whole.items() if not same_memory(tensor, parts.base[key])}
         loading.load_tensors(
             self.source, whole, replace(found, targets=[one for one in found.targets if one.key in whole])
@@ -166,7 +175,13 @@ class SavePlanner:
         )
         if checksums is not None:
             self._base = adapter_base.base_from_targets(self._layout(parts.base), found.targets, checksums)
-        return loaded
+        return replace(
+            loaded,
+            missing=tuple(found.missing),
+            unexpected=tuple(found.unexpected),
+            mismatched=found.mismatched,
+            excluded=tuple(key for key in every.keys if not is_wanted(key)),
+        )
 
     def current_base(self, recorded: AdapterBase, workers: int, *, values: bool) -> AdapterBase:
         """The base that the source is now, in the layout of one that was written down; ``values`` reads all of it."""
