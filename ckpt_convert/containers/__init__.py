@@ -1,4 +1,4 @@
-"""How tensors lie in files: reading a file's header, and laying out a new file byte by byte."""
+"""Container files: reading their headers, and laying out new files byte by byte."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ _KNOWN = (
 
 
 def parse_header(reader: RangeReader, *, foreign: bool = False) -> tuple[RangeReader, Header]:
-    """Read the header of a container file of any kind, told by its content.
+    """Read the header of a container file, whose kind is detected from its content.
 
-    Returns the reader with it. A pickle that asks for objects of unknown classes is refused, or, with ``foreign``, read
-    around them. Raises CorruptFileError when the file is of no known kind, and whatever the parser of its kind raises.
+    Returns the reader with it. A pickle that names unknown classes is refused; with ``foreign``, such objects are
+    skipped. Raises CorruptFileError if the file is of no known kind, and as the parser of its kind does.
     """
     start = read_range(reader, 0, min(reader.size, 32))
-    # The first bytes of a safetensors file are a number, and may be the magic of anything: look at the brace first.
+    # A safetensors file starts with a length, which may equal any magic number: look for the brace first.
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= safetensors.MAX_HEADER:
         return reader, safetensors.parse(reader)
     if start.startswith(gguf.MAGIC):
         return reader, gguf.parse(reader)
-    from ckpt_convert.containers.torch_zip import torchzip  # pickle and zip take a while to import, often in vain
+    from ckpt_convert.containers.torch_zip import torchzip  # slow to import, and often not needed
 
     if torchzip.is_zip(reader):
         return reader, torchzip.parse(reader, foreign=foreign)
@@ -52,10 +52,10 @@ def parse_header(reader: RangeReader, *, foreign: bool = False) -> tuple[RangeRe
 
 
 def parse_layout(name: str, size: int, literals: Sequence[tuple[int, bytes]]) -> FileLayout:
-    """Read a layout back from what ``capture`` or a ``build`` made of it, checking it as the file was checked.
+    """Restore a layout from the literals of ``capture_layout`` or ``build``, with all the checks of a file.
 
-    Raises CorruptFileError when a byte that the header needs is missing, or when ``literals`` are not exactly the
-    bytes of the file (``size`` bytes, called ``name``) that belong to no tensor.
+    ``name`` and ``size`` are those of the file. Raises CorruptFileError if a byte of the header is missing, or if
+    ``literals`` are not exactly the bytes that belong to no tensor.
     """
     recorded = RecordedFile(name, size, literals)
     _, header = parse_header(recorded)

@@ -1,4 +1,4 @@
-"""New container files: everything of a file that is no tensor, made from the tensors that it is to hold."""
+"""Layouts of new container files: every byte that belongs to no tensor, made from the specs of the tensors."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ TensorSpec = tuple[str, str, tuple[int, ...]]
 def layout_from_specs(
     name: str, container: str, specs: Sequence[TensorSpec], metadata: Mapping[str, str]
 ) -> FileLayout:
-    """Everything of a new container file, called ``name``, for tensors of these keys, dtypes and shapes."""
+    """The layout of a new container file ``name`` for tensors of these keys, dtypes and shapes."""
     if container == "safetensors":
-        # Wider elements first, so that every tensor is aligned to its element size.
+        # Wider elements first, so that every tensor is aligned to its element size
         return safetensors.build(sorted(specs, key=lambda spec: -dtypes.DTYPES[spec[1]].bits), metadata)
     if container == "dcp":
         return dcp_build.build(specs)
@@ -28,7 +28,7 @@ def layout_from_specs(
 
 
 def new_layout(name: str, header: Header) -> FileLayout | None:
-    """A new file for the tensors of a header, in its order; None for pieces, which are nothing by themselves."""
+    """The layout of a new file for a header's tensors, in its order; None if it has pieces of tensors."""
     if has_pieces(header):
         return None
     specs = [(tensor.key, tensor.dtype, tensor.shape) for tensor in header.tensors]
@@ -36,5 +36,5 @@ def new_layout(name: str, header: Header) -> FileLayout | None:
 
 
 def has_pieces(header: Header) -> bool:
-    """Whether a file holds pieces of tensors whose others lie elsewhere."""
+    """Whether a file holds pieces of tensors that are split across files."""
     return any(tensor.box is not None for tensor in header.tensors)

@@ -1,4 +1,4 @@
-"""Nested dicts of tensors as one level of keys."""
+"""Flattens nested dicts of tensors to one level of keys."""
 
 from __future__ import annotations
 
@@ -15,24 +15,23 @@ _ATOMS = (int, float, bool, str, bytes, type(None))
 _PLAIN = (list, tuple)  # exactly these: torch.Size and named tuples are values, not containers
 _ROOT = "tensor"
 _MODULE = ("_parameters", "_buffers", "_modules")
-"""Where a torch module keeps what its state dict has; its keys are those of the state dict."""
+"""The attributes of a torch module that make up its state dict."""
 
 _LIST = 8
-"""A longer list of plain values counts as one thing."""
+"""A longer list of plain values is reported as one object."""
 
 T = TypeVar("T")
 
 _Pending = tuple[str, object, int, bool]
-"""Path, value, depth, and whether it lies in a foreign object."""
+"""Path, value, depth, and whether it is part of a foreign object."""
 
 
 def flatten(name: str, root: object, leaf: type[T], limit: int) -> tuple[dict[str, T], dict[str, str]]:
-    """Return the instances of ``leaf`` in nested dicts, lists and tuples, and the type names of all else, by path.
+    """The instances of ``leaf`` in nested dicts, lists and tuples, and the type names of all other values, by path.
 
-    Paths are joined with "."; empty containers count as something else; a foreign object counts as one thing, but the
-    leaves in it are listed, too. A root that is a leaf itself is called "tensor". Raises CorruptFileError when ``root``
-    contains itself, is nested too deep, or unfolds to more than ``limit`` values; KeyMismatchError when two values
-    have the same path.
+    Paths are joined with "."; an empty container is another value; a foreign object is one value, but leaves in it are
+    listed, too. A root that is itself a leaf is called "tensor". Raises CorruptFileError if ``root`` contains itself,
+    is nested too deep, or expands to more than ``limit`` values; KeyMismatchError if two values have the same path.
     """
     tensors: dict[str, T] = {}
     objects: dict[str, str] = {}
@@ -80,12 +79,12 @@ def _is_plain(values: Any) -> bool:
 def _children(prefix: str, value: Any, depth: int, is_inside: bool) -> list[_Pending]:
     items = value.items() if isinstance(value, Mapping) else enumerate(value)
     children = [(f"{prefix}{_name(key)}", child, depth, is_inside) for key, child in items]
-    children.reverse()  # the caller takes them from the end
+    children.reverse()  # the caller pops them from the end
     return children
 
 
 def _parts(prefix: str, value: ForeignObject, depth: int) -> list[_Pending]:
-    """What a pickle gave an object: attributes, items, members, and the arguments that it was made from."""
+    """The parts that a pickle gave an object: attributes, items, members, and the arguments of its constructor."""
     attributes = value.attributes
     inner = [attributes[name] for name in _MODULE if isinstance(attributes.get(name), dict)]
     rest = {name: held for name, held in attributes.items() if name not in _MODULE}
@@ -96,10 +95,10 @@ def _parts(prefix: str, value: ForeignObject, depth: int) -> list[_Pending]:
 def _name(key: object) -> str:
     if isinstance(key, ForeignObject):
         return key.name
-    # Of a tuple or the like, what a line holds: a pickle nests them as deep, and shares them as often, as it likes.
+    # Tuples and the like are shortened: a pickle may nest them arbitrarily deep.
     return str(key) if isinstance(key, _ATOMS) else reprlib.repr(key)
 
 
 def _kind(value: object) -> str:
-    # The stand-ins for torch's objects say what they stand for.
+    # The placeholders for torch's objects carry the name of the type.
     return str(getattr(value, "kind", type(value).__name__))

@@ -1,7 +1,7 @@
-"""llama.cpp's GGUF files: what they say of themselves, and where each tensor lies.
+"""llama.cpp's GGUF files: their metadata, and the offset of each tensor.
 
-The structure is that of ggml's docs/gguf.md, versions 2 and 3. The walk over it is our own, because the gguf package's
-reader believes every count that a file gives; the package knows the types and how many bytes each of them takes.
+The structure is specified in ggml's docs/gguf.md, versions 2 and 3. We parse it ourselves, because the gguf package's
+reader trusts every count in a file; the package provides the types and their block sizes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ KIND = "gguf"
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-"""Bytes of the scalar types, by the number that stands for them."""
+"""Bytes of the scalar types, by their id."""
 _FORMATS = {0: "B", 1: "b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
 _MAX_DIMS = 4
@@ -31,7 +31,7 @@ _ALIGNMENT = "general.alignment"
 
 
 class _Cursor:
-    """Reads a file from its start, a window at a time."""
+    """Reads a file sequentially, through a window."""
 
     def __init__(self, reader: RangeReader) -> None:
         self.reader = reader
@@ -59,7 +59,7 @@ class _Cursor:
         return int(value)
 
     def count(self, least: int) -> int:
-        """A count of things that take ``least`` bytes each at least."""
+        """A count of items of at least ``least`` bytes each."""
         count = self.number("<Q")
         self._check(count * least)
         return count
@@ -89,10 +89,10 @@ class _Cursor:
 
 
 def parse(reader: RangeReader) -> Header:
-    """Read and check the header; shapes are row-major, slowest axis first, so ggml's turned round.
+    """Read and check the header; shapes are row-major, slowest axis first, the reverse of ggml's.
 
-    ``metadata`` has the numbers and texts of the file, no lists. Raises CorruptFileError when header and file do not
-    agree, InputError where the gguf package is not installed, or does not know the version or a type.
+    ``metadata`` has the numbers and strings of the file, but no arrays. Raises CorruptFileError if header and file do
+    not match, InputError if the gguf package is not installed or the version or a type is unknown.
     """
     names, blocks = _types(reader)
     cursor = _Cursor(reader)
@@ -139,7 +139,7 @@ def parse(reader: RangeReader) -> Header:
 
 
 def facts(header: Header) -> list[tuple[str, str]]:
-    """What a GGUF file says of the model, as (label, text)."""
+    """Facts about the model from a GGUF file's metadata, as (label, text)."""
     said = header.metadata
     found = [("architecture", f"{said['general.architecture']} (GGUF)")] if "general.architecture" in said else []
     if said.get("general.name"):
@@ -158,7 +158,7 @@ def _file_type(number: int) -> str:
 
 
 def _types(reader: RangeReader) -> tuple[dict[int, str], dict[int, tuple[int, int]]]:
-    """The names of the tensor types, and how many numbers a block of each has in how many bytes."""
+    """The names of the tensor types, and the block size of each in (values, bytes)."""
     try:
         from gguf.constants import GGML_QUANT_SIZES
     except ImportError:
@@ -185,7 +185,7 @@ def _info(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
 
 
 def _value(cursor: _Cursor, kind: int, depth: int = 0) -> str | None:
-    """A number or text; None for a list, which is passed over, and for a text that is no mere name."""
+    """A number or string; None for an array, which is skipped, and for a long string."""
     if kind in _SIZES:
         (value,) = struct.unpack(_FORMATS[kind], cursor.take(_SIZES[kind]))
         return str(value)

@@ -1,4 +1,4 @@
-"""A container file without its tensors: taking it from a file, and reading it back without the file."""
+"""The layout of an existing container file: everything except its tensors' bytes."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ MAX_LITERALS = 1 << 30
 def capture_layout(reader: RangeReader, header: Header) -> FileLayout | None:
     """Read every byte of the file that belongs to no tensor.
 
-    A tensor whose strides are a permutation of dense ones covers its whole extent. Returns None when the rest of the
-    file is not enough to rebuild it from its tensors: for a legacy file, when tensors overlap in part (the same
-    bytes under two keys are fine) or are views with holes or repetitions, and when more than ``MAX_LITERALS`` bytes
-    belong to no tensor (storages of which only a part is used).
+    Returns None if the file cannot be rebuilt from these and its tensors: a legacy file, tensors that overlap in part
+    (two keys for the same bytes are fine), views with gaps or repetitions (permuted dense strides are fine), or more
+    than ``MAX_LITERALS`` bytes that belong to no tensor (storages of which only a part is used).
     """
     gaps = find_gaps(header)
     if gaps is None or sum(end - start for start, end in gaps) > MAX_LITERALS:
@@ -27,7 +26,7 @@ def capture_layout(reader: RangeReader, header: Header) -> FileLayout | None:
 
 
 def find_gaps(header: Header) -> list[tuple[int, int]] | None:
-    """Return the (start, end) of each byte range that belongs to no tensor, or None where ``capture_layout`` does."""
+    """The (start, end) of each byte range that belongs to no tensor; None as for ``capture_layout``."""
     if header.kind == "legacy":
         return None
     extents = set()
@@ -51,7 +50,7 @@ def find_gaps(header: Header) -> list[tuple[int, int]] | None:
 
 
 def _dense(tensor: StoredTensor) -> bool:
-    """Say whether the elements fill their extent, each once."""
+    """Whether the elements fill their extent without gaps, each once."""
     if tensor.strides is None:
         return True
     step = 1
@@ -65,7 +64,7 @@ def _dense(tensor: StoredTensor) -> bool:
 
 
 class RecordedFile:
-    """A file of which only some byte ranges are known; reading any other is an error."""
+    """A reader of recorded byte ranges of a file; reading any other byte is an error."""
 
     def __init__(self, name: str, size: int, literals: Iterable[tuple[int, bytes]]) -> None:
         self.name = name
@@ -87,7 +86,7 @@ class RecordedFile:
 
 
 def _joined(name: str, size: int, literals: Iterable[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
-    """Join ranges that touch, so that a read may cross from one to the next."""
+    """Join adjacent ranges, so that a read may span them."""
     runs: list[tuple[int, list[bytes]]] = []
     position = 0
     for offset, data in literals:

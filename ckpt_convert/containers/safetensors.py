@@ -1,7 +1,7 @@
-"""The safetensors container: a length, a JSON header, and the tensors' bytes without a hole.
+"""The safetensors container: a length, a JSON header, and the tensors' bytes without gaps.
 
-The format is specified in the README of github.com/huggingface/safetensors; what its library refuses is refused
-here too, and so are duplicate keys, unknown fields and a space before the brace, which it lets pass.
+The format is specified in the README of github.com/huggingface/safetensors. Everything that its library refuses is
+refused here, and also duplicate keys, unknown fields and a space before the brace, which it accepts.
 """
 
 from __future__ import annotations
@@ -35,14 +35,13 @@ _DAMAGED = (
 
 
 class _OddError(ValueError):
-    """Something in the header that no writer would write; ``parse`` adds the file's name."""
+    """A problem of the header; ``parse`` adds the file's name."""
 
 
 def parse(reader: RangeReader) -> Header:
-    """Read and check the header; the tensors come in the order of their bytes, empty ones in header order.
+    """Read and check the header; tensors are in the order of their offsets, empty ones in header order.
 
-    Raises CorruptFileError when the header is not exactly what the format allows, or when it and the size of the
-    file disagree.
+    Raises CorruptFileError if the header violates the format in any way, or does not match the size of the file.
     """
     length = _header_length(reader)
     raw = read_range(reader, 8, length)
@@ -62,9 +61,9 @@ def parse(reader: RangeReader) -> Header:
 
 
 def parse_leniently(reader: RangeReader) -> tuple[Header | None, list[str]]:
-    """What ``parse`` returns, as far as a damaged file has it, and everything that is wrong with the file, in words.
+    """As ``parse``, for a damaged file: the header as far as it is readable, and a message for every problem.
 
-    Tensors of the header may then lie where the file has no bytes. Without a header that can be read it is None.
+    Tensors may then be beyond the end of the file. The header is None if it cannot be read at all.
     """
     try:
         length = _header_length(reader)
@@ -109,11 +108,11 @@ def parse_leniently(reader: RangeReader) -> tuple[Header | None, list[str]]:
 def build(
     tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str], *, alignment: int = 8
 ) -> FileLayout:
-    """Lay out a file that holds ``tensors`` (key, dtype, shape) in the order given.
+    """Lay out a file that holds ``tensors`` (key, dtype, shape) in the given order.
 
     The header is the one that the safetensors library writes for tensors in ``library_order``: compact JSON, padded
-    with spaces so that the tensors start at a multiple of ``alignment`` bytes (the library's is 8). Raises
-    KeyMismatchError for a key given twice, UsageError for what the format cannot express.
+    with spaces so that the tensors start at a multiple of ``alignment`` bytes (8 in the library). Raises
+    KeyMismatchError for a duplicate key, UsageError for what the format cannot express.
     """
     _check_keys([key for key, _, _ in tensors])
     document: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -147,7 +146,7 @@ def build(
 def library_order(
     tensors: Iterable[tuple[str, str, tuple[int, ...]]],
 ) -> list[tuple[str, str, tuple[int, ...]]]:
-    """Sort (key, dtype, shape) as the safetensors library does before it writes: by dtype, wide ones first, then key.
+    """Sort (key, dtype, shape) as the safetensors library does when it writes: by dtype, then by key.
 
     The order of the dtypes is that of safetensors 0.8.
     """
@@ -187,7 +186,7 @@ def _decode(raw: bytes) -> tuple[dict[str, str], dict[str, Any]]:
         raise _OddError(f"the header should start with '{{', but starts with {raw[:16]!r}")
     try:
         text = raw.decode("utf-8")
-        entries = _usual(text) or json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
+        entries = _decode_fast(text) or json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
     except _OddError:
         raise
     except UnicodeDecodeError as error:
@@ -201,13 +200,13 @@ def _decode(raw: bytes) -> tuple[dict[str, str], dict[str, Any]]:
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or any(not isinstance(value, str) for value in metadata.values()):
         raise _OddError("__metadata__ should map strings to strings, but it does not")
-    if b"\\u" in raw:  # only an escape can bring in half a surrogate pair, which no UTF-8 can hold
+    if b"\\u" in raw:  # only an escape can encode half a surrogate pair, which is not valid Unicode
         _check_unicode([*entries, *metadata, *metadata.values()])
     return metadata, entries
 
 
-def _usual(text: str) -> dict[str, Any] | None:
-    """What ``_object`` makes of a header, in half the time; None of one that may be odd, or has colons in its names."""
+def _decode_fast(text: str) -> dict[str, Any] | None:
+    """Decode a header as ``_object`` does, in half the time; None if it may be malformed, or has colons in strings."""
     try:
         found = json.loads(text, parse_constant=_no_constant)
         metadata = found.pop("__metadata__", None)
@@ -216,14 +215,14 @@ def _usual(text: str) -> dict[str, Any] | None:
         return None
     if set(map(type, chain(shapes, spans))) != {list} or not (metadata is None or isinstance(metadata, dict)):
         return None
-    # A colon stands behind a key or within a string. Where there are no more of them than keys that came out, no key
-    # stood there twice, and no entry has a fourth field.
+    # Colons follow keys, or are within strings. If there are only as many as there are keys, no key was duplicated and
+    # no entry has a fourth field.
     if text.count(":") != 4 * len(found) + (1 + len(metadata) if metadata is not None else 0):
         return None
     entries = zip(dtypes, map(tuple, shapes), map(tuple, spans), strict=True)
-    usual: dict[str, Any] = dict(zip(found, entries, strict=True))
-    usual["__metadata__"] = metadata or {}
-    return usual
+    decoded: dict[str, Any] = dict(zip(found, entries, strict=True))
+    decoded["__metadata__"] = metadata or {}
+    return decoded
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | _Entry:
@@ -232,7 +231,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | _Entry:
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         raise _OddError(f"the key {twice!r} should stand in the header once, but it stands there twice")
     if found.keys() == set(_FIELDS) and isinstance(found["shape"], list) and isinstance(found["data_offsets"], list):
-        # Tuples of plain values cost the garbage collector nothing: with 100,000 tensors that halves the time.
+        # The garbage collector does not track tuples of plain values: with 100,000 tensors that halves the time.
         return found["dtype"], tuple(found["shape"]), tuple(found["data_offsets"])
     return found
 
@@ -253,7 +252,7 @@ def _tensors(entries: dict[str, Any], start: int) -> list[StoredTensor]:
     _check_entries(entries)
     position = 0
     tensors = []
-    kinds: dict[tuple[str, tuple[int, ...]], tuple[str, tuple[int, ...]]] = {}  # few are different: kept once each
+    kinds: dict[tuple[str, tuple[int, ...]], tuple[str, tuple[int, ...]]] = {}  # few differ: shared
     # The sort is stable: empty tensors stay in header order.
     for key, (dtype, shape, (begin, end)) in sorted(entries.items(), key=lambda item: item[1][2]):
         if begin != position:
@@ -265,7 +264,7 @@ def _tensors(entries: dict[str, Any], start: int) -> list[StoredTensor]:
 
 
 def _check_entries(entries: dict[str, Any]) -> None:
-    """``_check_entry`` of every entry; those of a dtype and shape that were seen before only have to span as much."""
+    """``_check_entry`` for every entry, shortened for those of a known dtype and shape with the same span."""
     if not _are_plain(entries.values()):
         for key, entry in entries.items():
             _check_entry(key, entry)
@@ -279,9 +278,9 @@ def _check_entries(entries: dict[str, Any]) -> None:
 
 
 def _are_plain(entries: Collection[Any]) -> bool:
-    """Whether these are entries of a string, integers, and two more: then equal ones are equal to every check.
+    """Whether all entries have the right types, so that equal entries pass the same checks.
 
-    JSON's true and 1.0 are an int's equals in Python.
+    In Python, JSON's true and 1.0 equal the integer 1.
     """
     if set(map(type, entries)) - {tuple}:
         return False
@@ -312,5 +311,5 @@ def _check_entry(key: str, entry: Any) -> None:
 
 
 def _sizes(values: tuple[Any, ...]) -> bool:
-    # JSON's true and 1.0 are an int's equals in Python, so only the exact type will do.
+    # In Python, JSON's true and 1.0 equal the integer 1, so compare the exact type.
     return not values or (set(map(type, values)) == {int} and 0 <= min(values) <= max(values) < 2**63)

@@ -1,4 +1,4 @@
-"""torch.distributed.checkpoint's directories, and what their files are called."""
+"""torch.distributed.checkpoint's (DCP's) directories, and the names of their files."""
 
 import re
 
@@ -8,5 +8,5 @@ INDEX_OF_RANK = re.compile(r"__(\d+)\.metadata")
 
 
 def is_dcp_index(name: str) -> bool:
-    """Whether a file of this name is the metadata, or a rank's."""
+    """Whether a file of this name is the metadata of all ranks or of one."""
     return name == DCP_INDEX or INDEX_OF_RANK.fullmatch(name) is not None

@@ -1,9 +1,8 @@
-"""torch.distributed.checkpoint's directories: ``.metadata`` says which piece of which tensor lies where.
+"""Reads torch.distributed.checkpoint's directories: ``.metadata`` maps each piece of a tensor to a file and offset.
 
-``.metadata`` is a pickle of torch.distributed.checkpoint.metadata.Metadata, and is read by our own interpreter: torch
-is neither imported nor asked. Each piece in a ``.distcp`` file is a small torch.save archive of its own, or the file
-is one safetensors file. Where in its archive a piece's bytes lie is looked up when they are read, not before: a
-listing opens ``.metadata`` alone.
+``.metadata`` is a pickle of torch.distributed.checkpoint.metadata.Metadata, and is read by our own interpreter, without
+torch. Each piece in a ``.distcp`` file is a small torch.save archive, or the file is one safetensors file. The offset
+of a piece's bytes in its archive is looked up when they are read: listing the tensors opens only ``.metadata``.
 """
 
 from __future__ import annotations
@@ -40,22 +39,22 @@ class DcpFile:
 
 
 def is_dcp_directory(directory: Place) -> bool:
-    """Say whether a directory looks like one that torch.distributed.checkpoint wrote."""
+    """Whether a directory looks like one that torch.distributed.checkpoint wrote."""
     return bool(_metadata_files(directory)) or any(entry.name.endswith(DCP_SUFFIX) for entry in directory.children())
 
 
 def read_dcp_directory(directory: Place) -> tuple[list[DcpFile], list[tuple[str, str]]]:
-    """The files with their headers, and what is worth saying of the whole as (label, text).
+    """The files with their headers, and facts about the directory as (label, text).
 
-    A piece's ``offset`` is that of its record, and refers to the reader that comes with it; no file but the metadata
-    is read (safetensors ones: their headers). Raises CheckpointNotFoundError when the metadata or a file that it names
-    is missing, CorruptFileError when it is malformed, when pieces do not make up their tensor, or a file is too short,
-    and UnsafeFileError for a file name that leaves the directory.
+    A piece's ``offset`` is that of its record, and refers to the file's ``reader``; only the metadata is read (and the
+    headers of safetensors files). Raises CheckpointNotFoundError if the metadata or a file that it names is missing,
+    CorruptFileError if it is malformed, if pieces do not cover their tensor exactly, or if a file is too short, and
+    UnsafeFileError for a file name that leaves the directory.
     """
     names = _metadata_files(directory)
     if not names:
         raise CheckpointNotFoundError(
-            f"{directory}: has {DCP_SUFFIX} files but no {DCP_INDEX}, which is written last and says what lies where; "
+            f"{directory}: has {DCP_SUFFIX} files but no {DCP_INDEX}, which is written last and locates the tensors; "
             "the save was cut short, or the file was not copied (its name starts with a dot)"
         )
     said = str(directory / names[0])
@@ -82,7 +81,7 @@ def read_dcp_directory(directory: Place) -> tuple[list[DcpFile], list[tuple[str,
 
 
 def _metadata_files(directory: Place) -> list[str]:
-    """The one file for all ranks, or one for each where they were saved without talking to each other."""
+    """The metadata file of all ranks, or one for each rank if they saved without coordination (``no_dist``)."""
     if (directory / DCP_INDEX).is_regular_file():
         return [DCP_INDEX]
     ranks = {int(m[1]): entry.name for entry in directory.children() if (m := INDEX_OF_RANK.fullmatch(entry.name))}
@@ -135,7 +134,7 @@ def _check_records(path: Place, pieces: Sequence[tuple[StoredTensor, Extent]]) -
 
 @dataclass(frozen=True)
 class _Part:
-    """One of the files, as it was when the metadata was read; open only now and then, for there may be thousands."""
+    """One of the files with its identity; opened on demand, for there may be thousands."""
 
     place: Place
     identity: Entry
@@ -146,7 +145,7 @@ class _Part:
 
 
 def _in_safetensors(part: _Part, pieces: Sequence[StoredTensor]) -> tuple[StoredTensor, ...]:
-    """The pieces with their true offsets: the metadata says where in the file the one safetensors file starts."""
+    """The pieces with their true offsets; in the metadata, all have the offset at which the safetensors file starts."""
     with part.open() as file:
         start = pieces[0].offset
         header = safetensors.parse(_Slice(file, start, file.size - start))
@@ -165,7 +164,7 @@ def _in_safetensors(part: _Part, pieces: Sequence[StoredTensor]) -> tuple[Stored
 
 @dataclass(frozen=True, slots=True)
 class _Slice:
-    """A part of a file as a file of its own."""
+    """A range of a file, read as a file of its own."""
 
     file: RangeReader
     start: int
@@ -181,7 +180,7 @@ class _Slice:
 
 @dataclass(frozen=True)
 class _Reopened:
-    """A file that is read as it is."""
+    """A file that is reopened on demand."""
 
     part: _Part
 
@@ -203,7 +202,7 @@ class _Reopened:
 
 @dataclass(frozen=True)
 class _Unreadable:
-    """A file whose records are more than tensors in archives: what it holds can be listed, but not read."""
+    """A file whose records are compressed or of an unknown dtype: its tensors can be listed, but not read."""
 
     place: Place
     size: int
@@ -222,9 +221,9 @@ class _Unreadable:
 
 
 class _Records:
-    """A file of archives, read as if each piece's bytes, dense, lay where its archive starts.
+    """A file of archives, read as if each piece's dense bytes were at the start of its archive.
 
-    They take fewer bytes than the archive around them, so no two pieces meet.
+    They are smaller than the archive around them, so pieces do not overlap.
     """
 
     def __init__(self, part: _Part, pieces: Sequence[tuple[StoredTensor, Extent]]) -> None:
@@ -258,7 +257,7 @@ class _Records:
         self._part.pool.close()
 
     def located(self, header: Header) -> Header:
-        """The header with every piece where its bytes really lie."""
+        """The header with the true offsets and strides of the pieces."""
         with self._part.open() as file:
             held = [self._at(number, file) for number in range(len(self._pieces))]
         tensors = [
@@ -269,9 +268,9 @@ class _Records:
 
 
 def resolve_offsets(file: DcpFile) -> Header | None:
-    """The header with the true offsets of the tensors' bytes in the file, which is read for it; None if it cannot be.
+    """The header with the true offsets of the tensors' bytes, looked up in the file; None if it cannot be read.
 
-    Raises CorruptFileError where an archive is not what the metadata says.
+    Raises CorruptFileError if an archive does not match the metadata.
     """
     if isinstance(file.reader, _Reopened):
         return file.header
@@ -279,7 +278,7 @@ def resolve_offsets(file: DcpFile) -> Header | None:
 
 
 def _held(file: RangeReader, stored: StoredTensor, place: Extent) -> StoredTensor:
-    """Read a record's archive as far as it says where the piece's bytes lie."""
+    """Look up the offset of a piece's bytes in its archive."""
     header = torchzip.parse(_Slice(file, place.offset, place.length))
     (held, *others) = header.tensors or (None,)
     if held is None or others or (held.dtype, held.shape) != (stored.dtype, stored.shape):
@@ -292,7 +291,7 @@ def _held(file: RangeReader, stored: StoredTensor, place: Extent) -> StoredTenso
 
 
 def _gather(file: DcpFile, held: StoredTensor, start: int, buffer: memoryview) -> None:
-    """Bytes from ``start`` on of what a tensor that is stored in another order would be as a dense one."""
+    """Read bytes from ``start`` on of a strided tensor as if it were dense."""
     import numpy as np
 
     from ckpt_convert.tensors.gather import StridedReader
@@ -320,6 +319,6 @@ def _facts(metadata: DcpMetadata, names: Sequence[str], files: Sequence[DcpFile]
 
 
 def _natural(name: str) -> list[Any]:
-    # Numbers by their digits: a name may have thousands of them.
+    # Numbers are compared as strings of digits: a name may have thousands of them.
     parts = [part for part in re.split(r"(\d+)", name) if part]
     return [(0, len(part.lstrip("0")), part.lstrip("0")) if part.isdecimal() else (1, 0, part) for part in parts]

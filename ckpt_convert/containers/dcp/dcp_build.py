@@ -1,6 +1,6 @@
-"""Laying out torch.distributed.checkpoint's directories: every piece an archive of its own, and ``.metadata`` for all.
+"""Lays out torch.distributed.checkpoint's directories: one archive for each tensor, and ``.metadata`` for all.
 
-The pieces are laid out as torch's own writer does it, and ``.metadata`` says what torch's own planner makes of them.
+Archives are laid out as torch's writer does, and ``.metadata`` is what torch's planner produces for them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Spec = tuple[str, str, tuple[int, ...]]
 
 
 def build(tensors: Sequence[Spec]) -> FileLayout:
-    """Lay out one ``.distcp`` file that holds these tensors (key, dtype, shape) whole, one after another.
+    """Lay out a ``.distcp`` file with these whole tensors (key, dtype, shape), one after another.
 
     Raises UsageError for a dtype that torch does not have.
     """
@@ -44,7 +44,7 @@ def build_metadata(files: Sequence[tuple[str, FileLayout]]) -> bytes:
 
 
 def _placed(files: Sequence[tuple[str, FileLayout]]) -> Iterator[PlacedTensor]:
-    """Every tensor with the place of its archive."""
+    """Every tensor with the file, offset and length of its archive."""
     for name, layout in files:
         position = 0
         for tensor in layout.header.tensors:
@@ -56,12 +56,12 @@ def _placed(files: Sequence[tuple[str, FileLayout]]) -> Iterator[PlacedTensor]:
 
 @lru_cache(maxsize=1 << 10)
 def _archive(dtype: str, shape: tuple[int, ...]) -> FileLayout:
-    """The archive of one tensor; a model has many of one dtype and shape."""
+    """The archive of one tensor; cached, as a model has many of one dtype and shape."""
     return torchzip_build.build_one(dtype, shape)
 
 
 def _add(literals: list[tuple[int, bytes]], offset: int, data: bytes) -> None:
-    """Add bytes, joined with the last ones where they touch."""
+    """Append a range, merged with the last one if they are adjacent."""
     if literals and literals[-1][0] + len(literals[-1][1]) == offset:
         offset, data = literals[-1][0], literals.pop()[1] + data
     literals.append((offset, data))

@@ -1,4 +1,4 @@
-"""Writing ``.metadata`` of torch.distributed.checkpoint without torch: which tensor lies where in which file.
+"""Writes ``.metadata`` of torch.distributed.checkpoint without torch: the file and offset of each tensor.
 
 The objects are those that torch 2.13's ``DefaultSavePlanner`` makes for a dict of whole tensors
 (``create_default_global_save_plan`` in torch/distributed/checkpoint/default_planner.py), and the bytes those that
@@ -26,7 +26,7 @@ _DTYPES = {name: Global("torch", dtype.torch) for name, dtype in DTYPES.items()}
 
 
 class PlacedTensor(NamedTuple):
-    """A whole tensor, its shape as torch counts, and the record that holds it: ``length`` bytes at ``offset``."""
+    """A whole tensor, its shape as torch counts, and its record: ``length`` bytes at ``offset`` of ``file``."""
 
     key: str
     dtype: str
@@ -51,7 +51,7 @@ def render_metadata(tensors: Sequence[PlacedTensor]) -> bytes:
 
 
 def _described(tensor: PlacedTensor) -> Instance:
-    """Its dtype, its shape, and the one chunk that all of it is."""
+    """TensorStorageMetadata: dtype, shape, and a single chunk."""
     properties = (_DTYPES[tensor.dtype], _STRIDED, False, _CONTIGUOUS, False)
     chunk = {"offsets": _size(_origin(tensor)), "sizes": _size(tensor.shape)}
     return Instance(

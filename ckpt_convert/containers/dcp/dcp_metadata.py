@@ -1,4 +1,4 @@
-"""What the metadata of torch.distributed.checkpoint says, checked: tensors, their pieces, and where those were written.
+"""Reads and checks the metadata of torch.distributed.checkpoint: tensors, their pieces, and the records of those.
 
 Field names are those of torch 2.13 (torch/distributed/checkpoint/metadata.py and filesystem.py).
 """
@@ -24,14 +24,14 @@ _MAX_METADATA = 1 << 29
 _MAX_BYTES = 1 << 63
 _MAX_DIMS = 64
 _MAX_CUT = 8
-"""Axes that a tensor is cut across: of a mesh of devices, each axis cuts one."""
+"""Axes along which a tensor may be split: each dimension of a device mesh splits one."""
 
 Sizes = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """Where a piece, or an object, was written: a record of ``length`` bytes at ``offset``."""
+    """The record of a piece or an object: ``length`` bytes at ``offset`` of ``file``."""
 
     file: str
     offset: int
@@ -41,7 +41,7 @@ class Extent:
 
 @dataclass(frozen=True, slots=True)
 class DcpTensor:
-    """A tensor's dtype and full shape, and its pieces: origin → (sizes, place)."""
+    """A tensor's dtype and full shape, and its pieces: origin → (sizes, record)."""
 
     dtype: str
     shape: Sizes
@@ -50,7 +50,7 @@ class DcpTensor:
 
 @dataclass(frozen=True)
 class DcpMetadata:
-    """What the metadata says: the tensors, and the keys of all else, with their places."""
+    """The content of the metadata: tensors, and the records of other objects by key."""
 
     tensors: dict[str, DcpTensor]
     objects: dict[str, Extent | None]
@@ -59,7 +59,7 @@ class DcpMetadata:
 
 
 def load_metadata(path: Place) -> DcpMetadata:
-    """Read one metadata file; raises CorruptFileError when it does not say what torch's does."""
+    """Read one metadata file; raises CorruptFileError if it is malformed."""
     with path.open() as file:
         if file.size > _MAX_METADATA:
             raise CorruptFileError(
@@ -75,7 +75,7 @@ def load_metadata(path: Place) -> DcpMetadata:
 
 
 class _OddError(ValueError):
-    """Something that no writer of metadata would write; ``load_metadata`` adds the file's name."""
+    """A problem of the metadata; ``load_metadata`` adds the file's name."""
 
 
 def _metadata(loaded: torchpickle.LoadedPickle) -> DcpMetadata:
@@ -113,7 +113,7 @@ def _tensor(key: str, entry: Mapping[str, Any], places: Mapping[tuple[str, Sizes
         if place is None:
             raise _OddError(f"{key!r} should have its chunk at {list(origin)} in some file, but storage_data has none")
         boxes[origin] = (sizes, place)
-    if dtype == "F4":  # torch counts pairs of 4-bit numbers, safetensors the numbers themselves
+    if dtype == "F4":  # torch counts pairs of 4-bit values, safetensors the values themselves
         shape, boxes = _double(shape), {_double(at): (_double(sizes), place) for at, (sizes, place) in boxes.items()}
     if prod(shape) * (DTYPES[dtype].bits if dtype in DTYPES else 8) >= _MAX_BYTES:
         raise _OddError(f"{key!r} of shape {list(shape)} is larger than anything")
@@ -174,7 +174,7 @@ def _is_size(value: object) -> TypeGuard[int]:
 
 
 def merge_metadata(found: Sequence[DcpMetadata], what: str) -> DcpMetadata:
-    """The metadata of all ranks as one; of what several of them hold, the first one's is taken."""
+    """Merge the metadata of all ranks; of replicas, the first is used."""
     first, *rest = found
     for other in rest:
         for key, tensor in other.tensors.items():
@@ -193,7 +193,7 @@ def merge_metadata(found: Sequence[DcpMetadata], what: str) -> DcpMetadata:
 
 
 def check_cover(what: str, tensor: DcpTensor) -> None:
-    """Raise CorruptFileError for pieces that do not make up their tensor, each element once."""
+    """Raise CorruptFileError unless the pieces cover their tensor exactly, each element once."""
     shape = tensor.shape
     boxes = [(origin, sizes) for origin, (sizes, _) in tensor.pieces.items()]
     for origin, sizes in boxes:

@@ -1,8 +1,8 @@
-"""Writing pickles byte by byte as CPython's own pickler does, of objects whose classes need not be there.
+"""Writes pickles byte for byte as CPython's pickler does, of objects whose classes need not be installed.
 
-The pickler follows protocols 2 and 4 as ``Modules/_pickle.c`` of CPython 3.11 writes them: which objects get a number
-in the memo, in which order, and where a frame ends. That tells objects apart by identity. Here, strings of one value
-are one object, ``Text`` is for those that are not, and what has no other way of being one is written anew each time.
+Follows protocols 2 and 4 as in ``Modules/_pickle.c`` of CPython 3.11: which objects are memoized, in which order, and
+where a frame ends. CPython memoizes by identity. Here, equal strings are one object unless they are ``Text``, and
+values without an identity of their own are written out each time.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 _FRAME = 64 << 10
-"""A frame ends before the first object at which it has this many bytes; a text as long is in no frame."""
+"""A frame ends before the object at which it reaches this many bytes; a string of this length is in no frame."""
 
 _SMALLEST_FRAME = 4
 _TUPLES = (pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3)
 _BATCH = 1000
-"""Items of a list or a dict that are put into it at once."""
+"""Items per APPENDS or SETITEMS."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Text:
-    """A string that is one object wherever it stands, but never another string of the same value."""
+    """A string with an identity: memoized as one object, distinct from equal strings."""
 
     value: str
 
@@ -42,41 +42,41 @@ class Global:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Constant:
-    """What a function returns for some arguments; one object wherever it stands."""
+    """The result of a call, memoized as one object wherever it is used."""
 
     function: Global
     arguments: tuple[Any, ...]
 
 
 class Call(NamedTuple):
-    """What a function returns for some arguments; an object of its own wherever it stands."""
+    """The result of a call, a new object at every use."""
 
     function: Global
     arguments: tuple[Any, ...]
 
 
 class Instance(NamedTuple):
-    """An object of a class without arguments, and its state: its attributes, or what its ``__setstate__`` takes."""
+    """An object of a class without constructor arguments, and its state: attributes, or for ``__setstate__``."""
 
     kind: Global
     state: Any
 
 
 class Persistent(NamedTuple):
-    """An object that is not in the pickle, but found by this."""
+    """A persistent id, for an object that is stored outside the pickle."""
 
     id: Any
 
 
 class Items(NamedTuple):
-    """A dict of ``size`` items, which are made while it is written."""
+    """A dict of ``size`` items, which are generated while it is written."""
 
     size: int
     pairs: Iterable[tuple[Any, Any]]
 
 
 def dumps(value: object, protocol: Literal[2, 4] = 4) -> bytes:
-    """The pickle of None, booleans, whole numbers from 0, strings, tuples, lists, dicts, and of the classes above.
+    """The pickle of None, booleans, non-negative integers, strings, tuples, lists, dicts, and the classes above.
 
     Raises TypeError for anything else.
     """
@@ -120,7 +120,7 @@ class _Writer:
         self._count += 1
 
     def _is_known(self, value: object) -> bool:
-        """Refer to what was written before."""
+        """Write a reference to a memoized object."""
         index = self._memo.get(value)
         if index is None:
             return False
@@ -225,7 +225,9 @@ class _Writer:
                 self._frame += pickle.SETITEMS + pickle.MARK if number else pickle.MARK
             self.save(key)
             self.save(item)
-        if value.size > 1 and value.size % _BATCH == 0:  # a dict's full batch is followed by another, be it empty
+        if (
+            value.size > 1 and value.size % _BATCH == 0
+        ):  # CPython follows a full batch of a dict by another, even if that is empty
             self._frame += pickle.SETITEMS + pickle.MARK
         if value.size:
             self._frame += pickle.SETITEMS if value.size > 1 else pickle.SETITEM
@@ -260,5 +262,5 @@ def _whole_number(value: int) -> bytes:
         return pickle.BININT2 + struct.pack("<H", value)
     if value < 1 << 31:
         return pickle.BININT + struct.pack("<i", value)
-    size = value.bit_length() // 8 + 1  # with room for the sign
+    size = value.bit_length() // 8 + 1  # including the sign bit
     return pickle.LONG1 + bytes((size,)) + value.to_bytes(size, "little")

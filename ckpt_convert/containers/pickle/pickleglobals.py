@@ -1,7 +1,7 @@
-"""What a pickle may name: the globals that rebuild tensors, and those that hold plain data, none of which is resolved.
+"""The globals that a pickle may name: those that rebuild tensors, and those of plain data. None is ever imported.
 
-Every name on these lists stands for something of our own. A name that is on neither list is *foreign*: it is refused,
-or, where the file is only looked at, stands for an object of which nothing is known but its name and its parts.
+Every name on these lists maps to a placeholder of ours. Any other name is *foreign*: it is refused or, if the file is
+only inspected, becomes an object of which only its name and its parts are known.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ _MOST_BITS = 1024
 
 
 class MalformedError(ValueError):
-    """The pickle is not one that a writer of checkpoints makes; ``torchpickle.load_pickle`` adds the file's name."""
+    """A malformed pickle; ``torchpickle.load_pickle`` adds the file's name."""
 
 
 class PickledStorage(NamedTuple):
-    """A reference to the member ``data/<key>``: ``numel`` elements of ``dtype`` (bytes where it is untyped)."""
+    """A reference to the member ``data/<key>``: ``numel`` elements of ``dtype`` (bytes if it is untyped)."""
 
     key: str
     dtype: str
@@ -37,7 +37,7 @@ class PickledStorage(NamedTuple):
 
 
 class PickledTensor(NamedTuple):
-    """A view of a storage; offset, shape and strides in elements, as the pickle says them: unchecked but for type."""
+    """A view of a storage; offset, shape and strides in elements. Only their types are checked here."""
 
     storage: PickledStorage
     dtype: str
@@ -47,25 +47,25 @@ class PickledTensor(NamedTuple):
 
 
 class Other(NamedTuple):
-    """A value that is no tensor and holds none; ``kind`` is the name of its type."""
+    """A value without tensors; ``kind`` is the name of its type."""
 
     kind: str
 
 
 class Size(tuple[int, ...]):
-    """Stands for torch.Size."""
+    """Placeholder for torch.Size."""
 
     kind = "Size"
 
 
 class OrderedDict(dict[Any, Any]):
-    """Stands for every kind of dict; the attributes that a pickle gives it (``_metadata``) are not kept."""
+    """Placeholder for all kinds of dicts; attributes that a pickle sets (``_metadata``) are dropped."""
 
     __slots__ = ()
 
 
 class ForeignObject:
-    """An object of a class that is on no list: its name, and the parts that the pickle gives it. Hashed by identity."""
+    """An object of a foreign class: the class name, and the parts that the pickle gives it. Hashed by identity."""
 
     __slots__ = ("arguments", "items", "members", "name", "state")
 
@@ -82,9 +82,9 @@ class ForeignObject:
 
     @property
     def attributes(self) -> Mapping[Any, Any]:
-        """The state as a dict, also where it is one of a pair with the slots'; empty where it is something else.
+        """The state as a dict, also if it is a pair with that of slots; empty if it is something else.
 
-        Never a copy: a pickle may give one dict to a million objects.
+        Never a copy: a pickle may share one dict among a million objects.
         """
         states = self.state if isinstance(self.state, tuple) and len(self.state) == 2 else (self.state,)
         found = [state for state in states if isinstance(state, dict)]
@@ -92,7 +92,7 @@ class ForeignObject:
 
 
 class Global(NamedTuple):
-    """A class or function that the pickle names; ``foreign`` where it is on no list."""
+    """A class or function that the pickle names; ``foreign`` if it is not on the allow-list."""
 
     name: str
     foreign: bool = False
@@ -100,21 +100,21 @@ class Global(NamedTuple):
 
 
 class StorageType(NamedTuple):
-    """A class of storages, such as torch.FloatStorage."""
+    """A storage class, such as torch.FloatStorage."""
 
     dtype: str
     kind: str
 
 
 class DTypeName(NamedTuple):
-    """A dtype of torch's, under safetensors' name."""
+    """A torch dtype, by its safetensors name."""
 
     name: str
     kind: str = "dtype"
 
 
 def integer(value: object) -> int:
-    """A size, an offset or a stride; of no more bits than can be counted with, and said in a message, at no cost."""
+    """Check a size, an offset or a stride; the limit keeps arithmetic and messages cheap."""
     if type(value) is not int:
         raise MalformedError(f"expected an integer, found {type(value).__name__}")
     if value.bit_length() > _MOST_BITS:
@@ -145,8 +145,8 @@ def _tensor_v3(storage: Any, offset: Any, shape: Any, strides: Any, grad: Any, h
 
 
 def _refuse_lazy(metadata: object) -> None:
-    """Conjugation and negation may be flags on a view: the stored bytes are then not the tensor's values."""
-    if isinstance(metadata, dict) and len(metadata) > _MOST_FLAGS:  # a million tensors may share it
+    """Refuse tensors with lazy conjugation or negation: their values are not the stored bytes."""
+    if isinstance(metadata, dict) and len(metadata) > _MOST_FLAGS:  # it may be shared by a million tensors
         raise MalformedError(f"a tensor's metadata should be a few flags, not {len(metadata)}")
     if isinstance(metadata, dict) and any(value is not False for value in metadata.values()):
         raise InputError(
@@ -164,7 +164,7 @@ def _parameter(tensor: Any, requires_grad: Any, hooks: Any, state: Any = None) -
 
 
 def _typed(function: Any, kind: Any, arguments: Any, state: Any) -> object:
-    """A tensor of a class of its own; its attributes are not kept, as those of a dict are not."""
+    """A tensor of a subclass; its attributes are dropped, as those of a dict are."""
     if not isinstance(function, Global) or not isinstance(kind, Global) or type(arguments) is not tuple:
         raise MalformedError("a tensor of a class should be rebuilt by a function from arguments")
     made = call_global(function, arguments)
@@ -181,7 +181,7 @@ def _reconstructed(kind: Any, *rest: Any) -> object:
 
 
 def _dict(*values: Any) -> object:
-    """A dict that holds what it was given at once, or nothing yet: the rest are factories of defaults."""
+    """A dict with the given initial content, or empty; other arguments are default factories."""
     return values[-1] if values and isinstance(values[-1], dict) else OrderedDict()
 
 
@@ -190,7 +190,7 @@ def _ordered_dict() -> object:
 
 
 def _list(*values: Any) -> object:
-    # Never a copy: a pickle may name one list a million times.
+    # Never a copy: a pickle may use one list a million times.
     return values[0] if values and isinstance(values[0], list | tuple) and values[0] else []
 
 
@@ -211,7 +211,7 @@ _CALLS: dict[str, Callable[..., object]] = {
     "collections.defaultdict": _dict,
     "collections.Counter": _dict,
     "collections.deque": _list,
-    # pickle's protocol 2 writes the names of Python 2
+    # protocol 2 writes Python 2's names
     **{f"{module}.dict": _dict for module in ("builtins", "__builtin__")},
     **{f"{m}.{name}": _list for m in ("builtins", "__builtin__") for name in ("list", "set", "frozenset", "tuple")},
 }
@@ -219,7 +219,7 @@ _PLAIN_NAMES = {
     "torch": ("device", "Tensor", "nn.parameter.Parameter", "nn.parameter.Buffer", "serialization._get_layout"),
     "torch.torch_version": ("TorchVersion",),
     "_codecs": ("encode",),
-    "_io": ("BytesIO",),  # what Transformer Engine's modules keep beside their weights, in Llama 4's files
+    "_io": ("BytesIO",),  # extra state of Transformer Engine's modules, in Llama 4's files
     "types": ("SimpleNamespace",),
     "argparse": ("Namespace",),
     "decimal": ("Decimal",),
@@ -255,13 +255,13 @@ _KINDS = {"encode": "bytes", "_reconstruct": "ndarray", "_frombuffer": "ndarray"
 
 
 def find_global(name: str) -> object | None:
-    """What a name on the lists stands for; None for any other."""
+    """The placeholder for a global on the allow-list; None for any other."""
     found = _VALUES.get(name)
     return Global(name) if found is None and name.startswith("numpy.dtypes.") and name.count(".") == 2 else found
 
 
 def call_global(function: Global, arguments: tuple[Any, ...]) -> object:
-    """What calling a global with these arguments stands for; raises TypeError where it cannot be called with them."""
+    """The placeholder for the result of calling a global; raises TypeError for wrong arguments."""
     if function.foreign:
         return ForeignObject(function.name, arguments)
     call = _CALLS.get(function.name)

@@ -1,10 +1,10 @@
-"""The pickles inside torch's files, read without torch and without running anything.
+"""Reads the pickles in torch's files without torch and without executing anything.
 
-This is an interpreter of its own for the opcodes of pickle's protocols 2 to 5, not a subclass of pickle's Unpickler:
-there, what BUILD and REDUCE do is up to the objects on the stack, one opcode can claim gigabytes for the memo, and
-hashing a deeply nested key can exhaust the C stack. Here every opcode, global and kind of dict key is on a list,
-nothing is ever imported or called but our own stand-ins (``pickleglobals``), nothing recurses, and the work is linear
-in the number of bytes.
+This is our own interpreter for the opcodes of pickle protocols 2 to 5, not a subclass of pickle's Unpickler, in which
+the objects on the stack decide what BUILD and REDUCE do, one opcode can allocate gigabytes for the memo, and hashing a
+deeply nested key can exhaust the C stack. Here every opcode, global and type of dict key is on an allow-list, nothing
+is imported or called except our own placeholders (``pickleglobals``), nothing recurses, and the work is linear in the
+number of bytes.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ __all__ = ["ForeignObject", "LoadedPickle", "Other", "PickledStorage", "PickledT
 _MAX_KEY_PARTS = 64
 _MAX_ARGUMENTS = 1 << 10
 _MAX_NAME = 1 << 10
-"""What is copied wherever it is used has to be short: a pickle may use one thing a million times."""
+"""Limits on what is copied at each use: a pickle may use one object a million times."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedPickle:
-    """What a pickle holds, the names that it asks for although no list has them, and its storages by key."""
+    """The value of a pickle, the globals it names that are not on the allow-list, and its storages by key."""
 
     value: Any
     foreign: tuple[str, ...]
@@ -49,11 +49,11 @@ class LoadedPickle:
 
 
 def load_pickle(name: str, data: bytes, *, foreign: bool = False, part: str = "data.pkl") -> LoadedPickle:
-    """Read a pickle, with PickledTensor and PickledStorage for torch's.
+    """Read a pickle; torch's tensors and storages become PickledTensor and PickledStorage.
 
-    Objects of classes that are on no list are Foreign where ``foreign`` allows them; without it, a pickle that names
-    such a class raises UnsafeFileError, as does an opcode that goes past the names. Raises CorruptFileError when the
-    pickle is malformed; ``name`` is the file's, for the message, and ``part`` what the pickle is called in it.
+    With ``foreign``, objects of classes that are not on the allow-list become ForeignObject; without it, naming such a
+    class raises UnsafeFileError, as do opcodes that bypass names. Raises CorruptFileError if the pickle is malformed.
+    ``name`` and ``part`` are the names of the file, and of the pickle in it, in messages.
     """
     loaded, end = _load(_Machine(name, data, part, foreign))
     if end != len(data):
@@ -89,7 +89,7 @@ def _malformed(name: str, part: str, problem: str) -> CorruptFileError:
 
 
 def refusal_error(name: str, part: str, foreign: str, *more: str) -> UnsafeFileError:
-    """The error for a pickle that asks for objects of classes that are on no list."""
+    """The error for a pickle that names classes that are not on the allow-list."""
     asked = f"{foreign!r}" + (f" and {len(more)} others" if len(more) > 1 else f" and {more[0]!r}" if more else "")
     if SHARDED_TENSOR_CLASSES.intersection((foreign, *more)):
         return UnsafeFileError(
@@ -124,7 +124,7 @@ def _storage(reference: object) -> object:
         raise MalformedError("a storage is a part of another, as torch before 0.4 wrote them")
     if isinstance(kind, Global) and kind.foreign:
         return ForeignObject(kind.name)
-    # torch reads a key that is a number as well; litgpt writes such.
+    # torch also accepts an integer as key, which litgpt writes.
     if not isinstance(kind, StorageType) or not (isinstance(key, str) or type(key) is int):
         raise MalformedError("a storage should have a type and a key")
     if isinstance(key, str) and len(key) > _MAX_NAME:
@@ -133,7 +133,7 @@ def _storage(reference: object) -> object:
 
 
 def _key(value: object) -> object:
-    """Let only keys pass whose hash is cheap and whose text is plain."""
+    """Accept only dict keys that are cheap to hash and plain to print."""
     if _plain(value) or isinstance(value, ForeignObject):  # which is hashed by identity
         return value
     if type(value) is tuple and len(value) <= _MAX_KEY_PARTS and all(map(_plain, value)):
@@ -165,7 +165,7 @@ def _extend(target: object, items: list[object]) -> None:
 
 
 class _Machine:
-    """The state of a run: the stack, the stacks below each mark, and the memo."""
+    """The interpreter's state: the stack, the stacks below each mark, and the memo."""
 
     __slots__ = ("allowed", "data", "foreign", "marked", "memo", "name", "part", "position", "stack", "storages")
 
@@ -174,12 +174,12 @@ class _Machine:
         self.data = data
         self.part = part
         self.allowed = allowed
-        self.foreign: dict[str, None] = {}  # in the order in which they are asked for
+        self.foreign: dict[str, None] = {}  # in the order of their use
         self.position = position
         self.storages: dict[str, PickledStorage] = {}
         self.stack: list[Any] = []
         self.marked: list[list[Any]] = []
-        self.memo: dict[int, object] = {}  # a dict: an index out of the blue costs nothing
+        self.memo: dict[int, object] = {}  # a dict: an arbitrary index allocates nothing
 
     def take(self, size: int) -> bytes:
         end = self.position + size
@@ -332,7 +332,7 @@ def _run(machine: _Machine) -> object:
     data, memo, actions = machine.data, machine.memo, _BY_CODE
     while (code := data[machine.position]) != _STOP:
         machine.position += 1
-        # These few are most of what there is, and there may be millions.
+        # These opcodes are the most frequent, and there may be millions.
         if code == _MEMOIZE:
             memo[len(memo)] = machine.stack[-1]
             continue
@@ -390,7 +390,7 @@ def _fill_marked(machine: _Machine) -> None:
 def _discard(machine: _Machine) -> None:
     if machine.stack:
         machine.stack.pop()
-    else:  # what is above a mark was taken already: the mark itself goes
+    else:  # nothing is left above the mark, so POP discards the mark itself
         _forget(machine)
 
 

@@ -19,16 +19,16 @@ _MAX_BYTES = 1 << 63
 
 
 def is_zip(reader: RangeReader) -> bool:
-    """Say whether the file starts as a zip file does."""
+    """Whether the file starts with the magic number of a zip file."""
     return reader.size >= 4 and read_range(reader, 0, 4) in (b"PK\3\4", b"PK\5\6")
 
 
 def parse(reader: RangeReader, *, foreign: bool = False) -> Header:
-    """Read and check the header; the tensors come in the order of the pickle, nested keys joined with ".".
+    """Read and check the header; tensors are in the order of the pickle, nested keys joined with ".".
 
     Offsets are absolute, in bytes. ``checksummed`` has every member that the pickle refers to, in file order. Raises
-    CorruptFileError when archive, pickle and sizes disagree, UnsafeFileError when the pickle asks for more than
-    tensors and plain data; with ``foreign``, the header names what it asks for instead.
+    CorruptFileError if archive, pickle and sizes disagree, UnsafeFileError if the pickle needs more than tensors and
+    plain data; with ``foreign``, the header lists the classes that it names instead.
     """
     found = list_members(reader)
     root = _root(reader, found)
@@ -41,7 +41,7 @@ def parse(reader: RangeReader, *, foreign: bool = False) -> Header:
         )
     data = read_range(reader, record.offset, record.size)
     loaded = torchpickle.load_pickle(reader.name, data, foreign=foreign)
-    # Every value takes a byte at least, so whatever unfolds to more than that was folded to do harm.
+    # Every value takes at least a byte, so a pickle that expands to more values is malicious.
     tensors, objects = flatten(reader.name, loaded.value, PickledTensor, len(data))
     used: dict[str, Member] = {}
     stored = []
@@ -72,7 +72,7 @@ def _root(reader: RangeReader, found: dict[str, Member]) -> str:
 
 
 def _check_byteorder(reader: RangeReader, record: Member | None) -> None:
-    if record is None:  # torch before 2.1 did not say
+    if record is None:  # torch before 2.1 did not record it
         return
     order = read_range(reader, record.offset, min(record.size, 16))
     if order != b"little":
@@ -85,9 +85,7 @@ def _check_byteorder(reader: RangeReader, record: Member | None) -> None:
 def _member(reader: RangeReader, found: dict[str, Member], name: str, key: str, storage: PickledStorage) -> Member:
     member = found.get(name)
     if member is None:
-        raise CorruptFileError(
-            f"{reader.name}: {key!r} should lie in {name!r}, but there is no such member; copy again"
-        )
+        raise CorruptFileError(f"{reader.name}: {key!r} should be in {name!r}, but there is no such member; copy again")
     if storage.nbytes != member.size:
         raise CorruptFileError(
             f"{reader.name}: {key!r} has a storage of {storage.nbytes} bytes, but {name!r} has {member.size}; "
@@ -97,9 +95,9 @@ def _member(reader: RangeReader, found: dict[str, Member], name: str, key: str, 
 
 
 def view(reader: RangeReader, key: str, tensor: PickledTensor, start: int) -> StoredTensor:
-    """Check that a view lies within its storage, which starts at byte ``start``."""
+    """Check that a view is within its storage, which starts at byte ``start``."""
     storage, dtype, offset, shape, strides = tensor
-    # torch counts pairs of 4-bit numbers, safetensors the numbers themselves
+    # torch counts pairs of 4-bit values, safetensors the values themselves
     item = max(DTYPES[dtype].bits // 8, 1)
     last = offset
     count = 1

@@ -1,6 +1,6 @@
-"""Laying out a zip file of tensors exactly as torch.save does, without torch and before any tensor is there.
+"""Lays out a zip file of tensors exactly as torch.save does, without torch and without the tensors' bytes.
 
-What the layout copies is torch 2.13's: ``_save`` in torch/serialization.py for the records, PyTorchStreamWriter in
+Follows torch 2.13: ``_save`` in torch/serialization.py for the records, PyTorchStreamWriter in
 caffe2/serialize/inline_container.cc for their alignment, and its miniz for the zip structures.
 """
 
@@ -37,7 +37,7 @@ Spec = tuple[str, str, tuple[int, ...]]
 
 @dataclass(frozen=True, slots=True)
 class _Record:
-    """A member to be written: its bytes, or only their number when they are a tensor's."""
+    """A member to be written: its bytes, or only their number for a tensor."""
 
     name: str
     size: int
@@ -47,10 +47,10 @@ class _Record:
 def build(tensors: Sequence[Spec], *, root: str, alignment: int = 64) -> FileLayout:
     """Lay out the file that torch.save writes for a dict of ``tensors`` (key, dtype, shape), each contiguous.
 
-    ``root`` is the folder in the archive (torch takes the file's stem); ``alignment`` that of every member, in bytes.
-    The CRC-32 of the tensors are 0 until they are patched at the places in ``header.checksummed``. Two calls with the
-    same arguments give the same bytes: the serialization id, the only thing that differs from torch.save's, comes
-    from names and sizes. Raises KeyMismatchError for a key given twice, UsageError for what torch cannot express.
+    ``root`` is the folder in the archive (torch uses the file's stem), ``alignment`` that of every member in bytes. The
+    CRC-32 of the tensors are 0 until they are patched at the offsets in ``header.checksummed``. The result is
+    deterministic: the serialization id, the only difference from torch.save, is derived from names and sizes. Raises
+    KeyMismatchError for a duplicate key, UsageError for what torch cannot express.
     """
     _check(tensors, root, alignment)
     sizes = [nbytes(dtype, shape) for _, dtype, shape in tensors]
@@ -62,7 +62,7 @@ def build(tensors: Sequence[Spec], *, root: str, alignment: int = 64) -> FileLay
 
 
 def build_one(dtype: str, shape: tuple[int, ...]) -> FileLayout:
-    """Lay out what torch.save writes for one tensor by itself, whose key is then empty.
+    """Lay out what torch.save writes for a single tensor, whose key is then empty.
 
     Raises UsageError for what torch cannot express.
     """
@@ -125,7 +125,7 @@ def _records(data: bytes, sizes: Sequence[int], alignment: int) -> Iterator[_Rec
 
 
 class _Writer:
-    """Lays members one after another and collects every byte that is no tensor's."""
+    """Appends members and collects every byte that belongs to no tensor."""
 
     def __init__(self, root: str, alignment: int) -> None:
         self.root = root
@@ -149,7 +149,7 @@ class _Writer:
         local = self.position
         places = self.places[record.name] = []
         wide = record.size >= _FULL32 or local >= _FULL32
-        # miniz knows the packed size only once it has written the data, and says 0 before
+        # miniz knows the packed size only after writing the data, and writes 0 before
         extra = _extra64(record.size, 0, local)
         padding = -(local + 30 + len(name) + len(extra) + 4) % self.alignment
         extra += b"FB" + struct.pack("<H", padding) + b"Z" * padding
@@ -183,14 +183,14 @@ class _Writer:
         self.count += 1
 
     def finish(self) -> tuple[int, dict[str, list[int]]]:
-        """Write the directory and the end records; return the size of the file and the places of every CRC-32."""
+        """Write the directory and the end records; returns the size of the file and the offsets of every CRC-32."""
         start, size = self.position, len(self.directory)
         for name, place in self.central:
             self.places[name].append(start + place)
         out = self.literals[-1][1]
         out += self.directory
         end = start + size
-        # torch writes the zip64 records always, 0x031E being its "made by"
+        # torch always writes the zip64 records; 0x031E is its "made by"
         out += struct.pack("<4sQ2H2I4Q", b"PK\6\6", 44, 0x031E, 45, 0, 0, self.count, self.count, size, start)
         out += struct.pack("<4sIQI", b"PK\6\7", 0, end, 1)
         count = min(self.count, _FULL16)
@@ -208,7 +208,7 @@ def _extra64(size: int, packed: int, local: int) -> bytes:
 
 
 def _rebuilt(number: int, dtype: str, shape: tuple[int, ...], size: int) -> Call:
-    """A tensor on the CPU, of all the bytes of the storage ``number``."""
+    """The pickled call that rebuilds a CPU tensor of the whole storage ``number``."""
     kind = DTYPES[dtype]
     shape = counted(dtype, shape)
     elements = size * 8 // kind.bits if kind.storage else size
@@ -218,7 +218,7 @@ def _rebuilt(number: int, dtype: str, shape: tuple[int, ...], size: int) -> Call
 
 
 def counted(dtype: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape in torch's words: of bytes where safetensors counts the numbers packed in them."""
+    """The shape as torch counts: in bytes where safetensors counts the values packed in them."""
     bits = DTYPES[dtype].bits
     return (*shape[:-1], shape[-1] * bits // 8) if bits < 8 else shape
 

@@ -1,8 +1,8 @@
-"""The directory of a zip file whose members are stored as they are, read strictly.
+"""A strict reader of the central directory of a zip file whose members are not compressed.
 
-Python's zipfile finds the members, too, but not the places of their checksums, and it forgives what no writer of
-checkpoints does: bytes before the first member, comments, local headers that say something else. Structure and
-field names are those of PKWARE's APPNOTE.TXT 6.3.
+Python's zipfile does not give the offsets of the checksums, and accepts what no writer of checkpoints produces: bytes
+before the first member, comments, local headers that contradict the directory. Structure and field names are those of
+PKWARE's APPNOTE.TXT 6.3.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _CRC_IN_LOCAL, _CRC_IN_CENTRAL, _CRC_IN_DESCRIPTOR = 14, 16, 4
 
 _DEFERRED, _UTF8 = 1 << 3, 1 << 11
 _ENCRYPTED = 1 << 0 | 1 << 6 | 1 << 13
-_FULL16, _FULL32 = 0xFFFF, 0xFFFFFFFF  # "the value stands in the zip64 record"
+_FULL16, _FULL32 = 0xFFFF, 0xFFFFFFFF  # "the value is in the zip64 record"
 _MAX_DIRECTORY = 1 << 29
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A stored member: where its bytes lie, its CRC-32, and the file offsets of every field that repeats the CRC."""
+    """A stored member: the offset of its bytes, its CRC-32, and the file offsets of every field with the CRC."""
 
     name: str
     offset: int
@@ -51,10 +51,10 @@ class _Entry:
 
 
 def list_members(reader: RangeReader) -> dict[str, Member]:
-    """Return the members by name, in the order of their bytes.
+    """The members by name, in the order of their offsets.
 
-    Raises CorruptFileError when the directory, the local headers and the size of the file do not agree, when members
-    overlap, share a name or are compressed; UnsafeFileError when they are encrypted.
+    Raises CorruptFileError if the directory, the local headers and the size of the file disagree, or if members
+    overlap, share a name or are compressed; UnsafeFileError if they are encrypted.
     """
     start, size, count = _find_directory(reader)
     raw = read_range(reader, start, size)
@@ -79,7 +79,7 @@ def _corrupt(reader: RangeReader, problem: str) -> CorruptFileError:
 
 
 def _find_directory(reader: RangeReader) -> tuple[int, int, int]:
-    """Return the central directory's offset, size in bytes and number of members."""
+    """The central directory's offset, size in bytes and number of members."""
     place = reader.size - _END.size
     if place < 0:
         raise _corrupt(reader, f"a zip file ends with a record of {_END.size} bytes, but the file has {reader.size}")
@@ -137,7 +137,7 @@ def _entries(name: str, raw: bytes, start: int) -> Iterator[_Entry]:
 
 
 def _wide(name: str, member: bytes, extra: bytes, values: tuple[int, ...]) -> tuple[int, ...]:
-    """Replace those of size, packed size and offset that are full by what the zip64 extra field says."""
+    """Replace the fields of (size, packed size, offset) that are saturated by those of the zip64 extra field."""
     position = 0
     while position + 4 <= len(extra):
         kind, length = struct.unpack_from("<HH", extra, position)
@@ -164,7 +164,7 @@ def _check_storage(name: str, member: bytes, flags: int, method: int, size: int,
 
 
 def _locate(reader: RangeReader, entry: _Entry, limit: int) -> Member:
-    """Check an entry against its local header; its bytes have to end by ``limit``, where the next thing starts."""
+    """Check an entry against its local header; its bytes must end by ``limit``, where the next record starts."""
     start = entry.local + _LOCAL.size
     if start > limit:
         raise _corrupt(reader, f"{entry.name!r} overlaps the next member")
