@@ -1,4 +1,4 @@
-"""Element types: one table, under the names that safetensors gives them; what is asked of a dtype follows from it."""
+"""Element types: one table under safetensors' names, from which everything else about dtypes is derived."""
 
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ DequantizedDType = Literal["bfloat16", "float32"]
 class DType:
     """One element type.
 
-    ``bits`` is the size of an element; ``torch`` the attribute of the torch module; ``storage`` the class that
-    torch's zip files name for it (None: they use an untyped storage and name the dtype); ``numpy`` a dtype
-    string of equal item size, exact where numpy has the type and an unsigned integer where it has not.
-
-    A float has a sign, then its exponent, then ``mantissa`` bits. ``special`` is what stands for infinity and NaN:
-    the full exponent ("ieee"), the last code of each sign for NaN alone ("last"), the code of minus zero for NaN alone
-    ("zero"), or nothing. An "exponent" is a power of two without a sign. ``order`` is the place of the dtype in the
-    order in which the safetensors library writes tensors; None is a dtype that is not in that format.
+    name: as in safetensors headers.
+    bits: size of an element.
+    torch: attribute of the torch module.
+    storage: the storage class in torch's zip files; None for dtypes with an untyped storage.
+    numpy: a dtype string of the same item size, an unsigned integer if numpy lacks the type.
+    order: rank in the order in which the safetensors library writes dtypes; None if the format lacks it.
+    kind: "float" has sign, exponent and mantissa bits; "exponent" is a power of two without sign.
+    mantissa: number of mantissa bits of a float.
+    special: how a float encodes infinity and NaN: by the full exponent ("ieee"), NaN only, as the last code of each
+        sign ("last"), NaN only, as minus zero ("zero"), or not at all.
     """
 
     name: str
@@ -42,12 +44,12 @@ class DType:
 
     @property
     def is_number(self) -> bool:
-        """Whether it stands for real numbers that need not be whole, as weights do."""
+        """Whether its values are real numbers that need not be integers, as weights are."""
         return self.kind in ("float", "exponent")
 
     @property
     def exponent(self) -> int:
-        """The bits of a float's exponent."""
+        """The number of exponent bits of a float."""
         return self.bits - 1 - self.mantissa
 
 
@@ -82,25 +84,25 @@ FROM_TORCH = {dtype.torch: dtype for dtype in _TABLE if dtype.torch}
 FROM_STORAGE = {dtype.storage: dtype for dtype in _TABLE if dtype.storage}
 
 CASTABLE = tuple(dtype.name for dtype in _TABLE if dtype.kind == "float" and dtype.bits >= 16)
-"""What a tensor in a file may be cast from, and to."""
+"""Dtypes that stored tensors can be cast from and to."""
 
 CAST_FROM = tuple(dtype.name for dtype in _TABLE if dtype.is_number and dtype.bits >= 8)
-"""What a tensor in a file may be cast from: those, and the narrow ones, whose values every dtype of CASTS holds."""
+"""Dtypes that stored tensors can be cast from: also narrow ones, whose values fit every dtype of CASTS."""
 
 CASTS = {DTYPES[name].torch: name for name in CASTABLE if DTYPES[name].bits <= 32}
-"""What may be asked for as the dtype of an output, in torch's words, and the dtype that it is."""
+"""Dtypes that an output can be cast to: torch's name → ours."""
 
 DEQUANTIZED_DTYPES = {DTYPES[name].torch: name for name in ("BF16", "F32")}
-"""The same of numbers that are worked out of codes and scales: what has the range of these."""
+"""Dtypes for dequantized values, which need their range: torch's name → ours."""
 
 
 def torch_name(dtype: object) -> str:
-    """What torch calls a dtype, given as torch has it or as a config or caller spells it: without the module's name."""
+    """torch's name of a dtype without "torch.", from a torch dtype or from its name in a config."""
     return str(dtype).removeprefix("torch.")
 
 
 def majority_dtype(sizes: Iterable[tuple[str, int]]) -> str | None:
-    """The dtype of most bytes, of (dtype, bytes); None where there is none."""
+    """The dtype with the most bytes, from (dtype, bytes); None if there are none."""
     counts: Counter[str] = Counter()
     for dtype, nbytes in sizes:
         counts[dtype] += nbytes
@@ -108,14 +110,14 @@ def majority_dtype(sizes: Iterable[tuple[str, int]]) -> str | None:
 
 
 def majority_float_dtype(sizes: Iterable[tuple[str, int]]) -> str | None:
-    """The floating-point dtype of most bytes, in torch's words; None where there is none."""
+    """torch's name of the floating-point dtype with the most bytes; None if there is none."""
     found = majority_dtype((name, nbytes) for name, nbytes in sizes if name in DTYPES and DTYPES[name].is_number)
     return DTYPES[found].torch if found else None
 
 
-@lru_cache(maxsize=1 << 12)  # of 100,000 tensors only a few kinds are different
+@lru_cache(maxsize=1 << 12)  # 100,000 tensors have only a few dtypes and shapes
 def nbytes(dtype: str, shape: tuple[int, ...]) -> int:
-    """Bytes of a dense tensor; elements smaller than a byte are packed and have to fill whole bytes."""
+    """Bytes of a dense tensor; elements smaller than a byte are packed and must fill whole bytes."""
     total, rest = divmod(prod(shape) * DTYPES[dtype].bits, 8)
     if rest:
         raise CorruptFileError(f"a {dtype} tensor of shape {list(shape)} does not fill whole bytes")

@@ -1,7 +1,7 @@
 """The exceptions of ckpt-convert: one tree, so that a caller can catch as much or as little as it wants.
 
-Every message names the file and key, what was expected, what was found, and the way out. ``exit_code`` is what
-the command line returns: 1 the check or the conversion failed, 2 the request does not fit, 3 the input is bad.
+Every message names the file and key, what was expected, what was found, and what to do. ``exit_code`` is that of the
+command line: 1 a check or a conversion failed, 2 the request is invalid, 3 the input is bad.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from ckpt_convert.wording import option_text
 
 
 def error_text(error: BaseException) -> str:
-    """What an error says; of one of the system's, the file that it is about and its words."""
+    """The message of an error; for an OSError the file and the system's text."""
     if not isinstance(error, OSError) or error.strerror is None:
         return str(error)
     return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
@@ -26,9 +26,9 @@ class CkptConvertError(Exception):
 
 
 class UsageError(CkptConvertError):
-    """The request does not fit: options that exclude each other, or that the target has no use for.
+    """The request is invalid: options that exclude each other, or that the target does not use.
 
-    ``option`` names the one that is at fault, as Python spells it, where it is a single one.
+    ``option`` is the Python name of the option at fault, if it is a single one.
     """
 
     exit_code = 2
@@ -39,12 +39,12 @@ class UsageError(CkptConvertError):
 
 
 def option_error(name: str, value: object, problem: str) -> UsageError:
-    """The error for a single option with a value that cannot be taken."""
+    """The error for a single option with an invalid value."""
     return UsageError(f"{option_text(name, value)}: {problem}", name)
 
 
 class OutputExistsError(UsageError):
-    """The destination is there already, or lies where writing it would touch the input."""
+    """The destination exists, or overlaps with the input."""
 
 
 class InputError(CkptConvertError):
@@ -54,43 +54,43 @@ class InputError(CkptConvertError):
 
 
 class CheckpointNotFoundError(InputError):
-    """No checkpoint lies at the given place."""
+    """There is no checkpoint at the given path."""
 
 
 class AmbiguousFormatError(InputError):
-    """The input fits no format, or more than one; the caller has to say which."""
+    """The input matches no format, or more than one; the caller must say which."""
 
 
 class UnsupportedFamilyError(InputError):
-    """No table describes this architecture, or the table has no column for the format asked for."""
+    """There is no table for this architecture, or the table has no column for the requested format."""
 
 
 class ConfigError(InputError):
-    """A config.json or params.json is unreadable, incomplete, or says what the target format cannot express."""
+    """A config.json or params.json is unreadable, incomplete, or cannot be expressed in the target format."""
 
 
 class NewerVersionError(ConfigError):
-    """A file of ours is of a newer version than this one knows; updating helps."""
+    """A file of ours was written by a newer version; updating helps."""
 
 
 class CorruptFileError(InputError):
-    """A file's header and its bytes do not agree: truncated, overlapping, out of range."""
+    """A file's header does not match its bytes: truncated, overlapping, out of range."""
 
 
 class UnsafeFileError(InputError):
-    """A file asks for something that reading a checkpoint never needs: code, or a path outside its directory."""
+    """A file requires something that reading a checkpoint never needs: code, or a path outside its directory."""
 
 
 class UnreadableError(InputError):
-    """The system does not give a file: its permissions, its disk or its network; that says nothing of what is in it."""
+    """The system failed to read a file (permissions, disk, network), whatever its content."""
 
 
 class SourceChangedError(InputError):
-    """A file of the input was changed, replaced or removed while it was read; what was read is of no one checkpoint."""
+    """A file of the input was changed, replaced or removed while it was read, so what was read may be inconsistent."""
 
 
 class KeyMismatchError(InputError):
-    """Keys are missing, unexpected, or given twice; the message lists all of them."""
+    """Keys are missing, unexpected, or duplicated; the message lists all of them."""
 
 
 class ShapeMismatchError(InputError):
@@ -98,11 +98,11 @@ class ShapeMismatchError(InputError):
 
 
 class TiedWeightsError(InputError):
-    """Two tensors that have to be equal (tied, aliased, or replicated over ranks) differ."""
+    """Two tensors that must be equal (tied, aliased, or replicated across ranks) differ."""
 
 
 class LossyConversionError(CkptConvertError):
-    """The output would not hold values that the source has; ``tensors`` says how many, by the key of their tensor."""
+    """The output could not represent values of the source; ``tensors`` maps keys to how many."""
 
     def __init__(self, message: str, tensors: Mapping[str, int]) -> None:
         super().__init__(message)
@@ -110,11 +110,11 @@ class LossyConversionError(CkptConvertError):
 
 
 class NotEnoughSpaceError(CkptConvertError):
-    """The file system of the destination has too little room; nothing was written, or it can be resumed."""
+    """The file system of the destination has too little space; nothing was written, or it can be resumed."""
 
 
 class UnwritableError(CkptConvertError):
-    """The system does not take what is written: permissions, a disk or a network that fails, a name too long."""
+    """The system failed to write a file: permissions, disk, network, a name that is too long."""
 
 
 class LockedError(CkptConvertError):
@@ -126,16 +126,15 @@ class MissingPackageError(CkptConvertError, ImportError):
 
 
 class VerificationError(CkptConvertError):
-    """The output, looked at again, is not what was written, or not what the source says."""
+    """The output, read back, is not what was written, or does not match the source."""
 
 
 _EXTRAS = {"torch": "train", "safetensors": "train", "transformers": "hf"}
 """The extra of this package that brings another package."""
 
 
-def missing_package_error(package: str, purpose: str, error: ImportError) -> MissingPackageError:
-    """The error for what cannot be done because importing a package, or a module of one, has failed."""
-    package = package.partition(".")[0]
+def missing(package: str, purpose: str, error: ImportError) -> MissingPackageError:
+    """The error for a package that cannot be imported."""
     install = f"'ckpt-convert[{_EXTRAS[package]}]'" if package in _EXTRAS else package
     return MissingPackageError(
         f"{purpose} needs the package {package}, which cannot be imported ({error}): pip install {install}"
@@ -143,7 +142,7 @@ def missing_package_error(package: str, purpose: str, error: ImportError) -> Mis
 
 
 def require_package(package: str, purpose: str) -> None:
-    """Import a package now, rather than after hours; raises MissingPackageError where that fails."""
+    """Import a package early, rather than after hours of work; raises MissingPackageError if that fails."""
     try:
         importlib.import_module(package)
     except ImportError as error:

@@ -1,7 +1,7 @@
-"""How messages put things: a few names of many, what a file says, sizes, and options.
+"""Building blocks of messages: the first few of many names, shortened values, sizes, and options.
 
-A message names options as Python spells them, in backticks: `workers=0`, `overwrite=True`, `to=`. Whoever has other
-names for them, as the command line has, finds them by that and says them in its own words.
+A message names options as Python spells them, in backticks: `workers=0`, `overwrite=True`, `to=`. The command line
+finds them by that, and replaces them with its own flags.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ MORE = " and {} more"
 
 
 def indented_list(lines: Sequence[str], limit: int = 20) -> str:
-    """The lines of a message, one below the other and indented; at most a screenful of them."""
+    """Indented lines for a message, at most ``limit`` of them."""
     shown = "".join(f"\n    {line}" for line in lines[:limit])
     return shown + (f"\n    … and {len(lines) - limit} more" if len(lines) > limit else "")
 
 
 def first_few(names: Iterable[object], limit: int, more: str = ", …") -> str:
-    """The first few names on one line, and ``more`` where there are others, whose number may stand in it."""
+    """The first ``limit`` names on one line, then ``more`` if there are others; "{}" in it is their number."""
     texts = [str(name) for name in names]
     return ", ".join(texts[:limit]) + (more.format(len(texts) - limit) if len(texts) > limit else "")
 
 
 def short_repr(value: object, limit: int = 80) -> str:
-    """A value that a file says, in short: a hostile file must not fill the terminal."""
+    """A value from a file, shortened: an untrusted file must not fill the terminal."""
     try:
         text = repr(value)
     except ValueError:  # Python refuses to print an integer of thousands of digits
@@ -33,12 +33,12 @@ def short_repr(value: object, limit: int = 80) -> str:
 
 
 def option_text(name: str, value: object) -> str:
-    """An option that was given, or is to be, with its value."""
+    """An option with its value, as in a message."""
     return f"`{name}={python_literal(value)}`"
 
 
 def python_literal(value: object) -> str:
-    """A value as Python spells it, for an option or an argument in backticks."""
+    """A value as a Python literal, for an option in backticks."""
     return repr(value if isinstance(value, int | float) else str(value)).replace("`", r"\x60")
 
 
@@ -48,7 +48,7 @@ def human_bytes(size: int) -> str:
 
 
 def with_unit(value: int, units: Sequence[str]) -> str:
-    """A number in three digits of the unit that fits, each a thousand times the one before."""
+    """A number in three digits with the unit that fits; each unit is a thousand times the one before."""
     size: float = value
     for unit in units:
         digits = 0 if unit == units[0] or size >= 99.95 else 1 if size >= 9.995 else 2

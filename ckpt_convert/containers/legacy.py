@@ -1,8 +1,8 @@
-"""torch's files from before 1.6, read without torch: a row of pickles, then the storages, one after another.
+"""torch's files from before 1.6, read without torch: a sequence of pickles, then the storages.
 
-The pickles are a magic number, the protocol, what the machine was, the object, and the keys of its storages in the
-order in which they follow. Each storage is the number of its elements, in eight bytes, and the elements
-(torch 2.13, torch/serialization.py, ``_legacy_save``).
+The pickles are a magic number, the protocol, facts about the machine, the object, and the keys of its storages in file
+order. Each storage is the number of its elements in eight bytes, then the elements (torch 2.13,
+torch/serialization.py, ``_legacy_save``).
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ KIND = "legacy"
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 _PICKLES = 5
 _WINDOW, _MAX_WINDOW = 1 << 20, 1 << 29
-"""Bytes that are read for the pickles at first, and at most: nothing says where they end."""
+"""Bytes that are read for the pickles at first, and at most: their end is not recorded."""
 
 
 def parse(reader: RangeReader, *, foreign: bool = False) -> Header:
-    """Read and check the header; the tensors come in the order of the pickle, nested keys joined with ".".
+    """Read and check the header; tensors are in the order of the pickle, nested keys joined with ".".
 
-    Raises CorruptFileError where pickles, storages and size disagree, UnsafeFileError where a pickle asks for more than
-    tensors and plain data; with ``foreign``, the header names what it asks for instead.
+    Raises CorruptFileError if pickles, storages and size disagree, UnsafeFileError if a pickle needs more than tensors
+    and plain data; with ``foreign``, the header lists the classes that it names instead.
     """
     (_, protocol, machine, root, keys), end = _pickles(reader, foreign)
     if protocol.value != _PROTOCOL:
@@ -38,7 +38,7 @@ def parse(reader: RangeReader, *, foreign: bool = False) -> Header:
             "and save it again"
         )
     starts = _starts(reader, root, keys.value, end)
-    # Every value takes a byte at least, so whatever unfolds to more than that was folded to do harm.
+    # Every value takes at least a byte, so a pickle that expands to more values is malicious.
     tensors, objects = flatten(reader.name, root.value, PickledTensor, end)
     stored = []
     for key, tensor in tensors.items():
@@ -50,7 +50,7 @@ def parse(reader: RangeReader, *, foreign: bool = False) -> Header:
 
 
 def _pickles(reader: RangeReader, foreign: bool) -> tuple[list[LoadedPickle], int]:
-    """The pickles, and where the storages begin: from twice as many bytes each time that they do not end in them."""
+    """The pickles, and the offset of the storages; the window is doubled until it contains all pickles."""
     window = min(reader.size, _WINDOW)
     (first,), _ = torchpickle.load_row(reader.name, read_range(reader, 0, window), 1)
     if first.value != _MAGIC:
@@ -65,7 +65,7 @@ def _pickles(reader: RangeReader, foreign: bool) -> tuple[list[LoadedPickle], in
 
 
 def _starts(reader: RangeReader, root: LoadedPickle, keys: object, position: int) -> dict[str, int]:
-    """Where the bytes of each storage start, by its key."""
+    """The offset of each storage's bytes, by its key."""
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or len(set(keys)) != len(keys):
         raise _damaged(reader, "the last pickle should be the keys of the storages")
     starts = {}

@@ -1,4 +1,4 @@
-"""The directories of each format: which files hold weights, what they are called, and what lies beside them."""
+"""The directory layout of each format: which files hold weights, their names, and the auxiliary files."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ __all__ = ["ALL", "Format", "WeightDirectory", "WeightName", "check_format_name"
 
 
 def check_format_name(name: str | None, option: str) -> None:
-    """Raise UsageError for what is no format; ``option`` is what it was given as."""
+    """Raise UsageError unless ``name`` is a format or None; ``option`` is the option that it was given as."""
     if name is not None and name not in ALL:
         raise option_error(option, name, f"no such format; known: {', '.join(ALL)}")

@@ -1,4 +1,4 @@
-"""What a format says of its directories."""
+"""The description of a format's directories, and what the formats share: JSON, indexes, plain weight files."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ ContainerName = Literal["safetensors", "bin", "pth", "pt", "dcp"]
 
 JSON_LIMIT = 1 << 28
 TEXT_LIMIT = 1 << 24
-"""Bytes of a list of files with their hashes, or of a text."""
+"""Size limits in bytes, of a JSON file and of a text or checksum file."""
 
 _MOST_DIGITS = 100
-"""Digits of an integer in JSON; tokenizer_config.json has one of 31 (int(1e30), for "no limit")."""
+"""Longest integer in JSON, in digits; tokenizer_config.json has one of 31 (int(1e30), for "no limit")."""
 
 
 @dataclass(frozen=True, slots=True)
 class WeightName:
-    """A weight file of a checkpoint and the tensor-parallel rank that it holds (0 where files are no ranks)."""
+    """A weight file of a checkpoint and its tensor-parallel rank (0 if files are not ranks)."""
 
     name: str
     rank: int = 0
@@ -35,10 +35,10 @@ class WeightName:
 
 @dataclass(frozen=True)
 class WeightDirectory:
-    """The weight files of a directory; ``index`` names the index file and ``weight_map`` is what it says.
+    """The weight files of a directory, the name of their index, and its ``weight_map``.
 
-    ``kind`` is "dcp" for torch.distributed.checkpoint's directories, of whatever format: their own metadata names the
-    files, so that ``weights`` are empty; "peft" for an adapter, which is of no format.
+    ``kind`` is "dcp" for torch.distributed.checkpoint's directories, whose own metadata names the files (``weights`` is
+    empty then); "peft" for an adapter, which has no format.
     """
 
     weights: tuple[WeightName, ...]
@@ -73,9 +73,9 @@ class Format:
 
 
 def load_json(path: Place, *, expected: Entry | None = None) -> dict[str, Any]:
-    """The object in a JSON file; raises ConfigError, naming the file, when there is none.
+    """Read the object in a JSON file; raises ConfigError if the file is missing or is not a JSON object.
 
-    Raises what ``Place.read`` does for a file that cannot be read: that says nothing of what is in it.
+    Raises as ``Place.read`` does if the system fails to read the file.
     """
     if not path.is_present():
         raise ConfigError(f"{path}: cannot be read: there is no such file")
@@ -89,15 +89,15 @@ def load_json(path: Place, *, expected: Entry | None = None) -> dict[str, Any]:
 
 
 def parse_json(data: bytes) -> Any:
-    """What a JSON text says, with or without a byte order mark; raises ValueError, or RecursionError.
+    """Parse JSON, with or without a byte order mark; raises ValueError, or RecursionError.
 
-    An integer has to be one that somebody may have meant: those of thousands of digits cost more than reading them.
+    Integers are limited to 100 digits, because parsing longer ones takes quadratic time.
     """
     return json.loads(data.decode("utf-8-sig"), parse_int=_integer)
 
 
 def is_number(value: object) -> TypeGuard[int | float]:
-    """Whether a value of a JSON document is a number, which a truth value is not."""
+    """Whether a JSON value is a number, which a bool is not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -108,7 +108,7 @@ def _integer(text: str) -> int:
 
 
 def render_json(content: Mapping[str, Any], *, sort_keys: bool = False) -> bytes:
-    """JSON as Hugging Face's tools write it: two spaces of indentation and a newline at the end."""
+    """JSON as Hugging Face's libraries write it: indented by two spaces, with a final newline."""
     return (json.dumps(content, indent=2, sort_keys=sort_keys) + "\n").encode()
 
 
@@ -118,7 +118,7 @@ def render_index(weight_map: Mapping[str, str], total_size: int, total_parameter
     empty = render_json({"metadata": metadata, "weight_map": {}}, sort_keys=True)
     if not weight_map:
         return empty
-    # Line by line: with indentation the library keeps a list of all that it has to say of 100,000 keys. Into a buffer
+    # Line by line: with indentation, json keeps a list of all fragments, for 100,000 keys. Into a buffer
     # of the right size: one that grows is copied, and so is a bytearray at the end.
     quoted = json.encoder.encode_basestring_ascii
     before, _, after = empty.partition(b"{}")
@@ -137,8 +137,8 @@ def render_index(weight_map: Mapping[str, str], total_size: int, total_parameter
 
 
 def dcp_directory(directory: Place) -> WeightDirectory | None:
-    """The directory as torch.distributed.checkpoint's, None where it is none."""
-    from ckpt_convert.containers.dcp import dcp  # not before: the usual directories have no need of it
+    """The directory as torch.distributed.checkpoint's, None if it is not one."""
+    from ckpt_convert.containers.dcp import dcp  # imported here, since most directories do not need it
 
     if not dcp.is_dcp_directory(directory):
         return None

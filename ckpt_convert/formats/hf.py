@@ -47,7 +47,7 @@ def find(directory: Place) -> WeightDirectory | None:
 
 
 def weights_from_index(directory: Place, name: str) -> WeightDirectory:
-    """The files that an index names, each once, sorted; raises CorruptFileError when the index is no index."""
+    """The files that an index names, each once, sorted; raises CorruptFileError for a malformed index."""
     path = directory.resolve_member(name, str(directory))
     weight_map = load_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -60,7 +60,7 @@ def weights_from_index(directory: Place, name: str) -> WeightDirectory:
 
 
 def normalized_weight_map(weight_map: Mapping[str, str]) -> dict[str, str]:
-    """An index's weight_map with "./name" as the "name" that it is."""
+    """An index's weight_map with "./name" replaced by "name"."""
     return {key: file.removeprefix("./") for key, file in weight_map.items()}
 
 
@@ -69,14 +69,14 @@ def file_names(count: int, container: str) -> list[str]:
 
 
 def index_name(container: str) -> str:
-    """The index beside shards of a container."""
+    """The name of the index for shards of a container."""
     return index_for(HF_STEMS[container] + SUFFIXES[container])
 
 
 def alternative_set_advice(directory: Place, found: WeightDirectory) -> str | None:
-    """What to do where files that an index names are missing, but those of another set are all there; else None.
+    """Advice if files that an index names are missing while another set of shards is complete; else None.
 
-    Nothing here says which of the two is meant, so both ways are said.
+    It is unknown which of the two is meant, so the advice covers both.
     """
     used = {weight.name for weight in found.weights}
     names = {entry.name for entry in directory.children()}
@@ -99,7 +99,7 @@ def alternative_set_advice(directory: Place, found: WeightDirectory) -> str | No
 
 
 def _whole_sets(names: Collection[str]) -> list[list[str]]:
-    """The weight files of a directory that are a model by their names: single ones, and all shards of a number."""
+    """The complete sets of weight files in a directory, by name: single files, and all shards of n."""
     found = [[name] for name in TRANSFORMERS_NAMES if name in names]
     suffixes = {SUFFIXES[container] for container in HF_STEMS}
     sets: dict[tuple[str, int, str], dict[int, str]] = {}
@@ -119,7 +119,7 @@ def _set(names: Sequence[str]) -> str:
 
 
 def _index(directory: Place, weights: str) -> str | None:
-    """The index of a container: the usual one, else the only other one, else that of a variant that is alone there."""
+    """The index of a container: the default name, else the only other one, else that of the only variant."""
     usual = weights + INDEX_SUFFIX
     if (directory / usual).is_regular_file():
         return usual

@@ -11,7 +11,7 @@ from ckpt_convert.storage.place import Place
 
 
 def find(directory: Place) -> WeightDirectory | None:
-    """``consolidated.NN.pth`` for each rank, ``.NN.pt`` for each part, or one file; raises on gaps in the numbers."""
+    """``consolidated.NN.pth`` for each rank, ``.NN.pt`` for each part, or one file; raises if a number is missing."""
     numbered = sorted(
         (int(match[1]), entry.name) for entry in directory.files() if (match := names.RANK.fullmatch(entry.name))
     )
@@ -34,7 +34,7 @@ def find(directory: Place) -> WeightDirectory | None:
             f"{directory}: found {', '.join(name for _, name in numbered[:16])}; {what}. "
             "Every rank's file is needed, once; download or copy it again"
         )
-    # Files named .pt are no ranks: Mixtral's, of December 2023, hold some of the whole tensors each.
+    # Files named .pt are not ranks: those of Mixtral (December 2023) each hold some of the whole tensors.
     return WeightDirectory(tuple(WeightName(name, 0 if name.endswith(".pt") else rank) for rank, name in numbered))
 
 

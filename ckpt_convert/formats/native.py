@@ -1,6 +1,6 @@
 """Native directories (torchtune's keys): shards as in Hugging Face's layout, but no config.json at the root.
 
-Without a config.json no Hugging Face loader takes such a directory for its own; the config lies in ``ckpt_convert/``.
+Without config.json, no Hugging Face loader accepts such a directory; the config is in ``ckpt_convert/``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from ckpt_convert.storage.place import Place
 
 
 def find(directory: Place) -> WeightDirectory | None:
-    """Indexed shards, or every plain weight file of the first suffix that there is one of."""
+    """Indexed shards, or every plain weight file of the first suffix that occurs."""
     for suffix in (".safetensors", ".pt", ".pth", ".bin"):
         index = f"model{suffix}{INDEX_SUFFIX}"
         if (directory / index).is_present():
@@ -28,7 +28,7 @@ def file_names(count: int, container: str) -> list[str]:
 
 
 def index_name(container: str) -> str:
-    """The index beside shards of a container."""
+    """The name of the index for shards of a container."""
     return index_for(f"model.{container}")
 
 

@@ -1,4 +1,4 @@
-"""PEFT's adapters: an adapter_config.json and the adapter's own weights, which are no model by themselves."""
+"""PEFT's adapters: an adapter_config.json and the adapter's weights, which are no model by themselves."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ KIND = "peft"
 
 
 def read_adapter_config(directory: Place) -> dict[str, Any] | None:
-    """What adapter_config.json says; None where there is none that can be read."""
+    """The content of adapter_config.json; None if it is missing or unreadable."""
     try:
         return load_json(directory / ADAPTER_CONFIG) if (directory / ADAPTER_CONFIG).is_regular_file() else None
     except ConfigError:
@@ -22,7 +22,7 @@ def read_adapter_config(directory: Place) -> dict[str, Any] | None:
 
 
 def describe_adapter(said: Mapping[str, Any]) -> str:
-    """The adapter in a line: its kind, its rank and alpha where it has them, and the model that it was made for."""
+    """One line about the adapter: its type, rank and alpha if it has them, and its base model."""
     sizes = [
         f"{label}={said[name]}" for name, label in (("r", "r"), ("lora_alpha", "alpha")) if is_number(said.get(name))
     ]
@@ -33,7 +33,7 @@ def describe_adapter(said: Mapping[str, Any]) -> str:
 
 
 def adapter_facts(directory: Place) -> list[tuple[str, str]]:
-    """What is worth saying of an adapter, as (label, text)."""
+    """Facts about an adapter, as (label, text)."""
     said = read_adapter_config(directory)
     if said is None:
         return []

@@ -1,4 +1,4 @@
-"""Which part of a repository is the checkpoint that is wanted: one may hold a model in several formats."""
+"""Locates the checkpoint in a Hub repository, which may hold a model in several formats."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from ckpt_convert.storage.place import Location, Place
 
 
 def locate_checkpoint(source: Location, revision: str | None = None, *, format: str | None = None) -> Place:
-    """The place of a source: a path first, then a Hub id (``org/name``, ``hf://org/name``), cached or downloaded.
+    """The place of a source: a path, else a Hub id (``org/name``, ``hf://org/name``), from the cache or downloaded.
 
-    ``format`` is what is wanted of a repository that holds several: hf if not said. Raises CheckpointNotFoundError when
-    it is neither, or cannot be had.
+    ``format`` selects one of several in a repository, hf by default. Raises CheckpointNotFoundError if the source is
+    neither, or cannot be downloaded.
     """
     there = hub.find_existing(source)
     if there is not None:
@@ -28,7 +28,7 @@ def locate_checkpoint(source: Location, revision: str | None = None, *, format: 
     repo = hub.repo_id(source)
     cached = hub.cached_snapshot(repo, revision)
     cached = _within(cached, format) if cached is not None else None
-    # The cache also holds snapshots of which only the tokenizer was loaded, or all but that.
+    # The cache may hold a snapshot with only the tokenizer, or with everything but that.
     whole = cached if cached is not None and _is_complete(cached, format) else None
     if whole is not None and has_tokenizer(_names(whole)):
         return whole
@@ -37,17 +37,17 @@ def locate_checkpoint(source: Location, revision: str | None = None, *, format: 
     except CheckpointNotFoundError:
         if whole is None:
             raise
-        return whole  # its weights are all there; what lacks is said where it is needed
+        return whole  # its weights are complete; other missing files are reported where they are needed
 
 
 def _within(snapshot: Place, format: str | None) -> Place:
-    """Where in a snapshot the weights lie: Meta's own are in ``original/`` beside Hugging Face's."""
+    """The folder of a snapshot with the weights: Meta's are in ``original/`` beside Hugging Face's."""
     original = snapshot / "original"
     return original if format == "meta" and original.is_folder() and is_meta(_names(original)) else snapshot
 
 
 def _is_complete(snapshot: Place, format: str | None) -> bool:
-    """Whether a snapshot has the weights that are wanted: a single file, or all that an index names."""
+    """Whether a snapshot has the weights of the format: a single file, or all files of an index."""
     names = _names(snapshot)
     if format == "meta":
         return is_meta(names)

@@ -1,8 +1,8 @@
 """torchtitan's checkpoints: a directory of torch.distributed.checkpoint with the model's keys at the top, no config.
 
-Beside the weights, a checkpoint of a training run holds the state of all else, which is passed over. The names of those
-entries are torchtitan 0.3.0's (torchtitan/components/checkpoint.py). So are the keys that are written; those of 0.2,
-whose modules and dimensions had other names but the same order and shapes, are read as well.
+A training checkpoint also holds other state, which is skipped; the names of its entries are those of torchtitan 0.3.0
+(torchtitan/components/checkpoint.py). Keys are written as in 0.3.0; those of 0.2, whose modules and dimensions had
+other names but the same order and shapes, can be read, too.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ckpt_convert.storage.place import Place
 
 
 def find(directory: Place) -> WeightDirectory | None:
-    """The directory of torch.distributed.checkpoint, else every plain torch file."""
+    """A directory of torch.distributed.checkpoint, else every plain torch file."""
     found = dcp_directory(directory)
     if found is not None:
         return found

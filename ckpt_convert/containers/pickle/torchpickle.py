@@ -62,7 +62,7 @@ def load_pickle(name: str, data: bytes, *, foreign: bool = False, part: str = "d
 
 
 def load_row(name: str, data: bytes, count: int, *, foreign: bool = False) -> tuple[list[LoadedPickle], int]:
-    """So many pickles, one after another from the start of the data, and where the last one ends; otherwise as load."""
+    """Read ``count`` consecutive pickles; returns them and the offset of their end, else as ``load_pickle``."""
     out, end = [], 0
     for _ in range(count):
         loaded, end = _load(_Machine(name, data, "its pickle", foreign, end))
@@ -71,7 +71,7 @@ def load_row(name: str, data: bytes, count: int, *, foreign: bool = False) -> tu
 
 
 def _load(machine: _Machine) -> tuple[LoadedPickle, int]:
-    """What a pickle holds, and where it ends."""
+    """The value of a pickle, and the offset of its end."""
     try:
         value = _run(machine)
     except (ValueError, TypeError, LookupError, struct.error, OverflowError, MemoryError) as error:
