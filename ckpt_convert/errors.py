@@ -133,8 +133,9 @@ _EXTRAS = {"torch": "train", "safetensors": "train", "transformers": "hf"}
 """The extra of this package that brings another package."""
 
 
-def missing(package: str, purpose: str, error: ImportError) -> MissingPackageError:
-    """The error for a package that cannot be imported."""
+def missing_package_error(package: str, purpose: str, error: ImportError) -> MissingPackageError:
+    """The error for a package, or a module of one, that cannot be imported."""
+    package = package.partition(".")[0]
     install = f"'ckpt-convert[{_EXTRAS[package]}]'" if package in _EXTRAS else package
     return MissingPackageError(
         f"{purpose} needs the package {package}, which cannot be imported ({error}): pip install {install}"
