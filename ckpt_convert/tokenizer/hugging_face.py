@@ -1,7 +1,7 @@
-"""What the generated Hugging Face tokenizer files have in common, whatever they were made from.
+"""What generated Hugging Face tokenizer files have in common.
 
-The JSON is written here and not through the `tokenizers` package: what that writes changes between its versions, and
-the same conversion has to give the same bytes. Merges are "left right" strings, which every version reads.
+The JSON is written without the `tokenizers` package, whose output differs between versions, so that the same conversion
+gives the same bytes. Merges are "left right" strings, which every version reads.
 """
 
 from __future__ import annotations
@@ -16,22 +16,19 @@ TOKENIZER_JSON = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_MODEL = "tokenizer.model"
 
-# What transformers writes where no limit is known: the limit is a fact of the model, not of the tokenizer.
+# What transformers writes if no limit is known: the limit depends on the model, not on the tokenizer.
 _NO_LIMIT = int(1e30)
 
 Json = dict[str, Any]
 
 
 def corrupt_model(what: str) -> CorruptFileError:
-    """The error for a tokenizer.model that is none, of whichever kind."""
+    """The error for a malformed tokenizer.model of any kind."""
     return CorruptFileError(f"{TOKENIZER_MODEL}: {what}; copy or download it again")
 
 
 def check_fits(tokens: int, vocab_size: int | None) -> None:
-    """Refuse a tokenizer that has more tokens than the embedding has rows; fewer are padding and fit.
-
-    Raises ConfigError.
-    """
+    """Raise ConfigError if there are more tokens than embedding rows; the embedding may have padding rows."""
     if vocab_size is not None and vocab_size < tokens:
         raise ConfigError(
             f"{TOKENIZER_MODEL}: expected at most {vocab_size} tokens, one for each row of the embedding, found "
@@ -40,12 +37,12 @@ def check_fits(tokens: int, vocab_size: int | None) -> None:
 
 
 def merge_lines(merges: Iterable[tuple[str, str]]) -> list[str]:
-    """Spell merges as tokenizer.json does."""
+    """Merges as strings, as in tokenizer.json."""
     return [f"{left} {right}" for left, right in merges]
 
 
 def added_tokens(ids: Mapping[str, int], *, special: Iterable[str], plain: Iterable[str] = ()) -> list[Json]:
-    """The section for the tokens that are found in text before anything else looks at it, by id.
+    """The ``added_tokens`` section, sorted by id: tokens that are matched in text before it is split.
 
     Decoding can skip the special ones; the plain ones are text.
     """
@@ -58,7 +55,7 @@ def added_tokens(ids: Mapping[str, int], *, special: Iterable[str], plain: Itera
 
 
 def prepend_post_processor(token: str, index: int) -> Json:
-    """The post-processor that puts one special token before each sequence."""
+    """The post-processor that prepends one special token to each sequence."""
 
     def special(type_id: int) -> Json:
         return {"SpecialToken": {"id": token, "type_id": type_id}}
@@ -77,8 +74,8 @@ def prepend_post_processor(token: str, index: int) -> Json:
 def tokenizer_files(pipeline: Json, named: Mapping[str, str], **settings: object) -> dict[str, bytes]:
     """Render tokenizer.json from its sections and tokenizer_config.json from the special tokens' roles.
 
-    The class is the one that takes tokenizer.json as it stands: transformers 5 builds `LlamaTokenizer` anew, and
-    then loses one of two leading spaces.
+    The class is PreTrainedTokenizerFast, which uses tokenizer.json unchanged: transformers 5 rebuilds `LlamaTokenizer`,
+    which then loses one of two leading spaces.
     """
     document = {"version": "1.0", "truncation": None, "padding": None, **pipeline}
     config = {

@@ -1,8 +1,8 @@
-"""The SentencePiece tokenizer.model of Llama 1, Llama 2 and Mistral to tokenizer.json; there is no way back.
+"""Translates the SentencePiece tokenizer.model of Llama 1, Llama 2 and Mistral to tokenizer.json (one way only).
 
-The fields are those of `sentencepiece_model.proto` of google/sentencepiece, read here directly: that takes less code
-than a dependency, and checks every length. SentencePiece joins the adjacent pair whose union has the highest score;
-a BPE does the same when its merges are all splits of every piece into two pieces, in the order of the scores.
+Fields are those of `sentencepiece_model.proto` of google/sentencepiece, parsed here directly: less code than a
+dependency, and every length is checked. SentencePiece merges the adjacent pair whose union has the highest score; a BPE
+does the same if its merges are all splits of every piece into two pieces, in the order of the scores.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _SPACE = "▁"
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _MODEL_TYPES = {1: "unigram", 2: "BPE", 3: "word", 4: "char"}
 _BPE = 2
-# Finding the splits of a piece costs its length squared; SentencePiece's own limit for training is 512.
+# Finding the splits of a piece takes quadratic time; SentencePiece's own limit for training is 512.
 _LONGEST_PIECE = 4096
 
 _Value = int | bytes
@@ -47,7 +47,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class SentencePieceModel:
-    """A SentencePiece model, as far as ids depend on it; ids below 0 say that there is no such token."""
+    """The parts of a SentencePiece model that determine ids; an id below 0 means that there is no such token."""
 
     pieces: tuple[Piece, ...]
     model_type: int
@@ -67,8 +67,8 @@ class SentencePieceModel:
 def parse_model(data: bytes) -> SentencePieceModel:
     """Read a serialized ModelProto.
 
-    Raises CorruptFileError when the bytes are no ModelProto, or its pieces are not unique, too long, without a finite
-    score, or without the tokens that the trainer's settings name.
+    Raises CorruptFileError if the bytes are no ModelProto, or if pieces are duplicated, too long, without a finite
+    score, or lack the tokens that the trainer's settings name.
     """
     pieces: list[Piece] = []
     trainer: dict[int, _Value] = {}
@@ -100,7 +100,7 @@ def parse_model(data: bytes) -> SentencePieceModel:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, _Value]]:
-    """The fields of one protobuf message: numbers, or the bytes of what has a length or a fixed width."""
+    """The fields of a protobuf message: integers, or the bytes of length-delimited and fixed-width fields."""
     at = 0
     while at < len(data):
         key, at = _varint(data, at)
@@ -184,23 +184,23 @@ def _check_pieces(model: SentencePieceModel) -> None:
 
 
 def _joinable(model: SentencePieceModel) -> dict[str, float]:
-    """The scores of the pieces that can come from joining, or be joined.
+    """The scores of the pieces that take part in merges.
 
-    Control and byte pieces take no part: text that spells them is text. Nor do pieces with a space in them, which no
-    text has any more when pieces are looked for.
+    Control and byte pieces do not: text that spells them is text. Nor do pieces with a space, since spaces in text are
+    replaced before it is split.
     """
     return {piece.text: piece.score for piece in model.pieces if piece.type == _NORMAL and " " not in piece.text}
 
 
 def user_defined(model: SentencePieceModel) -> list[str]:
-    """The symbols that SentencePiece takes out of text whole before it joins anything."""
+    """The symbols that SentencePiece extracts from text before it merges anything."""
     return [piece.text for piece in model.pieces if piece.type == _USER_DEFINED]
 
 
 def score_merges(model: SentencePieceModel) -> list[tuple[str, str]]:
     """All splits of every normal piece into two, by the score of the piece, then the longer left and right part first.
 
-    The lengths decide only where scores are equal, see ``_tied``.
+    The lengths only matter for equal scores, see ``_tied``.
     """
     scores = _joinable(model)
     merges = [
@@ -215,11 +215,11 @@ def score_merges(model: SentencePieceModel) -> list[tuple[str, str]]:
 def sentencepiece_to_hf(data: bytes, *, vocab_size: int | None = None) -> dict[str, bytes]:
     """Make tokenizer.json and tokenizer_config.json from a SentencePiece tokenizer.model with Llama's settings.
 
-    Ids equal SentencePiece's own with the begin token in front, save for text that spells an added token: a control
-    token, such as ``</s>``, is taken as that token, and behind any added token, user-defined symbols included, stands
-    a prefix space as at the beginning; so do Hugging Face tokenizers. ``vocab_size`` (the embedding's rows) may be
-    larger than the number of pieces. Raises CorruptFileError for a malformed file; ConfigError, listing every reason,
-    when a BPE could give other ids than SentencePiece, and when the embedding has fewer rows.
+    Ids equal SentencePiece's with the begin token prepended, except for text that spells an added token: as in Hugging
+    Face tokenizers, a control token such as ``</s>`` is recognized in text, and after any added token, including
+    user-defined symbols, a prefix space is added as at the beginning. ``vocab_size`` (the embedding's rows) may be
+    larger than the number of pieces. Raises CorruptFileError for a malformed file; ConfigError, with every reason, if
+    a BPE could give other ids than SentencePiece, or if the embedding has fewer rows.
     """
     model = parse_model(data)
     check_fits(len(model.pieces), vocab_size)
@@ -260,7 +260,7 @@ def sentencepiece_to_hf(data: bytes, *, vocab_size: int | None = None) -> dict[s
 
 
 def _normalizer(model: SentencePieceModel) -> Json:
-    """Not the pre-tokenizer Metaspace: that adds no prefix to text which begins with a space, SentencePiece does."""
+    """Not the Metaspace pre-tokenizer, which adds no prefix to text that begins with a space; SentencePiece does."""
     spaces: Json = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
     prefix: list[Json] = [{"type": "Prepend", "prepend": _SPACE}] if model.dummy_prefix else []
     return {"type": "Sequence", "normalizers": [*prefix, spaces]}
@@ -302,12 +302,12 @@ def _piece_problems(model: SentencePieceModel, merges: list[tuple[str, str]]) ->
 
 
 def _tied(joined: Mapping[str, float]) -> list[str]:
-    """The pieces whose equal scores a fixed order of merges cannot follow.
+    """The pieces with equal scores for which no fixed order of merges is equivalent.
 
-    Of pairs with equal scores, SentencePiece joins the leftmost. Mistral's runs of spaces have one score, and are
-    followed: joining a run from the left leaves pieces of which none is longer than the one before it, so that the
-    leftmost pair is also the one with the longest left, then right part. That holds for runs of one character whose
-    runs all have this score, when no other piece takes two of that character.
+    Of pairs with equal scores, SentencePiece merges the leftmost. Mistral's runs of spaces have one score, but do have
+    an equivalent order: merging a run from the left leaves pieces of which none is longer than its predecessor, so
+    that the leftmost pair is also the one with the longest left, then right part. That holds for runs of one character
+    that all have this score, if no other piece contains two of that character.
     """
     by_score: dict[float, list[str]] = {}
     for text, score in joined.items():

@@ -1,4 +1,4 @@
-"""What a family says of its tokenizer: all that a file of tiktoken ranks leaves to the code that reads it."""
+"""A family's description of its tokenizer: everything that a file of tiktoken ranks does not contain."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class TiktokenSpec:
     other_tokenizers: Mapping[int, str] = field(default_factory=dict)
 
     def special_token_names(self, named: Mapping[int, str]) -> tuple[str, ...]:
-        """The names of the special tokens behind the ranks, the ids without a name numbered as reserved ones."""
+        """The names of the special tokens after the ranks; unnamed ones are numbered reserved tokens."""
         names: list[str] = []
         reserved = 0
         for index in range(self.n_special_tokens):

@@ -1,9 +1,9 @@
-"""A tokenizer.model of tiktoken ranks to tokenizer.json and back.
+"""Translates a tokenizer.model of tiktoken ranks to tokenizer.json and back.
 
-What the file does not hold (the pattern that splits texts, the special tokens behind the ranks) is a ``TiktokenSpec``.
-tiktoken takes a whole pre-token that is in the vocabulary as it is, and otherwise merges the adjacent pair whose
-union has the lowest rank. A byte-level BPE does the same when its merges are all splits of every token into two
-tokens, in the order of the ranks, and `ignore_merges` is set.
+``TiktokenSpec`` has what the file lacks: the pattern that splits text, and the special tokens after the ranks. tiktoken
+keeps a pre-token that is in the vocabulary whole, and otherwise merges the adjacent pair whose union has the lowest
+rank. A byte-level BPE does the same if its merges are all splits of every token into two tokens, in the order of the
+ranks, and `ignore_merges` is set.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from ckpt_convert.tokenizer.hugging_face import (
 from ckpt_convert.tokenizer.spec import TiktokenSpec
 from ckpt_convert.wording import MORE, first_few
 
-# Finding the splits of a token costs its length squared; the longest token of those known has 128 bytes.
+# Finding the splits of a token takes quadratic time; the longest known token has 128 bytes.
 _LONGEST_TOKEN = 4096
 
 
 def byte_alphabet() -> tuple[str, ...]:
-    """The character that stands for each byte in a byte-level BPE: itself if printable, else one from U+0100 on."""
+    """The character for each byte in a byte-level BPE: itself if printable, else one from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(printable)]
     table = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
@@ -67,8 +67,8 @@ def _pre_tokenizer(spec: TiktokenSpec) -> Json:
 def parse_ranks(data: bytes) -> list[bytes]:
     """The tokens of a tiktoken file, in the order of their ranks.
 
-    Raises CorruptFileError for a line that is not `base64 rank`, a token given twice, ranks with holes, or a byte
-    that no token stands for.
+    Raises CorruptFileError for a line that is not `base64 rank`, a duplicate token, missing ranks, or a byte without a
+    token.
     """
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(data.splitlines(), start=1):
@@ -106,9 +106,9 @@ def _parse_line(number: int, line: bytes) -> tuple[bytes, int]:
 def tiktoken_to_hf(spec: TiktokenSpec, data: bytes, *, vocab_size: int | None = None) -> dict[str, bytes]:
     """Make tokenizer.json and tokenizer_config.json from a tokenizer.model of tiktoken ranks.
 
-    The special tokens follow behind the n tokens of the file. ``vocab_size`` (the embedding's rows) may be larger than
-    both together, the rest being padding. Raises CorruptFileError for a malformed file, ConfigError when the embedding
-    has fewer rows, or when the number of tokens is that of another tokenizer.
+    The special tokens follow the tokens of the file. ``vocab_size`` (the embedding's rows) may be larger than both
+    together; the rest is padding. Raises CorruptFileError for a malformed file, ConfigError if the embedding has fewer
+    rows, or if the number of tokens is that of another tokenizer.
     """
     tokens = parse_ranks(data)
     if (other := spec.other_tokenizers.get(len(tokens))) is not None:
@@ -150,8 +150,8 @@ def tiktoken_to_hf(spec: TiktokenSpec, data: bytes, *, vocab_size: int | None = 
 def hf_to_tiktoken(spec: TiktokenSpec, tokenizer_json: bytes) -> bytes:
     """Make tokenizer.model from tokenizer.json, byte for byte as Meta wrote it.
 
-    Raises ConfigError, listing every reason, unless the file is a byte-level BPE that tokenizes as tiktoken does with
-    the spec's pattern; and for malformed JSON, ids with holes, and tokens outside the byte alphabet.
+    Raises ConfigError, with every reason, unless the file is a byte-level BPE that tokenizes as tiktoken does with the
+    spec's pattern; also for malformed JSON, missing ids, and tokens outside the byte alphabet.
     """
     document = _load(tokenizer_json)
     vocab = _base_vocab(document)
@@ -168,7 +168,7 @@ def hf_to_tiktoken(spec: TiktokenSpec, tokenizer_json: bytes) -> bytes:
 
 
 def unexpressed_specials(spec: TiktokenSpec, tokenizer_json: bytes) -> list[str]:
-    """The added tokens that Meta's loader will not know: it names its own by itself, and tokenizer.model has no room.
+    """The added tokens that Meta's loader will not know: it names its own, and tokenizer.model holds none.
 
     Raises ConfigError for malformed JSON.
     """
@@ -239,7 +239,7 @@ def _pipeline_problems(spec: TiktokenSpec, document: Json) -> Iterator[str]:
 
 
 def _without_offsets(value: object) -> object:
-    """Leave out `trim_offsets`: it moves reported offsets, never ids."""
+    """Drop `trim_offsets`, which changes reported offsets, never ids."""
     if isinstance(value, dict):
         return {key: _without_offsets(item) for key, item in value.items() if key != "trim_offsets"}
     if isinstance(value, list):

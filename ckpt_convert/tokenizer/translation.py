@@ -1,7 +1,7 @@
-"""Tokenizer files for the other side of a conversion: told apart by their bytes, translated where that is exact.
+"""Translates tokenizer files between formats where that is exact; their kind is detected from their bytes.
 
-Weights do not depend on them, so a tokenizer that cannot be translated stops nothing: the file is kept as it is, and
-a notice says why there is no other.
+Weights do not depend on them, so a tokenizer that cannot be translated does not stop a conversion: the file is kept
+unchanged, and a notice gives the reason.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ _PIECE_FIELD = b"\x0a"
 
 @dataclass(frozen=True)
 class GeneratedTokenizer:
-    """Tokenizer files made by translation, by name, and what the user has to know about them (or their absence)."""
+    """Translated tokenizer files by name, and notices about them or about why there are none."""
 
     files: dict[str, bytes]
     notices: tuple[str, ...] = ()
 
 
 def tokenizer_kind(data: bytes) -> Literal["tiktoken", "sentencepiece", "unknown"]:
-    """Tell what a tokenizer.model is from how it begins; whether the rest is whole, only its translation finds out."""
+    """Detect the kind of a tokenizer.model from its first bytes; only its translation checks the rest."""
     first_line = data[: data.find(b"\n", 0, 1 << 16) + 1] or data[: 1 << 16]
     if _TIKTOKEN_LINE.fullmatch(first_line):
         return "tiktoken"
@@ -60,16 +60,16 @@ def tokenizer_kind(data: bytes) -> Literal["tiktoken", "sentencepiece", "unknown
 
 
 def tokenizer_json_kind(data: bytes) -> Literal["tiktoken", "sentencepiece", "unknown"]:
-    """Tell what a tokenizer.json was made of: bytes as tokens of their own (byte_fallback) are SentencePiece's way."""
+    """Detect what a tokenizer.json was made from; byte_fallback shows that it was a SentencePiece model."""
     if re.search(rb'"byte_fallback"\s*:\s*true', data):
         return "sentencepiece"
     return "tiktoken" if re.search(rb'"type"\s*:\s*"ByteLevel"', data) else "unknown"
 
 
 def generated_for_hf(spec: TiktokenSpec, data: bytes, vocab_size: int | None = None) -> GeneratedTokenizer:
-    """Make a Hugging Face directory's tokenizer files from a tokenizer.model; ``vocab_size``: the embedding's rows.
+    """Make Hugging Face tokenizer files from a tokenizer.model; ``vocab_size`` is the number of embedding rows.
 
-    Raises nothing for input it cannot translate: no files then, and the reason as a notice.
+    For input that cannot be translated, returns no files, and the reason as a notice.
     """
     found = tokenizer_kind(data)
     try:
@@ -91,10 +91,10 @@ def generated_for_hf(spec: TiktokenSpec, data: bytes, vocab_size: int | None = N
 
 
 def generated_for_meta(spec: TiktokenSpec, files: Mapping[str, bytes]) -> GeneratedTokenizer:
-    """Make a Meta directory's tokenizer.model from a Hugging Face directory's tokenizer files (names to bytes).
+    """Make Meta's tokenizer.model from Hugging Face tokenizer files (name → bytes).
 
-    A tokenizer.model among them is the better one, and nothing is made. Raises nothing for input it cannot translate:
-    no files then, and the reason as a notice.
+    Makes nothing if there is a tokenizer.model among them. For input that cannot be translated, returns no files, and
+    the reason as a notice.
     """
     if TOKENIZER_MODEL in files:
         return GeneratedTokenizer({})
