@@ -284,14 +284,11 @@ def load_step(
     state = _opened_state(saved, planner.ranks) if saved.has_training_state else None
     names = [name for name in (state.parts or () if state is not None else ()) if name != MODEL and selection(name)]
     trees = state.read(names, optimizers.split_as(parts.parameters())) if state is not None else {}
-    resharded = state is not None and state.written_by != _count(planner.ranks)
-    if state is not None and resharded and selection("rng"):
+    if state is not None and state.written_by != _count(planner.ranks) and selection("rng"):
         trees["rng"] = _derived_rng(state, planner.ranks)
     if state is None:
         _say_what_starts_anew(saved, [name for name in parts.required_entries if selection(name)], strict)
     problems = parts.compare_state(trees, selection) if state is not None else []
-    if state is not None and resharded:
-        problems = [_on_other_ranks(line, state.written_by, _count(planner.ranks)) for line in problems]
     with contextlib.ExitStack() as stack:
         load_weights: Callable[[], str]
         if planner.adapter is not None:
@@ -378,19 +375,8 @@ def _derived_rng(state: training_state.StateReader, ranks: Ranks | None) -> dict
     if ranks is None or ranks.is_first:
         text = "%s: was saved by %d processes, and this run has %d: random numbers are derived from those of before"
         log.info(text, state.place, state.written_by, _count(ranks))
-    before = state.first_of_all().read(["rng"])["rng"]
+    before = state.of_first().read(["rng"])["rng"]
     return rng.derived(before, 0 if ranks is None else ranks.rank, _count(ranks))
-
-
-def _on_other_ranks(problem: str, before: int, now: int) -> str:
-    """What is wrong, where it is that the place in the data was saved by another number of processes."""
-    name, _, text = problem.partition(": ")
-    if not training_state.is_of_each_rank(name) or text != "is not in the checkpoint":
-        return problem
-    return (
-        f"{name}: was saved by {before} processes, each at a place of its own, and this run has {now}; "
-        f'exclude=["{name}"] begins the data anew'
-    )
 
 
 def _weights(

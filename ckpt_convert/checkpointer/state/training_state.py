@@ -41,6 +41,9 @@ DESCRIPTION = "ckpt_convert.json"
 
 _WAY_OUT = "copy the checkpoint again, or resume from another one"
 
+RNG = "rng"
+"""The part with the random numbers."""
+
 Files = dict[str, dict[str, Any]]
 
 Like = Callable[[str, tuple[int, ...]], "torch.Tensor | None"]
@@ -79,7 +82,7 @@ def prefix_of(name: str, rank: int | None = None) -> str:
 
 def is_of_each_rank(name: str) -> bool:
     """Whether each of several ranks has a part of its own: its random numbers, and its place in the data."""
-    return name.partition("/")[0] in ("rng", "dataloader")
+    return name.partition("/")[0] in (RNG, "dataloader")
 
 
 def check(directory: Place, files: Mapping[str, Mapping[str, Any]], checksums: bool = True) -> list[str]:
@@ -120,19 +123,25 @@ class StateReader:
         """How many ranks have written it."""
         return len(self.ranks) or 1
 
-    def first_of_all(self) -> StateReader:
-        """The state as the first of the ranks had it that wrote it."""
-        whole = replace(self, parts=None if self.parts is None else tuple(self._skeletons))
-        return whole.of_rank(0, self.written_by)
-
     def of_rank(self, rank: int, count: int) -> StateReader:
-        """The state as one of so many ranks has it: with its own parts where as many have written it, else without."""
+        """The state as one of so many ranks goes on with it: with what the same rank of as many had of its own.
+
+        After another number of ranks that is the place in the data of the first one, and no random numbers.
+        """
         if self.parts is None:
             return self
-        if self.written_by != count:
-            return replace(self, parts=tuple(name for name in self.parts if not is_of_each_rank(name)))
-        own = {name: _OfRank(rank, skeleton) for name, skeleton in (self.ranks[rank] if self.ranks else {}).items()}
-        return replace(self, parts=(*self.parts, *own), _skeletons=self._skeletons | own)
+        if self.written_by == count:
+            return self._with_own(rank if self.ranks else None)
+        found = self.of_first()
+        return replace(found, parts=tuple(name for name in found.parts or () if name != RNG))
+
+    def of_first(self) -> StateReader:
+        """The state as the first of the ranks had it that wrote it."""
+        return self._with_own(0 if self.ranks else None)
+
+    def _with_own(self, rank: int | None) -> StateReader:
+        own = {} if rank is None else {name: _OfRank(rank, one) for name, one in self.ranks[rank].items()}
+        return replace(self, parts=(*(self.parts or ()), *own), _skeletons=self._skeletons | own)
 
     def read(self, parts: Iterable[str] | None = None, like: Like | None = None) -> Any:
         """The state, or a dict of some of its parts; only their tensors are read.
