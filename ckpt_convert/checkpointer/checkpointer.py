@@ -14,6 +14,7 @@ import torch
 
 from ckpt_convert import formats
 from ckpt_convert.checkpointer import resume as resuming
+from ckpt_convert.checkpointer.distributed.ranks import on_all_ranks
 from ckpt_convert.checkpointer.live import loading
 from ckpt_convert.checkpointer.live.selection import PROGRESS, Selection
 from ckpt_convert.checkpointer.live.tensors import Model
@@ -145,7 +146,7 @@ class Checkpointer:
         run = chosen.run_directory()
         opened = resuming.open_run_source(source, source_format, chosen, run)
         self.workers = chosen.workers
-        self._options = chosen
+        self._options, self._ranks = chosen, chosen.ranks
         self._counts = RunCounters(chosen.schedule, chosen.policy, save_first=save_first, save_best=save_best)
         self._saver = Saver(chosen, SavePlanner(opened, chosen.settings, adapter, chosen.ranks), run, self._counts)
         self._signals = signals.Signals() if save_on_signal else None
@@ -215,6 +216,7 @@ class Checkpointer:
 
     # Beginning
 
+    @on_all_ranks
     def resume(
         self,
         *,
@@ -258,7 +260,7 @@ class Checkpointer:
         made = self._begin(model, optimizer, lr_scheduler, grad_scaler, dataloader, extra, data)
         directory = self._saver.directory
         saved = resuming.choose_together(
-            directory, from_, from_dir=from_dir, verify=verify, workers=self.workers, ranks=self._options.ranks
+            directory, from_, from_dir=from_dir, verify=verify, workers=self.workers, ranks=self._ranks
         )
         if saved is None:
             wanted.check([*made.entries(), *self._saver.planner.loadable_names(model)])
@@ -270,6 +272,7 @@ class Checkpointer:
         log.info("resumed from %s, at step %d%s", saved.place, self.progress.step, offer)
         return self.progress
 
+    @on_all_ranks
     def register(
         self,
         *,
@@ -350,7 +353,7 @@ class Checkpointer:
         saver, counts = self._saver, self._counts
         found, wrong = finite_metrics(metrics)
         changed = counts.report(found, metrics)
-        due = counts.due("eval") | counts.is_new_best(found)
+        due = self._saver.agreed(counts.due("eval") | counts.is_new_best(found))
         if saver.saved_step == self.progress.step:
             saver.amend()
             saver.is_save_held |= (
@@ -486,22 +489,13 @@ class Checkpointer:
 
     # Inside
 
-    def _begin(
-        self,
-        model: Model,
-        optimizer: Any,
-        lr_scheduler: Any,
-        grad_scaler: Any,
-        dataloader: Any,
-        extra: Any,
-        data: Elsewhere = "exact",
-    ) -> parts.TrainingParts:
+    def _begin(self, *objects: Any) -> parts.TrainingParts:
         self._refuse_closed()
         self._saver.open()
         if self._signals is not None:
             self._signals.install()
         self._signal_saved = self._over = False
-        made = parts.make_parts(model, optimizer, lr_scheduler, grad_scaler, dataloader, extra, data)
+        made = parts.make_parts(*objects)
         self._saver.begin(made)
         return made
 
@@ -514,6 +508,7 @@ class Checkpointer:
     def _release(self) -> None:
         self._closed = True
         with contextlib.ExitStack() as stack:
+            stack.callback(self._ranks.leave if self._ranks is not None else lambda: None)
             stack.callback(self._saver.planner.source.close)
             stack.callback(self._let_go)
 

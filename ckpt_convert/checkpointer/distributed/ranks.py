@@ -6,19 +6,24 @@ training communicates, and a process that is gone is found by a deadline. The fi
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch.distributed as dist
 
 from ckpt_convert import errors
 from ckpt_convert.errors import CkptConvertError, UsageError, error_text
 from ckpt_convert.wording import first_few, indented_list
+
+T = TypeVar("T")
+P = ParamSpec("P")
 
 DEADLINE = 600.0
 """Seconds after which a rank that says nothing is taken to be gone."""
@@ -68,9 +73,10 @@ class Ranks:
     rank: int
     count: int
     prefix: str
-    deadline: float = DEADLINE
     _turn: int = field(default=0, init=False)
     _answered: list[str] = field(default_factory=list, init=False)
+    _raised: list[Exception] = field(default_factory=list)
+    _root: str = ""
 
     @property
     def is_first(self) -> bool:
@@ -78,20 +84,28 @@ class Ranks:
         return self.rank == 0
 
     def channel(self, name: str) -> Ranks:
-        """The same ranks, whose turns are counted apart: for another thread."""
-        return Ranks(self.store, self.rank, self.count, f"{self.prefix}/{name}", self.deadline)
+        """The same ranks, whose turns are counted apart, for another thread."""
+        prefix = f"{self.prefix}/{name}"
+        return Ranks(self.store, self.rank, self.count, prefix, self._raised, self._root or self.prefix)
 
-    def first(self, what: str, act: Callable[[], bytes | None]) -> bytes:
-        """Let the first rank do something, and all of them have its result, or raise its error.
+    def together(self, what: str, act: Callable[[], T]) -> T:
+        """Do something that may take several turns; where it fails on one rank, all raise that, whatever turn it is.
 
         ``what`` is it in words, for the message of a deadline.
         """
-        turn = self._next()
-        if not self.is_first:
-            return self._heard(turn, what)
-        outcome, error = self._outcome(act)
-        self._answer(turn, [outcome])
-        return _opened(outcome, error)
+        try:
+            result = act()
+        except Exception as error:
+            if not self._is_known(error):
+                failed = error
+                self.round(what, lambda: _raise(failed), _nothing)
+            raise
+        self.round(what, bytes, _nothing)
+        return result
+
+    def first(self, what: str, act: Callable[[], bytes | None]) -> bytes:
+        """Let the first rank do something, and all of them have its result, or raise its error."""
+        return self.round(what, bytes, lambda _: [act() or b""])
 
     def round(
         self, what: str, mine: Callable[[], bytes], decide: Callable[[Sequence[bytes]], Sequence[bytes]]
@@ -115,15 +129,20 @@ class Ranks:
             except Exception as raised:
                 answers, error = [self._failure(raised)], raised
         self._answer(turn, answers)
-        return _opened(answers[0], error)
+        return self._opened(answers[0], error)
+
+    def leave(self) -> None:
+        """Say that this rank takes part in nothing more, so that nobody waits for it until the deadline."""
+        with contextlib.suppress(CkptConvertError):
+            self._call(self.store.set, self._left(self.rank), b"")
 
     def _next(self) -> int:
         self._turn += 1
         return self._turn
 
-    def _outcome(self, act: Callable[[], bytes | None]) -> tuple[bytes, Exception | None]:
+    def _outcome(self, act: Callable[[], bytes]) -> tuple[bytes, Exception | None]:
         try:
-            return _OK + (act() or b""), None
+            return _OK + act(), None
         except Exception as error:
             return self._failure(error), error
 
@@ -134,32 +153,60 @@ class Ranks:
         """What the other ranks say in this turn, in their order; in the place of those that say nothing, that."""
         left = {rank: f"{turn}/{rank}" for rank in range(1, self.count)}
         heard: dict[int, bytes] = {}
-        waiting = _Waiting(self.deadline)
+        waiting = _Waiting(DEADLINE)
         while left:
             there = [rank for rank, key in left.items() if self._has(key)]
             for rank in there:
                 heard[rank] = self._take(left.pop(rank))
-            if not there and not waiting.more():
+            if there:
+                continue
+            if gone := [rank for rank in left if self._call(self.store.check, [self._left(rank)])]:
+                return [self._absence(gone, what)]
+            if not waiting.more():
                 return [self._silence(sorted(left), what)]
         return [heard[rank] for rank in sorted(heard)]
 
     def _heard(self, turn: int, what: str, cause: Exception | None = None) -> bytes:
         """What the first rank answers."""
-        waiting = _Waiting(2 * self.deadline)  # it waits itself for those that say nothing
+        waiting = _Waiting(2 * DEADLINE)  # it waits itself for those that say nothing
         while True:
             for key in (f"{turn}/answer", f"{turn}/answer/{self.rank}"):
                 if self._has(key):
-                    return _opened(self._get(key), cause)
+                    return self._opened(self._get(key), cause)
+            if self._call(self.store.check, [self._left(0)]):
+                return self._opened(self._absence([0], what), cause)
             if not waiting.more():
-                return _opened(self._silence([0], what), cause)
+                return self._opened(self._silence([0], what), cause)
 
     def _silence(self, ranks: Sequence[int], what: str) -> bytes:
         return _failure(
             CkptConvertError.__name__,
-            f"rank {first_few(list(map(str, ranks)), 8, ' and others')}: took no part in {what} within "
-            f"{self.deadline:g} s; every process makes the same calls of the checkpointer, so it has ended, or it "
-            "waits elsewhere",
+            f"rank {_list(ranks)}: took no part in {what} within {DEADLINE:g} s; every process makes the same "
+            "calls of the checkpointer, so it has ended, or it waits elsewhere",
         )
+
+    def _absence(self, ranks: Sequence[int], what: str) -> bytes:
+        text = f"rank {_list(ranks)}: took no part in {what}: its checkpointer is closed, most likely after an error"
+        return _failure(CkptConvertError.__name__, text)
+
+    def _opened(self, outcome: bytes, cause: Exception | None = None) -> bytes:
+        """What was said; raises it where it is an error."""
+        if outcome[:1] == _OK:
+            return outcome[1:]
+        kind, text = json.loads(outcome[1:])
+        made = getattr(errors, kind, CkptConvertError)
+        simple = issubclass(made, CkptConvertError) and made is not errors.LossyConversionError
+        raised = (made if simple else CkptConvertError)(text)
+        self._raised.append(raised)
+        raise raised from cause
+
+    def _is_known(self, error: BaseException | None) -> bool:
+        """Whether an error is, or follows from, one that all ranks have raised."""
+        while error is not None:
+            if any(error is one for one in self._raised):
+                return True
+            error = error.__cause__ or error.__context__
+        return False
 
     def _answer(self, turn: int, answers: Sequence[bytes]) -> None:
         """Answer all with one, or each with its own."""
@@ -183,6 +230,9 @@ class Ranks:
                 "most often rank 0's or torchrun's, has ended"
             ) from error
 
+    def _left(self, rank: int) -> str:
+        return f"{self._root or self.prefix}/left/{rank}"
+
     def _key(self, key: str) -> str:
         return f"{self.prefix}/{key}"
 
@@ -200,6 +250,27 @@ class Ranks:
         value = self._get(key)
         self._call(self.store.delete_key, self._key(key))
         return value
+
+
+class _OfRanks(Protocol):
+    """An object that is made on every rank."""
+
+    _ranks: Ranks | None
+
+
+Self_ = TypeVar("Self_", bound=_OfRanks)
+
+
+def on_all_ranks(method: Callable[Concatenate[Self_, P], T]) -> Callable[Concatenate[Self_, P], T]:
+    """Let what fails on one rank in a method that all of them call be raised on all."""
+
+    @wraps(method)
+    def call(self: Self_, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        if self._ranks is None:
+            return method(self, *args, **kwargs)
+        return self._ranks.together(f"{method.__name__}()", lambda: method(self, *args, **kwargs))
+
+    return call
 
 
 class _Waiting:
@@ -229,11 +300,13 @@ def _joined(failed: Sequence[bytes]) -> bytes:
     return _failure(said[0][0], texts[0] if len(texts) == 1 else indented_list(texts).lstrip()) if said else b""
 
 
-def _opened(outcome: bytes, cause: Exception | None = None) -> bytes:
-    """What was said; raises it where it is an error."""
-    if outcome[:1] == _OK:
-        return outcome[1:]
-    kind, text = json.loads(outcome[1:])
-    made = getattr(errors, kind, CkptConvertError)
-    simple = issubclass(made, CkptConvertError) and made is not errors.LossyConversionError
-    raise (made if simple else CkptConvertError)(text) from cause
+def _raise(error: Exception) -> bytes:
+    raise error
+
+
+def _nothing(_: Sequence[bytes]) -> list[bytes]:
+    return [b""]
+
+
+def _list(ranks: Sequence[int]) -> str:
+    return first_few([str(rank) for rank in ranks], 8, " and others")

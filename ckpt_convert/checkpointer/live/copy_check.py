@@ -14,7 +14,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
+from ckpt_convert.checkpointer.distributed.slices import local_of
 from ckpt_convert.checkpointer.live.tensors import MemoryRanges
 from ckpt_convert.errors import UsageError
 
@@ -29,9 +31,9 @@ class CopyCheck:
         self._model = model
         self._trained = None if parameters is None else [one for one in parameters if one.requires_grad]
         tensors = list(_tensors(model).values())
-        memory = MemoryRanges(map(_local, tensors))
+        memory = MemoryRanges(map(local_of, tensors))
         self._live = (
-            any(tensor.requires_grad for tensor in tensors)
+            any(tensor.requires_grad or isinstance(tensor, DTensor) for tensor in tensors)
             or (self._trained is None and _are_shared(tensors))
             or (self._trained is not None and not self._is_trained_apart(tensors, memory))
         )
@@ -72,7 +74,7 @@ class CopyCheck:
         A small module that is trained beside a frozen model is no reason to suspect copies.
         """
         trained = self._trained or []
-        if not trained or any(_local(one) in memory for one in trained):
+        if not trained or any(local_of(one) in memory for one in trained):
             return False
         processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         shapes = {tensor.shape for tensor in tensors if tensor.dim() > 1}
@@ -101,7 +103,7 @@ def _tensors(model: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def _samples(tensor: torch.Tensor) -> torch.Tensor:
-    local = _local(tensor)
+    local = local_of(tensor)
     flat = local.as_strided((local.numel(),), (1,), local.storage_offset())  # in the order of the memory
     return flat[:: max(1, local.numel() // _SAMPLES)][:_SAMPLES].to("cpu", copy=True)
 
@@ -113,12 +115,6 @@ def _coarse(tensor: torch.Tensor) -> torch.Tensor:
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(torch.uint8)
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """What this process has of a tensor that is sharded."""
-    found: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return found.detach()
 
 
 def _version(tensor: torch.Tensor) -> int:

@@ -152,6 +152,7 @@ class Options:
     run_name: str | None
     latest_name: str | None
     save_last: bool
+    save_best: bool
     overwrite: bool
     asynchronous: bool
     workers: int
@@ -194,6 +195,7 @@ class Options:
             run_name=given.directory.run_name,
             latest_name=given.directory.latest_name,
             save_last=given.schedule.save_last,
+            save_best=given.schedule.save_best,
             overwrite=given.directory.overwrite,
             asynchronous=given.asynchronous,
             progress=given.progress,

@@ -43,7 +43,7 @@ class RunDirectory:
         ranks: Ranks | None = None,
     ) -> None:
         self.path = path
-        self.ranks = ranks
+        self.ranks = None if ranks is None else ranks.channel("save")
         """The processes that write it together, of which only the first changes anything but their weights and state;
         None where one process writes it alone."""
         self.policy = policy

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ckpt_convert._version import __version__
+from ckpt_convert.checkpointer.distributed.ranks import on_all_ranks
 from ckpt_convert.checkpointer.live.copy_check import CopyCheck
 from ckpt_convert.checkpointer.live.tensors import model_tensors
 from ckpt_convert.checkpointer.run import saved_steps
@@ -46,7 +47,7 @@ class Saver:
         self.more_files: Callable[[], Mapping[str, bytes]] = dict
         self.background = Background()
         self.holds_saves = self.is_save_held = False
-        self._options, self._run = options, run
+        self._options, self._run, self._ranks = options, run, options.ranks
         self._settings, self._last = options.settings, options.last
         self._buffers = CopyBuffers()
         self._copy_check: CopyCheck | None = None
@@ -122,6 +123,16 @@ class Saver:
         if self.is_save_held:
             self.save()
 
+    def agreed(self, due: bool) -> bool:
+        """Whether a save is due after a report, where ranks may have reported different numbers: as the first one says.
+
+        Nothing is asked where no number decides it.
+        """
+        if self._ranks is None or not self._options.save_best:
+            return due
+        return self._ranks.first("report()", lambda: b"due" if due else b"") == b"due"
+
+    @on_all_ranks
     def save(self, settings: Settings | None = None) -> None:
         """Take everything as it is now, and write it: behind the training, or before this returns."""
         parts, progress = self.require("save()"), self.counts.progress
