@@ -85,7 +85,7 @@ def is_of_each_rank(name: str) -> bool:
     return name.partition("/")[0] in (RNG, "dataloader")
 
 
-def check(directory: Place, files: Mapping[str, Mapping[str, Any]], checksums: bool = True) -> list[str]:
+def check_state(directory: Place, files: Mapping[str, Mapping[str, Any]], checksums: bool = True) -> list[str]:
     """Compare the directory with what ``write`` returned; the problems, none when all is well.
 
     Without ``checksums`` only names and sizes are looked at, and no file is read.
