@@ -23,7 +23,7 @@ from ckpt_convert.models.core.table import FORMATS
 
 GROUPS = (
     ("Convert", ("convert", *(f"{source}-to-{target}" for source, target in permutations(FORMATS, 2)))),
-    ("Look", ("inspect", "verify", "diff", "formats")),
+    ("Inspect", ("inspect", "verify", "diff", "formats")),
 )
 _MODULES = {name: name for name in ("inspect", "verify", "diff", "formats")}
 
@@ -66,7 +66,7 @@ Exit codes: 0 done, 1 failed, 2 usage, 3 bad input, 130 interrupted (143, 129: b
 @click.version_option(__version__, prog_name="ckpt-convert")
 @click.option("--debug", is_flag=True, help="Show a traceback with an error.")
 def cli(debug: bool) -> None:
-    """Move the weights of large language models between the layouts that tools use, bit for bit."""
+    """Convert checkpoints of large language models between formats, bit for bit."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

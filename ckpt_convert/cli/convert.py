@@ -67,20 +67,25 @@ def _options(source: str | None, to: str | None) -> list[click.Option]:
         flag("--overwrite", "Replace DST once the new output is complete."),
         option("--dtype", type=dtypes, help="Cast floating-point tensors."),
         flag("--allow-overflow", "Write values too large for --dtype as infinite."),
-        flag("--allow-loss", "Go on without values that DST has no place for."),
-        option("--dequantize", type=dequantized, help="Write fp8 and MXFP4 weights as numbers.", shown=quantized),
-        option("--shards", type=int, metavar="N", help="Number of files, balanced.", shown=sharded),
-        option("--max-shard-size", metavar="SIZE", help="Most bytes in a file, such as 5GB.", shown=sharded),
-        option("--model-parallel", type=int, metavar="N", help="Number of ranks (files).", shown=meta),
-        option("--container", type=click.Choice(containers), help="What the files are."),
-        option("--like", metavar="DIR", help="Take file names, assignment, config and tokenizer from DIR."),
+        flag("--allow-loss", "Leave out values that DST has no place for."),
+        option("--dequantize", type=dequantized, help="Write the values of fp8 and MXFP4 weights.", shown=quantized),
+        option("--shards", type=int, metavar="N", help="Number of files, of about equal size.", shown=sharded),
+        option("--max-shard-size", metavar="SIZE", help="Most bytes of a file, such as 5GB.", shown=sharded),
+        option("--model-parallel", type=int, metavar="N", help="Number of tensor-parallel ranks (files).", shown=meta),
+        option("--container", type=click.Choice(containers), help="Container of the files."),
+        option("--like", metavar="DIR", help="Take file names, key-to-file assignment, config and tokenizer from DIR."),
         common.FAMILY.parameter,
         common.config("SRC").parameter,
-        option("--rope-factor", type=float, help="RoPE scaling factor that params.json does not say.", shown=params),
-        option("--rope-theta", type=float, help="RoPE theta that params.json does not say.", shown=params),
-        option("--max-positions", type=int, help="Context length that params.json does not say.", shown=params),
-        option("--meta-style", type=styles, help="Whose params.json and embedding cut.", shown=meta),
-        flag("--drop-rope-scaling", "Leave out a RoPE scaling that the target cannot say.", shown=meta),
+        option("--rope-factor", type=float, help="RoPE scaling factor that params.json does not hold.", shown=params),
+        option("--rope-theta", type=float, help="RoPE theta that params.json does not hold.", shown=params),
+        option("--max-positions", type=int, help="Context length that params.json does not hold.", shown=params),
+        option(
+            "--meta-style",
+            type=styles,
+            help="Whose params.json and embedding split.",
+            shown=meta,
+        ),
+        flag("--drop-rope-scaling", "Leave out a RoPE scaling that the target cannot express.", shown=meta),
         common.revision("SRC").parameter,
         common.WORKERS.parameter,
         common.JSON.parameter,
@@ -97,7 +102,7 @@ def _command(name: str, source: str | None, to: str | None) -> click.Command:
     usage = "SRC is a path or a Hub id (org/name); DST is a directory."
     examples = [f"ckpt-convert {name} SRC DST --dry-run", f"ckpt-convert {name} SRC DST --verify"]
     if to is None:
-        title = "Convert SRC to any format, or lay it out anew in its own."
+        title = "Convert SRC to any format, or re-shard it in its own."
         usage += " A model of no known family stays in Hugging Face's format (--to hf), under its own keys."
         examples = [
             "ckpt-convert convert Llama-3.2-1B out --to meta",
@@ -175,7 +180,7 @@ def _show(report: Report, *, as_json: bool, quiet: bool) -> None:
     for tie in report.ties:
         echo(f"  tied: {escape(tie)}")
     if report.drops:
-        echo(f"  carried in the record, for the target has no place for it: {escape(in_short(report.drops))}")
+        echo(f"  kept in the record, as the target has no place for it: {escape(in_short(report.drops))}")
     for origin in ("copied", "generated", "restored"):
         names = [escape(name) for name, how in report.side_files.items() if how == origin]
         if names:

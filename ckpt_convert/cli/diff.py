@@ -89,7 +89,7 @@ Exit codes: 0 the same, 1 different, 2 usage, 3 no readable checkpoint.""",
 @click.option("--values/--no-values", default=True, show_default=True, help="Compare values, not only keys and shapes.")
 @click.option("--full", is_flag=True, help="One line for each tensor that differs.")
 @options.FILTERS
-@click.option("--ignore-dtype", is_flag=True, help="Equal values in another dtype are no difference.")
+@click.option("--ignore-dtype", is_flag=True, help="Equal values in another dtype do not count as a difference.")
 @options.JSON
 @options.HTML
 @options.from_format("A", "-a")
@@ -122,8 +122,8 @@ def diff(
 ) -> int:
     """Show where checkpoints A and B differ: keys, shapes, dtypes, then every value.
 
-    A and B are directories, weight files or Hub ids, in any formats and over any number of ranks: tensors are brought
-    together through the family's table, with RoPE row orders and cuts undone. Nothing is written.
+    A and B are directories, weight files or Hub ids, in any formats and with any number of tensor-parallel ranks:
+    tensors are aligned through the family's table. Nothing is written.
     """
     from ckpt_convert.analysis.diff.api import diff_checkpoints
     from ckpt_convert.cli.html import diff_page
@@ -193,7 +193,9 @@ def _header(found: Diff) -> Iterator[Labelled]:
         words += [plural(side["tensors"], "tensor"), human_bytes(side["bytes"])]
         yield Labelled(name, [escape(side["path"]), *f"({', '.join(words)})".split()])
     how = (
-        "through the family's table: row orders and cuts are undone" if found.aligned_by == "mapping" else "key by key"
+        "through the family's table: RoPE layouts and rank splits undone"
+        if found.aligned_by == "mapping"
+        else "key by key"
     )
     if found.values:
         yield Labelled("compared", f"{human_bytes(found.compared)} of a with b, {how}".split())

@@ -103,7 +103,7 @@ def gather(checkpoint: Identified) -> Facts:
     notices = list(checkpoint.notices)
     if unsettled:
         notices.append(
-            f"{plural(len(unsettled), 'tensor')} on several ranks may be cut or whole, which "
+            f"{plural(len(unsettled), 'tensor')} on several ranks may be split or replicated, which "
             f"{'no table' if model else 'only a config'} says: the shapes shown are those of single ranks"
         )
     return Facts(

@@ -39,12 +39,12 @@ Examples:
 @click.option("--keys", is_flag=True, help="The table of one family: keys, shapes, RoPE layout and TP axis by format.")
 @click.option("--family", metavar="NAME", help="The family whose table --keys shows.")
 @click.option("--layers", type=click.IntRange(1, 1000), metavar="N", help="With --keys: N layers, numbered.")
-@click.option("--json", "as_json", is_flag=True, help="Everything as one JSON object.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
 def formats(keys: bool, family: str | None, layers: int | None, as_json: bool) -> None:
     """Show which families of models can be read and written, in which formats, and what files these use.
 
-    With --family NAME --keys: each tensor of a family, its shape in the symbols of its config, and for each format its
-    key, the shape stored there where that is another one, the RoPE layout and the axis that TP ranks cut.
+    With --family NAME --keys: each tensor of a family, its shape in dimensions of its config, and for each format its
+    key, the shape stored there where it differs, the RoPE layout and the axis that is split across TP ranks.
     """
     if keys != (family is not None) or (layers is not None and not keys):
         raise click.UsageError("--keys shows the table of one --family; --layers numbers the layers of that table")

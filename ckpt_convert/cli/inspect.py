@@ -25,7 +25,7 @@ def _order(context: click.Context, parameter: click.Parameter, value: str) -> Or
 
 
 @click.command(
-    short_help="Show what a checkpoint is and what is in it.",
+    short_help="Show what a checkpoint is and which tensors it holds.",
     epilog="""\b
 Examples:
   ckpt-convert inspect Llama-3.2-1B                        what is it?
@@ -39,16 +39,16 @@ Examples:
   ckpt-convert inspect Llama-3.2-1B --json | jq -r '.tensors[].key'
 
 \b
-layers.{0..3,5..15}.wq.weight stands for one tensor in each of these layers,
+layers.{0..3,5..15}.wq.weight denotes one tensor in each of these layers,
 all of one shape and dtype; ×15 counts them. docs/inspect.md explains the
 rest, docs/json.md the JSON. Exit codes: 0 shown, 1 NaN or Inf found
 (--fail-on-nan), 2 usage, 3 no readable checkpoint.""",
 )
 @click.argument("path")
 @click.option("--full", is_flag=True, help="One line for each tensor.")
-@click.option("--tree", is_flag=True, help="The tree of modules, with what each holds in all.")
+@click.option("--tree", is_flag=True, help="The tree of modules, with the total size of each.")
 @click.option("--depth", type=click.IntRange(1), metavar="N", help="Levels of the tree (implies --tree).")
-@click.option("--by-shard", is_flag=True, help="Each file by itself.")
+@click.option("--by-shard", is_flag=True, help="List the tensors file by file.")
 @options.FILTERS
 @click.option(
     "--sort",
@@ -69,7 +69,7 @@ rest, docs/json.md the JSON. Exit codes: 0 shown, 1 NaN or Inf found
 @options.revision()
 @options.WORKERS
 def inspect(path: str, revision: str | None, from_format: str | None, **options: Any) -> None:
-    """Show what a checkpoint is and what is in it: format, family, files, and every tensor's key, shape and dtype.
+    """Show what a checkpoint is and what it holds: format, family, files, and every tensor's key, shape and dtype.
 
     PATH is a directory, one weight file, or a Hub id (org/name). Only headers are read, however large the files are;
     --stats reads the tensors too, in little memory.

@@ -48,7 +48,7 @@ def revision(what: str = "PATH", side: str = "") -> Option:
     )
 
 
-FAMILY = Option(("--family",), {"metavar": "NAME", "help": "The family, where it cannot be told."})
+FAMILY = Option(("--family",), {"metavar": "NAME", "help": "The family, where it cannot be detected."})
 FILTERS = Option(
     ("--filter", "filters"),
     {"multiple": True, "metavar": "GLOB", "help": "Only tensors whose key matches; can be repeated."},
@@ -56,9 +56,9 @@ FILTERS = Option(
 WORKERS = Option(
     ("--workers",), {"type": click.IntRange(1), "metavar": "N", "help": "Workers (default: one a core, 2 to 4)."}
 )
-JSON = Option(("--json", "as_json"), {"is_flag": True, "help": "Everything as one JSON object."})
+JSON = Option(("--json", "as_json"), {"is_flag": True, "help": "Print everything as one JSON object."})
 HTML = Option(
     ("--html",),
-    {"metavar": "FILE", "type": click.Path(), "help": "Write a page to look at in a browser (- : standard output)."},
+    {"metavar": "FILE", "type": click.Path(), "help": "Write an HTML page (- : standard output)."},
 )
 QUIET = Option(("--quiet", "-q"), {"is_flag": True, "help": "Print nothing but errors."})

@@ -92,7 +92,7 @@ def _facts(plan: Plan, dst: Path) -> Iterator[Labelled]:
     yield _labelled("dims", ", ".join(f"{name} {plan.dims[name]}" for name in SIZES if name in plan.dims))
     if plan.embedding_split is not None:
         yield _labelled(
-            "embedding", f"ranks cut its {plan.embedding_split.description}  ({escape(plan.embedding_split.reason)})"
+            "embedding", f"ranks split its {plan.embedding_split.description}  ({escape(plan.embedding_split.reason)})"
         )
     moves = ", ".join(f"{human_bytes(size)} {kind}" for kind, size in plan.bytes_by_kind.items() if size)
     yield _labelled("tensors", f"{plan.tensors}, {human_bytes(plan.tensor_bytes)}: {moves}")

@@ -28,7 +28,7 @@ _MOST = 12
 
 
 @click.command(
-    short_help="Say everything that is wrong with a checkpoint.",
+    short_help="Report everything that is wrong with a checkpoint.",
     epilog="""\b
 Examples:
   ckpt-convert verify Llama-3.2-1B
@@ -39,7 +39,7 @@ Examples:
   ckpt-convert verify Llama-3.2-1B-meta --accept params.json
 
 \b
-Exit codes: 0 no errors, 1 errors found (with --strict, warnings too), 2 usage, 3 there is nothing to check.""",
+Exit codes: 0 no errors, 1 errors found (with --strict, warnings too), 2 usage, 3 no checkpoint found.""",
 )
 @click.argument("path")
 @click.option("--quick", is_flag=True, help="Read headers and small files only, no values.")
@@ -50,7 +50,7 @@ Exit codes: 0 no errors, 1 errors found (with --strict, warnings too), 2 usage, 
     "accepted",
     metavar="FILE",
     multiple=True,
-    help="Take an edited config or tokenizer as it is; repeatable.",
+    help="Accept an edited config or tokenizer file; repeatable.",
 )
 @click.option("--full", is_flag=True, help="Show every finding, however many are of one kind.")
 @click.option("--strict", is_flag=True, help="Exit with 1 for warnings, too (NaN, leftover shards).")
@@ -77,7 +77,7 @@ def verify(
     workers: int | None,
     quiet: bool,
 ) -> int:
-    """Say everything that is wrong with a checkpoint, at once: files, headers, index, config, checksums, values.
+    """Check a checkpoint and report everything that is wrong with it: files, headers, index, config, checksums, values.
 
     PATH is a directory, one weight file, or a Hub id (org/name). Every byte is read once, unless --quick. Nothing is
     written, except with --accept: before the checks, the checksums of these files beside the weights are renewed in
@@ -195,7 +195,7 @@ def _computed(found: LogitsReport) -> Iterator[Labelled]:
     for outcome in (found.a, found.b):
         if outcome is not None:
             text = f"{escape(outcome.path)}: {found.prompts} prompts of {found.length} random tokens: "
-            text += "all logits finite" if outcome.finite else "logits that are no numbers"
+            text += "all logits finite" if outcome.finite else "NaN or infinite logits"
             if outcome.entropy is not None:
                 text += f", entropy {outcome.entropy:.3f} of at most {outcome.uniform_entropy:.3f} nats"
             yield Labelled("logits", text.split(" "))

@@ -141,7 +141,7 @@ def test_help_shows_examples_and_only_what_fits(option: str) -> None:
     assert "--model-parallel" not in run("meta-to-hf", option).stdout
     top = run(option).stdout
     assert "Convert:" in top
-    assert "Look:" in top
+    assert "Inspect:" in top
     assert run("--version").stdout.startswith("ckpt-convert")
 
 
@@ -151,7 +151,7 @@ def test_notices_carried_tensors_and_ties_are_told(tmp_path: Path) -> None:
     (source / "old.bin").write_bytes(b"stale")
     done = run("meta-to-hf", source, tmp_path / "out")
     assert "notice: not used: old.bin" in done.stderr
-    assert "carried in the record, for the target has no place for it: rope.freqs" in done.stdout
+    assert "kept in the record, as the target has no place for it: rope.freqs" in done.stdout
     tied = run("hf-to-meta", GOLDEN / "llama_tied" / "hf", tmp_path / "tied")
     assert "tied: output is tied to tok_embeddings" in tied.stdout
     dry = run("meta-to-hf", source, tmp_path / "other", "--dry-run")

@@ -63,7 +63,7 @@ def test_the_same_exits_with_0_and_says_how_much_was_compared() -> None:
     lines = text(META, HF, code=0)
     assert lines[0].startswith(f"a         {META} (meta, llama, 2 ranks, 117 K parameters, 30 tensors, 470 kB)")
     assert lines[1].startswith(f"b         {HF} (hf, llama, 117 K parameters")
-    assert lines[2] == "compared  470 kB of a with b, through the family's table: row orders and cuts are undone"
+    assert lines[2] == "compared  470 kB of a with b, through the family's table: RoPE layouts and rank splits undone"
     assert lines[3] == "same      all 30 tensors, bit for bit"
     assert len(lines) == 4
 

@@ -284,7 +284,7 @@ class TestWithoutFamily:
         output = text(tmp_path, "--filter", "layers.0.attention.wq.weight")
         assert facts(output)["family"].startswith("unknown: has no params.json")
         assert facts(output)["parameters"] == "unknown, in 30 tensors"
-        assert "may be cut or whole" in facts(output)["notice"]
+        assert "may be split or replicated" in facts(output)["notice"]
         assert body(output)[0] == "layers.0.attention.wq.weight  [36, 72]  F32  20.7 kB  on 2 ranks"
         (tensor,) = document(tmp_path, "--filter", "layers.0.attention.wq.weight")["tensors"]
         assert (tensor["shape"], [part["shape"] for part in tensor["parts"]]) == (None, [[36, 72], [36, 72]])

@@ -73,7 +73,7 @@ def test_the_dry_run_says_which_and_why(tmp_path: Path) -> None:
     assert found == {"axis": 1, "why": "as params.json has vocab_size -1, which Llama 1 and 2 have"}
     assert dry_run(LLAMA3 / "meta-mp1", tmp_path / "out")["axis"] == 0
     shown = run("convert", LLAMA2 / "meta-mp2", tmp_path / "out", "--to", "meta", "--dry-run").stdout
-    assert "ranks cut its columns, Llama 2's way  (as its 2 ranks have it)" in " ".join(shown.split(" "))
+    assert "ranks split its columns, Llama 2's way  (as its 2 ranks have it)" in " ".join(shown.split(" "))
 
 
 @pytest.mark.parametrize("between", ["hf", "native", "torchtitan"])
