@@ -1,4 +1,4 @@
-"""The command line: ``ckpt-convert``. All printing, colour and progress bars live in this package."""
+"""The command line: ``ckpt-convert``. All printing, color and progress bars live in this package."""
 
 from __future__ import annotations
 

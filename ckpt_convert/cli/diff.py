@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ckpt_convert.cli import colours, options, tree
+from ckpt_convert.cli import colors, options, tree
 from ckpt_convert.cli.text import (
     Labelled,
     columns,
@@ -174,11 +174,11 @@ def _lines(found: Diff, *, full: bool, width: int | None) -> Iterator[str]:
         rows = [change for change in found.changes if change.status == status]
         if rows:
             yield ""
-            yield click.style(f"{title}: {plural(len(rows), 'tensor')}", fg=colours.WARNING, bold=True)
+            yield click.style(f"{title}: {plural(len(rows), 'tensor')}", fg=colors.WARNING, bold=True)
             yield from _listed(rows, full=full, width=width)
     if found.config:
         yield ""
-        yield click.style("the configs differ", fg=colours.WARNING, bold=True)
+        yield click.style("the configs differ", fg=colors.WARNING, bold=True)
         rows_ = [(name, _said(ours), "→", _said(theirs)) for name, ours, theirs in found.config]
         yield from columns(rows_, width=width, indent="  ")
 
@@ -205,17 +205,17 @@ def _header(found: Diff) -> Iterator[Labelled]:
     for (ours, theirs), count in casts.most_common():
         if ours != theirs:
             text = f"{ours} in a, {theirs} in b: {plural(count, 'tensor')} compared after an exact upcast"
-            yield Labelled("dtypes", text.split(), colours.WARNING)
+            yield Labelled("dtypes", text.split(), colors.WARNING)
     for notice in found.notices:
-        yield Labelled("notice", escape(notice).split(" "), colours.WARNING)
+        yield Labelled("notice", escape(notice).split(" "), colors.WARNING)
     counts = found.counts
     total = sum(counts.values())
     if not total:
-        yield Labelled("same", ["no tensor was compared: no key matches"], colours.WARNING)
+        yield Labelled("same", ["no tensor was compared: no key matches"], colors.WARNING)
         return
     if found.same:
         what = ", bit for bit" if found.values else " in key, shape and dtype; values were not compared"
-        yield Labelled("same", f"all {plural(total, 'tensor')}{what}".split(), colours.GOOD)
+        yield Labelled("same", f"all {plural(total, 'tensor')}{what}".split(), colors.GOOD)
         return
     said: dict[Status, str] = {
         "differs": "in values",
@@ -227,7 +227,7 @@ def _header(found: Diff) -> Iterator[Labelled]:
     }
     words = [f"{number(counts[status])} {text}" for status, text in said.items() if counts[status]]
     text = f"{', '.join(words)}, of {plural(total, 'tensor')}"
-    yield Labelled("differs", text.split(), colours.BAD)
+    yield Labelled("differs", text.split(), colors.BAD)
 
 
 def _groups(changes: Sequence[Change], *, full: bool, all_keys: Numbering) -> list[_Group]:
@@ -263,12 +263,12 @@ def _changed(changes: Sequence[Change], found: Diff, *, full: bool, width: int |
     for group, line in zip(groups, lines[1:], strict=True):
         yield line
         for note in dict.fromkeys(change.note for change in group.changes if change.note):
-            yield click.style(f"    {escape(note)}", fg=colours.WARNING)
+            yield click.style(f"    {escape(note)}", fg=colors.WARNING)
         mismatches = sum(change.delta.nan_mismatch for change in group.changes if change.delta)
         if mismatches:
             where = "is" if mismatches == 1 else "are"
             text = f"    {plural(mismatches, 'element')} {where} NaN or infinite on one side only"
-            yield click.style(text, fg=colours.BAD)
+            yield click.style(text, fg=colors.BAD)
 
 
 def _numbers(group: _Group) -> tuple[str, ...]:

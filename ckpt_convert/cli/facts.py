@@ -117,7 +117,7 @@ def gather(checkpoint: Identified) -> Facts:
         dtypes=dict(sorted(dtypes.items(), key=lambda item: (-item[1].bytes, item[0]))),
         strides={(f.name, t.key): t.strides for f, t in checkpoint.stored if t.strides is not None},
         open_keys=frozenset(info.key for info in unsettled),
-        said=(*_kind(checkpoint), *checkpoint.facts, *_quantised(checkpoint), *trained(checkpoint)),
+        said=(*_kind(checkpoint), *checkpoint.facts, *_quantized(checkpoint), *trained(checkpoint)),
         besides=besides,
         notices=tuple(notices),
     )
@@ -133,7 +133,7 @@ def _kind(checkpoint: Identified) -> list[tuple[str, str]]:
     return [("kind", text)] if text else []
 
 
-def _quantised(checkpoint: Identified) -> list[tuple[str, str]]:
+def _quantized(checkpoint: Identified) -> list[tuple[str, str]]:
     found = checkpoint.quantization
     if found is None:
         return []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from ckpt_convert.cli import colours, tree
+from ckpt_convert.cli import colors, tree
 from ckpt_convert.cli.facts import Facts
 from ckpt_convert.cli.text import columns, escape, fits, number, plural, shape_text
 from ckpt_convert.cli.tree import Entry, Numbering, Row
@@ -111,7 +111,7 @@ def _collapsed(
         )
         for row in found
     ]
-    styles = {0: colours.key, 2: colours.dtype, 5: colours.quiet, 6: colours.quiet, 8: colours.warning}
+    styles = {0: colors.key, 2: colors.dtype, 5: colors.quiet, 6: colors.quiet, 8: colors.warning}
     right = frozenset({3, 4, 5})
     if fits([(*row[:5], "", "", *row[7:]) for row in rows], view.width, indent):
         yield from columns(rows, right=right, styles=styles, spare=(6, 5), width=view.width, indent=indent)
@@ -122,13 +122,13 @@ def _collapsed(
     for line, row in zip(lines, found, strict=True):
         yield line
         if row.missing:
-            yield f"{indent}    {colours.warning(missing(row.missing))}"
+            yield f"{indent}    {colors.warning(missing(row.missing))}"
 
 
 def _tensors(facts: Facts, view: View) -> list[str]:
     entries = (entry(facts, info) for info in ordered(facts, view))
     rows = [(escape(e.key), shape_text(e.shape), escape(e.dtype), human_bytes(e.nbytes), e.note) for e in entries]
-    return columns(rows, right=frozenset({3}), styles={2: colours.dtype}, width=view.width)
+    return columns(rows, right=frozenset({3}), styles={2: colors.dtype}, width=view.width)
 
 
 def _shards(facts: Facts, view: View) -> Iterator[str]:
@@ -145,7 +145,7 @@ def _shards(facts: Facts, view: View) -> Iterator[str]:
         is_first = False
         rank = f"rank {file.rank}" if facts.ranks is not None else ""
         heading = (escape(file.name), rank, plural(len(file.header.tensors), "tensor"), human_bytes(sizes[file.name]))
-        yield from columns([heading], styles={0: colours.label}, width=view.width)
+        yield from columns([heading], styles={0: colors.label}, width=view.width)
         if view.full:
             yield from _pieces(_sorted_pieces(found, view.order), facts, view, indent="  ")
         else:
@@ -188,4 +188,4 @@ def _pieces(
         )
         for file, tensor in pieces
     ]
-    return columns(rows, right=frozenset({3, 4}), styles={2: colours.dtype}, width=view.width, indent=indent)
+    return columns(rows, right=frozenset({3, 4}), styles={2: colors.dtype}, width=view.width, indent=indent)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
-from ckpt_convert.cli import colours
+from ckpt_convert.cli import colors
 from ckpt_convert.cli.facts import Count
 from ckpt_convert.cli.text import can_say, columns, escape, human_count, number, plural, shape_text
 from ckpt_convert.cli.tree import Entry, is_number, missing_between, natural, numbers_text
@@ -142,12 +142,12 @@ def lines(entries: Iterable[Entry], view: View, total: Count) -> list[str]:
             )
         )
     styles = {
-        0: colours.key,
-        2: colours.dtype,
-        6: colours.quiet,
-        7: colours.quiet,
-        8: colours.quiet,
-        9: colours.warning,
+        0: colors.key,
+        2: colors.dtype,
+        6: colors.quiet,
+        7: colors.quiet,
+        8: colors.quiet,
+        9: colors.warning,
     }
     spare = (7, 4, 2, 1, 8, 6)
     return columns(rows, right=frozenset({3, 4, 5, 6}), styles=styles, spare=spare, width=view.width)

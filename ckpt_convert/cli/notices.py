@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from ckpt_convert.cli import colours
+from ckpt_convert.cli import colors
 from ckpt_convert.cli.text import echo, escape
 
 
@@ -21,7 +21,7 @@ class _Stderr(logging.Handler):
 
 def notice(text: str) -> None:
     """Say something on standard error that does not stop what is being done."""
-    echo(f"{colours.warning('notice:')} {escape(text)}", err=True)
+    echo(f"{colors.warning('notice:')} {escape(text)}", err=True)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from ckpt_convert.checkpoint.conventions import SIZES
-from ckpt_convert.cli import colours, plan_tree
+from ckpt_convert.cli import colors, plan_tree
 from ckpt_convert.cli.text import Labelled, echo, echo_json, escape, labelled, plural, terminal_width
 from ckpt_convert.cli.tree import in_short
 from ckpt_convert.convert import explain
@@ -78,8 +78,8 @@ def show_plan(plan: Plan, dst: Path, *, as_json: bool, quiet: bool, workers: int
     echo("nothing was written", err=True)
 
 
-def _labelled(label: str, text: str, colour: str | None = None) -> Labelled:
-    return Labelled(label, text.split(" "), colour)
+def _labelled(label: str, text: str, color: str | None = None) -> Labelled:
+    return Labelled(label, text.split(" "), color)
 
 
 def _facts(plan: Plan, dst: Path) -> Iterator[Labelled]:
@@ -124,4 +124,4 @@ def _output(plan: Plan, dst: Path, workers: int) -> Iterator[Labelled]:
     yield _labelled("disk", f"{human_bytes(plan.disk)} needed, {human_bytes(free)} free{lacking}")
     yield _labelled("memory", f"about {human_bytes(plan.memory(workers))} with {plural(workers, 'worker')}")
     for notice in plan.notices:
-        yield _labelled("notice", escape(notice), colours.WARNING)
+        yield _labelled("notice", escape(notice), colors.WARNING)

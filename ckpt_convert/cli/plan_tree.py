@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from ckpt_convert.cli import colours, tree
+from ckpt_convert.cli import colors, tree
 from ckpt_convert.cli.text import can_say, columns, display_width, escape, fits, number, shape_text, shorten, wrap
 from ckpt_convert.convert.explain import COPY, TensorTransform
 from ckpt_convert.wording import human_bytes
@@ -131,9 +131,9 @@ def lines(found: Sequence[Group], width: int | None) -> list[str]:
         for group in found
     ]
     if fits(rows, width) or not any(row[1] for row in rows):
-        styles = {0: colours.key, 1: _paint_key, 3: colours.dtype, 5: _paint_steps}
+        styles = {0: colors.key, 1: _paint_key, 3: colors.dtype, 5: _paint_steps}
         return columns(rows, right=frozenset({4, 6}), styles=styles, width=width)
-    styles = {0: colours.key, 2: colours.dtype}
+    styles = {0: colors.key, 2: colors.dtype}
     above = columns([(row[0], *row[2:5], row[6]) for row in rows], right=frozenset({3, 4}), styles=styles, width=width)
     return [line for first, row in zip(above, rows, strict=True) for line in (first, *_below(row[1], row[5], width))]
 
@@ -150,11 +150,11 @@ def _below(target: str, steps: str, width: int | None) -> list[str]:
 def _paint_key(target: str) -> str:
     """A target: the arrow recedes, the numbers stand out."""
     arrow, _, key = target.partition(" ")
-    return f"{colours.quiet(arrow)} {colours.key(key)}"
+    return f"{colors.quiet(arrow)} {colors.key(key)}"
 
 
 def _paint_steps(steps: str) -> str:
     """What only moves bytes recedes; a cast, which changes values, stands out."""
     if steps == COPY:
-        return colours.quiet(steps)
-    return colours.warning(steps) if "cast " in steps else steps
+        return colors.quiet(steps)
+    return colors.warning(steps) if "cast " in steps else steps

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ckpt_convert.cli import colours, tree
+from ckpt_convert.cli import colors, tree
 from ckpt_convert.cli.facts import Facts, Statistics
 from ckpt_convert.cli.listing import entry, matched, sorted_rows
 from ckpt_convert.cli.text import columns, escape, number, percent, plural, real, shape_text
@@ -40,10 +40,10 @@ def body(facts: Facts, view: View, statistics: Statistics) -> Iterator[str]:
                 _cells(row.pattern, row.shape, row.dtype, row.count, [statistics[key] for key in row.members()], "")
             )
     used = [name if any(cells) else "" for name, *cells in zip(*rows, strict=True)]
-    styles = {0: colours.key, 2: colours.dtype, 9: colours.bad, 10: colours.bad, 11: colours.quiet}
+    styles = {0: colors.key, 2: colors.dtype, 9: colors.bad, 10: colors.bad, 11: colors.quiet}
     right = frozenset(range(3, 11))
     heading, *lines = columns([used, *rows[1:]], right=right, styles=styles, spare=(11, 1, 2, 3), width=view.width)
-    yield colours.label(click.unstyle(heading))
+    yield colors.label(click.unstyle(heading))
     yield from lines
     yield ""
     yield _verdict(facts, statistics)
@@ -58,7 +58,7 @@ def _verdict(facts: Facts, statistics: Statistics) -> str:
     if not wrong:
         return f"no NaN and no Inf in {numbers}{rest}"
     found = f"{number(sum(s.nan for s in wrong))} NaN and {number(sum(s.inf for s in wrong))} Inf in {numbers}"
-    return colours.bad(f"{found}, in {plural(len(wrong), 'tensor')}") + rest
+    return colors.bad(f"{found}, in {plural(len(wrong), 'tensor')}") + rest
 
 
 def pooled(parts: Sequence[Stats]) -> Stats:

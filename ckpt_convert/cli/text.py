@@ -23,7 +23,7 @@ _LEAST = 28
 """The first column is not shortened below this, nor by more than a third: else it has lines of its own."""
 
 Paint = Callable[[str], str]
-"""Gives a text its colours."""
+"""Gives a text its colors."""
 
 
 _PLAIN = {"×": "x", "Δ": "d", "‖": "|", "→": ">", "…": "~"}
@@ -31,11 +31,11 @@ _PLAIN = {"×": "x", "Δ": "d", "‖": "|", "→": ">", "…": "~"}
 
 
 class Labelled(NamedTuple):
-    """Something to say behind a label, in words that are not broken; ``colour`` is that of the label."""
+    """Something to say behind a label, in words that are not broken; ``color`` is that of the label."""
 
     label: str
     words: Sequence[str]
-    colour: str | None = None
+    color: str | None = None
 
 
 def escape(text: str) -> str:
@@ -155,7 +155,7 @@ def echo_json(document: Mapping[str, object]) -> None:
 
 
 def echo(text: str, *, err: bool = False) -> None:
-    """Print to standard output, or standard error; colours only on a terminal, and not where NO_COLOR is set.
+    """Print to standard output, or standard error; colors only on a terminal, and not where NO_COLOR is set.
 
     What the encoding of the output cannot say is escaped.
     """
@@ -213,7 +213,7 @@ def columns(
 ) -> list[str]:
     """Rows of cells as aligned lines without tabs or trailing blanks; columns that are empty in every row are left out.
 
-    Columns in ``right`` are flush right; ``styles`` says the colour of a column, or who paints its cells. Where a line
+    Columns in ``right`` are flush right; ``styles`` says the color of a column, or who paints its cells. Where a line
     has to fit into ``width``, the columns in ``spare`` are left out, one after the other; then the first column is
     shortened; in the end its cells get lines of their own, the others below them.
     """
@@ -237,11 +237,11 @@ def labelled(said: Iterable[Labelled], width: int | None, *, least: int = 0) -> 
     """Labels and what stands behind them, wrapped to ``width``; ``least`` is the width of the column of labels."""
     said = [*said]
     room = max([least, *(display_width(one.label) + len(_GAP) for one in said)])
-    for label, words, colour in said:
+    for label, words, color in said:
         lines = [" ".join(words)] if width is None else wrap(words, max(width - room, room))
         for at, line in enumerate(lines or [""]):
             shown = label + " " * (room - display_width(label))
-            yield (click.style(shown, fg=colour, bold=True) if at == 0 and label else " " * room) + line
+            yield (click.style(shown, fg=color, bold=True) if at == 0 and label else " " * room) + line
 
 
 def fits(rows: Sequence[Sequence[str]], width: int | None, indent: str = "") -> bool:
@@ -254,7 +254,7 @@ def fits(rows: Sequence[Sequence[str]], width: int | None, indent: str = "") -> 
 def wrap(words: Iterable[str], width: int, blank: str = " ") -> list[str]:
     """Lines of words, none wider than ``width`` unless a word is; a word may have blanks, and is not broken there.
 
-    Words may have colours. ``blank`` is what stands between two on a line.
+    Words may have colors. ``blank`` is what stands between two on a line.
     """
     lines: list[str] = []
     taken = 0

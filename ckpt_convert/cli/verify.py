@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ckpt_convert.cli import colours, options
+from ckpt_convert.cli import colors, options
 from ckpt_convert.cli.text import Labelled, echo, echo_json, escape, labelled, plural, terminal_width, wrap
 from ckpt_convert.wording import human_bytes
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ckpt_convert.formats.base import FormatName
     from ckpt_convert.storage.place import Location
 
-_COLOURS = {"error": colours.BAD, "warning": colours.WARNING, "note": "cyan"}
+_COLORS = {"error": colors.BAD, "warning": colors.WARNING, "note": "cyan"}
 _LABEL = 9
 _MOST = 12
 """Findings of one check that are shown without --full."""
@@ -160,7 +160,7 @@ def _finding(severity: str, check: str, text: str, column: int, width: int | Non
     words = escape(" ".join(text.split("\n"))).split(" ")
     indent = _LABEL + column
     lines = [" ".join(words)] if width is None or width < indent + 20 else wrap(words, width - indent)
-    head = click.style(f"{severity:<{_LABEL}}", fg=_COLOURS.get(severity), bold=True) + f"{check:<{column}}"
+    head = click.style(f"{severity:<{_LABEL}}", fg=_COLORS.get(severity), bold=True) + f"{check:<{column}}"
     yield head + lines[0]
     yield from (" " * indent + line for line in lines[1:])
 
@@ -211,11 +211,11 @@ def _computed(found: LogitsReport) -> Iterator[Labelled]:
 def _summary(report: Verification) -> str:
     """The last line: how many problems there are, or what was found to be in order."""
     counts = report.counts
-    words = [plural(counts[f"{name}s"], name) for name in _COLOURS if counts[f"{name}s"]]
+    words = [plural(counts[f"{name}s"], name) for name in _COLORS if counts[f"{name}s"]]
     if counts["errors"] or counts["warnings"]:
         worst = "error" if counts["errors"] else "warning"
-        return "\n" + click.style(", ".join(words), fg=_COLOURS[worst], bold=True)
+        return "\n" + click.style(", ".join(words), fg=_COLORS[worst], bold=True)
     noted = f", {words[0]}" if words else ""
-    text = click.style(f"no problems{noted}", fg=colours.GOOD, bold=True)
+    text = click.style(f"no problems{noted}", fg=colors.GOOD, bold=True)
     read = f"{human_bytes(report.bytes_read)} read" if report.bytes_read else "no values read"
     return f"\n{text}: {plural(report.tensors, 'tensor')}, {read}, checks: {', '.join(report.checks)}"

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from ckpt_convert.checkpoint.conventions import SIZES
-from ckpt_convert.cli import colours, tree
+from ckpt_convert.cli import colors, tree
 from ckpt_convert.cli import facts as looking
 from ckpt_convert.cli.facts import Count, Facts
 from ckpt_convert.cli.flags import in_flags
@@ -126,7 +126,7 @@ def _facts(facts: Facts) -> Iterator[Labelled]:
     if source is not None:
         yield Labelled("converted", _words(f"from {source}, recorded in {RECORD_FOLDER}/"))
     for notice in facts.notices:
-        yield Labelled("notice", _words(notice), colours.WARNING)
+        yield Labelled("notice", _words(notice), colors.WARNING)
 
 
 def _words(text: str) -> list[str]:
@@ -136,7 +136,7 @@ def _words(text: str) -> list[str]:
 
 
 def _unknown(why: str) -> list[str]:
-    return [colours.warning("unknown:"), *_words(why)]
+    return [colors.warning("unknown:"), *_words(why)]
 
 
 def _list(items: Iterable[str]) -> list[str]:
@@ -164,7 +164,7 @@ def _parameters(facts: Facts) -> str:
 def _dtypes(dtypes: Mapping[str, Count]) -> Iterator[str]:
     for name, count in dtypes.items():
         said = "" if len(dtypes) == 1 else f" {human_bytes(count.bytes)} in {plural(count.tensors, 'tensor')}"
-        yield colours.dtype(escape(name)) + said
+        yield colors.dtype(escape(name)) + said
 
 
 def _tied(facts: Facts) -> str:

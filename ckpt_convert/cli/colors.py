@@ -1,4 +1,4 @@
-"""What each colour means, in one place. ``text.echo`` takes them away where they are not wanted."""
+"""What each color means, in one place. ``text.echo`` takes them away where they are not wanted."""
 
 from __future__ import annotations
 
