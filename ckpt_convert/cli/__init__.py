@@ -1,4 +1,4 @@
-"""The command line: ``ckpt-convert``. All printing, color and progress bars live in this package."""
+"""The command line: ``ckpt-convert``. All printing, colors and progress bars are in this package."""
 
 from __future__ import annotations
 
@@ -73,22 +73,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its code; errors are one paragraph, a traceback only with --debug."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
-    # Closed by the caller (>&-), a stream is None; what is said there is said to nobody.
+    # A stream that the caller has closed (>&-) is None; what is printed there is discarded.
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # where the terminal cannot say …, it is no error
-    # Wherever it stands in the line, --debug means the same.
+            stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show … is no error
+    # --debug counts anywhere in the line.
     words = [word for word in words if word != "--debug"]
     with warnings.catch_warnings(), _ended_like_ctrl_c():
-        warnings.filterwarnings("ignore", module="torch")  # its words are for programmers
+        warnings.filterwarnings("ignore", module="torch")  # its text is for programmers
         code = _run(words, debug)
     sys.exit(code)
 
 
 class _Ended(KeyboardInterrupt):
-    """What SIGTERM and SIGHUP raise, so that what SIGINT leaves and says is left and said of them too."""
+    """What SIGTERM and SIGHUP raise, so that they clean up and report as SIGINT does."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -96,7 +96,7 @@ class _Ended(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def _ended_like_ctrl_c() -> Iterator[None]:
-    """Meet the signals that end a process as SIGINT is met, but for those that somebody has set to be ignored."""
+    """Handle SIGTERM and SIGHUP as SIGINT is handled, unless they are ignored or have a handler."""
 
     def end(number: int, frame: FrameType | None) -> None:
         raise _Ended(number)
@@ -117,10 +117,10 @@ def _ended_like_ctrl_c() -> Iterator[None]:
 def _run(words: list[str], debug: bool) -> int:
     from ckpt_convert.cli.text import Printed, silence, stopping_nothing
 
-    printed, stdout = Printed(), sys.stdout  # where a pipe breaks, click puts something else in its place
+    printed, stdout = Printed(), sys.stdout  # where a pipe breaks, click replaces it
     try:
         result: Any = cli.main(words, prog_name="ckpt-convert", standalone_mode=False, obj=printed)
-        # A verdict stands whatever became of its report; a command that only prints has done nothing without that.
+        # An exit code of 1 stands even if printing failed; a command that only prints has failed then.
         return result if isinstance(result, int) else int(printed.lost)
     except click.exceptions.Abort as error:
         return _interrupted(error.__cause__ or error)
@@ -131,8 +131,8 @@ def _run(words: list[str], debug: bool) -> int:
             error.show()
         return 2
     except SystemExit:
-        # Click ends so where a pipe breaks. Commands notice that of their own output by themselves, so it is that of
-        # --help, whose reader (head, less) has enough, or a fault.
+        # Click ends this way when a pipe breaks. Commands handle that for their own output, so here it is the output of
+        # --help, whose reader (head, less) has closed it, or a fault.
         try:
             print(file=stdout, flush=True)
         except OSError:
@@ -173,7 +173,7 @@ def _failed(error: Exception, code: int, debug: bool) -> int:
 
 
 def _interrupted(error: BaseException) -> int:
-    """Say what is left, where there is something; the exit code is that of a process which the signal has ended."""
+    """Report what is left of the output, if anything; returns the exit code of a process that the signal has ended."""
     from ckpt_convert.cli.text import echo, escape
 
     for note in getattr(error, "__notes__", ()):

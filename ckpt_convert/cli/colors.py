@@ -1,4 +1,4 @@
-"""What each color means, in one place. ``text.echo`` takes them away where they are not wanted."""
+"""The meaning of each color. ``text.echo`` removes colors where they are not wanted."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def label(text: str) -> str:
 
 
 def quiet(text: str) -> str:
-    """What is there to be compared at a glance, not to be read: bars, shares, the lines of a tree."""
+    """What is glanced at, not read: bars, shares, the lines of a tree."""
     return click.style(text, dim=True)
 
 
@@ -34,12 +34,12 @@ def bad(text: str) -> str:
 
 
 def key(text: str) -> str:
-    """A key: the numbers that were collapsed stand out, and so does what was cut out of it."""
+    """A key, with its collapsed indices and its ellipsis highlighted."""
     return _BRACES.sub(lambda match: click.style(match[0], fg="cyan"), text) if "{" in text or "…" in text else text
 
 
 def dtype(name: str) -> str:
-    """A dtype: wide floats blue, 16-bit ones green, what is quantised (8 bits or fewer) magenta, the rest plain."""
+    """A dtype: wide floats blue, 16-bit ones green, quantized ones (8 bits or fewer) magenta, the rest plain."""
     return _dtype(name)
 
 

@@ -1,4 +1,4 @@
-"""The converting commands: ``convert`` and one for each pair of formats."""
+"""The commands that convert: ``convert`` and one for each pair of formats."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def parse_size(text: str) -> int:
 
 
 def _options(source: str | None, to: str | None) -> list[click.Option]:
-    """The options of a converting command; those that cannot fit its formats are accepted, refused, and not shown."""
+    """The options of such a command; those that do not fit its formats are parsed (and refused) but hidden."""
     meta, sharded, params = to in (None, "meta"), to != "meta", source in (None, "meta")
     targets = [formats.ALL[to]] if to else formats.ALL.values()
     containers = list(dict.fromkeys(name for target in targets for name in target.containers))
@@ -159,7 +159,7 @@ def _convert(
                 **options,
             )
         _show(report, as_json=as_json, quiet=quiet)
-    return 0  # DST is complete, whatever became of the report
+    return 0  # DST is complete, even if the report could not be printed
 
 
 def _show(report: Report, *, as_json: bool, quiet: bool) -> None:

@@ -1,4 +1,4 @@
-"""``diff``: where two checkpoints differ, tensor by tensor, through the mapping."""
+"""``diff``: where two checkpoints differ, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Group:
-    """Changes of one kind on one line: ``pattern`` is their key with its numbers collapsed."""
+    """Changes of one kind on one line: ``pattern`` is their key with its indices collapsed."""
 
     pattern: str
     changes: Sequence[Change]
@@ -52,12 +52,12 @@ class _Group:
 
     @property
     def worst(self) -> Change:
-        """The one whose change is largest, measured against the tensor itself."""
+        """The change that is largest, relative to its tensor."""
         return max(self.changes, key=severity)
 
 
 def severity(change: Change) -> tuple[bool, float, float, int]:
-    """What "worst first" sorts by: NaN where the other side has a number, then ‖Δ‖/‖a‖, then the largest |Δ|."""
+    """The sort key of "worst first": NaN where the other side has a value, then ‖Δ‖/‖a‖, then the largest |Δ|."""
     delta = change.delta
     if delta is None:
         return (False, 0.0, 0.0, 0)
@@ -242,7 +242,7 @@ def _groups(changes: Sequence[Change], *, full: bool, all_keys: Numbering) -> li
 
 
 def _kind(change: Change) -> str:
-    """What has to agree for two to share a line."""
+    """What two changes on one line have in common."""
     shape = change.b.shape if change.b else None
     return f"{change.status} {change.b.dtype if change.b else ''} {shape} {change.note}"
 
@@ -256,7 +256,7 @@ def _changed(changes: Sequence[Change], found: Diff, *, full: bool, width: int |
     if fits([head, *rows], width):
         lines = columns([head, *rows], right=right, width=width)
     else:
-        # The key has a line of its own where it would be cut.
+        # A key that would be shortened gets its own line.
         lines = columns([("", *head[1:]), *(("", *row[1:]) for row in rows)], right=right, width=width, indent="  ")
         lines = [lines[0], *(f"{escape(group.pattern)}\n{line}" for group, line in zip(groups, lines[1:], strict=True))]
     yield click.style(lines[0], bold=True)
@@ -295,7 +295,7 @@ def _numbers(group: _Group) -> tuple[str, ...]:
 
 
 def _number_in(key: str) -> str:
-    """Which of a group's tensors: the numbers in its key."""
+    """Which tensor of a group: the indices in its key."""
     numbers = tree.split(key)[1]
     return f"{'.'.join(map(str, numbers))}: " if numbers else ""
 
@@ -314,7 +314,7 @@ def _listed(changes: Sequence[Change], *, full: bool, width: int | None) -> list
 
 
 def _share(part: int, whole: int) -> str:
-    """A few are counted, more are a share."""
+    """A small count as a number, a larger one as a percentage."""
     return str(part) if part < min(10, whole) else percent(part, whole)
 
 

@@ -1,4 +1,4 @@
-"""What the headers of a checkpoint say of it as a whole, and all of it as values for JSON."""
+"""What the headers of a checkpoint say, summed up, and all of it as JSON values."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ Statistics = Mapping[str, "TensorStats"]
 
 @dataclass(frozen=True, slots=True)
 class Count:
-    """How much there is of something; ``parameters`` is None where the full shapes are not known."""
+    """Tensors, elements and bytes; ``parameters`` is None where the full shapes are not known."""
 
     tensors: int = 0
     parameters: int | None = 0
     bytes: int = 0
 
     def plus(self, tensors: int, parameters: int | None, nbytes: int) -> Count:
-        """So many more."""
+        """The sum with more of the same."""
         total = None if parameters is None or self.parameters is None else self.parameters + parameters
         return Count(self.tensors + tensors, total, self.bytes + nbytes)
 
@@ -48,10 +48,10 @@ class Facts:
     """What is known of a checkpoint from its headers and its config.
 
     ``problem`` says why ``model`` is None. ``ranks`` is the tensor-parallel degree of a meta checkpoint, else None.
-    ``dims`` are the sizes of the model, as far as its config says them. ``total`` and ``dtypes`` count each tensor
-    once, whether it is cut over ranks, held by all of them, or neither. ``open_keys`` are the tensors on several ranks
-    of which nothing says whether they are cut, so their full shapes are not known. ``said`` is what only this
-    kind of checkpoint has to say: (label, text).
+    ``dims`` are the model's dimensions, as far as its config has them. ``total`` and ``dtypes`` count each tensor
+    once, whether it is split across ranks, replicated, or neither. ``open_keys`` are tensors on several ranks that may
+    be split or replicated, so their full shapes are not known. ``said`` are more facts, of this
+    kind of checkpoint: (label, text).
     """
 
     checkpoint: Identified
@@ -75,7 +75,7 @@ class Facts:
         return None if self.total.parameters is None else self.total.parameters - (self.besides.parameters or 0)
 
     def nbytes(self, info: TensorInfo) -> int:
-        """The bytes of the whole tensor; all that is stored of it where the shape is not known."""
+        """The bytes of the tensor; where its full shape is not known, those of all its parts."""
         return info.nbytes if info.settled else sum(part.nbytes for part in info.parts)
 
     def file_bytes(self) -> dict[str, int]:
@@ -84,7 +84,7 @@ class Facts:
 
 
 def gather(checkpoint: Identified) -> Facts:
-    """Look at everything that can be known without reading a tensor."""
+    """Everything that is known without reading a tensor."""
     model, problem = _model(checkpoint)
     ranks = max((file.rank for file in checkpoint.files), default=0) + 1 if checkpoint.format == "meta" else None
     unsettled = [info for info in checkpoint.tensors.values() if not info.settled]
@@ -124,7 +124,7 @@ def gather(checkpoint: Identified) -> Facts:
 
 
 def _kind(checkpoint: Identified) -> list[tuple[str, str]]:
-    """What the files are where they are no model's alone; an adapter of PEFT's has a line of its own."""
+    """What files are that are not only a model's weights; a PEFT adapter has its own line."""
     text = (
         diagnosis.describe_files(checkpoint.keys, checkpoint.tensors)
         if checkpoint.directory.kind != peft.KIND
@@ -142,7 +142,7 @@ def _quantized(checkpoint: Identified) -> list[tuple[str, str]]:
 
 
 def trained(checkpoint: Identified) -> list[tuple[str, str]]:
-    """How far the training run had come that saved this step, as (label, text); none for anything else."""
+    """The progress of the training run that saved this step, as (label, text); nothing for other checkpoints."""
     found = record.read_training(checkpoint.root)
     progress, metrics = (found or {}).get("progress"), (found or {}).get("metrics")
     if not isinstance(progress, dict):
@@ -237,12 +237,12 @@ def _model(checkpoint: Identified) -> tuple[Model | None, str]:
     try:
         return checkpoint.model, ""
     except CkptConvertError as error:
-        # The line above says the path already.
+        # The path is on the line above.
         return None, str(error).removeprefix(f"{checkpoint.place}: ").removeprefix(f"{checkpoint.config_file}: ")
 
 
 def _config_dims(checkpoint: Identified) -> dict[str, int]:
-    """The sizes that the config of a family that is not known says under one of the usual names."""
+    """The dimensions in the config of an unknown family, by their common names."""
     try:
         config = checkpoint.config or {}
     except CkptConvertError:

@@ -32,7 +32,7 @@ def document(family: Family, layers: int | None = None) -> dict[str, Any]:
 
 
 def lines(family: Family, layers: int | None = None, width: int = WIDTH) -> Iterator[str]:
-    """The table in lines of at most ``width`` columns, but where a key alone is longer."""
+    """The table in lines of at most ``width`` columns, except where a key alone is longer."""
     yield click.style(f"{family.name}: {family.title}", bold=True)
     counts = ", ".join(f"{{{name}}} below {symbol}" for name, symbol in family.indices.items())
     yield from [counts] if counts else []

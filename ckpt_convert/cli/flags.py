@@ -1,4 +1,4 @@
-"""What the library's messages say in Python, as one types it: `workers=0` is --workers 0, and a call is a command."""
+"""Translates the library's messages from Python to the command line: `workers=0` to --workers 0, calls to commands."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _OPTIONS = (
     *("meta_style", "model_parallel", "overwrite", "resume", "rope_factor", "rope_theta", "shards", "to", "workers"),
 )
 FLAGS = {name: _EXCEPT.get(name, f"--{name.replace('_', '-')}") for name in _OPTIONS}
-"""What the options that messages name are called here."""
+"""The flag of each option that messages name."""
 
 _QUOTES = "'\""
 _OPTION = re.compile(rf"`({'|'.join(FLAGS)})=([^`]*)`")
@@ -23,14 +23,14 @@ _CALL = re.compile(rf"`(?:{'|'.join(_COMMANDS)})\([^`]*\)`")
 
 
 def in_flags(text: str) -> str:
-    """A message of the library with the options, and calls, that it names in backticks as the command line has them."""
+    """A message with the options and calls that it has in backticks as the command line spells them."""
     if "`" not in text:
         return text
     return _OPTION.sub(_option, _CALL.sub(_command, text))
 
 
 def document_in_flags(value: Any) -> Any:
-    """The same of every text in a JSON document."""
+    """The same for every text in a JSON document."""
     if isinstance(value, dict):
         return {name: document_in_flags(one) for name, one in value.items()}
     if isinstance(value, list | tuple):
@@ -49,7 +49,7 @@ def _option(found: re.Match[str]) -> str:
 
 
 def _command(found: re.Match[str]) -> str:
-    """A call as a command; one that is complete stands by itself, to be copied, one with placeholders in backticks."""
+    """A call as a command: bare if it is complete and can be copied, in backticks if it has placeholders."""
     call = _parsed(found[0].strip("`"))
     if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
         return found[0]
@@ -61,7 +61,7 @@ def _command(found: re.Match[str]) -> str:
 
 
 def _parsed(text: str) -> ast.expr | None:
-    """An expression, None where a file's own words only look like one."""
+    """The expression; None for text that only looks like one."""
     try:
         return ast.parse(text, mode="eval").body
     except (SyntaxError, ValueError):

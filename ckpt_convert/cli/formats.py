@@ -96,7 +96,7 @@ def _document() -> dict[str, Any]:
 
 
 def _families(width: int) -> Iterator[str]:
-    """A line for each family, in groups, with a column for each format; then the footnotes."""
+    """A line for each family, in groups, with a column for each format; then footnotes."""
     first = max(map(len, FAMILIES))
     sizes = [max(len(format), len("yes*")) for format in ALL]
     left = len(_GAP.join([" " * first, *(" " * size for size in sizes), ""]))
@@ -117,7 +117,7 @@ def _families(width: int) -> Iterator[str]:
 
 
 def footnotes() -> dict[str, str]:
-    """What the marks of columns that nothing confirms stand for: families and format, and why."""
+    """The footnotes: columns that nothing outside confirms, and why."""
     reasons: dict[tuple[str, str], list[str]] = {}
     for family in (family for group in grouped().values() for family in group):
         for format, why in family.unverified.items():

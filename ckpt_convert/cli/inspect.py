@@ -1,4 +1,4 @@
-"""``inspect``: what a checkpoint is and what is in it, from headers alone unless statistics are asked for."""
+"""``inspect``: what a checkpoint is and which tensors it holds; from headers alone, except for statistics."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def _show(
 
 
 def _check(**options: Any) -> None:
-    """Refuse options that would be ignored, and a page that could not be written after all has been read."""
+    """Refuse options that would be ignored, and early a page that could not be written."""
     given = {name for name, value in options.items() if value}
     stats = given & {"stats", "fail_on_nan"}
     tree = given & {"tree", "depth"}

@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint in lines: collapsed, one by one, or file by file."""
+"""The tensors of a checkpoint as lines: collapsed, one by one, or file by file."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def body(facts: Facts, view: View) -> Iterator[str]:
 
 
 def _numbering(facts: Facts) -> Numbering:
-    """The numbers that there are, and those that there should be, where the family is known."""
+    """The indices that exist, and those that the family's table expects."""
     checkpoint = facts.checkpoint
 
     def expected() -> list[str] | None:
@@ -64,14 +64,14 @@ def matched(facts: Facts, view: View) -> Iterator[str]:
 
 
 def entry(facts: Facts, info: TensorInfo) -> Entry:
-    """A tensor as a line: its full shape where that is known, else that of one rank and a note that says so."""
+    """A tensor as a line: its full shape where that is known, else the shape of one rank, with a note."""
     key, shape, dtype, nbytes, parts, _, settled, _ = info
     note = _note(facts, info) if len(parts) > 1 or facts.strides else ""
     return Entry(key, shape, dtype, nbytes if settled else facts.nbytes(info), note)
 
 
 def sorted_rows(rows: list[Row], order: Order) -> list[Row]:
-    """Collapsed lines, which come in natural order, in the order asked for."""
+    """Collapsed lines in the order asked for."""
     if order.by == "size":
         return sorted(rows, key=lambda row: row.nbytes, reverse=order.descending)
     return rows[::-1] if order.descending else rows
@@ -96,7 +96,7 @@ def _note(facts: Facts, info: TensorInfo) -> str:
 def _collapsed(
     entries: Sequence[Entry], numbering: Numbering, view: View, total: int, indent: str = ""
 ) -> Iterator[str]:
-    """The collapsed keys; a warning goes below its line where it would take room from the keys."""
+    """The collapsed keys; a warning that leaves no room for the key goes on the next line."""
     found = sorted_rows(tree.collapse(entries, numbering), view.order)
     rows = [
         (
@@ -132,7 +132,7 @@ def _tensors(facts: Facts, view: View) -> list[str]:
 
 
 def _shards(facts: Facts, view: View) -> Iterator[str]:
-    """Each file with its tensors below it; what lies in another file is not missing."""
+    """Each file with its tensors below it; a tensor of another file is not missing."""
     numbering = _numbering(facts)
     sizes = facts.file_bytes()
     is_first = True

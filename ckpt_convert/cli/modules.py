@@ -1,4 +1,4 @@
-"""The modules of a model as a tree: what each holds in all, equal layers and experts on one line."""
+"""The modules of a model as a tree with their total sizes, equal layers and experts on one line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ckpt_convert.cli.view import Order, View, missing, shares
 from ckpt_convert.wording import human_bytes
 
 _DEEPEST = 64
-"""Levels of modules; what lies deeper in a key (no model's does) belongs to the name of the tensor."""
+"""The most levels of modules; deeper parts of a key (no model has any) belong to the tensor's name."""
 
 _Kind = tuple[tuple[int, ...], str, int, str]
 
@@ -23,9 +23,9 @@ _Kind = tuple[tuple[int, ...], str, int, str]
 class Module:
     """A module, or a tensor, where ``kind`` has its shape, dtype, bytes and note.
 
-    ``name`` is its part of the key (several parts where modules hold nothing but each other), with the numbers of equal
+    ``name`` is its part of the key (several parts where modules hold nothing but each other), with the indices of equal
     siblings collapsed; ``copies`` counts these. ``tensors``, ``parameters`` and ``nbytes`` are those of all the copies
-    together, but within one copy of the module above. ``missing`` are numbers that no module below has, in words.
+    together, but within one copy of the module above. ``missing`` are indices that no module below has, in words.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Module:
 
 
 def build(entries: Iterable[Entry]) -> tuple[Module, ...]:
-    """The modules at the root, in natural order; layers are equal when all that lies below them is."""
+    """The modules at the root, in natural order; layers are equal when everything below them is."""
     root = _Node()
     for entry in entries:
         node = root
@@ -63,13 +63,13 @@ class _Node:
 
 
 class _Folding:
-    """Makes modules of nodes, equal ones only once, so that thousands of experts are one object."""
+    """Makes modules from nodes, equal ones once only, so that thousands of experts are one object."""
 
     def __init__(self) -> None:
         self._seen: dict[object, Module] = {}
 
     def fold(self, node: _Node) -> Module:
-        """A module without a name, one copy of it."""
+        """A module without a name, as one copy."""
         parts = {part: self.fold(child) for part, child in node.children.items()}
         content = (node.kind, frozenset((part, id(module)) for part, module in parts.items()))
         if content not in self._seen:
@@ -120,7 +120,7 @@ def _named(module: Module, name: str, copies: int) -> Module:
 
 
 def lines(entries: Iterable[Entry], view: View, total: Count) -> list[str]:
-    """The tree with what each module holds, for a terminal or plain; ``total`` is what shares are shares of."""
+    """The tree with the size of each module, for a terminal or plain; ``total`` is what 100% is."""
     counted = total.parameters is not None
     drawing = ("├─ ", "└─ ", "│  ") if can_say("├└│─") else ("|- ", "`- ", "|  ")
     found = [*_walk(build(entries), view.order, view.depth, drawing, "", 1, 1)]
@@ -165,7 +165,7 @@ def _walk(
     level: int,
     times: int,
 ) -> Iterator[_Line]:
-    """Each module with the lines before it, how often it is there in all, and whether what is in it is left out."""
+    """Each module with its tree prefix, its number of copies in all, and whether its children are left out."""
     branch, last, line = drawing
     if order.by == "size":
         modules = sorted(modules, key=lambda module: module.nbytes, reverse=order.descending)

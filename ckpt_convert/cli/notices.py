@@ -1,4 +1,4 @@
-"""What the library logs, on standard error: escaped, one line each."""
+"""The library's log messages on standard error: escaped, one line each."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class _Stderr(logging.Handler):
 
 
 def notice(text: str) -> None:
-    """Say something on standard error that does not stop what is being done."""
+    """Print a notice on standard error; a closed stream is no error."""
     echo(f"{colors.warning('notice:')} {escape(text)}", err=True)
 
 
@@ -40,15 +40,15 @@ def on_stderr(*, hidden: bool = False) -> Iterator[None]:
 
 @contextmanager
 def silent_transformers() -> Iterator[None]:
-    """Keep transformers silent and off the network while the block runs; where it is missing, nothing is done.
+    """Keep transformers silent and off the network while the block runs; without transformers, nothing is done.
 
-    These are switches of the process, which is the command's own: the library, whose process is another's, has none.
+    These switches are global to the process, which is why only the command sets them and never the library.
     """
     try:
         from huggingface_hub import constants
 
         chatter: Any = importlib.import_module("transformers.utils.logging")
-    except ImportError:  # said by what needs it
+    except ImportError:  # reported by what needs it
         yield
         return
     level, bars, offline = chatter.get_verbosity(), chatter.is_progress_bar_enabled(), constants.HF_HUB_OFFLINE

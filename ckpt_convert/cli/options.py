@@ -1,4 +1,4 @@
-"""The options that several commands have, each worded once."""
+"""The options that several commands share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """An option: its names, and what click is told of it; a decorator of commands."""
+    """An option: its names, and its settings for click; a decorator of commands."""
 
     names: tuple[str, ...]
     settings: dict[str, Any]
@@ -25,7 +25,7 @@ class Option:
 
     @property
     def parameter(self) -> click.Option:
-        """The option for a command that is put together from its parameters."""
+        """The option as a parameter of a command that is built without decorators."""
         return click.Option(self.names, **self.settings)
 
 

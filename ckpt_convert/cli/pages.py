@@ -1,4 +1,4 @@
-"""Writing a page to look at in a browser: whole or not at all."""
+"""Writing an HTML page, completely or not at all."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ckpt_convert.wording import human_bytes
 
 
 def check_page(destination: str, *, with_json: bool = False) -> None:
-    """Refuse a destination that is a directory or lies in none, before all the work.
+    """Refuse early a destination that is a directory, or whose directory does not exist.
 
     Raises UsageError, and click's where the options do not go together.
     """
@@ -35,7 +35,7 @@ def check_page(destination: str, *, with_json: bool = False) -> None:
 
 
 def write_page(destination: str, page: str) -> None:
-    """Write a page into a file, replacing what it was, or to standard output ("-"); says on standard error where.
+    """Write a page to a file, replacing another page, or to standard output ("-"); prints its path on standard error.
 
     Raises what ``check_page`` does.
     """
@@ -43,7 +43,7 @@ def write_page(destination: str, page: str) -> None:
     data = page.encode("utf-8", "backslashreplace")
     if destination == "-":
         with stopping_nothing():
-            click.echo(data, nl=False)  # as bytes: a page is UTF-8, whatever the terminal speaks
+            click.echo(data, nl=False)  # as bytes: a page is UTF-8, whatever the terminal's encoding
         return
     path = local_path(destination, "--html")
     try:
@@ -59,12 +59,12 @@ def write_page(destination: str, page: str) -> None:
 
 
 def _is_page(path: Path) -> bool:
-    """Whether a file may be replaced by a page: one mistyped word is not to cost a weight file or a config."""
+    """Whether a file may be replaced: a mistyped path must not cost a weight file or a config."""
     if path.suffix.lower() in (".html", ".htm"):
         return True
     try:
         with path.open("rb") as file:
             start = file.read(64).lstrip().lower()
     except OSError:
-        return True  # what is wrong with it is said when it is written
+        return True  # the error is reported when it is written
     return not start or start.startswith((b"<!doctype html", b"<html"))

@@ -23,7 +23,7 @@ _LABEL = len("generated") + 2
 
 
 def free_space(dst: Path) -> int:
-    """Bytes that are free where DST would lie."""
+    """Free bytes on the file system of DST."""
     return shutil.disk_usage(existing_parent(dst)).free
 
 
@@ -83,7 +83,7 @@ def _labelled(label: str, text: str, color: str | None = None) -> Labelled:
 
 
 def _facts(plan: Plan, dst: Path) -> Iterator[Labelled]:
-    """What goes in, and what is to come out."""
+    """The source, the target and the tensors."""
     source = plan.source
     release = f", sizes of {source.release}" if source.release else ""
     yield _labelled("source", f"{escape(str(source.place))}  ({source.format}: {source.why})")
@@ -99,7 +99,7 @@ def _facts(plan: Plan, dst: Path) -> Iterator[Labelled]:
 
 
 def _output(plan: Plan, dst: Path, workers: int) -> Iterator[Labelled]:
-    """The files that come out, what becomes of the rest, and what it takes."""
+    """The output's files, what becomes of the rest, and the disk and memory needed."""
     for at, file in enumerate(plan.weights[:16]):
         label = "files" if at == 0 else ""
         yield _labelled(label, f"{escape(file.name)}  {plural(len(file.tensors), 'tensor')}  {human_bytes(file.size)}")

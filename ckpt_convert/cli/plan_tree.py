@@ -1,4 +1,4 @@
-"""A plan as a collapsed tree: from which keys to which, and what happens to their tensors on the way."""
+"""A plan as a collapsed tree: source keys, target keys, and the steps between."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ckpt_convert.wording import human_bytes
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """One line: ``count`` tensors whose keys differ only in their numbers, and to which the same happens."""
+    """One line: ``count`` tensors whose keys differ only in their indices, and which take the same steps."""
 
     source: str
     target: str | None
@@ -43,7 +43,7 @@ class Group:
 def groups(moves: Iterable[TensorTransform]) -> list[Group]:
     """The moves collapsed, in the natural order of the source's keys.
 
-    Lines are told apart by whichever key has more numbers; those in the other one go with them.
+    Of source and target key, the one with more indices identifies a line's tensors; the other's indices follow.
     """
     examples: list[_Kind] = []
     rows = tree.collapse(_entries(moves, examples))
@@ -52,7 +52,7 @@ def groups(moves: Iterable[TensorTransform]) -> list[Group]:
 
 
 def _entries(moves: Iterable[TensorTransform], examples: list[_Kind]) -> Iterator[tree.Entry]:
-    """The moves by the key that tells those of a line apart, each with the number of its kind in ``examples``."""
+    """The moves by the key that identifies them in a line, each with the number of its kind in ``examples``."""
     kinds: dict[tuple[object, ...], int] = {}
     for move in moves:
         if move.target == move.source:  # as most are where only the files change
@@ -78,9 +78,9 @@ def _entries(moves: Iterable[TensorTransform], examples: list[_Kind]) -> Iterato
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """What the moves of a line have in common, and the numbers in the other key by the key that tells them apart.
+    """What the moves of a line have in common, and the indices in the other key by the key that identifies them.
 
-    There is no ``template`` where there is no other key, or where it is the same one.
+    ``template`` is None where there is no other key, or where it is the same.
     """
 
     move: TensorTransform
@@ -116,7 +116,7 @@ def _group(key: str, other: str | None, first: str, row: tree.Row, kind: _Kind, 
 
 
 def lines(found: Sequence[Group], width: int | None) -> list[str]:
-    """A line for each group; where that is too narrow for two keys, the target and the steps lie below the source."""
+    """A line for each group; where the terminal is too narrow for two keys, target and steps are below the source."""
     arrow = "→" if can_say("→") else "->"
     rows = [
         (
@@ -148,13 +148,13 @@ def _below(target: str, steps: str, width: int | None) -> list[str]:
 
 
 def _paint_key(target: str) -> str:
-    """A target: the arrow recedes, the numbers stand out."""
+    """A target key: a dim arrow, indices highlighted."""
     arrow, _, key = target.partition(" ")
     return f"{colors.quiet(arrow)} {colors.key(key)}"
 
 
 def _paint_steps(steps: str) -> str:
-    """What only moves bytes recedes; a cast, which changes values, stands out."""
+    """Steps that only move bytes are dim; a cast, which changes values, is highlighted."""
     if steps == COPY:
         return colors.quiet(steps)
     return colors.warning(steps) if "cast " in steps else steps

@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from ckpt_convert.tensors.progress import TransferProgress
 
 _STEPS = "running"
-"""The phase that counts tokens of a model's run, not bytes; there are few."""
+"""The phase that counts tokens, not bytes."""
 
 _EVERY = 5.0
 """Seconds between two lines where there is no terminal."""
 
 
 class Bar:
-    """A progress callback that draws; a context manager that cleans up behind itself."""
+    """A progress callback that draws a bar; a context manager that removes it."""
 
     def __init__(self, *, hidden: bool = False) -> None:
         self._hidden = hidden
@@ -39,7 +39,7 @@ class Bar:
             else:
                 self._line(progress)
         except OSError:
-            self._hidden = True  # nobody reads standard error: that is no reason to stop
+            self._hidden = True  # standard error is closed: no reason to stop
 
     def _draw(self, progress: TransferProgress) -> None:
         if self._bar is None:
@@ -65,7 +65,7 @@ class Bar:
             )
 
     def stop(self) -> None:
-        """Take the bar away, so that what is printed next has the line to itself."""
+        """Remove the bar, so that the next output has the line to itself."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

@@ -1,4 +1,4 @@
-"""Statistics in lines: pooled over the tensors of a collapsed line, or one by one with their checksums."""
+"""Statistics as lines: pooled over the tensors of a collapsed line, or one by one with checksums."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _HEAD = ("", "shape", "dtype", "", "min", "max", "mean", "std", "zeros", "NaN", 
 
 
 def body(facts: Facts, view: View, statistics: Statistics) -> Iterator[str]:
-    """The tensors that match, with what they hold."""
+    """The matching tensors with their statistics."""
     if not statistics:
         yield "no tensors" if not facts.checkpoint.tensors else f"no key matches {view.globs}"
         return

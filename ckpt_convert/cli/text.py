@@ -1,4 +1,4 @@
-"""Text for people: escaped, measured, shortened, and set in columns; numbers and sizes as one reads them."""
+"""Text for the terminal: escaped, measured, shortened, set in columns; counts and sizes for people."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from ckpt_convert.wording import with_unit
 
 _GAP = "  "
 _LEAST = 28
-"""The first column is not shortened below this, nor by more than a third: else it has lines of its own."""
+"""The first column is not shortened below this, nor by more than a third; else it gets its own lines."""
 
 Paint = Callable[[str], str]
-"""Gives a text its colors."""
+"""Colors a text."""
 
 
 _PLAIN = {"×": "x", "Δ": "d", "‖": "|", "→": ">", "…": "~"}
-"""What stands for our own words' signs where the output cannot say them: as wide, so columns stay in line."""
+"""Replacements for our own symbols where the output's encoding lacks them; of equal width."""
 
 
 class Labelled(NamedTuple):
-    """Something to say behind a label, in words that are not broken; ``color`` is that of the label."""
+    """A label and the words after it, which are not broken; ``color`` is that of the label."""
 
     label: str
     words: Sequence[str]
@@ -39,10 +39,10 @@ class Labelled(NamedTuple):
 
 
 def escape(text: str) -> str:
-    r"""A text of the library, or of a file, as the terminal shows it: options as flags, and nothing that is not seen.
+    r"""A text of the library, or from a file, for the terminal: options as flags, invisible characters escaped.
 
-    Whatever would not be seen as itself becomes ``\xNN`` or ``\uNNNN``: control characters (C0, DEL, C1, so newlines
-    and tabs too), the marks that turn the writing direction, characters without width, blanks other than the space,
+    Whatever would not be visible becomes ``\xNN`` or ``\uNNNN``: control characters (C0, DEL, C1, so newlines
+    and tabs too), marks that change the writing direction, characters without width, blanks other than the space,
     and lone surrogates.
     """
     text = in_flags(text)
@@ -60,7 +60,7 @@ def number(value: int) -> str:
 
 
 def percent(part: int, whole: int) -> str:
-    """A share that says neither 0 nor 100 where it is not: "82.5%", "<0.1%"."""
+    """A percentage that is 0% or 100% only if it is exact: "82.5%", "<0.1%"."""
     if not part or part == whole:
         return "100%" if part else "0%"
     share = 100 * part / whole
@@ -73,7 +73,7 @@ def plural(count: int, noun: str, nouns: str | None = None) -> str:
 
 
 def real(value: float) -> str:
-    """A number in three digits that matter, without an exponent where it is no longer for that."""
+    """A number in three significant digits, without an exponent where that is as short."""
     return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
@@ -83,14 +83,14 @@ def shape_text(shape: Sequence[int]) -> str:
 
 
 def display_width(text: str) -> int:
-    """How many columns of a terminal the text takes."""
+    """The terminal columns that the text takes."""
     return len(text) if text.isascii() else sum(map(_char_width, text))
 
 
 def shorten(text: str, width: int) -> str:
-    """At most ``width`` columns, with an ellipsis in the middle; more is kept of the end, which says more of a key.
+    """At most ``width`` columns, with an ellipsis in the middle; the end, which identifies a key, is kept longer.
 
-    Braces, as in ``layers.{0..15}``, are kept whole or left out.
+    Braces, as in ``layers.{0..15}``, are kept or left out as a unit.
     """
     if display_width(text) <= width:
         return text
@@ -129,7 +129,7 @@ def terminal_width() -> int | None:
 
 
 def json_lines(document: Mapping[str, object]) -> Iterator[str]:
-    """The lines of one JSON object; a list of objects has a line for each: quick to write, and easy to search."""
+    """The lines of one JSON object; a list of objects has one line per object, quick to write and easy to grep."""
     yield "{"
     last = len(document) - 1
     for at, (name, value) in enumerate(document.items()):
@@ -144,7 +144,7 @@ def json_lines(document: Mapping[str, object]) -> Iterator[str]:
 
 
 def json_text(value: object, **settings: Any) -> str:
-    """A value as JSON, in which the library's texts are worded as everywhere on the command line."""
+    """A value as JSON, with the options in the library's texts spelled as flags."""
     text = json.dumps(value, **settings)
     return json.dumps(document_in_flags(value), **settings) if "`" in text else text
 
@@ -157,7 +157,7 @@ def echo_json(document: Mapping[str, object]) -> None:
 def echo(text: str, *, err: bool = False) -> None:
     """Print to standard output, or standard error; colors only on a terminal, and not where NO_COLOR is set.
 
-    What the encoding of the output cannot say is escaped.
+    Characters that the output's encoding lacks are escaped.
     """
     encoding = (sys.stderr if err else sys.stdout).encoding or "utf-8"
     if encoding != "utf-8" and not text.isascii():
@@ -171,16 +171,16 @@ def echo(text: str, *, err: bool = False) -> None:
 
 @dataclass
 class Printed:
-    """What became of the output of a command: ``lost`` says that some of it could not be written."""
+    """The state of a command's output: ``lost`` is whether some of it could not be written."""
 
     lost: bool = False
 
 
 @contextlib.contextmanager
 def stopping_nothing(*, err: bool = False) -> Iterator[None]:
-    """Print something; where that fails, nothing more is printed there, and what a command does and returns stands.
+    """Print in this block; where that fails, nothing more is printed, and the command goes on.
 
-    A reader that has gone (head, less) had enough; anything else is an output that is lost, which is said.
+    A broken pipe (head, less) is fine; any other failure is reported as lost output.
     """
     try:
         yield
@@ -197,7 +197,7 @@ def stopping_nothing(*, err: bool = False) -> Iterator[None]:
 
 
 def silence(stream: TextIO) -> None:
-    """Let nothing that is still to be written to a stream fail any more, also not at exit."""
+    """Discard what is still written to a stream, at exit too."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
@@ -213,9 +213,9 @@ def columns(
 ) -> list[str]:
     """Rows of cells as aligned lines without tabs or trailing blanks; columns that are empty in every row are left out.
 
-    Columns in ``right`` are flush right; ``styles`` says the color of a column, or who paints its cells. Where a line
+    Columns in ``right`` are flush right; ``styles`` is the color of a column, or a function for its cells. Where a line
     has to fit into ``width``, the columns in ``spare`` are left out, one after the other; then the first column is
-    shortened; in the end its cells get lines of their own, the others below them.
+    shortened; at last its cells get their own lines, with the others below.
     """
     if not rows:
         return []
@@ -234,7 +234,7 @@ def columns(
 
 
 def labelled(said: Iterable[Labelled], width: int | None, *, least: int = 0) -> Iterator[str]:
-    """Labels and what stands behind them, wrapped to ``width``; ``least`` is the width of the column of labels."""
+    """Labels and the words after them, wrapped to ``width``; ``least`` is the least width of the labels."""
     said = [*said]
     room = max([least, *(display_width(one.label) + len(_GAP) for one in said)])
     for label, words, color in said:
@@ -245,7 +245,7 @@ def labelled(said: Iterable[Labelled], width: int | None, *, least: int = 0) -> 
 
 
 def fits(rows: Sequence[Sequence[str]], width: int | None, indent: str = "") -> bool:
-    """Whether ``columns`` has no need to shorten anything."""
+    """Whether ``columns`` shortens nothing."""
     return (
         width is None or _total([max(map(display_width, cells)) for cells in zip(*rows, strict=True)], indent) <= width
     )
@@ -254,7 +254,7 @@ def fits(rows: Sequence[Sequence[str]], width: int | None, indent: str = "") -> 
 def wrap(words: Iterable[str], width: int, blank: str = " ") -> list[str]:
     """Lines of words, none wider than ``width`` unless a word is; a word may have blanks, and is not broken there.
 
-    Words may have colors. ``blank`` is what stands between two on a line.
+    Words may have colors. ``blank`` separates two words on a line.
     """
     lines: list[str] = []
     taken = 0

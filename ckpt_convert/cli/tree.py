@@ -1,7 +1,7 @@
-"""Many keys on few lines: numbers in keys are collapsed, as in ``layers.{0..15}.attention.wq.weight``.
+"""Many keys on few lines: indices in keys are collapsed, as in ``layers.{0..15}.attention.wq.weight``.
 
-Keys are collapsed only where shape and dtype agree; what differs gets a line of its own, and numbers that are missing
-between others are pointed out.
+Keys are collapsed only where shape and dtype agree; what differs gets its own line, and indices that are missing
+between others are reported.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from typing import NamedTuple
 from ckpt_convert.cli.text import plural
 
 _MOST_RUNS = 24
-"""Runs of numbers that a pattern spells out; ``--full`` is for the rest."""
+"""The most runs of indices that a pattern shows; ``--full`` shows the rest."""
 
 _MOST_GAPS = 6
 _MOST_NAMED = 8
 _DIGITS = re.compile(r"[0-9]+")
 
 # Nine digits are more than any layer or expert has; longer ones are somebody's hash.
-# What stands before the number is looked at behind its first digit: beginning with digits, the pattern is searched for
-# twice as fast.
+# The part before the index is matched by a lookbehind after its first digit: a pattern that begins with digits is twice
+# as fast.
 _NUMBER = re.compile(r"([0-9](?<![^.].)(?:(?<!0)[0-9]{1,8})?)(?![^.])")
 
 Template = tuple[str, ...]
-"""What stands around the numbers of a key, dots included: one text more than there are numbers."""
+"""The texts around the indices of a key, dots included: one more than there are indices."""
 
 Index = tuple[int, ...]
 _Run = tuple[int, int]
@@ -38,7 +38,7 @@ _Kind = tuple[tuple[int, ...], str, int, str]  # what has to agree: shape, dtype
 
 
 class Entry(NamedTuple):
-    """One tensor as the tree sees it; ``note`` is what else has to agree for two to share a line."""
+    """One tensor; tensors on one line also agree in ``note``."""
 
     key: str
     shape: tuple[int, ...]
@@ -51,8 +51,8 @@ class Entry(NamedTuple):
 class Row:
     """One line: ``count`` tensors of this shape and dtype, ``nbytes`` bytes together.
 
-    ``pattern`` is the key, numbers collapsed (not escaped); ``missing`` the numbers that no key of the kind has
-    although others around them do, in words, empty where there are none.
+    ``pattern`` is the key with indices collapsed (not escaped); ``missing`` are the gaps in its indices, in words, or
+    empty.
     """
 
     pattern: str
@@ -66,14 +66,14 @@ class Row:
     axes: tuple[Index, ...] = field(default=(), compare=False)
 
     def members(self) -> Iterator[str]:
-        """The keys that the line stands for."""
+        """The keys of the line."""
         return (_key(self.template, map(str, values)) for values in product(*self.axes))
 
 
 class Numbering:
-    """Which numbers exist at each place of each kind of key; what is not there between others is a gap.
+    """The indices that exist at each place of each kind of key; a missing one between others is a gap.
 
-    ``expected`` gives the keys that there should be, where a table says it: what it has no key for is no gap.
+    ``expected`` are the keys of the family's table: an index that the table lacks is no gap.
     """
 
     def __init__(self, keys: Collection[str], expected: Callable[[], Collection[str] | None] | None = None) -> None:
@@ -81,7 +81,7 @@ class Numbering:
         self._expected = expected
         self._gaps: dict[Template, list[dict[Index, list[_Run]]]] = {}
 
-    # Both are only asked for when some numbers are not next to each other: in most checkpoints all are.
+    # Both are only needed when some indices are not consecutive, which is rare.
     @cached_property
     def _indices(self) -> dict[Template, set[Index]]:
         return _by_template(self._keys)
@@ -92,7 +92,7 @@ class Numbering:
         return None if keys is None else _by_template(keys)
 
     def missing(self, template: Template, axes: Sequence[Index]) -> str:
-        """The gaps between the numbers of a line, in words: "4", "5..7, 9", or "experts.3" where it has several."""
+        """The gaps between the indices of a line, in words: "4", "5..7, 9", or "experts.3" where it has several."""
         names = _names(template)
         out = []
         for place, values in enumerate(axes):
@@ -114,7 +114,7 @@ class Numbering:
 
 
 def in_short(keys: Iterable[str]) -> str:
-    """Some keys in a line, numbers collapsed; of many kinds the first ones, and how many keys there are beside them."""
+    """Keys on one line, indices collapsed; of many kinds the first ones, and the number of the other keys."""
     rows = collapse(Entry(key, (), "", 0) for key in keys)
     rest = sum(row.count for row in rows[_MOST_NAMED:])
     return ", ".join(row.pattern for row in rows[:_MOST_NAMED]) + (f" and {rest} more" if rest else "")
@@ -123,7 +123,7 @@ def in_short(keys: Iterable[str]) -> str:
 def collapse(entries: Iterable[Entry], numbering: Numbering | None = None) -> list[Row]:
     """Collapse tensors (each key once) into rows, in the natural order of their first keys.
 
-    ``numbering`` is that of all keys, where ``entries`` are only some: what lies elsewhere is not missing.
+    ``numbering`` is that of all keys, where ``entries`` are some of them: the others are not missing.
     """
     keys = []
     groups: dict[Template, dict[_Kind, list[Index]]] = defaultdict(lambda: defaultdict(list))
@@ -143,18 +143,18 @@ def collapse(entries: Iterable[Entry], numbering: Numbering | None = None) -> li
 
 
 def split(key: str) -> tuple[Template, Index]:
-    """A key's template and the numbers in it; "007" is no number, for its zeros have to be kept."""
+    """A key's template and its indices; "007" is no index, since its zeros have to be kept."""
     parts = _NUMBER.split(key)
     return tuple(parts[::2]), tuple(map(int, parts[1::2]))
 
 
 def is_number(part: str) -> bool:
-    """Whether a part of a key counts something."""
+    """Whether a part of a key is an index."""
     return _NUMBER.fullmatch(part) is not None
 
 
 def pattern(template: Template, axes: Sequence[Index]) -> str:
-    """The key with these numbers at its places, collapsed: ``layers.{0..15}.wq.weight``."""
+    """The key with these indices, collapsed: ``layers.{0..15}.wq.weight``."""
     return _key(template, map(numbers_text, axes))
 
 
@@ -172,7 +172,7 @@ def _row(template: Template, axes: Sequence[Index], kind: _Kind, numbering: Numb
 
 
 def _products(indices: list[Index]) -> list[tuple[Index, ...]]:
-    """Few products of sets of numbers that are the indices together: layers whose experts are the same share one."""
+    """The indices as few products of sets: layers with the same experts share one."""
     if not indices or not indices[0]:
         return [()]
     by_prefix: dict[Index, list[int]] = {}
@@ -185,7 +185,7 @@ def _products(indices: list[Index]) -> list[tuple[Index, ...]]:
 
 
 def _gaps(indices: set[Index], places: int) -> list[dict[Index, list[_Run]]]:
-    """For each place, the numbers before it → the gaps between the numbers at it, where there are any."""
+    """For each place, the indices before it → the gaps between the indices at it, if any."""
     out = []
     for place in range(places):
         values: dict[Index, set[int]] = {}
@@ -206,7 +206,7 @@ def _by_template(keys: Collection[str]) -> dict[Template, set[Index]]:
 
 
 def _only(gaps: list[dict[Index, list[_Run]]], wanted: Collection[Index]) -> list[dict[Index, list[_Run]]]:
-    """The gaps as far as some of these numbers lie in them."""
+    """The gaps that contain some of these indices."""
     out = []
     for place, found in enumerate(gaps):
         starts = {index[: place + 1] for index in wanted}
@@ -219,7 +219,7 @@ def _only(gaps: list[dict[Index, list[_Run]]], wanted: Collection[Index]) -> lis
 
 
 def missing_between(values: Sequence[int]) -> str:
-    """The gaps between these numbers, in words."""
+    """The gaps between these indices, in words."""
     return _listed([_run_text(run) for run in _between(values)])
 
 
@@ -229,14 +229,14 @@ def _listed(gaps: list[str]) -> str:
 
 
 def _between(values: Sequence[int]) -> list[_Run]:
-    # Every other layer, or every fifth, is how hybrid models are built: nothing is missing there.
+    # Hybrid models have a kind of layer at every second or fifth place: nothing is missing there.
     if _step(values) is not None:
         return []
     return [(a + 1, b - 1) for a, b in pairwise(values) if b - a > 1]
 
 
 def _step(values: Sequence[int]) -> int | None:
-    """The distance of numbers that are equally far from each other, None if they are not, are few, or have no gaps."""
+    """The step between evenly spaced indices; None if they are uneven, few, or without gaps."""
     steps = {b - a for a, b in pairwise(values)}
     return steps.pop() if len(values) > 2 and len(steps) == 1 and 1 not in steps else None
 
@@ -246,7 +246,7 @@ def _key(template: Template, values: Iterable[str]) -> str:
 
 
 def numbers_text(values: Sequence[int]) -> str:
-    """The numbers as a shell's braces would have them: "7", "{0..15}", "{0..3,5..15}", "{3..38..5}"."""
+    """The indices as shell braces: "7", "{0..15}", "{0..3,5..15}", "{3..38..5}"."""
     if len(values) == 1:
         return str(values[0])
     step = _step(values)
@@ -277,7 +277,7 @@ def _run_text(run: _Run) -> str:
 
 
 def _names(template: Template) -> list[str]:
-    """What each number counts: the part of the key before it."""
+    """What each index counts: the part of the key before it."""
     return [before.removesuffix(".").rpartition(".")[2] for before in template[:-1]]
 
 

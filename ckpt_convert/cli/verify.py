@@ -91,7 +91,7 @@ def verify(
     place: Location = path
     against: Location | None = other
     quietly: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-    if with_logits:  # transformers is kept off the network, so that all that comes from the Hub has to be here before
+    if with_logits:  # transformers is kept offline, so both checkpoints are downloaded first
         place, quietly = repository.locate_checkpoint(path, revision), silent_transformers()
         against = repository.locate_checkpoint(other) if other is not None else None
     with on_stderr(hidden=quiet), Bar(hidden=quiet) as bar, quietly:
@@ -137,7 +137,7 @@ def _header(report: Verification) -> Iterator[Labelled]:
 
 
 def _findings(report: Verification, width: int | None, *, full: bool, quiet: bool, strict: bool) -> Iterator[str]:
-    """A line for each finding, errors first; of many that one check found, the first few."""
+    """A line for each finding, errors first; of many from one check, the first few."""
     counting = ("error", "warning") if strict else ("error",)
     groups: dict[tuple[str, str], list[Finding]] = {}
     for finding in report.findings:
@@ -166,7 +166,7 @@ def _finding(severity: str, check: str, text: str, column: int, width: int | Non
 
 
 def _collapsed(found: Sequence[Finding]) -> list[str]:
-    """Tensors that differ, those whose keys differ in numbers alone on one line."""
+    """Tensors that differ; those whose keys differ in indices alone share a line."""
     from ckpt_convert.cli.tree import Entry, collapse
 
     kinds: dict[str, list[Finding]] = {}
@@ -209,7 +209,7 @@ def _computed(found: LogitsReport) -> Iterator[Labelled]:
 
 
 def _summary(report: Verification) -> str:
-    """The last line: how many problems there are, or what was found to be in order."""
+    """The last line: the number of problems, or what was checked."""
     counts = report.counts
     words = [plural(counts[f"{name}s"], name) for name in _COLORS if counts[f"{name}s"]]
     if counts["errors"] or counts["warnings"]:

@@ -1,4 +1,4 @@
-"""How a checkpoint is shown: what was asked for, what it is sorted by, and the lines above its tensors."""
+"""The view of a checkpoint: filters, order, and the lines above its tensors."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Order:
 
 @dataclass(frozen=True)
 class View:
-    """How much of a checkpoint to show: ``filters`` are globs over keys, ``width`` is that of the terminal, if any.
+    """What of a checkpoint to show: ``filters`` are globs over keys, ``width`` is that of the terminal, if any.
 
     ``tree`` shows modules, ``depth`` levels of them (None: all).
     """
@@ -59,13 +59,13 @@ class View:
 
 
 def matching(facts: Facts, view: View) -> list[TensorInfo]:
-    """The tensors that match, as the files have them."""
+    """The matching tensors, in the order of the files."""
     tensors = facts.checkpoint.tensors
     return [info for key, info in tensors.items() if view.matches(key)] if view.filters else list(tensors.values())
 
 
 def ordered(facts: Facts, view: View) -> list[TensorInfo]:
-    """The tensors that match, in the order asked for."""
+    """The matching tensors, in the order asked for."""
     found = matching(facts, view)
     if view.order.by == "offset":
         files = {file.name: at for at, file in enumerate(facts.checkpoint.files)}
@@ -85,19 +85,19 @@ def header(facts: Facts, width: int | None) -> Iterator[str]:
 
 
 def shares(nbytes: int, total: int, width: int | None) -> tuple[str, str]:
-    """A share of the bytes, and a bar of it, for a terminal; other readers have the bytes."""
+    """The share of the bytes, with a bar, for a terminal only."""
     return (percent(nbytes, total), bar(nbytes / max(total, 1), _BAR)) if width is not None else ("", "")
 
 
 def missing(numbers: str) -> str:
-    """The warning of a hole in the numbering."""
+    """The warning about missing indices."""
     return f"missing {escape(numbers)}" if numbers else ""
 
 
 def _facts(facts: Facts) -> Iterator[Labelled]:
     checkpoint, model = facts.checkpoint, facts.model
     yield Labelled("path", [escape(str(checkpoint.place))])
-    # What is of no format may well be known, and then says something of itself.
+    # Files of no format may be of a known kind, which has facts of its own.
     is_foreign = checkpoint.format is None and any(label != "kind" for label, _ in facts.said)
     if checkpoint.format is None:
         text = f"{checkpoint.why}; {checkpoint.advice}"
@@ -130,7 +130,7 @@ def _facts(facts: Facts) -> Iterator[Labelled]:
 
 
 def _words(text: str) -> list[str]:
-    # A message that lists problems has a line for each; here it has to do with one.
+    # A message may have several lines; here it gets one.
     first, *rest = in_flags(text).split("\n")
     return [escape(word) for word in [*first.split(), *"; ".join(line.strip() for line in rest).split()]]
 

@@ -1,7 +1,7 @@
-"""One self-contained page about a checkpoint, or about the difference of two: for people who would rather look.
+"""A self-contained HTML page about a checkpoint, or about the difference of two.
 
-A page needs no network and no other file. What files say of themselves is in it as JSON and is only ever set as text;
-the page's own policy (CSP) lets no script run but the one that is written here.
+A page needs no network and no other file. Text from checkpoints is in it as JSON and is only set as text content; the
+page's Content-Security-Policy runs no script but its own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ckpt_convert.cli.html import columns
 from ckpt_convert.cli.text import escape, json_text
 
 _SCRIPTS = ("base", "colours", "picture", "tensors", "table", "treemap", "strip", "heatmap")
-"""What both kinds of page share, in an order in which each finds what it needs; the page's own script comes last."""
+"""The scripts of both kinds of page, in order of dependency; the page's own script comes last."""
 
 _MARKER = re.compile(r"\{\{(\w+)\}\}")
 
@@ -49,7 +49,7 @@ def _page(kind: str, title: str, data: Mapping[str, Any]) -> str:
 
 
 def _json(value: object) -> str:
-    """JSON that cannot end the element it stands in, in ASCII; numbers that JSON lacks have been made text before."""
+    """ASCII JSON that cannot close its element; values that JSON lacks are text already."""
     return json_text(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 

@@ -1,7 +1,7 @@
-"""Tensors as columns, so that a page with 91,000 of them is small: what many share is said once, and referred to.
+"""Tensors as columns, so that a page with 91,000 of them is small: values that many share are stored once.
 
-Keys are templates (what stands around their numbers) and the numbers; template, shape, dtype and size together are a
-kind, and there are few kinds; where a piece lies is said as the gap behind the piece before it, nearly always 0.
+A key is a template and its indices; template, shape, dtype and size together are a kind, of which there are few; the
+offset of a piece is stored as the gap after the piece before it, nearly always 0.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Document = Mapping[str, Any]
 
 
 class _Pool:
-    """Values, each kept once under a number."""
+    """Distinct values, each with a number."""
 
     def __init__(self) -> None:
         self._numbers: dict[Hashable, int] = {}
@@ -37,7 +37,7 @@ class _Pool:
 
 
 class _Keys:
-    """A column of keys: the number of each one's template, -1 where there is no key, and the numbers in them all."""
+    """A column of keys: the number of each key's template (-1 for no key), and the indices of all keys."""
 
     def __init__(self, templates: _Pool) -> None:
         self._templates = templates
@@ -53,7 +53,7 @@ class _Keys:
 
 
 def of_checkpoint(document: Document) -> dict[str, Any]:
-    """What the page of one checkpoint needs; tensors come in the natural order of their keys."""
+    """The data of the page of one checkpoint, with tensors in the natural order of their keys."""
     tensors = sorted(document["tensors"], key=lambda tensor: tree.natural(tensor["key"]))
     templates, shapes, dtypes, kinds = _Pool(), _Pool(), _Pool(), _Pool()
     keys = _Keys(templates)
@@ -76,7 +76,7 @@ def of_checkpoint(document: Document) -> dict[str, Any]:
 
 
 def of_difference(document: Document) -> dict[str, Any]:
-    """What the page of two checkpoints needs; tensors come in the natural order of the keys of A, or else of B."""
+    """The data of the page of two checkpoints, with tensors in the natural order of their keys in A, else in B."""
     tensors = sorted(document["tensors"], key=lambda pair: tree.natural(_either(pair)))
     templates, shapes, dtypes, statuses = _Pool(), _Pool(), _Pool(), _Pool()
     sides: dict[str, dict[str, list[int]]] = {}
@@ -90,7 +90,7 @@ def of_difference(document: Document) -> dict[str, Any]:
             "shape": [shapes.add(_shape(pair[f"shape_{side}"])) for pair in tensors],
             "type": [dtypes.add(pair[f"dtype_{side}"]) for pair in tensors],
         }
-    # Most of B is as A has it; what is left out of B is taken from A.
+    # Most of B equals A; what B leaves out is taken from A.
     sides["b"] = {name: column for name, column in sides["b"].items() if column != sides["a"][name]}
     return {
         "facts": {name: _finite(value) for name, value in document.items() if name not in ("tensors", "config")},
@@ -120,9 +120,9 @@ def _shape(shape: Sequence[int] | None) -> tuple[int, ...] | None:
 
 
 def _pieces(files: Sequence[Document], tensors: Sequence[Document]) -> dict[str, Any]:
-    """Which tensors lie in which file, in the order of their offsets.
+    """The pieces of tensors in each file, in the order of their offsets.
 
-    ``counts`` says how many pieces each file has, ``tensor`` whose each is. ``gap`` is the distance from the end of
+    ``counts`` are the pieces per file, ``tensor`` is the tensor of each piece. ``gap`` is the distance from the end of
     the piece before (of the file's start for the first), None where no place in the file is known. ``nbytes`` is None
     where every piece is a whole tensor.
     """
@@ -156,7 +156,7 @@ def _columns(entries: Sequence[Document | None], names: Iterable[str]) -> dict[s
 
 
 def _short(value: object) -> object:
-    """A value with as many digits as anybody looks at."""
+    """A value with the digits that the page can show."""
     if isinstance(value, float) and math.isfinite(value):
         short = float(f"{value:.{_DIGITS}g}")
         return int(short) if short.is_integer() and abs(short) < 10**_DIGITS else short
