@@ -1,4 +1,4 @@
-"""What an adapter is made of: rank, scale, and the modules that it changes, as we say it and as PEFT does."""
+"""The config of an adapter: rank, scale and target modules, under our option names and PEFT's."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ckpt_convert.wording import indented_list
 T = TypeVar("T")
 
 ALL_LINEAR = "all-linear"
-"""PEFT's word for every linear layer but the output layer."""
+"""PEFT's word for every linear layer except the output layer."""
 
 _FROM_PEFT = {
     "r": "rank",
@@ -32,7 +32,7 @@ _FROM_PEFT = {
 _NO_MATTER = frozenset(
     (
         *("auto_mapping", "inference_mode", "megatron_core", "peft_version", "qalora_group_size", "runtime_config"),
-        # How an adapter starts; init_lora_weights says whether the base was changed with it.
+        # How an adapter is initialized; init_lora_weights says whether that changed the base weights.
         *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
     )
 )
@@ -46,11 +46,11 @@ class AdapterConfig:
     """A LoRA or DoRA adapter: W + scale · B · A, scale = alpha / rank, or alpha / √rank with ``use_rslora``.
 
     rank: rows of A and columns of B. target_modules: the linear layers that have an adapter, each by its name or the
-    end of it in the training layout's words or Hugging Face's (q_proj, wq, output_proj, layers.3.attn.q_proj), or
-    "all-linear" (all but the output layer); None takes those that the model has. rank_pattern, alpha_pattern: another
-    rank or alpha for some modules, called in the same way; the first that fits counts. modules_to_save: modules that
-    are trained whole and saved beside the adapter. base_model and revision: what the file says it was trained on.
-    ``dropout`` is only handed on. Raises ConfigError for values that cannot be.
+    end of it in the training layout or Hugging Face's (q_proj, wq, output_proj, layers.3.attn.q_proj), or "all-linear"
+    (all but the output layer); None takes those that the model has. rank_pattern, alpha_pattern: another rank or alpha
+    for some modules, named in the same way; the first match counts. modules_to_save: modules that are trained whole
+    and saved with the adapter. base_model, revision: the base model that the file names. ``dropout`` is only written
+    to the file. Raises ConfigError for invalid values.
     """
 
     rank: int
@@ -78,11 +78,11 @@ class AdapterConfig:
 
     @classmethod
     def of(cls, given: object) -> AdapterConfig:
-        """The config that is given as such, as a dict, as a peft.LoraConfig, or as a path of an adapter_config.json.
+        """The config from an AdapterConfig, a dict, a peft.LoraConfig, or the path of an adapter_config.json.
 
         A dict may use PEFT's names or ours. target_modules that PEFT reads as a regular expression, and those that
-        exclude_modules or layers_to_transform narrow, become None: the tensors say which modules have an adapter.
-        Raises ConfigError, naming them all, for options that neither the files nor the formula above can express.
+        exclude_modules or layers_to_transform restrict, become None: the tensors show which modules have an adapter.
+        Raises ConfigError, which lists all options that neither the files nor the formula above can express.
         """
         if isinstance(given, AdapterConfig):
             return given
@@ -108,7 +108,7 @@ class AdapterConfig:
         return _of_peft(content, "the adapter's config")
 
     def rank_of(self, *names: str) -> int:
-        """The rank of the module that has these names, one in each layout's words."""
+        """The rank of the module that has these names, one per layout."""
         return _pattern(self.rank_pattern or {}, names, self.rank)
 
     def alpha_of(self, *names: str) -> float:
@@ -116,18 +116,18 @@ class AdapterConfig:
         return _pattern(self.alpha_pattern or {}, names, self.alpha)
 
     def scale_of(self, *names: str) -> float:
-        """What B · A is multiplied by, for the module that has these names."""
+        """The factor of B · A for the module that has these names."""
         rank = self.rank_of(*names)
         return self.alpha_of(*names) / (math.sqrt(rank) if self.use_rslora else rank)
 
 
 def is_module_name(word: str, *names: str) -> bool:
-    """Whether a word is one of the names, or the end of one from a dot on."""
+    """Whether a word is one of the names, or the end of one after a dot."""
     return any(name == word or name.endswith(f".{word}") for name in names)
 
 
 def plain_pattern(pattern: str) -> str | None:
-    """The module name that a key of rank_pattern stands for; None for a true regular expression, as PEFT allows it."""
+    """The module name in a key of rank_pattern; None for a real regular expression, which PEFT allows."""
     name = pattern.replace("\\.", ".")
     return None if _REGEX & set(name) else name
 
@@ -169,7 +169,7 @@ def _of_peft(content: Mapping[str, Any], where: str) -> AdapterConfig:
 
 
 def _is_unset(value: object) -> bool:
-    """Whether an option says nothing: PEFT itself makes empty lists, tuples, dicts and sets of some."""
+    """Whether an option has no effect: PEFT writes empty lists, tuples, dicts and sets for some."""
     return value is None or value is False or (isinstance(value, Sized) and not len(value))
 
 

@@ -1,4 +1,4 @@
-"""Full weights of a model with adapters: rows of W + scale · B · A, and DoRA's norm, computed as they are read."""
+"""Merged weights of a model with adapters: rows of W + scale · B · A, and DoRA's norm, computed when they are read."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from ckpt_convert.wording import indented_list
 Array = np.ndarray[Any, Any]
 
 BLOCK_ROWS = 32
-"""Rows that are computed together. What a matrix product or a sum rounds to may depend on the shape, so all is done in
-blocks of this many rows that start at multiples of it, whatever lies in the rows that nobody asked for."""
+"""Rows that are computed together. The rounding of a matrix product or a sum may depend on the shape, so everything is
+computed in blocks of this many rows that start at multiples of it, whichever rows are requested."""
 
-# A thread beside the training must not wait for the cores that training uses. BLAS and torch start threads of their own
-# for large operations, and these wait for each other: with all cores busy, that took a hundred times as long.
+# A background thread must not wait for the cores that training uses. BLAS and torch start their own threads for large
+# operations, which wait for each other: with all cores busy, that took a hundred times as long.
 _TILE = 1 << 18
 _PIECE = (1 << 15) - 1
 
 _READ = 2 * BLOCK_ROWS
-"""Rows that a reader computes at once."""
+"""Rows that a reader computes in one block."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,12 @@ class Merge:
     magnitude: torch.Tensor | None = None
 
     def rows(self, weight: torch.Tensor, start: int = 0) -> torch.Tensor:
-        """The merged rows of which ``weight`` [n, in] are the base's, from row ``start`` on; as ``merged_rows``."""
+        """The merged rows for ``weight`` [n, in], rows of the base from ``start`` on; see ``merged_rows``."""
         return merged_rows(weight, self.a, self.b, self.scale, self.magnitude, start=start)
 
 
 def plan_merges(parts: SplitTensors, config: AdapterConfig, modules: Modules) -> dict[str, Merge]:
-    """What is to be merged into each base weight, by its plain key.
+    """The adapter to merge into each base weight, by its plain key.
 
     The full model has ``found.saved`` in place of ``found.base`` where it is there, then these merged.
     Raises ConfigError for an adapter on an output layer that is tied to the embedding, which would be changed as well.
@@ -73,7 +73,7 @@ def merged_rows(
 ) -> torch.Tensor:
     """Rows ``start`` on of the merged weight, in new memory on the CPU, in the dtype of ``weight`` [n, in], the base's.
 
-    ``a`` [rank, in], ``b`` [out, rank] and ``magnitude`` [out] are whole and in the row order of the weight. LoRA:
+    ``a`` [rank, in], ``b`` [out, rank] and ``magnitude`` [out] are full tensors in the RoPE layout of the weight. LoRA:
     W' = W + scale · B · A. DoRA: each row of W' times magnitude / its length. Computed in float32, in float64 for a
     float64 weight. A row's bits do not depend on the rows that are asked for with it.
     """
@@ -83,7 +83,7 @@ def merged_rows(
     base, left = torch.zeros((BLOCK_ROWS, columns), dtype=dtype), torch.zeros((BLOCK_ROWS, len(a)), dtype=dtype)
     lengths = torch.zeros(BLOCK_ROWS, dtype=dtype)
     right, merged = _numbers(a, dtype), np.empty((BLOCK_ROWS, columns), base.numpy().dtype)
-    with np.errstate(all="ignore"):  # as torch, which says nothing of what becomes infinite or NaN
+    with np.errstate(all="ignore"):  # like torch, which does not warn of infinity or NaN
         for first in range(start - start % BLOCK_ROWS, start + count, BLOCK_ROWS):
             low, high = max(first, start), min(first + BLOCK_ROWS, start + count)
             within = slice(low - first, high - first)
@@ -100,7 +100,7 @@ def merged_rows(
 
 
 class MergedReader:
-    """The bytes of a merged weight, dense and row-major, read as if it were a file: computed where asked for."""
+    """The bytes of a merged weight, dense and row-major, as a file reader: computed on demand."""
 
     def __init__(self, name: str, weight: torch.Tensor, merge: Merge) -> None:
         self.name = name
@@ -112,7 +112,7 @@ class MergedReader:
 
     @property
     def overflowed(self) -> int:
-        """How many finite values of the base have become infinite, in what was read so far."""
+        """The number of finite base values that became infinite in what was read so far."""
         return sum(self._overflowed.values())
 
     def readinto(self, offset: int, buffer: memoryview) -> None:
@@ -126,7 +126,7 @@ class MergedReader:
             done += len(part)
 
     def _block(self, index: int) -> memoryview:
-        """A block of rows; a thread keeps its last one, as what comes next often lies in it too."""
+        """A block of rows; each thread keeps its last one, since the next read is often within it."""
         kept: tuple[int, memoryview] | None = getattr(self._last, "block", None)
         if kept is None or kept[0] != index:
             start = index * _READ
@@ -140,14 +140,14 @@ class MergedReader:
 
 
 def _product(left: Array, right: Array, out: Array) -> None:
-    """Left · right, in tiles that a BLAS has no use for several threads for."""
+    """Left · right, in tiles that are too small for BLAS to start threads."""
     step = max(1, _TILE // left.size)
     for first in range(0, right.shape[1], step):
         np.matmul(left, right[:, first : first + step], out=out[:, first : first + step])
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
-    """Copy rows, cast as the target is, in pieces for which torch starts no threads."""
+    """Copy rows, cast to the dtype of the target, in parts that are too small for torch to start threads."""
     step = max(1, _PIECE // max(1, target.shape[1]))
     for first in range(0, len(target), step):
         target[first : first + step].copy_(source[first : first + step])

@@ -1,4 +1,4 @@
-"""The modules of a model that may have an adapter, under the names that each layout has for them."""
+"""The modules of a model that may have an adapter, under their names in each layout."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _WEIGHT = ".weight"
 class Modules:
     """The modules of a model of this family and size, in a training layout (``format``) and in Hugging Face's.
 
-    A module is called by its key in the layout without ".weight": layers.0.attn.q_proj. Raises UnsupportedFamilyError
-    where the family has no such layout.
+    The name of a module is its key in the layout without ".weight": layers.0.attn.q_proj. Raises UnsupportedFamilyError
+    if the family has no such layout.
     """
 
     def __init__(self, family: Family, format: str, dims: Mapping[str, int]) -> None:
@@ -45,7 +45,7 @@ class Modules:
 
     @cached_property
     def linear(self) -> dict[str, Instance]:
-        """The linear layers by name: what LoRA can be put beside, in the order of the model."""
+        """The linear layers by name, which can have a LoRA adapter, in the order of the model."""
         embeddings = {row.tied_to for row in self.family.rows}
         apart = {entry.first for entry in self.family.entries("hf", self.dims) if entry.whole}
         return {
@@ -60,11 +60,11 @@ class Modules:
         return bool(self.dims.get("tied"))
 
     def hf_key(self, key: str) -> str | None:
-        """The key that Hugging Face has for a key of this layout."""
+        """Hugging Face's key for a key of this layout."""
         return one.key("hf") if (one := self.keys.get(key)) is not None else None
 
     def hf_name(self, module: str) -> str:
-        """What Hugging Face calls a linear layer."""
+        """Hugging Face's name of a linear layer."""
         return str(self.linear[module].key("hf")).removesuffix(_WEIGHT)
 
     def both_names(self, module: str) -> tuple[str, str]:
@@ -77,7 +77,7 @@ class Modules:
         return rows, columns
 
     def match_linear(self, words: Iterable[str] | str) -> tuple[list[str], list[str]]:
-        """The linear layers that a config's words mean, and the words that mean none."""
+        """The linear layers that the words of a config match, and the words that match none."""
         if words == ALL_LINEAR:
             return [module for module, one in self.linear.items() if one.row.tied_to is None], []
         words = list(words)
@@ -88,7 +88,7 @@ class Modules:
         return [module for module in self.linear if module in chosen], [word for word in words if not found[word]]
 
     def match_any(self, words: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
-        """For each word, the keys of the modules that it means, linear or not."""
+        """For each word, the keys of the modules that it matches, linear or not."""
         for word in words:
             yield (
                 word,
@@ -96,12 +96,12 @@ class Modules:
             )
 
     def suggestion(self, module: str) -> str:
-        """A hint for a name that is none."""
+        """A hint with the nearest name, for a module that does not exist."""
         near = difflib.get_close_matches(module, self.linear, 1, 0.8)
         return f"; the nearest linear layer is {near[0]}" if near else ""
 
     def reorder_rows(self, tensor: torch.Tensor, instance: Instance, source: str, target: str) -> torch.Tensor:
-        """A tensor with the rows of an instance in another layout's order; the same memory where both orders agree."""
+        """A tensor with its rows in the RoPE layout of another format; it shares memory if both layouts agree."""
         here, there = instance.row.column(source), instance.row.column(target)
         if here is None or there is None:
             raise UnsupportedFamilyError(f"{self.family.name}: {instance.name} has no place in {source} or in {target}")

@@ -1,4 +1,4 @@
-"""LoRA and DoRA parameters in a training model: which tensors they are, and what they belong to."""
+"""LoRA and DoRA parameters in a training model: which tensors they are, and which modules they belong to."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ckpt_convert.errors import CkptConvertError, ConfigError, KeyMismatchError,
 from ckpt_convert.wording import indented_list
 
 PEFT_PREFIX = "base_model.model."
-"""What PEFT's wrapper puts before every key."""
+"""The prefix that PEFT's wrapper adds to every key."""
 
 _A, _B, _MAGNITUDE = "A", "B", "magnitude"
 _SPELLINGS = {
@@ -27,7 +27,7 @@ _SPELLINGS = {
     **{f".lora_magnitude_vector{ending}": _MAGNITUDE for ending in ("", ".weight", ".default", ".default.weight")},
 }
 _WRAPPED = ("base_layer", "linear", "base")
-"""Where a module with an adapter may keep the layer that it adapts."""
+"""The names under which a module with an adapter may keep the layer that it adapts."""
 
 _KNOWN = "lora_a, lora_A (.weight, .default.weight), the same with b, and magnitude or lora_magnitude_vector"
 
@@ -42,12 +42,11 @@ class Adapter(NamedTuple):
 
 @dataclass(frozen=True)
 class SplitTensors:
-    """A model's tensors, taken apart; they are the model's own, not copies.
+    """The tensors of a model, split into base weights and adapters; no copies.
 
-    base: the base weights by plain key (layers.0.attn.q_proj.weight), ``names`` the keys that the model has for them.
-    adapters: by module (layers.0.attn.q_proj), in the order of the model. saved: what is trained whole beside the
-    adapter (modules_to_save) by plain key; a model that PEFT wraps has the frozen weight in ``base``, any other has
-    the same tensor there.
+    base: the base weights by plain key (layers.0.attn.q_proj.weight); names: the keys that the model has for them.
+    adapters: by module (layers.0.attn.q_proj), in the order of the model. trained_whole: weights that are trained whole
+    (modules_to_save) by plain key; if PEFT wraps the model, ``base`` has the frozen weight, otherwise the same tensor.
     """
 
     base: dict[str, torch.Tensor]
@@ -57,7 +56,7 @@ class SplitTensors:
 
 
 class _Problems:
-    """What does not fit, by kind of error."""
+    """Problems by kind of error."""
 
     def __init__(self) -> None:
         self.keys: list[str] = []
@@ -79,9 +78,9 @@ def split_adapters(
 ) -> SplitTensors:
     """Tell base weights and adapter parameters apart, and check the adapters against the table and the config.
 
-    ``modules`` are those of the training layout. ``has_base=False`` is for a file, which has no base weights beside
-    the adapters. Base weights are not checked otherwise. Raises KeyMismatchError or ShapeMismatchError that lists all
-    that does not fit, ConfigError for words in the config that name no module.
+    ``modules`` are those of the training layout. ``has_base=False`` is for a file without base weights. Base weights
+    are only checked for presence. Raises KeyMismatchError or ShapeMismatchError, which list all problems, and
+    ConfigError for words in the config that match no module.
     """
     problems = _Problems()
     prefix = PEFT_PREFIX if tensors_by_key and all(key.startswith(PEFT_PREFIX) for key in tensors_by_key) else ""
@@ -121,10 +120,10 @@ def split_adapters(
 def translate_adapters(
     adapters: Mapping[str, Adapter], modules: Modules, *, source: str, target: str
 ) -> Iterator[tuple[str, Adapter]]:
-    """(name in the target layout, adapter) with rows as the target layout has those of the base; A never changes.
+    """(name in the target layout, adapter) with rows in the target's RoPE layout; A never changes.
 
-    ``modules`` and the names of ``adapters`` are those of the source layout. Tensors that need no other order are
-    passed on as they are.
+    ``modules`` and the names of ``adapters`` are those of the source layout. Tensors whose rows keep their order share
+    memory with the source's.
     """
     for module, (a, b, magnitude) in adapters.items():
         instance = modules.linear[module]
@@ -139,7 +138,7 @@ def translate_adapters(
 
 
 def _parts(keys: Iterable[str], problems: _Problems) -> dict[str, dict[str, list[str]]]:
-    """The keys of each module's adapter parameters by kind."""
+    """By module and kind, the keys of adapter parameters."""
     parts: dict[str, dict[str, list[str]]] = {}
     for key in keys:
         module, kind = _parsed(key)
@@ -192,7 +191,7 @@ def _assembled(
 
 
 def _plain(key: str, adapted: Mapping[str, object]) -> tuple[str, bool]:
-    """A base weight's key without what wraps its module, and whether it is PEFT's copy that is trained whole."""
+    """A base weight's key without wrapper parts, and whether it is PEFT's copy that is trained whole."""
     parts = key.split(".")
     if len(parts) > 2 and parts[-2] in _WRAPPED and ".".join(parts[:-2]) in adapted:
         return ".".join((*parts[:-2], parts[-1])), False
@@ -204,7 +203,7 @@ def _plain(key: str, adapted: Mapping[str, object]) -> tuple[str, bool]:
 
 
 def _is_omitted(module: str, modules: Modules) -> bool:
-    """Whether the layer's weight is the embedding, which tied models need not name twice."""
+    """Whether the layer is tied to the embedding, so that the model may lack its key."""
     return modules.is_tied and modules.linear[module].row.tied_to is not None
 
 
@@ -229,7 +228,7 @@ def _check_config(config: AdapterConfig, modules: Modules) -> None:
 def _whole_modules(
     config: AdapterConfig, modules: Modules, found: SplitTensors, problems: _Problems
 ) -> dict[str, torch.Tensor]:
-    """What modules_to_save names; in a model that PEFT does not wrap these are base weights."""
+    """The weights that modules_to_save names; in a model without PEFT's wrapper these are base weights."""
     out: dict[str, torch.Tensor] = {}
     for word, keys in modules.match_any(config.modules_to_save):
         have = [key for key in keys if key in found.trained_whole or key in found.base]

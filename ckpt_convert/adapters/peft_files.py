@@ -1,4 +1,4 @@
-"""PEFT's files, adapter_model.safetensors and adapter_config.json, to and from the adapters of a training model."""
+"""Converting the adapters of a training model to and from PEFT's adapter_model.safetensors and adapter_config.json."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from ckpt_convert.wording import indented_list
 
 @dataclass(frozen=True)
 class LoadedAdapter:
-    """An adapter that was read, under the training layout's names and in its row order.
+    """An adapter read from a file, under the training layout's names and in its RoPE layout.
 
-    adapters: by module. saved: weights that take the place of the base's, by key (PEFT's modules_to_save, and an
-    embedding that was resized). base: base weights that the file holds beside the adapter of the same module, by key,
-    which PEFT adds for lm_head. config: what adapter_config.json says.
+    adapters: by module. trained_whole: weights that replace those of the base, by key (PEFT's modules_to_save, and a
+    resized embedding). base: base weights in the file of modules that also have an adapter, by key (PEFT adds lm_head).
+    config: the content of adapter_config.json.
     """
 
     adapters: dict[str, Adapter]
@@ -62,7 +62,7 @@ def to_peft(
 
 
 def render_files(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> dict[str, bytes]:
-    """The two files by name, byte for byte as PEFT writes the same tensors; they are whole in memory."""
+    """The two files by name, in memory, byte for byte as PEFT writes the same tensors."""
     described = [(key, FROM_TORCH[torch_name(one.dtype)].name, tuple(one.shape)) for key, one in tensors.items()]
     layout = safetensors.build(safetensors.library_order(described), {"format": "pt"})
     parts = [content for _, content in layout.literals]
@@ -71,10 +71,10 @@ def render_files(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any])
 
 
 def from_peft(directory: Place, modules: Modules, config: AdapterConfig | None = None) -> LoadedAdapter:
-    """Read a PEFT adapter from a directory into the layout of ``modules``; safetensors win over .bin.
+    """Read a PEFT adapter from a directory into the layout of ``modules``; safetensors take precedence over .bin.
 
-    ``config`` is that of the training model: a file that scales its adapter otherwise does not fit it. Raises
-    CheckpointNotFoundError, ConfigError, KeyMismatchError or ShapeMismatchError, which say all that does not fit.
+    ``config`` is that of the training model: a file with another scale does not fit it. Raises CheckpointNotFoundError,
+    ConfigError, KeyMismatchError or ShapeMismatchError, which list all problems.
     """
     path = next((directory / name for name in ADAPTER_WEIGHTS if (directory / name).is_regular_file()), None)
     if path is None or not (directory / ADAPTER_CONFIG).is_regular_file():
@@ -114,10 +114,10 @@ def from_peft(directory: Place, modules: Modules, config: AdapterConfig | None =
 
 
 def load_into(parts: SplitTensors, loaded: LoadedAdapter) -> list[str]:
-    """Copy an adapter into the tensors of a training model, in place; returns what there is to say of dtypes.
+    """Copy an adapter into the tensors of a training model, in place; returns notices about casts and unused weights.
 
     Weights of ``loaded.saved`` go where ``found.saved`` has them, those of ``loaded.base`` into the base. Raises
-    KeyMismatchError or ShapeMismatchError, before anything is copied, with all that does not fit.
+    KeyMismatchError or ShapeMismatchError, before anything is copied, with all problems.
     """
     pairs: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     base = {key: tensor for key, tensor in parts.base.items() if key in loaded.base}
@@ -156,7 +156,7 @@ def _flat(of: SplitTensors | LoadedAdapter) -> dict[str, torch.Tensor]:
 def _config(
     adapted: list[str], whole: list[str], config: AdapterConfig, modules: Modules, base_model: str | None
 ) -> dict[str, Any]:
-    """adapter_config.json. Options that are not here have the values that PEFT takes where they are absent."""
+    """The content of adapter_config.json; options that are left out have PEFT's defaults."""
     all_of_them = {modules.hf_name(module): module for module in modules.linear}
     names = [modules.hf_name(module) for module in adapted]
     ranks = {modules.hf_name(module): config.rank_of(*modules.both_names(module)) for module in adapted}
@@ -186,13 +186,13 @@ def _config(
 
 
 def _short(names: list[str], every: Iterable[str]) -> list[str]:
-    """Last parts (q_proj), where every module that ends so is among the names; else all names in full."""
+    """Last parts (q_proj), if every module with that ending is among the names; else all names in full."""
     short = {_last(name) for name in names}
     return sorted(short if {name for name in every if _last(name) in short} == set(names) else names)
 
 
 def _patterns(values: Mapping[str, float], usual: float) -> dict[str, float]:
-    """What differs from the usual, by last part where all modules that end so agree, by full name elsewhere."""
+    """Values other than the default, by last part if all modules with that ending agree, else by full name."""
     alike: dict[str, set[float]] = {}
     for name, value in values.items():
         alike.setdefault(_last(name), set()).add(value)
@@ -204,7 +204,7 @@ def _patterns(values: Mapping[str, float], usual: float) -> dict[str, float]:
 
 
 def _whole_names(whole: list[str], modules: Modules) -> list[str]:
-    """For modules_to_save, which PEFT compares with the ends of names, dot or no dot."""
+    """Names for modules_to_save, which PEFT matches against the ends of names, even without a dot."""
     every = {str(one.key("hf")).rpartition(".")[0] for one in modules.as_hf().keys.values()}
     out = set()
     for name in whole:
@@ -236,7 +236,7 @@ def _check_whole(key: str, tensor: torch.Tensor, modules: Modules) -> None:
 
 
 def _without_strangers(said: AdapterConfig, theirs: Modules) -> AdapterConfig:
-    """A file's config without words that mean nothing in this model, which PEFT passes over."""
+    """A file's config without words that match no module of this model, which PEFT ignores."""
 
     def known(word: str) -> bool:
         return not theirs.match_linear([word])[1]
@@ -270,7 +270,7 @@ def _check_scales(
 
 
 def _scale(config: AdapterConfig, names: tuple[str, str]) -> tuple[int, float, str]:
-    """Rank, scale, and how to say both with what they come from."""
+    """Rank, scale, and a text with both and the settings that they come from."""
     rank, scale = config.rank_of(*names), config.scale_of(*names)
     how = f"alpha {config.alpha_of(*names):g}{', rslora' if config.use_rslora else ''}"
     return rank, scale, f"rank {rank}, scale {scale:g} ({how})"

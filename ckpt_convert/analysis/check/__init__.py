@@ -1,4 +1,4 @@
-"""Checking a checkpoint: everything that is wrong with it, at once."""
+"""Checking a checkpoint: all problems in one report."""
 
 from __future__ import annotations
 

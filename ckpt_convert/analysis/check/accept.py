@@ -1,4 +1,4 @@
-"""Accepting files beside the weights as they are: the manifest gets their checksums of now."""
+"""Accepting edited auxiliary files: the manifest gets their current checksums."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ class Accepted:
 
 
 def accept_command(directory: Place, name: str) -> str:
-    """What to call to accept a file."""
+    """The call that accepts a file, for messages."""
     return f"`verify_checkpoint({python_literal(directory)}, accept={python_literal(name)})`"
 
 
 def accept_files(directory: Place, names: Sequence[str]) -> list[Accepted]:
     """Renew the checksums of these files in the directory's manifest, all or none; returns those that had changed.
 
-    A conversion from the directory takes an accepted file as it takes any that was edited: as its user's own.
+    A conversion from the directory treats an accepted file like any that a user edited.
     Raises CheckpointNotFoundError where there is no manifest or no such file, UsageError for a name that it does not
-    list as a file beside the weights, and what ``record.read_manifest`` does.
+    list as an auxiliary file, and what ``record.read_manifest`` raises.
     """
     if not (directory / MANIFEST).is_regular_file():
         raise CheckpointNotFoundError(
@@ -68,7 +68,7 @@ def accept_files(directory: Place, names: Sequence[str]) -> list[Accepted]:
 
 
 def _listed(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The manifest's entries of files that may be accepted: those beside the weights, a saved step's own among them."""
+    """The manifest's entries of files that may be accepted: auxiliary files, and those of a saved step."""
     entries = {entry["name"]: entry for entry in manifest.get("side_files", ())}
     training = manifest.get("training")
     if isinstance(training, dict):
@@ -77,7 +77,7 @@ def _listed(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def is_acceptable(name: str) -> bool:
-    """Whether a file may be edited on purpose: it holds no weights, nor is it the header of files that do."""
+    """Whether a file may be edited on purpose: it holds no weights and is not the index of files that do."""
     return not name.endswith((*WEIGHT_SUFFIXES, DCP_SUFFIX)) and PurePosixPath(name).name != DCP_INDEX
 
 

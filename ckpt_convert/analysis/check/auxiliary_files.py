@@ -1,4 +1,4 @@
-"""The files beside the weights: readable, whole, and of the same model."""
+"""Checks of auxiliary files: readable, complete, and of the same model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _POINTER = b"version https://git-lfs"
 
 
 def check_auxiliary_files(checkpoint: Identified) -> Iterator[Finding]:
-    """Files beside the weights that no program can read, or that are not the files themselves."""
+    """Auxiliary files that no program can read, or that are links or pointers instead of the files."""
     if not checkpoint.place.is_folder():
         return
     for path in sorted(checkpoint.place.children()):
@@ -92,7 +92,7 @@ def check_tokenizer(checkpoint: Identified, config: Mapping[str, Any]) -> Iterat
 
 
 def check_config_dtype(checkpoint: Identified, config: Mapping[str, Any] | None) -> Iterator[Finding]:
-    """Whether the config names the dtype that most weights have."""
+    """Whether the config names the majority dtype of the weights."""
     said = (config or {}).get("dtype", (config or {}).get("torch_dtype"))
     found = checkpoint.opened.majority_dtype
     if not isinstance(said, str) or found not in CASTABLE or not checkpoint.stored:
@@ -114,7 +114,7 @@ def _rows(checkpoint: Identified) -> int | None:
 
 
 def _tokens(content: Mapping[str, Any]) -> int | None:
-    """One more than the largest id, None where the file is not built as expected."""
+    """One more than the largest id, None if the file has another structure."""
     model = content.get("model")
     vocab = model.get("vocab") if isinstance(model, dict) else None
     ids: list[int] = []

@@ -1,4 +1,4 @@
-"""Checksums that came along with a checkpoint: our own record's, and Meta's checklist.chk."""
+"""Checksums that come with a checkpoint: those of our record, and Meta's checklist.chk."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _CHANGED = (
 )
 _BLOCK = 1 << 20
 _FOR_PEOPLE = (".md", ".rst", "LICENSE", "NOTICE", "USE_POLICY", ".gitattributes")
-"""How the names of files end that no program reads to run the model: they are edited as a matter of course."""
+"""Endings of files for human readers, which no program needs to run the model: editing them is a warning only."""
 
 
 def check_manifest(opened: LenientCheckpoint) -> tuple[list[Finding], list[Span]]:
-    """What the manifest says of the weight files: sizes now, and the checksums of pieces as spans to be read."""
+    """The weight files against the manifest: sizes at once, checksums of pieces as spans to read."""
     record = opened.checkpoint.record
     findings: list[Finding] = []
     spans: list[Span] = []
@@ -51,7 +51,7 @@ def check_manifest(opened: LenientCheckpoint) -> tuple[list[Finding], list[Span]
                 reader, header = containers.parse_header(path.open())
                 files[name] = WeightFile(name, 0, path, reader, header)
             except OSError:
-                continue  # it is not there, which is said below
+                continue  # missing, which is reported below
             except CkptConvertError as error:
                 findings.append(failed_check("record", error, without_directory(str(error), record.directory), name))
                 files[name] = None
@@ -100,7 +100,7 @@ def _is_sound(entry: Any, kind: str) -> bool:
 
 
 def _whole(file: WeightFile, entry: Mapping[str, Any]) -> tuple[list[Finding], list[Span]]:
-    """Every byte of a file: its pieces as spans, and what lies between them, which is little, at once."""
+    """Every byte of a file: pieces as spans to read, the few bytes between them (headers, padding) at once."""
     pieces = [(str(key), int(offset), int(nbytes), str(checksum)) for key, offset, nbytes, checksum in entry["pieces"]]
     reader = file.place.open(file.name) if file.header.kind == dcp.KIND else file.reader
     try:
@@ -119,7 +119,7 @@ def _whole(file: WeightFile, entry: Mapping[str, Any]) -> tuple[list[Finding], l
 
 
 def _between(reader: RangeReader, pieces: Sequence[tuple[str, int, int, str]]) -> Iterator[bytes]:
-    """The bytes of a file that are in no piece, in order."""
+    """The bytes of a file outside of its pieces, in order."""
     start = 0
     for _, offset, nbytes, _ in (*pieces, ("", reader.size, 0, "")):
         for at in range(start, offset, _BLOCK):
@@ -128,7 +128,7 @@ def _between(reader: RangeReader, pieces: Sequence[tuple[str, int, int, str]]) -
 
 
 def _located(file: Any, listed: list[Any]) -> tuple[list[Finding], list[Span]]:
-    """Pieces of schema 1, which did not cover headers: they have to lie where the header says that their tensors do."""
+    """Pieces of schema 1, which has no checksum of headers: each has to be within its tensor's bytes by the header."""
     header, reader = file.header, file.reader
     if header.kind == dcp.KIND:
         header, reader = dcp.resolve_offsets(file) or header, file.place.open()
@@ -160,7 +160,7 @@ def _piece(file: WeightFile, reader: RangeReader, piece: tuple[str, int, int, st
 
 
 def check_auxiliary_files(record: Record | None) -> Iterator[Finding]:
-    """Files beside the weights, and of the record, that are not as they were written."""
+    """Auxiliary files, and files of the record, whose checksum differs."""
     if record is None:
         return
     for name in record.auxiliary_files:
@@ -190,7 +190,7 @@ def _changed(record: Record, name: str) -> Iterator[Finding]:
 
 
 def check_checklist(opened: LenientCheckpoint) -> tuple[list[Finding], list[Span]]:
-    """Meta's checklist.chk: files that are missing, and the hashes of the others as spans to be read."""
+    """Meta's checklist.chk: missing files as findings, the hashes of the others as spans to read."""
     checkpoint = opened.checkpoint
     path = checkpoint.root / CHECKLIST
     if not checkpoint.place.is_folder() or not path.is_regular_file():

@@ -1,4 +1,4 @@
-"""One weight file whose bytes may not be what its header says: everything wrong with it, and what can be read."""
+"""One weight file that may be damaged: all its problems, and what can be read of it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _MAX_PICKLE = 1 << 24
 
 @dataclass(frozen=True)
 class SurveyedFile:
-    """A file as far as it can be read: ``reader`` is the one that the header's offsets refer to."""
+    """A file as far as it can be read; the header's offsets refer to ``reader``."""
 
     reader: RangeReader
     header: Header | None
@@ -43,7 +43,7 @@ class _Shortened:
 
 
 def survey_file(reader: OpenFile) -> SurveyedFile:
-    """Read the header of a file of any kind; what is wrong becomes a problem, in words. Raises UnreadableError."""
+    """Read the header of a file of any container; errors become problems. Raises UnreadableError for I/O errors."""
     try:
         start = read_range(reader, 0, min(reader.size, 32))
         length = int.from_bytes(start[:8], "little")
@@ -62,7 +62,7 @@ def survey_file(reader: OpenFile) -> SurveyedFile:
 
 
 def zip_members(reader: RangeReader) -> list[zipindex.Member]:
-    """The members of a torch zip file that was surveyed."""
+    """The members of a torch zip file."""
     return list(zipindex.list_members(reader).values())
 
 
@@ -91,13 +91,13 @@ def _zip(reader: OpenFile) -> SurveyedFile:
 
 
 def _named(reader: RangeReader, header: Header, *problems: str) -> SurveyedFile:
-    """The file, with what its pickle asks for although no tensor needs it."""
+    """The file, with the globals that its pickle names although no tensor needs them as a problem."""
     asked = (str(torchpickle.refusal_error(reader.name, "data.pkl", *header.foreign)),) if header.foreign else ()
     return SurveyedFile(reader, header, (*problems, *asked))
 
 
 def _end(reader: RangeReader) -> int | None:
-    """Where the last end record of an archive ends, None where there is none."""
+    """The offset at which the last end-of-central-directory record ends, None if there is none."""
     size = min(reader.size, _MAX_COMMENT + _END_SIZE)
     tail = read_range(reader, reader.size - size, size)
     at = tail.rfind(_END)
@@ -105,7 +105,7 @@ def _end(reader: RangeReader) -> int | None:
 
 
 def _lacking(reader: RangeReader) -> str:
-    """How many bytes at least are missing, as far as the pickle that torch puts first says what has to follow."""
+    """The least number of missing bytes, from the storages that the pickle at the start of the file names."""
     try:
         magic, *_, name_size, extra = _LOCAL.unpack(read_range(reader, 0, min(_LOCAL.size, reader.size)))
         start = _LOCAL.size + name_size + extra
@@ -130,7 +130,7 @@ def _storages(value: object) -> dict[str, int]:
     pending, seen = [value], set()
     while pending:
         item = pending.pop()
-        if id(item) in seen:  # a pickle may name one list a million times
+        if id(item) in seen:  # a pickle may refer to one list a million times
             continue
         seen.add(id(item))
         if isinstance(item, PickledTensor):

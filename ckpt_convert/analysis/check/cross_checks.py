@@ -1,4 +1,4 @@
-"""A checkpoint against another one that should hold the same, and what both, or one of them, compute."""
+"""Comparing a checkpoint with another one that should be equal, and computing logits, as further findings."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Opening:
-    """How a checkpoint is to be opened."""
+    """How to open a checkpoint."""
 
     place: Place
     format: str | None = None
@@ -57,7 +57,7 @@ def compare_with(
 def check_logits(
     report: Verification, a: Opening, b: Opening | None, *, progress: ProgressCallback | None = None
 ) -> Verification:
-    """The report with what running the checkpoint (and another one) through transformers showed."""
+    """The report with the findings of running the checkpoint (and another one) through transformers."""
     from ckpt_convert.analysis.logits.logits import compare_logits
 
     try:

@@ -1,4 +1,4 @@
-"""What a directory says of itself: its index against the headers, and weight files that nothing uses."""
+"""Checks of the directory: the index against the headers, and unused weight files."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ from ckpt_convert.wording import first_few, short_repr
 
 
 def check_index(opened: LenientCheckpoint) -> Iterator[Finding]:
-    """Where index and headers disagree, but for what lies in files that could not be opened."""
+    """Disagreements of index and headers, except for files that could not be opened."""
     for finding in opened.checkpoint.contradictions:
         if finding.check != "index" or finding.expected not in opened.unreadable_files:
             yield finding
 
 
 def check_index_totals(opened: LenientCheckpoint) -> Iterator[Finding]:
-    """The sums that an index states, against those of the tensors."""
+    """The totals in the index against those of the tensors."""
     checkpoint = opened.checkpoint
     index = checkpoint.directory.index
     if index is None:
@@ -51,7 +51,7 @@ def check_index_totals(opened: LenientCheckpoint) -> Iterator[Finding]:
     except CkptConvertError:
         return
     stated = metadata if isinstance(metadata, dict) else {}
-    # Where tensors share their bytes (tied ones in .bin files), some writers count these once.
+    # If tensors share bytes (tied ones in .bin files), some writers count these once.
     distinct = {(file.name, tensor.offset, tensor.nbytes): tensor for file, tensor in opened.view.stored}
     everything = [tensor for _, tensor in opened.view.stored]
     packed = any(tensor.dtype not in CASTABLE for tensor in everything)
@@ -71,12 +71,12 @@ def check_index_totals(opened: LenientCheckpoint) -> Iterator[Finding]:
 
 
 def check_leftovers(opened: LenientCheckpoint) -> Iterator[Finding]:
-    """Files that look like a part of the checkpoint and are none, and what an interrupted program left behind."""
+    """Weight files that the checkpoint does not use, and leftovers of interrupted programs."""
     path = opened.checkpoint.place
     if not path.is_folder():
         return
     for left in (partial_path(path.real()), replaced_path(path.real())):
-        if left.is_folder():  # False where the name, longer than that of the directory, cannot be
+        if left.is_folder():  # False if the name is too long for the file system
             text = (
                 f"{left.name} beside the directory was left by a conversion that did not end; run that again with "
                 "`resume=True`, or remove what is left"
@@ -96,14 +96,14 @@ def check_leftovers(opened: LenientCheckpoint) -> Iterator[Finding]:
         yield from _unused(unused, used, opened.checkpoint)
     elif (
         unused and alternative_set_advice(path, opened.checkpoint.directory) is None
-    ):  # it may be all the weights there are
+    ):  # they may be the only weights here
         shown = first_few(unused, 3)
         text = f"{shown}: not used, and not checked; keep what is here until the files that are missing are found"
         yield Finding("note", "leftover", text, unused[0])
 
 
 def check_shard_numbers(opened: LenientCheckpoint) -> Iterator[Finding]:
-    """Whether the numbers in the names of the files that are used are those of one set."""
+    """Whether the shard numbers of the used files form one complete set."""
     totals: dict[tuple[str, str], dict[int, list[int]]] = {}
     for weight in opened.checkpoint.directory.weights:
         if match := SHARD.fullmatch(weight.name):
@@ -123,7 +123,7 @@ def check_shard_numbers(opened: LenientCheckpoint) -> Iterator[Finding]:
             yield Finding("warning" if indexed else "error", "shards", text)
             continue
         index = index_for(f"{stem}{suffix}")
-        alone = not (opened.checkpoint.root / index).is_present()  # one that is broken is found where it is read
+        alone = not (opened.checkpoint.root / index).is_present()  # a broken index is reported where it is read
         if alone and opened.checkpoint.format == "hf" and len(opened.checkpoint.directory.weights) > 1:
             text = (
                 f"{index} is missing: without it, transformers and others do not find the shards; download it, or "
@@ -149,13 +149,13 @@ def check_shard_numbers(opened: LenientCheckpoint) -> Iterator[Finding]:
 
 
 def check_file_names(opened: LenientCheckpoint) -> Iterator[Finding]:
-    """Weight files beside a config.json that loaders do not find, for they have no index and another name."""
+    """Weight files beside a config.json that loaders do not find: without an index and not under a default name."""
     checkpoint = opened.checkpoint
     used = [weight.name for weight in checkpoint.directory.weights]
     family = FAMILIES.get(opened.view.family) if opened.view.family else None
     alone = checkpoint.format == "hf" and checkpoint.directory.index is None and checkpoint.directory.kind is None
     if family is not None and family.from_shapes is not None:
-        return  # its loaders take a file, whatever it is called
+        return  # its loaders take a file of any name
     if not alone or not (checkpoint.root / "config.json").is_regular_file() or any(map(SHARD.fullmatch, used)):
         return
     for name in used:
@@ -210,7 +210,7 @@ def _other_index(path: Place, name: str, used: set[str]) -> Iterator[Finding]:
     except CkptConvertError:
         weight_map = None
     files = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
-    absent = sorted(file for file in files if not (path / file).is_regular_file())  # False for a name that cannot be
+    absent = sorted(file for file in files if not (path / file).is_regular_file())  # False for an invalid name
     if name.startswith((CONSOLIDATED, ADAPTER)) and not absent:
         return
     if absent:

@@ -1,8 +1,8 @@
 """Config against headers for families without a table: what nearly every transformer has in common.
 
-Keys count layers and experts, ``vocab_size`` is the embedding's rows, ``hidden_size`` the width of the norms. What is
-not sure for every architecture is a warning, or not said at all, unless the family is one that is known to be built
-like Llama. ``tests/reliability/test_verdicts_sweep.py`` holds this against every model that transformers has.
+Keys number layers and experts, ``vocab_size`` is the rows of the embedding, ``hidden_size`` the width of the norms.
+What is not certain for every architecture is a warning, or not reported, unless the family is known to be built like
+Llama. ``tests/reliability/test_verdicts_sweep.py`` runs these checks on every model of transformers.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _NUMBER = re.compile(r"(?:(?<=\.)|\A)(0|[1-9][0-9]{0,5})(?=\.)")
 _LISTS = ("layers", "layer", "h", "blocks", "block", "experts")
 _OTHER_PARTS = ("vis", "image", "audio", "speech", "mtp", "draft", "encoder", "projector", "code_predictor")
 _DECODER = ("num_decoder_layers", "decoder_layers")
-"""What a model with an encoder, too, may call the number of its decoder's layers."""
+"""The number of decoder layers in configs of encoder-decoder models."""
 
 _TRUNKS = frozenset(("model", "transformer", "gpt_neox", "backbone", "decoder", "language_model", "text_model"))
-"""The modules that lead to the one stack of layers that a config counts: one below others is a model of its own."""
+"""The modules above the stack of layers that a config counts; a stack below other modules is another model's."""
 
 _SPARE_ROWS = 64
-"""An embedding may have so many rows more than the vocabulary: for tokens of its own, or to make a round number."""
+"""An embedding may have this many more rows than the vocabulary: added tokens, or padding to a round number."""
 
 _WEIGHTS = (*CASTABLE, *FP8.dtypes)
 _NORMS = (
@@ -41,23 +41,23 @@ _NORMS = (
     "ln_f.weight",
 )
 _FEW = 4
-"""A part that only one layer in so many lacks is missing there; with more of them it may be how the model is built."""
+"""A part that at most one layer in this many lacks is missing; otherwise the model may be built so."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoredShape:
-    """A stored tensor: shape and dtype, None where only its key is known (its file cannot be opened)."""
+    """A stored tensor: shape (None if only its key is known, as its file cannot be opened) and dtype."""
 
     shape: tuple[int, ...] | None
     dtype: str
 
 
 Lists = Mapping[str, Mapping[int, frozenset[str]]]
-"""What stands before a number in keys, dot included → number → what stands behind it (experts' numbers as *)."""
+"""Prefix of a numbered part of keys, with the dot → number → the rests of the keys (numbers of experts as *)."""
 
 
 def check_layers(keys: Iterable[str], config: Mapping[str, Any] | None) -> Iterator[Finding]:
-    """Layers, experts, and parts of them that others of their kind have and they have not."""
+    """Missing layers and experts, and parts that a layer or expert lacks although others have them."""
     found = _lists(keys)
     experts = {prefix: numbers for prefix, numbers in found.items() if _name(prefix) == "experts"}
     layers = {prefix: numbers for prefix, numbers in found.items() if prefix not in experts}
@@ -70,7 +70,7 @@ def check_layers(keys: Iterable[str], config: Mapping[str, Any] | None) -> Itera
 
 
 def check_shapes(tensors: Mapping[str, StoredShape], config: Mapping[str, Any]) -> Iterator[Finding]:
-    """Sizes that the config states against the shapes; ``tensors`` by key."""
+    """Sizes in the config against the shapes; ``tensors`` by key."""
     text = text_config(config)
     own = {
         key: tensor.shape
@@ -87,7 +87,7 @@ def check_shapes(tensors: Mapping[str, StoredShape], config: Mapping[str, Any]) 
     yield from _differ("note", "vocab_size", vocab, [(key, own[key], 0) for key in further])
     norms = [(key, own[key], 0) for key in own if key.endswith(_NORMS) and len(own[key]) == 1]
     widths = {*(shape[0] for _, shape, _ in norms), *(own[key][1] for key in embeddings)}
-    if likely == "error" or len(widths) == 1:  # else some are wider than the model by design
+    if likely == "error" or len(widths) == 1:  # else some norms are wider by design
         yield from _differ("error", setting_name(text, "dim"), hidden, norms)
     yield from _blocks(own, text, hidden, likely)
     experts = size_of(text, *SIZES["n_experts"])
@@ -98,7 +98,7 @@ def check_shapes(tensors: Mapping[str, StoredShape], config: Mapping[str, Any]) 
 def check_tied(
     tensors: Mapping[str, StoredShape], config: Mapping[str, Any]
 ) -> tuple[list[Finding], tuple[str, str] | None]:
-    """An output that should be there, and the pair of tensors that the config says are the same."""
+    """A missing output layer as a finding, and the keys of two tensors that the config ties."""
     said = config.get("tie_word_embeddings", text_config(config).get("tie_word_embeddings"))
     embedding = min((key for key in tensors if key.endswith(EMBEDDINGS) and not _is_other(key)), key=len, default=None)
     output = next((key for key in tensors if key == "lm_head.weight" or key.endswith(".lm_head.weight")), None)
@@ -117,12 +117,12 @@ def check_tied(
 
 
 def is_llama_like(config: Mapping[str, Any]) -> bool:
-    """Whether the model is one that is known to be built in the usual way, so that what misfits is an error."""
+    """Whether the model is known to be built like Llama, so that a mismatch is an error."""
     return str(config.get("model_type")) in UNLISTED
 
 
 def _projects(tensors: Mapping[str, StoredShape], embedding: str) -> bool:
-    """Whether some other matrix, or one that cannot be looked at, has a row for each token: the output by any name."""
+    """Whether another matrix (or one of unknown shape) has a row for each token: the output layer by any name."""
     shape = tensors[embedding].shape
     return shape is None or any(
         tensor.shape is None or (len(tensor.shape) == 2 and tensor.shape[0] == shape[0])
@@ -176,7 +176,7 @@ def _differ(
 def _layer_count(layers: Lists, text: Mapping[str, Any]) -> Iterator[Finding]:
     trunks = [prefix for prefix in layers if not _is_other(prefix) and _is_trunk(prefix)]
     if len(trunks) != 1:
-        return  # which of several stacks the config counts, if it counts one, is the architecture's affair
+        return  # it depends on the architecture which stack the config counts
     (prefix,) = trunks
     names = SIZES["n_layers"]
     if "decoder." in prefix and size_of(text, *_DECODER) is not None:
@@ -187,7 +187,7 @@ def _layer_count(layers: Lists, text: Mapping[str, Any]) -> Iterator[Finding]:
     found = max(layers[prefix]) + 1
     others = (numbers for other, numbers in layers.items() if other != prefix and not _is_other(other))
     if any(max(numbers) + 1 == expected for numbers in others):
-        return  # that one is what the config counts
+        return  # the config counts that one
     further = found > expected and any("nextn" in name or "mtp" in name for name in text)
     if found != expected and not further:
         name = next(name for name in names if name in text)
@@ -208,9 +208,9 @@ def _gaps(prefix: str, numbers: Mapping[int, frozenset[str]]) -> Iterator[Findin
 
 
 def _holes(prefix: str, numbers: Mapping[int, frozenset[str]]) -> Iterator[Finding]:
-    """Keys that a layer lacks although layers around it, of its kind in everything else, have them.
+    """Keys that a layer lacks although neighboring layers, which are otherwise the same, have them.
 
-    A first or last layer without a whole module is built that way; one between others perhaps.
+    A first or last layer that lacks a whole module is built that way; one between others may be.
     """
     kinds = Counter(numbers.values())
     usual = [kind for kind, count in kinds.items() if count >= _FEW - 1]
@@ -223,7 +223,9 @@ def _holes(prefix: str, numbers: Mapping[int, frozenset[str]]) -> Iterator[Findi
         modules = {rest.partition(".")[0] for rest in kind}
         for rest in sorted(whole - kind):
             module = rest.partition(".")[0]
-            if (module not in modules and not is_between) or module.isdecimal():  # a stage, with layers of its own
+            if (
+                module not in modules and not is_between
+            ) or module.isdecimal():  # a stage with numbered layers of its own
                 continue
             severity: Severity = "error" if is_between and module in modules else "warning"
             text = (
@@ -259,7 +261,7 @@ def _experts(found: Lists, text: Mapping[str, Any]) -> Iterator[Finding]:
             )
             key = f"{prefix}{lacking[0]}"
             yield Finding("error", "layers", said, None, key, str(count), str(count - len(lacking)))
-        # Behind those that the config counts, there may be some that are none (LongCat's).
+        # Entries after those that the config counts may be no experts (LongCat's).
         for number, kind in sorted((number, kind) for number, kind in numbers.items() if number < count):
             for rest in sorted(whole - kind):
                 said = (
@@ -280,7 +282,7 @@ def _lists(keys: Iterable[str]) -> Lists:
 
 
 def _is_trunk(prefix: str) -> bool:
-    """Whether a stack is that of the model itself, not one of a module that a config may count by another name."""
+    """Whether a stack belongs to the model itself, not to a module that the config counts separately."""
     return _TRUNKS.issuperset(prefix.split(".")[:-2])
 
 
@@ -289,5 +291,5 @@ def _name(prefix: str) -> str:
 
 
 def _is_other(key: str) -> bool:
-    """Whether a key is of a part that is not the language model: an image tower, say, or a head that looks ahead."""
+    """Whether a key belongs to another part than the language model: a vision tower, say, or a multi-token head."""
     return any(part in key for part in _OTHER_PARTS)

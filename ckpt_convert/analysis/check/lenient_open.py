@@ -1,4 +1,4 @@
-"""Opening what may be broken: every file that can be read is, and what cannot becomes a finding."""
+"""Opening a checkpoint that may be broken: a file that cannot be read becomes a finding."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ if TYPE_CHECKING:
 class LenientCheckpoint:
     """A checkpoint as far as it can be opened.
 
-    ``checkpoint`` may contradict itself; ``view`` is the same with every key once and without an index, so that its
-    ranks can always be had. ``lost`` are the weight files whose header is not to be had, ``damaged`` those whose
-    bytes are not what their header says, ``gone`` the ranks that have no file.
+    ``checkpoint`` may be inconsistent; ``view`` is the same with every key once and without an index, so that its ranks
+    can always be joined. ``unreadable_files`` are the weight files whose header cannot be read, ``damaged_files`` those
+    whose bytes do not fit their header, ``missing_ranks`` the ranks without a file.
     """
 
     checkpoint: Identified
@@ -71,7 +71,7 @@ class _State:
 
 
 def without_directory(text: str, path: Place) -> str:
-    """A message without the directory that the reader knows already."""
+    """A message without the path of the checkpoint, which the report names once."""
     folder = str(path if path.is_folder() else path.parent)
     return text.replace(f"{folder}/", "").removeprefix(f"{folder}: ")
 
@@ -79,10 +79,10 @@ def without_directory(text: str, path: Place) -> str:
 def open_leniently(
     path: Place, *, format: str | None = None, family: str | None = None, config: Location | None = None
 ) -> LenientCheckpoint:
-    """Open what there is of a checkpoint.
+    """Open what can be read of a checkpoint.
 
-    Raises CheckpointNotFoundError where there is nothing to open, UnreadableError where the system does not say what
-    there is, and UsageError or ConfigError for what was asked for.
+    Raises CheckpointNotFoundError if nothing is there, UnreadableError if the directory cannot be listed, and
+    UsageError or ConfigError for wrong arguments.
     """
     hints = make_hints(family, config)
     path = path.with_listing()
@@ -107,7 +107,7 @@ def open_leniently(
         name, why = format_from_keys(files, why, directory.kind)
         if name is None and path.is_folder() and directory.index is None and directory.kind is None and not lost:
             directory = WeightDirectory(tuple(map(WeightName, all_weight_files(path))))
-            del state.findings[before:]  # the same files are among those that are looked at now
+            del state.findings[before:]  # the same files are opened again below
             files, lost, damaged = _files(path, directory, state)
     files_there = OpenedFiles(path, name, why, directory, files)
     checkpoint = identify(files_there, hints, found_record)
@@ -134,7 +134,7 @@ def _record(path: Place, state: _State) -> Record | None:
 def _directory(
     path: Place, wanted: str | None, found_record: Record | None, state: _State
 ) -> tuple[str | None, str, WeightDirectory]:
-    """What ``detect`` says; where it refuses the directory, the weight files that lie there."""
+    """The result of ``detect``; if it raises, the weight files that the directory holds."""
     try:
         return detect_format(path, wanted, found_record)
     except CkptConvertError as error:
@@ -168,7 +168,7 @@ def _rescued(path: Place, state: _State, error: CkptConvertError) -> tuple[str |
 
 
 def _sound_part(path: Place, index: Place) -> WeightDirectory | None:
-    """The entries of an index that name plain files, where it has any."""
+    """The entries of an index that name plain files, None if there are none."""
     try:
         weight_map = load_json(index).get("weight_map")
         entries = weight_map.items() if isinstance(weight_map, dict) else ()
@@ -191,7 +191,7 @@ def _files(
             state.error("container", error, path)
             return (), [DCP_INDEX], []
     other = alternative_set_advice(path, directory) if path.is_folder() else None
-    if other is not None:  # one cause, whatever number of files it is that are missing
+    if other is not None:  # one cause, however many files are missing
         state.findings.append(Finding("error", "files", other, directory.index))
     there = {entry.name for entry in path.children()} if other is not None else set()
     for weight in directory.weights:
@@ -252,9 +252,9 @@ def _absent(local: Place, name: str, directory: WeightDirectory) -> tuple[str, s
 
 
 def _each_key_once(checkpoint: Identified) -> tuple[WeightFile, ...]:
-    """The files with every key in one of them only: where the index says it lies, else in the first.
+    """The files with every key in one of them only: the one that the index names, else the first.
 
-    Of keys that are the same one in the format the first is left, of one that may be several keys nothing.
+    Of several spellings of one key the first is kept; an ambiguous key is dropped.
     """
     twice = {finding.key for finding in checkpoint.contradictions if finding.check == "duplicate"}
     if not twice:

@@ -1,4 +1,4 @@
-"""What a check found, as a value."""
+"""The result of a check."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _ORDER = ("error", "warning", "note")
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """A check that could not be done, or was not asked for."""
+    """A check that could not be done, or was not requested."""
 
     check: str
     why: str
@@ -46,7 +46,7 @@ class Verification:
     findings: tuple[Finding, ...]
     bytes_read: int
     kind: str | None = None
-    """What the files are, in a few words, where they are no model's weights alone."""
+    """What the files are, in a few words, if not the weights of a model alone."""
     accepted: tuple[Accepted, ...] | None = None
     against: Mapping[str, Any] | None = None
     logits: LogitsReport | None = None
@@ -63,7 +63,7 @@ class Verification:
         return {"errors": found["error"], "warnings": found["warning"], "notes": found["note"]}
 
     def with_findings(self, check: str, findings: Iterable[Finding]) -> Verification:
-        """The report with those of one more check."""
+        """The report with the findings of one more check."""
         return replace(self, checks=(*self.checks, check), findings=by_severity([*self.findings, *findings]))
 
     def as_dict(self) -> dict[str, Any]:

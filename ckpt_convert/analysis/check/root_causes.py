@@ -1,4 +1,4 @@
-"""One cause instead of a hundred symptoms: files of another cut, files under each other's names, files cut short."""
+"""One finding per cause instead of one per tensor: ranks of another split, exchanged file names, truncated files."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from ckpt_convert.formats.names import rank_name
 from ckpt_convert.wording import first_few
 
 ALL_ZEROS = "nothing but zeros"
-"""What ``zeros`` looks for in ``found`` of a finding."""
+"""The ``found`` of a finding by which ``merge_zero_tensors`` recognizes tensors of zeros."""
 
 _STARTS_AT_ZERO = re.compile(r"(?:\A|\.)(?:lora_B|lora_embedding_A|lora_up)\.")
-"""What an adapter leaves at zero until it is trained, so that it changes nothing."""
+"""Adapter tensors that are initialized with zeros, so that the adapter changes nothing at first."""
 
 _NEVER_ZERO = re.compile(r"\.lora_A\.")
-"""What one of PEFT's adapters never is; other methods than LoRA (OFT) start from nothing but zeros."""
+"""Adapter tensors that are never initialized with zeros; methods other than LoRA (OFT) initialize everything so."""
 
 _MOST_RANKS = 128
 
 
 def check_ranks(opened: LenientCheckpoint, config: Mapping[str, Any] | None) -> tuple[list[Finding], str]:
-    """Whether the files of a Meta checkpoint are the ranks of one cut, all of them; and why not, in a few words.
+    """Whether the files of a Meta checkpoint are all ranks of one tensor-parallel split; and why not, in a few words.
 
-    Where they are not, joined tensors have sizes that nothing in the config is to blame for.
+    If they are not, the joined tensors have sizes that no setting of the config explains.
     """
     view = opened.view
     if view.format != "meta" or opened.unreadable_files or opened.missing_ranks:
@@ -42,7 +42,7 @@ def check_ranks(opened: LenientCheckpoint, config: Mapping[str, Any] | None) -> 
         missing = [str(name) for name in written if name not in names]
         added = [name for name in names if name not in written]
         if missing:
-            return [], f"{', '.join(missing)} is missing"  # which is found where checksums are looked for
+            return [], f"{', '.join(missing)} is missing"  # which the checksums report
         if added:
             text = (
                 f"{', '.join(added)} is no rank of this checkpoint: {MANIFEST} says that it was cut over {len(written)}"
@@ -61,7 +61,7 @@ def check_ranks(opened: LenientCheckpoint, config: Mapping[str, Any] | None) -> 
 
 
 def _odd(stored: Sequence[Mapping[str, Any]]) -> tuple[str, int, tuple[int, ...], tuple[int, ...]] | None:
-    """A key that a rank holds in another shape than most: key, rank, shape, and the usual shape."""
+    """A key that a rank holds in another shape than most: key, rank, shape, and the majority's shape."""
     for key, source in stored[0].items():
         shapes = [rank[key].shape for rank in stored if key in rank]
         if any(shape != source.shape for shape in shapes):
@@ -72,7 +72,7 @@ def _odd(stored: Sequence[Mapping[str, Any]]) -> tuple[str, int, tuple[int, ...]
 
 
 def _last_ranks(opened: LenientCheckpoint, config: Mapping[str, Any]) -> tuple[list[Finding], str]:
-    """Whether more ranks of this size make up the vocabulary that params.json states."""
+    """Whether more ranks of this size would make up the vocabulary that params.json states."""
     stored = opened.view.ranks
     vocab, dim = config.get("vocab_size"), config.get("dim")
     output = stored[0].get("output.weight")
@@ -91,7 +91,7 @@ def _last_ranks(opened: LenientCheckpoint, config: Mapping[str, Any]) -> tuple[l
 
 
 def merge_exchanged_files(findings: Iterable[Finding], check: str) -> list[Finding]:
-    """Findings, with those of two files that hold each other's tensors as one."""
+    """The findings, those of two files that hold each other's tensors merged into one."""
     kept = list(findings)
     wrong = [finding for finding in kept if finding.check == check and finding.expected and finding.found]
     pairs = {frozenset((str(finding.expected), str(finding.found))) for finding in wrong}
@@ -115,14 +115,13 @@ class _Stored:
     end: int
     is_matrix: bool
     is_meant: bool
-    """Whether it may be that zeros are what was meant to be saved."""
+    """Whether zeros may be the intended values."""
 
 
 def merge_zero_tensors(findings: Iterable[Finding], opened: LenientCheckpoint) -> list[Finding]:
-    """Findings, with those of tensors of zeros as one for each file whose end was never written.
+    """The findings, those of tensors of zeros merged into one for each file whose end was never written.
 
-    Norms may be zeros where they are stored less one (Gemma); these are told from a file that was cut short by where
-    they lie.
+    Norms that are stored minus one (Gemma) may be zeros; a truncated file has zeros up to its end.
     """
     kept, empty = [], set()
     for finding in findings:

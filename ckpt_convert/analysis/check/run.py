@@ -1,4 +1,4 @@
-"""Everything that is wrong with a checkpoint, at once: one broken file does not keep the rest from being checked."""
+"""Checking a checkpoint: all problems in one report; one broken file does not prevent checking the rest."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ log = logging.getLogger("ckpt_convert")
 
 @dataclass
 class _Work:
-    """What is done so far; ``values`` is whether tensors are to be read, ``expected`` which are to be compared.
+    """The progress of a check; ``values`` is whether tensors are read, ``expected`` are the pairs to compare.
 
-    ``described`` is the checkpoint that these are numbered in, where it is not the view itself: a quantized one as
-    the numbers that it stands for.
+    ``described`` is the checkpoint whose tensors ``expected`` refers to, if it is not the view: a quantized one as
+    dequantized values.
     """
 
     opened: LenientCheckpoint
@@ -69,8 +69,8 @@ def check_checkpoint(
     """Check a checkpoint: a directory, or one weight file.
 
     ``values`` reads every byte; without it only headers and small files are read. ``merged`` checks the full weights
-    beside an adapter, too. What is wrong with the checkpoint is in the report; raised is only
-    CheckpointNotFoundError, UsageError or ConfigError where nothing can be checked.
+    beside an adapter as well. Problems of the checkpoint are in the report. Raises CheckpointNotFoundError, UsageError
+    or ConfigError if nothing can be checked.
     """
     opened = open_leniently(checked_place(path), format=format, family=family, config=config)
     work = _Work(opened, values)
@@ -85,7 +85,7 @@ def check_checkpoint(
 
 
 def _with_merged(report: Verification, inner: Verification) -> Verification:
-    """The report with what was found in the folder of the full weights."""
+    """The report with the findings of the folder of the full weights."""
     findings = (
         replace(one, text=f"{MERGED}/: {one.text}", file=f"{MERGED}/{one.file or ''}") for one in inner.findings
     )
@@ -131,7 +131,7 @@ def _report(work: _Work, workers: int, progress: ProgressCallback | None) -> Ver
 
 
 def _against_config(work: _Work) -> None:
-    """Keys, shapes and ties against the config: through the family's table, or by what transformers have in common."""
+    """Keys, shapes and tied weights against the config: through the family's table, or by general conventions."""
     view = work.opened.view
     path = view.config_file
     content = None
@@ -175,7 +175,7 @@ def _against_config(work: _Work) -> None:
 
 
 def _from_shapes(work: _Work) -> dict[str, Any] | None:
-    """The config that the shapes show, of a family that comes without one."""
+    """The config derived from the shapes, for a family whose checkpoints have none."""
     try:
         return work.opened.view.from_shapes
     except CkptConvertError as error:
@@ -184,7 +184,7 @@ def _from_shapes(work: _Work) -> dict[str, Any] | None:
 
 
 def _model(work: _Work, content: Mapping[str, Any] | None) -> Model | None:
-    """Family and sizes; a config that contradicts itself or the weights is a finding, an unknown family is not."""
+    """Family and dimensions; an inconsistent config is a finding, an unknown family is not."""
     opened, view = work.opened, work.opened.view
     if opened.missing_ranks:
         gone = ", ".join(map(str, opened.missing_ranks))
@@ -276,7 +276,7 @@ def _replica(equality: Equality) -> ExpectedEqual:
 
 
 def _in_general(work: _Work, content: Mapping[str, Any] | None) -> None:
-    """What nearly every transformer has in common, where there is no table."""
+    """The general checks, for a model without a table."""
     opened, view = work.opened, work.opened.view
     weight_map = opened.checkpoint.directory.weight_map or {}
     names = opened.checkpoint.names
@@ -300,7 +300,7 @@ def _in_general(work: _Work, content: Mapping[str, Any] | None) -> None:
         work.done("tied", findings)
     else:
         embedding, output = (view.ranks[0][key] for key in pair)
-        # Some classes tie nothing, whatever their config says (BigBirdPegasusForCausalLM).
+        # Some classes ignore tie_word_embeddings (BigBirdPegasusForCausalLM).
         severity: Severity = "error" if generic.is_llama_like(content) else "warning"
         _tie(
             work, Equality(embedding.tensor, output.tensor, output.dtype, ""), pair[1], output.location, True, severity
@@ -308,7 +308,7 @@ def _in_general(work: _Work, content: Mapping[str, Any] | None) -> None:
 
 
 def _read(work: _Work, workers: int, progress: ProgressCallback | None) -> int:
-    """The checks that read what the tensors hold, and the files of the record."""
+    """The checks that read tensors and the files of the record."""
     record = work.opened.checkpoint.record
     manifest, pieces = checksums.check_manifest(work.opened)
     listing, hashes = checksums.check_checklist(work.opened)

@@ -1,4 +1,4 @@
-"""What a check wants read: spans of files, and pairs of tensors that should be equal."""
+"""What checks read: spans of files, and pairs of tensors that should be equal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ckpt_convert.storage.base import RangeReader
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Bytes of a file that have to pass through ``add``, in order; ``finish`` gives what was found then."""
+    """Bytes of a file that are passed to ``add`` in order; ``finish`` then returns the findings."""
 
     reader: RangeReader
     file: str
@@ -25,7 +25,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class ExpectedEqual:
-    """Two tensors that should hold the same bytes: what to say where they do not, and where they do."""
+    """Two tensors that should hold the same bytes: the finding if they differ, and one if they are equal."""
 
     equality: Equality
     differ: Finding
@@ -35,6 +35,6 @@ class ExpectedEqual:
 def hashed_span(
     reader: RangeReader, name: str, start: int, end: int, kind: str, done: Callable[[str], Iterable[Finding]]
 ) -> Span:
-    """A span whose checksum (of any kind that ``checksums.new`` knows) is handed to ``done``."""
+    """A span whose checksum (of any kind of ``checksums.new_checksum``) is passed to ``done``."""
     digest = checksums.new(kind)
     return Span(reader, name, start, end, digest.update, lambda: done(digest.hexdigest()))

@@ -1,7 +1,7 @@
-"""Config against headers for the families that have a table: what does not fit, and which setting is to blame for it.
+"""Config against headers for families with a table: mismatched tensors, and the config setting that explains them.
 
-One wrong number in a config makes hundreds of tensors misfit. The table says which setting each size comes from, so
-the settings that make most of the misfits vanish are looked for, and named instead of them.
+One wrong number in a config makes hundreds of tensors mismatch. The table says which setting each size comes from, so
+settings are varied, and those that resolve most mismatches are reported instead of the tensors.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ckpt_convert.errors import CkptConvertError
 from ckpt_convert.models.core.config import type_of
 from ckpt_convert.models.core.table import Dims
 
-_SETTINGS = {  # in Hugging Face's words and in Meta's, the likelier to be wrong first
+_SETTINGS = {  # Hugging Face's name and Meta's, the likelier to be wrong first
     "vocab_size": "vocab_size",
     "num_hidden_layers": "n_layers",
     "intermediate_size": "hidden_dim (or multiple_of and ffn_dim_multiplier)",
@@ -35,7 +35,7 @@ _SYMBOLS = {
     "num_attention_heads": "n_heads",
     "hidden_size": "dim",
 }
-_OF_SOME = {  # of families that have them, where the config says them
+_OF_SOME = {  # settings of some families, tried if the config has them
     "num_experts": "n_experts",
     "num_local_experts": "n_experts",
     "n_routed_experts": "n_experts",
@@ -47,7 +47,7 @@ _OF_SOME = {  # of families that have them, where the config says them
 _MOST_CAUSES = 6
 _MOST_CANDIDATES = 200
 _MOST_TRIED = 2_000_000
-"""So many tensors are held against tables while a cause is looked for: a model may have ninety thousand."""
+"""Limit on tensors compared while a cause is searched: a model may have ninety thousand."""
 
 _AXES = ("rows", "columns")
 
@@ -56,7 +56,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class StoredShapes:
-    """What is to be explained: full shapes by key, and the keys of files that cannot be opened."""
+    """The stored tensors: full shapes by key, and the keys in files that cannot be opened."""
 
     format: str
     ranks: Sequence[Mapping[str, SourceTensor]]
@@ -66,7 +66,7 @@ class StoredShapes:
 
 @dataclass(frozen=True)
 class _Cause:
-    """A setting that explains misfits: ``score`` is how many are left once it has this value."""
+    """A setting that explains mismatches: ``score`` is how many are left if it has this value."""
 
     score: int
     setting: str
@@ -78,9 +78,9 @@ class _Cause:
 def check_table(
     model: Model, stored: StoredShapes, content: Mapping[str, Any], where: str
 ) -> tuple[LogicalTensors, list[Finding]]:
-    """The tensors as the table reads them, as far as they fit, and what does not: causes before single tensors.
+    """The tensors that fit the table, and findings for the rest: causes before single tensors.
 
-    ``content`` is the config as ``where`` has it, in whose words the findings speak.
+    ``content`` is the config file called ``where``, whose setting names the findings use.
     """
     logicals, found = mapping.examine_column(model.family, stored.format, model.dims, stored.ranks)
     if not found:
@@ -101,7 +101,7 @@ def check_table(
 
 
 def _tied(model: Model, stored: StoredShapes, found: list[Finding], where: str) -> Iterator[Finding]:
-    """The findings, with the missing output of a model that is not tied under a check of its own."""
+    """The findings under the check ids of ``verify``: the missing output layer of an untied model is "tied"."""
     outputs = {
         entry.key
         for entry in model.family.entries(stored.format, model.dims)
@@ -138,7 +138,7 @@ def _tied(model: Model, stored: StoredShapes, found: list[Finding], where: str) 
 
 
 def _misfits(model: Model, stored: StoredShapes, dims: Dims) -> list[tuple[str, Shape | None]]:
-    """Keys that are missing, of another shape (with the one expected), or not expected at all."""
+    """Keys that are missing, of another shape (with the expected one), or unexpected."""
     out: list[tuple[str, Shape | None]] = []
     known = set()
     format = stored.format
@@ -164,7 +164,7 @@ def _misfits(model: Model, stored: StoredShapes, dims: Dims) -> list[tuple[str, 
 def _best(
     model: Model, stored: StoredShapes, config: Mapping[str, Any], dims: Dims
 ) -> tuple[_Cause | None, list[_Cause]]:
-    """The change of one setting that leaves fewest misfits, and others that leave as few."""
+    """The change of one setting that leaves fewest mismatches, and others that leave as few."""
     causes = []
     most = min(_MOST_CANDIDATES, max(20, _MOST_TRIED // (len(stored.shapes) or 1)))
     for setting, value in list(_candidates(model, stored, config, dims))[:most]:
@@ -183,7 +183,7 @@ def _best(
 def _candidates(
     model: Model, stored: StoredShapes, config: Mapping[str, Any], dims: Dims
 ) -> Iterator[tuple[str, int | bool]]:
-    """Settings that would scale a size that is wrong to the one that is there, the number of layers, and switches."""
+    """Values of settings to try: those that scale an expected size to the found one, the layer count, and switches."""
     ratios: dict[tuple[int, int], None] = {}
     for key, wanted in _misfits(model, stored, dims):
         found = stored.shapes.get(key)
@@ -205,7 +205,7 @@ def _candidates(
 
 
 def _layers(model: Model, stored: StoredShapes) -> set[int]:
-    """The numbers of the layers that some key of the format's column is in."""
+    """The layer indices that occur in keys of the format's column."""
     out = set()
     heads = {
         key.template.partition("{layer}")[0]
@@ -229,7 +229,7 @@ def _finding(
     content: Mapping[str, Any],
     where: str,
 ) -> Finding:
-    """The cause in the words of the config, with one tensor that shows it."""
+    """The finding for a cause, with the config's name of the setting and one tensor as evidence."""
     in_metas_words = type_of(content) is None
     name = _SETTINGS.get(cause.setting, cause.setting) if in_metas_words else cause.setting
     said = _said(name, cause.setting, model, content, where)

@@ -1,4 +1,4 @@
-"""What the manifest of a saved step says of the files that are no weights: training state, adapter, extra files."""
+"""Files of a saved step other than weights, against its manifest: training state, adapter, extra files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _WAY_OUT = "copy the checkpoint again, or use another step"
 
 
 def check_saved_step(directory: Place, values: bool) -> list[Finding] | None:
-    """What is missing or changed of a saved step's files; without ``values`` by size only. None: no saved step."""
+    """Missing and changed files of a saved step, without ``values`` by size only; None if it is no saved step."""
     training = record.read_training(directory)
     if training is None:
         return None
@@ -33,7 +33,7 @@ def check_saved_step(directory: Place, values: bool) -> list[Finding] | None:
 
 
 def compare_files(directory: Place, listed: Mapping[str, Mapping[str, Any]], values: bool) -> list[Finding]:
-    """Hold files against the size and checksum (xxh3_64) that were written down; a few are read at a time."""
+    """Compare files with their recorded size and checksum (xxh3_64); a few are read at a time."""
     found = map_threaded(lambda name: _compare(directory, name, listed[name], values), listed, DEFAULT_WORKERS)
     return [finding for finding in found if finding is not None]
 

@@ -1,6 +1,6 @@
-"""Reading every byte once, for all the checks that need it: checksums, CRCs, hashes, and numbers that are none.
+"""Reading every byte once, for all checks that need it: checksums, CRCs, hashes, and NaN or infinite values.
 
-What is to be read are spans of files. Spans that overlap are read together, block by block, each block once.
+Checks ask for spans of files. Spans that overlap are read together, block by block, each block once.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _EXPONENTS = {
     for one in DTYPES.values()
     if one.special == "ieee"
 }
-"""The unsigned integer of an element's size, its exponent's bits, and all bits but the sign."""
+"""By dtype: the unsigned integer of its size, the mask of its exponent, and the mask of all bits but the sign."""
 
 
 class _Finite:
@@ -69,7 +69,7 @@ def read_spans(
     workers: int,
     progress: ProgressCallback | None,
 ) -> tuple[list[Finding], int]:
-    """Read everything; returns what was found and how many bytes were read."""
+    """Read all spans and pairs; returns the findings and the number of bytes read."""
     findings: list[Finding] = []
     runs = list(_runs(spans))
     pairs = [(e.equality.dtype, prod(e.equality.left.shape)) for e in expected]
@@ -96,7 +96,7 @@ def read_spans(
 
 
 def finite_spans(opened: LenientCheckpoint) -> Iterator[Span]:
-    """Spans that look for NaN and infinity in every floating-point tensor; others are read all the same."""
+    """Spans that count NaN and infinity in every floating-point tensor; other tensors are only read."""
     for file, tensor in opened.view.stored:
         size = _extent(tensor)
         if size is None or tensor.offset + size > file.header.size:
@@ -113,21 +113,21 @@ def finite_spans(opened: LenientCheckpoint) -> Iterator[Span]:
             elif it is not None and it.is_zero and count > 1 and key.endswith("weight"):
                 yield Finding(
                     "warning", "values", "", name, key, None, root_causes.ALL_ZEROS
-                )  # put in words with all others
+                )  # merge_zero_tensors words it
 
         add = counter.add if counter is not None else _ignore
         yield Span(file.reader, file.name, tensor.offset, tensor.offset + size, add, finish)
 
 
 def crc_spans(opened: LenientCheckpoint) -> Iterator[Span]:
-    """Spans that compare each member of a torch zip file with the CRC-32 that the archive keeps of it."""
+    """Spans that compare each member of a torch zip file with its CRC-32 in the archive."""
     for file in opened.checkpoint.files:
         if file.header.kind != "torch":
             continue
         try:
             members = container.zip_members(file.reader)
         except CkptConvertError:
-            continue  # found when the file was opened
+            continue  # reported when the file was opened
         for member in members:
             state = [0]
 
@@ -187,7 +187,7 @@ def _streamed(run: list[Span], buffer: memoryview, counter: ProgressCounter) -> 
 
 
 def _runs(spans: Iterable[Span]) -> Iterator[list[Span]]:
-    """Spans that overlap, together."""
+    """Overlapping spans in groups."""
     run: list[Span] = []
     end = 0
     for span in sorted(spans, key=lambda span: (span.file, id(span.reader), span.start, -span.end)):
@@ -205,7 +205,7 @@ def _end(run: Sequence[Span]) -> int:
 
 
 def _extent(tensor: StoredTensor) -> int | None:
-    """The bytes of the tensor where it fills them, in any order of its axes; None where it leaves some out."""
+    """The size of the tensor in bytes, None if its strides leave gaps."""
     if tensor.strides is not None:
         spanned = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.strides, strict=True))
         if spanned != prod(tensor.shape):

@@ -1,1 +1,1 @@
-"""Where two checkpoints differ."""
+"""Comparing two checkpoints."""

@@ -1,6 +1,6 @@
-"""Bringing two checkpoints together: which tensor of one is which of the other, whatever formats they are in.
+"""Aligning two checkpoints: which tensor of one is which of the other, whatever formats they are in.
 
-Through the table of a family where both are read by one, else by key. Nothing here reads a tensor.
+Through the family's table if both have the same one, else by key. No tensor is read here.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from ckpt_convert.wording import MORE, first_few
 
 @dataclass(frozen=True, slots=True)
 class TensorSide:
-    """A tensor as one side has it: its key there, its whole shape (ranks joined), and where its elements lie.
+    """A tensor on one side: its key there, its full shape (ranks joined), and where its elements are stored.
 
-    Numbers that are packed in a way that cannot be taken apart (GGUF's blocks) are read as ``packed`` bytes.
+    Values in blocks that cannot be decoded here (GGUF) are read as ``packed`` bytes.
     """
 
     key: str
@@ -39,17 +39,17 @@ class TensorSide:
 
     @property
     def element(self) -> str:
-        """The dtype of what ``tensor`` has for elements."""
+        """The dtype of the elements of ``tensor``."""
         return "U8" if self.packed else self.dtype
 
 
 @dataclass(frozen=True, slots=True)
 class AlignedTensor:
-    """The same tensor on both sides, None where a side has none.
+    """The same tensor on both sides, None if a side lacks it.
 
-    The two tensors are in one order of elements, that in which side a stores them. ``copies`` are pairs within one side
-    (0 for a, 1 for b) that have to be equal: what every rank holds. ``reordered`` is b's tensor with
-    its rows as they lie in its files, and put from there into either RoPE order.
+    Both have the order of elements in which side a stores them. ``replicas`` are pairs of tensors within one side (0
+    for a, 1 for b) that have to be equal: what every rank holds. ``reordered`` is b's tensor with its rows as stored,
+    and with each RoPE permutation applied to them.
     """
 
     a: TensorSide | None
@@ -60,7 +60,7 @@ class AlignedTensor:
 
 @dataclass(frozen=True)
 class Alignment:
-    """Two checkpoints tensor by tensor. ``through`` says how they were brought together: "mapping" or "keys"."""
+    """Two checkpoints tensor by tensor; ``aligned_by`` is "mapping" (through the family's table) or "keys"."""
 
     aligned_by: str
     pairs: Sequence[AlignedTensor]
@@ -70,7 +70,7 @@ class Alignment:
 
 @dataclass(frozen=True)
 class _Side:
-    """One checkpoint read through a table: its tensors by row, what fits no row by key, the copies on ranks by key."""
+    """One checkpoint read through a table: tensors by row, unmapped ones by key, replicas on ranks by key."""
 
     tensors: Mapping[Instance, LogicalTensor]
     rest: Mapping[str, TensorSide]
@@ -107,9 +107,9 @@ def align(a: Identified, b: Identified) -> Alignment:
 def _without_prefix(
     checkpoint: Identified, names: Mapping[str, TensorSide], others: Mapping[str, TensorSide], notices: list[str]
 ) -> Mapping[str, TensorSide]:
-    """The names as the other side has them, where all that keeps them apart is what stands before them.
+    """The keys without a prefix, if they then are those of the other side.
 
-    So it is with the state of a whole training run ("model.…"), and with a model without its head (no "model.").
+    The state of a training run adds a prefix ("model.…"), and a base model lacks one (no "model.").
     """
     longest = max(names, key=len, default="")
     parts = longest.split(".")
@@ -186,7 +186,7 @@ def _read(checkpoint: Identified, model: Model) -> _Side:
 
 
 def _half(instance: Instance, format: str, model: Model, logical: LogicalTensor | None) -> TensorSide | None:
-    """A logical tensor in the order in which ``format`` stores it."""
+    """A logical tensor in the element order in which ``format`` stores it."""
     if logical is None:
         return None
     column = instance.row.column(format)
@@ -200,7 +200,7 @@ def _reordered(instance: Instance, model: Model, b: Identified, half: TensorSide
         return ()
     tensor, _ = b.joined(half.key)
     if tensor.shape != half.shape:
-        return ()  # it lies in one tensor with others
+        return ()  # it is fused or stacked with others
     return tensor, *(reordered(tensor, *turned, inverse=inverse) for inverse in (False, True))
 
 
@@ -210,7 +210,7 @@ def _by_key(checkpoint: Identified) -> dict[str, TensorSide]:
 
 
 def _halves(checkpoint: Identified, key: str) -> list[tuple[str, TensorSide]]:
-    """A tensor by its key in the format; where nothing says how its ranks are joined, each rank's part by itself."""
+    """A tensor by its key in the format; if it is unknown how ranks are joined, each rank's slice by itself."""
     info, key = checkpoint.tensors[key], checkpoint.names.of(key)
     if info.dtype not in dtypes.DTYPES:
         number = checkpoint.ranks[0][key].tensor.tiles[0].source
@@ -274,7 +274,7 @@ def _borrowed(checkpoint: Identified, model: Model, owner: Identified, notices: 
 
 
 def _refuse(a: Identified, b: Identified, models: tuple[Model | None, Model | None]) -> None:
-    """Raise the error that says why two checkpoints of different layouts cannot be compared."""
+    """Raise the error that explains why two checkpoints of different layouts cannot be compared."""
     left, right = models
     for checkpoint in (a, b):
         if checkpoint.directory.kind == peft.KIND:

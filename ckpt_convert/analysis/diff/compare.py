@@ -1,4 +1,4 @@
-"""What two checkpoints have in common and where they differ: structure first, then every value."""
+"""The differences between two checkpoints: structure first, then every value."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ _SETTINGS = ("hidden_act", "rms_norm_eps", "sliding_window", "tie_word_embedding
 class Change:
     """One tensor of the comparison.
 
-    ``status`` is "dtype" where the values are the same in another dtype; "differs" where a value is not, whatever the
-    dtypes. ``delta`` is None where values were not compared; ``where`` and ``first`` are indices into the tensor as a
-    stores it (ranks joined), of the largest |Δ| and of the first difference. ``note`` says what else is wrong.
+    ``status`` is "dtype" if the values are the same in another dtype; "differs" if a value is not, whatever the dtypes.
+    ``delta`` is None if values were not compared; ``where`` and ``first`` are indices into the tensor as a stores it
+    (ranks joined), of the largest |Δ| and of the first difference. ``note`` names a likely cause.
     """
 
     status: Status
@@ -151,7 +151,7 @@ def compare_checkpoints(
 
     ``values`` reads and compares every element, in memory that does not depend on the size of the tensors; ``keep`` is
     asked with a tensor's keys in a and in b whether it is compared at all. Where only one side is quantized, the
-    numbers that it stands for are compared. Raises what ``alignment.align`` raises, and CorruptFileError for a
+    dequantized values are compared. Raises what ``alignment.align`` raises, and CorruptFileError for a
     file that cannot be read to its end.
     """
     a, b, said = requests.dequantize_to_compare(a, b)
@@ -197,7 +197,7 @@ def _values(
 def _comparing(
     a: StoredTensors, b: StoredTensors, counter: ProgressCounter
 ) -> Callable[[tuple[Change, AlignedTensor]], tuple[Delta | None, str, _Sums]]:
-    """What compares a pair, in one worker."""
+    """The function that compares a pair, in one worker."""
     movers = BlockReader(a), BlockReader(b)
 
     def work(item: tuple[Change, AlignedTensor]) -> tuple[Delta | None, str, _Sums]:
@@ -215,7 +215,7 @@ def _comparing(
 
 
 def _cost(change: Change, pair: AlignedTensor) -> int:
-    """The bytes of a that are read, and those of the copies that are compared."""
+    """The bytes of a that are read, and those of the replicas that are compared."""
     copies = sum(dtypes.nbytes(check.dtype, check.left.shape) for _, check in pair.replicas)
     return copies + (change.nbytes if _is_comparable(change) else 0)
 
@@ -229,10 +229,10 @@ def _is_comparable(change: Change) -> bool:
 def _delta(
     left: BlockReader, right: BlockReader, a: TensorSide, b: TensorSide, counter: ProgressCounter
 ) -> tuple[Delta, _Sums]:
-    """How far two tensors are apart; and a checksum of each, "" where they are equal."""
+    """The difference between two tensors, and a checksum of each, "" if they are equal."""
     counted = 0
     if a.dtype == b.dtype:
-        # Most tensors of most pairs are equal, and that is told several times as quickly as how far they are apart.
+        # Most tensors are equal, and comparing bytes is several times as fast as computing a difference.
         found = first_difference(
             left, right, TypedTensor(a.tensor, a.element), TypedTensor(b.tensor, b.element), counter
         )
@@ -256,7 +256,7 @@ def _delta(
 
 
 def _is_reordered(left: BlockReader, right: BlockReader, pair: AlignedTensor) -> bool:
-    """Whether b's tensor is a's with its rows in the other RoPE order: a step that was missed, or done twice."""
+    """Whether b's tensor is a's in the other RoPE layout: a permutation that was missed, or done twice."""
     if pair.a is None or pair.b is None or pair.a.dtype != pair.b.dtype:
         return False
     one = TypedTensor(pair.a.tensor, pair.a.dtype)
@@ -266,7 +266,7 @@ def _is_reordered(left: BlockReader, right: BlockReader, pair: AlignedTensor) ->
 
 
 def _exchanged(changes: list[Change], digests: Mapping[int, _Sums]) -> list[Change]:
-    """Say of a tensor that differs whether b has in its place what a has elsewhere."""
+    """Note for each tensor that differs whether b has there what a has under another key."""
     places = {(changes[at].shape, ours): changes[at].key for at, (ours, _) in digests.items() if ours}
     out = list(changes)
     for at, (_, theirs) in digests.items():
@@ -278,7 +278,7 @@ def _exchanged(changes: list[Change], digests: Mapping[int, _Sums]) -> list[Chan
 
 
 def _is_copy(mover: BlockReader, check: Equality, counter: ProgressCounter) -> bool:
-    """Whether a copy on another rank is equal to the one that stands for the tensor."""
+    """Whether a replica on another rank is equal to the one that is compared."""
     left, right = TypedTensor(check.left, check.dtype), TypedTensor(check.right, check.dtype)
     return first_difference(mover, BlockReader(mover.stored), left, right, counter) is None
 
@@ -343,7 +343,7 @@ def _change(change: Change) -> dict[str, Any]:
 
 
 def _index(flat: int | None, shape: Sequence[int]) -> tuple[int, ...] | None:
-    """The index of an element from its place in row-major order."""
+    """The index of an element from its row-major flat index."""
     if flat is None:
         return None
     out = []

@@ -1,1 +1,1 @@
-"""What two checkpoints compute, through transformers."""
+"""The logits that checkpoints compute, through transformers."""

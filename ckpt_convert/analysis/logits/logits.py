@@ -1,8 +1,8 @@
 """Running checkpoints through transformers, to see that they load and compute, and that two compute the same.
 
-This is the sanity check; ``diff`` is the proof. Equal logits on a few random prompts do not say that all weights are
-equal, and logits of equal weights differ where the order of additions does. What they show is what no comparison of
-bytes can: that the config fits the weights, and that the model speaks.
+This is a sanity check; ``diff`` is the proof. Equal logits on a few random prompts do not show that all weights are
+equal, and logits of equal weights may differ by the order of additions. They show what no comparison of bytes can: that
+the config fits the weights, and that the model works.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
     import torch
 
 _AT_ONCE = 64
-"""Positions that are compared at once, in double precision."""
+"""Positions that are compared in one step, in double precision."""
 
 
 @dataclass(frozen=True, slots=True)
 class LogitsRun:
-    """What one checkpoint computed; it loaded with nothing missing and nothing unexpected, or there was an error.
+    """What one checkpoint computed, after it loaded with no missing and no unexpected keys.
 
-    ``finite`` is whether no logit is NaN or infinite; only then are there figures: ``entropy`` is the mean entropy of
-    the next token in nats (a model that knows nothing comes near ``uniform_entropy``, the logarithm of the vocabulary's
-    size), ``largest`` the largest absolute logit.
+    ``finite`` is whether no logit is NaN or infinite (else ``entropy`` and ``largest`` are None). ``entropy`` is the
+    mean entropy of the next token in nats (an untrained model comes near ``uniform_entropy``, the logarithm of the
+    vocabulary's size), ``largest`` the largest absolute logit.
     """
 
     path: str
@@ -47,7 +47,7 @@ class LogitsRun:
 
 @dataclass(frozen=True, slots=True)
 class LogitPosition:
-    """One logit: of which prompt, behind how many of its tokens (from 0), for which next token."""
+    """One logit: the prompt, the position in it (from 0), and the next token."""
 
     prompt: int
     position: int
@@ -59,7 +59,7 @@ class LogitsDifference:
     """How far the logits of b are from those of a.
 
     ``max_abs`` (at ``at``) and ``mean_abs`` are over all logits; ``kl_mean`` and ``kl_max`` are KL(a‖b) over the
-    positions, in nats; ``agreement`` is the share of positions where both hold the same token for the likeliest.
+    positions, in nats; ``agreement`` is the share of positions with the same likeliest token.
     """
 
     max_abs: float
@@ -72,7 +72,7 @@ class LogitsDifference:
 
 @dataclass(frozen=True, slots=True)
 class LogitsReport:
-    """What ``logits`` found; ``difference`` is None without b, and where logits of either are not finite."""
+    """The result of ``compare_logits``; ``difference`` is None without b, and if logits of either are not finite."""
 
     prompts: int
     length: int
@@ -151,7 +151,7 @@ def logits_difference(a: torch.Tensor, b: torch.Tensor) -> LogitsDifference:
         if (peak := float(delta.max())) > largest:
             largest, where = peak, at * _AT_ONCE * vocab + int(delta.argmax())
         p, q = torch.log_softmax(mine, -1), torch.log_softmax(theirs, -1)
-        # What p holds for impossible counts nothing, however impossible q holds it; rounding may go below 0.
+        # A token with p = 0 contributes nothing, whatever q is; rounding may give a sum below 0.
         terms = torch.where(p.exp() > 0, p.exp() * (p - q), 0.0)
         kl.append(terms.sum(-1).clamp(min=0))
         agreeing += int((mine.argmax(-1) == theirs.argmax(-1)).sum())
@@ -176,7 +176,7 @@ def _tokens(vocab: int, prompts: int, length: int, seed: int) -> torch.Tensor:
 def _run(
     checkpoint: Identified, found: Architecture, tokens: torch.Tensor, progress: ProgressCallback | None
 ) -> tuple[LogitsRun, torch.Tensor]:
-    """The logits of one checkpoint, [prompts, length, tokens], and what there is to say of them."""
+    """The logits of one checkpoint, [prompts, length, tokens], and their summary."""
     import torch
 
     model, notices = load_model(checkpoint, found, progress)

@@ -32,21 +32,21 @@ if TYPE_CHECKING:
 _LEFT_OUT = (
     "auto_map",  # code of the checkpoint's own
     "transformers_weights",  # another file
-    "attn_implementation",  # these name kernels, which may lie on the Hub
+    "attn_implementation",  # these name kernels, which may be fetched from the Hub
     "_attn_implementation",
     "_attn_implementation_internal",
     "experts_implementation",
     "_experts_implementation",
     "fusion_config",
 )
-"""What a config may ask of transformers that is none of the model's arithmetic."""
+"""Options of a config that load code, other files or kernels, and do not change what the model computes."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """The class in transformers, the config to make it with, and what both say of tokens.
+    """The class in transformers, its config, and the limits on tokens.
 
-    ``positions`` is the most tokens that it takes, None where nothing says so.
+    ``positions`` is the largest number of tokens that it takes, None if the config does not say.
     """
 
     model_type: str
@@ -63,10 +63,10 @@ def require_packages() -> None:
 
 
 def read_architecture(checkpoint: Identified) -> Architecture:
-    """What transformers makes of the checkpoint's config.
+    """The class and config of transformers for the checkpoint's config.
 
     Raises MissingPackageError without transformers, UnsupportedFamilyError for what is no causal language model that it
-    knows, ConfigError for a config that it refuses.
+    knows, ConfigError for a config that it rejects.
     """
     content = checkpoint.model.config if checkpoint.format != "hf" else checkpoint.config
     if content is None:
@@ -108,8 +108,8 @@ def load_model(
 ) -> tuple[Any, tuple[str, ...]]:
     """The model with its weights, and notices about it.
 
-    A Hugging Face directory is opened by transformers itself. The weights of any other are translated tensor by tensor
-    and handed over in memory. Raises KeyMismatchError, ShapeMismatchError or TiedWeightsError for weights that do not
+    A Hugging Face directory is opened by transformers itself. The weights of any other are converted tensor by tensor
+    and passed in memory. Raises KeyMismatchError, ShapeMismatchError or TiedWeightsError for weights that do not
     fit, listing them all.
     """
     import torch
@@ -180,7 +180,7 @@ def _as_they_are(checkpoint: Identified, progress: ProgressCallback | None) -> d
 
 
 def _translated(checkpoint: Identified, progress: ProgressCallback | None) -> tuple[dict[str, torch.Tensor], bool]:
-    """The tensors under Hugging Face's keys and in its order of rows, and whether the output is the embedding."""
+    """The tensors under Hugging Face's keys and in its RoPE layout, and whether the output is tied to the embedding."""
     path = str(checkpoint.place)
     equal = byte_comparer(checkpoint.stored)
     made = translate(
@@ -196,7 +196,7 @@ def _translated(checkpoint: Identified, progress: ProgressCallback | None) -> tu
 def _made(
     checkpoint: Identified, tensors: Iterable[tuple[str, TypedTensor]], progress: ProgressCallback | None
 ) -> dict[str, torch.Tensor]:
-    """The tensors themselves, floating-point numbers in float32."""
+    """The tensors in memory, floating-point ones in float32."""
     tensors = list(tensors)
     mover = BlockReader(checkpoint.stored)
     counter = ProgressCounter(
@@ -222,7 +222,7 @@ def _read(mover: BlockReader, tensor: LazyTensor, dtype: str, counter: ProgressC
 
 
 def _refuse(checkpoint: Identified, info: Mapping[str, Any]) -> None:
-    """Raise the error that lists what transformers missed, did not expect, or could not fit in."""
+    """Raise an error that lists the missing, unexpected and mismatched keys of transformers' loading report."""
     missing, unexpected = (sorted(map(str, info.get(f"{name}_keys") or ())) for name in ("missing", "unexpected"))
     misshapen = [
         f"{key}: expected {list(wanted)}, found {list(given)}"
@@ -246,6 +246,6 @@ def _lacking(checkpoint: Identified, error: ImportError) -> UsageError:
 
 
 def _said(error: Exception) -> str:
-    """What an error of another library says, in one line that is not too long."""
+    """The message of another library's error, as one line of limited length."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:400]}{'…' if len(text) > 400 else ''}"

@@ -1,1 +1,1 @@
-"""What tensors hold, in numbers."""
+"""Statistics of tensors, and of the difference between two."""

@@ -1,4 +1,4 @@
-"""Sums over pieces of a tensor that stay in the processor's cache, in float64 and in buffers that are used again."""
+"""Sums over blocks of a tensor that fit the cache, in float64 and in reused buffers."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ Data = bytes | bytearray | memoryview | np.ndarray[Any, Any]
 LARGEST = float(np.finfo(np.float64).max)
 
 _RUN = 1 << 13
-"""Numbers of one dot product: BLAS starts threads of its own for more than 10,000, and there are workers enough."""
+"""Values of one dot product: for more than 10,000 BLAS starts its own threads, which would compete with the workers."""
 
 _SQUARABLE = (1e-140, 1e140)
-"""Magnitudes whose squares neither overflow nor vanish in float64."""
+"""Magnitudes whose squares neither overflow nor underflow in float64."""
 
 _CANCELLED = 1e-3
-"""What is left of a sum of squares once the mean is taken out, at which too many digits of it are lost."""
+"""The remaining share of a sum of squares, after subtracting the mean, at which too many digits are lost."""
 
 _SHORT = 1 << 8
 _ONES = np.ones(_SHORT, np.float32)
 _SINGLE = (1e-12, 1e15)
-"""Magnitudes whose squares, and the sum of a piece's, float32 holds."""
+"""Magnitudes whose squares, and their sum over a block, fit float32."""
 
 
 def cache_blocks(codec: Codec, data: Data) -> Iterator[tuple[int, Array]]:
-    """(number of the first element, bytes) of each piece of a block."""
+    """(index of the first element, bytes) of each cache-sized part of a block."""
     raw = as_bytes(data)
     step = CHUNK // codec.values_per_unit * codec.nbytes
     for start in range(0, len(raw), step):
@@ -42,7 +42,7 @@ def as_bytes(data: Data) -> Array:
 
 
 def same_bytes(one: Array, other: Array) -> bool:
-    """Whether two pieces (uint8) of equal length hold the same bytes."""
+    """Whether two arrays (uint8) of equal length hold the same bytes."""
     whole = len(one) & ~7
     return np.array_equal(one[:whole].view("<u8"), other[:whole].view("<u8")) and np.array_equal(
         one[whole:], other[whole:]
@@ -50,9 +50,9 @@ def same_bytes(one: Array, other: Array) -> bool:
 
 
 def total(numbers: Array) -> float:
-    """The sum; for float32 to six digits of what the numbers' magnitudes add up to."""
+    """The sum; for float32 to six digits of the sum of the magnitudes."""
     if numbers.dtype == np.float32:
-        # As products of a matrix, which BLAS adds up three times as quickly; few at a time, so that little is rounded.
+        # As matrix products, which BLAS sums three times as fast; short ones, so that rounding errors stay small.
         whole = len(numbers) - len(numbers) % _SHORT
         runs = np.matmul(numbers[:whole].reshape(-1, _SHORT), _ONES)
         found = float(np.add.reduce(runs, dtype=np.float64) + np.add.reduce(numbers[whole:], dtype=np.float64))
@@ -70,7 +70,7 @@ def squares(numbers: Array) -> float:
 
 
 def norm(numbers: Array) -> float:
-    """The Euclidean norm of finite numbers (to five digits for float32), also where their squares are out of range."""
+    """The Euclidean norm of finite values (to five digits for float32), even if their squares are out of range."""
     found = squares(numbers)
     low, high = (1e-30, 1e38) if numbers.dtype == np.float32 else (_SQUARABLE[0] ** 2, _SQUARABLE[1] ** 2)
     if low * len(numbers) < found < high:
@@ -84,7 +84,7 @@ def norm(numbers: Array) -> float:
 
 
 def single_moments(numbers: Array, low: float, high: float) -> tuple[float, float, float] | None:
-    """What ``moments`` returns, of float32 numbers and to six digits; None where that takes float64."""
+    """``moments`` of float32 values, to six digits; None if that takes float64."""
     if not _SINGLE[0] < max(-low, high) < _SINGLE[1]:
         return None
     count, sum1, sum2 = len(numbers), total(numbers), squares(numbers)
@@ -93,9 +93,9 @@ def single_moments(numbers: Array, low: float, high: float) -> tuple[float, floa
 
 
 def moments(numbers: Array, low: float, high: float) -> tuple[float, float, float]:
-    """Of finite float64 numbers between ``low`` and ``high``: c and m, where c+m is the mean, and the deviation.
+    """The mean as two terms c + m, and the deviation, of finite float64 values between ``low`` and ``high``.
 
-    c keeps what m would lose by rounding where the mean is far larger than the deviation. Overwrites the numbers.
+    c keeps what m would lose by rounding if the mean is far larger than the deviation. Overwrites the values.
     """
     largest, exponent = max(-low, high), 0
     if not _SQUARABLE[0] < largest < _SQUARABLE[1]:

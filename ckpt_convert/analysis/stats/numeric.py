@@ -1,4 +1,4 @@
-"""Numbers about tensors whose bytes come in blocks: what one holds (Summary), how far two are apart (Comparison)."""
+"""The difference between two tensors, accumulated over blocks of their bytes."""
 
 from __future__ import annotations
 
@@ -17,18 +17,17 @@ __all__ = ["Comparison", "Delta", "Stats", "Summary", "comparable"]
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """How far two tensors of one shape are apart; ``at`` and ``first`` are flat indices, row-major.
+    """The difference between two tensors of one shape; ``at`` and ``first`` are flat indices, row-major.
 
     ``differing`` counts the elements whose bits differ after an exact upcast to a common type, so -0.0 and 0.0 differ
     (by 0), and so do two NaNs with different payloads. ``nan_mismatch`` counts those of them where one side is NaN or
-    infinite and the other is not the same. All other numbers are over the pairs of finite elements: ``relative_norm``
-    is ‖a-b‖ / ‖a‖, None where ‖a‖ is 0 (or beyond float64); ``max_ulp`` the largest distance in steps from one value of
-    the dtype to the next, None unless both have the same floating-point dtype. ``at`` is the element of the largest
-    |Δ| (None where that is 0), ``first`` the first that differs. Complex elements are as far apart as their parts.
-    Where both dtypes fit float32, means and norms are right to five digits, and ``max_abs`` is exact at ``at``.
+    infinite and the other is not the same. All other fields are over the pairs of finite elements: ``relative_norm``
+    is ‖a-b‖ / ‖a‖, None if ‖a‖ is 0 (or beyond float64); ``max_ulp`` is the largest distance in steps from one value
+    of the dtype to the next, None unless both have the same floating-point dtype. ``at`` is the element of the largest
+    |Δ| (None if that is 0), ``first`` the first that differs. Complex elements are compared part by part.
+    If both dtypes fit float32, means and norms are accurate to five digits, and ``max_abs`` is exact at ``at``.
 
-    Where the dtype cannot be taken apart, ``count`` and ``differing`` are of bytes and the rest is None (but
-    ``nan_mismatch``, 0).
+    If the dtype cannot be decoded, ``count`` and ``differing`` count bytes and the rest is None (``nan_mismatch``: 0).
     """
 
     count: int = 0
@@ -43,7 +42,7 @@ class Delta:
 
 
 class Comparison:
-    """Adds up how far two tensors of one shape are apart, block by block; not to be shared between threads.
+    """Accumulates the difference between two tensors of one shape, block by block; not to be shared between threads.
 
     Raises ValueError for two dtypes that are not ``comparable``.
     """
@@ -62,7 +61,7 @@ class Comparison:
         self._first: int | None = None
 
     def add(self, a: Data, b: Data, first_element: int) -> None:
-        """The same elements of both tensors, from the one with this flat index on."""
+        """Add the same elements of both tensors, which begin at this flat index."""
         if self._a is None or self._b is None:
             one, other = as_bytes(a), as_bytes(b)
             self._count += len(one)
@@ -93,7 +92,7 @@ class Comparison:
     def _piece(self, a: Codec, b: Codec, one: Array, other: Array, first: int) -> None:
         numbers = len(one) // a.nbytes * a.values_per_unit
         self._count += numbers // a.values_per_element
-        # Where the last piece differed, this one most likely does.
+        # If the last block differed, this one most likely does too.
         self._was_equal = self._was_equal and self._is_same and same_bytes(one, other)
         if self._was_equal:
             self._equal(a, one, numbers)
@@ -106,9 +105,9 @@ class Comparison:
             return
         self._differ(changed, count, a, first)
         ulps = _ulps(a, one, other, self._scratch) if self._has_ulp else None
-        # In float32 where both are of it: rounded, but not by a digit that anybody looks at.
-        # In place of the right side (but never of a file's own bytes): the fewer buffers, the more of them stay in the
-        # cache. What needs that side again, which is seldom, reads it again.
+        # In float32 if both fit it: the rounding is below the digits that are shown.
+        # In place of the right side (but never of a file's own bytes): fewer buffers stay in the cache. What needs the
+        # right side again, which is rare, decodes it again.
         kept = self._scratch.take(2, left.dtype.str, numbers) if decode.is_native(b) else right
         delta = np.subtract(left, right, out=kept)
         np.abs(delta, out=delta)
@@ -123,7 +122,7 @@ class Comparison:
             numbers = int(np.count_nonzero(finite))
             left, right = (np.where(finite, side, 0.0).astype("<f8") for side in (left, right))
             ulps = None if ulps is None else np.where(finite, ulps, 0)
-            # Two finite numbers may be farther apart than the largest of all.
+            # The difference of two finite values may overflow.
             delta = np.minimum(np.abs(left - right), LARGEST)
             largest = float(delta.max())
         if ulps is not None:
@@ -141,7 +140,7 @@ class Comparison:
             self._at = first + at // a.values_per_element
 
     def _read(self, a: Codec, b: Codec, one: Array, other: Array) -> tuple[Array, Array, Array]:
-        """The numbers of both sides in a common type, and which of them differ."""
+        """The values of both sides in a common type, and which of them differ."""
         wide = "<f8" if "<f8" in (a.value_dtype, b.value_dtype) else "<f4"
         left, right = self._values(a, one, wide, 0), self._values(b, other, wide, 1)
         if self._is_same:
@@ -158,7 +157,7 @@ class Comparison:
         return values if codec.value_dtype == wide else values.astype(wide)
 
     def _equal(self, a: Codec, raw: Array, numbers: int) -> None:
-        """Equal numbers count, and add to what the difference of the others is measured against."""
+        """Count equal values, and add them to the norm that the difference is relative to."""
         values = decode.decode_values(a, raw, self._scratch.take(0, a.value_dtype, numbers))
         found = norm(values)
         if not math.isfinite(found):
@@ -175,13 +174,13 @@ class Comparison:
 
 
 def comparable(dtype_a: str, dtype_b: str) -> bool:
-    """Whether the elements of two dtypes can be compared: any numbers, but complex ones only with complex ones."""
+    """Whether the elements of two dtypes can be compared; complex ones only with complex ones."""
     a, b = decode.codec_of(dtype_a), decode.codec_of(dtype_b)
     return dtype_a == dtype_b or (a is not None and b is not None and a.values_per_element == b.values_per_element)
 
 
 def _by_element(numbers: Array, codec: Codec) -> Array:
-    """For each element, whether it holds of one of its parts."""
+    """For each element, whether any of its parts is set."""
     return (
         numbers
         if codec.values_per_element == 1
@@ -190,11 +189,11 @@ def _by_element(numbers: Array, codec: Codec) -> Array:
 
 
 def _ulps(codec: Codec, one: Array, other: Array, scratch: Scratch) -> Array:
-    """How many values of the dtype lie between two, without sign; both zeros are one value."""
+    """The distance of each pair in steps between values of the dtype; both zeros are one value."""
     a, b = decode.unpack_codes(codec, one), decode.unpack_codes(codec, other)
     if codec.kind == "float":
         a, b = _ordered(a, scratch, 3), _ordered(b, scratch, 4)
-    # Into memory that was used before: what is new costs more than what is done with it.
+    # Into reused memory: allocating costs more than the operations.
     found, rest = (scratch.take(number, a.dtype.str, len(a)) for number in (5, 6))
     np.maximum(a, b, out=found)
     np.minimum(a, b, out=rest)
@@ -204,18 +203,18 @@ def _ulps(codec: Codec, one: Array, other: Array, scratch: Scratch) -> Array:
 
 
 def _ordered(codes: Array, scratch: Scratch, number: int) -> Array:
-    """Codes of sign and magnitude as signed integers in the order of their values; -0.0 is 0 as well."""
+    """Sign-magnitude codes as signed integers in the order of their values; -0.0 becomes 0."""
     bits, signed = 8 * codes.itemsize - 1, codes.dtype.str.replace("u", "i")
     values = codes.view(signed)
     sign, out = scratch.take(5, signed, len(codes)), scratch.take(number, signed, len(codes))
-    np.right_shift(values, bits, out=sign)  # -1 for what has the sign bit, else 0
+    np.right_shift(values, bits, out=sign)  # -1 if the sign bit is set, else 0
     np.bitwise_and(sign, (1 << bits) - 1, out=out)
     np.bitwise_xor(values, out, out=out)
     return np.subtract(out, sign, out=out)
 
 
 def _distance(a: Array, b: Array) -> Array:
-    """|a-b| of 64-bit integers, signed or not; rounded only once, but where one of two types is negative."""
+    """|a-b| of 64-bit integers, signed or not; rounded once, except for a negative value against an unsigned type."""
     low, high = a.view("<u8"), b.view("<u8")
     is_less = (a < 0) & (b >= 0) | ((a < 0) == (b < 0)) & (low < high)
     found: Array = np.where(is_less, high - low, low - high).astype("<f8")
@@ -225,13 +224,13 @@ def _distance(a: Array, b: Array) -> Array:
 
 
 def _changed_long(a: Codec, b: Codec, one: Array, other: Array, left: Array, right: Array) -> Array:
-    """Which numbers differ where float64 does not hold one side exactly."""
+    """Which values differ if float64 cannot represent one side exactly."""
     found: Array
     if a.kind == b.kind == "int":
         x, y = one.view(a.unit_dtype), other.view(b.unit_dtype)
         found = ((x < 0) != (y < 0)) | (_extended(x) != _extended(y))
         return found
-    # What is left of the integer in a float has to be that float, and it has to give the integer back.
+    # The integer as a float has to equal the float, and the float as an integer has to equal the integer.
     codec, numbers, floats = (a, one.view(a.unit_dtype), right) if a.is_long else (b, other.view(b.unit_dtype), left)
     low, high = (-(2.0**63), 2.0**63) if codec.unit_dtype == "<i8" else (0.0, 2.0**64)
     inside = (floats >= low) & (floats < high)

@@ -1,4 +1,4 @@
-"""What the tensors of a checkpoint hold, read block by block: statistics, and a checksum to tell them apart by."""
+"""Statistics and a checksum of each tensor of a checkpoint, read block by block."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from ckpt_convert.tensors.progress import ProgressCallback, ProgressCounter
 
 @dataclass(frozen=True, slots=True)
 class TensorStats(Stats):
-    """What a tensor holds, and the xxh3_64 of its dense, row-major bytes, ranks joined, as 16 hex digits.
+    """Statistics of a tensor, and the xxh3_64 of its dense, row-major bytes, ranks joined, as 16 hex digits.
 
-    Where nothing says how the ranks' parts are joined, both are of the parts one after another.
+    If it is unknown how the ranks' slices are joined, both are over the slices one after another.
     """
 
     checksum: str = ""
@@ -35,10 +35,10 @@ class TensorStats(Stats):
 def tensor_statistics(
     checkpoint: Identified, keys: Iterable[str], *, workers: int, progress: ProgressCallback | None = None
 ) -> Iterator[tuple[str, TensorStats]]:
-    """Read these tensors and yield what they hold, in the order of the keys; memory is a few MB for each worker.
+    """Read these tensors and yield their statistics, in the order of the keys; memory is a few MB for each worker.
 
     Raises KeyError for an unknown key, CorruptFileError naming file and key where bytes cannot be read. A dtype that
-    cannot be taken apart has a checksum, and a ``count`` of 0.
+    cannot be decoded has a checksum and a ``count`` of 0.
     """
     infos = [checkpoint.tensors[key] for key in keys]
     items = [(info, _nbytes(info)) for info in infos]
@@ -77,7 +77,7 @@ class _Reader:
         return TensorStats(**asdict(summary.result()), checksum=checksum.hexdigest())
 
     def _blocks(self, info: TensorInfo) -> Iterator[Array]:
-        """The tensor's bytes, in order; each block is only good until the next."""
+        """The tensor's bytes, in order; each block is valid until the next one."""
         if info.settled and info.dtype in dtypes.DTYPES:
             yield from self._tensor(*self._checkpoint.joined(info.key))
             return
@@ -101,7 +101,7 @@ class _Reader:
             yield view
 
     def _range(self, file: WeightFile, offset: int, nbytes: int) -> Iterator[Array]:
-        """Bytes as they lie, which needs neither dtype nor shape."""
+        """The raw bytes of a file, which needs neither dtype nor shape."""
         for start in range(0, nbytes, BLOCK):
             view = self._buffer[: min(BLOCK, nbytes - start)]
             file.reader.readinto(offset + start, view.data)
@@ -109,5 +109,5 @@ class _Reader:
 
 
 def _nbytes(info: TensorInfo) -> int:
-    """The bytes that are read: of one of equal copies, of every part where nothing says that they are equal."""
+    """The bytes that are read: one replica of equal ones, every slice if it is unknown whether they are equal."""
     return info.nbytes if info.settled else sum(part.nbytes for part in info.parts)

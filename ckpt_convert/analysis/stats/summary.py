@@ -1,7 +1,7 @@
-"""What a tensor holds, added up while its bytes come in blocks.
+"""Statistics of a tensor, accumulated over blocks of its bytes.
 
-Totals are kept in float64, and the spread is measured around the mean of each piece, so it is right where the mean is
-far larger than it (layer norms, biases, counters). Of the small dtypes the codes are counted, which is exact and quick.
+Totals are kept in float64, and the deviation is taken around the mean of each block, so that it is accurate even if the
+mean is far larger (layer norms, biases, counters). For small dtypes the codes are counted, which is exact and fast.
 """
 
 from __future__ import annotations
@@ -16,18 +16,17 @@ from ckpt_convert.tensors import decode
 from ckpt_convert.tensors.decode import Array, Codec, Scratch
 
 _TOGETHER = 1 << 18
-"""Codes that are counted together: each count costs as much as all there may be, and is of eight times their bytes."""
+"""Codes of one np.bincount, whose cost and memory (8 bytes a bin) also grow with the number of possible codes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """What a tensor holds.
+    """Statistics of one tensor.
 
-    ``count`` is the number of numbers looked at: the elements; two for each complex one (its real and its imaginary
-    part); 0 where the dtype cannot be taken apart (F6, block-quantised ones). ``min``, ``max``, ``mean`` and ``std``
-    (of the whole population, as numpy's) are over the finite numbers, None where there are none. Zeros are of either
-    sign. 64-bit integers beyond 2**53 are rounded to the nearest float; mean and std of
-    BF16 are good to six digits of the std.
+    ``count`` is the number of values: the elements; two for each complex one (its real and its imaginary part); 0 if
+    the dtype cannot be decoded (F6, block-quantized ones). ``min``, ``max``, ``mean`` and ``std`` (of the population,
+    as numpy's) are over the finite values, None if there are none. ``zeros`` counts zeros of either sign. 64-bit
+    integers beyond 2**53 are rounded to the nearest float; mean and std of BF16 are accurate to six digits of the std.
     """
 
     count: int = 0
@@ -41,7 +40,7 @@ class Stats:
 
 
 class Summary:
-    """Adds up what a tensor holds, block by block; not to be shared between threads."""
+    """Accumulates the statistics of a tensor, block by block; not to be shared between threads."""
 
     def __init__(self, dtype: str) -> None:
         self._codec = decode.codec_of(dtype)
@@ -52,7 +51,7 @@ class Summary:
         self._base = self._mean = self._std = 0.0
 
     def add(self, data: Data) -> None:
-        """The next block of the tensor's bytes, of whole elements."""
+        """Add the next block of the tensor's bytes, which holds whole elements."""
         codec = self._codec
         if codec is None:
             return
@@ -64,7 +63,7 @@ class Summary:
                 self._add_long(raw.view(codec.unit_dtype)) if codec.is_long else self._add(codec, raw)
 
     def merge(self, other: Summary) -> None:
-        """Add all that another summary has seen."""
+        """Add everything that another summary has accumulated."""
         self._count, self._nan, self._inf = self._count + other._count, self._nan + other._nan, self._inf + other._inf
         self._zeros += other._zeros
         if other._tally is not None:
@@ -78,7 +77,7 @@ class Summary:
         if not self._finite:
             return Stats(self._count, self._nan, self._inf, self._zeros)
         mean = min(max(float(self._base) + self._mean, self._min), self._max)
-        # Zeros have a sign that says nothing here.
+        # Adding 0.0 turns -0.0 into 0.0.
         bounds = self._min + 0.0, self._max + 0.0
         return Stats(self._count, self._nan, self._inf, self._zeros, *bounds, mean + 0.0, min(self._std, LARGEST))
 
@@ -108,7 +107,7 @@ class Summary:
         self._join(len(values), low, high, *found)
 
     def _add_long(self, codes: Array) -> None:
-        """64-bit integers: counted from the smallest of the piece on, which is exact without a sign."""
+        """64-bit integers, as unsigned differences from the smallest of the block, which are exact."""
         low, high = int(codes.min()), int(codes.max())
         self._count += len(codes)
         self._zeros += len(codes) - int(np.count_nonzero(codes))
@@ -117,10 +116,10 @@ class Summary:
         self._join(len(codes), float(low), float(high), low, middle + mean, std)
 
     def _join(self, count: int, low: float, high: float, middle: float, mean: float, std: float) -> None:
-        """Chan's way to join two groups; with standard deviations, which do not overflow where variances would.
+        """Merge two groups by Chan's formula, with standard deviations, which do not overflow where variances would.
 
-        The mean of the group is middle + mean; ours is kept as what it is beyond the first group's middle, which may be
-        an integer that no float holds.
+        The mean of the group is middle + mean; ours is kept relative to the middle of the first group, which may be an
+        integer that no float represents.
         """
         if not self._finite:
             self._base = middle
@@ -138,18 +137,18 @@ class Summary:
 
 
 def _is_counted(codec: Codec) -> bool:
-    """Whether counting codes is quicker than adding values: bfloat16's are too quickly had."""
+    """Whether counting codes is faster than adding values; for bfloat16, decoding is too cheap."""
     return codec.nbytes == 1 or codec.dtype == "F16"
 
 
 def _tallied(codec: Codec, raw: Array) -> Array:
-    """How often each code is there; a byte that holds two numbers is one code."""
+    """How often each code occurs; a byte that packs two values is one code."""
     if codec.nbytes == 2:
         return _counts(raw.view("<u2"), 1 << 16)
     if len(raw) < _TOGETHER:
         return _counts(raw, 256)
     whole = len(raw) & ~1
-    pairs = _counts(raw[:whole].view("<u2"), 1 << 16).reshape(256, 256)  # two at a time, which takes half as long
+    pairs = _counts(raw[:whole].view("<u2"), 1 << 16).reshape(256, 256)  # two bytes at a time, which takes half as long
     found: Array = pairs.sum(0) + pairs.sum(1) + _counts(raw[whole:], 256)
     return found
 
@@ -163,7 +162,7 @@ def _counts(codes: Array, size: int) -> Array:
 
 def _of_tally(codec: Codec, tally: Array) -> Stats:
     every = np.arange(len(tally), dtype=codec.unit_dtype.replace("i", "u")).view(np.uint8)
-    with np.errstate(all="ignore"):  # among every code there are signalling NaNs
+    with np.errstate(all="ignore"):  # the codes include signaling NaNs
         values = decode.decode_values(
             codec, every, np.empty(len(tally) * codec.values_per_unit, codec.value_dtype)
         ).astype(np.float64)
