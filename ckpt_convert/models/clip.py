@@ -1,8 +1,8 @@
 """CLIP's text encoder, alone or in a whole CLIP model.
 
 hf: CLIPModel and CLIPTextModel of transformers 5.23; native: CLIPTextEncoder of torchtune 0.6.1, with the keys of its
-converter. Native has no place for what is not the text encoder (the vision tower, the projections, logit_scale) nor for
-the numbers of positions that older releases stored: these are carried. Nothing rotates: positions are an embedding.
+converter. Native has only the text encoder: the vision tower, the projections, logit_scale and the position_ids of
+older releases are passed through. There is no RoPE: positions are an embedding.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def dims(config: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _part(config: Mapping[str, Any], key: str) -> tuple[Mapping[str, Any], str]:
-    """A part of a CLIP config and what messages call it."""
+    """A part of a CLIP config and its name in messages."""
     old = f"{key}_dict"
     name = old if config.get(old) is not None else key
     return optional_mapping(config, name, CONFIG), f"{CONFIG}: {name}"
@@ -62,7 +62,7 @@ def _vision(config: Mapping[str, Any]) -> dict[str, int]:
 
 _HF = "text_model.encoder.layers.{layer}"
 _VISION = "vision_model.encoder.layers.{vision_layer}"
-_CARRIED: dict[str, Any] = {"enabled_by": "vision", "optional": True}
+_OPTIONAL_VISION: dict[str, Any] = {"enabled_by": "vision", "optional": True}
 _LAYER: dict[str, Any] = {"enabled_by": "vision", "optional": "vision"}  # all of a layer, or nothing
 
 _TEXT = (
@@ -104,18 +104,18 @@ _TEXT = (
 
 _REST = (
     *linear("projection", ("projection_dim", "dim"), optional=True, hf="text_projection"),
-    Row("logit_scale", (), **_CARRIED, hf=Key("logit_scale")),
-    Row("vision.class", ("vision_dim",), **_CARRIED, hf=Key("vision_model.embeddings.class_embedding")),
+    Row("logit_scale", (), **_OPTIONAL_VISION, hf=Key("logit_scale")),
+    Row("vision.class", ("vision_dim",), **_OPTIONAL_VISION, hf=Key("vision_model.embeddings.class_embedding")),
     Row(
         "vision.patch",
         ("vision_dim", "channels", "patch_size", "patch_size"),
-        **_CARRIED,
+        **_OPTIONAL_VISION,
         hf=Key("vision_model.embeddings.patch_embedding.weight"),
     ),
     Row(
         "vision.position_embedding",
         ("n_patches", "vision_dim"),
-        **_CARRIED,
+        **_OPTIONAL_VISION,
         hf=Key("vision_model.embeddings.position_embedding.weight"),
     ),
     Row(
@@ -125,7 +125,7 @@ _REST = (
         derived=True,
         hf=Key("vision_model.embeddings.position_ids"),
     ),
-    *layer_norm("vision.pre_norm", "vision_dim", hf="vision_model.pre_layrnorm", **_CARRIED),  # spelt so there
+    *layer_norm("vision.pre_norm", "vision_dim", hf="vision_model.pre_layrnorm", **_OPTIONAL_VISION),  # sic
     *layer_norm("vision.attention_norm", "vision_dim", hf=f"{_VISION}.layer_norm1", **_LAYER),
     *linear("vision.attention.q", ("vision_dim", "vision_dim"), bias=True, hf=f"{_VISION}.self_attn.q_proj", **_LAYER),
     *linear("vision.attention.k", ("vision_dim", "vision_dim"), bias=True, hf=f"{_VISION}.self_attn.k_proj", **_LAYER),
@@ -136,8 +136,8 @@ _REST = (
     *layer_norm("vision.ffn_norm", "vision_dim", hf=f"{_VISION}.layer_norm2", **_LAYER),
     *linear("vision.ffn.up", ("vision_ffn_dim", "vision_dim"), bias=True, hf=f"{_VISION}.mlp.fc1", **_LAYER),
     *linear("vision.ffn.down", ("vision_dim", "vision_ffn_dim"), bias=True, hf=f"{_VISION}.mlp.fc2", **_LAYER),
-    *layer_norm("vision.norm", "vision_dim", hf="vision_model.post_layernorm", **_CARRIED),
-    Row("vision.projection", ("projection_dim", "vision_dim"), **_CARRIED, hf=Key("visual_projection.weight")),
+    *layer_norm("vision.norm", "vision_dim", hf="vision_model.post_layernorm", **_OPTIONAL_VISION),
+    Row("vision.projection", ("projection_dim", "vision_dim"), **_OPTIONAL_VISION, hf=Key("visual_projection.weight")),
 )
 
 CLIP = Family(
@@ -151,7 +151,7 @@ CLIP = Family(
 
 
 def _bare(row: Row) -> Row:
-    """The row as the text model writes it that transformers 5 saves by itself: without ``text_model.``."""
+    """The row as in a text model that transformers 5 saves alone: without ``text_model.``."""
     return row.replace(hf=row.hf and row.hf.unprefixed("text_model."))
 
 

@@ -1,6 +1,6 @@
-"""Command R7B and Command A (Cohere 2): one norm for attention and feed-forward part, which lie side by side.
+"""Command R7B and Command A (Cohere 2): attention and MLP in parallel, with one norm for both.
 
-hf: what transformers 5.23 saves. Unlike most of Hugging Face's models, this one rotates neighbouring rows.
+hf: what transformers 5.23 saves. Unlike most of Hugging Face's models, its RoPE layout is interleaved.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ckpt_convert.models.parts.decoder import ATTENTION, ATTENTION_BIAS, EMBEDDI
 
 
 def dims(config: Mapping[str, Any]) -> dict[str, int]:
-    """The symbols that the table's shapes are made of; tied where the config does not say."""
+    """The config dimensions of the table; tied by default."""
     return {
         **base_dims({"tie_word_embeddings": True, **config}),
         "attention_bias": int(optional_bool(config, "attention_bias", CONFIG, False)),

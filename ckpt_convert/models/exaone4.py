@@ -1,4 +1,4 @@
-"""EXAONE 4: OLMo 2's norms behind attention and feed-forward part, but q and k are normed head by head.
+"""EXAONE 4: norms after attention and MLP as in OLMo 2, but the q and k norms are per head.
 
 hf: what transformers 5.23 saves.
 """
@@ -17,7 +17,7 @@ from ckpt_convert.models.qwen3 import QK_NORM
 
 
 def dims(config: Mapping[str, Any]) -> dict[str, int]:
-    """The symbols that the table's shapes are made of; key/value heads are 32 where absent, as in transformers."""
+    """The config dimensions of the table; key/value heads are 32 if absent, as in transformers."""
     return base_dims(config, kv_heads_default=32)
 
 

@@ -1,10 +1,10 @@
 """Flux's transformer.
 
 hf: FluxTransformer2DModel of diffusers 0.42.1 (the ``transformer`` folder); torchtitan: the state-dict adapter for Flux
-of torchtitan 0.3.0, which fuses q, k and v, in the single blocks with the first half of the feed-forward layer. Both
-rotate neighbouring rows. The last norm's shift and scale lie in one tensor, scale first in diffusers, shift first in
-torchtitan, which follows the code that Flux was published with. torchtitan has no place for the guidance embedding of
-FLUX.1-dev: it is carried.
+of torchtitan 0.3.0, which fuses q, k and v, in the single blocks also with the first MLP layer. Both have the
+interleaved RoPE layout. The last norm's shift and scale are one tensor, scale first in diffusers, shift first in
+torchtitan, which follows the published code of Flux. torchtitan cannot store the guidance embedding of FLUX.1-dev,
+which is passed through.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def dims(config: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _embedder(name: str, size: str, hf: str, torchtitan: str | None, **settings: Any) -> tuple[Row, ...]:
-    """Two layers that make a vector of the model's width."""
+    """A two-layer MLP that embeds a vector in the model's width."""
     first, second = (f"{torchtitan}.in_layer", f"{torchtitan}.out_layer") if torchtitan else (None, None)
     return (
         *linear(
@@ -110,7 +110,7 @@ _LINEAR = Key(f"{_TITAN}.linear1", fused=0)
 
 
 def _last(name: str, place: int) -> tuple[Row, ...]:
-    """Half of the last norm's modulation, at its place in diffusers' tensor."""
+    """Half of the last norm's modulation, with its position in diffusers' tensor."""
     hf, torchtitan = (
         Key("norm_out.linear", fused=0, fused_position=place),
         Key("final_layer.adaLN_modulation.1", fused=0),

@@ -1,11 +1,11 @@
 """The image autoencoder of Flux.
 
-Two layouts are in use at Hugging Face. hf of ``flux_autoencoder``: the single file ``ae.safetensors`` as Black Forest
-Labs published it, with the keys of their code and without a config, which the converter of diffusers 0.42.1 reads; hf
-of ``flux_vae``: AutoencoderKL of diffusers 0.42.1 (the ``vae`` folder). native: FluxAutoencoder of torchtune 0.6.1,
-with the keys of its converter. The attention's projections are 1×1 convolutions in the first layout, matrices in the
-others. The decoder's levels are numbered from the image on in the first, against the order in which they run, and from
-the latent on in the others.
+There are two layouts on the Hub. hf of ``flux_autoencoder``: the single file ``ae.safetensors`` as Black Forest Labs
+published it, with the keys of their code and without a config, which the converter of diffusers 0.42.1 reads; hf of
+``flux_vae``: AutoencoderKL of diffusers 0.42.1 (the ``vae`` folder). native: FluxAutoencoder of torchtune 0.6.1, with
+the keys of its converter. The attention's projections are 1×1 convolutions in the first layout, matrices in the others.
+The first numbers the decoder's levels from the image to the latent, against the order of execution, the others from the
+latent to the image.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from ckpt_convert.models.core.table import Family, Key, Row
 
 LEVELS = 4
 RESNETS = 2
-"""Of a level of the encoder; the decoder has one more."""
+"""Resnet blocks per level of the encoder; the decoder has one more."""
 
 CHANNELS = [128, 256, 512, 512]
 """FLUX.1's."""
 
 
 def dims(config: Mapping[str, Any]) -> dict[str, int]:
-    """The sizes in diffusers' config.json of an AutoencoderKL; what it does not say is as in FLUX.1.
+    """The sizes in diffusers' config.json of an AutoencoderKL; defaults are those of FLUX.1.
 
-    Raises ConfigError for another number of levels or blocks than Flux has.
+    Raises ConfigError for other numbers of levels or blocks than Flux has.
     """
     channels = config.get("block_out_channels", CHANNELS)
     if not isinstance(channels, list) or len(channels) != LEVELS:
@@ -53,9 +53,9 @@ def dims(config: Mapping[str, Any]) -> dict[str, int]:
 
 
 def from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """A config in the words of diffusers, and under the name of the published class, as far as it decides the shapes.
+    """Derive a config, with diffusers' keys and the name of the published class, from the shapes of the tensors.
 
-    ``shapes`` are by key in any of the layouts. Raises ConfigError where they are of no such autoencoder.
+    ``shapes`` are by key in any of the layouts. Raises ConfigError if they are of no such autoencoder.
     """
     first = shapes.get("encoder.conv_in.weight", ())
     last = next((shapes[key] for key in ("decoder.end.2.weight", "decoder.conv_out.weight") if key in shapes), ())
@@ -85,7 +85,7 @@ def _conv2(level: int) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Spelling:
-    """The words that one layout has for the parts; {side} is encoder or decoder, {level} counts from the image on."""
+    """One layout's key parts; {side} is encoder or decoder, {level} counts from the image on."""
 
     block: str
     down_part: str
@@ -171,7 +171,7 @@ def _conv(name: str, out: str, in_: str, hf: str, native: str) -> Iterator[Row]:
 
 
 def _resnet(spelling: Spelling, name: str, out: str, in_: str, hf: str, native: str, when: str | None) -> Iterator[Row]:
-    """Norm and convolution twice, and a 1×1 convolution beside them where the width may change (``when``)."""
+    """Norm and convolution twice, and a 1×1 convolution shortcut if the width may change (``when``)."""
     yield from layer_norm(f"{name}.norm1", in_, hf=f"{hf}.{spelling.norm1}", native=f"{native}.{NATIVE.norm1}")
     yield from _conv(f"{name}.conv1", out, in_, f"{hf}.{spelling.conv1}", f"{native}.{NATIVE.conv1}")
     yield from layer_norm(f"{name}.norm2", out, hf=f"{hf}.{spelling.norm2}", native=f"{native}.{NATIVE.norm2}")
@@ -256,5 +256,5 @@ FLUX_VAE = FLUX_AUTOENCODER.replace(
     model_types=("AutoencoderKL",),
     stem="diffusion_pytorch_model",
     rows=tuple(_rows(DIFFUSERS)),
-    from_shapes=None,  # diffusers' files always have a config beside them
+    from_shapes=None,  # diffusers' files always come with a config
 )

@@ -1,8 +1,8 @@
-"""Gemma, Gemma 2 and Gemma 3 (text): Llama's layout with a free head_dim and an output that is the embedding.
+"""Gemma, Gemma 2 and Gemma 3 (text): Llama's layout with an independent head_dim and tied embeddings.
 
-Gemma 2 puts a norm behind attention and feed-forward part too, so Llama's name of the norm before the feed-forward part
-is that of the one behind attention; Gemma 3 adds a norm over each head of q and k. What norms store is the same in
-every format: that Gemma multiplies by one more is a matter of the model's code.
+Gemma 2 adds norms after attention and MLP, so ``post_attention_layernorm``, Llama's name for the norm before the MLP,
+is that after attention here; Gemma 3 adds a norm over each head of q and k. Norm weights are the same in every format:
+that Gemma multiplies by 1 + weight is up to the model's code.
 
 hf: what transformers 5.23 saves. native: the converters for Gemma and Gemma 2 of torchtune 0.6.1, whose rows are
 interleaved. torchtune has no Gemma 3, torchtitan none of them.
@@ -29,21 +29,21 @@ GEMMA3_DEFAULTS: Mapping[str, Any] = {
     "head_dim": 256,
     "tie_word_embeddings": True,
 }
-"""transformers' Gemma3TextConfig: releases with vision say of the text only what differs from it."""
+"""transformers' Gemma3TextConfig: releases with vision store only what differs from it."""
 
 
 def dims(config: Mapping[str, Any]) -> dict[str, int]:
-    """Gemma's symbols; head_dim is 256 and key/value heads 16 where absent."""
+    """Gemma's config dimensions; head_dim is 256 and key/value heads 16 if absent."""
     return _dims({"head_dim": 256, "num_key_value_heads": 16, "tie_word_embeddings": True, **config})
 
 
 def dims2(config: Mapping[str, Any]) -> dict[str, int]:
-    """Gemma 2's symbols; head_dim is 256 and key/value heads 4 where absent."""
+    """Gemma 2's config dimensions; head_dim is 256 and key/value heads 4 if absent."""
     return _dims({"head_dim": 256, "num_key_value_heads": 4, "tie_word_embeddings": True, **config})
 
 
 def dims3(config: Mapping[str, Any], where: str = CONFIG) -> dict[str, int]:
-    """Gemma 3's symbols, of the config of its text (``where`` in messages)."""
+    """Gemma 3's config dimensions, from its text config (``where`` in messages)."""
     return _dims({**GEMMA3_DEFAULTS, **config}, where)
 
 

@@ -1,7 +1,7 @@
 """Gemma 3 with vision: Gemma 3's text under ``language_model.``, SigLIP's tower, and a projector between them.
 
-hf: the released checkpoints, which transformers 4 writes too; what transformers 5.23 saves of a model that it made has
-the tower's keys without ``vision_model.``, and is a family of its own, told by its keys.
+hf: the released checkpoints, as transformers 4 also writes them; transformers 5.23 saves new models with the tower's
+keys without ``vision_model.``, which is a family of its own, recognized by its keys.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _TEXT, _VISION = "text_config", "vision_config"
 
 _PROJECTOR = (
     *rms_norm("projector.norm", "vision_dim", hf="multi_modal_projector.mm_soft_emb_norm"),
-    # No linear layer: the matrix is [in, out].
+    # Not a linear layer: the matrix is [in, out].
     Row("projector", ("vision_dim", "dim"), hf=Key("multi_modal_projector.mm_input_projection_weight")),
 )
 
 
 def dims(config: Mapping[str, Any]) -> dict[str, int]:
-    """The symbols of text and tower; whether the output is the embedding is said at the top, not in the text's part."""
+    """The config dimensions of text and tower; tie_word_embeddings is at the top level, not in text_config."""
     text = optional_mapping(config, _TEXT, CONFIG)
     tied = optional_bool({"tie_word_embeddings": True, **config}, "tie_word_embeddings", CONFIG, False)
     vision = optional_mapping(config, _VISION, CONFIG)

@@ -1,7 +1,7 @@
-"""GLM-4-0414: gate and up in one tensor, norms before and behind attention and feed-forward part, biases on q, k and v.
+"""GLM-4-0414: fused gate_up, norms before and after attention and MLP, biases on q, k and v.
 
-hf: what transformers 5.23 saves. It rotates neighbouring rows of the first half of each head, which no other column
-needs to know: its rows are not said to rotate.
+hf: what transformers 5.23 saves. RoPE is interleaved and rotates the first half of each head; as there is no other
+column, the rows are not marked as rotating.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _FFN_POST_NORM = rms_norm("ffn.post_norm", hf="model.layers.{layer}.post_mlp_lay
 
 
 def dims(config: Mapping[str, Any]) -> dict[str, int]:
-    """The symbols that the table's shapes are made of; where absent, head_dim is 128, key/value heads 2, biases on."""
+    """The config dimensions of the table; if absent, head_dim is 128, key/value heads 2, biases on."""
     return {
         **base_dims({"head_dim": 128, **config}, kv_heads_default=2),
         "attention_bias": int(optional_bool({"attention_bias": True, **config}, "attention_bias", CONFIG, False)),

@@ -1,8 +1,8 @@
-"""GLM-4.5 and 4.6: Llama's attention, with biases on q, k and v and norms over the heads of q and k where the config
-says so, and DeepSeek-V3's feed-forward parts: dense layers first, then experts beside shared ones.
+"""GLM-4.5 and 4.6: Llama's attention, with biases on q, k and v and norms over the heads of q and k if the config says
+so, and DeepSeek-V3's MLPs: dense layers first, then routed and shared experts.
 
-Layers after the last one predict further tokens (MTP), as DeepSeek-V3's do. RoPE turns the first half of each head,
-which no other column needs to know: the rows are not said to rotate.
+Layers after the last one predict further tokens (MTP), as in DeepSeek-V3. RoPE rotates the first half of each head; as
+there is no other column, the rows are not marked as rotating.
 
 hf: what transformers 5.23 saves for glm4_moe, and for MTP what its MtpModel reads.
 """
@@ -34,7 +34,7 @@ _LAYER = (
 
 
 def dims(config: Mapping[str, Any]) -> dict[str, int]:
-    """The symbols that the table's shapes are made of; what is absent is as in transformers' Glm4MoeConfig."""
+    """The config dimensions of the table; defaults are those of transformers' Glm4MoeConfig."""
     width = optional_int(config, "moe_intermediate_size", CONFIG, 1408)
     return {
         **base_dims(config, kv_heads_default=8),
@@ -48,7 +48,7 @@ def dims(config: Mapping[str, Any]) -> dict[str, int]:
 
 
 def sets(config: Mapping[str, Any]) -> dict[str, list[int]]:
-    """The model's own layers and the MTP layers, and which of both have experts."""
+    """The layer sets: the model's own layers, the MTP layers, and those of both with experts."""
     return sets_with_mtp(config, dense=1)
 
 

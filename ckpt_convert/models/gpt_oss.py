@@ -1,8 +1,8 @@
 """gpt-oss: attention with biases and a learned sink for each head, and experts with biases in every layer.
 
-A layer's experts are one tensor in every layout, and so are an expert's gate and up: their rows take turns (gate 0, up
-0, gate 1, …). hf: what transformers 5.23 saves for gpt_oss, [experts, in, out]; the releases hold the experts as MXFP4,
-which stands for these tensors. torchtitan: the parameters of gpt_oss in torchtitan 0.3.0, [experts, out, in].
+A layer's experts are stacked in every layout, and an expert's gate and up are fused with interleaved rows (gate 0, up
+0, gate 1, …). hf: what transformers 5.23 saves for gpt_oss, [experts, in, out]; the releases store the experts as
+MXFP4, which dequantizes to these. torchtitan: the parameters of gpt_oss in torchtitan 0.3.0, [experts, out, in].
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ EXPERTS = (
 
 
 def dims(config: Mapping[str, Any]) -> dict[str, int]:
-    """The symbols that the table's shapes are made of; what is absent is as in transformers."""
+    """The config dimensions of the table; defaults are those of transformers."""
     return {
         **base_dims({"head_dim": 64, **config}, kv_heads_default=8),
         "attention_bias": int(optional_bool(config, "attention_bias", CONFIG, True)),

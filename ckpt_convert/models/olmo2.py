@@ -1,7 +1,6 @@
-"""OLMo 2: no norms before attention and feed-forward part but behind each, and norms over all of q and all of k.
+"""OLMo 2: norms after attention and MLP instead of before, and norms over all of q and all of k.
 
-hf: what transformers 5.23 saves. The weights of the q and k norms belong to the rows of q and k, whose order they
-share.
+hf: what transformers 5.23 saves. The weights of the q and k norms have the RoPE layout of the rows of q and k.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ FFN_POST_NORM = rms_norm("ffn.post_norm", hf="model.layers.{layer}.post_feedforw
 
 
 def dims(config: Mapping[str, Any]) -> dict[str, int]:
-    """The symbols that the table's shapes are made of."""
+    """The config dimensions of the table."""
     return {
         **base_dims(config),
         "attention_bias": int(optional_bool(config, "attention_bias", CONFIG, False)),

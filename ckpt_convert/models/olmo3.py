@@ -1,4 +1,4 @@
-"""OLMo 3: OLMo 2's layout, key for key; which layers look at a window alone is in the config only.
+"""OLMo 3: OLMo 2's layout, key for key; which layers use a sliding window is in the config only.
 
 hf: what transformers 5.23 saves.
 """

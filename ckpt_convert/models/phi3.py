@@ -1,8 +1,8 @@
-"""Phi-3, Phi-3.5 and Phi-4 (with Phi-4-mini): Llama's layout with q, k and v in one tensor, and gate and up in another.
+"""Phi-3, Phi-3.5 and Phi-4 (including Phi-4-mini): Llama's layout with fused QKV and fused gate_up.
 
 hf: what transformers 5.23 saves. native: the converter of torchtune 0.6.1 for Phi-3 mini and Phi-4 14B, which splits
-both and reorders nothing: torchtune's Phi-3 rotates halves, as Hugging Face does. Phi-4-mini (tied, only a part of each
-head rotates) is written in the same layout; torchtune itself has no such model.
+both and keeps the RoPE layout: torchtune's Phi-3 is half-split, as Hugging Face's. Phi-4-mini (tied, partial rotary) is
+written in the same layout; torchtune itself has no such model.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Qwen2 and Qwen2.5: Llama's layout with biases on q, k and v.
 
-hf: what transformers 5.23 saves. native: the converter for Qwen2 of torchtune 0.6.1, which has a place for the biases,
-reorders no rows (its Qwen rotates halves, as Hugging Face does) and leaves a tied output out. Meta and torchtitan have
-no layout for it.
+hf: what transformers 5.23 saves. native: the converter for Qwen2 of torchtune 0.6.1, which keeps the biases and the
+RoPE layout (its Qwen is half-split, as Hugging Face's) and omits a tied output. Meta and torchtitan have no layout for
+it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ QKV_BIAS = (
 
 
 def dims(config: Mapping[str, Any]) -> dict[str, int]:
-    """The symbols that the table's shapes are made of; absent key/value heads are 32, as in transformers."""
+    """The config dimensions of the table; key/value heads are 32 if absent, as in transformers."""
     return base_dims(config, kv_heads_default=32)
 
 

@@ -1,8 +1,8 @@
-"""Qwen2.5-VL: Qwen2.5's text, and a vision encoder whose blocks have a feed-forward part with a gate.
+"""Qwen2.5-VL: Qwen2.5's text, and a vision encoder with gated MLPs.
 
-hf: what transformers 5.23 saves for qwen2_5_vl, which are the keys of the releases: the text as in Qwen2.5, the vision
-encoder under ``visual.``. In memory transformers has both under ``model.``. The releases say the text's sizes at the
-top of config.json, what transformers 5.23 saves says them in text_config.
+hf: what transformers 5.23 saves for qwen2_5_vl, with the keys of the releases: the text as in Qwen2.5, the vision
+encoder under ``visual.``. In memory, transformers has both under ``model.``. The releases have the text's sizes at the
+top of config.json, transformers 5.23 in text_config.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _TEXT, _VISION = "text_config", "vision_config"
 
 
 def _vision() -> Iterator[Row]:
-    """The vision encoder; q, k and v are one tensor in every layout."""
+    """The vision encoder; QKV is fused in every layout."""
     patch = ("v_dim", "v_channels", "v_frames", "v_patch", "v_patch")
     block = "visual.blocks.{block}"
     yield Row("vision.patch", patch, hf=Key("visual.patch_embed.proj.weight"))
@@ -45,7 +45,7 @@ def _vision() -> Iterator[Row]:
 
 
 def _in_memory(row: Row) -> Row:
-    """The row with its key in transformers' model; lm_head has the same one there."""
+    """The row with its key in transformers' model; that of lm_head is unchanged."""
     if row.hf is None or row.hf.template.startswith("lm_head."):
         return row
     if row.hf.template.startswith("visual."):
@@ -54,7 +54,7 @@ def _in_memory(row: Row) -> Row:
 
 
 def dims(config: Mapping[str, Any]) -> dict[str, int]:
-    """The symbols of text and vision; what is absent is as in transformers' Qwen2_5_VLConfig."""
+    """The config dimensions of text and vision; defaults are those of transformers' Qwen2_5_VLConfig."""
     text = config if config.get(_TEXT) is None else optional_mapping(config, _TEXT, CONFIG)
     where = CONFIG if text is config else f"{CONFIG}: {_TEXT}"
     tied = any(optional_bool(part, "tie_word_embeddings", CONFIG, False) for part in (config, text))

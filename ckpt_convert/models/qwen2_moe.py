@@ -1,6 +1,6 @@
-"""Qwen1.5 and Qwen2 with experts: Qwen2's attention, and experts beside one shared expert behind a gate of its own.
+"""Qwen1.5 and Qwen2 with experts: Qwen2's attention, routed experts, and one shared expert with its own gate.
 
-hf: what transformers 5.23 saves for qwen2_moe. Nobody else has a layout for it.
+hf: what transformers 5.23 saves for qwen2_moe. There is no other layout for it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SHARED = (
 
 
 def dims(config: Mapping[str, Any]) -> dict[str, int]:
-    """The symbols that the table's shapes are made of; what is absent is as in transformers."""
+    """The config dimensions of the table; defaults are those of transformers."""
     return {
         **base_dims(config, kv_heads_default=16),
         "qkv_bias": int(optional_bool(config, "qkv_bias", CONFIG, True)),
@@ -43,7 +43,7 @@ def dims(config: Mapping[str, Any]) -> dict[str, int]:
 
 
 def sets(config: Mapping[str, Any]) -> dict[str, list[int]]:
-    """Which layers have experts: by decoder_sparse_step and mlp_only_layers."""
+    """The layer sets with and without experts, from decoder_sparse_step and mlp_only_layers."""
     return experts.by_step(config, optional_count(config, "num_experts", CONFIG, 60))
 
 

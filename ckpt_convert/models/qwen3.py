@@ -1,8 +1,8 @@
-"""Qwen3, dense: Qwen2 with a norm over each head of q and k, a free head_dim, and biases only where the config says so.
+"""Qwen3, dense: Qwen2 with a norm over each head of q and k, an independent head_dim, and biases only if configured.
 
 hf: what transformers 5.23 saves; native: the converter of torchtune's development head (commit bd2a0fc; no release has
-Qwen3); torchtitan: the state-dict adapter for qwen3 of torchtitan 0.3.0. Neither of these reorders rows. A tied output
-is left out by native and written by torchtitan; Hugging Face's own releases do either, by size.
+Qwen3); torchtitan: the state-dict adapter for qwen3 of torchtitan 0.3.0. Both keep the RoPE layout. A tied output is
+omitted by native and written by torchtitan; Hugging Face's own releases do either, by size.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ QKVO_BIAS = (
 
 
 def dims(config: Mapping[str, Any]) -> dict[str, int]:
-    """The symbols that the table's shapes are made of; head_dim is 128 and key/value heads 32 where absent."""
+    """The config dimensions of the table; head_dim is 128 and key/value heads 32 if absent."""
     return {
         **base_dims({"head_dim": 128, **config}, kv_heads_default=32),
         "attention_bias": int(optional_bool(config, "attention_bias", CONFIG, False)),

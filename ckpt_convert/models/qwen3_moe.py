@@ -1,7 +1,7 @@
-"""Qwen3 with experts: the attention of Qwen3, and in most layers a router with experts in place of the feed-forward.
+"""Qwen3 with experts: Qwen3's attention, and in most layers a router with experts instead of the MLP.
 
 hf: what transformers 5.23 saves for qwen3_moe; torchtitan: the state-dict adapter for qwen3 of torchtitan 0.3.0, which
-reorders no rows either.
+keeps the RoPE layout.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ckpt_convert.models.qwen3 import QK_NORM, QKVO_BIAS
 def n_experts(config: Mapping[str, Any]) -> int:
     """The number of experts: num_experts, or num_local_experts, as transformers 5 saves it.
 
-    Raises ConfigError where there are both and they differ.
+    Raises ConfigError if there are both and they differ.
     """
     names = [name for name in ("num_experts", "num_local_experts") if config.get(name) is not None]
     found = {optional_count(config, name, CONFIG, 128) for name in names} or {128}
@@ -33,7 +33,7 @@ def n_experts(config: Mapping[str, Any]) -> int:
 
 
 def dims(config: Mapping[str, Any]) -> dict[str, int]:
-    """The symbols that the table's shapes are made of; what is absent is as in transformers."""
+    """The config dimensions of the table; defaults are those of transformers."""
     return {
         **base_dims(config, kv_heads_default=4),
         "attention_bias": int(optional_bool(config, "attention_bias", CONFIG, False)),
@@ -43,7 +43,7 @@ def dims(config: Mapping[str, Any]) -> dict[str, int]:
 
 
 def sets(config: Mapping[str, Any]) -> dict[str, list[int]]:
-    """Which layers have experts: by decoder_sparse_step and mlp_only_layers."""
+    """The layer sets with and without experts, from decoder_sparse_step and mlp_only_layers."""
     return experts.by_step(config, n_experts(config))
 
 

@@ -1,11 +1,11 @@
-"""Qwen3-Next: Qwen3.5's layers of linear and of full attention, and Qwen2's experts beside one shared expert.
+"""Qwen3-Next: Qwen3.5's layers of linear and of full attention, and Qwen2's routed experts with one shared expert.
 
-Linear attention has one projection for q, k, v and z, and one for b and a, whose rows lie one key head after another:
-its q and k, then the v and z of the value heads that it serves. RoPE turns a part of each head of full attention. No
-other column has these rows in another order.
+Linear attention has one fused projection for q, k, v and z, and one for b and a, with rows grouped by key head: its q
+and k, then the v and z of the value heads that it serves. Full attention is partial rotary. There is no other column
+with another row order.
 
-hf: what transformers 5.23 saves for qwen3_next; the layers that predict further tokens (mtp.*), which transformers
-leaves out, are as vLLM's qwen3_next_mtp reads them (commit 055e47c).
+hf: what transformers 5.23 saves for qwen3_next; the MTP layers (mtp.*), which transformers omits, are as vLLM's
+qwen3_next_mtp reads them (commit 055e47c).
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ _MOE = (*ROUTER, *EXPERTS, *SHARED)
 
 
 def dims(config: Mapping[str, Any]) -> dict[str, int]:
-    """The symbols that the table's shapes are made of; what is absent is as in transformers' Qwen3NextConfig.
+    """The config dimensions of the table; defaults are those of transformers' Qwen3NextConfig.
 
-    delta_qkvz_dim: the rows of q, k, v and z together, in the projection of linear attention.
+    delta_qkvz_dim: the number of rows of the fused projection of linear attention.
     """
     delta = delta_dims(config, CONFIG)
     keys, values = (delta[f"n_delta_{part}"] * delta[f"delta_{part}_dim"] for part in "kv")
@@ -63,7 +63,7 @@ def dims(config: Mapping[str, Any]) -> dict[str, int]:
 
 
 def sets(config: Mapping[str, Any]) -> dict[str, list[int]]:
-    """Which layers have full and which linear attention, and which have experts."""
+    """The layer sets: those with full and with linear attention, and those with experts."""
     return {**text_sets(config), **by_step(config, optional_count(config, "num_experts", CONFIG, 512))}
 
 

@@ -1,7 +1,7 @@
-"""Qwen3-VL, dense: Qwen3's text, and Qwen3.5's vision encoder with further mergers, whose outputs go into the text's
-first layers.
+"""Qwen3-VL, dense: Qwen3's text, and Qwen3.5's vision encoder with additional (deepstack) mergers, whose outputs feed
+the first text layers.
 
-hf: what transformers 5.23 saves for qwen3_vl, which are the keys of the releases and those in memory.
+hf: what transformers 5.23 saves for qwen3_vl: the keys of the releases, which are also those in memory.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _DEEPSTACK = "deepstack_visual_indexes"
 
 
 def _deepstack() -> Iterator[Row]:
-    """The further mergers; their norm is over what is merged."""
+    """The deepstack mergers, whose norm comes after merging."""
     merger = "model.visual.deepstack_merger_list.{merger}"
     yield from layer_norm("vision.deepstack.norm", "v_merged", hf=f"{merger}.norm")
     yield from linear("vision.deepstack.up", ("v_merged", "v_merged"), bias=True, hf=f"{merger}.linear_fc1")
@@ -32,7 +32,7 @@ def _deepstack() -> Iterator[Row]:
 
 
 def dims(config: Mapping[str, Any]) -> dict[str, int]:
-    """The symbols of text and vision; what is absent is as in transformers' Qwen3VLConfig."""
+    """The config dimensions of text and vision; defaults are those of transformers' Qwen3VLConfig."""
     text, where = optional_mapping(config, _TEXT, CONFIG), f"{CONFIG}: {_TEXT}"
     return {
         **base_dims({"head_dim": 128, **text}, kv_heads_default=32, where=where),
@@ -44,7 +44,7 @@ def dims(config: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _n_mergers(part: Mapping[str, Any]) -> int:
-    """How many blocks of the vision encoder have a merger of their own; three where the config does not say."""
+    """The number of vision blocks with their own merger; three if the config does not say."""
     found = part.get(_DEEPSTACK, (8, 16, 24))
     if not isinstance(found, list | tuple):
         raise ConfigError(

@@ -1,8 +1,8 @@
-"""Reward models and other classifiers of texts: Llama and Mistral with a score for each label in place of lm_head.
+"""Reward models and other text classifiers: Llama and Mistral with a score head (one row per label) instead of lm_head.
 
-hf: what transformers 5.23 saves of ``LlamaForSequenceClassification`` and its like; some trainers add a bias to the
-score, which transformers leaves unused. native: the converter for reward models of torchtune 0.6.1, whose output layer
-is the score.
+hf: what transformers 5.23 saves of ``LlamaForSequenceClassification`` and the like; some trainers add a bias to the
+score head, which transformers ignores. native: the converter for reward models of torchtune 0.6.1, whose output layer
+is the score head.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SCORE = (
 
 
 def _labels(config: Mapping[str, Any]) -> int:
-    """How many labels there are: transformers takes two where the config does not say."""
+    """The number of labels; transformers' default is two."""
     named = optional_mapping(config, "id2label", CONFIG)
     return len(named) or optional_int(config, "num_labels", CONFIG, 2)
 

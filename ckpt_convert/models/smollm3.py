@@ -1,4 +1,4 @@
-"""SmolLM3: Llama's layout, key for key; which layers do not rotate is in the config only.
+"""SmolLM3: Llama's layout, key for key; which layers have no RoPE is in the config only.
 
 hf: what transformers 5.23 saves.
 """
@@ -13,7 +13,7 @@ from ckpt_convert.models.llama import config as llama_config
 
 
 def dims(config: Mapping[str, Any]) -> dict[str, int]:
-    """The symbols that the table's shapes are made of; tied, and 4 key/value heads, where the config does not say."""
+    """The config dimensions of the table; by default tied, and 4 key/value heads."""
     return llama_config.dims({"num_key_value_heads": 4, "tie_word_embeddings": True, **config})
 
 

@@ -1,10 +1,9 @@
-"""T5's encoder, alone or with the decoder beside it.
+"""T5's encoder, alone or with the decoder.
 
 hf: T5EncoderModel and T5ForConditionalGeneration of transformers 5.23; native: T5Encoder of torchtune 0.6.1, with the
-keys of its converter. Native is the encoder alone, and that of T5 1.1: what belongs to the decoder is carried, and a
-feed-forward layer without a gate (T5 1.0) has no place there. ``shared.weight`` is the embedding of both sides; files
-that hold it once more under the encoder's or the decoder's name hold the same values. Nothing rotates: positions are a
-bias.
+keys of its converter. Native has only the encoder, and that of T5 1.1: the decoder is passed through, and an MLP
+without a gate (T5 1.0) cannot be stored. ``shared.weight`` is the embedding of both sides; copies of it under the
+encoder's or the decoder's key have equal values. There is no RoPE: positions are an attention bias.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from ckpt_convert.models.core.table import Family, Key, Row
 def dims(config: Mapping[str, Any]) -> dict[str, int]:
     """The sizes in a T5 config.json; defaults are those of transformers' T5Config.
 
-    The embeddings of encoder and decoder are always tied, whatever tie_word_embeddings says: that is about lm_head.
+    The embeddings of encoder and decoder are always tied; tie_word_embeddings refers to lm_head.
     """
     n_layers = optional_int(config, "num_layers", CONFIG, 6)
     gated = optional_str(config, "feed_forward_proj", CONFIG, "relu").startswith("gated-")
@@ -88,18 +87,18 @@ _ENCODER = (
 )
 
 
-def _carried(name: str, shape: tuple[str, ...], hf: str, when: str | None = None) -> Row:
-    """A row of the decoder, which a file may lack, but not a part of one of its layers."""
+def _decoder_row(name: str, shape: tuple[str, ...], hf: str, when: str | None = None) -> Row:
+    """A row of the decoder, which is optional as a whole, layer by layer."""
     (row,) = linear(name, shape, optional="decoder" if "{decoder_layer}" in hf else True, enabled_by=when, hf=hf)
     return row
 
 
 def _decoder_attention(name: str, hf: str) -> tuple[Row, ...]:
     return (
-        _carried(f"{name}.q", _IN, f"{hf}.q"),
-        _carried(f"{name}.k", _IN, f"{hf}.k"),
-        _carried(f"{name}.v", _IN, f"{hf}.v"),
-        _carried(f"{name}.o", _OUT, f"{hf}.o"),
+        _decoder_row(f"{name}.q", _IN, f"{hf}.q"),
+        _decoder_row(f"{name}.k", _IN, f"{hf}.k"),
+        _decoder_row(f"{name}.v", _IN, f"{hf}.v"),
+        _decoder_row(f"{name}.o", _OUT, f"{hf}.o"),
     )
 
 
@@ -113,20 +112,20 @@ _DECODER = (
         tied_to="tok_embeddings",
         hf=Key("decoder.embed_tokens.weight", omitted_if_tied=True),
     ),
-    _carried("decoder.position_bias", _BIAS, "decoder.block.0.layer.0.SelfAttention.relative_attention_bias"),
-    # Releases before transformers 3 have a bias here as well, which nothing ever used.
-    _carried("decoder.cross_bias", _BIAS, "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias"),
-    _carried("decoder.attention_norm", ("dim",), f"{_BLOCK}.layer.0.layer_norm"),
+    _decoder_row("decoder.position_bias", _BIAS, "decoder.block.0.layer.0.SelfAttention.relative_attention_bias"),
+    # Releases before transformers 3 also have a bias here, which was never used.
+    _decoder_row("decoder.cross_bias", _BIAS, "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias"),
+    _decoder_row("decoder.attention_norm", ("dim",), f"{_BLOCK}.layer.0.layer_norm"),
     *_decoder_attention("decoder.attention", f"{_BLOCK}.layer.0.SelfAttention"),
-    _carried("decoder.cross_norm", ("dim",), f"{_BLOCK}.layer.1.layer_norm"),
+    _decoder_row("decoder.cross_norm", ("dim",), f"{_BLOCK}.layer.1.layer_norm"),
     *_decoder_attention("decoder.cross", f"{_BLOCK}.layer.1.EncDecAttention"),
-    _carried("decoder.ffn_norm", ("dim",), f"{_BLOCK}.layer.2.layer_norm"),
-    _carried("decoder.ffn.gate", ("ffn_dim", "dim"), f"{_BLOCK}.layer.2.DenseReluDense.wi_0", "gated"),
-    _carried("decoder.ffn.up", ("ffn_dim", "dim"), f"{_BLOCK}.layer.2.DenseReluDense.wi_1", "gated"),
-    _carried("decoder.ffn.in", ("ffn_dim", "dim"), f"{_BLOCK}.layer.2.DenseReluDense.wi", "plain"),
-    _carried("decoder.ffn.down", ("dim", "ffn_dim"), f"{_BLOCK}.layer.2.DenseReluDense.wo"),
-    _carried("decoder.norm", ("dim",), "decoder.final_layer_norm"),
-    _carried("output", ("vocab_size", "dim"), "lm_head"),
+    _decoder_row("decoder.ffn_norm", ("dim",), f"{_BLOCK}.layer.2.layer_norm"),
+    _decoder_row("decoder.ffn.gate", ("ffn_dim", "dim"), f"{_BLOCK}.layer.2.DenseReluDense.wi_0", "gated"),
+    _decoder_row("decoder.ffn.up", ("ffn_dim", "dim"), f"{_BLOCK}.layer.2.DenseReluDense.wi_1", "gated"),
+    _decoder_row("decoder.ffn.in", ("ffn_dim", "dim"), f"{_BLOCK}.layer.2.DenseReluDense.wi", "plain"),
+    _decoder_row("decoder.ffn.down", ("dim", "ffn_dim"), f"{_BLOCK}.layer.2.DenseReluDense.wo"),
+    _decoder_row("decoder.norm", ("dim",), "decoder.final_layer_norm"),
+    _decoder_row("output", ("vocab_size", "dim"), "lm_head"),
 )
 
 T5 = Family(
