@@ -250,7 +250,7 @@ def _without_offsets(value: object) -> object:
 def _vocab_problems(vocab: Mapping[str, int]) -> Iterator[str]:
     ids = set(vocab.values())
     if len(ids) != len(vocab):
-        yield f"{len(vocab) - len(ids)} ids that stand for more than one token"
+        yield f"{len(vocab) - len(ids)} ids of more than one token"
     outside = sorted(ids - set(range(len(vocab))))
     if outside:
         holes = sorted(set(range(len(vocab))) - ids)
@@ -258,7 +258,7 @@ def _vocab_problems(vocab: Mapping[str, int]) -> Iterator[str]:
     alphabet = set(byte_alphabet())
     foreign = [token for token in vocab if not token or not alphabet.issuperset(token)]
     if foreign:
-        yield f"tokens with characters that stand for no byte: {_some(foreign)}"
+        yield f"tokens with characters outside the byte alphabet: {_some(foreign)}"
     lacking = sorted(char for char in alphabet if char not in vocab)
     if lacking:
         yield f"no token for the bytes spelled {_some(lacking)}"

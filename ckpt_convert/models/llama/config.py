@@ -9,9 +9,9 @@ from ckpt_convert.models.core.config import CONFIG, base_dims, optional_bool
 
 
 def dims(config: Mapping[str, Any]) -> dict[str, int]:
-    """The sizes in a Llama config.json under the tables' symbols; flags (tied, attention_bias, mlp_bias) are 0 or 1.
+    """The config dimensions of a Llama config.json; flags (tied, attention_bias, mlp_bias) are 0 or 1.
 
-    Raises ConfigError for a missing or unusable size, and for sizes that do not divide.
+    Raises ConfigError for a missing or invalid size, and for sizes that do not divide.
     """
     return {
         **base_dims(config),

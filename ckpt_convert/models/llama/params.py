@@ -1,7 +1,7 @@
 """Llama 1 to 3.3: Meta's params.json, from and to Hugging Face's config.json.
 
-params.json says neither max_position_embeddings nor RoPE's factor nor tying, and it says the feed-forward width only
-by a rule. Where a known release answers, its answer is taken, with a notice; see ``llama.releases``.
+params.json contains neither max_position_embeddings nor the RoPE factor nor whether embeddings are tied, and the
+feed-forward width only as a rule. For a known release, its values are used, with a notice; see ``llama.releases``.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ FACTORS = (8.0, 32.0)
 
 
 HARD_WIRED = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-"""What ``use_scaled_rope`` means in Meta's code, besides the factor (``apply_scaling`` in llama-models)."""
+"""The parameters of ``use_scaled_rope`` in Meta's code, besides the factor (``apply_scaling`` in llama-models)."""
 
 DEFAULT_FACTOR = 8.0
 
@@ -61,11 +61,11 @@ OTHER_FAMILY = (
     "vision_num_cross_attention_layers", "vision_encoder", "multimodal", "use_qk_norm", "nope_layer_interval",
     "attention_chunk_size",
 )  # fmt: skip
-"""Keys that Llama 3.2 vision, Llama 4, Mistral and others have, and no release in ``llama.releases``."""
+"""Keys of Llama 3.2 Vision, Llama 4, Mistral and others, which no release in ``llama.releases`` has."""
 
 KNOWN = frozenset((
     *L3_1.keys, *CODE.keys, *OTHER_FAMILY, "head_dim", "model_type",
-    # How Meta's code is run, not what the model is.
+    # Runtime settings of Meta's code, which do not describe the model.
     "max_batch_size", "max_seq_len", "quantization_args", "lora_args", "rope_scaling_factor",
 ))  # fmt: skip
 
@@ -74,14 +74,14 @@ KNOWN = frozenset((
 
 
 def params_to_hf(params: Mapping[str, Any], weights: Weights, options: ConfigOptions | None = None) -> Translated:
-    """The config.json for a Meta params.json, with RoPE in both spellings; the dtype is the caller's to add.
+    """The config.json for a Meta params.json, with RoPE as transformers 4 and 5 write it; the caller adds the dtype.
 
-    The ``weights`` tell Llama 1 from 2 by their rope.freqs. max_position_embeddings and RoPE's factor are not in
-    params.json: the options say them, else the matching release, else a rule (``_ruled_positions``; factor 8), with a
-    notice. bos and eos are those of the release's generation.
+    ``weights`` distinguish Llama 1 from 2 by their rope.freqs. max_position_embeddings and the RoPE factor, which
+    params.json lacks, come from the options, else from the matching release, else from a rule (``_ruled_positions``;
+    factor 8), with a notice. bos and eos are those of the release's generation.
 
-    Raises ConfigError for a params.json of another family, unusable values, and sizes that disagree with the shapes;
-    UsageError for a rope_factor where RoPE is not scaled.
+    Raises ConfigError for a params.json of another family, invalid values, and sizes that contradict the shapes;
+    UsageError for a rope_factor if RoPE is not scaled.
     """
     options = options or ConfigOptions()
     params = flat(params)
@@ -115,9 +115,9 @@ def params_to_hf(params: Mapping[str, Any], weights: Weights, options: ConfigOpt
 
 
 def is_params(params: Mapping[str, Any]) -> str | None:
-    """What in a params.json says that it is a Llama 1 to 3.3, in words, or None.
+    """The evidence that a params.json is of Llama 1 to 3.3, in words, or None.
 
-    Claims nothing that Mistral, Llama 3.2 vision, Llama 4, a mixture of experts or Mamba wrote.
+    None for those of Mistral, Llama 3.2 Vision, Llama 4, mixtures of experts, and Mamba.
     """
     params = flat(params)
     ours = all(key in params for key in ("dim", "n_layers", "n_heads"))
@@ -127,10 +127,10 @@ def is_params(params: Mapping[str, Any]) -> str | None:
 
 
 def style_of(params: Mapping[str, Any]) -> tuple[MetaStyle, str] | None:
-    """Whose code a params.json is for, llama2 or llama3, and what in it says so; None for none of a Llama.
+    """The style of a params.json, llama2 or llama3, and the evidence for it; None if it is not a Llama's.
 
-    Meta's code for 1, 2 and Code takes the vocabulary from the tokenizer, and that for 1 and 2 knows no rope_theta;
-    that for 3 holds the vocabulary against the tokenizer's.
+    Meta's code for 1, 2 and Code takes vocab_size from the tokenizer, and that for 1 and 2 has no rope_theta; that for
+    3 compares vocab_size with the tokenizer's.
     """
     if is_params(params) is None:
         return None
@@ -174,7 +174,7 @@ def _sizes_of_params(params: Mapping[str, Any], ffn_dim: int | None) -> dict[str
 
 
 def _distinct_heads(sizes: Mapping[str, int]) -> tuple[int, tuple[str, ...]]:
-    """How many key/value heads are different: a release for more ranks than it has heads counts copies as well."""
+    """The number of distinct key/value heads: a release for more ranks than heads counts replicas, too."""
     shape = tuple(sizes[key] for key in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
     said = sizes["num_key_value_heads"]
     rows = [row for row in RELEASES if (row.dim, row.heads, row.layers) == shape]
@@ -182,15 +182,15 @@ def _distinct_heads(sizes: Mapping[str, int]) -> tuple[int, tuple[str, ...]]:
     if row is None or any(row.kv == said for row in rows):
         return said, ()
     return row.kv, (
-        f"{PARAMS} counts {said} key/value heads, one for each of {said} ranks; took {row.kv}, as in {row.name}, which "
-        "neighbouring ranks have to hold copies of",
+        f"{PARAMS} counts {said} key/value heads, one for each of {said} ranks; took {row.kv}, as in {row.name}, of "
+        "which adjacent ranks hold replicas",
     )
 
 
 def _rope_of_params(params: Mapping[str, Any], options: ConfigOptions, vocab: int) -> tuple[Rope, tuple[str, ...]]:
     scaled = optional_bool(params, "use_scaled_rope", PARAMS, False)
     theta = theta_of_params(params, options)
-    # Llama 2's files leave theta and the vocabulary out; a file that says a Llama 3 vocabulary is not one of them.
+    # Llama 2's files omit theta and vocab_size, so a file with the vocab_size of Llama 3 is not one of them.
     if theta is None and (scaled or (params.get("vocab_size") or -1) >= LLAMA_3_VOCAB):
         raise ConfigError(
             f"{PARAMS}: rope_theta must be there in a Llama 3 params.json, found none; add the model's (500000.0), "
@@ -239,9 +239,9 @@ def _positions(
 
 
 def _ruled_positions(params: Mapping[str, Any], rope: Rope) -> tuple[int, str]:
-    """The limit for an unknown shape: that of the release whose RoPE it has.
+    """The limit for an unknown shape: that of the releases with the same RoPE.
 
-    A vocab_size in the file tells Llama 3 from Code Llama, which leaves it to the tokenizer; 1 and 2 look the same
+    A vocab_size in the file distinguishes Llama 3 from Code Llama, which omits it; 1 and 2 cannot be distinguished
     here, so the smaller limit is taken.
     """
     if rope.kind != "default":
@@ -254,7 +254,7 @@ def _ruled_positions(params: Mapping[str, Any], rope: Rope) -> tuple[int, str]:
 
 
 def _generation(rows: tuple[Release, ...], shapes: Mapping[str, tuple[int, ...]]) -> tuple[Release, ...]:
-    """The rows that the checkpoint's rope.freqs allow: Llama 1 had them in every layer, 2 and Code once."""
+    """The releases that match the checkpoint's rope.freqs: Llama 1 has them in every layer, 2 and Code once."""
     if any(key.endswith("inner_attention.rope.freqs") for key in shapes):
         return tuple(row for row in rows if row.name.startswith("Llama 1")) or rows
     if "rope.freqs" in shapes:
@@ -268,10 +268,10 @@ def _generation(rows: tuple[Release, ...], shapes: Mapping[str, tuple[int, ...]]
 def hf_to_params(
     config: Mapping[str, Any], options: ConfigOptions | None = None, *, vocab_size: int | None = None
 ) -> Translated:
-    """The params.json that Meta's code needs for this config.json, as the matching release spells it if there is one.
+    """The params.json for this config.json, written as the matching release wrote it, if there is one.
 
-    Notices name what params.json cannot hold. ``vocab_size`` is the number of the embedding's rows, if known.
-    Raises ConfigError for a config that Meta's code cannot run, naming the field.
+    Notices name what params.json cannot hold. ``vocab_size`` is the number of embedding rows, if known.
+    Raises ConfigError, naming the field, for a config that Meta's code cannot run.
     """
     options = options or ConfigOptions()
     sizes = dims(config)
@@ -307,10 +307,10 @@ def hf_to_params(
 
 
 def for_ranks(params: dict[str, Any], dims: Mapping[str, int], ranks: int) -> Translated:
-    """The params.json for so many ranks: n_kv_heads counts the key/value heads of every rank, copies as well.
+    """The params.json for a number of ranks: n_kv_heads counts the key/value heads of all ranks, replicas included.
 
-    Meta's code has at least one on each rank; where the model has fewer, neighbouring ranks hold the same one (as in
-    the release of Llama 3.1 405B for 16 ranks).
+    Meta's code needs at least one per rank; if the model has fewer, adjacent ranks hold replicas (as in the release of
+    Llama 3.1 405B for 16 ranks).
     """
     heads = dims["n_kv_heads"]
     wanted = ranks if ranks > heads and ranks % heads == 0 else heads
@@ -332,7 +332,7 @@ def _check_expressible(config: Mapping[str, Any], sizes: Mapping[str, int]) -> N
 
 
 def _rope_problem(rope: Rope) -> str | None:
-    """Why params.json cannot say this RoPE, in words, or None."""
+    """Why params.json cannot express this RoPE, or None."""
     factor = rope.parameters.get("factor")
     problem = scaling_problem(rope, HARD_WIRED, TARGET)
     if problem is None and rope.kind == "llama3" and factor not in FACTORS:
@@ -359,12 +359,12 @@ def _key_order(found: tuple[Release, ...], style: MetaStyle, theta: float) -> tu
             return row.spelling.keys
     if style == "llama3":
         return L3_1.keys
-    # Llama 2's own code rejects a rope_theta; who has one needs Code Llama's, whose files have no vocab_size.
+    # Llama 2's code rejects rope_theta; a model that has one needs Code Llama's, whose files have no vocab_size.
     return L1.keys if theta == DEFAULT_THETA else CODE.keys
 
 
 def _ordered(values: Mapping[str, Any], order: tuple[str, ...]) -> dict[str, Any]:
-    """The values that are there in the given order; what the order does not know follows, but for a needless -1."""
+    """The values in the given key order, then keys that it lacks, except a needless -1."""
     keys = (*order, *(key for key in values if key not in order))
     return {
         key: values[key]
@@ -376,14 +376,14 @@ def _ordered(values: Mapping[str, Any], order: tuple[str, ...]) -> dict[str, Any
 def _lost_on_the_way_back(
     config: Mapping[str, Any], params: Mapping[str, Any], rope: Rope, vocab: int
 ) -> tuple[str, ...]:
-    """Notices of what the way back would put differently, by going that way."""
+    """Notices of what converting back would change, found by doing so."""
     back = params_to_hf(params, Weights(vocab_size=vocab)).content
     notices = []
     theirs, ours = read_rope(back).parameters.get("factor"), rope.parameters.get("factor")
     if theirs is not None and ours is not None and theirs != ours:
         notices.append(
-            f"{PARAMS} does not hold the RoPE factor, and {theirs:g} is what this shape stands for, not "
-            f"{ours:g}: on the way back, pass `rope_factor={ours:g}`"
+            f"{PARAMS} does not hold the RoPE factor, and {theirs:g} is the default for this shape, not {ours:g}: to "
+            f"convert back, pass `rope_factor={ours:g}`"
         )
     ruled = back["max_position_embeddings"]
     positions = optional_int(config, "max_position_embeddings", CONFIG, ruled)

@@ -1,9 +1,9 @@
-"""The Llama releases that params.json can describe, one row each: what no file of a release says is said here.
+"""The Llama releases that params.json can describe, one row each, with facts that their files do not contain.
 
-Sources: shards of 1, 2, Code and 3 from Meta's download scripts; 3 to 3.3 from Meta's list of models
-(``llama_models/sku_list.py``, which is not to be trusted for Llama 2); params.json of 1, 2 and Code from published
-copies. The params.json of Code Llama 70B was not seen: its spelling is inferred from the smaller ones. The row of 70B
-Instruct is that of 70B Python too.
+Sources: ranks of 1, 2, Code and 3 from Meta's download scripts; 3 to 3.3 from Meta's list of models
+(``llama_models/sku_list.py``, which is unreliable for Llama 2); params.json of 1, 2 and Code from published copies.
+The params.json of Code Llama 70B was not available: its style is inferred from the smaller ones. The row of 70B
+Instruct is also that of 70B Python.
 max_positions and the RoPE factor are those of the config.json that was released beside each.
 """
 
@@ -22,8 +22,8 @@ from ckpt_convert.models.llama.widths import ffn_width
 class Spelling:
     """How a generation writes params.json: the order of its keys, and the code that reads them.
 
-    style: llama2 stands for the code of Llama 1, 2 and Code (embedding cut by columns, vocabulary taken from the
-    tokenizer, no scaled RoPE), llama3 for that of 3 to 3.3.
+    style: llama2 is the code of Llama 1, 2 and Code (embedding split by columns, vocab_size from the tokenizer, no
+    scaled RoPE), llama3 that of 3 to 3.3.
     """
 
     style: MetaStyle
@@ -47,10 +47,10 @@ L3_1 = Spelling("llama3", (
 
 @dataclass(frozen=True)
 class Release:
-    """A released model, or several that differ in nothing here.
+    """A released model, or several with equal values.
 
-    mp: how many files, one per model-parallel rank. eps, theta: as its params.json writes them (the llama2 style
-    leaves a theta of 1e4 out). factor: the RoPE factor of its config.json, None where RoPE is not scaled.
+    mp: the number of files, one per model-parallel rank. eps, theta: as its params.json writes them (the llama2 style
+    omits a theta of 1e4). factor: the RoPE factor of its config.json, None if RoPE is not scaled.
     """
 
     name: str
@@ -70,12 +70,12 @@ class Release:
 
     @property
     def scaled(self) -> bool:
-        """Whether its RoPE is scaled, which is all that its params.json says of it."""
+        """Whether its RoPE is scaled, which is all that its params.json contains of it."""
         return self.factor is not None
 
     @property
     def ffn_dim(self) -> int:
-        """The width of its feed-forward layers."""
+        """The width of its MLPs."""
         return ffn_width(self.dim, self.multiple_of, self.multiplier)
 
 
@@ -109,7 +109,7 @@ RELEASES: tuple[Release, ...] = (
 
 
 def matching(config: Mapping[str, Any]) -> tuple[Release, ...]:
-    """The releases with the shape and vocabulary of this config.json, the more of its other traits the better."""
+    """The releases with the shape and vocab_size of this config.json that match most of its other traits."""
     sizes = base_dims(config)
     shape = tuple(sizes[key] for key in ("dim", "n_heads", "n_layers", "n_kv_heads", "ffn_dim", "vocab_size"))
     rows = [row for row in RELEASES if (row.dim, row.heads, row.layers, row.kv, row.ffn_dim, row.vocab) == shape]
@@ -129,7 +129,7 @@ def matching(config: Mapping[str, Any]) -> tuple[Release, ...]:
 
 
 def narrowed(rows: Iterable[Release], trait: Callable[[Release], bool]) -> list[Release]:
-    """The rows with a trait, or all of them where none has it."""
+    """The rows with a trait, or all rows if none has it."""
     rows = list(rows)
     return [row for row in rows if trait(row)] or rows
 
@@ -140,12 +140,12 @@ def release(config: Mapping[str, Any]) -> str | None:
 
 
 def model_parallel(config: Mapping[str, Any]) -> int | None:
-    """How many files the release with this shape came in (its model-parallel degree), None for an unknown shape."""
+    """The model-parallel size of the release with this shape, None for an unknown shape."""
     degrees = {row.mp for row in matching(config)}
     return degrees.pop() if len(degrees) == 1 else None
 
 
 def style_for(config: Mapping[str, Any], options: ConfigOptions | None = None) -> MetaStyle:
-    """Whose code Meta's files are for: as asked for, else as the release with this shape has it, else Llama 3's."""
+    """The style of Meta's files: as requested, else of the release with this shape, else llama3."""
     found = matching(config)
     return (options.meta_style if options else None) or (found[0].spelling.style if found else "llama3")

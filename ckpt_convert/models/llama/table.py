@@ -1,9 +1,9 @@
-"""Llama 1, 2, Code Llama, 3, 3.1, 3.2 (text) and 3.3, and whatever else calls itself "llama".
+"""Llama 1, 2, Code Llama, 3, 3.1, 3.2 (text) and 3.3, and other models of type "llama".
 
-hf: what transformers 5.23 saves; meta: the model and its cut over ranks in llama-models 0.3.0 (``llama3/model.py``;
-column-parallel layers cut axis 0, row-parallel ones axis 1 of [out, in]), and the code published with Llama 2; native:
-the converters of torchtune 0.6.1; torchtitan: the state-dict adapter for llama3 of torchtitan 0.3.0. The last three
-rotate neighbouring rows; Hugging Face rotates halves.
+hf: what transformers 5.23 saves; meta: the model and its tensor parallelism in llama-models 0.3.0 (``llama3/model.py``;
+column-parallel layers split axis 0, row-parallel ones axis 1 of [out, in]), and the code published with Llama 2;
+native: the converters of torchtune 0.6.1; torchtitan: the state-dict adapter for llama3 of torchtitan 0.3.0. The RoPE
+layout of the last three is interleaved, Hugging Face's half-split.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ LLAMA = Family(
             native=Key("layers.{layer}.mlp.w3.weight"),
             torchtitan=Key("layers.{layer}.feed_forward.w3.weight"),
         ),
-        # Biases exist only in Hugging Face's layout; Meta's and torchtune's Llama have no place for them.
+        # Biases exist only in Hugging Face's layout: Meta's and torchtune's Llama have none.
         Row(
             "attention.q.bias",
             ("n_heads*head_dim",),
@@ -151,7 +151,7 @@ LLAMA = Family(
         Row("ffn.gate.bias", ("ffn_dim",), enabled_by="mlp_bias", hf=Key("model.layers.{layer}.mlp.gate_proj.bias")),
         Row("ffn.up.bias", ("ffn_dim",), enabled_by="mlp_bias", hf=Key("model.layers.{layer}.mlp.up_proj.bias")),
         Row("ffn.down.bias", ("dim",), enabled_by="mlp_bias", hf=Key("model.layers.{layer}.mlp.down_proj.bias")),
-        # Tables of rotation frequencies that older releases stored although the config determines them.
+        # RoPE frequencies, which older releases stored although the config determines them.
         Row(
             "rotary.layer_freqs",
             ("head_dim/2",),

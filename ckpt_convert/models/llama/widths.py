@@ -1,4 +1,4 @@
-"""Llama 1 to 3.3: the feed-forward width, which params.json says by a rule that Meta's code computes."""
+"""Llama 1 to 3.3: the feed-forward width, which Meta's code computes from params.json by a rule."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ckpt_convert.models.core.config import CONFIG, MAX_SIZE, PARAMS, optional_i
 def ffn_width(dim: int, multiple_of: int, multiplier: float | None) -> int:
     """The feed-forward width that Meta's code computes from a params.json (``FeedForward.__init__`` in 1, 2 and 3).
 
-    The float arithmetic is part of the format: another order of operations gives other widths.
+    The order of the floating-point operations matters: another order gives other widths.
     """
     hidden = int(2 * (4 * dim) / 3)
     if multiplier is not None:
@@ -23,8 +23,8 @@ def ffn_width(dim: int, multiple_of: int, multiplier: float | None) -> int:
 def ffn_pair(dim: int, ffn_dim: int) -> tuple[int, float | None]:
     """multiple_of and ffn_dim_multiplier (None: not written) for which Meta's rule gives this width.
 
-    The largest power of two up to 256 that divides the width; then the first round multiplier that fits, else the
-    middle of the range that does. Raises ConfigError if there is none.
+    multiple_of is the largest power of two up to 256 that divides the width; the multiplier is the first round number
+    that fits, else the middle of the range that does. Raises ConfigError if there is none.
     """
     multiple_of = 256
     while ffn_dim % multiple_of:

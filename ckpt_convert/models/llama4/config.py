@@ -1,6 +1,6 @@
 """Llama 4: the sizes and layers in Hugging Face's config.json; ``llama4.params`` translates it.
 
-A config.json of the text model alone ("llama4_text") is what the whole model's has as text_config.
+The config.json of the text model alone ("llama4_text") equals text_config of the whole model.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MOE_ARGS = f"{PARAMS}: moe_args"
 TARGET = "a Llama 4 params.json"
 
 MOST_LAYERS = 10_000
-"""What nobody has more of: the number is believed before a list of that length is made."""
+"""A limit on the number of layers from an untrusted file, before lists of that length are made."""
 
 _TEXT_DEFAULTS = {
     "vocab_size": 202048, "hidden_size": 5120, "intermediate_size": 8192, "intermediate_size_mlp": 16384,
@@ -35,18 +35,18 @@ _TEXT_DEFAULTS = {
     "attention_chunk_size": 8192, "attn_temperature_tuning": True, "floor_scale": 8192, "attn_scale": 0.1,
     "use_qk_norm": True, "interleave_moe_layer_step": 1, "no_rope_layer_interval": 4,
 }  # fmt: skip
-"""What transformers' Llama4TextConfig takes for keys that are absent."""
+"""Defaults of transformers' Llama4TextConfig."""
 
 _VISION_DEFAULTS = {
     "hidden_size": 768, "num_hidden_layers": 34, "num_attention_heads": 16, "num_channels": 3,
     "intermediate_size": 5632, "vision_output_dim": 7680, "image_size": 448, "patch_size": 14,
     "pixel_shuffle_ratio": 0.5, "projector_input_dim": 4096, "projector_output_dim": 4096,
 }  # fmt: skip
-"""What transformers' Llama4VisionConfig takes for keys that are absent."""
+"""Defaults of transformers' Llama4VisionConfig."""
 
 
 def dims(config: Mapping[str, Any]) -> dict[str, int]:
-    """The sizes of both models under the table's symbols; raises ConfigError for what is missing or unusable."""
+    """The config dimensions of both models; raises ConfigError for missing or invalid values."""
     text, where = text_part(config)
     if optional_bool(text, "tie_word_embeddings", where, False):
         raise ConfigError(f"{where}: tie_word_embeddings must be false for Llama 4, found true; correct {CONFIG}")
@@ -71,13 +71,13 @@ def dims(config: Mapping[str, Any]) -> dict[str, int]:
         "vision_ffn": require_int(vision, "intermediate_size", VISION),
         "vision_layers": require_int(vision, "num_hidden_layers", VISION),
         "adapter_dim": adapter,
-        # transformers' defaults give the projector more than the adapter hands it: a model of texts all the same
+        # With transformers' defaults, the projector is wider than the adapter's output; it is a text-only model then.
         "projected_dim": require_int(vision, "vision_output_dim", VISION),
     }
 
 
 def require_adapter_dim(vision: Mapping[str, Any], key: str, where: str) -> int:
-    """A size that has to be that of what the vision adapter makes; raises ConfigError for another one."""
+    """A size that must equal the vision adapter's output; raises ConfigError otherwise."""
     adapter, size = (require_int(vision, name, VISION) for name in ("projector_output_dim", key))
     if size != adapter:
         raise ConfigError(f"{VISION}: {key} must be projector_output_dim ({adapter}), found {size}; correct {where}")
@@ -85,7 +85,7 @@ def require_adapter_dim(vision: Mapping[str, Any], key: str, where: str) -> int:
 
 
 def sets(config: Mapping[str, Any]) -> dict[str, list[int]]:
-    """The numbers of the layers with experts, and of those without."""
+    """The layer sets with and without experts."""
     text, where = text_part(config)
     layers = number_of_layers(text, "num_hidden_layers", where)
     moe = moe_layers(text, where, layers)
@@ -93,7 +93,7 @@ def sets(config: Mapping[str, Any]) -> dict[str, list[int]]:
 
 
 def number_of_layers(content: Mapping[str, Any], key: str, where: str) -> int:
-    """How many layers there are; raises ConfigError for more than anybody has."""
+    """The number of layers; raises ConfigError if it exceeds the limit."""
     layers = require_int(content, key, where)
     if layers > MOST_LAYERS:
         raise ConfigError(
@@ -103,7 +103,7 @@ def number_of_layers(content: Mapping[str, Any], key: str, where: str) -> int:
 
 
 def moe_layers(text: Mapping[str, Any], where: str, layers: int) -> list[int]:
-    """The numbers of the layers with experts, ascending: as listed, else every so many; raises ConfigError."""
+    """The layers with experts, ascending: from the list, else from the interval; raises ConfigError."""
     said = text.get("moe_layers")
     if said is None:
         step = require_int(text, "interleave_moe_layer_step", where)
@@ -118,12 +118,12 @@ def moe_layers(text: Mapping[str, Any], where: str, layers: int) -> list[int]:
 
 
 def text_part(config: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """The text model's part, with transformers' defaults, and what messages call it."""
+    """The text model's config, with transformers' defaults, and its name in messages."""
     if config.get("model_type") == "llama4_text":
         return {**_TEXT_DEFAULTS, **config}, CONFIG
     return {**_TEXT_DEFAULTS, **optional_mapping(config, "text_config", CONFIG)}, TEXT
 
 
 def vision_part(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The vision model's part, with transformers' defaults."""
+    """The vision model's config, with transformers' defaults."""
     return {**_VISION_DEFAULTS, **optional_mapping(config, "vision_config", CONFIG)}

@@ -1,7 +1,7 @@
 """Llama 4: Meta's params.json, from and to Hugging Face's config.json.
 
-params.json says both widths of the feed-forward layers by a rule (``llama4.widths``), and neither
-max_position_embeddings nor, for the released models, RoPE's factor (``llama4.releases``).
+params.json has both feed-forward widths only as a rule (``llama4.widths``), and neither max_position_embeddings nor,
+for the released models, the RoPE factor (``llama4.releases``).
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from ckpt_convert.models.llama4.vision import vision_args, vision_config
 from ckpt_convert.models.llama4.widths import width_rule, widths_of_params
 
 THETA = 500000.0
-"""The RoPE base where nothing says one, in transformers and in Meta's code."""
+"""The default RoPE base, in transformers and in Meta's code."""
 
 SCALING = {"factor": 16.0, "low_freq_factor": 1.0, "high_freq_factor": 1.0, "original_max_position_embeddings": 8192}
-"""What ``use_scaled_rope`` means in Meta's code where params.json says nothing else."""
+"""The default parameters of ``use_scaled_rope`` in Meta's code."""
 
 _KEYS = (
     "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "multiple_of", "ffn_dim_multiplier",
@@ -47,19 +47,19 @@ _KEYS = (
     "rope_high_freq_factor", "nope_layer_interval", "use_qk_norm", "attn_temperature_tuning", "floor_scale",
     "attn_scale", "vision_args", "moe_args",
 )  # fmt: skip
-"""The fields of Meta's ModelArgs that say what the model is, in their order."""
+"""The fields of Meta's ModelArgs that describe the model, in their order."""
 
 _KNOWN = frozenset((*_KEYS, "quantization_args", "lora_args", "max_batch_size", "max_seq_len"))
 
 
 def is_params(params: Mapping[str, Any]) -> str | None:
-    """What in a params.json says that it is a Llama 4 with its vision model, in words, or None."""
+    """The evidence that a params.json is of Llama 4 with its vision model, in words, or None."""
     params = flat(params)
     return f"{PARAMS} has vision_args" if _is_ours(params) and params.get("vision_args") is not None else None
 
 
 def is_text_params(params: Mapping[str, Any]) -> str | None:
-    """What in a params.json says that it is a Llama 4 without a vision model, in words, or None."""
+    """The evidence that a params.json is of Llama 4 without a vision model, in words, or None."""
     params = flat(params)
     if not _is_ours(params) or params.get("vision_args") is not None:
         return None
@@ -70,9 +70,9 @@ def is_text_params(params: Mapping[str, Any]) -> str | None:
 def hf_to_params(
     config: Mapping[str, Any], options: ConfigOptions | None = None, *, vocab_size: int | None = None
 ) -> Translated:
-    """The params.json that Meta's code needs for this config.json; notices name what it cannot hold.
+    """The params.json for this config.json; notices name what it cannot hold.
 
-    Raises ConfigError for a config that Meta's code cannot run, naming the field.
+    Raises ConfigError, naming the field, for a config that Meta's code cannot run.
     """
     options = options or ConfigOptions()
     sizes = dims(config)
@@ -122,8 +122,8 @@ def hf_to_params(
 def params_to_hf(params: Mapping[str, Any], weights: Weights, options: ConfigOptions | None = None) -> Translated:
     """The config.json for a params.json of Llama 4.
 
-    Raises ConfigError for unusable values. Of the ``weights`` only the vocabulary matters: it is never tied, and both
-    widths are as the rule has them, or the tensors do not fit.
+    Raises ConfigError for invalid values. Of ``weights`` only vocab_size is used: embeddings are never tied, and both
+    widths must follow from the rule.
     """
     options = options or ConfigOptions()
     params = flat(params)
@@ -200,7 +200,7 @@ def params_to_hf(params: Mapping[str, Any], weights: Weights, options: ConfigOpt
 
 
 def _moe_args(text: Mapping[str, Any], where: str, sizes: Mapping[str, int]) -> dict[str, Any] | None:
-    """What params.json says of the experts, None where no layer has any."""
+    """The ``moe_args`` of params.json, None if no layer has experts."""
     layers = sizes["n_layers"]
     moe = moe_layers(text, where, layers)
     if not moe:
@@ -221,7 +221,7 @@ def _moe_args(text: Mapping[str, Any], where: str, sizes: Mapping[str, int]) -> 
 
 
 def _nope_interval(text: Mapping[str, Any], where: str, layers: int) -> int | None:
-    """Every so many layers one without RoPE; None where all have it."""
+    """The interval of layers without RoPE; None if all have it."""
     said = text.get("no_rope_layers")
     if not said:
         interval: int | None = require_int(text, "no_rope_layer_interval", where)
@@ -250,7 +250,7 @@ def _chunk(text: Mapping[str, Any], where: str) -> int | None:
 
 
 def _rope_problem(rope: Rope) -> str | None:
-    """Why params.json cannot say this RoPE, in words, or None."""
+    """Why params.json cannot express this RoPE, or None."""
     wired = {key: SCALING[key] for key in ("original_max_position_embeddings", "low_freq_factor")}
     return scaling_problem(rope, wired, TARGET)
 

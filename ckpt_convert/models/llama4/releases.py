@@ -1,4 +1,4 @@
-"""The releases of Llama 4, one row each: what no file of a release says is said here."""
+"""The releases of Llama 4, one row each, with facts that their files do not contain."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ckpt_convert.models.llama4.config import dims
 
 @dataclass(frozen=True)
 class Release:
-    """A released model: its name and shape, the number of its files, and the most positions of its base model."""
+    """A released model: its name and shape, its model-parallel size, and its base model's max_position_embeddings."""
 
     name: str
     dim: int
@@ -34,12 +34,12 @@ def release(config: Mapping[str, Any]) -> str | None:
 
 
 def model_parallel(config: Mapping[str, Any]) -> int | None:
-    """How many files the release with this shape came in."""
+    """The model-parallel size of the release with this shape."""
     found = find(dims(config))
     return found.mp if found else None
 
 
 def find(sizes: Mapping[str, int]) -> Release | None:
-    """The release with these sizes, under the table's symbols."""
+    """The release with these config dimensions."""
     shape = sizes["dim"], sizes["n_layers"], sizes["n_experts"]
     return next((row for row in RELEASES if (row.dim, row.layers, row.experts) == shape), None)

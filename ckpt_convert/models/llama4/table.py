@@ -1,12 +1,11 @@
-"""Llama 4: layers with experts, or every second one, and (but for "llama4_text") a vision model in front.
+"""Llama 4: experts in every layer or every second one, and (except in "llama4_text") a vision model.
 
-All columns turn neighbouring rows of queries and keys, so none of them are put in another order. The logical rows are
-matrices [out, in] as everywhere, one for each expert; Hugging Face and native store experts as [in, out], stacked.
+The RoPE layout is interleaved in all columns, so no rows are reordered. The logical rows are matrices [out, in] as
+everywhere, one for each expert; Hugging Face and native store experts as [in, out], stacked.
 
 hf: what transformers 5.23 saves. meta: the model in llama-models 0.3.0 (``llama4``), whose released files have the
-names that its load hooks take: a layer's queries, keys and values of one rank are one tensor, and so are gate and up of
-a dense layer. native: the converter of torchtune's development head (commit bd2a0fc; no release has Llama 4), which has
-no text model alone.
+names that its load hooks expect: QKV is fused per rank, and so are gate and up of a dense layer. native: the converter
+of torchtune's development head (commit bd2a0fc; no release has Llama 4), which has no text model alone.
 """
 
 from __future__ import annotations
@@ -67,7 +66,7 @@ TEXT = (
         meta=Key("layers.{layer}.attention.wo", tp_dim=1),
         native="decoder.layers.{layer}.attn.output_proj",
     ),
-    # Biases exist only in Hugging Face's layout, where its config says so; no release has them.
+    # Biases exist only in Hugging Face's layout, if the config says so; no release has them.
     Row(
         "attention.q.bias",
         ("n_heads*head_dim",),
@@ -194,7 +193,7 @@ TEXT = (
         meta=Key("layers.{layer}.feed_forward.w_swiglu_FD", tp_dim=0),
         native="decoder.layers.{layer}.mlp.shared_expert.w3",
     ),
-    # What Meta's training counted; its own code has no use for it any more.
+    # Counters of Meta's training, which its inference code does not use.
     *(
         Row(
             f"moe.{name}",
@@ -289,7 +288,7 @@ _AROUND = prefixed(
     meta="vision_embeddings.vision_encoder.",
     native="encoders.vision.clip.",
 )
-"""What comes before and after the layers of the vision model, which every rank holds whole."""
+"""The vision model's tensors outside its layers, which are replicated on every rank."""
 
 VISION = (
     *linear(
@@ -301,7 +300,7 @@ VISION = (
     ),
     *_AROUND,
     *_BLOCK,
-    # What puts four neighbouring patches together, and what makes tokens of them.
+    # The pixel shuffle adapter, and the projection to the text model's width.
     *linear(
         "vision.adapter.in",
         ("adapter_dim", "vision_ffn"),
@@ -316,7 +315,7 @@ VISION = (
         meta=Key("vision_embeddings.vision_adapter.mlp.c_proj", tp_dim=1),
         native="encoders.vision.projection.output.2",
     ),
-    # A layer that Meta's code can put behind the adapter and no released config asks for.
+    # An optional layer of Meta's code after the adapter, which no released config uses.
     *linear(
         "vision.adapter.fc",
         ("adapter_dim", "adapter_dim"),
@@ -334,7 +333,7 @@ VISION = (
 
 
 def _alone(row: Row) -> Row:
-    """A row of the text model as Hugging Face has it where there is no vision model; there is no native column."""
+    """A row of the text model with Hugging Face's key of text-only models; there is no native column."""
     return row.replace(native=None, hf=row.hf and row.hf.unprefixed("language_model."))
 
 

@@ -65,7 +65,7 @@ def vision_config(args: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _side(args: Mapping[str, Any], key: str) -> int:
-    """The side of a square that is given as height and width."""
+    """The side of a square given as height and width."""
     size = optional_mapping(args, key, VISION_ARGS)
     height, width = (require_int(size, side, f"{VISION_ARGS}: {key}") for side in ("height", "width"))
     if height != width:

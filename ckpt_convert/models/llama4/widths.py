@@ -1,4 +1,4 @@
-"""Llama 4: the widths of its feed-forward layers, which params.json says by a rule that Meta's code computes."""
+"""Llama 4: the feed-forward widths, which Meta's code computes from params.json by a rule."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ckpt_convert.models.llama4.config import MOE_ARGS, TEXT
 
 @dataclass(frozen=True)
 class Widths:
-    """How params.json says both widths: multiple_of, ffn_dim_multiplier, ffn_exp and moe_args.auto_scale_F."""
+    """The rule for both widths in params.json: multiple_of, ffn_dim_multiplier, ffn_exp and moe_args.auto_scale_F."""
 
     multiple_of: int
     multiplier: float
@@ -35,7 +35,7 @@ def dense_width(dim: int, multiple_of: int, multiplier: float | None) -> int:
 
 
 def expert_width(dim: int, rule: Widths, capacity: float = 1.0) -> int:
-    """The width of an expert, as Meta's code computes it (``MoE.__init__``); its float arithmetic is the format."""
+    """The width of an expert, with the exact floating-point arithmetic of Meta's code (``MoE.__init__``)."""
     hidden = int(2 * int(rule.expansion * dim) / 3)
     hidden = int(rule.multiplier * hidden)
     if rule.is_scaled:
@@ -47,7 +47,7 @@ _RELEASED = Widths(2048, 1.2, 4.0, True)
 
 
 def width_rule(sizes: Mapping[str, int], has_experts: bool) -> Widths:
-    """A rule that gives both widths: that of the releases where it does, else the first that is found."""
+    """A rule that gives both widths: that of the releases if it does, else the first one found."""
     dim, dense, expert = sizes["dim"], sizes["dense_dim"], sizes["ffn_dim"]
     for rule in (_RELEASED, *_rules(dim, dense, expert)):
         found = expert_width(dim, rule) if has_experts else expert
@@ -65,7 +65,7 @@ def _rules(dim: int, dense: int, expert: int) -> Iterator[Widths]:
         multiple_of //= 2
     base = int(2 * (4 * dim) / 3)
     for multiplier in (1.0, 1.1, 1.2, 1.3, 1.4, 1.5, (dense - multiple_of // 2 + 0.5) / base):
-        # The first is the usual expansion, the others would give the middle of the range that is rounded up to it.
+        # The first is the common expansion; the others give the middle of the range that rounds up to the width.
         middle = (expert - multiple_of // 2 + 0.5) / multiplier
         for expansion in (4.0, 1.5 * (middle + 0.5) / dim, 1.5 * middle / dim):
             yield Widths(multiple_of, multiplier, expansion, False)

@@ -9,11 +9,11 @@ from ckpt_convert.models.core.config import CONFIG, optional_int
 from ckpt_convert.models.mistral import config as mistral_config
 
 CLASS_EXPERTS = 8
-"""What transformers' MixtralConfig takes where the file does not say it."""
+"""The default of transformers' MixtralConfig."""
 
 
 def dims(config: Mapping[str, Any]) -> dict[str, int]:
-    """The sizes in a Mixtral config.json under the tables' symbols; raises ConfigError."""
+    """The config dimensions of a Mixtral config.json; raises ConfigError."""
     return {
         **mistral_config.dims(config),
         "n_experts": optional_int(config, "num_local_experts", CONFIG, CLASS_EXPERTS),

@@ -1,7 +1,7 @@
-"""Mixtral: between Hugging Face's config.json and mistral-inference's params.json, which has ``moe`` in it.
+"""Mixtral: mistral-inference's params.json (with ``moe``), from and to Hugging Face's config.json.
 
-Everything but the experts is said as a dense Mistral's files say it. The params.json of December 2023 has Hugging
-Face's names instead; it is only read.
+Everything except the experts is as for dense Mistral models. The params.json of December 2023 has Hugging Face's names
+instead; it can only be read.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CLASS_PER_TOKEN = 2
 
 
 CLASS_THETA = 1e6
-"""What transformers' MixtralConfig takes where the file does not say it; its releases have the same theta."""
+"""Defaults of transformers' MixtralConfig; the releases have the same theta."""
 
 
 NAMES_2023 = {
@@ -36,13 +36,13 @@ NAMES_2023 = {
     "vocab_size": "vocab_size", "rope_theta": "rope_theta", "sliding_window": "sliding_window",
     "max_position_embeddings": "max_position_embeddings",
 }  # fmt: skip
-"""What the params.json of December 2023 calls things, and what later ones do."""
+"""Keys of the params.json of December 2023, and those of later ones."""
 
 
 def hf_to_params(
     config: Mapping[str, Any], options: ConfigOptions | None = None, *, vocab_size: int | None = None
 ) -> Translated:
-    """The params.json that mistral-inference needs for this config.json; raises ConfigError as for a dense Mistral."""
+    """The params.json for this config.json; raises ConfigError as for a dense Mistral."""
     theta = {} if read_rope(config).theta is not None else {"rope_theta": CLASS_THETA}
     dense = mistral_params.hf_to_params({"sliding_window": None, **config, **theta}, options, vocab_size=vocab_size)
     moe = {
@@ -77,19 +77,19 @@ def params_to_hf(params: Mapping[str, Any], weights: Weights, options: ConfigOpt
 
 
 def is_params(params: Mapping[str, Any]) -> str | None:
-    """What in a params.json says that it is a Mixtral's, in words, or None."""
+    """The evidence that a params.json is Mixtral's, in words, or None."""
     content, moe = _experts(params)
     return f"{PARAMS} has moe" if "dim" in params and moe and mistral_params.is_params(content) else None
 
 
 def is_params_2023(params: Mapping[str, Any]) -> str | None:
-    """What in a params.json says that it is a Mixtral's of December 2023, in words, or None."""
+    """The evidence that a params.json is Mixtral's of December 2023, in words, or None."""
     ours = all(params.get(key) is not None for key in ("num_local_experts", "hidden_size", "num_hidden_layers"))
     return f"{PARAMS} has num_local_experts" if ours else None
 
 
 def _experts(params: Mapping[str, Any]) -> tuple[dict[str, Any], Mapping[str, Any]]:
-    """The params as a dense Mistral's, and what they say of the experts, in the spelling of today."""
+    """The params of a dense Mistral, and those of the experts, with today's keys."""
     if params.get("hidden_size") is None:
         content = {key: value for key, value in params.items() if key != "moe"}
         return content, optional_mapping(params, "moe", PARAMS)

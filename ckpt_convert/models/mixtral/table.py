@@ -1,9 +1,9 @@
-"""Mixtral: Mistral's attention, and experts in place of its feed-forward part.
+"""Mixtral: Mistral's attention, and experts instead of its MLP.
 
 hf: what transformers 5.23 saves for mixtral; meta: the modules of mistral-inference 1.6.0 (a gate, and experts with w1,
-w2, w3 each). The weights beside the first Hugging Face release (December 2023) are in another layout, ``MIXTRAL_2023``:
-their consolidated.00.pt to 07.pt each hold some of the whole tensors, and the experts of a layer lie one below the
-other in one matrix, w2 transposed. Its facts come from the converter that transformers 4 had for it.
+w2, w3 each). The weights of the first Hugging Face release (December 2023) are in another layout, ``MIXTRAL_2023``:
+their consolidated.00.pt to 07.pt each hold some of the whole tensors, and the experts of a layer are concatenated along
+the rows of one matrix, w2 transposed. This follows the converter that transformers 4 had for it.
 """
 
 from __future__ import annotations

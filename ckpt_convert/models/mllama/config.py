@@ -13,11 +13,11 @@ TEXT = f"{CONFIG}: text_config"
 VISION = f"{CONFIG}: vision_config"
 
 NEW_TOKENS = 8
-"""Embeddings that Hugging Face's model and Meta's have beside those of the vocabulary."""
+"""Embedding rows for special tokens in addition to the vocabulary, in Hugging Face's and Meta's model."""
 
 MOST_LAYERS = 10_000
 MOST_TILES = 64
-"""What nobody has more of: sizes are believed before any list of that length is made."""
+"""A limit on sizes from an untrusted file, before lists of that length are made."""
 
 
 _TEXT_DEFAULTS = {
@@ -25,7 +25,7 @@ _TEXT_DEFAULTS = {
     "num_key_value_heads": 8, "intermediate_size": 14336, "rms_norm_eps": 1e-5, "max_position_embeddings": 131072,
     "hidden_act": "silu", "rope_theta": 500000.0,
 }  # fmt: skip
-"""What transformers' MllamaTextConfig takes for keys that are absent."""
+"""Defaults of transformers' MllamaTextConfig."""
 
 _CROSS_DEFAULT = (3, 8, 13, 18, 23, 28, 33, 38)
 
@@ -34,7 +34,7 @@ _RATIOS_DEFAULT = ((1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2), (3, 1), (4, 1
 
 @dataclass(frozen=True)
 class VisionModel:
-    """What Meta's code has no setting for; the fields are called as in Hugging Face's vision_config."""
+    """The constants of Meta's vision model; field names are those of Hugging Face's vision_config."""
 
     hidden_size: int = 1280
     num_hidden_layers: int = 32
@@ -47,16 +47,16 @@ class VisionModel:
 
     @property
     def vision_output_dim(self) -> int:
-        """The width of what the projection takes: the last layer and those in between."""
+        """The input width of the projection: the last layer's and the intermediate layers' outputs."""
         return self.hidden_size * (len(self.intermediate_layers_indices) + 1)
 
 
 WIRED = VisionModel()
-"""As in Meta's code (``llama3/multimodal/model.py``), and as MllamaVisionConfig takes what is absent."""
+"""As in Meta's code (``llama3/multimodal/model.py``), which are also the defaults of MllamaVisionConfig."""
 
 
 def dims(config: Mapping[str, Any]) -> dict[str, int]:
-    """The sizes of both models under the table's symbols; raises ConfigError for what is missing or unusable."""
+    """The config dimensions of both models; raises ConfigError for missing or invalid values."""
     text = text_part(config)
     if optional_bool(text, "tie_word_embeddings", TEXT, False):
         raise ConfigError(
@@ -83,15 +83,15 @@ def dims(config: Mapping[str, Any]) -> dict[str, int]:
 
 
 def tokens(dims: Mapping[str, int]) -> int:
-    """How many rows the embedding has: those of the vocabulary, and those of the tokens beside it."""
+    """The number of embedding rows: the vocabulary and the additional special tokens."""
     return dims["vocab_size"] + dims["new_tokens"]
 
 
 def sets(config: Mapping[str, Any]) -> dict[str, list[int]]:
-    """The numbers of the self- and the cross-attention layers, and the places of tiles in a row of each aspect ratio.
+    """The layer sets with self- and with cross-attention, and the positions of tiles for each aspect ratio.
 
-    A tile that is in the grid at row r and column c is cell r*tiles + c; the aspect ratio number i has the places from
-    (i + 1)*tiles on, those before are for no image at all.
+    The tile at row r and column c of the grid is cell r*tiles + c; aspect ratio i has the positions from (i + 1)*tiles
+    on, those before are for "no image".
     """
     text, vision = text_part(config), vision_part(config)
     layers = at_most(text, "num_hidden_layers", TEXT, MOST_LAYERS)
@@ -106,13 +106,13 @@ def sets(config: Mapping[str, Any]) -> dict[str, list[int]]:
 
 
 def aspect_ratios(tiles: int) -> list[tuple[int, int]]:
-    """Every shape of an image of at most so many tiles, in the order of transformers' image processor."""
+    """All aspect ratios of at most ``tiles`` tiles, in the order of transformers' image processor."""
     sides = range(1, tiles + 1)
     return [(height, width) for height in sides for width in sides if height * width <= tiles]
 
 
 def text_part(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The text model's part, with transformers' defaults."""
+    """The text model's config, with transformers' defaults."""
     text = optional_mapping(config, "text_config", CONFIG)
     theta = {"rope_theta"} if text.get("rope_parameters") or text.get("rope_scaling") else set()
     inner = {**optional_mapping(text, "rope_parameters", TEXT), **optional_mapping(text, "rope_scaling", TEXT)}
@@ -121,7 +121,7 @@ def text_part(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def vision_part(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The vision model's part, with transformers' defaults."""
+    """The vision model's config, with transformers' defaults."""
     defaults = {**vars(WIRED), "vision_output_dim": WIRED.vision_output_dim, "image_size": 448, "max_num_tiles": 4}
     return {**defaults, **optional_mapping(config, "vision_config", CONFIG)}
 

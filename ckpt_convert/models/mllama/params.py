@@ -1,7 +1,7 @@
 """Llama 3.2 Vision: Meta's params.json, from and to Hugging Face's config.json.
 
-What params.json says of the text model it says as a Llama's does, so Llama's translation does that part. Of the vision
-model it says only the size of a tile and how many there are: the rest is written into Meta's code.
+The text model is described as in a Llama's params.json, so Llama's translation is used for it. Of the vision model,
+params.json has only the size and the number of tiles: the rest are constants of Meta's code.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ VISION_KEYS = ("vision_chunk_size", "vision_max_num_chunks", "vision_num_cross_a
 
 
 def is_params(params: Mapping[str, Any]) -> str | None:
-    """What in a params.json says that it is a Llama 3.2 Vision, in words, or None."""
+    """The evidence that a params.json is of Llama 3.2 Vision, in words, or None."""
     key = "vision_num_cross_attention_layers"
     params = flat(params)
     cross = params.get(key)
@@ -55,7 +55,7 @@ def is_params(params: Mapping[str, Any]) -> str | None:
 def hf_to_params(
     config: Mapping[str, Any], options: ConfigOptions | None = None, *, vocab_size: int | None = None
 ) -> Translated:
-    """The params.json that Meta's code needs for this config.json; notices name what it cannot hold.
+    """The params.json for this config.json; notices name what it cannot hold.
 
     Raises ConfigError for what Meta's code cannot run: other cross-attention layers, another vision model.
     """
@@ -131,9 +131,9 @@ def params_to_hf(params: Mapping[str, Any], weights: Weights, options: ConfigOpt
 
 
 def cross_layers(own: int, cross: int) -> list[int]:
-    """The numbers of the cross-attention layers among all, where Meta's code has so many of each.
+    """The indices of the cross-attention layers among all layers in Meta's code, given the numbers of both.
 
-    One stands before every k-th self-attention layer, counted from the last, where k is own/cross rounded up.
+    There is one before every k-th self-attention layer, counted from the last; k is own/cross rounded up.
     """
     step = -(-own // max(cross, 1))
     before = list(range(own))[::-1][::step][:cross][::-1]
@@ -141,11 +141,11 @@ def cross_layers(own: int, cross: int) -> list[int]:
 
 
 _LLAMA_ONLY = ("architectures", "attention_bias", "attention_dropout", "head_dim", "mlp_bias", "pretraining_tp")
-"""What a Llama's config.json has and MllamaTextConfig has not."""
+"""Keys of a Llama's config.json that MllamaTextConfig lacks."""
 
 
 def _check_vision(vision: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
-    """Raise ConfigError unless this is the one vision model of Meta's code."""
+    """Raise ConfigError unless this is the only vision model that Meta's code has."""
     for key, value in {**vars(WIRED), "vision_output_dim": WIRED.vision_output_dim}.items():
         alias = "num_attention_heads" if key == "attention_heads" else key
         found = vision.get(alias, vision.get(key))

@@ -9,7 +9,7 @@ from ckpt_convert.models.core.config import require_int
 from ckpt_convert.models.mllama.config import TEXT, cross_part, text_part
 
 RELEASES = {(4096, 32, 8): ("Llama 3.2 11B Vision", 1), (8192, 80, 20): ("Llama 3.2 90B Vision", 8)}
-"""Name and number of files, by dim, self-attention layers and cross-attention layers."""
+"""Name and model-parallel size, by dim, self-attention layers and cross-attention layers."""
 
 
 def release(config: Mapping[str, Any]) -> str | None:
@@ -19,7 +19,7 @@ def release(config: Mapping[str, Any]) -> str | None:
 
 
 def model_parallel(config: Mapping[str, Any]) -> int | None:
-    """How many files the release with this shape came in."""
+    """The model-parallel size of the release with this shape."""
     found = _release(config)
     return found[1] if found else None
 

@@ -1,11 +1,11 @@
-"""Llama 3.2 Vision (Hugging Face's "mllama"): a Llama that looks at images through cross-attention layers.
+"""Llama 3.2 Vision (Hugging Face's "mllama"): a Llama with cross-attention layers to image features.
 
-{layer} is Hugging Face's number, which counts self- and cross-attention layers together. Meta has a list of each;
-native has a cross-attention layer under the number of the self-attention layer that follows it. Queries and keys of the
-self-attention layers are rotated, those of the others are not, nor is anything in the vision model.
+{layer} is Hugging Face's index, which counts self- and cross-attention layers together. Meta has a list of each; native
+has a cross-attention layer under the index of the self-attention layer that follows it. Only the self-attention layers
+of the text model have RoPE.
 
 hf: what transformers 5.23 saves; meta: the model in llama-models 0.3.0 (``llama3/multimodal``), whose column-parallel
-layers are cut on axis 0 and row-parallel ones on axis 1; native: the converters of torchtune 0.6.1.
+layers are split on axis 0 and row-parallel ones on axis 1; native: the converters of torchtune 0.6.1.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ckpt_convert.models.mllama import config, params, releases
 
 
 def _text(row: Row) -> Row:
-    """Llama's row as the text model has it, those of the layers in self-attention layers only."""
+    """Llama's row in the text model; rows with {layer} exist in self-attention layers only."""
     native = row.native and _numbered(row.native).prefixed("decoder.")
     return row.replace(
         hf=row.hf and row.hf.prefixed("language_model.").replace(omitted_if_tied=False),
@@ -32,7 +32,7 @@ def _text(row: Row) -> Row:
 
 
 def _numbered(key: Key) -> Key:
-    """The key of a layer by its number among the self-attention layers."""
+    """The key of a layer by its index among the self-attention layers."""
     return key.renamed("{layer}", "{layer:self}") if key.placeholders else key
 
 
@@ -117,7 +117,7 @@ _LOCAL = prefixed(
     meta="vision_model.vision_encoder.transformer.resblocks.{block}.",
     native="encoder.clip.layers.{block}.",
 )
-"""A layer of the vision model's first transformer, which looks at one tile."""
+"""The keys of the vision model's first (local) transformer, which attends within one tile."""
 
 _GLOBAL = prefixed(
     (row.replace(name=f"vision.global.{row.name}") for row in (*_BLOCK, *_GATES)),
@@ -125,13 +125,13 @@ _GLOBAL = prefixed(
     meta="vision_model.vision_encoder.global_transformer.resblocks.{global}.",
     native="encoder.projection.layers.{global}.",
 )
-"""A layer of the transformer behind it, which looks at all tiles."""
+"""The keys of the second (global) transformer, which attends to all tiles."""
 
 
 def _tiles(name: str, tokens: str, hf: str, meta: str, native: str) -> Row:
-    """Embeddings of the places in the grid of tiles.
+    """Position embeddings of the grid of tiles.
 
-    Hugging Face has, for each aspect ratio (and first for none), a row of those of its tiles, zeros behind them.
+    Hugging Face has a row for each aspect ratio (the first is "none"), with its tiles' embeddings padded with zeros.
     """
     grid = ("tiles", "tiles", tokens, "vision_dim")
     return Row(
@@ -144,7 +144,7 @@ def _tiles(name: str, tokens: str, hf: str, meta: str, native: str) -> Row:
 
 
 def _gate(name: str, hf: str, meta: str, native: str) -> Row:
-    """How much of such an embedding is added."""
+    """The gate of such an embedding."""
     return Row(f"vision.{name}.gate", ("1",), hf=Key(hf), meta=Key(meta), native=Key(native))
 
 
@@ -210,7 +210,7 @@ _AROUND = prefixed(
     meta="vision_model.vision_encoder.",
     native="encoder.clip.",
 )
-"""What comes before and after the layers of the vision model, which every rank holds whole."""
+"""The vision model's tensors outside its layers, which are replicated on every rank."""
 
 _ROWS = tuple(_text(row) for row in LLAMA.rows if not row.name.endswith(".bias") and row.name != "rotary.layer_freqs")
 _EMBEDDING, *_LAYERS, _NORM, _OUTPUT, _FREQS = _ROWS
@@ -234,7 +234,7 @@ MLLAMA = Family(
         model_parallel=releases.model_parallel,
     ),
     rows=(
-        # Hugging Face has the tokens that the text model alone does not know behind the others.
+        # Hugging Face appends the embeddings of the additional special tokens.
         _EMBEDDING.replace(
             hf=Key("language_model.model.embed_tokens.weight", fused=0),
             meta=Key("text_model.tok_embeddings.weight", tp_dim=0),

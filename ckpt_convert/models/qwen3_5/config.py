@@ -1,4 +1,4 @@
-"""Qwen3.5: the sizes and layers in Hugging Face's config.json; what is absent is as in transformers."""
+"""Qwen3.5: the sizes and layers in Hugging Face's config.json; defaults are those of transformers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FULL, LINEAR = "full_attention", "linear_attention"
 
 
 def text_dims(config: Mapping[str, Any], where: str = CONFIG) -> dict[str, int]:
-    """The symbols of the text model; what is absent is as in transformers."""
+    """The config dimensions of the text model; defaults are those of transformers."""
     return {
         **base_dims({"head_dim": 256, **config}, kv_heads_default=4, where=where),
         **delta_dims(config, where),
@@ -30,7 +30,7 @@ def text_dims(config: Mapping[str, Any], where: str = CONFIG) -> dict[str, int]:
 
 
 def text_dims_moe(config: Mapping[str, Any], where: str = CONFIG) -> dict[str, int]:
-    """The symbols of the text model with experts in every layer."""
+    """The config dimensions of the text model with experts in every layer."""
     width = optional_int(config, "moe_intermediate_size", where, 512)
     return {
         **base_dims({"head_dim": 256, **config, "intermediate_size": width}, kv_heads_default=2, where=where),
@@ -42,7 +42,7 @@ def text_dims_moe(config: Mapping[str, Any], where: str = CONFIG) -> dict[str, i
 
 
 def delta_dims(config: Mapping[str, Any], where: str) -> dict[str, int]:
-    """The symbols of linear attention, and what else all text models have."""
+    """The config dimensions of linear attention, and others that all text models share."""
     return {
         "attention_bias": int(optional_bool(config, "attention_bias", where, False)),
         "n_mtp": optional_count(config, "mtp_num_hidden_layers", where, 1),
@@ -55,7 +55,7 @@ def delta_dims(config: Mapping[str, Any], where: str) -> dict[str, int]:
 
 
 def vision_dims(config: Mapping[str, Any]) -> dict[str, int]:
-    """The symbols of the vision encoder, of the whole config."""
+    """The config dimensions of the vision encoder, from the whole config."""
     part = optional_mapping(config, "vision_config", CONFIG)
     dim = optional_int(part, "hidden_size", VISION, 1152)
     merge = optional_int(part, "spatial_merge_size", VISION, 2)
@@ -73,7 +73,7 @@ def vision_dims(config: Mapping[str, Any]) -> dict[str, int]:
 
 
 def dims(config: Mapping[str, Any]) -> dict[str, int]:
-    """The symbols of text and vision; whether the output is the embedding is said at the top."""
+    """The config dimensions of text and vision; tie_word_embeddings is at the top level."""
     return {**text_dims(_text(config), TEXT), **vision_dims(config), "tied": _tied(config)}
 
 
@@ -91,7 +91,7 @@ def _tied(config: Mapping[str, Any]) -> int:
 
 
 def text_sets(config: Mapping[str, Any]) -> dict[str, list[int]]:
-    """Which layers have full and which linear attention: layer_types, or every full_attention_interval-th is full."""
+    """The layer sets with full and with linear attention, from layer_types or full_attention_interval."""
     layers = range(base_dims({"head_dim": 256, "intermediate_size": 1, **config})["n_layers"])
     every = optional_int(config, "full_attention_interval", CONFIG, 4)
     types = config.get("layer_types")
@@ -109,5 +109,5 @@ def text_sets(config: Mapping[str, Any]) -> dict[str, list[int]]:
 
 
 def sets(config: Mapping[str, Any]) -> dict[str, list[int]]:
-    """As ``text_sets``, of the text's part of the config."""
+    """As ``text_sets``, for text_config."""
     return text_sets(_text(config))

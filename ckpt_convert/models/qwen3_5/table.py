@@ -1,15 +1,14 @@
 """Qwen3.5: three layers of linear attention (a gated delta net) to one of full attention, dense or with experts, and a
 vision encoder.
 
-The rows of q in full attention hold, for each head, its query and then its output gate. Linear attention makes q, k and
-v in one projection and runs them through one convolution each, which hf keeps as one tensor and torchtitan as three.
-RoPE turns a part of each head, halves in every layout, so nothing is reordered.
+The rows of q in full attention are, for each head, its query and then its output gate. Linear attention has a fused
+projection for q, k and v and a convolution for each, which hf stores as one tensor and torchtitan as three. RoPE is
+partial and half-split in every layout, so nothing is reordered.
 
-hf: what transformers 5.23 saves for qwen3_5_text, qwen3_5, qwen3_5_moe_text and qwen3_5_moe. Its own models with
-experts have a key for each expert's matrix; the releases, and ``QWEN3_5_MOE``, have a layer's experts in two tensors,
-as transformers has them in memory. The layers that predict further tokens (mtp.*), which transformers leaves out, are
-as vLLM reads them; a release may have their experts in either way. torchtitan: the state-dict adapter for qwen3_5 of
-torchtitan 0.3.0.
+hf: what transformers 5.23 saves for qwen3_5_text, qwen3_5, qwen3_5_moe_text and qwen3_5_moe. It saves one key for each
+expert's matrix; the releases, and ``QWEN3_5_MOE``, have a layer's experts stacked in two tensors, as transformers has
+them in memory. The MTP layers (mtp.*), which transformers omits, are as vLLM reads them; releases have their experts in
+either form. torchtitan: the state-dict adapter for qwen3_5 of torchtitan 0.3.0.
 """
 
 from __future__ import annotations
@@ -227,7 +226,7 @@ FUSED = {
     "moe.experts.up": Key("model.layers.{layer}.mlp.experts.gate_up_proj", fused=0),
     "moe.experts.down": Key("model.layers.{layer}.mlp.experts.down_proj"),
 }
-"""A layer's experts in two tensors: [experts, gate rows and then up rows, in] and [experts, out, in]."""
+"""A layer's stacked experts: fused gate_up [experts, gate rows then up rows, in], and down [experts, out, in]."""
 
 
 MTP = (
@@ -239,7 +238,7 @@ MTP = (
 
 
 def mtp_layer(rows: Iterable[Row], group: str) -> Iterator[Row]:
-    """A layer's rows in the layers that predict further tokens, which all have full attention."""
+    """The rows of a layer in the MTP layers, which all have full attention."""
     for row in rows:
         if row.hf is None:
             continue
@@ -251,7 +250,7 @@ def mtp_layer(rows: Iterable[Row], group: str) -> Iterator[Row]:
 
 
 def vision() -> Iterator[Row]:
-    """The vision encoder: its patches are a convolution in hf and a matrix in torchtitan."""
+    """The vision encoder; the patch embedding is a convolution in hf and a matrix in torchtitan."""
     patch = ("v_dim", "v_channels", "v_frames", "v_patch", "v_patch")
     qkv, square = Key("blocks.{block}.attn.qkv", fused=0), ("v_dim", "v_dim")
     titan = "layers.{block}"
@@ -306,13 +305,13 @@ def vision() -> Iterator[Row]:
 
 
 def under_language_model(rows: Iterable[Row]) -> Iterator[Row]:
-    """The text's rows under the keys that they have beside a vision encoder."""
+    """The text's rows with their keys in a model with a vision encoder."""
     for row in rows:
         yield row.replace(hf=row.hf and _moved(row.hf), in_memory=row.in_memory and _moved(row.in_memory))
 
 
 def _moved(key: Key) -> Key:
-    """The key where the text model is a part: what lies outside of it (lm_head, mtp) stays where it is."""
+    """The key if the text model is a submodule; keys outside of it (lm_head, mtp) are unchanged."""
     if not key.template.startswith("model."):
         return key
     return key.unprefixed("model.").prefixed("model.language_model.")
@@ -336,7 +335,7 @@ def _text_rows(*feed_forward: Row) -> tuple[Row, ...]:
 
 
 def _fused(rows: Iterable[Row]) -> tuple[Row, ...]:
-    """The rows with a layer's experts together."""
+    """The rows with a layer's experts stacked."""
     return tuple(
         row.replace(hf=FUSED[row.name], in_memory=None, stacked_over="expert") if row.name in FUSED else row
         for row in rows

@@ -350,7 +350,7 @@ def test_a_factor_that_the_way_back_would_not_guess_is_noticed() -> None:
     translated = hf_to_params(config)
     assert translated.content["use_scaled_rope"] is True
     assert len(translated.notices) == 1
-    assert "8 is what this shape stands for, not 32: on the way back, pass `rope_factor=32`" in translated.notices[0]
+    assert "8 is the default for this shape, not 32: to convert back, pass `rope_factor=32`" in translated.notices[0]
     back = params_to_hf(translated.content, Weights(vocab_size=56), ConfigOptions(rope_factor=32.0)).content
     assert back["rope_scaling"] == config["rope_scaling"]
 
