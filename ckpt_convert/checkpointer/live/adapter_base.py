@@ -1,8 +1,8 @@
-"""The base model that an adapter was trained on: what a step writes down of it, and whether a source still is that.
+"""The base model that an adapter was trained on: its fingerprint in a step, and comparing it with a source.
 
-What counts are the tensors as the training model has them: key, dtype, shape, and a checksum of the values as the
-source stores them, taken while they are read. The same base in another place, other shards or another format is the
-same base; another dtype, or one changed value, is another one.
+The fingerprint has the tensors of the training model: key, dtype, shape, and a checksum of the values as the source
+stores them, computed while they are read. A base that was moved, re-sharded or converted has the same fingerprint;
+another dtype, or one changed value, gives another one.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from ckpt_convert.convert.writing import TargetTensor
 from ckpt_convert.errors import CorruptFileError
 
 SECTION = "base"
-"""The name under which the manifest's part about training has it."""
+"""The key in the manifest's training section."""
 
 
 class TensorFingerprint(NamedTuple):
-    """One tensor; the checksum (xxh3_64, hex) is None where its values were not read."""
+    """One tensor; the checksum (xxh3_64, hex) is None if its values were not read."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -37,11 +37,11 @@ class AdapterBase:
 
     @property
     def has_checksums(self) -> bool:
-        """Whether the values are known."""
+        """Whether every tensor has a checksum."""
         return all(tensor.checksum is not None for tensor in self.tensors.values())
 
     def as_json(self) -> dict[str, Any]:
-        """What the manifest says of it."""
+        """The entry in the manifest."""
         return {
             "layout": self.layout,
             "checksum": "xxh3_64",
@@ -49,7 +49,7 @@ class AdapterBase:
         }
 
     def structure_differences(self, now: AdapterBase) -> list[str]:
-        """A line for each tensor that another base does not have, or not with this dtype and shape."""
+        """A line for each tensor that another base lacks, or has in another dtype or shape."""
         lines = []
         for key, (dtype, shape, _) in self.tensors.items():
             other = now.tensors.get(key)
@@ -59,7 +59,7 @@ class AdapterBase:
         return lines
 
     def value_differences(self, now: AdapterBase) -> list[str]:
-        """The keys of the tensors whose values differ, as far as both are known."""
+        """The keys of tensors whose checksums differ, if both have one."""
         return [
             key
             for key, tensor in self.tensors.items()
@@ -70,7 +70,7 @@ class AdapterBase:
 
 
 def read_base(training: Mapping[str, Any], where: str) -> AdapterBase | None:
-    """The base in a manifest's part about training, None where it says nothing of one; raises CorruptFileError."""
+    """The base in a manifest's training section, None if it has none; raises CorruptFileError."""
     content = training.get(SECTION)
     if content is None:
         return None
@@ -87,7 +87,7 @@ def read_base(training: Mapping[str, Any], where: str) -> AdapterBase | None:
 def base_from_targets(
     layout: str, targets: Collection[TargetTensor], checksums: Mapping[str, str] | None = None
 ) -> AdapterBase:
-    """The base that these tensors of a source are."""
+    """The fingerprint of these tensors of a source."""
     known = checksums or {}
     return AdapterBase(
         layout, {one.key: TensorFingerprint(one.dtype, one.tensor.shape, known.get(one.key)) for one in targets}
@@ -97,6 +97,6 @@ def base_from_targets(
 def base_from_source(
     source: Identified, layout: str, keys: Collection[str], *, workers: int, values: bool
 ) -> AdapterBase:
-    """The tensors of a source under these keys, from its headers; with ``values`` all of them are read."""
+    """The fingerprint of the tensors under these keys, from headers; ``values`` reads them for their checksums."""
     targets = [target for target in loading.source_targets(source, layout)[0] if target.key in keys]
     return base_from_targets(layout, targets, loading.read_checksums(source, targets, workers) if values else None)

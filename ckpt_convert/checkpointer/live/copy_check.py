@@ -1,9 +1,9 @@
-"""Telling a mapping of tensors that are trained from one of copies, which no training reaches.
+"""Detecting a state dict of copies, which training does not update.
 
-A save of copies would hold the weights as they were at the start, step after step. What is trained in place is written
-to, and torch counts that, also where the values stay (a learning rate of 0). Where nothing was written to, some values
-of each tensor are compared. Nothing is refused unless the parameters that the optimizer updates have changed meanwhile;
-without an optimizer, unless nobody else has the memory of the tensors.
+Saves of copies would hold the initial weights at every step. In-place updates increase torch's version counter, even if
+the values stay the same (a learning rate of 0). If no version changed, some values of each tensor are compared. It is
+an error only if the optimizer's parameters have changed meanwhile; without an optimizer, only if nothing else shares
+the memory of the tensors.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from ckpt_convert.checkpointer.live.tensors import MemoryRanges
 from ckpt_convert.errors import UsageError
 
 _SAMPLES = 256
-"""Values of a tensor that are compared."""
+"""Values that are compared per tensor."""
 
 
 class CopyCheck:
-    """Looks whether the tensors of ``model`` are those that are trained; ``parameters`` are the optimizer's, if any."""
+    """Checks whether the tensors of ``model`` are trained; ``parameters`` are the optimizer's, if any."""
 
     def __init__(self, model: Mapping[str, Any], parameters: Iterable[torch.Tensor] | None) -> None:
         self._model = model
@@ -46,7 +46,7 @@ class CopyCheck:
         self._trained_before = [] if self._live else [_coarse(one) for one in self._trained or ()]
 
     def refuse_copies(self, step: int) -> None:
-        """Raise UsageError where these are copies, as far as the steps since the start can show."""
+        """Raise UsageError if the steps since ``restart`` show that these are copies."""
         now, steps = _tensors(self._model), step - self._step
         if self._live or not steps or now.keys() != self._before.keys():
             return
@@ -69,7 +69,7 @@ class CopyCheck:
             )
 
     def _is_trained_apart(self, tensors: list[torch.Tensor], memory: MemoryRanges) -> bool:
-        """Whether what is trained is the size of the model or has its shapes, but not its memory.
+        """Whether the optimizer's parameters have the size or shapes of the model, but other memory.
 
         A small module that is trained beside a frozen model is no reason to suspect copies.
         """
@@ -84,7 +84,7 @@ class CopyCheck:
 
 
 class _Look:
-    """A tensor as it is now, without holding it."""
+    """A snapshot of a tensor's version and some values, without a reference to it."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._tensor = weakref.ref(tensor)
@@ -92,7 +92,7 @@ class _Look:
         self._samples = _samples(tensor)
 
     def is_of(self, tensor: torch.Tensor) -> bool:
-        """Whether it is this very tensor, and nothing has changed in it."""
+        """Whether it is the same tensor object, unchanged."""
         same = self._tensor() is tensor and self._version == _version(tensor)
         return same and torch.equal(_bytes(self._samples), _bytes(_samples(tensor)))
 
@@ -122,7 +122,7 @@ def _version(tensor: torch.Tensor) -> int:
 
 
 def _are_shared(tensors: list[torch.Tensor]) -> bool:
-    """Whether others have the memory of some of them, as a module has that of its state dict."""
+    """Whether other tensors share the memory of some of them, as a module shares that of its state dict."""
     count = getattr(torch._C, "_storage_Use_Count", None)
     if count is None:
         return True

@@ -31,7 +31,7 @@ log = logging.getLogger("ckpt_convert")
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What was loaded into a model, and what the model keeps as it was.
+    """What was loaded into a model, and which of its tensors were left unchanged.
 
     tensors, bytes: how many tensors were loaded, and their size in the dtypes of the files.
     dtypes: the tensors by (dtype in the files, dtype in memory).
@@ -59,7 +59,7 @@ class LoadReport:
         }
 
     def describe(self) -> str:
-        """In a line: how many tensors, and in which dtypes."""
+        """One line: how many tensors, and in which dtypes."""
         said = ", ".join(
             f"{count} {there}" + ("" if there == here else f" as {here}")
             for (there, here), count in sorted(self.dtypes.items(), key=lambda item: -item[1])
@@ -100,7 +100,7 @@ class ModelMatch:
 
     @property
     def problems(self) -> list[str]:
-        """A line for each, the keys of both sides by turns: of a long list only the beginning is shown."""
+        """A line for each mismatch, alternating between both sides, as only the beginning of a long list is shown."""
         there = [f"{key}: the checkpoint has it, the model has not" for key in self.unexpected]
         here = [f"{key}: the model has it, the checkpoint has not" for key in self.missing]
         turns = [line for pair in zip_longest(there, here) for line in pair if line is not None]
@@ -108,10 +108,10 @@ class ModelMatch:
 
 
 def source_targets(checkpoint: Identified, format: str) -> tuple[list[TargetTensor], set[str]]:
-    """Every tensor of the checkpoint as ``format`` has it, and the keys of those that tied weights may do without.
+    """Every tensor of the checkpoint in ``format``, and the keys that a model with tied weights may lack.
 
-    Raises UnsupportedFamilyError where the table has no such column, and TiedWeightsError where weights that the config
-    ties differ.
+    Raises UnsupportedFamilyError if the table has no such column, and TiedWeightsError if weights that the config ties
+    differ.
     """
     model, source, path = checkpoint.model_for(format), str(checkpoint.format), str(checkpoint.place)
     translation.check_formats(model, path, source, format)
@@ -125,7 +125,7 @@ def source_targets(checkpoint: Identified, format: str) -> tuple[list[TargetTens
 
 
 def match_model(checkpoint: Identified, tensors: Mapping[str, torch.Tensor], format: str) -> ModelMatch:
-    """Hold a checkpoint against the tensors of a model; nothing is read yet."""
+    """Match a checkpoint with the tensors of a model; no tensor is read."""
     column = checkpoint.model_for(format).family.column_of(format, tensors)
     targets, optional = source_targets(checkpoint, column)
     optional |= {target.key for target in targets if not target.instance.row.required}
@@ -168,9 +168,9 @@ def _prefix_before(keys: Collection[str], others: Collection[str]) -> str:
 def untied_sources(
     match: ModelMatch, tensors: Mapping[str, torch.Tensor], checkpoint: Identified, format: str
 ) -> dict[str, str]:
-    """What is one tensor in the model but two in the checkpoint, of which the model would lose one: key and reason.
+    """Tensors that are tied in the model but not in the checkpoint, of which the model would lose one: key and reason.
 
-    Of a family that is not known nothing says what is tied: there the bytes do.
+    An unknown family does not say what is tied: there, tensors of equal bytes are.
     """
     seen: dict[tuple[object, ...], TargetTensor] = {}
     out = {}
@@ -184,7 +184,7 @@ def untied_sources(
 
 
 def without_tied_aliases(tensors: Mapping[str, torch.Tensor], known: Collection[str]) -> dict[str, torch.Tensor]:
-    """The tensors without those that are not ``known`` and are only another name of one that is."""
+    """The tensors without those that are not ``known`` but share memory with a known one."""
     there = {_place(tensor) for key, tensor in tensors.items() if key in known and local_of(tensor).numel()}
     return {key: tensor for key, tensor in tensors.items() if key in known or _place(tensor) not in there}
 
@@ -201,7 +201,7 @@ def _equal(checkpoint: Identified, one: TargetTensor, other: TargetTensor) -> bo
 
 
 def refuse_mismatch(match: ModelMatch, checkpoint: Identified, format: str) -> None:
-    """Raise KeyMismatchError listing everything in which a model and a checkpoint do not fit."""
+    """Raise KeyMismatchError, which lists every mismatch of a model and a checkpoint."""
     if match.problems:
         raise KeyMismatchError(
             f"{checkpoint.place}: does not fit the model, whose keys should be those of the {format} format "
@@ -219,7 +219,7 @@ def load_tensors(
     progress: ProgressCallback | None = None,
     checksums: dict[str, str] | None = None,
 ) -> LoadReport:
-    """Copy what fits into the tensors, in place, converted and block by block; returns what was loaded.
+    """Copy what matches into the tensors, in place, converted block by block; returns what was loaded.
 
     ``checksums`` takes the checksum of each tensor's values as they are read (in the source's dtype), by key.
     """
@@ -256,7 +256,7 @@ def load_tensors(
 def read_checksums(
     checkpoint: Identified, targets: Collection[TargetTensor], workers: int = DEFAULT_WORKERS
 ) -> dict[str, str]:
-    """What ``load`` gives as ``checksums``, of tensors that are read for it alone."""
+    """The ``checksums`` of ``load_tensors``, for tensors that are not loaded."""
     out: dict[str, str] = {}
     counter = ProgressCounter("reading", sum(dtypes.nbytes(one.dtype, one.tensor.shape) for one in targets), None)
 
@@ -277,7 +277,7 @@ def read_checksums(
 
 
 def read_state_dict(checkpoint: Identified, format: str) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, converted and in its dtype; without the second key of tied weights."""
+    """Every tensor of a checkpoint, converted, in its stored dtype; without the second key of tied weights."""
     targets, optional = source_targets(checkpoint, format)
     chosen = [target for target in targets if target.key not in optional]
     out = {

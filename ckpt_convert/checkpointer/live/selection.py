@@ -1,4 +1,4 @@
-"""What of a checkpoint is loaded: the globs of ``include`` and ``exclude``, each of which has to name something."""
+"""What is loaded of a checkpoint: the globs of ``include`` and ``exclude``, each of which has to match something."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ MODEL, PROGRESS = "model", "progress"
 ADAPTER = f"{MODEL}/adapter"
 
 KNOWN = (MODEL, "optimizer", "lr_scheduler", "grad_scaler", "dataloader", "extra", "rng", PROGRESS)
-"""What a checkpoint may hold: to leave out one of these is no mistake where this one happens not to have it."""
+"""The possible parts of a checkpoint: a glob for one of these is no mistake if this checkpoint lacks it."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Whether something is to be loaded, by its name: a glob denotes the name, or a part of its path from the left."""
+    """Whether a part is loaded, by its name: a glob matches the name or a leading part of its path."""
 
     include: tuple[str, ...] | None = None
     exclude: tuple[str, ...] = ()
@@ -39,11 +39,11 @@ class Selection:
 
     @property
     def progress(self) -> bool:
-        """Whether the counters go on, which they do unless they are excluded by name."""
+        """Whether the counters continue: unless they are excluded by name."""
         return not _matches(PROGRESS, self.exclude)
 
     def check(self, names: Collection[str]) -> None:
-        """Raise UsageError for a glob that matches none of the names, and where nothing is left to load."""
+        """Raise UsageError for a glob that matches none of the names, and if nothing is left to load."""
         everything = [*names, *(name for name in KNOWN if name not in names)]
         for option, globs in (("include", self.include or ()), ("exclude", self.exclude)):
             for glob in globs:
@@ -63,7 +63,7 @@ def select_keys(
 ) -> Callable[[str], bool]:
     """Whether a tensor is to be loaded, by its key: a glob denotes keys, or a module, which is all keys below it.
 
-    Raises UsageError for a glob that matches none of the keys, and where none is left.
+    Raises UsageError for a glob that matches none of the keys, and if no key is left.
     """
     included, excluded = None if include is None else _globs(include), _globs(exclude)
     for option, globs in (("include", included or ()), ("exclude", excluded)):

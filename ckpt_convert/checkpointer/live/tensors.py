@@ -24,7 +24,7 @@ from ckpt_convert.tensors.lazy import LazyTensor, Tile, from_source
 from ckpt_convert.wording import indented_list
 
 Model = nn.Module | Mapping[str, Any]
-"""A model, or its state dict, whose tensors training goes on to change in place."""
+"""A model, or its state dict with tensors that training updates in place."""
 
 MODEL_IN_MEMORY = "the model in memory"
 
@@ -39,14 +39,14 @@ _MODULE = (
     *("QuantWrapper", "LossWrapper"),  # of torch.ao.quantization and torch.distributed.pipelining
 )
 _WRAPPED = {kind: part for kind, (part, _) in WRAPPERS.items()} | dict.fromkeys(_MODULE, HOLDER)
-"""Where torch's wrappers keep what they wrap, by the name of their class or of one that it is made from."""
+"""The attribute in which torch's wrappers keep the wrapped module, by the name of their class or a base class."""
 
 _COUNT = "n_averaged"
-"""The only tensor that one of these wrappers has of its own: how many models an AveragedModel is the average of."""
+"""The only own tensor of these wrappers: the number of models that an AveragedModel averages."""
 
 
 def model_tensors(model: Model) -> dict[str, torch.Tensor]:
-    """The persistent tensors by key, without what torch's wrappers put before them and have themselves; no copies.
+    """The persistent tensors by key, without the prefixes and own tensors of torch's wrappers; no copies.
 
     Raises KeyMismatchError for entries that are no tensors, and UsageError for tensors that cannot be read as they are.
     """
@@ -71,7 +71,7 @@ def model_tensors(model: Model) -> dict[str, torch.Tensor]:
 
 
 def wrapper_tensors(model: Model) -> dict[str, torch.Tensor]:
-    """What a wrapper around the model has of its own, which no checkpoint of the model alone has a key for."""
+    """The own tensors of a wrapper around the model, for which a checkpoint of the model has no key."""
     if not isinstance(model, nn.Module):
         return {key: tensor for key, tensor, own in _state_of(model) if own}
     return {key: one for name, one in model.named_buffers() for key, own in (_plain(model, name),) if own}
@@ -94,7 +94,7 @@ def parameter_names(model: Model) -> dict[int, str]:
 
 
 def key_finder(model: Model) -> Callable[[str], str]:
-    """From a name that a checkpoint may have for a parameter, such as ``named_parameters`` gives it, to its key."""
+    """A function from a parameter's name in a checkpoint, such as that of ``named_parameters``, to its key."""
     names = parameter_names(model)
     called = {}
     if isinstance(model, nn.Module):
@@ -108,7 +108,7 @@ def key_finder(model: Model) -> Callable[[str], str]:
 
 
 def trained_parameters(model: Model) -> dict[str, torch.Tensor]:
-    """The parameters that have gradients, by key; of a state dict those tensors that are not detached."""
+    """The parameters that require gradients, by key; of a state dict, its tensors that are not detached."""
     if not isinstance(model, nn.Module):
         return {key: one for key, one, _ in _state_of(model) if isinstance(one, torch.Tensor) and one.requires_grad}
     names = parameter_names(model)
@@ -124,7 +124,7 @@ def all_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, Owned]:
 
 
 class MemoryRanges:
-    """The memory of some tensors, to tell whether another one is of it: the same, a view, or a larger one."""
+    """The memory of some tensors; ``in`` tells whether another tensor overlaps it."""
 
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
         self._extents: dict[tuple[object, ...], set[tuple[int, int]]] = {}
@@ -141,7 +141,7 @@ class MemoryRanges:
 
 
 def detached_copies(model: Model, tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """The keys of tensors that a module's state dict makes anew: what is loaded into them does not reach the module."""
+    """The keys of tensors that a module's state dict creates on each call: loading into them has no effect."""
     if not isinstance(model, nn.Module):
         return []
     memory = MemoryRanges((*model.parameters(), *model.buffers()))
@@ -149,12 +149,12 @@ def detached_copies(model: Model, tensors: Mapping[str, torch.Tensor]) -> list[s
 
 
 def tensors_signature(tensors: Mapping[str, Owned]) -> tuple[Any, ...]:
-    """What a plan for these tensors depends on, which is everything but their values and where they lie."""
+    """What a plan for these tensors depends on: everything except their values and addresses."""
     return tuple((key, t.dtype, tuple(t.shape), t.stride(), part) for key, (t, part) in tensors.items())
 
 
 class MemoryReader:
-    """The storage of a tensor, read as if it were a file; on an accelerator range by range."""
+    """A reader of a tensor's storage, with the interface of a file; from an accelerator it copies range by range."""
 
     def __init__(self, name: str, tensor: torch.Tensor) -> None:
         self.name = name
@@ -227,7 +227,7 @@ def memory_readers(tensors: Mapping[str, Owned]) -> dict[SourceFile, RangeReader
 
 
 def same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors are one: tied weights that a state dict names twice."""
+    """Whether two tensors are the same memory: tied weights under two keys."""
     one, other = local_of(one), local_of(other)
     return (
         one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
@@ -240,7 +240,7 @@ def same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def _state_of(model: Model) -> Iterator[tuple[str, Any, bool]]:
-    """Each entry of the state dict under its plain key, and whether it is a wrapper's own."""
+    """Each entry of the state dict: its plain key, the value, and whether it belongs to a wrapper."""
     return _state_of_module(model) if isinstance(model, nn.Module) else _state_of_mapping(model)
 
 
@@ -285,7 +285,7 @@ def _plain(model: nn.Module, name: str) -> tuple[str, bool]:
 
 
 def _wrapped(module: nn.Module | None) -> str | None:
-    """The name under which a wrapper keeps what it wraps; None for any other module."""
+    """The attribute in which a wrapper keeps the wrapped module; None for any other module."""
     kinds = [kind for kind in type(module).__mro__ if kind.__module__.partition(".")[0] == "torch"]
     return next((_WRAPPED[kind.__name__] for kind in kinds if kind.__name__ in _WRAPPED), None)
 
@@ -307,7 +307,7 @@ def _refuse_sharded(model: nn.Module) -> None:
 
 
 def _extent(tensor: torch.Tensor) -> tuple[tuple[object, ...], tuple[int, int]]:
-    """The storage of a tensor, and from which byte to which of it the tensor reaches."""
+    """The storage of a tensor, and the byte range that the tensor covers in it."""
     tensor = local_of(tensor)
     if not tensor.numel():
         return (), (0, 0)

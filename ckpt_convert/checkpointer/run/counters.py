@@ -1,4 +1,4 @@
-"""What a run has counted, and whether that makes a save due."""
+"""The counters of a run, and whether a save is due."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ log = logging.getLogger("ckpt_convert")
 
 
 class RunCounters:
-    """The progress and the metrics of a run, held against its schedule. What they were before is kept for ``due``."""
+    """The progress and metrics of a run. The progress before the last event is kept, as ``due`` compares the two."""
 
     def __init__(
         self, schedule: Schedule, policy: retention.RetentionPolicy, *, save_first: bool, save_best: bool
     ) -> None:
         self.progress, self.step_metrics = Progress(), StepMetrics()
         self.started_from: int | None = None
-        """The step that the run was at when it began, None for a fresh start."""
+        """The step at which the run was resumed, None for a fresh start."""
         self.watch = UnusedOptions(schedule, policy.best)
         self._before = self.progress
         self._schedule, self._policy = schedule, policy
@@ -37,15 +37,15 @@ class RunCounters:
 
     @property
     def has_trained(self) -> bool:
-        """Whether a step was counted since the run began."""
+        """Whether a step was counted since the run was started or resumed."""
         return self.progress.step > (self.started_from or 0)
 
     def start_clock(self) -> None:
-        """The time until the next step counts from now on."""
+        """Start timing the next step."""
         self._clock = time.monotonic()
 
     def begin_watch(self, steps: Sequence[SavedStep]) -> None:
-        """What is there already counts for what is the best so far, and for what ever took effect."""
+        """Take the best value so far, and the metrics that exist, from the saved steps."""
         found = retention.best_step(steps, self._policy)
         self._best_value = found.metrics[self._policy.best[0]] if found and self._policy.best else None
         self.watch.begin(self.progress, [saved.metrics for saved in steps])
@@ -63,7 +63,7 @@ class RunCounters:
         self.step_metrics = StepMetrics(self.progress.evals)
 
     def report(self, metrics: Mapping[str, float], names: Mapping[str, Any]) -> dict[str, str]:
-        """Count an evaluation that found these numbers, of all that it names; by name, how one differs from before."""
+        """Count an evaluation with these metrics, of all reported names; by name, which replaced another value."""
         self._count(evals=self.progress.evals + 1)
         changed = self.step_metrics.add(metrics)
         self.watch.reported(self.progress.step, names)
@@ -77,12 +77,12 @@ class RunCounters:
         self._before, self.progress = self.progress, replace(self.progress, **changed)
 
     def due(self, on: Event) -> bool:
-        """Whether to save for what was just counted; ``on`` is what that was."""
+        """Whether a save is due for the event ``on`` that was just counted."""
         due = self._schedule.due(self._before, self.progress, on)
         return due or (on == "step" and self._save_first and self.progress.step == 1)
 
     def is_new_best(self, metrics: Mapping[str, float]) -> bool:
-        """Whether these metrics are to be saved for being the best so far (``save_best``)."""
+        """Whether these metrics are the best so far, so that ``save_best`` saves the step."""
         if not self._save_best or self._policy.best is None or self._policy.best[0] not in metrics:
             return False
         value, sign = metrics[self._policy.best[0]], 1 if self._policy.best[1] == "min" else -1
@@ -92,7 +92,7 @@ class RunCounters:
         return True
 
     def warn_of_report(self, wrong: Mapping[str, str], changed: Mapping[str, str], saved_step: int | None) -> None:
-        """Warn of metrics that do nothing, or not what they seem to; of each name once."""
+        """Warn of metrics without effect, or replaced ones; once for each name."""
         step = self.progress.step
         for name, why in wrong.items():
             self._warn_once(

@@ -1,4 +1,4 @@
-"""The metrics of one step: numbers that can be compared and written; whatever else is left out, and said."""
+"""The metrics of one step: finite numbers; other values are left out with a warning."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 
 class StepMetrics:
-    """The metrics of one step and the evaluations so far; training may add to them while the step is being written."""
+    """The metrics of one step and the number of evaluations; training may add to them while the step is written."""
 
     def __init__(self, evals: int = 0, metrics: Mapping[str, float] | None = None) -> None:
         self._known: tuple[int, Mapping[str, float]] = (evals, dict(metrics or {}))
 
     @property
     def snapshot(self) -> tuple[int, Mapping[str, float]]:
-        """Evaluations and metrics, of one moment."""
+        """Number of evaluations and metrics, consistent with each other."""
         return self._known
 
     @property
@@ -23,7 +23,7 @@ class StepMetrics:
         return self._known[1]
 
     def add(self, metrics: Mapping[str, float]) -> dict[str, str]:
-        """Count an evaluation and take its metrics; by name, how one differs from what it was before."""
+        """Count an evaluation and add its metrics; returns, by name, which replaced another value."""
         evals, before = self._known
         self._known = evals + 1, {**before, **metrics}
         return {
@@ -34,9 +34,9 @@ class StepMetrics:
 
 
 def finite_metrics(values: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, str]]:
-    """The finite numbers among these values, and by name why each other one is none of them.
+    """The finite numbers among these values, and by name the reason why another value is left out.
 
-    A value that is no number ends no training: it is left out, as what tells no model from another.
+    A value that is not a number must not end the training, so it is no error.
     """
     found: dict[str, float] = {}
     wrong: dict[str, str] = {}

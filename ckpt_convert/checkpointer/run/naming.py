@@ -1,4 +1,4 @@
-"""How the directory of a saved step is called."""
+"""The names of the directories of saved steps."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ckpt_convert.storage.names import DELETED, PARTIAL, REPLACED, check_name
 from ckpt_convert.storage.pointer import SUFFIX
 
 VARIABLES = ("step", "epoch", "tokens", "samples", "evals", "run_name")
-"""What a template may name in braces."""
+"""The variables of a template."""
 
 MAX_NAME_BYTES = 200
-"""Bytes of a name; file systems take 255, of which an unfinished or a removed directory's name needs some."""
+"""Most bytes of a name; file systems allow 255, and the suffixes of unfinished and removed directories need some."""
 
 _SAMPLE = Progress(step=10**15, epoch=3, tokens=2 * 10**12, samples=10**9, evals=7)
 
@@ -26,9 +26,9 @@ _SAMPLE = Progress(step=10**15, epoch=3, tokens=2 * 10**12, samples=10**9, evals
 class DirectoryTemplate:
     """A template for names, such as ``step_{step}`` or ``{run_name}-{epoch}-{step:06d}``.
 
-    The variables are those of ``VARIABLES``, with Python's format specifications; ``{step}`` has to be among them.
+    The variables are those of ``VARIABLES``, with Python's format specifications; ``{step}`` is required.
     ``latest_name`` is the name of the pointer to the newest checkpoint, which no directory may have. Raises UsageError
-    for a template that would give anything but one plain name, or the same name for two steps.
+    for a template whose result is not one plain file name, or the same name for two steps.
     """
 
     text: str = "step_{step}"
@@ -43,12 +43,12 @@ class DirectoryTemplate:
         run_name = "run" if "run_name" in used else None
         if self.format(_SAMPLE, run_name) == self.format(replace(_SAMPLE, step=_SAMPLE.step + 1), run_name):
             raise self._wrong("gives two steps the same name; write {step} with all its digits")
-        # The steps at which the name could be the pointer's, found now rather than hours later.
+        # Steps whose name could equal the pointer's are found now rather than hours later.
         for digits in re.findall("[0-9]+", self.latest_name or ""):
             self.format(Progress(step=int(digits)), run_name)
 
     def format(self, progress: Progress, run_name: str | None = None) -> str:
-        """The name for this progress; raises UsageError where it is no plain name of one part."""
+        """The name for this progress; raises UsageError if it is not a single plain file name."""
         values = {name: getattr(progress, name) for name in VARIABLES[:-1]}
         if run_name is None and "run_name" in self._variables():
             raise self._wrong("names {run_name}, but the run has no name; pass run_name=")
@@ -60,7 +60,7 @@ class DirectoryTemplate:
         return name
 
     def step_of(self, name: str, run_name: str) -> int | None:
-        """The step whose directory has this name, as far as that depends on the step alone."""
+        """The step whose directory has this name, if the name depends on the step alone."""
         for digits in re.findall("[0-9]+", name):
             with contextlib.suppress(UsageError):
                 if self.format(Progress(step=int(digits)), run_name) == name:
@@ -68,7 +68,7 @@ class DirectoryTemplate:
         return None
 
     def check_run_name(self, run_name: str) -> None:
-        """Raise UsageError where the names would be none for a run of this name."""
+        """Raise UsageError if a run of this name would give invalid names."""
         self.format(_SAMPLE, run_name)
 
     def _variables(self) -> set[str]:

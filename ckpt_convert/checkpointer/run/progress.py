@@ -1,4 +1,4 @@
-"""How far a training run has come."""
+"""The counters of a training run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ckpt_convert.formats.base import is_number
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What has been counted since the run began, over all its restarts.
+    """The counters of a training run, over all its restarts.
 
     ``step`` counts optimizer steps, ``epoch`` the epochs that are over, ``evals`` the evaluations; ``tokens`` and
     ``samples`` are those trained on; ``seconds`` is the time spent training, by the wall clock.
@@ -27,12 +27,12 @@ class Progress:
     seconds: float = 0.0
 
     def as_dict(self) -> dict[str, int | float]:
-        """The counters by name, as JSON can hold them."""
+        """The counters by name, as JSON values."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], origin: str = "the progress") -> Progress:
-        """The inverse of ``as_dict``; a counter that is missing is 0, names of no counter are ignored.
+        """The inverse of ``as_dict``; a missing counter is 0, unknown names are ignored.
 
         ``said_by`` is the place for the message. Raises CorruptFileError for a value that counts nothing, and where
         the step is missing.

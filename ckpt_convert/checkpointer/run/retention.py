@@ -24,9 +24,9 @@ BestMetric: TypeAlias = tuple[str, Literal["min", "max"]]
 class RetentionPolicy:
     """How many checkpoints to keep; None is no limit.
 
-    ``keep_last`` counts the newest, which always stays. The ``keep_best`` best ones by ``best``, a metric and whether
-    small or large is good, are kept beside them; one where not said. ``keep_last_training_state`` counts the newest
-    that have a training state; older ones lose it and keep their weights. Raises UsageError for less than one, and for
+    ``keep_last``: the newest ones; the newest is always kept. ``best``: a metric, and whether small or large is better;
+    the ``keep_best`` best ones (default 1) are kept in addition. ``keep_last_training_state``: the newest that keep
+    their training state; older ones lose it and keep their weights. Raises UsageError for numbers below 1, and for
     ``keep_best`` without ``best``.
     """
 
@@ -52,7 +52,7 @@ class RetentionPolicy:
 
 @dataclass(frozen=True, slots=True)
 class RetentionDecision:
-    """The checkpoints to delete, and those that only lose their training state; oldest first."""
+    """The checkpoints to delete, and those whose training state is removed; oldest first."""
 
     delete: tuple[SavedStep, ...] = ()
     drop_state: tuple[SavedStep, ...] = ()
@@ -71,7 +71,7 @@ def parse_best(text: str) -> BestMetric:
 def decide_retention(
     saved: Sequence[SavedStep], policy: RetentionPolicy, needed: Collection[Place | None] = ()
 ) -> RetentionDecision:
-    """What of these complete checkpoints a policy does not keep; those that are ``needed`` stay as they are."""
+    """What a policy removes of these complete checkpoints; those that are ``needed`` stay unchanged."""
     newest = sorted(saved, key=lambda one: one.sequence, reverse=True)
     kept = {one.place for one in newest[: policy.keep_last]} | {one.place for one in _ranked(saved, policy)}
     staying = [one for one in newest if one.place in kept]
@@ -84,12 +84,12 @@ def decide_retention(
 
 
 def best_step(saved: Sequence[SavedStep], policy: RetentionPolicy) -> SavedStep | None:
-    """The best checkpoint by the policy's metric, the newer of equal ones; None where none has the metric."""
+    """The best checkpoint by the policy's metric, the newer of equal ones; None if none has the metric."""
     return next(iter(_ranked(saved, policy)), None)
 
 
 def _ranked(saved: Sequence[SavedStep], policy: RetentionPolicy) -> list[SavedStep]:
-    """The best checkpoints, as many as are kept, the best first; one without the metric is no candidate."""
+    """The best checkpoints that are kept, the best first; checkpoints without the metric are ignored."""
     if policy.best is None:
         return []
     metric, mode = policy.best
@@ -99,11 +99,11 @@ def _ranked(saved: Sequence[SavedStep], policy: RetentionPolicy) -> list[SavedSt
 
 
 def apply_retention(decision: RetentionDecision) -> None:
-    """Delete and thin; what fails is warned of, and left for the next decision or ``saved_steps.clean_up``.
+    """Delete checkpoints and training states; failures are warnings, and retried by ``saved_steps.clean_up``.
 
-    An interruption leaves no checkpoint that is taken for complete and is not: the manifest first says that a training
-    state is removed, and a directory first loses its name. Whatever is no longer the checkpoint that was decided on is
-    left alone.
+    An interruption never leaves an incomplete checkpoint that looks complete: the manifest is changed before a training
+    state is removed, and a directory is renamed before it is deleted. A directory that is no longer the checkpoint of
+    the decision is not touched.
     """
     for saved in decision.delete:
         if _is_there(saved):
@@ -114,7 +114,7 @@ def apply_retention(decision: RetentionDecision) -> None:
 
 
 def _is_there(saved: SavedStep) -> bool:
-    """Whether the directory is the checkpoint still that the decision was about."""
+    """Whether the directory is still the checkpoint of the decision."""
     if saved.place.link() is not None:
         return False
     found = saved_steps.read_step(saved.place, saved.saver)

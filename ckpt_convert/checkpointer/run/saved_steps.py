@@ -1,8 +1,7 @@
 """The saved checkpoints of an output directory: which are complete, and in which order they were written.
 
-``ckpt_convert/manifest.json`` in the directory of a step is what makes it a checkpoint: it is there, names the
-directory that it lies in, and no journal lies beside it. Copies under another name, unfinished directories, and
-whatever else people keep in an output directory are never taken for one.
+A directory is a checkpoint if it has a ``ckpt_convert/manifest.json`` that names this very directory, and no journal.
+Copies under another name, unfinished directories, and other files in an output directory are ignored.
 """
 
 from __future__ import annotations
@@ -38,11 +37,11 @@ from ckpt_convert.storage.place import Place
 log = logging.getLogger("ckpt_convert")
 
 VERSION = 1
-"""The version of the manifest's part about training."""
+"""The version of the manifest's section about training."""
 
 CONTENTS = ("full", "weights", "adapter")
 REMOVED = "removed"
-"""What the manifest says of a training state that was removed to save space."""
+"""The value in the manifest for a training state that was removed to save space."""
 
 _amending = threading.Lock()
 
@@ -51,7 +50,7 @@ _amending = threading.Lock()
 class SavedStep:
     """A complete checkpoint; ``sequence`` counts the saves of a run, so the newest has the highest.
 
-    ``contents`` is "full", "weights" or "adapter"; ``manifest`` is everything that its manifest says.
+    ``contents`` is "full", "weights" or "adapter"; ``manifest`` is the whole content of its manifest.
     """
 
     place: Place
@@ -74,9 +73,9 @@ class SavedStep:
 
 
 def _section(directory: Place, name: str | None) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """The manifest and its part about training, where they say that this was completed under ``name`` (None: any).
+    """The manifest and its training section, if the checkpoint was completed under ``name`` (None: any name).
 
-    Raises ConfigError when the manifest cannot be read, CorruptFileError when it was edited or damaged.
+    Raises ConfigError if the manifest cannot be read, CorruptFileError if it was edited or damaged.
     """
     if (directory / JOURNAL).is_present() or not (directory / MANIFEST).is_regular_file():
         return None
@@ -94,11 +93,11 @@ def _is_complete(directory: Place, name: str) -> bool:
 
 
 RULES = replace(ownership.STEP_RULES, is_complete=_is_complete)
-"""For the directories of steps, which are complete under the name that their manifest says."""
+"""For the directories of steps, which are complete only under the name in their manifest."""
 
 
 def is_damaged(directory: Place) -> bool:
-    """Whether this was a checkpoint of some saver, by its record, but its manifest is gone or cannot be read."""
+    """Whether this was a checkpoint, by its record folder, whose manifest is missing or cannot be read."""
     directory = directory.listed()
     if (
         directory.link() is not None
@@ -118,8 +117,8 @@ def is_damaged(directory: Place) -> bool:
 def read_step(directory: Place, saver: str = "default", *, renamed: bool = False) -> SavedStep | None:
     """The checkpoint in a directory; None if there is no complete one, or if another saver wrote it.
 
-    ``renamed`` takes one that was copied or moved to another name, too. Damage is warned of. Raises NewerVersionError
-    for one that a newer version wrote.
+    ``renamed`` also accepts one that was copied or moved to another name. Damage is a warning. Raises NewerVersionError
+    for a checkpoint of a newer version.
     """
     directory = directory.listed()
     try:
@@ -145,30 +144,30 @@ def read_step(directory: Place, saver: str = "default", *, renamed: bool = False
 
 
 def scan_steps(output_dir: Place, saver: str = "default") -> list[SavedStep]:
-    """The complete checkpoints of a saver, oldest first; links, files and hidden directories are passed over.
+    """The complete checkpoints of a saver, oldest first; links, files and hidden directories are skipped.
 
-    Raises NewerVersionError for one that a newer version wrote.
+    Raises NewerVersionError for a checkpoint of a newer version.
     """
     found = (read_step(place, saver) for place in list_directories(output_dir) if not place.name.startswith("."))
     return sorted((saved for saved in found if saved is not None), key=lambda saved: saved.sequence)
 
 
 def list_directories(output_dir: Place) -> list[Place]:
-    """What lies in an output directory that is a directory and no link to one, in order of the names."""
+    """The directories in an output directory, without links, in order of their names."""
     here = output_dir.without_listing().listed()
     return sorted(place for place in here.folders() if place.link() is None) if here.is_folder() else []
 
 
 def amend_step(saved: SavedStep, **changes: Any) -> SavedStep:
-    """Replace entries of the manifest's part about training, all or none; returns the checkpoint as it is now.
+    """Replace entries of the manifest's training section, all or none; returns the updated checkpoint.
 
-    What else the manifest says now stays, whatever ``saved`` knew of it. Raises CheckpointNotFoundError when the
-    checkpoint is gone, UsageError for a metric that is no finite number.
+    Other entries keep the values that they have on disk now. Raises CheckpointNotFoundError if the checkpoint was
+    removed, UsageError for a metric that is not a finite number.
     """
     for name, value in changes.get("metrics", {}).items():
         if not is_number(value) or not math.isfinite(value):
             raise UsageError(f"{saved.place}: the metric {name!r} is {value!r}; expected a finite number")
-    # A metric from the training thread and a removal from the one that writes must not undo each other.
+    # A metric from the training thread and a removal from the writer thread must not undo each other.
     with _amending:
         directory = saved.place.listed()
         found = _section(directory, directory.name)
@@ -211,16 +210,16 @@ def _saved(directory: Place, manifest: Mapping[str, Any], training: Mapping[str,
 
 
 def clean_up(output_dir: Place) -> None:
-    """Clear away what interrupted writers left, also of training states that were being removed."""
+    """Remove what interrupted writers left, and training states whose removal was interrupted."""
     workspace.workspace_of(output_dir).tidy(output_dir, RULES)
     for directory in list_directories(output_dir):
         finish_state_removal(directory)
 
 
 def finish_state_removal(directory: Place) -> None:
-    """Remove the training state of a checkpoint whose manifest says that it is removed; failing is warned of.
+    """Remove the training state of a checkpoint whose manifest says that it is removed; a failure is a warning.
 
-    What else was put beside its files is left.
+    Other files in its folder are kept.
     """
     state = directory / TRAINING_STATE
     if directory.link() is not None or not state.is_folder() or state.link() is not None:

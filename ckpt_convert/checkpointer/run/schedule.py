@@ -1,7 +1,7 @@
-"""When to save: every so many steps, epochs, evaluations, tokens, samples or seconds, or when a function says so.
+"""When to save: at intervals of steps, epochs, evaluations, tokens, samples or seconds, or by a function.
 
-A save is due when a counter passes a multiple of its interval, also where it steps over it: batches differ in their
-tokens, and a test for ``count % interval == 0`` would then miss most saves.
+A save is due when a counter reaches or passes a multiple of its interval: batches differ in their number of tokens, and
+``count % interval == 0`` would miss most saves.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _EXAMPLES = (
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """What an interval is counted in: a counter of ``Progress``, looked at on one event; ``size`` of it make one."""
+    """The unit of an interval: ``size`` of a counter of ``Progress``, checked on one event."""
 
     name: str
     counter: str

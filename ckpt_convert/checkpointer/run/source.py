@@ -1,4 +1,4 @@
-"""The checkpoint that a run starts from, whose format its saved steps keep."""
+"""The checkpoint that a run starts from; its saved steps have the same format."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ckpt_convert.storage.memory import MemoryStore
 from ckpt_convert.storage.place import Place, checked_place
 
 STARTED_FROM, CONFIG = "started_from", "config"
-"""What the manifest says of a run that began with a config alone."""
+"""Key and value in the manifest of a run that began with a config alone."""
 
 Source = str | Path | Place | Sequence[str | Path | Place] | Checkpoint
 Config = str | Path | Place | Mapping[str, Any]
@@ -65,7 +65,7 @@ def open_without_source(
 
 
 def missing_source_error(error: CheckpointNotFoundError, steps: Sequence[SavedStep]) -> CheckpointNotFoundError:
-    """The error about a source that is not there, with the way to go on without it where a run can."""
+    """The error about a missing source, with the way to continue without it if the run can."""
     with_weights = [saved for saved in steps if "format" in saved.manifest]
     if not with_weights:
         return error
@@ -76,7 +76,7 @@ def missing_source_error(error: CheckpointNotFoundError, steps: Sequence[SavedSt
 
 
 def open_config(config: Config, *, format: str, family: str | None) -> Identified:
-    """A checkpoint without weights, of which only the config is known: what pretraining starts from."""
+    """A checkpoint of a config without weights, for pretraining."""
     place = _config_file(config)
     if not place.is_regular_file():
         raise ConfigError(f"{place}: no such file; config= takes a config.json, or what one says as a dict")
@@ -115,7 +115,7 @@ def _check_list(names: Sequence[str], opened: Identified) -> None:
 
 
 def _config_file(config: Config) -> Place:
-    """Where a config lies: in memory, where it is given as a dict."""
+    """The place of a config: in memory, if it is given as a dict."""
     if isinstance(config, str | Path | Place):
         place = checked_place(config, "config")
         return place / "config.json" if place.is_folder() else place

@@ -1,4 +1,4 @@
-"""Options that never take effect: a schedule whose counter stands still, a metric that no saved step has."""
+"""Options that never take effect: a schedule whose counter never changes, a metric that no saved step has."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ckpt_convert.checkpointer.run.schedule import Interval, Schedule
 log = logging.getLogger("ckpt_convert")
 
 PATIENCE = 100
-"""Steps by which a run would have counted what it counts at each of them."""
+"""Steps after which a counter of every step would have changed."""
 
 _COUNTED = {
     "tokens": ("token was counted", "pass step(tokens=...)"),
@@ -25,11 +25,11 @@ _COUNTED = {
 
 @dataclass
 class UnusedOptions:
-    """What a run has counted, reported and saved, held against what it was asked to save and keep.
+    """Compares what a run has counted, reported and saved with its schedule and the metric of ``best``.
 
-    Tokens and samples are missed after 100 steps, or at the end of the first epoch. Evaluations may be far apart:
-    they are missed once both have passed, and the metric ``best`` sooner only where others were reported. What is
-    missed is warned of once, and once more at the end of the run, when anything is.
+    Missing tokens and samples are warned of after 100 steps, or at the end of the first epoch. Evaluations may be far
+    apart: they are missed once both have passed, the metric ``best`` sooner only if others were reported. Each is
+    warned of once, and all again at the end of the run.
     """
 
     schedule: Schedule
@@ -44,7 +44,7 @@ class UnusedOptions:
     _said: set[str] = field(default_factory=set)
 
     def begin(self, progress: Progress, metrics: Iterable[Mapping[str, float]]) -> None:
-        """A run starts at this progress; ``metrics`` are those of the checkpoints that are there."""
+        """Start at this progress; ``metrics`` are those of the existing checkpoints."""
         self._start = progress
         self._met = self.best is not None and any(self.best[0] in one for one in metrics)
 
@@ -60,7 +60,7 @@ class UnusedOptions:
         self._met |= step == self._reported_at
 
     def warn_missed(self, now: Progress) -> None:
-        """Warn of what should have been counted or reported by now; of each once."""
+        """Warn once of each thing that should have been counted or reported by now."""
         self._say(self._missed(now, over=False), again=False)
 
     def warn_at_end(self, now: Progress) -> None:
