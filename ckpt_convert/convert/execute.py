@@ -1,8 +1,8 @@
-"""Carrying out a plan: pieces of tensors are read, put in order, checksummed and written, by a few threads.
+"""Executing a plan: a few threads read, reorder, checksum and write pieces of tensors.
 
-A piece is a fixed range of an output file: the next PIECE bytes of a tensor, wherever they come from and whoever writes
-them. It is moved block by block through buffers that each worker keeps, so memory is the number of workers times the
-buffers, whatever the size of the model. numpy, checksums, reading and writing all let other threads run meanwhile.
+A piece is a fixed range of an output file: the next PIECE bytes of a tensor, independent of the source and of the
+writer. It is moved block by block through the buffers of a worker, so memory is the number of workers times the
+buffers, independent of the model's size. numpy, checksums, reading and writing all release the GIL.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from ckpt_convert.wording import MORE, first_few, indented_list
 WRITEBACK = 16 << 20
 
 _NAMED = 8
-"""How many tensors a message names."""
+"""The number of tensors that a message names."""
 
 
 class FinishedPiece(NamedTuple):
     """A finished piece: its CRC-64 and, where the container keeps one, its CRC-32.
 
-    ``overflowed`` is how many of its values the cast has made infinite; ``resumed`` is whether an earlier attempt wrote
-    it.
+    ``overflowed`` is the number of values that the cast made infinite; ``resumed`` is set where an earlier attempt
+    wrote the piece.
     """
 
     piece: Piece
@@ -55,20 +55,20 @@ class FinishedPiece(NamedTuple):
 
 
 class PieceOutput(Protocol):
-    """Where pieces go: the staged files of a plan, by number."""
+    """The destination of pieces: the staged files of a plan, by number."""
 
     def file(self, number: int) -> StagedFile:
-        """A file, open for writing at any place."""
+        """A file, open for writing at any offset."""
 
     def earlier_checksum(self, piece: Piece) -> int | None:
-        """The checksum of what an earlier attempt says to have written there."""
+        """The checksum of the piece according to an earlier attempt, None if it has not written it."""
 
     def add(self, done: FinishedPiece) -> None:
-        """Take note of a piece that is written."""
+        """Register a finished piece."""
 
 
 def byte_comparer(stored: StoredTensors, counter: ProgressCounter | None = None) -> EqualBytes:
-    """Whether the tensors of a pair, of these files, hold the same bytes; stops at the first difference."""
+    """A function that compares the bytes of a pair of tensors, up to the first difference."""
     left, right = BlockReader(stored), BlockReader(stored)
 
     def equal(check: Equality) -> bool:
@@ -83,7 +83,7 @@ def byte_comparer(stored: StoredTensors, counter: ProgressCounter | None = None)
 
 
 def run_checks(plan: Plan, sources: Sources, progress: ProgressCallback | None = None) -> None:
-    """Compare what has to be equal before anything is written; raises TiedWeightsError listing what is not."""
+    """Compare the pairs that must be equal before anything is written; raises TiedWeightsError listing the others."""
     if not plan.checks:
         return
     total = sum(check.left.size * dtypes.DTYPES[check.dtype].bits // 8 for check in plan.checks)
@@ -95,9 +95,9 @@ def run_checks(plan: Plan, sources: Sources, progress: ProgressCallback | None =
 
 
 def check_losses(plan: Plan, sources: Sources) -> dict[str, int]:
-    """How many values other than zero have no place in the output although they change what the model computes, by key.
+    """Count, by key, the nonzero values that the target cannot hold although they change what the model computes.
 
-    Raises LossyConversionError for any, unless that was accepted.
+    Raises LossyConversionError for any, unless ``allow_loss`` accepts them.
     """
     mover = BlockReader(NumberedTensors(plan, sources))
     counts = {check.key: _nonzero(mover, check.left, check.dtype) for check in plan.losses}
@@ -105,20 +105,20 @@ def check_losses(plan: Plan, sources: Sources) -> dict[str, int]:
     if lost and not plan.request.allow_loss:
         raise LossyConversionError(
             f"{plan.source.place}: {loss_text(lost)} change what the model computes, and the {plan.target} format of "
-            f"{plan.family} has no place for them; `allow_loss=True` goes on without, and keeps them in the "
-            f"record ({RECORD_FOLDER}/) for the way back",
+            f"{plan.family} has no place for them; `allow_loss=True` continues without them, and keeps them in the "
+            f"record ({RECORD_FOLDER}/) for a conversion back",
             lost,
         )
     return lost
 
 
 def loss_text(lost: Mapping[str, int]) -> str:
-    """In a few words: which tensors lose values, and how many."""
+    """The tensors that lose values, and how many, for messages."""
     return f"{sum(lost.values()):,} values of {list_counts(lost)}"
 
 
 def list_counts(counts: Mapping[str, int]) -> str:
-    """Tensors with a count of values each, the first few of them."""
+    """The first few tensors with their counts, for messages."""
     return first_few([f"{key} ({count:,})" for key, count in counts.items()], _NAMED, MORE)
 
 
@@ -136,10 +136,9 @@ def _nonzero(mover: BlockReader, tensor: LazyTensor, dtype: str) -> int:
 
 
 def settle_originals(plan: Plan, sources: Sources) -> Plan:
-    """The plan with tensors as they were earlier wherever nothing has changed since.
+    """The plan with the original tensors wherever their values are unchanged.
 
-    Decided when the plan is carried out: the tensors may be those of a model in memory, which other plans are not made
-    for at every save.
+    This is decided on execution, since the same plan may write a model in memory at every save.
     """
     equal: EqualBytes | None = None
     files = list(plan.files)
@@ -166,9 +165,9 @@ def execute(
     workers: int,
     counter: ProgressCounter | None = None,
 ) -> list[FinishedPiece]:
-    """Write these pieces of a plan's files; which ones others write does not matter.
+    """Write these pieces of a plan's files; other processes may write the rest.
 
-    Raises whatever a worker raised first; the others stop at their next block.
+    Raises the first error of a worker; the others stop at their next block.
     """
     queue, stored = list(pieces), NumberedTensors(plan, sources)
     counter = counter or ProgressCounter("converting", sum(piece.nbytes for piece in queue), None)
@@ -202,7 +201,7 @@ def whole_pieces(pieces: Iterable[Piece], runs: Iterable[FinishedPiece]) -> list
 
 
 class _Execution:
-    """What several threads have in common that write pieces."""
+    """The shared state of the threads that write pieces."""
 
     def __init__(self, plan: Plan, output: PieceOutput, counter: ProgressCounter) -> None:
         self.done: list[FinishedPiece] = []
@@ -217,7 +216,7 @@ class _Execution:
         self._output.add(done)
 
     def _sums(self, piece: Piece, data: memoryview, checksum: int, crc: int) -> tuple[int, int]:
-        """Both checksums of a piece, with more bytes of it."""
+        """Both checksums of a piece, updated with more of its bytes."""
         has_crc = self._plan.files[piece.file].layout.header.checksummed
         return CRC64.of(data, checksum), CRC32.of(data, crc) if has_crc else 0
 
@@ -236,7 +235,7 @@ class _Execution:
         return FinishedPiece(piece, checksum, crc, mover.overflowed - before)
 
     def _verified(self, file: StagedFile, piece: Piece) -> FinishedPiece | None:
-        """A piece that an earlier attempt wrote, if its bytes are really there."""
+        """A piece that an earlier attempt wrote, if its bytes have the checksum."""
         expected = self._output.earlier_checksum(piece)
         if expected is None:
             return None

@@ -1,7 +1,7 @@
-"""What a plan does to each tensor, in words: the steps between the column that it is read through and the other's.
+"""A plan in words: the steps of each tensor from the source's column of the table to the target's.
 
-The bytes know nothing of this: they go through lazy tensors, in which a step and its inverse cancel. The words are
-derived from the same table, so that both say the same (the tests compare them).
+Execution does not use these steps: lazy tensors compose strides and offsets, in which a step and its inverse cancel.
+Both are derived from the same table, and tests compare them.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ COPY = "copy"
 
 
 class TensorTransform(NamedTuple):
-    """One logical tensor on its way from the key ``source`` to ``target`` (None: it has no place of its own there).
+    """The transformation of one logical tensor from the key ``source`` to ``target`` (None: no key of its own there).
 
-    ``shape`` is the whole tensor's, ranks joined; several that lie together on both sides, stacked, are one, with their
-    number before it. ``nbytes`` is what is written of it, copies on several ranks counted each; ``steps`` are in the
-    order in which they happen, and never none.
+    ``shape`` has all ranks joined; tensors that are stacked on both sides are one, with their number as first axis.
+    ``nbytes`` are the bytes written, with the replicas on all ranks; ``steps`` are in order, and never empty.
     """
 
     source: str
@@ -41,9 +40,9 @@ class _Ranks(NamedTuple):
 
 
 def explain_plan(plan: Plan) -> Iterator[TensorTransform]:
-    """Every tensor that the plan reads or makes, in the order of the table."""
+    """The transformation of every tensor that the plan reads or writes, in the order of the table."""
     columns = (instance.row.column(plan.target) for instance in plan.logicals.tensors)
-    if all(column is not None and column.is_literal_key for column in columns):  # nothing lies stacked
+    if all(column is not None and column.is_literal_key for column in columns):  # nothing is stacked
         yield from _each(plan)
         return
     counts: dict[TensorTransform | str, int] = {}
@@ -64,7 +63,7 @@ def _each(plan: Plan) -> Iterator[TensorTransform]:
         tensor.key for file in plan.weights for tensor in file.tensors if tensor.tensor.contiguous_source is None
     }
     written = {tensor.key for file in plan.weights for tensor in file.layout.header.tensors}
-    known: dict[tuple[object, ...], tuple[str, ...]] = {}  # the same in every layer, and for every expert
+    known: dict[tuple[object, ...], tuple[str, ...]] = {}  # the same for all layers and experts
     for instance, logical in plan.logicals.tensors.items():
         shape, dtype = logical.tensor.shape, logical.dtype
         column, key = instance.row.column(plan.target), instance.key(plan.target)
@@ -132,7 +131,7 @@ def _steps(
 
 
 def _taken_apart(row: Row, source: Key, column: Key) -> Iterator[str]:
-    """What the source has in one tensor and the target does not, and what lies the other way round."""
+    """Steps that take a tensor out of a fused or stacked one, transpose or reshape it."""
     if source.fused is not None and column.fused is None:
         yield "split off"
     if source.placeholders < column.placeholders:
@@ -144,7 +143,7 @@ def _taken_apart(row: Row, source: Key, column: Key) -> Iterator[str]:
 
 
 def _put_together(source: Key | None, column: Key) -> Iterator[str]:
-    """What the target has in one tensor and the source does not."""
+    """Steps that fuse or stack tensors for the target."""
     if column.fused is not None and (source is None or source.fused is None):
         yield "fuse"
     if source is not None and column.placeholders < source.placeholders:

@@ -1,4 +1,4 @@
-"""Laying tensors out in files: as a recorded checkpoint has them, as the source has them, or afresh."""
+"""Layouts of tensors in output files: as recorded, as in the source, or new."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from ckpt_convert.tensors.lazy import LazyTensor
 
 @dataclass(frozen=True, slots=True)
 class PlacedTensor:
-    """A tensor at its place in an output file; ``dtype`` is that of the file, ``source_dtype`` that of the source.
+    """A tensor at its offset in an output file; ``dtype`` is that of the file, ``source_dtype`` that of the source.
 
-    ``tensor`` is in the order in which the file stores the elements; so is that of ``original``, which is written
-    instead if nothing has changed since.
+    ``tensor`` is in the element order of the file; so is that of ``original``, which is written instead if the values
+    are unchanged.
     """
 
     key: str
@@ -35,7 +35,7 @@ class PlacedTensor:
 
 @dataclass(frozen=True)
 class OutputFile:
-    """A file to be written: ``layout`` is every byte that belongs to no tensor, ``tensors`` lie in offset order."""
+    """A file to write: ``layout`` has every byte that belongs to no tensor, ``tensors`` are in offset order."""
 
     name: str
     rank: int
@@ -49,7 +49,7 @@ class OutputFile:
 
 @dataclass(frozen=True)
 class Assignment:
-    """Which targets go into which file, in which order."""
+    """The targets of one file, in order."""
 
     name: str
     rank: int
@@ -61,10 +61,10 @@ class Assignment:
 def layout_like(
     layout: Layout, targets: Sequence[TargetTensor], dtype_of: Mapping[str, str]
 ) -> tuple[list[OutputFile], bool] | None:
-    """The files as ``layout`` has them, and whether byte for byte; None when it names other keys than the targets.
+    """The files of ``layout``, and whether their headers are exact; None when it has other keys than the targets.
 
-    They are, where shapes and dtypes agree as well; else they have the same names, assignment, order and metadata. None
-    also where pieces of tensors lay in several files, and the files cannot be as they were.
+    Headers are exact where shapes and dtypes agree; else names, assignment, order and metadata are kept. Also None
+    where tensors were in pieces in several files, and headers cannot be exact.
     """
     wanted = {(target.rank, target.key): target for target in targets}
     if layout.ranked_keys != wanted.keys():
@@ -102,7 +102,7 @@ def new_layout(assignments: Sequence[Assignment], dtype_of: Mapping[str, str]) -
 
 
 def new_file_layout(assignment: Assignment, dtype_of: Mapping[str, str]) -> FileLayout:
-    """Everything of a new container file that is no tensor."""
+    """The header of a new file: every byte that belongs to no tensor."""
     specs = [(target.key, dtype_of[target.key], target.tensor.shape) for target in assignment.targets]
     return layout_from_specs(assignment.name, assignment.container, specs, assignment.metadata)
 
@@ -113,7 +113,7 @@ def _placed(name: str, rank: int, layout: FileLayout, targets: Mapping[str, Targ
     for tensor in sorted(layout.header.tensors, key=lambda tensor: tensor.offset):
         place = _, nbytes = (tensor.offset, tensor.nbytes)
         if place in taken and nbytes:
-            continue  # one of two names of the same bytes; ``aliases`` has both compared
+            continue  # an alias of the same bytes; ``alias_checks`` compares both
         taken.add(place)
         target = targets[tensor.key]
         lazy, earlier = _as_stored(target.tensor, tensor), target.original
@@ -124,7 +124,7 @@ def _placed(name: str, rank: int, layout: FileLayout, targets: Mapping[str, Targ
 
 
 def _as_stored(tensor: LazyTensor, place: StoredTensor) -> LazyTensor:
-    """The elements that lie there in the order of the file: a transposed tensor is stored transposed again."""
+    """The part of a tensor that belongs at ``place``, in the file's element order (a transposed one transposed)."""
     if place.box is not None:
         for axis, (start, size) in enumerate(zip(place.box.origin, place.shape, strict=True)):
             tensor = tensor.narrow(axis, start, size)
@@ -135,7 +135,7 @@ def _as_stored(tensor: LazyTensor, place: StoredTensor) -> LazyTensor:
 
 
 def alias_checks(files: Iterable[OutputFile], targets: Sequence[TargetTensor]) -> list[Equality]:
-    """Pairs of keys that share their bytes in one of these files, and so have to be equal."""
+    """Pairs of keys that share bytes in one of these files, and so must be equal."""
     out = []
     for file in files:
         if file.layout.header.kind != safetensors.KIND:  # in which nothing is shared
@@ -156,7 +156,7 @@ def _aliases(header: Header, targets: Mapping[str, TargetTensor], file: str) -> 
         if left != right:
             message = (
                 f"{other.key} and {tensor.key} share their bytes in {file}, but their values differ now; "
-                "untie them by a new layout, with `shards=` or `max_shard_size=`"
+                "write a new layout that separates them, with `shards=` or `max_shard_size=`"
             )
             out.append(Equality(left, right, targets[other.key].dtype, message))
     return out
@@ -165,10 +165,10 @@ def _aliases(header: Header, targets: Mapping[str, TargetTensor], file: str) -> 
 def assign_by_source(
     targets: Sequence[TargetTensor], file_of: Mapping[int, int], names: Sequence[str], container: str
 ) -> list[Assignment]:
-    """One file for each of the source's, holding what came from it, in the order in which it lay there.
+    """One file for each of the source's, with its tensors in the source's order.
 
-    ``file_of`` gives the number of the file of each source tensor (what came from elsewhere, the record, goes into the
-    first); ``names`` the new name of each file.
+    ``file_of`` gives the file's number for each source tensor (tensors from the record go into the first file);
+    ``names`` are the new names of the files.
     """
     groups: dict[int, list[tuple[int, TargetTensor]]] = {}
     for target in targets:
@@ -183,7 +183,7 @@ def assign_by_source(
 def balanced_groups(
     targets: Sequence[TargetTensor], count: int, dtype_of: Mapping[str, str]
 ) -> list[list[TargetTensor]]:
-    """``count`` runs of about the same number of bytes, in the order of the layers.
+    """``count`` consecutive groups of about equal bytes, in the order of the layers.
 
     Raises UsageError when there are fewer tensors than files.
     """
@@ -196,7 +196,7 @@ def balanced_groups(
     for at, (target, size) in enumerate(zip(targets, sizes, strict=True)):
         left = len(targets) - at
         behind = count - len(groups)
-        # Close a file when its middle would pass the border, and always while just enough tensors are left.
+        # Close a file when the tensor's middle passes the boundary, and always when only enough tensors are left.
         full = done + size / 2 > total * len(groups) / count and behind > 0
         if groups[-1] and (full or left == behind):
             groups.append([])
@@ -206,7 +206,7 @@ def balanced_groups(
 
 
 def groups_up_to(targets: Sequence[TargetTensor], limit: int, dtype_of: Mapping[str, str]) -> list[list[TargetTensor]]:
-    """Files of at most ``limit`` bytes of tensors, in order; a larger tensor has a file of its own."""
+    """Groups of at most ``limit`` bytes of tensors, in order; a larger tensor gets its own group."""
     groups: list[list[TargetTensor]] = []
     room = 0
     for target in targets:
@@ -220,7 +220,7 @@ def groups_up_to(targets: Sequence[TargetTensor], limit: int, dtype_of: Mapping[
 
 
 def assign_groups(groups: Sequence[Sequence[TargetTensor]], names: Sequence[str], container: str) -> list[Assignment]:
-    """The groups under these names."""
+    """One file for each group."""
     return [Assignment(name, 0, container, tuple(group), _FORMAT_PT) for name, group in zip(names, groups, strict=True)]
 
 

@@ -1,4 +1,4 @@
-"""Writing everything that a plan says into a staging directory: weights, the files beside them, and the record."""
+"""Writing the output of a plan into a staging directory: weights, auxiliary files and record."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from ckpt_convert.tensors.progress import ProgressCallback, ProgressCounter
 
 @dataclass(frozen=True)
 class WriteResult:
-    """What ``write`` wrote: the manifest, which is still to be written, and how many bytes were there already.
+    """The result of ``write_output``: the manifest, not yet written, and the bytes that an earlier attempt had written.
 
-    ``overflows`` has how many finite values of each tensor have become infinite; ``notices`` are those of what was only
-    made while it was written (tokenizers).
+    ``overflows`` counts by key the finite values that became infinite; ``notices`` are those of files that were
+    generated while writing (tokenizers).
     """
 
     manifest: dict[str, Any]
@@ -52,10 +52,10 @@ def write_output(
     progress: ProgressCallback | None,
     folder: Folder | None = None,
 ) -> WriteResult:
-    """Write the weights and everything beside them, flushed to disk, into the staging directory or a ``folder`` of it.
+    """Write weights and auxiliary files, flushed to disk, into the staging directory or a ``folder`` of it.
 
-    The manifest is the caller's to write. Raises LossyConversionError where a cast has made finite values infinite and
-    nobody accepted that.
+    The caller writes the manifest. Raises LossyConversionError where a cast has made finite values infinite, unless
+    ``allow_overflow`` accepts that.
     """
     into = folder or stage.folder
     made = settle_originals(plan, sources)
@@ -76,9 +76,9 @@ def finish_output(
     workers: int,
     progress: ProgressCallback | None,
 ) -> WriteResult:
-    """Write everything beside the weights, whose pieces are ``done``, whoever wrote them; ``staged`` knows of them all.
+    """Write the auxiliary files after the weights, whose pieces (of all writers) are ``done`` and added to ``staged``.
 
-    Raises LossyConversionError where a cast has made finite values infinite and nobody accepted that.
+    Raises LossyConversionError where a cast has made finite values infinite, unless ``allow_overflow`` accepts that.
     """
     overflows = _overflows(made, done)
     if overflows and not made.request.allow_overflow:
@@ -94,10 +94,7 @@ def finish_output(
 
 
 def _overflows(made: Plan, done: Sequence[FinishedPiece]) -> dict[str, int]:
-    """How many finite values of each tensor have become infinite, by its key in the output.
-
-    What is counted is what was read: ranks may hold copies of it.
-    """
+    """Count by output key the finite values that became infinite; replicas on several ranks count once."""
     found: dict[tuple[str, tuple[LazyTensor, ...]], int] = {}
     for one in done:
         if one.overflowed:
@@ -110,7 +107,7 @@ def _overflows(made: Plan, done: Sequence[FinishedPiece]) -> dict[str, int]:
 
 
 def overflow_text(overflows: Mapping[str, int]) -> str:
-    """In a few words: which tensors have values that are too large, and how many."""
+    """The tensors with values that became infinite, and how many, for messages."""
     count = sum(overflows.values())
     values = f"{count:,} finite values become" if count != 1 else "1 finite value becomes"
     return f"{values} infinite, of {list_counts(overflows)},"
@@ -119,7 +116,7 @@ def overflow_text(overflows: Mapping[str, int]) -> str:
 def _write_side_files(
     made: Plan, folder: Folder, workers: int, progress: ProgressCallback | None
 ) -> tuple[list[dict[str, str]], dict[str, str]]:
-    """Write everything beside the weights; returns the manifest's entries of it, and the checksums of the record."""
+    """Write the auxiliary files; returns their entries in the manifest, and the checksums of the record's files."""
     written = []
     kept = {}
     for side in made.auxiliary_files:
@@ -142,7 +139,7 @@ def _write_side_files(
 def write_auxiliary_file(side: AuxiliaryFile, folder: Folder) -> str | None:
     """Write one file; returns its checksum, None where there was nothing to write.
 
-    A copy may be read by nobody who could not read the original.
+    A copy gets no permissions beyond those of the original.
     """
     if side.place is None:
         data = side.content
@@ -168,7 +165,7 @@ def write_auxiliary_file(side: AuxiliaryFile, folder: Folder) -> str | None:
 
 
 def output_permissions(source: Identified) -> int:
-    """The permissions that a conversion's output may have at most: those of the source's directory and weights."""
+    """The maximum permissions of a conversion's output: those of the source's directory and weights."""
     with reading(source.place, "looked at"):
         mode = 0o777 if source.place.is_regular_file() else source.place.mode()
         for path in {file.place for file in source.files}:
@@ -177,7 +174,7 @@ def output_permissions(source: Identified) -> int:
 
 
 def _check_source(list_: Checklist, workers: int, progress: ProgressCallback | None) -> None:
-    """Compare the source's files with its checklist.chk; raises CorruptFileError naming those that differ."""
+    """Verify the source's files against its checklist.chk; raises CorruptFileError naming those that differ."""
     root, listed = list_.root, list_.listed
     counter = ProgressCounter("checking", sum((root / name).identity().size for name in listed), progress)
 
@@ -188,13 +185,13 @@ def _check_source(list_: Checklist, workers: int, progress: ProgressCallback | N
     if wrong:
         listing = "; ".join(f"{finding.file}: expected {finding.expected}, found {finding.found}" for finding in wrong)
         raise CorruptFileError(
-            f"{root / CHECKLIST}: the files are not those it lists: {listing}; "
+            f"{root / CHECKLIST}: files differ from their hashes: {listing}; "
             "download them again, or remove the checklist if they were changed on purpose"
         )
 
 
 def _checklist(template: Place, folder: Folder) -> bytes:
-    """The checklist of the files that were written, in the order and with the hash of the one that came along."""
+    """The checklist of the files that were written, with the order and hash algorithm of the template."""
     listed = checklist.parse_checklist(template.read(TEXT_LIMIT).decode(errors="replace"))
     kind = checklist.hash_algorithm(listed)
     late = {name: data for name in listed if (data := folder.kept_back(name)) is not None}

@@ -1,7 +1,7 @@
-"""What of a directory is a checkpoint's, so that it may be replaced or removed; everything else is its owner's.
+"""Which files of a directory belong to a checkpoint, and so may be replaced or removed; all others are the user's.
 
-A file is a checkpoint's if the manifest lists it, or if its name is one that checkpoints have: weights (in doubt they
-have to begin like some), index, config, tokenizer, model card, license, the model's own code.
+A file belongs to a checkpoint if the manifest lists it, or if it has the name of a typical file: weights (of ambiguous
+names the magic bytes are checked), index, config, tokenizer, model card, license, the model's own code.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from ckpt_convert.storage.place import Place
 from ckpt_convert.storage.rules import Rules
 
 _HUB = ".cache/huggingface"
-"""What huggingface_hub notes of a download or an upload."""
+"""Metadata of huggingface_hub's downloads and uploads."""
 
 _FOLDERS = (RECORD_FOLDER, record.TRAINING_STATE, record.MERGED, "original", "onnx", "metal", ".cache")
-"""Folders of checkpoints, in which the same names count; others are foreign, whatever is in them."""
+"""Subfolders of checkpoints, for which the same rules hold; all other folders are foreign."""
 
 _DEEP = (_HUB, f"{RECORD_FOLDER}/")
-"""Beginnings of the names of folders that have folders of any name."""
+"""Prefixes of folders that may have subfolders of any name."""
 
 _ZIP, _PICKLE, _GGUF = b"PK\x03\x04", b"\x80", b"GGUF"
 
@@ -40,13 +40,13 @@ _RECORD = re.compile(
     r"manifest\.json|\.manifest\.json\.partial|config\.json"
     r"|layouts/\w+/(layout\.json|index\.json|\d+\.bytes|carried\.safetensors|params\.json|checklist\.chk)"
 )
-"""The files of the record, below its folder, but for those of ``side/``."""
+"""The names of files in the record's folder, without those in ``side/``."""
 
 
 def foreign_files(directory: Place) -> list[str]:
-    """What is in a directory and would be lost if a checkpoint took its place; the name of a folder ends in a slash.
+    """The foreign files of a directory, which replacing it by a checkpoint would lose; folders end in a slash.
 
-    Where there are no weights, no index and no record, nothing is a checkpoint's. Raises UnreadableError.
+    Without weights, index and record everything is foreign. Raises UnreadableError.
     """
     directory = directory.listed()
     listed = record.listed_files(directory)
@@ -58,7 +58,7 @@ def foreign_files(directory: Place) -> list[str]:
 
 
 def unlisted_files(directory: Place) -> list[str]:
-    """What is in a directory and not in its manifest; what is ``foreign`` where there is none.
+    """The files of a directory that its manifest does not list; without a manifest its ``foreign_files``.
 
     Raises UnreadableError.
     """
@@ -70,7 +70,7 @@ def unlisted_files(directory: Place) -> list[str]:
 
 
 def publish_order(name: str) -> int:
-    """How late a file is written: the manifest last, before it what makes loaders take a directory for a model."""
+    """The order in which files are published: the manifest last, before it the files that loaders look for."""
     if name.endswith(record.MANIFEST):
         return 2
     *folders, last = PurePosixPath(name).parts
@@ -82,10 +82,10 @@ def publish_order(name: str) -> int:
 _MARKS = (f"{record.MERGED}/{record.MANIFEST}", record.MANIFEST)
 
 RULES = Rules(foreign_files, record.is_recorded, publish_order, record.listed_files, _MARKS)
-"""For the output of a conversion."""
+"""The rules for the output of a conversion."""
 
 STEP_RULES = replace(RULES, foreign=unlisted_files)
-"""For saved steps: every file of theirs is listed, so whatever else is in one was put there by somebody."""
+"""The rules for saved steps, whose manifests list all of their files: any other file is a user's."""
 
 
 def _others(
@@ -105,7 +105,7 @@ def _others(
 
 
 def _holds_files(folder: Place) -> bool:
-    """Whether there is anything but folders in a folder, however deep."""
+    """Whether a folder contains any file, at any depth."""
     folders = [place for place in folder.folders() if place.link() is None]
     return len(folders) < len(folder.children()) or any(map(_holds_files, folders))
 
@@ -125,7 +125,7 @@ def _is_known(name: str, place: Place) -> bool:
 
 
 def _is_weights(place: Place) -> bool:
-    """Whether a file, or a link to one, is named like weights, or begins like some."""
+    """Whether a file, or a link to one, has the name of weights, or an ambiguous name and their magic bytes."""
     regular = place.is_regular_file()
     if not regular and place.link() is None:
         return False

@@ -1,6 +1,6 @@
-"""Taking a plan apart: which ranges of its files are written one by one, and who may write which.
+"""Partitioning a plan into pieces, the ranges of its files that are written one by one, for one or several writers.
 
-Nothing here reads or writes, and the same plan gives the same pieces everywhere.
+Pure functions: the same plan gives the same pieces in every process.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from ckpt_convert.convert.layout import OutputFile
 from ckpt_convert.tensors.lazy import LazyTensor, Tile, row_major_strides
 
 PIECE = 64 << 20
-"""Bytes of a piece, at most."""
+"""The maximum number of bytes of a piece."""
 
 
 class Piece(NamedTuple):
-    """``nbytes`` bytes at ``offset`` of the output file of this number: elements of the tensor of this number in it.
+    """``nbytes`` bytes at ``offset`` of output file number ``file``: a range of elements of its tensor ``tensor``.
 
-    They are those from ``start`` to ``stop``, in the order in which the file has them.
+    The elements are ``start`` to ``stop``, in the element order of the file.
     """
 
     file: int
@@ -32,10 +32,10 @@ class Piece(NamedTuple):
 
 
 def split_into_pieces(files: Sequence[OutputFile]) -> list[Piece]:
-    """Every piece, in the order in which the source is read best.
+    """Every piece, in an order that reads the source sequentially.
 
-    Files are written one after another, each in offset order; only where the files are ranks they are written side by
-    side, since every source row goes into all of them.
+    Files are written one after another, each in offset order; files of tensor-parallel ranks are written side by side,
+    since each source tensor goes into all of them.
     """
     if len({file.rank for file in files}) > 1:
         longest = max(len(file.tensors) for file in files)
@@ -48,14 +48,14 @@ def split_into_pieces(files: Sequence[OutputFile]) -> list[Piece]:
 def _of_tensor(file: OutputFile, number: int, at: int) -> Iterator[Piece]:
     placed = file.tensors[at]
     bits, size = dtypes.DTYPES[placed.dtype].bits, placed.tensor.size
-    step = PIECE // bits * 8  # elements, which fill whole bytes
+    step = PIECE // bits * 8  # elements that fill whole bytes
     for start in range(0, size, step):
         stop = min(start + step, size)
         yield Piece(number, at, placed.offset + start * bits // 8, (stop - start) * bits // 8, start, stop)
 
 
 def partition_pieces(files: Sequence[OutputFile], count: int) -> list[list[Piece]]:
-    """The pieces in ``count`` runs of about the same number of bytes, for as many writers; a run may be empty."""
+    """The pieces in ``count`` consecutive lists of about equal bytes, one for each writer; a list may be empty."""
     everything = split_into_pieces(files)
     total = sum(piece.nbytes for piece in everything)
     runs: list[list[Piece]] = [[] for _ in range(count)]
@@ -68,9 +68,9 @@ def partition_pieces(files: Sequence[OutputFile], count: int) -> list[list[Piece
 
 
 def runs(files: Sequence[OutputFile], owns: Callable[[int], bool]) -> list[Piece]:
-    """What one of several writers has to write: the runs of bytes of each piece that come from sources which it owns.
+    """The pieces of one of several writers: the longest ranges of each piece whose sources the writer owns.
 
-    ``owns`` is asked by the number of a source. A run is a piece as well, a shorter one, and as long as can be.
+    ``owns`` is called with the number of a source.
     """
     return [run for piece in split_into_pieces(files) for run in _owned(files, piece, owns)]
 
@@ -84,9 +84,9 @@ def _owned(files: Sequence[OutputFile], piece: Piece, owns: Callable[[int], bool
 
 
 def spans(tensor: LazyTensor, start: int, stop: int, owns: Callable[[int], bool]) -> list[tuple[int, int]]:
-    """(start, stop) of the elements between two, in row-major order, that come from sources for which ``owns`` holds.
+    """(start, stop) of the elements from ``start`` to ``stop``, in row-major order, whose sources ``owns`` accepts.
 
-    They are in order; what follows on each other may be several spans.
+    Spans are sorted; adjacent spans are not merged.
     """
     out = []
     for part in tensor.flat_range(start, stop):
@@ -98,12 +98,12 @@ def spans(tensor: LazyTensor, start: int, stop: int, owns: Callable[[int], bool]
 
 
 def _spans(tile: Tile, shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """The elements of a tensor of this shape that a tile is, as few runs of them in row-major order."""
+    """The elements of a tile in a tensor of this shape, as the longest possible spans in row-major order."""
     strides, sizes = row_major_strides(shape), tile.shape
     inner = len(shape)
     while inner and sizes[inner - 1] == shape[inner - 1]:
         inner -= 1
-    inner = max(inner - 1, 0)  # the first axis that is not whole is the last one along which a run goes on
+    inner = max(inner - 1, 0)  # a span covers the innermost partial axis and all axes after it
     length = sizes[inner] * strides[inner] if shape else 1
     first = sum(at * stride for at, stride in zip(tile.origin, strides, strict=True))
     for place in product(*(range(size) for size in sizes[:inner])):
@@ -112,7 +112,7 @@ def _spans(tile: Tile, shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
 
 
 def _joined(found: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Spans in order, those that follow on each other as one."""
+    """Sorted spans with adjacent ones merged."""
     start = stop = -1
     for first, last in found:
         if first != stop:

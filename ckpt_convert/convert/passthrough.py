@@ -1,4 +1,4 @@
-"""Tensors that an output gets from elsewhere than the weights that are read: the record, ``like``, a model's source."""
+"""Tensors of an output that do not come from the weights: from the record, ``like``, or the source of a live model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def take_derived(
     logicals: LogicalTensors,
     everything: list[tuple[WeightFile, StoredTensor]],
 ) -> None:
-    """Add what a model in memory works out for itself (RoPE tables) or does without, as the source has it."""
+    """Add tensors that a model in memory does not have, such as RoPE tables, from its source."""
     numbers: dict[int, int] = {}
     for instance, logical in template.tensors.items():
         if not instance.row.required and instance not in logicals.tensors:
@@ -40,7 +40,7 @@ def bring_back(
     logicals: LogicalTensors,
     everything: list[tuple[WeightFile, StoredTensor]],
 ) -> None:
-    """Add what was carried along for the target's format: tensors that the config determines (RoPE tables)."""
+    """Add tensors that only the target's format holds, such as RoPE tables, from ``like`` or the record."""
     found: list[tuple[WeightFile, StoredTensor]] = []
     if like is not None:
         found = [(file, tensor) for file, tensor in like.stored if file.rank == 0]
@@ -79,10 +79,10 @@ def as_it_was(
     logicals: LogicalTensors,
     everything: list[tuple[WeightFile, StoredTensor]],
 ) -> dict[Instance, Original]:
-    """What a format cannot hold of a row (``Row.lossy``), as it was before: in the record, ``like`` or the source.
+    """The originals of rows that another format holds with a loss (``Row.lossy``): from record, ``like`` or source.
 
-    ``template`` is what the source has where a model in memory is written. Only as long as nothing has changed: the
-    tensor that is there has to be what a conversion of the earlier one gives.
+    ``template`` are the source's tensors where a model in memory is written. An original is valid only while its
+    conversion still equals the current tensor.
     """
     found: dict[str, dict[str, tuple[WeightFile, StoredTensor]]] = {}
     if like is not None:
@@ -95,7 +95,7 @@ def as_it_was(
     for instance, logical in logicals.tensors.items():
         row, target = instance.row, instance.row.column(request.to)
         if target is None or (target.scatter_index is None) == (logical.original is None) or row.lossy is None:
-            continue  # no more is lost on this way than the source has lost
+            continue  # this conversion loses nothing more
         places = [(row.column(format), tensors.get(str(instance.key(format)))) for format, tensors in found.items()]
         if template is not None and instance in template.tensors:
             there = template.tensors[instance]

@@ -1,7 +1,6 @@
 """The plan of a conversion: everything that will be written, decided and checked from headers alone.
 
-A plan is a value. It holds no open file and no tensor, so it can be pickled, and another process that has it can write
-a part of the output.
+A plan is a value without open files and tensors. It can be pickled, and other processes can execute parts of it.
 """
 
 from __future__ import annotations
@@ -31,23 +30,23 @@ from ckpt_convert.tensors.header import IN_MEMORY, StoredTensor
 from ckpt_convert.tensors.lazy import BLOCK, SCRATCH, LazyTensor
 
 _BASE_MEMORY = 40_000_000
-"""Bytes of the interpreter with the modules that a conversion and its progress bar need, as measured."""
+"""Measured bytes of the interpreter with the modules that a conversion and its progress bar need."""
 
 _CASTING = 2_000_000
 """Bytes of the buffers in which one worker casts."""
 
 _COMPUTING = 8_000_000
-"""Bytes of the buffers in which one worker dequantizes."""
+"""Bytes of one worker's buffers for dequantizing."""
 
 COMPUTED = "computed"
-"""The kind of a file in which tensors are computed where they are read."""
+"""The kind of a file with tensors that are dequantized on read."""
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """Where tensors are read from: a file by its place, and what it was; or a tensor in memory, called ``memory:KEY``.
+    """A source of tensors: a file with its size and etag, or a tensor in memory, named ``memory:KEY``.
 
-    ``kind`` is that of its header, or ``COMPUTED`` for a quantized file that is read as numbers.
+    ``kind`` is the container of a file, or ``COMPUTED`` for a quantized file that is dequantized on read.
     """
 
     name: str
@@ -58,9 +57,9 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class SourceInfo:
-    """What is converted: where it lies, what it was told to be and by what, and the symbols of its config.
+    """The source of a conversion: its place, the detected format and family with the evidence, and its dimensions.
 
-    ``dequantized`` is the dtype of the numbers that a quantized one is read as.
+    ``dequantized`` is the dtype that a quantized source is dequantized to.
     """
 
     place: Place
@@ -78,7 +77,7 @@ class SourceInfo:
 
 @dataclass(frozen=True)
 class Checklist:
-    """Meta's list of hashes: of the source's files below ``root``, and the one that the output's is made after."""
+    """Meta's checklists: the hashes of the source's files below ``root``, and the template of the output's list."""
 
     root: Place
     listed: Mapping[str, str] = field(default_factory=dict)
@@ -131,12 +130,12 @@ class Plan:
 
     @property
     def weights(self) -> tuple[OutputFile, ...]:
-        """The output's weight files, without what goes into the record."""
+        """The output's weight files, without those of the record."""
         return tuple(file for file in self.files if not file.name.startswith(f"{RECORD_FOLDER}/"))
 
     @property
     def tensors(self) -> int:
-        """How many keys the output has (one that is cut over ranks counts once)."""
+        """The number of keys of the output; a key that is split across ranks counts once."""
         return len({tensor.key for file in self.weights for tensor in file.layout.header.tensors})
 
     @property
@@ -145,28 +144,28 @@ class Plan:
 
     @property
     def names(self) -> list[str]:
-        """The files that will be written, as far as that is known before."""
+        """The names of the files that may be written."""
         beside = [side.name for side in self.auxiliary_files]
         return [*(file.name for file in self.files), *beside, CHECKLIST, record.MANIFEST]
 
     @property
     def disk(self) -> int:
-        """Bytes of everything that will be written."""
+        """Total bytes of the output."""
         return sum(file.size for file in self.files) + sum(side.size for side in self.auxiliary_files)
 
     def memory(self, workers: int) -> int:
-        """About how many bytes of memory the conversion takes at most."""
+        """An upper estimate of the bytes of memory that the conversion needs."""
         casting = _CASTING if self.request.dtype else 0
         computing = _COMPUTING if self.source.dequantized is not None else 0
         return _BASE_MEMORY + workers * (BLOCK + SCRATCH + casting + computing)
 
     def is_computed(self, tensor: LazyTensor) -> bool:
-        """Whether numbers are dequantized for this tensor."""
+        """Whether this tensor is dequantized on read."""
         return bool(self.computed) and not self.computed.isdisjoint(tensor.sources)
 
     @property
     def bytes_by_kind(self) -> Mapping[str, int]:
-        """How many bytes are copied as they lie, put in another order, and cast (or dequantized)."""
+        """The bytes that are copied, reordered (to another element order), and cast or dequantized."""
         out = {"copied": 0, "reordered": 0, "cast": 0}
         for file in self.files:
             for tensor in file.tensors:
@@ -176,26 +175,26 @@ class Plan:
         return out
 
     def check_sources(self) -> list[str]:
-        """Hold every file that was read against what it was before: nothing may have been changed meanwhile.
+        """Check that no source file has changed since the plan was made.
 
-        Raises SourceChangedError; that a file was replaced by its like is only said.
+        Raises SourceChangedError; returns notices for files that were replaced by identical ones.
         """
         return check_unchanged(self.identities)
 
     def refuse_unreadable(self) -> None:
-        """Raise ConfigError for what no conversion can move: reordering elements smaller than a byte."""
+        """Raise ConfigError for tensors that would need elements smaller than a byte reordered."""
         for file in self.files:
             for tensor in file.tensors:
                 if dtypes.DTYPES[tensor.source_dtype].bits < 8 and tensor.tensor.contiguous_source is None:
                     raise ConfigError(
                         f"{self.source.place}: {tensor.key} has dtype {tensor.source_dtype}, smaller than a byte, and "
-                        "would have to be put in another order; convert it to a wider dtype first"
+                        "its elements would have to be reordered; convert it to a wider dtype first"
                     )
 
     def manifest(
         self, pieces: Mapping[str, Any], side: Sequence[Mapping[str, str]], kept: Mapping[str, str]
     ) -> dict[str, Any]:
-        """What ``ckpt_convert/manifest.json`` says: no times and no absolute paths, so it is the same every time."""
+        """The content of ``ckpt_convert/manifest.json``: without times and absolute paths, so it is reproducible."""
         return {
             "schema": record.SCHEMA,
             "format": self.target,
@@ -211,13 +210,13 @@ class Plan:
         }
 
     def fingerprint(self) -> str:
-        """A checksum of all that decides the output's bytes, to tell whether a partial output can be resumed."""
+        """A checksum of everything that determines the output's bytes, which a partial output to resume must match."""
         if self.from_memory:
             return "tensors in memory"  # never the same again
         casts = [self.request.dtype, self.request.dequantize]
         dims = sorted(self.dims.items())
         parts: list[Any] = [__version__, record.SCHEMA, self.family, self.target, casts, dims]
-        # Neither permissions nor the inode, which a cache that copies on write may give anew, change what is in a file.
+        # Not permissions and inode: a copy-on-write cache may change the inode without the content.
         for source in self.sources:
             if source.place is not None:
                 found = source.place.identity()
@@ -229,12 +228,12 @@ class Plan:
 
 
 def memory_source(key: str) -> SourceFile:
-    """A tensor that only the process which has it can read."""
+    """A tensor in memory, which only its own process can read."""
     return SourceFile(f"memory:{key}", IN_MEMORY)
 
 
 def target_dtype(dtype: str, instance: Instance, request: Request) -> str:
-    """The dtype of a tensor in the output: as in the source, unless a cast is asked for and it is one to be cast."""
+    """The dtype of a tensor in the output: that of the source, unless a cast is requested and applies to it."""
     if request.dtype is None or dtype not in dtypes.CAST_FROM or instance.row.derived:
         return dtype
     return dtypes.CASTS[request.dtype]

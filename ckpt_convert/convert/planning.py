@@ -1,6 +1,6 @@
-"""Planning a conversion, stage by stage: identify, translate, assign to files, and what lies beside these.
+"""Planning a conversion in stages: identify, translate, assign to files, choose auxiliary files.
 
-What comes out is a ``Plan``. Each stage takes values and gives one, and nothing is written or changed.
+The result is a ``Plan``. Each stage is a function of values, and nothing is written or changed.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ from ckpt_convert.wording import option_text as said
 
 @dataclass(frozen=True)
 class InMemorySource:
-    """Tensors in memory, of a model that is being trained: they go out as the source lies, in its place.
+    """Tensors in memory, of a model in training, to write in place of the source's tensors.
 
-    ``format`` is that of their keys, ``tensors`` are by key, and ``stored`` is what their lazy tensors are numbered by.
-    ``elsewhere`` are the numbers of what other processes have, each with that of what this one has of the same tensor.
+    ``format`` is that of their keys, ``tensors`` are by key, and their lazy tensors refer to ``stored`` by position.
+    ``elsewhere`` maps the position of a slice that other processes hold to that of this process's slice of the tensor.
     """
 
     format: str
@@ -82,7 +82,7 @@ class PlanInputs:
 
     @property
     def as_stored(self) -> bool:
-        """Whether the output is what the source is, in its own keys."""
+        """Whether the output has the source's format and its stored keys."""
         return self.in_memory is None and self.source.format == self.request.to and self.like is None
 
 
@@ -113,7 +113,7 @@ class Translated:
 
 @dataclass(frozen=True)
 class Assigned:
-    """The output's files; ``exact`` is whether they are those of the wanted layout, byte for byte."""
+    """The output's files; ``exact`` is whether their headers equal those of the target layout byte for byte."""
 
     files: list[OutputFile]
     passthrough: list[OutputFile]
@@ -124,7 +124,7 @@ class Assigned:
 
 @dataclass(frozen=True)
 class AuxiliaryFiles:
-    """What lies beside the weights, and in the record."""
+    """The files beside the weights, and those of the record."""
 
     files: list[AuxiliaryFile]
     notices: tuple[str, ...]
@@ -185,7 +185,7 @@ def make_plan(inputs: PlanInputs, equal: EqualBytes | None = None) -> OpenPlan:
 
 
 def identify_model(inputs: PlanInputs) -> tuple[Model, list[str]]:
-    """What the weights are weights of, and what is to be said of ``like``; refuses what has no way into the target."""
+    """The model of the weights, and notices about ``like``; refuses sources that cannot become the target."""
     source, request = inputs.source, inputs.request
     source.refuse_foreign()
     model = source.model_for(inputs.read_format, request.to)
@@ -195,14 +195,12 @@ def identify_model(inputs: PlanInputs) -> tuple[Model, list[str]]:
     with naming(str(source.config_file)):
         translate.check_formats(model, str(source.place), str(source.format), inputs.read_format, request.to)
     differing = config_files.check_like(source, model, inputs.like) if inputs.like is not None else []
-    auxiliary_files.source_checklist(
-        source
-    )  # a checklist that is none is an error now, not after everything was written
+    auxiliary_files.source_checklist(source)  # an invalid checklist is an error now, not after everything was written
     return model, differing
 
 
 def translate_tensors(inputs: PlanInputs, model: Model, equal: EqualBytes | None) -> Translated:
-    """Every tensor of the output, with what comes from elsewhere than the weights that are read."""
+    """Every tensor of the output, including those that come from the record or ``like``."""
     source, request, like, live = inputs.source, inputs.request, inputs.like, inputs.in_memory
     read, template = _read(inputs, model, equal)
     model, logicals = read.model, read.logicals
@@ -237,7 +235,7 @@ def translate_tensors(inputs: PlanInputs, model: Model, equal: EqualBytes | None
 
 
 def assign_files(inputs: PlanInputs, translated: Translated) -> Assigned:
-    """Which tensor lies in which file of the output, at which place and in which dtype."""
+    """Assign each tensor of the output to a file, an offset and a dtype."""
     source, request, live, logicals = inputs.source, inputs.request, inputs.in_memory, translated.translation.logicals
     dtype_of = _dtypes(translated.targets, request, translated.template if live is not None else LogicalTensors({}))
     _refuse_partial_cast(source, translated.targets, dtype_of, request, "dtype" if live is None else "export_dtype")
@@ -258,7 +256,7 @@ def assign_files(inputs: PlanInputs, translated: Translated) -> Assigned:
 
 
 def plan_auxiliary(inputs: PlanInputs, translated: Translated, assigned: Assigned) -> AuxiliaryFiles:
-    """Config, index, tokenizer and all other files of the output, and what the record keeps."""
+    """Config, index, tokenizer and all other files of the output, and the files of the record."""
     source, request, like, model = inputs.source, inputs.request, inputs.like, translated.model
     written = _written_dtype(assigned.files)
     made = config_files.choose_configs(
@@ -315,7 +313,7 @@ def _computed(stored: Sequence[tuple[WeightFile, StoredTensor]]) -> frozenset[in
 def _seen(
     given: PlanInputs, stored: Sequence[tuple[WeightFile, StoredTensor]], side: Sequence[AuxiliaryFile]
 ) -> dict[Place, Entry]:
-    """The files that an output is made from, as they were when they were first looked at.
+    """The files that an output is made from, with size and etag from before they were read.
 
     Of a model in memory's source, those that every save reads again; the rest was read once and for all.
     """
@@ -331,13 +329,13 @@ def _seen(
 
 
 def _metadata(checkpoint: Identified) -> list[Place]:
-    """The index, torch.distributed.checkpoint's metadata, and the list of hashes, where there are any."""
+    """The index, torch.distributed.checkpoint's metadata and the checklist, where they exist."""
     names = [checkpoint.directory.index, CHECKLIST] + [name for name in [DCP_INDEX] if not checkpoint.directory.index]
     return [checkpoint.root / name for name in names if name is not None]
 
 
 def _of_record(checkpoint: Identified) -> list[Place]:
-    """The files of the record. A saved step's manifest is none of them: a run may report metrics at any time."""
+    """The files of the record, without a saved step's manifest, which a run updates with metrics at any time."""
     if checkpoint.record is None:
         return []
     folder, manifest = checkpoint.record.folder, checkpoint.root / record.MANIFEST
@@ -346,7 +344,7 @@ def _of_record(checkpoint: Identified) -> list[Place]:
 
 
 def _read(given: PlanInputs, model: Model, equal: EqualBytes | None) -> tuple[SourceReading, LogicalTensors]:
-    """What is to be written, and what the source has of it: the same, but where a model in memory is written."""
+    """The tensors to write, and those of the source: the same ones, unless a model in memory is written."""
     source, live = given.source, given.in_memory
     known = model if live is None else ties.tied_in_memory(model, live.format, live.tensors.keys())
     template = SourceReading(str(source.format), LogicalTensors({}), Ties(ties.presumed_untied(known), is_stated=True))
@@ -362,7 +360,7 @@ def _read(given: PlanInputs, model: Model, equal: EqualBytes | None) -> tuple[So
 def _file_of(
     source: Identified, template: LogicalTensors, logicals: LogicalTensors, live: InMemorySource | None
 ) -> dict[int, int]:
-    """For the number of each stored tensor, the number of the source's file that it, or its model, lies in."""
+    """For each stored tensor, by number, the number of the source's file that has it or its counterpart."""
     numbers = {file: number for number, file in enumerate(source.files)}
     of_source = {at: numbers[file] for at, (file, _) in enumerate(source.stored)}
     if live is None:
@@ -382,16 +380,16 @@ def _first(logical: LogicalTensor) -> int:
 
 
 def _written_dtype(files: Sequence[OutputFile]) -> str | None:
-    """The floating-point dtype of most bytes that are written, in torch's words."""
+    """Torch's name of the floating-point dtype of most bytes in the output."""
     return dtypes.majority_float_dtype((tensor.dtype, tensor.nbytes) for file in files for tensor in file.tensors)
 
 
 def _refuse_partial_cast(
     source: Identified, targets: Sequence[TargetTensor], dtype_of: Mapping[str, str], request: Request, option: str
 ) -> None:
-    """Raise UsageError for a cast that would leave most weights, or weights packed into less than a byte, as they are.
+    """Raise UsageError for a cast that would not apply to most weights, or to weights packed below a byte.
 
-    Whole numbers beside the weights (positions, counts) stay what they are.
+    Integer tensors beside the weights (positions, counts) are not cast.
     """
     if request.dtype is None:
         return
@@ -409,7 +407,7 @@ def _refuse_partial_cast(
 
 
 def _check_names(source: Identified, files: list[OutputFile], side: list[AuxiliaryFile]) -> None:
-    """Refuse an output in which two files would have one name, or one would have a name of ours."""
+    """Refuse an output in which two files would have the same name, or one a reserved name."""
     taken = {record.MANIFEST, JOURNAL}
     for name in (*(file.name for file in files), *(one.name for one in side)):
         if name in taken:
@@ -424,9 +422,9 @@ def _check_names(source: Identified, files: list[OutputFile], side: list[Auxilia
 
 
 def _dtypes(targets: Sequence[TargetTensor], request: Request, template: LogicalTensors) -> dict[str, str]:
-    """The dtype of every target: what was asked for, else as the template has it, else as it is.
+    """The dtype of every target: as requested, else that of the template, else its own.
 
-    A template's tensors that are quantized say nothing of what a model in memory is to be written as.
+    The dtype of quantized tensors of a template does not count.
     """
     out = {}
     for target in targets:

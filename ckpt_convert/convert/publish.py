@@ -1,7 +1,7 @@
-"""The staged files of an output while they are written: what of them is done, and what makes each complete.
+"""The staged files of an output while they are written: finished pieces, and completing each file.
 
-One process begins, finishes and publishes the output. Others may join it: they open the same files, and hand in what
-they have written.
+One process begins, finishes and publishes the output. Others may join: they open the same files and report the pieces
+that they have written.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ log = logging.getLogger("ckpt_convert")
 
 
 class _File:
-    """An output file while it is written; ``left`` are the pieces that are not there yet."""
+    """An output file while it is written; ``left`` is the number of pieces that are missing."""
 
     def __init__(self, output: OutputFile, folder: Folder) -> None:
         self.output = output
@@ -40,14 +40,14 @@ class _File:
 
     @property
     def staged(self) -> StagedFile:
-        """The file itself, opened when its first piece is due, so that only a few files are open at a time."""
+        """The file, opened for its first piece, so that only a few files are open at a time."""
         with self._lock:
             if self._staged is None:
                 self._staged = self._folder.file(self.output.name, self.output.size)
             return self._staged
 
     def finish(self) -> None:
-        """Every piece is written: add what belongs to none, the CRC-32s of the members in it, and let the file be."""
+        """Complete a file with all pieces: write its header with the CRC-32s of zip members, flush and close it."""
         places = deque(sorted(self._crcs()))
         for offset, data in self.output.layout.literals:
             whole: bytes | bytearray = data
@@ -62,7 +62,7 @@ class _File:
         self.close()
 
     def described(self) -> dict[str, Any]:
-        """What the manifest says of the file; its header are all bytes that are in no piece, one after another."""
+        """The file's entry in the manifest; the header's checksum is over all bytes that are in no piece."""
         if self._described is not None:
             return self._described
         done = sorted(self.done, key=lambda one: one.piece.offset)
@@ -73,12 +73,12 @@ class _File:
         return {"size": self.output.size, "header": CRC64.hex(self._header), "pieces": pieces}
 
     def take_over(self, described: dict[str, Any]) -> int:
-        """Take the file as an earlier attempt finished it; returns the bytes of its pieces."""
+        """Adopt the file as finished by an earlier attempt; returns the bytes of its pieces."""
         self._described = described
         return sum(int(nbytes) for _, _, nbytes, _ in described["pieces"])
 
     def create(self) -> None:
-        """Make the file, for others to write into; it is opened again when it is finished."""
+        """Create the file for other processes to write into; it is opened again to finish it."""
         self.staged.close()
         self._staged = None
 
@@ -87,7 +87,7 @@ class _File:
             self._staged.close()
 
     def _crcs(self) -> Iterator[tuple[int, int]]:
-        """(place, CRC-32) for every checksum that the container keeps of tensor bytes."""
+        """(offset, CRC-32) for every CRC that the container stores of tensor bytes."""
         literals = self.output.layout.literals
         runs = [(one.piece.offset, one.piece.nbytes, one.crc) for one in self.done if one.piece.nbytes]
         runs = sorted([*runs, *((offset, len(data), CRC32.of(data, 0)) for offset, data in literals)])
@@ -99,7 +99,7 @@ class _File:
             index = at
             while position < end:
                 offset, nbytes, value = runs[index]
-                if offset < position or offset + nbytes > end:  # a literal that also reaches outside of the member
+                if offset < position or offset + nbytes > end:  # header bytes that extend beyond the member
                     data = next(data for start, data in literals if start == offset)
                     nbytes = min(offset + nbytes, end) - position
                     value = CRC32.of(data[position - offset : position - offset + nbytes], 0)
@@ -113,7 +113,7 @@ class _File:
 class StagedOutput:
     """The files of a plan in a staging directory, or a folder of it; a context manager.
 
-    ``resumed`` are the bytes that an earlier attempt had written.
+    ``resumed`` is the number of bytes that an earlier attempt had written.
     """
 
     _journal: Journal
@@ -127,7 +127,7 @@ class StagedOutput:
         self.resumed = 0
 
     def begin(self, pieces: Iterable[Piece]) -> list[Piece]:
-        """Start, or continue an earlier attempt at this same plan; returns those of all its pieces that are left."""
+        """Start, or continue an earlier attempt at the same plan; returns the pieces that are left to write."""
         whole = self._open_journal()
         left = [piece for piece in pieces if piece.file not in whole]
         for piece in left:
@@ -140,7 +140,7 @@ class StagedOutput:
         return left
 
     def create_files(self) -> None:
-        """Make every file, with its room, for others to join."""
+        """Create every file with its full size, for other processes to join."""
         for file in self._files:
             if file.left:
                 file.create()
@@ -154,7 +154,7 @@ class StagedOutput:
         return self._earlier.get((piece.file, piece.offset))
 
     def add(self, done: FinishedPiece) -> None:
-        """Take note of a piece that is written; the last one of a file completes it."""
+        """Register a finished piece; the last one of a file completes it."""
         if not done.resumed:
             self._note(done)
         file = self._files[done.piece.file]
@@ -167,7 +167,7 @@ class StagedOutput:
             self._finish(done.piece.file)
 
     def described(self) -> dict[str, dict[str, Any]]:
-        """What the manifest says of each file."""
+        """The manifest's entry of each file."""
         return {file.output.name: file.described() for file in self._files}
 
     def _finish(self, number: int) -> None:
@@ -176,7 +176,7 @@ class StagedOutput:
         self._journal.note_file(file.staged.name, json.dumps([number, file.described()]))
 
     def _open_journal(self) -> dict[int, dict[str, Any]]:
-        """Start or continue the journal; returns what is said of whole files that an earlier attempt has finished."""
+        """Start or continue the journal; returns the manifest entries of files that an earlier attempt finished."""
         mine = self._plan.fingerprint()
         whole: dict[int, dict[str, Any]] = {}
         if self._stage.resumed:
@@ -185,14 +185,14 @@ class StagedOutput:
                 self._earlier = dict(entry for line in lines[1:] if (entry := _finished_piece(line)) is not None)
                 whole = dict(found for line in lines[1:] if (found := _finished_file(line)) is not None)
             else:
-                log.warning("the partial output is of another source or other options; it is written anew")
+                log.warning("the partial output is of another source or other options; it is written from the start")
         names = [file.name for file in self._plan.files]
         self._journal = self._stage.begin(mine, names if self._earlier or whole else ())
         return whole
 
     def _note(self, done: FinishedPiece) -> None:
         if done.overflowed:
-            return  # an attempt that continues this one has to count these, too
+            return  # a resumed attempt writes the piece again, to count its overflows
         with self._lock:
             self._journal.note(json.dumps([done.piece.file, done.piece.offset, CRC64.hex(done.checksum)]))
 
@@ -210,7 +210,7 @@ class StagedOutput:
 
 
 class JoinedOutput:
-    """The files of a plan that another process has made, to write some of their pieces; close it in the end."""
+    """The files of a plan that another process has created, to write some of their pieces; to be closed."""
 
     def __init__(self, plan: Plan, folder: Folder) -> None:
         self._plan = plan
@@ -227,10 +227,10 @@ class JoinedOutput:
             return self._open[number]
 
     def earlier_checksum(self, piece: Piece) -> None:
-        """Nothing: whoever made the files knows of earlier attempts."""
+        """None: only the process that created the files resumes earlier attempts."""
 
     def add(self, done: FinishedPiece) -> None:
-        """Nothing: what is done is handed to whoever made the files."""
+        """Do nothing: finished pieces are reported to the process that created the files."""
 
     def close(self) -> None:
         """Flush and close what was written."""
@@ -243,7 +243,7 @@ def _finished_piece(line: str) -> tuple[tuple[int, int], int] | None:
     with contextlib.suppress(ValueError, TypeError):
         number, offset, checksum = json.loads(line)
         return (int(number), int(offset)), int(checksum, 16)
-    return None  # the last line of an attempt that was killed may be cut
+    return None  # the last line of a killed attempt may be truncated
 
 
 def _finished_file(line: str) -> tuple[int, dict[str, Any]] | None:

@@ -1,4 +1,4 @@
-"""Proof that an output holds the source's weights: both are read through their own columns and compared bit for bit."""
+"""Verifying an output: it and the source are read through their columns of the table and compared bit for bit."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from ckpt_convert.wording import indented_list
 def verify_output(
     plan: Plan, sources: Sources, output: Identified, *, workers: int, progress: ProgressCallback | None = None
 ) -> int:
-    """Compare every logical tensor of the plan's source with the output, and return how many there were.
+    """Compare every logical tensor of the plan's source with the output, and return their number.
 
     Where the plan casts, the source is cast before it is compared. Raises VerificationError naming every tensor that
-    differs or is not there.
+    differs or is missing.
     """
     model = output.model_for(str(plan.source.format), plan.target)
     found = translate.read_source(model, str(output.format), output.ranks, str(output.place)).logicals
@@ -46,12 +46,12 @@ def verify_output(
             else:
                 kept = carried.get(logical.key)
                 if kept is None and logical.key in plan.passthrough:
-                    problems.append(f"{logical.key}: is not carried in the output's record")
+                    problems.append(f"{logical.key}: is not kept in the output's record")
                 pairs += _halves(instance, logical, other, kept, str(plan.source.format), model.dims)
         elif other is not None:
             problems.append(f"{logical.key}: is {other.dtype} in the output")
         else:
-            problems.append(f"{logical.key}: neither in the output nor carried in its record")
+            problems.append(f"{logical.key}: neither in the output nor kept in its record")
     total = sum(p.tensor.size * dtypes.DTYPES[other.dtype].bits // 8 for p, other in pairs)
     counter = ProgressCounter("verifying", total, progress)
     read = NumberedTensors(plan, sources)
@@ -71,7 +71,7 @@ def verify_output(
     if problems:
         raise VerificationError(
             f"{plan.source.place}: the output, read again, differs in {len(problems)} tensors; "
-            f"the disk or memory may be faulty, or the source changed meanwhile:{indented_list(sorted(problems))}"
+            f"the disk or memory may be faulty, or the source has changed:{indented_list(sorted(problems))}"
         )
     return len(pairs)
 
@@ -84,7 +84,7 @@ def _halves(
     source: str,
     dims: Mapping[str, int],
 ) -> Iterator[tuple[LogicalTensor, LogicalTensor]]:
-    """What has to be equal of a row of which some column loses something: what all hold, and what is carried."""
+    """The pairs that must be equal for a lossy row: the values that both columns hold, and the record's original."""
     row, column = instance.row, instance.row.column(source)
     stored = logical.original or (column.to_stored(logical.tensor, row, dims) if column else logical.tensor)
     if carried is not None:
@@ -99,7 +99,7 @@ def _halves(
 
 
 def _carried(plan: Plan, output: Identified) -> tuple[list[tuple[WeightFile, StoredTensor]], dict[str, LogicalTensor]]:
-    """The output's stored tensors with those that its record carries for the source's format, and the latter by key."""
+    """The output's stored tensors with those that its record keeps for the source's format, and the latter by key."""
     stored = list(output.stored)
     out = {}
     path = output.record.passthrough_tensors(str(plan.source.format)) if output.record else None

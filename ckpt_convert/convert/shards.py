@@ -1,4 +1,4 @@
-"""Which files come out: their number, names and containers, and which tensor lies in which."""
+"""Assigning tensors to output files: the number of files, their names and containers."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ from ckpt_convert.tensors.header import FileLayout
 from ckpt_convert.wording import option_text
 
 _OURS = frozenset(common_file_names(1, "pt") or ())
-"""Names that ``container`` gives, for torch.load and no loader of directories."""
+"""Names that the option ``container`` gives, for torch.load rather than loaders of directories."""
 
 _USUAL_SHARD = 5_000_000_000
-"""Bytes of a file where nothing says how many there should be, as on the Hub."""
+"""The size of shards where nothing determines their number, as on the Hub."""
 
 
 def recorded_layout(
     source: Identified, request: Request, like: Identified | None, model: Model, *, literal: bool
 ) -> Layout | None:
-    """The layout that the target should have: of ``like``, of the source itself, or as an earlier conversion recorded.
+    """The target's layout: that of ``like``, of the source itself, or one that an earlier conversion recorded.
 
-    ``literal`` leaves the source's own keys as they are.
+    ``literal`` keeps the source's stored keys.
     """
     if request.new_layout:
         return None
@@ -66,9 +66,9 @@ def recorded_layout(
 
 
 def _findable(found: Layout, source: Identified, model: Model) -> Layout | None:
-    """A layout of Hugging Face's whose files loaders find: what lay there as one file alone has the usual name.
+    """A Hugging Face layout whose files loaders find: a source that is a single file gets the default name.
 
-    None for files that no loader of a directory reads (``run.ckpt``). The names in a directory stay what they are.
+    None for files that no loader of a directory reads (``run.ckpt``). Names in a directory are kept.
     """
     names = [file.name for file in found.files]
     if found.index is not None or all(name.endswith(DCP_SUFFIX) or name in _OURS for name in names):
@@ -85,7 +85,7 @@ def _findable(found: Layout, source: Identified, model: Model) -> Layout | None:
 def count_ranks(
     source: Identified, request: Request, like: Identified | None, wanted: Layout | None, model: Model
 ) -> int:
-    """How many tensor-parallel ranks the output has; raises UsageError where that does not fit the family."""
+    """The number of tensor-parallel ranks of the output; raises UsageError where the family does not support it."""
     if request.to != "meta":
         return 1
     if like is not None and request.model_parallel not in (None, len(like.ranks)):
@@ -98,7 +98,7 @@ def count_ranks(
 
 
 def rank_notice(request: Request, model: Model, count: int, wanted: Layout | None) -> list[str]:
-    """What to say where nobody said how many ranks there are to be, and the release came in several."""
+    """A notice where the number of ranks was not requested, and the release came in several."""
     released = model.family.params.model_parallel(model.config) if model.family.params else None
     if request.to != "meta" or request.model_parallel or wanted is not None or (released or 1) == count:
         return []
@@ -117,7 +117,7 @@ def assign_shards(
     model: Model,
     file_of: Callable[[], Mapping[int, int]],
 ) -> tuple[list[OutputFile], bool, list[str]]:
-    """The output files, whether they are the recorded layout's own, and what to say about that."""
+    """The output files, whether they are exactly those of the target layout, and notices."""
     notices = []
     if wanted is not None:
         found = layout.layout_like(wanted, targets, dtype_of)
@@ -129,8 +129,8 @@ def assign_shards(
             raise ShapeMismatchError(
                 f"{option_text('like', request.like)}: has other keys than this model, such as {example}"
             )
-        why = f"has other keys ({example})" if example is not None else "cuts tensors into pieces"
-        notices.append(f"the recorded {request.to} layout {why}, so new files are laid out")
+        why = f"has other keys ({example})" if example is not None else "splits tensors into pieces"
+        notices.append(f"the recorded {request.to} layout {why}, so the output has a new layout")
     assignments = _assign(source, request, model, targets, dtype_of, count, file_of)
     return layout.new_layout(assignments, dtype_of), False, notices
 
@@ -138,7 +138,7 @@ def assign_shards(
 def passthrough_files(
     family: Family, source_format: str, instances: Sequence[Instance], logicals: LogicalTensors, dims: Mapping[str, int]
 ) -> list[OutputFile]:
-    """The tensors that the target has no place for, in one file of the record."""
+    """The file of the record with the tensors that the target cannot hold."""
     if not instances:
         return []
     targets = []
@@ -165,7 +165,7 @@ def passthrough_files(
 def _together(
     family: Family, format: str, instances: Sequence[Instance], logicals: LogicalTensors, dims: Mapping[str, int]
 ) -> list[Entry]:
-    """What of these lies in one stored tensor with others."""
+    """The stored tensors in which several of these instances are fused or stacked."""
     if len({logicals.tensors[instance].key for instance in instances}) == len(instances):
         return []
     chosen = set(instances)
@@ -174,7 +174,7 @@ def _together(
 
 @dataclass(frozen=True)
 class DcpMetadata:
-    """What torch.distributed.checkpoint keeps of all files of a directory."""
+    """The .metadata file of torch.distributed.checkpoint, generated from all files of a directory."""
 
     pieces: tuple[tuple[str, FileLayout], ...]
     notices: tuple[str, ...] = ()
@@ -187,7 +187,7 @@ class DcpMetadata:
 def index_files(
     request: Request, outputs: Sequence[OutputFile], wanted: Layout | None, exact: bool, model: Model
 ) -> list[AuxiliaryFile]:
-    """The index beside several files: the layout's own where nothing changed, else a new one."""
+    """The index of several files: that of the target layout where headers are exact, else a new one."""
     if request.to == "meta":
         return []
     pieces = [(output.name, output.layout) for output in outputs if output.layout.header.kind == dcp.KIND]
@@ -224,7 +224,7 @@ def _assign(
         container = _meta_container(request, model)
         return layout.assign_by_rank(targets, format.file_names(count, container), container)
     container = request.container or format.containers[0]
-    # Those of torch.distributed.checkpoint are files of ranks, and say nothing of how many there should be.
+    # torch.distributed.checkpoint has one file for each rank, which does not determine the number of shards.
     by_ranks = source.directory.kind == "dcp"
     if container == "pt":
         groups = [list(targets)]
@@ -249,7 +249,7 @@ def _assign(
 
 
 def _shard_name(name: str, request: Request, container: str, model: Model) -> str:
-    """A file's name as the family's library calls it."""
+    """The name of a shard with the family's file stem (diffusers has another)."""
     if request.to != "hf" or container != "safetensors":
         return name
     return model.family.stem + name.removeprefix("model")

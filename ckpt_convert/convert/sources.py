@@ -1,4 +1,4 @@
-"""The sources of a plan, open: those that its process has open already, or the same files again in another process."""
+"""The open sources of a plan: those of the process that made it, or the same files reopened in another process."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from ckpt_convert.storage.base import Closable, RangeReader
 from ckpt_convert.tensors.header import IN_MEMORY, StoredTensor
 
 Sources = Mapping[SourceFile, RangeReader]
-"""Gives a source of a plan, open for reading."""
+"""The reader of each source of a plan."""
 
 
 class OpenSource(NamedTuple):
-    """A source that can be read."""
+    """A source that is open for reading."""
 
     reader: RangeReader
 
 
 class NumberedTensors(Sequence[tuple[OpenSource, StoredTensor]]):
-    """The stored tensors of a plan by number, each with its source, which is opened when it is asked for."""
+    """The stored tensors of a plan by number, each with its source, which is opened on first use."""
 
     def __init__(self, plan: Plan, sources: Sources) -> None:
         self._plan = plan
@@ -57,7 +57,7 @@ class NumberedTensors(Sequence[tuple[OpenSource, StoredTensor]]):
 
 @dataclass(frozen=True)
 class OpenPlan:
-    """A plan with its sources, open."""
+    """A plan with its open sources."""
 
     plan: Plan
     sources: Mapping[SourceFile, RangeReader]
@@ -68,10 +68,10 @@ class OpenPlan:
 
 
 class ReopenedSources(Mapping[SourceFile, RangeReader]):
-    """The files that a plan reads from, opened again by their places as they are asked for; close it in the end.
+    """The files that a plan reads from, reopened by their places on first use; to be closed.
 
-    ``memory`` has the tensors that lie in this process, by key. Raises SourceChangedError for a file that is not what
-    it was, and UsageError for a tensor that lies in another process.
+    ``memory`` has the tensors of this process, by key. Raises SourceChangedError for a file that has changed, and
+    UsageError for a tensor in the memory of another process.
     """
 
     def __init__(self, plan: Plan, memory: Mapping[str, RangeReader] | None = None) -> None:
@@ -97,7 +97,7 @@ class ReopenedSources(Mapping[SourceFile, RangeReader]):
         if source.kind == IN_MEMORY or source.place is None:
             key = source.name.partition(":")[2]
             if key not in self._memory:
-                raise UsageError(f"{source.name}: lies in the memory of another process, which has to write it")
+                raise UsageError(f"{source.name}: is in the memory of another process, which has to write it")
             return self._memory[key]
         if source.kind == COMPUTED:
             return next(file.reader for file in self._as_numbers().files if file.place == source.place)
@@ -107,7 +107,7 @@ class ReopenedSources(Mapping[SourceFile, RangeReader]):
         return source.place.open(expected=source.identity)
 
     def _as_numbers(self) -> Identified:
-        """The quantized checkpoint that the plan reads as numbers."""
+        """The dequantized view of the quantized checkpoint that the plan reads."""
         if self._numbers is None:
             found, hints = self._plan.source, self._plan.source.hints
             opened = open_identified(

@@ -118,10 +118,10 @@ def convert_state_dict(
         raise UsageError("the list of state dicts is empty; give one for each rank")
     if model_parallel != 1 and target != "meta":
         raise UsageError(
-            f"{option_text('model_parallel', model_parallel)} does not fit {target}: only meta is cut over ranks"
+            f"{option_text('model_parallel', model_parallel)} does not fit {target}: only meta is split across ranks"
         )
     if len(dicts) != 1 and source != "meta":
-        raise UsageError(f"{len(dicts)} state dicts do not fit {source}: only meta is cut over ranks")
+        raise UsageError(f"{len(dicts)} state dicts do not fit {source}: only meta is split across ranks")
     tensors: list[torch.Tensor] = []
     ranks = [_sources(rank, number, tensors) for number, rank in enumerate(dicts)]
     content = load_json(checked_place(config, "config")) if isinstance(config, str | os.PathLike | Place) else config
@@ -156,7 +156,7 @@ def convert_state_dict(
 
 
 def materialize(tensor: LazyTensor, sources: Sequence[torch.Tensor], dtype: torch.dtype | None = None) -> torch.Tensor:
-    """The tensor itself: new memory, dense, on the device (and in the dtype, if none is given) of its first source."""
+    """The tensor in new memory: dense, on the device (and by default in the dtype) of its first source."""
     first = sources[min(tensor.sources, default=0)]
     has_zeros = any(tile.source == ZEROS for tile in tensor.tiles)
     made = torch.zeros if has_zeros else torch.empty
@@ -195,7 +195,7 @@ def _sources(state_dict: StateDict, rank: int, tensors: list[torch.Tensor]) -> d
 def _named(
     ranks: list[dict[str, SourceTensor]], content: Mapping[str, Any], family: str | None, format: str
 ) -> list[dict[str, SourceTensor]]:
-    """The tensors by the keys of the format, without what torch.compile and the like have put into them."""
+    """The tensors by the keys of the format, without prefixes of wrappers such as torch.compile."""
     keys = dict.fromkeys(key for rank in ranks for key in rank)
     names = legacy_keys.read_keys(keys, candidates(content, format, family, keys), format)
     if names.clashes:
@@ -220,13 +220,13 @@ def _model(
 
 
 def _check_losses(losses: Sequence[Equality], tensors: Sequence[torch.Tensor], where: str, allowed: bool) -> None:
-    """Raise LossyConversionError for values that change what the model computes and are left out."""
+    """Raise LossyConversionError for values that would be left out although they change what the model computes."""
     counts = {one.key: int(materialize(one.left, tensors, _torch(one.dtype)).count_nonzero()) for one in losses}
     lost = {key: count for key, count in counts.items() if count}
     if lost and not allowed:
         said = indented_list([f"{key}: {count:,} values other than zero" for key, count in lost.items()])
         raise LossyConversionError(
-            f"{where} has no place for what changes what the model computes (allow_loss=True goes on without):{said}",
+            f"{where} has no place for values that change what the model computes (allow_loss=True omits them):{said}",
             lost,
         )
 

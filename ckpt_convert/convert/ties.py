@@ -1,7 +1,7 @@
-"""Whether an output layer is the embedding: what decides it, and what has to be equal for it to be so.
+"""Tied weights: whether the output layer shares the embedding's tensor, and which tensors must be equal for that.
 
-A config says it, or the record of an earlier conversion. Where neither does, a model in memory does, which has one
-tensor or two; of files it is the bytes that decide.
+The config states it, or the record of an earlier conversion. Where neither does, a model in memory shows it by having
+one tensor or two; for files the bytes decide.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ckpt_convert.checkpoint.model import Model
 from ckpt_convert.models.core.table import Family, Instance
 
 EqualBytes = Callable[[Equality], bool]
-"""Compares the bytes of two tensors, which reads them."""
+"""Reads two tensors and returns whether their bytes are equal."""
 
 
 @dataclass(frozen=True)
@@ -31,17 +31,17 @@ class Ties:
     undecided: Equality | None = None
 
     def checks(self, ties: Iterable[Equality]) -> list[Equality]:
-        """Of equalities that ties demand, those that are left to be checked."""
+        """Those of the pairs that tied weights require to be equal that still have to be checked."""
         return list(ties) if self.is_stated else []
 
 
 def presumed_untied(model: Model) -> Model:
-    """The model as its weights are read before it is known whether they are tied."""
+    """The model that is assumed for reading before it is known whether weights are tied."""
     return model if model.tied is not None else model.with_tied(False)
 
 
 def tied_in_memory(model: Model, format: str, keys: Collection[str]) -> Model:
-    """The model with what one in memory says, which has a key in this format for its output or has none."""
+    """The model with ties as in memory: tied if the model has no key of this format for its output layer."""
     if model.tied is not None:
         return model
     columns = [row.column(format) for row in model.family.rows if row.tied_to is not None]
@@ -49,7 +49,7 @@ def tied_in_memory(model: Model, format: str, keys: Collection[str]) -> Model:
 
 
 def decide_ties(model: Model, logicals: LogicalTensors, equal: EqualBytes | None) -> Ties:
-    """What is tied of weights that were read as those of the ``presumed`` model.
+    """Decide whether weights that were read as those of the ``presumed_untied`` model are tied.
 
     Without ``equal``, no byte is read.
     """
@@ -62,7 +62,7 @@ def decide_ties(model: Model, logicals: LogicalTensors, equal: EqualBytes | None
 
 
 def tied_pair(logicals: LogicalTensors) -> Equality | None:
-    """The two stored tensors that are the same where weights are tied, None where only one is stored."""
+    """The two stored tensors that are equal if weights are tied, None where only one is stored."""
     for instance, logical in logicals.tensors.items():
         if instance.row.tied_to and instance not in logicals.omitted_ties:
             other = tied_partner(instance, logicals.tensors)
@@ -71,20 +71,20 @@ def tied_pair(logicals: LogicalTensors) -> Equality | None:
 
 
 def tie_checks(instance: Instance, logicals: LogicalTensors) -> list[Equality]:
-    """What has to hold of a tied row that is stored all the same; nothing where the row it is tied to is not there."""
+    """The check for a tied row that is stored all the same; empty where the row it is tied to is missing."""
     logical, other = logicals.tensors[instance], tied_partner(instance, logicals.tensors)
     if other is None:
         return []
     message = (
         f"{logical.key} and {other.key} differ, but the config ties them (tie_word_embeddings: true), and "
         "the target stores tied weights once. If they are not tied, set tie_word_embeddings to false in the "
-        "source's config.json (ckpt_convert/config.json where that is the only one)."
+        "source's config.json (ckpt_convert/config.json where there is no other)."
     )
     return [Equality(other.tensor, logical.tensor, logical.dtype, message, logical.key)]
 
 
 def kept_tied_keys(family: Family, format: str, keys: Collection[str]) -> frozenset[str]:
-    """Which of these keys are those of weights that the format leaves out where they are tied."""
+    """The subset of these keys that the format omits when weights are tied."""
     columns = [column for row in family.rows if (column := row.column(format)) and column.omitted_if_tied]
     return frozenset(column.template for column in columns if column.template in keys)
 
@@ -92,7 +92,7 @@ def kept_tied_keys(family: Family, format: str, keys: Collection[str]) -> frozen
 def describe_ties(
     ties: Ties, dims: Mapping[str, int], logicals: LogicalTensors, written: Collection[Instance]
 ) -> list[str]:
-    """A line for each tied row: what becomes of it; ``written`` is what the output has a key for."""
+    """A line for each tied row on how it is written; ``written`` are the instances that have a key in the output."""
     out = []
     for instance in logicals.tensors:
         if not instance.row.tied_to:

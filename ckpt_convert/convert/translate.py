@@ -1,6 +1,6 @@
-"""From one layout to another: read through a column of the family's table, decide ties, write through another column.
+"""Translating between formats: read through a column of the family's table, decide ties, write through another column.
 
-Files, state dicts, models in memory and comparisons all go this way. Nothing is read but what decides about ties.
+Files, state dicts, models in memory and comparisons all use this. Only tensors that decide about ties are read.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Ranks = Sequence[Mapping[str, SourceTensor]]
 
 @dataclass(frozen=True)
 class SourceReading:
-    """Tensors that were read through the column of ``format``, and what is known of their ties."""
+    """Tensors read through the column of ``format``, and the decision about ties."""
 
     format: str
     logicals: LogicalTensors
@@ -31,17 +31,17 @@ class SourceReading:
 
     @property
     def model(self) -> Model:
-        """Whose weights they are; it says whether they are tied."""
+        """The model of the weights, with the decision about ties."""
         return self.ties.model
 
 
 @dataclass(frozen=True)
 class Translation:
-    """Tensors on their way into another layout.
+    """Tensors translated to another format.
 
-    ``targets`` are in the order of the table; ``unmapped`` is what the target has no place for. ``checks`` are pairs
-    that have to be equal for the translation to be true, ``losses`` pairs of what is left out although models compute
-    with it, and of the zeros that they compute with instead. ``dims`` are those of the target.
+    ``targets`` are in the order of the table; ``unmapped`` are instances that the target cannot hold. ``checks`` are
+    pairs that must be equal for the translation to be valid; ``losses`` pair each tensor that is left out although the
+    model computes with it with zeros. ``dims`` are those of the target.
     """
 
     reading: SourceReading
@@ -57,13 +57,13 @@ class Translation:
 
     @property
     def ties(self) -> list[str]:
-        """A line for each tied row: what becomes of it."""
+        """A line for each tied row on how it is written."""
         written = {target.instance for target in self.targets}
         return ties.describe_ties(self.reading.ties, self.dims, self.logicals, written)
 
 
 def check_formats(model: Model, source_name: str, *formats: str) -> None:
-    """Raise where a family has no way between these formats: UnsupportedFamilyError, or ConfigError for a rotation."""
+    """Raise UnsupportedFamilyError for a format that the family lacks, ConfigError for RoPE that it cannot express."""
     family = model.family
     for format in formats:
         if not family.has(format):
@@ -76,7 +76,7 @@ def check_formats(model: Model, source_name: str, *formats: str) -> None:
 def read_source(
     model: Model, format: str, ranks: Ranks, source_name: str, equal: EqualBytes | None = None
 ) -> SourceReading:
-    """Read stored tensors through their column; ``equal`` compares the bytes of two where these decide about ties.
+    """Read stored tensors through their column; ``equal`` compares two tensors where their bytes decide about ties.
 
     Raises KeyMismatchError or ShapeMismatchError naming every missing, unexpected and misshapen tensor.
     """
@@ -96,7 +96,7 @@ def write_target(
     wants_key: Callable[[str], bool] = lambda key: True,
     originals: Mapping[Instance, Original] | None = None,
 ) -> Translation:
-    """Write what was read through another column.
+    """Write tensors that were read through another column.
 
     ``dims`` are those of the target where they differ from the model's; ``keep_tied`` is whether to write keys that the
     format omits when weights are tied, or which of them (None: as in the source); ``wants_key`` decides for each
@@ -127,6 +127,6 @@ def translate(
     ranks: int = 1,
     keep_tied: bool | None = None,
 ) -> Translation:
-    """``read`` and ``write`` in one, of tensors to which nothing else is added; raises what these do."""
+    """``read_source`` and ``write_target`` in one; raises what these do."""
     reading = read_source(model, source, stored, source_name, equal)
     return write_target(reading, target, source_name, dims=dims(reading.model.dims), ranks=ranks, keep_tied=keep_tied)

@@ -1,4 +1,4 @@
-"""Writing logical tensors through a column of a family's table. Nothing here touches a byte."""
+"""Writing logical tensors through a column of a family's table. No bytes are read here."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LISTED = 20
 
 @dataclass(frozen=True, slots=True)
 class Original:
-    """A tensor as it was before a conversion that lost something of it, and what has to be equal for it to be valid."""
+    """A tensor from before a lossy conversion, and the pair that must be equal for it to be still valid."""
 
     tensor: LazyTensor
     unchanged: Equality
@@ -25,9 +25,9 @@ class Original:
 
 @dataclass(frozen=True, slots=True)
 class TargetTensor:
-    """One tensor to be written: under ``key`` into the file or dict of ``rank``.
+    """One tensor to write: under ``key`` into the file or dict of ``rank``.
 
-    ``original`` is what is written instead if nothing has changed since.
+    ``original`` is written instead if its values are unchanged.
     """
 
     instance: Instance
@@ -52,7 +52,7 @@ class ColumnTensors:
 
 
 def to_stored(instance: Instance, logical: LogicalTensor, column: Key, dims: Mapping[str, int]) -> LazyTensor:
-    """A logical tensor as a column stores it: as the source has it, where the logical layout cannot hold all of it."""
+    """A logical tensor as a column stores it; the source's original where the logical layout is lossy."""
     if column.scatter_index is not None and logical.original is not None:
         return logical.original
     return column.to_stored(logical.tensor, instance.row, dims)
@@ -65,10 +65,7 @@ def fill_zeros(
     logicals: LogicalTensors,
     wants_key: Callable[[str], bool] = lambda key: True,
 ) -> None:
-    """Add the rows that a format has and that stand for zeros where the source has none (``Row.zeros``).
-
-    ``wants_key`` says of a key whether it is to be there.
-    """
+    """Add zeros for rows that a format has and the source lacks (``Row.zeros``), if ``wants_key`` accepts their keys."""
     if not any(row.zeros for row in family.rows):
         return
     for instance in family.instances(dims):
@@ -122,20 +119,20 @@ def write_column(
     if missing:
         raise KeyMismatchError(
             f"{source_name}: the {format} format of {family.name} needs {first_few(missing, _LISTED, ' …')}, "
-            "which the source has nothing for"
+            "which the source does not have"
         )
     return out
 
 
 def _leave_out(format: str, dims: Mapping[str, int], logicals: LogicalTensors, out: ColumnTensors) -> list[str]:
-    """Note what the format has no place for, and what stands for it; returns the keys of what it cannot do without."""
+    """Collect unmapped tensors and tie checks; returns the keys of required tensors that the format cannot hold."""
     no_place = []
     for instance, logical in logicals.tensors.items():
         row, place = instance.row, instance.row.column(format)
         if place is not None:
             if row.lossy is not None and (place.scatter_index is None) != (logical.original is None):
                 out.unmapped.append(instance)
-        elif row.tied_to and dims["tied"]:  # the row that it is tied to stands for it
+        elif row.tied_to and dims["tied"]:  # stored as the row that it is tied to
             out.tie_checks += ties.tie_checks(instance, logicals)
         elif row.required:
             no_place.append(logical.key)
@@ -147,7 +144,7 @@ def _leave_out(format: str, dims: Mapping[str, int], logicals: LogicalTensors, o
 def _omits(
     entry: Entry, format: str, logicals: LogicalTensors, keep_tied: bool | Collection[str] | None, out: ColumnTensors
 ) -> bool:
-    """Whether a key of a model that is tied is left out, as its weights are those of another one."""
+    """Whether a key of a tied model is omitted, as its weights are stored under another one."""
     instance = entry.first
     if instance.row.tied_to and keep_tied is not None and instance not in logicals.omitted_ties:
         out.tie_checks += ties.tie_checks(instance, logicals)
@@ -159,7 +156,7 @@ def _omits(
 
 
 def _as_they_were(logicals: LogicalTensors, format: str) -> Iterator[TargetTensor]:
-    """The targets of a table that was made from headers."""
+    """The targets of a generic table."""
     for instance, logical in logicals.tensors.items():
         key = instance.key(format)
         if key is not None:
@@ -169,9 +166,9 @@ def _as_they_were(logicals: LogicalTensors, format: str) -> Iterator[TargetTenso
 def _cut(
     entry: Entry, format: str, dims: Mapping[str, int], logicals: Mapping[Instance, LogicalTensor], ranks: int
 ) -> Iterator[TargetTensor]:
-    """What every rank stores under a key."""
+    """The slice of a key that every rank stores."""
     first = logicals[entry.first]
-    if entry.whole and ranks == 1:  # as most are
+    if entry.whole and ranks == 1:  # the common case
         yield TargetTensor(
             entry.first, entry.key, 0, first.dtype, to_stored(entry.first, first, entry.column(format), dims)
         )
@@ -200,14 +197,14 @@ def _cut(
 
 
 def _check_ranks(family: Family, format: str, dims: Mapping[str, int], ranks: int, what: str) -> None:
-    """Refuse a number of ranks that the family, or its sizes, cannot be cut over."""
+    """Refuse a number of ranks that the family, or its sizes, cannot be split across."""
     if ranks == 1:
         return
     if ranks < 1:
         raise option_error("model_parallel", ranks, "expected 1 or more")
     if family.params is None or not family.params.sharded:
         raise option_error(
-            "model_parallel", ranks, f"{family.name}'s consolidated layout is one file, not cut over ranks"
+            "model_parallel", ranks, f"{family.name}'s consolidated layout is one file, not split across ranks"
         )
     cut: dict[str, tuple[int, Key]] = {}
     for row in family.rows:
@@ -231,5 +228,6 @@ def _check_ranks(family: Family, format: str, dims: Mapping[str, int], ranks: in
     if uneven:
         even = [str(count) for count in range(1, 129) if not uneven_over(count)]
         raise ConfigError(
-            f"{what}: cannot be cut over {ranks} ranks: {'; '.join(uneven)}; `model_parallel=` may be {', '.join(even)}"
+            f"{what}: cannot be split across {ranks} ranks: {'; '.join(uneven)}; `model_parallel=` may be "
+            f"{', '.join(even)}"
         )

@@ -88,8 +88,8 @@ def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
     ("words", "code", "message"),
     [
         (("hf-to-meta", HF, "OUT", "--shards", 2), 2, "use --model-parallel"),
-        (("meta-to-hf", META, "OUT", "--model-parallel", 2), 2, "only meta is cut over ranks"),
-        (("hf-to-meta", HF, "OUT", "--rope-factor", 8), 2, "its config says it already"),
+        (("meta-to-hf", META, "OUT", "--model-parallel", 2), 2, "only meta is split across ranks"),
+        (("hf-to-meta", HF, "OUT", "--rope-factor", 8), 2, "its config states it already"),
         (("hf-to-native", HF, "OUT", "--max-shard-size", "big"), 2, "expected a size such as 5GB"),
         (("hf-to-meta", HF), 2, "Missing argument"),
         (("convert", HF, "OUT"), 2, "--to"),

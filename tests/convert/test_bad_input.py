@@ -307,14 +307,14 @@ def test_a_rope_scaling_that_meta_cannot_say(
     [
         ("meta", {"shards": 2}, "ranks; use `model_parallel=`"),
         ("meta", {"max_shard_size": 100}, "ranks; use `model_parallel=`"),
-        ("hf", {"model_parallel": 2}, "only meta is cut over ranks"),
+        ("hf", {"model_parallel": 2}, "only meta is split across ranks"),
         ("native", {"meta_style": "llama2"}, "`meta_style=` does not fit native"),
         ("hf", {"container": "pth"}, "expected safetensors or bin"),
         ("hf", {"shards": 2, "max_shard_size": 100}, "exclude each other"),
         ("hf", {"shards": 0}, "expected a whole number, 1 or more"),
         ("hf", {"shards": 2.5}, "expected a whole number, 1 or more"),
         ("hf", {"shards": 31}, "there are only 30 tensors"),
-        ("meta", {"rope_factor": 8.0}, "its config says it already"),
+        ("meta", {"rope_factor": 8.0}, "its config states it already"),
         ("native", {"dtype": "int8"}, "expected one of"),
         ("gguf", {}, "no such format"),
         ("meta", {"workers": 0}, "`workers=0`"),
@@ -332,7 +332,7 @@ def test_ranks_that_do_not_divide(hf: Path, refused: Refused) -> None:
 
 
 def test_mistral_is_not_cut_over_ranks(refused: Refused) -> None:
-    assert "not cut over ranks" in refused(GOLDEN / "mistral" / "hf", UsageError, model_parallel=2)
+    assert "not split across ranks" in refused(GOLDEN / "mistral" / "hf", UsageError, model_parallel=2)
 
 
 def test_a_like_of_another_model(refused: Refused) -> None:
@@ -379,7 +379,7 @@ def test_an_index_with_names_that_systems_read_differently(name: str, hf: Path, 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"to": "hf", "like": GOLDEN / "llama" / "hf", "shards": 2}, "`like=` brings its own files"),
+        ({"to": "hf", "like": GOLDEN / "llama" / "hf", "shards": 2}, "`like=` determines the files"),
         ({"rope_theta": 1e6}, "`rope_theta=` does not fit a hf source"),
         ({"max_positions": 4096}, "`max_positions=` does not fit a hf source"),
     ],

@@ -126,11 +126,11 @@ def test_ranks_that_differ_are_refused_by_name() -> None:
 
 def test_options_that_do_not_fit() -> None:
     source = expected("llama", "hf")
-    with pytest.raises(CkptConvertError, match="only meta is cut over ranks"):
+    with pytest.raises(CkptConvertError, match="only meta is split across ranks"):
         ckpt_convert.convert_state_dict(source, config("llama"), source="hf", target="native", model_parallel=2)
     with pytest.raises(CkptConvertError, match="`target='gguf'`: no such format"):
         ckpt_convert.convert_state_dict(source, config("llama"), source="hf", target="gguf")
-    with pytest.raises(CkptConvertError, match=r"not divisible by 8|does not divide|cannot be cut over 8 ranks"):
+    with pytest.raises(CkptConvertError, match=r"not divisible by 8|does not divide|cannot be split across 8 ranks"):
         ckpt_convert.convert_state_dict(source, config("llama"), source="hf", target="meta", model_parallel=8)
 
 
@@ -161,7 +161,7 @@ def test_numbers_of_ranks_that_cannot_be(ranks: int) -> None:
 def test_more_misuse() -> None:
     with pytest.raises(UsageError, match="is empty"):
         ckpt_convert.convert_state_dict([], config("llama"), source="meta", target="hf")
-    with pytest.raises(UsageError, match="not cut over ranks"):
+    with pytest.raises(UsageError, match="not split across ranks"):
         ckpt_convert.convert_state_dict(
             expected("mistral", "hf"), config("mistral"), source="hf", target="meta", model_parallel=2
         )

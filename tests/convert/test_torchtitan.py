@@ -127,7 +127,7 @@ def test_pieces_that_cannot_be_cut_as_they_were_are_written_whole(tmp_path: Path
     written(tmp_path / "titan", {key: (tensor, halves(tensor)) for key, tensor in golden().items()})
     ckpt_convert.convert_checkpoint(tmp_path / "titan", tmp_path / "hf", to="hf", config=hf() / "config.json")
     report = ckpt_convert.convert_checkpoint(tmp_path / "hf", tmp_path / "back", to="torchtitan", dtype="bfloat16")
-    assert any("the recorded torchtitan layout cuts tensors into pieces" in text for text in report.notices)
+    assert any("the recorded torchtitan layout splits tensors into pieces" in text for text in report.notices)
     expected = {key: tensor.bfloat16() for key, tensor in golden().items()}
     assert_same(by_torch(tmp_path / "back", expected), expected)
 

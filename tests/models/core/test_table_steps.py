@@ -241,7 +241,7 @@ def test_parts_of_one_tensor_have_one_dtype() -> None:
 
 def test_what_the_target_needs_and_the_source_has_no_place_for() -> None:
     rows = [Row("a", ("dim",), hf=Key("a"), meta=Key("a")), Row("b", ("dim",), meta=Key("b"))]
-    with pytest.raises(KeyMismatchError, match="the meta format of f needs b, which the source has nothing for"):
+    with pytest.raises(KeyMismatchError, match="the meta format of f needs b, which the source does not have"):
         moved(family(*rows), "hf", "meta", [coded({"a": (6,)})])
 
 

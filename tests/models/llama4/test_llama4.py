@@ -442,8 +442,8 @@ def test_too_many_ranks_are_refused(whole: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         convert_checkpoint(whole, tmp_path / "out", to="meta", model_parallel=8)
     assert str(error.value) == (
-        f"{whole}: cannot be cut over 8 ranks: n_heads = 12 is not divisible by 8; n_kv_heads = 4 is not divisible by "
-        "8; adapter_dim = 36 is not divisible by 8; `model_parallel=` may be "
+        f"{whole}: cannot be split across 8 ranks: n_heads = 12 is not divisible by 8; n_kv_heads = 4 is not divisible "
+        "by 8; adapter_dim = 36 is not divisible by 8; `model_parallel=` may be "
         "1, 2, 4"
     )
 

@@ -411,7 +411,7 @@ def test_verify_reads_what_is_carried(tables: Path, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(shards, "passthrough_files", lambda *arguments: [])
     with pytest.raises(ckpt_convert.VerificationError) as error:
         convert_checkpoint(tables, tmp_path / "out", to="native", verify=True)
-    assert all(f"{key}: is not carried in the output's record" in str(error.value) for key in TABLES)
+    assert all(f"{key}: is not kept in the output's record" in str(error.value) for key in TABLES)
 
 
 def test_the_words_of_a_plan_say_it(tables: Path) -> None:
