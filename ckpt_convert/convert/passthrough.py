@@ -16,7 +16,7 @@ from ckpt_convert.tensors.header import StoredTensor, WeightFile
 from ckpt_convert.tensors.lazy import from_source
 
 
-def take_derived(
+def add_derived(
     source: Identified,
     template: LogicalTensors,
     logicals: LogicalTensors,
@@ -32,7 +32,7 @@ def take_derived(
             logicals.tensors[instance] = replace(logical, tensor=logical.tensor.with_sources(numbers))
 
 
-def bring_back(
+def restore_passthrough(
     source: Identified,
     request: Request,
     like: Identified | None,
@@ -70,7 +70,7 @@ def bring_back(
             logicals.tensors.setdefault(instance, logical)
 
 
-def as_it_was(
+def restore_originals(
     source: Identified,
     request: Request,
     like: Identified | None,

@@ -206,14 +206,14 @@ def translate_tensors(inputs: PlanInputs, model: Model, equal: EqualBytes | None
     model, logicals = read.model, read.logicals
     everything = list(source.stored if live is None else live.stored)
     if live is not None:
-        passthrough.take_derived(source, template, logicals, everything)
+        passthrough.add_derived(source, template, logicals, everything)
     literal = inputs.as_stored and source.is_bare
     wanted = shards.recorded_layout(source, request, like, model, literal=literal)
     ranks = shards.count_ranks(source, request, like, wanted, model)
     cut = embedding.embedding_split(source, request, like, model)
-    passthrough.bring_back(source, request, like, model, logicals, everything)
+    passthrough.restore_passthrough(source, request, like, model, logicals, everything)
     places = {key for _, key in wanted.ranked_keys} if wanted is not None else set()
-    earlier = passthrough.as_it_was(
+    earlier = passthrough.restore_originals(
         source, request, like, model, template if live is not None else None, logicals, everything
     )
     made = translate.write_target(
