@@ -65,7 +65,7 @@ def fill_zeros(
     logicals: LogicalTensors,
     wants_key: Callable[[str], bool] = lambda key: True,
 ) -> None:
-    """Add zeros for rows that a format has and the source lacks (``Row.zeros``), if ``wants_key`` accepts their keys."""
+    """Add zeros for rows that a format has and the source lacks (``Row.zeros``), where ``wants_key(key)``."""
     if not any(row.zeros for row in family.rows):
         return
     for instance in family.instances(dims):
