@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ckpt_convert.checkpointer.live.tensors import as_planning_source, memory_readers
+from ckpt_convert.checkpointer.live.tensors import all_of, as_planning_source, memory_readers
 from ckpt_convert.convert import planning
 from ckpt_convert.convert.execute import FinishedPiece, execute
 from ckpt_convert.convert.partition import Piece, partition_pieces, split_into_pieces
@@ -143,13 +143,13 @@ def test_a_plan_is_a_value() -> None:
 def test_the_plan_of_a_model_in_memory_holds_none_of_its_tensors() -> None:
     one = given("hf")
     tensors = {key: torch.zeros(shape, dtype=torch.bfloat16) for key, shape in SHAPES.items()}
-    live = as_planning_source(tensors, "hf")
+    live = as_planning_source(all_of(tensors), "hf")
     made = planning.make_plan(PlanInputs(one.source, one.request, in_memory=live))
     assert [source.name for source in made.plan.sources] == [f"memory:{key}" for key in SHAPES]
     assert pickle.loads(pickle.dumps(made.plan)) == made.plan
     later = {key: tensor + 1 for key, tensor in tensors.items()}
     output = Memory(made.plan)
-    execute(made.plan, split_into_pieces(made.plan.files), memory_readers(later), output, workers=1)  # type: ignore[arg-type]
+    execute(made.plan, split_into_pieces(made.plan.files), memory_readers(all_of(later)), output, workers=1)  # type: ignore[arg-type]
     placed = made.plan.files[0].tensors[0]
     assert (
         output.files[0].data[placed.offset :][:2] == later[placed.key].flatten()[:1].view(torch.uint8).numpy().tobytes()
