@@ -1,1 +1,1 @@
-"""What a training run has beside its weights, and how that is written and restored."""
+"""The training state of a run besides its weights: taking, writing and restoring it."""

@@ -1,21 +1,21 @@
-"""Making a loader count what it hands out, without another object in its place.
+"""Counting the batches that a loader yields, without replacing the loader.
 
-A recipe iterates over its own loader, so whoever counts its batches has to be asked when ``iter(loader)`` is, and
-Python asks the class for ``__iter__``, never the object. So the object gets a class of its own, as long as a run lasts.
-All that touches less counts something else than what the recipe has been handed:
+A recipe iterates over its own loader, so counting has to start in ``iter(loader)``, and Python looks up ``__iter__`` on
+the class, never on the object. So the object gets a class of its own for the duration of a run. Every smaller change
+would count something other than the batches that the recipe received:
 
-- An attribute of the object (``loader._get_iterator = ...``) is below ``__iter__``. accelerate's loaders, as may a
-  recipe's own, read a batch ahead above it: the count would be one more than what was trained on. And an object with a
-  hook among its attributes is no longer pickled or copied as before.
-- A sampler or a collate function sees what is asked for, which workers do ``prefetch_factor`` batches ahead.
-- A wrapper that is handed back would count only where the recipe iterates over that one: Trainer iterates over its own.
-- A patch of the class would reach every other loader of the process.
+- An attribute of the object (``loader._get_iterator = ...``) is below ``__iter__``. accelerate's loaders, and perhaps a
+  recipe's own, read one batch ahead above it: the count would be one more than what was trained on. And an object with
+  a hook among its attributes is no longer pickled or copied as before.
+- A sampler or a collate function sees the requests of workers, which are ``prefetch_factor`` batches ahead.
+- A returned wrapper would count only if the recipe iterated over it: Trainer iterates over its own loader.
+- A patch of the class would affect every other loader of the process.
 
-A sampler without a state gets one, too, for as long as torchdata asks it for its iterator: several times, of which each
-is to start at the same place.
+A sampler without a state gets such a class as well while torchdata requests its iterator: it does so several times, and
+each iterator has to start at the same position.
 
-The class differs in ``__iter__`` alone; what is pickled or copied is of the class from before, and so is the object
-itself, once the run is over.
+The class differs in ``__iter__`` alone; copies and pickles have the original class, and so has the object itself once
+the run is over.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ State = dict[str, Any]
 
 @dataclass
 class EpochPosition:
-    """Where in an epoch a run is.
+    """The position of a run in an epoch.
 
-    ``start`` is the random state before the loader's iterator was made, ``first`` the one before its first batch,
-    ``position`` the number of batches handed out.
+    ``start`` is the random state before the loader's iterator was created, ``first`` the one before its first batch,
+    ``position`` the number of batches that were yielded.
     """
 
     start: State
@@ -44,9 +44,9 @@ class EpochPosition:
 
 
 class CountingIterator(Iterator[Any]):
-    """An iterator over a loader that counts; everything else is asked of the loader's own iterator.
+    """A counting iterator over a loader; all other attributes are those of the loader's own iterator.
 
-    Nothing but the training loop holds on to it, so workers end when the loop drops it, as ever.
+    Only the training loop has a reference to it, so workers end when the loop drops it, as usual.
     """
 
     def __init__(
@@ -82,11 +82,11 @@ class CountingIterator(Iterator[Any]):
 
 
 TRACKER = "_ckpt_convert_tracker"
-"""The attribute of a counting class that says who made it, so that a loader that two savers are given counts once."""
+"""The attribute of a counting class with its tracker, so that a loader of two checkpointers is counted once."""
 
 
 def counting_class(base: Any, iterate: Callable[[], Iterator[Any]], tracker: object = None) -> Any:
-    """A class that is ``base`` in all but ``__iter__``; an object of it is pickled and copied as one of ``base``."""
+    """A subclass of ``base`` with another ``__iter__``; its objects are pickled and copied as objects of ``base``."""
 
     def fill(namespace: dict[str, Any]) -> None:
         namespace.update(
@@ -103,7 +103,7 @@ def counting_class(base: Any, iterate: Callable[[], Iterator[Any]], tracker: obj
 
 
 def set_class(loader: object, kind: Any) -> None:
-    """Change an object's class, also where ``__class__`` is a property (accelerate's loaders pose as another's)."""
+    """Change an object's class, even if ``__class__`` is a property, as in accelerate's loaders."""
     object.__dict__["__class__"].__set__(loader, kind)
 
 

@@ -1,4 +1,4 @@
-"""Where in its data a run is: recorded from outside of the loader, so that a resumed run sees the same batches.
+"""The position of a run in its data, recorded from outside of the loader, so that a resumed run sees the same batches.
 
 A plain ``torch.utils.data.DataLoader`` has no state. It is made to count: the random state at the start of the epoch
 and the number of batches handed out say where it is, and a resumed run makes the same iterator again, takes as many
@@ -39,11 +39,11 @@ _KEYS = {"own": {"kind", "own"}, "counted": {"kind", "position", "epoch_start", 
 
 
 def track_loader(loader: Any, name: str = "dataloader") -> LoaderTracker:
-    """Record from now on where a loader is.
+    """Record the position of a loader from now on.
 
-    The loader stays the object that it is, and what it gives is untouched; until ``untrack`` its class is one made
-    from its own. A loader that is tracked already has one tracker, which all share; it ends with the last of them.
-    What of it cannot be tracked is said. Raises UsageError for an iterable whose place in its data cannot be known.
+    The loader stays the same object and yields the same batches; until ``untrack`` its class is a subclass of its own.
+    A loader that is tracked already has one tracker, which all users share. Generators that cannot be tracked are
+    warned of. Raises UsageError for an iterable whose position cannot be determined.
     """
     shared: LoaderTracker | None = getattr(type(loader), TRACKER, None)
     if shared is not None:
@@ -62,10 +62,10 @@ def track_loader(loader: Any, name: str = "dataloader") -> LoaderTracker:
 
 
 class LoaderTracker:
-    """A loader that is being tracked; ``track`` makes them."""
+    """The tracker of a loader; see ``track_loader``."""
 
     def __init__(self, loader: Any, name: str, *, counts: bool) -> None:
-        # A loader that leads back to itself would keep its workers until the garbage collector comes by.
+        # A reference cycle through the loader would keep its workers until the garbage collector runs.
         self._loader: Callable[[], Any] = weakref.ref(loader) if counts else lambda: loader
         self.name = name
         self.users = 1
@@ -84,14 +84,14 @@ class LoaderTracker:
 
     @property
     def loader(self) -> Any:
-        """The loader that is tracked; raises UsageError when it is gone."""
+        """The tracked loader; raises UsageError if it was garbage-collected."""
         found = self._loader()
         if found is None:
             raise UsageError(f"{self.name}: the loader that was given is gone; keep it for as long as the run lasts")
         return found
 
     def state(self) -> State:
-        """Where the loader is, as a tree that ``pack`` takes.
+        """The position of the loader, as a tree for ``serialize``.
 
         ``position`` is the number of batches of this epoch that were handed out, None between epochs.
         """
@@ -123,7 +123,7 @@ class LoaderTracker:
         return hasattr(self.loader, "next_iter_state")
 
     def compare(self, state: Mapping[str, Any], elsewhere: Elsewhere = "exact") -> list[str]:
-        """Why the loader cannot go on where ``state`` was taken, by as many ranks or batches of another size."""
+        """Why the loader cannot continue from ``state``, taken with another number of ranks or batch size."""
         problem = self._target(state, elsewhere).problem
         return [] if problem is None else [problem]
 
@@ -134,7 +134,7 @@ class LoaderTracker:
         return target(position, saved, sharding_of(self.loader), elsewhere, self.name)
 
     def load(self, state: Mapping[str, Any], elsewhere: Elsewhere = "exact") -> None:
-        """Go on where ``state`` was taken: the next iterator of the loader starts there.
+        """Continue from ``state``: the next iterator of the loader starts there.
 
         ``elsewhere`` is what to do where as many ranks, or batches of this size, cannot. Raises UsageError for that,
         and when it is the state of another kind of loader.
@@ -189,7 +189,7 @@ class LoaderTracker:
 
     @property
     def epoch_is_over(self) -> bool:
-        """Whether the state that was loaded is that after the last batch of an epoch, by the loader's length.
+        """Whether the loaded state is that after the last batch of an epoch, by the loader's length.
 
         Of an iterable dataset, the length is a guess.
         """
@@ -202,14 +202,14 @@ class LoaderTracker:
         return False
 
     def end_epoch(self) -> None:
-        """Say that this epoch is over: the next iterator starts another one, read to its end or not."""
+        """Mark this epoch as over: the next iterator starts another one, whether this one was exhausted or not."""
         if self._place is not None:
             self._place.ended = True
         if self._pending is not None and self._pending["position"] is not None:
             self._pending = {**self._pending, "position": None, "epoch_start": None, "first_batch": None}
 
     def untrack(self) -> None:
-        """Give the loader its class back, and record nothing more."""
+        """Restore the loader's class, and stop recording."""
         self.users -= 1
         if self.users:
             return
@@ -219,7 +219,7 @@ class LoaderTracker:
         self._counts = False
 
     def _iterate(self) -> Iterator[Any]:
-        """What the loader's ``__iter__`` does instead of its own."""
+        """The replacement of the loader's ``__iter__``."""
         state, self._pending, self.resumed_at = self._pending, None, None
         if state is None:
             return self._start()
@@ -240,7 +240,7 @@ class LoaderTracker:
 
     def _next_epoch(self, state: State) -> Iterator[Any]:
         if state["now"]["workers_kept"] if state["own"] is None else self._is_torchdata:
-            # This iterator is of the epoch that ended: only the one after it starts an epoch as in the other run.
+            # This iterator belongs to the epoch that ended: only the next one starts an epoch as in the original run.
             before = rng.get_rng_state()
             self._original.__iter__(self.loader)
             rng.set_rng_state(before)
@@ -262,7 +262,7 @@ class LoaderTracker:
         return self._counted(inner, EpochPosition(start, first, position))
 
     def _gone_to_place(self, start: State) -> Iterator[Any]:
-        """The iterator of a loader that goes to its place itself.
+        """The iterator of a loader that seeks to its position itself.
 
         For that, torchdata iterates over samplers without a state several times, of which each may draw anew. What
         the loader draws from itself stays as that has left it.
@@ -299,14 +299,14 @@ class LoaderTracker:
         log.info("%s: %d batches dropped, which the checkpoint had seen", self.name, count)
 
     def _snapshot(self, accelerators: bool = False) -> State:
-        """The generators that an iterator may draw from; loaders draw from none of an accelerator's."""
+        """The states of generators that an iterator may draw from; loaders do not draw from those of accelerators."""
         return {
             "rng": rng.get_rng_state(accelerators=accelerators),
             "generators": {
                 at: generators.get_generator_state(one) for at, one in generators.find_generators(self.loader).items()
             },
             "counters": (counters := generators.sampler_counters(self.loader)),
-            # Others, such as the number of examples, are for each run to say.
+            # Others, such as the number of examples, are each run's own.
             "moving": [place for place, number in counters.items() if self._counters.get(place, number) != number],
             "iteration": getattr(self.loader, "iteration", None),  # accelerate seeds each epoch with it
             "workers_kept": self.loader.persistent_workers and self.loader._iterator is not None,
@@ -317,7 +317,7 @@ class LoaderTracker:
         self._set_own(snapshot)
 
     def _set_own(self, snapshot: State) -> None:
-        """Set what the loader has of its own; of an older checkpoint, what that knows."""
+        """Set the generators and counters of the loader, as far as the snapshot of an older version has them."""
         for place, generator in generators.find_generators(self.loader).items():
             states = snapshot["generators"]
             if place in states and not generators.set_generator_state(generator, states[place]):
@@ -335,5 +335,5 @@ class LoaderTracker:
 
 
 def _has_own_state(loader: Any) -> bool:
-    """accelerate's loaders have the methods, but whether there is a state, and of which batch, is another question."""
+    """Whether the loader has its own state; accelerate's loaders have the methods, but not always a valid state."""
     return has_state(loader) and not hasattr(loader, "base_dataloader")

@@ -1,11 +1,11 @@
-"""A writer of torch.distributed.checkpoint's directories that copies nothing and sums what it writes.
+"""A writer of torch.distributed.checkpoint's directories without copies and with checksums.
 
-torch's own FileSystemWriter keeps every tensor of a file that it had to move or to clone until the file is done: for
-state on an accelerator, or staged as views of one buffer, that is a second copy of all of it. It also puts a random id
-and the directory's absolute path into the metadata. Everything else here is torch's: planner, metadata, file names.
+torch's FileSystemWriter keeps every tensor that it had to move or clone until the file is complete: for state on an
+accelerator, or staged as views of one buffer, that is a second copy of all of it. It also writes a random id and the
+directory's absolute path into the metadata. Everything else is torch's: planner, metadata, file names.
 
-The archives in the file have no CRC-32 of their tensors, which takes torch longer than writing them: nothing that reads
-them looks at it, and the checksum of the file covers them.
+The archives in the file have no CRC-32 of their tensors, which takes torch longer than writing them: no reader checks
+it, and the checksum of the file covers them.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ DATA = f"__0_0{DCP_SUFFIX}"
 NAMES = (DATA, DCP_INDEX)
 """The files that are written."""
 _BLOCK = 1 << 20
-"""Bytes handed to the system at once; it starts to write each to disk while the next is being copied.
+"""Bytes of one write; the system starts to write them to disk while the next are being copied.
 
-As measured: with 8 MB, which no processor's nearer caches hold from summing to copying, a file was never written
-sooner, and often took twice as long."""
+Measured: with 8 MB, which do not stay in the cache between checksum and copy, writing a file was never faster and often
+took twice as long."""
 
 
 class DcpWriter:
@@ -134,7 +134,7 @@ def write_metadata(folder: Folder, pieces: Sequence[Piece]) -> dict[str, Any]:
 
 
 def _dense(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor on the CPU, dense, and with a storage of its own bytes only (torch.save writes whole storages)."""
+    """The tensor on the CPU, contiguous, with a storage of its own bytes only (torch.save writes whole storages)."""
     dense = tensor.detach().cpu().contiguous()
     if dense.untyped_storage().nbytes() == dense.nbytes or not dense.numel():
         return dense if dense.numel() else dense.clone()
@@ -143,7 +143,7 @@ def _dense(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _save_tensor(tensor: torch.Tensor, file: _File) -> None:
-    """``torch.save``, but what fails is what the system said, not what torch makes of an archive that is cut short."""
+    """``torch.save`` that raises the system's error, not torch's error about the truncated archive."""
     try:
         with config.patch({"save.compute_crc32": False}):  # type: ignore[attr-defined]
             torch.save(tensor, cast(IO[bytes], file))
@@ -181,4 +181,4 @@ class _File:
         self.size += len(block)
 
     def flush(self) -> None:
-        """Nothing is held back."""
+        """No-op: nothing is buffered."""

@@ -1,6 +1,6 @@
-"""The way back from a skeleton to the state; what it says is checked, and nothing but known kinds is ever made.
+"""Rebuilding a state from its skeleton, which is validated; only known kinds of values are created.
 
-The class of a tensor that is made of others is looked up among those that the program has imported already.
+The class of a tensor subclass is looked up only in modules that the program has already imported.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ckpt_convert.errors import CorruptFileError, UsageError
 
 KIND = "$"
 WORD_SIZE = 63
-"""Bits of the largest whole numbers that are written as such; other readers of JSON know no larger ones."""
+"""Bits of the largest integers that are written as JSON numbers; other JSON readers do not support larger ones."""
 
 FACTORIES: dict[str, Any] = {
     "none": None,
@@ -34,7 +34,7 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 def rebuild(skeleton: Any, tensors: Tensors) -> Any:
-    """Make the state that ``skeleton`` describes; raises CorruptFileError when it is not one of ours."""
+    """Create the state that ``skeleton`` describes; raises CorruptFileError for an invalid one."""
     try:
         return _node(skeleton, tensors)
     except CorruptFileError:
@@ -47,7 +47,7 @@ def rebuild(skeleton: Any, tensors: Tensors) -> Any:
 
 
 def tensor_keys(skeleton: Any) -> Iterator[str]:
-    """The path of every tensor that a skeleton asks for."""
+    """The path of every tensor that a skeleton refers to."""
     pending = [skeleton]
     while pending:
         node = pending.pop()
@@ -99,9 +99,9 @@ def _tensor(node: dict[str, Any], tensors: Tensors) -> torch.Tensor:
 
 
 def flattening_class(module: str, name: str) -> Any:
-    """The class of tensors of this name that takes its tensors apart and puts them together; None where there is none.
+    """The tensor subclass of this name with ``__tensor_flatten__`` and ``__tensor_unflatten__``; None if there is none.
 
-    Only what is imported already is looked at.
+    Only modules that are already imported are searched.
     """
     found: Any = sys.modules.get(module)
     for part in name.split("."):

@@ -1,8 +1,8 @@
-"""The random generators that a data loader's samplers, dataset and functions have of their own, and what they count.
+"""The random generators and counters of a data loader's samplers, dataset and functions.
 
-They are found by looking: in the attributes of these objects and of what these hold, in the closures of their functions
-and the globals that those name. ``random.Random``, numpy's ``Generator`` and ``RandomState`` and torch's ``Generator``
-have a state that can be taken and set.
+They are found by traversing the attributes of these objects, the closures of their functions, and the globals that
+these use. ``random.Random``, numpy's ``Generator`` and ``RandomState`` and torch's ``Generator`` have a state that can
+be read and set.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ State = dict[str, Any]
 
 _KINDS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
 _NAMES = {"Random", "RandomState", "Generator"}
-"""What other libraries call theirs."""
+"""Class names of generators in other libraries."""
 
 _LEAVES = (str, bytes, int, float, complex, torch.Tensor, np.ndarray, torch.nn.Module, type, types.ModuleType)
 _LIMIT = 1000
 _WIDTH = 100
-"""Objects that are looked at, in all and of one container: a dataset may hold all of its examples."""
+"""Limits on visited objects, in total and per container: a dataset may hold all of its examples."""
 
 
 def find_generators(loader: Any) -> dict[str, Any]:
-    """The generators of a loader, each once, by where they are."""
+    """The generators of a loader, each once, by their path."""
     found: dict[str, Any] = {}
     seen: set[int] = set()
     for place, value in (*_given(loader), *_walk(loader)):
@@ -46,7 +46,7 @@ def find_generators(loader: Any) -> dict[str, Any]:
 
 
 def untrackable_sources(loader: Any) -> list[str]:
-    """What of a loader decides about its order or its values, and cannot be saved; a line for each."""
+    """A line for each part of a loader that determines its order or values and cannot be saved."""
     lines = []
     batches = getattr(loader, "batch_sampler", None)
     if hasattr(loader, "next_iter_state") and not has_state(batches) and not _is_torchdatas(batches):
@@ -70,7 +70,7 @@ def untrackable_sources(loader: Any) -> list[str]:
 
 
 def sampler_counters(loader: Any) -> dict[str, int]:
-    """The whole numbers that samplers have as attributes, such as an epoch that they count themselves."""
+    """The integer attributes of samplers, such as an epoch counter."""
     return {
         f"{place}.{name}": number
         for place, sampler in _samplers(loader)
@@ -80,7 +80,7 @@ def sampler_counters(loader: Any) -> dict[str, int]:
 
 
 def set_sampler_counters(loader: Any, values: Mapping[str, int]) -> None:
-    """Set these, where the samplers still have them."""
+    """Set these attributes on samplers that still have them."""
     for place, sampler in _samplers(loader):
         for name, number in vars(sampler).items():
             if type(number) is int and f"{place}.{name}" in values:
@@ -88,7 +88,7 @@ def set_sampler_counters(loader: Any, values: Mapping[str, int]) -> None:
 
 
 def get_generator_state(generator: Any) -> Any:
-    """The state of a generator, as a tree that ``pack`` takes."""
+    """The state of a generator, as a tree for ``serialize``."""
     if isinstance(generator, torch.Generator):
         return generator.get_state()
     if isinstance(generator, random.Random):
@@ -99,7 +99,7 @@ def get_generator_state(generator: Any) -> Any:
 
 
 def set_generator_state(generator: Any, state: Any) -> bool:
-    """Set a generator to a state; whether the state is of such a generator."""
+    """Set the state of a generator; False if the state is of another kind of generator."""
     try:
         if isinstance(generator, torch.Generator):
             generator.set_state(state)
@@ -115,7 +115,7 @@ def set_generator_state(generator: Any, state: Any) -> bool:
 
 
 def _given(loader: Any) -> Iterator[tuple[str, Any]]:
-    """The generators under the name that torch has for them: the places that every checkpoint knows."""
+    """The generators at torch's own attributes, under the paths that every checkpoint has."""
     batches = getattr(loader, "batch_sampler", None)
     yield "loader", getattr(loader, "generator", None)
     yield "sampler", getattr(getattr(loader, "sampler", None), "generator", None)
@@ -124,7 +124,7 @@ def _given(loader: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _walk(loader: Any) -> Iterator[tuple[str, Any]]:
-    """Everything that a loader's parts hold, what is near first, by its path; each object once."""
+    """The objects reachable from a loader, breadth first, with their paths; each once."""
     roots = ("sampler", "batch_sampler", "dataset", "collate_fn", "worker_init_fn")
     pending = deque((name, getattr(loader, name, None)) for name in roots)
     seen = {id(loader)}

@@ -1,8 +1,8 @@
-"""Gradients of an update that is not complete yet: accumulated over batches, but not used by the optimizer.
+"""Accumulated gradients that the optimizer has not used yet.
 
-Gradients that are still there after a step of the optimizer were used, and the loop drops them before the next batch:
-they are not kept. A gradient that was set to zero is not the same as none, as weight decay and momentum act on its
-parameter: of these the names are kept.
+Gradients that exist right after an optimizer step were used, and the loop clears them before the next batch: they are
+not saved. A zero gradient differs from none, since weight decay and momentum still act on its parameter: of these the
+names are saved.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ Parameters = Mapping[str, torch.Tensor]
 
 
 class PendingGradients:
-    """Which gradients were used; the rest is pending."""
+    """Tracks which gradients were used; the others are pending."""
 
     def __init__(self) -> None:
         self._used: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
 
     def mark_used(self, parameters: Iterable[torch.Tensor]) -> None:
-        """Remember that the gradients as they are now have been used."""
+        """Mark the current gradients as used."""
         gradients = [one.grad for one in parameters if one.grad is not None]
         self._used = {id(one): (weakref.ref(one), one._version) for one in gradients}
 
     def get_state(self, parameters: Parameters) -> Tree:
-        """What is pending, as a tree that ``pack`` takes; {} where nothing is."""
+        """The pending gradients, as a tree for ``serialize``; {} if there are none."""
         gradients = {name: one.grad for name, one in parameters.items() if one.grad is not None}
         pending = {name: one for name, one in gradients.items() if not self._is_used(one)}
         zeros = [name for name, one in pending.items() if not one.is_sparse and not one.any()]
@@ -37,7 +37,7 @@ class PendingGradients:
         return {"zeros": zeros, "values": values} if pending else {}
 
     def compare_state(self, parameters: Parameters, tree: Tree) -> list[str]:
-        """What of a state does not fit the parameters."""
+        """The mismatches between a state and the parameters."""
         problems = []
         for name, value in tree["values"].items():
             shape = _shape(value)
@@ -49,7 +49,7 @@ class PendingGradients:
         return problems
 
     def set_state(self, parameters: Parameters, tree: Tree) -> list[str]:
-        """Give the parameters the gradients that were pending; returns what did not fit."""
+        """Set the pending gradients of the parameters; returns what did not fit."""
         for name, one in parameters.items():
             if not one.requires_grad:
                 continue

@@ -1,10 +1,10 @@
-"""The state of optimizers by parameter name, and exactly: no value in another dtype than it had.
+"""The state of optimizers by parameter name, and exact: no value changes its dtype.
 
-Parameters that are not the model's, such as float32 copies of its weights or a learnable temperature, are in no weight
-file, so their values are a part of the state.
+Parameters outside of the model, such as float32 master weights or a learnable temperature, are in no weight file, so
+their values are a part of the state.
 
-torch numbers the parameters, so a state fits only an optimizer made with the same parameters in the same order; and
-it casts state to the dtype of its parameter, which rounds the float32 moments of a bfloat16 parameter.
+torch numbers the parameters, so its state fits only an optimizer with the same parameters in the same order; and it
+casts state to the dtype of the parameter, which rounds the float32 moments of a bfloat16 parameter.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Names = Mapping[int, str]
 
 
 def unwrap_optimizer(optimizer: Any) -> Any:
-    """The optimizer inside of wrappers such as accelerate's, which have it as ``.optimizer``."""
+    """The optimizer inside wrappers such as accelerate's, which hold it as ``.optimizer``."""
     while not (isinstance(optimizer, torch.optim.Optimizer) and "param_groups" in vars(optimizer)):
         inner = getattr(optimizer, "optimizer", None)
         if inner is None or inner is optimizer:
@@ -36,7 +36,7 @@ def unwrap_optimizer(optimizer: Any) -> Any:
 
 
 def optimizer_parameters(optimizer: Any) -> Iterator[torch.Tensor]:
-    """The parameters of an optimizer, or of a dict of them; none for None and for one of another make."""
+    """The parameters of an optimizer, or of a dict of them; none for None and for objects without param_groups."""
     if isinstance(optimizer, Mapping):
         for one in optimizer.values():
             yield from optimizer_parameters(one)
@@ -47,7 +47,7 @@ def optimizer_parameters(optimizer: Any) -> Iterator[torch.Tensor]:
 
 
 def named_parameters(optimizer: Any, names: Names, name: str = "optimizer") -> dict[str, torch.Tensor]:
-    """The same by name: the model's, or one below that of the optimizer for a parameter that is not the model's."""
+    """The same by name: the model's, or one prefixed with the optimizer's for a parameter outside of the model."""
     if isinstance(optimizer, Mapping):
         every = [named_parameters(one, names, f"{name}/{key}") for key, one in optimizer.items()]
         return {called: param for one in every for called, param in one.items()}
@@ -118,7 +118,7 @@ def split_as(parameters: Mapping[str, torch.Tensor]) -> Callable[[str, tuple[int
 
 
 def rename_parameters(tree: Mapping[str, Any], key: Callable[[str], str]) -> Mapping[str, Any]:
-    """A captured state with other names for its parameters: an older version called some as their wrappers do."""
+    """A state with other names for its parameters: an older version used those of wrappers for some."""
     if "optimizers" in tree:
         return {"optimizers": {name: rename_parameters(one, key) for name, one in tree["optimizers"].items()}}
     if "groups" not in tree:
@@ -140,7 +140,7 @@ def set_optimizer_state(
     strict: bool = True,
     model: Container[torch.Tensor] = (),
 ) -> list[str]:
-    """Load a captured state; returns the problems, none when all of it was loaded.
+    """Load a state; returns the problems, an empty list if all of it was loaded.
 
     With ``strict`` nothing is loaded when there are problems, without it all that fits is. Options of the groups
     (learning rates, betas, whatever a scheduler put there) become those of the state. The optimizer may keep the
@@ -155,7 +155,7 @@ def set_optimizer_state(
 def compare_optimizer_state(
     optimizer: Any, tree: Mapping[str, Any], names: Names, name: str = "optimizer"
 ) -> list[str]:
-    """What a captured state lacks, or has too much of, for an optimizer; nothing is loaded."""
+    """The mismatches between a state and an optimizer; nothing is loaded."""
     if isinstance(optimizer, Mapping) != ("optimizers" in tree):
         here, there = ("a dict of them", "one") if isinstance(optimizer, Mapping) else ("one", "a dict of them")
         return [f"{name}: {here} was given, but the checkpoint has {there}"]
@@ -267,7 +267,7 @@ def _put_values(beside: Mapping[str, torch.Tensor], tree: Mapping[str, Any], nam
 def _beside(
     optimizer: Any, groups: list[list[str]], names: Names, model: Container[torch.Tensor]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The parameters that are not the model's, by name."""
+    """The parameters outside of the model, by name."""
     for group, ns in zip(optimizer.param_groups, groups, strict=True):
         for one, param in zip(ns, group["params"], strict=True):
             if id(param) not in names and param not in model:
@@ -275,7 +275,7 @@ def _beside(
 
 
 def _exact(saved: Any, loaded: Any) -> Any:
-    """What was loaded, but with the saved values where loading changed their type."""
+    """The loaded state, but with the saved values if loading changed their type."""
     if isinstance(saved, torch.Tensor) and isinstance(loaded, torch.Tensor):
         cast = saved.dtype != loaded.dtype or type(saved) is not torch.Tensor is type(loaded)
         if not cast or saved.shape != loaded.shape or type(loaded) not in (torch.Tensor, type(saved)):
@@ -288,7 +288,7 @@ def _exact(saved: Any, loaded: Any) -> Any:
         return loaded
     if type(saved) is type(loaded) and isinstance(saved, (list, tuple)) and len(saved) == len(loaded):
         return type(saved)(_exact(one, other) for one, other in zip(saved, loaded, strict=True))
-    return saved if isinstance(saved, (str, bytes)) else loaded  # torch takes text for a list of letters
+    return saved if isinstance(saved, (str, bytes)) else loaded  # torch treats a string as a list of characters
 
 
 def _group(live: dict[str, Any], saved: list[dict[str, Any]], at: int, names: list[str]) -> dict[str, Any]:
@@ -310,7 +310,7 @@ def _devices(group: Mapping[str, Any]) -> dict[str, torch.device]:
 
 
 def _is_usual(optimizer: Any, state: Mapping[str, Any]) -> bool:
-    """Whether a state is numbered as torch's are: a wrapper of another make may save what it likes."""
+    """Whether a state has torch's numbered parameters: other wrappers may use any structure."""
     groups, live = state.get("param_groups"), getattr(optimizer, "param_groups", None)
     if not isinstance(groups, list) or not isinstance(live, list) or not isinstance(state.get("state"), Mapping):
         return False

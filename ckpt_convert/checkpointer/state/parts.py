@@ -1,4 +1,4 @@
-"""What a checkpoint holds beside the model: optimizers, schedulers, random numbers, data, and whatever else.
+"""The training state of a checkpoint: optimizers, schedulers, random numbers, data, and objects of the user.
 
 Two entries are there only where there is something to say, and no problem where they are not: "gradients", of an update
 that is not complete yet, and "wrapper", what a wrapper around the model has of its own.
@@ -33,7 +33,7 @@ _OCCASIONAL = ("wrapper", "gradients")
 
 @dataclass(frozen=True)
 class StateEntry:
-    """One entry of the training state: how it is taken, held against a state (problems), and put back (problems)."""
+    """One entry of the training state: getting it, comparing a saved one (problems), and setting it (problems)."""
 
     get: Callable[[], Any]
     compare: Callable[[Any], list[str]]
@@ -42,7 +42,7 @@ class StateEntry:
 
 @dataclass(frozen=True)
 class TrainingParts:
-    """What a recipe handed over to be saved and loaded, as its own objects.
+    """The objects of a recipe that are saved and loaded.
 
     A dict of several optimizers, schedulers, scalers or data loaders goes for one; ``loaders`` are the data loaders,
     made to count their batches; ``data`` says what they do where they cannot go on exactly.
@@ -64,7 +64,7 @@ class TrainingParts:
         return {**own, **(optimizers.named_parameters(self.optimizer, names) if self.optimizer is not None else {})}
 
     def mark_gradients_used(self) -> None:
-        """Say that the optimizer has just taken its step: the gradients that there are were used."""
+        """Mark the current gradients as used, after an optimizer step."""
         own = self.model.parameters() if isinstance(self.model, nn.Module) else ()
         self.gradients.mark_used(own if self.optimizer is None else optimizers.optimizer_parameters(self.optimizer))
 
@@ -91,16 +91,16 @@ class TrainingParts:
 
     @property
     def required_entries(self) -> list[str]:
-        """The names of the entries that every training state has."""
+        """The names of the entries that are required in every training state."""
         return [name for name in self.entries() if name not in _OCCASIONAL]
 
     def get_state(self) -> dict[str, SerializedState]:
-        """The state of every entry, by name; tensors are those in use, not copies."""
+        """The serialized state of every entry, by name; tensors are not copied."""
         taken = {name: entry.get() for name, entry in self.entries().items()}
         return {name: serialize(state, name) for name, state in taken.items() if state or name not in _OCCASIONAL}
 
     def compare_state(self, state: Mapping[str, Any], wanted: Callable[[str], bool]) -> list[str]:
-        """What of the wanted entries is missing, unexpected or does not fit; nothing is changed."""
+        """The missing, unexpected and mismatched ones of the wanted entries; nothing is changed."""
         entries = self.entries()
         problems = [
             f"{name}: is in the checkpoint, but was not given" for name in state if name not in entries and wanted(name)
@@ -113,7 +113,7 @@ class TrainingParts:
         return problems
 
     def set_state(self, state: Mapping[str, Any], wanted: Callable[[str], bool]) -> list[str]:
-        """Put back every wanted entry that is there; returns what did not fit."""
+        """Restore every wanted entry that the state has; returns what did not fit."""
         problems = []
         for name, entry in self.entries().items():
             if wanted(name) and name in state:
@@ -122,7 +122,7 @@ class TrainingParts:
 
     @property
     def epoch_is_over(self) -> bool:
-        """Whether what was restored stands after the last batch of an epoch; of several loaders nobody knows."""
+        """Whether the restored position is after the last batch of an epoch; unknown (False) for several loaders."""
         return len(self.loaders) == 1 and all(loader.epoch_is_over for loader in self.loaders.values())
 
     def _put_into_wrapper(self, state: Mapping[str, torch.Tensor]) -> list[str]:
@@ -132,7 +132,7 @@ class TrainingParts:
         return []
 
     def start_at(self, step: int) -> None:
-        """Say which step is about to be resumed; raises UsageError for a loader that another saver took elsewhere."""
+        """Set the step that is resumed; raises UsageError for a loader that another checkpointer resumed elsewhere."""
         for name, loader in self.loaders.items():
             if loader.resumed_at not in (None, step):
                 raise UsageError(
@@ -148,7 +148,7 @@ class TrainingParts:
             loader.end_epoch()
 
     def untrack(self) -> None:
-        """Leave the data loaders as they were."""
+        """Restore the classes of the data loaders."""
         for loader in self.loaders.values():
             loader.untrack()
 
@@ -162,7 +162,7 @@ def make_parts(
     extra: Any,
     data: Elsewhere = "exact",
 ) -> TrainingParts:
-    """The parts, with the data loaders made to count; raises UsageError for a loader whose place cannot be known."""
+    """The parts, with tracked data loaders; raises UsageError for a loader whose position cannot be determined."""
     if dataloader is None:
         loaders: dict[str, Any] = {}
     elif isinstance(dataloader, Mapping):

@@ -1,4 +1,4 @@
-"""The states of the random number generators: python, numpy, torch, and each accelerator's devices."""
+"""The states of the global random number generators: Python, NumPy, torch, and each accelerator device."""
 
 from __future__ import annotations
 

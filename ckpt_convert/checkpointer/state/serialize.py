@@ -1,6 +1,6 @@
-"""A nested state as a JSON-able skeleton and a flat dict of tensors, and back, exactly.
+"""Splitting a nested state into a JSON skeleton and a flat dict of tensors, losslessly.
 
-What JSON has no word for is an object with the key ``"$"``, whose value says what it is. Tensors are not copied.
+A value without a JSON equivalent is an object whose key ``"$"`` holds its kind. Tensors are not copied.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ckpt_convert.dtypes import FROM_TORCH, torch_name
 from ckpt_convert.errors import UsageError
 
 _PLAIN_BYTES = 4096
-"""Longer ones are kept as a tensor: base64 in JSON would take a third more, and be parsed whole."""
+"""Longer bytes are stored as a tensor: base64 in JSON takes a third more, and is parsed as a whole."""
 
 _WAY_OUT = "give plain values, tensors, numpy arrays, or an object with state_dict() and load_state_dict()"
 _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
@@ -46,12 +46,12 @@ def serialize(tree: Any, name: str = "") -> SerializedState:
 
 
 def deserialize(packed: SerializedState) -> Any:
-    """Give the state back, with the tensors that ``packed`` holds; raises CorruptFileError for a foreign skeleton."""
+    """Rebuild the state, with the tensors of ``packed``; raises CorruptFileError for an invalid skeleton."""
     return rebuild(packed.skeleton, packed.tensors)
 
 
 def path_segment(key: object) -> str:
-    """A key as one part of a path: readable, without a slash or a character that does not print."""
+    """A key as one segment of a path: readable, without slashes and unprintable characters."""
     text = key if isinstance(key, str) else repr(key)
     escaped = "".join(c if c.isprintable() and c not in "/%" else _escape(c) for c in text)
     return escaped or "%"
@@ -125,7 +125,7 @@ class _Packer:
 
     def members(self, value: Iterable[Any], path: tuple[str, ...]) -> list[Any]:
         items = self.items(value, path)
-        return sorted(items, key=repr)  # the order of a set differs from process to process
+        return sorted(items, key=repr)  # the order of a set differs between processes
 
     def default(self, value: defaultdict[Any, Any], path: tuple[str, ...]) -> Any:
         names = [name for name, factory in FACTORIES.items() if factory is value.default_factory]
@@ -146,12 +146,12 @@ class _Packer:
             return {KIND: "tensor", "at": self._keep(kept, path)}
         if isinstance(value, DTensor):
             raise self._refused(path, f"a {dtype} tensor that is split over processes")
-        # readers of the files know fewer dtypes than torch has: such a tensor is kept as its bytes
+        # readers of the files support fewer dtypes than torch: such a tensor is stored as bytes
         data = kept.contiguous().reshape(-1).view(torch.uint8)
         return {KIND: "tensor", "at": self._keep(data, path), "dtype": dtype, "shape": list(value.shape)}
 
     def _subclass(self, value: torch.Tensor, path: tuple[str, ...]) -> Any:
-        """A tensor that is made of others, as 8-bit optimizers have them: what it is made of, and its class's name."""
+        """A tensor subclass with inner tensors, as of 8-bit optimizers: the inner tensors and the class name."""
         kind: Any = type(value)
         module, name = kind.__module__, kind.__qualname__
         if hasattr(kind, "full_tensor") or flattening_class(module, name) is not kind:
@@ -192,7 +192,7 @@ class _Packer:
     def _keep(self, tensor: torch.Tensor, path: tuple[str, ...]) -> str:
         wanted = unique = "/".join(path) or "value"
         number = 1
-        while unique in self.tensors:  # the keys 1 and "1" look the same
+        while unique in self.tensors:  # the keys 1 and "1" have the same path
             number += 1
             unique = f"{wanted}~{number}"
         self.tensors[unique] = tensor

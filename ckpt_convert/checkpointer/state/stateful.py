@@ -1,4 +1,4 @@
-"""Capturing and restoring objects that have state: schedulers, scalers, and whatever a user hands over."""
+"""Getting and setting the state of objects: schedulers, scalers, and objects of the user."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ log = logging.getLogger("ckpt_convert")
 
 
 def has_state(obj: object) -> bool:
-    """Whether an object gives its state and takes it back."""
+    """Whether an object has state_dict() and load_state_dict()."""
     return callable(getattr(obj, "state_dict", None)) and callable(getattr(obj, "load_state_dict", None))
 
 
@@ -37,10 +37,10 @@ def get_state(obj: Any, name: str = "state") -> Any:
 
 
 def set_state(obj: Any, state: Any, name: str = "state", strict: bool = True) -> list[str]:
-    """Put a captured state back, a dict's values in place; returns the problems, none when all was restored.
+    """Restore a state, the values of a dict in place; returns the problems, an empty list if there are none.
 
-    With ``strict``, nothing is changed where objects are missing on either side. What an object's own
-    load_state_dict() refuses is a problem too, and leaves the object as that made it.
+    With ``strict``, nothing is changed if objects are missing on either side. An error of an object's own
+    load_state_dict() is a problem too, and leaves the object in the state that it caused.
     """
     problems = compare_state(obj, state, name)
     if problems and strict:
@@ -49,7 +49,7 @@ def set_state(obj: Any, state: Any, name: str = "state", strict: bool = True) ->
 
 
 def compare_state(obj: Any, state: Any, name: str = "state") -> list[str]:
-    """What a state lacks, or has too much of, for an object; nothing is changed."""
+    """The missing and unexpected entries of a state for an object; nothing is changed."""
     if has_state(obj):
         return []
     if type(obj) is not dict:

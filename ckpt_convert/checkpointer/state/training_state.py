@@ -1,4 +1,4 @@
-"""Writing, reading and checking a ``training_state/`` directory: everything that resuming needs beside the weights.
+"""Writing, reading and checking a ``training_state/`` directory: everything that resuming needs except the weights.
 
 It is a directory of torch.distributed.checkpoint, so ``torch.distributed.checkpoint.load`` reads its tensors. What is
 no tensor is described in one of them, JSON as bytes under the key ``DESCRIPTION``. Reading unpickles nothing.
@@ -86,16 +86,16 @@ def is_of_each_rank(name: str) -> bool:
 
 
 def check_state(directory: Place, files: Mapping[str, Mapping[str, Any]], checksums: bool = True) -> list[str]:
-    """Compare the directory with what ``write`` returned; the problems, none when all is well.
+    """Compare the directory with the result of ``write_state``; returns the problems.
 
-    Without ``checksums`` only names and sizes are looked at, and no file is read.
+    Without ``checksums`` only names and sizes are compared, and no file is read.
     """
 
     return [finding.text for finding in compare_files(directory, files, checksums)]
 
 
 def read_state(directory: Place, parts: Iterable[str] | None = None) -> Any:
-    """Give back what was written: the state, or a dict of those named ``parts`` (None: all of them), on the CPU.
+    """Read the state, or a dict of the named ``parts`` (None: all of them), on the CPU.
 
     Raises CheckpointNotFoundError when there is none, UsageError for a part that was not written, ConfigError for one
     of a newer version, and CorruptFileError for a damaged one.
@@ -105,7 +105,7 @@ def read_state(directory: Place, parts: Iterable[str] | None = None) -> Any:
 
 @dataclass(frozen=True)
 class StateReader:
-    """A state whose description was read; no tensor was.
+    """A reader of a state whose description was read, but no tensor.
 
     ``parts`` are the names that it was written under, None for a single state; ``tensors`` all tensors by path, a
     part's ones below its name.
@@ -232,7 +232,7 @@ class StateReader:
 
 
 def _common(region: Region, origin: Sequence[int], shape: Sequence[int]) -> Region | None:
-    """What two boxes have in common, None for nothing."""
+    """The intersection of two boxes, None if it is empty."""
     starts = [max(one, other) for one, other in zip(region.origin, origin, strict=True)]
     ends = [min(a + m, b + n) for a, m, b, n in zip(region.origin, region.shape, origin, shape, strict=True)]
     if any(start >= end for start, end in zip(starts, ends, strict=True)):
@@ -243,7 +243,7 @@ def _common(region: Region, origin: Sequence[int], shape: Sequence[int]) -> Regi
 
 
 def open_state(directory: Place) -> StateReader:
-    """Read the description of a state; raises as ``read`` does."""
+    """Read the description of a state; raises as ``read_state`` does."""
     directory = directory.listed()
     if not (directory / DCP_INDEX).is_regular_file():
         raise CheckpointNotFoundError(
