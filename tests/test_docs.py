@@ -52,7 +52,7 @@ def test_the_sessions_run_and_say_what_they_show(
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "hf").symlink_to(folder / "demo" / "hf")
     monkeypatch.chdir(tmp_path)
-    if page.name == "quantised.md":
+    if page.name == "quantized.md":
         (code,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
         exec(compile(code, page.name, "exec"), {})
     sessions = re.findall(r"```console\n(.*?)```", page.read_text(), re.DOTALL)
