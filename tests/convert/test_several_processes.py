@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import pickle
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -38,7 +39,14 @@ def part(data: bytes, folder: str) -> list[FinishedPiece]:
     return done
 
 
-def converted_by_two(plan: Plan, destination: Path) -> None:
+@pytest.fixture(scope="module")
+def processes() -> Iterator[ProcessPoolExecutor]:
+    """Two processes that have nothing of this one, started once: that costs more than what they do."""
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        yield pool
+
+
+def converted_by_two(plan: Plan, destination: Path, processes: ProcessPoolExecutor) -> None:
     plan = settle_originals(plan, ReopenedSources(plan))
     with (
         by_rename.stage(as_place(destination), ownership.RULES) as stage,
@@ -50,8 +58,7 @@ def converted_by_two(plan: Plan, destination: Path) -> None:
         assert all(halves)
         staged.create_files()
         sent = [pickle.dumps((plan, half)) for half in halves]
-        with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-            done = [one for half in pool.map(part, sent, [str(stage.path)] * 2) for one in half]
+        done = [one for half in processes.map(part, sent, [str(stage.path)] * 2) for one in half]
         for one in done:
             staged.add(one)
         written = finish_output(plan, done, staged, stage.folder, 1, None)
@@ -94,12 +101,14 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_processes_write_what_one_does(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_write_what_one_does(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: ProcessPoolExecutor
+) -> None:
     monkeypatch.setattr(partition, "PIECE", 4096)
     make, options = CASES[case]
     source = make(tmp_path / "source")
     ckpt_convert.convert_checkpoint(source, tmp_path / "one", **options)  # type: ignore[arg-type]
-    converted_by_two(ckpt_convert.plan_conversion(source, **options), tmp_path / "two")  # type: ignore[arg-type]
+    converted_by_two(ckpt_convert.plan_conversion(source, **options), tmp_path / "two", processes)  # type: ignore[arg-type]
     assert sums(tmp_path / "two") == sums(tmp_path / "one")
     assert not (tmp_path / ".two.partial").exists()
 
