@@ -106,7 +106,7 @@ class Modules:
         if here is None or there is None:
             raise UnsupportedFamilyError(f"{self.family.name}: {instance.name} has no place in {source} or in {target}")
         lazy = from_source(0, tuple(tensor.shape), tensor.stride())
-        turned = instance.row.turned(self.dims)
+        turned = instance.row.rotation(self.dims)
         moved = there.rows_to_stored(here.rows_to_logical(lazy, *turned), *turned) if turned else lazy
         return tensor.detach() if moved.contiguous_source == (0, 0) else materialize(moved, [tensor], tensor.dtype)
 

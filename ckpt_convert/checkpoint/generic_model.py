@@ -24,7 +24,7 @@ def generic_model(config: Mapping[str, Any], scheme: str | None, tensors: Iterab
     why = _why(config) if scheme is None else f"quantized ({scheme}), which no table reads"
     made = generic_family(tensors)
     tied = config.get("tie_word_embeddings") is True  # for the record only: no row is tied
-    dims = Dims({"tied": int(tied)}).with_cut(0)
+    dims = Dims({"tied": int(tied)}).with_embedding_axis(0)
     return Model(made, why, config, dims, tied, (f"{why}: keys are taken as they are",))
 
 

@@ -346,7 +346,7 @@ class Identified:
             return {}
         ranks = max(file.rank for file in self.files) + 1
         return {
-            entry.key: (entry.cut_axis("meta", model.dims), entry.column("meta").repeats(model.dims, ranks))
+            entry.key: (entry.tp_axis("meta", model.dims), entry.column("meta").replicas(model.dims, ranks))
             for entry in model.family.entries("meta", model.dims)
         }
 

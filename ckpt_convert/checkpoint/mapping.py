@@ -200,8 +200,8 @@ def _join(
     out = {}
     for instance in entry.instances:
         column = instance.row.column(format) or entry.column(format)
-        axis = column.cut_axis(dims)
-        same = ranks if axis is None else column.repeats(dims, ranks)
+        axis = column.tp_axis(dims)
+        same = ranks if axis is None else column.replicas(dims, ranks)
         for rank in range(ranks):
             original = rank - rank % same
             if rank != original:

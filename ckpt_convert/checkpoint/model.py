@@ -19,7 +19,7 @@ from ckpt_convert.formats.base import load_json
 from ckpt_convert.models import FAMILIES, Family
 from ckpt_convert.models.core.config import AXES, ConfigOptions, type_of
 from ckpt_convert.models.core.params import Weights
-from ckpt_convert.models.core.rows import recorded_cut
+from ckpt_convert.models.core.rows import recorded_embedding_axis
 from ckpt_convert.models.core.table import Dims
 from ckpt_convert.wording import option_text
 
@@ -229,7 +229,7 @@ def _recorded(opened: OpenedFiles, stated: ConfigFile, hints: Hints, found: Reco
     """What the record states; its config counts only while the params.json made from it is unchanged."""
     if found is None:
         return Recorded()
-    cut = recorded_cut(found.manifest.get("dims", {}))
+    cut = recorded_embedding_axis(found.manifest.get("dims", {}))
     options = hints.options
     asked = options.rope_factor or options.rope_theta or options.max_positions or hints.config
     counts = opened.format == "meta" and not asked and found.unchanged(stated.file.name)
@@ -314,7 +314,7 @@ def _described(
         if dims[symbol] > max(keys, 4096):
             raise ConfigError(f"config.json: {symbol} is {dims[symbol]}, but the files hold only {keys} tensors")
     cut = _cut(family, config, format, ranks, options, recorded)
-    return Model(family, evidence, config, dims.with_cut(cut), bool(dims["tied"]))
+    return Model(family, evidence, config, dims.with_embedding_axis(cut), bool(dims["tied"]))
 
 
 def by_model_type(
@@ -415,7 +415,7 @@ def _cut(
     recorded: Recorded,
 ) -> int:
     """The axis on which ranks split the embedding: from the shapes, else as recorded, else as released."""
-    if family.params is None or not family.cut_in_two_ways:
+    if family.params is None or not family.has_two_embedding_splits:
         return 0
     embedding = _first_part(family, "tok_embeddings", format, ranks)
     if len(ranks) > 1 and embedding is not None:

@@ -253,7 +253,7 @@ def _params_of_model(
         raise UnsupportedFamilyError(f"{source.place}: family {model.family.name} has no params.json")
     with naming(str(source.root / "config.json")):
         styles = model.family.params.styles
-        options = request.config if styles is None or cut is None else styles.asked(request.config, cut)
+        options = request.config if styles is None or cut is None else styles.options_for(request.config, cut)
         translated = model.family.params.from_hf(model.config, options)
     beside = " (not needed as long as the folder ckpt_convert is beside it)"
     notices = tuple(text + beside if "on the way back" in text else text for text in translated.notices)
@@ -298,7 +298,7 @@ def check_like(source: Identified, model: Model, like: Identified) -> list[str]:
     sizes = [
         f"{name}: expected {value}, found {theirs.dims.get(name)}"
         for name, value in model.dims.items()
-        if name not in model.dims.decided and theirs.dims.get(name) != value
+        if name not in model.dims.decided_by_weights and theirs.dims.get(name) != value
     ]
     if sizes:
         raise ShapeMismatchError(

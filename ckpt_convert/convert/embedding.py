@@ -16,7 +16,7 @@ from ckpt_convert.convert.request import Request
 from ckpt_convert.models.core.config import AXES
 from ckpt_convert.models.core.params import Styles
 from ckpt_convert.models.core.rope import read_rope
-from ckpt_convert.models.core.rows import recorded_cut
+from ckpt_convert.models.core.rows import recorded_embedding_axis
 
 _TOKENIZER_LIMIT = 1 << 28
 
@@ -37,7 +37,7 @@ def embedding_split(
     if request.to != "meta" or styles is None:
         return None
     axis, why = _axis(source, request, like, model, styles)
-    return EmbeddingSplit(axis, why, styles.ways[axis])
+    return EmbeddingSplit(axis, why, styles.split_names[axis])
 
 
 def _axis(
@@ -51,13 +51,13 @@ def _axis(
     if request.config.meta_style is not None:
         return AXES[request.config.meta_style], "as asked for"
     if like is not None:
-        return like.model.dims.cut, "as `like=` has it"
+        return like.model.dims.embedding_axis, "as `like=` has it"
     if source.format == "meta" and len(source.ranks) > 1:
-        return model.dims.cut, f"as its {len(source.ranks)} ranks have it"
+        return model.dims.embedding_axis, f"as its {len(source.ranks)} ranks have it"
     own = None if request.config.drop_rope_scaling else config_files.recorded_params(source)
     if own is not None and (said := styles.of_params(json.loads(own))) is not None:
         return AXES[said[0]], f"as {said[1]}"
-    recorded = recorded_cut(source.record.manifest.get("dims", {})) if source.record is not None else None
+    recorded = recorded_embedding_axis(source.record.manifest.get("dims", {})) if source.record is not None else None
     if recorded is not None:
         return recorded, "as recorded"
     if model.release is not None:
@@ -65,7 +65,7 @@ def _axis(
     style = styles.tokenizers.get(kind := _tokenizer(source) or "")
     if style is not None and (style not in styles.unscaled or read_rope(model.config).kind == "default"):
         return AXES[style], f"as its tokenizer is a {kind} one"
-    return AXES[styles.usual], styles.untold
+    return AXES[styles.default], styles.default_reason
 
 
 def _tokenizer(source: Identified) -> str | None:

@@ -83,7 +83,7 @@ def _each(plan: Plan) -> Iterator[TensorTransform]:
             found = known[alike]
             if not found and key in scattered and logical.tensor.size:
                 found = ("laid out row by row",)  # the source stores it transposed
-            copies = ranks.after if column.cut_axis(plan.dims) is None else 1
+            copies = ranks.after if column.tp_axis(plan.dims) is None else 1
             yield TensorTransform(
                 logical.key, key, shape, dtype, cast, dtypes.nbytes(cast, shape) * copies, found or (COPY,)
             )
@@ -105,8 +105,8 @@ def _steps(
         yield "zeros, as the source has none"
     elif source is None:
         yield "brought back from the record" if plan.request.like is None else "as `like=` has it"
-    read = source.cut_axis(plan.source.dims) if source is not None else None
-    write = column.cut_axis(plan.dims)
+    read = source.tp_axis(plan.source.dims) if source is not None else None
+    write = column.tp_axis(plan.dims)
     before = ranks.before if source is not None else 1
     recut = before > 1 and ranks.after > 1 and read == write
     if before > 1 and not recut:
@@ -114,7 +114,7 @@ def _steps(
     if source is not None and source is not column:
         yield from _taken_apart(instance.row, source, column)
         if source.rope != column.rope and instance.row.heads:
-            turned = instance.row.turned(plan.dims)
+            turned = instance.row.rotation(plan.dims)
             part = f", the first {turned[1]} rows of a head" if turned is not None and turned[1] is not None else ""
             yield f"rope {source.rope}→{column.rope}{part}"
     if dtype != logical.dtype:

@@ -220,7 +220,7 @@ def translate_tensors(inputs: PlanInputs, model: Model, equal: EqualBytes | None
         read,
         request.to,
         str(source.place),
-        dims=model.dims if cut is None else model.dims.with_cut(cut.axis),
+        dims=model.dims if cut is None else model.dims.with_embedding_axis(cut.axis),
         ranks=ranks,
         keep_tied=None if inputs.as_stored else ties.kept_tied_keys(model.family, request.to, places),
         wants_key=lambda key: wanted is None or key in places,

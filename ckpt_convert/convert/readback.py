@@ -94,7 +94,7 @@ def _halves(
     elif (logical.original is None) == (other.original is None):
         yield logical, other
     else:
-        one, another = (replace(half, tensor=row.held(half.tensor, dims)) for half in (logical, other))
+        one, another = (replace(half, tensor=row.representable(half.tensor, dims)) for half in (logical, other))
         yield one, another
 
 

@@ -141,7 +141,7 @@ def convert_state_dict(
         ranks,
         "the state dict",
         equal=equal,
-        dims=lambda dims: dims if meta_style is None else dims.with_cut(AXES[meta_style]),
+        dims=lambda dims: dims if meta_style is None else dims.with_embedding_axis(AXES[meta_style]),
         ranks=model_parallel,
         keep_tied=None if source == target else False,
     )

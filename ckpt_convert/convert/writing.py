@@ -177,8 +177,8 @@ def _cut(
     for instance in entry.instances:
         column = instance.row.column(format) or entry.column(format)
         tensor = to_stored(instance, logicals[instance], column, dims)
-        axis = column.cut_axis(dims) if ranks > 1 else None
-        parts[instance] = tensor, axis, column.repeats(dims, ranks)
+        axis = column.tp_axis(dims) if ranks > 1 else None
+        parts[instance] = tensor, axis, column.replicas(dims, ranks)
         if logicals[instance].dtype != first.dtype:
             other = logicals[instance]
             raise KeyMismatchError(
@@ -209,7 +209,7 @@ def _check_ranks(family: Family, format: str, dims: Mapping[str, int], ranks: in
     cut: dict[str, tuple[int, Key]] = {}
     for row in family.rows:
         column = row.column(format)
-        axis = column.cut_axis(dims) if column else None
+        axis = column.tp_axis(dims) if column else None
         if column is None or axis is None or (row.enabled_by and not dims[row.enabled_by]):
             continue
         # Ranks hold whole heads, so where there are heads they are what has to divide.
@@ -221,7 +221,7 @@ def _check_ranks(family: Family, format: str, dims: Mapping[str, int], ranks: in
         return [
             f"{name} = {size} is not divisible by {count}"
             for name, (size, column) in cut.items()
-            if size * column.repeats(dims, count) % count
+            if size * column.replicas(dims, count) % count
         ]
 
     uneven = uneven_over(ranks)

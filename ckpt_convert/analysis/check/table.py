@@ -170,7 +170,7 @@ def _best(
     for setting, value in list(_candidates(model, stored, config, dims))[:most]:
         changed = {**config, setting: value}
         try:
-            sizes = model.family.symbols(changed).replace(**dims.decided)
+            sizes = model.family.symbols(changed).replace(**dims.decided_by_weights)
         except CkptConvertError:
             continue
         causes.append(_Cause(len(_misfits(model, stored, sizes)), setting, value, changed, sizes))

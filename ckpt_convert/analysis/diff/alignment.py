@@ -195,7 +195,7 @@ def _half(instance: Instance, format: str, model: Model, logical: LogicalTensor 
 
 
 def _reordered(instance: Instance, model: Model, b: Identified, half: TensorSide | None) -> tuple[LazyTensor, ...]:
-    turned = instance.row.turned(model.dims)
+    turned = instance.row.rotation(model.dims)
     if half is None or turned is None or half.shape != instance.row.sizes(model.dims):
         return ()
     tensor, _ = b.joined(half.key)

@@ -292,7 +292,9 @@ def _config(left: Model | None, right: Model | None) -> list[tuple[str, Any, Any
 
 
 def _settings(model: Model) -> dict[str, Any]:
-    found: dict[str, Any] = {name: size for name, size in model.dims.items() if name not in model.dims.decided}
+    found: dict[str, Any] = {
+        name: size for name, size in model.dims.items() if name not in model.dims.decided_by_weights
+    }
     try:
         rope = read_rope(model.config)
         found |= {"rope_theta": rope.theta, "rope_scaling": {"rope_type": rope.kind, **rope.parameters}}

@@ -31,7 +31,7 @@ class Instance:
         return column.at(self.index, self.sets) if column else None
 
     def heads(self, dims: Mapping[str, int]) -> int | None:
-        turned = self.row.turned(dims)
+        turned = self.row.rotation(dims)
         return turned[0] if turned is not None else None
 
     def __hash__(self) -> int:
@@ -85,18 +85,18 @@ class Entry:
         for row in self.rows:
             column = row[0].row.column(format)
             shape = column.part_shape(row[0].row, dims) if column else ()
-            axis = column.cut_axis(dims) if column else None
+            axis = column.tp_axis(dims) if column else None
             if column is not None and axis is not None and ranks > 1:
-                share = ranks // column.repeats(dims, ranks)
+                share = ranks // column.replicas(dims, ranks)
                 if shape[axis] % share:
                     return None
                 shape = (*shape[:axis], shape[axis] // share, *shape[axis + 1 :])
             out.append(shape)
         return out
 
-    def cut_axis(self, format: str, dims: Mapping[str, int]) -> int | None:
+    def tp_axis(self, format: str, dims: Mapping[str, int]) -> int | None:
         """The axis of the stored tensor along which ranks lie one after another, as far as they do."""
-        axis = self.column(format).cut_axis(dims)
+        axis = self.column(format).tp_axis(dims)
         if axis is None:
             return None
         return axis + len(self.stacked) - (1 if self.column(format).flatten_stacked else 0)

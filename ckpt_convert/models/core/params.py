@@ -26,26 +26,26 @@ class Weights:
 
 @dataclass(frozen=True)
 class Styles:
-    """What tells whose code Meta's files of a family are for, of two generations that cut the embedding differently.
+    """How to tell two generations of Meta's code apart, which split the embedding on different axes.
 
-    ``of_params`` says whose a params.json is, and what in it says so; ``of_config`` whose the known releases of a
-    config are, where nothing is asked for; ``tokenizers`` whose a tokenizer is, by its kind; ``unscaled`` those whose
-    code has no scaled RoPE. ``usual`` is the style of what nothing tells, and ``untold`` says so. ``ways`` are the
-    words for a cut, by its axis.
+    ``of_params`` gives the style of a params.json and the reason; ``of_config`` that of the known releases of a config,
+    if no style is asked for; ``tokenizers`` that of each kind of tokenizer; ``unscaled`` are the styles whose code has
+    no scaled RoPE. ``default`` is the style where nothing decides, ``default_reason`` says so. ``split_names`` describe
+    a split of the embedding, by its axis.
     """
 
     of_params: Callable[[Mapping[str, Any]], tuple[MetaStyle, str] | None]
     of_config: Callable[[Mapping[str, Any], ConfigOptions], MetaStyle]
     tokenizers: Mapping[str, MetaStyle]
     unscaled: frozenset[MetaStyle]
-    usual: MetaStyle
-    untold: str
-    ways: tuple[str, str]
+    default: MetaStyle
+    default_reason: str
+    split_names: tuple[str, str]
 
-    def asked(self, options: ConfigOptions, axis: int) -> ConfigOptions:
-        """The options, with the style said whose ranks cut on this axis where that is not the usual one."""
+    def options_for(self, options: ConfigOptions, axis: int) -> ConfigOptions:
+        """The options with the style whose ranks split the embedding on this axis, unless that is the default."""
         style = next(style for style, its in AXES.items() if its == axis)
-        return options if style == self.usual else replace(options, meta_style=style)
+        return options if style == self.default else replace(options, meta_style=style)
 
 
 # Defaults are functions with a name, so that a family can be sent to another process.
@@ -53,7 +53,7 @@ def _unknown(config: Mapping[str, Any]) -> None:
     """No release is known that has the shape of a config."""
 
 
-def _as_it_is(params: dict[str, Any], dims: Mapping[str, int], ranks: int) -> Translated:
+def _unchanged(params: dict[str, Any], dims: Mapping[str, int], ranks: int) -> Translated:
     """A params.json that says the same for any number of ranks."""
     return Translated(params)
 
@@ -77,7 +77,7 @@ class Params:
     options: frozenset[str]
     release: Callable[[Mapping[str, Any]], str | None] = _unknown
     model_parallel: Callable[[Mapping[str, Any]], int | None] = _unknown
-    for_ranks: Callable[[dict[str, Any], Mapping[str, int], int], Translated] = _as_it_is
+    for_ranks: Callable[[dict[str, Any], Mapping[str, int], int], Translated] = _unchanged
     styles: Styles | None = None
 
 

@@ -28,7 +28,7 @@ Sets = Mapping[str, tuple[int, ...]]
 """Which numbers of a placeholder belong together, by the name of the set: the dense layers, those with experts."""
 
 
-CUT = "embedding_cut"
+EMBEDDING_AXIS = "embedding_cut"
 """The symbol for the axis on which ranks cut the embedding, where Meta's code does it in two ways: files and releases
 say it, and no config."""
 
@@ -44,24 +44,24 @@ class Dims(dict[str, int]):
         """The same with some sizes changed."""
         return Dims({**self, **sizes}, self.sets)
 
-    def with_cut(self, axis: int) -> Dims:
+    def with_embedding_axis(self, axis: int) -> Dims:
         """The same with the embedding cut on this axis."""
-        return Dims({**self, CUT: axis}, self.sets)
+        return Dims({**self, EMBEDDING_AXIS: axis}, self.sets)
 
     @property
-    def cut(self) -> int:
+    def embedding_axis(self) -> int:
         """The axis on which ranks cut the embedding."""
-        return self[CUT]
+        return self[EMBEDDING_AXIS]
 
     @property
-    def decided(self) -> dict[str, int]:
+    def decided_by_weights(self) -> dict[str, int]:
         """The symbols that weights, files and releases decide: two checkpoints of one model may differ in them."""
-        return {name: self[name] for name in ("tied", CUT)}
+        return {name: self[name] for name in ("tied", EMBEDDING_AXIS)}
 
 
-def recorded_cut(dims: Mapping[str, Any]) -> int | None:
+def recorded_embedding_axis(dims: Mapping[str, Any]) -> int | None:
     """The axis on which ranks cut the embedding, as written down among these sizes, None where it is not."""
-    axis = dims.get(CUT)
+    axis = dims.get(EMBEDDING_AXIS)
     return int(axis) if axis in (0, 1) else None
 
 
@@ -177,18 +177,18 @@ class Key:
             return index[0][0]
         return self.key(dict(index), sets)
 
-    def cut_axis(self, dims: Mapping[str, int]) -> int | None:
+    def tp_axis(self, dims: Mapping[str, int]) -> int | None:
         """The axis of a part that is cut over ranks, for this config."""
         return dims[self.tp_dim] if isinstance(self.tp_dim, str) else self.tp_dim
 
-    def repeats(self, dims: Mapping[str, int], ranks: int) -> int:
+    def replicas(self, dims: Mapping[str, int], ranks: int) -> int:
         """How many ranks in succession hold the same part."""
         count = dims[self.replicated_heads] if self.replicated_heads is not None else ranks
         return ranks // count if ranks > count and ranks % count == 0 else 1
 
     def to_stored(self, tensor: LazyTensor, row: Row, dims: Mapping[str, int]) -> LazyTensor:
         """The logical tensor as this column orders it, before it is cut over ranks and put together with others."""
-        if (turned := row.turned(dims)) is not None:
+        if (turned := row.rotation(dims)) is not None:
             tensor = self.rows_to_stored(tensor, *turned)
         if self.transposed:
             tensor = _swapped(tensor)
@@ -208,7 +208,7 @@ class Key:
             tensor = tensor.reshape((*sizes[:-2], *sizes[:-3:-1]) if self.transposed else sizes)
         if self.transposed:
             tensor = _swapped(tensor)
-        turned = row.turned(dims)
+        turned = row.rotation(dims)
         return tensor if turned is None else self.rows_to_logical(tensor, *turned)
 
     def rows_to_stored(self, tensor: LazyTensor, heads: int, rotary: int | None = None) -> LazyTensor:
@@ -287,7 +287,7 @@ class Row:
         """The column with a scatter index: it does not hold all of the row, nor do the others hold all that it does."""
         return next((key for key in self.columns.values() if key.scatter_index is not None), None)
 
-    def held(self, tensor: LazyTensor, dims: Mapping[str, int]) -> LazyTensor:
+    def representable(self, tensor: LazyTensor, dims: Mapping[str, int]) -> LazyTensor:
         """What every column holds of a logical tensor, zeros in place of the rest."""
         return self.lossy.to_logical(self.lossy.to_stored(tensor, self, dims), self, dims) if self.lossy else tensor
 
@@ -326,7 +326,7 @@ class Row:
         own = frozenset() if self.layer_set is None else frozenset({self.layer_set})
         return own.union(*(key.sets for key in self.columns.values()))
 
-    def turned(self, dims: Mapping[str, int]) -> tuple[int, int | None] | None:
+    def rotation(self, dims: Mapping[str, int]) -> tuple[int, int | None] | None:
         """How many heads rotate, and how many rows of each (None: all); None for a row that does not rotate."""
         if self.heads is None:
             return None

@@ -19,7 +19,7 @@ from ckpt_convert.models.core.config import CONFIG
 from ckpt_convert.models.core.entry import Entry, Instance, fused_position
 from ckpt_convert.models.core.params import Params
 from ckpt_convert.models.core.rope import partial_rotary_factor
-from ckpt_convert.models.core.rows import CUT, FORMATS, IN_MEMORY, Dims, Key, Row, Sets, evaluate, matches
+from ckpt_convert.models.core.rows import EMBEDDING_AXIS, FORMATS, IN_MEMORY, Dims, Key, Row, Sets, evaluate, matches
 from ckpt_convert.models.core.tokenizers import LLAMA_3
 from ckpt_convert.tokenizer.spec import TiktokenSpec
 
@@ -129,9 +129,9 @@ class Family:
         return tuple(f for f in FORMATS if any(row.column(f) for row in self.rows if row.required))
 
     @property
-    def cut_in_two_ways(self) -> bool:
+    def has_two_embedding_splits(self) -> bool:
         """Whether ranks of Meta's layout cut the embedding on an axis that no config says."""
-        return any(key.tp_dim == CUT for row in self.rows if (key := row.meta) is not None)
+        return any(key.tp_dim == EMBEDDING_AXIS for row in self.rows if (key := row.meta) is not None)
 
     def check_rotation(self, config: Mapping[str, Any], *formats: str) -> None:
         """Raise ConfigError where heads would be reordered whole although the config rotates only a part of each.

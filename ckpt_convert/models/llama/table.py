@@ -9,7 +9,7 @@ layout of the last three is interleaved, Hugging Face's half-split.
 from __future__ import annotations
 
 from ckpt_convert.models.core.params import Params, Styles
-from ckpt_convert.models.core.rows import CUT
+from ckpt_convert.models.core.rows import EMBEDDING_AXIS
 from ckpt_convert.models.core.table import Family, Key, Row
 from ckpt_convert.models.llama import config, params, releases
 
@@ -33,9 +33,9 @@ LLAMA = Family(
             of_config=releases.style_for,
             tokenizers={"sentencepiece": "llama2", "tiktoken": "llama3"},
             unscaled=frozenset({"llama2"}),
-            usual="llama3",
-            untold="as in Llama 3, for nothing says otherwise; `meta_style='llama2'` is the other way",
-            ways=("rows, Llama 3's way", "columns, Llama 2's way"),
+            default="llama3",
+            default_reason="as in Llama 3, for nothing says otherwise; `meta_style='llama2'` is the other way",
+            split_names=("rows, Llama 3's way", "columns, Llama 2's way"),
         ),
     ),
     rows=(
@@ -43,7 +43,7 @@ LLAMA = Family(
             "tok_embeddings",
             ("vocab_size", "dim"),
             hf=Key("model.embed_tokens.weight"),
-            meta=Key("tok_embeddings.weight", tp_dim=CUT),
+            meta=Key("tok_embeddings.weight", tp_dim=EMBEDDING_AXIS),
             native=Key("tok_embeddings.weight"),
             torchtitan=Key("tok_embeddings.weight"),
         ),
