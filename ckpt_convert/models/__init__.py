@@ -1,4 +1,4 @@
-"""The families: one table each, and what translates their configs. No files, no torch."""
+"""The model families: one table each, and the translation of their configs. Reads no files, imports no torch."""
 
 from __future__ import annotations
 

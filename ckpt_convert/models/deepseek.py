@@ -1,10 +1,10 @@
-"""DeepSeek-V2 and V3, and what took over V3's architecture: Kimi K2.
+"""DeepSeek-V2 and V3, and Kimi K2, which has V3's architecture.
 
-Attention is over a latent (MLA): queries, keys and values come from small projections, q_a and kv_a, and from q_b and
-kv_b, which open them again for every head. kv_a also holds the one key part that rotates (qk_rope_head_dim rows); q_b
-has its rotating rows at the end of every head, kv_b the rows of a head's value after those of its key. RoPE turns
-neighbouring rows in every layout, so nothing is reordered. The first layers are dense; then every layer has routed
-experts beside shared ones. Layers after the last one predict further tokens (MTP).
+Multi-head latent attention (MLA): q_a and kv_a project down to latents, q_b and kv_b project up to every head. kv_a
+also has the shared key rows that rotate (qk_rope_head_dim); in q_b the rotating rows are the last ones of every head,
+and in kv_b the rows of a head's value follow those of its key. Every layout has interleaved RoPE, so nothing is
+permuted. The first layers are dense; the others have routed experts and shared ones. Layers after the last one predict
+further tokens (MTP).
 
 hf: what transformers 5.23 saves for deepseek_v2 and deepseek_v3, and for MTP what its MtpModel reads and the releases
 store; torchtitan: the state-dict adapter for deepseek_v3 of torchtitan 0.3.0, whose flavors "16B" and "236B" are
@@ -55,7 +55,7 @@ ATTENTION = (
         hf="model.layers.{layer}.self_attn.q_b_proj",
         torchtitan="layers.{layer}.attention.wq_b",
     ),
-    # Smaller models have no latent for queries.
+    # V2-Lite projects queries without a latent.
     *linear(
         "attention.q",
         ("n_heads*qk_dim", "dim"),
@@ -147,7 +147,7 @@ BALANCE = (
         torchtitan=Key("layers.{layer}.moe.expert_bias_E"),
     ),
 )
-"""What is added to the router's scores to choose experts, so that each has as much to do."""
+"""The load-balancing bias that is added to the router's scores when experts are chosen."""
 
 LAYER = (*ATTENTION, *NORM, *DENSE_FFN, *ROUTER, *BALANCE, *EXPERTS, *SHARED)
 
@@ -181,7 +181,7 @@ MTP = (
         hf="model.layers.{layer}.shared_head.norm",
         torchtitan="mtp_layers.{layer:mtp}.mtp_norm",
     ),
-    # Copies of the model's own embedding and output, for which torchtitan, and transformers, have no use.
+    # Copies of the model's own embedding and output, which neither torchtitan nor transformers use.
     Row(
         "mtp.tok_embeddings",
         ("vocab_size", "dim"),
@@ -193,9 +193,9 @@ MTP = (
         "mtp.output", ("vocab_size", "dim"), layer_set="mtp", optional=True, hf="model.layers.{layer}.shared_head.head"
     ),
 )
-"""What an MTP layer has besides a layer: hf counts it on from the model's layers, torchtitan by itself.
+"""The further tensors of an MTP layer, whose index continues the model's layers in hf and starts at 0 in torchtitan.
 
-transformers reads these layers but does not save them, so they may be absent, each as a whole.
+transformers reads these layers but does not save them, so each may be absent as a whole.
 """
 
 
@@ -216,10 +216,10 @@ def of_mtp(rows: Iterable[Row]) -> tuple[Row, ...]:
 
 
 def dims(config: Mapping[str, Any]) -> dict[str, int]:
-    """The symbols that the tables' shapes are made of; what is absent is as in transformers' DeepseekV3Config.
+    """The dimensions in a config.json; defaults are those of transformers' DeepseekV3Config.
 
-    q_rank, kv_rank: the ranks of the latents (q_rank 0: queries have none). qk_dim: a head of the queries, the last
-    rope_dim rows of which rotate. v_dim: a head of the values. kv_a_dim: the rows of kv_a; kv_b_dim: a head's in kv_b.
+    q_rank, kv_rank: the widths of the latents (q_rank 0: queries have none). qk_dim: the rows of a head of q, of which
+    the last rope_dim rotate. v_dim: the rows of a head of v. kv_a_dim: the rows of kv_a. kv_b_dim: of a head in kv_b.
     """
     return {
         **_dims(config, n_experts=256, expert_dim=2048, n_shared=1),
@@ -229,7 +229,7 @@ def dims(config: Mapping[str, Any]) -> dict[str, int]:
 
 
 def dims_v2(config: Mapping[str, Any]) -> dict[str, int]:
-    """As ``dims``, but what is absent is as in transformers' DeepseekV2Config."""
+    """As ``dims``, with the defaults of transformers' DeepseekV2Config."""
     return _dims(config, n_experts=64, expert_dim=1407, n_shared=2)
 
 
@@ -239,7 +239,7 @@ def sets(config: Mapping[str, Any]) -> dict[str, list[int]]:
 
 
 def sets_with_mtp(config: Mapping[str, Any], *, dense: int) -> dict[str, list[int]]:
-    """As ``sets``, where so many layers are dense if the config does not say how many."""
+    """As ``sets``; ``dense`` is the number of dense layers if the config has none."""
     n_layers = require_int(config, "num_hidden_layers", CONFIG)
     main, mtp = range(n_layers), range(n_layers, n_layers + n_mtp(config))
     return {
@@ -265,7 +265,7 @@ def _dims(config: Mapping[str, Any], *, n_experts: int, expert_dim: int, n_share
     width = optional_int(config, "moe_intermediate_size", CONFIG, expert_dim)
     bias = int(optional_bool(config, "attention_bias", CONFIG, False))
     return {
-        # MLA has no head_dim and no key/value heads of its own: what the config says of them counts for nothing.
+        # MLA has no head_dim and no key/value heads: these keys of the config have no effect.
         **base_dims({**config, "head_dim": rope_dim, "num_key_value_heads": None}),
         "rope_dim": rope_dim,
         "qk_dim": nope_dim + rope_dim,
@@ -284,12 +284,12 @@ def _dims(config: Mapping[str, Any], *, n_experts: int, expert_dim: int, n_share
 
 
 def n_mtp(config: Mapping[str, Any]) -> int:
-    """How many MTP layers there are; their number is one where the config does not say it."""
+    """The number of MTP layers; one if the config does not have it."""
     return optional_count(config, "num_nextn_predict_layers", CONFIG, 1)
 
 
 def _with_experts(config: Mapping[str, Any], layers: range, *, dense: int) -> list[int]:
-    """Those of the layers that have experts: every moe_layer_freq-th after the first that are dense."""
+    """The layers that have experts: every moe_layer_freq-th after the first, dense ones."""
     first = optional_count(config, "first_k_dense_replace", CONFIG, dense)
     step = optional_int(config, "moe_layer_freq", CONFIG, 1)
     if not _or_none(config, "n_routed_experts", 1):
@@ -298,7 +298,7 @@ def _with_experts(config: Mapping[str, Any], layers: range, *, dense: int) -> li
 
 
 def _or_none(config: Mapping[str, Any], key: str, default: int) -> int:
-    """The number under ``key``, 0 where it is null: none; ``default`` where there is no such key."""
+    """The number under ``key``: 0 if it is null, ``default`` if there is no such key."""
     return 0 if key in config and config[key] is None else optional_count(config, key, CONFIG, default)
 
 

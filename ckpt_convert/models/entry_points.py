@@ -19,7 +19,7 @@ GROUP = "ckpt_convert.families"
 
 @dataclass(frozen=True)
 class Plugin:
-    """What one entry point gives: ``origin`` is its distribution with the version, ``problem`` why it gives nothing."""
+    """The families of one entry point: ``origin`` is its distribution and version, ``problem`` why there are none."""
 
     name: str
     origin: str
@@ -28,13 +28,13 @@ class Plugin:
 
 
 def plugins() -> Iterator[Plugin]:
-    """Load the entry points of every installed distribution, in the order of their names; whatever fails is said."""
+    """Load the entry points of all installed distributions, sorted by name; a failure becomes a ``problem``."""
     from importlib.metadata import entry_points  # takes 20 ms, and few need it
 
     for origin, point in sorted((_origin(point), point) for point in entry_points(group=GROUP)):
         try:
             found = point.load()
-        except Exception as error:  # whatever a foreign module does when it is imported
+        except Exception as error:  # importing a foreign module may raise anything
             yield Plugin(point.name, origin, problem=f"{type(error).__name__}: {error}")
             continue
         families = found if isinstance(found, tuple) else (found,)

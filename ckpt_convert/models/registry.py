@@ -22,11 +22,11 @@ log = logging.getLogger("ckpt_convert")
 
 @dataclass(frozen=True)
 class Listed:
-    """A family before its table is imported: its name, its module, and what a config of it says.
+    """A built-in family before its table is imported: its name, its module, and which configs may be of it.
 
-    The table has the family's name, in capitals. ``model_types`` (the name itself where nothing else is said) and
-    ``architectures`` are as the table has them; ``params`` are keys of which every params.json of the family has one;
-    ``from_shapes`` marks a family whose files may come without a config.
+    The ``Family`` has its name in capitals. ``model_types`` (default: the name) and ``architectures`` are those of the
+    table; every params.json of the family has one of the keys ``params``; ``from_shapes`` marks a family whose files
+    may come without a config.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Listed:
         object.__setattr__(self, "model_types", self.model_types or (self.name,))
 
     def load(self) -> Family:
-        """The family, its table imported."""
+        """Import the table and return the family."""
         family: Family = getattr(import_module(f"{__package__}.{self.module}"), self.name.upper())
         return family
 
@@ -102,11 +102,11 @@ GROUPS: dict[str, tuple[Listed, ...]] = {
         Listed("flux_autoencoder", "flux_autoencoder", ("AutoEncoder", "AutoencoderKL"), from_shapes=True),
     ),
 }
-"""All families, by what they are. Of several that a config and the keys fit alike, the first one is taken."""
+"""The built-in families by group. Of several that fit a config and its keys equally well, the first one is taken."""
 
 
 UNLISTED = frozenset({"flex_olmo", "olmo", "olmoe"})
-"""Model types that no table is of, and that are known to be built as Llama is: what misfits in them is an error."""
+"""Model types without a table whose layout is known to be Llama's: what does not fit in them is an error."""
 
 
 OUTSIDE = "from other packages"
@@ -114,10 +114,10 @@ OUTSIDE = "from other packages"
 
 
 class Families(Mapping[str, Family]):
-    """Families by name: looking one up imports its table, going through their values imports all of them.
+    """Families by name; a lookup imports one table, iterating over the values imports all of them.
 
     ``registered`` are those from outside, ``origins`` the distributions of those that came as entry points. A built-in
-    family wins: what is of outside is only looked at where no built-in family has the name, the model_type, the
+    family wins: those from outside are only considered where no built-in family has the name, the model_type, the
     params.json or the keys.
     """
 
@@ -143,7 +143,7 @@ class Families(Mapping[str, Family]):
 
     @property
     def built_in(self) -> Iterator[Family]:
-        """The built-in families, each imported when its turn comes."""
+        """The built-in families, imported one by one."""
         return (each.load() for each in self._listed.values())
 
     @property
@@ -184,7 +184,7 @@ class Families(Mapping[str, Family]):
         self.registered[family.name] = family
 
     def of_type(self, model_type: object, architectures: Iterable[str]) -> list[Family]:
-        """The families that have a config's model_type, and one of its classes where they ask for one."""
+        """The families with this model_type; one with ``architectures`` only if the config names one of them."""
         classes = set(architectures)
         return [
             self[each.name]
@@ -193,7 +193,7 @@ class Families(Mapping[str, Family]):
         ]
 
     def has_type(self, model_type: object) -> bool:
-        """Whether a family has this model_type."""
+        """Whether any family has this model_type."""
         return bool(self._with_type(model_type))
 
     def _with_type(self, model_type: object) -> list[Listed] | list[Family]:
@@ -201,7 +201,7 @@ class Families(Mapping[str, Family]):
         return listed or [family for family in self.outside.values() if model_type in family.model_types]
 
     def of_params(self, params: Mapping[str, Any]) -> list[Family]:
-        """The families that a params.json may be of by its keys; each says for itself whether it is."""
+        """The families that a params.json may belong to by its keys; ``Params.evidence`` decides."""
         inner = params.get("model")
         keys = {*params, *(inner if isinstance(inner, Mapping) else ())}
         likely = [each.load() for each in self._listed.values() if not keys.isdisjoint(each.params)]
@@ -211,13 +211,13 @@ class Families(Mapping[str, Family]):
 
     @property
     def with_params(self) -> list[str]:
-        """The names of the families that have a params.json."""
+        """The names of the families with a params.json."""
         listed = [name for name, each in self._listed.items() if each.params]
         return [*listed, *(name for name, family in self.outside.items() if family.params is not None)]
 
     @property
     def with_shapes(self) -> list[Family]:
-        """The built-in families whose files may come without a config: their tensors show it."""
+        """The built-in families whose files may come without a config, which the tensor shapes then give."""
         return [each.load() for each in self._listed.values() if each.from_shapes]
 
 

@@ -1,1 +1,1 @@
-"""The language of the tables, and what reads configs: rows, tables, their checks."""
+"""What tables are written in (rows, keys, builders), their checks, and the readers of configs."""

@@ -1,7 +1,7 @@
-"""What every family's config translation shares: the result, the options, typed readers, the sizes of a decoder.
+"""What the config translations of all families share: the result, the options, typed readers, decoder sizes.
 
-The content of Hugging Face's ``config.json`` (a dict) is the common language for configs: each family translates
-between it and the ``params.json`` of its own original format.
+The content of Hugging Face's ``config.json`` (a dict) is the common form: each family translates between it and the
+``params.json`` of its original format.
 """
 
 from __future__ import annotations
@@ -19,33 +19,33 @@ CONFIG = "config.json"
 PARAMS = "params.json"
 
 MAX_SIZE = 2**31
-"""No size in a config may be larger: a size from a file is checked before anything is computed from it."""
+"""The largest size that a config may have: sizes from files are checked before anything is computed from them."""
 
 
 @dataclass(frozen=True)
 class Translated:
-    """A generated config and what its reader should know: facts that no file held, or that the target cannot hold."""
+    """A generated config and notices: facts that no file of the source holds, or that the target cannot hold."""
 
     content: dict[str, Any]
     notices: tuple[str, ...] = ()
 
 
 MetaStyle = Literal["llama2", "llama3"]
-"""Whose code Meta's files are for: Llama 1, 2 and Code, or 3 and later."""
+"""The generation of Meta's code that files are for: Llama 1, 2 and Code, or 3 and later."""
 
 AXES: Mapping[MetaStyle, int] = {"llama2": 1, "llama3": 0}
-"""The axis on which the ranks of each style cut the embedding."""
+"""The axis on which the ranks of each style split the embedding."""
 
 
 @dataclass(frozen=True)
 class ConfigOptions:
-    """What a caller may decide about a generated config; None leaves the decision to the documented rule.
+    """What a caller may set in a generated config; None leaves the decision to the documented rule.
 
     rope_factor: the factor of Llama 3.x's RoPE scaling, which params.json does not hold.
     max_positions: max_position_embeddings, which params.json does not hold.
     meta_style: which generation's params.json to write for Llama.
-    drop_rope_scaling: leave out a RoPE scaling that the target cannot say, instead of refusing it.
-    rope_theta: the RoPE base where params.json does not say one (early Mistral releases).
+    drop_rope_scaling: leave out a RoPE scaling that the target cannot express, instead of refusing it.
+    rope_theta: the RoPE base where params.json has none (early Mistral releases).
 
     Raises UsageError for a number that is not positive.
     """
@@ -66,12 +66,12 @@ class ConfigOptions:
 
     @property
     def given(self) -> tuple[str, ...]:
-        """The names of the options that say something."""
+        """The names of the options that are set."""
         return tuple(field.name for field in dataclasses.fields(self) if getattr(self, field.name))
 
 
 def type_of(config: Mapping[str, Any]) -> Any:
-    """What a config.json says that the model is: its model_type, or in diffusers' its _class_name; None in others."""
+    """The model_type of a config.json, or the _class_name of one of diffusers; None if it has neither."""
     return config.get("model_type", config.get("_class_name"))
 
 
@@ -92,7 +92,7 @@ def optional_int(config: Mapping[str, Any], key: str, where: str, default: int) 
 
 
 def optional_count(config: Mapping[str, Any], key: str, where: str, default: int) -> int:
-    """As ``optional_int``, but zero is a number too: of layers that are not there."""
+    """As ``optional_int``, but zero is allowed: a number of layers or experts that there are none of."""
     if type(config.get(key)) is int and config[key] == 0:
         return 0
     return optional_int(config, key, where, default)
@@ -156,7 +156,7 @@ def base_dims(config: Mapping[str, Any], *, kv_heads_default: int | None = None,
 
     ``kv_heads_default`` is what the model's transformers class takes where num_key_value_heads is absent; null, and
     absent without such a default, means as many as attention heads. Without head_dim it is dim / n_heads.
-    ``where`` is what messages call the config, where that is a part of the file.
+    ``where`` is the name of the config in messages, if it is a part of the file.
     Raises ConfigError for a missing or unusable size, and for sizes that do not divide.
     """
     dim = require_int(config, "hidden_size", where)
@@ -185,7 +185,7 @@ def check_groups(n_heads: int, n_kv_heads: int, where: str, keys: tuple[str, str
 
 
 def divided_head_dim(dim: int, n_heads: int, where: str, keys: tuple[str, str]) -> int:
-    """dim / n_heads; ConfigError where that is not a whole number or is odd, as RoPE turns pairs of rows."""
+    """dim / n_heads; ConfigError if that is not a whole number or is odd, as RoPE rotates pairs of rows."""
     if dim % n_heads:
         raise ConfigError(
             f"{where}: without head_dim, {keys[0]} must be a multiple of {keys[1]}, found {dim} and {n_heads}; "
@@ -197,12 +197,12 @@ def divided_head_dim(dim: int, n_heads: int, where: str, keys: tuple[str, str]) 
 def even_head_dim(head_dim: int, where: str) -> int:
     """The given head_dim; ConfigError where it is odd."""
     if head_dim % 2:
-        raise ConfigError(f"{where}: head_dim must be even, as RoPE turns pairs of rows, found {head_dim}")
+        raise ConfigError(f"{where}: head_dim must be even, as RoPE rotates pairs of rows, found {head_dim}")
     return head_dim
 
 
 def agreed_vocab(content: Mapping[str, Any], vocab_size: int | None, where: str) -> int:
-    """The vocabulary's size, from the file or from the embedding's shape (``vocab_size``), which have to agree.
+    """The vocabulary size, from the file or from the embedding's shape (``vocab_size``), which have to agree.
 
     In params.json, -1 and an absent or null key leave it to the embedding, as Meta's Llama 1, 2 and Code do.
     Raises ConfigError where the two disagree, or where neither says it.
@@ -239,7 +239,7 @@ def check_not_quantized(content: Mapping[str, Any], keys: tuple[str, ...], where
 
 
 def unused_keys(content: Mapping[str, Any], known: frozenset[str], where: str, target: str) -> tuple[str, ...]:
-    """A notice naming the keys that the translation has no use for, or nothing."""
+    """A notice naming the keys that the translation does not use, or none."""
     extra = sorted(str(key) for key, value in content.items() if key not in known and value is not None)
     if not extra:
         return ()

@@ -1,4 +1,4 @@
-"""Rows at given numbers, and what lies under one key of a format: several of them, where it fuses or stacks."""
+"""Rows at given indices, and the instances that one key of a format holds: several where it fuses or stacks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ckpt_convert.models.core.rows import Key, Row, Sets
 from ckpt_convert.tensors.lazy import LazyTensor, concat, stack
 
 _NO_SETS: Sets = {}
-"""One for all instances of tables without sets, of which a checkpoint may have 100,000."""
+"""Shared by all instances of tables without sets, of which a checkpoint may have 100,000."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class Instance:
         return ".".join([self.row.name, *(str(value) for _, value in self.index)])
 
     def key(self, format: str) -> str | None:
-        """The key that this instance lies under in a format, or None if the format has no place for it."""
+        """The key that a format stores this instance under, or None if the format does not have it."""
         column = self.row.column(format)
         return column.at(self.index, self.sets) if column else None
 
@@ -43,7 +43,7 @@ class Instance:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One key of a format and what lies under it: ``rows`` has, for each fused row, the instances stacked over."""
+    """One key of a format and what it holds: ``rows`` has, for each fused row, the instances that are stacked."""
 
     key: str
     rows: tuple[tuple[Instance, ...], ...]
@@ -65,11 +65,11 @@ class Entry:
     def column(self, format: str) -> Key:
         column = self.first.row.column(format)
         if column is None:
-            raise ValueError(f"{self.key} is no key of {format}")
+            raise ValueError(f"{self.key} is not a key of {format}")
         return column
 
     def shape(self, format: str, dims: Mapping[str, int], ranks: int = 1) -> tuple[int, ...] | None:
-        """The shape of one rank's tensor, None where the sizes do not divide over the ranks."""
+        """The shape of one rank's tensor, None if the sizes are not divisible by the ranks."""
         parts = self._parts(format, dims, ranks)
         if parts is None:
             return None
@@ -95,14 +95,14 @@ class Entry:
         return out
 
     def tp_axis(self, format: str, dims: Mapping[str, int]) -> int | None:
-        """The axis of the stored tensor along which ranks lie one after another, as far as they do."""
+        """The axis of the stored tensor that is split across ranks; None if every rank holds it whole."""
         axis = self.column(format).tp_axis(dims)
         if axis is None:
             return None
         return axis + len(self.stacked) - (1 if self.column(format).flatten_stacked else 0)
 
     def join(self, format: str, parts: Mapping[Instance, LazyTensor]) -> LazyTensor:
-        """The tensor that is stored under the key (of one rank), of the parts as the column orders them."""
+        """The stored tensor (of one rank), fused and stacked from its parts in the column's layout."""
         if self.whole:
             return parts[self.first]
         column = self.column(format)
@@ -143,5 +143,6 @@ class Entry:
 
 
 def fused_position(row: Row, format: str) -> int:
+    """The position of a row among those that a format fuses with it."""
     column = row.column(format)
     return column.fused_position if column is not None else 0

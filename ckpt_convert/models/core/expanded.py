@@ -1,6 +1,6 @@
-"""A family's table written out for people: every row, its shape in symbols, and what each column says of it.
+"""A family's table written out for people: every row, its shape in symbols, and its columns.
 
-Nothing here takes part in a conversion: it shows what the table says, to be held against a library's source.
+No conversion uses it: the expanded table is there to be compared with a library's source.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from ckpt_convert.models.core.rows import Key, Row
 from ckpt_convert.models.core.table import Family
 
 IN_MEMORY = "in memory"
-"""What the column of transformers' models in memory is called, where it differs from that of their files."""
+"""The name shown for the column of transformers' models in memory, where it differs from hf."""
 
 
 @dataclass(frozen=True)
 class ShownColumn:
-    """What one format says of a row.
+    """How one format stores a row.
 
     ``shape`` is that of the row's own part of the stored tensor: transposed, reshaped and stacked as the format has it,
-    but without other rows that are fused with it. ``tp`` is the axis of the stored tensor that ranks cut, or the symbol
-    that holds it; ``facts`` are what else there is to say, in words.
+    but without other rows that are fused with it. ``tp`` is the axis of the stored tensor that ranks split, or the
+    symbol that holds it; ``facts`` is everything else, in words.
     """
 
     format: str
@@ -34,7 +34,7 @@ class ShownColumn:
 
 @dataclass(frozen=True)
 class ShownRow:
-    """One row: its name, its shape as the tables think of it, what holds for all columns, and each column."""
+    """One row: its name, its logical shape, the facts that hold for all columns, and each column."""
 
     name: str
     shape: tuple[str, ...]
@@ -45,8 +45,8 @@ class ShownRow:
 def expanded(family: Family, layers: int | None = None) -> Iterator[ShownRow]:
     """The rows of a family in the order of its table; no config is needed, so sizes are symbols.
 
-    ``layers`` writes each row that has layers so many times, with numbers in place of {layer}, those of a layer
-    together; None leaves the placeholder. Which layers of a real model have a row is up to its config.
+    ``layers`` repeats the rows of a layer so many times, with indices in place of {layer}; None leaves the placeholder.
+    Which layers of a real model have a row depends on its config.
     """
     for outer, rows in family.by_placeholder():
         for number in [None] if outer is None or layers is None else range(layers):
@@ -114,7 +114,7 @@ def _facts(family: Family, row: Row, format: str, key: Key, stacked: list[str]) 
 
 
 def _fused(family: Family, row: Row, format: str, key: Key) -> list[Row]:
-    """The rows of what lies under a key of this row, in their order there."""
+    """The rows that are fused under the key of this row, in their order."""
     held = [(each, _of(each, format)) for each in family.rows if each.layer_set == row.layer_set]
     parts = [(each, other) for each, other in held if other is not None and other.template == key.template]
     return [each for each, _ in sorted(parts, key=lambda part: part[1].fused_position)]

@@ -1,4 +1,4 @@
-"""What a family says of Meta's side, its params.json above all, and what the translations of it share."""
+"""What a family needs for the meta format, its params.json above all, and what translations of params.json share."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from ckpt_convert.models.core.config import AXES, PARAMS, ConfigOptions, MetaSty
 
 @dataclass(frozen=True)
 class Weights:
-    """What the stored tensors show of what a params.json leaves open.
+    """What a params.json leaves open and the stored tensors show.
 
-    ``vocab_size`` is the number of the whole embedding's rows, ``ffn_dim`` that of the whole w1's, None where it is not
-    known; ``tied`` is whether the output is the embedding; ``shapes`` are those of the source's keys.
+    ``vocab_size`` is the number of rows of the whole embedding, ``ffn_dim`` that of the whole w1, None if unknown;
+    ``tied`` is whether the output shares the embedding; ``shapes`` are those of the source's keys.
     """
 
     vocab_size: int | None = None
@@ -50,23 +50,23 @@ class Styles:
 
 # Defaults are functions with a name, so that a family can be sent to another process.
 def _unknown(config: Mapping[str, Any]) -> None:
-    """No release is known that has the shape of a config."""
+    """No known release has these sizes."""
 
 
 def _unchanged(params: dict[str, Any], dims: Mapping[str, int], ranks: int) -> Translated:
-    """A params.json that says the same for any number of ranks."""
+    """A params.json that does not depend on the number of ranks."""
     return Translated(params)
 
 
 @dataclass(frozen=True)
 class Params:
-    """What Meta's side of a family needs beyond the table: its params.json, its file names, its ranks.
+    """What the meta format of a family needs besides the table: its params.json, its file names, its ranks.
 
-    ``evidence`` says in words why a params.json is this family's, or None. ``sharded`` is whether the format is cut
-    over ranks at all; ``container`` the usual one; ``options`` are those of ConfigOptions that it has a use for.
-    ``release`` is the name of the known release with this shape, ``model_parallel`` the number of ranks that it came
-    in. ``for_ranks`` gives what a params.json has to say for so many ranks. ``styles`` is what tells the generations of
-    Meta's code apart that cut the embedding differently.
+    ``evidence`` gives the reason why a params.json is this family's, in words, or None. ``sharded`` is whether ranks
+    split the weights at all; ``container`` is the default one; ``options`` are the fields of ConfigOptions that it
+    uses. ``release`` is the name of the known release with this shape, ``model_parallel`` the number of ranks that it
+    came in. ``for_ranks`` gives the params.json for so many ranks. ``styles`` tells generations of Meta's code apart
+    that split the embedding on different axes.
     """
 
     evidence: Callable[[Mapping[str, Any]], str | None]
@@ -82,13 +82,13 @@ class Params:
 
 
 def flat(params: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The parameters themselves, which some files nest under "model"."""
+    """The parameters, which some files nest under "model"."""
     inner = params.get("model")
     return inner if isinstance(inner, Mapping) and "dim" not in params else params
 
 
 def check_head_dim(sizes: Mapping[str, int], where: str, target: str) -> None:
-    """Raise ConfigError for heads that are not as long as Meta's code computes it."""
+    """Raise ConfigError for a head_dim other than the one that Meta's code computes."""
     if sizes["head_dim"] * sizes["n_heads"] != sizes["dim"]:
         raise ConfigError(
             f"{where}: head_dim must be hidden_size / num_attention_heads ({sizes['dim']} / {sizes['n_heads']}) for "

@@ -1,4 +1,4 @@
-"""What picks rows of one table for another, and changes them."""
+"""Functions that select rows of one table for another, and change them."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from ckpt_convert.models.core.rows import FORMATS, Key, Row
 
 
 def columns(rows: Iterable[Row], *formats: str) -> tuple[Row, ...]:
-    """The rows as far as these formats have them: without other columns, and without rows that none of them has."""
+    """The rows with the columns of these formats alone, without rows that none of them has."""
     others = dict.fromkeys(format for format in FORMATS if format not in formats)
     return tuple(row.replace(**others) for row in rows if any(row.column(format) for format in formats))
 
 
 def named(rows: Iterable[Row], *names: str) -> tuple[Row, ...]:
-    """The rows of these names, in this order."""
+    """The rows with these names, in this order."""
     by_name = {row.name: row for row in rows}
     return tuple(by_name[name] for name in names)
 
@@ -29,7 +29,7 @@ def with_rope(rows: Iterable[Row], layout: RopeOrder | None) -> tuple[Row, ...]:
 
 
 def fused(rows: Iterable[Row], **templates: str) -> tuple[Row, ...]:
-    """The rows one after another along their first axis in one tensor: ``templates`` has its key for a format.
+    """The rows fused along their first axis into one tensor, whose key for each format is in ``templates``.
 
     Raises ValueError for a format that one of the rows has no column for.
     """
@@ -63,7 +63,7 @@ def replaced(rows: Iterable[Row], **keys: Mapping[str, Key]) -> tuple[Row, ...]:
 
 
 def prefixed(rows: Iterable[Row], **prefixes: str) -> tuple[Row, ...]:
-    """The rows with something before their keys, by format: of a layer, or of a model that is a part of another."""
+    """The rows with a prefix before the keys of each format: of a layer, or of a model that is part of another."""
     return tuple(
         row.replace(**{f: key.prefixed(prefixes[f]) for f, key in row.columns.items() if f in prefixes}) for row in rows
     )

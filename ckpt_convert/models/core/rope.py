@@ -1,4 +1,4 @@
-"""RoPE, the rotary embedding: the two orders of a head's rows, and what a config.json says of it in either spelling."""
+"""RoPE, the rotary embedding: the two layouts of a head's rows, and the settings of a config.json in either form."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from ckpt_convert.models.core.config import (
 from ckpt_convert.tensors.lazy import LazyTensor, concat
 
 RopeOrder = Literal["half", "interleaved"]
-"""How the rows of a head are ordered. Rotary embedding turns pairs of rows (i, i + head_dim/2) in ``half`` order
-(Hugging Face's rotate_half) and (2i, 2i + 1) in ``interleaved`` order (Meta's complex numbers)."""
+"""The RoPE layout of a head's rows: pairs (i, i + head_dim/2) rotate in ``half`` (half-split, GPT-NeoX style, Hugging
+Face's rotate_half), pairs (2i, 2i + 1) in ``interleaved`` (GPT-J style, Meta's complex numbers)."""
 
 DEFAULT_THETA = 10000.0
-"""The RoPE base of a model that does not say one, in transformers and in Meta's Llama 1 and 2 code alike."""
+"""The default RoPE base, in transformers as in Meta's Llama 1 and 2 code."""
 
 
 def reordered(tensor: LazyTensor, heads: int, rotary: int | None, *, inverse: bool) -> LazyTensor:
-    """Rows from half to interleaved order, or back."""
+    """Permute rows from the half-split to the interleaved layout, or back."""
     rows, *rest = tensor.shape
     head_dim = rows // heads
     if rotary is None or rotary == head_dim:
@@ -46,7 +46,7 @@ class Rope:
 
     theta: the base, None where the config does not say one. kind: "default", "linear", "llama3", "yarn", …
     parameters: what else the config says of it (factor, low_freq_factor, …), without theta and kind.
-    notices: what a reader should know, such as two different thetas in one file.
+    notices: such as two different thetas in one file.
     """
 
     theta: float | None
@@ -90,17 +90,17 @@ def read_rope(config: Mapping[str, Any]) -> Rope:
 
 
 def partial_rotary_factor(config: Mapping[str, Any]) -> float | None:
-    """Which part of each head rotates, where a config (or its text_config) says that it is not all of it."""
+    """The part of each head that rotates, if a config (or its text_config) says that it is not all of it."""
     for part in (config, config.get("text_config")):
-        for said in _rope_settings(part):
-            factor = said.get("partial_rotary_factor")
+        for settings in _rope_settings(part):
+            factor = settings.get("partial_rotary_factor")
             if isinstance(factor, int | float) and factor != 1:
                 return float(factor)
     return None
 
 
 def _rope_settings(config: object) -> Iterator[Mapping[str, Any]]:
-    """Where a config may say something of its RoPE: at the top, or in either spelling, for all layers or some."""
+    """The mappings in which a config may set RoPE: at the top, or in either form, for all layers or some."""
     if not isinstance(config, Mapping):
         return
     yield config
@@ -112,10 +112,10 @@ def _rope_settings(config: object) -> Iterator[Mapping[str, Any]]:
 
 
 def rotary_dim(config: Mapping[str, Any], head_dim: int, default: float = 1.0) -> int:
-    """How many rows of a head rotate: as transformers 5 has it, int(head_dim * partial_rotary_factor).
+    """How many rows of a head rotate: int(head_dim * partial_rotary_factor), as in transformers 5.
 
-    ``default`` is the factor of the model's config class. Raises ConfigError for a number that is odd, as RoPE turns
-    pairs of rows, or beyond the head.
+    ``default`` is the factor of the model's config class. Raises ConfigError for an odd number, as RoPE rotates
+    pairs of rows, or one beyond the head.
     """
     stated = read_rope(config).parameters.get("partial_rotary_factor")
     size = int(head_dim * (default if stated is None else require_number({"factor": stated}, "factor", CONFIG)))
@@ -125,7 +125,7 @@ def rotary_dim(config: Mapping[str, Any], head_dim: int, default: float = 1.0) -
 
 
 def rope_keys(rope: Rope) -> dict[str, Any]:
-    """The keys of a generated config.json that say ``rope`` in both spellings.
+    """The keys of a generated config.json for ``rope``, in the form of transformers 4 and in that of 5.
 
     transformers 4.57 reads rope_theta and rope_scaling and takes a lone rope_parameters for theta 10000 unscaled,
     without a warning; 5 reads all three to the same effect. Without a theta none is written.
@@ -147,16 +147,16 @@ def expressible(
     problem: Callable[[Rope], str | None],
     where: str = CONFIG,
 ) -> tuple[Rope, tuple[str, ...]]:
-    """The RoPE of a config.json as a params.json can say it, with a notice where its scaling was left out as asked.
+    """The RoPE of a config.json as a params.json can express it, with a notice if its scaling was left out as asked.
 
-    ``problem`` says in words what the params.json cannot say of it. Raises ConfigError for what nobody asked to leave
-    out, and for a RoPE that turns only a part of each head.
+    ``problem`` returns in words what the params.json cannot express. Raises ConfigError for that, unless it was to be
+    left out, and for a RoPE that rotates only a part of each head.
     """
     rope = read_rope(config)
     part = optional_number(rope.parameters, "partial_rotary_factor", CONFIG)
     if part not in (None, 1.0):
         raise ConfigError(
-            f"{CONFIG}: partial_rotary_factor must be 1 for {target}, found {part}; the target turns whole heads"
+            f"{CONFIG}: partial_rotary_factor must be 1 for {target}, found {part}; the target rotates whole heads"
         )
     said = problem(rope)
     if said is None:

@@ -1,7 +1,6 @@
-"""The words of a table: a row is one logical parameter, a key says how a format stores it, and what a config gives.
+"""Rows and keys, which tables are made of: a row is one logical parameter, a key is how one format stores it.
 
-What a column says is taken step by step: row order, transposition, shape, ranks; see ``Key``. The tables themselves are
-made of these words in the modules of the families.
+``Key`` lists the steps from the logical to the stored tensor. ``Dims`` are the symbols that shapes are written in.
 """
 
 from __future__ import annotations
@@ -21,52 +20,52 @@ FORMATS = ("hf", "meta", "native", "torchtitan")
 _FORMATS = frozenset(FORMATS)
 
 IN_MEMORY = "transformers"
-"""The column of what transformers has in memory, which is that of hf but for the rows that say otherwise. It is no
-format of files: transformers puts experts together when it loads them, and takes them apart when it saves them."""
+"""The column of transformers' models in memory: that of hf, except for rows with ``in_memory``. It is no format of
+files: transformers stacks experts when it loads them, and splits them again when it saves them."""
 
 Sets = Mapping[str, tuple[int, ...]]
-"""Which numbers of a placeholder belong together, by the name of the set: the dense layers, those with experts."""
+"""Named sets of a placeholder's indices: the dense layers, those with experts."""
 
 
 EMBEDDING_AXIS = "embedding_cut"
-"""The symbol for the axis on which ranks cut the embedding, where Meta's code does it in two ways: files and releases
-say it, and no config."""
+"""The symbol for the axis on which ranks split the embedding, which differs between Meta's generations: files and
+releases give it, no config does."""
 
 
 class Dims(dict[str, int]):
-    """The symbols of a config: sizes, switches (0 or 1), and ``sets`` of numbers, ascending."""
+    """The dimensions of a config: sizes, switches (0 or 1), and ``sets`` of indices, ascending."""
 
     def __init__(self, sizes: Mapping[str, int], sets: Mapping[str, Collection[int]] | None = None) -> None:
         super().__init__(sizes)
         self.sets: Sets = {name: tuple(sorted(members)) for name, members in (sets or {}).items()}
 
     def replace(self, **sizes: int) -> Dims:
-        """The same with some sizes changed."""
+        """A copy with some sizes changed."""
         return Dims({**self, **sizes}, self.sets)
 
     def with_embedding_axis(self, axis: int) -> Dims:
-        """The same with the embedding cut on this axis."""
+        """A copy with the embedding split on this axis."""
         return Dims({**self, EMBEDDING_AXIS: axis}, self.sets)
 
     @property
     def embedding_axis(self) -> int:
-        """The axis on which ranks cut the embedding."""
+        """The axis on which ranks split the embedding."""
         return self[EMBEDDING_AXIS]
 
     @property
     def decided_by_weights(self) -> dict[str, int]:
-        """The symbols that weights, files and releases decide: two checkpoints of one model may differ in them."""
+        """The symbols that weights, files and releases decide, in which two checkpoints of one model may differ."""
         return {name: self[name] for name in ("tied", EMBEDDING_AXIS)}
 
 
 def recorded_embedding_axis(dims: Mapping[str, Any]) -> int | None:
-    """The axis on which ranks cut the embedding, as written down among these sizes, None where it is not."""
+    """The axis on which ranks split the embedding, from the sizes in a record; None where it has none."""
     axis = dims.get(EMBEDDING_AXIS)
     return int(axis) if axis in (0, 1) else None
 
 
 class _Number(NamedTuple):
-    """A placeholder: {layer}, or {layer:dense} for how many of the set's members come before it."""
+    """A placeholder: {layer}, or {layer:dense} for the position among the set's members."""
 
     name: str
     set: str | None
@@ -130,11 +129,11 @@ class Key:
         return self.replace(template=self.template.removeprefix(prefix))
 
     def prefixed(self, prefix: str) -> Key:
-        """The key with something before its template."""
+        """The key with a prefix before its template."""
         return self.replace(template=prefix + self.template)
 
     def suffixed(self, suffix: str) -> Key:
-        """The key with something behind its template."""
+        """The key with a suffix after its template."""
         return self.replace(template=self.template + suffix)
 
     @cached_property
@@ -159,7 +158,7 @@ class Key:
         return ".".join("%d" if is_placeholder(part) else part.replace("%", "%%") for part in parts)
 
     def key(self, index: Mapping[str, int], sets: Sets) -> str:
-        """The key at these numbers."""
+        """The key at these indices."""
         if self.is_literal_key:
             return next(iter(index))
         if not self._numbers:
@@ -178,16 +177,16 @@ class Key:
         return self.key(dict(index), sets)
 
     def tp_axis(self, dims: Mapping[str, int]) -> int | None:
-        """The axis of a part that is cut over ranks, for this config."""
+        """The axis that is split across ranks, for this config."""
         return dims[self.tp_dim] if isinstance(self.tp_dim, str) else self.tp_dim
 
     def replicas(self, dims: Mapping[str, int], ranks: int) -> int:
-        """How many ranks in succession hold the same part."""
+        """How many consecutive ranks hold replicas of one slice."""
         count = dims[self.replicated_heads] if self.replicated_heads is not None else ranks
         return ranks // count if ranks > count and ranks % count == 0 else 1
 
     def to_stored(self, tensor: LazyTensor, row: Row, dims: Mapping[str, int]) -> LazyTensor:
-        """The logical tensor as this column orders it, before it is cut over ranks and put together with others."""
+        """The logical tensor in this column's layout, before it is split across ranks, fused and stacked."""
         if (turned := row.rotation(dims)) is not None:
             tensor = self.rows_to_stored(tensor, *turned)
         if self.transposed:
@@ -196,7 +195,7 @@ class Key:
             return tensor
         shape = self.part_shape(row, dims)
         if self.scatter_index is not None:
-            tensor = _spread(tensor, _set(dims, self.scatter_index), prod(shape))
+            tensor = _scattered(tensor, _set(dims, self.scatter_index), prod(shape))
         return tensor.reshape(shape)
 
     def to_logical(self, tensor: LazyTensor, row: Row, dims: Mapping[str, int]) -> LazyTensor:
@@ -212,9 +211,9 @@ class Key:
         return tensor if turned is None else self.rows_to_logical(tensor, *turned)
 
     def rows_to_stored(self, tensor: LazyTensor, heads: int, rotary: int | None = None) -> LazyTensor:
-        """The rows of so many heads in this column's order, whatever their length: also of a LoRA B, or a bias.
+        """The rows of so many heads in this column's RoPE layout, of any tensor with that first axis: a LoRA B, a bias.
 
-        Of each head only the first ``rotary`` rows rotate, all of them where that is not given.
+        Only the first ``rotary`` rows of each head rotate; all of them if it is None.
         """
         return reordered(tensor, heads, rotary, inverse=False) if self.rope == "interleaved" else tensor
 
@@ -279,7 +278,7 @@ class Row:
 
     @property
     def required(self) -> bool:
-        """Whether a format that has the row cannot be without it."""
+        """Whether every checkpoint of a format that has the row has to have it."""
         return not (self.optional or self.derived or self.zeros)
 
     @cached_property
@@ -288,12 +287,12 @@ class Row:
         return next((key for key in self.columns.values() if key.scatter_index is not None), None)
 
     def representable(self, tensor: LazyTensor, dims: Mapping[str, int]) -> LazyTensor:
-        """What every column holds of a logical tensor, zeros in place of the rest."""
+        """The logical tensor with zeros where not every column holds it."""
         return self.lossy.to_logical(self.lossy.to_stored(tensor, self, dims), self, dims) if self.lossy else tensor
 
     @property
     def group(self) -> str | None:
-        """The optional rows that this one is there with, or absent."""
+        """The group of optional rows that are there together or not at all."""
         return self.optional if isinstance(self.optional, str) else None
 
     def column(self, format: str) -> Key | None:
@@ -327,7 +326,7 @@ class Row:
         return own.union(*(key.sets for key in self.columns.values()))
 
     def rotation(self, dims: Mapping[str, int]) -> tuple[int, int | None] | None:
-        """How many heads rotate, and how many rows of each (None: all); None for a row that does not rotate."""
+        """How many heads rotate, and how many rows of each (None: all); None if the row does not rotate."""
         if self.heads is None:
             return None
         return evaluate(self.heads, dims), None if self.rotary_dim is None else evaluate(self.rotary_dim, dims)
@@ -338,7 +337,7 @@ class Row:
 
 
 def evaluate(expression: str, dims: Mapping[str, int]) -> int:
-    """A product of symbols and numbers, with whole division: "n_heads*head_dim", "head_dim/2"."""
+    """The value of a product of symbols and numbers, with floor division: "n_heads*head_dim", "head_dim/2"."""
     factors, divisors = _parsed(expression)
     value = 1
     for factor in factors:
@@ -348,8 +347,8 @@ def evaluate(expression: str, dims: Mapping[str, int]) -> int:
     return value
 
 
-def _spread(tensor: LazyTensor, numbers: tuple[int, ...], size: int) -> LazyTensor:
-    """The cells of the first axis at their places, of which there are as many as ``size`` elements make."""
+def _scattered(tensor: LazyTensor, numbers: tuple[int, ...], size: int) -> LazyTensor:
+    """Scatter the indices of the first axis to their places, as many as ``size`` elements make; zeros elsewhere."""
     cells, *cell = tensor.shape
     at = dict(divmod(number, cells) for number in numbers)
     empty = zeros((1, *cell))
@@ -357,7 +356,7 @@ def _spread(tensor: LazyTensor, numbers: tuple[int, ...], size: int) -> LazyTens
 
 
 def _gathered(tensor: LazyTensor, numbers: tuple[int, ...], sizes: tuple[int, ...]) -> LazyTensor:
-    """The inverse of ``_spread``, as far as there is one."""
+    """The inverse of ``_scattered``, as far as there is one."""
     cells, *cell = sizes
     places = tensor.reshape((tensor.size // prod(cell), *cell))
     at = {number % cells: number // cells for number in numbers}
@@ -381,7 +380,7 @@ def _number(part: str) -> _Number:
 
 @lru_cache(maxsize=1 << 12)
 def _parsed(expression: str) -> tuple[tuple[str | int, ...], tuple[str | int, ...]]:
-    """The factors of an expression, and what their product is divided by: symbols and numbers."""
+    """The factors and the divisors of an expression: symbols and numbers."""
     numerator, *divisors = expression.split("/")
     return tuple(map(_term, numerator.split("*"))), tuple(map(_term, divisors))
 

@@ -1,7 +1,7 @@
-"""The language in which a family is written down: one row per logical parameter, one column per format.
+"""A family: its table, with one row per logical parameter and one column per format, and its config translation.
 
-A column says how a format stores the row: under which key, in which RoPE row order, transposed, fused with which other
-rows, stacked over experts, and how it is cut over tensor-parallel ranks. Everything else (every direction of every
+A column says how a format stores the row: under which key, in which RoPE layout, transposed, fused with which other
+rows, stacked over experts, and how tensor-parallel ranks split it. Everything else (every direction of every
 conversion, plans, checks) is derived from the table.
 """
 
@@ -46,23 +46,22 @@ def _vocabulary(dims: Mapping[str, int]) -> int:
 
 @dataclass(frozen=True)
 class Family:
-    """An architecture: its table, the symbols that its config gives, and the translation of its config.
+    """An architecture: its table, the dimensions that its config gives, and the translation of its config.
 
-    ``indices`` says how far each placeholder counts: {"layer": "n_layers"}. ``sets`` gives the sets of numbers that
-    rows and templates name, from the config. ``architectures`` are the classes of which a config has to name one to be
-    of this family, where others have the same model_type. What a table must not say is in ``table_check``.
+    ``dims`` reads the dimensions from a config.json, which has one of the ``model_types``. ``indices`` gives the
+    dimension that each placeholder counts to, the slowest first: {"layer": "n_layers"}. ``sets`` gives the sets of
+    indices that rows and templates name. Several families may have one model_type: a config has to name one of the
+    ``architectures`` if there are any, and the keys decide between the rest. ``table_check`` has the rules for tables.
 
-    ``from_shapes`` gives the config that the shapes of the stored tensors show, of a family whose files come without
-    one; such a config is no file of any format. ``stem`` is what its safetensors files are called in Hugging Face's
-    layout where nothing else says it. ``tokenizer`` is what a tokenizer.model of tiktoken ranks is taken for,
-    ``tokens`` how many rows the embedding has. Several families may have one model_type: the keys tell them apart.
+    ``params`` translates params.json, for a table with a meta column. ``from_shapes`` gives the config from the shapes
+    of the stored tensors, for a family whose files come without one. ``stem`` is the default name of its safetensors
+    files in Hugging Face's layout. ``tokenizer`` is the one that a tokenizer.model of tiktoken ranks belongs to,
+    ``tokens`` the number of rows of the embedding.
 
-    ``unverified`` names the formats whose column nothing outside could be compared with, and says why. ``literal``
-    is a table of literal keys: the row of each tensor of one checkpoint, by its key; a row is that of all tensors of a
-    shape.
+    ``unverified`` names the formats whose column could not be compared with any other implementation, and why.
+    ``literal`` is a table of literal keys: the row of each tensor of one checkpoint, by its key.
 
-    Every table has a row for the rotation frequencies that old releases of Hugging Face's models stored, whether it is
-    among ``rows`` or not.
+    Every table has a row for the RoPE frequencies (inv_freq) that old releases stored, whether ``rows`` has it or not.
     """
 
     name: str
@@ -93,7 +92,7 @@ class Family:
         return dataclasses.replace(self, **changes)
 
     def caveats(self, *formats: str) -> tuple[str, ...]:
-        """What a user of these formats should know of their columns: that nothing outside confirms them, and why."""
+        """A warning for each of these formats whose column no other implementation confirms, with the reason."""
         said = "nothing outside the project confirms this family's"
         return tuple(
             f"{self.name}: {said} {format} keys: {self.unverified[format]}"
@@ -102,7 +101,7 @@ class Family:
         )
 
     def symbols(self, config: Mapping[str, Any]) -> Dims:
-        """What the config says, under the names that the table has for it; raises ConfigError."""
+        """The dimensions and sets that the config gives; raises ConfigError."""
         dims = Dims(self.dims(config), self.sets(config) if self.sets is not None else None)
         self._check_symbols(dims)
         return dims
@@ -130,13 +129,13 @@ class Family:
 
     @property
     def has_two_embedding_splits(self) -> bool:
-        """Whether ranks of Meta's layout cut the embedding on an axis that no config says."""
+        """Whether ranks of Meta's layout split the embedding on an axis that no config gives."""
         return any(key.tp_dim == EMBEDDING_AXIS for row in self.rows if (key := row.meta) is not None)
 
     def check_rotation(self, config: Mapping[str, Any], *formats: str) -> None:
-        """Raise ConfigError where heads would be reordered whole although the config rotates only a part of each.
+        """Raise ConfigError where whole heads would be permuted although the config rotates only a part of each.
 
-        Formats that order them alike, and tables that say which rows rotate (``Row.rotary_dim``), are fine.
+        Formats of one RoPE layout, and tables that say which rows rotate (``Row.rotary_dim``), are fine.
         """
         part = partial_rotary_factor(config)
         for row in self.rows if part is not None else ():
@@ -154,7 +153,7 @@ class Family:
             yield from run
 
     def _runs(self, dims: Mapping[str, int]) -> Iterator[list[Instance]]:
-        """``instances``, those of a row that differ in nothing but what counts fastest together (a layer's experts)."""
+        """``instances`` in runs: one row at one index of its slowest placeholder (all experts of a layer)."""
         if self.literal:
             yield from ([Instance(row, ((key, 0),))] for key, row in self.literal.items())
             return
@@ -172,21 +171,21 @@ class Family:
                         yield [Instance(row, ((outer, number), *rest), sets) for rest in inner[row.name]]
 
     def by_placeholder(self) -> Iterator[tuple[str | None, list[Row]]]:
-        """The rows in their order, those together that the same placeholder numbers (a layer's), with its name."""
+        """Consecutive rows with the same slowest placeholder (those of a layer), with its name."""
         for outer, group in groupby(self.rows, key=self._outer):
             yield outer, list(group)
 
     def _inner(self, row: Row, dims: Mapping[str, int]) -> list[tuple[tuple[str, int], ...]]:
-        """The numbers of a row's placeholders but the one that counts slowest, at each of its indices."""
+        """Every combination of the indices of a row's placeholders, without the slowest one."""
         names = [name for name in self.indices if name in row.placeholders][1:]
         return list(product(*([(name, number) for number in range(dims[self.indices[name]])] for name in names)))
 
     def _outer(self, row: Row) -> str | None:
-        """The placeholder of a row that counts slowest."""
+        """The slowest placeholder of a row."""
         return next((name for name in self.indices if name in row.placeholders), None)
 
     def entries(self, format: str, dims: Mapping[str, int]) -> Iterator[Entry]:
-        """Every key that a format has for this config, with what lies under it, in the order of the layers.
+        """Every key that a format has for this config, with the instances that it holds, in the order of the layers.
 
         Raises ValueError for a config with which two rows would have one key.
         """
@@ -201,7 +200,7 @@ class Family:
             if row is None or column is None:
                 continue
             alone = column.fused is None and row.placeholders == column.placeholders
-            # A key that says nothing but the number of the layer is the same for all of them.
+            # A key with no placeholder but the layer is one key for the whole run.
             together = [run] if len(column.placeholders) < 2 else [[instance] for instance in run]
             for instances in together:
                 key = column.at(instances[0].index, instances[0].sets)
@@ -235,11 +234,11 @@ class Family:
         }
 
     def has(self, column: str) -> bool:
-        """Whether the table has this column: that of a format, or of transformers' models in memory."""
+        """Whether the table has this column: a format, or ``IN_MEMORY``."""
         return ("hf" if column == IN_MEMORY else column) in self.formats
 
     def column_of(self, format: str, keys: Iterable[str]) -> str:
-        """The column that the keys of a model in memory are of: ``format``, or of hf's two the one that knows them."""
+        """The column that the keys of a model in memory belong to: ``format``, or for hf possibly ``IN_MEMORY``."""
         if format != "hf" or not any(row.in_memory for row in self.rows):
             return format
         return IN_MEMORY if any(self.knows(IN_MEMORY, key) and not self.knows("hf", key) for key in keys) else "hf"
@@ -256,7 +255,7 @@ class Family:
 
 
 def _with_frequencies(rows: Iterable[Row]) -> tuple[Row, ...]:
-    """The rows, and a derived one for the table of frequencies of each attention in Hugging Face's layout."""
+    """The rows, and a derived one for the RoPE frequencies of each attention module in Hugging Face's layout."""
     out: list[Row] = []
     rows = tuple(rows)
     there = {row.hf.template for row in rows if row.hf is not None}
@@ -269,7 +268,7 @@ def _with_frequencies(rows: Iterable[Row]) -> tuple[Row, ...]:
             there.add(template)
             name = "rotary.inv_freq" if "rotary.inv_freq" not in names else f"rotary.inv_freq.{len(there)}"
             names.add(name)
-            # Half of what rotates of a head, which is as long as the rows say.
+            # Half as many as the rows of a head that rotate.
             half = f"{row.rotary_dim}/2" if row.rotary_dim is not None else f"{row.shape[0]}/{row.heads}/2"
             out.append(Row(name, (half,), hf=Key(template), derived=True))
     return tuple(out)

@@ -56,15 +56,17 @@ def _check_row(row: Row, indices: list[str], where: str) -> None:
     if not row.columns:
         raise ValueError(f"{where} has no column")
     if not row.placeholders <= set(indices):
-        raise ValueError(f"{where} has a placeholder that counts nothing: {set(row.placeholders)}")
+        raise ValueError(
+            f"{where} has a placeholder without an index: {', '.join(sorted(row.placeholders - set(indices)))}"
+        )
     if row.zeros is not None and (row.optional or row.derived or row.tied_to is not None):
-        raise ValueError(f"{where} stands for zeros where it is absent, so it is neither optional, derived nor tied")
+        raise ValueError(f"{where} is zeros where it is absent, so it is neither optional, derived nor tied")
     if row.zeros is not None and row.zeros not in DTYPES:
         raise ValueError(f"{where} has zeros of the dtype {row.zeros!r}, which is none of {', '.join(DTYPES)}")
     if row.layer_set is not None and not row.placeholders:
-        raise ValueError(f"{where} has no placeholder whose numbers {row.layer_set!r} could limit")
+        raise ValueError(f"{where} has a layer_set {row.layer_set!r}, but no placeholder")
     if row.rotary_dim is not None and row.heads is None:
-        raise ValueError(f"{where} does not rotate, so no part of it does")
+        raise ValueError(f"{where} has a rotary_dim, but no heads that rotate")
     _check_expressions((*row.shape, *(text for text in (row.heads, row.rotary_dim) if text is not None)), where)
     in_memory = {IN_MEMORY: row.in_memory} if row.in_memory else {}
     for format, key in (row.columns | in_memory).items():
@@ -91,7 +93,7 @@ def _check_expressions(expressions: Iterable[str], where: str) -> None:
 
 
 def _check_stacking(key: Key, ordered: list[str], where: str) -> None:
-    """Of the placeholders of a row, in the order in which they count, a column can leave out the last ones alone."""
+    """A column can be stacked over the fastest placeholders of a row, but not over a slower one alone."""
     if [name for name in ordered if name in key.placeholders] != ordered[: len(key.placeholders)]:
         raise ValueError(f"{where}: only the last of {ordered} can be stacked over")
     if ordered and not key.placeholders:
@@ -99,17 +101,17 @@ def _check_stacking(key: Key, ordered: list[str], where: str) -> None:
 
 
 def _check_norms(family: Family) -> None:
-    """Norms of q and k have a value for each row of a head, so they are in the order of those rows."""
+    """Norms over a head of q or k have one value for each of its rows, so they have its RoPE layout."""
     rows = {row.name: row for row in family.rows}
     for row in family.rows:
-        turned = rows.get(row.name.removesuffix("_norm")) if row.name.endswith(("q_norm", "k_norm")) else None
-        if turned is None or turned.heads is None or row.heads is not None:
+        rotating = rows.get(row.name.removesuffix("_norm")) if row.name.endswith(("q_norm", "k_norm")) else None
+        if rotating is None or rotating.heads is None or row.heads is not None:
             continue
-        orders = {key.rope for format, key in turned.columns.items() if format in row.columns}
+        orders = {key.rope for format, key in rotating.columns.items() if format in row.columns}
         if len(orders) > 1:
             raise ValueError(
-                f"{family.name}: row {row.name!r} is in the order of the rows of {turned.name!r}, which its columns "
-                'order differently; say heads="1" (a norm over one head) or its heads, and the same rope in each column'
+                f"{family.name}: row {row.name!r} has the RoPE layout of {rotating.name!r}, which differs between its "
+                'columns; set heads="1" (a norm over one head) or its heads, and the same rope in each column'
             )
 
 
@@ -121,7 +123,7 @@ def _check_key(row: Row, key: Key, where: str) -> None:
         raise ValueError(f"{where}: rope is {' or '.join(map(repr, get_args(RopeOrder)))}, found {key.rope!r}")
     rank = len(key.shape or row.shape)
     if (key.rope is None) != (row.heads is None):
-        raise ValueError(f"{where}: a row with heads needs a rope order in every column")
+        raise ValueError(f"{where}: a row with heads needs a RoPE layout in every column, and no other row has one")
     if key.omitted_if_tied and row.tied_to is None:
         raise ValueError(f"{where}: is tied to nothing")
     if isinstance(key.tp_dim, int) and key.tp_dim >= rank:
@@ -163,7 +165,7 @@ def _check_keys(family: Family, format: str) -> None:
                 f"{column.template}, {clash.template}"
             )
             if row.layer_set is not None and other.layer_set is not None and row.layer_set != other.layer_set:
-                continue  # of other layers; two sets that overlap are found with the config
+                continue  # of different layers; sets that overlap are found when a config is read
             if column.template != clash.template or column.fused is None or column.fused != clash.fused:
                 raise ValueError(where)
             if (
@@ -175,7 +177,7 @@ def _check_keys(family: Family, format: str) -> None:
 
 
 def _form(template: str) -> tuple[str, ...]:
-    """The parts of a template but for numbers and what stands for them: no key fits templates of two forms."""
+    """The parts of a template without indices and placeholders: no key matches templates of two forms."""
     return tuple("" if is_placeholder(part) or is_index(part) else part for part in template.split("."))
 
 

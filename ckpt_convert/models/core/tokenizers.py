@@ -1,4 +1,4 @@
-"""Llama 3's tokenizer, which every tokenizer.model of tiktoken ranks is taken for where a family says nothing else."""
+"""Llama 3's tokenizer, the default for a tokenizer.model of tiktoken ranks."""
 
 from __future__ import annotations
 

@@ -8,11 +8,11 @@ from typing import Any
 from ckpt_convert.models.core.config import base_dims
 
 CLASS_KV_HEADS = 8
-"""What transformers' MistralConfig takes where the file has no num_key_value_heads."""
+"""The default of transformers' MistralConfig for num_key_value_heads."""
 
 
 def dims(config: Mapping[str, Any]) -> dict[str, int]:
-    """The sizes in a Mistral config.json under the tables' symbols; tied is 0 or 1, and there never is a bias.
+    """The sizes in a Mistral config.json under the tables' symbols; tied is 0 or 1, and there are no biases.
 
     Raises ConfigError for a missing or unusable size, and for sizes that do not divide.
     """

@@ -1,7 +1,7 @@
 """Dense Mistral models: between Hugging Face's config.json and mistral-inference's params.json.
 
-Mistral's params.json says head_dim and the feed-forward width outright. What it may leave out is RoPE's base and the
-longest position; a documented rule stands in for both, with a notice.
+Mistral's params.json has head_dim and the feed-forward width. It may lack the RoPE base and the maximum position; a
+documented rule gives both, with a notice.
 """
 
 from __future__ import annotations

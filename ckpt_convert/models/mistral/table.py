@@ -1,4 +1,4 @@
-"""Mistral: Llama's table with a free head_dim and without biases; its consolidated layout is never cut over ranks.
+"""Mistral: Llama's table with a free head_dim and without biases; its consolidated files are never split across ranks.
 
 hf: what transformers 5.23 saves; meta: the modules of mistral-inference 1.6.0; native: the converters of torchtune
 0.6.1.

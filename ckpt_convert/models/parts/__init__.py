@@ -1,1 +1,1 @@
-"""What the tables of several families are made of."""
+"""Rows that the tables of several families share."""

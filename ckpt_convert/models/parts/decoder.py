@@ -1,7 +1,4 @@
-"""Parts of Llama's table that the tables of other decoders are made of.
-
-Meta's column is left out: only Llama and Mistral have one.
-"""
+"""Rows of Llama's table that other decoders share, without the meta column, which only Llama and Mistral have."""
 
 from __future__ import annotations
 
@@ -13,10 +10,10 @@ _ROWS = columns(LLAMA.rows, "hf", "native", "torchtitan")
 EMBEDDING = named(_ROWS, "tok_embeddings")
 ATTENTION = named(_ROWS, "attention_norm", "attention.q", "attention.k", "attention.v", "attention.o")
 ATTENTION_BIAS = named(_ROWS, "attention.q.bias", "attention.k.bias", "attention.v.bias", "attention.o.bias")
-"""Where ``attention_bias`` says so, and only in Hugging Face's layout."""
+"""Enabled by ``attention_bias``, in Hugging Face's layout alone."""
 
 FFN = named(_ROWS, "ffn_norm", "ffn.gate", "ffn.down", "ffn.up")
 FFN_BIAS = named(_ROWS, "ffn.gate.bias", "ffn.up.bias", "ffn.down.bias")
-"""Where ``mlp_bias`` says so, and only in Hugging Face's layout."""
+"""Enabled by ``mlp_bias``, in Hugging Face's layout alone."""
 
 OUTPUT = named(_ROWS, "norm", "output")

@@ -1,7 +1,7 @@
-"""Parts of the tables of mixtures of experts: which layers have experts, and the rows of a router and its experts.
+"""Rows that mixtures of experts share (router, experts, dense layers), and which layers have experts.
 
-hf: one key for each expert's matrix, as transformers 5.23 saves qwen2_moe and all that is read like it; in memory, it
-has those of a layer in two tensors. torchtitan: GroupedExperts of torchtitan 0.3.0, which has them in three.
+hf: one key for each expert's matrix, as transformers 5.23 saves qwen2_moe and similar models; in memory, the experts of
+a layer are stacked in two tensors. torchtitan: GroupedExperts of torchtitan 0.3.0, which stacks them in three.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ckpt_convert.models.parts.decoder import FFN
 NORM = named(FFN, "ffn_norm")
 
 DENSE_FFN = tuple(row.replace(layer_set="dense", native=None) for row in named(FFN, "ffn.gate", "ffn.down", "ffn.up"))
-"""The feed-forward part of the layers without experts."""
+"""The feed-forward network of the layers without experts."""
 
 ROUTER = (
     *linear(
@@ -67,14 +67,14 @@ LOAD_BALANCE = (
         torchtitan=Key("layers.{layer}.moe.expert_bias_E"),
     ),
 )
-"""The bias by which torchtitan evens out what experts have to do, of families that have none. It is a persistent buffer
-of zeros in float32 (torchtitan 0.3.0, models/common/moe.py), without which its loader refuses a checkpoint."""
+"""torchtitan's load-balancing bias, for families that have none: a persistent buffer of float32 zeros (torchtitan
+0.3.0, models/common/moe.py), without which its loader refuses a checkpoint."""
 
 INDICES = {"layer": "n_layers", "expert": "n_experts"}
 
 
 def by_step(config: Mapping[str, Any], n_experts: int) -> dict[str, list[int]]:
-    """The layers with and without experts, as qwen2_moe and qwen3_moe say it.
+    """The layers with and without experts, by the config keys of qwen2_moe and qwen3_moe.
 
     Every decoder_sparse_step-th layer has experts (the default is 1: all of them), but not those in mlp_only_layers.
     """
@@ -90,10 +90,10 @@ def split(layers: range, moe: list[int]) -> dict[str, list[int]]:
 
 
 def _layers(config: Mapping[str, Any], key: str) -> frozenset[int]:
-    """The numbers of layers under ``key``, none where it is absent or null."""
+    """The layer indices under ``key``; none if it is absent or null."""
     found = config.get(key)
     if found is None:
         return frozenset()
     if not isinstance(found, list) or any(isinstance(at, bool) or not isinstance(at, int) for at in found):
-        raise ConfigError(f"{CONFIG}: {key} must be a list of layer numbers, found {found!r:.80}; correct {CONFIG}")
+        raise ConfigError(f"{CONFIG}: {key} must be a list of layer indices, found {found!r:.80}; correct {CONFIG}")
     return frozenset(found)

@@ -1,4 +1,4 @@
-"""SigLIP's vision tower, a part of other models: a patch embedding, layers with biases everywhere, an optional head.
+"""SigLIP's vision tower, which other models contain: a patch embedding, layers with biases, an optional head.
 
 hf: what transformers 5.23 saves. Nothing in it rotates.
 """
@@ -16,7 +16,7 @@ _LAYER = "encoder.layers.{vision_layer}"
 
 
 def rows(tower: str) -> tuple[Row, ...]:
-    """The rows of a tower whose keys begin with ``tower``; the placeholder {vision_layer} counts to n_vision_layers."""
+    """The rows of a tower whose keys start with ``tower``; the placeholder {vision_layer} counts to n_vision_layers."""
     return tuple(_rows(tower))
 
 
@@ -54,7 +54,7 @@ def _rows(tower: str) -> Iterator[Row]:
 
 
 def dims(config: Mapping[str, Any], where: str) -> dict[str, int]:
-    """The tower's symbols, of its own config (``where`` in messages); what is absent is as in SiglipVisionConfig."""
+    """The tower's dimensions from its own config (``where`` in messages); defaults are SiglipVisionConfig's."""
     patch = optional_int(config, "patch_size", where, 16)
     return {
         "vision_dim": optional_int(config, "hidden_size", where, 768),

@@ -108,7 +108,7 @@ def test_a_row_that_every_column_stacks() -> None:
 
 
 def test_a_placeholder_that_counts_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="has a placeholder that counts nothing"):
+    with pytest.raises(ValueError, match="has a placeholder without an index"):
         family(Row("w", ("rows",), stacked_over="expert", hf=Key("layers.{layer}.w")))
 
 

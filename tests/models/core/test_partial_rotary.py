@@ -187,7 +187,7 @@ def test_a_norm_that_does_not_follow_its_rows_is_refused() -> None:
         keys = {name: replace(key, rope=None) for name, key in row.columns.items()}
         return row.replace(heads=None, rotary_dim=None, **keys) if row.name == "attention.q_norm" else row
 
-    with pytest.raises(ValueError, match=r"is in the order of the rows of 'attention\.q'"):
+    with pytest.raises(ValueError, match=r"has the RoPE layout of 'attention\.q'"):
         check_table(STABLELM.replace(rows=lambda rows: (unfit(row) for row in rows if not row.derived)))
 
 

@@ -252,7 +252,7 @@ def test_what_the_target_needs_and_the_source_has_no_place_for() -> None:
         ([Row("a", ("dim",), hf=Key("x", transposed=True))], "has no two axes to transpose"),
         ([Row("a", ("dim",), hf=Key("x.{layer}", flatten_stacked=True))], "is not stacked over anything"),
         ([Row("a", ("dim",), hf=Key("x", replicated_heads="copies"))], "no heads are replicated"),
-        ([Row("a", ("dim",), layer_set="moe", hf=Key("x"))], "whose numbers 'moe' could limit"),
+        ([Row("a", ("dim",), layer_set="moe", hf=Key("x"))], "has a layer_set 'moe', but no placeholder"),
         ([Row("a", ("dim",), hf=Key("x.{layer}.{expert}"), meta=Key("y.{expert}"))], "only the last of"),
         (
             [Row("a", ("dim",), hf=Key("x", fused=0)), Row("b", ("dim",), enabled_by="tied", hf=Key("x", fused=0))],
