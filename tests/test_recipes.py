@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -281,6 +282,43 @@ class TestLoraFinetune:
     def test_goes_on_where_it_was(self, place: Path, lora: str) -> None:
         again = start(place, *LORA, "--steps", "6", "--no-check")
         assert [line.split()[0] for line in (lora + again).splitlines() if re.match(r" +\d+ ", line)] == list("123456")
+
+
+DISTRIBUTED = ["--length", "32", "--examples", "64", "--save-every", "2 steps"]
+
+
+@pytest.mark.usefixtures("full")
+def test_a_run_of_two_processes_that_is_killed_goes_on_with_one(place: Path) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    options = [str(RECIPES / "distributed_finetune.py"), *DISTRIBUTED]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    run = subprocess.Popen(
+        [*launch, "2", *options, "--steps", "1000"],
+        cwd=place,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert run.stderr is not None
+    said = next((line for line in run.stderr if line.startswith("saved runs/distributed/step_4")), "")
+    os.killpg(run.pid, signal.SIGKILL)  # all of its processes, at whatever they are doing
+    run.communicate()
+    assert said
+    done = subprocess.run(
+        [*launch, "1", *options, "--steps", "12"],
+        cwd=place,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^resumed from \S*step_\d+, at step \d+$", done.stderr, re.MULTILINE)
+    source, step = place / "runs/tiny-llama", place / "runs/distributed/latest"
+    assert {path.name for path in source.iterdir()} < {path.name for path in step.iterdir()}
+    assert read_safetensors(step).keys() == read_safetensors(source).keys()
 
 
 @pytest.fixture(scope="module")

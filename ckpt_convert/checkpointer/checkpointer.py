@@ -147,7 +147,13 @@ class Checkpointer:
         opened = resuming.open_run_source(source, source_format, chosen, run)
         self.workers = chosen.workers
         self._options, self._ranks = chosen, chosen.ranks
-        self._counts = RunCounters(chosen.schedule, chosen.policy, save_first=save_first, save_best=save_best)
+        self._counts = RunCounters(
+            chosen.schedule,
+            chosen.policy,
+            save_first=save_first,
+            save_best=save_best,
+            several_clocks=chosen.ranks is not None,
+        )
         self._saver = Saver(chosen, SavePlanner(opened, chosen.settings, adapter, chosen.ranks), run, self._counts)
         self._signals = signals.Signals() if save_on_signal else None
         self._loaded = self._signal_saved = self._over = self._closed = False
@@ -327,11 +333,12 @@ class Checkpointer:
         made = self._require("step()")
         self._counts.step(int(tokens), int(samples))
         self._saver.after_step(made)
-        signalled = self.interrupted is not None and not self._signal_saved
+        signalled = self._signals is not None and not self._signal_saved
+        signalled = signalled and self._saver.is_stopped(self.interrupted is not None)
         if signalled:
             self._signal_saved = True
         # What failed behind is raised after this step is counted and saved: a recipe may catch it and go on.
-        due = self._counts.due("step")
+        due = self._counts.due("step") | self._saver.due_by_clock()
         if signalled:
             self._saver.save()
         elif due:

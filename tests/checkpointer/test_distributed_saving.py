@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -120,3 +124,43 @@ def test_resumed_by_other_worlds(
             for run in ("out", "alone")
         ]
         assert kept[0] == kept[1]
+
+
+# Steps that one rank asks for
+
+
+def stop(here: Path) -> int:
+    """A signal reaches one rank, somewhere in its third step; returns the step after which the loop was left."""
+    model = split(make_model(), "ddp")
+    with Checkpointer(LLAMA, here / "out", contents="weights", save_on_signal=True) as checkpointer:
+        checkpointer.register(model=model)
+        while not checkpointer.should_stop:
+            dist.barrier()  # as a step of training has ranks wait for each other
+            if dist.get_rank() == 1 and checkpointer.progress.step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            checkpointer.step()
+        return checkpointer.progress.step
+
+
+def test_a_signal_to_one_rank_stops_all_at_one_step(pool: Pool, tmp_path: Path) -> None:
+    assert pool.run(stop, tmp_path) == [5, 5]
+    assert [path.name for path in (tmp_path / "out").glob("step_*")] == ["step_5"]
+
+
+def clocked(here: Path) -> list[int]:
+    """Ranks of which one is slower to start its clock; returns what was saved."""
+    model = split(make_model(), "ddp")
+    with Checkpointer(LLAMA, here / "out", contents="weights", save_every="0.3 s", save_last=False) as checkpointer:
+        checkpointer.register(model=model)
+        for _ in range(12):
+            time.sleep(0.1 if dist.get_rank() == 0 else 0.01)
+            dist.barrier()
+            checkpointer.step()
+        return [saved.step for saved in checkpointer.saved]
+
+
+def test_the_clock_of_the_first_rank_counts(pool: Pool, tmp_path: Path) -> None:
+    first, second = pool.run(clocked, tmp_path)
+    assert first == second
+    assert first
+    assert min(first) > 3

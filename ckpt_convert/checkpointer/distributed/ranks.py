@@ -131,6 +131,14 @@ class Ranks:
         self._answer(turn, answers)
         return self._opened(answers[0], error)
 
+    def propose(self, key: str, value: bytes) -> None:
+        """Say something that the others may look at, at any time; the first rank to do so is heard."""
+        self._call(self.store.compare_set, self._key(key), "", value.decode())
+
+    def proposed(self, key: str) -> bytes | None:
+        """What some rank has proposed, None for nothing; nobody is waited for."""
+        return self._get(key) if self._has(key) else None
+
     def leave(self) -> None:
         """Say that this rank takes part in nothing more, so that nobody waits for it until the deadline."""
         with contextlib.suppress(CkptConvertError):

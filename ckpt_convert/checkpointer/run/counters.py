@@ -22,14 +22,22 @@ class RunCounters:
     """The progress and metrics of a run. The progress before the last event is kept, as ``due`` compares the two."""
 
     def __init__(
-        self, schedule: Schedule, policy: retention.RetentionPolicy, *, save_first: bool, save_best: bool
+        self,
+        schedule: Schedule,
+        policy: retention.RetentionPolicy,
+        *,
+        save_first: bool,
+        save_best: bool,
+        several_clocks: bool = False,
     ) -> None:
+        """``several_clocks`` says that other ranks count as well, whose clocks differ."""
         self.progress, self.step_metrics = Progress(), StepMetrics()
         self.started_from: int | None = None
         """The step at which the run was resumed, None for a fresh start."""
         self.watch = UnusedOptions(schedule, policy.best)
         self._before = self.progress
-        self._schedule, self._policy = schedule, policy
+        self._policy = policy
+        self._schedule, self._timed = schedule.split_by_clock() if several_clocks else (schedule, Schedule())
         self._save_first, self._save_best = save_first, save_best
         self._best_value: float | None = None
         self._clock = 0.0
@@ -80,6 +88,15 @@ class RunCounters:
         """Whether a save is due for the event ``on`` that was just counted."""
         due = self._schedule.due(self._before, self.progress, on)
         return due or (on == "step" and self._save_first and self.progress.step == 1)
+
+    @property
+    def looks_at_clock(self) -> bool:
+        """Whether there are rules apart, which look at the clock of one of several ranks."""
+        return bool(self._timed.rules)
+
+    def due_by_clock(self) -> bool:
+        """Whether to save for the time that has passed with this step, as this rank's clock has it."""
+        return self._timed.due(self._before, self.progress, "step")
 
     def is_new_best(self, metrics: Mapping[str, float]) -> bool:
         """Whether these metrics are the best so far, so that ``save_best`` saves the step."""

@@ -93,6 +93,12 @@ class Schedule:
         answers = [rule.due(before, now, on) for rule in self.rules]  # a function sees every event, needed or not
         return any(answers)
 
+    def split_by_clock(self) -> tuple[Schedule, Schedule]:
+        """The rules that count what a run does, and those that look at the clock."""
+        timed = [isinstance(rule, Interval) and rule.unit.counter == "seconds" for rule in self.rules]
+        apart = [tuple(r for r, is_timed in zip(self.rules, timed, strict=True) if is_timed == want) for want in (0, 1)]
+        return Schedule(apart[0]), Schedule(apart[1])
+
     def describe(self) -> str:
         """The schedule in words, such as "every 500 steps or every 30 minutes"."""
         return " or ".join(rule.describe() for rule in self.rules) or "never"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ckpt_convert._version import __version__
+from ckpt_convert.checkpointer.distributed.appointments import Appointment
 from ckpt_convert.checkpointer.distributed.ranks import on_all_ranks
 from ckpt_convert.checkpointer.live.copy_check import CopyCheck
 from ckpt_convert.checkpointer.live.tensors import model_tensors
@@ -48,6 +49,8 @@ class Saver:
         self.background = Background()
         self.holds_saves = self.is_save_held = False
         self._options, self._run, self._ranks = options, run, options.ranks
+        self._stop = None if options.ranks is None else Appointment(options.ranks, "stop")
+        self._clock = None if options.ranks is None else Appointment(options.ranks, "clock")
         self._settings, self._last = options.settings, options.last
         self._buffers = CopyBuffers()
         self._copy_check: CopyCheck | None = None
@@ -122,6 +125,16 @@ class Saver:
         """Save the step now if a save was due since the last one."""
         if self.is_save_held:
             self.save()
+
+    def is_stopped(self, signalled: bool) -> bool:
+        """Whether to save this step for a signal: the one it came at, or where ranks save together, two later."""
+        return signalled if self._stop is None else self._stop.is_at(self.counts.progress.step, signalled)
+
+    def due_by_clock(self) -> bool:
+        """Whether to save this step as the clock of the first rank says; ranks that count alone ask their schedule."""
+        if self._clock is None or self._ranks is None or not self.counts.looks_at_clock:
+            return False
+        return self._clock.is_at(self.counts.progress.step, self._ranks.is_first and self.counts.due_by_clock())
 
     def agreed(self, due: bool) -> bool:
         """Whether a save is due after a report, where ranks may have reported different numbers: as the first one says.
