@@ -1,0 +1,223 @@
+"""What planning a save costs one rank of a large run, and rank 0; writes the table of docs/benchmarks.md.
+
+The model is Llama 3.1 405B or DeepSeek-V3, its headers those of a sparse checkpoint (released.py), its tensors DTensors
+over a fake process group, which sends nothing: each rank's slices are real tensors that nobody has touched, so they take
+address space and no memory. One rank of the run is measured, the middle one, as it plans its first and second save; and
+rank 0, which divides what all ranks say they hold and proves that every element is written once. What the other ranks
+say is worked out from their coordinates.
+
+python benchmarks/scale.py --write
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import plans
+import released
+import run
+
+BEGIN, END = "<!-- scale -->", "<!-- end scale -->"
+MODELS = ("llama-3.1-405b", "deepseek-v3")
+MESHES = {
+    64: ((64,), (8, 8)),
+    1024: ((1024,), (128, 8), (4, 32, 8)),
+    16384: ((16384,), (2048, 8), (8, 256, 8)),
+}
+NAMES = {1: ("shard",), 2: ("shard", "tp"), 3: ("replicate", "shard", "tp")}
+KINDS = {1: "FSDP2", 2: "FSDP2 × TP", 3: "HSDP × TP"}
+COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "q_b_proj", "kv_b_proj", "embed_tokens", "lm_head")
+"""Layers whose rows tensor parallelism splits, as torchtitan's and transformers' plans do."""
+ROWS = ("o_proj", "down_proj")
+"""Layers whose columns it splits."""
+
+
+def placements(key: str, sizes: Sequence[int]) -> tuple[tuple[int, ...], list[Any]]:
+    """The mesh dimensions that a parameter lives on, and how it is placed on them, as ``fully_shard`` does it."""
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    layer = key.split(".")[-2]
+    dims = tuple(range(len(sizes)))
+    head: list[Any] = [Replicate()] * (len(sizes) == 3)
+    if len(sizes) == 1:
+        return dims, [Shard(0)]
+    if layer in COLUMNS:
+        return dims, [*head, _StridedShard(0, split_factor=sizes[-1]), Shard(0)]
+    if layer in ROWS:
+        return dims, [*head, Shard(0), Shard(1)]
+    return dims[:-1], [*head, Shard(0)]
+
+
+class Talk:
+    """The ranks as ``Claims`` sees them: what the others say is worked out, and rank 0's time is taken apart."""
+
+    def __init__(self, rank: int, count: int) -> None:
+        self.rank, self.count, self.is_first = rank, count, rank == 0
+        self.others: Callable[[bytes], list[bytes]] = lambda mine: [mine] * count
+        self.sent = 0
+        self.seconds = 0.0
+        self.received = 0
+
+    def round(self, what: str, mine: Callable[[], bytes], decide: Callable[[list[bytes]], list[bytes]]) -> bytes:
+        said = mine()
+        self.sent += len(said)
+        every = self.others(said) if what.startswith("dividing") else [said] * self.count
+        before = time.process_time()
+        answers = decide(every)
+        self.seconds += time.process_time() - before
+        answer = answers[self.rank if len(answers) > 1 else 0]
+        self.received += len(answer)
+        return answer
+
+
+def measure(path: Path, sizes: tuple[int, ...]) -> dict[str, Any]:
+    """One rank's planning, in a process that is new."""
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from ckpt_convert.checkpoint.checkpoint import identified_of, open_checkpoint
+    from ckpt_convert.checkpointer.distributed import claims, slices
+    from ckpt_convert.checkpointer.save.planner import SavePlanner, Settings
+    from ckpt_convert.convert.partition import runs
+
+    world = math.prod(sizes)
+    rank = world // 2
+    dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
+    mesh = init_device_mesh("cpu", sizes, mesh_dim_names=NAMES[len(sizes)])
+    meshes = {dims: mesh[tuple(NAMES[len(sizes)][dim] for dim in dims)] for dims in {tuple(range(len(sizes)))}}
+    tensors = {}
+    where = {}
+    for key, shape in plans.headers(path).items():
+        dims, placed = placements(key, sizes)
+        if dims not in meshes:
+            meshes[dims] = mesh[tuple(NAMES[len(sizes)][dim] for dim in dims)]
+        used = tuple(sizes[dim] for dim in dims)
+        coordinate = meshes[dims].get_coordinate()
+        axes = slices._axes(key, shape, placed, used, coordinate)
+        local = slices.Slice(shape, axes).local_shape
+        stride = tuple(math.prod(shape[at + 1 :]) for at in range(len(shape)))
+        tensors[key] = DTensor.from_local(
+            torch.empty(local, dtype=torch.bfloat16), meshes[dims], placed, run_check=False, shape=torch.Size(shape),
+            stride=stride,
+        )  # fmt: skip
+        where[shape, tuple(placed)] = (dims, used)
+
+    def every(mine: bytes) -> list[bytes]:
+        """What each rank says: the same kinds as this one, at its own coordinates."""
+        listed, kinds, which = claims._unpacked(mine)
+        places = {(torch.Size(shape), tuple(placed)): found for (shape, placed), found in where.items()}
+        order = list(dict.fromkeys((tuple(tensor.shape), tuple(tensor.placements)) for tensor in tensors.values()))
+        assert len(order) == len(kinds)
+        out = []
+        for other in range(world):
+            at = [other // math.prod(sizes[dim + 1 :]) % sizes[dim] for dim in range(len(sizes))]
+            said = []
+            for (dtype, shape, _), (known, placed) in zip(kinds, order, strict=True):
+                dims, used = places[torch.Size(known), placed]
+                said.append([dtype, shape, slices._axes("", tuple(shape), placed, used, [at[dim] for dim in dims])])
+            out.append(claims._packed([listed, said, which]))
+        return out
+
+    resident = peak()
+    talk = Talk(rank, world)
+    talk.others = every
+    source = identified_of(open_checkpoint(path))
+    settings = Settings("weights", None, None, "hf")
+    planner = SavePlanner(source, settings)
+    planner.ranks, planner._claims = talk, claims.Claims(talk)  # type: ignore[assignment, arg-type]
+    found: dict[str, Any] = {"tensors": len(tensors)}
+    for name in ("first", "second"):
+        talk.seconds, talk.sent, talk.received = 0.0, 0, 0
+        made_for_others = 0.0
+        before = time.process_time()
+        if name == "first":  # what stands for the other ranks is no part of it
+            said = time.process_time()
+            talk.others = _timed(every, found)
+            del said
+        step = planner.prepare_save(tensors, None, settings, None)
+        weights = step(dict, {}).weights
+        assert weights is not None
+        plan = weights.plan
+        mine = runs(plan.files, lambda source: source not in plan.elsewhere)
+        total = time.process_time() - before - talk.seconds - made_for_others
+        if name == "first":
+            total -= found.pop("others")
+            found["divided"], found["peak"], found["total peak"] = talk.seconds, peak() - resident, peak()
+        found |= {f"{name} seconds": total, f"{name} sent": talk.sent, f"{name} received": talk.received}
+        found["runs"], found["bytes"] = len(mine), sum(piece.nbytes for piece in mine)
+    found["whole"] = sum(tensor.nbytes for file in plan.weights for tensor in file.tensors)
+    return found
+
+
+def _timed(act: Callable[[bytes], list[bytes]], found: dict[str, Any]) -> Callable[[bytes], list[bytes]]:
+    def timed(mine: bytes) -> list[bytes]:
+        before = time.process_time()
+        out = act(mine)
+        found["others"] = time.process_time() - before
+        return out
+
+    return timed
+
+
+def peak() -> int:
+    """Bytes of memory that this process has had at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def rows(work: Path, worlds: Sequence[int], names: Sequence[str]) -> Iterator[str]:
+    """The table, line by line."""
+    yield (
+        "| model | ranks | mesh | first plan | peak memory | second plan | sent, first | sent, then | runs of a rank "
+        "| rank 0 divides |"
+    )
+    yield "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
+    paths = {name: plans.prepare(work, [name])[name] for name in names}
+    for name in names:
+        for world in worlds:
+            for sizes in MESHES[world]:
+                command = [sys.executable, __file__, "--measure", str(paths[name]), *map(str, sizes)]
+                done = subprocess.run(command, check=True, capture_output=True, text=True)
+                one = json.loads(done.stdout.splitlines()[-1])
+                run.say(f"{name} {sizes}: {one}")
+                yield (
+                    f"| {released.RELEASES[name].title} ({one['tensors']:,} tensors) | {world:,} "
+                    f"| {KINDS[len(sizes)]}, {' × '.join(map(str, sizes))} | {one['first seconds']:.1f} s "
+                    f"| {one['peak'] / 1e6:.0f} MB | {one['second seconds']:.2f} s | {one['first sent'] / 1e3:.1f} kB "
+                    f"| {one['second sent']} B | {one['runs']:,} | {one['divided']:.1f} s |"
+                )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("/tmp/ckpt-convert-bench"), help="where checkpoints lie")
+    parser.add_argument("--worlds", type=int, nargs="+", choices=sorted(MESHES), default=sorted(MESHES))
+    parser.add_argument("--only", choices=MODELS, help="one model")
+    parser.add_argument("--write", action="store_true", help=f"write the table into {run.PAGE.name}, too")
+    parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        path, *sizes = arguments.measure
+        print(json.dumps(measure(Path(path), tuple(map(int, sizes)))))
+        return
+    text = "\n".join(rows(arguments.work, arguments.worlds, [arguments.only] if arguments.only else MODELS))
+    text += f"\n\n- Processor: {run.processor()}\n- Command: `python benchmarks/scale.py --write`"
+    print(text)
+    if arguments.write:
+        run.write(text, BEGIN, END)
+
+
+if __name__ == "__main__":
+    main()
