@@ -1,7 +1,7 @@
 """What planning a save costs one rank of a large run, and rank 0; writes the table of docs/benchmarks.md.
 
 The model is Llama 3.1 405B or DeepSeek-V3, its headers those of a sparse checkpoint (released.py), its tensors DTensors
-over a fake process group, which sends nothing: each rank's slices are real tensors that nobody has touched, so they take
+over a fake process group, which sends nothing: a rank's slices are real tensors that nobody has touched, so they take
 address space and no memory. One rank of the run is measured, the middle one, as it plans its first and second save; and
 rank 0, which divides what all ranks say they hold and proves that every element is written once. What the other ranks
 say is worked out from their coordinates.
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,25 +60,27 @@ def placements(key: str, sizes: Sequence[int]) -> tuple[tuple[int, ...], list[An
 
 
 class Talk:
-    """The ranks as ``Claims`` sees them: what the others say is worked out, and rank 0's time is taken apart."""
+    """The ranks as ``Claims`` sees them: ``others`` gives what all of them say, from what this one says.
 
-    def __init__(self, rank: int, count: int) -> None:
+    ``sent`` are the bytes of this rank, ``decided`` the seconds of rank 0, ``simulated`` those of ``others``.
+    """
+
+    def __init__(self, rank: int, count: int, others: Callable[[bytes], list[bytes]]) -> None:
         self.rank, self.count, self.is_first = rank, count, rank == 0
-        self.others: Callable[[bytes], list[bytes]] = lambda mine: [mine] * count
+        self.others = others
         self.sent = 0
-        self.seconds = 0.0
-        self.received = 0
+        self.decided = self.simulated = 0.0
 
     def round(self, what: str, mine: Callable[[], bytes], decide: Callable[[list[bytes]], list[bytes]]) -> bytes:
         said = mine()
         self.sent += len(said)
+        start = time.process_time()
         every = self.others(said) if what.startswith("dividing") else [said] * self.count
-        before = time.process_time()
+        middle = time.process_time()
         answers = decide(every)
-        self.seconds += time.process_time() - before
-        answer = answers[self.rank if len(answers) > 1 else 0]
-        self.received += len(answer)
-        return answer
+        self.simulated += middle - start
+        self.decided += time.process_time() - middle
+        return answers[self.rank if len(answers) > 1 else 0]
 
 
 def measure(path: Path, sizes: tuple[int, ...]) -> dict[str, Any]:
@@ -132,44 +135,28 @@ def measure(path: Path, sizes: tuple[int, ...]) -> dict[str, Any]:
         return out
 
     resident = peak()
-    talk = Talk(rank, world)
-    talk.others = every
+    talk = Talk(rank, world, every)
     source = identified_of(open_checkpoint(path))
     settings = Settings("weights", None, None, "hf")
     planner = SavePlanner(source, settings)
     planner.ranks, planner._claims = talk, claims.Claims(talk)  # type: ignore[assignment, arg-type]
     found: dict[str, Any] = {"tensors": len(tensors)}
     for name in ("first", "second"):
-        talk.seconds, talk.sent, talk.received = 0.0, 0, 0
-        made_for_others = 0.0
+        talk.decided = talk.simulated = 0.0
+        talk.sent = 0
         before = time.process_time()
-        if name == "first":  # what stands for the other ranks is no part of it
-            said = time.process_time()
-            talk.others = _timed(every, found)
-            del said
-        step = planner.prepare_save(tensors, None, settings, None)
-        weights = step(dict, {}).weights
+        weights = planner.prepare_save(tensors, None, settings, None)(dict, {}).weights
         assert weights is not None
-        plan = weights.plan
-        mine = runs(plan.files, lambda source: source not in plan.elsewhere)
-        total = time.process_time() - before - talk.seconds - made_for_others
+        mine = runs(weights.plan.files, partial(_owns, weights.plan.elsewhere))
+        found[f"{name} seconds"] = time.process_time() - before - talk.decided - talk.simulated
+        found[f"{name} sent"] = talk.sent
         if name == "first":
-            total -= found.pop("others")
-            found["divided"], found["peak"], found["total peak"] = talk.seconds, peak() - resident, peak()
-        found |= {f"{name} seconds": total, f"{name} sent": talk.sent, f"{name} received": talk.received}
-        found["runs"], found["bytes"] = len(mine), sum(piece.nbytes for piece in mine)
-    found["whole"] = sum(tensor.nbytes for file in plan.weights for tensor in file.tensors)
+            found |= {"decided": talk.decided, "memory": peak() - resident, "runs": len(mine)}
     return found
 
 
-def _timed(act: Callable[[bytes], list[bytes]], found: dict[str, Any]) -> Callable[[bytes], list[bytes]]:
-    def timed(mine: bytes) -> list[bytes]:
-        before = time.process_time()
-        out = act(mine)
-        found["others"] = time.process_time() - before
-        return out
-
-    return timed
+def _owns(elsewhere: frozenset[int], source: int) -> bool:
+    return source not in elsewhere
 
 
 def peak() -> int:
@@ -180,7 +167,7 @@ def peak() -> int:
 def rows(work: Path, worlds: Sequence[int], names: Sequence[str]) -> Iterator[str]:
     """The table, line by line."""
     yield (
-        "| model | ranks | mesh | first plan | peak memory | second plan | sent, first | sent, then | runs of a rank "
+        "| model | ranks | mesh | first plan | its memory | second plan | sent, first | sent, then | runs of bytes "
         "| rank 0 divides |"
     )
     yield "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
@@ -195,8 +182,8 @@ def rows(work: Path, worlds: Sequence[int], names: Sequence[str]) -> Iterator[st
                 yield (
                     f"| {released.RELEASES[name].title} ({one['tensors']:,} tensors) | {world:,} "
                     f"| {KINDS[len(sizes)]}, {' × '.join(map(str, sizes))} | {one['first seconds']:.1f} s "
-                    f"| {one['peak'] / 1e6:.0f} MB | {one['second seconds']:.2f} s | {one['first sent'] / 1e3:.1f} kB "
-                    f"| {one['second sent']} B | {one['runs']:,} | {one['divided']:.1f} s |"
+                    f"| {one['memory'] / 1e6:.0f} MB | {one['second seconds']:.2f} s | {one['first sent']} B "
+                    f"| {one['second sent']} B | {one['runs']:,} | {one['decided']:.1f} s |"
                 )
 
 

@@ -32,6 +32,8 @@ from ckpt_convert.tensors.lazy import BLOCK, SCRATCH, LazyTensor
 _BASE_MEMORY = 40_000_000
 """Measured bytes of the interpreter with the modules that a conversion and its progress bar need."""
 
+_MEMORY = "memory:"
+
 _CASTING = 2_000_000
 """Bytes of the buffers in which one worker casts."""
 
@@ -229,7 +231,12 @@ class Plan:
 
 def memory_source(key: str) -> SourceFile:
     """A tensor in memory, which only its own process can read."""
-    return SourceFile(f"memory:{key}", IN_MEMORY)
+    return SourceFile(f"{_MEMORY}{key}", IN_MEMORY)
+
+
+def memory_key(source: SourceFile) -> str | None:
+    """The key of a tensor in memory; None for any other source."""
+    return source.name.removeprefix(_MEMORY) if source.kind == IN_MEMORY else None
 
 
 def target_dtype(dtype: str, instance: Instance, request: Request) -> str:

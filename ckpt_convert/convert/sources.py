@@ -11,10 +11,10 @@ from ckpt_convert.checkpoint.checkpoint import open_identified
 from ckpt_convert.checkpoint.dequantize import dequantize_if_asked
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.containers.dcp import dcp
-from ckpt_convert.convert.plan import COMPUTED, Plan, SourceFile
+from ckpt_convert.convert.plan import COMPUTED, Plan, SourceFile, memory_key
 from ckpt_convert.errors import UsageError
 from ckpt_convert.storage.base import Closable, RangeReader
-from ckpt_convert.tensors.header import IN_MEMORY, StoredTensor
+from ckpt_convert.tensors.header import StoredTensor
 
 Sources = Mapping[SourceFile, RangeReader]
 """The reader of each source of a plan."""
@@ -94,9 +94,9 @@ class ReopenedSources(Mapping[SourceFile, RangeReader]):
         return len(self._plan.sources)
 
     def _opened(self, source: SourceFile) -> RangeReader:
-        if source.kind == IN_MEMORY or source.place is None:
-            key = source.name.partition(":")[2]
-            if key not in self._memory:
+        if source.place is None:
+            key = memory_key(source)
+            if key is None or key not in self._memory:
                 raise UsageError(f"{source.name}: is in the memory of another process, which has to write it")
             return self._memory[key]
         if source.kind == COMPUTED:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ckpt_convert.checkpointer.live.tensors import all_of, as_planning_source, memory_readers
+from ckpt_convert.checkpointer.live.tensors import MemoryReaders, all_of, as_planning_source
 from ckpt_convert.convert import planning
 from ckpt_convert.convert.execute import FinishedPiece, execute
 from ckpt_convert.convert.partition import Piece, partition_pieces, split_into_pieces
@@ -149,7 +149,7 @@ def test_the_plan_of_a_model_in_memory_holds_none_of_its_tensors() -> None:
     assert pickle.loads(pickle.dumps(made.plan)) == made.plan
     later = {key: tensor + 1 for key, tensor in tensors.items()}
     output = Memory(made.plan)
-    execute(made.plan, split_into_pieces(made.plan.files), memory_readers(all_of(later)), output, workers=1)  # type: ignore[arg-type]
+    execute(made.plan, split_into_pieces(made.plan.files), MemoryReaders(all_of(later)), output, workers=1)  # type: ignore[arg-type]
     placed = made.plan.files[0].tensors[0]
     assert (
         output.files[0].data[placed.offset :][:2] == later[placed.key].flatten()[:1].view(torch.uint8).numpy().tobytes()

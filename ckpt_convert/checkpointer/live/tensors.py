@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from ckpt_convert.checkpoint.legacy_keys import HOLDER, WRAPPERS, without_wrappe
 from ckpt_convert.checkpoint.mapping import SourceTensor
 from ckpt_convert.checkpointer.distributed.claims import Owned
 from ckpt_convert.checkpointer.distributed.slices import Slice, local_of, slice_of, whole
-from ckpt_convert.convert.plan import SourceFile, memory_source
+from ckpt_convert.convert.plan import SourceFile, memory_key, memory_source
 from ckpt_convert.convert.planning import InMemorySource
 from ckpt_convert.dtypes import FROM_TORCH, torch_name
 from ckpt_convert.errors import KeyMismatchError, UsageError
@@ -148,9 +149,14 @@ def detached_copies(model: Model, tensors: Mapping[str, torch.Tensor]) -> list[s
     return [key for key, tensor in tensors.items() if tensor not in memory]
 
 
-def tensors_signature(tensors: Mapping[str, Owned]) -> tuple[Any, ...]:
-    """What a plan for these tensors depends on: everything except their values and addresses."""
-    return tuple((key, t.dtype, tuple(t.shape), t.stride(), part) for key, (t, part) in tensors.items())
+def tensors_signature(tensors: Mapping[str, Owned], kinds: dict[Any, int]) -> tuple[Any, ...]:
+    """What a plan for these tensors depends on: everything except their values and addresses.
+
+    ``kinds`` numbers the different shapes, dtypes, strides and slices; pass the same dict for the same plans. Of
+    100,000 tensors few are different, and a tuple for each would trigger full garbage collections.
+    """
+    numbers = [kinds.setdefault((t.dtype, t.shape, t.stride(), part), len(kinds)) for t, part in tensors.values()]
+    return tuple(tensors), array("I", numbers).tobytes()
 
 
 class MemoryReader:
@@ -221,9 +227,23 @@ def _moved(tensor: LazyTensor, by: Sequence[int]) -> list[Tile]:
     ]
 
 
-def memory_readers(tensors: Mapping[str, Owned]) -> dict[SourceFile, RangeReader]:
-    """The tensors as sources of a plan that was made for others of the same ``signature``."""
-    return {memory_source(key): MemoryReader(key, tensor) for key, (tensor, _) in tensors.items()}
+class MemoryReaders(Mapping[SourceFile, RangeReader]):
+    """The tensors as sources of a plan that was made for others of the same signature; each made as it is asked for."""
+
+    def __init__(self, tensors: Mapping[str, Owned]) -> None:
+        self._tensors = tensors
+
+    def __getitem__(self, source: SourceFile) -> RangeReader:
+        key = memory_key(source)
+        if key is None or key not in self._tensors:
+            raise KeyError(source)
+        return MemoryReader(key, self._tensors[key].tensor)
+
+    def __iter__(self) -> Iterator[SourceFile]:
+        return map(memory_source, self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
 def same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:

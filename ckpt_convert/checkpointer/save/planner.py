@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
+from collections import ChainMap, Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -26,11 +26,11 @@ from ckpt_convert.checkpointer.live.selection import ADAPTER, MODEL, select_keys
 from ckpt_convert.checkpointer.live.tensors import (
     MODEL_IN_MEMORY,
     MemoryRanges,
+    MemoryReaders,
     Model,
     all_of,
     as_planning_source,
     detached_copies,
-    memory_readers,
     model_tensors,
     same_memory,
     tensors_signature,
@@ -93,6 +93,7 @@ class SavePlanner:
         self._claims = None if ranks is None else Claims(ranks)
         self._state_claims = None if ranks is None else Claims(ranks)
         self._plans: dict[tuple[Any, ...], OpenPlan] = {}
+        self._kinds: dict[Any, int] = {}
         self._base: AdapterBase | None = None
 
     @cached_property
@@ -270,15 +271,16 @@ class SavePlanner:
         if self.adapter is not None:
             return self._adapter_job(parts, state, settings, buffers)
         owned = self._owned(parts.base)
+        made = self._plan(owned, settings)
         if state is not None:
-            exact = _inexact(self._plan(owned, settings).plan)
+            exact = _inexact(made.plan)
             if exact:
                 state[MODEL] = serialize({key: tensor for key, tensor in parts.base.items() if key in exact}, MODEL)
         written = self._shared(state)
         if buffers is not None:
             owned, written = _staged(owned, written, buffers)
-        made = self._plan(owned, settings)
-        planned = OpenPlan(made.plan, {**made.sources, **memory_readers(owned)})
+            made = self._plan(owned, settings)
+        planned = OpenPlan(made.plan, ChainMap(dict(made.sources), MemoryReaders(owned)))  # type: ignore[arg-type]
         return lambda section, files: StepContents(planned, section, written, files, settings.extra)
 
     def _shared(self, state: Mapping[str, SerializedState] | None) -> State | None:
@@ -371,7 +373,7 @@ class SavePlanner:
     def _plan(self, tensors: Mapping[str, Owned], settings: Settings) -> OpenPlan:
         """The plan for tensors like these; its sources are files alone, for it is used again with other tensors."""
         request = self._request(settings)
-        key = (request, settings.model_format, settings.extra, tensors_signature(tensors))
+        key = (request, settings.model_format, settings.extra, tensors_signature(tensors, self._kinds))
         if key not in self._plans:
             planned = planning.make_plan(PlanInputs(self.source, request, in_memory=self._live(tensors, settings)))
             made = planned.plan
