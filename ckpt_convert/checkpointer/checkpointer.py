@@ -1,4 +1,4 @@
-"""``Checkpointer``: what a recipe has to do with checkpoints, in one object."""
+"""``Checkpointer``: loading, saving and resuming for a training loop, in one object."""
 
 from __future__ import annotations
 
@@ -160,12 +160,12 @@ class Checkpointer:
 
     @property
     def output_dir(self) -> Path:
-        """Where the directories of the steps go; raises UsageError for a checkpointer that was made to load only."""
+        """The directory of the saved steps; raises UsageError for a checkpointer without one."""
         return self._saver.directory.path.local
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """The source's config in the words of Hugging Face's config.json, whatever its format."""
+        """The source's config with the names of Hugging Face's config.json, whatever its format."""
         return self._saver.planner.source.model_for(self._options.settings.model_format).config
 
     # Loading
@@ -202,15 +202,16 @@ class Checkpointer:
         return report
 
     def load_state_dict(self, format: str | None = None) -> dict[str, torch.Tensor]:
-        """The source's weights, converted (``model_format`` unless said otherwise), in the dtypes of the source."""
+        """The source's weights, converted to ``format`` (default: ``model_format``), in the dtypes of the source."""
         self._refuse_closed()
         formats.check_format_name(format, "format")
         return loading.read_state_dict(self._saver.planner.source, format or self._options.settings.model_format)
 
     def load_best(self, model: Model) -> SavedStep | None:
-        """Fill a model, in place, with the weights of the best checkpoint; returns it, None where none has the metric.
+        """Load the weights of the best checkpoint into a model, in place; returns it, None if none has the metric.
 
-        Of a model with an adapter, the base has to be loaded. Raises CorruptFileError for a damaged checkpoint.
+        The base weights of a model with an adapter have to be loaded already. Raises CorruptFileError for a damaged
+        checkpoint.
         """
         self._refuse_closed()
         return resuming.load_best(self._saver, model, self._options)
@@ -220,7 +221,7 @@ class Checkpointer:
         self._refuse_closed()
         return self._saver.planner.load_adapter(pointer.follow_pointer(checked_place(path)), model)
 
-    # Beginning
+    # Starting
 
     @on_all_ranks
     def resume(
@@ -290,7 +291,7 @@ class Checkpointer:
         extra: Any = None,
         progress: Progress | None = None,
     ) -> None:
-        """Say what is to be saved, without loading anything: a fresh start, or one at the ``progress`` of elsewhere.
+        """Set what is saved, without loading anything: a fresh start, or one that continues from a given ``progress``.
 
         Raises OutputExistsError for a fresh start where checkpoints are, unless ``overwrite`` was said.
         """
@@ -312,21 +313,21 @@ class Checkpointer:
 
     @property
     def progress(self) -> Progress:
-        """How far the run has come."""
+        """The counters of the run."""
         return self._counts.progress
 
     @property
     def interrupted(self) -> int | None:
-        """The signal that asked the run to end (``save_on_signal``), None as long as none has."""
+        """The signal that asked the run to end (``save_on_signal``), None if there was none."""
         return self._signals.received if self._signals is not None else None
 
     @property
     def should_stop(self) -> bool:
-        """Whether a signal asked the run to end, and the step was saved for it: the loop may be left."""
+        """Whether a signal asked the run to end, and the step was saved: the loop should stop."""
         return self._signal_saved
 
     def step(self, *, tokens: int = 0, samples: int = 0) -> None:
-        """Count an optimizer step, and save if that is due; call it after the scheduler's step.
+        """Count an optimizer step, and save if a save is due; call it after the scheduler's step.
 
         Raises what failed in a save behind the training.
         """
@@ -337,7 +338,7 @@ class Checkpointer:
         signalled = signalled and self._saver.is_stopped(self.interrupted is not None)
         if signalled:
             self._signal_saved = True
-        # What failed behind is raised after this step is counted and saved: a recipe may catch it and go on.
+        # An error of a background save is raised after this step is counted and saved, so that a recipe may catch it.
         due = self._counts.due("step") | self._saver.due_by_clock()
         if signalled:
             self._saver.save()
@@ -351,7 +352,7 @@ class Checkpointer:
             log.warning("saved step %d; end the loop where checkpointer.should_stop says so", self.progress.step)
 
     def report(self, **metrics: float) -> None:
-        """Take the metrics of this step, and count an evaluation; a checkpoint of this step learns of them.
+        """Take the metrics of this step, and count an evaluation; a checkpoint of this step gets them too.
 
         A value that is no finite number is left out, with a warning: it could be neither compared nor written as JSON,
         but it ends no training. Raises what failed in a save behind the training.
@@ -372,7 +373,7 @@ class Checkpointer:
         saver.background.check()
 
     def end_epoch(self) -> None:
-        """Count an epoch, and save if that is due and this step is not saved yet."""
+        """Count an epoch, and save if a save is due and this step is not saved yet."""
         made = self._require("end_epoch()")
         self._counts.end_epoch()
         made.end_epoch()
@@ -382,7 +383,7 @@ class Checkpointer:
         self._saver.background.check()
 
     def epochs(self, count: int | None = None) -> Iterator[int]:
-        """The numbers of the epochs that are left of ``count``, from 0 on; without ``count`` they have no end.
+        """The indices of the remaining epochs of ``count``, from 0; without ``count`` they never end.
 
             for epoch in checkpointer.epochs(3):
                 for batch in loader:
@@ -409,7 +410,7 @@ class Checkpointer:
             self._saver.save()
 
     def hold_saves(self) -> None:
-        """From now on, a save that is due waits for ``save_held``; one for a signal does not.
+        """From now on, a save that is due waits for ``save_held``, except one for a signal.
 
         For trainers that evaluate after a step is counted and draw random numbers for it: what would be saved before
         is not what the run goes on from.
@@ -431,7 +432,7 @@ class Checkpointer:
         return self._saver.directory.destination(self.progress).local
 
     def wait(self) -> None:
-        """Wait until what is being saved is complete; raises what failed."""
+        """Wait until a background save is complete; raises its error."""
         self._saver.background.wait()
 
     @property
@@ -440,25 +441,25 @@ class Checkpointer:
         return self._saver.directory.saved
 
     def newest(self) -> SavedStep | None:
-        """The newest complete checkpoint whose files are as they were written, None where there is none."""
+        """The newest complete and undamaged checkpoint, None if there is none."""
         return resuming.newest_sound_step(self._saver.directory.path, verify=True, workers=self.workers)
 
     def add_files(self, make: Callable[[], Mapping[str, bytes]]) -> None:
-        """Write more small files into every directory: ``make`` gives their content, by name, at each save."""
+        """Write more small files into every step: ``make`` returns their content, by name, at each save."""
         self._saver.more_files = make
 
     @property
     def best(self) -> SavedStep | None:
-        """The best complete checkpoint by the metric of ``best=``, None where none has it."""
+        """The best complete checkpoint by the metric of ``best=``, None if none has it."""
         return self._saver.directory.best
 
     @property
     def best_metric(self) -> retention.BestMetric | None:
-        """What ``best=`` asks for: the metric, and "min" or "max"."""
+        """The metric of ``best=``, and "min" or "max"."""
         return self._options.policy.best
 
     def close(self) -> None:
-        """Save the last step if it is not saved yet, wait until it is complete, and let go of everything.
+        """Save the last step if it is not saved yet, wait until it is complete, and release everything.
 
         Raises what failed. Calling it again does nothing.
         """
@@ -470,7 +471,7 @@ class Checkpointer:
             self._release()
 
     def end_run(self) -> None:
-        """End a run as ``close`` does, but so that ``resume`` or ``register`` can begin another one."""
+        """End a run as ``close`` does, but allow ``resume`` or ``register`` to start another one."""
         try:
             self._saver.finish(over=self._over, stopped=self.should_stop)
         finally:
@@ -494,7 +495,7 @@ class Checkpointer:
         if trouble is not None and trouble != str(error):  # the connection to the process that was refused is dead
             raise UsageError(trouble) from error
 
-    # Inside
+    # Internal
 
     def _begin(self, *objects: Any) -> parts.TrainingParts:
         self._refuse_closed()

@@ -1,4 +1,4 @@
-"""What a run starts from: its source, the checkpoint to go on from, and the loading of it."""
+"""Opening the source of a run, choosing the checkpoint to resume from, and loading it."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ _NOT_GIVEN = "once that is mended run again, or resume from an older step (from_
 
 
 def open_run_source(given: Source | None, format: str | None, options: Options, run: RunDirectory | None) -> Identified:
-    """Open what a checkpointer was given as its source; in place of None, what the run's own steps know of it.
+    """Open the source of a checkpointer; for None, the newest step of the run or its config.
 
     Raises what ``open_source`` and ``open_lost`` do, and OutputExistsError where steps would go into the source.
     """
@@ -80,7 +80,7 @@ def _without_source(there: Sequence[SavedStep], options: Options, run: RunDirect
 
 
 def refuse_restart(selection: Selection, saver: Saver, options: Options) -> None:
-    """Raise UsageError for the option of a fresh start, OutputExistsError for one over steps that are there."""
+    """Raise UsageError for overwrite=, OutputExistsError for counting from 0 over existing steps."""
     if options.overwrite:
         raise UsageError(
             "overwrite=True is for register(), which starts anew where checkpoints are; resume() goes on "
@@ -103,9 +103,9 @@ def continue_from(
     strict: bool,
     base_loaded: bool,
 ) -> None:
-    """Let a run that has begun go on from a checkpoint: load it, count on, and plan what comes next.
+    """Continue a run from a checkpoint: load it, restore the counters, and plan the next saves.
 
-    Raises what ``load`` does, and UsageError for what could not be saved.
+    Raises what ``load_step`` does, and UsageError for what could not be saved.
     """
     counts, directory = saver.counts, saver.directory
     parts.start_at(saved.step)
@@ -139,7 +139,7 @@ def continue_from(
 
 
 def _take_layout_of(saved: SavedStep, saver: Saver, options: Options) -> None:
-    """Let a run without a source go on in the files of the step that it is resumed from, if that is its own."""
+    """Let a run without a source keep the file layout of the step that it resumes from, if that is its own."""
     source, directory = saver.planner.source, saver.directory
     if not options.has_source and saved.place.parent == directory.path and saved.place != source.place:
         source.close()
@@ -173,7 +173,7 @@ def choose_step(
     verify: bool,
     workers: int,
 ) -> SavedStep | None:
-    """The checkpoint that ``from_`` means; None where "latest" finds an empty ``output_dir``.
+    """The checkpoint that ``from_`` selects; None if "latest" finds an empty ``output_dir``.
 
     ``from_dir`` is the directory of another run, in which it is looked for instead.
     "latest" passes over damaged ones with a warning. Raises CheckpointNotFoundError for one that is not there,
@@ -221,7 +221,7 @@ def choose_step(
 
 
 def newest_sound_step(output_dir: Place, *, verify: bool, workers: int) -> SavedStep | None:
-    """The newest checkpoint that is sound; None where there is none at all."""
+    """The newest undamaged checkpoint; None if there is no checkpoint at all."""
     there = saved_steps.scan_steps(output_dir)
     gone = [place for place in saved_steps.list_directories(output_dir) if saved_steps.is_damaged(place)]
     lacking = [place for place in gone if not (place / MANIFEST).is_regular_file()]  # of others, the scan has warned
@@ -244,12 +244,12 @@ def newest_sound_step(output_dir: Place, *, verify: bool, workers: int) -> Saved
 
 
 def check_step(saved: SavedStep, *, verify: bool, workers: int) -> list[str]:
-    """Everything that is wrong with a checkpoint; ``verify`` reads all of it, else names, sizes and headers count.
+    """The problems of a checkpoint; ``verify`` reads all of it, else only names, sizes and headers are checked.
 
     Raises UnreadableError where the system does not give a file of it: it may be sound, so no other may take its place.
     """
     here = saved.place.listed()
-    # Of a checkpoint of anybody's, a file beside the weights may be taken away; without its config none can be loaded.
+    # In general an auxiliary file may be deleted, but a step cannot be loaded without its config.
     beside = [here / side["name"] for side in saved.manifest.get("side_files") or ()]
     try:
         with reading(saved.place):
@@ -276,7 +276,7 @@ def load_step(
     progress: ProgressCallback | None,
     base_loaded: bool,
 ) -> None:
-    """Put back everything that is wanted; raises KeyMismatchError, before anything is loaded, for what does not fit.
+    """Load everything that is selected; raises KeyMismatchError for mismatches before anything is loaded.
 
     ``base_loaded`` says that the base weights of an adapter are in the model already. Raises UsageError for a choice
     that names nothing.
@@ -311,7 +311,7 @@ def load_step(
 
 
 def load_best(saver: Saver, model: Model, options: Options) -> SavedStep | None:
-    """Fill a model with the weights of the best checkpoint, None where none has the metric; see ``load``."""
+    """Load the weights of the best checkpoint into a model; None if no checkpoint has the metric."""
     if saver.directory.best is None:
         return None
     found = choose_step(saver.directory.path, "best", options.policy, verify=True, workers=options.workers)
@@ -331,7 +331,7 @@ def load_best(saver: Saver, model: Model, options: Options) -> SavedStep | None:
 
 
 def _say_what_starts_anew(saved: SavedStep, names: list[str], strict: bool) -> None:
-    """Say which parts a checkpoint without training state has nothing for.
+    """Warn of the parts that a checkpoint without training state cannot restore.
 
     Raises KeyMismatchError where it had one: the run would go on, and not be the run that it was. A seed is a start.
     """
@@ -349,7 +349,7 @@ def _say_what_starts_anew(saved: SavedStep, names: list[str], strict: bool) -> N
             raise KeyMismatchError(text)
         log.warning("%s", text)
         return
-    # Random numbers alone are what a saver beside another one, of weights only, never has.
+    # A second checkpointer that saves weights only has no state but the random numbers: that needs no warning.
     log.log(
         logging.WARNING if names != ["rng"] else logging.INFO,
         "%s: was saved with contents=%r, without a training state: %s start anew, with these weights at step %d%s",
@@ -389,7 +389,7 @@ def _weights(
     progress: ProgressCallback | None,
     stack: contextlib.ExitStack,
 ) -> tuple[list[str], list[str], Callable[[], str]]:
-    """The names of the weights of both sides, what does not fit, and how to load: as they were in memory if kept."""
+    """The names of the weights on both sides, the mismatches, and a function that loads them, exact values if kept."""
     tensors = planner.split(model_tensors(parts.model)).base
     kept = {at for at in state.tensors if at.startswith(_PREFIX)} if state is not None else set()
     exact = {key: at for key in tensors if (at := f"{_PREFIX}{path_segment(key)}") in kept}
@@ -430,7 +430,7 @@ def _adapter(
     progress: ProgressCallback | None,
     base_loaded: bool,
 ) -> tuple[list[str], Callable[[], str]]:
-    """In what the source is not the base that the adapter was trained on, and how to load the two.
+    """The differences of the source from the base that the adapter was trained on, and a function that loads both.
 
     The base comes from the source, unless it is there, and is compared once its values were read; the adapter from the
     checkpoint.
@@ -451,7 +451,7 @@ def _adapter(
 
 
 def _compare_values(before: AdapterBase, saved: SavedStep, planner: SavePlanner, strict: bool, workers: int) -> None:
-    """Raise InputError where the values of the base are not those that the adapter was trained on."""
+    """Raise InputError if the values of the base differ from those that the adapter was trained on."""
     changed = (
         before.value_differences(planner.current_base(before, workers, values=True)) if before.has_checksums else []
     )

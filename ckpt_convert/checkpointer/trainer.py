@@ -23,7 +23,7 @@ from ckpt_convert.storage.place import Place
 log = logging.getLogger("ckpt_convert")
 
 _STATE = "trainer_state.json"
-"""Trainer's own file: with it, ``train(resume_from_checkpoint=...)`` takes a step's directory for one of its own."""
+"""Trainer's state file, with which ``train(resume_from_checkpoint=...)`` accepts a step's directory."""
 
 
 class CheckpointerCallback(TrainerCallback):
@@ -47,14 +47,14 @@ class CheckpointerCallback(TrainerCallback):
         self._save_strategy: Any = None
 
     def newest(self) -> str | None:
-        """The directory of the newest checkpoint that is sound, None for a fresh start."""
+        """The directory of the newest undamaged checkpoint, None for a fresh start."""
         found = self.checkpointer.newest()
         self._newest = found.place if found is not None else None
         return str(found.place) if found is not None else None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         parts: dict[str, Any] = {name: kwargs.get(name) for name in ("model", "optimizer", "lr_scheduler")}
-        # accelerate hands its gradient scaler to the optimizers that it wraps; there is no other way to it from here.
+        # accelerate passes its gradient scaler to the optimizers that it wraps; a callback has no other access to it.
         parts["grad_scaler"] = getattr(parts["optimizer"], "scaler", None)
         self._take_over_saving(args)
         if args.include_num_input_tokens_seen in ("no", False) and _reads_tokens(parts["model"]):
@@ -69,14 +69,14 @@ class CheckpointerCallback(TrainerCallback):
             self._start(parts, state.train_batch_size if again and args.auto_find_batch_size else None)
         else:
             self._resume(parts, state.global_step)
-            # Trainer draws random numbers while it goes to its place in the data: they are put back after that.
+            # Trainer draws random numbers while it skips to its position in the data: the state is restored after that.
             self._random = rng.get_rng_state()
             batches: Any = kwargs.get("train_dataloader")
             per_epoch = math.ceil(len(batches) / args.gradient_accumulation_steps) if has_length(batches) else 0
             self._within_epoch = not per_epoch or state.global_step % per_epoch != 0
 
     def _start(self, parts: Mapping[str, Any], smaller_batch: int | None) -> None:
-        """Begin at Trainer's step 0; where this callback has saved steps before, the count goes on after them."""
+        """Start at Trainer's step 0; if this callback has saved steps before, counting continues after them."""
         counted = self.checkpointer.progress
         if self._last_sequence() == self._sequence_before:
             self.checkpointer.register(**parts)
@@ -109,7 +109,7 @@ class CheckpointerCallback(TrainerCallback):
         return max((saved.sequence for saved in self.checkpointer.saved), default=0)
 
     def _take_over_saving(self, args: Any) -> None:
-        """Make ``load_best_model_at_end`` the checkpointer's: Trainer insists on saving itself for it.
+        """Let the checkpointer do ``load_best_model_at_end``, for which Trainer would save checkpoints itself.
 
         Raises UsageError where the two have not the same idea of what is best.
         """
@@ -178,7 +178,7 @@ def _rendered(state: Any) -> bytes:
 
 
 def _trainer_step(directory: Place) -> int | None:
-    """The step that Trainer was at when it was saved; it is not the checkpointer's where ``train`` was called again."""
+    """Trainer's step in a checkpoint, which differs from the checkpointer's if ``train`` was called again."""
     with contextlib.suppress(InputError, ValueError):
         state = json.loads((directory / _STATE).read(TEXT_LIMIT))
         return state.get("global_step") if isinstance(state, dict) else None
@@ -186,6 +186,6 @@ def _trainer_step(directory: Place) -> int | None:
 
 
 def _reads_tokens(model: Any) -> bool:
-    """Whether Trainer can count what a model reads; of others it would complain at every batch."""
+    """Whether Trainer can count a model's input tokens; for others it would warn at every batch."""
     name = getattr(model, "main_input_name", "input_ids")
     return name == "input_ids" and name in inspect.signature(model.forward).parameters

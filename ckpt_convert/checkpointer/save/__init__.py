@@ -1,1 +1,1 @@
-"""What a save writes, and when a signal asks for one."""
+"""Saving a step: planning, writing, signals."""

@@ -1,4 +1,4 @@
-"""Copies of tensors for a save that goes on behind the training, in memory that is used again at the next one."""
+"""Copies of tensors for a background save, in buffers that are reused at the next one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 class CopyBuffers:
-    """One buffer for each name, as long as shape and dtype stay; pinned where there is an accelerator."""
+    """One buffer per name, reused while shape and dtype are the same; pinned if there is an accelerator."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, torch.Tensor] = {}
@@ -19,7 +19,7 @@ class CopyBuffers:
         return sum(buffer.nbytes for buffer in self._buffers.values())
 
     def copy(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Dense copies of the values as they are now, in main memory; those of the call before are overwritten.
+        """Contiguous copies of the current values on the CPU; those of the previous call are overwritten.
 
         Names whose tensors are one and the same get one copy.
         """
@@ -44,7 +44,7 @@ class CopyBuffers:
         return out
 
     def clear(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self._buffers.clear()
 
     def _buffer(self, name: str, tensor: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Files that a recipe has copied into every step: whose names they cannot have, and whose place they take."""
+"""Files that are copied into every step: which names they may not have, and which files they replace."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ckpt_convert.storage.place import Place
 
 
 def check_extra_files(extra: Sequence[Place], plan: Plan | None) -> None:
-    """Refuse names that what is written has: weights, their index, the config, an adapter's files, our own folders.
+    """Refuse names of files that a step has: weights, their index, the config, an adapter's files, our folders.
 
     ``plan`` writes the weights, None where there are none beside these files. Raises UsageError.
     """
@@ -31,7 +31,7 @@ def check_extra_files(extra: Sequence[Place], plan: Plan | None) -> None:
 
 
 def replaced_files(extra: Sequence[Place], plan: Plan, own: Collection[str]) -> Iterator[str]:
-    """A line for each of the source's files, tokenizers above all, that a step has another one for.
+    """A line for each file of the source, such as a tokenizer, that an extra file replaces.
 
     ``own`` are the names of what an earlier run had copied into a step that is now the source.
     """

@@ -41,7 +41,7 @@ _BRACES = "has braces, but only directory= is a template; write it out, or put t
 
 @dataclass(frozen=True)
 class Final:
-    """What is different about the last save; None is as every save."""
+    """Options of the last save that differ from the others; None keeps the value of every save."""
 
     contents: Contents | None = None
     export_dtype: str | None = None
@@ -226,12 +226,12 @@ def _ranks(given: Any) -> Ranks | None:
 
 
 def dtype_of(given: Any) -> str | None:
-    """The name of a dtype that is given by name or as torch has it."""
+    """The name of a dtype that is given by name or as a torch.dtype."""
     return None if given is None else torch_name(given)
 
 
 def _alone(given: Arguments, final: Final) -> Iterator[str]:
-    """What is wrong with an option whatever the others are."""
+    """Problems of single options."""
     known: dict[str, tuple[Any, Any]] = {
         "model_format": (given.weights.model_format, formats.ALL),
         "family": (given.source.family, FAMILIES),
@@ -257,7 +257,7 @@ def _alone(given: Arguments, final: Final) -> Iterator[str]:
 
 
 def _together(given: Arguments, final: Final) -> Iterator[str]:
-    """Options that contradict each other, and those of which another one makes that they do nothing."""
+    """Options that contradict each other, or that have no effect because of another one."""
     contents = {given.weights.contents, final.contents or given.weights.contents}
     merges = given.weights.merged and contents != {"adapter"}
     if given.weights.adapter is None:
@@ -288,5 +288,5 @@ def _together(given: Arguments, final: Final) -> Iterator[str]:
 
 
 def _extra_files(given: Any) -> tuple[Place, ...]:
-    """The paths of ``extra_files``, of which one may be given as it is."""
+    """The paths of ``extra_files``, which may be a single path."""
     return tuple(checked_place(path, "extra_files") for path in ((given,) if isinstance(given, str | Path) else given))

@@ -1,4 +1,4 @@
-"""From the tensors of a model to what is written of them: plans, which are made once and used at every save."""
+"""Plans for saving a model, which are made once and used at every save."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ Section = Callable[[], Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Settings:
-    """What a save writes; ``merged`` is full weights beside an adapter."""
+    """What a save writes; ``merged`` adds the full weights to an adapter."""
 
     contents: Contents
     export_dtype: str | None
@@ -79,7 +79,7 @@ class Settings:
 
 
 class SavePlanner:
-    """Plans what is written of a model, in the format of a source and in its files."""
+    """Plans saves of a model, in the format and files of a source."""
 
     def __init__(self, source: Identified, settings: Settings, adapter: Any = None, ranks: Ranks | None = None) -> None:
         self.source = source
@@ -98,26 +98,26 @@ class SavePlanner:
 
     @cached_property
     def modules(self) -> Modules:
-        """The modules of the model, which adapters belong to."""
+        """The modules of the model that adapters refer to."""
         model = self.source.model
         model.family.check_rotation(model.config, self.settings.model_format, "hf")
         return Modules(model.family, self.settings.model_format, model.dims)
 
     def loadable_names(self, model: Model) -> list[str]:
-        """What of a model can be loaded or left out: each tensor by its key, or the adapter, which is loaded whole."""
+        """The names for include= and exclude=: each tensor by its key, or the adapter, which is loaded as a whole."""
         if self.adapter is not None:
             return [ADAPTER]
         return [f"{MODEL}/{key}" for key in self.split(model_tensors(model)).base]
 
     def split(self, tensors: Tensors, *, strict: bool = True) -> SplitTensors:
-        """A model's tensors, those of an adapter apart; ``strict`` is whether it has to be as the config says."""
+        """The tensors of a model, split from those of an adapter; ``strict`` checks the adapter against its config."""
         if self.adapter is None:
             return SplitTensors(self._distinct(tensors), {})
         found = split_adapters(tensors, self.adapter if strict else None, self.modules)
         return replace(found, base=self._distinct(found.base))
 
     def _distinct(self, tensors: Tensors) -> dict[str, torch.Tensor]:
-        """The tensors without the second name of weights that are tied in memory, and that the config ties as well.
+        """The tensors without the second key of weights that are tied in memory and in the config.
 
         Of a family that is not known, the name to leave out is the one that the source does not have.
         """
@@ -137,7 +137,7 @@ class SavePlanner:
         return out
 
     def _named(self, tensors: Tensors, family: Family) -> dict[str, torch.Tensor]:
-        """The tensors by the keys of the model's format, as transformers' newer classes have others in memory."""
+        """The tensors by the keys of the model's format; newer classes of transformers have other keys in memory."""
         names = legacy_keys.read_keys(tensors, [family], self.settings.model_format)
         if names.clashes:
             said = indented_list([text for _, text in names.clashes])
@@ -185,7 +185,7 @@ class SavePlanner:
         )
 
     def current_base(self, recorded: AdapterBase, workers: int, *, values: bool) -> AdapterBase:
-        """The base that the source is now, in the layout of one that was written down; ``values`` reads all of it."""
+        """The fingerprint of the source, in the layout of a recorded one; ``values`` reads all of it."""
         if self._base is not None and self._base.layout == recorded.layout:
             return self._base
         return adapter_base.base_from_source(
@@ -197,7 +197,7 @@ class SavePlanner:
         return self.source.model_for(format).family.column_of(format, tensors)
 
     def _base_section(self, tensors: Tensors) -> dict[str, Any]:
-        """What the manifest says of the base of an adapter, which is read for it where it was not loaded from here."""
+        """The manifest's entry about the base of an adapter; the base is read for it if it was not loaded here."""
         if not self.source.files:
             return {}
         if self._base is None:
@@ -225,7 +225,7 @@ class SavePlanner:
         )
 
     def plan_ahead(self, model: Model, settings: Settings, others: Sequence[torch.Tensor] = ()) -> list[str]:
-        """Plan a save of this model; returns what there is to warn of, for every save.
+        """Plan a save of this model; returns the warnings for all saves.
 
         ``others`` are the parameters of its optimizers. Raises the error that says everything in which they do not fit
         the source, or what is asked for.
@@ -262,7 +262,7 @@ class SavePlanner:
         settings: Settings,
         buffers: CopyBuffers | None,
     ) -> Callable[[Section, Mapping[str, bytes]], StepContents]:
-        """What is to be written, of the values as they are now: with ``buffers``, they may change afterwards.
+        """Prepare writing the current values; with ``buffers``, these are copied and may change afterwards.
 
         Takes what gives the manifest's section about training, and small files by name, to give the step.
         """
@@ -333,7 +333,7 @@ class SavePlanner:
         return step
 
     def _merged(self, parts: SplitTensors, settings: Settings) -> OpenPlan:
-        """The plan of the full weights; they are computed as they are read."""
+        """The plan of the merged weights, which are computed when they are read."""
         assert self.adapter is not None
         whole = parts.base | parts.trained_whole
         readers = {
@@ -346,7 +346,7 @@ class SavePlanner:
         return made
 
     def _refuse_unsaved(self, model: Model, parts: SplitTensors, others: Sequence[torch.Tensor]) -> None:
-        """Raise UsageError for what training changes but no save would hold; ``others`` are an optimizer's parameters.
+        """Raise UsageError for trained tensors that no save would contain; ``others`` are an optimizer's parameters.
 
         What an optimizer has beside the model is saved with its state.
         """
@@ -371,7 +371,7 @@ class SavePlanner:
             )
 
     def _plan(self, tensors: Mapping[str, Owned], settings: Settings) -> OpenPlan:
-        """The plan for tensors like these; its sources are files alone, for it is used again with other tensors."""
+        """The plan for tensors of this signature; its sources are files only, as it is reused with other tensors."""
         request = self._request(settings)
         key = (request, settings.model_format, settings.extra, tensors_signature(tensors, self._kinds))
         if key not in self._plans:
@@ -379,7 +379,7 @@ class SavePlanner:
             made = planned.plan
             made.refuse_unreadable()
             extra_files.check_extra_files(settings.extra, made)
-            # A source that is a saved step itself has files of its own run beside the weights (Trainer's state).
+            # A source that is itself a saved step has files of its own run (Trainer's state).
             earlier = record.read_training(self.source.root) or {}
             said = extra_files.replaced_files(settings.extra, made, earlier.get("extra_files") or ())
             names = {path.name for path in settings.extra} | (earlier.get("files") or {}).keys()
@@ -396,13 +396,13 @@ class SavePlanner:
         return as_planning_source(tensors, family.column_of(settings.model_format, tensors), readers)
 
     def _request(self, settings: Settings) -> Request:
-        # A value never ends a training run: what its file cannot hold is said, and kept in the training state.
+        # A value must not end a training run: overflows are warnings, and the training state keeps the exact values.
         form = settings.output_format or str(self.source.format)
         return Request(to=form, dtype=settings.export_dtype, allow_overflow=True, allow_loss=True)
 
 
 def _trained_beside(parts: SplitTensors) -> dict[str, torch.Tensor]:
-    """What a model with an adapter trains: the adapter, and what is saved whole."""
+    """The trained tensors of a model with an adapter: the adapter, and modules that are saved whole."""
     adapters = {
         f"{module}.{name}": one
         for module, adapter in parts.adapters.items()
@@ -427,7 +427,7 @@ def _merges(settings: Settings) -> bool:
 
 
 def _inexact(made: Plan) -> set[str]:
-    """The keys in memory of the tensors that are written in another dtype, or have no place in the files."""
+    """The keys in memory of tensors that are written in another dtype, or that the files cannot hold."""
     keys = {check.key for check in made.losses}
     for file in made.weights:
         for tensor in file.tensors:
@@ -443,7 +443,7 @@ def _local(tensors: Tensors) -> dict[str, torch.Tensor]:
 def _staged(
     owned: Mapping[str, Owned], state: State | None, buffers: CopyBuffers
 ) -> tuple[dict[str, Owned], State | None]:
-    """Everything in memory of our own, copied in one go; a tensor that is there twice once."""
+    """Copies of all tensors in the reused buffers; shared tensors are copied once."""
     names = {f"{MODEL}/{key}": tensor for key, (tensor, _) in owned.items()}
     if isinstance(state, SharedState):
         names |= {f"state/{key}": tensor for key, (tensor, _) in state.tensors.items()}

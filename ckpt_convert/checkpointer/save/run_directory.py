@@ -1,4 +1,4 @@
-"""The output directory of a run: locked while it is written, its steps numbered, thinned, and pointed at."""
+"""The output directory of a run: its lock, the numbering and retention of its steps, and the pointer to the newest."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LOCK = ".ckpt-convert-lock"
 
 
 class RunDirectory:
-    """Where the directories of the steps go, and which of them stay."""
+    """The directory that holds the steps of a run."""
 
     def __init__(
         self,
@@ -57,12 +57,12 @@ class RunDirectory:
         self._claim: Claim | None = None
         self._sequence = 0
         self.stand_in: Place | None = None
-        """The step that stands in for a source that is lost: it stays as long as the run goes on."""
+        """The step that replaces a lost source; it is kept as long as the run continues."""
         self._superseded: tuple[SavedStep, ...] = ()
         self._unwritten: dict[Place, tuple[Mapping[str, float], int]] = {}
 
     def open(self, source: Identified) -> None:
-        """Take the directory for this process, and tidy up what a killed one left; once is enough.
+        """Lock the directory for this process, and clean up what a killed one left; repeated calls do nothing.
 
         Raises LockedError where another checkpointer has it, UsageError where another process of this run has, and
         OutputExistsError where saving would touch the source.
@@ -103,7 +103,7 @@ class RunDirectory:
 
     @property
     def conflict(self) -> str | None:
-        """Why nothing may be written here: another process of this run wants to. None where all is well."""
+        """Why nothing may be written here: another process of this run writes here. None if there is no conflict."""
         return self._claim.trouble() if self._claim is not None else None
 
     def close(self) -> None:
@@ -122,11 +122,11 @@ class RunDirectory:
 
     @property
     def best(self) -> SavedStep | None:
-        """The best one by the metric that was asked for, None where none has it."""
+        """The best checkpoint by the metric of the policy, None if none has it."""
         return retention.best_step(self.saved, self.policy)
 
     def replace_later(self, steps: Iterable[SavedStep]) -> None:
-        """Let these go once the next checkpoint is complete: they are of a run that was started anew."""
+        """Delete these once the next checkpoint is complete: they belong to a run that was started over."""
         self._superseded = tuple(steps)
 
     def destination(self, progress: Progress) -> Place:
@@ -134,12 +134,12 @@ class RunDirectory:
         return self.path / self._template.format(progress, self.run_name)
 
     def next_sequence(self) -> int:
-        """The number of the next save: the newest checkpoint is the one with the highest."""
+        """The sequence number of the next save; the newest checkpoint has the highest."""
         self._sequence += 1
         return self._sequence
 
     def write(self, step: StepContents, destination: Place, workers: int) -> None:
-        """Write a step; once it is complete, point at it, and let go what the policy does not keep."""
+        """Write a step; once it is complete, move the pointer, and delete what the policy does not keep."""
         if self.ranks is not None:
             published = partial(self._published, destination)
             shared.save(step, destination, self.ranks, workers=workers, mode=self._mode, published=published)
@@ -169,7 +169,7 @@ class RunDirectory:
                     self._workspace.point(self.path, self._latest_name, newest.name)
 
     def amend(self, destination: Place, metrics: Mapping[str, float], evals: int) -> None:
-        """Tell a checkpoint of metrics that were reported after it was saved; no matter if it is gone.
+        """Write metrics that were reported after a save into its checkpoint, if that still exists.
 
         What cannot be written is warned of, and tried again before any checkpoint is removed.
         """
@@ -181,7 +181,7 @@ class RunDirectory:
                 self._prune()
 
     def warn_of_obstacles(self, step: int) -> None:
-        """Say now which later steps' directories hold what is not ours: saving there is refused, hours later."""
+        """Warn now of files in the directories of later steps: saving there would fail, hours later."""
         found: list[str] = []
         if self.is_followed:
             return
@@ -201,12 +201,12 @@ class RunDirectory:
             )
 
     def after_resume(self, resumed: SavedStep) -> None:
-        """Let go what a killed run had no time to, but for the checkpoint that was resumed; say what that one lacks."""
+        """Delete what a killed run had no time to delete, except the resumed step; warn if that lacks the metric."""
         if self.is_followed:
             return
         there = [saved for saved in self.saved if saved.place != resumed.place]
         if self.policy.best is not None and (metric := self.policy.best[0]) not in resumed.metrics:
-            # Where every other checkpoint has it, this one was most likely lost between the save and the report.
+            # If every other checkpoint has it, the run was most likely killed between the save and the report.
             expected = bool(there) and all(metric in saved.metrics for saved in there)
             log.log(
                 logging.WARNING if expected else logging.INFO,
@@ -222,7 +222,7 @@ class RunDirectory:
         retention.apply_retention(retention.decide_retention(self.saved, self.policy, {resumed, self.stand_in}))
 
     def _write_metrics(self) -> bool:
-        """Write the metrics that are not in their checkpoint yet; whether there were any."""
+        """Write the metrics that are not in their checkpoint yet; returns whether there were any."""
         changed = False
         for destination, (metrics, evals) in list(self._unwritten.items()):
             saved = saved_steps.read_step(destination)
@@ -234,7 +234,7 @@ class RunDirectory:
         return changed
 
     def check(self, source: Identified) -> None:
-        """Raise OutputExistsError where saving would write into the source."""
+        """Raise OutputExistsError if saving would write into the source."""
         here, origin = self.path.real(), source.place.real()
         if source.files and origin.is_folder() and (here == origin or here.is_inside(origin)):
             raise OutputExistsError(
@@ -242,7 +242,7 @@ class RunDirectory:
             )
 
     def _refuse_step(self, source: Identified) -> None:
-        """Raise OutputExistsError where keeping fewer steps would delete the source."""
+        """Raise OutputExistsError if the retention policy could delete the source."""
         root = source.place.real()
         if not source.files or source.place == self.stand_in:
             return
@@ -255,7 +255,7 @@ class RunDirectory:
 
 @contextlib.contextmanager
 def _only_warned(what: str) -> Iterator[None]:
-    """Warn of what fails once a step is complete: the step is saved, and training goes on."""
+    """Turn errors after a step is complete into warnings: the step is saved, and training continues."""
     try:
         yield
     except (OSError, CkptConvertError) as error:

@@ -1,4 +1,4 @@
-"""Saving the steps of a run: what is taken of it, when, and what is still under way."""
+"""Saving the steps of a run, synchronously or in a background thread."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ log = logging.getLogger("ckpt_convert")
 
 
 class Saver:
-    """Takes a run as it is and writes it, while the training waits or behind it.
+    """Takes the state of a run and writes it, while training waits or in the background.
 
     ``parts`` are what the run is made of, None as long as none has begun; ``saved_step`` is the step that was saved
     last, and ``saved_at`` its directory.
@@ -44,7 +44,7 @@ class Saver:
         self.saved_step: int | None = None
         self.saved_at: Place | None = None
         self.lacks_final = False
-        """Whether the step that was resumed is none that ``final=`` asks for."""
+        """Whether the resumed step was not saved with the settings of ``final=``."""
         self.more_files: Callable[[], Mapping[str, bytes]] = dict
         self.background = Background()
         self.holds_saves = self.is_save_held = False
@@ -58,19 +58,19 @@ class Saver:
 
     @property
     def directory(self) -> RunDirectory:
-        """Where the steps go; raises UsageError for a checkpointer that was made to load only."""
+        """The directory of the steps; raises UsageError for a checkpointer without output_dir."""
         if self._run is None:
             raise UsageError("there is no output_dir, so nothing can be saved or resumed; give one")
         return self._run
 
     def require(self, what: str) -> TrainingParts:
-        """What the run is made of; raises UsageError for a call before there is one."""
+        """The objects of the run; raises UsageError for a call before resume() or register()."""
         if self.parts is None:
             raise UsageError(f"{what}: nothing says what to save; call resume(model=..., ...) or register(...) first")
         return self.parts
 
     def open(self) -> None:
-        """Take the directory for a run that begins, after letting go of what the one before was made of."""
+        """Lock the directory for a new run, and untrack the objects of the previous one."""
         if self.parts is not None:
             self.parts.untrack()
         for path in self._settings.extra:
@@ -81,14 +81,14 @@ class Saver:
         self.saved_step = None
 
     def begin(self, parts: TrainingParts) -> None:
-        """Take what a run is made of."""
+        """Set the objects of the run."""
         self.parts = parts
         given = None if parts.optimizer is None else optimizers.optimizer_parameters(parts.optimizer)
         self._copy_check = CopyCheck(parts.model, given) if isinstance(parts.model, Mapping) else None
         self.counts.start_clock()
 
     def plan_ahead(self) -> None:
-        """Find out now what could not be saved later, and say once what the saved steps will be."""
+        """Raise now what would fail at a later save, and warn once about the saved steps."""
         parts = self.require("plan_ahead()")
         trained = list(optimizers.optimizer_parameters(parts.optimizer))
         for settings in dict.fromkeys((self._settings, self._last)):
@@ -106,7 +106,7 @@ class Saver:
         return "full" in (self._settings.contents, self._last.contents)
 
     def after_step(self, parts: TrainingParts) -> None:
-        """After each step: which gradients were used; after the first: whether what training has made can be saved."""
+        """Mark the gradients as used; after the first step, check that the optimizer's new state can be saved."""
         if not self._saves_state:
             return
         parts.mark_gradients_used()
@@ -115,7 +115,7 @@ class Saver:
             parts.get_state()
 
     def save_or_hold(self) -> None:
-        """Save what is due: now, or where saves are held, at ``save_held``."""
+        """Save a step that is due: now, or if saves are held, at ``save_held``."""
         if self.holds_saves:
             self.is_save_held = True
         else:
@@ -147,7 +147,7 @@ class Saver:
 
     @on_all_ranks
     def save(self, settings: Settings | None = None) -> None:
-        """Take everything as it is now, and write it: behind the training, or before this returns."""
+        """Take the current state, and write it: in the background, or before this returns."""
         parts, progress = self.require("save()"), self.counts.progress
         settings, self.is_save_held = settings or self._settings, False
         self.counts.watch.step_saved(progress.step)
@@ -181,7 +181,7 @@ class Saver:
             raise failed
 
     def _training(self, settings: Settings, destination: Place) -> Callable[[], dict[str, Any]]:
-        """What gives the manifest's section about training, with what was reported of the step until it is asked."""
+        """A function for the manifest's training section, which includes metrics reported until it is called."""
         directory, progress, reported = self.directory, self.counts.progress, self.counts.step_metrics
         section = {
             "version": saved_steps.VERSION,
@@ -204,7 +204,7 @@ class Saver:
         return training
 
     def amend(self) -> None:
-        """Tell the checkpoint of this step, once it is complete, of metrics that were reported after it."""
+        """Write metrics that were reported after a save into its checkpoint, once that is complete."""
         directory, destination = self.directory, self.saved_at
         if destination is None:
             return
@@ -215,14 +215,14 @@ class Saver:
             directory.amend(destination, metrics, evals)
 
     def finish(self, *, over: bool, stopped: bool) -> None:
-        """What a run that comes to its end has to do: save the last step, and say what it was asked for in vain.
+        """End a run: save the last step, and warn of options that never took effect.
 
         ``over``: its epochs are over; ``stopped``: a signal ended it.
         """
         failed = self.background.settle()  # told at the end: the last step is to be saved all the same
         trained = self.parts is not None and self.counts.has_trained
         different = self.saved_step != self.counts.progress.step or self._last != self._settings
-        # A kill may have come between the save of the last step and that which final= asks for.
+        # The run may have been killed between the save of the last step and that of final=.
         if self._options.save_last and different and (trained or (over and self.lacks_final)):
             self.save(self._last)
         else:
@@ -235,16 +235,16 @@ class Saver:
 
     @property
     def conflict(self) -> str | None:
-        """Why nothing may be written: another process of this run wants to. None where all is well."""
+        """Why nothing may be written: another process of this run writes here. None if there is no conflict."""
         return self._run.conflict if self._run is not None else None
 
     def _refuse_others(self) -> None:
-        """Raise UsageError where another process of this run has a checkpointer for the same directory."""
+        """Raise UsageError if another process of this run has a checkpointer for the same directory."""
         if (trouble := self.conflict) is not None:
             raise UsageError(trouble)
 
     def release(self, also: Callable[[], None]) -> None:
-        """Let go of everything that a run has, and do ``also``, whatever of it fails."""
+        """Release everything that a run holds, and call ``also``, even if a part of it fails."""
         tracked, self.parts = self.parts, None
         with contextlib.ExitStack() as stack:
             if self._run is not None:

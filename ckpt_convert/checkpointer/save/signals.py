@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as a wish that the training loop meets when it is at a step, not in the middle of one."""
+"""Deferring SIGTERM and SIGINT to the end of a training step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HANDLED = (signal.SIGTERM, signal.SIGINT)
 
 
 class Signals:
-    """Notes the first SIGTERM and the first SIGINT; further ones go where they went before. A context manager.
+    """Records the first SIGTERM and the first SIGINT; further ones go to the previous handlers. A context manager.
 
     ``received`` is the number of the signal that came first, None as long as there was none.
     """
@@ -46,7 +46,7 @@ class Signals:
                 self._previous[number] = signal.signal(number, self._handle)
 
     def restore(self) -> None:
-        """Put back the handlers from before; one that somebody else has installed since stays.
+        """Restore the previous handlers; a handler that was installed by others since is kept.
 
         Outside of the main thread, where handlers cannot be set, signals are passed on to those from before.
         """
@@ -67,7 +67,7 @@ class Signals:
             self.received = self.received or number
             name = signal.Signals(number).name
             log.warning("%s received: saving at the next step; a second one is not waited for", name)
-        # A terminal's Ctrl-C goes to forked data loading workers as well; they have to go on for the step to end.
+        # Ctrl-C in a terminal also signals forked data loading workers; they have to continue so that the step can end.
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         previous = self._previous.get(number, signal.SIG_DFL)

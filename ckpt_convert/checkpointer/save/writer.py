@@ -1,4 +1,4 @@
-"""Writing the directory of one saved step: whole, or not at all."""
+"""Writing the directory of one saved step, all or nothing."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _ADVICE = Advice(
 
 @dataclass(frozen=True)
 class StepContents:
-    """What goes into the directory of a step.
+    """The contents of the directory of a step.
 
     ``weights`` is the plan that writes these, below ``weights_in`` (the directory itself, or the folder beside an
     adapter), None where there are none; ``files`` are small files by name; ``state`` is the training state, None for
@@ -58,7 +58,7 @@ class StepContents:
 
     @property
     def names(self) -> list[str]:
-        """The files that will be written, as far as that is known before."""
+        """The files that will be written, as far as they are known in advance."""
         weights = PurePosixPath(self.weights_in)
         written = [str(weights / name) for name in (self.weights.plan.names if self.weights is not None else ())]
         names = self.state.names if isinstance(self.state, SharedState) else dcp_files.NAMES
@@ -118,7 +118,7 @@ def staged(step: StepContents, destination: Place, *, mode: int = 0o777, alone: 
 
 @contextlib.contextmanager
 def explained(destination: Place) -> Iterator[None]:
-    """Say of what fails while a step is written that this step was not saved, and earlier ones are untouched."""
+    """Add to errors while a step is written that it was not saved, and that earlier ones are untouched."""
     try:
         yield
     except OSError as error:
@@ -131,7 +131,7 @@ def explained(destination: Place) -> Iterator[None]:
 
 
 def obstacle(destination: Place) -> str:
-    """What keeps a step from being saved in a place, in words; "" for nothing. Raises UnreadableError.
+    """What prevents saving a step in a place, as a message; "" for nothing. Raises UnreadableError.
 
     It is what is no checkpoint of ours, or what somebody has put into one. What damage has left of one may be replaced
     by the run that comes back to it.
@@ -152,7 +152,7 @@ def obstacle(destination: Place) -> str:
 
 
 def weights_folder(step: StepContents, staging: Stage) -> Folder:
-    """Where the weights of a step go."""
+    """The folder for the weights of a step."""
     return staging.folder.subfolder(step.weights_in) if step.weights_in else staging.folder
 
 
@@ -190,7 +190,7 @@ def _weights(step: StepContents, planned: OpenPlan, staging: Stage, workers: int
 
 
 def warn_of_losses(step: StepContents, staging: Stage, lost: Mapping[str, int], overflows: Mapping[str, int]) -> None:
-    """Say which tensors have values without a place in the files, and which have values that are too large for them."""
+    """Warn of tensors with values that the files cannot hold, or that overflow their dtype."""
     kept = "training_state keeps them exact" if step.state is not None else "nothing keeps them exact"
     if lost:
         text = "%s: %s change what the model computes, and its files have no place for them; %s"

@@ -64,7 +64,7 @@ def named_parameters(optimizer: Any, names: Names, name: str = "optimizer") -> d
 def get_optimizer_state(
     optimizer: Any, names: Names, name: str = "optimizer", model: Container[torch.Tensor] = ()
 ) -> Tree:
-    """The state of an optimizer, or of a dict of them, as a tree that ``pack`` takes.
+    """The state of an optimizer, or of a dict of them, as a tree for ``serialize``.
 
     ``names`` are those of the parameters by ``id``; one without a name is called "param_{group}_{index}". Tensors are
     those of the optimizer, not copies. The values of parameters that are neither named nor of the memory of the

@@ -19,7 +19,7 @@ State = dict[str, Any]
 
 
 def get_rng_state(accelerators: bool = True) -> State:
-    """The state of every global generator, as a tree that ``pack`` takes; nothing is drawn and no device set up."""
+    """The state of every global generator, as a tree for ``serialize``; draws nothing and initializes no device."""
     state: State = {
         "python": get_python_state(random),
         "numpy": np.random.get_state(legacy=False),
