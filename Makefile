@@ -4,10 +4,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 NOTORCH := .venv-notorch/bin/python
+OLDEST := .venv-oldest/bin/python
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast slow check check-notorch clean
+.PHONY: help demo test test-fast slow check check-notorch check-oldest clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,8 +39,14 @@ check-notorch: $(INSTALLED) ## Run every command in .venv-notorch, without torch
 	@! $(NOTORCH) -c 'import torch' 2>/dev/null
 	$(BIN)/python -m tests.without_torch $(NOTORCH)
 
-clean: ## Remove .venv and .venv-notorch, what the demo and the recipes wrote, and all caches
-	rm -rf .venv .venv-notorch demo runs build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
+check-oldest: $(INSTALLED) ## The same in .venv-oldest, with the oldest versions that pyproject.toml allows
+	@test -x $(OLDEST) || $(PYTHON) -m venv .venv-oldest
+	@$(BIN)/python -m tests.without_torch --oldest >.venv-oldest/constraints.txt
+	@$(OLDEST) -m pip install -q --disable-pip-version-check -c .venv-oldest/constraints.txt .
+	$(BIN)/python -m tests.without_torch $(OLDEST)
+
+clean: ## Remove .venv, .venv-notorch and .venv-oldest, what the demo and the recipes wrote, and all caches
+	rm -rf .venv .venv-notorch .venv-oldest demo runs build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last, so an interrupted installation is done again.

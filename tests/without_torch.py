@@ -1,6 +1,7 @@
 """Every command in an environment without torch: it prints and writes there what it does with torch.
 
 python -m tests.without_torch .venv-notorch/bin/python    # make check-notorch, which also makes that environment
+python -m tests.without_torch --oldest                    # constraints for make check-oldest
 
 Python runs this file once in each of the two environments: a process for each command would take minutes.
 """
@@ -16,6 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import tomllib
 from importlib.util import find_spec
 from itertools import permutations
 from pathlib import Path
@@ -150,8 +152,16 @@ def read(path: str) -> str:
     return "\n".join(f"{key} {a.dtype} {hashlib.sha256(a.tobytes()).hexdigest()}" for key, a in arrays.items())
 
 
+def oldest() -> str:
+    """The constraints by which pip installs the oldest versions of what the package depends on."""
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    return "\n".join(dependency.replace(">=", "==") for dependency in project["dependencies"])
+
+
 if __name__ == "__main__":
-    if len(sys.argv) == 2:
+    if sys.argv[1:] == ["--oldest"]:
+        print(oldest())
+    elif len(sys.argv) == 2:
         main(os.path.abspath(sys.argv[1]))
     else:
         print(json.dumps(run_here()))
