@@ -91,8 +91,8 @@ def test_it_has_every_key_of_transformers_model(family: Family) -> None:
     config = transformers.Starcoder2Config(hidden_size=72, num_attention_heads=12, num_hidden_layers=3, vocab_size=56)
     with torch.device("meta"):
         model = transformers.Starcoder2ForCausalLM(config)
-    dims = family.symbols({**config.to_dict(), "model_type": "starcoder2"})
-    found = {e.key: e.shape("hf", dims) for e in family.entries("hf", dims) if e.first.row.required}
+    dims = family.config_dims({**config.to_dict(), "model_type": "starcoder2"})
+    found = {e.key: e.shape("hf", dims) for e in family.stored_specs("hf", dims) if e.first.row.required}
     assert found == {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
 
 

@@ -41,13 +41,13 @@ class Modules:
     @cached_property
     def keys(self) -> dict[str, Instance]:
         """Every key of the layout."""
-        return {entry.key: entry.first for entry in self.family.entries(self.format, self.dims) if entry.whole}
+        return {entry.key: entry.first for entry in self.family.stored_specs(self.format, self.dims) if entry.is_single}
 
     @cached_property
     def linear(self) -> dict[str, Instance]:
         """The linear layers by name, which can have a LoRA adapter, in the order of the model."""
         embeddings = {row.tied_to for row in self.family.rows}
-        apart = {entry.first for entry in self.family.entries("hf", self.dims) if entry.whole}
+        apart = {entry.first for entry in self.family.stored_specs("hf", self.dims) if entry.is_single}
         return {
             key.removesuffix(_WEIGHT): one
             for key, one in self.keys.items()

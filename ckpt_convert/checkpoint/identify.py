@@ -297,7 +297,7 @@ class Identified:
     def _shapes(self, found: Quantization, model: Model) -> dict[str, tuple[int, ...]]:
         """The dequantized shapes that headers do not give, from the table."""
         unsaid = {key for key, one in found.tensors.items() if one.shape is None}
-        entries = model.family.entries("hf", model.dims) if unsaid else ()
+        entries = model.family.stored_specs("hf", model.dims) if unsaid else ()
         return {entry.key: entry.shape("hf", model.dims) or () for entry in entries if entry.key in unsaid}
 
     @cached_property
@@ -347,7 +347,7 @@ class Identified:
         ranks = max(file.rank for file in self.files) + 1
         return {
             entry.key: (entry.tp_axis("meta", model.dims), entry.column("meta").replicas(model.dims, ranks))
-            for entry in model.family.entries("meta", model.dims)
+            for entry in model.family.stored_specs("meta", model.dims)
         }
 
     @property

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ckpt_convert.checkpoint.findings import Finding, raise_if_any
-from ckpt_convert.models.core.table import Entry, Family, Instance
+from ckpt_convert.models.core.table import Family, Instance, StoredTensorSpec
 from ckpt_convert.tensors.lazy import LazyTensor, concat
 
 _LISTED = 20
@@ -33,7 +33,7 @@ class SourceTensor(NamedTuple):
 class LogicalTensor:
     """A row of the table at an index, in the logical layout; ``key`` and ``location`` are those of its first part.
 
-    ``original`` is the source's tensor, where the logical layout loses some of its values (``Row.lossy``).
+    ``original`` is the source's tensor, where the logical layout loses some of its values (``Row.lossy_column``).
     """
 
     dtype: str
@@ -93,9 +93,9 @@ def examine_column(
     findings: list[Finding] = []
     result = LogicalTensors({})
     known: set[str] = set()
-    left_out: list[Entry] = []
+    left_out: list[StoredTensorSpec] = []
     shapes: dict[tuple[int, ...], tuple[int, ...] | None] = {}  # the same for all layers and experts
-    for entry in family.entries(format, dims):
+    for entry in family.stored_specs(format, dims):
         known.add(entry.key)
         found = [rank.get(entry.key) for rank in ranks]
         if not any(found):
@@ -148,9 +148,9 @@ def split_fused(
 ) -> dict[Instance, LogicalTensor]:
     """The logical tensors that share a stored tensor (fused or stacked) with others, taken out of it."""
     out: dict[Instance, LogicalTensor] = {}
-    for entry in family.entries(format, dims) if sources else ():
+    for entry in family.stored_specs(format, dims) if sources else ():
         source = sources.get(entry.key)
-        if entry.whole or source is None or source.shape != entry.shape(format, dims):
+        if entry.is_single or source is None or source.shape != entry.shape(format, dims):
             continue
         for instance, part in entry.split(format, source.tensor, dims).items():
             column = instance.row.column(format) or entry.column(format)
@@ -160,7 +160,7 @@ def split_fused(
 
 
 def _join(
-    entry: Entry,
+    entry: StoredTensorSpec,
     format: str,
     dims: Mapping[str, int],
     parts: Sequence[SourceTensor],
@@ -190,7 +190,7 @@ def _join(
             text = f"{part.key}{at}: expected {first.dtype} as on rank 0, found {part.dtype}"
             misfit(part, text, first.dtype, part.dtype)
             return {}
-    if entry.whole and ranks == 1:  # the common case
+    if entry.is_single and ranks == 1:  # the common case
         row = entry.first.row
         column = entry.column(format)
         kept = first.tensor if column.scatter_index is not None else None
@@ -237,7 +237,7 @@ def _group(instance: Instance) -> tuple[str, int | None] | None:
     return instance.row.group, instance.index[0][1] if instance.index else None
 
 
-def _missing(entry: Entry, format: str, dims: Mapping[str, int]) -> Finding:
+def _missing(entry: StoredTensorSpec, format: str, dims: Mapping[str, int]) -> Finding:
     shape = str(list(entry.shape(format, dims) or ()))
     said = shape
     if entry.column(format).omitted_if_tied and not dims["tied"]:
@@ -255,7 +255,7 @@ def _unexpected(
                 continue
             hint = ""
             hints += 1
-            if family.knows(format, key):
+            if family.has_key(format, key):
                 hint = "; the config has no such layer, or says that the model has no such tensor"
             elif hints <= _LISTED:
                 import difflib

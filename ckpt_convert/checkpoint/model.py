@@ -112,7 +112,7 @@ def _other_head(family: Family, config: Mapping[str, Any], keys: Sequence[str]) 
     if _is_language_model(config):
         return None
     names = _architectures(config)
-    other = next((key for key in keys if not family.knows("hf", key)), None)
+    other = next((key for key in keys if not family.has_key("hf", key)), None)
     if other is not None and "lm_head.weight" not in keys:
         return f"architectures is {names[0]!r}, and {other!r} is no key of {family.name}'s language model"
     output = next((row.hf.template for row in family.rows if row.name == "output" and row.hf is not None), None)
@@ -129,7 +129,7 @@ def _is_language_model(config: Mapping[str, Any]) -> bool:
 
 def _is_tied(family: Family, config: Mapping[str, Any]) -> bool:
     try:
-        return bool(family.symbols(config)["tied"])
+        return bool(family.config_dims(config)["tied"])
     except ConfigError:
         return True
 
@@ -218,7 +218,7 @@ def from_shapes(keys: Keys, wanted: str | None) -> dict[str, Any] | None:
     else:
         format, stored = str(opened.format), opened.keys
         likely = [*(f for f in FAMILIES.with_shapes if format in f.formats), *_outside(stored, format)]
-        fits = [f for f in likely if f.from_shapes is not None and all(f.knows(format, key) for key in stored)]
+        fits = [f for f in likely if f.from_shapes is not None and all(f.has_key(format, key) for key in stored)]
     if len(fits) != 1 or fits[0].from_shapes is None or len(keys.ranks) != 1:
         return None
     with naming(str(opened.place)):
@@ -308,7 +308,7 @@ def _described(
     options: ConfigOptions,
     recorded: Recorded,
 ) -> Model:
-    dims = family.symbols(config)
+    dims = family.config_dims(config)
     keys = max(map(len, ranks))
     for symbol in family.indices.values():
         if dims[symbol] > max(keys, 4096):
@@ -338,7 +338,7 @@ def by_model_type(
         keys = list(keys)
         found.sort(
             key=lambda family: (
-                sum(not family.knows(format, key) for key in keys),
+                sum(not family.has_key(format, key) for key in keys),
                 family.name != before,
                 not family.architectures,
             )

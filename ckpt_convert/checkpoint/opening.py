@@ -274,7 +274,7 @@ def _fitting(families: Iterable[Family], keys: Collection[str]) -> set[str]:
         format
         for family in families
         for format in family.formats
-        if keys and all(family.knows(format, key) for key in keys)
+        if keys and all(family.has_key(format, key) for key in keys)
     }
 
 

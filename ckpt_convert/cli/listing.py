@@ -49,7 +49,7 @@ def _numbering(facts: Facts) -> Numbering:
             model = checkpoint.model
         except CkptConvertError:
             return None
-        return [entry.key for entry in model.family.entries(str(checkpoint.format), model.dims)]
+        return [entry.key for entry in model.family.stored_specs(str(checkpoint.format), model.dims)]
 
     return Numbering(checkpoint.tensors, expected)
 

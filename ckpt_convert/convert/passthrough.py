@@ -79,7 +79,7 @@ def restore_originals(
     logicals: LogicalTensors,
     everything: list[tuple[WeightFile, StoredTensor]],
 ) -> dict[Instance, Original]:
-    """The originals of rows that another format holds with a loss (``Row.lossy``): from record, ``like`` or source.
+    """The originals of rows that another format stores lossily (``Row.lossy_column``): from record, ``like`` or source.
 
     ``template`` are the source's tensors where a model in memory is written. An original is valid only while its
     conversion still equals the current tensor.
@@ -94,7 +94,7 @@ def restore_originals(
     out: dict[Instance, Original] = {}
     for instance, logical in logicals.tensors.items():
         row, target = instance.row, instance.row.column(request.to)
-        if target is None or (target.scatter_index is None) == (logical.original is None) or row.lossy is None:
+        if target is None or (target.scatter_index is None) == (logical.original is None) or row.lossy_column is None:
             continue  # this conversion loses nothing more
         places = [(row.column(format), tensors.get(str(instance.key(format)))) for format, tensors in found.items()]
         if template is not None and instance in template.tensors:
@@ -105,14 +105,14 @@ def restore_originals(
             if column is None or place is None or (column.scatter_index is None) != (target.scatter_index is None):
                 continue
             file, tensor = place
-            if tensor.shape != column.part_shape(row, model.dims) or tensor.dtype != logical.dtype:
+            if tensor.shape != column.stored_shape(row, model.dims) or tensor.dtype != logical.dtype:
                 continue
             lazy = from_source(len(everything), tensor.shape, tensor.strides)
             everything.append((file, tensor))
             before = column.to_logical(lazy, row, model.dims)
             now, then = logical.tensor, before
             if logical.original is not None:
-                now, then = logical.original, row.lossy.to_stored(before, row, model.dims)
+                now, then = logical.original, row.lossy_column.to_stored(before, row, model.dims)
             written = lazy if column == target else target.to_stored(before, row, model.dims)
             out[instance] = Original(written, Equality(now, then, logical.dtype, "", logical.key))
             break

@@ -230,7 +230,7 @@ def translate_tensors(inputs: PlanInputs, model: Model, equal: EqualBytes | None
     if literal:
         targets = [replace(target, key=source.names.stored.get(target.key, target.key)) for target in targets]
     if live is not None:  # the training state has them
-        carried = [instance for instance in carried if instance.row.lossy is None and instance.row.zeros is None]
+        carried = [instance for instance in carried if instance.row.lossy_column is None and instance.row.zeros is None]
     return Translated(made, template, tuple(everything), targets, carried, wanted, ranks, cut)
 
 

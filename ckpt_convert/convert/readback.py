@@ -41,7 +41,7 @@ def verify_output(
     for instance, logical in plan.logicals.tensors.items():
         other = found.tensors.get(instance) or apart.get(instance) or carried.get(logical.key)
         if other is not None and other.dtype == target_dtype(logical.dtype, instance, plan.request):
-            if instance.row.lossy is None:
+            if instance.row.lossy_column is None:
                 pairs.append((logical, other))
             else:
                 kept = carried.get(logical.key)

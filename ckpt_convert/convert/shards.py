@@ -28,7 +28,7 @@ from ckpt_convert.formats.names import (
     container_of,
     is_found_without_index,
 )
-from ckpt_convert.models.core.table import Entry, Family, Instance
+from ckpt_convert.models.core.table import Family, Instance, StoredTensorSpec
 from ckpt_convert.tensors.header import FileLayout
 from ckpt_convert.wording import option_text
 
@@ -154,7 +154,7 @@ def passthrough_files(
     for instance in (instance for instance in instances if instance not in joined):
         found, column = logicals.tensors[instance], instance.row.column(source_format)
         tensor = found.original or found.tensor
-        if instance.row.lossy is not None and found.original is None and column is not None:
+        if instance.row.lossy_column is not None and found.original is None and column is not None:
             tensor = column.to_stored(found.tensor, instance.row, dims)
         targets.append(TargetTensor(instance, found.key, 0, found.dtype, tensor))
     name = f"{RECORD_FOLDER}/layouts/{source_format}/carried.safetensors"
@@ -164,12 +164,12 @@ def passthrough_files(
 
 def _together(
     family: Family, format: str, instances: Sequence[Instance], logicals: LogicalTensors, dims: Mapping[str, int]
-) -> list[Entry]:
+) -> list[StoredTensorSpec]:
     """The stored tensors in which several of these instances are fused or stacked."""
     if len({logicals.tensors[instance].key for instance in instances}) == len(instances):
         return []
     chosen = set(instances)
-    return [entry for entry in family.entries(format, dims) if not entry.whole and entry.first in chosen]
+    return [entry for entry in family.stored_specs(format, dims) if not entry.is_single and entry.first in chosen]
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def check_formats(model: Model, source_name: str, *formats: str) -> None:
     """Raise UnsupportedFamilyError for a format that the family lacks, ConfigError for RoPE that it cannot express."""
     family = model.family
     for format in formats:
-        if not family.has(format):
+        if not family.has_column(format):
             raise UnsupportedFamilyError(
                 f"{source_name}: the {family.name} table has no {format} column; it has {', '.join(family.formats)}"
             )

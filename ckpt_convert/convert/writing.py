@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from ckpt_convert.checkpoint.mapping import Equality, LogicalTensor, LogicalTensors
 from ckpt_convert.convert import ties
 from ckpt_convert.errors import ConfigError, KeyMismatchError, option_error
-from ckpt_convert.models.core.table import Entry, Family, Instance, Key, evaluate
+from ckpt_convert.models.core.table import Family, Instance, Key, StoredTensorSpec, evaluate
 from ckpt_convert.tensors.lazy import LazyTensor, zeros
 from ckpt_convert.wording import first_few
 
@@ -43,7 +43,7 @@ class ColumnTensors:
     """The target's tensors in the order of the table; ``unmapped`` are those that the target has no key for.
 
     ``tie_checks`` are the pairs that tied weights require to be equal. Rows that the target stores with a loss
-    (``Row.lossy``) are in both lists.
+    (``Row.lossy_column``) are in both lists.
     """
 
     targets: list[TargetTensor] = field(default_factory=list)
@@ -98,14 +98,14 @@ def write_column(
     out = ColumnTensors()
     no_place = _leave_out(format, dims, logicals, out)
     missing: list[str] = []
-    for entry in family.entries(format, dims):
+    for entry in family.stored_specs(format, dims):
         there = [instance for instance in entry.instances if instance in logicals.tensors]
         if len(there) < len(entry.instances):
             tied = entry.column(format).omitted_if_tied and dims["tied"]
             if there or (entry.first.row.required and not tied):
                 missing.append(entry.key)
             continue
-        if entry.whole and dims["tied"] and _omits(entry, format, logicals, keep_tied, out):
+        if entry.is_single and dims["tied"] and _omits(entry, format, logicals, keep_tied, out):
             continue
         made = _cut(entry, format, dims, logicals.tensors, ranks)
         before = (originals or {}).get(entry.first)
@@ -130,7 +130,7 @@ def _leave_out(format: str, dims: Mapping[str, int], logicals: LogicalTensors, o
     for instance, logical in logicals.tensors.items():
         row, place = instance.row, instance.row.column(format)
         if place is not None:
-            if row.lossy is not None and (place.scatter_index is None) != (logical.original is None):
+            if row.lossy_column is not None and (place.scatter_index is None) != (logical.original is None):
                 out.unmapped.append(instance)
         elif row.tied_to and dims["tied"]:  # stored as the row that it is tied to
             out.tie_checks += ties.tie_checks(instance, logicals)
@@ -142,7 +142,11 @@ def _leave_out(format: str, dims: Mapping[str, int], logicals: LogicalTensors, o
 
 
 def _omits(
-    entry: Entry, format: str, logicals: LogicalTensors, keep_tied: bool | Collection[str] | None, out: ColumnTensors
+    entry: StoredTensorSpec,
+    format: str,
+    logicals: LogicalTensors,
+    keep_tied: bool | Collection[str] | None,
+    out: ColumnTensors,
 ) -> bool:
     """Whether a key of a tied model is omitted, as its weights are stored under another one."""
     instance = entry.first
@@ -164,11 +168,15 @@ def _as_they_were(logicals: LogicalTensors, format: str) -> Iterator[TargetTenso
 
 
 def _cut(
-    entry: Entry, format: str, dims: Mapping[str, int], logicals: Mapping[Instance, LogicalTensor], ranks: int
+    entry: StoredTensorSpec,
+    format: str,
+    dims: Mapping[str, int],
+    logicals: Mapping[Instance, LogicalTensor],
+    ranks: int,
 ) -> Iterator[TargetTensor]:
     """The slice of a key that every rank stores."""
     first = logicals[entry.first]
-    if entry.whole and ranks == 1:  # the common case
+    if entry.is_single and ranks == 1:  # the common case
         yield TargetTensor(
             entry.first, entry.key, 0, first.dtype, to_stored(entry.first, first, entry.column(format), dims)
         )
@@ -214,7 +222,7 @@ def _check_ranks(family: Family, format: str, dims: Mapping[str, int], ranks: in
             continue
         # Ranks hold whole heads, so where there are heads they are what has to divide.
         name = row.heads or (column.shape or row.shape)[axis]
-        size = evaluate(name, dims) if row.heads else column.part_shape(row, dims)[axis]
+        size = evaluate(name, dims) if row.heads else column.stored_shape(row, dims)[axis]
         cut[name] = size, column
 
     def uneven_over(count: int) -> list[str]:

@@ -294,7 +294,7 @@ def test_an_unexpected_key_is_named_as_the_file_has_it(tmp_path: Path) -> None:
 def test_the_vision_models_of_transformers_before_and_after_they_were_renamed() -> None:
     """The families' tables have the keys of the files; in memory transformers has others since 4.52."""
     family = FAMILIES["gemma3"]
-    old = [entry.key for entry in family.entries("hf", _AnyDims())]
+    old = [entry.key for entry in family.stored_specs("hf", _AnyDims())]
 
     def new(key: str) -> str:
         if key.startswith("language_model.lm_head."):

@@ -340,10 +340,10 @@ def test_a_table_of_many_keys() -> None:
         SourceTensor(f"layers.{at}.w", "BF16", from_source(at, (2, 4)), "model.safetensors") for at in range(20_000)
     ]
     family = generic_model.generic_family(tensors)
-    assert [entry.key for entry in family.entries("hf", {})] == [tensor.key for tensor in tensors]
+    assert [entry.key for entry in family.stored_specs("hf", {})] == [tensor.key for tensor in tensors]
     assert family.formats == ("hf",)
-    assert family.knows("hf", "layers.7.w")
-    assert not family.knows("hf", "layers.{layer}.w")
+    assert family.has_key("hf", "layers.7.w")
+    assert not family.has_key("hf", "layers.{layer}.w")
 
 
 def test_a_copy_of_a_directory_takes_its_other_files_along(gpt2: Path, tmp_path: Path) -> None:

@@ -133,11 +133,11 @@ def test_keys_and_shapes_are_those_that_transformers_saves(name: str, tmp_path: 
     directory = saved(name, tmp_path / "model")
     config = json.loads((directory / "config.json").read_text())
     family = FAMILIES.get(name) or next(f for f in FAMILIES.values() if config["model_type"] in f.model_types)
-    dims = family.symbols(config)
+    dims = family.config_dims(config)
     tied = {row.name for row in family.rows if row.tied_to and dims["tied"]}
     found = {
         entry.key: entry.shape("hf", dims)
-        for entry in family.entries("hf", dims)
+        for entry in family.stored_specs("hf", dims)
         if entry.first.row.required and entry.first.row.name not in tied
     }
     assert found == {key: tuple(tensor.shape) for key, tensor in read_safetensors(directory).items()}
@@ -148,11 +148,13 @@ def test_keys_and_shapes_are_those_that_transformers_has_in_memory(name: str) ->
     config = MODELS[name]()
     content = config.to_dict()
     family = FAMILIES.get(name) or next(f for f in FAMILIES.values() if content["model_type"] in f.model_types)
-    dims = family.symbols(content)
+    dims = family.config_dims(content)
     with torch.device("meta"):
         state = empty(config).state_dict()
     found = {
-        entry.key: entry.shape(IN_MEMORY, dims) for entry in family.entries(IN_MEMORY, dims) if entry.first.row.required
+        entry.key: entry.shape(IN_MEMORY, dims)
+        for entry in family.stored_specs(IN_MEMORY, dims)
+        if entry.first.row.required
     }
     assert found == {key: tuple(tensor.shape) for key, tensor in state.items()}
 
@@ -546,7 +548,7 @@ def test_the_params_of_8x7b_do_not_say_theta() -> None:
 def test_a_config_that_cannot_be_is_refused(model_type: str, changes: dict[str, object], message: str) -> None:
     family = next(family for family in FAMILIES.values() if model_type in family.model_types)
     with pytest.raises(ConfigError, match=message):
-        family.symbols({**SIZES, "model_type": model_type, **changes})
+        family.config_dims({**SIZES, "model_type": model_type, **changes})
 
 
 @pytest.mark.parametrize(
@@ -571,7 +573,7 @@ def test_the_setting_to_blame_is_named(case: str, setting: str, wrong: int, tmp_
 
 def test_which_layers_have_experts() -> None:
     def moe(model_type: str, **config: object) -> tuple[int, ...]:
-        return FAMILIES[model_type].symbols({**SIZES, "num_hidden_layers": 6, **config}).sets["moe"]
+        return FAMILIES[model_type].config_dims({**SIZES, "num_hidden_layers": 6, **config}).sets["moe"]
 
     assert moe("qwen3_moe") == (0, 1, 2, 3, 4, 5)
     assert moe("qwen3_moe", decoder_sparse_step=2) == (1, 3, 5)
@@ -595,12 +597,12 @@ def test_what_a_config_leaves_out_is_as_in_transformers(name: str) -> None:
     for absent in whole.keys() - required - {"model_type"}:
         content = {key: value for key, value in whole.items() if key != absent}
         meant = config_class.from_dict(content).to_dict()
-        assert FAMILIES[name].symbols(content) == FAMILIES[name].symbols(meant), absent
+        assert FAMILIES[name].config_dims(content) == FAMILIES[name].config_dims(meant), absent
 
 
 def test_the_number_of_layers_that_predict_further_tokens() -> None:
     def mtp(**config: object) -> Dims:
-        return FAMILIES["deepseek_v3"].symbols({**SIZES, **config})
+        return FAMILIES["deepseek_v3"].config_dims({**SIZES, **config})
 
     assert mtp(num_nextn_predict_layers=2).sets["mtp"] == (4, 5)
     assert mtp(num_nextn_predict_layers=0).sets["mtp"] == ()
@@ -611,8 +613,8 @@ def test_glm_has_the_layers_that_predict_further_tokens_too(tmp_path: Path, monk
     """transformers does not save them: they are written beside, and it finds them in what comes out."""
     source = saved("glm4_moe_bias", tmp_path / "source")
     family, config = FAMILIES["glm4_moe"], json.loads((source / "config.json").read_text())
-    dims = family.symbols(config)
-    entries = [entry for entry in family.entries("hf", dims) if entry.first.row.group == "mtp"]
+    dims = family.config_dims(config)
+    entries = [entry for entry in family.stored_specs("hf", dims) if entry.first.row.group == "mtp"]
     extra = {entry.key: torch.randn(entry.shape("hf", dims) or ()) for entry in entries}
     safetensors.torch.save_file(extra, source / "mtp.safetensors")
     edit_index(source, dict.fromkeys(extra, "mtp.safetensors"))
@@ -653,7 +655,7 @@ DEEPSEEK_V3 = {
 def test_deepseek_v3_has_as_many_tensors_as_its_release() -> None:
     """Its index lists 91,991: the weights, and a scale for each matrix that is in FP8."""
     family = FAMILIES["deepseek_v3"]
-    rows = [instance.row for instance in family.instances(family.symbols(DEEPSEEK_V3)) if not instance.row.derived]
+    rows = [instance.row for instance in family.instances(family.config_dims(DEEPSEEK_V3)) if not instance.row.derived]
     plain = ("tok_embeddings", "output", "moe.router", "mtp.tok_embeddings", "mtp.output", "mtp.moe.router")
     scales = [row for row in rows if len(row.shape) == 2 and row.name not in (*plain, "mtp.projection")]
     assert len(rows) + len(scales) == 91_991
@@ -661,8 +663,8 @@ def test_deepseek_v3_has_as_many_tensors_as_its_release() -> None:
 
 def test_a_model_of_that_size_is_mapped_whole() -> None:
     family = FAMILIES["deepseek_v3"]
-    dims = family.symbols(DEEPSEEK_V3)
-    entries = [entry for entry in family.entries("hf", dims) if not entry.first.row.derived]
+    dims = family.config_dims(DEEPSEEK_V3)
+    entries = [entry for entry in family.stored_specs("hf", dims) if not entry.first.row.derived]
     sources = {
         entry.key: SourceTensor(entry.key, "bfloat16", from_source(number, entry.shape("hf", dims) or ()), "a file")
         for number, entry in enumerate(entries)

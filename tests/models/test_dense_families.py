@@ -111,10 +111,10 @@ def logits(directory: Path) -> torch.Tensor:
 def test_the_table_has_the_keys_and_shapes_that_transformers_saves(name: str, save: Save) -> None:
     directory, model = save(name)
     family = FAMILIES[CASES[name].family]
-    dims = family.symbols(model.config.to_dict())
+    dims = family.config_dims(model.config.to_dict())
     found = {
         entry.key: entry.shape("hf", dims)
-        for entry in family.entries("hf", dims)
+        for entry in family.stored_specs("hf", dims)
         if entry.first.row.required and not (entry.column("hf").omitted_if_tied and dims["tied"])
     }
     assert found == {key: tuple(tensor.shape) for key, tensor in read_safetensors(directory).items()}
@@ -253,7 +253,7 @@ def test_what_a_config_leaves_out_is_as_in_transformers(name: str, absent: str) 
 
 
 def symbols(family: Family, content: dict[str, Any]) -> dict[str, int]:
-    return dict(family.symbols(content))
+    return dict(family.config_dims(content))
 
 
 def test_a_missing_size_is_named(save: Save, tmp_path: Path) -> None:

@@ -227,10 +227,10 @@ def test_a_key_is_no_string_and_a_shape_is_a_tuple() -> None:
 )
 def test_a_symbol_that_the_config_does_not_give_is_named_with_its_row(row: Row) -> None:
     with pytest.raises(CkptConvertError, match="the table of mine needs 'width' for its row 'w'"):
-        family(row).symbols({})
+        family(row).config_dims({})
 
 
 def test_a_set_that_the_config_does_not_give_is_named_with_its_row() -> None:
     mine = family(Row("w", ("dim",), layer_set="moe", hf=Key("{layer}.w")), sets=lambda config: {"dense": [0]})
     with pytest.raises(CkptConvertError, match="the table of mine needs 'moe' for its row 'w'"):
-        mine.symbols({})
+        mine.config_dims({})

@@ -82,8 +82,8 @@ def outputs(model: Any) -> torch.Tensor:
 def test_the_table_has_the_keys_and_shapes_that_are_saved(family: str, tied: bool, head: bool, tmp_path: Path) -> None:
     model = save(tmp_path, family, tied=tied, head=head)
     table = FAMILIES[family]
-    dims = table.symbols(model.config.to_dict())
-    found = {entry.key: entry.shape("hf", dims) for entry in table.entries("hf", dims) if entry.first.row.required}
+    dims = table.config_dims(model.config.to_dict())
+    found = {entry.key: entry.shape("hf", dims) for entry in table.stored_specs("hf", dims) if entry.first.row.required}
     if tied:
         del found["language_model.lm_head.weight"]
     assert found == {key: tuple(tensor.shape) for key, tensor in read_safetensors(tmp_path).items()}
@@ -117,13 +117,13 @@ def test_a_text_config_says_only_what_differs_from_the_class() -> None:
     content = {"model_type": "gemma3", "text_config": text, "vision_config": {"model_type": "siglip_vision_model"}}
     full = transformers.Gemma3Config.from_dict(content).to_dict()
     assert full["text_config"]["num_attention_heads"] == 8
-    assert FAMILIES[RELEASED].symbols(content) == FAMILIES[RELEASED].symbols(full)
+    assert FAMILIES[RELEASED].config_dims(content) == FAMILIES[RELEASED].config_dims(full)
     empty = {"model_type": "gemma3"}
-    assert FAMILIES[RELEASED].symbols(empty) == FAMILIES[RELEASED].symbols(
+    assert FAMILIES[RELEASED].config_dims(empty) == FAMILIES[RELEASED].config_dims(
         transformers.Gemma3Config.from_dict(empty).to_dict()
     )
     text_only = FAMILIES["gemma3_text"]
-    assert text_only.symbols({}) == text_only.symbols(transformers.Gemma3TextConfig().to_dict())
+    assert text_only.config_dims({}) == text_only.config_dims(transformers.Gemma3TextConfig().to_dict())
     assert siglip_dims({}, "") == siglip_dims(transformers.SiglipVisionConfig().to_dict(), "")
 
 
@@ -133,7 +133,7 @@ def test_the_top_of_the_config_says_whether_weights_are_tied(top: bool | None, t
     content = {"text_config": {**TEXT, "tie_word_embeddings": text}, "vision_config": VISION, **said}
     model = transformers.Gemma3ForConditionalGeneration(transformers.Gemma3Config(**content))
     assert (model.lm_head.weight is model.get_input_embeddings().weight) is tied
-    assert FAMILIES[RELEASED].symbols(content)["tied"] == tied
+    assert FAMILIES[RELEASED].config_dims(content)["tied"] == tied
 
 
 def test_a_tensor_of_the_tower_that_is_missing_is_named(tmp_path: Path) -> None:

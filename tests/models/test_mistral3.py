@@ -115,8 +115,8 @@ def test_the_table_has_every_key_of_transformers_in_files_and_in_memory(
 ) -> None:
     model = made(tmp_path, **changes)
     content = json.loads((tmp_path / "config.json").read_text())
-    family, dims = FAMILIES["mistral3"], FAMILIES["mistral3"].symbols(content)
-    rows = [entry for entry in family.entries("hf", dims) if entry.first.row.required]
+    family, dims = FAMILIES["mistral3"], FAMILIES["mistral3"].config_dims(content)
+    rows = [entry for entry in family.stored_specs("hf", dims) if entry.first.row.required]
     tied = {"language_model.lm_head.weight"} if content["tie_word_embeddings"] else set()
     stored = {entry.key: entry.shape("hf", dims) for entry in rows if entry.key not in tied}
     assert stored == {key: tuple(tensor.shape) for key, tensor in read_safetensors(tmp_path).items()}
@@ -127,13 +127,15 @@ def test_what_is_absent_is_as_in_the_classes() -> None:
     family = FAMILIES["mistral3"]
     full = transformers.Mistral3Config().to_dict() | {"tie_word_embeddings": False}
     full["text_config"]["tie_word_embeddings"] = False
-    assert family.symbols({}) == family.symbols(full)
+    assert family.config_dims({}) == family.config_dims(full)
     empty = transformers.PixtralVisionConfig().to_dict()
-    assert family.symbols({"vision_config": {"model_type": "pixtral"}}) == family.symbols({"vision_config": empty})
+    assert family.config_dims({"vision_config": {"model_type": "pixtral"}}) == family.config_dims(
+        {"vision_config": empty}
+    )
 
 
 def test_a_config_of_the_releases_says_nothing_of_ties_and_is_not_tied() -> None:
-    assert FAMILIES["mistral3"].symbols({"text_config": TEXT})["tied"] == 0
+    assert FAMILIES["mistral3"].config_dims({"text_config": TEXT})["tied"] == 0
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -76,10 +76,10 @@ def shapes(
     name: str, column: str, config: dict[str, Any], *, without_tied: bool = False
 ) -> dict[str, tuple[int, ...] | None]:
     family = FAMILIES[name]
-    dims = family.symbols(config)
+    dims = family.config_dims(config)
     return {
         entry.key: entry.shape(column, dims)
-        for entry in family.entries(column, dims)
+        for entry in family.stored_specs(column, dims)
         if entry.first.row.required and not (without_tied and dims["tied"] and entry.first.row.tied_to)
     }
 
@@ -119,7 +119,7 @@ def test_a_config_of_qwen2_5_vl_with_the_text_at_the_top_says_the_same(tmp_path:
     del flat["text_config"]
     path.write_text(json.dumps(flat))
     family = FAMILIES["qwen2_5_vl"]
-    assert family.symbols(json.loads(path.read_text())) == family.symbols(nested)
+    assert family.config_dims(json.loads(path.read_text())) == family.config_dims(nested)
     read = transformers.AutoConfig.from_pretrained(tmp_path / "hf")
     assert read.text_config.hidden_size == TEXT["hidden_size"]
     with open_checkpoint(tmp_path / "hf") as found:
@@ -136,4 +136,4 @@ def test_what_a_config_leaves_out_is_as_in_transformers(name: str, part: str) ->
     for absent in whole[part].keys() - (required if part == "text_config" else set()) - {"model_type"}:
         content = {**whole, part: {key: value for key, value in whole[part].items() if key != absent}}
         meant = transformers.AutoConfig.for_model(**content).to_dict()
-        assert FAMILIES[name].symbols(content) == FAMILIES[name].symbols(meant), absent
+        assert FAMILIES[name].config_dims(content) == FAMILIES[name].config_dims(meant), absent

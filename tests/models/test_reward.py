@@ -80,7 +80,7 @@ def test_the_config_counts_the_labels(labels: dict[str, str] | None, rows: int, 
 )
 def test_labels_are_counted_as_transformers_counts_them(said: dict[str, Any]) -> None:
     content = {**transformers.LlamaConfig(head_dim=128).to_dict(), "id2label": None, "label2id": None, **said}
-    counted = FAMILIES["llama_reward"].symbols(content)["n_labels"]
+    counted = FAMILIES["llama_reward"].config_dims(content)["n_labels"]
     assert counted == transformers.LlamaConfig.from_dict({**content, **said}).num_labels
 
 

@@ -104,12 +104,12 @@ def _tied(model: Model, stored: StoredShapes, found: list[Finding], where: str) 
     """The findings under the check ids of ``verify``: the missing output layer of an untied model is "tied"."""
     outputs = {
         entry.key
-        for entry in model.family.entries(stored.format, model.dims)
+        for entry in model.family.stored_specs(stored.format, model.dims)
         if entry.column(stored.format).omitted_if_tied
     }
     vocabulary = {
         entry.key
-        for entry in model.family.entries(stored.format, model.dims)
+        for entry in model.family.stored_specs(stored.format, model.dims)
         if entry.first.row.shape[0] == "vocab_size" and len(stored.shapes.get(entry.key, ())) == 2
     }
     for finding in found:
@@ -143,7 +143,7 @@ def _misfits(model: Model, stored: StoredShapes, dims: Dims) -> list[tuple[str, 
     known = set()
     format = stored.format
     sizes: dict[tuple[str, ...], Shape | None] = {}
-    for entry in model.family.entries(format, dims):
+    for entry in model.family.stored_specs(format, dims):
         known.add(entry.key)
         shape = stored.shapes.get(entry.key)
         if shape is not None:
@@ -170,7 +170,7 @@ def _best(
     for setting, value in list(_candidates(model, stored, config, dims))[:most]:
         changed = {**config, setting: value}
         try:
-            sizes = model.family.symbols(changed).replace(**dims.decided_by_weights)
+            sizes = model.family.config_dims(changed).replace(**dims.decided_by_weights)
         except CkptConvertError:
             continue
         causes.append(_Cause(len(_misfits(model, stored, sizes)), setting, value, changed, sizes))

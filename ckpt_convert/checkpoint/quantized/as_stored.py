@@ -37,7 +37,7 @@ def refuse_formats(found: Quantization, model: Model, formats: frozenset[str], p
     Raises UnsupportedFamilyError for a format that the family lacks, ConfigError for a format that cannot hold scales.
     """
     for format in sorted(formats):
-        if not model.family.has(format):  # dequantizing would not help
+        if not model.family.has_column(format):  # dequantizing would not help
             raise UnsupportedFamilyError(
                 f"{path}: the {model.family.name} table has no {format} column; it has "
                 f"{', '.join(model.family.formats)}"

@@ -126,7 +126,7 @@ def source_targets(checkpoint: Identified, format: str) -> tuple[list[TargetTens
 
 def match_model(checkpoint: Identified, tensors: Mapping[str, torch.Tensor], format: str) -> ModelMatch:
     """Match a checkpoint with the tensors of a model; no tensor is read."""
-    column = checkpoint.model_for(format).family.column_of(format, tensors)
+    column = checkpoint.model_for(format).family.detect_column(format, tensors)
     targets, optional = source_targets(checkpoint, column)
     optional |= {target.key for target in targets if not target.instance.row.required}
     known = {target.key: target for target in _with_prefix_of(tensors, targets)}

@@ -194,7 +194,7 @@ class SavePlanner:
 
     def _layout(self, tensors: Tensors) -> str:
         format = self.settings.model_format
-        return self.source.model_for(format).family.column_of(format, tensors)
+        return self.source.model_for(format).family.detect_column(format, tensors)
 
     def _base_section(self, tensors: Tensors) -> dict[str, Any]:
         """The manifest's entry about the base of an adapter; the base is read for it if it was not loaded here."""
@@ -393,7 +393,7 @@ class SavePlanner:
         self, tensors: Mapping[str, Owned], settings: Settings, readers: Mapping[str, RangeReader] | None = None
     ) -> planning.InMemorySource:
         family = self.source.model_for(settings.model_format).family
-        return as_planning_source(tensors, family.column_of(settings.model_format, tensors), readers)
+        return as_planning_source(tensors, family.detect_column(settings.model_format, tensors), readers)
 
     def _request(self, settings: Settings) -> Request:
         # A value must not end a training run: overflows are warnings, and the training state keeps the exact values.

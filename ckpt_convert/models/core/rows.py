@@ -193,7 +193,7 @@ class Key:
             tensor = _swapped(tensor)
         if self.shape is None:
             return tensor
-        shape = self.part_shape(row, dims)
+        shape = self.stored_shape(row, dims)
         if self.scatter_index is not None:
             tensor = _scattered(tensor, _set(dims, self.scatter_index), prod(shape))
         return tensor.reshape(shape)
@@ -221,7 +221,7 @@ class Key:
         """The inverse of ``rows_to_stored``."""
         return reordered(tensor, heads, rotary, inverse=True) if self.rope == "interleaved" else tensor
 
-    def part_shape(self, row: Row, dims: Mapping[str, int]) -> tuple[int, ...]:
+    def stored_shape(self, row: Row, dims: Mapping[str, int]) -> tuple[int, ...]:
         """The shape of what ``to_stored`` returns."""
         if self.shape is not None:
             return tuple(evaluate(expression, dims) for expression in self.shape)
@@ -282,13 +282,17 @@ class Row:
         return not (self.optional or self.derived or self.zeros)
 
     @cached_property
-    def lossy(self) -> Key | None:
+    def lossy_column(self) -> Key | None:
         """The column with a scatter index: it does not hold all of the row, nor do the others hold all that it does."""
         return next((key for key in self.columns.values() if key.scatter_index is not None), None)
 
     def representable(self, tensor: LazyTensor, dims: Mapping[str, int]) -> LazyTensor:
         """The logical tensor with zeros where not every column holds it."""
-        return self.lossy.to_logical(self.lossy.to_stored(tensor, self, dims), self, dims) if self.lossy else tensor
+        return (
+            self.lossy_column.to_logical(self.lossy_column.to_stored(tensor, self, dims), self, dims)
+            if self.lossy_column
+            else tensor
+        )
 
     @property
     def group(self) -> str | None:

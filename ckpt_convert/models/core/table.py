@@ -16,10 +16,10 @@ from typing import Any
 
 from ckpt_convert.errors import ConfigError
 from ckpt_convert.models.core.config import CONFIG
-from ckpt_convert.models.core.entry import Entry, Instance, fused_position
 from ckpt_convert.models.core.params import Params
 from ckpt_convert.models.core.rope import partial_rotary_factor
 from ckpt_convert.models.core.rows import EMBEDDING_AXIS, FORMATS, IN_MEMORY, Dims, Key, Row, Sets, evaluate, matches
+from ckpt_convert.models.core.stored_specs import Instance, StoredTensorSpec, fused_position
 from ckpt_convert.models.core.tokenizers import LLAMA_3
 from ckpt_convert.tokenizer.spec import TiktokenSpec
 
@@ -27,12 +27,12 @@ __all__ = [
     "FORMATS",
     "IN_MEMORY",
     "Dims",
-    "Entry",
     "Family",
     "Instance",
     "Key",
     "Row",
     "Sets",
+    "StoredTensorSpec",
     "evaluate",
 ]
 
@@ -100,7 +100,7 @@ class Family:
             if format in self.unverified
         )
 
-    def symbols(self, config: Mapping[str, Any]) -> Dims:
+    def config_dims(self, config: Mapping[str, Any]) -> Dims:
         """The dimensions and sets that the config gives; raises ConfigError."""
         dims = Dims(self.dims(config), self.sets(config) if self.sets is not None else None)
         self._check_symbols(dims)
@@ -184,14 +184,14 @@ class Family:
         """The slowest placeholder of a row."""
         return next((name for name in self.indices if name in row.placeholders), None)
 
-    def entries(self, format: str, dims: Mapping[str, int]) -> Iterator[Entry]:
+    def stored_specs(self, format: str, dims: Mapping[str, int]) -> Iterator[StoredTensorSpec]:
         """Every key that a format has for this config, with the instances that it holds, in the order of the layers.
 
         Raises ValueError for a config with which two rows would have one key.
         """
         if self.literal:
             known = self.literal.items() if format in self.formats else ()
-            yield from (Entry(key, ((Instance(row, ((key, 0),)),),)) for key, row in known)
+            yield from (StoredTensorSpec(key, ((Instance(row, ((key, 0),)),),)) for key, row in known)
             return
         groups: dict[str, Instance | dict[str, list[Instance]]] = {}
         for run in self._runs(dims):
@@ -213,7 +213,7 @@ class Family:
                 there.setdefault(row.name, []).extend(instances)
         for key, rows in groups.items():
             if isinstance(rows, Instance):
-                yield Entry(key, ((rows,),))
+                yield StoredTensorSpec(key, ((rows,),))
                 continue
             ordered = list(rows.values())
             if len(ordered) > 1:
@@ -224,7 +224,7 @@ class Family:
             if column is None or (len(members) > 1 and column.fused is None):
                 raise ValueError(f"{self.name}: {', '.join(rows)} have one {format} key: {key}")
             missing = [name for name in self.indices if name in first.row.placeholders - column.placeholders]
-            yield Entry(key, members, tuple(dims[self.indices[name]] for name in missing))
+            yield StoredTensorSpec(key, members, tuple(dims[self.indices[name]] for name in missing))
 
     @cached_property
     def _patterns(self) -> dict[str, list[tuple[tuple[str, ...], Row]]]:
@@ -233,17 +233,17 @@ class Family:
             for format in (*FORMATS, IN_MEMORY)
         }
 
-    def has(self, column: str) -> bool:
+    def has_column(self, column: str) -> bool:
         """Whether the table has this column: a format, or ``IN_MEMORY``."""
         return ("hf" if column == IN_MEMORY else column) in self.formats
 
-    def column_of(self, format: str, keys: Iterable[str]) -> str:
+    def detect_column(self, format: str, keys: Iterable[str]) -> str:
         """The column that the keys of a model in memory belong to: ``format``, or for hf possibly ``IN_MEMORY``."""
         if format != "hf" or not any(row.in_memory for row in self.rows):
             return format
-        return IN_MEMORY if any(self.knows(IN_MEMORY, key) and not self.knows("hf", key) for key in keys) else "hf"
+        return IN_MEMORY if any(self.has_key(IN_MEMORY, key) and not self.has_key("hf", key) for key in keys) else "hf"
 
-    def knows(self, format: str, key: str) -> bool:
+    def has_key(self, format: str, key: str) -> bool:
         """Whether some row of the column could have this key, at any index (a config is not needed)."""
         if self.literal:
             return format in self.formats and key in self.literal

@@ -102,8 +102,8 @@ def test_a_row_that_every_column_stacks() -> None:
         ),
         indices={"layer": "n_layers", "expert": "experts"},
     )
-    assert [entry.key for entry in toy.entries("hf", dims())] == ["layers.0.w", "layers.1.w"]
-    assert [entry.shape("native", dims()) for entry in toy.entries("native", dims())] == [(3, 3, 5), (3, 3, 5)]
+    assert [entry.key for entry in toy.stored_specs("hf", dims())] == ["layers.0.w", "layers.1.w"]
+    assert [entry.shape("native", dims()) for entry in toy.stored_specs("native", dims())] == [(3, 3, 5), (3, 3, 5)]
     assert len(list(toy.instances(dims()))) == 6
 
 

@@ -65,7 +65,7 @@ def test_several_placeholders_count_in_the_order_of_the_indices() -> None:
     ],
 )
 def test_templates_match_whole_keys(key: str, known: bool) -> None:
-    assert LLAMA.knows("hf", key) is known
+    assert LLAMA.has_key("hf", key) is known
 
 
 @pytest.mark.parametrize(

@@ -191,7 +191,7 @@ def test_sets_limit_rows_and_give_positions() -> None:
         shapes,
         lambda given: [{"dense.0.x": given["h.0.x"], "moe.0.y": given["h.1.y"], "moe.1.y": given["h.2.y"]}],
     )
-    assert [entry.key for entry in family(*rows).entries("hf", DIMS)] == ["h.0.x", "h.1.y", "h.2.y"]
+    assert [entry.key for entry in family(*rows).stored_specs("hf", DIMS)] == ["h.0.x", "h.1.y", "h.2.y"]
 
 
 def test_ranks_in_succession_may_hold_the_same_part() -> None:
@@ -270,6 +270,6 @@ def test_two_rows_with_one_key_for_this_config_are_refused() -> None:
         Row("a", ("dim",), layer_set="dense", hf=Key("x.{layer}")),
         Row("b", ("dim",), layer_set="moe", hf=Key("x.{layer}")),
     ]
-    assert len(list(family(*rows).entries("hf", DIMS))) == 3
+    assert len(list(family(*rows).stored_specs("hf", DIMS))) == 3
     with pytest.raises(ValueError, match=r"f: a, b have one hf key: x\.0"):
-        list(family(*rows).entries("hf", Dims(SIZES, {"dense": (0,), "moe": (0, 1)})))
+        list(family(*rows).stored_specs("hf", Dims(SIZES, {"dense": (0,), "moe": (0, 1)})))

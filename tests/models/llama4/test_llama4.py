@@ -316,8 +316,10 @@ def test_the_generated_config_makes_the_model_that_was_released(params: dict[str
     with torch.device("meta"):
         model = Llama4ForConditionalGeneration(config)
     family = FAMILIES["llama4"]
-    sizes = family.symbols(hf_of(params))
-    ours = {entry.key: entry.shape("hf", sizes) for entry in family.entries("hf", sizes) if "inv_freq" not in entry.key}
+    sizes = family.config_dims(hf_of(params))
+    ours = {
+        entry.key: entry.shape("hf", sizes) for entry in family.stored_specs("hf", sizes) if "inv_freq" not in entry.key
+    }
     assert ours == {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
 
 
@@ -414,7 +416,7 @@ def test_what_meta_s_code_cannot_run_is_refused(part: str, changes: dict[str, An
     config[part] |= changes
     family = FAMILIES["llama4"]
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
-        (family.symbols(config), hf_to_params(config))
+        (family.config_dims(config), hf_to_params(config))
 
 
 @pytest.mark.parametrize(

@@ -528,8 +528,10 @@ def test_the_generated_config_makes_the_model_that_was_released(params: dict[str
         front = next(front for front in on_disk if key.startswith(front))
         theirs[on_disk[front] + key.removeprefix(front)] = tuple(tensor.shape)
     family = FAMILIES["mllama"]
-    sizes = family.symbols(hf_of(params))
-    ours = {entry.key: entry.shape("hf", sizes) for entry in family.entries("hf", sizes) if "inv_freq" not in entry.key}
+    sizes = family.config_dims(hf_of(params))
+    ours = {
+        entry.key: entry.shape("hf", sizes) for entry in family.stored_specs("hf", sizes) if "inv_freq" not in entry.key
+    }
     assert ours == theirs
 
 
@@ -614,7 +616,7 @@ def test_what_meta_s_code_cannot_run_is_refused(part: str, changes: dict[str, An
     config[part] |= changes
     family = FAMILIES["mllama"]
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
-        (family.symbols(config), hf_to_params(config))
+        (family.config_dims(config), hf_to_params(config))
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ class Instance:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class StoredTensorSpec:
     """One key of a format and what it holds: ``rows`` has, for each fused row, the instances that are stacked."""
 
     key: str
@@ -58,7 +58,7 @@ class Entry:
         return tuple(instance for row in self.rows for instance in row)
 
     @property
-    def whole(self) -> bool:
+    def is_single(self) -> bool:
         """Whether the key holds one instance and nothing else."""
         return len(self.rows) == 1 and not self.stacked
 
@@ -84,7 +84,7 @@ class Entry:
         out = []
         for row in self.rows:
             column = row[0].row.column(format)
-            shape = column.part_shape(row[0].row, dims) if column else ()
+            shape = column.stored_shape(row[0].row, dims) if column else ()
             axis = column.tp_axis(dims) if column else None
             if column is not None and axis is not None and ranks > 1:
                 share = ranks // column.replicas(dims, ranks)
@@ -103,7 +103,7 @@ class Entry:
 
     def join(self, format: str, parts: Mapping[Instance, LazyTensor]) -> LazyTensor:
         """The stored tensor (of one rank), fused and stacked from its parts in the column's layout."""
-        if self.whole:
+        if self.is_single:
             return parts[self.first]
         column = self.column(format)
         fused = [
@@ -121,7 +121,7 @@ class Entry:
         self, format: str, tensor: LazyTensor, dims: Mapping[str, int], ranks: int = 1
     ) -> dict[Instance, LazyTensor]:
         """The inverse of ``join``, for a tensor of the right shape."""
-        if self.whole:
+        if self.is_single:
             return {self.first: tensor}
         column, parts = self.column(format), self._parts(format, dims, ranks) or []
         count = prod(self.stacked)
