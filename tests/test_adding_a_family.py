@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from click.testing import CliRunner
 
+from ckpt_convert.cli import cli
 from ckpt_convert.families import Family, Key, Row
 from ckpt_convert.models import FAMILIES
 from tests.models.plugins import without_outside_families, write_distribution
@@ -33,15 +35,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert project["tool"]["setuptools"]["py-modules"] == [MODULE]
     points = project["project"]["entry-points"]["ckpt_convert.families"]
     return write_distribution(tmp_path_factory.mktemp("site"), project["project"]["name"], {MODULE: TABLE}, points)
-
-
-def run(site: Path, *command: object) -> str:
-    """The output of a process of its own in which the package is installed."""
-    paths = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
-    words = [sys.executable, "-m", *map(str, command)]
-    ran = subprocess.run(words, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    return ran.stdout
 
 
 @pytest.fixture
@@ -65,25 +58,34 @@ def test_the_page_uses_what_is_public_alone() -> None:
 def test_the_test_of_the_page_passes(site: Path, tmp_path: Path) -> None:
     """Every direction, two ranks, formulas as judges, and a training run."""
     (tmp_path / "test_starcoder2.py").write_text(TEST)
-    said = run(site, "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", tmp_path, tmp_path / "test_starcoder2.py")
-    assert re.search(r"^76 passed", said, re.MULTILINE), said
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))}
+    words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(tmp_path)]
+    ran = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, check=False)
+    assert re.search(r"^76 passed", ran.stdout, re.MULTILINE), ran.stdout + ran.stderr
 
 
-def test_the_commands_know_the_family(site: Path, tmp_path: Path) -> None:
+def command(*words: object) -> str:
+    """The output of a command of this process, for which the package is installed."""
+    result = CliRunner().invoke(cli, [str(word) for word in words])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+@pytest.mark.usefixtures("family")
+def test_the_commands_know_the_family(tmp_path: Path) -> None:
     space: dict[str, Any] = {}
     exec(compile(TEST, "adding-a-family.md", "exec"), space)
     space["make_model"](True, True).save_pretrained(tmp_path / "hf")
-    cli = "ckpt_convert"
-    page = run(site, cli, "formats", "--family", "starcoder2", "--keys")
+    page = command("formats", "--family", "starcoder2", "--keys")
     words = "meta layers.{layer}.attention.wk.weight rope interleaved; tp 0; copies beyond n_kv_heads"
     assert words in " ".join(page.split())
-    run(site, cli, "hf-to-meta", tmp_path / "hf", tmp_path / "meta", "--model-parallel", "2")
-    run(site, cli, "hf-to-torchtitan", tmp_path / "hf", tmp_path / "titan")
-    run(site, cli, "hf-to-native", tmp_path / "hf", tmp_path / "native")
+    command("hf-to-meta", tmp_path / "hf", tmp_path / "meta", "--model-parallel", "2")
+    command("hf-to-torchtitan", tmp_path / "hf", tmp_path / "titan")
+    command("hf-to-native", tmp_path / "hf", tmp_path / "native")
     for name in ("hf", "meta", "titan", "native"):
-        report = json.loads(run(site, cli, "verify", tmp_path / name, "--json"))
+        report = json.loads(command("verify", tmp_path / name, "--json"))
         assert (report["family"], report["findings"]) == ("starcoder2", [])
-        difference = json.loads(run(site, cli, "diff", tmp_path / "hf", tmp_path / name, "--json"))
+        difference = json.loads(command("diff", tmp_path / "hf", tmp_path / name, "--json"))
         assert (difference["through"], difference["same"]) == ("mapping", True)
 
 
