@@ -75,7 +75,8 @@ def _shown_by_shapes(source: Identified, model: Model) -> bool:
 
 
 def _token_notice(model: Model) -> tuple[str, ...]:
-    ids = {name: model.config.get(f"{name}_token_id") for name in ("bos", "eos")}
+    text = model.config.get("text_config", {})  # of a model with vision
+    ids = {name: {**text, **model.config}.get(f"{name}_token_id") for name in ("bos", "eos")}
     return (
         f"params.json does not have token ids: took {ids['bos']} as bos and {ids['eos']} as eos, as in base models; "
         "for an instruct model, put its own eos_token_id into config.json and generation_config.json",

@@ -167,7 +167,8 @@ def test_mistrals_files_become_what_transformers_loads(changes: dict[str, Any], 
     source = release(tmp_path / "release", tmp_path / "hf", **changes)
     with open_checkpoint(source) as found:
         assert (found.format, found.family) == ("meta", "mistral3")
-    convert_checkpoint(source, tmp_path / "out", to="hf", verify=True)
+    notices = convert_checkpoint(source, tmp_path / "out", to="hf", verify=True).notices
+    assert any("took 1 as bos and 2 as eos" in notice for notice in notices)
     loaded, report = transformers.Mistral3ForConditionalGeneration.from_pretrained(
         tmp_path / "out", output_loading_info=True
     )
