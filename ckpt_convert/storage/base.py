@@ -173,8 +173,8 @@ class Store(NameLookup, Protocol):
     def link(self, name: str) -> str | None:
         """The target of a link, as stored in it; None if the name is not a link."""
 
-    def guard(self, folder: str, name: str, said_by: str) -> None:
-        """Check that a file below ``folder``, named by the file ``said_by``, is a regular file inside it.
+    def guard(self, folder: str, name: str, named_by: str) -> None:
+        """Check that a file below ``folder``, named by the file ``named_by``, is a regular file inside it.
 
         Raises UnsafeFileError for a link that leaves the folder and for what is not a regular file,
         CheckpointNotFoundError if it is missing.
@@ -215,9 +215,9 @@ def read_blocks(reader: RangeReader, size: int = 1 << 20) -> Iterator[memoryview
         yield block
 
 
-def require_regular_file(label: str, kind: FileKind | None, said_by: str) -> None:
-    """Raise if a file that ``said_by`` names is missing or not a regular file."""
+def require_regular_file(label: str, kind: FileKind | None, named_by: str) -> None:
+    """Raise if a file that ``named_by`` names is missing or not a regular file."""
     if kind is None:
-        raise CheckpointNotFoundError(f"{label}: is not there, though {said_by} needs it; download or copy it again")
+        raise CheckpointNotFoundError(f"{label}: is not there, though {named_by} needs it; download or copy it again")
     if kind is not FileKind.FILE:
         raise UnsafeFileError(f"{label}: is no regular file; move it elsewhere, and put the file itself there")

@@ -115,13 +115,13 @@ class LocalStore:
                     return None
                 raise
 
-    def guard(self, folder: str, name: str, said_by: str) -> None:
+    def guard(self, folder: str, name: str, named_by: str) -> None:
         """As ``Store.guard``; in a snapshot of the Hub's cache, links may also lead into its ``blobs``."""
         path = Path(folder) / name
         kind = self.kind(str(path))
         if kind is None and self.link(str(path)) is not None:
             raise CheckpointNotFoundError(f"{path}: is a link that leads nowhere; download or copy the file again")
-        require_regular_file(str(path), kind, said_by)
+        require_regular_file(str(path), kind, named_by)
         with reading(path, "looked at"):
             real, roots = path.resolve(), [Path(folder).resolve()]
         roots += [above.parent / "blobs" for above in roots[0].parents if above.name == "snapshots"]

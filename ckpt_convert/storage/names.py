@@ -31,7 +31,7 @@ PARTIAL, REPLACED, DELETED = ".partial", ".replaced", ".deleted"
 """Suffixes of the hidden directories in which an output is written, replaced and removed."""
 
 
-def check_name(name: str, said_by: str) -> str:
+def check_name(name: str, named_by: str) -> str:
     """Return a relative file name that cannot leave its directory; raises UnsafeFileError for any other."""
     path = PurePosixPath(name)
     bad = (
@@ -45,12 +45,12 @@ def check_name(name: str, said_by: str) -> str:
     )
     if bad or any(ord(char) < 32 or ord(char) == 127 for char in name):
         raise UnsafeFileError(
-            f"{said_by}: names the file {name!r}, which is no plain name inside the directory; "
+            f"{named_by}: names the file {name!r}, which is no plain name inside the directory; "
             "the checkpoint is damaged or malicious, do not use it"
         )
     if any(len(part.encode("utf-8", "surrogatepass")) > MAX_NAME_BYTES for part in path.parts):
         raise UnsafeFileError(
-            f"{said_by}: names a file {name[:60]!r}…, which is longer than the {MAX_NAME_BYTES} bytes that file "
+            f"{named_by}: names a file {name[:60]!r}…, which is longer than the {MAX_NAME_BYTES} bytes that file "
             "systems take; rename it where it was made, or download it again"
         )
     return name

@@ -122,9 +122,9 @@ class ObjectStore(ABC):
     def link(self, name: str) -> str | None:
         return None
 
-    def guard(self, folder: str, name: str, said_by: str) -> None:
+    def guard(self, folder: str, name: str, named_by: str) -> None:
         full = f"{name_prefix(folder)}{name}"
-        require_regular_file(self.label(full), self.kind(full), said_by)
+        require_regular_file(self.label(full), self.kind(full), named_by)
 
     def mode(self, name: str) -> int:
         return 0o777

@@ -153,17 +153,17 @@ class Place:
         """The same place with all links resolved."""
         return self._at(PurePosixPath(self.store.real(str(self.path))))
 
-    def resolve_member(self, name: str, said_by: str) -> Place:
-        """The file below this folder that the file ``said_by`` names, checked to be inside the folder.
+    def resolve_member(self, name: str, named_by: str) -> Place:
+        """The file below this folder that the file ``named_by`` names, checked to be inside the folder.
 
         Raises UnsafeFileError for a name or a link that leaves the folder and for what is not a regular file,
         CheckpointNotFoundError if it is missing.
         """
-        found = self / check_name(name, said_by)
+        found = self / check_name(name, named_by)
         if found._names is self.store or not self.store.prefers_listing:  # a listing does not know the targets of links
-            self.store.guard(str(self.path), name, said_by)
+            self.store.guard(str(self.path), name, named_by)
         else:
-            require_regular_file(str(found), found.kind(), said_by)
+            require_regular_file(str(found), found.kind(), named_by)
         return found
 
     # What is in it
@@ -204,9 +204,9 @@ class Place:
                 )
             return read_range(file, 0, file.size)
 
-    def read_member(self, name: str, said_by: str, most: int) -> bytes:
+    def read_member(self, name: str, named_by: str, most: int) -> bytes:
         """Read a small file below this folder that another file names; raises as ``resolve_member`` and ``read`` do."""
-        return self.resolve_member(name, said_by).read(most)
+        return self.resolve_member(name, named_by).read(most)
 
     def mode(self) -> int:
         """The permissions of a copy: at most those of the original."""

@@ -34,7 +34,7 @@ class Progress:
     def from_dict(cls, values: Mapping[str, Any], origin: str = "the progress") -> Progress:
         """The inverse of ``as_dict``; a missing counter is 0, unknown names are ignored.
 
-        ``said_by`` is the place for the message. Raises CorruptFileError for a value that counts nothing, and where
+        ``named_by`` is the place for the message. Raises CorruptFileError for a value that counts nothing, and where
         the step is missing.
         """
         if "step" not in values:
@@ -52,7 +52,7 @@ class Progress:
         return cls(**counters)
 
 
-def _damaged(said_by: str, name: str, value: object, expected: str) -> CorruptFileError:
+def _damaged(named_by: str, name: str, value: object, expected: str) -> CorruptFileError:
     return CorruptFileError(
-        f"{said_by}: expected {expected} as {name!r}, found {value!r}; the checkpoint is damaged, use another one"
+        f"{named_by}: expected {expected} as {name!r}, found {value!r}; the checkpoint is damaged, use another one"
     )

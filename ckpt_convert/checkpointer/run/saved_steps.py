@@ -181,7 +181,7 @@ def amend_step(saved: SavedStep, **changes: Any) -> SavedStep:
 
 
 def _saved(directory: Place, manifest: Mapping[str, Any], training: Mapping[str, Any]) -> SavedStep:
-    said_by = str(directory / MANIFEST)
+    named_by = str(directory / MANIFEST)
     progress, metrics, sequence = (training.get(name) for name in ("progress", "metrics", "sequence"))
     state = training.get(TRAINING_STATE)
     problems = [
@@ -196,10 +196,10 @@ def _saved(directory: Place, manifest: Mapping[str, Any], training: Mapping[str,
         if not good
     ]
     if problems or not isinstance(progress, Mapping):
-        raise CorruptFileError(f"{said_by}: is damaged: {'; '.join(problems)}")
+        raise CorruptFileError(f"{named_by}: is damaged: {'; '.join(problems)}")
     return SavedStep(
         directory.without_listing(),
-        Progress.from_dict(progress, said_by),
+        Progress.from_dict(progress, named_by),
         {str(name): float(value) for name, value in (metrics or {}).items()},
         str(training["contents"]),
         int(training["sequence"]),
