@@ -32,7 +32,7 @@ class StagedFile(Protocol):
         """Write at the end, for a file that is written sequentially."""
 
     def readinto(self, offset: int, buffer: memoryview) -> int:
-        """Read what an earlier attempt wrote."""
+        """Read what an earlier attempt wrote; the number of bytes, 0 if none of it is kept."""
 
     def start_writeback(self, offset: int, nbytes: int) -> None:
         """Hint that these bytes are final and may be flushed."""
