@@ -44,7 +44,10 @@ class Pool:
         store = here / f"store_{self._jobs}"
         for rank, (_, pipe) in enumerate(self._workers[:world]):
             pipe.send((work.__module__, work.__qualname__, store, rank, world, here, given))
-        return [self._answer(rank, limit) for rank in range(world)]
+        answers = [self._answer(rank, limit) for rank in range(world)]  # all, or the next job would find what is left
+        raised = [f"rank {rank}: {text}" for rank, (text, _) in enumerate(answers) if text]
+        assert not raised, "\n".join(raised)
+        return [result for _, result in answers]
 
     def _start(self, world: int) -> None:
         context = multiprocessing.get_context("forkserver")
@@ -58,18 +61,18 @@ class Pool:
             theirs.close()
             self._workers[rank : rank + 1] = [(process, ours)]
 
-    def _answer(self, rank: int, limit: float) -> Any:
+    def _answer(self, rank: int, limit: float) -> tuple[str, Any]:
+        """What a rank raised, and what it returned."""
         process, pipe = self._workers[rank]
         if not pipe.poll(limit):
             process.kill()
-            raise AssertionError(f"rank {rank}: no answer in {limit} s")
+            return f"no answer in {limit} s", None
         try:
-            raised, result = pipe.recv()
-        except EOFError:
+            found: tuple[str, Any] = pipe.recv()
+        except (EOFError, ConnectionError):
             process.join()
-            return None
-        assert not raised, f"rank {rank}: {raised}"
-        return result
+            return "", None
+        return found
 
     def close(self) -> None:
         """End the processes."""

@@ -13,13 +13,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from ckpt_convert import Checkpointer
 from ckpt_convert.checkpoint.record import MANIFEST
 from tests.checkpointer.pool import Pool, split
 from tests.checkpointer.training import LLAMA, make_model, trainable
-from tests.helpers import assert_same, sums
+from tests.helpers import GOLDEN, assert_same, sums
 
 WEIGHTS = {"contents": "weights", "save_every": 1}
 
@@ -69,6 +70,57 @@ def test_every_world(pool: Pool, how: str, world: int, tmp_path: Path) -> None:
 def test_every_mesh(pool: Pool, how: str, tmp_path: Path) -> None:
     pool.run(train_split, tmp_path, how, LLAMA, {}, world=4)
     check(tmp_path, LLAMA)
+
+
+@pytest.mark.parametrize("name", ["meta-mp1", "meta-mp2", "meta-mp4", "native.safetensors", "torchtitan.safetensors"])
+def test_every_format(pool: Pool, name: str, tmp_path: Path) -> None:
+    """RoPE layouts change, and Meta's ranks cut what other processes hold."""
+    source = LLAMA.parent / name
+    pool.run(train_split, tmp_path, "fsdp", source, {}, world=3)
+    check(tmp_path, source)
+
+
+@pytest.mark.parametrize("output", ["meta", "native", "torchtitan"])
+def test_another_format(pool: Pool, output: str, tmp_path: Path) -> None:
+    options = {"output_format": output, "export_dtype": "bfloat16"}
+    pool.run(train_split, tmp_path, "fsdp x tp", LLAMA, options, world=4)
+    check(tmp_path, LLAMA, **options)
+
+
+def save_slices(here: Path, source: Path, model_format: str) -> None:
+    """Save a state dict whose tensors are split in all ways that a mesh of 2 x 2 has, one after another."""
+    mesh = init_device_mesh("cpu", (2, 2))
+    whole = Checkpointer(source).load_state_dict(model_format)
+    model = {}
+    for number, (key, tensor) in enumerate(whole.items()):
+        dims = [dim for dim in range(tensor.dim()) if tensor.shape[dim] > 1]
+        kinds = [Replicate(), *map(Shard, dims)]
+        placements = [kinds[number % len(kinds)], kinds[number // len(kinds) % len(kinds)]]
+        model[key] = distribute_tensor(tensor, mesh, placements, src_data_rank=None)
+    with Checkpointer(source, here / "out", model_format=model_format, contents="weights") as checkpointer:
+        checkpointer.register(model=model)
+        checkpointer.save()
+
+
+@pytest.mark.parametrize(
+    ("family", "model_format"),
+    [
+        ("mixtral", "meta"),
+        ("mixtral", "hf"),
+        ("qwen3_moe", "torchtitan"),
+        ("gpt_oss", "torchtitan"),
+        ("deepseek_v3", "torchtitan"),
+        ("phi3", "native"),
+        ("llama4", "native"),
+        ("gemma2", "native"),
+        ("llama_tied", "native"),
+    ],
+)
+def test_every_family_and_way_of_splitting(pool: Pool, family: str, model_format: str, tmp_path: Path) -> None:
+    """Experts are stacked or apart, projections fused, tensors transposed: the files are the source's."""
+    source = GOLDEN / family / "hf"
+    pool.run(save_slices, tmp_path, source, model_format, world=4)
+    assert sums(source).items() <= sums(tmp_path / "out" / "step_0").items()
 
 
 # Training state
