@@ -28,19 +28,19 @@ _SLOTS = frozenset(
 _LIGHTNING = "pytorch-lightning_version"
 
 
-def non_weight_keys(known: Keys, tensors: Mapping[str, TensorInfo]) -> frozenset[str]:
+def non_weight_keys(opened_keys: Keys, tensors: Mapping[str, TensorInfo]) -> frozenset[str]:
     """The keys of tensors that are no weights: optimizer state, and other training state."""
-    if known.opened.format is not None and known.has_only_weights:
+    if opened_keys.opened.format is not None and opened_keys.has_only_weights:
         return frozenset()
-    if known.opened.format is not None:
-        return frozenset(key for key in tensors if not known.is_weight(key))
+    if opened_keys.opened.format is not None:
+        return frozenset(key for key in tensors if not opened_keys.is_weight(key))
     scalars = legacy_keys.loose_scalars((key, info.shape) for key, info in tensors.items())
     return frozenset(key for key in tensors if legacy_keys.is_training_entry(key, scalars) or _is_slot(key))
 
 
-def describe_files(known: Keys, tensors: Mapping[str, TensorInfo]) -> str | None:
+def describe_files(opened_keys: Keys, tensors: Mapping[str, TensorInfo]) -> str | None:
     """What the files are, where they are not a model's weights, or more than these; None for weights alone."""
-    opened = known.opened
+    opened = opened_keys.opened
     if opened.directory.kind == peft.KIND:
         return opened.why
     keys = list(tensors)
@@ -49,7 +49,7 @@ def describe_files(known: Keys, tensors: Mapping[str, TensorInfo]) -> str | None
         return "LoRA of kohya's kind (lora_down, lora_up), for the model that it was trained on"
     if _LIGHTNING in objects:
         return "Lightning checkpoint: the model's weights are under state_dict, beside the state of its training"
-    if opened.format is not None and known.has_only_weights:
+    if opened.format is not None and opened_keys.has_only_weights:
         return None
     if opened.format is None and "(all)" in objects and keys:
         return f"a pickled object ({objects['(all)']}), not a state dict"

@@ -51,7 +51,7 @@ def failed_check(
     return Finding(severity, check, text, file, key, unreadable=isinstance(error, UnreadableError | OSError))
 
 
-def raise_if_any(findings: Sequence[Finding], what: str) -> None:
+def raise_if_any(findings: Sequence[Finding], source_name: str) -> None:
     """Raise KeyMismatchError or ShapeMismatchError that lists every finding (at most a screenful of each kind)."""
     parts = [
         f"\n  {len(lines)} {title}:{indented_list(lines)}"
@@ -67,7 +67,7 @@ def raise_if_any(findings: Sequence[Finding], what: str) -> None:
         if is_keys
         else "\n  `ckpt-convert verify` names the setting that does not fit; give a corrected config with `config=`"
     )
-    raise error(f"{what} does not fit:{''.join(parts)}{way}")
+    raise error(f"{source_name} does not fit:{''.join(parts)}{way}")
 
 
 def errors_only(findings: Iterable[Finding]) -> list[Finding]:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 _ADVICE = {
     "peft": "merge the adapter into its base model first (peft's merge_and_unload), then convert that",
-    "dcp": "say which format it is with `from_format=`, and give its config.json with `config=` if none lies in "
+    "dcp": "say which format it is with `from_format=`, and give its config.json with `config=` if there is none in "
     "ckpt_convert/",
     "gguf": "it can be looked at, not converted; take the original checkpoint",
 }
@@ -268,7 +268,7 @@ class Identified:
         return scheme if misfits else None
 
     def with_values(
-        self, found: Quantization, dtype: str, shapes: Mapping[str, tuple[int, ...]] | None = None
+        self, quantization: Quantization, dtype: str, shapes: Mapping[str, tuple[int, ...]] | None = None
     ) -> Identified:
         """The same with quantized tensors as values of ``dtype``, and a config without its quantization.
 
@@ -280,23 +280,23 @@ class Identified:
         said = self.stated_config.loaded
         return replace(
             self,
-            opened=view.dequantized_files(self.opened, found, dtype, shapes),
+            opened=view.dequantized_files(self.opened, quantization, dtype, shapes),
             stated_config=self.stated_config
             if said is None
             else replace(self.stated_config, loaded=view.without_quantization(said)),
-            dequantized=view.Dequantized(dtype, found.text),
+            dequantized=view.Dequantized(dtype, quantization.text),
         )
 
-    def describe_dequantized(self, found: Quantization, model: Model) -> Identified:
+    def describe_dequantized(self, quantization: Quantization, model: Model) -> Identified:
         """The same with each quantized tensor described as dequantized, for inspection: not all can be read.
 
         Shapes that headers do not give are those of the table.
         """
-        return self.with_values(found, "float32", self._shapes(found, model))
+        return self.with_values(quantization, "float32", self._shapes(quantization, model))
 
-    def _shapes(self, found: Quantization, model: Model) -> dict[str, tuple[int, ...]]:
+    def _shapes(self, quantization: Quantization, model: Model) -> dict[str, tuple[int, ...]]:
         """The dequantized shapes that headers do not give, from the table."""
-        unsaid = {key for key, one in found.tensors.items() if one.shape is None}
+        unsaid = {key for key, one in quantization.tensors.items() if one.shape is None}
         entries = model.family.stored_specs("hf", model.dims) if unsaid else ()
         return {entry.key: entry.shape("hf", model.dims) or () for entry in entries if entry.key in unsaid}
 

@@ -146,5 +146,5 @@ def refuse_clashes(names: KeyNames, place: Place) -> None:
         _refuse(place, [text for _, text in names.clashes])
 
 
-def _refuse(place: Place, said: Sequence[str]) -> None:
-    raise KeyMismatchError(f"{place}: the files contradict each other:{indented_list(said)}")
+def _refuse(place: Place, messages: Sequence[str]) -> None:
+    raise KeyMismatchError(f"{place}: the files contradict each other:{indented_list(messages)}")

@@ -164,11 +164,11 @@ def _join(
     format: str,
     dims: Mapping[str, int],
     parts: Sequence[SourceTensor],
-    wanted: tuple[int, ...] | None,
+    expected_shape: tuple[int, ...] | None,
     findings: list[Finding],
     equal: list[Equality],
 ) -> dict[Instance, LogicalTensor]:
-    """The instances stored under a key, joined from every rank's part, whose shape should be ``wanted``."""
+    """The instances stored under a key, joined from every rank's part, whose shape should be ``expected_shape``."""
     first = parts[0]
     ranks = len(parts)
 
@@ -178,12 +178,12 @@ def _join(
 
     for rank, part in enumerate(parts):
         at = f" on rank {rank}" if ranks > 1 else ""
-        if wanted is None:
+        if expected_shape is None:
             sizes = list(entry.shape(format, dims) or ())
             misfit(part, f"{part.key}{at}: {sizes} does not divide by {ranks} ranks", found=sizes)
             return {}
-        if part.shape != wanted:
-            expected, found = list(wanted), list(part.shape)
+        if part.shape != expected_shape:
+            expected, found = list(expected_shape), list(part.shape)
             misfit(part, f"{part.key}{at}: expected {expected}, found {found} in {part.location}", expected, found)
             return {}
         if part.dtype != first.dtype:

@@ -92,7 +92,7 @@ def model_of(keys: Keys, stated: ConfigFile, hints: Hints, record: Record | None
     return model if stated.file.is_regular_file() or hints.family else replace(model, evidence="its keys")
 
 
-def _refuse_other_head(keys: Keys, family: Family, config: Mapping[str, Any], where: str) -> None:
+def _refuse_other_head(keys: Keys, family: Family, config: Mapping[str, Any], config_name: str) -> None:
     """Raise UnsupportedFamilyError for a classifier or other head of a family whose table has its language model.
 
     Both architectures in the config and the keys have to show it: configs often name a class that does not fit the
@@ -103,7 +103,7 @@ def _refuse_other_head(keys: Keys, family: Family, config: Mapping[str, Any], wh
     why = _other_head(family, config, [keys.names.of(key) for key in keys.opened.keys if keys.is_weight(key)])
     if why is not None:
         raise UnsupportedFamilyError(
-            f"{where}: {why}, which is what its table describes; if it is one all the same, pass `family=`"
+            f"{config_name}: {why}, which is what its table describes; if it is one all the same, pass `family=`"
         )
 
 
@@ -139,45 +139,45 @@ def names_of(
     listed: Iterable[str],
     config: Mapping[str, Any],
     format: str,
-    wanted: str | None,
+    requested: str | None,
 ) -> KeyNames:
     """The format's names of stored keys with these shapes, as far as config or keys determine the family.
 
-    ``listed`` are the keys in an index, including those of files that cannot be opened; ``wanted`` is the requested
+    ``listed`` are the keys in an index, including those of files that cannot be opened; ``requested`` is the requested
     family. Keys of a model without a table stay as stored.
     """
     stored = [*(key for key, _ in tensors), *listed]
-    likely = FAMILIES.of_params(config) if type_of(config) is None and wanted is None else []
+    likely = FAMILIES.of_params(config) if type_of(config) is None and requested is None else []
     if any(legacy_keys.knows_all(stored, family, format) for family in likely):
         return legacy_keys.PLAIN  # before the tables of all the others are imported
-    families = candidates(config, format, wanted, stored)
+    families = candidates(config, format, requested, stored)
     scalars = legacy_keys.loose_scalars(tensors)
     names = legacy_keys.read_keys(stored, families, format, scalars)
-    if names.is_identity or wanted is not None or type_of(config) is None or format != "hf":
+    if names.is_identity or requested is not None or type_of(config) is None or format != "hf":
         return names
     keys = [names.of(key) for key in stored if key not in names.non_weights]
     heads = [_other_head(family, config, keys) for family in families]
     return legacy_keys.PLAIN if None not in heads else names
 
 
-def is_bare(names: KeyNames, config: Mapping[str, Any], format: str | None, wanted: str | None) -> bool:
+def is_bare(names: KeyNames, config: Mapping[str, Any], format: str | None, requested: str | None) -> bool:
     """Whether transformers saved the base model without its head class, so that keys lack the prefix ``model.``.
 
     The base model class only loads these keys.
     """
-    if format != "hf" or wanted is not None or _is_language_model(config) or names.non_weights:
+    if format != "hf" or requested is not None or _is_language_model(config) or names.non_weights:
         return False
     shortened = bool(names.canonical) and all(name == f"model.{key}" for key, name in names.canonical.items())
     return shortened and _architectures(config)[0].endswith("Model")
 
 
-def candidates(config: Mapping[str, Any], format: str, wanted: str | None, keys: Iterable[str]) -> list[Family]:
-    """The candidate families with this format: the one ``wanted``, those of the config's model_type, or all.
+def candidates(config: Mapping[str, Any], format: str, requested: str | None, keys: Iterable[str]) -> list[Family]:
+    """The candidate families with this format: the one ``requested``, those of the config's model_type, or all.
 
     Families from other packages are left out where a built-in one has all of the ``keys``.
     """
-    if wanted is not None:
-        return [FAMILIES[wanted]] if wanted in FAMILIES and format in FAMILIES[wanted].formats else []
+    if requested is not None:
+        return [FAMILIES[requested]] if requested in FAMILIES and format in FAMILIES[requested].formats else []
     model_type = type_of(config)
     if model_type is not None:
         return [f for f in FAMILIES.of_type(model_type, _architectures(config)) if format in f.formats]
@@ -207,14 +207,14 @@ def _config(keys: Keys, stated: ConfigFile, hints: Hints) -> Mapping[str, Any]:
     return content
 
 
-def from_shapes(keys: Keys, wanted: str | None) -> dict[str, Any] | None:
+def from_shapes(keys: Keys, requested: str | None) -> dict[str, Any] | None:
     """The config derived from tensor shapes, of a family whose files come without one.
 
     The family is the requested one, else the only one of these that knows every key.
     """
     opened = keys.opened
-    if wanted is not None:
-        fits = [FAMILIES[wanted]] if wanted in FAMILIES else []
+    if requested is not None:
+        fits = [FAMILIES[requested]] if requested in FAMILIES else []
     else:
         format, stored = str(opened.format), opened.keys
         likely = [*(f for f in FAMILIES.with_shapes if format in f.formats), *_outside(stored, format)]
@@ -225,22 +225,22 @@ def from_shapes(keys: Keys, wanted: str | None) -> dict[str, Any] | None:
         return fits[0].from_shapes({key: source.shape for key, source in keys.ranks[0].items()})
 
 
-def _recorded(opened: OpenedFiles, stated: ConfigFile, hints: Hints, found: Record | None) -> Recorded:
+def _recorded(opened: OpenedFiles, stated: ConfigFile, hints: Hints, record: Record | None) -> Recorded:
     """What the record states; its config counts only while the params.json made from it is unchanged."""
-    if found is None:
+    if record is None:
         return Recorded()
-    cut = recorded_embedding_axis(found.manifest.get("dims", {}))
+    cut = recorded_embedding_axis(record.manifest.get("dims", {}))
     options = hints.options
     asked = options.rope_factor or options.rope_theta or options.max_positions or hints.config
-    counts = opened.format == "meta" and not asked and found.unchanged(stated.file.name)
-    path = found.config if counts else None
+    counts = opened.format == "meta" and not asked and record.unchanged(stated.file.name)
+    path = record.config if counts else None
     config = load_json(path) if path is not None else None
-    return Recorded(found.tied, cut, config, str(found.manifest.get("family")))
+    return Recorded(record.tied, cut, config, str(record.manifest.get("family")))
 
 
 def model_from(
     content: Mapping[str, Any],
-    where: str,
+    config_name: str,
     format: str,
     ranks: Ranks,
     options: ConfigOptions,
@@ -248,13 +248,13 @@ def model_from(
     family: str | None = None,
     recorded: Recorded | None = None,
 ) -> Model:
-    """The model that the content of a config.json or params.json describes; ``where`` names the file in messages.
+    """The model that the content of a config.json or params.json describes; ``config_name`` names the file in messages.
 
     ``ranks`` are the stored tensors, whose shapes give what params.json does not state; ``family`` overrides detection.
     Raises UnsupportedFamilyError, ConfigError, or KeyMismatchError for weights without an embedding.
     """
-    with naming(where):
-        return _model_from(content, where, format, ranks, options, family, recorded or Recorded())
+    with naming(config_name):
+        return _model_from(content, config_name, format, ranks, options, family, recorded or Recorded())
 
 
 @contextlib.contextmanager
@@ -271,7 +271,7 @@ def naming(path: str) -> Iterator[None]:
 
 def _model_from(
     content: Mapping[str, Any],
-    where: str,
+    config_name: str,
     format: str,
     ranks: Ranks,
     options: ConfigOptions,
@@ -279,17 +279,17 @@ def _model_from(
     recorded: Recorded,
 ) -> Model:
     if type_of(content) is not None:
-        found, evidence = by_model_type(content, where, family, format, ranks[0], recorded.family)
+        found, evidence = by_model_type(content, config_name, family, format, ranks[0], recorded.family)
         return _described(found, evidence, content, format, ranks, options, recorded)
-    found, evidence = _by_params(content, where, family)
+    found, evidence = _by_params(content, config_name, family)
     if recorded.config is not None:
         return _described(found, evidence, recorded.config, format, ranks, options, recorded)
     tied = recorded.tied
     if tied is None and _first_part(found, "output", format, ranks) is None:
         tied = True
     if found.params is None:
-        raise UnsupportedFamilyError(f"{where}: family {found.name} has no params.json")
-    sizes = _sizes(found, where, format, ranks)
+        raise UnsupportedFamilyError(f"{config_name}: family {found.name} has no params.json")
+    sizes = _sizes(found, config_name, format, ranks)
     shapes = {key: source.shape for key, source in ranks[0].items()}
     translated = found.params.to_hf(content, Weights(**sizes, tied=tied is not False, shapes=shapes), options)
     said = found.params.styles.of_params(content) if found.params.styles is not None else None
@@ -319,19 +319,19 @@ def _described(
 
 def by_model_type(
     config: Mapping[str, Any],
-    where: str,
-    wanted: str | None,
+    config_name: str,
+    requested: str | None,
     format: str,
     keys: Iterable[str],
-    before: str | None = None,
+    recorded_family: str | None = None,
 ) -> tuple[Family, str]:
     """The family that a config.json names, and the evidence; raises UnsupportedFamilyError for an unknown one.
 
     Of several families with the model_type it is the one that knows most of the ``keys`` in ``format``; of equals, the
-    family recorded ``before``, else one whose class the config names.
+    family recorded ``recorded_family``, else one whose class the config names.
     """
-    if wanted is not None:
-        return FAMILIES[wanted], "as asked for"
+    if requested is not None:
+        return FAMILIES[requested], "as asked for"
     model_type = type_of(config)
     found = FAMILIES.of_type(model_type, _architectures(config))
     if len(found) > 1:
@@ -339,7 +339,7 @@ def by_model_type(
         found.sort(
             key=lambda family: (
                 sum(not family.has_key(format, key) for key in keys),
-                family.name != before,
+                family.name != recorded_family,
                 not family.architectures,
             )
         )
@@ -347,7 +347,7 @@ def by_model_type(
     if found:
         return found[0], f"{name} {model_type!r}"
     raise UnsupportedFamilyError(
-        f"{where}: {name} {model_type!r} is no known family (`ckpt-convert formats` lists them); if it has the "
+        f"{config_name}: {name} {model_type!r} is no known family (`ckpt-convert formats` lists them); if it has the "
         "keys and RoPE layout of one of them, say so with `family=`"
     )
 
@@ -358,9 +358,9 @@ def _architectures(config: Mapping[str, Any]) -> list[str]:
     return [name for name in stated if isinstance(name, str)] if isinstance(stated, list) else []
 
 
-def _by_params(params: Mapping[str, Any], where: str, wanted: str | None) -> tuple[Family, str]:
-    if wanted is not None:
-        return FAMILIES[wanted], "as asked for"
+def _by_params(params: Mapping[str, Any], config_name: str, requested: str | None) -> tuple[Family, str]:
+    if requested is not None:
+        return FAMILIES[requested], "as asked for"
     fits = [
         (family, evidence)
         for family in FAMILIES.of_params(params)
@@ -371,7 +371,7 @@ def _by_params(params: Mapping[str, Any], where: str, wanted: str | None) -> tup
     found = ", ".join(sorted(map(str, params))[:12])
     names = ", ".join(FAMILIES.with_params)
     raise UnsupportedFamilyError(
-        f"{where}: fits {'more than one' if fits else 'no'} family (it has: {found}); say which with `family=` "
+        f"{config_name}: fits {'more than one' if fits else 'no'} family (it has: {found}); say which with `family=` "
         f"({names})"
     )
 
@@ -386,7 +386,7 @@ def _first_part(family: Family, row: str, format: str, ranks: Ranks) -> tuple[in
     return source.shape if source is not None and len(source.shape) == 2 else None
 
 
-def _sizes(family: Family, where: str, format: str, ranks: Ranks) -> dict[str, int]:
+def _sizes(family: Family, config_name: str, format: str, ranks: Ranks) -> dict[str, int]:
     """The sizes that params.json leaves to the shapes: the vocabulary and the width of the feed-forward layers."""
     output = _first_part(family, "output", format, ranks)
     embedding = _first_part(family, "tok_embeddings", format, ranks)
@@ -398,8 +398,8 @@ def _sizes(family: Family, where: str, format: str, ranks: Ranks) -> dict[str, i
         sizes["vocab_size"] = embedding[0]
     else:
         raise KeyMismatchError(
-            f"{where}: the weights have neither an embedding nor an output in the {format} format, so they are not a "
-            "whole checkpoint of that format; check the keys with `ckpt-convert inspect`"
+            f"{config_name}: the weights have neither an embedding nor an output in the {format} format, so they are "
+            "not a whole checkpoint of that format; check the keys with `ckpt-convert inspect`"
         )
     if gate is not None:
         sizes["ffn_dim"] = gate[0] * len(ranks)

@@ -118,14 +118,14 @@ def describe_part(path: Place) -> str | None:
 
 
 def open_weights(
-    path: Place, wanted: str | None, recorded: Record | None, identities: Mapping[Place, Entry]
+    path: Place, requested: str | None, recorded: Record | None, identities: Mapping[Place, Entry]
 ) -> OpenedFiles:
-    """Find and open the weight files at a path; ``wanted`` is the requested format.
+    """Find and open the weight files at a path; ``requested`` is the requested format.
 
     Files that fit no format are opened all the same, with None as format. Raises CheckpointNotFoundError where there
     are no weight files, and what reading a header raises.
     """
-    name, why, directory = detect_format(path, wanted, recorded)
+    name, why, directory = detect_format(path, requested, recorded)
     files, facts = open_files(path, directory)
     if name is None and directory.kind in (None, "dcp"):
         name, why = format_from_keys(files, why, directory.kind)
@@ -151,17 +151,19 @@ def _with_keys_of(files: Sequence[WeightFile], directory: WeightDirectory) -> We
     return replace(directory, weight_map=shared)
 
 
-def detect_format(path: Place, wanted: str | None, recorded: Record | None) -> tuple[str | None, str, WeightDirectory]:
+def detect_format(
+    path: Place, requested: str | None, recorded: Record | None
+) -> tuple[str | None, str, WeightDirectory]:
     """The format of a path, the evidence for it, and the weight files; raises what ``open_checkpoint`` does."""
     if path.is_regular_file():
-        return _a_file(path, wanted)
+        return _a_file(path, requested)
     if not path.is_folder():
         raise CheckpointNotFoundError(f"{path}: is neither a file nor a directory")
-    if wanted is not None:
-        directory = _of_format(path, wanted)
+    if requested is not None:
+        directory = _of_format(path, requested)
         if directory is None:
-            raise CheckpointNotFoundError(f"{path}: has no weight files of the {wanted} format{_instead(path)}")
-        return wanted, "as asked for", directory
+            raise CheckpointNotFoundError(f"{path}: has no weight files of the {requested} format{_instead(path)}")
+        return requested, "as asked for", directory
     if recorded is not None:
         directory = _of_format(path, recorded.format)
         if directory is not None:
@@ -169,15 +171,15 @@ def detect_format(path: Place, wanted: str | None, recorded: Record | None) -> t
     return _by_names(path)
 
 
-def _a_file(path: Place, wanted: str | None) -> tuple[str | None, str, WeightDirectory]:
+def _a_file(path: Place, requested: str | None) -> tuple[str | None, str, WeightDirectory]:
     from ckpt_convert.containers.dcp import dcp
 
     if is_dcp_index(path.name):
-        return wanted, WRITTEN_BY_DCP, WeightDirectory((), path.name, kind=dcp.KIND)
-    adapter = peft.read_adapter_config(path.parent) if path.name in ADAPTER_WEIGHTS and wanted is None else None
+        return requested, WRITTEN_BY_DCP, WeightDirectory((), path.name, kind=dcp.KIND)
+    adapter = peft.read_adapter_config(path.parent) if path.name in ADAPTER_WEIGHTS and requested is None else None
     if adapter is not None:
         return None, peft.describe_adapter(adapter), WeightDirectory((WeightName(path.name),), kind=peft.KIND)
-    return wanted, "as asked for" if wanted else "a single file", WeightDirectory((WeightName(path.name),))
+    return requested, "as asked for" if requested else "a single file", WeightDirectory((WeightName(path.name),))
 
 
 def _of_format(path: Place, format: str) -> WeightDirectory | None:
@@ -201,11 +203,11 @@ def _by_names(path: Place) -> tuple[str | None, str, WeightDirectory]:
     return None, _LOOSE, _loose(path, found or formats.ALL["native"].find_weights(path))
 
 
-def _loose(path: Place, found: WeightDirectory | None) -> WeightDirectory:
-    """Weight files by their suffixes, or those ``found``; raises CheckpointNotFoundError for none."""
-    names = [weight.name for weight in found.weights] if found is not None else all_weight_files(path)
-    if found is not None and not all(name.startswith(TRAINING_PREFIXES) for name in names):
-        return found
+def _loose(path: Place, directory: WeightDirectory | None) -> WeightDirectory:
+    """Weight files by their suffixes, or those ``directory``; raises CheckpointNotFoundError for none."""
+    names = [weight.name for weight in directory.weights] if directory is not None else all_weight_files(path)
+    if directory is not None and not all(name.startswith(TRAINING_PREFIXES) for name in names):
+        return directory
     # Training state beside the weights is only opened where there are no weights.
     if not names or _instead(path):
         raise CheckpointNotFoundError(

@@ -342,8 +342,8 @@ def _manifest(directory: Place, load: Callable[[Place], Mapping[str, Any]]) -> M
         return {}
 
 
-def _mapping(found: object) -> Mapping[str, Any]:
-    return found if isinstance(found, dict) else {}
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def layout_files(layout: Layout) -> dict[str, bytes]:
@@ -411,8 +411,8 @@ def _read_file(folder: Place, entry: Mapping[str, Any]) -> LayoutFile:
     return LayoutFile(name, entry["rank"], layout.header, layout.literals)
 
 
-def _piece(said: list[Any]) -> StoredTensor:
-    key, dtype, shape, offset, strides, packed, box = said
+def _piece(fields: list[Any]) -> StoredTensor:
+    key, dtype, shape, offset, strides, packed, box = fields
     return StoredTensor(
         str(key),
         str(dtype),

@@ -74,7 +74,7 @@ class Report:
 
 
 @dataclass(frozen=True)
-class Origin:
+class SourceOptions:
     """The source of a conversion, and what its caller says of it."""
 
     path: Location
@@ -143,7 +143,7 @@ def plan_conversion(
         InputError: the source cannot be read, or does not fit its config; see ``ckpt_convert.errors``.
         UsageError: options that do not fit each other, the source or the target.
     """
-    origin = Origin(src, from_format, family, config, revision)
+    origin = SourceOptions(src, from_format, family, config, revision)
     settings = ConfigOptions(
         rope_factor=rope_factor,
         rope_theta=rope_theta,
@@ -170,7 +170,7 @@ def plan_conversion(
 
 
 def _plan(
-    origin: Origin, request: Request, equal: Callable[[Identified, Equality], bool] | None = None
+    origin: SourceOptions, request: Request, equal: Callable[[Identified, Equality], bool] | None = None
 ) -> tuple[Identified, OpenPlan]:
     """The plan; ``equal`` compares two tensors of the source, where only their bytes say whether they are tied."""
     request.check()
@@ -195,7 +195,7 @@ def _plan(
         ) from error
 
 
-def _open(origin: Origin, place: Place, config: Location | None, settings: ConfigOptions) -> Identified:
+def _open(origin: SourceOptions, place: Place, config: Location | None, settings: ConfigOptions) -> Identified:
     return open_identified(place, format=origin.format, family=origin.family, config=config, options=settings)
 
 
@@ -283,7 +283,7 @@ def convert_checkpoint(
 
     After an error ``dst`` is unchanged, and ``resume`` continues where that is possible.
     """
-    origin = Origin(src, from_format, family, config, revision)
+    origin = SourceOptions(src, from_format, family, config, revision)
     settings = ConfigOptions(
         rope_factor=rope_factor,
         rope_theta=rope_theta,
@@ -308,7 +308,7 @@ def convert_checkpoint(
 
 
 def _convert(
-    origin: Origin,
+    origin: SourceOptions,
     dst: Location,
     request: Request,
     overwrite: bool,
@@ -386,20 +386,20 @@ def _convert(
     )
 
 
-def _accepted(made: Plan, lost: dict[str, int], overflows: dict[str, int]) -> list[str]:
+def _accepted(plan: Plan, lost: dict[str, int], overflows: dict[str, int]) -> list[str]:
     """What the output has lost as its user accepted."""
     from ckpt_convert.convert import execute, output
 
     said = [f"{execute.loss_text(lost)} are kept in the record alone, as accepted"] if lost else []
-    return said + ([f"{output.overflow_text(overflows)} in {made.request.dtype}, as accepted"] if overflows else [])
+    return said + ([f"{output.overflow_text(overflows)} in {plan.request.dtype}, as accepted"] if overflows else [])
 
 
-def _verify(made: Plan, sources: Sources, staging: Stage, workers: int, progress: ProgressCallback | None) -> int:
+def _verify(plan: Plan, sources: Sources, staging: Stage, workers: int, progress: ProgressCallback | None) -> int:
     from ckpt_convert.convert import readback
 
-    family = None if made.source.literal else made.family
+    family = None if plan.source.literal else plan.family
     try:
-        with open_unfinished(staging.place.listed(), format=made.target, family=family) as written:
-            return readback.verify_output(made, sources, written, workers=workers, progress=progress)
+        with open_unfinished(staging.place.listed(), format=plan.target, family=family) as written:
+            return readback.verify_output(plan, sources, written, workers=workers, progress=progress)
     except InputError as error:
         raise VerificationError(f"{staging.destination}: the output cannot be read again: {error}") from error

@@ -71,9 +71,7 @@ def _each(plan: Plan) -> Iterator[TensorTransform]:
             if instance not in plan.logicals.omitted_ties:
                 yield TensorTransform(logical.key, None, shape, dtype, dtype, 0, ("tied: stored once",))
         elif column is None:
-            how = (
-                "carried in the record" if instance.row.zeros is None else "carried in the record, refused if not zero"
-            )
+            how = "kept in the record" if instance.row.zeros is None else "kept in the record, refused if not zero"
             yield TensorTransform(logical.key, None, shape, dtype, dtype, dtypes.nbytes(dtype, shape), (how,))
         elif key in written:
             cast = target_dtype(dtype, instance, plan.request)
@@ -104,7 +102,7 @@ def _steps(
     if not logical.tensor.sources:
         yield "zeros, as the source has none"
     elif source is None:
-        yield "brought back from the record" if plan.request.like is None else "as `like=` has it"
+        yield "restored from the record" if plan.request.like is None else "as `like=` has it"
     read = source.tp_axis(plan.source.dims) if source is not None else None
     write = column.tp_axis(plan.dims)
     before = ranks.before if source is not None else 1

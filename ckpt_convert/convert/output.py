@@ -69,7 +69,7 @@ def write_output(
 
 
 def finish_output(
-    made: Plan,
+    plan: Plan,
     done: Sequence[FinishedPiece],
     staged: StagedOutput,
     folder: Folder,
@@ -80,25 +80,25 @@ def finish_output(
 
     Raises LossyConversionError where a cast has made finite values infinite, unless ``allow_overflow`` accepts that.
     """
-    overflows = _overflows(made, done)
-    if overflows and not made.request.allow_overflow:
+    overflows = _overflows(plan, done)
+    if overflows and not plan.request.allow_overflow:
         raise LossyConversionError(
-            f"{made.source.place}: {overflow_text(overflows)} in {made.request.dtype}; keep the dtype, choose one with "
+            f"{plan.source.place}: {overflow_text(overflows)} in {plan.request.dtype}; keep the dtype, choose one with "
             f"a wider range (`dtype='bfloat16'` has about float32's), or accept it with `allow_overflow=True`",
             overflows,
         )
-    side, kept = _write_side_files(made, folder, workers, progress)
-    together = {id(one.generated): one.generated for one in made.auxiliary_files if one.generated is not None}
+    side, kept = _write_auxiliary_files(plan, folder, workers, progress)
+    together = {id(one.generated): one.generated for one in plan.auxiliary_files if one.generated is not None}
     notices = [text for files in together.values() for text in files.notices]
-    return WriteResult(made.manifest(staged.described(), side, kept), staged.resumed, overflows, tuple(notices))
+    return WriteResult(plan.manifest(staged.described(), side, kept), staged.resumed, overflows, tuple(notices))
 
 
-def _overflows(made: Plan, done: Sequence[FinishedPiece]) -> dict[str, int]:
+def _overflows(plan: Plan, done: Sequence[FinishedPiece]) -> dict[str, int]:
     """Count by output key the finite values that became infinite; replicas on several ranks count once."""
     found: dict[tuple[str, tuple[LazyTensor, ...]], int] = {}
     for one in done:
         if one.overflowed:
-            placed = made.files[one.piece.file].tensors[one.piece.tensor]
+            placed = plan.files[one.piece.file].tensors[one.piece.tensor]
             found[placed.key, tuple(placed.tensor.flat_range(one.piece.start, one.piece.stop))] = one.overflowed
     counts: dict[str, int] = {}
     for (key, _), count in sorted(found.items(), key=lambda item: item[0][0]):
@@ -113,13 +113,13 @@ def overflow_text(overflows: Mapping[str, int]) -> str:
     return f"{values} infinite, of {list_counts(overflows)},"
 
 
-def _write_side_files(
-    made: Plan, folder: Folder, workers: int, progress: ProgressCallback | None
+def _write_auxiliary_files(
+    plan: Plan, folder: Folder, workers: int, progress: ProgressCallback | None
 ) -> tuple[list[dict[str, str]], dict[str, str]]:
     """Write the auxiliary files; returns their entries in the manifest, and the checksums of the record's files."""
     written = []
     kept = {}
-    for side in made.auxiliary_files:
+    for side in plan.auxiliary_files:
         checksum = write_auxiliary_file(side, folder)
         if checksum is None:
             continue
@@ -127,10 +127,10 @@ def _write_side_files(
             kept[side.name] = checksum
         else:
             written.append({"name": side.name, "origin": side.origin, "checksum": checksum})
-    if made.checklist.listed:
-        _check_source(made.checklist, workers, progress)
-    if made.checklist.template is not None:
-        data = _checklist(made.checklist.template, folder)
+    if plan.checklist.listed:
+        _check_source(plan.checklist, workers, progress)
+    if plan.checklist.template is not None:
+        data = _checklist(plan.checklist.template, folder)
         folder.write(CHECKLIST, data)
         written.append({"name": CHECKLIST, "origin": "generated", "checksum": digest(data)})
     return written, kept

@@ -179,7 +179,7 @@ def make_plan(inputs: PlanInputs, equal: EqualBytes | None = None) -> OpenPlan:
         computed=_computed(found.stored) if source.dequantized is not None else frozenset(),
         from_memory=inputs.in_memory is not None,
         elsewhere=frozenset(inputs.in_memory.elsewhere if inputs.in_memory is not None else ()),
-        identities=_seen(inputs, found.stored, put.files),
+        identities=_identities(inputs, found.stored, put.files),
     )
     return OpenPlan(plan, {one: file.reader for one, file in zip(sources, numbers, strict=True)})
 
@@ -296,11 +296,11 @@ def _origin(source: Identified, model: Model) -> SourceInfo:
     )
 
 
-def _source(file: WeightFile, given: PlanInputs) -> SourceFile:
+def _source(file: WeightFile, inputs: PlanInputs) -> SourceFile:
     if file.header.kind == IN_MEMORY:
         return memory_source(file.header.tensors[0].key)
-    seen = given.source.identities.get(file.place) or (
-        given.like.identities.get(file.place) if given.like is not None else None
+    seen = inputs.source.identities.get(file.place) or (
+        inputs.like.identities.get(file.place) if inputs.like is not None else None
     )
     kind = COMPUTED if view.is_view(file) else file.header.kind
     return SourceFile(file.name, kind, file.place, seen or file.place.identity())
@@ -310,18 +310,18 @@ def _computed(stored: Sequence[tuple[WeightFile, StoredTensor]]) -> frozenset[in
     return frozenset(number for number, (file, tensor) in enumerate(stored) if view.is_computed(file, tensor))
 
 
-def _seen(
-    given: PlanInputs, stored: Sequence[tuple[WeightFile, StoredTensor]], side: Sequence[AuxiliaryFile]
+def _identities(
+    inputs: PlanInputs, stored: Sequence[tuple[WeightFile, StoredTensor]], side: Sequence[AuxiliaryFile]
 ) -> dict[Place, Entry]:
     """The files that an output is made from, with size and etag from before they were read.
 
     Of a model in memory's source, those that every save reads again; the rest was read once and for all.
     """
-    source, like = given.source, given.like
+    source, like = inputs.source, inputs.like
     seen = {**(like.identities if like is not None else {}), **source.identities}
     out = {one.place: one.identity for one in side if one.place and one.identity}
     paths = {file.place for file, _ in stored if file.header.kind != IN_MEMORY}
-    for checkpoint in (source, like) if given.in_memory is None else ():
+    for checkpoint in (source, like) if inputs.in_memory is None else ():
         if checkpoint is not None:
             own = (checkpoint.config_file, *_metadata(checkpoint), *_of_record(checkpoint))
             paths |= {path for path in own if path in checkpoint.identities or path == checkpoint.hints.config}
@@ -343,9 +343,9 @@ def _of_record(checkpoint: Identified) -> list[Place]:
     return [path for path in files if path != manifest or "training" not in checkpoint.record.manifest]
 
 
-def _read(given: PlanInputs, model: Model, equal: EqualBytes | None) -> tuple[SourceReading, LogicalTensors]:
+def _read(inputs: PlanInputs, model: Model, equal: EqualBytes | None) -> tuple[SourceReading, LogicalTensors]:
     """The tensors to write, and those of the source: the same ones, unless a model in memory is written."""
-    source, live = given.source, given.in_memory
+    source, live = inputs.source, inputs.in_memory
     known = model if live is None else ties.tied_in_memory(model, live.format, live.tensors.keys())
     template = SourceReading(str(source.format), LogicalTensors({}), Ties(ties.presumed_untied(known), is_stated=True))
     if source.files:

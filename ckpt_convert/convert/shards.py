@@ -65,42 +65,42 @@ def recorded_layout(
     return _findable(found, source, model) if request.to == "hf" and request.container is None else found
 
 
-def _findable(found: Layout, source: Identified, model: Model) -> Layout | None:
+def _findable(candidate: Layout, source: Identified, model: Model) -> Layout | None:
     """A Hugging Face layout whose files loaders find: a source that is a single file gets the default name.
 
     None for files that no loader of a directory reads (``run.ckpt``). Names in a directory are kept.
     """
-    names = [file.name for file in found.files]
-    if found.index is not None or all(name.endswith(DCP_SUFFIX) or name in _OURS for name in names):
-        return found
+    names = [file.name for file in candidate.files]
+    if candidate.index is not None or all(name.endswith(DCP_SUFFIX) or name in _OURS for name in names):
+        return candidate
     if not all(name.endswith(tuple(SUFFIXES[container] for container in HF_STEMS)) for name in names):
         return None
     if source.place.is_folder() or is_found_without_index(names[0]) or model.family.from_shapes is not None:
-        return found
+        return candidate
     if container_of(names[0]) == "bin":
         return None
-    return replace(found, files=(replace(found.files[0], name=f"{model.family.stem}.safetensors"),))
+    return replace(candidate, files=(replace(candidate.files[0], name=f"{model.family.stem}.safetensors"),))
 
 
 def count_ranks(
-    source: Identified, request: Request, like: Identified | None, wanted: Layout | None, model: Model
+    source: Identified, request: Request, like: Identified | None, target_layout: Layout | None, model: Model
 ) -> int:
     """The number of tensor-parallel ranks of the output; raises UsageError where the family does not support it."""
     if request.to != "meta":
         return 1
     if like is not None and request.model_parallel not in (None, len(like.ranks)):
         raise option_error("like", like.place, f"has {len(like.ranks)} ranks, which `model_parallel=` contradicts")
-    count = request.model_parallel or (wanted.ranks if wanted else 1)
+    count = request.model_parallel or (target_layout.ranks if target_layout else 1)
     sharded = model.family.params is not None and model.family.params.sharded
     if count > 1 and sharded and _meta_container(request, model) == "safetensors":
         raise UsageError("`container='safetensors'` holds one rank; use pth for several")
     return count
 
 
-def rank_notice(request: Request, model: Model, count: int, wanted: Layout | None) -> list[str]:
+def rank_notice(request: Request, model: Model, count: int, target_layout: Layout | None) -> list[str]:
     """A notice where the number of ranks was not requested, and the release came in several."""
     released = model.family.params.model_parallel(model.config) if model.family.params else None
-    if request.to != "meta" or request.model_parallel or wanted is not None or (released or 1) == count:
+    if request.to != "meta" or request.model_parallel or target_layout is not None or (released or 1) == count:
         return []
     return [
         f"written as one rank; {model.release} was released in {released}: pass `model_parallel={released}` for that"
@@ -112,18 +112,18 @@ def assign_shards(
     request: Request,
     targets: list[TargetTensor],
     dtype_of: Mapping[str, str],
-    wanted: Layout | None,
+    target_layout: Layout | None,
     count: int,
     model: Model,
     file_of: Callable[[], Mapping[int, int]],
 ) -> tuple[list[OutputFile], bool, list[str]]:
     """The output files, whether they are exactly those of the target layout, and notices."""
     notices = []
-    if wanted is not None:
-        found = layout.layout_like(wanted, targets, dtype_of)
+    if target_layout is not None:
+        found = layout.layout_like(target_layout, targets, dtype_of)
         if found is not None:
             return *found, []
-        other = wanted.ranked_keys ^ {(target.rank, target.key) for target in targets}
+        other = target_layout.ranked_keys ^ {(target.rank, target.key) for target in targets}
         example = min((key for _, key in other), default=None)
         if request.like is not None and example is not None:
             raise ShapeMismatchError(
@@ -185,16 +185,16 @@ class DcpMetadata:
 
 
 def index_files(
-    request: Request, outputs: Sequence[OutputFile], wanted: Layout | None, exact: bool, model: Model
+    request: Request, outputs: Sequence[OutputFile], target_layout: Layout | None, exact: bool, model: Model
 ) -> list[AuxiliaryFile]:
     """The index of several files: that of the target layout where headers are exact, else a new one."""
     if request.to == "meta":
         return []
     pieces = [(output.name, output.layout) for output in outputs if output.layout.header.kind == dcp.KIND]
-    if exact and wanted is not None and (wanted.index is not None or not pieces):
-        if wanted.index is None:
+    if exact and target_layout is not None and (target_layout.index is not None or not pieces):
+        if target_layout.index is None:
             return []
-        name, data = wanted.index
+        name, data = target_layout.index
         return [AuxiliaryFile.of(name, "restored", data)]
     if pieces:
         return [AuxiliaryFile(DCP_INDEX, "generated", generated=DcpMetadata(tuple(pieces)))]
@@ -202,8 +202,8 @@ def index_files(
         return []
     container = outputs[0].name.rpartition(".")[2]
     name = _shard_name((hf if request.to == "hf" else native).index_name(container), request, container, model)
-    if wanted is not None and wanted.index is not None:
-        name = wanted.index[0]
+    if target_layout is not None and target_layout.index is not None:
+        name = target_layout.index[0]
     weight_map = {tensor.key: file.name for file in outputs for tensor in file.layout.header.tensors}
     total = sum(tensor.nbytes for file in outputs for tensor in file.tensors)
     content = render_index(weight_map, total, sum(tensor.tensor.size for file in outputs for tensor in file.tensors))

@@ -219,14 +219,15 @@ def _model(
     return model_from(content, "config", source, ranks, options, family=family)
 
 
-def _check_losses(losses: Sequence[Equality], tensors: Sequence[torch.Tensor], where: str, allowed: bool) -> None:
+def _check_losses(losses: Sequence[Equality], tensors: Sequence[torch.Tensor], target_name: str, allowed: bool) -> None:
     """Raise LossyConversionError for values that would be left out although they change what the model computes."""
     counts = {one.key: int(materialize(one.left, tensors, _torch(one.dtype)).count_nonzero()) for one in losses}
     lost = {key: count for key, count in counts.items() if count}
     if lost and not allowed:
         said = indented_list([f"{key}: {count:,} values other than zero" for key, count in lost.items()])
         raise LossyConversionError(
-            f"{where} has no place for values that change what the model computes (allow_loss=True omits them):{said}",
+            f"{target_name} has no place for values that change what the model computes (allow_loss=True omits them):"
+            f"{said}",
             lost,
         )
 

@@ -204,7 +204,7 @@ def _cut(
         yield TargetTensor(entry.first, entry.key, rank, first.dtype, entry.join(format, shares))
 
 
-def _check_ranks(family: Family, format: str, dims: Mapping[str, int], ranks: int, what: str) -> None:
+def _check_ranks(family: Family, format: str, dims: Mapping[str, int], ranks: int, source_name: str) -> None:
     """Refuse a number of ranks that the family, or its sizes, cannot be split across."""
     if ranks == 1:
         return
@@ -236,6 +236,6 @@ def _check_ranks(family: Family, format: str, dims: Mapping[str, int], ranks: in
     if uneven:
         even = [str(count) for count in range(1, 129) if not uneven_over(count)]
         raise ConfigError(
-            f"{what}: cannot be split across {ranks} ranks: {'; '.join(uneven)}; `model_parallel=` may be "
+            f"{source_name}: cannot be split across {ranks} ranks: {'; '.join(uneven)}; `model_parallel=` may be "
             f"{', '.join(even)}"
         )

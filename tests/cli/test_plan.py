@@ -137,7 +137,7 @@ def test_what_differs_is_not_collapsed() -> None:
         move("a.3.w", "b.3.w", "cast F32→BF16"),
         move("a.4.w", "b.4.w", dtype="BF16"),
         move("a.5.w", "c.5.w"),
-        move("a.6.w", None, "carried in the record"),
+        move("a.6.w", None, "kept in the record"),
         *[move(f"x.{n}.w", f"y.{1 - n}.w") for n in range(2)],  # in another order than the source's
     ]
     found = [(group.source, group.target, group.count) for group in plan_tree.groups(moves)]

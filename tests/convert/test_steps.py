@@ -70,7 +70,7 @@ def test_what_is_joined_cut_anew_and_kept() -> None:
     assert back["norm.weight"].steps == ("one of 4 copies",)
     assert back["output.weight"].steps[0] == "tied if equal"
     assert back["rope.freqs"].target is None
-    assert back["rope.freqs"].steps == ("carried in the record",)
+    assert back["rope.freqs"].steps == ("kept in the record",)
     anew = steps(meta, "meta", model_parallel=2)
     assert anew["layers.1.attention.wq.weight"].steps == ("4→2 ranks on axis 0",)
     assert anew["norm.weight"].steps == ("replicated on 2 ranks",)
@@ -109,7 +109,7 @@ def test_what_comes_back_from_the_record_and_what_is_stored_transposed(tmp_path:
     from ckpt_convert import convert_checkpoint
 
     convert_checkpoint(GOLDEN / "llama2" / "meta-mp1", tmp_path / "hf", to="hf")
-    assert steps(tmp_path / "hf", "meta")["rope.freqs"].steps == ("brought back from the record",)
+    assert steps(tmp_path / "hf", "meta")["rope.freqs"].steps == ("restored from the record",)
     tensors = read_safetensors(tmp_path / "hf")
     key = "model.layers.0.mlp.up_proj.weight"
     tensors[key] = tensors[key].T.contiguous().T

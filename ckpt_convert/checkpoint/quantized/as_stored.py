@@ -31,7 +31,7 @@ def unquantized(model: Model, format: str | None, formats: frozenset[str]) -> Mo
     return replace(model, config=config, notices=(*model.notices, f"{said}: it is left out"))
 
 
-def refuse_formats(found: Quantization, model: Model, formats: frozenset[str], path: Place) -> None:
+def refuse_formats(quantization: Quantization, model: Model, formats: frozenset[str], path: Place) -> None:
     """Raise where quantized tensors cannot pass through between these formats.
 
     Raises UnsupportedFamilyError for a format that the family lacks, ConfigError for a format that cannot hold scales.
@@ -44,19 +44,19 @@ def refuse_formats(found: Quantization, model: Model, formats: frozenset[str], p
             )
     if formats != {"hf"}:
         other = sorted(formats - {"hf"})[0]
-        what = f"{path}: is quantized ({found.text}), and the {other} format has no place for that"
-        if found.refusal is not None:
-            raise ConfigError(f"{what}; {_refusal(found)}")
+        what = f"{path}: is quantized ({quantization.text}), and the {other} format has no place for that"
+        if quantization.refusal is not None:
+            raise ConfigError(f"{what}; {_refusal(quantization)}")
         raise ConfigError(f"{what}; {_WAY_OUT}")
 
 
-def refuse_scheme(found: Quantization, path: Place) -> None:
+def refuse_scheme(quantization: Quantization, path: Place) -> None:
     """Raise ConfigError for a scheme that passes through, but cannot be dequantized."""
-    if found.refusal is not None:
-        raise ConfigError(f"{path}: is quantized ({found.text}); {_refusal(found)}")
-    parts = [part.tensor for one in found.tensors.values() for part in (one.codes, one.scale)]
+    if quantization.refusal is not None:
+        raise ConfigError(f"{path}: is quantized ({quantization.text}); {_refusal(quantization)}")
+    parts = [part.tensor for one in quantization.tensors.values() for part in (one.codes, one.scale)]
     strided = [part.key for part in parts if part.strides is not None]
-    offset = [part for one in found.tensors.values() for part in one.parts if part.endswith("_zero_point")]
+    offset = [part for one in quantization.tensors.values() for part in one.parts if part.endswith("_zero_point")]
     for keys, why in ((strided, "is stored in another order of its axes"), (offset, "shifts the codes")):
         if keys:
             raise ConfigError(
@@ -64,33 +64,33 @@ def refuse_scheme(found: Quantization, path: Place) -> None:
             )
 
 
-def refuse_cast(found: Quantization | None, scheme: str | None, path: Place, dtype: str) -> None:
+def refuse_cast(quantization: Quantization | None, scheme: str | None, path: Place, dtype: str) -> None:
     """Raise UsageError for a cast of a quantized source: it would only cast the tensors that are not quantized.
 
     ``scheme`` is the name of a quantization scheme that no rule knows.
     """
-    if found is None and scheme is None:
+    if quantization is None and scheme is None:
         return
-    what = found.text if found is not None else scheme
-    way = _WAY_OUT if found is not None and not found.refusal else "leave it out"
+    what = quantization.text if quantization is not None else scheme
+    way = _WAY_OUT if quantization is not None and not quantization.refusal else "leave it out"
     raise option_error("dtype", dtype, f"{path} is quantized ({what}), and codes are not cast; {way}")
 
 
-def _refusal(found: Quantization) -> str:
+def _refusal(quantization: Quantization) -> str:
     return (
-        f"{found.refusal}, so it can only be re-sharded (`to='hf'`): dequantize it with the tool that made it, or "
-        "convert the original model"
+        f"{quantization.refusal}, so it can only be re-sharded (`to='hf'`): dequantize it with the tool that made it, "
+        "or convert the original model"
     )
 
 
 def dequantized_tensors(
-    found: Quantization, tensors: Mapping[str, SourceTensor], shapes: Mapping[str, tuple[int, ...]]
+    quantization: Quantization, tensors: Mapping[str, SourceTensor], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, SourceTensor]:
     """The tensors with each quantized one replaced by its dequantized shape, to be checked against a table.
 
     ``shapes`` are those that headers do not give; a tensor whose shape neither gives is left out.
     """
-    by_codes = {one.codes.tensor.key: one for one in found.tensors.values()}
+    by_codes = {one.codes.tensor.key: one for one in quantization.tensors.values()}
     out = {}
     for key, source in tensors.items():
         one = by_codes.get(key)
@@ -98,13 +98,13 @@ def dequantized_tensors(
         if one is not None and shape is not None:
             number = source.tensor.tiles[0].source if source.tensor.tiles else 0  # never read
             out[one.key] = SourceTensor(one.key, "F32", from_source(number, shape), source.location)
-        elif key not in found.owners and key not in found.extras:
+        elif key not in quantization.owners and key not in quantization.extras:
             out[key] = source
     return out
 
 
 def passthrough_model(
-    found: Quantization, model: Model, tensors: Mapping[str, SourceTensor], order: Iterable[str]
+    quantization: Quantization, model: Model, tensors: Mapping[str, SourceTensor], order: Iterable[str]
 ) -> Model:
     """The model with a table of the stored tensors themselves: codes, scales and all others under their own keys.
 
@@ -113,7 +113,7 @@ def passthrough_model(
     left = dict.fromkeys(tensors)
     keys = []
     for key in order:
-        one = found.tensors.get(key)
+        one = quantization.tensors.get(key)
         for part in one.parts if one is not None else (key,):
             if part in left:
                 del left[part]

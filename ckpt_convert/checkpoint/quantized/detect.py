@@ -192,7 +192,7 @@ class _Search:
                 self._owners[codes] = owner
             return None
         if rule.codes != "{key}" and owner in self._stored:
-            self._finding(owner, f"{owner}: is there twice, as it is and quantized, as {codes}")
+            self._finding(owner, f"{owner}: is stored twice, unquantized and quantized as {codes}")
         for key in there.values():
             self._owners[key] = owner
         shape, block = self._shapes(rule, owner, self._stored[codes], self._stored[scale])
@@ -275,5 +275,5 @@ def _blocks(
     return blocks, block
 
 
-def _has_codes(rule: Rule, one: FileTensor) -> bool:
-    return not rule.dtypes or one.tensor.dtype in rule.dtypes
+def _has_codes(rule: Rule, stored: FileTensor) -> bool:
+    return not rule.dtypes or stored.tensor.dtype in rule.dtypes

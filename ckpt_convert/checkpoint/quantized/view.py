@@ -37,7 +37,7 @@ class Dequantized:
 
 
 def dequantized_files(
-    opened: OpenedFiles, found: Quantization, dtype: str, shapes: Mapping[str, tuple[int, ...]] | None = None
+    opened: OpenedFiles, quantization: Quantization, dtype: str, shapes: Mapping[str, tuple[int, ...]] | None = None
 ) -> OpenedFiles:
     """The same files with other headers: each quantized tensor is one of ``dtype``, under its dequantized key.
 
@@ -45,16 +45,18 @@ def dequantized_files(
     not give; a tensor without a shape is left out.
     """
     by_file: dict[str, dict[str, Quantized]] = {}
-    for one in found.tensors.values():
+    for one in quantization.tensors.values():
         by_file.setdefault(one.codes.file.name, {})[one.codes.tensor.key] = one
-    gone = found.owners.keys() | found.extras
+    gone = quantization.owners.keys() | quantization.extras
     files = tuple(
         _file(file, by_file.get(file.name, {}), gone, DEQUANTIZED_DTYPES[dtype], shapes or {}) for file in opened.files
     )
     weight_map = opened.directory.weight_map
     if weight_map is not None:
         kept = {key: name for key, name in weight_map.items() if key not in gone}
-        kept |= {key: weight_map.get(one.codes.tensor.key, one.codes.file.name) for key, one in found.tensors.items()}
+        kept |= {
+            key: weight_map.get(one.codes.tensor.key, one.codes.file.name) for key, one in quantization.tensors.items()
+        }
         weight_map = kept
     return replace(opened, files=files, directory=replace(opened.directory, weight_map=weight_map))
 
@@ -107,25 +109,25 @@ def _file(
     return replace(file, reader=reader, header=header)
 
 
-def _described(one: Quantized, shape: tuple[int, ...], dtype: str) -> StoredTensor:
-    if one.rule is not schemes.MXFP4:
-        return StoredTensor(one.key, dtype, shape, 0)
+def _described(quantized: Quantized, shape: tuple[int, ...], dtype: str) -> StoredTensor:
+    if quantized.rule is not schemes.MXFP4:
+        return StoredTensor(quantized.key, dtype, shape, 0)
     *leading, columns, rows = shape  # stored with the last two axes swapped
     strides = row_major_strides((*leading, rows, columns))
-    return StoredTensor(one.key, dtype, shape, 0, (*strides[:-2], strides[-1], strides[-2]))
+    return StoredTensor(quantized.key, dtype, shape, 0, (*strides[:-2], strides[-1], strides[-2]))
 
 
-def _computed(one: Quantized, dtype: str) -> Computed:
+def _computed(quantized: Quantized, dtype: str) -> Computed:
     from ckpt_convert.checkpoint.quantized import fp8, mxfp4
     from ckpt_convert.checkpoint.quantized.row_reader import MatrixBytes, ValueMatrix
 
     numbers: ValueMatrix | None = None
-    if one.rule == schemes.MXFP4 and one.shape is not None:
-        numbers = mxfp4.mxfp4_values(one)
-    elif one.rule == schemes.FP8 and one.block is not None:
-        numbers = fp8.fp8_values(one)
+    if quantized.rule == schemes.MXFP4 and quantized.shape is not None:
+        numbers = mxfp4.mxfp4_values(quantized)
+    elif quantized.rule == schemes.FP8 and quantized.block is not None:
+        numbers = fp8.fp8_values(quantized)
     if numbers is None:
-        raise ConfigError(f"{one.key}: is quantized in a way that cannot be dequantized")
+        raise ConfigError(f"{quantized.key}: is quantized in a way that cannot be dequantized")
     return MatrixBytes(numbers, dtype)
 
 
