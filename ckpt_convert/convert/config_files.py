@@ -257,7 +257,7 @@ def _params_of_model(
         options = request.config if styles is None or cut is None else styles.options_for(request.config, cut)
         translated = model.family.params.from_hf(model.config, options)
     beside = " (not needed as long as the folder ckpt_convert is beside it)"
-    notices = tuple(text + beside if "on the way back" in text else text for text in translated.notices)
+    notices = tuple(text + beside if "to convert back" in text else text for text in translated.notices)
     return _render_params(translated.content), "generated", notices
 
 

@@ -220,4 +220,4 @@ def require_regular_file(label: str, kind: FileKind | None, named_by: str) -> No
     if kind is None:
         raise CheckpointNotFoundError(f"{label}: is not there, though {named_by} needs it; download or copy it again")
     if kind is not FileKind.FILE:
-        raise UnsafeFileError(f"{label}: is no regular file; move it elsewhere, and put the file itself there")
+        raise UnsafeFileError(f"{label}: is not a regular file; move it elsewhere, and put the file itself there")

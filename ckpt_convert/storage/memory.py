@@ -55,7 +55,7 @@ class MemoryStore(ObjectStore):
         """As ``Store.open``; ``expected`` is compared with the first read, not here."""
         identity = expected or self.entry(name)
         if identity is None:
-            raise UnsafeFileError(f"{self.label(name)}: is no regular file, or not there (any more)")
+            raise UnsafeFileError(f"{self.label(name)}: is not a regular file, or not there (any more)")
 
         def fetch(offset: int, nbytes: int) -> bytes:
             self._request("get")

@@ -100,7 +100,9 @@ class LocalFile:
             found = os.fstat(self._fd)
         if not stat.S_ISREG(found.st_mode):
             self.close()
-            raise UnsafeFileError(f"{self.name}: is no regular file; move it elsewhere, and put the file itself there")
+            raise UnsafeFileError(
+                f"{self.name}: is not a regular file; move it elsewhere, and put the file itself there"
+            )
         self.identity = FileIdentity.of(found)
         self.size = self.identity.size
         if expected is not None and (what := expected.change(self.identity)) is not None:

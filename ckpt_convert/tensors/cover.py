@@ -1,4 +1,4 @@
-"""Whether boxes make up a tensor, each element once."""
+"""Whether boxes cover a tensor exactly, each element once."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def cut_axes(boxes: Sequence[Box], shape: Sizes) -> list[int]:
 
 
 def covers(boxes: Sequence[Box], shape: Sizes) -> bool:
-    """Whether boxes that lie in a shape cover it, each element once; in time linear in their number.
+    """Whether boxes within a shape cover it exactly, each element once; linear in their number.
 
     A corner of a box counts +1 where an even number of its coordinates are those of the box's end, else -1. These sums
-    tell the elements of each box (they are its differences along every axis), so the boxes tile the shape if and only
+    determine the elements of each box (they are its differences along every axis), so the boxes tile the shape exactly
     if, corner by corner, theirs add up to that of the shape.
     """
     cut = cut_axes(boxes, shape)

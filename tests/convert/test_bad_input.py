@@ -487,7 +487,7 @@ def test_files_that_are_no_regular_files(hf: Path, refused: Refused, tmp_path: P
     assert "not copied: side.txt" in report.notices
     (hf / "model-00002-of-00004.safetensors").unlink()
     os.mkfifo(hf / "model-00002-of-00004.safetensors")
-    assert "is no regular file" in refused(hf, UnsafeFileError)
+    assert "is not a regular file" in refused(hf, UnsafeFileError)
 
 
 @pytest.mark.parametrize(

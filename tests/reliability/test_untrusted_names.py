@@ -126,7 +126,7 @@ def test_verify_says_what_is_no_file(name: str, tmp_path: Path) -> None:
     with at_most(30):
         done = run("verify", source, "--quick", code=1)
     assert f"{name}" in done.stdout
-    assert "is no regular file" in done.stdout
+    assert "is not a regular file" in done.stdout
 
 
 def test_the_config_of_like(tmp_path: Path) -> None:

@@ -157,7 +157,7 @@ class TestSafety:
             folder.resolve_member("x.bin", "the index")
 
     def test_a_folder_is_no_file(self, folder: Place) -> None:
-        with pytest.raises(UnsafeFileError, match="is no regular file"):
+        with pytest.raises(UnsafeFileError, match="is not a regular file"):
             folder.resolve_member("ckpt_convert", "the index")
 
 

@@ -43,7 +43,7 @@ def check_auxiliary_files(checkpoint: Identified) -> Iterator[Finding]:
             yield from _file(path)
         elif not path.is_folder():
             yield _error(
-                name, "is no regular file (a pipe, a device); move it elsewhere, and put the file itself there"
+                name, "is not a regular file (a pipe, a device); move it elsewhere, and put the file itself there"
             )
 
 

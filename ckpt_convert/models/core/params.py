@@ -104,11 +104,11 @@ def took_positions(positions: int, source: str) -> tuple[str, ...]:
     )
 
 
-def lost_positions(positions: int, ruled: int, stands: str) -> tuple[str, ...]:
-    """A notice of what the way back would make of max_position_embeddings, where that is another number."""
-    if positions == ruled:
+def lost_positions(positions: int, default: int) -> tuple[str, ...]:
+    """A notice if converting back would give another max_position_embeddings, the ``default`` for these params."""
+    if positions == default:
         return ()
     return (
-        f"{PARAMS} does not hold max_position_embeddings, and {stands} for {ruled}, not {positions}: on the way back, "
-        f"pass `max_positions={positions}`",
+        f"{PARAMS} does not hold max_position_embeddings, and the default for it is {default}, not {positions}: to "
+        f"convert back, pass `max_positions={positions}`",
     )

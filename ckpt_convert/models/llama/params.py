@@ -387,4 +387,4 @@ def _lost_on_the_way_back(
         )
     ruled = back["max_position_embeddings"]
     positions = optional_int(config, "max_position_embeddings", CONFIG, ruled)
-    return (*notices, *lost_positions(positions, ruled, "this shape stands"))
+    return (*notices, *lost_positions(positions, ruled))

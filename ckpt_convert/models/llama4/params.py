@@ -116,7 +116,7 @@ def hf_to_params(
     ordered = {key: content[key] for key in _KEYS if content.get(key) is not None}
     positions = optional_int(text, "max_position_embeddings", where, 131072)
     ruled, _ = _positions(sizes, ConfigOptions())
-    return Translated(ordered, (*rope.notices, *notices, *lost_positions(positions, ruled, "this shape stands")))
+    return Translated(ordered, (*rope.notices, *notices, *lost_positions(positions, ruled)))
 
 
 def params_to_hf(params: Mapping[str, Any], weights: Weights, options: ConfigOptions | None = None) -> Translated:

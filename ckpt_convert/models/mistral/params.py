@@ -170,7 +170,7 @@ def _window_of_config(config: Mapping[str, Any]) -> tuple[int | None, tuple[str,
 
 def _lost_positions(config: Mapping[str, Any]) -> tuple[str, ...]:
     positions = optional_int(config, "max_position_embeddings", CONFIG, MAX_POSITIONS)
-    return lost_positions(positions, MAX_POSITIONS, "stands")
+    return lost_positions(positions, MAX_POSITIONS)
 
 
 def _check_ours(params: Mapping[str, Any]) -> None:

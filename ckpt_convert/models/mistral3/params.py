@@ -71,7 +71,7 @@ def hf_to_params(config: Mapping[str, Any], options: ConfigOptions | None = None
     positions = optional_int(text, "max_position_embeddings", f"{CONFIG}: {TEXT}", POSITIONS)
     text |= {"tie_word_embeddings": bool(sizes["tied"]), "max_position_embeddings": None}
     dense = mistral_params.hf_to_params(text, options)
-    lost = lost_positions(positions, POSITIONS, "stands")
+    lost = lost_positions(positions, POSITIONS)
     return Translated({**dense.content, "vision_encoder": _vision_encoder(config, sizes)}, (*dense.notices, *lost))
 
 

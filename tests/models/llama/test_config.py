@@ -366,8 +366,8 @@ def test_the_factor_of_a_small_release_comes_back_without_a_notice_and_another_w
 def test_positions_that_the_way_back_would_not_guess_are_noticed() -> None:
     notices = hf_to_params(tiny(max_position_embeddings=256)).notices
     assert notices == (
-        "params.json does not hold max_position_embeddings, and this shape stands for 8192, not 256: "
-        "on the way back, pass `max_positions=256`",
+        "params.json does not hold max_position_embeddings, and the default for it is 8192, not 256: "
+        "to convert back, pass `max_positions=256`",
     )
     assert hf_to_params(tiny()).notices == ()
 

@@ -375,8 +375,8 @@ def test_notices() -> None:
     assert config["text_config"]["max_position_embeddings"] == 10485760
     assert config["text_config"]["rope_scaling"]["factor"] == 8.0
     assert hf_to_params(config).notices == (
-        "params.json does not hold max_position_embeddings, and this shape stands for 262144, not 10485760: on the way "
-        "back, pass `max_positions=10485760`",
+        "params.json does not hold max_position_embeddings, and the default for it is 262144, not 10485760: to "
+        "convert back, pass `max_positions=10485760`",
     )
 
 

@@ -53,8 +53,8 @@ def test_the_golden_params_and_config_say_the_same() -> None:
     translated = hf_to_params(golden_config())
     assert translated.content == golden_params()
     assert translated.notices == (
-        "params.json does not hold max_position_embeddings, and stands for 32768, not 256: "
-        "on the way back, pass `max_positions=256`",
+        "params.json does not hold max_position_embeddings, and the default for it is 32768, not 256: "
+        "to convert back, pass `max_positions=256`",
     )
     back = params_to_hf(golden_params(), Weights(vocab_size=56, ffn_dim=104), ConfigOptions(max_positions=256))
     unknowable = {"dtype", "pad_token_id", "transformers_version"}
