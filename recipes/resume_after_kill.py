@@ -39,7 +39,7 @@ def train(output_dir: Path, options: list[str], kill_after: int | None = None, d
                 return {}
         elif found := re.match(r"(weights|optimizer) +([0-9a-f]{64})$", line):
             checksums[found[1]] = found[2]
-        elif re.search(r"resumed|fresh start|half-written|passed over", line):
+        elif re.search(r"resumed|fresh start|half-written|skipped", line):
             print(f"    {line.rstrip()}")
     if child.wait():
         raise SystemExit(f"the run failed:\n{''.join(lines)}")

@@ -299,7 +299,7 @@ class Checkpointer:
         if there and progress is None and not self._options.overwrite:
             raise OutputExistsError(
                 f"{self._saver.directory.path}: holds {len(there)} checkpoints, up to step {there[-1].step}; resume() "
-                "from it, pass overwrite=True to start anew in its place, or choose another output_dir"
+                "from it, pass overwrite=True to replace it with a new run, or choose another output_dir"
             )
         self._begin(model, optimizer, lr_scheduler, grad_scaler, dataloader, extra)
         counts = self._counts
@@ -389,8 +389,8 @@ class Checkpointer:
                 for batch in loader:
                     ...
 
-        A resumed run goes on in the epoch that it was in. An epoch ends, and is counted, where the body of the loop
-        does; not where the loop is left by ``break`` or ``return``, nor where ``should_stop`` says that a signal came.
+        A resumed run continues in the epoch that it was in. An epoch is counted at the end of the loop's body; not if
+        the loop is left by ``break`` or ``return``, nor if ``should_stop`` is true.
         """
         self._require("epochs()")
         while (count is None or self.progress.epoch < count) and not self.should_stop:
@@ -413,7 +413,7 @@ class Checkpointer:
         """From now on, a save that is due waits for ``save_held``, except one for a signal.
 
         For trainers that evaluate after a step is counted and draw random numbers for it: what would be saved before
-        is not what the run goes on from.
+        is not what the run continues from.
         """
         self._saver.holds_saves = True
 
@@ -508,7 +508,7 @@ class Checkpointer:
         return made
 
     def _start(self, step: int, there: Sequence[SavedStep]) -> None:
-        """Plan what comes after this step; ``there`` are the checkpoints that the run goes on from."""
+        """Plan the saves after this step; ``there`` are the checkpoints of the run so far."""
         self._saver.plan_ahead()
         self._saver.directory.warn_of_obstacles(step)
         self._counts.begin_watch(there)

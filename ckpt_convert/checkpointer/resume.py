@@ -83,13 +83,13 @@ def refuse_restart(selection: Selection, saver: Saver, options: Options) -> None
     """Raise UsageError for overwrite=, OutputExistsError for counting from 0 over existing steps."""
     if options.overwrite:
         raise UsageError(
-            "overwrite=True is for register(), which starts anew where checkpoints are; resume() goes on "
+            "overwrite=True is for register(), which replaces existing checkpoints with a new run; resume() continues "
             "from them: leave it out"
         )
     if not selection.progress and (there := saver.directory.saved):
         raise OutputExistsError(
             f"{options.output_dir}: holds {len(there)} checkpoints, up to step {there[-1].step}, which a run that "
-            f"counts from 0 (exclude={PROGRESS!r}) would replace; choose another output_dir, or go on without it"
+            f"counts from 0 (exclude={PROGRESS!r}) would replace; choose another output_dir, or leave it out"
         )
 
 
@@ -226,19 +226,19 @@ def newest_sound_step(output_dir: Place, *, verify: bool, workers: int) -> Saved
     gone = [place for place in saved_steps.list_directories(output_dir) if saved_steps.is_damaged(place)]
     lacking = [place for place in gone if not (place / MANIFEST).is_regular_file()]  # of others, the scan has warned
     for path in lacking:
-        log.warning("%s is damaged and passed over: its manifest is gone", path)
+        log.warning("%s is damaged and skipped: its manifest is missing", path)
     said = []
     for saved in reversed(there):
         problems = check_step(saved, verify=verify, workers=workers)
         if not problems:
             return saved
         said += problems
-        log.warning("%s is damaged and passed over: %s", saved.place, "; ".join(problems))
+        log.warning("%s is damaged and skipped: %s", saved.place, "; ".join(problems))
     said += [f"{path}: its manifest is damaged or gone" for path in gone]
     if said:
         raise CorruptFileError(
             f"{output_dir}: holds {len(there) + len(gone)} checkpoints, but none that is sound; move them elsewhere, "
-            f"or choose another output_dir, to start anew:{indented_list(said)}"
+            f"or choose another output_dir, for a new run:{indented_list(said)}"
         )
     return None
 
@@ -287,7 +287,7 @@ def load_step(
     if state is not None and state.written_by != _count(planner.ranks) and selection("rng"):
         trees["rng"] = _derived_rng(state, planner.ranks)
     if state is None:
-        _say_what_starts_anew(saved, [name for name in parts.required_entries if selection(name)], strict)
+        _report_missing_state(saved, [name for name in parts.required_entries if selection(name)], strict)
     problems = parts.compare_state(trees, selection) if state is not None else []
     with contextlib.ExitStack() as stack:
         load_weights: Callable[[], str]
@@ -306,7 +306,7 @@ def load_step(
         said = load_weights() if planner.adapter is None or selection(ADAPTER) else "nothing of the model"
     problems += parts.set_state(trees, selection)
     if problems:
-        log.warning("%s: what did not fit was left as it was:%s", saved.place, indented_list(problems))
+        log.warning("%s: what does not fit was left unchanged:%s", saved.place, indented_list(problems))
     log.info("loaded %s", said)
 
 
@@ -330,10 +330,10 @@ def load_best(saver: Saver, model: Model, options: Options) -> SavedStep | None:
     return found
 
 
-def _say_what_starts_anew(saved: SavedStep, names: list[str], strict: bool) -> None:
+def _report_missing_state(saved: SavedStep, names: list[str], strict: bool) -> None:
     """Warn of the parts that a checkpoint without training state cannot restore.
 
-    Raises KeyMismatchError where it had one: the run would go on, and not be the run that it was. A seed is a start.
+    Raises KeyMismatchError if its state was removed, as the run could not continue exactly. Step 0 is a fresh start.
     """
     if not names or saved.step == 0:
         return
@@ -341,8 +341,8 @@ def _say_what_starts_anew(saved: SavedStep, names: list[str], strict: bool) -> N
     hint = f", and from_={there[-1].step} is a step with a training state" if there else ""
     if saved.contents == "full":
         text = (
-            f"{saved.place}: its training state was removed to save space, so {', '.join(names)} cannot go on; "
-            "weights_only=True takes the weights and starts the rest anew, exclude= leaves out what is to start anew"
+            f"{saved.place}: its training state was removed to save space, so {', '.join(names)} cannot be restored; "
+            "weights_only=True takes the weights alone, exclude= leaves out what is to keep its initial state"
             f"{hint}"
         )
         if strict:
@@ -352,7 +352,7 @@ def _say_what_starts_anew(saved: SavedStep, names: list[str], strict: bool) -> N
     # A second checkpointer that saves weights only has no state but the random numbers: that needs no warning.
     log.log(
         logging.WARNING if names != ["rng"] else logging.INFO,
-        "%s: was saved with contents=%r, without a training state: %s start anew, with these weights at step %d%s",
+        "%s: was saved with contents=%r, without a training state: %s keep their initial state, at step %d%s",
         saved.place,
         saved.contents,
         ", ".join(names),
@@ -415,7 +415,7 @@ def _weights(
         for key, at in taken.items():
             if state is not None:
                 state.tensor(at, into=tensors[key])
-        exactly = f"{len(taken)} tensors as they were in memory" if taken else ""
+        exactly = f"{len(taken)} tensors with their exact values in memory" if taken else ""
         return " and ".join(filter(None, (files.describe() if files.tensors else "", exactly))) or "nothing"
 
     return [_PREFIX + key for key in whole.keys], fit.problems, load_them

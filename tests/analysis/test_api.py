@@ -42,7 +42,7 @@ def test_an_edited_file_is_accepted_by_name(tmp_path: Path) -> None:
     assert found.ok
     assert found.accepted is not None
     assert [file.file for file in found.accepted] == ["config.json"]
-    with pytest.raises(UsageError, match="is none of the files"):
+    with pytest.raises(UsageError, match="is none of the auxiliary files"):
         ckpt_convert.verify_checkpoint(tmp_path / "out", accept=["no.json"])
 
 

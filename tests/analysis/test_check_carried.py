@@ -35,7 +35,7 @@ def test_a_bit_that_flipped_is_found(output: Path) -> None:
     (output / CARRIED).write_bytes(data)
     ((kind, text),) = problems(output)
     assert kind == "checksum"
-    assert text.startswith(f"rope.freqs in {CARRIED} is not as it was written: checksum ")
+    assert text.startswith(f"rope.freqs in {CARRIED} was changed: checksum ")
 
 
 def test_a_file_that_is_none_any_more_is_named(output: Path) -> None:

@@ -413,8 +413,8 @@ def test_an_edited_config_is_an_error_until_it_is_accepted(output: Path, tmp_pat
         assert f"ckpt-convert verify {output} --accept {finding['file']}" in finding["text"]
 
     for name, why in (
-        ("consolidated.00.pth", "only files beside the weights"),
-        (MANIFEST, "is none of the files beside the weights"),
+        ("consolidated.00.pth", "only auxiliary files"),
+        (MANIFEST, "is none of the auxiliary files"),
     ):
         refused = command("verify", output, "--accept", "params.json", "--accept", name)
         assert (refused.returncode, manifest_of(output)) == (2, before), refused.stderr

@@ -79,7 +79,7 @@ def test_the_ways_that_it_names(thinned: Path, tmp_path: Path, caplog: pytest.Lo
     caplog.clear()
     assert resumed(tmp_path / "loose", from_=thinned / "step_2", strict=False).step == 2
     (said,) = warnings(caplog)
-    assert "optimizer, lr_scheduler, dataloader, rng cannot go on" in said
+    assert "optimizer, lr_scheduler, dataloader, rng cannot be restored" in said
 
 
 def test_a_step_that_was_saved_without_training_state_resumes_with_one_warning(
@@ -91,7 +91,7 @@ def test_a_step_that_was_saved_without_training_state_resumes_with_one_warning(
     assert_same(found.model.state_dict(), expected.model.state_dict())
     (said,) = warnings(caplog)
     assert "step_2: was saved with contents='weights'" in said
-    assert "optimizer, lr_scheduler, dataloader, rng start anew" in said
+    assert "optimizer, lr_scheduler, dataloader, rng keep their initial state" in said
     assert "from_=1 is a step with a training state" in said
 
 

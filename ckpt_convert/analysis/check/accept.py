@@ -83,8 +83,8 @@ def is_acceptable(name: str) -> bool:
 
 def _why(name: str, listed: Mapping[str, Any]) -> str:
     if not is_acceptable(name):
-        return "only files beside the weights can be accepted; of weights that changed nothing says what they should be"
-    return f"is none of the files beside the weights that {MANIFEST} lists: {', '.join(sorted(listed)) or 'none'}"
+        return "only auxiliary files can be accepted; for changed weights there is no record of the right values"
+    return f"is none of the auxiliary files that {MANIFEST} lists: {', '.join(sorted(listed)) or 'none'}"
 
 
 def _digest(path: Place) -> str:

@@ -111,7 +111,7 @@ def _whole(file: WeightFile, entry: Mapping[str, Any]) -> tuple[list[Finding], l
     findings = []
     if found != expected:
         text = (
-            f"{file.name}: the bytes that belong to no tensor (header, padding) are not as they were written: checksum "
+            f"{file.name}: the bytes that belong to no tensor (header, padding) were changed: checksum "
             f"{found}, expected {expected}; {_CHANGED}"
         )
         findings.append(Finding("error", "checksum", text, file.name, None, expected, found))
@@ -138,7 +138,7 @@ def _located(file: Any, listed: list[Any]) -> tuple[list[Finding], list[Span]]:
         tensor = tensors.get(key)
         if tensor is None or not tensor.offset <= offset <= offset + nbytes <= tensor.offset + tensor.nbytes:
             place = f"bytes {offset} to {offset + nbytes}"
-            text = f"{file.name}: {key} does not lie where {MANIFEST} says ({place}); {_CHANGED}"
+            text = f"{file.name}: {key} is not at the offset that {MANIFEST} says ({place}); {_CHANGED}"
             findings.append(Finding("error", "checksum", text, file.name, key))
         else:
             spans.append(_piece(file, reader, (key, offset, nbytes, checksum), XXH3))
@@ -151,7 +151,7 @@ def _piece(file: WeightFile, reader: RangeReader, piece: tuple[str, int, int, st
     def done(found: str) -> Iterator[Finding]:
         if found != checksum:
             text = (
-                f"{key} in {file.name} is not as it was written: checksum {found}, expected {checksum} "
+                f"{key} in {file.name} was changed: checksum {found}, expected {checksum} "
                 f"(bytes from {offset} on); {_CHANGED}"
             )
             yield Finding("error", "checksum", text, file.name, key, checksum, found)

@@ -78,7 +78,7 @@ def check_leftovers(opened: LenientCheckpoint) -> Iterator[Finding]:
     for left in (partial_path(path.real()), replaced_path(path.real())):
         if left.is_folder():  # False if the name is too long for the file system
             text = (
-                f"{left.name} beside the directory was left by a conversion that did not end; run that again with "
+                f"{left.name} next to the directory was left by a conversion that did not end; run that again with "
                 "`resume=True`, or remove what is left"
             )
             yield Finding("warning", "leftover", text, left.name)
@@ -127,7 +127,7 @@ def check_shard_numbers(opened: LenientCheckpoint) -> Iterator[Finding]:
         if alone and opened.checkpoint.format == "hf" and len(opened.checkpoint.directory.weights) > 1:
             text = (
                 f"{index} is missing: without it, transformers and others do not find the shards; download it, or "
-                "write the checkpoint anew with `convert_checkpoint(SRC, DST, to='hf')`"
+                "write the checkpoint again with `convert_checkpoint(SRC, DST, to='hf')`"
             )
             yield Finding("warning", "index", text, index)
         for total, numbers in sets.items():
@@ -143,7 +143,7 @@ def check_shard_numbers(opened: LenientCheckpoint) -> Iterator[Finding]:
             elif lacking:
                 text = (
                     f"{opened.checkpoint.directory.index} names {len(numbers)} of {total} shards, and not number "
-                    f"{', '.join(map(str, lacking[:5]))}; if keys are missing below, they lie there"
+                    f"{', '.join(map(str, lacking[:5]))}; if keys are missing below, they are in these shards"
                 )
                 yield Finding("warning", "shards", text, opened.checkpoint.directory.index)
 
@@ -162,7 +162,7 @@ def check_file_names(opened: LenientCheckpoint) -> Iterator[Finding]:
         if not is_found_without_index(name):
             text = (
                 f"{name} is no name that transformers and others find ({', '.join(TRANSFORMERS_NAMES)}): rename "
-                "it if it is safetensors, or write the checkpoint anew with `convert_checkpoint(SRC, DST, to='hf', "
+                "it if it is safetensors, or write the checkpoint again with `convert_checkpoint(SRC, DST, to='hf', "
                 "container='safetensors')`"
             )
             yield Finding("warning", "shards", text, name)

@@ -98,7 +98,7 @@ def open_leniently(
     if (path / JOURNAL).is_present():
         text = (
             f"{path.name} is the unfinished output of a conversion; run that again with `resume=True`, or remove it "
-            "and convert anew"
+            "and convert again"
         )
         state.findings.append(Finding("error", "leftover", text, JOURNAL))
     before = len(state.findings)
@@ -238,8 +238,7 @@ def _open(path: Place, weight: WeightName, directory: WeightDirectory, state: _S
 def _absent(local: Place, name: str, directory: WeightDirectory) -> tuple[str, str]:
     keys = [key for key, file in (directory.weight_map or {}).items() if file == name]
     said = (
-        f"{directory.index} says that {len(keys)} tensor{'s lie' if len(keys) != 1 else ' lies'} in it "
-        f"({first_few(keys, 2)})"
+        f"{directory.index} says that it holds {len(keys)} tensor{'s' if len(keys) != 1 else ''} ({first_few(keys, 2)})"
         if keys
         else "it should be there"
     )

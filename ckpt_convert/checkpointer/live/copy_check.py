@@ -63,7 +63,7 @@ class CopyCheck:
         if apart:
             raise UsageError(
                 f"model=: none of its {len(now)} tensors has changed in {steps} steps, {why}: these are copies, so "
-                "this step would hold the weights as they were at the start; give the module itself, or tensors that "
+                "this step would hold the initial weights; pass the module itself, or tensors that "
                 "training changes in place (module.state_dict()). What has to be gathered is gathered anew for every "
                 "save: register(model=THEM, progress=checkpointer.progress), then save()"
             )
@@ -71,7 +71,7 @@ class CopyCheck:
     def _is_trained_apart(self, tensors: list[torch.Tensor], memory: MemoryRanges) -> bool:
         """Whether the optimizer's parameters have the size or shapes of the model, but other memory.
 
-        A small module that is trained beside a frozen model is no reason to suspect copies.
+        A small module that is trained with a frozen model is no reason to suspect copies.
         """
         trained = self._trained or []
         if not trained or any(local_of(one) in memory for one in trained):

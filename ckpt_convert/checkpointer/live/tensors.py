@@ -171,7 +171,7 @@ class MemoryReader:
     def readinto(self, offset: int, buffer: memoryview) -> None:
         start = self.offset + offset
         if start + len(buffer) > self.size:
-            raise UsageError(f"{self.name}: this part of it lies in the memory of another process")
+            raise UsageError(f"{self.name}: this part of it is in the memory of another process")
         np.copyto(np.frombuffer(buffer, np.uint8), self._bytes[start : start + len(buffer)].cpu().numpy())
 
 

@@ -91,7 +91,7 @@ class DirectoryTemplate:
         except UnsafeFileError as error:
             raise self._wrong(f"gives {name!r}, which is no plain name") from error
         if "/" in name:
-            raise self._wrong(f"gives {name!r}, but checkpoints lie side by side in the output directory")
+            raise self._wrong(f"gives {name!r}, but checkpoints are direct subdirectories of the output directory")
         if name.startswith("."):
             raise self._wrong(f"gives {name!r}; names with a dot in front are for what is not finished")
         if name.endswith((PARTIAL, REPLACED, DELETED)):
@@ -110,7 +110,7 @@ class DirectoryTemplate:
         except (UnsafeFileError, TypeError) as error:
             raise UsageError(f"latest_name={name!r}: is no plain name; None is for no pointer") from error
         if "/" in name:
-            raise UsageError(f"latest_name={name!r}: expected one name, the pointer lies beside what it leads to")
+            raise UsageError(f"latest_name={name!r}: expected one name, as the pointer is in the output directory")
         if name.startswith(".") and name.endswith(SUFFIX):
             raise UsageError(
                 f"latest_name={name!r}: names with a dot in front that end in {SUFFIX} are for pointers that are being "

@@ -135,7 +135,7 @@ def _rules(every: Any, option: str) -> Iterator[Interval | Predicate]:
 
 
 def _takes_event(decides: Callable[..., Any], option: str) -> bool:
-    """Whether a function wants the event beside the progress: by its second parameter, unless that has a default."""
+    """Whether a function takes the event after the progress: by its second parameter, unless that has a default."""
     name = getattr(decides, "__qualname__", type(decides).__qualname__)
     if inspect.iscoroutinefunction(decides):
         raise UsageError(f"{option}: {name} is a coroutine function, whose result is always true; give a plain one")

@@ -29,7 +29,7 @@ Config = str | Path | Place | Mapping[str, Any]
 def open_source(source: Source, *, format: str | None, family: str | None, config: Config | None) -> Identified:
     """Open what a recipe calls its source: a path, a Hub id, or the weight files of a directory, in any order.
 
-    A checkpoint that is open already is taken as it is. A quantized one is taken for the numbers that it stands for, in
+    A checkpoint that is open already is used unchanged. A quantized one is read as dequantized values, in
     the dtype that its config names, as training needs them. Raises what ``open_checkpoint`` does, and
     UsageError for a list that is not all of one checkpoint's files.
     """
@@ -47,7 +47,7 @@ def open_source(source: Source, *, format: str | None, family: str | None, confi
 def open_without_source(
     steps: Sequence[SavedStep], config: Config | None, family: str | None
 ) -> tuple[Identified, Place | None]:
-    """What a run without a source goes on from, and the step that this is: the newest that has weights, or the config.
+    """What a run without a source continues from: the newest step with weights (also returned), or the config.
 
     A run that began with a checkpoint keeps its files and its config that way, after the checkpoint is lost. One that
     began with a config alone has nothing of its own to keep. Raises UsageError where there is neither.

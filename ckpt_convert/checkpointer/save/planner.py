@@ -348,7 +348,7 @@ class SavePlanner:
     def _refuse_unsaved(self, model: Model, parts: SplitTensors, others: Sequence[torch.Tensor]) -> None:
         """Raise UsageError for trained tensors that no save would contain; ``others`` are an optimizer's parameters.
 
-        What an optimizer has beside the model is saved with its state.
+        An optimizer's parameters outside of the model are saved with its state.
         """
         trained = trained_parameters(model)
         if not isinstance(model, torch.nn.Module):  # of a detached state dict, the optimizer says what is trained
@@ -366,7 +366,7 @@ class SavePlanner:
         if lost:
             raise UsageError(
                 f"{MODEL_IN_MEMORY}: has parameters that are trained, but that its state dict does not hold, so no "
-                "save would: freeze them (requires_grad_(False)), or hand over the optimizer that trains them:"
+                "save would: freeze them (requires_grad_(False)), or pass the optimizer that trains them:"
                 f"{indented_list(lost)}"
             )
 
@@ -416,8 +416,8 @@ def _refuse_copies(model: Model, tensors: Tensors) -> None:
     copies = detached_copies(model, tensors)
     if copies:
         raise UsageError(
-            f"{MODEL_IN_MEMORY}: its state dict makes these tensors anew each time, so nothing that is loaded into "
-            f"them would reach the model; hand over the module that has them as parameters or buffers:"
+            f"{MODEL_IN_MEMORY}: its state dict creates these tensors on each call, so nothing that is loaded into "
+            f"them would reach the model; pass the module that has them as parameters or buffers:"
             f"{indented_list(copies)}"
         )
 

@@ -185,7 +185,7 @@ class RunDirectory:
         found: list[str] = []
         if self.is_followed:
             return
-        with _only_warned(f"{self.path}: what lies in the way of later steps cannot be looked at"):
+        with _only_warned(f"{self.path}: files in the way of later steps cannot be examined"):
             steps = {one.place: one.step for one in self.saved if self.destination(one.progress) == one.place}
             for place in self.path.listed().children():
                 if place not in steps and (named := self._template.step_of(place.name, self.run_name)) is not None:

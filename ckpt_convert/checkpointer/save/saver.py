@@ -95,7 +95,7 @@ class Saver:
             for notice in self.planner.plan_ahead(parts.model, settings, trained):
                 log.warning("%s", notice)
         if self._saves_state:
-            parts.get_state()  # what cannot be saved is told now, not at the first save
+            parts.get_state()  # what cannot be saved is an error now, not at the first save
         if self._copy_check is not None:
             self._copy_check.restart(self.counts.progress.step)
         self._refuse_others()

@@ -85,7 +85,7 @@ def write_step(
     ``mode`` are the permissions that its files and folders may have at most; ``alone`` says that the directory above is
     locked. Where nothing can be renamed, what is replaced is removed first.
     Raises OutputExistsError where something else has the name, and CkptConvertError for what goes wrong while writing:
-    ``destination`` is then as it was, and nothing half-written is left.
+    ``destination`` is then unchanged, and nothing half-written is left.
     """
     with staged(step, destination, mode=mode, alone=alone) as staging:
         weights = _weights(step, step.weights, staging, workers) if step.weights is not None else None
@@ -165,7 +165,7 @@ def _state(step: StepContents, staging: Stage) -> training_state.Files | None:
 def complete(
     step: StepContents, staging: Stage, weights: dict[str, Any] | None, state: training_state.Files | None
 ) -> None:
-    """Write everything beside weights and training state, which are there, and last the manifest of them all."""
+    """Write everything except weights and training state, which are written already, and the manifest last."""
     manifest: dict[str, Any] = {"schema": record.SCHEMA, "checksum": record.ALGORITHMS}
     if weights is not None and not step.weights_in:
         manifest = weights

@@ -1,7 +1,7 @@
 """The position of a run in its data, recorded from outside of the loader, so that a resumed run sees the same batches.
 
 A plain ``torch.utils.data.DataLoader`` has no state. It is made to count: the random state at the start of the epoch
-and the number of batches handed out say where it is, and a resumed run makes the same iterator again, takes as many
+and the number of batches so far are its position, and a resumed run creates the same iterator again, takes as many
 batches and drops them. A loader with a state of its own (torchdata's StatefulDataLoader) is asked for it, and tracked
 all the same: making its iterator again draws random numbers that the uninterrupted run does not draw.
 
@@ -93,7 +93,7 @@ class LoaderTracker:
     def state(self) -> State:
         """The position of the loader, as a tree for ``serialize``.
 
-        ``position`` is the number of batches of this epoch that were handed out, None between epochs.
+        ``position`` is the number of batches so far in this epoch, None between epochs.
         """
         if self._pending is not None:
             return self._pending  # nothing was taken since it was loaded
@@ -264,7 +264,7 @@ class LoaderTracker:
     def _gone_to_place(self, start: State) -> Iterator[Any]:
         """The iterator of a loader that seeks to its position itself.
 
-        For that, torchdata iterates over samplers without a state several times, of which each may draw anew. What
+        For that, torchdata iterates over samplers without a state several times, each of which may draw again. What
         the loader draws from itself stays as that has left it.
         """
         given = {id(one): one for one in (self.loader.sampler, self.loader.batch_sampler) if isinstance(one, Sampler)}

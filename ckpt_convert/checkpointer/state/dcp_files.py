@@ -67,7 +67,7 @@ class DcpWriter:
         return {DCP_INDEX: {"size": len(data), "checksum": digest(data)}, DATA: written}
 
     def _write(self, plan: SavePlan, planner: SavePlanner) -> tuple[dict[MetadataIndex, _StorageInfo], dict[str, Any]]:
-        """Write the tensors; where each lies, and the size and checksum of their file."""
+        """Write the tensors; returns the location of each, and the size and checksum of their file."""
 
         def tensor(item: WriteItem) -> torch.Tensor:
             found = planner.resolve_data(item)

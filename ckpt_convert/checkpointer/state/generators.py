@@ -63,7 +63,7 @@ def untrackable_sources(loader: Any) -> list[str]:
         if isinstance(value, random.SystemRandom) or (type(value).__name__ in _NAMES and not isinstance(value, _KINDS)):
             lines.append(f"{place}: {kind} has no state that can be saved")
         elif sampling and isinstance(value, types.GeneratorType):
-            lines.append(f"{place}: is a generator function's iterator, whose place nobody can save")
+            lines.append(f"{place}: is a generator function's iterator, whose position cannot be saved")
         elif workers and not sampling and isinstance(value, _KINDS):
             lines.append(f"{place}: is drawn from in workers that live on over epochs (persistent_workers)")
     return lines

@@ -85,7 +85,7 @@ def _put(obj: Any, state: Any, name: str) -> list[str]:
 def _load(obj: Any, state: Any, name: str) -> list[str]:
     if isinstance(obj, torch.amp.GradScaler) and not state:  # one that is not enabled has no state
         if obj.is_enabled():
-            log.warning("%s: was not enabled when the checkpoint was saved, so it starts anew", name)
+            log.warning("%s: was not enabled when the checkpoint was saved, so it keeps its initial state", name)
         return []
     try:
         obj.load_state_dict(state)
