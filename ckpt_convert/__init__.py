@@ -10,6 +10,7 @@ used, so that importing the package imports no torch.
 from __future__ import annotations
 
 import importlib
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from ckpt_convert._version import __version__ as __version__
@@ -78,6 +79,14 @@ _MODULES = {
 }
 """The module of each name that is not an error's."""
 
+_PACKAGES = {
+    "Checkpointer": ("torch",),
+    "CheckpointerCallback": ("torch", "transformers"),
+    "Final": ("torch",),
+    "convert_state_dict": ("torch",),
+}
+"""The packages that a name needs and an installation may lack: without them it is not listed, so that help() works."""
+
 __all__ = [
     "AdapterConfig",
     "AmbiguousFormatError",
@@ -136,4 +145,5 @@ if not TYPE_CHECKING:  # a type checker would take any attribute for one that __
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    lacking = {name for name, packages in _PACKAGES.items() if not all(map(find_spec, packages))}
+    return sorted({*globals(), *__all__} - lacking)

@@ -163,9 +163,11 @@ def test_the_package_of_conversions_is_no_function() -> None:
 
 
 WITHOUT_TORCH = """
-import json, sys
+import json, pydoc, sys
 sys.modules["torch"] = None
 import ckpt_convert
+pydoc.render_doc(ckpt_convert)  # help() works, and lists what there is
+assert set(ckpt_convert.__all__) - set(dir(ckpt_convert)) == set(ckpt_convert._PACKAGES)
 found = {}
 for name in ckpt_convert.__all__:
     try:
