@@ -37,11 +37,11 @@ TARGET = "a Mistral params.json"
 
 
 CLASS_WINDOW = 4096
-"""What transformers' MistralConfig takes where the file has no sliding_window."""
+"""The default of transformers' MistralConfig for sliding_window."""
 
 
 MAX_POSITIONS = 32768
-"""What transformers' own converter wrote for a params.json that does not say it."""
+"""max_position_embeddings in what transformers' converter writes for a params.json without it."""
 
 
 OTHER_FAMILY = (
@@ -54,7 +54,7 @@ KNOWN = frozenset((
     *OTHER_FAMILY, "dim", "n_layers", "head_dim", "hidden_dim", "n_heads", "n_kv_heads", "norm_eps", "vocab_size",
     "rope_theta", "sliding_window", "_sliding_window", "max_position_embeddings", "max_seq_len", "tied_embeddings",
     "yarn", "llama_4_scaling", "use_biases", "activation", "model_type", "quantization", "lora",
-    # How mistral-inference is run, not what the model is; causal is checked.
+    # Run-time settings of mistral-inference, no properties of the model; causal is checked.
     "max_batch_size", "causal",
 ))  # fmt: skip
 
@@ -83,7 +83,7 @@ def hf_to_params(
         "n_kv_heads": sizes["n_kv_heads"],
         "norm_eps": require_number(config, "rms_norm_eps", CONFIG),
         "vocab_size": agreed_vocab(config, vocab_size, CONFIG),
-        # Always written: left out, it means 1e6 to mistral-inference and 1e4 to others.
+        # Always written: if absent, it is 1e6 in mistral-inference and 1e4 elsewhere.
         "rope_theta": DEFAULT_THETA if rope.theta is None else rope.theta,
     }
     if window is not None:
@@ -94,14 +94,14 @@ def hf_to_params(
 
 
 def params_to_hf(params: Mapping[str, Any], weights: Weights, options: ConfigOptions | None = None) -> Translated:
-    """The config.json for a Mistral params.json, with RoPE in both spellings; the dtype is the caller's to add.
+    """The config.json for a Mistral params.json, with RoPE in both forms; the caller adds the dtype.
 
-    It is tied where tied_embeddings says so, too. Without rope_theta it is 1e4 with a sliding window and 1e6 without,
-    as in the releases of that time (mistral-inference's rule before it dropped windows); without a longest position it
+    It is also tied if tied_embeddings is true. The default of rope_theta is 1e4 with a sliding window and 1e6 without,
+    as in the releases of that time (mistral-inference's rule before it dropped windows); that of the maximum position
     is 32768; both with a notice.
 
-    Raises ConfigError for a params.json of another family, for what MistralConfig cannot say (windows that differ by
-    layer, YaRN, biases) and for sizes that disagree with the shapes; UsageError for a rope_theta against the file's.
+    Raises ConfigError for a params.json of another family, for what MistralConfig cannot express (windows that differ
+    by layer, YaRN, biases) and for sizes that disagree with the shapes; UsageError for a rope_theta against the file's.
     """
     options = options or ConfigOptions()
     _check_ours(params)
@@ -135,9 +135,9 @@ def params_to_hf(params: Mapping[str, Any], weights: Weights, options: ConfigOpt
 
 
 def is_params(params: Mapping[str, Any]) -> str | None:
-    """What in a params.json says that it is a dense Mistral's, in words, or None.
+    """The reason why a params.json is a dense Mistral's, in words, or None.
 
-    Claims nothing that Llama, Mixtral, Pixtral, Voxtral or Mamba wrote.
+    None for those of Llama, Mixtral, Pixtral, Voxtral and Mamba.
     """
     ours = all(params.get(key) is not None for key in ("dim", "n_layers", "n_heads", "hidden_dim"))
     if not ours or any(params.get(key) is not None for key in OTHER_FAMILY):
@@ -155,7 +155,7 @@ def _check_one_layer_type(config: Mapping[str, Any]) -> None:
 
 
 def _rope_problem(rope: Rope) -> str | None:
-    """Why params.json cannot say this RoPE, in words, or None."""
+    """Why params.json cannot express this RoPE, in words, or None."""
     return None if rope.kind == "default" else f'rope_type must be "default" for {TARGET}, found {rope.kind!r}'
 
 
@@ -230,7 +230,7 @@ def _sizes_of_params(params: Mapping[str, Any], ffn_dim: int | None) -> dict[str
 
 
 def _window_of_params(params: Mapping[str, Any]) -> int | None:
-    """The window that both spellings, as far as they are there, agree on."""
+    """The sliding window, on which both keys have to agree if both are there."""
     windows = {
         key: _one_window(params[key], key)
         for key in ("sliding_window", "_sliding_window")
@@ -245,7 +245,7 @@ def _window_of_params(params: Mapping[str, Any]) -> int | None:
 
 
 def _one_window(value: object, key: str) -> int | None:
-    """A window as the files write it: a number, digits in a string, or a list over the layers."""
+    """A window in any form that files have it in: a number, a string of digits, or a list over the layers."""
     if isinstance(value, list):
         each = [_one_window(item, key) for item in value]
         if len(set(each)) > 1:
