@@ -25,7 +25,7 @@ test-fast: $(INSTALLED) ## Run the tests of single modules; at most 60 CPU-secon
 	$(BIN)/python -m tests.budget 60 $(PYTEST) -m fast
 
 slow: $(INSTALLED) ## Run the tests that kill, fail and restart processes at every call
-	$(PYTEST) -m slow --numprocesses auto
+	$(PYTEST) -m slow --numprocesses auto --dist loadfile
 
 check: $(INSTALLED) ## Check style (ruff), types (mypy) and who imports whom (import-linter)
 	$(BIN)/ruff check .
