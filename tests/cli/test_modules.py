@@ -91,6 +91,7 @@ def test_sums_are_those_of_the_tensors() -> None:
     assert sum(module.nbytes for module in found) == sum(t.numel() * 4 for t in tensors.values())
 
 
+@pytest.mark.cli
 def test_91_000_tensors_are_few_objects() -> None:
     keys = [
         f"model.layers.{layer}.mlp.experts.{expert}.{name}_proj.{kind}"

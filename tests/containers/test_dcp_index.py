@@ -79,6 +79,7 @@ def many(count: int) -> list[PlacedTensor]:
     ]
 
 
+@pytest.mark.cli
 @settings(max_examples=150, deadline=None)
 @given(st.lists(tensors, max_size=30, unique_by=lambda one: one.key))
 @example(
