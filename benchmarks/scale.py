@@ -83,69 +83,79 @@ class Talk:
         return answers[self.rank if len(answers) > 1 else 0]
 
 
+class Model:
+    """A model of DTensors on a fake mesh of these sizes: one rank's slices, and where those of all others would be."""
+
+    def __init__(self, path: Path, sizes: tuple[int, ...], rank: int) -> None:
+        import torch
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.tensor import DTensor
+
+        from ckpt_convert.checkpointer.distributed.slices import Slice
+
+        self.sizes = sizes
+        names = NAMES[len(sizes)]
+        mesh = init_device_mesh("cpu", sizes, mesh_dim_names=names)
+        self.tensors: dict[str, Any] = {}
+        self.kinds: dict[tuple[tuple[int, ...], tuple[Any, ...]], tuple[int, ...]] = {}
+        """The dimensions of the mesh that tensors of this shape and placements live on, in the order of the model."""
+        for key, shape in plans.headers(path).items():
+            dims, placed = placements(key, sizes)
+            self.kinds.setdefault((shape, tuple(placed)), dims)
+            local = Slice(shape, self.axes(shape, placed, dims, rank)).local_shape
+            stride = tuple(math.prod(shape[at + 1 :]) for at in range(len(shape)))
+            values = torch.empty(local, dtype=torch.bfloat16)
+            where = mesh[tuple(names[dim] for dim in dims)]
+            size = torch.Size(shape)
+            self.tensors[key] = DTensor.from_local(values, where, placed, run_check=False, shape=size, stride=stride)
+
+    def axes(self, shape: tuple[int, ...], placed: Sequence[Any], dims: Sequence[int], rank: int) -> Any:
+        """What a rank holds of a tensor, on each axis."""
+        from ckpt_convert.checkpointer.distributed import slices
+
+        at = [rank // math.prod(self.sizes[dim + 1 :]) % self.sizes[dim] for dim in dims]
+        return slices._axes("", shape, placed, [self.sizes[dim] for dim in dims], at)
+
+    def said(self, mine: bytes) -> list[bytes]:
+        """What every rank says it holds, from what this one says: the same kinds, each at its own coordinates."""
+        from ckpt_convert.checkpointer.distributed import claims
+
+        listed, kinds, which = claims._unpacked(mine)
+        out = []
+        for rank in range(math.prod(self.sizes)):
+            there = [
+                [dtype, shape, self.axes(shape, placed, dims, rank)]
+                for (dtype, _, _), ((shape, placed), dims) in zip(kinds, self.kinds.items(), strict=True)
+            ]
+            out.append(claims._packed([listed, there, which]))
+        return out
+
+
 def measure(path: Path, sizes: tuple[int, ...]) -> dict[str, Any]:
     """One rank's planning, in a process that is new."""
-    import torch
     import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import DTensor
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from ckpt_convert.checkpoint.checkpoint import identified_of, open_checkpoint
-    from ckpt_convert.checkpointer.distributed import claims, slices
+    from ckpt_convert.checkpointer.distributed.claims import Claims
     from ckpt_convert.checkpointer.save.planner import SavePlanner, Settings
     from ckpt_convert.convert.partition import runs
 
     world = math.prod(sizes)
     rank = world // 2
     dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
-    mesh = init_device_mesh("cpu", sizes, mesh_dim_names=NAMES[len(sizes)])
-    meshes = {dims: mesh[tuple(NAMES[len(sizes)][dim] for dim in dims)] for dims in {tuple(range(len(sizes)))}}
-    tensors = {}
-    where = {}
-    for key, shape in plans.headers(path).items():
-        dims, placed = placements(key, sizes)
-        if dims not in meshes:
-            meshes[dims] = mesh[tuple(NAMES[len(sizes)][dim] for dim in dims)]
-        used = tuple(sizes[dim] for dim in dims)
-        coordinate = meshes[dims].get_coordinate()
-        axes = slices._axes(key, shape, placed, used, coordinate)
-        local = slices.Slice(shape, axes).local_shape
-        stride = tuple(math.prod(shape[at + 1 :]) for at in range(len(shape)))
-        tensors[key] = DTensor.from_local(
-            torch.empty(local, dtype=torch.bfloat16), meshes[dims], placed, run_check=False, shape=torch.Size(shape),
-            stride=stride,
-        )  # fmt: skip
-        where[shape, tuple(placed)] = (dims, used)
-
-    def every(mine: bytes) -> list[bytes]:
-        """What each rank says: the same kinds as this one, at its own coordinates."""
-        listed, kinds, which = claims._unpacked(mine)
-        places = {(torch.Size(shape), tuple(placed)): found for (shape, placed), found in where.items()}
-        order = list(dict.fromkeys((tuple(tensor.shape), tuple(tensor.placements)) for tensor in tensors.values()))
-        assert len(order) == len(kinds)
-        out = []
-        for other in range(world):
-            at = [other // math.prod(sizes[dim + 1 :]) % sizes[dim] for dim in range(len(sizes))]
-            said = []
-            for (dtype, shape, _), (known, placed) in zip(kinds, order, strict=True):
-                dims, used = places[torch.Size(known), placed]
-                said.append([dtype, shape, slices._axes("", tuple(shape), placed, used, [at[dim] for dim in dims])])
-            out.append(claims._packed([listed, said, which]))
-        return out
-
+    model = Model(path, sizes, rank)
     resident = peak()
-    talk = Talk(rank, world, every)
-    source = identified_of(open_checkpoint(path))
+    talk = Talk(rank, world, model.said)
     settings = Settings("weights", None, None, "hf")
-    planner = SavePlanner(source, settings)
-    planner.ranks, planner._claims = talk, claims.Claims(talk)  # type: ignore[assignment, arg-type]
-    found: dict[str, Any] = {"tensors": len(tensors)}
+    planner = SavePlanner(identified_of(open_checkpoint(path)), settings)
+    planner.ranks, planner._claims = talk, Claims(talk)  # type: ignore[assignment, arg-type]
+    found: dict[str, Any] = {"tensors": len(model.tensors)}
     for name in ("first", "second"):
         talk.decided = talk.simulated = 0.0
         talk.sent = 0
         before = time.process_time()
-        weights = planner.prepare_save(tensors, None, settings, None)(dict, {}).weights
+        weights = planner.prepare_save(model.tensors, None, settings, None)(dict, {}).weights
         assert weights is not None
         mine = runs(weights.plan.files, partial(_owns, weights.plan.elsewhere))
         found[f"{name} seconds"] = time.process_time() - before - talk.decided - talk.simulated
