@@ -18,7 +18,7 @@ from ckpt_convert.errors import CkptConvertError
 from ckpt_convert.wording import indented_list
 
 if TYPE_CHECKING:
-    from ckpt_convert.analysis.stats.numeric import Stats
+    from ckpt_convert.analysis.stats.summary import Stats
 
 _HEAD = ("", "shape", "dtype", "", "min", "max", "mean", "std", "zeros", "NaN", "Inf", "xxh3")
 
@@ -63,7 +63,7 @@ def _verdict(facts: Facts, statistics: Statistics) -> str:
 
 def pooled(parts: Sequence[Stats]) -> Stats:
     """The statistics of several tensors as if they were one."""
-    from ckpt_convert.analysis.stats.numeric import Stats
+    from ckpt_convert.analysis.stats.summary import Stats
 
     finite = [(part, part.count - part.nan - part.inf) for part in parts if part.mean is not None]
     total = sum(count for _, count in finite)

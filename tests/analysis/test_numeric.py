@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckpt_convert.analysis.stats import blocked_sums
-from ckpt_convert.analysis.stats.numeric import Comparison, Delta, Stats, Summary, comparable
+from ckpt_convert.analysis.stats.numeric import Comparison, Delta, comparable
+from ckpt_convert.analysis.stats.summary import Stats, Summary
 from ckpt_convert.dtypes import DTYPES
 from tests.helpers import bits
 

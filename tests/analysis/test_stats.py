@@ -15,8 +15,8 @@ import safetensors.torch
 import torch
 import xxhash
 
-from ckpt_convert.analysis.stats.numeric import Stats
 from ckpt_convert.analysis.stats.stats import TensorStats, tensor_statistics
+from ckpt_convert.analysis.stats.summary import Stats
 from ckpt_convert.checkpoint.checkpoint import open_identified
 from ckpt_convert.errors import CorruptFileError
 from ckpt_convert.tensors.lazy import BLOCK

@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 import xxhash
 
-from ckpt_convert.analysis.stats.numeric import Stats, Summary
+from ckpt_convert.analysis.stats.summary import Stats, Summary
 from ckpt_convert.cli.stats_view import pooled
 from tests import command
 from tests.cli.inspecting import body, document, run, text

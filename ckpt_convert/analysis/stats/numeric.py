@@ -8,11 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ckpt_convert.analysis.stats.blocked_sums import LARGEST, Data, as_bytes, cache_blocks, norm, same_bytes, total
-from ckpt_convert.analysis.stats.summary import Stats, Summary
 from ckpt_convert.tensors import decode
 from ckpt_convert.tensors.decode import Array, Codec, Scratch
-
-__all__ = ["Comparison", "Delta", "Stats", "Summary", "comparable"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import numpy as np
 import xxhash
 
 from ckpt_convert import dtypes
-from ckpt_convert.analysis.stats.numeric import Stats, Summary
+from ckpt_convert.analysis.stats.summary import Stats, Summary
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpoint.tensor_info import TensorInfo
 from ckpt_convert.errors import CorruptFileError
