@@ -100,7 +100,7 @@ def check_losses(plan: Plan, sources: Sources) -> dict[str, int]:
     Raises LossyConversionError for any, unless ``allow_loss`` accepts them.
     """
     mover = BlockReader(NumberedTensors(plan, sources))
-    counts = {check.key: _nonzero(mover, check.left, check.dtype) for check in plan.losses}
+    counts = {check.key: count_nonzero(mover, check.left, check.dtype) for check in plan.losses}
     lost = {key: count for key, count in counts.items() if count}
     if lost and not plan.request.allow_loss:
         raise LossyConversionError(
@@ -122,7 +122,8 @@ def list_counts(counts: Mapping[str, int]) -> str:
     return first_few([f"{key} ({count:,})" for key, count in counts.items()], _NAMED, MORE)
 
 
-def _nonzero(mover: BlockReader, tensor: LazyTensor, dtype: str) -> int:
+def count_nonzero(mover: BlockReader, tensor: LazyTensor, dtype: str) -> int:
+    """How many elements of a tensor are not zero."""
     codec = decode.codec_of(dtype)
     count = 0
     for _, data in mover.blocks(tensor, dtype, dtype):
@@ -135,18 +136,16 @@ def _nonzero(mover: BlockReader, tensor: LazyTensor, dtype: str) -> int:
     return count
 
 
-def settle_originals(plan: Plan, sources: Sources) -> Plan:
-    """The plan with the original tensors wherever their values are unchanged.
+def settle_originals(plan: Plan, equal: EqualBytes) -> Plan:
+    """The plan with the original tensors wherever their values are unchanged, as ``equal`` says of each in turn.
 
     This is decided on execution, since the same plan may write a model in memory at every save.
     """
-    equal: EqualBytes | None = None
     files = list(plan.files)
     for number, file in enumerate(files):
         if any(placed.original for placed in file.tensors):
-            equal = equal or byte_comparer(NumberedTensors(plan, sources))
             files[number] = replace(file, tensors=tuple([_chosen(placed, equal) for placed in file.tensors]))
-    return replace(plan, files=tuple(files)) if equal is not None else plan
+    return replace(plan, files=tuple(files))
 
 
 def _chosen(placed: PlacedTensor, equal: EqualBytes) -> PlacedTensor:

@@ -11,11 +11,11 @@ from ckpt_convert.checkpoint import checklist
 from ckpt_convert.checkpoint.checklist import CHECKLIST
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.convert.auxiliary_files import AuxiliaryFile
-from ckpt_convert.convert.execute import FinishedPiece, execute, list_counts, settle_originals
+from ckpt_convert.convert.execute import FinishedPiece, byte_comparer, execute, list_counts, settle_originals
 from ckpt_convert.convert.partition import split_into_pieces
 from ckpt_convert.convert.plan import Checklist, Plan
 from ckpt_convert.convert.publish import StagedOutput
-from ckpt_convert.convert.sources import Sources
+from ckpt_convert.convert.sources import NumberedTensors, Sources
 from ckpt_convert.errors import CorruptFileError, LossyConversionError
 from ckpt_convert.formats.base import TEXT_LIMIT
 from ckpt_convert.formats.names import CONSOLIDATED, RECORD_FOLDER
@@ -58,7 +58,7 @@ def write_output(
     ``allow_overflow`` accepts that.
     """
     into = folder or stage.folder
-    made = settle_originals(plan, sources)
+    made = settle_originals(plan, byte_comparer(NumberedTensors(plan, sources)))
     counter = ProgressCounter("converting", made.tensor_bytes, progress)
     with StagedOutput(made, stage, into) as staged:
         left = staged.begin(split_into_pieces(made.files))

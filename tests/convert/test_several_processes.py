@@ -14,11 +14,11 @@ import pytest
 import ckpt_convert
 from ckpt_convert.checkpoint.record import MANIFEST, render_manifest
 from ckpt_convert.convert import ownership, partition
-from ckpt_convert.convert.execute import FinishedPiece, execute, settle_originals
+from ckpt_convert.convert.execute import FinishedPiece, byte_comparer, execute, settle_originals
 from ckpt_convert.convert.output import finish_output
 from ckpt_convert.convert.plan import Plan, SourceFile, memory_source
 from ckpt_convert.convert.publish import JoinedOutput, StagedOutput
-from ckpt_convert.convert.sources import ReopenedSources
+from ckpt_convert.convert.sources import NumberedTensors, ReopenedSources
 from ckpt_convert.errors import SourceChangedError, UsageError
 from ckpt_convert.storage import by_rename
 from ckpt_convert.storage.folder import Folder
@@ -47,7 +47,7 @@ def processes() -> Iterator[ProcessPoolExecutor]:
 
 
 def converted_by_two(plan: Plan, destination: Path, processes: ProcessPoolExecutor) -> None:
-    plan = settle_originals(plan, ReopenedSources(plan))
+    plan = settle_originals(plan, byte_comparer(NumberedTensors(plan, ReopenedSources(plan))))
     with (
         by_rename.stage(as_place(destination), ownership.RULES) as stage,
         StagedOutput(plan, stage, stage.folder) as staged,

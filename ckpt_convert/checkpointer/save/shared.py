@@ -11,6 +11,7 @@ import contextlib
 import json
 import zlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from ckpt_convert.checkpoint.record import TRAINING_STATE
@@ -25,17 +26,15 @@ from ckpt_convert.checkpointer.save.writer import (
 )
 from ckpt_convert.checkpointer.state import shared_state
 from ckpt_convert.checkpointer.state.shared_state import SharedState
-from ckpt_convert.convert import output
+from ckpt_convert.convert import agreement, output
+from ckpt_convert.convert.agreement import Look
 from ckpt_convert.convert.execute import FinishedPiece, execute, whole_pieces
 from ckpt_convert.convert.partition import Piece, runs, split_into_pieces
-from ckpt_convert.convert.plan import Plan
 from ckpt_convert.convert.publish import JoinedOutput, StagedOutput
 from ckpt_convert.convert.sources import OpenPlan
 from ckpt_convert.storage import workspace
 from ckpt_convert.storage.place import Place
 from ckpt_convert.storage.workspace import Folder, Stage
-from ckpt_convert.tensors.header import IN_MEMORY
-from ckpt_convert.tensors.lazy import ZEROS
 
 
 def save(
@@ -47,7 +46,7 @@ def save(
     """
     what = f"the save of {destination.name}"
     with _Shared(step, destination, ranks, workers, mode) as shared:
-        begun = ranks.first(what, shared.begin)
+        begun = ranks.round(what, shared.look, shared.begin)
         ranks.round(what, lambda: shared.write(begun), lambda reports: shared.finish(reports, published))
 
 
@@ -56,6 +55,7 @@ class _Shared(contextlib.ExitStack):
 
     _staging: Stage
     _staged: StagedOutput
+    _found: Look
 
     def __init__(self, step: StepContents, destination: Place, ranks: Ranks, workers: int, mode: int) -> None:
         super().__init__()
@@ -65,8 +65,20 @@ class _Shared(contextlib.ExitStack):
         self._workers = workers
         self._mode = mode
 
-    def begin(self) -> bytes:
-        """Make the directory and its files; returns its name until it is published."""
+    def look(self) -> bytes:
+        """What this rank finds in the values that decide what is written."""
+        weights = self._step.weights
+        if weights is None:
+            return _packed(None)
+        return _packed(agreement.look(weights.plan, weights.sources, self._ranks.is_first).as_json())
+
+    def begin(self, looks: Sequence[bytes]) -> list[bytes]:
+        """Make the directory and its files; the answer is its name until it is published, and what all have found."""
+        found = None
+        if self._step.weights is not None:
+            self._found = agreement.merge([Look.from_json(_unpacked(one)) for one in looks])
+            found = self._found.as_json()
+            agreement.settle(self._step.weights.plan, self._found)
         self._staging = self.enter_context(staged(self._step, self._destination, mode=self._mode, alone=True))
         if self._step.weights is not None:
             plan = self._step.weights.plan
@@ -77,25 +89,26 @@ class _Shared(contextlib.ExitStack):
             self._staged.create_files()
         if isinstance(self._step.state, SharedState):
             shared_state.make_files(self._staging.folder.subfolder(TRAINING_STATE), self._ranks.count)
-        return self._staging.place.name.encode()
+        return [_packed([self._staging.place.name, found])]
 
     def write(self, begun: bytes) -> bytes:
         """Write what this rank owns into the files that are there; returns what was written where."""
-        place = self._destination.parent / begun.decode()
+        name, found = _unpacked(begun)
+        place = self._destination.parent / name
         with explained(self._destination), workspace.workspace_of(place).join(place) as folder:
             done, state = [], None
             if self._step.weights is not None:
                 inner = folder.subfolder(self._step.weights_in) if self._step.weights_in else folder
-                done = self._write_weights(self._step.weights, inner)
+                done = self._write_weights(self._step.weights, inner, Look.from_json(found))
             if isinstance(self._step.state, SharedState):
                 state = shared_state.write_own(folder.subfolder(TRAINING_STATE), self._step.state)
         return _packed([[[*one.piece, one.checksum, one.crc, one.overflowed] for one in done], state])
 
-    def _write_weights(self, planned: OpenPlan, folder: Folder) -> list[FinishedPiece]:
-        plan = planned.plan
+    def _write_weights(self, planned: OpenPlan, folder: Folder, found: Look) -> list[FinishedPiece]:
+        plan = agreement.settle(planned.plan, found)
         joined = JoinedOutput(plan, folder)
         try:
-            mine = runs(plan.files, lambda source: _owns(plan, source, first=self._ranks.is_first))
+            mine = runs(plan.files, partial(agreement.owns, plan, first=self._ranks.is_first))
             return execute(plan, mine, planned.sources, joined, workers=self._workers)
         finally:
             joined.close()
@@ -122,16 +135,9 @@ class _Shared(contextlib.ExitStack):
             self._staged.add(one)
         folder = weights_folder(self._step, self._staging)
         written = output.finish_output(plan, whole, self._staged, folder, self._workers, None)
-        warn_of_losses(self._step, self._staging, {}, written.overflows)
+        lost = {key: count for key, count in self._found.nonzero.items() if count}
+        warn_of_losses(self._step, self._staging, lost, written.overflows)
         return written.manifest
-
-
-def _owns(plan: Plan, source: int, first: bool) -> bool:
-    """Whether a rank writes what comes from a source: what it has in memory, and the first one what is nobody's."""
-    if source == ZEROS:
-        return first
-    kind = plan.sources[plan.stored_in[source]].kind
-    return source not in plan.elsewhere if kind == IN_MEMORY else first
 
 
 def _done(entry: Sequence[int]) -> FinishedPiece:
