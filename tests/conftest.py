@@ -74,6 +74,7 @@ FILES = {
         "reliability/test_metrics.py",
         "reliability/test_options.py",
         "reliability/test_processes.py",
+        "reliability/test_restarts.py",
         "reliability/test_resume_choices.py",
         "reliability/test_schedules.py",
         "reliability/test_trainer.py",
@@ -83,7 +84,6 @@ FILES = {
         "test_recipes.py",
     ),
     "browser": ("cli/test_html.py",),
-    "slow": ("reliability/test_endurance.py", "reliability/test_restarts.py"),
 }
 _KIND_OF = {name: kind for kind, names in FILES.items() for name in names}
 

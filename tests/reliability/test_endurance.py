@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="calls of the system are made to fail by preloading a library")
 def test_no_half_output_no_untrue_success_no_code_run_no_hang() -> None:
     command = [sys.executable, ROOT / "benchmarks" / "endurance.py", "--share", "0.01"]

@@ -37,6 +37,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_run_that_is_killed_after_each_call_ends_with_the_same_files(results: dict[str, Any], script: str) -> None:
     whole, ends = results[script]["whole"], results[script]["ends"]
@@ -45,6 +46,7 @@ def test_a_run_that_is_killed_after_each_call_ends_with_the_same_files(results: 
     assert {name for end in ends for name, _ in end["calls"]} <= {name for name, _ in whole["calls"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_recipe_in_which_all_is_well_warns_of_nothing(results: dict[str, Any], script: str) -> None:
     assert [run["warned"] for run in (results[script]["whole"], *results[script]["ends"])] == [[]] * (
@@ -53,14 +55,15 @@ def test_a_recipe_in_which_all_is_well_warns_of_nothing(results: dict[str, Any],
 
 
 def test_every_recipe_that_trains_is_among_them() -> None:
-    """Recipes that start another one, or only read, aside."""
+    """Recipes that start another one, or only read, aside; other tests run those of several processes or one step."""
     recipes = [path.name for path in (ROOT / "recipes").glob("*.py") if "with Checkpointer(" in path.read_text()]
-    assert sorted(recipes) == [name for name in SCRIPTS if name.endswith(".py")]
+    assert sorted(recipes) == ["distributed_finetune.py", *(name for name in SCRIPTS if name.endswith(".py"))]
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
     blocks = [
         (page.name, block) for page in pages for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
     ]
-    assert [name for name, block in blocks if "Checkpointer(" in block] == ["checkpointer.md"] * 2
+    trains = [name for name, block in blocks if "Checkpointer(" in block and "def test_" not in block]
+    assert trains == ["checkpointer.md"] * 3
 
 
 # epochs()
