@@ -217,22 +217,22 @@ class Identified:
         except UnsupportedFamilyError:
             if wanted != {"hf"} or not self.files:
                 raise
-            return self._unknown
+            return self._generic_model
         from ckpt_convert.checkpoint.quantized import as_stored
 
         if self.quantization is None:
             return as_stored.unquantized(model, self.format, wanted)
         as_stored.refuse_formats(self.quantization, model, wanted, self.place)
-        return self._carried
+        return self._passthrough_model
 
     @cached_property
-    def _unknown(self) -> Model:
+    def _generic_model(self) -> Model:
         from ckpt_convert.checkpoint import generic_model
 
         return generic_model.generic_model(self.config or {}, self.unknown_scheme, self.ranks[0].values())
 
     @cached_property
-    def _carried(self) -> Model:
+    def _passthrough_model(self) -> Model:
         """The model with quantized tensors as stored, after checking them against the family's table."""
         from ckpt_convert.checkpoint.quantized import as_stored
 
@@ -334,11 +334,11 @@ class Identified:
 
         Keys that several files of no known format have become ``file:key``.
         """
-        cuts = self._cuts() if len(self.files) > 1 and self.format == "meta" else {}
-        cuts = {self.names.stored.get(key, key): cut for key, cut in cuts.items()}
-        return describe_tensors(self.stored, self.keys.key_in_file, cuts, self.format == "meta")
+        splits = self._splits() if len(self.files) > 1 and self.format == "meta" else {}
+        splits = {self.names.stored.get(key, key): cut for key, cut in splits.items()}
+        return describe_tensors(self.stored, self.keys.key_in_file, splits, self.format == "meta")
 
-    def _cuts(self) -> dict[str, tuple[int | None, int]]:
+    def _splits(self) -> dict[str, tuple[int | None, int]]:
         """For each key the axis that ranks split, and the number of consecutive ranks with equal replicas."""
         try:
             model = self.model

@@ -33,7 +33,7 @@ def verify_output(
     """
     model = output.model_for(str(plan.source.format), plan.target)
     found = translate.read_source(model, str(output.format), output.ranks, str(output.place)).logicals
-    stored, carried = _carried(plan, output)
+    stored, carried = _passthrough(plan, output)
     given = {key: SourceTensor(key, one.dtype, one.tensor, one.location) for key, one in carried.items()}
     apart = mapping.split_fused(model.family, str(plan.source.format), model.dims, given)
     pairs: list[tuple[LogicalTensor, LogicalTensor]] = []
@@ -98,7 +98,9 @@ def _halves(
         yield one, another
 
 
-def _carried(plan: Plan, output: Identified) -> tuple[list[tuple[WeightFile, StoredTensor]], dict[str, LogicalTensor]]:
+def _passthrough(
+    plan: Plan, output: Identified
+) -> tuple[list[tuple[WeightFile, StoredTensor]], dict[str, LogicalTensor]]:
     """The output's stored tensors with those that its record keeps for the source's format, and the latter by key."""
     stored = list(output.stored)
     out = {}
