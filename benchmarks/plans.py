@@ -78,8 +78,8 @@ def plans(paths: dict[str, Path], names: list[str]) -> Iterator[Planned]:
         if release.quantized is not None:
             title, path, files = f"{release.title}, as published", paths[f"{name}-published"], str(release.files // 2)
             yield Planned(title, f"hf → hf, {files} files", path, ("--to", "hf", "--shards", files))
-            dequantised = ("--to", "torchtitan", "--dequantize", "bfloat16")
-            yield Planned(title, "hf → torchtitan, dequantised", path, dequantised)
+            dequantized = ("--to", "torchtitan", "--dequantize", "bfloat16")
+            yield Planned(title, "hf → torchtitan, dequantized", path, dequantized)
 
 
 def headers(path: Path) -> dict[str, tuple[int, ...]]:
