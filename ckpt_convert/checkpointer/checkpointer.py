@@ -14,6 +14,7 @@ import torch
 
 from ckpt_convert import formats
 from ckpt_convert.checkpointer import resume as resuming
+from ckpt_convert.checkpointer.distributed.exchange import Writers
 from ckpt_convert.checkpointer.distributed.ranks import on_all_ranks
 from ckpt_convert.checkpointer.live import loading
 from ckpt_convert.checkpointer.live.selection import PROGRESS, Selection
@@ -88,6 +89,7 @@ class Checkpointer:
         workers: int | None = None,
         progress: ProgressCallback | None = None,
         process_group: Any = None,
+        writers: Writers = "auto",
     ) -> None:
         """Open the source and check every option; nothing is written, no tensor is read.
 
@@ -125,6 +127,8 @@ class Checkpointer:
             progress: called with ``TransferProgress`` values while weights are loaded.
             process_group: the ranks that save together, by default torch's default group where it is initialized;
                 "rank0" where this process alone makes a checkpointer, of a model of which it holds all.
+            writers: "direct" writes each rank's slices as they are; "exchange" first turns slices of columns into
+                slices of rows, among the ranks that share them; "auto" does that where their runs in a file are short.
 
         Raises:
             UsageError: options that do not fit, all in one message.
@@ -141,6 +145,7 @@ class Checkpointer:
             workers,
             progress,
             process_group,
+            writers,
         )
         chosen = Options.of(arguments)
         run = chosen.run_directory()
@@ -154,7 +159,9 @@ class Checkpointer:
             save_best=save_best,
             several_clocks=chosen.ranks is not None,
         )
-        self._saver = Saver(chosen, SavePlanner(opened, chosen.settings, adapter, chosen.ranks), run, self._counts)
+        self._saver = Saver(
+            chosen, SavePlanner(opened, chosen.settings, adapter, chosen.ranks, chosen.writers), run, self._counts
+        )
         self._signals = signals.Signals() if save_on_signal else None
         self._loaded = self._signal_saved = self._over = self._closed = False
 

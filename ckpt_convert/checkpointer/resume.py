@@ -143,9 +143,8 @@ def _take_layout_of(saved: SavedStep, saver: Saver, options: Options) -> None:
     source, directory = saver.planner.source, saver.directory
     if not options.has_source and saved.place.parent == directory.path and saved.place != source.place:
         source.close()
-        saver.planner = SavePlanner(
-            _without_source([saved], options, directory), options.settings, ranks=saver.planner.ranks
-        )
+        template = _without_source([saved], options, directory)
+        saver.planner = SavePlanner(template, options.settings, None, options.ranks, options.writers)
 
 
 def choose_together(

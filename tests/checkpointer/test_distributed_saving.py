@@ -72,6 +72,13 @@ def test_every_mesh(pool: Pool, how: str, tmp_path: Path) -> None:
     check(tmp_path, LLAMA)
 
 
+@pytest.mark.parametrize("writers", ["direct", "exchange"])
+def test_slices_of_columns(pool: Pool, writers: str, tmp_path: Path) -> None:
+    """As they are, many short runs; or exchanged for rows, with the same files."""
+    pool.run(train_split, tmp_path, "tp", LLAMA, {"writers": writers}, world=4)
+    check(tmp_path, LLAMA)
+
+
 @pytest.mark.parametrize("name", ["meta-mp1", "meta-mp2", "meta-mp4", "native.safetensors", "torchtitan.safetensors"])
 def test_every_format(pool: Pool, name: str, tmp_path: Path) -> None:
     """RoPE layouts change, and Meta's ranks cut what other processes hold."""

@@ -9,11 +9,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from ckpt_convert import formats
 from ckpt_convert.checkpoint.checkpoint import Checkpoint
 from ckpt_convert.checkpointer.distributed import ranks
+from ckpt_convert.checkpointer.distributed.exchange import Writers
 from ckpt_convert.checkpointer.distributed.ranks import Ranks
 from ckpt_convert.checkpointer.run import retention
 from ckpt_convert.checkpointer.run.naming import VARIABLES, DirectoryTemplate
@@ -131,6 +132,7 @@ class Arguments:
     workers: int | None
     progress: ProgressCallback | None
     process_group: Any
+    writers: Writers
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,7 @@ class Options:
     workers: int
     progress: ProgressCallback | None
     ranks: Ranks | None
+    writers: Writers
 
     @classmethod
     def of(cls, given: Arguments) -> Options:
@@ -189,6 +192,7 @@ class Options:
             last=replace(settings, **final.changes),
             has_source=given.source.source is not None,
             ranks=_ranks(given.process_group) if place is not None else None,
+            writers=given.writers,
             workers=given.workers or DEFAULT_WORKERS,
             config=given.source.config,
             family=given.source.family,
@@ -238,6 +242,7 @@ def _alone(given: Arguments, final: Final) -> Iterator[str]:
         "source_format": (given.source.source_format, formats.ALL),
         "output_format": (given.weights.output_format, formats.ALL),
         "contents": (given.weights.contents, CONTENTS),
+        "writers": (given.writers, get_args(Writers)),
         "export_dtype": (dtype_of(given.weights.export_dtype), CASTS),
         "final: contents": (final.contents, CONTENTS),
         "final: export_dtype": (dtype_of(final.export_dtype), CASTS),

@@ -19,6 +19,7 @@ from ckpt_convert.adapters.peft_files import from_peft, load_into, render_files,
 from ckpt_convert.checkpoint import legacy_keys, record
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpointer.distributed.claims import Claims, Owned
+from ckpt_convert.checkpointer.distributed.exchange import Writers, exchanged
 from ckpt_convert.checkpointer.distributed.ranks import Ranks
 from ckpt_convert.checkpointer.live import adapter_base, loading
 from ckpt_convert.checkpointer.live.adapter_base import AdapterBase
@@ -81,7 +82,14 @@ class Settings:
 class SavePlanner:
     """Plans saves of a model, in the format and files of a source."""
 
-    def __init__(self, source: Identified, settings: Settings, adapter: Any = None, ranks: Ranks | None = None) -> None:
+    def __init__(
+        self,
+        source: Identified,
+        settings: Settings,
+        adapter: Any = None,
+        ranks: Ranks | None = None,
+        writers: Writers = "auto",
+    ) -> None:
         self.source = source
         self.settings = settings
         self.adapter = None if adapter is None else AdapterConfig.of(adapter)
@@ -90,6 +98,7 @@ class SavePlanner:
                 'adapter: is saved by one process; make the checkpointer on rank 0 alone, with process_group="rank0"'
             )
         self.ranks = ranks
+        self._writers: Writers = writers
         self._claims = None if ranks is None else Claims(ranks)
         self._state_claims = None if ranks is None else Claims(ranks)
         self._plans: dict[tuple[Any, ...], OpenPlan] = {}
@@ -293,7 +302,7 @@ class SavePlanner:
 
     def _owned(self, tensors: Tensors) -> dict[str, Owned]:
         """What this process writes of the tensors of a model: all, unless other ranks have a part of it as well."""
-        return all_of(tensors) if self._claims is None else self._claims.of(tensors)
+        return all_of(tensors) if self._claims is None else self._claims.of(exchanged(tensors, self._writers))
 
     def _adapter_job(
         self,
