@@ -28,6 +28,9 @@ P = ParamSpec("P")
 DEADLINE = 600.0
 """Seconds after which a rank that says nothing is taken to be gone."""
 
+FAREWELL = 5.0
+"""Seconds for which the first rank waits for the others at the end."""
+
 STORE_ERRORS = (RuntimeError, ConnectionError)
 """What torch's stores raise: ``DistError`` and its kinds are RuntimeErrors."""
 
@@ -140,9 +143,15 @@ class Ranks:
         return self._get(key) if self._has(key) else None
 
     def leave(self) -> None:
-        """Say that this rank takes part in nothing more, so that nobody waits for it until the deadline."""
+        """Say that this rank takes part in nothing more, so that nobody waits for it until the deadline.
+
+        The first one, whose process may have the store, stays a little until the others have heard its last answer.
+        """
         with contextlib.suppress(CkptConvertError):
             self._call(self.store.set, self._left(self.rank), b"")
+            waiting = _Waiting(FAREWELL if self.is_first else 0)
+            while not all(self._has_left(rank) for rank in range(1, self.count)) and waiting.more():
+                pass
 
     def _next(self) -> int:
         self._turn += 1
@@ -163,14 +172,15 @@ class Ranks:
         heard: dict[int, bytes] = {}
         waiting = _Waiting(DEADLINE)
         while left:
+            gone = {
+                rank for rank in left if self._has_left(rank)
+            }  # looked at first: the last that one says still counts
             there = [rank for rank, key in left.items() if self._has(key)]
             for rank in there:
                 heard[rank] = self._take(left.pop(rank))
-            if there:
-                continue
-            if gone := [rank for rank in left if self._call(self.store.check, [self._left(rank)])]:
-                return [self._absence(gone, what)]
-            if not waiting.more():
+            if absent := sorted(gone & left.keys()):
+                return [self._absence(absent, what)]
+            if left and not there and not waiting.more():
                 return [self._silence(sorted(left), what)]
         return [heard[rank] for rank in sorted(heard)]
 
@@ -178,10 +188,11 @@ class Ranks:
         """What the first rank answers."""
         waiting = _Waiting(2 * DEADLINE)  # it waits itself for those that say nothing
         while True:
+            gone = self._has_left(0)
             for key in (f"{turn}/answer", f"{turn}/answer/{self.rank}"):
                 if self._has(key):
                     return self._opened(self._get(key), cause)
-            if self._call(self.store.check, [self._left(0)]):
+            if gone:
                 return self._opened(self._absence([0], what), cause)
             if not waiting.more():
                 return self._opened(self._silence([0], what), cause)
@@ -240,6 +251,9 @@ class Ranks:
 
     def _left(self, rank: int) -> str:
         return f"{self._root or self.prefix}/left/{rank}"
+
+    def _has_left(self, rank: int) -> bool:
+        return bool(self._call(self.store.check, [self._left(rank)]))
 
     def _key(self, key: str) -> str:
         return f"{self.prefix}/{key}"
