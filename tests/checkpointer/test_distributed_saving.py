@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from ckpt_convert import Checkpointer
 from ckpt_convert.checkpoint.record import MANIFEST
+from ckpt_convert.checkpointer.distributed import ranks
 from tests.checkpointer.pool import Pool, split
 from tests.checkpointer.training import LLAMA, make_model, trainable
 from tests.helpers import GOLDEN, assert_same, sums
@@ -94,7 +96,7 @@ def test_another_format(pool: Pool, output: str, tmp_path: Path) -> None:
     check(tmp_path, LLAMA, **options)
 
 
-def save_slices(here: Path, source: Path, model_format: str) -> None:
+def save_slices(here: Path, source: Path, model_format: Any) -> None:
     """Save a state dict whose tensors are split in all ways that a mesh of 2 x 2 has, one after another."""
     mesh = init_device_mesh("cpu", (2, 2))
     whole = Checkpointer(source).load_state_dict(model_format)
@@ -183,6 +185,72 @@ def test_resumed_by_other_worlds(
             for run in ("out", "alone")
         ]
         assert kept[0] == kept[1]
+
+
+def test_torch_reads_the_state_of_several_ranks(pool: Pool, tmp_path: Path) -> None:
+    source = trainable(tmp_path / "source")
+    expected = pool.run(train_full_split, tmp_path, "fsdp", source, 1, {}, world=3)[0]
+    state = {f"optimizer/state/{key}": torch.zeros_like(tensor) for key, tensor in expected.items()}
+    dcp.load(state, checkpoint_id=tmp_path / "out" / "step_1" / "training_state", no_dist=True)  # type: ignore[attr-defined]
+    assert_same({key.removeprefix("optimizer/state/"): tensor for key, tensor in state.items()}, expected)
+
+
+# Pipeline stages
+
+
+def save_stage(here: Path) -> None:
+    """Each rank has some of the layers, and nothing of the others."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    whole = Checkpointer(LLAMA).load_state_dict("native")
+    keys = sorted(whole)
+    stage = {key: whole[key] for key in keys[rank * len(keys) // world : (rank + 1) * len(keys) // world]}
+    with Checkpointer(LLAMA, here / "out", contents="weights") as checkpointer:
+        checkpointer.register(model=stage)
+        checkpointer.save()
+
+
+def test_pipeline_stages(pool: Pool, tmp_path: Path) -> None:
+    pool.run(save_stage, tmp_path, world=3)
+    assert sums(LLAMA).items() <= sums(tmp_path / "out" / "step_0").items()
+
+
+# What is asked of the store
+
+
+class CountingStore:
+    """A store that counts what is asked of it."""
+
+    def __init__(self, store: Any) -> None:
+        self._store = store
+        self.asked = 0
+
+    def __getattr__(self, name: str) -> Any:
+        self.asked += 1
+        return getattr(self._store, name)
+
+
+def count_calls(here: Path) -> list[int]:
+    """What ten steps ask of which none is saved, and the one that is."""
+    counting = CountingStore(ranks.store_of_group())
+    ranks.store_of_group, former = lambda: counting, ranks.store_of_group
+    try:
+        model = split(make_model(), "ddp")
+        with Checkpointer(LLAMA, here / "out", contents="weights", save_every=11, save_last=False) as checkpointer:
+            checkpointer.register(model=model)
+            before = counting.asked
+            for _ in range(10):
+                checkpointer.step()
+            between = counting.asked
+            checkpointer.step()
+            return [between - before, counting.asked - between]
+    finally:
+        ranks.store_of_group = former
+
+
+def test_steps_that_are_not_saved_ask_nobody(pool: Pool, tmp_path: Path) -> None:
+    for idle, saved in pool.run(count_calls, tmp_path):
+        assert idle == 0
+        assert saved > 0
 
 
 # Steps that one rank asks for
