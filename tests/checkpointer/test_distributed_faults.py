@@ -151,3 +151,18 @@ def test_placements_without_values_are_refused_on_all_ranks_before_the_first_ste
     assert len(set(raised)) == 1
     assert "rank 1 on " in raised[0]
     assert "has the placement Partial" in raised[0]
+
+
+def differ(here: Path) -> str:
+    """Each rank saves as often as its number says."""
+    model = split(make_model(), "ddp")
+    every = 2 + dist.get_rank()
+    with Checkpointer(LLAMA, here / "out", save_every=every) as checkpointer, pytest.raises(UsageError) as raised:
+        checkpointer.register(model=model)
+    return str(raised.value)
+
+
+def test_options_that_differ_between_ranks(pool: Pool, tmp_path: Path) -> None:
+    said = pool.run(differ, tmp_path)
+    assert said[0] == said[1]
+    assert "rank 1: save_every is every 3 steps, on rank 0 every 2 steps" in said[0]

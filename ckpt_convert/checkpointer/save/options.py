@@ -205,6 +205,12 @@ class Options:
             progress=given.progress,
         )
 
+    def as_text(self) -> dict[str, str]:
+        """What all ranks have to be given alike, by name, to be compared."""
+        names = ("settings", "last", "policy", "run_name", "latest_name", "save_last", "save_best", "overwrite")
+        told = {name: repr(getattr(self, name)) for name in (*names, "asynchronous", "writers")}
+        return {"output_dir": str(self.output_dir), "save_every": self.schedule.describe(), **told}
+
     def run_directory(self) -> RunDirectory | None:
         """Where the steps go; raises UsageError for a name that no directory of a step can have."""
         if self.output_dir is None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 from ckpt_convert.checkpoint.identify import Identified
@@ -17,7 +18,7 @@ from ckpt_convert.checkpointer.run.saved_steps import SavedStep
 from ckpt_convert.checkpointer.save import shared
 from ckpt_convert.checkpointer.save.writer import StepContents, obstacle, write_step
 from ckpt_convert.convert.output import output_permissions
-from ckpt_convert.errors import CkptConvertError, OutputExistsError, error_text
+from ckpt_convert.errors import CkptConvertError, OutputExistsError, UsageError, error_text
 from ckpt_convert.storage import pointer, workspace
 from ckpt_convert.storage.place import Place
 from ckpt_convert.storage.reader import reading
@@ -61,7 +62,7 @@ class RunDirectory:
         self._superseded: tuple[SavedStep, ...] = ()
         self._unwritten: dict[Place, tuple[Mapping[str, float], int]] = {}
 
-    def open(self, source: Identified) -> None:
+    def open(self, source: Identified, options: Mapping[str, str]) -> None:
         """Lock the directory for this process, and clean up what a killed one left; repeated calls do nothing.
 
         Raises LockedError where another checkpointer has it, UsageError where another process of this run has, and
@@ -72,8 +73,23 @@ class RunDirectory:
         if self.ranks is None:
             self._open(source)
         else:
-            self.ranks.first(f"opening {self.path}", lambda: self._open(source))
+            said = json.dumps(options).encode()
+            self.ranks.round(f"opening {self.path}", lambda: said, lambda every: self._open_for(every, source))
         self._is_open = True
+
+    def _open_for(self, every: Sequence[bytes], source: Identified) -> list[bytes]:
+        """Take the directory for all ranks; raises UsageError for options that differ between them."""
+        first = json.loads(every[0])
+        lines = [
+            f"rank {rank}: {name} is {value}, on rank 0 {first.get(name)}"
+            for rank, said in enumerate(every)
+            for name, value in json.loads(said).items()
+            if value != first.get(name)
+        ]
+        if lines:
+            raise UsageError(f"the ranks were given different options:{indented_list(lines)}")
+        self._open(source)
+        return [b""]
 
     def _open(self, source: Identified) -> None:
         with reading(source.place, "looked at"):

@@ -76,7 +76,7 @@ class Saver:
         for path in self._settings.extra:
             if not path.is_regular_file():
                 raise UsageError(f"{path}: no such file; extra_files are copied into every checkpoint")
-        self.directory.open(self.planner.source)
+        self.directory.open(self.planner.source, self._options.as_text())
         self.is_save_held = self.lacks_final = self._captured_trained = False
         self.saved_step = None
 
