@@ -33,7 +33,6 @@ from ckpt_convert.storage.place import Place
 from ckpt_convert.storage.rules import Rules, refuse_existing
 from ckpt_convert.storage.store_lock import StoreLock, lock_place, stale
 from ckpt_convert.storage.system import Advice
-from ckpt_convert.storage.workspace import Folder
 
 log = logging.getLogger("ckpt_convert")
 
@@ -229,7 +228,7 @@ def stage(
     return OrderedStage(destination, rules, overwrite=overwrite, resume=resume, advice=advice, alone=alone)
 
 
-def join(staged: Place) -> AbstractContextManager[Folder]:
+def join(staged: Place) -> AbstractContextManager[OrderedFolder]:
     """``Workspace.join``: a file of such a store is written by one process."""
     raise UsageError(
         f"{staged}: several processes cannot write one file in this store; choose an output_dir on a file system that "
