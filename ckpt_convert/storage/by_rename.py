@@ -92,11 +92,11 @@ def stage(
 
 
 @contextlib.contextmanager
-def join(staged: Place) -> Iterator[Folder]:
+def join(staged: Place, advice: Advice) -> Iterator[Folder]:
     """``Workspace.join``."""
     with contextlib.ExitStack() as stack:
-        with writing(staged.local, "opened"):
-            folder = stack.enter_context(Folder.joined(staged.local))
+        with writing(staged.local, "opened", advice):
+            folder = stack.enter_context(Folder.joined(staged.local, advice))
         yield folder
 
 

@@ -78,11 +78,11 @@ class Folder:
 
     @classmethod
     @contextlib.contextmanager
-    def joined(cls, path: Path) -> Iterator[Folder]:
+    def joined(cls, path: Path, advice: Advice) -> Iterator[Folder]:
         """Open a directory that another process writes, to write into the files that it created; raises OSError."""
         with cls.at(path) as folder:
             folder._ledger.continued = True
-            yield folder
+            yield replace(folder, advice=advice)
 
     @property
     def place(self) -> Place:

@@ -228,7 +228,7 @@ def stage(
     return OrderedStage(destination, rules, overwrite=overwrite, resume=resume, advice=advice, alone=alone)
 
 
-def join(staged: Place) -> AbstractContextManager[OrderedFolder]:
+def join(staged: Place, advice: Advice) -> AbstractContextManager[OrderedFolder]:
     """``Workspace.join``: a file of such a store is written by one process."""
     raise UsageError(
         f"{staged}: several processes cannot write one file in this store; choose an output_dir on a file system that "

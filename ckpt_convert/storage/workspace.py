@@ -178,10 +178,11 @@ class Workspace(Protocol):
         caller already excludes other writers. Raises OutputExistsError, LockedError, UnwritableError.
         """
 
-    def join(self, staged: Place) -> AbstractContextManager[Folder]:
+    def join(self, staged: Place, advice: Advice) -> AbstractContextManager[Folder]:
         """The ``Stage.place`` of another process, to write into the files that it has made.
 
-        Raises UnwritableError, and UsageError where only one process can write a directory.
+        ``advice`` ends the messages of errors. Raises UnwritableError, and UsageError where only one process can write
+        a directory.
         """
 
     def make_folder(self, folder: Place) -> None:

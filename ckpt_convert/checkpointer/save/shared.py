@@ -17,6 +17,7 @@ from typing import Any
 from ckpt_convert.checkpoint.record import TRAINING_STATE
 from ckpt_convert.checkpointer.distributed.ranks import Ranks
 from ckpt_convert.checkpointer.save.writer import (
+    ADVICE,
     StepContents,
     complete,
     explained,
@@ -95,7 +96,7 @@ class _Shared(contextlib.ExitStack):
         """Write what this rank owns into the files that are there; returns what was written where."""
         name, found = _unpacked(begun)
         place = self._destination.parent / name
-        with explained(self._destination), workspace.workspace_of(place).join(place) as folder:
+        with explained(self._destination), workspace.workspace_of(place).join(place, ADVICE) as folder:
             done, state = [], None
             if self._step.weights is not None:
                 inner = folder.subfolder(self._step.weights_in) if self._step.weights_in else folder

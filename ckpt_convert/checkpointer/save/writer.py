@@ -33,7 +33,7 @@ from ckpt_convert.wording import human_bytes, indented_list
 log = logging.getLogger("ckpt_convert")
 
 _UNTOUCHED = "the step was not saved, earlier ones are untouched"
-_ADVICE = Advice(
+ADVICE = Advice(
     f"{_UNTOUCHED}; free some space, or keep fewer (keep_last)",
     f"{_UNTOUCHED}; look at its permissions, the disk and the connection to it",
 )
@@ -101,7 +101,7 @@ def staged(step: StepContents, destination: Place, *, mode: int = 0o777, alone: 
             raise OutputExistsError(f"{found}\nmove that elsewhere, or choose another directory name or output_dir")
         store = workspace.workspace_of(destination)
         rules = ownership.STEP_RULES
-        with store.stage(destination, rules, overwrite=True, mode=mode, advice=_ADVICE, alone=alone) as staging:
+        with store.stage(destination, rules, overwrite=True, mode=mode, advice=ADVICE, alone=alone) as staging:
             try:
                 store.check_space(destination, step.nbytes)
                 staging.expect(step.names)
