@@ -57,7 +57,9 @@ def of_group(process_group: Any) -> Ranks | None:
     members = ",".join(map(str, dist.get_process_group_ranks(process_group)))
     group = f"ckpt_convert/ranks/{hashlib.sha256(members.encode()).hexdigest()[:16]}"
     number = store.add(f"{group}/made_by/{rank}", 1)  # the same on all of them, which make the same checkpointers
-    return Ranks(store, rank, count, f"{group}/{number}")
+    ranks = Ranks(store, rank, count, f"{group}/{number}")
+    ranks.say_host()
+    return ranks
 
 
 def store_of_group() -> Any:
@@ -85,6 +87,10 @@ class Ranks:
     def is_first(self) -> bool:
         """Whether this is the rank that hears the others, and writes what only one may."""
         return self.rank == 0
+
+    def say_host(self) -> None:
+        """Let the others name this process's host where it says nothing more."""
+        self._call(self.store.set, self._of_rank("host", self.rank), socket.gethostname())
 
     def channel(self, name: str) -> Ranks:
         """The same ranks, whose turns are counted apart, for another thread."""
@@ -148,7 +154,7 @@ class Ranks:
         The first one, whose process may have the store, stays a little until the others have heard its last answer.
         """
         with contextlib.suppress(CkptConvertError):
-            self._call(self.store.set, self._left(self.rank), b"")
+            self._call(self.store.set, self._of_rank("left", self.rank), b"")
             waiting = _Waiting(FAREWELL if self.is_first else 0)
             while not all(self._has_left(rank) for rank in range(1, self.count)) and waiting.more():
                 pass
@@ -181,7 +187,7 @@ class Ranks:
             if absent := sorted(gone & left.keys()):
                 return [self._absence(absent, what)]
             if left and not there and not waiting.more():
-                return [self._silence(sorted(left), what)]
+                return [self._silence(sorted(left), what, DEADLINE)]
         return [heard[rank] for rank in sorted(heard)]
 
     def _heard(self, turn: int, what: str, cause: Exception | None = None) -> bytes:
@@ -195,18 +201,26 @@ class Ranks:
             if gone:
                 return self._opened(self._absence([0], what), cause)
             if not waiting.more():
-                return self._opened(self._silence([0], what), cause)
+                return self._opened(self._silence([0], what, 2 * DEADLINE), cause)
 
-    def _silence(self, ranks: Sequence[int], what: str) -> bytes:
+    def _silence(self, ranks: Sequence[int], what: str, seconds: float) -> bytes:
         return _failure(
             CkptConvertError.__name__,
-            f"rank {_list(ranks)}: took no part in {what} within {DEADLINE:g} s; every process makes the same "
+            f"{self._named(ranks)}: took no part in {what} within {seconds:g} s; every process makes the same "
             "calls of the checkpointer, so it has ended, or it waits elsewhere",
         )
 
     def _absence(self, ranks: Sequence[int], what: str) -> bytes:
-        text = f"rank {_list(ranks)}: took no part in {what}: its checkpointer is closed, most likely after an error"
+        text = f"{self._named(ranks)}: took no part in {what}: its checkpointer is closed, most likely after an error"
         return _failure(CkptConvertError.__name__, text)
+
+    def _named(self, ranks: Sequence[int]) -> str:
+        """Ranks as messages name them: with their hosts, as far as they have said them."""
+        return f"rank {first_few([f'{rank}{self._on_host(rank)}' for rank in ranks[:9]], 8, ' and others')}"
+
+    def _on_host(self, rank: int) -> str:
+        key = self._of_rank("host", rank)
+        return f" on {self._call(self.store.get, key).decode()}" if self._call(self.store.check, [key]) else ""
 
     def _opened(self, outcome: bytes, cause: Exception | None = None) -> bytes:
         """What was said; raises it where it is an error."""
@@ -249,11 +263,12 @@ class Ranks:
                 "most often rank 0's or torchrun's, has ended"
             ) from error
 
-    def _left(self, rank: int) -> str:
-        return f"{self._root or self.prefix}/left/{rank}"
-
     def _has_left(self, rank: int) -> bool:
-        return bool(self._call(self.store.check, [self._left(rank)]))
+        return bool(self._call(self.store.check, [self._of_rank("left", rank)]))
+
+    def _of_rank(self, what: str, rank: int) -> str:
+        """The key of what a rank says once, whatever turn it is, and for all channels."""
+        return f"{self._root or self.prefix}/{what}/{rank}"
 
     def _key(self, key: str) -> str:
         return f"{self.prefix}/{key}"
@@ -328,7 +343,3 @@ def _raise(error: Exception) -> bytes:
 
 def _nothing(_: Sequence[bytes]) -> list[bytes]:
     return [b""]
-
-
-def _list(ranks: Sequence[int]) -> str:
-    return first_few([str(rank) for rank in ranks], 8, " and others")
