@@ -51,7 +51,8 @@ class Pool:
 
     def _start(self, world: int) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch.distributed.fsdp", "ckpt_convert", "tests.checkpointer.training"])
+        modules = ["torch.distributed.fsdp", "torch._dynamo", "pytest", "tests.checkpointer.training"]
+        context.set_forkserver_preload(modules)
         for rank in range(world):
             if rank < len(self._workers) and self._workers[rank][0].is_alive():
                 continue
@@ -112,6 +113,7 @@ def _work(pipe: Connection) -> None:
             raised, result = "", None
             store = torch.distributed.FileStore(str(path), world)  # type: ignore[attr-defined]
             dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
+            dist.barrier()  # else a rank that has nothing to do may be gone before the others are connected
             try:
                 result = getattr(importlib.import_module(module), name)(here, *given)
             except BaseException:

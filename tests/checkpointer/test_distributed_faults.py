@@ -5,8 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,9 +20,155 @@ import torch.distributed as dist
 
 from ckpt_convert import Checkpointer, CkptConvertError, UsageError
 from ckpt_convert.checkpointer.distributed import ranks
+from ckpt_convert.checkpointer.save import shared
+from ckpt_convert.checkpointer.save.run_directory import RunDirectory
 from tests.checkpointer.pool import Pool, split
-from tests.checkpointer.training import LLAMA, make_model
+from tests.checkpointer.test_distributed_saving import optimize, train_full, train_full_split
+from tests.checkpointer.training import LLAMA, make_model, trainable
 from tests.helpers import sums
+
+DEADLINE = 3.0
+"""Seconds that ranks wait for one that says nothing: long for the others, on a machine that does much else."""
+
+HOST = socket.gethostname()
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What goes wrong in one rank's save, in a function: before it does what it does, or after.
+
+    ``errno`` is what the system says then; without one, the process is killed.
+    """
+
+    rank: int
+    owner: Any
+    name: str
+    after: bool = False
+    errno: int = 0
+
+    @contextmanager
+    def happens(self) -> Iterator[None]:
+        """Let it happen in what is done in this block, if this is its rank."""
+        real = getattr(self.owner, self.name)
+
+        def wrong(*given: Any, **options: Any) -> Any:
+            if self.after:
+                real(*given, **options)
+            if not self.errno:
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise OSError(self.errno, os.strerror(self.errno))
+
+        with mock.patch.object(self.owner, self.name, wrong if dist.get_rank() == self.rank else real):
+            yield
+
+
+KILLED = {
+    "before the save begins": Fault(1, shared._Shared, "look"),
+    "before it writes": Fault(1, shared._Shared, "write"),
+    "between two writes": Fault(1, os, "pwrite", after=True),
+    "before it reports what it wrote": Fault(1, shared._Shared, "write", after=True),
+    "before the manifest": Fault(0, shared, "complete"),
+    "after the manifest": Fault(0, shared, "complete", after=True),
+    "before the rename": Fault(0, os, "rename"),
+    "before the pointer": Fault(0, RunDirectory, "_published"),
+}
+"""When a rank is killed in a save."""
+
+FAILED = {
+    "full": Fault(1, os, "pwrite", errno=errno.ENOSPC),
+    "full in the middle": Fault(1, os, "pwrite", after=True, errno=errno.ENOSPC),
+    "broken": Fault(1, os, "pwrite", errno=errno.EIO),
+    "broken at the end": Fault(1, os, "fsync", errno=errno.EIO),
+    "broken for the first rank": Fault(0, os, "pwrite", errno=errno.EIO),
+}
+"""What goes wrong with the disk of one rank."""
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint to train from."""
+    return trainable(tmp_path_factory.mktemp("faults") / "source")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process, in which nothing happens."""
+    out = tmp_path_factory.mktemp("faults") / "alone"
+    train_full(out, make_model(), source, 3)
+    return out
+
+
+def train_until(here: Path, source: Path, fault: str, asynchronous: bool) -> tuple[str, float]:
+    """Save a step, and let something happen in the next; what was raised, and after how many seconds."""
+    model = split(make_model(), "fsdp")
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    waited = 0.0
+    try:
+        with (
+            mock.patch.object(ranks, "FAREWELL", 0.1),
+            Checkpointer(source, here / "out", save_every=1, asynchronous=asynchronous) as checkpointer,
+        ):
+            checkpointer.load_model(model)
+            checkpointer.register(model=model, optimizer=optimizer)
+            optimize(model, optimizer)
+            checkpointer.step()
+            checkpointer.wait()
+            optimize(model, optimizer)
+            began = time.monotonic()
+            try:
+                with mock.patch.object(ranks, "DEADLINE", DEADLINE), (KILLED | FAILED)[fault].happens():
+                    checkpointer.step()
+                    checkpointer.wait()
+            finally:
+                waited = time.monotonic() - began
+    except CkptConvertError as error:
+        return f"{type(error).__name__}: {error}", waited
+    return "", waited
+
+
+def check_and_resume(pool: Pool, here: Path, source: Path, uninterrupted: Path, *, left: int, pointer: int = 1) -> None:
+    """No step is half there, up to the one that is ``left``; another world goes on from it as if nothing had been."""
+    out = here / "out"
+    assert {path.name for path in out.glob("step_*")} == {f"step_{step}" for step in range(1, left + 1)}
+    assert (out / "latest").resolve().name == f"step_{pointer}"
+    pool.run(train_full_split, here, "fsdp", source, 3, {}, world=2)
+    assert sorted(path.name for path in out.glob("*step_*")) == ["step_1", "step_2", "step_3"]
+    for step in (1, 2, 3):
+        expected, found = (sums(run / f"step_{step}") for run in (uninterrupted, out))
+        assert {name: one for name, one in found.items() if "training_state" not in name} == {
+            name: one for name, one in expected.items() if "training_state" not in name
+        }
+
+
+@pytest.mark.parametrize("when", KILLED)
+def test_a_rank_that_is_killed_in_a_save(
+    pool: Pool, when: str, source: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    fault = KILLED[when]
+    ended = pool.run(train_until, tmp_path, source, when, when == "between two writes", world=3)
+    assert ended.pop(fault.rank) is None
+    waited = DEADLINE if fault.rank else 2 * DEADLINE  # the first rank waits for the others, and they for it
+    said = f"rank {fault.rank} on {HOST}: took no part in the save of step_2 within {waited:g} s; every process"
+    assert {text.partition(said)[:2] for text, _ in ended} == {("CkptConvertError: ", said)}
+    assert all(seconds < 3 * DEADLINE for _, seconds in ended)
+    saved = when == "before the pointer"
+    check_and_resume(pool, tmp_path, source, uninterrupted, left=2 if saved else 1)
+
+
+@pytest.mark.parametrize(("what", "asynchronous"), [("full", False), *((what, "end" not in what) for what in FAILED)])
+def test_a_disk_that_fails_on_one_rank(
+    pool: Pool, what: str, asynchronous: bool, source: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    fault = FAILED[what]
+    ended = pool.run(train_until, tmp_path, source, what, asynchronous, world=3)
+    (text,) = {text for text, _ in ended}
+    kind = "NotEnoughSpaceError" if fault.errno == errno.ENOSPC else "UnwritableError"
+    assert text.startswith(f"{kind}: rank {fault.rank} on {HOST}: {tmp_path / 'out'}/")
+    assert os.strerror(fault.errno) in text
+    assert "step_2" in text
+    assert "the step was not saved, earlier ones are untouched" in text
+    assert all(seconds < DEADLINE for _, seconds in ended)
+    check_and_resume(pool, tmp_path, source, uninterrupted, left=1)
 
 
 class Unsaved:
@@ -29,101 +181,72 @@ class Unsaved:
         """Nothing: it is never loaded."""
 
 
-def fail_from_now_on(kind: str) -> None:
-    """Let what rank 1 writes fail, or end it there."""
-
-    def pwrite(*given: Any) -> int:
-        if kind == "killed":
-            os.kill(os.getpid(), signal.SIGKILL)
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    if dist.get_rank() == 1:
-        os.pwrite = pwrite
-
-
-def fail(here: Path, kind: str, asynchronous: bool) -> str:
-    """Save a step, and fail in the next; returns what was raised."""
+def raise_in_loop(here: Path, source: Path, asynchronous: bool) -> tuple[str, float]:
+    """Save two steps, and fail in the training of the third on one rank; what was raised, and after how long."""
     model = split(make_model(), "fsdp")
-    extra = Unsaved() if kind == "unsaved" else None
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    began = 0.0
     try:
-        with Checkpointer(LLAMA, here / "out", save_every=1, asynchronous=asynchronous) as checkpointer:
+        with Checkpointer(source, here / "out", save_every=1, asynchronous=asynchronous) as checkpointer:
             checkpointer.load_model(model)
-            checkpointer.register(model=model, extra=extra)
+            checkpointer.register(model=model, optimizer=optimizer)
+            for _ in range(2):
+                optimize(model, optimizer)
+                checkpointer.step()
+            began = time.monotonic()
+            if dist.get_rank() == 1:
+                raise RuntimeError("the training failed")
             checkpointer.step()
             checkpointer.wait()
-            if kind == "raised" and dist.get_rank() == 1:
-                raise RuntimeError("the training failed")
-            whole, former = os.pwrite, ranks.DEADLINE
-            ranks.DEADLINE = 4.0
-            fail_from_now_on(kind)
-            try:
-                checkpointer.step()
-                checkpointer.wait()
-            finally:
-                os.pwrite, ranks.DEADLINE = whole, former
     except (CkptConvertError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}", time.monotonic() - began
+    return "", 0.0
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+def test_a_rank_that_raises_in_the_loop(
+    pool: Pool, asynchronous: bool, source: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    """The others hear of it at once; a save that was under way is finished."""
+    ended = pool.run(raise_in_loop, tmp_path, source, asynchronous, world=3)
+    (text, _) = ended.pop(1)
+    assert text == "RuntimeError: the training failed"
+    (text,) = {text for text, _ in ended}
+    assert text.startswith(f"CkptConvertError: rank 1 on {HOST}: took no part in comparing who holds what: its ")
+    assert all(seconds < DEADLINE for _, seconds in ended)
+    check_and_resume(pool, tmp_path, source, uninterrupted, left=2, pointer=2)
+
+
+def fail(here: Path) -> str:
+    """Save state that one rank cannot save; what was raised."""
+    model = split(make_model(), "fsdp")
+    try:
+        with Checkpointer(LLAMA, here / "out", save_every=1) as checkpointer:
+            checkpointer.load_model(model)
+            checkpointer.register(model=model, extra=Unsaved())
+    except CkptConvertError as error:
         return f"{type(error).__name__}: {error}"
     return ""
 
 
-@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
-def test_a_disk_that_is_full_on_one_rank(pool: Pool, asynchronous: bool, tmp_path: Path) -> None:
-    raised = pool.run(fail, tmp_path, "full", asynchronous, world=3)
-    assert len(set(raised)) == 1
-    assert raised[0].startswith("NotEnoughSpaceError: rank 1 on ")
-    assert "No space left on device" in raised[0]
-    check_former(tmp_path)
-
-
-@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
-def test_a_rank_that_is_killed_while_it_writes(pool: Pool, asynchronous: bool, tmp_path: Path) -> None:
-    raised = pool.run(fail, tmp_path, "killed", asynchronous, world=3)
-    assert raised[1] is None
-    assert raised[0] == raised[2]
-    assert "rank 1: took no part in the save of step_2 within 4 s" in raised[0]
-    check_former(tmp_path)
-
-
-def test_a_rank_that_raises_in_the_loop(pool: Pool, tmp_path: Path) -> None:
-    raised = pool.run(fail, tmp_path, "raised", False, world=3)
-    assert raised[1] == "RuntimeError: the training failed"
-    assert raised[0] == raised[2]
-    assert "rank 1: took no part in" in raised[0]
-    assert "its checkpointer is closed" in raised[0]
-    check_former(tmp_path)
-
-
 def test_state_that_one_rank_cannot_save(pool: Pool, tmp_path: Path) -> None:
-    raised = pool.run(fail, tmp_path, "unsaved", False, world=3)
+    raised = pool.run(fail, tmp_path, world=3)
     assert len(set(raised)) == 1
     assert raised[0].startswith("UsageError: rank 1 on ")
     assert "extra/value: is a builtins.object" in raised[0]
     assert not list((tmp_path / "out").glob("*step*"))
 
 
-def check_former(here: Path) -> None:
-    """The step before is as it was, and another number of processes goes on from it."""
-    out = here / "out"
-    assert sorted(path.name for path in out.glob("*step*")) == ["step_1"]
-    assert (out / "latest").resolve().name == "step_1"
-    weights = sums(LLAMA)
-    assert weights.items() <= sums(out / "step_1").items()
-    model = make_model()
-    with Checkpointer(LLAMA, out) as checkpointer:
-        progress = checkpointer.resume(model=model)
-        assert progress is not None
-        assert progress.step == 1
-
-
 def alone(here: Path) -> str:
     """One rank of two makes a checkpointer for both."""
     if dist.get_rank() == 1:
         return ""
-    model = make_model()
-    former, ranks.DEADLINE = ranks.DEADLINE, 1.0
-    with Checkpointer(LLAMA, here / "out") as checkpointer, pytest.raises(CkptConvertError) as raised:
-        checkpointer.register(model=model)
-    ranks.DEADLINE = former
+    with (
+        Checkpointer(LLAMA, here / "out") as checkpointer,
+        mock.patch.object(ranks, "DEADLINE", 1.0),
+        pytest.raises(CkptConvertError) as raised,
+    ):
+        checkpointer.register(model=make_model())
     return str(raised.value)
 
 

@@ -178,9 +178,8 @@ class Ranks:
         heard: dict[int, bytes] = {}
         waiting = _Waiting(DEADLINE)
         while left:
-            gone = {
-                rank for rank in left if self._has_left(rank)
-            }  # looked at first: the last that one says still counts
+            # Looked at first: the last that one says still counts.
+            gone = {rank for rank in left if self._has_left(rank)}
             there = [rank for rank, key in left.items() if self._has(key)]
             for rank in there:
                 heard[rank] = self._take(left.pop(rank))
