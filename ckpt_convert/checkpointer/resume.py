@@ -26,7 +26,7 @@ from ckpt_convert.checkpointer.save.options import Options
 from ckpt_convert.checkpointer.save.planner import SavePlanner
 from ckpt_convert.checkpointer.save.run_directory import RunDirectory
 from ckpt_convert.checkpointer.save.saver import Saver
-from ckpt_convert.checkpointer.state import optimizers, rng, training_state
+from ckpt_convert.checkpointer.state import optimizers, shared_state, training_state
 from ckpt_convert.checkpointer.state.parts import TrainingParts
 from ckpt_convert.checkpointer.state.serialize import path_segment
 from ckpt_convert.errors import (
@@ -280,11 +280,11 @@ def load_step(
     ``base_loaded`` says that the base weights of an adapter are in the model already. Raises UsageError for a choice
     that names nothing.
     """
-    state = _opened_state(saved, planner.ranks) if saved.has_training_state else None
+    state = shared_state.open_for(saved.place / TRAINING_STATE, planner.ranks) if saved.has_training_state else None
     names = [name for name in (state.parts or () if state is not None else ()) if name != MODEL and selection(name)]
     trees = state.read(names, optimizers.split_as(parts.parameters())) if state is not None else {}
-    if state is not None and state.written_by != _count(planner.ranks) and selection("rng"):
-        trees["rng"] = _derived_rng(state, planner.ranks)
+    if state is not None and shared_state.is_of_others(state, planner.ranks) and selection("rng"):
+        trees["rng"] = shared_state.derived_rng(state, planner.ranks)
     if state is None:
         _report_missing_state(saved, [name for name in parts.required_entries if selection(name)], strict)
     problems = parts.compare_state(trees, selection) if state is not None else []
@@ -358,24 +358,6 @@ def _report_missing_state(saved: SavedStep, names: list[str], strict: bool) -> N
         saved.step,
         hint,
     )
-
-
-def _opened_state(saved: SavedStep, ranks: Ranks | None) -> training_state.StateReader:
-    state = training_state.open_state(saved.place / TRAINING_STATE)
-    return state.of_rank(0 if ranks is None else ranks.rank, _count(ranks))
-
-
-def _count(ranks: Ranks | None) -> int:
-    return 1 if ranks is None else ranks.count
-
-
-def _derived_rng(state: training_state.StateReader, ranks: Ranks | None) -> dict[str, Any]:
-    """The random numbers of a rank where another number of them have saved theirs."""
-    if ranks is None or ranks.is_first:
-        text = "%s: was saved by %d processes, and this run has %d: random numbers are derived from those of before"
-        log.info(text, state.place, state.written_by, _count(ranks))
-    before = state.of_first().read(["rng"])["rng"]
-    return rng.derived(before, 0 if ranks is None else ranks.rank, _count(ranks))
 
 
 def _weights(

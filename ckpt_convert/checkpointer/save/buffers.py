@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
+
+from ckpt_convert.checkpointer.distributed.claims import Owned
+from ckpt_convert.checkpointer.live.selection import MODEL
+from ckpt_convert.checkpointer.state.serialize import SerializedState
+from ckpt_convert.checkpointer.state.shared_state import SharedState
+
+State = Mapping[str, SerializedState] | SharedState
+"""A training state: all of it, or what this process writes of one that several ranks write."""
 
 
 class CopyBuffers:
@@ -53,3 +62,26 @@ class CopyBuffers:
             buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._pin)
             self._buffers[name] = buffer
         return buffer
+
+
+def stage(
+    owned: Mapping[str, Owned], state: State | None, buffers: CopyBuffers
+) -> tuple[dict[str, Owned], State | None]:
+    """Copies of all tensors in the reused buffers; shared tensors are copied once."""
+    names = {f"{MODEL}/{key}": tensor for key, (tensor, _) in owned.items()}
+    if isinstance(state, SharedState):
+        names |= {f"state/{key}": tensor for key, (tensor, _) in state.tensors.items()}
+    else:
+        for part, packed in (state or {}).items():
+            names |= {f"state/{part}/{at}": tensor for at, tensor in packed.tensors.items()}
+    copies = buffers.copy(names)
+    staged: State | None = None
+    if isinstance(state, SharedState):
+        held = {key: Owned(copies[f"state/{key}"], part) for key, (_, part) in state.tensors.items()}
+        staged = replace(state, tensors=held)
+    elif state is not None:
+        staged = {
+            part: SerializedState(packed.skeleton, {at: copies[f"state/{part}/{at}"] for at in packed.tensors})
+            for part, packed in state.items()
+        }
+    return {key: Owned(copies[f"{MODEL}/{key}"], part) for key, (_, part) in owned.items()}, staged

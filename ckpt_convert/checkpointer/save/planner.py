@@ -38,10 +38,10 @@ from ckpt_convert.checkpointer.live.tensors import (
     trained_parameters,
 )
 from ckpt_convert.checkpointer.save import extra_files
-from ckpt_convert.checkpointer.save.buffers import CopyBuffers
+from ckpt_convert.checkpointer.save.buffers import CopyBuffers, State, stage
 from ckpt_convert.checkpointer.save.writer import StepContents
 from ckpt_convert.checkpointer.state.serialize import SerializedState, serialize
-from ckpt_convert.checkpointer.state.shared_state import SharedState, share
+from ckpt_convert.checkpointer.state.shared_state import share
 from ckpt_convert.convert import planning
 from ckpt_convert.convert.plan import Plan
 from ckpt_convert.convert.planning import PlanInputs
@@ -63,7 +63,6 @@ Contents = Literal["full", "weights", "adapter"]
 CONTENTS = ("full", "weights", "adapter")
 
 Tensors = Mapping[str, torch.Tensor]
-State = Mapping[str, SerializedState] | SharedState
 Section = Callable[[], Mapping[str, Any]]
 
 
@@ -287,7 +286,7 @@ class SavePlanner:
                 state[MODEL] = serialize({key: tensor for key, tensor in parts.base.items() if key in exact}, MODEL)
         written = self._shared(state)
         if buffers is not None:
-            owned, written = _staged(owned, written, buffers)
+            owned, written = stage(owned, written, buffers)
             made = self._plan(owned, settings)
         planned = OpenPlan(made.plan, ChainMap(dict(made.sources), MemoryReaders(owned)))  # type: ignore[arg-type]
         return lambda section, files: StepContents(planned, section, written, files, settings.extra)
@@ -318,7 +317,7 @@ class SavePlanner:
             names |= {f"base/{key}": tensor for key, tensor in parts.base.items() if merges_too}
             for module, adapter in parts.adapters.items():
                 names |= {f"{module}/{name}": one for name, one in adapter._asdict().items() if one is not None}
-            staged, written = _staged(all_of(names), written, buffers)
+            staged, written = stage(all_of(names), written, buffers)
             copies = {name: tensor for name, (tensor, _) in staged.items()}
             parts = SplitTensors(
                 {key: copies.get(f"base/{key}", tensor) for key, tensor in parts.base.items()},
@@ -447,26 +446,3 @@ def _inexact(made: Plan) -> set[str]:
 
 def _local(tensors: Tensors) -> dict[str, torch.Tensor]:
     return {key: tensor for key, (tensor, _) in all_of(tensors).items()}
-
-
-def _staged(
-    owned: Mapping[str, Owned], state: State | None, buffers: CopyBuffers
-) -> tuple[dict[str, Owned], State | None]:
-    """Copies of all tensors in the reused buffers; shared tensors are copied once."""
-    names = {f"{MODEL}/{key}": tensor for key, (tensor, _) in owned.items()}
-    if isinstance(state, SharedState):
-        names |= {f"state/{key}": tensor for key, (tensor, _) in state.tensors.items()}
-    else:
-        for part, packed in (state or {}).items():
-            names |= {f"state/{part}/{at}": tensor for at, tensor in packed.tensors.items()}
-    copies = buffers.copy(names)
-    staged: State | None = None
-    if isinstance(state, SharedState):
-        held = {key: Owned(copies[f"state/{key}"], part) for key, (_, part) in state.tensors.items()}
-        staged = replace(state, tensors=held)
-    elif state is not None:
-        staged = {
-            part: SerializedState(packed.skeleton, {at: copies[f"state/{part}/{at}"] for at in packed.tensors})
-            for part, packed in state.items()
-        }
-    return {key: Owned(copies[f"{MODEL}/{key}"], part) for key, (_, part) in owned.items()}, staged

@@ -7,6 +7,7 @@ numbers and its place in the data. The first one writes the description and the 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -15,21 +16,28 @@ from typing import Any
 import torch
 
 from ckpt_convert.checkpointer.distributed.claims import Claims, Owned
-from ckpt_convert.checkpointer.state import dcp_files
+from ckpt_convert.checkpointer.distributed.ranks import Ranks
+from ckpt_convert.checkpointer.state import dcp_files, rng
 from ckpt_convert.checkpointer.state.dcp_files import Piece
 from ckpt_convert.checkpointer.state.serialize import SerializedState
 from ckpt_convert.checkpointer.state.training_state import (
     DESCRIPTION,
+    RNG,
     SHARED_VERSION,
     Files,
+    StateReader,
     is_of_each_rank,
+    open_state,
     prefix_of,
 )
 from ckpt_convert.containers.dcp import DCP_INDEX
 from ckpt_convert.dtypes import torch_name
 from ckpt_convert.errors import CorruptFileError
+from ckpt_convert.storage.place import Place
 from ckpt_convert.storage.workspace import Folder
 from ckpt_convert.tensors.cover import covers
+
+log = logging.getLogger("ckpt_convert")
 
 
 @dataclass(frozen=True)
@@ -132,3 +140,26 @@ def _check(pieces: Sequence[Piece]) -> None:
     wrong = [key for key, found in boxes.items() if 0 not in shapes[key] and not covers(found, shapes[key])]
     if wrong:
         raise CorruptFileError(f"{wrong[0]}: what the ranks have written of it leaves something out, or overlaps")
+
+
+def open_for(directory: Place, ranks: Ranks | None) -> StateReader:
+    """Open a state for one of several ranks, or for a process that is alone."""
+    return open_state(directory).of_rank(0 if ranks is None else ranks.rank, _count(ranks))
+
+
+def is_of_others(state: StateReader, ranks: Ranks | None) -> bool:
+    """Whether another number of ranks has written a state."""
+    return state.written_by != _count(ranks)
+
+
+def derived_rng(state: StateReader, ranks: Ranks | None) -> dict[str, Any]:
+    """The random numbers of a rank where another number of them have saved theirs."""
+    if ranks is None or ranks.is_first:
+        text = "%s: was saved by %d processes, and this run has %d: random numbers are derived from those of before"
+        log.info(text, state.place, state.written_by, _count(ranks))
+    before = state.of_first().read([RNG])[RNG]
+    return rng.derived(before, 0 if ranks is None else ranks.rank, _count(ranks))
+
+
+def _count(ranks: Ranks | None) -> int:
+    return 1 if ranks is None else ranks.count
