@@ -75,13 +75,14 @@ class Report:
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """The source of a conversion, and what its caller says of it."""
+    """The source of a conversion, what its caller says of it, and the checkpoint to imitate."""
 
     path: Location
     format: str | None
     family: str | None
     config: Location | None
     revision: str | None
+    like: Location | None
 
 
 @reading()
@@ -143,7 +144,7 @@ def plan_conversion(
         InputError: the source cannot be read, or does not fit its config; see ``ckpt_convert.errors``.
         UsageError: options that do not fit each other, the source or the target.
     """
-    origin = SourceOptions(src, from_format, family, config, revision)
+    origin = SourceOptions(src, from_format, family, config, revision, like)
     settings = ConfigOptions(
         rope_factor=rope_factor,
         rope_theta=rope_theta,
@@ -174,8 +175,8 @@ def _plan(
 ) -> tuple[Identified, OpenPlan]:
     """The plan; ``equal`` compares two tensors of the source, where only their bytes say whether they are tied."""
     request.check()
-    if request.like is not None:
-        request = replace(request, like=repository.locate_checkpoint(request.like, format=request.to))
+    if origin.like is not None:  # as it was given: an address is refused by its name, and ~ is the home directory
+        request = replace(request, like=repository.locate_checkpoint(origin.like, format=request.to))
     place = repository.locate_checkpoint(origin.path, origin.revision, format=origin.format)
     source = _open(origin, place, origin.config, request.config)
     if request.like is not None and (config := _config_of(request.like, source)) is not None:
@@ -283,7 +284,7 @@ def convert_checkpoint(
 
     After an error ``dst`` is unchanged, and ``resume`` continues where that is possible.
     """
-    origin = SourceOptions(src, from_format, family, config, revision)
+    origin = SourceOptions(src, from_format, family, config, revision, like)
     settings = ConfigOptions(
         rope_factor=rope_factor,
         rope_theta=rope_theta,

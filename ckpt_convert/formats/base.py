@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from typing import Any, Literal, TypeGuard
 
 from ckpt_convert.containers.dcp import DCP_INDEX
@@ -123,7 +123,7 @@ def render_index(weight_map: Mapping[str, str], total_size: int, total_parameter
     quoted = json.encoder.encode_basestring_ascii
     before, _, after = empty.partition(b"{}")
     size = sum(len(quoted(key)) + len(quoted(name)) + len("\n    : ,") for key, name in weight_map.items())
-    out = io.BytesIO()
+    out = BytesIO()
     out.seek(len(before) + size + len("\n  }") + len(after) - 1)
     out.write(b"\n")
     out.seek(0)

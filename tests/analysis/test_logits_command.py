@@ -24,7 +24,7 @@ from transformers.utils import logging as chatter
 
 from ckpt_convert.analysis.logits import logits as logits_module
 from ckpt_convert.analysis.logits.logits import LogitsReport, compare_logits
-from ckpt_convert.checkpoint.checkpoint import open_checkpoint, open_identified
+from ckpt_convert.checkpoint.checkpoint import open_identified
 from ckpt_convert.cli.notices import silent_transformers
 from ckpt_convert.errors import (
     CkptConvertError,
@@ -276,7 +276,7 @@ def test_transformers_is_silent_meanwhile_and_itself_again_afterwards(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     before = (chatter.get_verbosity(), chatter.is_progress_bar_enabled())
     seen: list[tuple[str, bool]] = []
-    first, second = open_checkpoint(folder / "llama" / "hf"), open_checkpoint(folder / "llama" / "meta-mp2")
+    first, second = open_identified(folder / "llama" / "hf"), open_identified(folder / "llama" / "meta-mp2")
     with first as a, second as b, silent_transformers():
         compare_logits(a, b, progress=lambda at: seen.append((at.phase, constants.HF_HUB_OFFLINE)))
     assert capfd.readouterr() == ("", "")

@@ -77,7 +77,7 @@ def check_shapes(tensors: Mapping[str, StoredShape], config: Mapping[str, Any]) 
         for key, tensor in tensors.items()
         if tensor.shape and tensor.dtype in _WEIGHTS and not _is_other(key)
     }
-    likely: Severity = "error" if is_llama_like(config) else "warning"
+    likely: Severity = "error" if has_standard_keys(config) else "warning"
     hidden = size_of(text, *SIZES["dim"])
     vocab = size_of(text, "vocab_size")
     embeddings = [key for key in own if key.endswith(EMBEDDINGS) and len(own[key]) == 2]
@@ -116,7 +116,7 @@ def check_tied(
     return [], (embedding, output) if ours == theirs and ours.shape is not None else None
 
 
-def is_llama_like(config: Mapping[str, Any]) -> bool:
+def has_standard_keys(config: Mapping[str, Any]) -> bool:
     """Whether the model is known to be built like Llama, so that a mismatch is an error."""
     return str(config.get("model_type")) in UNLISTED
 

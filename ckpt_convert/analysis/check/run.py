@@ -301,7 +301,7 @@ def _in_general(work: _Work, content: Mapping[str, Any] | None) -> None:
     else:
         embedding, output = (view.ranks[0][key] for key in pair)
         # Some classes ignore tie_word_embeddings (BigBirdPegasusForCausalLM).
-        severity: Severity = "error" if generic.is_llama_like(content) else "warning"
+        severity: Severity = "error" if generic.has_standard_keys(content) else "warning"
         _tie(
             work, Equality(embedding.tensor, output.tensor, output.dtype, ""), pair[1], output.location, True, severity
         )
