@@ -74,12 +74,12 @@ def test_what_a_process_was_started_with_is_not_run_again_in_its_workers(tmp_pat
     script = tmp_path / "recipe.py"
     script.write_text(f"""
 from ckpt_convert.analysis.stats.stats import tensor_statistics
-from ckpt_convert.checkpoint.checkpoint import open_checkpoint
+from ckpt_convert.checkpoint.checkpoint import open_identified
 from ckpt_convert.tensors import pool
 
 print("begun")
 pool._WORTH, pool._BATCH, pool._MOST = 0, 1, 4
-checkpoint = open_checkpoint({str(LLAMA)!r})
+checkpoint = open_identified({str(LLAMA)!r})
 found = dict(tensor_statistics(checkpoint, checkpoint.tensors, workers=3))
 print(len(found) == len(checkpoint.tensors))
 """)

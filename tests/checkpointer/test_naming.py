@@ -56,7 +56,7 @@ def test_the_usual_name() -> None:
         ("{run_name:d}_{step}", "does not fit its variable"),
         ("{step:.2e}", "two steps the same name"),
         ("{step:g}", "two steps the same name"),
-        ("run/step_{step}", "side by side"),
+        ("run/step_{step}", "direct subdirectories"),
         ("/step_{step}", "no plain name"),
         ("../step_{step}", "no plain name"),
         ("step_{step}/", "no plain name"),

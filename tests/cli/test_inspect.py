@@ -233,7 +233,7 @@ class TestWithoutFamily:
         assert body(output) == ["h.{0..2}.w  [2]  F32  ×3  24 B"]
         found = document(checkpoint)
         assert (found["family"], found["tied"], found["parameters"]) == (None, None, 6)
-        assert "is no family" in found["problem"]
+        assert "is no known family" in found["problem"]
 
     @pytest.mark.parametrize(
         "config", ["{", "[]", "{}", '{"model_type": []}', '{"model_type": "llama"}', '{"model_type": null}']

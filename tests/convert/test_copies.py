@@ -85,8 +85,8 @@ def test_a_release_for_more_ranks_than_heads(source: Path, tmp_path: Path) -> No
     assert_same(read_safetensors(tmp_path / "hf"), read_safetensors(source))
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["num_key_value_heads"] == KV
     assert (
-        "params.json counts 8 key/value heads, one for each of 8 ranks; took 2, as in Tiny 405B, which neighbouring "
-        "ranks have to hold copies of"
+        "params.json counts 8 key/value heads, one for each of 8 ranks; took 2, as in Tiny 405B, of which "
+        "adjacent ranks hold replicas"
     ) in report.notices
     convert_checkpoint(tmp_path / "hf", tmp_path / "native", to="native", verify=True)
     convert_checkpoint(tmp_path / "native", tmp_path / "back", to="meta", verify=True)

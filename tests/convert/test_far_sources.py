@@ -18,7 +18,7 @@ from ckpt_convert.analysis.diff.compare import compare_checkpoints
 from ckpt_convert.analysis.stats.stats import tensor_statistics
 from ckpt_convert.checkpoint.checkpoint import Checkpoint, open_identified
 from ckpt_convert.cli import facts
-from ckpt_convert.errors import CheckpointNotFoundError, CorruptFileError, InputError, SourceChangedError
+from ckpt_convert.errors import CheckpointNotFoundError, CorruptFileError, SourceChangedError
 from ckpt_convert.storage.memory import MemoryStore
 from ckpt_convert.storage.place import Place
 from tests.checkpoint.quantizing import fp8_llama
@@ -135,10 +135,10 @@ class TestConversions:
             ckpt_convert.convert_checkpoint(place, tmp_path / "out", to="meta", progress=touch)
         assert not (tmp_path / "out").exists()
 
-    def test_an_old_torch_file_has_to_be_on_a_disk(self, tmp_path: Path) -> None:
-        torch.save({"a": torch.zeros(2)}, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
-        with pytest.raises(InputError, match="has to be local to be read"):
-            ckpt_convert.open_checkpoint(stored(tmp_path) / "old.bin")
+    def test_an_old_torch_file_is_read_by_ranges(self, tmp_path: Path) -> None:
+        torch.save({"a": torch.arange(6.0)}, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
+        with ckpt_convert.open_checkpoint(stored(tmp_path) / "old.bin") as checkpoint:
+            assert checkpoint["a"][2:4].torch().tolist() == [2.0, 3.0]
 
 
 class TestOpening:

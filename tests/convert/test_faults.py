@@ -553,7 +553,7 @@ def test_few_files_are_open_at_a_time(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60))
         ckpt_convert.convert_checkpoint(sys.argv[1], sys.argv[2], to="hf", shards=30, workers=2)
         for _ in range(5):
-            ckpt_convert.plan_conversion(sys.argv[2], to="meta").close()
+            ckpt_convert.plan_conversion(sys.argv[2], to="meta")
         ckpt_convert.convert_checkpoint(sys.argv[2], sys.argv[2] + "2", to="native", workers=2)
     """
     done = run(code, HF, tmp_path / "out")

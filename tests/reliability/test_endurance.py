@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from ckpt_convert import InputError
+
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -26,13 +28,13 @@ def test_no_half_output_no_untrue_success_no_code_run_no_hang() -> None:
     assert all(int(cases.replace(",", "")) for _, cases, _ in rows)
 
 
-def test_a_key_of_an_old_torch_file_is_spelled_out_within_bounds(tmp_path: Path) -> None:
+def test_a_nested_key_of_an_old_torch_file_is_refused_in_one_line(tmp_path: Path) -> None:
     head = [0x1950A86A20F9469CFC6C, 1001, {"protocol_version": 1001, "little_endian": True, "type_sizes": {}}]
     nested = b"\x80\x02}" + b")" + b"\x85" * 3000 + b"K\x01s."  # {((((…),),),): 1}
     whole = [pickle.dumps(one, 2) for one in head] + [nested, pickle.dumps([], 2)]
     (tmp_path / "old.bin").write_bytes(b"".join(whole))
     command = [sys.executable, "-m", "ckpt_convert", "inspect", tmp_path / "old.bin"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    assert "no tensors" in done.stdout or "0 tensors" in done.stdout
-    assert max(map(len, done.stdout.splitlines())) < 500
+    assert done.returncode == InputError.exit_code
+    assert "a dict key should be a string or a small number, not tuple" in done.stderr
+    assert max(map(len, done.stderr.splitlines())) < 500
