@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from ckpt_convert import formats
-from ckpt_convert.checkpointer import resume as resuming
+from ckpt_convert.checkpointer import choosing, resume
 from ckpt_convert.checkpointer.distributed.exchange import Writers
 from ckpt_convert.checkpointer.distributed.ranks import on_all_ranks
 from ckpt_convert.checkpointer.live import loading
@@ -149,7 +149,7 @@ class Checkpointer:
         )
         chosen = Options.of(arguments)
         run = chosen.run_directory()
-        opened = resuming.open_run_source(source, source_format, chosen, run)
+        opened = resume.open_run_source(source, source_format, chosen, run)
         self.workers = chosen.workers
         self._options, self._ranks = chosen, chosen.ranks
         self._counts = RunCounters(
@@ -221,7 +221,7 @@ class Checkpointer:
         checkpoint.
         """
         self._refuse_closed()
-        return resuming.load_best(self._saver, model, self._options)
+        return resume.load_best(self._saver, model, self._options)
 
     def load_adapter(self, path: str | Path, model: Model) -> int:
         """Fill a model's adapter from a PEFT directory, in place; returns the number of tensors."""
@@ -270,10 +270,10 @@ class Checkpointer:
         wanted = Selection.of(include, exclude, weights_only)
         if data not in get_args(Elsewhere):
             raise option_error("data", data, f"expected {', '.join(get_args(Elsewhere))}")
-        resuming.refuse_restart(wanted, self._saver, self._options)
+        resume.refuse_restart(wanted, self._saver, self._options)
         made = self._begin(model, optimizer, lr_scheduler, grad_scaler, dataloader, extra, data)
         directory = self._saver.directory
-        saved = resuming.choose_together(
+        saved = choosing.choose_together(
             directory, from_, from_dir=from_dir, verify=verify, workers=self.workers, ranks=self._ranks
         )
         if saved is None:
@@ -281,7 +281,7 @@ class Checkpointer:
             log.info("%s: holds no checkpoint: fresh start", directory.path)
             self._start(0, [])
             return None
-        resuming.continue_from(saved, self._saver, made, self._options, wanted, strict=strict, base_loaded=self._loaded)
+        resume.continue_from(saved, self._saver, made, self._options, wanted, strict=strict, base_loaded=self._loaded)
         offer = f"; exclude=[{PROGRESS!r}] counts from 0" if weights_only and wanted.progress else ""
         log.info("resumed from %s, at step %d%s", saved.place, self.progress.step, offer)
         return self.progress
@@ -449,7 +449,7 @@ class Checkpointer:
 
     def newest(self) -> SavedStep | None:
         """The newest complete and undamaged checkpoint, None if there is none."""
-        return resuming.newest_sound_step(self._saver.directory.path, verify=True, workers=self.workers)
+        return choosing.newest_sound_step(self._saver.directory.path, verify=True, workers=self.workers)
 
     def add_files(self, make: Callable[[], Mapping[str, bytes]]) -> None:
         """Write more small files into every step: ``make`` returns their content, by name, at each save."""

@@ -13,7 +13,7 @@ import torch
 
 from ckpt_convert import AdapterConfig, Checkpointer, CkptConvertError
 from ckpt_convert.checkpoint.checkpoint import open_checkpoint
-from ckpt_convert.checkpointer import resume
+from ckpt_convert.checkpointer import choosing
 from ckpt_convert.checkpointer.run import saved_steps
 from ckpt_convert.errors import InputError, LockedError, OutputExistsError
 from ckpt_convert.storage import pointer
@@ -233,7 +233,7 @@ def test_whatever_request_of_a_save_fails_a_sound_step_is_gone_on_from(
         reached, _ = store.failed, store.arm(None)
         assert beside.items() <= store.files.items(), number
         store.delete([LOCK])  # what a person is told to remove where nobody else could
-        assert resume.newest_sound_step(run, verify=True, workers=1) is not None, number
+        assert choosing.newest_sound_step(run, verify=True, workers=1) is not None, number
         again = NativeLlama.from_config(source / "config.json")
         with Checkpointer(source, run, save_every=1, save_last=False, keep_last=1) as checkpointer:
             progress = checkpointer.resume(model=again)
