@@ -21,11 +21,11 @@ from ckpt_convert.checkpointer.live.selection import PROGRESS, Selection
 from ckpt_convert.checkpointer.live.tensors import Model
 from ckpt_convert.checkpointer.run import retention
 from ckpt_convert.checkpointer.run.counters import RunCounters
-from ckpt_convert.checkpointer.run.metrics import StepMetrics, finite_metrics
+from ckpt_convert.checkpointer.run.metrics import StepMetrics
 from ckpt_convert.checkpointer.run.progress import Progress
 from ckpt_convert.checkpointer.run.saved_steps import SavedStep
 from ckpt_convert.checkpointer.run.source import Config, Source
-from ckpt_convert.checkpointer.save import signals
+from ckpt_convert.checkpointer.save.loop import TrainingLoop
 from ckpt_convert.checkpointer.save.options import (
     Arguments,
     DirectoryOptions,
@@ -38,6 +38,7 @@ from ckpt_convert.checkpointer.save.options import (
 )
 from ckpt_convert.checkpointer.save.planner import Contents, SavePlanner
 from ckpt_convert.checkpointer.save.saver import Saver
+from ckpt_convert.checkpointer.save.signals import Signals
 from ckpt_convert.checkpointer.state import parts
 from ckpt_convert.checkpointer.state.sharding import Elsewhere
 from ckpt_convert.dtypes import OutputDType
@@ -162,8 +163,8 @@ class Checkpointer:
         self._saver = Saver(
             chosen, SavePlanner(opened, chosen.settings, adapter, chosen.ranks, chosen.writers), run, self._counts
         )
-        self._signals = signals.Signals() if save_on_signal else None
-        self._loaded = self._signal_saved = self._over = self._closed = False
+        self._loop = TrainingLoop(self._saver, Signals() if save_on_signal else None)
+        self._loaded = self._closed = False
 
     @property
     def output_dir(self) -> Path:
@@ -326,37 +327,19 @@ class Checkpointer:
     @property
     def interrupted(self) -> int | None:
         """The signal that asked the run to end (``save_on_signal``), None if there was none."""
-        return self._signals.received if self._signals is not None else None
+        return self._loop.interrupted
 
     @property
     def should_stop(self) -> bool:
         """Whether a signal asked the run to end, and the step was saved: the loop should stop."""
-        return self._signal_saved
+        return self._loop.signal_saved
 
     def step(self, *, tokens: int = 0, samples: int = 0) -> None:
         """Count an optimizer step, and save if a save is due; call it after the scheduler's step.
 
         Raises what failed in a save behind the training.
         """
-        made = self._require("step()")
-        self._counts.step(int(tokens), int(samples))
-        self._saver.after_step(made)
-        signalled = self._signals is not None and not self._signal_saved
-        signalled = signalled and self._saver.is_stopped(self.interrupted is not None)
-        if signalled:
-            self._signal_saved = True
-        # An error of a background save is raised after this step is counted and saved, so that a recipe may catch it.
-        due = self._counts.due("step") | self._saver.due_by_clock()
-        if signalled:
-            self._saver.save()
-        elif due:
-            self._saver.save_or_hold()
-        else:
-            self._saver.background.check()
-        self._counts.watch.warn_missed(self.progress)
-        if signalled:
-            self.wait()
-            log.warning("saved step %d; end the loop where checkpointer.should_stop says so", self.progress.step)
+        self._loop.step(self._require("step()"), int(tokens), int(samples))
 
     def report(self, **metrics: float) -> None:
         """Take the metrics of this step, and count an evaluation; a checkpoint of this step gets them too.
@@ -365,29 +348,11 @@ class Checkpointer:
         but it ends no training. Raises what failed in a save behind the training.
         """
         self._require("report()")
-        saver, counts = self._saver, self._counts
-        found, wrong = finite_metrics(metrics)
-        changed = counts.report(found, metrics)
-        due = self._saver.agreed(counts.due("eval") | counts.is_new_best(found))
-        if saver.saved_step == self.progress.step:
-            saver.amend()
-            saver.is_save_held |= (
-                saver.holds_saves and self._signal_saved
-            )  # what the evaluation drew is to be saved as well
-        elif due:
-            saver.save_or_hold()
-        counts.warn_of_report(wrong, changed, saver.saved_step)
-        saver.background.check()
+        self._loop.report(metrics)
 
     def end_epoch(self) -> None:
         """Count an epoch, and save if a save is due and this step is not saved yet."""
-        made = self._require("end_epoch()")
-        self._counts.end_epoch()
-        made.end_epoch()
-        if self._counts.due("epoch") and self._saver.saved_step != self.progress.step:
-            self._saver.save_or_hold()
-        self._counts.watch.warn_missed(self.progress)
-        self._saver.background.check()
+        self._loop.end_epoch(self._require("end_epoch()"))
 
     def epochs(self, count: int | None = None) -> Iterator[int]:
         """The indices of the remaining epochs of ``count``, from 0; without ``count`` they never end.
@@ -405,7 +370,7 @@ class Checkpointer:
             yield epoch
             if not self.should_stop and self.progress.epoch == epoch:  # else the body has called end_epoch()
                 self.end_epoch()
-        self._over = not self.should_stop
+        self._loop.over = not self.should_stop
 
     # Saving
 
@@ -473,16 +438,16 @@ class Checkpointer:
         if self._closed:
             return
         try:
-            self._saver.finish(over=self._over, stopped=self.should_stop)
+            self._saver.finish(over=self._loop.over, stopped=self.should_stop)
         finally:
             self._release()
 
     def end_run(self) -> None:
         """End a run as ``close`` does, but allow ``resume`` or ``register`` to start another one."""
         try:
-            self._saver.finish(over=self._over, stopped=self.should_stop)
+            self._saver.finish(over=self._loop.over, stopped=self.should_stop)
         finally:
-            self._let_go()
+            self._loop.release()
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -507,9 +472,7 @@ class Checkpointer:
     def _begin(self, *objects: Any) -> parts.TrainingParts:
         self._refuse_closed()
         self._saver.open()
-        if self._signals is not None:
-            self._signals.install()
-        self._signal_saved = self._over = False
+        self._loop.begin()
         made = parts.make_parts(*objects)
         self._saver.begin(made)
         return made
@@ -525,10 +488,7 @@ class Checkpointer:
         with contextlib.ExitStack() as stack:
             stack.callback(self._ranks.leave if self._ranks is not None else lambda: None)
             stack.callback(self._saver.planner.source.close)
-            stack.callback(self._let_go)
-
-    def _let_go(self) -> None:
-        self._saver.release(self._signals.restore if self._signals is not None else lambda: None)
+            stack.callback(self._loop.release)
 
     def _require(self, what: str) -> parts.TrainingParts:
         self._refuse_closed()

@@ -1,0 +1,86 @@
+"""What a training loop reports (steps, evaluations, epochs), and the saves that are due for it or for a signal."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+from ckpt_convert.checkpointer.run.metrics import finite_metrics
+from ckpt_convert.checkpointer.save.saver import Saver
+from ckpt_convert.checkpointer.save.signals import Signals
+from ckpt_convert.checkpointer.state.parts import TrainingParts
+
+log = logging.getLogger("ckpt_convert")
+
+
+class TrainingLoop:
+    """Counts the events of a training loop, and saves the steps that are due.
+
+    ``signal_saved`` says whether a signal asked the run to end, and the step was saved; ``over`` whether all of its
+    epochs are.
+    """
+
+    def __init__(self, saver: Saver, signals: Signals | None) -> None:
+        self.signal_saved = self.over = False
+        self._saver, self._counts, self._signals = saver, saver.counts, signals
+
+    @property
+    def interrupted(self) -> int | None:
+        """The signal that asked the run to end, None if there was none."""
+        return self._signals.received if self._signals is not None else None
+
+    def begin(self) -> None:
+        """Handle signals for a new run; raises UsageError outside of the main thread."""
+        if self._signals is not None:
+            self._signals.install()
+        self.signal_saved = self.over = False
+
+    def release(self) -> None:
+        """Release everything that the run holds, the handlers of signals too."""
+        self._saver.release(self._signals.restore if self._signals is not None else lambda: None)
+
+    def step(self, parts: TrainingParts, tokens: int, samples: int) -> None:
+        """Count an optimizer step, and save if a save is due; raises what failed in a save behind the training."""
+        self._counts.step(tokens, samples)
+        self._saver.after_step(parts)
+        signalled = self._signals is not None and not self.signal_saved
+        signalled = signalled and self._saver.is_stopped(self.interrupted is not None)
+        if signalled:
+            self.signal_saved = True
+        # An error of a background save is raised after this step is counted and saved, so that a recipe may catch it.
+        due = self._counts.due("step") | self._saver.due_by_clock()
+        if signalled:
+            self._saver.save()
+        elif due:
+            self._saver.save_or_hold()
+        else:
+            self._saver.background.check()
+        progress = self._counts.progress
+        self._counts.watch.warn_missed(progress)
+        if signalled:
+            self._saver.background.wait()
+            log.warning("saved step %d; end the loop where checkpointer.should_stop says so", progress.step)
+
+    def report(self, metrics: Mapping[str, float]) -> None:
+        """Take the metrics of this step, count an evaluation, and save if a save is due."""
+        saver, counts = self._saver, self._counts
+        found, wrong = finite_metrics(metrics)
+        changed = counts.report(found, metrics)
+        due = saver.agreed(counts.due("eval") | counts.is_new_best(found))
+        if saver.saved_step == counts.progress.step:
+            saver.amend()
+            # What the evaluation drew is to be saved as well.
+            saver.is_save_held |= saver.holds_saves and self.signal_saved
+        elif due:
+            saver.save_or_hold()
+        counts.warn_of_report(wrong, changed, saver.saved_step)
+        saver.background.check()
+
+    def end_epoch(self, parts: TrainingParts) -> None:
+        """Count an epoch, and save if a save is due and this step is not saved yet."""
+        self._counts.end_epoch()
+        parts.end_epoch()
+        if self._counts.due("epoch") and self._saver.saved_step != self._counts.progress.step:
+            self._saver.save_or_hold()
+        self._counts.watch.warn_missed(self._counts.progress)
+        self._saver.background.check()
