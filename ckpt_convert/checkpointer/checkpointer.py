@@ -8,20 +8,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 
 from ckpt_convert import formats
-from ckpt_convert.checkpointer import choosing, resume
+from ckpt_convert.checkpointer import choosing, resume, starting
 from ckpt_convert.checkpointer.distributed.exchange import Writers
 from ckpt_convert.checkpointer.distributed.ranks import on_all_ranks
 from ckpt_convert.checkpointer.live import loading
-from ckpt_convert.checkpointer.live.selection import PROGRESS, Selection
+from ckpt_convert.checkpointer.live.selection import Selection
 from ckpt_convert.checkpointer.live.tensors import Model
 from ckpt_convert.checkpointer.run import retention
-from ckpt_convert.checkpointer.run.counters import RunCounters
-from ckpt_convert.checkpointer.run.metrics import StepMetrics
 from ckpt_convert.checkpointer.run.progress import Progress
 from ckpt_convert.checkpointer.run.saved_steps import SavedStep
 from ckpt_convert.checkpointer.run.source import Config, Source
@@ -36,13 +34,12 @@ from ckpt_convert.checkpointer.save.options import (
     SourceOptions,
     WeightOptions,
 )
-from ckpt_convert.checkpointer.save.planner import Contents, SavePlanner
-from ckpt_convert.checkpointer.save.saver import Saver
+from ckpt_convert.checkpointer.save.planner import Contents
 from ckpt_convert.checkpointer.save.signals import Signals
-from ckpt_convert.checkpointer.state import parts
+from ckpt_convert.checkpointer.state.parts import TrainingParts
 from ckpt_convert.checkpointer.state.sharding import Elsewhere
 from ckpt_convert.dtypes import OutputDType
-from ckpt_convert.errors import OutputExistsError, UsageError, option_error
+from ckpt_convert.errors import UsageError
 from ckpt_convert.formats.base import FormatName
 from ckpt_convert.storage import pointer
 from ckpt_convert.storage.place import Place, checked_place
@@ -148,21 +145,9 @@ class Checkpointer:
             process_group,
             writers,
         )
-        chosen = Options.of(arguments)
-        run = chosen.run_directory()
-        opened = resume.open_run_source(source, source_format, chosen, run)
-        self.workers = chosen.workers
-        self._options, self._ranks = chosen, chosen.ranks
-        self._counts = RunCounters(
-            chosen.schedule,
-            chosen.policy,
-            save_first=save_first,
-            save_best=save_best,
-            several_clocks=chosen.ranks is not None,
-        )
-        self._saver = Saver(
-            chosen, SavePlanner(opened, chosen.settings, adapter, chosen.ranks, chosen.writers), run, self._counts
-        )
+        self._options = Options.of(arguments)
+        self._ranks, self.workers = self._options.ranks, self._options.workers
+        self._saver = starting.open_run(arguments, self._options, save_first=save_first)
         self._loop = TrainingLoop(self._saver, Signals() if save_on_signal else None)
         self._loaded = self._closed = False
 
@@ -198,15 +183,8 @@ class Checkpointer:
         UsageError for a glob that matches no key of either side. Nothing is loaded then.
         """
         self._refuse_closed()
-        if not self._options.has_source:
-            raise UsageError("source=None: there are no weights to load; initialise the model, then register() it")
-        planner = self._saver.planner
-        report = planner.load_source(
-            model, self.workers, self._options.progress, strict=strict, include=include, exclude=exclude
-        )
+        report = starting.load_model(model, self._saver, self._options, strict=strict, include=include, exclude=exclude)
         self._loaded = True
-        unfit = len(report.left_out) > len(report.excluded)
-        log.log(logging.WARNING if unfit else logging.INFO, "%s: %s", planner.source.place, report)
         return report
 
     def load_state_dict(self, format: str | None = None) -> dict[str, torch.Tensor]:
@@ -269,22 +247,14 @@ class Checkpointer:
         is an error. Raises UsageError for a glob that matches nothing.
         """
         wanted = Selection.of(include, exclude, weights_only)
-        if data not in get_args(Elsewhere):
-            raise option_error("data", data, f"expected {', '.join(get_args(Elsewhere))}")
-        resume.refuse_restart(wanted, self._saver, self._options)
-        made = self._begin(model, optimizer, lr_scheduler, grad_scaler, dataloader, extra, data)
-        directory = self._saver.directory
-        saved = choosing.choose_together(
-            directory, from_, from_dir=from_dir, verify=verify, workers=self.workers, ranks=self._ranks
-        )
+        resume.check_options(wanted, data, self._saver, self._options)
+        self._refuse_closed()
+        parts = self._loop.begin(model, optimizer, lr_scheduler, grad_scaler, dataloader, extra, data)
+        saved = choosing.choose_together(self._saver.directory, self._options, from_, from_dir=from_dir, verify=verify)
         if saved is None:
-            wanted.check([*made.entries(), *self._saver.planner.loadable_names(model)])
-            log.info("%s: holds no checkpoint: fresh start", directory.path)
-            self._start(0, [])
+            resume.start_fresh(self._saver, parts, wanted)
             return None
-        resume.continue_from(saved, self._saver, made, self._options, wanted, strict=strict, base_loaded=self._loaded)
-        offer = f"; exclude=[{PROGRESS!r}] counts from 0" if weights_only and wanted.progress else ""
-        log.info("resumed from %s, at step %d%s", saved.place, self.progress.step, offer)
+        resume.continue_from(saved, self._saver, parts, self._options, wanted, strict=strict, base_loaded=self._loaded)
         return self.progress
 
     @on_all_ranks
@@ -303,26 +273,17 @@ class Checkpointer:
 
         Raises OutputExistsError for a fresh start where checkpoints are, unless ``overwrite`` was said.
         """
-        there = self.saved
-        if there and progress is None and not self._options.overwrite:
-            raise OutputExistsError(
-                f"{self._saver.directory.path}: holds {len(there)} checkpoints, up to step {there[-1].step}; resume() "
-                "from it, pass overwrite=True to replace it with a new run, or choose another output_dir"
-            )
-        self._begin(model, optimizer, lr_scheduler, grad_scaler, dataloader, extra)
-        counts = self._counts
-        counts.progress = progress or Progress()
-        counts.step_metrics = StepMetrics(counts.progress.evals)
-        counts.started_from = None if progress is None else progress.step
-        self._saver.directory.replace_later(there if progress is None or self._options.overwrite else ())
-        self._start(self.progress.step, [] if progress is None else there)
+        there = starting.existing_steps(self._saver, self._options, progress)
+        self._refuse_closed()
+        self._loop.begin(model, optimizer, lr_scheduler, grad_scaler, dataloader, extra)
+        starting.start_from(progress, self._saver, self._options, there)
 
     # Counting
 
     @property
     def progress(self) -> Progress:
         """The counters of the run."""
-        return self._counts.progress
+        return self._saver.counts.progress
 
     @property
     def interrupted(self) -> int | None:
@@ -438,14 +399,14 @@ class Checkpointer:
         if self._closed:
             return
         try:
-            self._saver.finish(over=self._loop.over, stopped=self.should_stop)
+            self._loop.finish()
         finally:
             self._release()
 
     def end_run(self) -> None:
         """End a run as ``close`` does, but allow ``resume`` or ``register`` to start another one."""
         try:
-            self._saver.finish(over=self._loop.over, stopped=self.should_stop)
+            self._loop.finish()
         finally:
             self._loop.release()
 
@@ -469,20 +430,6 @@ class Checkpointer:
 
     # Internal
 
-    def _begin(self, *objects: Any) -> parts.TrainingParts:
-        self._refuse_closed()
-        self._saver.open()
-        self._loop.begin()
-        made = parts.make_parts(*objects)
-        self._saver.begin(made)
-        return made
-
-    def _start(self, step: int, there: Sequence[SavedStep]) -> None:
-        """Plan the saves after this step; ``there`` are the checkpoints of the run so far."""
-        self._saver.plan_ahead()
-        self._saver.directory.warn_of_obstacles(step)
-        self._counts.begin_watch(there)
-
     def _release(self) -> None:
         self._closed = True
         with contextlib.ExitStack() as stack:
@@ -490,7 +437,7 @@ class Checkpointer:
             stack.callback(self._saver.planner.source.close)
             stack.callback(self._loop.release)
 
-    def _require(self, what: str) -> parts.TrainingParts:
+    def _require(self, what: str) -> TrainingParts:
         self._refuse_closed()
         return self._saver.require(what)
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from ckpt_convert.analysis.check import check_checkpoint as check_weights
 from ckpt_convert.checkpoint.record import MANIFEST
-from ckpt_convert.checkpointer.distributed.ranks import Ranks
 from ckpt_convert.checkpointer.run import retention, saved_steps
 from ckpt_convert.checkpointer.run.saved_steps import SavedStep
+from ckpt_convert.checkpointer.save.options import Options
 from ckpt_convert.checkpointer.save.run_directory import RunDirectory
 from ckpt_convert.errors import (
     CheckpointNotFoundError,
@@ -30,9 +30,10 @@ _NOT_GIVEN = "once that is mended run again, or resume from an older step (from_
 
 
 def choose_together(
-    directory: RunDirectory, from_: Any, *, from_dir: Any, verify: bool, workers: int, ranks: Ranks | None
+    directory: RunDirectory, options: Options, from_: Any, *, from_dir: Any, verify: bool
 ) -> SavedStep | None:
     """``choose_step``, by the first of several ranks for all of them."""
+    ranks, workers = options.ranks, options.workers
 
     def chosen() -> SavedStep | None:
         return choose_step(directory.path, from_, directory.policy, from_dir=from_dir, verify=verify, workers=workers)

@@ -1,15 +1,15 @@
-"""Opening the source of a run, and continuing from a saved step."""
+"""Continuing a run from a saved step: what is loaded of it, and where the counters go on."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import get_args
 
 from ckpt_convert.checkpoint.checkpoint import open_identified
-from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpoint.record import MANIFEST, TRAINING_STATE
-from ckpt_convert.checkpointer import choosing
+from ckpt_convert.checkpointer import choosing, starting
 from ckpt_convert.checkpointer.live import adapter_base, loading
 from ckpt_convert.checkpointer.live.adapter_base import AdapterBase
 from ckpt_convert.checkpointer.live.selection import ADAPTER, MODEL, PROGRESS, Selection
@@ -18,20 +18,19 @@ from ckpt_convert.checkpointer.run import saved_steps
 from ckpt_convert.checkpointer.run.metrics import StepMetrics
 from ckpt_convert.checkpointer.run.progress import Progress
 from ckpt_convert.checkpointer.run.saved_steps import SavedStep
-from ckpt_convert.checkpointer.run.source import Source, missing_source_error, open_source, open_without_source
 from ckpt_convert.checkpointer.save.options import Options
 from ckpt_convert.checkpointer.save.planner import SavePlanner
-from ckpt_convert.checkpointer.save.run_directory import RunDirectory
 from ckpt_convert.checkpointer.save.saver import Saver
 from ckpt_convert.checkpointer.state import optimizers, shared_state, training_state
 from ckpt_convert.checkpointer.state.parts import TrainingParts
 from ckpt_convert.checkpointer.state.serialize import path_segment
+from ckpt_convert.checkpointer.state.sharding import Elsewhere
 from ckpt_convert.errors import (
-    CheckpointNotFoundError,
     InputError,
     KeyMismatchError,
     OutputExistsError,
     UsageError,
+    option_error,
 )
 from ckpt_convert.tensors.progress import ProgressCallback
 from ckpt_convert.wording import indented_list
@@ -41,36 +40,10 @@ log = logging.getLogger("ckpt_convert")
 _PREFIX = f"{MODEL}/"
 
 
-def open_run_source(given: Source | None, format: str | None, options: Options, run: RunDirectory | None) -> Identified:
-    """Open the source of a checkpointer; for None, the newest step of the run or its config.
-
-    Raises what ``open_source`` and ``open_lost`` do, and OutputExistsError where steps would go into the source.
-    """
-    opened = _opened(given, format, options, run)
-    if run is not None:
-        run.check(opened)
-    return opened
-
-
-def _opened(given: Source | None, format: str | None, options: Options, run: RunDirectory | None) -> Identified:
-    if given is None:
-        return _without_source(run.saved if run is not None and not options.overwrite else [], options, run)
-    try:
-        return open_source(given, format=format, family=options.family, config=options.config)
-    except CheckpointNotFoundError as error:
-        raise missing_source_error(error, run.saved if run is not None else []) from error
-
-
-def _without_source(there: Sequence[SavedStep], options: Options, run: RunDirectory | None) -> Identified:
-    opened, step = open_without_source(there, options.config, options.family)
-    if step is not None and run is not None:
-        log.info("there is no source: files, dtypes and config are those of %s", step)
-        run.stand_in = step
-    return opened
-
-
-def refuse_restart(selection: Selection, saver: Saver, options: Options) -> None:
-    """Raise UsageError for overwrite=, OutputExistsError for counting from 0 over existing steps."""
+def check_options(selection: Selection, data: Elsewhere, saver: Saver, options: Options) -> None:
+    """Raise UsageError for an unknown data= and for overwrite=, OutputExistsError for counting from 0 over steps."""
+    if data not in get_args(Elsewhere):
+        raise option_error("data", data, f"expected {', '.join(get_args(Elsewhere))}")
     if options.overwrite:
         raise UsageError(
             "overwrite=True is for register(), which replaces existing checkpoints with a new run; resume() continues "
@@ -81,6 +54,13 @@ def refuse_restart(selection: Selection, saver: Saver, options: Options) -> None
             f"{options.output_dir}: holds {len(there)} checkpoints, up to step {there[-1].step}, which a run that "
             f"counts from 0 (exclude={PROGRESS!r}) would replace; choose another output_dir, or leave it out"
         )
+
+
+def start_fresh(saver: Saver, parts: TrainingParts, selection: Selection) -> None:
+    """Start a run in a directory that holds no checkpoint; raises UsageError for a glob that matches nothing."""
+    selection.check([*parts.entries(), *saver.planner.loadable_names(parts.model)])
+    log.info("%s: holds no checkpoint: fresh start", saver.directory.path)
+    starting.plan_saves(saver, 0, [])
 
 
 def continue_from(
@@ -126,6 +106,8 @@ def continue_from(
         directory.after_resume(saved)
     directory.warn_of_obstacles(counts.progress.step)
     counts.begin_watch(directory.saved)
+    offer = f"; exclude=[{PROGRESS!r}] counts from 0" if selection.weights_only and selection.progress else ""
+    log.info("resumed from %s, at step %d%s", saved.place, counts.progress.step, offer)
 
 
 def _take_layout_of(saved: SavedStep, saver: Saver, options: Options) -> None:
@@ -133,7 +115,7 @@ def _take_layout_of(saved: SavedStep, saver: Saver, options: Options) -> None:
     source, directory = saver.planner.source, saver.directory
     if not options.has_source and saved.place.parent == directory.path and saved.place != source.place:
         source.close()
-        template = _without_source([saved], options, directory)
+        template = starting.open_template([saved], options, directory)
         saver.planner = SavePlanner(template, options.settings, None, options.ranks, options.writers)
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from typing import Any
 
 from ckpt_convert.checkpointer.run.metrics import finite_metrics
 from ckpt_convert.checkpointer.save.saver import Saver
 from ckpt_convert.checkpointer.save.signals import Signals
-from ckpt_convert.checkpointer.state.parts import TrainingParts
+from ckpt_convert.checkpointer.state.parts import TrainingParts, make_parts
 
 log = logging.getLogger("ckpt_convert")
 
@@ -29,11 +30,22 @@ class TrainingLoop:
         """The signal that asked the run to end, None if there was none."""
         return self._signals.received if self._signals is not None else None
 
-    def begin(self) -> None:
-        """Handle signals for a new run; raises UsageError outside of the main thread."""
+    def begin(self, *objects: Any) -> TrainingParts:
+        """Begin a run of these objects: lock its directory, and handle signals.
+
+        Raises UsageError for signals outside of the main thread.
+        """
+        self._saver.open()
         if self._signals is not None:
             self._signals.install()
         self.signal_saved = self.over = False
+        parts = make_parts(*objects)
+        self._saver.begin(parts)
+        return parts
+
+    def finish(self) -> None:
+        """Save the last step if it is not saved yet, and wait until it is complete; raises what failed."""
+        self._saver.finish(over=self.over, stopped=self.signal_saved)
 
     def release(self) -> None:
         """Release everything that the run holds, the handlers of signals too."""
