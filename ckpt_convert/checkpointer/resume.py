@@ -8,8 +8,9 @@ from collections.abc import Callable
 from typing import get_args
 
 from ckpt_convert.checkpoint.checkpoint import open_identified
-from ckpt_convert.checkpoint.record import MANIFEST, TRAINING_STATE
+from ckpt_convert.checkpoint.record import MANIFEST
 from ckpt_convert.checkpointer import choosing, starting
+from ckpt_convert.checkpointer.distributed.claims import names_elsewhere
 from ckpt_convert.checkpointer.live import adapter_base, loading
 from ckpt_convert.checkpointer.live.adapter_base import AdapterBase
 from ckpt_convert.checkpointer.live.selection import ADAPTER, MODEL, PROGRESS, Selection
@@ -135,7 +136,8 @@ def load_step(
     ``base_loaded`` says that the base weights of an adapter are in the model already. Raises UsageError for a choice
     that names nothing.
     """
-    state = shared_state.open_for(saved.place / TRAINING_STATE, planner.ranks) if saved.has_training_state else None
+    wanted = selection.without(names_elsewhere(parts.names(), None if selection.weights_only else planner.ranks))
+    state = shared_state.open_for(saved.place, planner.ranks, wanted.elsewhere) if saved.has_training_state else None
     names = [name for name in (state.parts or () if state is not None else ()) if name != MODEL and selection(name)]
     trees = state.read(names, optimizers.split_as(parts.parameters())) if state is not None else {}
     if state is not None and shared_state.is_of_others(state, planner.ranks) and selection("rng"):
@@ -149,7 +151,7 @@ def load_step(
             keys = [ADAPTER]
             found, load_weights = _adapter(saved, parts, planner, strict, workers, progress, base_loaded)
         else:
-            keys, found, load_weights = _weights(saved, parts, planner, state, selection, workers, progress, stack)
+            keys, found, load_weights = _weights(saved, parts, planner, state, wanted, workers, progress, stack)
         selection.check([*parts.entries(), *(state.parts or () if state is not None else ()), *keys])
         problems = [*found, *problems]
         if problems and strict:

@@ -10,7 +10,7 @@ import importlib
 import multiprocessing
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -102,6 +102,20 @@ def split(model: NativeLlama, how: str) -> NativeLlama:
             fully_shard(layer, mesh=sharded)
         fully_shard(model, mesh=sharded)
     return model
+
+
+def tree_of(tensors: Mapping[str, torch.Tensor]) -> nn.Module:
+    """A module with these parameters, and nothing that computes."""
+    root = nn.Module()
+    for key, tensor in tensors.items():
+        *path, last = key.split(".")
+        module = root
+        for name in path:
+            if name not in module._modules:
+                module.add_module(name, nn.Module())
+            module = module.get_submodule(name)
+        module.register_parameter(last, nn.Parameter(tensor))
+    return root
 
 
 def _work(pipe: Connection) -> None:

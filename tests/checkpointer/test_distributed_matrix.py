@@ -20,7 +20,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 import ckpt_convert
 from ckpt_convert import Checkpointer, CkptConvertError
 from ckpt_convert.checkpoint.record import MANIFEST
-from tests.checkpointer.pool import Pool
+from tests.checkpointer.pool import Pool, tree_of
 from tests.checkpointer.test_distributed_saving import optimize
 from tests.helpers import GOLDEN, bits, read_safetensors, sums
 
@@ -197,20 +197,6 @@ def test_what_is_refused(table: str, format_name: str, source_of: Sources) -> No
 
 
 # Runs
-
-
-def tree_of(tensors: Mapping[str, torch.Tensor]) -> nn.Module:
-    """A module with these parameters, and nothing that computes."""
-    root = nn.Module()
-    for key, tensor in tensors.items():
-        *path, last = key.split(".")
-        module = root
-        for name in path:
-            if name not in module._modules:
-                module.add_module(name, nn.Module())
-            module = module.get_submodule(name)
-        module.register_parameter(last, nn.Parameter(tensor))
-    return root
 
 
 def split(model: nn.Module, case: Case) -> nn.Module:

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from ckpt_convert import Checkpointer
 from ckpt_convert.checkpoint.record import MANIFEST
 from ckpt_convert.checkpointer.distributed import ranks
-from tests.checkpointer.pool import Pool, split
+from tests.checkpointer.pool import Pool, split, tree_of
 from tests.checkpointer.training import LLAMA, make_model, trainable
 from tests.helpers import GOLDEN, assert_same, sums
 
@@ -212,6 +212,38 @@ def save_stage(here: Path) -> None:
 def test_pipeline_stages(pool: Pool, tmp_path: Path) -> None:
     pool.run(save_stage, tmp_path, world=3)
     assert sums(LLAMA).items() <= sums(tmp_path / "out" / "step_0").items()
+
+
+def train_stage(here: Path, source: Path, until: int) -> dict[str, torch.Tensor]:
+    """Go on with some of the layers; what the optimizer has for these."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    whole = Checkpointer(source).load_state_dict("native")
+    keys = sorted(whole)[rank::world]
+    model = tree_of({key: whole[key] for key in keys})
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    with Checkpointer(source, here / "out", save_every=1) as checkpointer:
+        checkpointer.resume(model=model, optimizer=optimizer)
+        while checkpointer.progress.step < until:
+            optimize(model, optimizer)
+            checkpointer.step()
+    parameters = dict(model.named_parameters())
+    return {f"{key}/{name}": one for key in keys for name, one in optimizer.state[parameters[key]].items()}
+
+
+def test_optimizers_of_pipeline_stages(pool: Pool, tmp_path: Path) -> None:
+    """Each rank has the optimizer of its layers; others go on with others, and one process with all."""
+    source = trainable(tmp_path / "source")
+    expected = train_full(tmp_path / "alone", make_model(), source, 6)
+    pool.run(train_stage, tmp_path, source, 2, world=3)
+    stages = pool.run(train_stage, tmp_path, source, 4, world=2)
+    assert not stages[0].keys() & stages[1].keys()
+    assert_same(train_stage(tmp_path, source, 6), expected)
+    for step in range(1, 7):
+        kept = [
+            {name: one for name, one in sums(tmp_path / run / f"step_{step}").items() if "training_state" not in name}
+            for run in ("out", "alone")
+        ]
+        assert kept[0] == kept[1]
 
 
 # What is asked of the store

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -143,6 +143,21 @@ class Claims:
                 self._sizes.append(held.part.local_shape)
             which[at] = number
         return Claim(tuple(tensors), tuple(self._kinds), which)
+
+
+def names_elsewhere(names: Collection[str], ranks: Ranks | None) -> set[str]:
+    """Names that other ranks have, and this one does not; every rank asks at the same time."""
+    if ranks is None:
+        return set()
+    mine = json.dumps(sorted(names)).encode()
+    what = "comparing the names of what each rank has"
+    if ranks.round(what, digest(mine).encode, lambda said: [SAME if len(set(said)) == 1 else OTHER]) == SAME:
+        return set()
+    return set(_unpacked(ranks.round(what, lambda: _packed(sorted(names)), _union))) - set(names)
+
+
+def _union(every: Sequence[bytes]) -> list[bytes]:
+    return [_packed(sorted({name for one in every for name in _unpacked(one)}))]
 
 
 def divide(every: Sequence[Claim]) -> Division:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from ckpt_convert.errors import UsageError
@@ -24,6 +24,8 @@ class Selection:
     include: tuple[str, ...] | None = None
     exclude: tuple[str, ...] = ()
     weights_only: bool = False
+    elsewhere: Collection[str] = ()
+    """Keys of the model that other ranks load."""
 
     @classmethod
     def of(
@@ -33,9 +35,13 @@ class Selection:
         return cls(None if include is None else _globs(include), _globs(exclude), weights_only)
 
     def __call__(self, name: str) -> bool:
-        if self.weights_only and _head(name) != MODEL:
+        if (self.weights_only and _head(name) != MODEL) or name.removeprefix(f"{MODEL}/") in self.elsewhere:
             return False
         return (self.include is None or _matches(name, self.include)) and not _matches(name, self.exclude)
+
+    def without(self, elsewhere: Collection[str]) -> Selection:
+        """The same for one of several ranks, of which others load these keys of the model."""
+        return replace(self, elsewhere=elsewhere)
 
     @property
     def progress(self) -> bool:

@@ -90,11 +90,12 @@ class _Shared(contextlib.ExitStack):
             self._staged.create_files()
         if isinstance(self._step.state, SharedState):
             shared_state.make_files(self._staging.folder.subfolder(TRAINING_STATE), self._ranks.count)
-        return [_packed([self._staging.place.name, found])]
+        first = self._step.state.optimizer_names if isinstance(self._step.state, SharedState) else ""
+        return [_packed([self._staging.place.name, found, first])]
 
     def write(self, begun: bytes) -> bytes:
         """Write what this rank owns into the files that are there; returns what was written where."""
-        name, found = _unpacked(begun)
+        name, found, first = _unpacked(begun)
         place = self._destination.parent / name
         with explained(self._destination), workspace.workspace_of(place).join(place, ADVICE) as folder:
             done, state = [], None
@@ -102,7 +103,7 @@ class _Shared(contextlib.ExitStack):
                 inner = folder.subfolder(self._step.weights_in) if self._step.weights_in else folder
                 done = self._write_weights(self._step.weights, inner, Look.from_json(found))
             if isinstance(self._step.state, SharedState):
-                state = shared_state.write_own(folder.subfolder(TRAINING_STATE), self._step.state)
+                state = shared_state.write_own(folder.subfolder(TRAINING_STATE), self._step.state, first)
         return _packed([[[*one.piece, one.checksum, one.crc, one.overflowed] for one in done], state])
 
     def _write_weights(self, planned: OpenPlan, folder: Folder, found: Look) -> list[FinishedPiece]:

@@ -63,6 +63,10 @@ class TrainingParts:
         own = {names[id(one)]: one for one in self.model.parameters()} if isinstance(self.model, nn.Module) else {}
         return {**own, **(optimizers.named_parameters(self.optimizer, names) if self.optimizer is not None else {})}
 
+    def names(self) -> set[str]:
+        """The keys of the model, and the names of all parameters."""
+        return {*model_tensors(self.model), *self.parameters()}
+
     def mark_gradients_used(self) -> None:
         """Mark the current gradients as used, after an optimizer step."""
         own = self.model.parameters() if isinstance(self.model, nn.Module) else ()

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import torch
 
+from ckpt_convert.checkpoint.record import TRAINING_STATE
 from ckpt_convert.checkpointer.distributed.claims import Claims, Owned
 from ckpt_convert.checkpointer.distributed.ranks import Ranks
-from ckpt_convert.checkpointer.state import dcp_files, rng
+from ckpt_convert.checkpointer.state import dcp_files, rng, stages
 from ckpt_convert.checkpointer.state.dcp_files import Piece
 from ckpt_convert.checkpointer.state.serialize import SerializedState
 from ckpt_convert.checkpointer.state.training_state import (
     DESCRIPTION,
+    OPTIMIZER,
     RNG,
     SHARED_VERSION,
     Files,
@@ -33,6 +35,7 @@ from ckpt_convert.checkpointer.state.training_state import (
 from ckpt_convert.containers.dcp import DCP_INDEX
 from ckpt_convert.dtypes import torch_name
 from ckpt_convert.errors import CorruptFileError
+from ckpt_convert.storage.checksums import digest
 from ckpt_convert.storage.place import Place
 from ckpt_convert.storage.workspace import Folder
 from ckpt_convert.tensors.cover import covers
@@ -57,6 +60,11 @@ class SharedState:
     def nbytes(self) -> int:
         """Bytes of the tensors that all ranks write."""
         return sum(tensor.element_size() * prod(part.shape) for tensor, part in self.tensors.values())
+
+    @property
+    def optimizer_names(self) -> str:
+        """A checksum of the names of the parameters that this rank's optimizer has."""
+        return digest("\n".join(stages.names_in(self.parts.get(OPTIMIZER, {}))).encode())
 
     @property
     def names(self) -> list[str]:
@@ -88,13 +96,14 @@ def make_files(folder: Folder, count: int) -> None:
         folder.file(dcp_files.data_name(rank), 0).close()
 
 
-def write_own(folder: Folder, state: SharedState) -> dict[str, Any]:
-    """Write what one rank owns; returns what the first one has to know of it."""
+def write_own(folder: Folder, state: SharedState, optimizer_names: str) -> dict[str, Any]:
+    """Write what one rank owns; returns what the first one, whose ``optimizer_names`` these are, has to know of it."""
     name = dcp_files.data_name(state.rank)
     boxes = list(_boxes(state.tensors))
     places, written = dcp_files.write_data(folder, name, (tensor for _, tensor in boxes))
     pieces = [[*box, name, *at] for (box, _), at in zip(boxes, places, strict=True)]
-    return {"own": state.own, "pieces": pieces, "file": written}
+    stage = {} if state.optimizer_names == optimizer_names else {OPTIMIZER: state.parts.get(OPTIMIZER)}
+    return {"own": state.own, "pieces": pieces, "file": written, **stage}
 
 
 def finish(folder: Folder, state: SharedState, reports: Sequence[Mapping[str, Any]]) -> Files:
@@ -104,7 +113,8 @@ def finish(folder: Folder, state: SharedState, reports: Sequence[Mapping[str, An
         name = dcp_files.data_name(rank)
         folder.file(name, report["file"]["size"]).close()  # as its rank has left it
         files[name] = dict(report["file"])
-    content = {"version": SHARED_VERSION, "parts": state.parts, "ranks": [report["own"] for report in reports]}
+    parts = {**state.parts, **_optimizer(state, reports)}
+    content = {"version": SHARED_VERSION, "parts": parts, "ranks": [report["own"] for report in reports]}
     text = json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
     described = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     name = dcp_files.data_name(0, 1)
@@ -115,6 +125,13 @@ def finish(folder: Folder, state: SharedState, reports: Sequence[Mapping[str, An
     pieces.append(Piece(DESCRIPTION, "uint8", described.shape, (0,), described.shape, name, *place))
     files[DCP_INDEX] = dcp_files.write_metadata(folder, pieces)
     return files
+
+
+def _optimizer(state: SharedState, reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The description of the optimizer with the parameters of all ranks, if they do not all have the same."""
+    every = [state.parts.get(OPTIMIZER), *(report.get(OPTIMIZER) for report in reports)]
+    there = [one for one in every if one is not None]
+    return {OPTIMIZER: stages.merge(there)} if len(there) > 1 else {}
 
 
 def _boxes(tensors: Mapping[str, Owned]) -> Iterator[tuple[tuple[Any, ...], torch.Tensor]]:
@@ -142,9 +159,13 @@ def _check(pieces: Sequence[Piece]) -> None:
         raise CorruptFileError(f"{wrong[0]}: what the ranks have written of it leaves something out, or overlaps")
 
 
-def open_for(directory: Place, ranks: Ranks | None) -> StateReader:
-    """Open a state for one of several ranks, or for a process that is alone."""
-    return open_state(directory).of_rank(0 if ranks is None else ranks.rank, _count(ranks))
+def open_for(step: Place, ranks: Ranks | None, elsewhere: Collection[str] = ()) -> StateReader:
+    """Open the state of a saved step for one of several ranks, or for a process that is alone.
+
+    What the optimizers have for the parameters that are ``elsewhere``, on other ranks, is left out.
+    """
+    state = open_state(step / TRAINING_STATE).of_rank(0 if ranks is None else ranks.rank, _count(ranks))
+    return state.without_parameters(elsewhere)
 
 
 def is_of_others(state: StateReader, ranks: Ranks | None) -> bool:

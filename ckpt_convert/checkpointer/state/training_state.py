@@ -7,7 +7,7 @@ no tensor is described in one of them, JSON as bytes under the key ``DESCRIPTION
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ import torch
 
 from ckpt_convert.analysis.check.training import compare_files
 from ckpt_convert.checkpointer.distributed.slices import Region, local_of, slice_of
+from ckpt_convert.checkpointer.state import stages
 from ckpt_convert.checkpointer.state.dcp_files import DcpWriter
 from ckpt_convert.checkpointer.state.deserialize import rebuild, tensor_keys
 from ckpt_convert.checkpointer.state.serialize import SerializedState, path_segment
@@ -40,6 +41,9 @@ DESCRIPTION = "ckpt_convert.json"
 """The key of the tensor whose bytes describe the state."""
 
 _WAY_OUT = "copy the checkpoint again, or resume from another one"
+
+OPTIMIZER = "optimizer"
+"""The part with the state of the optimizers."""
 
 RNG = "rng"
 """The part with the random numbers."""
@@ -138,6 +142,13 @@ class StateReader:
     def of_first(self) -> StateReader:
         """The state as the first of the ranks had it that wrote it."""
         return self._with_own(0 if self.ranks else None)
+
+    def without_parameters(self, names: Collection[str]) -> StateReader:
+        """The state without what the optimizers have for these parameters, which is not read then."""
+        if not names or OPTIMIZER not in (self.parts or ()):
+            return self
+        kept = stages.without(self._skeletons[OPTIMIZER], names)
+        return replace(self, _skeletons={**self._skeletons, OPTIMIZER: kept})
 
     def _with_own(self, rank: int | None) -> StateReader:
         own = {} if rank is None else {name: _OfRank(rank, one) for name, one in self.ranks[rank].items()}
