@@ -19,6 +19,7 @@ from ckpt_convert.checkpointer.run import saved_steps
 from ckpt_convert.checkpointer.run.metrics import StepMetrics
 from ckpt_convert.checkpointer.run.progress import Progress
 from ckpt_convert.checkpointer.run.saved_steps import SavedStep
+from ckpt_convert.checkpointer.save.adapters import TrainedAdapter
 from ckpt_convert.checkpointer.save.options import Options
 from ckpt_convert.checkpointer.save.planner import SavePlanner
 from ckpt_convert.checkpointer.save.saver import Saver
@@ -26,13 +27,8 @@ from ckpt_convert.checkpointer.state import optimizers, shared_state, training_s
 from ckpt_convert.checkpointer.state.parts import TrainingParts
 from ckpt_convert.checkpointer.state.serialize import path_segment
 from ckpt_convert.checkpointer.state.sharding import Elsewhere
-from ckpt_convert.errors import (
-    InputError,
-    KeyMismatchError,
-    OutputExistsError,
-    UsageError,
-    option_error,
-)
+from ckpt_convert.errors import InputError, KeyMismatchError, OutputExistsError, UsageError, option_error
+from ckpt_convert.storage.place import Place
 from ckpt_convert.tensors.progress import ProgressCallback
 from ckpt_convert.wording import indented_list
 
@@ -149,7 +145,9 @@ def load_step(
         load_weights: Callable[[], str]
         if planner.adapter is not None:
             keys = [ADAPTER]
-            found, load_weights = _adapter(saved, parts, planner, strict, workers, progress, base_loaded)
+            found, load_weights = _adapter(
+                saved, parts, planner, planner.adapter, strict, workers, progress, base_loaded
+            )
         else:
             keys, found, load_weights = _weights(saved, parts, planner, state, wanted, workers, progress, stack)
         selection.check([*parts.entries(), *(state.parts or () if state is not None else ()), *keys])
@@ -263,6 +261,7 @@ def _adapter(
     saved: SavedStep,
     parts: TrainingParts,
     planner: SavePlanner,
+    adapter: TrainedAdapter,
     strict: bool,
     workers: int,
     progress: ProgressCallback | None,
@@ -280,23 +279,25 @@ def _adapter(
     def load_them() -> str:
         said = "" if base_loaded else f"{planner.load_source(parts.model, workers, progress).describe()} and "
         if before is not None:
-            _compare_values(before, saved, planner, strict, workers)
+            _compare_values(before, saved, adapter, planner.source.place, strict, workers)
         return f"{said}{planner.load_adapter(saved.place, parts.model)} tensors of the adapter"
 
     return [] if before is None else before.structure_differences(
-        planner.current_base(before, workers, values=False)
+        adapter.current_base(before, workers, values=False)
     ), load_them
 
 
-def _compare_values(before: AdapterBase, saved: SavedStep, planner: SavePlanner, strict: bool, workers: int) -> None:
+def _compare_values(
+    before: AdapterBase, saved: SavedStep, adapter: TrainedAdapter, source: Place, strict: bool, workers: int
+) -> None:
     """Raise InputError if the values of the base differ from those that the adapter was trained on."""
     changed = (
-        before.value_differences(planner.current_base(before, workers, values=True)) if before.has_checksums else []
+        before.value_differences(adapter.current_base(before, workers, values=True)) if before.has_checksums else []
     )
     if not changed:
         return
     text = (
-        f"{planner.source.place}: is not the base that {saved.place} was trained on: {len(changed)} of "
+        f"{source}: is not the base that {saved.place} was trained on: {len(changed)} of "
         f"{len(before.tensors)} tensors have other values; give the source that the run began with (moved, re-sharded "
         f"or in another format it is the same), or strict=False to train on with this one:{indented_list(changed)}"
     )

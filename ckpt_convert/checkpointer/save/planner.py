@@ -6,23 +6,19 @@ import logging
 from collections import ChainMap, Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, Literal
 
 import torch
 
 from ckpt_convert.adapters.config import AdapterConfig
-from ckpt_convert.adapters.merge import MergedReader, plan_merges
-from ckpt_convert.adapters.modules import Modules
-from ckpt_convert.adapters.parameters import Adapter, SplitTensors, split_adapters
-from ckpt_convert.adapters.peft_files import from_peft, load_into, render_files, to_peft
+from ckpt_convert.adapters.parameters import SplitTensors
+from ckpt_convert.adapters.peft_files import load_into
 from ckpt_convert.checkpoint import legacy_keys, record
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpointer.distributed.claims import Claims, Owned
 from ckpt_convert.checkpointer.distributed.exchange import Writers, exchanged
 from ckpt_convert.checkpointer.distributed.ranks import Ranks
-from ckpt_convert.checkpointer.live import adapter_base, loading
-from ckpt_convert.checkpointer.live.adapter_base import AdapterBase
+from ckpt_convert.checkpointer.live import loading
 from ckpt_convert.checkpointer.live.selection import ADAPTER, MODEL, select_keys
 from ckpt_convert.checkpointer.live.tensors import (
     MODEL_IN_MEMORY,
@@ -38,6 +34,7 @@ from ckpt_convert.checkpointer.live.tensors import (
     trained_parameters,
 )
 from ckpt_convert.checkpointer.save import extra_files
+from ckpt_convert.checkpointer.save.adapters import TrainedAdapter, copy_parts, trained_tensors
 from ckpt_convert.checkpointer.save.buffers import CopyBuffers, State, stage
 from ckpt_convert.checkpointer.save.writer import StepContents
 from ckpt_convert.checkpointer.state.serialize import SerializedState, serialize
@@ -48,11 +45,10 @@ from ckpt_convert.convert.planning import PlanInputs
 from ckpt_convert.convert.request import Request
 from ckpt_convert.convert.sources import OpenPlan
 from ckpt_convert.dtypes import DTYPES
-from ckpt_convert.errors import CkptConvertError, KeyMismatchError, UsageError, error_text
+from ckpt_convert.errors import KeyMismatchError, UsageError
 from ckpt_convert.models import Family
 from ckpt_convert.storage.base import RangeReader
 from ckpt_convert.storage.place import Place
-from ckpt_convert.storage.reader import DEFAULT_WORKERS
 from ckpt_convert.tensors.header import IN_MEMORY
 from ckpt_convert.tensors.progress import ProgressCallback
 from ckpt_convert.wording import indented_list
@@ -91,7 +87,8 @@ class SavePlanner:
     ) -> None:
         self.source = source
         self.settings = settings
-        self.adapter = None if adapter is None else AdapterConfig.of(adapter)
+        config = None if adapter is None else AdapterConfig.of(adapter)
+        self.adapter = None if config is None else TrainedAdapter(config, source, settings.model_format)
         if ranks is not None and self.adapter is not None:
             raise UsageError(
                 'adapter: is saved by one process; make the checkpointer on rank 0 alone, with process_group="rank0"'
@@ -102,14 +99,6 @@ class SavePlanner:
         self._state_claims = None if ranks is None else Claims(ranks)
         self._plans: dict[tuple[Any, ...], OpenPlan] = {}
         self._kinds: dict[Any, int] = {}
-        self._base: AdapterBase | None = None
-
-    @cached_property
-    def modules(self) -> Modules:
-        """The modules of the model that adapters refer to."""
-        model = self.source.model
-        model.family.check_rotation(model.config, self.settings.model_format, "hf")
-        return Modules(model.family, self.settings.model_format, model.dims)
 
     def loadable_names(self, model: Model) -> list[str]:
         """The names for include= and exclude=: each tensor by its key, or the adapter, which is loaded as a whole."""
@@ -121,7 +110,7 @@ class SavePlanner:
         """The tensors of a model, split from those of an adapter; ``strict`` checks the adapter against its config."""
         if self.adapter is None:
             return SplitTensors(self._distinct(tensors), {})
-        found = split_adapters(tensors, self.adapter if strict else None, self.modules)
+        found = self.adapter.split(tensors, strict=strict)
         return replace(found, base=self._distinct(found.base))
 
     def _distinct(self, tensors: Tensors) -> dict[str, torch.Tensor]:
@@ -182,8 +171,8 @@ class SavePlanner:
         loaded = loading.load_tensors(
             self.source, parts.base, found, workers=workers, progress=progress, checksums=checksums
         )
-        if checksums is not None:
-            self._base = adapter_base.base_from_targets(self._layout(parts.base), found.targets, checksums)
+        if self.adapter is not None and checksums is not None:
+            self.adapter.set_base(parts.base, found.targets, checksums)
         return replace(
             loaded,
             missing=tuple(found.missing),
@@ -192,40 +181,13 @@ class SavePlanner:
             excluded=tuple(key for key in every.keys if not is_wanted(key)),
         )
 
-    def current_base(self, recorded: AdapterBase, workers: int, *, values: bool) -> AdapterBase:
-        """The fingerprint of the source, in the layout of a recorded one; ``values`` reads all of it."""
-        if self._base is not None and self._base.layout == recorded.layout:
-            return self._base
-        return adapter_base.base_from_source(
-            self.source, recorded.layout, recorded.tensors.keys(), workers=workers, values=values
-        )
-
-    def _layout(self, tensors: Tensors) -> str:
-        format = self.settings.model_format
-        return self.source.model_for(format).family.detect_column(format, tensors)
-
-    def _base_section(self, tensors: Tensors) -> dict[str, Any]:
-        """The manifest's entry about the base of an adapter; the base is read for it if it was not loaded here."""
-        if not self.source.files:
-            return {}
-        if self._base is None:
-            layout = self._layout(tensors)
-            try:
-                self._base = adapter_base.base_from_source(
-                    self.source, layout, tensors.keys(), workers=DEFAULT_WORKERS, values=True
-                )
-            except (OSError, CkptConvertError) as error:
-                log.warning("the base that the adapter is of is not written down with it: %s", error_text(error))
-                return {}
-        return {adapter_base.SECTION: self._base.as_json()}
-
     def load_adapter(self, path: Place, model: Model) -> int:
         """Fill a model's adapter from PEFT's files; returns the number of tensors."""
         if self.adapter is None:
             raise UsageError("there is no adapter to load into; give adapter=AdapterConfig(rank=..., alpha=...)")
-        loaded = from_peft(path, self.modules, self.adapter)
+        loaded = self.adapter.read(path)
         parts = self.split(model_tensors(model))
-        _refuse_copies(model, _trained_beside(parts))
+        _refuse_copies(model, trained_tensors(parts))
         for notice in load_into(parts, loaded):
             log.info("%s: %s", path, notice)
         return sum(len([one for one in adapter if one is not None]) for adapter in loaded.adapters.values()) + len(
@@ -239,12 +201,12 @@ class SavePlanner:
         the source, or what is asked for.
         """
         parts = self.split(model_tensors(model))
-        _refuse_copies(model, parts.base if self.adapter is None else _trained_beside(parts))
+        _refuse_copies(model, parts.base if self.adapter is None else trained_tensors(parts))
         self._refuse_unsaved(model, parts, others)
         if self.adapter is not None:
             extra_files.check_extra_files(settings.extra, None)
-            to_peft(parts, self.adapter, self.modules)
-            return list(self._merged(parts, settings).plan.notices) if _merges(settings) else []
+            self.adapter.check(parts)
+            return list(self._merged(self.adapter, parts, settings).plan.notices) if _merges(settings) else []
         made = self._plan(self._owned(parts.base), settings).plan
         casts = Counter(
             (DTYPES[tensor.source_dtype].torch, DTYPES[tensor.dtype].torch)
@@ -277,7 +239,7 @@ class SavePlanner:
         parts = self.split(tensors)
         state = dict(state) if state is not None else None
         if self.adapter is not None:
-            return self._adapter_job(parts, state, settings, buffers)
+            return self._adapter_job(self.adapter, parts, state, settings, buffers)
         owned = self._owned(parts.base)
         made = self._plan(owned, settings)
         if state is not None:
@@ -305,6 +267,7 @@ class SavePlanner:
 
     def _adapter_job(
         self,
+        adapter: TrainedAdapter,
         parts: SplitTensors,
         state: dict[str, SerializedState] | None,
         settings: Settings,
@@ -313,41 +276,22 @@ class SavePlanner:
         merges_too = _merges(settings)
         written = self._shared(state)
         if buffers is not None:
-            names = {f"saved/{key}": tensor for key, tensor in parts.trained_whole.items()}
-            names |= {f"base/{key}": tensor for key, tensor in parts.base.items() if merges_too}
-            for module, adapter in parts.adapters.items():
-                names |= {f"{module}/{name}": one for name, one in adapter._asdict().items() if one is not None}
-            staged, written = stage(all_of(names), written, buffers)
-            copies = {name: tensor for name, (tensor, _) in staged.items()}
-            parts = SplitTensors(
-                {key: copies.get(f"base/{key}", tensor) for key, tensor in parts.base.items()},
-                {m: Adapter(*(copies.get(f"{m}/{name}") for name in Adapter._fields)) for m in parts.adapters},  # type: ignore[arg-type]
-                {key: copies[f"saved/{key}"] for key in parts.trained_whole},
-                parts.names,
-            )
+            parts, written = copy_parts(parts, written, buffers, with_base=merges_too)
 
         def step(section: Section, files: Mapping[str, bytes]) -> StepContents:
-            assert self.adapter is not None
-            place = str(self.source.place.absolute()) if self.source.format == "hf" else None
-            own = render_files(*to_peft(parts, self.adapter, self.modules, base_model=place))
-            made = self._merged(parts, settings) if merges_too else None
-            whole = parts.base
+            own = adapter.render(parts)
+            made = self._merged(adapter, parts, settings) if merges_too else None
 
             def training() -> Mapping[str, Any]:
-                return {**section(), **self._base_section(whole)}
+                return {**section(), **adapter.base_section(parts.base)}
 
             return StepContents(made, training, written, {**own, **files}, settings.extra, record.MERGED)
 
         return step
 
-    def _merged(self, parts: SplitTensors, settings: Settings) -> OpenPlan:
+    def _merged(self, adapter: TrainedAdapter, parts: SplitTensors, settings: Settings) -> OpenPlan:
         """The plan of the merged weights, which are computed when they are read."""
-        assert self.adapter is not None
-        whole = parts.base | parts.trained_whole
-        readers = {
-            key: MergedReader(key, whole[key], merge)
-            for key, merge in plan_merges(parts, self.adapter, self.modules).items()
-        }
+        whole, readers = parts.base | parts.trained_whole, adapter.merged_readers(parts)
         given = PlanInputs(self.source, self._request(settings), in_memory=self._live(all_of(whole), settings, readers))
         made = planning.make_plan(given)
         made.plan.refuse_unreadable()
@@ -362,7 +306,7 @@ class SavePlanner:
         if not isinstance(model, torch.nn.Module):  # of a detached state dict, the optimizer says what is trained
             updated = MemoryRanges(one for one in others if one.requires_grad)
             trained |= {parts.names.get(key, key): one for key, one in parts.base.items() if one in updated}
-        held = MemoryRanges((parts.base if self.adapter is None else _trained_beside(parts)).values())
+        held = MemoryRanges((parts.base if self.adapter is None else trained_tensors(parts)).values())
         base = MemoryRanges(parts.base.values())
         beside = MemoryRanges(others)
         lost = sorted(key for key, one in trained.items() if one not in held and (one in base or one not in beside))
@@ -407,17 +351,6 @@ class SavePlanner:
         # A value must not end a training run: overflows are warnings, and the training state keeps the exact values.
         form = settings.output_format or str(self.source.format)
         return Request(to=form, dtype=settings.export_dtype, allow_overflow=True, allow_loss=True)
-
-
-def _trained_beside(parts: SplitTensors) -> dict[str, torch.Tensor]:
-    """The trained tensors of a model with an adapter: the adapter, and modules that are saved whole."""
-    adapters = {
-        f"{module}.{name}": one
-        for module, adapter in parts.adapters.items()
-        for name, one in adapter._asdict().items()
-        if one is not None
-    }
-    return adapters | parts.trained_whole
 
 
 def _refuse_copies(model: Model, tensors: Tensors) -> None:
