@@ -23,6 +23,7 @@ from ckpt_convert.errors import SourceChangedError, UsageError
 from ckpt_convert.storage import by_rename
 from ckpt_convert.storage.folder import Folder
 from ckpt_convert.storage.place import as_place
+from ckpt_convert.storage.system import Advice
 from tests.checkpoint.quantizing import fp8_llama
 from tests.helpers import GOLDEN, sums
 
@@ -31,7 +32,7 @@ def part(data: bytes, folder: str) -> list[FinishedPiece]:
     """Write some pieces of a plan into files that another process has made."""
     plan, pieces = pickle.loads(data)
     sources = ReopenedSources(plan)
-    with Folder.joined(Path(folder)) as directory:
+    with Folder.joined(Path(folder), Advice()) as directory:
         joined = JoinedOutput(plan, directory)
         done = execute(plan, pieces, sources, joined, workers=1)
         joined.close()
