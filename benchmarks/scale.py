@@ -4,7 +4,7 @@ The model is Llama 3.1 405B or DeepSeek-V3, its headers those of a sparse checkp
 over a fake process group, which sends nothing: a rank's slices are real tensors that nobody has touched, so they take
 address space and no memory. One rank of the run is measured, the middle one, as it plans its first and second save; and
 rank 0, which divides what all ranks say they hold and proves that every element is written once. What the other ranks
-say is worked out from their coordinates.
+say is worked out from their coordinates. No slices are exchanged (writers="direct"): that would move the values.
 
 python benchmarks/scale.py --write
 """
@@ -148,7 +148,7 @@ def measure(path: Path, sizes: tuple[int, ...]) -> dict[str, Any]:
     resident = peak()
     talk = Talk(rank, world, model.said)
     settings = Settings("weights", None, None, "hf")
-    planner = SavePlanner(identified_of(open_checkpoint(path)), settings)
+    planner = SavePlanner(identified_of(open_checkpoint(path)), settings, writers="direct")
     planner.ranks, planner._claims = talk, Claims(talk)  # type: ignore[assignment, arg-type]
     found: dict[str, Any] = {"tensors": len(model.tensors)}
     for name in ("first", "second"):
