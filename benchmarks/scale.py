@@ -118,16 +118,16 @@ class Model:
 
     def said(self, mine: bytes) -> list[bytes]:
         """What every rank says it holds, from what this one says: the same kinds, each at its own coordinates."""
-        from ckpt_convert.checkpointer.distributed import claims
+        from ckpt_convert.checkpointer.distributed import ranks
 
-        listed, kinds, which = claims._unpacked(mine)
+        listed, kinds, which = ranks.unpacked(mine)
         out = []
         for rank in range(math.prod(self.sizes)):
             there = [
                 [dtype, shape, self.axes(shape, placed, dims, rank)]
                 for (dtype, _, _), ((shape, placed), dims) in zip(kinds, self.kinds.items(), strict=True)
             ]
-            out.append(claims._packed([listed, there, which]))
+            out.append(ranks.packed([listed, there, which]))
         return out
 
 

@@ -22,6 +22,12 @@ PROMISES: dict[str, tuple[str, ...]] = {
         "checkpointer/test_checkpointer_resume.py::test_from_a_bfloat16_source",
         "reliability/test_restarts.py::test_a_run_that_is_killed_after_each_call_ends_with_the_same_files",
     ),
+    "Under `torchrun` the same lines do the same: with DDP, FSDP2 or tensor parallelism each rank reads and writes its "
+    "own slices, nothing is gathered, and any number of ranks resumes.": (
+        "checkpointer/test_distributed_loading.py::test_each_process_has_its_slices",
+        "checkpointer/test_distributed_matrix.py::test_the_files_are_those_of_one_process",
+        "checkpointer/test_distributed_saving.py::test_resumed_by_other_worlds",
+    ),
     "Nothing is cast unless `--dtype` or `--dequantize` asks for it; NaN payloads, integers, bool and fp8 survive.": (
         "convert/test_layouts.py::test_every_dtype_and_bit_pattern_survives",
         "convert/test_layouts.py::test_casts_are_torchs",

@@ -64,7 +64,7 @@ def to_peft(
 def render_files(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> dict[str, bytes]:
     """The two files by name, in memory, byte for byte as PEFT writes the same tensors."""
     described = [(key, FROM_TORCH[torch_name(one.dtype)].name, tuple(one.shape)) for key, one in tensors.items()]
-    layout = safetensors.build(safetensors.library_order(described), {"format": "pt"})
+    layout = safetensors.build(safetensors.serialized_order(described), {"format": "pt"})
     parts = [content for _, content in layout.literals]
     parts += [_bytes(tensors[stored.key]) for stored in layout.header.tensors]
     return {ADAPTER_WEIGHTS[0]: b"".join(parts), ADAPTER_CONFIG: render_json(config, sort_keys=True)}

@@ -37,7 +37,7 @@ from ckpt_convert.checkpointer.save.options import (
 from ckpt_convert.checkpointer.save.planner import Contents
 from ckpt_convert.checkpointer.save.signals import Signals
 from ckpt_convert.checkpointer.state.parts import TrainingParts
-from ckpt_convert.checkpointer.state.sharding import Elsewhere
+from ckpt_convert.checkpointer.state.sharding import DataPolicy
 from ckpt_convert.dtypes import OutputDType
 from ckpt_convert.errors import UsageError
 from ckpt_convert.formats.base import FormatName
@@ -226,7 +226,7 @@ class Checkpointer:
         strict: bool = True,
         weights_only: bool = False,
         verify: bool = True,
-        data: Elsewhere = "exact",
+        data: DataPolicy = "exact",
     ) -> Progress | None:
         """Continue from the newest complete checkpoint; returns its progress, or None for a fresh start.
 

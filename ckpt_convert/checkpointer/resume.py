@@ -26,7 +26,7 @@ from ckpt_convert.checkpointer.save.saver import Saver
 from ckpt_convert.checkpointer.state import optimizers, shared_state, training_state
 from ckpt_convert.checkpointer.state.parts import TrainingParts
 from ckpt_convert.checkpointer.state.serialize import path_segment
-from ckpt_convert.checkpointer.state.sharding import Elsewhere
+from ckpt_convert.checkpointer.state.sharding import DataPolicy
 from ckpt_convert.errors import InputError, KeyMismatchError, OutputExistsError, UsageError, option_error
 from ckpt_convert.storage.place import Place
 from ckpt_convert.tensors.progress import ProgressCallback
@@ -37,10 +37,10 @@ log = logging.getLogger("ckpt_convert")
 _PREFIX = f"{MODEL}/"
 
 
-def check_options(selection: Selection, data: Elsewhere, saver: Saver, options: Options) -> None:
+def check_options(selection: Selection, data: DataPolicy, saver: Saver, options: Options) -> None:
     """Raise UsageError for an unknown data= and for overwrite=, OutputExistsError for counting from 0 over steps."""
-    if data not in get_args(Elsewhere):
-        raise option_error("data", data, f"expected {', '.join(get_args(Elsewhere))}")
+    if data not in get_args(DataPolicy):
+        raise option_error("data", data, f"expected {', '.join(get_args(DataPolicy))}")
     if options.overwrite:
         raise UsageError(
             "overwrite=True is for register(), which replaces existing checkpoints with a new run; resume() continues "

@@ -110,7 +110,7 @@ def build(
 ) -> FileLayout:
     """Lay out a file that holds ``tensors`` (key, dtype, shape) in the given order.
 
-    The header is the one that the safetensors library writes for tensors in ``library_order``: compact JSON, padded
+    The header is the one that the safetensors library writes for tensors in ``serialized_order``: compact JSON, padded
     with spaces so that the tensors start at a multiple of ``alignment`` bytes (8 in the library). Raises
     KeyMismatchError for a duplicate key, UsageError for what the format cannot express.
     """
@@ -143,7 +143,7 @@ def build(
     return FileLayout(header, ((0, len(text).to_bytes(8, "little") + text),))
 
 
-def library_order(
+def serialized_order(
     tensors: Iterable[tuple[str, str, tuple[int, ...]]],
 ) -> list[tuple[str, str, tuple[int, ...]]]:
     """Sort (key, dtype, shape) as the safetensors library does when it writes: by dtype, then by key.

@@ -16,7 +16,7 @@ from ckpt_convert.storage.names import partial_path, replaced_path
 from ckpt_convert.storage.place import Place
 from ckpt_convert.storage.rules import Rules
 from ckpt_convert.storage.staging import Staging, refuse_replacing
-from ckpt_convert.storage.system import Advice, is_mount_point, writing
+from ckpt_convert.storage.system import Advice, file_system_type, is_mount_point, writing
 
 
 def check_destination(destination: Place, source: Place, rules: Rules, *, overwrite: bool) -> None:
@@ -108,6 +108,11 @@ def make_folder(folder: Place) -> None:
 def lock(place: Place, message: str) -> Lock:
     """``Workspace.lock``; raises OSError, too."""
     return Lock.file(place.local, message)
+
+
+def file_system(folder: Place) -> str | None:
+    """``Workspace.file_system``."""
+    return file_system_type(folder.local)
 
 
 def identity(folder: Place) -> str:

@@ -245,6 +245,10 @@ def lock(place: Place, message: str) -> StoreLock:
     return StoreLock(place, message)
 
 
+def file_system(folder: Place) -> None:
+    """``Workspace.file_system``: a store is none."""
+
+
 def identity(folder: Place) -> str:
     """``Workspace.identity``."""
     return str(folder)

@@ -117,9 +117,24 @@ def is_mount_point(directory: Path) -> bool:
     """Whether a directory is a mount point, also of a bind mount: it cannot be renamed then."""
     if os.path.ismount(directory):
         return True
-    try:  # only this shows bind mounts
+    return os.path.realpath(directory) in _mounts()  # only this shows bind mounts
+
+
+def file_system_type(directory: Path) -> str | None:
+    """The type of the file system that a directory is on ("ext4", "nfs4", "lustre"); None if it is not known."""
+    path, mounts = Path(os.path.realpath(directory)), _mounts()
+    return next((mounts[str(one)] for one in (path, *path.parents) if str(one) in mounts), None)
+
+
+def _mounts() -> dict[str, str]:
+    """The type of each mounted file system by its mount point, as proc_pid_mountinfo(5) has them; else nothing."""
+    try:
         lines = _MOUNTS.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError:
-        return False
-    points = {re.sub(r"\\(\d{3})", lambda match: chr(int(match[1], 8)), line.split()[4]) for line in lines}
-    return os.path.realpath(directory) in points
+        return {}
+    found = {}
+    for line in lines:
+        fields = line.split()
+        point = re.sub(r"\\(\d{3})", lambda match: chr(int(match[1], 8)), fields[4])
+        found[point] = fields[fields.index("-") + 1]
+    return found

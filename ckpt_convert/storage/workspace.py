@@ -194,6 +194,9 @@ class Workspace(Protocol):
     def identity(self, folder: Place) -> str:
         """A string that identifies a folder."""
 
+    def file_system(self, folder: Place) -> str | None:
+        """The type of the file system that a folder is on, or will be; None if it is on none, or not known."""
+
     def replace_file(self, place: Place, data: bytes, etag: str | None = None) -> None:
         """Replace a small file atomically; raises OutputExistsError if its etag is no longer ``etag``."""
 

@@ -135,7 +135,7 @@ def test_what_does_not_come_out_even_is_refused_with_the_ways_out() -> None:
 
 @pytest.mark.parametrize(("elsewhere", "first"), [("restart", 0), ("skip", 32)])
 def test_what_does_not_come_out_even_begins_again_or_leaves_out_little(
-    elsewhere: sharding.Elsewhere, first: int
+    elsewhere: sharding.DataPolicy, first: int
 ) -> None:
     earlier = run(100, 2, 5)
     for rank in earlier:
@@ -162,7 +162,7 @@ class Own(Sampler[int]):
 
 @pytest.mark.parametrize(("elsewhere", "rest"), [("restart", 20), ("skip", 0)])
 def test_a_sampler_that_does_not_say_how_it_deals_is_refused_on_other_ranks(
-    elsewhere: sharding.Elsewhere, rest: int, monkeypatch: pytest.MonkeyPatch
+    elsewhere: sharding.DataPolicy, rest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def made() -> Any:
         return DataLoader(Numbers(40), batch_size=2, sampler=Own(40))

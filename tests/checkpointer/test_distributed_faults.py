@@ -22,6 +22,7 @@ from ckpt_convert import Checkpointer, CkptConvertError, UsageError
 from ckpt_convert.checkpointer.distributed import ranks
 from ckpt_convert.checkpointer.save import shared
 from ckpt_convert.checkpointer.save.run_directory import RunDirectory
+from ckpt_convert.storage import by_rename
 from tests.checkpointer.pool import Pool, split
 from tests.checkpointer.test_distributed_saving import optimize, train_full, train_full_split
 from tests.checkpointer.training import LLAMA, make_model, trainable
@@ -289,3 +290,24 @@ def test_options_that_differ_between_ranks(pool: Pool, tmp_path: Path) -> None:
     said = pool.run(differ, tmp_path)
     assert said[0] == said[1]
     assert "rank 1: save_every is every 3 steps, on rank 0 every 2 steps" in said[0]
+
+
+def register_on(here: Path, kind: str, machines: int) -> str | None:
+    """Ranks of so many machines on a file system of this type; what is raised."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(by_rename, "file_system_type", lambda _: kind)
+        patch.setattr(socket, "gethostname", lambda: f"machine{dist.get_rank() % machines}")
+        with Checkpointer(LLAMA, here / f"{kind}{machines}", save_every=1) as checkpointer:
+            try:
+                checkpointer.register(model=split(make_model(), "ddp"))
+            except UsageError as error:
+                return str(error)
+    return None
+
+
+def test_several_machines_are_refused_where_clients_cache_by_page(pool: Pool, tmp_path: Path) -> None:
+    said = pool.run(register_on, tmp_path, "nfs4", 2)
+    assert said[0] == said[1]
+    assert "is on nfs4, where the ranks of 2 machines would overwrite parts of each other's writes" in str(said[0])
+    assert pool.run(register_on, tmp_path, "nfs4", 1) == [None, None]
+    assert pool.run(register_on, tmp_path, "lustre", 2) == [None, None]

@@ -11,7 +11,7 @@ from safetensors import deserialize
 from safetensors.torch import save
 
 from ckpt_convert import containers
-from ckpt_convert.containers.safetensors import MAX_HEADER, build, library_order, parse
+from ckpt_convert.containers.safetensors import MAX_HEADER, build, parse, serialized_order
 from ckpt_convert.dtypes import DTYPES, FROM_TORCH, nbytes
 from ckpt_convert.errors import CkptConvertError, CorruptFileError, KeyMismatchError, UsageError
 from ckpt_convert.storage.base import read_range
@@ -114,7 +114,7 @@ def test_tensors_come_in_offset_order_and_empty_ones_in_header_order() -> None:
 def test_writes_what_the_library_writes() -> None:
     for metadata in ({}, {"format": "pt"}, {"a\n": 'é"\x1f'}):
         expected = save(STATE, metadata or None)
-        layout = build(library_order(spec(STATE)), metadata)
+        layout = build(serialized_order(spec(STATE)), metadata)
         assert filled(layout, {k: raw(v) for k, v in STATE.items()}) == expected
 
 
@@ -129,7 +129,7 @@ def test_escapes_names_as_the_library_does(name: str) -> None:
 def test_orders_every_dtype_as_the_library_does() -> None:
     state = {f"{name}.{n}": coded(name, (3, 2), n) for n in (10, 9) for name in KNOWN}
     expected = save(state)
-    assert filled(build(library_order(spec(state)), {}), {k: raw(v) for k, v in state.items()}) == expected
+    assert filled(build(serialized_order(spec(state)), {}), {k: raw(v) for k, v in state.items()}) == expected
     assert parse(Bytes(expected)).size == len(expected)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from ckpt_convert.errors import CkptConvertError, LockedError, OutputExistsError, VerificationError
-from ckpt_convert.storage import pointer, workspace
+from ckpt_convert.storage import pointer, system, workspace
 from ckpt_convert.storage.base import Version
 from ckpt_convert.storage.local import LOCAL
 from ckpt_convert.storage.names import JOURNAL
@@ -446,3 +446,21 @@ class TestInOrder:
         assert "is being written, or was when its writer ended; the lock belongs to process" in caplog.text
         stage.commit()
         assert is_complete(memory / "out", "out")
+
+
+def test_the_type_of_a_file_system_is_that_of_the_nearest_mount(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mounts = tmp_path / "mountinfo"
+    root, data, spaced = tmp_path.resolve(), tmp_path.resolve() / "data", tmp_path.resolve() / "my data"
+    mounts.write_text(
+        f"21 1 8:1 / / rw - ext4 /dev/sda1 rw\n"
+        f"22 21 0:40 / {data} rw,relatime shared:7 - nfs4 server:/data rw\n"
+        f"23 21 0:41 / {root}/my\\040data rw - lustre mgs:/fs rw\n"
+    )
+    monkeypatch.setattr(system, "_MOUNTS", mounts)
+    assert system.file_system_type(data / "runs" / "first") == "nfs4"  # which need not exist
+    assert system.file_system_type(spaced / "runs") == "lustre"
+    assert system.file_system_type(root) == "ext4"
+    monkeypatch.setattr(system, "_MOUNTS", tmp_path / "none")
+    assert system.file_system_type(root) is None

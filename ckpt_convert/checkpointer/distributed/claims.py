@@ -11,7 +11,6 @@ tensor has which of them. Tensors that are alike on every rank are a group, and 
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
-from ckpt_convert.checkpointer.distributed.ranks import Ranks
+from ckpt_convert.checkpointer.distributed.ranks import Ranks, packed, unpacked
 from ckpt_convert.checkpointer.distributed.slices import Slice, local_of, nothing, slice_of
 from ckpt_convert.dtypes import torch_name
 from ckpt_convert.errors import UsageError
@@ -87,7 +86,7 @@ class Claims:
         self._known: dict[Any, int] = {}
         self._kinds: list[Held] = []
         self._sizes: list[tuple[int, ...]] = []
-        self._division: Division | None = None
+        self._division = Division((), np.empty(0, np.int32), [], [[]])
 
     def of(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Owned]:
         """What this process writes of each tensor of the model: also of those that only other ranks have, nothing.
@@ -95,7 +94,7 @@ class Claims:
         Every rank asks at the same time. Raises UsageError, on all of them, for what cannot be divided.
         """
         claim = self._claim(tensors)
-        names, data = "\n".join(claim.names), _packed([_kinds_as_json(claim.kinds), _runs(claim.which)])
+        names, data = "\n".join(claim.names), packed([_kinds_as_json(claim.kinds), _runs(claim.which)])
         mine = digest(names.encode() + data)
         said = b"%d %s" % (mine == self._agreed, digest(names.encode()).encode())
         state = self._ranks.round("comparing who holds what", lambda: said, _what_differs)
@@ -103,16 +102,13 @@ class Claims:
             listed = list(claim.names) if state == NAMES else None
             answer = self._ranks.round(
                 "dividing what is written",
-                lambda: _packed([listed, *_unpacked(data)]),
+                lambda: packed([listed, *unpacked(data)]),
                 lambda every: _answers(divide([_claim_of(one, claim.names) for one in every]), listed is not None),
             )
             self._division = _division_of(answer, claim.names)
             self._agreed = mine
-        division = self._division
-        if division is None:
-            raise UsageError("the ranks agree on what they have never told each other")
         with torch.no_grad():
-            return self._owned(tensors, claim, division)
+            return self._owned(tensors, claim, self._division)
 
     def _owned(self, tensors: Mapping[str, torch.Tensor], claim: Claim, division: Division) -> dict[str, Owned]:
         kinds = dict(zip(claim.names, claim.which.tolist(), strict=True))
@@ -153,11 +149,11 @@ def names_elsewhere(names: Collection[str], ranks: Ranks | None) -> set[str]:
     what = "comparing the names of what each rank has"
     if ranks.round(what, digest(mine).encode, lambda said: [SAME if len(set(said)) == 1 else OTHER]) == SAME:
         return set()
-    return set(_unpacked(ranks.round(what, lambda: _packed(sorted(names)), _union))) - set(names)
+    return set(unpacked(ranks.round(what, lambda: packed(sorted(names)), _union))) - set(names)
 
 
 def _union(every: Sequence[bytes]) -> list[bytes]:
-    return [_packed(sorted({name for one in every for name in _unpacked(one)}))]
+    return [packed(sorted({name for one in every for name in unpacked(one)}))]
 
 
 def divide(every: Sequence[Claim]) -> Division:
@@ -275,22 +271,22 @@ def _what_differs(said: Sequence[bytes]) -> list[bytes]:
 
 def _claim_of(data: bytes, names: tuple[str, ...]) -> Claim:
     """What a rank says it holds; its ``names`` are those of the rank that asks, unless it says others."""
-    listed, kinds, runs = _unpacked(data)
+    listed, kinds, runs = unpacked(data)
     held = tuple(Held(dtype, _slice(shape, axes)) for dtype, shape, axes in kinds)
     return Claim(names if listed is None else tuple(listed), held, _numbers(runs))
 
 
 def _answers(division: Division, with_names: bool) -> list[bytes]:
     """The answer to each rank: what is the same for all, and its own shares."""
-    common = _packed([division.names if with_names else None, _runs(division.groups), division.tensors])
-    return [len(common).to_bytes(8, "little") + common + _packed(shares) for shares in division.shares]
+    common = packed([division.names if with_names else None, _runs(division.groups), division.tensors])
+    return [len(common).to_bytes(8, "little") + common + packed(shares) for shares in division.shares]
 
 
 def _division_of(answer: bytes, names: tuple[str, ...]) -> Division:
     """An answer of ``_answers``, with the shares of this rank alone."""
     end = 8 + int.from_bytes(answer[:8], "little")
-    listed, runs, tensors = _unpacked(answer[8:end])
-    mine = [Share(*share) for share in _unpacked(answer[end:])]
+    listed, runs, tensors = unpacked(answer[8:end])
+    mine = [Share(*share) for share in unpacked(answer[end:])]
     sizes = [(dtype, tuple(shape)) for dtype, shape in tensors]
     return Division(names if listed is None else tuple(listed), _numbers(runs), sizes, [mine])
 
@@ -312,11 +308,3 @@ def _runs(numbers: Numbers) -> list[list[int]]:
 def _numbers(runs: Sequence[Sequence[int]]) -> Numbers:
     values, counts = runs
     return np.repeat(np.array(values, np.int32), np.array(counts, np.int64))
-
-
-def _packed(content: Any) -> bytes:
-    return zlib.compress(json.dumps(content, separators=(",", ":")).encode(), 1)
-
-
-def _unpacked(data: bytes) -> Any:
-    return json.loads(zlib.decompress(data))

@@ -11,6 +11,7 @@ import hashlib
 import json
 import socket
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
@@ -323,6 +324,16 @@ class _Waiting:
         time.sleep(self._pause)
         self._pause = min(2 * self._pause, 0.05)
         return True
+
+
+def packed(content: Any) -> bytes:
+    """JSON-ready values as ranks send them."""
+    return zlib.compress(json.dumps(content, separators=(",", ":")).encode(), 1)
+
+
+def unpacked(data: bytes) -> Any:
+    """What ``packed`` was given."""
+    return json.loads(zlib.decompress(data))
 
 
 def _failure(kind: str, text: str) -> bytes:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
+import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 from ckpt_convert.checkpoint.identify import Identified
-from ckpt_convert.checkpointer.distributed.ranks import Ranks
+from ckpt_convert.checkpointer.distributed.ranks import Ranks, packed, unpacked
 from ckpt_convert.checkpointer.distributed.single_writer import Claim
 from ckpt_convert.checkpointer.run import retention, saved_steps
 from ckpt_convert.checkpointer.run.naming import DirectoryTemplate
@@ -29,6 +29,9 @@ from ckpt_convert.wording import indented_list
 log = logging.getLogger("ckpt_convert")
 
 LOCK = ".ckpt-convert-lock"
+
+_CACHED_BY_PAGE = {"nfs", "nfs4", "cifs", "smb3"}
+"""File systems whose clients cache by page, and do not lock it while they write."""
 
 
 class RunDirectory:
@@ -73,21 +76,32 @@ class RunDirectory:
         if self.ranks is None:
             self._open(source)
         else:
-            said = json.dumps(options).encode()
+            said = packed([socket.gethostname(), options])
             self.ranks.round(f"opening {self.path}", lambda: said, lambda every: self._open_for(every, source))
         self._is_open = True
 
     def _open_for(self, every: Sequence[bytes], source: Identified) -> list[bytes]:
-        """Take the directory for all ranks; raises UsageError for options that differ between them."""
-        first = json.loads(every[0])
+        """Take the directory for all ranks.
+
+        Raises UsageError for options that differ between them, and for several machines on a file system whose clients
+        cache by page: of two that write into one page, one would overwrite what the other has written.
+        """
+        hosts, options = zip(*map(unpacked, every), strict=True)
         lines = [
-            f"rank {rank}: {name} is {value}, on rank 0 {first.get(name)}"
-            for rank, said in enumerate(every)
-            for name, value in json.loads(said).items()
-            if value != first.get(name)
+            f"rank {rank}: {name} is {value}, on rank 0 {options[0].get(name)}"
+            for rank, mine in enumerate(options)
+            for name, value in mine.items()
+            if value != options[0].get(name)
         ]
         if lines:
             raise UsageError(f"the ranks were given different options:{indented_list(lines)}")
+        kind = self._workspace.file_system(self.path)
+        if len(set(hosts)) > 1 and kind in _CACHED_BY_PAGE:
+            raise UsageError(
+                f"{self.path}: is on {kind}, where the ranks of {len(set(hosts))} machines would overwrite parts of "
+                "each other's writes; choose an output_dir on a parallel file system (Lustre, GPFS), or save from one "
+                'process with process_group="rank0"'
+            )
         self._open(source)
         return [b""]
 

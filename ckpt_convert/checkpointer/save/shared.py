@@ -8,14 +8,12 @@ proves that every byte was written once, writes the manifest, and publishes. All
 from __future__ import annotations
 
 import contextlib
-import json
-import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 from ckpt_convert.checkpoint.record import TRAINING_STATE
-from ckpt_convert.checkpointer.distributed.ranks import Ranks
+from ckpt_convert.checkpointer.distributed.ranks import Ranks, packed, unpacked
 from ckpt_convert.checkpointer.save.writer import (
     ADVICE,
     StepContents,
@@ -70,14 +68,14 @@ class _Shared(contextlib.ExitStack):
         """What this rank finds in the values that decide what is written."""
         weights = self._step.weights
         if weights is None:
-            return _packed(None)
-        return _packed(agreement.look(weights.plan, weights.sources, self._ranks.is_first).as_json())
+            return packed(None)
+        return packed(agreement.look(weights.plan, weights.sources, self._ranks.is_first).as_json())
 
     def begin(self, looks: Sequence[bytes]) -> list[bytes]:
         """Make the directory and its files; the answer is its name until it is published, and what all have found."""
         found = None
         if self._step.weights is not None:
-            self._found = agreement.merge([Look.from_json(_unpacked(one)) for one in looks])
+            self._found = agreement.merge([Look.from_json(unpacked(one)) for one in looks])
             found = self._found.as_json()
             agreement.settle(self._step.weights.plan, self._found)
         self._staging = self.enter_context(staged(self._step, self._destination, mode=self._mode, alone=True))
@@ -91,11 +89,11 @@ class _Shared(contextlib.ExitStack):
         if isinstance(self._step.state, SharedState):
             shared_state.make_files(self._staging.folder.subfolder(TRAINING_STATE), self._ranks.count)
         first = self._step.state.optimizer_names if isinstance(self._step.state, SharedState) else ""
-        return [_packed([self._staging.place.name, found, first])]
+        return [packed([self._staging.place.name, found, first])]
 
     def write(self, begun: bytes) -> bytes:
         """Write what this rank owns into the files that are there; returns what was written where."""
-        name, found, first = _unpacked(begun)
+        name, found, first = unpacked(begun)
         place = self._destination.parent / name
         with explained(self._destination), workspace.workspace_of(place).join(place, ADVICE) as folder:
             done, state = [], None
@@ -104,7 +102,7 @@ class _Shared(contextlib.ExitStack):
                 done = self._write_weights(self._step.weights, inner, Look.from_json(found))
             if isinstance(self._step.state, SharedState):
                 state = shared_state.write_own(folder.subfolder(TRAINING_STATE), self._step.state, first)
-        return _packed([[[*one.piece, one.checksum, one.crc, one.overflowed] for one in done], state])
+        return packed([[[*one.piece, one.checksum, one.crc, one.overflowed] for one in done], state])
 
     def _write_weights(self, planned: OpenPlan, folder: Folder, found: Look) -> list[FinishedPiece]:
         plan = agreement.settle(planned.plan, found)
@@ -118,7 +116,7 @@ class _Shared(contextlib.ExitStack):
     def finish(self, reports: Sequence[bytes], published: Callable[[], None]) -> list[bytes]:
         """Put together what all ranks have written, and publish it."""
         with explained(self._destination):
-            said = [_unpacked(report) for report in reports]
+            said = [unpacked(report) for report in reports]
             done = [_done(one) for runs_of_rank, _ in said for one in runs_of_rank]
             weights = self._finish_weights(self._step.weights, done) if self._step.weights is not None else None
             state = None
@@ -145,11 +143,3 @@ class _Shared(contextlib.ExitStack):
 def _done(entry: Sequence[int]) -> FinishedPiece:
     *piece, checksum, crc, overflowed = entry
     return FinishedPiece(Piece(*piece), checksum, crc, overflowed)
-
-
-def _packed(content: Any) -> bytes:
-    return zlib.compress(json.dumps(content, separators=(",", ":")).encode(), 1)
-
-
-def _unpacked(data: bytes) -> Any:
-    return json.loads(zlib.decompress(data))

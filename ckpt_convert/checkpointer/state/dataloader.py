@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from ckpt_convert.checkpointer.state import generators, rng
 from ckpt_convert.checkpointer.state.counting import TRACKER, CountingIterator, EpochPosition, counting_class, set_class
-from ckpt_convert.checkpointer.state.sharding import Elsewhere, Target, sharding_of, target
+from ckpt_convert.checkpointer.state.sharding import DataPolicy, Target, sharding_of, target
 from ckpt_convert.checkpointer.state.stateful import has_state
 from ckpt_convert.errors import CorruptFileError, UsageError
 from ckpt_convert.wording import indented_list
@@ -122,18 +122,18 @@ class LoaderTracker:
     def _is_torchdata(self) -> bool:
         return hasattr(self.loader, "next_iter_state")
 
-    def compare(self, state: Mapping[str, Any], elsewhere: Elsewhere = "exact") -> list[str]:
+    def compare(self, state: Mapping[str, Any], elsewhere: DataPolicy = "exact") -> list[str]:
         """Why the loader cannot continue from ``state``, taken with another number of ranks or batch size."""
         problem = self._target(state, elsewhere).problem
         return [] if problem is None else [problem]
 
-    def _target(self, state: Mapping[str, Any], elsewhere: Elsewhere) -> Target:
+    def _target(self, state: Mapping[str, Any], elsewhere: DataPolicy) -> Target:
         position, saved = state.get("position"), state.get("sharding")
         if position is None or saved is None or not self._counts:
             return Target(position)
         return target(position, saved, sharding_of(self.loader), elsewhere, self.name)
 
-    def load(self, state: Mapping[str, Any], elsewhere: Elsewhere = "exact") -> None:
+    def load(self, state: Mapping[str, Any], elsewhere: DataPolicy = "exact") -> None:
         """Continue from ``state``: the next iterator of the loader starts there.
 
         ``elsewhere`` is what to do where as many ranks, or batches of this size, cannot. Raises UsageError for that,
@@ -170,7 +170,7 @@ class LoaderTracker:
                 *(self.name, state["position"]),
             )
 
-    def _resharded(self, state: Mapping[str, Any], elsewhere: Elsewhere) -> State:
+    def _resharded(self, state: Mapping[str, Any], elsewhere: DataPolicy) -> State:
         """The state of this loader that follows from one of other ranks, or of batches of another size."""
         goal = self._target(state, elsewhere)
         if goal.problem is not None:

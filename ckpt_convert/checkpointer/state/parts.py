@@ -25,7 +25,7 @@ from ckpt_convert.checkpointer.state import optimizers, rng, stateful
 from ckpt_convert.checkpointer.state.dataloader import LoaderTracker, track_loader
 from ckpt_convert.checkpointer.state.gradients import PendingGradients
 from ckpt_convert.checkpointer.state.serialize import SerializedState, serialize
-from ckpt_convert.checkpointer.state.sharding import Elsewhere
+from ckpt_convert.checkpointer.state.sharding import DataPolicy
 from ckpt_convert.errors import UsageError
 
 _OCCASIONAL = ("wrapper", "gradients")
@@ -55,7 +55,7 @@ class TrainingParts:
     loaders: Mapping[str, LoaderTracker] = field(default_factory=dict)
     extra: Any = None
     gradients: PendingGradients = field(default_factory=PendingGradients)
-    data: Elsewhere = "exact"
+    data: DataPolicy = "exact"
 
     def parameters(self) -> dict[str, torch.Tensor]:
         """The parameters of the model and of the optimizers, by name."""
@@ -164,7 +164,7 @@ def make_parts(
     grad_scaler: Any,
     dataloader: Any,
     extra: Any,
-    data: Elsewhere = "exact",
+    data: DataPolicy = "exact",
 ) -> TrainingParts:
     """The parts, with tracked data loaders; raises UsageError for a loader whose position cannot be determined."""
     if dataloader is None:
@@ -194,7 +194,7 @@ def _optimizer(optimizer: Any, model: Model) -> StateEntry:
     )
 
 
-def _loader(loader: LoaderTracker, data: Elsewhere) -> StateEntry:
+def _loader(loader: LoaderTracker, data: DataPolicy) -> StateEntry:
     def put(state: Any) -> list[str]:
         problems = loader.compare(state, data)
         if not problems:

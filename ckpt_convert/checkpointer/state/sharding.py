@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch.distributed as dist
 from torch.utils.data import BatchSampler, DistributedSampler
 
-Elsewhere = Literal["exact", "restart", "skip"]
+DataPolicy = Literal["exact", "restart", "skip"]
 """What to do where a run cannot go on right behind the samples that it has seen: refuse, begin the epoch again, or
 leave out as few samples as possible."""
 
@@ -82,7 +82,7 @@ class Target:
     problem: str | None = None
 
 
-def target(position: int, saved: Mapping[str, Any], now: Sharding, elsewhere: Elsewhere, name: str) -> Target:
+def target(position: int, saved: Mapping[str, Any], now: Sharding, elsewhere: DataPolicy, name: str) -> Target:
     """Where a loader of sharding ``now`` goes on after what another one had given ``position`` batches of.
 
     ``saved`` is the other one's sharding, ``name`` the loader's in messages.

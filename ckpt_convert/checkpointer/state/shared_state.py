@@ -156,7 +156,10 @@ def _check(pieces: Sequence[Piece]) -> None:
         shapes[piece.key] = tuple(piece.shape)
     wrong = [key for key, found in boxes.items() if 0 not in shapes[key] and not covers(found, shapes[key])]
     if wrong:
-        raise CorruptFileError(f"{wrong[0]}: what the ranks have written of it leaves something out, or overlaps")
+        raise CorruptFileError(
+            f"{wrong[0]}: what the ranks have written of it leaves something out, or overlaps; hand over the same "
+            "optimizers on all ranks, made after the model was sharded"
+        )
 
 
 def open_for(step: Place, ranks: Ranks | None, elsewhere: Collection[str] = ()) -> StateReader:

@@ -48,8 +48,12 @@ def merge(trees: Sequence[Mapping[str, Any]]) -> Tree:
 def _merged(number: int, groups: Sequence[Mapping[str, Any] | None]) -> Tree:
     there = [group for group in groups if group is not None]
     options = [{key: value for key, value in group.items() if key not in _LISTS} for group in there]
-    if any(one != options[0] for one in options):
-        raise UsageError(f"optimizer: the options of parameter group {number} are not the same on all ranks")
+    if other := next((one for one in options if one != options[0]), None):
+        name = next(key for key in (*options[0], *other) if options[0].get(key) != other.get(key))
+        raise UsageError(
+            f"optimizer: {name} of parameter group {number} is {options[0].get(name)} on one rank and "
+            f"{other.get(name)} on another; give the group the same options on all ranks"
+        )
     lists = {key: [one for group in there for one in group.get(key, ())] for key in _LISTS if key in there[0]}
     return {**options[0], **{key: list(dict.fromkeys(values)) for key, values in lists.items()}}
 
