@@ -1,6 +1,6 @@
 """Writes the tables of the documentation that the code itself has the content of.
 
-python docs/tables.py            writes them into README.md
+python docs/tables.py            writes them into docs/families.md
 python docs/tables.py --check    only says, with 1, whether they are out of date
 """
 
@@ -14,7 +14,7 @@ from ckpt_convert.cli.formats import footnotes, mark
 from ckpt_convert.formats import ALL
 from ckpt_convert.models import grouped
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent / "families.md"
 _SIGNS = {"-": "", "yes*": "yes\\*"}
 BEGIN, END = "<!-- formats: python docs/tables.py -->\n", "<!-- end -->"
 
@@ -41,16 +41,16 @@ def updated(page: str) -> str:
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
     if not rest or not after:
-        raise SystemExit(f"{README.name}: has no {BEGIN.strip()} … {END}")
+        raise SystemExit(f"{PAGE.name}: has no {BEGIN.strip()} … {END}")
     return before + BEGIN + "\n".join(families()) + "\n" + END + after
 
 
 def main() -> int:
-    page = README.read_text()
+    page = PAGE.read_text()
     made = updated(page)
     if "--check" in sys.argv[1:]:
         return int(made != page)
-    README.write_text(made)
+    PAGE.write_text(made)
     return 0
 
 

@@ -173,8 +173,21 @@ def compare(before: Path, after: Path) -> bool:
         click.secho(f"\n{different} of {len(names)} files DIFFER.", fg="red", bold=True)
     else:
         click.secho(f"\nAll {len(names)} files came back from Meta's layout the same, byte for byte.", bold=True)
-        click.echo(f"({after}/{RECORD} is new: it records the conversion. Everything is in ./demo, to look at.)")
+        click.echo(f"({after}/{RECORD} is new: it records the conversion.)")
     return not different
+
+
+def suggest() -> None:
+    """Name what to try next, as it can be run here."""
+    python = os.path.relpath(sys.executable)
+    program = os.path.join(os.path.dirname(python), "ckpt-convert")
+    click.secho("\nEverything is in ./demo. Three things to try next:", bold=True)
+    for command, why in (
+        (f"{program} diff {HF} {META}", "the same weights? Across formats and ranks"),
+        (f"{program} inspect {HF} --html demo/page.html", "a page for the browser"),
+        (f"{python} recipes/full_finetune.py", "train a tiny Llama; stopped and started again, it resumes"),
+    ):
+        click.echo(f"  {command:58}  # {why}")
 
 
 def main() -> int:
@@ -188,7 +201,10 @@ def main() -> int:
     run("hf-to-meta", HF, META, "--model-parallel", "2", "--verify")
     run("inspect", META)
     run("meta-to-hf", META, BACK)
-    return 0 if compare(Path(HF), Path(BACK)) else 1
+    if not compare(Path(HF), Path(BACK)):
+        return 1
+    suggest()
+    return 0
 
 
 if __name__ == "__main__":

@@ -100,8 +100,8 @@ PROMISES: dict[str, tuple[str, ...]] = {
         "convert/test_layouts.py::test_a_plan_reads_no_tensor_and_writes_nothing",
         "cli/test_plan.py::test_one_line_for_each_group_where_there_is_no_terminal",
     ),
-    "All of them print one JSON document with `--json` ([docs/json.md](docs/json.md)), and their exit code says "
-    "whether they found a problem or a difference.": (
+    "All of them print one JSON document with `--json` ([docs/json.md]), and their exit code says whether they "
+    "found a problem or a difference.": (
         "cli/test_schemas.py::test_inspect_of_every_form",
         "cli/test_schemas.py::test_reports",
         "reliability/test_verdicts.py::test_verify",

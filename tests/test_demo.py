@@ -47,6 +47,18 @@ def test_shows_each_command_before_its_output(demo: tuple[Path, str]) -> None:
     )
 
 
+def test_ends_with_commands_to_try_next_that_run(demo: tuple[Path, str]) -> None:
+    directory, printed = demo
+    *_, diff, inspect, train = printed.splitlines()
+    for line in (diff, inspect):
+        words = line.partition("#")[0].split()
+        assert os.path.basename(words[0]) == "ckpt-convert"
+        command = [sys.executable, "-m", "ckpt_convert", *words[1:]]
+        assert subprocess.run(command, cwd=directory, capture_output=True, check=False).returncode == 0
+    assert (directory / "demo" / "page.html").is_file()
+    assert (ROOT / train.partition("#")[0].split()[1]).is_file()
+
+
 def test_starts_from_a_sharded_checkpoint_with_a_tokenizer(demo: tuple[Path, str]) -> None:
     directory, _ = demo
     assert len(list((directory / "demo/hf").glob("model-0000?-of-0000?.safetensors"))) >= 3

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+import ckpt_convert
 from ckpt_convert.models import FAMILIES, FORMATS
 from tests.command import run
 
@@ -81,6 +82,24 @@ def test_the_python_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "model.layers.0.self_attn.q_proj.weight" in space["state_dict"]
 
 
+def test_the_python_of_its_page_runs(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "hf").symlink_to(folder / "demo" / "hf")
+    monkeypatch.chdir(tmp_path)
+    space: dict[str, Any] = {}
+    for code in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), re.DOTALL):
+        exec(compile(code, "python.md", "exec"), space)
+    assert len(space["ranks"]) == space["plan"].request.model_parallel
+
+
+def test_the_page_of_the_errors_has_all_of_them_with_their_codes() -> None:
+    rows = re.findall(r"^\| (\d) \| (.*?) \|", (ROOT / "docs" / "python.md").read_text(), re.MULTILINE)
+    said = {name: int(code) for code, names in rows for name in re.findall(r"`(\w+)`", names)}
+    public = {name: getattr(ckpt_convert, name) for name in ckpt_convert.__all__ if name.endswith("Error")}
+    bases = {"CkptConvertError", "InputError"}
+    assert said == {name: error.exit_code for name, error in public.items() if name not in bases}
+
+
 def test_the_recipes_of_the_checkpointer_run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "hf").symlink_to(folder / "demo" / "hf")
@@ -101,8 +120,9 @@ def test_the_recipes_of_the_checkpointer_run(folder: Path, tmp_path: Path, monke
 
 def test_the_table_of_families_is_that_of_the_code() -> None:
     tables = script("docs/tables.py")
-    assert tables.updated(README) == README, "out of date: run python docs/tables.py"
-    lines = README.splitlines()
+    page = tables.PAGE.read_text()
+    assert tables.updated(page) == page, "out of date: run python docs/tables.py"
+    lines = page.splitlines()
     for family in FAMILIES.values():
         (line,) = (line for line in lines if line.startswith(f"| {family.name} |"))
         *_, hf, meta, native, torchtitan, _ = (cell.strip() for cell in line.split("|"))
@@ -113,15 +133,30 @@ def test_the_table_of_families_is_that_of_the_code() -> None:
 
 def test_a_table_that_is_out_of_date_is_found() -> None:
     tables = script("docs/tables.py")
-    older = README.replace("| llama | Llama 1,", "| llama | Llama 0,")
-    assert older != README
-    assert tables.updated(older) == README
+    page = tables.PAGE.read_text()
+    older = page.replace("| llama | Llama 1,", "| llama | Llama 0,")
+    assert older != page
+    assert tables.updated(older) == page
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_the_links_of_the_readme_are_absolute_and_lead_into_this_tree() -> None:
+    """A package index shows the page without the rest of the repository."""
+    links = dict(re.findall(r"^\[([^]]+)\]: (\S+)$", README, re.MULTILINE))
+    text = re.sub(r"```[\s\S]*?```|`[^`\n]*`|(?m:^    .*$)", "", README)
+    named = set(re.findall(r"(?<!\])\[([^]\n]+)\](?![(:\[])|\]\[([^]]+)\]", text))
+    assert {one or other for one, other in named} == links.keys()
+    assert "](" not in text
+    home = "https://(?:raw.githubusercontent.com/ckpt-convert/ckpt-convert|github.com/ckpt-convert/ckpt-convert/(?:blob|tree))"
+    for target in links.values():
+        path = re.fullmatch(rf"{home}/main/(.+)", target)
+        assert path is not None, target
+        assert (ROOT / path[1]).exists(), target
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

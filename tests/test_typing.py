@@ -48,8 +48,16 @@ def norm(checkpoint: Checkpoint) -> torch.Tensor:
 """
 
 
-def readme() -> str:
-    return "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL))
+def shown() -> dict[str, str]:
+    """The Python of a page by the name of a module; not of those that give torch's DataLoader a tensor, which it takes
+    and its types do not, or that are pytest's."""
+    lenient = {ROOT / "docs" / "checkpointer.md", ROOT / "docs" / "adding-a-family.md"}
+    pages = [ROOT / "README.md", *sorted({*(ROOT / "docs").glob("*.md")} - lenient)]
+    code = {
+        page.stem.replace("-", "_").lower(): re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+        for page in pages
+    }
+    return {f"{name}.py": "\n".join(blocks) for name, blocks in code.items() if blocks}
 
 
 def expected() -> list[tuple[int, str]]:
@@ -58,20 +66,23 @@ def expected() -> list[tuple[int, str]]:
 
 
 def test_mypy_takes_the_readme_and_refuses_what_is_misspelled(tmp_path: Path) -> None:
-    sources = {"readme.py": readme(), "right.py": RIGHT, "wrong.py": WRONG}
+    sources = {**shown(), "right.py": RIGHT, "wrong.py": WRONG}
     for name, source in sources.items():
         (tmp_path / name).write_text(source)
     files = [str(tmp_path / name) for name in sources]
     command = [sys.executable, "-m", "mypy", "--strict", "--no-error-summary", *files]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     found = re.findall(r"(\w+)\.py:(\d+): error: .*\[([\w-]+)\]", done.stdout)
-    assert [(name, int(line), code) for name, line, code in found if name != "wrong"] == [], done.stdout
-    assert sorted((int(line), code) for name, line, code in found) == expected(), done.stdout
+    untyped = {"no-untyped-call", "no-any-return"}  # calls of transformers and torch
+    wrong = [(name, int(line), code) for name, line, code in found if name != "wrong" and code not in untyped]
+    assert wrong == [], done.stdout
+    misspelled = sorted((int(line), code) for name, line, code in found if name == "wrong")
+    assert misspelled == expected(), done.stdout
 
 
 @pytest.mark.skipif(PYRIGHT is None, reason="neither pyright nor basedpyright is installed")
 def test_pyright_does_too(tmp_path: Path) -> None:
-    sources = {"readme.py": readme(), "right.py": RIGHT, "wrong.py": WRONG}
+    sources = {**shown(), "right.py": RIGHT, "wrong.py": WRONG}
     for name, source in sources.items():
         (tmp_path / name).write_text(source)
     files = [str(tmp_path / name) for name in sources]
