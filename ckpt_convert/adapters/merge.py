@@ -1,33 +1,21 @@
-"""Merged weights of a model with adapters: rows of W + scale · B · A, and DoRA's norm, computed when they are read."""
+"""Merged weights of a training model with adapters, computed when they are read."""
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
+from ckpt_convert.adapters.arithmetic import BLOCK_ROWS, Array, RowBlocks, merge_block
 from ckpt_convert.adapters.config import AdapterConfig
 from ckpt_convert.adapters.modules import Modules
 from ckpt_convert.adapters.parameters import SplitTensors
 from ckpt_convert.errors import ConfigError
 from ckpt_convert.wording import indented_list
 
-Array = np.ndarray[Any, Any]
-
-BLOCK_ROWS = 32
-"""Rows that are computed together. The rounding of a matrix product or a sum may depend on the shape, so everything is
-computed in blocks of this many rows that start at multiples of it, whichever rows are requested."""
-
-# A background thread must not wait for the cores that training uses. BLAS and torch start their own threads for large
-# operations, which wait for each other: with all cores busy, that took a hundred times as long.
-_TILE = 1 << 18
+# Torch starts its own threads for large operations: a background thread must not wait for the cores that training uses.
 _PIECE = (1 << 15) - 1
-
-_READ = 2 * BLOCK_ROWS
-"""Rows that a reader computes in one block."""
 
 
 @dataclass(frozen=True)
@@ -81,21 +69,18 @@ def merged_rows(
     count, columns = weight.shape
     out = torch.empty((count, columns), dtype=weight.dtype)
     base, left = torch.zeros((BLOCK_ROWS, columns), dtype=dtype), torch.zeros((BLOCK_ROWS, len(a)), dtype=dtype)
-    lengths = torch.zeros(BLOCK_ROWS, dtype=dtype)
+    lengths = None if magnitude is None else torch.zeros(BLOCK_ROWS, dtype=dtype)
     right, merged = _numbers(a, dtype), np.empty((BLOCK_ROWS, columns), base.numpy().dtype)
-    with np.errstate(all="ignore"):  # like torch, which does not warn of infinity or NaN
-        for first in range(start - start % BLOCK_ROWS, start + count, BLOCK_ROWS):
-            low, high = max(first, start), min(first + BLOCK_ROWS, start + count)
-            within = slice(low - first, high - first)
-            _copy(base[within], weight[low - start : high - start].detach())
-            left[within] = b[low:high].detach().to("cpu", dtype)
-            _product(left.numpy(), right, merged)
-            merged *= merged.dtype.type(scale)
-            merged += base.numpy()
-            if magnitude is not None:
-                lengths[within] = magnitude[low:high].detach().to("cpu", dtype)
-                merged *= (lengths.numpy() / np.sqrt((merged * merged).sum(axis=1)))[:, None]
-            _copy(out[low - start : high - start], torch.from_numpy(merged)[within])
+    for first in range(start - start % BLOCK_ROWS, start + count, BLOCK_ROWS):
+        low, high = max(first, start), min(first + BLOCK_ROWS, start + count)
+        within = slice(low - first, high - first)
+        _copy(base[within], weight[low - start : high - start].detach())
+        left[within] = b[low:high].detach().to("cpu", dtype)
+        if lengths is not None and magnitude is not None:
+            lengths[within] = magnitude[low:high].detach().to("cpu", dtype)
+        norms = None if lengths is None else lengths.numpy()
+        merge_block(base.numpy(), left.numpy(), right, scale, norms, out=merged)
+        _copy(out[low - start : high - start], torch.from_numpy(merged)[within])
     return out
 
 
@@ -107,7 +92,7 @@ class MergedReader:
         self.size = weight.numel() * weight.element_size()
         self._weight = weight.detach()
         self._merge = merge
-        self._last = threading.local()
+        self._blocks = RowBlocks(len(weight), weight.shape[1] * weight.element_size(), self._rows)
         self._overflowed: dict[int, int] = {}
 
     @property
@@ -117,33 +102,14 @@ class MergedReader:
 
     def readinto(self, offset: int, buffer: memoryview) -> None:
         """Fill ``buffer`` (writable, one byte an item) from byte ``offset`` on."""
-        block = _READ * self._weight.shape[1] * self._weight.element_size()
-        done = 0
-        while done < len(buffer):
-            index, within = divmod(offset + done, block)
-            part = self._block(index)[within : within + len(buffer) - done]
-            buffer[done : done + len(part)] = part
-            done += len(part)
+        self._blocks.readinto(offset, buffer)
 
-    def _block(self, index: int) -> memoryview:
-        """A block of rows; each thread keeps its last one, since the next read is often within it."""
-        kept: tuple[int, memoryview] | None = getattr(self._last, "block", None)
-        if kept is None or kept[0] != index:
-            start = index * _READ
-            base = self._weight[start : start + _READ]
-            rows = self._merge.rows(base, start)
-            if (infinite := torch.isinf(rows)).any():
-                self._overflowed[index] = int((infinite & torch.isfinite(base.to(rows.device))).sum())
-            kept = index, rows.view(torch.uint8).reshape(-1).numpy().data
-            self._last.block = kept
-        return kept[1]
-
-
-def _product(left: Array, right: Array, out: Array) -> None:
-    """Left · right, in tiles that are too small for BLAS to start threads."""
-    step = max(1, _TILE // left.size)
-    for first in range(0, right.shape[1], step):
-        np.matmul(left, right[:, first : first + step], out=out[:, first : first + step])
+    def _rows(self, start: int, stop: int) -> memoryview:
+        base = self._weight[start:stop]
+        rows = self._merge.rows(base, start)
+        if (infinite := torch.isinf(rows)).any():
+            self._overflowed[start] = int((infinite & torch.isfinite(base.to(rows.device))).sum())
+        return rows.view(torch.uint8).reshape(-1).numpy().data
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor) -> None:

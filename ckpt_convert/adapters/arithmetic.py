@@ -1,0 +1,78 @@
+"""The arithmetic of merged weights, with numpy alone: W + scale · B · A and DoRA's norm, in blocks of rows.
+
+Saves of a training model and merges of files share it, so both write the same bits.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+BLOCK_ROWS = 32
+"""Rows that are computed together. The rounding of a matrix product or a sum may depend on the shape, so everything is
+computed in blocks of this many rows that start at multiples of it, whichever rows are requested."""
+
+# A background thread must not wait for the cores that training uses. BLAS starts its own threads for large operations,
+# which wait for each other: with all cores busy, that took a hundred times as long.
+_TILE = 1 << 18
+
+_READ = 2 * BLOCK_ROWS
+"""Rows that a reader computes in one block."""
+
+
+def merge_block(
+    base: Array, left: Array, right: Array, scale: float, magnitude: Array | None = None, *, out: Array
+) -> None:
+    """Fill ``out`` with merged rows: base + scale · left · right; with DoRA each times its magnitude / its length.
+
+    ``base`` and ``out`` are [BLOCK_ROWS, in], ``left`` [BLOCK_ROWS, rank], ``right`` [rank, in], ``magnitude``
+    [BLOCK_ROWS], all of one dtype. Infinity and NaN come without a warning, as torch has it.
+    """
+    with np.errstate(all="ignore"):
+        _product(left, right, out)
+        out *= out.dtype.type(scale)
+        out += base
+        if magnitude is not None:
+            out *= (magnitude / np.sqrt((out * out).sum(axis=1)))[:, None]
+
+
+def _product(left: Array, right: Array, out: Array) -> None:
+    """Left · right, in tiles that are too small for BLAS to start threads."""
+    step = max(1, _TILE // left.size)
+    for first in range(0, right.shape[1], step):
+        np.matmul(left, right[:, first : first + step], out=out[:, first : first + step])
+
+
+class RowBlocks:
+    """The bytes of a matrix whose rows are computed in blocks, on demand, dense and row-major.
+
+    ``compute(start, stop)`` gives the bytes of these rows. Each thread keeps its last block, since the next read is
+    often within it.
+    """
+
+    def __init__(self, rows: int, row_bytes: int, compute: Callable[[int, int], memoryview]) -> None:
+        self._rows = rows
+        self._block_bytes = _READ * row_bytes
+        self._compute = compute
+        self._last = threading.local()
+
+    def readinto(self, offset: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` (writable, one byte an item) from byte ``offset`` on."""
+        done = 0
+        while done < len(buffer):
+            index, within = divmod(offset + done, self._block_bytes)
+            part = self._block(index)[within : within + len(buffer) - done]
+            buffer[done : done + len(part)] = part
+            done += len(part)
+
+    def _block(self, index: int) -> memoryview:
+        kept: tuple[int, memoryview] | None = getattr(self._last, "block", None)
+        if kept is None or kept[0] != index:
+            kept = index, self._compute(index * _READ, min((index + 1) * _READ, self._rows))
+            self._last.block = kept
+        return kept[1]
