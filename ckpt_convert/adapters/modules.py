@@ -5,14 +5,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
-
-import torch
+from typing import TYPE_CHECKING
 
 from ckpt_convert.adapters.config import ALL_LINEAR, is_module_name
-from ckpt_convert.convert.state_dict import materialize
 from ckpt_convert.errors import UnsupportedFamilyError
 from ckpt_convert.models.core.table import Family, Instance
 from ckpt_convert.tensors.lazy import from_source
+
+if TYPE_CHECKING:
+    import torch
 
 _WEIGHT = ".weight"
 
@@ -102,6 +103,8 @@ class Modules:
 
     def reorder_rows(self, tensor: torch.Tensor, instance: Instance, source: str, target: str) -> torch.Tensor:
         """A tensor with its rows in the RoPE layout of another format; it shares memory if both layouts agree."""
+        from ckpt_convert.convert.state_dict import materialize  # not before: it needs torch
+
         here, there = instance.row.column(source), instance.row.column(target)
         if here is None or there is None:
             raise UnsupportedFamilyError(f"{self.family.name}: {instance.name} has no place in {source} or in {target}")

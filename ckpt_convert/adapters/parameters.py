@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, NamedTuple
 
 from ckpt_convert.adapters.config import AdapterConfig, plain_pattern
 from ckpt_convert.adapters.modules import Modules
 from ckpt_convert.errors import CkptConvertError, ConfigError, KeyMismatchError, ShapeMismatchError
 from ckpt_convert.wording import indented_list
+
+if TYPE_CHECKING:
+    import torch
 
 PEFT_PREFIX = "base_model.model."
 """The prefix that PEFT's wrapper adds to every key."""
@@ -29,7 +30,7 @@ _SPELLINGS = {
 _WRAPPED = ("base_layer", "linear", "base")
 """The names under which a module with an adapter may keep the layer that it adapts."""
 
-_KNOWN = "lora_a, lora_A (.weight, .default.weight), the same with b, and magnitude or lora_magnitude_vector"
+KNOWN = "lora_a, lora_A (.weight, .default.weight), the same with b, and magnitude or lora_magnitude_vector"
 
 
 class Adapter(NamedTuple):
@@ -85,7 +86,9 @@ def split_adapters(
     problems = _Problems()
     prefix = PEFT_PREFIX if tensors_by_key and all(key.startswith(PEFT_PREFIX) for key in tensors_by_key) else ""
     tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors_by_key.items()}
-    found = _assembled(_parts(tensors, problems), tensors, prefix, problems)
+    kinds, unknown = group_parameters(tensors)
+    problems.keys += unknown
+    found = _assembled(kinds, tensors, prefix, problems)
     order = {module: at for at, module in enumerate(modules.linear)}
     adapters = {module: found.adapters[module] for module in sorted(found.adapters, key=lambda m: order.get(m, -1))}
     for module in adapters:
@@ -104,7 +107,7 @@ def split_adapters(
         saved |= _whole_modules(config, modules, found, problems) if has_base else {}
         problems.keys += _against_targets(config, modules, adapters, saved)
         if not adapters and not saved and not problems.keys:
-            problems.keys.append(f"there is none: no key ends as an adapter's does: {_KNOWN}")
+            problems.keys.append(f"there is none: no key ends as an adapter's does: {KNOWN}")
     for key in saved:
         if (name := key.removesuffix(".weight")) in adapters:
             problems.keys.append(f"{name}: is trained whole (modules_to_save) and has an adapter")
@@ -137,24 +140,42 @@ def translate_adapters(
         )
 
 
-def _parts(keys: Iterable[str], problems: _Problems) -> dict[str, dict[str, list[str]]]:
-    """By module and kind, the keys of adapter parameters."""
+def group_parameters(keys: Iterable[str]) -> tuple[dict[str, dict[str, list[str]]], list[str]]:
+    """By module and kind ("A", "B", "magnitude"), the keys of adapter parameters; and what is wrong with other keys."""
     parts: dict[str, dict[str, list[str]]] = {}
+    unknown = []
     for key in keys:
-        module, kind = _parsed(key)
+        module, kind = parsed_parameter(key)
         if kind is not None:
             parts.setdefault(module, {}).setdefault(kind, []).append(key)
-        elif any(part.startswith("lora_") for part in key.split(".")):
+        elif is_parameter(key):
             hint = "; adapters of embeddings are not supported" if "lora_embedding" in key else ""
-            problems.keys.append(f"{key}: is no adapter parameter that is known ({_KNOWN}){hint}")
-    return parts
+            unknown.append(f"{key}: is no adapter parameter that is known ({KNOWN}){hint}")
+    return parts, unknown
 
 
-def _parsed(key: str) -> tuple[str, str | None]:
+def parsed_parameter(key: str) -> tuple[str, str | None]:
+    """The module and the kind of an adapter's parameter; the key and None for any other."""
     for suffix, kind in _SPELLINGS.items():
         if key.endswith(suffix):
             return key.removesuffix(suffix), kind
     return key, None
+
+
+def is_parameter(key: str) -> bool:
+    """Whether a key names a parameter of an adapter, also one of an unknown kind."""
+    return parsed_parameter(key)[1] is not None or any(part.startswith("lora_") for part in key.split("."))
+
+
+def incomplete_parameters(module: str, kinds: Mapping[str, list[str]]) -> list[str]:
+    """What is wrong with the parameters of one module: there twice, or A without B."""
+    twice = [keys for keys in kinds.values() if len(keys) > 1]
+    problems = [f"{module}: has one parameter under {len(keys)} names: {', '.join(keys)}" for keys in twice]
+    lacking = [kind for kind in (_A, _B) if kind not in kinds]
+    if lacking:
+        named = ", ".join(key for keys in kinds.values() for key in keys)
+        problems.append(f"{module}: has no LoRA {' and no '.join(lacking)} beside {named}")
+    return problems
 
 
 def _assembled(
@@ -165,22 +186,18 @@ def _assembled(
 ) -> SplitTensors:
     adapters: dict[str, Adapter] = {}
     for module, kinds in parts.items():
-        twice = [keys for keys in kinds.values() if len(keys) > 1]
-        problems.keys += [f"{module}: has one parameter under {len(keys)} names: {', '.join(keys)}" for keys in twice]
-        lacking = [kind for kind in (_A, _B) if kind not in kinds]
-        if lacking:
-            named = ", ".join(key for keys in kinds.values() for key in keys)
-            problems.keys.append(f"{module}: has no LoRA {' and no '.join(lacking)} beside {named}")
-        elif not twice:
+        wrong = incomplete_parameters(module, kinds)
+        problems.keys += wrong
+        if not wrong:
             chosen = {kind: tensors[keys[0]] for kind, keys in kinds.items()}
             adapters[module] = Adapter(chosen[_A], chosen[_B], chosen.get(_MAGNITUDE))
     base: dict[str, torch.Tensor] = {}
     saved: dict[str, torch.Tensor] = {}
     names: dict[str, str] = {}
     for key, tensor in tensors.items():
-        if _parsed(key)[1] is not None or any(part.startswith("lora_") for part in key.split(".")):
+        if is_parameter(key):
             continue
-        plain, trained = _plain(key, parts)
+        plain, trained = plain_key(key, parts)
         into = saved if trained else base
         if plain in into:
             problems.keys.append(f"{plain}: is there twice, as {key} too")
@@ -190,7 +207,7 @@ def _assembled(
     return SplitTensors(base, adapters, saved, names)
 
 
-def _plain(key: str, adapted: Mapping[str, object]) -> tuple[str, bool]:
+def plain_key(key: str, adapted: Mapping[str, object]) -> tuple[str, bool]:
     """A base weight's key without wrapper parts, and whether it is PEFT's copy that is trained whole."""
     parts = key.split(".")
     if len(parts) > 2 and parts[-2] in _WRAPPED and ".".join(parts[:-2]) in adapted:
