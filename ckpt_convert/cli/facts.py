@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from math import isfinite, prod
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ckpt_convert.checkpoint.identify import Identified
     from ckpt_convert.checkpoint.model import Model
     from ckpt_convert.checkpoint.tensor_info import Part, TensorInfo
+    from ckpt_convert.tensors.header import Scalar
 
 SCHEMA = 1
 
@@ -165,7 +166,6 @@ def converted_from(checkpoint: Identified) -> str | None:
 def document(facts: Facts, tensors: Sequence[TensorInfo], statistics: Statistics | None = None) -> dict[str, Any]:
     """The facts and these tensors, in this order, as values for JSON; docs/json.md explains every field."""
     checkpoint, model = facts.checkpoint, facts.model
-    sizes = facts.file_bytes()
     return {
         "schema": SCHEMA,
         "path": str(checkpoint.place),
@@ -185,12 +185,26 @@ def document(facts: Facts, tensors: Sequence[TensorInfo], statistics: Statistics
         "dims": dict(facts.dims) or None,
         "facts": [{"label": label, "text": text} for label, text in facts.said],
         "notices": list(facts.notices),
-        "files": [
-            {"name": file.name, "bytes": sizes[file.name], "tensors": len(file.header.tensors), "rank": file.rank}
-            for file in checkpoint.files
-        ],
+        "files": [*_files(facts)],
         "tensors": [_tensor(facts, info, statistics) for info in tensors],
     }
+
+
+def _files(facts: Facts) -> Iterator[dict[str, Any]]:
+    sizes = facts.file_bytes()
+    for file in facts.checkpoint.files:
+        header = file.header
+        out = {"name": file.name, "bytes": sizes[file.name], "tensors": len(header.tensors), "rank": file.rank}
+        if header.metadata:
+            out["metadata"] = dict(header.metadata)
+        if header.values:
+            out["values"] = {key: _finite(value) for key, value in header.values.items()}
+        yield out
+
+
+def _finite(value: Scalar) -> Scalar:
+    """The value; None for infinity and NaN, which JSON lacks."""
+    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 def _tensor(facts: Facts, info: TensorInfo, statistics: Statistics | None) -> dict[str, Any]:
@@ -218,14 +232,11 @@ def _part(facts: Facts, key: str, part: Part) -> dict[str, Any]:
 
 
 def _stats(stats: TensorStats) -> dict[str, Any]:
-    def real(value: float | None) -> float | None:
-        return value if value is not None and isfinite(value) else None  # JSON has no infinity
-
     return {
-        "min": real(stats.min),
-        "max": real(stats.max),
-        "mean": real(stats.mean),
-        "std": real(stats.std),
+        "min": _finite(stats.min),
+        "max": _finite(stats.max),
+        "mean": _finite(stats.mean),
+        "std": _finite(stats.std),
         "nan": stats.nan,
         "inf": stats.inf,
         "zero_fraction": stats.zeros / stats.count if stats.count else None,

@@ -122,8 +122,9 @@ def _show(
         if html is not None:
             from ckpt_convert.cli.html import inspect_page
             from ckpt_convert.cli.pages import write_page
+            from ckpt_convert.cli.stated import stated
 
-            write_page(html, inspect_page(document))
+            write_page(html, inspect_page(document, stated(facts.checkpoint.files)))
         if as_json:
             echo_json(document)
     if statistics is not None and fail_on_nan:

@@ -12,6 +12,7 @@ from ckpt_convert.cli import colors, tree
 from ckpt_convert.cli import facts as looking
 from ckpt_convert.cli.facts import Count, Facts
 from ckpt_convert.cli.flags import in_flags
+from ckpt_convert.cli.stated import stated
 from ckpt_convert.cli.text import Labelled, bar, escape, human_count, labelled, number, percent, plural
 from ckpt_convert.formats.names import RECORD_FOLDER
 from ckpt_convert.wording import human_bytes
@@ -117,6 +118,8 @@ def _facts(facts: Facts) -> Iterator[Labelled]:
     for label, text in facts.said:
         yield Labelled(escape(label), _words(text))
     yield Labelled("files", [_files(facts)])
+    for label, items in stated(checkpoint.files):
+        yield Labelled(label, items)
     yield Labelled("parameters", _words(_parameters(facts)))
     yield Labelled("bytes", [f"{human_bytes(facts.total.bytes)} ({number(facts.total.bytes)})"])
     yield Labelled("dtypes", _list(_dtypes(facts.dtypes)) or ["none"])

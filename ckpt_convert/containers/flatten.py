@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Mapping
-from typing import Any, TypeVar, cast
+from typing import Any, Generic, NamedTuple, TypeGuard, TypeVar, cast
 
 from ckpt_convert.containers.pickle.pickleglobals import ForeignObject
 from ckpt_convert.errors import CorruptFileError, KeyMismatchError
+from ckpt_convert.tensors.header import Scalar
 
 _MAX_DEPTH = 100
 _MAX_KEY = 4096
@@ -20,14 +21,27 @@ _MODULE = ("_parameters", "_buffers", "_modules")
 _LIST = 8
 """A longer list of plain values is reported as one object."""
 
+_MAX_TEXT = 200
+_MAX_BITS = 64
+"""Limits of a value that is kept: a pickle may use one long text a million times."""
+
 T = TypeVar("T")
+
+
+class Flattened(NamedTuple, Generic[T]):
+    """The leaves by path; the type names of all other values, and those of them that are plain and short."""
+
+    tensors: dict[str, T]
+    objects: dict[str, str]
+    values: dict[str, Scalar]
+
 
 _Pending = tuple[str, object, int, bool]
 """Path, value, depth, and whether it is part of a foreign object."""
 
 
-def flatten(name: str, root: object, leaf: type[T], limit: int) -> tuple[dict[str, T], dict[str, str]]:
-    """The instances of ``leaf`` in nested dicts, lists and tuples, and the type names of all other values, by path.
+def flatten(name: str, root: object, leaf: type[T], limit: int) -> Flattened[T]:
+    """The instances of ``leaf`` in nested dicts, lists and tuples, and what is known of all other values, by path.
 
     Paths are joined with "."; an empty container is another value; a foreign object is one value, but leaves in it are
     listed, too. A root that is itself a leaf is called "tensor". Raises CorruptFileError if ``root`` contains itself,
@@ -35,6 +49,7 @@ def flatten(name: str, root: object, leaf: type[T], limit: int) -> tuple[dict[st
     """
     tensors: dict[str, T] = {}
     objects: dict[str, str] = {}
+    values: dict[str, Scalar] = {}
     pending: list[_Pending] = _children("", root, 0, False) if _is_container(root) else [(_ROOT, root, 0, False)]
     left = limit - len(pending)
     while pending:
@@ -64,8 +79,22 @@ def flatten(name: str, root: object, leaf: type[T], limit: int) -> tuple[dict[st
         pending += children
         left -= len(children)
         if not is_inside and (isinstance(value, ForeignObject) or not children):
-            objects["(all)" if value is root else path] = kind
-    return tensors, objects
+            path = "(all)" if value is root else path
+            objects[path] = kind
+            if _is_scalar(value):
+                values[path] = _shortened(value)
+    return Flattened(tensors, objects, values)
+
+
+def _is_scalar(value: object) -> TypeGuard[Scalar]:
+    """Whether a value is plain; longer integers than those of any counter or seed are not printed."""
+    if type(value) is int:
+        return value.bit_length() <= _MAX_BITS
+    return value is None or type(value) in (bool, float, str)
+
+
+def _shortened(value: Scalar) -> Scalar:
+    return f"{value[:_MAX_TEXT]}…" if isinstance(value, str) and len(value) > _MAX_TEXT else value
 
 
 def _is_container(value: object) -> bool:

@@ -39,14 +39,14 @@ def parse(reader: RangeReader, *, foreign: bool = False) -> Header:
         )
     starts = _starts(reader, root, keys.value, end)
     # Every value takes at least a byte, so a pickle that expands to more values is malicious.
-    tensors, objects = flatten(reader.name, root.value, PickledTensor, end)
+    found = flatten(reader.name, root.value, PickledTensor, end)
     stored = []
-    for key, tensor in tensors.items():
+    for key, tensor in found.tensors.items():
         start = starts.get(tensor.storage.key)
         if start is None or tensor.storage.nbytes != root.storages[tensor.storage.key].nbytes:
             raise _damaged(reader, f"{key!r} should lie in a storage that the file has")
         stored.append(view(reader, key, tensor, start))
-    return Header(KIND, reader.size, tuple(stored), objects=objects, foreign=root.foreign)
+    return Header(KIND, reader.size, tuple(stored), objects=found.objects, values=found.values, foreign=root.foreign)
 
 
 def _pickles(reader: RangeReader, foreign: bool) -> tuple[list[LoadedPickle], int]:

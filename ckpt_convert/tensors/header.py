@@ -14,6 +14,9 @@ IN_MEMORY = "memory"
 """``Header.kind`` of tensors in memory, which are no file."""
 
 
+Scalar = str | int | float | bool | None
+"""A plain value that a file holds beside its tensors, such as an epoch or a learning rate."""
+
 SHARDED_TENSOR_CLASSES = frozenset(
     (
         "torch.distributed.tensor.DTensor",
@@ -69,6 +72,7 @@ class Header:
     tensors: in the order in which the file lists them.
     metadata: safetensors' ``__metadata__``, or GGUF's key-value pairs.
     objects: the entries that are not tensors (key → type name).
+    values: those of the objects that are numbers, truth values, short texts or None; a long text ends in "…".
     checksummed: the zip members that hold tensors.
     foreign: classes that a pickle names but that rebuilding tensors does not need. Nothing of them was imported or
         constructed; such a file can be inspected but not converted.
@@ -79,6 +83,7 @@ class Header:
     tensors: tuple[StoredTensor, ...]
     metadata: Mapping[str, str] = field(default_factory=dict)
     objects: Mapping[str, str] = field(default_factory=dict)
+    values: Mapping[str, Scalar] = field(default_factory=dict)
     checksummed: tuple[ChecksummedRange, ...] = ()
     foreign: tuple[str, ...] = ()
 

@@ -10,7 +10,7 @@ import base64
 import hashlib
 import html
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -23,9 +23,13 @@ _SCRIPTS = ("base", "colours", "picture", "tensors", "table", "treemap", "strip"
 _MARKER = re.compile(r"\{\{(\w+)\}\}")
 
 
-def inspect_page(document: Mapping[str, Any]) -> str:
-    """The page of what ``inspect --json`` says of one checkpoint; with statistics where its tensors have "stats"."""
-    return _page("inspect", _name(document["path"]), columns.of_checkpoint(document))
+def inspect_page(document: Mapping[str, Any], said: Iterable[tuple[str, Sequence[str]]] = ()) -> str:
+    """The page of what ``inspect --json`` says of one checkpoint; with statistics where its tensors have "stats".
+
+    ``said`` is what its files say of themselves (``stated.stated``).
+    """
+    lines = [(label, " ".join(items)) for label, items in said]
+    return _page("inspect", _name(document["path"]), {**columns.of_checkpoint(document), "stated": lines})
 
 
 def diff_page(document: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from ckpt_convert.cli import tree
 
 _STATS = ("min", "max", "mean", "std", "nan", "inf", "zero_fraction", "checksum")
 _DELTA = ("count", "differing", "max_abs", "mean_abs", "relative_norm", "max_ulp", "nan_mismatch", "where", "first")
+_FILE = ("name", "bytes", "tensors", "rank")
 _DIGITS = 6
 """Significant digits of a statistic; the page shows fewer."""
 
@@ -63,7 +64,7 @@ def of_checkpoint(document: Document) -> dict[str, Any]:
     with_stats = any("stats" in tensor for tensor in tensors)
     return {
         "facts": {name: _finite(value) for name, value in document.items() if name not in ("tensors", "files")},
-        "files": document["files"],
+        "files": [{name: file[name] for name in _FILE} for file in document["files"]],
         "templates": templates.values,
         "shapes": shapes.values,
         "types": dtypes.values,

@@ -42,10 +42,10 @@ def parse(reader: RangeReader, *, foreign: bool = False) -> Header:
     data = read_range(reader, record.offset, record.size)
     loaded = torchpickle.load_pickle(reader.name, data, foreign=foreign)
     # Every value takes at least a byte, so a pickle that expands to more values is malicious.
-    tensors, objects = flatten(reader.name, loaded.value, PickledTensor, len(data))
+    flat = flatten(reader.name, loaded.value, PickledTensor, len(data))
     used: dict[str, Member] = {}
     stored = []
-    for key, tensor in tensors.items():
+    for key, tensor in flat.tensors.items():
         member = _member(reader, found, f"{root}/data/{tensor.storage.key}", key, tensor.storage)
         used[member.name] = member
         stored.append(view(reader, key, tensor, member.offset))
@@ -54,7 +54,8 @@ def parse(reader: RangeReader, *, foreign: bool = False) -> Header:
         KIND,
         reader.size,
         tuple(stored),
-        objects=objects,
+        objects=flat.objects,
+        values=flat.values,
         checksummed=tuple(ChecksummedRange(*m) for m in checksummed),
         foreign=loaded.foreign,
     )

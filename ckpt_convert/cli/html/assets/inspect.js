@@ -27,6 +27,7 @@ function header() {
     ["tied", facts.tied === null ? (facts.family ? "unknown: the bytes of embedding and output decide" : null) : facts.tied ? "yes: the output is the embedding" : "no"],
     ["converted", facts.converted_from && `from ${facts.converted_from}`],
     ...(facts.facts ?? []).map(({ label, text }) => [escapeText(label), text]),
+    ...data.stated,
     ["dims", dims.length ? list : null],
   ]);
   notices(place("notices"), facts.notices);
