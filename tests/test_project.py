@@ -85,9 +85,11 @@ def test_every_kind_of_test_is_a_marker_and_every_file_that_has_one_is_there() -
     assert len(listed) == len(set(listed))
 
 
-def test_the_newest_entry_of_the_changelog_is_this_version() -> None:
-    versions = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
-    assert versions[0] == ckpt_convert.__version__
+def test_the_newest_released_entry_of_the_changelog_is_this_version() -> None:
+    headings = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    versions = [heading.removesuffix(" (unreleased)") for heading in headings]
+    assert [heading for heading in headings[1:] if heading.endswith(" (unreleased)")] == []
+    assert versions[headings[0] != versions[0]] == ckpt_convert.__version__
     assert versions == sorted(versions, key=lambda version: [int(part) for part in version.split(".")], reverse=True)
 
 
