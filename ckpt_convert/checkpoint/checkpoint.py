@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_convert import formats
-from ckpt_convert.checkpoint import opening, record
+from ckpt_convert.checkpoint import locate, opening, record
 from ckpt_convert.checkpoint.hints import make_hints
 from ckpt_convert.checkpoint.identify import Identified, identify
 from ckpt_convert.checkpoint.tensor import CheckpointTensor
 from ckpt_convert.dtypes import majority_dtype
 from ckpt_convert.errors import CheckpointNotFoundError, CorruptFileError
-from ckpt_convert.formats import repository
 from ckpt_convert.formats.base import FormatName
 from ckpt_convert.formats.names import RECORD_FOLDER
 from ckpt_convert.models.core.config import ConfigOptions
@@ -146,7 +145,7 @@ def open_identified(
     options: ConfigOptions | None = None,
 ) -> Identified:
     """``open_checkpoint`` for the library's own modules; ``options`` give what a params.json does not state."""
-    path = opening.checkpoint_place(repository.locate_checkpoint(path, revision, format=format))
+    path = opening.checkpoint_place(locate.locate_checkpoint(path, revision, format=format))
     if path.is_folder() and (path / JOURNAL).is_present():
         raise CorruptFileError(
             f"{path}: is the unfinished output of a conversion; run that again with `resume=True`, or without it to "

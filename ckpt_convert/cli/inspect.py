@@ -175,6 +175,6 @@ def _body(facts: Facts, view: View, statistics: Statistics | None) -> Iterator[s
 
 
 def _locate(path: str, revision: str | None) -> Place:
-    from ckpt_convert.formats import repository
+    from ckpt_convert.checkpoint import locate
 
-    return repository.locate_checkpoint(path, revision)
+    return locate.locate_checkpoint(path, revision)

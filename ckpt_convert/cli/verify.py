@@ -84,16 +84,16 @@ def verify(
     ckpt_convert/manifest.json.
     """
     from ckpt_convert.analysis.check.api import verify_checkpoint
+    from ckpt_convert.checkpoint import locate
     from ckpt_convert.cli.notices import on_stderr, silent_transformers
     from ckpt_convert.cli.progress import Bar
-    from ckpt_convert.formats import repository
 
     place: Location = path
     against: Location | None = other
     quietly: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if with_logits:  # transformers is kept offline, so both checkpoints are downloaded first
-        place, quietly = repository.locate_checkpoint(path, revision), silent_transformers()
-        against = repository.locate_checkpoint(other) if other is not None else None
+        place, quietly = locate.locate_checkpoint(path, revision), silent_transformers()
+        against = locate.locate_checkpoint(other) if other is not None else None
     with on_stderr(hidden=quiet), Bar(hidden=quiet) as bar, quietly:
         report = verify_checkpoint(
             place,

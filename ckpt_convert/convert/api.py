@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from ckpt_convert.checkpoint import record
+from ckpt_convert.checkpoint import locate, record
 from ckpt_convert.checkpoint.checkpoint import open_identified, open_unfinished
 from ckpt_convert.checkpoint.dequantize import dequantize_if_asked
 from ckpt_convert.checkpoint.identify import Identified
@@ -30,7 +30,6 @@ from ckpt_convert.errors import (
     VerificationError,
     option_error,
 )
-from ckpt_convert.formats import repository
 from ckpt_convert.formats.base import ContainerName, FormatName
 from ckpt_convert.models.core.config import ConfigOptions, MetaStyle
 from ckpt_convert.storage import workspace
@@ -176,8 +175,8 @@ def _plan(
     """The plan; ``equal`` compares two tensors of the source, where only their bytes say whether they are tied."""
     request.check()
     if origin.like is not None:  # as it was given: an address is refused by its name, and ~ is the home directory
-        request = replace(request, like=repository.locate_checkpoint(origin.like, format=request.to))
-    place = repository.locate_checkpoint(origin.path, origin.revision, format=origin.format)
+        request = replace(request, like=locate.locate_checkpoint(origin.like, format=request.to))
+    place = locate.locate_checkpoint(origin.path, origin.revision, format=origin.format)
     source = _open(origin, place, origin.config, request.config)
     if request.like is not None and (config := _config_of(request.like, source)) is not None:
         source.close()

@@ -14,8 +14,8 @@ import torch
 from tokenizers import Tokenizer
 
 import ckpt_convert
+from ckpt_convert.checkpoint import locate
 from ckpt_convert.errors import CheckpointNotFoundError, CorruptFileError
-from ckpt_convert.formats import repository
 from ckpt_convert.models.core.tokenizers import LLAMA_3
 from ckpt_convert.tokenizer.translation import tiktoken_to_hf
 from tests.helpers import GOLDEN, edit_json, sums
@@ -205,7 +205,7 @@ def test_a_hub_id_is_looked_up_in_the_cache_first(
     name: str, revision: str | None, hub_home: Path, tmp_path: Path
 ) -> None:
     snapshot = cached(hub_home, HF)
-    assert repository.locate_checkpoint(name, revision).local == snapshot
+    assert locate.locate_checkpoint(name, revision).local == snapshot
     with ckpt_convert.open_checkpoint(name) as checkpoint:
         assert checkpoint.format == "hf"
     ckpt_convert.convert_checkpoint(name, tmp_path / "out", to="meta", revision=revision, verify=True)
@@ -228,11 +228,11 @@ def test_an_incomplete_snapshot_is_downloaded(hub_home: Path, monkeypatch: pytes
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     info = SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in names])
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, repo, revision, timeout: info)
-    assert repository.locate_checkpoint("org/name", "main").local == snapshot
+    assert locate.locate_checkpoint("org/name", "main").local == snapshot
     ((repo, options),) = asked
     assert (repo, options["revision"]) == ("org/name", "main")
     assert {"original/*", "*.gguf", "*.bin", "consolidated*"} <= set(options["ignore_patterns"])  # type: ignore[call-overload]
-    repository.locate_checkpoint("org/name", "main", format="meta")
+    locate.locate_checkpoint("org/name", "main", format="meta")
     patterns = set(asked[1][1]["ignore_patterns"])  # type: ignore[call-overload]
     assert "model*.safetensors" in patterns
     assert "consolidated*" not in patterns
@@ -241,16 +241,16 @@ def test_an_incomplete_snapshot_is_downloaded(hub_home: Path, monkeypatch: pytes
 def test_a_path_comes_before_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(HF, tmp_path / "org" / "name")
     monkeypatch.chdir(tmp_path)
-    assert repository.locate_checkpoint("org/name").local == Path("org/name")
+    assert locate.locate_checkpoint("org/name").local == Path("org/name")
 
 
 def test_neither_path_nor_hub_id(hub_home: Path) -> None:
     with pytest.raises(
         CheckpointNotFoundError, match=r"nobody/nothing: no such path.*cannot be downloaded from the Hub"
     ):
-        repository.locate_checkpoint("nobody/nothing")
+        locate.locate_checkpoint("nobody/nothing")
     with pytest.raises(CheckpointNotFoundError, match="and no Hub id"):
-        repository.locate_checkpoint("a/b/c")
+        locate.locate_checkpoint("a/b/c")
 
 
 def test_a_generated_file_that_was_edited_is_kept(hf: Path, tmp_path: Path) -> None:
@@ -383,11 +383,11 @@ def test_a_single_file_in_the_cache_is_complete_beside_an_index_of_another_conta
     (snapshot / "model.safetensors").symlink_to("config.json")
     (snapshot / "config.json").write_text("{}")
     (snapshot / "pytorch_model.bin.index.json").write_text('{"weight_map": {"a": "pytorch_model-00001-of-00002.bin"}}')
-    assert repository.locate_checkpoint("org/name").local == snapshot
+    assert locate.locate_checkpoint("org/name").local == snapshot
     (snapshot / "original").mkdir()
     (snapshot / "original" / "consolidated.00.pth").symlink_to("../consolidated.00.pth")
     (snapshot / "original" / "params.json").symlink_to("../params.json")
-    place = repository.locate_checkpoint("org/name", format="meta").local
+    place = locate.locate_checkpoint("org/name", format="meta").local
     assert place == snapshot / "original"
     with ckpt_convert.open_checkpoint(place, format="meta") as checkpoint:
         assert checkpoint.family == "llama"

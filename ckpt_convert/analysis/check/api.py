@@ -9,8 +9,8 @@ from ckpt_convert.analysis.check.accept import accept_files
 from ckpt_convert.analysis.check.cross_checks import Opening, check_logits, compare_with
 from ckpt_convert.analysis.check.report import Verification
 from ckpt_convert.analysis.check.run import check_checkpoint
+from ckpt_convert.checkpoint import locate
 from ckpt_convert.checkpoint.opening import checkpoint_place
-from ckpt_convert.formats import repository
 from ckpt_convert.formats.base import FormatName
 from ckpt_convert.storage.place import Location, checked_place
 from ckpt_convert.storage.reader import DEFAULT_WORKERS
@@ -64,8 +64,8 @@ def verify_checkpoint(
         require_packages()
     names = (accept,) if isinstance(accept, str) else tuple(accept)
     accepted = tuple(accept_files(checkpoint_place(checked_place(path)), names)) if names else None
-    this = Opening(repository.locate_checkpoint(path, revision), format, family, config)
-    other = Opening(repository.locate_checkpoint(against), None, family) if against is not None else None
+    this = Opening(locate.locate_checkpoint(path, revision), format, family, config)
+    other = Opening(locate.locate_checkpoint(against), None, family) if against is not None else None
     count = workers or DEFAULT_WORKERS
     result = check_checkpoint(
         this.place, format=format, family=family, config=config, values=values, workers=count, progress=progress
