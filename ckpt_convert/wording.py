@@ -23,6 +23,14 @@ def first_few(names: Iterable[object], limit: int, more: str = ", …") -> str:
     return ", ".join(texts[:limit]) + (more.format(len(texts) - limit) if len(texts) > limit else "")
 
 
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """ "; did you mean …?" with the names that a mistyped one is close to; "" where there are none."""
+    import difflib  # only errors need it
+
+    near = difflib.get_close_matches(name, [*known], 3, 0.6)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
 def short_repr(value: object, limit: int = 80) -> str:
     """A value from a file, shortened: an untrusted file must not fill the terminal."""
     try:

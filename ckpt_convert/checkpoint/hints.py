@@ -14,6 +14,7 @@ from ckpt_convert.formats.base import load_json
 from ckpt_convert.models import FAMILIES
 from ckpt_convert.models.core.config import ConfigOptions
 from ckpt_convert.storage.place import Location, Place, checked_place
+from ckpt_convert.wording import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -31,16 +32,16 @@ class Hints:
 def make_hints(family: str | None, config: Location | None, options: ConfigOptions | None = None) -> Hints:
     """The hints of a user; raises UsageError for an unknown family, ConfigError where ``config`` is no file."""
     if family is not None and family not in FAMILIES:
-        raise option_error("family", family, unknown_family())
+        raise option_error("family", family, unknown_family(family))
     place = checked_place(config, "config") if config is not None else None
     if place is not None and not place.is_regular_file():
         raise ConfigError(f"{place}: no such file; `config=` takes a config.json or params.json")
     return Hints(family, place, options or ConfigOptions())
 
 
-def unknown_family() -> str:
+def unknown_family(name: str) -> str:
     """The message for an unknown family."""
-    return f"is no family; known: {', '.join(FAMILIES)}"
+    return f"is no family; known: {', '.join(FAMILIES)}{did_you_mean(name, FAMILIES)}"
 
 
 @dataclass(frozen=True)

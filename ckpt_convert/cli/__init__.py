@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import io
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -20,11 +21,14 @@ import click
 from ckpt_convert._version import __version__
 from ckpt_convert.errors import CkptConvertError, missing_package_error
 from ckpt_convert.models.core.table import FORMATS
+from ckpt_convert.wording import did_you_mean
 
 GROUPS = (
     ("Convert", ("convert", *(f"{source}-to-{target}" for source, target in permutations(FORMATS, 2)))),
     ("Inspect", ("inspect", "verify", "diff", "formats")),
 )
+_NAME = "ckpt-convert"
+_COMPLETING = "_CKPT_CONVERT_COMPLETE"
 _MODULES = {name: name for name in ("inspect", "verify", "diff", "formats")}
 
 
@@ -40,6 +44,20 @@ class _Commands(click.Group):
         module = importlib.import_module(f"ckpt_convert.cli.{_MODULES.get(name, 'convert')}")
         command = getattr(module, name) if name in _MODULES else module.COMMANDS[name]
         return command if isinstance(command, click.Command) else None
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if self.get_command(ctx, name) is None and not name.startswith("-") and not ctx.resilient_parsing:
+            raise click.UsageError(f"No such command {name!r}{self._instead(ctx, name)}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def _instead(self, ctx: click.Context, name: str) -> str:
+        """What was meant by a word that is no command."""
+        if os.path.exists(name):
+            return f"; it is a path: ckpt-convert inspect {shlex.quote(name)}"
+        return did_you_mean(name, self.list_commands(ctx)) or "."
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         for title, names in GROUPS:
@@ -63,7 +81,7 @@ Examples:
 Shell completion: eval "$(_CKPT_CONVERT_COMPLETE=bash_source ckpt-convert)"
 Exit codes: 0 done, 1 failed, 2 usage, 3 bad input, 130 interrupted (143, 129: by SIGTERM, SIGHUP).""",
 )
-@click.version_option(__version__, prog_name="ckpt-convert")
+@click.version_option(__version__, prog_name=_NAME)
 @click.option("--debug", is_flag=True, help="Show a traceback with an error.")
 def cli(debug: bool) -> None:
     """Convert checkpoints of large language models between formats, bit for bit."""
@@ -71,6 +89,8 @@ def cli(debug: bool) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its code; errors are one paragraph, a traceback only with --debug."""
+    if _COMPLETING in os.environ:
+        cli.main(prog_name=_NAME)  # a shell asks what could follow; click answers, and exits
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     # A stream that the caller has closed (>&-) is None; what is printed there is discarded.
@@ -119,7 +139,7 @@ def _run(words: list[str], debug: bool) -> int:
 
     printed, stdout = Printed(), sys.stdout  # where a pipe breaks, click replaces it
     try:
-        result: Any = cli.main(words, prog_name="ckpt-convert", standalone_mode=False, obj=printed)
+        result: Any = cli.main(words, prog_name=_NAME, standalone_mode=False, obj=printed)
         # An exit code of 1 stands even if printing failed; a command that only prints has failed then.
         return result if isinstance(result, int) else int(printed.lost)
     except click.exceptions.Abort as error:

@@ -73,7 +73,12 @@ def _options(source: str | None, to: str | None) -> list[click.Option]:
         option("--max-shard-size", metavar="SIZE", help="Most bytes of a file, such as 5GB.", shown=sharded),
         option("--model-parallel", type=int, metavar="N", help="Number of tensor-parallel ranks (files).", shown=meta),
         option("--container", type=click.Choice(containers), help="Container of the files."),
-        option("--like", metavar="DIR", help="Take file names, key-to-file assignment, config and tokenizer from DIR."),
+        option(
+            "--like",
+            metavar="DIR",
+            help="Take file names, key-to-file assignment, config and tokenizer from DIR.",
+            shell_complete=common.complete_path,
+        ),
         common.FAMILY.parameter,
         common.config("SRC").parameter,
         option("--rope-factor", type=float, help="RoPE scaling factor that params.json does not hold.", shown=params),
@@ -113,7 +118,7 @@ def _command(name: str, source: str | None, to: str | None) -> click.Command:
         title = f"Convert {FORMAT_TITLES[str(source)]} to {FORMAT_TITLES[to]}."
         if to == "meta":
             examples.append(f"ckpt-convert {name} SRC DST --model-parallel 2")
-    arguments = [click.Argument(["src"]), click.Argument(["dst"])]
+    arguments = [common.Argument(name).parameter for name in ("src", "dst")]
     return click.Command(
         name,
         callback=run,

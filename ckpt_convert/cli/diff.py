@@ -84,8 +84,8 @@ values.
 \b
 Exit codes: 0 the same, 1 different, 2 usage, 3 no readable checkpoint.""",
 )
-@click.argument("a")
-@click.argument("b")
+@options.Argument("a")
+@options.Argument("b")
 @click.option("--values/--no-values", default=True, show_default=True, help="Compare values, not only keys and shapes.")
 @click.option("--full", is_flag=True, help="One line for each tensor that differs.")
 @options.FILTERS

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from ckpt_convert.checkpoint.hints import unknown_family
-from ckpt_convert.cli import family_table
+from ckpt_convert.cli import family_table, options
 from ckpt_convert.cli.notices import on_stderr
 from ckpt_convert.cli.text import columns, echo, echo_json, terminal_width
 from ckpt_convert.errors import option_error
@@ -37,7 +37,12 @@ Examples:
   ckpt-convert formats --family qwen3_moe --keys --layers 2""",
 )
 @click.option("--keys", is_flag=True, help="The table of one family: keys, shapes, RoPE layout and TP axis by format.")
-@click.option("--family", metavar="NAME", help="The family whose table --keys shows.")
+@click.option(
+    "--family",
+    metavar="NAME",
+    help="The family whose table --keys shows.",
+    shell_complete=options.complete_family,
+)
 @click.option("--layers", type=click.IntRange(1, 1000), metavar="N", help="With --keys: N layers, numbered.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
 def formats(keys: bool, family: str | None, layers: int | None, as_json: bool) -> None:
@@ -59,7 +64,7 @@ def formats(keys: bool, family: str | None, layers: int | None, as_json: bool) -
 
 def _table(name: str, layers: int | None, as_json: bool) -> None:
     if name not in FAMILIES:
-        raise option_error("family", name, unknown_family())
+        raise option_error("family", name, unknown_family(name))
     family = FAMILIES[name]
     if as_json:
         echo_json(family_table.document(family, layers))

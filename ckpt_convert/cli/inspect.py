@@ -44,7 +44,7 @@ all of one shape and dtype; ×15 counts them. docs/inspect.md explains the
 rest, docs/json.md the JSON. Exit codes: 0 shown, 1 NaN or Inf found
 (--fail-on-nan), 2 usage, 3 no readable checkpoint.""",
 )
-@click.argument("path")
+@options.Argument("path")
 @click.option("--full", is_flag=True, help="One line for each tensor.")
 @click.option("--tree", is_flag=True, help="The tree of modules, with the total size of each.")
 @click.option("--depth", type=click.IntRange(1), metavar="N", help="Levels of the tree (implies --tree).")

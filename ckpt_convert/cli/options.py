@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from ckpt_convert.models.core.table import FORMATS
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -27,6 +30,37 @@ class Option:
     def parameter(self) -> click.Option:
         """The option as a parameter of a command that is built without decorators."""
         return click.Option(self.names, **self.settings)
+
+
+def complete_path(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Files and directories, which the shell itself lists; a Hub id is typed out."""
+    from click.shell_completion import CompletionItem
+
+    return [CompletionItem(incomplete, type="file")]
+
+
+def complete_family(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """The families with a table whose names begin so."""
+    from click.shell_completion import CompletionItem
+
+    from ckpt_convert.models import FAMILIES
+
+    return [CompletionItem(name) for name in FAMILIES if name.startswith(incomplete)]
+
+
+@dataclass(frozen=True, slots=True)
+class Argument:
+    """An argument that is a checkpoint: a path or a Hub id; a decorator of commands, whose function gets the text."""
+
+    name: str
+
+    def __call__(self, command: F) -> F:
+        return click.argument(self.name, shell_complete=complete_path)(command)
+
+    @property
+    def parameter(self) -> click.Argument:
+        """The argument as a parameter of a command that is built without decorators."""
+        return click.Argument((self.name,), shell_complete=complete_path)
 
 
 def from_format(what: str = "PATH", side: str = "") -> Option:
@@ -48,7 +82,10 @@ def revision(what: str = "PATH", side: str = "") -> Option:
     )
 
 
-FAMILY = Option(("--family",), {"metavar": "NAME", "help": "The family, where it cannot be detected."})
+FAMILY = Option(
+    ("--family",),
+    {"metavar": "NAME", "help": "The family, where it cannot be detected.", "shell_complete": complete_family},
+)
 FILTERS = Option(
     ("--filter", "filters"),
     {"multiple": True, "metavar": "GLOB", "help": "Only tensors whose key matches; can be repeated."},

@@ -41,7 +41,7 @@ Examples:
 \b
 Exit codes: 0 no errors, 1 errors found (with --strict, warnings too), 2 usage, 3 no checkpoint found.""",
 )
-@click.argument("path")
+@options.Argument("path")
 @click.option("--quick", is_flag=True, help="Read headers and small files only, no values.")
 @click.option("--against", "other", metavar="PATH", help="Compare every tensor with this checkpoint, in any format.")
 @click.option("--logits", "with_logits", is_flag=True, help="Also run it through transformers on random tokens.")

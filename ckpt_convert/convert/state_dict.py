@@ -214,7 +214,7 @@ def _model(
     meta_style: MetaStyle | None,
 ) -> Model:
     if family is not None and family not in FAMILIES:
-        raise option_error("family", family, unknown_family())
+        raise option_error("family", family, unknown_family(family))
     options = ConfigOptions(meta_style=meta_style)
     return model_from(content, "config", source, ranks, options, family=family)
 
