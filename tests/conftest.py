@@ -13,6 +13,8 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 """Before torch is imported, here or in a process that a test starts: threads of tiny models wait for each other."""
 
+pytest_plugins = ["tests.servers.fixtures"]
+
 ROOT = Path(__file__).parent
 KINDS = ("fast", "cli", "train", "browser", "slow")
 
@@ -32,6 +34,7 @@ FOLDERS = {
     "models/mistral": "fast",
     "models/mllama": "cli",
     "reliability": "cli",
+    "servers": "cli",
     "storage": "fast",
     "tensors": "fast",
     "tokenizer": "cli",
