@@ -7,7 +7,6 @@ buffers, independent of the model's size. numpy, checksums, reading and writing 
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -22,7 +21,7 @@ from ckpt_convert.convert.partition import Piece
 from ckpt_convert.convert.plan import Plan
 from ckpt_convert.convert.sources import NumberedTensors, Sources
 from ckpt_convert.convert.ties import EqualBytes
-from ckpt_convert.errors import CorruptFileError, LossyConversionError, TiedWeightsError
+from ckpt_convert.errors import LossyConversionError, TiedWeightsError
 from ckpt_convert.formats.names import RECORD_FOLDER
 from ckpt_convert.storage.checksums import CRC32, CRC64
 from ckpt_convert.storage.workspace import StagedFile
@@ -173,30 +172,6 @@ def execute(
     execution = _Execution(plan, output, counter)
     run_threaded(queue, workers, counter, lambda: partial(execution.write, BlockReader(stored)))
     return execution.done
-
-
-def whole_pieces(pieces: Iterable[Piece], runs: Iterable[FinishedPiece]) -> list[FinishedPiece]:
-    """The pieces, done, given the runs of them that several writers have done; raises CorruptFileError for a gap.
-
-    Their checksums are those that a single writer would have had.
-    """
-    ordered = deque(sorted(runs, key=lambda one: (one.piece.file, one.piece.offset)))
-    out = []
-    for piece in sorted(pieces, key=lambda one: (one.file, one.offset)):
-        checksum = crc = overflowed = 0
-        at = piece.offset
-        while at < piece.offset + piece.nbytes:
-            run = ordered.popleft() if ordered else None
-            if run is None or (run.piece.file, run.piece.offset) != (piece.file, at):
-                raise CorruptFileError(f"byte {at:,} of file {piece.file} of the output: was not written, or twice")
-            checksum = CRC64.combine(checksum, run.checksum, run.piece.nbytes)
-            crc = CRC32.combine(crc, run.crc, run.piece.nbytes)
-            overflowed += run.overflowed
-            at += run.piece.nbytes
-        out.append(FinishedPiece(piece, checksum, crc, overflowed))
-    if ordered:
-        raise CorruptFileError(f"byte {ordered[0].piece.offset:,} of file {ordered[0].piece.file}: was written twice")
-    return out
 
 
 class _Execution:

@@ -10,7 +10,7 @@ from itertools import product
 from typing import NamedTuple
 
 from ckpt_convert import dtypes
-from ckpt_convert.convert.layout import OutputFile
+from ckpt_convert.convert.layout import OutputFile, PlacedTensor
 from ckpt_convert.tensors.lazy import LazyTensor, Tile, row_major_strides
 
 PIECE = 64 << 20
@@ -47,11 +47,24 @@ def split_into_pieces(files: Sequence[OutputFile]) -> list[Piece]:
 
 def _of_tensor(file: OutputFile, number: int, at: int) -> Iterator[Piece]:
     placed = file.tensors[at]
-    bits, size = dtypes.DTYPES[placed.dtype].bits, placed.tensor.size
-    step = PIECE // bits * 8  # elements that fill whole bytes
-    for start in range(0, size, step):
-        stop = min(start + step, size)
-        yield Piece(number, at, placed.offset + start * bits // 8, (stop - start) * bits // 8, start, stop)
+    for start in range(0, placed.tensor.size, _step(placed)):
+        yield _piece_at(placed, number, at, start)
+
+
+def _step(placed: PlacedTensor) -> int:
+    """The elements of a piece of a tensor; they fill whole bytes."""
+    return PIECE // dtypes.DTYPES[placed.dtype].bits * 8
+
+
+def _piece_at(placed: PlacedTensor, number: int, at: int, start: int) -> Piece:
+    bits, stop = dtypes.DTYPES[placed.dtype].bits, min(start + _step(placed), placed.tensor.size)
+    return Piece(number, at, placed.offset + start * bits // 8, (stop - start) * bits // 8, start, stop)
+
+
+def piece_of(files: Sequence[OutputFile], run: Piece) -> Piece:
+    """The piece that a run of its bytes is a part of."""
+    placed = files[run.file].tensors[run.tensor]
+    return _piece_at(placed, run.file, run.tensor, run.start - run.start % _step(placed))
 
 
 def partition_pieces(files: Sequence[OutputFile], count: int) -> list[list[Piece]]:

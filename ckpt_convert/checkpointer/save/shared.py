@@ -1,8 +1,8 @@
 """Writing the directory of one saved step from several ranks: the directory that one process would write.
 
 The first rank makes the directory and its files. Every rank then writes what it owns at its place in them, flushes it,
-and hands in the checksums of its runs of bytes, or its error. The first one combines them to those of the pieces, which
-proves that every byte was written once, writes the manifest, and publishes. All of them learn how that ended.
+and hands in what that adds to the checksums of each piece, or its error. The first one sums that, which proves that
+every byte was written once, writes the manifest, and publishes. All of them learn how that ended.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from ckpt_convert.checkpointer.state import shared_state
 from ckpt_convert.checkpointer.state.shared_state import SharedState
 from ckpt_convert.convert import agreement, output
 from ckpt_convert.convert.agreement import Look
-from ckpt_convert.convert.execute import FinishedPiece, execute, whole_pieces
-from ckpt_convert.convert.partition import Piece, runs, split_into_pieces
+from ckpt_convert.convert.combine import WrittenPart, whole_pieces, written_parts
+from ckpt_convert.convert.execute import execute
+from ckpt_convert.convert.partition import runs, split_into_pieces
 from ckpt_convert.convert.publish import JoinedOutput, StagedOutput
 from ckpt_convert.convert.sources import OpenPlan
 from ckpt_convert.storage import workspace
@@ -96,29 +97,30 @@ class _Shared(contextlib.ExitStack):
         name, found, first = unpacked(begun)
         place = self._destination.parent / name
         with explained(self._destination), workspace.workspace_of(place).join(place, ADVICE) as folder:
-            done, state = [], None
+            parts, state = [], None
             if self._step.weights is not None:
                 inner = folder.subfolder(self._step.weights_in) if self._step.weights_in else folder
-                done = self._write_weights(self._step.weights, inner, Look.from_json(found))
+                parts = self._write_weights(self._step.weights, inner, Look.from_json(found))
             if isinstance(self._step.state, SharedState):
                 state = shared_state.write_own(folder.subfolder(TRAINING_STATE), self._step.state, first)
-        return packed([[[*one.piece, one.checksum, one.crc, one.overflowed] for one in done], state])
+        return packed([[part.as_json() for part in parts], state])
 
-    def _write_weights(self, planned: OpenPlan, folder: Folder, found: Look) -> list[FinishedPiece]:
+    def _write_weights(self, planned: OpenPlan, folder: Folder, found: Look) -> list[WrittenPart]:
         plan = agreement.settle(planned.plan, found)
         joined = JoinedOutput(plan, folder)
         try:
             mine = runs(plan.files, partial(agreement.owns, plan, first=self._ranks.is_first))
-            return execute(plan, mine, planned.sources, joined, workers=self._workers)
+            done = execute(plan, mine, planned.sources, joined, workers=self._workers)
         finally:
             joined.close()
+        return written_parts(plan.files, done)
 
     def finish(self, reports: Sequence[bytes], published: Callable[[], None]) -> list[bytes]:
         """Put together what all ranks have written, and publish it."""
         with explained(self._destination):
             said = [unpacked(report) for report in reports]
-            done = [_done(one) for runs_of_rank, _ in said for one in runs_of_rank]
-            weights = self._finish_weights(self._step.weights, done) if self._step.weights is not None else None
+            parts = [WrittenPart(*part) for written, _ in said for part in written]
+            weights = self._finish_weights(self._step.weights, parts) if self._step.weights is not None else None
             state = None
             if isinstance(self._step.state, SharedState):
                 inner = self._staging.folder.subfolder(TRAINING_STATE)
@@ -128,9 +130,9 @@ class _Shared(contextlib.ExitStack):
         published()
         return [b""]
 
-    def _finish_weights(self, planned: OpenPlan, done: Sequence[FinishedPiece]) -> dict[str, Any]:
+    def _finish_weights(self, planned: OpenPlan, parts: Sequence[WrittenPart]) -> dict[str, Any]:
         plan = planned.plan
-        whole = whole_pieces(split_into_pieces(plan.files), done)
+        whole = whole_pieces(split_into_pieces(plan.files), parts)
         for one in whole:
             self._staged.add(one)
         folder = weights_folder(self._step, self._staging)
@@ -138,8 +140,3 @@ class _Shared(contextlib.ExitStack):
         lost = {key: count for key, count in self._found.nonzero.items() if count}
         warn_of_losses(self._step, self._staging, lost, written.overflows)
         return written.manifest
-
-
-def _done(entry: Sequence[int]) -> FinishedPiece:
-    *piece, checksum, crc, overflowed = entry
-    return FinishedPiece(Piece(*piece), checksum, crc, overflowed)
