@@ -28,6 +28,7 @@ from ckpt_convert.checkpointer.save.options import (
     Arguments,
     DirectoryOptions,
     Final,
+    Hooks,
     Options,
     RetentionOptions,
     ScheduleOptions,
@@ -68,7 +69,7 @@ class Checkpointer:
         save_last: bool = True,
         save_best: bool = False,
         keep_last: int | None = None,
-        best: str | None = None,
+        best: str | Sequence[str] | None = None,
         keep_best: int | None = None,
         keep_last_training_state: int | None = None,
         contents: Contents = "full",
@@ -82,8 +83,11 @@ class Checkpointer:
         directory: str = "step_{step}",
         run_name: str | None = None,
         latest_name: str | None = "latest",
+        best_name: str | None = "best",
         overwrite: bool = False,
-        save_on_signal: bool = False,
+        save_on_signal: bool | str | int | Sequence[str | int] = False,
+        before_save: Callable[[], Any] | None = None,
+        emit: Model | Callable[[], Model] | None = None,
         workers: int | None = None,
         progress: ProgressCallback | None = None,
         process_group: Any = None,
@@ -103,10 +107,10 @@ class Checkpointer:
                 progress; None to save only where another option says so.
             save_first: also save after the first step.
             save_last: also save in ``close``.
-            save_best: also save where an evaluation is the best so far, by the metric of ``best``.
+            save_best: also save where an evaluation is the best so far, by a metric of ``best``.
             keep_last: how many of the newest steps to keep; None keeps all.
-            best: the metric that is the best by, such as "val_loss:min".
-            keep_best: how many of the best steps to keep as well.
+            best: the metric that is the best by, such as "val_loss:min", or several; "best" is the best by the first.
+            keep_best: how many of the best steps by each metric to keep as well.
             keep_last_training_state: how many of the newest steps keep their training state; the others keep weights.
             contents: "full", "weights" (no training state) or "adapter" (adapter and training state).
             final: what differs in the last save: ``Final(contents=..., export_dtype=..., output_format=...)``.
@@ -116,11 +120,17 @@ class Checkpointer:
             extra_files: files to copy into every step.
             adapter: an ``AdapterConfig``, or PEFT's config, of a model with a LoRA or DoRA adapter.
             merged: also write the full weights with the adapter merged in.
-            directory: the name of a step's directory, from {step}, {epoch}, {tokens}, {samples}, {evals}, {run_name}.
+            directory: the name of a step's directory, from {step}, {epoch}, {tokens}, {samples}, {evals}, {run_name}
+                and the metrics of ``best`` ("step_{step}-loss{val_loss:.3f}"; "none" where a step is saved before one).
             run_name: what {run_name} in ``directory`` is.
             latest_name: the name of the link to the newest step; None for none.
+            best_name: the name of the link to the best step, where ``best`` names a metric; None for none.
             overwrite: a fresh start may replace the run that is in ``output_dir``.
-            save_on_signal: on SIGTERM and SIGINT, save at the next step.
+            save_on_signal: on SIGTERM and SIGINT, save at the next step; or on those that are named ("SIGUSR1").
+            before_save: called before each save takes the tensors; what it returns, if that is a function, is called
+                after they are written, or with ``asynchronous`` copied.
+            emit: the model whose weights are written instead of the trained one's, such as an average of it, or a
+                function that returns it. The training state then holds the trained weights.
             workers: the number of threads that read and write; by default one for each core, from 2 to 4.
             progress: called with ``TransferProgress`` values while weights are loaded.
             process_group: the ranks that save together, by default torch's default group where it is initialized;
@@ -134,21 +144,22 @@ class Checkpointer:
         """
         arguments = Arguments(
             SourceOptions(source, source_format, config, family),
-            ScheduleOptions(save_every, save_last, save_best),
+            ScheduleOptions(save_every, save_last, save_best, save_on_signal),
             RetentionOptions(keep_last, best, keep_best, keep_last_training_state),
             WeightOptions(model_format, contents, export_dtype, output_format, adapter, merged),
-            DirectoryOptions(output_dir, directory, run_name, latest_name, overwrite, extra_files),
+            DirectoryOptions(output_dir, directory, run_name, latest_name, best_name, overwrite, extra_files),
             final,
             asynchronous,
             workers,
             progress,
             process_group,
             writers,
+            Hooks(before_save, emit),
         )
         self._options = Options.of(arguments)
         self._ranks, self.workers = self._options.ranks, self._options.workers
         self._saver = starting.open_run(arguments, self._options, save_first=save_first)
-        self._loop = TrainingLoop(self._saver, Signals() if save_on_signal else None)
+        self._loop = TrainingLoop(self._saver, Signals(signals) if (signals := self._options.signals) else None)
         self._loaded = self._closed = False
 
     @property
@@ -193,14 +204,14 @@ class Checkpointer:
         formats.check_format_name(format, "format")
         return loading.read_state_dict(self._saver.planner.source, format or self._options.settings.model_format)
 
-    def load_best(self, model: Model) -> SavedStep | None:
+    def load_best(self, model: Model, metric: str | None = None) -> SavedStep | None:
         """Load the weights of the best checkpoint into a model, in place; returns it, None if none has the metric.
 
-        The base weights of a model with an adapter have to be loaded already. Raises CorruptFileError for a damaged
-        checkpoint.
+        metric: which of several metrics of ``best=``, by default the first. The base weights of a model with an
+        adapter have to be loaded already. Raises CorruptFileError for a damaged checkpoint.
         """
         self._refuse_closed()
-        return resume.load_best(self._saver, model, self._options)
+        return resume.load_best(self._saver, model, self._options, metric)
 
     def load_adapter(self, path: str | Path, model: Model) -> int:
         """Fill a model's adapter from a PEFT directory, in place; returns the number of tensors."""
@@ -227,6 +238,7 @@ class Checkpointer:
         weights_only: bool = False,
         verify: bool = True,
         data: DataPolicy = "exact",
+        keep: Sequence[str] = (),
     ) -> Progress | None:
         """Continue from the newest complete checkpoint; returns its progress, or None for a fresh start.
 
@@ -241,20 +253,24 @@ class Checkpointer:
         data: what a data loader does where other ranks, or batches of another size, cannot continue right behind the
         samples that were seen: "exact" is an error, "restart" begins the epoch again, "skip" leaves out as few samples
         as possible.
+        keep: options of the optimizer that stay as the recipe gave them, such as ["lr", "weight_decay"]; the others
+        become the checkpoint's, and differences are a warning.
 
         "latest" skips a damaged checkpoint with a warning and takes the one before it; a damaged one that was asked for
         is a CorruptFileError, and one that the system cannot read now an UnreadableError. Nothing is loaded if anything
         is an error. Raises UsageError for a glob that matches nothing.
         """
         wanted = Selection.of(include, exclude, weights_only)
-        resume.check_options(wanted, data, self._saver, self._options)
+        resume.check_options(wanted, data, keep, optimizer, self._saver, self._options)
         self._refuse_closed()
         parts = self._loop.begin(model, optimizer, lr_scheduler, grad_scaler, dataloader, extra, data)
         saved = choosing.choose_together(self._saver.directory, self._options, from_, from_dir=from_dir, verify=verify)
         if saved is None:
             resume.start_fresh(self._saver, parts, wanted)
             return None
-        resume.continue_from(saved, self._saver, parts, self._options, wanted, strict=strict, base_loaded=self._loaded)
+        resume.continue_from(
+            saved, self._saver, parts, self._options, wanted, strict=strict, base_loaded=self._loaded, keep=keep
+        )
         return self.progress
 
     @on_all_ranks
@@ -318,20 +334,10 @@ class Checkpointer:
     def epochs(self, count: int | None = None) -> Iterator[int]:
         """The indices of the remaining epochs of ``count``, from 0; without ``count`` they never end.
 
-            for epoch in checkpointer.epochs(3):
-                for batch in loader:
-                    ...
-
         A resumed run continues in the epoch that it was in. An epoch is counted at the end of the loop's body; not if
         the loop is left by ``break`` or ``return``, nor if ``should_stop`` is true.
         """
-        self._require("epochs()")
-        while (count is None or self.progress.epoch < count) and not self.should_stop:
-            epoch = self.progress.epoch
-            yield epoch
-            if not self.should_stop and self.progress.epoch == epoch:  # else the body has called end_epoch()
-                self.end_epoch()
-        self._loop.over = not self.should_stop
+        yield from self._loop.epochs(self._require("epochs()"), count)
 
     # Saving
 
@@ -362,7 +368,7 @@ class Checkpointer:
         if self._saver.saved_step is None:
             self._saver.save(replace(self._options.settings, contents="weights"))
         self.wait()
-        return self._saver.directory.destination(self.progress).local
+        return self._saver.next_destination.local
 
     def wait(self) -> None:
         """Wait until a background save is complete; raises its error."""
@@ -383,12 +389,12 @@ class Checkpointer:
 
     @property
     def best(self) -> SavedStep | None:
-        """The best complete checkpoint by the metric of ``best=``, None if none has it."""
+        """The best complete checkpoint by the first metric of ``best=``, None if none has it."""
         return self._saver.directory.best
 
     @property
-    def best_metric(self) -> retention.BestMetric | None:
-        """The metric of ``best=``, and "min" or "max"."""
+    def best_metrics(self) -> tuple[retention.BestMetric, ...]:
+        """The metrics of ``best=``, each with "min" or "max"."""
         return self._options.policy.best
 
     def close(self) -> None:

@@ -74,11 +74,12 @@ def choose_step(
     there = saved_steps.scan_steps(output_dir)
     found: SavedStep | None
     if from_ == "best":
-        if policy.best is None:
+        metric = policy.metric(None)
+        if metric is None:
             raise UsageError('from_="best": best by what? Give the checkpointer best=, such as best="val_loss:min"')
-        found = retention.best_step(there, policy)
+        found = retention.best_step(there, metric)
         if found is None:
-            raise CheckpointNotFoundError(f"{output_dir}: no checkpoint has the metric {policy.best[0]!r}")
+            raise CheckpointNotFoundError(f"{output_dir}: no checkpoint has the metric {metric[0]!r}")
     elif isinstance(from_, int) and not isinstance(from_, bool):
         found = next((saved for saved in reversed(there) if saved.step == from_), None)
         if found is None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable
-from typing import get_args
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, get_args
 
 from ckpt_convert.checkpoint.checkpoint import open_identified
 from ckpt_convert.checkpoint.record import MANIFEST
@@ -15,7 +16,7 @@ from ckpt_convert.checkpointer.live import adapter_base, loading
 from ckpt_convert.checkpointer.live.adapter_base import AdapterBase
 from ckpt_convert.checkpointer.live.selection import ADAPTER, MODEL, PROGRESS, Selection
 from ckpt_convert.checkpointer.live.tensors import Model, model_tensors
-from ckpt_convert.checkpointer.run import saved_steps
+from ckpt_convert.checkpointer.run import retention, saved_steps
 from ckpt_convert.checkpointer.run.metrics import StepMetrics
 from ckpt_convert.checkpointer.run.progress import Progress
 from ckpt_convert.checkpointer.run.saved_steps import SavedStep
@@ -24,6 +25,7 @@ from ckpt_convert.checkpointer.save.options import Options
 from ckpt_convert.checkpointer.save.planner import SavePlanner
 from ckpt_convert.checkpointer.save.saver import Saver
 from ckpt_convert.checkpointer.state import optimizers, shared_state, training_state
+from ckpt_convert.checkpointer.state.group_options import GroupOptions
 from ckpt_convert.checkpointer.state.parts import TrainingParts
 from ckpt_convert.checkpointer.state.serialize import path_segment
 from ckpt_convert.checkpointer.state.sharding import DataPolicy
@@ -37,8 +39,12 @@ log = logging.getLogger("ckpt_convert")
 _PREFIX = f"{MODEL}/"
 
 
-def check_options(selection: Selection, data: DataPolicy, saver: Saver, options: Options) -> None:
-    """Raise UsageError for an unknown data= and for overwrite=, OutputExistsError for counting from 0 over steps."""
+def check_options(
+    selection: Selection, data: DataPolicy, keep: Sequence[str], optimizer: Any, saver: Saver, options: Options
+) -> None:
+    """Raise UsageError for an unknown data= or keep= and for overwrite=, OutputExistsError for counting from 0 over
+    steps."""
+    GroupOptions(optimizer).check(keep)
     if data not in get_args(DataPolicy):
         raise option_error("data", data, f"expected {', '.join(get_args(DataPolicy))}")
     if options.overwrite:
@@ -69,6 +75,7 @@ def continue_from(
     *,
     strict: bool,
     base_loaded: bool,
+    keep: Sequence[str] = (),
 ) -> None:
     """Continue a run from a checkpoint: load it, restore the counters, and plan the next saves.
 
@@ -86,6 +93,7 @@ def continue_from(
         workers=options.workers,
         progress=options.progress,
         base_loaded=base_loaded,
+        keep=keep,
     )
     counts.progress, counts.step_metrics = Progress(), StepMetrics()
     if selection.progress:
@@ -126,12 +134,14 @@ def load_step(
     workers: int,
     progress: ProgressCallback | None,
     base_loaded: bool,
+    keep: Sequence[str] = (),
 ) -> None:
     """Load everything that is selected; raises KeyMismatchError for mismatches before anything is loaded.
 
-    ``base_loaded`` says that the base weights of an adapter are in the model already. Raises UsageError for a choice
-    that names nothing.
+    ``base_loaded`` says that the base weights of an adapter are in the model already; ``keep`` names options of the
+    optimizer that stay as they are. Raises UsageError for a choice that names nothing.
     """
+    options = GroupOptions(parts.optimizer)
     wanted = selection.without(names_elsewhere(parts.names(), None if selection.weights_only else planner.ranks))
     state = shared_state.open_for(saved.place, planner.ranks, wanted.elsewhere) if saved.has_training_state else None
     names = [name for name in (state.parts or () if state is not None else ()) if name != MODEL and selection(name)]
@@ -159,16 +169,25 @@ def load_step(
             )
         said = load_weights() if planner.adapter is None or selection(ADAPTER) else "nothing of the model"
     problems += parts.set_state(trees, selection)
+    if changed := options.differences(keep):
+        log.warning(
+            "the optimizer goes on with the options of the checkpoint, not with the recipe's (keep=[...] keeps the "
+            "recipe's):%s",
+            indented_list(changed),
+        )
+    options.restore(keep, parts.lr_scheduler)
     if problems:
         log.warning("%s: what does not fit was left unchanged:%s", saved.place, indented_list(problems))
     log.info("loaded %s", said)
 
 
-def load_best(saver: Saver, model: Model, options: Options) -> SavedStep | None:
-    """Load the weights of the best checkpoint into a model; None if no checkpoint has the metric."""
-    if saver.directory.best is None:
+def load_best(saver: Saver, model: Model, options: Options, name: str | None = None) -> SavedStep | None:
+    """Load the weights of the best checkpoint by a metric into a model; None if no checkpoint has it."""
+    metric = options.policy.metric(name)
+    if metric is None or retention.best_step(saver.directory.saved, metric) is None:
         return None
-    found = choosing.choose_step(saver.directory.path, "best", options.policy, verify=True, workers=options.workers)
+    policy = replace(options.policy, best=(metric,))
+    found = choosing.choose_step(saver.directory.path, "best", policy, verify=True, workers=options.workers)
     assert found is not None
     load_step(
         found,
@@ -227,6 +246,8 @@ def _weights(
 ) -> tuple[list[str], list[str], Callable[[], str]]:
     """The names of the weights on both sides, the mismatches, and a function that loads them, exact values if kept."""
     tensors = planner.split(model_tensors(parts.model)).base
+    if wanted.weights_only and saved.manifest["training"].get(saved_steps.EMITTED):
+        state = None  # the files hold other weights than the state, and it is these that are asked for
     kept = {at for at in state.tensors if at.startswith(_PREFIX)} if state is not None else set()
     exact = {key: at for key in tensors if (at := f"{_PREFIX}{path_segment(key)}") in kept}
     layout = saved.manifest["training"].get("model_format")

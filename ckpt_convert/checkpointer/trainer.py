@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy, has_length
 
 from ckpt_convert.checkpointer.checkpointer import Checkpointer
+from ckpt_convert.checkpointer.run.retention import BestMetric
 from ckpt_convert.checkpointer.state import rng
 from ckpt_convert.errors import CheckpointNotFoundError, InputError, UsageError
 from ckpt_convert.formats.base import TEXT_LIMIT
@@ -115,9 +116,8 @@ class CheckpointerCallback(TrainerCallback):
         """
         if not args.load_best_model_at_end:
             return
-        metric = str(args.metric_for_best_model)
-        wanted = metric if metric.startswith("eval_") else f"eval_{metric}", "max" if args.greater_is_better else "min"
-        if self.checkpointer.best_metric != wanted:
+        wanted = _best_metric(args)
+        if wanted not in self.checkpointer.best_metrics:
             raise UsageError(
                 f"load_best_model_at_end=True: the best by {':'.join(wanted)} (metric_for_best_model, "
                 f'greater_is_better) is to be loaded; give the Checkpointer best="{":".join(wanted)}", and '
@@ -147,11 +147,11 @@ class CheckpointerCallback(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         if not self._training or state.global_step == 0:
             return
-        best = (self.checkpointer.best_metric or ("", ""))[0]
+        best = {name for name, _ in self.checkpointer.best_metrics}
         numbers = {
             name: value
             for name, value in (metrics or {}).items()
-            if type(value) in (int, float) and name != "epoch" and (math.isfinite(value) or name == best)
+            if type(value) in (int, float) and name != "epoch" and (math.isfinite(value) or name in best)
         }
         self.checkpointer.report(**numbers)
 
@@ -162,7 +162,8 @@ class CheckpointerCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._training = False
         self.checkpointer.end_run()
-        if args.load_best_model_at_end and self.checkpointer.load_best(kwargs["model"]) is None:
+        wanted = _best_metric(args)[0] if args.load_best_model_at_end else None
+        if wanted is not None and self.checkpointer.load_best(kwargs["model"], wanted) is None:
             log.warning("load_best_model_at_end: no checkpoint has the metric, so the model is that of the last step")
         if self._save_strategy is not None:
             args.save_strategy, self._save_strategy = self._save_strategy, None
@@ -171,6 +172,12 @@ class CheckpointerCallback(TrainerCallback):
         if self._random is not None:
             rng.set_rng_state(self._random)
             self._random = None
+
+
+def _best_metric(args: Any) -> BestMetric:
+    """The metric that Trainer calls the best by, under the name that it reports."""
+    metric = str(args.metric_for_best_model)
+    return metric if metric.startswith("eval_") else f"eval_{metric}", "max" if args.greater_is_better else "min"
 
 
 def _rendered(state: Any) -> bytes:

@@ -1,4 +1,5 @@
-"""The pointer to the newest checkpoint: a relative link beside it, or a small text file where links cannot be made."""
+"""Pointers to the newest checkpoint and the best: relative links beside them, or small text files where links cannot be
+made."""
 
 from __future__ import annotations
 
@@ -32,8 +33,8 @@ def check_pointer(output_dir: Path, name: str) -> None:
 def in_the_way(place: Place) -> OutputExistsError:
     """The error for a name that something other than a pointer has."""
     return OutputExistsError(
-        f"{place}: is in the way of the pointer to the newest checkpoint; move it elsewhere, or choose another "
-        "latest_name (None for no pointer)"
+        f"{place}: is in the way of the pointer of that name; move it elsewhere, or choose another latest_name or "
+        "best_name (None for no pointer)"
     )
 
 

@@ -77,7 +77,7 @@ class TestPolicy:
     @pytest.mark.parametrize("name", ["keep_last", "keep_best", "keep_last_training_state"])
     @pytest.mark.parametrize("value", [0, -1, 1.5, True, "2"])
     def test_a_number_from_one_on(self, name: str, value: Any) -> None:
-        options: dict[str, Any] = {"best": LOSS, name: value}
+        options: dict[str, Any] = {"best": (LOSS,), name: value}
         with pytest.raises(UsageError, match=f"^{name}={value!r}: expected a whole number from 1 on, or None"):
             RetentionPolicy(**options)
 
@@ -103,7 +103,7 @@ class TestDecide:
         assert retention.decide_retention([saved(n) for n in range(9)], RetentionPolicy()) == RetentionDecision()
         assert (
             retention.decide_retention(
-                [saved(n, val_loss=n) for n in range(9)], RetentionPolicy(best=LOSS, keep_best=1)
+                [saved(n, val_loss=n) for n in range(9)], RetentionPolicy(best=(LOSS,), keep_best=1)
             )
             == RetentionDecision()
         )
@@ -119,39 +119,40 @@ class TestDecide:
 
     def test_the_best_stay_beside_the_last(self) -> None:
         losses = [saved(1, val_loss=0.3), saved(2, val_loss=0.1), saved(3, val_loss=0.2), saved(4, val_loss=0.9)]
-        assert deleted(losses, RetentionPolicy(keep_last=1, best=LOSS, keep_best=1)) == [1, 3]
-        assert deleted(losses, RetentionPolicy(keep_last=1, best=LOSS, keep_best=2)) == [1]
-        assert deleted(losses, RetentionPolicy(keep_last=1, best=("val_loss", "max"), keep_best=1)) == [1, 2, 3]
+        assert deleted(losses, RetentionPolicy(keep_last=1, best=(LOSS,), keep_best=1)) == [1, 3]
+        assert deleted(losses, RetentionPolicy(keep_last=1, best=(LOSS,), keep_best=2)) == [1]
+        assert deleted(losses, RetentionPolicy(keep_last=1, best=(("val_loss", "max"),), keep_best=1)) == [1, 2, 3]
 
     def test_the_best_one_stays_where_no_number_is_said(self) -> None:
         losses = [saved(1, val_loss=0.3), saved(2, val_loss=0.1), saved(3), saved(4)]
-        assert deleted(losses, RetentionPolicy(keep_last=1, best=LOSS)) == [1, 3]
+        assert deleted(losses, RetentionPolicy(keep_last=1, best=(LOSS,))) == [1, 3]
 
     def test_zero_is_a_value(self) -> None:
-        assert deleted([saved(1, val_loss=0.0), saved(2, val_loss=0.1), saved(3)], RetentionPolicy(1, LOSS, 1)) == [2]
-        assert deleted([saved(1, acc=-0.5), saved(2, acc=0.0), saved(3)], RetentionPolicy(1, ACCURACY, 1)) == [1]
+        assert deleted([saved(1, val_loss=0.0), saved(2, val_loss=0.1), saved(3)], RetentionPolicy(1, (LOSS,), 1)) == [
+            2
+        ]
+        assert deleted([saved(1, acc=-0.5), saved(2, acc=0.0), saved(3)], RetentionPolicy(1, (ACCURACY,), 1)) == [1]
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
     @pytest.mark.parametrize("mode", ["min", "max"])
     def test_what_is_no_finite_number_is_never_the_best(self, value: float, mode: Any) -> None:
-        policy = RetentionPolicy(1, ("val_loss", mode), 1)
+        policy = RetentionPolicy(1, (("val_loss", mode),), 1)
         assert deleted([saved(1, val_loss=value), saved(2, val_loss=0.5), saved(3)], policy) == [1]
-        assert retention.best_step([saved(1, val_loss=value)], policy) is None
+        assert retention.best_step([saved(1, val_loss=value)], policy.best[0]) is None
 
     def test_without_the_metric_it_is_no_candidate(self) -> None:
-        assert deleted([saved(1, acc=0.1), saved(2), saved(3)], RetentionPolicy(1, LOSS, 2)) == [1, 2]
+        assert deleted([saved(1, acc=0.1), saved(2), saved(3)], RetentionPolicy(1, (LOSS,), 2)) == [1, 2]
 
     def test_of_equal_ones_the_newer_stays(self) -> None:
         equal = [saved(1, val_loss=0.5), saved(3, val_loss=0.5), saved(2, val_loss=0.5), saved(4)]
-        assert deleted(equal, RetentionPolicy(1, LOSS, 1)) == [1, 2]
-        best = retention.best_step(equal, RetentionPolicy(best=LOSS))
+        assert deleted(equal, RetentionPolicy(1, (LOSS,), 1)) == [1, 2]
+        best = retention.best_step(equal, LOSS)
         assert best is not None
         assert best.sequence == 3
 
     def test_the_best_of_none(self) -> None:
-        assert retention.best_step([], RetentionPolicy(best=LOSS)) is None
-        assert retention.best_step([saved(1)], RetentionPolicy(best=LOSS)) is None
-        assert retention.best_step([saved(1, val_loss=1.0)], RetentionPolicy()) is None
+        assert retention.best_step([], LOSS) is None
+        assert retention.best_step([saved(1)], LOSS) is None
 
     def test_only_the_last_keep_their_training_state(self) -> None:
         assert thinned([saved(n) for n in (1, 2, 3, 4)], RetentionPolicy(keep_last_training_state=1)) == [1, 2, 3]
@@ -161,7 +162,7 @@ class TestDecide:
 
     def test_the_best_lose_their_training_state_too(self) -> None:
         losses = [saved(1, val_loss=0.1), saved(2, val_loss=0.2), saved(3, val_loss=0.3)]
-        decision = retention.decide_retention(losses, RetentionPolicy(1, LOSS, 1, keep_last_training_state=1))
+        decision = retention.decide_retention(losses, RetentionPolicy(1, (LOSS,), 1, keep_last_training_state=1))
         assert [one.sequence for one in decision.delete] == [2]
         assert [one.sequence for one in decision.drop_state] == [1]
 
@@ -178,11 +179,11 @@ class TestDecide:
                 saved(n, state=chance.random() < 0.7, **value) for n, value in zip(numbers, values, strict=True)
             ]
             policy = RetentionPolicy(
-                chance.choice([None, 1, 2, 5]), LOSS, chance.choice([None, 1, 3]), chance.choice([None, 1, 2])
+                chance.choice([None, 1, 2, 5]), (LOSS,), chance.choice([None, 1, 3]), chance.choice([None, 1, 2])
             )
             decision = retention.decide_retention(all_saved, policy)
             gone, thin = {one.sequence for one in decision.delete}, {one.sequence for one in decision.drop_state}
-            best = retention.best_step(all_saved, policy)
+            best = retention.best_step(all_saved, LOSS)
             assert max(numbers) not in gone
             assert best is None or best.sequence not in gone
             assert not gone & thin

@@ -43,6 +43,10 @@ SAMPLES: dict[str, dict[str, Any]] = {
     "directory": {"directory": "{run_name}-{epoch}-{step:06d}"},
     "run_name": {"run_name": "alpaca"},
     "latest_name": {"latest_name": None},
+    "best_name": {"best_name": None, **BEST},
+    "before_save": {"before_save": lambda: None},
+    "emit": {"emit": dict},
+    "save_on_signal": {"save_on_signal": "SIGUSR1"},
     "overwrite": {"overwrite": True},
     "workers": {"workers": 1},
 }
@@ -58,6 +62,9 @@ CONTRADICTIONS = {
     ("adapter alone", "merged"): 'merged=True, contents="adapter"',
     ("export_dtype", "adapter"): "export_dtype: does nothing for an adapter",
     ("output_format", "adapter"): "output_format: does nothing for an adapter",
+    ("adapter alone", "emit"): "emit: the weights of an adapter are those of the model",
+    ("adapter", "emit"): "emit: the weights of an adapter are those of the model",
+    ("merged", "emit"): "emit: the weights of an adapter are those of the model",
 }
 
 

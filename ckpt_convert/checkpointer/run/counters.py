@@ -39,7 +39,7 @@ class RunCounters:
         self._policy = policy
         self._schedule, self._timed = schedule.split_by_clock() if several_clocks else (schedule, Schedule())
         self._save_first, self._save_best = save_first, save_best
-        self._best_value: float | None = None
+        self._best_values: dict[str, float] = {}
         self._clock = 0.0
         self._said: set[str] = set()
 
@@ -53,9 +53,9 @@ class RunCounters:
         self._clock = time.monotonic()
 
     def begin_watch(self, steps: Sequence[SavedStep]) -> None:
-        """Take the best value so far, and the metrics that exist, from the saved steps."""
-        found = retention.best_step(steps, self._policy)
-        self._best_value = found.metrics[self._policy.best[0]] if found and self._policy.best else None
+        """Take the best values so far, and the metrics that exist, from the saved steps."""
+        found = {metric[0]: retention.best_step(steps, metric) for metric in self._policy.best}
+        self._best_values = {name: one.metrics[name] for name, one in found.items() if one is not None}
         self.watch.begin(self.progress, [saved.metrics for saved in steps])
 
     def step(self, tokens: int, samples: int) -> None:
@@ -99,14 +99,16 @@ class RunCounters:
         return self._timed.due(self._before, self.progress, "step")
 
     def is_new_best(self, metrics: Mapping[str, float]) -> bool:
-        """Whether these metrics are the best so far, so that ``save_best`` saves the step."""
-        if not self._save_best or self._policy.best is None or self._policy.best[0] not in metrics:
+        """Whether one of these metrics is the best so far, so that ``save_best`` saves the step."""
+        if not self._save_best:
             return False
-        value, sign = metrics[self._policy.best[0]], 1 if self._policy.best[1] == "min" else -1
-        if self._best_value is not None and sign * value >= sign * self._best_value:
-            return False
-        self._best_value = value
-        return True
+        better = {
+            metric[0]: metrics[metric[0]]
+            for metric in self._policy.best
+            if metric[0] in metrics and retention.improves(metric, metrics[metric[0]], self._best_values.get(metric[0]))
+        }
+        self._best_values |= better
+        return bool(better)
 
     def warn_of_report(self, wrong: Mapping[str, str], changed: Mapping[str, str], saved_step: int | None) -> None:
         """Warn of metrics without effect, or replaced ones; once for each name."""

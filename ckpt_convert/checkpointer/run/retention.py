@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -24,14 +24,14 @@ BestMetric: TypeAlias = tuple[str, Literal["min", "max"]]
 class RetentionPolicy:
     """How many checkpoints to keep; None is no limit.
 
-    ``keep_last``: the newest ones; the newest is always kept. ``best``: a metric, and whether small or large is better;
-    the ``keep_best`` best ones (default 1) are kept in addition. ``keep_last_training_state``: the newest that keep
-    their training state; older ones lose it and keep their weights. Raises UsageError for numbers below 1, and for
-    ``keep_best`` without ``best``.
+    ``keep_last``: the newest ones; the newest is always kept. ``best``: metrics, and of each whether small or large is
+    better; the ``keep_best`` best ones by each (default 1) are kept in addition. ``keep_last_training_state``: the
+    newest that keep their training state; older ones lose it and keep their weights. Raises UsageError for numbers
+    below 1, for ``keep_best`` without ``best``, and for a metric that is named twice.
     """
 
     keep_last: int | None = None
-    best: BestMetric | None = None
+    best: tuple[BestMetric, ...] = ()
     keep_best: int | None = None
     keep_last_training_state: int | None = None
 
@@ -46,8 +46,25 @@ class RetentionPolicy:
                 raise UsageError(
                     f"{name}={value!r}: expected a whole number from 1 on, or None for no limit; {way_out}"
                 )
-        if self.keep_best is not None and self.best is None:
+        if self.keep_best is not None and not self.best:
             raise UsageError(f'keep_best={self.keep_best}: best by what? Give best= too, such as best="val_loss:min"')
+        names = self.metrics
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise UsageError(f"best: names {twice!r} twice; leave one of them out")
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The names of the metrics of ``best``."""
+        return tuple(name for name, _ in self.best)
+
+    def metric(self, name: str | None) -> BestMetric | None:
+        """The metric of this name, or the first one; None where there is none. Raises UsageError for another name."""
+        if name is None:
+            return next(iter(self.best), None)
+        found = next((metric for metric in self.best if metric[0] == name), None)
+        if found is None:
+            raise UsageError(f"metric={name!r}: is not in best=, which names {', '.join(self.metrics) or 'none'}")
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +85,26 @@ def parse_best(text: str) -> BestMetric:
     return metric, "min" if mode == "min" else "max"
 
 
+def parse_best_metrics(given: str | Sequence[str] | None) -> tuple[BestMetric, ...]:
+    """The metrics of ``best=``: none, one, or a sequence of them; raises UsageError as ``parse_best``."""
+    if given is None or isinstance(given, str) or not isinstance(given, Sequence):
+        return () if given is None else (parse_best(given),)
+    if not given:
+        raise UsageError("best=[]: names no metric; leave it out to keep none as the best")
+    return tuple(parse_best(text) for text in given)
+
+
+def improves(metric: BestMetric, value: float, before: float | None) -> bool:
+    """Whether a value is better than the best one so far."""
+    return before is None or (value < before if metric[1] == "min" else value > before)
+
+
 def decide_retention(
     saved: Sequence[SavedStep], policy: RetentionPolicy, needed: Collection[Place | None] = ()
 ) -> RetentionDecision:
     """What a policy removes of these complete checkpoints; those that are ``needed`` stay unchanged."""
     newest = sorted(saved, key=lambda one: one.sequence, reverse=True)
-    kept = {one.place for one in newest[: policy.keep_last]} | {one.place for one in _ranked(saved, policy)}
+    kept = {one.place for one in (*newest[: policy.keep_last], *_best_steps(saved, policy))}
     staying = [one for one in newest if one.place in kept]
     heavy = [one for one in staying if one.has_training_state]
     too_many = heavy[policy.keep_last_training_state :] if policy.keep_last_training_state else []
@@ -83,19 +114,23 @@ def decide_retention(
     )
 
 
-def best_step(saved: Sequence[SavedStep], policy: RetentionPolicy) -> SavedStep | None:
-    """The best checkpoint by the policy's metric, the newer of equal ones; None if none has the metric."""
-    return next(iter(_ranked(saved, policy)), None)
+def best_step(saved: Sequence[SavedStep], metric: BestMetric) -> SavedStep | None:
+    """The best checkpoint by a metric, the newer of equal ones; None if none has the metric."""
+    return next(iter(_ranked(saved, metric)), None)
 
 
-def _ranked(saved: Sequence[SavedStep], policy: RetentionPolicy) -> list[SavedStep]:
-    """The best checkpoints that are kept, the best first; checkpoints without the metric are ignored."""
-    if policy.best is None:
-        return []
-    metric, mode = policy.best
+def _best_steps(saved: Sequence[SavedStep], policy: RetentionPolicy) -> Iterator[SavedStep]:
+    """The best checkpoints that are kept, by each metric."""
+    for metric in policy.best:
+        yield from _ranked(saved, metric)[: policy.keep_best or 1]
+
+
+def _ranked(saved: Sequence[SavedStep], metric: BestMetric) -> list[SavedStep]:
+    """The checkpoints that have a metric, the best first."""
+    name, mode = metric
     sign = 1 if mode == "min" else -1
-    candidates = [one for one in saved if math.isfinite(one.metrics.get(metric, math.nan))]
-    return sorted(candidates, key=lambda one: (sign * one.metrics[metric], -one.sequence))[: policy.keep_best or 1]
+    candidates = [one for one in saved if math.isfinite(one.metrics.get(name, math.nan))]
+    return sorted(candidates, key=lambda one: (sign * one.metrics[name], -one.sequence))
 
 
 def apply_retention(decision: RetentionDecision) -> None:

@@ -40,6 +40,9 @@ VERSION = 1
 """The version of the manifest's section about training."""
 
 CONTENTS = ("full", "weights", "adapter")
+EMITTED = "emitted"
+"""Whether the weights are those of another model than the trained one, whose weights are in the training state."""
+
 REMOVED = "removed"
 """The value in the manifest for a training state that was removed to save space."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ckpt_convert.checkpointer.run.progress import Progress
@@ -24,40 +24,49 @@ _COUNTED = {
 
 
 @dataclass
+class _Reports:
+    """How often a metric was reported, at which step last, and whether a saved step has it."""
+
+    count: int = 0
+    last: int | None = None
+    met: bool = False
+
+
+@dataclass
 class UnusedOptions:
-    """Compares what a run has counted, reported and saved with its schedule and the metric of ``best``.
+    """Compares what a run has counted, reported and saved with its schedule and the metrics of ``best``.
 
     Missing tokens and samples are warned of after 100 steps, or at the end of the first epoch. Evaluations may be far
-    apart: they are missed once both have passed, the metric ``best`` sooner only if others were reported. Each is
+    apart: they are missed once both have passed, a metric of ``best`` sooner only if others were reported. Each is
     warned of once, and all again at the end of the run.
     """
 
     schedule: Schedule
-    best: BestMetric | None
+    best: tuple[BestMetric, ...]
     _start: Progress = field(default_factory=Progress)
     _names: set[str] = field(default_factory=set)
-    _reports: int = 0
+    _reports: dict[str, _Reports] = field(default_factory=dict)
     _saves: int = 0
-    _reported_at: int | None = None
     _saved_at: int | None = None
-    _met: bool = False
     _said: set[str] = field(default_factory=set)
 
-    def begin(self, progress: Progress, metrics: Iterable[Mapping[str, float]]) -> None:
+    def begin(self, progress: Progress, metrics: Sequence[Mapping[str, float]]) -> None:
         """Start at this progress; ``metrics`` are those of the existing checkpoints."""
         self._start = progress
-        self._met = self.best is not None and any(self.best[0] in one for one in metrics)
+        self._reports = {name: _Reports(met=any(name in one for one in metrics)) for name, _ in self.best}
 
     def reported(self, step: int, names: Iterable[str]) -> None:
         names = set(names)
         self._names |= names
-        if self.best is not None and self.best[0] in names:
-            self._reports, self._reported_at = self._reports + 1, step
-            self._met |= step == self._saved_at
+        for name in names & self._reports.keys():
+            one = self._reports[name]
+            one.count, one.last = one.count + 1, step
+            one.met |= step == self._saved_at
 
     def step_saved(self, step: int) -> None:
         self._saves, self._saved_at = self._saves + 1, step
-        self._met |= step == self._reported_at
+        for one in self._reports.values():
+            one.met |= step == one.last
 
     def warn_missed(self, now: Progress) -> None:
         """Warn once of each thing that should have been counted or reported by now."""
@@ -86,20 +95,27 @@ class UnusedOptions:
             if missed and getattr(now, counter) == getattr(counted_since, counter):
                 what, way_out = _COUNTED[counter]
                 yield counter, f"save_every={rule.describe()!r}: no {what} in {steps} steps; {way_out}"
-        if self.best is None or self._met:
+        for name, mode in self.best:
+            yield from self._unmet(name, mode, steps, over=over, soon=soon, late=late)
+
+    def _unmet(
+        self, name: str, mode: str, steps: int, *, over: bool, soon: bool, late: bool
+    ) -> Iterator[tuple[str, str]]:
+        reports = self._reports[name]
+        if reports.met:
             return
-        name, option = self.best[0], f"best={':'.join(self.best)!r}"
-        if not self._reports:
+        option = f"best={f'{name}:{mode}'!r}"
+        if not reports.count:
             if late or (soon and self._names):
                 others = f" (reported: {', '.join(sorted(self._names))})" if self._names else ""
                 yield (
-                    "metric",
+                    f"{name} is missing",
                     f"{option}: no {name!r} was reported in {steps} steps{others}, so no checkpoint is kept as the "
                     f"best; call report({name}=...), or name another metric in best=",
                 )
-        elif self._saves and (over or (soon and min(self._reports, self._saves) > 1)):
+        elif self._saves and (over or (soon and min(reports.count, self._saves) > 1)):
             yield (
-                "meeting",
-                f"{option}: {name!r} was reported {self._reports} times and {self._saves} steps were saved, but never "
+                f"{name} is of other steps",
+                f"{option}: {name!r} was reported {reports.count} times and {self._saves} steps were saved, but never "
                 "the same one, so the best model is not kept; save_best=True saves it",
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ckpt_convert.checkpointer.run.metrics import finite_metrics
@@ -96,3 +96,13 @@ class TrainingLoop:
             self._saver.save_or_hold()
         self._counts.watch.warn_missed(self._counts.progress)
         self._saver.background.check()
+
+    def epochs(self, parts: TrainingParts, count: int | None) -> Iterator[int]:
+        """The indices of the remaining epochs; the end of each is counted, unless the loop is left."""
+        counts = self._counts
+        while (count is None or counts.progress.epoch < count) and not self.signal_saved:
+            epoch = counts.progress.epoch
+            yield epoch
+            if not self.signal_saved and counts.progress.epoch == epoch:  # else the body has called end_epoch()
+                self.end_epoch(parts)
+        self.over = not self.signal_saved

@@ -5,23 +5,28 @@ Everything that can be known without opening the source is known here, hours bef
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
+
+import torch
 
 from ckpt_convert import formats
 from ckpt_convert.checkpoint.checkpoint import Checkpoint
 from ckpt_convert.checkpointer.distributed import ranks
 from ckpt_convert.checkpointer.distributed.exchange import Writers
 from ckpt_convert.checkpointer.distributed.ranks import Ranks
+from ckpt_convert.checkpointer.live.tensors import Model, model_tensors
 from ckpt_convert.checkpointer.run import retention
 from ckpt_convert.checkpointer.run.naming import VARIABLES, DirectoryTemplate
 from ckpt_convert.checkpointer.run.schedule import Schedule, parse_schedule
 from ckpt_convert.checkpointer.run.source import Config, Source
-from ckpt_convert.checkpointer.save.planner import CONTENTS, Contents, Settings
+from ckpt_convert.checkpointer.save.planner import CONTENTS, Contents, Settings, Tensors
 from ckpt_convert.checkpointer.save.run_directory import RunDirectory
+from ckpt_convert.checkpointer.save.signals import parse_signals
 from ckpt_convert.dtypes import CASTS, torch_name
 from ckpt_convert.errors import UsageError
 from ckpt_convert.models import FAMILIES
@@ -29,9 +34,6 @@ from ckpt_convert.storage.place import Place, checked_place
 from ckpt_convert.storage.reader import DEFAULT_WORKERS
 from ckpt_convert.tensors.progress import ProgressCallback
 from ckpt_convert.wording import indented_list
-
-if TYPE_CHECKING:
-    import torch
 
 SINGLE_WRITER = "rank0"
 """``process_group`` of a checkpointer that one process makes, for a model of which it has all."""
@@ -82,6 +84,7 @@ class ScheduleOptions:
     save_every: Any
     save_last: bool
     save_best: bool
+    save_on_signal: Any
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ class RetentionOptions:
     """Which steps to keep."""
 
     keep_last: int | None
-    best: str | None
+    best: str | Sequence[str] | None
     keep_best: int | None
     keep_last_training_state: int | None
 
@@ -114,8 +117,35 @@ class DirectoryOptions:
     directory: str
     run_name: str | None
     latest_name: str | None
+    best_name: str | None
     overwrite: bool
     extra_files: str | Path | Sequence[str | Path]
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What of the recipe runs at each save: ``before_save`` right before the tensors are taken, and what it returns
+    after that; ``emit`` is or gives the model whose weights are written instead of the trained one's."""
+
+    before_save: Callable[[], Any] | None = None
+    emit: Model | Callable[[], Model] | None = None
+
+    @contextlib.contextmanager
+    def around_save(self) -> Iterator[None]:
+        """Call ``before_save``, and at the end what it returned, if that is a function."""
+        undo = None if self.before_save is None else self.before_save()
+        try:
+            yield
+        finally:
+            if callable(undo):
+                undo()
+
+    def emitted(self) -> Tensors | None:
+        """The tensors to write instead of the model's; None for those of the model."""
+        given = self.emit
+        if given is not None and not isinstance(given, Mapping | torch.nn.Module):
+            given = given()
+        return None if given is None else model_tensors(given)
 
 
 @dataclass(frozen=True)
@@ -133,6 +163,7 @@ class Arguments:
     progress: ProgressCallback | None
     process_group: Any
     writers: Writers
+    hooks: Hooks = Hooks()
 
 
 @dataclass(frozen=True)
@@ -152,15 +183,16 @@ class Options:
     family: str | None
     has_source: bool
     run_name: str | None
-    latest_name: str | None
     save_last: bool
     save_best: bool
+    signals: tuple[int, ...]
     overwrite: bool
     asynchronous: bool
     workers: int
     progress: ProgressCallback | None
     ranks: Ranks | None
     writers: Writers
+    hooks: Hooks
 
     @classmethod
     def of(cls, given: Arguments) -> Options:
@@ -169,11 +201,16 @@ class Options:
         schedule = parse_schedule(given.schedule.save_every)
         policy = retention.RetentionPolicy(
             given.retention.keep_last,
-            None if given.retention.best is None else retention.parse_best(given.retention.best),
+            retention.parse_best_metrics(given.retention.best),
             given.retention.keep_best,
             given.retention.keep_last_training_state,
         )
-        template = DirectoryTemplate(given.directory.directory, given.directory.latest_name)
+        template = DirectoryTemplate(
+            given.directory.directory,
+            given.directory.latest_name,
+            given.directory.best_name if policy.best else None,
+            policy.metrics,
+        )
         place = None if given.directory.output_dir is None else checked_place(given.directory.output_dir, "output_dir")
         settings = Settings(
             contents=given.weights.contents,
@@ -193,13 +230,14 @@ class Options:
             has_source=given.source.source is not None,
             ranks=_ranks(given.process_group) if place is not None else None,
             writers=given.writers,
+            hooks=given.hooks,
             workers=given.workers or DEFAULT_WORKERS,
             config=given.source.config,
             family=given.source.family,
             run_name=given.directory.run_name,
-            latest_name=given.directory.latest_name,
             save_last=given.schedule.save_last,
             save_best=given.schedule.save_best,
+            signals=parse_signals(given.schedule.save_on_signal),
             overwrite=given.directory.overwrite,
             asynchronous=given.asynchronous,
             progress=given.progress,
@@ -207,7 +245,7 @@ class Options:
 
     def as_text(self) -> dict[str, str]:
         """What all ranks have to be given alike, by name, to be compared."""
-        names = ("settings", "last", "policy", "run_name", "latest_name", "save_last", "save_best", "overwrite")
+        names = ("settings", "last", "policy", "template", "run_name", "save_last", "save_best", "signals", "overwrite")
         told = {name: repr(getattr(self, name)) for name in (*names, "asynchronous", "writers")}
         return {"output_dir": str(self.output_dir), "save_every": self.schedule.describe(), **told}
 
@@ -215,7 +253,7 @@ class Options:
         """Where the steps go; raises UsageError for a name that no directory of a step can have."""
         if self.output_dir is None:
             return None
-        return RunDirectory(self.output_dir, self.template, self.run_name, self.latest_name, self.policy, self.ranks)
+        return RunDirectory(self.output_dir, self.template, self.run_name, self.policy, self.ranks)
 
 
 def check(given: Arguments) -> Final:
@@ -260,7 +298,8 @@ def _alone(given: Arguments, final: Final) -> Iterator[str]:
     workers = given.workers
     if workers is not None and (type(workers) is not int or workers < 1):
         yield f"workers={workers!r}: expected a whole number from 1 on, or None to let it be chosen"
-    for option, name in (("latest_name", given.directory.latest_name), ("run_name", given.directory.run_name)):
+    for option in ("latest_name", "best_name", "run_name"):
+        name = getattr(given.directory, option)
         if isinstance(name, str) and set("{}") & set(name):
             yield f"{option}={name!r}: {_BRACES}"
     if given.directory.output_dir is not None and _VARIABLE.search(str(given.directory.output_dir)):
@@ -284,6 +323,8 @@ def _together(given: Arguments, final: Final) -> Iterator[str]:
     keeping = given.retention
     if keeping.keep_best is not None and keeping.keep_last is None and keeping.best is not None:
         yield f"keep_best={keeping.keep_best}: does nothing without keep_last=, which keeps all where it is not given"
+    if given.hooks.emit is not None and given.weights.adapter is not None:
+        yield "emit: the weights of an adapter are those of the model; leave emit or adapter out"
     if given.schedule.save_best and keeping.best is None:
         yield 'save_best=True: best by what? Give best= too, such as best="val_loss:min"'
     if keeping.keep_last_training_state is not None and given.weights.contents in ("weights", "adapter"):

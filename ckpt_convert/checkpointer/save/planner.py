@@ -194,11 +194,13 @@ class SavePlanner:
             loaded.trained_whole
         )
 
-    def plan_ahead(self, model: Model, settings: Settings, others: Sequence[torch.Tensor] = ()) -> list[str]:
+    def plan_ahead(
+        self, model: Model, settings: Settings, others: Sequence[torch.Tensor] = (), emitted: Tensors | None = None
+    ) -> list[str]:
         """Plan a save of this model; returns the warnings for all saves.
 
-        ``others`` are the parameters of its optimizers. Raises the error that says everything in which they do not fit
-        the source, or what is asked for.
+        ``emitted`` as ``prepare_save`` takes them; ``others`` are the parameters of its optimizers. Raises the error
+        that says everything in which they do not fit the source, or what is asked for.
         """
         parts = self.split(model_tensors(model))
         _refuse_copies(model, parts.base if self.adapter is None else trained_tensors(parts))
@@ -207,7 +209,8 @@ class SavePlanner:
             extra_files.check_extra_files(settings.extra, None)
             self.adapter.check(parts)
             return list(self._merged(self.adapter, parts, settings).plan.notices) if _merges(settings) else []
-        made = self._plan(self._owned(parts.base), settings).plan
+        written = parts.base if emitted is None else self._emitted(parts.base, emitted)
+        made = self._plan(self._owned(written), settings).plan
         casts = Counter(
             (DTYPES[tensor.source_dtype].torch, DTYPES[tensor.dtype].torch)
             for file in made.weights
@@ -231,19 +234,22 @@ class SavePlanner:
         state: Mapping[str, SerializedState] | None,
         settings: Settings,
         buffers: CopyBuffers | None,
+        emitted: Tensors | None = None,
     ) -> Callable[[Section, Mapping[str, bytes]], StepContents]:
         """Prepare writing the current values; with ``buffers``, these are copied and may change afterwards.
 
-        Takes what gives the manifest's section about training, and small files by name, to give the step.
+        ``emitted`` are the tensors for the weight files where these are not the model's; the model's are then all in
+        the training state. The result takes what gives the manifest's section about training, and small files by name,
+        to give the step.
         """
         parts = self.split(tensors)
         state = dict(state) if state is not None else None
         if self.adapter is not None:
             return self._adapter_job(self.adapter, parts, state, settings, buffers)
-        owned = self._owned(parts.base)
+        owned = self._owned(parts.base if emitted is None else self._emitted(parts.base, emitted))
         made = self._plan(owned, settings)
         if state is not None:
-            exact = _inexact(made.plan)
+            exact = _inexact(made.plan) if emitted is None else parts.base.keys()
             if exact:
                 state[MODEL] = serialize({key: tensor for key, tensor in parts.base.items() if key in exact}, MODEL)
         written = self._shared(state)
@@ -252,6 +258,20 @@ class SavePlanner:
             made = self._plan(owned, settings)
         planned = OpenPlan(made.plan, ChainMap(dict(made.sources), MemoryReaders(owned)))  # type: ignore[arg-type]
         return lambda section, files: StepContents(planned, section, written, files, settings.extra)
+
+    def _emitted(self, trained: Tensors, emitted: Tensors) -> Tensors:
+        """The tensors for the weight files; raises UsageError where keys and shapes are not those of the model."""
+        found = self.split(emitted).base
+        shapes, expected = ({key: tuple(one.shape) for key, one in every.items()} for every in (found, trained))
+        if shapes != expected:
+            wrong = [
+                f"{key}: {list(shapes[key]) if key in shapes else 'is missing'}, the model has "
+                f"{list(expected[key]) if key in expected else 'none'}"
+                for key in sorted(shapes.keys() | expected.keys())
+                if shapes.get(key) != expected.get(key)
+            ]
+            raise UsageError(f"emit: is no model of the same keys and shapes as model=:{indented_list(wrong)}")
+        return found
 
     def _shared(self, state: Mapping[str, SerializedState] | None) -> State | None:
         """A training state as this process writes it: all of it, or what it owns where other ranks write as well."""

@@ -42,7 +42,6 @@ class RunDirectory:
         path: Place,
         template: DirectoryTemplate,
         run_name: str | None,
-        latest_name: str | None,
         policy: retention.RetentionPolicy,
         ranks: Ranks | None = None,
     ) -> None:
@@ -54,7 +53,6 @@ class RunDirectory:
         self._template = template
         self.run_name = run_name or path.absolute().name
         template.check_run_name(self.run_name)
-        self._latest_name = latest_name
         self._lock: HeldLock | None = None
         self._is_open = False
         self._mode = 0o777
@@ -120,12 +118,14 @@ class RunDirectory:
         held = f"{self.path}: another checkpointer is writing here; close() it, or choose another output_dir"
         self._lock = self._workspace.lock(self.path / LOCK, held)
         saved_steps.clean_up(self.path)
-        if self._latest_name is not None:
-            self._workspace.check_pointer(self.path, self._latest_name)
+        for name in (self._template.latest_name, self._template.best_name):
+            if name is not None:
+                self._workspace.check_pointer(self.path, name)
         there = self.saved
         self._sequence = there[-1].sequence if there else 0
         if there:
             self._point_at(there[-1].place)  # a run may have ended, or failed, between the two
+            self._point_at_best()
 
     @property
     def _workspace(self) -> Workspace:
@@ -152,16 +152,17 @@ class RunDirectory:
 
     @property
     def best(self) -> SavedStep | None:
-        """The best checkpoint by the metric of the policy, None if none has it."""
-        return retention.best_step(self.saved, self.policy)
+        """The best checkpoint by the first metric of the policy, None if none has it."""
+        metric = self.policy.metric(None)
+        return None if metric is None else retention.best_step(self.saved, metric)
 
     def replace_later(self, steps: Iterable[SavedStep]) -> None:
         """Delete these once the next checkpoint is complete: they belong to a run that was started over."""
         self._superseded = tuple(steps)
 
-    def destination(self, progress: Progress) -> Place:
-        """The directory of a step."""
-        return self.path / self._template.format(progress, self.run_name)
+    def destination(self, progress: Progress, metrics: Mapping[str, float]) -> Place:
+        """The directory of a step with the metrics that it has so far."""
+        return self.path / self._template.format(progress, self.run_name, metrics)
 
     def next_sequence(self) -> int:
         """The sequence number of the next save; the newest checkpoint has the highest."""
@@ -193,10 +194,21 @@ class RunDirectory:
         return self.ranks is not None and not self.ranks.is_first
 
     def _point_at(self, newest: Place) -> None:
-        if self._latest_name is not None:
-            with _only_warned(f"{newest} is saved, but {self._latest_name} cannot be made to lead to it"):
-                if pointer.pointer_target(self.path, self._latest_name) != newest:
-                    self._workspace.point(self.path, self._latest_name, newest.name)
+        if (name := self._template.latest_name) is not None:
+            with _only_warned(f"{newest} is saved, but {name} cannot be made to lead to it"):
+                if pointer.pointer_target(self.path, name) != newest:
+                    self._workspace.point(self.path, name, newest.name)
+
+    def _point_at_best(self) -> None:
+        """Let the pointer lead to the best checkpoint, or remove it where none has the metric."""
+        if (name := self._template.best_name) is None:
+            return
+        with _only_warned(f"{self.path}: {name} cannot be made to lead to the best checkpoint"):
+            best, target = self.best, pointer.read_pointer(self.path / name)
+            if best is None and target is not None:
+                self._workspace.remove(self.path, [name])
+            elif best is not None and target != best.place.name:
+                self._workspace.point(self.path, name, best.place.name)
 
     def amend(self, destination: Place, metrics: Mapping[str, float], evals: int) -> None:
         """Write metrics that were reported after a save into its checkpoint, if that still exists.
@@ -216,7 +228,9 @@ class RunDirectory:
         if self.is_followed:
             return
         with _only_warned(f"{self.path}: files in the way of later steps cannot be examined"):
-            steps = {one.place: one.step for one in self.saved if self.destination(one.progress) == one.place}
+            steps = {
+                one.place: one.step for one in self.saved if self.destination(one.progress, one.metrics) == one.place
+            }
             for place in self.path.listed().children():
                 if place not in steps and (named := self._template.step_of(place.name, self.run_name)) is not None:
                     steps[place] = named
@@ -235,20 +249,21 @@ class RunDirectory:
         if self.is_followed:
             return
         there = [saved for saved in self.saved if saved.place != resumed.place]
-        if self.policy.best is not None and (metric := self.policy.best[0]) not in resumed.metrics:
+        if lacking := [name for name in self.policy.metrics if name not in resumed.metrics]:
             # If every other checkpoint has it, the run was most likely killed between the save and the report.
-            expected = bool(there) and all(metric in saved.metrics for saved in there)
+            expected = bool(there) and all(name in saved.metrics for saved in there for name in lacking)
             log.log(
                 logging.WARNING if expected else logging.INFO,
-                "%s: has no %r, as the run ended before report(), or reports none for this step, so it is not among "
+                "%s: has no %s, as the run ended before report(), or reports none for this step, so it is not among "
                 "the best; to have it counted, evaluate it and report() before the next step()",
                 resumed.place,
-                metric,
+                " and no ".join(map(repr, lacking)),
             )
         self._prune(resumed.place)
 
     def _prune(self, resumed: Place | None = None) -> None:
         self._write_metrics()
+        self._point_at_best()  # before the former best one is removed
         retention.apply_retention(retention.decide_retention(self.saved, self.policy, {resumed, self.stand_in}))
 
     def _write_metrics(self) -> bool:

@@ -63,6 +63,11 @@ class Saver:
             raise UsageError("there is no output_dir, so nothing can be saved or resumed; give one")
         return self._run
 
+    @property
+    def next_destination(self) -> Place:
+        """The directory that a save of this step would write."""
+        return self.directory.destination(self.counts.progress, self.counts.step_metrics.metrics)
+
     def require(self, what: str) -> TrainingParts:
         """The objects of the run; raises UsageError for a call before resume() or register()."""
         if self.parts is None:
@@ -91,8 +96,9 @@ class Saver:
         """Raise now what would fail at a later save, and warn once about the saved steps."""
         parts = self.require("plan_ahead()")
         trained = list(optimizers.optimizer_parameters(parts.optimizer))
+        emitted = self._options.hooks.emitted()
         for settings in dict.fromkeys((self._settings, self._last)):
-            for notice in self.planner.plan_ahead(parts.model, settings, trained):
+            for notice in self.planner.plan_ahead(parts.model, settings, trained, emitted):
                 log.warning("%s", notice)
         if self._saves_state:
             parts.get_state()  # what cannot be saved is an error now, not at the first save
@@ -148,6 +154,10 @@ class Saver:
     @on_all_ranks
     def save(self, settings: Settings | None = None) -> None:
         """Take the current state, and write it: in the background, or before this returns."""
+        with self._options.hooks.around_save():
+            self._save(settings)
+
+    def _save(self, settings: Settings | None) -> None:
         parts, progress = self.require("save()"), self.counts.progress
         settings, self.is_save_held = settings or self._settings, False
         self.counts.watch.step_saved(progress.step)
@@ -159,8 +169,9 @@ class Saver:
         failed = self.background.settle()
         tensors = model_tensors(parts.model)
         state = parts.get_state() if settings.contents == "full" else None
-        destination = self.directory.destination(progress)
-        job = self.planner.prepare_save(tensors, state, settings, self._buffers if self._options.asynchronous else None)
+        destination = self.next_destination
+        buffers, emitted = self._buffers if self._options.asynchronous else None, self._options.hooks.emitted()
+        job = self.planner.prepare_save(tensors, state, settings, buffers, emitted)
         files = dict(self.more_files())
         training = self._training(settings, destination)
         previous, self.saved_step, self.saved_at = self.saved_step, progress.step, destination
@@ -196,6 +207,8 @@ class Saver:
         }
         if settings is self._last and settings != self._settings:
             section["final"] = True
+        if self._options.hooks.emit is not None:
+            section[saved_steps.EMITTED] = True
 
         def training() -> dict[str, Any]:
             evals, metrics = reported.snapshot

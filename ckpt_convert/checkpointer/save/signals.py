@@ -1,4 +1,4 @@
-"""Deferring SIGTERM and SIGINT to the end of a training step."""
+"""Deferring signals that ask a run to end, such as SIGTERM and SIGINT, to the end of a training step."""
 
 from __future__ import annotations
 
@@ -6,22 +6,56 @@ import logging
 import os
 import signal
 import threading
+from collections.abc import Sequence
 from types import FrameType, TracebackType
+from typing import Any
 
 from ckpt_convert.errors import UsageError
 
 log = logging.getLogger("ckpt_convert")
 
 HANDLED = (signal.SIGTERM, signal.SIGINT)
+"""The signals that ``save_on_signal=True`` means."""
+
+_UNHANDLED = {"SIGKILL", "SIGSTOP", "SIGCHLD", "SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL"}
+"""Signals that cannot be handled, or after which nothing may be saved."""
+
+
+def parse_signals(given: Any) -> tuple[int, ...]:
+    """The signals of ``save_on_signal``: True, False, a name such as "SIGUSR1" or "USR1", a number, or several of them.
+
+    Raises UsageError for anything else, and for signals that cannot be deferred.
+    """
+    if isinstance(given, bool):
+        return HANDLED if given else ()
+    every = given if isinstance(given, Sequence) and not isinstance(given, str) else (given,)
+    return tuple(dict.fromkeys(_signal(one) for one in every))
+
+
+def _signal(given: Any) -> int:
+    try:
+        if isinstance(given, str):
+            found = signal.Signals[given if given.startswith("SIG") else f"SIG{given}"]
+        else:
+            found = signal.Signals(given)
+    except (KeyError, ValueError):
+        found = None
+    if found is None or found.name in _UNHANDLED:
+        raise UsageError(
+            f"save_on_signal={given!r}: expected True (SIGTERM and SIGINT), or signals that can wait for the end of a "
+            'step, such as ["SIGTERM", "SIGUSR1"]'
+        )
+    return int(found)
 
 
 class Signals:
-    """Records the first SIGTERM and the first SIGINT; further ones go to the previous handlers. A context manager.
+    """Records the first of each of some signals; further ones go to the previous handlers. A context manager.
 
     ``received`` is the number of the signal that came first, None as long as there was none.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, handled: Sequence[int] = HANDLED) -> None:
+        self._handled = handled
         self.received: int | None = None
         self._seen: set[int] = set()
         self._previous: dict[int, signal._HANDLER] = {}
@@ -29,7 +63,7 @@ class Signals:
         self._active = False
 
     def install(self) -> None:
-        """Handle both signals from now on; raises UsageError outside of the main thread."""
+        """Handle the signals from now on; raises UsageError outside of the main thread."""
         if self._active:
             return
         if threading.current_thread() is not threading.main_thread():
@@ -41,7 +75,7 @@ class Signals:
         self._seen.clear()
         self._process = os.getpid()
         self._active = True
-        for number in HANDLED:
+        for number in self._handled:
             if number not in self._previous:  # else somebody had wrapped the handler, which then stayed
                 self._previous[number] = signal.signal(number, self._handle)
 
