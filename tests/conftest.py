@@ -36,6 +36,7 @@ FOLDERS = {
     "reliability": "cli",
     "servers": "cli",
     "storage": "fast",
+    "storage/remote": "cli",
     "tensors": "fast",
     "tokenizer": "cli",
 }

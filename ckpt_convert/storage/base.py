@@ -158,6 +158,12 @@ class Store(NameLookup, Protocol):
     def delete(self, names: Iterable[str]) -> None:
         """Remove files; a missing one is no error. Raises UnwritableError."""
 
+    def abort_uploads(self, names: Iterable[str], prefix: str) -> None:
+        """Remove what writers of these files that were killed have left, where the store keeps such things.
+
+        The names all begin with ``prefix``. Raises UnwritableError.
+        """
+
     def label(self, name: str) -> str:
         """The name of a file in messages."""
 

@@ -93,6 +93,9 @@ class LocalStore:
             with writing(name, "removed"), contextlib.suppress(FileNotFoundError):
                 os.unlink(name)
 
+    def abort_uploads(self, names: Iterable[str], prefix: str) -> None:
+        """Nothing: a temporary file of a writer that was killed is replaced by the next one."""
+
     def label(self, name: str) -> str:
         return name
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -26,12 +26,12 @@ _GAP = 1 << 18
 class ObjectFile:
     """A file that is read with one request to ``fetch`` (offset, number of bytes) per range."""
 
-    def __init__(self, name: str, identity: Entry, fetch: Callable[[int, int], bytes]) -> None:
+    def __init__(self, name: str, identity: Entry, fetch: Callable[[int, int], bytes | memoryview]) -> None:
         self.name = name
         self.identity = identity
         self.size = identity.size
         self._fetch = fetch
-        self._windows: dict[int, bytes] = {}
+        self._windows: dict[int, bytes | memoryview] = {}
         self._lock = threading.Lock()
 
     def readinto(self, offset: int, buffer: memoryview) -> None:
@@ -48,7 +48,7 @@ class ObjectFile:
         else:
             buffer[:] = self._fetch(offset, len(buffer))
 
-    def _window(self, start: int) -> bytes:
+    def _window(self, start: int) -> bytes | memoryview:
         with self._lock:
             found = self._windows.pop(start, None)
         if found is None:
@@ -109,6 +109,10 @@ class ObjectStore(ABC):
 
     def children(self, folder: str) -> Mapping[str, FileKind | None]:
         return Listing(folder, self.list(folder)).children(folder)
+
+    def abort_uploads(self, names: Iterable[str], prefix: str) -> None:
+        """Nothing, where a store keeps no unfinished uploads."""
+        return
 
     def local(self, name: str) -> Path:
         raise UsageError(f"{self.label(name)}: is on no disk of this machine, which this needs; copy it to one first")

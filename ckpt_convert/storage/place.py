@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 
 from ckpt_convert.errors import UnsafeFileError
 from ckpt_convert.storage.base import (
@@ -26,6 +27,7 @@ from ckpt_convert.storage.base import (
 from ckpt_convert.storage.listing import FolderListing, Listing
 from ckpt_convert.storage.local import LOCAL
 from ckpt_convert.storage.names import check_name, local_path
+from ckpt_convert.storage.remote.urls import address_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,15 +239,27 @@ class Place:
 
 
 Location = str | os.PathLike[str] | Place
-"""How a caller gives a place: a path, or a place in any store."""
+"""How a caller gives a place: a path, the URL of a store, or a place in any store."""
+
+_Given = TypeVar("_Given")
 
 
 def checked_place(given: Location, what: str = "") -> Place:
-    """The place that a caller gives for ``what``, with ``~`` expanded.
+    """The place that a caller gives for ``what``: the URL of a store, or a path with ``~`` expanded.
 
-    Raises UsageError for the URL of a store or a web server, and for a name that is too long for any file system.
+    Raises UsageError for a URL of no store, and for a name that is too long for any file system.
     """
-    return given if isinstance(given, Place) else as_place(local_path(os.fspath(given), what))
+    if isinstance(given, Place):
+        return given
+    address = address_of(os.fspath(given))
+    return Place(*address) if address is not None else as_place(local_path(given, what))
+
+
+def with_options(given: _Given, options: Mapping[str, object] | None) -> _Given | Place:
+    """What a caller gives, as the place in a store with these ``storage_options`` where it is a URL."""
+    if options and isinstance(given, str) and (address := address_of(given, options)) is not None:
+        return Place(*address)
+    return given
 
 
 def as_place(path: Location) -> Place:

@@ -1,4 +1,4 @@
-"""Paths that people give are of this machine: addresses are refused by name, ``~`` is the home directory."""
+"""Paths that people give: addresses of no store are refused by name, ``~`` is the home directory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.command import run
 from tests.helpers import GOLDEN, edit_json, sums
 
 HF = GOLDEN / "llama" / "hf"
-ADDRESSES = ("s3://bucket/x", "gs://bucket/x", "az://container/x", "https://huggingface.co/org/name", "file:///tmp/x")
+ADDRESSES = ("r2://bucket/x", "hdfs://host/x", "https://huggingface.co/org/name", "file:///tmp/x")
 MANGLED = (Path("s3://bucket/x"), Path("gs://bucket/x"), Path("hf://org/name"))
 
 TAKES_A_PATH: dict[str, Callable[[Any], Any]] = {
@@ -56,9 +56,9 @@ def test_a_store_is_no_destination_for_the_hub_either(tmp_path: Path, monkeypatc
     with pytest.raises(UsageError, match=r"output_dir hf://org/name: "):
         Checkpointer(HF, "hf://org/name")
     for words in (
-        ("hf-to-native", HF, "s3://bucket/x"),
-        ("hf-to-native", HF, "gs://bucket/x", "--dry-run"),
-        ("verify", "s3://bucket/x"),
+        ("hf-to-native", HF, "hdfs://host/x"),
+        ("hf-to-native", HF, "r2://bucket/x", "--dry-run"),
+        ("verify", "hdfs://host/x"),
         ("inspect", HF, "--html", "s3://bucket/x.html"),
     ):
         refused = run(*words)
