@@ -48,6 +48,7 @@ FILES = {
         "checkpoint/test_checklist.py",
         "checkpoint/test_identify.py",
         "checkpointer/test_claims.py",
+        "checkpointer/test_heartbeat.py",
         "checkpointer/test_naming.py",
         "checkpointer/test_serialize.py",
         "checkpointer/test_progress.py",

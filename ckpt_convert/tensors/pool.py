@@ -12,10 +12,13 @@ import pickle
 import signal
 import sys
 import threading
+import time
 import traceback
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
+from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 from ckpt_convert.errors import CkptConvertError
@@ -35,6 +38,9 @@ _MOST = 1 << 10
 
 _REPORT = 8 << 20
 """Bytes after which a worker reports its progress."""
+
+_FAREWELL = 1.0
+"""Seconds for which a thread that makes calls is waited for when it is no longer needed."""
 
 _WORTH = 1 << 30
 """Bytes from which starting processes pays off: a start takes about as long as reading this many."""
@@ -127,6 +133,60 @@ class Background:
             if self._pool is not None:
                 self._pool.shutdown()
                 self._pool = None
+
+
+class CallThread:
+    """One thread that makes calls for others, who wait so long for each and no longer, and one of its own at times.
+
+    It ends with this object, or with the interpreter. A call in which it is stuck is left to itself.
+    """
+
+    def __init__(self, name: str, at_times: Callable[[], None], interval: float) -> None:
+        """``at_times`` is called every ``interval`` seconds; it raises nothing."""
+        self._calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
+        thread = threading.Thread(target=_make_calls, args=(self._calls, at_times, interval), name=name, daemon=True)
+        thread.start()
+        self._end = weakref.finalize(self, _end_thread, self._calls, thread)
+
+    def call(self, work: Callable[[], T], seconds: float) -> T:
+        """The result of the work, or its error; raises TimeoutError where it has not come after so many seconds."""
+        future: Future[T] = Future()
+        self._calls.put((future, work))
+        return future.result(seconds)
+
+    def close(self) -> None:
+        """End the thread."""
+        self._end()
+
+
+def _make_calls(
+    calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None], at_times: Callable[[], None], interval: float
+) -> None:
+    due = time.monotonic() + interval
+    while True:
+        left = due - time.monotonic()
+        if left <= 0:
+            at_times()
+            due = time.monotonic() + interval
+            continue
+        try:
+            call = calls.get(timeout=left)
+        except Empty:
+            continue
+        if call is None:
+            return
+        future, work = call
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+        del call, future, work  # nothing of a call is kept until the next one
+
+
+def _end_thread(calls: SimpleQueue[Any], thread: threading.Thread) -> None:
+    calls.put(None)
+    if thread is not threading.current_thread():  # it may be the one that collects garbage
+        thread.join(_FAREWELL)
 
 
 # Processes

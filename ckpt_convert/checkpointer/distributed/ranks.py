@@ -1,7 +1,7 @@
 """The processes that make a checkpointer together: what they tell each other, and how all of them learn what failed.
 
 They talk through the store of torch.distributed, never by a collective: a background thread may do that while the
-training communicates, and a process that is gone is found by a deadline. The first rank hears all others and answers.
+training communicates, and a process that is gone is found (heartbeat.py). The first rank hears all others and answers.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import socket
 import time
 import zlib
@@ -20,20 +21,21 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 import torch.distributed as dist
 
 from ckpt_convert import errors
+from ckpt_convert.checkpointer.distributed import heartbeat
+from ckpt_convert.checkpointer.distributed.heartbeat import Beat, Line, Vigil, read_beat
 from ckpt_convert.errors import CkptConvertError, UsageError, error_text
 from ckpt_convert.wording import first_few, indented_list
 
 T = TypeVar("T")
 P = ParamSpec("P")
 
+log = logging.getLogger("ckpt_convert")
+
 DEADLINE = 600.0
-"""Seconds after which a rank that says nothing is taken to be gone."""
+"""Seconds for which a rank that is alive, and takes no part, is waited for."""
 
 FAREWELL = 5.0
 """Seconds for which the first rank waits for the others at the end."""
-
-STORE_ERRORS = (RuntimeError, ConnectionError)
-"""What torch's stores raise: ``DistError`` and its kinds are RuntimeErrors."""
 
 _OK, _FAILED = b"+", b"-"
 
@@ -58,9 +60,10 @@ def of_group(process_group: Any) -> Ranks | None:
     members = ",".join(map(str, dist.get_process_group_ranks(process_group)))
     group = f"ckpt_convert/ranks/{hashlib.sha256(members.encode()).hexdigest()[:16]}"
     number = store.add(f"{group}/made_by/{rank}", 1)  # the same on all of them, which make the same checkpointers
-    ranks = Ranks(store, rank, count, f"{group}/{number}")
-    ranks.say_host()
-    return ranks
+    prefix = f"{group}/{number}"
+    line = Line(store, f"{prefix}/alive/{rank}")
+    line.call("set", f"{prefix}/host/{rank}", socket.gethostname())
+    return Ranks(line, rank, count, prefix)
 
 
 def store_of_group() -> Any:
@@ -72,45 +75,49 @@ def store_of_group() -> Any:
 class Ranks:
     """This process, ``rank`` of ``count``, and the others; every method is called by all of them, in one order.
 
-    ``prefix`` are the keys of the store that are theirs. What is said in it is deleted once it was heard.
+    The keys of the store that are theirs begin with ``root``. What is said in them is deleted once it was heard.
+    ``name`` is that of the channel, "" for the first one.
     """
 
-    store: Any
+    line: Line
     rank: int
     count: int
-    prefix: str
+    root: str
+    name: str = ""
+    _raised: list[Exception] = field(default_factory=list)
     _turn: int = field(default=0, init=False)
     _answered: list[str] = field(default_factory=list, init=False)
-    _raised: list[Exception] = field(default_factory=list)
-    _root: str = ""
+    _calls: list[str] = field(default_factory=list, init=False)
 
     @property
     def is_first(self) -> bool:
         """Whether this is the rank that hears the others, and writes what only one may."""
         return self.rank == 0
 
-    def say_host(self) -> None:
-        """Let the others name this process's host where it says nothing more."""
-        self._call(self.store.set, self._of_rank("host", self.rank), socket.gethostname())
-
     def channel(self, name: str) -> Ranks:
         """The same ranks, whose turns are counted apart, for another thread."""
-        prefix = f"{self.prefix}/{name}"
-        return Ranks(self.store, self.rank, self.count, prefix, self._raised, self._root or self.prefix)
+        return Ranks(self.line, self.rank, self.count, self.root, name, self._raised)
 
     def together(self, what: str, act: Callable[[], T]) -> T:
         """Do something that may take several turns; where it fails on one rank, all raise that, whatever turn it is.
 
-        ``what`` is it in words, for the message of a deadline.
+        ``what`` is it in words, for messages.
         """
+        inside = self.line.heart.inside
+        inside[self.name] = inside.get(self.name, 0) + 1
+        self._calls.append(what)
         try:
             result = act()
         except Exception as error:
             if not self._is_known(error):
                 failed = error
-                self.round(what, lambda: _raise(failed), _nothing)
+                self.round("", lambda: _raise(failed), _nothing)
             raise
-        self.round(what, bytes, _nothing)
+        else:
+            self.round("", bytes, _nothing)
+        finally:
+            inside[self.name] -= 1
+            self._calls.pop()
         return result
 
     def first(self, what: str, act: Callable[[], bytes | None]) -> bytes:
@@ -122,9 +129,9 @@ class Ranks:
     ) -> bytes:
         """Let every rank say something, and the first one ``decide`` what to answer: each, or one answer for all.
 
-        Where one of them fails, or says nothing before the deadline, all raise one error, which names it.
+        Where one of them fails, is gone, or takes no part before the deadline, all raise one error, which names it.
         """
-        turn = self._next()
+        turn, what = self._next(), " in ".join(filter(None, [what, *reversed(self._calls)]))
         outcome, error = self._outcome(mine)
         if not self.is_first:
             self._put(f"{turn}/{self.rank}", outcome)
@@ -143,7 +150,7 @@ class Ranks:
 
     def propose(self, key: str, value: bytes) -> None:
         """Say something that the others may look at, at any time; the first rank to do so is heard."""
-        self._call(self.store.compare_set, self._key(key), "", value.decode())
+        self.line.call("compare_set", self._key(key), "", value.decode())
 
     def proposed(self, key: str) -> bytes | None:
         """What some rank has proposed, None for nothing; nobody is waited for."""
@@ -155,13 +162,16 @@ class Ranks:
         The first one, whose process may have the store, stays a little until the others have heard its last answer.
         """
         with contextlib.suppress(CkptConvertError):
-            self._call(self.store.set, self._of_rank("left", self.rank), b"")
-            waiting = _Waiting(FAREWELL if self.is_first else 0)
-            while not all(self._has_left(rank) for rank in range(1, self.count)) and waiting.more():
-                pass
+            self.line.call("set", self._of_rank("left", self.rank), b"")
+            self.line.call("set", self._left_by_any, b"")
+            pause, until = _Pause(), time.monotonic() + (FAREWELL if self.is_first else 0)
+            while not all(self._has_left(rank) for rank in range(1, self.count)) and time.monotonic() < until:
+                pause()
+        self.line.close()
 
     def _next(self) -> int:
         self._turn += 1
+        self.line.heart.turns[self.name] = self._turn
         return self._turn
 
     def _outcome(self, act: Callable[[], bytes]) -> tuple[bytes, Exception | None]:
@@ -174,53 +184,52 @@ class Ranks:
         return _failure(type(error).__name__, f"rank {self.rank} on {socket.gethostname()}: {error_text(error)}")
 
     def _others(self, turn: int, what: str) -> list[bytes]:
-        """What the other ranks say in this turn, in their order; in the place of those that say nothing, that."""
-        left = {rank: f"{turn}/{rank}" for rank in range(1, self.count)}
-        heard: dict[int, bytes] = {}
-        waiting = _Waiting(DEADLINE)
+        """What the other ranks say in this turn, in their order; where some say nothing, what failed, and that."""
+        left = list(range(1, self.count))
+        heard: list[bytes] = []
+        wait = _Wait(self, turn, what)
         while left:
             # Looked at first: the last that one says still counts.
-            gone = {rank for rank in left if self._has_left(rank)}
-            there = [rank for rank, key in left.items() if self._has(key)]
-            for rank in there:
-                heard[rank] = self._take(left.pop(rank))
-            if absent := sorted(gone & left.keys()):
-                return [self._absence(absent, what)]
-            if left and not there and not waiting.more():
-                return [self._silence(sorted(left), what, DEADLINE)]
-        return [heard[rank] for rank in sorted(heard)]
+            closed = self._has_any_left()
+            if self._has(f"{turn}/{left[0]}"):
+                heard.append(self._take(f"{turn}/{left.pop(0)}"))
+                wait.pause.restart()
+                continue
+            missing = [rank for rank in left if not self._has(f"{turn}/{rank}")] if closed or wait.vigil.is_due else []
+            absent = [rank for rank in missing if closed and self._has_left(rank)]
+            if missing and (lost := self._absence(absent, what) if absent else wait.lost(missing)):
+                return [*(one for one in heard if one[:1] == _FAILED), lost]
+            wait.pause()
+        return heard
 
     def _heard(self, turn: int, what: str, cause: Exception | None = None) -> bytes:
         """What the first rank answers."""
-        waiting = _Waiting(2 * DEADLINE)  # it waits itself for those that say nothing
+        wait = _Wait(self, turn, what)
         while True:
             gone = self._has_left(0)
             for key in (f"{turn}/answer", f"{turn}/answer/{self.rank}"):
                 if self._has(key):
                     return self._opened(self._get(key), cause)
-            if gone:
-                return self._opened(self._absence([0], what), cause)
-            if not waiting.more():
-                return self._opened(self._silence([0], what, 2 * DEADLINE), cause)
-
-    def _silence(self, ranks: Sequence[int], what: str, seconds: float) -> bytes:
-        return _failure(
-            CkptConvertError.__name__,
-            f"{self._named(ranks)}: took no part in {what} within {seconds:g} s; every process makes the same "
-            "calls of the checkpointer, so it has ended, or it waits elsewhere",
-        )
+            if lost := self._absence([0], what) if gone else wait.lost([0]):
+                return self._opened(lost, cause)
+            wait.pause()
 
     def _absence(self, ranks: Sequence[int], what: str) -> bytes:
-        text = f"{self._named(ranks)}: took no part in {what}: its checkpointer is closed, most likely after an error"
+        text = f"{self.named(ranks)}: took no part in {what}: its checkpointer is closed, most likely after an error"
         return _failure(CkptConvertError.__name__, text)
 
-    def _named(self, ranks: Sequence[int]) -> str:
+    def named(self, ranks: Sequence[int]) -> str:
         """Ranks as messages name them: with their hosts, as far as they have said them."""
         return f"rank {first_few([f'{rank}{self._on_host(rank)}' for rank in ranks[:9]], 8, ' and others')}"
 
     def _on_host(self, rank: int) -> str:
         key = self._of_rank("host", rank)
-        return f" on {self._call(self.store.get, key).decode()}" if self._call(self.store.check, [key]) else ""
+        return f" on {self.line.call('get', key).decode()}" if self.line.call("check", [key]) else ""
+
+    def beat_of(self, rank: int) -> Beat | None:
+        """What a rank has said of itself last; None for one that makes no checkpointer."""
+        key = self._of_rank("alive", rank)
+        return read_beat(self.line.call("get", key)) if self.line.call("check", [key]) else None
 
     def _opened(self, outcome: bytes, cause: Exception | None = None) -> bytes:
         """What was said; raises it where it is an error."""
@@ -251,41 +260,40 @@ class Ranks:
     def _forget(self) -> None:
         """Delete what was answered in turns before: whoever takes part in this one has heard it."""
         for key in self._answered:
-            self._call(self.store.delete_key, self._key(key))
+            self.line.call("delete_key", self._key(key))
         self._answered.clear()
 
-    def _call(self, act: Callable[..., Any], *given: Any) -> Any:
-        try:
-            return act(*given)
-        except STORE_ERRORS as error:
-            raise CkptConvertError(
-                f"rank {self.rank}: the store of torch.distributed does not answer ({error}); the process that has it, "
-                "most often rank 0's or torchrun's, has ended"
-            ) from error
-
     def _has_left(self, rank: int) -> bool:
-        return bool(self._call(self.store.check, [self._of_rank("left", rank)]))
+        return bool(self.line.call("check", [self._of_rank("left", rank)]))
+
+    @property
+    def _left_by_any(self) -> str:
+        return f"{self.root}/left"
+
+    def _has_any_left(self) -> bool:
+        """Whether some rank has: one question, where there may be a thousand ranks."""
+        return bool(self.line.call("check", [self._left_by_any]))
 
     def _of_rank(self, what: str, rank: int) -> str:
         """The key of what a rank says once, whatever turn it is, and for all channels."""
-        return f"{self._root or self.prefix}/{what}/{rank}"
+        return f"{self.root}/{what}/{rank}"
 
     def _key(self, key: str) -> str:
-        return f"{self.prefix}/{key}"
+        return f"{self.root}/{self.name}/{key}"
 
     def _has(self, key: str) -> bool:
-        return bool(self._call(self.store.check, [self._key(key)]))
+        return bool(self.line.call("check", [self._key(key)]))
 
     def _get(self, key: str) -> bytes:
-        value = self._call(self.store.get, self._key(key))
+        value = self.line.call("get", self._key(key))
         return value if isinstance(value, bytes) else value.encode()
 
     def _put(self, key: str, value: bytes) -> None:
-        self._call(self.store.set, self._key(key), value)
+        self.line.call("set", self._key(key), value)
 
     def _take(self, key: str) -> bytes:
         value = self._get(key)
-        self._call(self.store.delete_key, self._key(key))
+        self.line.call("delete_key", self._key(key))
         return value
 
 
@@ -310,20 +318,58 @@ def on_all_ranks(method: Callable[Concatenate[Self_, P], T]) -> Callable[Concate
     return call
 
 
-class _Waiting:
-    """Looks again and again, for so many seconds: a wait in the store itself would keep the training from using it."""
+class _Pause:
+    """Waits a little, at each call longer: a wait in the store itself would never see that somebody is gone."""
 
-    def __init__(self, seconds: float) -> None:
-        self._until = time.monotonic() + seconds
-        self._pause = 0.0005
+    def __init__(self) -> None:
+        self.restart()
 
-    def more(self) -> bool:
-        """Wait a little; False where the time is over."""
-        if time.monotonic() > self._until:
-            return False
-        time.sleep(self._pause)
-        self._pause = min(2 * self._pause, 0.05)
-        return True
+    def restart(self) -> None:
+        self._seconds = 0.0005
+
+    def __call__(self) -> None:
+        time.sleep(self._seconds)
+        self._seconds = min(2 * self._seconds, 0.05)
+
+
+class _Wait:
+    """The wait for other ranks in one turn: as long as they live and take part, or for DEADLINE seconds."""
+
+    def __init__(self, ranks: Ranks, turn: int, what: str) -> None:
+        self._ranks, self._what = ranks, what
+        self.vigil = Vigil(ranks.name, turn)
+        self.pause = _Pause()
+
+    def lost(self, missing: Sequence[int]) -> bytes | None:
+        """Look at those that are waited for, if it is time; what is wrong with them, as a failure."""
+        vigil = self.vigil
+        if not vigil.is_due:
+            return None
+        vigil.look({rank: self._ranks.beat_of(rank) for rank in missing})
+        if gone := vigil.silent:
+            return self._failure(
+                gone,
+                f"has not been heard of for {heartbeat.SILENCE:g} s, while the others waited for it in {self._what}; "
+                "its process has ended or is stopped, or its machine cannot be reached",
+            )
+        if absent := vigil.away(DEADLINE):
+            return self._failure(
+                absent,
+                f"took no part in {self._what} within {DEADLINE:g} s; every process makes the same calls of the "
+                "checkpointer, so it waits elsewhere, or makes no checkpointer",
+            )
+        if self._ranks.is_first and vigil.waits_long():
+            self._report(missing)
+        return None
+
+    def _failure(self, ranks: Sequence[int], text: str) -> bytes:
+        return _failure(CkptConvertError.__name__, f"{self._ranks.named(ranks)}: {text}")
+
+    def _report(self, missing: Sequence[int]) -> None:
+        away = self.vigil.away()
+        level, state = (logging.WARNING, "has not come to it yet") if away else (logging.INFO, "is at work on it")
+        text = "%s: has waited %.0f s so far for %s, which %s"
+        log.log(level, text, self._what, self.vigil.waited, self._ranks.named(away or missing), state)
 
 
 def packed(content: Any) -> bytes:

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ckpt_convert.checkpointer.distributed.ranks import STORE_ERRORS, store_of_group
+from ckpt_convert.checkpointer.distributed.heartbeat import STORE_ERRORS
+from ckpt_convert.checkpointer.distributed.ranks import store_of_group
 from ckpt_convert.errors import UsageError
 
 
