@@ -62,6 +62,7 @@ TERMINALS = (
     Terminal("inspect", f"inspect {BASE}"),
     Terminal("inspect-tree", f"inspect {BASE} --tree --depth 3"),
     Terminal("inspect-stats", f"inspect {BASE} --stats"),
+    Terminal("show", f"show {BASE} model.layers.3.self_attn.q_proj.weight"),
     Terminal("verify", f"verify {META}"),
     Terminal("verify-findings", f"verify {BROKEN}", code=1),
     Terminal("diff", f"diff {BASE} {TUNED}", code=1),

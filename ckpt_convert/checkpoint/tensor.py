@@ -53,7 +53,7 @@ class CheckpointTensor:
 
     def __getitem__(self, index: Any) -> CheckpointTensor:
         """A slice, by integers, ranges without a step, and an ellipsis, as numpy takes them."""
-        return CheckpointTensor(self._source, self._info, _narrowed(self._joined, index))
+        return CheckpointTensor(self._source, self._info, narrowed(self._joined, index))
 
     def torch(self) -> torch.Tensor:
         """The values as a torch tensor, read now; raises MissingPackageError without torch."""
@@ -113,7 +113,7 @@ class CheckpointTensor:
         StridedReader(self._source.stored).read_into(self._joined, self.dtype, buffer)
 
 
-def _narrowed(tensor: LazyTensor, index: Any) -> LazyTensor:
+def narrowed(tensor: LazyTensor, index: Any) -> LazyTensor:
     """The slice of a tensor; raises IndexError for what is no index of it."""
     parts = list(index) if isinstance(index, tuple) else [index]
     ellipses = [at for at, part in enumerate(parts) if part is Ellipsis]

@@ -25,11 +25,11 @@ from ckpt_convert.wording import did_you_mean
 
 GROUPS = (
     ("Convert", ("convert", *(f"{source}-to-{target}" for source, target in permutations(FORMATS, 2)))),
-    ("Inspect", ("inspect", "verify", "diff", "formats")),
+    ("Inspect", ("inspect", "show", "verify", "diff", "formats")),
 )
 _NAME = "ckpt-convert"
 _COMPLETING = "_CKPT_CONVERT_COMPLETE"
-_MODULES = {name: name for name in ("inspect", "verify", "diff", "formats")}
+_MODULES = {name: name for name in ("inspect", "show", "verify", "diff", "formats")}
 
 
 class _Commands(click.Group):
