@@ -6,12 +6,15 @@ Saves of a training model and merges of files share it, so both write the same b
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 Array = np.ndarray[Any, Any]
+
+Ranges = Sequence[tuple[int, int]]
+"""(start, stop) of indices on one axis."""
 
 BLOCK_ROWS = 32
 """Rows that are computed together. The rounding of a matrix product or a sum may depend on the shape, so everything is
@@ -26,26 +29,46 @@ _READ = 2 * BLOCK_ROWS
 
 
 def merge_block(
-    base: Array, left: Array, right: Array, scale: float, magnitude: Array | None = None, *, out: Array
+    base: Array,
+    left: Array,
+    right: Array,
+    scale: float,
+    magnitude: Array | None = None,
+    *,
+    columns: Ranges | None = None,
+    out: Array,
 ) -> None:
     """Fill ``out`` with merged rows: base + scale · left · right; with DoRA each times its magnitude / its length.
 
     ``base`` and ``out`` are [BLOCK_ROWS, in], ``left`` [BLOCK_ROWS, rank], ``right`` [rank, in], ``magnitude``
-    [BLOCK_ROWS], all of one dtype. Infinity and NaN come without a warning, as torch has it.
+    [BLOCK_ROWS], all of one dtype. With ``columns``, ``base`` and ``out`` have these, one range after another, and not
+    all of them; not with DoRA. The bits of an element do not depend on the others that are asked for. Infinity and NaN
+    come without a warning, as torch has it.
     """
     with np.errstate(all="ignore"):
-        _product(left, right, out)
+        _columns(left, right, columns, out)
         out *= out.dtype.type(scale)
         out += base
         if magnitude is not None:
             out *= (magnitude / np.sqrt((out * out).sum(axis=1)))[:, None]
 
 
-def _product(left: Array, right: Array, out: Array) -> None:
-    """Left · right, in tiles that are too small for BLAS to start threads."""
+def _columns(left: Array, right: Array, columns: Ranges | None, out: Array) -> None:
+    """Left · right, or these columns of it."""
+    if columns is None:
+        _product(left, right, [(0, right.shape[1])], out)
+    else:
+        product = np.empty((len(left), right.shape[1]), out.dtype)
+        _product(left, right, columns, product)
+        np.concatenate([product[:, start:stop] for start, stop in columns], axis=1, out=out)
+
+
+def _product(left: Array, right: Array, wanted: Ranges, out: Array) -> None:
+    """Left · right, in tiles that are too small for BLAS to start threads; those that have a wanted column."""
     step = max(1, _TILE // left.size)
     for first in range(0, right.shape[1], step):
-        np.matmul(left, right[:, first : first + step], out=out[:, first : first + step])
+        if any(start < first + step and first < stop for start, stop in wanted):
+            np.matmul(left, right[:, first : first + step], out=out[:, first : first + step])
 
 
 class RowBlocks:

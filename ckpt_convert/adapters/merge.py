@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from ckpt_convert.adapters.arithmetic import BLOCK_ROWS, Array, RowBlocks, merge_block
+from ckpt_convert.adapters.arithmetic import BLOCK_ROWS, Array, Ranges, RowBlocks, merge_block
 from ckpt_convert.adapters.config import AdapterConfig
 from ckpt_convert.adapters.modules import Modules
 from ckpt_convert.adapters.parameters import SplitTensors
@@ -27,9 +28,9 @@ class Merge:
     scale: float
     magnitude: torch.Tensor | None = None
 
-    def rows(self, weight: torch.Tensor, start: int = 0) -> torch.Tensor:
+    def rows(self, weight: torch.Tensor, start: int = 0, columns: Ranges | None = None) -> torch.Tensor:
         """The merged rows for ``weight`` [n, in], rows of the base from ``start`` on; see ``merged_rows``."""
-        return merged_rows(weight, self.a, self.b, self.scale, self.magnitude, start=start)
+        return merged_rows(weight, self.a, self.b, self.scale, self.magnitude, start=start, columns=columns)
 
 
 def plan_merges(parts: SplitTensors, config: AdapterConfig, modules: Modules) -> dict[str, Merge]:
@@ -58,19 +59,22 @@ def merged_rows(
     magnitude: torch.Tensor | None = None,
     *,
     start: int = 0,
+    columns: Ranges | None = None,
 ) -> torch.Tensor:
     """Rows ``start`` on of the merged weight, in new memory on the CPU, in the dtype of ``weight`` [n, in], the base's.
 
+    With ``columns``, ``weight`` has these, one range after another, and not all of them; not with DoRA.
+
     ``a`` [rank, in], ``b`` [out, rank] and ``magnitude`` [out] are full tensors in the RoPE layout of the weight. LoRA:
     W' = W + scale · B · A. DoRA: each row of W' times magnitude / its length. Computed in float32, in float64 for a
-    float64 weight. A row's bits do not depend on the rows that are asked for with it.
+    float64 weight. The bits of an element do not depend on the rows and columns that are asked for with it.
     """
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    count, columns = weight.shape
-    out = torch.empty((count, columns), dtype=weight.dtype)
-    base, left = torch.zeros((BLOCK_ROWS, columns), dtype=dtype), torch.zeros((BLOCK_ROWS, len(a)), dtype=dtype)
+    count, width = weight.shape
+    out = torch.empty((count, width), dtype=weight.dtype)
+    base, left = torch.zeros((BLOCK_ROWS, width), dtype=dtype), torch.zeros((BLOCK_ROWS, len(a)), dtype=dtype)
     lengths = None if magnitude is None else torch.zeros(BLOCK_ROWS, dtype=dtype)
-    right, merged = _numbers(a, dtype), np.empty((BLOCK_ROWS, columns), base.numpy().dtype)
+    right, merged = _numbers(a, dtype), np.empty((BLOCK_ROWS, width), base.numpy().dtype)
     for first in range(start - start % BLOCK_ROWS, start + count, BLOCK_ROWS):
         low, high = max(first, start), min(first + BLOCK_ROWS, start + count)
         within = slice(low - first, high - first)
@@ -79,19 +83,31 @@ def merged_rows(
         if lengths is not None and magnitude is not None:
             lengths[within] = magnitude[low:high].detach().to("cpu", dtype)
         norms = None if lengths is None else lengths.numpy()
-        merge_block(base.numpy(), left.numpy(), right, scale, norms, out=merged)
+        merge_block(base.numpy(), left.numpy(), right, scale, norms, columns=columns, out=merged)
         _copy(out[low - start : high - start], torch.from_numpy(merged)[within])
     return out
 
 
 class MergedReader:
-    """The bytes of a merged weight, dense and row-major, as a file reader: computed on demand."""
+    """The bytes of a merged weight, dense and row-major, as a file reader: computed on demand.
 
-    def __init__(self, name: str, weight: torch.Tensor, merge: Merge) -> None:
+    ``rows`` and ``columns`` are those of the base that ``weight`` has, if it does not have all.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        weight: torch.Tensor,
+        merge: Merge,
+        rows: Ranges | None = None,
+        columns: Ranges | None = None,
+    ) -> None:
         self.name = name
         self.size = weight.numel() * weight.element_size()
         self._weight = weight.detach()
         self._merge = merge
+        self._held = [(0, len(weight))] if rows is None else rows
+        self._columns = columns
         self._blocks = RowBlocks(len(weight), weight.shape[1] * weight.element_size(), self._rows)
         self._overflowed: dict[int, int] = {}
 
@@ -106,10 +122,20 @@ class MergedReader:
 
     def _rows(self, start: int, stop: int) -> memoryview:
         base = self._weight[start:stop]
-        rows = self._merge.rows(base, start)
+        merged = [*self._merged(base, start)]
+        rows = merged[0] if len(merged) == 1 else torch.cat(merged)
         if (infinite := torch.isinf(rows)).any():
             self._overflowed[start] = int((infinite & torch.isfinite(base.to(rows.device))).sum())
         return rows.view(torch.uint8).reshape(-1).numpy().data
+
+    def _merged(self, base: torch.Tensor, first: int) -> Iterator[torch.Tensor]:
+        """The merged rows for some of the weight's, from its row ``first`` on: those of each range of the base."""
+        at = 0
+        for start, stop in self._held:
+            low, high = max(first, at), min(first + len(base), at + stop - start)
+            if low < high:
+                yield self._merge.rows(base[low - first : high - first], start + low - at, self._columns)
+            at += stop - start
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,8 +113,14 @@ def from_peft(directory: Place, modules: Modules, config: AdapterConfig | None =
     return LoadedAdapter(adapters, whole[0], whole[1], said)
 
 
-def load_into(parts: SplitTensors, loaded: LoadedAdapter) -> list[str]:
+def load_into(
+    parts: SplitTensors,
+    loaded: LoadedAdapter,
+    copy: Callable[[torch.Tensor, torch.Tensor], object] = torch.Tensor.copy_,
+) -> list[str]:
     """Copy an adapter into the tensors of a training model, in place; returns notices about casts and unused weights.
+
+    ``copy`` is called with a tensor of the model and the whole one that belongs into it.
 
     Weights of ``loaded.saved`` go where ``found.saved`` has them, those of ``loaded.base`` into the base. Raises
     KeyMismatchError or ShapeMismatchError, before anything is copied, with all problems.
@@ -134,7 +140,7 @@ def load_into(parts: SplitTensors, loaded: LoadedAdapter) -> list[str]:
         raise ShapeMismatchError(f"the adapter does not fit the model:{indented_list(problems)}")
     with torch.no_grad():
         for target, source in pairs.values():
-            target.copy_(source)
+            copy(target, source)
     left = [
         f"the model has no {key}, which the adapter's file holds too; left out"
         for key in loaded.base

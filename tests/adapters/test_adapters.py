@@ -367,6 +367,32 @@ class TestMerging:
             cut = merged_rows(weight[start : start + size], a, b, 0.3, chosen, start=start)
             assert bits(cut) == bits(whole[start : start + size])
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("columns", [[(0, 1)], [(999, 1000)], [(120, 140), (500, 777)], [(0, 500)]], ids=str)
+    def test_columns_have_the_same_bits(self, columns: list[tuple[int, int]], dtype: torch.dtype) -> None:
+        weight, a, b, _ = self.parts(dtype)
+        whole = merged_rows(weight, a, b, 0.3)
+        own, expected = (torch.cat([one[:, low:high] for low, high in columns], 1) for one in (weight, whole))
+        assert bits(merged_rows(own[50:], a, b, 0.3, start=50, columns=columns)) == bits(expected[50:])
+
+    @pytest.mark.parametrize("dora", [False, True])
+    def test_a_slice_is_read_as_a_file(self, dora: bool) -> None:
+        """Ranges of rows and of columns, one after another in memory."""
+        weight, a, b, magnitude = self.parts()
+        merge = Merge(a, b, 0.3, magnitude if dora else None)
+        rows, columns = [(3, 70), (100, 101), (110, 130)], [(0, 1000)] if dora else [(7, 8), (300, 900)]
+
+        def part(of: torch.Tensor) -> torch.Tensor:
+            return torch.cat([of[low:high] for low, high in rows])[
+                :, torch.cat([torch.arange(*one) for one in columns])
+            ]
+
+        reader = MergedReader("q", part(weight), merge, rows, None if dora else columns)
+        found = bytearray(reader.size)
+        for start in range(0, len(found), 10_001):
+            reader.readinto(start, memoryview(found)[start : start + 10_001])
+        assert bytes(found) == bits(part(merge.rows(weight)))
+
     def test_the_model_is_not_changed(self) -> None:
         parts = self.parts()
         before = [bits(part) for part in parts]

@@ -78,10 +78,14 @@ class Owned(NamedTuple):
 
 
 class Claims:
-    """What this process writes of a model's tensors; worked out together with the other ranks, once for each layout."""
+    """What this process writes of a model's tensors; worked out together with the other ranks, once for each layout.
 
-    def __init__(self, ranks: Ranks) -> None:
+    ``by_rows``: those that hold the same share its rows, even if there are too few for all, and never its columns.
+    """
+
+    def __init__(self, ranks: Ranks, *, by_rows: bool = False) -> None:
         self._ranks = ranks
+        self._by_rows = by_rows
         self._agreed = ""
         self._known: dict[Any, int] = {}
         self._kinds: list[Held] = []
@@ -117,7 +121,7 @@ class Claims:
         for key, group in zip(division.names, division.groups.tolist(), strict=True):
             kind = kinds.get(key, -1)
             if kind >= 0:
-                out[key] = _owned(tensors[key], claim.kinds[kind], mine[group])
+                out[key] = _owned(tensors[key], claim.kinds[kind], mine[group], self._by_rows)
             else:
                 dtype, shape = division.tensors[group]
                 out[key] = _nothing(dtype, shape)
@@ -239,7 +243,7 @@ def _text(part: Slice) -> str:
     return "×".join("+".join(f"{start}:{stop}" for start, stop in axis) or "nothing" for axis in part.axes)
 
 
-def _owned(tensor: torch.Tensor, held: Held, share: Share) -> Owned:
+def _owned(tensor: torch.Tensor, held: Held, share: Share, by_rows: bool) -> Owned:
     """The part of a held slice that is a rank's share: rows of it, or columns where there are too few."""
     if not share.holders:
         return _nothing(held.dtype, held.part.shape)
@@ -249,7 +253,8 @@ def _owned(tensor: torch.Tensor, held: Held, share: Share) -> Owned:
     sizes = held.part.local_shape
     if not sizes:
         return Owned(local, held.part) if not share.number else _nothing(held.dtype, held.part.shape)
-    axis = next((axis for axis, size in enumerate(sizes) if size >= share.holders), sizes.index(max(sizes)))
+    enough = (axis for axis, size in enumerate(sizes) if size >= share.holders)
+    axis = 0 if by_rows else next(enough, sizes.index(max(sizes)))
     start, stop = (sizes[axis] * number // share.holders for number in (share.number, share.number + 1))
     return Owned(local.narrow(axis, start, stop - start), held.part.narrow(axis, start, stop))
 

@@ -63,7 +63,7 @@ def of_group(process_group: Any) -> Ranks | None:
     prefix = f"{group}/{number}"
     line = Line(store, f"{prefix}/alive/{rank}")
     line.call("set", f"{prefix}/host/{rank}", socket.gethostname())
-    return Ranks(line, rank, count, prefix)
+    return Ranks(line, rank, count, prefix, process_group=process_group)
 
 
 def store_of_group() -> Any:
@@ -85,6 +85,8 @@ class Ranks:
     root: str
     name: str = ""
     _raised: list[Exception] = field(default_factory=list)
+    process_group: Any = None
+    """The group of torch.distributed that they are; None for the default one."""
     _turn: int = field(default=0, init=False)
     _answered: list[str] = field(default_factory=list, init=False)
     _calls: list[str] = field(default_factory=list, init=False)
@@ -96,7 +98,7 @@ class Ranks:
 
     def channel(self, name: str) -> Ranks:
         """The same ranks, whose turns are counted apart, for another thread."""
-        return Ranks(self.line, self.rank, self.count, self.root, name, self._raised)
+        return Ranks(self.line, self.rank, self.count, self.root, name, self._raised, self.process_group)
 
     def together(self, what: str, act: Callable[[], T]) -> T:
         """Do something that may take several turns; where it fails on one rank, all raise that, whatever turn it is.

@@ -95,6 +95,25 @@ def nothing(shape: Sequence[int]) -> Slice:
     return Slice(tuple(shape), ((),) * max(1, len(shape)))
 
 
+def windows(part: Slice, whole: torch.Tensor, local: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """For each box of a part, the views of it in the whole tensor and in the local one."""
+    for origin, shape, at in part.regions():
+        yield _window(whole, origin, shape), _window(local, at, shape)
+
+
+def _window(tensor: torch.Tensor, origin: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
+    for axis, (start, size) in enumerate(zip(origin, shape, strict=True)):
+        tensor = tensor.narrow(axis, start, size)
+    return tensor
+
+
+@torch.no_grad()
+def copy_slice(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy from a whole tensor what this process holds of the target."""
+    for values, into in windows(slice_of("", target), source, local_of(target)):
+        into.copy_(values)
+
+
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
     """What this process has in memory of a tensor; no copy."""
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()

@@ -7,11 +7,13 @@ another dtype, or one changed value, gives another one.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from ckpt_convert import dtypes
 from ckpt_convert.checkpoint.identify import Identified
+from ckpt_convert.checkpointer.distributed.ranks import Ranks, packed, unpacked
 from ckpt_convert.checkpointer.live import loading
 from ckpt_convert.convert.writing import TargetTensor
 from ckpt_convert.errors import CorruptFileError
@@ -100,3 +102,33 @@ def base_from_source(
     """The fingerprint of the tensors under these keys, from headers; ``values`` reads them for their checksums."""
     targets = [target for target in loading.source_targets(source, layout)[0] if target.key in keys]
     return base_from_targets(layout, targets, loading.read_checksums(source, targets, workers) if values else None)
+
+
+def base_of_all(
+    source: Identified,
+    layout: str,
+    keys: Collection[str],
+    known: AdapterBase | None,
+    ranks: Ranks,
+    *,
+    workers: int,
+) -> AdapterBase:
+    """The fingerprint of the tensors under these keys, for which each of several ranks reads its share of them.
+
+    ``known`` is what this rank has read of it already. All ranks ask at the same time.
+    """
+    targets = [target for target in loading.source_targets(source, layout)[0] if target.key in keys]
+    by_size = sorted(targets, key=lambda one: dtypes.nbytes(one.dtype, one.tensor.shape))
+    share = by_size[ranks.rank :: ranks.count]
+
+    def read() -> bytes:
+        if known is not None and all(one.key in known.tensors for one in share):
+            return packed({one.key: known.tensors[one.key].checksum for one in share})
+        return packed(loading.read_checksums(source, share, workers))
+
+    answer = ranks.round("reading the base of the adapter", read, _all_checksums)
+    return base_from_targets(layout, targets, unpacked(answer))
+
+
+def _all_checksums(every: Sequence[bytes]) -> list[bytes]:
+    return [packed({key: checksum for one in every for key, checksum in unpacked(one).items()})]

@@ -18,6 +18,7 @@ from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpointer.distributed.claims import Claims, Owned
 from ckpt_convert.checkpointer.distributed.exchange import Writers, exchanged
 from ckpt_convert.checkpointer.distributed.ranks import Ranks
+from ckpt_convert.checkpointer.distributed.slices import copy_slice
 from ckpt_convert.checkpointer.live import loading
 from ckpt_convert.checkpointer.live.selection import ADAPTER, MODEL, select_keys
 from ckpt_convert.checkpointer.live.tensors import (
@@ -88,14 +89,10 @@ class SavePlanner:
         self.source = source
         self.settings = settings
         config = None if adapter is None else AdapterConfig.of(adapter)
-        self.adapter = None if config is None else TrainedAdapter(config, source, settings.model_format)
-        if ranks is not None and self.adapter is not None:
-            raise UsageError(
-                'adapter: is saved by one process; make the checkpointer on rank 0 alone, with process_group="rank0"'
-            )
+        self.adapter = None if config is None else TrainedAdapter(config, source, settings.model_format, ranks)
         self.ranks = ranks
         self._writers: Writers = writers
-        self._claims = None if ranks is None else Claims(ranks)
+        self._claims = None if ranks is None else Claims(ranks, by_rows=config is not None)
         self._state_claims = None if ranks is None else Claims(ranks)
         self._plans: dict[tuple[Any, ...], OpenPlan] = {}
         self._kinds: dict[Any, int] = {}
@@ -188,7 +185,7 @@ class SavePlanner:
         loaded = self.adapter.read(path)
         parts = self.split(model_tensors(model))
         _refuse_copies(model, trained_tensors(parts))
-        for notice in load_into(parts, loaded):
+        for notice in load_into(parts, loaded, copy_slice):
             log.info("%s: %s", path, notice)
         return sum(len([one for one in adapter if one is not None]) for adapter in loaded.adapters.values()) + len(
             loaded.trained_whole
@@ -208,7 +205,11 @@ class SavePlanner:
         if self.adapter is not None:
             extra_files.check_extra_files(settings.extra, None)
             self.adapter.check(parts)
-            return list(self._merged(self.adapter, parts, settings).plan.notices) if _merges(settings) else []
+            if not _merges(settings):
+                return []
+            owned = self._owned_of_merged(self.adapter, parts)
+            whole = self.adapter.gathered(parts, to_all=True)
+            return list(self._merged(self.adapter, whole, owned, settings).plan.notices)
         written = parts.base if emitted is None else self._emitted(parts.base, emitted)
         made = self._plan(self._owned(written), settings).plan
         casts = Counter(
@@ -295,12 +296,19 @@ class SavePlanner:
     ) -> Callable[[Section, Mapping[str, bytes]], StepContents]:
         merges_too = _merges(settings)
         written = self._shared(state)
-        if buffers is not None:
-            parts, written = copy_parts(parts, written, buffers, with_base=merges_too)
+        if self.ranks is not None:
+            owned = self._owned_of_merged(adapter, parts) if merges_too else {}
+            parts = adapter.gathered(parts, to_all=merges_too)
+            if buffers is not None:
+                owned, written = stage(owned, written, buffers)
+        else:
+            if buffers is not None:
+                parts, written = copy_parts(parts, written, buffers, with_base=merges_too)
+            owned = self._owned_of_merged(adapter, parts) if merges_too else {}
 
         def step(section: Section, files: Mapping[str, bytes]) -> StepContents:
             own = adapter.render(parts)
-            made = self._merged(adapter, parts, settings) if merges_too else None
+            made = self._merged(adapter, parts, owned, settings) if merges_too else None
 
             def training() -> Mapping[str, Any]:
                 return {**section(), **adapter.base_section(parts.base)}
@@ -309,10 +317,16 @@ class SavePlanner:
 
         return step
 
-    def _merged(self, adapter: TrainedAdapter, parts: SplitTensors, settings: Settings) -> OpenPlan:
+    def _owned_of_merged(self, adapter: TrainedAdapter, parts: SplitTensors) -> dict[str, Owned]:
+        """What this process merges and writes of the full weights."""
+        return self._owned(adapter.with_whole_rows(parts, parts.base | parts.trained_whole))
+
+    def _merged(
+        self, adapter: TrainedAdapter, parts: SplitTensors, owned: Mapping[str, Owned], settings: Settings
+    ) -> OpenPlan:
         """The plan of the merged weights, which are computed when they are read."""
-        whole, readers = parts.base | parts.trained_whole, adapter.merged_readers(parts)
-        given = PlanInputs(self.source, self._request(settings), in_memory=self._live(all_of(whole), settings, readers))
+        live = self._live(owned, settings, adapter.merged_readers(parts, owned))
+        given = PlanInputs(self.source, self._request(settings), in_memory=live)
         made = planning.make_plan(given)
         made.plan.refuse_unreadable()
         return made
