@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import os
+import socket
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -34,14 +36,16 @@ class Pool:
         self._jobs = 0
         self._workers: list[tuple[Any, Connection]] = []
 
-    def run(self, work: Callable[..., Any], here: Path, *given: Any, world: int = 2, limit: float = 100) -> list[Any]:
+    def run(
+        self, work: Callable[..., Any], here: Path, *given: Any, world: int = 2, limit: float = 100, tcp: bool = False
+    ) -> list[Any]:
         """Do ``work(here, *given)`` on ``world`` ranks; what each returned. Raises AssertionError for what one raised.
 
-        A rank that died has None.
+        A rank that died has None. ``tcp``: the first rank has the store, as without torchrun; else it is a file.
         """
         self._jobs += 1
         self._start(world)
-        store = here / f"store_{self._jobs}"
+        store = here / f"{'port' if tcp else 'store'}_{self._jobs}"
         for rank, (_, pipe) in enumerate(self._workers[:world]):
             pipe.send((work.__module__, work.__qualname__, store, rank, world, here, given))
         answers = [self._answer(rank, limit) for rank in range(world)]  # all, or the next job would find what is left
@@ -118,6 +122,22 @@ def tree_of(tensors: Mapping[str, torch.Tensor]) -> nn.Module:
     return root
 
 
+def _tcp_store(path: Path, rank: int, world: int) -> Any:
+    """A store that the first rank serves, to this machine alone; the others learn its port from a file."""
+    if rank:
+        while not path.exists():
+            time.sleep(0.01)
+        return dist.TCPStore("127.0.0.1", int(path.read_text()), world, False, wait_for_workers=False)  # type: ignore[attr-defined]
+    listening = socket.create_server(("127.0.0.1", 0))
+    port = listening.getsockname()[1]
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        "127.0.0.1", port, world, True, wait_for_workers=False, master_listen_fd=listening.detach()
+    )
+    path.with_suffix(".new").write_text(str(port))
+    path.with_suffix(".new").rename(path)
+    return store
+
+
 def _work(pipe: Connection) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
@@ -125,7 +145,7 @@ def _work(pipe: Connection) -> None:
         while True:
             module, name, path, rank, world, here, given = pipe.recv()
             raised, result = "", None
-            store = torch.distributed.FileStore(str(path), world)  # type: ignore[attr-defined]
+            store = _tcp_store(path, rank, world) if path.name.startswith("port") else dist.FileStore(str(path), world)  # type: ignore[attr-defined]
             dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
             dist.barrier()  # else a rank that has nothing to do may be gone before the others are connected
             try:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -55,12 +54,17 @@ class Heart:
         self.turns: dict[str, int] = {}
         self.inside: dict[str, int] = {}
         self._store, self._key, self._number = store, key, 0
+        self._has_failed = False
 
     def beat(self) -> None:
-        """Say that this rank is alive; a store that fails is noticed by whoever wants something of it."""
+        """Say that this rank is alive, until the store fails, which whoever wants something of it will raise."""
+        if self._has_failed:  # each further try would have torch print a page
+            return
         self._number += 1
-        with suppress(*STORE_ERRORS):
+        try:
             self._store.set(self._key, json.dumps([self._number, dict(self.turns), dict(self.inside)]))
+        except STORE_ERRORS:
+            self._has_failed = True
 
 
 class Line:
