@@ -187,6 +187,10 @@ def check_destination(destination: Place, source: Place, rules: Rules, *, overwr
     """``Workspace.check_destination``."""
     if source.store == destination.store:
         _refuse_overlap(destination, source)
+    if not destination.name:
+        raise OutputExistsError(
+            f"{destination}: is a whole bucket; give a name inside it, such as {destination / 'model'}"
+        )
     there = destination.without_listing().listed()
     if there.kind() is FileKind.FILE:
         raise OutputExistsError(f"{destination}: is a file, but the output is a directory; choose another name")

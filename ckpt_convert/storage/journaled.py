@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ckpt_convert.errors import CorruptFileError, UnwritableError
+from ckpt_convert.errors import CkptConvertError, CorruptFileError, UnwritableError
 from ckpt_convert.storage.base import Entry, Store
 from ckpt_convert.storage.names import JOURNAL
 from ckpt_convert.storage.place import Place
 from ckpt_convert.storage.rules import Rules
+
+log = logging.getLogger("ckpt_convert")
 
 _LONGEST = 1 << 28
 """Size limit of a journal in bytes; it describes every complete weight file."""
@@ -72,9 +75,13 @@ class JournaledDirectory:
         return {place.relative_name(self.place): entry for place, entry in self.seen.entries().items()}
 
     def adopt(self, there: Mapping[str, Entry]) -> None:
-        """Take over the existing journal."""
+        """Take over the existing journal, and end the uploads that its writer has left open."""
         self.journal = JournalContent.read(self.seen / JOURNAL)
         self._etag = there[JOURNAL].etag
+        try:
+            self.store.abort_uploads([self.full_name(name) for name in self.journal.names], f"{self.place.path}/")
+        except CkptConvertError as error:
+            log.warning("%s; uploads that an interrupted writer left open may still be charged", error)
 
     def announce(self, names: Collection[str], **changes: Any) -> None:
         """Record that these names belong to this writer, before any of the files exists."""

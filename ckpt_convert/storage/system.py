@@ -138,3 +138,19 @@ def _mounts() -> dict[str, str]:
         point = re.sub(r"\\(\d{3})", lambda match: chr(int(match[1], 8)), fields[4])
         found[point] = fields[fields.index("-") + 1]
     return found
+
+
+def process_identity(pid: int) -> str:
+    """What tells a process from every other, also of other machines and containers; "unknown" where nothing does."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}/{started}"
+    except (OSError, IndexError):
+        return "unknown"
+
+
+def has_ended(pid: int, identity: str) -> bool:
+    """Whether a process is certain to have ended: it was of this boot and container, and is not there any more."""
+    here = process_identity(os.getpid()).rpartition("/")[0]
+    return bool(here) and identity.rpartition("/")[0] == here and process_identity(pid) != identity
