@@ -10,16 +10,16 @@ import contextlib
 import json
 import logging
 import threading
-from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Any, Self
 
 from ckpt_convert.convert.execute import FinishedPiece
+from ckpt_convert.convert.headers import HeaderBytes
 from ckpt_convert.convert.layout import OutputFile
 from ckpt_convert.convert.partition import Piece
 from ckpt_convert.convert.plan import Plan
-from ckpt_convert.storage.checksums import CRC32, CRC64
+from ckpt_convert.storage.checksums import CRC64
 from ckpt_convert.storage.workspace import Folder, Journal, Stage, StagedFile
 
 log = logging.getLogger("ckpt_convert")
@@ -32,7 +32,7 @@ class _File:
         self.output = output
         self.left = 0
         self.done: list[FinishedPiece] = []
-        self._header = 0
+        self._header = HeaderBytes(output.layout)
         self._folder = folder
         self._staged: StagedFile | None = None
         self._lock = threading.Lock()
@@ -46,18 +46,16 @@ class _File:
                 self._staged = self._folder.file(self.output.name, self.output.size)
             return self._staged
 
+    def add(self, done: FinishedPiece) -> list[tuple[int, bytes]]:
+        """Register a finished piece; returns the header bytes to be written now."""
+        self.done.append(done)
+        self._header.add(done.piece.offset, done.piece.nbytes, done.crc)
+        return self._header.take_ready() if self._folder.sends_parts else []
+
     def finish(self) -> None:
-        """Complete a file with all pieces: write its header with the CRC-32s of zip members, flush and close it."""
-        places = deque(sorted(self._crcs()))
-        for offset, data in self.output.layout.literals:
-            whole: bytes | bytearray = data
-            while places and places[0][0] < offset + len(data):
-                place, crc = places.popleft()
-                at = place - offset
-                whole = bytearray(whole) if isinstance(whole, bytes) else whole
-                whole[at : at + 4] = crc.to_bytes(4, "little")
-            self.staged.write(offset, memoryview(whole))
-            self._header = CRC64.of(whole, self._header)
+        """Complete a file with all pieces: write what is left of its header, flush and close it."""
+        for offset, data in self._header.take_ready():
+            self.staged.write(offset, memoryview(data))
         self.staged.sync()
         self.close()
 
@@ -70,7 +68,7 @@ class _File:
         pieces = [
             [tensors[one.piece.tensor].key, one.piece.offset, one.piece.nbytes, CRC64.hex(one.checksum)] for one in done
         ]
-        return {"size": self.output.size, "header": CRC64.hex(self._header), "pieces": pieces}
+        return {"size": self.output.size, "header": CRC64.hex(self._header.checksum()), "pieces": pieces}
 
     def take_over(self, described: dict[str, Any]) -> int:
         """Adopt the file as finished by an earlier attempt; returns the bytes of its pieces."""
@@ -85,29 +83,6 @@ class _File:
     def close(self) -> None:
         if self._staged is not None:
             self._staged.close()
-
-    def _crcs(self) -> Iterator[tuple[int, int]]:
-        """(offset, CRC-32) for every CRC that the container stores of tensor bytes."""
-        literals = self.output.layout.literals
-        runs = [(one.piece.offset, one.piece.nbytes, one.crc) for one in self.done if one.piece.nbytes]
-        runs = sorted([*runs, *((offset, len(data), CRC32.of(data, 0)) for offset, data in literals)])
-        at = 0
-        for member in sorted(self.output.layout.header.checksummed, key=lambda member: member.offset):
-            while at < len(runs) and runs[at][0] + runs[at][1] <= member.offset:
-                at += 1
-            crc, position, end = 0, member.offset, member.offset + member.nbytes
-            index = at
-            while position < end:
-                offset, nbytes, value = runs[index]
-                if offset < position or offset + nbytes > end:  # header bytes that extend beyond the member
-                    data = next(data for start, data in literals if start == offset)
-                    nbytes = min(offset + nbytes, end) - position
-                    value = CRC32.of(data[position - offset : position - offset + nbytes], 0)
-                crc = CRC32.combine(crc, value, nbytes)
-                position += nbytes
-                index += 1
-            for place in member.crc_offsets:
-                yield place, crc
 
 
 class StagedOutput:
@@ -159,9 +134,12 @@ class StagedOutput:
             self._note(done)
         file = self._files[done.piece.file]
         with self._lock:
-            file.done.append(done)
-            file.left -= 1
             self.resumed += done.piece.nbytes if done.resumed else 0
+            known = file.add(done)
+        for offset, data in known:
+            file.staged.write(offset, memoryview(data))
+        with self._lock:  # not before: who reports the last piece completes the file
+            file.left -= 1
             complete = not file.left
         if complete:
             self._finish(done.piece.file)

@@ -89,6 +89,11 @@ class Folder:
         """Where the files written can be read."""
         return as_place(self.root / self.inside)
 
+    @property
+    def sends_parts(self) -> bool:
+        """No: every write goes to the file."""
+        return False
+
     def with_mode(self, mode: int) -> Folder:
         """The same folder, for files with at most these permissions."""
         return replace(self, mode=self.mode & mode)

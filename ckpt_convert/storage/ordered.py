@@ -53,6 +53,11 @@ class OrderedFolder:
         return self
 
     @property
+    def sends_parts(self) -> bool:
+        """Yes: a part of a file is uploaded when all of its bytes are written."""
+        return True
+
+    @property
     def nbytes(self) -> int:
         return sum(entry.size for entry in self.ledger.written.values())
 

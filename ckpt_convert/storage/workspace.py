@@ -60,6 +60,10 @@ class Folder(Protocol):
     def place(self) -> Place:
         """Where the written files can be read before they are published."""
 
+    @property
+    def sends_parts(self) -> bool:
+        """Whether bytes are kept in memory until all around them are written, so that none should come late."""
+
     def subfolder(self, name: str) -> Folder:
         """A subfolder, written as if it were a directory of its own."""
 
