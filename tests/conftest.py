@@ -16,6 +16,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 pytest_plugins = ["tests.servers.fixtures"]
 
 ROOT = Path(__file__).parent
+SERVERS = ("s3", "azure")
+"""Parameters of tests that run on a store in memory and on a server's: there, all cases but the first are slow."""
+
 KINDS = ("fast", "cli", "train", "browser", "slow")
 
 FOLDERS = {
@@ -109,12 +112,25 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return (fast_alone and collection_path.match("test_*.py") and kind(collection_path) != "fast") or None
 
 
+def server_of(item: pytest.Item) -> str | None:
+    """The server whose store a test runs on that other stores have too: one of its parameters."""
+    parameters = (
+        item.callspec.params.values() if isinstance(item, pytest.Function) and hasattr(item, "callspec") else ()
+    )
+    return next((value for value in parameters if isinstance(value, str) and value in SERVERS), None)
+
+
 @pytest.hookimpl(tryfirst=True)  # before tests are left out by their markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    on_servers: set[tuple[str, str]] = set()
     for item in items:
         of_file = kind(item.path)
         marked = {mark.name for mark in item.iter_markers() if mark.name in KINDS}
         if len(marked) > 1 or ("fast" in marked and of_file != "fast"):
             raise pytest.UsageError(f"{item.nodeid}: has one kind, and a fast test is in a file of fast tests")
-        if not marked:
+        if not marked and (server := server_of(item)) is not None:  # all cases of a test would take long there
+            function = item.nodeid.partition("[")[0], server
+            item.add_marker("slow" if function in on_servers else "cli")
+            on_servers.add(function)
+        elif not marked:
             item.add_marker(of_file)

@@ -11,6 +11,7 @@ import pytest
 
 import ckpt_convert
 from ckpt_convert.convert import partition
+from ckpt_convert.storage.base import Store
 from ckpt_convert.storage.memory import MemoryStore
 from ckpt_convert.storage.place import Place
 from ckpt_convert.tensors import blocks, gather
@@ -34,7 +35,7 @@ class Convert:
     In the store a conversion reads what one before it has written there.
     """
 
-    def __init__(self, store: MemoryStore | None) -> None:
+    def __init__(self, store: Store | None) -> None:
         self._store = store
         self._written: dict[Path, Place] = {}
 
@@ -51,8 +52,10 @@ class Convert:
         return report
 
 
-@pytest.fixture(params=["disk", "store"])
+@pytest.fixture(params=["disk", "store", "s3"])
 def convert(request: pytest.FixtureRequest) -> Convert:
+    if request.param == "s3":
+        return Convert(request.getfixturevalue("s3_store"))
     return Convert(None if request.param == "disk" else MemoryStore())
 
 

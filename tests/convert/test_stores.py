@@ -28,12 +28,25 @@ WAYS: dict[str, tuple[Path, dict[str, Any]]] = {
     "to torch zip files": (HF, {"to": "hf", "container": "bin"}),
     "cast": (HF, {"to": "hf", "dtype": "bfloat16", "allow_overflow": True}),
 }
-REMOVED = "delete memory://models/.out.partial"
 
 
 @pytest.fixture
 def out() -> Place:
     return Place(FailingStore({"models/other/config.json": b"{}"}), PurePosixPath("models/out"))
+
+
+@pytest.fixture(params=["memory", "s3"])
+def anywhere(request: pytest.FixtureRequest) -> Place:
+    """A store of either kind, which holds something beside the output."""
+    store = FailingStore() if request.param == "memory" else request.getfixturevalue("s3_store")
+    store.put("models/other/config.json", b"{}")
+    return Place(store, PurePosixPath("models/out"))
+
+
+def contents(place: Place) -> dict[str, bytes]:
+    """Every file below a place."""
+    here = place.without_listing().listed()
+    return {file.relative_name(place): file.read(1 << 30) for file in here.entries()} if here.is_folder() else {}
 
 
 def store_of(place: Place) -> FailingStore:
@@ -63,26 +76,26 @@ def is_accepted(place: Place) -> bool:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_the_same_bytes_as_on_a_disk(way: str, out: Place, tmp_path: Path) -> None:
+def test_the_same_bytes_as_on_a_disk(way: str, anywhere: Place, tmp_path: Path) -> None:
     source, options = WAYS[way]
-    there = ckpt_convert.convert_checkpoint(source, out, verify=True, **options)
+    there = ckpt_convert.convert_checkpoint(source, anywhere, verify=True, **options)
     here = ckpt_convert.convert_checkpoint(source, tmp_path / "out", verify=True, **options)
-    assert written(out) == files(tmp_path / "out")
+    assert contents(anywhere) == files(tmp_path / "out")
     assert there.verified == here.verified
-    assert not [name for name in store_of(out).files if PurePosixPath(name).name.startswith(".ckpt-convert")]
-    assert store_of(out).files.keys() - {f"models/out/{name}" for name in written(out)} == {"models/other/config.json"}
+    names = contents(anywhere.parent).keys()
+    assert not [name for name in names if PurePosixPath(name).name.startswith(".ckpt-convert")]
+    assert names - {f"out/{name}" for name in files(tmp_path / "out")} == {"other/config.json"}
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_and_back_from_there(way: str, out: Place, tmp_path: Path) -> None:
+def test_and_back_from_there(way: str, anywhere: Place, tmp_path: Path) -> None:
     source, options = WAYS[way]
-    ckpt_convert.convert_checkpoint(source, out, **options)
+    ckpt_convert.convert_checkpoint(source, anywhere, **options)
     ckpt_convert.convert_checkpoint(source, tmp_path / "out", **options)
     back = "meta" if source == META else "hf"
-    again = Place(FailingStore(), PurePosixPath("back"))
-    ckpt_convert.convert_checkpoint(out, again, to=back)
+    ckpt_convert.convert_checkpoint(anywhere, anywhere.parent / "back", to=back)
     ckpt_convert.convert_checkpoint(tmp_path / "out", tmp_path / "back", to=back)
-    assert written(again) == files(tmp_path / "back")
+    assert contents(anywhere.parent / "back") == files(tmp_path / "back")
 
 
 def test_requests(out: Place) -> None:
@@ -98,23 +111,24 @@ def test_requests(out: Place) -> None:
     assert (requests["delete"], requests["head"], requests["get"]) == (2, 1, 0)
 
 
-def test_what_is_there_is_replaced_on_request_alone(out: Place) -> None:
-    ckpt_convert.convert_checkpoint(HF, out, to="meta")
+def test_what_is_there_is_replaced_on_request_alone(anywhere: Place) -> None:
+    ckpt_convert.convert_checkpoint(HF, anywhere, to="meta")
     with pytest.raises(OutputExistsError, match="exists already; pass `overwrite=True` to replace it"):
-        ckpt_convert.convert_checkpoint(HF, out, to="hf")
-    assert "params.json" in written(out)
-    ckpt_convert.convert_checkpoint(META, out, to="hf", overwrite=True)
-    assert "params.json" not in written(out)
-    store_of(out).put("models/out/thesis.pdf", b"mine")
+        ckpt_convert.convert_checkpoint(HF, anywhere, to="hf")
+    assert "params.json" in contents(anywhere)
+    ckpt_convert.convert_checkpoint(META, anywhere, to="hf", overwrite=True)
+    assert "params.json" not in contents(anywhere)
+    anywhere.store.put("models/out/thesis.pdf", b"mine")
     with pytest.raises(OutputExistsError, match=r"holds more than a checkpoint.*thesis\.pdf"):
-        ckpt_convert.convert_checkpoint(HF, out, to="meta", overwrite=True)
+        ckpt_convert.convert_checkpoint(HF, anywhere, to="meta", overwrite=True)
 
 
-def test_a_second_writer_is_refused_and_told_of_the_first(out: Place) -> None:
-    store_of(out).put("models/.out.partial", b"process 7 on elsewhere (1)")
-    with pytest.raises(LockedError, match=f"process 7 on elsewhere; if that has ended, {REMOVED}"):
-        ckpt_convert.convert_checkpoint(HF, out, to="meta")
-    assert written(out) == {}
+def test_a_second_writer_is_refused_and_told_of_the_first(anywhere: Place) -> None:
+    lock = anywhere.with_name(".out.partial")
+    lock.store.put(str(lock.path), b"process 7 on elsewhere (1)")
+    with pytest.raises(LockedError, match=f"process 7 on elsewhere; if that has ended, delete {lock}"):
+        ckpt_convert.convert_checkpoint(HF, anywhere, to="meta")
+    assert contents(anywhere) == {}
 
 
 def test_whatever_request_fails_nothing_half_written_is_accepted(

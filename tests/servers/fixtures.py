@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from ckpt_convert.storage.base import Store
+from ckpt_convert.storage.place import checked_place
+
 if TYPE_CHECKING:  # they take a while to import, which a test without servers need not wait for
     from tests.servers.azurite import Azurite
     from tests.servers.faults import FaultProxy
@@ -41,6 +44,12 @@ def bucket(s3_server: S3Server) -> Iterator[Bucket]:
     made = s3_server.bucket(f"bucket-{next(_numbers)}")
     yield made
     made.remove()
+
+
+@pytest.fixture
+def s3_store(bucket: Bucket) -> Store:
+    """The store of that bucket."""
+    return checked_place(f"s3://{bucket.name}").store
 
 
 @pytest.fixture
@@ -102,3 +111,13 @@ def azurite() -> Iterator[Azurite]:
 
     with Azurite() as server:
         yield server
+
+
+@pytest.fixture
+def azure_store(azurite: Azurite) -> Store:
+    """The store of an empty container."""
+    from tests.servers.azurite import ACCOUNT, KEY
+
+    options = {"account_name": ACCOUNT, "account_key": KEY, "endpoint": azurite.url}
+    container = azurite.create_container(f"container-{next(_numbers)}")
+    return checked_place(f"az://{container}", options=options).store

@@ -23,18 +23,15 @@ from ckpt_convert.storage.place import FilePool, Place, as_place, check_unchange
 FILES = {"config.json": b"{}", "model.safetensors": bytes(range(256)), "ckpt_convert/layouts/hf/layout.json": b"[]"}
 
 
-@pytest.fixture(params=["local", "memory", "s3"])
+@pytest.fixture(params=["local", "memory", "s3", "azure"])
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
     """A folder with some files, in each store."""
-    if request.param == "memory":
-        return Place(
-            MemoryStore({f"models/llama/{name}": data for name, data in FILES.items()}), PurePosixPath("models/llama")
-        )
-    if request.param == "s3":
-        bucket = request.getfixturevalue("bucket")
+    if request.param != "local":
+        stores = {"s3": "s3_store", "azure": "azure_store"}
+        store = MemoryStore() if request.param == "memory" else request.getfixturevalue(stores[request.param])
         for name, data in FILES.items():
-            bucket.put(f"models/llama/{name}", data)
-        return checked_place(f"s3://{bucket.name}/models/llama")
+            store.put(f"models/llama/{name}", data)
+        return Place(store, PurePosixPath("models/llama"))
     for name, data in FILES.items():
         (tmp_path / "llama" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "llama" / name).write_bytes(data)
