@@ -12,6 +12,7 @@ from ckpt_convert.errors import MissingPackageError, UsageError
 from ckpt_convert.storage.remote.credentials import CredentialProvider
 from ckpt_convert.storage.remote.failures import describe
 from ckpt_convert.storage.remote.requests import PartRequests
+from ckpt_convert.storage.remote.retries import Retries
 from ckpt_convert.storage.remote.settings import OPTION, Settings, StoreOptions, resolve
 
 _VARIABLES = ("AWS_", "S3_", "GCS_", "GOOGLE_", "AZURE_")
@@ -25,6 +26,7 @@ class Client:
     """``obstore`` for most requests, ``parts`` for uploads part by part where the store speaks S3."""
 
     obstore: Any
+    retries: Retries
     parts: PartRequests | None
 
 
@@ -61,14 +63,14 @@ def _make(settings: Settings, bucket: str) -> Client:
     shared: dict[str, Any] = {"client_options": dict(settings.client), "retry_config": settings.retry}
     try:
         if settings.speaks == "gs":
-            return Client(GCSStore(bucket, config=config, **shared), None)
+            return Client(GCSStore(bucket, config=config, **shared), settings.retries, None)
         if settings.speaks == "az":
-            return Client(AzureStore(bucket, config=config, **shared), None)
+            return Client(AzureStore(bucket, config=config, **shared), settings.retries, None)
         credentials = None if settings.flag("skip_signature") else CredentialProvider(settings)
         if credentials is not None:
             shared["credential_provider"] = credentials.for_obstore
         made = S3Store(bucket, config=_s3_config(settings.config), **shared)
-        return Client(made, PartRequests(settings, bucket, credentials))
+        return Client(made, settings.retries, PartRequests(settings, bucket, credentials))
     except (BaseError, ValueError) as error:
         raise UsageError(f"{bucket}: {describe(str(error))[0]}; look at {OPTION} and the environment") from None
 

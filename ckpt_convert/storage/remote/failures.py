@@ -77,6 +77,17 @@ def describe(text: str) -> tuple[str, str]:
     return first.strip().splitlines()[0][:200], _AGAIN
 
 
+def is_lost(text: str) -> bool:
+    """Whether this error of obstore's is that of a connection that was lost in a request which it does not send again.
+
+    It does so where the request changes nothing, but not for the body of a listing. A body that continued beyond its
+    end had a wrong length at first.
+    """
+    first = text.partition("\n\nDebug source")[0]
+    status = _STATUS.search(first)
+    return "HTTP error" in first and " retries, " not in first if status is None else status[1] == "416"
+
+
 def describe_answer(status: str, code: str, message: str) -> tuple[str, str]:
     """What a store said, and the way out, from the parts of its answer."""
     said = " ".join(filter(None, (f"it answered {status}", code))) + (f" ({message.rstrip('.')})" if message else "")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from ckpt_convert.errors import (
     CorruptFileError,
@@ -19,10 +19,12 @@ from ckpt_convert.storage.base import Entry, FileKind, Version, Writer, source_c
 from ckpt_convert.storage.listing import ROOT, name_prefix
 from ckpt_convert.storage.object_store import ObjectFile, ObjectStore
 from ckpt_convert.storage.remote.clients import Client, client_of
-from ckpt_convert.storage.remote.failures import asking
+from ckpt_convert.storage.remote.failures import asking, is_lost
 from ckpt_convert.storage.remote.requests import TOKEN
 from ckpt_convert.storage.remote.settings import StoreOptions
 from ckpt_convert.storage.remote.uploads import PART, PartWriter, SpooledWriter, abort_open
+
+_Answer = TypeVar("_Answer")
 
 
 @dataclass(frozen=True)
@@ -42,16 +44,14 @@ class ObjectStorage(ObjectStore):
         import obstore
 
         folder = None if prefix == ROOT else prefix
-        found: dict[str, Entry] = {}
-        with asking(self.label(prefix), "listed"):
-            store = self._client().obstore
+
+        def items(store: Any) -> Any:
             if deep:
-                for page in obstore.list(store, folder, chunk_size=1000):
-                    found.update((item["path"], _version(item)) for item in page)
-            else:
-                items = obstore.list_with_delimiter(store, folder)["objects"]
-                found.update((item["path"], _version(item)) for item in items)
-        found = _without_markers(prefix, found)
+                return [item for page in obstore.list(store, folder, chunk_size=1000) for item in page]
+            return obstore.list_with_delimiter(store, folder)["objects"]
+
+        with asking(self.label(prefix), "listed"):
+            found = _without_markers(prefix, {item["path"]: _version(item) for item in self._ask(items)})
         if not found and folder is not None and (own := self.entry(prefix)) is not None:
             found[prefix] = own
         return found
@@ -60,7 +60,7 @@ class ObjectStorage(ObjectStore):
         import obstore
 
         with asking(self.label(folder), "listed"):
-            found = obstore.list_with_delimiter(self._client().obstore, None if folder == ROOT else folder)
+            found = self._ask(lambda store: obstore.list_with_delimiter(store, None if folder == ROOT else folder))
         files: dict[str, Entry] = {item["path"]: _version(item) for item in found["objects"]}
         kinds: dict[str, FileKind | None] = {
             name[len(name_prefix(folder)) :]: FileKind.FILE for name in _without_markers(folder, files)
@@ -74,7 +74,7 @@ class ObjectStorage(ObjectStore):
         import obstore
 
         with asking(self.label(name), "listed"):
-            found = obstore.list_with_delimiter(self._client().obstore, None if name == ROOT else name)
+            found = self._ask(lambda store: obstore.list_with_delimiter(store, None if name == ROOT else name))
         if found["objects"] or found["common_prefixes"]:
             return FileKind.FOLDER
         return FileKind.FILE if name != ROOT and self.entry(name) is not None else None
@@ -84,7 +84,7 @@ class ObjectStorage(ObjectStore):
 
         with asking(self.label(name), "looked at"):
             try:
-                return _version(obstore.head(self._client().obstore, name))
+                return _version(self._ask(lambda store: obstore.head(store, name)))
             except FileNotFoundError:
                 return None
 
@@ -108,15 +108,19 @@ class ObjectStorage(ObjectStore):
         options: dict[str, Any] = {"range": (offset, offset + nbytes)}
         if not identity.etag.startswith("W/"):  # a weak etag matches nothing
             options["if_match"] = identity.etag
-        with asking(label, "read"):
-            try:
-                found = obstore.get(self._client().obstore, name, options=options)  # type: ignore[arg-type]
-            except (FileNotFoundError, PreconditionError):
-                raise self._changed(name, identity) from None
+
+        def read(store: Any) -> memoryview:
+            found = obstore.get(store, name, options=options)  # type: ignore[arg-type]
             what = identity.change(_version(found.meta))
             if what is not None:
                 raise source_changed(label, what)
-            data = memoryview(found.bytes())
+            return memoryview(found.bytes())
+
+        with asking(label, "read"):
+            try:
+                data = self._ask(read)
+            except (FileNotFoundError, PreconditionError):
+                raise self._changed(name, identity) from None
         if len(data) != nbytes:
             raise CorruptFileError(f"{label}: {nbytes:,} bytes were asked for from {offset:,}, and {len(data):,} came")
         return data
@@ -142,18 +146,24 @@ class ObjectStorage(ObjectStore):
         label = self.label(name)
         mode: Any = condition if condition in (None, "create") else {"e_tag": condition}
         size = len(data) if isinstance(data, bytes | bytearray) else None
+
+        def write(store: Any) -> Any:
+            if not isinstance(data, bytes | bytearray):
+                data.seek(0)
+            return obstore.put(
+                store,
+                name,
+                data,
+                mode=mode,
+                attributes={TOKEN: token},
+                use_multipart=None if size is None else False,
+                chunk_size=PART,
+                max_concurrency=2,
+            )
+
         with asking(label, "written", UnwritableError):
             try:
-                made = obstore.put(
-                    self._client().obstore,
-                    name,
-                    data,
-                    mode=mode,
-                    attributes={TOKEN: token},
-                    use_multipart=None if size is None else False,
-                    chunk_size=PART,
-                    max_concurrency=2,
-                )
+                made = self._ask(write)
             except (AlreadyExistsError, PreconditionError, FileNotFoundError) as error:
                 if isinstance(error, FileNotFoundError) and condition in (None, "create"):
                     raise
@@ -175,7 +185,7 @@ class ObjectStorage(ObjectStore):
 
         with asking(self.label(name), "looked at"):
             try:
-                found = obstore.get(self._client().obstore, name, options={"head": True})
+                found = self._ask(lambda store: obstore.get(store, name, options={"head": True}))
             except FileNotFoundError:
                 return None
             return _version(found.meta) if found.attributes.get(TOKEN) == token else None
@@ -187,19 +197,21 @@ class ObjectStorage(ObjectStore):
         return PartWriter(parts, name, target, size) if parts is not None else SpooledWriter(target, size)
 
     def delete(self, names: Iterable[str]) -> None:
-        import obstore
-
         wanted = [*names]
         if not wanted:
             return
         with asking(self.label(wanted[0]), "removed", UnwritableError):
-            client = self._client()
-            if client.parts is not None:
-                obstore.delete(client.obstore, wanted)
+            if self._client().parts is not None:
+                self._remove(wanted)
                 return
             for name in wanted:
                 with contextlib.suppress(FileNotFoundError):
-                    obstore.delete(client.obstore, name)
+                    self._remove(name)
+
+    def _remove(self, names: str | Sequence[str]) -> None:
+        import obstore
+
+        self._ask(lambda store: obstore.delete(store, names))
 
     def abort_uploads(self, names: Iterable[str], prefix: str) -> None:
         with asking(self.label(prefix), "cleaned up", UnwritableError):
@@ -208,6 +220,20 @@ class ObjectStorage(ObjectStore):
 
     def label(self, name: str) -> str:
         return f"{self.scheme}://{self.bucket}" if name == ROOT else f"{self.scheme}://{self.bucket}/{name}"
+
+    def _ask(self, ask: Callable[[Any], _Answer]) -> _Answer:
+        """What ``ask`` gets from obstore's client; asked again where the connection was lost (see ``is_lost``)."""
+        from obstore.exceptions import BaseError
+
+        client = self._client()
+        for _ in client.retries.attempts():
+            try:
+                return ask(client.obstore)
+            except BaseError as error:
+                if not is_lost(str(error)):
+                    raise
+                lost = error
+        raise lost
 
     def _client(self) -> Client:
         return client_of(self.scheme, self.bucket, self.options)

@@ -7,9 +7,7 @@ found and ended only by these.
 from __future__ import annotations
 
 import hashlib
-import random
 import threading
-import time
 import urllib.parse
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping, Sequence
@@ -27,7 +25,6 @@ TOKEN = "ckptconvert"
 """The metadata under which every object holds the random token of its upload; a name that all stores accept."""
 
 _AGAIN = frozenset({408, 429, 500, 502, 503, 504})
-_LONGEST_WAIT = 15.0
 
 Body = bytes | bytearray | memoryview
 
@@ -139,17 +136,12 @@ class PartRequests:
         target = encode_query(query)
         content = hashlib.sha256(body).hexdigest()
         url = f"{self._base.scheme}://{self._base.netloc}{path}" + (f"?{target}" if target else "")
-        deadline = time.monotonic() + self._settings.retry_timeout
         sent = {"Host": self._base.netloc, **headers, **self._payer()}
-        for attempt in range(self._settings.max_retries + 1):
+        for attempt in self._settings.retries.attempts():
             signed = self._signed(method, path, target, sent, content)
             answer = self._try(method, url, signed, body, retried=attempt > 0)
             if isinstance(answer, Answer) and answer.status not in _AGAIN:
                 return answer
-            wait = min(0.1 * 2**attempt, _LONGEST_WAIT) * (0.5 + random.random() / 2)
-            if attempt == self._settings.max_retries or time.monotonic() + wait > deadline:
-                break
-            time.sleep(wait)
         if isinstance(answer, Answer):
             return answer
         advice = "look at the endpoint and the connection, and run it again"

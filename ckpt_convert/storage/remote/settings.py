@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ckpt_convert.errors import UsageError
+from ckpt_convert.storage.remote.retries import Retries
 
 StoreOptions = tuple[tuple[str, str], ...]
 """Options of a store, sorted by key; their values may be secret."""
@@ -124,14 +125,13 @@ class Settings:
     speaks: str
     config: Mapping[str, str] = field(repr=False)
     client: Mapping[str, Any]
-    max_retries: int
-    retry_timeout: float
+    retries: Retries
     profile: str | None = None
 
     @property
     def retry(self) -> dict[str, Any]:
         """obstore's ``RetryConfig``."""
-        return {"max_retries": self.max_retries, "retry_timeout": timedelta(seconds=self.retry_timeout)}
+        return {"max_retries": self.retries.most, "retry_timeout": timedelta(seconds=self.retries.seconds)}
 
     def seconds(self, name: str) -> float:
         """A time limit of the client."""
@@ -162,10 +162,11 @@ def resolve(scheme: str, options: StoreOptions) -> Settings:
     if endpoint.startswith("http://"):
         client["allow_http"] = "true"
     try:
-        retries = int(retry["max_retries"])
+        most = int(retry["max_retries"])
     except ValueError:
         raise UsageError(f"{OPTION}: max_retries: expected a number", "storage_options") from None
-    return Settings(speaks, given, client, retries, parse_seconds("retry_timeout", retry["retry_timeout"]), profile)
+    retries = Retries(most, parse_seconds("retry_timeout", retry["retry_timeout"]))
+    return Settings(speaks, given, client, retries, profile)
 
 
 def parse_seconds(name: str, text: str) -> float:

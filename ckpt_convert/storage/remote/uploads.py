@@ -236,7 +236,6 @@ class SpooledWriter:
                 offset, data = offset + done, data[done:]
 
     def complete(self, *, create_only: bool = False) -> Entry:
-        self._file.seek(0)
         if create_only and self._target.entry() is not None:
             raise OutputExistsError(f"{self._target.label}: is there already")
         made = self._target.put(self._file, create_only=False, token=uuid.uuid4().hex)
