@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ckpt_convert.storage.base import Store
-from ckpt_convert.storage.place import checked_place
+from ckpt_convert.storage.place import checked_place, with_options
 
 if TYPE_CHECKING:  # they take a while to import, which a test without servers need not wait for
     from tests.servers.azurite import Azurite
@@ -120,4 +120,4 @@ def azure_store(azurite: Azurite) -> Store:
 
     options = {"account_name": ACCOUNT, "account_key": KEY, "endpoint": azurite.url}
     container = azurite.create_container(f"container-{next(_numbers)}")
-    return checked_place(f"az://{container}", options=options).store
+    return checked_place(with_options(f"az://{container}", options)).store

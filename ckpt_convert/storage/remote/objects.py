@@ -261,8 +261,12 @@ class _Target:
 
 
 def _version(item: Any) -> Version:
-    """The entry of obstore's description of an object; a store without etags has the time of its last change."""
-    return Version(item["size"], item["e_tag"] or str(item["last_modified"]))
+    """The entry of obstore's description of an object; a store without etags has the time of its last change.
+
+    Azure's listings have etags without the quotes that its other answers have.
+    """
+    etag = item["e_tag"] or str(item["last_modified"])
+    return Version(item["size"], etag if etag.endswith('"') else f'"{etag}"')
 
 
 def _without_markers(prefix: str, found: dict[str, Entry]) -> dict[str, Entry]:
