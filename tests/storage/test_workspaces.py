@@ -258,9 +258,9 @@ class TestPointer:
     @pytest.mark.parametrize("data", [b"", b"a/b\n", b".hidden\n", b"\xff\n", b"x" * 2000])
     def test_something_else_of_that_name_is_left_alone(self, data: bytes, parent: Place) -> None:
         put(parent, "latest", data)
-        with pytest.raises(OutputExistsError, match="is in the way of the pointer to the newest"):
+        with pytest.raises(OutputExistsError, match="is in the way of the pointer of that name"):
             workspace.workspace_of(parent).check_pointer(parent, "latest")
-        with pytest.raises(OutputExistsError, match="is in the way of the pointer to the newest"):
+        with pytest.raises(OutputExistsError, match="is in the way of the pointer of that name"):
             workspace.workspace_of(parent).point(parent, "latest", "step_1")
         assert (parent / "latest").read(5000) == data
 
