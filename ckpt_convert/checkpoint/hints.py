@@ -8,12 +8,13 @@ from typing import Any
 
 from ckpt_convert import formats
 from ckpt_convert.checkpoint import record
+from ckpt_convert.checkpoint.locate import locate_file
 from ckpt_convert.checkpoint.opening import OpenedFiles
 from ckpt_convert.errors import CkptConvertError, ConfigError, UnsafeFileError, option_error
 from ckpt_convert.formats.base import load_json
 from ckpt_convert.models import FAMILIES
 from ckpt_convert.models.core.config import ConfigOptions
-from ckpt_convert.storage.place import Location, Place, checked_place
+from ckpt_convert.storage.place import Location, Place
 from ckpt_convert.wording import did_you_mean
 
 
@@ -33,7 +34,7 @@ def make_hints(family: str | None, config: Location | None, options: ConfigOptio
     """The hints of a user; raises UsageError for an unknown family, ConfigError where ``config`` is no file."""
     if family is not None and family not in FAMILIES:
         raise option_error("family", family, unknown_family(family))
-    place = checked_place(config, "config") if config is not None else None
+    place = locate_file(config, "config") if config is not None else None
     if place is not None and not place.is_regular_file():
         raise ConfigError(f"{place}: no such file; `config=` takes a config.json or params.json")
     return Hints(family, place, options or ConfigOptions())

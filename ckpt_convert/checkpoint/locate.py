@@ -1,6 +1,13 @@
-"""Locates the checkpoint in a Hub repository, which may hold a model in several formats."""
+"""Where the checkpoint is that a source means: a path, a folder of a web server, or a repository of the Hub.
+
+A repository may hold a model in several formats.
+"""
 
 from __future__ import annotations
+
+from dataclasses import replace
+from fnmatch import fnmatch
+from pathlib import PurePosixPath
 
 from ckpt_convert.errors import CheckpointNotFoundError, InputError
 from ckpt_convert.formats.base import load_json
@@ -13,41 +20,94 @@ from ckpt_convert.formats.names import (
     unwanted_patterns,
 )
 from ckpt_convert.storage import hub
-from ckpt_convert.storage.place import Location, Place
+from ckpt_convert.storage.hub import HubId
+from ckpt_convert.storage.names import is_web_url
+from ckpt_convert.storage.place import Location, Place, checked_place
 
 
-def locate_checkpoint(source: Location, revision: str | None = None, *, format: str | None = None) -> Place:
-    """The place of a source: a path, else a Hub id (``org/name``, ``hf://org/name``), from the cache or downloaded.
+def locate_checkpoint(
+    source: Location, revision: str | None = None, *, format: str | None = None, cache: bool = False
+) -> Place:
+    """The place of a source: a path, a URL, or a Hub id (``org/name``, ``hf://org/name[@revision][/folder]``).
 
-    ``format`` selects one of several in a repository, hf by default. Raises CheckpointNotFoundError if the source is
-    neither, or cannot be downloaded.
+    ``format`` selects one of several in a repository, hf by default. A repository is read from the Hub's cache, else
+    by ranges from the Hub, or with ``cache`` downloaded into the cache. Raises CheckpointNotFoundError if the source is
+    nothing of these.
     """
-    there = hub.find_existing(source)
-    if there is not None:
-        return there
-    repo = hub.repo_id(source)
-    cached = hub.cached_snapshot(repo, revision)
-    cached = _within(cached, format) if cached is not None else None
+    text = source if isinstance(source, str) else ""
+    named = hub.parse_hub_id(text, revision)
+    if named is not None and (text.startswith(hub.PREFIX) or is_web_url(text)):
+        return _in_repository(named, str(named), format, cache)
+    if is_web_url(text):
+        from ckpt_convert.checkpoint.web import locate_on_web  # imported here, since local files do not need it
+
+        return locate_on_web(text)
+    place = checked_place(source).with_listing()
+    if place.is_present():
+        return place
+    if named is not None:
+        return _in_repository(named, f"{text}: no such path; {named}", format, cache)
+    if place.link() is not None:
+        raise CheckpointNotFoundError(f"{source}: is a link that leads nowhere")
+    raise CheckpointNotFoundError(f"{source}: no such file or directory, and no Hub id (org/name) either")
+
+
+def locate_file(given: Location, what: str) -> Place:
+    """The place of one file that a caller gives for ``what``: a path, a URL, or ``hf://org/name/config.json``."""
+    text = given if isinstance(given, str) else ""
+    return locate_checkpoint(text) if text.startswith(hub.PREFIX) or is_web_url(text) else checked_place(given, what)
+
+
+def _in_repository(named: HubId, label: str, format: str | None, cache: bool) -> Place:
+    """A repository in the Hub's cache, or on the Hub; ``label`` is its name in errors."""
+    cached = hub.cached_snapshot(named.repo, named.revision)
+    cached = _within(cached, named, format) if cached is not None else None
     # The cache may hold a snapshot with only the tokenizer, or with everything but that.
     whole = cached if cached is not None and _is_complete(cached, format) else None
-    if whole is not None and has_tokenizer(_names(whole)):
+    if whole is not None and (whole.is_regular_file() or has_tokenizer(_names(whole))):
         return whole
+    if whole is None and not cache:
+        return _by_ranges(named, label, format)
     try:
-        return _within(hub.download_snapshot(repo, revision, lambda names: unwanted_patterns(names, format)), format)
+        snapshot = hub.download_snapshot(named, label, lambda names: unwanted_patterns(names, format))
+        return _within(snapshot, named, format)
     except CheckpointNotFoundError:
         if whole is None:
             raise
         return whole  # its weights are complete; other missing files are reported where they are needed
 
 
-def _within(snapshot: Place, format: str | None) -> Place:
+def _by_ranges(named: HubId, label: str, format: str | None) -> Place:
+    """The repository on the Hub itself, with those files that a download would have."""
+    from ckpt_convert.storage.remote.hub import open_repository
+
+    if hub.is_offline():
+        raise CheckpointNotFoundError(
+            f"{label}: is not in the Hub's cache, or not wholly, and HF_HUB_OFFLINE keeps the Hub from being asked; "
+            f"unset it, or download the repository where there is a connection: hf download {named.repo}"
+        )
+    store = open_repository(label, named.repo, named.revision)
+    unwanted = [] if named.path else unwanted_patterns(store.files, format)
+    files = {name: file for name, file in store.files.items() if not any(fnmatch(name, one) for one in unwanted)}
+    root = Place(replace(store, files=files), PurePosixPath(".")).listed()
+    found = _within(root, named, format)
+    if not found.is_present():
+        raise CheckpointNotFoundError(f"{found}: is not there; look at the files on the repository's page")
+    return found
+
+
+def _within(snapshot: Place, named: HubId, format: str | None) -> Place:
     """The folder of a snapshot with the weights: Meta's are in ``original/`` beside Hugging Face's."""
+    if named.path:
+        return snapshot / named.path
     original = snapshot / "original"
     return original if format == "meta" and original.is_folder() and is_meta(_names(original)) else snapshot
 
 
 def _is_complete(snapshot: Place, format: str | None) -> bool:
     """Whether a snapshot has the weights of the format: a single file, or all files of an index."""
+    if not snapshot.is_folder():
+        return snapshot.is_regular_file()
     names = _names(snapshot)
     if format == "meta":
         return is_meta(names)

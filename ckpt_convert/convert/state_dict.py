@@ -12,6 +12,7 @@ import torch
 from ckpt_convert import formats
 from ckpt_convert.checkpoint import legacy_keys
 from ckpt_convert.checkpoint.hints import unknown_family
+from ckpt_convert.checkpoint.locate import locate_file
 from ckpt_convert.checkpoint.mapping import Equality, SourceTensor
 from ckpt_convert.checkpoint.model import Model, candidates, model_from
 from ckpt_convert.convert.translate import translate
@@ -26,7 +27,7 @@ from ckpt_convert.errors import (
 from ckpt_convert.formats.base import FormatName, load_json
 from ckpt_convert.models import FAMILIES
 from ckpt_convert.models.core.config import AXES, ConfigOptions, MetaStyle
-from ckpt_convert.storage.place import Location, Place, checked_place
+from ckpt_convert.storage.place import Location, Place
 from ckpt_convert.tensors.lazy import ZEROS, LazyTensor, from_source
 from ckpt_convert.wording import indented_list, option_text
 
@@ -124,7 +125,7 @@ def convert_state_dict(
         raise UsageError(f"{len(dicts)} state dicts do not fit {source}: only meta is split across ranks")
     tensors: list[torch.Tensor] = []
     ranks = [_sources(rank, number, tensors) for number, rank in enumerate(dicts)]
-    content = load_json(checked_place(config, "config")) if isinstance(config, str | os.PathLike | Place) else config
+    content = load_json(locate_file(config, "config")) if isinstance(config, str | os.PathLike | Place) else config
     if not isinstance(content, Mapping):
         raise UsageError(f"config: expected a dict or a path, found {type(content).__name__}; try config.to_dict()")
     ranks = _named(ranks, content, family, source)

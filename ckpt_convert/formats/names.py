@@ -169,6 +169,18 @@ def is_any_index(name: str) -> bool:
 
 # Weights and auxiliary files.
 
+WELL_KNOWN_NAMES = (
+    *("config.json", "generation_config.json", "params.json", "checklist.chk", ADAPTER_CONFIG, *ADAPTER_WEIGHTS),
+    *TRANSFORMERS_NAMES,
+    *(f"{name}{INDEX_SUFFIX}" for name in TRANSFORMERS_NAMES),
+    *("diffusion_pytorch_model.safetensors", f"diffusion_pytorch_model.safetensors{INDEX_SUFFIX}"),
+    *("model.pt", *SINGLE_RANK, f"{CONSOLIDATED}.00.pth", f"{CONSOLIDATED}.00.pt", DCP_INDEX),
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "vocab.txt", "spiece.model", "tekken.json", "chat_template.jinja"),
+    *("preprocessor_config.json", "processor_config.json", "README.md", "LICENSE"),
+)
+"""The names that a checkpoint's files most likely have, for places that cannot be listed; an index names the rest."""
+
 
 def is_weights(name: str) -> bool:
     """Whether a file holds weights by its suffix, those of torch.distributed.checkpoint excluded."""

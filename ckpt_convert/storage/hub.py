@@ -1,36 +1,74 @@
-"""Sources on the Hugging Face Hub, read through its local cache."""
+"""What names a repository of the Hugging Face Hub, and the cache that its own library keeps on this machine."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
-from ckpt_convert.errors import CheckpointNotFoundError
-from ckpt_convert.storage import place as places
-from ckpt_convert.storage.place import Location, Place, as_place
+from ckpt_convert.errors import CheckpointNotFoundError, option_error
+from ckpt_convert.storage.names import check_name, is_safe_name, is_web_url
+from ckpt_convert.storage.place import Place, as_place
 
 PREFIX = "hf://"
-_REPO = re.compile(r"[\w.-]+/[\w.-]+")
+_REPO = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_REVISION = r"refs/(?:pr|convert|heads|tags)/[^/]+|[^/]+"
+_ID = re.compile(rf"(?P<repo>{_REPO.pattern})(?:@(?P<revision>{_REVISION}))?(?:/(?P<path>.+?))?/?")
+_PAGE = re.compile(
+    rf"(?P<repo>{_REPO.pattern})(?:/(?:tree|blob|resolve|raw)/(?P<revision>{_REVISION})(?:/(?P<path>.+?))?)?/?"
+)
+"""The path of a page of the Hub: of a repository, or of a folder or file in it."""
 
 
-def find_existing(source: Location) -> Place | None:
-    """The place of a source, with a listing; None if it does not exist. Raises UsageError as ``checked_place`` does."""
-    if isinstance(source, str) and source.startswith(PREFIX):
+@dataclass(frozen=True, slots=True)
+class HubId:
+    """A repository of the Hub: its name, the revision (None: the main branch), and a folder or file in it."""
+
+    repo: str
+    revision: str | None = None
+    path: str = ""
+
+    def __str__(self) -> str:
+        revision = f"@{self.revision}" if self.revision is not None else ""
+        return f"{PREFIX}{self.repo}{revision}{'/' if self.path else ''}{self.path}"
+
+
+def parse_hub_id(source: str, revision: str | None = None) -> HubId | None:
+    """The repository that a source names: ``hf://org/name[@revision][/path]``, ``org/name``, or a page of the Hub.
+
+    None if it names none. Raises UsageError for two revisions, UnsafeFileError for a path that leaves the repository.
+    """
+    if source.startswith(PREFIX):
+        match = _ID.fullmatch(unquote(source.removeprefix(PREFIX)))
+    elif (page := _page(source)) is not None:
+        match = _PAGE.fullmatch(page)
+    else:
+        match = _ID.fullmatch(source) if source.count("/") == 1 else None
+    if match is None:
         return None
-    place = places.checked_place(source).with_listing()
-    return place if place.is_present() else None
+    if match["revision"] and revision and match["revision"] != revision:
+        raise option_error("revision", revision, f"{source} names another one")
+    path = check_name(match["path"], source) if match["path"] else ""
+    return HubId(match["repo"], match["revision"] or revision, path)
 
 
-def repo_id(source: Location) -> str:
-    """The Hub repository (``org/name``) that a source names; raises CheckpointNotFoundError if it cannot be one."""
-    text = str(source)
-    repo = text.removeprefix(PREFIX)
-    if not _REPO.fullmatch(repo) or not isinstance(source, str):
-        if places.checked_place(source).link() is not None:
-            raise CheckpointNotFoundError(f"{source}: is a link that leads nowhere")
-        raise CheckpointNotFoundError(f"{source}: no such file or directory, and no Hub id (org/name) either")
-    return repo
+def _page(url: str) -> str | None:
+    """The path of a URL of the Hub's pages; None for any other text."""
+    if not is_web_url(url):
+        return None
+    from huggingface_hub import constants
+
+    parts = urlsplit(url)
+    return parts.path.strip("/") if parts.netloc == urlsplit(constants.ENDPOINT).netloc else None
+
+
+def is_offline() -> bool:
+    """Whether the Hub must not be asked (``HF_HUB_OFFLINE``)."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
 
 
 def resolve_snapshot(path: Place) -> Place:
@@ -42,10 +80,8 @@ def resolve_snapshot(path: Place) -> Place:
     if not path.name.startswith("models--") or not folder.is_folder():
         return path
     there = sorted(folder.folders())
-    main = path / "refs" / "main"
-    if main.is_regular_file():
-        commit = main.read(256).decode(errors="replace").strip()
-        there = [entry for entry in there if entry.name == commit] or there
+    commit = _commit(path, "main")
+    there = [entry for entry in there if entry.name == commit] or there
     if len(there) == 1:
         return there[0]
     found = ", ".join(map(str, there[:4])) or "none"
@@ -55,30 +91,48 @@ def resolve_snapshot(path: Place) -> Place:
 
 
 def cached_snapshot(repo: str, revision: str | None) -> Place | None:
-    """The cached snapshot of a repository, which may be incomplete; None if nothing is cached."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    """The cached snapshot of a repository, which may be incomplete; None if nothing is cached.
 
-    try:
-        return as_place(Path(snapshot_download(repo, revision=revision, local_files_only=True)))
-    except (LocalEntryNotFoundError, HFValidationError, OSError):
+    huggingface_hub would call it incomplete for lack of files that are never downloaded, such as weights in another
+    format.
+    """
+    from huggingface_hub import constants
+
+    folder = as_place(Path(constants.HF_HUB_CACHE)) / f"models--{repo.replace('/', '--')}"
+    commit = _commit(folder, revision or "main") or revision
+    if commit is None or not is_safe_name(commit):
         return None
+    snapshot = folder / "snapshots" / commit
+    return snapshot if snapshot.is_folder() else None
 
 
-def download_snapshot(repo: str, revision: str | None, unwanted: Callable[[Sequence[str]], Sequence[str]]) -> Place:
+def _commit(folder: Place, ref: str) -> str | None:
+    """The commit of a branch or tag in a model's folder of the cache; None if it is not known there."""
+    place = folder / "refs" / ref
+    if not is_safe_name(ref) or not place.is_regular_file():
+        return None
+    return place.read(256).decode(errors="replace").strip()
+
+
+def download_snapshot(named: HubId, label: str, unwanted: Callable[[Sequence[str]], Sequence[str]]) -> Place:
     """Download a repository's files, except those that match the patterns which ``unwanted`` returns for their names.
 
-    Raises CheckpointNotFoundError if they cannot be downloaded.
+    Of an id with a path, only what is there. Raises CheckpointNotFoundError, with the name ``label``, if they cannot be
+    downloaded.
     """
     from huggingface_hub import HfApi, snapshot_download
 
+    repo, revision = named.repo, named.revision
     try:
+        if named.path:
+            inside = [named.path, f"{named.path}/*"]
+            return as_place(Path(snapshot_download(repo, revision=revision, allow_patterns=inside)))
         # Unlike list_repo_files, this does not retry: a mistyped path fails at once, not after half a minute.
         names = [file.rfilename for file in HfApi().model_info(repo, revision=revision, timeout=30).siblings or []]
         return as_place(Path(snapshot_download(repo, revision=revision, ignore_patterns=list(unwanted(names)))))
     except Exception as error:  # whatever the network and the Hub raise
         raise CheckpointNotFoundError(
-            f"{repo}: no such path, and it cannot be downloaded from the Hub: {_first_line(error)}; "
+            f"{label}: cannot be downloaded from the Hub: {_first_line(error)}; "
             "check the name, your connection, and (for gated models) `hf auth login`"
         ) from error
 

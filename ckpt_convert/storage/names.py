@@ -65,6 +65,11 @@ def is_safe_name(name: str) -> bool:
     return True
 
 
+def is_web_url(text: str) -> bool:
+    """Whether a text is the URL of something on a web server."""
+    return text[:8].lower().startswith(("https://", "http://"))
+
+
 def local_path(given: str | os.PathLike[str], what: str = "") -> Path:
     """The path that somebody gives for ``what``, with ``~`` as the home directory.
 

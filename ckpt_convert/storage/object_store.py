@@ -34,6 +34,10 @@ class ObjectFile:
         self._windows: dict[int, bytes | memoryview] = {}
         self._lock = threading.Lock()
 
+    def __reduce__(self) -> tuple[type[ObjectFile], tuple[object, ...]]:
+        """Another process reads the same file, if it can be given ``fetch``."""
+        return ObjectFile, (self.name, self.identity, self._fetch)
+
     def readinto(self, offset: int, buffer: memoryview) -> None:
         if offset + len(buffer) > self.size:
             raise CorruptFileError(

@@ -70,7 +70,8 @@ class Place:
         return self._at(self.path.parent)
 
     def with_name(self, name: str) -> Place:
-        return self._at(self.path.with_name(name))
+        """The place beside this one; beside the root of a store, which has no name, one in it."""
+        return self._at(self.path.with_name(name) if self.path.name else self.path / name)
 
     def relative_name(self, folder: Place) -> str:
         """The name relative to a folder; raises ValueError if it is not below it."""

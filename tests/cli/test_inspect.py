@@ -25,10 +25,10 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 
 from ckpt_convert.cli.notices import on_stderr
 from ckpt_convert.errors import CkptConvertError
-from ckpt_convert.storage.place import Place, as_place
 from tests import command
 from tests.cli.inspecting import body, document, facts, run, save, text, write_keys
 from tests.helpers import CASES, GOLDEN, bits, edit_json, read_meta, read_safetensors
+from tests.servers.hub import FakeHub
 
 ROOT = Path(__file__).parent.parent.parent
 META = ("meta-mp1", "meta-mp2", "meta-mp4")
@@ -538,19 +538,13 @@ class TestRefusals:
     def test_options_that_make_no_sense_are_usage_errors(self, option: list[str]) -> None:
         assert "Usage:" in run(GOLDEN / "llama" / "hf", *option, code=2).output
 
-    def test_a_hub_id_is_asked_for_only_where_there_is_no_such_path(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        asked = []
-
-        def download(repo: str, revision: str | None, unwanted: object) -> Place:
-            asked.append((repo, revision))
-            return as_place(GOLDEN / "llama" / "hf")
-
-        monkeypatch.setattr("ckpt_convert.storage.hub.cached_snapshot", lambda repo, revision: None)
-        monkeypatch.setattr("ckpt_convert.storage.hub.download_snapshot", download)
+    def test_a_hub_id_is_asked_for_only_where_there_is_no_such_path(self, hub: FakeHub) -> None:
+        files = {file.name: file.read_bytes() for file in (GOLDEN / "llama" / "hf").iterdir()}
+        hub.add("some/model", {}).commit(files, "v2")
         run(GOLDEN / "llama" / "hf")
-        assert asked == []
+        assert len(hub.log) == 0
         assert facts(text("some/model", "--revision", "v2"))["family"] == "llama (model_type 'llama')"
-        assert asked == [("some/model", "v2")]
+        assert hub.log.kinds()["api"] == 1
 
 
 class TestProcess:

@@ -17,7 +17,7 @@ from tests.command import run
 from tests.helpers import GOLDEN, edit_json, sums
 
 HF = GOLDEN / "llama" / "hf"
-ADDRESSES = ("r2://bucket/x", "hdfs://host/x", "https://huggingface.co/org/name", "file:///tmp/x")
+ADDRESSES = ("r2://bucket/x", "hdfs://host/x", "ftp://host/x", "file:///tmp/x")
 MANGLED = (Path("s3://bucket/x"), Path("gs://bucket/x"), Path("hf://org/name"))
 
 TAKES_A_PATH: dict[str, Callable[[Any], Any]] = {
@@ -46,6 +46,14 @@ def test_addresses_are_refused_by_name_wherever_a_path_is_taken(
         scheme = str(address).partition(":")[0]
         with pytest.raises(UsageError, match=f"{scheme}:// addresses are not supported; "):
             TAKES_A_PATH[what](address)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("what", ["DST", "output_dir", "a list of files", "extra_files", "adapter"])
+def test_a_web_server_is_a_source_and_nothing_else(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="https:// addresses are not supported; "):
+        TAKES_A_PATH[what]("https://host/x")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -181,16 +181,17 @@ def test_a_cached_snapshot_without_a_tokenizer_asks_the_hub(
 ) -> None:
     """What a program left that loads config and weights alone; where the Hub cannot be asked, it has to do."""
     import huggingface_hub
+    from huggingface_hub import constants
 
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     known = complete(tmp_path / "known", model)
     rest = {path.name: path for path in known.iterdir() if "token" not in path.name}
     place = snapshot(tmp_path / "cache", rest)
     asked = []
 
-    def download(repo: str, *, local_files_only: bool = False, **_: object) -> str:
-        if not local_files_only:
-            for name in ("tokenizer.json", "tokenizer_config.json"):
-                shutil.copy(known / name, place / name)
+    def download(repo: str, **_: object) -> str:
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(known / name, place / name)
         return str(place)
 
     def info(self: object, repo: str, **_: object) -> Any:

@@ -11,6 +11,7 @@ from ckpt_convert.checkpoint.checkpoint import Checkpoint, identified_of, open_i
 from ckpt_convert.checkpoint.dequantize import dequantized
 from ckpt_convert.checkpoint.hints import Hints
 from ckpt_convert.checkpoint.identify import Identified, identify
+from ckpt_convert.checkpoint.locate import locate_file
 from ckpt_convert.checkpoint.opening import OpenedFiles
 from ckpt_convert.checkpointer.run.saved_steps import SavedStep
 from ckpt_convert.dtypes import DEQUANTIZED_DTYPES, torch_name
@@ -117,7 +118,7 @@ def _check_list(names: Sequence[str], opened: Identified) -> None:
 def _config_file(config: Config) -> Place:
     """The place of a config: in memory, if it is given as a dict."""
     if isinstance(config, str | Path | Place):
-        place = checked_place(config, "config")
+        place = locate_file(config, "config")
         return place / "config.json" if place.is_folder() else place
     if not isinstance(config, Mapping):
         to_dict = getattr(config, "to_dict", None)

@@ -21,6 +21,7 @@ from ckpt_convert.containers.torch_zip import torchzip
 from ckpt_convert.dtypes import DTYPES, nbytes
 from ckpt_convert.errors import CheckpointNotFoundError, CorruptFileError, InputError
 from ckpt_convert.storage.base import Entry, OpenFile, RangeReader
+from ckpt_convert.storage.names import check_name
 from ckpt_convert.storage.place import FilePool, Place
 from ckpt_convert.tensors.header import Box, Header, StoredTensor
 
@@ -78,6 +79,14 @@ def read_dcp_directory(directory: Place) -> tuple[list[DcpFile], list[tuple[str,
         for at, name in enumerate(sorted(pieces, key=_natural))
     ]
     return files, _facts(metadata, names, files)
+
+
+def files_in_metadata(path: Place) -> list[str]:
+    """The names of the files that one metadata file refers to, sorted; raises CorruptFileError, UnsafeFileError."""
+    metadata = load_metadata(path)
+    records = [extent for tensor in metadata.tensors.values() for _, extent in tensor.pieces.values()]
+    records += [extent for extent in metadata.objects.values() if extent is not None]
+    return sorted({check_name(extent.file, str(path)) for extent in records})
 
 
 def _metadata_files(directory: Place) -> list[str]:

@@ -1,0 +1,202 @@
+"""Checkpoints on web servers and on the Hub: which files are found, and that all that reads a path reads them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ckpt_convert
+from ckpt_convert import CheckpointNotFoundError, UnreadableError
+from ckpt_convert.checkpoint.locate import locate_checkpoint
+from ckpt_convert.models.core.table import FORMATS
+from tests.checkpointer.training import make_model
+from tests.command import run
+from tests.helpers import GOLDEN, sums
+from tests.servers.hub import FakeHub
+from tests.servers.web import WebServer
+
+HF = GOLDEN / "llama" / "hf"
+META = GOLDEN / "llama" / "meta-mp2"
+
+
+def files_of(directory: Path, prefix: str = "") -> dict[str, bytes]:
+    return {
+        f"{prefix}{file.relative_to(directory).as_posix()}": file.read_bytes()
+        for file in sorted(directory.rglob("*"))
+        if file.is_file()
+    }
+
+
+@pytest.fixture
+def models(web: WebServer) -> str:
+    """The URL of a folder of models on a web server."""
+    web.files |= files_of(HF, "m/hf/") | files_of(META, "m/meta/")
+    return f"{web.url}/m"
+
+
+@pytest.fixture
+def repository(hub: FakeHub) -> FakeHub:
+    """A Hub with one model, in two formats and beside files of other programs, as the Hub's are."""
+    other = {"pytorch_model.bin": b"not read", "model.gguf": b"not read", "onnx/model.onnx": b"not read"}
+    hub.add("org/name", files_of(HF) | files_of(META, "original/") | other)
+    return hub
+
+
+class TestOnTheWeb:
+    @pytest.mark.parametrize("name", ["hf", "hf/", "hf/model.safetensors.index.json"])
+    def test_a_folder_is_known_by_its_index(self, name: str, models: str, web: WebServer) -> None:
+        with ckpt_convert.open_checkpoint(f"{models}/{name}") as checkpoint:
+            assert (checkpoint.format, checkpoint.family) == ("hf", "llama")
+            assert repr(checkpoint).startswith(f"Checkpoint('{models}/hf')")
+            assert len(checkpoint) == len(ckpt_convert.open_checkpoint(HF))
+        assert len(web.log) < 64
+
+    def test_ranks_are_asked_for_until_there_is_none(self, models: str) -> None:
+        with ckpt_convert.open_checkpoint(f"{models}/meta") as checkpoint:
+            assert checkpoint.format == "meta"
+            assert "2 shards" in repr(checkpoint)
+
+    @pytest.mark.parametrize("to", FORMATS)
+    def test_what_a_conversion_wrote_is_known_by_its_manifest(
+        self, to: Any, tmp_path: Path, models: str, web: WebServer
+    ) -> None:
+        ckpt_convert.convert_checkpoint(HF, tmp_path / "out", to=to)
+        web.files |= files_of(tmp_path / "out", "m/out/")
+        place = locate_checkpoint(f"{models}/out")
+        assert {found.relative_name(place) for found in place.entries()} == set(files_of(tmp_path / "out"))
+        ckpt_convert.convert_checkpoint(f"{models}/out", tmp_path / "back", to="hf", verify=True)
+        assert sums(tmp_path / "back") == sums(HF)
+
+    @pytest.mark.parametrize("container", ["dcp", "bin", "pt"])
+    def test_other_containers_without_a_manifest(
+        self, container: Any, tmp_path: Path, models: str, web: WebServer
+    ) -> None:
+        ckpt_convert.convert_checkpoint(HF, tmp_path / "out", to="hf", container=container)
+        web.files |= {
+            name: data for name, data in files_of(tmp_path / "out", "m/out/").items() if "ckpt_convert" not in name
+        }
+        result = ckpt_convert.diff_checkpoints(f"{models}/out", HF)
+        assert result.same
+
+    def test_one_file_with_the_config_beside_it(self, models: str) -> None:
+        with ckpt_convert.open_checkpoint(f"{models}/hf/model-00001-of-00004.safetensors") as checkpoint:
+            assert (checkpoint.format, checkpoint.family) == ("hf", "llama")
+            assert "1 shard," in repr(checkpoint)
+
+    def test_a_config_by_its_url(self, models: str, web: WebServer) -> None:
+        web.files["m/other/config.json"] = web.files.pop("m/hf/config.json")
+        with ckpt_convert.open_checkpoint(f"{models}/hf", config=f"{models}/other/config.json") as checkpoint:
+            assert checkpoint.family == "llama"
+
+    def test_nothing_is_there(self, models: str) -> None:
+        with pytest.raises(
+            CheckpointNotFoundError, match=rf"^{models}/nothing: none of the files that checkpoints begin"
+        ):
+            ckpt_convert.open_checkpoint(f"{models}/nothing")
+        with pytest.raises(UnreadableError, match=rf"^{models}/x.safetensors: cannot be read: .*404 Not Found; look"):
+            ckpt_convert.open_checkpoint(f"{models}/x.safetensors")
+
+    def test_a_file_of_the_index_that_is_missing_is_named(self, models: str, web: WebServer) -> None:
+        del web.files["m/hf/model-00002-of-00004.safetensors"]
+        with pytest.raises(CheckpointNotFoundError, match=f"{models}/hf/model-00002-of-00004.safetensors"):
+            ckpt_convert.open_checkpoint(f"{models}/hf")
+        report = ckpt_convert.verify_checkpoint(f"{models}/hf")
+        assert any("model-00002-of-00004.safetensors" in finding.text for finding in report.findings)
+
+    def test_a_source_that_changes_is_an_error_that_names_it(self, models: str, web: WebServer, tmp_path: Path) -> None:
+        name = "m/hf/model-00003-of-00004.safetensors"
+
+        def change(_: object) -> None:
+            web.files[name] = web.files[name][::-1]  # type: ignore[index]
+
+        with pytest.raises(ckpt_convert.SourceChangedError, match=f"{web.url}/{name}: the source changed"):
+            ckpt_convert.convert_checkpoint(f"{models}/hf", tmp_path / "out", to="meta", progress=change)
+        assert list(tmp_path.iterdir()) == []
+
+
+class TestOnTheHub:
+    @pytest.mark.parametrize("source", ["org/name", "hf://org/name", "hf://org/name@main"])
+    def test_a_repository_is_read_by_ranges(self, source: str, repository: FakeHub, tmp_path: Path) -> None:
+        with ckpt_convert.open_checkpoint(source) as checkpoint:
+            assert (checkpoint.format, checkpoint.family, checkpoint.notices) == ("hf", "llama", [])
+        kinds = repository.log.kinds()
+        assert kinds == {"api": 1, "resolve": 6, "cached": 2, "cdn": 4}  # config, index and four shards
+        assert not (tmp_path / "hub").exists()  # nothing is kept
+
+    def test_a_page_of_the_hub_is_its_repository(self, repository: FakeHub) -> None:
+        with ckpt_convert.open_checkpoint(f"{repository.url}/org/name/tree/main/original") as checkpoint:
+            assert checkpoint.format == "meta"
+
+    @pytest.mark.parametrize(
+        ("source", "options"), [("hf://org/name/original", {}), ("org/name", {"from_format": "meta"})]
+    )
+    def test_the_other_format_of_a_repository(
+        self, source: str, options: Mapping[str, Any], repository: FakeHub, tmp_path: Path
+    ) -> None:
+        ckpt_convert.convert_checkpoint(source, tmp_path / "out", to="meta", verify=True, **options)
+        assert sums(tmp_path / "out") == sums(META)
+
+    def test_no_byte_of_the_weights_is_fetched_twice(self, repository: FakeHub, tmp_path: Path) -> None:
+        ckpt_convert.convert_checkpoint("hf://org/name", tmp_path / "out", to="native")
+        weights = sum(file.stat().st_size for file in HF.glob("*.safetensors"))
+        assert repository.log.sent("cdn") <= 1.05 * weights
+
+    def test_a_file_and_a_config_of_a_repository(self, repository: FakeHub) -> None:
+        name = "hf://org/name/model-00001-of-00004.safetensors"
+        with ckpt_convert.open_checkpoint(name, config="hf://org/name/config.json") as checkpoint:
+            assert checkpoint.family == "llama"
+        with pytest.raises(CheckpointNotFoundError, match=r"^hf://org/name/nothing: is not there"):
+            ckpt_convert.open_checkpoint("hf://org/name/nothing")
+
+    def test_what_is_cached_is_read_from_there(self, repository: FakeHub) -> None:
+        place = locate_checkpoint("org/name", cache=True)
+        assert place.is_local
+        assert not list(place.local.glob("*.gguf"))
+        (place.local / "tokenizer.json").write_text("{}")  # else it would be asked for
+        repository.log.clear()
+        assert locate_checkpoint("org/name") == locate_checkpoint("hf://org/name") == place
+        assert len(repository.log) == 0
+
+    def test_a_part_of_a_repository_is_cached(self, repository: FakeHub) -> None:
+        place = locate_checkpoint("hf://org/name/original", cache=True)
+        assert sums(place.local) == sums(META)
+        assert not (place.local.parent / "config.json").exists()
+
+    def test_offline_is_the_cache_alone(self, repository: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+        from huggingface_hub import constants
+
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        with pytest.raises(
+            CheckpointNotFoundError, match=r"^hf://org/name: is not in the Hub's cache.*hf download org/n"
+        ):
+            locate_checkpoint("hf://org/name")
+        assert len(repository.log) == 0
+
+    def test_everything_that_reads_a_path_reads_a_repository(self, repository: FakeHub, tmp_path: Path) -> None:
+        assert ckpt_convert.verify_checkpoint("hf://org/name").ok
+        assert ckpt_convert.diff_checkpoints("hf://org/name", META).same
+        assert ckpt_convert.plan_conversion("hf://org/name", to="meta").files
+
+    def test_a_run_starts_from_a_repository(self, repository: FakeHub, tmp_path: Path) -> None:
+        model = make_model()
+        with ckpt_convert.Checkpointer("hf://org/name", tmp_path / "run") as checkpointer:
+            checkpointer.load_model(model)
+            checkpointer.register(model=model)
+            checkpointer.step()
+        saved = sums(checkpointer.saved[0].path)
+        assert {name: saved[name] for name in sums(HF)} == sums(HF)
+
+
+def test_commands_read_urls_and_show_no_query(models: str, web: WebServer) -> None:
+    with WebServer(web.files, query="X-Amz-Signature=0123abcd") as signed:
+        url = f"{signed.url}/m/hf?X-Amz-Signature=0123abcd"
+        looked = run("inspect", url, "--json")
+        assert json.loads(looked.stdout)["path"] == f"{signed.url}/m/hf"
+        refused = run("verify", f"{signed.url}/m/hf?X-Amz-Signature=wrong", "--json")
+        assert refused.returncode == 3
+        for shown in (looked, refused):
+            assert "Signature" not in shown.stdout + shown.stderr
