@@ -31,7 +31,8 @@ from ckpt_convert.cli.tree import Entry, Numbering
 from ckpt_convert.wording import human_bytes
 
 if TYPE_CHECKING:
-    from ckpt_convert.analysis.diff.compare import Change, Diff, Status
+    from ckpt_convert.analysis.diff.change import Change, Status
+    from ckpt_convert.analysis.diff.compare import Diff
     from ckpt_convert.formats.base import FormatName
 
 

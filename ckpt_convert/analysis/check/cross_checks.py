@@ -13,7 +13,7 @@ from ckpt_convert.errors import CkptConvertError, UnsupportedFamilyError, UsageE
 from ckpt_convert.storage.place import Location, Place
 
 if TYPE_CHECKING:
-    from ckpt_convert.analysis.diff.compare import Change
+    from ckpt_convert.analysis.diff.change import Change
     from ckpt_convert.analysis.logits.logits import LogitsReport
     from ckpt_convert.checkpoint.identify import Identified
     from ckpt_convert.tensors.progress import ProgressCallback

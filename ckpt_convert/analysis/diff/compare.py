@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
-from typing import Any, Literal
+from typing import Any
 
 import xxhash
 
 from ckpt_convert import dtypes
 from ckpt_convert.analysis.diff.alignment import AlignedTensor, TensorSide, align
+from ckpt_convert.analysis.diff.change import STATUSES, Change, Status
 from ckpt_convert.analysis.stats import numeric
 from ckpt_convert.analysis.stats.numeric import Delta
 from ckpt_convert.checkpoint import dequantize as requests
@@ -28,56 +29,10 @@ from ckpt_convert.tensors.lazy import aligned_blocks
 from ckpt_convert.tensors.progress import ProgressCallback, ProgressCounter
 
 SCHEMA = 1
-Status = Literal["same", "differs", "shape", "dtype", "only_a", "only_b"]
-STATUSES: tuple[Status, ...] = ("same", "differs", "shape", "dtype", "only_a", "only_b")
 _ROW_ORDER = "the values are equal once the rows are put in the other RoPE order: a reorder was missed, or done twice"
 _Sums = tuple[str, str]
 _COMPARED = ("same", "dtype")
 _SETTINGS = ("hidden_act", "rms_norm_eps", "sliding_window", "tie_word_embeddings")
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """One tensor of the comparison.
-
-    ``status`` is "dtype" if the values are the same in another dtype; "differs" if a value is not, whatever the dtypes.
-    ``delta`` is None if values were not compared; ``where`` and ``first`` are indices into the tensor as a stores it
-    (ranks joined), of the largest |Δ| and of the first difference. ``note`` names a likely cause.
-    """
-
-    status: Status
-    a: TensorSide | None
-    b: TensorSide | None
-    delta: Delta | None = None
-    note: str = ""
-
-    @property
-    def key(self) -> str:
-        """The key in a, or in b where only b has it."""
-        return self._half.key
-
-    @property
-    def nbytes(self) -> int:
-        return self._half.nbytes
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self._half.shape
-
-    @property
-    def where(self) -> tuple[int, ...] | None:
-        return _index(self.delta.at, self.shape) if self.delta else None
-
-    @property
-    def first(self) -> tuple[int, ...] | None:
-        return _index(self.delta.first, self.shape) if self.delta else None
-
-    @property
-    def _half(self) -> TensorSide:
-        half = self.a or self.b
-        if half is None:
-            raise ValueError("a change is of a tensor that one side has at least")
-        return half
 
 
 @dataclass(frozen=True)
@@ -134,7 +89,7 @@ class Diff:
             "counts": dict(self.counts),
             "config": [{"name": name, "a": ours, "b": theirs} for name, ours, theirs in self.config],
             "notices": list(self.notices),
-            "tensors": [_change(change) for change in self.changes],
+            "tensors": [change.as_dict() for change in self.changes],
         }
 
 
@@ -318,38 +273,3 @@ def _side(checkpoint: Identified, model: Model | None) -> dict[str, Any]:
         "parameters": sum(prod(info.shape) for info in tensors) if known else None,
         "bytes": sum(info.nbytes for info in tensors),
     }
-
-
-def _change(change: Change) -> dict[str, Any]:
-    a, b, delta = change.a, change.b, change.delta
-    numbers = None
-    if delta is not None:
-        numbers = asdict(delta)
-        del numbers["at"]
-        numbers |= {
-            "where": None if change.where is None else list(change.where),
-            "first": None if change.first is None else list(change.first),
-        }
-    return {
-        "key_a": a.key if a else None,
-        "key_b": b.key if b else None,
-        "status": change.status,
-        "shape_a": list(a.shape) if a else None,
-        "shape_b": list(b.shape) if b else None,
-        "dtype_a": a.dtype if a else None,
-        "dtype_b": b.dtype if b else None,
-        "nbytes": change.nbytes,
-        "note": change.note or None,
-        "delta": numbers,
-    }
-
-
-def _index(flat: int | None, shape: Sequence[int]) -> tuple[int, ...] | None:
-    """The index of an element from its row-major flat index."""
-    if flat is None:
-        return None
-    out = []
-    for size in reversed(shape):
-        flat, at = divmod(flat, size)
-        out.append(at)
-    return tuple(reversed(out))
