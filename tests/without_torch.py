@@ -60,6 +60,7 @@ COMMANDS: list[tuple[str, ...]] = [
     ("verify", "hf-to-torchtitan", "--against", LLAMA),
     ("diff", LLAMA, "hf-to-meta", "--json"),
     ("diff", F64, "float16", "--ignore-dtype"),
+    ("diff", F64, "bfloat16", "--tolerance", "1e-3", "--json"),
     ("formats", "--json"),
 ]
 """The words of each command, run in this order in an empty directory beside ``input``."""

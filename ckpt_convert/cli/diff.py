@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import isnan
 from typing import TYPE_CHECKING
 
 import click
@@ -33,7 +34,22 @@ from ckpt_convert.wording import human_bytes
 if TYPE_CHECKING:
     from ckpt_convert.analysis.diff.change import Change, Status
     from ckpt_convert.analysis.diff.compare import Diff
+    from ckpt_convert.analysis.diff.verdict import Kind
     from ckpt_convert.formats.base import FormatName
+
+
+_SEVERITY: dict[Kind, str] = {
+    "same": colors.GOOD,
+    "dtype": colors.GOOD,
+    "cast": colors.WARNING,
+    "small": colors.WARNING,
+    "partial": colors.WARNING,
+    "unknown": colors.WARNING,
+    "cause": colors.BAD,
+    "large": colors.BAD,
+    "different": colors.BAD,
+}
+"""The color of each kind of verdict."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +107,12 @@ Exit codes: 0 the same, 1 different, 2 usage, 3 no readable checkpoint.""",
 @click.option("--full", is_flag=True, help="One line for each tensor that differs.")
 @options.FILTERS
 @click.option("--ignore-dtype", is_flag=True, help="Equal values in another dtype do not count as a difference.")
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(0),
+    metavar="X",
+    help="Tensors whose ‖Δ‖/‖a‖ is at most X, in any dtypes, do not count as a difference.",
+)
 @options.JSON
 @options.HTML
 @options.from_format("A", "-a")
@@ -109,6 +131,7 @@ def diff(
     full: bool,
     filters: tuple[str, ...],
     ignore_dtype: bool,
+    tolerance: float | None,
     as_json: bool,
     html: str | None,
     from_a: FormatName | None,
@@ -132,6 +155,10 @@ def diff(
     from ckpt_convert.cli.pages import check_page, write_page
     from ckpt_convert.cli.progress import Bar
 
+    if tolerance is not None and isnan(tolerance):
+        raise click.UsageError("--tolerance nan: expected a number, such as 1e-3")
+    if tolerance is not None and not values:
+        raise click.UsageError("--tolerance is about values; leave out --no-values")
     if html is not None:
         check_page(html, with_json=as_json)
     with on_stderr(hidden=quiet), Bar(hidden=quiet) as bar:
@@ -156,12 +183,12 @@ def diff(
         if as_json:
             echo_json(found.as_dict())
         elif not quiet and html != "-":
-            echo("\n".join(_lines(found, full=full, width=terminal_width())))
-        return int(not found.is_same(ignore_dtype=ignore_dtype))
+            echo("\n".join(_lines(found, full=full, width=terminal_width(), tolerance=tolerance)))
+        return int(not found.is_same(ignore_dtype=ignore_dtype, tolerance=tolerance))
 
 
-def _lines(found: Diff, *, full: bool, width: int | None) -> Iterator[str]:
-    yield from labelled(_header(found), width)
+def _lines(found: Diff, *, full: bool, width: int | None, tolerance: float | None) -> Iterator[str]:
+    yield from labelled([*_header(found), *_verdict(found, tolerance)], width)
     changed = [change for change in found.changes if change.status == "differs"]
     if changed:
         yield ""
@@ -229,6 +256,20 @@ def _header(found: Diff) -> Iterator[Labelled]:
     words = [f"{number(counts[status])} {text}" for status, text in said.items() if counts[status]]
     text = f"{', '.join(words)}, of {plural(total, 'tensor')}"
     yield Labelled("differs", text.split(), colors.BAD)
+
+
+def _verdict(found: Diff, tolerance: float | None) -> Iterator[Labelled]:
+    """What the difference amounts to, and how much of it is beyond the tolerance."""
+    verdict = found.verdict
+    if verdict.kind != "same":
+        yield Labelled("verdict", escape(verdict.text).split(), _SEVERITY[verdict.kind])
+    if tolerance is None:
+        return
+    differing = [change for change in found.changes if change.status == "differs"]
+    beyond = sum(not change.is_within(tolerance) for change in differing)
+    if differing:
+        text = f"‖Δ‖/‖a‖ is above {tolerance:g} in {number(beyond)} of {plural(len(differing), 'tensor')} that differ"
+        yield Labelled("tolerance", text.split(), colors.BAD if beyond else colors.GOOD)
 
 
 def _groups(changes: Sequence[Change], *, full: bool, all_keys: Numbering) -> list[_Group]:

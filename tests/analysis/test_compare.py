@@ -15,7 +15,8 @@ import safetensors.torch
 import torch
 
 from ckpt_convert import errors
-from ckpt_convert.analysis.diff.compare import Change, Diff, compare_checkpoints
+from ckpt_convert.analysis.diff.change import Change
+from ckpt_convert.analysis.diff.compare import Diff, compare_checkpoints
 from ckpt_convert.checkpoint.checkpoint import open_identified
 from ckpt_convert.tensors.progress import TransferProgress
 from tests.helpers import CASES, GOLDEN, Tensors, edit_json, read_safetensors

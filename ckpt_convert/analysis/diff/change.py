@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from ckpt_convert.analysis.diff.alignment import TensorSide
 from ckpt_convert.analysis.stats.numeric import Delta
+from ckpt_convert.analysis.stats.rounding import Rounding
 
 Status = Literal["same", "differs", "shape", "dtype", "only_a", "only_b"]
 STATUSES: tuple[Status, ...] = ("same", "differs", "shape", "dtype", "only_a", "only_b")
@@ -19,7 +20,8 @@ class Change:
 
     ``status`` is "dtype" if the values are the same in another dtype; "differs" if a value is not, whatever the dtypes.
     ``delta`` is None if values were not compared; ``where`` and ``first`` are indices into the tensor as a stores it
-    (ranks joined), of the largest |Δ| and of the first difference. ``note`` names a likely cause.
+    (ranks joined), of the largest |Δ| and of the first difference. ``note`` names a likely cause; ``rounding`` is the
+    cast that explains every difference, if one does.
     """
 
     status: Status
@@ -27,6 +29,7 @@ class Change:
     b: TensorSide | None
     delta: Delta | None = None
     note: str = ""
+    rounding: Rounding | None = None
 
     @property
     def key(self) -> str:
@@ -49,6 +52,13 @@ class Change:
     def first(self) -> tuple[int, ...] | None:
         return _index(self.delta.first, self.shape) if self.delta else None
 
+    def is_within(self, tolerance: float | None) -> bool:
+        """Whether the values differ by no more than this ‖Δ‖/‖a‖, and nothing else is wrong with the tensor."""
+        delta = self.delta
+        if tolerance is None or delta is None or self.status != "differs" or self.note or delta.nan_mismatch:
+            return False
+        return delta.max_abs == 0 or (delta.relative_norm is not None and delta.relative_norm <= tolerance)
+
     def as_dict(self) -> dict[str, Any]:
         """The change as JSON-ready values."""
         a, b, delta = self.a, self.b, self.delta
@@ -70,6 +80,7 @@ class Change:
             "dtype_b": b.dtype if b else None,
             "nbytes": self.nbytes,
             "note": self.note or None,
+            "rounding": None if self.rounding is None else asdict(self.rounding),
             "delta": numbers,
         }
 

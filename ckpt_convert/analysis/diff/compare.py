@@ -14,8 +14,10 @@ import xxhash
 from ckpt_convert import dtypes
 from ckpt_convert.analysis.diff.alignment import AlignedTensor, TensorSide, align
 from ckpt_convert.analysis.diff.change import STATUSES, Change, Status
+from ckpt_convert.analysis.diff.verdict import Verdict, judge
 from ckpt_convert.analysis.stats import numeric
 from ckpt_convert.analysis.stats.numeric import Delta
+from ckpt_convert.analysis.stats.rounding import Rounding, RoundingSearch
 from ckpt_convert.checkpoint import dequantize as requests
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpoint.mapping import Equality
@@ -31,6 +33,7 @@ from ckpt_convert.tensors.progress import ProgressCallback, ProgressCounter
 SCHEMA = 1
 _ROW_ORDER = "the values are equal once the rows are put in the other RoPE order: a reorder was missed, or done twice"
 _Sums = tuple[str, str]
+_Compared = tuple[Delta | None, Rounding | None, str, _Sums]
 _COMPARED = ("same", "dtype")
 _SETTINGS = ("hidden_act", "rms_norm_eps", "sliding_window", "tie_word_embeddings")
 
@@ -62,10 +65,19 @@ class Diff:
         """Whether every tensor is on both sides, in one shape and dtype, and (where compared) with the same bits."""
         return self.is_same()
 
-    def is_same(self, *, ignore_dtype: bool = False) -> bool:
-        """``same``; with ``ignore_dtype`` also where equal values are in another dtype."""
-        fine = ("same", "dtype") if ignore_dtype and self.values else ("same",)
-        return all(change.status in fine for change in self.changes)
+    def is_same(self, *, ignore_dtype: bool = False, tolerance: float | None = None) -> bool:
+        """``same``; with ``ignore_dtype`` also where equal values are in another dtype.
+
+        With ``tolerance`` also where a tensor's ‖Δ‖/‖a‖ is at most that, in any dtypes; a value that is NaN or infinite
+        on one side only is always a difference. Where values were not compared, both allow nothing.
+        """
+        fine = ("same", "dtype") if self.values and (ignore_dtype or tolerance is not None) else ("same",)
+        return all(change.status in fine or change.is_within(tolerance) for change in self.changes)
+
+    @property
+    def verdict(self) -> Verdict:
+        """What the difference amounts to: the rounding of a cast, a small change, another model, …."""
+        return judge(self.changes, values=self.values)
 
     @property
     def compared(self) -> int:
@@ -84,6 +96,7 @@ class Diff:
             "a": a,
             "b": b,
             "same": self.same,
+            "verdict": self.verdict.as_dict(),
             "values": self.values,
             "through": self.aligned_by,
             "counts": dict(self.counts),
@@ -140,31 +153,31 @@ def _values(
     start = partial(_comparing, a.stored, b.stored)
     found = pool.run_in_processes(items, start, workers=workers, phase="comparing", progress=progress)
     out, digests = list(structure), {}
-    for at, (delta, note, sums) in zip(wanted, found, strict=True):
+    for at, (delta, rounding, note, sums) in zip(wanted, found, strict=True):
         change = structure[at]
         is_other = bool(note or (delta is not None and delta.differing))
         status: Status = "differs" if is_other and change.status in _COMPARED else change.status
-        out[at] = Change(status, change.a, change.b, delta, note)
+        out[at] = Change(status, change.a, change.b, delta, note, rounding)
         digests[at] = sums
     return _exchanged(out, digests)
 
 
 def _comparing(
     a: StoredTensors, b: StoredTensors, counter: ProgressCounter
-) -> Callable[[tuple[Change, AlignedTensor]], tuple[Delta | None, str, _Sums]]:
+) -> Callable[[tuple[Change, AlignedTensor]], _Compared]:
     """The function that compares a pair, in one worker."""
     movers = BlockReader(a), BlockReader(b)
 
-    def work(item: tuple[Change, AlignedTensor]) -> tuple[Delta | None, str, _Sums]:
+    def work(item: tuple[Change, AlignedTensor]) -> _Compared:
         change, pair = item
-        delta, note, sums = None, "", ("", "")
+        delta, rounding, note, sums = None, None, "", ("", "")
         if change.a is not None and change.b is not None and _is_comparable(change):
-            delta, sums = _delta(*movers, change.a, change.b, counter)
+            delta, rounding, sums = _delta(*movers, change.a, change.b, counter)
             if delta.differing and _is_reordered(*movers, pair):
                 note = _ROW_ORDER
         for side, check in pair.replicas:
             note = note if _is_copy(movers[side], check, counter) else check.message
-        return delta, note, sums
+        return delta, rounding, note, sums
 
     return work
 
@@ -183,8 +196,8 @@ def _is_comparable(change: Change) -> bool:
 
 def _delta(
     left: BlockReader, right: BlockReader, a: TensorSide, b: TensorSide, counter: ProgressCounter
-) -> tuple[Delta, _Sums]:
-    """The difference between two tensors, and a checksum of each, "" if they are equal."""
+) -> tuple[Delta, Rounding | None, _Sums]:
+    """The difference between two tensors, the cast that explains it, and a checksum of each, "" if they are equal."""
     counted = 0
     if a.dtype == b.dtype:
         # Most tensors are equal, and comparing bytes is several times as fast as computing a difference.
@@ -194,20 +207,22 @@ def _delta(
         if found is None:
             nothing = numeric.Comparison(a.dtype, b.dtype).result()
             relative = None if a.packed else 0.0
-            return replace(nothing, count=a.tensor.size, relative_norm=relative), ("", "")
+            return replace(nothing, count=a.tensor.size, relative_norm=relative), None, ("", "")
         counted = found
-    comparison = numeric.Comparison(a.dtype, b.dtype)
+    comparison, search = numeric.Comparison(a.dtype, b.dtype), RoundingSearch(a.dtype, b.dtype)
     digests = xxhash.xxh3_128(), xxhash.xxh3_128()
     seen, block = 0, min(block_elements(a.element, a.element), block_elements(b.element, b.element))
     for offset, (ours, theirs) in aligned_blocks((a.tensor, b.tensor), block):
         one, other = left.read(ours, a.element, a.element), right.read(theirs, b.element, b.element)
         comparison.add(one, other, offset)
+        search.add(one, other)
         digests[0].update(one)
         digests[1].update(other)
         seen += len(one)
         if seen > counted:
             counter.add(len(one))
-    return comparison.result(), (digests[0].hexdigest(), digests[1].hexdigest())
+    delta = comparison.result()
+    return delta, search.found if delta.differing else None, (digests[0].hexdigest(), digests[1].hexdigest())
 
 
 def _is_reordered(left: BlockReader, right: BlockReader, pair: AlignedTensor) -> bool:

@@ -41,7 +41,7 @@ function verdict() {
   const lines = found.map(([, number, text], at) => el("span", {}, at ? ", " : "", el("b", {}, number), text));
   host.append(
     el("strong", {}, facts.same ? "✓ Same" : "≠ Different"),
-    el("div", {}, el("p", {}, ...(facts.same ? [equal] : lines), !facts.same && same ? `; ${plural(same, "tensor")} ${same === 1 ? "is" : "are"} the same.` : ""), facts.same && found.length ? el("p", {}, ...lines, " besides.") : "", el("p", { class: "note" }, `${what}, ${how}.`)),
+    el("div", {}, el("p", {}, ...(facts.same ? [equal] : lines), !facts.same && same ? `; ${plural(same, "tensor")} ${same === 1 ? "is" : "are"} the same.` : ""), facts.same && found.length ? el("p", {}, ...lines, " besides.") : "", !facts.same && facts.verdict ? el("p", {}, el("b", {}, "Verdict"), ` ${escapeText(facts.verdict.text)}`) : "", el("p", { class: "note" }, `${what}, ${how}.`)),
   );
 }
 
