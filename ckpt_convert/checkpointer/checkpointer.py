@@ -36,7 +36,6 @@ from ckpt_convert.checkpointer.save.options import (
     WeightOptions,
 )
 from ckpt_convert.checkpointer.save.planner import Contents
-from ckpt_convert.checkpointer.save.signals import Signals
 from ckpt_convert.checkpointer.state.parts import TrainingParts
 from ckpt_convert.checkpointer.state.sharding import DataPolicy
 from ckpt_convert.dtypes import OutputDType
@@ -159,7 +158,7 @@ class Checkpointer:
         self._options = Options.of(arguments)
         self._ranks, self.workers = self._options.ranks, self._options.workers
         self._saver = starting.open_run(arguments, self._options, save_first=save_first)
-        self._loop = TrainingLoop(self._saver, Signals(signals) if (signals := self._options.signals) else None)
+        self._loop = TrainingLoop(self._saver, self._options.signals, self._ranks)
         self._loaded = self._closed = False
 
     @property

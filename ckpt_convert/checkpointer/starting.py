@@ -6,6 +6,8 @@ import logging
 from collections.abc import Sequence
 
 from ckpt_convert.checkpoint.identify import Identified
+from ckpt_convert.checkpointer.distributed.ranks import rank_of
+from ckpt_convert.checkpointer.distributed.speaking import named, speaking
 from ckpt_convert.checkpointer.live.loading import LoadReport
 from ckpt_convert.checkpointer.live.tensors import Model
 from ckpt_convert.checkpointer.run.counters import RunCounters
@@ -27,10 +29,11 @@ def open_run(arguments: Arguments, options: Options, *, save_first: bool) -> Sav
 
     Raises what ``open_source`` and ``open_without_source`` do, and OutputExistsError where steps would go into it.
     """
-    run = options.run_directory()
-    opened = _open_run_source(arguments.source, options, run)
-    if run is not None:
-        run.check(opened)
+    with speaking(rank_of(options.ranks)):
+        run = options.run_directory()
+        opened = _open_run_source(arguments.source, options, run)
+        if run is not None:
+            run.check(opened)
     counts = RunCounters(
         options.schedule,
         options.policy,
@@ -74,11 +77,12 @@ def load_model(
     if not options.has_source:
         raise UsageError("source=None: there are no weights to load; initialise the model, then register() it")
     planner = saver.planner
-    report = planner.load_source(
-        model, options.workers, options.progress, strict=strict, include=include, exclude=exclude
-    )
-    unfit = len(report.left_out) > len(report.excluded)
-    log.log(logging.WARNING if unfit else logging.INFO, "%s: %s", planner.source.place, report)
+    with named(rank_of(options.ranks)):
+        report = planner.load_source(
+            model, options.workers, options.progress, strict=strict, include=include, exclude=exclude
+        )
+        unfit = len(report.left_out) > len(report.excluded)
+        log.log(logging.WARNING if unfit else logging.INFO, "%s: %s", planner.source.place, report)
     return report
 
 

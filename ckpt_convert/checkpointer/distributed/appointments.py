@@ -16,6 +16,8 @@ class Appointment:
         self._ranks = ranks
         self._name = name
         self._kept = 0
+        self.asked_by = 0
+        """The rank that asked for the last one."""
 
     def is_at(self, step: int, asks: bool) -> bool:
         """Whether this is the step that was asked for; with ``asks``, ask for the one after the next if none is.
@@ -24,14 +26,17 @@ class Appointment:
         """
         key = f"{self._name}/{self._kept}"
         if asks:
-            self._ranks.propose(key, str(step + AHEAD).encode())
+            self._ranks.propose(key, b"%d %d" % (step + AHEAD, self._ranks.rank))
         asked = self._ranks.proposed(key)
-        if asked is None or int(asked) > step:
+        if asked is None:
             return False
-        if int(asked) < step:
+        goal, self.asked_by = map(int, asked.split())
+        if goal > step:
+            return False
+        if goal < step:
             raise CkptConvertError(
-                f"rank {self._ranks.rank}: all ranks were to save step {int(asked)}, and this one is at step {step}; "
-                "ranks have to take their steps together"
+                f"rank {self._ranks.rank}: all ranks were to save step {goal}, and this one is at step {step}; ranks "
+                "have to take their steps together"
             )
         self._kept += 1
         return True

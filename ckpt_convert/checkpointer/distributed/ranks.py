@@ -22,7 +22,8 @@ import torch.distributed as dist
 
 from ckpt_convert import errors
 from ckpt_convert.checkpointer.distributed import heartbeat
-from ckpt_convert.checkpointer.distributed.heartbeat import Beat, Line, Vigil, read_beat
+from ckpt_convert.checkpointer.distributed.heartbeat import Beat, Vigil, read_beat
+from ckpt_convert.checkpointer.distributed.speaking import Line, say_for, speaking
 from ckpt_convert.errors import CkptConvertError, UsageError, error_text
 from ckpt_convert.wording import first_few, indented_list
 
@@ -61,7 +62,7 @@ def of_group(process_group: Any) -> Ranks | None:
     group = f"ckpt_convert/ranks/{hashlib.sha256(members.encode()).hexdigest()[:16]}"
     number = store.add(f"{group}/made_by/{rank}", 1)  # the same on all of them, which make the same checkpointers
     prefix = f"{group}/{number}"
-    line = Line(store, f"{prefix}/alive/{rank}")
+    line = heartbeat.Line(store, f"{prefix}/alive/{rank}")
     line.call("set", f"{prefix}/host/{rank}", socket.gethostname())
     return Ranks(line, rank, count, prefix, process_group=process_group)
 
@@ -79,7 +80,7 @@ class Ranks:
     ``name`` is that of the channel, "" for the first one.
     """
 
-    line: Line
+    line: heartbeat.Line
     rank: int
     count: int
     root: str
@@ -103,20 +104,22 @@ class Ranks:
     def together(self, what: str, act: Callable[[], T]) -> T:
         """Do something that may take several turns; where it fails on one rank, all raise that, whatever turn it is.
 
-        ``what`` is it in words, for messages.
+        ``what`` is it in words, for messages. What only other ranks warn of is logged by the first one at the end.
         """
         inside = self.line.heart.inside
         inside[self.name] = inside.get(self.name, 0) + 1
         self._calls.append(what)
+        kept: list[Line] = []
         try:
-            result = act()
+            with speaking(self.rank, kept):
+                result = act()
         except Exception as error:
             if not self._is_known(error):
                 failed = error
                 self.round("", lambda: _raise(failed), _nothing)
             raise
         else:
-            self.round("", bytes, _nothing)
+            self.round("", lambda: packed(kept) if kept else b"", lambda heard: _speak_for(kept, heard))
         finally:
             inside[self.name] -= 1
             self._calls.pop()
@@ -141,7 +144,7 @@ class Ranks:
         outcomes = [outcome, *self._others(turn, what)]
         self._forget()
         failed = [one for one in outcomes if one[:1] == _FAILED]
-        answers = [_joined(failed)]
+        answers = [_joined(failed, self.count)]
         if not failed:
             try:
                 answers = [_OK + one for one in decide([one[1:] for one in outcomes])]
@@ -183,7 +186,7 @@ class Ranks:
             return self._failure(error), error
 
     def _failure(self, error: Exception) -> bytes:
-        return _failure(type(error).__name__, f"rank {self.rank} on {socket.gethostname()}: {error_text(error)}")
+        return _failure(type(error).__name__, f"rank {self.rank} on {socket.gethostname()}", error_text(error))
 
     def _others(self, turn: int, what: str) -> list[bytes]:
         """What the other ranks say in this turn, in their order; where some say nothing, what failed, and that."""
@@ -217,8 +220,8 @@ class Ranks:
             wait.pause()
 
     def _absence(self, ranks: Sequence[int], what: str) -> bytes:
-        text = f"{self.named(ranks)}: took no part in {what}: its checkpointer is closed, most likely after an error"
-        return _failure(CkptConvertError.__name__, text)
+        text = f"took no part in {what}: its checkpointer is closed, most likely after an error"
+        return _failure(CkptConvertError.__name__, self.named(ranks), text)
 
     def named(self, ranks: Sequence[int]) -> str:
         """Ranks as messages name them: with their hosts, as far as they have said them."""
@@ -237,10 +240,10 @@ class Ranks:
         """What was said; raises it where it is an error."""
         if outcome[:1] == _OK:
             return outcome[1:]
-        kind, text = json.loads(outcome[1:])
+        kind, who, text = json.loads(outcome[1:])
         made = getattr(errors, kind, CkptConvertError)
         simple = issubclass(made, CkptConvertError) and made is not errors.LossyConversionError
-        raised = (made if simple else CkptConvertError)(text)
+        raised = (made if simple else CkptConvertError)(f"{who}: {text}" if who else text)
         self._raised.append(raised)
         raise raised from cause
 
@@ -320,6 +323,22 @@ def on_all_ranks(method: Callable[Concatenate[Self_, P], T]) -> Callable[Concate
     return call
 
 
+def first_speaks(method: Callable[Concatenate[Self_, P], T]) -> Callable[Concatenate[Self_, P], T]:
+    """Let the first rank alone log in a method in which all ranks do the same."""
+
+    @wraps(method)
+    def call(self: Self_, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        with speaking(rank_of(self._ranks)):
+            return method(self, *args, **kwargs)
+
+    return call
+
+
+def rank_of(ranks: Ranks | None) -> int | None:
+    """The number of this one of several ranks; None for a single process."""
+    return None if ranks is None else ranks.rank
+
+
 class _Pause:
     """Waits a little, at each call longer: a wait in the store itself would never see that somebody is gone."""
 
@@ -365,7 +384,7 @@ class _Wait:
         return None
 
     def _failure(self, ranks: Sequence[int], text: str) -> bytes:
-        return _failure(CkptConvertError.__name__, f"{self._ranks.named(ranks)}: {text}")
+        return _failure(CkptConvertError.__name__, self._ranks.named(ranks), text)
 
     def _report(self, missing: Sequence[int]) -> None:
         away = self.vigil.away()
@@ -384,19 +403,36 @@ def unpacked(data: bytes) -> Any:
     return json.loads(zlib.decompress(data))
 
 
-def _failure(kind: str, text: str) -> bytes:
-    return _FAILED + json.dumps([kind, text]).encode()
+def _failure(kind: str, who: str, text: str) -> bytes:
+    return _FAILED + json.dumps([kind, who, text]).encode()
 
 
-def _joined(failed: Sequence[bytes]) -> bytes:
-    """Several failures as one, of the first one's kind."""
-    said = [json.loads(one[1:]) for one in failed]
-    texts = [text for _, text in said]
-    return _failure(said[0][0], texts[0] if len(texts) == 1 else indented_list(texts).lstrip()) if said else b""
+def _joined(failed: Sequence[bytes], count: int) -> bytes:
+    """Several failures, of ``count`` ranks, as one of the first one's kind; what several say alike is said once."""
+    if not failed:
+        return b""
+    ranks: dict[str, list[str]] = {}
+    for one in failed:
+        _, who, text = json.loads(one[1:])
+        ranks.setdefault(text, []).append(who)
+    kind = json.loads(failed[0][1:])[0]
+    texts = [
+        (f"all {count} ranks" if len(of) == count else first_few(of, 4, " and others"), text)
+        for text, of in ranks.items()
+    ]
+    if len(texts) == 1:
+        return _failure(kind, *texts[0])
+    return _failure(kind, "", indented_list([f"{who}: {text}" for who, text in texts]).lstrip())
 
 
 def _raise(error: Exception) -> bytes:
     raise error
+
+
+def _speak_for(said: Sequence[Line], heard: Sequence[bytes]) -> list[bytes]:
+    """Log the warnings of other ranks, in the first one, which has ``said`` its own."""
+    say_for({rank: [(level, text) for level, text in unpacked(one)] for rank, one in enumerate(heard) if one}, said)
+    return [b""]
 
 
 def _nothing(_: Sequence[bytes]) -> list[bytes]:

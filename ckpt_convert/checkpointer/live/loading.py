@@ -15,6 +15,7 @@ from ckpt_convert import dtypes
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpoint.mapping import Equality
 from ckpt_convert.checkpointer.distributed.slices import Region, local_of, slice_of
+from ckpt_convert.checkpointer.distributed.speaking import OWN
 from ckpt_convert.convert import translate as translation
 from ckpt_convert.convert.execute import byte_comparer
 from ckpt_convert.convert.output import overflow_text
@@ -246,6 +247,7 @@ def load_tensors(
             "%s: %s in the model, whose dtype is too narrow for them",
             checkpoint.place,
             overflow_text(dict(sorted(overflows.items()))),
+            extra=OWN,
         )
     pairs = Counter(
         (dtypes.DTYPES[target.dtype].torch, dtypes.torch_name(tensors[target.key].dtype)) for target in targets

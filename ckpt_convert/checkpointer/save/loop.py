@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from ckpt_convert.checkpointer.distributed.ranks import Ranks, first_speaks
 from ckpt_convert.checkpointer.run.metrics import finite_metrics
 from ckpt_convert.checkpointer.save.saver import Saver
 from ckpt_convert.checkpointer.save.signals import Signals
@@ -21,9 +22,11 @@ class TrainingLoop:
     epochs are.
     """
 
-    def __init__(self, saver: Saver, signals: Signals | None) -> None:
+    def __init__(self, saver: Saver, signals: Sequence[int], ranks: Ranks | None) -> None:
+        """``signals`` are those that ask the run to end."""
         self.signal_saved = self.over = False
-        self._saver, self._counts, self._signals = saver, saver.counts, signals
+        self._saver, self._counts, self._ranks = saver, saver.counts, ranks
+        self._signals = Signals(signals, is_told=ranks is None or ranks.is_first) if signals else None
 
     @property
     def interrupted(self) -> int | None:
@@ -43,6 +46,7 @@ class TrainingLoop:
         self._saver.begin(parts)
         return parts
 
+    @first_speaks
     def finish(self) -> None:
         """Save the last step if it is not saved yet, and wait until it is complete; raises what failed."""
         self._saver.finish(over=self.over, stopped=self.signal_saved)
@@ -51,6 +55,7 @@ class TrainingLoop:
         """Release everything that the run holds, the handlers of signals too."""
         self._saver.release(self._signals.restore if self._signals is not None else lambda: None)
 
+    @first_speaks
     def step(self, parts: TrainingParts, tokens: int, samples: int) -> None:
         """Count an optimizer step, and save if a save is due; raises what failed in a save behind the training."""
         self._counts.step(tokens, samples)
@@ -73,6 +78,7 @@ class TrainingLoop:
             self._saver.background.wait()
             log.warning("saved step %d; end the loop where checkpointer.should_stop says so", progress.step)
 
+    @first_speaks
     def report(self, metrics: Mapping[str, float]) -> None:
         """Take the metrics of this step, count an evaluation, and save if a save is due."""
         saver, counts = self._saver, self._counts
@@ -88,6 +94,7 @@ class TrainingLoop:
         counts.warn_of_report(wrong, changed, saver.saved_step)
         saver.background.check()
 
+    @first_speaks
     def end_epoch(self, parts: TrainingParts) -> None:
         """Count an epoch, and save if a save is due and this step is not saved yet."""
         self._counts.end_epoch()

@@ -134,7 +134,12 @@ class Saver:
 
     def is_stopped(self, signalled: bool) -> bool:
         """Whether to save this step for a signal: the one it came at, or where ranks save together, two later."""
-        return signalled if self._stop is None else self._stop.is_at(self.counts.progress.step, signalled)
+        if self._stop is None:
+            return signalled
+        stopped = self._stop.is_at(self.counts.progress.step, signalled)
+        if stopped and self._stop.asked_by:
+            log.warning("rank %d received a signal to stop: all save this step", self._stop.asked_by)
+        return stopped
 
     def due_by_clock(self) -> bool:
         """Whether to save this step as the clock of the first rank says; ranks that count alone ask their schedule."""

@@ -54,8 +54,9 @@ class Signals:
     ``received`` is the number of the signal that came first, None as long as there was none.
     """
 
-    def __init__(self, handled: Sequence[int] = HANDLED) -> None:
-        self._handled = handled
+    def __init__(self, handled: Sequence[int] = HANDLED, *, is_told: bool = True) -> None:
+        """``is_told``: whether to log that one came; of many processes that get the same one, not all do."""
+        self._handled, self._is_told = handled, is_told
         self.received: int | None = None
         self._seen: set[int] = set()
         self._previous: dict[int, signal._HANDLER] = {}
@@ -99,8 +100,9 @@ class Signals:
             self._pass_on(number, frame)
         elif not child:
             self.received = self.received or number
-            name = signal.Signals(number).name
-            log.warning("%s received: saving at the next step; a second one is not waited for", name)
+            if self._is_told:
+                name = signal.Signals(number).name
+                log.warning("%s received: saving at the next step; a second one is not waited for", name)
         # Ctrl-C in a terminal also signals forked data loading workers; they have to continue so that the step can end.
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ckpt_convert.checkpointer.distributed.speaking import OWN
 from ckpt_convert.errors import CorruptFileError
 from ckpt_convert.storage.checksums import digest
 
@@ -94,6 +95,7 @@ def _restore_devices(kind: str, states: list[torch.Tensor]) -> None:
             "the random state of %s was saved, but this machine has %s; what is drawn there will differ",
             gone,
             f"{count} such device{'s' if count != 1 else ''}" if count else "no such device",
+            extra=OWN,
         )
 
 
