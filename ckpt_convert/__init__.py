@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ckpt_convert._version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from ckpt_convert.adapters.api import merge_adapter
     from ckpt_convert.adapters.config import AdapterConfig
     from ckpt_convert.analysis.check.api import verify_checkpoint
     from ckpt_convert.analysis.check.report import Verification
@@ -73,6 +74,7 @@ _MODULES = {
     "convert_checkpoint": "convert.api",
     "convert_state_dict": "convert.state_dict",
     "diff_checkpoints": "analysis.diff.api",
+    "merge_adapter": "adapters.api",
     "open_checkpoint": "checkpoint.checkpoint",
     "plan_conversion": "convert.api",
     "verify_checkpoint": "analysis.check.api",
@@ -125,6 +127,7 @@ __all__ = [
     "convert_checkpoint",
     "convert_state_dict",
     "diff_checkpoints",
+    "merge_adapter",
     "open_checkpoint",
     "plan_conversion",
     "verify_checkpoint",

@@ -24,8 +24,8 @@ computed in blocks of this many rows that start at multiples of it, whichever ro
 # which wait for each other: with all cores busy, that took a hundred times as long.
 _TILE = 1 << 18
 
-_READ = 2 * BLOCK_ROWS
-"""Rows that a reader computes in one block."""
+_READ = 1 << 19
+"""About as many bytes of rows are computed at once."""
 
 
 def merge_block(
@@ -80,7 +80,8 @@ class RowBlocks:
 
     def __init__(self, rows: int, row_bytes: int, compute: Callable[[int, int], memoryview]) -> None:
         self._rows = rows
-        self._block_bytes = _READ * row_bytes
+        self._row_bytes = row_bytes
+        self._step = max(1, _READ // (BLOCK_ROWS * row_bytes)) * BLOCK_ROWS
         self._compute = compute
         self._last = threading.local()
 
@@ -88,7 +89,7 @@ class RowBlocks:
         """Fill ``buffer`` (writable, one byte an item) from byte ``offset`` on."""
         done = 0
         while done < len(buffer):
-            index, within = divmod(offset + done, self._block_bytes)
+            index, within = divmod(offset + done, self._step * self._row_bytes)
             part = self._block(index)[within : within + len(buffer) - done]
             buffer[done : done + len(part)] = part
             done += len(part)
@@ -96,6 +97,6 @@ class RowBlocks:
     def _block(self, index: int) -> memoryview:
         kept: tuple[int, memoryview] | None = getattr(self._last, "block", None)
         if kept is None or kept[0] != index:
-            kept = index, self._compute(index * _READ, min((index + 1) * _READ, self._rows))
+            kept = index, self._compute(index * self._step, min((index + 1) * self._step, self._rows))
             self._last.block = kept
         return kept[1]

@@ -11,6 +11,7 @@ import torch
 from ckpt_convert.adapters.config import AdapterConfig
 from ckpt_convert.adapters.modules import Modules
 from ckpt_convert.adapters.parameters import PEFT_PREFIX, Adapter, SplitTensors, split_adapters, translate_adapters
+from ckpt_convert.adapters.stored import refuse_objects
 from ckpt_convert.checkpoint.checkpoint import open_identified
 from ckpt_convert.checkpoint.tensor import CheckpointTensor
 from ckpt_convert.containers import safetensors
@@ -83,10 +84,7 @@ def from_peft(directory: Place, modules: Modules, config: AdapterConfig | None =
         )
     said = AdapterConfig.of(directory / ADAPTER_CONFIG)
     with open_identified(path) as checkpoint:
-        checkpoint.refuse_foreign()
-        others = [f"{key}: {kind}" for file in checkpoint.files for key, kind in file.header.objects.items()]
-        if others:
-            raise KeyMismatchError(f"{path}: holds more than tensors:{indented_list(others)}")
+        refuse_objects(checkpoint)
         tensors = {key: CheckpointTensor(checkpoint, info).torch() for key, info in checkpoint.tensors.items()}
     foreign = sorted(key for key in tensors if not key.startswith(PEFT_PREFIX))
     if foreign:

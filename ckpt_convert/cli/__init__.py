@@ -24,12 +24,16 @@ from ckpt_convert.models.core.table import FORMATS
 from ckpt_convert.wording import did_you_mean
 
 GROUPS = (
-    ("Convert", ("convert", *(f"{source}-to-{target}" for source, target in permutations(FORMATS, 2)))),
+    (
+        "Convert",
+        ("convert", *(f"{source}-to-{target}" for source, target in permutations(FORMATS, 2)), "merge-adapter"),
+    ),
     ("Inspect", ("inspect", "show", "verify", "diff", "formats")),
 )
 _NAME = "ckpt-convert"
 _COMPLETING = "_CKPT_CONVERT_COMPLETE"
-_MODULES = {name: name for name in ("inspect", "show", "verify", "diff", "formats")}
+_MODULES = {name: name.replace("-", "_") for name in ("merge-adapter", "inspect", "show", "verify", "diff", "formats")}
+"""The module of a command, in which the command has the same name; other commands are among ``convert.COMMANDS``."""
 
 
 class _Commands(click.Group):
@@ -42,7 +46,7 @@ class _Commands(click.Group):
         if name not in self.list_commands(ctx):
             return None
         module = importlib.import_module(f"ckpt_convert.cli.{_MODULES.get(name, 'convert')}")
-        command = getattr(module, name) if name in _MODULES else module.COMMANDS[name]
+        command = getattr(module, _MODULES[name]) if name in _MODULES else module.COMMANDS[name]
         return command if isinstance(command, click.Command) else None
 
     def resolve_command(

@@ -163,11 +163,12 @@ def _convert(
                 progress=bar,
                 **options,
             )
-        _show(report, as_json=as_json, quiet=quiet)
+        show_report(report, as_json=as_json, quiet=quiet)
     return 0  # DST is complete, even if the report could not be printed
 
 
-def _show(report: Report, *, as_json: bool, quiet: bool) -> None:
+def show_report(report: Report, *, as_json: bool, quiet: bool) -> None:
+    """Print what a conversion did; its notices go to standard error."""
     if as_json:
         echo(json_text(report.as_dict(), indent=2))
     if quiet:
@@ -184,6 +185,8 @@ def _show(report: Report, *, as_json: bool, quiet: bool) -> None:
     )
     for tie in report.ties:
         echo(f"  tied: {escape(tie)}")
+    if report.merged:
+        echo(f"  merged: an adapter into {plural(report.merged, 'weight')}")
     if report.drops:
         echo(f"  kept in the record, as the target has no place for it: {escape(in_short(report.drops))}")
     for origin in ("copied", "generated", "restored"):

@@ -9,7 +9,17 @@ from typing import Any
 
 _EXCEPT = {"from_format": "--from", "format": "--from", "format_a": "--from-a", "format_b": "--from-b"}
 _OPTIONS = (
-    *("accept", "allow_loss", "allow_overflow", "config", "container", "dequantize", "drop_rope_scaling", "dtype"),
+    *(
+        "accept",
+        "allow_loss",
+        "alpha",
+        "allow_overflow",
+        "config",
+        "container",
+        "dequantize",
+        "drop_rope_scaling",
+        "dtype",
+    ),
     *("family", "format", "format_a", "format_b", "from_format", "like", "max_positions", "max_shard_size"),
     *("meta_style", "model_parallel", "overwrite", "resume", "rope_factor", "rope_theta", "shards", "to", "workers"),
 )

@@ -15,6 +15,7 @@ from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpoint.mapping import Equality
 from ckpt_convert.checkpoint.opening import describe_part
 from ckpt_convert.convert import ownership, planning
+from ckpt_convert.convert.changes import TensorChange
 from ckpt_convert.convert.plan import Plan
 from ckpt_convert.convert.planning import PlanInputs
 from ckpt_convert.convert.request import Request
@@ -46,7 +47,7 @@ class Report:
     ``files`` are the weight files; ``bytes`` those of their tensors; ``drops`` the tensors that the target has no place
     for (kept in the record); ``side_files`` name → copied, generated, restored or carried; ``moves`` bytes copied,
     reordered and cast; ``verified`` the number of tensors compared, None without ``verify``; ``overflows`` the number
-    of finite values that a cast has made infinite, by key.
+    of finite values that a cast has made infinite, by key; ``merged`` the number of weights that an adapter changed.
     """
 
     source: str
@@ -65,6 +66,7 @@ class Report:
     resumed_bytes: int
     verified: int | None
     overflows: dict[str, int]
+    merged: int
     seconds: float = field(compare=False)
 
     def as_dict(self) -> dict[str, Any]:
@@ -82,6 +84,17 @@ class SourceOptions:
     config: Location | None
     revision: str | None
     like: Location | None
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a conversion is run; see ``convert_checkpoint``."""
+
+    overwrite: bool = False
+    resume: bool = False
+    verify: bool = False
+    workers: int | None = None
+    progress: ProgressCallback | None = None
 
 
 @reading()
@@ -164,13 +177,22 @@ def plan_conversion(
         allow_loss=allow_loss,
         config=settings,
     )
-    _, planned = _plan(origin, request)
+    return plan_request(origin, request)
+
+
+@reading()
+def plan_request(origin: SourceOptions, request: Request, change: TensorChange | None = None) -> Plan:
+    """The plan of a request, with a change of the source's tensors; see ``plan_conversion``."""
+    _, planned = _plan(origin, request, change)
     planned.close()
     return planned.plan
 
 
 def _plan(
-    origin: SourceOptions, request: Request, equal: Callable[[Identified, Equality], bool] | None = None
+    origin: SourceOptions,
+    request: Request,
+    change: TensorChange | None,
+    equal: Callable[[Identified, Equality], bool] | None = None,
 ) -> tuple[Identified, OpenPlan]:
     """The plan; ``equal`` compares two tensors of the source, where only their bytes say whether they are tied."""
     request.check()
@@ -184,7 +206,7 @@ def _plan(
     try:
         wanted = dequantize_if_asked(source, request.dequantize)
         imitated = open_identified(request.like, format=request.to) if request.like is not None else None
-        given = PlanInputs(wanted, request, imitated)
+        given = PlanInputs(wanted, request, imitated, change=change)
         return wanted, planning.make_plan(given, partial(equal, wanted) if equal is not None else None)
     except (ConfigError, KeyMismatchError, ShapeMismatchError) as error:
         part = describe_part(source.place)
@@ -304,56 +326,54 @@ def convert_checkpoint(
         allow_loss=allow_loss,
         config=settings,
     )
-    return _convert(origin, dst, request, overwrite, resume, verify, workers, progress)
+    return run_request(origin, dst, request, RunOptions(overwrite, resume, verify, workers, progress))
 
 
-def _convert(
-    origin: SourceOptions,
-    dst: Location,
-    request: Request,
-    overwrite: bool,
-    resume: bool,
-    verify: bool,
-    workers: int | None,
-    progress: ProgressCallback | None,
+def run_request(
+    origin: SourceOptions, dst: Location, request: Request, run: RunOptions, change: TensorChange | None = None
 ) -> Report:
+    """Carry out a request, with a change of the source's tensors; see ``convert_checkpoint``."""
     from ckpt_convert.convert import execute, output  # not before: they need NumPy, and a plan does not
 
     started = time.monotonic()
-    if workers is not None and workers < 1:
-        raise option_error("workers", workers, "expected 1 or more")
+    if run.workers is not None and run.workers < 1:
+        raise option_error("workers", run.workers, "expected 1 or more")
     for name, given in (("SRC", origin.path), ("DST", dst)):
         if not str(given):
             raise UsageError(f"{name} is empty; give a path")
     destination = checked_place(dst, "DST")
     place = workspace.workspace_of(destination)
-    count = workers or DEFAULT_WORKERS
+    count = run.workers or DEFAULT_WORKERS
 
     def check(source: Identified) -> None:
         with reading(source.place):
-            place.check_destination(destination, source.place, ownership.RULES, overwrite=overwrite)
+            place.check_destination(destination, source.place, ownership.RULES, overwrite=run.overwrite)
 
     def equal(source: Identified, pair: Equality) -> bool:
         check(source)  # before any tensor is read
         return execute.byte_comparer(source.stored)(pair)
 
     with reading():
-        source, planned = _plan(origin, request, equal)
+        source, planned = _plan(origin, request, change, equal)
     made, sources = planned.plan, planned.sources
     try:
         check(source)
         made.refuse_unreadable()
-        execute.run_checks(made, sources, progress)
+        execute.run_checks(made, sources, run.progress)
         lost = execute.check_losses(made, sources)
         mode = output.output_permissions(source)
-        with place.stage(destination, ownership.RULES, overwrite=overwrite, resume=resume, mode=mode) as staging:
+        with place.stage(
+            destination, ownership.RULES, overwrite=run.overwrite, resume=run.resume, mode=mode
+        ) as staging:
             try:
                 place.check_space(destination, made.disk - staging.allocated())
                 staging.expect(made.names)
-                written = output.write_output(made, sources, staging, count, progress)
+                written = output.write_output(made, sources, staging, count, run.progress)
+                computed = change.overflows() if change is not None else {}
+                output.refuse_overflows(made, computed)
                 staging.folder.write(record.MANIFEST, record.render_manifest(written.manifest))
                 staging.complete()
-                verified = _verify(made, sources, staging, count, progress) if verify else None
+                verified = _verify(made, sources, staging, count, run.progress) if run.verify else None
                 replaced = made.check_sources()
                 staging.commit()
             except CkptConvertError as error:
@@ -365,6 +385,7 @@ def _convert(
         raise
     finally:
         planned.close()
+    overflows = {**written.overflows, **computed}
     return Report(
         source=str(origin.path),
         destination=str(dst),
@@ -376,12 +397,13 @@ def _convert(
         bytes=sum(tensor.nbytes for file in made.weights for tensor in file.tensors),
         drops=list(made.passthrough),
         ties=list(made.ties),
-        notices=[*made.notices, *written.notices, *replaced, *_accepted(made, lost, written.overflows)],
+        notices=[*made.notices, *written.notices, *replaced, *_accepted(made, lost, overflows)],
         side_files={str(entry["name"]): str(entry["origin"]) for entry in written.manifest["side_files"]},
         moves=dict(made.bytes_by_kind),
         resumed_bytes=written.resumed,
         verified=verified,
-        overflows=written.overflows,
+        overflows=overflows,
+        merged=len(made.changed),
         seconds=round(time.monotonic() - started, 3),
     )
 
@@ -391,7 +413,8 @@ def _accepted(plan: Plan, lost: dict[str, int], overflows: dict[str, int]) -> li
     from ckpt_convert.convert import execute, output
 
     said = [f"{execute.loss_text(lost)} are kept in the record alone, as accepted"] if lost else []
-    return said + ([f"{output.overflow_text(overflows)} in {plan.request.dtype}, as accepted"] if overflows else [])
+    how = f"in {plan.request.dtype}" if plan.request.dtype else "once merged"
+    return said + ([f"{output.overflow_text(overflows)} {how}, as accepted"] if overflows else [])
 
 
 def _verify(plan: Plan, sources: Sources, staging: Stage, workers: int, progress: ProgressCallback | None) -> int:

@@ -75,7 +75,8 @@ def _each(plan: Plan) -> Iterator[TensorTransform]:
             yield TensorTransform(logical.key, None, shape, dtype, dtype, dtypes.nbytes(dtype, shape), (how,))
         elif key in written:
             cast = target_dtype(dtype, instance, plan.request)
-            alike = instance.row.name, dtype, plan.is_computed(logical.tensor), instance in plan.logicals.omitted_ties
+            computed = _computed(plan, logical)
+            alike = instance.row.name, dtype, computed, instance in plan.logicals.omitted_ties
             if alike not in known:
                 known[alike] = tuple(_steps(plan, instance, logical, column, cast, ranks))
             found = known[alike]
@@ -89,11 +90,16 @@ def _each(plan: Plan) -> Iterator[TensorTransform]:
             yield TensorTransform(logical.key, None, shape, dtype, dtype, 0, ("tied: stored once",))
 
 
+def _computed(plan: Plan, logical: LogicalTensor) -> tuple[str, ...]:
+    """How a tensor that no file holds as it is comes about."""
+    changed = sorted({plan.changed[number] for number in logical.tensor.sources if number in plan.changed})
+    return tuple(changed) or ((f"dequantize to {logical.dtype}",) if plan.is_computed(logical.tensor) else ())
+
+
 def _steps(
     plan: Plan, instance: Instance, logical: LogicalTensor, column: Key, dtype: str, ranks: _Ranks
 ) -> Iterator[str]:
-    if plan.is_computed(logical.tensor):
-        yield f"dequantize to {logical.dtype}"
+    yield from _computed(plan, logical)
     source = instance.row.column(str(plan.source.format))
     if instance in plan.logicals.omitted_ties:
         yield "tied: written as well"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from ckpt_convert import dtypes
 from ckpt_convert.checkpoint.mapping import Equality
@@ -162,18 +163,26 @@ def _aliases(header: Header, targets: Mapping[str, TargetTensor], file: str) -> 
     return out
 
 
+class SourceOrder(NamedTuple):
+    """Which of the source's files has a stored tensor, by number; ``counterparts`` are those that others replace."""
+
+    files: Mapping[int, int]
+    counterparts: Mapping[int, int]
+
+
 def assign_by_source(
-    targets: Sequence[TargetTensor], file_of: Mapping[int, int], names: Sequence[str], container: str
+    targets: Sequence[TargetTensor], source: SourceOrder, names: Sequence[str], container: str
 ) -> list[Assignment]:
     """One file for each of the source's, with its tensors in the source's order.
 
-    ``file_of`` gives the file's number for each source tensor (tensors from the record go into the first file);
-    ``names`` are the new names of the files.
+    Tensors that ``source`` does not have (those from the record) go into the first file; ``names`` are the new names of
+    the files.
     """
     groups: dict[int, list[tuple[int, TargetTensor]]] = {}
     for target in targets:
-        first = min(target.tensor.sources, default=len(file_of))
-        groups.setdefault(file_of.get(first, 0), []).append((first, target))
+        numbers = (source.counterparts.get(number, number) for number in target.tensor.sources)
+        first = min(numbers, default=len(source.files))
+        groups.setdefault(source.files.get(first, 0), []).append((first, target))
     return [
         Assignment(names[number], 0, container, tuple(t for _, t in sorted(group, key=lambda i: i[0])), _FORMAT_PT)
         for number, group in sorted(groups.items())

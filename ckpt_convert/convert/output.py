@@ -81,16 +81,25 @@ def finish_output(
     Raises LossyConversionError where a cast has made finite values infinite, unless ``allow_overflow`` accepts that.
     """
     overflows = _overflows(plan, done)
-    if overflows and not plan.request.allow_overflow:
-        raise LossyConversionError(
-            f"{plan.source.place}: {overflow_text(overflows)} in {plan.request.dtype}; keep the dtype, choose one with "
-            f"a wider range (`dtype='bfloat16'` has about float32's), or accept it with `allow_overflow=True`",
-            overflows,
-        )
+    refuse_overflows(plan, overflows)
     side, kept = _write_auxiliary_files(plan, folder, workers, progress)
     together = {id(one.generated): one.generated for one in plan.auxiliary_files if one.generated is not None}
     notices = [text for files in together.values() for text in files.notices]
     return WriteResult(plan.manifest(staged.described(), side, kept), staged.resumed, overflows, tuple(notices))
+
+
+def refuse_overflows(plan: Plan, overflows: Mapping[str, int]) -> None:
+    """Raise LossyConversionError for finite values that have become infinite, unless ``allow_overflow`` accepts them.
+
+    Without a cast it was a change of the source's tensors.
+    """
+    if not overflows or plan.request.allow_overflow:
+        return
+    advice = "choose one with a wider range (`dtype='bfloat16'` has about float32's), or accept it with "
+    how = f"in {plan.request.dtype}; keep the dtype, {advice}" if plan.request.dtype else "once merged; accept it with "
+    raise LossyConversionError(
+        f"{plan.source.place}: {overflow_text(overflows)} {how}`allow_overflow=True`", dict(overflows)
+    )
 
 
 def _overflows(plan: Plan, done: Sequence[FinishedPiece]) -> dict[str, int]:

@@ -38,10 +38,10 @@ _CASTING = 2_000_000
 """Bytes of the buffers in which one worker casts."""
 
 _COMPUTING = 8_000_000
-"""Bytes of one worker's buffers for dequantizing."""
+"""Bytes of one worker's buffers for dequantizing or merging."""
 
 COMPUTED = "computed"
-"""The kind of a file with tensors that are dequantized on read."""
+"""The kind of a file with tensors that are computed on read."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,9 @@ class Plan:
     """A conversion that can be executed.
 
     ``stored`` numbers the stored tensors that lazy tensors refer to, each with the index of its file in ``sources``;
-    ``computed`` are the numbers of those that are dequantized on read. ``checks`` are pairs of tensors that must be
-    equal before anything is written; ``losses`` pair each tensor that the target cannot hold with the zeros that the
+    ``computed`` are the numbers of those that are computed on read (dequantized, merged with an adapter); ``changed``
+    says of those that are not the source's how they come about. ``checks`` are pairs of tensors that must be equal
+    before anything is written; ``losses`` pair each tensor that the target cannot hold with the zeros that the
     target computes with instead; ``undecided_tie`` is the pair whose bytes decide whether weights are tied, where no
     file states it. ``embedding_split`` says how tensor-parallel ranks split the embedding and why, where there is a
     choice. ``passthrough`` names the tensors that only the record keeps. ``from_memory`` is whether tensors in memory
@@ -118,6 +119,7 @@ class Plan:
     embedding_split: EmbeddingSplit | None
     checklist: Checklist
     computed: frozenset[int] = frozenset()
+    changed: Mapping[int, str] = field(default_factory=dict)
     from_memory: bool = False
     elsewhere: frozenset[int] = frozenset()
     identities: Mapping[Place, Entry] = field(default_factory=dict, repr=False)
@@ -158,11 +160,11 @@ class Plan:
     def memory(self, workers: int) -> int:
         """An upper estimate of the bytes of memory that the conversion needs."""
         casting = _CASTING if self.request.dtype else 0
-        computing = _COMPUTING if self.source.dequantized is not None else 0
+        computing = _COMPUTING if self.computed else 0
         return _BASE_MEMORY + workers * (BLOCK + SCRATCH + casting + computing)
 
     def is_computed(self, tensor: LazyTensor) -> bool:
-        """Whether this tensor is dequantized on read."""
+        """Whether this tensor is computed on read."""
         return bool(self.computed) and not self.computed.isdisjoint(tensor.sources)
 
     @property

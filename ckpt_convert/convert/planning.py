@@ -29,8 +29,9 @@ from ckpt_convert.convert import (
     translate,
 )
 from ckpt_convert.convert.auxiliary_files import AuxiliaryFile
+from ckpt_convert.convert.changes import ChangedTensors, TensorChange
 from ckpt_convert.convert.embedding import EmbeddingSplit
-from ckpt_convert.convert.layout import OutputFile
+from ckpt_convert.convert.layout import OutputFile, SourceOrder
 from ckpt_convert.convert.plan import COMPUTED, Checklist, Plan, SourceFile, SourceInfo, memory_source, target_dtype
 from ckpt_convert.convert.request import Request
 from ckpt_convert.convert.sources import OpenPlan
@@ -67,13 +68,15 @@ class PlanInputs:
     """What to convert, and how: ``like`` is the checkpoint whose layout the output takes.
 
     With ``in_memory``, tensors in memory are written in place of the source's: into the same files, each in the dtype
-    that the source has. A source without weight files is only a config; the output then has a new layout.
+    that the source has. A source without weight files is only a config; the output then has a new layout. ``change``
+    replaces tensors of the source.
     """
 
     source: Identified
     request: Request
     like: Identified | None = None
     in_memory: InMemorySource | None = None
+    change: TensorChange | None = None
 
     @property
     def read_format(self) -> str:
@@ -90,7 +93,8 @@ class PlanInputs:
 class Translated:
     """The tensors of the output, the layout that they should have, and the number of tensor-parallel ranks.
 
-    ``template`` are the source's tensors where a model in memory is written; lazy tensors index into ``stored``.
+    ``template`` are the source's tensors, of which a model in memory or ``changed`` ones take the place; lazy tensors
+    index into ``stored``.
     """
 
     translation: Translation
@@ -101,6 +105,7 @@ class Translated:
     target_layout: Layout | None
     ranks: int
     embedding_split: EmbeddingSplit | None
+    changed: ChangedTensors | None = None
 
     @property
     def model(self) -> Model:
@@ -165,6 +170,7 @@ def make_plan(inputs: PlanInputs, equal: EqualBytes | None = None) -> OpenPlan:
             *model.notices,
             *(model.family.caveats(request.to) if request.to != source.format else ()),
             *put.notices,
+            *(found.changed.notices if found.changed is not None else ()),
             *assigned.notices,
             *differing,
             *shards.rank_notice(request, model, found.ranks, found.target_layout),
@@ -176,10 +182,11 @@ def make_plan(inputs: PlanInputs, equal: EqualBytes | None = None) -> OpenPlan:
             auxiliary_files.source_checklist(source) if inputs.in_memory is None else {},
             auxiliary_files.checklist_template(source, request.to),
         ),
-        computed=_computed(found.stored) if source.dequantized is not None else frozenset(),
+        computed=_computed(found.stored) if source.dequantized is not None or found.changed else frozenset(),
+        changed=found.changed.steps if found.changed is not None else {},
         from_memory=inputs.in_memory is not None,
         elsewhere=frozenset(inputs.in_memory.elsewhere if inputs.in_memory is not None else ()),
-        identities=_identities(inputs, found.stored, put.files),
+        identities=_identities(inputs, found, put.files),
     )
     return OpenPlan(plan, {one: file.reader for one, file in zip(sources, numbers, strict=True)})
 
@@ -203,8 +210,11 @@ def translate_tensors(inputs: PlanInputs, model: Model, equal: EqualBytes | None
     """Every tensor of the output, including those that come from the record or ``like``."""
     source, request, like, live = inputs.source, inputs.request, inputs.like, inputs.in_memory
     read, template = _read(inputs, model, equal)
-    model, logicals = read.model, read.logicals
     everything = list(source.stored if live is None else live.stored)
+    changed = inputs.change.plan(source, read) if inputs.change is not None else None
+    if changed is not None:
+        read, everything = changed.applied(read), list(changed.stored)
+    model, logicals = read.model, read.logicals
     if live is not None:
         passthrough.add_derived(source, template, logicals, everything)
     literal = inputs.as_stored and source.is_bare
@@ -231,7 +241,7 @@ def translate_tensors(inputs: PlanInputs, model: Model, equal: EqualBytes | None
         targets = [replace(target, key=source.names.stored.get(target.key, target.key)) for target in targets]
     if live is not None:  # the training state has them
         carried = [instance for instance in carried if instance.row.lossy_column is None and instance.row.zeros is None]
-    return Translated(made, template, tuple(everything), targets, carried, wanted, ranks, cut)
+    return Translated(made, template, tuple(everything), targets, carried, wanted, ranks, cut, changed)
 
 
 def assign_files(inputs: PlanInputs, translated: Translated) -> Assigned:
@@ -247,7 +257,7 @@ def assign_files(inputs: PlanInputs, translated: Translated) -> Assigned:
         translated.target_layout,
         translated.ranks,
         translated.model,
-        lambda: _file_of(source, translated.template, logicals, live),
+        lambda: _source_order(source, translated.template, logicals, live),
     )
     shared = layout.alias_checks(files, translated.targets)
     family, dims = translated.model.family, translated.model.dims
@@ -310,9 +320,7 @@ def _computed(stored: Sequence[tuple[WeightFile, StoredTensor]]) -> frozenset[in
     return frozenset(number for number, (file, tensor) in enumerate(stored) if view.is_computed(file, tensor))
 
 
-def _identities(
-    inputs: PlanInputs, stored: Sequence[tuple[WeightFile, StoredTensor]], side: Sequence[AuxiliaryFile]
-) -> dict[Place, Entry]:
+def _identities(inputs: PlanInputs, translated: Translated, side: Sequence[AuxiliaryFile]) -> dict[Place, Entry]:
     """The files that an output is made from, with size and etag from before they were read.
 
     Of a model in memory's source, those that every save reads again; the rest was read once and for all.
@@ -320,7 +328,9 @@ def _identities(
     source, like = inputs.source, inputs.like
     seen = {**(like.identities if like is not None else {}), **source.identities}
     out = {one.place: one.identity for one in side if one.place and one.identity}
-    paths = {file.place for file, _ in stored if file.header.kind != IN_MEMORY}
+    out |= translated.changed.identities if translated.changed is not None else {}
+    seen |= out
+    paths = {file.place for file, _ in translated.stored if file.header.kind != IN_MEMORY}
     for checkpoint in (source, like) if inputs.in_memory is None else ():
         if checkpoint is not None:
             own = (checkpoint.config_file, *_metadata(checkpoint), *_of_record(checkpoint))
@@ -357,22 +367,23 @@ def _read(inputs: PlanInputs, model: Model, equal: EqualBytes | None) -> tuple[S
     return replace(reading, ties=told), template.logicals
 
 
-def _file_of(
+def _source_order(
     source: Identified, template: LogicalTensors, logicals: LogicalTensors, live: InMemorySource | None
-) -> dict[int, int]:
+) -> SourceOrder:
     """For each stored tensor, by number, the number of the source's file that has it or its counterpart."""
     numbers = {file: number for number, file in enumerate(source.files)}
     of_source = {at: numbers[file] for at, (file, _) in enumerate(source.stored)}
+    counterparts = {
+        _first(logical): _first(origin)
+        for instance, logical in logicals.tensors.items()
+        if (origin := template.tensors.get(instance)) is not None and origin is not logical
+    }
     if live is None:
-        return of_source
-    out = {}
-    for instance, logical in logicals.tensors.items():
-        origin = template.tensors.get(instance)
-        if origin is not None:
-            out[_first(logical)] = of_source[_first(origin)]
+        return SourceOrder(of_source, counterparts)
+    out = {number: of_source[origin] for number, origin in counterparts.items()}
     for other, own in live.elsewhere.items():
         out |= {number: out[one] for number, one in ((own, other), (other, own)) if one in out}
-    return out
+    return SourceOrder(out, {})
 
 
 def _first(logical: LogicalTensor) -> int:

@@ -14,7 +14,7 @@ from ckpt_convert.checkpoint.record import Layout
 from ckpt_convert.containers.dcp import DCP_INDEX, DCP_SUFFIX, dcp, dcp_build
 from ckpt_convert.convert import layout
 from ckpt_convert.convert.auxiliary_files import AuxiliaryFile
-from ckpt_convert.convert.layout import OutputFile
+from ckpt_convert.convert.layout import OutputFile, SourceOrder
 from ckpt_convert.convert.request import Request
 from ckpt_convert.convert.writing import TargetTensor
 from ckpt_convert.errors import ShapeMismatchError, UsageError, option_error
@@ -115,7 +115,7 @@ def assign_shards(
     target_layout: Layout | None,
     count: int,
     model: Model,
-    file_of: Callable[[], Mapping[int, int]],
+    source_order: Callable[[], SourceOrder],
 ) -> tuple[list[OutputFile], bool, list[str]]:
     """The output files, whether they are exactly those of the target layout, and notices."""
     notices = []
@@ -131,7 +131,7 @@ def assign_shards(
             )
         why = f"has other keys ({example})" if example is not None else "splits tensors into pieces"
         notices.append(f"the recorded {request.to} layout {why}, so the output has a new layout")
-    assignments = _assign(source, request, model, targets, dtype_of, count, file_of)
+    assignments = _assign(source, request, model, targets, dtype_of, count, source_order)
     return layout.new_layout(assignments, dtype_of), False, notices
 
 
@@ -217,7 +217,7 @@ def _assign(
     targets: list[TargetTensor],
     dtype_of: Mapping[str, str],
     count: int,
-    file_of: Callable[[], Mapping[int, int]],
+    source_order: Callable[[], SourceOrder],
 ) -> list[layout.Assignment]:
     format = formats.ALL[request.to]
     if request.to == "meta":
@@ -243,7 +243,7 @@ def _assign(
             names = format.file_names(len(names), container)
         if names == format.file_names(len(names), container):
             names = [_shard_name(name, request, container, model) for name in names]
-        return layout.assign_by_source(targets, file_of(), names, container)
+        return layout.assign_by_source(targets, source_order(), names, container)
     names = [_shard_name(name, request, container, model) for name in format.file_names(len(groups), container)]
     return layout.assign_groups(groups, names, container)
 

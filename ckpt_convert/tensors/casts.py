@@ -48,6 +48,16 @@ class Caster:
                     overflowed += _infinities(made[part], target) - _infinities(given[part], source)
         return made.view(np.uint8), overflowed
 
+    def cast_into(self, out: Array, data: Array, source: str, target: str) -> bool:
+        """``cast`` into ``out`` (bytes); returns whether any element may be infinite or NaN, before or after."""
+        given, made = data.view(_code(source)), out.view(_code(target))
+        found = False
+        with np.errstate(all="ignore"):
+            for start in range(0, len(given), _PIECE):
+                part = slice(start, start + _PIECE)
+                found |= self._cast(given[part], made[part], source, target)
+        return found
+
     def _cast(self, given: Array, made: Array, source: str, target: str) -> bool:
         """Cast codes into ``made``; returns whether any may have become infinite."""
         if (source, target) == ("BF16", "F32"):

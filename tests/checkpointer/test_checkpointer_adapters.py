@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import nn
 
-from ckpt_convert import AdapterConfig, Checkpointer, CkptConvertError, CorruptFileError, UsageError
+from ckpt_convert import AdapterConfig, Checkpointer, CkptConvertError, CorruptFileError, UsageError, merge_adapter
 from recipes.native_llama import NativeLlama, add_lora
 from tests.helpers import assert_same, bits, sums
 
@@ -103,6 +103,13 @@ def test_merged_weights_lie_beside_the_adapter_in_the_sources_files(
     assert not any(info.values())
     torch.testing.assert_close(logits_of(found), logits_of(model), rtol=1e-4, atol=1e-5)
     assert sums(merged).keys() == sums(source).keys()
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_the_adapters_files_merge_to_the_same_weights(source: Path, tmp_path: Path, dora: bool) -> None:
+    trained(source, tmp_path, dora=dora, merged=True)
+    merge_adapter(source, tmp_path / "step_3", tmp_path / "again", verify=True)
+    assert sums(tmp_path / "again") == sums(tmp_path / "step_3" / "merged")
 
 
 def test_the_base_is_not_changed_by_merging(source: Path, tmp_path: Path) -> None:
