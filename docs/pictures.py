@@ -37,6 +37,7 @@ MOST = 300_000
 """Bytes that a picture may have, since they are kept in the repository."""
 
 BASE, TUNED, META, BROKEN = "tiny-llama", "tiny-llama-tuned", "tiny-llama-meta", "tiny-llama-broken"
+ADAPTER = "tiny-llama-lora"
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ TERMINALS = (
     Terminal("verify", f"verify {META}"),
     Terminal("verify-findings", f"verify {BROKEN}", code=1),
     Terminal("diff", f"diff {BASE} {TUNED}", code=1),
+    Terminal("merge-adapter", f"merge-adapter {BASE} {ADAPTER} {BASE}-merged --dry-run"),
     Terminal("dry-run", f"convert {BASE} {META}-4 --to meta --model-parallel 4 --dry-run"),
 )
 PAGES = (
@@ -161,6 +163,24 @@ def make_models(folder: Path) -> None:
     save(model, folder / TUNED)
     run(f"hf-to-meta {BASE} {META} --model-parallel 2 --quiet", folder)
     break_one(folder / BASE, folder / BROKEN)
+    make_adapter(model, folder / ADAPTER)
+
+
+def make_adapter(model: Any, path: Path) -> None:
+    """An adapter of the attention of the upper half, as PEFT writes one."""
+    import safetensors.torch
+    import torch
+
+    tensors = {}
+    for name, weight in model.named_parameters():
+        if re.search(r"\.([89]|1\d)\.self_attn\.[qv]_proj\.", name):
+            module = f"base_model.model.{name.removesuffix('.weight')}"
+            tensors[f"{module}.lora_A.weight"] = torch.randn(8, weight.shape[1]) / 16
+            tensors[f"{module}.lora_B.weight"] = torch.randn(weight.shape[0], 8) / 64
+    path.mkdir()
+    safetensors.torch.save_file(tensors, path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": r".*\.([89]|1\d)\.self_attn\.[qv]_proj"}
+    (path / "adapter_config.json").write_text(json.dumps(config))
 
 
 def break_one(source: Path, path: Path) -> None:

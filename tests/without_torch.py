@@ -24,7 +24,7 @@ from pathlib import Path
 
 FORMATS = ("hf", "meta", "native", "torchtitan")
 DTYPES = ("float32", "float16", "bfloat16")
-LLAMA, FP8, F64, OLD = (f"../input/{name}" for name in ("llama", "fp8", "float64", "before-1.6"))
+LLAMA, FP8, F64, OLD, ADAPTER = (f"../input/{name}" for name in ("llama", "fp8", "float64", "before-1.6", "adapter"))
 
 COMMANDS: list[tuple[str, ...]] = [
     *(
@@ -47,6 +47,7 @@ COMMANDS: list[tuple[str, ...]] = [
     ("convert", "dcp", "back", "--to", "hf", "--like", LLAMA, "-q"),
     ("convert", OLD, "from-before-1.6", "--to", "hf", "-q"),
     ("convert", FP8, "dequantized", "--to", "meta", "--dequantize", "bfloat16", "-q"),
+    ("merge-adapter", LLAMA, ADAPTER, "merged", "--to", "meta", "--verify"),
     ("inspect", LLAMA, "--stats"),
     ("inspect", "hf-to-meta", "--json"),
     ("inspect", OLD, "--stats"),
@@ -100,6 +101,24 @@ def make_inputs(directory: Path) -> None:
         # From what is subnormal in bfloat16 to what is too large for it, with no value that float32 has exactly.
         wide = {key: tensor.double() ** 5 * 1e-40 / 3 for key, tensor in safetensors.torch.load_file(file).items()}
         safetensors.torch.save_file(wide, file, {"format": "pt"})
+    make_adapter(directory / "adapter")
+
+
+def make_adapter(directory: Path) -> None:
+    """PEFT's files of an adapter of some layers of the Llama."""
+    import safetensors.torch
+    import torch
+
+    sizes = {"q_proj": (72, 72), "v_proj": (24, 72)}
+    tensors = {}
+    for layer, name in ((layer, name) for layer in range(3) for name in sizes):
+        module = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+        tensors[f"{module}.lora_A.weight"] = torch.sin(torch.arange(2.0 * sizes[name][1])).reshape(2, -1)
+        tensors[f"{module}.lora_B.weight"] = torch.cos(torch.arange(2.0 * sizes[name][0])).reshape(-1, 2)
+    directory.mkdir()
+    safetensors.torch.save_file(tensors, directory / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": [*sizes]}
+    (directory / "adapter_config.json").write_text(json.dumps(config))
 
 
 def run_in(python: str, directory: Path) -> dict[str, str]:

@@ -7,13 +7,13 @@ from typing import TypedDict, Unpack
 
 from ckpt_convert.adapters.merging import AdapterMerge
 from ckpt_convert.adapters.stored import open_adapter
+from ckpt_convert.checkpoint import locate
 from ckpt_convert.checkpoint.checkpoint import open_identified
 from ckpt_convert.convert.api import Report, RunOptions, SourceOptions, plan_request, run_request
 from ckpt_convert.convert.plan import Plan
 from ckpt_convert.convert.request import Request
 from ckpt_convert.dtypes import DequantizedDType, OutputDType
 from ckpt_convert.errors import AmbiguousFormatError
-from ckpt_convert.formats import repository
 from ckpt_convert.formats.base import ContainerName, FormatName
 from ckpt_convert.storage.place import Location, as_place
 from ckpt_convert.storage.reader import reading
@@ -140,7 +140,7 @@ def _request(origin: SourceOptions, to: str | None, **options: Unpack[_OutputOpt
 
 @reading()
 def _format_of(origin: SourceOptions) -> str:
-    place = repository.locate_checkpoint(origin.path, origin.revision, format=origin.format)
+    place = locate.locate_checkpoint(origin.path, origin.revision, format=origin.format)
     with open_identified(place, format=origin.format, family=origin.family, config=origin.config) as base:
         if base.format is None:
             raise AmbiguousFormatError(f"{base.place}: {base.why}; {base.advice}")

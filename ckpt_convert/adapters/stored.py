@@ -14,11 +14,11 @@ from ckpt_convert.adapters.parameters import (
     is_parameter,
     plain_key,
 )
+from ckpt_convert.checkpoint import locate
 from ckpt_convert.checkpoint.checkpoint import open_identified
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpoint.mapping import LogicalTensor
 from ckpt_convert.errors import CheckpointNotFoundError, KeyMismatchError, UsageError, option_error
-from ckpt_convert.formats import repository
 from ckpt_convert.formats.names import ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ckpt_convert.storage.base import Entry
 from ckpt_convert.storage.place import Location, Place
@@ -71,7 +71,7 @@ def open_adapter(location: Location, alpha: float | None = None, revision: str |
     ``alpha`` is for a file without that config. Raises CheckpointNotFoundError, ConfigError, KeyMismatchError for keys
     that are none of an adapter's, UnsafeFileError, and UsageError for an alpha that is missing or contradicts the file.
     """
-    place = _weights_file(repository.locate_checkpoint(location, revision))
+    place = _weights_file(locate.locate_checkpoint(location, revision))
     config = place.parent / ADAPTER_CONFIG
     if config.is_regular_file() == (alpha is not None):
         raise (
