@@ -131,7 +131,7 @@ class Checkpointer:
             emit: the model whose weights are written instead of the trained one's, such as an average of it, or a
                 function that returns it. The training state then holds the trained weights.
             workers: the number of threads that read and write; by default one for each core, from 2 to 4.
-            progress: called with ``TransferProgress`` values while weights are loaded.
+            progress: called with ``TransferProgress`` values while weights are loaded or saved, on the first rank only.
             process_group: the ranks that save together, by default torch's default group where it is initialized;
                 "rank0" where this process alone makes a checkpointer, of a model of which it holds all.
             writers: "direct" writes each rank's slices as they are; "exchange" first turns slices of columns into

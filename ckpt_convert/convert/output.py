@@ -51,6 +51,8 @@ def write_output(
     workers: int,
     progress: ProgressCallback | None,
     folder: Folder | None = None,
+    *,
+    phase: str = "converting",
 ) -> WriteResult:
     """Write weights and auxiliary files, flushed to disk, into the staging directory or a ``folder`` of it.
 
@@ -59,7 +61,7 @@ def write_output(
     """
     into = folder or stage.folder
     made = settle_originals(plan, byte_comparer(NumberedTensors(plan, sources)))
-    counter = ProgressCounter("converting", made.tensor_bytes, progress)
+    counter = ProgressCounter(phase, made.tensor_bytes, progress)
     with StagedOutput(made, stage, into) as staged:
         left = staged.begin(split_into_pieces(made.files))
         if staged.resumed:

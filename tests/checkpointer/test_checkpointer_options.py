@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from ckpt_convert import Checkpointer
+from ckpt_convert import Checkpointer, TransferProgress
 from ckpt_convert.analysis.check import check_checkpoint
 from ckpt_convert.checkpointer.run.progress import Progress
 from ckpt_convert.errors import CkptConvertError, KeyMismatchError, OutputExistsError, UsageError
@@ -129,6 +129,18 @@ def test_what_was_loaded_is_reported_with_its_dtypes(tmp_path: Path) -> None:
     assert dict(loaded.dtypes) == {("bfloat16", "float32"): loaded.tensors}
     assert loaded.bytes == 2 * sum(parameter.numel() for parameter in model.parameters())
     assert seen
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+def test_the_progress_of_a_save_is_told(asynchronous: bool, tmp_path: Path) -> None:
+    seen: list[TransferProgress] = []
+    options = {"asynchronous": asynchronous, "contents": "weights"}
+    with Checkpointer(LLAMA, tmp_path / "out", progress=seen.append, **options) as checkpointer:  # type: ignore[arg-type]
+        checkpointer.register(model=make_model())
+        checkpointer.save()
+    assert {one.phase for one in seen} == {"saving"}
+    nbytes = sum(tensor.nbytes for tensor in read_safetensors(LLAMA).values())
+    assert (seen[0], seen[-1]) == (TransferProgress("saving", 0, nbytes), TransferProgress("saving", nbytes, nbytes))
 
 
 # Contents

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from ckpt_convert import Checkpointer
+from ckpt_convert import Checkpointer, TransferProgress
 from ckpt_convert.checkpointer.distributed import ranks
 from ckpt_convert.checkpointer.distributed.speaking import OWN, named
 from tests.checkpointer.pool import Pool, split
@@ -178,4 +178,19 @@ def test_the_first_rank_says_which_one_a_signal_has_reached(pool: Pool, tmp_path
         "WARNING rank 1 received a signal to stop: all save this step",
         "WARNING saved step 5; end the loop where checkpointer.should_stop says so",
     ]
+    assert second == []
+
+
+def progress_of_a_save(here: Path) -> list[TransferProgress]:
+    seen: list[TransferProgress] = []
+    with Checkpointer(LLAMA, here / "out", contents="weights", progress=seen.append) as checkpointer:
+        checkpointer.register(model=split(make_model(), "fsdp"))
+        checkpointer.save()
+    return seen
+
+
+def test_the_first_rank_tells_the_progress_of_what_it_writes(pool: Pool, tmp_path: Path) -> None:
+    first, second = pool.run(progress_of_a_save, tmp_path)
+    assert {one.phase for one in first} == {"saving"}
+    assert first[-1].done == first[-1].total > 0
     assert second == []

@@ -220,6 +220,7 @@ class Options:
             extra=_extra_files(given.directory.extra_files),
             merged=given.weights.merged,
         )
+        ranks = _ranks(given.process_group) if place is not None else None
         return cls(
             output_dir=place,
             schedule=schedule,
@@ -228,7 +229,7 @@ class Options:
             settings=settings,
             last=replace(settings, **final.changes),
             has_source=given.source.source is not None,
-            ranks=_ranks(given.process_group) if place is not None else None,
+            ranks=ranks,
             writers=given.writers,
             hooks=given.hooks,
             workers=given.workers or DEFAULT_WORKERS,
@@ -240,7 +241,7 @@ class Options:
             signals=parse_signals(given.schedule.save_on_signal),
             overwrite=given.directory.overwrite,
             asynchronous=given.asynchronous,
-            progress=given.progress,
+            progress=given.progress if ranks is None or ranks.is_first else None,
         )
 
     def as_text(self) -> dict[str, str]:

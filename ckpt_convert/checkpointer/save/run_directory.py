@@ -24,6 +24,7 @@ from ckpt_convert.storage.place import Place
 from ckpt_convert.storage.reader import reading
 from ckpt_convert.storage.system import writing
 from ckpt_convert.storage.workspace import HeldLock, Workspace
+from ckpt_convert.tensors.progress import ProgressCallback
 from ckpt_convert.wording import indented_list
 
 log = logging.getLogger("ckpt_convert")
@@ -169,13 +170,23 @@ class RunDirectory:
         self._sequence += 1
         return self._sequence
 
-    def write(self, step: StepContents, destination: Place, workers: int) -> None:
+    def write(
+        self, step: StepContents, destination: Place, workers: int, progress: ProgressCallback | None = None
+    ) -> None:
         """Write a step; once it is complete, move the pointer, and delete what the policy does not keep."""
         if self.ranks is not None:
             published = partial(self._published, destination)
-            shared.save(step, destination, self.ranks, workers=workers, mode=self._mode, published=published)
+            shared.save(
+                step,
+                destination,
+                self.ranks,
+                workers=workers,
+                mode=self._mode,
+                published=published,
+                progress=progress,
+            )
         else:
-            write_step(step, destination, workers=workers, mode=self._mode, alone=True)
+            write_step(step, destination, workers=workers, mode=self._mode, alone=True, progress=progress)
             self._published(destination)
 
     def _published(self, destination: Place) -> None:

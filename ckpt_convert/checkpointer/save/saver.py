@@ -183,7 +183,7 @@ class Saver:
 
         def attempt() -> None:
             try:
-                self.directory.write(job(training, files), destination, self._options.workers)
+                self.directory.write(job(training, files), destination, self._options.workers, self._options.progress)
             except BaseException:
                 if self.saved_step == progress.step:  # it may be tried again
                     self.saved_step = previous

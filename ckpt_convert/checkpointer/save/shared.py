@@ -16,6 +16,7 @@ from ckpt_convert.checkpoint.record import TRAINING_STATE
 from ckpt_convert.checkpointer.distributed.ranks import Ranks, packed, unpacked
 from ckpt_convert.checkpointer.save.writer import (
     ADVICE,
+    SAVING,
     StepContents,
     complete,
     explained,
@@ -35,17 +36,25 @@ from ckpt_convert.convert.sources import OpenPlan
 from ckpt_convert.storage import workspace
 from ckpt_convert.storage.place import Place
 from ckpt_convert.storage.workspace import Folder, Stage
+from ckpt_convert.tensors.progress import ProgressCallback, ProgressCounter
 
 
 def save(
-    step: StepContents, destination: Place, ranks: Ranks, *, workers: int, mode: int, published: Callable[[], None]
+    step: StepContents,
+    destination: Place,
+    ranks: Ranks,
+    *,
+    workers: int,
+    mode: int,
+    published: Callable[[], None],
+    progress: ProgressCallback | None = None,
 ) -> None:
     """Write a step together with the other ranks, which do the same; ``published`` is what the first one does then.
 
     Raises what ``writer.save`` does, on all ranks with one text, which names the rank that failed.
     """
     what = f"the save of {destination.name}"
-    with _Shared(step, destination, ranks, workers, mode) as shared:
+    with _Shared(step, destination, ranks, workers, mode, progress) as shared:
         begun = ranks.round(what, shared.look, shared.begin)
         ranks.round(what, lambda: shared.write(begun), lambda reports: shared.finish(reports, published))
 
@@ -57,13 +66,22 @@ class _Shared(contextlib.ExitStack):
     _staged: StagedOutput
     _found: Look
 
-    def __init__(self, step: StepContents, destination: Place, ranks: Ranks, workers: int, mode: int) -> None:
+    def __init__(
+        self,
+        step: StepContents,
+        destination: Place,
+        ranks: Ranks,
+        workers: int,
+        mode: int,
+        progress: ProgressCallback | None,
+    ) -> None:
         super().__init__()
         self._step = step
         self._destination = destination
         self._ranks = ranks
         self._workers = workers
         self._mode = mode
+        self._progress = progress
 
     def look(self) -> bytes:
         """What this rank finds in the values that decide what is written."""
@@ -109,8 +127,9 @@ class _Shared(contextlib.ExitStack):
         plan = agreement.settle(planned.plan, found)
         joined = JoinedOutput(plan, folder)
         try:
-            mine = runs(plan.files, partial(agreement.owns, plan, first=self._ranks.is_first))
-            done = execute(plan, mine, planned.sources, joined, workers=self._workers)
+            mine = list(runs(plan.files, partial(agreement.owns, plan, first=self._ranks.is_first)))
+            counter = ProgressCounter(SAVING, sum(piece.nbytes for piece in mine), self._progress)
+            done = execute(plan, mine, planned.sources, joined, workers=self._workers, counter=counter)
         finally:
             joined.close()
         return written_parts(plan.files, done)

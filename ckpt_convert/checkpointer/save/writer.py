@@ -28,9 +28,13 @@ from ckpt_convert.storage.place import Place
 from ckpt_convert.storage.reader import DEFAULT_WORKERS
 from ckpt_convert.storage.system import Advice
 from ckpt_convert.storage.workspace import Folder, Stage
+from ckpt_convert.tensors.progress import ProgressCallback
 from ckpt_convert.wording import human_bytes, indented_list
 
 log = logging.getLogger("ckpt_convert")
+
+SAVING = "saving"
+"""The phase of the progress of a save."""
 
 _UNTOUCHED = "the step was not saved, earlier ones are untouched"
 ADVICE = Advice(
@@ -78,7 +82,13 @@ class StepContents:
 
 
 def write_step(
-    step: StepContents, destination: Place, *, workers: int = DEFAULT_WORKERS, mode: int = 0o777, alone: bool = False
+    step: StepContents,
+    destination: Place,
+    *,
+    workers: int = DEFAULT_WORKERS,
+    mode: int = 0o777,
+    alone: bool = False,
+    progress: ProgressCallback | None = None,
 ) -> None:
     """Write a step into ``destination``, which appears complete; one of ours that is there is replaced.
 
@@ -88,7 +98,7 @@ def write_step(
     ``destination`` is then unchanged, and nothing half-written is left.
     """
     with staged(step, destination, mode=mode, alone=alone) as staging:
-        weights = _weights(step, step.weights, staging, workers) if step.weights is not None else None
+        weights = _weights(step, step.weights, staging, workers, progress) if step.weights is not None else None
         complete(step, staging, weights, _state(step, staging))
 
 
@@ -178,12 +188,15 @@ def complete(
     staging.folder.write(record.MANIFEST, record.render_manifest(manifest))
 
 
-def _weights(step: StepContents, planned: OpenPlan, staging: Stage, workers: int) -> dict[str, Any]:
+def _weights(
+    step: StepContents, planned: OpenPlan, staging: Stage, workers: int, progress: ProgressCallback | None
+) -> dict[str, Any]:
     plan, sources = planned.plan, planned.sources
     plan.refuse_unreadable()
     run_checks(plan, sources)
     lost = check_losses(plan, sources)
-    written = output.write_output(plan, sources, staging, workers, None, weights_folder(step, staging))
+    folder = weights_folder(step, staging)
+    written = output.write_output(plan, sources, staging, workers, progress, folder, phase=SAVING)
     merged = {reader.name: reader.overflowed for reader in sources.values() if isinstance(reader, MergedReader)}
     warn_of_losses(step, staging, lost, written.overflows | {key: count for key, count in merged.items() if count})
     return written.manifest
