@@ -143,8 +143,11 @@ class OrderedStage:
     def commit(self) -> None:
         """Check that all files are as written, then write those that complete the directory.
 
-        Raises VerificationError if something else changed the files, UnwritableError.
+        Raises VerificationError if something else changed the files, LockedError if another process has taken the
+        lock over, UnwritableError.
         """
+        if self._lock is not None:
+            self._lock.refuse_lost()
         with self.folder.advised():
             self.folder.refuse_changes(self._directory.list())
             self.folder.write_kept()

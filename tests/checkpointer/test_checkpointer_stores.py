@@ -93,7 +93,7 @@ def test_every_step_is_as_on_a_disk(options: dict[str, Any], source: Path, run: 
     assert found is not None
     assert found.name == steps(run)[-1]
     others = [name for name in store_of(run).files if PurePosixPath(name).parts[2] not in steps(run)]
-    assert others == ["runs/mine/latest"]
+    assert others == [f"runs/mine/{pointer}" for pointer in (["best"] if "best" in options else []) + ["latest"]]
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])

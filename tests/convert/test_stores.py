@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import re
+import socket
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -15,6 +18,7 @@ from ckpt_convert.checkpoint.checkpoint import open_checkpoint
 from ckpt_convert.convert import partition
 from ckpt_convert.errors import InputError, LockedError, OutputExistsError, UnwritableError
 from ckpt_convert.storage.place import Place
+from ckpt_convert.storage.store_lock import StoreLock, lock_place
 from ckpt_convert.tensors import blocks
 from tests.helpers import GOLDEN
 from tests.storage.failing import FailingStore
@@ -124,10 +128,11 @@ def test_what_is_there_is_replaced_on_request_alone(anywhere: Place) -> None:
 
 
 def test_a_second_writer_is_refused_and_told_of_the_first(anywhere: Place) -> None:
-    lock = anywhere.with_name(".out.partial")
-    lock.store.put(str(lock.path), b"process 7 on elsewhere (1)")
-    with pytest.raises(LockedError, match=f"process 7 on elsewhere; if that has ended, delete {lock}"):
+    held = StoreLock(lock := lock_place(anywhere), "in use")
+    owner = f"process {os.getpid()} on {re.escape(socket.gethostname())}"
+    with pytest.raises(LockedError, match=f"{owner}; if that has ended, delete {lock}"):
         ckpt_convert.convert_checkpoint(HF, anywhere, to="meta")
+    held.close()
     assert contents(anywhere) == {}
 
 
