@@ -55,8 +55,8 @@ class _Owner(NamedTuple):
         """None for a file that is no lock of ours."""
         try:
             said = json.loads(data)
-            numbers, texts = (said["process"], said["renewed"]), (said["host"], said["identity"], said["token"])
-            return cls(int(numbers[0]), *map(str, texts), int(numbers[1]))
+            host, identity, token = (str(said[name]) for name in ("host", "identity", "token"))
+            return cls(int(said["process"]), host, identity, token, int(said["renewed"]))
         except (ValueError, TypeError, KeyError):
             return None
 
